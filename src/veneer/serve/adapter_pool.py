@@ -1,4 +1,4 @@
-"""Pool of adapters: versions known by name, loaded or on their way, and who goes out for others. No torch."""
+"""Pool of adapters: versions by name, their loading, and the choice of versions to evict. No torch."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ _AHEAD = 2  # loads begun at once, so that the loader has the next when it ends 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AdapterVersion:
-    """Adapter as its files are: ``id`` is made of their content, so that equal files are one version.
+    """Content of an adapter's files; ``id`` is derived from it, so that equal files are one version.
 
-    ``n_front`` counts its virtual tokens, ``rank`` is the largest of its low-rank parts (0 if it has none),
-    ``n_bytes`` what it is expected to take when it is loaded. A mix has no folder, but versions with their weights.
+    ``n_front`` counts its virtual tokens. ``rank`` is the largest of its low-rank parts, 0 if it has none. ``n_bytes``
+    is its expected size when loaded. A mix has no folder, but versions with their weights.
     """
 
     id: str
@@ -32,12 +32,12 @@ class AdapterVersion:
 
     @property
     def told(self) -> str:
-        """Its folder, or those of a mix with their weights, in words."""
+        """Text that names its folder, or the folders of a mix with their weights."""
         return self.folder or " + ".join(f"{weight:g} × {part.folder}" for part, weight in self.parts)
 
 
 class Residency(enum.Enum):
-    """If a version's weights are: on disk alone, on their way, or loaded. One that fails is known no more."""
+    """State of a version's weights: only on disk, loading, or loaded. A version that fails to load is forgotten."""
 
     ABSENT = "absent"
     LOADING = "loading"
@@ -61,12 +61,15 @@ class _Entry:
 
 
 class AdapterPool:
-    """Names → versions → what is loaded, of which there are at most ``n_resident``, and ``n_acting`` in one batch.
+    """Names, the versions that they refer to, and the loaded versions.
 
-    Their bytes are lent by ``memory``, from the moment that a load begins. Laws: a version with requests in the batch,
-    or pinned, does not go out; at most ``n_resident`` are loaded or on their way, and their bytes are what is lent; one
-    without a name and without requests goes; every load that begins is `loaded`, `failed` or `abandoned`; two names of
-    equal content are one version. None is no limit.
+    At most ``n_resident`` versions are loaded, and at most ``n_acting`` are in one batch; None is no limit. ``memory``
+    lends their bytes, from the moment that a load begins. Invariants:
+    - A version with requests in the batch, or pinned, is not evicted.
+    - At most ``n_resident`` versions are loaded or loading, and the lent bytes are theirs.
+    - A version without a name and without requests is removed.
+    - Every load that begins is `loaded`, `failed` or `abandoned`.
+    - Two names of equal content are one version.
     """
 
     def __init__(self, n_resident: int | None = None, n_acting: int | None = None, memory: Pages | None = None) -> None:
@@ -92,21 +95,21 @@ class AdapterPool:
 
     @property
     def loading(self) -> list[str]:
-        """Versions that are on their way."""
+        """Versions that are loading."""
         return self._in(Residency.LOADING)
 
     @property
     def pinned_bytes(self) -> int:
-        """Bytes of the versions that stay, whatever comes."""
+        """Bytes of the pinned versions."""
         return sum(entry.n_bytes for entry in list(self._entries.values()) if entry.pinned)
 
     @property
     def known(self) -> frozenset[str]:
-        """Versions that something is known of."""
+        """Versions that have an entry in the pool."""
         return frozenset(self._entries)
 
     def told_places(self) -> str:
-        """Return the places and bytes that versions have, in words for an error."""
+        """Return a text for errors: how many versions are loaded and pinned, and the limits of number and bytes."""
         pinned = [entry for entry in self._entries.values() if entry.pinned]
         said = f"{len(self.resident)} adapters are loaded, {len(pinned)} of them pinned"
         if self.n_resident is not None:
@@ -120,13 +123,13 @@ class AdapterPool:
         return self._entries[id].version
 
     def is_needed(self, id: str) -> bool:
-        """Return True if a name means a version, or a request needs it."""
+        """Return True if a name refers to a version, or a request needs it."""
         return id in self._entries and self._entries[id].is_needed
 
     def bind(self, name: str, version: AdapterVersion) -> None:
-        """Let a name mean a version from now on; requests keep the one that they came with.
+        """Bind a name to a version from now on; earlier requests keep their version.
 
-        One that is not loaded is read from the folder given last: that of another name may have gone.
+        A version that is not loaded is read from the folder given last, since an earlier folder may be gone.
         """
         self._unname(name)
         entry = self._entries.setdefault(version.id, _Entry(version, version.n_bytes))
@@ -136,34 +139,34 @@ class AdapterPool:
         self._names[name] = version.id
 
     def forget(self, name: str) -> None:
-        """Drop a name: gone at once for new requests. Raises AdapterNameError for an unknown one."""
+        """Drop a name, at once for new requests. Raises AdapterNameError for an unknown one."""
         if name not in self._names:
             raise AdapterNameError(f"no adapter {name!r}; known: {sorted(self._names)}")
         self._unname(name)
 
     def pin(self, name: str) -> None:
-        """Keep what a name means loaded, once it is. Raises AdapterNameError for an unknown one."""
+        """Keep the version of a name loaded, once it is. Raises AdapterNameError for an unknown one."""
         self._set_pinned(name, True)
 
     def unpin(self, name: str) -> None:
-        """Let what a name means go out again when others need its place."""
+        """Allow the version of a name to be evicted again. Raises AdapterNameError for an unknown one."""
         self._set_pinned(name, False)
 
     def enter(self, id: str) -> None:
-        """Return a request comes that will need the version."""
+        """Count a new request that waits for the version."""
         self._entries[id].waiting += 1
 
     def leave(self, id: str) -> None:
-        """Return a request goes that was waiting for the version; undoes `enter`."""
+        """Remove a request that waited for the version; undoes `enter`."""
         self._entries[id].waiting -= 1
 
     def acquire(self, id: str) -> None:
-        """Return a waiting request enters the batch; the version must be resident."""
+        """Move a waiting request of the version into the batch; the version must be resident."""
         entry = self._entries[id]
         entry.waiting, entry.running, entry.used = entry.waiting - 1, entry.running + 1, next(self._clock)
 
     def release(self, id: str) -> None:
-        """Return a request leaves the batch and waits again."""
+        """Move a request of the version from the batch back to the waiting ones."""
         entry = self._entries[id]
         entry.waiting, entry.running = entry.waiting + 1, entry.running - 1
 
@@ -172,19 +175,19 @@ class AdapterPool:
         return self._entries[id].residency is Residency.RESIDENT
 
     def is_pinned(self, id: str) -> bool:
-        """Return True if a version stays loaded, whoever waits for its place."""
+        """Return True if a version is pinned, so that it is never evicted."""
         return self._entries[id].pinned
 
     def may_act(self, id: str) -> bool:
-        """Return True if a request of this version may enter the batch beside the versions that are in it."""
+        """Return True if a request of this version may enter the batch with the versions that are in it."""
         acting = {key for key, entry in self._entries.items() if entry.running}
         return id in acting or self.n_acting is None or len(acting) < self.n_acting
 
     def begin_load(self, wanted: Iterable[str]) -> str | None:
-        """Begin to load the first of the wanted versions (oldest request first) that is neither there nor on its way.
+        """Begin to load the first of the wanted versions (oldest request first) that is neither loaded nor loading.
 
-        Others go out for it, those used longest ago first, but for what older requests want. None if all are there
-        or on their way, if nothing can go, or enough is on its way.
+        Idle versions are evicted for it, least recently used first, except those that older requests want. Returns None
+        if all are loaded or loading, if nothing can be evicted, or if enough versions are loading.
         """
         kept = set[str]()
         for id in wanted:
@@ -201,21 +204,22 @@ class AdapterPool:
         return None
 
     def will_load(self, id: str) -> bool:
-        """Return True if a version that is not loaded is on its way, or can be without anybody leaving the batch."""
+        """Return True if an absent version is loading, or could load without a request leaving the batch."""
         entry = self._entries[id]
         return entry.residency is Residency.LOADING or self._victims(entry, ()) is not None
 
     def lacks_bytes(self, id: str) -> bool:
-        """Return True if a version is absent and all that could go out would leave too few bytes for it."""
+        """Return True if a version is absent and evicting all idle versions would free too few bytes for it."""
         entry = self._entries[id]
         if self.memory is None or entry.residency is not Residency.ABSENT:
             return False
         return entry.n_bytes > self.memory.lendable + sum(e.n_bytes for e in self._idle(()))
 
     def settle(self, id: str, n_bytes: int) -> bool:
-        """Return a load has ended, and the version takes so many bytes; False if it does not fit beside what cannot go.
+        """Set the bytes of a version whose load has ended; return False if it does not fit.
 
-        It is then absent again, and expected to take its action.
+        Idle versions are evicted for it. If it does not fit, it is absent again, with its actual size as the expected
+        one.
         """
         entry = self._entries[id]
         self._give_back(entry.n_bytes)
@@ -229,23 +233,23 @@ class AdapterPool:
         return True
 
     def loaded(self, id: str) -> None:
-        """Return a version's weights are there; its load was begun."""
+        """Mark a version as loaded, whose load was begun."""
         entry = self._entries[id]
         entry.residency, entry.used = Residency.RESIDENT, next(self._clock)
 
     def abandoned(self, id: str) -> None:
-        """Return a load ends and leaves nothing, for nobody needs the version any more."""
+        """End a load without a result, since no request needs the version any more."""
         self._absent(self._entries[id])
 
     def failed(self, id: str) -> None:
-        """Return a version cannot be loaded: its names go, so that the next request looks at the files again."""
+        """Drop the names of a version that cannot be loaded, so that the next request reads the files again."""
         entry = self._entries[id]
         for name in list(entry.names):
             self._unname(name)
         self._absent(entry)
 
     def give_way(self, n_bytes: int, kept: Collection[str] = ()) -> bool:
-        """Let versions go out that are not in use, until so many bytes are free; False if they are too few."""
+        """Evict idle versions until so many bytes are free; return False, and evict none, if they are too few."""
         chosen = list[_Entry]()
         for entry in self._idle(kept):
             if sum(e.n_bytes for e in chosen) >= n_bytes:
@@ -257,7 +261,7 @@ class AdapterPool:
         return True
 
     def tidy(self) -> None:
-        """Let go what no name means and no request needs."""
+        """Evict versions that have no name and no request."""
         for entry in [e for e in self._entries.values() if not e.is_needed]:
             if entry.residency is Residency.RESIDENT:
                 self._evict([entry])

@@ -1,4 +1,4 @@
-"""Text of an answer while its tokens come: stop strings, log-probabilities, and what is shown of it when."""
+"""Text of an answer while it is generated: stop strings, log-probabilities, and the part to output."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from veneer.serve.sampling_params import RequestOutputKind, SamplingParams
 
 
 class Answer:
-    """One of the answers to a prompt. ``request`` is what computes it."""
+    """One of the answers to a prompt; ``request`` computes it."""
 
     def __init__(self, request: Request, index: int, params: SamplingParams, tokenizer: Any) -> None:
         self.request, self.index, self.params = request, index, params
@@ -28,7 +28,7 @@ class Answer:
         self._waits = params.output_kind is RequestOutputKind.FINAL_ONLY and not params.stop_strings
 
     def take(self, drawn: Drawn) -> bool:
-        """Take a token in, which the request has already; whether it completes a stop string."""
+        """Add a token that the request already has; return True if it completes a stop string."""
         if drawn.logprobs is not None:
             self.logprobs.append(decoded(drawn.logprobs, self._tokenizer))
             self.cumulative_logprob += drawn.logprobs[drawn.token].logprob
@@ -42,7 +42,7 @@ class Answer:
         return len(self.request.output) > self.params.min_tokens and self._stops(start)
 
     def output(self, kind: RequestOutputKind, lora_request: LoRARequest | None) -> CompletionOutput | None:
-        """Return the part of the answer to be shown now; None if there is nothing new to a kind that shows news."""
+        """Return the part of the answer to output now; None if ``kind`` is DELTA and nothing is new."""
         done = self.request.status is Status.DONE
         if done and self._waits and self._reader is not None:
             self.text = self._whole(self._reader)
@@ -87,5 +87,5 @@ class Answer:
 
 
 def decoded(logprobs: TokenLogprobs, tokenizer: Any) -> TokenLogprobs:
-    """Log-probabilities with the texts of their tokens."""
+    """Return log-probabilities with the texts of their tokens."""
     return {i: Logprob(p.logprob, p.rank, str(tokenizer.decode([i]))) for i, p in logprobs.items()}

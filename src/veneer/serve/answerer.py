@@ -1,6 +1,6 @@
-"""Answers by the engine, on a base that is loaded already and whose weights it packs; or by ``generate``.
+"""Answers by the engine, on a base that is loaded already and whose weights it packs, or by ``generate``.
 
-The engine answers if it is faster and gives the same answers, and transformers' own ``generate`` otherwise.
+The engine answers if it is faster and gives the same answers; otherwise transformers' own ``generate`` does.
 """
 
 from __future__ import annotations
@@ -41,9 +41,10 @@ _KNOWN = {
 
 
 def answerer_of(parts: Parts, drawing: Drawing | None = None, n_rows: int = 1) -> tuple[Answerer, str]:
-    """Return the faster way to the same answers, and its name with the reason if that is not the engine.
+    """Return the faster `Answerer` with the same answers, and its name.
 
-    ``n_rows``: prompts answered at once, at most. Raises FormatError for an adapter that does not fit.
+    The name contains the reason if the engine is not used. ``n_rows``: the most prompts answered at once. Raises
+    FormatError for an adapter that does not fit.
     """
     drawing = drawing or Drawing()
     with quiet():
@@ -54,7 +55,7 @@ def answerer_of(parts: Parts, drawing: Drawing | None = None, n_rows: int = 1) -
 
 
 class EngineAnswerer:
-    """`Answerer` by an engine, with the adapters that it has taken in, by their folders."""
+    """`Answerer` by an engine, with its loaded adapters by their folders."""
 
     def __init__(self, engine: Engine, params: SamplingParams, adapters: Mapping[Path, LoRARequest]) -> None:
         self.tokenizer = engine.tokenizer
@@ -134,9 +135,9 @@ class EngineAnswerer:
 
 
 def engine_answerer(parts: Parts, drawing: Drawing, n_rows: int) -> EngineAnswerer | str:
-    """Return an engine that answers as `generate` would, or the reason why there is none; the base is as it was then.
+    """Return an engine that answers as `generate` would, or the reason why none can.
 
-    Raises FormatError for an adapter that does not fit.
+    With a reason the base is unchanged. Raises FormatError for an adapter that does not fit.
     """
     reason = _slow(parts.base) or _unsaid(parts.base)
     if reason:

@@ -1,4 +1,4 @@
-"""Prompt that has been checked, and what its answers are made by."""
+"""Checked prompt, and the rules that generate its answers."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from veneer.serve.structured import Forms
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineSettings:
-    """Of the model: the number of its ids, those that end an answer, its defaults of sampling; of the engine: the seed
-    of draws that have none, and the highest rank of an adapter (None: any).
+    """Settings of the model (ids, end ids, sampling defaults) and of the engine (seed, limits of adapters).
 
-    ``value_bytes`` is the size of a value of a loaded adapter (None: as it is stored). ``why_general``: the reason for
-    which transformers' own code computes everything; "" where it does not. ``base``: the model's folder, if
-    it has one; adapters that were merged into it are refused. ``chat_template`` is used for all adapters, in place of
-    their own.
+    ``vocabulary`` is the number of ids; ``ending`` are those that end an answer. ``seed`` is used for draws without
+    one. ``max_lora_rank`` is the highest rank of an adapter (None: any). ``value_bytes`` is the size of a value of a
+    loaded adapter (None: as it is stored). ``why_general``: the reason why transformers' own code computes everything;
+    "" if it does not. ``base``: the model's folder, if it has one; adapters that were merged into it are refused.
+    ``chat_template`` is used for all adapters, in place of their own.
     """
 
     vocabulary: int
@@ -41,7 +41,7 @@ class EngineSettings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Asked:
-    """Prompt that has been checked, with all that its answers need."""
+    """Checked prompt, with everything that its answers need."""
 
     id: str
     prompt: str | None
@@ -54,14 +54,14 @@ class Asked:
 
 
 class Rules:
-    """Rules of stopping and drawing that parameters come to, for a model and its tokenizer."""
+    """Rules of stopping and drawing derived from sampling parameters, for a model and its tokenizer."""
 
     def __init__(self, tokenizer: Any, settings: EngineSettings) -> None:
         self.settings = settings
         self.forms = Forms(tokenizer, settings.vocabulary, sorted(settings.ending))
 
     def require(self, prompt_ids: Sequence[int], params: SamplingParams) -> None:
-        """Raise ConfigError for ids that are none, and for a form that cannot be compiled."""
+        """Raise ConfigError for invalid ids, and for a form that cannot be compiled."""
         self._require_ids("the prompt", prompt_ids)
         for name in ("stop_token_ids", "allowed_token_ids", "logit_bias"):
             self._require_ids(name, getattr(params, name) or ())
@@ -93,7 +93,10 @@ class Rules:
         )  # fmt: skip
 
     def draw_rule(self, asked: Asked, request: Request, number: tuple[int, int]) -> DrawRule:
-        """How its tokens are drawn; ``number`` are the prompt's among all and the answer's among the prompt's."""
+        """Return the rule for drawing a request's tokens.
+
+        ``number`` is the prompt's index among all prompts, and the answer's index among the prompt's answers.
+        """
         params = asked.params
         key = (
             (self.settings.seed, (number[0] << 32) + number[1] + 1)

@@ -1,4 +1,4 @@
-"""Engine on a thread of its own, for an asyncio loop: outputs come to it once a step, aborts go back."""
+"""Engine on its own thread, for an asyncio loop: it passes outputs to the loop once a step, and takes aborts."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ _IDLE_SECONDS = 0.5  # how soon a stop is noticed while there is nothing to do
 
 
 class AsyncEngine:
-    """Steps while there is something to do. `start` and `stop` belong to the loop that asks.
+    """Engine that steps while there is work. Call `start` and `stop` from the loop that awaits the outputs.
 
-    One that nobody stops steps until the interpreter exits, and no longer.
+    An engine that is never stopped steps until the interpreter exits, and no longer.
     """
 
     def __init__(self, engine: Engine) -> None:
@@ -35,7 +35,7 @@ class AsyncEngine:
         self._loop: asyncio.AbstractEventLoop | None = None
 
     def start(self) -> None:
-        """Begin to step; answers come to the loop that runs now. Raises ServingError the second time: make another."""
+        """Begin to step, for the running loop. Raises ServingError on a second call: make another engine."""
         if self._loop is not None:
             raise ServingError("this engine was started before, and one is started once: make another AsyncEngine")
         self._loop = asyncio.get_running_loop()
@@ -44,21 +44,23 @@ class AsyncEngine:
         self._end_thread = weakref.finalize(self, _end_thread, self._stopping, thread)
 
     def stop(self) -> None:
-        """Step no more, and wait until the last step is done."""
+        """Stop stepping, and wait until the last step is done."""
         self._end_thread()
         self.engine.close()
 
     def end_all(self) -> int:
-        """End all requests, and those that come, with a ServingError at once; how many there were. From the loop."""
+        """End all requests, and all later ones, with a ServingError at once; return their number.
+
+        Call it from the loop.
+        """
         self._ended = True
         self._wake_all()
         return len(self._queues)
 
     async def outputs(self, asked: Sequence[Asked]) -> AsyncGenerator[RequestOutput, None]:
-        """Return the outputs of requests, as they come; requests that are left when nobody listens any more are
-        aborted.
+        """Yield the outputs of requests as they come. Unfinished requests are aborted when the generator is closed.
 
-        Raises ServingError if the engine has broken down, and once `end_all` was called.
+        Raises ServingError if the engine has failed, and after `end_all`.
         """
         queue: _Outputs = asyncio.Queue()
         left = {each.id for each in asked}

@@ -1,4 +1,4 @@
-"""Bottleneck's matrices packed once, so that a row's result does not depend on those beside it."""
+"""Bottleneck whose matrices are packed once, so that a row's result does not depend on the other rows."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ _NAMES = {"gelu_new": "gelu_tanh", "swish": "silu", "leakyrelu": "leaky_relu"}
 
 
 class Bottleneck:
-    """Formula of a `ResidualDelta` for rows of a dtype; ``reads_output``: its x is what it changes.
+    """Formula of a `ResidualDelta` for rows of a dtype; if ``reads_output``, its input is the tensor that it changes.
 
-    ``pairs`` are its matrices packed in that dtype; None if the record is kept, for there are no kernels for them.
+    ``pairs`` are its matrices packed in that dtype. They are None, and the record is kept, if no kernels support them.
     """
 
     def __init__(self, record: ResidualDelta, dtype: torch.dtype) -> None:
@@ -26,7 +26,7 @@ class Bottleneck:
         self.record = None if fits else record
 
     def change(self, x: Tensor, y: Tensor) -> None:
-        """Add the change that it makes of x (n, d) to y (n, d), which may be x."""
+        """Add the bottleneck's change, computed from x (n, d), to y (n, d), which may be x."""
         if self.pairs is not None:
             add_pairs(x, [Segment(self.pairs, 0, len(x))], [y])
         elif self.record is not None:

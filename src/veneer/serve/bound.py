@@ -1,7 +1,7 @@
 """Instructions of a program bound to a model's weights, each a few calls of ops.
 
-Rows of several adapter versions go through together, each run of rows with its own records. If a version has a
-weight of its own, its rows are computed by themselves.
+Rows of several adapter versions are computed together, each run of rows with its own records. If a version replaces a
+weight, its rows are computed separately.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ LISTS = ("qkv", "inner")
 
 
 class Embedding:
-    """Stream, from ids or from what stands in for their embeddings."""
+    """Stream from ids, or from embeddings given in their place."""
 
     def __init__(self, model: PreTrainedModel, instruction: Embed, effects: Mapping[str, Effects]) -> None:
         part = instruction.embedding
@@ -120,7 +120,7 @@ class Embedding:
 
 
 class HeadsOf:
-    """Queries, keys and values made of a product's outputs; keys and values go to their pages."""
+    """Queries, keys and values from a product's outputs; keys and values are appended to their pages."""
 
     def __init__(
         self, model: PreTrainedModel, instruction: Heads, turns: Mapping[Rotary, tuple[Tensor, Tensor]]
@@ -171,14 +171,14 @@ class Attended:
 
 @dataclass(frozen=True, slots=True)
 class SelfAttention:
-    """Heads, and what their queries see."""
+    """Heads, and the attention of their queries."""
 
     heads: HeadsOf
     attended: Attended
 
     @property
     def part(self) -> Attention:
-        """Its description."""
+        """Description of the attention."""
         return self.heads.part
 
     def __call__(self, step: Step, frame: Frame) -> None:
@@ -217,7 +217,7 @@ class Changed:
 
 @dataclass(frozen=True, slots=True)
 class IntoStream:
-    """Product whose output goes right into the stream, when nothing changes it on its way."""
+    """Product whose output is added directly to the stream, if nothing changes it before."""
 
     product: Product
     change: Change
@@ -236,7 +236,7 @@ Joined = Instruction | IntoStream | Seeing
 
 
 def joined(instructions: Sequence[Instruction]) -> Iterator[Joined]:
-    """Return the instructions, those joined that can be done at once."""
+    """Iterate over the instructions, joining those that can be computed at once."""
     at = 0
     while at < len(instructions):
         match instructions[at : at + 3]:
@@ -314,7 +314,7 @@ class Added:
 
 
 class LogitsOf:
-    """Logits of the rows that are kept, in float32."""
+    """Logits of the kept rows, in float32."""
 
     def __init__(
         self, model: PreTrainedModel, instruction: Logits, linears: Linears, effects: Mapping[str, Effects]
@@ -326,12 +326,12 @@ class LogitsOf:
         frame["logits"] = self.of(frame[STREAM], step.kept, step.kept_runs, step.versions)
 
     def of(self, h: Tensor, rows: Tensor, runs: AdapterRuns, versions: tuple[str, ...]) -> Tensor:
-        """Those of some rows of the stream, with their own runs."""
+        """Return the logits of some rows of the stream, with their own runs."""
         y = self.uncapped(h, rows, runs, versions)
         return y if self.head.softcap is None else self.head.softcap * torch.tanh(y / self.head.softcap)
 
     def uncapped(self, h: Tensor, rows: Tensor, runs: AdapterRuns, versions: tuple[str, ...]) -> Tensor:
-        """Those before their cap, which are in the same order."""
+        """Return the logits before their soft cap, which keeps their order."""
         if not len(rows):
             return h.new_empty(0, self.head.linear.out_features, dtype=torch.float32)
         x = h[rows]
@@ -346,7 +346,7 @@ class LogitsOf:
 
 @dataclass(frozen=True, slots=True)
 class Picked:
-    """Likeliest tokens behind the rows that are picked."""
+    """Likeliest tokens after the picked rows."""
 
     logits: LogitsOf
 

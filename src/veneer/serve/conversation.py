@@ -1,4 +1,4 @@
-"""Conversations as prompts: a chat template, and contents of one text or several."""
+"""Conversations as prompts: chat templates, and message contents of one or several texts."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ TEMPLATE_ARGUMENTS = frozenset(inspect.signature(PreTrainedTokenizerBase.apply_c
 
 
 def chat_text(tokenizer: Any, messages: Conversation, how: Mapping[str, Any]) -> str:
-    """Return the text that a chat template makes of messages; ``how`` are the arguments of `apply_chat_template`.
+    """Return the text that a chat template renders from messages; ``how`` are arguments of `apply_chat_template`.
 
-    Raises ConfigError if there is no template, it refuses the messages, or a content is no text.
+    Raises ConfigError if there is no template, if it refuses the messages, or if a content is no text.
     """
     if tokenizer.chat_template is None and how.get("chat_template") is None:
         raise ConfigError("this model has no chat template: give chat_template, or a prompt that is plain text")

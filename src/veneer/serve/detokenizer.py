@@ -1,4 +1,4 @@
-"""Text from tokens as they come: what is certain is given out, and a character of several tokens comes whole."""
+"""Incremental detokenization: text is output once it is certain, so that a character of several tokens comes whole."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _UNFINISHED = "\ufffd"
 
 
 class Detokenizer:
-    """Text of an answer, read behind the prompt, so that a space between the two is the answer's."""
+    """Text of an answer, decoded after the prompt, so that a space between the two belongs to the answer."""
 
     def __init__(self, tokenizer: Any, prompt: Sequence[int], skip_special_tokens: bool) -> None:
         self._tokenizer, self._skips = tokenizer, skip_special_tokens
@@ -18,7 +18,7 @@ class Detokenizer:
         self._start, self._read = 0, len(self._ids)
 
     def add(self, token: int) -> str:
-        """Return the text that is certain with one token more; empty within a character."""
+        """Return the text that one more token makes certain; empty within a character."""
         self._ids.append(token)
         return self._next(final=False)
 
@@ -27,7 +27,7 @@ class Detokenizer:
         return self._next(final=True)
 
     def read(self, tokens: Sequence[int], *, final: bool) -> str:
-        """Return the text of many tokens, as `add` gives it of each, and `finish` where they are ``final``."""
+        """Return the text of many tokens, as repeated `add` gives it, and `finish` if they are ``final``."""
         before = self._decode(self._ids)
         now = self._decode([*self._ids, *tokens])
         if _UNFINISHED not in now and len(now) >= len(before):

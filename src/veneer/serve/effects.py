@@ -1,7 +1,7 @@
-"""Effects of an adapter at the instructions of a program, read from its folder; no model is touched.
+"""Effects of an adapter at the instructions of a program, read from its folder; no model is modified.
 
-The general runner is the one that refuses what is wrong with a folder: where something in it has no place in the
-program, `UnsaidError` says so, and the adapter is that runner's.
+The general runner is the one that refuses invalid folders. If a part of an adapter has no place in the program,
+`UnsaidError` reports it, and the general runner serves the adapter.
 """
 
 from __future__ import annotations
@@ -39,14 +39,14 @@ _KEPT = 8  # configs whose places are kept
 
 
 class UnsaidError(VeneerError):
-    """Program has no words for a part of an adapter."""
+    """Error for a part of an adapter that the program cannot express."""
 
 
 @dataclass(slots=True)
 class Effects:
-    """Adapter's records by path, ``table`` that of the embeddings, and what it has of its own of the base.
+    """Records of an adapter by path, the ``table`` record of the embeddings, and its replacements of base parameters.
 
-    ``whole`` are parameters by path and name, W (o, i) where they are a layer's weight; ``rows`` are the index (n,) and
+    ``whole`` are parameters by path and name, W (o, i) if they are a layer's weight. ``rows`` are the index (n,) and
     values (n, width) of single rows of the embeddings and the head. ``front``: a prefix's records, or a prompt's.
     """
 
@@ -68,7 +68,7 @@ class _Places:
 class Lookup:
     """Places of adapters on a ``model``, looked up once for adapters of equal configs: most differ in values alone.
 
-    It holds while no other adapter is attached to the model, or taken off.
+    It is valid while no other adapter is attached to the model or detached from it.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -76,7 +76,7 @@ class Lookup:
         self._seen: deque[_Places] = deque(maxlen=_KEPT)
 
     def of(self, config: MethodConfig) -> _Places:
-        """Those of a config. Raises TargetError if the model has none."""
+        """Return the places for a config. Raises TargetError if the model has none."""
         found = next((each for each in self._seen if each.config == config), None)
         if found is None:
             snapshot = look_at(self.model)

@@ -1,4 +1,4 @@
-"""Loop of serving: take in what was asked, plan, run, commit, and tell what came of it."""
+"""Loop of serving: accept requests, plan, run, commit, and return the outputs."""
 
 from __future__ import annotations
 
@@ -54,10 +54,10 @@ _Message = Asked | _Abort | _Forget | Finished[Any]
 
 
 class Engine:
-    """Answers requests, which any thread may `submit` and `abort`; one thread steps.
+    """Engine that answers requests. Any thread may `submit` and `abort`; one thread steps.
 
-    Where a request goes wrong, it ends with the finish reason "error" and its reason; the others go on. Adapters are
-    read beside the steps, on a thread of their own.
+    If a request fails, it ends with the finish reason "error" and its error; the others continue. Adapters are read on
+    their own thread, concurrently with the steps.
     """
 
     def __init__(self, runner: Runner, scheduler: Scheduler, tokenizer: Any, settings: EngineSettings) -> None:
@@ -78,16 +78,16 @@ class Engine:
 
     @property
     def has_work(self) -> bool:
-        """True if a step would do something now; False too where all wait for an adapter that is being read."""
+        """True if a step has work now; False also if all requests wait for an adapter that is being read."""
         stepping = self.scheduler.has_work and not self._waits_for_load
         return stepping or bool(self._touched) or self._inbox.wait(0)
 
     def wait(self, seconds: float | None = None) -> bool:
-        """Sleep until something is asked, or has been read, at most so long; False if nothing was."""
+        """Block until a request or a read adapter arrives, for at most ``seconds``; return False if none did."""
         return self._inbox.wait(seconds)
 
     def close(self) -> None:
-        """Read nothing more, and wait for what is read now. No step may follow."""
+        """Begin no more reads, and wait for the current one. No step may follow."""
         self._loader.stop()
 
     def asked(
@@ -97,7 +97,7 @@ class Engine:
         params: SamplingParams,
         lora_request: LoRARequest | None = None,
     ) -> Asked:
-        """Return a request, checked: whatever is wrong with it that can be seen before it runs is raised here.
+        """Return a checked request; any error that is visible before it runs is raised here.
 
         Raises ConfigError, and FormatError for a folder that holds no adapter.
         """
@@ -113,19 +113,19 @@ class Engine:
         )  # fmt: skip
 
     def submit(self, asked: Asked) -> None:
-        """Take a request in with the next step. From any thread."""
+        """Accept a request at the next step. From any thread."""
         self._inbox.put(asked)
 
     def abort(self, request_id: str) -> None:
-        """End a request with the next step; one that is not there is none to end. From any thread."""
+        """End a request at the next step; an unknown one is ignored. From any thread."""
         self._inbox.put(_Abort(request_id))
 
     def forget(self, name: str) -> None:
-        """Drop an adapter's name with the next step, if there is one of it. From any thread."""
+        """Drop an adapter's name at the next step, if it is known. From any thread."""
         self._inbox.put(_Forget(name))
 
     def drop(self, request_ids: Sequence[str]) -> None:
-        """End requests now, of which nothing is told any more. Between steps."""
+        """End requests now, without further outputs. Between steps."""
         self._take_all()
         for id in request_ids:
             self._take_in(_Abort(id))
@@ -134,7 +134,7 @@ class Engine:
             self._touched.pop(id, None)
 
     def step(self) -> list[RequestOutput]:
-        """Compute one batch; what is new of the requests, each at most once."""
+        """Compute one batch; return the new outputs, at most one a request."""
         self._take_all()
         self._begin_loads()
         plan = self.scheduler.plan()
@@ -164,7 +164,7 @@ class Engine:
                 )
 
     def remove_adapter(self, number: int) -> None:
-        """Drop an adapter's name; its weights go when no request needs them. Raises AdapterNameError."""
+        """Drop an adapter's name; its weights are freed when no request needs them. Raises AdapterNameError."""
         name = self._name_of(number)
         self._adapters.pop(name)
         self.pool.forget(name)

@@ -1,7 +1,7 @@
-"""Runs plans through transformers' own forward pass: every model whose attention can be paged, every method.
+"""Runner of plans by transformers' own forward pass: for every model whose attention can be paged, and every method.
 
-One token is one batch row, and a row takes the adapter that it names. The exact runner, not the fast one: what the fast
-ones give is checked against it.
+One token is one batch row, and a row takes the adapter that it names. This runner is the exact one, not the fast one;
+the fast ones are checked against it.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class StoredFolder:
 
     @property
     def folders(self) -> tuple[Path, ...]:
-        """Its folder."""
+        """Folder of the adapter, as the only one."""
         return (self.folder,)
 
 
@@ -59,8 +59,9 @@ class StoredMix:
 
 
 def stored_mix(parts: Parts) -> StoredMix:
-    """Return a mix of what is in folders, which may have to be read later. Raises FormatError as
-    `stored_bytes` does.
+    """Return a mix of the adapters in folders, which may have to be read later.
+
+    Raises FormatError as `stored_bytes` does.
     """
     return StoredMix(parts, sum(stored_bytes(folder) for folder, _ in parts))
 
@@ -75,11 +76,11 @@ class GeneralRunner(DrawingRunner):
         self.fronts: dict[str, Front] = {}
 
     def read(self, folder: Path) -> StoredFolder:
-        """Nothing but what the files say of its size: the model itself takes the adapter, between plans."""
+        """Return the size of an adapter from its files alone: the model itself loads it between plans."""
         return StoredFolder(folder, stored_bytes(folder))
 
     def read_mix(self, parts: Parts) -> StoredMix:
-        """As `read`."""
+        """Return the sizes of adapters, as `read` does."""
         return stored_mix(parts)
 
     def load(self, version: str, adapter: StoredFolder | StoredMix) -> None:
@@ -115,7 +116,7 @@ class GeneralRunner(DrawingRunner):
         self.fronts.pop(version, None)
 
     def discard(self, pages: Sequence[int]) -> None:
-        """Nothing: memory of plain tensors cannot be given back page by page."""
+        """Do nothing: memory of plain tensors cannot be freed page by page."""
 
     def logits(self, plan: Plan) -> Tensor:
         device, sequences = self.base.device, plan.sequences
@@ -135,7 +136,7 @@ class GeneralRunner(DrawingRunner):
 
     @property
     def base(self) -> PreTrainedModel:
-        """Model as transformers' own."""
+        """Model without the adapters' wrapper, as transformers' own class."""
         return cast(PreTrainedModel, self.model)
 
     def _route(self, version: str | None) -> str:

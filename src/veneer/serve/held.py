@@ -1,4 +1,4 @@
-"""Memory that things hold: the bytes of all tensors in them, each counted once."""
+"""Memory of objects: the bytes of all tensors in them, each counted once."""
 
 from __future__ import annotations
 
@@ -12,14 +12,17 @@ Held = TypeVar("Held")
 
 
 def bytes_of(held: object) -> int:
-    """Bytes of the tensors in a thing, or in mappings, sequences and dataclasses in it; what is shared counts once."""
+    """Return the bytes of the tensors in an object, or in its mappings, sequences and dataclasses.
+
+    Shared memory counts once.
+    """
     return sum({(x.data_ptr(), x.nbytes): x.nbytes for x in _tensors(held)}.values())
 
 
 def in_own_memory(held: Held) -> Held:
-    """Return a tensor, or a tuple or dataclass of tensors, none of which keeps more in memory than itself.
+    """Return a tensor, or a tuple or dataclass of tensors, none of which keeps more memory alive than its own.
 
-    Tensors read from a file are parts of one piece of memory, which stays as long as any of them does.
+    Tensors read from a file share one allocation, which is kept as long as any of them is.
     """
     made: Any = held
     if isinstance(held, Tensor):

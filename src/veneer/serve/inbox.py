@@ -1,4 +1,4 @@
-"""Calls of other threads to the engine, kept in order until its next step. No torch."""
+"""Messages of other threads to the engine, kept in order until its next step. No torch."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ class Inbox(Generic[Message]):
         self._filled = threading.Event()
 
     def put(self, message: Message) -> None:
-        """Leave a message; never waits."""
+        """Add a message; never blocks."""
         self._messages.append(message)
         self._filled.set()
 
     def take(self) -> Message | None:
-        """Return the oldest message, which is here no more; None if there is none. Never waits."""
+        """Remove and return the oldest message; None if there is none. Never blocks."""
         try:
             return self._messages.popleft()
         except IndexError:
@@ -32,5 +32,5 @@ class Inbox(Generic[Message]):
             return None
 
     def wait(self, seconds: float | None = None) -> bool:
-        """Sleep until there is a message, at most so long; False if none came."""
+        """Block until there is a message, for at most ``seconds``; return False if none came."""
         return self._filled.wait(seconds)

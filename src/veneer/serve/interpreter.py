@@ -1,4 +1,4 @@
-"""Program run: its instructions bound to a model's weights, by the step in C++ as far as that knows them."""
+"""Interpreter of a program: its instructions bound to a model's weights, in C++ if the native step supports them."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ MOST_PLANS = 64
 
 @dataclass(frozen=True, slots=True)
 class PackedEffects:
-    """Adapter's effects, and what has been packed of them for each group of linear layers and bottleneck."""
+    """Effects of an adapter, with their packed parts for each group of linear layers and each bottleneck."""
 
     effects: Effects
     linears: Sequence[products.Own | None]
@@ -59,7 +59,8 @@ class PackedEffects:
 class Interpreter:
     """Program on a model's weights, or on ``packed`` ones, with the ``effects`` of adapters by version.
 
-    ``native`` is the step in C++, which gives the same bits; None without kernels, or for rows that they do not take.
+    ``native`` is the step in C++, which gives the same bits. It is None without kernels, or for rows in a dtype or on a
+    device that they do not support.
     """
 
     def __init__(self, model: PreTrainedModel, program: Program, packed: Packed) -> None:
@@ -77,11 +78,11 @@ class Interpreter:
                 self.native.add(bound)
 
     def packed(self, effects: Effects) -> PackedEffects:
-        """Return the effects of an adapter as `take` puts them in; on any thread, beside a pass."""
+        """Return the packed effects of an adapter for `take`; on any thread, also during a pass."""
         return self.packed_of(effects)[0]
 
     def packed_of(self, effects: Effects) -> tuple[PackedEffects, list[Factor]]:
-        """Return the same, and the factors that it was packed of."""
+        """Return the packed effects of an adapter as `packed` does, and the factors that were packed."""
         bottlenecks = {site: Bottleneck(record, self.dtype) for site, record in effects.residual.items()}
         packing = Packing()
         packed = PackedEffects(effects, [linears.packed(effects, packing) for linears in self._linears], bottlenecks)
@@ -90,7 +91,7 @@ class Interpreter:
         return packed, factors
 
     def take(self, version: str, packed: PackedEffects) -> None:
-        """Return an adapter version comes."""
+        """Add an adapter version."""
         effects = packed.effects
         for linears, own in zip(self._linears, packed.linears, strict=True):
             linears.take(version, own)
@@ -100,7 +101,7 @@ class Interpreter:
         self.effects[version] = effects
 
     def drop(self, version: str) -> None:
-        """Return an adapter version goes, also one that `take` was interrupted with, and one that never came."""
+        """Drop an adapter version, also after an interrupted `take`; an unknown version is ignored."""
         self.effects.pop(version, None)
         self.bottlenecks.pop(version, None)
         for linears in self._linears:
@@ -113,9 +114,9 @@ class Interpreter:
 
     @torch.no_grad()
     def run(self, step: Step, given: Tensor) -> Tensor:
-        """Return the logits (kept, vocabulary) of the rows that are kept, from ids (n,) or embeddings (n, width).
+        """Return the logits (kept, vocabulary) of the kept rows, from ids (n,) or embeddings (n, width).
 
-        ``step.tokens`` has the likeliest tokens of the rows that are picked.
+        ``step.tokens`` receives the likeliest tokens of the picked rows.
         """
         frame: Frame = {"given": given}
         for instruction in self._instructions(step, by_ids=not given.is_floating_point()):

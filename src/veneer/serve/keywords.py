@@ -1,4 +1,4 @@
-"""Unknown keywords of a dataclass: the error that names the nearest known one. No torch."""
+"""Errors for unknown keywords of a dataclass, which name the nearest known keyword. No torch."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from veneer.errors import ConfigError
 
 
 class Keywords(type):
-    """Makes unknown keywords one error of the house's kind, which names the nearest known one.
+    """Metaclass that raises ConfigError for unknown keywords, and names the nearest known one.
 
-    A class may list in ``not_offered`` what others have under these names and it has not, so that nobody believes that
-    it acts, and in ``given_to`` the name of what users hand these keywords to, if that is another class.
+    ``not_offered`` lists keywords that others have and this class lacks, so that no user relies on them. ``given_to``
+    is the name of the class to which users pass these keywords, if it is another one.
     """
 
     not_offered: ClassVar[tuple[str, ...]] = ()

@@ -1,6 +1,6 @@
 """Keys and values of a program's layers in pages: appended to and attended to by the rows of a step.
 
-Two of one interface: pages of the kernels, and slots in plain torch for what those do not take.
+Two caches share one interface: pages of the kernels, and slots in plain torch if the kernels do not support a program.
 """
 
 from __future__ import annotations
@@ -24,25 +24,29 @@ class KVCache(Protocol):
     """Pages of all layers."""
 
     def rows(self, stretches: Sequence[Stretch]) -> Any:
-        """Return the places of the new tokens of sequences and the keys that they see, for all layers of a step."""
+        """Return the pages' positions of new tokens, and the keys that they attend to, for all layers of a step."""
 
     def append(self, layer: int, keys: Tensor, values: Tensor, rows: Any) -> None:
-        """Put the keys and values (n, kv_heads, width) of a step's rows into their places."""
+        """Write the keys and values (n, kv_heads, width) of a step's rows into their positions in the pages."""
 
     def attend(self, layer: int, queries: Tensor, rows: Any, part: Attention) -> Tensor:
-        """Attention of queries (n, heads, width) to their sequences, (n, heads · width); their own keys are there."""
+        """Return attention of queries (n, heads, width) to their sequences, as (n, heads · width).
+
+        The rows' own keys have been appended before.
+        """
 
     def slots(self) -> SlotStore:
-        """Return the same pages for transformers' own code, laid out in its way: a page is for one of the
-        two at a time.
+        """Return the same pages in the layout of transformers' own code.
+
+        A page is used in one of the two layouts at a time.
         """
 
     def discard(self, pages: Sequence[int]) -> None:
-        """Give back the memory of pages that nobody holds, if that can be done."""
+        """Free the memory of unused pages, if possible."""
 
 
 def make_cache(program: Program, n_pages: int, block: int, dtype: torch.dtype, device: torch.device) -> KVCache:
-    """Empty pages for a program, which take memory when they are written to."""
+    """Return empty pages for a program, which take memory when they are written to."""
     heads = _heads_in_pages(program, block, dtype, device)
     if heads is None:
         return SlotCache(SlotStore(n_pages, block), device)
@@ -50,7 +54,7 @@ def make_cache(program: Program, n_pages: int, block: int, dtype: torch.dtype, d
 
 
 def numbers_per_position(program: Program, block: int, dtype: torch.dtype, device: torch.device) -> int:
-    """Numbers that a token's keys and values take in the pages of `make_cache`, with what fills heads up there."""
+    """Return the number of values that a token's keys and values take in `make_cache`, with the padding of heads."""
     heads = _heads_in_pages(program, block, dtype, device)
     if heads is None:
         return program.numbers_per_position
@@ -66,7 +70,7 @@ def _heads_in_pages(program: Program, block: int, dtype: torch.dtype, device: to
 
 @dataclass(frozen=True, slots=True)
 class PageCache:
-    """Kernels' pages."""
+    """Cache in the kernels' pages."""
 
     store: kernel.PagedStore
 
@@ -88,7 +92,7 @@ class PageCache:
 
 
 class SlotsInPages(SlotStore):
-    """Slots in the kernels' pages: of every layer all keys of a page in a row, then all values."""
+    """Slots in the kernels' pages: for each layer all keys of a page, then all values."""
 
     def __init__(self, store: kernel.PagedStore) -> None:
         super().__init__(store.n_pages, store.block)
@@ -108,13 +112,13 @@ class SlotsInPages(SlotStore):
 
 @dataclass(frozen=True, slots=True)
 class SlotRows:
-    """Rows of a pass by slots; ``seen`` are the keys that they see, by window, found when first asked for."""
+    """Rows of a pass by slots; ``seen`` are the keys that they attend to, by window, computed on first use."""
 
     step: PagedStep
     seen: dict[int | None, SeenKeys] = field(default_factory=dict)
 
     def within(self, window: int | None) -> SeenKeys:
-        """Return the keys up to a token itself, of the last ``window`` positions."""
+        """Return the keys that a token attends to: its own and earlier ones, of the last ``window`` positions."""
         if window not in self.seen:
             self.seen[window] = SeenKeys(lambda _batch, _head, query, key: _near(query, key, window))
         return self.seen[window]
@@ -122,7 +126,7 @@ class SlotRows:
 
 @dataclass(frozen=True, slots=True)
 class SlotCache:
-    """Plain torch: any size of page, any dtype, any device, any mixture of heads."""
+    """Cache in plain torch: any page size, any dtype, any device, any mixture of heads."""
 
     store: SlotStore
     device: torch.device
@@ -146,7 +150,7 @@ class SlotCache:
         return self.store
 
     def discard(self, pages: Sequence[int]) -> None:
-        """Nothing: memory of plain tensors cannot be given back page by page."""
+        """Do nothing: memory of plain tensors cannot be freed page by page."""
 
 
 def _near(query: Tensor, key: Tensor, window: int | None) -> Tensor:

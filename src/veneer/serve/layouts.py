@@ -1,8 +1,8 @@
-"""Layouts of adapter files: where two differ in values alone, the second is read and packed by a table.
+"""Layouts of adapter files: if two files differ in values alone, the second is read and packed by a table.
 
-Reading an adapter of a new layout looks at every tensor: where it belongs, whether it fits, how it is packed. All of
-that follows from its config and the header of its file. If a file holds nothing but low-rank factors, as LoRA's
-does, the next one of the same config and header takes a few calls for each megabyte.
+Reading an adapter of a new layout examines every tensor: its place, its shape, its packing. All of that follows from
+its config and the header of its file. A file may hold nothing but low-rank factors, as LoRA's does. The next one of
+the same config and header then takes a few calls for each megabyte.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ _UNREAD = ("base_model_name_or_path", "revision", "lora_dropout", "peft_version"
 
 
 class Layouts:
-    """Layouts of adapters that have been read, the last few of them. For any thread."""
+    """Layouts of adapters that have been read, limited to the last few. For any thread."""
 
     def __init__(self) -> None:
         self._known: dict[Head, _Layout] = {}
         self._lock = threading.Lock()  # a layout has one piece of memory that values are read into
 
     def read(self, folder: Path) -> Owns | None:
-        """Return an adapter packed; None if its layout is new, or something is wrong that reading it anew tells."""
+        """Return an adapter packed; None if its layout is new, or if something is wrong that a full read reports."""
         if self._known:
             with suppress(OSError, ValueError), _opened(folder) as (head, file), self._lock:
                 layout = self._known.get(head)
@@ -52,7 +52,7 @@ class Layouts:
         return None
 
     def learn(self, folder: Path, owns: Owns, factors: Sequence[Factor]) -> None:
-        """Remember the layout of an adapter that was packed of ``factors``, if its table gives the same again."""
+        """Store the layout of an adapter packed from ``factors``, if reading by its table gives the same values."""
         layout = _layout_of(owns, factors)
         if layout is None:
             return

@@ -1,4 +1,4 @@
-"""`LLM`: vLLM's offline face, in the caller's thread."""
+"""`LLM`: vLLM's offline interface, in the caller's thread."""
 
 from __future__ import annotations
 
@@ -44,11 +44,11 @@ class LLM:
         use_tqdm: bool = True,
         lora_request: LoRARequest | Sequence[LoRARequest | None] | None = None,
     ) -> list[RequestOutput]:
-        """Answers to prompts, in their order. A prompt is text, token ids, or a mapping with ``prompt`` or
-        ``prompt_token_ids``; parameters and adapters are one for all, or one for each.
+        """Return the answers to prompts, in order. Parameters and adapters are one for all, or one for each.
 
-        Raises ConfigError for what is wrong with a prompt before any is run, and the reason (FormatError, …) where an
-        adapter turns out not to fit: the engine stays as it was.
+        A prompt is text, token ids, or a mapping with ``prompt`` or ``prompt_token_ids``. Raises ConfigError for an
+        invalid prompt before any is run. Raises an adapter's error (FormatError, …) if it does not fit; the engine
+        stays unchanged.
         """
         return self._complete(self._asked(_listed(prompts), sampling_params, lora_request), use_tqdm)
 
@@ -66,10 +66,10 @@ class LLM:
         tools: list[dict[str, Any]] | None = None,
         chat_template_kwargs: dict[str, Any] | None = None,
     ) -> list[RequestOutput]:
-        """Return the next turns of conversations, under the chat template given, or the one saved with the adapter, or
-        the model's. Raises as `generate`.
+        """Return the next turns of conversations. Raises as `generate` does.
 
-        Contents in several parts come to the template as one text, whatever it would make of parts.
+        The chat template is the one given, or the one saved with the adapter, or the model's. Contents in several parts
+        are joined to one text before the template, even if it could render parts.
         """
         if chat_template_content_format not in ("auto", "string"):
             raise ConfigError(f"chat_template_content_format={chat_template_content_format!r} must be auto or string")
@@ -89,7 +89,7 @@ class LLM:
         *,
         lora_request: LoRARequest | Sequence[LoRARequest | None] | None = None,
     ) -> list[str]:
-        """Take prompts in without running them; their ids. `wait_for_completion` gives the answers."""
+        """Submit prompts without running them; return their ids. `wait_for_completion` returns the answers."""
         asked = self._asked(_listed(prompts), sampling_params, lora_request)
         for each in asked:
             self.engine.submit(each)
@@ -97,7 +97,7 @@ class LLM:
         return [each.id for each in asked]
 
     def wait_for_completion(self, *, use_tqdm: bool = True) -> list[RequestOutput]:
-        """Run all that was enqueued; the answers in that order. One that failed has the finish reason "error"."""
+        """Run all enqueued prompts; return the answers in order. A failed one has the finish reason "error"."""
         ids, self._waiting = self._waiting, []
         return self._run(ids, use_tqdm)
 
@@ -106,9 +106,7 @@ class LLM:
         return self.engine.tokenizer
 
     def get_default_sampling_params(self) -> SamplingParams:
-        """Return the parameters that `generate` takes where none are given: those of the model's
-        generation_config.json.
-        """
+        """Return the default parameters of `generate`: those of the model's generation_config.json."""
         stored = self.engine.settings.generation_defaults if self.options.generation_config == "auto" else {}
         return SamplingParams(**stored)
 
@@ -178,14 +176,14 @@ class Adapters:
         return True
 
     def remove_lora(self, lora_id: int) -> bool:
-        """Drop an adapter; requests in flight keep it. False if there is none of this number."""
+        """Drop an adapter; requests in flight keep it. Return False if there is none of this number."""
         if lora_id not in self.list_loras():
             return False
         self._engine.remove_adapter(lora_id)
         return True
 
     def list_loras(self) -> set[int]:
-        """Return the numbers of the adapters that are known."""
+        """Return the numbers of the known adapters."""
         return {request.adapter_id for request in self._engine.adapters}
 
     def pin_lora(self, lora_id: int) -> bool:

@@ -1,4 +1,4 @@
-"""Adapters read on a thread of their own, while all others decode."""
+"""Loader that reads adapters on its own thread while decoding continues."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _NICENESS = 4  # the step goes first, and what waits for this gets a third of a 
 
 @dataclass(frozen=True, slots=True)
 class Finished(Generic[Read]):
-    """End of a load: what was read, or why nothing was, and the seconds that it took."""
+    """Result of a load: the adapter, or the error, and the seconds that it took."""
 
     id: str
     result: Read | BaseException
@@ -30,11 +30,11 @@ class Finished(Generic[Read]):
 
 
 class Loader(Generic[Read]):
-    """Queue of loads, done one after the other; ``tell`` gets every end, on the thread that reads.
+    """Queue of loads, run one after the other; ``tell`` is called with every result, on the thread that reads.
 
-    The thread lives while there is something to read, so that an engine without loads has none, and none is left when
-    it goes. torch computes there on that one thread alone: the team of threads is the step's. If no thread can
-    start, what waits for it ends with a ServingError.
+    The thread lives while there is something to read. An engine without loads thus has none, and none is left when it
+    is deleted. torch computes on that one thread alone: the thread pool belongs to the step. If no thread can start,
+    waiting loads end with a ServingError.
     """
 
     def __init__(self, tell: Callable[[Finished[Read]], None]) -> None:
@@ -44,7 +44,7 @@ class Loader(Generic[Read]):
         self._thread: threading.Thread | None = None
 
     def submit(self, id: str, read: Callable[[], Read]) -> None:
-        """Read something soon; never waits."""
+        """Queue a load; never blocks."""
         with self._lock:
             self._queue.append((id, read))
             if self._thread is not None:
@@ -58,7 +58,7 @@ class Loader(Generic[Read]):
         self._refuse(reason)
 
     def stop(self) -> None:
-        """Begin nothing more, and wait for what is read now. Ends that are not told are those that never began."""
+        """Begin no more loads, and wait for the current one. Loads that never began have no result."""
         with self._lock:
             self._queue.clear()
             thread = self._thread

@@ -1,4 +1,4 @@
-"""Adapter that a request takes. The name is vLLM's; the adapter may be of any method. No torch."""
+"""Adapter of a request. The name is vLLM's; the adapter may be of any method. No torch."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from veneer.errors import ConfigError
 
 @dataclass(frozen=True)
 class LoRARequest:
-    """Adapter by name, number and folder (or hub id). Equal, and hashed, by name.
+    """Adapter by name, number and folder (or hub id). Equality and hash are by name.
 
-    What is served is what lies in the folder when a request is made: new files under an old name are another adapter
-    (so that ``load_inplace`` need not be asked for), and requests in flight keep the one that they began with. A mix
-    (`LoRARequest.mix`) has ``parts``, adapters with their weights, and no folder. Raises ConfigError.
+    The contents of the folder at the time of a request are served. New files under an old name are thus another
+    adapter, without ``load_inplace``; requests in flight keep the earlier one. A mix (`LoRARequest.mix`) has ``parts``,
+    adapters with their weights, and no folder. Raises ConfigError.
     """
 
     lora_name: str
@@ -42,10 +42,10 @@ class LoRARequest:
 
     @classmethod
     def mix(cls, name: str, number: int, parts: Sequence[tuple[LoRARequest, float]]) -> LoRARequest:
-        """Return a weighted sum of adapters, each at its own rank: PEFT's ``add_weighted_adapter(…, "cat")``, as one
-        adapter.
+        """Return a weighted sum of adapters as one adapter, each at its own rank: PEFT's ``add_weighted_adapter(…,
+        "cat")``.
 
-        The order of the parts does not matter. Raises ConfigError for no parts, and for what is no adapter or weight.
+        The order of the parts does not matter. Raises ConfigError for no parts, and for invalid adapters or weights.
         """
         given = tuple(parts)
         if not given:
@@ -54,17 +54,17 @@ class LoRARequest:
 
     @property
     def name(self) -> str:
-        """Adapter's name."""
+        """Name of the adapter."""
         return self.lora_name
 
     @property
     def adapter_id(self) -> int:
-        """Adapter's number."""
+        """Number of the adapter."""
         return self.lora_int_id
 
     @property
     def path(self) -> str:
-        """Adapter's folder."""
+        """Folder of the adapter."""
         return self.lora_path
 
 

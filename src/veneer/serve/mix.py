@@ -1,4 +1,4 @@
-"""Weighted mix of adapters: the sum of what they add, as the effects of one adapter."""
+"""Weighted mix of adapters: the sum of their changes, as the effects of one adapter."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def read_mix(lookup: Lookup, program: Program, parts: Parts) -> Effects:
     """Return the effects ``Σ w_i ΔW_i`` and ``Σ w_i Δbias_i`` of saved adapters, on the layers that any of them
     changes.
 
-    Raises what `read_effects` does, and CompositionError for an adapter whose effect is no sum on linear layers.
+    Raises the errors of `read_effects`, and CompositionError for an adapter whose effect is no sum on linear layers.
     """
     read = [(_summand(folder, read_effects(lookup, program, folder)), weight) for folder, weight in parts]
     found = Effects()

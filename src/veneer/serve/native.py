@@ -1,8 +1,8 @@
-"""Step in C++: the instructions of a program that it knows, and passes through stretches of them, one call each.
+"""Step in C++: the instructions of a program that it supports, and passes through stretches of them, one call each.
 
-It calls the kernels that the ops call, on the same weights, so that it gives the same bits as instructions one by one.
-What it does not know, of a model or of the versions in a pass, `bound` instructions do between the stretches, on the
-same registers.
+It calls the same kernels as the ops, on the same weights, so it gives the same bits as the instructions one by one.
+Parts of a model, or of the versions in a pass, may be unsupported. `bound` instructions run these between the
+stretches, on the same registers.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ from veneer.serve.step import Step
 
 
 class Adapter(NamedTuple):
-    """Parts of a version beside the records of its linear layers; ``paths`` have parameters or rows of its own."""
+    """Parts of a version besides the records of its linear layers; ``paths`` have its own parameters or rows."""
 
     effects: Effects
     bottlenecks: Mapping[str, Bottleneck]
@@ -55,11 +55,10 @@ class Adapter(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """One bound instruction in C++: its place there, its registers, and the versions with which it is not known.
+    """Bound instruction in C++: its place there, its registers, and the versions that it does not support.
 
-    Those are the versions that change a parameter or rows at its ``fixed`` paths, or the layer ``fixed_layer``. A
-    version's own ``norm`` is known.
-    Bottlenecks of its ``site`` are the business of its instruction ``site_at``.
+    Those versions change a parameter or rows at its ``fixed`` paths, or the layer ``fixed_layer``. A version's own
+    ``norm`` is supported. Its instruction ``site_at`` applies the bottlenecks of its ``site``.
     """
 
     place: range
@@ -75,7 +74,7 @@ class Part:
     site_at: int = 0
 
     def take(self, program: StepProgram, version: str, number: int, adapter: Adapter) -> None:
-        """Return a version comes; its records have been taken by the linear layers."""
+        """Add a version, after the linear layers have taken its records."""
         own = None if self.linears is None else self.linears.versions.get(version)
         if own is not None:
             changes = changes_of(own, program.dtype)
@@ -103,7 +102,7 @@ class Part:
 
 
 class NativeStep:
-    """Parts of a program in C++, one for each bound instruction: None if it is not known."""
+    """Parts of a program in C++, one for each bound instruction, or None if it is not supported."""
 
     def __init__(self, width: int, dtype: torch.dtype, turns: Mapping[Rotary, tuple[Tensor, Tensor]]) -> None:
         tables = [(cos.float().contiguous(), sin.float().contiguous()) for cos, sin in turns.values()]
@@ -118,14 +117,14 @@ class NativeStep:
         self._memory: dict[Register, Tensor] = {}
 
     def add(self, bound: Bound) -> None:
-        """Return the next instruction of the program."""
+        """Add the next instruction of the program."""
         before = self.program.n_instructions
         part = self._part_of(bound)
         place = range(before, self.program.n_instructions)
         self.parts.append(None if part is None else replace(part, place=place))
 
     def take(self, version: str, effects: Effects, bottlenecks: Mapping[str, Bottleneck]) -> None:
-        """Return an adapter version comes, whose records the linear layers have taken."""
+        """Add an adapter version, after the linear layers have taken its records."""
         number = next(n for n in range(len(self.numbers) + 1) if n not in self.numbers.values())
         self.numbers[version] = number
         paths = frozenset({path for path, _ in effects.whole} | effects.rows.keys())
@@ -137,7 +136,7 @@ class NativeStep:
                     self.partly.add(version)
 
     def drop(self, version: str) -> None:
-        """Return an adapter version goes, if it came."""
+        """Drop an adapter version, if it is known."""
         if version in self.numbers:
             self.program.drop(self.numbers.pop(version))
         self.partly.discard(version)
@@ -153,7 +152,7 @@ class NativeStep:
         return self._first[register]
 
     def rows_of(self, register: Register, n: int) -> list[Tensor]:
-        """Memory for n rows of a register, its tensors side by side; the same in every pass."""
+        """Return memory for n rows of a register, its tensors as adjacent columns; the same memory in every pass."""
         held = self._memory.get(register)
         if held is None or len(held) < n:
             held = torch.empty(n, sum(register.widths), dtype=self.program.dtype)
@@ -291,7 +290,7 @@ class NativeStep:
         return Part(range(0), (reads,), (writes,))
 
     def stretches(self, instructions: Sequence[Bound], step: Step, *, by_ids: bool) -> Iterator[Bound]:
-        """Return the instructions as a pass takes them: those that are known joined, the others as they are."""
+        """Return the instructions of a pass: supported ones joined, the others unchanged."""
         in_pages = isinstance(step.cache, PageCache) and step.written is None
         found: list[Part] = []
         for part, bound in zip(self.parts, instructions, strict=True):
@@ -309,7 +308,7 @@ class NativeStep:
 
 
 class Stretch:
-    """Parts one after the other, run by one call."""
+    """Consecutive parts, run by one call."""
 
     def __init__(self, native: NativeStep, parts: Sequence[Part]) -> None:
         self.native = native

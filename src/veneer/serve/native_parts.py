@@ -1,4 +1,4 @@
-"""Program's parts in the words of the C++ step (`veneer.ops.cpu.step`); None for its action not know."""
+"""Translation of a program's parts to the C++ step (`veneer.ops.cpu.step`); None for unsupported parts."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Register(NamedTuple):
 
 
 def norm_of(bound: BoundNorm, own: tuple[Tensor | None, Tensor | None] | None = None) -> StepNorm | None:
-    """Return a norm with one weight for all that it is over; ``own`` are a weight and a bias instead of the base's."""
+    """Return a norm that has one weight for all heads, or None; ``own`` replaces the base's weight and bias."""
     norm, (weight, bias) = bound.norm, own or bound.own
     if len(norm.shape) > 1 or weight is None or weight.dtype not in ROWS:
         return None
@@ -36,7 +36,7 @@ def norm_of(bound: BoundNorm, own: tuple[Tensor | None, Tensor | None] | None = 
 
 
 def heads_at(layout: HeadLayout, first: int) -> tuple[StepHeads, StepHeads, StepHeads]:
-    """Queries, keys and values in the registers from ``first`` on, as `HeadLayout.split` finds them."""
+    """Return queries, keys and values in the registers from ``first`` on, as `HeadLayout.split` splits them."""
     d = layout.head_dim
     if layout.order == "apart":
         return StepHeads(first, 0, d), StepHeads(first + 1, 0, d), StepHeads(first + 2, 0, d)
@@ -47,13 +47,16 @@ def heads_at(layout: HeadLayout, first: int) -> tuple[StepHeads, StepHeads, Step
 
 
 def is_plain(part: Attention) -> bool:
-    """Return True if there is nothing in an attention that the step has no words for."""
+    """Return True if the step supports every part of an attention."""
     flat = all(len(norm.shape) == 1 for norm in part.norms)
     return flat and part.clip is None and part.temperature is None and part.alibi is None
 
 
 def changes_of(own: Own, dtype: torch.dtype) -> list[LayerChange] | None:
-    """Return the changes of a version at layers, beside adding its pairs; empty if it makes none."""
+    """Return the changes of a version at layers, other than adding its pairs; empty if it makes none.
+
+    Returns None if the step does not support one of them.
+    """
     if own.only_adds:
         return []
     found = list(_changes(own, dtype))

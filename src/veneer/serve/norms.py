@@ -18,7 +18,7 @@ from veneer.serve.effects import Effects
 
 @dataclass(frozen=True, slots=True)
 class BoundNorm:
-    """One norm; ``own`` are the base's weight and bias."""
+    """Norm on a model's weights; ``own`` are the base's weight and bias."""
 
     model: PreTrainedModel
     norm: Norm
@@ -42,7 +42,7 @@ class BoundNorm:
         return y
 
     def instead(self, effects: Effects) -> tuple[Tensor | None, Tensor | None] | None:
-        """Return the weight and bias that a version has instead of the base's; None if it has neither."""
+        """Return the weight and bias that replace the base's for a version; None if it replaces neither."""
         keys = [(self.norm.path, name) for name in ("weight", "bias")]
         if effects.whole.keys().isdisjoint(keys):
             return None

@@ -24,9 +24,10 @@ TokenLogprobs = dict[int, Logprob]
 
 @dataclass(slots=True)
 class CompletionOutput:
-    """One answer. ``stop_reason`` is the string or id that ended it, None if that was the end token or its length.
+    """Answer to a prompt. ``stop_reason`` is the string or id that ended it.
 
-    ``logprobs`` holds, for each token, those of the chosen one and of the likeliest, by id.
+    It is None if the end token or the length ended it. ``logprobs`` holds, for each token, the log-probabilities of the
+    chosen token and of the likeliest, by id.
     """
 
     index: int
@@ -39,13 +40,13 @@ class CompletionOutput:
     lora_request: LoRARequest | None = None
 
     def finished(self) -> bool:
-        """True if nothing more comes."""
+        """Return True if the answer is complete."""
         return self.finish_reason is not None
 
 
 @dataclass(slots=True)
 class RequestOutput:
-    """Prompt with its answers. ``error`` says why a request ended with the finish reason "error".
+    """Prompt with its answers. ``error`` is the reason if a request ended with the finish reason "error".
 
     There is no prefix cache and there are no statistics yet: ``num_cached_tokens`` is 0, ``metrics`` None.
     """

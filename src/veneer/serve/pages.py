@@ -1,5 +1,6 @@
-"""Pages of keys and values, who holds them, and the bytes that they share with adapters. No torch: pages are
-numbers, their bytes lie with the runner.
+"""Pages of keys and values, their holders, and the bytes that they share with adapters.
+
+No torch: pages are numbers, and the runner has their memory.
 """
 
 from __future__ import annotations
@@ -12,12 +13,13 @@ from veneer.errors import ConfigError
 class Pages:
     """``n_pages`` pages of ``block`` positions and ``page_bytes`` bytes each, and the page tables of their holders.
 
-    A page takes memory when it is first held, and keeps it for the next holder until others need the bytes. Of
-    ``n_bytes`` (None: as many as all pages take) what pages do not take can be `lend` to others.
-
-    Laws: a page is free or in exactly one table; a table holds just as many pages as its positions need; `grow` and
-    `lend` fail only where pages or bytes lack, and then change nothing; pages with memory and what is lent are at most
-    ``n_bytes``; when all holders have released and all is given back, every page is free.
+    A page takes memory when it is first held, and keeps it for the next holder until others need the bytes. Bytes of
+    ``n_bytes`` (None: the size of all pages) that pages do not take can be `lend` to others. Invariants:
+    - A page is free or in exactly one table.
+    - A table holds exactly as many pages as its positions need.
+    - `grow` and `lend` fail only if pages or bytes are too few, and then change nothing.
+    - Pages with memory and lent bytes take at most ``n_bytes``.
+    - When all holders have released and all bytes are given back, every page is free.
     """
 
     def __init__(self, n_pages: int, block: int, *, page_bytes: int = 1, n_bytes: int | None = None) -> None:
@@ -34,12 +36,12 @@ class Pages:
 
     @property
     def n_held(self) -> int:
-        """Pages that somebody holds."""
+        """Number of held pages."""
         return self.n_pages - len(self._kept) - len(self._fresh)
 
     @property
     def n_free(self) -> int:
-        """Pages that can be held without anybody giving bytes back."""
+        """Number of pages that can be held without bytes being given back."""
         return len(self._kept) + min(len(self._fresh), self._unused // self.page_bytes)
 
     @property
@@ -48,26 +50,29 @@ class Pages:
         return self._unused + len(self._kept) * self.page_bytes
 
     def needed(self, n_positions: int) -> int:
-        """Pages for that many positions."""
+        """Return the number of pages for that many positions."""
         return -(-n_positions // self.block)
 
     def capacity(self, n_lent: int) -> int:
-        """Positions that one holder can have beside so many lent bytes."""
+        """Return the number of positions that one holder can have while so many bytes are lent."""
         return min(self.n_pages, max(0, self.n_bytes - n_lent) // self.page_bytes) * self.block
 
     def covers(self, holder: Hashable, n_positions: int) -> bool:
-        """Return True if a holder's table reaches so many positions."""
+        """Return True if a holder's table covers so many positions."""
         return len(self._tables.get(holder, ())) * self.block >= n_positions
 
     def lacking(self, holder: Hashable, n_positions: int) -> int | None:
-        """Bytes that others must give back before `grow` succeeds; None if no bytes would help."""
+        """Return the bytes that others must give back before `grow` succeeds; None if no bytes would help."""
         missing = self.needed(n_positions) - len(self._tables.get(holder, ()))
         if missing > len(self._kept) + len(self._fresh):
             return None
         return max(0, (missing - len(self._kept)) * self.page_bytes - self._unused)
 
     def grow(self, holder: Hashable, n_positions: int) -> bool:
-        """Let a holder's table cover ``n_positions`` from the start; False if pages lack, and nothing changes."""
+        """Extend a holder's table to ``n_positions`` from the start.
+
+        Returns False if pages are too few; nothing changes then.
+        """
         table = self._tables.get(holder, [])
         missing = self.needed(n_positions) - len(table)
         if missing > self.n_free:
@@ -82,11 +87,14 @@ class Pages:
         return tuple(self._tables.get(holder, ()))
 
     def release(self, holder: Hashable) -> None:
-        """Give all of a holder's pages back; the last that it took is the first to be taken again."""
+        """Free all of a holder's pages; the last in its table is the first to be reused."""
         self._kept.extend(self._tables.pop(holder, ()))
 
     def lend(self, n_bytes: int) -> bool:
-        """Let others have bytes, free pages giving up their memory; False if bytes lack, and nothing changes."""
+        """Lend bytes to others, taking the memory of free pages if needed.
+
+        Returns False if bytes are too few; nothing changes then.
+        """
         if n_bytes > self.lendable:
             return False
         while n_bytes > self._unused:

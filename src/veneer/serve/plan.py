@@ -12,10 +12,10 @@ from veneer.serve.outputs import TokenLogprobs
 class PlannedSequence(NamedTuple):
     """Stretch of one request's tokens.
 
-    ``tokens`` are the ids to compute, at the positions ``start``, ``start + 1``, …; the ``n_front`` positions before
-    the first token of a sequence hold the adapter's virtual tokens, which are put there with ``start == n_front``.
-    ``pages`` hold the positions, ``block`` in each. ``samples``: a token is drawn behind the last one. The
-    log-probabilities of ``targets`` are asked for, which follow the tokens from ``first_scored`` on.
+    ``tokens`` are the ids to compute, at the positions ``start``, ``start + 1``, …; ``pages`` hold the positions,
+    ``block`` in each. The ``n_front`` positions before the first token of a sequence hold the adapter's virtual tokens,
+    which are written when ``start == n_front``. ``samples``: a token is drawn after the last one. ``targets`` are the
+    tokens whose log-probabilities are asked for; they follow the tokens from ``first_scored`` on.
     """
 
     request_id: str
@@ -31,18 +31,18 @@ class PlannedSequence(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """Sequences of a step, those of one adapter version side by side and the base's first."""
+    """Sequences of a step, grouped by adapter version, the base's first."""
 
     sequences: tuple[PlannedSequence, ...] = ()
 
     @property
     def n_tokens(self) -> int:
-        """Rows of the step."""
+        """Number of rows of the step."""
         return sum(len(sequence.tokens) for sequence in self.sequences)
 
 
 class Drawn(NamedTuple):
-    """Token that was drawn, with the log-probabilities that were asked for, the chosen one's first."""
+    """Drawn token, with the requested log-probabilities, its own first."""
 
     token: int
     logprobs: TokenLogprobs | None = None
@@ -50,7 +50,7 @@ class Drawn(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Sampled:
-    """Results of a step, by request: the token drawn, or why none was, and log-probabilities of prompt tokens."""
+    """Results of a step, by request: the drawn token or the error, and log-probabilities of prompt tokens."""
 
     drawn: dict[str, Drawn] = field(default_factory=dict)
     prompt_logprobs: dict[str, list[TokenLogprobs]] = field(default_factory=dict)

@@ -1,7 +1,6 @@
-"""Linear layers that read the same x, with what adapter versions do to them: on packed weights, or on any others.
+"""Linear layers that read the same x, with the changes of adapter versions: on packed weights, or on any others.
 
-Rows of several versions go through together. If a version has a weight of its own, its rows are computed again by
-themselves.
+Rows of several versions are computed together. If a version replaces a weight, its rows are computed again separately.
 """
 
 from __future__ import annotations
@@ -37,9 +36,9 @@ Packed = Mapping[tuple[str, ...], PackedGroup]
 
 @dataclass(frozen=True, slots=True)
 class Packing:
-    """Packing of one version: its groups of layers one by one, then the ``packer`` runs.
+    """State of packing one version: its groups of layers are added one by one, then the ``packer`` runs.
 
-    ``shared`` are the factors that several groups share, by what they are packed from.
+    ``shared`` are the factors that several groups share, keyed by their unpacked tensors.
     """
 
     packer: PairsPacker = field(default_factory=PairsPacker)
@@ -48,10 +47,10 @@ class Packing:
 
 @dataclass(frozen=True, slots=True)
 class Own:
-    """One version at a group of layers: its records, and the whole weights that it has instead of theirs.
+    """Changes of one version at a group of layers: its records, and the ``whole`` weights that replace the layers'.
 
-    ``pairs`` are the low-rank parts of all layers, or of each where one of them scales its input. Records that they
-    are taken from have them no more.
+    ``pairs`` are the low-rank parts of all layers packed together. If a layer scales its input, ``apart`` has those of
+    each layer instead. Packed parts are removed from the records.
     """
 
     records: tuple[LinearDelta, ...]
@@ -66,7 +65,7 @@ class Own:
 
 
 class Linears:
-    """Layers at some paths."""
+    """Linear layers at some paths."""
 
     def __init__(self, model: PreTrainedModel, linears: Sequence[Linear], packed: Packed) -> None:
         self.paths = tuple(linear.path for linear in linears)
@@ -78,7 +77,7 @@ class Linears:
         self.bias = _joined(self.biases, [linear.out_features for linear in linears])
 
     def packed(self, effects: Effects, packing: Packing) -> Own | None:
-        """Return the change of a version that `take` puts in, made on any thread; None if it does nothing here."""
+        """Return the packed change of a version for `take`, on any thread; None if it changes nothing here."""
         records = tuple(effects.linear.get(path, NOTHING) for path in self.paths)
         whole = {i: w for i, path in enumerate(self.paths) if (w := effects.whole.get((path, "weight"))) is not None}
         if not whole and all(record is NOTHING for record in records):
@@ -87,12 +86,12 @@ class Linears:
         return own if self.group is None else self._packed(own, packing)
 
     def take(self, version: str, own: Own | None) -> None:
-        """Return a version comes, if it does anything here."""
+        """Add a version, if it changes anything here."""
         if own is not None:
             self.versions[version] = own
 
     def drop(self, version: str) -> None:
-        """Return a version goes."""
+        """Drop a version."""
         self.versions.pop(version, None)
 
     def __call__(self, x: Tensor, versions: tuple[str, ...], runs: AdapterRuns) -> list[Tensor]:
@@ -115,14 +114,14 @@ class Linears:
         return ys
 
     def onto(self, h: Tensor, x: Tensor, versions: tuple[str, ...], runs: AdapterRuns) -> Tensor:
-        """``h`` and what the one layer gives, at once. `adds` holds for these versions."""
+        """Return the sum of ``h`` and the single layer's output, in one product. `adds` holds for these versions."""
         y = cast(PackedGroup, self.group).parts[0].matmul(x, onto=h)
         segments = _segments([self.versions.get(version) for version in versions], runs)
         add_pairs(x, segments, [y])
         return y
 
     def adds(self, version: str | None = None) -> bool:
-        """Return True if the output of a version's rows (None: of the base's) can be added to something at once."""
+        """Return True if `onto` can compute a version's rows (None: the base's)."""
         if self.group is None or self.bias is not None:
             return False
         own = None if version is None else self.versions.get(version)
@@ -222,9 +221,7 @@ class Part(NamedTuple):
 
 @functools.lru_cache(maxsize=64)
 def divided(runs: AdapterRuns, apart: tuple[bool, ...]) -> tuple[Part, Part]:
-    """Return the rows of a pass whose versions are not ``apart``, the base's among them, and those whose
-    versions are.
-    """
+    """Return the rows of a pass in two parts: those of the base and of versions not ``apart``, and the others."""
     rows: tuple[list[int], list[int]] = ([], [])
     found: tuple[list[Run], list[Run]] = ([], [])
     for place, start, stop in runs.with_gaps():

@@ -1,7 +1,7 @@
 """Decoder as a program: a list of instructions of ten kinds, compiled from its description. Plain data.
 
-The instructions read and write registers, which have names: ``h`` is the stream of all rows (n, width). Whoever runs a
-program binds its paths to weights (`interpreter`).
+The instructions read and write named registers: ``h`` is the stream of all rows (n, width). An interpreter binds the
+program's paths to weights (`interpreter`).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ STREAM = "h"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Embed:
-    """Stream begins: table, multiplier, learned positions, norm."""
+    """Start of the stream: table, multiplier, learned positions, norm."""
 
     embedding: Embedding
 
@@ -37,7 +37,7 @@ class Normalize:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Product:
-    """``target = [W x + c, …]``, a list of what each linear layer gives for the same ``source``."""
+    """``target = [W x + c, …]``, a list of the outputs of each linear layer for the same ``source``."""
 
     linears: tuple[Linear, ...]
     source: str
@@ -46,8 +46,9 @@ class Product:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Heads:
-    """Outputs in ``source`` become heads: clipped, normed, rotated. Queries go to ``target``, keys and values to
-    pages: ``layer`` is the place of their keys and values in a page.
+    """Heads from the outputs in ``source``: clipped, normed, rotated.
+
+    Queries are written to ``target``, keys and values to pages. ``layer`` is their index in a page.
     """
 
     layer: int
@@ -58,7 +59,7 @@ class Heads:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Attend:
-    """``target`` (n, heads · width): what the queries in ``source`` see in the pages of their sequences."""
+    """``target`` (n, heads · width): attention of the queries in ``source`` to the pages of their sequences."""
 
     layer: int
     attention: Attention
@@ -77,7 +78,7 @@ class Activate:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Change:
-    """Place of bottlenecks: they change a half's output ``target``, its input being ``source``."""
+    """Place of bottlenecks that change the output ``target`` of a half block with input ``source``."""
 
     site: str
     source: str
@@ -103,7 +104,7 @@ class Add:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Logits:
-    """Logits of the rows that need them: norm, head, scale and cap."""
+    """Logits of the rows that need them: norm, head, scale and soft cap."""
 
     norm: Norm | None
     head: Head
@@ -114,7 +115,7 @@ Instruction = Embed | Normalize | Product | Heads | Attend | Activate | Change |
 
 @dataclass(frozen=True)
 class Program:
-    """Instructions of a whole pass. ``n_positions``: how many positions they are right for."""
+    """Instructions of a whole pass, valid for sequences of at most ``n_positions``."""
 
     instructions: tuple[Instruction, ...]
     n_positions: int
@@ -126,7 +127,7 @@ class Program:
 
     @property
     def numbers_per_position(self) -> int:
-        """Numbers that the keys and values of a token are."""
+        """Number of values in the keys and values of a token."""
         return sum(2 * part.heads.n_kv_heads * part.heads.head_dim for part in self.attentions)
 
     @property
@@ -142,7 +143,7 @@ class Program:
 
     @cached_property
     def norms(self) -> dict[str, Norm]:
-        """Norms in front of halves, behind them and of the head, by path; not those of heads."""
+        """Norms before and after half blocks, and of the head, by path; not those of attention heads."""
         found = (each.norm for each in self.instructions if isinstance(each, Normalize | Logits))
         return {norm.path: norm for norm in found if norm is not None}
 
@@ -153,19 +154,19 @@ class Program:
 
     @property
     def embedding(self) -> Embedding:
-        """First instruction's."""
+        """Embedding of the first instruction."""
         return next(each.embedding for each in self.instructions if isinstance(each, Embed))
 
     @property
     def head(self) -> Head:
-        """Last instruction's."""
+        """Head of the last instruction."""
         return next(each.head for each in self.instructions if isinstance(each, Logits))
 
 
 def compile_program(decoder: Decoder, n_positions: int) -> Program:
     """Return the program of a decoder, for sequences of at most ``n_positions``.
 
-    Raises DescriptionError that names the part for which there is no instruction.
+    Raises DescriptionError that names the part without an instruction.
     """
     reason = next(_unsaid(decoder, n_positions), None)
     if reason is not None or decoder.head is None:

@@ -1,7 +1,7 @@
-"""Runs plans by the model's program: the fast runner. What the program cannot say goes through the general one.
+"""Runner of plans by the model's program: the fast runner, with the general one for parts outside the program.
 
-The program is proved on the model when the runner is made. An adapter with a part that has no place in it is loaded
-into the general runner, on the same weights and the same pages, and its requests take that way, in the same steps.
+The program is verified on the model when the runner is made. An adapter with a part that has no place in it is loaded
+into the general runner, on the same weights and the same pages. Its requests are run there, in the same steps.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ _LOG = logging.getLogger(__name__)
 class ProgramAdapter:
     """Adapter packed for the program; ``prefix`` are the keys and values of a prefix, by layer.
 
-    ``n_bytes`` are those of all that it holds, counted where it is read: the step does not wait for that.
+    ``n_bytes`` is the size of all its tensors, counted on the thread that reads, so that the step does not wait for it.
     """
 
     packed: PackedEffects
@@ -62,7 +62,7 @@ class ProgramAdapter:
 
 @dataclass(frozen=True, slots=True)
 class GeneralAdapter:
-    """Adapter that the general runner is to load, for a reason."""
+    """Adapter for the general runner, with the reason."""
 
     stored: StoredFolder | StoredMix
     reason: str
@@ -76,8 +76,8 @@ class GeneralAdapter:
 class ProgramRunner(DrawingRunner):
     """`Runner` of a model's program.
 
-    Passes and reading wait for each other once the model itself has adapters, and not before. ``alone``: there is no
-    general runner, so that `read` raises `UnsaidError` for what the program has no place for.
+    Passes and reading exclude each other once the model itself has adapters, and not before. ``alone``: there is no
+    general runner, so that `read` raises `UnsaidError` for parts without a place in the program.
     """
 
     def __init__(
@@ -261,12 +261,13 @@ def _require_weights(model: PreTrainedModel, folder: Path) -> None:
 
 
 def proved(model: PreTrainedModel, n_positions: int, *, give_up: bool = False) -> Interpreter:
-    """Return the program of a model, on packed weights, proved on two short sequences: the start and the end of the
-    context.
+    """Return the program of a model on packed weights, verified on two short sequences.
 
-    Each runs whole and in two chunks. ``give_up``: the model's own weights are given up for the packed ones. Raises
-    DescriptionError with the part that has no instruction, or by how much the logits differ from the model's own, which
-    has its weights then.
+    They are at the start and the end of the context; each runs whole and in two chunks. ``give_up``: the model's own
+    weights are freed for the packed ones.
+
+    Raises DescriptionError with the part that has no instruction, or with the difference of the logits from the model's
+    own. The model then has its weights.
     """
     decoder = describe(model)
     program = compile_program(decoder, n_positions)

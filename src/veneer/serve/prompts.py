@@ -1,4 +1,4 @@
-"""Prompts in the forms in which they are given, and their ids."""
+"""Prompts in their input formats, and their ids."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ Prompt = str | Sequence[int] | Mapping[str, Any]
 
 
 class PromptReader:
-    """Reads prompts with a tokenizer. ``most`` is the number of tokens that a prompt may have.
+    """Reader of prompts with a tokenizer. ``most`` is the number of tokens that a prompt may have.
 
-    ``templates`` are the chat templates to use in place of the tokenizer's, of which there is to be one. ``ends`` are
-    tokens that end an answer, beside the model's. A text that is too long whatever its tokens are is refused before it
-    is tokenized, which takes seconds for megabytes.
+    ``templates`` are the chat templates to use in place of the tokenizer's; `chat` refuses more than one. ``ends`` are
+    tokens that end an answer, in addition to the model's. A text that is too long for any tokens is refused before
+    tokenization, which takes seconds for megabytes.
     """
 
     def __init__(
@@ -27,7 +27,7 @@ class PromptReader:
         self.templates, self.ends = tuple(templates), frozenset(ends)
 
     def read(self, prompt: Prompt) -> tuple[str | None, list[int]]:
-        """Return a prompt's text, if it has one, and its ids. Raises ConfigError for what is no prompt, or too long."""
+        """Return a prompt's text, if it has one, and its ids. Raises ConfigError for an invalid or too long prompt."""
         if isinstance(prompt, Mapping):
             known = {"prompt", "prompt_token_ids"}
             if not prompt or set(prompt) - known:
@@ -42,8 +42,9 @@ class PromptReader:
         raise ConfigError(f"{prompt!r} is no prompt: give text, a list of token ids, or a mapping with one of them")
 
     def chat(self, messages: Conversation, how: Mapping[str, Any]) -> tuple[str, list[int]]:
-        """Return the prompt (text and ids) that the chat template makes of messages. Raises as `chat_text`,
-        and as `read`.
+        """Return the prompt (text and ids) that the chat template renders from messages.
+
+        Raises as `chat_text` and `read` do.
         """
         template = how.get("chat_template")
         if template is None and self.templates:

@@ -1,4 +1,4 @@
-"""Reader of prompts of each adapter: training saves a tokenizer and a chat template beside its weights."""
+"""Prompt reader of each adapter: training saves a tokenizer and a chat template with its weights."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _Stamps = tuple[tuple[int, ...] | None, ...]
 
 
 class Readers:
-    """Finds the reader of a request. Files are read again if they have changed. Any thread may ask.
+    """Prompt readers of adapters, by request. Files are read again if they have changed. Any thread may call it.
 
     An adapter's own tokenizer is used if it has more tokens than the base's. Otherwise its chat template and its end
     token are used with the base's. A ``template`` is used for all of them, in place of their own.
@@ -37,7 +37,7 @@ class Readers:
     def of(self, request: LoRARequest | None) -> PromptReader:
         """Return the reader of an adapter, or of a mix. Raises FormatError for files that cannot be read.
 
-        Raises ConfigError for a mix of adapters that have other tokens than one another.
+        Raises ConfigError for a mix of adapters with different tokens.
         """
         if request is None:
             return self.base

@@ -1,4 +1,4 @@
-"""One answer on its way: what it has computed, what it has drawn, and when it ends. No torch."""
+"""State of one answer in progress: its computed and drawn tokens, and its end. No torch."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from veneer.serve.outputs import FinishReason
 
 
 class Status(enum.Enum):
-    """State of a request: not begun (or preempted), in the batch, or ended."""
+    """State of a request: waiting (not begun, or preempted), in the batch, or ended."""
 
     WAITING = "waiting"
     RUNNING = "running"
@@ -26,7 +26,7 @@ class StopRule:
     stop_ids: frozenset[int] = frozenset()
 
     def ends(self, n_tokens: int, token: int) -> FinishReason | None:
-        """Return the reason for which an answer of ``n_tokens`` ends with ``token``; None if it goes on."""
+        """Return the reason why an answer of ``n_tokens`` ends with ``token``; None if it continues."""
         if n_tokens >= self.min_tokens and (token in self.eos_ids or token in self.stop_ids):
             return "stop"
         return "length" if n_tokens >= self.max_tokens else None
@@ -36,9 +36,9 @@ class StopRule:
 class Request:
     """State of one answer.
 
-    ``version`` is the adapter's, ``n_front`` the virtual tokens that it puts in front. ``n_computed`` counts the tokens
-    whose keys and values lie in pages. ``scores_prompt``: log-probabilities of the prompt are asked for, of which
-    ``n_scored`` are there.
+    ``version`` is the adapter's; ``n_front`` is the number of its virtual tokens, which precede the prompt.
+    ``n_computed`` counts the tokens whose keys and values are in pages. ``scores_prompt``: log-probabilities of the
+    prompt are asked for, and ``n_scored`` of them are computed.
     """
 
     id: str
@@ -59,17 +59,17 @@ class Request:
 
     @property
     def n_tokens(self) -> int:
-        """Tokens known so far: the prompt's and the drawn ones."""
+        """Number of tokens known so far: the prompt's and the drawn ones."""
         return len(self.prompt) + len(self.output)
 
     @property
     def n_left(self) -> int:
-        """Tokens whose keys and values are still to be computed; 1 while it decodes."""
+        """Number of tokens whose keys and values are still to be computed; 1 during decoding."""
         return self.n_tokens - self.n_computed
 
     @property
     def n_to_come(self) -> int:
-        """Tokens to compute, at most, until it ends."""
+        """Number of tokens to compute, at most, until it ends."""
         return len(self.prompt) + self.rule.max_tokens - self.n_computed
 
     def stretch(self, n: int) -> tuple[int, ...]:
@@ -80,14 +80,17 @@ class Request:
         return self.prompt[first:last] + tuple(self.output[max(0, first - n_prompt) : max(0, last - n_prompt)])
 
     def unscored(self, n: int) -> tuple[int, tuple[int, ...]]:
-        """Of the next ``n`` tokens, the first whose follower lacks its log-probability, and all such followers."""
+        """Return the index of the first of the next ``n`` tokens whose successor is unscored, and all such successors.
+
+        Successors are prompt tokens whose log-probabilities are asked for. Without `scores_prompt` there are none.
+        """
         skipped = max(0, self.n_scored - self.n_computed)
         if not self.scores_prompt:
             return 0, ()
         return skipped, self.prompt[self.n_computed + 1 + skipped : self.n_computed + 1 + n]
 
     def draw(self, token: int) -> None:
-        """Take a drawn token in, and end where that ends the answer."""
+        """Append a drawn token, and end the request if the token ends the answer."""
         self.output.append(token)
         reason = self.rule.ends(len(self.output), token)
         if reason == "stop" and token not in self.rule.eos_ids:
@@ -96,5 +99,5 @@ class Request:
             self.end(reason)
 
     def end(self, reason: FinishReason, error: Exception | None = None) -> None:
-        """No more tokens."""
+        """End the request, with a reason and an error if there is one."""
         self.status, self.finish_reason, self.error = Status.DONE, reason, error

@@ -1,4 +1,4 @@
-"""Computation of plans: the interface, and what all runners share, the drawing of tokens from logits."""
+"""Computation of plans: the runners' interface, and their common part, the drawing of tokens from logits."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from veneer.serve.sampler import DrawRule, Sampler
 
 
 class ReadAdapter(Protocol):
-    """Adapter as a runner has read it, which takes ``n_bytes`` when it is loaded."""
+    """Adapter read by a runner, which takes ``n_bytes`` when it is loaded."""
 
     @property
     def n_bytes(self) -> int:
@@ -24,54 +24,57 @@ class ReadAdapter(Protocol):
 
 
 class Runner(Protocol):
-    """Computation of plans. Adapters are read at any time, and loaded and unloaded between plans, under the ids of
-    their versions.
+    """Computation of plans.
+
+    Adapters are read at any time, and loaded and unloaded between plans, under the ids of their versions.
     """
 
     def read(self, folder: Path) -> Any:
-        """Read an adapter, a `ReadAdapter` for `load`; on any thread. Raises VeneerError if it does not fit."""
+        """Read an adapter as a `ReadAdapter` for `load`; on any thread. Raises VeneerError if it does not fit."""
 
     def read_mix(self, parts: Parts) -> Any:
         """Read adapters as `read` does, as their weighted sum. Raises CompositionError if they have none."""
 
     def load(self, version: str, adapter: Any) -> None:
-        """Take in what was read. Raises VeneerError if it does not fit, and is then as before."""
+        """Load an adapter that was read. Raises VeneerError if it does not fit, and is then unchanged."""
 
     def unload(self, version: str) -> None:
-        """Let an adapter go, if it is loaded."""
+        """Unload an adapter, if it is loaded."""
 
     def discard(self, pages: Sequence[int]) -> None:
-        """Give back the memory of pages that nobody holds."""
+        """Free the memory of pages that are not held."""
 
     @property
     def loaded(self) -> frozenset[str]:
         """Versions that are loaded."""
 
     def begin(self, request_id: str, rule: DrawRule) -> None:
-        """Return a request comes, whose tokens are drawn by a rule."""
+        """Begin a request whose tokens are drawn by a rule."""
 
     def end(self, request_id: str) -> None:
-        """Return a request goes."""
+        """End a request."""
 
     def run(self, plan: Plan) -> Sampled:
-        """Compute a plan, and draw; run again, a plan gives the same."""
+        """Compute a plan, and draw. The same plan run again gives the same results."""
 
     def take(self, request_id: str, token: int) -> None:
-        """Return a token that was drawn is the answer's next."""
+        """Append a drawn token to the request's answer."""
 
 
 class DrawingRunner(ABC):
-    """Part of a `Runner` that is not the model's."""
+    """Part of a `Runner` that does not depend on the model."""
 
     def __init__(self) -> None:
         self.sampler = Sampler()
 
     @abstractmethod
     def logits(self, plan: Plan) -> Tensor:
-        """Logits behind the tokens whose followers are asked for or drawn (`wanted`), in the plan's order."""
+        """Return the logits after the tokens whose successors are scored or drawn (`wanted`), in the plan's order."""
 
     def compute(self, plan: Plan, greedy: Collection[str]) -> tuple[Tensor, dict[str, int]]:
-        """Return the likeliest tokens of some of the ``greedy`` requests, if any, and the `logits` of all others."""
+        """Return the `logits`, and the likeliest tokens of those ``greedy`` requests that are left out of
+        them, if any.
+        """
         return self.logits(plan), {}
 
     def begin(self, request_id: str, rule: DrawRule) -> None:
@@ -104,6 +107,6 @@ class DrawingRunner(ABC):
 
 
 def wanted(sequence: PlannedSequence) -> list[int]:
-    """Return the tokens of a sequence, counted from its first in the plan, whose logits are needed."""
+    """Return the tokens of a sequence whose logits are needed, counted from its first in the plan."""
     scored = range(sequence.first_scored, sequence.first_scored + len(sequence.targets))
     return [*scored, *[len(sequence.tokens) - 1] * sequence.samples]

@@ -1,7 +1,7 @@
 """Tokens from logits, one request at a time, so that a draw does not depend on the batch.
 
-The order is vLLM's: what is allowed, words and ends that are banned, bias, penalties; then the likeliest, or
-temperature, min_p, top_k, top_p and a draw. Log-probabilities are those of the model, before any of it.
+The order is vLLM's: allowed tokens, banned words and ends, bias, penalties. Then comes the likeliest token, or
+temperature, min_p, top_k, top_p and a draw. Log-probabilities are those of the model, before any of these.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ class Form(Protocol):
     """Form that the text must have."""
 
     def allowed(self) -> Tensor:
-        """Return the tokens that may come next, (vocabulary,) booleans."""
+        """Return True for each token that may come next, as (vocabulary,) booleans."""
 
     def take(self, token: int) -> None:
-        """Return a token has come."""
+        """Advance the form by a token."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class DrawRule:
-    """Rule by which the tokens of one answer are drawn.
+    """Rule for drawing the tokens of one answer.
 
-    ``key`` (two whole numbers) and a token's place in the answer give its random number. ``ending`` ids are banned
+    ``key`` (two whole numbers) and a token's index in the answer determine its random number. ``ending`` ids are banned
     before ``min_tokens``; ``bad_words`` are sequences of ids that may not be completed.
     """
 
@@ -50,7 +50,7 @@ class DrawRule:
 
     @cached_property
     def is_plain(self) -> bool:
-        """True if nothing but the order of the model's logits counts, once there are ``min_tokens``."""
+        """True if the rule needs nothing but the likeliest token, once there are ``min_tokens``."""
         params = self.params
         changed = (
             self.form, self.bad_words, params.logit_bias, params.frequency_penalty, params.presence_penalty,
@@ -71,21 +71,21 @@ class _State:
 
 
 class Sampler:
-    """Draws the tokens of the requests that have begun."""
+    """Sampler of the tokens of the requests that have begun."""
 
     def __init__(self) -> None:
         self._states: dict[str, _State] = {}
 
     def begin(self, request_id: str, rule: DrawRule) -> None:
-        """Return a request comes."""
+        """Begin a request."""
         self._states[request_id] = _State(rule)
 
     def end(self, request_id: str) -> None:
-        """Return a request goes."""
+        """End a request."""
         self._states.pop(request_id, None)
 
     def greedy(self, plan: Plan) -> set[str]:
-        """Return the requests of a plan of which nothing is asked for but the likeliest token."""
+        """Return the requests of a plan that need nothing but the likeliest token."""
         return {
             s.request_id
             for s in plan.sequences
@@ -93,14 +93,11 @@ class Sampler:
         }
 
     def likeliest(self, logits: Tensor) -> list[int | None]:
-        """Return the likeliest token of each row of logits (n, vocabulary), in one pass; None if they are
-        not finite.
-        """
+        """Return the likeliest token of each row of logits (n, vocabulary), in one pass; None if not finite."""
         return [None if token < 0 else token for token in likeliest(logits).tolist()] if len(logits) else []
 
     def draw(self, request_id: str, logits: Tensor, likeliest: int | None = None) -> Drawn:
-        """Return the next token of a request, from the model's logits (vocabulary,), of which the likeliest may be
-        known.
+        """Return the next token of a request, from the model's logits (vocabulary,) and the likeliest token, if known.
 
         Raises NonFiniteError and ConfigError.
         """
@@ -119,20 +116,20 @@ class Sampler:
         return Drawn(token, None if params.logprobs is None else logprobs_of(raw, token, params.logprobs))
 
     def take(self, request_id: str, token: int) -> None:
-        """Return the token that was drawn is the answer's next: until then, the same one would be drawn again."""
+        """Append a drawn token to the request's answer; until then, the same token would be drawn again."""
         state = self._states[request_id]
         state.output.append(token)
         if state.rule.form is not None:
             state.rule.form.take(token)
 
     def score(self, request_id: str, logits: Tensor, targets: tuple[int, ...]) -> list[TokenLogprobs]:
-        """Return the log-probabilities of prompt tokens, from the logits (n, vocabulary) in front of them."""
+        """Return the log-probabilities of prompt tokens, from the logits (n, vocabulary) that predict them."""
         count = self._states[request_id].rule.params.prompt_logprobs or 0
         return [logprobs_of(row.float(), token, count) for row, token in zip(logits, targets, strict=True)]
 
 
 def forbidden(logits: Tensor, rule: DrawRule, output: list[int]) -> Tensor:
-    """Logits in which what may not come is minus infinity, and the bias is added. Changes what is given."""
+    """Return logits with minus infinity for forbidden tokens, and the bias added. Modifies the given logits."""
     params = rule.params
     if rule.form is not None:
         logits[~rule.form.allowed().to(logits.device)] = _NEVER
@@ -151,7 +148,7 @@ def forbidden(logits: Tensor, rule: DrawRule, output: list[int]) -> Tensor:
 
 
 def penalized(logits: Tensor, rule: DrawRule, output: list[int]) -> Tensor:
-    """Logits less the penalties: of repetition over prompt and output, of frequency and presence over output."""
+    """Return logits after penalties: repetition over prompt and output, frequency and presence over output."""
     params = rule.params
     if params.repetition_penalty != 1:
         seen = torch.tensor(sorted({*rule.prompt, *output}), device=logits.device)
@@ -165,7 +162,7 @@ def penalized(logits: Tensor, rule: DrawRule, output: list[int]) -> Tensor:
 
 
 def narrowed(logits: Tensor, params: SamplingParams) -> Tensor:
-    """Logits divided by the temperature, with those that min_p, top_k and top_p leave out at minus infinity."""
+    """Return logits divided by the temperature, with minus infinity for tokens that min_p, top_k and top_p exclude."""
     logits = logits / params.temperature
     if params.min_p > 0:
         likely = torch.softmax(logits, dim=-1)
@@ -182,9 +179,9 @@ def narrowed(logits: Tensor, params: SamplingParams) -> Tensor:
 
 
 def drawn(logits: Tensor, key: tuple[int, int], place: int) -> int:
-    """Return a token drawn by the softmax of logits, with the random number that belongs to the key and the place.
+    """Return a token drawn by the softmax of logits, with the random number of the key and the place.
 
-    Philox is a function of a key and a counter (Salmon et al. 2011), so that no state has to be kept or restored.
+    Philox is a function of a key and a counter (Salmon et al. 2011), so no state has to be kept or restored.
     """
     bits = np.random.Philox(key=np.array([part % 2**64 for part in key], dtype=np.uint64), counter=[place, 0, 0, 0])
     sums = torch.softmax(logits.double(), dim=-1).cumsum(dim=-1)
@@ -193,7 +190,7 @@ def drawn(logits: Tensor, key: tuple[int, int], place: int) -> int:
 
 
 def logprobs_of(logits: Tensor, token: int, count: int) -> TokenLogprobs:
-    """Natural log-probabilities: the token's first, then those of the ``count`` likeliest (-1: all), by id."""
+    """Return natural log-probabilities by id: the token's first, then those of the ``count`` likeliest (-1: all)."""
     values = torch.log_softmax(logits, dim=-1)
     own = float(values[token])
     found = {token: Logprob(own, int((values >= own).sum()))}

@@ -1,4 +1,4 @@
-"""Choice of an answer's tokens and the end of the answer, in vLLM's names and meanings. No torch."""
+"""Sampling of an answer's tokens and the end of the answer, in vLLM's names and meanings. No torch."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _BIAS = 100.0
 
 
 class RequestOutputKind(enum.Enum):
-    """Contents of each output of a request: all that there is so far, what is new, or all, once at the end."""
+    """Contents of each output of a request: all tokens so far, the new ones, or all once at the end."""
 
     CUMULATIVE = 0
     DELTA = 1
@@ -26,8 +26,10 @@ class RequestOutputKind(enum.Enum):
 
 @dataclass(frozen=True, kw_only=True)
 class StructuredOutputsParams(metaclass=Keywords):
-    """Form that the text of an answer must have: exactly one of a JSON schema (a dict, or its text), a regular
-    expression, a list of choices, a grammar (Lark, or GBNF), or any JSON object.
+    """Form that the text of an answer must have, given in exactly one way.
+
+    It is a JSON schema (a dict, or its text), a regular expression, a list of choices, a grammar (Lark, or GBNF), or
+    any JSON object.
     """
 
     json: str | Mapping[str, Any] | None = None
@@ -50,10 +52,10 @@ class StructuredOutputsParams(metaclass=Keywords):
 
 @dataclass(kw_only=True)
 class SamplingParams(metaclass=Keywords):
-    """Choice of an answer's tokens and its end; fields, defaults and order of effects are vLLM's.
+    """Sampling of an answer's tokens and its end; fields, defaults and order of effects are vLLM's.
 
-    Checked when made and again when a request is made of it, since its fields may be set in between. Raises
-    ConfigError with everything that is wrong.
+    Parameters are checked when made, and again when a request is made of them, since fields may be set in between.
+    Raises ConfigError that lists all problems.
     """
 
     not_offered: ClassVar[tuple[str, ...]] = (

@@ -1,13 +1,16 @@
 """Scheduler: continuous batching with chunked prefill and preemption. No torch.
 
-A request waits until there are a seat, pages, and its adapter; it then computes its tokens, at most a step's budget at
-a time, draws one token a step, and ends. Where pages lack, adapters that are not in use go out; then the newest in the
-batch gives its own back and is computed again later. If an adapter finds no place, the version in the batch that
-ends first takes no more requests, and younger requests of all others go on.
+A request waits until there is a place in the batch, pages, and its adapter. It then computes its tokens, at most a
+step's budget at a time, draws one token a step, and ends. If pages are too few, idle adapters are evicted first. Then
+the newest request in the batch is preempted: it frees its pages and is computed again later. If an adapter finds no
+place, the version in the batch that ends first admits no more requests. Younger requests of all others continue.
 
-Laws: a plan has each request at most once and at most the budget's tokens; rows of one version stand side by side; the
-oldest in the batch is never preempted, so that something always ends; a request that has ended holds nothing, and is
-told once; a request for which memory will never do ends with the reason; the plan is a function of the state.
+Invariants:
+- A plan has each request at most once, and at most the budget's tokens; rows of one version are contiguous.
+- The oldest request in the batch is never preempted, so that some request always ends.
+- A request that has ended holds nothing, and is reported once.
+- A request for which memory will never suffice ends with the reason.
+- The plan is a function of the state.
 """
 
 from __future__ import annotations
@@ -27,8 +30,9 @@ from veneer.serve.request import Request, Status
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """At most ``max_seqs`` requests in a batch, ``max_batched_tokens`` tokens in a step, ``max_model_len`` positions in
-    a sequence.
+    """Limits of a step: ``max_seqs`` requests in a batch, ``max_batched_tokens`` tokens.
+
+    A sequence has at most ``max_model_len`` positions. Raises ConfigError for a limit below 1.
     """
 
     max_seqs: int = 128
@@ -42,7 +46,7 @@ class Limits:
 
 
 class Scheduler:
-    """Requests that wait, oldest first, and those in the batch, in the order in which they came in."""
+    """Waiting requests, oldest first, and those in the batch, in the order of their admission."""
 
     def __init__(self, pages: Pages, pool: AdapterPool, limits: Limits) -> None:
         if pages.n_pages * pages.block < limits.max_model_len:
@@ -57,11 +61,11 @@ class Scheduler:
 
     @property
     def has_work(self) -> bool:
-        """True if a request is on its way."""
+        """True if a request waits or is in the batch."""
         return bool(self.waiting or self.running)
 
     def add(self, request: Request) -> None:
-        """Take a request in. Raises ConfigError if it could never be run."""
+        """Queue a request. Raises ConfigError if it could never be run."""
         self.require_room(len(request.prompt), request.n_front)
         request.arrival = next(self._arrivals)
         self.waiting.append(request)
@@ -69,9 +73,10 @@ class Scheduler:
             self.pool.enter(request.version)
 
     def require_room(self, n_prompt: int, n_front: int, n_bytes: int | None = None) -> int:
-        """Tokens that an answer may have behind a prompt: in the context, and in memory beside an adapter's bytes.
+        """Return the number of tokens that an answer to a prompt may have.
 
-        Raises ConfigError if there is room for none.
+        It is limited by the context, and by the memory left besides an adapter's bytes. Raises ConfigError if it is
+        zero.
         """
         longest, pinned = self.limits.max_model_len, self.pool.pinned_bytes
         fit = longest if n_bytes is None else self.pages.capacity(n_bytes + pinned)
@@ -93,30 +98,30 @@ class Scheduler:
         return most - n_front - n_prompt
 
     def end(self, request: Request, reason: FinishReason, error: Exception | None = None) -> None:
-        """End a request before its time (or for its text's sake); it holds nothing from here on."""
+        """End a request early, or for its text; it holds nothing from here on."""
         if request.status is not Status.DONE:
             request.end(reason, error)
         self._drop(request)
 
     def fail(self, version: str, error: Exception) -> list[Request]:
-        """End the requests that wait for a version, which cannot be loaded."""
+        """End the requests that wait for a version that cannot be loaded; return them."""
         found = [request for request in self.waiting if request.version == version]
         for request in found:
             self.end(request, "error", error)
         return found
 
     def wanted(self) -> list[str]:
-        """Return the versions that waiting requests need, that of the oldest first."""
+        """Return the versions that waiting requests need, the oldest request's first."""
         return list(dict.fromkeys(r.version for r in self.waiting if r.version is not None))
 
     def stuck(self) -> Request | None:
-        """Return the oldest request, if the last plan was empty and nothing that is on its way can change that."""
+        """Return the oldest request, if the last plan was empty and no load in progress can change that."""
         if self.pool.loading or not self.has_work:
             return None
         return (self.running or self.waiting)[0]
 
     def plan(self) -> Plan:
-        """Return the plan of the next step; admits, preempts, and lets adapters go out."""
+        """Return the plan of the next step; admits and preempts requests, and evicts adapters."""
         planned: dict[Request, int] = {}
         budget = self.limits.max_batched_tokens
         at_first = sorted(self.running, key=lambda r: r.n_left > 1)  # decoding first, each kind oldest first
@@ -130,7 +135,7 @@ class Scheduler:
         return Plan(tuple(self._laid_out(request, planned[request]) for request in order))
 
     def commit(self, plan: Plan, sampled: Sampled) -> list[Request]:
-        """Take in what the step gave; the requests that got a token, or prompt scores, or ended."""
+        """Apply the results of a step; return the requests that got a token or prompt scores, or ended."""
         by_id = {request.id: request for request in self.running}
         touched = []
         for sequence in plan.sequences:

@@ -1,4 +1,4 @@
-"""Engine on a model, as its options say: the model loaded, memory shared out, limits set."""
+"""Start of an engine on a model by its options: load the model, divide memory, set limits."""
 
 from __future__ import annotations
 
@@ -71,17 +71,17 @@ _COUNTS = (
 
 @dataclass(frozen=True, kw_only=True)
 class EngineOptions(metaclass=Keywords):
-    """vLLM's arguments of `LLM`, beside the model. Raises ConfigError for those that cannot be honoured, with reasons.
+    """vLLM's arguments of `LLM`, besides the model. Raises ConfigError for unsupported values, with reasons.
 
-    ``max_loras``: adapters that act in one step, and, without ``max_cpu_loras``, that are kept loaded; None is no
-    limit. ``max_lora_rank`` refuses larger ranks; None takes any, for nothing is padded. ``enforce_eager`` means
-    nothing here. Departs: ``enable_lora`` is on, since it costs nothing. ``block_size``, the positions of a page, is to
-    be a multiple of 16 on a CPU: with any other torch computes attention, more slowly, and the last bits of a row may
-    depend on the rows beside it.
+    ``max_loras``: adapters that act in one step and, without ``max_cpu_loras``, that are kept loaded; None is no limit.
+    ``max_lora_rank`` refuses larger ranks; None takes any, since nothing is padded. ``enforce_eager`` has no effect.
+    ``block_size``, the positions of a page, should be a multiple of 16 on a CPU. With any other, torch computes
+    attention, more slowly, and the last bits of a row may depend on the other rows. Departs: ``enable_lora`` is on,
+    since it costs nothing.
 
-    Two are not vLLM's. ``quantize_head="int8"`` keeps the head in 8 bits, with one scale a row: half the bytes of a
-    bfloat16 head, other logits; embeddings tied to it stay as they are. ``general_runner``: transformers' own forward
-    pass computes everything, token by token. That is slow, and what a model without a program gets anyway.
+    Two are not vLLM's. ``quantize_head="int8"`` keeps the head in 8 bits, with one scale a row. That is half the bytes
+    of a bfloat16 head, and gives other logits; embeddings tied to it are unchanged. ``general_runner``: transformers'
+    own forward pass computes everything, token by token. It is slow; a model without a program always uses it.
     """
 
     given_to: ClassVar[str] = "LLM"
@@ -148,12 +148,12 @@ class EngineOptions(metaclass=Keywords):
 def start_engine(
     model: str | os.PathLike[str] | PreTrainedModel, options: EngineOptions, *, program_alone: bool = False
 ) -> Engine:
-    """Return an engine that answers. ``model`` is what `load_model` takes, or a model that is there, with its tokenizer
+    """Return an engine that answers. ``model`` is an input of `load_model`, or a loaded model if its tokenizer is
     given.
 
-    ``program_alone``: nothing goes through transformers' own code, and a model that is given gives its weights up.
-    DescriptionError then says why it has no program (it has its weights again), and an adapter with a part that the
-    program has no place for is refused by `UnsaidError` when it is loaded.
+    ``program_alone``: nothing is computed by transformers' own code, and a loaded model's weights are freed. If it has
+    no program, DescriptionError says why, and the model has its weights again. An adapter with a part that has no place
+    in the program is then refused by `UnsaidError` when it is loaded.
 
     Raises ConfigError, FormatError, and TargetError for a model that cannot be served.
     """
@@ -210,7 +210,7 @@ def _program(
 
 
 def generation_defaults(model: PreTrainedModel) -> dict[str, Any]:
-    """Return the settings of sampling in the model's generation config, under the names of `SamplingParams`."""
+    """Return the sampling settings of the model's generation config, under the names of `SamplingParams`."""
     names = {"temperature": "temperature", "top_k": "top_k", "top_p": "top_p", "min_p": "min_p"}
     names |= {"repetition_penalty": "repetition_penalty", "max_new_tokens": "max_tokens"}
     stored = {new: getattr(model.generation_config, old, None) for old, new in names.items()}
@@ -230,7 +230,7 @@ def ending_ids(model: PreTrainedModel, tokenizer: Any) -> list[int]:
 
 
 def vocabulary_of(model: PreTrainedModel) -> int:
-    """Return the number of ids that the model knows."""
+    """Return the number of ids in the model's vocabulary."""
     return int(model.config.get_text_config().vocab_size)
 
 
@@ -307,7 +307,7 @@ def _pages(model: PreTrainedModel, options: EngineOptions, position_bytes: int, 
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that are free on a device."""
+    """Return the free bytes of a device."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     return int(psutil.virtual_memory().available)

@@ -18,10 +18,10 @@ from veneer.serve.kv_cache import KVCache
 
 
 class Piece(NamedTuple):
-    """New tokens of one sequence, those of a version side by side: where they go, and who takes them.
+    """New tokens of one sequence: their places in pages, and their adapter version; pieces of a version are adjacent.
 
     ``version`` is None for the base. ``kept`` are the tokens, counted from the piece's first, whose logits are wanted.
-    ``picks``: the likeliest token behind the last is wanted, and not its logits.
+    ``picks``: the likeliest token after the last is wanted, and not its logits.
     """
 
     stretch: Stretch
@@ -32,12 +32,12 @@ class Piece(NamedTuple):
 
 @dataclass(slots=True)
 class Step:
-    """``positions`` (n,) are what embeddings and rotations go by; ``rows`` is what the ``cache`` knows of its rows.
+    """Rows of one pass: ``positions`` (n,) for embeddings and rotations, and ``rows``, the ``cache``'s data for them.
 
-    ``versions`` are the adapters that occur, ``runs`` the rows that each of them takes; ``kept`` and ``kept_runs`` are
-    the same of the rows whose logits are wanted. ``picked`` and ``picked_runs`` are those whose likeliest token is,
-    which ``tokens`` takes; -1 if a logit is not finite. ``written`` takes the keys and values of every layer, where
-    it is a list.
+    ``versions`` are the adapters that occur, ``runs`` the rows of each. ``kept`` and ``kept_runs`` are the same for the
+    rows whose logits are wanted. ``picked`` and ``picked_runs`` are those for the likeliest token, which ``tokens``
+    receives; it is -1 if a logit is not finite. ``written``, if it is a list, receives the keys and values of every
+    layer.
     """
 
     cache: KVCache
@@ -54,7 +54,7 @@ class Step:
     _turns: dict[Any, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     def turns(self, tables: tuple[Tensor, Tensor], rotation: Any) -> tuple[Tensor, Tensor]:
-        """cos and sin of the rows (1, n, half), by the tables of a rotation."""
+        """Return the cos and sin of the rows (1, n, half), by the tables of a rotation."""
         if rotation not in self._turns:
             cos, sin = (table[self.positions][None] for table in tables)
             self._turns[rotation] = (cos, sin)
@@ -62,7 +62,7 @@ class Step:
 
 
 def step_of(pieces: Sequence[Piece], cache: KVCache, device: torch.device, first_position: int = 0) -> Step:
-    """Return the rows of these pieces, one after the other. ``first_position`` is what each sequence begins at."""
+    """Return the rows of these pieces, in order. ``first_position`` is the first position of each sequence."""
     positions, kept, picked, at = list[int](), list[int](), list[int](), 0
     for (_, start, n), _, rows, picks in pieces:
         positions.extend(range(start + first_position, start + first_position + n))

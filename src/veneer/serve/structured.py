@@ -1,4 +1,4 @@
-"""Answers of a given form, through llguidance: which tokens may come next, so that the text fits the form."""
+"""Answers of a given form, through llguidance: the tokens that may come next so that the text fits the form."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from veneer.serve.sampling_params import StructuredOutputsParams
 
 
 class Forms:
-    """Makes the forms of requests for one tokenizer, whose tables are built when the first is asked for."""
+    """Forms of requests for one tokenizer; its tables are built when the first form is asked for."""
 
     def __init__(self, tokenizer: Any, vocabulary: int, ending: Sequence[int]) -> None:
         self._tokenizer, self._vocabulary, self._ending = tokenizer, vocabulary, sorted(ending)
         self._tables: LLTokenizer | None = None
 
     def form(self, asked: StructuredOutputsParams) -> TextForm:
-        """Return a form, at its start. Raises ConfigError if llguidance cannot compile it, with its reason."""
+        """Return a form in its start state. Raises ConfigError with llguidance's reason if it cannot be compiled."""
         if not isinstance(self._tokenizer, PreTrainedTokenizerFast) or not self._ending:
             raise ConfigError("structured outputs need a fast tokenizer with an end token, which this model lacks")
         if self._tables is None:
@@ -44,8 +44,9 @@ class TextForm:
         self._matcher, self._vocabulary, self._ending = matcher, vocabulary, list(ending)
 
     def allowed(self) -> Tensor:
-        """Return the tokens that may come next, (vocabulary,) booleans; the end tokens where the text may,
-        or must, end.
+        """Return True for each token that may come next, as (vocabulary,) booleans.
+
+        End tokens are allowed if the text may or must end.
         """
         found = torch.zeros(self._vocabulary, dtype=torch.bool)
         if self._matcher.is_stopped():
@@ -56,13 +57,13 @@ class TextForm:
         return found
 
     def take(self, token: int) -> None:
-        """Advance the grammar by a token of the answer; one that has come to its end stays there."""
+        """Advance the grammar by a token of the answer; a grammar that has ended stays ended."""
         if not self._matcher.is_stopped():
             self._matcher.consume_token(token)
 
 
 def grammar_of(asked: StructuredOutputsParams) -> str:
-    """Return the grammar of what is asked, in llguidance's form. Raises ConfigError for text that is no JSON."""
+    """Return the grammar of structured outputs, in llguidance's form. Raises ConfigError for text that is no JSON."""
     if asked.choice is not None:
         return str(LLMatcher.grammar_from_lark("start: " + " | ".join(json.dumps(each) for each in asked.choice)))
     if asked.regex is not None:

@@ -1,4 +1,4 @@
-"""Adapters as their files are: what a folder holds now, named by its content."""
+"""Versions of adapters: the current contents of folders, identified by a hash."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ _Stamp = tuple[tuple[int, ...], ...]
 
 
 class Versions:
-    """Looks at folders; what has not changed since (by device, inode, time and size) is not read again.
+    """Versions by folder; a folder is read again only if it has changed (by device, inode, time and size).
 
     ``max_rank`` refuses adapters of a higher rank; None takes any. ``value_bytes`` is the size of a value of a loaded
     adapter; None: as it is stored. Adapters that were merged into ``base``, the model's folder, are refused. Raises
-    FormatError where its list of them cannot be read.
+    FormatError if its list of them cannot be read.
     """
 
     def __init__(self, max_rank: int | None = None, value_bytes: int | None = None, base: Path | None = None) -> None:
@@ -37,8 +37,8 @@ class Versions:
     def of(self, request: LoRARequest) -> AdapterVersion:
         """Return the version at a request's path, or that of its mix.
 
-        Raises FormatError if there is none, ConfigError for too high a rank, CompositionError if it is in the
-        base already; for a mix, that of each part.
+        Raises FormatError if there is none, ConfigError for too high a rank, and CompositionError if it is in the base
+        already. A mix raises the errors of each part.
         """
         if request.parts:
             return _mix([(self.of(part), weight) for part, weight in request.parts])
@@ -52,7 +52,7 @@ class Versions:
         return version
 
     def require_unchanged(self, version: AdapterVersion) -> None:
-        """Raise FormatError if the files are no longer what the version was made of."""
+        """Raise FormatError if the files no longer have the version's content."""
         if version.parts:
             for part, _ in version.parts:
                 self.require_unchanged(part)
@@ -102,7 +102,7 @@ def _mix(parts: Sequence[tuple[AdapterVersion, float]]) -> AdapterVersion:
 
 
 def stored_bytes(folder: Path, value_bytes: int | None = None) -> int:
-    """Bytes of an adapter's tensors, as they are stored or with so many bytes a value; its header tells.
+    """Return the bytes of an adapter's tensors, as they are stored or with so many bytes a value, from its header.
 
     Raises FormatError as `read_headers` does.
     """

@@ -1,4 +1,4 @@
-"""From a checked request to its whole answer, or to a stream of it; a client that goes away ends it."""
+"""Answers to a checked request, whole or as a stream; the request ends if its client disconnects."""
 
 from __future__ import annotations
 
@@ -26,8 +26,10 @@ GONE = 499  # nobody reads it: the client has closed the connection
 
 @dataclass(frozen=True, kw_only=True)
 class Shape:
-    """Shape of a route's answers: the beginning of ids, the objects' names, and functions from an answer and its
-    index to a choice, whole or in a stream; ``opening`` makes what a stream begins with for each choice.
+    """Shape of a route's answers: the prefix of ids, the objects' names, and functions that make choices.
+
+    ``choice`` and ``delta`` make a choice from an answer and its index, whole or in a stream. ``opening`` makes the
+    first event of a stream for each choice.
     """
 
     id: str
@@ -40,7 +42,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class Answering:
-    """Requests that belong to one call, the name of their model, and the shape of what goes back."""
+    """Requests of one call, the name of their model, and the shape of the response."""
 
     asked: Sequence[Asked]
     model: str
@@ -53,18 +55,21 @@ class Answering:
         return {"id": f"{self.shape.id}-{self.id}", "object": kind, "created": self.created, "model": self.model}
 
     def index(self, output: RequestOutput, answer: CompletionOutput) -> int:
-        """Return the place of an answer among the choices: the prompts' one after the other."""
+        """Return the index of an answer among the choices, which are in the order of the prompts."""
         place = next(i for i, asked in enumerate(self.asked) if asked.id == output.request_id)
         return place * self.asked[0].params.n + answer.index
 
     def usage(self, n_answered: int) -> dict[str, Any]:
-        """Tokens read and written."""
+        """Return the numbers of tokens read and written."""
         n_prompt = sum(len(asked.prompt_ids) for asked in self.asked)
         return {"prompt_tokens": n_prompt, "completion_tokens": n_answered, "total_tokens": n_prompt + n_answered}
 
 
 async def whole_answer(engine: AsyncEngine, request: Request, answering: Answering) -> Response:
-    """All choices at once; if the client goes away first, its requests end. Raises what a request ended with."""
+    """Return all choices at once; if the client disconnects first, its requests end.
+
+    Raises the error of a request that fails.
+    """
     finding = asyncio.ensure_future(_choices(engine, answering))
     leaving = asyncio.ensure_future(_left(request))
     try:
@@ -79,7 +84,7 @@ async def whole_answer(engine: AsyncEngine, request: Request, answering: Answeri
 
 
 def stream_of(engine: AsyncEngine, answering: Answering, options: StreamOptions) -> StreamingResponse:
-    """Return the choices as server-sent events; if the client goes away, its requests end."""
+    """Return the choices as server-sent events; if the client disconnects, its requests end."""
     return StreamingResponse(_events(engine, answering, options), media_type="text/event-stream")
 
 

@@ -1,4 +1,4 @@
-"""Application: routes, and an engine that runs while it does."""
+"""Application: its routes, and an engine that runs as long as it does."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from veneer.serve.lora_request import LoRARequest
 
 
 def make_app(engine: Engine, catalogue: Catalogue, limits: ServerLimits | None = None) -> FastAPI:
-    """OpenAI's completions, chat completions and models over an engine, which it steps on a thread of its own."""
+    """Return OpenAI's completions, chat completions and models over an engine, which steps on its own thread."""
     limits = limits or ServerLimits()
     api = Api(engine, catalogue, limits)
     app = FastAPI(title="veneer", lifespan=api.lifespan)
@@ -57,13 +57,13 @@ class Api:
 
     @asynccontextmanager
     async def lifespan(self, app: FastAPI) -> AsyncIterator[None]:
-        """Return the engine steps while the application runs."""
+        """Run the engine as long as the application runs."""
         self.running.start()
         yield
         await asyncio.to_thread(self.running.stop)
 
     async def complete(self, request: Request, body: CompletionBody) -> Response:
-        """Text behind prompts."""
+        """Return completions of prompts."""
         return await self._answer(request, body, completions.shape(body.echo))
 
     async def converse(self, request: Request, body: ChatBody) -> Response:
@@ -81,7 +81,7 @@ class Api:
         return await asyncio.to_thread(self.catalogue.cards)
 
     async def health(self) -> Response:
-        """200 while the engine runs, 500 once it has broken down."""
+        """Return 200 while the engine runs, 500 once it has failed."""
         return Response(status_code=200 if self.running.failure is None else 500)
 
     async def _answer(self, request: Request, body: CompletionBody | ChatBody, shape: Shape) -> Response:

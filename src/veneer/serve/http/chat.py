@@ -1,4 +1,4 @@
-"""Choices of ``/v1/chat/completions``, as they are written."""
+"""Choices of ``/v1/chat/completions`` in the response format."""
 
 from __future__ import annotations
 

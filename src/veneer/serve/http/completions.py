@@ -1,4 +1,4 @@
-"""Choices of ``/v1/completions``, as they are written."""
+"""Choices of ``/v1/completions`` in the response format."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from veneer.serve.outputs import CompletionOutput
 
 
 def shape(echo: bool) -> Shape:
-    """Return the shape of text completions; with ``echo`` the prompt stands in front."""
+    """Return the shape of text completions; ``echo`` puts the prompt in front."""
 
     def choice(answer: CompletionOutput, index: int, asked: Asked) -> dict[str, Any]:
         front = (asked.prompt or "") if echo else ""

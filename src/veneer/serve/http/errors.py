@@ -1,4 +1,4 @@
-"""Errors as a client gets them: each as OpenAI's JSON, with the status that says whose it is."""
+"""Errors as OpenAI's JSON, each with the status that says whether client or server is at fault."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _RETRY_SECONDS = 1
 
 
 class RefusedError(ConfigError):
-    """Request is refused, with a status, for the sake of its field ``param``."""
+    """Refusal of a request, with a status, because of its field ``param``."""
 
     status: ClassVar[int] = 400
 
@@ -33,7 +33,7 @@ class RefusedError(ConfigError):
 
 
 class ModelNotFoundError(RefusedError):
-    """Request names a model that is not there."""
+    """Request for an unknown model."""
 
     status = 404
 
@@ -42,13 +42,13 @@ class ModelNotFoundError(RefusedError):
 
 
 class BodyTooLargeError(RefusedError):
-    """Body has more bytes than the server takes."""
+    """Body with more bytes than the server accepts."""
 
     status = 413
 
 
 class TooManyRequestsError(RefusedError):
-    """Server has as much to answer as it takes: the client is to ask again later."""
+    """Request beyond the server's limit in flight; the client should retry later."""
 
     status = 429
 
@@ -70,14 +70,14 @@ def status_of(error: VeneerError) -> int:
 
 
 async def on_veneer_error(request: Request, error: Exception) -> JSONResponse:
-    """Return the answer to a request that cannot be served."""
+    """Return the response to a request that cannot be served."""
     found = error if isinstance(error, VeneerError) else ServingError(repr(error))
     wait = {"Retry-After": str(_RETRY_SECONDS)} if isinstance(found, TooManyRequestsError) else None
     return JSONResponse(error_body(found), status_of(found), wait)
 
 
 async def on_unknown_route(request: Request, error: Exception) -> JSONResponse:
-    """Return the answer to a path that is not there, or a method that its path does not take: those that there are."""
+    """Return the response to an unknown path, or to a method that its path does not accept; it lists the routes."""
     status = error.status_code if isinstance(error, HTTPException) else 500
     asked = f"{request.method} {request.url.path}"
     routes = ", ".join(f"{method} {path}" for path, method in _routes(request.app))
@@ -92,7 +92,7 @@ def _routes(app: FastAPI) -> list[tuple[str, str]]:
 
 
 async def on_invalid_body(request: Request, error: Exception) -> JSONResponse:
-    """Return the answer to a body that is not as the route wants it: everything that is wrong, and the first field."""
+    """Return the response to a body that does not fit the route: all errors, and the first field."""
     problems = error.errors() if isinstance(error, RequestValidationError) else []
     unread = any(not _place(problem) and problem["type"] != _NO_JSON for problem in problems)
     more = f"; and {len(problems) - _TOLD:,} more" if len(problems) > _TOLD else ""

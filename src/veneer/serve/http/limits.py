@@ -1,4 +1,4 @@
-"""Most that a client may ask of a server, and the refusal of a body that is too large."""
+"""Limits on a client's requests, and the refusal of a body that is too large."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from veneer.serve.http.errors import BodyTooLargeError, error_body
 
 @dataclass(frozen=True, kw_only=True)
 class ServerLimits:
-    """Limits of requests. Raises ConfigError for one that is below 1, and if ``in_flight`` is below ``choices``.
+    """Limits of requests. Raises ConfigError for a limit below 1, and if ``in_flight`` is below ``choices``.
 
     ``body_bytes``: the size of a body. ``choices``: the prompts of a request times its ``n``. ``in_flight``: the
-    choices of all requests that have not ended. ``trust_request_templates``: a body may bring a chat template, a
+    choices of all requests that have not ended. ``trust_request_templates``: a body may contain a chat template, a
     program that runs here.
     """
 
@@ -38,7 +38,7 @@ class ServerLimits:
 
 
 class BodyLimit:
-    """Application in front of which bodies of more than ``most`` bytes are refused; none is held beyond that."""
+    """Middleware that refuses bodies of more than ``most`` bytes, and buffers no more than that."""
 
     def __init__(self, app: ASGIApp, most: int) -> None:
         self._app, self._most = app, most

@@ -1,4 +1,4 @@
-"""Models that are served: the base, and each folder of the adapters' folder, as it is now."""
+"""Served models: the base, and each folder that the adapters' folder contains now."""
 
 from __future__ import annotations
 
@@ -25,10 +25,9 @@ _COMPARED, _TOLD = 1000, 10  # names, for the nearest of them, and in a message;
 class Catalogue:
     """Base under ``names``, and the adapters in a folder, by the names of their folders.
 
-    The folder is looked at with every request: what is put there is served, what is taken away is no longer. Of an
-    adapter that is asked for its own files are looked at, and of the others nothing, so that a request costs the same
-    however many there are. Any thread may ask. A mix has no folder: the last 64 are known by name, so that they may
-    stay loaded.
+    The folder is read with every request: added adapters are served, removed ones no longer. Only the files of the
+    requested adapter are read, so that a request costs the same however many there are. Any thread may call it. A mix
+    has no folder: the last 64 are kept by name, so that they may stay loaded.
     """
 
     def __init__(self, engine: Engine, names: Sequence[str], root: str, adapters: Path | None) -> None:
@@ -40,7 +39,7 @@ class Catalogue:
         self._created = int(time.time())
 
     def adapters(self) -> dict[str, Path]:
-        """Return the folders of the adapters that are there now, by name; those that are gone are forgotten."""
+        """Return the folders of the adapters that exist now, by name; those that are gone are forgotten."""
         with self._lock:
             return self._looked_at()
 
@@ -56,8 +55,9 @@ class Catalogue:
         raise ModelNotFoundError(f"no model {name!r}{_those_there(name, [*self._names, *there])}")
 
     def mix(self, weights: Mapping[str, float]) -> LoRARequest:
-        """Return the weighted sum of adapters by name. Raises ModelNotFoundError, and ConfigError as
-        `LoRARequest.mix`.
+        """Return the weighted sum of adapters by name.
+
+        Raises ModelNotFoundError, and ConfigError as `LoRARequest.mix` does.
         """
         with self._lock:
             found = {name: self._found(name) for name in sorted(weights)}
@@ -69,7 +69,7 @@ class Catalogue:
 
     @property
     def base(self) -> str:
-        """Base's first name."""
+        """First name of the base."""
         return self._names[0]
 
     def cards(self) -> dict[str, Any]:

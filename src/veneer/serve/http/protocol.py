@@ -1,4 +1,4 @@
-"""Bodies of requests: OpenAI's fields, and vLLM's beside them. Unknown ones are refused."""
+"""Bodies of requests: OpenAI's fields, and vLLM's in addition. Unknown ones are refused."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ Several = Annotated[list[T], _First()]
 
 
 class Strict(BaseModel):
-    """Body whose unknown fields are errors that know what the known ones are."""
+    """Body whose unknown fields are errors that name the known ones."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -55,15 +55,16 @@ def _extra(name: str, known: list[str]) -> InitErrorDetails:
 
 
 class StreamOptions(Strict):
-    """Options of a stream: what it holds besides the answer."""
+    """Options of a stream: its contents besides the answer."""
 
     include_usage: bool = False
     continuous_usage_stats: bool = False
 
 
 class Body(Strict):
-    """Fields of both routes. ``adapter`` is a mix: weights by the names of adapters. ``user``, ``metadata``, ``store``
-    and ``service_tier`` are accepted and mean nothing.
+    """Fields of both routes. ``adapter`` is a mix: weights by the names of adapters.
+
+    ``user``, ``metadata``, ``store`` and ``service_tier`` are accepted and ignored.
     """
 
     model: str | None = None
@@ -106,11 +107,11 @@ class Body(Strict):
 
     @property
     def n_choices(self) -> int:
-        """Answers that are asked for."""
+        """Number of answers requested."""
         return max(self.n, 1)
 
     def params(self, defaults: Mapping[str, Any], max_tokens: int | None, logprobs: int | None) -> SamplingParams:
-        """Return the sampling parameters of the body; what it leaves out is the model's default. Raises ConfigError."""
+        """Return the sampling parameters of the body; missing ones are the model's defaults. Raises ConfigError."""
         given = {name: value for name in _SAME if (value := getattr(self, name)) is not None}
         kind = RequestOutputKind.DELTA if self.stream else RequestOutputKind.FINAL_ONLY
         return SamplingParams(
@@ -136,7 +137,7 @@ class Body(Strict):
 
 
 class CompletionBody(Body):
-    """Body of ``/v1/completions``. ``logprobs`` is how many are listed beside the chosen one's."""
+    """Body of ``/v1/completions``. ``logprobs`` is the number listed in addition to the chosen token's."""
 
     prompt: str | Several[str] | Several[int] | Several[Several[int]]
     max_tokens: int | None = 16
@@ -145,7 +146,7 @@ class CompletionBody(Body):
 
     @property
     def n_choices(self) -> int:
-        """Answers that are asked for, to all prompts."""
+        """Number of answers requested, to all prompts together."""
         return len(self._prompts()) * super().n_choices
 
     def read(self, reader: PromptReader) -> list[tuple[str | None, list[int]]]:
@@ -164,8 +165,9 @@ class CompletionBody(Body):
 
 
 class ChatBody(Body):
-    """Body of ``/v1/chat/completions``. ``max_tokens`` is the old name of ``max_completion_tokens``; ``tools`` are
-    refused unless ``tool_choice`` is "none".
+    """Body of ``/v1/chat/completions``. ``max_tokens`` is the old name of ``max_completion_tokens``.
+
+    ``tools`` are refused unless ``tool_choice`` is "none".
     """
 
     messages: Several[dict[str, Any]]

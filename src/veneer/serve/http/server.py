@@ -1,4 +1,4 @@
-"""Server process: a port that is looked at beforehand, and an end that tells every client."""
+"""Server process: a port checked beforehand, and a shutdown that notifies every client."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _GRACE_SECONDS = 3
 
 
 def require_free(host: str, port: int) -> None:
-    """Raise ConfigError if nothing can listen on a port, as if something else does."""
+    """Raise ConfigError if nothing can listen on a port, for example if another process does."""
     try:
         asyncio.run(_listen(host, port))
     except OSError as error:
@@ -34,9 +34,9 @@ async def _listen(host: str, port: int) -> None:
 
 
 def run(app: FastAPI, host: str, port: int) -> None:
-    """Answer until a signal ends it: SIGINT as KeyboardInterrupt, SIGTERM as it ends any process.
+    """Serve until a signal ends it: SIGINT as KeyboardInterrupt, SIGTERM as it ends any process.
 
-    Raises ConfigError if the port was taken meanwhile.
+    Raises ConfigError if the port was taken in the meantime.
     """
     try:
         Server(app, host=host, port=port).run()
@@ -47,14 +47,14 @@ def run(app: FastAPI, host: str, port: int) -> None:
 
 
 class Server(uvicorn.Server):
-    """Uvicorn server of an application of `make_app` that ends what is in flight when it stops."""
+    """Uvicorn server of an application of `make_app` that ends requests in flight when it stops."""
 
     def __init__(self, app: FastAPI, **options: Any) -> None:
         super().__init__(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=_GRACE_SECONDS, **options))
         self._engine = app.state.engine
 
     async def shutdown(self, sockets: Any = None) -> None:
-        """End every request with an error that says why, and cut off clients that do not read it."""
+        """End every request with an error that says why, and disconnect clients that do not read it."""
         n_ended = self._engine.end_all()
         if n_ended:
             _LOG.warning("stopping: %d in flight ended with an error that says so", n_ended)
