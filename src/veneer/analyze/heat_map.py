@@ -1,4 +1,4 @@
-"""Picture of where adapters changed their base: one square a module and layer, one panel an adapter."""
+"""Heat map of an adapter's changes to its base: one square for each module and layer, one panel for each adapter."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ _WIDEST = 44  # characters of a title
 
 
 def draw_norms(adapters: Mapping[str, Sequence[LayerReport]], path: Path) -> None:
-    """Write a PNG: norms of the updates of each adapter, by its name; all panels have the same colours."""
+    """Write a PNG of the norms of each adapter's updates, by its name. All panels share one colour scale."""
     norms_figure(adapters).savefig(path, dpi=150)
 
 
 def norms_figure(adapters: Mapping[str, Sequence[LayerReport]]) -> Figure:
-    """Return the picture of `draw_norms`: modules down, layers across. What is not changed is left white."""
+    """Return the figure of `draw_norms`: modules down, layers across, unchanged modules white."""
     lines = [line for of in adapters.values() for line in of]
     modules = list(dict.fromkeys(line.module for line in lines))
     layers: list[int | None] = [None] if any(line.layer is None for line in lines) else []

@@ -1,4 +1,4 @@
-"""Two adapters compared at one layer: shared directions, and entries that pull apart."""
+"""Comparison of two adapters at one layer: shared directions, and entries of opposite sign."""
 
 from __future__ import annotations
 
@@ -11,11 +11,10 @@ from veneer.errors import ShapeError
 
 
 def subspace_overlap(first: Spectrum, second: Spectrum, i: int, j: int) -> float:
-    """``|V_i V_jᵀ|²_F / min(i, j)`` over the top i and j right singular directions, from 0 (orthogonal) to 1 (one
-    contains the other).
+    """Return ``|V_i V_jᵀ|²_F / min(i, j)`` over the top i and j right singular directions.
 
-    Hu et al. 2021, arXiv:2106.09685, section 7.2, eq. 4. Two random subspaces have an expected overlap of ``max(i,
-    j) / n_inputs``.
+    It ranges from 0 (orthogonal) to 1 (one contains the other). Two random subspaces have an expected overlap of
+    ``max(i, j) / n_inputs``. Source: Hu et al. 2021, arXiv:2106.09685, section 7.2, eq. 4.
     """
     for name, k, of in (("i", i, first), ("j", j, second)):
         if not 1 <= k <= of.vt.shape[0]:
@@ -29,7 +28,7 @@ def subspace_overlap(first: Spectrum, second: Spectrum, i: int, j: int) -> float
 
 
 def overlap_table(first: Spectrum, second: Spectrum) -> Float[Tensor, "r1 r2"]:
-    """`subspace_overlap` for every i and j, as the paper's figure 3 draws it."""
+    """Return `subspace_overlap` for every i and j, as in the paper's figure 3."""
     squares = (first.vt @ second.vt.to(first.vt.dtype).T).square()
     smaller = torch.minimum(
         torch.arange(1, squares.shape[0] + 1)[:, None], torch.arange(1, squares.shape[1] + 1)[None, :]
@@ -38,9 +37,7 @@ def overlap_table(first: Spectrum, second: Spectrum) -> Float[Tensor, "r1 r2"]:
 
 
 def sign_conflict(first: Float[Tensor, "o i"], second: Float[Tensor, "o i"]) -> float:
-    """Share of the entries that both updates change in which they pull in opposite directions; half for unrelated
-    updates.
-    """
+    """Return the share of opposite signs among the entries that both updates change; half for unrelated updates."""
     both = (first != 0) & (second != 0)
     n_both = int(both.sum())
     return int(((first * second < 0) & both).sum()) / n_both if n_both else 0.0

@@ -1,4 +1,4 @@
-"""Adapter layer by layer: how large each update is, and how many directions it uses."""
+"""Report on an adapter layer by layer: the size of each update, and its number of directions."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from veneer.analyze.spectrum import Spectrum
 
 @dataclass(frozen=True, slots=True)
 class LayerReport:
-    """One module: its path split into block number and name, and the figures of its update."""
+    """Report on one module: its path split into block number and name, and its update's figures."""
 
     path: str
     layer: int | None
@@ -25,7 +25,7 @@ class LayerReport:
 
 @dataclass(frozen=True, slots=True)
 class PairReport:
-    """Two adapters at one module: shared directions among the top k of each, and entries that pull apart."""
+    """Comparison of two adapters at one module: shared directions among the top k of each, entries of opposite sign."""
 
     path: str
     overlap: float
@@ -34,7 +34,7 @@ class PairReport:
 
 
 def describe(spectra: Mapping[str, Spectrum], top: int) -> list[LayerReport]:
-    """One line for each module path; ``top``: how many directions ``energy`` counts."""
+    """Return one line for each module path. ``top``: the number of directions in ``energy``."""
     lines = []
     for path, spectrum in spectra.items():
         layer, module = split_path(path)
@@ -46,7 +46,7 @@ def describe(spectra: Mapping[str, Spectrum], top: int) -> list[LayerReport]:
 
 
 def compare(first: Mapping[str, Spectrum], second: Mapping[str, Spectrum], top: int) -> list[PairReport]:
-    """One line for each module that both change. ``chance`` is the overlap of random directions."""
+    """Return one line for each module that both change. ``chance`` is the overlap of random directions."""
     lines = []
     for path in first:
         if path in second:
@@ -58,6 +58,6 @@ def compare(first: Mapping[str, Spectrum], second: Mapping[str, Spectrum], top: 
 
 
 def split_path(path: str) -> tuple[int | None, str]:
-    """``model.layers.3.mlp.up_proj`` → (3, "mlp.up_proj"); a path without a number has no block."""
+    """Split ``model.layers.3.mlp.up_proj`` into (3, "mlp.up_proj"). A path without a number has no block."""
     match = re.search(r"\.(\d+)\.", path)
     return (int(match.group(1)), path[match.end() :]) if match else (None, path)

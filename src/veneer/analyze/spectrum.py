@@ -15,7 +15,7 @@ from veneer.errors import CompositionError
 
 @dataclass(frozen=True, slots=True)
 class Spectrum:
-    """Update ``scale B A = U diag(s) Vᵀ`` of one layer: u (o, r), s (r,) in falling order, vt (r, i)."""
+    """Update ``scale B A = U diag(s) Vᵀ`` of one layer: u (o, r), s (r,) in descending order, vt (r, i)."""
 
     u: Float[Tensor, "o r"]
     s: Float[Tensor, " r"]
@@ -28,10 +28,9 @@ class Spectrum:
 
     @property
     def effective_rank(self) -> float:
-        """Exponential of the entropy of the singular values over their sum (Roy and Vetterli 2007, "The effective
-        rank", eq. 4).
+        """Exponential of the entropy of the normalised singular values, between 1 and r; 0 for a zero update.
 
-        Between 1 and r; 0 for an update of zero.
+        Source: Roy and Vetterli 2007, "The effective rank", eq. 4.
         """
         total = float(self.s.sum())
         if total == 0:
@@ -40,7 +39,7 @@ class Spectrum:
         return float((-(p * p.log()).sum()).exp())
 
     def energy(self, k: int) -> float:
-        """Share of the squared norm in the k largest singular values; 1 for an update of zero."""
+        """Return the share of the squared norm in the k largest singular values; 1 for a zero update."""
         total = float(self.s.square().sum())
         return float(self.s[:k].square().sum()) / total if total else 1.0
 
@@ -58,5 +57,5 @@ def spectrum(record: LinearDelta) -> Spectrum:
 
 
 def spectrum_of_dense(update: Float[Tensor, "o i"]) -> Spectrum:
-    """Return the spectrum of any update given as a matrix."""
+    """Return the spectrum of any update, given as a matrix."""
     return Spectrum(*torch.linalg.svd(update, full_matrices=False))

@@ -1,4 +1,4 @@
-"""Random subspace of all weights of a model: d numbers that move every weight, by Fastfood's fast random matrix."""
+"""Random subspace of all weights of a model: d numbers change every weight, by Fastfood's random matrix."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ from veneer.errors import ConfigError
 
 
 def hadamard(x: Float[Tensor, "*rows n"]) -> Float[Tensor, "*rows n"]:
-    """Return the orthonormal Walsh-Hadamard transform along the last axis, whose size is a power of two, in n log n
-    steps.
+    """Return the orthonormal Walsh-Hadamard transform along the last axis, in n log n steps.
+
+    The axis has a power of two as its size.
     """
     n, y, half = x.shape[-1], x, 1
     while half < n:
@@ -28,8 +29,10 @@ def hadamard(x: Float[Tensor, "*rows n"]) -> Float[Tensor, "*rows n"]:
 
 
 class Fastfood(nn.Module):
-    """Random matrix (n_out, d) with entries of variance 1/d, never formed: stacked blocks ``H G Π H B`` (Le et al.
-    2013, eq. 5), with H Hadamard, G Gaussian, Π a permutation and B signs. It takes 13 bytes for each output.
+    """Random matrix (n_out, d) with entries of variance 1/d, never formed: stacked blocks ``H G Π H B``.
+
+    H is Hadamard, G Gaussian, Π a permutation and B signs. It takes 13 bytes for each output. Source: Le et al. 2013,
+    eq. 5.
     """
 
     gauss: Tensor
@@ -48,18 +51,19 @@ class Fastfood(nn.Module):
             self.register_buffer(name, tensor, persistent=False)
 
     def forward(self, theta: Float[Tensor, " d"]) -> Float[Tensor, " n_out"]:
-        """Return the image of theta."""
+        """Return the product of the matrix with theta."""
         padded = nn.functional.pad(theta, (0, self.sign.shape[1] - self.d))
         mixed = hadamard(padded * self.sign).gather(1, self.order)
         return hadamard(mixed * self.gauss).flatten()[: self.n_out]
 
 
 class Subspace(nn.Module):
-    """All weights of a model as a function of d trained numbers: ``θ₀ + P θ`` (Aghajanyan et al. 2021,
-    arXiv:2012.13255, eq. 1 and 3), at θ₀ in the beginning.
+    """Weights of a model as a function of d trained numbers, ``θ₀ + P θ``, initially θ₀.
 
-    ``structure_aware`` (SAID, eq. 4) spends one of the d on each layer, as a factor of what P does there. P has entries
-    of variance 1/(dimensions of θ), so that one learning rate moves the weights as far whatever d is.
+    ``structure_aware`` (SAID, eq. 4) uses one of the d for each layer, as a factor of P's values there. P has entries
+    of variance 1/(dimensions of θ), so that one learning rate moves the weights equally far for every d. Source:
+    Aghajanyan et al. 2021, arXiv:2012.13255, eq. 1 and 3.
+
     Raises ConfigError if d leaves nothing for θ or is larger than the model.
     """
 
@@ -89,8 +93,6 @@ class Subspace(nn.Module):
 
 
 def layer_of(name: str) -> str:
-    """Return the layer that a parameter belongs to: its path up to the first number, or what stands outside of any
-    layer.
-    """
+    """Return the layer of a parameter: its path up to the first number, or its module's path if it has none."""
     numbered = re.match(r"(.*?\.\d+)\.", name)
     return numbered.group(1) if numbered else name.rpartition(".")[0]

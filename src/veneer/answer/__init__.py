@@ -1,1 +1,1 @@
-"""Answers to prompts: how tokens are drawn, who answers, and files of prompts."""
+"""Answers to prompts: sampling of tokens, the answering model, and files of prompts."""

@@ -1,4 +1,4 @@
-"""Interface of all that answers prompts: how it draws tokens, its action, how long an answer may be."""
+"""Interface of models that answer prompts: sampling, answering, and the length of an answer."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ from veneer.evaluate.scoring import Answering, OnProgress, ignore_progress
 
 @dataclass(frozen=True, kw_only=True)
 class Drawing:
-    """Choice of tokens: the likeliest at a ``temperature`` of 0, else a draw by ``top_p``, ``top_k`` (0: all) and
-    ``seed`` (None: another one each time).
+    """Sampling settings. A ``temperature`` of 0 takes the likeliest token.
+
+    Otherwise tokens are sampled with ``top_p``, ``top_k`` (0: all) and ``seed`` (None: a new one each time).
     """
 
     temperature: float = 0.0
@@ -24,12 +25,12 @@ class Drawing:
 
 
 class Answerer(Protocol):
-    """Model that answers prompts, which are token ids."""
+    """Model that answers prompts, given as token ids."""
 
     tokenizer: Any
 
     def stream(self, prompt: Sequence[int], max_new_tokens: int) -> str:
-        """Print the answer to stdout while it is made, and return it. Raises ConfigError if it has no room."""
+        """Print the answer to stdout while it is generated, and return it. Raises ConfigError if it has no room."""
 
     def answers(
         self,
@@ -38,14 +39,14 @@ class Answerer(Protocol):
         on_progress: OnProgress = ignore_progress,
         adapters: Sequence[Path | None] = (),
     ) -> list[str]:
-        """Return the answer to each prompt by the adapter of its folder (None: the base alone).
+        """Return the answer to each prompt. ``adapters``: the folder of each prompt's adapter (None: the base alone).
 
         Without ``adapters`` the first adapter answers all prompts. Raises ConfigError if an answer has no room.
         """
 
 
 def tokens_behind(prompt: Sequence[int], limit: int | None, n_most: int) -> int:
-    """Return ``n_most``, or the room that ``prompt`` leaves in a context of ``limit`` tokens, if that is less.
+    """Return ``n_most``, or the number of tokens after ``prompt`` in a context of ``limit`` tokens, if that is smaller.
 
     Raises ConfigError if the prompt is empty or fills the context.
     """

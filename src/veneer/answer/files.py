@@ -19,7 +19,7 @@ ADAPTER, ANSWER = "adapter", "answer"  # the fields that a row may have, and get
 
 @dataclass(frozen=True)
 class Asked:
-    """Row with its prompt, and the adapter that is to answer it (None: the base alone)."""
+    """Row with its prompt, and the adapter for its answer (None: the base alone)."""
 
     row: Row
     ids: Sequence[int]
@@ -32,7 +32,7 @@ def read_asked(
     """Return the prompts of a file, and the model with all adapters that they name; nothing is loaded yet.
 
     ``default`` is the adapter of rows that name none; ``how`` are the keywords of `choose`. Raises DataError that names
-    the row, and what `choose` raises.
+    the row, and the errors of `choose`.
     """
     rows = read_prompts(source)[:limit]
     base, default = split_one(model, default)
@@ -42,9 +42,9 @@ def read_asked(
 
 
 def adapters_of(rows: Sequence[Row], source: Path, default: Path | None) -> list[Path | None]:
-    """Return the adapter of each row: that of its field ``adapter`` (empty: none), or the default.
+    """Return the adapter of each row: its field ``adapter`` (empty: none), or the default.
 
-    A folder is looked for next to the file, then in the working directory. Raises DataError that names the row.
+    A folder is searched for next to the file, then in the working directory. Raises DataError that names the row.
     """
     found: list[Path | None] = []
     for number, row in enumerate(rows, 1):
@@ -76,7 +76,7 @@ def asked_of(
 
 
 def write_answers(output: Path, asked: Sequence[Asked], answers: Sequence[str]) -> None:
-    """Write the rows, each with its ``answer``; the file appears when it is whole."""
+    """Write the rows, each with its ``answer``. The file appears once it is complete."""
     lines = [
         json.dumps({**each.row, ANSWER: answer}, ensure_ascii=False)
         for each, answer in zip(asked, answers, strict=True)

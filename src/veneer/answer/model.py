@@ -27,7 +27,7 @@ from veneer.store.bars import quiet
 
 
 class ModelAnswerer:
-    """`Answerer` by transformers' ``generate``. ``n_rows``: prompts answered at once, at most."""
+    """`Answerer` by transformers' ``generate``. ``n_rows``: the most prompts in one batch."""
 
     def __init__(self, loaded: Loaded, drawing: Drawing, n_rows: int) -> None:
         self.model, self.tokenizer, self._names = loaded.model, loaded.tokenizer, loaded.names

@@ -29,7 +29,7 @@ def encode_chat(tokenizer: Any, messages: Sequence[Message]) -> list[int]:
 
 
 def encode_prompt(tokenizer: Any, prompt: str, *, system: str | None = None, raw: bool = False) -> list[int]:
-    """Return a prompt as one user turn if the model has a chat template, else, or if ``raw``, as plain text.
+    """Return a prompt as one user turn, or as plain text if ``raw`` or if the model has no chat template.
 
     Raises ConfigError for a ``system`` message without a chat template.
     """
@@ -45,16 +45,16 @@ def encode_prompt(tokenizer: Any, prompt: str, *, system: str | None = None, raw
 
 @dataclass(frozen=True, kw_only=True)
 class PromptReader:
-    """Reads rows (``messages``, or ``prompt``) as prompts. ``prompt``: a template over a row's fields."""
+    """Reader of rows (``messages``, or ``prompt``) as prompts. ``prompt``: a template over a row's fields."""
 
     prompt: str | None = None
     system: str | None = None
     raw: bool = False
 
     def read(self, row: Row, tokenizer: Any) -> list[int]:
-        """Return the token ids of a row's prompt; an answer that the row holds is left out.
+        """Return the token ids of a row's prompt, without an answer that the row holds.
 
-        Raises DataError for a row that asks nothing, ConfigError for settings that do not fit the tokenizer.
+        Raises DataError for a row without a question, ConfigError for settings that do not fit the tokenizer.
         """
         turns = row.get("messages") if self.prompt is None else None
         if turns is None:

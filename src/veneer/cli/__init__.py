@@ -1,1 +1,1 @@
-"""Commands, one file per verb; `app` mounts them."""
+"""Commands, one file for each verb; `app` mounts them."""

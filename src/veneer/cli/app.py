@@ -1,7 +1,7 @@
-"""``veneer``: the commands under one program, and its messages when something is wrong.
+"""``veneer``: the commands under one program, and its error messages.
 
-Exit codes: 0 done, 2 something the user can mend (with one message on stderr, no traceback), 130 interrupted, 143 asked
-to end by SIGTERM. Anything else is a defect of veneer and keeps its traceback.
+Exit codes: 0 done; 2 an error that the user can fix (with one message on stderr, no traceback); 130 interrupted; 143
+terminated by SIGTERM. Anything else is a defect of veneer and keeps its traceback.
 """
 
 from __future__ import annotations
@@ -45,18 +45,18 @@ _ENVIRONMENT = {errno.EACCES, errno.EPERM, errno.ENOSPC, errno.EROFS, errno.EDQU
 
 
 class VerbGroup(TyperGroup):
-    """Group of verbs: turns errors that a user can mend into a message and an exit code."""
+    """Group of verbs. It turns errors that a user can fix into a message and an exit code."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Read the command line; ``--weights 0.7 -0.3`` needs no quotes."""
+        """Parse the command line; ``--weights 0.7 -0.3`` needs no quotes."""
         return super().parse_args(ctx, with_weights_joined(args))
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
-        """Print the page of the program: every verb with its first sentence."""
+        """Print the help page of the program: every verb with its first sentence."""
         print_page(self, ctx, [(name, first_sentence(verb)) for name, verb in self.commands.items()])
 
     def collect_usage_pieces(self, ctx: Any) -> list[str]:
-        """``COMMAND …``."""
+        """Return the pieces of the usage line, ``COMMAND …``."""
         return ["COMMAND", "[ARGUMENTS]", "[OPTIONS]"]
 
     def invoke(self, ctx: Any) -> Any:
@@ -67,7 +67,7 @@ class VerbGroup(TyperGroup):
             return super().invoke(ctx)
 
     def make_context(self, *args: Any, **options: Any) -> Any:
-        """Read the options of the program itself; the pages that some of them print may meet a full disk."""
+        """Parse the options of the program itself. Pages printed by some of them may fail on a full disk."""
         with _messages():
             return super().make_context(*args, **options)
 
@@ -93,7 +93,7 @@ def _messages() -> Iterator[None]:
 
 
 def with_weights_joined(args: list[str]) -> list[str]:
-    """Return the arguments with all numbers that follow ``--weights`` as its one value."""
+    """Return the arguments with all numbers after ``--weights`` joined into its one value."""
     if "--weights" not in args:
         return args
     first = args.index("--weights") + 1
@@ -165,7 +165,7 @@ app.command("env", cls=VerbCommand)(env.env)
 
 
 def main() -> None:
-    """Return the console entry point."""
+    """Run the console entry point."""
     # The bars of other libraries come where something takes long, and go when it is done; read when tqdm is imported.
     os.environ.setdefault("TQDM_DELAY", "2")
     os.environ.setdefault("TQDM_LEAVE", "")

@@ -8,7 +8,7 @@ from veneer.errors import ConfigError
 
 
 def require_file(option: str, path: Path, ending: str = "") -> None:
-    """Raise ConfigError where no file can be written at ``path``, or if it lacks the ending."""
+    """Raise ConfigError if no file can be written at ``path``, or if it lacks the suffix."""
     if path.suffix != ending and ending:
         raise ConfigError(f"{option} {path} must end in {ending}")
     if path.is_dir():
@@ -18,16 +18,14 @@ def require_file(option: str, path: Path, ending: str = "") -> None:
 
 
 def require_folder(option: str, path: Path) -> None:
-    """Raise ConfigError if ``path`` can become no folder because a file stands in its way."""
+    """Raise ConfigError if ``path`` cannot become a folder because a file is in the way."""
     for part in (path, *path.parents):
         if part.exists() and not part.is_dir():
             raise ConfigError(f"{option} {path}: {part} is a file, not a folder; choose another place")
 
 
 def weights_of(weights: str | None, n: int) -> list[float]:
-    """Return the numbers of ``--weights``, all 1 if not given. Raises ConfigError unless there is one for
-    each input.
-    """
+    """Return the numbers of ``--weights``, by default all 1. Raises ConfigError unless each input has one."""
     given = [1.0] * n if weights is None else weights.replace(",", " ").split()
     try:
         numbers = [float(w) for w in given]

@@ -1,4 +1,4 @@
-"""Work of ``veneer chat``."""
+"""Implementation of ``veneer chat``."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def chat(
     load_in_4bit: bool,
     dtype: str,
 ) -> None:
-    """Answer what is typed until the end of the conversation."""
+    """Answer each input until the end of the conversation."""
     parts = loading.load_parts(model, adapter, four_bit=load_in_4bit, dtype=dtype)
     start: list[Message] = [] if system is None else [{"role": "system", "content": system}]
     encode_chat(parts.tokenizer, [*start, {"role": "user", "content": "?"}])  # what cannot chat says so at once

@@ -1,4 +1,4 @@
-"""Work of ``veneer combine``."""
+"""Implementation of ``veneer combine``."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def combine(
     seed: int,
     base: str | None,
 ) -> None:
-    """Write the combined adapter, and say what was lost."""
+    """Write the combined adapter, and print its error."""
     numbers = weights_of(weights, len(adapters))
     loading.require_of_one_base(adapters, base)
     plan = Combination(how=how, rank=rank, density=density, seed=seed)  # type: ignore[arg-type]

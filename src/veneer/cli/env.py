@@ -1,4 +1,4 @@
-"""Work of ``veneer env``."""
+"""Implementation of ``veneer env``."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def env(*, as_json: bool) -> None:
 
 
 def environment() -> dict[str, str]:
-    """Facts about this installation, by name."""
+    """Return the facts about this installation, by name."""
     facts = {"veneer": importlib.metadata.version("veneer"), "python": platform.python_version()}
     facts |= {package: _version(package) for package in PACKAGES}
     facts |= {"system": f"{platform.system()} {platform.release()} {platform.machine()}", "cpu": _cpu_model()}

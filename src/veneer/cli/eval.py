@@ -1,4 +1,4 @@
-"""Work of ``veneer eval``."""
+"""Implementation of ``veneer eval``."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def eval_(
     dtype: str,
     as_json: bool,
 ) -> None:
-    """Measure what the arguments name, and print or write the results."""
+    """Measure the subject of the arguments, and print or write the results."""
     given = {
         "pattern": pattern, "labels": labels, "prompt": prompt, "answer_field": answer_field, "stop": stop or None,
         "ignore_case": ignore_case, "max_new_tokens": max_new_tokens, "context": context, "stride": stride,
@@ -86,7 +86,7 @@ def eval_(
 def metric_of(name: str, given: Mapping[str, Any], predictions: Path | None) -> Metric:
     """Return the metric with the options ``given`` (None or False: not given).
 
-    Raises ConfigError for options that it does not read or lacks, and for ``predictions`` that cannot be written.
+    Raises ConfigError for unused or missing options, and for ``predictions`` that cannot be written.
     """
     kind, chosen = METRICS[name], {key: value for key, value in given.items() if value not in (None, False)}
     reads = {field.name for field in fields(kind)}

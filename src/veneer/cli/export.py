@@ -1,4 +1,4 @@
-"""Work of ``veneer export``."""
+"""Implementation of ``veneer export``."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def gguf(
 
 
 def ollama(*, model: str, output: Path, adapter: Path | None, type_: str, importance: Path | None, force: bool) -> None:
-    """Write a folder for ollama create."""
+    """Write a folder for ``ollama create``."""
     base, adapter = split_one(model, adapter)
     options = GgufOptions(type=type_, overwrite=force, importance=importance)
     with quiet(), progress_bar("exporting") as on_progress:
@@ -94,7 +94,7 @@ def importance(
 
 
 def check(*, file: Path, model: str | None, adapter: Path | None) -> None:
-    """Read a GGUF file whole, and print what is in it."""
+    """Read a whole GGUF file, and print its contents."""
     with quiet(), progress_bar("reading") as on_progress:
         report = check_file(file, on_progress)
         facts, problems = dict(report.facts), list(report.problems)

@@ -1,4 +1,4 @@
-"""Work of ``veneer fetch``."""
+"""Implementation of ``veneer fetch``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Work of ``veneer generate``."""
+"""Implementation of ``veneer generate``."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def generate(
     load_in_4bit: bool,
     dtype: str,
 ) -> None:
-    """Answer a prompt on stdout, or a file of prompts into another."""
+    """Answer a prompt on stdout, or a file of prompts into another file."""
     drawing = Drawing(temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
     if input_ is not None and output is not None:
         _require_places(input_, output, force)

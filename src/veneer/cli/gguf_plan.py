@@ -1,4 +1,4 @@
-"""Planned GGUF file in a terminal: its size, and the types of its tensors, equal layers in one row."""
+"""Plan of a GGUF file in a terminal: its size, and the types of its tensors, equal layers in one row."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _SHOWN = 3  # of the tensors that were left out
 
 
 def print_plan(plan: Plan, n_parts: int) -> None:
-    """Print the file as it would be, on stdout: first the whole, then its tensors."""
+    """Print the planned file on stdout: first its totals, then its tensors."""
     parts = f" in {n_parts} parts" if n_parts > 1 else ""
     typer.echo(f"{summary(plan.specs)}, {size(plan.nbytes)}{parts}; nothing was written")
     table = Table(box=box.SIMPLE, padding=(0, 1, 0, 0))
@@ -30,7 +30,7 @@ def print_plan(plan: Plan, n_parts: int) -> None:
 
 
 def tell_notes(plan: Plan) -> None:
-    """Print notes for the file's user, and the parts of the checkpoint that are not in it, on stderr."""
+    """Print notes for the file's user, and the omitted parts of the checkpoint, on stderr."""
     for note in plan.notes:
         typer.echo(f"note: {note}", err=True)
     if names := plan.left_out:

@@ -1,4 +1,4 @@
-"""Help page of a command: usage, its action, an example to copy, arguments and options in two columns."""
+"""Help page of a command: usage, summary, an example to copy, arguments and options in two columns."""
 
 from __future__ import annotations
 
@@ -24,7 +24,9 @@ class VerbCommand(TyperCommand):
         print_page(self, ctx)
 
     def collect_usage_pieces(self, ctx: Any) -> list[str]:
-        """``MODEL --prompt TEXT [OPTIONS]``: what must be given, then that there is more."""
+        """Return the pieces of the usage line, ``MODEL --prompt TEXT [OPTIONS]``: required ones first, then
+        ``[OPTIONS]``.
+        """
         return usage_pieces(self.get_params(ctx))
 
 
@@ -54,7 +56,7 @@ def first_sentence(command: Any) -> str:
 
 
 def usage_pieces(params: Sequence[Any]) -> list[str]:
-    """Arguments and required options by their names, then ``[OPTIONS]``."""
+    """Return the names of arguments and required options, then ``[OPTIONS]``."""
     arguments = [param for param in params if param.param_type_name == "argument"]
     needed = [param for param in params if param.param_type_name == "option" and param.required]
     pieces = [_argument(param) if param.required else f"[{_argument(param)}]" for param in arguments]

@@ -1,4 +1,4 @@
-"""Work of ``veneer info``."""
+"""Implementation of ``veneer info``."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ _MODEL_FIELDS = {
 
 
 def info(*, what: str, as_json: bool) -> None:
-    """Print facts about what is meant."""
+    """Print facts about an adapter, a model or a run."""
     facts, section = _facts(what)
     if as_json:
         typer.echo(json.dumps(facts, indent=2, default=str))

@@ -1,4 +1,4 @@
-"""``veneer info`` of a run's output: how it stands, from its ``run.json``."""
+"""``veneer info`` of a run's output: its status, from its ``run.json``."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from veneer.train.record import told_life
 
 
 def run_section(record: Mapping[str, Any]) -> dict[str, str]:
-    """Return the rows of the table for a run: status, last step, losses, what was saved, what changed on the way."""
+    """Return the table rows for a run: status, last step, losses, saved files, changes during the run."""
     recipe, results = record["recipe"], record.get("results", {})
     step = results.get("steps", record.get("step"))
     found = {

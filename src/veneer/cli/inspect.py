@@ -1,4 +1,4 @@
-"""Work of ``veneer inspect``."""
+"""Implementation of ``veneer inspect``."""
 
 from __future__ import annotations
 

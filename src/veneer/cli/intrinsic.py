@@ -1,4 +1,4 @@
-"""Work of ``veneer intrinsic``."""
+"""Implementation of ``veneer intrinsic``."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def intrinsic(
     structure_aware: bool,
     seed: int,
 ) -> None:
-    """Train, draw the curve and write it down."""
+    """Train, draw the curve and write it."""
     training = Training(steps=steps, learning_rate=learning_rate, structure_aware=structure_aware, seed=seed)
     dimensions = _dimensions(dims)
     chosen = loading.choose(model, dtype="float32")

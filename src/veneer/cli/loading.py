@@ -1,4 +1,4 @@
-"""What several verbs do: load the model that the arguments name, and tell on stderr what the user should know of it."""
+"""Loading shared by several verbs: load the model that the arguments name, and print notes on stderr."""
 
 from __future__ import annotations
 
@@ -19,13 +19,16 @@ from veneer.store.bars import quiet
 
 
 def choose(model: str, adapters: Sequence[Path] = (), **how: Any) -> Chosen:
-    """Return `adapters.chosen.choose`, its notes told. Raises ConfigError for a preset, which has no weights."""
+    """Return the result of `adapters.chosen.choose`, and print its notes.
+
+    Raises ConfigError for a preset, which has no weights.
+    """
     require_weights(model)
     return told(choose_quietly(model, adapters, **how))
 
 
 def told(chosen: Chosen) -> Chosen:
-    """Print the notes of what was chosen, and return it."""
+    """Print the notes of a choice, and return it."""
     for note in chosen.notes:
         typer.echo(f"note: {note}", err=True)
     return chosen
@@ -44,13 +47,13 @@ def load(model: str, adapter: Path | None = None, **how: Any) -> Loaded:
 
 
 def joined(parts: Parts) -> Loaded:
-    """Join the parts, and say if float32 would be faster."""
+    """Join the parts, and print a note if float32 would be faster."""
     _tell_of_float32(parts)
     return parts.joined()
 
 
 def answerer_of(parts: Parts, drawing: Drawing | None = None, n_rows: int = 1) -> Answerer:
-    """Return `serve.answerer.answerer_of`, and say who answers."""
+    """Return the result of `serve.answerer.answerer_of`, and print the answerer's name."""
     answerer, name = quiet_answerer_of(parts, drawing, n_rows)
     typer.echo(f"answers: {name}", err=True)
     if isinstance(answerer, ModelAnswerer):
@@ -59,14 +62,15 @@ def answerer_of(parts: Parts, drawing: Drawing | None = None, n_rows: int = 1) -
 
 
 def adapter_list(adapter: Path | None) -> list[Path]:
-    """Return the adapters that an option means which may be left out."""
+    """Return an optional adapter as a list."""
     return [] if adapter is None else [adapter]
 
 
 def require_of_one_base(adapters: Sequence[Path], base: str | None) -> None:
-    """Raise ConfigError and FormatError if one of these is no adapter, or they are not of one base, or not of ``base``.
+    """Raise ConfigError or FormatError if one of these is not an adapter, or if their bases differ from each other or
+    ``base``.
 
-    Bases of equal shapes and other names are told on stderr. No weight is loaded.
+    Bases of equal shapes and different names give a note on stderr. No weight is loaded.
     """
     named = require_one_base(adapters) if base is None else []
     if base is not None:

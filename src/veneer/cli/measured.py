@@ -1,4 +1,4 @@
-"""Outcome of ``veneer eval``: as a table, as JSON, and row by row in a file."""
+"""Results of ``veneer eval``: as a table, as JSON, and row by row in a file."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class Measured:
         return [compare(first, each) for each in others]
 
     def facts(self) -> dict[str, Any]:
-        """Return all that is known, for JSON; with several columns under ``results``, in their order."""
+        """Return all facts, for JSON; with several columns under ``results``, in their order."""
         head = {**self.subject.facts, "metric": self.metric}
         told = [numbers_of(result) for result in self.results]
         if len(told) == 1:
@@ -67,7 +67,7 @@ class Measured:
         return {**head, "results": named, "differences": compared, "seconds": self.seconds}
 
     def show(self) -> None:
-        """Print tables."""
+        """Print the results as tables."""
         facts = {name: value for name, value in self.subject.facts.items() if value is not None}
         if len(self.results) == 1:
             print_facts({**facts, **self._shown(self.results[0]), "seconds": f"{self.seconds:,.4g}"})
@@ -123,7 +123,7 @@ class Measured:
         Console().print(shown)
 
     def write_predictions(self, path: Path) -> None:
-        """Write one JSON object for each row and column: prompt, right answers, prediction, and whether it is right."""
+        """Write one JSON object for each row and column: prompt, right answers, prediction, and its correctness."""
         with path.open("w", encoding="utf-8") as file:
             for name, result in zip(self.names, self.results, strict=True):
                 column = {"adapter": None if name == _BASE else name} if len(self.results) > 1 else {}

@@ -1,4 +1,4 @@
-"""Work of ``veneer merge``."""
+"""Implementation of ``veneer merge``."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from veneer.store.bars import quiet
 
 
 def merge(*, base: str, adapter: Path, output: Path, dtype: str | None, force: bool) -> None:
-    """Write the merged model, and say what is in it."""
+    """Write the merged model, and print its contents."""
     with quiet(), progress_bar("merging") as on_progress:
         report = merge_checkpoint(base, adapter, output, MergeOptions(dtype=dtype, overwrite=force), on_progress)
     apart = ", tied embeddings written apart" if report.untied else ""

@@ -1,4 +1,4 @@
-"""Work of ``veneer merge-models``."""
+"""Implementation of ``veneer merge-models``."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def merge_models(
     seed: int,
     force: bool,
 ) -> None:
-    """Write the combined model, and say what is in it."""
+    """Write the combined model, and print its contents."""
     plan = TaskVectors(
         how=how,  # type: ignore[arg-type]
         density=density,

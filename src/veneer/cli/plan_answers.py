@@ -31,7 +31,7 @@ from veneer.recipe.recipe import Recipe, changed, parse_recipe
 def opened(
     values: Mapping[str, Any], name: str, card: str | None, *, timed: bool
 ) -> tuple[Recipe, PreTrainedConfig, Machine]:
-    """Return the recipe of these values, the config of its base and the machine that it is planned for."""
+    """Return the recipe of these values, the config of its base and the machine to plan for."""
     recipe = parse_recipe(values, name)
     waiting_for(f"reading the config of {recipe.model.source}")
     config = config_of(recipe.model.source)
@@ -88,7 +88,9 @@ def answer_fit(
 
 
 def answer_serve(recipe: Recipe, config: PreTrainedConfig, memory: int, as_json: bool) -> None:
-    """Print how many adapters and tokens fit beside the base. Raises ConfigError for a run without an adapter."""
+    """Print how many adapters and tokens fit in memory with the base. Raises ConfigError for a run without
+    an adapter.
+    """
     adapter = recipe.adapter_config()
     if adapter is None:
         raise ConfigError("--serve counts adapters beside a base, and method full has none: choose another method")

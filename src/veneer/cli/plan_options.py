@@ -1,6 +1,6 @@
-"""Options of ``veneer plan``: sizes with units, which question reads which option, and values that nothing takes.
+"""Options of ``veneer plan``: sizes with units, the options of each question, and invalid values.
 
-All is told without torch and transformers, before seconds of imports.
+All of them are checked without torch and transformers, before seconds of imports.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ COUNTS = ("--rows", "--tokens", "--processes", "--rank", "--length", "--batch")
 
 
 def bytes_from(text: str, option: str) -> int:
-    """``24GB``, ``80GiB``, ``500 MB`` as bytes. Raises ConfigError for anything else."""
+    """Return ``24GB``, ``80GiB``, ``500 MB`` as bytes. Raises ConfigError for anything else."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
     unit = None if match is None else _UNITS.get(match[2].upper())
     if match is None or unit is None or float(match[1]) <= 0:
@@ -53,7 +53,7 @@ def bytes_from(text: str, option: str) -> int:
 
 
 def unread(asked: Mapping[str, bool], given: Mapping[str, Any]) -> list[str]:
-    """Say which of the ``given`` options (None: not given) the ``asked`` question reads nothing of."""
+    """Return the problems of ``given`` options (None: not given) that the ``asked`` question does not read."""
     chosen = [name for name, is_asked in asked.items() if is_asked]
     found = []
     if len(chosen) > 1:
@@ -71,7 +71,7 @@ def unread(asked: Mapping[str, bool], given: Mapping[str, Any]) -> list[str]:
 
 
 def wrong(given: Mapping[str, Any]) -> list[str]:
-    """Say which of the ``given`` options have a value that they cannot have."""
+    """Return the problems of ``given`` options with invalid values."""
     found = [
         f"{name} {given[name]} must be at least 1" for name in COUNTS if given[name] is not None and given[name] < 1
     ]

@@ -1,4 +1,4 @@
-"""Work of ``veneer serve``."""
+"""Implementation of ``veneer serve``."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def serve(
     max_in_flight: int,
     trust_request_templates: bool,
 ) -> None:
-    """Load the base and serve it until the end."""
+    """Load the base and serve it until the process ends."""
     require_free(host, port)
     if adapters is not None and not adapters.is_dir():
         raise ConfigError(f"--adapters {adapters} is no folder: make it, adapters may come later")

@@ -1,4 +1,4 @@
-"""Subject of ``veneer eval``: rows, the tokenizer that reads them, and a model with adapters, loaded in time."""
+"""Subject of ``veneer eval``: rows, their tokenizer, and a model with adapters, loaded when needed."""
 
 from __future__ import annotations
 
@@ -37,9 +37,9 @@ class Named:
 
 @dataclass(kw_only=True)
 class Subject:
-    """Rows to ask about, and all rows of which they are the first; a model that `load` loads, and its tokenizer.
+    """Rows to ask about, and ``whole``, all rows of which they are the first. ``load`` loads the model.
 
-    ``adapters`` are measured side by side, with the base alone in front of them where ``with_base``.
+    ``adapters`` are measured side by side, preceded by the base alone if ``with_base``.
     """
 
     rows: Rows
@@ -57,7 +57,7 @@ class Subject:
 
 
 def subject_of(named: Named) -> Subject:
-    """Return the subject that the arguments name, all of it checked, and no weight loaded."""
+    """Return the subject that the arguments name, fully checked, with no weight loaded."""
     if named.with_base and not named.adapters and named.recipe is None and not _is_adapter(named.model):
         raise ConfigError("--with-base sets the base beside adapters, and none is given: add --adapter FOLDER")
     return _of_model(named) if named.recipe is None else _of_recipe(named, named.recipe)

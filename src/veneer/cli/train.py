@@ -1,4 +1,4 @@
-"""``veneer train``: train as a recipe says. Options and recipe are checked before torch is imported."""
+"""``veneer train``: train from a recipe. Options and recipe are checked before torch is imported."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Run of ``veneer train``: what is printed while it is planned and trained."""
+"""Run of ``veneer train``: the output while it is planned and trained."""
 
 from __future__ import annotations
 
@@ -44,12 +44,12 @@ class Asked:
 
 
 def parsed(values: Mapping[str, Any], path: Path) -> Recipe | Sweep:
-    """Return the recipe, or the sweep, that the values of a file mean. Raises ConfigError with all problems."""
+    """Return the recipe, or the sweep, from the values of a file. Raises ConfigError with all problems."""
     return parse_sweep(values, path) if PART in values else parse_recipe(values, str(path))
 
 
 def carried_out(wanted: Recipe | Sweep, asked: Asked) -> None:
-    """Plan and train a recipe, or train a sweep, and print how it went. Raises the errors of `run_recipe`."""
+    """Plan and train a recipe, or train a sweep, and print the outcome. Raises the errors of `run_recipe`."""
     level = logging.WARNING if is_main() else logging.ERROR  # what the others would say is the same
     logging.basicConfig(level=level, format="%(levelname)s: %(message)s", stream=sys.stderr)
     console = Console(soft_wrap=True, quiet=not is_main())

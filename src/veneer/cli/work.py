@@ -1,4 +1,6 @@
-"""Work of a verb, imported when the verb runs: it brings torch, seconds that a page of help can do without."""
+"""Implementation of a verb, imported when the verb runs. It imports torch, which takes seconds that help
+pages avoid.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,7 @@ P = ParamSpec("P")
 
 
 def carried_out_by(place: str) -> Callable[[Callable[P, None]], Callable[P, None]]:
-    """Return a decorator that makes a verb of its page.
+    """Return a decorator that makes a verb from its page.
 
     The verb runs the page's own checks, then the function of the page's name in the module ``place``, with the same
     arguments.

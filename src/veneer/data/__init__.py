@@ -1,1 +1,1 @@
-"""Data for training and evaluation: rows, templates, chats, encoding, packing, batches. No model."""
+"""Data for training and evaluation: rows, templates, chats, encoding, packing, batches. Independent of the model."""

@@ -1,4 +1,4 @@
-"""Chat templates: rendering a conversation, and finding the tokens that the assistant wrote."""
+"""Chat templates: rendering a conversation, and locating the assistant's tokens."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def render(
 ) -> list[int]:
     """Return the token ids of a conversation under the tokenizer's chat template.
 
-    Raises DataError if there is no template or if the template refuses the conversation.
+    Raises DataError if there is no template or if the template rejects the conversation.
     """
     return _render(tokenizer, messages, options)["input_ids"]
 
@@ -33,14 +33,14 @@ def render(
 def assistant_mask(
     tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], options: Mapping[str, Any] | None = None
 ) -> tuple[list[int], list[bool]]:
-    """Return the token ids of a conversation, and for each whether the assistant wrote it (the end of its turn
-    included).
+    """Return the token ids of a conversation, and a mask of the assistant's tokens, the end of its turn included.
 
-    Three ways, in this order: the template's own ``{% generation %}`` markers; position, by rendering the conversation
-    up to each turn, which holds for every template that only ever appends; the marked version of a well-known template
-    that TRL ships. Token ids play no part, so a pad token equal to the end token does no harm.
+    Three methods are tried in this order. First come the template's own ``{% generation %}`` markers. The second is by
+    position: the conversation is rendered up to each turn, which works for every append-only template. The third is
+    TRL's marked version of a well-known template. Token ids are not used, so a pad token equal to the end token does no
+    harm.
 
-    Raises DataError if none of the three tells the turns apart.
+    Raises DataError if none of the three separates the turns.
     """
     if "{% generation" in (tokenizer.chat_template or "") or "{%- generation" in (tokenizer.chat_template or ""):
         return _marked(tokenizer, messages, options)
@@ -59,9 +59,9 @@ def assistant_mask(
 
 
 def with_template(tokenizer: PreTrainedTokenizerBase, file: str | None) -> PreTrainedTokenizerBase:
-    """Return the tokenizer with the chat template of a file (Jinja), which is saved with it; without a file as it is.
+    """Return the tokenizer with the chat template of a file (Jinja), which is saved with it.
 
-    Raises DataError if the file cannot be read or is no template.
+    Without a file the tokenizer is unchanged. Raises DataError if the file cannot be read or is not a template.
     """
     if file is None:
         return tokenizer
@@ -88,7 +88,7 @@ class _Generation(Extension):
 
 
 def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
-    """Return the number of leading values that two sequences share."""
+    """Return the length of the common prefix of two sequences."""
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 

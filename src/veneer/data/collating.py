@@ -1,4 +1,4 @@
-"""Batches of token ids: padded rows, or packed rows in the layout that the model computes exactly."""
+"""Batches of token ids: padded rows, or packed rows in a layout that the model computes exactly."""
 
 from __future__ import annotations
 
@@ -16,13 +16,12 @@ Layout = Literal["positions", "flat", "padded"]
 
 @dataclass(frozen=True, kw_only=True)
 class Collator:
-    """Makes a batch of examples with ``input_ids``, ``labels`` and, where packed, ``seq_lengths``.
+    """Collator of examples into batches with ``input_ids``, ``labels`` and, if packed, ``seq_lengths``.
 
-    ``layout`` is how packed rows reach the model: ``"positions"`` keeps each row and restarts its positions at every
-    sequence, from which transformers derives a mask that is block-diagonal; ``"flat"`` lays all rows end to end, as the
-    variable-length flash kernels want it; ``"padded"`` unpacks them into padded rows. ``padding_free`` packs the
-    examples of a batch that were not packed before. The attention mask is left out of packed batches: its absence makes
-    transformers read the positions.
+    ``layout`` is the form of packed rows. ``"positions"`` keeps each row and restarts its positions at every sequence;
+    transformers derives a block-diagonal mask from that. ``"flat"`` concatenates all rows, as the variable-length flash
+    kernels require. ``"padded"`` unpacks them into padded rows. ``padding_free`` packs the unpacked examples of a
+    batch. Packed batches have no attention mask, so that transformers reads the positions.
     """
 
     pad_token_id: int

@@ -1,4 +1,4 @@
-"""Data set made ready for training: encoded, rows without a trained token dropped, packed."""
+"""Data set prepared for training: encoded, rows without a trained token dropped, packed."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ AnyDataset = TypeVar("AnyDataset", Dataset, IterableDataset)
 
 
 def encode_all(dataset: AnyDataset, encoder: Encoder, name: str, n_processes: int | None = None) -> AnyDataset:
-    """Encode every row; rows without a trained token are left out, and their number is logged.
+    """Encode every row. Rows without a trained token are dropped, and their number is logged.
 
-    Raises DataError if no row is left, with what was looked for.
+    Raises DataError if no row is left, and says what was searched for.
     """
     if isinstance(dataset, Dataset) and not len(dataset):
         raise DataError(f"the {name} data has no rows")
@@ -49,15 +49,16 @@ def encode_all(dataset: AnyDataset, encoder: Encoder, name: str, n_processes: in
 
 
 def pack_all(dataset: AnyDataset, capacity: int, *, split: bool) -> Dataset:
-    """Pack the rows. Raises ConfigError for a streamed data set, whose rows are not known beforehand."""
+    """Pack the rows. Raises ConfigError for a streamed data set, whose rows are not known in advance."""
     if isinstance(dataset, IterableDataset):
         raise ConfigError("packing=True needs a data set that is not streamed: load it whole, or set packing=False")
     return pack(dataset, capacity, split=split)
 
 
 def filled(dataset: Dataset, n_rows: int) -> Dataset:
-    """Return the rows with ``n_rows`` more at their end, in which no token is trained: nothing that is summed over
-    trained tokens changes.
+    """Return the rows with ``n_rows`` padding rows appended, in which no token is trained.
+
+    Sums over trained tokens do not change.
     """
     if not n_rows:
         return dataset
@@ -69,7 +70,7 @@ def filled(dataset: Dataset, n_rows: int) -> Dataset:
 
 
 def digest(dataset: Dataset) -> str:
-    """Return a hash of the token ids and labels of all rows, in order: two runs on equal data have equal ones."""
+    """Return a hash of the token ids and labels of all rows, in order. Runs on equal data have equal hashes."""
     state = hashlib.blake2b(digest_size=16)
     for row in dataset:
         state.update(array("q", [len(row["input_ids"])]).tobytes())
@@ -78,9 +79,7 @@ def digest(dataset: Dataset) -> str:
 
 
 def columns_of(dataset: Dataset | IterableDataset) -> list[str]:
-    """Return the names of the columns, streamed or not. Raises DataError if a data set without names has no
-    row either.
-    """
+    """Return the names of the columns, streamed or not. Raises DataError if an unnamed data set has no rows."""
     names = dataset.column_names or next(iter(dataset), None)
     if names is None:
         raise DataError("the data has no rows")
@@ -109,7 +108,7 @@ def _all_masked(encoder: Encoder, name: str, columns: list[str], n_rows: int) ->
 
 
 def require_answers(kind: Kind, rows: Dataset, name: str, *, assistant: bool, completion: bool) -> None:
-    """Raise ConfigError if ``assistant_only_loss`` or ``completion_only_loss`` has nothing in these rows to find."""
+    """Raise ConfigError if ``assistant_only_loss`` or ``completion_only_loss`` matches nothing in these rows."""
     columns = columns_of(rows)
     if assistant and (kind == "text" or (kind == "prompt-completion" and isinstance(_first(rows)["prompt"], str))):
         raise ConfigError(

@@ -1,4 +1,4 @@
-"""Tokenized rows in the cache, found again by what they were made of; any number of processes may use it at once."""
+"""Cache of tokenized rows, keyed by their sources. Any number of processes may use it at once."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ _DONE = "dataset_info.json"
 
 
 def encoded_once(rows: Dataset, encoder: Encoder, encode: Callable[[], Dataset]) -> Dataset:
-    """Return the rows as ``encode`` gives them, or as it gave them before, mapped from disk.
+    """Return the rows encoded by ``encode``, or an earlier result of it, mapped from disk.
 
-    Small sets, and tokenizers that do not tell all of themselves, are encoded each time; so is everything where the
-    cache cannot be written.
+    Small sets, and tokenizers without a complete description, are encoded each time. So is everything if the cache
+    cannot be written.
     """
     key = _key(rows, encoder) if len(rows) >= FEWEST_ROWS else None
     if key is None:

@@ -1,4 +1,4 @@
-"""From a row of data to token ids and labels. Trained tokens are found by position, never by their id."""
+"""Encoding of a row into token ids and labels. Trained tokens are found by position, never by their id."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Encoded = dict[str, list[int]]
 
 
 def kind_of(columns: Sequence[str], text_field: str) -> Kind:
-    """Return the kind of rows with these columns. Raises DataError if none of the known forms fits."""
+    """Return the kind of rows with these columns. Raises DataError if they have no known form."""
     if "input_ids" in columns:
         return "tokens"
     if "prompt" in columns and "completion" in columns:
@@ -35,12 +35,11 @@ def kind_of(columns: Sequence[str], text_field: str) -> Kind:
 
 @dataclass(frozen=True, kw_only=True)
 class Encoder:
-    """Reads rows of one kind; called with a row and its number, so that it can be mapped over a data set.
+    """Encoder of rows of one kind, called with a row and its number, as a map over a data set does.
 
-    ``completion_only`` trains the completion alone, ``assistant_only`` the assistant's turns alone, else every token. A
-    column ``labels`` beside ``input_ids`` is taken as it stands, whatever tokens it names. The first label of a row is
-    always ignored: nothing precedes it that could predict it. ``max_length`` cuts the end off, or the start with
-    ``keep_end``.
+    ``completion_only`` trains only the completion, ``assistant_only`` only the assistant's turns, otherwise every token
+    is trained. A ``labels`` column with ``input_ids`` is taken unchanged. The first label of a row is always ignored,
+    since nothing precedes it. ``max_length`` truncates the end, or the start with ``keep_end``.
     """
 
     tokenizer: PreTrainedTokenizerBase

@@ -19,9 +19,9 @@ _SHOWN_PROBLEMS = 5
 
 
 def numbered_rows(path: Path, problems: list[str]) -> Iterator[tuple[int, Row]]:
-    """Return the objects of a file with their numbers; anything else is noted in ``problems`` and left out.
+    """Return the objects of a file with their numbers. Anything else is skipped and noted in ``problems``.
 
-    Raises DataError if the file is missing or none, has another ending, or cannot be read as a whole.
+    Raises DataError if the file is missing, is not a file, has an unknown suffix, or cannot be parsed.
     """
     readers = {
         ".jsonl": _json_lines, ".json": _json_list, ".csv": _csv, ".tsv": _csv, ".parquet": _parquet, ".txt": _lines,
@@ -43,9 +43,9 @@ def numbered_rows(path: Path, problems: list[str]) -> Iterator[tuple[int, Row]]:
 
 
 def raise_all(source: object, problems: list[str]) -> None:
-    """Raise one DataError for these problems, if there are any: the first few, and how many more.
+    """Raise one DataError for these problems, if there are any: the first few, and the number of others.
 
-    A problem that several rows share is told once, with their numbers.
+    A problem shared by several rows is reported once, with their numbers.
     """
     rows: dict[str, list[str]] = {}
     for problem in problems:
@@ -65,7 +65,7 @@ def _numbers(rows: list[str]) -> str:
 
 
 def require_one_form(forms: Iterable[tuple[int, str]]) -> None:
-    """Raise DataError that names the first row whose form is not that of the rows before it."""
+    """Raise DataError that names the first row whose form differs from the rows before it."""
     before: tuple[int, str] | None = None
     for number, form in forms:
         before = before or (number, form)

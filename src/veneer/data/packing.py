@@ -1,4 +1,4 @@
-"""Packing: several sequences in one row, which see nothing of one another."""
+"""Packing: several sequences in one row, independent of one another."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from veneer.errors import ConfigError, DataError
 
 
 def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """Indices in bins whose lengths sum to at most ``capacity``, by best fit of the longest first.
+    """Return indices in bins whose lengths sum to at most ``capacity``, by best-fit decreasing.
 
-    Each item goes where it leaves the least room; within 11/9 of the fewest bins (Johnson 1973). Bins, and the items of
-    each, come in the order of their first index, so that a shuffled set stays shuffled.
+    Each item goes into the bin with the least room left, within 11/9 of the fewest bins (Johnson 1973). Bins, and the
+    items of each, are ordered by their first index, so that a shuffled set stays shuffled.
     """
     bins: list[list[int]] = []
     room: list[tuple[int, int]] = []  # (space left, bin), sorted
@@ -32,10 +32,10 @@ def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
 
 
 def pack(dataset: Dataset, capacity: int, *, split: bool = False) -> Dataset:
-    """Rows of up to ``capacity`` tokens made of whole sequences, with their ``seq_lengths``.
+    """Return rows of up to ``capacity`` tokens made of whole sequences, with their ``seq_lengths``.
 
-    ``split`` cuts sequences that are too long into several; without it they must fit already. Raises DataError if
-    no trained token is left: the first of each sequence, and of each piece, has nothing before it that predicts it.
+    ``split`` cuts sequences that are too long into several; without it they must already fit. Raises DataError if no
+    trained token is left: the first token of each sequence or piece has nothing to predict it.
     """
     rows = [(row["input_ids"], row["labels"]) for row in dataset]
     if split:

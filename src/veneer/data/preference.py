@@ -1,4 +1,4 @@
-"""Rows of preferences: pairs of a better and a worse answer, answers with a label, prompts to answer."""
+"""Rows for preference tuning: pairs of a better and a worse answer, labelled answers, prompts to answer."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ _READ = ("prompt", "chosen", "rejected", "completion", "label")
 
 
 def checked_rows(rows: Any, name: str, task: Task) -> Any:
-    """Return the rows as they are; those of several data sets each.
+    """Return the rows unchanged, after a check; several data sets are checked separately.
 
-    Raises DataError if columns are missing, and, with all of them by number, for rows that hold nothing, or the
-    same answer twice. Streamed rows are looked at one by one later on, so that only their columns are known.
+    Raises DataError if columns are missing. It also lists, by number, rows that are empty or hold the same answer
+    twice. Streamed rows are checked later, one by one, so only their columns are checked here.
     """
     if rows is None:
         if name == "train":
@@ -55,7 +55,7 @@ def checked_rows(rows: Any, name: str, task: Task) -> Any:
 
 
 def require_columns(columns: list[str], name: str, task: Task) -> None:
-    """Raise DataError if these are not the columns of a task."""
+    """Raise DataError if these are not a task's columns."""
     if any(needed <= set(columns) for needed in _COLUMNS[task]) or "prompt_ids" in columns or "chosen_ids" in columns:
         return
     missing = sorted(_COLUMNS[task][0] - set(columns))
@@ -67,7 +67,7 @@ def require_columns(columns: list[str], name: str, task: Task) -> None:
 
 
 def row_problem(row: Mapping[str, Any], task: Task) -> str | None:
-    """In words what makes a row useless, if anything."""
+    """Return the reason why a row is unusable, if any."""
     for column in ("prompt", "chosen", "rejected", "completion"):
         if column in row and (told := _value_problem(column, row[column], row)):
             return told
@@ -105,10 +105,10 @@ def _other_task(columns: set[str], task: Task) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class PreferenceReader:
-    """Reads the rows of a source for a task other than supervised fine-tuning; `load_rows` takes it for a reader.
+    """Reader of a source's rows for preference tasks, in the role of a reader for `load_rows`.
 
-    ``prompt`` is a template such as ``"Question: {question}"`` over the columns, which stay beside it. ``chat`` makes
-    turns of user and assistant out of texts; ``system`` is a message put before each conversation.
+    ``prompt`` is a template such as ``"Question: {question}"`` over the columns, which are kept. ``chat`` turns texts
+    into user and assistant turns. ``system`` is a message added before each conversation.
     """
 
     task: Task
@@ -122,7 +122,7 @@ class PreferenceReader:
         return self.task
 
     def read(self, row: Mapping[str, Any], form: str) -> dict[str, Any]:
-        """One row with the columns of its task. Raises DataError for one that is useless."""
+        """Return one row with its task's columns. Raises DataError for an unusable one."""
         read = dict(row)
         if self.prompt is not None:
             read["prompt"] = fill_template(self.prompt, row)

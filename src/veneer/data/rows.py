@@ -1,4 +1,4 @@
-"""Rows of data from a file or the hub, brought into one of the forms that can be trained on."""
+"""Rows of data from a file or the hub, converted into one of the forms for training."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ _SHAREGPT_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assista
 
 @dataclass(frozen=True, kw_only=True)
 class RowReader:
-    """Reads the rows of a source as messages, prompt and completion, or text.
+    """Reader of a source's rows as messages, prompt and completion, or text.
 
-    ``prompt`` and ``completion`` are templates such as ``"Translate: {source}"`` over the columns. ``chat`` makes turns
-    of user and assistant out of prompts and completions; ``system`` is a message put before each conversation.
+    ``prompt`` and ``completion`` are templates such as ``"Translate: {source}"`` over the columns. ``chat`` turns
+    prompts and completions into user and assistant turns. ``system`` is a message added before each conversation.
     ``advice`` ends the error for columns that have none of the forms.
     """
 
@@ -37,7 +37,7 @@ class RowReader:
     advice: str = 'data.prompt and data.completion, such as "Question: {question}" and "{answer}"'
 
     def form(self, columns: Iterable[str]) -> str:
-        """Return the form that these columns have. Raises DataError if none fits."""
+        """Return the form of these columns. Raises DataError if none fits."""
         names = set(columns)
         if self.prompt is not None and self.completion is not None:
             return "template"
@@ -58,9 +58,9 @@ class RowReader:
         )
 
     def read(self, row: Mapping[str, Any], form: str) -> Row:
-        """One row in its final form. Raises DataError if a value is missing or of the wrong kind.
+        """Return one row in its final form. Raises DataError if a value is missing or of the wrong kind.
 
-        Raises ConfigError if ``chat`` or ``system`` is given and the row is no conversation.
+        Raises ConfigError if ``chat`` or ``system`` is given and the row is not a conversation.
         """
         readers: dict[str, Callable[[Mapping[str, Any]], Row]] = {
             "messages": self._messages,
@@ -115,15 +115,15 @@ class RowReader:
 
 
 def form_of(row: Mapping[str, Any]) -> str:
-    """Return the final form that a row has: messages, prompt-completion or text."""
+    """Return the final form of a row: messages, prompt-completion or text."""
     return "messages" if "messages" in row else "text" if "text" in row else "prompt-completion"
 
 
 def load_rows(source: str | Path, reader: RowReader | PreferenceReader, limit: int | None = None) -> Dataset:
-    """All rows of a source (or the first ``limit``), read.
+    """Load all rows of a source (or the first ``limit``).
 
-    ``source``: a .jsonl, .json (a list of objects) or .parquet file, or a hub id, ``name`` or ``name:split``.
-    Raises DataError that gathers the rows which do not fit, by number, counted from one.
+    ``source``: a .jsonl, .json (a list of objects) or .parquet file, or a hub id, ``name`` or ``name:split``. Raises
+    DataError that lists the unusable rows by number, counted from one.
     """
     rows: list[Row] = []
     problems: list[str] = []
@@ -147,7 +147,7 @@ def load_rows(source: str | Path, reader: RowReader | PreferenceReader, limit: i
 
 
 def stream_rows(source: str | Path, reader: RowReader) -> IterableDataset:
-    """`load_rows` row by row, for sets larger than memory: nothing is kept, and the first row that does not fit raises.
+    """Yield the rows of `load_rows` one by one, for sets larger than memory. The first unusable row raises.
 
     Rows come in the order of the source, which is read again for each epoch. Raises DataError if it has none.
     """
@@ -176,7 +176,7 @@ def _read_one_by_one(source: str, reader: RowReader) -> Iterator[Row]:
 
 
 def split_off(rows: Dataset, fraction: float, seed: int) -> tuple[Dataset, Dataset]:
-    """Training rows and held-out rows, drawn by seed. Raises DataError if one of the two would be empty."""
+    """Return training rows and held-out rows, drawn by seed. Raises DataError if one of the two would be empty."""
     n_held_out = round(fraction * len(rows))
     if not 0 < n_held_out < len(rows):
         raise DataError(f"a fraction of {fraction} of {len(rows)} rows leaves nothing to train on or to evaluate on")

@@ -1,4 +1,4 @@
-"""Order of the examples of an epoch: a function of seed and epoch alone, so that a resumed run repeats it."""
+"""Order of an epoch's examples: a function of seed and epoch alone, so that a resumed run repeats it."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from transformers.trainer_pt_utils import get_length_grouped_indices
 
 
 class EpochSampler(Sampler[int]):
-    """Indices of ``lengths`` shuffled anew in each epoch.
+    """Sampler of the indices of ``lengths``, reshuffled in each epoch.
 
-    With ``group`` (the examples of one optimizer step), examples of like length come together: the shuffled indices
-    are cut into stretches of 50 groups, each sorted by length, with the longest example of all in the first batch, so
+    With ``group`` (the examples of one optimizer step), examples of similar length are grouped. The shuffled indices
+    are cut into stretches of 50 groups, each sorted by length. The longest example of all is in the first batch, so
     that running out of memory shows at once.
     """
 
@@ -23,7 +23,7 @@ class EpochSampler(Sampler[int]):
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch whose order the next iteration gives."""
+        """Set the epoch of the next iteration's order."""
         self.epoch = epoch
 
     def __len__(self) -> int:
@@ -37,13 +37,13 @@ class EpochSampler(Sampler[int]):
 
 
 class FilledSampler(Sampler[int]):
-    """Another sampler's indices, then those from ``start`` to ``stop``, in every epoch."""
+    """Sampler of another sampler's indices, then those from ``start`` to ``stop``, in every epoch."""
 
     def __init__(self, sampler: Sampler[int], start: int, stop: int) -> None:
         self.sampler, self.rest = sampler, range(start, stop)
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch of the other sampler, if it has any."""
+        """Set the epoch of the other sampler, if it has one."""
         if hasattr(self.sampler, "set_epoch"):
             self.sampler.set_epoch(epoch)
 
@@ -56,8 +56,10 @@ class FilledSampler(Sampler[int]):
 
 
 class EvenBatches(BatchSampler):
-    """Batches of ``batch_size`` for ``n`` processes in turns. Rows that do not fill a last batch for each of them are
-    dealt so that all together hold each equally often: means over the processes are means over those rows.
+    """Batches of ``batch_size`` for ``n`` processes in turns.
+
+    If the last rows do not fill a batch for each process, they are repeated equally often over the ``n`` last batches.
+    Means over the processes are then means over those rows.
     """
 
     def __init__(self, sampler: Sampler[int], batch_size: int, n: int) -> None:
@@ -76,7 +78,7 @@ class EvenBatches(BatchSampler):
 
 
 def last_size(left: int, n: int) -> int:
-    """Return the rows of each of ``n`` batches that together hold each of ``left`` rows equally often: the fewest."""
+    """Return the smallest size of ``n`` equal batches that together hold each of ``left`` rows equally often."""
     return left // math.gcd(left, n)
 
 

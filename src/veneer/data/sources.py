@@ -1,4 +1,4 @@
-"""Several sources of rows as one set: each read in its own way, and taken as often as it weighs."""
+"""Several sources of rows as one set: each with its own reader and weight."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from veneer.errors import ConfigError, DataError
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """File or a data set of the hub, its reading, and how many of its rows are taken.
+    """File or hub data set, its reader, and the number of rows taken from it.
 
-    ``weight``: how often each row is taken; 0.5 is a half of them, 2.5 all twice and a half once more. ``count``: so
-    many rows in place of that, again from the start if there are fewer. What is left out is drawn by seed. Raises
+    ``weight``: how often each row is taken. 0.5 takes half of them, 2.5 takes all twice and half once more. ``count``:
+    a number of rows instead, repeated from the start if there are fewer. Omitted rows are drawn by seed. Raises
     ConfigError.
     """
 
@@ -36,7 +36,7 @@ class Source:
             raise ConfigError(f"{self.name}: give weight or count, not both")
 
     def n_taken(self, n_rows: int) -> int:
-        """Return the rows that are taken of so many. Raises DataError if that is none."""
+        """Return the number of rows taken from this many. Raises DataError if it is zero."""
         n = round(self.weight * n_rows) if self.count is None else self.count
         if not n:
             raise DataError(f"{self.name}: a weight of {self.weight:g} takes none of {n_rows} rows: raise it")
@@ -44,7 +44,7 @@ class Source:
 
 
 def load_sources(sources: Sequence[Source], seed: int, limit: int | None = None) -> Dataset:
-    """Return the rows of all sources (of each the first ``limit``), taken as they weigh, one source after another.
+    """Return the rows of all sources (of each the first ``limit``) by their weights, one source after another.
 
     Raises DataError as `load_rows` does, and if sources hold rows of two forms.
     """

@@ -20,8 +20,7 @@ class _Fields(string.Formatter):
 def fill_template(template: str, row: Mapping[str, Any]) -> str:
     """Fill a template such as ``"Review: {text}"`` with the columns of a row.
 
-    Raises DataError where the row lacks a column or holds nothing in it, ConfigError if the template itself cannot
-    be read.
+    Raises DataError if the row lacks a column or its value is empty, ConfigError if the template cannot be parsed.
     """
     try:
         return _Fields().vformat(template, (), row)

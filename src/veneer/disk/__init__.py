@@ -1,1 +1,1 @@
-"""Files on disk, which know no model and no method: atomic writes, whole folders, safetensors, downloads, the cache."""
+"""Files on disk, independent of models and methods: atomic writes, whole folders, safetensors, downloads, the cache."""

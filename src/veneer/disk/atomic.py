@@ -1,4 +1,4 @@
-"""Files written whole or not at all: on disk under another name, then renamed into place."""
+"""Files written all or nothing: to disk under another name, then renamed into place."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from veneer.errors import DiskError
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Replace a file by new content: a crash or a full disk on the way leaves the old file as it was.
+    """Replace a file's content. A crash or a full disk during the write leaves the old file unchanged.
 
     Raises DiskError if the content cannot be written.
     """
@@ -20,10 +20,9 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 
 def write_together(folder: Path, contents: Mapping[str, bytes]) -> None:
-    """Write files of a folder by name: all are on disk before the first takes its place.
+    """Write files of a folder by name: all are on disk before the first is renamed into place.
 
-    Where one cannot be written, the old files are as they were, and folders that were made for them go again. Raises
-    DiskError.
+    If one cannot be written, the old files are unchanged, and new folders are removed. Raises DiskError.
     """
     made = make_folder(folder)
     temporary: dict[str, Path] = {}
@@ -48,7 +47,7 @@ def write_together(folder: Path, contents: Mapping[str, bytes]) -> None:
 
 
 def make_folder(folder: Path) -> list[Path]:
-    """Make a folder, and those above it, if there is none; returns those made, innermost first. Raises DiskError."""
+    """Make a folder and its missing parents. Return the new ones, innermost first. Raises DiskError."""
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Cache folder, where fetched and converted models are kept."""
+"""Cache folder for fetched and converted models."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def cache_dir() -> Path:
-    """``$VENEER_CACHE``, or the folder ``veneer`` in the platform's place for caches."""
+    """Return ``$VENEER_CACHE``, or the folder ``veneer`` in the platform's cache folder."""
     override = os.environ.get("VENEER_CACHE")
     if override:
         return Path(override).expanduser().absolute()

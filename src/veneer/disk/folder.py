@@ -1,4 +1,4 @@
-"""Folders that are whole or absent: built under another name, flushed, and renamed into place."""
+"""Folders written all or nothing: built under another name, flushed, and renamed into place."""
 
 from __future__ import annotations
 
@@ -31,12 +31,13 @@ _SETTLED_SECONDS = 2.0  # a scratch folder that is younger may not be locked yet
 
 @contextmanager
 def new_folder(target: Path) -> Iterator[Path]:
-    """Return a scratch folder beside ``target`` to write into; on leaving without an error it takes the place of
-    ``target``.
+    """Yield a temporary folder next to ``target``. Leaving the block without an error moves it to ``target``.
 
     On any error nothing changes. Leftovers of a killed process for the same target are removed first, and an old
-    ``target`` that it had moved aside comes back. A ``target`` that is a link stays one: the folder it leads to is
-    replaced. Raises DiskError if the disk is full or read-only or a file stands in the way, other refusals as OSError.
+    ``target`` that it had moved aside is restored. If ``target`` is a link, it stays one, and the folder it leads to is
+    replaced.
+
+    Raises DiskError if the disk is full or read-only or a file is in the way. Other failures raise OSError.
     """
     _make_parent(target)
     if target.is_symlink():
@@ -66,7 +67,7 @@ def _make_parent(target: Path) -> None:
 
 @contextmanager
 def disk_errors_told(target: Path) -> Iterator[None]:
-    """Raise DiskError if the block fails because the disk is full or read-only, in whatever words."""
+    """Raise DiskError if the block fails because the disk is full or read-only, whatever the original error."""
     try:
         yield
     except DiskError:
@@ -94,15 +95,15 @@ def _refusal(error: BaseException) -> str | None:
 
 
 def drop_leftovers(parent: Path, name: str) -> None:
-    """Remove the leftovers of dead processes for a folder of this name (a pattern) in ``parent``."""
+    """Remove dead processes' leftovers for a folder of this name (a pattern) in ``parent``."""
     for leftover in parent.glob(f".{name}{_PARTIAL}*"):
         shutil.rmtree(leftover, ignore_errors=True)
 
 
 def drop_folder(target: Path) -> None:
-    """Remove a folder as a whole: it loses its name first, so that a crash leaves no half of it under that name.
+    """Remove a whole folder. It is renamed first, so that a crash leaves no partial folder under its name.
 
-    One that cannot be removed (its disk is read-only, say) stays, with a warning.
+    A folder that cannot be removed (on a read-only disk, say) stays, with a warning.
     """
     scratch = target.with_name(f".{target.name}{_PARTIAL}{os.getpid()}-{secrets.token_hex(4)}")
     try:
@@ -165,9 +166,9 @@ def build_once(
     build: Callable[[Path], None],
     on_wait: Callable[[], None] = lambda: None,
 ) -> Path:
-    """``target``, built by ``build(scratch)`` if it is not whole yet.
+    """Return ``target``, built by ``build(scratch)`` if it is not complete yet.
 
-    Processes that race wait for the first, after ``on_wait()``, and use its result. Leftovers of a crashed one are
+    Concurrent processes wait for the first, after ``on_wait()``, and use its result. Leftovers of a crashed one are
     removed.
     """
     if is_whole(target):

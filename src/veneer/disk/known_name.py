@@ -1,4 +1,4 @@
-"""Name of a model that lies in a cache: one that means the same on another machine."""
+"""Portable name of a model in a cache, the same on another machine."""
 
 from __future__ import annotations
 
@@ -15,11 +15,10 @@ _OF_HUB = re.compile(r"/models--([^/]+)/snapshots/[^/]+")
 
 
 def known_name(name: str) -> str:
-    """Return the name of a model by which other machines know it, where ``name`` is a path into a cache, of this
-    machine or of another; otherwise ``name`` as it is.
+    """Return the portable name of a model if ``name`` is a path into a cache, otherwise ``name`` unchanged.
 
-    A model of ``veneer fetch`` goes by the name that it was fetched by, one of the hub by its id, and a GGUF file by
-    its own name and hash, ``model.gguf@sha256:0f3a…``.
+    The cache may be another machine's. A model of ``veneer fetch`` has its fetched name, a hub model its id. A GGUF
+    file has its own name and hash, ``model.gguf@sha256:0f3a…``.
     """
     path = Path(name)
     if path.is_dir():

@@ -1,7 +1,7 @@
 """Layout of one safetensors file: eight bytes of header length, a JSON header, then the tensors without gaps.
 
-Read here rather than through a memory map: mapped pages count as resident memory of the process until they are
-unmapped, so a map of a whole shard would defeat streaming.
+Files are read without a memory map. Mapped pages count as resident memory until they are unmapped, so that a map of a
+whole shard would defeat streaming.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 @dataclass(frozen=True, slots=True)
 class StoredTensor:
-    """Place of one tensor on disk. ``start`` counts bytes from the beginning of the file."""
+    """Location of one tensor on disk. ``start`` counts bytes from the beginning of the file."""
 
     name: str
     path: Path
@@ -57,13 +57,14 @@ class StoredTensor:
     nbytes: int
 
     def read(self) -> Tensor:
-        """Return the tensor, in memory of its own. Raises FormatError if the file ends before the tensor does."""
+        """Return the tensor in its own memory. Raises FormatError if the file ends before the tensor does."""
         with self.path.open("rb", buffering=0) as file:
             return self._part(file, 0, self.nbytes).view(self.dtype).view(self.shape)
 
     def blocks(self, n_values: int) -> Iterator[Tensor]:
-        """Return the tensor's rows (k, …) in order, at most so many values at a time, or one row; one block where it
-        has no rows. Raises FormatError as `read` does.
+        """Yield the tensor's rows (k, …) in order, at most so many values at a time, but at least one row.
+
+        A tensor without rows is one block. Raises FormatError as `read` does.
         """
         if not self.shape or not self.nbytes:
             yield self.read()
@@ -92,9 +93,7 @@ class StoredTensor:
 
 
 def read_header(path: Path) -> tuple[dict[str, StoredTensor], list[str]]:
-    """Return the tensors of a file in the order of their bytes, and everything that is wrong with it; the caller names
-    it.
-    """
+    """Return the tensors of a file in the order of their bytes, and all its problems, without the file's name."""
     try:
         header, data_start, data_bytes = read_table(path)
     except FormatError as error:
@@ -114,11 +113,10 @@ def read_header(path: Path) -> tuple[dict[str, StoredTensor], list[str]]:
 
 
 def read_all(path: Path, tensors: Mapping[str, StoredTensor]) -> dict[str, Tensor]:
-    """Return the tensors of a file, as `read_header` tells of them, read at once into one piece of memory that they
-    share.
+    """Return the tensors of a file, as listed by `read_header`, read at once into one shared buffer.
 
-    A tensor that does not lie there on a multiple of its values' size has memory of its own. Raises FormatError as
-    `StoredTensor.read` does.
+    A tensor that is not aligned to its values' size there has its own memory. Raises FormatError as `StoredTensor.read`
+    does.
     """
     if not tensors:
         return {}
@@ -138,7 +136,7 @@ def read_all(path: Path, tensors: Mapping[str, StoredTensor]) -> dict[str, Tenso
 def header_bytes(
     tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], metadata: Mapping[str, str]
 ) -> tuple[bytes, dict[str, int]]:
-    """Return the beginning of a file that holds these tensors in this order, and each tensor's offset behind it."""
+    """Return the header of a file with these tensors in this order, and each tensor's offset after it."""
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
     offsets: dict[str, int] = {}
     end = 0
@@ -152,7 +150,7 @@ def header_bytes(
 
 
 def tensors_to_bytes(tensors: Mapping[str, Tensor]) -> bytes:
-    """Return a safetensors file: contiguous copies on the CPU, no two of them sharing memory."""
+    """Return a safetensors file as bytes. Its tensors are contiguous copies on the CPU that share no memory."""
     copies = {key: value.detach().cpu().contiguous().clone() for key, value in tensors.items()}
     return cast(bytes, save(copies, {"format": "pt"}))
 

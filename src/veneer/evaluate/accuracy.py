@@ -1,4 +1,4 @@
-"""Accuracy: generated answers judged against the right ones, and choices among labels."""
+"""Accuracy: generated answers compared with the right ones, and choices among labels."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Judge = Callable[[str, Sequence[str]], bool]
 class Accuracy:
     """Share of right answers with its 95% interval (Wilson); ``predictions`` and ``right`` row by row.
 
-    ``confusion`` is there where the answers are a choice among labels.
+    ``confusion`` is set if the answers are a choice among labels.
     """
 
     value: float
@@ -50,13 +50,13 @@ class Accuracy:
 
 
 def answer_accuracy(questions: Sequence[Question], predictions: Sequence[str], judge: Judge) -> Accuracy:
-    """Return the share of answers, one to each question, that the judge takes for right."""
+    """Return the share of answers, one to each question, that the judge accepts."""
     return Accuracy.of(predictions, [judge(p, q.answers) for p, q in zip(predictions, questions, strict=True)])
 
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """Questions asked as a choice among ``labels``: for each question every label behind it, as sequences to score."""
+    """Questions as a choice among ``labels``: each question is paired with every label, as sequences to score."""
 
     questions: Sequence[Question]
     labels: tuple[str, ...]
@@ -64,9 +64,9 @@ class Choice:
 
     @classmethod
     def of(cls, tokenizer: Any, questions: Sequence[Question], labels: Sequence[str] = ()) -> Choice:
-        """Return the choice. ``labels`` default to the answers that occur.
+        """Return the choice. ``labels`` default to the answers in the data.
 
-        Raises DataError where a right answer is not among them, ConfigError if nothing precedes a label.
+        Raises DataError if a right answer is not among them, ConfigError if nothing precedes a label.
         """
         words = _label_words(questions, labels)
         items = []
@@ -81,7 +81,7 @@ class Choice:
         return cls(questions, tuple(word.strip() for word in words), tuple(items))
 
     def judged(self, found: Sequence[Tensor]) -> Accuracy:
-        """Return the accuracy, from the log-probabilities of the tokens of each item."""
+        """Return the accuracy, from the log-probabilities of each item's tokens."""
         n = len(self.labels)
         sums = [float(values.double().sum()) for values in found]
         rows = [sums[i : i + n] for i in range(0, len(sums), n)]
@@ -111,9 +111,9 @@ def label_accuracy(
 
 
 def exact_match(*, fold: bool = False) -> Judge:
-    """Compare the answer with the right ones, white space around it aside.
+    """Compare the answer with the right ones, ignoring white space around it.
 
-    ``fold``: case and runs of white space do not count either.
+    ``fold``: also ignore case and runs of white space.
     """
     clean = _folded if fold else str.strip
     return lambda given, answers: any(clean(given) == clean(answer) for answer in answers)
@@ -139,7 +139,7 @@ def regex_match(pattern: str, *, fold: bool = False) -> Judge:
 
 
 def require_few(words: Sequence[str]) -> None:
-    """Raise ConfigError if answers that nobody named as labels are too many kinds to be a choice."""
+    """Raise ConfigError if unnamed labels, taken from the answers, are too many for a choice."""
     if len(words) > MOST_LABELS:
         raise ConfigError(
             f"the data holds {len(words)} different answers, such as {words[0]!r:.60}: labels are a choice among a few "

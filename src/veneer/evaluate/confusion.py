@@ -1,4 +1,4 @@
-"""Confusion table: how often each class was taken for which."""
+"""Confusion matrix: how often each class was predicted as each other."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from veneer.errors import DataError
 
 @dataclass(frozen=True, slots=True)
 class Confusion:
-    """``counts[i][j]``: the rows of class i that were taken for class j, in the order of ``labels``."""
+    """Confusion matrix. ``counts[i][j]``: the rows of class i predicted as class j, in the order of ``labels``."""
 
     labels: tuple[str, ...]
     counts: tuple[tuple[int, ...], ...]
 
     @classmethod
     def of(cls, labels: Sequence[str], right: Sequence[str], predictions: Sequence[str]) -> Confusion:
-        """Return the table of these rows. Raises DataError for a class that is none of the labels."""
+        """Return the matrix of these rows. Raises DataError for a class that is not among the labels."""
         place = {label: at for at, label in enumerate(labels)}
         unknown = sorted({*right, *predictions} - place.keys())
         if unknown:
@@ -28,13 +28,13 @@ class Confusion:
         return cls(tuple(labels), tuple(map(tuple, counts)))
 
     def n_rows(self, at: int) -> int:
-        """Return the rows of a class."""
+        """Return the number of rows of a class."""
         return sum(self.counts[at])
 
     def n_predicted(self, at: int) -> int:
-        """Return the rows that were taken for a class."""
+        """Return the number of rows predicted as a class."""
         return sum(row[at] for row in self.counts)
 
     def n_right(self, at: int) -> int:
-        """Return the rows of a class that were taken for it."""
+        """Return the number of a class's rows that were predicted right."""
         return self.counts[at][at]

@@ -1,4 +1,4 @@
-"""Measure a model on rows by a metric; compare two results on the same rows."""
+"""Measurement of a model on rows by a metric; comparison of two results on the same rows."""
 
 from __future__ import annotations
 
@@ -40,9 +40,9 @@ def measure(
     """Return a metric of a model, with its active adapter, over rows in a form of training data.
 
     ``metric``: a name (``"perplexity"``, ``"exact-match"``, ``"labels"``), or an object with settings such as
-    `RegexMatch`. ``prompt`` and ``answer_field`` read rows of other fields, see `QuestionReader`.
+    `RegexMatch`. ``prompt`` and ``answer_field`` read rows with other fields, see `QuestionReader`.
 
-    Raises DataError that names the row, ConfigError for settings, prompts or texts that do not fit.
+    Raises DataError that names the row, and ConfigError for unsuitable settings, prompts or texts.
     """
     reader = QuestionReader(tokenizer=tokenizer, prompt=prompt, answer_field=answer_field)
     asked = (metric_named(metric) if isinstance(metric, str) else metric).ask(reader, rows)
@@ -58,9 +58,10 @@ def measure_each(
     batching: Batching | None = None,
     on_progress: OnProgress = ignore_progress,
 ) -> list[Result]:
-    """Return the result of each of these adapters on the model (``"__base__"``: none); without any, of the model as is.
+    """Return the result of each of these adapters on the model (``"__base__"``: none).
 
-    Metrics that score given tokens take all adapters in one pass over the base. Raises what `measure` raises.
+    Without any, return that of the model itself. Metrics that score given tokens process all adapters in one pass over
+    the base. Raises the errors of `measure`.
     """
     if isinstance(asked, Answers):
         answers = _answers_of_each(model, asked, adapters, tokenizer, batching, on_progress)
@@ -88,7 +89,7 @@ def _answers_of_each(
 def compare(first: Result, second: Result) -> Difference:
     """Return the paired difference of two results of one metric on the same rows.
 
-    Raises ShapeError for results of two metrics or of other rows.
+    Raises ShapeError for results of two metrics or of different rows.
     """
     if isinstance(first, Accuracy) and isinstance(second, Accuracy):
         return paired_shares(first.right, second.right)
@@ -115,7 +116,7 @@ def numbers_of(result: Result) -> dict[str, Any]:
 
 
 def predictions_of(asked: Asked, result: Result, tokenizer: Any) -> Iterator[dict[str, Any]]:
-    """Yield a row for each question: its number, prompt, right answers, prediction, and whether that is right.
+    """Yield a row for each question: its number, prompt, right answers, prediction, and True if that is right.
 
     Raises ShapeError for a perplexity, which predicts no answers.
     """

@@ -1,4 +1,4 @@
-"""Metrics by name: what each asks about rows, and its settings."""
+"""Metrics by name: their questions about rows, and their settings."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Rows = Sequence[Mapping[str, Any]]
 
 @dataclass(frozen=True, slots=True)
 class Answers:
-    """Questions that a model answers in its own words, and the judge of its answers."""
+    """Questions with free-form answers, and the judge of the answers."""
 
     questions: Sequence[Question]
     answering: Answering
@@ -39,14 +39,14 @@ class Answers:
 
 @dataclass(frozen=True, slots=True)
 class Passages:
-    """Rows whose tokens are scored, in windows that the model's context decides about."""
+    """Rows whose tokens are scored, in windows that depend on the model's context."""
 
     tokenizer: Any
     rows: Rows
     metric: TokenPerplexity
 
     def within(self, limit: int | None) -> Texts:
-        """Return the rows cut into windows for a context of ``limit`` tokens. Raises what `Texts.of` raises."""
+        """Return the rows cut into windows for a context of ``limit`` tokens. Raises the errors of `Texts.of`."""
         windows = Windows.within(limit, self.metric.context, self.metric.stride)
         return Texts.of(self.tokenizer, self.rows, windows, whole_rows=self.metric.whole_rows)
 
@@ -55,12 +55,12 @@ Asked = Answers | Choice | Passages
 
 
 class Metric(Protocol):
-    """Figure of a model over rows. Its fields are the settings that it reads."""
+    """Figure of a model over rows. Its fields are its settings."""
 
     name: ClassVar[str]
 
     def ask(self, reader: QuestionReader, rows: Rows, whole: Rows = ()) -> Asked:
-        """Return what is asked about the rows; no model is needed. ``whole``: all rows of which they are the first.
+        """Return the questions about the rows, without a model. ``whole``: all rows, of which these are the first.
 
         Raises DataError that names the row, and ConfigError.
         """
@@ -68,7 +68,7 @@ class Metric(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class TokenPerplexity:
-    """Perplexity of answers, or of texts, in windows of ``context`` tokens that begin ``stride`` tokens apart.
+    """Perplexity of answers, or of texts, in windows of ``context`` tokens, ``stride`` tokens apart.
 
     ``whole_rows``: the tokens of prompts count too. Defaults: see `Windows.within`.
     """
@@ -91,9 +91,9 @@ class TokenPerplexity:
 
 @dataclass(frozen=True, kw_only=True)
 class ExactMatch:
-    """Accuracy of generated answers, compared whole. ``ignore_case``: case and white space do not count.
+    """Accuracy of generated answers, compared whole. ``ignore_case``: ignore case and white space.
 
-    Answers are greedy and end after ``max_new_tokens``, or in front of one of the ``stop`` texts.
+    Answers are greedy and end after ``max_new_tokens``, or before one of the ``stop`` texts.
     """
 
     name: ClassVar[str] = "exact-match"
@@ -114,7 +114,9 @@ class ExactMatch:
 
 @dataclass(frozen=True, kw_only=True)
 class RegexMatch(ExactMatch):
-    """`ExactMatch` of the last match of ``pattern`` (its group 1, if it has one). Raises ConfigError for a bad one."""
+    """`ExactMatch` of the last match of ``pattern`` (its group 1, if it has one). Raises ConfigError for an
+    invalid one.
+    """
 
     name: ClassVar[str] = "regex"
 

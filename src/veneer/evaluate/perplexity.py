@@ -1,4 +1,4 @@
-"""Perplexity of texts and of answers, read in windows that fit the model's context."""
+"""Perplexity of texts and of answers, in windows that fit the model's context."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ from veneer.evaluate.scoring import (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Perplexity:
-    """``value`` = exp(mean negative log-likelihood of a token), every token of all rows weighing the same.
+    """``value`` = exp(mean negative log-likelihood per token), with equal weight for every token of all rows.
 
-    ``row_nats`` and ``row_tokens`` are what each row adds to it.
+    ``row_nats`` and ``row_tokens`` are the contributions of each row.
     """
 
     value: float
@@ -39,9 +39,9 @@ class Perplexity:
 
 @dataclass(frozen=True, kw_only=True)
 class Windows:
-    """Windows over texts longer than ``context`` tokens, which begin ``stride`` tokens apart.
+    """Windows over texts longer than ``context`` tokens, ``stride`` tokens apart.
 
-    A token is scored once, in the first window that holds it; the smaller the stride, the more it sees before it.
+    A token is scored once, in the first window that holds it. A smaller stride gives it more context.
     """
 
     context: int = 1024
@@ -55,9 +55,9 @@ class Windows:
 
     @classmethod
     def within(cls, limit: int | None, context: int | None = None, stride: int | None = None) -> Windows:
-        """Windows for a context of ``limit`` tokens; by default each begins half a window after the last.
+        """Return windows for a context of ``limit`` tokens; by default the stride is half a window.
 
-        Raises ConfigError if the model's context holds less than a window, of two tokens at the least.
+        Raises ConfigError if the model's context is smaller than a window, which has at least two tokens.
         """
         if limit is not None and (context or 2) > limit:
             raise ConfigError(
@@ -68,7 +68,7 @@ class Windows:
         return cls(context=size, stride=max(size // 2, 1) if stride is None else stride)
 
     def spans(self, n_tokens: int) -> list[tuple[int, int, int]]:
-        """(begin, first scored, end) of each window over a sequence; the first token is never scored."""
+        """Return (begin, first scored, end) of each window over a sequence. The first token is never scored."""
         spans, begin, scored = [], 0, 1
         while scored < n_tokens:
             end = min(begin + self.context, n_tokens)
@@ -79,7 +79,7 @@ class Windows:
 
 @dataclass(frozen=True, slots=True)
 class Texts:
-    """Rows cut into windows: sequences to score, and the row that each is of."""
+    """Rows cut into windows: sequences to score, and the row of each."""
 
     items: tuple[Scored, ...]
     rows: tuple[int, ...]
@@ -89,9 +89,9 @@ class Texts:
     def of(
         cls, tokenizer: Any, rows: Sequence[Mapping[str, Any]], windows: Windows, *, whole_rows: bool = False
     ) -> Texts:
-        """Return the answers of the rows (completions, assistant turns), or all text where a row is plain text.
+        """Return the answers of the rows (completions, assistant turns), or all text if a row is plain text.
 
-        ``whole_rows`` scores the prompts too. Raises DataError for rows of no known form or without a token to score.
+        ``whole_rows`` scores the prompts too. Raises DataError for rows of an unknown form or without a token to score.
         """
         items: list[Scored] = []
         of: list[int] = []
@@ -105,7 +105,7 @@ class Texts:
         return cls(tuple(items), tuple(of), len(rows))
 
     def judged(self, found: Sequence[Tensor]) -> Perplexity:
-        """Return the perplexity, from the log-probabilities of the tokens of each item."""
+        """Return the perplexity, from the log-probabilities of each item's tokens."""
         sums, counts = [0.0] * self.n_rows, [0] * self.n_rows
         for row, values in zip(self.rows, found, strict=True):
             sums[row] -= float(values.double().sum())
@@ -131,7 +131,7 @@ def perplexity(
     batching: Batching | None = None,
     on_progress: OnProgress = ignore_progress,
 ) -> Perplexity:
-    """Perplexity of rows, see `Texts.of`, in windows that by default fit the model's context."""
+    """Return the perplexity of rows (see `Texts.of`), in windows that by default fit the model's context."""
     texts = Texts.of(tokenizer, rows, windows or Windows.within(context_length(model)), whole_rows=whole_rows)
     return texts.judged(log_probabilities(model, texts.items, batching, on_progress))
 

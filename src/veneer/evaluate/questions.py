@@ -1,4 +1,4 @@
-"""Rows of data read as questions with their right answers, for evaluation."""
+"""Rows of data as questions with their right answers, for evaluation."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ Row = Mapping[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """``prompt`` as token ids; ``text`` is what a completion continues as plain text, None for a chat.
+    """Question with its right answers. ``prompt`` is token ids; ``text`` is the same as plain text, None for a chat.
 
-    Any of ``answers`` is right; the first is the one that data for training would hold, white space included.
+    Any of ``answers`` is right. The first is the one in training data, white space included.
     """
 
     prompt: tuple[int, ...]
@@ -32,10 +32,10 @@ class Question:
 
 @dataclass(frozen=True, kw_only=True)
 class QuestionReader:
-    """Reads rows in the forms of training data: messages (the last turn is the answer), or prompt and completion.
+    r"""Reader of rows in the forms of training data: messages (the last turn is the answer), or prompt and completion.
 
-    ``prompt`` makes a plain-text prompt out of the fields of any row (``"Review: {text}\\nSentiment:"``).
-    ``answer_field`` names the field that holds the right answer, or a list of them; by default the row's own answer.
+    ``prompt`` makes a plain-text prompt from the fields of any row (``"Review: {text}\nSentiment:"``). ``answer_field``
+    names the field with the right answer, or a list of them; by default the row's own answer.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -55,8 +55,8 @@ class QuestionReader:
         return questions
 
     def all_answers(self, rows: Iterable[Row]) -> list[str]:
-        """Return the right answers of these rows, each once and sorted, white space around them aside; no prompt is
-        read.
+        """Return the right answers of these rows, unique and sorted, without white space around them. No
+        prompt is read.
         """
         found: set[str] = set()
         for number, row in enumerate(rows, 1):
@@ -113,9 +113,9 @@ class QuestionReader:
 
 
 def continuation(tokenizer: PreTrainedTokenizerBase, question: Question, answer: str) -> tuple[list[int], int]:
-    """Token ids of a question with an answer, and where the answer begins.
+    """Return the token ids of a question with an answer, and the index at which the answer begins.
 
-    A plain text is tokenized together with its answer, as in training: the token at the seam may differ.
+    A plain text is tokenized together with its answer, as in training: the token at the boundary may differ.
     """
     if question.text is None:
         ids = [*question.prompt, *tokenizer(answer, add_special_tokens=False)["input_ids"]]
@@ -127,7 +127,7 @@ def continuation(tokenizer: PreTrainedTokenizerBase, question: Question, answer:
 def read_rows(path: Path) -> list[dict[str, Any]]:
     """Return the rows of a .jsonl, .json or .parquet file, or a .txt file as one row ``{"text": …}``.
 
-    Raises DataError if there is no such file, or it holds what is not an object, named by its number.
+    Raises DataError if there is no such file, or if a row, named by its number, is not an object.
     """
     if path.suffix == ".txt" and path.is_file():
         try:
@@ -141,9 +141,9 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 
 def read_prompts(path: Path) -> list[dict[str, Any]]:
-    """Return the rows of a file of prompts: as `read_rows`, but of a .txt file each line that is not empty is a prompt.
+    """Return the rows of a file of prompts, as `read_rows` does. In a .txt file each non-empty line is a prompt.
 
-    Raises DataError, for a file without rows too.
+    Raises DataError, also for a file without rows.
     """
     rows = read_rows(path)
     if path.suffix == ".txt":
@@ -154,11 +154,10 @@ def read_prompts(path: Path) -> list[dict[str, Any]]:
 
 
 def as_trained(rows: Sequence[Row], reader: RowReader) -> list[dict[str, Any]]:
-    """Return the rows in the forms that training reads, so that a model is asked as it was taught; other fields are
-    kept.
+    """Return the rows in their training form, so that evaluation matches training. Other fields are kept.
 
-    Raises DataError that names the row, and ConfigError if the rows are no conversations and the reader has ``chat`` or
-    ``system``.
+    Raises DataError that names the row. Raises ConfigError if the reader has ``chat`` or ``system`` and the rows are
+    not conversations.
     """
     replaced = {"prompt", "completion", "instruction", "input", "output", "response", "conversations"}
     read: list[dict[str, Any]] = []
@@ -175,10 +174,10 @@ def as_trained(rows: Sequence[Row], reader: RowReader) -> list[dict[str, Any]]:
 
 
 def as_templated(rows: Sequence[Row], prompt: str, answer_field: str | None) -> list[dict[str, str]]:
-    """Rows of any fields as prompt and completion, or as plain text where no field holds an answer.
+    """Return rows with any fields as prompt and completion, or as plain text if no field holds an answer.
 
-    Of a list of answers the first is the completion. Raises DataError that names the row, ConfigError for a template
-    that cannot be read.
+    If there is a list of answers, the first is the completion. Raises DataError that names the row, ConfigError for an
+    invalid template.
     """
     read = []
     for number, row in enumerate(rows, 1):

@@ -20,12 +20,12 @@ OnProgress = Callable[[int, int], None]
 
 
 def ignore_progress(done: int, total: int) -> None:
-    """Report to no one."""
+    """Ignore the progress."""
 
 
 @dataclass(frozen=True, slots=True)
 class Scored:
-    """Sequence, and the span ``[start, end)`` of it whose tokens' log-probabilities are asked for; start ≥ 1."""
+    """Sequence, and its span ``[start, end)`` of tokens to score, with start ≥ 1."""
 
     ids: tuple[int, ...]
     start: int
@@ -34,7 +34,7 @@ class Scored:
 
 @dataclass(frozen=True, kw_only=True)
 class Batching:
-    """At most ``n_rows`` sequences and ``n_tokens`` tokens, padding counted, in one forward pass."""
+    """Limits of a forward pass: at most ``n_rows`` sequences and ``n_tokens`` tokens, padding included."""
 
     n_rows: int = 16
     n_tokens: int = 4096
@@ -44,8 +44,8 @@ class Batching:
             raise ConfigError(f"a batch holds at least one row and one token, not {self.n_rows} and {self.n_tokens}")
 
     def split(self, lengths: Sequence[int]) -> Iterator[list[int]]:
-        """Return the positions of ``lengths`` in batches, longest first: little padding, and one too large fails at
-        once.
+        """Return the indices of ``lengths`` in batches, longest first: padding is small, and oversized ones
+        fail at once.
         """
         batch: list[int] = []
         for at in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
@@ -66,12 +66,14 @@ def log_probabilities(
     on_progress: OnProgress = ignore_progress,
     adapters: Sequence[str] = (),
 ) -> list[Float32[Tensor, " n"]]:
-    """For each item the natural log-probabilities of its span's tokens, each given all that precede it.
+    """Return, for each item, the natural log-probabilities of its span's tokens, each given all preceding tokens.
 
-    Items that differ in their last token alone share a forward pass. Padding is on the right, where causal attention
-    does not see it. ``adapters`` gives each item an adapter of its own on the model (``"__base__"``: none), in one pass
-    over the base; without it the active one acts. Raises ConfigError for spans outside their sequence and sequences
-    longer than the model's context, CompositionError where rows of this model cannot differ so.
+    Items that differ only in their last token share a forward pass. Padding is on the right, where causal attention
+    ignores it. ``adapters`` gives each item its own adapter on the model (``"__base__"``: none), in one pass over the
+    base. Without it the active adapter is used.
+
+    Raises ConfigError for spans outside their sequence and for sequences longer than the model's context. Raises
+    CompositionError if the model cannot use a different adapter for each row.
     """
     inputs: dict[tuple[str, tuple[int, ...]], list[int]] = {}
     limit, longest = context_length(model, adapters), max((len(item.ids) for item in items), default=0)
@@ -103,10 +105,11 @@ def log_probabilities_of_each(
     batching: Batching | None = None,
     on_progress: OnProgress = ignore_progress,
 ) -> list[list[Float32[Tensor, " n"]]]:
-    """`log_probabilities` of all items by each of these adapters (``"__base__"``: none), in one pass over the base.
+    """Return `log_probabilities` of all items by each of these adapters (``"__base__"``: none), in one pass over the
+    base.
 
-    One name alone is measured as the model is. Where rows of this model cannot differ by adapter (experts), the
-    adapters act one after another.
+    With one name the model is measured as it is. If the model cannot use a different adapter for each row (experts),
+    the adapters are measured one after another.
     """
     if len(names) == 1:
         return [log_probabilities(model, items, batching, on_progress)]
@@ -125,7 +128,7 @@ def log_probabilities_of_each(
 
 @contextmanager
 def acting_alone(model: Any, name: str) -> Iterator[None]:
-    """Inside the block this adapter of the model acts on all rows; ``"__base__"``: none."""
+    """Activate only this adapter inside the ``with`` block, for all rows; ``"__base__"``: none."""
     if name == BASE:
         with model.disable_adapter():
             yield
@@ -164,7 +167,7 @@ def greedy_answers(
     *,
     on_progress: OnProgress = ignore_progress,
 ) -> list[str]:
-    """`generated_answers`, of which each is the likeliest continuation."""
+    """Return the `generated_answers` of greedy decoding."""
     return generated_answers(model, tokenizer, prompts, answering, batching, options=greedy(), on_progress=on_progress)
 
 
@@ -179,8 +182,9 @@ def generated_answers(
     options: Mapping[str, Any],
     on_progress: OnProgress = ignore_progress,
 ) -> list[str]:
-    """Return a continuation of every prompt as text, to the end of the model's context at most, by these ``options`` of
-    `generate`. Padding is on the left and masked. Raises ConfigError for prompts that are empty or fill the context.
+    """Return a continuation of every prompt as text, within the model's context, with these ``options`` of `generate`.
+
+    Padding is on the left and masked. Raises ConfigError for prompts that are empty or fill the context.
     """
     answering = answering or Answering()
     answers: dict[int, str] = {}
@@ -205,9 +209,9 @@ def require_room(prompts: Sequence[Sequence[int]], limit: int | None) -> None:
 
 
 def context_length(model: Any, adapters: Sequence[str] = ()) -> int | None:
-    """Return the tokens that fit into the context beside the active adapter's virtual tokens; None without a limit.
+    """Return the context length minus the active adapter's virtual tokens; None without a limit.
 
-    ``adapters``: beside those of any of these in place of the active one.
+    ``adapters``: subtract the most virtual tokens of any of these instead.
     """
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if limit is not None and adapters:
@@ -261,9 +265,7 @@ def _continued(
 
 
 def greedy() -> dict[str, Any]:
-    """Return the options of `generate` that take the likeliest token every time, whatever a checkpoint's own settings
-    say.
-    """
+    """Return the options of `generate` for greedy decoding, which override the checkpoint's own settings."""
     # The first three would be warned about, the others choose another answer.
     plain = {"temperature": None, "top_p": None, "top_k": None, "repetition_penalty": 1.0, "num_beams": 1}
     return {"do_sample": False, **plain}

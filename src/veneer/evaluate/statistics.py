@@ -18,10 +18,10 @@ _DRAWS, _SEED = 2000, 0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Difference:
-    """Second model's figure minus that of a first on the same rows, its 95% interval, and the p-value of none.
+    """Second model's figure minus the first's on the same rows, its 95% interval, and its p-value.
 
-    ``test`` names how both were found. ``only_first`` and ``only_second``: the rows that one alone has right, where
-    rows are right or wrong.
+    The null hypothesis is no difference. ``test`` names the method. ``only_first`` and ``only_second``: the rows that
+    only one of them has right, if rows are right or wrong.
     """
 
     value: float
@@ -33,7 +33,7 @@ class Difference:
 
 
 def wilson_interval(n_right: int, n: int) -> Interval:
-    """Return the 95% interval of a share by the score test (Wilson 1927); right for 0 of n and n of n too.
+    """Return the 95% interval of a share by the score test (Wilson 1927), valid for 0 of n and n of n too.
 
     Raises ShapeError for no rows.
     """
@@ -49,9 +49,9 @@ def wilson_interval(n_right: int, n: int) -> Interval:
 def paired_shares(first: Sequence[bool], second: Sequence[bool]) -> Difference:
     """Return the difference of two accuracies over the same rows.
 
-    The p-value is McNemar's exact one: the binomial test on the rows that one alone has right. The interval is
+    The p-value is McNemar's exact one: the binomial test on the rows that only one model has right. The interval is
     Newcombe's from two Wilson intervals, with the rows' correlation (Newcombe 1998, Statistics in Medicine 17, method
-    10). Raises ShapeError if the rows are not equally many, or none.
+    10). Raises ShapeError if the numbers of rows differ or are zero.
     """
     _require_pairs(len(first), len(second))
     pairs = list(zip(first, second, strict=True))
@@ -70,12 +70,12 @@ def paired_shares(first: Sequence[bool], second: Sequence[bool]) -> Difference:
 def paired_means(
     first: Sequence[float], second: Sequence[float], weights: Sequence[float], n_draws: int = _DRAWS
 ) -> Difference:
-    """Return the difference of two means over the same rows, a row weighing ``weights``; ``first`` and ``second`` are
+    """Return the difference of two means over the same rows, weighted by ``weights``. ``first`` and ``second`` are
     sums.
 
-    Paired bootstrap over rows (Efron 1979; Koehn 2004): the interval holds the middle 95% of the differences of
-    ``n_draws`` draws of rows, and the p-value is twice the smaller share on one side of 0. The draws are always the
-    same. Raises ShapeError if the rows are not equally many, or none.
+    Paired bootstrap over rows (Efron 1979; Koehn 2004): the interval holds the middle 95% of the differences over
+    ``n_draws`` resamples. The p-value is twice the smaller share on one side of 0. The resamples are always the same.
+    Raises ShapeError if the numbers of rows differ or are zero.
     """
     _require_pairs(len(first), len(second))
     change, mass = np.subtract(second, first), np.asarray(weights, dtype=float)

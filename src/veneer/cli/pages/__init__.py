@@ -1,1 +1,3 @@
-"""Page of each verb: its arguments, options and help, and checks that need no model. Nothing here imports torch."""
+"""Help page of each verb: its arguments, options and help, and checks that need no model. Nothing here
+imports torch.
+"""

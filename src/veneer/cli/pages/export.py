@@ -27,14 +27,14 @@ Dtype = Annotated[
 
 
 class ExportGroup(TyperGroup):
-    """Formats, as verbs of their own."""
+    """Group of export formats, each a verb."""
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
         """Print the page of the group: every format with its first sentence."""
         print_page(self, ctx, [(name, first_sentence(verb)) for name, verb in self.commands.items()])
 
     def collect_usage_pieces(self, ctx: Any) -> list[str]:
-        """``FORMAT …``."""
+        """Return the pieces of the usage line, ``FORMAT …``."""
         return ["FORMAT", "[ARGUMENTS]", "[OPTIONS]"]
 
 

@@ -1,4 +1,4 @@
-"""``veneer merge``: a base with an adapter folded in, as a model folder."""
+"""``veneer merge``: a base with a merged adapter, as a model folder."""
 
 from __future__ import annotations
 

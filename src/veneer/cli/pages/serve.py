@@ -83,7 +83,7 @@ def serve(
 
 
 def require_closed(host: str, open_: bool) -> None:
-    """Raise ConfigError for an address that others reach, unless that is meant."""
+    """Raise ConfigError for an address that other machines can reach, unless this is intended."""
     try:
         near = host == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:
