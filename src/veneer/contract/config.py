@@ -84,7 +84,7 @@ class MethodConfig(FrozenConfig):
 
     @abstractmethod
     def lower(self, site: Any, params: Params) -> Record:
-        """Return the record that these parameters mean at this site."""
+        """Return the record of these parameters at this site."""
 
     def disk_names(self, site: Any) -> Mapping[str, str]:
         """Return the end of each parameter's key in ``adapter_model.safetensors``: the part after the module path."""

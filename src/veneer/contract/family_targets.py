@@ -5,8 +5,8 @@ these, or its names for roles in models without one. This file holds PEFT's othe
 
 - other roles;
 - names without a role: ``in_proj`` of DeBERTa, ``receptance`` of RWKV, one of the two inner layers of mT5;
-- names that mean fewer layers than the role does: of BLIP-2 without its Q-Former, of Gemma 4 and Llama 4 without their
-  vision, of Nemotron-H without the ``out_proj`` of Mamba;
+- names that match fewer layers than the role, as in BLIP-2 without its Q-Former;
+- the same in Gemma 4 and Llama 4 without their vision, and in Nemotron-H without the ``out_proj`` of Mamba;
 - names that attention and feed-forward parts have in common: ``c_proj`` of BTLM, ``key`` and ``value`` of RWKV.
 """
 

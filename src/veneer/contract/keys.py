@@ -37,7 +37,7 @@ def parameter_key(path: str, end: str, depth: int = 0) -> str:
 
 
 def attention_path(path: str) -> str:
-    """Return the path in keys of an attention's output projection that is adapted with the attention."""
+    """Return the path in keys of an attention's output projection, if it is adapted with the attention."""
     return f"{path.removesuffix(f'.{OUT_PROJECTION}')}.{_BASE}.{OUT_PROJECTION}"
 
 

@@ -40,7 +40,7 @@ def hub_options(values: Mapping[str, Any]) -> HubOptions:
 
 
 def from_keywords(kind: Callable[..., Options], values: Mapping[str, Any], as_it_is: Sequence[str]) -> Options:
-    """Return a dataclass from keyword arguments, ignoring those in ``as_it_is``, which ask for the default behaviour.
+    """Return a dataclass from keyword arguments, without those in ``as_it_is``, which have no effect here.
 
     Raises ConfigError for unknown ones.
     """

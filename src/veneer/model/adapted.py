@@ -269,7 +269,7 @@ class Adapted(InPlace, Holder):
 
 
 def adapt(path: str, module: nn.Module, state: AdapterState, mixin: type[Adapted]) -> Adapted:
-    """Make a module adapted, in place; nothing changes until an adapter is added and active."""
+    """Adapt a module in place; nothing changes until an adapter is added and active."""
     if isinstance(module, Adapted):
         return module
     change_class(module, mixin)

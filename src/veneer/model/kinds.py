@@ -85,6 +85,8 @@ def kind_of(module: nn.Module) -> Kind | None:
 
 
 def adapt_module(path: str, module: nn.Module, state: AdapterState) -> Adapted:
-    """Make a module adapted in place, according to its kind. If it has none, its parameters can be changed by name."""
+    """Adapt a module in place, according to its kind. A module of no kind only lets its parameters be
+    changed by name.
+    """
     kind = kind_of(module)
     return adapt(path, module, state, AdaptedParameters) if kind is None else kind.adapt(path, module, state)

@@ -229,7 +229,7 @@ class AdaptedLinear(AdaptedSite):
         return record if trained is None or record.bias is not None else replace(record, bias=trained)
 
     def replaces_weight(self) -> bool:
-        """Return True if another weight than the layer's own acts, on all rows or on some."""
+        """Return True if a weight other than the layer's own acts, on all rows or on some."""
         routing = self.adapter_state.routed()
         names = self.adapter_state.acting() if routing is None else routing.adapters
         return self.kept.merged_weight is not None or self._differs(names)

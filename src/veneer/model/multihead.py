@@ -128,7 +128,7 @@ class AdaptedOutProjection(_Folding, AdaptedLinear):
 
 
 def adapt_attention(path: str, module: nn.Module, state: AdapterState) -> Adapted:
-    """Make an attention, and its output projection, adapted in place."""
+    """Adapt an attention and its output projection in place."""
     adapted = adapt(path, module, state, AdaptedAttention)
     projection = adapt_out_projection(f"{path}.{OUT_PROJECTION}", cast(Any, module).out_proj, state)
     projection.kept.attention = adapted
@@ -138,7 +138,7 @@ def adapt_attention(path: str, module: nn.Module, state: AdapterState) -> Adapte
 
 
 def adapt_out_projection(path: str, module: nn.Module, state: AdapterState) -> Adapted:
-    """Make the output projection of an attention adapted in place."""
+    """Adapt the output projection of an attention in place."""
     adapted = adapt(path, module, state, AdaptedOutProjection)
     for parameter in (AdaptedOutProjection.weight_name, AdaptedOutProjection.bias_name):
         swap_reading(adapted, parameter)

@@ -44,7 +44,7 @@ class Plan:
 
     @property
     def layers(self) -> tuple[str, ...]:
-        """Layers that get factors of their own."""
+        """Paths of the layers that get factors of their own."""
         return tuple(dict.fromkeys((*self.targets, *self.outward)))
 
     @property

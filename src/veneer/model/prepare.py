@@ -19,8 +19,8 @@ def prepare_model_for_kbit_training(
     """Freeze the model, cast its 16-bit parameters (norms, embeddings, head) to float32, switch checkpointing on.
 
     Quantized weights stay unchanged. With ``use_gradient_checkpointing`` the inputs of the first block get a gradient
-    if checkpoints are reentrant (torch's older kind, and the default without ``use_reentrant``). Otherwise a frozen
-    model would train nothing. The model is changed in place and returned.
+    if checkpoints are reentrant (torch's older kind, and the default without ``use_reentrant``). Without that gradient
+    a frozen model would train nothing. The model is changed in place and returned.
     """
     for parameter in model.parameters():
         parameter.requires_grad = False

@@ -21,7 +21,7 @@ class AdapterState:
     that the config no longer ties them. ``watch``: the hook that watches training steps. ``routing``: the adapter of
     each row, in a mixed batch. ``trainable``: the names of those that train while they are active. ``schedules``:
     actions on adapters after each optimizer step, by name, once training has begun. ``drops``: adapters apply the
-    dropout of their configs in training; if False, temporarily, none.
+    dropout of their configs in training; False switches it off temporarily.
     """
 
     configs: dict[str, MethodConfig] = field(default_factory=dict)

@@ -32,8 +32,9 @@ class Pattern:
 
     @property
     def depths(self) -> tuple[int, ...]:
-        """Two depths, one group apart, that end in the same block of a group as the whole model; its own
-        depth if less.
+        """Two depths, one group apart, that end in the same block of a group as the whole model.
+
+        If the model is not deeper than the second, only its own depth.
         """
         low = self.lead + (self.n_blocks - self.lead) % self.period + self.period
         if low == 1:  # the first block and the last are two: in front of the first no gradient is made

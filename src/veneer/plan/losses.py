@@ -44,7 +44,7 @@ def require_planned(task: str, method: str) -> None:
 def reference_of(recipe: Recipe, model: PreTrainedModel) -> Reference | None:
     """Return the reference model that the trainer of a recipe holds.
 
-    The trainer also holds it if its log-probabilities are computed once before the run.
+    The trainer also holds it if the reference log-probabilities are computed once before the run.
     """
     if recipe.task == "sft":
         return None

@@ -40,7 +40,7 @@ WIDTH = 32
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """This machine, its GPU, or a card by its data sheet; ``timed`` if seconds are asked for."""
+    """Machine of a plan: this one, its GPU, or a card by its data sheet; ``timed`` if seconds are asked for."""
 
     card: Card | None
     timed: bool

@@ -21,7 +21,7 @@ def is_linear(module: nn.Module) -> bool:
 
 
 def read_linear(source: Source, module: nn.Module, role: Role) -> Linear:
-    """Return the description of a module for which `is_linear` holds."""
+    """Return the description of a linear layer; the module must satisfy `is_linear`."""
     n_out, n_in = frozen_weight(module).shape
     return Linear(
         role=role,

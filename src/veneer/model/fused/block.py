@@ -112,8 +112,9 @@ def halves_now(block: FusedBlock, x: Tensor, kwargs: dict[str, Any]) -> tuple[At
 def halves_of(
     block: FusedBlock, stream: torch.dtype, dtype: torch.dtype
 ) -> tuple[AttentionHalf | None, MlpHalf | None]:
-    """Return the halves as they act now, computed in ``dtype`` on a stream of its own; None for one that is
-    not fused.
+    """Return the halves as they act now, on a stream of dtype ``stream`` and computed in ``dtype``.
+
+    None replaces a half that is not fused.
     """
     return (None, None) if _drops(block) else (_attention_of(block, stream, dtype), _mlp_of(block, stream, dtype))
 
