@@ -23,7 +23,7 @@ def packed_depth(i: int, dtype: torch.dtype) -> int:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PackedWeight:
-    """``W (o, i)`` in consecutive panels of 64 outputs in ``panels``, which is flat and of W's dtype.
+    """Weight ``W (o, i)`` in consecutive panels of 64 outputs in ``panels``, which is flat and of W's dtype.
 
     In a panel the values of one input are neighbours (in bfloat16, of two inputs). The last panel is a multiple of 16
     outputs wide, padded with zeros. csrc/core/panels.h documents the layout.

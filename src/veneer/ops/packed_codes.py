@@ -24,7 +24,7 @@ SMALLEST, LARGEST = 1e-30, 1e30
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PackedCodes:
-    """``W (o, i)``: codes in panels of 64 outputs, and float32 scales, each for ``unit`` inputs of an output.
+    """Weight ``W (o, i)`` as codes in panels of 64 outputs, and float32 scales, each for ``unit`` inputs of an output.
 
     ``W = table[code] * absmax`` or ``code * absmax / 127``, computed in float32 and rounded to ``dtype``, float32 or
     bfloat16. `dequantize_4bit` and `dequantize_int8` give the same values. ``panels`` are bytes; csrc/packed/coded.h

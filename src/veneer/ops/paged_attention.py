@@ -112,7 +112,7 @@ def padded(head_dim: int) -> int:
 
 
 class SequenceRows(NamedTuple):
-    """``n_rows`` rows of a step, of one sequence, from ``position`` on; its pages must cover them all.
+    """Rows of one sequence in a step: ``n_rows`` from ``position`` on; its pages must cover them all.
 
     Pages that a window has passed may have any number: they are not read.
     """

@@ -27,7 +27,7 @@ ACTIVATIONS = (*KINDS, "tanh", "sigmoid", "leaky_relu", "identity")
 
 
 class Pair(NamedTuple):
-    """``b_scale * scale * b @ act(core * (a @ x) + a_bias) + b_bias`` with a (r, i) and b (o, r).
+    """Pair of factors, ``b_scale * scale * b @ act(core * (a @ x) + a_bias) + b_bias`` with a (r, i) and b (o, r).
 
     ``core`` and ``b_scale`` are VeRA's vectors. ``a_bias``, ``b_bias`` and ``activation`` (one of `ACTIVATIONS`) belong
     to a bottleneck.

@@ -13,7 +13,7 @@ from veneer.serve.sampling_params import RequestOutputKind, SamplingParams
 
 
 class Answer:
-    """One of the answers to a prompt; ``request`` computes it."""
+    """Answer to a prompt, of which there may be several; ``request`` computes it."""
 
     def __init__(self, request: Request, index: int, params: SamplingParams, tokenizer: Any) -> None:
         self.request, self.index, self.params = request, index, params

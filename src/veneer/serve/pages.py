@@ -11,7 +11,7 @@ from veneer.errors import ConfigError
 
 
 class Pages:
-    """``n_pages`` pages of ``block`` positions and ``page_bytes`` bytes each, and the page tables of their holders.
+    """Pages and the page tables of their holders: ``n_pages`` of ``block`` positions and ``page_bytes`` bytes each.
 
     A page takes memory when it is first held, and keeps it for the next holder until others need the bytes. Bytes of
     ``n_bytes`` (None: the size of all pages) that pages do not take can be `lend` to others. Invariants:
@@ -50,7 +50,7 @@ class Pages:
         return self._unused + len(self._kept) * self.page_bytes
 
     def needed(self, n_positions: int) -> int:
-        """Return the number of pages for that many positions."""
+        """Return the number of pages that ``n_positions`` need."""
         return -(-n_positions // self.block)
 
     def capacity(self, n_lent: int) -> int:

@@ -114,7 +114,7 @@ class Linears:
         return ys
 
     def onto(self, h: Tensor, x: Tensor, versions: tuple[str, ...], runs: AdapterRuns) -> Tensor:
-        """Return the sum of ``h`` and the single layer's output, in one product. `adds` holds for these versions."""
+        """Return the sum of ``h`` and the single layer's output, for versions for which `adds` holds."""
         y = cast(PackedGroup, self.group).parts[0].matmul(x, onto=h)
         segments = _segments([self.versions.get(version) for version in versions], runs)
         add_pairs(x, segments, [y])

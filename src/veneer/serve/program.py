@@ -28,7 +28,7 @@ class Embed:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Normalize:
-    """``target = norm(source)``."""
+    """Norm: ``target = norm(source)``."""
 
     norm: Norm
     source: str
@@ -37,7 +37,7 @@ class Normalize:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Product:
-    """``target = [W x + c, …]``, a list of the outputs of each linear layer for the same ``source``."""
+    """Linear layers: ``target = [W x + c, …]``, a list of the outputs of each layer for the same ``source``."""
 
     linears: tuple[Linear, ...]
     source: str
@@ -59,7 +59,7 @@ class Heads:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Attend:
-    """``target`` (n, heads · width): attention of the queries in ``source`` to the pages of their sequences."""
+    """Attention of the queries in ``source`` to the pages of their sequences, as ``target`` (n, heads · width)."""
 
     layer: int
     attention: Attention
@@ -69,7 +69,7 @@ class Attend:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Activate:
-    """``target``: the activation of the outputs in ``source``, gated or not."""
+    """Activation of the outputs in ``source``, gated or not, as ``target``."""
 
     part: FeedForward
     source: str
@@ -87,7 +87,7 @@ class Change:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Own:
-    """``target = module(source)``: a part without an instruction of its own (experts), run by the model's own code."""
+    """Part without an instruction of its own (experts), run by the model's own code: ``target = module(source)``."""
 
     path: str
     source: str
@@ -96,7 +96,7 @@ class Own:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Add:
-    """``h += multiplier · source``."""
+    """Addition to the stream: ``h += multiplier · source``."""
 
     source: str
     multiplier: float

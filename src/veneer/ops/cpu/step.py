@@ -148,9 +148,9 @@ class StepProgram:
     ) -> None:
         """Add the outputs of layers that read ``source``.
 
-        If ``stream`` is given, the output of the single layer is added to it. Bottlenecks change that output first;
-        they read the output itself or ``beside``. ``joined``: weight and bias of all layers, for outputs that are
-        contiguous.
+        If ``stream`` is given, the output of the single layer is added to it. Bottlenecks change that output first.
+        They read the output itself, or the register ``beside``. ``joined``: weight and bias of all layers, for
+        contiguous outputs.
         """
         wide = [None if layer.bias is None else layer.bias.float() for layer in layers]
         numbers = [_layer(layer, floats) for layer, floats in zip(layers, wide, strict=True)]
