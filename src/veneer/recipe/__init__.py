@@ -1,1 +1,1 @@
-"""Training run written down: the YAML file, its parts and its checks."""
+"""Recipe of a training run: the YAML file, its parts and its checks."""

@@ -1,4 +1,4 @@
-"""``adapter`` part of a recipe: a method by its name, and the fields of that method's config as keys."""
+"""Part ``adapter`` of a recipe: a method by its name, and the fields of that method's config as keys."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ def method_of(adapter: Mapping[str, Any]) -> str:
 
 
 def names_of(methods: Mapping[str, KnownMethod]) -> list[str]:
-    """Return all that ``adapter.method`` may be: LoRA first, ``full`` last."""
+    """Return all values of ``adapter.method``: LoRA first, ``full`` last."""
     return ["lora", *sorted(methods.keys() - {"lora"}), FULL]
 
 
 def adapter_problems(adapter: Mapping[str, Any], methods: Mapping[str, KnownMethod]) -> list[str]:
-    """Return the problems of an ``adapter`` part but those of values that the config checks itself."""
+    """Return the problems of an ``adapter`` part, except those of values that the config checks itself."""
     method, names = method_of(adapter), names_of(methods)
     if FROM in adapter:
         return _going_on_problems(adapter, names)
@@ -45,7 +45,7 @@ def adapter_problems(adapter: Mapping[str, Any], methods: Mapping[str, KnownMeth
 
 
 def differs_in_writing(adapter: Mapping[str, Any], saved: Any) -> bool:
-    """Return True if only a model can tell whether a part's target modules are the ``saved`` ones.
+    """Return True if only a model can decide whether a part's target modules are the ``saved`` ones.
 
     This is so if one of the two is a pattern, or ``all-linear``, and the other is written otherwise.
     """

@@ -1,4 +1,4 @@
-"""Advice on recipes: where a key belongs, what words of other tools mean here, and values that cannot be meant."""
+"""Advice on recipes: the right part for a key, the terms of other tools, and values that must be mistakes."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _FLAG = re.compile(r"(?<![\w-])--([a-z]\w+)")
 
 
 def meant_method(name: str) -> str:
-    """Return the end of a message about a method that other tools know."""
+    """Return the end of a message about a method by another tool's name."""
     said = _METHODS.get(name.lower())
     return f"; it is {said}" if said else ""
 
@@ -43,12 +43,12 @@ def meant_quantization(value: object) -> str:
 
 
 def goes_on(key: str) -> bool:
-    """True for a key of ``adapter`` by which a saved adapter is meant."""
+    """Return True for a key of ``adapter`` that suggests a saved adapter."""
     return key in _GOING_ON
 
 
 def belongs(key: str, part: str) -> str:
-    """Return the end of a message about a key that is one of another part: ``; say training.learning_rate``."""
+    """Return the end of a message about a key that belongs to another part: ``; say training.learning_rate``."""
     homes = [f"{home}.{key}" if home else key for home, keys in _usual_keys().items() if home != part and key in keys]
     return f"; it belongs elsewhere: {' or '.join(homes)}" if homes else ""
 
@@ -63,13 +63,13 @@ def _usual_keys() -> Mapping[str, frozenset[str]]:
 
 
 def in_recipe_words(message: str) -> str:
-    """Return a message of another library about training arguments, in the words of a recipe."""
+    """Return a message of another library about training arguments, in the terms of a recipe."""
     plain = _ENUM.sub(lambda match: match.group(1).lower(), message)
     return " ".join(_FLAG.sub(r"training.\1", plain).split())
 
 
 def value_problems(values: Mapping[str, Any]) -> list[str]:
-    """Values that are allowed by their types and cannot be meant."""
+    """Return the problems of values that their types allow and that must be mistakes."""
     adapter, training, model = (_part(values, name) for name in ("adapter", "training", "model"))
     found = []
     alpha = adapter.get("lora_alpha")
@@ -94,7 +94,7 @@ def value_problems(values: Mapping[str, Any]) -> list[str]:
 
 
 def odd_rate(rate: float, usual: float, method: str) -> str | None:
-    """Return a warning where a learning rate is far above what a method is trained with."""
+    """Return a warning if a learning rate is far above the usual ones of a method."""
     if rate <= _ODD_TIMES * usual:
         return None
     return (

@@ -1,4 +1,4 @@
-"""Target modules checked against the headers of a base that is here: no weight is read, and no torch imported."""
+"""Target modules checked against the headers of a local base: no weight is read, and no torch imported."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _MADE = re.compile(r"head|embed|score|classifier")  # may be tied or new, and so
 def target_problems(values: Mapping[str, Any]) -> list[str]:
     """Return the problems of names in ``adapter.target_modules`` that no module of the base has.
 
-    A base is not judged if it is not here, or if transformers renames its tensors when it loads them.
+    A base is not checked if it is not local, or if transformers renames its tensors when it loads them.
     """
     targets, source = section(values, "adapter").get("target_modules"), section(values, "model").get("source")
     folder = _folder_of(source) if isinstance(source, str) else None
@@ -40,7 +40,7 @@ def target_problems(values: Mapping[str, Any]) -> list[str]:
 def module_names(folder: Path) -> tuple[str, ...]:
     """Return the paths of the modules that hold tensors, as the headers in a model's folder name them.
 
-    None are returned if the files cannot be read, or if the model has other names than they.
+    None are returned if the files cannot be read, or if the model's names differ from theirs.
     """
     try:
         model_type = json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"]

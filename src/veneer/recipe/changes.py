@@ -1,4 +1,4 @@
-"""Differences between the recipe that a run was begun with and the one that it would go on with."""
+"""Differences between the recipe that a run was begun with and the one that it would be resumed with."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ _HIDDEN = ("eos_token", "pad_token")  # `to_dict` hides what may be secret
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """One setting that is another than it was."""
+    """One setting whose value has changed."""
 
     key: str
     before: Any
@@ -67,10 +67,10 @@ class Change:
 
 
 def changes(before: Recipe, now: Recipe, places: Mapping[str, str] | None = None) -> list[Change]:
-    """Every setting that differs and that the weights depend on, defaults filled in.
+    """Return every changed setting that the weights depend on, with defaults filled in.
 
-    ``places``: where the sources of ``before`` lay, as `places_of` told when it ran; the same place under another name
-    is no change.
+    ``places``: the places of the sources of ``before`` at the time of its run, from `places_of`. The same place under
+    another name is no change.
     """
     old, new = settings(before), settings(now)
     if places is not None:
@@ -87,7 +87,7 @@ def changes(before: Recipe, now: Recipe, places: Mapping[str, str] | None = None
 
 
 def is_longer(before: Recipe, now: Recipe) -> bool:
-    """True if the run is to take more steps or epochs than it took, or epochs where it counted steps."""
+    """Return True if the run is to take more steps or epochs than before, or switches between the two."""
     old, new = (settings(recipe) for recipe in (before, now))
     steps, epochs = ([each[f"training.{key}"] for each in (old, new)] for key in ("max_steps", "num_train_epochs"))
     if steps[0] > 0 and steps[1] > 0:  # where steps are given, epochs do not count
@@ -96,7 +96,7 @@ def is_longer(before: Recipe, now: Recipe) -> bool:
 
 
 def settings(recipe: Recipe) -> dict[str, Any]:
-    """All settings of a run by the keys of a recipe, ``training.learning_rate``, whether they were given or not."""
+    """Return all settings of a run by the keys of a recipe, such as ``training.learning_rate``, given or default."""
     config, args = recipe.adapter_config(), recipe.training_config()
     training = {**args.to_dict(), **{key: getattr(args, key) for key in _HIDDEN if hasattr(args, key)}}
     parts = {
@@ -116,7 +116,7 @@ def settings(recipe: Recipe) -> dict[str, Any]:
 
 
 def places_of(recipe: Recipe) -> dict[str, str]:
-    """Return the place of each source, whatever folder a command is typed in; a name of the hub stays as it is."""
+    """Return the place of each source, whatever the working directory; a name of the hub stays as it is."""
     values = recipe.model_dump()
     named = {f"{part}.{key}": values[part].get(key) for part, key in PLACES}
     return {key: str(Path(name).resolve()) if Path(name).exists() else name for key, name in named.items() if name}

@@ -1,4 +1,4 @@
-"""Recipe with comments that ``veneer train --print-recipe`` shows: ``recipe.yaml`` with the methods filled in."""
+"""Commented recipe that ``veneer train --print-recipe`` shows: ``recipe.yaml`` with the methods filled in."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _COLUMN = " " * 34 + "# "
 
 
 def commented_recipe(methods: Sequence[str]) -> str:
-    """Return a valid recipe in YAML, with a comment for every key. ``methods``: what ``adapter.method`` may be."""
+    """Return a valid recipe in YAML, with a comment for every key. ``methods`` are the values of ``adapter.method``."""
     text = (resources.files("veneer.recipe") / "recipe.yaml").read_text(encoding="utf-8")
     names = textwrap.fill(" | ".join(methods), 118, initial_indent=_COLUMN, subsequent_indent=_COLUMN)
     return text.replace(f"{_COLUMN}METHODS", names)

@@ -26,7 +26,7 @@ class UnreadableError(LookupError):
 def declared_keys(module: str, name: str) -> Keys:
     """Return the init fields of a dataclass with their types, those of base classes included.
 
-    A type that the source alone does not tell is `Any`. Raises UnreadableError.
+    A type that the source alone does not determine is `Any`. Raises UnreadableError.
     """
     home, node = _class_of(module, name)
     types, required = dict[str, Any](), set[str]()

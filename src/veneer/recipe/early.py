@@ -20,10 +20,10 @@ from veneer.recipe.values import section
 
 
 def refuse_early(values: Mapping[str, Any], name: str = "recipe", *, begins: bool = False) -> None:
-    """Raise ConfigError with all that is wrong and known from source, values and headers alone.
+    """Raise ConfigError with all problems that source, values and headers alone reveal.
 
-    Of a sweep, the problems of all members are told. ``begins``: a run begins, so missing files of rows are problems
-    too. If the output exists, `train.output` reports them together with what is wrong with the output.
+    For a sweep, it reports the problems of all members. ``begins``: a run begins, so missing files of rows are problems
+    too. If the output exists, `train.output` reports them together with the problems of the output.
     """
     runs, found = [values], list[str]()
     if PART in values:

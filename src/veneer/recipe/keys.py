@@ -1,4 +1,4 @@
-"""Keys of a part checked against those that it may hold: unknown ones, missing ones, values of another type."""
+"""Keys of a part checked against the allowed ones: unknown keys, missing keys, values of another type."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from veneer.core.nearest import nearest
 
 @dataclass(frozen=True)
 class Keys:
-    """Keys that a part may hold: the type of each, and those that must be given."""
+    """Keys that a part may hold: the type of each, and the required ones."""
 
     types: Mapping[str, Any]
     required: frozenset[str] = frozenset()
@@ -81,7 +81,7 @@ def _choices(hint: Any) -> list[Any]:
 
 
 def missing(keys: Keys, given: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """Return a problem for every key that must be given and is not."""
+    """Return a problem for every required key that is missing."""
     return [f"{prefix}{key}: is missing" for key in keys.types if key in keys.required and key not in given]
 
 
@@ -97,12 +97,12 @@ _OTHER_WORDS = {
 
 
 def means_another(key: str, known: Iterable[str]) -> bool:
-    """True for a key by which other libraries mean one that is known."""
+    """Return True if the key is another library's name for a known one."""
     return _OTHER_WORDS.get(key) in set(known)
 
 
 def perhaps(key: str, known: Iterable[str]) -> str:
-    """Return the end of a message that names the key which was perhaps meant."""
+    """Return the end of a message with the key that was probably meant."""
     names, meant = list(known), _OTHER_WORDS.get(str(key))
     found = [meant] if meant in names else nearest(str(key), names, n=1)
     return f"; the nearest is {found[0]!r}" if found else ""

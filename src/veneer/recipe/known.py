@@ -16,8 +16,9 @@ _VARIANTS = f"{_METHODS}.variants"
 
 @dataclass(frozen=True)
 class KnownMethod:
-    """Keys of a method's config. ``switches``: those that the name itself sets. ``is_own``: the name is that of the
-    config, and not of a variant or preset.
+    """Keys of a method's config. ``switches`` are those that the name itself sets.
+
+    ``is_own``: the name is that of the config, and not of a variant or preset.
     """
 
     keys: Keys

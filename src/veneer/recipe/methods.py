@@ -1,7 +1,7 @@
-"""Methods that a recipe may name, and the config that its ``adapter`` part means.
+"""Methods that a recipe may name, and the config of its ``adapter`` part.
 
-The names are found, not listed: every method in `veneer.methods` by its ``peft_type`` in small letters, every variant
-of LoRA by its file, and the presets of a method (``houlsby``).
+The names are found, not listed. Every method in `veneer.methods` goes by its ``peft_type`` in small letters, every
+variant of LoRA by its file. Presets of a method (``houlsby``) are names too.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ FULL_LEARNING_RATE = 2e-5
 
 @dataclass(frozen=True)
 class NamedMethod:
-    """Config class, the fields that the name itself sets, and those that it gives where a recipe does not."""
+    """Config class, the fields that the name itself sets, and its defaults for fields that a recipe leaves out."""
 
     config: type[MethodConfig]
     switches: Mapping[str, bool] = field(default_factory=dict)
@@ -33,7 +33,7 @@ class NamedMethod:
 
 
 def named_methods() -> dict[str, NamedMethod]:
-    """Every method by the name that a recipe gives it; a model trained whole (``full``) is not among them."""
+    """Return every method by its name in a recipe; a model trained whole (``full``) is not among them."""
     found = {name.lower(): NamedMethod(cls) for name, cls in all_methods().items()}
     for cls in all_methods().values():
         found |= {name: NamedMethod(cls, switches={switch: True}) for name, switch in cls.variants().items()}
@@ -51,23 +51,21 @@ def imported() -> Known:
 
 
 def method_names() -> list[str]:
-    """Return all that ``adapter.method`` may be."""
+    """Return all values of ``adapter.method``."""
     return names_of(imported().methods)
 
 
 def name_of(config: MethodConfig) -> str:
-    """Return the method's name as a recipe gives it, such as ``dora``; several variants are reported as
-    ``dora + rslora``.
-    """
+    """Return the method's name in a recipe, such as ``dora``; several variants give ``dora + rslora``."""
     on = [name for name, switch in config.variants().items() if getattr(config, switch)]
     return " + ".join(on) or config.peft_type.lower()
 
 
 def adapter_config(adapter: Mapping[str, Any]) -> MethodConfig | None:
-    """Return the config that a part without problems means; None if the whole model is trained.
+    """Return the config of a part without problems; None if the whole model is trained.
 
-    LoRA and its variants act on every linear layer where the part does not say otherwise. Raises ConfigError for
-    settings that the config refuses, and for those that no recipe carries out.
+    LoRA and its variants act on every linear layer unless the part gives others. Raises ConfigError for settings that
+    the config refuses, and for those that no recipe supports.
     """
     if FROM in adapter:
         return saved_config(adapter)
@@ -86,7 +84,7 @@ def adapter_config(adapter: Mapping[str, Any]) -> MethodConfig | None:
 
 
 def usual_learning_rate(adapter: Mapping[str, Any]) -> float:
-    """Return the learning rate where a recipe gives none."""
+    """Return the learning rate of a recipe that gives none."""
     method = method_of(adapter)
     if FROM in adapter:
         return saved_config(adapter).usual_learning_rate
@@ -94,11 +92,10 @@ def usual_learning_rate(adapter: Mapping[str, Any]) -> float:
 
 
 def saved_config(adapter: Mapping[str, Any]) -> MethodConfig:
-    """Return the config of the saved adapter that ``from`` names, with the settings of training (dropout) that the part
-    gives.
+    """Return the config of the saved adapter that ``from`` names, with the part's settings of training (dropout).
 
-    Raises ConfigError for files that cannot be read, and, with both values, for a method or a setting that is another
-    in the part than in the files.
+    Raises ConfigError for files that cannot be read. Raises it, with both values, if the method or a setting of the
+    part differs from the files.
     """
     place = str(adapter[FROM])
     try:
@@ -133,7 +130,7 @@ def _is_method(config: MethodConfig, method: str) -> bool:
 
 
 def not_that_adapter(problems: list[str]) -> str:
-    """Return the message about settings in which an ``adapter`` part differs from the saved adapter that it names."""
+    """Return the message about settings of an ``adapter`` part that differ from the saved adapter that it names."""
     return (
         "; ".join(problems)
         + ". An adapter that is trained on stays the adapter that it is: leave these keys out, or leave adapter.from "

@@ -1,4 +1,4 @@
-"""``metric`` part of a recipe: the task's own figure on held-out rows, measured whenever their loss is."""
+"""Part ``metric`` of a recipe: the task's own measure on held-out rows, computed at every evaluation."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ NAMES = ("exact-match", "labels", "regex")
 
 
 class MetricPart(BaseModel):
-    """Metric by the name that `veneer eval` gives it, over the first ``limit`` held-out rows."""
+    """Metric by its name in `veneer eval`, over the first ``limit`` held-out rows."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -28,7 +28,7 @@ class MetricPart(BaseModel):
 
     @property
     def key(self) -> str:
-        """Name in the log, behind ``eval_``."""
+        """Name in the log, after ``eval_``."""
         return self.name.replace("-", "_")
 
 

@@ -1,4 +1,4 @@
-"""Names of optimizers that change what the rest of a recipe may say."""
+"""Names of optimizers that restrict the rest of a recipe."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ LAYERWISE = frozenset({"galore_adamw_layerwise", "galore_adamw_8bit_layerwise"})
 
 
 def optim_name(optim: Any) -> str:
-    """Return the name of an optimizer, of a member of transformers' enumeration as of a string."""
+    """Return the name of an optimizer, given as a member of transformers' enumeration or as a string."""
     return str(getattr(optim, "value", optim))
 
 

@@ -47,25 +47,25 @@ class DataPart(_Part):
 
     @property
     def holds_out(self) -> bool:
-        """True if rows are held out, in a file of their own or of the training rows."""
+        """True if rows are held out, in a file of their own or from the training rows."""
         return self.eval is not None or self.eval_fraction > 0
 
     @property
     def sources(self) -> dict[str, str]:
-        """All sources of rows, by their keys in a recipe."""
+        """Sources of rows by their keys in a recipe."""
         held_out = {} if self.eval is None else {"data.eval": self.eval}
         more = {f"data.more, entry {number}": each.source for number, each in enumerate(self.more, start=1)}
         return {"data.train": self.train, **more, **held_out}
 
     @property
     def missing_files(self) -> list[str]:
-        """In words, the sources that are meant as files and are not there."""
+        """Problems, in words, of sources that must be files and do not exist."""
         missing = {key: Path(source) for key, source in self.sources.items() if is_missing(source)}
         return [f"{key}: {missing_told(path)}" for key, path in missing.items()]
 
 
 class Written(_Part):
-    """All of a run as written. `recipe.Recipe` adds the configs that its parts mean."""
+    """Recipe as written. `recipe.Recipe` adds the configs of its parts."""
 
     task: Task = "sft"
     model: ModelPart

@@ -1,4 +1,4 @@
-"""All that is wrong with a recipe and can be known from its values alone."""
+"""Problems of a recipe that its values alone reveal."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ ELSEWHERE = {
 
 
 def problems_of(values: Mapping[str, Any], known: Known) -> list[str]:
-    """Return all problems that the values and the keys of methods and trainers tell."""
+    """Return all problems that the values and the keys of methods and trainers reveal."""
     return [*_shape_problems(values), *_adapter_problems(values, known), *_training_problems(values, known)]
 
 

@@ -1,4 +1,4 @@
-"""Ranges of training settings outside of which nothing, or something else, would be trained."""
+"""Ranges of training settings, outside of which training would have no effect or another one."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ RANGES: Mapping[str, _Range] = {
 
 
 def out_of_range(given: Mapping[str, Any]) -> dict[str, str]:
-    """Return the range that is allowed, by the name of each setting that lies outside of it. None is always allowed."""
+    """Return the allowed range of each setting outside of it, by name. None is always allowed."""
     found = {}
     for name, value in given.items():
         fits, allowed = RANGES.get(name, (lambda value: True, ""))

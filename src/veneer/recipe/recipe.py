@@ -1,4 +1,4 @@
-"""Training run written down: a YAML file, checked as a whole before anything is loaded."""
+"""Training run as a YAML file, checked as a whole before anything is loaded."""
 
 from __future__ import annotations
 
@@ -33,8 +33,10 @@ LIBRARY_ERRORS = (
 
 
 class Recipe(Written):
-    """All of a run. ``adapter`` holds ``method`` and fields of its config, or ``from``, the place of a saved adapter
-    that is trained on; ``training`` holds fields of the task's config (`tasks.KEYS`), ``rewards`` reward functions.
+    """Settings of a whole run.
+
+    ``adapter`` holds ``method`` and fields of its config, or ``from``, the place of a saved adapter to train further.
+    ``training`` holds fields of the task's config (`tasks.KEYS`), ``rewards`` reward functions.
     """
 
     @property
@@ -48,7 +50,7 @@ class Recipe(Written):
         return adapter_config(self.adapter)
 
     def training_config(self, **changes: Any) -> Any:
-        """Return the settings of the task's trainer, the recipe's defaults filled in."""
+        """Return the settings of the task's trainer, with the recipe's defaults filled in."""
         kind = settings_of(self.task)
         given = typed(keys_of(kind), self.training, [])
         return kind(output_dir=self.output, seed=self.seed, **{**_defaults(self), **given, **changes})
@@ -63,8 +65,8 @@ class Recipe(Written):
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     """Return a recipe from YAML, with ``key.key=value`` overrides on top.
 
-    Files that the recipe names are looked for beside it; files in overrides, and the output, in the working directory.
-    Raises ConfigError with all problems at once; an unknown key is one, and names the nearest key that there is.
+    Files that the recipe names are looked for in its folder. Files in overrides, and the output, are in the working
+    directory. Raises ConfigError with all problems at once; an unknown key is one, reported with the nearest known key.
     """
     return parse_recipe(read_values(path, overrides), str(path))
 

@@ -1,4 +1,4 @@
-"""Reward functions of GRPO and RLOO: built in or of the user's own, found by name."""
+"""Reward functions of GRPO and RLOO: built in or the user's own, found by name."""
 
 from __future__ import annotations
 
@@ -23,10 +23,11 @@ Reward = Callable[..., Any]
 def exact_match(
     completions: Sequence[Any], *, column: str = "answer", pattern: str | None = None, **row: Any
 ) -> list[float]:
-    """1 for a completion that is the row's ``column``, spaces at its ends aside, else 0: as ``veneer eval`` judges.
+    """Return 1 for a completion equal to the row's ``column``, except for spaces at its ends, else 0.
 
-    With ``pattern``, a regular expression, what its last match holds (its group, if it has one) is compared, in the
-    completion and, if it is found there, in the column. Raises DataError if the rows have no such column.
+    This is the judgement of ``veneer eval``. With ``pattern``, a regular expression, its last match (its group, if it
+    has one) is compared instead. The match is taken in the completion and, if found there, in the column. Raises
+    DataError if the rows have no such column.
     """
     if column not in row:
         raise DataError(f"exact-match compares with the column {column!r}, and the rows have {sorted(_columns(row))}")
@@ -38,14 +39,14 @@ def exact_match(
 
 
 def regex(completions: Sequence[Any], *, pattern: str, **row: Any) -> list[float]:
-    """1 for a completion in which the regular expression is found, else 0."""
+    """Return 1 for a completion in which the regular expression is found, else 0."""
     return [float(re.search(pattern, text_of(completion), re.DOTALL) is not None) for completion in completions]
 
 
 def length(
     completions: Sequence[Any], *, target: int, completion_ids: Sequence[Sequence[int]], **row: Any
 ) -> list[float]:
-    """1 for a completion of ``target`` tokens, less by the share that it is off, at least 0."""
+    """Return 1 for a completion of ``target`` tokens, less the relative deviation of any other length, at least 0."""
     return [max(0.0, 1.0 - abs(len(ids) - target) / target) for ids in completion_ids]
 
 
@@ -54,7 +55,7 @@ _TOLD = "GRPO and RLOO call a reward function with prompts, completions, complet
 
 
 def text_of(completion: Any) -> str:
-    """Return the text of a completion, of its last message where it is a conversation."""
+    """Return the text of a completion, or of its last message if it is a conversation."""
     return completion if isinstance(completion, str) else str(completion[-1]["content"])
 
 

@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 
 class SourcePart(BaseModel):
-    """Source beside ``data.train``; its action not say of reading rows, ``data`` says."""
+    """Source in addition to ``data.train``; settings of reading that it leaves out are those of ``data``."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -26,7 +26,7 @@ _OF_SFT = ("more", "streaming")
 
 
 def streaming_problems(values: Mapping[str, Any]) -> list[str]:
-    """Return the settings that rows which are read as they come cannot have."""
+    """Return the problems of settings that streamed rows cannot have."""
     data, training = _dict(values, "data"), _dict(values, "training")
     if data.get("streaming") is not True:
         return []

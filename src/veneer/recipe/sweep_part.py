@@ -1,4 +1,4 @@
-"""``sweep`` part of a recipe: the values of each member, before they are read as recipes."""
+"""Part ``sweep`` of a recipe: the values of each member, before they are read as recipes."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ class MemberValues:
 
 
 def members_of(values: Mapping[str, Any], source: Path) -> tuple[list[MemberValues], list[str]]:
-    """Return the members of a recipe with a ``sweep`` part, and what is wrong with their names and changes.
+    """Return the members of a recipe with a ``sweep`` part, and the problems of their names and changes.
 
-    Raises ConfigError if the part itself is wrong, so that there are no members to tell of.
+    Raises ConfigError if the part itself is wrong, so that there are no members.
     """
     base = {key: value for key, value in values.items() if key != PART}
     part = values[PART]

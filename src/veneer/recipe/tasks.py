@@ -1,4 +1,4 @@
-"""Tasks of a recipe, and the keys that belong to each: the one table that says so."""
+"""Tasks of a recipe, and the keys that belong to each, in one table."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ _ALL = frozenset({"prompt", "chat", "system"})
 
 @dataclass(frozen=True, slots=True)
 class TaskKeys:
-    """Keys of one task beside those that all tasks have.
+    """Keys of one task in addition to those of all tasks.
 
-    ``trainer`` and ``settings``: veneer's names of the trainer and its config; the keys of ``training`` are the fields
-    of that config. ``data``: keys of the part ``data``. ``rewards``: it needs the part ``rewards``. ``rate``: its
-    usual learning rate as a share of that of supervised fine-tuning with the same method.
+    ``trainer`` and ``settings`` are veneer's names of the trainer and its config; the keys of ``training`` are the
+    fields of that config. ``data`` are keys of the part ``data``. ``rewards``: the task needs the part ``rewards``.
+    ``rate`` is its usual learning rate as a share of that of supervised fine-tuning with the same method.
     """
 
     trainer: str
@@ -42,8 +42,9 @@ KEYS: Mapping[Task, TaskKeys] = {
 
 
 def task_of(values: Mapping[str, Any]) -> Task:
-    """Return the task of a recipe's values; sft where they name none, or one that does not exist (which is
-    told elsewhere).
+    """Return the task of a recipe's values; sft if they name none, or one that does not exist.
+
+    An unknown task is reported by another check.
     """
     given = values.get("task", "sft")
     return given if given in KEYS else "sft"
@@ -66,7 +67,7 @@ def trainer_of(task: Task) -> Any:
 
 
 def task_problems(values: Mapping[str, Any]) -> Iterator[str]:
-    """Keys of other tasks, each with those that it belongs to."""
+    """Yield the problems of keys of other tasks, with the tasks that they belong to, and of missing rewards."""
     task = task_of(values)
     data = values.get("data")
     own = frozenset().union(*(keys.data for keys in KEYS.values()))
@@ -83,7 +84,7 @@ def task_problems(values: Mapping[str, Any]) -> Iterator[str]:
 
 
 def training_problems(task: Task, given: Mapping[str, Any], settings: Callable[[Task], Keys]) -> dict[str, str]:
-    """Return the problems of keys of ``training`` that are ``settings`` of other tasks alone, by key."""
+    """Return the problems of keys of ``training`` that only ``settings`` of other tasks have, by key."""
     strange = [key for key in given if key not in settings(task).types]
     others = {key: [name for name in TASKS if key in settings(name).types] for key in strange}
     return {key: f"training.{key}: {_belongs(names, task)}" for key, names in others.items() if names}

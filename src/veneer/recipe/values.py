@@ -23,9 +23,7 @@ PLACES = (
 
 
 def read_values(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """Return the values of a recipe's file, with overrides on top, as `load_recipe` reads it; no value is
-    checked yet.
-    """
+    """Return the unchecked values of a recipe's file, with overrides on top, as `load_recipe` reads it."""
     try:
         values = _load_yaml(path.read_text(encoding="utf-8"), str(path))
     except OSError as error:
@@ -89,7 +87,7 @@ def _load_yaml(text: str, name: str) -> Any:
 
 
 def beside(path: Path, value: Any) -> Any:
-    """Return the name of a file that lies beside the recipe, found from here; anything else as it is."""
+    """Return the path from here of a file in the recipe's folder; any other value unchanged."""
     return str(path.parent / value) if isinstance(value, str) and (path.parent / value).exists() else value
 
 
@@ -116,7 +114,7 @@ def _is_text(key: str, text: str) -> bool:
 
 
 def put(values: dict[str, Any], key: str, value: Any) -> None:
-    """Set ``part.key`` in the values of a recipe. Raises ConfigError if the part is no part."""
+    """Set ``part.key`` in the values of a recipe. Raises ConfigError if the part is no mapping."""
     *parents, last = key.split(".")
     section = values
     for parent in parents:
@@ -127,6 +125,6 @@ def put(values: dict[str, Any], key: str, value: Any) -> None:
 
 
 def section(values: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """Return a part of a recipe's values; an empty one where it is missing or no mapping."""
+    """Return a part of a recipe's values; an empty one if it is missing or no mapping."""
     found = values.get(name)
     return found if isinstance(found, dict) else {}
