@@ -1,4 +1,4 @@
-"""Base model of a recipe: loaded, quantized and frozen for its adapter as the part ``model`` says."""
+"""Base model of a recipe: loaded, quantized and frozen for its adapter as the part ``model`` asks."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ from veneer.store.source import load_model
 
 
 def load_base(part: ModelPart, *, scores: bool = False) -> PreTrainedModel:
-    """Return the base model of a recipe, quantized and prepared where it says so; with ``scores`` its head gives each
-    sequence one number.
+    """Return the base model of a recipe, quantized and prepared if it asks for that.
+
+    With ``scores`` its head gives each sequence one number.
     """
     config = quantization_of(part)
     model = load_model(part.source, dtype=part.dtype, quantization=config, scores=scores)
@@ -32,11 +33,11 @@ def load_base(part: ModelPart, *, scores: bool = False) -> PreTrainedModel:
 
 
 def made_ready(model: PreTrainedModel, part: ModelPart) -> PreTrainedModel:
-    """Return a quantized model frozen for its adapter; what is not quantized in float32 where the recipe asks for it.
+    """Return a quantized model frozen for its adapter, its other weights in float32 if the recipe asks for it.
 
-    Elsewhere it stays in bfloat16, as beside a dense base: embeddings and head of a large vocabulary are half of a
-    4-bit model otherwise, and the head would be copied to 16 bits in each forward pass. Values in float16 are widened
-    always: their range is too small for a stream.
+    Otherwise they stay in bfloat16, as in a dense base. In float32, embeddings and head of a large vocabulary are half
+    of a 4-bit model. The head would also be copied to 16 bits in each forward pass. Values in float16 are always
+    widened: their range is too small for a stream.
     """
     if part.float32_rest or model.dtype != torch.bfloat16:
         return prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)

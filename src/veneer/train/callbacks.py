@@ -1,4 +1,4 @@
-"""Callbacks of a run: those that its settings ask for, and those that take down how it goes."""
+"""Callbacks of a run: those that its settings ask for, and those that record its course."""
 
 from __future__ import annotations
 
@@ -25,28 +25,31 @@ def callbacks_of(args: RunSettings) -> Iterator[TrainerCallback | type[TrainerCa
 
 
 class SelectiveCheckpointing(TrainerCallback):  # type: ignore[misc]
-    """Checkpoints selectively where Trainer, at the beginning of `train`, has switched on the full form."""
+    """Callback that checkpoints selectively, after Trainer has switched on the full form at the beginning
+    of `train`.
+    """
 
     def on_train_begin(self, args: RunSettings, state: Any, control: Any, model: nn.Module, **_: Any) -> None:
-        """Recompute selectively from here on."""
+        """Switch to selective recomputation."""
         checkpoint_selectively(model_of(model), (args.gradient_checkpointing_kwargs or {}).get("every_n_layers", 1))
 
 
 class Begun(TrainerCallback):  # type: ignore[misc]
-    """Says at which step training begins, when all that a checkpoint could be refused for lies behind it."""
+    """Callback that reports the step at which training begins, once no check of the checkpoint can fail any more."""
 
     def __init__(self, begin: Callable[[int], None]) -> None:
         self._begin = begin
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Hand on the step, 0 or that of the checkpoint, in Trainer's event."""
+        """Pass on the step, 0 or that of the checkpoint, in Trainer's event."""
         self._begin(state.global_step)
 
 
 class LastEvaluation(TrainerCallback):  # type: ignore[misc]
-    """Remembers the last evaluation of a run, and after which step it was.
+    """Callback that keeps the last evaluation of a run and its step.
 
-    A recipe gives one dataset to evaluate on. Of several each would be an evaluation, and the last one be remembered.
+    A recipe gives one dataset to evaluate on. With several, each would be an evaluation, and the last one would be
+    kept.
     """
 
     def __init__(self) -> None:
@@ -54,10 +57,12 @@ class LastEvaluation(TrainerCallback):  # type: ignore[misc]
         self._metrics: Mapping[str, Any] = {}
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Mapping[str, Any], **_: Any) -> None:
-        """Take down an evaluation, in Trainer's event."""
+        """Record an evaluation, in Trainer's event."""
         self._step, self._metrics = state.global_step, metrics
 
     def of_trained(self, args: TrainingArguments, state: TrainerState) -> Mapping[str, Any] | None:
-        """Its metrics where it saw the weights that training ended with; None if it saw others, or none was."""
+        """Return its metrics if it saw the weights that training ended with; None if it saw others, or if there is
+        none.
+        """
         others = args.load_best_model_at_end and state.best_global_step not in (None, state.global_step)
         return None if others or self._step != state.global_step else self._metrics

@@ -24,7 +24,7 @@ _ANY = "checkpoint-*"
 
 
 def checkpoint_folder(run: Path, step: int) -> Path:
-    """Return the folder of the checkpoint of a step, under the name that Trainer gives it."""
+    """Return the folder of the checkpoint of a step, under Trainer's name for it."""
     return run / f"checkpoint-{step}"
 
 
@@ -53,7 +53,7 @@ def latest_checkpoint(run: Path) -> Path:
 
 
 def drop_partial(run: Path) -> None:
-    """Clear away what a run that died left half-written."""
+    """Delete the half-written checkpoints of a run that died."""
     drop_leftovers(run, _ANY)
 
 
@@ -74,9 +74,9 @@ def save_trained(model: nn.Module, folder: Path) -> None:
 
 @torch.no_grad()
 def load_trained(model: nn.Module, folder: Path) -> None:
-    """Read back what `save_trained` wrote.
+    """Load the parameters that `save_trained` wrote.
 
-    Raises TrainingError, with all differences, if the trainable parameters are not the very ones that were saved.
+    Raises TrainingError, with all differences, if the trainable parameters are not exactly those that were saved.
     """
     try:
         saved = load_file(folder / TRAINED_FILE)
@@ -100,7 +100,7 @@ def load_trained(model: nn.Module, folder: Path) -> None:
 
 
 def write_json(path: Path, values: Any) -> None:
-    """Write JSON in one go: the old file or the new one is there, never half of it. Raises DiskError."""
+    """Write JSON atomically: the old file or the new one is there, never half of it. Raises DiskError."""
     write_atomically(path, (json.dumps(values, indent=2, sort_keys=True) + "\n").encode())
 
 

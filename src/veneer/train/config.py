@@ -28,15 +28,15 @@ else:
 
 @dataclass
 class RunSettings(_Arguments):  # type: ignore[misc]
-    """Settings that every trainer of veneer has beside TRL's, and the checks of all that does not go together.
+    """Settings that every trainer of veneer adds to TRL's, and the checks of settings that exclude each other.
 
-    ``fused``: "auto" trains on veneer's kernels where the model fits them (`model.fused`), "off" never.
-    ``gradient_checkpointing``: False, True, or "selective" (`model.checkpointing`; TRL's way to say it, the key
-    "selective" in ``gradient_checkpointing_kwargs``, means the same).
+    ``fused``: "auto" trains on veneer's kernels if the model fits them (`model.fused`), "off" never.
+    ``gradient_checkpointing``: False, True, or "selective" (`model.checkpointing`). TRL's key "selective" in
+    ``gradient_checkpointing_kwargs`` means the same.
     ``activation_offloading``: "host" (or True) for CUDA, "disk" for a file in ``output_dir`` (`model.offload`).
-    ``lora_plus``: how many times faster the factor B learns than A (LoRA+); None is one rate for both.
-    ``early_stopping_patience``: after how many evaluations without a better ``metric_for_best_model`` (the held-out
-    loss, if not said) training stops; None never stops early.
+    ``lora_plus``: ratio of the learning rate of the factor B to that of A (LoRA+); None is one rate for both.
+    ``early_stopping_patience``: number of evaluations without a better ``metric_for_best_model`` after which training
+    stops; None never stops early. The default metric is the held-out loss.
     """
 
     fused: Literal["auto", "off", False] = "auto"
@@ -72,16 +72,16 @@ class RunSettings(_Arguments):  # type: ignore[misc]
             raise ConfigError(f"{type(self).__name__}: " + "; ".join(problems))
 
     def problems(self) -> list[str]:
-        """Everything that is wrong with the settings of one trainer alone."""
+        """Return all problems of the settings of one trainer alone."""
         return []
 
 
 @dataclass
 class SFTConfig(RunSettings, trl.SFTConfig):  # type: ignore[misc]
-    """TRL's ``SFTConfig`` with the fields of `RunSettings`. Raises ConfigError with all that does not go together."""
+    """TRL's ``SFTConfig`` with the fields of `RunSettings`. Raises ConfigError with all problems at once."""
 
     def problems(self) -> list[str]:
-        """Everything that is wrong with packing, lengths and the kind of loss."""
+        """Return all problems of packing, lengths and the kind of loss."""
         problems = []
         if self.packing and self.packing_strategy == "wrapped":
             problems.append(
@@ -149,7 +149,7 @@ def _checkpointing_problems(args: TrainingArguments) -> list[str]:
 
 
 def as_settings(args: TrainingArguments | None, kind: type[Settings], default_output: str) -> Settings:
-    """Return any training arguments as settings of a kind; fields that they do not have keep their defaults."""
+    """Return any training arguments as settings of a kind; missing fields keep their defaults."""
     if args is None:
         return kind(output_dir=default_output)
     if isinstance(args, kind):

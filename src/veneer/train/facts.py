@@ -1,4 +1,4 @@
-"""Facts of a run before it begins, as ``run.json`` holds them."""
+"""Facts of a run before it begins, in the form of ``run.json``."""
 
 from __future__ import annotations
 

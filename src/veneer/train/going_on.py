@@ -1,4 +1,4 @@
-"""Run that goes on: what has changed since it was begun, and whether that is allowed."""
+"""Resumed run: its changes since it was begun, and the check that they are allowed."""
 
 from __future__ import annotations
 
@@ -21,20 +21,22 @@ from veneer.train.record import RUN_FILE
 
 @dataclass(frozen=True, slots=True)
 class GoingOn:
-    """Resumed run: what it wrote down, which settings have changed since, and whether they may."""
+    """Resumed run: its record, the settings that have changed since, and the permission to change them."""
 
     before: Mapping[str, Any] | None = None
     changes: Sequence[Change] = ()
     allow_changes: bool = False
 
     def recorded(self, step: int) -> list[dict[str, Any]]:
-        """All changes of the run with their steps, if it goes on after ``step``."""
+        """Return all changes of the run with their steps, if it is resumed after ``step``."""
         earlier = list((self.before or {}).get("changes", []))
         return [*earlier, *({"step": step, **asdict(each)} for each in self.changes)]
 
 
 def changes_since(before: Mapping[str, Any], recipe: Recipe, allow: bool) -> list[Change]:
-    """Return the settings that are others than a record's. Raises ConfigError with all of them if they may not be."""
+    """Return the settings that differ from those of a record. Raises ConfigError with all of them unless they may
+    differ.
+    """
     path = Path(recipe.output) / RUN_FILE
     try:
         found = changes(Recipe.model_validate(before["recipe"]), recipe, before.get("places"))
@@ -55,7 +57,7 @@ def changes_since(before: Mapping[str, Any], recipe: Recipe, allow: bool) -> lis
 
 
 def parent_of(recipe: Recipe) -> dict[str, str] | None:
-    """Return the saved adapter that a run trains on: the name that the recipe gives, and a hash of its values."""
+    """Return the saved adapter that a run continues to train: its name in the recipe, and a hash of its values."""
     if FROM not in recipe.adapter:
         return None
     folder = adapter_folder(recipe.adapter[FROM])
@@ -63,7 +65,7 @@ def parent_of(recipe: Recipe) -> dict[str, str] | None:
 
 
 def is_complete(before: Mapping[str, Any], recipe: Recipe) -> bool:
-    """True for a run that is finished and is not to become longer."""
+    """Return True if the run is finished and is not to become longer."""
     return before["status"] == "finished" and not is_longer(Recipe.model_validate(before["recipe"]), recipe)
 
 
@@ -95,7 +97,7 @@ def _other_files(before: Mapping[str, Any], recipe: Recipe) -> list[Change]:
 
 
 def files_of(part: DataPart) -> dict[str, str]:
-    """Return the sources that are files, with a hash of what they hold."""
+    """Return the sources that are files, with a hash of their content."""
     found = {key: Path(name) for key, name in part.sources.items() if Path(name).is_file()}
     return {key: f"a file with the hash {_hash_of(path)}" for key, path in found.items()}
 

@@ -1,4 +1,4 @@
-"""Gradients of processes that train together: their mean, summed in an order that a resumed run has too."""
+"""Gradients of processes that train together: their mean, summed in the same order in a resumed run."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ _PART_BYTES = 64 * 2**20  # of gradients that are sent at once
 
 
 def leave_apart(model: nn.Module, *, share_buffers: bool) -> None:
-    """Let torch's DDP reduce nothing in the next backward pass: `average` does.
+    """Switch off the reduction of torch's DDP in the next backward pass: `average` reduces instead.
 
-    DDP reduces in buckets, which it forms anew after its first step. With three processes and more another bucket is
-    another order of sums, so that the first step of a resumed run would differ in its last bits. ``share_buffers``: its
+    DDP reduces in buckets, which it forms anew after its first step. With three or more processes another bucket is
+    another order of sums. The first step of a resumed run would then differ in its last bits. ``share_buffers``: the
     next forward pass sends the main process's buffers to all.
     """
     if isinstance(model, DistributedDataParallel):

@@ -1,4 +1,4 @@
-"""Checks that stop a run: before it starts, and before anything is written over a good checkpoint."""
+"""Checks that stop a run before it starts, or before it overwrites a good checkpoint."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from veneer.train.processes import n_processes
 
 
 def require_special_tokens(tokenizer: PreTrainedTokenizerBase, args: RunSettings) -> None:
-    """Raise ConfigError if a token that ``args`` name is not in the vocabulary, or nothing can pad."""
+    """Raise ConfigError if a token that ``args`` name is not in the vocabulary, or no token can pad."""
     named = {key: getattr(args, key, None) for key in ("eos_token", "pad_token")}
     unknown = [f"{key}={token!r}" for key, token in named.items() if token and token not in tokenizer.get_vocab()]
     if unknown:
@@ -35,7 +35,7 @@ def require_special_tokens(tokenizer: PreTrainedTokenizerBase, args: RunSettings
 
 
 def require_free_groups(args: RunSettings, optimizers: tuple[Any, Any]) -> None:
-    """Raise ConfigError if LoRA+ is to group the parameters of an optimizer that is made already."""
+    """Raise ConfigError if LoRA+ is to group the parameters of an existing optimizer."""
     if args.lora_plus is not None and optimizers[0] is not None:
         raise ConfigError(
             f"lora_plus={args.lora_plus} groups the parameters of an optimizer that the trainer makes, and optimizers "
@@ -44,7 +44,7 @@ def require_free_groups(args: RunSettings, optimizers: tuple[Any, Any]) -> None:
 
 
 def require_whole_models(trainer: Trainer) -> None:
-    """Raise ConfigError if several processes split the model: each trains, and writes, a whole one."""
+    """Raise ConfigError if several processes split the model: each must train, and write, a whole one."""
     if n_processes() > 1 and (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
         raise ConfigError(
             "several processes train with a whole model each (torchrun without more settings); checkpoints of models "
@@ -53,7 +53,7 @@ def require_whole_models(trainer: Trainer) -> None:
 
 
 def require_finite(loss: float, step: int) -> None:
-    """Raise DivergedError for a loss that is NaN or infinite, in the step (counted from one) that gave it."""
+    """Raise DivergedError for a loss that is NaN or infinite, with its step (counted from one)."""
     if not math.isfinite(loss):
         raise DivergedError(
             f"the loss is {loss} in step {step}: training stops here, and the checkpoints written before are as they "
@@ -63,7 +63,7 @@ def require_finite(loss: float, step: int) -> None:
 
 
 class FiniteGradients(TrainerCallback):  # type: ignore[misc]
-    """Stops before an optimizer step that would put NaN or infinity into the weights.
+    """Callback that stops before an optimizer step that would put NaN or infinity into the weights.
 
     Under float16 the gradient scaler skips such steps itself; then this callback is not installed.
     """
@@ -71,7 +71,7 @@ class FiniteGradients(TrainerCallback):  # type: ignore[misc]
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **context: Any
     ) -> None:
-        """Raise DivergedError if a gradient is not finite."""
+        """Raise DivergedError if any gradient is not finite."""
         model: nn.Module = context["model"]
         gradients = [p.grad for p in model.parameters() if p.grad is not None]
         # The largest magnitude, which NaN and infinity alone can make infinite; gradients may lie on several devices.

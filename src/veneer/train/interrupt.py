@@ -1,4 +1,4 @@
-"""Signals that ask a run to stop: the step in progress ends, a checkpoint is written, and the run says so."""
+"""Signals that ask a run to stop: the step in progress ends, a checkpoint is written, and the run reports it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _SHOW_CURSOR = b"\x1b[?25h"
 
 
 class Stop:
-    """Wish to stop, told by signals: the first stops the run where it can be continued from, the second at once.
+    """Stop requests by signal: the first stops the run at a point from which it can be resumed, the second at once.
 
     ``signal``: the first that came, if any. Outside of `deferred` blocks it raises Interrupted right away.
     """
@@ -36,7 +36,7 @@ class Stop:
 
     @contextmanager
     def deferred(self) -> Iterator[None]:
-        """Inside, a signal is only remembered: the block asks for it where it can stop."""
+        """Only record a signal inside the block, which calls `check` at the points at which it can stop."""
         self._waits += 1
         try:
             yield
@@ -44,7 +44,7 @@ class Stop:
             self._waits -= 1
 
     def hear(self, number: int, frame: FrameType | None = None) -> None:
-        """Return the handler of a signal."""
+        """Handle a signal."""
         if os.getpid() != self._process:  # a worker that was forked from the run
             os._exit(128 + number)
         if self.signal is not None:
@@ -67,8 +67,10 @@ class Stop:
 
 @contextmanager
 def listening() -> Iterator[Stop]:
-    """For a while SIGTERM and SIGINT are heard by a `Stop`. Signals that are ignored stay so, and in a thread other
-    than the main one, where Python hears none, nothing changes.
+    """Install a `Stop` as the handler of SIGTERM and SIGINT for the length of the block.
+
+    Ignored signals stay ignored. In a thread other than the main one, in which Python handles no signals, nothing
+    changes.
     """
     stop = Stop()
     if threading.current_thread() is not threading.main_thread():
@@ -84,7 +86,9 @@ def listening() -> Iterator[Stop]:
 
 
 class StopAfterStep(TrainerCallback):  # type: ignore[misc]
-    """Ends training after the step in which a signal came, with a checkpoint of that step; all processes together."""
+    """Callback that ends training after the step in which a signal came, with a checkpoint; all processes stop
+    together.
+    """
 
     def __init__(self, stop: Stop) -> None:
         self._stop, self._number = stop, 0
@@ -98,7 +102,9 @@ class StopAfterStep(TrainerCallback):  # type: ignore[misc]
         self._ask(args.device, control)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Raise Interrupted once the checkpoint is there, past what an epoch's end would log and evaluate."""
+        """Raise Interrupted once the checkpoint is written, before the logging and evaluation at the end of
+        an epoch.
+        """
         if self._number:
             raise Interrupted(self._number)
 

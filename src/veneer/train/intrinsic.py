@@ -1,4 +1,4 @@
-"""Intrinsic dimension: the numbers that it takes to learn a task (Aghajanyan et al. 2021, arXiv:2012.13255)."""
+"""Intrinsic dimension: the count of numbers needed to learn a task (Aghajanyan et al. 2021, arXiv:2012.13255)."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ SHARE = 0.9  # the paper's d90: nine tenths of what training all weights reaches
 
 @dataclass(frozen=True, kw_only=True)
 class Training:
-    """Training of each point: Adam, ``steps`` batches in turn, a rate that falls linearly to zero."""
+    """Training of each point: Adam, ``steps`` batches in turn, a learning rate that falls linearly to zero."""
 
     steps: int = 100
     learning_rate: float = 1e-3
@@ -63,7 +63,7 @@ def task_of(
 
 @dataclass(frozen=True, slots=True)
 class Curve:
-    """Scores by d, of the model as it was, and after training all of its ``n_weights`` weights."""
+    """Scores by d, score of the untrained model, and score after training all of its ``n_weights`` weights."""
 
     scores: dict[int, float]
     before: float
@@ -109,10 +109,10 @@ def dimension_curve(
     *,
     on_point: Callable[[int | None, float], None] = lambda d, score: None,
 ) -> Curve:
-    """Train in random subspaces of several dimensions, and all weights, and score each; the model stays as it was.
+    """Train in random subspaces of several dimensions, and all weights, and score each; the model itself is unchanged.
 
     ``score`` is called on the model with the trained weights in place. Raises ConfigError for dimensions that do not
-    fit the model, TrainingError where a loss is not finite.
+    fit the model, TrainingError if a loss is not finite.
     """
     start = {name: p.detach() for name, p in model.named_parameters()}
     wanted = sorted(set(dimensions))
@@ -179,7 +179,7 @@ def _weights_in(model: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[Non
 
 
 def draw_curve(curve: Curve, path: Path) -> None:
-    """Return the scores over d as a PNG, with the line that d90 has to reach."""
+    """Draw the scores over d as a PNG, with a line at the score that defines d90."""
     curve_figure(curve).savefig(path)
 
 

@@ -1,4 +1,4 @@
-"""Errors of transformers and TRL that are told to a user in one message."""
+"""Errors of transformers and TRL, reported to a user in one message."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _OWN = Path(__file__).parents[1]
 
 @contextmanager
 def refusals_told() -> Iterator[None]:
-    """Raise ConfigError for settings that a trainer refuses while it is made; errors of veneer's own code stay."""
+    """Raise ConfigError for settings that a trainer refuses in its constructor; errors of veneer's own code stay."""
     try:
         yield
     except VeneerError:

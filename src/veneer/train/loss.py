@@ -1,4 +1,4 @@
-"""Loss of next-token prediction over the trained tokens of a batch, and the counts of them."""
+"""Loss of next-token prediction over the trained tokens of a batch, and their counts."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ def token_loss(
 ) -> TokenLoss:
     """Return the summed cross-entropy in float32 of ``inputs["labels"]``, shifted by one.
 
-    Only hidden states that predict a trained token go through the output head, if the model can be told so.
-    ``weigh_by_probability`` is dynamic fine-tuning: each token's loss times its own probability, held constant
-    (Wu et al. 2025, arXiv:2508.05629, eq. 9).
+    Only hidden states that predict a trained token go through the output head, if the model supports it.
+    ``weigh_by_probability`` is dynamic fine-tuning: each token's loss times its own probability, held constant (Wu et
+    al. 2025, arXiv:2508.05629, eq. 9).
     """
     labels: Tensor = inputs["labels"][:, 1:]
     head = None if label_smoothing or weigh_by_probability else head_of_fused(model)
@@ -65,7 +65,7 @@ class Share:
 
 
 def token_losses(model: nn.Module, inputs: dict[str, Any], shares: Sequence[Share]) -> list[TokenLoss]:
-    """`token_loss` of every share of one batch, from one pass."""
+    """Return `token_loss` of every share of one batch, from one pass."""
     labels: Tensor = inputs["labels"][:, 1:]
     head = None if any(share.scoring != Scoring() for share in shares) else fused_head(model)
     if head is not None:
@@ -81,7 +81,7 @@ def token_losses(model: nn.Module, inputs: dict[str, Any], shares: Sequence[Shar
 
 
 def kept_logits(model: nn.Module, inputs: dict[str, Any], kept: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Return the logits (b, kept, v) of these positions, and the loss of a router."""
+    """Return the logits (b, kept, v) of these positions, and the router's loss, if any."""
     inputs = {key: value for key, value in inputs.items() if key != "labels"}
     if _keeps_logits(cast(Hashable, type(model_of(model)))):
         out = model(**inputs, logits_to_keep=kept, use_cache=False)
@@ -122,7 +122,9 @@ def _row_losses_in_chunks(
 
 
 def hidden_states(model: nn.Module, head: Head, inputs: dict[str, Any]) -> tuple[Tensor, Head, Tensor, Tensor | None]:
-    """Hidden states (b * (t - 1), d) and the head in what it computes in, the labels, and the loss of a router."""
+    """Return hidden states (b * (t - 1), d), the head in its compute dtype, the labels, and the router's
+    loss, if any.
+    """
     labels: Tensor = inputs["labels"][:, 1:].flatten()
     rest = {key: value for key, value in inputs.items() if key != "labels"}
     with hidden_as_logits(model_of(model)) as passed:
@@ -135,8 +137,9 @@ def hidden_states(model: nn.Module, head: Head, inputs: dict[str, Any]) -> tuple
 
 
 def head_of_fused(model: nn.Module) -> Head | None:
-    """Return the head of a fused model, alone or in the wrapper that joins the gradients of processes; no other
-    wrapper's forward pass runs the very modules that it holds.
+    """Return the head of a fused model, alone or in the wrapper that joins the gradients of processes.
+
+    No other wrapper's forward pass runs the same modules that it holds.
     """
     inner = model.module if isinstance(model, DistributedDataParallel) else model
     return fused_head(inner) if model_of(inner) is inner else None

@@ -1,4 +1,4 @@
-"""Optimizers by the names of ``TrainingArguments.optim``: those that veneer serves itself, in one table."""
+"""Optimizers by the names of ``TrainingArguments.optim``: those of veneer itself, in one table."""
 
 from __future__ import annotations
 
@@ -88,10 +88,11 @@ def lora_plus_optimizer(args: TrainingArguments, model: nn.Module, ratio: float,
 
 
 def galore_groups(args: TrainingArguments, model: nn.Module) -> list[dict[str, Any]]:
-    """Trained matrices of the layers that GaLore projects, other matrices, and vectors, which do not decay.
+    """Return groups of trained parameters: matrices of the layers that GaLore projects, other matrices, and vectors.
 
-    ``args.optim_target_modules`` chooses layers as in transformers (parts of their paths, or regular expressions);
-    None and "all-linear" are all linear layers but the output head. Raises ConfigError if it chooses none.
+    Vectors do not decay. ``args.optim_target_modules`` chooses layers as in transformers (parts of their paths, or
+    regular expressions). None and "all-linear" are all linear layers but the output head. Raises ConfigError if it
+    chooses none.
     """
     wanted, linear = args.optim_target_modules, module_index(model).all_linear
     if wanted not in (None, "all-linear"):
@@ -125,7 +126,7 @@ def galore_projection(optim_args: str | None) -> GaLoreProjection:
 
 
 def require_known(optim: Any) -> None:
-    """Raise ConfigError for the name of no optimizer, naming the nearest."""
+    """Raise ConfigError for the name of no optimizer, with the nearest name."""
     name, known = optim_name(optim), {*FACTORIES, *(each.value for each in OptimizerNames)}
     if name not in known:
         raise ConfigError(f"optim={name!r} is no optimizer that there is{perhaps(name, known)}")

@@ -1,4 +1,4 @@
-"""Outcome of a recipe's run: what it saved, with the rows and the tokenizer that it was trained with."""
+"""Outcome of a recipe's run: its saved model or adapter, with its rows and tokenizer."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from veneer.train.rows import read_data
 
 
 def trained_recipe(path: Path) -> Recipe:
-    """Return the recipe of a file. Raises ConfigError if it is wrong, or one of several runs."""
+    """Return the recipe of a file. Raises ConfigError if it is wrong, or describes several runs."""
     values = read_values(path)
     if PART in values:
         raise ConfigError(
@@ -39,7 +39,7 @@ def saved_by(recipe: Recipe) -> Path:
 
 
 def held_out_rows(recipe: Recipe, data: Path | None) -> tuple[Sequence[Mapping[str, Any]], Sequence[Mapping[str, Any]]]:
-    """Return held-out rows, or those of another file, in the form that the recipe trains; and its training rows.
+    """Return held-out rows, or those of another file, in the form that the recipe trains, and its training rows.
 
     Raises ConfigError if the recipe holds none out and no file is given.
     """
@@ -53,13 +53,13 @@ def held_out_rows(recipe: Recipe, data: Path | None) -> tuple[Sequence[Mapping[s
 
 
 def trained_tokenizer(recipe: Recipe) -> Any:
-    """Return the tokenizer that the run wrote prompts with. Raises what `load_tokenizer` raises."""
+    """Return the tokenizer that the run wrote prompts with. Raises the errors of `load_tokenizer`."""
     with quiet():
         return tokenizer_with(load_tokenizer(recipe.model.source), [saved_by(recipe)])
 
 
 def trained_parts(recipe: Recipe, tokenizer: Any) -> Parts:
-    """Return the base as the recipe stores it with the trained adapter, or the model that was trained whole."""
+    """Return the base in the recipe's storage with the trained adapter, or the model that was trained whole."""
     saved, source = saved_by(recipe), recipe.model.source
     with quiet():
         if recipe.method == "full":

@@ -1,4 +1,4 @@
-"""Folder of a run: who may write into it, and what the run saves there."""
+"""Folder of a run: the right to write into it, and the saving of its results."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ ADAPTER, MODEL = "adapter", "model"  # the folders that a run saves
 
 @contextmanager
 def taken_back(output: Path, made: bool) -> Iterator[None]:
-    """Around what may be refused: an output folder that was made for it goes again."""
+    """Remove an output folder that was made for the block, if the block fails and the folder is empty."""
     try:
         yield
     except BaseException:
@@ -34,7 +34,7 @@ def taken_back(output: Path, made: bool) -> Iterator[None]:
 
 
 def require_free(recipe: Recipe, resume: bool) -> None:
-    """As `require_fresh` for a recipe's output; data files that are not there are reported in the same error."""
+    """Check a recipe's output by `require_fresh`; missing data files are reported in the same error."""
     try:
         require_fresh(Path(recipe.output), resume)
     except ConfigError as error:
@@ -42,14 +42,16 @@ def require_free(recipe: Recipe, resume: bool) -> None:
 
 
 def require_data_files(part: DataPart) -> None:
-    """Raise DataError with all files of rows that are named and not there."""
+    """Raise DataError with all files of rows that are named and do not exist."""
     if part.missing_files:
         raise DataError("; ".join(part.missing_files))
 
 
 def require_fresh(output: Path, resume: bool) -> None:
-    """Make the folder. Raises ConfigError where a process trains in it, if a new run would be mixed up with one that
-    is there, or would write over what it saved, DiskError where it cannot be made.
+    """Make the output folder, or raise if a run cannot use it.
+
+    Raises ConfigError if a process trains in it, or if a new run would be mixed up with another or overwrite its
+    results. Raises DiskError if the folder cannot be made.
     """
     try:
         output.mkdir(parents=True, exist_ok=True)
@@ -75,8 +77,10 @@ def require_fresh(output: Path, resume: bool) -> None:
 
 
 def require_begun(recipe: Recipe) -> None:
-    """Raise TrainingError if no run can go on: none is finished in the recipe's output, and there is no checkpoint;
-    DataError where files of the rows that it is to go on with are not there.
+    """Raise TrainingError if no run can be resumed: none is finished in the recipe's output, and there is no
+    checkpoint.
+
+    Raises DataError if files of the rows of the resumed run do not exist.
     """
     record = record_of(Path(recipe.output))
     if record is None or record["status"] != "finished":
@@ -85,7 +89,7 @@ def require_begun(recipe: Recipe) -> None:
 
 
 def save_trained(recipe: Recipe, trainer: RunTrainer, folder: Path) -> None:
-    """Write what was trained, whole or not at all, and upload the run's folder where that is asked for."""
+    """Write the trained adapter or model, whole or not at all, and upload the run's folder if settings ask for it."""
     if is_main():
         with new_folder(folder) as scratch:
             trainer.save_model(str(scratch), _internal_call=True)
@@ -99,7 +103,7 @@ def save_trained(recipe: Recipe, trainer: RunTrainer, folder: Path) -> None:
 
 
 def usable(recipe: Recipe, checkpoint: Path) -> str:
-    """Return a sentence with the commands that work on a checkpoint, as on what a finished run saves."""
+    """Return a sentence with the commands that work on a checkpoint as on the results of a finished run."""
     base, kind = recipe.model.source, MODEL if recipe.method == FULL else ADAPTER
     if recipe.task == "reward":
         return f"The {kind} in {checkpoint} loads as that of a finished run does"

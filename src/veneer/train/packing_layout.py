@@ -1,4 +1,4 @@
-"""Layout of packed rows that a model computes exactly, found out by a trial."""
+"""Layout of packed rows that a model computes exactly, found by a trial."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ FIRST, SECOND = 5, 6
 def packing_layout(model: nn.Module) -> Layout:
     """Return the layout in which packed rows give this model exactly the logits of the sequences on their own.
 
-    Flash attention kernels take one row with restarting positions. Elsewhere the model is asked: two short sequences
-    run packed and apart. If its family ignores restarting positions (learned positions computed from the mask,
-    ALiBi, recurrent layers, virtual tokens), rows are unpacked before the forward pass: as exact, without the gain.
+    Flash attention kernels take one row with restarting positions. Other models are tested: two short sequences run
+    packed and apart. Some families ignore restarting positions (learned positions computed from the mask, ALiBi,
+    recurrent layers, virtual tokens). Their rows are unpacked before the forward pass: as exact, without the gain.
     """
     implementation = getattr(model.config, "_attn_implementation", None)
     if implementation and "flash" in implementation:

@@ -24,7 +24,7 @@ def n_processes() -> int:
 
 
 def is_main() -> bool:
-    """True in the process that writes and prints; known before the processes have met, too."""
+    """Return True in the process that writes and prints, even before the processes have met."""
     return (distributed.get_rank() if _together() else int(os.environ.get("RANK", "0"))) == 0
 
 
@@ -36,10 +36,10 @@ def part() -> None:
 
 @contextmanager
 def together() -> Iterator[None]:
-    """Around what processes do together: where one has ended, the others raise TrainingError.
+    """Raise TrainingError in the block if another of the processes has ended.
 
-    That of the main process, which alone prints, says why the other ended, if that one could leave word; a signal
-    that ended it is raised as Interrupted.
+    The main process, which alone prints, gives the reason if the other could leave one. A signal that ended the other
+    is raised as Interrupted.
     """
     try:
         yield
@@ -89,9 +89,9 @@ def _store() -> Any:
 
 
 def by_main(act: Callable[[], T]) -> T:
-    """Return the result of ``act`` in the main process, given to all of them; the others wait.
+    """Return to all processes the result of ``act`` in the main one, for which the others wait.
 
-    What it raises there is raised in all: a VeneerError as it is, anything else as a TrainingError in the others.
+    Its errors are raised in all: a VeneerError as it is, any other as a TrainingError in the others.
     """
     if n_processes() == 1:
         return act()
@@ -120,7 +120,7 @@ def summed(values: Sequence[float], device: torch.device) -> list[float]:
 
 
 def summed_in_place(values: torch.Tensor) -> None:
-    """Add the tensors of all processes, element by element, into that of each."""
+    """Replace a tensor, in every process, by its elementwise sum over the processes."""
     distributed.all_reduce(values, distributed.ReduceOp.SUM)
 
 

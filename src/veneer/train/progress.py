@@ -8,7 +8,7 @@ from typing import Any
 
 @dataclass
 class Progress:
-    """Losses in nats for each trained token, summed over optimizer steps; ``window`` is since the last log line."""
+    """Losses in nats for each trained token, summed over optimizer steps; ``window`` begins at the last log line."""
 
     loss: float = 0.0
     window_loss: float = 0.0
@@ -29,7 +29,7 @@ class Progress:
         self.window_right += n_right
 
     def close_window(self, step: int) -> dict[str, float]:
-        """Return the values of a log line, and the start of the next window."""
+        """Return the values of a log line, and start the next window."""
         steps = max(step - self.window_from_step, 1)
         values = {"loss": self.window_loss / steps}
         if self.n_tokens:
@@ -39,10 +39,10 @@ class Progress:
         return values
 
     def as_dict(self) -> dict[str, Any]:
-        """For a checkpoint."""
+        """Return the counters for a checkpoint."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Progress:
-        """From a checkpoint; its action not hold starts at zero."""
+        """Return the counters of a checkpoint; missing ones start at zero."""
         return cls(**{f.name: values[f.name] for f in fields(cls) if f.name in values})

@@ -20,7 +20,7 @@ _HTTP_ERROR = cast(type[Exception], HfHubHTTPError.__mro__[1])
 
 @contextmanager
 def failures_to_push_told(repository: str | None, folder: Path) -> Iterator[None]:
-    """Warn where an upload fails: what was to be sent is on disk, so that a run goes on without it."""
+    """Warn if an upload fails: its files are on disk, so that the run continues without it."""
     try:
         yield
     except VeneerError:

@@ -43,10 +43,9 @@ log = logging.getLogger(__name__)
 def make_trainer(
     recipe: Recipe, model: PreTrainedModel | None = None, kind: type[SFTTrainer] = SFTTrainer
 ) -> RunTrainer:
-    """Return the trainer of a recipe, its data encoded and its model loaded where none is given; nothing is trained
-    yet.
+    """Return the trainer of a recipe, before any training. Data is encoded, and the model loaded if none is given.
 
-    Raises the errors of its parts, CompositionError if the adapter that is trained on is in the base already.
+    Raises the errors of its parts, and CompositionError if the adapter that is trained on is already in the base.
     """
     require_not_in_base(recipe)
     tokenizer = with_template(load_tokenizer(recipe.model.source), recipe.data.chat_template)
@@ -96,7 +95,7 @@ def _make_task_trainer(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Ru
 
 
 def with_saved_adapter(recipe: Recipe, model: PreTrainedModel) -> PreTrainedModel:
-    """Return the model with the adapter of ``adapter.from``, to be trained on.
+    """Return the model with the adapter of ``adapter.from``, to be trained further.
 
     Raises ConfigError for an adapter of another kind of model than the task trains.
     """
@@ -114,7 +113,7 @@ def with_saved_adapter(recipe: Recipe, model: PreTrainedModel) -> PreTrainedMode
 
 
 def require_not_in_base(recipe: Recipe) -> None:
-    """Raise CompositionError if the adapter that a recipe trains on was merged into its base."""
+    """Raise CompositionError if the adapter that a recipe trains further was merged into its base."""
     if FROM in recipe.adapter:
         require_not_merged(resolve(recipe.model.source), adapter_folder(recipe.adapter[FROM]))
 

@@ -1,4 +1,4 @@
-"""``run.json``: what a run writes down of itself, and what can be told from it while it trains and after."""
+"""Record of a run, ``run.json``, and the state of the run that follows from it during training and after."""
 
 from __future__ import annotations
 
@@ -23,8 +23,9 @@ Life = Literal["over", "runs", "gone", "elsewhere"]
 
 
 def record_of(output: Path) -> dict[str, Any] | None:
-    """Return the record of the run in an output folder; None if there is none. Raises FormatError for what
-    is no record.
+    """Return the record of the run in an output folder; None if there is none.
+
+    Raises FormatError for a file that is no record.
     """
     path = output / RUN_FILE
     if not path.exists():
@@ -39,15 +40,16 @@ def record_of(output: Path) -> dict[str, Any] | None:
 
 
 def this_process() -> dict[str, Any]:
-    """Machine, number and start of this process, which together tell it from all others."""
+    """Return machine, number and start of this process, which together identify it."""
     process = psutil.Process()
     return {"host": socket.gethostname(), "pid": process.pid, "started": process.create_time()}
 
 
 def life_of(record: Mapping[str, Any]) -> Life:
-    """Return the life of a run: over, running, or gone without a word (killed, or the machine went down).
+    """Return the life of a run: over, running, or gone without a final status (killed, or the machine went down).
 
-    ``elsewhere``: it says that it is running, on another machine or without its process, and cannot be asked from here.
+    ``elsewhere``: the record gives status running, but on another machine or without its process, so it cannot be
+    checked.
     """
     if record["status"] != "running":
         return "over"
@@ -73,7 +75,7 @@ def require_over(record: Mapping[str, Any], output: Path) -> None:
 
 
 def told_life(record: Mapping[str, Any]) -> str:
-    """Return the state of a run in a few words: its status, and for a ``running`` whether that is still so."""
+    """Return the state of a run in a few words: its status, and for ``running`` whether it still is."""
     process = record.get("process") or {}
     where = f"process {process.get('pid')} on {process.get('host')}" if process else "a process that it does not name"
     return {
@@ -87,7 +89,7 @@ def told_life(record: Mapping[str, Any]) -> str:
 class Written:
     """Record of a run in its ``run.json``, which the main process alone writes.
 
-    ``changed``: for a run that goes on, what has changed at which step, given the one that it goes on from.
+    ``changed`` returns the changes of a resumed run with their steps, given the step that it resumes from.
     """
 
     def __init__(
@@ -96,7 +98,7 @@ class Written:
         self.record, self._path, self._changed, self._begun = record, output / RUN_FILE, changed, False
 
     def begin(self, step: int) -> None:
-        """Training begins after ``step``: from here on the file tells of this run."""
+        """Record that training begins after ``step``: from here on the file describes this run."""
         found = [] if self._changed is None else self._changed(step)
         if found:
             self.record["changes"] = found
@@ -104,12 +106,12 @@ class Written:
         self._write({**self.record, "status": "running"})
 
     def finish(self, results: Mapping[str, Any]) -> None:
-        """Return the run is over as it should be."""
+        """Record that the run has finished."""
         self.record |= results
         self._write(self.record)
 
     def end(self, how: Mapping[str, Any]) -> None:
-        """Return the run has broken off; one that never began says nothing."""
+        """Record that the run has broken off, if it ever began."""
         if self._begun:
             with suppress(DiskError):  # where the disk is full, the error that says so is the one to tell
                 self._write({**self.record, **how})
@@ -120,14 +122,14 @@ class Written:
 
 
 def ending_of(error: BaseException) -> str:
-    """Return how a run ended that an error broke off: diverged, failed or interrupted."""
+    """Return the status of a run that an error broke off: diverged, failed or interrupted."""
     if isinstance(error, DivergedError):
         return "diverged"
     return "failed" if isinstance(error, Exception) else "interrupted"
 
 
 def reason_of(error: BaseException) -> str:
-    """Return why a run broke off: a signal's name, or the message of the error."""
+    """Return the reason why a run broke off: a signal's name, or the message of the error."""
     if isinstance(error, Interrupted):
         return signal.Signals(error.number).name
     if isinstance(error, VeneerError):

@@ -1,4 +1,4 @@
-"""Part of the trainer that writes checkpoints and continues from them bit for bit."""
+"""Checkpoints of a trainer: the part that writes them and continues from them bit for bit."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ from veneer.train.schedule import AdapterSchedule, save_schedules
 
 
 class EpochEnds(TrainerCallback):  # type: ignore[misc]
-    """Counts a whole epoch as over in the checkpoints that are written behind its end."""
+    """Callback that counts a whole epoch as over in the checkpoints written after its end."""
 
     def __init__(self, trainer: ResumableTrainer) -> None:
         self._trainer = trainer
@@ -51,10 +51,10 @@ class EpochEnds(TrainerCallback):  # type: ignore[misc]
 
 
 class ResumableTrainer(Trainer):  # type: ignore[misc]
-    """Part in front of a trainer whose checkpoints are whole or absent, and hold all that the next step depends on.
+    """Mixin for a trainer whose checkpoints are whole or absent, and hold all state that the next step depends on.
 
-    For an adapted model a checkpoint is the adapter, every trained parameter in its own precision, the optimizer, the
-    schedule, the random states and the counters: no weight of the base.
+    A checkpoint of an adapted model holds the adapter, every trained parameter in its own precision, optimizer,
+    schedule, random states and counters. It holds no weight of the base.
     """
 
     optimizer: Any
@@ -91,11 +91,11 @@ class ResumableTrainer(Trainer):  # type: ignore[misc]
         return str(folder)
 
     def counters(self) -> dict[str, Any]:
-        """Return the counters of a checkpoint beside the losses of `Progress`, as JSON."""
+        """Return the counters of a checkpoint other than the losses of `Progress`, as JSON."""
         return {}
 
     def restore_counters(self, counted: dict[str, Any], folder: Path) -> None:
-        """Go on from what `counters` gave when the checkpoint in ``folder`` was written."""
+        """Restore the `counters` of the checkpoint in ``folder``."""
 
     def _init_training_state(self, max_steps: int, *args: Any, **options: Any) -> Any:
         """The checkpoint's counters; how often to log, evaluate and save is for this run to say."""
@@ -168,7 +168,7 @@ class ResumableTrainer(Trainer):  # type: ignore[misc]
         by_main(lambda: self._write_checkpoint(run, target, files))
 
     def own_files(self) -> list[tuple[str, bytes]]:
-        """Name and content of the files of a checkpoint that this process alone can give."""
+        """Return name and content of the files of a checkpoint that only this process can give."""
         return [self._random_state()]
 
     def _write_checkpoint(self, run: Path, target: Path, files: Sequence[tuple[str, bytes]]) -> None:
@@ -200,7 +200,7 @@ class ResumableTrainer(Trainer):  # type: ignore[misc]
                 upload.result()
 
     def push_to_hub(self, *args: Any, **options: Any) -> Any:
-        """Upload as Trainer does. An upload that fails is told, and the run goes on."""
+        """Upload as Trainer does. A failed upload is reported, and the run continues."""
         with failures_to_push_told(self.hub_model_id, Path(self.args.output_dir)):
             return super().push_to_hub(*args, **options)
 
@@ -262,7 +262,7 @@ class ResumableTrainer(Trainer):  # type: ignore[misc]
 
 @contextmanager
 def random_state_kept() -> Iterator[None]:
-    """Return a block that may draw random numbers without moving those that come after it."""
+    """Restore the random states after the block, which may draw random numbers."""
     states = random.getstate(), np.random.get_state()
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     with torch.random.fork_rng(devices=devices):

@@ -1,4 +1,4 @@
-"""Recipe carried out: load, read, train, evaluate, save, and write down what happened."""
+"""Run of a recipe: load, read, train, evaluate, save, and record the results."""
 
 from __future__ import annotations
 
@@ -35,14 +35,18 @@ def run_recipe(
     planned: Mapping[str, Any] | None = None,
     tell: Tell = lambda line: None,
 ) -> dict[str, Any]:
-    """Carry a recipe out and give back what ``run.json`` holds, what was ``planned`` and measured of memory among it.
+    """Run a recipe and return the content of ``run.json``, with the ``planned`` and the measured memory.
 
     Writes into the recipe's output: ``adapter/`` (``model/`` for a model trained whole), ``run.json``, ``loss.png``,
-    checkpoints and TensorBoard's files. Raises the errors of its parts; ConfigError also where the output holds a run
-    already and ``resume`` is false, if a process trains in it, and where a run would go on with other settings or
-    data than it was begun with (``allow_changes`` takes them, and writes down what changed at which step); DiskError
-    where it cannot be made. A resume that is refused leaves the run as it was, and one of a run that is finished
-    changes nothing. SIGTERM and SIGINT end the step in progress and write a checkpoint: Interrupted.
+    checkpoints and TensorBoard's files. SIGTERM and SIGINT end the step in progress, write a checkpoint and raise
+    Interrupted.
+
+    A refused resume leaves the run as it was. A resume of a finished run changes nothing. ``allow_changes`` accepts
+    other settings or data than the run was begun with, and records the changes with their steps.
+
+    Raises the errors of its parts. Raises ConfigError also if the output holds a run and ``resume`` is false, or if a
+    process trains in it. Raises it as well if a resumed run has other settings or data, unless ``allow_changes``.
+    Raises DiskError if the output cannot be made.
     """
     output = Path(recipe.output)
     args = recipe.training_config()
@@ -76,8 +80,10 @@ def carry_out(
     planned: Mapping[str, Any] | None = None,
     tell: Tell = lambda line: None,
 ) -> dict[str, Any]:
-    """`run_recipe` with a trainer that has been made. A run that breaks off leaves in ``run.json`` how it ended, after
-    which step, why (``reason``) and its log; one that is refused before it trains leaves there what it found.
+    """Run a recipe as `run_recipe` does, with a given trainer.
+
+    A run that breaks off leaves its status, its step, its ``reason`` and its log in ``run.json``. One that is refused
+    before it trains leaves that file unchanged.
     """
     tell(trainer.describe())
     record = describe_run(recipe, trainer) | ({} if planned is None else {"plan": dict(planned)})

@@ -1,4 +1,4 @@
-"""Shared part of all trainers: fused path, optimizers, checks of each step, what surrounds a run."""
+"""Shared part of all trainers: fused path, optimizers, checks of each step, setup around a run."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ from veneer.train.undone import model_kept, settings_kept, unwrap_forward
 
 @dataclass(frozen=True, slots=True)
 class Ready:
-    """Settings, the adapted model and the tokenizer that a trainer is made with."""
+    """Settings, adapted model and tokenizer that a trainer is made with."""
 
     args: Any
     model: PreTrainedModel
@@ -49,7 +49,7 @@ class Ready:
 
 
 class RunTrainer(ResumableTrainer):
-    """Part in front of TRL's trainers that `veneer.SFTTrainer` and those of preferences and rewards have in common.
+    """Mixin for TRL's trainers, shared by `veneer.SFTTrainer` and those of preferences and rewards.
 
     A subclass names it before TRL's class, calls `made_ready`, builds TRL's trainer inside `building`, and ends its
     ``__init__`` with `surround`.
@@ -69,9 +69,9 @@ class RunTrainer(ResumableTrainer):
         optimizers: tuple[Any, Any] = (None, None),
         kind: Kind = "causal",
     ) -> Ready:
-        """Return the settings (a copy), the model with a fresh adapter where a config is given, and the tokenizer.
+        """Return the settings (a copy), the model with a fresh adapter if a config is given, and the tokenizer.
 
-        Raises ConfigError for what does not go together.
+        Raises ConfigError for arguments that exclude each other.
         """
         args = copy.copy(args)
         require_free_groups(args, optimizers)
@@ -89,12 +89,12 @@ class RunTrainer(ResumableTrainer):
 
     @contextmanager
     def building(self, ready: Ready) -> Iterator[None]:
-        """Around the making of TRL's trainer, which would change the model and do some things in its own way."""
+        """Keep the model and the settings unchanged while TRL's trainer is made in the block."""
         with model_kept(ready.model), settings_kept(ready.args):
             yield
 
     def surround(self) -> None:
-        """Make what acts around the steps: offload of activations, the display, adapters' schedules and callbacks.
+        """Set up the offload of activations, the display, adapters' schedules and callbacks.
 
         Raises ConfigError if several processes split the model.
         """
@@ -119,11 +119,11 @@ class RunTrainer(ResumableTrainer):
         return offload
 
     def describe(self) -> str:
-        """One line on what this run trains."""
+        """Return one line on the parameters that this run trains."""
         return describe_trained(self.model)
 
     def describe_rows(self, rows: Dataset) -> dict[str, Any]:
-        """Return the rows of a data set in numbers, and a hash of them, for ``run.json``."""
+        """Return statistics of the rows of a data set, and a hash of them, for ``run.json``."""
         raise NotImplementedError
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **options: Any) -> TrainOutput:
@@ -149,7 +149,7 @@ class RunTrainer(ResumableTrainer):
         return TrainOutput(output.global_step, output.metrics["train_loss"], output.metrics)
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
-        """Forward and backward of one micro-batch. Raises TrainingError for a loss that is not finite."""
+        """Run forward and backward of one micro-batch. Raises TrainingError for a loss that is not finite."""
         self.tokens_of_step = (0, 0, 0)
         leave_apart(model, share_buffers=bool(self.args.ddp_broadcast_buffers))
         loss: torch.Tensor = super().training_step(model, inputs, num_items_in_batch)
@@ -163,9 +163,9 @@ class RunTrainer(ResumableTrainer):
         return loss
 
     def with_penalty(self, loss: torch.Tensor, *, shared: bool) -> torch.Tensor:
-        """Return the loss of a micro-batch with what the acting adapters add to it in training.
+        """Return the loss of a micro-batch plus the training penalties of the active adapters.
 
-        ``shared``: it is this micro-batch's part of the step's loss already, so the penalty is divided likewise.
+        ``shared``: the loss is already this micro-batch's part of the step's, so the penalty is divided likewise.
         """
         term = penalty(self.model, self.model.adapter_state) if self._is_penalized() else None
         if term is None:
@@ -176,7 +176,7 @@ class RunTrainer(ResumableTrainer):
         return self.model.training and isinstance(self.model, PeftModel)
 
     def evaluation_loop(self, *args: Any, **options: Any) -> EvalLoopOutput:
-        """Evaluate without using up a random number of the training.
+        """Evaluate without consuming a random number of the training.
 
         After training the arithmetic is that of an evaluation within it: the fused path, under autocast.
         """
@@ -192,7 +192,7 @@ class RunTrainer(ResumableTrainer):
         return output
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log a line; losses come from counters that a checkpoint holds, so that a resumed run logs the same ones."""
+        """Log a line. Losses come from counters that checkpoints hold, so that a resumed run logs the same ones."""
         if "loss" in logs and self.model.training:
             logs.update(self.progress.close_window(self.state.global_step))
         if "train_loss" in logs:
@@ -200,7 +200,7 @@ class RunTrainer(ResumableTrainer):
         super().log(logs, start_time)
 
     def create_optimizer(self, model: nn.Module | None = None) -> Any:
-        """Return the optimizer, over LoRA+'s groups where ``lora_plus`` is set."""
+        """Return the optimizer, over LoRA+'s groups if ``lora_plus`` is set."""
         if self.optimizer is None and self.args.lora_plus is not None:
             trained = self.model if model is None else model
             choice = self.optimizer_cls_and_kwargs or self.get_optimizer_cls_and_kwargs(self.args, trained)
@@ -225,7 +225,7 @@ class RunTrainer(ResumableTrainer):
         return order
 
     def lengths_of(self, rows: Dataset) -> list[int]:
-        """Return the tokens of each row, by which rows of like length come together."""
+        """Return the number of tokens in each row, by which rows of similar length are grouped."""
         return [len(ids) for ids in rows["input_ids"]]
 
     def fusing(self) -> AbstractContextManager[object]:

@@ -1,4 +1,4 @@
-"""Training rows as a trainer would read them, one of each source, for a look before a run."""
+"""Training rows as a trainer would read them, one of each source, for inspection before a run."""
 
 from __future__ import annotations
 
@@ -24,9 +24,7 @@ _READING = {"prompt", "completion", "chat", "system"}
 
 
 def samples_of(recipe: Recipe) -> tuple[dict[str, Sample], PreTrainedTokenizerBase]:
-    """Return the first training row of every source by its name, or its parts by theirs, and the tokenizer
-    that reads them.
-    """
+    """Return the first training row of every source, or its parts, by name, and the tokenizer that reads them."""
     tokenizer = with_template(load_tokenizer(recipe.model.source), recipe.data.chat_template)
     return (_by_source(recipe, tokenizer) if recipe.task == "sft" else _by_part(recipe, tokenizer)), tokenizer
 

@@ -20,9 +20,10 @@ SCHEDULE_FILE = "schedule.safetensors"
 
 
 class AdapterSchedule(TrainerCallback):  # type: ignore[misc]
-    """Installed by `SFTTrainer`; give it to any other Trainer in ``callbacks``. It does nothing to other methods.
+    """Callback that `SFTTrainer` installs, for any other Trainer's ``callbacks`` too. It affects only methods with a
+    schedule.
 
-    ``source``: the checkpoint that the run goes on from, if any; None is that of the run's own folder.
+    ``source``: the checkpoint that the run resumes from, if any; None is that of the run's own folder.
     """
 
     def __init__(self, source: Path | None = None) -> None:
@@ -33,7 +34,7 @@ class AdapterSchedule(TrainerCallback):  # type: ignore[misc]
     ) -> None:
         """Make the schedules for a run of this length, or those of the checkpoint.
 
-        Raises TrainingError if a run goes on whose scores are nowhere.
+        Raises TrainingError if the scores of a resumed run do not exist.
         """
         model: nn.Module = context["model"]
         if isinstance(model, PeftModel):
@@ -58,7 +59,7 @@ class AdapterSchedule(TrainerCallback):  # type: ignore[misc]
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **context: Any
     ) -> None:
-        """Act, after the step and before its gradients are gone."""
+        """Advance the schedules, after the step and before its gradients are cleared."""
         model: nn.Module = context["model"]
         if isinstance(model, PeftModel):
             schedules.advance(model.adapter_state, state.global_step + 1)

@@ -1,4 +1,4 @@
-"""Sources of training rows that a recipe names, each with its reading."""
+"""Sources of training rows in a recipe, each with its settings of reading."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from veneer.recipe.parts import DataPart
 
 
 def sources_of(part: DataPart) -> list[Source]:
-    """``data.train`` and those of ``data.more``. Raises ConfigError if weight and count are both given."""
+    """Return ``data.train`` and the sources of ``data.more``. Raises ConfigError if weight and count are both given."""
     own = RowReader(prompt=part.prompt, completion=part.completion, chat=part.chat, system=part.system)
     found = [Source(name=part.train, reader=own)]
     for each in part.more:

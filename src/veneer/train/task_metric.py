@@ -1,4 +1,4 @@
-"""Task's metric on held-out rows during training: the share of right answers of the model as it stands."""
+"""Metric of the task on held-out rows during training: the share of right answers of the current model."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class TaskMetric:
 
     @classmethod
     def of(cls, part: MetricPart, tokenizer: Any, held_out: Sequence[Row], train: Sequence[Row]) -> TaskMetric:
-        """Return the metric over the first held-out rows. Labels that nobody names are the answers of all rows.
+        """Return the metric over the first held-out rows. If no labels are given, they are the answers of all rows.
 
         Raises DataError if rows hold no answer to compare with.
         """

@@ -1,4 +1,4 @@
-"""Model that a trainer trains: loaded where it is named, adapted where a config is given."""
+"""Model that a trainer trains: loaded if it is named, adapted if a config is given."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ Kind = Literal["causal", "reward"]
 def loaded(
     model: str | PreTrainedModel, args: RunSettings, quantization_config: Any, kind: Kind = "causal"
 ) -> PreTrainedModel:
-    """Return the model, by ``args.model_init_kwargs`` where it is a name; those are then used up.
+    """Return the model, loaded by ``args.model_init_kwargs`` if it is a name; the settings are then used up.
 
-    Raises ConfigError if settings of loading come with a model that is loaded already.
+    Raises ConfigError if settings of loading come with a model that is already loaded.
     """
     if not isinstance(model, str):
         if quantization_config is not None or args.model_init_kwargs:
@@ -40,10 +40,10 @@ def loaded(
 
 
 def adapted(model: PreTrainedModel, peft_config: MethodConfig | None) -> PreTrainedModel:
-    """Return the model with a fresh adapter of ``peft_config``; without one, as it is. Its experts run as their widths
-    allow.
+    """Return the model with a fresh adapter of ``peft_config``, or unchanged without one.
 
-    Raises ConfigError for a config of another library, and for a model that has an adapter already.
+    Its experts run in the form that their widths allow. Raises ConfigError for a config of another library, and for a
+    model that already has an adapter.
     """
     fit_experts(model)
     if peft_config is None:

@@ -39,10 +39,10 @@ class SFTTrainer(RunTrainer, trl.SFTTrainer):  # type: ignore[misc]
     """TRL's ``SFTTrainer``, with its arguments. ``peft_config`` is one of veneer's configs.
 
     The loss of an optimizer step is the mean over all its trained tokens, however they are spread over micro-batches.
-    Packed sequences never see one another. Trained weights are float32. A resumed run repeats the run that was not
-    interrupted, bit for bit. Nothing is reported to anybody.
+    Packed sequences never see one another. Trained weights are float32. A resumed run repeats the uninterrupted run,
+    bit for bit. Nothing is reported to anybody.
 
-    Raises ConfigError, DataError or TrainingError if the run could not do what was asked.
+    Raises ConfigError, DataError or TrainingError if the run could not do as asked.
     """
 
     task_metric: TaskMetric | None = None  # measured whenever the held-out loss is
@@ -119,7 +119,7 @@ class SFTTrainer(RunTrainer, trl.SFTTrainer):  # type: ignore[misc]
         """Return the summed cross-entropy of a micro-batch over ``num_items_in_batch``, the trained tokens of the whole
         step.
 
-        Without that number, over its own trained tokens.
+        Without that number, it is divided by the micro-batch's own trained tokens.
         """
         if self.compute_loss_func is not None or "labels" not in inputs:
             return Trainer.compute_loss(self, model, inputs, return_outputs, num_items_in_batch)
@@ -178,8 +178,8 @@ class SFTTrainer(RunTrainer, trl.SFTTrainer):  # type: ignore[misc]
         return output
 
     def describe_rows(self, rows: Dataset | IterableDataset) -> dict[str, Any]:
-        """Return the rows of a data set in numbers, and a hash of them, for ``run.json``; of streamed ones,
-        that they are.
+        """Return statistics of the rows of a data set, and a hash of them, for ``run.json``; for streamed rows, only a
+        mark.
         """
         if isinstance(rows, IterableDataset):
             return {"streamed": True}

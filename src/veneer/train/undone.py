@@ -1,4 +1,4 @@
-"""Changes by TRL, Trainer and accelerate to a model and its settings that are not wanted here: kept off, or undone."""
+"""Unwanted changes by TRL, Trainer and accelerate to a model and its settings: prevented, or undone."""
 
 from __future__ import annotations
 
@@ -14,11 +14,12 @@ from veneer.train.config import RunSettings
 
 @contextmanager
 def model_kept(model: PreTrainedModel) -> Iterator[None]:
-    """Keep TRL's hands off the model: trained weights stay (or become) float32, and ``forward`` stays the class's.
+    """Undo, after the block, TRL's changes of the model: trained weights stay (or become) float32, and ``forward``
+    stays the class's.
 
-    TRL rounds adapters on quantized bases to bfloat16 before the first step, and replaces the forward by one that reads
-    ``lm_head.weight`` directly, past an adapter on the head. Trainer switches the cache off; here every forward pass
-    says so itself.
+    TRL rounds adapters on quantized bases to bfloat16 before the first step. It also replaces the forward by one that
+    reads ``lm_head.weight`` directly, past an adapter on the head. Trainer switches the cache off in the config; here
+    every forward pass sets it itself.
     """
     use_cache = getattr(model.config, "use_cache", None)
     kept = {name: p.data for name, p in model.named_parameters() if p.requires_grad}
@@ -38,10 +39,10 @@ def model_kept(model: PreTrainedModel) -> Iterator[None]:
 
 @contextmanager
 def settings_kept(args: RunSettings) -> Iterator[None]:
-    """For a while TRL is told nothing of what is done here in another way.
+    """Hide from TRL, in the block, the settings that veneer implements itself.
 
-    It has selective checkpointing and offload of its own, and refuses templates without generation markers; here
-    answers are told apart by position.
+    TRL has selective checkpointing and offload of its own, and refuses templates without generation markers; veneer
+    finds answers by position.
     """
     names = [n for n in ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs") if hasattr(args, n)]
     switches = [n for n in ("activation_offloading", "assistant_only_loss") if hasattr(args, n)]
@@ -58,7 +59,7 @@ def settings_kept(args: RunSettings) -> Iterator[None]:
 
 
 def unwrap_forward(model: nn.Module) -> None:
-    """Undo what accelerate's ``prepare_model`` did to the forward of a model."""
+    """Undo the change of a model's forward by accelerate's ``prepare_model``."""
     # Not by accelerate's own means: they also strip the decorators that transformers puts on forward.
     original = model.__dict__.pop("_original_forward", None)
     if original is not None:

@@ -14,19 +14,19 @@ from veneer.train.processes import n_processes
 
 @dataclass
 class DPOConfig(RunSettings, trl.DPOConfig):  # type: ignore[misc]
-    """TRL's ``DPOConfig`` with the fields of `RunSettings`. Raises ConfigError with all that does not go together."""
+    """TRL's ``DPOConfig`` with the fields of `RunSettings`. Raises ConfigError with all problems at once."""
 
     def problems(self) -> list[str]:
-        """Everything that is wrong with the loss and what the reference is."""
+        """Return all problems of the loss and the choice of the reference."""
         return [*_beta(self), *_lengths(self), *_shared_reference(self)]
 
 
 @dataclass
 class KTOConfig(RunSettings, trl.KTOConfig):  # type: ignore[misc]
-    """TRL's ``KTOConfig`` with the fields of `RunSettings`. Raises ConfigError with all that does not go together."""
+    """TRL's ``KTOConfig`` with the fields of `RunSettings`. Raises ConfigError with all problems at once."""
 
     def problems(self) -> list[str]:
-        """Everything that is wrong with the loss and what the reference is."""
+        """Return all problems of the loss and the choice of the reference."""
         found = [*_beta(self), *_lengths(self), *_shared_reference(self)]
         if self.loss_type == "kto" and self.per_device_train_batch_size < 2:
             found.append(
@@ -38,10 +38,10 @@ class KTOConfig(RunSettings, trl.KTOConfig):  # type: ignore[misc]
 
 @dataclass
 class RewardConfig(RunSettings, trl.RewardConfig):  # type: ignore[misc]
-    """TRL's ``RewardConfig`` with the fields of `RunSettings`. Raises ConfigError for what does not go together."""
+    """TRL's ``RewardConfig`` with the fields of `RunSettings`. Raises ConfigError with all problems at once."""
 
     def problems(self) -> list[str]:
-        """Everything that is wrong with the lengths."""
+        """Return all problems of the lengths."""
         return _lengths(self)
 
 
@@ -66,12 +66,12 @@ class _Generating(RunSettings):
 
 @dataclass
 class GRPOConfig(_Generating, trl.GRPOConfig):  # type: ignore[misc]
-    """TRL's ``GRPOConfig`` with the fields of `RunSettings`. Raises ConfigError with all that does not go together."""
+    """TRL's ``GRPOConfig`` with the fields of `RunSettings`. Raises ConfigError with all problems at once."""
 
 
 @dataclass
 class RLOOConfig(_Generating, trl.RLOOConfig):  # type: ignore[misc]
-    """TRL's ``RLOOConfig`` with the fields of `RunSettings`. Raises ConfigError with all that does not go together."""
+    """TRL's ``RLOOConfig`` with the fields of `RunSettings`. Raises ConfigError with all problems at once."""
 
 
 def _beta(args: Any) -> list[str]:

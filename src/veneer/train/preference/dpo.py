@@ -15,8 +15,8 @@ class DPOTrainer(ReferredTrainer, trl.DPOTrainer):  # type: ignore[misc]
     its own reference (see `ReferredTrainer`). Log-probabilities come from hidden states, chunk by chunk. Checkpoints,
     resume and optimizers are those of `veneer.SFTTrainer`.
 
-    Rafailov et al. 2023, arXiv:2305.18290. Raises ConfigError, DataError or TrainingError if the run could not do
-    what was asked.
+    Rafailov et al. 2023, arXiv:2305.18290. Raises ConfigError, DataError or TrainingError if the run could not do as
+    asked.
     """
 
     task = "dpo"

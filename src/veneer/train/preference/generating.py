@@ -1,4 +1,4 @@
-"""Trainers that learn from rewards of what the model itself generates."""
+"""Trainers that learn from rewards of the model's own completions."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ GENERATED_FILE = "generated_{rank}_of_{n_processes}.safetensors"
 
 
 class EpochRepeatSampler(RepeatSampler):  # type: ignore[misc]
-    """TRL's order of prompts, each as often as it is answered; that of an epoch depends on seed and epoch alone."""
+    """TRL's order of prompts, each once per completion; the order of an epoch depends on seed and epoch alone."""
 
     epoch = 0
 
@@ -44,9 +44,9 @@ class EpochRepeatSampler(RepeatSampler):  # type: ignore[misc]
 
 
 class GeneratingTrainer(PreferenceTrainer):
-    """Part in front of TRL's GRPO and RLOO trainers, with their arguments.
+    """Mixin for TRL's GRPO and RLOO trainers, with their arguments.
 
-    The reference, where ``beta`` asks for one, is that of `veneer.DPOTrainer`. Completions that are trained on over
+    The reference, if ``beta`` asks for one, is that of `veneer.DPOTrainer`. Completions that are trained on over
     several steps are part of each checkpoint.
     """
 
@@ -99,7 +99,7 @@ class GeneratingTrainer(PreferenceTrainer):
 
     @contextmanager
     def building(self, ready: Ready) -> Iterator[None]:
-        """Besides, TRL is reported of no reference, so that it loads none."""
+        """Hide ``beta`` from TRL while its trainer is made, so that it loads no reference."""
         beta, ready.args.beta = ready.args.beta, 0.0
         try:
             with super().building(ready):
@@ -135,20 +135,22 @@ class GeneratingTrainer(PreferenceTrainer):
         return order
 
     def tell_of_repeats(self) -> None:
-        """Nothing: TRL leaves out the prompts that do not fill a batch."""
+        """Warn of nothing: TRL leaves out the prompts that do not fill a batch."""
 
     def counters(self) -> dict[str, Any]:
-        """Besides, how many micro-batches were trained on."""
+        """Return the counters of a checkpoint, with the number of micro-batches so far."""
         return {**super().counters(), "micro_steps": self._step}
 
     def restore_counters(self, counted: dict[str, Any], folder: Path) -> None:
-        """Besides, the completions that the next steps are trained on, if some are left."""
+        """Restore the counters of a checkpoint, and the completions that the next steps are trained on, if any are
+        left.
+        """
         super().restore_counters(counted, folder)
         self._step = counted.get("micro_steps", 0)
         self._buffered_inputs = _read(folder / self._generated_file())
 
     def own_files(self) -> list[tuple[str, bytes]]:
-        """Besides, this process's completions that the next steps are trained on, if some are left."""
+        """Return this process's files, with the completions that the next steps are trained on, if any are left."""
         files = super().own_files()
         every = self.args.steps_per_generation * self.num_iterations
         if self._buffered_inputs is not None and self._step % every:

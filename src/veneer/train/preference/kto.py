@@ -11,11 +11,11 @@ from veneer.train.preference.referred import ReferredTrainer
 class KTOTrainer(ReferredTrainer, trl.KTOTrainer):  # type: ignore[misc]
     """TRL's ``KTOTrainer``, with its arguments. ``peft_config`` is one of veneer's configs.
 
-    Rows hold prompt, completion and label, true where the completion is wanted. The reference, log-probabilities and
-    checkpoints are those of `veneer.DPOTrainer`.
+    Rows hold prompt, completion and label, which is true if the completion is wanted. The reference, log-probabilities
+    and checkpoints are those of `veneer.DPOTrainer`.
 
-    Ethayarajh et al. 2024, arXiv:2402.01306. Raises ConfigError, DataError or TrainingError if the run could not do
-    what was asked.
+    Ethayarajh et al. 2024, arXiv:2402.01306. Raises ConfigError, DataError or TrainingError if the run could not do as
+    asked.
     """
 
     task = "kto"

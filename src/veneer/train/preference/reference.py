@@ -1,4 +1,4 @@
-"""Model that a preference is measured against: the one in training as it was, with which it shares its weights."""
+"""Reference model of a preference: the model in training as it was, which shares its weights."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ _START = "start of training"  # no name that an adapter may have
 class Reference(nn.Module):
     """Model as training found it, called as TRL calls a reference model; no gradient flows through it.
 
-    Of an adapter that is new, that is the model with its adapter off. An adapter that was trained before (``fresh`` is
-    False) is kept as it was and acts in place of the one in training. A model trained whole is copied.
+    For a new adapter, it is the model with its adapter off. An adapter that was trained before (``fresh`` is False) is
+    kept as it was, and is active in place of the one in training. A model trained whole is copied.
 
-    Raises ConfigError if several adapters that were trained before act together.
+    Raises ConfigError if several adapters that were trained before are active together.
     """
 
     def __init__(self, model: PreTrainedModel, scoring: Scoring, *, fresh: bool) -> None:
@@ -45,7 +45,7 @@ class Reference(nn.Module):
 
     @torch.no_grad()
     def forward(self, **inputs: Any) -> Any:
-        """Return the scores of a batch, without the details that only the model in training is asked for."""
+        """Return the scores of a batch, without the details, which only the model in training needs."""
         with self._as_it_was():
             return ScoredModel(self.model, self.scoring)(**inputs)
 
@@ -76,14 +76,14 @@ class Reference(nn.Module):
 
 
 class Placeholder(nn.Module):
-    """Stands where TRL wants a reference model while it makes a trainer, so that it loads no second one."""
+    """Placeholder for the reference model while TRL makes a trainer, so that it loads no second model."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
         self.config = model.config
 
     def forward(self, **inputs: Any) -> Any:
-        """Never called: a `Reference` takes its place before anything is computed."""
+        """Raise NotImplementedError: a `Reference` replaces it before anything is computed."""
         raise NotImplementedError
 
 

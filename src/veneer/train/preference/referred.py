@@ -1,4 +1,4 @@
-"""Trainers that hold the model in training against a reference."""
+"""Trainers that compare the model in training with a reference."""
 
 from __future__ import annotations
 
@@ -23,10 +23,11 @@ from veneer.train.run_trainer import Ready
 
 
 class ReferredTrainer(PreferenceTrainer):
-    """Part in front of TRL's DPO and KTO trainers, with their arguments.
+    """Mixin for TRL's DPO and KTO trainers, with their arguments.
 
-    The reference is the model as training found it: with its adapter off where that is new, with a frozen copy of an
-    adapter that was trained before, a copy of a model trained whole. No other model is loaded.
+    The reference is the model as training found it. With a new adapter, it is the model with the adapter off. With an
+    adapter that was trained before, it has a frozen copy of that adapter. Of a model trained whole, it is a copy. No
+    other model is loaded.
     """
 
     task: ClassVar[Task]
@@ -82,7 +83,7 @@ class ReferredTrainer(PreferenceTrainer):
 
     @contextmanager
     def building(self, ready: Ready) -> Iterator[None]:
-        """Besides, nothing is computed by a reference that is not there yet."""
+        """Switch off the scores of the reference while TRL's trainer is made: the reference is not there yet."""
         precompute, ready.args.precompute_ref_log_probs = ready.args.precompute_ref_log_probs, False
         try:
             with super().building(ready):
@@ -99,7 +100,7 @@ class ReferredTrainer(PreferenceTrainer):
         return Placeholder(ready.model) if ref_model is None else ref_model
 
     def refer(self, ref_model: PreTrainedModel | None, *, fresh: bool) -> None:
-        """Put the reference in its place, and let it score the rows once where ``precompute_ref_log_probs`` asks."""
+        """Set the reference, and let it score the rows once if ``precompute_ref_log_probs`` asks for it."""
         if ref_model is None:
             self.ref_model = Reference(self.model, Scoring(details=False), fresh=fresh)
         if not self.args.precompute_ref_log_probs:

@@ -24,11 +24,11 @@ class RewardTrainer(PreferenceTrainer, trl.RewardTrainer):  # type: ignore[misc]
     """TRL's ``RewardTrainer``, with its arguments. ``peft_config`` is one of veneer's configs.
 
     Rows hold chosen and rejected, with or without prompt. The head ``score`` is new, so that it is trained and saved
-    whole with the adapter, whose task is SEQ_CLS. ``accuracy`` in the log is the share of pairs in which the chosen
-    one scores higher. Checkpoints, resume and optimizers are those of `veneer.SFTTrainer`.
+    whole with the adapter, whose task is SEQ_CLS. ``accuracy`` in the log is the share of pairs in which the chosen one
+    scores higher. Checkpoints, resume and optimizers are those of `veneer.SFTTrainer`.
 
-    Bradley and Terry 1952; Ouyang et al. 2022, arXiv:2203.02155. Raises ConfigError, DataError or TrainingError if
-    the run could not do what was asked.
+    Bradley and Terry 1952; Ouyang et al. 2022, arXiv:2203.02155. Raises ConfigError, DataError or TrainingError if the
+    run could not do as asked.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Reward functions of GRPO and RLOO as a trainer calls them: the values that they return are checked."""
+"""Reward functions of GRPO and RLOO as a trainer calls them, with their return values checked."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from veneer.errors import TrainingError
 
 
 def checked_reward(function: Any, *, alone: bool) -> Any:
-    """Return the function, with what it returns checked: a finite number for each completion.
+    """Return the function with a check of its return value: a finite number for each completion.
 
-    None says that a function has nothing to say of a completion, which only one of several may (``alone`` is False).
-    Models and asynchronous functions are TRL's to call. The wrapper raises TrainingError.
+    None is no opinion on a completion. It is allowed only if there are several functions (``alone`` is False). TRL
+    calls models and asynchronous functions itself. The wrapper raises TrainingError.
     """
     if not callable(function) or isinstance(function, type) or not _is_plain(function):
         return function

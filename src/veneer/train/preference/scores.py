@@ -1,4 +1,4 @@
-"""Log-probabilities of the tokens of a batch, with what the logs tell beside them, without the logits of all tokens."""
+"""Log-probabilities of the tokens of a batch, and the values that the logs show, without the logits of all tokens."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from veneer.train.loss import head_of_fused, hidden_states, kept_logits
 class TokenScores:
     """Outputs of a forward pass that TRL's trainers read, by its names; each (b, t - 1), 0 if no label counts.
 
-    ``log_probs`` of the labels, in nats; ``entropy`` of the predicted distributions; ``log_sum_sq_probs``, the
-    logarithm of their collision probability; ``mean_logits`` over the vocabulary; ``is_top1``, whether the label was
-    the most probable token. ``aux_loss``: that of a router.
+    ``log_probs`` of the labels, in nats; ``entropy`` of the predicted distributions. ``log_sum_sq_probs`` is the
+    logarithm of their collision probability; ``mean_logits`` is over the vocabulary. ``is_top1`` is True if the label
+    was the most probable token. ``aux_loss`` is that of a router.
     """
 
     log_probs: Float[Tensor, "b t"]
@@ -35,10 +35,10 @@ class TokenScores:
 
 @dataclass(frozen=True, slots=True)
 class Scoring:
-    """Scoring of tokens: logits are divided by ``temperature``; ``details`` are told beside the log-probabilities.
+    """Scoring of tokens: logits are divided by ``temperature``; ``details`` adds more than the log-probabilities.
 
-    ``collision``: the sum of squared probabilities too. ``entropy_learns``: a gradient flows through the entropy, for
-    which logits of the labels that count are made.
+    ``collision`` adds the sum of squared probabilities. With ``entropy_learns`` a gradient flows through the entropy,
+    for which logits of the labels that count are made.
     """
 
     temperature: float = 1.0
@@ -48,7 +48,7 @@ class Scoring:
 
 
 class ScoredModel:
-    """Model (or the wrapper that joins the gradients of processes) called as TRL calls one with its fused head.
+    """Model (or the wrapper that joins the gradients of processes), callable as TRL calls one with its fused head.
 
     ``model(…, labels=labels, fused_lm_head=True)`` gives `TokenScores`; any other call is the model's own.
     """
@@ -63,9 +63,9 @@ class ScoredModel:
 
 
 def token_scores(model: nn.Module, inputs: dict[str, Any], scoring: Scoring) -> TokenScores:
-    """Score the tokens of ``inputs["labels"]`` (b, t), shifted by one; those with -100 do not count.
+    """Score the tokens of ``inputs["labels"]`` (b, t), shifted by one; labels of -100 do not count.
 
-    A fused model's hidden states go through the head chunk by chunk. Otherwise there are logits at the positions at
+    A fused model's hidden states go through the head chunk by chunk. Otherwise logits are computed at the positions at
     which any label counts.
     """
     inputs = {key: value for key, value in inputs.items() if key != "use_cache"}

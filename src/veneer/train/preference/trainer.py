@@ -1,4 +1,4 @@
-"""Shared part of trainers on preferences and rewards: TRL's counters in checkpoints, rows in numbers, dropout."""
+"""Shared part of trainers on preferences and rewards: TRL's counters in checkpoints, statistics of rows, dropout."""
 
 from __future__ import annotations
 
@@ -31,8 +31,9 @@ _LARGEST = 2  # times the batch size: a last batch that is larger is not dealt e
 
 
 class PreferenceTrainer(RunTrainer):
-    """Part in front of one of TRL's trainers on preferences or rewards. Their averages since the last log line are
-    in each checkpoint, so that a resumed run logs the same lines.
+    """Mixin for one of TRL's trainers on preferences or rewards.
+
+    Their averages since the last log line are in each checkpoint, so that a resumed run logs the same lines.
     """
 
     _metrics: dict[str, dict[str, list[float]]]
@@ -40,7 +41,7 @@ class PreferenceTrainer(RunTrainer):
 
     @staticmethod
     def own_settings(args: Any, kind: type[Settings]) -> Settings:
-        """Return the settings: those given, with veneer's defaults for what TRL's or transformers' own do not have.
+        """Return the given settings; fields that TRL's or transformers' own do not have get veneer's defaults.
 
         Raises ConfigError for the settings of another trainer.
         """
@@ -70,14 +71,14 @@ class PreferenceTrainer(RunTrainer):
         return found
 
     def surround(self) -> None:
-        """Take a hash of the rows, besides, and tell of rows that are counted twice."""
+        """Hash the rows and warn of rows that are counted twice, then do as `RunTrainer.surround`."""
         if isinstance(self.train_dataset, Dataset):
             self.data_digest = _digest(self.train_dataset)
         self.tell_of_repeats()
         super().surround()
 
     def tell_of_repeats(self) -> None:
-        """Warn where accelerate repeats some rows in the last batch, so that every process has as many as others."""
+        """Warn if accelerate repeats some rows in the last batch to give all processes equally many."""
         sizes = {"train": self.args.train_batch_size, "held-out": self.args.eval_batch_size}
         for (name, size), rows in zip(sizes.items(), (self.train_dataset, self.eval_dataset), strict=True):
             count = n_processes()
@@ -118,7 +119,7 @@ class PreferenceTrainer(RunTrainer):
         return int(self._total_train_tokens or self.state.num_input_tokens_seen)
 
     def describe_rows(self, rows: Dataset) -> dict[str, Any]:
-        """Return the rows of a data set in numbers, and a hash of them, for ``run.json``."""
+        """Return statistics of the rows of a data set, and a hash of them, for ``run.json``."""
         ids = [name for name in rows.column_names if name.endswith("_ids") and not name.startswith("KL_")]
         return {
             "rows": len(rows),
@@ -127,12 +128,12 @@ class PreferenceTrainer(RunTrainer):
         }
 
     def lengths_of(self, rows: Dataset) -> list[int]:
-        """Return the tokens of each row, by which rows of like length come together."""
+        """Return the number of tokens in each row, by which rows of similar length are grouped."""
         ids = [name for name in rows.column_names if name.endswith("_ids")]
         return [sum(map(len, row)) for row in zip(*(rows[name] for name in ids), strict=True)]
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **options: Any) -> TrainOutput:
-        """As `RunTrainer.train`; no adapter drops anything where ``disable_dropout`` says so."""
+        """Train as `RunTrainer.train` does; with ``disable_dropout`` no adapter applies dropout."""
         with ExitStack() as stack:
             stack.enter_context(_without_old_names())
             if self.args.disable_dropout and isinstance(self.model, PeftModel):
@@ -142,7 +143,7 @@ class PreferenceTrainer(RunTrainer):
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """TRL's loss. Raises TrainingError if it depends on no trained parameter."""
+        """Return TRL's loss. Raises TrainingError if it depends on no trained parameter."""
         before = self._total_train_tokens
         found = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         if self.model.training and self._total_train_tokens > before:
@@ -164,13 +165,15 @@ class PreferenceTrainer(RunTrainer):
         return last_size(left, n) * n // left if left and self._is_dealt(left, size) else 1
 
     def evaluation_loop(self, *args: Any, **options: Any) -> EvalLoopOutput:
-        """As `RunTrainer.evaluation_loop`; what was counted of the training stays for its next log line."""
+        """Evaluate as `RunTrainer.evaluation_loop` does; counters of the training stay for its next log line."""
         self._metrics["eval"].clear()
         with _without_old_names():
             return super().evaluation_loop(*args, **options)
 
     def prediction_step(self, *args: Any, **options: Any) -> tuple[Tensor | None, Any, Any]:
-        """As TRL's, with the loss of all processes: Trainer takes the last batch's from those with the first rows."""
+        """Return TRL's result with the loss of all processes: Trainer counts in the last batch only those with the
+        first rows.
+        """
         loss, logits, labels = super().prediction_step(*args, **options)
         if loss is not None and n_processes() > 1:
             (total,) = summed([loss.item()], loss.device)
@@ -178,13 +181,13 @@ class PreferenceTrainer(RunTrainer):
         return loss, logits, labels
 
     def counters(self) -> dict[str, Any]:
-        """Return the counters of a checkpoint beside the losses: TRL's averages since the last log line,
-        and its tokens.
+        """Return the counters of a checkpoint other than the losses: TRL's averages since the last log line, and its
+        tokens.
         """
         return {"metrics": dict(self._metrics["train"]), "total_train_tokens": self._total_train_tokens}
 
     def restore_counters(self, counted: dict[str, Any], folder: Path) -> None:
-        """Go on from the counters of a checkpoint."""
+        """Restore the counters of a checkpoint."""
         self._metrics["train"] = defaultdict(list, counted.get("metrics", {}))
         self._total_train_tokens = counted.get("total_train_tokens", 0)
 

@@ -1,4 +1,4 @@
-"""Progress of a run on stderr: in a terminal one bar with the latest values, elsewhere plain lines."""
+"""Progress of a run on stderr: in a terminal one bar with the latest values, otherwise plain lines."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ _NOT_SHOWN = ("_runtime", "_per_second", "_preparation_time")
 
 
 class RunDisplay(TrainerCallback):  # type: ignore[misc]
-    """Shows the steps of a trainer. ``n_tokens`` says how many tokens it has read so far.
+    """Callback that shows the steps of a trainer. ``n_tokens`` returns the number of tokens read so far.
 
-    The bar belongs to a terminal; where stderr is a file or a pipe, if the terminal is a dumb one, and where
-    ``bar`` is false, each log step is one line without escape codes. Tokens a second are those of the optimizer steps:
-    evaluating and saving do not count. ``name`` of one run among several stands before its lines.
+    In a terminal it is a bar. If stderr is a file, a pipe or a dumb terminal, or if ``bar`` is false, each log step is
+    one plain line. Tokens a second are those of the optimizer steps: evaluating and saving do not count. ``name`` of
+    one run among several begins its lines.
     """
 
     def __init__(
@@ -78,15 +78,15 @@ class RunDisplay(TrainerCallback):  # type: ignore[misc]
                 self._bar.update(self._task, completed=self._predicted)
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Take down what showed the held-out batches."""
+        """Remove the bar of the held-out batches."""
         self._evaluated()
 
     def on_predict(self, args: Any, state: Any, control: Any, metrics: Any = None, **_: Any) -> None:
-        """Take down what showed the held-out batches."""
+        """Remove the bar of the held-out batches."""
         self._evaluated()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, Any] | None = None, **_: Any) -> None:
-        """Show the loss beside the bar, or on a line if there is none, and a line for the held-out rows."""
+        """Show the loss in the bar, or on a line if there is none, and a line for the held-out rows."""
         if logs is None or not state.is_world_process_zero:
             return
         if "loss" in logs:
@@ -102,11 +102,11 @@ class RunDisplay(TrainerCallback):  # type: ignore[misc]
             self._say(f"{at}  held out: {held_out}")
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Take down the bar."""
+        """Remove the bar."""
         self.close()
 
     def close(self) -> None:
-        """Leave the terminal as it was, whatever ended the run."""
+        """Restore the terminal, however the run ended."""
         self._trains = False
         self._evaluated()
         if self._bar is not None:
@@ -159,7 +159,7 @@ class RunDisplay(TrainerCallback):  # type: ignore[misc]
 
 
 def show_run(trainer: Trainer, n_tokens: Callable[[], int]) -> RunDisplay | None:
-    """Put a `RunDisplay` in place of transformers' bars and dicts; in a notebook, which has its own table, nothing."""
+    """Replace transformers' bars and dicts by a `RunDisplay`; in a notebook, which has its own table, by nothing."""
     shown = [kind for kind in (ProgressCallback, PrinterCallback) if trainer.pop_callback(kind) is not None]
     if not shown:
         return None

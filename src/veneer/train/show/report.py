@@ -33,8 +33,8 @@ def environment() -> dict[str, Any]:
 
 
 def draw_loss(history: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Return the training loss and, if there is one, the held-out loss over the steps, as a PNG in the
-    folder of a run.
+    """Draw the training loss and, if there is one, the held-out loss over the steps, as a PNG in the folder
+    of a run.
     """
     loss_figure(history, f"Loss of {path.parent}").savefig(path)
 

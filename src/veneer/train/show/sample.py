@@ -1,4 +1,4 @@
-"""One row as the model sees it, with the tokens that are trained told apart."""
+"""One row as the model reads it, with the trained tokens marked."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ TRAINED, CONTEXT = "bold green", "dim"
 
 
 def shown_sample(row: Mapping[str, Sequence[int]], tokenizer: PreTrainedTokenizerBase, *, marks: bool = False) -> Text:
-    """Return the text of an encoded row, trained stretches in green (and, with ``marks``, in 【】, for where no colour
-    shows).
+    """Return the text of an encoded row with trained stretches in green, and with ``marks`` also in 【】, for lack of
+    colour.
 
-    A count of trained tokens follows; of a row without labels, which a model reads whole, that of its tokens.
+    A count of trained tokens follows. For a row without labels, which a model reads whole, it counts all tokens.
     """
     labels = row.get("labels")
     if labels is None:

@@ -1,4 +1,4 @@
-"""Runs as coroutines of one thread, each with its own random numbers and its own place in accelerate's steps."""
+"""Runs as coroutines of one thread, each with its own random numbers and its own position in accelerate's steps."""
 
 from __future__ import annotations
 
@@ -18,7 +18,9 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class ProcessState:
-    """State of the process that a run finds as it left it: random states, and accelerate's place within a step."""
+    """State of the process for one run, restored when it resumes: random states, and accelerate's position within a
+    step.
+    """
 
     python: tuple[Any, ...]
     numpy: Any
@@ -28,7 +30,7 @@ class ProcessState:
 
     @classmethod
     def now(cls) -> ProcessState:
-        """Return the state as it is."""
+        """Return the current state."""
         cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
         steps = dict(GradientState._shared_state)
         return cls(random.getstate(), np.random.get_state(), torch.get_rng_state(), cuda, steps)
@@ -40,11 +42,11 @@ class ProcessState:
         return generator
 
     def after(self, generator: torch.Generator) -> ProcessState:
-        """Return the same state, with the random numbers of the CPU as far as a `generator` of it has drawn."""
+        """Return the same state, with the CPU's random numbers advanced to those of a `generator` of it."""
         return replace(self, cpu=generator.get_state())
 
     def restore(self) -> None:
-        """Make it the state of the process."""
+        """Set this state in the process."""
         random.setstate(self.python)
         np.random.set_state(self.numpy)
         torch.set_rng_state(self.cpu)
@@ -55,7 +57,7 @@ class ProcessState:
 
 
 class Coroutine(Generic[T]):
-    """Run as a function that may `ask` for something in the middle and goes on when it is answered."""
+    """Coroutine of a run: a function that may `ask` for something midway and continues with the answer."""
 
     def __init__(self, run: Callable[[], T]) -> None:
         self._greenlet = greenlet.greenlet(run)
@@ -80,7 +82,7 @@ class Coroutine(Generic[T]):
         return bool(self._greenlet.dead)
 
     def close(self) -> None:
-        """End the run where it is; its ``finally`` blocks run."""
+        """End the run at its present point; its ``finally`` blocks run."""
         if self._greenlet and not self.ended:
             self._greenlet.throw()
 

@@ -1,4 +1,4 @@
-"""Sweep: its members read as recipes, and checked against what they share."""
+"""Sweep: its members read as recipes, and checked for the settings that they share."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _UNSHARED = ("torch_compile", "deepspeed", "fsdp", "neftune_noise_alpha", "activ
 
 @dataclass(frozen=True)
 class Member:
-    """One run of a sweep: its name, what it changes, and the recipe that it would be on its own."""
+    """One run of a sweep: its name, its changes, and the recipe that it would be on its own."""
 
     name: str
     changes: Mapping[str, Any]
@@ -37,8 +37,8 @@ class Sweep:
 def parse_sweep(values: Mapping[str, Any], source: Path) -> Sweep:
     """Return the members of a recipe with a ``sweep`` part.
 
-    ``members`` lists changes (``{name: …, adapter.r: 8}``), ``grid`` gives a list of values for each key; with both,
-    every member of the list is tried with every point of the grid. Raises ConfigError with all problems at once.
+    ``members`` lists changes (``{name: …, adapter.r: 8}``), ``grid`` gives a list of values for each key. With both,
+    every member of the list is combined with every point of the grid. Raises ConfigError with all problems at once.
     """
     given, problems = members_of(values, source)
     members = []

@@ -22,7 +22,7 @@ _WIDEST = 120  # characters of a name below the picture
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """One member as it ended. ``loss`` is held out if there are held-out rows; None for one that diverged."""
+    """Result of one member. ``loss`` is held out if there are held-out rows; None for one that diverged."""
 
     name: str
     changes: Mapping[str, Any]
@@ -36,19 +36,21 @@ class Outcome:
 
     @property
     def loss(self) -> float | None:
-        """Value that members are compared by."""
+        """Loss by which members are compared."""
         return self.train_loss if self.eval_loss is None else self.eval_loss
 
 
 def outcomes(sweep: Sweep, records: Sequence[Mapping[str, Any]]) -> list[Outcome]:
-    """Return the members in their order; ``best`` are those that no other beats with as few trained parameters."""
+    """Return the members in their order. ``best`` are those that no other beats with at most as many trained
+    parameters.
+    """
     found = [_outcome(member.name, member.changes, r) for member, r in zip(sweep.members, records, strict=True)]
     front = pareto_front([(each.n_trained, each.loss) for each in found])
     return [Outcome(**{**asdict(each), "best": best}) for each, best in zip(found, front, strict=True)]
 
 
 def pareto_front(points: Sequence[tuple[int, float | None]]) -> list[bool]:
-    """True for each point that no other beats: none has at most its size and its loss, and less of one."""
+    """Return True for each point that no other dominates: none has at most its size and its loss, and less of one."""
     known = [(size, loss) for size, loss in points if loss is not None]
     return [
         loss is not None and not any(s <= size and other <= loss and (s < size or other < loss) for s, other in known)
@@ -57,7 +59,7 @@ def pareto_front(points: Sequence[tuple[int, float | None]]) -> list[bool]:
 
 
 def write_report(sweep: Sweep, found: Sequence[Outcome]) -> None:
-    """``sweep.json``, ``pareto.png`` and ``pareto.html`` in the sweep's output."""
+    """Write ``sweep.json``, ``pareto.png`` and ``pareto.html`` into the sweep's output."""
     write_json(
         sweep.output / SWEEP_FILE, {"format": 1, "compared_by": quality(found), "members": list(map(asdict, found))}
     )
@@ -67,7 +69,7 @@ def write_report(sweep: Sweep, found: Sequence[Outcome]) -> None:
 
 
 def quality(found: Sequence[Outcome]) -> str:
-    """Return the name of the loss that is shown."""
+    """Return the name of the displayed loss."""
     held_out = all(each.eval_loss is not None for each in found if each.status == "finished")
     return "held-out loss" if held_out else "training loss (no held-out rows for all)"
 
@@ -107,8 +109,9 @@ def _outcome(name: str, changes: Mapping[str, Any], record: Mapping[str, Any]) -
 
 
 def pareto_figure(found: Sequence[Outcome]) -> Figure:
-    """Loss over trained parameters: the front in one colour, joined; the rest in another. Points have numbers, in the
-    order of the table, and the names stand below the picture.
+    """Return a figure of loss over trained parameters: the front in one colour, joined; the rest in another.
+
+    Points have numbers, in the order of the table; the names are printed below the picture.
     """
     ended = sorted((each for each in found if each.loss is not None), key=lambda each: cast(float, each.loss))
     figure = Figure(figsize=(8, 5 + 0.2 * len(ended)), dpi=120, layout="constrained")

@@ -32,23 +32,23 @@ class Part:
 
 
 def twin(model: PreTrainedModel) -> PreTrainedModel:
-    """Return a model of modules of its own that hold the parameters and buffers of ``model`` themselves, not copies.
+    """Return a copy of the modules of ``model`` that shares its parameters and buffers, which are not copied.
 
-    So each member's model can carry an adapter of its own over the very same weights.
+    So each member's model can carry an adapter of its own over the same weights.
     """
     shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     return copy.deepcopy(model, dict(shared))
 
 
 class SharedBase:
-    """Base model that carries the very adapters that the members' own models carry, by the members' names."""
+    """Base model that carries the same adapters as the members' own models, by the members' names."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model: PeftModel = become_peft_model(model)
         self.state = self.model.adapter_state
 
     def add(self, name: str, member: PeftModel) -> None:
-        """Carry the adapter of a member's model: the same parameters, so that gradients reach them."""
+        """Add the adapter of a member's model, with the same parameters, so that gradients reach them."""
         (own,) = member.adapter_state.configs
         model = cast(PreTrainedModel, self.model)
         attach(model, member.adapter_state.configs[own], name, self.state, allocation=Allocation(values=False))
@@ -63,7 +63,7 @@ class SharedBase:
         detach(self.model, self.state, name)
 
     def checkpoint(self, options: dict[str, Any]) -> None:
-        """Compute activations again in the backward pass."""
+        """Switch on gradient checkpointing: activations are computed again in the backward pass."""
         model = cast(PreTrainedModel, self.model)
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
         model.enable_input_require_grads()
@@ -81,10 +81,10 @@ class SharedBase:
 
 
 def joined(parts: Mapping[str, Part]) -> tuple[Batch, dict[str, Share]]:
-    """All rows below one another, padded to the widest, and where each member's are.
+    """Return all rows as one batch, padded to the widest, and each member's share of it.
 
-    Rows that say by positions where their sequences start keep to that; beside them, rows with a mask are written so
-    too. Raises ConfigError for inputs that rows of one batch cannot have together.
+    Rows whose positions mark the starts of sequences keep them; in such a batch, rows with a mask get positions too.
+    Raises ConfigError for inputs that rows of one batch cannot have together.
     """
     batches = {name: part.inputs for name, part in parts.items()}
     unknown = {key for batch in batches.values() for key in batch} - {

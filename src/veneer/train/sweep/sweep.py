@@ -1,5 +1,7 @@
-"""Several runs over one base, trained together: each is a trainer of its own, whose forward and backward passes are
-computed for all of them at once, by routing the rows of one batch."""
+"""Sweep: several runs over one base, trained together.
+
+Each is a trainer of its own. Their forward and backward passes are computed at once, by routing the rows of one batch.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +38,7 @@ from veneer.train.undone import unwrap_forward
 
 @dataclass(frozen=True, slots=True)
 class Forward:
-    """Member asks for the loss of a micro-batch."""
+    """Request of a member for the loss of a micro-batch."""
 
     inputs: dict[str, Tensor]
     scoring: Scoring
@@ -44,7 +46,7 @@ class Forward:
 
 @dataclass(frozen=True, slots=True)
 class Backward:
-    """Member asks for the gradients of its parameters, given that of its loss."""
+    """Request of a member for the gradients of its parameters, given that of its loss."""
 
     grad: Tensor
 
@@ -149,14 +151,16 @@ class Together:
 def run_sweep(
     sweep: Sweep, *, resume: bool = False, allow_changes: bool = False, tell: Tell = lambda line: None
 ) -> list[dict[str, Any]]:
-    """Train all members and give back what each one's ``run.json`` holds, in their order.
+    """Train all members and return the content of each one's ``run.json``, in their order.
 
-    Each member writes into a folder of its name what a run of its own would write. One whose loss is not finite leaves
-    with the status ``diverged``, one that stops early or comes to its end leaves too; the others train on. With
-    ``resume`` those that were over stay as they are, and the others go on from their last checkpoints, with the
-    settings that they were begun with or, with ``allow_changes``, with others. SIGTERM and SIGINT end each member after
-    its step in progress, with a checkpoint: Interrupted. Raises ConfigError if several processes were started,
-    DataError where files of rows are not there.
+    Each member writes into a folder of its name the files of a run of its own. One whose loss is not finite leaves with
+    the status ``diverged``. One that stops early or comes to its end leaves too; the others train on.
+
+    With ``resume`` members that are over stay as they are, and the others continue from their last checkpoints. They
+    keep the settings that they were begun with, unless ``allow_changes``. SIGTERM and SIGINT end each member after its
+    step in progress, with a checkpoint, and raise Interrupted.
+
+    Raises ConfigError if several processes were started, DataError if files of rows do not exist.
     """
     if n_processes() > 1:
         raise ConfigError("the members of a sweep share one process: start it with `veneer train`, without torchrun")
