@@ -30,7 +30,7 @@ from veneer.errors import CompositionError
 
 @dataclass(frozen=True, kw_only=True)
 class IA3Config(LinearMethod):
-    """IA3 in PEFT's fields. ``feedforward_modules`` must be among ``target_modules``: those scale their input.
+    """IA3 in PEFT's fields. ``feedforward_modules``, whose input is scaled, must be among ``target_modules``.
 
     Left out, they are the layers among the targets that project back from the feed-forward width: known on a model.
     """

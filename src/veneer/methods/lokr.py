@@ -1,6 +1,6 @@
 """LoKr: ``W + (alpha / r) (W₁ ⊗ W₂)``, a Kronecker product (Yeh et al. 2024, arXiv:2309.14859, section 3.2).
 
-W₁ (o₁, i₁) is small. W₂ (o₂, i₂), and W₁ if asked for, is a product of two factors of rank r if that is smaller.
+W₁ (o₁, i₁) is small. W₂ (o₂, i₂), and W₁ on request, is a product of two factors of rank r if that is smaller.
 """
 
 from __future__ import annotations

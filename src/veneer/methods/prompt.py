@@ -26,8 +26,9 @@ STORED = "prompt_embeddings"
 class PromptTuningConfig(PromptMethod):
     """Prompt tuning in PEFT's fields.
 
-    ``prompt_tuning_init``: "RANDOM", "SAMPLE_VOCAB" (embeddings of random tokens) or "TEXT" (those of
-    ``prompt_tuning_init_text``, cut or repeated to n; ``tokenizer_name_or_path`` and ``tokenizer_kwargs`` tokenize it).
+    ``prompt_tuning_init``: "RANDOM", "SAMPLE_VOCAB" (embeddings of random tokens) or "TEXT". "TEXT" takes the
+    embeddings of ``prompt_tuning_init_text``, cut or repeated to n; ``tokenizer_name_or_path`` and ``tokenizer_kwargs``
+    tokenize it.
     """
 
     peft_type: ClassVar[str] = "PROMPT_TUNING"
