@@ -1,4 +1,4 @@
-"""Model card that goes with a saved adapter."""
+"""Model card of a saved adapter."""
 
 from __future__ import annotations
 

@@ -58,7 +58,7 @@ class Parts:
         return float32_note(self.base.dtype, self.base.device.type, setting) if self.takes_any_dtype else None
 
     def joined(self) -> Loaded:
-        """Put all adapters on the base, the first active. Raises FormatError if one does not fit."""
+        """Attach all adapters to the base, with the first active. Raises FormatError if one does not fit."""
         names = {folder: f"adapter{number}" for number, folder in enumerate(self.adapters)}
         return Loaded(_with_adapters(self.base, names, self.source), self.tokenizer, names)
 

@@ -23,7 +23,7 @@ from veneer.store.adapter.tensors import Leniency, holds_network, load_weights
 class Loading:
     """Options for loading a saved adapter onto a model.
 
-    They are: trainable or frozen, float32 on a 16-bit base or not, its config, and tolerated differences.
+    ``is_trainable``: it trains. ``widen``: it is float32 on a 16-bit base. ``leniency``: tolerated differences.
     """
 
     is_trainable: bool
@@ -156,7 +156,7 @@ def holders(model: nn.Module, name: str) -> list[nn.ModuleDict]:
 
 
 def set_requires_grad(model: nn.Module, names: tuple[str, ...], requires_grad: bool) -> None:
-    """Let the parameters of these adapters train, or freeze them, for now."""
+    """Set ``requires_grad`` of these adapters' parameters, without changing whether they are trainable when active."""
     for name in names:
         for held in holders(model, name):
             held[name].requires_grad_(requires_grad)

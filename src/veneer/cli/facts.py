@@ -14,7 +14,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a ta
 
 
 def print_facts(facts: Mapping[str, str]) -> None:
-    """Print a row for each fact: its name in bold, and its value, folded if it is long."""
+    """Print a row for each fact: its name in bold, and its value, wrapped if it is long."""
     table = Table(box=box.SIMPLE, show_header=False, pad_edge=False)
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")

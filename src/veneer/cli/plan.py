@@ -98,7 +98,7 @@ def plan(
     as_json: AsJson = False,
     png: _Png = None,
 ) -> None:
-    """Tell what a run takes before anything is loaded: memory by kind and phase, time, the settings that fit.
+    """Estimate a run before anything is loaded: memory by kind and phase, time, the settings that fit.
 
     Example: veneer plan llama-3-8b --quantization nf4 --fit 24GB
     """

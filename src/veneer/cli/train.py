@@ -46,7 +46,7 @@ def train(
     allow_changes: _AllowChanges = False,
     beyond_memory: _BeyondMemory = False,
 ) -> None:
-    """Fit an adapter (or the whole model) as a recipe says; several at once where it has a sweep part.
+    """Train an adapter (or the whole model) from a recipe; several at once if it has a sweep part.
 
     Example: veneer train --print-recipe > recipe.yaml && veneer train recipe.yaml
     """

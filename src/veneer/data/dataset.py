@@ -22,7 +22,7 @@ AnyDataset = TypeVar("AnyDataset", Dataset, IterableDataset)
 def encode_all(dataset: AnyDataset, encoder: Encoder, name: str, n_processes: int | None = None) -> AnyDataset:
     """Encode every row. Rows without a trained token are dropped, and their number is logged.
 
-    Raises DataError if no row is left, and says what was searched for.
+    Raises DataError, with the search criteria, if no row is left.
     """
     if isinstance(dataset, Dataset) and not len(dataset):
         raise DataError(f"the {name} data has no rows")

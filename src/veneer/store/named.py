@@ -24,8 +24,8 @@ def is_portable(name: str) -> bool:
 def folder_of(name: str) -> Path | None:
     """Return the local folder of a model by its portable name; None for other names.
 
-    A GGUF file is searched for among the converted ones, then in the current folder. Raises ConfigError that names what
-    to fetch if the model is not on this machine.
+    A GGUF file is searched for among the converted ones, then in the current folder. Raises ConfigError, with
+    instructions to get it, if the model is not on this machine.
     """
     name = known_name(name)
     if name in KNOWN:

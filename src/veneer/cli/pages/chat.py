@@ -20,7 +20,7 @@ def chat(
     load_in_4bit: options.FourBit = False,
     dtype: options.Dtype = "auto",
 ) -> None:
-    """Talk to a model. /new forgets the conversation; /help shows the commands; Ctrl-C stops an answer; Ctrl-D or /exit
+    """Talk to a model. /new forgets the conversation; /help shows the commands. Ctrl-C stops an answer; Ctrl-D or /exit
     leaves.
 
     Example: veneer chat smollm2-135m-instruct --adapter runs/first/adapter

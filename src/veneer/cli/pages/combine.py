@@ -50,10 +50,11 @@ def combine(
     seed: _Seed = 0,
     base: _Base = None,
 ) -> None:
-    """Combine adapters of one base into a new one. The parts stay as they are.
+    """Combine adapters of one base into a new one. The inputs are not changed.
 
-    "linear" is the weighted sum: exact for LoRA, ranks add up, or --rank brings them down and the error is told. With
-    DoRA the sum has full rank: without --rank, losing more than 10% is an error that names the rank to give.
+    "linear" is the weighted sum. For LoRA it is exact, with ranks added up; --rank reduces the rank, and the error is
+    printed. With DoRA the sum has full rank: without --rank, an error above 10% is refused, and the message names a
+    sufficient rank.
 
     Example: veneer combine runs/a runs/b --weights 0.7 0.3 --rank 16 -o runs/both
     """

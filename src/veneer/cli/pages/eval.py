@@ -136,8 +136,8 @@ def eval_(
 ) -> None:
     """Measure a model, with or without an adapter, on data in a training format (chat, or prompt and completion).
 
-    Several adapters (-a again) are measured side by side, with paired differences. With --recipe all of that is taken
-    from a recipe that was carried out.
+    Several adapters (-a again) are measured side by side, with paired differences. --recipe takes the model, adapter
+    and data from the recipe of a finished run.
 
     Example: veneer eval runs/first/adapter -d heldout.jsonl -m exact-match
     """

@@ -75,7 +75,7 @@ def gguf(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print types and sizes; write nothing.")] = False,
     force: Force = False,
 ) -> None:
-    """Write a model as a GGUF file for llama.cpp, Ollama and LM Studio: merged, converted and quantized in one go.
+    """Write a model as a GGUF file for llama.cpp, Ollama and LM Studio: merged, converted and quantized in one step.
 
     Example: veneer export gguf smollm2-135m-instruct --adapter runs/a/adapter -o a.gguf
     """
@@ -113,9 +113,9 @@ def lora(
     type_: Annotated[str, typer.Option("--type", "-t", metavar="NAME", help="F32 or F16.")] = "F32",
     force: Force = False,
 ) -> None:
-    """Write an adapter as a GGUF file that llama.cpp puts on the base's own file (llama-server --lora FILE).
+    """Write an adapter as a GGUF file, which llama.cpp loads with the base's own file (llama-server --lora FILE).
 
-    What the format cannot hold (DoRA, IA3, whole modules) is refused: merge it with veneer export gguf.
+    Adapters that the format cannot hold (DoRA, IA3, whole modules) are refused: merge them with veneer export gguf.
 
     Example: veneer export lora runs/a/adapter -o a-lora.gguf
     """
@@ -152,7 +152,7 @@ def check(
     ] = None,
     adapter: Adapter = None,
 ) -> None:
-    """Read a GGUF file whole: values, vocabulary, chat; beside its model also tokens and a greedy answer.
+    """Check a whole GGUF file: values, vocabulary, chat. With --model, compare tokens and a greedy answer too.
 
     Example: veneer export check a.gguf --model smollm2-135m-instruct
     """

@@ -71,7 +71,7 @@ def generate(
 ) -> None:
     """Answer one prompt, word by word, on stdout, or a file of prompts into another file, each by its own adapter.
 
-    A model with a chat template is asked in a chat turn, see --raw.
+    A model with a chat template receives the prompt as a chat turn; see --raw.
 
     Example: veneer generate smollm2-135m-instruct -p "Why is the sky blue?"
     """

@@ -17,8 +17,9 @@ def info(
     ],
     as_json: AsJson = False,
 ) -> None:
-    """Show what an adapter or a model is, and how a run stands: method and targets, or architecture and size, or status
-    and losses. Headers are read, no weight is loaded and no GGUF file converted.
+    """Show facts about an adapter, a model or a run: method and targets, architecture and size, or status and losses.
+
+    Only headers are read: no weight is loaded, and no GGUF file is converted.
 
     Example: veneer info runs/first/adapter
     """

@@ -42,7 +42,7 @@ def intrinsic(
 ) -> None:
     """Train in random subspaces of all weights and find d90: the fewest dimensions that reach 90% of full training.
 
-    The completions are labels; accuracy is how often the right one is the likeliest.
+    The completions are labels. Accuracy is the share of rows whose right label is the likeliest.
 
     Example: veneer intrinsic smollm2-135m-instruct -d sst2.jsonl --dims 100,300 -o d90
     """

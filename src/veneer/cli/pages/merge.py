@@ -27,7 +27,7 @@ def merge(
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace what is in the output folder.")] = False,
 ) -> None:
-    """Fold an adapter into its base and write an ordinary model folder, tensor by tensor: any size fits in memory.
+    """Merge an adapter into its base and write an ordinary model folder, tensor by tensor: any size fits in memory.
 
     Example: veneer merge --base smollm2-135m-instruct --adapter runs/a -o merged
     """

@@ -49,7 +49,7 @@ def merge_models(
     seed: _Seed = 0,
     force: _Force = False,
 ) -> None:
-    """Add what several models learned to their base, tensor by tensor: any size fits in memory.
+    """Add the changes of several fine-tuned models to their base, tensor by tensor: any size fits in memory.
 
     Example: veneer merge-models base tuned-a tuned-b --weights 0.7 0.3 -o both
     """

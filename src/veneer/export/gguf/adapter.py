@@ -51,8 +51,9 @@ def export_lora(
     Each module's own scaling (rsLoRA, rank and alpha patterns) is multiplied into B, and no alpha is written. A
     runtime's scale of 1 is then the adapter as trained.
 
-    Raises CompositionError, with merging as advice, for adapters that the format cannot hold: methods without low-rank
-    updates, DoRA, biases, whole modules, embeddings and heads on tied bases. Raises ConfigError if the base is unknown.
+    Raises CompositionError, with merging as advice, for adapters that the format cannot hold. These are methods without
+    low-rank updates, DoRA, biases, whole modules, and embeddings and heads on tied bases. Raises ConfigError if the
+    base is unknown.
     """
     if type.upper() not in TYPES:
         raise ConfigError(f"type {type!r} is not for adapters: one is written in {' or '.join(TYPES)}")

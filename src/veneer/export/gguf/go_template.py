@@ -66,7 +66,7 @@ class ChatShape:
 
 
 def chat_shape(render: Render) -> ChatShape | None:
-    """Return the shape of the template behind ``render``, which ends with a prompt for an answer.
+    """Return the shape of the template rendered by ``render``, which ends with a prompt for an answer.
 
     Return None if the template does more than put texts around messages. Three more conversations check this.
     """

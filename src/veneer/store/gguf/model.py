@@ -138,7 +138,7 @@ def convert_gguf(path: Path, folder: Path, on_progress: OnProgress = lambda done
     """Write the model of a GGUF file, its tokenizer and chat template into ``folder``, as transformers would.
 
     ``on_progress`` receives the number of tensors read, and of all. Raises FormatError for damaged files, unsupported
-    families, missing tensors, and files whose model would not compute what they describe.
+    families, missing tensors, and files whose model cannot be computed exactly.
     """
     facts = read_facts(path)
     with _counted_progress(on_progress):

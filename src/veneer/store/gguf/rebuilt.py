@@ -29,7 +29,7 @@ def rebuilt_model(
     """Return the model of a file whose family has ``reads=False``.
 
     ``ids`` are special tokens by transformers' names. ``on_progress`` receives the number of parameters filled. Raises
-    FormatError if the model cannot compute what the file describes, and for missing or unplaced tensors.
+    FormatError if the model cannot compute the file's contents, and for missing or unplaced tensors.
     """
     family, config = rebuilt_config(contents, ids)
     model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()

@@ -1,4 +1,4 @@
-"""Falcon 7B, read only: with more key-value heads, q, k and v lie in one matrix in another order."""
+"""Falcon 7B, read only: models with more key-value heads order the fused q, k and v differently."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Granite: a Llama whose embeddings, attention, residuals and logits are multiplied."""
+"""Granite: a Llama with scaled embeddings, attention, residuals and logits."""
 
 from __future__ import annotations
 
