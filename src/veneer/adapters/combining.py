@@ -92,7 +92,7 @@ def add_weighted(
     *,
     most_lost: float | None = None,
 ) -> Report:
-    """Add a frozen adapter ``name`` that acts as the weighted sum of the parts.
+    """Add a frozen adapter ``name``: the weighted parts, combined as planned.
 
     A layer without a part's update counts as unchanged by that part. ``most_lost`` is the largest relative error
     allowed for a linear sum on a layer, if the plan names no rank.

@@ -97,8 +97,8 @@ def _attached(model: nn.Module, state: AdapterState, name: str, trainable: bool)
 def activate(model: nn.Module, state: AdapterState, names: tuple[str, ...], inference_mode: bool | None = None) -> None:
     """Make these the active adapters, and freeze all others.
 
-    Active adapters train if they are trainable. ``inference_mode=False`` makes them trainable, and True freezes them
-    for this time.
+    Active adapters train if they are trainable. ``inference_mode=False`` makes them trainable. True freezes them until
+    the next activation.
     """
     require_known(state, names)
     twice = sorted({name for name in names if names.count(name) > 1})

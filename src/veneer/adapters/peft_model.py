@@ -161,7 +161,7 @@ class PeftModel(AdapterOverview):
         majority_sign_method: str = "total",
         seed: int = 0,
     ) -> combining.Report:
-        """Add a frozen adapter that combines others, whole trained weights included. Return the error of the rank
+        """Add a frozen adapter that combines others, with their weights built in. Return the error of the rank
         reduction.
 
         ``combination_type`` is a type of `veneer.combine.Combination`; PEFT's "…_svd" names mean the same. "linear" is

@@ -50,7 +50,7 @@ def begin(model: nn.Module, state: AdapterState, n_steps: int | None = None) -> 
 
 
 def advance(state: AdapterState, step: int) -> bool:
-    """Advance the active adapters' schedules after optimizer step ``step``. Return True if there was one."""
+    """Advance the active adapters' schedules after optimizer step ``step``. Return False if they have none."""
     present = [schedule for name, schedule in state.schedules.items() if name in state.acting()]
     for schedule in present:
         schedule.step(step)

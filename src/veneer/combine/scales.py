@@ -1,6 +1,6 @@
 """Sum of adapters that only rescale (IA3).
 
-``diag(l) W - W = diag(l - 1) W``, so the exact weighted sum of updates is the scale ``1 + Σ w_i (l_i - 1)``.
+Since ``diag(l) W - W = diag(l - 1) W``, the exact weighted sum is the scale ``1 + Σ w_i (l_i - 1)``.
 
 Departs from PEFT, which takes ``Σ w_i l_i``: equal only if the weights add up to one.
 """

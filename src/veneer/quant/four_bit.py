@@ -2,7 +2,7 @@
 
 NF4 and FP4 differ only in the table of codes. Source: Dettmers, Pagnoni, Holtzman, Zettlemoyer 2023, QLoRA,
 arXiv:2305.14314, section 3. The scales ("absmax", one per block of 64) are centred and quantized to 8 bits in blocks of
-256: 4 + 8/64 + 32/(64·256) = 4.127 bits per parameter. On disk the tensors are those of bitsandbytes.
+256. This takes 4 + 8/64 + 32/(64·256) = 4.127 bits per parameter. On disk the tensors are those of bitsandbytes.
 """
 
 from __future__ import annotations
