@@ -82,9 +82,7 @@ class PeftModel(AdapterOverview):
 
     @classmethod
     def own_body(cls, base: type[nn.Module]) -> dict[str, Any]:
-        """Return the method for ``model.forward(…, adapter_names=…)``, a call of the model. It keeps the
-        base's signature.
-        """
+        """Return a ``forward`` that takes ``adapter_names`` and calls the model, with the signature of the base's."""
         return {"forward": _with_names(base.forward)}
 
     @property

@@ -79,7 +79,7 @@ def digest(dataset: Dataset) -> str:
 
 
 def columns_of(dataset: Dataset | IterableDataset) -> list[str]:
-    """Return the names of the columns, streamed or not. Raises DataError if an unnamed data set has no rows."""
+    """Return the names of the columns, streamed or not. Raises DataError if there are neither column names nor rows."""
     names = dataset.column_names or next(iter(dataset), None)
     if names is None:
         raise DataError("the data has no rows")
