@@ -72,7 +72,7 @@ def _say(console: Console, line: str) -> None:
 
 @contextmanager
 def waits_told(what: str) -> Iterator[None]:
-    """Report a wait for ``what`` on stderr, from the fifth second on, while the block runs; `waiting_for` names the
+    """Report a wait for ``what`` on stderr, from the fifth second on, while the block runs. `waiting_for` names the
     next.
 
     Of several processes, which torchrun numbers, the first one prints.

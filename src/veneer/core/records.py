@@ -29,7 +29,7 @@ class LinearDelta:
     ``output`` map features; None is the identity. ``bias`` *replaces* the layer's own; None leaves it. So IA3 scales
     the bias, and ``lora_bias`` adds to it, before the record is made.
 
-    An embedding is the linear layer ``(d, n_tokens)`` applied to one-hot rows; a convolution is one applied to patches.
+    An embedding is the linear layer ``(d, n_tokens)`` applied to one-hot rows. A convolution is one applied to patches.
     Experts stacked in one tensor have a stacked pair and nothing else.
     """
 
@@ -176,7 +176,7 @@ class LinearDelta:
         return replace(self, adds=tuple(term.weighed(weight) for term in self.adds))
 
     def transposed(self) -> LinearDelta:
-        """Return the record that changes the transposed weight (i, o) as this one changes (o, i); it has no bias."""
+        """Return the record that changes the transposed weight (i, o) as this one changes (o, i). It has no bias."""
         return LinearDelta(
             adds=tuple(term.transposed() for term in self.adds),
             input=None if self.output is None else self.output.transposed(),

@@ -24,7 +24,7 @@ class LinearSite:
     ``experts`` such maps may be stacked in one tensor (experts, o, i). The record then has that dimension as the first
     of ``a`` and ``b``, and ``weight`` is None.
     ``repeats``: how often a low-rank update is added (twice by PEFT at the output projection of torch's attention).
-    ``row_sq`` returns the squared norms of the rows of the weight; the holder of the site computes them once.
+    ``row_sq`` returns the squared norms of the rows of the weight. The holder of the site computes them once.
     """
 
     name: str

@@ -1,6 +1,6 @@
 """Low-rank factors of experts stacked in one tensor, in PEFT's form of two matrices.
 
-``A (r E, i)`` holds the experts one after another; in ``B (o, r E)`` the expert index varies fastest.
+``A (r E, i)`` holds the experts one after another. In ``B (o, r E)`` the expert index varies fastest.
 """
 
 from __future__ import annotations

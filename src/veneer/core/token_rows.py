@@ -25,7 +25,7 @@ def look_up_rows(
     rows: Float[Tensor, "n d"],
     padding_id: int | None = None,
 ) -> Float[Tensor, "*batch d"]:
-    """Return the look-up in `put_rows`, given the look-up in the table itself; the table is not copied.
+    """Return the look-up in `put_rows`, given the look-up in the table itself. The table is not copied.
 
     The row of ``padding_id`` gets no gradient, as in torch's embedding.
     """
@@ -46,7 +46,7 @@ def project_rows(
 ) -> Float[Tensor, "*batch n_tokens"]:
     """Return the output of a head whose weight is `put_rows`, given the output with its own weight.
 
-    The gradient of the rows is a product of their own size; that of the whole table is never formed.
+    The gradient of the rows is a product of their own size. The gradient of the whole table is never formed.
     """
     own = torch.nn.functional.linear(x, rows.to(x.dtype), None if bias is None else bias[index])
     return y.index_copy(-1, index, own.to(y.dtype))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 def size(n_bytes: float) -> str:
-    """Return bytes in GB from 1000 MB on, in kB below 50 kB, else in MB; a kB is 1000 bytes."""
+    """Return bytes in GB from 1000 MB on, in kB below 50 kB, else in MB. A kB is 1000 bytes."""
     if n_bytes >= 1e9:
         return f"{n_bytes / 1e9:,.2f} GB"
     return f"{n_bytes / 1e6:,.1f} MB" if n_bytes >= 50_000 else f"{n_bytes / 1e3:,.1f} kB"

@@ -35,7 +35,7 @@ class AdaLoraConfig(LinearMethod):
     for ``tinit`` steps. Then it falls with the cube of the time left, every ``deltaT`` steps. For the last ``tfinal``
     of ``total_step`` it stays at its target. ``total_step`` None is the length of the run. ``beta1`` and ``beta2``
     smooth sensitivity and its uncertainty. ``orth_reg_weight`` weighs the pull towards orthogonality. ``rank_pattern``
-    marks the triplets of each layer that were kept, by ``<path>.lora_E``, as in PEFT's files; the others are not on
+    marks the triplets of each layer that were kept, by ``<path>.lora_E``, as in PEFT's files. The others are not on
     disk.
     """
 

@@ -66,7 +66,7 @@ class FourierFTConfig(LinearMethod):
     """FourierFT in PEFT's fields.
 
     ``n_frequency`` numbers are trained in each layer, at places drawn from ``random_loc_seed``. ``init_weights`` starts
-    them at zero; False draws them from a normal distribution, so that the start changes the model.
+    them at zero. False draws them from a normal distribution, so that the start changes the model.
     """
 
     peft_type: ClassVar[str] = "FOURIERFT"

@@ -47,8 +47,8 @@ class LoraConfig(LoraSettings):
     expression).
     ``bias`` chooses the biases of the base that are also trained: "none", "all", or those of the adapted layers
     ("lora_only").
-    ``init_lora_weights`` names a start in `veneer.inits`: True (Kaiming A, zero B), "gaussian", "pissa", …; False makes
-    both random, so that the start changes the model.
+    ``init_lora_weights`` names a start in `veneer.inits`, such as True (Kaiming A, zero B), "gaussian" or "pissa".
+    False makes both random, so that the start changes the model.
     ``eva_config``: settings of the start "eva", once `initialize_lora_eva_weights` gives it data; None is the defaults.
     ``trainable_token_indices``: rows of the input embeddings (or of tables, by module name) that are trained and
     replace the base's. A head tied to the embeddings uses them too. Only these rows are on disk.

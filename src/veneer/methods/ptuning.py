@@ -28,7 +28,7 @@ class PromptEncoderConfig(PromptMethod):
     """P-tuning in PEFT's fields.
 
     ``encoder_reparameterization_type``: "MLP" (three layers) or "LSTM" (``encoder_num_layers``, then two layers).
-    ``encoder_hidden_size`` is the inner width; None takes that of the embeddings. ``encoder_dropout`` must be 0: the
+    ``encoder_hidden_size`` is the inner width. None takes that of the embeddings. ``encoder_dropout`` must be 0: the
     embeddings are a pure function of the parameters.
     """
 

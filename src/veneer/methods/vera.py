@@ -30,7 +30,7 @@ from veneer.core.sites import LinearSite
 class VeraConfig(LinearMethod):
     """VeRA in PEFT's fields.
 
-    ``save_projection`` writes A and B too; if a file holds them, they are checked against ``projection_prng_key``.
+    ``save_projection`` writes A and B too. If a file holds them, they are checked against ``projection_prng_key``.
     ``projection_size`` (largest output, largest input of the adapted layers) is filled in when the adapter is attached.
     """
 
@@ -121,7 +121,7 @@ def projections(
     """Return A (r, in_features) and B (out_features, r): Kaiming uniform with gain √2, drawn on the CPU in float32 from
     ``key``.
 
-    All layers share one copy; those of the last eight configs and devices are kept. Do not write.
+    All layers share one copy. Copies of the last eight configs and devices are kept. Do not write.
     """
     generator = torch.Generator().manual_seed(key)
     drawn = []

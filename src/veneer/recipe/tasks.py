@@ -19,7 +19,7 @@ _ALL = frozenset({"prompt", "chat", "system"})
 class TaskKeys:
     """Keys of one task in addition to those of all tasks.
 
-    ``trainer`` and ``settings`` are veneer's names of the trainer and its config; the keys of ``training`` are the
+    ``trainer`` and ``settings`` are veneer's names of the trainer and its config. The keys of ``training`` are the
     fields of that config. ``data`` are keys of the part ``data``. ``rewards``: the task needs the part ``rewards``.
     ``rate`` is its usual learning rate as a share of that of supervised fine-tuning with the same method.
     """

@@ -86,7 +86,7 @@ def listening() -> Iterator[Stop]:
 
 
 class StopAfterStep(TrainerCallback):  # type: ignore[misc]
-    """Callback that ends training after the step in which a signal came, with a checkpoint; all processes stop
+    """Callback that ends training after the step in which a signal came, with a checkpoint. All processes stop
     together.
     """
 

@@ -1,4 +1,4 @@
-"""Processes of one run: the main one decides and writes, the others wait for it."""
+"""Processes of one run: the main one decides and writes. The others wait for it."""
 
 from __future__ import annotations
 

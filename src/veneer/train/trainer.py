@@ -178,7 +178,7 @@ class SFTTrainer(RunTrainer, trl.SFTTrainer):  # type: ignore[misc]
         return output
 
     def describe_rows(self, rows: Dataset | IterableDataset) -> dict[str, Any]:
-        """Return statistics of the rows of a data set, and a hash of them, for ``run.json``; for streamed rows, only a
+        """Return statistics of the rows of a data set, and a hash of them, for ``run.json``. Streamed rows give only a
         mark.
         """
         if isinstance(rows, IterableDataset):

@@ -41,7 +41,7 @@ def model_kept(model: PreTrainedModel) -> Iterator[None]:
 def settings_kept(args: RunSettings) -> Iterator[None]:
     """Hide from TRL, in the block, the settings that veneer implements itself.
 
-    TRL has selective checkpointing and offload of its own, and refuses templates without generation markers; veneer
+    TRL has selective checkpointing and offload of its own, and refuses templates without generation markers. Veneer
     finds answers by position.
     """
     names = [n for n in ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs") if hasattr(args, n)]

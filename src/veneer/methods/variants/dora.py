@@ -3,7 +3,7 @@
 The norm is held constant in the gradient (section 4.3), so the record is LoRA's with ``m / norm`` as the scale of its
 outputs. The norms come from products with A and B; the matrix B A is never formed.
 
-Departs: in training with dropout, PEFT pushes the dropped input through W as well; here, as in torchtune, dropout
+Departs: in training with dropout, PEFT pushes the dropped input through W as well. Here, as in torchtune, dropout
 touches only the input of A.
 """
 

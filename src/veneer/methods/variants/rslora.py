@@ -1,6 +1,6 @@
 """Scale of rsLoRA: alpha / √r instead of alpha / r (Kalajdzievski 2023, arXiv:2312.03732, eq. 4).
 
-With alpha / r the update of each step shrinks as r grows; with alpha / √r forward and gradient keep their size in r.
+With alpha / r the update of each step shrinks as r grows. With alpha / √r forward and gradient keep their size in r.
 """
 
 from __future__ import annotations

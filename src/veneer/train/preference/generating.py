@@ -29,7 +29,7 @@ GENERATED_FILE = "generated_{rank}_of_{n_processes}.safetensors"
 
 
 class EpochRepeatSampler(RepeatSampler):  # type: ignore[misc]
-    """TRL's order of prompts, each once per completion; the order of an epoch depends on seed and epoch alone."""
+    """TRL's order of prompts, each once per completion. The order of an epoch depends on seed and epoch alone."""
 
     epoch = 0
 

@@ -18,7 +18,7 @@ from veneer.train.loss import head_of_fused, hidden_states, kept_logits
 
 @dataclass(frozen=True, slots=True)
 class TokenScores:
-    """Outputs of a forward pass that TRL's trainers read, by its names; each (b, t - 1), 0 if no label counts.
+    """Outputs of a forward pass that TRL's trainers read, by its names. Each is (b, t - 1), and 0 if no label counts.
 
     ``log_probs`` of the labels, in nats; ``entropy`` of the predicted distributions. ``log_sum_sq_probs`` is the
     logarithm of their collision probability; ``mean_logits`` is over the vocabulary. ``is_top1`` is True if the label

@@ -83,7 +83,7 @@ class SharedBase:
 def joined(parts: Mapping[str, Part]) -> tuple[Batch, dict[str, Share]]:
     """Return all rows as one batch, padded to the widest, and each member's share of it.
 
-    Rows whose positions mark the starts of sequences keep them; in such a batch, rows with a mask get positions too.
+    Rows whose positions mark the starts of sequences keep them. In such a batch, rows with a mask get positions too.
     Raises ConfigError for inputs that rows of one batch cannot have together.
     """
     batches = {name: part.inputs for name, part in parts.items()}
