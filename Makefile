@@ -3,6 +3,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+# Packages are installed without bytecode: what is imported for the first time must be able to leave some.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: setup demo test test-all check docs format clean
 .DEFAULT_GOAL := help
@@ -26,6 +28,7 @@ $(VENV)/.ready: pyproject.toml CMakeLists.txt $(wildcard csrc/* csrc/*/*)
 	@# --no-compile: Python compiles what is imported; pip would compile all of 20,000 files
 	@test -t 1 || quiet=--quiet; scripts/compile_progress build & watcher=$$!; trap "kill $$watcher 2>/dev/null" EXIT; \
 		$(BIN)/python -m pip install $$quiet --no-compile --editable '.[dev]'
+	@$(BIN)/python -W ignore -c 'import veneer.train.run, veneer.serve.llm, veneer.cli.train_run, peft'  # leaves their bytecode
 	@touch $@
 	@echo "ready: $(BIN)/veneer (source $(BIN)/activate puts it on the path)"
 
