@@ -38,7 +38,7 @@ def test_frozen_parameters_are_left_out():
 
 
 def test_without_a_factor_b_it_says_so():
-    with pytest.raises(ConfigError, match="needs a trainable LoRA factor B"):
+    with pytest.raises(ConfigError, match="none of the 1 trainable parameters is a factor on the output side"):
         lora_plus_groups([("linear.ia3_l", torch.nn.Parameter(torch.ones(3)))], lr=1e-4)
     with pytest.raises(ConfigError, match="ratio=0"):
         lora_plus_groups(named(), lr=1e-4, ratio=0)
