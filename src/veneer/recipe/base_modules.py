@@ -11,7 +11,9 @@ from typing import Any
 from veneer.core.module_names import matches_any, nearest_modules
 from veneer.disk.safetensors_header import read_table
 from veneer.errors import FormatError
+from veneer.recipe.adapter import FULL, method_of
 from veneer.recipe.declared import file_of
+from veneer.recipe.known import declared_methods
 from veneer.recipe.values import section
 from veneer.store.known import KNOWN, is_fetched, model_folder
 
@@ -22,8 +24,11 @@ _MADE = re.compile(r"head|embed|score|classifier")  # may be tied or new, and so
 def target_problems(values: Mapping[str, Any]) -> list[str]:
     """Return the problems of names in ``adapter.target_modules`` that no module of the base has.
 
-    A base is not checked if it is not local, or if transformers renames its tensors when it loads them.
+    A base is not checked if it is not local, or if transformers renames its tensors when it loads them. None are
+    returned for a method without ``target_modules``. Raises UnreadableError.
     """
+    if not _reads_targets(values):
+        return []
     targets, source = section(values, "adapter").get("target_modules"), section(values, "model").get("source")
     folder = _folder_of(source) if isinstance(source, str) else None
     names = () if folder is None else module_names(folder)
@@ -54,7 +59,15 @@ def module_names(folder: Path) -> tuple[str, ...]:
 
 
 def _found(target: str, names: tuple[str, ...]) -> bool:
-    return any(matches_any(name, (target,)) for name in names)
+    # A base may be saved without the prefix that its head's class puts before its names.
+    return any(matches_any(name, (target,)) or target.endswith(f".{name}") for name in names)
+
+
+def _reads_targets(values: Mapping[str, Any]) -> bool:
+    """Return False for a method without ``target_modules``, whose key is a problem by itself."""
+    method = method_of(section(values, "adapter"))
+    known = declared_methods()
+    return method != FULL and (method not in known or "target_modules" in known[method].keys.types)
 
 
 def _folder_of(source: str) -> Path | None:

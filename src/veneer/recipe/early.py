@@ -32,7 +32,8 @@ def refuse_early(values: Mapping[str, Any], name: str = "recipe", *, begins: boo
     for run in runs:
         with suppress(UnreadableError):
             found += [*problems_of(run, declared()), *value_problems(run)]
-        found += target_problems(run)
+        with suppress(UnreadableError):
+            found += target_problems(run)
     rows = [told for run in runs for told in _missing_rows(run)] if begins else []
     if found or (rows and not Path(str(values.get("output"))).exists()):
         raise ConfigError(f"{name}: " + "; ".join(dict.fromkeys([*found, *rows])))

@@ -354,6 +354,25 @@ def test_target_modules_are_checked_against_the_headers_of_a_base(base, change, 
         refuse_early(asked)
 
 
+def test_a_full_path_fits_a_base_that_was_saved_without_its_prefix(base):
+    table = json.dumps({"layers.0.q_proj.weight": {}, "h.0.c_fc.weight": {}}).encode()
+    (base / "model.safetensors").write_bytes(len(table).to_bytes(8, "little") + table)
+    paths = ["model.layers.0.q_proj", "transformer.h.0.c_fc"]
+    refuse_early(values(model={"source": str(base)}, adapter={"target_modules": paths}))
+    wrong = values(model={"source": str(base)}, adapter={"target_modules": [*paths, "model.layers.1.q_proj"]})
+    with pytest.raises(ConfigError, match=r"'model.layers.1.q_proj' matches no module") as told:
+        refuse_early(wrong)
+    assert str(told.value).count("matches no module") == 1
+
+
+@pytest.mark.parametrize("method", ["prompt_tuning", "full"])
+def test_targets_of_a_method_that_has_none_are_one_problem(base, method):
+    adapter = {"method": method, "target_modules": ["w_proj"]}
+    with pytest.raises(ConfigError) as told:
+        refuse_early(values(model={"source": str(base)}, adapter=adapter))
+    assert str(told.value).count("adapter.target_modules") == 1
+
+
 def test_missing_files_are_told_with_what_else_is_wrong_as_a_run_begins(tmp_path):
     data = {
         "train": str(tmp_path / "a.jsonl"),
