@@ -20,6 +20,7 @@ def leave_apart(model: nn.Module, *, share_buffers: bool) -> None:
     another order of sums. The first step of a resumed run would then differ in its last bits. ``share_buffers``: the
     next forward pass sends the main process's buffers to all.
     """
+    model = getattr(model, "_orig_mod", model)  # compiled after it was wrapped
     if isinstance(model, DistributedDataParallel):
         model.require_backward_grad_sync = False
         model.require_forward_param_sync = share_buffers

@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 from torch import distributed, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from steps_together import N_STEPS, Crossed, trained
 from veneer.train import gradients
-from veneer.train.gradients import average
+from veneer.train.gradients import average, leave_apart
 
 
 @pytest.mark.parametrize("n", [2, 3, 4])
@@ -19,6 +20,25 @@ def test_steps_after_a_resume_have_the_bits_of_a_run_that_went_through(tmp_path:
     resumed = trained(tmp_path / "resumed", n, resumed_at=3)
     for name, tensor in whole.items():
         assert torch.equal(tensor, resumed[name]), name
+
+
+def test_the_bits_of_torch_itself_depend_on_where_a_run_was_resumed(tmp_path: Path) -> None:
+    """Else the test above could not fail."""
+    whole = trained(tmp_path / "whole", 3, by_ddp=True)
+    resumed = trained(tmp_path / "resumed", 3, resumed_at=3, by_ddp=True)
+    assert any(not torch.equal(tensor, resumed[name]) for name, tensor in whole.items())
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_reduction_is_switched_off_in_a_compiled_model_too(compiled: bool) -> None:
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    try:
+        joined = DistributedDataParallel(Crossed())
+        leave_apart(torch.compile(joined) if compiled else joined, share_buffers=False)
+        assert not joined.require_backward_grad_sync
+        assert not joined.require_forward_param_sync
+    finally:
+        distributed.destroy_process_group()
 
 
 def test_the_mean_is_that_of_one_process_with_all_batches(tmp_path: Path) -> None:
