@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import http.client
 import json
 import socket
@@ -18,7 +19,7 @@ from veneer.contract.file import CONFIG_FILE, WEIGHTS_FILE
 from veneer.errors import ConfigError
 from veneer.serve import prompts
 from veneer.serve.http import models
-from veneer.serve.http.limits import ServerLimits
+from veneer.serve.http.limits import BodyLimit, ServerLimits
 from veneer.serve.http.models import Catalogue
 from veneer.serve.prompts import PromptReader
 from veneer.serve.structured import Forms
@@ -113,6 +114,30 @@ def test_a_body_that_is_too_large_is_refused_and_not_held(server, chunked):
         server.client.completions.create(model="tiny", prompt="x" * (301 * KIB))
     assert refused.value.status_code == 413
     assert server.client.completions.create(model="tiny", prompt=PROMPT, max_tokens=1).choices
+
+
+@pytest.mark.parametrize(
+    ("told", "n_read", "said", "closes"),
+    [(11, 0, "has 11 bytes", False), (161, 0, "has 161 bytes", True), (None, 23, "has at least 161 bytes", True)],
+)
+def test_no_more_of_a_body_is_read_than_a_multiple_of_the_limit(told, n_read, said, closes):
+    pieces: list[None] = []
+    sent: list[Any] = []
+
+    async def receive() -> Any:
+        pieces.append(None)
+        assert len(pieces) < 100
+        return {"type": "http.request", "body": b"1234567", "more_body": True}
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    headers = [] if told is None else [(b"content-length", str(told).encode())]
+    asyncio.run(BodyLimit(None, most=10)({"type": "http", "headers": headers}, receive, send))  # type: ignore[arg-type]
+    start, body = sent
+    assert (start["status"], len(pieces)) == (413, n_read)
+    assert said in json.loads(body["body"])["error"]["message"]
+    assert ((b"connection", b"close") in start["headers"]) == closes
 
 
 def test_a_client_that_goes_away_within_its_body_is_no_error(server, capfd):

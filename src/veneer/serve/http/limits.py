@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass
 
+from starlette.datastructures import Headers
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from veneer.errors import ConfigError
 from veneer.serve.http.errors import BodyTooLargeError, error_body
+
+_DRAINED = 16  # times the limit: no more of a body that is refused is read
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,23 +52,34 @@ class BodyLimit:
             await self._app(scope, receive, send)
             return
         read: deque[Message] = deque()
-        n_bytes = await _read(receive, read, self._most)
+        told = _told(scope)
+        n_bytes = told if told > self._most else await _read(receive, read, self._most)
         if n_bytes <= self._most:
             await self._app(scope, _again(read, receive), send)
             return
+        at_least = "at least " if n_bytes > max(told, _DRAINED * self._most) else ""
         error = BodyTooLargeError(
-            f"the body has {n_bytes} bytes and this server takes {self._most}: send less at once, or raise its "
-            "--max-body-mib"
+            f"the body has {at_least}{n_bytes} bytes and this server takes {self._most}: send less at once, or raise "
+            "its --max-body-mib"
         )
-        await JSONResponse(error_body(error), error.status)(scope, receive, send)
+        close = {"Connection": "close"} if n_bytes > _DRAINED * self._most else None
+        await JSONResponse(error_body(error), error.status, close)(scope, receive, send)
+
+
+def _told(scope: Scope) -> int:
+    """Return the size of a body that the header tells, 0 if it tells none."""
+    told = Headers(scope=scope).get("content-length", "")
+    return int(told) if told.isdecimal() else 0
 
 
 async def _read(receive: Receive, read: deque[Message], most: int) -> int:
-    """Read a body to its end, so that the client gets to read the answer; its bytes, of which at most ``most`` are kept
-    in ``read``.
+    """Return the size of a body after reading it into ``read``, which is empty if there are more than ``most`` bytes.
+
+    A client gets to read the refusal once it has sent its body, so a larger one is read on, up to `_DRAINED` times
+    ``most``.
     """
     n_bytes, more = 0, True
-    while more:
+    while more and n_bytes <= _DRAINED * most:
         message = await receive()
         n_bytes += len(message.get("body", b""))
         more = message["type"] == "http.request" and message.get("more_body", False)
