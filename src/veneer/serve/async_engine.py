@@ -26,8 +26,6 @@ class AsyncEngine:
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
         self.failure: BaseException | None = None
-        self.n_answers = 0
-        """Answers that somebody waits for."""
         self._ended = False
         self._queues: dict[str, _Outputs] = {}
         self._stopping = threading.Event()
@@ -64,9 +62,7 @@ class AsyncEngine:
         """
         queue: _Outputs = asyncio.Queue()
         left = {each.id for each in asked}
-        n_answers = sum(each.params.n for each in asked)
         self._queues |= dict.fromkeys(left, queue)
-        self.n_answers += n_answers
         try:
             for each in asked:
                 self.engine.submit(each)
@@ -78,7 +74,6 @@ class AsyncEngine:
                     left.discard(output.request_id)
                 yield output
         finally:
-            self.n_answers -= n_answers
             for id in left:
                 self.engine.abort(id)
             for each in asked:

@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import openai
@@ -19,8 +20,11 @@ from veneer.contract.file import CONFIG_FILE, WEIGHTS_FILE
 from veneer.errors import ConfigError
 from veneer.serve import prompts
 from veneer.serve.http import models
+from veneer.serve.http.app import Api
+from veneer.serve.http.errors import TooManyRequestsError
 from veneer.serve.http.limits import BodyLimit, ServerLimits
 from veneer.serve.http.models import Catalogue
+from veneer.serve.http.protocol import CompletionBody
 from veneer.serve.prompts import PromptReader
 from veneer.serve.structured import Forms
 
@@ -167,6 +171,30 @@ def test_more_than_is_taken_in_flight_is_told_to_ask_again(server, monkeypatch):
     server.wait(lambda: server.is_idle)
     again = server.client.completions.create(model="tiny", prompt="x", n=5, max_tokens=1)
     assert len(again.choices) == 5
+
+
+def test_choices_count_from_their_admission_until_their_answer_ends(monkeypatch):
+    engine: Any = object()
+    catalogue: Any = SimpleNamespace(base="tiny")
+    api = Api(engine, catalogue, ServerLimits(choices=5, in_flight=7))
+    monkeypatch.setattr(api, "_ask", lambda body: [])
+    request: Any = None
+    body = CompletionBody(prompt="x", n=5, stream=True)
+
+    async def leaves() -> Any:
+        return {"type": "http.disconnect"}
+
+    async def never(message: Any) -> None:
+        await asyncio.Event().wait()
+
+    async def asks() -> None:
+        admitted = await api.complete(request, body)
+        with pytest.raises(TooManyRequestsError, match="5 choices wait"):
+            await api.complete(request, body)
+        await admitted({"type": "http"}, leaves, never)  # gone before the first event
+        await api.complete(request, body)
+
+    asyncio.run(asks())
 
 
 def test_a_template_of_a_client_is_run_where_it_is_trusted(trusting):

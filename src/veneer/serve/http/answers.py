@@ -6,13 +6,14 @@ import asyncio
 import json
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import AbstractContextManager, aclosing
 from dataclasses import dataclass, field
 from typing import Any
 
 from fastapi import Request
 from fastapi.responses import Response, StreamingResponse
+from starlette.types import Receive, Scope, Send
 
 from veneer.errors import VeneerError
 from veneer.serve.asked import Asked
@@ -83,9 +84,27 @@ async def whole_answer(engine: AsyncEngine, request: Request, answering: Answeri
         await asyncio.gather(finding, leaving, return_exceptions=True)
 
 
-def stream_of(engine: AsyncEngine, answering: Answering, options: StreamOptions) -> StreamingResponse:
-    """Return the choices as server-sent events; if the client disconnects, its requests end."""
-    return StreamingResponse(_events(engine, answering, options), media_type="text/event-stream")
+def stream_of(
+    engine: AsyncEngine, answering: Answering, options: StreamOptions, taken: AbstractContextManager[object]
+) -> StreamingResponse:
+    """Return the choices as server-sent events; if the client disconnects, its requests end.
+
+    ``taken`` is left when the stream has ended.
+    """
+    return _Stream(_events(engine, answering, options), taken)
+
+
+class _Stream(StreamingResponse):
+    """Stream that closes its events and leaves ``taken`` however it ends, also if no event was asked for."""
+
+    def __init__(self, events: AsyncGenerator[bytes, None], taken: AbstractContextManager[object]) -> None:
+        super().__init__(events, media_type="text/event-stream")
+        self._events, self._taken = events, taken
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        with self._taken:
+            async with aclosing(self._events):
+                await super().__call__(scope, receive, send)
 
 
 async def _choices(engine: AsyncEngine, answering: Answering) -> dict[str, Any]:
@@ -106,7 +125,7 @@ async def _choices(engine: AsyncEngine, answering: Answering) -> dict[str, Any]:
     return answering.head(answering.shape.whole) | {"choices": found, "usage": answering.usage(n_answered)}
 
 
-async def _events(engine: AsyncEngine, answering: Answering, options: StreamOptions) -> AsyncIterator[bytes]:
+async def _events(engine: AsyncEngine, answering: Answering, options: StreamOptions) -> AsyncGenerator[bytes, None]:
     head, shape = answering.head(answering.shape.chunk), answering.shape
     by_id, n_answered = {asked.id: asked for asked in answering.asked}, 0
 

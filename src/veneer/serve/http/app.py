@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import ExitStack, asynccontextmanager, contextmanager
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -53,7 +53,7 @@ class Api:
 
     def __init__(self, engine: Engine, catalogue: Catalogue, limits: ServerLimits) -> None:
         self.engine, self.catalogue, self.limits, self.running = engine, catalogue, limits, AsyncEngine(engine)
-        self._n_read = 0  # choices whose prompts are being read
+        self._n_in_flight = 0  # choices of requests from their admission until their answers end
 
     @asynccontextmanager
     async def lifespan(self, app: FastAPI) -> AsyncIterator[None]:
@@ -85,18 +85,19 @@ class Api:
         return Response(status_code=200 if self.running.failure is None else 500)
 
     async def _answer(self, request: Request, body: CompletionBody | ChatBody, shape: Shape) -> Response:
-        with self._admitted(body.n_choices):
+        with ExitStack() as taken:  # left when the answer has ended, or when there is none
+            taken.enter_context(self._admitted(body.n_choices))
             # On another thread: a template, a tokenizer, a grammar and files take their time, and everybody waits here.
             asked = await asyncio.to_thread(self._ask, body)
-        answering = Answering(asked, body.model or self.catalogue.base, shape)
-        if body.stream:
-            return stream_of(self.running, answering, body.stream_options or StreamOptions())
-        return await whole_answer(self.running, request, answering)
+            answering = Answering(asked, body.model or self.catalogue.base, shape)
+            if body.stream:
+                return stream_of(self.running, answering, body.stream_options or StreamOptions(), taken.pop_all())
+            return await whole_answer(self.running, request, answering)
 
     @contextmanager
     def _admitted(self, n: int) -> Iterator[None]:
         """A block in which ``n`` choices count as in flight. Raises RefusedError if they are too many."""
-        most, taken = self.limits, self._n_read + self.running.n_answers
+        most, taken = self.limits, self._n_in_flight
         if n > most.choices:
             raise RefusedError(
                 f"{n} choices (prompts × n) are asked for, and this server takes {most.choices} in a request: ask for "
@@ -108,11 +109,11 @@ class Api:
                 f"{taken} choices wait or are being answered, and this server takes {most.in_flight} "
                 "(--max-in-flight): ask again later"
             )
-        self._n_read += n
+        self._n_in_flight += n
         try:
             yield
         finally:
-            self._n_read -= n
+            self._n_in_flight -= n
 
     def _ask(self, body: CompletionBody | ChatBody) -> list[Asked]:
         params = body.to_params(self.engine.settings.generation_defaults)
