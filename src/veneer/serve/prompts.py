@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
-from veneer.errors import ConfigError
+from veneer.errors import ConfigError, FormatError
 from veneer.serve.conversation import Conversation, chat_text
 
 Prompt = str | Sequence[int] | Mapping[str, Any]
@@ -16,14 +16,20 @@ class PromptReader:
     """Reader of prompts with a tokenizer. ``most`` is the number of tokens that a prompt may have.
 
     ``templates`` are the chat templates to use in place of the tokenizer's; `chat` refuses more than one. ``ends`` are
-    tokens that end an answer, in addition to the model's. A text that is too long for any tokens is refused before
+    tokens that end an answer, in addition to the model's. ``no_chat`` is the reason why `chat` refuses conversations
+    without a template of their own; "" if it does not. A text that is too long for any tokens is refused before
     tokenization, which takes seconds for megabytes.
     """
 
     def __init__(
-        self, tokenizer: Any, most: int, templates: Sequence[str] = (), ends: Collection[int] = frozenset()
+        self,
+        tokenizer: Any,
+        most: int,
+        templates: Sequence[str] = (),
+        ends: Collection[int] = frozenset(),
+        no_chat: str = "",
     ) -> None:
-        self.tokenizer, self.most = tokenizer, most
+        self.tokenizer, self.most, self.no_chat = tokenizer, most, no_chat
         self.templates, self.ends = tuple(templates), frozenset(ends)
 
     def read(self, prompt: Prompt) -> tuple[str | None, list[int]]:
@@ -44,9 +50,11 @@ class PromptReader:
     def chat(self, messages: Conversation, how: Mapping[str, Any]) -> tuple[str, list[int]]:
         """Return the prompt (text and ids) that the chat template renders from messages.
 
-        Raises as `chat_text` and `read` do.
+        Raises as `chat_text` and `read` do, and FormatError if the adapter's template cannot be read.
         """
         template = how.get("chat_template")
+        if template is None and self.no_chat:
+            raise FormatError(self.no_chat)
         if template is None and self.templates:
             if len(self.templates) > 1:
                 raise ConfigError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import threading
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +17,7 @@ from veneer.serve.lora_request import LoRARequest
 from veneer.serve.prompts import PromptReader
 
 _FILES = ("tokenizer_config.json", "tokenizer.json", "chat_template.jinja")  # the first two are needed
+_LOG = logging.getLogger(__name__)
 _KEPT = 64  # readers; adapters of equal files share one
 _Stamps = tuple[tuple[int, ...] | None, ...]
 
@@ -24,21 +26,19 @@ class Readers:
     """Prompt readers of adapters, by request. Files are read again if they have changed. Any thread may call it.
 
     An adapter's own tokenizer is used if it has more tokens than the base's. Otherwise its chat template and its end
-    token are used with the base's. A ``template`` is used for all of them, in place of their own.
+    token are used with the base's. A ``template`` is used for all of them, in place of their own. If an adapter's
+    files cannot be read, the base's tokenizer reads its prompts, and its conversations are refused.
     """
 
     def __init__(self, base: PromptReader, template: str | None = None) -> None:
         self.base, self._template = base, template
         self._fetched: dict[str, Path] = {}  # from the hub
-        self._digests: dict[Path, tuple[_Stamps, str]] = {}
+        self._keys: dict[Path, tuple[_Stamps, str]] = {}
         self._readers: dict[str, PromptReader] = {}  # the one that was asked for last at the end
         self._lock = threading.Lock()
 
     def of(self, request: LoRARequest | None) -> PromptReader:
-        """Return the reader of an adapter, or of a mix. Raises FormatError for files that cannot be read.
-
-        Raises ConfigError for a mix of adapters with different tokens.
-        """
+        """Return the reader of an adapter, or of a mix. Raises ConfigError for a mix of different tokens."""
         if request is None:
             return self.base
         if request.parts:
@@ -47,12 +47,26 @@ class Readers:
         stamps = tuple(_stamp(folder / name) for name in _FILES)
         if None in stamps[:2]:
             return self.base
+        known = self._keys.get(folder)
+        if known is None or known[0] != stamps:
+            known = self._keys[folder] = (stamps, _digest(folder))
+        return self._kept(known[1]) or self._added(folder, *known)
+
+    def _kept(self, key: str) -> PromptReader | None:
         with self._lock:
-            known = self._digests.get(folder)
-            digest = known[1] if known is not None and known[0] == stamps else _digest(folder)
-            self._digests[folder] = (stamps, digest)
-            reader = self._readers.pop(digest, None) or self._read(folder)
-            self._readers[digest] = reader
+            reader = self._readers.pop(key, None)
+            if reader is not None:
+                self._readers[key] = reader
+            return reader
+
+    def _added(self, folder: Path, stamps: _Stamps, key: str) -> PromptReader:
+        """Read an adapter's files while others ask for theirs. A failure is kept too, for this folder alone."""
+        made = self._read(folder)
+        if made.no_chat:
+            key = f"{key.partition(' ')[0]} {folder}"
+            self._keys[folder] = (stamps, key)
+        with self._lock:
+            reader = self._readers.setdefault(key, made)
             if len(self._readers) > _KEPT:
                 del self._readers[next(iter(self._readers))]
             return reader
@@ -65,10 +79,16 @@ class Readers:
         return self._fetched[path]
 
     def _read(self, folder: Path) -> PromptReader:
-        own = _tokenizer(folder)
+        base = self.base.tokenizer
+        try:
+            own = _tokenizer(folder)
+        except FormatError as error:
+            _LOG.warning("%s. Until then the base's reads its plain prompts", error)
+            if self._template is not None:
+                return PromptReader(base, self.base.most, (self._template,))
+            return PromptReader(base, self.base.most, no_chat=str(error))
         template = self._template or _template_of(own)
         ends = set() if own.eos_token_id is None else {int(own.eos_token_id)}
-        base = self.base.tokenizer
         return PromptReader(
             own if len(own) > len(base) else base, self.base.most, () if template is None else (template,), ends
         )
@@ -85,7 +105,8 @@ def _joined(mix: LoRARequest, readers: Sequence[PromptReader]) -> PromptReader:
     templates = [reader.templates or (_template_of(reader.tokenizer),) for reader in readers]
     own = dict.fromkeys(template for each in templates for template in each if template is not None)
     ends = frozenset[int]().union(*(reader.ends for reader in readers))
-    return PromptReader(tokenizer, readers[0].most, tuple(own), ends)
+    no_chat = next((reader.no_chat for reader in readers if reader.no_chat), "")
+    return PromptReader(tokenizer, readers[0].most, tuple(own), ends, no_chat)
 
 
 def _template_of(tokenizer: Any) -> str | None:
@@ -110,12 +131,16 @@ def _stamp(path: Path) -> tuple[int, ...] | None:
         told = path.stat()
     except OSError:
         return None
-    return (told.st_dev, told.st_ino, told.st_mtime_ns, told.st_size)
+    return (told.st_dev, told.st_ino, told.st_mtime_ns, told.st_ctime_ns, told.st_size)
 
 
 def _digest(folder: Path) -> str:
     digest = hashlib.sha256()
     for name in _FILES:
         path = folder / name
-        digest.update(hashlib.sha256(path.read_bytes() if path.is_file() else b"").digest())
+        try:
+            content = path.read_bytes() if path.is_file() else b""
+        except OSError as error:  # names the path, and so equals no other folder's
+            content = str(error).encode()
+        digest.update(hashlib.sha256(content).digest())
     return digest.hexdigest()

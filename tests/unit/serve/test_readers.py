@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import shutil
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import AutoTokenizer
 
 from veneer import LLM, LoRARequest, SamplingParams
 from veneer.errors import ConfigError, FormatError
@@ -159,8 +162,52 @@ def test_adapters_of_equal_files_share_a_reader_and_the_last_ones_are_kept(adapt
     assert made[0].ends == {END}
 
 
-def test_a_tokenizer_that_is_damaged_is_told_with_its_folder(llm, adapters, tmp_path):
-    folder = with_tokenizer(adapters["ia3"], tmp_path / "damaged")
-    (folder / "tokenizer_config.json").write_text("{")
-    with pytest.raises(FormatError, match=r"tokenizer in the adapter's folder .*damaged cannot be read"):
-        llm.generate(["x"], lora_request=LoRARequest("damaged", 5, str(folder)), use_tqdm=False)
+def test_conversations_are_refused_and_plain_prompts_answered_if_a_tokenizer_is_damaged(
+    llm, adapters, tmp_path, monkeypatch, caplog
+):
+    paths = [with_tokenizer(adapters["ia3"], tmp_path / name) for name in ("damaged", "too")]
+    tried: list[Path] = []
+    own = AutoTokenizer.from_pretrained
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda path: tried.append(path) or own(path))
+    asked = SamplingParams(**GREEDY)
+    right = llm.generate(["x"], asked, lora_request=adapters["ia3"], use_tqdm=False)[0].outputs[0].text
+    for number, folder in enumerate(paths):
+        (folder / "tokenizer_config.json").write_text("{")
+        request = LoRARequest(folder.name, 5 + number, str(folder))
+        for prompt in ("x", [*b"x"]):
+            assert llm.generate([prompt], asked, lora_request=request, use_tqdm=False)[0].outputs[0].text == right
+        for adapter in (request, LoRARequest.mix("both", 17 + number, [(request, 0.5), (adapters["lora"], 0.5)])):
+            with pytest.raises(FormatError, match=rf"tokenizer in the adapter's folder .*{folder.name} cannot be read"):
+                llm.chat([TURN], asked, lora_request=adapter, use_tqdm=False)
+        given = llm.chat([TURN], asked, lora_request=request, chat_template=OTHER, use_tqdm=False)[0]
+        assert given.prompt == "[x]"
+    assert tried == paths
+    assert [record.name for record in caplog.records].count("veneer.serve.readers") == 2
+    byte_tokenizer().save_pretrained(paths[0])
+    assert llm.chat([TURN], asked, lora_request=LoRARequest("damaged", 5, str(paths[0])), use_tqdm=False)[0].prompt
+
+
+def test_a_tokenizer_is_read_while_others_answer(adapters, tmp_path, monkeypatch):
+    folders = [with_tokenizer(adapters["ia3"], tmp_path / name, name) for name in ("slow", "known")]
+    slow, known = (LoRARequest(folder.name, 1 + i, str(folder)) for i, folder in enumerate(folders))
+    readers = Readers(PromptReader(byte_tokenizer(), MOST))
+    kept = readers.of(known)
+    begun, may_end = threading.Event(), threading.Event()
+    own = AutoTokenizer.from_pretrained
+
+    def waits(path: Path) -> Any:
+        begun.set()
+        assert may_end.wait(60)
+        return own(path)
+
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", waits)
+    with ThreadPoolExecutor() as pool:
+        try:
+            first = pool.submit(readers.of, slow)
+            assert begun.wait(60)
+            second = pool.submit(readers.of, slow)
+            assert pool.submit(readers.of, known).result(30) is kept
+        finally:
+            may_end.set()
+        assert first.result() is second.result()
+        assert first.result().templates == ("slow",)
