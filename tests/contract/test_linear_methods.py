@@ -8,7 +8,9 @@ import functools
 
 import pytest
 import torch
+from torch import nn
 
+import veneer
 from veneer.contract import LinearMethod
 from veneer.core.frozen import FrozenWeight
 from veneer.core.linear import apply_embedding, apply_linear, fold_linear
@@ -17,6 +19,7 @@ from veneer.core.sites import LinearSite
 from veneer.core.terms.rotation import Rotation
 from veneer.errors import CompositionError
 from veneer.methods.variants import dora
+from veneer.model.attach import adapted_layers
 from veneer.ops.grouped_low_rank import AdapterRuns
 from veneer.ops.linear.layer import LinearLayer
 from veneer.ops.linear.op import linear
@@ -259,3 +262,57 @@ def test_an_embedding_is_the_linear_layer_on_one_hot_rows(config):
             apply_embedding(record, token_ids, looked_up)
         return
     close(apply_embedding(record, token_ids, looked_up), apply_linear(record, one_hot, weight_of(site)))
+
+
+class Projections(nn.Module):
+    """Two linear layers, one after the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q_proj = nn.Linear(IN, 12)
+        self.down_proj = nn.Linear(12, IN)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(self.q_proj(x).sin())
+
+
+def trained_projections(config: LinearMethod) -> nn.Module:
+    """In float32, with an adapter away from its start."""
+    torch.manual_seed(7)
+    feedforward = {"feedforward_modules": ["down_proj"]} if hasattr(config, "feedforward_modules") else {}
+    targets = ["q_proj", "down_proj"]
+    model = veneer.get_peft_model(Projections(), dataclasses.replace(config, target_modules=targets, **feedforward))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter += 0.2 * torch.randn_like(parameter)
+    return model
+
+
+@pytest.mark.parametrize("trains_weight", [False, True], ids=["frozen", "trained"])
+def test_training_under_autocast_is_near_that_in_float32(config, trains_weight):
+    """By the op on a frozen weight, and by the formula where the weight is trained as well."""
+    model, x = trained_projections(config), inputs(4, TOKENS, IN).float().requires_grad_()
+    for layer in adapted_layers(model).values():
+        layer.weight.requires_grad_(trains_weight)
+    leaves = [x, *(parameter for parameter in model.parameters() if parameter.requires_grad)]
+    found = []
+    for narrow in (True, False):
+        with torch.autocast("cpu", torch.bfloat16, enabled=narrow):
+            y = model(x)
+        assert y.dtype == (torch.bfloat16 if narrow else torch.float32)
+        found.append([y.float(), *torch.autograd.grad(y.float().square().sum(), leaves)])
+    for near, exact in zip(*found, strict=True):
+        assert near.isfinite().all()
+        assert (near - exact).norm() < 0.05 * exact.norm()
+
+
+def test_autocast_changes_no_bit_of_a_record(config):
+    for layer in adapted_layers(trained_projections(config)).values():
+        plain = layer.record("default").tensors
+        with torch.autocast("cpu", torch.bfloat16):
+            cast = layer.record("default").tensors
+        assert len(cast) == len(plain) > 0
+        for narrow, exact in zip(cast, plain, strict=True):
+            assert narrow.dtype == exact.dtype
+            assert torch.equal(narrow, exact)

@@ -15,4 +15,4 @@ def autocast_dtype(device: torch.device) -> torch.dtype | None:
 
 def without_autocast(device: torch.device) -> AbstractContextManager[object]:
     """Return a context in which autocast is off on a device."""
-    return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
+    return nullcontext() if autocast_dtype(device) is None else torch.autocast(device.type, enabled=False)

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from veneer.core.autocast import without_autocast
 from veneer.core.frozen import FrozenWeight
 from veneer.core.records import Around, LinearDelta
 from veneer.core.terms.pair import Pair
@@ -84,13 +85,17 @@ def apply_projected(
 
 def entered(delta: LinearDelta, x: Float[Tensor, "*batch i"]) -> Float[Tensor, "*batch i"]:
     """Return the input of the weight, in x's dtype; the term itself is never rounded to it."""
-    return x if delta.input is None else delta.input.apply(x).to(x.dtype)
+    if delta.input is None:
+        return x
+    with without_autocast(x.device):
+        return delta.input.apply(x).to(x.dtype)
 
 
 def _finished(whole: LinearDelta, y: Tensor, bias: Tensor | None) -> Tensor:
     """The map of the outputs and then the bias."""
     if whole.output is not None:
-        y = whole.output.apply(y)
+        with without_autocast(y.device):
+            y = whole.output.apply(y)
     offset = bias if whole.bias is None else whole.bias
     return y if offset is None else y + offset
 

@@ -18,7 +18,6 @@ from veneer.contract.checks import Checks, grouped
 from veneer.contract.extras import Extras
 from veneer.contract.family_targets import LOW_RANK
 from veneer.contract.targets import Names
-from veneer.core.autocast import without_autocast
 from veneer.core.records import LinearDelta
 from veneer.core.sites import LinearSite
 from veneer.errors import ConfigError
@@ -82,14 +81,13 @@ class HRAConfig(LinearMethod):
         if site.weight is None:
             raise ConfigError(f"HRA at {site.name} needs the frozen weight: load the base model before attaching")
         u = params["hra_u"]
-        with without_autocast(u.device):
-            if self.apply_GS:
-                a = torch.linalg.qr(u).Q.T
-                return LinearDelta.pair(a, -2 * site.weight.matmul(a).to(a.dtype).T)
-            a = (u / u.norm(dim=0)).T
-            inverse = torch.triu(a @ a.T, 1) + 0.5 * torch.eye(len(a), dtype=a.dtype, device=a.device)
-            b = -site.weight.matmul(a).to(a.dtype).T
-            return LinearDelta.pair(a, torch.linalg.solve_triangular(inverse, b, upper=True, left=False))
+        if self.apply_GS:
+            a = torch.linalg.qr(u).Q.T
+            return LinearDelta.pair(a, -2 * site.weight.matmul(a).to(a.dtype).T)
+        a = (u / u.norm(dim=0)).T
+        inverse = torch.triu(a @ a.T, 1) + 0.5 * torch.eye(len(a), dtype=a.dtype, device=a.device)
+        b = -site.weight.matmul(a).to(a.dtype).T
+        return LinearDelta.pair(a, torch.linalg.solve_triangular(inverse, b, upper=True, left=False))
 
 
 class _Checks(Checks):

@@ -12,6 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from veneer.contract import LinearMethod
 from veneer.contract.keys import parameter_key
+from veneer.core.autocast import without_autocast
 from veneer.core.frozen import FrozenWeight
 from veneer.core.linear import (
     apply_linear,
@@ -47,8 +48,10 @@ class AdaptedSite(Adapted):
         raise NotImplementedError
 
     def record(self, name: str, site: LinearSite | None = None) -> LinearDelta:
-        """Return the record of adapter ``name`` at this layer."""
-        return self.method(name).lower(site or self.site((name,)), factors_of(self.adapters[name]))
+        """Return the record of adapter ``name`` at this layer, the same under autocast as without."""
+        site, factors = site or self.site((name,)), factors_of(self.adapters[name])
+        with without_autocast(next(iter(factors.values())).device):
+            return self.method(name).lower(site, factors)
 
     def method(self, name: str) -> LinearMethod:
         """Return the config of an adapter."""

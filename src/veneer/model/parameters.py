@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from veneer.contract import LinearMethod, MethodConfig
 from veneer.contract.keys import parameter_key
+from veneer.core.autocast import without_autocast
 from veneer.core.frozen import FrozenWeight
 from veneer.core.linear import apply_linear, compose_linear, fold_blocks, fold_linear
 from veneer.core.module_names import matches_any
@@ -66,13 +67,14 @@ class AdaptedParameters(Adapted):
 
     def record(self, parameter: str, names: Sequence[str]) -> LinearDelta | None:
         """Return the record of these adapters together for a parameter; None if they do not change it."""
-        records = [
-            cast(LinearMethod, self.adapter_state.configs[name]).lower(
-                self.site(parameter), tensors_of(cast(nn.ModuleDict, self.adapters[name])[parameter])
-            )
-            for name in names
-            if parameter in self.changed(name)
-        ]
+        with without_autocast(cast(Tensor, self._parameters[parameter]).device):
+            records = [
+                cast(LinearMethod, self.adapter_state.configs[name]).lower(
+                    self.site(parameter), tensors_of(cast(nn.ModuleDict, self.adapters[name])[parameter])
+                )
+                for name in names
+                if parameter in self.changed(name)
+            ]
         return compose_linear(records) if records else None
 
     def effective(self, parameter: str, names: Sequence[str] | None = None) -> Tensor | None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from veneer.core import linear
-from veneer.core.linear import apply_linear, compose_linear, fold_blocks, fold_linear
+from veneer.core.linear import apply_linear, apply_projected, compose_linear, entered, fold_blocks, fold_linear
 from veneer.core.records import LinearDelta
 from veneer.core.terms.change import Change, Transposed, Weighed
 from veneer.core.terms.pair import Pair
@@ -80,6 +80,17 @@ def test_the_formula_of_a_record_with_all_terms():
     torch.testing.assert_close(fold_linear(scaled, w)[0], whole)
     turned = fold_linear(record.transposed(), w.T)[0].T
     torch.testing.assert_close(turned, fold_linear(record, w)[0])
+
+
+def test_rotations_are_not_rounded_under_autocast():
+    x, y = normal(3, IN).float(), normal(3, OUT).float()
+    record = LinearDelta(
+        input=BlockRotation(normal(1, IN, IN).float()), output=BlockRotation(normal(1, OUT, OUT).float())
+    )
+    plain = entered(record, x), apply_projected(record, [], y)
+    with torch.autocast("cpu", torch.bfloat16):
+        cast = entered(record, x), apply_projected(record, [], y)
+    assert all(map(torch.equal, cast, plain))
 
 
 @pytest.mark.parametrize("output", ["rotation", "scale", "none"])
