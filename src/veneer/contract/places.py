@@ -72,10 +72,12 @@ def module_places(
     for path, keys in _by_path(ends, shapes).items():
         first = next(iter(keys))
         given = {place.end: shapes[key] for place, key in keys.items()}
-        site = named(ends[first.end], first)
-        names = {} if site is None else method.disk_names(site)
-        if site is None or not set(names.values()) <= given.keys():
+        sites = [site for sample in method.samples if (site := named(sample, first)) is not None]
+        fitting = [site for site in sites if set(method.disk_names(site).values()) <= given.keys()]
+        if not fitting:
             continue
+        site = max(fitting, key=lambda site: len(method.disk_names(site)))
+        names = method.disk_names(site)
         own = {name: given[end] for name, end in names.items()}
         require_sizes(own, method.shapes(site), path, source)
         complete = method.site_of(site, own)

@@ -86,6 +86,8 @@ class FourierFTConfig(LinearMethod):
 
     def problems(self) -> list[str]:
         found = super().problems() + broken({"n_frequency_pattern": self.n_frequency_pattern})
+        if not -(2**63) <= self.random_loc_seed < 2**64:
+            found.append(f"random_loc_seed={self.random_loc_seed!r} must be a seed of torch, of at most 64 bits")
         given = {"n_frequency": self.n_frequency}
         given |= {f"n_frequency_pattern[{key!r}]": n for key, n in self.n_frequency_pattern.items()}
         return found + [f"{name}={n!r} must be a whole number of at least 1" for name, n in given.items() if n < 1]
@@ -140,5 +142,5 @@ def places(seed: int, o: int, i: int, n: int, *, device: torch.device) -> tuple[
     Do not write.
     """
     with torch.inference_mode(False):
-        drawn = torch.randperm(o * i, generator=torch.Generator().manual_seed(seed))[:n]
+        drawn = torch.randperm(o * i, generator=torch.Generator().manual_seed(seed), device="cpu")[:n]
         return (drawn // i).to(device), (drawn % i).to(device)

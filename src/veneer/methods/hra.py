@@ -81,13 +81,16 @@ class HRAConfig(LinearMethod):
         if site.weight is None:
             raise ConfigError(f"HRA at {site.name} needs the frozen weight: load the base model before attaching")
         u = params["hra_u"]
+        dtype = u.dtype
+        u = u.to(torch.promote_types(dtype, torch.float32))  # torch solves no systems in 16 bits
         if self.apply_GS:
             a = torch.linalg.qr(u).Q.T
-            return LinearDelta.pair(a, -2 * site.weight.matmul(a).to(a.dtype).T)
+            return LinearDelta.pair(a.to(dtype), -2 * site.weight.matmul(a).to(dtype).T)
         a = (u / u.norm(dim=0)).T
         inverse = torch.triu(a @ a.T, 1) + 0.5 * torch.eye(len(a), dtype=a.dtype, device=a.device)
         b = -site.weight.matmul(a).to(a.dtype).T
-        return LinearDelta.pair(a, torch.linalg.solve_triangular(inverse, b, upper=True, left=False))
+        b = torch.linalg.solve_triangular(inverse, b, upper=True, left=False)
+        return LinearDelta.pair(a.to(dtype), b.to(dtype))
 
 
 class _Checks(Checks):

@@ -121,6 +121,11 @@ class LoKrConfig(LinearMethod):
         w1, w2 = (_whole(name, params) for name in ("lokr_w1", "lokr_w2"))
         return LinearDelta(adds=(Kronecker(w1=w1 * (alpha / r), w2=w2),))
 
+    @property
+    def samples(self) -> tuple[LinearSite, ...]:
+        """Sites of each form in a file: whole factors, W₂ in two, and with ``decompose_both`` both in two."""
+        return tuple(LinearSite(name="", in_features=n, out_features=n) for n in (1, 2 * 524287, 2**20))
+
     def site_of(self, site: LinearSite, shapes: Mapping[str, tuple[int, ...]]) -> LinearSite:
         rows = (shapes.get(f"{name}_a", shapes.get(name, ())) for name in ("lokr_w1", "lokr_w2"))
         columns = (shapes.get(f"{name}_b", shapes.get(name, ())) for name in ("lokr_w1", "lokr_w2"))

@@ -6,6 +6,7 @@ of its Neumann series: ``I + 2 Q + 2 Q² + … + Qⁿ``.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -22,6 +23,8 @@ from veneer.contract.targets import Names
 from veneer.core.records import LinearDelta
 from veneer.core.sites import LinearSite
 from veneer.core.terms.rotation import BlockRotation
+
+_MOST_TERMS = 100  # of a Neumann series; a handful are enough
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,8 +61,8 @@ class OFTConfig(LinearMethod):
         sizes = self.r, self.oft_block_size
         if min(sizes) < 0 or (sizes[0] == 0) == (sizes[1] == 0):
             found.append(f"r={sizes[0]!r} and oft_block_size={sizes[1]!r}: one must be 0 and the other at least 1")
-        if self.num_cayley_neumann_terms < 1:
-            found.append(f"num_cayley_neumann_terms={self.num_cayley_neumann_terms!r} must be at least 1")
+        if not 1 <= self.num_cayley_neumann_terms <= _MOST_TERMS:
+            found.append(f"num_cayley_neumann_terms={self.num_cayley_neumann_terms!r} must lie in [1, {_MOST_TERMS}]")
         if self.module_dropout and not self.inference_mode:
             found.append(
                 f"module_dropout={self.module_dropout!r} drops blocks in training, which is not supported: set it to 0"
@@ -120,9 +123,10 @@ def skew_symmetric(upper: Float[Tensor, "n k"], size: int) -> Float[Tensor, "n b
 
 def cayley(q: Float[Tensor, "n b b"]) -> Float[Tensor, "n b b"]:
     """Return ``(I - Q) (I + Q)⁻¹``, which is orthogonal."""
-    identity = torch.eye(q.shape[-1], dtype=q.dtype, device=q.device)
-    turned: Tensor = torch.linalg.solve(identity + q, identity - q, left=False)
-    return turned
+    wide = q.to(torch.promote_types(q.dtype, torch.float32))  # torch solves no systems in 16 bits
+    identity = torch.eye(q.shape[-1], dtype=wide.dtype, device=q.device)
+    turned: Tensor = torch.linalg.solve(identity + wide, identity - wide, left=False)
+    return turned.to(q.dtype)
 
 
 def neumann(q: Float[Tensor, "n b b"], n_terms: int) -> Float[Tensor, "n b b"]:
@@ -143,6 +147,7 @@ def neumann(q: Float[Tensor, "n b b"], n_terms: int) -> Float[Tensor, "n b b"]:
     return r + power @ q
 
 
+@functools.cache
 def nearest_divisor(n: int, wanted: int) -> int:
     """Return the divisor of n nearest to ``wanted``, the smaller of two; n itself if ``wanted`` is not below it."""
     if wanted >= n:

@@ -8,9 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from veneer import FourierFTConfig
 from veneer.core import linear
 from veneer.core.linear import apply_linear, apply_projected, compose_linear, entered, fold_blocks, fold_linear
 from veneer.core.records import LinearDelta
+from veneer.core.sites import LinearSite
 from veneer.core.terms.change import Change, Transposed, Weighed
 from veneer.core.terms.pair import Pair
 from veneer.core.terms.rotation import BlockRotation
@@ -161,3 +163,14 @@ def test_what_is_added_has_a_sum_of_any_weights():
     whole = compose_linear([part.weighed(w, own) for part, w in zip(parts, (0.3, -2.0), strict=True)], own)
     torch.testing.assert_close(whole.added(), 0.3 * parts[0].added() - 2 * parts[1].added())
     torch.testing.assert_close(whole.bias, own + 0.3 * (parts[0].bias - own))
+
+
+def test_a_derived_change_computes_in_the_dtype_of_its_own() -> None:
+    """A spectrum computes in float32, since there is no FFT in 16 bits: its multiple does too."""
+    config = FourierFTConfig(n_frequency=7, target_modules=["q"])
+    site = LinearSite(name="q", in_features=11, out_features=13)
+    params = {name: torch.randn(shape).bfloat16() for name, shape in config.shapes(site).items()}
+    (spectrum,) = config.lower(site, params).adds
+    x = torch.randn(3, 11)
+    torch.testing.assert_close(spectrum.weighed(0.5).apply(x), 0.5 * spectrum.apply(x))
+    assert spectrum.weighed(0.5).dtype == spectrum.dtype == torch.float32

@@ -64,3 +64,8 @@ def test_what_it_refuses(fields, words):
 def test_a_spectrum_has_as_many_places_as_the_weight():
     with pytest.raises(TargetError, match=r"n_frequency=1000 at .*, which has 24 x 24 weights: give at most 576"):
         get_peft_model(base(), FourierFTConfig(target_modules=TARGETS))
+
+
+def test_a_seed_beyond_64_bits_is_refused() -> None:
+    with pytest.raises(ConfigError, match="random_loc_seed=1000000000000000000000 must be a seed of torch"):
+        FourierFTConfig(random_loc_seed=10**21)

@@ -11,6 +11,7 @@ from torch import nn
 from methods_in_peft import assert_convolutions_equal_peft, assert_equals_peft, site
 from veneer import HRAConfig, get_peft_model
 from veneer.core.linear import fold_linear
+from veneer.core.sites import LinearSite
 from veneer.errors import ConfigError, TargetError
 from veneer.quant.dense import DenseWeight
 
@@ -58,3 +59,15 @@ def test_convolutions_equal_peft(tmp_path):
 def test_convolutions_in_groups_are_refused():
     with pytest.raises(TargetError, match="0 is a convolution in 2 groups, which this method cannot change"):
         get_peft_model(nn.Sequential(nn.Conv2d(4, 6, 3, groups=2)), HRAConfig(target_modules=["0"]))
+
+
+@pytest.mark.parametrize("settings", [{}, {"apply_GS": True}], ids=["triangular", "orthonormal"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_parameters_in_16_bits_are_lowered_in_float32(dtype: torch.dtype, settings: dict[str, bool]) -> None:
+    config = HRAConfig(r=4, target_modules=["q"], init_weights=False, **settings)
+    weight = DenseWeight(torch.randn(13, 11))
+    site = LinearSite(name="q", in_features=11, out_features=13, weight=weight)
+    params = {"hra_u": torch.randn(11, 4).to(dtype)}
+    found, expected = config.lower(site, params), config.lower(site, {"hra_u": params["hra_u"].float()})
+    assert found.low_rank.a.dtype == dtype
+    torch.testing.assert_close(found.added(), expected.added(), rtol=0.05, atol=0.05)

@@ -69,6 +69,10 @@ class _Derived(Change, ABC):
     of: Change
 
     @property
+    def dtype(self) -> torch.dtype:
+        return self.of.dtype
+
+    @property
     def tensors(self) -> tuple[Tensor, ...]:
         return self.of.tensors
 

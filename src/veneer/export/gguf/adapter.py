@@ -136,9 +136,9 @@ def _reasons(name: str | None, record: LinearDelta, config: Any) -> Iterator[str
     pair = record.low_rank
     if record.changes:
         yield "is changed as a whole"
-    elif pair is None:
+    elif pair is None and record.only_scales:
         yield "is scaled or shifted without low-rank factors"
-    elif pair.is_stacked:
+    elif pair is not None and pair.is_stacked:
         yield "holds the experts of a layer in one parameter"
     if not record.only_adds:
         yield "scales or rotates inputs or outputs"

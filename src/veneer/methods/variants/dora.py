@@ -19,6 +19,7 @@ from veneer.core.autocast import without_autocast
 from veneer.core.linear import row_norms
 from veneer.core.records import LinearDelta
 from veneer.core.sites import LinearSite
+from veneer.core.terms.pair import Pair
 from veneer.core.terms.scale import Scale
 from veneer.errors import ConfigError
 
@@ -52,6 +53,7 @@ def _norms(site: LinearSite, record: LinearDelta) -> Tensor:
     if site.weight is None or site.row_sq is None or record.low_rank is None:
         raise ConfigError(f"DoRA at {site.name} needs the frozen weight: load the base model before attaching")
     row_sq = site.row_sq()
-    pair = record.low_rank.with_tensors([factor.to(row_sq.device) for factor in record.low_rank.tensors])
+    plain = record.low_rank.plain
+    pair = Pair(a=plain.a.to(row_sq.device), b=plain.b.to(row_sq.device), scale=plain.scale)
     with without_autocast(row_sq.device):
         return row_norms(LinearDelta(adds=(pair,)), site.weight, row_sq)

@@ -6,6 +6,7 @@ import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -20,7 +21,7 @@ from veneer.contract.places import Placed
 from veneer.core.records import LinearDelta
 from veneer.disk.atomic import write_together
 from veneer.disk.safetensors import tensors_to_bytes
-from veneer.errors import CompositionError, FormatError
+from veneer.errors import CompositionError, FormatError, VeneerError
 from veneer.store.adapter.config import read_config
 from veneer.store.adapter.files import read_tensors, unusable
 from veneer.store.adapter.tensors import once_each
@@ -68,8 +69,17 @@ def read_records(folder: Path, places: Mapping[str, Placed] | None = None) -> St
     shared = () if config.shared is None else config.shared.names
     taken = {key for placed in places.values() for key in placed.keys.values()}
     others = tuple(sorted(key for key in tensors if key not in taken and not is_shared(key, shared)))
-    records = {path: config.lower(placed.site, params[path]) for path, placed in places.items()}
+    records = {path: _lowered(folder, config, placed.site, params[path]) for path, placed in places.items()}
     return StoredAdapter(config, places, records, others)
+
+
+def _lowered(folder: Path, config: MethodConfig, site: Any, params: Mapping[str, Tensor]) -> Record:
+    try:
+        return cast(Record, config.lower(site, params))
+    except VeneerError:
+        raise
+    except (RuntimeError, ValueError) as error:  # of torch, for values or dtypes that a method does not expect
+        raise FormatError(f"the adapter {folder} ({config.peft_type}) cannot be read: {error}") from error
 
 
 def read_updates(folder: Path, places: Mapping[str, Placed] | None = None) -> StoredAdapter:
