@@ -6,7 +6,7 @@ import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -75,7 +75,7 @@ def read_records(folder: Path, places: Mapping[str, Placed] | None = None) -> St
 
 def _lowered(folder: Path, config: MethodConfig, site: Any, params: Mapping[str, Tensor]) -> Record:
     try:
-        return cast(Record, config.lower(site, params))
+        return config.lower(site, params)
     except VeneerError:
         raise
     except (RuntimeError, ValueError) as error:  # of torch, for values or dtypes that a method does not expect
