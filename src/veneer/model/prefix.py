@@ -182,7 +182,7 @@ def attention_sites(model: PreTrainedModel) -> tuple[AttentionSite, ...]:
 
 
 def _described_sites(model: PreTrainedModel) -> tuple[AttentionSite, ...] | None:
-    """Those of a decoder whose description is tested by values; None for any other model."""
+    """Parts of a decoder whose description is tested by values; None for any other model."""
     try:
         decoder = describe(model)
     except DescriptionError:

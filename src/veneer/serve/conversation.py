@@ -15,7 +15,7 @@ Conversation = Sequence[Mapping[str, Any]]
 
 
 TEMPLATE_ARGUMENTS = frozenset(inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters)
-"""What `apply_chat_template` reads itself; all else goes to the template."""
+"""Arguments of `apply_chat_template` itself; all others go to the template."""
 
 
 def chat_text(tokenizer: Any, messages: Conversation, how: Mapping[str, Any]) -> str:
