@@ -196,7 +196,7 @@ def test_adapters_that_cannot_act_together(tiny: Any) -> None:
     with pytest.raises(CompositionError, match=r"each have their own lm_head\.weight"):
         model.set_adapter(["default", "b"])
     model.add_adapter("ia3", IA3Config())
-    with pytest.raises(CompositionError, match="scale its input or output"):
+    with pytest.raises(CompositionError, match="scale or rotate its inputs or outputs"):
         model.set_adapter(["default", "ia3"])
     assert model.active_adapters == ["default"]
 
