@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import enum
-import itertools
 from collections import deque
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
+from itertools import chain, islice
 
 from veneer.errors import AdapterNameError, ConfigError
 from veneer.serve.pages import Pages
 
 _AHEAD = 2  # loads begun at once, so that the loader has the next when it ends one
+_TOLD = 10  # names in a message
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,11 +54,35 @@ class _Entry:
     running: int = 0
     pinned: bool = False
     residency: Residency = Residency.ABSENT
-    used: int = 0
 
     @property
     def is_needed(self) -> bool:
         return bool(self.names or self.waiting or self.running)
+
+    @property
+    def is_idle(self) -> bool:
+        """True if it is loaded and may be evicted."""
+        return self.residency is Residency.RESIDENT and not self.running and not self.pinned
+
+
+class _Group:
+    """Versions in the order in which they came, with the sum of their bytes, which do not change meanwhile."""
+
+    def __init__(self) -> None:
+        self.entries: dict[str, _Entry] = {}
+        self.n_bytes = 0
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def set(self, entry: _Entry, there: bool) -> None:
+        """Add a version at the end, or remove it; do nothing if that is so already."""
+        id = entry.version.id
+        if there and id not in self.entries:
+            self.entries[id] = entry
+            self.n_bytes += entry.n_bytes
+        elif not there and self.entries.pop(id, None) is not None:
+            self.n_bytes -= entry.n_bytes
 
 
 class AdapterPool:
@@ -70,6 +95,8 @@ class AdapterPool:
     - A version without a name and without requests is removed.
     - Every load that begins is `loaded`, `failed` or `abandoned`.
     - Two names of equal content are one version.
+
+    No call looks through the versions: each version stands in the groups that its state says.
     """
 
     def __init__(self, n_resident: int | None = None, n_acting: int | None = None, memory: Pages | None = None) -> None:
@@ -79,9 +106,12 @@ class AdapterPool:
         self.n_resident, self.n_acting, self.memory = n_resident, n_acting, memory
         self.going: deque[str] = deque()
         """Versions that went out, which the runner is to unload before anything is loaded or run."""
+        self.moved: dict[str, None] = {}
+        """Versions that were loaded or evicted, or entered or left the batch, since the scheduler looked."""
         self._entries: dict[str, _Entry] = {}
         self._names: dict[str, str] = {}
-        self._clock = itertools.count(1)
+        self._resident, self._loading, self._acting, self._pinned, self._unneeded = (_Group() for _ in range(5))
+        self._free, self._awaited = _Group(), _Group()  # idle ones: nobody waits for them, or somebody does
 
     @property
     def names(self) -> dict[str, AdapterVersion]:
@@ -91,17 +121,22 @@ class AdapterPool:
     @property
     def resident(self) -> list[str]:
         """Versions that are loaded."""
-        return self._in(Residency.RESIDENT)
+        return list(self._resident.entries)
 
     @property
     def loading(self) -> list[str]:
         """Versions that are loading."""
-        return self._in(Residency.LOADING)
+        return list(self._loading.entries)
+
+    @property
+    def acting(self) -> list[str]:
+        """Versions with requests in the batch."""
+        return list(self._acting.entries)
 
     @property
     def pinned_bytes(self) -> int:
         """Bytes of the pinned versions."""
-        return sum(entry.n_bytes for entry in list(self._entries.values()) if entry.pinned)
+        return self._pinned.n_bytes
 
     @property
     def known(self) -> frozenset[str]:
@@ -110,8 +145,8 @@ class AdapterPool:
 
     def told_places(self) -> str:
         """Return a text for errors: how many versions are loaded and pinned, and the limits of number and bytes."""
-        pinned = [entry for entry in self._entries.values() if entry.pinned]
-        said = f"{len(self.resident)} adapters are loaded, {len(pinned)} of them pinned"
+        n_pinned = sum(entry.residency is Residency.RESIDENT for entry in self._pinned.entries.values())
+        said = f"{len(self._resident)} adapters are loaded, {n_pinned} of them pinned"
         if self.n_resident is not None:
             said += f", and there is room for {self.n_resident} in number (max_cpu_loras, max_loras)"
         if self.memory is not None:
@@ -122,6 +157,14 @@ class AdapterPool:
         """Return a version by its id."""
         return self._entries[id].version
 
+    def names_of(self, id: str) -> list[str]:
+        """Return the names that refer to a version."""
+        return sorted(self._entries[id].names)
+
+    def is_known(self, id: str) -> bool:
+        """Return True if a version has an entry in the pool."""
+        return id in self._entries
+
     def is_needed(self, id: str) -> bool:
         """Return True if a name refers to a version, or a request needs it."""
         return id in self._entries and self._entries[id].is_needed
@@ -131,17 +174,18 @@ class AdapterPool:
 
         A version that is not loaded is read from the folder given last, since an earlier folder may be gone.
         """
-        self._unname(name)
+        if self._names.get(name) != version.id:
+            self._unname(name)
         entry = self._entries.setdefault(version.id, _Entry(version, version.n_bytes))
         if entry.residency is Residency.ABSENT:
             entry.version = version
         entry.names.add(name)
         self._names[name] = version.id
+        self._sort(entry)
 
     def forget(self, name: str) -> None:
         """Drop a name, at once for new requests. Raises AdapterNameError for an unknown one."""
-        if name not in self._names:
-            raise AdapterNameError(f"no adapter {name!r}; known: {sorted(self._names)}")
+        self._require_known(name)
         self._unname(name)
 
     def pin(self, name: str) -> None:
@@ -154,51 +198,60 @@ class AdapterPool:
 
     def enter(self, id: str) -> None:
         """Count a new request that waits for the version."""
-        self._entries[id].waiting += 1
+        self._count(id, 1, 0)
 
     def leave(self, id: str) -> None:
         """Remove a request that waited for the version; undoes `enter`."""
-        self._entries[id].waiting -= 1
+        self._count(id, -1, 0)
 
     def acquire(self, id: str) -> None:
         """Move a waiting request of the version into the batch; the version must be resident."""
-        entry = self._entries[id]
-        entry.waiting, entry.running, entry.used = entry.waiting - 1, entry.running + 1, next(self._clock)
+        self._count(id, -1, 1)
 
     def release(self, id: str) -> None:
         """Move a request of the version from the batch back to the waiting ones."""
-        entry = self._entries[id]
-        entry.waiting, entry.running = entry.waiting + 1, entry.running - 1
+        self._count(id, 1, -1)
 
     def is_resident(self, id: str) -> bool:
         """Return True if a version is loaded."""
         return self._entries[id].residency is Residency.RESIDENT
 
+    def is_absent(self, id: str) -> bool:
+        """Return True if a version is neither loaded nor loading."""
+        return self._entries[id].residency is Residency.ABSENT
+
+    def is_acting(self, id: str) -> bool:
+        """Return True if a request of the version is in the batch."""
+        return self._entries[id].running > 0
+
     def is_pinned(self, id: str) -> bool:
         """Return True if a version is pinned, so that it is never evicted."""
         return self._entries[id].pinned
 
+    @property
+    def is_full(self) -> bool:
+        """True if no version may enter the batch besides those that are in it."""
+        return self.n_acting is not None and len(self._acting) >= self.n_acting
+
     def may_act(self, id: str) -> bool:
         """Return True if a request of this version may enter the batch with the versions that are in it."""
-        acting = {key for key, entry in self._entries.items() if entry.running}
-        return id in acting or self.n_acting is None or len(acting) < self.n_acting
+        return self._entries[id].running > 0 or not self.is_full
 
-    def begin_load(self, wanted: Iterable[str]) -> str | None:
-        """Begin to load the first of the wanted versions (oldest request first) that is neither loaded nor loading.
+    def begin_load(self, wanted: Iterable[str], *, spares_awaited: bool = False) -> str | None:
+        """Begin to load the first of the wanted versions (first request first) that is neither loaded nor loading.
 
-        Idle versions are evicted for it, least recently used first, except those that older requests want. Returns None
-        if all are loaded or loading, if nothing can be evicted, or if enough versions are loading.
+        Idle versions are evicted for it, idle the longest first, except those before it in ``wanted``. Those that
+        requests wait for are the last to go, or stay (``spares_awaited``). Returns None if all are loaded or loading,
+        if nothing can be evicted, or if enough versions are loading.
         """
         kept = set[str]()
         for id in wanted:
             entry = self._entries[id]
             if entry.residency is Residency.ABSENT:
-                victims = self._victims(entry, kept)
-                if victims is None or len(self.loading) >= _AHEAD:
+                if len(self._loading) >= _AHEAD or not self._finds_place(entry, kept, spares_awaited):
                     return None
-                self._evict(victims)
-                self._lend(entry.n_bytes)
                 entry.residency = Residency.LOADING
+                self._sort(entry, moved=True)
                 return id
             kept.add(id)
         return None
@@ -206,14 +259,14 @@ class AdapterPool:
     def will_load(self, id: str) -> bool:
         """Return True if an absent version is loading, or could load without a request leaving the batch."""
         entry = self._entries[id]
-        return entry.residency is Residency.LOADING or self._victims(entry, ()) is not None
+        return entry.residency is Residency.LOADING or self._suffice(*self._lacking(entry), (), False)
 
     def lacks_bytes(self, id: str) -> bool:
         """Return True if a version is absent and evicting all idle versions would free too few bytes for it."""
         entry = self._entries[id]
         if self.memory is None or entry.residency is not Residency.ABSENT:
             return False
-        return entry.n_bytes > self.memory.lendable + sum(e.n_bytes for e in self._idle(()))
+        return entry.n_bytes > self.memory.lendable + self._free.n_bytes + self._awaited.n_bytes
 
     def settle(self, id: str, n_bytes: int) -> bool:
         """Set the bytes of a version whose load has ended; return False if it does not fit.
@@ -223,19 +276,20 @@ class AdapterPool:
         """
         entry = self._entries[id]
         self._give_back(entry.n_bytes)
+        for group in (self._loading, self._pinned):
+            group.set(entry, False)
         entry.n_bytes, entry.residency = n_bytes, Residency.ABSENT
-        victims = self._victims(entry, ())
-        if victims is None:
-            return False
-        self._evict(victims)
-        self._lend(n_bytes)
-        entry.residency = Residency.LOADING
-        return True
+        fits = self._finds_place(entry)
+        if fits:
+            entry.residency = Residency.LOADING
+        self._sort(entry, moved=True)
+        return fits
 
     def loaded(self, id: str) -> None:
         """Mark a version as loaded, whose load was begun."""
         entry = self._entries[id]
-        entry.residency, entry.used = Residency.RESIDENT, next(self._clock)
+        entry.residency = Residency.RESIDENT
+        self._sort(entry, moved=True)
 
     def abandoned(self, id: str) -> None:
         """End a load without a result, since no request needs the version any more."""
@@ -248,61 +302,89 @@ class AdapterPool:
             self._unname(name)
         self._absent(entry)
 
-    def give_way(self, n_bytes: int, kept: Collection[str] = ()) -> bool:
-        """Evict idle versions until so many bytes are free; return False, and evict none, if they are too few."""
-        chosen = list[_Entry]()
-        for entry in self._idle(kept):
-            if sum(e.n_bytes for e in chosen) >= n_bytes:
-                break
-            chosen.append(entry)
-        if sum(e.n_bytes for e in chosen) < n_bytes:
+    def give_way(self, n_bytes: int, kept: Collection[str] = (), *, spares_awaited: bool = False) -> bool:
+        """Evict idle versions until so many bytes are free; return False, and evict none, if they are too few.
+
+        Those that are ``kept`` stay. Those that requests wait for are the last to go, or stay (``spares_awaited``).
+        """
+        if not self._suffice(0, n_bytes, kept, spares_awaited):
             return False
-        self._evict(chosen)
+        self._evict(0, n_bytes, kept)
         return True
 
     def tidy(self) -> None:
         """Evict versions that have no name and no request."""
-        for entry in [e for e in self._entries.values() if not e.is_needed]:
+        for entry in list(self._unneeded.entries.values()):
             if entry.residency is Residency.RESIDENT:
-                self._evict([entry])
+                self._go(entry)
             self._drop_if_unknown(entry)
 
-    def _in(self, residency: Residency) -> list[str]:
-        return [id for id, entry in self._entries.items() if entry.residency is residency]
+    def _count(self, id: str, waiting: int, running: int) -> None:
+        entry = self._entries[id]
+        acted = entry.running > 0
+        entry.waiting, entry.running = entry.waiting + waiting, entry.running + running
+        self._sort(entry, moved=acted != (entry.running > 0))
 
-    def _idle(self, kept: Collection[str]) -> list[_Entry]:
-        """The loaded versions that may go out: those that nobody waits for first, then those used longest ago."""
-        found = [e for e in self._entries.values() if e.residency is Residency.RESIDENT]
-        free = [e for e in found if not e.running and not e.pinned and e.version.id not in kept]
-        return sorted(free, key=lambda e: (e.waiting > 0, e.used))
+    def _sort(self, entry: _Entry, *, moved: bool = False) -> None:
+        """Put a version into the groups that its state says."""
+        needed, idle = entry.is_needed, entry.is_idle
+        self._resident.set(entry, entry.residency is Residency.RESIDENT)
+        self._loading.set(entry, entry.residency is Residency.LOADING)
+        self._acting.set(entry, entry.running > 0)
+        self._pinned.set(entry, entry.pinned)
+        self._unneeded.set(entry, not needed and entry.residency is not Residency.LOADING)
+        self._free.set(entry, idle and not entry.waiting)
+        self._awaited.set(entry, idle and entry.waiting > 0)
+        if moved:
+            self.moved[entry.version.id] = None
 
-    def _victims(self, entry: _Entry, kept: Collection[str]) -> list[_Entry] | None:
-        """The versions that have to go before one has a place; None where those that may go are too few."""
-        n_there = len(self.resident) + len(self.loading)
+    def _lacking(self, entry: _Entry) -> tuple[int, int]:
+        """The number of versions, and the bytes, that have to go before one has a place."""
+        n_there = len(self._resident) + len(self._loading)
         n_over = 0 if self.n_resident is None else n_there + 1 - self.n_resident
-        lacking = 0 if self.memory is None else entry.n_bytes - self.memory.lendable
-        chosen = list[_Entry]()
-        for victim in self._idle(kept):
-            if len(chosen) >= n_over and lacking <= 0:
-                break
-            chosen.append(victim)
-            lacking -= victim.n_bytes
-        return chosen if len(chosen) >= n_over and lacking <= 0 else None
+        return n_over, 0 if self.memory is None else entry.n_bytes - self.memory.lendable
 
-    def _evict(self, entries: Iterable[_Entry]) -> None:
-        for entry in entries:
-            self.going.append(entry.version.id)
-            self._absent(entry)
+    def _finds_place(self, entry: _Entry, kept: Collection[str] = (), spares_awaited: bool = False) -> bool:
+        """Evict what has to go for a version, and lend its bytes; False where those that may go are too few."""
+        lacking = self._lacking(entry)
+        if not self._suffice(*lacking, kept, spares_awaited):
+            return False
+        self._evict(*lacking, kept)
+        if self.memory is not None:
+            self.memory.lend(entry.n_bytes)
+        return True
+
+    def _suffice(self, n: int, n_bytes: int, kept: Collection[str], spares_awaited: bool) -> bool:
+        """True if the idle versions are so many, and have so many bytes, without those that are kept."""
+        groups = (self._free,) if spares_awaited else (self._free, self._awaited)
+        spared = [entry for group in groups for id in kept if (entry := group.entries.get(id)) is not None]
+        n_spared, spared_bytes = len(spared), sum(entry.n_bytes for entry in spared)
+        return (
+            n <= sum(map(len, groups)) - n_spared and n_bytes <= sum(group.n_bytes for group in groups) - spared_bytes
+        )
+
+    def _evict(self, n: int, n_bytes: int, kept: Collection[str]) -> None:
+        """Evict so many idle versions with so many bytes: those that nobody waits for, then those idle longest."""
+        chosen = list[_Entry]()
+        for entry in chain(self._free.entries.values(), self._awaited.entries.values()):
+            if len(chosen) >= n and n_bytes <= 0:
+                break
+            if entry.version.id not in kept:
+                chosen.append(entry)
+                n_bytes -= entry.n_bytes
+        for entry in chosen:
+            self._go(entry)
+
+    def _go(self, entry: _Entry) -> None:
+        self.going.append(entry.version.id)
+        self._absent(entry)
 
     def _absent(self, entry: _Entry) -> None:
         if entry.residency is not Residency.ABSENT:
             self._give_back(entry.n_bytes)
         entry.residency = Residency.ABSENT
+        self._sort(entry, moved=True)
         self._drop_if_unknown(entry)
-
-    def _lend(self, n_bytes: int) -> None:
-        if self.memory is not None:
-            self.memory.lend(n_bytes)
 
     def _give_back(self, n_bytes: int) -> None:
         if self.memory is not None:
@@ -314,13 +396,22 @@ class AdapterPool:
             entry = self._entries[id]
             entry.names.discard(name)
             entry.pinned = entry.pinned and bool(entry.names)
+            self._sort(entry)
             self._drop_if_unknown(entry)
 
     def _drop_if_unknown(self, entry: _Entry) -> None:
         if entry.residency is Residency.ABSENT and not entry.is_needed:
             self._entries.pop(entry.version.id, None)
+            self._unneeded.set(entry, False)
+            self.moved.pop(entry.version.id, None)
 
     def _set_pinned(self, name: str, pinned: bool) -> None:
+        self._require_known(name)
+        entry = self._entries[self._names[name]]
+        entry.pinned = pinned
+        self._sort(entry)
+
+    def _require_known(self, name: str) -> None:
         if name not in self._names:
-            raise AdapterNameError(f"no adapter {name!r}; known: {sorted(self._names)}")
-        self._entries[self._names[name]].pinned = pinned
+            more = f" and {len(self._names) - _TOLD:,} more" if len(self._names) > _TOLD else ""
+            raise AdapterNameError(f"no adapter {name!r}; known: {sorted(islice(self._names, _TOLD))}{more}")

@@ -6,7 +6,6 @@ The general runner is the one that refuses invalid folders. If a part of an adap
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -35,7 +34,7 @@ from veneer.store.adapter.records import StoredAdapter, read_records
 from veneer.store.adapter.tensors import once_each
 
 TokenRows = tuple[Tensor, Tensor]
-_KEPT = 8  # configs whose places are kept
+_KEPT = 512  # configs whose places are kept
 
 
 class UnsaidError(VeneerError):
@@ -73,16 +72,19 @@ class Lookup:
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
-        self._seen: deque[_Places] = deque(maxlen=_KEPT)
+        self._seen: dict[str, _Places] = {}  # by all that a config says; the one that was used last at the end
 
     def of(self, config: MethodConfig) -> _Places:
         """Return the places for a config. Raises TargetError if the model has none."""
-        found = next((each for each in self._seen if each.config == config), None)
-        if found is None:
+        key = repr(config)
+        found = self._seen.pop(key, None)
+        if found is None or found.config != config:
             snapshot = look_at(self.model)
             plan = plan_of(snapshot, config, fresh=False)
             found = _Places(config, plan, places_of(snapshot, plan))
-            self._seen.append(found)
+        self._seen[key] = found
+        if len(self._seen) > _KEPT:
+            del self._seen[next(iter(self._seen))]
         return found
 
 

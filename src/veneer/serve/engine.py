@@ -153,12 +153,13 @@ class Engine:
         version = self.versions.of(request)
         self._bind(request, version)
         while not self.pool.is_resident(version.id):
-            if version.id not in self.pool.loading and not self._begin_load([version.id]) and not self.pool.loading:
+            began = self.pool.is_absent(version.id) and self._load(self.pool.begin_load([version.id]))
+            if not began and not self.pool.loading:
                 self._forget_names(version.id)
                 raise ConfigError(f"adapter {request.name!r} finds no place: {self.pool.told_places()}")
             self._inbox.wait()
             self._take_all()
-            if version.id not in self.pool.known:
+            if not self.pool.is_known(version.id):
                 raise self._failures.pop(
                     version.id, AdapterNameError(f"adapter {request.name!r} was dropped while it was loaded")
                 )
@@ -228,14 +229,12 @@ class Engine:
             self.scheduler.add(request)
 
     def _begin_loads(self) -> None:
-        """Let what waiting requests lack be read, the oldest's first."""
-        wanted = self.scheduler.wanted()
-        while self._begin_load(wanted):
+        """Let what waiting requests lack be read, the first one's first."""
+        while self._load(self.scheduler.begin_load()):
             pass
 
-    def _begin_load(self, wanted: Sequence[str]) -> bool:
-        """Let one of the wanted versions be read, if one lacks that has a place."""
-        id = self.pool.begin_load(wanted)
+    def _load(self, id: str | None) -> bool:
+        """Let a version be read whose load has begun, if there is one."""
         if id is not None:
             self._loader.submit(id, partial(_read, self.runner, self.versions, self.pool.version(id)))
         return id is not None
@@ -289,7 +288,7 @@ class Engine:
 
     def _forget_names(self, id: str) -> None:
         """Drop all names of a version that cannot be loaded."""
-        for name in [n for n, version in self.pool.names.items() if version.id == id]:
+        for name in self.pool.names_of(id):
             self._adapters.pop(name, None)
             self.pool.forget(name)
 

@@ -26,7 +26,7 @@ from veneer.ops.pairs import Factor, PackedPairs, pack_factors
 from veneer.serve.products import Own
 from veneer.store.checkpoint import is_finite
 
-_KEPT = 8  # layouts
+_KEPT = 512  # layouts
 _AT_ONCE = 1 << 20  # bytes of a file: they are looked at and packed while they lie in a core's cache
 
 Owns = Sequence[Own | None]
@@ -37,23 +37,28 @@ _UNREAD = ("base_model_name_or_path", "revision", "lora_dropout", "peft_version"
 
 
 class Layouts:
-    """Layouts of adapters that have been read, limited to the last few. For any thread."""
+    """Layouts of adapters that have been read, limited to those used last. For any thread."""
 
     def __init__(self) -> None:
-        self._known: dict[Head, _Layout] = {}
-        self._lock = threading.Lock()  # a layout has one piece of memory that values are read into
+        self._known: dict[Head, _Layout] = {}  # the one that was used last at the end
+        self._memory: dict[torch.dtype, Tensor] = {}  # values are read into it, those of all layouts
+        self._lock = threading.Lock()  # of that memory
 
     def read(self, folder: Path) -> Owns | None:
         """Return an adapter packed; None if its layout is new, or if something is wrong that a full read reports."""
         if self._known:
             with suppress(OSError, ValueError), _opened(folder) as (head, file), self._lock:
-                layout = self._known.get(head)
-                return None if layout is None else layout.read(file)
+                layout = self._known.pop(head, None)
+                if layout is None:
+                    return None
+                self._known[head] = layout
+                return layout.read(file)
         return None
 
     def learn(self, folder: Path, owns: Owns, factors: Sequence[Factor]) -> None:
         """Store the layout of an adapter packed from ``factors``, if reading by its table gives the same values."""
-        layout = _layout_of(owns, factors)
+        with self._lock:
+            layout = _layout_of(owns, factors, self._memory)
         if layout is None:
             return
         with suppress(OSError, ValueError), _opened(folder) as (head, file), self._lock:
@@ -138,9 +143,9 @@ def _with_factors(owns: Owns, factors: Sequence[Tensor]) -> Owns:
     return made
 
 
-def _layout_of(owns: Owns, factors: Sequence[Factor]) -> _Layout | None:
+def _layout_of(owns: Owns, factors: Sequence[Factor], memory: dict[torch.dtype, Tensor]) -> _Layout | None:
     """The layout of the file that these factors are parts of; None where they are not all that is in it, or some of the
-    changes are more than their pairs.
+    changes are more than their pairs. Values are read into ``memory``, which is made larger if it is too small.
     """
     ordered = sorted(factors, key=lambda factor: factor.rows.storage_offset())
     if not _fill_one_memory([factor.rows for factor in ordered]) or not all(map(_is_plain, filter(None, owns))):
@@ -149,9 +154,11 @@ def _layout_of(owns: Owns, factors: Sequence[Factor]) -> _Layout | None:
     starts = accumulate((x.numel() for x in packed), initial=0)
     places = {x.data_ptr(): start for x, start in zip(packed, starts, strict=False)}
     parts = list(_parts(ordered))
-    memory = ordered[0].rows.new_empty(max(sum(factor.rows.numel() for factor in part) for part in parts))
+    rows, longest = ordered[0].rows, max(sum(factor.rows.numel() for factor in part) for part in parts)
+    if rows.dtype not in memory or len(memory[rows.dtype]) < longest:
+        memory[rows.dtype] = rows.new_empty(max(longest, _AT_ONCE // rows.itemsize))
     return _Layout(
-        [_stretch(part, memory, places) for part in parts],
+        [_stretch(part, memory[rows.dtype], places) for part in parts],
         _with_factors(owns, [torch.empty_like(x, device="meta") for x in packed]),
         sum(factor.rows.numel() for factor in ordered) < sum(x.numel() for x in packed),
     )

@@ -7,6 +7,7 @@ stretches, on the same registers.
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
@@ -110,6 +111,7 @@ class NativeStep:
         self.stream = Register(STREAM, (width,))
         self.parts: list[Part | None] = []
         self.numbers: dict[str, int] = {}
+        self._unused: list[int] = []  # numbers of versions that were dropped, a heap
         self.partly: set[str] = set()
         """The versions that some part does not know."""
         self.n_registers, self.n_moves = 0, 0  # moves: of the memory of registers
@@ -125,7 +127,7 @@ class NativeStep:
 
     def take(self, version: str, effects: Effects, bottlenecks: Mapping[str, Bottleneck]) -> None:
         """Add an adapter version, after the linear layers have taken its records."""
-        number = next(n for n in range(len(self.numbers) + 1) if n not in self.numbers.values())
+        number = heapq.heappop(self._unused) if self._unused else len(self.numbers)
         self.numbers[version] = number
         paths = frozenset({path for path, _ in effects.whole} | effects.rows.keys())
         adapter = Adapter(effects, bottlenecks, paths)
@@ -138,7 +140,9 @@ class NativeStep:
     def drop(self, version: str) -> None:
         """Drop an adapter version, if it is known."""
         if version in self.numbers:
-            self.program.drop(self.numbers.pop(version))
+            number = self.numbers.pop(version)
+            self.program.drop(number)
+            heapq.heappush(self._unused, number)
         self.partly.discard(version)
         for part in self.parts:
             if part is not None:

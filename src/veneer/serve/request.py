@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+from collections.abc import Hashable
 from dataclasses import dataclass, field
 
 from veneer.serve.outputs import FinishReason
@@ -36,7 +37,8 @@ class StopRule:
 class Request:
     """State of one answer.
 
-    ``version`` is the adapter's; ``n_front`` is the number of its virtual tokens, which precede the prompt.
+    ``version`` is the adapter's; ``n_front`` is the number of its virtual tokens, which precede the prompt. A lower
+    ``priority`` is more urgent; within one, the ``client`` that has received least comes first.
     ``n_computed`` counts the tokens whose keys and values are in pages. ``scores_prompt``: log-probabilities of the
     prompt are asked for, and ``n_scored`` of them are computed.
     """
@@ -47,6 +49,8 @@ class Request:
     version: str | None = None
     n_front: int = 0
     scores_prompt: bool = False
+    client: Hashable = ""
+    priority: int = 0
     output: list[int] = field(default_factory=list)
     n_computed: int = 0
     n_scored: int = 0

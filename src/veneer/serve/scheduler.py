@@ -1,9 +1,13 @@
 """Scheduler: continuous batching with chunked prefill and preemption. No torch.
 
 A request waits until there is a place in the batch, pages, and its adapter. It then computes its tokens, at most a
-step's budget at a time, draws one token a step, and ends. If pages are too few, idle adapters are evicted first. Then
-the newest request in the batch is preempted: it frees its pages and is computed again later. If an adapter finds no
-place, the version in the batch that ends first admits no more requests. Younger requests of all others continue.
+step's budget at a time, draws one token a step, and ends. The next to be admitted is the one of the client that has
+received least (`Clients`), among those of the most urgent priority. If pages are too few, idle adapters are evicted
+first. Then the newest request of the client that has received most is preempted: it frees its pages and is computed
+again later. If an adapter finds no place, the version in the batch that ends first admits no more requests. Requests of
+all others continue.
+
+The cost of a step depends on the batch alone, not on the number of waiting requests, clients and known adapters.
 
 Invariants:
 - A plan has each request at most once, and at most the budget's tokens; rows of one version are contiguous.
@@ -15,17 +19,18 @@ Invariants:
 
 from __future__ import annotations
 
-import bisect
 import itertools
 from collections.abc import Collection
 from dataclasses import dataclass
 
 from veneer.errors import ConfigError
 from veneer.serve.adapter_pool import AdapterPool
+from veneer.serve.clients import Clients
 from veneer.serve.outputs import FinishReason
 from veneer.serve.pages import Pages
 from veneer.serve.plan import Plan, PlannedSequence, Sampled
 from veneer.serve.request import Request, Status
+from veneer.serve.waiting import Waiting
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +51,7 @@ class Limits:
 
 
 class Scheduler:
-    """Waiting requests, oldest first, and those in the batch, in the order of their admission."""
+    """Waiting requests, in the order in which they are admitted, and those in the batch, in that of their admission."""
 
     def __init__(self, pages: Pages, pool: AdapterPool, limits: Limits) -> None:
         if pages.n_pages * pages.block < limits.max_model_len:
@@ -55,7 +60,8 @@ class Scheduler:
                 f"max_model_len={limits.max_model_len}: lower max_model_len, or raise kv_cache_memory_bytes"
             )
         self.pages, self.pool, self.limits = pages, pool, limits
-        self.waiting: list[Request] = []
+        self.clients = Clients()
+        self.waiting = Waiting(pool, self.clients)
         self.running: list[Request] = []
         self._arrivals = itertools.count()
 
@@ -68,9 +74,10 @@ class Scheduler:
         """Queue a request. Raises ConfigError if it could never be run."""
         self.require_room(len(request.prompt), request.n_front)
         request.arrival = next(self._arrivals)
-        self.waiting.append(request)
+        self.clients.enter(request.client)
         if request.version is not None:
             self.pool.enter(request.version)
+        self.waiting.add(request)
 
     def require_room(self, n_prompt: int, n_front: int, n_bytes: int | None = None) -> int:
         """Return the number of tokens that an answer to a prompt may have.
@@ -105,20 +112,27 @@ class Scheduler:
 
     def fail(self, version: str, error: Exception) -> list[Request]:
         """End the requests that wait for a version that cannot be loaded; return them."""
-        found = [request for request in self.waiting if request.version == version]
+        found = self.waiting.of(version)
         for request in found:
             self.end(request, "error", error)
         return found
 
-    def wanted(self) -> list[str]:
-        """Return the versions that waiting requests need, the oldest request's first."""
-        return list(dict.fromkeys(r.version for r in self.waiting if r.version is not None))
+    def begin_load(self) -> str | None:
+        """Begin to load the version of the first request that lacks it; None if it must wait, or if none lacks any.
+
+        No version goes out for it that a request before it waits for.
+        """
+        request, idle = self.waiting.absent(), self.waiting.idle()
+        if request is None or request.version is None:
+            return None
+        spares = idle is not None and self.waiting.key(idle) < self.waiting.key(request)
+        return self.pool.begin_load([request.version], spares_awaited=spares)
 
     def stuck(self) -> Request | None:
-        """Return the oldest request, if the last plan was empty and no load in progress can change that."""
+        """Return the first request, if the last plan was empty and no load in progress can change that."""
         if self.pool.loading or not self.has_work:
             return None
-        return (self.running or self.waiting)[0]
+        return self.running[0] if self.running else self.waiting.head()
 
     def plan(self) -> Plan:
         """Return the plan of the next step; admits and preempts requests, and evicts adapters."""
@@ -126,11 +140,14 @@ class Scheduler:
         budget = self.limits.max_batched_tokens
         at_first = sorted(self.running, key=lambda r: r.n_left > 1)  # decoding first, each kind oldest first
         for request in at_first:
-            n = min(request.n_left, budget - sum(planned.values()))
+            n, n_running = min(request.n_left, budget), len(self.running)
             if n and request.status is Status.RUNNING and self._reserve(request, n, planned):
                 planned[request] = n
+                budget -= n
+            if len(self.running) < n_running:  # what was planned for others may have been given up
+                budget = self.limits.max_batched_tokens - sum(planned.values())
         if all(request.status is Status.RUNNING for request in at_first):  # pages just given back are not for others
-            self._admit(planned)
+            self._admit(planned, budget)
         order = sorted(planned, key=lambda r: r.version or "")  # the base's first
         return Plan(tuple(self._laid_out(request, planned[request]) for request in order))
 
@@ -146,6 +163,7 @@ class Scheduler:
                 request.end("error", sampled.failed[request.id])
             elif sequence.samples:
                 request.draw(sampled.drawn[request.id].token)
+                self.clients.draw(self.clients[request.client])
             ended = request.status is Status.DONE
             if ended:
                 self._drop(request)
@@ -160,21 +178,31 @@ class Scheduler:
         """
         n_positions = request.n_front + request.n_computed + n
         while not self._grow(request, n_positions):
-            newest = self.running[-1]
-            if newest is self.running[0]:
+            if len(self.running) < 2:
                 return False
-            planned.pop(newest, None)
-            self._preempt(newest)
-            if newest is request:
+            victim = self._victim()
+            planned.pop(victim, None)
+            self._preempt(victim)
+            if victim is request:
                 return False
         return True
 
-    def _grow(self, request: Request, n_positions: int, kept: Collection[str] = ()) -> bool:
+    def _victim(self) -> Request:
+        """The newest request of the client that has received most, those of the least urgent priority before others;
+        never the oldest in the batch.
+        """
+        places = range(1, len(self.running))
+        newest = max(places, key=lambda i: (self.waiting.key(self.running[i])[:2], i))
+        return self.running[newest]
+
+    def _grow(
+        self, request: Request, n_positions: int, kept: Collection[str] = (), *, spares_awaited: bool = False
+    ) -> bool:
         """Pages for so many positions, adapters going out for them that nobody uses, but for those ``kept``."""
         if self.pages.covers(request.id, n_positions):
             return True
         lacking = self.pages.lacking(request.id, n_positions)
-        if lacking is None or (lacking and not self.pool.give_way(lacking, kept)):
+        if lacking is None or (lacking and not self.pool.give_way(lacking, kept, spares_awaited=spares_awaited)):
             return False
         return self.pages.grow(request.id, n_positions)
 
@@ -185,37 +213,41 @@ class Scheduler:
             self.pool.release(request.version)
         request.status, request.n_computed = Status.WAITING, 0
         request.n_preempted += 1
-        bisect.insort(self.waiting, request, key=lambda r: r.arrival)
+        self.clients.back(self.clients[request.client])
+        self.waiting.add(request)
 
-    def _admit(self, planned: dict[Request, int]) -> None:
-        wanted, closed = set[str](), set[str]()
-        for request in list(self.waiting):
-            budget = self.limits.max_batched_tokens - sum(planned.values())
-            if not budget or len(self.running) >= self.limits.max_seqs:
-                return
-            version = request.version
-            if version is not None:
-                wanted.add(version)
-            if version in closed:
-                continue
-            if version is not None and not self._may_enter(version):
-                # Younger requests go on beside an older one that has no place, in all versions but the one that ends
-                # first: its place is the older one's. Where it is bytes that lack, nobody takes more.
-                closed = closed or self._closed_for(version)
-                if self.pool.lacks_bytes(version):
+    def _admit(self, planned: dict[Request, int], budget: int) -> None:
+        self.waiting.close(None)
+        passed = set[Request]()  # requests without a place that others have gone past
+        closed: str | None = None
+        while budget and len(self.running) < self.limits.max_seqs and (request := self.waiting.first()) is not None:
+            # Requests behind one that has no place go on beside it, in all versions but the one that ends first: its
+            # place is the first one's. Where it is bytes that lack, nobody takes more.
+            before = [r for r in self.waiting.blocked() if self.waiting.key(r) < self.waiting.key(request)]
+            for blocked in before:
+                if blocked.version is None or blocked in passed:
+                    continue
+                passed.add(blocked)
+                closed = closed or self._closed_for(blocked.version)
+                if self.pool.lacks_bytes(blocked.version):
                     return
+            self.waiting.close(closed)
+            if request.version is not None and request.version == closed:
                 continue
-            n = min(request.n_left, budget)
-            if not self._grow(request, request.n_front + request.n_left, wanted):
+            if not self._admits(request):
                 return  # its turn comes first when pages are free
-            planned[request] = n
+            planned[request] = min(request.n_left, budget)
+            budget -= planned[request]
             self._enter(request)
 
-    def _may_enter(self, version: str) -> bool:
-        return self.pool.is_resident(version) and self.pool.may_act(version)
+    def _admits(self, request: Request) -> bool:
+        """Pages for all tokens of a request; its own version stays, and those that requests before it wait for."""
+        kept, idle = () if request.version is None else (request.version,), self.waiting.idle()
+        spares = idle is not None and self.waiting.key(idle) < self.waiting.key(request)
+        return self._grow(request, request.n_front + request.n_left, kept, spares_awaited=spares)
 
-    def _closed_for(self, version: str) -> set[str]:
-        """The version in the batch that takes no more requests, so that another gets its place; none where that has one
+    def _closed_for(self, version: str) -> str | None:
+        """The version in the batch that takes no more requests, so that another gets its place; None where that has one
         already, or where no version that may go is in the batch.
 
         It is the one that ends first. As nobody enters it, and the others are no shorter, the wait is at most as long
@@ -223,15 +255,16 @@ class Scheduler:
         """
         resident = self.pool.is_resident(version)
         if not resident and self.pool.will_load(version):
-            return set()
+            return None
         left = dict[str, int]()
         for request in self.running:
             if request.version is not None and (resident or not self.pool.is_pinned(request.version)):
                 left[request.version] = max(left.get(request.version, 0), request.n_to_come)
-        return {min(left, key=lambda v: (left[v], v))} if left else set()
+        return min(left, key=lambda v: (left[v], v)) if left else None
 
     def _enter(self, request: Request) -> None:
         self.waiting.remove(request)
+        self.clients.begin(self.clients[request.client], 0 if request.n_preempted else len(request.prompt))
         self.running.append(request)
         request.status = Status.RUNNING
         if request.version is not None:
@@ -255,10 +288,12 @@ class Scheduler:
         self.pages.release(request.id)
         if request in self.running:
             self.running.remove(request)
+            self.clients.end(self.clients[request.client])
             if request.version is not None:
                 self.pool.release(request.version)
                 self.pool.leave(request.version)
         elif request in self.waiting:
             self.waiting.remove(request)
+            self.clients.leave(self.clients[request.client])
             if request.version is not None:
                 self.pool.leave(request.version)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import stat
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from veneer.store.adapter.config import read_config
 from veneer.store.adapter.files import read_headers
 from veneer.store.merge_record import merged_adapters, require_not_merged
 
+_KEPT = 1 << 16  # folders, about a kilobyte each
 _Stamp = tuple[tuple[int, ...], ...]
 
 
@@ -30,9 +32,10 @@ class Versions:
 
     def __init__(self, max_rank: int | None = None, value_bytes: int | None = None, base: Path | None = None) -> None:
         self._max_rank, self._value_bytes, self._base = max_rank, value_bytes, base
+        self._lock = threading.Lock()
         if base is not None:
             merged_adapters(base)
-        self._seen: dict[str, tuple[_Stamp, AdapterVersion]] = {}
+        self._seen: dict[str, tuple[_Stamp, AdapterVersion]] = {}  # the one that was asked for last at the end
 
     def of(self, request: LoRARequest) -> AdapterVersion:
         """Return the version at a request's path, or that of its mix.
@@ -61,9 +64,9 @@ class Versions:
 
     def _read(self, folder: Path) -> AdapterVersion:
         stamp, key = _stamp(folder), str(folder)
-        known = self._seen.get(key)
-        if known is not None and known[0] == stamp:
-            return known[1]
+        known = self._kept(key, stamp)
+        if known is not None:
+            return known
         if self._base is not None:
             require_not_merged(self._base, folder)
         digest = hashlib.sha256()
@@ -79,8 +82,20 @@ class Versions:
             n_front=config.virtual_tokens,
             n_bytes=stored_bytes(folder, self._value_bytes),
         )
-        self._seen[key] = (stamp, version)
+        with self._lock:
+            self._seen[key] = (stamp, version)
+            if len(self._seen) > _KEPT:
+                del self._seen[next(iter(self._seen))]
         return version
+
+    def _kept(self, key: str, stamp: _Stamp) -> AdapterVersion | None:
+        """The version of a folder that was read and has not changed since."""
+        with self._lock:
+            known = self._seen.pop(key, None)
+            if known is None or known[0] != stamp:
+                return None
+            self._seen[key] = known
+            return known[1]
 
 
 def _mix(parts: Sequence[tuple[AdapterVersion, float]]) -> AdapterVersion:

@@ -66,10 +66,10 @@ def test_a_younger_request_does_not_keep_the_only_place_for_ever():
         made.add(request(f"x{i}", version="x"))
         if not made.running:
             break
-        assert made.pool.begin_load(made.wanted()) is None
+        assert made.begin_load() is None
         step(made, arena)
     assert all(r.id != "x0" and r.n_computed == 0 for r in made.waiting)
-    assert (made.pool.begin_load(made.wanted()), list(made.pool.going)) == ("y", ["x"])
+    assert (made.begin_load(), list(made.pool.going)) == ("y", ["x"])
 
 
 def test_younger_requests_go_on_beside_one_that_has_no_place():
@@ -85,12 +85,12 @@ def test_younger_requests_go_on_beside_one_that_has_no_place():
     made.add(request("z0", version="z"))
     for name in "ywx":
         made.add(request(f"{name}1", version=name, longest=7))
-    assert made.pool.begin_load(made.wanted()) is None
+    assert made.begin_load() is None
     plan = made.plan()
     assert {s.request_id for s in plan.sequences} == {"x0", "y0", "w0", "x1", "w1"}
     made.commit(plan, arena.run(plan))
     step(made, arena)
-    assert (made.pool.begin_load(made.wanted()), list(made.pool.going)) == ("z", ["y"])
+    assert (made.begin_load(), list(made.pool.going)) == ("z", ["y"])
 
 
 def test_younger_requests_go_on_beside_one_whose_adapter_may_not_act_yet():
@@ -184,7 +184,7 @@ def test_base_requests_do_not_take_the_bytes_that_an_older_request_waits_for():
     made.add(request("x0", version="x"))
     for i in range(9):
         made.add(request(f"base{i}"))
-        if made.pool.begin_load(made.wanted()) is not None:
+        if made.begin_load() is not None:
             break
         plan = made.plan()
         assert [s.request_id for s in plan.sequences] == ["first"]
@@ -202,9 +202,9 @@ def test_a_request_that_memory_will_never_hold_is_told():
     assert made.require_room(2, 1, 20) == 9 - 3
     made.pool.bind("x", AdapterVersion(id="x", folder="x", n_bytes=43))
     made.add(request("x0", version="x"))
-    assert made.pool.begin_load(made.wanted()) is None
+    assert made.begin_load() is None
     assert not made.plan().sequences
-    assert made.stuck() is made.waiting[0]
+    assert made.stuck() is next(iter(made.waiting))
 
 
 def test_two_names_of_equal_content_are_one_version_and_forgetting_one_keeps_it():

@@ -103,8 +103,10 @@ class Serving(RuleBasedStateMachine):
         n_prompt=st.integers(1, 11),
         longest=st.integers(1, 9),
         scores=st.booleans(),
+        client=st.sampled_from([None, "p", "q"]),
+        priority=st.sampled_from([0, 0, 0, -3, 5]),
     )
-    def add(self, name, n_prompt, longest, scores):
+    def add(self, name, n_prompt, longest, scores, client, priority):
         version = self.pool.names.get(name)
         n_front = version.n_front if version else 0
         room = self.scheduler.limits.max_model_len - n_front - n_prompt
@@ -116,6 +118,7 @@ class Serving(RuleBasedStateMachine):
                 eos_ids=frozenset({EOS}), stop_ids=frozenset({STOP}),
             ),
             version=version.id if version else None, n_front=n_front, scores_prompt=scores,
+            client=client or name, priority=priority,
         )  # fmt: skip
         if room < 1:
             with pytest.raises(ConfigError, match="maximum context length"):
@@ -164,7 +167,7 @@ class Serving(RuleBasedStateMachine):
         if not self.pool.is_needed(version):
             self.pool.abandoned(version)
         elif version in self.broken:
-            waiting = [r for r in self.scheduler.waiting if r.version == version]
+            waiting = sorted((r for r in self.scheduler.waiting if r.version == version), key=lambda r: r.arrival)
             assert self.scheduler.fail(version, FormatError("broken")) == waiting
             assert not any(r.version == version for r in self.scheduler.running)
             self.told.update(request.id for request in waiting)
@@ -178,8 +181,8 @@ class Serving(RuleBasedStateMachine):
 
     @rule(failing=st.sets(st.integers(0, 5), max_size=2))
     def step(self, failing=frozenset()):
-        while (version := self.pool.begin_load(self.scheduler.wanted())) is not None:
-            assert version in self.scheduler.wanted()
+        while (version := self.scheduler.begin_load()) is not None:
+            assert version in {r.version for r in self.scheduler.waiting}
         oldest = self.scheduler.running[0] if self.scheduler.running else None
         before = self.longest_wait()
         plan = self.scheduler.plan()
@@ -227,17 +230,17 @@ class Serving(RuleBasedStateMachine):
         assert no_place or others + needed * self.pages.page_bytes > self.pages.n_bytes
 
     def longest_wait(self):
-        """The oldest request that waits for an adapter, where that has no place, and how many tokens the version that
-        ends first has to come, of those that may go; None where it has one.
+        """The first request that waits for an adapter, where that has no place, with its place in the order, and how
+        many tokens the version that ends first has to come, of those that may go; None where it has one.
 
-        Of one behind it nothing is said: older ones may enter, and it waits for these.
+        Of one behind it nothing is said: others may enter, and it waits for these.
         """
         request = next((r for r in self.scheduler.waiting if r.version), None)
         if request is None or self.pool.is_resident(request.version) or self.pool.will_load(request.version):
             return None
         going = {r.version for r in self.scheduler.running} - {None} - self.pinned()
         left = [max(r.n_to_come for r in self.scheduler.running if r.version == version) for version in going]
-        return request.id, min(left, default=None)
+        return (request.id, self.scheduler.waiting.key(request)), min(left, default=None)
 
     def check_wait(self, before, after):
         """Who has no place is overtaken, and does not wait longer for that."""

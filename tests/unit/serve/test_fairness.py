@@ -1,0 +1,269 @@
+"""Who is admitted and who gives way: virtual token counters, priorities, and a step whose cost is the batch's alone."""
+
+from __future__ import annotations
+
+import sys
+import tracemalloc
+from collections import Counter
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from veneer.serve.adapter_pool import AdapterPool, AdapterVersion
+from veneer.serve.clients import DRAWN, READ
+from veneer.serve.lazy_heap import LazyHeap
+from veneer.serve.pages import Pages
+from veneer.serve.request import Request, Status, StopRule
+from veneer.serve.scheduler import Limits, Scheduler
+
+from .test_state_machines import QUICK, TokenArena
+
+
+def scheduler(n_pages=40, block=3, n_resident=None, n_acting=None, **limits):
+    pages = Pages(n_pages, block)
+    pool = AdapterPool(n_resident, n_acting, pages)
+    return Scheduler(pages, pool, Limits(**({"max_model_len": n_pages * block} | limits)))
+
+
+class Load:
+    """A scheduler with its requests, and what each client has received, counted from the plans alone."""
+
+    def __init__(self, made: Scheduler) -> None:
+        self.made, self.arena = made, TokenArena(made.pages.block)
+        self.n, self.begun, self.received = 0, set[str](), Counter[Any]()
+        self.admitted: list[str] = []
+        self.clients: dict[str, Any] = {}
+
+    def add(self, client, n_prompt=3, longest=4, version=None, priority=0):
+        self.n += 1
+        request = Request(
+            id=f"r{self.n}", prompt=tuple(range(n_prompt)), rule=StopRule(max_tokens=longest),
+            version=version, client=client, priority=priority,
+        )  # fmt: skip
+        self.clients[request.id] = client
+        self.made.add(request)
+        return request
+
+    def step(self):
+        plan = self.made.plan()
+        running = {request.id: request for request in self.made.running}
+        for sequence in plan.sequences:
+            client = self.clients[sequence.request_id]
+            if sequence.request_id not in self.begun:
+                self.begun.add(sequence.request_id)
+                self.admitted.append(sequence.request_id)
+                self.received[client] += READ * len(running[sequence.request_id].prompt)
+            self.received[client] += DRAWN * sequence.samples
+        self.made.commit(plan, self.arena.run(plan))
+        return [sequence.request_id for sequence in plan.sequences]
+
+
+@QUICK
+@given(data=st.data(), n_clients=st.integers(2, 4), max_seqs=st.integers(1, 4), budget=st.integers(2, 13))
+def test_clients_that_wait_all_the_time_receive_the_same(data, n_clients, max_seqs, budget):
+    """Theorem 4.4 of Sheng et al.: the difference is at most twice the larger of a prompt and a batch, however the
+    clients ask; here one asks for ten times as much, and pages are so few that requests are preempted.
+    """
+    longest_prompt, longest = 7, 6
+    load = Load(scheduler(n_pages=9, max_seqs=max_seqs, max_batched_tokens=budget))
+    clients = range(n_clients)
+    for _ in range(10):
+        load.add(0, longest_prompt, longest)
+    for _ in range(60):
+        waiting = Counter(request.client for request in load.made.waiting)
+        for client in clients:
+            for _ in range((20 if client == 0 else 2) - waiting[client]):
+                load.add(client, data.draw(st.integers(1, longest_prompt)), data.draw(st.integers(1, longest)))
+        load.step()
+        most = max(READ * longest_prompt, DRAWN * max_seqs * longest)
+        shares = [load.received[client] for client in clients]
+        assert max(shares) - min(shares) <= 2 * most
+
+
+def test_a_client_that_was_away_has_saved_nothing():
+    load = Load(scheduler(max_seqs=1))
+    for _ in range(9):
+        load.add("busy")
+    while len(load.made.waiting) > 4:
+        load.step()
+    first = load.n
+    for _ in range(5):
+        load.add("back")
+    while load.made.has_work:
+        load.step()
+    order = [load.clients[id] for id in load.admitted if int(id[1:]) > first or load.admitted.index(id) > 4]
+    assert order[:6].count("back") == 3
+
+
+def test_a_client_of_few_requests_does_not_wait_for_one_of_many():
+    load = Load(scheduler(max_seqs=2))
+    for _ in range(50):
+        load.add("many")
+    load.step()
+    few = load.add("few")
+    while few.status is not Status.DONE:
+        load.step()
+    assert load.admitted.index(few.id) == 2
+
+
+def test_priority_comes_before_what_a_client_received_and_arrival_last():
+    load = Load(scheduler(max_seqs=1))
+    load.add("x", n_prompt=5)
+    load.step()
+    names = [load.add(*each).id for each in (("x", 3, 1), ("y", 3, 1), ("y", 3, 1), ("z", 3, 1))]
+    urgent = load.add("x", 3, 1, None, -1).id
+    late = load.add("w", 3, 1, None, 2).id
+    while load.made.has_work:
+        load.step()
+    assert load.admitted[1:] == [urgent, names[1], names[3], names[2], names[0], late]
+
+
+def test_the_newest_of_the_client_that_received_most_gives_way_and_never_the_oldest():
+    load = Load(scheduler(n_pages=7, max_batched_tokens=30))
+    much = load.add("much", 4, 9)
+    little = [load.add("little", 2, 8)]
+    more = load.add("much", 4, 9)
+    little.append(load.add("little", 2, 8))
+    while all(request.status is Status.RUNNING or not request.output for request in (much, *little, more)):
+        load.step()
+    assert more.n_preempted == 1
+    assert [request.n_preempted for request in (much, *little)] == [0, 0, 0]
+
+
+def test_a_cold_client_keeps_its_counter():
+    load = Load(scheduler(n_resident=1, max_seqs=1))
+    load.made.pool.bind("x", AdapterVersion(id="x", folder="x"))
+    cold = load.add("cold", version="x")
+    for _ in range(4):
+        load.add("base")
+    assert load.made.begin_load() == "x"
+    for _ in range(9):
+        load.step()
+    load.made.pool.loaded("x")
+    while not cold.output:
+        load.step()
+    assert load.admitted.index(cold.id) == 3  # two of the base have ended meanwhile, and one was in the batch
+
+
+def test_an_adapter_is_not_kept_out_by_those_that_keep_coming():
+    """One place in memory: a stream of requests for one adapter, by new clients, and one for another."""
+    load = Load(scheduler(n_resident=1, max_seqs=3))
+    for name in "xy":
+        load.made.pool.bind(name, AdapterVersion(id=name, folder=name))
+    load.add("stream", version="x")
+    assert load.made.begin_load() == "x"
+    load.made.pool.loaded("x")
+    load.step()
+    other = load.add("other", version="y")
+    for i in range(30):
+        load.add(f"new{i}", version="x")
+        while load.made.begin_load() is not None:
+            pass
+        for version in load.made.pool.loading:
+            load.made.pool.loaded(version)
+        load.step()
+        if other.output:
+            break
+    assert other.output
+
+
+@given(st.lists(st.tuples(st.integers(0, 5), st.integers(-9, 9), st.booleans()), max_size=60))
+def test_a_lazy_heap_gives_the_least_of_what_is_in_it(changes):
+    keys: dict[int, int] = {}
+    heap: LazyHeap[int] = LazyHeap(lambda item: (keys[item], item) if item in keys else None)
+    for item, change, put in changes:
+        if put:
+            keys[item] = keys.get(item, 0) + change
+            heap.put(item)
+        elif item in keys and change > 0:
+            keys[item] += change
+        else:
+            keys.pop(item, None)
+        assert heap.first() == min(keys, key=lambda each: (keys[each], each), default=None)
+        assert len(heap._heap) <= 2 * len(heap._stored) + 17
+
+
+def test_clients_that_are_gone_are_forgotten():
+    load = Load(scheduler(max_seqs=3))
+    for i in range(200):
+        load.add(f"client {i}", longest=1 + i % 3)
+        load.step()
+    while load.made.has_work:
+        load.step()
+    load.add("last")
+    assert len(load.made.clients) < 20
+
+
+class Crowd:
+    """An engine's deciding half under load: adapters are named, some have a place, requests wait for all of them."""
+
+    def __init__(self, n_names: int, n_waiting: int) -> None:
+        self.load = Load(scheduler(n_pages=500, n_resident=5, max_seqs=6, max_model_len=30))
+        self.names = [f"a{i}" for i in range(n_names)]
+        for name in self.names:
+            self.made.pool.bind(name, AdapterVersion(id=name, folder=name))
+        for i in range(n_waiting):
+            self.add(i)
+        for _ in range(30):
+            self.step()
+
+    @property
+    def made(self) -> Scheduler:
+        return self.load.made
+
+    def add(self, i):
+        name = self.names[i * 7 % len(self.names)] if i % 5 else None
+        self.load.add(name, 2 + i % 5, 2 + i % 3, name)
+
+    def step(self):
+        """What an engine does in a step; what ends is replaced, so that as many wait as before."""
+        n = len(self.made.waiting)
+        for version in self.made.pool.loading:
+            self.made.pool.loaded(version)
+        while self.made.begin_load() is not None:
+            pass
+        plan = self.made.plan()
+        self.made.commit(plan, self.load.arena.run(plan))
+        self.made.pool.tidy()
+        self.made.pool.going.clear()
+        for _ in range(n - len(self.made.waiting)):
+            self.add(self.load.n)
+
+    def calls(self, n_steps: int) -> int:
+        """Calls in so many steps, of Python functions, generators and built-in functions."""
+        n = 0
+
+        def count(frame: Any, event: str, arg: Any) -> None:
+            nonlocal n
+            n += event in ("call", "c_call")
+
+        sys.setprofile(count)
+        try:
+            for _ in range(n_steps):
+                self.step()
+        finally:
+            sys.setprofile(None)
+        return n
+
+    def bytes(self, n_steps: int) -> int:
+        """The most memory that a step has taken beside what it left: a list of all of something would show."""
+        most = 0
+        tracemalloc.start()
+        try:
+            for _ in range(n_steps):
+                tracemalloc.reset_peak()
+                before = tracemalloc.get_traced_memory()[0]
+                self.step()
+                most = max(most, tracemalloc.get_traced_memory()[1] - before)
+        finally:
+            tracemalloc.stop()
+        return most
+
+
+@pytest.mark.parametrize("n_waiting", [64, 5000])
+def test_a_step_costs_the_same_however_many_are_known_and_wait(n_waiting):
+    few, many = Crowd(13, 64), Crowd(5000, n_waiting)
+    assert many.calls(200) <= 1.3 * few.calls(200)
+    assert many.bytes(40) <= few.bytes(40) + 4000
