@@ -57,6 +57,14 @@ class OutOfMemoryError(VeneerError, MemoryError):
     """Memory, or address space, that the system does not give the process."""
 
 
+class QueueFullError(VeneerError, RuntimeError):
+    """Request beyond what may wait. ``retry_seconds`` is the time after which to ask again."""
+
+    def __init__(self, message: str, retry_seconds: float) -> None:
+        super().__init__(message)
+        self.retry_seconds = retry_seconds
+
+
 class BackendError(VeneerError, RuntimeError):
     """Kernel back end that was requested by name and is not available."""
 

@@ -129,9 +129,14 @@ class AdapterPool:
         return list(self._loading.entries)
 
     @property
-    def acting(self) -> list[str]:
-        """Versions with requests in the batch."""
-        return list(self._acting.entries)
+    def n_loaded(self) -> int:
+        """Number of loaded versions."""
+        return len(self._resident)
+
+    @property
+    def n_in_batch(self) -> int:
+        """Number of versions with requests in the batch."""
+        return len(self._acting)
 
     @property
     def pinned_bytes(self) -> int:

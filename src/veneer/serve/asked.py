@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from veneer.serve.lora_request import LoRARequest
 from veneer.serve.prompts import PromptReader
 from veneer.serve.request import Request, StopRule
 from veneer.serve.sampler import DrawRule
-from veneer.serve.sampling_params import SamplingParams
+from veneer.serve.sampling_params import RequestOutputKind, SamplingParams
 from veneer.serve.structured import Forms
 
 
@@ -25,7 +25,7 @@ class EngineSettings:
     one. ``max_lora_rank`` is the highest rank of an adapter (None: any). ``value_bytes`` is the size of a value of a
     loaded adapter (None: as it is stored). ``why_general``: the reason why transformers' own code computes everything;
     "" if it does not. ``base``: the model's folder, if it has one; adapters that were merged into it are refused.
-    ``chat_template`` is used for all adapters, in place of their own.
+    ``chat_template`` is used for all adapters, in place of their own. ``keeps_stats``: times and counts are kept.
     """
 
     vocabulary: int
@@ -37,11 +37,12 @@ class EngineSettings:
     why_general: str = ""
     base: Path | None = None
     chat_template: str | None = None
+    keeps_stats: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Asked:
-    """Checked prompt, with everything that its answers need."""
+    """Checked prompt, with everything that its answers need. ``client`` and ``priority`` are a `Request`'s."""
 
     id: str
     prompt: str | None
@@ -51,6 +52,8 @@ class Asked:
     lora_request: LoRARequest | None = None
     version: AdapterVersion | None = None
     room: int = 1
+    client: Hashable = ""
+    priority: int = 0
 
 
 class Rules:
@@ -89,7 +92,8 @@ class Rules:
         return Request(
             id=f"{asked.id}#{index}", prompt=asked.prompt_ids, rule=rule,
             version=asked.version.id if asked.version else None, n_front=asked.version.n_front if asked.version else 0,
-            scores_prompt=params.prompt_logprobs is not None and index == 0,
+            scores_prompt=params.prompt_logprobs is not None and index == 0, client=asked.client,
+            priority=asked.priority, streams=params.output_kind is not RequestOutputKind.FINAL_ONLY,
         )  # fmt: skip
 
     def draw_rule(self, asked: Asked, request: Request, number: tuple[int, int]) -> DrawRule:

@@ -15,9 +15,11 @@ from veneer.errors import AdapterNameError, ConfigError, FormatError, VeneerErro
 from veneer.serve.adapter_pool import AdapterVersion
 from veneer.serve.answer import Answer, decoded
 from veneer.serve.asked import Asked, EngineSettings, Rules
+from veneer.serve.backlog import Backlog
 from veneer.serve.inbox import Inbox
 from veneer.serve.loader import Finished, Loader
 from veneer.serve.lora_request import LoRARequest
+from veneer.serve.metrics import Metric
 from veneer.serve.outputs import RequestOutput, TokenLogprobs
 from veneer.serve.plan import Plan, Sampled
 from veneer.serve.prompts import PromptReader
@@ -26,9 +28,11 @@ from veneer.serve.request import Request, Status
 from veneer.serve.runner import Runner
 from veneer.serve.sampling_params import RequestOutputKind, SamplingParams
 from veneer.serve.scheduler import Scheduler
+from veneer.serve.stats import Stats
 from veneer.serve.versions import Versions
 
 _LOG = logging.getLogger(__name__)
+_LONGEST_NAME = 256  # of a client
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +69,9 @@ class Engine:
         self.tokenizer, self.settings = tokenizer, settings
         self.readers = Readers(PromptReader(tokenizer, scheduler.limits.max_model_len), settings.chat_template)
         self.versions = Versions(settings.max_lora_rank, settings.value_bytes, settings.base)
+        self.backlog = Backlog(scheduler.limits, scheduler.waiting)
         self._rules = Rules(tokenizer, settings)
+        self._stats = Stats() if settings.keeps_stats else None
         self._inbox: Inbox[_Message] = Inbox()
         self._loader: Loader[Any] = Loader(self._inbox.put)
         self._waits_for_load = False
@@ -96,12 +102,18 @@ class Engine:
         prompt_ids: Sequence[int],
         params: SamplingParams,
         lora_request: LoRARequest | None = None,
+        *,
+        client: str | None = None,
+        priority: int = 0,
     ) -> Asked:
         """Return a checked request; any error that is visible before it runs is raised here.
 
-        Raises ConfigError, and FormatError for a folder that holds no adapter.
+        Its ``client`` is its adapter if None is given. Raises ConfigError, and FormatError for a folder that holds no
+        adapter.
         """
         params = replace(params)  # checks it again, and keeps later changes out
+        _require_client(client, priority)
+        self.backlog.require_possible(params.n, len(prompt_ids))
         version = None if lora_request is None else self.versions.of(lora_request)
         n_front, n_bytes = (version.n_front, version.n_bytes) if version else (0, 0)
         room = self.scheduler.require_room(len(prompt_ids), n_front, n_bytes)
@@ -109,12 +121,20 @@ class Engine:
         return Asked(
             id=str(next(self._numbers)),
             prompt=prompt, prompt_ids=tuple(prompt_ids), params=params, reader=self.readers.of(lora_request),
-            lora_request=lora_request, version=version, room=room,
+            lora_request=lora_request, version=version, room=room, priority=priority,
+            client=("adapter", lora_request.name if lora_request else "") if client is None else ("client", client),
         )  # fmt: skip
 
     def submit(self, asked: Asked) -> None:
-        """Accept a request at the next step. From any thread."""
+        """Accept a request at the next step. From any thread. Raises QueueFullError if too many wait."""
+        self.backlog.submit(asked)
         self._inbox.put(asked)
+
+    def metrics(self) -> list[Metric]:
+        """Return counts and times since the start, in vLLM's names. Raises ConfigError if they are not kept."""
+        if self._stats is None:
+            raise ConfigError("disable_log_stats=True keeps no metrics: start with disable_log_stats=False")
+        return self._stats.metrics(self.scheduler)
 
     def abort(self, request_id: str) -> None:
         """End a request at the next step; an unknown one is ignored. From any thread."""
@@ -138,6 +158,9 @@ class Engine:
         self._take_all()
         self._begin_loads()
         plan = self.scheduler.plan()
+        self.backlog.admitted(len(self.scheduler.admitted))
+        if self._stats is not None:
+            self._stats.admit(self.scheduler.admitted)
         self._make_way()
         if plan.sequences:
             self._commit(plan, self._run(plan))
@@ -226,7 +249,10 @@ class Engine:
             group.answers.append(answer)
             self._answers[request.id] = (group, answer)
             self.runner.begin(request.id, self._rules.draw_rule(asked, request, (number, index)))
+            if self._stats is not None:
+                self._stats.begin(request)
             self.scheduler.add(request)
+        self.backlog.arrive(asked)
 
     def _begin_loads(self) -> None:
         """Let what waiting requests lack be read, the first one's first."""
@@ -306,12 +332,18 @@ class Engine:
         self._make_way()
 
     def _run(self, plan: Plan) -> Sampled:
+        start = time.perf_counter()
         try:
-            return self.runner.run(plan)
+            sampled = self.runner.run(plan)
         except VeneerError as error:
             return Sampled(failed={sequence.request_id: error for sequence in plan.sequences})
+        n_decoding = sum(sequence.samples and len(sequence.tokens) == 1 for sequence in plan.sequences)
+        self.scheduler.pace.observe(n_decoding, plan.n_tokens - n_decoding, time.perf_counter() - start)
+        return sampled
 
     def _commit(self, plan: Plan, sampled: Sampled) -> None:
+        if self._stats is not None:
+            self._stats.commit(plan, sampled)
         for request in self.scheduler.commit(plan, sampled):
             group, answer = self._answers[request.id]
             self._touch(request)
@@ -334,6 +366,7 @@ class Engine:
     def _output(self, group: _Group) -> RequestOutput | None:
         asked, kind = group.asked, group.asked.params.output_kind
         finished = all(answer.request.status is Status.DONE for answer in group.answers)
+        metrics = None if self._stats is None else self._stats.of([answer.request for answer in group.answers])
         if finished:
             self._forget(group)
         if kind is RequestOutputKind.FINAL_ONLY and not finished:
@@ -349,6 +382,7 @@ class Engine:
         return RequestOutput(
             request_id=asked.id, prompt=asked.prompt, prompt_token_ids=list(asked.prompt_ids), prompt_logprobs=scores,
             outputs=outputs, finished=finished, lora_request=asked.lora_request, error=errors[0] if errors else None,
+            metrics=metrics,
         )  # fmt: skip
 
     def _forget(self, group: _Group) -> None:
@@ -356,6 +390,17 @@ class Engine:
         for answer in group.answers:
             self._answers.pop(answer.request.id, None)
             self.runner.end(answer.request.id)
+            if self._stats is not None:
+                self._stats.end(answer.request)
+
+
+def _require_client(client: str | None, priority: int) -> None:
+    """Raise ConfigError for what is no client's name, or no priority."""
+    if client is not None and not (isinstance(client, str) and 0 < len(client) <= _LONGEST_NAME):
+        told = repr(client)[:_LONGEST_NAME]
+        raise ConfigError(f"client={told} is no name: give a text of 1 to {_LONGEST_NAME} characters, or None")
+    if not isinstance(priority, int) or isinstance(priority, bool):
+        raise ConfigError(f"priority={priority!r} is no whole number: a lower one is more urgent, 0 is usual")
 
 
 def _read(runner: Runner, versions: Versions, version: AdapterVersion) -> Any:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
@@ -14,12 +15,20 @@ from veneer.serve.asked import Asked
 from veneer.serve.conversation import Conversation
 from veneer.serve.engine import Engine
 from veneer.serve.lora_request import LoRARequest
+from veneer.serve.metrics import Metric
 from veneer.serve.outputs import RequestOutput
 from veneer.serve.prompts import Prompt, PromptReader
 from veneer.serve.sampling_params import RequestOutputKind, SamplingParams
 from veneer.serve.start import EngineOptions, start_engine
 
 _Read = Callable[[PromptReader, Any], tuple[str | None, list[int]]]
+
+
+class _Order(NamedTuple):
+    """What decides when requests are admitted, one for all or one for each."""
+
+    priority: Any
+    client: Any
 
 
 class LLM:
@@ -43,14 +52,19 @@ class LLM:
         *,
         use_tqdm: bool = True,
         lora_request: LoRARequest | Sequence[LoRARequest | None] | None = None,
+        priority: int | Sequence[int] = 0,
+        client: str | Sequence[str | None] | None = None,
     ) -> list[RequestOutput]:
         """Return the answers to prompts, in order. Parameters and adapters are one for all, or one for each.
 
-        A prompt is text, token ids, or a mapping with ``prompt`` or ``prompt_token_ids``. Raises ConfigError for an
-        invalid prompt before any is run. Raises an adapter's error (FormatError, …) if it does not fit; the engine
-        stays unchanged.
+        A prompt is text, token ids, or a mapping with ``prompt`` or ``prompt_token_ids``. A lower ``priority`` is more
+        urgent; of equal ones, the ``client`` that has received least comes first (None: the adapter is the client).
+
+        Raises ConfigError for an invalid prompt before any is run. Raises an adapter's error (FormatError, …) if it
+        does not fit; the engine stays unchanged.
         """
-        return self._complete(self._asked(_listed(prompts), sampling_params, lora_request), use_tqdm)
+        order = _Order(priority, client)
+        return self._complete(self._asked(_listed(prompts), sampling_params, lora_request, order), use_tqdm)
 
     def chat(
         self,
@@ -59,6 +73,8 @@ class LLM:
         use_tqdm: bool = True,
         lora_request: LoRARequest | Sequence[LoRARequest | None] | None = None,
         *,
+        priority: int | Sequence[int] = 0,
+        client: str | Sequence[str | None] | None = None,
         chat_template: str | None = None,
         chat_template_content_format: Literal["auto", "string"] = "auto",
         add_generation_prompt: bool = True,
@@ -66,7 +82,7 @@ class LLM:
         tools: list[dict[str, Any]] | None = None,
         chat_template_kwargs: dict[str, Any] | None = None,
     ) -> list[RequestOutput]:
-        """Return the next turns of conversations. Raises as `generate` does.
+        """Return the next turns of conversations. ``priority`` and ``client`` are `generate`'s; raises as it does.
 
         The chat template is the one given, or the one saved with the adapter, or the model's. Contents in several parts
         are joined to one text before the template, even if it could render parts.
@@ -79,7 +95,10 @@ class LLM:
             "continue_final_message": continue_final_message, "tools": tools, **(chat_template_kwargs or {}),
         }  # fmt: skip
         conversations: Sequence[Any] = messages if many else [messages]
-        asked = self._asked(conversations, sampling_params, lora_request, lambda reader, each: reader.chat(each, how))
+        order = _Order(priority, client)
+        asked = self._asked(
+            conversations, sampling_params, lora_request, order, lambda reader, each: reader.chat(each, how)
+        )
         return self._complete(asked, use_tqdm)
 
     def enqueue(
@@ -88,9 +107,15 @@ class LLM:
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         lora_request: LoRARequest | Sequence[LoRARequest | None] | None = None,
+        priority: int | Sequence[int] = 0,
+        client: str | Sequence[str | None] | None = None,
     ) -> list[str]:
-        """Submit prompts without running them; return their ids. `wait_for_completion` returns the answers."""
-        asked = self._asked(_listed(prompts), sampling_params, lora_request)
+        """Submit prompts without running them; return their ids. `wait_for_completion` returns the answers.
+
+        Raises QueueFullError if too many wait; none of them is submitted then.
+        """
+        asked = self._asked(_listed(prompts), sampling_params, lora_request, _Order(priority, client))
+        self.engine.backlog.require_room(asked)
         for each in asked:
             self.engine.submit(each)
         self._waiting += [each.id for each in asked]
@@ -105,18 +130,26 @@ class LLM:
         """Return the model's tokenizer."""
         return self.engine.tokenizer
 
+    def get_metrics(self) -> list[Metric]:
+        """Return counts and times since the start. Raises ConfigError unless ``disable_log_stats=False``."""
+        return self.engine.metrics()
+
     def get_default_sampling_params(self) -> SamplingParams:
         """Return the default parameters of `generate`: those of the model's generation_config.json."""
         stored = self.engine.settings.generation_defaults if self.options.generation_config == "auto" else {}
         return SamplingParams(**stored)
 
     def _asked(
-        self, prompts: Sequence[Any], params: Any, adapters: Any, read: _Read = PromptReader.read
+        self, prompts: Sequence[Any], params: Any, adapters: Any, order: _Order, read: _Read = PromptReader.read
     ) -> list[Asked]:
         each_params = _for_each(params or self.get_default_sampling_params(), len(prompts), "sampling_params")
         each_adapter = _for_each(adapters, len(prompts), "lora_request")
+        each_place = zip(
+            _for_each(order.priority, len(prompts), "priority"), _for_each(order.client, len(prompts), "client"),
+            strict=True,
+        )  # fmt: skip
         found = []
-        for number, given in enumerate(zip(prompts, each_params, each_adapter, strict=True)):
+        for number, given in enumerate(zip(prompts, each_params, each_adapter, each_place, strict=True)):
             try:
                 found.append(self._one(*given, read))
             except VeneerError as error:
@@ -124,7 +157,14 @@ class LLM:
                 raise type(error)(f"{where}{error}") from error
         return found
 
-    def _one(self, prompt: Any, params: SamplingParams, adapter: LoRARequest | None, read: _Read) -> Asked:
+    def _one(
+        self,
+        prompt: Any,
+        params: SamplingParams,
+        adapter: LoRARequest | None,
+        place: tuple[int, str | None],
+        read: _Read,
+    ) -> Asked:
         if not isinstance(params, SamplingParams):
             raise ConfigError(f"sampling_params={params!r} must be a SamplingParams")
         if adapter is not None and not isinstance(adapter, LoRARequest):
@@ -132,26 +172,27 @@ class LLM:
         if adapter is not None and not self.options.enable_lora:
             raise ConfigError(f"adapter {adapter.name!r} is asked for and enable_lora is False: leave it out of LLM(…)")
         text, ids = read(self.engine.readers.of(adapter), prompt)
-        asked = self.engine.asked(text, ids, params, adapter)
+        asked = self.engine.asked(text, ids, params, adapter, priority=place[0], client=place[1])
         asked.params.output_kind = RequestOutputKind.FINAL_ONLY
         return asked
 
     def _complete(self, asked: Sequence[Asked], use_tqdm: bool) -> list[RequestOutput]:
-        for each in asked:
-            self.engine.submit(each)
-        outputs = self._run([each.id for each in asked], use_tqdm)
+        outputs = self._run([each.id for each in asked], use_tqdm, deque(asked))
         for output in outputs:
             if output.error is not None:
                 raise output.error
         return outputs
 
-    def _run(self, ids: Sequence[str], use_tqdm: bool) -> list[RequestOutput]:
+    def _run(self, ids: Sequence[str], use_tqdm: bool, left_over: deque[Asked] | None = None) -> list[RequestOutput]:
+        """The answers to requests. Those in ``left_over`` are submitted here, as soon as there is room for them."""
         left = set(ids) - set(self._done)
         try:
             # None: no bar where stderr is no terminal, since a file would keep every state of it
             disable = None if use_tqdm else True
             with tqdm(total=len(ids), initial=len(ids) - len(left), desc="prompts", disable=disable) as bar:
                 while left:
+                    while left_over and self.engine.backlog.has_room([left_over[0]]):
+                        self.engine.submit(left_over.popleft())
                     if not self.engine.has_work:
                         self.engine.wait()
                     for output in self.engine.step():

@@ -45,10 +45,28 @@ class CompletionOutput:
 
 
 @dataclass(slots=True)
+class RequestStats:
+    """Times of a request in seconds, by `time.perf_counter`; 0 for what has not happened.
+
+    ``arrival_time`` is the wall clock's. A request of several answers has the first time of any of them, and their last
+    token's. The names are those of vLLM's ``RequestStateStats``, besides ``num_preemptions``.
+    """
+
+    num_generation_tokens: int = 0
+    arrival_time: float = 0.0
+    queued_ts: float = 0.0
+    scheduled_ts: float = 0.0
+    first_token_ts: float = 0.0
+    last_token_ts: float = 0.0
+    first_token_latency: float = 0.0
+    num_preemptions: int = 0
+
+
+@dataclass(slots=True)
 class RequestOutput:
     """Prompt with its answers. ``error`` is the reason if a request ended with the finish reason "error".
 
-    There is no prefix cache and there are no statistics yet: ``num_cached_tokens`` is 0, ``metrics`` None.
+    There is no prefix cache yet: ``num_cached_tokens`` is 0. ``metrics`` is None unless ``disable_log_stats=False``.
     """
 
     request_id: str
@@ -59,5 +77,5 @@ class RequestOutput:
     finished: bool = False
     lora_request: LoRARequest | None = None
     num_cached_tokens: int = 0
-    metrics: None = None
+    metrics: RequestStats | None = None
     error: Exception | None = None

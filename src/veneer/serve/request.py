@@ -38,7 +38,8 @@ class Request:
     """State of one answer.
 
     ``version`` is the adapter's; ``n_front`` is the number of its virtual tokens, which precede the prompt. A lower
-    ``priority`` is more urgent; within one, the ``client`` that has received least comes first.
+    ``priority`` is more urgent; within one, the ``client`` that has received least comes first. ``streams``: its answer
+    is shown while it grows.
     ``n_computed`` counts the tokens whose keys and values are in pages. ``scores_prompt``: log-probabilities of the
     prompt are asked for, and ``n_scored`` of them are computed.
     """
@@ -51,6 +52,7 @@ class Request:
     scores_prompt: bool = False
     client: Hashable = ""
     priority: int = 0
+    streams: bool = False
     output: list[int] = field(default_factory=list)
     n_computed: int = 0
     n_scored: int = 0

@@ -27,6 +27,7 @@ from veneer.errors import ConfigError
 from veneer.serve.adapter_pool import AdapterPool
 from veneer.serve.clients import Clients
 from veneer.serve.outputs import FinishReason
+from veneer.serve.pace import Pace
 from veneer.serve.pages import Pages
 from veneer.serve.plan import Plan, PlannedSequence, Sampled
 from veneer.serve.request import Request, Status
@@ -37,12 +38,15 @@ from veneer.serve.waiting import Waiting
 class Limits:
     """Limits of a step: ``max_seqs`` requests in a batch, ``max_batched_tokens`` tokens.
 
-    A sequence has at most ``max_model_len`` positions. Raises ConfigError for a limit below 1.
+    A sequence has at most ``max_model_len`` positions. At most ``max_waiting`` requests wait, with prompts of at most
+    ``max_waiting_tokens`` tokens together. Raises ConfigError for a limit below 1.
     """
 
     max_seqs: int = 128
     max_batched_tokens: int = 512
     max_model_len: int = 2048
+    max_waiting: int = 1 << 16
+    max_waiting_tokens: int = 1 << 25
 
     def __post_init__(self) -> None:
         wrong = [f"{name}={value}" for name, value in vars(self).items() if value < 1]
@@ -63,6 +67,10 @@ class Scheduler:
         self.clients = Clients()
         self.waiting = Waiting(pool, self.clients)
         self.running: list[Request] = []
+        self.admitted: list[Request] = []
+        """Requests that the last plan has admitted."""
+        self.n_preemptions = 0
+        self.pace = Pace()
         self._arrivals = itertools.count()
 
     @property
@@ -137,19 +145,28 @@ class Scheduler:
     def plan(self) -> Plan:
         """Return the plan of the next step; admits and preempts requests, and evicts adapters."""
         planned: dict[Request, int] = {}
-        budget = self.limits.max_batched_tokens
+        self.admitted = []
+        budget, to_read = self.limits.max_batched_tokens, self._to_read()
         at_first = sorted(self.running, key=lambda r: r.n_left > 1)  # decoding first, each kind oldest first
         for request in at_first:
-            n, n_running = min(request.n_left, budget), len(self.running)
+            reads = request.n_left > 1
+            n, n_running = min(request.n_left, budget, *([to_read] if reads else ())), len(self.running)
             if n and request.status is Status.RUNNING and self._reserve(request, n, planned):
                 planned[request] = n
                 budget -= n
+                to_read -= n * reads
             if len(self.running) < n_running:  # what was planned for others may have been given up
                 budget = self.limits.max_batched_tokens - sum(planned.values())
         if all(request.status is Status.RUNNING for request in at_first):  # pages just given back are not for others
-            self._admit(planned, budget)
+            self._admit(planned, min(budget, to_read))
         order = sorted(planned, key=lambda r: r.version or "")  # the base's first
         return Plan(tuple(self._laid_out(request, planned[request]) for request in order))
+
+    def _to_read(self) -> int:
+        """Rows of prompts that a step may read: fewer while an answer is watched as it grows."""
+        decoding = [request for request in self.running if request.n_left == 1]
+        most = self.limits.max_batched_tokens
+        return self.pace.rows(len(decoding), most) if any(request.streams for request in decoding) else most
 
     def commit(self, plan: Plan, sampled: Sampled) -> list[Request]:
         """Apply the results of a step; return the requests that got a token or prompt scores, or ended."""
@@ -213,6 +230,7 @@ class Scheduler:
             self.pool.release(request.version)
         request.status, request.n_computed = Status.WAITING, 0
         request.n_preempted += 1
+        self.n_preemptions += 1
         self.clients.back(self.clients[request.client])
         self.waiting.add(request)
 
@@ -266,6 +284,7 @@ class Scheduler:
         self.waiting.remove(request)
         self.clients.begin(self.clients[request.client], 0 if request.n_preempted else len(request.prompt))
         self.running.append(request)
+        self.admitted.append(request)
         request.status = Status.RUNNING
         if request.version is not None:
             self.pool.acquire(request.version)

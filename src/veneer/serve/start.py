@@ -57,15 +57,17 @@ _ONLY: dict[str, tuple[Collection[object], str]] = {
     "generation_config": (("auto", "vllm"), "the model's own defaults, or none"),
     "logprobs_mode": (("raw_logprobs",), "log-probabilities are the model's own"),
     "max_logprobs": ((20,), "20 of them can be asked for"),
-    "disable_log_stats": ((True,), "there are no statistics yet"),
-    "scheduling_policy": (("fcfs",), "first come, first served"),
+    "scheduling_policy": (
+        ("fcfs", "priority"),
+        "by priority, then the client that has received least, then first come, first served",
+    ),
     "lora_dtype": (("auto",), "an adapter is kept in the dtype that training keeps it in"),
     "fully_sharded_loras": ((False,), _ONE_PROCESS),
 }
 
 _COUNTS = (
     *("kv_cache_memory_bytes", "max_model_len", "max_num_seqs", "max_num_batched_tokens", "block_size"),
-    *("max_loras", "max_lora_rank"),
+    *("max_loras", "max_lora_rank", "max_waiting_requests", "max_waiting_tokens"),
 )
 
 
@@ -79,9 +81,11 @@ class EngineOptions(metaclass=Keywords):
     attention, more slowly, and the last bits of a row may depend on the other rows. Departs: ``enable_lora`` is on,
     since it costs nothing.
 
-    Two are not vLLM's. ``quantize_head="int8"`` keeps the head in 8 bits, with one scale a row. That is half the bytes
-    of a bfloat16 head, and gives other logits; embeddings tied to it are unchanged. ``general_runner``: transformers'
-    own forward pass computes everything, token by token. It is slow; a model without a program always uses it.
+    Four are not vLLM's. ``max_waiting_requests`` and ``max_waiting_tokens`` (of their prompts) limit what waits: one
+    request more is a QueueFullError, which says when to ask again. ``quantize_head="int8"`` keeps the head in 8 bits,
+    with one scale a row. That is half the bytes of a bfloat16 head, and gives other logits; embeddings tied to it are
+    unchanged. ``general_runner``: transformers' own forward pass computes everything, token by token. It is slow; a
+    model without a program always uses it.
     """
 
     given_to: ClassVar[str] = "LLM"
@@ -116,6 +120,8 @@ class EngineOptions(metaclass=Keywords):
     logprobs_mode: str = "raw_logprobs"
     disable_log_stats: bool = True
     scheduling_policy: str = "fcfs"
+    max_waiting_requests: int = 1 << 16
+    max_waiting_tokens: int = 1 << 25
     enable_lora: bool = True
     max_loras: int | None = None
     max_lora_rank: int | None = None
@@ -172,8 +178,9 @@ def start_engine(
     if options.max_model_len is None:
         longest = min(longest, pages.n_pages * pages.block)
     limits = Limits(
-        max_seqs=options.max_num_seqs, max_batched_tokens=options.max_num_batched_tokens, max_model_len=longest
-    )
+        max_seqs=options.max_num_seqs, max_batched_tokens=options.max_num_batched_tokens, max_model_len=longest,
+        max_waiting=options.max_waiting_requests, max_waiting_tokens=options.max_waiting_tokens,
+    )  # fmt: skip
     pool = AdapterPool(options.max_cpu_loras or options.max_loras, options.max_loras, pages)
     scheduler = Scheduler(pages, pool, limits)
     if interpreter is None:
@@ -190,6 +197,7 @@ def start_engine(
         why_general=why_not,
         base=_folder_of(loaded),
         chat_template=options.chat_template,
+        keeps_stats=not options.disable_log_stats,
     )
     return Engine(runner, scheduler, tokenizer, settings)
 

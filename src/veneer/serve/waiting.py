@@ -76,7 +76,7 @@ class Waiting:
         self._pool, self._clients = pool, clients
         self._queues: dict[str | None, _Queue] = {}
         self._closed: str | None = None
-        self._n = 0
+        self._n, self.n_tokens = 0, 0  # of the prompts
         self._acting: LazyHeap[_Queue] = LazyHeap(lambda q: q.key() if self._is_acting(q.version) else None)
         self._idle: LazyHeap[_Queue] = LazyHeap(lambda q: q.key() if self._is_idle(q.version) else None)
         self._absent: LazyHeap[_Queue] = LazyHeap(lambda q: q.key() if self._is_absent(q.version) else None)
@@ -103,14 +103,14 @@ class Waiting:
         if queue is None:
             queue = self._queues[request.version] = _Queue(request.version)
         queue.add(request, self._clients[request.client])
-        self._n += 1
+        self._n, self.n_tokens = self._n + 1, self.n_tokens + len(request.prompt)
         self._place(queue)
 
     def remove(self, request: Request) -> None:
         """Remove a request."""
         queue = self._queues[request.version]
         queue.remove(request)
-        self._n -= 1
+        self._n, self.n_tokens = self._n - 1, self.n_tokens - len(request.prompt)
         if not queue.lines:
             del self._queues[request.version]
             for heap in (self._acting, self._idle, self._absent):

@@ -36,18 +36,21 @@ class Load:
         self.admitted: list[str] = []
         self.clients: dict[str, Any] = {}
 
-    def add(self, client, n_prompt=3, longest=4, version=None, priority=0):
+    def add(self, client, n_prompt=3, longest=4, version=None, priority=0, streams=False):
         self.n += 1
         request = Request(
             id=f"r{self.n}", prompt=tuple(range(n_prompt)), rule=StopRule(max_tokens=longest),
-            version=version, client=client, priority=priority,
+            version=version, client=client, priority=priority, streams=streams,
         )  # fmt: skip
         self.clients[request.id] = client
         self.made.add(request)
         return request
 
-    def step(self):
+    def step(self, seconds=0.0):
         plan = self.made.plan()
+        n_decoding = sum(s.samples and len(s.tokens) == 1 for s in plan.sequences)
+        if seconds:
+            self.made.pace.observe(n_decoding, plan.n_tokens - n_decoding, seconds)
         running = {request.id: request for request in self.made.running}
         for sequence in plan.sequences:
             client = self.clients[sequence.request_id]
@@ -57,7 +60,7 @@ class Load:
                 self.received[client] += READ * len(running[sequence.request_id].prompt)
             self.received[client] += DRAWN * sequence.samples
         self.made.commit(plan, self.arena.run(plan))
-        return [sequence.request_id for sequence in plan.sequences]
+        return plan
 
 
 @QUICK
@@ -167,6 +170,45 @@ def test_an_adapter_is_not_kept_out_by_those_that_keep_coming():
         if other.output:
             break
     assert other.output
+
+
+def rows_read(plan):
+    return sum(len(s.tokens) for s in plan.sequences if not s.samples or len(s.tokens) > 1)
+
+
+@pytest.mark.parametrize("streams", [False, True])
+def test_a_prompt_opens_no_gap_in_an_answer_that_is_watched(streams):
+    """Decoding takes 10 ms and a row of a prompt 0.1 ms: 100 rows take as long as decoding."""
+    load = Load(scheduler(n_pages=900, max_batched_tokens=500))
+    load.add("x", longest=300, streams=streams)
+    for _ in range(9):
+        load.step(0.01)
+    load.add("x", n_prompt=1500, longest=3)
+    read = []
+    while len(load.begun) < 2 or load.made.running[-1].n_left > 1:
+        rows = rows_read(plan := load.step())
+        read.append(rows)
+        load.made.pace.observe(1, rows, 0.01 + 0.0001 * rows)
+        assert plan.sequences
+    if not streams:
+        assert read[:3] == [499, 499, 499]
+        return
+    assert max(read) == 100
+    assert read.count(0) == len(read) // 17 + (read[0] == 0)  # now and then one that shows how long decoding takes
+
+
+def test_a_plan_is_a_function_of_the_state_and_times_are_part_of_it():
+    def plans(seconds):
+        load, found = Load(scheduler(n_pages=400, max_batched_tokens=90)), []
+        load.add("x", longest=60, streams=True)
+        for i in range(40):
+            if i % 9 == 3:
+                load.add(f"y{i % 2}", n_prompt=200, longest=5)
+            found.append(load.step(seconds[i % len(seconds)]))
+        return found
+
+    assert plans([0.01, 0.03]) == plans([0.01, 0.03])
+    assert plans([0.01, 0.03]) != plans([0.01, 0.3])
 
 
 @given(st.lists(st.tuples(st.integers(0, 5), st.integers(-9, 9), st.booleans()), max_size=60))

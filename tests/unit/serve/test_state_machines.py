@@ -105,8 +105,9 @@ class Serving(RuleBasedStateMachine):
         scores=st.booleans(),
         client=st.sampled_from([None, "p", "q"]),
         priority=st.sampled_from([0, 0, 0, -3, 5]),
+        streams=st.booleans(),
     )
-    def add(self, name, n_prompt, longest, scores, client, priority):
+    def add(self, name, n_prompt, longest, scores, client, priority, streams):
         version = self.pool.names.get(name)
         n_front = version.n_front if version else 0
         room = self.scheduler.limits.max_model_len - n_front - n_prompt
@@ -118,7 +119,7 @@ class Serving(RuleBasedStateMachine):
                 eos_ids=frozenset({EOS}), stop_ids=frozenset({STOP}),
             ),
             version=version.id if version else None, n_front=n_front, scores_prompt=scores,
-            client=client or name, priority=priority,
+            client=client or name, priority=priority, streams=streams,
         )  # fmt: skip
         if room < 1:
             with pytest.raises(ConfigError, match="maximum context length"):
@@ -179,8 +180,8 @@ class Serving(RuleBasedStateMachine):
             self.loaded[version] = n_bytes
             self.pool.loaded(version)
 
-    @rule(failing=st.sets(st.integers(0, 5), max_size=2))
-    def step(self, failing=frozenset()):
+    @rule(failing=st.sets(st.integers(0, 5), max_size=2), seconds=st.floats(1e-4, 3.0))
+    def step(self, failing=frozenset(), seconds=0.1):
         while (version := self.scheduler.begin_load()) is not None:
             assert version in {r.version for r in self.scheduler.waiting}
         oldest = self.scheduler.running[0] if self.scheduler.running else None
@@ -191,6 +192,8 @@ class Serving(RuleBasedStateMachine):
         self.check_wait(before, self.longest_wait())
         self.with_memory |= {page for s in plan.sequences for page in s.pages}
         sampled = self.arena.run(plan)
+        n_decoding = sum(s.samples and len(s.tokens) == 1 for s in plan.sequences)
+        self.scheduler.pace.observe(n_decoding, plan.n_tokens - n_decoding, seconds)
         failed = {s.request_id: NonFiniteError("x") for i, s in enumerate(plan.sequences) if i in failing}
         self.failed |= failed.keys()
         for request in self.scheduler.commit(plan, replace(sampled, failed=failed)):

@@ -118,9 +118,11 @@ class Api:
     def _ask(self, body: CompletionBody | ChatBody) -> list[Asked]:
         params = body.to_params(self.engine.settings.generation_defaults)
         adapter = self._adapter(body)
-        return [
+        asked = [
             self.engine.asked(text, ids, params, adapter) for text, ids in body.read(self.engine.readers.of(adapter))
         ]
+        self.engine.backlog.require_room(asked)  # while there is a status to say it with
+        return asked
 
     def _adapter(self, body: Body) -> LoRARequest | None:
         named = self.catalogue.find(body.model)

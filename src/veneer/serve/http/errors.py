@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 from typing import Any, ClassVar
 
 from fastapi import FastAPI, Request
@@ -11,7 +12,7 @@ from fastapi.responses import JSONResponse
 from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 
-from veneer.errors import ConfigError, ServingError, VeneerError
+from veneer.errors import ConfigError, QueueFullError, ServingError, VeneerError
 
 _TYPES = {
     400: "BadRequestError", 404: "NotFoundError", 405: "MethodNotAllowedError", 413: "ContentTooLargeError",
@@ -66,14 +67,18 @@ def status_of(error: VeneerError) -> int:
     """Return the status of an error: its own if the request is refused, 500 for the server's own, else 400."""
     if isinstance(error, RefusedError):
         return error.status
+    if isinstance(error, QueueFullError):
+        return TooManyRequestsError.status
     return 500 if isinstance(error, ServingError) else 400
 
 
 async def on_veneer_error(request: Request, error: Exception) -> JSONResponse:
     """Return the response to a request that cannot be served."""
     found = error if isinstance(error, VeneerError) else ServingError(repr(error))
-    wait = {"Retry-After": str(_RETRY_SECONDS)} if isinstance(found, TooManyRequestsError) else None
-    return JSONResponse(error_body(found), status_of(found), wait)
+    seconds = found.retry_seconds if isinstance(found, QueueFullError) else _RETRY_SECONDS
+    status = status_of(found)
+    wait = {"Retry-After": str(math.ceil(seconds))} if status == TooManyRequestsError.status else None
+    return JSONResponse(error_body(found), status, wait)
 
 
 async def on_unknown_route(request: Request, error: Exception) -> JSONResponse:

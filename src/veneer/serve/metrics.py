@@ -1,0 +1,58 @@
+"""Metrics in vLLM's names: what `LLM.get_metrics` returns. No torch."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Metric:
+    """Metric by name; ``labels`` tell metrics of one name apart."""
+
+    name: str
+    labels: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Counter(Metric):
+    """Count since the start, which only grows."""
+
+    value: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Gauge(Metric):
+    """Present value."""
+
+    value: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Histogram(Metric):
+    """Distribution since the start: ``buckets`` are the numbers of values up to a bound, ``+Inf`` the last."""
+
+    count: int
+    sum: float
+    buckets: dict[str, int]
+
+
+class Distribution:
+    """Values counted by bounds."""
+
+    def __init__(self, bounds: Sequence[float]) -> None:
+        self.bounds, self.sum = tuple(bounds), 0.0
+        self.counts = [0] * (len(self.bounds) + 1)
+
+    def add(self, value: float) -> None:
+        """Count a value."""
+        self.counts[bisect_left(self.bounds, value)] += 1
+        self.sum += value
+
+    def histogram(self, name: str) -> Histogram:
+        """Return the metric of a name."""
+        totals = list(accumulate(self.counts))
+        bounds = [*map(str, self.bounds), "+Inf"]
+        return Histogram(name=name, count=totals[-1], sum=self.sum, buckets=dict(zip(bounds, totals, strict=True)))

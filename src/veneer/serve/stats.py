@@ -1,0 +1,131 @@
+"""Times and counts of requests, as plain numbers. No torch."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter as Counts
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from veneer.serve.metrics import Counter, Distribution, Gauge, Metric
+from veneer.serve.outputs import RequestStats
+from veneer.serve.plan import Plan, Sampled
+from veneer.serve.request import Request
+from veneer.serve.scheduler import Scheduler
+
+_SECONDS = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0)
+_LONG = (0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0, 120.0, 240.0, 480.0, 960.0)
+_FINISH = ("stop", "length", "abort", "error")
+
+
+@dataclass(slots=True)
+class _Times:
+    arrival: float  # the wall's clock
+    queued: float
+    scheduled: float = 0.0
+    first: float = 0.0
+    last: float = 0.0
+    n: int = 0
+
+
+class Stats:
+    """Times of the requests in flight, and counts and distributions since the start, of one engine.
+
+    Each call takes the time of its event by `time.perf_counter`, as do all times here but arrivals.
+    """
+
+    def __init__(self) -> None:
+        self._times: dict[str, _Times] = {}
+        self._n_prompt, self._n_drawn = 0, 0
+        self._ended: Counts[str] = Counts()
+        self._to_first, self._between = Distribution(_SECONDS), Distribution(_SECONDS)
+        self._whole, self._queued, self._read, self._decoded = (Distribution(_LONG) for _ in range(4))
+
+    def begin(self, request: Request) -> None:
+        """Note that a request has arrived."""
+        self._times[request.id] = _Times(time.time(), time.perf_counter())
+
+    def admit(self, requests: Iterable[Request]) -> None:
+        """Note that requests were admitted, those for the first time that have not been before."""
+        now = time.perf_counter()
+        for request in requests:
+            times = self._times[request.id]
+            if not times.scheduled:
+                times.scheduled = now
+                self._queued.add(now - times.queued)
+                self._n_prompt += len(request.prompt)
+
+    def commit(self, plan: Plan, sampled: Sampled) -> None:
+        """Note the tokens that a step has drawn."""
+        now = time.perf_counter()
+        for sequence in plan.sequences:
+            if sequence.request_id in sampled.drawn:
+                self._draw(self._times[sequence.request_id], now)
+
+    def end(self, request: Request) -> None:
+        """Count a request that has ended, and drop its times."""
+        times = self._times.pop(request.id)
+        self._ended[request.finish_reason or "abort"] += 1
+        self._whole.add((times.last or time.perf_counter()) - times.queued)
+        if times.first:
+            self._read.add(times.first - times.scheduled)
+            self._decoded.add(times.last - times.first)
+
+    def of(self, requests: Sequence[Request]) -> RequestStats:
+        """Return the times of the answers to one prompt: those of the first event of any, and of the last token."""
+        all_times = [self._times[request.id] for request in requests]
+        first = min((times.first for times in all_times if times.first), default=0.0)
+        queued = min(times.queued for times in all_times)
+        return RequestStats(
+            num_generation_tokens=sum(times.n for times in all_times),
+            arrival_time=min(times.arrival for times in all_times),
+            queued_ts=queued,
+            scheduled_ts=min((times.scheduled for times in all_times if times.scheduled), default=0.0),
+            first_token_ts=first,
+            last_token_ts=max(times.last for times in all_times),
+            first_token_latency=first - queued if first else 0.0,
+            num_preemptions=sum(request.n_preempted for request in requests),
+        )
+
+    def metrics(self, scheduler: Scheduler) -> list[Metric]:
+        """Return the metrics, in vLLM's names."""
+        pages, pool = scheduler.pages, scheduler.pool
+        gauges = {
+            "num_requests_running": len(scheduler.running),
+            "num_requests_waiting": len(scheduler.waiting),
+            "kv_cache_usage_perc": pages.n_held / pages.n_pages,
+            "lora_adapters_loaded": pool.n_loaded,
+            "lora_adapters_running": pool.n_in_batch,
+        }
+        counters = {
+            "num_preemptions": scheduler.n_preemptions,
+            "prompt_tokens": self._n_prompt,
+            "generation_tokens": self._n_drawn,
+        }
+        times = {
+            "time_to_first_token_seconds": self._to_first,
+            "inter_token_latency_seconds": self._between,
+            "e2e_request_latency_seconds": self._whole,
+            "request_queue_time_seconds": self._queued,
+            "request_prefill_time_seconds": self._read,
+            "request_decode_time_seconds": self._decoded,
+        }
+        ended = [
+            Counter(name="vllm:request_success", labels={"finished_reason": reason}, value=self._ended[reason])
+            for reason in _FINISH
+        ]
+        return [
+            *(Gauge(name=f"vllm:{name}", value=float(value)) for name, value in gauges.items()),
+            *(Counter(name=f"vllm:{name}", value=value) for name, value in counters.items()),
+            *ended,
+            *(distribution.histogram(f"vllm:{name}") for name, distribution in times.items()),
+        ]
+
+    def _draw(self, times: _Times, now: float) -> None:
+        if times.first:
+            self._between.add(now - times.last)
+        else:
+            times.first = now
+            self._to_first.add(now - times.queued)
+        times.last, times.n = now, times.n + 1
+        self._n_drawn += 1
