@@ -29,7 +29,7 @@ async def veneer(job: dict[str, Any]) -> Stream:
     from veneer.serve.async_engine import AsyncEngine
     from veneer.serve.sampling_params import RequestOutputKind
 
-    engine = library.LLM(job["model"], dtype=job["dtype"]).engine
+    engine = library.LLM(job["model"], dtype=job["dtype"], enable_prefix_caching=False).engine
     adapters = lora_requests(library.LoRARequest, job)
     steps = AsyncEngine(engine)
     steps.start()

@@ -97,6 +97,7 @@ def write_adapters(model: str, folder: Path, n: int) -> list[LoRARequest]:
 def compare(model: str, adapters: Sequence[LoRARequest], n_requests: int, repeats: int) -> dict[str, float]:
     """Print the three loads, medians of ``repeats`` turns, and return the two ratios that have goals."""
     options = {"dtype": "bfloat16", "max_model_len": PROMPT + TOKENS, "max_num_seqs": AT_ONCE}
+    options["enable_prefix_caching"] = False
     engines = [LLM(model, max_cpu_loras=n, max_loras=n, **options) for n in (ROOM, ROOM + 2)]
     draw = random.Random(0)
     few, many = ([draw.choice(each) for _ in range(n_requests)] for each in (adapters[:ROOM], adapters))

@@ -44,7 +44,8 @@ def vllm_like(module: str, request_module: str, job: dict[str, Any], options: di
 
 
 def veneer(job: dict[str, Any]) -> Answer:
-    return vllm_like("veneer", "veneer", job, job.get("options", {}))
+    options = {"enable_prefix_caching": False}  # as of the peers: the loads repeat their prompts
+    return vllm_like("veneer", "veneer", job, options | job.get("options", {}))
 
 
 def vllm(job: dict[str, Any]) -> Answer:
@@ -64,7 +65,7 @@ def vllm_options(job: dict[str, Any]) -> dict[str, Any]:
     if job["adapters"]:
         options |= {"enable_lora": True, "max_loras": job["max_loras"], "max_cpu_loras": job["max_loras"]}
         options |= {"max_num_batched_tokens": 256, "max_lora_rank": job.get("max_rank", 16)}
-    return options
+    return options | job.get("options", {})
 
 
 def transformers(job: dict[str, Any]) -> Answer:

@@ -10,6 +10,7 @@ from typing import Any
 from veneer.errors import ConfigError
 from veneer.serve.adapter_pool import AdapterVersion
 from veneer.serve.lora_request import LoRARequest
+from veneer.serve.prefix_cache import require_salt, root_of
 from veneer.serve.prompts import PromptReader
 from veneer.serve.request import Request, StopRule
 from veneer.serve.sampler import DrawRule
@@ -26,6 +27,7 @@ class EngineSettings:
     loaded adapter (None: as it is stored). ``why_general``: the reason why transformers' own code computes everything;
     "" if it does not. ``base``: the model's folder, if it has one; adapters that were merged into it are refused.
     ``chat_template`` is used for all adapters, in place of their own. ``keeps_stats``: times and counts are kept.
+    ``prefix_caching``: requests share pages.
     """
 
     vocabulary: int
@@ -38,11 +40,15 @@ class EngineSettings:
     base: Path | None = None
     chat_template: str | None = None
     keeps_stats: bool = False
+    prefix_caching: bool = True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Asked:
-    """Checked prompt, with everything that its answers need. ``client`` and ``priority`` are a `Request`'s."""
+    """Checked prompt, with everything that its answers need. ``client`` and ``priority`` are a `Request`'s.
+
+    Pages are shared only under an equal ``cache_salt``.
+    """
 
     id: str
     prompt: str | None
@@ -54,6 +60,7 @@ class Asked:
     room: int = 1
     client: Hashable = ""
     priority: int = 0
+    cache_salt: str | None = None
 
 
 class Rules:
@@ -63,8 +70,9 @@ class Rules:
         self.settings = settings
         self.forms = Forms(tokenizer, settings.vocabulary, sorted(settings.ending))
 
-    def require(self, prompt_ids: Sequence[int], params: SamplingParams) -> None:
-        """Raise ConfigError for invalid ids, and for a form that cannot be compiled."""
+    def require(self, prompt_ids: Sequence[int], params: SamplingParams, cache_salt: str | None) -> None:
+        """Raise ConfigError for invalid ids or an invalid salt, and for a form that cannot be compiled."""
+        require_salt(cache_salt)
         self._require_ids("the prompt", prompt_ids)
         for name in ("stop_token_ids", "allowed_token_ids", "logit_bias"):
             self._require_ids(name, getattr(params, name) or ())
@@ -82,7 +90,7 @@ class Rules:
 
     def request(self, asked: Asked, index: int) -> Request:
         """Return the request of one of a prompt's answers."""
-        params = asked.params
+        params, version = asked.params, asked.version.id if asked.version else None
         rule = StopRule(
             max_tokens=min(params.max_tokens or asked.room, asked.room),
             min_tokens=params.min_tokens,
@@ -91,9 +99,10 @@ class Rules:
         )
         return Request(
             id=f"{asked.id}#{index}", prompt=asked.prompt_ids, rule=rule,
-            version=asked.version.id if asked.version else None, n_front=asked.version.n_front if asked.version else 0,
+            version=version, n_front=asked.version.n_front if asked.version else 0,
             scores_prompt=params.prompt_logprobs is not None and index == 0, client=asked.client,
             priority=asked.priority, streams=params.output_kind is not RequestOutputKind.FINAL_ONLY,
+            root=root_of(version, asked.cache_salt) if self.settings.prefix_caching else None,
         )  # fmt: skip
 
     def draw_rule(self, asked: Asked, request: Request, number: tuple[int, int]) -> DrawRule:

@@ -105,11 +105,12 @@ class Engine:
         *,
         client: str | None = None,
         priority: int = 0,
+        cache_salt: str | None = None,
     ) -> Asked:
         """Return a checked request; any error that is visible before it runs is raised here.
 
-        Its ``client`` is its adapter if None is given. Raises ConfigError, and FormatError for a folder that holds no
-        adapter.
+        Its ``client`` is its adapter if None is given. It shares pages with requests of the same ``cache_salt`` alone.
+        Raises ConfigError, and FormatError for a folder that holds no adapter.
         """
         params = replace(params)  # checks it again, and keeps later changes out
         _require_client(client, priority)
@@ -117,11 +118,11 @@ class Engine:
         version = None if lora_request is None else self.versions.of(lora_request)
         n_front, n_bytes = (version.n_front, version.n_bytes) if version else (0, 0)
         room = self.scheduler.require_room(len(prompt_ids), n_front, n_bytes)
-        self._rules.require(prompt_ids, params)
+        self._rules.require(prompt_ids, params, cache_salt)
         return Asked(
             id=str(next(self._numbers)),
             prompt=prompt, prompt_ids=tuple(prompt_ids), params=params, reader=self.readers.of(lora_request),
-            lora_request=lora_request, version=version, room=room, priority=priority,
+            lora_request=lora_request, version=version, room=room, priority=priority, cache_salt=cache_salt,
             client=("adapter", lora_request.name if lora_request else "") if client is None else ("client", client),
         )  # fmt: skip
 
@@ -197,6 +198,10 @@ class Engine:
     def pin_adapter(self, number: int) -> None:
         """Keep an adapter loaded. Raises AdapterNameError."""
         self.pool.pin(self._name_of(number))
+
+    def reset_prefix_cache(self) -> None:
+        """Forget all keys and values that were computed so far; running requests keep theirs. Between steps."""
+        self.scheduler.pages.reset()
 
     @property
     def adapters(self) -> list[LoRARequest]:
@@ -287,6 +292,7 @@ class Engine:
             self.pool.abandoned(id)
             raise
         self.pool.loaded(id)
+        self.scheduler.pages.worth.loaded(result.n_bytes, finished.seconds)
         version, taken = self.pool.version(id), time.perf_counter() - start
         _LOG.info(
             "%s (%s, %d bytes) read in %.0f ms, taken in in %.1f ms",
@@ -338,7 +344,9 @@ class Engine:
         except VeneerError as error:
             return Sampled(failed={sequence.request_id: error for sequence in plan.sequences})
         n_decoding = sum(sequence.samples and len(sequence.tokens) == 1 for sequence in plan.sequences)
-        self.scheduler.pace.observe(n_decoding, plan.n_tokens - n_decoding, time.perf_counter() - start)
+        pace, worth = self.scheduler.pace, self.scheduler.pages.worth
+        pace.observe(n_decoding, plan.n_tokens - n_decoding, time.perf_counter() - start)
+        worth.token_seconds = pace.row_seconds or worth.token_seconds
         return sampled
 
     def _commit(self, plan: Plan, sampled: Sampled) -> None:
@@ -382,7 +390,7 @@ class Engine:
         return RequestOutput(
             request_id=asked.id, prompt=asked.prompt, prompt_token_ids=list(asked.prompt_ids), prompt_logprobs=scores,
             outputs=outputs, finished=finished, lora_request=asked.lora_request, error=errors[0] if errors else None,
-            metrics=metrics,
+            metrics=metrics, num_cached_tokens=group.answers[0].request.n_cached or 0,
         )  # fmt: skip
 
     def _forget(self, group: _Group) -> None:

@@ -121,7 +121,7 @@ class GeneralRunner(DrawingRunner):
     def logits(self, plan: Plan) -> Tensor:
         device, sequences = self.base.device, plan.sequences
         for sequence in sequences:
-            if sequence.start == sequence.n_front:
+            if sequence.n_front_there < sequence.n_front:
                 self._put_front(sequence)
         step = PagedStep(self.store, [Stretch(s.pages, s.start, len(s.tokens)) for s in sequences], device)
         ids = torch.tensor([token for s in sequences for token in s.tokens], device=device)
@@ -166,9 +166,10 @@ class GeneralRunner(DrawingRunner):
             handle.remove()
 
     def _put_front(self, sequence: PlannedSequence) -> None:
-        slots = torch.tensor(self.store.slots(sequence.pages, 0, sequence.n_front), device=self.base.device)
+        first = sequence.n_front_there
+        slots = torch.tensor(self.store.slots(sequence.pages, first, sequence.n_front), device=self.base.device)
         for layer, (keys, values) in self.fronts.get(sequence.version or "", {}).items():
-            self.store.write(layer, slots, keys, values)
+            self.store.write(layer, slots, keys[first:], values[first:])
 
     @torch.no_grad()
     def _front(self, version: str) -> Front:

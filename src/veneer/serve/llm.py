@@ -57,8 +57,9 @@ class LLM:
     ) -> list[RequestOutput]:
         """Return the answers to prompts, in order. Parameters and adapters are one for all, or one for each.
 
-        A prompt is text, token ids, or a mapping with ``prompt`` or ``prompt_token_ids``. A lower ``priority`` is more
-        urgent; of equal ones, the ``client`` that has received least comes first (None: the adapter is the client).
+        A prompt is text, token ids, or a mapping with ``prompt`` or ``prompt_token_ids``. A mapping may have a
+        ``cache_salt``: only prompts of the same salt share keys and values. A lower ``priority`` is more urgent; of
+        equal ones, the ``client`` that has received least comes first (None: the adapter is the client).
 
         Raises ConfigError for an invalid prompt before any is run. Raises an adapter's error (FormatError, …) if it
         does not fit; the engine stays unchanged.
@@ -126,6 +127,11 @@ class LLM:
         ids, self._waiting = self._waiting, []
         return self._run(ids, use_tqdm)
 
+    def reset_prefix_cache(self) -> bool:
+        """Forget the keys and values of all prompts so far, and return True; running requests keep theirs."""
+        self.engine.reset_prefix_cache()
+        return True
+
     def get_tokenizer(self) -> Any:
         """Return the model's tokenizer."""
         return self.engine.tokenizer
@@ -172,7 +178,8 @@ class LLM:
         if adapter is not None and not self.options.enable_lora:
             raise ConfigError(f"adapter {adapter.name!r} is asked for and enable_lora is False: leave it out of LLM(…)")
         text, ids = read(self.engine.readers.of(adapter), prompt)
-        asked = self.engine.asked(text, ids, params, adapter, priority=place[0], client=place[1])
+        salt = prompt.get("cache_salt") if isinstance(prompt, Mapping) else None
+        asked = self.engine.asked(text, ids, params, adapter, priority=place[0], client=place[1], cache_salt=salt)
         asked.params.output_kind = RequestOutputKind.FINAL_ONLY
         return asked
 

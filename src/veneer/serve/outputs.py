@@ -66,7 +66,8 @@ class RequestStats:
 class RequestOutput:
     """Prompt with its answers. ``error`` is the reason if a request ended with the finish reason "error".
 
-    There is no prefix cache yet: ``num_cached_tokens`` is 0. ``metrics`` is None unless ``disable_log_stats=False``.
+    ``num_cached_tokens`` counts the prompt's tokens whose keys and values were there when its first answer began.
+    ``metrics`` is None unless ``disable_log_stats=False``.
     """
 
     request_id: str

@@ -34,6 +34,11 @@ class Pace:
             self._row.append(max(seconds - alone, 0.1 * seconds) / n_read)
             self._n_mixed += n_decoding > 0
 
+    @property
+    def row_seconds(self) -> float | None:
+        """Seconds to read a token of a prompt; None before the first was read."""
+        return median(self._row) if self._row else None
+
     def rows(self, n_decoding: int, most: int) -> int:
         """Return the number of rows of prompts that a step may read beside rows that decode, at most ``most``.
 

@@ -5,21 +5,25 @@ No torch: pages are numbers, and the runner has their memory.
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 
 from veneer.errors import ConfigError
+from veneer.serve.prefix_cache import PrefixCache
+from veneer.serve.worth import Worth
 
 
 class Pages:
     """Pages and the page tables of their holders: ``n_pages`` of ``block`` positions and ``page_bytes`` bytes each.
 
     A page takes memory when it is first held, and keeps it for the next holder until others need the bytes. Bytes of
-    ``n_bytes`` (None: the size of all pages) that pages do not take can be `lend` to others. Invariants:
-    - A page is free or in exactly one table.
+    ``n_bytes`` (None: the size of all pages) that pages do not take can be `lend` to others. A full page that was
+    published under a key may be in several tables, and is cached when it is in none. Invariants:
+    - A page is free, cached, or in tables; in more than one only if it is published.
     - A table holds exactly as many pages as its positions need.
+    - Who holds a published block holds those before it, under their keys.
     - `grow` and `lend` fail only if pages or bytes are too few, and then change nothing.
     - Pages with memory and lent bytes take at most ``n_bytes``.
-    - When all holders have released and all bytes are given back, every page is free.
+    - When all holders have released, all bytes are given back and the cache is reset, every page is free.
     """
 
     def __init__(self, n_pages: int, block: int, *, page_bytes: int = 1, n_bytes: int | None = None) -> None:
@@ -33,11 +37,19 @@ class Pages:
         self._fresh = list(range(n_pages - 1, -1, -1))  # free, without memory
         self._kept: list[int] = []  # free, with the memory that it had
         self._tables: dict[Hashable, list[int]] = {}
+        self._n_tables: dict[int, int] = {}  # of each page that is in one
+        self.worth = Worth()
+        self._cache = PrefixCache(self.worth, block, page_bytes)
 
     @property
     def n_held(self) -> int:
         """Number of held pages."""
-        return self.n_pages - len(self._kept) - len(self._fresh)
+        return len(self._n_tables)
+
+    @property
+    def n_cached(self) -> int:
+        """Number of pages that nobody holds and that can be found by their keys."""
+        return self._cache.n_idle
 
     @property
     def n_free(self) -> int:
@@ -47,7 +59,7 @@ class Pages:
     @property
     def lendable(self) -> int:
         """Bytes that can be lent."""
-        return self._unused + len(self._kept) * self.page_bytes
+        return self._unused + (len(self._kept) + self.n_cached) * self.page_bytes
 
     def needed(self, n_positions: int) -> int:
         """Return the number of pages that ``n_positions`` need."""
@@ -64,20 +76,23 @@ class Pages:
     def lacking(self, holder: Hashable, n_positions: int) -> int | None:
         """Return the bytes that others must give back before `grow` succeeds; None if no bytes would help."""
         missing = self.needed(n_positions) - len(self._tables.get(holder, ()))
-        if missing > len(self._kept) + len(self._fresh):
+        with_memory = len(self._kept) + self.n_cached
+        if missing > with_memory + len(self._fresh):
             return None
-        return max(0, (missing - len(self._kept)) * self.page_bytes - self._unused)
+        return max(0, (missing - with_memory) * self.page_bytes - self._unused)
 
     def grow(self, holder: Hashable, n_positions: int) -> bool:
-        """Extend a holder's table to ``n_positions`` from the start.
+        """Extend a holder's table to ``n_positions`` from the start; cached pages go out if none are free.
 
         Returns False if pages are too few; nothing changes then.
         """
         table = self._tables.get(holder, [])
         missing = self.needed(n_positions) - len(table)
-        if missing > self.n_free:
+        if missing > self.n_free + self.n_cached:
             return False
-        table.extend((self._kept or self._fresh).pop() for _ in range(missing))
+        for _ in range(missing):
+            table.append(self._free_page())
+            self._n_tables[table[-1]] = 1
         if table:
             self._tables[holder] = table
         return True
@@ -86,19 +101,59 @@ class Pages:
         """Return a holder's pages, in the order of its positions."""
         return tuple(self._tables.get(holder, ()))
 
+    def n_found(self, keys: Sequence[bytes]) -> int:
+        """Return the number of first keys whose pages are there."""
+        return len(self._cache.found(keys))
+
+    def share(self, holder: Hashable, keys: Sequence[bytes]) -> int:
+        """Begin a holder's table with the pages of the first keys, up to one that is missing; return their number."""
+        pages = self._cache.found(keys)
+        if pages:
+            self._tables[holder] = pages
+        for page in pages:
+            self._enter(page)
+        return len(pages)
+
+    def count_use(self, holder: Hashable) -> None:
+        """Count that a holder uses the pages that it shares."""
+        self._cache.use([page for page in self._tables.get(holder, ()) if page in self._cache])
+
+    def publish(self, holder: Hashable, keys: Sequence[bytes], first: int) -> None:
+        """Let others find a holder's full pages from number ``first`` on, by the ``keys`` of all its full pages.
+
+        A page whose key another one has is freed, and that one is held in its place. Pages behind one that is not
+        published, as after `reset`, are not either.
+        """
+        table = self._tables.get(holder, [])
+        for i in range(first, len(keys)):
+            if i and self._cache.page(keys[i - 1]) != table[i - 1]:
+                return
+            page = self._cache.page(keys[i])
+            if page is None:
+                self._cache.add(keys[i], table[i], keys[i - 1] if i else None)
+            elif page != table[i]:
+                self._leave(table[i])
+                self._enter(page)
+                table[i] = page
+
+    def reset(self) -> None:
+        """Forget all keys: nothing that was computed so far is found again."""
+        self._kept.extend(self._cache.clear())
+
     def release(self, holder: Hashable) -> None:
-        """Free all of a holder's pages; the last in its table is the first to be reused."""
-        self._kept.extend(self._tables.pop(holder, ()))
+        """Let go of a holder's pages: published ones stay cached, the others are free."""
+        for page in reversed(self._tables.pop(holder, ())):
+            self._leave(page)
 
     def lend(self, n_bytes: int) -> bool:
-        """Lend bytes to others, taking the memory of free pages if needed.
+        """Lend bytes to others, taking the memory of free pages, and then of cached ones, if needed.
 
         Returns False if bytes are too few; nothing changes then.
         """
         if n_bytes > self.lendable:
             return False
         while n_bytes > self._unused:
-            self.shed.append(self._kept.pop(0))
+            self.shed.append(self._kept.pop(0) if self._kept else self._cache.evict())
             self._fresh.append(self.shed[-1])
         self.n_lent += n_bytes
         return True
@@ -110,4 +165,26 @@ class Pages:
     @property
     def _unused(self) -> int:
         """Bytes that neither pages nor others have."""
-        return self.n_bytes - self.n_lent - (self.n_held + len(self._kept)) * self.page_bytes
+        return self.n_bytes - self.n_lent - (self.n_held + self.n_cached + len(self._kept)) * self.page_bytes
+
+    def _free_page(self) -> int:
+        if self._kept:
+            return self._kept.pop()
+        return self._fresh.pop() if self.n_free else self._cache.evict()
+
+    def _enter(self, page: int) -> None:
+        """One table more has a published page."""
+        self._n_tables[page] = self._n_tables.get(page, 0) + 1
+        if self._n_tables[page] == 1:
+            self._cache.hold(page)
+
+    def _leave(self, page: int) -> None:
+        """One table fewer has a page."""
+        self._n_tables[page] -= 1
+        if self._n_tables[page]:
+            return
+        del self._n_tables[page]
+        if page in self._cache:
+            self._cache.idle(page)
+        else:
+            self._kept.append(page)

@@ -13,9 +13,10 @@ class PlannedSequence(NamedTuple):
     """Stretch of one request's tokens.
 
     ``tokens`` are the ids to compute, at the positions ``start``, ``start + 1``, …; ``pages`` hold the positions,
-    ``block`` in each. The ``n_front`` positions before the first token of a sequence hold the adapter's virtual tokens,
-    which are written when ``start == n_front``. ``samples``: a token is drawn after the last one. ``targets`` are the
-    tokens whose log-probabilities are asked for; they follow the tokens from ``first_scored`` on.
+    ``block`` in each. The ``n_front`` positions before the first token of a sequence hold the adapter's virtual tokens.
+    The first ``n_front_there`` of them are in the pages already, and the rest are to be written now. ``samples``: a
+    token is drawn after the last one. ``targets`` are the tokens whose log-probabilities are asked for; they follow the
+    tokens from ``first_scored`` on.
     """
 
     request_id: str
@@ -23,6 +24,7 @@ class PlannedSequence(NamedTuple):
     tokens: tuple[int, ...]
     start: int
     n_front: int
+    n_front_there: int
     pages: tuple[int, ...]
     samples: bool
     first_scored: int = 0

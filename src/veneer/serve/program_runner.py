@@ -201,7 +201,7 @@ class ProgramRunner(DrawingRunner):
         self, sequences: Sequence[PlannedSequence], greedy: Collection[str]
     ) -> tuple[Tensor, dict[str, int]]:
         for sequence in sequences:
-            if sequence.start == sequence.n_front:
+            if sequence.n_front_there < sequence.n_front:
                 self._put_front(sequence)
         pieces = [_piece(sequence, greedy) for sequence in sequences]
         step = step_of(pieces, self.cache, self.device)
@@ -212,11 +212,11 @@ class ProgramRunner(DrawingRunner):
         return logits, dict(zip((s.request_id for s in sequences if s.request_id in greedy), tokens, strict=True))
 
     def _put_front(self, sequence: PlannedSequence) -> None:
-        front = self.fronts.get(sequence.version or "")
+        front, first = self.fronts.get(sequence.version or ""), sequence.n_front_there
         if front is not None:
-            rows = self.cache.rows([Stretch(sequence.pages, 0, sequence.n_front)])
+            rows = self.cache.rows([Stretch(sequence.pages, first, sequence.n_front - first)])
             for layer, (keys, values) in enumerate(front):
-                self.cache.append(layer, keys, values, rows)
+                self.cache.append(layer, keys[first:], values[first:], rows)
 
     def _prefix(self, effects: Effects) -> list[KeysValues]:
         """A prefix's own keys and values, by layer."""

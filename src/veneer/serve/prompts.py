@@ -36,8 +36,10 @@ class PromptReader:
         """Return a prompt's text, if it has one, and its ids. Raises ConfigError for an invalid or too long prompt."""
         if isinstance(prompt, Mapping):
             known = {"prompt", "prompt_token_ids"}
-            if not prompt or set(prompt) - known:
-                raise ConfigError(f"a prompt that is a mapping has {sorted(known)}, not {sorted(prompt)}")
+            if not known & set(prompt) or set(prompt) - known - {"cache_salt"}:
+                raise ConfigError(
+                    f"a prompt that is a mapping has {sorted(known)}, and may have cache_salt; not {sorted(prompt)}"
+                )
             if "prompt_token_ids" in prompt:
                 return prompt.get("prompt"), self.read(prompt["prompt_token_ids"])[1]
             return self.read(prompt["prompt"])

@@ -7,6 +7,7 @@ from collections.abc import Hashable
 from dataclasses import dataclass, field
 
 from veneer.serve.outputs import FinishReason
+from veneer.serve.prefix_cache import key_of
 
 
 class Status(enum.Enum):
@@ -41,7 +42,10 @@ class Request:
     ``priority`` is more urgent; within one, the ``client`` that has received least comes first. ``streams``: its answer
     is shown while it grows.
     ``n_computed`` counts the tokens whose keys and values are in pages. ``scores_prompt``: log-probabilities of the
-    prompt are asked for, and ``n_scored`` of them are computed.
+    prompt are asked for, and ``n_scored`` of them are computed. ``root`` is the key in front of its first block; None
+    if it shares no pages. ``n_front_there`` counts the virtual tokens in pages, ``n_published`` the blocks that others
+    can find, and ``n_cached`` the prompt tokens that were in pages when it began. ``known_keys`` are the keys of its
+    first blocks, as far as they were asked for.
     """
 
     id: str
@@ -53,8 +57,12 @@ class Request:
     client: Hashable = ""
     priority: int = 0
     streams: bool = False
+    root: bytes | None = None
     output: list[int] = field(default_factory=list)
     n_computed: int = 0
+    n_front_there: int = 0
+    n_published: int = 0
+    n_cached: int | None = None
     n_scored: int = 0
     n_preempted: int = 0
     arrival: int = 0
@@ -62,6 +70,12 @@ class Request:
     finish_reason: FinishReason | None = None
     stop_token: int | None = None
     error: Exception | None = None
+    known_keys: list[bytes] = field(default_factory=list)
+
+    @property
+    def n_positions(self) -> int:
+        """Number of positions known so far: the virtual tokens', the prompt's and the drawn ones'."""
+        return self.n_front + self.n_tokens
 
     @property
     def n_tokens(self) -> int:
@@ -80,7 +94,19 @@ class Request:
 
     def stretch(self, n: int) -> tuple[int, ...]:
         """Return the next ``n`` tokens to compute."""
-        first, last, n_prompt = self.n_computed, self.n_computed + n, len(self.prompt)
+        return self._tokens(self.n_computed, self.n_computed + n)
+
+    def keys(self, n: int, block: int) -> list[bytes]:
+        """Return the keys of the first ``n`` blocks, whose tokens are known. The request must have a root."""
+        parent = self.known_keys[-1] if self.known_keys else self.root or b""
+        for i in range(len(self.known_keys), n):
+            bounds = (max(0, at * block - self.n_front) for at in (i, i + 1))
+            parent = key_of(parent, self._tokens(*bounds))
+            self.known_keys.append(parent)
+        return self.known_keys[:n]
+
+    def _tokens(self, first: int, last: int) -> tuple[int, ...]:
+        n_prompt = len(self.prompt)
         if first >= n_prompt:  # it decodes, as it mostly does
             return tuple(self.output[first - n_prompt : last - n_prompt])
         return self.prompt[first:last] + tuple(self.output[max(0, first - n_prompt) : max(0, last - n_prompt)])

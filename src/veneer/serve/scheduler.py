@@ -1,11 +1,12 @@
 """Scheduler: continuous batching with chunked prefill and preemption. No torch.
 
 A request waits until there is a place in the batch, pages, and its adapter. It then computes its tokens, at most a
-step's budget at a time, draws one token a step, and ends. The next to be admitted is the one of the client that has
-received least (`Clients`), among those of the most urgent priority. If pages are too few, idle adapters are evicted
-first. Then the newest request of the client that has received most is preempted: it frees its pages and is computed
-again later. If an adapter finds no place, the version in the batch that ends first admits no more requests. Requests of
-all others continue.
+step's budget at a time, draws one token a step, and ends. It begins behind the blocks that others have computed, and
+waits while one in the batch computes the next (`Sharing`). Who waits so is not among ``waiting``, and has a place in
+the batch reserved. The next to be admitted is the one of the client that has received least (`Clients`), among those of
+the most urgent priority. If pages are too few, cached pages and idle adapters are evicted first. Then the newest
+request of the client that has received most is preempted: it frees its pages and continues later. If an adapter finds
+no place, the version in the batch that ends first admits no more requests. Requests of all others continue.
 
 The cost of a step depends on the batch alone, not on the number of waiting requests, clients and known adapters.
 
@@ -31,6 +32,7 @@ from veneer.serve.pace import Pace
 from veneer.serve.pages import Pages
 from veneer.serve.plan import Plan, PlannedSequence, Sampled
 from veneer.serve.request import Request, Status
+from veneer.serve.sharing import Sharing
 from veneer.serve.waiting import Waiting
 
 
@@ -64,7 +66,7 @@ class Scheduler:
                 f"max_model_len={limits.max_model_len}: lower max_model_len, or raise kv_cache_memory_bytes"
             )
         self.pages, self.pool, self.limits = pages, pool, limits
-        self.clients = Clients()
+        self.clients, self.sharing = Clients(), Sharing(pages)
         self.waiting = Waiting(pool, self.clients)
         self.running: list[Request] = []
         self.admitted: list[Request] = []
@@ -175,12 +177,15 @@ class Scheduler:
         for sequence in plan.sequences:
             request = by_id[sequence.request_id]
             request.n_computed += len(sequence.tokens)
+            request.n_front_there = request.n_front
             request.n_scored += len(sequence.targets)
             if request.id in sampled.failed:
                 request.end("error", sampled.failed[request.id])
-            elif sequence.samples:
-                request.draw(sampled.drawn[request.id].token)
-                self.clients.draw(self.clients[request.client])
+            else:
+                self._wait(self.sharing.publish(request))
+                if sequence.samples:
+                    request.draw(sampled.drawn[request.id].token)
+                    self.clients.draw(self.clients[request.client])
             ended = request.status is Status.DONE
             if ended:
                 self._drop(request)
@@ -225,20 +230,23 @@ class Scheduler:
 
     def _preempt(self, request: Request) -> None:
         self.running.remove(request)
-        self.pages.release(request.id)
         if request.version is not None:
             self.pool.release(request.version)
-        request.status, request.n_computed = Status.WAITING, 0
+        request.status = Status.WAITING
         request.n_preempted += 1
         self.n_preemptions += 1
         self.clients.back(self.clients[request.client])
-        self.waiting.add(request)
+        self._wait([request, *self.sharing.leave(request)])
+
+    def _wait(self, requests: Collection[Request]) -> None:
+        for request in requests:
+            self.waiting.add(request)
 
     def _admit(self, planned: dict[Request, int], budget: int) -> None:
         self.waiting.close(None)
         passed = set[Request]()  # requests without a place that others have gone past
         closed: str | None = None
-        while budget and len(self.running) < self.limits.max_seqs and (request := self.waiting.first()) is not None:
+        while budget and self._has_seats and (request := self.waiting.first()) is not None:
             # Requests behind one that has no place go on beside it, in all versions but the one that ends first: its
             # place is the first one's. Where it is bytes that lack, nobody takes more.
             before = [r for r in self.waiting.blocked() if self.waiting.key(r) < self.waiting.key(request)]
@@ -252,17 +260,28 @@ class Scheduler:
             self.waiting.close(closed)
             if request.version is not None and request.version == closed:
                 continue
+            if self.sharing.park(request):
+                self.waiting.remove(request)
+                continue
             if not self._admits(request):
                 return  # its turn comes first when pages are free
             planned[request] = min(request.n_left, budget)
             budget -= planned[request]
             self._enter(request)
 
+    @property
+    def _has_seats(self) -> bool:
+        return len(self.running) + self.sharing.n_parked < self.limits.max_seqs
+
     def _admits(self, request: Request) -> bool:
         """Pages for all tokens of a request; its own version stays, and those that requests before it wait for."""
         kept, idle = () if request.version is None else (request.version,), self.waiting.idle()
         spares = idle is not None and self.waiting.key(idle) < self.waiting.key(request)
-        return self._grow(request, request.n_front + request.n_left, kept, spares_awaited=spares)
+        self.sharing.take(request)
+        if self._grow(request, request.n_positions, kept, spares_awaited=spares):
+            return True
+        self.sharing.give_up(request)
+        return False
 
     def _closed_for(self, version: str) -> str | None:
         """The version in the batch that takes no more requests, so that another gets its place; None where that has one
@@ -282,10 +301,11 @@ class Scheduler:
 
     def _enter(self, request: Request) -> None:
         self.waiting.remove(request)
-        self.clients.begin(self.clients[request.client], 0 if request.n_preempted else len(request.prompt))
+        self.clients.begin(self.clients[request.client], 0 if request.n_preempted else request.n_left)
         self.running.append(request)
         self.admitted.append(request)
         request.status = Status.RUNNING
+        self.sharing.begin(request)
         if request.version is not None:
             self.pool.acquire(request.version)
 
@@ -297,6 +317,7 @@ class Scheduler:
             tokens=request.stretch(n),
             start=request.n_front + request.n_computed,
             n_front=request.n_front,
+            n_front_there=request.n_front_there,
             pages=self.pages.table(request.id),
             samples=n == request.n_left,
             first_scored=first,
@@ -304,15 +325,16 @@ class Scheduler:
         )
 
     def _drop(self, request: Request) -> None:
-        self.pages.release(request.id)
+        self._wait(self.sharing.leave(request))
         if request in self.running:
             self.running.remove(request)
             self.clients.end(self.clients[request.client])
             if request.version is not None:
                 self.pool.release(request.version)
                 self.pool.leave(request.version)
-        elif request in self.waiting:
-            self.waiting.remove(request)
+        elif self.sharing.unpark(request) or request in self.waiting:
+            if request in self.waiting:
+                self.waiting.remove(request)
             self.clients.leave(self.clients[request.client])
             if request.version is not None:
                 self.pool.leave(request.version)

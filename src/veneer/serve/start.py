@@ -52,7 +52,6 @@ _ONLY: dict[str, tuple[Collection[object], str]] = {
     "tokenizer_revision": ((None,), "fetch the revision and give its folder"),
     "hf_token": ((None,), "log in with `hf auth login`"),
     "hf_overrides": ((None,), "change config.json of a copy instead"),
-    "enable_prefix_caching": ((None, False), "there is no prefix cache yet"),
     "kv_cache_dtype": (("auto",), "keys and values are kept in the model's dtype"),
     "generation_config": (("auto", "vllm"), "the model's own defaults, or none"),
     "logprobs_mode": (("raw_logprobs",), "log-probabilities are the model's own"),
@@ -79,7 +78,8 @@ class EngineOptions(metaclass=Keywords):
     ``max_lora_rank`` refuses larger ranks; None takes any, since nothing is padded. ``enforce_eager`` has no effect.
     ``block_size``, the positions of a page, should be a multiple of 16 on a CPU. With any other, torch computes
     attention, more slowly, and the last bits of a row may depend on the other rows. Departs: ``enable_lora`` is on,
-    since it costs nothing.
+    since it costs nothing. ``enable_prefix_caching``: requests share the keys and values of equal beginnings, which is
+    on unless it is False.
 
     Four are not vLLM's. ``max_waiting_requests`` and ``max_waiting_tokens`` (of their prompts) limit what waits: one
     request more is a QueueFullError, which says when to ask again. ``quantize_head="int8"`` keeps the head in 8 bits,
@@ -198,6 +198,7 @@ def start_engine(
         base=_folder_of(loaded),
         chat_template=options.chat_template,
         keeps_stats=not options.disable_log_stats,
+        prefix_caching=options.enable_prefix_caching is not False,
     )
     return Engine(runner, scheduler, tokenizer, settings)
 

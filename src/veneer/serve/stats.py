@@ -92,7 +92,7 @@ class Stats:
         pages, pool = scheduler.pages, scheduler.pool
         gauges = {
             "num_requests_running": len(scheduler.running),
-            "num_requests_waiting": len(scheduler.waiting),
+            "num_requests_waiting": len(scheduler.waiting) + scheduler.sharing.n_parked,
             "kv_cache_usage_perc": pages.n_held / pages.n_pages,
             "lora_adapters_loaded": pool.n_loaded,
             "lora_adapters_running": pool.n_in_batch,

@@ -170,6 +170,23 @@ def test_echo_and_logprobs(server, llm):
     assert all(each.logprob == each.top_logprobs[0].logprob for each in content)
 
 
+def test_cached_tokens_and_salts(server):
+    """OpenAI's count of the tokens that were there, and vLLM's field that parts requests."""
+    prompt, counts = "a header that several requests share, longer than two pages", []
+    for salt in (None, "a", None, "a", "b"):
+        extra = {} if salt is None else {"cache_salt": salt}
+        for stream in (False, True):
+            answer = server.client.completions.create(
+                model="lora", prompt=prompt, max_tokens=1, stream=stream, extra_body=extra,
+                **({"stream_options": {"include_usage": True}} if stream else {}),
+            )  # fmt: skip
+            usage = list(answer)[-1].usage if stream else answer.usage
+            counts.append(usage.prompt_tokens_details.cached_tokens)
+    assert counts == [0, 48, 0, 48, 48, 48, 48, 48, 0, 48]
+    status, told = server.post("/v1/completions", {"prompt": "x", "cache_salt": "x" * 2**20})
+    assert (status, "cache_salt has 1048576 characters" in told["error"]["message"]) == (400, True)
+
+
 def test_streams(server, llm):
     parts = list(
         server.client.completions.create(

@@ -50,8 +50,9 @@ def test_greedy_is_generate(family, how, tokenizer):
     assert answers(llm, PROMPTS[::-1]) == expected[::-1]
 
 
+@pytest.mark.parametrize("caches", [False, True])
 @pytest.mark.parametrize(("family", "general"), [("llama", False), ("llama", True), ("gemma3", False), ("gpt2", False)])
-def test_preempted_or_not(family, general, tokenizer):
+def test_preempted_or_not(family, general, caches, tokenizer):
     """Pages for little more than one request: the newest is put back and computed again, with the same answer."""
     heads = {"llama": 1, "gemma3": 1, "gpt2": 3}[family]
     position_bytes = 2 * 2 * heads * 8 * 4  # keys and values, layers, heads, their width, bytes
@@ -62,13 +63,14 @@ def test_preempted_or_not(family, general, tokenizer):
         max_model_len=36,
         general_runner=general,
         kv_cache_memory_bytes=39 * position_bytes,
+        enable_prefix_caching=caches,
     )
     requests = []
     add = llm.engine.scheduler.add
     llm.engine.scheduler.add = lambda request: (requests.append(request), add(request))[1]  # type: ignore[func-returns-value]
     expected = [generated(make_model(family), prompt) for prompt in PROMPTS]
     assert answers(llm, PROMPTS) == expected
-    assert sum(request.n_preempted for request in requests) > 2
+    assert sum(request.n_preempted for request in requests) > (0 if caches else 2)
     assert llm.engine.scheduler.pages.n_held == 0
 
 

@@ -22,7 +22,6 @@ from .test_llm_exact import PROMPTS, answers, generated
     [
         ({"tensor_parallel_size": 2}, "tensor_parallel_size=2 cannot be honoured"),
         ({"quantization": "awq"}, "quantization='awq' cannot be honoured"),
-        ({"enable_prefix_caching": True}, "no prefix cache yet"),
         ({"gpu_memory_utilization": 1.5}, "at most 1"),
         ({"max_loras": 3, "max_cpu_loras": 2}, "at least max_loras"),
         ({"max_model_len": 0}, "max_model_len=0"),

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import pytest
 
-from veneer.errors import AdapterNameError, ConfigError
+from veneer.errors import AdapterNameError, ConfigError, NonFiniteError
 from veneer.serve.adapter_pool import AdapterPool, AdapterVersion
 from veneer.serve.inbox import Inbox
 from veneer.serve.pages import Pages
+from veneer.serve.plan import Sampled
+from veneer.serve.prefix_cache import root_of
 from veneer.serve.request import Request, StopRule
 from veneer.serve.scheduler import Limits, Scheduler
 
@@ -20,8 +22,9 @@ def scheduler(n_pages=7, block=3, n_resident=None, n_acting=None, **limits):
     return Scheduler(pages, pool, Limits(**({"max_model_len": n_pages * block} | limits)))
 
 
-def request(name, n_prompt=2, version=None, longest=4):
-    return Request(id=name, prompt=tuple(range(n_prompt)), rule=StopRule(max_tokens=longest), version=version)
+def request(name, n_prompt=2, version=None, longest=4, root=None):
+    rule = StopRule(max_tokens=longest)
+    return Request(id=name, prompt=tuple(range(n_prompt)), rule=rule, version=version, root=root)
 
 
 def load(pool, *names):
@@ -205,6 +208,40 @@ def test_a_request_that_memory_will_never_hold_is_told():
     assert made.begin_load() is None
     assert not made.plan().sequences
     assert made.stuck() is next(iter(made.waiting))
+
+
+def test_a_preempted_request_finds_its_pages_again():
+    """Seven pages: the newest gives way, and what the oldest did not need of its pages is still there."""
+    made, arena = scheduler(n_pages=7), TokenArena(3)
+    made.add(request("old", n_prompt=8, longest=4, root=root_of(None, "a")))
+    made.add(request("new", n_prompt=9, longest=7, root=root_of(None, "b")))
+    step(made, arena)
+    while not made.waiting:
+        step(made, arena)
+    [new] = made.waiting
+    assert (new.n_preempted, new.n_computed, new.n_cached) == (1, 0, 0)
+    starts = []
+    while made.has_work:
+        plan = made.plan()
+        starts += [s.start for s in plan.sequences if s.request_id == "new"]
+        made.commit(plan, arena.run(plan))
+    assert (starts[0], len(new.output)) == (9, 7)
+    assert (new.n_cached, made.pages.n_held) == (0, 0)  # what it had found when it began; and nothing is held
+
+
+def test_who_waits_for_a_block_goes_on_when_its_writer_fails():
+    """The header is computed for one at a time; what a failed one computed is not shared."""
+    made, arena = scheduler(n_pages=20, max_batched_tokens=13), TokenArena(3)
+    for name in "abc":
+        made.add(request(name, n_prompt=11, longest=4, root=root_of(None)))
+    plan = made.plan()
+    assert ([s.request_id for s in plan.sequences], list(made.waiting), made.sharing.n_parked) == (["a"], [], 2)
+    made.commit(plan, Sampled(failed={"a": NonFiniteError("x")}))
+    plan = made.plan()
+    assert [(s.request_id, s.start) for s in plan.sequences] == [("b", 0)]
+    made.commit(plan, arena.run(plan))
+    assert {(s.request_id, s.start) for s in made.plan().sequences} == {("b", 11), ("c", 9)}
+    assert {r.id: r.n_cached for r in made.running} == {"b": 0, "c": 9}
 
 
 def test_two_names_of_equal_content_are_one_version_and_forgetting_one_keeps_it():

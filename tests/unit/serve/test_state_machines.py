@@ -21,6 +21,7 @@ from veneer.serve.adapter_pool import AdapterPool, AdapterVersion, Residency
 from veneer.serve.outputs import Logprob
 from veneer.serve.pages import Pages
 from veneer.serve.plan import Drawn, Plan, Sampled
+from veneer.serve.prefix_cache import root_of
 from veneer.serve.request import Request, Status, StopRule
 from veneer.serve.scheduler import Limits, Scheduler
 
@@ -47,7 +48,7 @@ def answer_alone(request: Request) -> list[int]:
 
 
 class TokenArena:
-    """Pages whose bytes are the tokens themselves."""
+    """Pages whose bytes are the tokens themselves, each with the version that computed it."""
 
     def __init__(self, block: int) -> None:
         self.block, self.slots = block, dict[int, object]()
@@ -56,22 +57,26 @@ class TokenArena:
         drawn, scored = {}, {}
         for s in plan.sequences:
             at = [page * self.block + i for page in s.pages for i in range(self.block)]
-            if s.start == s.n_front:
-                self.slots.update({at[i]: ("front", s.version) for i in range(s.n_front)})
-            self.slots.update({at[s.start + i]: token for i, token in enumerate(s.tokens)})
-            seen = [self.slots[i] for i in at[: s.start + len(s.tokens)]]
-            assert seen[: s.n_front] == [("front", s.version)] * s.n_front
+            fronts = range(s.n_front_there, s.n_front)
+            self.slots.update({at[i]: ("front", s.version, i) for i in fronts})
+            self.slots.update({at[s.start + i]: (s.version, token) for i, token in enumerate(s.tokens)})
+            found = [self.slots[i] for i in at[: s.start + len(s.tokens)]]
+            assert found[: s.n_front] == [("front", s.version, i) for i in range(s.n_front)]
+            assert all(version == s.version for version, _ in found[s.n_front :])
+            seen = [token for _, token in found[s.n_front :]]
             if s.samples:
-                drawn[s.request_id] = Drawn(drawn_after(s.version, tuple(seen[s.n_front :])))
+                drawn[s.request_id] = Drawn(drawn_after(s.version, tuple(seen)))
             if s.targets:
                 scored[s.request_id] = [{t: Logprob(-1.0)} for t in s.targets]
-                own = seen[s.n_front :][s.start - s.n_front + s.first_scored :]
+                own = seen[s.start - s.n_front + s.first_scored :]
                 assert tuple(own[1:]) == s.targets[: len(own) - 1]
         return Sampled(drawn, scored)
 
 
 class Serving(RuleBasedStateMachine):
-    """Requests come, go and are aborted, adapters are named, replaced, forgotten and fail, and steps are made."""
+    """Requests come, go and are aborted, adapters are named, replaced, forgotten and fail, the cache is reset, and
+    steps are made. Prompts are few, so that requests share them; some have a salt, and some share nothing.
+    """
 
     @initialize(
         n_pages=st.integers(6, 14), block=st.integers(2, 5), n_resident=st.sampled_from([None, 1, 2, 3]),
@@ -86,6 +91,7 @@ class Serving(RuleBasedStateMachine):
         limits = Limits(max_seqs=max_seqs, max_batched_tokens=budget, max_model_len=n_pages * block)
         self.scheduler, self.arena = Scheduler(self.pages, self.pool, limits), TokenArena(block)
         self.requests: list[Request] = []
+        self.salts: dict[str, str | None] = {}
         self.broken: set[str] = set()
         self.failed: set[str] = set()
         self.told: Counter[str] = Counter()
@@ -106,21 +112,31 @@ class Serving(RuleBasedStateMachine):
         client=st.sampled_from([None, "p", "q"]),
         priority=st.sampled_from([0, 0, 0, -3, 5]),
         streams=st.booleans(),
+        kind=st.integers(0, 2),
+        salt=st.sampled_from([None, None, "s", "t"]),
+        shares=st.sampled_from([True, True, True, False]),
+        times=st.sampled_from([1, 1, 1, 3]),
     )
-    def add(self, name, n_prompt, longest, scores, client, priority, streams):
+    def add(self, name, n_prompt, longest, scores, client, priority, streams, kind, salt, shares, times):
+        for index in range(times):
+            self.add_one(name, n_prompt, longest, scores and not index, client, priority, streams, kind, salt, shares)
+
+    def add_one(self, name, n_prompt, longest, scores, client, priority, streams, kind, salt, shares):
         version = self.pool.names.get(name)
         n_front = version.n_front if version else 0
         room = self.scheduler.limits.max_model_len - n_front - n_prompt
         number = len(self.requests)
         request = Request(
-            id=f"r{number}", prompt=tuple((number * 31 + i * 7) % 23 for i in range(n_prompt)),
+            id=f"r{number}", prompt=tuple((kind * 31 + i * 7) % 23 for i in range(n_prompt)),
             rule=StopRule(
                 max_tokens=max(1, min(longest, room)), min_tokens=longest // 3,
                 eos_ids=frozenset({EOS}), stop_ids=frozenset({STOP}),
             ),
             version=version.id if version else None, n_front=n_front, scores_prompt=scores,
             client=client or name, priority=priority, streams=streams,
+            root=root_of(version.id if version else None, salt) if shares else None,
         )  # fmt: skip
+        self.salts[request.id] = salt
         if room < 1:
             with pytest.raises(ConfigError, match="maximum context length"):
                 self.scheduler.add(request)
@@ -137,6 +153,11 @@ class Serving(RuleBasedStateMachine):
             self.told[request.id] += 1  # who asks for it knows
             self.pool.tidy()
             self.make_way()
+
+    @rule()
+    def reset(self):
+        self.pages.reset()
+        assert self.pages.n_cached == 0
 
     @rule(name=st.sampled_from(sorted(FRONTS)))
     def replace(self, name):
@@ -263,17 +284,62 @@ class Serving(RuleBasedStateMachine):
         assert self.pool.n_acting is None or len({*order} - {None}) <= self.pool.n_acting
         assert oldest is None or oldest in self.scheduler.running
         assert plan.sequences or not self.scheduler.running or self.pool.loading or self.scheduler.stuck()
+        holders = Counter(page for r in self.scheduler.running for page in self.pages.table(r.id))
+        for s in plan.sequences:
+            assert s.start == s.n_front or s.n_front_there == s.n_front
+            first = s.n_front_there if s.n_front_there < s.n_front else s.start
+            written = s.pages[first // self.pages.block : self.pages.needed(s.start + len(s.tokens))]
+            assert all(holders[page] == 1 and page not in self.pages._cache for page in written)
+
+    @invariant()
+    def who_shares_a_page_has_the_same_tokens_behind_the_same_root(self):
+        if not hasattr(self, "pages"):
+            return
+        seen: dict[int, object] = {}
+        for r in self.scheduler.running:
+            tokens = (*[None] * r.n_front, *r.prompt, *r.output)
+            for i, page in enumerate(self.pages.table(r.id)):
+                upto = (i, r.version, self.salts[r.id], tokens[: (i + 1) * self.pages.block])
+                if page in seen or page in self.pages._cache:
+                    assert len(upto[3]) == (i + 1) * self.pages.block
+                assert seen.setdefault(page, upto) == upto
+
+    @invariant()
+    def requests_wait_for_blocks_of_others_in_the_batch_alone(self):
+        if not hasattr(self, "pages"):
+            return
+        sharing, scheduler = self.scheduler.sharing, self.scheduler
+        assert {*sharing._computing.values()} <= {*scheduler.running}
+        assert {*sharing._awaited.values()} == {*sharing._parked} <= {*sharing._computing}
+        there = Counter([*scheduler.running, *scheduler.waiting, *sharing._awaited])
+        assert there == Counter(r for r in self.requests if r.status is not Status.DONE)
+        assert len(scheduler.running) + sharing.n_parked <= scheduler.limits.max_seqs
+
+    @invariant()
+    def a_page_is_free_or_cached_or_held(self):
+        if not hasattr(self, "pages"):
+            return
+        held = {page for r in self.scheduler.running for page in self.pages.table(r.id)}
+        blocks = list(self.pages._cache._blocks.values())
+        cached = {block.page for block in blocks} - held
+        free = self.pages._kept + self.pages._fresh
+        assert sorted([*free, *cached, *held]) == list(range(self.pages.n_pages))
+        assert (len(held), len(cached)) == (self.pages.n_held, self.pages.n_cached)
+        for block in blocks:  # children go out before their parents
+            assert block.parent is None or self.pages._cache._blocks[block.parent.key] is block.parent
+            assert block.is_idle == (block.page not in held)
+            children = [other for other in blocks if other.parent is block]
+            assert block.n_children == len(children)
+            assert not block.is_idle or all(other.is_idle for other in children)
 
     @invariant()
     def pages_are_held_by_requests_in_the_batch_alone(self):
         if not hasattr(self, "pages"):
             return
         running = self.scheduler.running
-        tables = [page for request in running for page in self.pages.table(request.id)]
-        assert len(set(tables)) == len(tables) == self.pages.n_held
         for request in self.requests:
             held = self.pages.table(request.id)
-            computed = request.n_front + request.n_computed if request.n_computed else 0
+            computed = request.n_front_there + request.n_computed
             assert (request in running) or not held
             assert request in running or request.status is not Status.RUNNING
             assert self.pages.needed(computed) <= len(held) or request.status is Status.DONE
@@ -328,6 +394,9 @@ class Serving(RuleBasedStateMachine):
         self.pool.tidy()
         self.make_way()
         assert (self.pool.known, self.loaded, self.pages.n_lent) == (frozenset(), {}, 0)
+        assert not self.scheduler.sharing._computing
+        assert not self.scheduler.sharing.n_parked
+        self.pages.reset()
         assert self.pages.n_free == self.pages.n_pages
 
 

@@ -60,10 +60,13 @@ class Answering:
         place = next(i for i, asked in enumerate(self.asked) if asked.id == output.request_id)
         return place * self.asked[0].params.n + answer.index
 
-    def usage(self, n_answered: int) -> dict[str, Any]:
-        """Return the numbers of tokens read and written."""
+    def usage(self, n_answered: int, n_cached: int) -> dict[str, Any]:
+        """Return the numbers of tokens read, among them those found in the prefix cache, and written."""
         n_prompt = sum(len(asked.prompt_ids) for asked in self.asked)
-        return {"prompt_tokens": n_prompt, "completion_tokens": n_answered, "total_tokens": n_prompt + n_answered}
+        return {
+            "prompt_tokens": n_prompt, "completion_tokens": n_answered, "total_tokens": n_prompt + n_answered,
+            "prompt_tokens_details": {"cached_tokens": n_cached},
+        }  # fmt: skip
 
 
 async def whole_answer(engine: AsyncEngine, request: Request, answering: Answering) -> Response:
@@ -108,7 +111,7 @@ class _Stream(StreamingResponse):
 
 
 async def _choices(engine: AsyncEngine, answering: Answering) -> dict[str, Any]:
-    choices, n_answered = {}, 0
+    choices, n_answered, n_cached = {}, 0, 0
     by_id = {asked.id: asked for asked in answering.asked}
     async with aclosing(engine.outputs(answering.asked)) as outputs:
         async for output in outputs:
@@ -118,19 +121,20 @@ async def _choices(engine: AsyncEngine, answering: Answering) -> dict[str, Any]:
                 index = answering.index(output, answer)
                 choices[index] = answering.shape.choice(answer, index, by_id[output.request_id])
                 n_answered += len(answer.token_ids)
+            n_cached += output.num_cached_tokens
             scores = output.prompt_logprobs
             if scores is not None:
                 choices[answering.index(output, output.outputs[0])]["prompt_logprobs"] = _plain(scores)
     found = [choices[index] for index in sorted(choices)]
-    return answering.head(answering.shape.whole) | {"choices": found, "usage": answering.usage(n_answered)}
+    return answering.head(answering.shape.whole) | {"choices": found, "usage": answering.usage(n_answered, n_cached)}
 
 
 async def _events(engine: AsyncEngine, answering: Answering, options: StreamOptions) -> AsyncGenerator[bytes, None]:
     head, shape = answering.head(answering.shape.chunk), answering.shape
-    by_id, n_answered = {asked.id: asked for asked in answering.asked}, 0
+    by_id, n_answered, n_cached = {asked.id: asked for asked in answering.asked}, 0, dict[str, int]()
 
     def event(choices: list[dict[str, Any]], usage: bool = False) -> bytes:
-        told = {"usage": answering.usage(n_answered)} if usage else {}
+        told = {"usage": answering.usage(n_answered, sum(n_cached.values()))} if usage else {}
         return b"data: " + json.dumps(head | {"choices": choices} | told, ensure_ascii=False).encode() + b"\n\n"
 
     for place, asked in enumerate(answering.asked):
@@ -144,6 +148,7 @@ async def _events(engine: AsyncEngine, answering: Answering, options: StreamOpti
                 if output.error is not None:
                     raise output.error
                 n_answered += sum(len(answer.token_ids) for answer in output.outputs)
+                n_cached[output.request_id] = output.num_cached_tokens
                 for answer in output.outputs:
                     choice = shape.delta(answer, answering.index(output, answer), by_id[output.request_id])
                     yield event([choice], options.continuous_usage_stats)

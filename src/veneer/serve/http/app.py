@@ -119,7 +119,8 @@ class Api:
         params = body.to_params(self.engine.settings.generation_defaults)
         adapter = self._adapter(body)
         asked = [
-            self.engine.asked(text, ids, params, adapter) for text, ids in body.read(self.engine.readers.of(adapter))
+            self.engine.asked(text, ids, params, adapter, cache_salt=body.cache_salt)
+            for text, ids in body.read(self.engine.readers.of(adapter))
         ]
         self.engine.backlog.require_room(asked)  # while there is a status to say it with
         return asked

@@ -64,6 +64,7 @@ class StreamOptions(Strict):
 class Body(Strict):
     """Fields of both routes. ``adapter`` is a mix: weights by the names of adapters.
 
+    Requests share keys and values only if they have the same ``cache_salt``.
     ``user``, ``metadata``, ``store`` and ``service_tier`` are accepted and ignored.
     """
 
@@ -91,6 +92,7 @@ class Body(Strict):
     prompt_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
     response_format: dict[str, Any] | None = None
     structured_outputs: dict[str, Any] | None = None
+    cache_salt: str | None = None
     stream: bool = False
     stream_options: StreamOptions | None = None
     user: str | None = None

@@ -1,0 +1,146 @@
+"""Cache of pages by the tokens that lead to them: keys, the tree of blocks, and the next to go out. No torch.
+
+A block is a full page of computed positions. Its key is a hash of its tokens and of its parent's key, so that equal
+keys have equal tokens from the first. The key before the first block, the root, is a hash of the adapter's version, or
+of the base, and of the request's salt. Virtual tokens follow from the version: their positions add no tokens to a key.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import heapq
+import itertools
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from veneer.errors import ConfigError
+from veneer.serve.worth import Worth
+
+MAX_SALT = 1024  # characters
+_SLACK = 64  # outdated entries that are not worth a rebuild
+
+
+def root_of(version: str | None, salt: str | None = None) -> bytes:
+    """Return the key in front of the first block of all sequences of a version (None: the base) and a salt."""
+    return hashlib.sha256(repr((version, salt)).encode()).digest()
+
+
+def require_salt(salt: str | None) -> None:
+    """Raise ConfigError for a salt that is no text of 1 to `MAX_SALT` characters; None is no salt."""
+    if salt is not None and not (isinstance(salt, str) and 1 <= len(salt) <= MAX_SALT):
+        given = f"has {len(salt)} characters" if isinstance(salt, str) else f"is a {type(salt).__name__}"
+        raise ConfigError(
+            f"cache_salt {given}: it must be text of 1 to {MAX_SALT} characters. Give such a text, or none."
+        )
+
+
+def key_of(parent: bytes, tokens: Sequence[int]) -> bytes:
+    """Return the key of the block that holds ``tokens`` after the block with the key ``parent``."""
+    return hashlib.sha256(parent + array("q", tokens).tobytes()).digest()
+
+
+@dataclass(eq=False, slots=True)
+class _Block:
+    key: bytes
+    page: int
+    parent: _Block | None
+    n_children: int = 0
+    n_uses: int = 0
+    worth: float = 0.0
+    entry: int = 0  # its valid entry among those that may go out; 0 if it has none
+    is_idle: bool = False
+
+
+class PrefixCache:
+    """Blocks by key. Pages are numbers; who holds them is told by `hold` and `idle`. Invariants:
+
+    - A key has one page, and a page at most one key.
+    - A block's parent is in the cache.
+    - A block without holders goes out before its parent, and none with holders goes out.
+    """
+
+    def __init__(self, worth: Worth, block: int, page_bytes: int) -> None:
+        self._worth, self._block, self._page_bytes = worth, block, page_bytes
+        self.n_idle = 0
+        """Number of blocks that nobody holds."""
+        self._blocks: dict[bytes, _Block] = {}
+        self._of_page: dict[int, _Block] = {}
+        self._leaves: list[tuple[float, int, _Block]] = []  # idle ones without children, some of them no longer so
+        self._entries = itertools.count(1)
+
+    def __contains__(self, page: int) -> bool:
+        return page in self._of_page
+
+    def page(self, key: bytes) -> int | None:
+        """Return the page of a key."""
+        block = self._blocks.get(key)
+        return None if block is None else block.page
+
+    def found(self, keys: Sequence[bytes]) -> list[int]:
+        """Return the pages of the first keys, up to the first that is missing."""
+        known = itertools.takewhile(lambda block: block is not None, map(self._blocks.get, keys))
+        return [block.page for block in known if block is not None]
+
+    def add(self, key: bytes, page: int, parent: bytes | None) -> None:
+        """Add a held page under a new key, behind a block that is in the cache, or as a first block."""
+        behind = None if parent is None else self._blocks[parent]
+        if behind is not None:
+            behind.n_children += 1
+        self._blocks[key] = self._of_page[page] = block = _Block(key, page, behind)
+        self._use(block)
+
+    def hold(self, page: int) -> None:
+        """Keep a page that nobody held."""
+        block = self._of_page[page]
+        block.is_idle, block.entry = False, 0
+        self.n_idle -= 1
+
+    def use(self, pages: Sequence[int]) -> None:
+        """Count a use of pages."""
+        for page in pages:
+            self._use(self._of_page[page])
+
+    def idle(self, page: int) -> None:
+        """Let a page go out from now on, as nobody holds it any more."""
+        block = self._of_page[page]
+        block.is_idle = True
+        self.n_idle += 1
+        self._offer(block)
+
+    def least(self) -> float | None:
+        """Return the worth of the next block to go out; None if all have holders."""
+        while self._leaves and self._leaves[0][2].entry != self._leaves[0][1]:
+            heapq.heappop(self._leaves)
+        return self._leaves[0][0] if self._leaves else None
+
+    def evict(self) -> int:
+        """Drop the block of the least worth that nobody holds; return its page."""
+        self.least()
+        worth, _, block = heapq.heappop(self._leaves)
+        self._worth.went(worth)
+        block.entry = 0
+        del self._blocks[block.key], self._of_page[block.page]
+        self.n_idle -= 1
+        if block.parent is not None:
+            block.parent.n_children -= 1
+            self._offer(block.parent)
+        return block.page
+
+    def clear(self) -> list[int]:
+        """Drop all keys; return the pages that nobody holds."""
+        pages = [block.page for block in self._blocks.values() if block.is_idle]
+        self._blocks, self._of_page, self._leaves, self.n_idle = {}, {}, [], 0
+        return pages
+
+    def _use(self, block: _Block) -> None:
+        block.n_uses += 1
+        block.worth = self._worth.of(block.n_uses, self._block * self._worth.token_seconds, self._page_bytes)
+
+    def _offer(self, block: _Block) -> None:
+        if block.is_idle and not block.n_children:
+            block.entry = next(self._entries)
+            heapq.heappush(self._leaves, (block.worth, block.entry, block))
+        if len(self._leaves) > 2 * self.n_idle + _SLACK:
+            self._leaves = [entry for entry in self._leaves if entry[2].entry == entry[1]]
+            heapq.heapify(self._leaves)

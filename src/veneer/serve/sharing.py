@@ -1,0 +1,117 @@
+"""Pages that requests share: what one has computed, the next does not compute, and what one is computing it waits for.
+
+No torch. Invariants:
+- The last token of a request is always computed, and so is every prompt token whose successor is to be scored.
+- A page is written by its only holder, before it is published.
+- A request waits only for one that is in the batch.
+"""
+
+from __future__ import annotations
+
+from itertools import takewhile
+
+from veneer.serve.pages import Pages
+from veneer.serve.request import Request
+
+
+class Sharing:
+    """Blocks of the requests in the batch, by their keys. A request without a ``root`` shares nothing."""
+
+    def __init__(self, pages: Pages) -> None:
+        self.pages = pages
+        self._computing: dict[bytes, Request] = {}  # full blocks of known tokens, by who will publish them
+        self._parked: dict[bytes, dict[Request, None]] = {}  # who waits for a block
+        self._awaited: dict[Request, bytes] = {}
+
+    @property
+    def n_parked(self) -> int:
+        """Number of requests that wait for a block."""
+        return len(self._awaited)
+
+    def park(self, request: Request) -> bool:
+        """Let a request wait if the first block that it lacks is being computed for another; return True if it does.
+
+        It waits for all blocks that it has in common with the other.
+        """
+        keys = self._usable(request)
+        lacking = keys[self.pages.n_found(keys) :]
+        writer = self._computing.get(lacking[0]) if lacking else None
+        if writer is None:
+            return False
+        *_, last = takewhile(lambda key: self._computing.get(key) is writer, lacking)
+        self._parked.setdefault(last, {})[request] = None
+        self._awaited[request] = last
+        return True
+
+    def unpark(self, request: Request) -> bool:
+        """Let a request wait no longer; return False if it did not."""
+        key = self._awaited.pop(request, None)
+        if key is None:
+            return False
+        del self._parked[key][request]
+        if not self._parked[key]:
+            del self._parked[key]
+        return True
+
+    def take(self, request: Request) -> None:
+        """Give a waiting request the pages that are there for it."""
+        self._put(request, self.pages.share(request.id, self._usable(request)) * self.pages.block)
+
+    def give_up(self, request: Request) -> None:
+        """Take all pages from a request; nothing of it counts as computed."""
+        self.pages.release(request.id)
+        self._put(request, 0)
+
+    def begin(self, request: Request) -> None:
+        """Begin to compute what a request lacks, now that it is in the batch."""
+        if request.n_cached is None:
+            request.n_cached = request.n_computed
+        if request.root is not None:
+            self.pages.count_use(request.id)
+            keys = request.keys(request.n_positions // self.pages.block, self.pages.block)
+            for key in keys[self.pages.n_found(keys) :]:
+                self._computing.setdefault(key, request)
+
+    def publish(self, request: Request) -> list[Request]:
+        """Let others find the blocks that a request has filled since the last time; return those that waited for them.
+
+        They wait no longer.
+        """
+        n = (request.n_front + request.n_computed) // self.pages.block
+        if request.root is None or n <= request.n_published:
+            return []
+        keys, first = request.keys(n, self.pages.block), request.n_published
+        self.pages.publish(request.id, keys, first)
+        request.n_published = n
+        return self._freed(request, keys[first:])
+
+    def leave(self, request: Request) -> list[Request]:
+        """Take the pages of a request that leaves the batch; return those that waited for it, and wait no longer."""
+        freed = self._freed(request, request.known_keys[request.n_published :])
+        self.give_up(request)
+        return freed
+
+    def _usable(self, request: Request) -> list[bytes]:
+        """The keys of the blocks that need not be computed, if they are there."""
+        if request.root is None:
+            return []
+        n_tokens = request.n_tokens - 1
+        if request.scores_prompt and request.n_scored < len(request.prompt) - 1:
+            n_tokens = request.n_scored
+        return request.keys((request.n_front + n_tokens) // self.pages.block, self.pages.block)
+
+    def _put(self, request: Request, n_positions: int) -> None:
+        request.n_front_there = min(n_positions, request.n_front)
+        request.n_computed = n_positions - request.n_front_there
+        request.n_published = n_positions // self.pages.block
+
+    def _freed(self, request: Request, keys: list[bytes]) -> list[Request]:
+        """Those that waited for blocks which are no longer being computed for a request."""
+        freed = list[Request]()
+        for key in keys:
+            if self._computing.get(key) is request:
+                del self._computing[key]
+                freed += self._parked.pop(key, ())
+        for each in freed:
+            del self._awaited[each]
+        return freed
