@@ -4,6 +4,7 @@
 
 The job holds ``model`` and what the side needs besides. Each line of standard input is a load: ``prompts`` (token ids),
 ``adapters`` (a name or null a prompt) and ``n_tokens``. Each is answered with one line of JSON behind `ANSWER`.
+Of the engines with vLLM's signature, ``settings`` may hold sampling parameters, and ``structured`` a form of the text.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from typing import Any
 ANSWER = "serve_side answers: "
 Prompts = list[list[int]]
 Names = Sequence[str | None]
-Answer = Callable[[Prompts, Names, int], Prompts]
+Answer = Callable[..., Prompts]  # of prompts, names and a number of tokens
 
 
 def vllm_like(module: str, request_module: str, job: dict[str, Any], options: dict[str, Any]) -> Answer:
@@ -33,11 +34,15 @@ def vllm_like(module: str, request_module: str, job: dict[str, Any], options: di
     llm = engine.LLM(**settings | options)
     requests = {name: request(name, n, path) for n, (name, path) in enumerate(job["adapters"].items(), start=1)}
 
-    def answer(prompts: Prompts, names: Names, n_tokens: int) -> Prompts:
-        greedy = engine.SamplingParams(temperature=0.0, max_tokens=n_tokens, ignore_eos=True)
+    def answer(prompts: Prompts, names: Names, n_tokens: int, **asked_for: Any) -> Prompts:
+        given = {"temperature": 0.0, **asked_for.get("settings", {})}
+        if "structured" in asked_for:
+            form = importlib.import_module(request_module.replace("lora.request", "sampling_params"))
+            given["structured_outputs"] = form.StructuredOutputsParams(**asked_for["structured"])
+        params = engine.SamplingParams(max_tokens=n_tokens, ignore_eos=True, **given)
         asked = [{"prompt_token_ids": ids} for ids in prompts]
         adapters = [None if name is None else requests[name] for name in names] if job["adapters"] else None
-        outputs = llm.generate(asked, greedy, lora_request=adapters, use_tqdm=False)
+        outputs = llm.generate(asked, params, lora_request=adapters, use_tqdm=False)
         return [list(output.outputs[0].token_ids) for output in outputs]
 
     return answer
@@ -162,7 +167,8 @@ def main() -> None:
     for line in sys.stdin:
         load = json.loads(line)
         start = time.perf_counter()
-        tokens = answer(load["prompts"], load["adapters"], load["n_tokens"])
+        more = {name: load[name] for name in ("settings", "structured") if name in load}
+        tokens = answer(load["prompts"], load["adapters"], load["n_tokens"], **more)
         seconds = time.perf_counter() - start
         print(ANSWER + json.dumps({"tokens": tokens, "seconds": seconds, "resident_mb": resident_mb()}), flush=True)
 

@@ -2,6 +2,7 @@
 
 #include "core/lanes.h"
 #include "core/parallel.h"
+#include "sample/draw.h"
 
 namespace veneer {
 namespace VENEER_ISA {
@@ -53,9 +54,27 @@ void likeliest(const LogitColumns& logits, const Likeliest& found) {
   likeliest_typed<bf16>(logits, found);
 }
 
+template <class T>
+void draw_typed(const LogitColumns& logits, const RowRule* rules, const Draws& found, char* scratch, int n_threads) {
+  parallel_tasks(n_threads, [&](int thread, const auto& next) {
+    int64_t first = 0, counted = 0;  // of the likeliest ids of rows before
+    for (int64_t r = next(); r < logits.n; r = next()) {
+      for (; counted < r; ++counted) first += rules[counted].n_likeliest > 0 ? rules[counted].n_likeliest : 0;
+      draw_row(row_of<const T>(logits.rows, r), logits.d, rules[r], scratch + thread * Row::bytes(logits.d), r, first, found);
+    }
+  });
+}
+
+void draw(const LogitColumns& logits, const RowRule* rules, const Draws& found, char* scratch, int n_threads) {
+  if (logits.dtype == Dtype::float32) return draw_typed<float>(logits, rules, found, scratch, n_threads);
+  draw_typed<bf16>(logits, rules, found, scratch, n_threads);
+}
+
+int64_t scratch_bytes(int64_t d) { return Row::bytes(d); }
+
 }  // namespace
 
-const SampleKernels sample = {likeliest};
+const SampleKernels sample = {likeliest, scratch_bytes, draw};
 
 }  // namespace VENEER_ISA
 }  // namespace veneer

@@ -51,6 +51,13 @@ class AdapterRuns:
             return self
         return AdapterRuns(tuple(Run(k, start * n, stop * n) for k, start, stop in self.runs), self.n_rows * n)
 
+    def part(self, first: int, last: int) -> AdapterRuns:
+        """Return the runs of the rows from ``first`` up to ``last``, counted from the first of them."""
+        if (first, last) == (0, self.n_rows):
+            return self
+        cut = (Run(k, max(start, first) - first, min(stop, last) - first) for k, start, stop in self.runs)
+        return AdapterRuns(tuple(run for run in cut if run.start < run.stop), last - first)
+
     def with_gaps(self) -> Iterator[Run]:
         """Iterate over the runs in order, and between them, as adapter -1, over the rows that have none."""
         reached = 0

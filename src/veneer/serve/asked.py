@@ -13,9 +13,9 @@ from veneer.serve.lora_request import LoRARequest
 from veneer.serve.prefix_cache import require_salt, root_of
 from veneer.serve.prompts import PromptReader
 from veneer.serve.request import Request, StopRule
-from veneer.serve.sampler import DrawRule
+from veneer.serve.sampler import DrawRule, Seen
 from veneer.serve.sampling_params import RequestOutputKind, SamplingParams
-from veneer.serve.structured import Forms
+from veneer.serve.structured import Forms, TextForm
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,11 +43,24 @@ class EngineSettings:
     prefix_caching: bool = True
 
 
+@dataclass(frozen=True, slots=True)
+class Constraints:
+    """Form that an answer must have, in its start state, ids of words that it may not have, and those of the prompt.
+
+    The prompt's are needed for a repetition penalty alone.
+    """
+
+    form: TextForm | None = None
+    bad_words: tuple[tuple[int, ...], ...] = ()
+    seen: Seen | None = None
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Asked:
-    """Checked prompt, with everything that its answers need. ``client`` and ``priority`` are a `Request`'s.
+    """Checked prompt, with everything that its answers need.
 
-    Pages are shared only under an equal ``cache_salt``.
+    ``client`` and ``priority`` are a `Request`'s. Pages are shared only under an equal ``cache_salt``. ``constraints``
+    are those of each answer.
     """
 
     id: str
@@ -61,6 +74,7 @@ class Asked:
     client: Hashable = ""
     priority: int = 0
     cache_salt: str | None = None
+    constraints: Constraints = field(default_factory=Constraints)
 
 
 class Rules:
@@ -70,14 +84,20 @@ class Rules:
         self.settings = settings
         self.forms = Forms(tokenizer, settings.vocabulary, sorted(settings.ending))
 
-    def require(self, prompt_ids: Sequence[int], params: SamplingParams, cache_salt: str | None) -> None:
-        """Raise ConfigError for invalid ids or an invalid salt, and for a form that cannot be compiled."""
+    def constraints(
+        self, prompt_ids: Sequence[int], params: SamplingParams, cache_salt: str | None, reader: PromptReader
+    ) -> Constraints:
+        """Return the constraints of answers; grammars are compiled and words tokenized here, in the caller's thread.
+
+        Raises ConfigError for invalid ids or an invalid salt, and for a form that cannot be compiled.
+        """
         require_salt(cache_salt)
         self._require_ids("the prompt", prompt_ids)
         for name in ("stop_token_ids", "allowed_token_ids", "logit_bias"):
             self._require_ids(name, getattr(params, name) or ())
-        if params.structured_outputs is not None:
-            self.forms.form(params.structured_outputs)
+        words = [ids for word in params.bad_words or () for ids in _word_ids(reader.tokenizer, word)]
+        form = None if params.structured_outputs is None else self.forms.form(params.structured_outputs)
+        return Constraints(form, tuple(words), Seen.of(prompt_ids) if params.repetition_penalty != 1 else None)
 
     def _require_ids(self, what: str, ids: Any) -> None:
         wrong = [
@@ -116,11 +136,11 @@ class Rules:
             if params.seed is None
             else (params.seed, -number[1])
         )
-        words = [variant for word in params.bad_words or () for variant in _word_ids(asked.reader.tokenizer, word)]
-        form = None if params.structured_outputs is None else self.forms.form(params.structured_outputs)
+        form, seen = asked.constraints.form, asked.constraints.seen
         return DrawRule(
-            params=params, prompt=asked.prompt_ids, key=key,
-            ending=self.settings.ending | asked.reader.ends | request.rule.stop_ids, bad_words=tuple(words), form=form,
+            params=params, key=key, ending=self.settings.ending | asked.reader.ends | request.rule.stop_ids,
+            bad_words=asked.constraints.bad_words, form=None if form is None else form.begun(),
+            seen=None if seen is None else seen.begun(),
         )  # fmt: skip
 
 

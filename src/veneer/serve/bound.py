@@ -73,6 +73,8 @@ class Products:
 
 LISTS = ("qkv", "inner")
 """The registers that hold several tensors."""
+LOGIT_BYTES = 1 << 25
+"""Of logits at a time: 340 rows of 49,152 in 16 bits, 110 of 151,936."""
 
 
 class Embedding:
@@ -314,7 +316,7 @@ class Added:
 
 
 class LogitsOf:
-    """Logits of the kept rows, in float32."""
+    """Logits of the kept rows."""
 
     def __init__(
         self, model: PreTrainedModel, instruction: Logits, linears: Linears, effects: Mapping[str, Effects]
@@ -323,17 +325,15 @@ class LogitsOf:
         self.norm = None if instruction.norm is None else BoundNorm(model, instruction.norm, effects)
 
     def __call__(self, step: Step, frame: Frame) -> None:
-        frame["logits"] = self.of(frame[STREAM], step.kept, step.kept_runs, step.versions)
+        frame["logits"] = LogitRows(self, frame[STREAM], step)
 
     def of(self, h: Tensor, rows: Tensor, runs: AdapterRuns, versions: tuple[str, ...]) -> Tensor:
-        """Return the logits of some rows of the stream, with their own runs."""
+        """Return the logits of some rows of the stream, with their own runs, in the dtype in which they arise."""
         y = self.uncapped(h, rows, runs, versions)
-        return y if self.head.softcap is None else self.head.softcap * torch.tanh(y / self.head.softcap)
+        return y if self.head.softcap is None else self.head.softcap * torch.tanh(y.float() / self.head.softcap)
 
     def uncapped(self, h: Tensor, rows: Tensor, runs: AdapterRuns, versions: tuple[str, ...]) -> Tensor:
         """Return the logits before their soft cap, which keeps their order."""
-        if not len(rows):
-            return h.new_empty(0, self.head.linear.out_features, dtype=torch.float32)
         x = h[rows]
         x = x if self.norm is None else self.norm(x, versions, runs)
         [y] = self.linears(x, versions, runs)
@@ -341,7 +341,33 @@ class LogitsOf:
             own = self.effects[versions[number]].rows.get(self.head.linear.path)
             if own is not None:
                 y[start:stop] = project_rows(x[start:stop], y[start:stop], *own, self.linears.biases[0])
-        return y.float() * self.head.scale if self.head.scale != 1 else y.float()
+        return y.float() * self.head.scale if self.head.scale != 1 else y
+
+
+class LogitRows:
+    """Kept rows of a pass. Their logits are computed when they are asked for, some at a time."""
+
+    def __init__(self, of: LogitsOf, stream: Tensor, step: Step) -> None:
+        self._of, self._stream, self._step = of, stream, step
+
+    def logits(self) -> Tensor:
+        """Return all logits (kept, vocabulary), in float32."""
+        return torch.cat([self._stream.new_empty(0, self._width).float(), *(each.float() for each in self.blocks())])
+
+    def blocks(self) -> Iterator[Tensor]:
+        """Return the logits of the rows in order, of at most `LOGIT_BYTES` at a time."""
+        at_once = max(1, LOGIT_BYTES // (self._width * self._stream.itemsize))
+        for first in range(0, len(self._step.kept), at_once):
+            yield self._block(first, min(first + at_once, len(self._step.kept)))
+
+    @torch.no_grad()
+    def _block(self, first: int, stop: int) -> Tensor:
+        step = self._step
+        return self._of.of(self._stream, step.kept[first:stop], step.kept_runs.part(first, stop), step.versions)
+
+    @property
+    def _width(self) -> int:
+        return self._of.head.linear.out_features
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,25 +5,47 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from tokenizers.decoders import DecodeStream
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
 _CONTEXT = 6  # tokens of the prompt that the first of the answer is read behind
 _UNFINISHED = "\ufffd"
 
 
 class Detokenizer:
-    """Text of an answer, decoded after the prompt, so that a space between the two belongs to the answer."""
+    """Text of an answer, decoded after the prompt, so that a space between the two belongs to the answer.
+
+    A tokenizer of the tokenizers library decodes by its own stream. Others decode the last tokens twice for each token;
+    so does an answer whose bytes the stream cannot read, from there on.
+    """
 
     def __init__(self, tokenizer: Any, prompt: Sequence[int], skip_special_tokens: bool) -> None:
         self._tokenizer, self._skips = tokenizer, skip_special_tokens
         self._ids = list(prompt[-_CONTEXT:])
-        self._start, self._read = 0, len(self._ids)
+        self._read = len(self._ids)  # of the ids those whose text is out
+        self._stream: DecodeStream | None = None
+        # A stream behind half a character would tell the text of the context.
+        if _streams(tokenizer) and not self._decode(self._ids).endswith(_UNFINISHED):
+            self._stream = DecodeStream(ids=self._ids, skip_special_tokens=skip_special_tokens)
 
     def add(self, token: int) -> str:
         """Return the text that one more token makes certain; empty within a character."""
         self._ids.append(token)
-        return self._next(final=False)
+        if self._stream is None:
+            return self._next(final=False)
+        try:
+            text = self._stream.step(self._tokenizer.backend_tokenizer, token)
+        except Exception:  # noqa: BLE001 - tokenizers has no class of its own for a text that changes behind its end
+            self._stream = None
+            return self._next(final=False)
+        if not text:
+            return ""
+        self._go_on()
+        return str(text)
 
     def finish(self) -> str:
         """Return the text that was held back."""
+        self._stream = None  # it does not tell it
         return self._next(final=True)
 
     def read(self, tokens: Sequence[int], *, final: bool) -> str:
@@ -35,12 +57,27 @@ class Detokenizer:
         return "".join(self.add(token) for token in tokens) + (self.finish() if final else "")
 
     def _next(self, final: bool) -> str:
-        before = self._decode(self._ids[self._start : self._read])
-        now = self._decode(self._ids[self._start :])
+        before = self._decode(self._ids[: self._read])
+        now = self._decode(self._ids)
         if len(now) <= len(before) or (now.endswith(_UNFINISHED) and not final):
             return ""
-        self._start, self._read = self._read, len(self._ids)
+        self._go_on()
         return now[len(before) :]
+
+    def _go_on(self) -> None:
+        """Keep the ids whose text has come last: the next are read behind them."""
+        self._ids = self._ids[self._read :]
+        self._read = len(self._ids)
 
     def _decode(self, ids: list[int]) -> str:
         return str(self._tokenizer.decode(ids, skip_special_tokens=self._skips, clean_up_tokenization_spaces=False))
+
+
+def _streams(tokenizer: Any) -> bool:
+    """True if a tokenizer decodes as its backend does."""
+    kind = type(tokenizer)
+    return (
+        isinstance(tokenizer, PreTrainedTokenizerFast)
+        and kind._decode is PreTrainedTokenizerFast._decode
+        and kind.decode is PreTrainedTokenizerBase.decode
+    )

@@ -118,10 +118,11 @@ class Engine:
         version = None if lora_request is None else self.versions.of(lora_request)
         n_front, n_bytes = (version.n_front, version.n_bytes) if version else (0, 0)
         room = self.scheduler.require_room(len(prompt_ids), n_front, n_bytes)
-        self._rules.require(prompt_ids, params, cache_salt)
+        reader = self.readers.of(lora_request)
+        constraints = self._rules.constraints(prompt_ids, params, cache_salt, reader)
         return Asked(
             id=str(next(self._numbers)),
-            prompt=prompt, prompt_ids=tuple(prompt_ids), params=params, reader=self.readers.of(lora_request),
+            prompt=prompt, prompt_ids=tuple(prompt_ids), params=params, reader=reader, constraints=constraints,
             lora_request=lora_request, version=version, room=room, priority=priority, cache_salt=cache_salt,
             client=("adapter", lora_request.name if lora_request else "") if client is None else ("client", client),
         )  # fmt: skip

@@ -7,7 +7,7 @@ the fast ones are checked against it.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -118,7 +118,14 @@ class GeneralRunner(DrawingRunner):
     def discard(self, pages: Sequence[int]) -> None:
         """Do nothing: memory of plain tensors cannot be freed page by page."""
 
+    def compute(self, plan: Plan, greedy: Collection[str]) -> tuple[list[Tensor], dict[str, int]]:
+        logits = self.logits(plan)
+        return [logits[: sum(len(wanted(s)) for s in plan.sequences)]], {}
+
     def logits(self, plan: Plan) -> Tensor:
+        """Return the logits after the tokens whose successors are scored or drawn, in the plan's order; one row if
+        there are none.
+        """
         device, sequences = self.base.device, plan.sequences
         for sequence in sequences:
             if sequence.n_front_there < sequence.n_front:

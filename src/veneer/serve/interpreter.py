@@ -29,6 +29,7 @@ from veneer.serve.bound import (
     IntoStream,
     IntoStreamOf,
     Joined,
+    LogitRows,
     LogitsOf,
     Normed,
     Picked,
@@ -112,16 +113,20 @@ class Interpreter:
             self._plans.clear()
         self.native.drop(version)
 
-    @torch.no_grad()
     def run(self, step: Step, given: Tensor) -> Tensor:
         """Return the logits (kept, vocabulary) of the kept rows, from ids (n,) or embeddings (n, width).
 
         ``step.tokens`` receives the likeliest tokens of the picked rows.
         """
+        return self.rows(step, given).logits()
+
+    @torch.no_grad()
+    def rows(self, step: Step, given: Tensor) -> LogitRows:
+        """Return the kept rows, whose logits are to be asked for before the next pass."""
         frame: Frame = {"given": given}
         for instruction in self._instructions(step, by_ids=not given.is_floating_point()):
             instruction(step, frame)
-        return cast(Tensor, frame["logits"])
+        return cast(LogitRows, frame["logits"])
 
     def _instructions(self, step: Step, *, by_ids: bool = True) -> list[Bound]:
         """Those of a pass, in stretches where the step in C++ knows them."""

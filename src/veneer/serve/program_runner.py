@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -167,23 +167,20 @@ class ProgramRunner(DrawingRunner):
     def discard(self, pages: Sequence[int]) -> None:
         self.cache.discard(pages)
 
-    def logits(self, plan: Plan) -> Tensor:
-        return self.compute(plan, ())[0]
-
-    def compute(self, plan: Plan, greedy: Collection[str]) -> tuple[Tensor, dict[str, int]]:
+    def compute(self, plan: Plan, greedy: Collection[str]) -> tuple[Iterable[Tensor], dict[str, int]]:
         # Reading a prefix runs the model itself once, which must not see what a pass through it has set.
         with self._modules if self.general is not None or isinstance(self.model, PeftModel) else nullcontext():
             general = frozenset[str]() if self.general is None else self.general.loaded
             others = tuple(s for s in plan.sequences if s.version in general)
             if not others or self.general is None:
                 return self._by_program(plan.sequences, greedy)
-            return self._by_both(self.general, plan, others), {}
+            return [self._by_both(self.general, plan, others)], {}
 
     def _by_both(self, runner: GeneralRunner, plan: Plan, others: tuple[PlannedSequence, ...]) -> Tensor:
         """Logits, those of ``others`` by the general runner."""
         general = runner.loaded
         own = tuple(s for s in plan.sequences if s.version not in general)
-        own_logits = self._by_program(own, ())[0] if own else None
+        own_logits = list(self._by_program(own, ())[0]) if own else []
         given = runner.logits(Plan(others)).float()
         out = given.new_empty(sum(len(wanted(s)) for s in plan.sequences), given.shape[-1])
         bounds, at = [], 0
@@ -193,23 +190,26 @@ class ProgramRunner(DrawingRunner):
         mine = [i for s, rows in zip(plan.sequences, bounds, strict=True) if s.version not in general for i in rows]
         theirs = [i for s, rows in zip(plan.sequences, bounds, strict=True) if s.version in general for i in rows]
         out[theirs] = given[: len(theirs)]
-        if own_logits is not None:
-            out[mine] = own_logits
+        if own_logits:
+            out[mine] = torch.cat(own_logits).float()
         return out
 
     def _by_program(
         self, sequences: Sequence[PlannedSequence], greedy: Collection[str]
-    ) -> tuple[Tensor, dict[str, int]]:
+    ) -> tuple[Iterator[Tensor], dict[str, int]]:
         for sequence in sequences:
             if sequence.n_front_there < sequence.n_front:
                 self._put_front(sequence)
         pieces = [_piece(sequence, greedy) for sequence in sequences]
         step = step_of(pieces, self.cache, self.device)
         ids = whole_numbers([token for s in sequences for token in s.tokens]).to(self.device)
-        logits, tokens = self.interpreter.run(step, ids), step.tokens.tolist()
+        logits = self.interpreter.rows(step, ids)
+        tokens = step.tokens.tolist()
         if -1 in tokens:  # a logit is not finite: the sampler is to see all of them
             return self._by_program(sequences, ())
-        return logits, dict(zip((s.request_id for s in sequences if s.request_id in greedy), tokens, strict=True))
+        return logits.blocks(), dict(
+            zip((s.request_id for s in sequences if s.request_id in greedy), tokens, strict=True)
+        )
 
     def _put_front(self, sequence: PlannedSequence) -> None:
         front, first = self.fronts.get(sequence.version or ""), sequence.n_front_there

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
 from torch import Tensor
 
-from veneer.errors import VeneerError
 from veneer.serve.mix import Parts
 from veneer.serve.plan import Drawn, Plan, PlannedSequence, Sampled
-from veneer.serve.sampler import DrawRule, Sampler
+from veneer.serve.sampler import DrawRule, Row, Sampler
 
 
 class ReadAdapter(Protocol):
@@ -68,14 +68,11 @@ class DrawingRunner(ABC):
         self.sampler = Sampler()
 
     @abstractmethod
-    def logits(self, plan: Plan) -> Tensor:
-        """Return the logits after the tokens whose successors are scored or drawn (`wanted`), in the plan's order."""
+    def compute(self, plan: Plan, greedy: Collection[str]) -> tuple[Iterable[Tensor], dict[str, int]]:
+        """Return the likeliest tokens of some ``greedy`` requests, and blocks of logits for all other `wanted` tokens.
 
-    def compute(self, plan: Plan, greedy: Collection[str]) -> tuple[Tensor, dict[str, int]]:
-        """Return the `logits`, and the likeliest tokens of those ``greedy`` requests that are left out of
-        them, if any.
+        The logits are those after the tokens, in the plan's order. They may be computed when a block is asked for.
         """
-        return self.logits(plan), {}
 
     def begin(self, request_id: str, rule: DrawRule) -> None:
         self.sampler.begin(request_id, rule)
@@ -87,22 +84,11 @@ class DrawingRunner(ABC):
         self.sampler.take(request_id, token)
 
     def run(self, plan: Plan) -> Sampled:
-        logits, tokens = self.compute(plan, self.sampler.greedy(plan))
-        likeliest = self.sampler.likeliest(logits)
-        sampled, at = Sampled(), 0
-        for sequence in plan.sequences:
-            id, n = sequence.request_id, len(sequence.targets)
-            if id in tokens:
-                sampled.drawn[id] = Drawn(tokens[id])
-                continue
-            try:
-                if n:
-                    sampled.prompt_logprobs[id] = self.sampler.score(id, logits[at : at + n], sequence.targets)
-                if sequence.samples:
-                    sampled.drawn[id] = self.sampler.draw(id, logits[at + n], likeliest[at + n])
-            except VeneerError as error:
-                sampled.failed[id] = error
-            at += n + sequence.samples
+        blocks, tokens = self.compute(plan, self.sampler.greedy(plan))
+        sampled = Sampled(drawn={id: Drawn(token) for id, token in tokens.items()})
+        rows = iter([row for s in plan.sequences if s.request_id not in tokens for row in _rows(s)])
+        for logits in blocks:
+            self.sampler.fill(sampled, list(islice(rows, len(logits))), logits)
         return sampled
 
 
@@ -110,3 +96,9 @@ def wanted(sequence: PlannedSequence) -> list[int]:
     """Return the tokens of a sequence whose logits are needed, counted from its first in the plan."""
     scored = range(sequence.first_scored, sequence.first_scored + len(sequence.targets))
     return [*scored, *[len(sequence.tokens) - 1] * sequence.samples]
+
+
+def _rows(sequence: PlannedSequence) -> list[Row]:
+    """The rows of logits that `wanted` asks for."""
+    id = sequence.request_id
+    return [*(Row(id, target) for target in sequence.targets), *[Row(id)] * sequence.samples]

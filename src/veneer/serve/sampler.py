@@ -1,4 +1,4 @@
-"""Tokens from logits, one request at a time, so that a draw does not depend on the batch.
+"""Tokens from logits: the rules of all rows of a step, for one call of `ops.sample.draw`.
 
 The order is vLLM's: allowed tokens, banned words and ends, bias, penalties. Then comes the likeliest token, or
 temperature, min_p, top_k, top_p and a draw. Log-probabilities are those of the model, before any of these.
@@ -6,31 +6,70 @@ temperature, min_p, top_k, top_p and a draw. Log-probabilities are those of the 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cached_property
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
-import numpy as np
-import torch
 from torch import Tensor
 
-from veneer.errors import ConfigError, NonFiniteError
-from veneer.ops.sample import likeliest
+from veneer.errors import ConfigError, NonFiniteError, VeneerError
+from veneer.ops.sample import NONE_ALLOWED, Draws, Ints, RowRule, bit_mask, draw
 from veneer.serve.outputs import Logprob, TokenLogprobs
-from veneer.serve.plan import Drawn, Plan
+from veneer.serve.plan import Drawn, Plan, Sampled
 from veneer.serve.sampling_params import SamplingParams
 
-_NEVER = float("-inf")
+_LARGEST = 3e38  # that a float holds
 
 
 class Form(Protocol):
     """Form that the text must have."""
 
     def allowed(self) -> Tensor:
-        """Return True for each token that may come next, as (vocabulary,) booleans."""
+        """Return the bit mask of the tokens that may come next."""
 
     def take(self, token: int) -> None:
         """Advance the form by a token."""
+
+
+class Seen:
+    """Ids of a prompt and its answer, each once."""
+
+    def __init__(self, ids: Ints, known: frozenset[int]) -> None:
+        self.ids, self._known, self._new = ids, known, set[int]()
+
+    @classmethod
+    def of(cls, prompt: Sequence[int]) -> Seen:
+        """Return the ids of a prompt."""
+        known = frozenset(prompt)
+        return cls(array("i", known), known)
+
+    def begun(self) -> Seen:
+        """Return the prompt's ids for one more answer."""
+        return Seen(array("i", self.ids), self._known)
+
+    def add(self, token: int) -> None:
+        """Add a token of the answer."""
+        if token not in self._known and token not in self._new:
+            self._new.add(token)
+            self.ids.append(token)
+
+
+class _Counts:
+    """Counts of the tokens of an answer, as arrays of ids and counts."""
+
+    def __init__(self) -> None:
+        self.arrays = (array("i"), array("i"))
+        self._places: dict[int, int] = {}
+
+    def add(self, token: int) -> None:
+        ids, counts = self.arrays
+        place = self._places.setdefault(token, len(ids))
+        if place == len(ids):
+            ids.append(token)
+            counts.append(0)
+        counts[place] += 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,13 +77,14 @@ class DrawRule:
     """Rule for drawing the tokens of one answer.
 
     ``key`` (two whole numbers) and a token's index in the answer determine its random number. ``ending`` ids are banned
-    before ``min_tokens``; ``bad_words`` are sequences of ids that may not be completed.
+    before ``min_tokens``; ``bad_words`` are sequences of ids that may not be completed. ``seen`` are the ids for a
+    repetition penalty.
     """
 
     params: SamplingParams
-    prompt: tuple[int, ...]
     key: tuple[int, int]
     ending: frozenset[int] = frozenset()
+    seen: Seen | None = None
     bad_words: tuple[tuple[int, ...], ...] = ()
     form: Form | None = None
 
@@ -59,15 +99,11 @@ class DrawRule:
         return params.greedy and free and not any(changed)
 
 
-@dataclass(slots=True)
-class _State:
-    rule: DrawRule
-    output: list[int] = field(default_factory=list)
+class Row(NamedTuple):
+    """Row of logits: its request, and the token that it scores; None if one is to be drawn."""
 
-    @property
-    def takes_likeliest(self) -> bool:
-        """True where the next token is the model's likeliest, and nothing else is asked for."""
-        return self.rule.is_plain and len(self.output) >= self.rule.params.min_tokens
+    request_id: str
+    target: int | None = None
 
 
 class Sampler:
@@ -92,109 +128,131 @@ class Sampler:
             if s.samples and not s.targets and self._states[s.request_id].takes_likeliest
         }
 
-    def likeliest(self, logits: Tensor) -> list[int | None]:
-        """Return the likeliest token of each row of logits (n, vocabulary), in one pass; None if not finite."""
-        return [None if token < 0 else token for token in likeliest(logits).tolist()] if len(logits) else []
-
-    def draw(self, request_id: str, logits: Tensor, likeliest: int | None = None) -> Drawn:
-        """Return the next token of a request, from the model's logits (vocabulary,) and the likeliest token, if known.
-
-        Raises NonFiniteError and ConfigError.
-        """
-        state = self._states[request_id]
-        if likeliest is not None and state.takes_likeliest:
-            return Drawn(likeliest)
-        rule, params, raw = state.rule, state.rule.params, logits.float()
-        if not bool(torch.isfinite(raw).any()) or bool(torch.isnan(raw).any()):
-            raise NonFiniteError("the model's logits are not finite: its weights or an adapter's are damaged")
-        changed = penalized(forbidden(raw.clone(), rule, state.output), rule, state.output)
-        if float(changed.max()) == _NEVER:
-            raise ConfigError("no token is allowed here: the request's constraints exclude every token")
-        token = (
-            int(changed.argmax()) if params.greedy else drawn(narrowed(changed, params), rule.key, len(state.output))
-        )
-        return Drawn(token, None if params.logprobs is None else logprobs_of(raw, token, params.logprobs))
+    def fill(self, sampled: Sampled, rows: Sequence[Row], logits: Tensor) -> None:
+        """Add the tokens and log-probabilities of rows to ``sampled``, from their logits (n, vocabulary)."""
+        rules = [self._rule(row, logits.shape[1]) for row in rows]
+        found = draw(logits, rules)
+        logprobs = _logprobs(found, rules)
+        for row, token, scored in zip(rows, found.tokens.tolist(), logprobs, strict=True):
+            id = row.request_id
+            if token < 0:
+                sampled.failed[id] = _error(id, token)
+            elif row.target is None:
+                sampled.drawn[id] = Drawn(token, scored)
+            elif scored is not None:
+                sampled.prompt_logprobs.setdefault(id, []).append(scored)
+        for id in sampled.failed:
+            sampled.drawn.pop(id, None)
+            sampled.prompt_logprobs.pop(id, None)
 
     def take(self, request_id: str, token: int) -> None:
         """Append a drawn token to the request's answer; until then, the same token would be drawn again."""
-        state = self._states[request_id]
-        state.output.append(token)
-        if state.rule.form is not None:
-            state.rule.form.take(token)
+        self._states[request_id].take(token)
 
-    def score(self, request_id: str, logits: Tensor, targets: tuple[int, ...]) -> list[TokenLogprobs]:
-        """Return the log-probabilities of prompt tokens, from the logits (n, vocabulary) that predict them."""
-        count = self._states[request_id].rule.params.prompt_logprobs or 0
-        return [logprobs_of(row.float(), token, count) for row, token in zip(logits, targets, strict=True)]
+    def _rule(self, row: Row, vocabulary: int) -> RowRule:
+        state = self._states[row.request_id]
+        if row.target is None:
+            return state.rule_of_next(vocabulary)
+        return RowRule(target=row.target, n_likeliest=_count(state.rule.params.prompt_logprobs or 0, vocabulary))
 
 
-def forbidden(logits: Tensor, rule: DrawRule, output: list[int]) -> Tensor:
-    """Return logits with minus infinity for forbidden tokens, and the bias added. Modifies the given logits."""
-    params = rule.params
-    if rule.form is not None:
-        logits[~rule.form.allowed().to(logits.device)] = _NEVER
-    if params.allowed_token_ids is not None:
-        kept = torch.full_like(logits, _NEVER)
-        allowed = torch.tensor(list(params.allowed_token_ids), device=logits.device)
-        logits = kept.index_copy(0, allowed, logits[allowed])
-    for word in rule.bad_words:
-        if len(word) == 1 or output[1 - len(word) :] == list(word[:-1]):
-            logits[word[-1]] = _NEVER
-    if len(output) < params.min_tokens:
-        logits[list(rule.ending)] = _NEVER
-    for token, bias in (params.logit_bias or {}).items():
-        logits[token] += bias
-    return logits
+class _State:
+    """Answer so far, with what its rule asks of it: the ids that were seen, and how often each was drawn."""
 
+    def __init__(self, rule: DrawRule) -> None:
+        self.rule, self.output = rule, list[int]()
+        self._allowed: tuple[Tensor, ...] | None = None
+        params = rule.params
+        counts = bool(params.frequency_penalty or params.presence_penalty)
+        self._counts = _Counts() if counts else None
+        bias = params.logit_bias or {}
+        self._biased = (array("i", bias), array("f", bias.values())) if bias else None
 
-def penalized(logits: Tensor, rule: DrawRule, output: list[int]) -> Tensor:
-    """Return logits after penalties: repetition over prompt and output, frequency and presence over output."""
-    params = rule.params
-    if params.repetition_penalty != 1:
-        seen = torch.tensor(sorted({*rule.prompt, *output}), device=logits.device)
-        there = logits[seen]
-        rate = params.repetition_penalty
-        logits = logits.index_copy(0, seen, torch.where(there > 0, there / rate, there * rate))
-    if output and (params.frequency_penalty or params.presence_penalty):
-        counts = torch.bincount(torch.tensor(output, device=logits.device), minlength=len(logits))
-        logits = logits - params.frequency_penalty * counts - params.presence_penalty * (counts > 0)
-    return logits
+    @property
+    def takes_likeliest(self) -> bool:
+        """True where the next token is the model's likeliest, and nothing else is asked for."""
+        return self.rule.is_plain and len(self.output) >= self.rule.params.min_tokens
 
+    def take(self, token: int) -> None:
+        self.output.append(token)
+        if self.rule.seen is not None:
+            self.rule.seen.add(token)
+        if self._counts is not None:
+            self._counts.add(token)
+        if self.rule.form is not None:
+            self.rule.form.take(token)
 
-def narrowed(logits: Tensor, params: SamplingParams) -> Tensor:
-    """Return logits divided by the temperature, with minus infinity for tokens that min_p, top_k and top_p exclude."""
-    logits = logits / params.temperature
-    if params.min_p > 0:
-        likely = torch.softmax(logits, dim=-1)
-        logits = logits.masked_fill(likely < params.min_p * likely.max(), _NEVER)
-    if 0 < params.top_k < len(logits):
-        logits = logits.masked_fill(logits < logits.topk(params.top_k).values[-1], _NEVER)
-    if params.top_p < 1:
-        ordered, order = logits.sort(descending=True)
-        before = torch.softmax(ordered, dim=-1).cumsum(dim=-1) - torch.softmax(ordered, dim=-1)
-        logits = logits.masked_fill(
-            torch.zeros_like(logits, dtype=torch.bool).index_copy(0, order, before >= params.top_p), _NEVER
+    def rule_of_next(self, vocabulary: int) -> RowRule:
+        """Return the rule for the next token."""
+        params = self.rule.params
+        masks = self._fixed_masks(vocabulary)
+        return RowRule(
+            allowed=masks if self.rule.form is None else (self.rule.form.allowed(), *masks),
+            banned=self._banned(vocabulary),
+            biased=self._biased,
+            repetition=min(params.repetition_penalty, _LARGEST),
+            seen=None if self.rule.seen is None else self.rule.seen.ids,
+            frequency=params.frequency_penalty,
+            presence=params.presence_penalty,
+            counted=None if self._counts is None else self._counts.arrays,
+            temperature=0.0 if params.greedy else params.temperature,
+            min_p=params.min_p,
+            top_k=params.top_k,
+            top_p=params.top_p,
+            key=self.rule.key,
+            place=len(self.output),
+            n_likeliest=None if params.logprobs is None else _count(params.logprobs, vocabulary),
         )
-    return logits
+
+    def _fixed_masks(self, vocabulary: int) -> tuple[Tensor, ...]:
+        if self._allowed is None:
+            ids = self.rule.params.allowed_token_ids
+            self._allowed = () if ids is None else (bit_mask(list(ids), vocabulary),)
+        return self._allowed
+
+    def _banned(self, vocabulary: int) -> Ints | None:
+        """The ids that bad words exclude here, and those of ends before ``min_tokens``, as far as there are logits."""
+        words, output = self.rule.bad_words, self.output
+        banned = [word[-1] for word in words if len(word) == 1 or output[1 - len(word) :] == list(word[:-1])]
+        if len(output) < self.rule.params.min_tokens:
+            banned += self.rule.ending
+        return array("i", [id for id in banned if id < vocabulary]) if banned else None
 
 
-def drawn(logits: Tensor, key: tuple[int, int], place: int) -> int:
-    """Return a token drawn by the softmax of logits, with the random number of the key and the place.
-
-    Philox is a function of a key and a counter (Salmon et al. 2011), so no state has to be kept or restored.
-    """
-    bits = np.random.Philox(key=np.array([part % 2**64 for part in key], dtype=np.uint64), counter=[place, 0, 0, 0])
-    sums = torch.softmax(logits.double(), dim=-1).cumsum(dim=-1)
-    at = float(np.random.Generator(bits).random()) * sums[-1]
-    return int(torch.searchsorted(sums, at, right=True).clamp_max(int(torch.isfinite(logits).nonzero()[-1])))
+def _count(asked: int, vocabulary: int) -> int:
+    return vocabulary if asked == -1 else min(asked, vocabulary)
 
 
-def logprobs_of(logits: Tensor, token: int, count: int) -> TokenLogprobs:
-    """Return natural log-probabilities by id: the token's first, then those of the ``count`` likeliest (-1: all)."""
-    values = torch.log_softmax(logits, dim=-1)
-    own = float(values[token])
-    found = {token: Logprob(own, int((values >= own).sum()))}
-    best = values.topk(len(values) if count == -1 else count)
-    for rank, (value, id) in enumerate(zip(best.values.tolist(), best.indices.tolist(), strict=True), start=1):
-        found.setdefault(id, Logprob(value, rank))
-    return found
+def _logprobs(found: Draws, rules: Sequence[RowRule]) -> list[TokenLogprobs | None]:
+    """Log-probabilities by id, of rows that ask for them: the token's first, then those of the likeliest."""
+    if all(rule.n_likeliest is None for rule in rules):
+        return [None] * len(rules)
+    ids, values = (each.tolist() for each in found.likeliest)
+    numbers = zip(rules, found.tokens.tolist(), found.logprobs.tolist(), found.ranks.tolist(), strict=True)
+    of_rows: list[TokenLogprobs | None] = []
+    at = 0
+    for rule, token, own, rank in numbers:
+        if rule.n_likeliest is None:
+            of_rows.append(None)
+            continue
+        stop = at + rule.n_likeliest
+        of_row = {token: Logprob(own, rank)}
+        for place, (id, value) in enumerate(zip(ids[at:stop], values[at:stop], strict=True), start=1):
+            of_row.setdefault(id, Logprob(value, place))
+        of_rows.append(of_row)
+        at = stop
+    return of_rows
+
+
+def _error(request_id: str, token: int) -> VeneerError:
+    """The reason why a row has no token."""
+    named = request_id.partition("#")[0]
+    if token == NONE_ALLOWED:
+        return ConfigError(
+            f"no token is allowed here: the constraints of request {named} exclude every token. Give it "
+            "allowed_token_ids, bad_words or structured_outputs that leave one"
+        )
+    return NonFiniteError(
+        f"the logits of request {named} are not finite: the model's weights or an adapter's are damaged. Load files "
+        "that are whole"
+    )

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
-import numpy as np
 import torch
 from llguidance import LLMatcher, LLTokenizer
 from llguidance.gbnf_to_lark import any_to_lark
@@ -15,26 +16,56 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from veneer.errors import ConfigError
+from veneer.ops.memory import address
+from veneer.ops.sample import WORD, bit_mask
 from veneer.serve.sampling_params import StructuredOutputsParams
+
+_KEPT = 64  # compiled grammars
+_KEPT_TEXT = 1 << 22  # characters of the grammars that are kept, all together
 
 
 class Forms:
-    """Forms of requests for one tokenizer; its tables are built when the first form is asked for."""
+    """Forms of requests for one tokenizer; its tables are built when the first form is asked for.
+
+    Compiled grammars are kept by their text, those that were asked for last. Any thread may ask.
+    """
 
     def __init__(self, tokenizer: Any, vocabulary: int, ending: Sequence[int]) -> None:
         self._tokenizer, self._vocabulary, self._ending = tokenizer, vocabulary, sorted(ending)
-        self._tables: LLTokenizer | None = None
+        self._grammars: dict[str, LLMatcher] = {}
+        self._lock, self._building = threading.Lock(), threading.Lock()
 
     def form(self, asked: StructuredOutputsParams) -> TextForm:
         """Return a form in its start state. Raises ConfigError with llguidance's reason if it cannot be compiled."""
-        if not isinstance(self._tokenizer, PreTrainedTokenizerFast) or not self._ending:
-            raise ConfigError("structured outputs need a fast tokenizer with an end token, which this model lacks")
-        if self._tables is None:
-            self._tables = from_tokenizer(self._tokenizer, n_vocab=self._vocabulary, eos_token=self._ending)
-        matcher = LLMatcher(self._tables, grammar_of(asked), log_level=0)
+        grammar = grammar_of(asked)
+        with self._lock:
+            matcher = self._grammars.pop(grammar, None)
+            if matcher is not None:
+                self._grammars[grammar] = matcher
+        if matcher is None:
+            matcher = self._compiled(grammar)
+            self._keep(grammar, matcher)
+        return TextForm(matcher, self._vocabulary, self._ending)
+
+    def _compiled(self, grammar: str) -> LLMatcher:
+        with self._building:  # of the tables one is enough
+            tables = self._tables
+        matcher = LLMatcher(tables, grammar, log_level=0)
         if matcher.is_error():
             raise ConfigError(f"structured_outputs cannot be compiled: {matcher.get_error()}")
-        return TextForm(matcher, self._vocabulary, self._ending)
+        return matcher
+
+    def _keep(self, grammar: str, matcher: LLMatcher) -> None:
+        with self._lock:
+            self._grammars[grammar] = matcher
+            while len(self._grammars) > _KEPT or sum(map(len, self._grammars)) > _KEPT_TEXT:
+                self._grammars.pop(next(iter(self._grammars)))
+
+    @cached_property
+    def _tables(self) -> LLTokenizer:
+        if not isinstance(self._tokenizer, PreTrainedTokenizerFast) or not self._ending:
+            raise ConfigError("structured outputs need a fast tokenizer with an end token, which this model lacks")
+        return from_tokenizer(self._tokenizer, n_vocab=self._vocabulary, eos_token=self._ending)
 
 
 class TextForm:
@@ -42,19 +73,23 @@ class TextForm:
 
     def __init__(self, matcher: LLMatcher, vocabulary: int, ending: Sequence[int]) -> None:
         self._matcher, self._vocabulary, self._ending = matcher, vocabulary, list(ending)
+        self._words: Tensor | None = None
+
+    def begun(self) -> TextForm:
+        """Return a form of its own in this state, for one more answer."""
+        return TextForm(self._matcher.deep_copy(), self._vocabulary, self._ending)
 
     def allowed(self) -> Tensor:
-        """Return True for each token that may come next, as (vocabulary,) booleans.
+        """Return the bit mask of the tokens that may come next, valid until it is asked for again.
 
         End tokens are allowed if the text may or must end.
         """
-        found = torch.zeros(self._vocabulary, dtype=torch.bool)
         if self._matcher.is_stopped():
-            found[self._ending] = True
-            return found
-        bits = np.unpackbits(np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8), bitorder="little")
-        found[: len(bits)] = torch.from_numpy(bits[: self._vocabulary].copy()).bool()
-        return found
+            return bit_mask(self._ending, self._vocabulary)
+        if self._words is None:
+            self._words = torch.zeros(-(-self._vocabulary // WORD), dtype=torch.int32)
+        self._matcher.unsafe_compute_mask_ptr(address(self._words), self._words.nbytes)
+        return self._words
 
     def take(self, token: int) -> None:
         """Advance the grammar by a token of the answer; a grammar that has ended stays ended."""

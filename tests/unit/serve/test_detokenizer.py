@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from veneer.serve.detokenizer import Detokenizer
@@ -63,3 +63,52 @@ def test_all_at_once_is_token_by_token(tokenizer):
                 slow, fast = (Detokenizer(tokenizer, prompt, True) for _ in range(2))
                 text = "".join(slow.add(token) for token in ids) + (slow.finish() if final else "")
                 assert fast.read(ids, final=final) == text
+
+
+def pieces() -> PreTrainedTokenizerFast:
+    """Words with a mark before them, bytes where there is no word, as SentencePiece has them, and special tokens."""
+    words = ["<unk>", "\u2581the", "\u2581cat", "s", "\u2581", ",", "日", "本"]
+    vocabulary = {**{word: i for i, word in enumerate(words)}, **{f"<0x{b:02X}>": 8 + b for b in range(256)}}
+    made = Tokenizer(models.BPE(vocabulary, [], byte_fallback=True, unk_token="<unk>"))
+    made.decoder = decoders.Sequence(
+        [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    made.add_special_tokens([AddedToken("<end>", special=True)])
+    return PreTrainedTokenizerFast(tokenizer_object=made, eos_token="<end>")
+
+
+def cleaned() -> PreTrainedTokenizerFast:
+    """Words whose text changes behind them: "do" and "n't" become one."""
+    words = Tokenizer(models.WordLevel({"do": 0, "not": 1, "n't": 2, ".": 3, "'": 4, "s": 5, "##s": 6}, unk_token="do"))
+    words.decoder = decoders.WordPiece()
+    return PreTrainedTokenizerFast(tokenizer_object=words)
+
+
+class Plain:
+    """A tokenizer that is not of the tokenizers library."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
+        self.decode = tokenizer.decode
+
+
+@pytest.mark.parametrize("skips", [True, False])
+@pytest.mark.parametrize("made", ["bytes", "pieces", "cleaned"])
+def test_the_stream_is_two_decodes_a_token(tokenizer, made, skips):
+    """Tokens in any order, characters that begin and never end, special tokens between, prompts that end within one."""
+    made = {"bytes": lambda: tokenizer, "pieces": pieces, "cleaned": cleaned}[made]()
+    draw, n = random.Random(7), len(made)
+    likely = [*range(n), *[i % n for i in [*"é日🙂".encode()] * 9]]
+    for _ in range(150):
+        prompt, ids = ([draw.choice(likely) for _ in range(draw.randrange(most))] for most in (9, 25))
+        fast, slow = Detokenizer(made, prompt, skips), Detokenizer(Plain(made), prompt, skips)
+        assert slow._stream is None
+        texts = ["".join(reader.add(id) for id in ids) + reader.finish() for reader in (fast, slow)]
+        assert texts[0] == texts[1], (prompt, ids)
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_the_stream_tells_characters_as_soon_as_two_decodes_do(tokenizer, text):
+    fast, slow = Detokenizer(tokenizer, [], True), Detokenizer(Plain(tokenizer), [], True)
+    assert fast._stream is not None
+    for token in tokenizer(text)["input_ids"]:
+        assert fast.add(token) == slow.add(token)

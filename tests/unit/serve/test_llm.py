@@ -22,7 +22,8 @@ from veneer import (
     StructuredOutputsParams,
 )
 from veneer.errors import ConfigError, NonFiniteError, TargetError
-from veneer.serve.sampler import drawn, narrowed
+from veneer.ops.reference.sample import narrowed
+from veneer.ops.sample import RowRule, draw
 
 from .conftest import END, VOCAB, make_model
 
@@ -158,12 +159,13 @@ def test_draws_are_from_the_narrowed_distribution():
     """Many draws of one token against transformers' own warpers."""
     n = 900
     logits = next_logits(PROMPT)[None] / 8  # flat enough to draw from
-    asked = SamplingParams(temperature=1.6, top_k=9, top_p=0.83, min_p=0.02)
+    asked = {"temperature": 1.6, "top_k": 9, "top_p": 0.83, "min_p": 0.02}
     ids, warped = torch.tensor([PROMPT]), logits
     for warper in (TemperatureLogitsWarper(1.6), MinPLogitsWarper(0.02), TopKLogitsWarper(9), TopPLogitsWarper(0.83)):
         warped = warper(ids, warped)
-    assert torch.isfinite(narrowed(logits[0], asked)).tolist() == torch.isfinite(warped[0]).tolist()
-    found = Counter(drawn(warped[0], (11, i), 3) for i in range(n))
+    assert (narrowed(logits[0], RowRule(**asked)) > 0).tolist() == torch.isfinite(warped[0]).tolist()
+    rules = [RowRule(**asked, key=(11, i), place=3) for i in range(n)]
+    found = Counter(draw(logits.expand(n, -1), rules).tokens.tolist())
     likely = torch.softmax(warped[0], dim=-1)
     spread = sum((found[t] - n * float(p)) ** 2 / (n * float(p)) for t, p in enumerate(likely) if p > 0)
     assert set(found) <= set(torch.isfinite(warped[0]).nonzero().flatten().tolist())

@@ -1,6 +1,9 @@
-"""Choice of tokens by csrc/sample, from float32 and bfloat16; the reference computes other dtypes."""
+"""Choice of tokens by csrc/sample, from float32 and bfloat16."""
 
 from __future__ import annotations
+
+from array import array
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -9,6 +12,7 @@ from veneer.ops.cpu.module import DTYPES, kernels
 from veneer.ops.memory import address
 from veneer.ops.packed import ROWS
 from veneer.ops.reference import sample as reference
+from veneer.ops.sample import Draws, Floats, Ints, RowRule
 
 
 def likeliest(logits: Tensor) -> Tensor:
@@ -22,3 +26,48 @@ def likeliest(logits: Tensor) -> Tensor:
     )
     places[values == torch.inf] = -1
     return places
+
+
+def draw(logits: Tensor, rules: Sequence[RowRule]) -> Draws:
+    if not rules:
+        return reference.draw(logits, rules)
+    rows = logits if logits.dtype in ROWS else logits.float()
+    rows = rows if rows.stride(1) == 1 else rows.contiguous()
+    numbers, reals, n = array("q"), array("d"), len(rules)
+    for rule in rules:
+        numbers.extend(_numbers(rule))
+        reals.extend((rule.repetition, rule.frequency, rule.presence, rule.temperature, rule.min_p, rule.top_p))
+    asked = sum(rule.n_likeliest or 0 for rule in rules)
+    whole, real = torch.zeros(2 * n + asked, dtype=torch.int64), torch.zeros(n + asked, dtype=torch.float64)
+    tokens, ranks, ids = torch.split(whole, [n, n, asked])
+    logprobs, likeliest_logprobs = torch.split(real, [n, asked])
+    kernels().sample_draw(
+        n, rows.shape[1], DTYPES[rows.dtype], address(rows), rows.stride(0), _at(numbers), _at(reals),
+        address(tokens), address(logprobs), address(ranks), address(ids), address(likeliest_logprobs),
+    )  # fmt: skip
+    return Draws(tokens, logprobs, ranks, (ids, likeliest_logprobs))
+
+
+def _numbers(rule: RowRule) -> tuple[int, ...]:
+    """Those that csrc/sample/bindings.cpp reads."""
+    first, second = (*map(address, rule.allowed), 0, 0)[:2]
+    biased, biases = rule.biased or (None, None)
+    counted, counts = rule.counted or (None, None)
+    return (
+        first, second, *_list(rule.banned), _at(biased), *_list(biases), *_list(rule.seen), _at(counted),
+        *_list(counts), rule.top_k, _signed(rule.key[0]), _signed(rule.key[1]), rule.place,
+        -1 if rule.target is None else rule.target, -1 if rule.n_likeliest is None else rule.n_likeliest,
+    )  # fmt: skip
+
+
+def _at(values: Ints | Floats | None) -> int:
+    return 0 if values is None else values.buffer_info()[0]
+
+
+def _list(values: Ints | Floats | None) -> tuple[int, int]:
+    return (0, 0) if values is None else values.buffer_info()
+
+
+def _signed(number: int) -> int:
+    """The last 64 bits of a number, as C reads them."""
+    return (number + (1 << 63)) % (1 << 64) - (1 << 63)
