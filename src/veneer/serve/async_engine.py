@@ -37,6 +37,7 @@ class AsyncEngine:
         if self._loop is not None:
             raise ServingError("this engine was started before, and one is started once: make another AsyncEngine")
         self._loop = asyncio.get_running_loop()
+        self.engine.collector.start()
         thread = threading.Thread(target=self._steps, name="veneer engine", daemon=True)
         thread.start()
         self._end_thread = weakref.finalize(self, _end_thread, self._stopping, thread)
@@ -45,6 +46,7 @@ class AsyncEngine:
         """Stop stepping, and wait until the last step is done."""
         self._end_thread()
         self.engine.close()
+        self.engine.collector.stop()
 
     def end_all(self) -> int:
         """End all requests, and all later ones, with a ServingError at once; return their number.
@@ -90,6 +92,8 @@ class AsyncEngine:
             while not self._stopping.is_set():
                 if self.engine.has_work or self.engine.wait(_IDLE_SECONDS):
                     self._tell(self.engine.step())
+                else:
+                    self.engine.collector.rest()
         except BaseException as error:
             self.failure = error
             self._call(self._wake_all)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 import threading
-import time
 from collections import deque
 from collections.abc import Sequence
+from time import monotonic
 
 from veneer.errors import ConfigError, QueueFullError
 from veneer.serve.asked import Asked
@@ -66,7 +66,7 @@ class Backlog:
     def admitted(self, n: int) -> None:
         """Note how many requests a step has admitted."""
         if n:
-            self._admitted.append((time.monotonic(), n))
+            self._admitted.append((monotonic(), n))
 
     def _count(self, asked: Asked, sign: int) -> None:
         n, n_tokens = _size([asked])

@@ -16,6 +16,7 @@ from veneer.serve.adapter_pool import AdapterVersion
 from veneer.serve.answer import Answer, decoded
 from veneer.serve.asked import Asked, EngineSettings, Rules
 from veneer.serve.backlog import Backlog
+from veneer.serve.collector import Collector
 from veneer.serve.inbox import Inbox
 from veneer.serve.loader import Finished, Loader
 from veneer.serve.lora_request import LoRARequest
@@ -72,6 +73,7 @@ class Engine:
         self.backlog = Backlog(scheduler.limits, scheduler.waiting)
         self._rules = Rules(tokenizer, settings)
         self._stats = Stats() if settings.keeps_stats else None
+        self.collector = Collector()
         self._inbox: Inbox[_Message] = Inbox()
         self._loader: Loader[Any] = Loader(self._inbox.put)
         self._waits_for_load = False
@@ -294,6 +296,7 @@ class Engine:
             raise
         self.pool.loaded(id)
         self.scheduler.pages.worth.loaded(result.n_bytes, finished.seconds)
+        self.collector.settle()
         version, taken = self.pool.version(id), time.perf_counter() - start
         _LOG.info(
             "%s (%s, %d bytes) read in %.0f ms, taken in in %.1f ms",

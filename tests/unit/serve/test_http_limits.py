@@ -277,6 +277,32 @@ def test_a_request_looks_at_its_own_adapter_alone(tmp_path, monkeypatch):
     assert looked == [tmp_path / "tenant-07", tmp_path / "tenant-30"]
 
 
+def test_a_folder_that_changes_all_the_time_is_looked_through_for_a_share_of_it(tmp_path, monkeypatch):
+    """Each look takes a second: nineteen go by until the next, and unknown names are told what was there."""
+    engine: Any = object()
+    now, looks, listed = 100.0, list[float](), models.os.listdir
+
+    def slow(path: Any) -> list[str]:
+        nonlocal now
+        looks.append(now)
+        now += 1.0
+        return listed(path)
+
+    (tmp_path / "one").mkdir()
+    for file in (CONFIG_FILE, WEIGHTS_FILE):
+        (tmp_path / "one" / file).touch()
+    monkeypatch.setattr(models, "monotonic", lambda: now)
+    monkeypatch.setattr(models.os, "listdir", slow)
+    catalogue = Catalogue(engine, ["tiny"], "", tmp_path)
+    for i in range(45):
+        (tmp_path / f"new-{i}").mkdir()
+        assert catalogue.find("one") is not None
+        with pytest.raises(ConfigError, match="no model 'other'"):
+            catalogue.find("other")
+        now += 1.0
+    assert looks == [100.0, 121.0, 142.0]
+
+
 @pytest.mark.parametrize("name", ["", ".", "..", "../served", "a/b", "a\0b", "x" * 300, "\ud800"])
 def test_a_name_that_leads_elsewhere_is_none(tmp_path, name):
     engine: Any = object()

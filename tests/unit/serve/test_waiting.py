@@ -52,7 +52,7 @@ def test_more_answers_than_can_ever_wait_are_refused(small):
 
 def test_the_time_to_ask_again_is_that_of_as_many_admissions(monkeypatch):
     now = 0.0
-    monkeypatch.setattr("veneer.serve.backlog.time.monotonic", lambda: now)
+    monkeypatch.setattr("veneer.serve.backlog.monotonic", lambda: now)
     waiting: Any = type("Waiting", (), {"__len__": lambda self: 9, "n_tokens": 3})()
     backlog = Backlog(Limits(max_waiting=9), waiting)
     for n in (3, 0, 2, 5):

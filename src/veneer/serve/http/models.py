@@ -8,7 +8,9 @@ import os
 import threading
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from time import monotonic
 from typing import Any
 
 from veneer.contract.file import CONFIG_FILE, WEIGHTS_FILE
@@ -18,6 +20,8 @@ from veneer.serve.http.errors import ModelNotFoundError
 from veneer.serve.lora_request import LoRARequest
 
 _SETTLED = 10**9  # nanoseconds after which a folder that changes again shows another time
+_SHARE = 0.05  # of the time, at most, in which requests look through a folder so large that a look takes longer than
+_CHEAP = 0.01  # seconds
 _MIXES = 64  # clients may think of any number of weights
 _COMPARED, _TOLD = 1000, 10  # names, for the nearest of them, and in a message; /v1/models lists them all
 
@@ -26,8 +30,9 @@ class Catalogue:
     """Base under ``names``, and the adapters in a folder, by the names of their folders.
 
     The folder is read with every request: added adapters are served, removed ones no longer. Only the files of the
-    requested adapter are read, so that a request costs the same however many there are. Any thread may call it. A mix
-    has no folder: the last 64 are kept by name, so that they may stay loaded.
+    requested adapter are read, so that a request costs the same however many there are. Requests look for others that
+    are gone, and list what is there, for at most a twentieth of the time if that takes long. Any thread may call it. A
+    mix has no folder: the last 64 are kept by name, so that they may stay loaded.
     """
 
     def __init__(self, engine: Engine, names: Sequence[str], root: str, adapters: Path | None) -> None:
@@ -35,6 +40,8 @@ class Catalogue:
         self._asked: dict[str, LoRARequest] = {}  # adapters that a request has named
         self._mixes: dict[str, LoRARequest] = {}  # the one that was asked for last at the end
         self._count, self._changed = itertools.count(1), -1
+        self._there: list[str] = []  # names, when all adapters were looked at last
+        self._not_before = 0.0  # when requests may look through the folder again
         self._lock = threading.Lock()
         self._created = int(time.time())
 
@@ -51,7 +58,7 @@ class Catalogue:
             found = self._found(name)
             if found is not None:
                 return found
-            there = self._looked_at()
+            there = self._names_there()
         raise ModelNotFoundError(f"no model {name!r}{_those_there(name, [*self._names, *there])}")
 
     def mix(self, weights: Mapping[str, float]) -> LoRARequest:
@@ -64,8 +71,8 @@ class Catalogue:
             unknown = next((name for name in weights if found[name] is None), None)
             if unknown is None:
                 return self._mixed([(part, weights[name]) for name, part in found.items() if part is not None])
-            there = self._looked_at()
-        raise ModelNotFoundError(f"no adapter {unknown!r}{_those_there(unknown, list(there))}", "adapter")
+            there = self._names_there()
+        raise ModelNotFoundError(f"no adapter {unknown!r}{_those_there(unknown, there)}", "adapter")
 
     @property
     def base(self) -> str:
@@ -87,7 +94,24 @@ class Catalogue:
         """Look at all adapters."""
         there = {path.name: path for path in self._entries() if path.name not in self._names and _is_adapter(path)}
         self._forget_others_than(there)
+        self._there = list(there)
         return there
+
+    def _names_there(self) -> list[str]:
+        """The names of all adapters, as they were a while ago if it takes long to look."""
+        with self._seldom() as may_look:
+            return list(self._looked_at()) if may_look else self._there
+
+    @contextmanager
+    def _seldom(self) -> Iterator[bool]:
+        """A block that looks through the folder, if True; its time says when the next may."""
+        start = monotonic()
+        may_look = start >= self._not_before
+        yield may_look
+        if may_look:
+            now = monotonic()
+            took = now - start
+            self._not_before = now + took / _SHARE if took > _CHEAP else now
 
     def _found(self, name: str) -> LoRARequest | None:
         """Look at one adapter, and at the names of the others if an entry of the folder came or went."""
@@ -95,8 +119,10 @@ class Catalogue:
             return None
         changed = _changed(self._folder)
         if changed != self._changed:
-            self._changed = changed if time.time_ns() - changed > _SETTLED else -1  # its clock is coarse
-            self._forget_others_than({path.name for path in self._entries()})
+            with self._seldom() as may_look:
+                if may_look:
+                    self._changed = changed if time.time_ns() - changed > _SETTLED else -1  # its clock is coarse
+                    self._forget_others_than({path.name for path in self._entries()})
         path = self._folder / name
         if not _is_adapter(path):
             self._forget(name)
