@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import enum
+import itertools
 from collections import deque
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Hashable, Iterable
 from dataclasses import dataclass, field
-from itertools import chain, islice
 
 from veneer.errors import AdapterNameError, ConfigError
+from veneer.serve.lazy_heap import LazyHeap
 from veneer.serve.pages import Pages
+from veneer.serve.worth import Worth
 
 _AHEAD = 2  # loads begun at once, so that the loader has the next when it ends one
 _TOLD = 10  # names in a message
@@ -54,6 +56,10 @@ class _Entry:
     running: int = 0
     pinned: bool = False
     residency: Residency = Residency.ABSENT
+    n_uses: int = 0  # by requests, since it was loaded
+    seconds: float = 0.0  # that its load took
+    worth: float = 0.0
+    used: int = 0
 
     @property
     def is_needed(self) -> bool:
@@ -63,6 +69,14 @@ class _Entry:
     def is_idle(self) -> bool:
         """True if it is loaded and may be evicted."""
         return self.residency is Residency.RESIDENT and not self.running and not self.pinned
+
+    @property
+    def rank(self) -> tuple[bool, float, int] | None:
+        """Its place in the order in which idle versions go out; None if it is not idle.
+
+        Those that requests wait for come last, others by their worth, and equal ones by their last use.
+        """
+        return (self.waiting > 0, self.worth, self.used) if self.is_idle else None
 
 
 class _Group:
@@ -112,6 +126,9 @@ class AdapterPool:
         self._names: dict[str, str] = {}
         self._resident, self._loading, self._acting, self._pinned, self._unneeded = (_Group() for _ in range(5))
         self._free, self._awaited = _Group(), _Group()  # idle ones: nobody waits for them, or somebody does
+        self._idle: LazyHeap[_Entry] = LazyHeap(lambda entry: entry.rank)
+        self._worth = Worth() if memory is None else memory.worth
+        self._clock = itertools.count(1)
 
     @property
     def names(self) -> dict[str, AdapterVersion]:
@@ -245,9 +262,9 @@ class AdapterPool:
     def begin_load(self, wanted: Iterable[str], *, spares_awaited: bool = False) -> str | None:
         """Begin to load the first of the wanted versions (first request first) that is neither loaded nor loading.
 
-        Idle versions are evicted for it, idle the longest first, except those before it in ``wanted``. Those that
-        requests wait for are the last to go, or stay (``spares_awaited``). Returns None if all are loaded or loading,
-        if nothing can be evicted, or if enough versions are loading.
+        Idle versions and cached pages are evicted for it, those of the least worth first, except versions before it in
+        ``wanted``. Those that requests wait for are the last to go, or stay (``spares_awaited``). Returns None if all
+        are loaded or loading, if nothing can be evicted, or if enough versions are loading.
         """
         kept = set[str]()
         for id in wanted:
@@ -290,10 +307,11 @@ class AdapterPool:
         self._sort(entry, moved=True)
         return fits
 
-    def loaded(self, id: str) -> None:
-        """Mark a version as loaded, whose load was begun."""
+    def loaded(self, id: str, seconds: float = 0.0) -> None:
+        """Mark a version as loaded, whose load was begun and took so long."""
         entry = self._entries[id]
-        entry.residency = Residency.RESIDENT
+        entry.residency, entry.seconds, entry.n_uses = Residency.RESIDENT, seconds, 0
+        self._used(entry)
         self._sort(entry, moved=True)
 
     def abandoned(self, id: str) -> None:
@@ -307,14 +325,21 @@ class AdapterPool:
             self._unname(name)
         self._absent(entry)
 
-    def give_way(self, n_bytes: int, kept: Collection[str] = (), *, spares_awaited: bool = False) -> bool:
-        """Evict idle versions until so many bytes are free; return False, and evict none, if they are too few.
+    def make_room(
+        self, holder: Hashable, n_positions: int, kept: Collection[str] = (), *, spares_awaited: bool = False
+    ) -> bool:
+        """Evict until a holder's table can grow to so many positions; return False, and evict nothing, if it cannot.
 
-        Those that are ``kept`` stay. Those that requests wait for are the last to go, or stay (``spares_awaited``).
+        Idle versions and cached pages of the least worth go first. Versions that are ``kept`` stay. Those that requests
+        wait for are the last to go, or stay (``spares_awaited``).
         """
-        if not self._suffice(0, n_bytes, kept, spares_awaited):
+        memory = self.memory
+        if memory is None:
+            return True
+        lacking = memory.lacking(holder, n_positions)
+        if lacking is None or not self._suffice(0, lacking, kept, spares_awaited):
             return False
-        self._evict(0, n_bytes, kept)
+        self._evict(0, lambda: memory.has_free(holder, n_positions), lambda: memory.lacks_bytes, kept)
         return True
 
     def tidy(self) -> None:
@@ -328,6 +353,9 @@ class AdapterPool:
         entry = self._entries[id]
         acted = entry.running > 0
         entry.waiting, entry.running = entry.waiting + waiting, entry.running + running
+        entry.n_uses += running > 0
+        if acted and not entry.running:
+            self._used(entry)
         self._sort(entry, moved=acted != (entry.running > 0))
 
     def _sort(self, entry: _Entry, *, moved: bool = False) -> None:
@@ -340,6 +368,7 @@ class AdapterPool:
         self._unneeded.set(entry, not needed and entry.residency is not Residency.LOADING)
         self._free.set(entry, idle and not entry.waiting)
         self._awaited.set(entry, idle and entry.waiting > 0)
+        self._idle.put(entry)
         if moved:
             self.moved[entry.version.id] = None
 
@@ -354,9 +383,10 @@ class AdapterPool:
         lacking = self._lacking(entry)
         if not self._suffice(*lacking, kept, spares_awaited):
             return False
-        self._evict(*lacking, kept)
-        if self.memory is not None:
-            self.memory.lend(entry.n_bytes)
+        memory, n_bytes = self.memory, entry.n_bytes
+        self._evict(lacking[0], lambda: memory is None or memory.free_bytes >= n_bytes, lambda: True, kept)
+        if memory is not None:
+            memory.lend(n_bytes)
         return True
 
     def _suffice(self, n: int, n_bytes: int, kept: Collection[str], spares_awaited: bool) -> bool:
@@ -368,20 +398,37 @@ class AdapterPool:
             n <= sum(map(len, groups)) - n_spared and n_bytes <= sum(group.n_bytes for group in groups) - spared_bytes
         )
 
-    def _evict(self, n: int, n_bytes: int, kept: Collection[str]) -> None:
-        """Evict so many idle versions with so many bytes: those that nobody waits for, then those idle longest."""
-        chosen = list[_Entry]()
-        for entry in chain(self._free.entries.values(), self._awaited.entries.values()):
-            if len(chosen) >= n and n_bytes <= 0:
-                break
-            if entry.version.id not in kept:
-                chosen.append(entry)
-                n_bytes -= entry.n_bytes
-        for entry in chosen:
-            self._go(entry)
+    def _evict(
+        self, n: int, is_enough: Callable[[], bool], bytes_help: Callable[[], bool], kept: Collection[str]
+    ) -> None:
+        """Evict at least ``n`` idle versions, and until it is enough whatever is worth least: idle versions as long as
+        their bytes help, or cached pages. Those that requests wait for come last. There must be enough.
+        """
+        spared = list[_Entry]()
+        while n > 0 or not is_enough():
+            entry = self._idle.first()
+            if entry is not None and entry.version.id in kept:
+                self._idle.discard(entry)
+                spared.append(entry)
+                continue
+            page = None if n > 0 or self.memory is None else self.memory.least
+            if entry is not None and (
+                page is None or (bytes_help() and (entry.waiting > 0, entry.worth) < (False, page))
+            ):
+                self._go(entry)
+                n -= 1
+            elif self.memory is not None:
+                self.memory.evict()
+        for entry in spared:
+            self._idle.put(entry)
+
+    def _used(self, entry: _Entry) -> None:
+        entry.used = next(self._clock)
+        entry.worth = self._worth.of(max(1, entry.n_uses), entry.seconds, entry.n_bytes)
 
     def _go(self, entry: _Entry) -> None:
         self.going.append(entry.version.id)
+        self._worth.went(entry.worth)
         self._absent(entry)
 
     def _absent(self, entry: _Entry) -> None:
@@ -419,4 +466,4 @@ class AdapterPool:
     def _require_known(self, name: str) -> None:
         if name not in self._names:
             more = f" and {len(self._names) - _TOLD:,} more" if len(self._names) > _TOLD else ""
-            raise AdapterNameError(f"no adapter {name!r}; known: {sorted(islice(self._names, _TOLD))}{more}")
+            raise AdapterNameError(f"no adapter {name!r}; known: {sorted(itertools.islice(self._names, _TOLD))}{more}")

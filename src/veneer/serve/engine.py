@@ -294,8 +294,7 @@ class Engine:
             self.pool.going.append(id)
             self.pool.abandoned(id)
             raise
-        self.pool.loaded(id)
-        self.scheduler.pages.worth.loaded(result.n_bytes, finished.seconds)
+        self.pool.loaded(id, finished.seconds)
         self.collector.settle()
         version, taken = self.pool.version(id), time.perf_counter() - start
         _LOG.info(

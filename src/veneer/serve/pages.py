@@ -26,7 +26,15 @@ class Pages:
     - When all holders have released, all bytes are given back and the cache is reset, every page is free.
     """
 
-    def __init__(self, n_pages: int, block: int, *, page_bytes: int = 1, n_bytes: int | None = None) -> None:
+    def __init__(
+        self,
+        n_pages: int,
+        block: int,
+        *,
+        page_bytes: int = 1,
+        n_bytes: int | None = None,
+        worth: Worth | None = None,
+    ) -> None:
         if n_pages < 1 or block < 1:
             raise ConfigError(f"{n_pages} pages of {block} positions: there must be at least one of each")
         self.n_pages, self.block, self.page_bytes = n_pages, block, page_bytes
@@ -38,7 +46,7 @@ class Pages:
         self._kept: list[int] = []  # free, with the memory that it had
         self._tables: dict[Hashable, list[int]] = {}
         self._n_tables: dict[int, int] = {}  # of each page that is in one
-        self.worth = Worth()
+        self.worth = worth or Worth()
         self._cache = PrefixCache(self.worth, block, page_bytes)
 
     @property
@@ -57,9 +65,24 @@ class Pages:
         return len(self._kept) + min(len(self._fresh), self._unused // self.page_bytes)
 
     @property
+    def free_bytes(self) -> int:
+        """Bytes that can be lent without anything going out."""
+        return self._unused + len(self._kept) * self.page_bytes
+
+    @property
     def lendable(self) -> int:
-        """Bytes that can be lent."""
-        return self._unused + (len(self._kept) + self.n_cached) * self.page_bytes
+        """Bytes that can be lent if all cached pages go out."""
+        return self.free_bytes + self.n_cached * self.page_bytes
+
+    @property
+    def least(self) -> float | None:
+        """Worth of the next cached page to go out; None if there is none."""
+        return self._cache.least()
+
+    @property
+    def lacks_bytes(self) -> bool:
+        """True if there would be more free pages if bytes were given back."""
+        return len(self._fresh) * self.page_bytes > self._unused
 
     def needed(self, n_positions: int) -> int:
         """Return the number of pages that ``n_positions`` need."""
@@ -80,6 +103,10 @@ class Pages:
         if missing > with_memory + len(self._fresh):
             return None
         return max(0, (missing - with_memory) * self.page_bytes - self._unused)
+
+    def has_free(self, holder: Hashable, n_positions: int) -> bool:
+        """Return True if `grow` succeeds without a cached page going out."""
+        return self.needed(n_positions) - len(self._tables.get(holder, ())) <= self.n_free
 
     def grow(self, holder: Hashable, n_positions: int) -> bool:
         """Extend a holder's table to ``n_positions`` from the start; cached pages go out if none are free.
@@ -140,6 +167,10 @@ class Pages:
         """Forget all keys: nothing that was computed so far is found again."""
         self._kept.extend(self._cache.clear())
 
+    def evict(self) -> None:
+        """Let the cached page of the least worth go out; it is free then."""
+        self._kept.append(self._cache.evict())
+
     def release(self, holder: Hashable) -> None:
         """Let go of a holder's pages: published ones stay cached, the others are free."""
         for page in reversed(self._tables.pop(holder, ())):
@@ -153,7 +184,9 @@ class Pages:
         if n_bytes > self.lendable:
             return False
         while n_bytes > self._unused:
-            self.shed.append(self._kept.pop(0) if self._kept else self._cache.evict())
+            if not self._kept:
+                self.evict()
+            self.shed.append(self._kept.pop(0))
             self._fresh.append(self.shed[-1])
         self.n_lent += n_bytes
         return True
@@ -168,9 +201,9 @@ class Pages:
         return self.n_bytes - self.n_lent - (self.n_held + self.n_cached + len(self._kept)) * self.page_bytes
 
     def _free_page(self) -> int:
-        if self._kept:
-            return self._kept.pop()
-        return self._fresh.pop() if self.n_free else self._cache.evict()
+        if not self.n_free:
+            self.evict()
+        return (self._kept or self._fresh).pop()
 
     def _enter(self, page: int) -> None:
         """One table more has a published page."""

@@ -46,7 +46,7 @@ class _Block:
     page: int
     parent: _Block | None
     n_children: int = 0
-    n_uses: int = 0
+    n_uses: int = 1
     worth: float = 0.0
     entry: int = 0  # its valid entry among those that may go out; 0 if it has none
     is_idle: bool = False
@@ -87,8 +87,7 @@ class PrefixCache:
         behind = None if parent is None else self._blocks[parent]
         if behind is not None:
             behind.n_children += 1
-        self._blocks[key] = self._of_page[page] = block = _Block(key, page, behind)
-        self._use(block)
+        self._blocks[key] = self._of_page[page] = _Block(key, page, behind)
 
     def hold(self, page: int) -> None:
         """Keep a page that nobody held."""
@@ -99,12 +98,12 @@ class PrefixCache:
     def use(self, pages: Sequence[int]) -> None:
         """Count a use of pages."""
         for page in pages:
-            self._use(self._of_page[page])
+            self._of_page[page].n_uses += 1
 
     def idle(self, page: int) -> None:
         """Let a page go out from now on, as nobody holds it any more."""
         block = self._of_page[page]
-        block.is_idle = True
+        block.is_idle, block.worth = True, self._worth_of(block)
         self.n_idle += 1
         self._offer(block)
 
@@ -133,9 +132,8 @@ class PrefixCache:
         self._blocks, self._of_page, self._leaves, self.n_idle = {}, {}, [], 0
         return pages
 
-    def _use(self, block: _Block) -> None:
-        block.n_uses += 1
-        block.worth = self._worth.of(block.n_uses, self._block * self._worth.token_seconds, self._page_bytes)
+    def _worth_of(self, block: _Block) -> float:
+        return self._worth.of(block.n_uses, self._block * self._worth.token_seconds, self._page_bytes)
 
     def _offer(self, block: _Block) -> None:
         if block.is_idle and not block.n_children:

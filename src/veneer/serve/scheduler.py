@@ -223,8 +223,7 @@ class Scheduler:
         """Pages for so many positions, adapters going out for them that nobody uses, but for those ``kept``."""
         if self.pages.covers(request.id, n_positions):
             return True
-        lacking = self.pages.lacking(request.id, n_positions)
-        if lacking is None or (lacking and not self.pool.give_way(lacking, kept, spares_awaited=spares_awaited)):
+        if not self.pool.make_room(request.id, n_positions, kept, spares_awaited=spares_awaited):
             return False
         return self.pages.grow(request.id, n_positions)
 

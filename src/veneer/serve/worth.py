@@ -7,25 +7,17 @@ and no more, goes out at last.
 
 from __future__ import annotations
 
-_NEW = 0.1  # share of a new measurement in a mean
-
 
 class Worth:
-    """Age of a memory. ``token_seconds`` is the time to compute a token of a prompt, ``byte_seconds`` that to load a
-    byte of an adapter.
-    """
+    """Age of a memory. ``token_seconds`` is the time to compute a token of a prompt, as far as it is known."""
 
-    def __init__(self, token_seconds: float = 2e-3, byte_seconds: float = 5e-9) -> None:
-        self.token_seconds, self.byte_seconds = token_seconds, byte_seconds
+    def __init__(self, token_seconds: float = 2e-3) -> None:
+        self.token_seconds = token_seconds
         self.age = 0.0
 
     def of(self, n_uses: int, seconds: float, n_bytes: int) -> float:
         """Return the worth of an entry that is used now, for the ``n_uses``-th time."""
         return self.age + n_uses * seconds / max(1, n_bytes)
-
-    def loaded(self, n_bytes: int, seconds: float) -> None:
-        """Take in the time of a load."""
-        self.byte_seconds += _NEW * (seconds / max(1, n_bytes) - self.byte_seconds)
 
     def went(self, worth: float) -> None:
         """Advance the age: an entry of this worth has gone out."""

@@ -11,6 +11,7 @@ import torch
 
 from veneer import LLM, LoRARequest, SamplingParams
 from veneer.errors import ConfigError
+from veneer.serve.adapter_pool import AdapterPool, AdapterVersion
 from veneer.serve.pages import Pages
 from veneer.serve.prefix_cache import key_of, root_of
 
@@ -281,6 +282,27 @@ def test_what_was_used_often_once_goes_out_in_the_end():
     for i in range(3, 23):
         published(pages, "once", [i, i])
     assert pages.n_found(often) == 0
+
+
+def test_cached_pages_and_idle_adapters_go_out_by_one_measure():
+    """Uses times seconds over bytes: a page is worth 0.4 a use here, and an adapter of twenty bytes 0.1 or 0.5."""
+    for seconds, gone in ((1.0, ["adapter"]), (5.0, [])):
+        pages = Pages(4, 2, page_bytes=10, n_bytes=50)
+        pages.worth.token_seconds = 2.0
+        pool = AdapterPool(memory=pages)
+        pool.bind("adapter", AdapterVersion(id="adapter", folder="x", n_bytes=20))
+        assert pool.begin_load(["adapter"]) == "adapter"
+        pool.loaded("adapter", seconds * 2)
+        tokens = published(pages, "cached", [1, 2])
+        assert pool.make_room("new", 6)
+        assert (list(pool.going), pages.n_found(tokens)) == (gone, len(gone))
+        assert pages.grow("new", 6)
+    pages.release("new")
+    twice = published(pages, "cached", [1, 2], n_uses=2)
+    pool.bind("other", AdapterVersion(id="other", folder="y", n_bytes=20))
+    assert pages.grow("new", 4)
+    assert pool.begin_load(["other"]) == "other"  # what is used twice stays, though it is a page
+    assert (list(pool.going), pages.n_found(twice)) == (["adapter"], 1)
 
 
 def test_equal_pages_that_were_computed_apart_become_one():
