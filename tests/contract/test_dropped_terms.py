@@ -10,6 +10,8 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PreTrain
 
 import veneer
 from veneer.model.fused.decoder import fused
+from veneer.model.places import placed_on
+from veneer.store.adapter.records import read_records
 
 HEAD = """
 from dataclasses import dataclass
@@ -92,6 +94,23 @@ class PairedConfig(LinearMethod):
         return LinearDelta(output=turn, bias=None if site.bias is None else turn.apply(site.bias))
 '''
 )
+CHOOSY = (
+    HEAD
+    + """
+@dataclass(frozen=True, kw_only=True)
+class ChoosyConfig(LinearMethod):
+    peft_type: ClassVar[str] = "CHOOSY"
+
+    def shapes(self, site):
+        return {} if site.name.endswith("v_proj") else {"a": (1, site.in_features), "b": (site.out_features, 1)}
+
+    def init(self, site, generator=None):
+        return {name: torch.zeros(shape) for name, shape in self.shapes(site).items()}
+
+    def lower(self, site, params):
+        return LinearDelta.pair(params["a"], params["b"]) if params else LinearDelta()
+"""
+)
 SOURCES = {"circulant": CIRCULANT, "paired": PAIRED}
 BASES: dict[str, Any] = {
     "llama": LlamaConfig(
@@ -160,3 +179,17 @@ def test_it_trains_in_fused_blocks(name, dropped_method):
     assert len(found) == len(expected) > 10
     for one, other in zip(found, expected, strict=True):
         assert (one - other).norm() <= 5e-5 * other.norm()
+
+
+def test_a_method_may_have_no_parameters_at_a_site(dropped_method, tmp_path):
+    method = dropped_method("choosy", CHOOSY)
+    model = veneer.get_peft_model(make_base("llama"), method(target_modules=["q_proj", "v_proj"]))
+    with torch.no_grad():
+        for parameter in (p for p in model.parameters() if p.requires_grad):
+            parameter += 0.2 * torch.randn_like(parameter)
+    wanted = logits(model)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits(veneer.PeftModel.from_pretrained(make_base("llama"), tmp_path)), wanted)
+    stored = read_records(tmp_path, placed_on(make_base("llama"), model.peft_config["default"]))
+    assert [record.changes_nothing for record in stored.updates.values()] == [False, True] * 2
+    torch.testing.assert_close(logits(model.merge_and_unload()), wanted)

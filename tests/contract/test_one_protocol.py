@@ -14,7 +14,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import veneer
 from veneer.contract import LinearMethod, MethodConfig, PrefixMethod, PromptMethod, ResidualMethod, VirtualTokenMethod
 from veneer.contract.known import Known
-from veneer.core.sites import InputSite
+from veneer.core.linear import fold_linear
+from veneer.core.sites import InputSite, LinearSite, ResidualSite
 from veneer.errors import TargetError
 from veneer.methods import all_methods
 from veneer.model import holder, places
@@ -77,7 +78,24 @@ def test_the_places_on_a_model_lower_the_start_of_every_method(method: MethodCon
         assert set(place.keys.values()) <= held.keys(), path
         params = {name: held[key].detach() for name, key in place.keys.items()}
         assert {name: tuple(value.shape) for name, value in params.items()} == config.shapes(place.site)
-        assert config.lower(place.site, params) is not None
+        assert_starts(config, place.site, config.lower(place.site, params))
+
+
+def assert_starts(method: MethodConfig, site: Any, record: Any) -> None:
+    """The record has the sizes of its site, and changes nothing if the method says so."""
+    if isinstance(site, LinearSite):
+        weight, bias = site.weight.dense().detach(), torch.randn(site.out_features)
+        folded, new_bias = fold_linear(record, weight, bias)
+        assert folded.shape == weight.shape
+        assert method.identity_at_start is torch.allclose(folded, weight, atol=1e-6)
+        assert torch.equal(new_bias, bias) or not method.identity_at_start
+    elif isinstance(site, ResidualSite):
+        assert record.down.T.shape == record.up.shape == (site.features, record.down.shape[0])
+    elif isinstance(site, InputSite):
+        assert record.embeddings.shape == (method.virtual_tokens, site.features)
+    else:
+        shapes = [(method.virtual_tokens, each.kv_heads, each.head_dim) for each in site]
+        assert [each.k.shape for each in record] == [each.v.shape for each in record] == shapes
 
 
 def own(place: holder.Holder, model: torch.nn.Module) -> list[tuple[str, torch.Tensor]]:

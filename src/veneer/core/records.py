@@ -184,8 +184,12 @@ class LinearDelta:
         )
 
     def of_expert(self, expert: int) -> LinearDelta:
-        """Return the record of one of the stacked experts."""
+        """Return the record of one of the stacked experts. Raises CompositionError for terms other than pairs."""
         pair = self.low_rank
+        if not self.without_pair().changes_nothing:
+            raise CompositionError(
+                f"a record with {self.told} cannot be split by expert: stacked experts take low-rank pairs alone"
+            )
         return self if pair is None else LinearDelta(adds=(pair.of_expert(expert),))
 
 

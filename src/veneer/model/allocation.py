@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from veneer.contract import MethodConfig
+from veneer.core.autocast import without_autocast
 from veneer.core.sites import Site
 from veneer.errors import FormatError
 
@@ -28,7 +29,8 @@ class Allocation:
     ) -> nn.ParameterDict:
         """Return a method's new parameters for a site on a device; ``dtype`` is the base's, used if not widened."""
         shapes = method.shapes(site)
-        values = method.init(site) if self.values else {name: _empty(name, shape) for name, shape in shapes.items()}
+        with without_autocast(device):
+            values = method.init(site) if self.values else {name: _empty(name, shape) for name, shape in shapes.items()}
         kept = torch.promote_types(dtype, torch.float32) if self.widen else dtype
         return nn.ParameterDict({name: nn.Parameter(value.to(device, kept)) for name, value in values.items()})
 

@@ -20,7 +20,7 @@ from veneer.model.kinds import adapt_module
 from veneer.model.linear import AdaptedSite
 from veneer.model.places import plan_of, put_on
 from veneer.model.plan import Plan
-from veneer.model.snapshot import look_at
+from veneer.model.snapshot import Snapshot, look_at
 from veneer.model.state import AdapterState
 from veneer.model.token_rows import add_rows
 
@@ -47,18 +47,19 @@ def attach(
     plan = plan_of(snapshot, config, fresh=allocation.values)
     state.configs[name] = plan.config
     try:
-        _put_on(model, name, state, plan, allocation)
+        _put_on(snapshot, name, state, plan, allocation)
     except BaseException:
         detach(model, state, name)
         raise
 
 
-def _put_on(model: nn.Module, name: str, state: AdapterState, plan: Plan, allocation: Allocation) -> None:
+def _put_on(snapshot: Snapshot, name: str, state: AdapterState, plan: Plan, allocation: Allocation) -> None:
+    model = snapshot.model
     for path in plan.modules:
         adapt_path(model, path, state)
     add_copies(model, name, plan.copied, allocation.widen)
     add_rows(model, name, plan.rows, values=allocation.values, widen=allocation.widen)
-    put_on(model, name, state, plan, allocation)
+    put_on(snapshot, name, state, plan, allocation)
 
 
 def adapt_path(model: nn.Module, path: str, state: AdapterState) -> Adapted:
@@ -122,10 +123,10 @@ def packed_tensors(
 ) -> dict[str, Tensor]:
     """Return `stored_tensors` without those that all layers share, which are drawn."""
     found = live_parameters(model, state, name) if values is None else dict(values)
-    for path, place in adapted_places(model).items():
+    for place in adapted_places(model).values():
         if place.owns(name):
-            packed = place.packed(name, path, found)
-            for key in place.disk_keys(name, path).values():
+            packed = place.packed(name, found)
+            for key in place.disk_keys(name).values():
                 del found[key]
             found |= packed
     return found | repeated_tensors(model, name, found)
@@ -139,20 +140,20 @@ def shared_tensors(config: MethodConfig) -> dict[str, Tensor]:
 def unpacked_tensors(model: nn.Module, name: str, written: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the inverse of `stored_tensors`: a value for each of `live_parameters`."""
     found = dict(written)
-    for path, place in adapted_places(model).items():
+    for place in adapted_places(model).values():
         if place.owns(name):
-            found |= place.unpacked(name, path, written)
+            found |= place.unpacked(name, written)
     return found
 
 
 def repeated_tensors(model: nn.Module, name: str, written: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the tensors that PEFT writes a second time for modules that share an adapter with the embeddings."""
     found: dict[str, Tensor] = {}
-    for path, layer in adapted_layers(model).items():
+    for layer in adapted_layers(model).values():
         held = dict(layer.adapters.items()).get(name)
         if isinstance(held, TiedFactors):
             source = cast(AdaptedSite, model.get_submodule(held.source))
-            keys, theirs = layer.disk_keys(name, path), source.disk_keys(name, held.source)
+            keys, theirs = layer.disk_keys(name), source.disk_keys(name)
             if all(key in written for key in theirs.values()):
                 seen = held.seen({own: written[key] for own, key in theirs.items()})
                 found |= {keys[own]: value for own, value in seen.items()}

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import ClassVar, cast
 
 from torch import Tensor, nn
 
 from veneer.model.state import AdapterState
+
+_KEYS = "_disk_keys"  # an attribute of what a holder holds
 
 
 class Holder(nn.Module):
@@ -43,25 +45,30 @@ class Holder(nn.Module):
         """Return True if an adapter has nothing here but an update of one linear layer."""
         return False
 
-    def disk_keys(self, name: str, path: str) -> dict[str, str]:
-        """Return the key of each of the method's parameters in PEFT's file; ``path`` is this module's in the model."""
-        raise NotImplementedError
+    def hold(self, name: str, held: nn.Module, keys: Mapping[str, str]) -> None:
+        """Give an adapter its tensors here. ``keys`` are those of the file, by the names in ``held``."""
+        vars(held)[_KEYS] = keys  # with the tensors, which may get another name or leave
+        self.adapters[name] = held
+
+    def disk_keys(self, name: str) -> Mapping[str, str]:
+        """Return the key of each of the method's parameters in PEFT's file."""
+        return cast("Mapping[str, str]", vars(self.adapters[name])[_KEYS])
 
     def live_tensors(self, name: str, path: str) -> dict[str, tuple[str, Tensor]]:
         """Return every tensor of an adapter here by its key on disk, with its name in the model's ``state_dict``."""
         if name not in self.adapters:
             return {}
-        keys = self.disk_keys(name, path)
+        keys = self.disk_keys(name)
         return {keys[own]: (f"{path}.adapters.{name}.{own}", t) for own, t in tensors_of(self.adapters[name]).items()}
 
-    def packed(self, name: str, path: str, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def packed(self, name: str, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return the method's tensors in their written form, by their keys on disk.
 
         ``values`` are its own tensors, by their keys.
         """
-        return {key: values[key] for key in self.disk_keys(name, path).values()}
+        return {key: values[key] for key in self.disk_keys(name).values()}
 
-    def unpacked(self, name: str, path: str, written: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def unpacked(self, name: str, written: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return the inverse of `packed`; nothing if the two forms are the same."""
         return {}
 

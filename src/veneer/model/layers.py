@@ -6,14 +6,13 @@ from dataclasses import replace
 from typing import cast
 
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from veneer.contract.keys import OUT_PROJECTION, attention_path
 from veneer.contract.places import REPEATS, Placed, placed
 from veneer.model.allocation import Allocation
 from veneer.model.kinds import loaded_site
 from veneer.model.linear import AdaptedSite
-from veneer.model.parameters import add_parameters, site_of
+from veneer.model.parameters import AdaptedParameters, site_of
 from veneer.model.plan import Plan
 from veneer.model.snapshot import Snapshot
 from veneer.model.state import AdapterState
@@ -38,10 +37,13 @@ def layer_places(snapshot: Snapshot, plan: Plan) -> dict[str, Placed]:
     return found
 
 
-def put_on_layers(model: PreTrainedModel, name: str, state: AdapterState, plan: Plan, allocation: Allocation) -> None:
+def put_on_layers(snapshot: Snapshot, name: str, state: AdapterState, plan: Plan, allocation: Allocation) -> None:
     """Give an adapter its parameters at the layers of its plan, which are adapted already."""
+    keys = {path: place.keys for path, place in layer_places(snapshot, plan).items()}
     for path in plan.layers:
-        cast(AdaptedSite, model.get_submodule(path)).add_adapter(name, allocation)
-    if plan.followers:
-        follow(model, name, plan.embeddings, plan.followers)
-    add_parameters(model, name, plan.parameters, allocation)
+        cast(AdaptedSite, snapshot.modules[path]).add_adapter(name, allocation, keys[path])
+    for path in plan.followers:
+        follow(snapshot.modules, name, plan.embeddings, path, keys[path])
+    for path, parameters in plan.parameters.items():
+        module = cast(AdaptedParameters, snapshot.modules[path])
+        module.add_adapter(name, allocation, {parameter: keys[f"{path}.{parameter}"] for parameter in parameters})

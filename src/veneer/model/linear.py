@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from veneer.contract import LinearMethod
-from veneer.contract.keys import parameter_key
 from veneer.core.autocast import without_autocast
 from veneer.core.frozen import FrozenWeight
 from veneer.core.linear import (
@@ -50,21 +49,21 @@ class AdaptedSite(Adapted):
     def record(self, name: str, site: LinearSite | None = None) -> LinearDelta:
         """Return the record of adapter ``name`` at this layer, the same under autocast as without."""
         site, factors = site or self.site((name,)), factors_of(self.adapters[name])
-        with without_autocast(next(iter(factors.values())).device):
+        with without_autocast(next((x.device for x in factors.values()), None) or device_of(self)):
             return self.method(name).lower(site, factors)
 
     def method(self, name: str) -> LinearMethod:
         """Return the config of an adapter."""
         return cast(LinearMethod, self.adapter_state.configs[name])
 
-    def add_adapter(self, name: str, allocation: Allocation) -> None:
-        """Give a new adapter its parameters."""
+    def add_adapter(self, name: str, allocation: Allocation, keys: Mapping[str, str]) -> None:
+        """Give a new adapter its parameters; ``keys`` are those of the file."""
         method, site = self.method(name), self.site((name,))
         dtype, device = self.parameter_dtype(allocation.widen), device_of(self)
         held = allocation.parameters(method, site, device, dtype)
         for key in method.packing.fixed:  # a buffer: it moves and is saved with the adapter, and no optimizer sees it
             held.register_buffer(key, held.pop(key).detach())
-        self.adapters[name] = held
+        self.hold(name, held, keys)
 
     def owns(self, name: str) -> bool:
         return name in self.adapters and not isinstance(self.adapters[name], TiedFactors)
@@ -72,21 +71,15 @@ class AdaptedSite(Adapted):
     def is_update(self, name: str) -> bool:
         return name not in self.copies
 
-    def disk_keys(self, name: str, path: str) -> dict[str, str]:
-        ends = self.method(name).disk_names(self.site((name,)))
-        return {key: parameter_key(self.disk_path(name, path), end) for key, end in ends.items()}
+    def packed(self, name: str, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        keys = self.disk_keys(name)
+        packed = self.method(name).packing.pack({own: values[key] for own, key in keys.items()})
+        return {keys[own]: value for own, value in packed.items()}
 
-    def packed(self, name: str, path: str, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        method, site, keys = self.method(name), self.site((name,)), self.disk_keys(name, path)
-        ends = method.packed().disk_names(site)
-        packed = method.packing.pack({own: values[key] for own, key in keys.items()})
-        return {parameter_key(self.disk_path(name, path), ends[own]): value for own, value in packed.items()}
-
-    def unpacked(self, name: str, path: str, written: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        method, site, keys = self.method(name), self.site((name,)), self.disk_keys(name, path)
-        ends = method.packed().disk_names(site)
-        packed = {own: written[parameter_key(self.disk_path(name, path), end)] for own, end in ends.items()}
-        return {keys[own]: value for own, value in method.packing.unpack(packed).items()}
+    def unpacked(self, name: str, written: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        keys = self.disk_keys(name)
+        packed = {own: written[key] for own, key in keys.items() if key in written}
+        return {keys[own]: value for own, value in self.method(name).packing.unpack(packed).items()}
 
     def own_weight(self) -> Tensor | None:
         """Return the module's own parameter that holds the map, if there is one."""

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from veneer.contract import LinearMethod, MethodConfig
-from veneer.contract.keys import parameter_key
 from veneer.core.autocast import without_autocast
 from veneer.core.frozen import FrozenWeight
 from veneer.core.linear import apply_linear, compose_linear, fold_blocks, fold_linear
@@ -110,17 +109,14 @@ class AdaptedParameters(Adapted):
         maps = (self.as_maps(experts) for experts in own)
         return (self.as_maps(experts).contiguous() for experts in fold_blocks(record, maps, dtype))
 
-    def disk_keys(self, name: str, path: str) -> dict[str, str]:
-        """Return the key of each parameter in PEFT's file.
-
-        PEFT wraps a module once for each parameter: the last one's wrapper is the outermost.
-        """
-        config, changed = self.adapter_state.configs[name], self.changed(name)
-        return {
-            f"{parameter}.{own}": parameter_key(path, end, len(changed) - 1 - place)
-            for place, parameter in enumerate(changed)
-            for own, end in config.disk_names(self.site(parameter)).items()
-        }
+    def add_adapter(self, name: str, allocation: Allocation, keys: Mapping[str, Mapping[str, str]]) -> None:
+        """Give a new adapter its parameters; ``keys`` are those of the file, by the changed parameter."""
+        method, held = self.adapter_state.configs[name], nn.ModuleDict()
+        for parameter in keys:
+            own = cast(Tensor, self._parameters[parameter])
+            held[parameter] = allocation.parameters(method, self.site(parameter), own.device, own.dtype)
+            swap_reading(self, parameter)
+        self.hold(name, held, {f"{parameter}.{own}": key for parameter in keys for own, key in keys[parameter].items()})
 
     def run_experts(self, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
         """Return the experts' output for tokens x (n, d), expert ids ``chosen`` (n, k) and their ``weights`` (n, k)."""
@@ -181,18 +177,6 @@ def parameter_places(
         if path not in layers:
             places[path] = (*places.get(path, ()), key)
     return places, layers
-
-
-def add_parameters(model: nn.Module, name: str, places: Mapping[str, Sequence[str]], allocation: Allocation) -> None:
-    """Give an adapter its parameters at these places; the modules are adapted already."""
-    for path, parameters in places.items():
-        module = cast(AdaptedParameters, model.get_submodule(path))
-        method, held = module.adapter_state.configs[name], nn.ModuleDict()
-        module.adapters[name] = held
-        for parameter in parameters:
-            own = cast(Tensor, module._parameters[parameter])
-            held[parameter] = allocation.parameters(method, module.site(parameter), own.device, own.dtype)
-            swap_reading(module, parameter)
 
 
 def _unknown(name: str, known: Mapping[str, object]) -> str:

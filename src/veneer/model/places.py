@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 from torch import nn
-from transformers import PreTrainedModel
 
 from veneer.contract import LinearMethod, MethodConfig, PrefixMethod, PromptMethod, ResidualMethod
 from veneer.contract.places import Placed
@@ -32,7 +31,7 @@ class PlaceKind:
     """
 
     places: Callable[[Snapshot, Plan], dict[str, Placed]]
-    put: Callable[[PreTrainedModel, str, AdapterState, Plan, Allocation], None]
+    put: Callable[[Snapshot, str, AdapterState, Plan, Allocation], None]
     plan: Callable[[Snapshot, Any, bool], Plan] = plan_beside
 
 
@@ -66,9 +65,9 @@ def plan_of(snapshot: Snapshot, config: MethodConfig, fresh: bool) -> Plan:
     return _kind(config).plan(snapshot, config, fresh)
 
 
-def put_on(model: nn.Module, name: str, state: AdapterState, plan: Plan, allocation: Allocation) -> None:
+def put_on(snapshot: Snapshot, name: str, state: AdapterState, plan: Plan, allocation: Allocation) -> None:
     """Give an adapter its parameters at the places of its kind; the modules of its plan are adapted already."""
-    _kind(plan.config).put(cast(PreTrainedModel, model), name, state, plan, allocation)
+    _kind(plan.config).put(snapshot, name, state, plan, allocation)
 
 
 def _kind(config: MethodConfig) -> PlaceKind:

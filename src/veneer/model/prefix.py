@@ -15,9 +15,9 @@ from veneer.contract.known import Known
 from veneer.contract.places import INPUT, Placed, placed
 from veneer.core.records import PrefixDelta
 from veneer.core.sites import AttentionSite
-from veneer.errors import ConfigError, DescriptionError, TargetError
+from veneer.errors import ConfigError, TargetError
 from veneer.model.allocation import Allocation
-from veneer.model.blueprint.describe import describe
+from veneer.model.blueprint.describe import listed
 from veneer.model.front import Front
 from veneer.model.plan import Plan
 from veneer.model.snapshot import Snapshot
@@ -130,8 +130,9 @@ def prefix_places(snapshot: Snapshot, plan: Plan) -> dict[str, Placed]:
     return {INPUT: placed(plan.config, attention_sites(cast(PreTrainedModel, snapshot.model)))}
 
 
-def put_prefix_on(model: PreTrainedModel, name: str, state: AdapterState, plan: Plan, allocation: Allocation) -> None:
+def put_prefix_on(snapshot: Snapshot, name: str, state: AdapterState, plan: Plan, allocation: Allocation) -> None:
     """Put the prefix of adapter ``name`` on the model."""
+    model = cast(PreTrainedModel, snapshot.model)
     if not hasattr(model, CHILD):
         with state.base_alone():
             sites = attention_sites(model)
@@ -139,7 +140,8 @@ def put_prefix_on(model: PreTrainedModel, name: str, state: AdapterState, plan: 
     holder = cast(PrefixAdapters, getattr(model, CHILD))
     config = plan.config.for_sites((holder.site,), Known())
     state.configs[name] = config
-    holder.adapters[name] = allocation.parameters(config, holder.site, model.device, model.dtype)
+    held = allocation.parameters(config, holder.site, model.device, model.dtype)
+    holder.hold(name, held, placed(config, holder.site).keys)
 
 
 def attention_sites(model: PreTrainedModel) -> tuple[AttentionSite, ...]:
@@ -183,12 +185,9 @@ def attention_sites(model: PreTrainedModel) -> tuple[AttentionSite, ...]:
 
 def _described_sites(model: PreTrainedModel) -> tuple[AttentionSite, ...] | None:
     """Parts of a decoder whose description is tested by values; None for any other model."""
-    try:
-        decoder = describe(model)
-    except DescriptionError:
-        return None
-    heads = [attention.heads for attention in decoder.attentions]
-    if not decoder.listed or len(heads) < len(decoder.blocks) or len({(h.n_kv_heads, h.head_dim) for h in heads}) > 1:
+    decoder = listed(model)
+    heads = [] if decoder is None else [attention.heads for attention in decoder.attentions]
+    if decoder is None or len(heads) < len(decoder.blocks) or len({(h.n_kv_heads, h.head_dim) for h in heads}) > 1:
         return None
     return tuple(
         AttentionSite(name=f"layer {index}", layer=index, kv_heads=each.n_kv_heads, head_dim=each.head_dim)

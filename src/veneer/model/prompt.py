@@ -205,8 +205,9 @@ def prompt_places(snapshot: Snapshot, plan: Plan) -> dict[str, Placed]:
     return {INPUT: placed(plan.config, input_site(cast(PreTrainedModel, snapshot.model)))}
 
 
-def put_prompt_on(model: PreTrainedModel, name: str, state: AdapterState, plan: Plan, allocation: Allocation) -> None:
+def put_prompt_on(snapshot: Snapshot, name: str, state: AdapterState, plan: Plan, allocation: Allocation) -> None:
     """Put the virtual tokens of adapter ``name`` on the model."""
+    model = cast(PreTrainedModel, snapshot.model)
     config = cast(PromptMethod, plan.config).for_sites((input_site(model),), Known())
     state.configs[name] = config
     site = _site_to_start_from(model, config) if allocation.values else input_site(model)
@@ -214,7 +215,8 @@ def put_prompt_on(model: PreTrainedModel, name: str, state: AdapterState, plan: 
         kind = EncoderPromptAdapters if model.config.is_encoder_decoder else PromptAdapters
         model.add_module(CHILD, kind(state, model))
     holder = cast(PromptAdapters, getattr(model, CHILD))
-    holder.adapters[name] = allocation.parameters(config, site, model.device, model.dtype)
+    held = allocation.parameters(config, site, model.device, model.dtype)
+    holder.hold(name, held, placed(config, site).keys)
 
 
 def reader(model: PreTrainedModel) -> PreTrainedModel:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from veneer.contract import ResidualMethod
-from veneer.contract.keys import SUBLAYER, parameter_key
+from veneer.contract.keys import SUBLAYER
 from veneer.contract.places import Placed, placed
 from veneer.core.records import ResidualDelta
 from veneer.core.residual import residual_change
@@ -49,9 +49,6 @@ class ResidualAdapters(Holder):
     def record(self, name: str) -> ResidualDelta:
         """Return the record of adapter ``name`` at this sub-layer."""
         return self._method(name).lower(self.site, dict(self.adapters[name].named_parameters()))
-
-    def disk_keys(self, name: str, path: str) -> dict[str, str]:
-        return {key: parameter_key(path, end) for key, end in self._method(name).disk_names(self.site).items()}
 
     def _method(self, name: str) -> ResidualMethod:
         return cast(ResidualMethod, self.adapter_state.configs[name])
@@ -117,18 +114,17 @@ def residual_places(snapshot: Snapshot, plan: Plan) -> dict[str, Placed]:
     return {site.name: placed(config, site, site.name) for site in sites}
 
 
-def put_bottlenecks_on(
-    model: PreTrainedModel, name: str, state: AdapterState, plan: Plan, allocation: Allocation
-) -> None:
+def put_bottlenecks_on(snapshot: Snapshot, name: str, state: AdapterState, plan: Plan, allocation: Allocation) -> None:
     """Put the bottlenecks of adapter ``name`` after the sub-layers that its config names."""
-    config = cast(ResidualMethod, plan.config)
+    model, config = cast(PreTrainedModel, snapshot.model), cast(ResidualMethod, plan.config)
     with state.base_alone():
         places = places_of(model, config)
     for place in places:
         site = residual_site(place)
         device = next(model.get_submodule(place.block_path).parameters()).device
         holder = _holder(model, place, state)
-        holder.adapters[name] = allocation.parameters(config, site, device, model.dtype)
+        held = allocation.parameters(config, site, device, model.dtype)
+        holder.hold(name, held, placed(config, site, site.name).keys)
 
 
 def residual_adapters(model: nn.Module) -> dict[str, ResidualAdapters]:

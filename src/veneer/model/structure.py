@@ -18,10 +18,10 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from veneer.errors import DescriptionError, NoStorageError, TargetError
+from veneer.errors import NoStorageError, TargetError
 from veneer.model.blueprint.decoder import Block
 from veneer.model.blueprint.decoder import Sublayer as Place
-from veneer.model.blueprint.describe import describe
+from veneer.model.blueprint.describe import listed
 from veneer.model.trace import Addition, trace_additions
 
 SublayerKind = Literal["attention", "cross_attention", "mlp"]
@@ -54,11 +54,8 @@ def sublayers(model: PreTrainedModel) -> tuple[Sublayer, ...]:
 
 def described_sublayers(model: PreTrainedModel) -> tuple[Sublayer, ...] | None:
     """Return the sub-layers of a decoder whose description is tested by values; None for any other model."""
-    try:
-        decoder = describe(model)
-    except DescriptionError:
-        return None
-    if not decoder.listed or any(block.strange for block in decoder.blocks):
+    decoder = listed(model)
+    if decoder is None or any(block.strange for block in decoder.blocks):
         return None
     places: list[tuple[int, Block, SublayerKind, Place | None]] = []
     for layer, block in enumerate(decoder.blocks):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import cast
 
 from torch import nn
@@ -25,14 +25,13 @@ def followers_of(
     return rest if tied[0] in rest else (tied[0], *rest), tuple(tied[1:])
 
 
-def follow(model: nn.Module, name: str, embeddings: str, followers: Sequence[str]) -> None:
-    """Let an adapter of the input embeddings act on the modules that share their weight, all of them adapted."""
-    source = cast(Adapted, model.get_submodule(embeddings))
-    for path in followers:
-        module = cast(Adapted, model.get_submodule(path))
-        extras = module.adapter_state.configs[name].extras
-        turned = None if isinstance(module, nn.Embedding) else extras.turned
-        module.adapters[name] = TiedFactors(source.adapters[name], source.site_name, turned)
+def follow(
+    modules: Mapping[str, nn.Module], name: str, embeddings: str, follower: str, keys: Mapping[str, str]
+) -> None:
+    """Let an adapter of the input embeddings act on a module that shares their weight, both of them adapted."""
+    source, module = (cast(Adapted, modules[path]) for path in (embeddings, follower))
+    turned = None if isinstance(module, nn.Embedding) else module.adapter_state.configs[name].extras.turned
+    module.hold(name, TiedFactors(source.adapters[name], source.site_name, turned), keys)
 
 
 def unused_tie(tied: Sequence[str], config: MethodConfig, changed: Collection[str]) -> list[str]:

@@ -73,11 +73,8 @@ class VirtualTokens(Holder):
         """Return the trained parameters of one adapter."""
         return dict(self.adapters[name].named_parameters())
 
-    def disk_keys(self, name: str, path: str) -> dict[str, str]:
-        return dict(self.method(name).disk_names(self.site))
-
-    def packed(self, name: str, path: str, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        params = {own: values[key] for own, key in self.disk_keys(name, path).items()}
+    def packed(self, name: str, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        params = {own: values[key] for own, key in self.disk_keys(name).items()}
         return {key: value.detach() for key, value in self.method(name).stored(self.site, params).items()}
 
     def keys_and_values(self, name: str, run: Callable[[Tensor], KeysAndValues]) -> KeysAndValues:

@@ -2,10 +2,13 @@
 
 import dataclasses
 import math
+from collections import OrderedDict
 
 import pytest
 import torch
+from torch import nn
 
+from veneer import get_peft_model
 from veneer.core.linear import apply_linear, fold_linear
 from veneer.core.sites import LinearSite
 from veneer.errors import ConfigError
@@ -78,12 +81,24 @@ def test_a_row_of_zeros_stays_zero():
 
 
 def test_norms_are_exact_under_autocast():
-    config = LoraConfig(r=R, lora_alpha=ALPHA, use_dora=True)
-    params = {"lora_A": A.float(), "lora_B": B.float(), "lora_magnitude_vector": M.float()}
-    place = site(W.float())
-    plain = config.lower(place, params)
+    """At the start, which an adapter may be given under autocast, and in a record after it."""
+
+    def adapted() -> nn.Module:
+        torch.manual_seed(31)
+        net = nn.Sequential(OrderedDict(q_proj=nn.Linear(IN, OUT, bias=False)))
+        config = LoraConfig(r=R, lora_alpha=ALPHA, use_dora=True, target_modules=["q_proj"], init_lora_weights=False)
+        return get_peft_model(net, config).q_proj
+
+    plain = adapted()
     with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(config.lower(place, params).output_scale, plain.output_scale)
+        layer = adapted()
+    start, wanted = (each.adapters["default"]["lora_magnitude_vector"] for each in (layer, plain))
+    assert torch.equal(start, wanted)
+    with torch.no_grad():
+        layer.adapters["default"]["lora_A"] += 0.3
+    record = layer.record("default")
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(layer.record("default").output_scale, record.output_scale)
 
 
 def test_without_a_weight_it_says_what_to_do():

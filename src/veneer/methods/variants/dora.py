@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from veneer.contract import LinearMethod, Params, Shapes
-from veneer.core.autocast import without_autocast
 from veneer.core.linear import row_norms
 from veneer.core.records import LinearDelta
 from veneer.core.sites import LinearSite
@@ -49,11 +48,10 @@ def lower(config: LinearMethod, site: LinearSite, params: Params, record: Linear
 
 @torch.no_grad()
 def _norms(site: LinearSite, record: LinearDelta) -> Tensor:
-    """Row norms on the weight's device, outside of autocast: 16-bit norms would swallow small changes."""
+    """Row norms on the weight's device."""
     if site.weight is None or site.row_sq is None or record.low_rank is None:
         raise ConfigError(f"DoRA at {site.name} needs the frozen weight: load the base model before attaching")
     row_sq = site.row_sq()
     plain = record.low_rank.plain
     pair = Pair(a=plain.a.to(row_sq.device), b=plain.b.to(row_sq.device), scale=plain.scale)
-    with without_autocast(row_sq.device):
-        return row_norms(LinearDelta(adds=(pair,)), site.weight, row_sq)
+    return row_norms(LinearDelta(adds=(pair,)), site.weight, row_sq)

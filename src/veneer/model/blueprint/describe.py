@@ -32,6 +32,15 @@ def describe_config(config: PreTrainedConfig) -> Decoder:
     return describe(model)
 
 
+def listed(model: PreTrainedModel) -> Decoder | None:
+    """Return the description of a decoder if it is tested by values; None for any other model."""
+    try:
+        decoder = describe(model)
+    except DescriptionError:
+        return None
+    return decoder if decoder.listed else None
+
+
 def describe(model: PreTrainedModel) -> Decoder:
     """Return the description of a decoder, adapted or not, on any device; its `Decoder.strange` lists the missing
     parts.

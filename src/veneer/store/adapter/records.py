@@ -143,8 +143,8 @@ def _parameters(folder: Path, tensors: Mapping[str, Tensor], placed: Placed) -> 
     if missing:
         raise FormatError(f"{folder / WEIGHTS_FILE} lacks {', '.join(missing[:3])}")
     found = {name: tensors[key] for name, key in placed.keys.items()}
-    common = functools.reduce(torch.promote_types, (value.dtype for value in found.values()))
-    return {name: value.to(common) for name, value in found.items()}
+    dtypes = [value.dtype for value in found.values()]  # none where a method has no parameters
+    return {name: value.to(functools.reduce(torch.promote_types, dtypes)) for name, value in found.items()}
 
 
 def _require_shapes(
