@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -81,19 +82,38 @@ def _plain(name: str) -> str:
     return ".".join(part for part in name.split(".") if part not in wrappers)
 
 
-def assert_convolutions_equal_peft(theirs: str, folder: Path, **fields: Any) -> None:
-    """A file of PEFT's on convolutions acts the same here, and merged."""
+def convolutions() -> nn.Module:
+    torch.manual_seed(3)
+    return nn.Sequential(OrderedDict(first=nn.Conv2d(5, 7, 3), second=nn.Conv2d(7, 4, (1, 1), stride=2)))
 
-    def net() -> nn.Module:
-        torch.manual_seed(3)
-        return nn.Sequential(OrderedDict(first=nn.Conv2d(5, 7, 3), second=nn.Conv2d(7, 4, (1, 1), stride=2)))
 
+def assert_convolutions_equal_peft(
+    theirs: str,
+    folder: Path,
+    net: Callable[[], nn.Module] = convolutions,
+    size: tuple[int, ...] = (9, 8),
+    **fields: Any,
+) -> None:
+    """Files on convolutions go both ways; outputs and gradients are equal; merging changes nothing."""
     torch.manual_seed(11)
     reference = peft.get_peft_model(net(), getattr(peft, theirs)(target_modules=["first", "second"], **fields))
-    reference.save_pretrained(folder)
-    model, x = veneer.PeftModel.from_pretrained(net(), folder), torch.randn(2, 5, 9, 8)
+    reference.save_pretrained(folder / "peft")
+    model = veneer.PeftModel.from_pretrained(net(), folder / "peft", is_trainable=True)
+    model.save_pretrained(folder / "ours")
+    written, read = (load_file(folder / name / "adapter_model.safetensors") for name in ("peft", "ours"))
+    assert written.keys() == read.keys()
+    assert all(torch.equal(read[key], value) for key, value in written.items())
+    again = peft.PeftModel.from_pretrained(net(), folder / "ours", is_trainable=True)
+    x = torch.randn(2, 5, *size)
+    wanted, found = again(x), model(x)
+    assert (net()(x) - wanted).norm() > 1e-2 * wanted.norm()
+    near(found, wanted)
+    grads = []
+    for adapted, output in ((model, found), (again, wanted)):
+        output.square().sum().backward()
+        named = {name: p.grad for name, p in adapted.named_parameters() if p.grad is not None}
+        grads.append(_by_key(named, written))
+    for key in written:
+        near(grads[0][key], grads[1][key])
     with torch.no_grad():
-        wanted = reference(x)
-        assert (net()(x) - wanted).norm() > 1e-2 * wanted.norm()
-        near(model(x), wanted)
         near(model.merge_and_unload()(x), wanted)

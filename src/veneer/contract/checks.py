@@ -28,6 +28,13 @@ class Checks:
         return []
 
 
+class GroupChecks(Checks):
+    """Checks of a method that cannot change convolutions in groups."""
+
+    def layers(self, sites: Sequence[LinearSite]) -> list[str]:
+        return grouped(sites)
+
+
 def grouped(sites: Sequence[LinearSite]) -> list[str]:
     """Return a sentence for each convolution in groups, for a method whose update mixes all channels."""
     return [

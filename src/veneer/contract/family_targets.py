@@ -12,13 +12,11 @@ these, or its names for roles in models without one. This file holds PEFT's othe
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
-from veneer.contract.targets import Names
+from veneer.contract.targets import FamilyTargets
 
 _Q_V_DOWN = {"target_modules": ("q", "v", "down")}
 
-LOW_RANK: Mapping[str, Mapping[str, Names]] = {
+LOW_RANK: FamilyTargets = {
     "phi": {"target_modules": ("q", "v", "up", "down")},
     "blip-2": {"target_modules": r".*\.(q|v|q_proj|v_proj)"},
     "deberta": {"target_modules": ("in_proj",)},
@@ -27,7 +25,7 @@ LOW_RANK: Mapping[str, Mapping[str, Names]] = {
     "nemotron_h": {"target_modules": ("q_proj", "k_proj", "v_proj", "o_proj")},
     "rwkv": {"target_modules": ("key", "value", "receptance", "output")},
 }
-SCALING: Mapping[str, Mapping[str, Names]] = {
+SCALING: FamilyTargets = {
     **dict.fromkeys(("gemma", "gemma2", "gemma3_text", "qwen2", "qwen3"), _Q_V_DOWN),
     **dict.fromkeys(("bart", "phi", "gptj", "gpt_neo"), _Q_V_DOWN),
     "opt": {"target_modules": ("q", "k", "down")},

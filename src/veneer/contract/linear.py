@@ -5,12 +5,13 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from veneer.contract.checks import Checks
+from veneer.contract.extras import Extras
 from veneer.contract.keys import Place
 from veneer.contract.parameters import Params, Shapes
 from veneer.contract.places import REPEATS, Placed, ShapesByKey, module_places
@@ -31,7 +32,7 @@ class LinearMethod(TargetedConfig):
 
     ``kinds`` are the modules that it can adapt: "linear" layers, "embedding", "convolution", "attention" (torch's own,
     both of its maps). ``outward`` names the parameters on the output side, such as LoRA's B. LoRA+ gives them a higher
-    learning rate.
+    learning rate. A field ``bias`` is PEFT's: "none", "all", or "…_only" for the biases of the adapted layers.
     """
 
     kinds: ClassVar[frozenset[str]] = frozenset({"linear"})
@@ -45,6 +46,11 @@ class LinearMethod(TargetedConfig):
 
     @abstractmethod
     def lower(self, site: LinearSite, params: Params) -> LinearDelta: ...
+
+    @property
+    def extras(self) -> Extras:
+        bias: Any = getattr(self, "bias", "none")
+        return replace(super().extras, biases="adapted" if bias.endswith("_only") else bias)
 
     @property
     def checks(self) -> Checks:

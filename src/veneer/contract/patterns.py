@@ -23,6 +23,17 @@ class PatternChecks(Checks):
         return unmatched(self.patterns, names)
 
 
+def values_of(config: object, field: str, pattern: str) -> dict[str, Any]:
+    """Return the value of a field and those of its pattern, by their names in messages."""
+    by_key = {f"{pattern}[{key!r}]": value for key, value in getattr(config, pattern).items()}
+    return {field: getattr(config, field), **by_key}
+
+
+def below_one(values: Mapping[str, int]) -> list[str]:
+    """Return a sentence for each value that is no count."""
+    return [f"{name}={value!r} must be a whole number of at least 1" for name, value in values.items() if value < 1]
+
+
 def first_match(pattern: Mapping[str, T], name: str, default: T) -> T:
     """Return the value of the first key that matches the end of a module path."""
     return next((value for key, value in pattern.items() if matches_end(key, name)), default)

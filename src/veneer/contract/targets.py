@@ -13,6 +13,7 @@ from veneer.core.module_names import matches_any, nearest_modules
 from veneer.errors import TargetError
 
 ALL_LINEAR = "all-linear"
+FamilyTargets = Mapping[str, Mapping[str, Names]]
 _LETTERS = re.compile(r"[^a-z]")
 
 
@@ -22,9 +23,9 @@ class TargetedConfig(MethodConfig):
 
     ``target_modules`` is a tuple of names or suffixes, or a regular expression that must match the whole module path.
     It may be ``"all-linear"``: every linear layer but the output head. None selects those of the method's
-    ``default_targets`` that the model has. A method overrides `fields_for` if its defaults depend on the type of model,
-    or if other fields that name modules have defaults. ``layers_to_transform`` keeps only those layer indices, found by
-    ``layers_pattern`` (name of the list of layers).
+    ``default_targets`` that the model has. ``family_targets`` are defaults by transformers' type of model. A method
+    overrides `fields_for` if other fields that name modules have defaults. ``layers_to_transform`` keeps only those
+    layer indices, found by ``layers_pattern`` (name of the list of layers).
     """
 
     changes_weights: ClassVar[bool] = True
@@ -33,6 +34,7 @@ class TargetedConfig(MethodConfig):
     )
     headline: ClassVar[tuple[str, ...]] = ("target_modules",)
     default_targets: ClassVar[tuple[str, ...]] = ("q", "v")  # names, or roles in a decoder (Hu et al. 2021, sec. 4.2)
+    family_targets: ClassVar[FamilyTargets] = {}
 
     target_modules: Collection[str] | str | None = None
     exclude_modules: Collection[str] | str | None = None
@@ -60,7 +62,7 @@ class TargetedConfig(MethodConfig):
 
         They replace None. Only names and roles that the model has count.
         """
-        return {"target_modules": cls.default_targets}
+        return {"target_modules": cls.default_targets, **cls.family_targets.get(model_type, {})}
 
 
 @dataclass(frozen=True)

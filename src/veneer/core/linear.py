@@ -68,19 +68,15 @@ def _apply(
 
 def apply_projected(
     whole: LinearDelta,
-    parts: Sequence[tuple[Pair, Float[Tensor, "*batch _"]]],
+    products: Sequence[Float[Tensor, "*batch o"]],
     base: Float[Tensor, "*batch o"],
     bias: Float[Tensor, " o"] | None = None,
 ) -> Float[Tensor, "*batch o"]:
-    """Return `apply_linear_sum` of pairs, given their products with the scaled input.
+    """Return `apply_linear_sum`, given the ``products`` of the changes of the weight, and W x as ``base``.
 
-    ``base`` is W x, and each pair comes with its A x. ``whole`` is `compose_linear` of the records. Convolutions are
-    applied so, without laying out their patches.
+    ``whole`` is `compose_linear` of the records. Convolutions are applied so, without laying out their patches.
     """
-    y = base
-    for pair, inner in parts:
-        y = y + pair.behind_a(inner)
-    return _finished(whole, y, bias).to(base.dtype)
+    return _finished(whole, sum(products, base), bias).to(base.dtype)
 
 
 def entered(delta: LinearDelta, x: Float[Tensor, "*batch i"]) -> Float[Tensor, "*batch i"]:

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from veneer.contract import LinearMethod, Params, Shapes
-from veneer.contract.extras import Extras
 from veneer.contract.family_targets import LOW_RANK
+from veneer.contract.patterns import below_one
 from veneer.contract.peft_fields import OF_LORA, PeftFields
-from veneer.contract.targets import Names
+from veneer.contract.targets import FamilyTargets
 from veneer.core.records import LinearDelta
 from veneer.core.sites import LinearSite
 from veneer.errors import ConfigError
@@ -41,6 +41,7 @@ class AdaLoraConfig(LinearMethod):
 
     peft_type: ClassVar[str] = "ADALORA"
     headline: ClassVar[tuple[str, ...]] = ("init_r", "target_r", "lora_alpha", "target_modules")
+    family_targets: ClassVar[FamilyTargets] = LOW_RANK
     outward: ClassVar[frozenset[str]] = frozenset({"lora_B"})
     inert: ClassVar[frozenset[str]] = frozenset(
         {"target_r", "tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight", "total_step", "rank_pattern"}
@@ -79,11 +80,8 @@ class AdaLoraConfig(LinearMethod):
     init_lora_weights: bool = True
 
     def problems(self) -> list[str]:
-        found = super().problems()
-        for name in ("target_r", "init_r", "deltaT", "total_step"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                found.append(f"{name}={value!r} must be a whole number of at least 1")
+        counts = {name: getattr(self, name) for name in ("target_r", "init_r", "deltaT", "total_step")}
+        found = super().problems() + below_one({name: n for name, n in counts.items() if n is not None})
         found += [
             f"{n}={getattr(self, n)!r} must lie in (0, 1)" for n in ("beta1", "beta2") if not 0 < getattr(self, n) < 1
         ]
@@ -128,10 +126,6 @@ class AdaLoraConfig(LinearMethod):
     def site_of(self, site: LinearSite, shapes: Mapping[str, tuple[int, ...]]) -> LinearSite:
         return replace(site, in_features=shapes["lora_A"][1], out_features=shapes["lora_B"][0])
 
-    @classmethod
-    def fields_for(cls, model_type: str) -> Mapping[str, Names]:
-        return {**super().fields_for(model_type), **LOW_RANK.get(model_type, {})}
-
     @property
     def training(self) -> BudgetedTraining:
         return BudgetedTraining(self)
@@ -139,10 +133,6 @@ class AdaLoraConfig(LinearMethod):
     @property
     def dropout(self) -> float:
         return self.lora_dropout
-
-    @property
-    def extras(self) -> Extras:
-        return replace(super().extras, biases="adapted" if self.bias == "lora_only" else self.bias)
 
 
 @dataclass(frozen=True)

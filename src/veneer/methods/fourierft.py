@@ -17,10 +17,9 @@ from torch import Tensor
 
 from veneer.contract import LinearMethod, Params, Shapes
 from veneer.contract.checks import Checks
-from veneer.contract.extras import Extras
 from veneer.contract.family_targets import LOW_RANK
-from veneer.contract.patterns import PatternChecks, broken, first_match
-from veneer.contract.targets import Names
+from veneer.contract.patterns import PatternChecks, below_one, broken, first_match, values_of
+from veneer.contract.targets import FamilyTargets
 from veneer.core.records import LinearDelta
 from veneer.core.sites import LinearSite
 from veneer.core.terms.change import Change
@@ -72,6 +71,10 @@ class FourierFTConfig(LinearMethod):
     peft_type: ClassVar[str] = "FOURIERFT"
     identity_at_start: ClassVar[bool] = False
     headline: ClassVar[tuple[str, ...]] = ("n_frequency", "scaling", "target_modules")
+    family_targets: ClassVar[FamilyTargets] = {
+        **LOW_RANK,
+        **{family: {"target_modules": ("mlp.c_proj",)} for family in ("gpt2", "gpt_bigcode")},
+    }
     inert: ClassVar[frozenset[str]] = frozenset(
         {"n_frequency", "n_frequency_pattern", "fan_in_fan_out", "bias", "init_weights"}
     )
@@ -88,22 +91,11 @@ class FourierFTConfig(LinearMethod):
         found = super().problems() + broken({"n_frequency_pattern": self.n_frequency_pattern})
         if not -(2**63) <= self.random_loc_seed < 2**64:
             found.append(f"random_loc_seed={self.random_loc_seed!r} must be a seed of torch, of at most 64 bits")
-        given = {"n_frequency": self.n_frequency}
-        given |= {f"n_frequency_pattern[{key!r}]": n for key, n in self.n_frequency_pattern.items()}
-        return found + [f"{name}={n!r} must be a whole number of at least 1" for name, n in given.items() if n < 1]
+        return found + below_one(values_of(self, "n_frequency", "n_frequency_pattern"))
 
     @property
     def checks(self) -> Checks:
         return _Checks({"n_frequency_pattern": self.n_frequency_pattern}, self)
-
-    @classmethod
-    def fields_for(cls, model_type: str) -> Mapping[str, Names]:
-        own = {"gpt2": {"target_modules": ("mlp.c_proj",)}, "gpt_bigcode": {"target_modules": ("mlp.c_proj",)}}
-        return {**super().fields_for(model_type), **LOW_RANK.get(model_type, {}), **own.get(model_type, {})}
-
-    @property
-    def extras(self) -> Extras:
-        return replace(super().extras, biases="adapted" if self.bias == "fourier_only" else self.bias)
 
     def frequencies(self, site: LinearSite) -> int:
         """Return the count of numbers trained at a site."""

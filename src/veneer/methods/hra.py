@@ -6,18 +6,17 @@ the compact WY form (Schreiber and Van Loan 1989). So the update is a pair of ra
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from veneer.contract import LinearMethod, Params, Shapes
-from veneer.contract.checks import Checks, grouped
-from veneer.contract.extras import Extras
+from veneer.contract.checks import Checks, GroupChecks
 from veneer.contract.family_targets import LOW_RANK
-from veneer.contract.targets import Names
+from veneer.contract.patterns import below_one
+from veneer.contract.targets import FamilyTargets
 from veneer.core.records import LinearDelta
 from veneer.core.sites import LinearSite
 from veneer.errors import ConfigError
@@ -38,6 +37,7 @@ class HRAConfig(LinearMethod):
     peft_type: ClassVar[str] = "HRA"
     headline: ClassVar[tuple[str, ...]] = ("r", "target_modules")
     kinds: ClassVar[frozenset[str]] = frozenset({"linear", "convolution"})
+    family_targets: ClassVar[FamilyTargets] = LOW_RANK
     inert: ClassVar[frozenset[str]] = frozenset({"r", "bias", "init_weights"})
 
     r: int = 8
@@ -46,16 +46,11 @@ class HRAConfig(LinearMethod):
     bias: Literal["none", "all", "hra_only"] = "none"
 
     def problems(self) -> list[str]:
-        found = super().problems()
-        return found if self.r >= 1 else [*found, f"r={self.r!r} must be a whole number of at least 1"]
-
-    @classmethod
-    def fields_for(cls, model_type: str) -> Mapping[str, Names]:
-        return {**super().fields_for(model_type), **LOW_RANK.get(model_type, {})}
+        return super().problems() + below_one({"r": self.r})
 
     @property
     def checks(self) -> Checks:
-        return _Checks()
+        return GroupChecks()
 
     @property
     def largest_rank(self) -> int:
@@ -64,10 +59,6 @@ class HRAConfig(LinearMethod):
     @property
     def reads_weight(self) -> bool:
         return True
-
-    @property
-    def extras(self) -> Extras:
-        return replace(super().extras, biases="adapted" if self.bias == "hra_only" else self.bias)
 
     def shapes(self, site: LinearSite) -> Shapes:
         return {"hra_u": (site.in_features, self.r)}
@@ -91,8 +82,3 @@ class HRAConfig(LinearMethod):
         b = -site.weight.matmul(a).to(a.dtype).T
         b = torch.linalg.solve_triangular(inverse, b, upper=True, left=False)
         return LinearDelta.pair(a.to(dtype), b.to(dtype))
-
-
-class _Checks(Checks):
-    def layers(self, sites: Sequence[LinearSite]) -> list[str]:
-        return grouped(sites)

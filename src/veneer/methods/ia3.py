@@ -20,7 +20,7 @@ from veneer.contract.family_targets import SCALING
 from veneer.contract.known import Known
 from veneer.contract.peft_fields import PeftFields
 from veneer.contract.raised import Raised
-from veneer.contract.targets import Names
+from veneer.contract.targets import FamilyTargets, Names
 from veneer.core.module_names import matches_any
 from veneer.core.records import LinearDelta
 from veneer.core.sites import LinearSite
@@ -40,7 +40,7 @@ class IA3Config(LinearMethod):
     kinds: ClassVar[frozenset[str]] = frozenset({"linear", "convolution"})
     usual_learning_rate: ClassVar[float] = 5e-3
     default_targets: ClassVar[tuple[str, ...]] = ("k", "v", "down")
-
+    family_targets: ClassVar[FamilyTargets] = SCALING
     inert: ClassVar[frozenset[str]] = frozenset({"fan_in_fan_out", "init_ia3_weights"})
     peft_fields: ClassVar[PeftFields] = PeftFields(quiet=("layers_pattern", "layers_to_transform"))
 
@@ -61,8 +61,7 @@ class IA3Config(LinearMethod):
 
     @classmethod
     def fields_for(cls, model_type: str) -> Mapping[str, Names]:
-        own = {**super().fields_for(model_type), "feedforward_modules": ("down",)}
-        return {**own, **SCALING.get(model_type, {})}
+        return {"feedforward_modules": ("down",), **super().fields_for(model_type)}
 
     @property
     def checks(self) -> Checks:

@@ -7,24 +7,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from veneer.contract import LinearMethod, Params, Shapes
-from veneer.contract.checks import Checks
-from veneer.contract.family_targets import LOW_RANK
-from veneer.contract.patterns import PatternChecks, broken, first_match
-from veneer.contract.targets import Names
+from veneer.contract import Params, Shapes
+from veneer.contract.lycoris import LycorisMethod
 from veneer.core.records import LinearDelta
 from veneer.core.sites import LinearSite
 from veneer.core.terms.change import Change
 from veneer.inits.uniform import kaiming_uniform
-
-_DROPS = "drops parts of the update in training, which is not supported: set it to 0"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,64 +46,62 @@ class Kronecker(Change):
         return Kronecker(w1=self.w1.T, w2=self.w2.T).matmul(dy)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShiftedKronecker(Change):
+    """Change ``W₁ ⊗ W₂`` with W₂ (o₂, i₂, window) as PEFT makes it: W₁ gets a first axis of size 1.
+
+    Its entries are those of the Kronecker product of (1, o₁, i₁) and (o₂, i₂, window), read row by row as (o, i).
+    """
+
+    w1: Float[Tensor, "o1 i1"]
+    w2: Float[Tensor, "o2 i2 window"]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.w1.shape[0] * self.w2.shape[0], self.w1.shape[1] * self.w2[0].numel()
+
+    def dense(self, dtype: torch.dtype | None = None) -> Tensor:
+        w1, w2 = (w if dtype is None else w.to(dtype) for w in (self.w1, self.w2))
+        return torch.kron(w1[None].contiguous(), w2.contiguous()).reshape(self.shape)
+
+
 @dataclass(frozen=True, kw_only=True)
-class LoKrConfig(LinearMethod):
+class LoKrConfig(LycorisMethod):
     """LoKr in PEFT's fields.
 
     ``decompose_factor`` is the wanted number of rows and of columns of W₁; -1 looks for widths near the square root.
     ``decompose_both``: W₁ may be a product of factors too. ``init_weights``: True starts with W₁ zero, "lycoris" with
-    W₂ zero, False with both random.
+    W₂ zero, False with both random. At a convolution the columns of W₂ are channels times positions.
 
     ``rank_dropout``, ``rank_dropout_scale`` and ``module_dropout`` are read from files; training with the dropouts is
-    refused. ``use_effective_conv2d`` is for convolutions, which are not adapted.
+    refused. ``use_effective_conv2d``, another form of the factors of convolutions, is refused if there are some.
     """
 
     peft_type: ClassVar[str] = "LOKR"
-    headline: ClassVar[tuple[str, ...]] = ("r", "alpha", "target_modules")
     outward: ClassVar[frozenset[str]] = frozenset({"lokr_w1", "lokr_w1_a"})
-    inert: ClassVar[frozenset[str]] = frozenset(
-        {"rank_dropout", "rank_dropout_scale", "module_dropout", "use_effective_conv2d", "init_weights"}
-        | {"decompose_both", "decompose_factor"}
-    )
+    inert: ClassVar[frozenset[str]] = frozenset({"rank_dropout_scale", "decompose_both", "decompose_factor"})
 
-    r: int = 8
-    alpha: float = 8
-    rank_dropout: float = 0.0
-    module_dropout: float = 0.0
-    use_effective_conv2d: bool = False
     decompose_both: bool = False
     decompose_factor: int = -1
     rank_dropout_scale: bool = False
     init_weights: bool | Literal["lycoris"] = True
-    rank_pattern: Mapping[str, int] = field(default_factory=dict)
-    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
 
     def problems(self) -> list[str]:
-        found = super().problems() + broken(self._patterns)
-        ranks = {"r": self.r} | {f"rank_pattern[{key!r}]": r for key, r in self.rank_pattern.items()}
-        found += [f"{name}={r!r} must be a whole number of at least 1" for name, r in ranks.items() if r < 1]
+        found = super().problems()
         if self.decompose_factor < 1 and self.decompose_factor != -1:
             found.append(f"decompose_factor={self.decompose_factor!r} must be at least 1, or -1")
-        drops = {name: getattr(self, name) for name in ("rank_dropout", "module_dropout")}
-        return found + [f"{name}={p!r} {_DROPS}" for name, p in drops.items() if p and not self.inference_mode]
-
-    @property
-    def _patterns(self) -> dict[str, Mapping[str, float]]:
-        return {"rank_pattern": self.rank_pattern, "alpha_pattern": self.alpha_pattern}
-
-    @property
-    def checks(self) -> Checks:
-        return PatternChecks(self._patterns)
-
-    @classmethod
-    def fields_for(cls, model_type: str) -> Mapping[str, Names]:
-        return {**super().fields_for(model_type), **LOW_RANK.get(model_type, {})}
+        return found
 
     def shapes(self, site: LinearSite) -> Shapes:
-        r = first_match(self.rank_pattern, site.name, self.r)
-        (o1, o2), (i1, i2) = (factors_of(n, self.decompose_factor) for n in (site.out_features, site.in_features))
-        first = _shapes("lokr_w1", (o1, i1), r if self.decompose_both and 2 * r < max(o1, i1) else None)
-        return first | _shapes("lokr_w2", (o2, i2), r if 2 * r < max(o2, i2) else None)
+        r, n_positions = self.rank(site), math.prod(site.window)
+        widths = site.out_features, site.in_features // n_positions
+        (o1, o2), (i1, i2) = (factors_of(n, self.decompose_factor) for n in widths)
+        first: Shapes = {"lokr_w1": (o1, i1)}
+        if self.decompose_both and 2 * r < max(o1, i1):
+            first = _factored("lokr_w1", o1, i1, r)
+        if 2 * r < max(o2, i2):
+            return first | _factored("lokr_w2", o2, i2 * n_positions, r)
+        return first | {"lokr_w2": (o2, i2, *site.window)}
 
     def init(self, site: LinearSite, generator: torch.Generator | None = None) -> dict[str, Tensor]:
         start = {name: kaiming_uniform(shape, generator) for name, shape in self.shapes(site).items()}
@@ -116,21 +109,26 @@ class LoKrConfig(LinearMethod):
         return {name: torch.zeros_like(value) if name in zero else value for name, value in start.items()}
 
     def lower(self, site: LinearSite, params: Params) -> LinearDelta:
-        r = first_match(self.rank_pattern, site.name, self.r)
-        alpha = first_match(self.alpha_pattern, site.name, self.alpha)
         w1, w2 = (_whole(name, params) for name in ("lokr_w1", "lokr_w2"))
-        return LinearDelta(adds=(Kronecker(w1=w1 * (alpha / r), w2=w2),))
+        w1 = w1 * self.scale(site)
+        shifted = w2.ndim == 3  # at a convolution of one dimension
+        return LinearDelta(adds=(ShiftedKronecker(w1=w1, w2=w2) if shifted else Kronecker(w1=w1, w2=w2.flatten(1)),))
 
     @property
     def samples(self) -> tuple[LinearSite, ...]:
         """Sites of each form in a file: whole factors, W₂ in two, and with ``decompose_both`` both in two."""
         return tuple(LinearSite(name="", in_features=n, out_features=n) for n in (1, 2 * 524287, 2**20))
 
-    def site_of(self, site: LinearSite, shapes: Mapping[str, tuple[int, ...]]) -> LinearSite:
+    def site_of(self, site: LinearSite, shapes: Mapping[str, tuple[int, ...]]) -> LinearSite | None:
         rows = (shapes.get(f"{name}_a", shapes.get(name, ())) for name in ("lokr_w1", "lokr_w2"))
         columns = (shapes.get(f"{name}_b", shapes.get(name, ())) for name in ("lokr_w1", "lokr_w2"))
-        out_features, in_features = math.prod(s[0] for s in rows), math.prod(s[1] for s in columns)
-        return replace(site, in_features=in_features, out_features=out_features)
+        out_features, in_features = math.prod(s[0] for s in rows), math.prod(math.prod(s[1:]) for s in columns)
+        site = replace(site, in_features=in_features, out_features=out_features)
+        window = shapes.get("lokr_w2", ())[2:]
+        if window:
+            return replace(site, kind="convolution", window=window)
+        # the factors of a convolution's W₂ do not tell its window
+        return site if self.shapes(site) == dict(shapes) else None
 
 
 def factors_of(n: int, factor: int) -> tuple[int, int]:
@@ -145,8 +143,8 @@ def factors_of(n: int, factor: int) -> tuple[int, int]:
     return smaller, n // smaller
 
 
-def _shapes(name: str, shape: tuple[int, int], r: int | None) -> Shapes:
-    return {name: shape} if r is None else {f"{name}_a": (shape[0], r), f"{name}_b": (r, shape[1])}
+def _factored(name: str, rows: int, columns: int, r: int) -> Shapes:
+    return {f"{name}_a": (rows, r), f"{name}_b": (r, columns)}
 
 
 def _whole(name: str, params: Params) -> Tensor:

@@ -23,7 +23,7 @@ from veneer.contract.late_start import LateStart
 from veneer.contract.packing import Packing
 from veneer.contract.peft_fields import OF_LORA, PeftFields
 from veneer.contract.raised import Raised
-from veneer.contract.targets import Names
+from veneer.contract.targets import FamilyTargets
 from veneer.core.groups import block_diagonal, diagonal_blocks
 from veneer.core.records import LinearDelta
 from veneer.core.sites import LinearSite
@@ -64,6 +64,7 @@ class LoraConfig(LoraSettings):
     headline: ClassVar[tuple[str, ...]] = ("r", "lora_alpha", "target_modules")
     kinds: ClassVar[frozenset[str]] = frozenset({"linear", "embedding", "convolution", "attention"})
     outward: ClassVar[frozenset[str]] = frozenset({"lora_B"}.union(*(getattr(v, "OUTWARD", ()) for v in _VARIANTS)))
+    family_targets: ClassVar[FamilyTargets] = LOW_RANK
     peft_fields: ClassVar[PeftFields] = OF_LORA
     usual_fields: ClassVar[Mapping[str, object]] = {"target_modules": "all-linear"}
 
@@ -138,7 +139,6 @@ class LoraConfig(LoraSettings):
             rows[None] = tuple(given)
         return replace(
             super().extras,
-            biases="adapted" if self.bias == "lora_only" else self.bias,
             parameters=tuple(self.target_parameters or ()),
             rows=rows,
             keeps_tie=self.ensure_weight_tying,
@@ -153,10 +153,6 @@ class LoraConfig(LoraSettings):
         a, b = shapes["lora_A"], shapes["lora_B"]
         site = replace(site, in_features=math.prod(a[1:]), out_features=b[0])
         return site if len(a) == 2 else replace(site, kind="convolution", window=a[2:], groups=max(1, a[0] // b[1]))
-
-    @classmethod
-    def fields_for(cls, model_type: str) -> Mapping[str, Names]:
-        return {**super().fields_for(model_type), **LOW_RANK.get(model_type, {})}
 
     @classmethod
     def variants(cls) -> Mapping[str, str]:

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
@@ -17,9 +16,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from veneer.contract import LinearMethod, Params, Shapes
-from veneer.contract.extras import Extras
+from veneer.contract.checks import Checks, GroupChecks
 from veneer.contract.family_targets import LOW_RANK
-from veneer.contract.targets import Names
+from veneer.contract.targets import FamilyTargets
 from veneer.core.records import LinearDelta
 from veneer.core.sites import LinearSite
 from veneer.core.terms.rotation import BlockRotation
@@ -33,13 +32,19 @@ class OFTConfig(LinearMethod):
 
     ``r`` is the number of blocks, ``oft_block_size`` their size: one of them is 0 and follows from the other. One that
     does not divide a layer's inputs becomes the nearest that does. ``block_share``: all blocks of a layer are one.
-    ``coft`` keeps each block within ``eps`` of the identity.
+    ``coft`` keeps each block within ``eps`` of the identity. An embedding's outputs are rotated, and a convolution's
+    patches.
 
     ``module_dropout`` and ``coft`` are read from files; training with them is refused.
+
+    Departs: PEFT sums the patches that overlap in its forward pass at a kernel wider than 1, so that its model changes
+    once it is merged. Here both are its merged model.
     """
 
     peft_type: ClassVar[str] = "OFT"
     headline: ClassVar[tuple[str, ...]] = ("r", "oft_block_size", "target_modules")
+    kinds: ClassVar[frozenset[str]] = frozenset({"linear", "convolution", "embedding"})
+    family_targets: ClassVar[FamilyTargets] = LOW_RANK
     inert: ClassVar[frozenset[str]] = frozenset(
         {"r", "oft_block_size", "module_dropout", "fan_in_fan_out", "bias", "init_weights"}
     )
@@ -71,17 +76,9 @@ class OFTConfig(LinearMethod):
             found.append("coft=True moves parameters in the forward pass, which is not supported in training: drop it")
         return found
 
-    @classmethod
-    def fields_for(cls, model_type: str) -> Mapping[str, Names]:
-        return {**super().fields_for(model_type), **LOW_RANK.get(model_type, {})}
-
-    @property
-    def extras(self) -> Extras:
-        return replace(super().extras, biases="adapted" if self.bias == "oft_only" else self.bias)
-
     def blocks(self, site: LinearSite) -> tuple[int, int]:
         """Return the number of blocks at a site, and their size."""
-        n = site.in_features
+        n = site.out_features if site.kind == "embedding" else site.in_features
         if self.r:
             r = nearest_divisor(n, self.r)
             return r, n // r
@@ -97,7 +94,7 @@ class OFTConfig(LinearMethod):
         return {"oft_R": torch.zeros(shape) if self.init_weights else 0.1 * torch.randn(shape, generator=generator)}
 
     def disk_names(self, site: LinearSite) -> dict[str, str]:
-        return {"oft_R": "oft_R.weight"}
+        return {"oft_R": "oft_embedding_R.weight" if site.kind == "embedding" else "oft_R.weight"}
 
     def lower(self, site: LinearSite, params: Params) -> LinearDelta:
         n, size = self.blocks(site)
@@ -105,7 +102,12 @@ class OFTConfig(LinearMethod):
         if self.coft:
             q = self._near_identity(q)
         r = neumann(q, self.num_cayley_neumann_terms) if self.use_cayley_neumann else cayley(q)
-        return LinearDelta(input=BlockRotation(r.mT.expand(n, size, size)))
+        rotation = BlockRotation(r.mT.expand(n, size, size))
+        return LinearDelta(output=rotation) if site.kind == "embedding" else LinearDelta(input=rotation)
+
+    @property
+    def checks(self) -> Checks:
+        return GroupChecks()
 
     def _near_identity(self, q: Tensor) -> Tensor:
         """Blocks of a norm of at most eps / √n; longer ones are scaled down to it."""

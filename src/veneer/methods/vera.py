@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import ClassVar, Literal, Self
 
@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 
 from veneer.contract import LinearMethod, Params, Shapes
-from veneer.contract.extras import Extras
 from veneer.contract.family_targets import LOW_RANK
 from veneer.contract.known import Known
+from veneer.contract.patterns import below_one
 from veneer.contract.shared import Shared
-from veneer.contract.targets import Names
+from veneer.contract.targets import FamilyTargets
 from veneer.core.records import LinearDelta
 from veneer.core.sites import LinearSite
 
@@ -36,6 +36,7 @@ class VeraConfig(LinearMethod):
 
     peft_type: ClassVar[str] = "VERA"
     headline: ClassVar[tuple[str, ...]] = ("r", "target_modules")
+    family_targets: ClassVar[FamilyTargets] = LOW_RANK
     usual_learning_rate: ClassVar[float] = 5e-3
     inert: ClassVar[frozenset[str]] = frozenset(
         {"r", "save_projection", "vera_dropout", "d_initial", "fan_in_fan_out", "bias", "init_weights"}
@@ -53,9 +54,7 @@ class VeraConfig(LinearMethod):
     projection_size: tuple[int, int] | None = field(default=None, metadata={"on_disk": False})
 
     def problems(self) -> list[str]:
-        found = super().problems()
-        if self.r < 1:
-            found.append(f"r={self.r!r} must be a whole number of at least 1")
+        found = super().problems() + below_one({"r": self.r})
         if not 0 <= self.vera_dropout < 1:
             found.append(f"vera_dropout={self.vera_dropout!r} must lie in [0, 1)")
         if not -(2**63) <= self.projection_prng_key < 2**64:
@@ -65,10 +64,6 @@ class VeraConfig(LinearMethod):
         if self.d_initial == 0:
             found.append(f"d_initial={self.d_initial!r} must be a finite number other than 0")
         return found
-
-    @classmethod
-    def fields_for(cls, model_type: str) -> Mapping[str, Names]:
-        return {**super().fields_for(model_type), **LOW_RANK.get(model_type, {})}
 
     @property
     def largest_rank(self) -> int:
@@ -108,10 +103,6 @@ class VeraConfig(LinearMethod):
     @property
     def dropout(self) -> float:
         return self.vera_dropout
-
-    @property
-    def extras(self) -> Extras:
-        return replace(super().extras, biases="adapted" if self.bias == "vera_only" else self.bias)
 
 
 @functools.lru_cache(maxsize=8)

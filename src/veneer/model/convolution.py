@@ -14,7 +14,10 @@ from torch import Tensor, nn
 from veneer.core.frozen import FrozenWeight
 from veneer.core.groups import block_diagonal, column_blocks
 from veneer.core.linear import apply_projected, compose_linear, fold_linear
+from veneer.core.records import Around
 from veneer.core.sites import LinearSite
+from veneer.core.terms.pair import Pair
+from veneer.core.terms.scale import Scale
 from veneer.errors import CompositionError
 from veneer.model.inplace import InPlace, base_of
 from veneer.model.linear import AdaptedSite
@@ -41,20 +44,17 @@ class AdaptedConvolution(AdaptedSite):
         site = self.site()
         records = [self.record(name, site) for name in names]
         whole = compose_linear(records, site.bias)
-        if not whole.is_elementary:
-            raise CompositionError(
-                f"{self.site_name} is a convolution, which takes pairs and scales; the adapters {names} make "
-                f"{whole.told} of it: adapt linear layers with them"
-            )
-        base = self._product(x, cast(Tensor, self.effective("weight")).flatten(1), whole.input_scale)
-        parts = []
+        base = self._product(x, cast(Tensor, self.effective("weight")).flatten(1), whole.input)
+        products = []
         for name, record in zip(names, records, strict=True):
-            pair = record.low_rank
-            if pair is not None:
-                dropped = self.dropped(x, name)
-                source = (x if dropped is None else dropped).to(pair.a.dtype)
-                parts.append((pair, self._product(source, pair.a, whole.input_scale)))
-        return apply_projected(whole, parts, base, site.bias).movedim(-1, self._channels)
+            for term in record.adds:
+                if isinstance(term, Pair):
+                    dropped = self.dropped(x, name)
+                    source = (x if dropped is None else dropped).to(term.a.dtype)
+                    products.append(term.behind_a(self._product(source, term.a, whole.input)))
+                else:
+                    products.append(self._product(x.to(term.dtype), term.dense(term.dtype), whole.input))
+        return apply_projected(whole, products, base, site.bias).movedim(-1, self._channels)
 
     def site(self, names: Sequence[str] | None = None) -> LinearSite:
         weight, bias = cast(Tensor, self.effective("weight", names)), self.effective("bias", names)
@@ -91,19 +91,31 @@ class AdaptedConvolution(AdaptedSite):
         """The dimension of the channels, counted from the end: there may be no batch in front."""
         return 1 - len(self._kernel_shape)
 
-    def _product(self, x: Tensor, matrix: Tensor, in_scale: Tensor | None) -> Tensor:
+    def _product(self, x: Tensor, matrix: Tensor, entry: Around | None) -> Tensor:
         """A matrix (n, channels · window), or the kernel's blocks (n, channels / groups · window), times every patch of
-        x that the layer's own kernel sees, the patches scaled: (…, n).
+        x that the layer's own kernel sees, the patches mapped by ``entry``: (…, n).
         """
         window, groups = self._kernel_shape[2:], cast(Any, self).groups
         channels = matrix.shape[1] // math.prod(window)
         in_groups = groups if channels == self._kernel_shape[1] else 1
-        if in_scale is not None:
-            matrix = (matrix * column_blocks(in_scale, len(matrix), in_groups)).to(matrix.dtype)
+        if entry is not None:
+            matrix = self._behind(entry, matrix, in_groups)
         kernel = matrix.reshape(-1, channels, *window)
         own = groups == in_groups
         y = cast(Any, self)._conv_forward(x, kernel, None) if own else _without_groups(self, x, kernel)
         return cast(Tensor, y).movedim(self._channels, -1)
+
+    def _behind(self, entry: Around, matrix: Tensor, groups: int) -> Tensor:
+        """The matrix of the product with patches that ``entry`` maps, in the matrix's dtype."""
+        wide = matrix.to(torch.promote_types(matrix.dtype, torch.float32))
+        if groups == 1:
+            return entry.fold_input(wide).to(matrix.dtype)
+        if not isinstance(entry, Scale):
+            raise CompositionError(
+                f"{self.site_name} is a convolution in {groups} groups of channels, which an adapter that rotates its "
+                "inputs cannot change: list it in exclude_modules"
+            )
+        return (wide * column_blocks(entry.vector, len(matrix), groups)).to(matrix.dtype)
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import math
+from collections import OrderedDict
+from dataclasses import replace
+
 import pytest
 import torch
 from peft.tuners.lokr.layer import factorization
+from torch import nn
 
-from methods_in_peft import assert_equals_peft, site
-from veneer import LoKrConfig
+from methods_in_peft import assert_convolutions_equal_peft, assert_equals_peft, site
+from veneer import LoKrConfig, get_peft_model
 from veneer.core.linear import fold_linear
-from veneer.errors import ConfigError
+from veneer.errors import ConfigError, TargetError
 from veneer.methods.lokr import Kronecker, factors_of
 
 SETTINGS = {"r": 2, "alpha": 5.0}
@@ -53,6 +58,42 @@ def test_widths_are_divided_as_in_peft(factor):
 )
 def test_it_equals_peft(fields, tmp_path):
     assert_equals_peft(LoKrConfig, "LoKrConfig", tmp_path, init_weights=False, **fields)
+
+
+@pytest.mark.parametrize(
+    "fields", [{"r": 1}, {"r": 1, "decompose_both": True, "decompose_factor": 5}, {"r": 9}], ids=str
+)
+def test_convolutions_equal_peft(fields, tmp_path):
+    assert_convolutions_equal_peft("LoKrConfig", tmp_path, alpha=5, init_weights=False, **fields)
+
+
+def lines():
+    torch.manual_seed(3)
+    return nn.Sequential(OrderedDict(first=nn.Conv1d(5, 8, 3, padding=1), second=nn.Conv1d(8, 6, 1, stride=2)))
+
+
+@pytest.mark.parametrize("r", [1, 9])
+def test_convolutions_of_one_dimension_equal_peft(r, tmp_path):
+    assert_convolutions_equal_peft("LoKrConfig", tmp_path, lines, (11,), r=r, alpha=5, init_weights=False)
+
+
+def test_the_file_tells_a_convolution_where_it_holds_its_window():
+    def told(config, window):
+        place = replace(site("first", 8, 6 * math.prod(window)), kind="convolution", window=window)
+        return config.site_of(site("first", 1, 1), config.shapes(place)), place
+
+    whole, place = told(LoKrConfig(r=9), (3, 2))
+    assert whole == place
+    assert told(LoKrConfig(r=1), (3, 2))[0] is None
+    assert told(LoKrConfig(r=1), ())[0] is not None
+
+
+def test_other_convolutions_are_refused():
+    grouped, wide = nn.Sequential(nn.Conv2d(4, 6, 3, groups=2)), nn.Sequential(nn.Conv2d(4, 6, 3))
+    with pytest.raises(TargetError, match="0 is a convolution in 2 groups, which this method cannot change"):
+        get_peft_model(grouped, LoKrConfig(target_modules=["0"]))
+    with pytest.raises(TargetError, match="use_effective_conv2d=True is not supported at 0, a convolution"):
+        get_peft_model(wide, LoKrConfig(target_modules=["0"], use_effective_conv2d=True))
 
 
 def test_where_it_starts():

@@ -2,13 +2,27 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
+
+import peft
 import pytest
 import torch
+from torch import nn
 
-from methods_in_peft import assert_equals_peft, site
-from veneer import OFTConfig
+import veneer
+from methods_in_peft import (
+    TOKENS,
+    assert_convolutions_equal_peft,
+    assert_equals_peft,
+    base,
+    convolutions,
+    near,
+    site,
+    step,
+)
+from veneer import OFTConfig, get_peft_model
 from veneer.core.linear import fold_linear
-from veneer.errors import ConfigError
+from veneer.errors import ConfigError, TargetError
 from veneer.methods.oft import cayley, nearest_divisor, neumann, skew_symmetric
 
 SETTINGS = {"r": 0, "oft_block_size": 4, "num_cayley_neumann_terms": 4}
@@ -53,6 +67,50 @@ def test_a_size_that_does_not_divide_is_the_nearest_that_does(n, wanted, found):
 )
 def test_it_equals_peft(fields, tmp_path):
     assert_equals_peft(OFTConfig, "OFTConfig", tmp_path, init_weights=False, **fields)
+
+
+def points():
+    torch.manual_seed(3)
+    return nn.Sequential(OrderedDict(first=nn.Conv2d(5, 8, 1), second=nn.Conv2d(8, 4, (1, 1), stride=2)))
+
+
+def test_convolutions_of_single_points_equal_peft(tmp_path):
+    fields = {"oft_block_size": 4, "init_weights": False}
+    assert_convolutions_equal_peft("OFTConfig", tmp_path, points, **fields)
+
+
+def test_wider_convolutions_equal_pefts_merged_ones(tmp_path):
+    torch.manual_seed(11)
+    config = peft.OFTConfig(target_modules=["first", "second"], oft_block_size=5, init_weights=False)
+    reference = peft.get_peft_model(convolutions(), config)
+    reference.save_pretrained(tmp_path)
+    model, x = veneer.PeftModel.from_pretrained(convolutions(), tmp_path), torch.randn(2, 5, 9, 8)
+    with torch.no_grad():
+        wanted = reference.merge_and_unload()(x)
+        assert (convolutions()(x) - wanted).norm() > 1e-2 * wanted.norm()
+        near(model(x), wanted)
+        near(model.merge_and_unload()(x), wanted)
+
+
+def test_convolutions_in_groups_are_refused():
+    with pytest.raises(TargetError, match="0 is a convolution in 2 groups, which this method cannot change"):
+        get_peft_model(nn.Sequential(nn.Conv2d(4, 6, 3, groups=2)), OFTConfig(target_modules=["0"]))
+
+
+def test_embeddings_equal_peft(tmp_path):
+    torch.manual_seed(11)
+    config = peft.OFTConfig(target_modules=["embed_tokens", "v_proj"], oft_block_size=5, init_weights=False)
+    peft.get_peft_model(base(), config).save_pretrained(tmp_path / "peft", save_embedding_layers=False)
+    model = veneer.PeftModel.from_pretrained(base(), tmp_path / "peft", is_trainable=True)
+    model.save_pretrained(tmp_path / "ours", save_embedding_layers=False)
+    reference = peft.PeftModel.from_pretrained(base(), tmp_path / "ours", is_trainable=True)
+    (logits, grads), (wanted, wanted_grads) = step(model), step(reference)
+    assert (base()(TOKENS).logits - wanted).norm() > 1e-2 * wanted.norm()
+    near(logits, wanted)
+    assert len(grads) == len(wanted_grads) == 3
+    for ours, theirs in zip(grads.values(), wanted_grads.values(), strict=True):
+        near(ours, theirs)
+    near(model.merge_and_unload()(TOKENS).logits.detach(), wanted)
 
 
 def test_constrained_blocks_stay_near_the_identity():

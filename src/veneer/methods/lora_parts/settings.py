@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar, Literal, cast
 
 from veneer.contract import LinearMethod
-from veneer.contract.patterns import broken, first_match
+from veneer.contract.patterns import below_one, broken, first_match, values_of
 from veneer.core.sites import LinearSite
 from veneer.inits import Start, find_start, start_names
 from veneer.inits.eva import EvaConfig
@@ -79,9 +79,8 @@ class LoraSettings(LinearMethod):
         )
 
     def _problems_of_sizes(self) -> list[str]:
-        ranks = {"r": self.r} | {f"rank_pattern[{k!r}]": v for k, v in self.rank_pattern.items()}
-        alphas = {"lora_alpha": self.lora_alpha} | {f"alpha_pattern[{k!r}]": v for k, v in self.alpha_pattern.items()}
-        found = [f"{name}={r!r} must be a whole number of at least 1" for name, r in ranks.items() if r < 1]
+        alphas = values_of(self, "lora_alpha", "alpha_pattern")
+        found = below_one(values_of(self, "r", "rank_pattern"))
         found += [
             f"{name}={alpha!r} must be a finite number other than 0" for name, alpha in alphas.items() if alpha == 0
         ]
