@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
@@ -14,6 +15,7 @@ from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter, WeightRenaming
 
+from veneer.core.frozen import FrozenWeight
 from veneer.core.linear import BLOCK_VALUES
 from veneer.disk.safetensors import StoredTensor
 from veneer.errors import FormatError
@@ -197,6 +199,27 @@ class BaseWeights:
             f"the base's files have no tensor {names[0]!r}: they are incomplete, or name their tensors otherwise than "
             "the model does. Load the base with from_pretrained and use merge_and_unload() instead."
         )
+
+
+@dataclass(frozen=True)
+class WeightInFile:
+    """Frozen weight that is read for each product, so that none stays in memory."""
+
+    shape: tuple[int, int]
+    read: Callable[[], FrozenWeight]
+
+    @property
+    def nbytes(self) -> int:
+        return 0
+
+    def matmul(self, x: Tensor) -> Tensor:
+        return self.read().matmul(x)
+
+    def matmul_t(self, dy: Tensor) -> Tensor:
+        return self.read().matmul_t(dy)
+
+    def dense(self, dtype: torch.dtype | None = None) -> Tensor:
+        return self.read().dense(dtype)
 
 
 def is_copy(stored: StoredTensor, rows: Iterable[Tensor]) -> bool:

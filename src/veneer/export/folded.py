@@ -102,7 +102,7 @@ class FoldedCheckpoint:
             first = next(own)
             dtype = torch.float32 if self._wide else first.dtype
             # factors that come of the weight come of a wide one; others do not ask for its values
-            with _filled([(path, module)], self._weights, self._wide, vectors=not self._reads_weight), torch.no_grad():
+            with filled([(path, module)], self._weights, self._wide, vectors=not self._reads_weight), torch.no_grad():
                 rows = module.folded_rows(key, (NAME,), itertools.chain((first,), own), dtype)
                 if rows is not None:
                     yield from rows
@@ -202,7 +202,7 @@ def _attach(
             if NAME in held:
                 held[NAME].to_empty(device="cpu")
     ends = _ends(skeleton) if set(tensors) - set(live_parameters(skeleton, state, NAME)) else []
-    with _filled(ends, weights):  # whole embeddings that came along are compared with the base's
+    with filled(ends, weights):  # whole embeddings that came along are compared with the base's
         assign(skeleton, state, NAME, tensors, source=source)
 
 
@@ -237,7 +237,7 @@ def _stay_one(changed: list[Adapted], n_names: int) -> bool:
 
 @torch.no_grad()
 def _fold(path: str, module: Adapted, weights: BaseWeights, wide: bool) -> dict[str, Tensor]:
-    with _filled([(path, module)], weights, wide):
+    with filled([(path, module)], weights, wide):
         values = module.folded((NAME,))
         own = {key: cast(Tensor, module._parameters[key]).detach() for key in weights.own(module)}
     added = sorted(set(values) - set(own))
@@ -247,12 +247,10 @@ def _fold(path: str, module: Adapted, weights: BaseWeights, wide: bool) -> dict[
 
 
 @contextmanager
-def _filled(
+def filled(
     modules: list[tuple[str, nn.Module]], weights: BaseWeights, wide: bool = False, *, vectors: bool = False
 ) -> Iterator[None]:
-    """Inside the block these modules have the base's parameters, in float32 where ``wide``; ``vectors`` alone of them,
-    where no value of a matrix is asked for.
-    """
+    """Context in which modules have the base's parameters, in float32 if ``wide``; only vectors, if ``vectors``."""
     before = [(module, dict(module._parameters)) for _, module in modules]
     filled: dict[int, nn.Parameter] = {}  # by the parameter without storage: a tied one is read once
     for path, module in modules:

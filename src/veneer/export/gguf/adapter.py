@@ -2,25 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from gguf import GGUFValueType
 from torch import Tensor
+from transformers import PreTrainedModel
 
+from veneer.contract.places import Placed
+from veneer.core.frozen import FrozenWeight
 from veneer.core.linear import BLOCK_VALUES
 from veneer.core.records import LinearDelta
+from veneer.core.sites import LinearSite
 from veneer.errors import CompositionError, ConfigError
-from veneer.export.base_weights import is_copy
+from veneer.export.base_weights import BaseWeights, WeightInFile, is_copy
+from veneer.export.folded import filled
 from veneer.export.gguf.metadata import name_of
 from veneer.export.gguf.mix import mix_of, quantize_order
 from veneer.export.gguf.model import encoded
 from veneer.export.gguf.plan import family_of, laid_out_rows
 from veneer.export.model_folder import local_folder, model_config
+from veneer.model.linear import row_squares
 from veneer.model.places import placed_on
+from veneer.model.snapshot import look_at
 from veneer.store.adapter.config import read_config
 from veneer.store.adapter.files import read_headers
 from veneer.store.adapter.records import StoredAdapter, read_records
@@ -83,17 +91,34 @@ def _read(adapter: Path, base: str | None) -> tuple[str, Family, Any, StoredAdap
             f"a GGUF file cannot hold the adapter {adapter}: {method.peft_type} does not change weights, and no merge "
             "can fold it: serve it with `veneer serve`"
         )
-    if method.reads_weight:
+    folder = local_folder(named)
+    config = model_config(folder)
+    family = family_of(config.get_text_config())
+    skeleton = without_storage(config, read_headers(adapter))
+    places = placed_on(skeleton, method)
+    stored = read_records(adapter, _with_weights(places, skeleton, folder) if method.reads_weight else places)
+    if method.reads_weight and not all(record.only_adds for record in stored.updates.values()):
         raise CompositionError(
             f"a GGUF file cannot hold the adapter {adapter}: its update depends on the weights of the base, and the "
             f"format has low-rank factors alone. {_way(named, adapter)}"
         )
-    folder = local_folder(named)
-    config = model_config(folder)
-    family = family_of(config.get_text_config())
-    places = placed_on(without_storage(config, read_headers(adapter)), method)
-    stored = read_records(adapter, places)
     return named, family, config.get_text_config(), replace(stored, others=tuple(_changed(stored, adapter, folder)))
+
+
+def _with_weights(places: Mapping[str, Placed], skeleton: PreTrainedModel, base: Path) -> dict[str, Placed]:
+    """The places of a method that reads weights, with those of the base's files."""
+    weights, kinds, modules = BaseWeights(base, skeleton), look_at(skeleton).kinds, dict(skeleton.named_modules())
+
+    def read(path: str) -> FrozenWeight:
+        with filled([(path, modules[path])], weights, wide=True):
+            return kinds[path].weight(modules[path])
+
+    def with_weight(path: str, placed: Placed) -> Placed:
+        site = cast(LinearSite, placed.site)
+        weight = WeightInFile((site.out_features, site.in_features), functools.partial(read, path))
+        return replace(placed, site=replace(site, weight=weight, row_sq=lambda: row_squares(weight.dense())))
+
+    return {path: with_weight(path, placed) for path, placed in places.items()}
 
 
 def _changed(stored: StoredAdapter, adapter: Path, base: Path) -> Iterator[str]:

@@ -18,7 +18,9 @@ from veneer.export.gguf.adapter import export_lora
 from veneer.export.gguf.check import check_file
 from veneer.export.gguf.model import GgufOptions, export_gguf
 from veneer.methods.bottleneck import BottleneckConfig
+from veneer.methods.hra import HRAConfig
 from veneer.methods.ia3 import IA3Config
+from veneer.methods.loha import LoHaConfig
 from veneer.methods.lora import LoraConfig
 from veneer.methods.prompt import PromptTuningConfig
 from veneer.methods.vera import VeraConfig
@@ -57,6 +59,9 @@ LORAS: dict[str, tuple[str, Any, dict[str, Any]]] = {
     "pissa": ("qwen2", LoraConfig(r=3, lora_alpha=7, init_lora_weights="pissa", target_modules=["o_proj"]), {}),
     "conv1d, square too": ("gpt2", LoraConfig(r=3, lora_alpha=7, target_modules=["c_attn", "c_proj"]), {}),
     "fused": ("gptneox", LoraConfig(r=3, lora_alpha=7, target_modules=["query_key_value"]), {}),
+    "hra": ("llama", HRAConfig(r=3, target_modules=["q_proj", "down_proj"]), {}),
+    "hra, conv1d": ("gpt2", HRAConfig(r=4, apply_GS=True, target_modules=["c_attn"]), {}),
+    "loha": ("qwen2", LoHaConfig(r=2, alpha=5, target_modules=["o_proj"]), {}),
     "vera": ("mistral", VeraConfig(r=5, target_modules=["v_proj"]), {}),
     "embeddings": (
         "mistral", LoraConfig(r=3, lora_alpha=7, target_modules=["embed_tokens", "lm_head"]), {},
