@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 
 from rich.console import Console
 
@@ -11,6 +10,7 @@ from veneer.adapters.chosen import Parts
 from veneer.answer.answerer import Drawing
 from veneer.answer.prompts import Message, encode_chat
 from veneer.cli import loading
+from veneer.cli.pages.chat import ChatArguments
 from veneer.errors import ConfigError
 
 _NEW, _HELP, _EXIT = "/new", "/help", "/exit"
@@ -18,26 +18,16 @@ _COMMANDS = f"{_NEW} forgets the conversation, {_EXIT} or Ctrl-D leaves, Ctrl-C 
 _REPLIES = {_NEW: "a new conversation", _HELP: _COMMANDS}
 
 
-def chat(
-    *,
-    model: str,
-    adapter: Path | None,
-    system: str | None,
-    max_new_tokens: int,
-    temperature: float,
-    top_p: float,
-    top_k: int,
-    seed: int | None,
-    load_in_4bit: bool,
-    dtype: str,
-) -> None:
+def chat(args: ChatArguments) -> None:
     """Answer each input until the end of the conversation."""
-    parts = loading.load_parts(model, adapter, four_bit=load_in_4bit, dtype=dtype)
-    start: list[Message] = [] if system is None else [{"role": "system", "content": system}]
+    parts = loading.load_parts(args.model, args.adapter, four_bit=args.load_in_4bit, dtype=args.dtype)
+    start: list[Message] = [] if args.system is None else [{"role": "system", "content": args.system}]
     encode_chat(parts.tokenizer, [*start, {"role": "user", "content": "?"}])  # what cannot chat says so at once
-    answerer = loading.answerer_of(parts, Drawing(temperature=temperature, top_p=top_p, top_k=top_k, seed=seed))
+    answerer = loading.answerer_of(
+        parts, Drawing(temperature=args.temperature, top_p=args.top_p, top_k=args.top_k, seed=args.seed)
+    )
     console = Console(highlight=False)
-    _open(parts, system)
+    _open(parts, args.system)
     messages = list(start)
     while (line := _ask(console)) is not None:
         if _is_command(line):
@@ -48,7 +38,7 @@ def chat(
         messages.append({"role": "user", "content": line.strip()})
         prompt = encode_chat(answerer.tokenizer, messages)
         try:
-            messages.append({"role": "assistant", "content": answerer.stream(prompt, max_new_tokens)})
+            messages.append({"role": "assistant", "content": answerer.stream(prompt, args.max_new_tokens)})
         except KeyboardInterrupt:
             messages.pop()
             console.print("\n(stopped; the question is forgotten)", style="dim")

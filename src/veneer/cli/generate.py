@@ -13,48 +13,34 @@ from veneer.answer.files import Asked, read_asked, write_answers
 from veneer.answer.prompts import PromptReader, encode_prompt
 from veneer.cli import loading
 from veneer.cli.arguments import require_file
+from veneer.cli.pages.generate import GenerateArguments
 from veneer.core.progress import progress_bar
 from veneer.errors import ConfigError
 from veneer.evaluate.scoring import Answering
 from veneer.store.bars import quiet
 
 
-def generate(
-    *,
-    model: str,
-    prompt: str | None,
-    input_: Path | None,
-    output: Path | None,
-    adapter: Path | None,
-    system: str | None,
-    raw: bool,
-    limit: int | None,
-    batch_size: int,
-    force: bool,
-    max_new_tokens: int,
-    temperature: float,
-    top_p: float,
-    top_k: int,
-    seed: int | None,
-    load_in_4bit: bool,
-    dtype: str,
-) -> None:
+def generate(args: GenerateArguments) -> None:
     """Answer a prompt on stdout, or a file of prompts into another file."""
-    drawing = Drawing(temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
-    if input_ is not None and output is not None:
-        _require_places(input_, output, force)
-        reader = PromptReader(prompt=prompt, system=system, raw=raw)
-        chosen, asked = read_asked(input_, model, adapter, reader, limit, four_bit=load_in_4bit, dtype=dtype)
-        _answer_all(loading.told(chosen), asked, output, drawing, batch_size, max_new_tokens)
+    drawing = Drawing(temperature=args.temperature, top_p=args.top_p, top_k=args.top_k, seed=args.seed)
+    if args.input_ is not None and args.output is not None:
+        _require_places(args.input_, args.output, args.force)
+        reader = PromptReader(prompt=args.prompt, system=args.system, raw=args.raw)
+        chosen, asked = read_asked(
+            args.input_, args.model, args.adapter, reader, args.limit, four_bit=args.load_in_4bit, dtype=args.dtype
+        )
+        _answer_all(loading.told(chosen), asked, args.output, drawing, args.batch_size, args.max_new_tokens)
         return
-    chosen = loading.choose(model, loading.adapter_list(adapter), four_bit=load_in_4bit, dtype=dtype)
-    text = sys.stdin.read() if prompt == "-" else prompt or ""
-    ids = encode_prompt(chosen.tokenizer, text, system=system, raw=raw)
+    chosen = loading.choose(
+        args.model, loading.adapter_list(args.adapter), four_bit=args.load_in_4bit, dtype=args.dtype
+    )
+    text = sys.stdin.read() if args.prompt == "-" else args.prompt or ""
+    ids = encode_prompt(chosen.tokenizer, text, system=args.system, raw=args.raw)
     if not ids:
         raise ConfigError("the prompt is empty: nothing to continue")
     answerer = loading.answerer_of(chosen.load(), drawing)
-    answer = answerer.stream(ids, max_new_tokens)
-    if not answer.strip() and not raw and answerer.tokenizer.chat_template is not None:
+    answer = answerer.stream(ids, args.max_new_tokens)
+    if not answer.strip() and not args.raw and answerer.tokenizer.chat_template is not None:
         typer.echo(
             "the answer is empty; the prompt was asked as a chat turn: for a model trained on plain prompts use --raw",
             err=True,

@@ -12,6 +12,7 @@ import typer
 
 from veneer.cli.facts import print_facts
 from veneer.cli.info_run import run_section
+from veneer.cli.pages.info import InfoArguments
 from veneer.contract.file import CONFIG_FILE
 from veneer.core.units import size
 from veneer.errors import ConfigError
@@ -37,10 +38,10 @@ _MODEL_FIELDS = {
 }
 
 
-def info(*, what: str, as_json: bool) -> None:
+def info(args: InfoArguments) -> None:
     """Print facts about an adapter, a model or a run."""
-    facts, section = _facts(what)
-    if as_json:
+    facts, section = _facts(args.what)
+    if args.as_json:
         typer.echo(json.dumps(facts, indent=2, default=str))
         return
     print_facts(section)

@@ -15,31 +15,32 @@ from veneer.analyze.heat_map import draw_norms
 from veneer.analyze.report import LayerReport, PairReport, compare, describe, split_path
 from veneer.analyze.spectrum import Spectrum, spectrum, spectrum_of_dense
 from veneer.cli import loading
+from veneer.cli.pages.inspect import InspectArguments
 from veneer.combine.update import Update
 from veneer.model.attach import adapted_layers
 from veneer.store.adapter.records import read_updates
 from veneer.store.adapter.skeleton import places_in_base
 
 
-def inspect(*, adapter: Path, other: Path | None, base: str | None, top: int, png: Path | None, as_json: bool) -> None:
+def inspect(args: InspectArguments) -> None:
     """Print or draw the updates of one adapter, or of two."""
-    loading.require_of_one_base([adapter] if other is None else [adapter, other], base)
-    first = _spectra(adapter, base)
-    lines = describe(first, top)
-    second = None if other is None else _spectra(other, base)
-    pairs = [] if second is None else compare(first, second, top)
-    if png is not None:
-        drawn = {str(adapter): lines}
+    loading.require_of_one_base([args.adapter] if args.other is None else [args.adapter, args.other], args.base)
+    first = _spectra(args.adapter, args.base)
+    lines = describe(first, args.top)
+    second = None if args.other is None else _spectra(args.other, args.base)
+    pairs = [] if second is None else compare(first, second, args.top)
+    if args.png is not None:
+        drawn = {str(args.adapter): lines}
         if second is not None:
-            drawn[str(other)] = describe(second, top)
-        draw_norms(drawn, png)
-    if as_json:
+            drawn[str(args.other)] = describe(second, args.top)
+        draw_norms(drawn, args.png)
+    if args.as_json:
         typer.echo(json.dumps({"layers": [asdict(x) for x in lines], "pairs": [asdict(x) for x in pairs]}, indent=2))
         return
     console = Console()
-    console.print(_layers(lines, top))
-    if other is not None:
-        console.print(_pairs(pairs, top))
+    console.print(_layers(lines, args.top))
+    if args.other is not None:
+        console.print(_pairs(pairs, args.top))
 
 
 def _spectra(folder: Path, base: str | None) -> dict[str, Spectrum]:

@@ -13,29 +13,20 @@ from rich.console import Console
 from rich.table import Table
 
 from veneer.cli import loading
+from veneer.cli.pages.intrinsic import IntrinsicArguments
 from veneer.errors import ConfigError
 from veneer.store.bars import quiet
 from veneer.train.intrinsic import Curve, Training, dimension_curve, draw_curve, task_of
 
 
-def intrinsic(
-    *,
-    model: str,
-    data: Path,
-    output: Path,
-    dims: str,
-    steps: int,
-    learning_rate: float,
-    batch_size: int,
-    held_out: float,
-    structure_aware: bool,
-    seed: int,
-) -> None:
+def intrinsic(args: IntrinsicArguments) -> None:
     """Train, draw the curve and write it."""
-    training = Training(steps=steps, learning_rate=learning_rate, structure_aware=structure_aware, seed=seed)
-    dimensions = _dimensions(dims)
-    chosen = loading.choose(model, dtype="float32")
-    batches, score = task_of(chosen.tokenizer, data, batch_size, held_out, seed)
+    training = Training(
+        steps=args.steps, learning_rate=args.learning_rate, structure_aware=args.structure_aware, seed=args.seed
+    )
+    dimensions = _dimensions(args.dims)
+    chosen = loading.choose(args.model, dtype="float32")
+    batches, score = task_of(chosen.tokenizer, args.data, args.batch_size, args.held_out, args.seed)
     loaded = loading.joined(chosen.load())
     console = Console(stderr=True)
 
@@ -44,11 +35,11 @@ def intrinsic(
 
     with quiet():
         curve = dimension_curve(loaded.model, batches, score, dimensions, training, on_point=tell)
-    output.mkdir(parents=True, exist_ok=True)
-    facts: dict[str, Any] = {"model": model, "data": str(data), "training": asdict(training), **asdict(curve)}
-    (output / "curve.json").write_text(json.dumps({**facts, "d90": curve.d90}, indent=2) + "\n", encoding="utf-8")
-    draw_curve(curve, output / "curve.png")
-    _show(curve, output)
+    args.output.mkdir(parents=True, exist_ok=True)
+    facts: dict[str, Any] = {"model": args.model, "data": str(args.data), "training": asdict(training), **asdict(curve)}
+    (args.output / "curve.json").write_text(json.dumps({**facts, "d90": curve.d90}, indent=2) + "\n", encoding="utf-8")
+    draw_curve(curve, args.output / "curve.png")
+    _show(curve, args.output)
 
 
 def _dimensions(dims: str) -> list[int]:

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from veneer.cli.facts import AsJson
+from veneer.cli.pages.options import unset
 from veneer.cli.plan_options import ADVICE, FIT, SERVE, bytes_from, unread, wrong
 from veneer.core.progress import waits_told
 from veneer.errors import ConfigError
@@ -31,34 +32,8 @@ _Method = Annotated[
 _Rank = Annotated[
     int | None, typer.Option("--rank", "--r", metavar="N", show_default="of LoRA: 8", help="As adapter.r.")
 ]
-_Targets = Annotated[
-    str | None, typer.Option(metavar="NAMES", show_default=False, help="As adapter.target_modules, with commas.")
-]
-_Quantization = Annotated[
-    str | None, typer.Option(metavar="FORMAT", show_default=False, help="none, nf4, fp4 or int8.")
-]
-_Length = Annotated[int | None, typer.Option(metavar="N", show_default=False, help="Tokens of a row.")]
-_Batch = Annotated[int | None, typer.Option(metavar="N", show_default=False, help="Rows of a micro-batch.")]
-_Fit = Annotated[
-    str | None,
-    typer.Option(metavar="SIZE", show_default=False, help="The settings that fit, best first, and a recipe."),
-]
-_Write = Annotated[
-    Path | None, typer.Option(metavar="FILE", show_default=False, help="With --fit: write the best recipe there.")
-]
-_Card = Annotated[
-    str | None, typer.Option(metavar="NAME", show_default=False, help="Time and memory by a GPU's data sheet.")
-]
-_Serve = Annotated[bool, typer.Option("--serve", help="How many adapters and tokens fit beside the base.")]
-_Memory = Annotated[
-    str | None, typer.Option(metavar="SIZE", show_default=False, help="With --serve; else what is free.")
-]
-_Processes = Annotated[
-    int | None, typer.Option(metavar="N", show_default=False, help="Bytes a rank of so many processes.")
-]
 _Strategy = Annotated[str | None, typer.Option(metavar="NAME", show_default="ddp", help="Of --processes: ddp or fsdp.")]
 _Advice = Annotated[bool, typer.Option("--advice", help="Rank, alpha, targets, rate and batch, with sources.")]
-_Rows = Annotated[int | None, typer.Option(metavar="N", show_default=False, help="Rows of the data.")]
 _Tokens = Annotated[
     int | None, typer.Option(metavar="N", show_default="256", help="With --advice: trained tokens of a row.")
 ]
@@ -70,7 +45,6 @@ _Task = Annotated[
         help="With --advice: instruction, code, math, classification, pretraining or rl.",
     ),
 ]
-_Png = Annotated[Path | None, typer.Option(metavar="FILE", show_default=False, help="Draw the plan there.")]
 _Time = Annotated[bool, typer.Option("--time/--no-time", help="Seconds too; rates are measured once and kept.")]
 
 
@@ -79,24 +53,24 @@ def plan(
     overrides: _Set = None,
     method: _Method = None,
     rank: _Rank = None,
-    targets: _Targets = None,
-    quantization: _Quantization = None,
-    length: _Length = None,
-    batch: _Batch = None,
-    fit: _Fit = None,
-    write: _Write = None,
-    card: _Card = None,
-    serve: _Serve = False,
-    memory: _Memory = None,
-    processes: _Processes = None,
+    targets: Annotated[str | None, unset("NAMES", "As adapter.target_modules, with commas.")] = None,
+    quantization: Annotated[str | None, unset("FORMAT", "none, nf4, fp4 or int8.")] = None,
+    length: Annotated[int | None, unset("N", "Tokens of a row.")] = None,
+    batch: Annotated[int | None, unset("N", "Rows of a micro-batch.")] = None,
+    fit: Annotated[str | None, unset("SIZE", "The settings that fit, best first, and a recipe.")] = None,
+    write: Annotated[Path | None, unset("FILE", "With --fit: write the best recipe there.")] = None,
+    card: Annotated[str | None, unset("NAME", "Time and memory by a GPU's data sheet.")] = None,
+    serve: Annotated[bool, typer.Option("--serve", help="How many adapters and tokens fit beside the base.")] = False,
+    memory: Annotated[str | None, unset("SIZE", "With --serve; else what is free.")] = None,
+    processes: Annotated[int | None, unset("N", "Bytes a rank of so many processes.")] = None,
     strategy: _Strategy = None,
     advice: _Advice = False,
-    rows: _Rows = None,
+    rows: Annotated[int | None, unset("N", "Rows of the data.")] = None,
     tokens: _Tokens = None,
     task: _Task = None,
     time: _Time = True,
     as_json: AsJson = False,
-    png: _Png = None,
+    png: Annotated[Path | None, unset("FILE", "Draw the plan there.")] = None,
 ) -> None:
     """Estimate a run before anything is loaded: memory by kind and phase, time, the settings that fit.
 

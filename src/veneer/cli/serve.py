@@ -7,6 +7,7 @@ from pathlib import Path
 
 import typer
 
+from veneer.cli.pages.serve import ServeArguments
 from veneer.contract.file import CONFIG_FILE, WEIGHTS_FILE
 from veneer.errors import CompositionError, ConfigError
 from veneer.ops.dispatch import kernel_isa
@@ -22,54 +23,35 @@ from veneer.store.source import resolve
 _TOLD = 10  # adapters that are named when the server starts
 
 
-def serve(
-    *,
-    model: str,
-    adapters: Path | None,
-    host: str,
-    port: int,
-    open_: bool,
-    served_model_name: str | None,
-    max_model_len: int | None,
-    max_loras: int | None,
-    kv_gib: float | None,
-    general_runner: bool,
-    load_in_4bit: bool,
-    quantize_head: str | None,
-    dtype: str,
-    seed: int,
-    max_body_mib: float,
-    max_choices: int,
-    max_in_flight: int,
-    trust_request_templates: bool,
-) -> None:
+def serve(args: ServeArguments) -> None:
     """Load the base and serve it until the process ends."""
-    require_free(host, port)
-    if adapters is not None and not adapters.is_dir():
-        raise ConfigError(f"--adapters {adapters} is no folder: make it, adapters may come later")
+    require_free(args.host, args.port)
+    if args.adapters is not None and not args.adapters.is_dir():
+        raise ConfigError(f"--adapters {args.adapters} is no folder: make it, adapters may come later")
     limits = ServerLimits(
-        body_bytes=int(max_body_mib * 2**20), choices=max_choices, in_flight=max_in_flight,
-        trust_request_templates=trust_request_templates,
+        body_bytes=int(args.max_body_mib * 2**20), choices=args.max_choices, in_flight=args.max_in_flight,
+        trust_request_templates=args.trust_request_templates,
     )  # fmt: skip
     options = EngineOptions(
-        dtype=dtype, quantization="bitsandbytes" if load_in_4bit else None, max_model_len=max_model_len, seed=seed,
-        max_loras=max_loras, general_runner=general_runner, quantize_head=quantize_head,
-        kv_cache_memory_bytes=None if kv_gib is None else int(kv_gib * 2**30),
+        dtype=args.dtype, quantization="bitsandbytes" if args.load_in_4bit else None, seed=args.seed,
+        max_model_len=args.max_model_len, max_loras=args.max_loras, general_runner=args.general_runner,
+        quantize_head=args.quantize_head,
+        kv_cache_memory_bytes=None if args.kv_gib is None else int(args.kv_gib * 2**30),
     )  # fmt: skip
-    for line in _in_base(model, adapters):
+    for line in _in_base(args.model, args.adapters):
         typer.echo(line, err=True)
     with quiet():
-        engine = start_engine(model, options)
+        engine = start_engine(args.model, options)
     if engine.settings.why_general:
         typer.echo(f"slow: transformers' own code computes everything ({engine.settings.why_general})", err=True)
     if not kernel_isa():
         typer.echo("slow: the C++ kernels are not built, plain torch computes everything", err=True)
-    catalogue = Catalogue(engine, [served_model_name or model], model, adapters)
+    catalogue = Catalogue(engine, [args.served_model_name or args.model], args.model, args.adapters)
     names = list(catalogue.adapters())
     more = f" and {len(names) - _TOLD:,} more" if len(names) > _TOLD else ""
     told = f"{', '.join(names[:_TOLD]) or 'none yet'}{more}"
-    typer.echo(f"base {catalogue.base}; adapters: {told}; http://{host}:{port}/v1", err=True)
-    run(make_app(engine, catalogue, limits), host, port)
+    typer.echo(f"base {catalogue.base}; adapters: {told}; http://{args.host}:{args.port}/v1", err=True)
+    run(make_app(engine, catalogue, limits), args.host, args.port)
 
 
 def _in_base(model: str, adapters: Path | None) -> Iterator[str]:

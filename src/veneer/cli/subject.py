@@ -9,30 +9,13 @@ from typing import Any
 
 from veneer.adapters.chosen import Parts, split
 from veneer.cli import loading
+from veneer.cli.pages.eval import EvalArguments
 from veneer.data.rows import RowReader
 from veneer.errors import ConfigError
 from veneer.evaluate.questions import as_trained, read_rows
 from veneer.train.outcome import held_out_rows, saved_by, trained_parts, trained_recipe, trained_tokenizer
 
 Rows = Sequence[Mapping[str, Any]]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Named:
-    """Arguments that name the subject; None and False if not given."""
-
-    model: str | None
-    adapters: tuple[Path, ...]
-    with_base: bool
-    recipe: Path | None
-    data: Path | None
-    limit: int | None
-    chat: bool
-    system: str | None
-    load_in_4bit: bool
-    dtype: str
-    prompt: str | None
-    answer_field: str | None
 
 
 @dataclass(kw_only=True)
@@ -56,70 +39,70 @@ class Subject:
         return [*([None] if self.with_base or not self.adapters else []), *self.adapters]
 
 
-def subject_of(named: Named) -> Subject:
+def subject_of(args: EvalArguments) -> Subject:
     """Return the subject that the arguments name, fully checked, with no weight loaded."""
-    if named.with_base and not named.adapters and named.recipe is None and not _is_adapter(named.model):
+    if args.with_base and not args.adapters and args.recipe is None and not _is_adapter(args.model):
         raise ConfigError("--with-base sets the base beside adapters, and none is given: add --adapter FOLDER")
-    return _of_model(named) if named.recipe is None else _of_recipe(named, named.recipe)
+    return _of_model(args) if args.recipe is None else _of_recipe(args, args.recipe)
 
 
 def _is_adapter(model: str | None) -> bool:
     return model is not None and bool(split(model, ())[1])
 
 
-def _of_model(named: Named) -> Subject:
-    if named.model is None or named.data is None:
+def _of_model(args: EvalArguments) -> Subject:
+    if args.model is None or args.data is None:
         raise ConfigError("say what to measure: MODEL and --data FILE, or --recipe FILE for what a recipe trained")
-    whole = _as_trained(read_rows(named.data), named)
-    chosen = loading.choose(named.model, named.adapters, four_bit=named.load_in_4bit, dtype=named.dtype)
-    adapters = None if not named.adapters else ", ".join(map(str, named.adapters))
+    whole = _as_trained(read_rows(args.data), args)
+    chosen = loading.choose(args.model, args.adapters, four_bit=args.load_in_4bit, dtype=args.dtype)
+    adapters = None if not args.adapters else ", ".join(map(str, args.adapters))
     return Subject(
-        rows=whole[: named.limit],
+        rows=whole[: args.limit],
         whole=whole,
         tokenizer=chosen.tokenizer,
         load=chosen.load,
         adapters=chosen.adapters,
-        with_base=named.with_base,
-        facts={"model": named.model, "adapter": adapters, "data": str(named.data)},
+        with_base=args.with_base,
+        facts={"model": args.model, "adapter": adapters, "data": str(args.data)},
     )
 
 
-def _of_recipe(named: Named, path: Path) -> Subject:
-    beside = _said_by_recipes(named)
+def _of_recipe(args: EvalArguments, path: Path) -> Subject:
+    beside = _said_by_recipes(args)
     if beside:
         raise ConfigError(f"--recipe says it already, so leave out {', '.join(beside)}")
     recipe = trained_recipe(path)
     saved = saved_by(recipe)
     tokenizer = trained_tokenizer(recipe)
-    rows, others = held_out_rows(recipe, named.data)
-    where = named.data or recipe.data.eval or f"{recipe.data.eval_fraction:.3g} of {recipe.data.train}, held out"
+    rows, others = held_out_rows(recipe, args.data)
+    where = args.data or recipe.data.eval or f"{recipe.data.eval_fraction:.3g} of {recipe.data.train}, held out"
     return Subject(
-        rows=rows[: named.limit],
+        rows=rows[: args.limit],
         whole=[*rows, *others],
         tokenizer=tokenizer,
         load=lambda: trained_parts(recipe, tokenizer),
         adapters=() if recipe.method == "full" else (saved,),
-        with_base=named.with_base,
+        with_base=args.with_base,
         facts={"model": recipe.model.source, "adapter": str(saved), "data": str(where)},
     )
 
 
-def _said_by_recipes(named: Named) -> list[str]:
+def _said_by_recipes(args: EvalArguments) -> list[str]:
     """The options given that a recipe settles already."""
-    given: dict[str, object] = {"MODEL": named.model, "--adapter": named.adapters, "--system": named.system}
-    given |= {"--prompt": named.prompt, "--answer-field": named.answer_field}
-    given |= {"--chat": named.chat, "--load-in-4bit": named.load_in_4bit, "--dtype": named.dtype != "auto"}
+    given: dict[str, object] = {"MODEL": args.model, "--adapter": args.adapters, "--system": args.system}
+    given |= {"--prompt": args.prompt, "--answer-field": args.answer_field}
+    given |= {"--chat": args.chat, "--load-in-4bit": args.load_in_4bit, "--dtype": args.dtype != "auto"}
     return [name for name, value in given.items() if value]
 
 
-def _as_trained(rows: Rows, named: Named) -> Rows:
+def _as_trained(rows: Rows, args: EvalArguments) -> Rows:
     """The rows in the forms of training. Raises ConfigError where a template makes the prompts already."""
-    if named.prompt is None:
-        beside = [option for option, value in (("--chat", named.chat), ("--system", named.system)) if value]
+    if args.prompt is None:
+        beside = [option for option, value in (("--chat", args.chat), ("--system", args.system)) if value]
         advice = "--prompt 'Question: {question}' and --answer-field answer"
         advice += f", in place of {' and '.join(beside)}" if beside else ""
-        return as_trained(rows, RowReader(chat=named.chat, system=named.system, advice=advice))
-    if named.chat or named.system is not None:
-        option = "--chat makes turns of its fields" if named.chat else "--system belongs to turns"
+        return as_trained(rows, RowReader(chat=args.chat, system=args.system, advice=advice))
+    if args.chat or args.system is not None:
+        option = "--chat makes turns of its fields" if args.chat else "--system belongs to turns"
         raise ConfigError(f"--prompt makes plain text of each row, and {option}: give one")
     return rows

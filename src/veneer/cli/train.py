@@ -27,7 +27,6 @@ _PrintRecipe = Annotated[bool, typer.Option("--print-recipe", help="Print a reci
 _ShowSample = Annotated[
     bool, typer.Option("--show-sample", help="Print one row with its trained tokens coloured and leave.")
 ]
-_Resume = Annotated[bool, typer.Option("--resume", help="Continue from the last checkpoint, bit for bit.")]
 _BeyondMemory = Annotated[
     bool, typer.Option("--beyond-memory", help="Train although the plan says that memory will not do.")
 ]
@@ -42,7 +41,7 @@ def train(
     overrides: _Overrides = None,
     print_recipe: _PrintRecipe = False,
     show_sample: _ShowSample = False,
-    resume: _Resume = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue from the last checkpoint, bit for bit.")] = False,
     allow_changes: _AllowChanges = False,
     beyond_memory: _BeyondMemory = False,
 ) -> None:

@@ -1,34 +1,33 @@
-"""Implementation of a verb, imported when the verb runs. It imports torch, which takes seconds that help
-pages avoid.
-"""
+"""Verb of the program, made from its arguments. Its work imports torch, which takes seconds that help pages avoid."""
 
 from __future__ import annotations
 
-import functools
 import importlib
+import inspect
+import typing
 from collections.abc import Callable
-from typing import ParamSpec
+from typing import Any
 
 from veneer.core.progress import waits_told
 
-P = ParamSpec("P")
 
+def verb(arguments: type, place: str, name: str) -> Callable[..., None]:
+    """Return the verb with the fields of a dataclass as its arguments, and the help that is its docstring.
 
-def carried_out_by(place: str) -> Callable[[Callable[P, None]], Callable[P, None]]:
-    """Return a decorator that makes a verb from its page.
-
-    The verb runs the page's own checks, then the function of the page's name in the module ``place``, with the same
-    arguments.
+    The dataclass checks them as it is made. Then the function of this ``name`` in the module ``place`` is imported and
+    takes it.
     """
 
-    def verb_of(page: Callable[P, None]) -> Callable[P, None]:
-        @functools.wraps(page)
-        def verb(*args: P.args, **options: P.kwargs) -> None:
-            page(*args, **options)
-            with waits_told("loading torch and transformers"):
-                work = importlib.import_module(place)
-            getattr(work, page.__name__)(*args, **options)
+    def run(**given: Any) -> None:
+        args = arguments(**given)
+        with waits_told("loading torch and transformers"):
+            work = importlib.import_module(place)
+        getattr(work, name)(args)
 
-        return verb
-
-    return verb_of
+    hints = typing.get_type_hints(arguments, include_extras=True)
+    parameters = inspect.signature(arguments).parameters.values()
+    run.__name__, run.__module__, run.__doc__ = name, arguments.__module__, arguments.__doc__
+    run.__annotations__ = hints
+    signature = inspect.Signature([each.replace(annotation=hints[each.name]) for each in parameters])
+    vars(run)["__signature__"] = signature
+    return run

@@ -1,4 +1,4 @@
-"""A verb's page and its work: one name, the same arguments; the page's checks come before torch."""
+"""A verb's page and its work: one name, one class of arguments; the page's checks come before torch."""
 
 from __future__ import annotations
 
@@ -7,15 +7,16 @@ import inspect
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass, fields
 from types import ModuleType
-from typing import Any
+from typing import Any, get_type_hints
 
 import pytest
 
 from veneer.cli.app import app
 from veneer.cli.pages import export
 from veneer.cli.pages.eval import Metric
-from veneer.cli.work import carried_out_by
+from veneer.cli.work import verb
 from veneer.evaluate.metric import METRICS
 
 VERBS: dict[str, Callable[..., Any]] = {
@@ -29,29 +30,37 @@ VERBS: dict[str, Callable[..., Any]] = {
 def test_the_work_takes_what_the_page_takes(name: str) -> None:
     module, _, function = name.rpartition(".")
     work = getattr(importlib.import_module(module.replace(".pages.", ".")), function)
-    assert list(inspect.signature(work).parameters) == list(inspect.signature(VERBS[name]).parameters)
+    (arguments,) = (hint for key, hint in get_type_hints(work).items() if key != "return")
+    assert arguments.__module__ == module
+    assert [each.name for each in fields(arguments)] == list(inspect.signature(VERBS[name]).parameters)
+    assert VERBS[name].__doc__ == arguments.__doc__
 
 
 def test_the_page_of_eval_names_the_metrics() -> None:
     assert [str(metric) for metric in Metric] == list(METRICS)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Numbered:
+    """Count."""
+
+    number: int
+
+    def __post_init__(self) -> None:
+        if self.number < 0:
+            raise ValueError("negative")
+
+
 def test_the_checks_of_a_page_come_first(monkeypatch: pytest.MonkeyPatch) -> None:
     work, told = ModuleType("of_a_test"), list[Any]()
     monkeypatch.setitem(sys.modules, "of_a_test", work)
-    work.verb = lambda **given: told.append(given)  # type: ignore[attr-defined]
-
-    @carried_out_by("of_a_test")
-    def verb(number: int) -> None:
-        if number < 0:
-            raise ValueError("negative")
-        told.append(number)
-
-    verb(number=7)
-    assert told == [7, {"number": 7}]
+    work.count = lambda args: told.append(args)  # type: ignore[attr-defined]
+    count = verb(Numbered, "of_a_test", "count")
+    count(number=7)
+    assert told == [Numbered(number=7)]
     with pytest.raises(ValueError, match="negative"):
-        verb(number=-7)
-    assert len(told) == 2
+        count(number=-7)
+    assert len(told) == 1
 
 
 @pytest.mark.parametrize(

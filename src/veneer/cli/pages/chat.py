@@ -2,27 +2,34 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from veneer.cli.pages import options
-from veneer.cli.work import carried_out_by
+from veneer.cli.work import verb
 from veneer.plan.presets import require_weights
 
 
-@carried_out_by("veneer.cli.chat")
-def chat(
-    model: options.Model,
-    adapter: options.Adapter = None,
-    system: options.System = None,
-    max_new_tokens: options.MaxNewTokens = 512,
-    temperature: options.Temperature = 0.7,
-    top_p: options.TopP = 0.9,
-    top_k: options.TopK = 0,
-    seed: options.Seed = None,
-    load_in_4bit: options.FourBit = False,
-    dtype: options.Dtype = "auto",
-) -> None:
+@dataclass(frozen=True, kw_only=True)
+class ChatArguments:
     """Talk to a model. /new forgets the conversation; /help shows the commands. Ctrl-C stops an answer; Ctrl-D or /exit
     leaves.
 
     Example: veneer chat smollm2-135m-instruct --adapter runs/first/adapter
     """
-    require_weights(model)
+
+    model: options.Model
+    adapter: options.Adapter = None
+    system: options.System = None
+    max_new_tokens: options.MaxNewTokens = 512
+    temperature: options.Temperature = 0.7
+    top_p: options.TopP = 0.9
+    top_k: options.TopK = 0
+    seed: options.Seed = None
+    load_in_4bit: options.FourBit = False
+    dtype: options.Dtype = "auto"
+
+    def __post_init__(self) -> None:
+        require_weights(self.model)
+
+
+chat = verb(ChatArguments, "veneer.cli.chat", "chat")

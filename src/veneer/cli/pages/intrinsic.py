@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -9,42 +10,34 @@ import typer
 
 from veneer.cli.arguments import require_folder
 from veneer.cli.pages import options
-from veneer.cli.work import carried_out_by
+from veneer.cli.pages.options import unset
+from veneer.cli.work import verb
 from veneer.plan.presets import require_weights
 
-_Data = Annotated[
-    Path, typer.Option("--data", "-d", metavar="FILE", show_default=False, help="Rows of prompt and completion.")
-]
-_Output = Annotated[
-    Path, typer.Option("--output", "-o", metavar="FOLDER", show_default=False, help="Folder for the curve.")
-]
-_Dims = Annotated[str, typer.Option(metavar="N,...", help="Dimensions to try, with commas.")]
-_Steps = Annotated[int, typer.Option(metavar="N", min=1, help="Optimizer steps of each point.")]
-_LearningRate = Annotated[float, typer.Option(metavar="X", help="The same for every dimension.")]
-_BatchSize = Annotated[int, typer.Option(metavar="N", min=1, help="Rows in a step.")]
-_HeldOut = Annotated[float, typer.Option(metavar="X", min=0.01, max=0.9, help="Share of rows to score on.")]
-_StructureAware = Annotated[bool, typer.Option("--structure-aware", help="One dimension scales each layer.")]
-_Seed = Annotated[int, typer.Option(metavar="N", help="Of the subspaces and of the order of rows.")]
 
-
-@carried_out_by("veneer.cli.intrinsic")
-def intrinsic(
-    model: options.Model,
-    data: _Data,
-    output: _Output,
-    dims: _Dims = "10,30,100,300,1000",
-    steps: _Steps = 100,
-    learning_rate: _LearningRate = 1e-3,
-    batch_size: _BatchSize = 16,
-    held_out: _HeldOut = 0.3,
-    structure_aware: _StructureAware = False,
-    seed: _Seed = 0,
-) -> None:
+@dataclass(frozen=True, kw_only=True)
+class IntrinsicArguments:
     """Train in random subspaces of all weights and find d90: the fewest dimensions that reach 90% of full training.
 
     The completions are labels. Accuracy is the share of rows whose right label is the likeliest.
 
     Example: veneer intrinsic smollm2-135m-instruct -d sst2.jsonl --dims 100,300 -o d90
     """
-    require_folder("--output", output)
-    require_weights(model)
+
+    model: options.Model
+    data: Annotated[Path, unset("FILE", "Rows of prompt and completion.", "--data", "-d")]
+    output: Annotated[Path, unset("FOLDER", "Folder for the curve.", "--output", "-o")]
+    dims: Annotated[str, typer.Option(metavar="N,...", help="Dimensions to try, with commas.")] = "10,30,100,300,1000"
+    steps: Annotated[int, typer.Option(metavar="N", min=1, help="Optimizer steps of each point.")] = 100
+    learning_rate: Annotated[float, typer.Option(metavar="X", help="The same for every dimension.")] = 1e-3
+    batch_size: Annotated[int, typer.Option(metavar="N", min=1, help="Rows in a step.")] = 16
+    held_out: Annotated[float, typer.Option(metavar="X", min=0.01, max=0.9, help="Share of rows to score on.")] = 0.3
+    structure_aware: Annotated[bool, typer.Option("--structure-aware", help="One dimension scales each layer.")] = False
+    seed: Annotated[int, typer.Option(metavar="N", help="Of the subspaces and of the order of rows.")] = 0
+
+    def __post_init__(self) -> None:
+        require_folder("--output", self.output)
+        require_weights(self.model)
+
+
+intrinsic = verb(IntrinsicArguments, "veneer.cli.intrinsic", "intrinsic")

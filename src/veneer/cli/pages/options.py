@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+
+
+def unset(metavar: str, help: str, *names: str, **how: Any) -> Any:
+    """Return an option that shows no default: it has none, or ``help`` tells it. ``how``: further settings of typer."""
+    return typer.Option(*names, metavar=metavar, show_default=False, help=help, **how)
+
 
 _MODEL = typer.Argument(
     metavar="MODEL",
@@ -14,22 +20,17 @@ _MODEL = typer.Argument(
 )
 Model = Annotated[str, _MODEL]
 MaybeModel = Annotated[str | None, _MODEL]
-Adapter = Annotated[
-    Path | None, typer.Option("--adapter", "-a", metavar="FOLDER", show_default=False, help="An adapter to put on it.")
-]
+Adapter = Annotated[Path | None, unset("FOLDER", "An adapter to put on it.", "--adapter", "-a")]
 Adapters = Annotated[
-    list[Path] | None,
-    typer.Option(
-        "--adapter", "-a", metavar="FOLDER", show_default=False, help="An adapter to put on it; may be given again."
-    ),
+    list[Path] | None, unset("FOLDER", "An adapter to put on it; may be given again.", "--adapter", "-a")
 ]
 FourBit = Annotated[bool, typer.Option("--load-in-4bit", help="Keep the base in NF4 with double quantization.")]
 Dtype = Annotated[str, typer.Option(metavar="NAME", help="auto (the checkpoint's), float32, bfloat16 or float16.")]
-System = Annotated[str | None, typer.Option(metavar="TEXT", show_default=False, help="A system message.")]
+System = Annotated[str | None, unset("TEXT", "A system message.")]
 MaxNewTokens = Annotated[int, typer.Option(metavar="N", min=1, help="Longest answer, in tokens.")]
 Temperature = Annotated[float, typer.Option(metavar="X", min=0.0, help="0 takes the likeliest token every time.")]
 TopP = Annotated[
     float, typer.Option(metavar="X", min=0.0, max=1.0, help="Sample from the likeliest tokens of this total mass.")
 ]
 TopK = Annotated[int, typer.Option(metavar="N", min=0, help="Sample from this many likeliest tokens; 0 for all.")]
-Seed = Annotated[int | None, typer.Option(metavar="N", show_default=False, help="Makes sampling repeatable.")]
+Seed = Annotated[int | None, unset("N", "Makes sampling repeatable.")]
