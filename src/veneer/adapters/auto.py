@@ -11,6 +11,7 @@ import transformers
 from transformers import AutoTokenizer
 
 from veneer.adapters.peft_model import PeftModel
+from veneer.adapters.tokenizer import TOKENIZER_CONFIG
 from veneer.contract import MethodConfig
 from veneer.contract.file import CONFIG_FILE
 from veneer.contract.source import adapter_folder, hub_options, of_hub
@@ -28,7 +29,6 @@ _AUTO_CLASSES = {
     TaskType.FEATURE_EXTRACTION: "AutoModel",
 }
 _OF_THE_ADAPTER = ("autocast_adapter_dtype", "ignore_mismatched_sizes", "key_mapping")
-TOKENIZER_CONFIG = "tokenizer_config.json"
 
 
 class AutoPeftModel:

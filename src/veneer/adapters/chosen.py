@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer
 
-from veneer.adapters.auto import TOKENIZER_CONFIG, make_room_for
+from veneer.adapters.auto import make_room_for
 from veneer.adapters.peft_model import PeftModel
+from veneer.adapters.tokenizer import TOKENIZER_CONFIG, larger, read_tokenizer
 from veneer.contract.file import CONFIG_FILE
 from veneer.errors import ConfigError
 from veneer.store.adapter.config import read_config
@@ -154,8 +154,8 @@ def tokenizer_with(tokenizer: Any, adapters: Sequence[Path]) -> Any:
     found = {}
     for folder in adapters:
         if (folder / TOKENIZER_CONFIG).is_file():
-            own = AutoTokenizer.from_pretrained(folder)
-            found[folder] = own if len(own) > len(tokenizer) else _with_template(tokenizer, own.chat_template)
+            own = read_tokenizer(folder)
+            found[folder] = _with_template(larger(tokenizer, own), own.chat_template)
         else:
             found[folder] = tokenizer
     ways = {(len(each), each.chat_template) for each in found.values()}

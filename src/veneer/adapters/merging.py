@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
@@ -26,10 +28,7 @@ def merge(
     On an error nothing is changed. Raises AdapterNameError for unknown names. Raises CompositionError for adapters that
     have no sum or cannot be merged and, with ``check_finite``, for non-finite results.
     """
-    require_foldable(model, state, names)
-    before, wanted = state.merged, tuple(dict.fromkeys((*state.merged, *names)))
-    unmerge(model, state)
-    try:
+    with merging_with(model, state, names) as wanted:
         for path, module in track(holding(model, wanted), "merging", disable=not progressbar):
             require_rows_agree(path, module, wanted)
             values = module.folded(wanted)
@@ -38,6 +37,19 @@ def merge(
             if check_finite:
                 require_finite(path, values, wanted)
             module.replace(values)
+
+
+@contextmanager
+def merging_with(model: nn.Module, state: AdapterState, names: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
+    """Context that starts unmerged and replaces parameters; it gives the names to merge, those merged before included.
+
+    On an error the model is as before. Raises the errors of `require_foldable`.
+    """
+    require_foldable(model, state, names)
+    before, wanted = state.merged, tuple(dict.fromkeys((*state.merged, *names)))
+    unmerge(model, state)
+    try:
+        yield wanted
     except BaseException:
         put_back_all(model)
         if before:

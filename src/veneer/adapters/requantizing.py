@@ -56,10 +56,7 @@ def merge_requantized(
     On an error nothing is changed. Raises the errors of `merging.merge`, NonFiniteError if a merged weight cannot be
     quantized, and ConfigError if no merged layer is quantized.
     """
-    merging.require_foldable(model, state, names)
-    before, wanted = state.merged, tuple(dict.fromkeys((*state.merged, *names)))
-    merging.unmerge(model, state)
-    try:
+    with merging.merging_with(model, state, names) as wanted:
         made = _new_codes(model, wanted)
         for path, module in merging.holding(model, wanted):
             values = module.folded(wanted)
@@ -68,13 +65,6 @@ def merge_requantized(
             if check_finite:
                 merging.require_finite(path, values, wanted)
             module.replace(values)
-    except BaseException:
-        merging.put_back_all(model)
-        if before:
-            merging.merge(model, state, before)
-        raise
-    state.merged = wanted
-    merging.untie(model, state)
     for path, (parts, _) in made.items():
         layer = cast(QuantLinear, model.get_submodule(path))
         layer.fill(layer.spec, parts)

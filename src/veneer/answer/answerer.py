@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from veneer.errors import ConfigError
 from veneer.evaluate.scoring import Answering, OnProgress, ignore_progress
@@ -24,13 +25,23 @@ class Drawing:
     seed: int | None = None
 
 
-class Answerer(Protocol):
-    """Model that answers prompts, given as token ids."""
+Asked = tuple[Sequence[int], Path | None]
+"""Prompt, and the folder of the adapter that answers it; None: the base alone."""
+
+
+class Answerer(ABC):
+    """Model that answers prompts, given as token ids. ``default``: the first adapter, if there is one."""
 
     tokenizer: Any
+    default: Path | None
 
+    @abstractmethod
     def stream(self, prompt: Sequence[int], max_new_tokens: int) -> str:
         """Print the answer to stdout while it is generated, and return it. Raises ConfigError if it has no room."""
+
+    @abstractmethod
+    def answers_to(self, asked: Sequence[Asked], answering: Answering, on_progress: OnProgress) -> list[str]:
+        """Return the answer to each prompt. Raises ConfigError if an answer has no room."""
 
     def answers(
         self,
@@ -43,6 +54,8 @@ class Answerer(Protocol):
 
         Without ``adapters`` the first adapter answers all prompts. Raises ConfigError if an answer has no room.
         """
+        folders = adapters or [self.default] * len(prompts)
+        return self.answers_to(list(zip(prompts, folders, strict=True)), answering, on_progress)
 
 
 def tokens_behind(prompt: Sequence[int], limit: int | None, n_most: int) -> int:

@@ -11,7 +11,7 @@ import torch
 from transformers import TextStreamer
 
 from veneer.adapters.chosen import Loaded
-from veneer.answer.answerer import Drawing, tokens_behind
+from veneer.answer.answerer import Answerer, Asked, Drawing, tokens_behind
 from veneer.evaluate.scoring import (
     Answering,
     Batching,
@@ -20,17 +20,17 @@ from veneer.evaluate.scoring import (
     context_length,
     generated_answers,
     greedy,
-    ignore_progress,
 )
 from veneer.model.routing import BASE
 from veneer.store.bars import quiet
 
 
-class ModelAnswerer:
+class ModelAnswerer(Answerer):
     """`Answerer` by transformers' ``generate``. ``n_rows``: the most prompts in one batch."""
 
     def __init__(self, loaded: Loaded, drawing: Drawing, n_rows: int) -> None:
         self.model, self.tokenizer, self._names = loaded.model, loaded.tokenizer, loaded.names
+        self.default = next(iter(loaded.names), None)
         self._drawing, self._n_rows = drawing, n_rows
         if drawing.seed is not None:
             torch.manual_seed(drawing.seed)
@@ -50,29 +50,23 @@ class ModelAnswerer:
             )
         return str(self.tokenizer.decode(output[0, len(prompt) :], skip_special_tokens=True))
 
-    def answers(
-        self,
-        prompts: Sequence[Sequence[int]],
-        answering: Answering,
-        on_progress: OnProgress = ignore_progress,
-        adapters: Sequence[Path | None] = (),
-    ) -> list[str]:
+    def answers_to(self, asked: Sequence[Asked], answering: Answering, on_progress: OnProgress) -> list[str]:
         how: dict[str, Any] = {"batching": Batching(n_rows=self._n_rows), "options": self._options()}
         found: dict[int, str] = {}
         with quiet():
-            for folder in dict.fromkeys(adapters or [next(iter(self._names), None)]):
-                own = [at for at in range(len(prompts)) if not adapters or adapters[at] == folder]
+            for folder in dict.fromkeys(adapter for _, adapter in asked):
+                own = {at: prompt for at, (prompt, adapter) in enumerate(asked) if adapter == folder}
                 before = len(found)
 
                 def tell(done: int, total: int, before: int = before) -> None:
-                    on_progress(before + done, len(prompts))
+                    on_progress(before + done, len(asked))
 
                 with self._acting(folder):
                     texts = generated_answers(
-                        self.model, self.tokenizer, [prompts[at] for at in own], answering, on_progress=tell, **how
+                        self.model, self.tokenizer, list(own.values()), answering, on_progress=tell, **how
                     )
                 found |= dict(zip(own, texts, strict=True))
-        return [found[at] for at in range(len(prompts))]
+        return [found[at] for at in range(len(asked))]
 
     def _acting(self, folder: Path | None) -> AbstractContextManager[None]:
         """A block in which the adapter of this folder acts, or none."""

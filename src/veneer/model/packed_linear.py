@@ -27,14 +27,31 @@ PANEL = BLOCK * BLOCKS
 """Outputs of a whole panel: weights joined at its multiples are parts of one packed weight."""
 
 
-class PackedLinear(nn.Module):
+class _Packed(nn.Module):
+    """Linear layer ``y = W x + bias`` whose weight is only packed, in the place of another."""
+
+    bias: nn.Parameter | None
+    packed_weight: PackedDense | PackedCoded
+
+    def frozen_format(self) -> FrozenWeight:
+        """Return the layer's packed weight."""
+        return self.packed_weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.packed_weight.matmul(x)
+        return y if self.bias is None else y + self.bias.to(y.dtype)
+
+    def original(self) -> nn.Module:
+        """Return the replaced layer, with its values."""
+        raise NotImplementedError
+
+
+class PackedLinear(_Packed):
     """Linear layer ``y = W x + bias`` with W packed, in the place of a layer whose weight loses its values.
 
     ``source`` is that layer's class, ``like`` its weight without values. Adapters are added to it in place. No name
     here may be one of `AdaptedSite`, whose `packed` and `unpacked` it would hide.
     """
-
-    bias: nn.Parameter | None
 
     def __init__(self, module: nn.Module, packed: PackedWeight) -> None:
         super().__init__()
@@ -58,25 +75,16 @@ class PackedLinear(nn.Module):
         return dense.T if self.is_transposed else dense
 
     def original(self) -> nn.Module:
-        """Return the replaced layer, with its values."""
         [module] = self._stands_for
         learns = cast(Tensor, module._parameters["weight"]).requires_grad
         module._parameters["weight"] = nn.Parameter(self.weight.contiguous(), requires_grad=learns)
         return module
 
-    def frozen_format(self) -> FrozenWeight:
-        """Return the layer's packed weight."""
-        return self.packed_weight
 
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.packed_weight.matmul(x)
-        return y if self.bias is None else y + self.bias
-
-
-class PackedQuantLinear(nn.Module):
+class PackedQuantLinear(_Packed):
     """Linear layer ``y = W x + bias`` with the codes of W packed, in the place of a quantized layer that loses them."""
 
-    bias: nn.Parameter | None
+    packed_weight: PackedCoded
 
     def __init__(self, module: QuantLinear, packed: PackedCodes) -> None:
         super().__init__()
@@ -87,18 +95,9 @@ class PackedQuantLinear(nn.Module):
         self.out_features, self.in_features = packed.shape
 
     def original(self) -> QuantLinear:
-        """Return the replaced layer, with its codes."""
         [module] = self._stands_for
         module.weight = self.packed_weight.packed.codes().view(module.weight.shape)
         return module
-
-    def frozen_format(self) -> FrozenWeight:
-        """Return the layer's packed weight."""
-        return self.packed_weight
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.packed_weight.matmul(x)
-        return y if self.bias is None else y + self.bias.to(y.dtype)
 
 
 class PackedGroup:
@@ -168,10 +167,10 @@ def _packed(weight: FrozenWeight, dtype: torch.dtype) -> Packed | None:
 def unpack(model: PreTrainedModel) -> None:
     """Restore the own weights of a model's layers that gave them up, bit for bit."""
     for path, module in list(model.named_modules()):
-        if isinstance(module, (PackedLinear, PackedQuantLinear)):
+        if isinstance(module, _Packed):
             model.set_submodule(path, module.original())
 
 
 def is_packed(module: nn.Module) -> bool:
     """Return True if a layer has only a packed weight."""
-    return isinstance(module, (PackedLinear, PackedQuantLinear))
+    return isinstance(module, _Packed)

@@ -7,6 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
+from veneer.contract import LinearMethod
+from veneer.contract.discovery import concrete
 from veneer.errors import ConfigError
 
 EMBEDDING_LR = 1e-6
@@ -19,14 +21,16 @@ def lora_plus_groups(
     weight_decay: float = 0.0,
     embedding_lr: float = EMBEDDING_LR,
     *,
-    outward: Collection[str] = ("lora_B", "lora_B_bias"),
+    outward: Collection[str] | None = None,
     embeddings: Collection[str] | None = None,
 ) -> list[dict[str, Any]]:
     """Return optimizer groups over the trainable parameters: A and everything else at ``lr``, B at ``lr * ratio``.
 
     ``outward``: the parameters that are B, by their full names or last name parts. `outward_parameters` gives them for
-    a model's adapters, of any method. ``embeddings``: the full names of factors of embeddings, which learn at
-    ``embedding_lr``. `embedding_parameters` gives them. None means all with "embed" or "wte" in their module's path.
+    a model's adapters. None means those that any method names so. ``embeddings``: the full names of factors of
+    embeddings, which learn at ``embedding_lr``. `embedding_parameters` gives them. None means all with "embed" or "wte"
+    in their module's path.
+
     Biases, norms and magnitudes are one-dimensional and not decayed. The paper advises a ratio of at least 2⁴.
 
     Departs: PEFT gives every one-dimensional parameter (DoRA's magnitude, biases) B's rate; here only B has it.
@@ -36,7 +40,8 @@ def lora_plus_groups(
     if ratio <= 0 or lr < 0:
         raise ConfigError(f"loraplus ratio={ratio} must be above 0 and lr={lr} at least 0")
     trainable = [(name, p) for name, p in named_params if p.requires_grad]
-    factors = {name for name, _ in trainable if name in outward or name.rpartition(".")[2] in outward}
+    b = _outward_of_methods() if outward is None else outward
+    factors = {name for name, _ in trainable if name in b or name.rpartition(".")[2] in b}
     if not factors:
         raise ConfigError(
             f"none of the {len(trainable)} trainable parameters is a factor on the output side, such as LoRA's B: "
@@ -48,6 +53,10 @@ def lora_plus_groups(
         rate = embedding_lr if embedded else lr * ratio if name in factors else lr
         groups.setdefault((rate, weight_decay if p.ndim > 1 else 0.0), []).append(p)
     return [{"params": ps, "lr": rate, "weight_decay": decay} for (rate, decay), ps in groups.items()]
+
+
+def _outward_of_methods() -> frozenset[str]:
+    return frozenset().union(*(method.outward for method in concrete(LinearMethod).values()))
 
 
 def _in_embedding(name: str) -> bool:

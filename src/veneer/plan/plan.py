@@ -62,11 +62,14 @@ def plan_recipe(
     batch: Batch | None = None,
     isa: str | None = None,
     whole: bool = False,
+    evaluated: bool = True,
 ) -> Plan:
     """Return the plan of a recipe, from two shallow traces; all blocks are traced if none repeat, or if ``whole``.
 
-    Rows are as long as ``max_length``. ``isa`` is the instruction set of the machine that the plan is for. Raises
-    ConfigError if transformers makes no causal language model of the config.
+    Rows are as long as ``max_length``. ``isa`` is the instruction set of the machine that the plan is for.
+    ``evaluated``: the evaluation of a recipe that holds rows out is planned too.
+
+    Raises ConfigError if transformers makes no causal language model of the config.
     """
     require_planned(recipe.task, recipe.method)
     config = config or config_of(recipe.model.source)
@@ -77,7 +80,7 @@ def plan_recipe(
             f"the config of {recipe.model.source} ({config.model_type}) has no num_hidden_layers to plan by"
         )
     pattern = Pattern(n_blocks, 0, n_blocks) if whole else pattern_of(recipe, config, n_blocks)
-    held_out = held_out_batch(recipe, batch)
+    held_out = held_out_batch(recipe, batch) if evaluated else None
     traces = [trace(shortened(config, depth), recipe, batch, isa, held_out) for depth in pattern.depths]
     return _deepened(traces, pattern, recipe, batch, config)
 

@@ -114,8 +114,8 @@ class Machine:
         return self.seconds(plan).step if self.knows_seconds else plan.work.flops / 1e12
 
     def _replanned(self, plan: Plan, batch: Batch) -> Plan:
-        """Return the plan of another micro-batch of the same recipe."""
-        return plan_recipe(plan.recipe, config=plan.config, batch=batch, isa=self.isa)
+        """Return the plan of another micro-batch of the same recipe, without its evaluation."""
+        return plan_recipe(plan.recipe, config=plan.config, batch=batch, isa=self.isa, evaluated=False)
 
     def facts(self, plan: Plan, n_rows: int | None) -> dict[str, Any]:
         """Return process and time as plain numbers; time is that of the recipe's own rows, if they can be read."""
@@ -124,7 +124,7 @@ class Machine:
             found["process"]["source"] = self.card.told
         if self.timed:
             own = own_rows(plan.recipe, plan.batch)
-            timed = plan if own is None else self._replanned(plan, own.batch)
+            timed = plan if own is None or own.batch == plan.batch else self._replanned(plan, own.batch)
             seconds = self.seconds(timed)
             found["time"] = {
                 **({} if own is None else {"rows": {"encoded": own.n_rows, "length": own.batch.length}}),

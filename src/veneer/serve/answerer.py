@@ -15,14 +15,14 @@ import torch
 from transformers import TextStreamer
 
 from veneer.adapters.chosen import Parts
-from veneer.answer.answerer import Answerer, Drawing, tokens_behind
+from veneer.answer.answerer import Answerer, Asked, Drawing, tokens_behind
 from veneer.answer.model import ModelAnswerer
 from veneer.errors import ConfigError, DescriptionError
-from veneer.evaluate.scoring import Answering, OnProgress, context_length, ignore_progress, require_room
+from veneer.evaluate.scoring import Answering, OnProgress, context_length, require_room
 from veneer.model.packed_linear import unpack
 from veneer.ops.dispatch import backends
 from veneer.ops.packed import ROWS
-from veneer.serve.asked import Asked
+from veneer.serve.asked import Asked as Request
 from veneer.serve.effects import UnsaidError
 from veneer.serve.engine import Engine
 from veneer.serve.lora_request import LoRARequest
@@ -54,20 +54,20 @@ def answerer_of(parts: Parts, drawing: Drawing | None = None, n_rows: int = 1) -
         return ModelAnswerer(parts.joined(), drawing, n_rows), f"transformers' generate ({found})"
 
 
-class EngineAnswerer:
+class EngineAnswerer(Answerer):
     """`Answerer` by an engine, with its loaded adapters by their folders."""
 
     def __init__(self, engine: Engine, params: SamplingParams, adapters: Mapping[Path, LoRARequest]) -> None:
         self.tokenizer = engine.tokenizer
         self._engine, self._params, self._adapters = engine, params, adapters
-        self._default = next(iter(adapters), None)
+        self.default = next(iter(adapters), None)
         self._limit = engine.scheduler.limits.max_model_len - max((self._n_front(each) for each in adapters), default=0)
 
     def _n_front(self, folder: Path | None) -> int:
         """The virtual tokens in front of a prompt."""
         return 0 if folder is None else int(self._engine.versions.of(self._adapters[folder]).n_front)
 
-    def _asked(self, prompt: Sequence[int], params: SamplingParams, folder: Path | None) -> Asked:
+    def _request(self, prompt: Sequence[int], params: SamplingParams, folder: Path | None) -> Request:
         return self._engine.asked(None, prompt, params, None if folder is None else self._adapters[folder])
 
     def stream(self, prompt: Sequence[int], max_new_tokens: int) -> str:
@@ -82,18 +82,12 @@ class EngineAnswerer:
                 ids.append(token)
                 streamer.put(torch.tensor([token]))
 
-        self._run([self._asked(prompt, params, self._default)], take)
+        self._run([self._request(prompt, params, self.default)], take)
         streamer.end()
         return self._text(ids)
 
-    def answers(
-        self,
-        prompts: Sequence[Sequence[int]],
-        answering: Answering,
-        on_progress: OnProgress = ignore_progress,
-        adapters: Sequence[Path | None] = (),
-    ) -> list[str]:
-        require_room(prompts, self._limit)
+    def answers_to(self, asked: Sequence[Asked], answering: Answering, on_progress: OnProgress) -> list[str]:
+        require_room([prompt for prompt, _ in asked], self._limit)
         params = replace(
             self._params,
             max_tokens=answering.max_new_tokens,
@@ -101,22 +95,21 @@ class EngineAnswerer:
             skip_special_tokens=False,  # one of them may be what ends the answer
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
-        folders = adapters or [self._default] * len(prompts)
-        asked = [self._asked(prompt, params, folder) for prompt, folder in zip(prompts, folders, strict=True)]
+        requests = [self._request(prompt, params, folder) for prompt, folder in asked]
         texts: dict[str, str] = {}
 
         def take(output: RequestOutput) -> None:
             texts[output.request_id] = answering.cut(self._text(output.outputs[0].token_ids))
-            on_progress(len(texts), len(asked))
+            on_progress(len(texts), len(requests))
 
-        self._run(asked, take)
-        return [texts[each.id] for each in asked]
+        self._run(requests, take)
+        return [texts[each.id] for each in requests]
 
-    def _run(self, asked: Sequence[Asked], take: Callable[[RequestOutput], None]) -> None:
+    def _run(self, requests: Sequence[Request], take: Callable[[RequestOutput], None]) -> None:
         """Answer requests, and give each of their outputs to ``take``. One that fails raises its error."""
-        left = {each.id for each in asked}
+        left = {each.id for each in requests}
         try:
-            for each in asked:
+            for each in requests:
                 self._engine.submit(each)
             while left:
                 if not self._engine.has_work:
@@ -127,7 +120,7 @@ class EngineAnswerer:
                     take(output)
                     left -= {output.request_id} if output.finished else set()
         except BaseException:
-            self._engine.drop([each.id for each in asked])
+            self._engine.drop([each.id for each in requests])
             raise
 
     def _text(self, ids: Sequence[int]) -> str:

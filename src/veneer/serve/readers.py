@@ -9,14 +9,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer
-
+from veneer.adapters.tokenizer import TOKENIZER_FILES, larger, read_tokenizer
 from veneer.contract.source import adapter_folder
 from veneer.errors import ConfigError, FormatError
 from veneer.serve.lora_request import LoRARequest
 from veneer.serve.prompts import PromptReader
 
-_FILES = ("tokenizer_config.json", "tokenizer.json", "chat_template.jinja")  # the first two are needed
 _LOG = logging.getLogger(__name__)
 _KEPT = 64  # readers; adapters of equal files share one
 _Stamps = tuple[tuple[int, ...] | None, ...]
@@ -44,8 +42,8 @@ class Readers:
         if request.parts:
             return _joined(request, [self.of(part) for part, _ in request.parts])
         folder = self._folder(request.lora_path)
-        stamps = tuple(_stamp(folder / name) for name in _FILES)
-        if None in stamps[:2]:
+        stamps = tuple(_stamp(folder / name) for name in TOKENIZER_FILES)
+        if None in stamps[:2]:  # without a chat template there is the base's
             return self.base
         known = self._keys.get(folder)
         if known is None or known[0] != stamps:
@@ -81,7 +79,7 @@ class Readers:
     def _read(self, folder: Path) -> PromptReader:
         base = self.base.tokenizer
         try:
-            own = _tokenizer(folder)
+            own = read_tokenizer(folder)
         except FormatError as error:
             _LOG.warning("%s. Until then the base's reads its plain prompts", error)
             if self._template is not None:
@@ -89,9 +87,7 @@ class Readers:
             return PromptReader(base, self.base.most, no_chat=str(error))
         template = self._template or _template_of(own)
         ends = set() if own.eos_token_id is None else {int(own.eos_token_id)}
-        return PromptReader(
-            own if len(own) > len(base) else base, self.base.most, () if template is None else (template,), ends
-        )
+        return PromptReader(larger(base, own), self.base.most, () if template is None else (template,), ends)
 
 
 def _joined(mix: LoRARequest, readers: Sequence[PromptReader]) -> PromptReader:
@@ -115,17 +111,6 @@ def _template_of(tokenizer: Any) -> str | None:
     return own.get("default") if isinstance(own, dict) else own
 
 
-def _tokenizer(folder: Path) -> Any:
-    try:
-        return AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise FormatError(
-            f"the tokenizer in the adapter's folder {folder} cannot be read: {reason}. Save it again, or remove "
-            f"{', '.join(_FILES)} there to use the base's"
-        ) from error
-
-
 def _stamp(path: Path) -> tuple[int, ...] | None:
     try:
         told = path.stat()
@@ -136,7 +121,7 @@ def _stamp(path: Path) -> tuple[int, ...] | None:
 
 def _digest(folder: Path) -> str:
     digest = hashlib.sha256()
-    for name in _FILES:
+    for name in TOKENIZER_FILES:
         path = folder / name
         try:
             content = path.read_bytes() if path.is_file() else b""

@@ -6,10 +6,8 @@ Files are written into a temporary folder next to the target, which is renamed w
 from __future__ import annotations
 
 import json
-import os
-import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from io import FileIO
 from pathlib import Path
 from types import TracebackType
@@ -19,11 +17,11 @@ import torch
 from torch import Tensor
 
 from veneer.contract.file import CONFIG_FILE
-from veneer.core.units import size
 from veneer.disk.folder import new_folder
 from veneer.disk.safetensors import header_bytes
 from veneer.errors import DiskError, FormatError
 from veneer.store.checkpoint import INDEX_NAME, SINGLE_NAME
+from veneer.store.reserved import UNCHANGED, disk_errors_told, reserve, write_at
 
 Specs = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
 DEFAULT_SHARD_BYTES = 5_000_000_000
@@ -81,10 +79,11 @@ class CheckpointWriter:
             )
         file = self._files[self._shard_of[name]]
         with self._disk_errors_told():
-            file.seek(self._starts[name])
+            start = self._starts[name]
             for piece in _pieces(tensor.detach()):
-                values = piece.to("cpu", dtype).contiguous()
-                _write_all(file, values.reshape(-1).view(torch.uint8).numpy().data)
+                data = piece.to("cpu", dtype).contiguous().reshape(-1).view(torch.uint8).numpy().data
+                write_at(file, start, data)
+                start += len(data)
         self._missing.discard(name)
 
     def __exit__(
@@ -107,11 +106,8 @@ class CheckpointWriter:
         file = (self.staging / shard).open("wb", buffering=0)
         self._files[shard] = file
         end = len(header) + sum(_nbytes(spec) for spec in specs.values())
-        if hasattr(os, "posix_fallocate"):
-            os.posix_fallocate(file.fileno(), 0, end)
-        else:
-            file.truncate(end)
-        _write_all(file, memoryview(header))
+        reserve(file, end)
+        write_at(file, 0, memoryview(header))
         self._starts |= {name: len(header) + offset for name, offset in offsets.items()}
 
     def _write_index(self) -> None:
@@ -124,17 +120,9 @@ class CheckpointWriter:
         for file in self._files.values():
             file.close()
 
-    @contextmanager
-    def _disk_errors_told(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            total = sum(_nbytes(spec) for spec in self._specs.values())
-            free = shutil.disk_usage(self.target.parent).free
-            raise DiskError(
-                f"writing {size(total)} to {self.target} failed: {error.strerror or error} "
-                f"({size(free)} free). Nothing was changed: make room or choose another disk, and run it again."
-            ) from error
+    def _disk_errors_told(self) -> AbstractContextManager[None]:
+        total = sum(_nbytes(spec) for spec in self._specs.values())
+        return disk_errors_told(self.target, total, lambda: UNCHANGED)
 
 
 def plan_shards(specs: Specs, max_shard_bytes: int) -> dict[str, list[str]]:
@@ -162,11 +150,6 @@ def _pieces(tensor: Tensor) -> Sequence[Tensor]:
     if tensor.ndim == 0 or tensor.numel() <= PIECE_VALUES:
         return (tensor,)
     return torch.split(tensor, max(1, PIECE_VALUES * len(tensor) // tensor.numel()))
-
-
-def _write_all(file: FileIO, data: memoryview) -> None:
-    while data:
-        data = data[file.write(data) :]
 
 
 def _require_replaceable(target: Path, overwrite: bool) -> None:

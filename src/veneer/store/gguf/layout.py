@@ -54,3 +54,10 @@ def no_windows(config: Any) -> Iterator[str]:
     """Return the problem of a config with sliding windows, if the runtime does not support them for the family."""
     if "sliding_attention" in (getattr(config, "layer_types", None) or ()):
         yield "sliding windows (use_sliding_window), which the runtime does not have for this family"
+
+
+def experts_everywhere(config: Any) -> Iterator[str]:
+    """Return the problems of a config with sliding windows, or with layers without experts."""
+    yield from no_windows(config)
+    if config.mlp_only_layers or config.decoder_sparse_step != 1:
+        yield "layers without experts (mlp_only_layers, decoder_sparse_step), which the runtime does not read"

@@ -10,9 +10,8 @@ import glob
 import os
 import re
 import secrets
-import shutil
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
@@ -25,11 +24,11 @@ import torch
 from gguf import GGMLQuantizationType, GGUFValueType, GGUFWriter
 from torch import Tensor
 
-from veneer.core.units import size
-from veneer.errors import DiskError, FormatError
+from veneer.errors import FormatError
 from veneer.ops.ggml import row_bytes
 from veneer.ops.ggml_types import GGML_TYPES
 from veneer.store.gguf.keys import Pair
+from veneer.store.reserved import UNCHANGED, disk_errors_told, reserve, write_at
 
 ALIGNMENT = 32
 _PARTIAL = ".partial-"
@@ -112,7 +111,7 @@ class GgufFileWriter:
             data = piece.contiguous().view(torch.uint8).numpy().data.cast("B")
             if written + len(data) <= announced:
                 with self._disk_errors_told():
-                    _write_all(file, start + written, data)
+                    write_at(file, start + written, data)
             written += len(data)
         if written != announced:
             raise FormatError(f"tensor {name!r} was announced with {announced:,} bytes and has {written:,}")
@@ -159,11 +158,7 @@ class GgufFileWriter:
         for spec in specs:
             self._places[spec.name] = self._files[number], end
             end += _padded(spec.nbytes)
-        file = self._files[number]
-        if hasattr(os, "posix_fallocate"):
-            os.posix_fallocate(file.fileno(), 0, end)
-        else:
-            file.truncate(end)
+        reserve(self._files[number], end)
         self.nbytes += end
 
     def _close(self) -> None:
@@ -175,22 +170,13 @@ class GgufFileWriter:
             with contextlib.suppress(OSError):
                 path.unlink()
 
-    @contextmanager
-    def _disk_errors_told(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            total = sum(spec.nbytes for spec in self._specs.values())
-            folder = next(path for path in self.target.parents if path.exists())
-            raise DiskError(
-                f"writing {size(total)} to {self.target} failed: {error.strerror or error} "
-                f"({size(shutil.disk_usage(folder).free)} free). {self._left()}"
-            ) from error
+    def _disk_errors_told(self) -> AbstractContextManager[None]:
+        return disk_errors_told(self.target, sum(spec.nbytes for spec in self._specs.values()), self._left)
 
     def _left(self) -> str:
         """The end of a message: what an error of the disk left in place, and what to do."""
         if not self._new:
-            return "Nothing was changed: make room or choose another disk, and run it again."
+            return UNCHANGED
         if len(self._new) == len(self.paths):
             return "The new file is in its place and whole; older parts of its name are there still: delete them."
         names = ", ".join(path.name for path in self._new)
@@ -236,12 +222,6 @@ def parts_of(specs: Sequence[TensorSpec], max_bytes: int | None) -> list[list[Te
 
 def _padded(n_bytes: int) -> int:
     return -(-n_bytes // ALIGNMENT) * ALIGNMENT
-
-
-def _write_all(file: FileIO, start: int, data: memoryview) -> None:
-    file.seek(start)
-    while data:
-        data = data[file.write(data) :]
 
 
 def _drop_leftovers(paths: Sequence[Path]) -> None:

@@ -2,19 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
-
 from veneer.store.gguf.family import Family
 from veneer.store.gguf.fields import DECODER, EXPERTS, STACKED, Field
-from veneer.store.gguf.layout import experts, no_windows, shared_gate
-
-
-def _problems(config: Any) -> Iterator[str]:
-    yield from no_windows(config)
-    if config.mlp_only_layers or config.decoder_sparse_step != 1:
-        yield "layers without experts (mlp_only_layers, decoder_sparse_step), which the runtime does not read"
-
+from veneer.store.gguf.layout import experts, experts_everywhere, shared_gate
 
 FAMILY = Family(
     architecture="qwen2moe",
@@ -23,7 +13,7 @@ FAMILY = Family(
     biases={"attn_q.bias": "qkv_bias"},
     experts=STACKED,
     only={"hidden_act": ("silu",), "norm_topk_prob": (False,)},
-    refuses=_problems,
+    refuses=experts_everywhere,
     rows=shared_gate,
     parts=experts,
 )
