@@ -36,7 +36,7 @@ class Stats:
 
     def __init__(self) -> None:
         self._times: dict[str, _Times] = {}
-        self._n_prompt, self._n_drawn = 0, 0
+        self._n_prompt, self._n_drawn, self._n_sought, self._n_cached = 0, 0, 0, 0
         self._ended: Counts[str] = Counts()
         self._to_first, self._between = Distribution(_SECONDS), Distribution(_SECONDS)
         self._whole, self._queued, self._read, self._decoded = (Distribution(_LONG) for _ in range(4))
@@ -54,6 +54,8 @@ class Stats:
                 times.scheduled = now
                 self._queued.add(now - times.queued)
                 self._n_prompt += len(request.prompt)
+                self._n_sought += len(request.prompt) if request.root is not None else 0
+                self._n_cached += request.n_cached or 0
 
     def commit(self, plan: Plan, sampled: Sampled) -> None:
         """Note the tokens that a step has drawn."""
@@ -101,6 +103,8 @@ class Stats:
             "num_preemptions": scheduler.n_preemptions,
             "prompt_tokens": self._n_prompt,
             "generation_tokens": self._n_drawn,
+            "prefix_cache_queries": self._n_sought,
+            "prefix_cache_hits": self._n_cached,
         }
         times = {
             "time_to_first_token_seconds": self._to_first,

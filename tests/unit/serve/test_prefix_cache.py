@@ -177,6 +177,13 @@ def test_the_cache_is_switched_off_and_reset(tokenizer):
     assert [cached(asked(llm, [HEADER])) for _ in range(2)] == [[0], [48]]
 
 
+def test_tokens_sought_and_found_are_counted(tokenizer):
+    llm = engine(tokenizer, disable_log_stats=False)
+    asked(llm, [HEADER]), asked(llm, [HEADER])
+    counts = {metric.name: metric.value for metric in llm.get_metrics() if "prefix_cache" in metric.name}
+    assert counts == {"vllm:prefix_cache_queries": 106, "vllm:prefix_cache_hits": 48}
+
+
 # What is never found: the peers' faults.
 
 

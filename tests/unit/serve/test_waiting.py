@@ -106,6 +106,7 @@ def test_times_and_counts(base_folder, adapters):
     counts = {name: metric.value for name, metric in metrics.items() if isinstance(metric, Counter)}
     assert counts == {
         ("vllm:prompt_tokens",): 16, ("vllm:generation_tokens",): 10, ("vllm:num_preemptions",): 0,
+        ("vllm:prefix_cache_queries",): 16, ("vllm:prefix_cache_hits",): 0,
         ("vllm:request_success", "length"): 2, ("vllm:request_success", "stop"): 0,
         ("vllm:request_success", "abort"): 0, ("vllm:request_success", "error"): 0,
     }  # fmt: skip
