@@ -17,7 +17,8 @@ class Pages:
 
     A page takes memory when it is first held, and keeps it for the next holder until others need the bytes. Bytes of
     ``n_bytes`` (None: the size of all pages) that pages do not take can be `lend` to others. A full page that was
-    published under a key may be in several tables, and is cached when it is in none. Invariants:
+    published under a key may be in several tables, and is cached when it is in none; ``most_cached`` pages at most are
+    (None: all). Invariants:
     - A page is free, cached, or in tables; in more than one only if it is published.
     - A table holds exactly as many pages as its positions need.
     - Who holds a published block holds those before it, under their keys.
@@ -34,6 +35,7 @@ class Pages:
         page_bytes: int = 1,
         n_bytes: int | None = None,
         worth: Worth | None = None,
+        most_cached: int | None = None,
     ) -> None:
         if n_pages < 1 or block < 1:
             raise ConfigError(f"{n_pages} pages of {block} positions: there must be at least one of each")
@@ -46,7 +48,7 @@ class Pages:
         self._kept: list[int] = []  # free, with the memory that it had
         self._tables: dict[Hashable, list[int]] = {}
         self._n_tables: dict[int, int] = {}  # of each page that is in one
-        self.worth = worth or Worth()
+        self.worth, self._most_cached = worth or Worth(), n_pages if most_cached is None else most_cached
         self._cache = PrefixCache(self.worth, block, page_bytes)
 
     @property
@@ -219,5 +221,7 @@ class Pages:
         del self._n_tables[page]
         if page in self._cache:
             self._cache.idle(page)
+            if self.n_cached > self._most_cached:
+                self.evict()
         else:
             self._kept.append(page)

@@ -152,7 +152,11 @@ class EngineOptions(metaclass=Keywords):
 
 
 def start_engine(
-    model: str | os.PathLike[str] | PreTrainedModel, options: EngineOptions, *, program_alone: bool = False
+    model: str | os.PathLike[str] | PreTrainedModel,
+    options: EngineOptions,
+    *,
+    program_alone: bool = False,
+    contexts_cached: int | None = None,
 ) -> Engine:
     """Return an engine that answers. ``model`` is an input of `load_model`, or a loaded model if its tokenizer is
     given.
@@ -160,6 +164,8 @@ def start_engine(
     ``program_alone``: nothing is computed by transformers' own code, and a loaded model's weights are freed. If it has
     no program, DescriptionError says why, and the model has its weights again. An adapter with a part that has no place
     in the program is then refused by `UnsaidError` when it is loaded.
+
+    ``contexts_cached``: pages that no request holds are kept for so many times the longest sequence; None is no limit.
 
     Raises ConfigError, FormatError, and TargetError for a model that cannot be served.
     """
@@ -174,7 +180,8 @@ def start_engine(
         if program_alone
         else _program(loaded, longest, give_up=own, switched_off=options.general_runner)
     )
-    pages = _pages(loaded, options, _position_bytes(loaded, interpreter, options.block_size), longest)
+    position_bytes = _position_bytes(loaded, interpreter, options.block_size)
+    pages = _pages(loaded, options, position_bytes, longest, contexts_cached)
     if options.max_model_len is None:
         longest = min(longest, pages.n_pages * pages.block)
     limits = Limits(
@@ -299,12 +306,15 @@ def _position_bytes(model: PreTrainedModel, interpreter: Interpreter | None, blo
     return int(model.dtype.itemsize) * numbers
 
 
-def _pages(model: PreTrainedModel, options: EngineOptions, position_bytes: int, longest: int) -> Pages:
+def _pages(
+    model: PreTrainedModel, options: EngineOptions, position_bytes: int, longest: int, contexts_cached: int | None
+) -> Pages:
     """As many pages as the requests can need, where memory has room for them; they take memory when they are used, and
     adapters what is left.
     """
     page_bytes = position_bytes * options.block_size
-    wanted = options.max_num_seqs * -(-longest // options.block_size)
+    each = -(-longest // options.block_size)
+    wanted = options.max_num_seqs * each
     room = options.kv_cache_memory_bytes or int(options.gpu_memory_utilization * free_memory(model.device))
     n_pages = min(wanted, room // page_bytes)
     if n_pages < 1:
@@ -312,7 +322,8 @@ def _pages(model: PreTrainedModel, options: EngineOptions, position_bytes: int, 
             f"{room} bytes for keys, values and adapters hold no page of {options.block_size} positions, "
             f"{page_bytes} bytes: give more kv_cache_memory_bytes"
         )
-    return Pages(n_pages, options.block_size, page_bytes=page_bytes, n_bytes=room)
+    cached = None if contexts_cached is None else contexts_cached * each
+    return Pages(n_pages, options.block_size, page_bytes=page_bytes, n_bytes=room, most_cached=cached)
 
 
 def free_memory(device: torch.device) -> int:

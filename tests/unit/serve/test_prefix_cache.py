@@ -312,6 +312,16 @@ def test_cached_pages_and_idle_adapters_go_out_by_one_measure():
     assert (list(pool.going), pages.n_found(twice)) == (["adapter"], 1)
 
 
+def test_no_more_pages_are_cached_than_allowed():
+    """What is used often stays, and other pages take no new memory."""
+    pages = Pages(50, 2, most_cached=3)
+    for i in range(5, 15):
+        often = published(pages, "often", [1, 2, 3, 4], n_uses=2)
+        published(pages, "once", [i, i, i, i])
+        assert (pages.n_cached, pages.n_found(often)) == (3, 2)
+    assert pages.free_bytes - len(pages._kept) == 50 - 5
+
+
 def test_equal_pages_that_were_computed_apart_become_one():
     pages, keys = Pages(7, 2), [key_of(root_of(None), [1, 2])]
     assert pages.grow("a", 3)
