@@ -8,6 +8,7 @@ and values into the pages, and `paged_attention` attends to them.
 from __future__ import annotations
 
 import mmap
+from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -19,7 +20,6 @@ from torch import Tensor
 from veneer.errors import ConfigError, ShapeError
 from veneer.ops.attention import AttentionOptions
 from veneer.ops.dispatch import implementation
-from veneer.ops.memory import whole_numbers
 
 DTYPES = (torch.float32, torch.bfloat16)
 PLAIN = AttentionOptions()
@@ -122,6 +122,27 @@ class SequenceRows(NamedTuple):
     n_rows: int
 
 
+class PageTables:
+    """Page tables of the last step as arrays: a tuple that was in it is not read again."""
+
+    def __init__(self) -> None:
+        self._now: dict[int, tuple[Sequence[int], Sequence[int], int]] = {}
+        self._before = self._now
+
+    def begin(self) -> None:
+        """Begin a step."""
+        self._before, self._now = self._now, {}
+
+    def of(self, pages: Sequence[int]) -> tuple[Sequence[int], int]:
+        """Return a table with at least one page as an array, and its highest page."""
+        known = self._before.get(id(pages)) or self._now.get(id(pages))
+        if known is None or known[0] is not pages:
+            known = (pages, array("q", pages), max(pages))
+        if isinstance(pages, tuple):  # others may change
+            self._now[id(pages)] = known
+        return known[1], known[2]
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class PagedRows:
     """Rows of a step, sequence by sequence: the same for all layers."""
@@ -133,13 +154,18 @@ class PagedRows:
     n_rows: int
 
     @classmethod
-    def of(cls, sequences: Iterable[tuple[Sequence[int], int, int]], store: PagedStore) -> PagedRows:
+    def of(
+        cls, sequences: Iterable[tuple[Sequence[int], int, int]], store: PagedStore, tables: PageTables | None = None
+    ) -> PagedRows:
         """Return the rows of a step from its sequences, each a `SequenceRows` or an equal tuple.
 
-        Raises ShapeError if a sequence has no row or too few pages, or writes a page that is not in the store.
+        ``tables`` are those of the last step. Raises ShapeError if a sequence has no row or too few pages, or writes a
+        page that is not in the store.
         """
         block, n_pages = store.block, store.n_pages
-        held, page_bounds, row_bounds, positions = list[int](), [0], [0], list[int]()
+        numbers, page_bounds, row_bounds, positions = array("q"), [0], [0], list[int]()
+        tables = PageTables() if tables is None else tables
+        tables.begin()
         for number, (pages, position, n_rows) in enumerate(sequences):
             stop = position + n_rows
             if position < 0 or n_rows < 1 or len(pages) * block < stop:
@@ -147,14 +173,16 @@ class PagedRows:
                     f"sequence {number}: {n_rows} rows from position {position} on need at least one row and pages up "
                     f"to their end; given {len(pages)} pages of {block}"
                 )
-            if min(pages[position // block : -(-stop // block)]) < 0 or max(pages) >= n_pages:
+            held, highest = tables.of(pages)
+            if min(pages[position // block : -(-stop // block)]) < 0 or highest >= n_pages:
                 raise ShapeError(f"sequence {number}: pages {list(pages)} are not all among the {n_pages} there are")
-            held += pages
-            page_bounds.append(len(held))
+            numbers.extend(held)
+            page_bounds.append(len(numbers))
             row_bounds.append(row_bounds[-1] + n_rows)
             positions.append(position)
-        n = len(positions)
-        parts = torch.split(whole_numbers([*held, *page_bounds, *row_bounds, *positions]), [len(held), n + 1, n + 1, n])
+        n, n_held = len(positions), len(numbers)
+        numbers.extend(array("q", [*page_bounds, *row_bounds, *positions]))
+        parts = torch.split(torch.frombuffer(numbers, dtype=torch.int64), [n_held, n + 1, n + 1, n])
         return cls(parts[0], parts[1], parts[2], parts[3], row_bounds[-1])
 
     def sequences(self) -> Iterator[tuple[list[int], int, int, int]]:

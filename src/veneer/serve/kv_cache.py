@@ -70,12 +70,13 @@ def _heads_in_pages(program: Program, block: int, dtype: torch.dtype, device: to
 
 @dataclass(frozen=True, slots=True)
 class PageCache:
-    """Cache in the kernels' pages."""
+    """Cache in the kernels' pages. ``tables`` are those of the last step."""
 
     store: kernel.PagedStore
+    tables: kernel.PageTables = field(default_factory=kernel.PageTables)
 
     def rows(self, stretches: Sequence[Stretch]) -> kernel.PagedRows:
-        return kernel.PagedRows.of(stretches, self.store)
+        return kernel.PagedRows.of(stretches, self.store, self.tables)
 
     def append(self, layer: int, keys: Tensor, values: Tensor, rows: kernel.PagedRows) -> None:
         kernel.append(self.store, layer, keys, values, rows)

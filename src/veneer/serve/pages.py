@@ -47,6 +47,7 @@ class Pages:
         self._fresh = list(range(n_pages - 1, -1, -1))  # free, without memory
         self._kept: list[int] = []  # free, with the memory that it had
         self._tables: dict[Hashable, list[int]] = {}
+        self._told: dict[Hashable, tuple[int, ...]] = {}  # tables that have not changed since they were asked for
         self._n_tables: dict[int, int] = {}  # of each page that is in one
         self.worth, self._most_cached = worth or Worth(), n_pages if most_cached is None else most_cached
         self._cache = PrefixCache(self.worth, block, page_bytes)
@@ -122,13 +123,17 @@ class Pages:
         for _ in range(missing):
             table.append(self._free_page())
             self._n_tables[table[-1]] = 1
+        if missing:
+            self._change(holder)
         if table:
             self._tables[holder] = table
         return True
 
     def table(self, holder: Hashable) -> tuple[int, ...]:
-        """Return a holder's pages, in the order of its positions."""
-        return tuple(self._tables.get(holder, ()))
+        """Return a holder's pages, in the order of its positions; the same tuple until they change."""
+        if holder not in self._told and holder in self._tables:
+            self._told[holder] = tuple(self._tables[holder])
+        return self._told.get(holder, ())
 
     def n_found(self, keys: Sequence[bytes]) -> int:
         """Return the number of first keys whose pages are there."""
@@ -138,6 +143,7 @@ class Pages:
         """Begin a holder's table with the pages of the first keys, up to one that is missing; return their number."""
         pages = self._cache.found(keys)
         if pages:
+            self._change(holder)
             self._tables[holder] = pages
         for page in pages:
             self._enter(page)
@@ -163,6 +169,7 @@ class Pages:
             elif page != table[i]:
                 self._leave(table[i])
                 self._enter(page)
+                self._change(holder)
                 table[i] = page
 
     def reset(self) -> None:
@@ -175,6 +182,7 @@ class Pages:
 
     def release(self, holder: Hashable) -> None:
         """Let go of a holder's pages: published ones stay cached, the others are free."""
+        self._change(holder)
         for page in reversed(self._tables.pop(holder, ())):
             self._leave(page)
 
@@ -206,6 +214,9 @@ class Pages:
         if not self.n_free:
             self.evict()
         return (self._kept or self._fresh).pop()
+
+    def _change(self, holder: Hashable) -> None:
+        self._told.pop(holder, None)
 
     def _enter(self, page: int) -> None:
         """One table more has a published page."""

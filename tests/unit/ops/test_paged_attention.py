@@ -8,7 +8,7 @@ import torch
 
 from veneer.errors import ConfigError, ShapeError
 from veneer.ops.attention import AttentionOptions
-from veneer.ops.paged_attention import PagedRows, PagedStore, SequenceRows, append, paged_attention
+from veneer.ops.paged_attention import UNIT, PagedRows, PagedStore, PageTables, SequenceRows, append, paged_attention
 
 OP = "paged_attention.attend"
 LAYER, LAYERS = 1, 3
@@ -172,3 +172,26 @@ def test_what_does_not_fit_is_refused():
         paged_attention(store, 0, q.bfloat16(), rows)
     with pytest.raises(ShapeError, match="3 query heads cannot"):
         paged_attention(store, 0, q[:, :3], rows)
+
+
+def test_a_table_that_is_the_same_tuple_is_read_once_and_a_list_each_time():
+    store = PagedStore.zeros(9, UNIT, (1, 1, 16), dtype=torch.float32)
+    tables, kept, listed = PageTables(), (3, 5, 7), [2, 4]
+    first = PagedRows.of([SequenceRows(kept, 3, 2), SequenceRows(listed, 1, 1)], store, tables)
+    read, _ = tables.of(kept)
+    listed[1] = 8
+    second = PagedRows.of([SequenceRows(listed, 2, 1), SequenceRows(kept, 5, 1)], store, tables)
+    assert tables.of(kept)[0] is read
+    assert list(first.sequences()) == [([3, 5, 7], 3, 0, 2), ([2, 4], 1, 2, 3)]
+    assert list(second.sequences()) == [([2, 8], 2, 0, 1), ([3, 5, 7], 5, 1, 2)]
+    PagedRows.of([SequenceRows(listed, 2, 1)], store, tables)
+    PagedRows.of([SequenceRows(listed, 2, 1)], store, tables)
+    assert tables.of(kept)[0] is not read  # of the last step alone
+
+
+@pytest.mark.parametrize("pages", [(3, 9), [3, 9]])
+def test_a_page_that_is_not_there_is_told_in_every_step(pages):
+    store, tables = PagedStore.zeros(9, UNIT, (1, 1, 16), dtype=torch.float32), PageTables()
+    for _ in range(2):
+        with pytest.raises(ShapeError, match=r"pages \[3, 9\] are not all among the 9"):
+            PagedRows.of([SequenceRows(pages, 3, 2)], store, tables)

@@ -289,3 +289,18 @@ def test_the_inbox_gives_everything_once_and_in_order():
     assert inbox.wait(0)
     assert [inbox.take() for _ in range(3)] == [3, 5, None]
     assert not inbox.wait(0)
+
+
+def test_a_table_is_the_same_tuple_until_it_changes():
+    pages = Pages(9, 3)
+    assert pages.table("r") == ()
+    pages.grow("r", 5)
+    first = pages.table("r")
+    assert len(first) == 2
+    pages.grow("r", 6)
+    assert pages.table("r") is first
+    pages.grow("r", 7)
+    assert pages.table("r")[:2] == first
+    assert len(pages.table("r")) == 3
+    pages.release("r")
+    assert pages.table("r") == ()

@@ -1,0 +1,321 @@
+"""Many names, a long queue, a client that asks for too much, and prompts that arrive while others are answered.
+
+    python bench/serve_many.py [--parts step fair memory gaps] [--names 10000] [--waiting 10000] [--repeats 3]
+
+Every part runs SmolLM2-135M in bfloat16, greedily, in one process, and prints its figures with their goals:
+
+step    Two engines in turns: one knows 10 adapters and has 64 requests waiting, the other ``--names`` and
+        ``--waiting``. The batch is the same. Timed is a step without the calls of C++ in it.
+fair    Clients with one request at a time, alone, and beside one that asks for fifty times as much: their first tokens.
+memory  Adapters of rank 8 on q and v are loaded under load: bytes of the process beside those that the engine counts,
+        an adapter, and the longest pause of Python's collector.
+gaps    Prompts of 2,000 tokens arrive while 16 answers are read as they grow: the gaps of these, p99 over the median,
+        and the tokens a second of all beside those of an engine that gives prompts all the time that they want.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import random
+import shutil
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from safetensors.torch import load_file, save_file
+
+from report import Rows, add_keep, ends_as_interrupted, keep, working
+from tiny_model import write_tiny
+from veneer import LLM, LoraConfig, LoRARequest, SamplingParams, get_peft_model
+from veneer.serve.pace import Pace
+from veneer.serve.sampling_params import RequestOutputKind
+from veneer.store.source import load_model
+
+STEP, PAUSE, MEMORY, FIRST, GAPS, TOKENS = 1.1, 5e-3, 16e3, 2.0, 3.0, 0.95  # the goals
+HOT, SEATS, FEW_WAIT, STREAMS, LONG = 10, 32, 64, 16, 2000
+PARTS = ("step", "fair", "memory", "gaps")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", nargs="?", default="smollm2-135m-instruct")
+    parser.add_argument("--tiny", action="store_true", help="a tiny random model: its times mean nothing")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
+    parser.add_argument("--names", type=int, default=10_000)
+    parser.add_argument("--waiting", type=int, default=10_000)
+    parser.add_argument("--steps", type=int, default=100, help="steps of each engine in a turn")
+    parser.add_argument("--adapters", type=int, default=256, help="that are loaded for their memory")
+    parser.add_argument("--prompts", type=int, default=6, help="long ones that arrive")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=2)
+    add_keep(parser)
+    args = parser.parse_args()
+    ends_as_interrupted()
+    torch.set_num_threads(args.threads)
+    parts: dict[str, Callable[[Any, str, Path], dict[str, float]]] = {
+        "step": step_times, "fair": first_tokens, "memory": memory, "gaps": gaps
+    }  # fmt: skip
+    with tempfile.TemporaryDirectory() as scratch:
+        model = write_tiny(Path(scratch) / "base") if args.tiny else args.model
+        figures: dict[str, float] = {}
+        for name in args.parts:
+            figures |= parts[name](args, model, Path(scratch))
+        keep(args.keep, figures)
+
+
+def engine_of(model: str, **options: Any) -> LLM:
+    return LLM(model, dtype="bfloat16", enable_prefix_caching=False, **options)
+
+
+def ask(llm: LLM, prompt: Sequence[int], n_tokens: int, adapter: LoRARequest | None = None, **order: Any) -> str:
+    """Submit a request whose answer is read as it grows; its id."""
+    params = SamplingParams(temperature=0, max_tokens=n_tokens, ignore_eos=True, output_kind=RequestOutputKind.DELTA)
+    asked = llm.engine.asked(None, prompt, params, adapter, **order)
+    llm.engine.submit(asked)
+    return asked.id
+
+
+def prompt_of(number: int, n: int = 32) -> list[int]:
+    return [(number * 31 + i * 7) % 200 + 1 for i in range(n)]
+
+
+def write_adapters(model: str, folder: Path, n: int, config: LoraConfig) -> list[LoRARequest]:
+    """Adapters of one config whose values differ; all but the first are written without a model."""
+    adapted = get_peft_model(load_model(model, dtype=torch.bfloat16), config)
+    adapted.save_pretrained(first := folder / "0")
+    tensors = load_file(first / "adapter_model.safetensors")
+    made = []
+    for number in range(n):
+        torch.manual_seed(number)
+        place = folder / str(number)
+        place.mkdir(exist_ok=True)
+        if number:
+            shutil.copy(first / "adapter_config.json", place)
+        save_file({k: 0.02 * torch.randn_like(x) for k, x in tensors.items()}, place / "adapter_model.safetensors")
+        made.append(LoRARequest(f"a{number}", number + 1, str(place)))
+    return made
+
+
+def step_times(args: Any, model: str, scratch: Path) -> dict[str, float]:
+    """The batch is one of the same ten adapters in both, whose requests are urgent; the rest of the queue waits."""
+    working(f"{args.names} adapters are written")
+    layer = LoraConfig(r=1, target_modules=["layers.0.self_attn.q_proj"])
+    adapters = write_adapters(model, scratch / "names", args.names, layer)
+    options = {"max_num_seqs": SEATS, "max_model_len": 256, "max_cpu_loras": HOT, "max_loras": HOT}
+    few, many = (engine_of(model, **options) for _ in range(2))
+    for llm in (few, many):
+        for adapter in adapters[:HOT]:
+            llm.llm_engine.add_lora(adapter)
+            llm.llm_engine.pin_lora(adapter.adapter_id)
+    for number in range(args.waiting):
+        working(f"{number} wait") if number % 2000 == 0 else None
+        ask(many, prompt_of(number), 8, adapters[HOT + number % (args.names - HOT)] if args.names > HOT else None)
+    loads = [Urgent(llm, adapters[:HOT]) for llm in (few, many)]
+    for load in loads:
+        load.run(30)
+    times = [list[float](), list[float]()]
+    for turn in range(args.repeats):
+        working(f"steps, turn {turn + 1} of {args.repeats}")
+        for load, found in zip(loads, times, strict=True):
+            found.append(load.run(args.steps))
+    own = [statistics.median(each) for each in times]
+    table = Rows(["10 names, 64 wait", f"{args.names} names, {args.waiting} wait"], ["ms a step beside C++"])
+    table.add("10 names, 64 wait", f"{1e3 * own[0]:.3f}")
+    table.add(f"{args.names} names, {args.waiting} wait", f"{1e3 * own[1]:.3f}")
+    print(f"ratio {own[1] / own[0]:.2f} (goal at most {STEP})\n")
+    return {"step": own[1] / own[0]}
+
+
+class Urgent:
+    """Requests for a few adapters that come before all others, so many that the batch is full and 64 of them wait."""
+
+    def __init__(self, llm: LLM, adapters: Sequence[LoRARequest]) -> None:
+        self.llm, self.adapters, self.n = llm, adapters, 0
+        self.inside = 0.0
+        native = llm.engine.runner.interpreter.native.program
+        run = native.run
+
+        def timed(*given: Any) -> None:
+            start = time.perf_counter()
+            run(*given)
+            self.inside += time.perf_counter() - start
+
+        native.run = timed
+
+    def run(self, n_steps: int) -> float:
+        """The median seconds of a step beside C++."""
+        found = []
+        for _ in range(n_steps):
+            while self.n_urgent < FEW_WAIT + SEATS:
+                ask(self.llm, prompt_of(self.n), 16, self.adapters[self.n % len(self.adapters)], priority=-1)
+                self.n += 1
+            self.llm.engine._take_all()  # messages cost as many as there are, and not what is there
+            self.inside, start = 0.0, time.perf_counter()
+            outputs = self.llm.engine.step()
+            found.append(time.perf_counter() - start - self.inside)
+            self.n_done += sum(output.finished for output in outputs)
+        return statistics.median(found)
+
+    n_done = 0
+
+    @property
+    def n_urgent(self) -> int:
+        return self.n - self.n_done
+
+
+def first_tokens(args: Any, model: str, scratch: Path) -> dict[str, float]:
+    llm = engine_of(model, max_num_seqs=SEATS, max_model_len=256)
+    found: dict[bool, list[float]] = {False: [], True: []}
+    for turn in range(args.repeats):
+        for greedy in found:
+            working(f"first tokens, turn {turn + 1} of {args.repeats}")
+            found[greedy] += clients(llm, greedy=greedy)
+    p95 = {greedy: statistics.quantiles(each, n=20)[18] for greedy, each in found.items()}
+    table = Rows(["beside one that asks for 50 times as much"], ["p50 ms", "p95 ms"])
+    for greedy, told in ((False, "alone"), (True, "beside one that asks for 50 times as much")):
+        table.add(told, f"{1e3 * statistics.median(found[greedy]):.0f}", f"{1e3 * p95[greedy]:.0f}")
+    print(f"p95 of first tokens {p95[True] / p95[False]:.2f} times alone (goal at most {FIRST})\n")
+    return {"first": p95[True] / p95[False]}
+
+
+def clients(llm: LLM, *, greedy: bool, n_clients: int = SEATS - 2, n_each: int = 3) -> list[float]:
+    """Seconds to the first token of clients that ask again when they have their answer; the greedy one has 50 requests
+    in flight for each of theirs.
+    """
+    began, owners, seconds, left = dict[str, float](), dict[str, str](), list[float](), dict[str, int]()
+
+    def send(client: str) -> None:
+        id = ask(llm, prompt_of(len(owners)), 16, client=client)
+        began[id], owners[id] = time.perf_counter(), client
+
+    for client in range(n_clients):
+        left[f"client {client}"] = n_each
+    hog = [ask(llm, prompt_of(i), 16, client="greedy") for i in range(50 if greedy else 0)]
+    for client in left:
+        send(client)
+    while any(left.values()):
+        for output in llm.engine.step():
+            id = output.request_id
+            if id in began and output.outputs[0].token_ids:
+                seconds.append(time.perf_counter() - began.pop(id))
+            if not output.finished:
+                continue
+            if id not in owners:
+                hog.append(ask(llm, prompt_of(len(hog)), 16, client="greedy"))
+            elif left[owners[id]]:
+                left[owners[id]] -= 1
+                send(owners[id]) if left[owners[id]] else None
+    llm.engine.drop([*hog, *owners])
+    return seconds
+
+
+@contextmanager
+def pauses() -> Iterator[list[float]]:
+    """The seconds of the collector's pauses inside the block."""
+    found, start = list[float](), 0.0
+
+    def told(phase: str, info: dict[str, int]) -> None:
+        nonlocal start
+        if phase == "start":
+            start = time.perf_counter()
+        else:
+            found.append(time.perf_counter() - start)
+
+    gc.callbacks.append(told)
+    try:
+        yield found
+    finally:
+        gc.callbacks.remove(told)
+
+
+def memory(args: Any, model: str, scratch: Path) -> dict[str, float]:
+    config = LoraConfig(r=8, target_modules=["q_proj", "v_proj"])
+    adapters = write_adapters(model, scratch / "resident", args.adapters, config)
+    llm, own = engine_of(model, max_num_seqs=SEATS, max_model_len=256), psutil.Process()
+    warm, adapters = adapters[:16], adapters[16:]
+    llm.generate([prompt_of(i) for i in range(16)], SamplingParams(max_tokens=2), lora_request=warm, use_tqdm=False)
+    llm.engine.collector.start()
+    pages, before = llm.engine.scheduler.pages, own.memory_info().rss
+    lent = pages.n_lent
+    with pauses() as found:
+        for adapter in adapters:
+            ask(llm, prompt_of(adapter.adapter_id), 4, adapter)
+        while llm.engine.has_work or llm.engine.scheduler.has_work:
+            if not llm.engine.has_work:
+                llm.engine.wait()
+            llm.engine.step()
+    llm.engine.collector.stop()
+    more = (own.memory_info().rss - before - (pages.n_lent - lent)) / len(adapters)
+    table = Rows(["memory beside its bytes, kB an adapter"], ["here", "goal"])
+    table.add("memory beside its bytes, kB an adapter", f"{1e-3 * more:.1f}", f"{1e-3 * MEMORY:.0f}")
+    table.add("longest pause of the collector, ms", f"{1e3 * max(found, default=0.0):.1f}", f"{1e3 * PAUSE:.0f}")
+    print()
+    return {"memory": more, "pause": max(found, default=0.0)}
+
+
+def gaps(args: Any, model: str, scratch: Path) -> dict[str, float]:
+    long = 300 if args.tiny else LONG
+    llm = engine_of(model, max_num_seqs=SEATS, max_model_len=512 if args.tiny else 2048)
+    found = {False: list[tuple[list[float], float]](), True: list[tuple[list[float], float]]()}
+    for turn in range(args.repeats):
+        for paced in found:
+            working(f"long prompts, turn {turn + 1} of {args.repeats}")
+            llm.engine.scheduler.pace = Pace() if paced else Pace(stretch=1e9)
+            found[paced].append(streams(llm, args.prompts, long))
+    table = Rows(["a step takes as long as it wants"], ["p50 ms", "p99 ms", "p99/p50", "tok/s"])
+    ratios, rates = {}, {}
+    for paced, told in ((False, "a step takes as long as it wants"), (True, "a step keeps its pace")):
+        all_gaps = [gap for each, _ in found[paced] for gap in each]
+        p50, p99 = statistics.median(all_gaps), statistics.quantiles(all_gaps, n=100)[98]
+        ratios[paced], rates[paced] = p99 / p50, statistics.median(rate for _, rate in found[paced])
+        table.add(told, f"{1e3 * p50:.0f}", f"{1e3 * p99:.0f}", f"{ratios[paced]:.1f}", f"{rates[paced]:.0f}")
+    share = rates[True] / rates[False]
+    print(
+        f"p99 {ratios[True]:.1f} times the median (goal at most {GAPS}), at {share:.2f} of the tokens (goal {TOKENS})\n"
+    )
+    return {"gaps": ratios[True], "tokens": share}
+
+
+def streams(llm: LLM, n_prompts: int, n_long: int) -> tuple[list[float], float]:
+    """The gaps of 16 answers, which others replace when they end, while long prompts arrive, each of which draws four
+    tokens; and all tokens, read and drawn, a second.
+    """
+    draw, n_each, last, found = random.Random(0), 48, dict[str, float](), list[float]()
+    long, flying, n_tokens, n_asked = set[str](), set[str](), 0, 0
+    start = time.perf_counter()
+    arrivals = sorted(draw.randrange(8, 24 * n_prompts) for _ in range(n_prompts))
+    number = 0
+    while arrivals or long:
+        while len(flying) < STREAMS:
+            flying.add(ask(llm, prompt_of(n_asked), n_each))
+            n_asked, n_tokens = n_asked + 1, n_tokens + 32
+        while arrivals and arrivals[0] <= number:
+            arrivals.pop(0)
+            long.add(ask(llm, prompt_of(1000 + n_asked + number, n_long), 4, client="long"))
+            n_tokens += n_long
+        number += 1
+        outputs = llm.engine.step()
+        now = time.perf_counter()
+        for output in outputs:
+            id, n = output.request_id, len(output.outputs[0].token_ids)
+            n_tokens += n
+            if id in flying and n:
+                if id in last:
+                    found.append(now - last[id])
+                last[id] = now
+            if output.finished:
+                flying.discard(id), long.discard(id)
+    seconds = time.perf_counter() - start
+    llm.engine.drop(list(flying))
+    return found, n_tokens / seconds
+
+
+if __name__ == "__main__":
+    main()
