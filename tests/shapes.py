@@ -41,8 +41,8 @@ def _checked_function(function: FunctionType) -> Callable[..., Any]:
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
         __tracebackhide__ = True
-        if jaxtyping.config.jaxtyping_disable:
-            return function(*args, **kwargs)
+        if jaxtyping.config.jaxtyping_disable or sys.modules["veneer.ops.traced"].is_tracing():
+            return function(*args, **kwargs)  # a traced step goes the ways of a real one, which is checked
         with jaxtyping.jaxtyped("context"):
             return typed()(*args, **kwargs)
 

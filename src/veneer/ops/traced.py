@@ -15,10 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
-from torch.utils._pytree import tree_map
 
 Called = Callable[[str, tuple[Any, ...]], None]
 """Told of a kernel that was not run, or of what else was not done: its name, and its arguments."""
+
+DEVICE = torch.ops.prim.device.default
+"""Half of what a traced step asks of the dispatcher. Modes answer by ``args[0].place``, and pass nothing on."""
 
 _META = torch.device("meta")
 _aten = torch.ops.aten
@@ -60,32 +62,39 @@ class Traced(Tensor):
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         """The op on the meta device. What is written into a real tensor leaves it as it was."""
-        if func is torch.ops.prim.device.default:
+        if func is DEVICE:
             return args[0].place
         if func is _aten._local_scalar_dense.default and args[0].dtype == torch.bool:
             return True  # checks, such as that all values are finite, pass
-        given: dict[int, tuple[Tensor, Tensor]] = {}
-        place = torch.device("cpu")
-
-        def bare(x: Any) -> Any:
-            nonlocal place
-            if isinstance(x, torch.device):
-                return _META
-            if not isinstance(x, Tensor):
-                return x
-            if isinstance(x, Traced):
-                place = x.place
-            plain = x.bare if isinstance(x, Traced) else x.to(_META)
-            given[id(plain)] = plain, x
-            return plain
-
-        def dressed(y: Any) -> Any:
-            if not isinstance(y, Tensor):
-                return y
-            return given[id(y)][1] if id(y) in given else Traced(y, place)
-
+        op = _Op()
+        named = {name: op.bare(value) for name, value in kwargs.items()} if kwargs else {}
         run = _grouped_mm if func is _aten._grouped_mm.default else func
-        return tree_map(dressed, run(*tree_map(bare, args), **tree_map(bare, kwargs or {})))
+        return op.dressed(run(*map(op.bare, args), **named))
+
+
+class _Op:
+    """Tensors of one call, with and without their values' place."""
+
+    def __init__(self) -> None:
+        self.given: dict[int, tuple[Tensor, Tensor]] = {}
+        self.place = torch.device("cpu")
+
+    def bare(self, x: Any) -> Any:
+        if isinstance(x, Traced):
+            self.place, plain = x.place, x.bare
+        elif isinstance(x, Tensor):
+            plain = x.to(_META)
+        elif isinstance(x, torch.device):
+            return _META
+        else:
+            return [self.bare(each) for each in x] if isinstance(x, list | tuple) else x
+        self.given[id(plain)] = plain, x
+        return plain
+
+    def dressed(self, y: Any) -> Any:
+        if isinstance(y, Tensor):
+            return self.given[id(y)][1] if id(y) in self.given else Traced(y, self.place)
+        return type(y)(map(self.dressed, y)) if isinstance(y, list | tuple) else y
 
 
 def _grouped_mm(a: Tensor, b: Tensor, offs: Tensor | None = None, *_: Any, **__: Any) -> Tensor:
@@ -98,19 +107,30 @@ def _grouped_mm(a: Tensor, b: Tensor, offs: Tensor | None = None, *_: Any, **__:
     return a.new_empty((*groups, n_rows, width))[..., :n_columns]
 
 
-class _Factories(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class SilentMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Mode that changes nothing that a step computes: `is_watched` does not count it.
+
+    Nothing compiles it, so that it goes without torch's guard against that, a quarter of its time.
+    """
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False
+
+
+class _Factories(SilentMode):
     """Makes the tensors traced that a step makes from nothing, but for whole numbers, booleans and single numbers."""
 
-    is_silent = True
-
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is DEVICE:
+            return args[0].place
         kwargs = kwargs or {}
-        dtype = kwargs.get("dtype") or torch.get_default_dtype()
-        narrow = dtype in (torch.uint8, torch.int8)
-        given = kwargs.get("device")
-        wanted = given is None or torch.device(given).type != "meta"
-        if wanted and func in _FACTORIES and args[0] and (dtype.is_floating_point or narrow):
-            return Traced(func(*args, **{**kwargs, "device": _META}), torch.device("cpu"))
+        if func in _FACTORIES and args[0]:
+            dtype = kwargs.get("dtype") or torch.get_default_dtype()
+            given = kwargs.get("device")
+            wanted = given is None or torch.device(given).type != "meta"
+            if wanted and (dtype.is_floating_point or dtype in (torch.uint8, torch.int8)):
+                return Traced(func(*args, **{**kwargs, "device": _META}), torch.device("cpu"))
         return func(*args, **kwargs)
 
 
@@ -122,7 +142,7 @@ def tracing(tell: Called = lambda name, arguments: None, isa: str | None = None)
     """
     tokens = _TELL.set(tell), _ISA.set(isa)
     try:
-        with _Factories():  # type: ignore[no-untyped-call]
+        with _Factories():
             yield
     finally:
         _TELL.reset(tokens[0])
@@ -170,8 +190,5 @@ class _Silent:
 
 
 def is_watched() -> bool:
-    """Return True if a mode on torch's dispatcher keeps outputs of ops, as selective checkpointing does.
-
-    Modes that only count set ``is_silent``.
-    """
-    return any(not getattr(mode, "is_silent", False) for mode in _get_current_dispatch_mode_stack())
+    """Return True if a mode on torch's dispatcher keeps outputs of ops, as selective checkpointing does."""
+    return any(not isinstance(mode, SilentMode) for mode in _get_current_dispatch_mode_stack())

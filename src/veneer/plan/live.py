@@ -10,8 +10,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
+
+from veneer.ops.traced import DEVICE, SilentMode
 
 
 class Event(NamedTuple):
@@ -22,17 +23,15 @@ class Event(NamedTuple):
     mark: str
 
 
-class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class LiveBytes(SilentMode):
     """Context that records every allocation and release of a storage; `mark` names the part of the step that begins.
 
     Earlier storages are passed to `hold`, with their kind. Tensors that autograd's hooks pack into files are not alive.
     Scratch memory within a kernel is not seen.
     """
 
-    is_silent = True
-
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.events: list[Event] = []
         self.kinds: dict[int, str] = {}
         self._mark = "load"
@@ -48,8 +47,10 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.kinds.setdefault(self._numbers[_storage_of(tensor)._cdata], kind)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        for tensor in tree_iter(out):
+        if func is DEVICE:
+            return args[0].place
+        out = func(*args, **kwargs) if kwargs else func(*args)
+        for tensor in (out,) if isinstance(out, Tensor) else tree_iter(out):
             if isinstance(tensor, Tensor):
                 self._see(tensor)
         return out

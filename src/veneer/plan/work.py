@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -11,10 +12,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from veneer.ops.cpu.module import DTYPES
+from veneer.ops.traced import DEVICE, SilentMode
 
 _aten = torch.ops.aten
 _PRODUCTS = {_aten.mm.default: 0, _aten.bmm.default: 0, _aten.addmm.default: 1, _aten.baddbmm.default: 1}
@@ -109,7 +110,7 @@ class Work:
         )
 
 
-class CountWork(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class CountWork(SilentMode):
     """Context that counts while ``on``: ``passes`` over the micro-batches of a step, one by one, and the ``update``.
 
     Kernels that are not run are reported to `kernel`. ``watched``: selective checkpointing intercepts each op now, and
@@ -117,10 +118,8 @@ class CountWork(TorchDispatchMode):  # type: ignore[no-untyped-call]
     `mark` reads it from ``general_blocks``, by number, and from ``general_outside`` elsewhere.
     """
 
-    is_silent = True
-
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.passes, self.update, self.on = [Work()], Work(), False
         self._now = self.passes[0]
         self.watched, self.updating, self.general = False, False, False
@@ -179,15 +178,15 @@ class CountWork(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._now.attention += (4 if name.endswith("forward") else 10) * seen * heads * head_dim
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is DEVICE:  # a traced tensor's; a real one answers without the dispatcher
+            return args[0].place
         out = func(*args, **(kwargs or {}))
         if self.on:
             self._count(func, args, out)
         return out
 
     def _count(self, func: Any, args: Any, out: Any) -> None:
-        name = func.name().removeprefix("aten::").split(".")[0]
-        if name.startswith("prim::"):
-            return  # a traced tensor is asked for its device; a real one answers without the dispatcher
+        name = _name_of(func)
         self._calls()
         self._now.n_watched += 2 * self.watched
         if func in _PRODUCTS:
@@ -222,10 +221,16 @@ class CountWork(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._now.moved += n_bytes
 
 
+@functools.cache
+def _name_of(func: Any) -> str:
+    return str(func.name().removeprefix("aten::").split(".")[0])
+
+
 def _plus(counts: Counter[Any], others: Counter[Any], times: float) -> Counter[Any]:
     return Counter({key: counts[key] + times * others[key] for key in counts.keys() | others.keys()})
 
 
 def _bytes(tensors: Any) -> int:
-    found: Mapping[int, Tensor] = {id(t): t for t in tree_iter(tensors) if isinstance(t, Tensor)}
+    flat = (tensors,) if isinstance(tensors, Tensor) else tree_iter(tensors)
+    found: Mapping[int, Tensor] = {id(t): t for t in flat if isinstance(t, Tensor)}
     return sum(t.numel() * t.element_size() for t in found.values())
