@@ -41,8 +41,8 @@ def _checked_function(function: FunctionType) -> Callable[..., Any]:
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
         __tracebackhide__ = True
-        if jaxtyping.config.jaxtyping_disable or sys.modules["veneer.ops.traced"].is_tracing():
-            return function(*args, **kwargs)  # a traced step goes the ways of a real one, which is checked
+        if jaxtyping.config.jaxtyping_disable or _is_tracing():
+            return function(*args, **kwargs)
         with jaxtyping.jaxtyped("context"):
             return typed()(*args, **kwargs)
 
@@ -51,6 +51,12 @@ def _checked_function(function: FunctionType) -> Callable[..., Any]:
         return CHECK(_with_hints(function))
 
     return call
+
+
+def _is_tracing() -> bool:
+    """Return True in a traced step, which goes the ways of a real one: there they are checked."""
+    traced = sys.modules.get("veneer.ops.traced")
+    return traced is not None and traced.is_tracing()
 
 
 def _with_hints(function: FunctionType) -> FunctionType:
