@@ -118,7 +118,7 @@ class SilentMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return False
 
 
-class _Factories(SilentMode):
+class _Factories(SilentMode):  # type: ignore[no-untyped-call]
     """Makes the tensors traced that a step makes from nothing, but for whole numbers, booleans and single numbers."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -142,7 +142,7 @@ def tracing(tell: Called = lambda name, arguments: None, isa: str | None = None)
     """
     tokens = _TELL.set(tell), _ISA.set(isa)
     try:
-        with _Factories():
+        with _Factories():  # type: ignore[no-untyped-call]
             yield
     finally:
         _TELL.reset(tokens[0])

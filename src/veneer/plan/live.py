@@ -23,7 +23,7 @@ class Event(NamedTuple):
     mark: str
 
 
-class LiveBytes(SilentMode):
+class LiveBytes(SilentMode):  # type: ignore[no-untyped-call]
     """Context that records every allocation and release of a storage; `mark` names the part of the step that begins.
 
     Earlier storages are passed to `hold`, with their kind. Tensors that autograd's hooks pack into files are not alive.
@@ -31,7 +31,7 @@ class LiveBytes(SilentMode):
     """
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.events: list[Event] = []
         self.kinds: dict[int, str] = {}
         self._mark = "load"

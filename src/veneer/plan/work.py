@@ -110,7 +110,7 @@ class Work:
         )
 
 
-class CountWork(SilentMode):
+class CountWork(SilentMode):  # type: ignore[no-untyped-call]
     """Context that counts while ``on``: ``passes`` over the micro-batches of a step, one by one, and the ``update``.
 
     Kernels that are not run are reported to `kernel`. ``watched``: selective checkpointing intercepts each op now, and
@@ -119,7 +119,7 @@ class CountWork(SilentMode):
     """
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.passes, self.update, self.on = [Work()], Work(), False
         self._now = self.passes[0]
         self.watched, self.updating, self.general = False, False, False
@@ -194,10 +194,12 @@ class CountWork(SilentMode):
             batch = a.shape[0] if a.ndim == 3 else 1
             dtype = str(a.dtype).removeprefix("torch.")
             self._now.products[Product(a.shape[-2], a.shape[-1], b.shape[-1], dtype, batch)] += 1
-        elif name.startswith("veneer::product_"):  # with codes, where checkpointing watches the dispatcher
+        elif name.startswith("veneer::"):  # of a base, where checkpointing watches the dispatcher
             x, n = args[0], out.shape[-1]
-            self._now.products[Product(x.numel() // x.shape[-1], x.shape[-1], n, "bfloat16")] += 1
-            self._now.decoded += x.shape[-1] * n
+            is_coded = name != "veneer::multiply_dense"
+            dtype = "bfloat16" if is_coded else "float32"  # a dense weight is multiplied there if it is widened
+            self._now.products[Product(x.numel() // x.shape[-1], x.shape[-1], n, dtype)] += 1
+            self._now.decoded += is_coded * x.shape[-1] * n
         elif name.startswith("_scaled_dot_product"):
             q = args[1] if "backward" in name else args[0]
             b, h, t, d = q.shape
