@@ -134,6 +134,8 @@ inline lanes rounded<bf16>(lanes x) {  // of finite values
 
 struct FourBits {  // sixteen inputs of as many outputs as a register holds
   static constexpr int64_t group_bytes = 8;  // of one output
+  static constexpr int together = 8;         // pairs whose code is written out: here shifts become constants
+  static constexpr bool is_whole = true;     // each row of W is a number of groups
   bit_lanes even, odd;
 
   void load(const char* codes, int64_t, int64_t output) {
@@ -160,6 +162,8 @@ struct FourBits {  // sixteen inputs of as many outputs as a register holds
 
 struct EightBits {
   static constexpr int64_t group_bytes = 16;
+  static constexpr int together = 2;  // more is slower, and takes a compiler longer
+  static constexpr bool is_whole = false;
   const char* codes;
   int64_t apart;
 
@@ -214,9 +218,11 @@ struct CodedProduct {
                 sums[r][s] = multiply_add(splat(from[r * apart + k + 2 * j + 1]), rounded<W>(second), sums[r][s]);
           }
         };
-        if (depth - k >= group) {
+        if (Codes::is_whole || depth - k >= group) {
+          for (int j = 0; j < 8; j += Codes::together) {
 #pragma GCC unroll 8
-          for (int j = 0; j < 8; ++j) pair(j, group);
+            for (int next = 0; next < Codes::together; ++next) pair(j + next, group);
+          }
         } else {
           for (int j = 0; 2 * j < depth - k; ++j) pair(j, depth - k);
         }
