@@ -197,6 +197,11 @@ def test_a_mixed_batch_has_the_gradients_of_its_rows(config):
         close(actual, expected)
 
 
+def loss_of(y: torch.Tensor) -> torch.Tensor:
+    """A loss that also changes if outputs are only rotated."""
+    return (y + 1).square().sum()
+
+
 @every_place
 @with_and_without_bias
 def test_every_parameter_is_trained(config, place, has_bias):
@@ -204,7 +209,7 @@ def test_every_parameter_is_trained(config, place, has_bias):
     params = trained(config, site)
     leaves = leaves_of(config, site, params)
     y = apply_linear(config.lower(site, params), inputs(TOKENS, IN), weight_of(site), site.bias)
-    for leaf, gradient in zip(leaves, torch.autograd.grad(y.square().sum(), leaves), strict=True):
+    for leaf, gradient in zip(leaves, torch.autograd.grad(loss_of(y), leaves), strict=True):
         assert gradient.abs().min() > 0, leaf.shape
 
 
@@ -301,7 +306,7 @@ def test_training_under_autocast_is_near_that_in_float32(config, trains_weight):
         with torch.autocast("cpu", torch.bfloat16, enabled=narrow):
             y = model(x)
         assert y.dtype == (torch.bfloat16 if narrow else torch.float32)
-        found.append([y.float(), *torch.autograd.grad(y.float().square().sum(), leaves)])
+        found.append([y.float(), *torch.autograd.grad(loss_of(y.float()), leaves)])
     for near, exact in zip(*found, strict=True):
         assert near.isfinite().all()
         assert (near - exact).norm() < 0.05 * exact.norm()

@@ -106,7 +106,7 @@ def test_peft_computes_the_same_from_what_is_saved(base, config, peft_error, tmp
     model.save_pretrained(tmp_path)
     try:
         theirs = peft.PeftModel.from_pretrained(make_base(base), tmp_path, autocast_adapter_dtype=False).eval()
-    except TypeError as error:
+    except (TypeError, ValueError) as error:
         if "Conv1D" not in str(error):
             raise
         pytest.skip(f"PEFT's {config.peft_type} does not adapt the layers of GPT-2")
