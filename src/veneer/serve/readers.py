@@ -17,6 +17,7 @@ from veneer.serve.prompts import PromptReader
 
 _LOG = logging.getLogger(__name__)
 _KEPT = 64  # readers; adapters of equal files share one
+_FOLDERS = 1 << 16  # whose files are remembered, about half a kilobyte each
 _Stamps = tuple[tuple[int, ...] | None, ...]
 
 
@@ -47,7 +48,8 @@ class Readers:
             return self.base
         known = self._keys.get(folder)
         if known is None or known[0] != stamps:
-            known = self._keys[folder] = (stamps, _digest(folder))
+            known = (stamps, _digest(folder))
+            self._remember(folder, known)
         return self._kept(known[1]) or self._added(folder, *known)
 
     def _kept(self, key: str) -> PromptReader | None:
@@ -62,12 +64,18 @@ class Readers:
         made = self._read(folder)
         if made.no_chat:
             key = f"{key.partition(' ')[0]} {folder}"
-            self._keys[folder] = (stamps, key)
+            self._remember(folder, (stamps, key))
         with self._lock:
             reader = self._readers.setdefault(key, made)
             if len(self._readers) > _KEPT:
                 del self._readers[next(iter(self._readers))]
             return reader
+
+    def _remember(self, folder: Path, known: tuple[_Stamps, str]) -> None:
+        with self._lock:
+            self._keys[folder] = known
+            if len(self._keys) > _FOLDERS:
+                del self._keys[next(iter(self._keys))]
 
     def _folder(self, path: str) -> Path:
         if Path(path).is_dir():

@@ -123,16 +123,24 @@ def test_priority_comes_before_what_a_client_received_and_arrival_last():
     assert load.admitted[1:] == [urgent, names[1], names[3], names[2], names[0], late]
 
 
-def test_the_newest_of_the_client_that_received_most_gives_way_and_never_the_oldest():
-    load = Load(scheduler(n_pages=7, max_batched_tokens=30))
-    much = load.add("much", 4, 9)
-    little = [load.add("little", 2, 8)]
-    more = load.add("much", 4, 9)
-    little.append(load.add("little", 2, 8))
-    while all(request.status is Status.RUNNING or not request.output for request in (much, *little, more)):
+def test_the_newest_of_the_client_that_received_most_gives_way():
+    load = Load(scheduler(n_pages=8, max_batched_tokens=30))
+    much = [load.add("much", 4, 12) for _ in range(2)]
+    load.step(), load.step()
+    little = [load.add("little", 2, 12) for _ in range(2)]
+    while not any(request.n_preempted for request in (*much, *little)):
         load.step()
-    assert more.n_preempted == 1
-    assert [request.n_preempted for request in (much, *little)] == [0, 0, 0]
+    assert [request.n_preempted for request in (*much, *little)] == [0, 1, 0, 0]
+
+
+def test_the_least_urgent_gives_way_but_never_the_oldest():
+    load = Load(scheduler(n_pages=8, max_batched_tokens=30))
+    requests = [load.add("x", 4, 12, None, 5)]
+    load.step()
+    requests += [load.add("x", 4, 12, None, priority) for priority in (2, 3, 1)]
+    while not any(request.n_preempted for request in requests):
+        load.step()
+    assert [request.n_preempted for request in requests] == [0, 0, 1, 0]
 
 
 def test_a_cold_client_keeps_its_counter():

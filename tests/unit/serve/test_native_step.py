@@ -21,9 +21,10 @@ from veneer.ops.norm import rms_norm_forward
 from veneer.ops.packed import PackedWeight, over_rows
 from veneer.ops.packed_codes import PackedCodes
 from veneer.serve.bound import LogitsOf
-from veneer.serve.effects import Lookup, read_effects
+from veneer.serve.effects import Effects, Lookup, read_effects
 from veneer.serve.interpreter import Interpreter
 from veneer.serve.kv_cache import make_cache
+from veneer.serve.native import NativeStep
 from veneer.serve.native import Stretch as NativeStretch
 from veneer.serve.program import STREAM
 from veneer.serve.program_runner import proved
@@ -405,3 +406,14 @@ def test_ids_and_positions_that_are_not_there(wrong):
     step.positions[1] = 100 if wrong == "all" else wrong
     with pytest.raises(IndexError, match="beyond those of the program"):
         interpreter.run(step, torch.tensor([5, 7]))
+
+
+def test_a_version_gets_the_least_number_that_is_free():
+    native = NativeStep(16, torch.float32, {})
+    for version in "abcd":
+        native.take(version, Effects(), {})
+    for version in "ca":
+        native.drop(version)
+    for version in "ef":
+        native.take(version, Effects(), {})
+    assert native.numbers == {"b": 1, "d": 3, "e": 0, "f": 2}

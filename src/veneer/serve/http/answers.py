@@ -9,6 +9,7 @@ import uuid
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import AbstractContextManager, aclosing
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from fastapi import Request
@@ -57,8 +58,11 @@ class Answering:
 
     def index(self, output: RequestOutput, answer: CompletionOutput) -> int:
         """Return the index of an answer among the choices, which are in the order of the prompts."""
-        place = next(i for i, asked in enumerate(self.asked) if asked.id == output.request_id)
-        return place * self.asked[0].params.n + answer.index
+        return self._places[output.request_id] * self.asked[0].params.n + answer.index
+
+    @cached_property
+    def _places(self) -> dict[str, int]:
+        return {asked.id: place for place, asked in enumerate(self.asked)}
 
     def usage(self, n_answered: int, n_cached: int) -> dict[str, Any]:
         """Return the numbers of tokens read, among them those found in the prefix cache, and written."""

@@ -1,0 +1,59 @@
+"""What is remembered of files and places: within bounds, those that were used last."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from veneer import LoraConfig, LoRARequest
+from veneer.serve import effects, readers, versions
+from veneer.serve.effects import Lookup
+from veneer.serve.prompts import PromptReader
+from veneer.serve.readers import Readers
+from veneer.serve.versions import Versions
+
+from .conftest import byte_tokenizer, make_model
+
+
+@pytest.fixture
+def folders(adapters, tmp_path) -> list[Path]:
+    made = []
+    for number in range(3):
+        made.append(Path(shutil.copytree(adapters["lora"].path, tmp_path / str(number))))
+        config = made[-1] / "adapter_config.json"
+        config.write_text(json.dumps(json.loads(config.read_text()) | {"lora_alpha": 5 + number}))
+    return made
+
+
+def test_the_versions_of_the_folders_asked_for_last_are_remembered(folders, monkeypatch):
+    read, own = list[Path](), versions.read_config
+    monkeypatch.setattr(versions, "_KEPT", 2)
+    monkeypatch.setattr(versions, "read_config", lambda folder: read.append(folder) or own(folder))
+    found = Versions()
+    for number in (0, 1, 0, 2, 0, 1):
+        found.of(LoRARequest("x", 1, str(folders[number])))
+    assert [folder.name for folder in read] == ["0", "1", "2", "1"]
+
+
+def test_the_places_of_the_configs_used_last_are_remembered(monkeypatch):
+    planned, own = list[int](), effects.plan_of
+    monkeypatch.setattr(effects, "_KEPT", 2)
+    monkeypatch.setattr(
+        effects, "plan_of", lambda snapshot, config, **how: planned.append(config.r) or own(snapshot, config, **how)
+    )
+    lookup = Lookup(make_model("llama"))
+    for rank in (2, 3, 2, 5, 2, 3):
+        lookup.of(LoraConfig(r=rank, target_modules=["q_proj"]))
+    assert planned == [2, 3, 5, 3]
+
+
+def test_the_tokenizers_of_few_folders_are_remembered(folders, monkeypatch):
+    monkeypatch.setattr(readers, "_FOLDERS", 2)
+    found = Readers(PromptReader(byte_tokenizer(), 99))
+    for folder in folders:
+        byte_tokenizer().save_pretrained(folder)
+        found.of(LoRARequest("x", 1, str(folder)))
+    assert list(found._keys) == folders[1:]
