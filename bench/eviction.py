@@ -1,12 +1,12 @@
 """What goes out of the memory of serving: worth against least recently used, on simulated requests.
 
-    python bench/eviction.py [--requests 20000] [--gib 1.0]
+    python bench/eviction.py [--requests 6000] [--gib 1.0] [--token-ms 2.0]
 
 Requests name the base or one of 500 adapters by Zipf's law. Each begins with one of the headers of its adapter, of 8 to
 96 pages, and goes on with 2 to 16 pages of its own. Keys, values and adapters share one budget. Pages, adapters and
-what goes out are those of the engine (`Pages`, `AdapterPool`); computing and loading are seconds that are added up, of
-SmolLM2-135M on two cores: 2 ms for a token, 5 ms and 4 ns a byte for an adapter. In the second half of a trace that
-drifts, other adapters and headers are popular. No model is needed, and the result is the same on every machine.
+what goes out are those of the engine (`Pages`, `AdapterPool`). Computing and loading are seconds that are added up, of
+SmolLM2-135M on two cores: 2 ms for a token (--token-ms), 5 ms and 4 ns a byte for an adapter. In the second half of a
+trace that drifts, other adapters and headers are popular. The result is the same on every machine.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from veneer.serve.pages import Pages
 from veneer.serve.prefix_cache import key_of, root_of
 from veneer.serve.worth import Worth
 
-BLOCK, PAGE_BYTES, TOKEN_SECONDS = 16, 368_640, 2e-3
+BLOCK, PAGE_BYTES = 16, 368_640
 N_ADAPTERS, N_HEADERS = 500, 3  # the base has as many headers as ten adapters
 
 
 class Recency(Worth):
     """Least recently used: what is used now is worth more than all before."""
 
-    def __init__(self) -> None:
-        super().__init__(TOKEN_SECONDS)
+    def __init__(self, token_seconds: float) -> None:
+        super().__init__(token_seconds)
         self._clock = itertools.count(1)
 
     def of(self, n_uses: int, seconds: float, n_bytes: int) -> float:
@@ -126,21 +126,22 @@ def read(pages: Pages, pool: AdapterPool, request: Request, who: tuple[int, str 
     cost.n_requests += 1
     cost.n_tokens += len(keys) * BLOCK
     cost.n_read += n_read
-    cost.seconds += n_read * TOKEN_SECONDS
+    cost.seconds += n_read * pages.worth.token_seconds
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--requests", type=int, default=20_000)
+    parser.add_argument("--requests", type=int, default=6000)
     parser.add_argument("--gib", type=float, default=1.0)
+    parser.add_argument("--token-ms", type=float, default=2.0)
     args = parser.parse_args()
-    policies = {"least recently used": Recency, "worth": lambda: Worth(TOKEN_SECONDS)}
+    policies = {"least recently used": Recency, "worth": Worth}
     traces = {f"Zipf {a}{', drifting' * d}": (a, bool(d)) for a in (0.8, 1.0, 1.2) for d in (0, 1)}
     rows = Rows((f"{t}, {p}" for t in traces for p in policies), ["tokens read", "loads", "s/request", "of LRU"])
     for title, (exponent, drifts) in traces.items():
         requests, first = list(trace(args.requests, exponent, drifts)), None
         for policy, make in policies.items():
-            cost = run(requests, make(), int(args.gib * 2**30))
+            cost = run(requests, make(1e-3 * args.token_ms), int(args.gib * 2**30))
             first = first or cost.seconds
             told = (f"{cost.n_read / cost.n_tokens:.1%}", f"{cost.n_loads / cost.n_requests:.3f}")
             rows.add(
