@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Sequence
 
 from veneer.errors import ConfigError
-from veneer.serve.prefix_cache import PrefixCache
+from veneer.serve.prefix_cache import PrefixCache, Tail
 from veneer.serve.worth import Worth
 
 
@@ -180,11 +180,36 @@ class Pages:
         """Let the cached page of the least worth go out; it is free then."""
         self._kept.append(self._cache.evict())
 
-    def release(self, holder: Hashable) -> None:
-        """Let go of a holder's pages: published ones stay cached, the others are free."""
+    def take_tail(self, holder: Hashable, wanted: Tail) -> int:
+        """Give a holder the page behind its full ones in which its sequence was continued, to write on in it.
+
+        Returns the number of positions that are as wanted, in part at least; 0 if there is no such page.
+        """
+        found = self._cache.take_tail(wanted)
+        if found is None:
+            return 0
+        page, n = found
+        self._tables.setdefault(holder, []).append(page)
+        self._n_tables[page] = 1
         self._change(holder)
-        for page in reversed(self._tables.pop(holder, ())):
+        return n
+
+    def release(self, holder: Hashable, tail: Tail | None = None) -> None:
+        """Let go of a holder's pages: published ones stay cached, and so does the ``tail``; the others are free.
+
+        A tail behind a page that is not published, as after `reset`, is not kept.
+        """
+        self._change(holder)
+        table = self._tables.pop(holder, [])
+        if tail is not None and (not tail.n_full or self._cache.page(tail.parent) == table[tail.n_full - 1]):
+            page = table.pop(tail.n_full)
+            del self._n_tables[page]
+            replaced = self._cache.keep_tail(tail, page)
+            self._kept += [] if replaced is None else [replaced]
+        for page in reversed(table):
             self._leave(page)
+        while self.n_cached > self._most_cached:
+            self.evict()
 
     def lend(self, n_bytes: int) -> bool:
         """Lend bytes to others, taking the memory of free pages, and then of cached ones, if needed.
@@ -232,7 +257,5 @@ class Pages:
         del self._n_tables[page]
         if page in self._cache:
             self._cache.idle(page)
-            if self.n_cached > self._most_cached:
-                self.evict()
         else:
             self._kept.append(page)

@@ -13,6 +13,7 @@ import itertools
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from veneer.errors import ConfigError
 from veneer.serve.worth import Worth
@@ -40,11 +41,39 @@ def key_of(parent: bytes, tokens: Sequence[int]) -> bytes:
     return hashlib.sha256(parent + array("q", tokens).tobytes()).digest()
 
 
+class Tail(NamedTuple):
+    """End of a sequence in the page behind its ``n_full`` full ones: virtual tokens first, if any, and then ``tokens``.
+
+    ``parent`` is the key of the last full page, or the root if there is none.
+    """
+
+    parent: bytes
+    n_full: int
+    n_virtual: int
+    tokens: tuple[int, ...]
+
+    @property
+    def key(self) -> bytes:
+        """Key of the one tail that is kept behind a block."""
+        return hashlib.sha256(self.parent + b"tail").digest()
+
+    @property
+    def n_positions(self) -> int:
+        """Number of positions in the page."""
+        return self.n_virtual + len(self.tokens)
+
+    def n_common(self, other: Tail) -> int:
+        """Return the number of first positions that are equal in another tail behind the same block."""
+        differing = (i for i, (own, its) in enumerate(zip(self.tokens, other.tokens, strict=False)) if own != its)
+        return self.n_virtual + next(differing, min(len(self.tokens), len(other.tokens)))
+
+
 @dataclass(eq=False, slots=True)
 class _Block:
     key: bytes
     page: int
     parent: _Block | None
+    tail: Tail | None = None
     n_children: int = 0
     n_uses: int = 1
     worth: float = 0.0
@@ -58,6 +87,7 @@ class PrefixCache:
     - A key has one page, and a page at most one key.
     - A block's parent is in the cache.
     - A block without holders goes out before its parent, and none with holders goes out.
+    - At most one tail is kept behind a block. Nobody holds it: who continues it takes it out, and writes on in it.
     """
 
     def __init__(self, worth: Worth, block: int, page_bytes: int) -> None:
@@ -116,8 +146,33 @@ class PrefixCache:
     def evict(self) -> int:
         """Drop the block of the least worth that nobody holds; return its page."""
         self.least()
-        worth, _, block = heapq.heappop(self._leaves)
+        worth, _, block = self._leaves[0]
         self._worth.went(worth)
+        return self._drop(block)
+
+    def keep_tail(self, tail: Tail, page: int) -> int | None:
+        """Keep a page that is filled in part behind a block that is in the cache; return the page that it replaces."""
+        before = self._blocks.get(tail.key)
+        replaced = None if before is None else self._drop(before)
+        self.add(tail.key, page, tail.parent if tail.n_full else None)
+        self._of_page[page].tail = tail
+        self.idle(page)
+        return replaced
+
+    def take_tail(self, wanted: Tail) -> tuple[int, int] | None:
+        """Take out the tail behind a block; return its page, and how many positions there are as wanted, if any is."""
+        block = self._blocks.get(wanted.key)
+        n = 0 if block is None or block.tail is None else block.tail.n_common(wanted)
+        return None if block is None or not n else (self._drop(block), n)
+
+    def clear(self) -> list[int]:
+        """Drop all keys; return the pages that nobody holds."""
+        pages = [block.page for block in self._blocks.values() if block.is_idle]
+        self._blocks, self._of_page, self._leaves, self.n_idle = {}, {}, [], 0
+        return pages
+
+    def _drop(self, block: _Block) -> int:
+        """Remove a block that nobody holds; return its page."""
         block.entry = 0
         del self._blocks[block.key], self._of_page[block.page]
         self.n_idle -= 1
@@ -126,14 +181,9 @@ class PrefixCache:
             self._offer(block.parent)
         return block.page
 
-    def clear(self) -> list[int]:
-        """Drop all keys; return the pages that nobody holds."""
-        pages = [block.page for block in self._blocks.values() if block.is_idle]
-        self._blocks, self._of_page, self._leaves, self.n_idle = {}, {}, [], 0
-        return pages
-
     def _worth_of(self, block: _Block) -> float:
-        return self._worth.of(block.n_uses, self._block * self._worth.token_seconds, self._page_bytes)
+        n_positions = self._block if block.tail is None else block.tail.n_positions
+        return self._worth.of(block.n_uses, n_positions * self._worth.token_seconds, self._page_bytes)
 
     def _offer(self, block: _Block) -> None:
         if block.is_idle and not block.n_children:

@@ -94,18 +94,19 @@ class Request:
 
     def stretch(self, n: int) -> tuple[int, ...]:
         """Return the next ``n`` tokens to compute."""
-        return self._tokens(self.n_computed, self.n_computed + n)
+        return self.tokens(self.n_computed, self.n_computed + n)
 
     def keys(self, n: int, block: int) -> list[bytes]:
         """Return the keys of the first ``n`` blocks, whose tokens are known. The request must have a root."""
         parent = self.known_keys[-1] if self.known_keys else self.root or b""
         for i in range(len(self.known_keys), n):
             bounds = (max(0, at * block - self.n_front) for at in (i, i + 1))
-            parent = key_of(parent, self._tokens(*bounds))
+            parent = key_of(parent, self.tokens(*bounds))
             self.known_keys.append(parent)
         return self.known_keys[:n]
 
-    def _tokens(self, first: int, last: int) -> tuple[int, ...]:
+    def tokens(self, first: int, last: int) -> tuple[int, ...]:
+        """Return the tokens from ``first`` on, those before ``last``."""
         n_prompt = len(self.prompt)
         if first >= n_prompt:  # it decodes, as it mostly does
             return tuple(self.output[first - n_prompt : last - n_prompt])

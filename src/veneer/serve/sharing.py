@@ -2,7 +2,7 @@
 
 No torch. Invariants:
 - The last token of a request is always computed, and so is every prompt token whose successor is to be scored.
-- A page is written by its only holder, before it is published.
+- A page is written by its only holder, before it is published. Who continues a sequence takes its last page over.
 - A request waits only for one that is in the batch.
 """
 
@@ -11,6 +11,7 @@ from __future__ import annotations
 from itertools import takewhile
 
 from veneer.serve.pages import Pages
+from veneer.serve.prefix_cache import Tail
 from veneer.serve.request import Request
 
 
@@ -54,12 +55,21 @@ class Sharing:
         return True
 
     def take(self, request: Request) -> None:
-        """Give a waiting request the pages that are there for it."""
-        self._put(request, self.pages.share(request.id, self._usable(request)) * self.pages.block)
+        """Give a waiting request the pages that are there for it, and the one in which its sequence ended before."""
+        block, last = self.pages.block, self._limit(request)
+        first = self.pages.share(request.id, self._usable(request)) * block
+        if request.root is not None and first < last:
+            tail = self._tail(request, first, min(first + block, last))
+            self._put(request, first + self.pages.take_tail(request.id, tail))
+        else:
+            self._put(request, first)
 
     def give_up(self, request: Request) -> None:
-        """Take all pages from a request; nothing of it counts as computed."""
-        self.pages.release(request.id)
+        """Take all pages from a request, and keep what others, or itself, can find of them."""
+        last = request.n_front_there + request.n_computed
+        first = last // self.pages.block * self.pages.block
+        keeps = request.root is not None and first < last and request.finish_reason != "error"
+        self.pages.release(request.id, self._tail(request, first, last) if keeps else None)
         self._put(request, 0)
 
     def begin(self, request: Request) -> None:
@@ -91,14 +101,23 @@ class Sharing:
         self.give_up(request)
         return freed
 
+    def _limit(self, request: Request) -> int:
+        """The number of positions that need not be computed, if they are there."""
+        if request.scores_prompt and request.n_scored < len(request.prompt) - 1:
+            return request.n_front + request.n_scored
+        return request.n_positions - 1
+
     def _usable(self, request: Request) -> list[bytes]:
         """The keys of the blocks that need not be computed, if they are there."""
-        if request.root is None:
-            return []
-        n_tokens = request.n_tokens - 1
-        if request.scores_prompt and request.n_scored < len(request.prompt) - 1:
-            n_tokens = request.n_scored
-        return request.keys((request.n_front + n_tokens) // self.pages.block, self.pages.block)
+        block = self.pages.block
+        return [] if request.root is None else request.keys(self._limit(request) // block, block)
+
+    def _tail(self, request: Request, first: int, last: int) -> Tail:
+        """The positions of a request from ``first``, where a page begins, to ``last``."""
+        n_front, n_full = request.n_front, first // self.pages.block
+        parent = request.keys(n_full, self.pages.block)[-1] if n_full else request.root or b""
+        n_virtual = max(0, min(n_front, last) - first)
+        return Tail(parent, n_full, n_virtual, request.tokens(max(0, first - n_front), max(0, last - n_front)))
 
     def _put(self, request: Request, n_positions: int) -> None:
         request.n_front_there = min(n_positions, request.n_front)

@@ -182,7 +182,8 @@ def test_cached_tokens_and_salts(server):
             )  # fmt: skip
             usage = list(answer)[-1].usage if stream else answer.usage
             counts.append(usage.prompt_tokens_details.cached_tokens)
-    assert counts == [0, 48, 0, 48, 48, 48, 48, 48, 0, 48]
+    there = len(prompt) - 1  # the last token is always read
+    assert counts == [0, there, 0, there, there, there, there, there, 0, there]
     status, told = server.post("/v1/completions", {"prompt": "x", "cache_salt": "x" * 2**20})
     assert (status, "cache_salt has 1048576 characters" in told["error"]["message"]) == (400, True)
 

@@ -75,7 +75,8 @@ class TokenArena:
 
 class Serving(RuleBasedStateMachine):
     """Requests come, go and are aborted, adapters are named, replaced, forgotten and fail, the cache is reset, and
-    steps are made. Prompts are few, so that requests share them; some have a salt, and some share nothing.
+    steps are made. Prompts differ in their ends alone, so that requests share them. Some have a salt, and some share
+    nothing.
     """
 
     @initialize(
@@ -127,7 +128,7 @@ class Serving(RuleBasedStateMachine):
         room = self.scheduler.limits.max_model_len - n_front - n_prompt
         number = len(self.requests)
         request = Request(
-            id=f"r{number}", prompt=tuple((kind * 31 + i * 7) % 23 for i in range(n_prompt)),
+            id=f"r{number}", prompt=tuple((i * 7 + kind * (i >= n_prompt - 2)) % 23 for i in range(n_prompt)),
             rule=StopRule(
                 max_tokens=max(1, min(longest, room)), min_tokens=longest // 3,
                 eos_ids=frozenset({EOS}), stop_ids=frozenset({STOP}),
@@ -213,6 +214,7 @@ class Serving(RuleBasedStateMachine):
         self.check_wait(before, self.longest_wait())
         self.with_memory |= {page for s in plan.sequences for page in s.pages}
         sampled = self.arena.run(plan)
+        self.check_read(plan)
         n_decoding = sum(s.samples and len(s.tokens) == 1 for s in plan.sequences)
         self.scheduler.pace.observe(n_decoding, plan.n_tokens - n_decoding, seconds)
         failed = {s.request_id: NonFiniteError("x") for i, s in enumerate(plan.sequences) if i in failing}
@@ -227,6 +229,15 @@ class Serving(RuleBasedStateMachine):
             self.told[stuck.id] += 1
         self.pool.tidy()
         self.make_way()
+
+    def check_read(self, plan):
+        """What a sequence reads are its own tokens, whoever wrote them."""
+        requests = {request.id: request for request in self.scheduler.running}
+        for s in plan.sequences:
+            at = [page * self.pages.block + i for page in s.pages for i in range(self.pages.block)]
+            read = [self.arena.slots[i] for i in at[s.n_front : s.start + len(s.tokens)]]
+            own = (*requests[s.request_id].prompt, *requests[s.request_id].output)
+            assert read == [(s.version, token) for token in own[: len(read)]]
 
     def make_way(self):
         while self.pool.going:
