@@ -7,7 +7,8 @@ from statistics import median
 
 _STRETCH = 2.0  # how many times as long as decoding alone a step may take
 _LEAST = 16  # rows of prompts that a step reads nevertheless
-_SEEN = 7  # steps of each kind whose median counts
+_ALONE, _SEEN = 3, 7  # steps that decode alone, and those that read, whose median counts
+_GROWN = 1.5  # times the rows for which it is known how long decoding takes, until that is seen again
 _MIXED = 16  # steps with prompts one after the other, until one without shows again how long decoding takes
 
 
@@ -20,7 +21,7 @@ class Pace:
 
     def __init__(self, stretch: float = _STRETCH) -> None:
         self._stretch = stretch
-        self._alone: deque[tuple[int, float]] = deque(maxlen=_SEEN)  # rows and seconds of steps that decode alone
+        self._alone: deque[tuple[int, float]] = deque(maxlen=_ALONE)  # rows and seconds of steps that decode alone
         self._row: deque[float] = deque(maxlen=_SEEN)  # seconds of a row of a prompt
         self._n_mixed = 0
 
@@ -42,14 +43,16 @@ class Pace:
     def rows(self, n_decoding: int, most: int) -> int:
         """Return the number of rows of prompts that a step may read beside rows that decode, at most ``most``.
 
-        It is 0 if it must be seen first how long decoding takes.
+        It is 0 if it must be seen first how long decoding takes. Otherwise it is at least the number of those rows:
+        twice as many rows take at most twice as long.
         """
-        if not self._alone or self._n_mixed >= _MIXED:
+        if not self._alone or self._n_mixed >= _MIXED or n_decoding > _GROWN * self._alone[-1][0]:
             return 0
+        least = min(max(_LEAST, n_decoding), most)
         if not self._row:
-            return min(_LEAST, most)
+            return least
         seconds = (self._stretch - 1) * self._seconds_alone(n_decoding)
-        return min(max(int(seconds / median(self._row)), _LEAST), most)
+        return min(max(int(seconds / median(self._row)), least), most)
 
     def _seconds_alone(self, n: int) -> float:
         """The least time that n rows may take to decode: fewer than were seen cost less, more cost no less."""
