@@ -64,6 +64,7 @@ _ONLY: dict[str, tuple[Collection[object], str]] = {
     "fully_sharded_loras": ((False,), _ONE_PROCESS),
 }
 
+_CACHED_SHARE = 4
 _COUNTS = (
     *("kv_cache_memory_bytes", "max_model_len", "max_num_seqs", "max_num_batched_tokens", "block_size"),
     *("max_loras", "max_lora_rank", "max_waiting_requests", "max_waiting_tokens"),
@@ -165,7 +166,8 @@ def start_engine(
     no program, DescriptionError says why, and the model has its weights again. An adapter with a part that has no place
     in the program is then refused by `UnsaidError` when it is loaded.
 
-    ``contexts_cached``: pages that no request holds are kept for so many times the longest sequence; None is no limit.
+    ``contexts_cached``: pages that no request holds are kept for so many times the longest sequence. None: they take up
+    to the whole budget if ``kv_cache_memory_bytes`` is given, otherwise a quarter of the free memory.
 
     Raises ConfigError, FormatError, and TargetError for a model that cannot be served.
     """
@@ -323,6 +325,8 @@ def _pages(
             f"{page_bytes} bytes: give more kv_cache_memory_bytes"
         )
     cached = None if contexts_cached is None else contexts_cached * each
+    if cached is None and options.kv_cache_memory_bytes is None:  # nobody chose the budget: others need memory too
+        cached = max(each, room // _CACHED_SHARE // page_bytes)
     return Pages(n_pages, options.block_size, page_bytes=page_bytes, n_bytes=room, most_cached=cached)
 
 

@@ -40,6 +40,19 @@ def test_options_that_cannot_be_honoured(base_folder, options, said):
         LLM(base_folder, **options)
 
 
+@pytest.mark.parametrize(("given", "most"), [({}, 34), ({"kv_cache_memory_bytes": 70_000}, 136)])
+def test_cached_pages_leave_memory_that_nobody_gave_to_others(base_folder, monkeypatch, given, most):
+    """Of the free memory they take a quarter, and of a chosen budget all."""
+    monkeypatch.setattr("veneer.serve.start.free_memory", lambda device: 100_000)
+    llm = LLM(base_folder, max_model_len=16, block_size=4, gpu_memory_utilization=0.7, max_num_seqs=99, **given)
+    pages = llm.engine.scheduler.pages
+    assert (pages.n_bytes, pages.page_bytes) == (70_000, 512)
+    for i in range(VOCAB):
+        prompts = [{"prompt_token_ids": [(i + j * k) % VOCAB for j in range(15)]} for k in range(1, 4)]
+        llm.generate(prompts, SamplingParams(max_tokens=1))
+    assert pages.n_cached == most
+
+
 def test_models_that_cannot_be_served(tokenizer, base_folder):
     bloom = BloomForCausalLM(BloomConfig(n_layer=2, n_head=3, hidden_size=24, vocab_size=VOCAB))
     with pytest.raises(TargetError, match="AttentionInterface"):
