@@ -455,6 +455,7 @@ class AdapterPool:
         if entry.residency is Residency.ABSENT and not entry.is_needed:
             self._entries.pop(entry.version.id, None)
             self._unneeded.set(entry, False)
+            self._idle.discard(entry)
             self.moved.pop(entry.version.id, None)
 
     def _set_pinned(self, name: str, pinned: bool) -> None:

@@ -6,6 +6,7 @@ The engine answers if it is faster and gives the same answers; otherwise transfo
 from __future__ import annotations
 
 import secrets
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -107,11 +108,11 @@ class EngineAnswerer(Answerer):
 
     def _run(self, requests: Sequence[Request], take: Callable[[RequestOutput], None]) -> None:
         """Answer requests, and give each of their outputs to ``take``. One that fails raises its error."""
-        left = {each.id for each in requests}
+        left, left_over = {each.id for each in requests}, deque(requests)
         try:
-            for each in requests:
-                self._engine.submit(each)
             while left:
+                while left_over and self._engine.backlog.has_room([left_over[0]]):
+                    self._engine.submit(left_over.popleft())
                 if not self._engine.has_work:
                     self._engine.wait()  # for an adapter that is being read
                 for output in self._engine.step():

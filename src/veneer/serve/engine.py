@@ -416,13 +416,13 @@ def _require_client(client: str | None, priority: int) -> None:
 
 def _read(runner: Runner, versions: Versions, version: AdapterVersion) -> Any:
     """An adapter for a runner to load. Raises FormatError where its files are not those of the version."""
-    versions.require_unchanged(version)
     try:
+        versions.require_unchanged(version)
         if version.parts:
             found = runner.read_mix([(Path(part.folder), weight) for part, weight in version.parts])
         else:
             found = runner.read(Path(version.folder))
+        versions.require_unchanged(version)  # it may have been replaced meanwhile
     except OSError as error:
         raise FormatError(f"the adapter in {version.told} cannot be read: {error}") from error
-    versions.require_unchanged(version)  # it may have been replaced meanwhile
     return found

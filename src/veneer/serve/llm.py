@@ -52,7 +52,7 @@ class LLM:
         *,
         use_tqdm: bool = True,
         lora_request: LoRARequest | Sequence[LoRARequest | None] | None = None,
-        priority: int | Sequence[int] = 0,
+        priority: int | Sequence[int] | None = 0,
         client: str | Sequence[str | None] | None = None,
     ) -> list[RequestOutput]:
         """Return the answers to prompts, in order. Parameters and adapters are one for all, or one for each.
@@ -74,7 +74,7 @@ class LLM:
         use_tqdm: bool = True,
         lora_request: LoRARequest | Sequence[LoRARequest | None] | None = None,
         *,
-        priority: int | Sequence[int] = 0,
+        priority: int | Sequence[int] | None = 0,
         client: str | Sequence[str | None] | None = None,
         chat_template: str | None = None,
         chat_template_content_format: Literal["auto", "string"] = "auto",
@@ -108,7 +108,7 @@ class LLM:
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         lora_request: LoRARequest | Sequence[LoRARequest | None] | None = None,
-        priority: int | Sequence[int] = 0,
+        priority: int | Sequence[int] | None = 0,
         client: str | Sequence[str | None] | None = None,
     ) -> list[str]:
         """Submit prompts without running them; return their ids. `wait_for_completion` returns the answers.
@@ -150,10 +150,9 @@ class LLM:
     ) -> list[Asked]:
         each_params = _for_each(params or self.get_default_sampling_params(), len(prompts), "sampling_params")
         each_adapter = _for_each(adapters, len(prompts), "lora_request")
-        each_place = zip(
-            _for_each(order.priority, len(prompts), "priority"), _for_each(order.client, len(prompts), "client"),
-            strict=True,
-        )  # fmt: skip
+        priority = 0 if order.priority is None else order.priority
+        priorities = _for_each(priority, len(prompts), "priority")
+        each_place = zip(priorities, _for_each(order.client, len(prompts), "client"), strict=True)
         found = []
         for number, given in enumerate(zip(prompts, each_params, each_adapter, each_place, strict=True)):
             try:

@@ -149,10 +149,11 @@ class Scheduler:
         planned: dict[Request, int] = {}
         self.admitted = []
         budget, to_read = self.limits.max_batched_tokens, self._to_read()
+        share = self._share(to_read)
         at_first = sorted(self.running, key=lambda r: r.n_left > 1)  # decoding first, each kind oldest first
         for request in at_first:
             reads = request.n_left > 1
-            n, n_running = min(request.n_left, budget, *([to_read] if reads else ())), len(self.running)
+            n, n_running = min(request.n_left, budget, *([to_read, share] if reads else ())), len(self.running)
             if n and request.status is Status.RUNNING and self._reserve(request, n, planned):
                 planned[request] = n
                 budget -= n
@@ -169,6 +170,15 @@ class Scheduler:
         decoding = [request for request in self.running if request.n_left == 1]
         most = self.limits.max_batched_tokens
         return self.pace.rows(len(decoding), most) if any(request.streams for request in decoding) else most
+
+    def _share(self, to_read: int) -> int:
+        """Rows that one prompt may take of those that a step reads. If the pace makes them few, prompts share them with
+        the next one: a long prompt does not keep a short one waiting.
+        """
+        if to_read == self.limits.max_batched_tokens:
+            return to_read
+        reading = sum(request.n_left > 1 for request in self.running)
+        return -(-to_read // (reading + (bool(self.waiting) and self._has_seats) or 1))
 
     def commit(self, plan: Plan, sampled: Sampled) -> list[Request]:
         """Apply the results of a step; return the requests that got a token or prompt scores, or ended."""

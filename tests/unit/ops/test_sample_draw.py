@@ -56,7 +56,7 @@ def settings_of(draw_from: st.DrawFn, d: int) -> dict[str, Any]:
         "presence": some(0.0, 1.1, -0.2),
         "temperature": some(0.0, 0.7, 1.0, 1.9, 1e-5),
         "min_p": some(0.0, 0.0, 0.05, 0.5, 1.0),
-        "top_k": some(0, -1, 1, 3, 20, 700, d, d + 5),
+        "top_k": some(0, -1, 1, 3, 20, 700, d, d + 5, 2**70),
         "top_p": some(1.0, 0.95, 0.8, 0.5, 0.1, 1e-9),
         "key": (draw_from(st.integers(-(2**63), 2**64)), draw_from(st.integers(-9, 2**40))),
         "place": draw_from(st.integers(0, 10**6)),

@@ -9,6 +9,7 @@ import shutil
 import signal
 import threading
 from collections import defaultdict
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +83,16 @@ def test_both_ways_give_the_same_answers(
     given = [each.stream(PROMPTS[1], 9) for each in (engine, model)]
     printed = capsys.readouterr().out
     assert (given[0], printed) == (given[1], printed[: len(printed) // 2] * 2)
+
+
+def test_more_prompts_are_answered_than_may_wait(model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    answerer: Any = answerer_of(load_parts(str(model_folder)), None, n_rows=3)
+    expected = answerer.answers(PROMPTS * 2, Answering(max_new_tokens=5), ignore_progress)
+    scheduler = answerer._engine.scheduler
+    limits = replace(scheduler.limits, max_waiting=2)
+    monkeypatch.setattr(scheduler, "limits", limits)
+    monkeypatch.setattr(answerer._engine.backlog, "_limits", limits)
+    assert answerer.answers(PROMPTS * 2, Answering(max_new_tokens=5), ignore_progress) == expected
 
 
 def test_nobody_spins_while_an_adapter_is_read(

@@ -206,6 +206,36 @@ def test_a_prompt_opens_no_gap_in_an_answer_that_is_watched(streams):
     assert read.count(0) == len(read) // 17 + (read[0] == 0)  # now and then one that shows how long decoding takes
 
 
+def test_a_long_prompt_keeps_no_short_one_waiting():
+    """While an answer is watched, a step reads 20 rows of prompts: of 8,000, and of 30 that come later."""
+    load = Load(scheduler(n_pages=4000, max_batched_tokens=500))
+    load.add("x", longest=900, streams=True)
+    for _ in range(9):
+        load.step(0.02)
+
+    def step():
+        rows = rows_read(plan := load.step())
+        load.made.pace.observe(1, rows, 0.02 + 0.001 * rows)
+        return plan
+
+    long = load.add("bulk", n_prompt=8000, longest=3)
+    for _ in range(5):
+        step()
+    assert 0 < long.n_computed < 200
+    short = load.add("y", n_prompt=30, longest=3)
+    steps = 0
+    while not short.output:
+        plan = step()
+        steps += 1
+        assert rows_read(plan) <= 21
+    assert steps <= 5
+    assert long.n_computed < 300
+    before = long.n_computed
+    for _ in range(9):
+        step()
+    assert long.n_computed >= before + 7 * 20  # nobody waits: all rows are its own again
+
+
 def test_the_pace_follows_a_batch_that_grows():
     """A step takes 50 ms, 3 ms for each row of an answer and 1.4 ms for each of a prompt."""
     pace, n, read = Pace(), 2, list[int]()
@@ -232,6 +262,19 @@ def test_a_plan_is_a_function_of_the_state_and_times_are_part_of_it():
 
     assert plans([0.01, 0.03]) == plans([0.01, 0.03])
     assert plans([0.01, 0.03]) != plans([0.01, 0.3])
+
+
+def test_versions_that_went_are_not_remembered():
+    pool = AdapterPool(memory=Pages(40, 3))
+    for i in range(300):
+        pool.bind("name", AdapterVersion(id=f"v{i}", folder="x", n_bytes=3))
+        assert pool.begin_load([f"v{i}"]) == f"v{i}"
+        assert pool.settle(f"v{i}", 3)
+        pool.loaded(f"v{i}")
+        pool.tidy()
+        pool.going.clear()
+    assert pool.known == {"v299"}
+    assert len(pool._idle._stored) == 1
 
 
 @given(st.lists(st.tuples(st.integers(0, 5), st.integers(-9, 9), st.booleans()), max_size=60))

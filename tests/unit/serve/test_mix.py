@@ -180,6 +180,19 @@ def test_new_files_of_a_part_are_another_mix(adapters, tokenizer, tmp_path):
     assert len(llm.engine.runner.loaded) == 1
 
 
+def test_files_that_go_while_an_adapter_waits_end_its_requests_alone(tokenizer, tmp_path, monkeypatch):
+    llm = LLM(make_model(), tokenizer=tokenizer)
+    folder = save_adapter(tmp_path / "part", LoraConfig(r=3, target_modules="all-linear"), seed=21)
+
+    def gone(version):
+        raise FileNotFoundError(f"{version.folder}: it went")
+
+    monkeypatch.setattr(llm.engine.versions, "require_unchanged", gone)
+    with pytest.raises(FormatError, match=r"cannot be read: .*it went"):
+        answers(llm, LoRARequest("part", 3, str(folder)))
+    assert answers(llm, None)
+
+
 def test_a_mix_is_added_pinned_and_removed_like_an_adapter(adapters, tokenizer):
     llm = LLM(make_model(), tokenizer=tokenizer, max_loras=1, max_lora_rank=3)
     mix = mix_of([(adapters["lora"], 0.7), (adapters["rslora"], 0.3)])  # each within the rank, their sum beyond it

@@ -14,6 +14,8 @@ from veneer.ops.packed import ROWS
 from veneer.ops.reference import sample as reference
 from veneer.ops.sample import Draws, Floats, Ints, RowRule
 
+_ALL = 2**31 - 1  # a top_k beyond all vocabularies
+
 
 def likeliest(logits: Tensor) -> Tensor:
     if logits.dtype not in ROWS:
@@ -55,7 +57,7 @@ def _numbers(rule: RowRule) -> tuple[int, ...]:
     counted, counts = rule.counted or (None, None)
     return (
         first, second, *_list(rule.banned), _at(biased), *_list(biases), *_list(rule.seen), _at(counted),
-        *_list(counts), rule.top_k, _signed(rule.key[0]), _signed(rule.key[1]), rule.place,
+        *_list(counts), min(rule.top_k, _ALL), _signed(rule.key[0]), _signed(rule.key[1]), rule.place,
         -1 if rule.target is None else rule.target, -1 if rule.n_likeliest is None else rule.n_likeliest,
     )  # fmt: skip
 
