@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import gc
 
 _LOADS = 8  # adapters, some ten thousand objects, that are frozen together: a pause of a few milliseconds
@@ -24,11 +25,13 @@ class Collector:
         self._is_on = True
         self._freeze()
         self._n_freezes = 0
+        atexit.register(gc.unfreeze)  # what is still frozen when the program ends counts as leaked elsewhere
 
     def stop(self) -> None:
         """Give all objects back to the collector."""
         if self._is_on:
             self._is_on = False
+            atexit.unregister(gc.unfreeze)
             gc.unfreeze()
 
     def settle(self) -> None:

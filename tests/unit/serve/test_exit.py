@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from veneer.serve.async_engine import AsyncEngine
+from veneer.serve.collector import Collector
 
 ROOT = Path(__file__).resolve().parents[3]
 PROGRAM = """
@@ -44,7 +45,7 @@ def test_a_program_ends_without_a_word():
 
 def test_an_engine_that_was_never_started_goes_with_its_last_holder():
     class Engine:
-        closed = False
+        closed, collector = False, Collector()
 
         def close(self) -> None:
             self.closed = True
