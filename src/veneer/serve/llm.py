@@ -25,7 +25,7 @@ _Read = Callable[[PromptReader, Any], tuple[str | None, list[int]]]
 
 
 class _Order(NamedTuple):
-    """What decides when requests are admitted, one for all or one for each."""
+    """Priorities and clients of requests: one for all, or one for each."""
 
     priority: Any
     client: Any

@@ -125,7 +125,7 @@ class Sharing:
         request.n_published = n_positions // self.pages.block
 
     def _freed(self, request: Request, keys: list[bytes]) -> list[Request]:
-        """Those that waited for blocks which are no longer being computed for a request."""
+        """Return the requests that waited for blocks no longer being computed for this one."""
         freed = list[Request]()
         for key in keys:
             if self._computing.get(key) is request:

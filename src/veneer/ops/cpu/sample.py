@@ -51,7 +51,7 @@ def draw(logits: Tensor, rules: Sequence[RowRule]) -> Draws:
 
 
 def _numbers(rule: RowRule) -> tuple[int, ...]:
-    """Those that csrc/sample/bindings.cpp reads."""
+    """Return the whole numbers of a rule, in the order of csrc/sample/bindings.cpp."""
     first, second = (*map(address, rule.allowed), 0, 0)[:2]
     biased, biases = rule.biased or (None, None)
     counted, counts = rule.counted or (None, None)
