@@ -5,7 +5,7 @@ from __future__ import annotations
 import enum
 import itertools
 from collections import deque
-from collections.abc import Callable, Collection, Hashable, Iterable
+from collections.abc import Callable, Collection, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from veneer.errors import AdapterNameError, ConfigError
@@ -325,6 +325,21 @@ class AdapterPool:
             self._unname(name)
         self._absent(entry)
 
+    def can_make_room(
+        self,
+        holder: Hashable,
+        n_positions: int,
+        kept: Collection[str] = (),
+        *,
+        keys: Sequence[bytes] = (),
+        spares_awaited: bool = False,
+    ) -> bool:
+        """Return True if `make_room` would succeed, after the holder has begun to share the blocks of ``keys``."""
+        if self.memory is None:
+            return True
+        lacking = self.memory.lacking(holder, n_positions, keys)
+        return lacking is not None and self._suffice(0, lacking, kept, spares_awaited)
+
     def make_room(
         self, holder: Hashable, n_positions: int, kept: Collection[str] = (), *, spares_awaited: bool = False
     ) -> bool:
@@ -336,8 +351,7 @@ class AdapterPool:
         memory = self.memory
         if memory is None:
             return True
-        lacking = memory.lacking(holder, n_positions)
-        if lacking is None or not self._suffice(0, lacking, kept, spares_awaited):
+        if not self.can_make_room(holder, n_positions, kept, spares_awaited=spares_awaited):
             return False
         self._evict(0, lambda: memory.has_free(holder, n_positions), lambda: memory.lacks_bytes, kept)
         return True

@@ -99,9 +99,13 @@ class Pages:
         """Return True if a holder's table covers so many positions."""
         return len(self._tables.get(holder, ())) * self.block >= n_positions
 
-    def lacking(self, holder: Hashable, n_positions: int) -> int | None:
-        """Return the bytes that others must give back before `grow` succeeds; None if no bytes would help."""
-        missing = self.needed(n_positions) - len(self._tables.get(holder, ()))
+    def lacking(self, holder: Hashable, n_positions: int, keys: Sequence[bytes] = ()) -> int | None:
+        """Return the bytes that others must give back before `grow` succeeds; None if no bytes would help.
+
+        ``keys``: those of the blocks that the holder will `share` first.
+        """
+        shared = sum(page in self._n_tables for page in self._cache.found(keys))  # cached ones are counted below
+        missing = self.needed(n_positions) - len(self._tables.get(holder, ())) - shared
         with_memory = len(self._kept) + self.n_cached
         if missing > with_memory + len(self._fresh):
             return None

@@ -8,18 +8,17 @@ of the base, and of the request's salt. Virtual tokens follow from the version: 
 from __future__ import annotations
 
 import hashlib
-import heapq
 import itertools
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 from veneer.errors import ConfigError
+from veneer.serve.lazy_heap import LazyHeap
 from veneer.serve.worth import Worth
 
 MAX_SALT = 1024  # characters
-_SLACK = 64  # outdated entries that are not worth a rebuild
 
 
 def root_of(version: str | None, salt: str | None = None) -> bytes:
@@ -77,8 +76,13 @@ class _Block:
     n_children: int = 0
     n_uses: int = 1
     worth: float = 0.0
-    entry: int = 0  # its valid entry among those that may go out; 0 if it has none
+    number: int = 0  # of equal worth, who was let go of first goes out first
     is_idle: bool = False
+
+    @property
+    def rank(self) -> tuple[float, int] | None:
+        """Place among those that may go out; None if it may not."""
+        return (self.worth, self.number) if self.is_idle and not self.n_children else None
 
 
 class PrefixCache:
@@ -96,8 +100,8 @@ class PrefixCache:
         """Number of blocks that nobody holds."""
         self._blocks: dict[bytes, _Block] = {}
         self._of_page: dict[int, _Block] = {}
-        self._leaves: list[tuple[float, int, _Block]] = []  # idle ones without children, some of them no longer so
-        self._entries = itertools.count(1)
+        self._leaves = self._no_leaves()
+        self._numbers = itertools.count()
 
     def __contains__(self, page: int) -> bool:
         return page in self._of_page
@@ -122,7 +126,7 @@ class PrefixCache:
     def hold(self, page: int) -> None:
         """Keep a page that nobody held."""
         block = self._of_page[page]
-        block.is_idle, block.entry = False, 0
+        block.is_idle = False
         self.n_idle -= 1
 
     def use(self, pages: Sequence[int]) -> None:
@@ -133,21 +137,19 @@ class PrefixCache:
     def idle(self, page: int) -> None:
         """Let a page go out from now on, as nobody holds it any more."""
         block = self._of_page[page]
-        block.is_idle, block.worth = True, self._worth_of(block)
+        block.is_idle, block.worth, block.number = True, self._worth_of(block), next(self._numbers)
         self.n_idle += 1
-        self._offer(block)
+        self._leaves.put(block)
 
     def least(self) -> float | None:
         """Return the worth of the next block to go out; None if all have holders."""
-        while self._leaves and self._leaves[0][2].entry != self._leaves[0][1]:
-            heapq.heappop(self._leaves)
-        return self._leaves[0][0] if self._leaves else None
+        block = self._leaves.first()
+        return None if block is None else block.worth
 
     def evict(self) -> int:
-        """Drop the block of the least worth that nobody holds; return its page."""
-        self.least()
-        worth, _, block = self._leaves[0]
-        self._worth.went(worth)
+        """Drop the block of the least worth that nobody holds; return its page. There must be one."""
+        block = cast(_Block, self._leaves.first())
+        self._worth.went(block.worth)
         return self._drop(block)
 
     def keep_tail(self, tail: Tail, page: int) -> int | None:
@@ -168,27 +170,23 @@ class PrefixCache:
     def clear(self) -> list[int]:
         """Drop all keys; return the pages that nobody holds."""
         pages = [block.page for block in self._blocks.values() if block.is_idle]
-        self._blocks, self._of_page, self._leaves, self.n_idle = {}, {}, [], 0
+        self._blocks, self._of_page, self._leaves, self.n_idle = {}, {}, self._no_leaves(), 0
         return pages
 
     def _drop(self, block: _Block) -> int:
         """Remove a block that nobody holds; return its page."""
-        block.entry = 0
+        self._leaves.discard(block)
         del self._blocks[block.key], self._of_page[block.page]
         self.n_idle -= 1
         if block.parent is not None:
             block.parent.n_children -= 1
-            self._offer(block.parent)
+            self._leaves.put(block.parent)
         return block.page
 
     def _worth_of(self, block: _Block) -> float:
         n_positions = self._block if block.tail is None else block.tail.n_positions
         return self._worth.of(block.n_uses, n_positions * self._worth.token_seconds, self._page_bytes)
 
-    def _offer(self, block: _Block) -> None:
-        if block.is_idle and not block.n_children:
-            block.entry = next(self._entries)
-            heapq.heappush(self._leaves, (block.worth, block.entry, block))
-        if len(self._leaves) > 2 * self.n_idle + _SLACK:
-            self._leaves = [entry for entry in self._leaves if entry[2].entry == entry[1]]
-            heapq.heapify(self._leaves)
+    @staticmethod
+    def _no_leaves() -> LazyHeap[_Block]:
+        return LazyHeap(lambda block: block.rank)

@@ -286,11 +286,11 @@ class Scheduler:
         """Pages for all tokens of a request; its own version stays, and those that requests before it wait for."""
         kept, idle = () if request.version is None else (request.version,), self.waiting.idle()
         spares = idle is not None and self.waiting.key(idle) < self.waiting.key(request)
+        n, keys = request.n_positions, self.sharing.usable(request)
+        if not self.pool.can_make_room(request.id, n, kept, keys=keys, spares_awaited=spares):
+            return False  # asked in every step that it waits: nothing is taken in vain
         self.sharing.take(request)
-        if self._grow(request, request.n_positions, kept, spares_awaited=spares):
-            return True
-        self.sharing.give_up(request)
-        return False
+        return self._grow(request, n, kept, spares_awaited=spares)
 
     def _closed_for(self, version: str) -> str | None:
         """The version in the batch that takes no more requests, so that another gets its place; None where that has one

@@ -34,7 +34,7 @@ class Sharing:
 
         It waits for all blocks that it has in common with the other.
         """
-        keys = self._usable(request)
+        keys = self.usable(request)
         lacking = keys[self.pages.n_found(keys) :]
         writer = self._computing.get(lacking[0]) if lacking else None
         if writer is None:
@@ -57,7 +57,7 @@ class Sharing:
     def take(self, request: Request) -> None:
         """Give a waiting request the pages that are there for it, and the one in which its sequence ended before."""
         block, last = self.pages.block, self._limit(request)
-        first = self.pages.share(request.id, self._usable(request)) * block
+        first = self.pages.share(request.id, self.usable(request)) * block
         if request.root is not None and first < last:
             tail = self._tail(request, first, min(first + block, last))
             self._put(request, first + self.pages.take_tail(request.id, tail))
@@ -107,8 +107,8 @@ class Sharing:
             return request.n_front + request.n_scored
         return request.n_positions - 1
 
-    def _usable(self, request: Request) -> list[bytes]:
-        """The keys of the blocks that need not be computed, if they are there."""
+    def usable(self, request: Request) -> list[bytes]:
+        """Return the keys of the blocks that a request need not compute, if they are there."""
         block = self.pages.block
         return [] if request.root is None else request.keys(self._limit(request) // block, block)
 

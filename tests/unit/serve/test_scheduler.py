@@ -229,6 +229,37 @@ def test_a_preempted_request_finds_its_pages_again():
     assert (new.n_cached, made.pages.n_held) == (0, 0)  # what it had found when it began; and nothing is held
 
 
+def test_a_request_that_waits_for_pages_takes_none_in_vain():
+    """Nine pages: four are cached, the batch has five, and the next request needs those four and two more."""
+    made, arena = scheduler(n_pages=9), TokenArena(3)
+    made.add(request("before", n_prompt=12, longest=1, root=root_of(None, "a")))
+    step(made, arena)
+    made.add(request("now", n_prompt=8, longest=8, root=root_of(None, "b")))
+    step(made, arena)
+    assert (made.pages.n_cached, made.pages.n_held) == (4, 3)
+    for _ in range(4):
+        step(made, arena)
+    taken, take = [], made.sharing.take
+
+    def counting(request):
+        taken.append(request.id)
+        take(request)
+
+    made.sharing.take = counting
+    again = request("again", n_prompt=16, longest=2, root=root_of(None, "a"))
+    made.add(again)
+    n_steps, least = 0, made.pages.least
+    while made.running:
+        assert (taken, made.pages.n_cached, made.pages.least) == ([], 4, least)
+        step(made, arena)
+        n_steps += 1
+    assert n_steps > 2
+    assert again in made.waiting
+    while made.has_work:
+        step(made, arena)
+    assert (taken, again.n_cached, len(again.output)) == (["again"], 12, 2)
+
+
 def test_who_waits_for_a_block_goes_on_when_its_writer_fails():
     """The header is computed for one at a time; what a failed one computed is not shared."""
     made, arena = scheduler(n_pages=20, max_batched_tokens=13), TokenArena(3)
