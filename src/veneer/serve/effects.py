@@ -27,6 +27,7 @@ from veneer.model.places import places_of, plan_of
 from veneer.model.plan import Plan
 from veneer.model.snapshot import look_at
 from veneer.serve.held import in_own_memory
+from veneer.serve.latest import Latest
 from veneer.serve.program import Program
 from veneer.store.adapter.config import read_config
 from veneer.store.adapter.files import read_tensors
@@ -72,19 +73,17 @@ class Lookup:
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
-        self._seen: dict[str, _Places] = {}  # by all that a config says; the one that was used last at the end
+        self._seen: Latest[str, _Places] = Latest(_KEPT)  # by all that a config says
 
     def of(self, config: MethodConfig) -> _Places:
         """Return the places for a config. Raises TargetError if the model has none."""
         key = repr(config)
-        found = self._seen.pop(key, None)
+        found = self._seen.get(key)
         if found is None or found.config != config:
             snapshot = look_at(self.model)
             plan = plan_of(snapshot, config, fresh=False)
             found = _Places(config, plan, places_of(snapshot, plan))
-        self._seen[key] = found
-        if len(self._seen) > _KEPT:
-            del self._seen[next(iter(self._seen))]
+            self._seen.put(key, found)
         return found
 
 

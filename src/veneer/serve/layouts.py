@@ -23,6 +23,7 @@ from torch import Tensor
 from veneer.contract.file import CONFIG_FILE, WEIGHTS_FILE
 from veneer.disk.safetensors_header import MAX_HEADER_BYTES, PREFIX_BYTES
 from veneer.ops.pairs import Factor, PackedPairs, pack_factors
+from veneer.serve.latest import Latest
 from veneer.serve.products import Own
 from veneer.store.checkpoint import is_finite
 
@@ -40,7 +41,7 @@ class Layouts:
     """Layouts of adapters that have been read, limited to those used last. For any thread."""
 
     def __init__(self) -> None:
-        self._known: dict[Head, _Layout] = {}  # the one that was used last at the end
+        self._known: Latest[Head, _Layout] = Latest(_KEPT)
         self._memory: dict[torch.dtype, Tensor] = {}  # values are read into it, those of all layouts
         self._lock = threading.Lock()  # of that memory
 
@@ -48,11 +49,8 @@ class Layouts:
         """Return an adapter packed; None if its layout is new, or if something is wrong that a full read reports."""
         if self._known:
             with suppress(OSError, ValueError), _opened(folder) as (head, file), self._lock:
-                layout = self._known.pop(head, None)
-                if layout is None:
-                    return None
-                self._known[head] = layout
-                return layout.read(file)
+                layout = self._known.get(head)
+                return None if layout is None else layout.read(file)
         return None
 
     def learn(self, folder: Path, owns: Owns, factors: Sequence[Factor]) -> None:
@@ -65,9 +63,7 @@ class Layouts:
             again = layout.read(file)
             if again is None or not all(map(torch.equal, _factors_of(owns), _factors_of(again))):
                 return  # its files were replaced meanwhile
-            while len(self._known) >= _KEPT:
-                self._known.pop(next(iter(self._known)))
-            self._known[head] = layout
+            self._known.put(head, layout)
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from typing import Any
 from veneer.adapters.tokenizer import TOKENIZER_FILES, larger, read_tokenizer
 from veneer.contract.source import adapter_folder
 from veneer.errors import ConfigError, FormatError
+from veneer.serve.latest import Latest
 from veneer.serve.lora_request import LoRARequest
 from veneer.serve.prompts import PromptReader
 
@@ -32,8 +33,8 @@ class Readers:
     def __init__(self, base: PromptReader, template: str | None = None) -> None:
         self.base, self._template = base, template
         self._fetched: dict[str, Path] = {}  # from the hub
-        self._keys: dict[Path, tuple[_Stamps, str]] = {}
-        self._readers: dict[str, PromptReader] = {}  # the one that was asked for last at the end
+        self._keys: Latest[Path, tuple[_Stamps, str]] = Latest(_FOLDERS)
+        self._readers: Latest[str, PromptReader] = Latest(_KEPT)
         self._lock = threading.Lock()
 
     def of(self, request: LoRARequest | None) -> PromptReader:
@@ -49,33 +50,19 @@ class Readers:
         known = self._keys.get(folder)
         if known is None or known[0] != stamps:
             known = (stamps, _digest(folder))
-            self._remember(folder, known)
-        return self._kept(known[1]) or self._added(folder, *known)
-
-    def _kept(self, key: str) -> PromptReader | None:
-        with self._lock:
-            reader = self._readers.pop(key, None)
-            if reader is not None:
-                self._readers[key] = reader
-            return reader
+            self._keys.put(folder, known)
+        return self._readers.get(known[1]) or self._added(folder, *known)
 
     def _added(self, folder: Path, stamps: _Stamps, key: str) -> PromptReader:
         """Read an adapter's files while others ask for theirs. A failure is kept too, for this folder alone."""
         made = self._read(folder)
         if made.no_chat:
             key = f"{key.partition(' ')[0]} {folder}"
-            self._remember(folder, (stamps, key))
-        with self._lock:
-            reader = self._readers.setdefault(key, made)
-            if len(self._readers) > _KEPT:
-                del self._readers[next(iter(self._readers))]
+            self._keys.put(folder, (stamps, key))
+        with self._lock:  # of those that read equal files at once one is kept
+            reader = self._readers.get(key) or made
+            self._readers.put(key, reader)
             return reader
-
-    def _remember(self, folder: Path, known: tuple[_Stamps, str]) -> None:
-        with self._lock:
-            self._keys[folder] = known
-            if len(self._keys) > _FOLDERS:
-                del self._keys[next(iter(self._keys))]
 
     def _folder(self, path: str) -> Path:
         if Path(path).is_dir():

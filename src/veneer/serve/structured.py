@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerFast
 from veneer.errors import ConfigError
 from veneer.ops.memory import address
 from veneer.ops.sample import WORD, bit_mask
+from veneer.serve.latest import Latest
 from veneer.serve.sampling_params import StructuredOutputsParams
 
 _KEPT = 64  # compiled grammars
@@ -32,19 +33,18 @@ class Forms:
 
     def __init__(self, tokenizer: Any, vocabulary: int, ending: Sequence[int]) -> None:
         self._tokenizer, self._vocabulary, self._ending = tokenizer, vocabulary, sorted(ending)
-        self._grammars: dict[str, LLMatcher] = {}
-        self._lock, self._building = threading.Lock(), threading.Lock()
+        self._grammars: Latest[str, LLMatcher] = Latest(_KEPT)
+        self._building = threading.Lock()
 
     def form(self, asked: StructuredOutputsParams) -> TextForm:
         """Return a form in its start state. Raises ConfigError with llguidance's reason if it cannot be compiled."""
         grammar = grammar_of(asked)
-        with self._lock:
-            matcher = self._grammars.pop(grammar, None)
-            if matcher is not None:
-                self._grammars[grammar] = matcher
+        matcher = self._grammars.get(grammar)
         if matcher is None:
             matcher = self._compiled(grammar)
-            self._keep(grammar, matcher)
+            self._grammars.put(grammar, matcher)
+            while sum(map(len, self._grammars)) > _KEPT_TEXT:
+                self._grammars.drop_first()
         return TextForm(matcher, self._vocabulary, self._ending)
 
     def _compiled(self, grammar: str) -> LLMatcher:
@@ -54,12 +54,6 @@ class Forms:
         if matcher.is_error():
             raise ConfigError(f"structured_outputs cannot be compiled: {matcher.get_error()}")
         return matcher
-
-    def _keep(self, grammar: str, matcher: LLMatcher) -> None:
-        with self._lock:
-            self._grammars[grammar] = matcher
-            while len(self._grammars) > _KEPT or sum(map(len, self._grammars)) > _KEPT_TEXT:
-                self._grammars.pop(next(iter(self._grammars)))
 
     @cached_property
     def _tables(self) -> LLTokenizer:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import math
 import stat
-import threading
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from veneer.contract.file import CONFIG_FILE, WEIGHTS_FILE
 from veneer.contract.source import adapter_folder
 from veneer.errors import ConfigError, FormatError
 from veneer.serve.adapter_pool import AdapterVersion
+from veneer.serve.latest import Latest
 from veneer.serve.lora_request import LoRARequest
 from veneer.store.adapter.config import read_config
 from veneer.store.adapter.files import read_headers
@@ -32,10 +32,9 @@ class Versions:
 
     def __init__(self, max_rank: int | None = None, value_bytes: int | None = None, base: Path | None = None) -> None:
         self._max_rank, self._value_bytes, self._base = max_rank, value_bytes, base
-        self._lock = threading.Lock()
         if base is not None:
             merged_adapters(base)
-        self._seen: dict[str, tuple[_Stamp, AdapterVersion]] = {}  # the one that was asked for last at the end
+        self._seen: Latest[str, tuple[_Stamp, AdapterVersion]] = Latest(_KEPT)
 
     def of(self, request: LoRARequest) -> AdapterVersion:
         """Return the version at a request's path, or that of its mix.
@@ -64,9 +63,9 @@ class Versions:
 
     def _read(self, folder: Path) -> AdapterVersion:
         stamp, key = _stamp(folder), str(folder)
-        known = self._kept(key, stamp)
-        if known is not None:
-            return known
+        known = self._seen.get(key)
+        if known is not None and known[0] == stamp:
+            return known[1]
         if self._base is not None:
             require_not_merged(self._base, folder)
         digest = hashlib.sha256()
@@ -82,20 +81,8 @@ class Versions:
             n_front=config.virtual_tokens,
             n_bytes=stored_bytes(folder, self._value_bytes),
         )
-        with self._lock:
-            self._seen[key] = (stamp, version)
-            if len(self._seen) > _KEPT:
-                del self._seen[next(iter(self._seen))]
+        self._seen.put(key, (stamp, version))
         return version
-
-    def _kept(self, key: str, stamp: _Stamp) -> AdapterVersion | None:
-        """The version of a folder that was read and has not changed since."""
-        with self._lock:
-            known = self._seen.pop(key, None)
-            if known is None or known[0] != stamp:
-                return None
-            self._seen[key] = known
-            return known[1]
 
 
 def _mix(parts: Sequence[tuple[AdapterVersion, float]]) -> AdapterVersion:
