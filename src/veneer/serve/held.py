@@ -1,8 +1,8 @@
-"""Memory of objects: the bytes of all tensors in them, each counted once."""
+"""Tensors in objects: their bytes, each counted once, and copies of an object with other tensors."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields, is_dataclass, replace
 from typing import Any, TypeVar, cast
 
@@ -14,9 +14,10 @@ Held = TypeVar("Held")
 def bytes_of(held: object) -> int:
     """Return the bytes of the tensors in an object, or in its mappings, sequences and dataclasses.
 
-    Shared memory counts once.
+    The memory of several tensors counts once, and whole if they share it. Those on the meta device have none.
     """
-    return sum({(x.data_ptr(), x.nbytes): x.nbytes for x in _tensors(held)}.values())
+    memory = (x.untyped_storage() for x in _tensors(held) if not x.is_meta)
+    return sum({each.data_ptr(): each.nbytes() for each in memory}.values())
 
 
 def in_own_memory(held: Held) -> Held:
@@ -24,13 +25,28 @@ def in_own_memory(held: Held) -> Held:
 
     Tensors read from a file share one allocation, which is kept as long as any of them is.
     """
+    return mapped(held, lambda x: x.clone() if x.untyped_storage().nbytes() > x.nbytes else x)
+
+
+def mapped(held: Held, change: Callable[[Tensor], Tensor]) -> Held:
+    """Return an object with changed tensors: those in it, or in its mappings, sequences and dataclasses, in order.
+
+    A part in which nothing changes stays the same object.
+    """
     made: Any = held
     if isinstance(held, Tensor):
-        made = held.clone() if held.untyped_storage().nbytes() > held.nbytes else held
-    elif isinstance(held, tuple):
-        made = tuple(in_own_memory(each) for each in held)
+        made = change(held)
+    elif isinstance(held, Mapping):
+        values = {key: mapped(value, change) for key, value in held.items()}
+        made = held if all(new is held[key] for key, new in values.items()) else values
+    elif isinstance(held, (list, tuple)):
+        each = [mapped(old, change) for old in held]
+        same = all(new is old for new, old in zip(each, held, strict=True))
+        made = held if same else type(held)(*each) if hasattr(held, "_fields") else type(held)(each)
     elif is_dataclass(held) and not isinstance(held, type):
-        made = replace(held, **{field.name: in_own_memory(getattr(held, field.name)) for field in fields(held)})
+        parts = {field.name: getattr(held, field.name) for field in fields(held) if field.init}
+        changed = {name: new for name, old in parts.items() if (new := mapped(old, change)) is not old}
+        made = replace(held, **changed) if changed else held
     return cast(Held, made)
 
 

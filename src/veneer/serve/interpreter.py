@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -11,10 +10,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from veneer.model.blueprint.parts import Linear
+from veneer.ops.cpu.step import LayerChange
 from veneer.ops.dispatch import kernel_isa
 from veneer.ops.packed import ROWS
 from veneer.ops.pairs import Factor
-from veneer.serve import products
+from veneer.serve.block import Block, Blocks
+from veneer.serve.block_layout import GroupChange
 from veneer.serve.bottleneck import Bottleneck
 from veneer.serve.bound import (
     Activated,
@@ -40,25 +41,28 @@ from veneer.serve.bound import (
 )
 from veneer.serve.effects import Effects
 from veneer.serve.native import NativeStep
+from veneer.serve.native_parts import changes_of
 from veneer.serve.norms import BoundNorm
-from veneer.serve.products import Linears, Packed, Packing
-from veneer.serve.program import Activate, Add, Change, Embed, Logits, Normalize, Own, Product, Program
+from veneer.serve.products import Linears, Own, Packed, Packing
+from veneer.serve.program import Activate, Add, Change, Embed, Logits, Normalize, Product, Program
+from veneer.serve.program import Own as OwnModule
 from veneer.serve.step import Step
 
 MOST_PLANS = 64
+_KEPT = 512  # layouts of blocks
 
 
 @dataclass(frozen=True, slots=True)
 class PackedEffects:
-    """Effects of an adapter, with their packed parts for each group of linear layers and each bottleneck."""
+    """Effects of an adapter, with their packed parts: the block of the linear layers, and each bottleneck."""
 
     effects: Effects
-    linears: Sequence[products.Own | None]
+    linears: Block
     bottlenecks: dict[str, Bottleneck]
 
 
 class Interpreter:
-    """Program on a model's weights, or on ``packed`` ones, with the ``effects`` of adapters by version.
+    """Program on a model's weights, or on ``packed`` ones, with the ``effects`` and ``blocks`` of adapters by version.
 
     ``native`` is the step in C++, which gives the same bits. It is None without kernels, or for rows in a dtype or on a
     device that they do not support.
@@ -67,8 +71,10 @@ class Interpreter:
     def __init__(self, model: PreTrainedModel, program: Program, packed: Packed) -> None:
         self.program, self.dtype = program, model.dtype
         self.effects: dict[str, Effects] = {}
+        self.blocks: dict[str, Block] = {}
         self.bottlenecks: dict[str, dict[str, Bottleneck]] = {}
         self._packed, self._linears = packed, list[Linears]()
+        self._blocks = Blocks(_KEPT)
         self._turns = {r: r.tables(torch.arange(program.n_positions).to(model.device)) for r in program.rotaries}
         self._bound = [bound for each in joined(program.instructions) for bound in self._bind(model, each)]
         self._plans: dict[Any, list[Bound]] = {}
@@ -83,30 +89,32 @@ class Interpreter:
         return self.packed_of(effects)[0]
 
     def packed_of(self, effects: Effects) -> tuple[PackedEffects, list[Factor]]:
-        """Return the packed effects of an adapter as `packed` does, and the factors that were packed."""
+        """Return the packed effects of an adapter as `packed` does, and its factors with their places in the block."""
         bottlenecks = {site: Bottleneck(record, self.dtype) for site, record in effects.residual.items()}
         packing = Packing()
-        packed = PackedEffects(effects, [linears.packed(effects, packing) for linears in self._linears], bottlenecks)
+        owns = [linears.packed(effects, packing) for linears in self._linears]
         factors = packing.packer.run()
+        changes = [None if own is None else GroupChange(own, self._for_step(own)) for own in owns]
+        block, factors = self._blocks.block(changes, factors)
         effects.linear, effects.residual = {}, {}  # what is needed of them has been packed
-        return packed, factors
+        return PackedEffects(effects, block, bottlenecks), factors
+
+    def _for_step(self, own: Own) -> tuple[LayerChange, ...] | None:
+        return None if self.native is None else changes_of(own, self.dtype)
 
     def take(self, version: str, packed: PackedEffects) -> None:
         """Add an adapter version."""
-        effects = packed.effects
-        for linears, own in zip(self._linears, packed.linears, strict=True):
-            linears.take(version, own)
+        self.blocks[version] = packed.linears
         self.bottlenecks[version] = packed.bottlenecks
         if self.native is not None:
-            self.native.take(version, effects, packed.bottlenecks)
-        self.effects[version] = effects
+            self.native.take(version, packed.linears, packed.effects, packed.bottlenecks)
+        self.effects[version] = packed.effects
 
     def drop(self, version: str) -> None:
         """Drop an adapter version, also after an interrupted `take`; an unknown version is ignored."""
         self.effects.pop(version, None)
+        self.blocks.pop(version, None)
         self.bottlenecks.pop(version, None)
-        for linears in self._linears:
-            linears.drop(version)
         if self.native is None:
             return
         if version in self.native.partly:
@@ -141,7 +149,7 @@ class Interpreter:
         return self._plans[key]
 
     def _linears_of(self, model: PreTrainedModel, linears: tuple[Linear, ...]) -> Linears:
-        found = Linears(model, linears, self._packed)
+        found = Linears(model, linears, self._packed, self.blocks, len(self._linears))
         self._linears.append(found)
         return found
 
@@ -168,7 +176,7 @@ class Interpreter:
                 return Activated(instruction)
             case Change():
                 return Changed(instruction, self.bottlenecks)
-            case Own():
+            case OwnModule():
                 return ByModule(model, instruction)
             case Add():
                 return Added(instruction)

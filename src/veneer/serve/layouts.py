@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from io import FileIO
 from itertools import accumulate
 from pathlib import Path
@@ -22,7 +22,9 @@ from torch import Tensor
 
 from veneer.contract.file import CONFIG_FILE, WEIGHTS_FILE
 from veneer.disk.safetensors_header import MAX_HEADER_BYTES, PREFIX_BYTES
-from veneer.ops.pairs import Factor, PackedPairs, pack_factors
+from veneer.ops.pairs import Factor, pack_factors
+from veneer.serve.block import Block
+from veneer.serve.block_layout import BlockLayout
 from veneer.serve.latest import Latest
 from veneer.serve.products import Own
 from veneer.store.checkpoint import is_finite
@@ -30,8 +32,6 @@ from veneer.store.checkpoint import is_finite
 _KEPT = 512  # layouts
 _AT_ONCE = 1 << 20  # bytes of a file: they are looked at and packed while they lie in a core's cache
 
-Owns = Sequence[Own | None]
-"""The changes of a version at each group of layers."""
 Head = tuple[str, bytes]
 """The config of an adapter, and all that stands in its file in front of the values."""
 _UNREAD = ("base_model_name_or_path", "revision", "lora_dropout", "peft_version")  # settings that change no layout
@@ -45,23 +45,23 @@ class Layouts:
         self._memory: dict[torch.dtype, Tensor] = {}  # values are read into it, those of all layouts
         self._lock = threading.Lock()  # of that memory
 
-    def read(self, folder: Path) -> Owns | None:
-        """Return an adapter packed; None if its layout is new, or if something is wrong that a full read reports."""
+    def read(self, folder: Path) -> Block | None:
+        """Return an adapter's block; None if its layout is new, or if something is wrong that a full read reports."""
         if self._known:
             with suppress(OSError, ValueError), _opened(folder) as (head, file), self._lock:
                 layout = self._known.get(head)
                 return None if layout is None else layout.read(file)
         return None
 
-    def learn(self, folder: Path, owns: Owns, factors: Sequence[Factor]) -> None:
+    def learn(self, folder: Path, block: Block, factors: Sequence[Factor]) -> None:
         """Store the layout of an adapter packed from ``factors``, if reading by its table gives the same values."""
         with self._lock:
-            layout = _layout_of(owns, factors, self._memory)
+            layout = _layout_of(block, factors, self._memory)
         if layout is None:
             return
         with suppress(OSError, ValueError), _opened(folder) as (head, file), self._lock:
             again = layout.read(file)
-            if again is None or not all(map(torch.equal, _factors_of(owns), _factors_of(again))):
+            if again is None or not torch.equal(block.memory, again.memory):
                 return  # its files were replaced meanwhile
             self._known.put(head, layout)
 
@@ -90,7 +90,7 @@ def _config_of(read: Any) -> str:
 
 @dataclass(frozen=True, slots=True)
 class _Stretch:
-    """Neighbours in a file: the memory that their values are read into, and each with the place of its panels."""
+    """Neighbours in a file: the memory that their values are read into, and each with the bytes of its panels."""
 
     values: Tensor
     factors: list[tuple[Factor, slice]]
@@ -98,66 +98,39 @@ class _Stretch:
 
 @dataclass(frozen=True, slots=True)
 class _Layout:
-    """A file's stretches, and the changes that are made of it, without values here.
-
-    ``has_gaps``: the factors leave places in their panels, which are zero.
-    """
+    """A file's stretches, and the layout of the block that is made of it, whose values are of one dtype."""
 
     stretches: list[_Stretch]
-    owns: Owns
-    has_gaps: bool
+    block: BlockLayout
+    dtype: torch.dtype
 
-    def read(self, file: FileIO) -> Owns | None:
+    def read(self, file: FileIO) -> Block | None:
         """The values that follow, packed; None where there are fewer or more of them, or not all are finite."""
-        like = _factors_of(self.owns)
-        sizes = [factors.numel() for factors in like]
-        room = (torch.zeros if self.has_gaps else torch.empty)(sum(sizes), dtype=like[0].dtype)
+        block = Block(self.block, self.block.room())
+        room = block.memory.view(self.dtype)
         for stretch in self.stretches:
             n_read = file.readinto(stretch.values.view(torch.uint8).numpy().data)
             if n_read != stretch.values.nbytes or not is_finite(stretch.values):
                 return None
             pack_factors([factor._replace(panels=room[place]) for factor, place in stretch.factors])
-        return None if file.read(1) else _with_factors(self.owns, torch.split(room, sizes))
+        return None if file.read(1) else block
 
 
-def _pairs_of(owns: Owns) -> list[PackedPairs]:
-    return [own.pairs for own in owns if own is not None and own.pairs is not None]
-
-
-def _factors_of(owns: Owns) -> list[Tensor]:
-    return [pairs.factors for pairs in _pairs_of(owns)]
-
-
-def _with_factors(owns: Owns, factors: Sequence[Tensor]) -> Owns:
-    """Changes that have these factors instead of their own."""
-    left, made = iter(factors), list[Own | None]()
-    for own in owns:
-        if own is None or own.pairs is None:
-            made.append(own)
-        else:
-            made.append(replace(own, pairs=replace(own.pairs, factors=next(left))))
-    return made
-
-
-def _layout_of(owns: Owns, factors: Sequence[Factor], memory: dict[torch.dtype, Tensor]) -> _Layout | None:
+def _layout_of(block: Block, factors: Sequence[Factor], memory: dict[torch.dtype, Tensor]) -> _Layout | None:
     """The layout of the file that these factors are parts of; None where they are not all that is in it, or some of the
     changes are more than their pairs. Values are read into ``memory``, which is made larger if it is too small.
     """
     ordered = sorted(factors, key=lambda factor: factor.rows.storage_offset())
-    if not _fill_one_memory([factor.rows for factor in ordered]) or not all(map(_is_plain, filter(None, owns))):
+    changes = [change.own for change in block.layout.changes if change is not None]
+    one_dtype = len({factor.panels.dtype for factor in factors}) == 1
+    if not one_dtype or not _fill_one_memory([factor.rows for factor in ordered]) or not all(map(_is_plain, changes)):
         return None
-    packed = _factors_of(owns)
-    starts = accumulate((x.numel() for x in packed), initial=0)
-    places = {x.data_ptr(): start for x, start in zip(packed, starts, strict=False)}
     parts = list(_parts(ordered))
     rows, longest = ordered[0].rows, max(sum(factor.rows.numel() for factor in part) for part in parts)
     if rows.dtype not in memory or len(memory[rows.dtype]) < longest:
         memory[rows.dtype] = rows.new_empty(max(longest, _AT_ONCE // rows.itemsize))
-    return _Layout(
-        [_stretch(part, memory[rows.dtype], places) for part in parts],
-        _with_factors(owns, [torch.empty_like(x, device="meta") for x in packed]),
-        sum(factor.rows.numel() for factor in ordered) < sum(x.numel() for x in packed),
-    )
+    stretches = [_stretch(part, memory[rows.dtype], block.memory.data_ptr()) for part in parts]
+    return _Layout(stretches, block.layout, ordered[0].panels.dtype)
 
 
 def _is_plain(own: Own) -> bool:
@@ -189,13 +162,13 @@ def _parts(ordered: Sequence[Factor]) -> Iterator[list[Factor]]:
     yield part
 
 
-def _stretch(factors: Sequence[Factor], memory: Tensor, places: Mapping[int, int]) -> _Stretch:
-    """``places``: where what is packed in some memory begins among all."""
+def _stretch(factors: Sequence[Factor], memory: Tensor, block: int) -> _Stretch:
+    """``block``: the address of the block in which the factors are packed."""
     found, at = list[tuple[Factor, slice]](), 0
     for factor in factors:
         n, panels = factor.rows.numel(), factor.panels
         rows = memory[at : at + n].view(factor.rows.shape)
-        start = places[panels.untyped_storage().data_ptr()] + panels.storage_offset()
+        start = (panels.data_ptr() - block) // panels.itemsize
         found.append((factor._replace(rows=rows, panels=rows), slice(start, start + panels.numel())))
         at += n
     return _Stretch(memory[:at], found)

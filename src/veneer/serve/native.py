@@ -19,8 +19,10 @@ from veneer.errors import ShapeError
 from veneer.model.blueprint.rotary import Rotary
 from veneer.ops.activation import KINDS
 from veneer.ops.attention import AttentionOptions
-from veneer.ops.cpu.step import StepAttention, StepLayer, StepProgram, StepRows, StepTurns, places
+from veneer.ops.cpu.step import ProductChange, StepAttention, StepLayer, StepProgram, StepRows, StepTurns, places
 from veneer.ops.glu import ACTIVATIONS as GATED
+from veneer.serve.block import Block
+from veneer.serve.block_layout import BlockLayout
 from veneer.serve.bottleneck import Bottleneck
 from veneer.serve.bound import (
     LISTS,
@@ -39,7 +41,7 @@ from veneer.serve.bound import (
 )
 from veneer.serve.effects import Effects
 from veneer.serve.kv_cache import PageCache
-from veneer.serve.native_parts import Register, changes_of, heads_at, is_plain, norm_of
+from veneer.serve.native_parts import Register, heads_at, is_plain, norm_of
 from veneer.serve.norms import BoundNorm
 from veneer.serve.products import Linears
 from veneer.serve.program import STREAM
@@ -47,11 +49,16 @@ from veneer.serve.step import Step
 
 
 class Adapter(NamedTuple):
-    """Parts of a version besides the records of its linear layers; ``paths`` have its own parameters or rows."""
+    """Parts of a version beside its block; ``paths`` have its own parameters or rows."""
 
     effects: Effects
     bottlenecks: Mapping[str, Bottleneck]
     paths: frozenset[str]
+
+    @property
+    def is_empty(self) -> bool:
+        """True if its block is all that it has."""
+        return not self.bottlenecks and not self.paths and self.effects.table is None
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,15 +81,21 @@ class Part:
     site: str = ""
     site_at: int = 0
 
+    def change(self, block: Block) -> ProductChange | None:
+        """Return what a block changes at its product; None if it changes nothing, or is not supported."""
+        found = None if self.linears is None else block.change(self.linears.number)
+        if found is None or found.step is None:
+            return None
+        return ProductChange(self.place.start, found.own.pairs, found.step)
+
+    def is_unknown(self, layout: BlockLayout) -> bool:
+        """Return True if it does not support what versions of a layout change at its linear layers."""
+        product = None if self.linears is None else layout.changes[self.linears.number]
+        fixed = None if self.fixed_layer is None else layout.changes[self.fixed_layer.number]
+        return fixed is not None or (product is not None and product.step is None)
+
     def take(self, program: StepProgram, version: str, number: int, adapter: Adapter) -> None:
-        """Add a version, after the linear layers have taken its records."""
-        own = None if self.linears is None else self.linears.versions.get(version)
-        if own is not None:
-            changes = changes_of(own, program.dtype)
-            if changes is None:
-                self.unknown.add(version)
-            else:
-                program.take(number, self.place.start, own.pairs, changes)
+        """Add what a version changes beside its block."""
         instead = None if self.norm is None else self.norm.instead(adapter.effects)
         norm = None if self.norm is None or instead is None else norm_of(self.norm, instead)
         if norm is not None:
@@ -93,13 +106,36 @@ class Part:
         if bottleneck is not None and bottleneck.pairs is not None:
             at = self.place.start + self.site_at
             program.take_bottleneck(number, at, bottleneck.pairs, reads_output=bottleneck.reads_output)
-        elif bottleneck is not None or self._is_changed(version, adapter):
+        elif bottleneck is not None or self._is_changed(adapter):
             self.unknown.add(version)
 
-    def _is_changed(self, version: str, adapter: Adapter) -> bool:
-        changed = self.fixed_layer is not None and version in self.fixed_layer.versions
-        changed = changed or (self.embeds and adapter.effects.table is not None)
-        return changed or not adapter.paths.isdisjoint(self.fixed)
+    def _is_changed(self, adapter: Adapter) -> bool:
+        return (self.embeds and adapter.effects.table is not None) or not adapter.paths.isdisjoint(self.fixed)
+
+
+@dataclass(eq=False, slots=True)
+class _Layout:
+    """Layout in C++: its number there, the parts that do not support its versions, and the versions that have it."""
+
+    number: int
+    unknown: list[Part]
+    versions: set[str] = field(default_factory=set)
+
+
+class _Numbers:
+    """Numbers, the least that is free first."""
+
+    def __init__(self) -> None:
+        self._n, self._unused = 0, list[int]()  # a heap
+
+    def take(self) -> int:
+        if self._unused:
+            return heapq.heappop(self._unused)
+        self._n += 1
+        return self._n - 1
+
+    def give_back(self, number: int) -> None:
+        heapq.heappush(self._unused, number)
 
 
 class NativeStep:
@@ -111,7 +147,9 @@ class NativeStep:
         self.stream = Register(STREAM, (width,))
         self.parts: list[Part | None] = []
         self.numbers: dict[str, int] = {}
-        self._unused: list[int] = []  # numbers of versions that were dropped, a heap
+        self._free, self._free_layouts = _Numbers(), _Numbers()
+        self._layouts: dict[BlockLayout, _Layout] = {}
+        self._taken: dict[str, BlockLayout] = {}
         self.partly: set[str] = set()
         """The versions that some part does not know."""
         self.n_registers, self.n_moves = 0, 0  # moves: of the memory of registers
@@ -125,28 +163,56 @@ class NativeStep:
         place = range(before, self.program.n_instructions)
         self.parts.append(None if part is None else replace(part, place=place))
 
-    def take(self, version: str, effects: Effects, bottlenecks: Mapping[str, Bottleneck]) -> None:
-        """Add an adapter version, after the linear layers have taken its records."""
-        number = heapq.heappop(self._unused) if self._unused else len(self.numbers)
-        self.numbers[version] = number
-        paths = frozenset({path for path, _ in effects.whole} | effects.rows.keys())
-        adapter = Adapter(effects, bottlenecks, paths)
-        for part in self.parts:
-            if part is not None:
-                part.take(self.program, version, number, adapter)
-                if version in part.unknown:
-                    self.partly.add(version)
+    def take(self, version: str, block: Block, effects: Effects, bottlenecks: Mapping[str, Bottleneck]) -> None:
+        """Add an adapter version. Its block must stay until it is dropped."""
+        number = self.numbers[version] = self._free.take()
+        self._taken[version] = block.layout
+        layout = self._layout_of(block)
+        layout.versions.add(version)
+        self.program.take(number, layout.number, block.memory)
+        for part in layout.unknown:
+            part.unknown.add(version)
+        adapter = Adapter(effects, bottlenecks, frozenset({path for path, _ in effects.whole} | effects.rows.keys()))
+        parts = [] if adapter.is_empty else [part for part in self.parts if part is not None]
+        for part in parts:
+            part.take(self.program, version, number, adapter)
+        if layout.unknown or any(version in part.unknown for part in parts):
+            self.partly.add(version)
 
     def drop(self, version: str) -> None:
         """Drop an adapter version, if it is known."""
         if version in self.numbers:
             number = self.numbers.pop(version)
             self.program.drop(number)
-            heapq.heappush(self._unused, number)
+            self._free.give_back(number)
+        layout = self._taken.pop(version, None)
+        if layout is not None:
+            self._give_back(layout, version)
         self.partly.discard(version)
         for part in self.parts:
             if part is not None:
                 part.unknown.discard(version)
+
+    def _layout_of(self, block: Block) -> _Layout:
+        """The layout of a block in C++, found when the first version comes that has it."""
+        if block.layout not in self._layouts:
+            parts = [part for part in self.parts if part is not None]
+            changes = [change for part in parts if (change := part.change(block)) is not None]
+            found = _Layout(self._free_layouts.take(), [part for part in parts if part.is_unknown(block.layout)])
+            self.program.add_layout(found.number, changes, block.memory)
+            self._layouts[block.layout] = found
+        return self._layouts[block.layout]
+
+    def _give_back(self, layout: BlockLayout, version: str) -> None:
+        """Forget a layout with the last version that has it."""
+        found = self._layouts.get(layout)
+        if found is None:
+            return
+        found.versions.discard(version)
+        if not found.versions:
+            del self._layouts[layout]
+            self.program.drop_layout(found.number)
+            self._free_layouts.give_back(found.number)
 
     def first_of(self, register: Register) -> int:
         """Return the number of a register's first tensor."""

@@ -52,15 +52,15 @@ def is_plain(part: Attention) -> bool:
     return flat and part.clip is None and part.temperature is None and part.alibi is None
 
 
-def changes_of(own: Own, dtype: torch.dtype) -> list[LayerChange] | None:
+def changes_of(own: Own, dtype: torch.dtype) -> tuple[LayerChange, ...] | None:
     """Return the changes of a version at layers, other than adding its pairs; empty if it makes none.
 
     Returns None if the step does not support one of them.
     """
     if own.only_adds:
-        return []
-    found = list(_changes(own, dtype))
-    return None if None in found else cast(list[LayerChange], found)
+        return ()
+    found = tuple(_changes(own, dtype))
+    return None if any(each is None for each in found) else cast(tuple[LayerChange, ...], found)
 
 
 def _changes(own: Own, dtype: torch.dtype) -> Iterator[LayerChange | None]:

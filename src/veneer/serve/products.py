@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple, cast
+from typing import NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -64,20 +64,34 @@ class Own:
         return not self.whole and not self.apart and all(record is NOTHING for record in self.records)
 
 
-class Linears:
-    """Linear layers at some paths."""
+class Owns(Protocol):
+    """Changes of one version at all groups of layers."""
 
-    def __init__(self, model: PreTrainedModel, linears: Sequence[Linear], packed: Packed) -> None:
+    def own(self, group: int) -> Own | None:
+        """Return the changes at a group, given by its number; None if there are none."""
+
+
+class Linears:
+    """Linear layers at some paths: the group ``number`` of those at which ``versions`` have their changes."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        linears: Sequence[Linear],
+        packed: Packed,
+        versions: Mapping[str, Owns],
+        number: int = 0,
+    ) -> None:
+        self.versions, self.number = versions, number
         self.paths = tuple(linear.path for linear in linears)
         modules = [model.get_submodule(path) for path in self.paths]
         self.group = packed.get(self.paths)
         self.weights = [_weight(frozen_weight(module)) for module in modules]
         self.biases = [cast("Tensor | None", module._parameters.get("bias")) for module in modules]
-        self.versions: dict[str, Own] = {}
         self.bias = _joined(self.biases, [linear.out_features for linear in linears])
 
     def packed(self, effects: Effects, packing: Packing) -> Own | None:
-        """Return the packed change of a version for `take`, on any thread; None if it changes nothing here."""
+        """Return the packed change of a version, on any thread; None if it changes nothing here."""
         records = tuple(effects.linear.get(path, NOTHING) for path in self.paths)
         whole = {i: w for i, path in enumerate(self.paths) if (w := effects.whole.get((path, "weight"))) is not None}
         if not whole and all(record is NOTHING for record in records):
@@ -85,18 +99,14 @@ class Linears:
         own = Own(records, whole)
         return own if self.group is None else self._packed(own, packing)
 
-    def take(self, version: str, own: Own | None) -> None:
-        """Add a version, if it changes anything here."""
-        if own is not None:
-            self.versions[version] = own
-
-    def drop(self, version: str) -> None:
-        """Drop a version."""
-        self.versions.pop(version, None)
+    def own(self, version: str) -> Own | None:
+        """Return the changes of a version here; None if there are none."""
+        changes = self.versions.get(version)
+        return None if changes is None else changes.own(self.number)
 
     def __call__(self, x: Tensor, versions: tuple[str, ...], runs: AdapterRuns) -> list[Tensor]:
         """The output of each layer."""
-        owns = [self.versions.get(version) for version in versions]
+        owns = [self.own(version) for version in versions]
         group = self.group
         if group is None:
             return self._by_op(x, owns, runs)
@@ -116,7 +126,7 @@ class Linears:
     def onto(self, h: Tensor, x: Tensor, versions: tuple[str, ...], runs: AdapterRuns) -> Tensor:
         """Return the sum of ``h`` and the single layer's output, for versions for which `adds` holds."""
         y = cast(PackedGroup, self.group).parts[0].matmul(x, onto=h)
-        segments = _segments([self.versions.get(version) for version in versions], runs)
+        segments = _segments([self.own(version) for version in versions], runs)
         add_pairs(x, segments, [y])
         return y
 
@@ -124,7 +134,7 @@ class Linears:
         """Return True if `onto` can compute a version's rows (None: the base's)."""
         if self.group is None or self.bias is not None:
             return False
-        own = None if version is None else self.versions.get(version)
+        own = None if version is None else self.own(version)
         return own is None or own.only_adds
 
     def _sums(self, x: Tensor, owns: Sequence[Own | None], runs: AdapterRuns, group: PackedGroup) -> list[Tensor]:

@@ -101,8 +101,7 @@ class ProgramRunner(DrawingRunner):
     def read(self, folder: Path) -> ProgramAdapter | GeneralAdapter:
         known = self._layouts.read(folder)
         if known is not None:
-            n_bytes = sum(own.pairs.nbytes for own in known if own is not None and own.pairs is not None)
-            return ProgramAdapter(PackedEffects(Effects(), known, {}), [], n_bytes)
+            return ProgramAdapter(PackedEffects(Effects(), known, {}), [], known.nbytes)
         effects = partial(read_effects, folder=folder)
         adapter, factors = self._read(effects, lambda: StoredFolder(folder, stored_bytes(folder)))
         if isinstance(adapter, ProgramAdapter):
@@ -127,7 +126,7 @@ class ProgramRunner(DrawingRunner):
                 return GeneralAdapter(stored(), str(reason)), []
         packed, factors = self.interpreter.packed_of(effects)
         prefix = self._prefix(effects)
-        n_bytes = bytes_of((packed.linears, packed.bottlenecks, packed.effects, prefix))
+        n_bytes = packed.linears.nbytes + bytes_of((packed.bottlenecks, packed.effects, prefix))
         return ProgramAdapter(packed, prefix, n_bytes), factors
 
     def load(self, version: str, adapter: ProgramAdapter | GeneralAdapter) -> None:

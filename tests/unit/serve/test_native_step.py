@@ -20,6 +20,7 @@ from veneer.ops.int8 import quantize_int8
 from veneer.ops.norm import rms_norm_forward
 from veneer.ops.packed import PackedWeight, over_rows
 from veneer.ops.packed_codes import PackedCodes
+from veneer.serve.block import Blocks
 from veneer.serve.bound import LogitsOf
 from veneer.serve.effects import Effects, Lookup, read_effects
 from veneer.serve.interpreter import Interpreter
@@ -410,10 +411,11 @@ def test_ids_and_positions_that_are_not_there(wrong):
 
 def test_a_version_gets_the_least_number_that_is_free():
     native = NativeStep(16, torch.float32, {})
+    block, _ = Blocks(1).block([], [])
     for version in "abcd":
-        native.take(version, Effects(), {})
+        native.take(version, block, Effects(), {})
     for version in "ca":
         native.drop(version)
     for version in "ef":
-        native.take(version, Effects(), {})
+        native.take(version, block, Effects(), {})
     assert native.numbers == {"b": 1, "d": 3, "e": 0, "f": 2}

@@ -93,6 +93,14 @@ class LayerChange:
     pair: PackedPairs | None = None
 
 
+class ProductChange(NamedTuple):
+    """Change that a version makes to a product: low-rank pairs of all layers, and changes of each layer, or none."""
+
+    instruction: int
+    pairs: PackedPairs | None
+    layers: Sequence[LayerChange]
+
+
 class StepRows(NamedTuple):
     """Rows of a pass: positions, token ids if tokens are embedded, and greedy picks. All are int64.
 
@@ -119,6 +127,7 @@ class StepProgram:
         weakref.finalize(self, self._held.clear)
         self._kept: list[Any] = [list(turns)]
         self._of_versions: defaultdict[int, list[Any]] = defaultdict(list)
+        self._layouts: dict[int, list[tuple[int, list[int], list[list[int]]]]] = {}
 
     @property
     def _program(self) -> Any:
@@ -208,10 +217,33 @@ class StepProgram:
         self._program.add_sum(d, multiplier, source, stream)
         self.n_instructions += 1
 
-    def take(self, version: int, instruction: int, pairs: PackedPairs | None, changes: Sequence[LayerChange]) -> None:
-        """Add a version to a product: the low-rank pairs of all layers, and ``changes`` of each layer, or none."""
-        self._program.take(instruction, version, _pairs(pairs), [_change(change) for change in changes])
-        self._of_versions[version].append((pairs, list(changes)))
+    def add_layout(self, layout: int, changes: Sequence[ProductChange], block: Tensor) -> None:
+        """Add a numbered layout: what all versions change whose tensors lie in their blocks as those of ``changes`` do.
+
+        ``block`` is the memory that these are parts of.
+        """
+        start = address(block)
+        self._layouts[layout] = [
+            (
+                change.instruction,
+                _moved(_pairs(change.pairs), _PAIRS, -start),
+                [_moved(_change(layer), _LAYER, -start) for layer in change.layers],
+            )
+            for change in changes
+        ]
+
+    def drop_layout(self, layout: int) -> None:
+        """Drop a layout that no version has."""
+        del self._layouts[layout]
+
+    def take(self, version: int, layout: int, block: Tensor) -> None:
+        """Add a version with a layout and a block, which is kept."""
+        start = address(block)
+        for instruction, pairs, layers in self._layouts[layout]:
+            self._program.take(
+                instruction, version, _moved(pairs, _PAIRS, start), [_moved(layer, _LAYER, start) for layer in layers]
+            )
+        self._of_versions[version].append(block)
 
     def take_bottleneck(self, version: int, instruction: int, pairs: PackedPairs, *, reads_output: bool) -> None:
         """Add a version's bottleneck to a product that is added to the stream, or to `add_change`."""
@@ -301,6 +333,19 @@ def _change(change: LayerChange) -> list[int]:
         0 if whole is None else address(whole.panels),
         *_pairs(change.pair),
     ]
+
+
+_PAIRS = (0, 2, 3, 5, 6)  # the numbers of pairs that are addresses
+_LAYER = (*range(5), *(5 + i for i in _PAIRS))  # those of a layer's change
+
+
+def _moved(numbers: Sequence[int], addresses: Sequence[int], by: int) -> list[int]:
+    """Numbers with their addresses moved; 0 is none."""
+    found = list(numbers)
+    for i in addresses:
+        if i < len(found) and found[i]:
+            found[i] += by
+    return found
 
 
 def _pairs(pairs: PackedPairs | None) -> list[int]:

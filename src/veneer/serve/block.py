@@ -1,0 +1,76 @@
+"""Block of memory with all that a version changes at linear layers, in a layout that equal versions share.
+
+The step in C++ takes a block in by its address and its layout. Objects of single groups of layers are made only when
+torch needs them.
+"""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from veneer.ops.pairs import Factor
+from veneer.serve.block_layout import BlockLayout, GroupChange, Laying, part
+from veneer.serve.latest import Latest
+from veneer.serve.products import Own
+
+
+@dataclass(slots=True, eq=False)
+class Block:
+    """Changes of one version at all groups of layers."""
+
+    layout: BlockLayout
+    memory: Tensor
+    _made: dict[int, Own | None] = field(default_factory=dict)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its pages, and of the tensors beside them."""
+        return self.memory.nbytes + -self.memory.nbytes % mmap.PAGESIZE + self.layout.n_beside
+
+    def __iter__(self) -> Iterator[Own | None]:
+        """Yield the changes at each group."""
+        return (self.own(group) for group in range(len(self.layout.changes)))
+
+    def own(self, group: int) -> Own | None:
+        """Return the changes at a group; None if there are none."""
+        if group not in self._made:
+            change = self.change(group)
+            self._made[group] = None if change is None else change.own
+        return self._made[group]
+
+    def change(self, group: int) -> GroupChange | None:
+        """Return the changes at a group with those that the step takes; None if there are none."""
+        return self.layout.change(group, self.memory)
+
+
+class Blocks:
+    """Maker of blocks. It keeps the layouts that were used last, so that equal ones are one. For any thread."""
+
+    def __init__(self, most: int) -> None:
+        self._layouts: Latest[bytes, BlockLayout] = Latest(most)
+
+    def layout(self, key: bytes) -> BlockLayout | None:
+        """Return the layout of a key, if it is known."""
+        return self._layouts.get(key)
+
+    def shared(self, layout: BlockLayout) -> BlockLayout:
+        """Return a layout, or the equal one that is known."""
+        if not layout.text:
+            return layout
+        known = self._layouts.get(layout.key) or layout
+        self._layouts.put(layout.key, known)
+        return known
+
+    def block(self, changes: Sequence[GroupChange | None], factors: Sequence[Factor]) -> tuple[Block, list[Factor]]:
+        """Return the block of a version, and the factors that were packed for it with their places in the block."""
+        laying = Laying(changes)
+        layout = self.shared(laying.layout)
+        block = Block(layout, layout.room())
+        for x, offset in laying.placed:
+            part(block.memory, offset, x).copy_(x.detach())
+        moved = [f._replace(panels=part(block.memory, laying.offset_of(f.panels), f.panels)) for f in factors]
+        return block, moved

@@ -1,0 +1,55 @@
+"""Form of an object that holds tensors: all that it is but for their values."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import fields, is_dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+Form = str | int | float | bool | None | list["Form"]
+"""What json writes: a text, a number or nothing, or the name of a kind with the forms of its parts."""
+
+
+def form_of(held: object) -> Form:
+    """Return what two objects have in common if they differ in the values of tensors alone."""
+    if isinstance(held, Tensor):
+        return ["tensor", str(held.dtype), *held.shape]
+    if isinstance(held, Mapping):
+        return ["mapping", *([form_of(key), form_of(value)] for key, value in held.items())]
+    if isinstance(held, (list, tuple)):
+        return [name_of(type(held)), *map(form_of, held)]
+    if is_dataclass(held) and not isinstance(held, type):
+        return [name_of(type(held)), *(form_of(getattr(held, field.name)) for field in fields(held))]
+    return held if held is None or isinstance(held, (str, int, float)) else ["other", repr(held)]
+
+
+def of_form(form: Form, kinds: Mapping[str, Callable[..., object]]) -> object:
+    """Return the object of a form, with tensors on the meta device. ``kinds`` makes dataclasses, by `name_of`.
+
+    Raises ValueError for any other kind, TypeError and KeyError for what is no form.
+    """
+    if not isinstance(form, list):
+        return form
+    name, parts = cast(str, form[0]), form[1:]
+    if name == "tensor":
+        return torch.empty(cast(Any, parts[1:]), dtype=_DTYPES[cast(str, parts[0])], device="meta")
+    if name == "mapping":
+        return {of_form(key, kinds): of_form(value, kinds) for key, value in cast(Any, parts)}
+    values = [of_form(part, kinds) for part in parts]
+    if name in _SEQUENCES:
+        return _SEQUENCES[name](values)
+    if name not in kinds:
+        raise ValueError(f"no kind {name}")
+    return kinds[name](*values)
+
+
+def name_of(kind: type) -> str:
+    """Return the name of a kind of objects in forms."""
+    return f"{kind.__module__}.{kind.__qualname__}"
+
+
+_SEQUENCES: dict[str, Callable[[list[Any]], object]] = {name_of(list): list, name_of(tuple): tuple}
+_DTYPES = {str(dtype): dtype for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64)}
