@@ -7,7 +7,7 @@ from pathlib import Path
 
 import typer
 
-from veneer.cli.pages.serve import ServeArguments
+from veneer.cli.pages.serve import ServeArguments, speculative_of
 from veneer.contract.file import CONFIG_FILE, WEIGHTS_FILE
 from veneer.errors import CompositionError, ConfigError
 from veneer.ops.dispatch import kernel_isa
@@ -35,7 +35,7 @@ def serve(args: ServeArguments) -> None:
     options = EngineOptions(
         dtype=args.dtype, quantization="bitsandbytes" if args.load_in_4bit else None, seed=args.seed,
         max_model_len=args.max_model_len, max_loras=args.max_loras, general_runner=args.general_runner,
-        quantize_head=args.quantize_head,
+        quantize_head=args.quantize_head, speculative_config=speculative_of(args.speculative_config),
         kv_cache_memory_bytes=None if args.kv_gib is None else int(args.kv_gib * 2**30),
     )  # fmt: skip
     for line in _in_base(args.model, args.adapters):

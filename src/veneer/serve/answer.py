@@ -27,19 +27,20 @@ class Answer:
         # Nobody looks at the text before it ends: it is then read at once.
         self._waits = params.output_kind is RequestOutputKind.FINAL_ONLY and not params.stop_strings
 
-    def take(self, drawn: Drawn) -> bool:
-        """Add a token that the request already has; return True if it completes a stop string."""
+    def take(self, drawn: Drawn, n: int) -> bool:
+        """Add a token that the request already has, its ``n``-th; return True if it completes a stop string."""
+        reason = self.request.finish_reason if n == len(self.request.output) else None
         if drawn.logprobs is not None:
             self.logprobs.append(decoded(drawn.logprobs, self._tokenizer))
             self.cumulative_logprob += drawn.logprobs[drawn.token].logprob
         if self._reader is None or self._waits:
             return False
         start = len(self.text)
-        hidden = self.request.finish_reason == "stop" and not self.params.include_stop_str_in_output
+        hidden = reason == "stop" and not self.params.include_stop_str_in_output
         self.text += "" if hidden else self._reader.add(drawn.token)
-        if self.request.finish_reason is not None:
+        if reason is not None:
             self.text += self._reader.finish()
-        return len(self.request.output) > self.params.min_tokens and self._stops(start)
+        return n > self.params.min_tokens and self._stops(start)
 
     def output(self, kind: RequestOutputKind, lora_request: LoRARequest | None) -> CompletionOutput | None:
         """Return the part of the answer to output now; None if ``kind`` is DELTA and nothing is new."""

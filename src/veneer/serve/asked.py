@@ -9,6 +9,7 @@ from typing import Any
 
 from veneer.errors import ConfigError
 from veneer.serve.adapter_pool import AdapterVersion
+from veneer.serve.draft import Draft, SpeculativeConfig
 from veneer.serve.lora_request import LoRARequest
 from veneer.serve.prefix_cache import require_salt, root_of
 from veneer.serve.prompts import PromptReader
@@ -27,7 +28,8 @@ class EngineSettings:
     loaded adapter (None: as it is stored). ``why_general``: the reason why transformers' own code computes everything;
     "" if it does not. ``base``: the model's folder, if it has one; adapters that were merged into it are refused.
     ``chat_template`` is used for all adapters, in place of their own. ``keeps_stats``: times and counts are kept.
-    ``prefix_caching``: requests share pages.
+    ``prefix_caching``: requests share pages. ``speculative``: how next tokens are guessed (None: only those are that a
+    form forces).
     """
 
     vocabulary: int
@@ -41,6 +43,7 @@ class EngineSettings:
     chat_template: str | None = None
     keeps_stats: bool = False
     prefix_caching: bool = True
+    speculative: SpeculativeConfig | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,6 +145,11 @@ class Rules:
             bad_words=asked.constraints.bad_words, form=None if form is None else form.begun(),
             seen=None if seen is None else seen.begun(),
         )  # fmt: skip
+
+    def draft(self, rule: DrawRule) -> Draft | None:
+        """Return the guesses for an answer that is drawn by a rule; None if there can be none."""
+        forced = None if rule.form is None else rule.form.forced
+        return Draft(self.settings.speculative, forced) if self.settings.speculative or forced else None
 
 
 def _word_ids(tokenizer: Any, word: str) -> list[tuple[int, ...]]:

@@ -253,10 +253,12 @@ class Engine:
         number = next(self._keys)
         for index in range(asked.params.n):
             request = self._rules.request(asked, index)
+            rule = self._rules.draw_rule(asked, request, (number, index))
+            request.draft = self._rules.draft(rule)
             answer = Answer(request, index, asked.params, asked.reader.tokenizer)
             group.answers.append(answer)
             self._answers[request.id] = (group, answer)
-            self.runner.begin(request.id, self._rules.draw_rule(asked, request, (number, index)))
+            self.runner.begin(request.id, rule)
             if self._stats is not None:
                 self._stats.begin(request)
             self.scheduler.add(request)
@@ -346,9 +348,10 @@ class Engine:
             sampled = self.runner.run(plan)
         except VeneerError as error:
             return Sampled(failed={sequence.request_id: error for sequence in plan.sequences})
-        n_decoding = sum(sequence.samples and len(sequence.tokens) == 1 for sequence in plan.sequences)
+        n_decoding = sum(sequence.decodes for sequence in plan.sequences)
+        n_read = sum(len(sequence.tokens) for sequence in plan.sequences if not sequence.decodes)
         pace, worth = self.scheduler.pace, self.scheduler.pages.worth
-        pace.observe(n_decoding, plan.n_tokens - n_decoding, time.perf_counter() - start)
+        pace.observe(n_decoding, n_read, time.perf_counter() - start)
         worth.token_seconds = pace.row_seconds or worth.token_seconds
         return sampled
 
@@ -362,11 +365,13 @@ class Engine:
             if scored is not None:
                 group.prompt_logprobs = group.prompt_logprobs or [None]
                 group.prompt_logprobs += [decoded(each, group.asked.reader.tokenizer) for each in scored]
-            drawn = sampled.drawn.get(request.id)
-            if drawn is not None:
-                self.runner.take(request.id, drawn.token)
-                if answer.take(drawn):
+            drawn = sampled.drawn.get(request.id, [])
+            for n, each in enumerate(drawn, start=1 + len(request.output) - len(drawn)):
+                self.runner.take(request.id, each.token)
+                if answer.take(each, n):
                     self._end(request, "stop")
+                    del request.output[n:]  # what a draft has given behind the end
+                    break
 
     def _end(self, request: Request, reason: Any) -> None:
         if request.status is not Status.DONE:

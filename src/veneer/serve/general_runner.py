@@ -118,7 +118,7 @@ class GeneralRunner(DrawingRunner):
     def discard(self, pages: Sequence[int]) -> None:
         """Do nothing: memory of plain tensors cannot be freed page by page."""
 
-    def compute(self, plan: Plan, greedy: Collection[str]) -> tuple[list[Tensor], dict[str, int]]:
+    def compute(self, plan: Plan, greedy: Collection[str]) -> tuple[list[Tensor], dict[str, list[int]]]:
         logits = self.logits(plan)
         return [logits[: sum(len(wanted(s)) for s in plan.sequences)]], {}
 

@@ -49,7 +49,8 @@ class RequestStats:
     """Times of a request in seconds, by `time.perf_counter`; 0 for what has not happened.
 
     ``arrival_time`` is the wall clock's. A request of several answers has the first time of any of them, and their last
-    token's. The names are those of vLLM's ``RequestStateStats``, besides ``num_preemptions``.
+    token's. The names are those of vLLM's ``RequestStateStats``, besides ``num_preemptions``, and the tokens that were
+    drafted and accepted.
     """
 
     num_generation_tokens: int = 0
@@ -60,6 +61,8 @@ class RequestStats:
     last_token_ts: float = 0.0
     first_token_latency: float = 0.0
     num_preemptions: int = 0
+    num_draft_tokens: int = 0
+    num_accepted_tokens: int = 0
 
 
 @dataclass(slots=True)

@@ -20,7 +20,7 @@ class Pages:
     published under a key may be in several tables, and is cached when it is in none; ``most_cached`` pages at most are
     (None: all). Invariants:
     - A page is free, cached, or in tables; in more than one only if it is published.
-    - A table holds exactly as many pages as its positions need.
+    - A table holds exactly as many pages as its positions need, those of a draft while it is tried.
     - Who holds a published block holds those before it, under their keys.
     - `grow` and `lend` fail only if pages or bytes are too few, and then change nothing.
     - Pages with memory and lent bytes take at most ``n_bytes``.
@@ -132,6 +132,14 @@ class Pages:
         if table:
             self._tables[holder] = table
         return True
+
+    def shrink(self, holder: Hashable, n_positions: int) -> None:
+        """Take the pages behind ``n_positions`` from a holder; they are not published."""
+        table = self._tables.get(holder, [])
+        for page in reversed(table[self.needed(n_positions) :]):
+            table.pop()
+            self._leave(page)
+            self._change(holder)
 
     def table(self, holder: Hashable) -> tuple[int, ...]:
         """Return a holder's pages, in the order of its positions; the same tuple until they change."""

@@ -15,8 +15,9 @@ class PlannedSequence(NamedTuple):
     ``tokens`` are the ids to compute, at the positions ``start``, ``start + 1``, …; ``pages`` hold the positions,
     ``block`` in each. The ``n_front`` positions before the first token of a sequence hold the adapter's virtual tokens.
     The first ``n_front_there`` of them are in the pages already, and the rest are to be written now. ``samples``: a
-    token is drawn after the last one. ``targets`` are the tokens whose log-probabilities are asked for; they follow the
-    tokens from ``first_scored`` on.
+    token is drawn after the last one. The last ``n_drafted`` tokens are guesses: a token is drawn before each of them
+    too, as long as those before it were drawn. ``targets`` are the tokens whose log-probabilities are asked for; they
+    follow the tokens from ``first_scored`` on.
     """
 
     request_id: str
@@ -29,6 +30,17 @@ class PlannedSequence(NamedTuple):
     samples: bool
     first_scored: int = 0
     targets: tuple[int, ...] = ()
+    n_drafted: int = 0
+
+    @property
+    def drafted(self) -> tuple[int, ...]:
+        """Guesses among the tokens."""
+        return self.tokens[len(self.tokens) - self.n_drafted :]
+
+    @property
+    def decodes(self) -> bool:
+        """True if it reads nothing of a prompt."""
+        return self.samples and len(self.tokens) == 1 + self.n_drafted
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,8 +64,11 @@ class Drawn(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Sampled:
-    """Results of a step, by request: the drawn token or the error, and log-probabilities of prompt tokens."""
+    """Results of a step, by request: the drawn tokens or the error, and log-probabilities of prompt tokens.
 
-    drawn: dict[str, Drawn] = field(default_factory=dict)
+    Of a draft, the tokens that were drawn as guessed come first, and the one after them is last.
+    """
+
+    drawn: dict[str, list[Drawn]] = field(default_factory=dict)
     prompt_logprobs: dict[str, list[TokenLogprobs]] = field(default_factory=dict)
     failed: dict[str, VeneerError] = field(default_factory=dict)

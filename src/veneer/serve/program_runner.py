@@ -12,6 +12,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -166,7 +167,7 @@ class ProgramRunner(DrawingRunner):
     def discard(self, pages: Sequence[int]) -> None:
         self.cache.discard(pages)
 
-    def compute(self, plan: Plan, greedy: Collection[str]) -> tuple[Iterable[Tensor], dict[str, int]]:
+    def compute(self, plan: Plan, greedy: Collection[str]) -> tuple[Iterable[Tensor], dict[str, list[int]]]:
         # Reading a prefix runs the model itself once, which must not see what a pass through it has set.
         with self._modules if self.general is not None or isinstance(self.model, PeftModel) else nullcontext():
             general = frozenset[str]() if self.general is None else self.general.loaded
@@ -195,7 +196,7 @@ class ProgramRunner(DrawingRunner):
 
     def _by_program(
         self, sequences: Sequence[PlannedSequence], greedy: Collection[str]
-    ) -> tuple[Iterator[Tensor], dict[str, int]]:
+    ) -> tuple[Iterator[Tensor], dict[str, list[int]]]:
         for sequence in sequences:
             if sequence.n_front_there < sequence.n_front:
                 self._put_front(sequence)
@@ -206,9 +207,9 @@ class ProgramRunner(DrawingRunner):
         tokens = step.tokens.tolist()
         if -1 in tokens:  # a logit is not finite: the sampler is to see all of them
             return self._by_program(sequences, ())
-        return logits.blocks(), dict(
-            zip((s.request_id for s in sequences if s.request_id in greedy), tokens, strict=True)
-        )
+        found = iter(tokens)
+        picked = {s.request_id: list(islice(found, p.n_picked)) for s, p in zip(sequences, pieces, strict=True)}
+        return logits.blocks(), {id: tokens for id, tokens in picked.items() if tokens}
 
     def _put_front(self, sequence: PlannedSequence) -> None:
         front, first = self.fronts.get(sequence.version or ""), sequence.n_front_there
@@ -240,7 +241,8 @@ class ProgramRunner(DrawingRunner):
 
 def _piece(sequence: PlannedSequence, greedy: Collection[str]) -> Piece:
     stretch, picks = Stretch(sequence.pages, sequence.start, len(sequence.tokens)), sequence.request_id in greedy
-    return Piece(stretch, sequence.version, () if picks else wanted(sequence), picks)
+    kept, n_picked = ((), 1 + sequence.n_drafted) if picks else (wanted(sequence), 0)
+    return Piece(stretch, sequence.version, kept, n_picked)
 
 
 def _page_of(n: int) -> int:

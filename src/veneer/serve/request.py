@@ -5,7 +5,9 @@ from __future__ import annotations
 import enum
 from collections.abc import Hashable
 from dataclasses import dataclass, field
+from itertools import takewhile
 
+from veneer.serve.draft import Draft
 from veneer.serve.outputs import FinishReason
 from veneer.serve.prefix_cache import key_of
 
@@ -45,7 +47,7 @@ class Request:
     prompt are asked for, and ``n_scored`` of them are computed. ``root`` is the key in front of its first block; None
     if it shares no pages. ``n_front_there`` counts the virtual tokens in pages, ``n_published`` the blocks that others
     can find, and ``n_cached`` the prompt tokens that were in pages when it began. ``known_keys`` are the keys of its
-    first blocks, as far as they were asked for.
+    first blocks, as far as they were asked for. ``draft`` guesses its next tokens.
     """
 
     id: str
@@ -58,6 +60,7 @@ class Request:
     priority: int = 0
     streams: bool = False
     root: bytes | None = None
+    draft: Draft | None = None
     output: list[int] = field(default_factory=list)
     n_computed: int = 0
     n_front_there: int = 0
@@ -111,6 +114,14 @@ class Request:
         if first >= n_prompt:  # it decodes, as it mostly does
             return tuple(self.output[first - n_prompt : last - n_prompt])
         return self.prompt[first:last] + tuple(self.output[max(0, first - n_prompt) : max(0, last - n_prompt)])
+
+    def drafted(self, most: int) -> tuple[int, ...]:
+        """Return at most ``most`` guessed tokens to try next. The answer goes on behind each of them."""
+        most = min(most, self.rule.max_tokens - len(self.output) - 1)
+        if self.draft is None or most < 1:
+            return ()
+        ends = self.rule.eos_ids | self.rule.stop_ids
+        return tuple(takewhile(lambda token: token not in ends, self.draft.tokens(self, most)))
 
     def unscored(self, n: int) -> tuple[int, tuple[int, ...]]:
         """Return the index of the first of the next ``n`` tokens whose successor is unscored, and all such successors.

@@ -68,8 +68,10 @@ class DrawingRunner(ABC):
         self.sampler = Sampler()
 
     @abstractmethod
-    def compute(self, plan: Plan, greedy: Collection[str]) -> tuple[Iterable[Tensor], dict[str, int]]:
+    def compute(self, plan: Plan, greedy: Collection[str]) -> tuple[Iterable[Tensor], dict[str, list[int]]]:
         """Return the likeliest tokens of some ``greedy`` requests, and blocks of logits for all other `wanted` tokens.
+
+        Likeliest tokens are those before each drafted token and after the last.
 
         The logits are those after the tokens, in the plan's order. They may be computed when a block is asked for.
         """
@@ -85,7 +87,10 @@ class DrawingRunner(ABC):
 
     def run(self, plan: Plan) -> Sampled:
         blocks, tokens = self.compute(plan, self.sampler.greedy(plan))
-        sampled = Sampled(drawn={id: Drawn(token) for id, token in tokens.items()})
+        sampled = Sampled()
+        for s in plan.sequences:
+            if s.request_id in tokens:
+                sampled.drawn[s.request_id] = [Drawn(token) for token in _as_drafted(s.drafted, tokens[s.request_id])]
         rows = iter([row for s in plan.sequences if s.request_id not in tokens for row in _rows(s)])
         for logits in blocks:
             self.sampler.fill(sampled, list(islice(rows, len(logits))), logits)
@@ -95,10 +100,18 @@ class DrawingRunner(ABC):
 def wanted(sequence: PlannedSequence) -> list[int]:
     """Return the tokens of a sequence whose logits are needed, counted from its first in the plan."""
     scored = range(sequence.first_scored, sequence.first_scored + len(sequence.targets))
-    return [*scored, *[len(sequence.tokens) - 1] * sequence.samples]
+    n = len(sequence.tokens)
+    return [*scored, *(range(n - 1 - sequence.n_drafted, n) if sequence.samples else ())]
 
 
 def _rows(sequence: PlannedSequence) -> list[Row]:
     """The rows of logits that `wanted` asks for."""
-    id = sequence.request_id
-    return [*(Row(id, target) for target in sequence.targets), *[Row(id)] * sequence.samples]
+    id, drafted = sequence.request_id, sequence.drafted
+    drawn = [Row(id, after=drafted[:n]) for n in range(1 + len(drafted))] if sequence.samples else []
+    return [*(Row(id, target) for target in sequence.targets), *drawn]
+
+
+def _as_drafted(drafted: Sequence[int], tokens: Sequence[int]) -> Sequence[int]:
+    """The tokens that are as drafted, and the one after them."""
+    wrong = (n for n, (guess, token) in enumerate(zip(drafted, tokens, strict=False), start=1) if guess != token)
+    return tokens[: next(wrong, len(tokens))]

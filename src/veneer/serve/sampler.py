@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import NamedTuple, Protocol
 
@@ -32,6 +32,12 @@ class Form(Protocol):
     def take(self, token: int) -> None:
         """Advance the form by a token."""
 
+    def begun(self) -> Form:
+        """Return a form of its own in this state."""
+
+    def forced(self) -> Sequence[int]:
+        """Return tokens that may be the only ones to come next."""
+
 
 class Seen:
     """Ids of a prompt and its answer, each once."""
@@ -46,8 +52,10 @@ class Seen:
         return cls(array("i", known), known)
 
     def begun(self) -> Seen:
-        """Return the prompt's ids for one more answer."""
-        return Seen(array("i", self.ids), self._known)
+        """Return the same ids, to add others."""
+        made = Seen(array("i", self.ids), self._known)
+        made._new = set(self._new)
+        return made
 
     def add(self, token: int) -> None:
         """Add a token of the answer."""
@@ -70,6 +78,11 @@ class _Counts:
             ids.append(token)
             counts.append(0)
         counts[place] += 1
+
+    def copy(self) -> _Counts:
+        made = _Counts()
+        made.arrays, made._places = (array("i", self.arrays[0]), array("i", self.arrays[1])), dict(self._places)
+        return made
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,10 +113,14 @@ class DrawRule:
 
 
 class Row(NamedTuple):
-    """Row of logits: its request, and the token that it scores; None if one is to be drawn."""
+    """Row of logits: its request, and the token that it scores; None if one is to be drawn.
+
+    It is drawn ``after`` drafted tokens, if these were drawn.
+    """
 
     request_id: str
     target: int | None = None
+    after: tuple[int, ...] = ()
 
 
 class Sampler:
@@ -111,6 +128,7 @@ class Sampler:
 
     def __init__(self) -> None:
         self._states: dict[str, _State] = {}
+        self._ahead: dict[str, _State] = {}  # after the drafted tokens that were drawn
 
     def begin(self, request_id: str, rule: DrawRule) -> None:
         """Begin a request."""
@@ -119,9 +137,10 @@ class Sampler:
     def end(self, request_id: str) -> None:
         """End a request."""
         self._states.pop(request_id, None)
+        self._ahead.pop(request_id, None)
 
     def greedy(self, plan: Plan) -> set[str]:
-        """Return the requests of a plan that need nothing but the likeliest token."""
+        """Return the requests of a plan that need nothing but the likeliest tokens."""
         return {
             s.request_id
             for s in plan.sequences
@@ -129,16 +148,27 @@ class Sampler:
         }
 
     def fill(self, sampled: Sampled, rows: Sequence[Row], logits: Tensor) -> None:
-        """Add the tokens and log-probabilities of rows to ``sampled``, from their logits (n, vocabulary)."""
+        """Add the tokens and log-probabilities of rows to ``sampled``, from their logits (n, vocabulary).
+
+        A row after drafted tokens is drawn when these were drawn, and not at all otherwise.
+        """
+        for n_after in range(1 + max((len(row.after) for row in rows), default=0)):
+            places = [i for i, row in enumerate(rows) if len(row.after) == n_after and _is_next(row, sampled)]
+            if places:
+                of_places = logits if len(places) == len(rows) else logits[places]
+                self._fill(sampled, [rows[i] for i in places], of_places)
+
+    def _fill(self, sampled: Sampled, rows: Sequence[Row], logits: Tensor) -> None:
         rules = [self._rule(row, logits.shape[1]) for row in rows]
         found = draw(logits, rules)
         logprobs = _logprobs(found, rules)
         for row, token, scored in zip(rows, found.tokens.tolist(), logprobs, strict=True):
             id = row.request_id
             if token < 0:
-                sampled.failed[id] = _error(id, token)
+                if not row.after:  # otherwise it fails in the next step, and the tokens before it are told first
+                    sampled.failed[id] = _error(id, token)
             elif row.target is None:
-                sampled.drawn[id] = Drawn(token, scored)
+                sampled.drawn.setdefault(id, []).append(Drawn(token, scored))
             elif scored is not None:
                 sampled.prompt_logprobs.setdefault(id, []).append(scored)
         for id in sampled.failed:
@@ -151,9 +181,14 @@ class Sampler:
 
     def _rule(self, row: Row, vocabulary: int) -> RowRule:
         state = self._states[row.request_id]
-        if row.target is None:
-            return state.rule_of_next(vocabulary)
-        return RowRule(target=row.target, n_likeliest=_count(state.rule.params.prompt_logprobs or 0, vocabulary))
+        if row.target is not None:
+            return RowRule(target=row.target, n_likeliest=_count(state.rule.params.prompt_logprobs or 0, vocabulary))
+        if len(row.after) == 1:
+            self._ahead[row.request_id] = state.copy()
+        if row.after:
+            state = self._ahead[row.request_id]  # which the rows before this one have brought here
+            state.take(row.after[-1])
+        return state.rule_of_next(vocabulary)
 
 
 class _State:
@@ -172,6 +207,16 @@ class _State:
     def takes_likeliest(self) -> bool:
         """True where the next token is the model's likeliest, and nothing else is asked for."""
         return self.rule.is_plain and len(self.output) >= self.rule.params.min_tokens
+
+    def copy(self) -> _State:
+        form, seen = self.rule.form, self.rule.seen
+        made = _State(
+            replace(self.rule, form=None if form is None else form.begun(), seen=None if seen is None else seen.begun())
+        )
+        made.output = list(self.output)
+        made._allowed = self._allowed
+        made._counts = None if self._counts is None else self._counts.copy()
+        return made
 
     def take(self, token: int) -> None:
         self.output.append(token)
@@ -217,6 +262,12 @@ class _State:
         if len(output) < self.rule.params.min_tokens:
             banned += self.rule.ending
         return array("i", [id for id in banned if id < vocabulary]) if banned else None
+
+
+def _is_next(row: Row, sampled: Sampled) -> bool:
+    """True unless a token before the row was drawn otherwise than drafted."""
+    drawn = sampled.drawn.get(row.request_id, [])
+    return row.target is not None or row.after == tuple(each.token for each in drawn)
 
 
 def _count(asked: int, vocabulary: int) -> int:

@@ -8,6 +8,8 @@ the most urgent priority. If pages are too few, cached pages and idle adapters a
 request of the client that has received most is preempted: it frees its pages and continues later. If an adapter finds
 no place, the version in the batch that ends first admits no more requests. Requests of all others continue.
 
+A step that reads no prompt and has few rows tries drafts (`Draft`) as further rows, on pages that nobody else needs.
+
 The cost of a step depends on the batch alone, not on the number of waiting requests, clients and known adapters.
 
 Invariants:
@@ -34,6 +36,8 @@ from veneer.serve.plan import Plan, PlannedSequence, Sampled
 from veneer.serve.request import Request, Status
 from veneer.serve.sharing import Sharing
 from veneer.serve.waiting import Waiting
+
+_CHEAP_ROWS = 16  # of a step: beside so many, one more takes much less time than a step of its own
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,8 +166,9 @@ class Scheduler:
                 budget = self.limits.max_batched_tokens - sum(planned.values())
         if all(request.status is Status.RUNNING for request in at_first):  # pages just given back are not for others
             self._admit(planned, min(budget, to_read))
+        drafts = self._drafts(planned)
         order = sorted(planned, key=lambda r: r.version or "")  # the base's first
-        return Plan(tuple(self._laid_out(request, planned[request]) for request in order))
+        return Plan(tuple(self._laid_out(request, planned[request], drafts.get(request, ())) for request in order))
 
     def _to_read(self) -> int:
         """Rows of prompts that a step may read: fewer while an answer is watched as it grows."""
@@ -180,22 +185,42 @@ class Scheduler:
         reading = sum(request.n_left > 1 for request in self.running)
         return -(-to_read // (reading + (bool(self.waiting) and self._has_seats) or 1))
 
+    def _drafts(self, planned: dict[Request, int]) -> dict[Request, tuple[int, ...]]:
+        """Tokens to try beside what is planned. Nobody is preempted, and no adapter goes out, for their pages."""
+        room = min(_CHEAP_ROWS, self.limits.max_batched_tokens) - sum(planned.values())
+        if room < 1 or any(request.n_left > 1 for request in planned):
+            return {}
+        found = dict[Request, tuple[int, ...]]()
+        for n_left, request in zip(range(len(planned), 0, -1), planned, strict=True):
+            tokens = request.drafted(room // n_left)
+            if tokens and not self.pages.grow(request.id, request.n_positions + len(tokens)):
+                tokens = ()
+            if tokens:
+                found[request] = tokens
+                room -= len(tokens)
+        return found
+
     def commit(self, plan: Plan, sampled: Sampled) -> list[Request]:
         """Apply the results of a step; return the requests that got a token or prompt scores, or ended."""
         by_id = {request.id: request for request in self.running}
         touched = []
         for sequence in plan.sequences:
             request = by_id[sequence.request_id]
-            request.n_computed += len(sequence.tokens)
+            drawn = sampled.drawn.get(request.id, [])
+            n_wrong = sequence.n_drafted - max(0, len(drawn) - 1)
+            request.n_computed += len(sequence.tokens) - n_wrong
             request.n_front_there = request.n_front
             request.n_scored += len(sequence.targets)
             if request.id in sampled.failed:
                 request.end("error", sampled.failed[request.id])
             else:
-                self._wait(self.sharing.publish(request))
-                if sequence.samples:
-                    request.draw(sampled.drawn[request.id].token)
+                for each in drawn:
+                    request.draw(each.token)
                     self.clients.draw(self.clients[request.client])
+                if sequence.n_drafted and request.draft is not None:
+                    request.draft.judge(request, sequence.n_drafted, sequence.n_drafted - n_wrong)
+                    self.pages.shrink(request.id, request.n_front + request.n_computed)
+                self._wait(self.sharing.publish(request))
             ended = request.status is Status.DONE
             if ended:
                 self._drop(request)
@@ -318,12 +343,12 @@ class Scheduler:
         if request.version is not None:
             self.pool.acquire(request.version)
 
-    def _laid_out(self, request: Request, n: int) -> PlannedSequence:
+    def _laid_out(self, request: Request, n: int, draft: tuple[int, ...]) -> PlannedSequence:
         first, targets = request.unscored(n)
         return PlannedSequence(
             request_id=request.id,
             version=request.version,
-            tokens=request.stretch(n),
+            tokens=request.stretch(n) + draft,
             start=request.n_front + request.n_computed,
             n_front=request.n_front,
             n_front_there=request.n_front_there,
@@ -331,6 +356,7 @@ class Scheduler:
             samples=n == request.n_left,
             first_scored=first,
             targets=targets,
+            n_drafted=len(draft),
         )
 
     def _drop(self, request: Request) -> None:

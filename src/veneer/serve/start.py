@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -22,6 +22,7 @@ from veneer.model.quantized_head import quantize_head
 from veneer.ops.paged_attention import UNIT
 from veneer.serve.adapter_pool import AdapterPool
 from veneer.serve.asked import EngineSettings
+from veneer.serve.draft import SpeculativeConfig
 from veneer.serve.engine import Engine
 from veneer.serve.general_runner import GeneralRunner
 from veneer.serve.interpreter import Interpreter
@@ -80,7 +81,7 @@ class EngineOptions(metaclass=Keywords):
     ``block_size``, the positions of a page, should be a multiple of 16 on a CPU. With any other, torch computes
     attention, more slowly, and the last bits of a row may depend on the other rows. Departs: ``enable_lora`` is on,
     since it costs nothing. ``enable_prefix_caching``: requests share the keys and values of equal beginnings, which is
-    on unless it is False.
+    on unless it is False. ``speculative_config``: see `SpeculativeConfig`; answers are the same with it.
 
     Four are not vLLM's. ``max_waiting_requests`` and ``max_waiting_tokens`` (of their prompts) limit what waits: one
     request more is a QueueFullError, which says when to ask again. ``quantize_head="int8"`` keeps the head in 8 bits,
@@ -90,7 +91,7 @@ class EngineOptions(metaclass=Keywords):
     """
 
     given_to: ClassVar[str] = "LLM"
-    not_offered: ClassVar[tuple[str, ...]] = ("swap_space", "cpu_offload_gb", "speculative_config", "device", "runner")
+    not_offered: ClassVar[tuple[str, ...]] = ("swap_space", "cpu_offload_gb", "device", "runner")
 
     tokenizer: str | PreTrainedTokenizerBase | None = None
     tokenizer_mode: str = "auto"
@@ -123,6 +124,7 @@ class EngineOptions(metaclass=Keywords):
     scheduling_policy: str = "fcfs"
     max_waiting_requests: int = 1 << 16
     max_waiting_tokens: int = 1 << 25
+    speculative_config: Mapping[str, object] | None = None
     enable_lora: bool = True
     max_loras: int | None = None
     max_lora_rank: int | None = None
@@ -149,7 +151,16 @@ class EngineOptions(metaclass=Keywords):
             value = getattr(self, name)
             if value is not None and value < 1:
                 said.append(f"{name}={value} must be at least 1")
+        try:
+            self.speculative()
+        except ConfigError as error:
+            said.append(str(error))
         return said
+
+    def speculative(self) -> SpeculativeConfig | None:
+        """Return ``speculative_config``, checked. Raises ConfigError for what is not offered."""
+        given: dict[str, Any] | None = None if self.speculative_config is None else dict(self.speculative_config)
+        return None if given is None else SpeculativeConfig(**given)
 
 
 def start_engine(
@@ -208,6 +219,7 @@ def start_engine(
         chat_template=options.chat_template,
         keeps_stats=not options.disable_log_stats,
         prefix_caching=options.enable_prefix_caching is not False,
+        speculative=options.speculative(),
     )
     return Engine(runner, scheduler, tokenizer, settings)
 

@@ -37,6 +37,7 @@ class Stats:
     def __init__(self) -> None:
         self._times: dict[str, _Times] = {}
         self._n_prompt, self._n_drawn, self._n_sought, self._n_cached = 0, 0, 0, 0
+        self._n_drafts, self._n_tried, self._n_right = 0, 0, 0
         self._ended: Counts[str] = Counts()
         self._to_first, self._between = Distribution(_SECONDS), Distribution(_SECONDS)
         self._whole, self._queued, self._read, self._decoded = (Distribution(_LONG) for _ in range(4))
@@ -61,8 +62,13 @@ class Stats:
         """Note the tokens that a step has drawn."""
         now = time.perf_counter()
         for sequence in plan.sequences:
-            if sequence.request_id in sampled.drawn:
-                self._draw(self._times[sequence.request_id], now)
+            drawn = sampled.drawn.get(sequence.request_id)
+            if drawn:
+                self._draw(self._times[sequence.request_id], len(drawn), now)
+            if drawn and sequence.n_drafted:
+                self._n_drafts += 1
+                self._n_tried += sequence.n_drafted
+                self._n_right += len(drawn) - 1
 
     def end(self, request: Request) -> None:
         """Count a request that has ended, and drop its times."""
@@ -87,6 +93,8 @@ class Stats:
             last_token_ts=max(times.last for times in all_times),
             first_token_latency=first - queued if first else 0.0,
             num_preemptions=sum(request.n_preempted for request in requests),
+            num_draft_tokens=sum(request.draft.n_tried for request in requests if request.draft is not None),
+            num_accepted_tokens=sum(request.draft.n_right for request in requests if request.draft is not None),
         )
 
     def metrics(self, scheduler: Scheduler) -> list[Metric]:
@@ -105,6 +113,9 @@ class Stats:
             "generation_tokens": self._n_drawn,
             "prefix_cache_queries": self._n_sought,
             "prefix_cache_hits": self._n_cached,
+            "spec_decode_num_drafts": self._n_drafts,
+            "spec_decode_num_draft_tokens": self._n_tried,
+            "spec_decode_num_accepted_tokens": self._n_right,
         }
         times = {
             "time_to_first_token_seconds": self._to_first,
@@ -125,11 +136,11 @@ class Stats:
             *(distribution.histogram(f"vllm:{name}") for name, distribution in times.items()),
         ]
 
-    def _draw(self, times: _Times, now: float) -> None:
+    def _draw(self, times: _Times, n: int, now: float) -> None:
         if times.first:
             self._between.add(now - times.last)
         else:
             times.first = now
             self._to_first.add(now - times.queued)
-        times.last, times.n = now, times.n + 1
-        self._n_drawn += 1
+        times.last, times.n = now, times.n + n
+        self._n_drawn += n

@@ -21,13 +21,13 @@ class Piece(NamedTuple):
     """New tokens of one sequence: their places in pages, and their adapter version; pieces of a version are adjacent.
 
     ``version`` is None for the base. ``kept`` are the tokens, counted from the piece's first, whose logits are wanted.
-    ``picks``: the likeliest token after the last is wanted, and not its logits.
+    ``n_picked``: the likeliest tokens after so many last ones are wanted, and not their logits.
     """
 
     stretch: Stretch
     version: str | None = None
     kept: Sequence[int] = ()
-    picks: bool = False
+    n_picked: int = 0
 
 
 @dataclass(slots=True)
@@ -64,12 +64,11 @@ class Step:
 def step_of(pieces: Sequence[Piece], cache: KVCache, device: torch.device, first_position: int = 0) -> Step:
     """Return the rows of these pieces, in order. ``first_position`` is the first position of each sequence."""
     positions, kept, picked, at = list[int](), list[int](), list[int](), 0
-    for (_, start, n), _, rows, picks in pieces:
+    for (_, start, n), _, rows, n_picked in pieces:
         positions.extend(range(start + first_position, start + first_position + n))
         kept.extend(at + row for row in rows)
         at += n
-        if picks:
-            picked.append(at - 1)
+        picked.extend(range(at - n_picked, at))
     named = [piece.version for piece in pieces]
     versions = tuple(dict.fromkeys(version for version in named if version is not None))
     numbers = whole_numbers([*positions, *kept, *picked, *([-1] * len(picked))]).to(device)
@@ -83,7 +82,7 @@ def step_of(pieces: Sequence[Piece], cache: KVCache, device: torch.device, first
         kept=of_kept,
         kept_runs=_runs(named, [len(piece.kept) for piece in pieces], versions),
         picked=of_picked,
-        picked_runs=_runs(named, [int(piece.picks) for piece in pieces], versions),
+        picked_runs=_runs(named, [piece.n_picked for piece in pieces], versions),
         tokens=tokens,
     )
 

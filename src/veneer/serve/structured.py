@@ -85,6 +85,10 @@ class TextForm:
         self._matcher.unsafe_compute_mask_ptr(address(self._words), self._words.nbytes)
         return self._words
 
+    def forced(self) -> list[int]:
+        """Return the tokens of a text that must come next, as the tokenizer parts it; a model may part it otherwise."""
+        return [] if self._matcher.is_stopped() else list(self._matcher.compute_ff_tokens())
+
     def take(self, token: int) -> None:
         """Advance the grammar by a token of the answer; a grammar that has ended stays ended."""
         if not self._matcher.is_stopped():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
@@ -15,7 +16,7 @@ from typer.testing import CliRunner
 
 from launch import forked
 from veneer.cli.app import app
-from veneer.cli.pages.serve import require_closed
+from veneer.cli.pages.serve import require_closed, speculative_of
 from veneer.errors import ConfigError
 from veneer.export.merged import merge_checkpoint
 from veneer.serve.http import server
@@ -121,3 +122,22 @@ def answers(port: int) -> bool:
         return bool(urllib.request.urlopen(f"http://127.0.0.1:{port}/health").status == 200)
     except OSError:
         return False
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("ngram", "--speculative-config 'ngram' is no JSON object"),
+        ("[3]", r"--speculative-config '\[3\]' is no JSON object"),
+        ('{"method": "medusa", "num_speculative_tokens": 3}', "method='medusa' is not offered: 'ngram' is"),
+    ],
+)
+def test_drafts_that_are_not_offered_are_told(text: str, said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        speculative_of(text)
+
+
+def test_drafts_are_given_in_vllms_words() -> None:
+    given = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 4}
+    assert speculative_of(json.dumps(given)) == given
+    assert speculative_of(None) is None

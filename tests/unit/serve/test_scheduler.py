@@ -13,7 +13,7 @@ from veneer.serve.prefix_cache import root_of
 from veneer.serve.request import Request, StopRule
 from veneer.serve.scheduler import Limits, Scheduler
 
-from .test_state_machines import TokenArena
+from .test_state_machines import Guesses, TokenArena, answer_alone
 
 
 def scheduler(n_pages=7, block=3, n_resident=None, n_acting=None, **limits):
@@ -335,3 +335,73 @@ def test_a_table_is_the_same_tuple_until_it_changes():
     assert len(pages.table("r")) == 3
     pages.release("r")
     assert pages.table("r") == ()
+
+
+def drafting(made, arena, *names, longest=40, n_prompt=2, guesses=None):
+    """Requests that decode and guess seven tokens, all of them right."""
+    for name in names:
+        made.add(request(name, n_prompt=n_prompt, longest=longest))
+        step(made, arena)
+        made.running[-1].draft = guesses or Guesses(7, 100)
+    return made.running
+
+
+def test_a_draft_gives_the_answer_in_fewer_steps():
+    made, arena = scheduler(n_pages=23), TokenArena(3)
+    (one,) = drafting(made, arena, "a", longest=24)
+    rows = []
+    while made.has_work:
+        plan = made.plan()
+        rows.append((plan.sequences[0].start, plan.n_tokens))
+        made.commit(plan, arena.run(plan))
+    assert one.output == answer_alone(one)
+    assert rows == [(2, 8), (10, 8), (18, 7)]  # the last draws the 24th token
+
+
+def test_pages_behind_a_rejected_token_are_free_and_what_was_drawn_is_published():
+    made, arena = scheduler(n_pages=23, block=3), TokenArena(3)
+    (one,) = drafting(made, arena, "a", guesses=Guesses(7, 4), n_prompt=5)
+    one.root = root_of(None)
+    step(made, arena)
+    assert (one.n_computed, one.n_left) == (5 + 4, 1)  # three of the seven were right
+    assert len(made.pages.table("a")) == made.pages.needed(9)
+    assert one.n_published == 3
+    keys = one.keys(3, 3)
+    assert made.pages.n_found(keys) == 3
+    assert [arena.slots[page * 3 + i][1] for page in made.pages.table("a") for i in range(3)] == list(one.tokens(0, 9))
+
+
+def test_few_rows_are_tried_and_none_beside_a_prompt_that_is_read():
+    made, arena = scheduler(n_pages=150, max_batched_tokens=99), TokenArena(3)
+    drafting(made, arena, "a")
+    assert [len(s.tokens) for s in made.plan().sequences] == [8]
+    drafting(made, arena, "b", "c")
+    assert [len(s.tokens) for s in made.plan().sequences] == [5, 5, 6]  # sixteen rows
+    made.add(request("d", n_prompt=5))
+    plan = made.plan()
+    assert [(s.request_id, len(s.tokens)) for s in plan.sequences] == [("a", 1), ("b", 1), ("c", 1), ("d", 5)]
+    made.commit(plan, arena.run(plan))
+    assert sum(len(s.tokens) for s in made.plan().sequences) == 13  # one of four guesses nothing
+    for i in range(13):
+        made.add(request(f"e{i}"))
+    step(made, arena)
+    assert all(len(s.tokens) == 1 for s in made.plan().sequences)
+    assert made.plan().n_tokens == 17
+
+
+def test_the_budget_of_a_step_holds_for_drafts():
+    made, arena = scheduler(n_pages=23, max_batched_tokens=5), TokenArena(3)
+    drafting(made, arena, "a")
+    assert made.plan().n_tokens == 5
+
+
+def test_no_page_is_taken_from_anybody_for_a_draft():
+    made, arena = scheduler(n_pages=4, block=3, max_model_len=9), TokenArena(3)
+    drafting(made, arena, "a", "b", longest=7)
+    made.running[0].draft = made.running[1].draft = None
+    while made.running[0].n_positions < 6:
+        step(made, arena)
+    made.running[0].draft = Guesses(7, 100)
+    assert (made.pages.n_free, made.n_preemptions) == (0, 0)
+    assert [len(s.tokens) for s in made.plan().sequences] == [1, 1]
+    assert made.n_preemptions == 0

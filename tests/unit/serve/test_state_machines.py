@@ -47,6 +47,22 @@ def answer_alone(request: Request) -> list[int]:
             return output
 
 
+class Guesses:
+    """A draft of so many tokens, in which every so many-th is wrong."""
+
+    def __init__(self, n: int, wrong: int) -> None:
+        self.n, self.wrong = n, wrong
+
+    def tokens(self, request: Request, most: int) -> list[int]:
+        first = len(request.output)
+        guess = answer_alone(request)[first : first + min(self.n, most)]
+        return [(token + ((first + i) % self.wrong == 0)) % 23 for i, token in enumerate(guess)]
+
+    def judge(self, request: Request, n_tried: int, n_right: int) -> None:
+        assert 0 <= n_right <= n_tried <= self.n
+        assert n_tried > 0
+
+
 class TokenArena:
     """Pages whose bytes are the tokens themselves, each with the version that computed it."""
 
@@ -65,7 +81,11 @@ class TokenArena:
             assert all(version == s.version for version, _ in found[s.n_front :])
             seen = [token for _, token in found[s.n_front :]]
             if s.samples:
-                drawn[s.request_id] = Drawn(drawn_after(s.version, tuple(seen)))
+                drawn[s.request_id] = [
+                    Drawn(drawn_after(s.version, tuple(seen[: len(seen) - n]))) for n in range(s.n_drafted, -1, -1)
+                ]
+                right = [each.token == guess for each, guess in zip(drawn[s.request_id], s.drafted, strict=False)]
+                drawn[s.request_id] = drawn[s.request_id][: 1 + [*right, False].index(False)]
             if s.targets:
                 scored[s.request_id] = [{t: Logprob(-1.0)} for t in s.targets]
                 own = seen[s.start - s.n_front + s.first_scored :]
@@ -117,12 +137,14 @@ class Serving(RuleBasedStateMachine):
         salt=st.sampled_from([None, None, "s", "t"]),
         shares=st.sampled_from([True, True, True, False]),
         times=st.sampled_from([1, 1, 1, 3]),
+        guesses=st.builds(Guesses, st.integers(1, 7), st.integers(2, 5)) | st.none(),
     )
-    def add(self, name, n_prompt, longest, scores, client, priority, streams, kind, salt, shares, times):
+    def add(self, name, n_prompt, longest, scores, client, priority, streams, kind, salt, shares, times, guesses):
         for index in range(times):
-            self.add_one(name, n_prompt, longest, scores and not index, client, priority, streams, kind, salt, shares)
+            asks = scores and not index
+            self.add_one(name, n_prompt, longest, asks, client, priority, streams, kind, salt, shares, guesses)
 
-    def add_one(self, name, n_prompt, longest, scores, client, priority, streams, kind, salt, shares):
+    def add_one(self, name, n_prompt, longest, scores, client, priority, streams, kind, salt, shares, guesses):
         version = self.pool.names.get(name)
         n_front = version.n_front if version else 0
         room = self.scheduler.limits.max_model_len - n_front - n_prompt
@@ -135,7 +157,7 @@ class Serving(RuleBasedStateMachine):
             ),
             version=version.id if version else None, n_front=n_front, scores_prompt=scores,
             client=client or name, priority=priority, streams=streams,
-            root=root_of(version.id if version else None, salt) if shares else None,
+            root=root_of(version.id if version else None, salt) if shares else None, draft=guesses,
         )  # fmt: skip
         self.salts[request.id] = salt
         if room < 1:
@@ -215,13 +237,15 @@ class Serving(RuleBasedStateMachine):
         self.with_memory |= {page for s in plan.sequences for page in s.pages}
         sampled = self.arena.run(plan)
         self.check_read(plan)
-        n_decoding = sum(s.samples and len(s.tokens) == 1 for s in plan.sequences)
-        self.scheduler.pace.observe(n_decoding, plan.n_tokens - n_decoding, seconds)
+        n_read = sum(len(s.tokens) for s in plan.sequences if not s.decodes)
+        self.scheduler.pace.observe(sum(s.decodes for s in plan.sequences), n_read, seconds)
         failed = {s.request_id: NonFiniteError("x") for i, s in enumerate(plan.sequences) if i in failing}
         self.failed |= failed.keys()
         for request in self.scheduler.commit(plan, replace(sampled, failed=failed)):
             assert request.n_scored <= len(request.prompt) - 1
             self.told[request.id] += request.status is Status.DONE
+        for request in self.scheduler.running:  # no page for what was rejected
+            assert len(self.pages.table(request.id)) <= self.pages.needed(request.n_positions)
         if not plan.sequences and (stuck := self.scheduler.stuck()) is not None:
             self.check_stuck(stuck)
             self.scheduler.end(stuck, "error", ConfigError("no memory"))
@@ -235,7 +259,7 @@ class Serving(RuleBasedStateMachine):
         requests = {request.id: request for request in self.scheduler.running}
         for s in plan.sequences:
             at = [page * self.pages.block + i for page in s.pages for i in range(self.pages.block)]
-            read = [self.arena.slots[i] for i in at[s.n_front : s.start + len(s.tokens)]]
+            read = [self.arena.slots[i] for i in at[s.n_front : s.start + len(s.tokens) - s.n_drafted]]
             own = (*requests[s.request_id].prompt, *requests[s.request_id].output)
             assert read == [(s.version, token) for token in own[: len(read)]]
 
@@ -288,6 +312,7 @@ class Serving(RuleBasedStateMachine):
         assert len(set(ids)) == len(ids)
         assert plan.n_tokens <= self.budget
         assert all(s.tokens for s in plan.sequences)
+        assert all(s.decodes for s in plan.sequences) or not any(s.n_drafted for s in plan.sequences)
         order = [version for version, _ in groupby(s.version for s in plan.sequences)]
         assert len(set(order)) == len(order)
         assert None not in order[1:]

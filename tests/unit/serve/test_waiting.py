@@ -107,6 +107,8 @@ def test_times_and_counts(base_folder, adapters):
     assert counts == {
         ("vllm:prompt_tokens",): 16, ("vllm:generation_tokens",): 10, ("vllm:num_preemptions",): 0,
         ("vllm:prefix_cache_queries",): 16, ("vllm:prefix_cache_hits",): 0,
+        ("vllm:spec_decode_num_drafts",): 0, ("vllm:spec_decode_num_draft_tokens",): 0,
+        ("vllm:spec_decode_num_accepted_tokens",): 0,
         ("vllm:request_success", "length"): 2, ("vllm:request_success", "stop"): 0,
         ("vllm:request_success", "abort"): 0, ("vllm:request_success", "error"): 0,
     }  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -14,6 +15,7 @@ from veneer.cli.pages.options import unset
 from veneer.cli.work import verb
 from veneer.errors import ConfigError
 from veneer.plan.presets import require_weights
+from veneer.serve.draft import SpeculativeConfig
 
 _Open = Annotated[bool, typer.Option("--open", help="Let other machines in: there are no keys yet, anybody may ask.")]
 _GeneralRunner = Annotated[
@@ -48,6 +50,9 @@ class ServeArguments:
     max_loras: Annotated[int | None, unset("N", "Adapters kept loaded at most.", min=1)] = None
     kv_gib: Annotated[float | None, unset("X", "Memory for keys and values, in GiB.")] = None
     general_runner: _GeneralRunner = False
+    speculative_config: Annotated[str | None, unset("JSON", "Tokens to try at once: vLLM's fields, for n-grams.")] = (
+        None
+    )
     load_in_4bit: options.FourBit = False
     quantize_head: Annotated[str | None, unset("NAME", "int8: keep the head in 8 bits, for half of its bytes.")] = None
     dtype: options.Dtype = "auto"
@@ -60,9 +65,29 @@ class ServeArguments:
     def __post_init__(self) -> None:
         require_closed(self.host, self.open_)
         require_weights(self.model)
+        speculative_of(self.speculative_config)
 
 
 serve = verb(ServeArguments, "veneer.cli.serve", "serve")
+
+
+def speculative_of(text: str | None) -> dict[str, object] | None:
+    """Return the fields of ``--speculative-config``. Raises ConfigError for text that is no JSON object, and for values
+    that are not offered.
+    """
+    if text is None:
+        return None
+    try:
+        fields = json.loads(text)
+    except ValueError:
+        fields = None
+    if not isinstance(fields, dict):
+        raise ConfigError(
+            f"--speculative-config {text!r} is no JSON object: its fields are vLLM's, for n-grams. Give for example "
+            '\'{"method": "ngram", "num_speculative_tokens": 8, "prompt_lookup_max": 4, "prompt_lookup_min": 2}\'.'
+        )
+    SpeculativeConfig(**fields)
+    return fields
 
 
 def require_closed(host: str, open_: bool) -> None:

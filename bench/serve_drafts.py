@@ -1,0 +1,196 @@
+"""Several tokens a step beside one: one stream that quotes or edits its prompt, prose, 32 streams, and forced tokens.
+
+    python bench/serve_drafts.py [--loads quotes edits prose …] [--new-tokens 192] [--repeats 5] [--draft 8]
+
+SmolLM2-135M in bfloat16. One engine answers each load with and without drafts, in turns; the ratio is the median over
+turns. ``quotes`` goes on with a text that stands in its prompt, ``edits`` gives back a program in which a name is to
+change, ``prose`` is drawn at temperature 0.8, and ``JSON`` is a schema. ``quotes`` is asked of an adapter of each of
+eight methods too, near its start, so that it still quotes. Before a load is timed, its answers with drafts must equal
+those without. The tokens that were tried and right are told too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from lora_step import adapted_by
+from methods import MEMBERS, METHODS
+from report import Rows, add_keep, ends_as_interrupted, keep, working
+from veneer import LLM, LoRARequest, SamplingParams
+from veneer.ops.cpu.module import description
+from veneer.serve.outputs import RequestOutput
+from veneer.serve.sampling_params import StructuredOutputsParams
+from veneer.store.source import resolve
+
+TEXT = Path(__file__).parents[1] / "docs" / "design.md"
+PROGRAM = '''def running_mean(values, width):
+    """Return the mean of each window of so many values."""
+    found, total = [], 0.0
+    for place, value in enumerate(values):
+        total += value
+        if place >= width:
+            total -= values[place - width]
+        if place >= width - 1:
+            found.append(total / width)
+    return found
+'''
+SCHEMA = {"type": "array", "minItems": 1000, "items": {
+    "type": "object", "additionalProperties": False,
+    "required": ["first_name", "last_name", "year_of_birth", "married"],
+    "properties": {"first_name": {"type": "string", "maxLength": 12}, "last_name": {"type": "string", "maxLength": 12},
+                   "year_of_birth": {"type": "integer", "minimum": 1900, "maximum": 2020},
+                   "married": {"type": "boolean"}}}}  # fmt: skip
+NEAR = 1e-3  # how far an adapter is from its start
+
+
+@dataclass(frozen=True)
+class Load:
+    """Prompts that arrive together, as token ids, with their sampling parameters and adapter."""
+
+    prompts: list[list[int]]
+    params: SamplingParams
+    adapter: LoRARequest | None = None
+
+
+def main() -> None:
+    args = arguments()
+    ends_as_interrupted()
+    with tempfile.TemporaryDirectory() as name:
+        place = str(resolve(args.model))
+        llm = LLM(
+            place, dtype="bfloat16", seed=0, enable_prefix_caching=False, disable_log_stats=False,
+            speculative_config={
+                "method": "ngram", "num_speculative_tokens": args.draft, "prompt_lookup_max": 4, "prompt_lookup_min": 2
+            },
+        )  # fmt: skip
+        print(f"kernels: {description()}; torch {torch.__version__}; load {os.getloadavg()[0]:.1f}", flush=True)
+        loads = loads_of(args, llm.engine.tokenizer, Path(name), place)
+        rows, figures = Rows(loads, ["plain", "drafts", "ratio", "tried", "right"]), dict[str, float]()
+        for title, load in loads.items():
+            require_equal(llm, title, load)
+            plain, drafted, ratio, counts = measured(llm, title, load, args.repeats)
+            figures[title] = ratio
+            rows.add(title, f"{plain:.1f}", f"{drafted:.1f}", f"{ratio:.2f}", *map(str, counts))
+        print(f"output tokens a second of decoding; load {os.getloadavg()[0]:.1f}")
+        keep(args.keep, figures)
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="smollm2-135m-instruct")
+    parser.add_argument("--loads", nargs="+", help="titles of the table; all, if not given")
+    parser.add_argument("--new-tokens", type=int, default=192)
+    parser.add_argument("--streams", type=int, default=32)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--draft", type=int, default=8, help="num_speculative_tokens")
+    add_keep(parser)
+    return parser.parse_args()
+
+
+def loads_of(args: argparse.Namespace, tokenizer: Any, folder: Path, place: str) -> dict[str, Load]:
+    """Every load by its title, those that were asked for."""
+    text = tokenizer(TEXT.read_text(encoding="utf-8"))["input_ids"]
+
+    def quoting(first: int) -> list[int]:
+        return [*text[first : first + 500], *text[first : first + 60]]
+
+    def asked(line: str) -> list[int]:
+        return list(
+            tokenizer.apply_chat_template([{"role": "user", "content": line}], add_generation_prompt=True)["input_ids"]
+        )
+
+    n = args.new_tokens
+    greedy = SamplingParams(temperature=0, max_tokens=n, ignore_eos=True)
+    story = SamplingParams(temperature=0.8, top_p=0.95, seed=3, max_tokens=n, ignore_eos=True)
+    form = SamplingParams(temperature=0, max_tokens=n, structured_outputs=StructuredOutputsParams(json=SCHEMA))
+    edit = f"Give back this program with the name `found` changed to `means`, and nothing else.\n\n{PROGRAM}"
+    found = {
+        "quotes": Load([quoting(0)], greedy),
+        "edits": Load([asked(edit)], greedy),
+        "prose": Load([asked("Tell me a long story about a fisherman and his daughter.")], story),
+        "JSON": Load([asked("Make up a list of people, as JSON.")], form),
+        f"{args.streams} streams quote": Load([quoting(97 * i) for i in range(args.streams)], greedy),
+        f"{args.streams} streams of prose": Load(
+            [asked(f"Tell me a story about the number {i}.") for i in range(args.streams)], story
+        ),
+    }
+    for number, method in enumerate(MEMBERS, start=1):
+        if args.loads is None or f"quotes, {method}" in args.loads:
+            adapter = LoRARequest(method, number, str(write_adapter(folder / method, place, method)))
+            found[f"quotes, {method}"] = Load([quoting(0)], greedy, adapter)
+    return {title: load for title, load in found.items() if args.loads is None or title in args.loads}
+
+
+def write_adapter(folder: Path, place: str, method: str) -> Path:
+    """An adapter that changes the output a little."""
+    kind, settings = METHODS[method]
+    model = adapted_by("veneer", AutoModelForCausalLM.from_pretrained(place, dtype=torch.bfloat16), kind, settings)
+    torch.manual_seed(5)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data.add_(NEAR * torch.randn_like(parameter))
+    model.save_pretrained(folder)
+    return folder
+
+
+@contextmanager
+def without_drafts(llm: LLM) -> Iterator[None]:
+    """Inside the block new requests try no drafts."""
+    rules: Any = llm.engine._rules
+    draft, rules.draft = rules.draft, lambda rule: None
+    try:
+        yield
+    finally:
+        rules.draft = draft
+
+
+def ask(llm: LLM, load: Load) -> list[RequestOutput]:
+    prompts = [{"prompt_token_ids": ids} for ids in load.prompts]
+    return llm.generate(prompts, load.params, lora_request=load.adapter, use_tqdm=False)
+
+
+def require_equal(llm: LLM, title: str, load: Load) -> None:
+    """SystemExit if an answer with drafts is another than without."""
+    working(f"{title}: answers with drafts and without")
+    with without_drafts(llm):
+        expected = ask(llm, load)
+    for row, (own, plain) in enumerate(zip(ask(llm, load), expected, strict=True)):
+        found = [list(output.outputs[0].token_ids) for output in (own, plain)]
+        if found[0] != found[1]:
+            raise SystemExit(f"{title}: answer {row} is {found[0]} with drafts and {found[1]} without")
+
+
+def measured(llm: LLM, title: str, load: Load, repeats: int) -> tuple[float, float, float, list[int]]:
+    """Tokens a second without drafts and with them, the median ratio, and how many tokens were tried and right."""
+    plain, drafted, counts = list[float](), list[float](), [0, 0]
+    for turn in range(repeats):
+        working(f"{title}: turn {turn + 1} of {repeats}")
+        with without_drafts(llm):
+            plain.append(rate(ask(llm, load)))
+        outputs = ask(llm, load)
+        drafted.append(rate(outputs))
+        times = [output.metrics for output in outputs if output.metrics is not None]
+        counts = [sum(each.num_draft_tokens for each in times), sum(each.num_accepted_tokens for each in times)]
+    ratio = statistics.median(a / b for a, b in zip(drafted, plain, strict=True))
+    return statistics.median(plain), statistics.median(drafted), ratio, counts
+
+
+def rate(outputs: list[RequestOutput]) -> float:
+    """Tokens a second behind the first, of all answers together."""
+    times = [output.metrics for output in outputs if output.metrics is not None]
+    return sum((each.num_generation_tokens - 1) / (each.last_token_ts - each.first_token_ts) for each in times)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,159 @@
+"""Drafts: tokens that may come next in an answer, tried as further rows of its sequence in one step. No torch.
+
+A draft is a guess. The step draws after each of its tokens as it would have drawn there, and the first that differs
+ends it. So a draft changes how many tokens a step gives, and never which.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from itertools import cycle, islice
+from typing import ClassVar, Protocol
+
+from veneer.core.field_types import check
+from veneer.serve.keywords import Keywords
+
+_METHODS = ("ngram",)
+_WINDOW = 5  # tokens of an n-gram, unless it is said: vLLM's
+_LETTERS = 0x110000  # that Python has: one for each id, in any vocabulary of today
+_FIRST = 4  # tokens of the first n-gram draft of an answer
+_LONGEST_PAUSE = 32  # tokens
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpeculativeConfig(metaclass=Keywords):
+    """vLLM's ``speculative_config`` for n-grams: the text after the last equal tokens is tried as what comes next.
+
+    ``num_speculative_tokens`` are tried in a step at most. The last ``prompt_lookup_max`` tokens are looked for in the
+    prompt and the answer, then fewer, down to ``prompt_lookup_min``. If one of the two is None, it equals the other; if
+    both are, they are 5. Raises ConfigError for other methods and values.
+    """
+
+    given_to: ClassVar[str] = "speculative_config"
+    not_offered: ClassVar[tuple[str, ...]] = (
+        "model",
+        "disable_by_batch_size",
+        "draft_tensor_parallel_size",
+        "revision",
+    )
+
+    method: str | None = None
+    num_speculative_tokens: int | None = None
+    prompt_lookup_max: int | None = None
+    prompt_lookup_min: int | None = None
+
+    def __post_init__(self) -> None:
+        check(self, self._problems)
+
+    @property
+    def windows(self) -> range:
+        """Lengths of the n-grams that are looked for, in their order."""
+        longest = self.prompt_lookup_max or self.prompt_lookup_min or _WINDOW
+        return range(longest, (self.prompt_lookup_min or longest) - 1, -1)
+
+    def _problems(self) -> list[str]:
+        said = []
+        if self.method not in _METHODS:
+            said.append(f"method={self.method!r} is not offered: 'ngram' is. Give method='ngram'.")
+        if self.num_speculative_tokens is None:
+            said.append(
+                "num_speculative_tokens is missing: it is a whole number of at least 1. Give one, 8 for example."
+            )
+        for name in ("num_speculative_tokens", "prompt_lookup_max", "prompt_lookup_min"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                said.append(f"{name}={value} is too small: at least 1. Give a larger number.")
+        most, least = self.prompt_lookup_max, self.prompt_lookup_min
+        if most is not None and least is not None and 1 <= most < least:
+            said.append(f"prompt_lookup_min={least} is more than prompt_lookup_max={most}: at most as much. Lower it.")
+        return said
+
+
+class Text(Protocol):
+    """Prompt and answer so far: a `Request`."""
+
+    output: list[int]
+
+    @property
+    def n_tokens(self) -> int:
+        """Number of tokens of both."""
+
+    def tokens(self, first: int, last: int) -> tuple[int, ...]:
+        """Return the tokens from ``first`` on, those before ``last``."""
+
+
+@dataclass(eq=False, slots=True)
+class _Source:
+    """Guesses of one kind, and how many of their tokens are worth trying.
+
+    The length doubles if a whole draft was right. Otherwise it is one more than was right. After a draft that was all
+    wrong there is none for a while, which doubles each time, up to `_LONGEST_PAUSE` tokens.
+    """
+
+    guess: Callable[[Text, int], Sequence[int]]
+    length: int
+    pause: int = 0
+    resumes: int = 0
+
+    def judge(self, n_output: int, n_tried: int, n_right: int) -> None:
+        self.length = max(self.length, 2 * n_tried) if n_right == n_tried else n_right + 1
+        self.pause = 0 if n_right else min(2 * self.pause or 1, _LONGEST_PAUSE)
+        self.resumes = n_output + self.pause
+
+
+@dataclass(eq=False, slots=True)
+class Draft:
+    """Guesses for one answer: tokens that its form forces come first, then those after an equal n-gram.
+
+    ``n_tried`` counts the tokens that were tried, ``n_right`` those that were drawn.
+    """
+
+    config: SpeculativeConfig | None = None
+    forced: Callable[[], Sequence[int]] | None = None
+    n_tried: int = 0
+    n_right: int = 0
+    _sources: list[_Source] = field(default_factory=list)
+    _used: _Source | None = None
+    _letters: str = ""  # one for each token: a search is one call
+
+    def __post_init__(self) -> None:
+        if self.forced is not None:
+            self._sources.append(_Source(self._forced, _LETTERS))
+        if self.config is not None:
+            self._sources.append(_Source(self._repeated, _FIRST))
+
+    def tokens(self, text: Text, most: int) -> Sequence[int]:
+        """Return at most ``most`` tokens that may come next and are worth trying."""
+        for source in self._sources:
+            n = min(most, source.length)
+            guess = source.guess(text, n) if len(text.output) >= source.resumes else ()
+            if guess:
+                self._used = source
+                return guess[:n]
+        return ()
+
+    def judge(self, text: Text, n_tried: int, n_right: int) -> None:
+        """Take in how many tokens of the last guess were tried, and how many of them were drawn."""
+        self.n_tried += n_tried
+        self.n_right += n_right
+        if self._used is not None:
+            self._used.judge(len(text.output), n_tried, n_right)
+
+    def _forced(self, text: Text, most: int) -> Sequence[int]:
+        return self.forced() if self.forced is not None else ()
+
+    def _repeated(self, text: Text, most: int) -> Sequence[int]:
+        """The tokens after the last n-gram that is equal to the end; behind the end they repeat."""
+        if self.config is None:
+            return ()
+        new = text.tokens(len(self._letters), text.n_tokens)
+        self._letters += "".join([chr(token % _LETTERS) for token in new])
+        n = len(self._letters)
+        for window in self.config.windows:
+            at = self._letters.rfind(self._letters[-window:], 0, n - 1) if window < n else -1
+            if at >= 0:
+                first = at + window
+                most = min(most, self.config.num_speculative_tokens or most)
+                return list(islice(cycle(text.tokens(first, min(first + most, n))), most))
+        return ()
