@@ -4,9 +4,9 @@
 
 SmolLM2-135M in bfloat16. One engine answers each load with and without drafts, in turns; the ratio is the median over
 turns. ``quotes`` goes on with a text that stands in its prompt, ``edits`` gives back a program in which a name is to
-change, ``prose`` is drawn at temperature 0.8, and ``JSON`` is a schema. ``quotes`` is asked of an adapter of each of
-eight methods too, near its start, so that it still quotes. Before a load is timed, its answers with drafts must equal
-those without. The tokens that were tried and right are told too.
+change, ``prose`` is drawn at temperature 0.8, and ``JSON`` has a schema, whose forced tokens are tried. ``quotes`` is
+asked of an adapter of each of eight methods too, near its start, so that it still quotes. Before a load is timed, its
+answers with drafts must equal those without. The tokens that were tried and right are told too.
 """
 
 from __future__ import annotations
@@ -15,8 +15,6 @@ import argparse
 import os
 import statistics
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +27,7 @@ from methods import MEMBERS, METHODS
 from report import Rows, add_keep, ends_as_interrupted, keep, working
 from veneer import LLM, LoRARequest, SamplingParams
 from veneer.ops.cpu.module import description
+from veneer.serve.draft import Draft
 from veneer.serve.outputs import RequestOutput
 from veneer.serve.sampling_params import StructuredOutputsParams
 from veneer.store.source import resolve
@@ -56,11 +55,15 @@ NEAR = 1e-3  # how far an adapter is from its start
 
 @dataclass(frozen=True)
 class Load:
-    """Prompts that arrive together, as token ids, with their sampling parameters and adapter."""
+    """Prompts that arrive together, as token ids, with their sampling parameters and adapter.
+
+    ``forced_alone``: no n-grams are tried.
+    """
 
     prompts: list[list[int]]
     params: SamplingParams
     adapter: LoRARequest | None = None
+    forced_alone: bool = False
 
 
 def main() -> None:
@@ -119,7 +122,8 @@ def loads_of(args: argparse.Namespace, tokenizer: Any, folder: Path, place: str)
         "quotes": Load([quoting(0)], greedy),
         "edits": Load([asked(edit)], greedy),
         "prose": Load([asked("Tell me a long story about a fisherman and his daughter.")], story),
-        "JSON": Load([asked("Make up a list of people, as JSON.")], form),
+        "JSON": Load([asked("Make up a list of people, as JSON.")], form, forced_alone=True),
+        "JSON, n-grams too": Load([asked("Make up a list of people, as JSON.")], form),
         f"{args.streams} streams quote": Load([quoting(97 * i) for i in range(args.streams)], greedy),
         f"{args.streams} streams of prose": Load(
             [asked(f"Tell me a story about the number {i}.") for i in range(args.streams)], story
@@ -144,28 +148,26 @@ def write_adapter(folder: Path, place: str, method: str) -> Path:
     return folder
 
 
-@contextmanager
-def without_drafts(llm: LLM) -> Iterator[None]:
-    """Inside the block new requests try no drafts."""
+def ask(llm: LLM, load: Load, *, drafts: bool) -> list[RequestOutput]:
+    """The answers to a load, for which drafts are tried or not."""
     rules: Any = llm.engine._rules
-    draft, rules.draft = rules.draft, lambda rule: None
+    by_settings = rules.draft
+    if not drafts:
+        rules.draft = lambda rule: None
+    elif load.forced_alone:
+        rules.draft = lambda rule: Draft(forced=rule.form.forced)
     try:
-        yield
+        prompts = [{"prompt_token_ids": ids} for ids in load.prompts]
+        return llm.generate(prompts, load.params, lora_request=load.adapter, use_tqdm=False)
     finally:
-        rules.draft = draft
-
-
-def ask(llm: LLM, load: Load) -> list[RequestOutput]:
-    prompts = [{"prompt_token_ids": ids} for ids in load.prompts]
-    return llm.generate(prompts, load.params, lora_request=load.adapter, use_tqdm=False)
+        rules.draft = by_settings
 
 
 def require_equal(llm: LLM, title: str, load: Load) -> None:
     """SystemExit if an answer with drafts is another than without."""
     working(f"{title}: answers with drafts and without")
-    with without_drafts(llm):
-        expected = ask(llm, load)
-    for row, (own, plain) in enumerate(zip(ask(llm, load), expected, strict=True)):
+    both = (ask(llm, load, drafts=drafts) for drafts in (True, False))
+    for row, (own, plain) in enumerate(zip(*both, strict=True)):
         found = [list(output.outputs[0].token_ids) for output in (own, plain)]
         if found[0] != found[1]:
             raise SystemExit(f"{title}: answer {row} is {found[0]} with drafts and {found[1]} without")
@@ -176,9 +178,8 @@ def measured(llm: LLM, title: str, load: Load, repeats: int) -> tuple[float, flo
     plain, drafted, counts = list[float](), list[float](), [0, 0]
     for turn in range(repeats):
         working(f"{title}: turn {turn + 1} of {repeats}")
-        with without_drafts(llm):
-            plain.append(rate(ask(llm, load)))
-        outputs = ask(llm, load)
+        plain.append(rate(ask(llm, load, drafts=False)))
+        outputs = ask(llm, load, drafts=True)
         drafted.append(rate(outputs))
         times = [output.metrics for output in outputs if output.metrics is not None]
         counts = [sum(each.num_draft_tokens for each in times), sum(each.num_accepted_tokens for each in times)]

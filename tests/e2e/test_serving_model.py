@@ -87,6 +87,33 @@ def test_chat_and_a_form() -> None:
     assert picked.outputs[0].finish_reason == "stop"
 
 
+def test_several_tokens_a_step_give_the_same_answers() -> None:
+    """A text that its prompt repeats, a form, and prose that is drawn: in one crowd, and by fewer steps alone."""
+    text = "The old mill by the river had seven windows, and each of them looked at another hill.\n"
+    form = StructuredOutputsParams(
+        json={
+            "type": "object", "properties": {"nationality": {"type": "string", "maxLength": 5}},
+            "required": ["nationality"], "additionalProperties": False,
+        }
+    )  # fmt: skip
+    prompts = [text * 3 + text[:20], "An Austrian as JSON: ", "Once upon a time"]
+    params = [
+        SamplingParams(temperature=0, max_tokens=20),
+        SamplingParams(temperature=0, max_tokens=20, structured_outputs=form, logprobs=2),
+        SamplingParams(temperature=1, seed=3, max_tokens=20, repetition_penalty=1.2),
+    ]
+    plain = LLM(model_folder(NAME), dtype="bfloat16")
+    expected = [output.outputs for output in plain.generate(prompts, params, use_tqdm=False)]
+    del plain
+    speculative = {"method": "ngram", "num_speculative_tokens": 6, "prompt_lookup_max": 3, "prompt_lookup_min": 2}
+    llm = LLM(model_folder(NAME), dtype="bfloat16", speculative_config=speculative, disable_log_stats=False)
+    outputs = llm.generate(prompts, params, use_tqdm=False)
+    assert [output.outputs for output in outputs] == expected
+    accepted = [output.metrics.num_accepted_tokens for output in outputs if output.metrics is not None]
+    assert accepted[0] > 10
+    assert accepted[1] >= 2  # "nationality" is three tokens or more
+
+
 def test_the_command_serves_the_openai_client(adapters: Path, tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]

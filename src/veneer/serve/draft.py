@@ -47,10 +47,10 @@ class SpeculativeConfig(metaclass=Keywords):
         check(self, self._problems)
 
     @property
-    def windows(self) -> range:
-        """Lengths of the n-grams that are looked for, in their order."""
+    def windows(self) -> tuple[int, int]:
+        """Lengths of the shortest n-gram that is looked for, and of the longest."""
         longest = self.prompt_lookup_max or self.prompt_lookup_min or _WINDOW
-        return range(longest, (self.prompt_lookup_min or longest) - 1, -1)
+        return self.prompt_lookup_min or longest, longest
 
     def _problems(self) -> list[str]:
         said = []
@@ -149,11 +149,22 @@ class Draft:
             return ()
         new = text.tokens(len(self._letters), text.n_tokens)
         self._letters += "".join([chr(token % _LETTERS) for token in new])
-        n = len(self._letters)
-        for window in self.config.windows:
-            at = self._letters.rfind(self._letters[-window:], 0, n - 1) if window < n else -1
-            if at >= 0:
-                first = at + window
-                most = min(most, self.config.num_speculative_tokens or most)
-                return list(islice(cycle(text.tokens(first, min(first + most, n))), most))
-        return ()
+        first, n = self._behind_longest(*self.config.windows), len(self._letters)
+        most = min(most, self.config.num_speculative_tokens or most)
+        return [] if first is None else list(islice(cycle(text.tokens(first, min(first + most, n))), most))
+
+    def _behind_longest(self, least: int, most: int) -> int | None:
+        """The place behind the last n-gram that is equal to the end, of the longest that are; None if there is none.
+
+        Where a long one is equal a shorter one is too, so that few lengths are tried.
+        """
+        found, n = None, len(self._letters)
+        most = min(most, n - 1)
+        while least <= most:
+            window = (least + most) // 2
+            at = self._letters.rfind(self._letters[-window:], 0, n - 1)
+            if at < 0:
+                most = window - 1
+            else:
+                found, least = at + window, window + 1
+        return found

@@ -356,8 +356,6 @@ class Engine:
         return sampled
 
     def _commit(self, plan: Plan, sampled: Sampled) -> None:
-        if self._stats is not None:
-            self._stats.commit(plan, sampled)
         for request in self.scheduler.commit(plan, sampled):
             group, answer = self._answers[request.id]
             self._touch(request)
@@ -370,8 +368,11 @@ class Engine:
                 self.runner.take(request.id, each.token)
                 if answer.take(each, n):
                     self._end(request, "stop")
-                    del request.output[n:]  # what a draft has given behind the end
+                    del drawn[len(drawn) + n - len(request.output) :]  # what a draft has given behind the end
+                    del request.output[n:]
                     break
+        if self._stats is not None:
+            self._stats.commit(plan, sampled)
 
     def _end(self, request: Request, reason: Any) -> None:
         if request.status is not Status.DONE:

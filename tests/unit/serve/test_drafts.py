@@ -5,19 +5,23 @@ Most tests guess by the answer itself, which is known, with a wrong token at eve
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter as Counts
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from veneer import LLM, LoRARequest, SamplingParams
 from veneer.errors import ConfigError
 from veneer.serve.draft import Draft, SpeculativeConfig
 from veneer.serve.general_runner import GeneralRunner
+from veneer.serve.metrics import Counter
+from veneer.serve.plan import Plan, Sampled
 from veneer.serve.request import Request, StopRule
-from veneer.serve.sampling_params import StructuredOutputsParams
+from veneer.serve.sampling_params import RequestOutputKind, StructuredOutputsParams
 
 from .conftest import FAMILIES, METHODS, make_model
 
@@ -53,7 +57,7 @@ class Told:
     """A draft that knows the answer: every third of its guesses has a wrong token in its middle."""
 
     answers: dict[tuple[Any, ...], list[int]]
-    lengths: Counter[int] = field(default_factory=Counter)
+    lengths: Counts[int] = field(default_factory=Counts)
     n_tried: int = 0
     n_right: int = 0
 
@@ -61,7 +65,7 @@ class Told:
         number = len(request.output)
         known = self.answers[(request.prompt, request.version, request.id.partition("#")[2])]
         guess = known[number : number + min(most, 1 + number % 7)]
-        if number % 3 == 2 and guess:
+        if number % 3 == 1 and guess:
             guess[len(guess) // 2] = (guess[len(guess) // 2] + 1) % 256
         return guess
 
@@ -173,6 +177,66 @@ def test_pages_of_drafts_are_found_again_by_what_was_drawn(tokenizer):
     assert all(output.num_cached_tokens >= len(turn) - 2 for output, turn in zip(outputs, turns, strict=True))
 
 
+@pytest.mark.parametrize("setting", ["penalties", "a form, drawn", "log-probabilities", "greedy"])
+def test_a_step_that_is_interrupted_is_run_again(setting, tokenizer):
+    """The same plan gives the same tokens until they are taken."""
+    params = SamplingParams(**{"max_tokens": N} | SETTINGS[setting])
+
+    def twice() -> LLM:
+        llm = LLM(make_model(), tokenizer=tokenizer)
+        run = llm.engine.runner.run
+
+        def both(plan: Plan) -> Sampled:
+            first, second = run(plan), run(plan)
+            assert first == second
+            return second
+
+        llm.engine.runner.run = both  # type: ignore[method-assign]
+        return llm
+
+    require_equal(twice, params, PROMPTS[:3])
+
+
+def test_a_stream_gets_several_tokens_at_once_and_all_are_counted(tokenizer):
+    params = SamplingParams(temperature=0, max_tokens=N, logprobs=1)
+    expected, known = generated(LLM(make_model(), tokenizer=tokenizer), params, PROMPTS[2:3])
+    llm, told = LLM(make_model(), tokenizer=tokenizer, disable_log_stats=False), Told(known)
+    llm.engine._rules.draft = lambda rule: told  # type: ignore[method-assign, return-value, assignment]
+    llm.engine.submit(llm.engine.asked(None, PROMPTS[2], replace(params, output_kind=RequestOutputKind.DELTA)))
+    parts, times = [], None
+    while llm.engine.has_work:
+        for output in llm.engine.step():
+            parts += output.outputs
+            times = output.metrics
+    [[whole]] = [outputs for outputs, _ in expected]
+    assert [token for part in parts for token in part.token_ids] == whole.token_ids
+    assert [each for part in parts for each in part.logprobs] == whole.logprobs
+    assert "".join(part.text for part in parts) == whole.text
+    assert max(len(part.token_ids) for part in parts) > 2
+    assert times is not None
+    assert (times.num_generation_tokens, times.num_draft_tokens) == (N, told.n_tried)
+    counts = {metric.name: metric.value for metric in llm.get_metrics() if isinstance(metric, Counter)}
+    assert counts["vllm:generation_tokens"] == N
+    assert counts["vllm:spec_decode_num_drafts"] == told.lengths.total()
+    assert counts["vllm:spec_decode_num_draft_tokens"] == told.n_tried
+    assert counts["vllm:spec_decode_num_accepted_tokens"] == told.n_right > 5
+
+
+def test_tokens_behind_a_stop_string_are_not_counted(tokenizer):
+    params = SamplingParams(**{"max_tokens": N} | SETTINGS["stop strings"])
+    expected, _ = generated(LLM(make_model(), tokenizer=tokenizer), params)
+    _, known = generated(LLM(make_model(), tokenizer=tokenizer), replace(params, stop=None))
+    llm = LLM(make_model(), tokenizer=tokenizer, disable_log_stats=False)
+    found, _ = generated(llm, params, told=Told(known))
+    assert [[each.token_ids for each in outputs] for outputs, _ in found] == [
+        [each.token_ids for each in outputs] for outputs, _ in expected
+    ]
+    n_tokens = sum(len(each.token_ids) for outputs, _ in expected for each in outputs)
+    [counted] = [metric for metric in llm.get_metrics() if metric.name == "vllm:generation_tokens"]
+    assert isinstance(counted, Counter)
+    assert counted.value == n_tokens < N * len(PROMPTS)
+
+
 def request_of(prompt: list[int], output: list[int] = [], **rule: Any) -> Request:  # noqa: B006
     return Request(id="r", prompt=tuple(prompt), rule=StopRule(**{"max_tokens": 100} | rule), output=list(output))
 
@@ -189,6 +253,23 @@ def test_the_text_after_the_last_equal_ngram_is_tried():
     assert draft.tokens(request, 3) == [5, 6, 7]  # three are equal, at one place
     request.output += [11, 4]
     assert draft.tokens(request, 9) == ()  # one is equal, and that is too few
+
+
+@given(
+    text=st.lists(st.integers(0, 2), min_size=1, max_size=40), least=st.integers(1, 3), more=st.integers(0, 9),
+    most=st.integers(1, 12),
+)  # fmt: skip
+def test_the_longest_ngram_counts_and_the_last_of_equal_ones(text, least, more, most):
+    draft = Draft(config(k=7, prompt_lookup_min=least, prompt_lookup_max=least + more))
+    found = list(draft.tokens(request_of(text), most))
+    n = min(4, 7, most)  # four are tried at first
+    for window in range(least + more, least - 1, -1):
+        for at in range(len(text) - window - 1, -1, -1):
+            if text[at : at + window] == text[len(text) - window :]:
+                rest = text[at + window :]
+                assert found == [rest[i % len(rest)] for i in range(n)]
+                return
+    assert found == []
 
 
 def test_text_that_repeats_is_tried_again_and_again():
@@ -240,7 +321,7 @@ def test_forced_tokens_come_first():
 
 
 @pytest.mark.parametrize(
-    ("given", "said"),
+    ("asked", "said"),
     [
         ({}, "method=None is not offered: 'ngram' is"),
         ({"method": "eagle", "num_speculative_tokens": 3}, "method='eagle' is not offered: 'ngram' is"),
@@ -257,18 +338,18 @@ def test_forced_tokens_come_first():
         ("ngram", "speculative_config='ngram' must be a mapping"),
     ],
 )
-def test_what_is_not_offered(given, said, tokenizer):
+def test_what_is_not_offered(asked, said, tokenizer):
     with pytest.raises(ConfigError, match=said):
-        LLM(make_model(), tokenizer=tokenizer, speculative_config=given)
+        LLM(make_model(), tokenizer=tokenizer, speculative_config=asked)
 
 
 @pytest.mark.parametrize(
-    ("given", "windows"),
-    [({}, [5]), ({"prompt_lookup_max": 3}, [3]), ({"prompt_lookup_min": 2}, [2]),
-     ({"prompt_lookup_min": 2, "prompt_lookup_max": 4}, [4, 3, 2])],
+    ("asked", "windows"),
+    [({}, (5, 5)), ({"prompt_lookup_max": 3}, (3, 3)), ({"prompt_lookup_min": 2}, (2, 2)),
+     ({"prompt_lookup_min": 2, "prompt_lookup_max": 4}, (2, 4))],
 )  # fmt: skip
-def test_windows_are_those_of_vllm(given, windows):
-    assert list(config(**given).windows) == windows
+def test_windows_are_those_of_vllm(asked, windows):
+    assert config(**asked).windows == windows
 
 
 def test_ngrams_save_steps(tokenizer):
