@@ -7,7 +7,7 @@ ends it. So a draft changes how many tokens a step gives, and never which.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import cycle, islice
 from typing import ClassVar, Protocol
 
@@ -19,6 +19,7 @@ _WINDOW = 5  # tokens of an n-gram, unless it is said: vLLM's
 _LETTERS = 0x110000  # that Python has: one for each id, in any vocabulary of today
 _FIRST = 4  # tokens of the first n-gram draft of an answer
 _LONGEST_PAUSE = 32  # tokens
+_REMEMBERED = 0.5  # of what was tried, when more is
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,74 +84,18 @@ class Text(Protocol):
         """Return the tokens from ``first`` on, those before ``last``."""
 
 
-@dataclass(eq=False, slots=True)
-class _Source:
-    """Guesses of one kind, and how many of their tokens are worth trying.
+class Ngrams:
+    """Guesses by the text: what followed the last n-gram that is equal to its end, and behind the end the same again."""
 
-    The length doubles if a whole draft was right. Otherwise it is one more than was right. After a draft that was all
-    wrong there is none for a while, which doubles each time, up to `_LONGEST_PAUSE` tokens.
-    """
+    def __init__(self, config: SpeculativeConfig) -> None:
+        self._windows, self._most = config.windows, config.num_speculative_tokens or 1
+        self._letters = ""  # one for each token: a search is one call
 
-    guess: Callable[[Text, int], Sequence[int]]
-    length: int
-    pause: int = 0
-    resumes: int = 0
-
-    def judge(self, n_output: int, n_tried: int, n_right: int) -> None:
-        self.length = max(self.length, 2 * n_tried) if n_right == n_tried else n_right + 1
-        self.pause = 0 if n_right else min(2 * self.pause or 1, _LONGEST_PAUSE)
-        self.resumes = n_output + self.pause
-
-
-@dataclass(eq=False, slots=True)
-class Draft:
-    """Guesses for one answer: tokens that its form forces come first, then those after an equal n-gram.
-
-    ``n_tried`` counts the tokens that were tried, ``n_right`` those that were drawn.
-    """
-
-    config: SpeculativeConfig | None = None
-    forced: Callable[[], Sequence[int]] | None = None
-    n_tried: int = 0
-    n_right: int = 0
-    _sources: list[_Source] = field(default_factory=list)
-    _used: _Source | None = None
-    _letters: str = ""  # one for each token: a search is one call
-
-    def __post_init__(self) -> None:
-        if self.forced is not None:
-            self._sources.append(_Source(self._forced, _LETTERS))
-        if self.config is not None:
-            self._sources.append(_Source(self._repeated, _FIRST))
-
-    def tokens(self, text: Text, most: int) -> Sequence[int]:
-        """Return at most ``most`` tokens that may come next and are worth trying."""
-        for source in self._sources:
-            n = min(most, source.length)
-            guess = source.guess(text, n) if len(text.output) >= source.resumes else ()
-            if guess:
-                self._used = source
-                return guess[:n]
-        return ()
-
-    def judge(self, text: Text, n_tried: int, n_right: int) -> None:
-        """Take in how many tokens of the last guess were tried, and how many of them were drawn."""
-        self.n_tried += n_tried
-        self.n_right += n_right
-        if self._used is not None:
-            self._used.judge(len(text.output), n_tried, n_right)
-
-    def _forced(self, text: Text, most: int) -> Sequence[int]:
-        return self.forced() if self.forced is not None else ()
-
-    def _repeated(self, text: Text, most: int) -> Sequence[int]:
-        """The tokens after the last n-gram that is equal to the end; behind the end they repeat."""
-        if self.config is None:
-            return ()
+    def guess(self, text: Text, most: int) -> Sequence[int]:
+        """Return at most ``most`` tokens that may follow the text."""
         new = text.tokens(len(self._letters), text.n_tokens)
         self._letters += "".join([chr(token % _LETTERS) for token in new])
-        first, n = self._behind_longest(*self.config.windows), len(self._letters)
-        most = min(most, self.config.num_speculative_tokens or most)
+        first, n, most = self._behind_longest(*self._windows), text.n_tokens, min(most, self._most)
         return [] if first is None else list(islice(cycle(text.tokens(first, min(first + most, n))), most))
 
     def _behind_longest(self, least: int, most: int) -> int | None:
@@ -168,3 +113,65 @@ class Draft:
             else:
                 found, least = at + window, window + 1
         return found
+
+
+@dataclass(eq=False, slots=True)
+class _Source:
+    """Guesses of one kind, and how many of their tokens are worth trying.
+
+    The length doubles if a whole draft was right. Otherwise it is one more than was right. After a draft that was all
+    wrong there is none for a while, which doubles each time, up to `_LONGEST_PAUSE` tokens. After so many one is tried
+    again, however few tokens were right.
+    """
+
+    guess: Callable[[Text, int], Sequence[int]]
+    length: int
+    n_tried: float = 1.0
+    n_right: float = 1.0
+    pause: int = 0
+    resumes: int = 0
+    last: int = 0
+
+    def is_worth(self, n_output: int, share: float) -> bool:
+        often = self.n_right >= share * self.n_tried
+        return n_output >= self.resumes and (often or n_output >= self.last + _LONGEST_PAUSE)
+
+    def judge(self, n_output: int, n_tried: int, n_right: int) -> None:
+        self.n_tried = _REMEMBERED * self.n_tried + n_tried
+        self.n_right = _REMEMBERED * self.n_right + n_right
+        self.last = n_output
+        self.length = max(self.length, 2 * n_tried) if n_right == n_tried else n_right + 1
+        self.pause = 0 if n_right else min(2 * self.pause or 1, _LONGEST_PAUSE)
+        self.resumes = n_output + self.pause
+
+
+class Draft:
+    """Guesses for one answer: tokens that its form forces come first, then those after an equal n-gram.
+
+    ``n_tried`` counts the tokens that were tried, ``n_right`` those that were drawn.
+    """
+
+    def __init__(
+        self, config: SpeculativeConfig | None = None, forced: Callable[[], Sequence[int]] | None = None
+    ) -> None:
+        self.n_tried, self.n_right = 0, 0
+        self._sources = [] if forced is None else [_Source(lambda text, most: forced(), _LETTERS)]
+        self._sources += [] if config is None else [_Source(Ngrams(config).guess, _FIRST)]
+        self._used: _Source | None = None
+
+    def tokens(self, text: Text, most: int, share: float) -> Sequence[int]:
+        """Return at most ``most`` tokens that may come next, if a ``share`` of those that were tried was right."""
+        for source in self._sources:
+            n = min(most, source.length)
+            guess = source.guess(text, n) if source.is_worth(len(text.output), share) else ()
+            if guess:
+                self._used = source
+                return guess[:n]
+        return ()
+
+    def judge(self, text: Text, n_tried: int, n_right: int) -> None:
+        """Take in how many tokens of the last guess were tried, and how many of them were drawn."""
+        self.n_tried += n_tried
+        self.n_right += n_right
+        if self._used is not None:
+            self._used.judge(len(text.output), n_tried, n_right)

@@ -115,13 +115,16 @@ class Request:
             return tuple(self.output[first - n_prompt : last - n_prompt])
         return self.prompt[first:last] + tuple(self.output[max(0, first - n_prompt) : max(0, last - n_prompt)])
 
-    def drafted(self, most: int) -> tuple[int, ...]:
-        """Return at most ``most`` guessed tokens to try next. The answer goes on behind each of them."""
+    def drafted(self, most: int, share: float) -> tuple[int, ...]:
+        """Return at most ``most`` guessed tokens to try next, if a ``share`` of such guesses was right.
+
+        The answer goes on behind each of them.
+        """
         most = min(most, self.rule.max_tokens - len(self.output) - 1)
         if self.draft is None or most < 1:
             return ()
         ends = self.rule.eos_ids | self.rule.stop_ids
-        return tuple(takewhile(lambda token: token not in ends, self.draft.tokens(self, most)))
+        return tuple(takewhile(lambda token: token not in ends, self.draft.tokens(self, most, share)))
 
     def unscored(self, n: int) -> tuple[int, tuple[int, ...]]:
         """Return the index of the first of the next ``n`` tokens whose successor is unscored, and all such successors.

@@ -61,7 +61,7 @@ class Told:
     n_tried: int = 0
     n_right: int = 0
 
-    def tokens(self, request: Request, most: int) -> list[int]:
+    def tokens(self, request: Request, most: int, share: float) -> list[int]:
         number = len(request.output)
         known = self.answers[(request.prompt, request.version, request.id.partition("#")[2])]
         guess = known[number : number + min(most, 1 + number % 7)]
@@ -248,11 +248,11 @@ def config(k: int = 5, **how: int) -> SpeculativeConfig:
 def test_the_text_after_the_last_equal_ngram_is_tried():
     draft = Draft(config(prompt_lookup_max=3, prompt_lookup_min=2))
     request = request_of([1, 2, 3, 4, 5, 6, 7, 2, 3, 8, 9], [4, 2, 3])
-    assert draft.tokens(request, 9) == [8, 9, 4, 2]  # two are equal, at two places; four are tried first
+    assert draft.tokens(request, 9, 0.1) == [8, 9, 4, 2]  # two are equal, at two places; four are tried first
     request.output += [4]
-    assert draft.tokens(request, 3) == [5, 6, 7]  # three are equal, at one place
+    assert draft.tokens(request, 3, 0.1) == [5, 6, 7]  # three are equal, at one place
     request.output += [11, 4]
-    assert draft.tokens(request, 9) == ()  # one is equal, and that is too few
+    assert draft.tokens(request, 9, 0.1) == ()  # one is equal, and that is too few
 
 
 @given(
@@ -261,7 +261,7 @@ def test_the_text_after_the_last_equal_ngram_is_tried():
 )  # fmt: skip
 def test_the_longest_ngram_counts_and_the_last_of_equal_ones(text, least, more, most):
     draft = Draft(config(k=7, prompt_lookup_min=least, prompt_lookup_max=least + more))
-    found = list(draft.tokens(request_of(text), most))
+    found = list(draft.tokens(request_of(text), most, 0.1))
     n = min(4, 7, most)  # four are tried at first
     for window in range(least + more, least - 1, -1):
         for at in range(len(text) - window - 1, -1, -1):
@@ -274,17 +274,17 @@ def test_the_longest_ngram_counts_and_the_last_of_equal_ones(text, least, more, 
 
 def test_text_that_repeats_is_tried_again_and_again():
     draft = Draft(config(prompt_lookup_max=2))
-    assert draft.tokens(request_of([9, 1, 2], [1, 2]), 9) == [1, 2, 1, 2]
+    assert draft.tokens(request_of([9, 1, 2], [1, 2]), 9, 0.1) == [1, 2, 1, 2]
 
 
 def test_no_draft_goes_beyond_the_end():
     request = request_of([1, 2, 3, 4, 5], [1, 2], stop_ids=frozenset({4}))
     request.draft = Draft(config(prompt_lookup_max=2))
-    assert request.drafted(9) == (3,)
+    assert request.drafted(9, 0.1) == (3,)
     longest = request_of([1, 2, 3, 4, 5], [1, 2], max_tokens=4)
     longest.draft = Draft(config(prompt_lookup_max=2))
-    assert longest.drafted(9) == (3,)  # and the token after it is the last
-    assert request_of([1, 2], [1, 2]).drafted(9) == ()
+    assert longest.drafted(9, 0.1) == (3,)  # and the token after it is the last
+    assert request_of([1, 2], [1, 2]).drafted(9, 0.1) == ()
 
 
 def test_drafts_that_fail_pause_and_those_that_hold_grow():
@@ -292,13 +292,13 @@ def test_drafts_that_fail_pause_and_those_that_hold_grow():
     request = request_of([1] * 9, [1])
     lengths, waits = [], []
     for n_right in (4, 8, 12, 3, 0):
-        n = len(draft.tokens(request, 99))
+        n = len(draft.tokens(request, 99, 0.1))
         lengths.append(n)
         draft.judge(request, n, n_right)
     assert lengths == [4, 8, 12, 12, 4]
     for _ in range(8):
         n_waited = 0
-        while not (guess := draft.tokens(request, 99)):
+        while not (guess := draft.tokens(request, 99, 0.1)):
             request.output.append(1)
             n_waited += 1
         waits.append((n_waited, len(guess)))
@@ -307,17 +307,32 @@ def test_drafts_that_fail_pause_and_those_that_hold_grow():
     assert (draft.n_tried, draft.n_right) == (4 + 8 + 12 + 12 + 4 + 8, 27)
 
 
+def test_the_more_streams_the_more_tokens_must_be_right():
+    """A right token saves one of them a step. Whatever was right, one is tried once in a while."""
+    draft = Draft(config(k=12, prompt_lookup_max=1))
+    request = request_of([1] * 9, [1])
+    for n_right in (2, 1, 1, 1):  # nearly half of them
+        n = len(draft.tokens(request, 99, 0.1))
+        draft.judge(request, n, n_right)
+    assert len(draft.tokens(request, 99, 0.45)) == 2
+    assert draft.tokens(request, 99, 0.6) == ()
+    request.output += [1] * 31
+    assert draft.tokens(request, 99, 0.6) == ()
+    request.output += [1]
+    assert len(draft.tokens(request, 99, 0.6)) == 2
+
+
 def test_forced_tokens_come_first():
     forced: list[list[int]] = [[], [7, 8, 9]]
     draft = Draft(config(prompt_lookup_max=1), lambda: forced[0])
     request = request_of([1, 2, 3], [1])
-    assert draft.tokens(request, 2) == [2, 3]
+    assert draft.tokens(request, 2, 0.1) == [2, 3]
     forced.reverse()
-    assert draft.tokens(request, 2) == [7, 8]
+    assert draft.tokens(request, 2, 0.1) == [7, 8]
     draft.judge(request, 2, 0)
-    assert draft.tokens(request, 2) == [2, 3]  # what the model writes otherwise is not tried at once
+    assert draft.tokens(request, 2, 0.1) == [2, 3]  # what the model writes otherwise is not tried at once
     request.output.append(1)
-    assert draft.tokens(request, 2) == [7]
+    assert draft.tokens(request, 2, 0.1) == [7]
 
 
 @pytest.mark.parametrize(

@@ -53,7 +53,7 @@ class Guesses:
     def __init__(self, n: int, wrong: int) -> None:
         self.n, self.wrong = n, wrong
 
-    def tokens(self, request: Request, most: int) -> list[int]:
+    def tokens(self, request: Request, most: int, share: float) -> list[int]:
         first = len(request.output)
         guess = answer_alone(request)[first : first + min(self.n, most)]
         return [(token + ((first + i) % self.wrong == 0)) % 23 for i, token in enumerate(guess)]
