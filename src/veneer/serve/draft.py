@@ -85,7 +85,7 @@ class Text(Protocol):
 
 
 class Ngrams:
-    """Guesses by the text: what followed the last n-gram that is equal to its end, and behind the end the same again."""
+    """Guesses by the text: what followed the last n-gram that equals its end; behind the end the same comes again."""
 
     def __init__(self, config: SpeculativeConfig) -> None:
         self._windows, self._most = config.windows, config.num_speculative_tokens or 1
