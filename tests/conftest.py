@@ -6,6 +6,7 @@ They run in Triton's interpreter, on any machine.
 So is the dispatch of traced tensors left out: it declares no shapes.
 """
 
+import gc
 import os
 import re
 import sys
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from known_machine import know_the_machine
 from sampling import mark_full
 from shapes import check_shapes
 
@@ -32,10 +34,29 @@ CHECKED = [
 
 check_shapes([f"veneer.{name}" for name in CHECKED])
 
+SHARED = 100_000  # objects: imported modules and collected tests alone are several times as many
+
 
 @pytest.hookimpl(tryfirst=True)  # before -m looks at the marks
 def pytest_collection_modifyitems(items):
     mark_full(items)
+
+
+@pytest.hookimpl(tryfirst=True)  # before fixtures are made
+def pytest_runtest_setup(item):
+    """Freeze what all tests share, at first and when a test gave it back: each full collection looked through it."""
+    if gc.get_freeze_count() < SHARED:
+        gc.collect()
+        gc.freeze()
+
+
+def pytest_unconfigure():
+    gc.unfreeze()  # what is frozen when Python ends counts as leaked
+
+
+@pytest.fixture
+def known_machine(monkeypatch):
+    know_the_machine(monkeypatch.setattr)
 
 
 @pytest.fixture

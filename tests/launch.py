@@ -19,13 +19,13 @@ from pathlib import Path
 
 PRELOADED = [
     "veneer.cli.app", "veneer.cli.loading", "veneer.train.run", "veneer.recipe.adapter", "veneer.train.trainer",
-    "transformers.models.llama.modeling_llama", "datasets", "psutil",
+    "transformers.models.llama.modeling_llama", "datasets", "psutil", "prepared",
 ]  # fmt: skip
 LONGEST = 280.0  # seconds that a program may take; a test may take 300
 
 
 def forkserver() -> ForkServerContext:
-    """Return the context whose processes have `PRELOADED` imported, and no checks of shapes."""
+    """Return the context whose processes have `PRELOADED` imported, a known machine, and no checks of shapes."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
     return context

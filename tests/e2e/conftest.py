@@ -44,6 +44,11 @@ class Run:
         return [process.exitcode for process in self.processes]
 
 
+@pytest.fixture(autouse=True)
+def no_measuring(known_machine: None) -> None:
+    """Rates are not measured by the commands that a test runs in its own process, as in those that it starts."""
+
+
 @dataclass(frozen=True)
 class TinyProject:
     """A folder with a base, rows and a recipe."""

@@ -26,7 +26,7 @@ def other_adapter(model_folder: Path) -> Path:
 
 
 @pytest.fixture
-def veneer(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Result]:
+def veneer(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, known_machine: None) -> Callable[..., Result]:
     """Runs a command in a wide terminal with a cache of its own."""
     monkeypatch.setenv("VENEER_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("COLUMNS", "300")

@@ -54,6 +54,7 @@ def run(*arguments: object) -> str:
     return result.output
 
 
+@pytest.mark.usefixtures("known_machine")
 @pytest.mark.parametrize("name", sorted(ROWS))
 def test_it_trains_and_saves(name: str, model: Path, tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(ROWS[name](i)) + "\n" for i in range(53)))

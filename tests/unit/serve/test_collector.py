@@ -17,6 +17,7 @@ class Circle:
 
 @pytest.fixture
 def collector():
+    gc.unfreeze()
     made = Collector()
     yield made
     made.stop()
