@@ -105,8 +105,8 @@ def loads_of(args: argparse.Namespace, tokenizer: Any, folder: Path, place: str)
     """Every load by its title, those that were asked for."""
     text = tokenizer(TEXT.read_text(encoding="utf-8"))["input_ids"]
 
-    def quoting(first: int) -> list[int]:
-        return [*text[first : first + 500], *text[first : first + 60]]
+    def quoting(first: int, n: int = 500) -> list[int]:
+        return [*text[first : first + n], *text[first : first + n // 8]]
 
     def asked(line: str) -> list[int]:
         return list(
@@ -124,7 +124,7 @@ def loads_of(args: argparse.Namespace, tokenizer: Any, folder: Path, place: str)
         "prose": Load([asked("Tell me a long story about a fisherman and his daughter.")], story),
         "JSON": Load([asked("Make up a list of people, as JSON.")], form, forced_alone=True),
         "JSON, n-grams too": Load([asked("Make up a list of people, as JSON.")], form),
-        f"{args.streams} streams quote": Load([quoting(97 * i) for i in range(args.streams)], greedy),
+        f"{args.streams} streams quote": Load([quoting(97 * i, 160) for i in range(args.streams)], greedy),
         f"{args.streams} streams of prose": Load(
             [asked(f"Tell me a story about the number {i}.") for i in range(args.streams)], story
         ),
