@@ -3,10 +3,10 @@
     python bench/serve_drafts.py [--loads quotes edits prose …] [--new-tokens 192] [--repeats 5] [--draft 8]
 
 SmolLM2-135M in bfloat16. One engine answers each load with and without drafts, in turns; the ratio is the median over
-turns. ``quotes`` goes on with a text that stands in its prompt, ``edits`` gives back a program in which a name is to
-change, ``prose`` is drawn at temperature 0.8, and ``JSON`` has a schema, whose forced tokens are tried. ``quotes`` is
-asked of an adapter of each of eight methods too, near its start, so that it still quotes. Before a load is timed, its
-answers with drafts must equal those without. The tokens that were tried and right are told too.
+turns. ``quotes`` goes on with a text that stands in its prompt, ``edits`` gives back a text with a few changes,
+``prose`` is drawn at temperature 0.8, and ``JSON`` has a schema, whose forced tokens are tried. ``quotes`` is asked of
+an adapter of each of eight methods too, near its start, so that it still quotes. Before a load is timed, its answers
+with drafts must equal those without. The tokens that were tried and right are told too.
 """
 
 from __future__ import annotations
@@ -33,17 +33,12 @@ from veneer.serve.sampling_params import StructuredOutputsParams
 from veneer.store.source import resolve
 
 TEXT = Path(__file__).parents[1] / "docs" / "design.md"
-PROGRAM = '''def running_mean(values, width):
-    """Return the mean of each window of so many values."""
-    found, total = [], 0.0
-    for place, value in enumerate(values):
-        total += value
-        if place >= width:
-            total -= values[place - width]
-        if place >= width - 1:
-            found.append(total / width)
-    return found
-'''
+LETTER = (
+    "The harbour lies at the end of a narow road. In the mornings the boats go out together, and in the evenings they "
+    "come back one by one. Old men sit on the wall and count them. When one is missing, they say nothing, and look at "
+    "the sea. The children play between the nets, which smell of salt and tar, and nobody calls them home before the "
+    "last boat is in."
+)
 SCHEMA = {"type": "array", "minItems": 1000, "items": {
     "type": "object", "additionalProperties": False,
     "required": ["first_name", "last_name", "year_of_birth", "married"],
@@ -117,10 +112,11 @@ def loads_of(args: argparse.Namespace, tokenizer: Any, folder: Path, place: str)
     greedy = SamplingParams(temperature=0, max_tokens=n, ignore_eos=True)
     story = SamplingParams(temperature=0.8, top_p=0.95, seed=3, max_tokens=n, ignore_eos=True)
     form = SamplingParams(temperature=0, max_tokens=n, structured_outputs=StructuredOutputsParams(json=SCHEMA))
-    edit = f"Give back this program with the name `found` changed to `means`, and nothing else.\n\n{PROGRAM}"
+    edited = SamplingParams(temperature=0, max_tokens=n)
+    edit = f"Correct the spelling of this text, and give back the whole text.\n\n{LETTER}"
     found = {
         "quotes": Load([quoting(0)], greedy),
-        "edits": Load([asked(edit)], greedy),
+        "edits": Load([asked(edit)], edited),
         "prose": Load([asked("Tell me a long story about a fisherman and his daughter.")], story),
         "JSON": Load([asked("Make up a list of people, as JSON.")], form, forced_alone=True),
         "JSON, n-grams too": Load([asked("Make up a list of people, as JSON.")], form),
