@@ -1,6 +1,6 @@
 """Many names, a long queue, a client that asks for too much, and prompts that arrive while others are answered.
 
-    python bench/serve_many.py [--parts step fair memory gaps] [--names 10000] [--waiting 10000] [--repeats 3]
+    python bench/serve_many.py [--parts step fair memory gaps many zipf cold] [--names 10000] [--waiting 10000]
 
 Every part runs SmolLM2-135M in bfloat16, greedily, in one process, and prints its figures with their goals:
 
@@ -11,6 +11,14 @@ memory  Adapters of rank 8 on q and v are loaded under load: bytes of the proces
         an adapter, and the longest pause of Python's collector.
 gaps    Prompts of 2,000 tokens arrive while 16 answers are read as they grow: the gaps of these, p99 over the median,
         and the tokens a second of all beside those of an engine that gives prompts all the time that they want.
+many    As many requests at once as ``--many``, each for an adapter of its own, of rank 16 on all layers: what a step
+        takes beyond one of the base, beside the time in which the adapters' bytes are read from memory.
+zipf    ``--zipf`` adapters of rank 8 on q and v, asked for by Zipf's law: all loaded, and with room for a tenth of
+        them. Tokens a second, beside those of five adapters.
+cold    An idle engine's first token for an adapter that is not loaded, beyond that for a loaded one: the first of its
+        layout, from its folder, and from a folder of packed adapters in another engine.
+
+The last three compare answers first: those of requests in one batch with those of each alone.
 """
 
 from __future__ import annotations
@@ -39,8 +47,10 @@ from veneer.serve.sampling_params import RequestOutputKind
 from veneer.store.source import load_model
 
 STEP, PAUSE, MEMORY, FIRST, GAPS, TOKENS = 1.1, 5e-3, 16e3, 2.0, 3.0, 0.95  # the goals
+BYTES, RESIDENT, ROOM, FROM_FOLDER, FROM_BLOCK = 1.5, 0.95, 0.8, 40e-3, 8e-3
 HOT, SEATS, FEW_WAIT, STREAMS, LONG = 10, 32, 64, 16, 2000
-PARTS = ("step", "fair", "memory", "gaps")
+SMALL = LoraConfig(r=8, target_modules=["q_proj", "v_proj"])
+PARTS = ("step", "fair", "memory", "gaps", "many", "zipf", "cold")
 
 
 def main() -> None:
@@ -52,6 +62,10 @@ def main() -> None:
     parser.add_argument("--waiting", type=int, default=10_000)
     parser.add_argument("--steps", type=int, default=100, help="steps of each engine in a turn")
     parser.add_argument("--adapters", type=int, default=256, help="that are loaded for their memory")
+    parser.add_argument("--many", type=int, default=256, help="adapters of rank 16 in one batch")
+    parser.add_argument("--zipf", type=int, default=2000, help="adapters that are asked for by Zipf's law")
+    parser.add_argument("--requests", type=int, default=192, help="for those, in a turn")
+    parser.add_argument("--cold", type=int, default=24, help="adapters that are loaded one after the other")
     parser.add_argument("--prompts", type=int, default=6, help="long ones that arrive")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
@@ -60,7 +74,8 @@ def main() -> None:
     ends_as_interrupted()
     torch.set_num_threads(args.threads)
     parts: dict[str, Callable[[Any, str, Path], dict[str, float]]] = {
-        "step": step_times, "fair": first_tokens, "memory": memory, "gaps": gaps
+        "step": step_times, "fair": first_tokens, "memory": memory, "gaps": gaps,
+        "many": many, "zipf": zipf, "cold": cold,
     }  # fmt: skip
     with tempfile.TemporaryDirectory() as scratch:
         model = write_tiny(Path(scratch) / "base") if args.tiny else args.model
@@ -236,21 +251,18 @@ def pauses() -> Iterator[list[float]]:
 
 
 def memory(args: Any, model: str, scratch: Path) -> dict[str, float]:
-    config = LoraConfig(r=8, target_modules=["q_proj", "v_proj"])
-    adapters = write_adapters(model, scratch / "resident", args.adapters, config)
+    adapters = write_adapters(model, scratch / "resident", args.adapters, SMALL)
     llm, own = engine_of(model, max_num_seqs=SEATS, max_model_len=256), psutil.Process()
     warm, adapters = adapters[:16], adapters[16:]
-    llm.generate([prompt_of(i) for i in range(16)], SamplingParams(max_tokens=2), lora_request=warm, use_tqdm=False)
+    prompts = [prompt_of(i) for i in range(2 * SEATS)]  # all pages that a full batch takes have their memory then
+    llm.generate(prompts, SamplingParams(max_tokens=4), lora_request=warm * (SEATS // 8), use_tqdm=False)
     llm.engine.collector.start()
     pages, before = llm.engine.scheduler.pages, own.memory_info().rss
     lent = pages.n_lent
     with pauses() as found:
         for adapter in adapters:
             ask(llm, prompt_of(adapter.adapter_id), 4, adapter)
-        while llm.engine.has_work or llm.engine.scheduler.has_work:
-            if not llm.engine.has_work:
-                llm.engine.wait()
-            llm.engine.step()
+        finish(llm)
     llm.engine.collector.stop()
     more = (own.memory_info().rss - before - (pages.n_lent - lent)) / len(adapters)
     table = Rows(["memory beside its bytes, kB an adapter"], ["here", "goal"])
@@ -315,6 +327,160 @@ def streams(llm: LLM, n_prompts: int, n_long: int) -> tuple[list[float], float]:
     seconds = time.perf_counter() - start
     llm.engine.drop(list(flying))
     return found, n_tokens / seconds
+
+
+def require_equal(llm: LLM, adapters: Sequence[LoRARequest]) -> None:
+    """Stop unless answers in one batch are those of each adapter alone, with equal log-probabilities, which differ."""
+    params = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True, logprobs=0)
+
+    def answers(asked: Sequence[LoRARequest]) -> list[tuple[tuple[int, float], ...]]:
+        outputs = llm.generate([prompt_of(1)] * len(asked), params, lora_request=list(asked), use_tqdm=False)
+        return [
+            tuple((id, step[id].logprob) for id, step in zip(each.token_ids, each.logprobs or [], strict=True))
+            for each in (output.outputs[0] for output in outputs)
+        ]
+
+    together = answers(adapters)
+    if together != [answers([adapter])[0] for adapter in adapters] or len(set(together)) < len(adapters):
+        raise SystemExit("adapters answer otherwise in a batch")
+
+
+def many(args: Any, model: str, scratch: Path) -> dict[str, float]:
+    n = args.many
+    adapters = write_adapters(model, scratch / "many", n, LoraConfig(r=16, target_modules="all-linear"))
+    llm = engine_of(model, max_num_seqs=n, max_model_len=64)
+    require_equal(llm, adapters[:4])
+    for adapter in adapters:
+        llm.llm_engine.add_lora(adapter)
+    times: dict[bool, list[float]] = {False: [], True: []}
+    for turn in range(args.repeats):
+        for adapted in times:
+            working(f"{n} requests, turn {turn + 1} of {args.repeats}")
+            times[adapted].append(decoding(llm, n, adapters if adapted else None))
+    base, own = (statistics.median(each) for each in times.values())
+    n_bytes = llm.engine.scheduler.pages.n_lent
+    read = seconds_to_read(n_bytes)
+    table = Rows(["beyond that, for its adapters"], ["ms a step"])
+    table.add("the base", f"{1e3 * base:.0f}")
+    table.add("beyond that, for its adapters", f"{1e3 * (own - base):.0f}")
+    table.add(f"their {1e-9 * n_bytes:.1f} GB are read in", f"{1e3 * read:.0f}")
+    print(f"{(own - base) / read:.2f} times their bytes (goal at most {BYTES})\n")
+    return {"many": (own - base) / read}
+
+
+def decoding(llm: LLM, n: int, adapters: Sequence[LoRARequest] | None) -> float:
+    """The median seconds of a step in which so many requests decode."""
+    ids = [ask(llm, prompt_of(i, 8), 12, adapters[i] if adapters else None) for i in range(n)]
+    found = []
+    while llm.engine.has_work:
+        start = time.perf_counter()
+        outputs = llm.engine.step()
+        if len(outputs) == n and not any(output.finished for output in outputs):
+            found.append(time.perf_counter() - start)
+    llm.engine.drop(ids)
+    return statistics.median(found[1:])
+
+
+def seconds_to_read(n_bytes: int) -> float:
+    """The seconds in which all threads read so many bytes that are in no cache."""
+    memory, times = torch.ones(1 << 26, dtype=torch.int64), []
+    for _ in range(5):
+        start = time.perf_counter()
+        memory.sum()
+        times.append(time.perf_counter() - start)
+    return n_bytes / memory.nbytes * min(times)
+
+
+def zipf(args: Any, model: str, scratch: Path) -> dict[str, float]:
+    n = args.zipf
+    working(f"{n} adapters are written")
+    adapters = write_adapters(model, scratch / "zipf", n, SMALL)
+    draw, weights = random.Random(0), [1 / (place + 1) for place in range(n)]
+    asked = draw.choices(adapters, weights, k=args.requests)
+    few = draw.choices(adapters[:5], k=args.requests)
+    whole = engine_of(model, max_num_seqs=SEATS, max_model_len=128)
+    room = engine_of(model, max_num_seqs=SEATS, max_model_len=128, max_cpu_loras=max(SEATS, n // 10))
+    for llm in (whole, room):
+        require_equal(llm, adapters[-8:])
+    for number, adapter in enumerate(adapters):
+        working(f"{number} are loaded") if number % 100 == 0 else None
+        whole.llm_engine.add_lora(adapter)
+    for adapter in reversed(adapters[: max(SEATS, n // 10)]):
+        room.llm_engine.add_lora(adapter)
+    loads: dict[str, tuple[LLM, Sequence[LoRARequest], float]] = {
+        "5 adapters": (whole, few, 1.0),
+        f"{n} by Zipf's law, all loaded": (whole, asked, RESIDENT),
+        f"{n} by Zipf's law, room for {max(SEATS, n // 10)}": (room, asked, ROOM),
+    }
+    rates: dict[str, list[float]] = {told: [] for told in loads}
+    for turn in range(args.repeats):
+        for told, (llm, requests, _) in loads.items():
+            working(f"{told}, turn {turn + 1} of {args.repeats}")
+            rates[told].append(rate(llm, requests))
+    table = Rows(list(loads), ["tok/s", "of 5", "goal"])
+    shares = [statistics.median(rates[told]) / statistics.median(rates["5 adapters"]) for told in loads]
+    for (told, (_, _, goal)), share in zip(loads.items(), shares, strict=True):
+        table.add(told, f"{statistics.median(rates[told]):.0f}", f"{share:.2f}", f"{goal:.2f}")
+    print()
+    return {"zipf": shares[1], "zipf with room": shares[2]}
+
+
+def rate(llm: LLM, asked: Sequence[LoRARequest]) -> float:
+    """Tokens a second of requests that are all there from the start."""
+    start, n_tokens = time.perf_counter(), 32
+    for number, adapter in enumerate(asked):
+        ask(llm, prompt_of(number), n_tokens, adapter)
+    finish(llm)
+    return len(asked) * n_tokens / (time.perf_counter() - start)
+
+
+def finish(llm: LLM) -> None:
+    """Step until nothing is left."""
+    while llm.engine.has_work or llm.engine.scheduler.has_work:
+        if not llm.engine.has_work:
+            llm.engine.wait()
+        llm.engine.step()
+
+
+def cold(args: Any, model: str, scratch: Path) -> dict[str, float]:
+    cache = scratch / "cache"
+    adapters = write_adapters(model, scratch / "cold", args.cold + 1, SMALL)
+    filling = engine_of(model, max_num_seqs=SEATS, max_model_len=128, adapter_cache_dir=cache)
+    for adapter in adapters:
+        filling.llm_engine.add_lora(adapter)
+    filling.engine.close()
+    own, packed = (
+        engine_of(model, max_num_seqs=SEATS, max_model_len=128, adapter_cache_dir=each) for each in (None, cache)
+    )
+    new = beyond_loaded(own, adapters[:1])
+    beyond_loaded(packed, adapters[:1])  # reads the layout
+    found: dict[str, list[float]] = {"folder": [], "block": []}
+    for adapter in adapters[1:]:
+        found["folder"] += beyond_loaded(own, [adapter])
+        found["block"] += beyond_loaded(packed, [adapter])
+    for llm in (own, packed):
+        require_equal(llm, adapters[:4])
+    medians = {name: statistics.median(each) for name, each in found.items()}
+    table = Rows(["the first of its layout, from its folder"], ["ms beyond a loaded one", "goal"])
+    table.add("the first of its layout, from its folder", f"{1e3 * new[0]:.1f}", "")
+    table.add("from its folder", f"{1e3 * medians['folder']:.1f}", f"{1e3 * FROM_FOLDER:.0f}")
+    table.add("from the block", f"{1e3 * medians['block']:.1f}", f"{1e3 * FROM_BLOCK:.0f}")
+    print()
+    return medians
+
+
+def beyond_loaded(llm: LLM, adapters: Sequence[LoRARequest]) -> list[float]:
+    """By how many seconds the first token of each adapter comes later the first time."""
+    found = []
+    for adapter in adapters:
+        times = []
+        for _ in range(4):
+            start = time.perf_counter()
+            ask(llm, prompt_of(1), 1, adapter)
+            finish(llm)
+            times.append(time.perf_counter() - start)
+        found.append(times[0] - statistics.median(times[1:]))
+    return found
 
 
 if __name__ == "__main__":

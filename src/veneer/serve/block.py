@@ -24,7 +24,7 @@ class Block:
 
     layout: BlockLayout
     memory: Tensor
-    _made: dict[int, Own | None] = field(default_factory=dict)
+    _made: dict[int, Own] = field(default_factory=dict)
 
     @property
     def nbytes(self) -> int:
@@ -37,14 +37,14 @@ class Block:
 
     def own(self, group: int) -> Own | None:
         """Return the changes at a group; None if there are none."""
-        if group not in self._made:
-            change = self.change(group)
-            self._made[group] = None if change is None else change.own
-        return self._made[group]
+        made = self._made.get(group)
+        if made is None and (change := self.change(group)) is not None:
+            made = self._made[group] = change.own
+        return made
 
     def change(self, group: int) -> GroupChange | None:
         """Return the changes at a group with those that the step takes; None if there are none."""
-        return self.layout.change(group, self.memory)
+        return None if self.layout.changes[group] is None else self.layout.change(group, self.memory)
 
 
 class Blocks:

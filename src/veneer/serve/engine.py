@@ -424,11 +424,15 @@ def _read(runner: Runner, versions: Versions, version: AdapterVersion) -> Any:
     """An adapter for a runner to load. Raises FormatError where its files are not those of the version."""
     try:
         versions.require_unchanged(version)
+        kept = runner.kept(version.id)
+        if kept is not None:
+            return kept
         if version.parts:
             found = runner.read_mix([(Path(part.folder), weight) for part, weight in version.parts])
         else:
             found = runner.read(Path(version.folder))
         versions.require_unchanged(version)  # it may have been replaced meanwhile
+        runner.keep(version.id, found)
     except OSError as error:
         raise FormatError(f"the adapter in {version.told} cannot be read: {error}") from error
     return found

@@ -83,6 +83,12 @@ class GeneralRunner(DrawingRunner):
         """Return the sizes of adapters, as `read` does."""
         return stored_mix(parts)
 
+    def kept(self, version: str) -> None:
+        """Return None: the model itself loads adapters, from their own files."""
+
+    def keep(self, version: str, adapter: StoredFolder | StoredMix) -> None:
+        """Keep nothing."""
+
     def load(self, version: str, adapter: StoredFolder | StoredMix) -> None:
         told = ", ".join(map(str, adapter.folders))
         _LOG.info("%s is loaded into the model itself: all wait for it", told)

@@ -74,7 +74,7 @@ class Interpreter:
         self.blocks: dict[str, Block] = {}
         self.bottlenecks: dict[str, dict[str, Bottleneck]] = {}
         self._packed, self._linears = packed, list[Linears]()
-        self._blocks = Blocks(_KEPT)
+        self.maker = Blocks(_KEPT)
         self._turns = {r: r.tables(torch.arange(program.n_positions).to(model.device)) for r in program.rotaries}
         self._bound = [bound for each in joined(program.instructions) for bound in self._bind(model, each)]
         self._plans: dict[Any, list[Bound]] = {}
@@ -95,12 +95,19 @@ class Interpreter:
         owns = [linears.packed(effects, packing) for linears in self._linears]
         factors = packing.packer.run()
         changes = [None if own is None else GroupChange(own, self._for_step(own)) for own in owns]
-        block, factors = self._blocks.block(changes, factors)
+        block, factors = self.maker.block(changes, factors)
         effects.linear, effects.residual = {}, {}  # what is needed of them has been packed
         return PackedEffects(effects, block, bottlenecks), factors
 
     def _for_step(self, own: Own) -> tuple[LayerChange, ...] | None:
         return None if self.native is None else changes_of(own, self.dtype)
+
+    def fits(self, block: Block) -> bool:
+        """Return True if a block has changes for the groups of layers of this program."""
+        return len(block.layout.changes) == len(self._linears) and all(
+            change is None or linears.fits(change.own)
+            for linears, change in zip(self._linears, block.layout.changes, strict=True)
+        )
 
     def take(self, version: str, packed: PackedEffects) -> None:
         """Add an adapter version."""

@@ -99,6 +99,13 @@ class Linears:
         own = Own(records, whole)
         return own if self.group is None else self._packed(own, packing)
 
+    def fits(self, own: Own) -> bool:
+        """Return True if packed changes have the layers' number and sizes."""
+        if self.group is None or len(own.records) != len(self.paths):
+            return False
+        sizes, pairs = tuple(weight.shape[0] for weight in self.weights), own.pairs
+        return pairs is None or (pairs.out_features, pairs.in_features) == (sizes, self.weights[0].shape[1])
+
     def own(self, version: str) -> Own | None:
         """Return the changes of a version here; None if there are none."""
         changes = self.versions.get(version)

@@ -32,6 +32,8 @@ from veneer.model.structure import evaluation
 from veneer.ops.memory import whole_numbers
 from veneer.ops.paged_attention import UNIT
 from veneer.ops.pairs import Factor
+from veneer.serve.block import Block
+from veneer.serve.block_store import BlockStore
 from veneer.serve.effects import Effects, Lookup, UnsaidError, read_effects
 from veneer.serve.general_runner import GeneralRunner, StoredFolder, StoredMix, stored_mix
 from veneer.serve.held import bytes_of
@@ -60,6 +62,11 @@ class ProgramAdapter:
     prefix: list[KeysValues]
     n_bytes: int
 
+    @property
+    def is_block(self) -> bool:
+        """True if it is nothing but its block."""
+        return self.packed.effects == Effects() and not self.packed.bottlenecks and not self.prefix
+
 
 @dataclass(frozen=True, slots=True)
 class GeneralAdapter:
@@ -78,14 +85,22 @@ class ProgramRunner(DrawingRunner):
     """`Runner` of a model's program.
 
     Passes and reading exclude each other once the model itself has adapters, and not before. ``alone``: there is no
-    general runner, so that `read` raises `UnsaidError` for parts without a place in the program.
+    general runner, so that `read` raises `UnsaidError` for parts without a place in the program. ``store`` keeps the
+    blocks of adapters that are nothing else.
     """
 
     def __init__(
-        self, model: PreTrainedModel, interpreter: Interpreter, n_pages: int, block: int, *, alone: bool = False
+        self,
+        model: PreTrainedModel,
+        interpreter: Interpreter,
+        n_pages: int,
+        block: int,
+        *,
+        alone: bool = False,
+        store: BlockStore | None = None,
     ) -> None:
         super().__init__()
-        self.alone = alone
+        self.alone, self.store = alone, store
         self.model, self.interpreter, self.block = model.eval(), interpreter, block
         self.device = model.device  # asked once: a model looks for its first parameter
         self.cache = make_cache(interpreter.program, n_pages, block, model.dtype, self.device)
@@ -102,12 +117,20 @@ class ProgramRunner(DrawingRunner):
     def read(self, folder: Path) -> ProgramAdapter | GeneralAdapter:
         known = self._layouts.read(folder)
         if known is not None:
-            return ProgramAdapter(PackedEffects(Effects(), known, {}), [], known.nbytes)
+            return _of_block(known)
         effects = partial(read_effects, folder=folder)
         adapter, factors = self._read(effects, lambda: StoredFolder(folder, stored_bytes(folder)))
         if isinstance(adapter, ProgramAdapter):
             self._layouts.learn(folder, adapter.packed.linears, factors)
         return adapter
+
+    def kept(self, version: str) -> ProgramAdapter | None:
+        block = None if self.store is None else self.store.find(version)
+        return None if block is None or not self.interpreter.fits(block) else _of_block(block)
+
+    def keep(self, version: str, adapter: ProgramAdapter | GeneralAdapter) -> None:
+        if self.store is not None and isinstance(adapter, ProgramAdapter) and adapter.is_block:
+            self.store.keep(version, adapter.packed.linears)
 
     def read_mix(self, parts: Parts) -> ProgramAdapter | GeneralAdapter:
         return self._read(partial(read_mix, parts=parts), lambda: stored_mix(parts))[0]
@@ -237,6 +260,10 @@ class ProgramRunner(DrawingRunner):
         step.written = []
         self.interpreter.run(step, given)
         return step.written
+
+
+def _of_block(block: Block) -> ProgramAdapter:
+    return ProgramAdapter(PackedEffects(Effects(), block, {}), [], block.nbytes)
 
 
 def _piece(sequence: PlannedSequence, greedy: Collection[str]) -> Piece:

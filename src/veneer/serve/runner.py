@@ -35,6 +35,12 @@ class Runner(Protocol):
     def read_mix(self, parts: Parts) -> Any:
         """Read adapters as `read` does, as their weighted sum. Raises CompositionError if they have none."""
 
+    def kept(self, version: str) -> Any:
+        """Return a version as `read` does, if it was kept on disk; None otherwise. On the thread that reads."""
+
+    def keep(self, version: str, adapter: Any) -> None:
+        """Keep what was read for a version on disk, if that is possible and asked for. On the thread that reads."""
+
     def load(self, version: str, adapter: Any) -> None:
         """Load an adapter that was read. Raises VeneerError if it does not fit, and is then unchanged."""
 

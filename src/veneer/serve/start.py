@@ -22,6 +22,7 @@ from veneer.model.quantized_head import quantize_head
 from veneer.ops.paged_attention import UNIT
 from veneer.serve.adapter_pool import AdapterPool
 from veneer.serve.asked import EngineSettings
+from veneer.serve.block_store import BlockStore
 from veneer.serve.draft import SpeculativeConfig
 from veneer.serve.engine import Engine
 from veneer.serve.general_runner import GeneralRunner
@@ -68,7 +69,7 @@ _ONLY: dict[str, tuple[Collection[object], str]] = {
 _CACHED_SHARE = 4
 _COUNTS = (
     *("kv_cache_memory_bytes", "max_model_len", "max_num_seqs", "max_num_batched_tokens", "block_size"),
-    *("max_loras", "max_lora_rank", "max_waiting_requests", "max_waiting_tokens"),
+    *("max_loras", "max_lora_rank", "max_waiting_requests", "max_waiting_tokens", "adapter_cache_bytes"),
 )
 
 
@@ -83,11 +84,12 @@ class EngineOptions(metaclass=Keywords):
     since it costs nothing. ``enable_prefix_caching``: requests share the keys and values of equal beginnings, which is
     on unless it is False. ``speculative_config``: see `SpeculativeConfig`; answers are the same with it.
 
-    Four are not vLLM's. ``max_waiting_requests`` and ``max_waiting_tokens`` (of their prompts) limit what waits: one
-    request more is a QueueFullError, which says when to ask again. ``quantize_head="int8"`` keeps the head in 8 bits,
-    with one scale a row. That is half the bytes of a bfloat16 head, and gives other logits; embeddings tied to it are
-    unchanged. ``general_runner``: transformers' own forward pass computes everything, token by token. It is slow; a
-    model without a program always uses it.
+    Six are not vLLM's. ``adapter_cache_dir`` is a folder of packed adapters, of at most ``adapter_cache_bytes``. An
+    adapter that was loaded once is mapped from there, by later processes too. ``max_waiting_requests`` and
+    ``max_waiting_tokens`` (of their prompts) limit what waits: one request more is a QueueFullError, which says when to
+    ask again. ``quantize_head="int8"`` keeps the head in 8 bits, with one scale a row. That is half the bytes of a
+    bfloat16 head, and gives other logits; embeddings tied to it are unchanged. ``general_runner``: transformers' own
+    forward pass computes everything, token by token. It is slow; a model without a program always uses it.
     """
 
     given_to: ClassVar[str] = "LLM"
@@ -125,6 +127,8 @@ class EngineOptions(metaclass=Keywords):
     max_waiting_requests: int = 1 << 16
     max_waiting_tokens: int = 1 << 25
     speculative_config: Mapping[str, object] | None = None
+    adapter_cache_dir: str | os.PathLike[str] | None = None
+    adapter_cache_bytes: int = 1 << 33
     enable_lora: bool = True
     max_loras: int | None = None
     max_lora_rank: int | None = None
@@ -206,7 +210,8 @@ def start_engine(
     if interpreter is None:
         runner: Runner = GeneralRunner(loaded, SlotStore(pages.n_pages, pages.block))
     else:
-        runner = ProgramRunner(loaded, interpreter, pages.n_pages, pages.block, alone=program_alone)
+        store = _store(model, loaded, options, interpreter)
+        runner = ProgramRunner(loaded, interpreter, pages.n_pages, pages.block, alone=program_alone, store=store)
     settings = EngineSettings(
         vocabulary=vocabulary_of(loaded),
         ending=frozenset(ending_ids(loaded, tokenizer)),
@@ -237,6 +242,27 @@ def _program(
             "%s runs by transformers' own code, slowly, for it has no program: %s", type(model).__name__, error
         )
         return None, str(error)
+
+
+def _store(
+    given: object, model: PreTrainedModel, options: EngineOptions, interpreter: Interpreter
+) -> BlockStore | None:
+    """The folder of packed adapters, if one is asked for and the files of the model's weights are known."""
+    if options.adapter_cache_dir is None:
+        return None
+    folder = None if isinstance(given, PreTrainedModel) else _folder_of(model)
+    files = [] if folder is None else sorted(folder.glob("*.safetensors"))
+    if folder is None or not files:
+        _LOG.warning("adapter_cache_dir is not used: the base was not loaded from a folder of safetensors files")
+        return None
+    told = [(path.name, *_stamp(path)) for path in (folder / "config.json", *files)]
+    base = repr((told, model.dtype, model.device.type, options.quantization, options.quantize_head))
+    return BlockStore.open(Path(options.adapter_cache_dir), options.adapter_cache_bytes, base, interpreter.maker)
+
+
+def _stamp(path: Path) -> tuple[int, ...]:
+    told = path.stat()
+    return told.st_dev, told.st_ino, told.st_mtime_ns, told.st_size
 
 
 def generation_defaults(model: PreTrainedModel) -> dict[str, Any]:

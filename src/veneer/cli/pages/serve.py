@@ -49,6 +49,8 @@ class ServeArguments:
     max_model_len: Annotated[int | None, unset("N", "Longest prompt with its answer, in tokens.", min=1)] = None
     max_loras: Annotated[int | None, unset("N", "Adapters kept loaded at most.", min=1)] = None
     kv_gib: Annotated[float | None, unset("X", "Memory for keys and values, in GiB.")] = None
+    adapter_cache: Annotated[Path | None, unset("FOLDER", "Keep packed adapters here, and load them from here.")] = None
+    adapter_cache_gib: Annotated[float, typer.Option(metavar="X", help="Largest size of that folder, in GiB.")] = 8.0
     general_runner: _GeneralRunner = False
     speculative_config: Annotated[str | None, unset("JSON", "Tokens to try at once: vLLM's fields, for n-grams.")] = (
         None

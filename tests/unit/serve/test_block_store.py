@@ -1,0 +1,271 @@
+"""A folder of packed adapters: what is mapped from it is what reading gives, and what is wrong with it costs speed."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from veneer import LLM, LoraConfig, LoRARequest, SamplingParams
+from veneer.errors import ConfigError
+from veneer.serve import block_store, program_runner
+from veneer.serve.block import Blocks
+from veneer.serve.block_store import BlockStore
+from veneer.serve.program_runner import ProgramAdapter, ProgramRunner, proved
+
+from .conftest import METHODS, make_model, save_adapter
+
+PROMPT = [5, 99, 41, 7, 18, 61]
+BESIDE = {"saved", "head", "bottleneck", "prefix", "prompt", "ptuning"}
+UNSAID = {"oft", "lokr", "fourierft"}  # their terms are objects of their own
+
+
+def runner_of(folder: Path, most: int = 1 << 30, base: str = "base", dtype: torch.dtype = torch.float32) -> Any:
+    model = make_model().to(dtype)
+    interpreter = proved(model, 64)
+    store = BlockStore.open(folder, most, base, interpreter.maker)
+    return ProgramRunner(model, interpreter, 5, 16, store=store)
+
+
+def files(folder: Path) -> list[Path]:
+    return sorted(folder.iterdir())
+
+
+@pytest.fixture(scope="module", params=[torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def runners(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
+    """Two of one folder, as if of two processes."""
+    folder = tmp_path_factory.mktemp("cache") / "new" / "folder"
+    return [runner_of(folder, dtype=request.param) for _ in range(2)]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_another_process_maps_what_was_packed(runners, method, adapters):
+    read = runners[0].read(Path(adapters[method].lora_path))
+    runners[0].keep(method, read)
+    kept = runners[1].kept(method)
+    if method in BESIDE | UNSAID:
+        assert kept is None
+        return
+    assert isinstance(kept, ProgramAdapter)
+    assert kept.n_bytes == read.n_bytes
+    mine, other = read.packed.linears, kept.packed.linears
+    assert torch.equal(mine.memory, other.memory)
+    assert mine.layout.text == other.layout.text
+    assert mine.layout is not other.layout
+    assert runners[1].kept(method).packed.linears.layout is other.layout
+
+
+@pytest.fixture
+def base_folder(tmp_path: Path, tokenizer: Any) -> Path:
+    folder = tmp_path / "base"
+    make_model().save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def read_anew(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """The folders of adapters that were read."""
+    found, read = list[Path](), ProgramRunner.read
+
+    def counted(self: ProgramRunner, folder: Path) -> Any:
+        found.append(folder)
+        return read(self, folder)
+
+    monkeypatch.setattr(program_runner.ProgramRunner, "read", counted)
+    return found
+
+
+def answers(llm: LLM, adapters: list[LoRARequest]) -> list[list[int]]:
+    params = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
+    outputs = llm.generate([PROMPT] * len(adapters), params, lora_request=adapters, use_tqdm=False)
+    return [output.outputs[0].token_ids for output in outputs]
+
+
+KEPT = ("lora", "dora", "ia3", "vera", "lora_bias")
+
+
+def test_a_later_engine_answers_from_the_folder(base_folder, adapters, read_anew, tmp_path):
+    """Of every kind, and a mix; not one that was replaced, nor on other weights."""
+    cache, mine = tmp_path / "cache", [adapters[name] for name in KEPT]
+    folder = save_adapter(tmp_path / "changing", LoraConfig(r=3, target_modules=["q_proj"]), seed=1)
+    changing = LoRARequest("changing", 70, str(folder))
+    mix = LoRARequest.mix("mix", 71, [(adapters["lora"], 0.4), (adapters["vera"], -0.7)])
+    asked = [*mine, changing, mix]
+    expected = answers(LLM(base_folder), asked)
+    assert len({tuple(each) for each in expected}) > 4
+    read_anew.clear()
+    assert answers(LLM(base_folder, adapter_cache_dir=cache), asked) == expected
+    assert len(read_anew) == len(mine) + 1
+    read_anew.clear()
+    assert answers(LLM(base_folder, adapter_cache_dir=cache), asked) == expected
+    assert read_anew == []
+    save_adapter(folder, LoraConfig(r=3, target_modules=["q_proj"]), seed=2)
+    [other] = answers(LLM(base_folder), [changing])
+    read_anew.clear()
+    assert answers(LLM(base_folder, adapter_cache_dir=cache), asked) == [*expected[:-2], other, expected[-1]]
+    assert read_anew == [folder]
+    make_model(seed=8).save_pretrained(base_folder)
+    read_anew.clear()
+    expected = answers(LLM(base_folder), asked)
+    assert answers(LLM(base_folder, adapter_cache_dir=cache), asked) == expected
+    assert len(read_anew) == 2 * (len(mine) + 1)
+
+
+def test_a_model_without_files_keeps_nothing(tokenizer, adapters, tmp_path, caplog):
+    llm = LLM(make_model(), tokenizer=tokenizer, adapter_cache_dir=tmp_path / "cache")
+    answers(llm, [adapters["lora"]])
+    assert not (tmp_path / "cache").exists()
+    assert "was not loaded from a folder" in caplog.text
+
+
+def test_a_cache_has_room_for_something(base_folder, tmp_path):
+    with pytest.raises(ConfigError, match="adapter_cache_bytes=0 must be at least 1"):
+        LLM(base_folder, adapter_cache_dir=tmp_path, adapter_cache_bytes=0)
+
+
+def damage(file: Path, how: str) -> None:
+    raw = bytearray(file.read_bytes())
+    if how == "cut":
+        raw = raw[:-4096]
+    elif how == "nearly gone":
+        raw = raw[:40]
+    elif how == "longer":
+        raw += bytes(4096)
+    else:
+        raw[{"magic": 3, "key": 20, "layout": 60, "text": 150, "value": len(raw) - 70}[how]] ^= 4
+    scratch = file.with_suffix(".new")
+    scratch.write_bytes(raw)
+    scratch.chmod(0o600)
+    scratch.replace(file)
+
+
+@pytest.mark.parametrize("how", ["cut", "nearly gone", "longer", "magic", "key", "layout", "text", "value"])
+def test_a_damaged_file_is_read_anew_and_written_again(how, adapters, tmp_path, caplog):
+    first, second = runner_of(tmp_path), runner_of(tmp_path)
+    read = first.read(Path(adapters["dora"].lora_path))
+    first.keep("v1", read)
+    mapped = first.kept("v1").packed.linears
+    [file] = files(tmp_path)
+    damage(file, how)
+    assert torch.equal(mapped.memory, read.packed.linears.memory)  # what is mapped is another file
+    assert second.kept("v1") is None
+    assert second.kept("v1") is None
+    assert len(caplog.records) == 1
+    assert str(tmp_path) in caplog.text
+    second.keep("v1", read)
+    assert torch.equal(second.kept("v1").packed.linears.memory, read.packed.linears.memory)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="owners and modes are POSIX's")
+def test_what_others_can_write_to_is_not_used(adapters, tmp_path, caplog, monkeypatch):
+    runner, cache = runner_of(tmp_path / "cache"), tmp_path / "cache"
+    runner.keep("v1", runner.read(Path(adapters["lora"].lora_path)))
+    assert cache.stat().st_mode & 0o777 == 0o700
+    [file] = files(cache)
+    file.chmod(0o620)
+    assert runner.kept("v1") is None
+    file.chmod(0o600)
+    assert runner.kept("v1") is not None
+    file.rename(tmp_path / "elsewhere")
+    file.symlink_to(tmp_path / "elsewhere")
+    assert runner.kept("v1") is None
+    assert len(caplog.records) == 1
+    cache.chmod(0o777)
+    assert runner_of(cache).store is None
+    cache.chmod(0o700)
+    assert runner_of(cache).store is not None
+    monkeypatch.setattr(os, "geteuid", lambda: 12345)
+    assert runner_of(cache).store is None
+    assert len(caplog.records) == 3
+
+
+def test_a_folder_that_cannot_be_one_is_not_used(tmp_path, caplog):
+    (tmp_path / "file").write_text("x")
+    assert runner_of(tmp_path / "file").store is None
+    assert runner_of(tmp_path / "file" / "below").store is None
+    assert len(caplog.records) == 2
+
+
+@pytest.mark.parametrize("how", ["full", "half written", "read-only"])
+def test_a_disk_that_takes_nothing_costs_nothing_but_speed(how, adapters, tmp_path, caplog, monkeypatch):
+    runner, folder = runner_of(tmp_path), Path(adapters["lora"].lora_path)
+    read = runner.read(folder)
+
+    class Full:
+        def __init__(self, file: Any) -> None:
+            self.file = file
+
+        def __enter__(self) -> Full:
+            return self
+
+        def __exit__(self, *error: object) -> None:
+            self.file.close()
+
+        def write(self, values: Any) -> int:
+            if how == "full":
+                raise OSError(28, "No space left on device")
+            return self.file.write(memoryview(values)[: len(values) // 2])
+
+    with monkeypatch.context() as patched:
+        if how == "read-only":
+
+            def refused(**given: Any) -> None:
+                raise OSError(30, "Read-only file system")
+
+            patched.setattr(block_store.tempfile, "mkstemp", refused)
+        else:
+            fdopen = os.fdopen
+            patched.setattr(block_store.os, "fdopen", lambda *given, **more: Full(fdopen(*given, **more)))
+        for version in ("v1", "v2"):
+            runner.keep(version, read)
+            assert runner.kept(version) is None
+    assert files(tmp_path) == []
+    assert len(caplog.records) == 1
+    runner.keep("v1", read)
+    assert runner.kept("v1") is not None
+
+
+def test_the_folder_has_a_bound_and_those_used_last_stay(adapters, tmp_path):
+    runner, names = runner_of(tmp_path), [f"v{number}" for number in range(7)]
+    read = runner.read(Path(adapters["lora"].lora_path))
+    runner.keep("v0", read)
+    [file] = files(tmp_path)
+    each = file.stat().st_size
+    small = runner_of(tmp_path, most=5 * each + each // 2)
+
+    def age(runner: Any, order: list[str]) -> None:
+        for second, name in enumerate(order):
+            path = runner.store._path(name)
+            if path.exists():
+                os.utime(path, (second, second))
+
+    for name in names[1:5]:
+        small.keep(name, read)
+    age(small, names)
+    assert small.kept("v0") is not None  # used now
+    for name in names[5:]:
+        small.keep(name, read)
+        assert sum(path.stat().st_size for path in files(tmp_path)) <= 5 * each + each // 2
+    assert [small.kept(name) is not None for name in names] == [True, False, False, True, True, True, True]
+    tiny = runner_of(tmp_path, most=each - 1)
+    tiny.keep("v9", read)
+    assert tiny.kept("v9") is None
+    assert len(files(tmp_path)) == 5
+
+
+def test_a_block_of_another_program_is_read_anew(adapters, tmp_path):
+    """A key says the weights' files; a program of other layers has another number of groups, or other sizes."""
+    runner = runner_of(tmp_path)
+    runner.keep("v1", runner.read(Path(adapters["lora"].lora_path)))
+    model = make_model("wide")
+    interpreter = proved(model, 64)
+    other = ProgramRunner(
+        model, interpreter, 5, 16, store=BlockStore.open(tmp_path, 1 << 30, "base", interpreter.maker)
+    )
+    assert other.kept("v1") is None
+    assert runner.kept("v1") is not None
+    assert BlockStore.open(tmp_path, 1 << 30, "other base", Blocks(3)).find("v1") is None
