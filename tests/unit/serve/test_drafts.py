@@ -237,6 +237,21 @@ def test_tokens_behind_a_stop_string_are_not_counted(tokenizer):
     assert counted.value == n_tokens < N * len(PROMPTS)
 
 
+@pytest.mark.parametrize("how", [{"temperature": 0}, {"temperature": 1.4, "seed": 2, "n": 2, "logprobs": 1}])
+def test_tokens_that_a_form_forces_are_tried_without_being_asked(how, tokenizer):
+    form = StructuredOutputsParams(regex=r"(name: [a-f]{2}; ){3}(year: [0-9]; ){2}")
+    params = SamplingParams(max_tokens=60, structured_outputs=form, **how)
+    expected, _ = generated(LLM(make_model(), tokenizer=tokenizer), params, PROMPTS[:2])
+    llm = LLM(make_model(), tokenizer=tokenizer, disable_log_stats=False)
+    outputs = llm.generate(PROMPTS[:2], params, use_tqdm=False)
+    assert [output.outputs for output in outputs] == [answers for answers, _ in expected]
+    for output in outputs:
+        assert all(len(each.token_ids) == 49 for each in output.outputs)  # 48 letters and the end
+        assert output.metrics is not None
+        assert output.metrics.num_accepted_tokens >= 20 * params.n  # all but the free letters and those before them
+        assert output.metrics.num_draft_tokens == output.metrics.num_accepted_tokens
+
+
 def request_of(prompt: list[int], output: list[int] = [], **rule: Any) -> Request:  # noqa: B006
     return Request(id="r", prompt=tuple(prompt), rule=StopRule(**{"max_tokens": 100} | rule), output=list(output))
 
