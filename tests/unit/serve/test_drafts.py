@@ -40,7 +40,10 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "greedy penalties": {"temperature": 0, "repetition_penalty": 1.3, "presence_penalty": 0.9},
     "log-probabilities": {"temperature": 0.7, "seed": 2, "logprobs": 3, "prompt_logprobs": 2},
     "biased": {"temperature": 0, "logit_bias": {11: 1.5, 200: -2.0}, "bad_words": ["ab", "c"]},
-    "a few ids": {"temperature": 2.0, "seed": 4, "allowed_token_ids": list(range(40, 59)), "logprobs": 0},
+    "a few ids": {
+        "temperature": 2.0, "seed": 4, "allowed_token_ids": list(range(40, 51)), "logprobs": 0,
+        "repetition_penalty": 1.6,
+    },
     "stop strings": {"temperature": 2.0, "seed": 4, "allowed_token_ids": [97, 98, 99], "stop": ["ab", "cc", "bcb"]},
     "stop strings, shown": {
         "temperature": 2.0, "seed": 6, "allowed_token_ids": [97, 98, 99], "stop": ["acb", "caab"], "min_tokens": 4,
@@ -137,7 +140,11 @@ def test_with_every_method_in_a_crowd(adapters, tokenizer, general):
     mix = LoRARequest.mix("mix", 99, [(adapters["lora"], 0.7), (adapters["rslora"], 0.4)])
     asked = [None, *(adapters[name] for name in METHODS), mix]
     prompts = [PROMPTS[i % len(PROMPTS)] for i in range(len(asked))]
-    params = [SamplingParams(temperature=i % 2, seed=i, max_tokens=N) for i in range(len(asked))]
+    by_torch = {adapters[name] for name in ("oft", "lokr", "fourierft")}  # whose last bits depend on other rows
+    params = [
+        SamplingParams(temperature=i % 2, seed=i, max_tokens=N, logprobs=None if each in by_torch else i % 3)
+        for i, each in enumerate(asked)
+    ]
     for first in range(0, len(asked), 7):  # more are so many rows that nothing is tried
         part = slice(first, first + 7)
         require_equal(
@@ -146,6 +153,19 @@ def test_with_every_method_in_a_crowd(adapters, tokenizer, general):
             prompts[part],
             asked[part],
         )
+
+
+@pytest.mark.parametrize(
+    "how", [{"dtype": "bfloat16"}, {"quantization": "bitsandbytes", "dtype": "bfloat16", "quantize_head": "int8"}]
+)
+def test_in_bfloat16_and_on_codes(how, adapters, base_folder):
+    params = [
+        SamplingParams(temperature=0, max_tokens=N),
+        SamplingParams(temperature=0.8, seed=2, max_tokens=N, logprobs=3),
+        SamplingParams(temperature=1, seed=5, max_tokens=N, repetition_penalty=1.3),
+    ]
+    asked = [None, adapters["dora"], adapters["ia3"]]
+    require_equal(lambda: LLM(base_folder, **how), params, PROMPTS[1:4], asked)
 
 
 @pytest.mark.parametrize("caches", [False, True])
@@ -177,7 +197,7 @@ def test_pages_of_drafts_are_found_again_by_what_was_drawn(tokenizer):
     assert all(output.num_cached_tokens >= len(turn) - 2 for output, turn in zip(outputs, turns, strict=True))
 
 
-@pytest.mark.parametrize("setting", ["penalties", "a form, drawn", "log-probabilities", "greedy"])
+@pytest.mark.parametrize("setting", ["penalties", "a few ids", "a form, drawn", "log-probabilities", "greedy"])
 def test_a_step_that_is_interrupted_is_run_again(setting, tokenizer):
     """The same plan gives the same tokens until they are taken."""
     params = SamplingParams(**{"max_tokens": N} | SETTINGS[setting])
