@@ -98,7 +98,7 @@ def arguments() -> argparse.Namespace:
 
 def loads_of(args: argparse.Namespace, tokenizer: Any, folder: Path, place: str) -> dict[str, Load]:
     """Every load by its title, those that were asked for."""
-    text = tokenizer(TEXT.read_text(encoding="utf-8"))["input_ids"]
+    text = tokenizer(TEXT.read_text(encoding="utf-8")[:16_000])["input_ids"]
 
     def quoting(first: int, n: int = 500) -> list[int]:
         return [*text[first : first + n], *text[first : first + n // 8]]
