@@ -23,7 +23,7 @@ from veneer.errors import VeneerError
 from veneer.store.adapter.config import read_config
 
 CONFIGS = ("LoraConfig", "AdaLoraConfig", "IA3Config", "VeraConfig", "PrefixTuningConfig", "PromptTuningConfig")
-CONFIGS = (*CONFIGS, "PromptEncoderConfig")
+CONFIGS = (*CONFIGS, "PromptEncoderConfig", "LoHaConfig", "LoKrConfig", "HRAConfig", "OFTConfig", "FourierFTConfig")
 CALLS = ("get_peft_model", "inject_adapter_in_model", "get_peft_model_state_dict", "set_peft_model_state_dict")
 CALLS = (*CALLS, "prepare_model_for_kbit_training", "get_layer_status", "get_model_status")
 METHODS = (

@@ -158,8 +158,11 @@ def _config_rows(config: Any, said: Mapping[str, str]) -> Iterator[str]:
 
 
 def _training(said: Mapping[str, str]) -> list[str]:
-    recipe = Recipe.model_validate({"model": {"source": "x"}, "data": {"train": "x"}, "output": "x"})
-    own, hints = _defaults(recipe), typing.get_type_hints(SFTConfig)
+    own, held_out = (
+        _defaults(Recipe.model_validate({"model": {"source": "x"}, "data": {"train": "x", **more}, "output": "x"}))
+        for more in ({}, {"eval_fraction": 0.1})
+    )
+    hints = typing.get_type_hints(SFTConfig)
     rows = []
     for spec in sorted(
         dataclasses.fields(SFTConfig), key=lambda spec: (f"training.{spec.name}" not in said, spec.name)
@@ -167,7 +170,10 @@ def _training(said: Mapping[str, str]) -> list[str]:
         if spec.name in ELSEWHERE or not spec.init:
             continue
         meaning = said.get(f"training.{spec.name}") or _first_sentence(spec.metadata.get("help", ""))
-        rows.append(_row(spec.name, told(hints[spec.name]), _value(own.get(spec.name, _default(spec))), meaning))
+        default = _value(own.get(spec.name, _default(spec)))
+        if held_out.get(spec.name) != own.get(spec.name):
+            default += f", {_value(held_out[spec.name])} if rows are held out"
+        rows.append(_row(spec.name, told(hints[spec.name]), default, meaning))
     intro = (
         "The fields of `SFTConfig`, which are those of TRL and transformers and a few more; the usual ones come first."
     )

@@ -14,6 +14,7 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM
 
+from known_machine import plan_once
 from launch import forked
 from models import llama_config, word_tokenizer
 
@@ -45,8 +46,9 @@ class Run:
 
 
 @pytest.fixture(autouse=True)
-def no_measuring(known_machine: None) -> None:
-    """Rates are not measured by the commands that a test runs in its own process, as in those that it starts."""
+def as_in_processes(known_machine: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Commands that a test runs in its own process measure nothing and plan once, as those that it starts."""
+    plan_once(monkeypatch.setattr)
 
 
 @dataclass(frozen=True)

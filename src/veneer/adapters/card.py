@@ -61,7 +61,7 @@ def _text(config: MethodConfig) -> str:
         [
             "---\nlibrary_name: peft\n---\n",
             f"# {config.peft_type} adapter of {called}\n",
-            "The files are in PEFT's format: PEFT, vLLM and veneer load them.\n",
+            "The files are in PEFT's format: veneer loads them, and so do PEFT and vLLM if they have this method.\n",
             "```python",
             *_loading(name, base),
             "```\n",

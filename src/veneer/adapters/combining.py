@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -91,8 +91,10 @@ def add_weighted(
     plan: Combination,
     *,
     most_lost: float | None = None,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Report:
-    """Add a frozen adapter ``name``: the weighted parts, combined as planned.
+    """Add a frozen adapter ``name``: the weighted parts, combined as planned. ``on_progress`` takes the layers done
+    and their total.
 
     A layer without a part's update counts as unchanged by that part. ``most_lost`` is the largest relative error
     allowed for a linear sum on a layer, if the plan names no rank.
@@ -104,7 +106,8 @@ def add_weighted(
     _require_layers_alone(model, state, names)
     records: dict[str, LinearDelta] = {}
     errors: dict[str, float] = {}
-    for path, layer in adapted_layers(model).items():
+    layers = adapted_layers(model)
+    for done, (path, layer) in enumerate(layers.items(), start=1):
         acting = [(n, w) for n, w in zip(names, weights, strict=True) if n in layer.adapters]
         if acting:
             updates = [Update(layer.record(n), layer.site((n,)).weight) for n, _ in acting]
@@ -112,6 +115,7 @@ def add_weighted(
             records[path], errors[path] = combine(updates, [w for _, w in acting], plan, path)
             if records[path].only_adds:
                 records[path] = replace(records[path], bias=_bias_offset(layer, updates, [w for _, w in acting]))
+        on_progress(done, len(layers))
     if not records:
         raise CompositionError(f"none of the adapters {list(names)} acts on linear layers: only such can be combined")
     if most_lost is not None and plan.how == "linear" and plan.rank is None:
@@ -193,8 +197,16 @@ def _require_layers_alone(model: nn.Module, state: AdapterState, names: Sequence
         )
 
 
-def combine_folders(folders: Sequence[Path], weights: Sequence[float], plan: Combination, output: Path) -> Report:
-    """Combine adapters on disk without their base and write the result as an adapter folder.
+def combine_folders(
+    folders: Sequence[Path],
+    weights: Sequence[float],
+    plan: Combination,
+    output: Path,
+    *,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Report:
+    """Combine adapters on disk without their base and write the result as an adapter folder. ``on_progress`` takes the
+    layers done and their total.
 
     If a file does not hold the sizes of its layers (VeRA), they are read from the base's config, if it is on this
     machine. Raises FormatError for a damaged folder. Raises CompositionError for adapters that need their base or
@@ -206,7 +218,7 @@ def combine_folders(folders: Sequence[Path], weights: Sequence[float], plan: Com
     _require_same_shapes(folders, stored, sites)
     records: dict[str, LinearDelta] = {}
     errors: dict[str, float] = {}
-    for path in sites:
+    for done, path in enumerate(sites, start=1):
         held = zip(stored, weights, strict=True)
         acting = [(a.updates[path], w) for a, w in held if path in a.updates]
         updates = [Update(r) for r, _ in acting]
@@ -214,6 +226,7 @@ def combine_folders(folders: Sequence[Path], weights: Sequence[float], plan: Com
         records[path], errors[path] = combine(updates, [w for _, w in acting], plan, path)
         changes = [r.bias * w for r, w in acting if r.bias is not None]
         records[path] = replace(records[path], bias=sum(changes[1:], changes[0]) if changes else None)
+        on_progress(done, len(sites))
     # an attention's output projection goes by the attention
     targets = tuple(path for path, site in sites.items() if site.repeats == 1)
     sum_of = raised(records, targets)

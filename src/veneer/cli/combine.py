@@ -14,6 +14,7 @@ from veneer.cli import loading
 from veneer.cli.arguments import weights_of
 from veneer.cli.pages.combine import CombineArguments
 from veneer.combine import Combination
+from veneer.core.progress import Tell, progress_bar
 
 _MOST_LOST = 0.1  # of a layer's update, where nobody chose a rank
 
@@ -23,21 +24,26 @@ def combine(args: CombineArguments) -> None:
     numbers = weights_of(args.weights, len(args.adapters))
     loading.require_of_one_base(args.adapters, args.base)
     plan = Combination(how=args.how, rank=args.rank, density=args.density, seed=args.seed)  # type: ignore[arg-type]
-    report = (
-        combine_folders(args.adapters, numbers, plan, args.output)
-        if args.base is None
-        else _on_base(args.adapters, numbers, plan, args.output, args.base)
-    )
+    with progress_bar("combining") as on_progress:
+        report = (
+            combine_folders(args.adapters, numbers, plan, args.output, on_progress=on_progress)
+            if args.base is None
+            else _on_base(args.adapters, numbers, plan, args.output, args.base, on_progress)
+        )
     _show(report, args.output)
 
 
-def _on_base(adapters: list[Path], weights: list[float], plan: Combination, output: Path, base: str) -> Report:
+def _on_base(
+    adapters: list[Path], weights: list[float], plan: Combination, output: Path, base: str, on_progress: Tell
+) -> Report:
     names = [f"part{i}" for i in range(len(adapters))]
     adapted = PeftModel.from_pretrained(loading.load(base, dtype="float32").model, adapters[0], names[0])
     for name, folder in zip(names[1:], adapters[1:], strict=True):
         adapted.load_adapter(folder, name)
     parts = list(zip(names, weights, strict=True))
-    report = add_weighted(adapted, adapted.adapter_state, parts, "default", plan, most_lost=_MOST_LOST)
+    report = add_weighted(
+        adapted, adapted.adapter_state, parts, "default", plan, most_lost=_MOST_LOST, on_progress=on_progress
+    )
     adapted.save_pretrained(output, selected_adapters=["default"])
     return report
 
@@ -45,7 +51,7 @@ def _on_base(adapters: list[Path], weights: list[float], plan: Combination, outp
 def _show(report: Report, output: Path) -> None:
     console = Console()
     if report.worst == 0:
-        console.print(f"exact on all {len(report.errors)} layers: {output}")
+        console.print(f"exact on all {len(report.errors)} layers, written to {output}")
         return
     table = Table(box=box.SIMPLE, title="relative error of the layers that lost most")
     table.add_column("layer")
@@ -54,4 +60,4 @@ def _show(report: Report, output: Path) -> None:
         table.add_row(path, f"{error:.1%}")
     console.print(table)
     mean = sum(report.errors.values()) / len(report.errors)
-    console.print(f"mean {mean:.1%} over {len(report.errors)} layers; a higher --rank loses less: {output}")
+    console.print(f"mean {mean:.1%} over {len(report.errors)} layers; a higher --rank loses less. Written to {output}")

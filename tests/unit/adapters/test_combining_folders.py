@@ -37,7 +37,12 @@ def test_the_sum_is_that_of_the_merged_models(tiny: Any, randomize: Any, tmp_pat
         for name, config in CONFIGS.items()
     }
     weights = {"vera": 0.7, "adalora": -0.3, "lora": 1.2}
-    report = combine_folders([tmp_path / n for n in weights], list(weights.values()), Combination(), tmp_path / "sum")
+    steps: list[tuple[int, int]] = []
+    report = combine_folders(
+        [tmp_path / n for n in weights], list(weights.values()), Combination(), tmp_path / "sum",
+        on_progress=lambda *step: steps.append(step),
+    )  # fmt: skip
+    assert steps == [(i + 1, len(report.errors)) for i in range(len(report.errors))]
     assert report.worst == 0
     base = tiny("llama", dtype=torch.float64)
     own = {key: value.clone() for key, value in base.state_dict().items()}
