@@ -91,8 +91,8 @@ struct AttentionInstruction::Share {
       : first_row(all.batch.first_row + begin, all.batch.first_row + end + 1),
         registers(1 + std::max({parts.q.source, parts.k.source, parts.v.source, parts.target})),
         turns(1 + parts.table),
-        pass{0, all.dtype, registers.data(), all.store, {}, turns.data(), nullptr, 0, nullptr, nullptr, 0, nullptr, own.scratch, own.rows,
-             all.threads} {
+        pass{0, all.dtype, registers.data(), all.store, {}, turns.data(), nullptr, 0, nullptr, nullptr, nullptr, 0, nullptr, own.scratch,
+             own.rows, all.threads} {
     const int64_t first = first_row.front();
     for (int64_t& row : first_row) row -= first;
     for (int number : {parts.q.source, parts.k.source, parts.v.source, parts.target})

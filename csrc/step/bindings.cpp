@@ -32,10 +32,14 @@ NormParts norm_of(bool subtracts_mean, float eps, int64_t d, int64_t weight, int
 using NormNumbers = std::tuple<bool, float, int64_t, int64_t, int64_t>;
 NormParts norm_of(const NormNumbers& given) { return std::apply([](auto... x) { return norm_of(x...); }, given); }
 
-// `numbers`: the address of factors, the six of `middle_at`, ranks; or none.
-Pairs pairs_at(const int64_t* numbers, const int64_t* end) {
+// Of what lies at an address, in a block that starts at another one; 0: there is none.
+Place place(int64_t address, int64_t start) { return {address == 0 ? 0 : address - start}; }
+
+// `numbers`: the address of factors, the six of `middle_at`, ranks; or none. `start` is the address of their block.
+Pairs pairs_at(const int64_t* numbers, const int64_t* end, int64_t start = 0) {
   if (numbers == end) return {};
-  return {pointer<char>(numbers[0]), {numbers + 7, end}, numbers[1] != 0, middle_at(numbers + 1)};
+  const auto at = [&](int i) { return place(numbers[i], start); };
+  return {at(0), {numbers + 7, end}, numbers[1] != 0, numbers[1] == 3, Activation(numbers[4]), at(2), at(3), at(5), at(6)};
 }
 
 // The instructions of a program, and the memory that a pass through them takes. One pass at a time.
@@ -56,12 +60,10 @@ class StepProgram {
   void add_product(const std::vector<Numbers>& layers, int64_t joined, int64_t joined_bias, int source, int stream, int beside) {
     std::vector<Layer> found;
     for (const Numbers& l : layers) found.push_back(layer_of(l));
-    auto made = std::make_unique<ProductInstruction>(std::move(found), pointer<void>(joined), pointer<void>(joined_bias), source, stream,
-                                                     beside);
+    auto made = std::make_unique<ProductInstruction>(instructions_.size(), std::move(found), pointer<void>(joined),
+                                                     pointer<void>(joined_bias), source, stream, beside);
     if (last_product_ != nullptr) last_product_->precede(*made);
     last_product_ = made.get();
-    products_.resize(instructions_.size() + 1);
-    products_.back() = made.get();
     instructions_.push_back(std::move(made));
   }
 
@@ -89,13 +91,29 @@ class StepProgram {
 
   void add_activation(int activation, int64_t d, int source, int target) { add<ActivationInstruction>(Activation(activation), d, source, target); }
 
-  // `layers`: of each in_scale, out_scale and bias in float, bias, panels of a weight of its own, and pairs.
-  void take(int64_t instruction, int64_t version, const Numbers& pairs, const std::vector<Numbers>& layers) {
-    Change change{pairs_at(pairs.data(), pairs.data() + pairs.size()), {}};
-    for (const Numbers& l : layers)
-      change.layers.push_back({pointer<float>(l[0]), pointer<float>(l[1]), pointer<float>(l[2]), pointer<void>(l[3]), pointer<void>(l[4]),
-                               pairs_at(l.data() + 5, l.data() + l.size())});
-    products_[instruction]->take(version, std::move(change));
+  // What versions change at products, as one of them does whose block is at `start`: of each change its instruction, pairs, and of
+  // each layer the addresses of in_scale, out_scale and bias in float, bias, panels of a weight of its own, and pairs.
+  void add_layout(size_t layout, int64_t start, const std::vector<std::tuple<size_t, Numbers, std::vector<Numbers>>>& changes) {
+    auto made = std::make_unique<BlockLayout>();
+    made->changes.resize(instructions_.size());
+    for (const auto& [instruction, pairs, layers] : changes) {
+      auto change = std::make_unique<Change>();
+      change->pairs = pairs_at(pairs.data(), pairs.data() + pairs.size(), start);
+      for (const Numbers& l : layers) {
+        const auto at = [&](int i) { return place(l[i], start); };
+        change->layers.push_back({at(0), at(1), at(2), at(3), at(4), pairs_at(l.data() + 5, l.data() + l.size(), start)});
+      }
+      made->changes.at(instruction) = std::move(change);
+    }
+    if (layout >= layouts_.size()) layouts_.resize(layout + 1);
+    layouts_[layout] = std::move(made);
+  }
+
+  void drop_layout(size_t layout) { layouts_.at(layout).reset(); }
+
+  void take(size_t version, size_t layout, int64_t block) {
+    if (version >= blocks_.size()) blocks_.resize(version + 1);
+    blocks_[version] = {layouts_.at(layout).get(), pointer<char>(block)};
   }
 
   void take_bottleneck(int64_t instruction, int64_t version, const Numbers& pairs, bool reads_output) {
@@ -106,7 +124,8 @@ class StepProgram {
     instructions_[instruction]->take_norm(version, norm_of(norm));
   }
 
-  void drop(int64_t version) {
+  void drop(size_t version) {
+    if (version < blocks_.size()) blocks_[version] = {};
     for (auto& instruction : instructions_) instruction->drop(version);
   }
 
@@ -119,12 +138,15 @@ class StepProgram {
     for (size_t i = 0; i < registers.size(); i += 2) rows.push_back(rows_at(registers[i], registers[i + 1]));
     const std::vector<TurnTable> tables = turns_at(pointer<int64_t>(given[0]), n);
     std::vector<VersionRun> versions;
-    for (size_t i = 0; i < runs.size(); i += 3) versions.push_back({runs[i], runs[i + 1], runs[i + 2]});
+    for (size_t i = 0; i < runs.size(); i += 3) {
+      if (static_cast<size_t>(runs[i]) >= blocks_.size()) throw std::out_of_range("a version that was not taken in");
+      versions.push_back({runs[i], runs[i + 1], runs[i + 2]});
+    }
     const PagedStore pages{const_cast<char*>(pointer<char>(store[0])), dtype_, store[1], store[2], store[3], store[4]};
     const PagedBatch sequences{batch[0], pointer<int64_t>(batch[1]), pointer<int64_t>(batch[2]), pointer<int64_t>(batch[3]),
                                pointer<int64_t>(batch[4])};
     const Pass pass{n, dtype_, rows.data(), pages, sequences, tables.data(), versions.data(), static_cast<int64_t>(versions.size()),
-                    pointer<int64_t>(given[1]), pointer<int64_t>(given[3]), given[2], const_cast<int64_t*>(pointer<int64_t>(given[4])),
+                    blocks_.data(), pointer<int64_t>(given[1]), pointer<int64_t>(given[3]), given[2], const_cast<int64_t*>(pointer<int64_t>(given[4])),
                     scratch_, rows_, threads_};
     seconds_.resize(instructions_.size());
     with_standing_team([&] {
@@ -170,12 +192,12 @@ class StepProgram {
   template <class Kind, class... Parts>
   void add(Parts&&... parts) {
     instructions_.push_back(std::make_unique<Kind>(std::forward<Parts>(parts)...));
-    products_.resize(instructions_.size());
   }
 
   Dtype dtype_;
   std::vector<std::unique_ptr<Instruction>> instructions_;
-  std::vector<ProductInstruction*> products_;  // null where an instruction is none
+  std::vector<std::unique_ptr<const BlockLayout>> layouts_;  // by number, as the blocks of versions are
+  std::vector<Block> blocks_;
   ProductInstruction* last_product_ = nullptr;
   std::vector<double> seconds_;
   Numbers turns_;
@@ -197,6 +219,8 @@ void bind_step(nb::module_& m) {
       .def("add_activation", &StepProgram::add_activation)
       .def("add_change", &StepProgram::add_change)
       .def("add_sum", &StepProgram::add_sum)
+      .def("add_layout", &StepProgram::add_layout)
+      .def("drop_layout", &StepProgram::drop_layout)
       .def("take", &StepProgram::take)
       .def("take_bottleneck", &StepProgram::take_bottleneck)
       .def("take_norm", &StepProgram::take_norm)

@@ -38,9 +38,9 @@ struct ProductInstruction::Operands {
   std::vector<VersionRun> apart;
 };
 
-ProductInstruction::ProductInstruction(std::vector<Layer> layers, const void* joined, const void* joined_bias, int source, int stream,
-                                       int beside)
-    : layers_(std::move(layers)), joined_(joined), joined_bias_(joined_bias), source_(source), stream_(stream), beside_(beside) {
+ProductInstruction::ProductInstruction(size_t number, std::vector<Layer> layers, const void* joined, const void* joined_bias, int source,
+                                       int stream, int beside)
+    : number_(number), layers_(std::move(layers)), joined_(joined), joined_bias_(joined_bias), source_(source), stream_(stream), beside_(beside) {
   for (const Layer& layer : layers_) heights_.push_back(layer.weight.o);
   after_ = weight();
 }
@@ -54,18 +54,15 @@ PanelMatrix ProductInstruction::weight() const {
   return first;
 }
 
-void ProductInstruction::drop(int64_t version) {
-  changes_.drop(version);
-  bottlenecks_.drop(version);
-}
+const Change* ProductInstruction::change_of(const Pass& pass, int64_t version) const { return pass.blocks[version].change(number_); }
 
-const LayerChange* ProductInstruction::change_of(int64_t version, size_t layer) const {
-  const Change* change = changes_.of(version);
+const LayerChange* ProductInstruction::change_of(const Pass& pass, int64_t version, size_t layer) const {
+  const Change* change = change_of(pass, version);
   return change == nullptr || change->layers.empty() ? nullptr : &change->layers[layer];
 }
 
-bool ProductInstruction::is_apart(const VersionRun& run) const {
-  return change_of(run.version, 0) != nullptr || bottlenecks_.of(run.version) != nullptr;
+bool ProductInstruction::is_apart(const Pass& pass, const VersionRun& run) const {
+  return change_of(pass, run.version, 0) != nullptr || bottlenecks_.of(run.version) != nullptr;
 }
 
 void ProductInstruction::run(const Pass& pass) const {
@@ -83,7 +80,7 @@ void ProductInstruction::run(const Pass& pass) const {
   }
   at.joint_onto = {const_cast<void*>(joined_bias_), 0};
   for (int64_t r = 0; r < pass.n_runs; ++r)
-    if (is_apart(pass.runs[r])) at.apart.push_back(pass.runs[r]);
+    if (is_apart(pass, pass.runs[r])) at.apart.push_back(pass.runs[r]);
   if (!at.apart.empty()) return run_mixed(pass, std::move(at));
   multiply(pass, at);
   add_joint_pairs(pass, at);
@@ -106,11 +103,11 @@ void ProductInstruction::multiply(const Pass& pass, const Operands& at) const {
 }
 
 void ProductInstruction::add_joint_pairs(const Pass& pass, const Operands& at) const {
-  std::vector<PairsSegment> segments;
-  for (int64_t r = 0; r < pass.n_runs; ++r) {
-    const Change* change = changes_.of(pass.runs[r].version);
-    if (change != nullptr && change->pairs.factors != nullptr)
-      segments.push_back(change->pairs.rows(pass.runs[r].start, pass.runs[r].stop));
+  Segments segments(pass.n_runs);
+  for (const VersionRun* run = pass.runs; run < pass.runs + pass.n_runs; ++run) {
+    const Change* change = change_of(pass, run->version);
+    if (change != nullptr && change->pairs.factors.at != 0)
+      segments.add(change->pairs, pass.blocks[run->version].data, run->start, run->stop);
   }
   add_pairs(pass, segments, pass.registers[source_], layers_[0].weight.i, at.y.data(), heights_);
 }
@@ -136,8 +133,8 @@ void ProductInstruction::lay_input(const Pass& pass, char* memory, size_t i, Ope
   std::vector<const float*> scales;
   bool scaled = false;
   for (const VersionRun& run : at.apart) {
-    const LayerChange* change = change_of(run.version, i);
-    scales.push_back(change == nullptr ? nullptr : change->in_scale);
+    const LayerChange* change = change_of(pass, run.version, i);
+    scales.push_back(change == nullptr ? nullptr : change->in_scale.in<float>(pass.blocks[run.version].data));
     scaled = scaled || scales.back() != nullptr;
   }
   if (!scaled) return;
@@ -163,18 +160,23 @@ void ProductInstruction::begin_output(const Pass& pass, size_t i, Operands& at) 
 }
 
 void ProductInstruction::change_rows(const Pass& pass, const Operands& at, const VersionRun& run) const {
-  if (change_of(run.version, 0) == nullptr) return;
+  if (change_of(pass, run.version, 0) == nullptr) return;
   const int64_t n = run.stop - run.start;
+  const char* block = pass.blocks[run.version].data;
   for (size_t i = 0; i < layers_.size(); ++i) {
-    const LayerChange& own = *change_of(run.version, i);
+    const LayerChange& own = *change_of(pass, run.version, i);
     const Rows x = pass.from_row(at.x[i], run.start), y = pass.from_row(at.y[i], run.start);
-    if (own.pairs.factors != nullptr) add_pairs(pass, {own.pairs.rows(0, n)}, x, layers_[i].weight.i, &y, {heights_[i]});
+    if (own.pairs.factors.at != 0) {
+      Segments segment(1);
+      segment.add(own.pairs, block, 0, n);
+      add_pairs(pass, segment, x, layers_[i].weight.i, &y, {heights_[i]});
+    }
     const std::vector<float>& base = layers_[i].wide_bias;
-    const float* bias = own.wide_bias != nullptr ? own.wide_bias : base.empty() ? nullptr : base.data();
-    scale_rows(pass, y, n, heights_[i], own.out_scale, bias);
-    if (own.whole == nullptr) continue;
-    const PanelMatrix weight = dense_like(layers_[i].weight, own.whole);
-    const void* beside = own.bias != nullptr ? own.bias : layers_[i].bias;
+    const float* bias = own.wide_bias.at != 0 ? own.wide_bias.in<float>(block) : base.empty() ? nullptr : base.data();
+    scale_rows(pass, y, n, heights_[i], own.out_scale.in<float>(block), bias);
+    if (own.whole.at == 0) continue;
+    const PanelMatrix weight = dense_like(layers_[i].weight, own.whole.in<char>(block));
+    const void* beside = own.bias.at != 0 ? own.bias.in<char>(block) : layers_[i].bias;
     multiply_rows(pass, weight, pass.from_row(pass.registers[source_], run.start), y, {const_cast<void*>(beside), 0}, n);
   }
 }

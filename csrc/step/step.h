@@ -49,6 +49,8 @@ struct TurnTable {  // (n, half): cosines and sines of each row
   const float *cos, *sin;
 };
 
+struct Block;
+
 struct Pass {
   int64_t n;
   Dtype dtype;            // of all rows
@@ -58,6 +60,7 @@ struct Pass {
   const TurnTable* turns;
   const VersionRun* runs;
   int64_t n_runs;
+  const Block* blocks;  // of versions, by number
   const int64_t* ids;     // of tokens, where they are embedded
   const int64_t* picked;  // rows whose likeliest token is asked for
   int64_t n_picked;
@@ -165,18 +168,46 @@ struct Layer {
 void multiply_rows(const Pass& pass, const PanelMatrix& weight, const Rows& x, const Rows& y, const Rows& onto, int64_t n,
                    const PanelMatrix* after = nullptr);
 
-// Packed pairs of a version at layers that share their input; without factors there are none.
-struct Pairs {
-  const char* factors = nullptr;
-  std::vector<int64_t> ranks;
-  bool has_middle = false;
-  PairsMiddle middle{};
+// Where something lies: so many bytes behind the start of a version's block, or at an address where there is no block; 0: nowhere.
+struct Place {
+  int64_t at = 0;
 
-  PairsSegment rows(int64_t start, int64_t stop) const { return {factors, ranks.data(), start, stop, has_middle ? &middle : nullptr}; }
+  template <class T>
+  const T* in(const char* block) const {
+    return at == 0 ? nullptr : reinterpret_cast<const T*>(reinterpret_cast<uintptr_t>(block) + static_cast<uintptr_t>(at));
+  }
+};
+
+// Packed pairs of versions at layers that share their input; without factors there are none.
+struct Pairs {
+  Place factors;
+  std::vector<int64_t> ranks;
+  bool has_middle = false, shares_a = false;
+  Activation activation{};
+  Place core, bias, out_scale, out_bias;
+};
+
+// Rows of one or more versions with their pairs.
+class Segments {
+ public:
+  explicit Segments(size_t most) { middles_.reserve(most); }
+  void add(const Pairs& pairs, const char* block, int64_t start, int64_t stop) {
+    const PairsMiddle* middle = nullptr;
+    if (pairs.has_middle) {
+      middles_.push_back({pairs.shares_a, pairs.core.in<float>(block), pairs.bias.in<float>(block), pairs.activation,
+                          pairs.out_scale.in<float>(block), pairs.out_bias.in<float>(block)});
+      middle = &middles_.back();
+    }
+    parts.push_back({pairs.factors.in<char>(block), pairs.ranks.data(), start, stop, middle});
+  }
+  std::vector<PairsSegment> parts;
+
+ private:
+  std::vector<PairsMiddle> middles_;
 };
 
 // Adds the pairs of segments to rows `ys` of as many layers as there are `heights`; x (…, in_features) may be what is added to.
-void add_pairs(const Pass& pass, const std::vector<PairsSegment>& segments, const Rows& x, int64_t in_features, const Rows* ys,
+void add_pairs(const Pass& pass, const Segments& segments, const Rows& x, int64_t in_features, const Rows* ys,
                const std::vector<int64_t>& heights);
 
 struct Bottleneck {
@@ -188,36 +219,52 @@ using Bottlenecks = OfVersions<Bottleneck>;
 // Changes the rows of versions that have a bottleneck: y (n, d), and x what the half read.
 void change_halves(const Pass& pass, const Bottlenecks& bottlenecks, int64_t d, const Rows& x, const Rows& y);
 
-// The change that a version makes at one layer; null is none.
+// The change that versions make at one layer.
 struct LayerChange {
-  const float *in_scale, *out_scale, *wide_bias;
-  const void* bias;   // in the place of the layer's, of the rows' dtype, for `whole`
-  const void* whole;  // panels in the place of the layer's own
-  Pairs pairs;        // that read the scaled input
+  Place in_scale, out_scale, wide_bias;
+  Place bias;   // instead of the layer's, of the rows' dtype, for `whole`
+  Place whole;  // panels instead of the layer's own
+  Pairs pairs;  // that read the scaled input
 };
 
-// The changes that a version makes at the layers of a product. `pairs` are at all of them at once.
+// The changes that versions make at the layers of a product. `pairs` are at all of them at once.
 struct Change {
   Pairs pairs;
-  std::vector<LayerChange> layers;  // empty where it adds pairs and does nothing else
+  std::vector<LayerChange> layers;  // empty where they add pairs and do nothing else
+};
+
+// What versions change at the products of a program whose blocks have one layout; null where they change nothing.
+struct BlockLayout {
+  std::vector<std::unique_ptr<const Change>> changes;  // by instruction
+};
+
+// Memory of all that a version changes at products.
+struct Block {
+  const BlockLayout* layout = nullptr;
+  const char* data = nullptr;
+
+  const Change* change(size_t instruction) const {
+    return layout == nullptr || instruction >= layout->changes.size() ? nullptr : layout->changes[instruction].get();
+  }
 };
 
 // Layers that read the same x, with what versions do to them. `stream`: the one layer's output is added to that register
 // instead of being written, bottlenecks between that read it or the register `beside`; -1: written.
 class ProductInstruction final : public Instruction {
  public:
-  ProductInstruction(std::vector<Layer> layers, const void* joined, const void* joined_bias, int source, int stream, int beside);
+  ProductInstruction(size_t number, std::vector<Layer> layers, const void* joined, const void* joined_bias, int source, int stream,
+                     int beside);
   void run(const Pass& pass) const override;
-  void take(int64_t version, Change change) { changes_.take(version, std::move(change)); }
   void take(int64_t version, const Bottleneck& bottleneck) override { bottlenecks_.take(version, bottleneck); }
-  void drop(int64_t version) override;
+  void drop(int64_t version) override { bottlenecks_.drop(version); }
   PanelMatrix weight() const;  // of all layers where they are joined, else of the first
   void precede(const ProductInstruction& next) { after_ = next.weight(); }
 
  private:
   struct Operands;
-  const LayerChange* change_of(int64_t version, size_t layer) const;
-  bool is_apart(const VersionRun& run) const;
+  const Change* change_of(const Pass& pass, int64_t version) const;
+  const LayerChange* change_of(const Pass& pass, int64_t version, size_t layer) const;
+  bool is_apart(const Pass& pass, const VersionRun& run) const;
   void multiply(const Pass& pass, const Operands& at) const;
   void add_joint_pairs(const Pass& pass, const Operands& at) const;
   void run_mixed(const Pass& pass, Operands at) const;
@@ -226,12 +273,12 @@ class ProductInstruction final : public Instruction {
   void change_rows(const Pass& pass, const Operands& at, const VersionRun& run) const;
   void into_stream(const Pass& pass, const Operands& at) const;
 
+  size_t number_;  // in the program
   std::vector<Layer> layers_;
   std::vector<int64_t> heights_;
   const void *joined_, *joined_bias_;
   PanelMatrix after_;  // of the product that follows in a pass; itself, until that is known
   int source_, stream_, beside_;
-  OfVersions<Change> changes_;
   Bottlenecks bottlenecks_;
 };
 

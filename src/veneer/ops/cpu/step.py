@@ -127,7 +127,6 @@ class StepProgram:
         weakref.finalize(self, self._held.clear)
         self._kept: list[Any] = [list(turns)]
         self._of_versions: defaultdict[int, list[Any]] = defaultdict(list)
-        self._layouts: dict[int, list[tuple[int, list[int], list[list[int]]]]] = {}
 
     @property
     def _program(self) -> Any:
@@ -222,27 +221,18 @@ class StepProgram:
 
         ``block`` is the memory that these are parts of.
         """
-        start = address(block)
-        self._layouts[layout] = [
-            (
-                change.instruction,
-                _moved(_pairs(change.pairs), _PAIRS, -start),
-                [_moved(_change(layer), _LAYER, -start) for layer in change.layers],
-            )
-            for change in changes
+        numbers = [
+            (each.instruction, _pairs(each.pairs), [_change(layer) for layer in each.layers]) for each in changes
         ]
+        self._program.add_layout(layout, address(block), numbers)
 
     def drop_layout(self, layout: int) -> None:
         """Drop a layout that no version has."""
-        del self._layouts[layout]
+        self._program.drop_layout(layout)
 
     def take(self, version: int, layout: int, block: Tensor) -> None:
         """Add a version with a layout and a block, which is kept."""
-        start = address(block)
-        for instruction, pairs, layers in self._layouts[layout]:
-            self._program.take(
-                instruction, version, _moved(pairs, _PAIRS, start), [_moved(layer, _LAYER, start) for layer in layers]
-            )
+        self._program.take(version, layout, address(block))
         self._of_versions[version].append(block)
 
     def take_bottleneck(self, version: int, instruction: int, pairs: PackedPairs, *, reads_output: bool) -> None:
@@ -333,19 +323,6 @@ def _change(change: LayerChange) -> list[int]:
         0 if whole is None else address(whole.panels),
         *_pairs(change.pair),
     ]
-
-
-_PAIRS = (0, 2, 3, 5, 6)  # the numbers of pairs that are addresses
-_LAYER = (*range(5), *(5 + i for i in _PAIRS))  # those of a layer's change
-
-
-def _moved(numbers: Sequence[int], addresses: Sequence[int], by: int) -> list[int]:
-    """Numbers with their addresses moved; 0 is none."""
-    found = list(numbers)
-    for i in addresses:
-        if i < len(found) and found[i]:
-            found[i] += by
-    return found
 
 
 def _pairs(pairs: PackedPairs | None) -> list[int]:
