@@ -351,7 +351,8 @@ class Engine:
         n_decoding = sum(sequence.decodes for sequence in plan.sequences)
         n_read = sum(len(sequence.tokens) for sequence in plan.sequences if not sequence.decodes)
         pace, worth = self.scheduler.pace, self.scheduler.pages.worth
-        pace.observe(n_decoding, n_read, time.perf_counter() - start)
+        if not any(sequence.n_drafted for sequence in plan.sequences):  # which would take longer than decoding does
+            pace.observe(n_decoding, n_read, time.perf_counter() - start)
         worth.token_seconds = pace.row_seconds or worth.token_seconds
         return sampled
 

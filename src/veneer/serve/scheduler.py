@@ -153,7 +153,7 @@ class Scheduler:
         planned: dict[Request, int] = {}
         self.admitted = []
         budget, to_read = self.limits.max_batched_tokens, self._to_read()
-        share = self._share(to_read)
+        share, measured = self._share(to_read), to_read > 0  # otherwise it must be seen how long decoding takes
         at_first = sorted(self.running, key=lambda r: r.n_left > 1)  # decoding first, each kind oldest first
         for request in at_first:
             reads = request.n_left > 1
@@ -166,7 +166,7 @@ class Scheduler:
                 budget = self.limits.max_batched_tokens - sum(planned.values())
         if all(request.status is Status.RUNNING for request in at_first):  # pages just given back are not for others
             self._admit(planned, min(budget, to_read))
-        drafts = self._drafts(planned)
+        drafts = self._drafts(planned) if measured else {}
         order = sorted(planned, key=lambda r: r.version or "")  # the base's first
         return Plan(tuple(self._laid_out(request, planned[request], drafts.get(request, ())) for request in order))
 

@@ -405,3 +405,24 @@ def test_no_page_is_taken_from_anybody_for_a_draft():
     assert (made.pages.n_free, made.n_preemptions) == (0, 0)
     assert [len(s.tokens) for s in made.plan().sequences] == [1, 1]
     assert made.n_preemptions == 0
+
+
+def test_nothing_is_tried_while_it_must_be_seen_how_long_decoding_takes():
+    """Prompts that arrive beside a stream wait for that, and a step with a draft does not tell it."""
+    made, arena = scheduler(n_pages=50, max_batched_tokens=99), TokenArena(3)
+    (one,) = drafting(made, arena, "a")
+    one.streams = True
+    made.add(request("b", n_prompt=5))
+    plan = made.plan()
+    assert [(s.request_id, len(s.tokens)) for s in plan.sequences] == [("a", 1)]
+    made.commit(plan, arena.run(plan))
+    made.pace.observe(1, 0, 0.1)
+    plan = made.plan()
+    assert [(s.request_id, len(s.tokens)) for s in plan.sequences] == [("a", 1), ("b", 5)]
+    made.commit(plan, arena.run(plan))
+    made.pace.observe(1, 5, 0.1)
+    plan = made.plan()
+    assert [(s.request_id, len(s.tokens)) for s in plan.sequences] == [("a", 1), ("b", 1)]  # two have not been seen
+    made.commit(plan, arena.run(plan))
+    made.pace.observe(2, 0, 0.1)
+    assert sum(s.n_drafted for s in made.plan().sequences) == 7

@@ -238,7 +238,8 @@ class Serving(RuleBasedStateMachine):
         sampled = self.arena.run(plan)
         self.check_read(plan)
         n_read = sum(len(s.tokens) for s in plan.sequences if not s.decodes)
-        self.scheduler.pace.observe(sum(s.decodes for s in plan.sequences), n_read, seconds)
+        if not any(s.n_drafted for s in plan.sequences):
+            self.scheduler.pace.observe(sum(s.decodes for s in plan.sequences), n_read, seconds)
         failed = {s.request_id: NonFiniteError("x") for i, s in enumerate(plan.sequences) if i in failing}
         self.failed |= failed.keys()
         for request in self.scheduler.commit(plan, replace(sampled, failed=failed)):
