@@ -42,10 +42,10 @@ def pytest_collection_modifyitems(items):
     mark_full(items)
 
 
-@pytest.hookimpl(tryfirst=True)  # before fixtures are made
-def pytest_runtest_setup(item):
+@pytest.fixture(scope="module", autouse=True)
+def shared_is_frozen():
     """Freeze what all tests share, at first and when a test gave it back: each full collection looked through it."""
-    if gc.get_freeze_count() < SHARED:
+    if gc.get_freeze_count() < SHARED:  # once for a file: the objects are counted one by one
         gc.collect()
         gc.freeze()
 

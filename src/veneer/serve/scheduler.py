@@ -186,7 +186,8 @@ class Scheduler:
         return -(-to_read // (reading + (bool(self.waiting) and self._has_seats) or 1))
 
     def _drafts(self, planned: dict[Request, int]) -> dict[Request, tuple[int, ...]]:
-        """Tokens to try beside what is planned. Nobody is preempted, and no adapter goes out, for their pages.
+        """Tokens to try beside what is planned. Nobody is preempted, and neither an adapter nor a cached page goes out,
+        for their pages.
 
         A right one saves one of n sequences a step, a wrong one costs a row.
         """
@@ -196,9 +197,9 @@ class Scheduler:
         found = dict[Request, tuple[int, ...]]()
         for n_left, request in zip(range(len(planned), 0, -1), planned, strict=True):
             tokens = request.drafted(room // n_left, len(planned) / _CHEAP_ROWS)
-            if tokens and not self.pages.grow(request.id, request.n_positions + len(tokens)):
-                tokens = ()
-            if tokens:
+            while tokens and not self.pages.has_free(request.id, request.n_positions + len(tokens)):
+                tokens = tokens[:-1]
+            if tokens and self.pages.grow(request.id, request.n_positions + len(tokens)):
                 found[request] = tokens
                 room -= len(tokens)
         return found

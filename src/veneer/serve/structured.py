@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 import threading
+import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -23,6 +27,28 @@ from veneer.serve.sampling_params import StructuredOutputsParams
 
 _KEPT = 64  # compiled grammars
 _KEPT_TEXT = 1 << 22  # characters of the grammars that are kept, all together
+_MOST_FORCED = 10_000  # characters of a text that a grammar may force, for its forced tokens to be asked for
+_KNOWN_FORCED = 256  # tokens that are kept of those that were found
+_SLOW = 0.002  # seconds; a grammar whose forced tokens took longer is asked no more: all requests wait meanwhile
+_OF_ONE = re.compile(r"[^)\s]\{(\d+)")
+_OF_MANY = re.compile(r'\)\s*\{(\d+)|"min(?:Items|Properties)"\s*:\s*(\d+)')
+"""Repeats of one character, and of a text."""
+
+
+@dataclass(eq=False, slots=True)
+class _Grammar:
+    """Compiled grammar in its start state, and what all of its texts have found out."""
+
+    matcher: LLMatcher
+    forces: bool  # tokens that it forces are asked for
+    failed: bool = False  # in one of its texts; its tables are of no use for others then
+
+    def found_forced(self, matcher: LLMatcher) -> list[int]:
+        """Return the first tokens that a text in this state must go on with, the last one first."""
+        began = time.perf_counter()
+        found = matcher.compute_ff_tokens()
+        self.forces = time.perf_counter() - began < _SLOW
+        return list(found[:_KNOWN_FORCED])[::-1]
 
 
 class Forms:
@@ -33,27 +59,31 @@ class Forms:
 
     def __init__(self, tokenizer: Any, vocabulary: int, ending: Sequence[int]) -> None:
         self._tokenizer, self._vocabulary, self._ending = tokenizer, vocabulary, sorted(ending)
-        self._grammars: Latest[str, LLMatcher] = Latest(_KEPT)
+        self._grammars: Latest[str, _Grammar] = Latest(_KEPT)
         self._building = threading.Lock()
 
     def form(self, asked: StructuredOutputsParams) -> TextForm:
         """Return a form in its start state. Raises ConfigError with llguidance's reason if it cannot be compiled."""
-        grammar = grammar_of(asked)
-        matcher = self._grammars.get(grammar)
-        if matcher is None:
-            matcher = self._compiled(grammar)
-            self._grammars.put(grammar, matcher)
+        text = grammar_of(asked)
+        grammar = self._grammars.get(text)
+        if grammar is None or grammar.failed:
+            grammar = self._compiled(text)
+            self._grammars.put(text, grammar)
             while sum(map(len, self._grammars)) > _KEPT_TEXT:
                 self._grammars.drop_first()
-        return TextForm(matcher, self._vocabulary, self._ending)
+        return TextForm(grammar, grammar.matcher, self._vocabulary, self._ending)
 
-    def _compiled(self, grammar: str) -> LLMatcher:
+    def _compiled(self, grammar: str) -> _Grammar:
         with self._building:  # of the tables one is enough
             tables = self._tables
         matcher = LLMatcher(tables, grammar, log_level=0)
         if matcher.is_error():
             raise ConfigError(f"structured_outputs cannot be compiled: {matcher.get_error()}")
-        return matcher
+        made = _Grammar(matcher, forces=_longest_forced(grammar) <= _MOST_FORCED)
+        if made.forces:  # the first time takes longest, and nobody waits here but who asks
+            made.found_forced(matcher)
+            made.found_forced(matcher.deep_copy())
+        return made
 
     @cached_property
     def _tables(self) -> LLTokenizer:
@@ -65,19 +95,24 @@ class Forms:
 class TextForm:
     """State of one text in its form: the tokens that may come next."""
 
-    def __init__(self, matcher: LLMatcher, vocabulary: int, ending: Sequence[int]) -> None:
-        self._matcher, self._vocabulary, self._ending = matcher, vocabulary, list(ending)
+    def __init__(self, grammar: _Grammar, matcher: LLMatcher, vocabulary: int, ending: Sequence[int]) -> None:
+        self._grammar, self._matcher, self._vocabulary, self._ending = grammar, matcher, vocabulary, list(ending)
         self._words: Tensor | None = None
+        self._coming = list[int]()  # forced tokens that were found and not taken yet, the last one first
 
     def begun(self) -> TextForm:
         """Return a form of its own in this state, for one more answer."""
-        return TextForm(self._matcher.deep_copy(), self._vocabulary, self._ending)
+        return TextForm(self._grammar, self._matcher.deep_copy(), self._vocabulary, self._ending)
 
     def allowed(self) -> Tensor:
         """Return the bit mask of the tokens that may come next, valid until it is asked for again.
 
-        End tokens are allowed if the text may or must end.
+        End tokens are allowed if the text may or must end. Nothing is allowed if llguidance gave the grammar up, as one
+        that takes too much memory.
         """
+        if self._matcher.is_error():
+            self._grammar.failed = True
+            return bit_mask([], self._vocabulary)
         if self._matcher.is_stopped():
             return bit_mask(self._ending, self._vocabulary)
         if self._words is None:
@@ -86,13 +121,26 @@ class TextForm:
         return self._words
 
     def forced(self) -> list[int]:
-        """Return the tokens of a text that must come next, as the tokenizer parts it; a model may part it otherwise."""
-        return [] if self._matcher.is_stopped() else list(self._matcher.compute_ff_tokens())
+        """Return the tokens of a text that must come next, as the tokenizer parts it; a model may part it otherwise.
+
+        None are found for a grammar that may force a long text, or whose tokens took long to find.
+        """
+        if not self._coming and self._grammar.forces and not self._matcher.is_stopped():
+            self._coming = self._grammar.found_forced(self._matcher)
+        return self._coming[::-1]
 
     def take(self, token: int) -> None:
         """Advance the grammar by a token of the answer; a grammar that has ended stays ended."""
         if not self._matcher.is_stopped():
             self._matcher.consume_token(token)
+        if self._coming and self._coming.pop() != token:
+            self._coming.clear()
+
+
+def _longest_forced(grammar: str) -> int:
+    """Bound the characters of a text that a grammar forces: its own and those that it repeats."""
+    of_one = sum(map(int, _OF_ONE.findall(grammar)))
+    return (len(grammar) + of_one) * math.prod(max(int(a or b), 1) for a, b in _OF_MANY.findall(grammar))
 
 
 def grammar_of(asked: StructuredOutputsParams) -> str:

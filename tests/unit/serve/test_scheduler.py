@@ -407,6 +407,18 @@ def test_no_page_is_taken_from_anybody_for_a_draft():
     assert made.n_preemptions == 0
 
 
+def test_no_cached_page_goes_out_for_a_draft():
+    """As much is tried as the last page has room for."""
+    made, arena = scheduler(n_pages=3, block=5, max_model_len=15), TokenArena(5)
+    made.pages.grow("ended", 10)
+    made.pages.publish("ended", [b"one", b"two"], 0)
+    made.pages.release("ended")
+    (one,) = drafting(made, arena, "a", longest=12)
+    assert (one.n_positions, made.pages.n_free, made.pages.n_cached) == (3, 0, 2)
+    assert [s.n_drafted for s in made.plan().sequences] == [2]
+    assert made.pages.n_cached == 2
+
+
 def test_nothing_is_tried_while_it_must_be_seen_how_long_decoding_takes():
     """Prompts that arrive beside a stream wait for that, and a step with a draft does not tell it."""
     made, arena = scheduler(n_pages=50, max_batched_tokens=99), TokenArena(3)

@@ -1,0 +1,73 @@
+"""Forms whose forced tokens take long to find, or whose grammar is given up: others wait for neither."""
+
+from __future__ import annotations
+
+import pytest
+
+from veneer.ops.sample import bit_mask
+from veneer.serve.sampling_params import StructuredOutputsParams
+from veneer.serve.structured import Forms, TextForm
+
+
+@pytest.fixture
+def forms(tokenizer):
+    return Forms(tokenizer, 263, [256])
+
+
+def form_of(forms: Forms, **asked: object) -> TextForm:
+    return forms.form(StructuredOutputsParams(**asked)).begun()
+
+
+def spelled(text: str, forms: Forms) -> list[int]:
+    return forms._tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def test_forced_tokens_are_found_once_and_taken_one_by_one(forms):
+    form = form_of(forms, regex="abcdefgh[xy]")
+    expected = spelled("abcdefgh", forms)
+    asked = []
+    original = form._grammar.found_forced
+    form._grammar = type("Counted", (), {"forces": True, "found_forced": lambda _, m: asked.append(m) or original(m)})()
+    for i, token in enumerate(expected):
+        assert form.forced() == expected[i:]
+        form.take(token)
+    assert len(asked) == 1
+    assert form.forced() == []
+
+
+def test_a_token_that_was_not_forced_first_drops_those_behind_it(forms):
+    form = form_of(forms, regex="ab|cd")
+    form._coming = spelled("ba", forms)  # "ab", the last one first
+    form.take(spelled("c", forms)[0])
+    assert form.forced() == spelled("d", forms)
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"regex": "a{20000}b"}, {"regex": "(a{300}b){40}"}, {"json": {"const": "a" * 10_000}},
+        {"json": {"type": "array", "items": {"const": "abc"}, "minItems": 3000}},
+    ],
+)  # fmt: skip
+def test_a_grammar_that_may_force_a_long_text_is_not_asked(forms, asked, monkeypatch):
+    monkeypatch.setattr("veneer.serve.structured._Grammar.found_forced", lambda *given: pytest.fail("asked"))
+    assert form_of(forms, **asked).forced() == []
+
+
+def test_a_grammar_that_took_long_is_asked_no_more(forms, monkeypatch):
+    monkeypatch.setattr("veneer.serve.structured._SLOW", 0.0)
+    assert form_of(forms, regex="abc").forced() == []
+
+
+def test_a_grammar_that_is_given_up_allows_nothing_and_is_compiled_anew(forms):
+    asked = {"json": {"type": "object", "properties": {"p": {"type": "string"}}, "required": ["p"]}}
+    form = form_of(forms, **asked)
+    for token in spelled('{"p"', forms):
+        form.take(token)
+    form._matcher.consume_token(spelled("z", forms)[0])  # which the grammar does not have: it is in error
+    assert form._matcher.is_error()
+    assert not form.allowed().any()
+    assert bit_mask([], 263).any() == form.allowed().any()
+    other = form_of(forms, **asked)
+    assert other._grammar is not form._grammar
+    assert other.allowed().any()
