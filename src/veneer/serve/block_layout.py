@@ -10,12 +10,13 @@ import hashlib
 import json
 import mmap
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields
-from typing import Any, cast
+from dataclasses import dataclass, field, fields, is_dataclass
+from typing import Any, cast, get_type_hints
 
 import torch
 from torch import Tensor
 
+from veneer.core.field_types import fits
 from veneer.core.records import LinearDelta
 from veneer.core.terms.scale import Scale
 from veneer.ops.cpu.step import LayerChange
@@ -28,6 +29,8 @@ from veneer.serve.products import Own
 
 _ALIGNMENT = 64  # bytes, a line of a core's cache; the first one is left free, so that no tensor's offset is 0
 _BESIDE = -1
+_ODD = (ValueError, TypeError, LookupError, AttributeError, StopIteration, RuntimeError, ArithmeticError)
+"""Errors of a text that is no layout: it may be any JSON, of any depth, with numbers of any size."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,14 +65,30 @@ class BlockLayout:
 
     @classmethod
     def parse(cls, text: bytes) -> BlockLayout:
-        """Return the layout that a text says. Raises ValueError, TypeError or KeyError if it says none."""
+        """Return the layout that a text says. Raises ValueError if it says none."""
+        try:
+            layout = cls._parsed(text)
+            memory = torch.empty(layout.n_bytes, dtype=torch.uint8, device="meta")
+            for group in range(len(layout.changes)):
+                layout.change(group, memory)
+        except _ODD as error:
+            raise ValueError(f"its layout says no block: {error}") from error
+        return layout
+
+    @classmethod
+    def _parsed(cls, text: bytes) -> BlockLayout:
+        """The layout of a text whose parts are of the kinds that a layout has."""
         form, offsets, n_bytes = json.loads(text)
-        changes = cast("tuple[GroupChange | None, ...]", tuple(of_form(each, _KINDS) for each in form))
-        layout = cls(changes, tuple(map(tuple, offsets)), n_bytes, 0, text)
-        for group in range(len(changes)):
-            layout.change(group, torch.empty(n_bytes, dtype=torch.uint8, device="meta"))
-        if [form_of(change) for change in changes] != form:
+        changes = [of_form(each, _KINDS) for each in form]
+        layout = cls(cast(Any, tuple(changes)), tuple(map(tuple, offsets)), n_bytes, 0, text)
+        hints = get_type_hints(cls)
+        known = all(fits(getattr(layout, name), hints[name]) for name in ("changes", "offsets", "n_bytes"))
+        if not known or len(changes) != len(offsets):
             raise ValueError("there are parts that no layout has")
+        if [form_of(change) for change in changes] != form:
+            raise ValueError("there are parts beyond those of a layout")
+        if any(_BESIDE in each for each in layout.offsets):
+            raise ValueError("there is a tensor beside the block")
         return layout
 
     def room(self) -> Tensor:
@@ -86,7 +105,10 @@ class BlockLayout:
             offset = next(offsets)
             return x if offset == _BESIDE else part(memory, offset, x)
 
-        return mapped(self.changes[group], placed)
+        change = mapped(self.changes[group], placed)
+        if next(offsets, None) is not None:
+            raise ValueError("there are offsets of no tensor")
+        return change
 
 
 class Laying:
@@ -136,8 +158,18 @@ def _place(x: Tensor) -> tuple[object, ...]:
 
 
 def _maker(kind: Any) -> Callable[..., object]:
-    names = [each.name for each in fields(kind)]
-    return lambda *values: kind(**dict(zip(names, values, strict=True)))
+    """A maker of objects of a kind from the values of its fields. It raises ValueError for values of other types."""
+    hints = get_type_hints(kind)
+    names = [each.name for each in fields(kind)] if is_dataclass(kind) else list(kind._fields)
+
+    def made(*values: Any) -> object:
+        given = dict(zip(names, values, strict=True))
+        wrong = [name for name, value in given.items() if not fits(value, hints[name])]
+        if wrong:
+            raise ValueError(f"there is a {kind.__name__} whose {wrong[0]} is of another type")
+        return kind(**given)
+
+    return made
 
 
 def _record(*values: Any) -> LinearDelta:
@@ -147,7 +179,9 @@ def _record(*values: Any) -> LinearDelta:
 
 
 _KINDS: dict[str, Callable[..., object]] = {
-    **{name_of(kind): _maker(kind) for kind in (GroupChange, Own, Scale, PackedPairs, LayerChange, PackedWeight)},
+    **{
+        name_of(kind): _maker(kind)
+        for kind in (GroupChange, Own, Scale, PackedPairs, LayerChange, PackedWeight, Middle)
+    },
     name_of(LinearDelta): _record,
-    name_of(Middle): Middle,
 }

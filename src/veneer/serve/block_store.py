@@ -1,33 +1,35 @@
-"""Folder of blocks, from which adapters are mapped: a version that was loaded once is not read and packed again.
+"""Folder of blocks: a version that was loaded once is read from there, and not packed again.
 
-A file holds one block with its layout. It is written under another name, renamed into place, and never changed. It is
-opened by a descriptor and checked before it is used. Whatever fails costs speed alone.
+A file holds one block with its layout. It is written under another name and renamed into place. It is read into memory
+of its own, so that no descriptor stays open, and checked there. Whatever fails costs speed alone.
 """
 
 from __future__ import annotations
 
 import hashlib
 import logging
-import mmap
 import os
+import re
 import stat
 import struct
 import tempfile
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from importlib.metadata import version as version_of
+from io import FileIO
 from pathlib import Path
-
-import torch
 
 from veneer.serve.block import Block, Blocks
 from veneer.serve.block_layout import BlockLayout
 from veneer.serve.latest import Latest
 
 _LOG = logging.getLogger(__name__)
-_MAGIC = b"veneer block 1\r\n"  # the number grows with what is packed, its panels, and the files themselves
+_MAGIC = b"veneer block 2\r\n"  # the number grows with what is packed, its panels, and the files themselves
+_VENEER = version_of("veneer")
 _HEAD = struct.Struct("<16s32s32sQQI")  # magic, keys of the block and its layout, bytes of these two, CRC-32 of both
 _SUFFIX = ".block"
+_OWN_NAME = re.compile(r"[0-9a-f]{64}\.block|\.[0-9a-f]{64}\.\w+\.block")  # the second until it is whole
 _LAYOUTS = 512  # of which it is known whether their texts say all
 _SCANS = 16  # of the folder, while as many bytes are written as it may hold
 
@@ -52,22 +54,26 @@ class BlockStore:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             _require_own(folder.stat(), stat.S_ISDIR)
         except (OSError, ValueError) as error:
-            _warn(folder, error)
+            _LOG.warning(
+                "the folder %s keeps no packed adapters: %s. Let this user alone write to it, or give another "
+                "adapter_cache_dir", folder, error,
+            )  # fmt: skip
             return None
         return cls(folder, most_bytes, base, blocks)
 
     def find(self, version: str) -> Block | None:
-        """Return the block of a version, mapped; None if there is none that can be used."""
+        """Return the block of a version; None if there is none that can be used."""
+        path = self._path(version)
         try:
-            with _opened(path := self._path(version)) as file:
-                block = self._mapped(file, self._key(version))
+            with _opened(path) as file:
+                block = self._read(file, self._key(version))
             with suppress(OSError):  # of a folder that is read alone
                 os.utime(path)
             return block
         except FileNotFoundError:
             return None
-        except (OSError, ValueError, TypeError, KeyError) as error:
-            self._warn(error)
+        except (OSError, ValueError) as error:
+            self._warn(path, error, "The adapter is read from its own folder. Delete the file if it stays as it is")
             return None
 
     def keep(self, version: str, block: Block) -> None:
@@ -75,8 +81,7 @@ class BlockStore:
         layout = block.layout
         if not self._says_all(layout):
             return
-        start = _start(len(layout.text))
-        n_bytes = start + block.memory.nbytes
+        path, n_bytes = self._path(version), _HEAD.size + len(layout.text) + block.memory.nbytes
         try:
             if n_bytes > self._most:
                 return
@@ -84,35 +89,37 @@ class BlockStore:
             values = block.memory.numpy().data
             check = zlib.crc32(values, zlib.crc32(layout.text))
             head = _HEAD.pack(_MAGIC, self._key(version), layout.key, len(layout.text), len(values), check)
-            self._write(self._path(version), (head, layout.text, bytes(start - len(head) - len(layout.text)), values))
+            self._write(path, (head, layout.text, values))
         except OSError as error:
-            self._warn(error)
+            self._warn(path, error, "It was not written. Make room for it, or give another adapter_cache_dir")
 
     def _key(self, version: str) -> bytes:
-        return hashlib.sha256(f"{self._base}\n{version}".encode()).digest()
+        return hashlib.sha256(f"{_VENEER}\n{self._base}\n{version}".encode()).digest()
 
     def _path(self, version: str) -> Path:
         return self._folder / f"{self._key(version).hex()}{_SUFFIX}"
 
-    def _mapped(self, file: int, key: bytes) -> Block:
+    def _read(self, file: FileIO, key: bytes) -> Block:
         """The block of an opened file. Raises ValueError for a file that is not of this key, or not whole."""
-        n_bytes = os.fstat(file).st_size
-        head = os.read(file, _HEAD.size)
+        n_bytes = os.fstat(file.fileno()).st_size
+        head = file.read(_HEAD.size)
         if len(head) < _HEAD.size:
             raise ValueError("it was cut off")
         magic, own, layout_key, n_text, n_values, check = _HEAD.unpack(head)
-        start = _start(n_text)
-        if magic != _MAGIC or own != key or start + n_values != n_bytes:
+        if magic != _MAGIC or own != key or len(head) + n_text + n_values != n_bytes:
             raise ValueError("it is of another version, or was cut off")
-        pages = mmap.mmap(file, n_bytes, access=mmap.ACCESS_COPY)
-        values = memoryview(pages)[start:]
-        text = pages[len(head) : len(head) + n_text]
+        text = file.read(n_text)
+        if hashlib.sha256(text).digest() != layout_key:
+            raise ValueError("its layout is not that which was written")
+        layout = self._blocks.layout(layout_key) or self._blocks.shared(BlockLayout.parse(text))
+        if layout.n_bytes != n_values:
+            raise ValueError("its layout is of another block")
+        block = Block(layout, layout.room())
+        values = block.memory.numpy().data
+        _fill(values, file)
         if zlib.crc32(values, zlib.crc32(text)) != check:
             raise ValueError("its values are not those that were written")
-        layout = self._blocks.layout(layout_key) or self._blocks.shared(BlockLayout.parse(text))
-        if layout.key != layout_key or layout.n_bytes != n_values:
-            raise ValueError("its layout is not that which was written")
-        return Block(layout, torch.frombuffer(values, dtype=torch.uint8))
+        return block
 
     def _says_all(self, layout: BlockLayout) -> bool:
         """Return True if a layout can be read again from its text, and has a block."""
@@ -122,18 +129,17 @@ class BlockStore:
         if parses is None:
             try:
                 parses = BlockLayout.parse(layout.text).n_bytes == layout.n_bytes
-            except (ValueError, TypeError, KeyError):
+            except ValueError:
                 parses = False
             self._parses.put(layout.key, parses)
         return parses
 
     def _write(self, path: Path, parts: tuple[bytes | memoryview, ...]) -> None:
-        handle, name = tempfile.mkstemp(prefix=".", suffix=_SUFFIX, dir=self._folder)
+        handle, name = tempfile.mkstemp(prefix=f".{path.stem}.", suffix=_SUFFIX, dir=self._folder)
         try:
             with os.fdopen(handle, "wb", buffering=0) as file:
                 for part in parts:
-                    if file.write(part) != len(part):
-                        raise OSError("the disk is full")
+                    _write_all(part, file)
             Path(name).replace(path)
         except BaseException:
             with suppress(OSError):
@@ -148,37 +154,55 @@ class BlockStore:
             for _, size, path in found:
                 if self._n_bytes + n_bytes <= self._most:
                     break
-                path.unlink(missing_ok=True)  # what is mapped stays until it is unmapped
+                path.unlink(missing_ok=True)
                 self._n_bytes -= size
         self._n_written += n_bytes
         self._n_bytes += n_bytes
 
-    def _warn(self, error: Exception) -> None:
+    def _warn(self, path: Path, error: Exception, advice: str) -> None:
         """Say once that something is wrong."""
         if not self._has_warned:
             self._has_warned = True
-            _warn(self._folder, error)
+            _LOG.warning("the packed adapter %s is not used: %s. %s", path, error, advice)
 
 
 def _files(folder: Path) -> Iterator[tuple[float, int, Path]]:
-    """Yield when each file was used last, its bytes, and its path."""
+    """Yield when each file of a store was used last, its bytes, and its path."""
     with os.scandir(folder) as entries:
         for entry in entries:
-            if entry.name.endswith(_SUFFIX):
+            if _OWN_NAME.fullmatch(entry.name):
                 with suppress(FileNotFoundError):
                     told = entry.stat(follow_symlinks=False)
                     yield told.st_mtime, told.st_size, Path(entry.path)
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[int]:
-    flags = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
-    file = os.open(path, flags)
-    try:
-        _require_own(os.fstat(file), stat.S_ISREG)
+def _opened(path: Path) -> Iterator[FileIO]:
+    with open(path, "rb", buffering=0, opener=_open) as file:
+        _require_own(os.fstat(file.fileno()), stat.S_ISREG)
         yield file
-    finally:
-        os.close(file)
+
+
+def _open(path: str, flags: int) -> int:
+    """The descriptor of a file, which is no link; a pipe is not waited for."""
+    return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0))
+
+
+def _fill(memory: memoryview, file: FileIO) -> None:
+    """Read a memory full. One call of the system moves less than 2 GiB. Raises ValueError at the end of the file."""
+    while memory:
+        if not (n := file.readinto(memory)):
+            raise ValueError("it was cut off")
+        memory = memory[n:]
+
+
+def _write_all(part: bytes | memoryview, file: FileIO) -> None:
+    """Write a memory whole. One call of the system moves less than 2 GiB. Raises OSError if there is no room."""
+    left = memoryview(part)
+    while left:
+        if not (n := file.write(left)):
+            raise OSError("the disk is full")
+        left = left[n:]
 
 
 def _require_own(told: os.stat_result, is_kind: Callable[[int], bool]) -> None:
@@ -186,12 +210,3 @@ def _require_own(told: os.stat_result, is_kind: Callable[[int], bool]) -> None:
     others = told.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
     if not is_kind(told.st_mode) or (os.name == "posix" and (told.st_uid != os.geteuid() or others)):
         raise ValueError("it is not a file or folder to which this user alone can write")
-
-
-def _start(n_text: int) -> int:
-    """Where the values start behind a text: at a page."""
-    return -(-(_HEAD.size + n_text) // mmap.PAGESIZE) * mmap.PAGESIZE
-
-
-def _warn(folder: Path, error: Exception) -> None:
-    _LOG.warning("adapters are read anew instead of from the folder %s: %s", folder, error)

@@ -1,8 +1,12 @@
-"""A folder of packed adapters: what is mapped from it is what reading gives, and what is wrong with it costs speed."""
+"""A folder of packed adapters: its blocks are what reading an adapter gives, and what is wrong with it costs speed."""
 
 from __future__ import annotations
 
+import json
 import os
+import struct
+import zlib
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +17,7 @@ from veneer import LLM, LoraConfig, LoRARequest, SamplingParams
 from veneer.errors import ConfigError
 from veneer.serve import block_store, program_runner
 from veneer.serve.block import Blocks
+from veneer.serve.block_layout import BlockLayout
 from veneer.serve.block_store import BlockStore
 from veneer.serve.program_runner import ProgramAdapter, ProgramRunner, proved
 
@@ -42,7 +47,7 @@ def runners(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_another_process_maps_what_was_packed(runners, method, adapters):
+def test_another_process_reads_what_was_packed(runners, method, adapters):
     read = runners[0].read(Path(adapters[method].lora_path))
     runners[0].keep(method, read)
     kept = runners[1].kept(method)
@@ -82,6 +87,7 @@ def read_anew(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
 def answers(llm: LLM, adapters: list[LoRARequest]) -> list[list[int]]:
     params = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
     outputs = llm.generate([PROMPT] * len(adapters), params, lora_request=adapters, use_tqdm=False)
+    llm.engine.close()  # waits for what is written
     return [output.outputs[0].token_ids for output in outputs]
 
 
@@ -148,16 +154,125 @@ def test_a_damaged_file_is_read_anew_and_written_again(how, adapters, tmp_path, 
     first, second = runner_of(tmp_path), runner_of(tmp_path)
     read = first.read(Path(adapters["dora"].lora_path))
     first.keep("v1", read)
-    mapped = first.kept("v1").packed.linears
     [file] = files(tmp_path)
     damage(file, how)
-    assert torch.equal(mapped.memory, read.packed.linears.memory)  # what is mapped is another file
     assert second.kept("v1") is None
     assert second.kept("v1") is None
     assert len(caplog.records) == 1
-    assert str(tmp_path) in caplog.text
+    assert str(file) in caplog.text
     second.keep("v1", read)
     assert torch.equal(second.kept("v1").packed.linears.memory, read.packed.linears.memory)
+
+
+def test_a_block_is_memory_of_its_own(adapters, tmp_path):
+    """No descriptor stays with it, and a change of its file is none of it."""
+    runner = runner_of(tmp_path)
+    read = runner.read(Path(adapters["dora"].lora_path))
+    runner.keep("v1", read)
+    runner.kept("v1")  # whatever is opened once
+    before = len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else 0
+    blocks = [runner.kept("v1").packed.linears for _ in range(5)]
+    assert not before or len(os.listdir("/proc/self/fd")) == before
+    [file] = files(tmp_path)
+    with file.open("r+b") as opened:
+        opened.write(bytes(file.stat().st_size))
+    os.truncate(file, 0)
+    assert all(torch.equal(block.memory, read.packed.linears.memory) for block in blocks)
+
+
+def tensor(*shape: int, dtype: str = "torch.float32") -> list[Any]:
+    return ["tensor", dtype, *shape]
+
+
+def own(records: Any = None, whole: Any = None, pairs: Any = None) -> list[Any]:
+    module = "veneer.serve.products.Own"
+    return [module, records or ["builtins.tuple"], whole or ["mapping"], pairs, ["builtins.tuple"]]
+
+
+def change(own: Any, step: Any = None) -> list[Any]:
+    return ["veneer.serve.block_layout.GroupChange", own, step]
+
+
+def nested(depth: int) -> str:
+    return "[" * depth + "]" * depth
+
+
+SCALE = ["veneer.core.terms.scale.Scale", tensor(3)]
+SCALED = ["veneer.core.records.LinearDelta", ["builtins.tuple"], SCALE, None, None]
+RIGHT = [[change(own(["builtins.tuple", SCALED])), None], [[64], []], 128]
+PAIRS = ["veneer.ops.pairs.PackedPairs", tensor(3), 3, ["builtins.tuple", 3], ["builtins.tuple", 1], False, None]
+ODD = {
+    "a tensor": [[tensor(3)], [[]], 64],
+    "an empty form": [[[]], [[]], 64],
+    "a negative size": [[tensor(-3)], [[64]], 128],
+    "deep lists": f"[[{nested(5_000)}], [[]], 64]",
+    "very deep lists": nested(200_000),
+    "a number": [[1], [[]], 64],
+    "no list": 5,
+    "nothing": [],
+    "no JSON": "{",
+    "no text": b"\xff\xfe",
+    "a mapping": {"a": 1, "b": 2, "c": 3},
+    "a kind in the place of another": [[SCALED], [[64]], 128],
+    "no own": [[change(None)], [[]], 64],
+    "a record that is none": [[change(own(["builtins.tuple", 5]))], [[]], 64],
+    "a scale of a text": [[change(own(["builtins.tuple", [*SCALED[:2], "x", None, None]]))], [[]], 64],
+    "a vector of a number": [[change(own(["builtins.tuple", [*SCALED[:2], [SCALE[0], 3], None, None]]))], [[]], 64],
+    "a matrix for a vector": [
+        [change(own(["builtins.tuple", [*SCALED[:2], [SCALE[0], tensor(3, 3)], None, None]]))], [[64]], 128,
+    ],
+    "a key of a list": [[change(own(whole=["mapping", [["builtins.list"], None]]))], [[]], 64],
+    "a key of a text": [[change(own(whole=["mapping", ["x", tensor(3)]]))], [[64]], 128],
+    "a rank of a half": [[change(own(pairs=[*PAIRS[:4], ["builtins.tuple", 0.5], *PAIRS[5:]]))], [[64]], 128],
+    "one field too few": [[change(own(pairs=PAIRS[:3]))], [[64]], 128],
+    "no such dtype": [[change(own(["builtins.tuple", [*SCALED[:2], [SCALE[0], tensor(3, dtype="int8")], None, None]]))],
+                      [[64]], 128],
+    "a size beyond all": [[change(own(["builtins.tuple", [*SCALED[:2], [SCALE[0], tensor(10**30)], None, None]]))],
+                          [[64]], 128],
+    "a step that is none": [[change(own(), 7)], [[]], 64],
+    "an offset too few": [*RIGHT[:1], [[], []], 128],
+    "an offset beside": [*RIGHT[:1], [[-1], []], 128],
+    "an offset too many": [*RIGHT[:1], [[64, 64], []], 128],
+    "an offset outside": [*RIGHT[:1], [[128], []], 128],
+    "an odd offset": [*RIGHT[:1], [[66], []], 128],
+    "an offset of a half": [*RIGHT[:1], [[64.5], []], 128],
+    "offsets of a group too few": [*RIGHT[:1], [[64]], 128],
+    "offsets of a number": [*RIGHT[:1], [5, 6], 128],
+    "bytes of a text": [*RIGHT[:2], "128"],
+    "bytes of a half": [*RIGHT[:2], 128.5],
+    "bytes beyond all": [*RIGHT[:2], 10**30],
+    "negative bytes": [*RIGHT[:2], -128],
+    "another part": [*RIGHT, 1],
+}  # fmt: skip
+
+
+def text_of(said: Any) -> bytes:
+    return said if isinstance(said, bytes) else (said if isinstance(said, str) else json.dumps(said)).encode()
+
+
+@pytest.mark.parametrize("what", ODD)
+def test_an_odd_layout_is_a_value_error_alone(what, tmp_path, caplog):
+    """Though its checksums are right."""
+    assert BlockLayout.parse(text_of(RIGHT)).n_bytes == 128
+    text = text_of(ODD[what])
+    with pytest.raises(ValueError, match="its layout says no block"):
+        BlockLayout.parse(text)
+    store = BlockStore.open(tmp_path, 1 << 30, "base", Blocks(3))
+    values = bytes(128)
+    key, check = store._key("v1"), zlib.crc32(values, zlib.crc32(text))
+    head = struct.pack("<16s32s32sQQI", block_store._MAGIC, key, sha256(text).digest(), len(text), len(values), check)
+    path = store._path("v1")
+    path.touch(mode=0o600)
+    path.write_bytes(head + text + values)
+    assert store.find("v1") is None
+    assert "its layout says no block" in caplog.text
+
+
+def test_another_version_of_veneer_finds_nothing(adapters, tmp_path, monkeypatch):
+    runner = runner_of(tmp_path)
+    runner.keep("v1", runner.read(Path(adapters["lora"].lora_path)))
+    monkeypatch.setattr(block_store, "_VENEER", "77.7")
+    assert runner.kept("v1") is None
 
 
 @pytest.mark.skipif(os.name != "posix", reason="owners and modes are POSIX's")
@@ -208,7 +323,7 @@ def test_a_disk_that_takes_nothing_costs_nothing_but_speed(how, adapters, tmp_pa
         def write(self, values: Any) -> int:
             if how == "full":
                 raise OSError(28, "No space left on device")
-            return self.file.write(memoryview(values)[: len(values) // 2])
+            return self.file.write(values[: len(values) // 2])
 
     with monkeypatch.context() as patched:
         if how == "read-only":
@@ -227,6 +342,59 @@ def test_a_disk_that_takes_nothing_costs_nothing_but_speed(how, adapters, tmp_pa
     assert len(caplog.records) == 1
     runner.keep("v1", read)
     assert runner.kept("v1") is not None
+
+
+def test_a_system_that_moves_few_bytes_a_call(adapters, tmp_path, monkeypatch):
+    """Linux moves less than 2 GiB."""
+    runner, fdopen, opened = runner_of(tmp_path), os.fdopen, open
+    read = runner.read(Path(adapters["lora"].lora_path))
+
+    class Few:
+        def __init__(self, file: Any) -> None:
+            self.file = file
+
+        def __enter__(self) -> Few:
+            return self
+
+        def __exit__(self, *error: object) -> None:
+            self.file.close()
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self.file, name)
+
+        def write(self, values: Any) -> int:
+            return self.file.write(values[:1001])
+
+        def readinto(self, values: Any) -> int:
+            return self.file.readinto(values[:1001])
+
+    monkeypatch.setattr(block_store.os, "fdopen", lambda *given, **more: Few(fdopen(*given, **more)))
+    monkeypatch.setattr(block_store, "open", lambda *given, **more: Few(opened(*given, **more)), raising=False)
+    runner.keep("v1", read)
+    assert torch.equal(runner.kept("v1").packed.linears.memory, read.packed.linears.memory)
+    monkeypatch.setattr(Few, "readinto", lambda self, values: 0)
+    assert runner.kept("v1") is None
+
+
+def test_files_of_others_stay(adapters, tmp_path):
+    """What was not written by a store is neither counted nor removed; what was left half written is."""
+    runner = runner_of(tmp_path)
+    read = runner.read(Path(adapters["lora"].lora_path))
+    runner.keep("v0", read)
+    [file] = files(tmp_path)
+    each = file.stat().st_size
+    left = tmp_path / f".{file.stem}.ab_9x0cd.block"
+    others = [tmp_path / name for name in ("mine.block", f"{file.stem}.block.block", f"{file.stem[1:]}.block", "x")]
+    for path in (left, *others):
+        path.write_bytes(bytes(each))
+        os.utime(path, (1, 1))
+    os.utime(file, (2, 2))
+    small = runner_of(tmp_path, most=each)
+    small.keep("v1", read)
+    assert all(path.exists() for path in others)
+    assert not left.exists()
+    assert not file.exists()
+    assert small.kept("v1") is not None
 
 
 def test_the_folder_has_a_bound_and_those_used_last_stay(adapters, tmp_path):
