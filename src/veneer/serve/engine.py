@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -95,7 +95,7 @@ class Engine:
         return self._inbox.wait(seconds)
 
     def close(self) -> None:
-        """Begin no more reads, and wait for the current one. No step may follow."""
+        """Begin no more reads, and wait for the current one and for what is kept on disk. No step may follow."""
         self._loader.stop()
 
     def asked(
@@ -272,7 +272,8 @@ class Engine:
     def _load(self, id: str | None) -> bool:
         """Let a version be read whose load has begun, if there is one."""
         if id is not None:
-            self._loader.submit(id, partial(_read, self.runner, self.versions, self.pool.version(id)))
+            read = partial(_read, self.runner, self.versions, self.pool.version(id), self._loader.later)
+            self._loader.submit(id, read)
         return id is not None
 
     def _end_load(self, finished: Finished[Any]) -> None:
@@ -421,8 +422,12 @@ def _require_client(client: str | None, priority: int) -> None:
         raise ConfigError(f"priority={priority!r} is no whole number: a lower one is more urgent, 0 is usual")
 
 
-def _read(runner: Runner, versions: Versions, version: AdapterVersion) -> Any:
-    """An adapter for a runner to load. Raises FormatError where its files are not those of the version."""
+def _read(
+    runner: Runner, versions: Versions, version: AdapterVersion, later: Callable[[Callable[[], None]], None]
+) -> Any:
+    """An adapter for a runner to load, which is kept on disk later. Raises FormatError where its files are not those of
+    the version.
+    """
     try:
         versions.require_unchanged(version)
         kept = runner.kept(version.id)
@@ -433,7 +438,7 @@ def _read(runner: Runner, versions: Versions, version: AdapterVersion) -> Any:
         else:
             found = runner.read(Path(version.folder))
         versions.require_unchanged(version)  # it may have been replaced meanwhile
-        runner.keep(version.id, found)
+        later(partial(runner.keep, version.id, found))  # holds it, also if it goes out of memory meanwhile
     except OSError as error:
         raise FormatError(f"the adapter in {version.told} cannot be read: {error}") from error
     return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import threading
@@ -10,6 +11,7 @@ from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Generic, TypeVar
 
 import torch
@@ -17,6 +19,8 @@ import torch
 from veneer.errors import ServingError
 
 Read = TypeVar("Read")
+_LOG = logging.getLogger(__name__)
+_MOST_LATER = 8  # works put off, each of which may hold an adapter
 _NICENESS = 4  # the step goes first, and what waits for this gets a third of a core that the step takes whole
 
 
@@ -34,12 +38,13 @@ class Loader(Generic[Read]):
 
     The thread lives while there is something to read. An engine without loads thus has none, and none is left when it
     is deleted. torch computes on that one thread alone: the thread pool belongs to the step. If no thread can start,
-    waiting loads end with a ServingError.
+    waiting loads end with a ServingError. `later` is for work that no load should wait for.
     """
 
     def __init__(self, tell: Callable[[Finished[Read]], None]) -> None:
         self._tell = tell
         self._queue: deque[tuple[str, Callable[[], Read]]] = deque()
+        self._later: deque[Callable[[], None]] = deque()
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
 
@@ -57,8 +62,15 @@ class Loader(Generic[Read]):
                 reason = error
         self._refuse(reason)
 
+    def later(self, work: Callable[[], None]) -> None:
+        """Do something when no load waits, or too much is put off. From a load, on the thread that reads."""
+        with self._lock:
+            self._later.append(work)
+
     def stop(self) -> None:
-        """Begin no more loads, and wait for the current one. Loads that never began have no result."""
+        """Begin no more loads, and wait for the current one and for what is put off. Loads that never began have no
+        result.
+        """
         with self._lock:
             self._queue.clear()
             thread = self._thread
@@ -79,15 +91,29 @@ class Loader(Generic[Read]):
         except Exception as error:  # noqa: BLE001 - as above
             self._refuse(error)
             return
-        while True:
-            with self._lock:
-                if not self._queue:
-                    self._thread = None
-                    return
-                id, read = self._queue.popleft()
-            start = time.perf_counter()
-            self._tell(Finished(id, _result(read), time.perf_counter() - start))
-            del read  # it holds the model
+        while (next_work := self._next()) is not None:
+            next_work()
+            del next_work  # it holds the model
+
+    def _next(self) -> Callable[[], None] | None:
+        with self._lock:
+            if self._queue and len(self._later) <= _MOST_LATER:
+                return partial(self._load, *self._queue.popleft())
+            if self._later:
+                return partial(_finish, self._later.popleft())
+            self._thread = None
+            return None
+
+    def _load(self, id: str, read: Callable[[], Read]) -> None:
+        start = time.perf_counter()
+        self._tell(Finished(id, _result(read), time.perf_counter() - start))
+
+
+def _finish(work: Callable[[], None]) -> None:
+    """Do what was put off. The thread goes on if that fails, since loads wait for it."""
+    failed = _result(work)
+    if failed is not None:
+        _LOG.error("work behind a load failed", exc_info=failed)
 
 
 def _result(read: Callable[[], Read]) -> Read | BaseException:

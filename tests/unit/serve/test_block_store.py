@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import struct
+import threading
 import zlib
 from hashlib import sha256
 from pathlib import Path
@@ -374,6 +375,26 @@ def test_a_system_that_moves_few_bytes_a_call(adapters, tmp_path, monkeypatch):
     assert torch.equal(runner.kept("v1").packed.linears.memory, read.packed.linears.memory)
     monkeypatch.setattr(Few, "readinto", lambda self, values: 0)
     assert runner.kept("v1") is None
+
+
+def test_a_slow_disk_delays_no_answer(base_folder, adapters, tmp_path, monkeypatch):
+    """An adapter answers before its block is written. That goes on when it is out of memory."""
+    [expected] = answers(LLM(base_folder), [adapters["lora"]])
+    cache, may, keep = tmp_path / "cache", threading.Event(), ProgramRunner.keep
+    with monkeypatch.context() as patched:
+        patched.setattr(ProgramRunner, "keep", lambda *given: (may.wait(30), keep(*given))[1])
+        llm = LLM(base_folder, adapter_cache_dir=cache)
+        params = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
+        [output] = llm.generate([PROMPT], params, lora_request=adapters["lora"], use_tqdm=False)
+        assert output.outputs[0].token_ids == expected
+        assert files(cache) == []
+        llm.llm_engine.remove_lora(adapters["lora"].adapter_id)
+        assert not llm.engine.runner.loaded
+        may.set()
+        llm.engine.close()
+    assert len(files(cache)) == 1
+    monkeypatch.setattr(ProgramRunner, "read", None)
+    assert answers(LLM(base_folder, adapter_cache_dir=cache), [adapters["lora"]]) == [expected]
 
 
 def test_files_of_others_stay(adapters, tmp_path):

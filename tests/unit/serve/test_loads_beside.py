@@ -277,6 +277,33 @@ def test_the_loader_has_a_thread_while_it_reads_and_stops_where_it_is():
     assert told[1:] == [] or isinstance(told[1].result, ZeroDivisionError)
 
 
+def test_what_is_put_off_waits_for_all_loads_up_to_a_bound(caplog):
+    """A work that fails ends no load."""
+    order: list[str] = []
+    loader, n = Loader[str](lambda each: order.append(f"told {each.id}")), 12
+    may = threading.Event()
+
+    def read(number: int) -> str:
+        assert may.wait(30)
+        loader.later(lambda: order.append(f"kept {number}"))
+        if number == 0:
+            loader.later(lambda: order.append(str(1 // 0)))
+        return "read"
+
+    for number in range(n):
+        loader.submit(str(number), lambda number=number: read(number))
+    thread = loader._thread
+    assert thread is not None
+    may.set()
+    thread.join(30)
+    assert order[:8] == [f"told {number}" for number in range(8)]
+    assert [each for each in order if each.startswith("kept")] == [f"kept {number}" for number in range(n)]
+    assert [each for each in order if each.startswith("told")] == [f"told {number}" for number in range(n)]
+    assert order.index("kept 0") < order.index("told 8")
+    assert all(order.index(f"told {number}") < order.index(f"kept {number}") for number in range(n))
+    assert "ZeroDivisionError" in caplog.text
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="a thread has no niceness of its own")
 @pytest.mark.parametrize(("own", "wanted"), [(0, 4), (3, 4), (9, 9)])
 def test_the_loader_gives_way_where_it_may(monkeypatch, own, wanted):
