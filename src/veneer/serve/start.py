@@ -19,6 +19,7 @@ from veneer.errors import ConfigError, DescriptionError
 from veneer.evaluate.scoring import context_length
 from veneer.model.paged import SlotStore, require_pageable
 from veneer.model.quantized_head import quantize_head
+from veneer.ops.dispatch import kernel_isa
 from veneer.ops.paged_attention import UNIT
 from veneer.serve.adapter_pool import AdapterPool
 from veneer.serve.asked import EngineSettings
@@ -85,7 +86,7 @@ class EngineOptions(metaclass=Keywords):
     on unless it is False. ``speculative_config``: see `SpeculativeConfig`; answers are the same with it.
 
     Six are not vLLM's. ``adapter_cache_dir`` is a folder of packed adapters, of at most ``adapter_cache_bytes``. An
-    adapter that was loaded once is mapped from there, by later processes too. ``max_waiting_requests`` and
+    adapter that was loaded once is read from there, by later processes too. ``max_waiting_requests`` and
     ``max_waiting_tokens`` (of their prompts) limit what waits: one request more is a QueueFullError, which says when to
     ask again. ``quantize_head="int8"`` keeps the head in 8 bits, with one scale a row. That is half the bytes of a
     bfloat16 head, and gives other logits; embeddings tied to it are unchanged. ``general_runner``: transformers' own
@@ -155,6 +156,8 @@ class EngineOptions(metaclass=Keywords):
             value = getattr(self, name)
             if value is not None and value < 1:
                 said.append(f"{name}={value} must be at least 1")
+        if self.adapter_cache_dir is not None and not os.fspath(self.adapter_cache_dir):
+            said.append("adapter_cache_dir='' names no folder: give one, or None for no folder of packed adapters")
         try:
             self.speculative()
         except ConfigError as error:
@@ -207,10 +210,10 @@ def start_engine(
     )  # fmt: skip
     pool = AdapterPool(options.max_cpu_loras or options.max_loras, options.max_loras, pages)
     scheduler = Scheduler(pages, pool, limits)
+    store = _store(model, loaded, options, interpreter)
     if interpreter is None:
         runner: Runner = GeneralRunner(loaded, SlotStore(pages.n_pages, pages.block))
     else:
-        store = _store(model, loaded, options, interpreter)
         runner = ProgramRunner(loaded, interpreter, pages.n_pages, pages.block, alone=program_alone, store=store)
     settings = EngineSettings(
         vocabulary=vocabulary_of(loaded),
@@ -245,18 +248,26 @@ def _program(
 
 
 def _store(
-    given: object, model: PreTrainedModel, options: EngineOptions, interpreter: Interpreter
+    given: object, model: PreTrainedModel, options: EngineOptions, interpreter: Interpreter | None
 ) -> BlockStore | None:
-    """The folder of packed adapters, if one is asked for and the files of the model's weights are known."""
+    """The folder of packed adapters, if one is asked for, adapters are packed, and the files of the model's weights are
+    known.
+    """
     if options.adapter_cache_dir is None:
         return None
     folder = None if isinstance(given, PreTrainedModel) else _folder_of(model)
     files = [] if folder is None else sorted(folder.glob("*.safetensors"))
-    if folder is None or not files:
-        _LOG.warning("adapter_cache_dir is not used: the base was not loaded from a folder of safetensors files")
+    if interpreter is None or folder is None or not files:
+        reason = (
+            "transformers' own code computes everything, and packs no adapter"
+            if interpreter is None
+            else "the base was not loaded from a folder of safetensors files"
+        )
+        _LOG.warning("adapter_cache_dir=%r is not used: %s", str(options.adapter_cache_dir), reason)
         return None
     told = [(path.name, *_stamp(path)) for path in (folder / "config.json", *files)]
-    base = repr((told, model.dtype, model.device.type, options.quantization, options.quantize_head))
+    weights = (told, model.dtype, model.device.type, options.quantization, options.quantize_head)
+    base = repr((*weights, kernel_isa()))  # what is packed for the step depends on its kernels
     return BlockStore.open(Path(options.adapter_cache_dir), options.adapter_cache_bytes, base, interpreter.maker)
 
 

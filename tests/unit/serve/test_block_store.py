@@ -15,8 +15,8 @@ import pytest
 import torch
 
 from veneer import LLM, LoraConfig, LoRARequest, SamplingParams
-from veneer.errors import ConfigError
-from veneer.serve import block_store, program_runner
+from veneer.errors import ConfigError, DescriptionError
+from veneer.serve import block_store, program_runner, start
 from veneer.serve.block import Blocks
 from veneer.serve.block_layout import BlockLayout
 from veneer.serve.block_store import BlockStore
@@ -127,6 +127,25 @@ def test_a_model_without_files_keeps_nothing(tokenizer, adapters, tmp_path, capl
     answers(llm, [adapters["lora"]])
     assert not (tmp_path / "cache").exists()
     assert "was not loaded from a folder" in caplog.text
+
+
+@pytest.mark.parametrize("how", ["general", "no program"])
+def test_an_engine_that_packs_nothing_says_that_the_folder_is_not_used(how, base_folder, tmp_path, caplog, monkeypatch):
+    def refused(*given: Any, **more: Any) -> None:
+        raise DescriptionError("its norm is odd")
+
+    if how == "no program":
+        monkeypatch.setattr(start, "proved", refused)
+    LLM(base_folder, adapter_cache_dir=tmp_path / "cache", general_runner=how == "general")
+    assert not (tmp_path / "cache").exists()
+    [said] = [each.getMessage() for each in caplog.records if "adapter_cache_dir" in each.getMessage()]
+    assert str(tmp_path / "cache") in said
+    assert "transformers' own code" in said
+
+
+def test_a_folder_without_a_name_is_not_the_working_folder(base_folder):
+    with pytest.raises(ConfigError, match="adapter_cache_dir='' names no folder"):
+        LLM(base_folder, adapter_cache_dir="")
 
 
 def test_a_cache_has_room_for_something(base_folder, tmp_path):
