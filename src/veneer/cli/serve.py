@@ -7,7 +7,7 @@ from pathlib import Path
 
 import typer
 
-from veneer.cli.pages.serve import ServeArguments, speculative_of
+from veneer.cli.pages.serve import ServeArguments, cache_bytes_of, speculative_of
 from veneer.contract.file import CONFIG_FILE, WEIGHTS_FILE
 from veneer.errors import CompositionError, ConfigError
 from veneer.ops.dispatch import kernel_isa
@@ -36,7 +36,8 @@ def serve(args: ServeArguments) -> None:
         dtype=args.dtype, quantization="bitsandbytes" if args.load_in_4bit else None, seed=args.seed,
         max_model_len=args.max_model_len, max_loras=args.max_loras, general_runner=args.general_runner,
         quantize_head=args.quantize_head, speculative_config=speculative_of(args.speculative_config),
-        adapter_cache_dir=args.adapter_cache, adapter_cache_bytes=int(args.adapter_cache_gib * 2**30),
+        adapter_cache_dir=args.adapter_cache,
+        adapter_cache_bytes=cache_bytes_of(args.adapter_cache_gib, args.adapter_cache),
         kv_cache_memory_bytes=None if args.kv_gib is None else int(args.kv_gib * 2**30),
     )  # fmt: skip
     for line in _in_base(args.model, args.adapters):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import socket
@@ -16,7 +17,7 @@ from typer.testing import CliRunner
 
 from launch import forked
 from veneer.cli.app import app
-from veneer.cli.pages.serve import require_closed, speculative_of
+from veneer.cli.pages.serve import cache_bytes_of, require_closed, speculative_of
 from veneer.errors import ConfigError
 from veneer.export.merged import merge_checkpoint
 from veneer.serve.http import server
@@ -58,6 +59,28 @@ def test_an_adapter_that_is_in_the_base_is_told_at_the_start(
     told = " ".join(result.stderr.split())
     assert told.startswith(f"not served: {tmp_path / 'merged'} has {tmp_path / 'served' / 'in_it'} in it already")
     assert "other in it" not in told
+
+
+@pytest.mark.parametrize("size", [math.nan, math.inf, 0.0, -1.0, 1e-12, 1e300])
+def test_the_size_of_packed_adapters_is_one(size: float) -> None:
+    with pytest.raises(ConfigError, match=r"--adapter-cache-gib .* is no size: give a number of GiB above 0"):
+        cache_bytes_of(size, "folder")
+
+
+def test_the_size_of_packed_adapters_is_that_of_a_folder() -> None:
+    assert (cache_bytes_of(None, None), cache_bytes_of(None, "folder")) == (2**33, 2**33)
+    assert cache_bytes_of(1.5, "folder") == 3 * 2**29
+    with pytest.raises(ConfigError, match=r"--adapter-cache-gib 1\.5 is the size of no folder: give --adapter-cache"):
+        cache_bytes_of(1.5, None)
+    with pytest.raises(ConfigError, match="--adapter-cache '' names no folder"):
+        cache_bytes_of(None, "")
+
+
+@pytest.mark.parametrize("options", [["--adapter-cache-gib", "nan"], ["--adapter-cache", ""]])
+def test_a_folder_of_packed_adapters_is_checked_before_a_model_is_looked_at(options: list[str]) -> None:
+    result = CliRunner().invoke(app, ["serve", "no-such-model", "--port", str(free_port()), *options])
+    assert result.exit_code == 2
+    assert result.stderr.startswith(f"error: {options[0]}")
 
 
 def free_port() -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -49,8 +50,8 @@ class ServeArguments:
     max_model_len: Annotated[int | None, unset("N", "Longest prompt with its answer, in tokens.", min=1)] = None
     max_loras: Annotated[int | None, unset("N", "Adapters kept loaded at most.", min=1)] = None
     kv_gib: Annotated[float | None, unset("X", "Memory for keys and values, in GiB.")] = None
-    adapter_cache: Annotated[Path | None, unset("FOLDER", "Keep packed adapters here, and load them from here.")] = None
-    adapter_cache_gib: Annotated[float, typer.Option(metavar="X", help="Largest size of that folder, in GiB.")] = 8.0
+    adapter_cache: Annotated[str | None, unset("FOLDER", "Keep packed adapters here, and load them from here.")] = None
+    adapter_cache_gib: Annotated[float | None, unset("X", "Largest size of that folder, in GiB; by default 8.")] = None
     general_runner: _GeneralRunner = False
     speculative_config: Annotated[str | None, unset("JSON", "Tokens to try at once: vLLM's fields, for n-grams.")] = (
         None
@@ -68,6 +69,7 @@ class ServeArguments:
         require_closed(self.host, self.open_)
         require_weights(self.model)
         speculative_of(self.speculative_config)
+        cache_bytes_of(self.adapter_cache_gib, self.adapter_cache)
 
 
 serve = verb(ServeArguments, "veneer.cli.serve", "serve")
@@ -90,6 +92,18 @@ def speculative_of(text: str | None) -> dict[str, object] | None:
         )
     SpeculativeConfig(**fields)
     return fields
+
+
+def cache_bytes_of(gib: float | None, folder: str | None) -> int:
+    """Return the bytes of ``--adapter-cache-gib``. Raises ConfigError for no size, and for a size without a folder."""
+    if folder == "":
+        raise ConfigError("--adapter-cache '' names no folder: give one, or leave the option out")
+    if folder is None and gib is not None:
+        raise ConfigError(f"--adapter-cache-gib {gib} is the size of no folder: give --adapter-cache FOLDER too")
+    size = (8.0 if gib is None else gib) * 2**30
+    if not 1 <= size < math.inf:
+        raise ConfigError(f"--adapter-cache-gib {gib} is no size: give a number of GiB above 0, for example 8")
+    return int(size)
 
 
 def require_closed(host: str, open_: bool) -> None:
