@@ -20,8 +20,7 @@ def truncate_dense(update: Float[Tensor, "o i"], rank: int) -> tuple[LinearDelta
     those of an SVD in float32, in a third of its time.
     """
     _check_rank(rank, min(update.shape))
-    is_wide = update.shape[1] > update.shape[0]
-    tall = (update.T if is_wide else update).double()
+    is_wide, tall = update.shape[1] > update.shape[0], _tall(update)
     energy, v = torch.linalg.eigh(tall.T @ tall)  # in ascending order
     s, v = energy.flip(0).clamp(min=0.0).sqrt(), v.flip(1)[:, :rank]
     b, a = (v * s[:rank], (tall @ v / s[:rank].clamp(min=_LEAST)).T) if is_wide else (tall @ v, v.T)
@@ -38,9 +37,15 @@ def truncate_factors(record: LinearDelta, rank: int) -> tuple[LinearDelta, float
 
 def rank_within(update: Float[Tensor, "o i"], error: float) -> int:
     """Return the smallest rank (at least 1) whose best factors have at most this relative Frobenius error."""
-    energy = torch.linalg.svdvals(update).double().square()
+    tall = _tall(update)
+    energy = torch.linalg.eigvalsh(tall.T @ tall).flip(0).clamp(min=0.0)
     lost = energy.flip(0).cumsum(0).flip(0)  # lost[r]: what rank r leaves out
     return max(int((lost > error**2 * lost[0]).sum()), 1)
+
+
+def _tall(update: Tensor) -> Tensor:
+    """The update in float64, transposed if it has more columns than rows."""
+    return (update.T if update.shape[1] > update.shape[0] else update).double()
 
 
 def _error(s: Tensor, rank: int) -> float:

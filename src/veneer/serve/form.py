@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 Form = str | int | float | bool | None | list["Form"]
-"""What json writes: a text, a number or nothing, or the name of a kind with the forms of its parts."""
+"""Values that JSON has: a text, a number or nothing, or the name of a kind with the forms of its parts."""
 
 
 def form_of(held: object) -> Form:

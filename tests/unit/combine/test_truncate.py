@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from veneer.combine.truncate import truncate_dense
+from veneer.combine.truncate import rank_within, truncate_dense
 
 
 @pytest.mark.parametrize("shape", [(37, 19), (19, 37), (23, 23)])
@@ -21,7 +21,10 @@ def test_factors_are_those_of_an_svd(shape: tuple[int, int], decay: float) -> No
     torch.testing.assert_close(pair.b @ pair.a, (u[:, :7] * values[:7] @ v[:, :7].T).float(), rtol=1e-4, atol=3e-6)
     torch.testing.assert_close(pair.b[:, :3].norm(dim=0), values[:3].float(), rtol=1e-4, atol=0)
     torch.testing.assert_close(pair.a[:3] @ pair.a[:3].T, torch.eye(3), rtol=0, atol=1e-4)
-    assert error == pytest.approx(float(values[7:].norm() / values.norm()), rel=1e-2, abs=3e-7)
+    lost = float(values[7:].norm() / values.norm())
+    assert error == pytest.approx(lost, rel=1e-2, abs=3e-7)
+    if decay == 0.9:
+        assert [rank_within((u * values @ v.T).float(), lost * share) for share in (1.01, 0.99)] == [7, 8]
 
 
 @pytest.mark.parametrize("shape", [(5, 11), (11, 5)])
