@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -37,7 +38,8 @@ def trained(folder: Path, n: int, *, resumed_at: int = 0, by_ddp: bool = False) 
         process.start()
     for process in processes:
         process.join(250)
-    assert [process.exitcode for process in processes] == [0] * n
+    codes = [process.exitcode for process in processes]
+    assert codes == [0] * n, f"exit codes {codes}; None: still running after 250 s"
     found: list[dict[str, Tensor]] = [torch.load(folder / f"{rank}.pt") for rank in range(n)]
     assert all(torch.equal(found[0][name], each[name]) for each in found for name in each)
     return found[0]
@@ -51,7 +53,9 @@ def _steps(folder: Path, rank: int, n: int, resumed_at: int, by_ddp: bool) -> No
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     joined = DistributedDataParallel(model)
     for step in range(N_STEPS):
-        if step == resumed_at:
+        if step == resumed_at and step:
+            del joined
+            gc.collect()  # its hooks go too: they would send as well, until each process collects at a time of its own
             joined = DistributedDataParallel(model)
         x = torch.randn(7, 37, generator=torch.Generator().manual_seed(step * n + rank))
         if not by_ddp:
@@ -62,4 +66,5 @@ def _steps(folder: Path, rank: int, n: int, resumed_at: int, by_ddp: bool) -> No
         optimizer.step()
         optimizer.zero_grad()
     torch.save(model.state_dict(), folder / f"{rank}.pt")
+    distributed.barrier()  # nobody leaves while another still reads
     distributed.destroy_process_group()
