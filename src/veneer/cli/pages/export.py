@@ -14,6 +14,7 @@ from veneer.cli.help import VerbCommand, first_sentence, print_page
 from veneer.cli.pages.options import Adapter, Model, unset
 from veneer.cli.work import verb
 from veneer.errors import ConfigError
+from veneer.export.vllm.ranks import require_rank
 
 Output = Annotated[Path, unset("FILE", "The .gguf file to write.", "--output", "-o")]
 Type = Annotated[
@@ -117,6 +118,34 @@ lora = verb(LoraArguments, "veneer.cli.export", "lora")
 
 
 @dataclass(frozen=True, kw_only=True)
+class VllmArguments:
+    """Write adapters as plain LoRA for vLLM and LoRAX, each into a folder of its name in --output.
+
+    LoRA with any start, patterns or rsLoRA, AdaLoRA, VeRA, LoHa and HRA stay exact. DoRA, OFT, LoKr and FourierFT are
+    reduced to --rank, and the table shows the relative error. What cannot be LoRA is refused with the reason.
+
+    Example: veneer export vllm runs/a/adapter runs/b/adapter -o lora --rank 64
+    """
+
+    adapters: Annotated[list[Path], typer.Argument(metavar="ADAPTER...", show_default=False, help="Adapter folders.")]
+    output: Annotated[Path, unset("FOLDER", "Folder for the written ones.", "--output", "-o")]
+    rank: Annotated[int | None, unset("N", "Rank to write at most: 8, 16, 32, 64, 128, 256, 320 or 512.")] = None
+    base: Annotated[str | None, unset("MODEL", "Their base; by default the one that each names.")] = None
+    ends: Annotated[
+        bool, typer.Option("--ends", help="Keep LoRA of embeddings and head, which some models of vLLM take.")
+    ] = False
+    force: Force = False
+
+    def __post_init__(self) -> None:
+        require_rank(self.rank)
+        for adapter in self.adapters:
+            _require_adapter(adapter)
+
+
+vllm = verb(VllmArguments, "veneer.cli.export_vllm", "vllm")
+
+
+@dataclass(frozen=True, kw_only=True)
 class ImportanceArguments:
     """Collect an importance matrix: how much each input of each matrix matters on a text, for types below 4 bits.
 
@@ -168,6 +197,7 @@ app = typer.Typer(cls=ExportGroup, no_args_is_help=True, rich_markup_mode="rich"
 app.command("gguf", cls=VerbCommand)(gguf)
 app.command("ollama", cls=VerbCommand)(ollama)
 app.command("lora", cls=VerbCommand)(lora)
+app.command("vllm", cls=VerbCommand)(vllm)
 app.command("check", cls=VerbCommand)(check)
 app.command("importance", cls=VerbCommand)(importance)
 

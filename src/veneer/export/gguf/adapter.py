@@ -2,38 +2,28 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from gguf import GGUFValueType
 from torch import Tensor
-from transformers import PreTrainedModel
 
-from veneer.contract.places import Placed
-from veneer.core.frozen import FrozenWeight
-from veneer.core.linear import BLOCK_VALUES
 from veneer.core.records import LinearDelta
-from veneer.core.sites import LinearSite
 from veneer.errors import CompositionError, ConfigError
-from veneer.export.base_weights import BaseWeights, WeightInFile, is_copy
-from veneer.export.folded import filled
+from veneer.export.adapter_on_base import changed_tensors, with_weights
 from veneer.export.gguf.metadata import name_of
 from veneer.export.gguf.mix import mix_of, quantize_order
 from veneer.export.gguf.model import encoded
 from veneer.export.gguf.plan import family_of, laid_out_rows
 from veneer.export.model_folder import local_folder, model_config
-from veneer.model.linear import row_squares
 from veneer.model.places import placed_on
-from veneer.model.snapshot import look_at
 from veneer.store.adapter.config import read_config
 from veneer.store.adapter.files import read_headers
 from veneer.store.adapter.records import StoredAdapter, read_records
 from veneer.store.adapter.skeleton import without_storage
-from veneer.store.checkpoint import Checkpoint
 from veneer.store.gguf.family import Family
 from veneer.store.gguf.keys import Pair
 from veneer.store.gguf.names import gguf_name, text_name
@@ -96,40 +86,14 @@ def _read(adapter: Path, base: str | None) -> tuple[str, Family, Any, StoredAdap
     family = family_of(config.get_text_config())
     skeleton = without_storage(config, read_headers(adapter))
     places = placed_on(skeleton, method)
-    stored = read_records(adapter, _with_weights(places, skeleton, folder) if method.reads_weight else places)
+    stored = read_records(adapter, with_weights(places, skeleton, folder) if method.reads_weight else places)
     if method.reads_weight and not all(record.only_adds for record in stored.updates.values()):
         raise CompositionError(
             f"a GGUF file cannot hold the adapter {adapter}: its update depends on the weights of the base, and the "
             f"format has low-rank factors alone. {_way(named, adapter)}"
         )
-    return named, family, config.get_text_config(), replace(stored, others=tuple(_changed(stored, adapter, folder)))
-
-
-def _with_weights(places: Mapping[str, Placed], skeleton: PreTrainedModel, base: Path) -> dict[str, Placed]:
-    """The places of a method that reads weights, with those of the base's files."""
-    weights, kinds, modules = BaseWeights(base, skeleton), look_at(skeleton).kinds, dict(skeleton.named_modules())
-
-    def read(path: str) -> FrozenWeight:
-        with filled([(path, modules[path])], weights, wide=True):
-            return kinds[path].weight(modules[path])
-
-    def with_weight(path: str, placed: Placed) -> Placed:
-        site = cast(LinearSite, placed.site)
-        weight = WeightInFile((site.out_features, site.in_features), functools.partial(read, path))
-        return replace(placed, site=replace(site, weight=weight, row_sq=lambda: row_squares(weight.dense())))
-
-    return {path: with_weight(path, placed) for path, placed in places.items()}
-
-
-def _changed(stored: StoredAdapter, adapter: Path, base: Path) -> Iterator[str]:
-    """The tensors of an adapter besides its records, without embeddings that only came along from the base."""
-    copies = {f"{path}.base_layer.weight": f"{path}.weight" for path in stored.updates}
-    weights, files = Checkpoint.open(base), read_headers(adapter)
-    for key in stored.others:
-        name = next((own for end, own in copies.items() if key.endswith(end)), "")
-        alike = name in weights.tensors and weights.tensors[name].shape == files[key].shape
-        if not alike or not is_copy(files[key], weights.blocks(name, BLOCK_VALUES)):
-            yield key
+    stored = replace(stored, others=tuple(changed_tensors(stored, adapter, folder)))
+    return named, family, config.get_text_config(), stored
 
 
 def _way(base: str, adapter: Path) -> str:

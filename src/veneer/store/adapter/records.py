@@ -45,17 +45,19 @@ class StoredAdapter:
         return {path: record for path, record in self.records.items() if isinstance(record, LinearDelta)}
 
 
-def read_records(folder: Path, places: Mapping[str, Placed] | None = None) -> StoredAdapter:
+def read_records(
+    folder: Path, places: Mapping[str, Placed] | None = None, lacking: Mapping[str, Tensor] | None = None
+) -> StoredAdapter:
     """Return the records of a saved adapter, equal to those on its model.
 
     ``places`` are its places in the base; the sites hold weights if the method reads them (see
     `model.places.placed_on`). None: places from the file alone; a record's ``bias`` is then the difference to the
-    layer's own.
+    layer's own. ``lacking``: tensors by key that count if the file does not hold them.
 
     Raises CompositionError if a weight is needed, or if neither the caller nor the file gives the places. Raises
     FormatError for a damaged folder.
     """
-    config, tensors = read_config(folder), once_each(read_tensors(folder))
+    config, tensors = read_config(folder), {**(lacking or {}), **once_each(read_tensors(folder))}
     broken = [f"{why}: {key}" for key, why in unusable(tensors).items()]
     if broken:
         raise FormatError(f"{folder / WEIGHTS_FILE}: {'; '.join(broken[:3])}")

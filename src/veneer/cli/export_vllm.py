@@ -1,0 +1,75 @@
+"""Implementation of ``veneer export vllm``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import typer
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from veneer.cli.pages.export import VllmArguments
+from veneer.core.progress import progress_bar
+from veneer.core.units import size
+from veneer.errors import CompositionError, ConfigError, FormatError
+from veneer.export.gguf.metadata import name_of
+from veneer.export.vllm.adapter import VllmOptions, VllmReport, export_vllm
+from veneer.export.vllm.ranks import holding
+from veneer.store.bars import quiet
+
+
+def vllm(args: VllmArguments) -> None:
+    """Write each adapter that can be LoRA, print a table, and refuse the others with their reasons."""
+    options = VllmOptions(base=args.base, rank=args.rank, ends=args.ends, overwrite=args.force)
+    folders = _folders(args.adapters, args.output)
+    written: dict[str, VllmReport] = {}
+    refused: dict[str, str] = {}
+    for name, adapter in folders.items():
+        try:
+            with quiet(), progress_bar(f"exporting {name}") as on_progress:
+                written[name] = export_vllm(adapter, args.output / name, options, on_progress)
+        except (CompositionError, ConfigError, FormatError) as error:
+            refused[name] = str(error)
+    if written:
+        _show(written)
+        typer.echo(_next(written, args.output), err=True)
+    if refused:
+        of = f" ({len(refused)} of {len(folders)})" if len(folders) > 1 else ""
+        raise CompositionError(f"not written{of}: " + "\n".join(refused.values()))
+
+
+def _folders(adapters: list[Path], output: Path) -> dict[str, Path]:
+    """The adapters by the names of their new folders. Raises ConfigError if two have one name."""
+    found: dict[str, Path] = {}
+    for adapter in adapters:
+        name = name_of(adapter)
+        if name in found:
+            raise ConfigError(
+                f"{found[name]} and {adapter} would both be written to {output / name}: export one of them into "
+                "another folder"
+            )
+        found[name] = adapter
+    return found
+
+
+def _show(written: Mapping[str, VllmReport]) -> None:
+    table = Table(box=box.SIMPLE)
+    for title in ("adapter", "method", "written"):
+        table.add_column(title, overflow="fold")
+    for title in ("rank", "layers", "size", "error", "worst layer"):
+        table.add_column(title, justify="right", overflow="fold")
+    for name, report in written.items():
+        how = "as it is" if report.copied else "reduced" if report.error else "exact"
+        errors = (f"{report.error:.2%}", f"{report.worst:.2%} {report.worst_layer}") if report.error else ("0", "")
+        table.add_row(name, report.method, how, str(report.rank), str(report.n_layers), size(report.n_bytes), *errors)
+    Console().print(table)
+
+
+def _next(written: Mapping[str, VllmReport], output: Path) -> str:
+    """The line that starts vLLM with the written adapters."""
+    most = holding(max(report.rank for report in written.values()))
+    base = next((report.base for report in written.values() if report.base), "BASE")
+    modules = " ".join(f"{name}={output / name}" for name in written)
+    return f"next: vllm serve {base} --enable-lora --max-lora-rank {most} --lora-modules {modules}"

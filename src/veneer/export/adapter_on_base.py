@@ -1,0 +1,50 @@
+"""Adapter beside its base's files: places with the weights that a method reads, and the tensors that are no copies."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import cast
+
+from transformers import PreTrainedModel
+
+from veneer.contract.places import Placed
+from veneer.core.frozen import FrozenWeight
+from veneer.core.linear import BLOCK_VALUES
+from veneer.core.sites import LinearSite
+from veneer.export.base_weights import BaseWeights, WeightInFile, is_copy
+from veneer.export.folded import filled
+from veneer.model.linear import row_squares
+from veneer.model.snapshot import look_at
+from veneer.store.adapter.files import read_headers
+from veneer.store.adapter.records import StoredAdapter
+from veneer.store.checkpoint import Checkpoint
+
+
+def with_weights(places: Mapping[str, Placed], skeleton: PreTrainedModel, base: Path) -> dict[str, Placed]:
+    """Return places of linear layers with the weights of a base's files, each read when it is used."""
+    weights, kinds, modules = BaseWeights(base, skeleton), look_at(skeleton).kinds, dict(skeleton.named_modules())
+
+    def read(path: str) -> FrozenWeight:
+        with filled([(path, modules[path])], weights, wide=True):
+            return kinds[path].weight(modules[path])
+
+    def with_weight(path: str, placed: Placed) -> Placed:
+        site = cast(LinearSite, placed.site)
+        weight = WeightInFile((site.out_features, site.in_features), functools.partial(read, path))
+        return replace(placed, site=replace(site, weight=weight, row_sq=lambda: row_squares(weight.dense())))
+
+    return {path: with_weight(path, placed) for path, placed in places.items()}
+
+
+def changed_tensors(stored: StoredAdapter, adapter: Path, base: Path) -> Iterator[str]:
+    """Yield the tensors of an adapter besides its records, without embeddings that only came along from the base."""
+    copies = {f"{path}.base_layer.weight": f"{path}.weight" for path in stored.updates}
+    weights, files = Checkpoint.open(base), read_headers(adapter)
+    for key in stored.others:
+        name = next((own for end, own in copies.items() if key.endswith(end)), "")
+        alike = name in weights.tensors and weights.tensors[name].shape == files[key].shape
+        if not alike or not is_copy(files[key], weights.blocks(name, BLOCK_VALUES)):
+            yield key

@@ -1,0 +1,1 @@
+"""Export of adapters of any low-rank method as plain LoRA, for vLLM and LoRAX."""

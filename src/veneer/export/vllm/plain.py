@@ -1,0 +1,67 @@
+"""Update of a layer as plain factors: exact where it has some, else the nearest of a rank, with what is lost."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from veneer.combine.truncate import truncate_dense, truncate_factors
+from veneer.combine.update import Update
+from veneer.core.records import LinearDelta
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plain:
+    """Factors in float32 with ``B A`` the update, or the nearest one of their rank.
+
+    ``norm`` is the Frobenius norm of the update, ``error`` that of the difference, relative to it.
+    """
+
+    a: Float[Tensor, "r i"]
+    b: Float[Tensor, "o r"]
+    norm: float
+    error: float = 0.0
+
+    @property
+    def rank(self) -> int:
+        """Rank of the factors."""
+        return len(self.a)
+
+
+def plain_of(update: Update, rank: int | None) -> Plain:
+    """Return the factors of an update: its own, or those of ``rank`` if it has none or has more.
+
+    Raises CompositionError if it needs a weight that is missing. ``rank`` is needed by an update that is no pair.
+    """
+    if update.is_lowrank:
+        a, b = update.record.factors(torch.float32)
+        norm = math.sqrt(max(float(((b.double().T @ b.double()) * (a.double() @ a.double().T)).sum()), 0.0))
+        most = min(len(a) if rank is None else rank, len(b), a.shape[1])
+        if len(a) <= (rank or len(a)):
+            return Plain(a=a, b=b, norm=norm)
+        kept, error = truncate_factors(LinearDelta.pair(a.double(), b.double()), most)
+    else:
+        whole = update.dense()
+        norm = float(whole.double().norm())
+        kept, error = truncate_dense(whole, min(rank or 1, *whole.shape))
+    a, b = kept.factors(torch.float32)
+    return Plain(a=a, b=b, norm=norm, error=error)
+
+
+def padded(layer: Plain, rank: int) -> tuple[Float[Tensor, "r i"], Float[Tensor, "o r"]]:
+    """Return the factors with zeros up to a rank, which leave the product as it is."""
+    n = rank - layer.rank
+    a, b = torch.nn.functional.pad(layer.a, (0, 0, 0, n)), torch.nn.functional.pad(layer.b, (0, n))
+    return a.contiguous(), b.contiguous()
+
+
+def whole_error(layers: Iterable[Plain]) -> float:
+    """Return the relative error of all layers together: the root of the lost squares over that of all squares."""
+    pairs = [(layer.error * layer.norm, layer.norm) for layer in layers]
+    lost, total = (math.hypot(*(pair[which] for pair in pairs)) for which in (0, 1))
+    return lost / total if total > 0 else 0.0
