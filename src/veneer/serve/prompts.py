@@ -8,7 +8,11 @@ from typing import Any
 
 from veneer.errors import ConfigError, FormatError
 from veneer.serve.conversation import Conversation, chat_text
+from veneer.serve.latest import Latest
+from veneer.serve.tool_calls.format import CallFormat
+from veneer.serve.tool_calls.read import format_of
 
+_FORMATS = 8  # of calls, by chat templates
 Prompt = str | Sequence[int] | Mapping[str, Any]
 
 
@@ -31,6 +35,7 @@ class PromptReader:
     ) -> None:
         self.tokenizer, self.most, self.no_chat = tokenizer, most, no_chat
         self.templates, self.ends = tuple(templates), frozenset(ends)
+        self._formats: Latest[str, tuple[CallFormat | None]] = Latest(_FORMATS)
 
     def read(self, prompt: Prompt) -> tuple[str | None, list[int]]:
         """Return a prompt's text, if it has one, and its ids. Raises ConfigError for an invalid or too long prompt."""
@@ -54,18 +59,33 @@ class PromptReader:
 
         Raises as `chat_text` and `read` do, and FormatError if the adapter's template cannot be read.
         """
-        template = how.get("chat_template")
-        if template is None and self.no_chat:
-            raise FormatError(self.no_chat)
-        if template is None and self.templates:
-            if len(self.templates) > 1:
-                raise ConfigError(
-                    "the adapters of this mix were trained with other chat templates than one another: give "
-                    "chat_template, or a prompt that is plain text"
-                )
-            template = self.templates[0]
-        text = chat_text(self.tokenizer, messages, {**how, "chat_template": template})
+        text = chat_text(self.tokenizer, messages, {**how, "chat_template": self._template(how.get("chat_template"))})
         return text, self._ids(text, add_special_tokens=False)
+
+    def call_format(self, template: str | None = None) -> CallFormat | None:
+        """Return the format of tool calls in the chat template that `chat` uses; None if it shows none.
+
+        Raises as `chat` does if there is no template to use.
+        """
+        used = self._template(template)
+        found = self._formats.get(used or "")
+        if found is None:
+            found = (format_of(self.tokenizer, used),)
+            self._formats.put(used or "", found)
+        return found[0]
+
+    def _template(self, given: str | None) -> str | None:
+        """The chat template of a request; None for the tokenizer's."""
+        if given is None and self.no_chat:
+            raise FormatError(self.no_chat)
+        if given is not None or not self.templates:
+            return given
+        if len(self.templates) > 1:
+            raise ConfigError(
+                "the adapters of this mix were trained with other chat templates than one another: give "
+                "chat_template, or a prompt that is plain text"
+            )
+        return self.templates[0]
 
     def _ids(self, text: str, **how: Any) -> list[int]:
         if len(text) > self.most and len(text) > self.most * self._longest:

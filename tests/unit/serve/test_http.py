@@ -303,7 +303,6 @@ def test_a_client_that_goes_away_ends_its_request(server):
         ("completions", {"prompt": "x", "stream_options": {"usage": True}}, "field 'stream_options.usage'", None),
         ("chat/completions", {"messages": []}, "messages is empty", None),
         ("chat/completions", {"messages": [TURN], "top_logprobs": 3}, "needs logprobs", None),
-        ("chat/completions", {"messages": [TURN], "tools": [{"type": "function"}]}, "tools are not offered", None),
         ("chat/completions", {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "type text", None),
     ],
 )  # fmt: skip
@@ -340,11 +339,6 @@ def test_an_adapter_that_does_not_fit_is_told_to_who_asks_for_it(server, folder,
     shutil.rmtree(other)
     fine = server.client.completions.create(model="tiny", prompt=PROMPT, temperature=0, max_tokens=9)
     assert fine.choices[0].text == expected(llm).text
-
-
-def test_tools_that_are_not_to_be_called_are_no_error(server):
-    body = {"messages": [TURN], "tools": [{"type": "function"}], "tool_choice": "none", "max_tokens": 1}
-    assert server.post("/v1/chat/completions", body)[0] == 200
 
 
 def test_a_body_under_another_content_type_is_told(server):

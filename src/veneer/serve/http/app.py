@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import ExitStack, asynccontextmanager, contextmanager
 from typing import Any
 
@@ -15,6 +15,7 @@ from starlette.exceptions import HTTPException
 from veneer.errors import ConfigError, VeneerError
 from veneer.serve.asked import Asked
 from veneer.serve.async_engine import AsyncEngine
+from veneer.serve.calls import Calls
 from veneer.serve.engine import Engine
 from veneer.serve.http import chat, completions
 from veneer.serve.http.answers import Answering, Shape, stream_of, whole_answer
@@ -64,7 +65,7 @@ class Api:
 
     async def complete(self, request: Request, body: CompletionBody) -> Response:
         """Return completions of prompts."""
-        return await self._answer(request, body, completions.shape(body.echo))
+        return await self._answer(request, body, lambda calls: completions.shape(body.echo))
 
     async def converse(self, request: Request, body: ChatBody) -> Response:
         """Return the next turn of a conversation."""
@@ -74,7 +75,7 @@ class Api:
                 "or start the server with --trust-request-templates",
                 "chat_template",
             )
-        return await self._answer(request, body, chat.SHAPE)
+        return await self._answer(request, body, chat.shape)
 
     async def models(self) -> dict[str, Any]:
         """Return the base and the adapters."""
@@ -84,12 +85,14 @@ class Api:
         """Return 200 while the engine runs, 500 once it has failed."""
         return Response(status_code=200 if self.running.failure is None else 500)
 
-    async def _answer(self, request: Request, body: CompletionBody | ChatBody, shape: Shape) -> Response:
+    async def _answer(
+        self, request: Request, body: CompletionBody | ChatBody, shape: Callable[[Calls | None], Shape]
+    ) -> Response:
         with ExitStack() as taken:  # left when the answer has ended, or when there is none
             taken.enter_context(self._admitted(body.n_choices))
             # On another thread: a template, a tokenizer, a grammar and files take their time, and everybody waits here.
-            asked = await asyncio.to_thread(self._ask, body)
-            answering = Answering(asked, body.model or self.catalogue.base, shape)
+            asked, calls = await asyncio.to_thread(self._ask, body)
+            answering = Answering(asked, body.model or self.catalogue.base, shape(calls))
             if body.stream:
                 return stream_of(self.running, answering, body.stream_options or StreamOptions(), taken.pop_all())
             return await whole_answer(self.running, request, answering)
@@ -115,15 +118,19 @@ class Api:
         finally:
             self._n_in_flight -= n
 
-    def _ask(self, body: CompletionBody | ChatBody) -> list[Asked]:
+    def _ask(self, body: CompletionBody | ChatBody) -> tuple[list[Asked], Calls | None]:
         params = body.to_params(self.engine.settings.generation_defaults)
         adapter = self._adapter(body)
+        reader = self.engine.readers.of(adapter)
+        calls = body.calls(reader)
+        if calls is not None:
+            params = calls.constrained(params)
         asked = [
             self.engine.asked(text, ids, params, adapter, cache_salt=body.cache_salt)
-            for text, ids in body.read(self.engine.readers.of(adapter))
+            for text, ids in body.read(reader, calls)
         ]
         self.engine.backlog.require_room(asked)  # while there is a status to say it with
-        return asked
+        return asked, calls
 
     def _adapter(self, body: Body) -> LoRARequest | None:
         named = self.catalogue.find(body.model)

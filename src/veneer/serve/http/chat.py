@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from veneer.serve.asked import Asked
+from veneer.serve.calls import Calls
 from veneer.serve.http.answers import Shape
 from veneer.serve.outputs import CompletionOutput, Logprob
+from veneer.serve.tool_calls.parser import Arguments, Begun, Event, Parser, Text
 
 
 def _choice(answer: CompletionOutput, index: int, asked: Asked) -> dict[str, Any]:
@@ -41,11 +44,53 @@ def _one(p: Logprob) -> dict[str, Any]:
     return {"token": text, "logprob": p.logprob, "bytes": list(text.encode())}
 
 
-SHAPE = Shape(
-    id="chatcmpl",
-    whole="chat.completion",
-    chunk="chat.completion.chunk",
-    choice=_choice,
-    delta=_delta,
-    opening=_opening,
-)
+def shape(calls: Calls | None = None) -> Shape:
+    """Return the shape of chat completions, and of the calls in their answers if they may have any.
+
+    It reads the deltas of each choice in their order.
+    """
+    names = {"id": "chatcmpl", "whole": "chat.completion", "chunk": "chat.completion.chunk"}
+    if calls is None:
+        return Shape(**names, choice=_choice, delta=_delta, opening=_opening)
+    parsers: dict[int, Parser] = {}  # of choices that are streamed
+
+    def parsed(parser: Parser, answer: CompletionOutput, asked: Asked) -> tuple[list[Event], dict[str, Any]]:
+        events = parser.feed(answer.text)
+        events += parser.finish() if answer.finished() else []
+        rest = _rest(answer, asked)
+        if answer.finish_reason == "stop" and parser.is_called:
+            rest["finish_reason"] = "tool_calls"
+        return events, rest
+
+    def choice(answer: CompletionOutput, index: int, asked: Asked) -> dict[str, Any]:
+        events, rest = parsed(calls.parser(), answer, asked)
+        made = [{k: v for k, v in call.items() if k != "index"} for call in _calls(events)]
+        message = {"role": "assistant", "content": _text(events) or (None if made else "")}
+        return {"index": index, "message": message | ({"tool_calls": made} if made else {})} | rest
+
+    def delta(answer: CompletionOutput, index: int, asked: Asked) -> dict[str, Any]:
+        if index not in parsers:
+            parsers[index] = calls.parser()
+        events, rest = parsed(parsers[index], answer, asked)
+        text, made = _text(events), _calls(events)
+        shown = ({"content": text} if text else {}) | ({"tool_calls": made} if made else {})
+        return {"index": index, "delta": shown} | rest
+
+    return Shape(**names, choice=choice, delta=delta, opening=_opening)
+
+
+def _text(events: Sequence[Event]) -> str:
+    return "".join(event.text for event in events if isinstance(event, Text))
+
+
+def _calls(events: Sequence[Event]) -> list[dict[str, Any]]:
+    """Calls, or parts of them, each once."""
+    found: dict[int, dict[str, Any]] = {}
+    for event in events:
+        if isinstance(event, Begun):
+            function = {"name": event.name, "arguments": ""}
+            found[event.index] = {"index": event.index, "id": event.id, "type": "function", "function": function}
+        elif isinstance(event, Arguments):
+            call = found.setdefault(event.index, {"index": event.index, "function": {"arguments": ""}})
+            call["function"]["arguments"] += event.text
+    return list(found.values())

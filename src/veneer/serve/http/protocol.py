@@ -5,13 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, FailFast, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, FailFast, Field, Tag, field_validator, model_validator
 from pydantic_core import InitErrorDetails, PydanticCustomError, ValidationError
 
 from veneer.errors import ConfigError
-from veneer.serve.conversation import TEMPLATE_ARGUMENTS
+from veneer.serve.calls import Calls, calls_of
+from veneer.serve.conversation import TEMPLATE_ARGUMENTS, Conversation
+from veneer.serve.http.errors import RefusedError
 from veneer.serve.prompts import PromptReader
 from veneer.serve.sampling_params import MAX_LOGPROBS, RequestOutputKind, SamplingParams, StructuredOutputsParams
+from veneer.serve.tool_calls.functions import Function, Tools
+from veneer.serve.tool_calls.messages import with_calls
 
 # What SamplingParams has under the same name.
 _SAME = (
@@ -59,6 +63,39 @@ class StreamOptions(Strict):
 
     include_usage: bool = False
     continuous_usage_stats: bool = False
+
+
+class FunctionBody(Strict):
+    """Function that a model may call. ``strict`` means nothing: forced calls fit their schemas anyway."""
+
+    name: str
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class ToolBody(Strict):
+    """Tool of a chat completion."""
+
+    type: Literal["function"]
+    function: FunctionBody
+
+
+class _Named(Strict):
+    name: str
+
+
+class NamedTool(Strict):
+    """Choice of the one function that must be called."""
+
+    type: Literal["function"]
+    function: _Named
+
+
+ToolChoice = Annotated[
+    Annotated[Literal["none", "auto", "required"], Tag("mode")] | Annotated[NamedTool, Tag("function")],
+    Discriminator(lambda given: "mode" if isinstance(given, str) else "function"),
+]
 
 
 class Body(Strict):
@@ -151,13 +188,16 @@ class CompletionBody(Body):
         """Number of answers requested, to all prompts together."""
         return len(self._prompts()) * super().n_choices
 
-    def read(self, reader: PromptReader) -> list[tuple[str | None, list[int]]]:
+    def read(self, reader: PromptReader, calls: Calls | None = None) -> list[tuple[str | None, list[int]]]:
         """Return the prompts, each as text and ids. Raises ConfigError."""
         return [reader.read(prompt) for prompt in self._prompts()]
 
     def _prompts(self) -> list[Any]:
         one = isinstance(self.prompt, str) or (bool(self.prompt) and isinstance(self.prompt[0], int))
         return [self.prompt] if one else list(self.prompt)
+
+    def calls(self, reader: PromptReader) -> None:
+        """Return no calls: text has none."""
 
     def to_params(self, defaults: Mapping[str, Any]) -> SamplingParams:
         """Return the sampling parameters of the body. Raises ConfigError."""
@@ -167,17 +207,15 @@ class CompletionBody(Body):
 
 
 class ChatBody(Body):
-    """Body of ``/v1/chat/completions``. ``max_tokens`` is the old name of ``max_completion_tokens``.
-
-    ``tools`` are refused unless ``tool_choice`` is "none".
-    """
+    """Body of ``/v1/chat/completions``. ``max_tokens`` is the old name of ``max_completion_tokens``."""
 
     messages: Several[dict[str, Any]]
     max_completion_tokens: int | None = None
     logprobs: bool = False
     top_logprobs: int | None = None
-    tools: Several[dict[str, Any]] | None = None
-    tool_choice: Literal["none", "auto"] | None = None
+    tools: Several[ToolBody] | None = None
+    tool_choice: ToolChoice | None = None
+    parallel_tool_calls: bool | None = None
     add_generation_prompt: bool = True
     continue_final_message: bool = False
     chat_template: str | None = None
@@ -185,11 +223,6 @@ class ChatBody(Body):
 
     def to_params(self, defaults: Mapping[str, Any]) -> SamplingParams:
         """Return the sampling parameters of the body. Raises ConfigError."""
-        if self.tools and self.tool_choice != "none":
-            raise ConfigError(
-                "tools are not offered: answers come back as text, in which calls are not recognised. Leave the field "
-                'out, or send tool_choice="none"'
-            )
         if self.top_logprobs is not None and not (self.logprobs and 0 <= self.top_logprobs <= MAX_LOGPROBS):
             raise ConfigError(
                 f"top_logprobs={self.top_logprobs} needs logprobs=true and lies between 0 and {MAX_LOGPROBS}"
@@ -198,9 +231,32 @@ class ChatBody(Body):
         longest = self.max_tokens if given is None else given
         return self.params(defaults, longest, (self.top_logprobs or 0) if self.logprobs else None)
 
-    def read(self, reader: PromptReader) -> list[tuple[str | None, list[int]]]:
-        """Return the conversation as one prompt. Raises ConfigError."""
-        return [reader.chat(self.messages, self._template())]
+    def read(self, reader: PromptReader, calls: Calls | None = None) -> list[tuple[str | None, list[int]]]:
+        """Return the conversation as one prompt, with the functions that may be called. Raises ConfigError."""
+        messages: Conversation = self.messages
+        how = self._template()
+        if any(message.get("tool_calls") for message in messages):
+            messages = with_calls(messages, reader.call_format(self.chat_template))
+        return [reader.chat(messages, how if calls is None else {**how, "tools": calls.shown})]
+
+    def calls(self, reader: PromptReader) -> Calls | None:
+        """Return the calls that an answer may have; None if it may have none. Raises RefusedError."""
+        try:
+            tools = self._tools()
+            if tools is None:
+                return None
+            return calls_of(tools, reader, self.chat_template, hides=self.skip_special_tokens)
+        except ConfigError as error:
+            raise RefusedError(str(error), "tools") from error
+
+    def _tools(self) -> Tools | None:
+        given, choice = self.tools or (), self.tool_choice
+        told = [tool.function for tool in given]
+        functions = [Function(name=f.name, description=f.description, parameters=f.parameters) for f in told]
+        named = choice.function.name if isinstance(choice, NamedTool) else None
+        mode = choice if isinstance(choice, str) else "auto"
+        tools = Tools(functions, mode, named, parallel=self.parallel_tool_calls is not False)
+        return None if mode == "none" or not functions else tools
 
     def _template(self) -> dict[str, Any]:
         """The arguments of the chat template."""

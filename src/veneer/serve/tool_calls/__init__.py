@@ -1,0 +1,1 @@
+"""Tools in conversations: their format, read off the model's chat template, and calls out of the model's text."""

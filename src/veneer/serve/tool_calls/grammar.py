@@ -1,0 +1,149 @@
+"""Grammar of an answer that is calls, so that it cannot fail to parse."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from veneer.errors import ConfigError
+from veneer.serve.tool_calls.arguments import kinds_of
+from veneer.serve.tool_calls.format import CallFormat, Fields
+from veneer.serve.tool_calls.functions import Function, Tools
+from veneer.serve.tool_calls.match import Parts, Slot
+
+MOST_CALLS = 16
+"""Calls of an answer whose form is forced, at most."""
+_OPENS = frozenset(
+    ("additionalProperties", "patternProperties", "unevaluatedProperties", "allOf", "anyOf", "oneOf", "$ref")
+)
+_COMBINED = ("allOf", "anyOf", "oneOf", "not", "if", "$ref")
+_NOT_IN_FIELDS = (*_COMBINED, "patternProperties", "minProperties", "propertyNames", "dependentRequired")
+_NOT_IN_STRINGS = (*_COMBINED, "pattern", "format", "minLength", "maxLength")
+"""Parts of a schema that arguments written one by one, and their strings, cannot be held to."""
+_NOTHING = '""'
+_ID = "/[a-zA-Z0-9]{9}/"
+
+
+def grammar_of(tools: Tools, format: CallFormat, otherwise: str | Mapping[str, Any] | None = None) -> str:
+    """Return the Lark grammar of one to 16 calls of functions that may be called, or of one if calls are not parallel.
+
+    Arguments fit the function's schema. Properties that it does not name are left out, unless it says that there may be
+    some. An answer may be JSON of the schema ``otherwise`` instead. Raises ConfigError for a schema whose values a
+    format cannot hold.
+    """
+    grammar = _Grammar(format)
+    rules = [(f"a{i}", function) for i, function in enumerate(tools.callable)]
+    for rule, function in rules:
+        grammar.add_arguments(rule, function)
+    start = _either([grammar.front(format.before, function.name, rule) for rule, function in rules])
+    if tools.parallel and format.between is not None:
+        later = _either([grammar.front(format.between, function.name, rule) for rule, function in rules])
+        start += f" {later}{{0,{MOST_CALLS - 1}}}"
+    start = f"start: {start} {grammar.line(*format.after)}"
+    if otherwise is not None:
+        start += " | answer"
+        grammar.rules.append(f"answer: %json {otherwise if isinstance(otherwise, str) else json.dumps(otherwise)}")
+    return "\n".join([start, *grammar.rules, ""])
+
+
+class _Grammar:
+    """Rules of a grammar in the making."""
+
+    def __init__(self, format: CallFormat) -> None:
+        self.rules: list[str] = []
+        self._format = format
+        tokens = sorted(format.added, key=len, reverse=True)
+        self._tokens = re.compile(f"({'|'.join(map(re.escape, tokens))})") if tokens else None
+
+    def front(self, parts: Parts, name: str, rule: str) -> str:
+        """Return a call's front and its arguments."""
+        return f"{self.line(*(name if part is Slot.NAME else part for part in parts))} {rule}"
+
+    def line(self, *parts: str | Slot) -> str:
+        """Return literals and slots one behind another."""
+        text, made = "", list[str]()
+        for part in parts:
+            if isinstance(part, str):
+                text += part
+            else:
+                made += [*self._literal(text), _ID]
+                text = ""
+        return " ".join([*made, *self._literal(text)])
+
+    def _literal(self, text: str) -> list[str]:
+        """A text; tokens that the tokenizer keeps whole are themselves."""
+        pieces = [text] if self._tokens is None else self._tokens.split(text)
+        added = self._format.added
+        return [f"<[{added[each]}]>" if each in added else json.dumps(each) for each in pieces if each]
+
+    def add_arguments(self, rule: str, function: Function) -> None:
+        """Add the rule of a function's arguments."""
+        fields, schema = self._format.fields, function.schema
+        if fields is not None:
+            self._add_fields(rule, fields, schema, function.name)
+            return
+        named = schema.get("properties")
+        if named is not None and _OPENS.isdisjoint(schema) and set(schema.get("required", ())) <= set(named):
+            schema["additionalProperties"] = False
+        self.rules.append(f"{rule}: %json {json.dumps(schema | self._style())}")
+
+    def _style(self) -> dict[str, Any]:
+        """White space in JSON, as the template writes it."""
+        item, key = self._format.separators or (", ", ": ")
+        return {"x-guidance": {"whitespace_flexible": False, "item_separator": item, "key_separator": key}}
+
+    def _add_fields(self, rule: str, fields: Fields, schema: Mapping[str, Any], name: str) -> None:
+        """Rules of fields in the order of the schema: those that follow none, and those that follow another."""
+        properties, required = schema.get("properties", {}), set(schema.get("required", ()))
+        _require_held(name, [key for key in _NOT_IN_FIELDS if key in schema])
+        _require_held(name, [f"the required {key!r} without a schema" for key in required - set(properties)])
+        behind = fields.next[len(fields.last) :]
+        for i, (key, each) in enumerate(properties.items()):
+            if not key.strip() or {fields.middle.strip()[0], "\n"} & set(key) or key != key.strip():
+                _require_held(name, [f"the name {key!r}"])
+            value = self._value(f"{rule}_{i}", fields, self._with_definitions(each, schema), f"{name}.{key}")
+            first = f"{self.line(fields.first + key + fields.middle)} {value} {rule}_r{i + 1}"
+            more = f"{self.line(behind + key + fields.middle)} {value}"
+            optional = key not in required
+            front = rule if i == 0 else f"{rule}_f{i}"
+            self.rules.append(f"{front}: {first}" + (f" | {rule}_f{i + 1}" if optional else ""))
+            self.rules.append(f"{rule}_r{i}: " + (f"({more})?" if optional else more) + f" {rule}_r{i + 1}")
+        n = len(properties)
+        front = rule if n == 0 else f"{rule}_f{n}"
+        self.rules += [f"{front}: {self.line(fields.none) or _NOTHING}", f"{rule}_r{n}: {_NOTHING}"]
+
+    def _with_definitions(self, each: Any, schema: Mapping[str, Any]) -> dict[str, Any]:
+        kept = {key: schema[key] for key in ("$defs", "definitions") if key in schema}
+        return {**kept, **(each if isinstance(each, Mapping) else {})}
+
+    def _value(self, rule: str, fields: Fields, schema: dict[str, Any], where: str) -> str:
+        """The rule of a value, and of what follows a value."""
+        end = self.line(fields.last)
+        if kinds_of(schema) != {"string"}:
+            self.rules.append(f"{rule}: %json {json.dumps(schema | self._style())}")
+            return f"{rule} {end}"
+        values = [schema["const"]] if "const" in schema else schema.get("enum")
+        if isinstance(values, list):
+            values = [value for value in values if isinstance(value, str)]
+            _require_held(where, [repr(value) for value in values if fields.end in value])
+            return f"{_either([self.line(value) or _NOTHING for value in values])} {end}"
+        _require_held(where, [key for key in _NOT_IN_STRINGS if key in schema])
+        if self._tokens is not None and self._tokens.match(fields.end):
+            self.rules.append(f"{rule}: /(?s:.*)/")
+            return f"{rule} {self.line(fields.last.lstrip())}"
+        self.rules.append(f"{rule}[suffix={json.dumps(fields.last)}]: /(?s:.*)/")
+        return rule
+
+
+def _require_held(where: str, wrong: list[str]) -> None:
+    if wrong:
+        raise ConfigError(
+            f"the schema of {where} has {', '.join(wrong)}, which this model's format cannot force: change it, or "
+            'send tool_choice="auto"'
+        )
+
+
+def _either(ways: list[str]) -> str:
+    return f"({' | '.join(ways)})"

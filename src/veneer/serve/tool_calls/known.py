@@ -1,0 +1,41 @@
+"""Formats of templates that tell the model a format, and do not render calls that were made."""
+
+from __future__ import annotations
+
+from veneer.serve.tool_calls.format import CallFormat
+from veneer.serve.tool_calls.match import Slot
+
+_NAMED = ('{"name": "', Slot.NAME, '", "arguments": ')
+
+PLAIN = CallFormat(before=_NAMED, between=("}\n" + _NAMED[0], *_NAMED[1:]), after=("}",))
+"""JSON objects, one a line: the format of calls that are forced on a model whose template shows none."""
+
+_HERMES = CallFormat(
+    before=('<tool_call>\n{"name": "', Slot.NAME, '", "arguments": '),
+    between=('}\n</tool_call>\n<tool_call>\n{"name": "', Slot.NAME, '", "arguments": '),
+    after=("}\n</tool_call>",),
+)
+_LLAMA = CallFormat(before=('{"name": "', Slot.NAME, '", "parameters": '), between=None, after=("}",))
+
+
+def _list(front: str, back: str) -> CallFormat:
+    """A list of JSON objects between two marks."""
+    return CallFormat(
+        before=(f'{front}[{{"name": "', Slot.NAME, '", "arguments": '),
+        between=('}, {"name": "', Slot.NAME, '", "arguments": '),
+        after=("}]" + back,),
+    )
+
+
+_BY_MARK = (
+    ("<tool_call>", _HERMES),
+    ("[AVAILABLE_TOOLS]", _list("[TOOL_CALLS]", "")),
+    ("<|tool|>", _list("<|tool_call|>", "<|/tool_call|>")),
+    ('{"name": function name, "parameters":', _LLAMA),
+)
+"""Formats by a text that the prompt contains if tools are offered."""
+
+
+def known_format(prompt: str) -> CallFormat | None:
+    """Return the format that a rendered prompt with tools tells the model by a known mark; None if by none."""
+    return next((known for mark, known in _BY_MARK if mark in prompt), None)

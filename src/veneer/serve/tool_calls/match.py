@@ -1,0 +1,135 @@
+"""Matching of a format's literals and slots against a text that may still grow."""
+
+from __future__ import annotations
+
+import enum
+import re
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+
+
+class Slot(enum.Enum):
+    """Place in a format for what differs from call to call."""
+
+    NAME = "name"
+    ID = "id"
+    KEY = "key"
+
+
+Part = str | Slot
+Parts = tuple[Part, ...]
+
+_BLANKS = 64  # characters, at most, where a format allows white space
+_MOST_KEY = 256
+_WORD = re.compile(r"[A-Za-z0-9_-]*")
+_JOINTS = frozenset("{}[],:")  # white space beside them means nothing
+
+
+class Growing:
+    """Text that may match, once there is more of it."""
+
+
+GROWING = Growing()
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """End of a match, and the texts of its slots."""
+
+    end: int
+    values: Mapping[Slot, str] = field(default_factory=dict)
+
+
+Match = Found | Growing | None
+
+
+def match(parts: Parts, text: str, at: int, names: Collection[str], *, final: bool) -> Match:
+    """Match parts at a place of a text. ``names`` are the names that a call may have. ``final``: no more text comes.
+
+    White space is free where the format has some, and beside brackets, commas and colons.
+    """
+    values = dict[Slot, str]()
+    loose = False
+    for number, part in enumerate(parts):
+        if isinstance(part, str):
+            end = _literal(part, text, at, loose)
+            loose = part[-1:].isspace()
+        else:
+            end = _slot(part, _bare(parts[number + 1 :]), text, _skip(text, at) if loose else at, names, final)
+            if isinstance(end, Found):
+                values |= end.values
+            loose = False
+        if not isinstance(end, Found):
+            return None if final else end
+        at = end.end
+    return Found(at, values)
+
+
+def first_characters(parts: Parts, names: Collection[str]) -> set[str]:
+    """Return the characters with which a match of parts can begin."""
+    first = parts[0]
+    return {first.lstrip()[0]} if isinstance(first, str) else {name[0] for name in names}
+
+
+def skip_blanks(text: str, at: int) -> int:
+    """Return the place of the first character at or behind ``at`` that is no white space."""
+    return _skip(text, at)
+
+
+def _skip(text: str, at: int) -> int:
+    end = at
+    while end < len(text) and end - at <= _BLANKS and text[end].isspace():
+        end += 1
+    return end
+
+
+@lru_cache(maxsize=1024)
+def _steps(literal: str) -> tuple[tuple[str, bool], ...]:
+    """Characters of a literal that are no white space, each with whether white space may precede it."""
+    steps, before, blank = list[tuple[str, bool]](), "", False
+    for character in literal:
+        if character.isspace():
+            blank = True
+            continue
+        joint = bool(steps) and (character in _JOINTS or before in _JOINTS)
+        steps.append((character, blank or joint))
+        before, blank = character, False
+    return tuple(steps)
+
+
+def _literal(literal: str, text: str, at: int, loose: bool) -> Match:
+    for character, blank_before in _steps(literal):
+        if (blank_before or loose) and at < len(text) and text[at].isspace():
+            end = _skip(text, at)
+            if end - at > _BLANKS:
+                return None
+            at = end
+        if at >= len(text):
+            return GROWING
+        if text[at] != character:
+            return None
+        at, loose = at + 1, False
+    return Found(at)
+
+
+def _slot(slot: Slot, behind: str, text: str, at: int, names: Collection[str], final: bool) -> Match:
+    if slot is Slot.KEY:
+        end = text.find(behind[0], at, at + _MOST_KEY)
+        key = text[at : at + _MOST_KEY if end < 0 else end].strip()
+        if "\n" in key or (end < 0 and len(text) - at >= _MOST_KEY):
+            return None
+        return Found(end, {slot: key}) if end >= 0 else GROWING
+    found = _WORD.match(text, at)
+    word = found[0] if found else ""
+    end = at + len(word)
+    if slot is Slot.ID:
+        return GROWING if end == len(text) and not final else Found(end, {slot: word})
+    if end == len(text) and not final:
+        return GROWING if any(name.startswith(word) for name in names) else None
+    return Found(end, {slot: word}) if word in names else None
+
+
+def _bare(parts: Sequence[Part]) -> str:
+    """The next literal without white space around it."""
+    return next((part.strip() for part in parts if isinstance(part, str) and part.strip()), "\n")

@@ -1,0 +1,178 @@
+"""Tools over HTTP, asked by the openai client, on a model whose text is noise."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+
+import pytest
+import transformers
+from transformers import AutoModelForCausalLM
+
+from veneer.serve.http.limits import ServerLimits
+
+from .conftest import SHAPE
+from .test_http import TURN, Server
+from .tool_templates import TEMPLATES, tokenizer_of
+
+SCHEMA = {
+    "type": "object",
+    "properties": {"unit": {"enum": ["C", "F"]}, "days": {"type": "integer", "minimum": 1, "maximum": 7}},
+    "required": ["unit", "days"],
+}
+TOOLS = [
+    {"type": "function", "function": {"name": "weather", "description": "Tells it.", "parameters": SCHEMA}},
+    {"type": "function", "function": {"name": "now"}},
+]
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory) -> Iterator[Server]:
+    folder = tmp_path_factory.mktemp("base of tools")
+    config = transformers.LlamaConfig(**SHAPE | {"max_position_embeddings": 2048})
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    tokenizer_of(TEMPLATES["list"]).save_pretrained(folder)
+    running = Server(folder, folder / "none", ServerLimits(trust_request_templates=True))
+    yield running
+    running.stop()
+
+
+def ask(server: Server, name: str = "list", **given):
+    body = {"model": "tiny", "messages": [TURN], "tools": TOOLS, "max_tokens": 700, **given}
+    extra = {"chat_template": TEMPLATES[name]} | body.pop("extra_body", {})
+    return server.client.chat.completions.create(**body, extra_body=extra)
+
+
+def made(message) -> list[tuple[str, str]]:
+    return [(call.function.name, call.function.arguments) for call in message.tool_calls or []]
+
+
+def fits(name: str, arguments: str) -> bool:
+    told = json.loads(arguments)
+    return told == {} if name == "now" else told["unit"] in "CF" and 1 <= told["days"] <= 7 and len(told) == 2
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_forced_calls_are_equal_whole_and_streamed(server, name):
+    for seed in range(2):
+        asked = {"tool_choice": "required", "seed": seed, "temperature": 1.0}
+        whole = ask(server, name, **asked).choices[0]
+        assert (whole.finish_reason, whole.message.content) == ("tool_calls", None)
+        calls = made(whole.message)
+        assert calls
+        assert all(fits(*call) for call in calls)
+        extra = {"chat_template": TEMPLATES[name]}
+        with server.client.chat.completions.stream(
+            model="tiny", messages=[TURN], tools=TOOLS, max_tokens=700, extra_body=extra, **asked
+        ) as stream:
+            final = stream.get_final_completion().choices[0]
+        assert (made(final.message), final.finish_reason) == (calls, "tool_calls")
+        assert not final.message.content
+    one = ask(server, name, tool_choice=tool(name="weather"), seed=1)
+    assert {call for call, _ in made(one.choices[0].message)} == {"weather"}
+
+
+def test_calls_come_in_pieces(server):
+    choice = {"type": "function", "function": {"name": "weather"}}
+    parts = list(ask(server, tool_choice=choice, parallel_tool_calls=False, seed=3, stream=True))
+    deltas = [call for part in parts for call in part.choices[0].delta.tool_calls or []]
+    assert deltas[0].id
+    assert deltas[0].function.name
+    assert [delta.index for delta in deltas] == [0] * len(deltas)
+    assert all(delta.id is None for delta in deltas[1:])
+    assert len(deltas) >= 2
+    assert fits("weather", "".join(delta.function.arguments for delta in deltas))
+
+
+def test_several_choices_each_have_their_calls(server):
+    asked = {"tool_choice": "required", "n": 3, "seed": 5, "temperature": 1.0}
+    whole = [made(choice.message) for choice in ask(server, **asked).choices]
+    assert all(fits(*call) for calls in whole for call in calls)
+    found: dict[int, dict[int, list[str]]] = {}
+    for part in ask(server, stream=True, **asked):
+        choice = part.choices[0]
+        for call in choice.delta.tool_calls or []:
+            each = found.setdefault(choice.index, {}).setdefault(call.index, ["", ""])
+            each[0] += call.function.name or ""
+            each[1] += call.function.arguments or ""
+    assert [[tuple(call) for call in found[i].values()] for i in range(3)] == whole
+
+
+def test_log_probabilities_are_those_of_all_tokens(server):
+    answer = ask(server, "brackets", tool_choice="required", parallel_tool_calls=False, logprobs=True)
+    tokens = [each.token for each in answer.choices[0].logprobs.content]
+    assert "".join(tokens).startswith("[[")
+    assert len(tokens) == answer.usage.completion_tokens
+
+
+def test_an_answer_without_calls_is_text(server):
+    answer = ask(server, "brackets", temperature=0.0, max_tokens=9, extra_body={"allowed_token_ids": [97, 98]})
+    message = answer.choices[0].message
+    assert (message.tool_calls, len(message.content), answer.choices[0].finish_reason) == (None, 9, "length")
+
+
+def test_a_call_that_is_cut_has_the_reason(server):
+    choice = {"type": "function", "function": {"name": "weather"}}
+    cut = ask(server, "brackets", tool_choice=choice, max_tokens=len("[[weather <- {")).choices[0]
+    assert (cut.finish_reason, made(cut.message)) == ("length", [("weather", "{")])
+
+
+def test_the_conversation_and_the_tools_reach_the_template(server):
+    def turns(content, arguments) -> list:
+        call = {"id": "abcdefghi", "type": "function", "function": {"name": "now", "arguments": arguments}}
+        answer = {"role": "assistant", "content": content, "tool_calls": [call]}
+        return [TURN, answer, {"role": "tool", "tool_call_id": "abcdefghi", "content": "noon"}]
+
+    reader = server.engine.readers.base
+    for more in ({"tools": TOOLS}, {"tools": TOOLS, "tool_choice": "none"}, {}):
+        body = {"messages": turns(None, '{"a":1}'), "max_tokens": 1, **more}
+        status, answer = server.post("/v1/chat/completions", body)
+        assert status == 200
+        shown = {"tools": TOOLS} if more == {"tools": TOOLS} else {}
+        _, ids = reader.chat(turns("", {"a": 1}), {"add_generation_prompt": True, **shown})
+        assert answer["usage"]["prompt_tokens"] == len(ids)
+
+
+def tool(**function) -> dict:
+    return {"type": "function", "function": {"name": "f", **function}}
+
+
+@pytest.mark.parametrize(
+    ("given", "said", "param"),
+    [
+        ({"tools": [{"type": "function"}]}, "tools.0.function: Field required", "tools.0.function"),
+        ({"tools": [{"type": "retrieval"}]}, "tools.0.type", "tools.0.type"),
+        ({"tools": [TOOLS[1] | {"extra": 1}]}, "unknown field 'tools.0.extra'", "tools.0.extra"),
+        ({"tools": [tool(name="a b")]}, "'a b' is invalid: 1 to 64", "tools"),
+        ({"tools": [TOOLS[1], TOOLS[1]]}, "two tools have the name 'now'", "tools"),
+        ({"tools": [tool(parameters={"type": "array"})]}, "type 'array'", "tools"),
+        ({"tools": TOOLS, "tool_choice": "sometimes"}, "'none', 'auto' or 'required'", "tool_choice.mode"),
+        ({"tools": TOOLS, "tool_choice": tool(name="wether")}, "did you mean 'weather'", "tools"),
+        ({"tool_choice": "required"}, "tools is empty", "tools"),
+        ({"tools": TOOLS, "tool_choice": "required", "stop": "x"}, "which stop could cut", None),
+        (
+            {"tools": [tool(parameters={"properties": {"a": {"type": "x"}}})], "tool_choice": "required"},
+            "cannot be compiled", None,
+        ),
+        (
+            {"tools": TOOLS, "chat_template": "{% for m in messages %}{{ m.content }}{% endfor %}"},
+            "shows no format of tool calls", "tools",
+        ),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_is_told(server, given, said, param):
+    status, answer = server.post("/v1/chat/completions", {"messages": [TURN], "max_tokens": 1, **given})
+    assert status == 400
+    assert said in answer["error"]["message"]
+    assert answer["error"]["param"] == param
+
+
+def test_a_template_without_a_format_is_forced_to_json(server):
+    template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    body = {"messages": [TURN], "tools": TOOLS, "max_tokens": 700, "chat_template": template}
+    status, answer = server.post("/v1/chat/completions", body | {"tool_choice": "required"})
+    assert status == 200
+    status, _ = server.post("/v1/chat/completions", body | {"tool_choice": "none", "max_tokens": 1})
+    assert status == 200
+    calls = answer["choices"][0]["message"]["tool_calls"]
+    assert all(fits(call["function"]["name"], call["function"]["arguments"]) for call in calls)
