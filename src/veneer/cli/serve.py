@@ -38,7 +38,7 @@ def serve(args: ServeArguments) -> None:
         quantize_head=args.quantize_head, speculative_config=speculative_of(args.speculative_config),
         adapter_cache_dir=args.adapter_cache,
         adapter_cache_bytes=cache_bytes_of(args.adapter_cache_gib, args.adapter_cache),
-        kv_cache_memory_bytes=None if args.kv_gib is None else int(args.kv_gib * 2**30),
+        kv_cache_memory_bytes=None if args.kv_gib is None else int(args.kv_gib * 2**30), disable_log_stats=False,
     )  # fmt: skip
     for line in _in_base(args.model, args.adapters):
         typer.echo(line, err=True)
@@ -53,7 +53,7 @@ def serve(args: ServeArguments) -> None:
     more = f" and {len(names) - _TOLD:,} more" if len(names) > _TOLD else ""
     told = f"{', '.join(names[:_TOLD]) or 'none yet'}{more}"
     typer.echo(f"base {catalogue.base}; adapters: {told}; http://{args.host}:{args.port}/v1", err=True)
-    run(make_app(engine, catalogue, limits), args.host, args.port)
+    run(make_app(engine, catalogue, limits, metrics_prefix=args.metrics_prefix), args.host, args.port)
 
 
 def _in_base(model: str, adapters: Path | None) -> Iterator[str]:

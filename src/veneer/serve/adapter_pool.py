@@ -9,8 +9,10 @@ from collections.abc import Callable, Collection, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from veneer.errors import AdapterNameError, ConfigError
+from veneer.serve.adapter_counts import OTHER, AdapterCount, AdapterCounts
 from veneer.serve.lazy_heap import LazyHeap
 from veneer.serve.pages import Pages
+from veneer.serve.sized_group import SizedGroup
 from veneer.serve.worth import Worth
 
 _AHEAD = 2  # loads begun at once, so that the loader has the next when it ends one
@@ -79,26 +81,6 @@ class _Entry:
         return (self.waiting > 0, self.worth, self.used) if self.is_idle else None
 
 
-class _Group:
-    """Versions in the order in which they came, with the sum of their bytes, which do not change meanwhile."""
-
-    def __init__(self) -> None:
-        self.entries: dict[str, _Entry] = {}
-        self.n_bytes = 0
-
-    def __len__(self) -> int:
-        return len(self.entries)
-
-    def set(self, entry: _Entry, there: bool) -> None:
-        """Add a version at the end, or remove it; do nothing if that is so already."""
-        id = entry.version.id
-        if there and id not in self.entries:
-            self.entries[id] = entry
-            self.n_bytes += entry.n_bytes
-        elif not there and self.entries.pop(id, None) is not None:
-            self.n_bytes -= entry.n_bytes
-
-
 class AdapterPool:
     """Names, the versions that they refer to, and the loaded versions.
 
@@ -122,10 +104,12 @@ class AdapterPool:
         """Versions that went out, which the runner is to unload before anything is loaded or run."""
         self.moved: dict[str, None] = {}
         """Versions that were loaded or evicted, or entered or left the batch, since the scheduler looked."""
+        self.counts = AdapterCounts()
         self._entries: dict[str, _Entry] = {}
         self._names: dict[str, str] = {}
-        self._resident, self._loading, self._acting, self._pinned, self._unneeded = (_Group() for _ in range(5))
-        self._free, self._awaited = _Group(), _Group()  # idle ones: nobody waits for them, or somebody does
+        groups = (SizedGroup[_Entry]() for _ in range(7))
+        self._resident, self._loading, self._acting, self._pinned, self._unneeded, self._free, self._awaited = groups
+        # The last two hold idle ones: nobody waits for them, or somebody does.
         self._idle: LazyHeap[_Entry] = LazyHeap(lambda entry: entry.rank)
         self._worth = Worth() if memory is None else memory.worth
         self._clock = itertools.count(1)
@@ -144,6 +128,11 @@ class AdapterPool:
     def loading(self) -> list[str]:
         """Versions that are loading."""
         return list(self._loading.entries)
+
+    @property
+    def acting(self) -> list[str]:
+        """Versions with requests in the batch. Any thread may ask."""
+        return list(self._acting.entries)
 
     @property
     def n_loaded(self) -> int:
@@ -180,8 +169,17 @@ class AdapterPool:
         return self._entries[id].version
 
     def names_of(self, id: str) -> list[str]:
-        """Return the names that refer to a version."""
-        return sorted(self._entries[id].names)
+        """Return the names of a version; none for an unknown one. Any thread may call it."""
+        entry = self._entries.get(id)
+        return [] if entry is None else sorted(entry.names)
+
+    def resident_bytes(self) -> dict[str, int]:
+        """Return the bytes of the loaded versions by their names. Any thread may call it."""
+        return {name: entry.n_bytes for entry in list(self._resident.entries.values()) for name in tuple(entry.names)}
+
+    def count(self, name: str) -> AdapterCount:
+        """Return the counts of a known name. Mixes, of which a client can think of any number, have none apart."""
+        return self.counts.of(OTHER if self._entries[self._names[name]].version.parts else name)
 
     def is_known(self, id: str) -> bool:
         """Return True if a version has an entry in the pool."""
@@ -209,6 +207,7 @@ class AdapterPool:
         """Drop a name, at once for new requests. Raises AdapterNameError for an unknown one."""
         self._require_known(name)
         self._unname(name)
+        self.counts.forget(name)
 
     def pin(self, name: str) -> None:
         """Keep the version of a name loaded, once it is. Raises AdapterNameError for an unknown one."""
@@ -299,7 +298,7 @@ class AdapterPool:
         entry = self._entries[id]
         self._give_back(entry.n_bytes)
         for group in (self._loading, self._pinned):
-            group.set(entry, False)
+            group.set(id, entry, False)
         entry.n_bytes, entry.residency = n_bytes, Residency.ABSENT
         fits = self._finds_place(entry)
         if fits:
@@ -313,6 +312,10 @@ class AdapterPool:
         entry.residency, entry.seconds, entry.n_uses = Residency.RESIDENT, seconds, 0
         self._used(entry)
         self._sort(entry, moved=True)
+        for name in entry.names:
+            count = self.count(name)
+            count.n_loads += 1
+            count.load_seconds += seconds
 
     def abandoned(self, id: str) -> None:
         """End a load without a result, since no request needs the version any more."""
@@ -322,7 +325,7 @@ class AdapterPool:
         """Drop the names of a version that cannot be loaded, so that the next request reads the files again."""
         entry = self._entries[id]
         for name in list(entry.names):
-            self._unname(name)
+            self.forget(name)
         self._absent(entry)
 
     def can_make_room(
@@ -374,17 +377,17 @@ class AdapterPool:
 
     def _sort(self, entry: _Entry, *, moved: bool = False) -> None:
         """Put a version into the groups that its state says."""
-        needed, idle = entry.is_needed, entry.is_idle
-        self._resident.set(entry, entry.residency is Residency.RESIDENT)
-        self._loading.set(entry, entry.residency is Residency.LOADING)
-        self._acting.set(entry, entry.running > 0)
-        self._pinned.set(entry, entry.pinned)
-        self._unneeded.set(entry, not needed and entry.residency is not Residency.LOADING)
-        self._free.set(entry, idle and not entry.waiting)
-        self._awaited.set(entry, idle and entry.waiting > 0)
+        id, needed, idle = entry.version.id, entry.is_needed, entry.is_idle
+        self._resident.set(id, entry, entry.residency is Residency.RESIDENT)
+        self._loading.set(id, entry, entry.residency is Residency.LOADING)
+        self._acting.set(id, entry, entry.running > 0)
+        self._pinned.set(id, entry, entry.pinned)
+        self._unneeded.set(id, entry, not needed and entry.residency is not Residency.LOADING)
+        self._free.set(id, entry, idle and not entry.waiting)
+        self._awaited.set(id, entry, idle and entry.waiting > 0)
         self._idle.put(entry)
         if moved:
-            self.moved[entry.version.id] = None
+            self.moved[id] = None
 
     def _lacking(self, entry: _Entry) -> tuple[int, int]:
         """The number of versions, and the bytes, that have to go before one has a place."""
@@ -429,6 +432,8 @@ class AdapterPool:
             if entry is not None and (
                 page is None or (bytes_help() and (entry.waiting > 0, entry.worth) < (False, page))
             ):
+                for name in entry.names:
+                    self.count(name).n_evictions += 1
                 self._go(entry)
                 n -= 1
             elif self.memory is not None:
@@ -468,7 +473,7 @@ class AdapterPool:
     def _drop_if_unknown(self, entry: _Entry) -> None:
         if entry.residency is Residency.ABSENT and not entry.is_needed:
             self._entries.pop(entry.version.id, None)
-            self._unneeded.set(entry, False)
+            self._unneeded.set(entry.version.id, entry, False)
             self._idle.discard(entry)
             self.moved.pop(entry.version.id, None)
 

@@ -23,7 +23,9 @@ class Backlog:
     def __init__(self, limits: Limits, waiting: Waiting) -> None:
         self._limits, self._waiting = limits, waiting
         self._n, self._n_tokens = 0, 0  # on their way
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
+        self.n_refused = 0
+        """Number of refusals since the start."""
         self._admitted: deque[tuple[float, int]] = deque(maxlen=_STEPS)  # times of steps, and how many they admitted
 
     def require_possible(self, n: int, n_prompt: int) -> None:

@@ -138,7 +138,7 @@ class Engine:
         """Return counts and times since the start, in vLLM's names. Raises ConfigError if they are not kept."""
         if self._stats is None:
             raise ConfigError("disable_log_stats=True keeps no metrics: start with disable_log_stats=False")
-        return self._stats.metrics(self.scheduler)
+        return self._stats.metrics(self.scheduler, self.backlog.n_refused)
 
     def abort(self, request_id: str) -> None:
         """End a request at the next step; an unknown one is ignored. From any thread."""
@@ -250,7 +250,8 @@ class Engine:
 
     def _begin(self, asked: Asked) -> None:
         group = self._groups[asked.id] = _Group(asked, [])
-        number = next(self._keys)
+        number, adapter = next(self._keys), asked.lora_request
+        count = None if adapter is None else self.pool.count(adapter.name)
         for index in range(asked.params.n):
             request = self._rules.request(asked, index)
             rule = self._rules.draw_rule(asked, request, (number, index))
@@ -260,7 +261,7 @@ class Engine:
             self._answers[request.id] = (group, answer)
             self.runner.begin(request.id, rule)
             if self._stats is not None:
-                self._stats.begin(request)
+                self._stats.begin(request, count)
             self.scheduler.add(request)
         self.backlog.arrive(asked)
 

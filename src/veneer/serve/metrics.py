@@ -18,9 +18,9 @@ class Metric:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Counter(Metric):
-    """Count since the start, which only grows."""
+    """Count since the start, or a sum of seconds, which only grows."""
 
-    value: int
+    value: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,7 +43,7 @@ class Distribution:
     """Values counted by bounds."""
 
     def __init__(self, bounds: Sequence[float]) -> None:
-        self.bounds, self.sum = tuple(bounds), 0.0
+        self.bounds, self.sum = tuple(map(float, bounds)), 0.0
         self.counts = [0] * (len(self.bounds) + 1)
 
     def add(self, value: float) -> None:

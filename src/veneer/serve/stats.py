@@ -7,6 +7,8 @@ from collections import Counter as Counts
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from veneer.serve.adapter_counts import AdapterCount
+from veneer.serve.adapter_metrics import adapter_metrics
 from veneer.serve.metrics import Counter, Distribution, Gauge, Metric
 from veneer.serve.outputs import RequestStats
 from veneer.serve.plan import Plan, Sampled
@@ -15,6 +17,8 @@ from veneer.serve.scheduler import Scheduler
 
 _SECONDS = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0)
 _LONG = (0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0, 120.0, 240.0, 480.0, 960.0)
+_ROWS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
+_TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000, 20_000, 50_000, 100_000)
 _FINISH = ("stop", "length", "abort", "error")
 
 
@@ -22,6 +26,7 @@ _FINISH = ("stop", "length", "abort", "error")
 class _Times:
     arrival: float  # the wall's clock
     queued: float
+    adapter: AdapterCount
     scheduled: float = 0.0
     first: float = 0.0
     last: float = 0.0
@@ -41,10 +46,11 @@ class Stats:
         self._ended: Counts[str] = Counts()
         self._to_first, self._between = Distribution(_SECONDS), Distribution(_SECONDS)
         self._whole, self._queued, self._read, self._decoded = (Distribution(_LONG) for _ in range(4))
+        self._prompts, self._answers, self._steps = Distribution(_TOKENS), Distribution(_TOKENS), Distribution(_ROWS)
 
-    def begin(self, request: Request) -> None:
-        """Note that a request has arrived."""
-        self._times[request.id] = _Times(time.time(), time.perf_counter())
+    def begin(self, request: Request, adapter: AdapterCount | None = None) -> None:
+        """Note that a request has arrived. ``adapter``: the counts of its adapter; None for the base."""
+        self._times[request.id] = _Times(time.time(), time.perf_counter(), adapter or AdapterCount())
 
     def admit(self, requests: Iterable[Request]) -> None:
         """Note that requests were admitted, those for the first time that have not been before."""
@@ -55,12 +61,14 @@ class Stats:
                 times.scheduled = now
                 self._queued.add(now - times.queued)
                 self._n_prompt += len(request.prompt)
+                times.adapter.n_prompt += len(request.prompt)
                 self._n_sought += len(request.prompt) if request.root is not None else 0
                 self._n_cached += request.n_cached or 0
 
     def commit(self, plan: Plan, sampled: Sampled) -> None:
         """Note the tokens that a step has drawn."""
         now = time.perf_counter()
+        self._steps.add(sum(len(sequence.tokens) for sequence in plan.sequences))
         for sequence in plan.sequences:
             drawn = sampled.drawn.get(sequence.request_id)
             if drawn:
@@ -73,6 +81,9 @@ class Stats:
     def end(self, request: Request) -> None:
         """Count a request that has ended, and drop its times."""
         times = self._times.pop(request.id)
+        times.adapter.n_requests += 1
+        self._prompts.add(len(request.prompt))
+        self._answers.add(times.n)
         self._ended[request.finish_reason or "abort"] += 1
         self._whole.add((times.last or time.perf_counter()) - times.queued)
         if times.first:
@@ -97,8 +108,8 @@ class Stats:
             num_accepted_tokens=sum(request.draft.n_right for request in requests if request.draft is not None),
         )
 
-    def metrics(self, scheduler: Scheduler) -> list[Metric]:
-        """Return the metrics, in vLLM's names."""
+    def metrics(self, scheduler: Scheduler, n_refused: int) -> list[Metric]:
+        """Return the metrics, in vLLM's names where it has them. Any thread may call it."""
         pages, pool = scheduler.pages, scheduler.pool
         gauges = {
             "num_requests_running": len(scheduler.running),
@@ -113,27 +124,34 @@ class Stats:
             "generation_tokens": self._n_drawn,
             "prefix_cache_queries": self._n_sought,
             "prefix_cache_hits": self._n_cached,
+            "admission_rejections": n_refused,
             "spec_decode_num_drafts": self._n_drafts,
             "spec_decode_num_draft_tokens": self._n_tried,
             "spec_decode_num_accepted_tokens": self._n_right,
         }
-        times = {
+        distributions = {
             "time_to_first_token_seconds": self._to_first,
             "inter_token_latency_seconds": self._between,
             "e2e_request_latency_seconds": self._whole,
             "request_queue_time_seconds": self._queued,
             "request_prefill_time_seconds": self._read,
             "request_decode_time_seconds": self._decoded,
+            "request_prompt_tokens": self._prompts,
+            "request_generation_tokens": self._answers,
+            "iteration_tokens_total": self._steps,
         }
+        memory = {"block_size": str(pages.block), "num_gpu_blocks": str(pages.n_pages)}
         ended = [
             Counter(name="vllm:request_success", labels={"finished_reason": reason}, value=self._ended[reason])
             for reason in _FINISH
         ]
         return [
             *(Gauge(name=f"vllm:{name}", value=float(value)) for name, value in gauges.items()),
+            Gauge(name="vllm:cache_config_info", labels=memory, value=1.0),
             *(Counter(name=f"vllm:{name}", value=value) for name, value in counters.items()),
             *ended,
-            *(distribution.histogram(f"vllm:{name}") for name, distribution in times.items()),
+            *(distribution.histogram(f"vllm:{name}") for name, distribution in distributions.items()),
+            *adapter_metrics(scheduler),
         ]
 
     def _draw(self, times: _Times, n: int, now: float) -> None:
@@ -143,4 +161,5 @@ class Stats:
             times.first = now
             self._to_first.add(now - times.queued)
         times.last, times.n = now, times.n + n
+        times.adapter.n_drawn += n
         self._n_drawn += n

@@ -93,6 +93,11 @@ class Waiting:
         """All of them in order, for looking on: this sorts them."""
         return iter(sorted((r for queue in self._queues.values() for r in _all_of(queue)), key=self.key))
 
+    @property
+    def versions(self) -> list[str]:
+        """Versions that requests wait for, loaded or not. Any thread may ask."""
+        return [version for version in list(self._queues) if version is not None]
+
     def key(self, request: Request) -> Key:
         """Return a request's place in the order."""
         return request.priority, self._clients[request.client].counter, request.arrival

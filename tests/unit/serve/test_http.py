@@ -34,7 +34,7 @@ class Server:
     """A server on a port of its own, in a thread."""
 
     def __init__(self, base: Path, adapters: Path, limits: ServerLimits | None = None) -> None:
-        self.engine = start_engine(base, EngineOptions())
+        self.engine = start_engine(base, EngineOptions(disable_log_stats=False))
         app = make_app(self.engine, Catalogue(self.engine, ["tiny", "alias"], str(base), adapters), limits)
         self.socket = socket.create_server(("127.0.0.1", 0))
         self.port = self.socket.getsockname()[1]
@@ -323,10 +323,11 @@ def test_a_route_that_is_not_there_is_told_with_those_that_are(server, route, co
     status, answer = server.post(route, {"prompt": "x"})
     assert status == code
     assert (answer["error"]["type"], answer["error"]["code"], answer["error"]["param"]) == (kind, code, None)
-    assert answer["error"]["message"] == (
-        f"no route 'POST {route}'; there are GET /health, POST /v1/chat/completions, POST /v1/completions, "
-        "GET /v1/models"
-    )
+    said, _, routes = answer["error"]["message"].partition("; there are ")
+    assert said == f"no route 'POST {route}'"
+    known = routes.split(", ")
+    assert known == sorted(known, key=lambda each: each.split()[::-1])
+    assert {"GET /health", "GET /metrics", "POST /v1/chat/completions", "GET /v1/models"} <= set(known)
 
 
 def test_an_adapter_that_does_not_fit_is_told_to_who_asks_for_it(server, folder, llm):

@@ -104,16 +104,29 @@ def test_times_and_counts(base_folder, adapters):
         assert (times.num_generation_tokens, times.num_preemptions) == (5, 0)
     metrics = {(metric.name, *metric.labels.values()): metric for metric in llm.get_metrics()}
     counts = {name: metric.value for name, metric in metrics.items() if isinstance(metric, Counter)}
+    by_adapter = {name: counts.pop(name) for name in list(counts) if name[0].startswith("vllm:adapter_")}
+    load_seconds = by_adapter.pop(("vllm:adapter_load_seconds", "lora"))
+    assert load_seconds > 0
+    own = {"requests": 1, "prompt_tokens": 9, "generation_tokens": 5, "loads": 1, "evictions": 0}
+    expected = {(f"vllm:adapter_{name}", "lora"): value for name, value in own.items()}
+    none = {(f"vllm:adapter_{name}", "other"): 0 for name in (*own, "load_seconds")}
+    assert by_adapter == expected | none
     assert counts == {
         ("vllm:prompt_tokens",): 16, ("vllm:generation_tokens",): 10, ("vllm:num_preemptions",): 0,
         ("vllm:prefix_cache_queries",): 16, ("vllm:prefix_cache_hits",): 0,
         ("vllm:spec_decode_num_drafts",): 0, ("vllm:spec_decode_num_draft_tokens",): 0,
-        ("vllm:spec_decode_num_accepted_tokens",): 0,
+        ("vllm:spec_decode_num_accepted_tokens",): 0, ("vllm:admission_rejections",): 0,
         ("vllm:request_success", "length"): 2, ("vllm:request_success", "stop"): 0,
         ("vllm:request_success", "abort"): 0, ("vllm:request_success", "error"): 0,
     }  # fmt: skip
-    gauges = {name[0]: metric.value for name, metric in metrics.items() if isinstance(metric, Gauge)}
-    assert gauges == {
+    gauges = {name: metric.value for name, metric in metrics.items() if isinstance(metric, Gauge)}
+    pages = llm.engine.scheduler.pages
+    assert gauges.pop(("vllm:cache_config_info", "16", str(pages.n_pages))) == 1
+    assert gauges.pop(("vllm:adapter_bytes", "lora")) == pages.n_lent > 0
+    assert gauges.pop(("vllm:lora_requests_info", "128", "", "")) > 1e9
+    assert gauges.pop(("vllm:adapter_loaded", "lora")) == 1
+    assert [gauges.pop((f"vllm:adapter_{name}", "other")) for name in ("loaded", "bytes")] == [0, 0]
+    assert {name[0]: value for name, value in gauges.items()} == {
         "vllm:num_requests_running": 0, "vllm:num_requests_waiting": 0, "vllm:kv_cache_usage_perc": 0,
         "vllm:lora_adapters_loaded": 1, "vllm:lora_adapters_running": 0,
     }  # fmt: skip
@@ -122,6 +135,7 @@ def test_times_and_counts(base_folder, adapters):
         "vllm:time_to_first_token_seconds": 2, "vllm:inter_token_latency_seconds": 8,
         "vllm:e2e_request_latency_seconds": 2, "vllm:request_queue_time_seconds": 2,
         "vllm:request_prefill_time_seconds": 2, "vllm:request_decode_time_seconds": 2,
+        "vllm:request_prompt_tokens": 2, "vllm:request_generation_tokens": 2, "vllm:iteration_tokens_total": 7,
     }  # fmt: skip
 
 

@@ -6,6 +6,7 @@ import ipaddress
 import json
 import math
 from dataclasses import dataclass
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -31,6 +32,19 @@ _MaxInFlight = Annotated[
 _TrustTemplates = Annotated[
     bool,
     typer.Option("--trust-request-templates", help="Run the chat template of a request, which may never end."),
+]
+
+
+class MetricsPrefix(StrEnum):
+    """Prefixes of the names of metrics."""
+
+    VENEER = "veneer"
+    VLLM = "vllm"
+
+
+_MetricsPrefix = Annotated[
+    MetricsPrefix,
+    typer.Option(metavar="NAME", help="First part of the names in /metrics: veneer, or vllm for routers."),
 ]
 
 
@@ -64,6 +78,7 @@ class ServeArguments:
     max_choices: _MaxChoices = 128
     max_in_flight: _MaxInFlight = 1024
     trust_request_templates: _TrustTemplates = False
+    metrics_prefix: _MetricsPrefix = MetricsPrefix.VENEER
 
     def __post_init__(self) -> None:
         require_closed(self.host, self.open_)

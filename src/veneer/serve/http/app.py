@@ -27,12 +27,15 @@ from veneer.serve.http.errors import (
     on_veneer_error,
 )
 from veneer.serve.http.limits import BodyLimit, ServerLimits
+from veneer.serve.http.metrics import add_metrics
 from veneer.serve.http.models import Catalogue
 from veneer.serve.http.protocol import Body, ChatBody, CompletionBody, StreamOptions
 from veneer.serve.lora_request import LoRARequest
 
 
-def make_app(engine: Engine, catalogue: Catalogue, limits: ServerLimits | None = None) -> FastAPI:
+def make_app(
+    engine: Engine, catalogue: Catalogue, limits: ServerLimits | None = None, *, metrics_prefix: str = "veneer"
+) -> FastAPI:
     """Return OpenAI's completions, chat completions and models over an engine, which steps on its own thread."""
     limits = limits or ServerLimits()
     api = Api(engine, catalogue, limits)
@@ -46,6 +49,7 @@ def make_app(engine: Engine, catalogue: Catalogue, limits: ServerLimits | None =
     app.post("/v1/chat/completions")(api.converse)
     app.get("/v1/models")(api.models)
     app.get("/health")(api.health)
+    add_metrics(app, engine, catalogue.base, metrics_prefix)
     return app
 
 

@@ -1,0 +1,60 @@
+"""Metrics of adapters: vLLM's one gauge of names, and a series for each adapter. No torch."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+
+from veneer.serve.adapter_counts import MOST_NAMES, OTHER, AdapterCount
+from veneer.serve.adapter_pool import AdapterPool
+from veneer.serve.metrics import Counter, Gauge, Metric
+from veneer.serve.scheduler import Scheduler
+
+_COUNTED: dict[str, Callable[[AdapterCount], float]] = {
+    "adapter_requests": lambda count: count.n_requests,
+    "adapter_prompt_tokens": lambda count: count.n_prompt,
+    "adapter_generation_tokens": lambda count: count.n_drawn,
+    "adapter_loads": lambda count: count.n_loads,
+    "adapter_load_seconds": lambda count: count.load_seconds,
+    "adapter_evictions": lambda count: count.n_evictions,
+}
+
+
+def adapter_metrics(scheduler: Scheduler) -> list[Metric]:
+    """Return the metrics of a scheduler's adapters. Any thread may call it.
+
+    The bytes of equal adapters under two names are shown under both.
+    """
+    counts, resident = scheduler.pool.counts.all(), scheduler.pool.resident_bytes()
+    n_loaded, n_bytes = dict.fromkeys(counts, 0), dict.fromkeys(counts, 0)
+    for name, size in resident.items():
+        place = name if name in counts else OTHER
+        n_loaded[place] += 1
+        n_bytes[place] += size
+    series: list[Metric] = [_of_names(scheduler)]
+    for metric, value_of in _COUNTED.items():
+        series += [
+            Counter(name=f"vllm:{metric}", labels={"adapter": name}, value=value_of(count))
+            for name, count in counts.items()
+        ]
+    for metric, values in (("adapter_loaded", n_loaded), ("adapter_bytes", n_bytes)):
+        series += [
+            Gauge(name=f"vllm:{metric}", labels={"adapter": name}, value=float(value)) for name, value in values.items()
+        ]
+    return series
+
+
+def _of_names(scheduler: Scheduler) -> Gauge:
+    """vLLM's gauge, whose value is the present time. Without a limit, a batch has as many adapters as requests."""
+    pool, most = scheduler.pool, scheduler.limits.max_seqs
+    labels = {
+        "max_lora": str(min(pool.n_acting or most, most)),
+        "running_lora_adapters": _joined(pool, pool.acting),
+        "waiting_lora_adapters": _joined(pool, scheduler.waiting.versions),
+    }
+    return Gauge(name="vllm:lora_requests_info", labels=labels, value=time.time())
+
+
+def _joined(pool: AdapterPool, versions: Iterable[str]) -> str:
+    names = dict.fromkeys(name for version in versions for name in pool.names_of(version))
+    return ",".join(list(names)[:MOST_NAMES])

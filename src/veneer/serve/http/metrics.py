@@ -1,0 +1,114 @@
+"""``/metrics``: the engine's numbers as Prometheus reads them. They are looked at only when somebody asks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from fastapi import FastAPI, Request
+from fastapi.responses import PlainTextResponse, Response
+from prometheus_client import CollectorRegistry, ProcessCollector
+from prometheus_client.exposition import choose_encoder
+from prometheus_client.metrics_core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+)
+from prometheus_client.metrics_core import Metric as Family
+from prometheus_client.registry import Collector
+
+from veneer.serve.engine import Engine
+from veneer.serve.metrics import Counter, Gauge, Histogram, Metric
+
+_HELP = {
+    "num_requests_running": "Answers in the batch.",
+    "num_requests_waiting": "Answers that wait.",
+    "kv_cache_usage_perc": "Share of the pages of keys and values that requests hold, 0 to 1.",
+    "cache_config_info": "Tokens in a page of keys and values, and the number of pages.",
+    "num_preemptions": "Answers that left the batch for lack of memory, and continued later.",
+    "admission_rejections": "Requests refused because too much waits or is in flight.",
+    "prompt_tokens": "Tokens of prompts whose answers have begun.",
+    "generation_tokens": "Tokens of answers.",
+    "prefix_cache_queries": "Tokens of prompts that were looked for in the prefix cache.",
+    "prefix_cache_hits": "Tokens of prompts that were found in the prefix cache.",
+    "spec_decode_num_drafts": "Drafts that were tried.",
+    "spec_decode_num_draft_tokens": "Tokens of drafts.",
+    "spec_decode_num_accepted_tokens": "Tokens of drafts that were right.",
+    "request_success": "Answers that ended, by reason.",
+    "time_to_first_token_seconds": "Time from the arrival of a request to its first token.",
+    "inter_token_latency_seconds": "Time between the tokens of an answer.",
+    "e2e_request_latency_seconds": "Time from the arrival of a request to its last token.",
+    "request_queue_time_seconds": "Time that a request waited for the batch.",
+    "request_prefill_time_seconds": "Time from a request's entry into the batch to its first token.",
+    "request_decode_time_seconds": "Time from the first token of an answer to its last.",
+    "request_prompt_tokens": "Length of the prompts of ended answers, in tokens.",
+    "request_generation_tokens": "Length of ended answers, in tokens.",
+    "iteration_tokens_total": "Tokens that a step computed.",
+    "lora_adapters_loaded": "Adapters that are loaded.",
+    "lora_adapters_running": "Adapters with answers in the batch.",
+    "lora_requests_info": "Adapters with answers in the batch and with waiting ones; the value is the present time.",
+    "adapter_requests": "Answers of an adapter that ended.",
+    "adapter_prompt_tokens": "Tokens of an adapter's prompts.",
+    "adapter_generation_tokens": "Tokens of an adapter's answers.",
+    "adapter_loads": "Loads of an adapter.",
+    "adapter_load_seconds": "Time that the loads of an adapter took.",
+    "adapter_evictions": "Times that an adapter gave its memory to others.",
+    "adapter_loaded": "1 if an adapter is loaded; of other, how many are.",
+    "adapter_bytes": "Memory of a loaded adapter.",
+}
+_VLLM = "vllm:"
+
+
+def add_metrics(app: FastAPI, engine: Engine, model: str, prefix: str) -> None:
+    """Add ``/metrics``, whose names begin with ``prefix`` and a colon; ``model`` is the label ``model_name``.
+
+    The engine must keep statistics.
+    """
+    registry = CollectorRegistry()
+    registry.register(EngineCollector(engine, model, prefix))
+    ProcessCollector(registry=registry)
+
+    def metrics(request: Request) -> Response:  # no coroutine: it runs on a thread beside the loop
+        """Return the metrics in the text format of Prometheus, or in OpenMetrics for a client that accepts it."""
+        encode, content_type = choose_encoder(request.headers.get("accept", ""))
+        return Response(encode(registry), headers={"Content-Type": content_type})
+
+    app.get("/metrics", response_class=PlainTextResponse)(metrics)
+
+
+class EngineCollector(Collector):
+    """Collector that keeps nothing: each call asks the engine."""
+
+    def __init__(self, engine: Engine, model: str, prefix: str) -> None:
+        self._engine, self._prefix = engine, prefix
+        self._labels = {"model_name": model, "engine": "0"}
+
+    def collect(self) -> Iterable[Family]:
+        """Return the metrics, those of one name together."""
+        families: dict[str, Family] = {}
+        for metric in self._engine.metrics():
+            name = metric.name.removeprefix(_VLLM)
+            labels = self._labels | metric.labels
+            if name not in families:
+                families[name] = _family(metric, f"{self._prefix}:{name}", _HELP[name], list(labels))
+            _add(families[name], metric, [_encodable(value) for value in labels.values()])
+        return families.values()
+
+
+def _encodable(name: str) -> str:
+    """A name as UTF-8 can have it: that of a folder may be other bytes."""
+    return name.encode(errors="replace").decode()
+
+
+def _family(metric: Metric, name: str, told: str, labels: list[str]) -> Family:
+    kinds = {Counter: CounterMetricFamily, Gauge: GaugeMetricFamily, Histogram: HistogramMetricFamily}
+    return kinds[type(metric)](name, told, labels=labels)
+
+
+def _add(family: Family, metric: Metric, labels: list[str]) -> None:
+    match family, metric:
+        case HistogramMetricFamily(), Histogram():
+            family.add_metric(labels, list(metric.buckets.items()), metric.sum)
+        case CounterMetricFamily(), Counter():
+            family.add_metric(labels, metric.value)
+        case GaugeMetricFamily(), Gauge():
+            family.add_metric(labels, metric.value)
