@@ -14,6 +14,7 @@ from veneer.ops.dispatch import kernel_isa
 from veneer.serve.http.app import make_app
 from veneer.serve.http.limits import ServerLimits
 from veneer.serve.http.models import Catalogue
+from veneer.serve.http.request_record import log_requests
 from veneer.serve.http.server import require_free, run
 from veneer.serve.start import EngineOptions, start_engine
 from veneer.store.bars import quiet
@@ -53,7 +54,10 @@ def serve(args: ServeArguments) -> None:
     more = f" and {len(names) - _TOLD:,} more" if len(names) > _TOLD else ""
     told = f"{', '.join(names[:_TOLD]) or 'none yet'}{more}"
     typer.echo(f"base {catalogue.base}; adapters: {told}; http://{args.host}:{args.port}/v1", err=True)
-    run(make_app(engine, catalogue, limits, metrics_prefix=args.metrics_prefix), args.host, args.port)
+    if args.log_requests:
+        log_requests()
+    app = make_app(engine, catalogue, limits, metrics_prefix=args.metrics_prefix)
+    run(app, args.host, args.port, args.drain_seconds)
 
 
 def _in_base(model: str, adapters: Path | None) -> Iterator[str]:

@@ -7,14 +7,45 @@ import functools
 import threading
 import weakref
 from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import aclosing
 
 from veneer.errors import ServingError
 from veneer.serve.asked import Asked
 from veneer.serve.engine import Engine
 from veneer.serve.outputs import RequestOutput
+from veneer.serve.sampling_params import RequestOutputKind
 
-_Outputs = asyncio.Queue[RequestOutput]
 _IDLE_SECONDS = 0.5  # how soon a stop is noticed while there is nothing to do
+_BEHIND = 64  # outputs that wait for a reader, each on its own
+
+
+class _News:
+    """Outputs that a reader has not taken. If it falls behind, later ones are added to those that wait for it."""
+
+    def __init__(self, asked: Sequence[Asked]) -> None:
+        self._are_deltas = all(each.params.output_kind is RequestOutputKind.DELTA for each in asked)
+        self._outputs: list[RequestOutput] = []
+        self._last: dict[str, RequestOutput] = {}
+        self._there = asyncio.Event()
+
+    def put(self, output: RequestOutput) -> None:
+        if self._are_deltas and len(self._outputs) >= _BEHIND and output.request_id in self._last:
+            self._last[output.request_id].add(output)
+        else:
+            self._outputs.append(output)
+            self._last[output.request_id] = output
+            self._there.set()
+
+    async def take(self) -> list[RequestOutput]:
+        """All of them, once there are any; none if `wake` was called."""
+        await self._there.wait()
+        self._there.clear()
+        self._last.clear()
+        outputs, self._outputs = self._outputs, []
+        return outputs
+
+    def wake(self) -> None:
+        self._there.set()
 
 
 class AsyncEngine:
@@ -27,10 +58,15 @@ class AsyncEngine:
         self.engine = engine
         self.failure: BaseException | None = None
         self._ended = False
-        self._queues: dict[str, _Outputs] = {}
+        self._news: dict[str, _News] = {}
         self._stopping = threading.Event()
         self._end_thread: Callable[[], object] = lambda: None
         self._loop: asyncio.AbstractEventLoop | None = None
+
+    @property
+    def is_running(self) -> bool:
+        """True from `start` on, until the engine fails or all requests are ended."""
+        return self._loop is not None and self.failure is None and not self._ended
 
     def start(self) -> None:
         """Begin to step, for the running loop. Raises ServingError on a second call: make another engine."""
@@ -55,35 +91,45 @@ class AsyncEngine:
         """
         self._ended = True
         self._wake_all()
-        return len(self._queues)
+        return len(self._news)
 
     async def outputs(self, asked: Sequence[Asked]) -> AsyncGenerator[RequestOutput, None]:
-        """Yield the outputs of requests as they come. Unfinished requests are aborted when the generator is closed.
+        """Yield the outputs of requests one by one; otherwise as `batches`."""
+        async with aclosing(self.batches(asked)) as batches:
+            async for batch in batches:
+                for output in batch:
+                    yield output
 
-        Raises ServingError if the engine has failed, and after `end_all`.
+    async def batches(self, asked: Sequence[Asked]) -> AsyncGenerator[list[RequestOutput], None]:
+        """Yield the outputs of requests as they come, all that are there together.
+
+        Unfinished requests are aborted when the generator is closed. Raises ServingError if the engine has failed, and
+        after `end_all`.
         """
-        queue: _Outputs = asyncio.Queue()
-        left = {each.id for each in asked}
-        self._queues |= dict.fromkeys(left, queue)
+        news, left = _News(asked), {each.id for each in asked}
+        self._news |= dict.fromkeys(left, news)
         try:
             for each in asked:
                 self.engine.submit(each)
             while left:
-                self._require_whole()
-                output = await queue.get()
-                self._require_whole()
-                if output.finished:
-                    left.discard(output.request_id)
-                yield output
+                self._require_running()
+                outputs = await news.take()
+                self._require_running()
+                left.difference_update([output.request_id for output in outputs if output.finished])
+                yield outputs
         finally:
             for id in left:
                 self.engine.abort(id)
             for each in asked:
-                self._queues.pop(each.id, None)
+                self._news.pop(each.id, None)
 
-    def _require_whole(self) -> None:
+    def require_whole(self) -> None:
+        """Raise ServingError with the reason if the engine has failed."""
         if self.failure is not None:
             raise ServingError(f"the engine has broken down: {self.failure!r}") from self.failure
+
+    def _require_running(self) -> None:
+        self.require_whole()
         if self._ended:
             raise ServingError("the server is being stopped, and this answer ends here: ask again when it runs")
 
@@ -106,14 +152,14 @@ class AsyncEngine:
 
     def _deliver(self, outputs: Sequence[RequestOutput]) -> None:
         for output in outputs:
-            queue = self._queues.get(output.request_id)
-            if queue is not None:
-                queue.put_nowait(output)
+            news = self._news.get(output.request_id)
+            if news is not None:
+                news.put(output)
 
     def _wake_all(self) -> None:
         """Let everybody who waits see that the engine has failed, or ends."""
-        for queue in self._queues.values():
-            queue.put_nowait(RequestOutput("", None, [], None))
+        for news in self._news.values():
+            news.wake()
 
     def _call(self, tell: Callable[[], None]) -> None:
         if self._loop is not None and not self._loop.is_closed():

@@ -14,7 +14,7 @@ from veneer.serve.scheduler import Limits
 from veneer.serve.waiting import Waiting
 
 _SOONEST, _LATEST = 1.0, 600.0  # seconds after which to ask again
-_STEPS = 64  # of which the rate of admissions is that of the last
+_STEPS = 64  # in which answers ended, of which the rate is that of the last
 
 
 class Backlog:
@@ -26,7 +26,9 @@ class Backlog:
         self._lock = threading.RLock()
         self.n_refused = 0
         """Number of refusals since the start."""
-        self._admitted: deque[tuple[float, int]] = deque(maxlen=_STEPS)  # times of steps, and how many they admitted
+        self._ended: deque[tuple[float, int]] = deque(maxlen=_STEPS)  # how many ended in a step, after so many seconds
+        self._busy = 0.0  # seconds with work, since an answer ended
+        self._since: float | None = None  # end of the last step, if it left work
 
     def require_possible(self, n: int, n_prompt: int) -> None:
         """Raise ConfigError for answers to one prompt that are too many to wait at any time."""
@@ -46,13 +48,19 @@ class Backlog:
     def require_room(self, asked: Sequence[Asked]) -> None:
         """Raise QueueFullError if these could not be submitted now."""
         if not self.has_room(asked):
-            seconds = self._seconds(_size(asked)[0])
+            n, n_tokens = self._n + len(self._waiting), self._n_tokens + self._waiting.n_tokens
+            seconds = self.refuse(self._n_over(asked))
             raise QueueFullError(
-                f"{self._n + len(self._waiting)} requests with {self._n_tokens + self._waiting.n_tokens} tokens wait, "
-                f"and at most {self._limits.max_waiting} with {self._limits.max_waiting_tokens} may: ask again in "
-                f"{seconds:.0f} s",
+                f"{n} requests with {n_tokens} tokens wait, and at most {self._limits.max_waiting} with "
+                f"{self._limits.max_waiting_tokens} may: ask again in {seconds:.0f} s",
                 seconds,
             )
+
+    def refuse(self, n: int) -> float:
+        """Count a refusal; return the seconds in which so many answers will have ended, 1 to 600."""
+        with self._lock:
+            self.n_refused += 1
+        return self._seconds(n)
 
     def submit(self, asked: Asked) -> None:
         """Count a request that is on its way. Raises QueueFullError."""
@@ -65,21 +73,33 @@ class Backlog:
         with self._lock:
             self._count(asked, -1)
 
-    def admitted(self, n: int) -> None:
-        """Note how many requests a step has admitted."""
-        if n:
-            self._admitted.append((monotonic(), n))
+    def stepped(self, n_ended: int, has_work: bool) -> None:
+        """Note how many answers have ended in a step, and whether others wait or are in the batch."""
+        now = monotonic()
+        self._busy += 0.0 if self._since is None else now - self._since
+        self._since = now if has_work else None
+        if n_ended:
+            self._ended.append((self._busy, n_ended))
+            self._busy = 0.0
 
     def _count(self, asked: Asked, sign: int) -> None:
         n, n_tokens = _size([asked])
         self._n, self._n_tokens = self._n + sign * n, self._n_tokens + sign * n_tokens
 
+    def _n_over(self, asked: Sequence[Asked]) -> int:
+        """The number of answers that must leave before these have room, if each has as many tokens as the mean."""
+        n, n_tokens = _size(asked)
+        n_there, n_tokens_there = self._n + len(self._waiting), self._n_tokens + self._waiting.n_tokens
+        over = n_there + n - self._limits.max_waiting
+        over_tokens = n_tokens_there + n_tokens - self._limits.max_waiting_tokens
+        return max(over, math.ceil(over_tokens * n_there / max(n_tokens_there, 1)))
+
     def _seconds(self, n: int) -> float:
-        """The time in which as many were admitted lately."""
-        noted = list(self._admitted)
-        total = sum(n_admitted for _, n_admitted in noted[1:])
-        took = noted[-1][0] - noted[0][0] if total else 0.0
-        return math.ceil(min(max(took * n / max(total, 1), _SOONEST), _LATEST))
+        """The time in which as many ended lately. It counts while there is work; before any ended, it is that time."""
+        noted, since = list(self._ended), self._since
+        took = self._busy + (0.0 if since is None else monotonic() - since) + sum(seconds for seconds, _ in noted)
+        n_ended = sum(n_ended for _, n_ended in noted)
+        return math.ceil(min(max(took * n / n_ended if n_ended else took, _SOONEST), _LATEST))
 
 
 def _size(asked: Sequence[Asked]) -> tuple[int, int]:

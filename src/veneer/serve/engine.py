@@ -52,6 +52,7 @@ class _Group:
 
     asked: Asked
     answers: list[Answer]
+    prompt_ids: list[int]  # the one list that all outputs show
     prompt_logprobs: list[TokenLogprobs | None] | None = None
 
 
@@ -81,6 +82,7 @@ class Engine:
         self._groups: dict[str, _Group] = {}
         self._touched: dict[str, _Group] = {}  # of which something is to be told
         self._answers: dict[str, tuple[_Group, Answer]] = {}
+        self._n_ended = 0  # answers, since the last step
         self._numbers, self._keys = itertools.count(), itertools.count()
         self._adapters: dict[str, LoRARequest] = {}
 
@@ -162,7 +164,6 @@ class Engine:
         self._take_all()
         self._begin_loads()
         plan = self.scheduler.plan()
-        self.backlog.admitted(len(self.scheduler.admitted))
         if self._stats is not None:
             self._stats.admit(self.scheduler.admitted)
         self._make_way()
@@ -173,7 +174,10 @@ class Engine:
         self._waits_for_load = not plan.sequences and bool(self.pool.loading)
         self._unload()
         touched, self._touched = self._touched, {}  # only now: a step that is interrupted leaves it to the next
-        return [output for group in touched.values() if (output := self._output(group)) is not None]
+        outputs = [output for group in touched.values() if (output := self._output(group)) is not None]
+        self.backlog.stepped(self._n_ended, self.scheduler.has_work)
+        self._n_ended = 0
+        return outputs
 
     def add_adapter(self, request: LoRARequest) -> None:
         """Load an adapter now, and keep its name. Raises VeneerError if it does not fit. Between steps."""
@@ -249,7 +253,7 @@ class Engine:
         self._adapters[request.name] = request
 
     def _begin(self, asked: Asked) -> None:
-        group = self._groups[asked.id] = _Group(asked, [])
+        group = self._groups[asked.id] = _Group(asked, [], list(asked.prompt_ids))
         number, adapter = next(self._keys), asked.lora_request
         count = None if adapter is None else self.pool.count(adapter.name)
         for index in range(asked.params.n):
@@ -386,8 +390,9 @@ class Engine:
     def _output(self, group: _Group) -> RequestOutput | None:
         asked, kind = group.asked, group.asked.params.output_kind
         finished = all(answer.request.status is Status.DONE for answer in group.answers)
-        metrics = None if self._stats is None else self._stats.of([answer.request for answer in group.answers])
+        metrics = None
         if finished:
+            metrics = None if self._stats is None else self._stats.of([answer.request for answer in group.answers])
             self._forget(group)
         if kind is RequestOutputKind.FINAL_ONLY and not finished:
             return None
@@ -400,13 +405,14 @@ class Engine:
         if scores is None and asked.params.prompt_logprobs is not None and len(asked.prompt_ids) == 1:
             scores = [None]
         return RequestOutput(
-            request_id=asked.id, prompt=asked.prompt, prompt_token_ids=list(asked.prompt_ids), prompt_logprobs=scores,
+            request_id=asked.id, prompt=asked.prompt, prompt_token_ids=group.prompt_ids, prompt_logprobs=scores,
             outputs=outputs, finished=finished, lora_request=asked.lora_request, error=errors[0] if errors else None,
             metrics=metrics, num_cached_tokens=group.answers[0].request.n_cached or 0,
         )  # fmt: skip
 
     def _forget(self, group: _Group) -> None:
         self._groups.pop(group.asked.id, None)
+        self._n_ended += len(group.answers)
         for answer in group.answers:
             self._answers.pop(answer.request.id, None)
             self.runner.end(answer.request.id)

@@ -43,6 +43,15 @@ class CompletionOutput:
         """Return True if the answer is complete."""
         return self.finish_reason is not None
 
+    def add(self, delta: CompletionOutput) -> None:
+        """Append the part of the answer that follows this one."""
+        self.text += delta.text
+        self.token_ids += delta.token_ids
+        self.cumulative_logprob = delta.cumulative_logprob
+        if self.logprobs is not None:
+            self.logprobs += delta.logprobs or []
+        self.finish_reason, self.stop_reason = delta.finish_reason, delta.stop_reason
+
 
 @dataclass(slots=True)
 class RequestStats:
@@ -70,7 +79,7 @@ class RequestOutput:
     """Prompt with its answers. ``error`` is the reason if a request ended with the finish reason "error".
 
     ``num_cached_tokens`` counts the prompt's tokens whose keys and values were there when its first answer began.
-    ``metrics`` is None unless ``disable_log_stats=False``.
+    ``metrics`` is None unless the answers have ended and ``disable_log_stats=False``.
     """
 
     request_id: str
@@ -83,3 +92,14 @@ class RequestOutput:
     num_cached_tokens: int = 0
     metrics: RequestStats | None = None
     error: Exception | None = None
+
+    def add(self, delta: RequestOutput) -> None:
+        """Append the parts of the answers that follow these."""
+        known = {output.index: output for output in self.outputs}
+        for output in delta.outputs:
+            if output.index in known:
+                known[output.index].add(output)
+            else:
+                self.outputs.append(output)
+        self.prompt_logprobs, self.finished = delta.prompt_logprobs, delta.finished
+        self.num_cached_tokens, self.metrics, self.error = delta.num_cached_tokens, delta.metrics, delta.error

@@ -371,8 +371,11 @@ def test_an_engine_that_breaks_down_says_so(base_folder, folder):
         status, answer = server.post("/v1/completions", {"prompt": "x"})
         assert (status, answer["error"]["type"]) == (500, "InternalServerError")
         assert "a defect" in answer["error"]["message"]
-        with pytest.raises(urllib.error.HTTPError, match="500"):
-            urllib.request.urlopen(f"{server.url}/health")
+        for route, code in (("/health", 500), ("/ready", 503)):
+            with pytest.raises(urllib.error.HTTPError) as told:
+                urllib.request.urlopen(f"{server.url}{route}")
+            assert told.value.code == code
+            assert "RuntimeError('a defect')" in json.load(told.value)["error"]["message"]
     finally:
         threading.excepthook = kept
         server.stop()

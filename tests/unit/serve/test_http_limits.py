@@ -174,7 +174,7 @@ def test_more_than_is_taken_in_flight_is_told_to_ask_again(server, monkeypatch):
 
 
 def test_choices_count_from_their_admission_until_their_answer_ends(monkeypatch):
-    engine: Any = object()
+    engine: Any = SimpleNamespace(backlog=SimpleNamespace(refuse=lambda n: 7.0 * n))
     catalogue: Any = SimpleNamespace(base="tiny")
     api = Api(engine, catalogue, ServerLimits(choices=5, in_flight=7))
     monkeypatch.setattr(api, "_ask", lambda body: ([], None))
@@ -189,7 +189,7 @@ def test_choices_count_from_their_admission_until_their_answer_ends(monkeypatch)
 
     async def asks() -> None:
         admitted = await api.complete(request, body)
-        with pytest.raises(TooManyRequestsError, match="5 choices wait"):
+        with pytest.raises(TooManyRequestsError, match=r"5 choices wait.* ask again in 21 s"):
             await api.complete(request, body)
         await admitted({"type": "http"}, leaves, never)  # gone before the first event
         await api.complete(request, body)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import urllib.error
 import urllib.request
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -50,17 +51,45 @@ def test_more_answers_than_can_ever_wait_are_refused(small):
         small.generate("x" * 61, PARAMS, use_tqdm=False)
 
 
-def test_the_time_to_ask_again_is_that_of_as_many_admissions(monkeypatch):
-    now = 0.0
-    monkeypatch.setattr("veneer.serve.backlog.monotonic", lambda: now)
-    waiting: Any = type("Waiting", (), {"__len__": lambda self: 9, "n_tokens": 3})()
+class Queue:
+    """Queues that hold 9 requests."""
+
+    n_tokens = 90
+
+    def __len__(self) -> int:
+        return 9
+
+
+def test_the_time_to_ask_again_is_that_in_which_as_many_ended(monkeypatch):
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr("veneer.serve.backlog.monotonic", lambda: clock.now)
+    waiting: Any = Queue()
     backlog = Backlog(Limits(max_waiting=9), waiting)
-    for n in (3, 0, 2, 5):
-        now += 7.0
-        backlog.admitted(n)
     asked: Any = type("Asked", (), {"params": SamplingParams(n=4, temperature=1), "prompt_ids": (1, 2)})()
-    with pytest.raises(QueueFullError, match="ask again in 12 s"):  # 7 in 21 seconds
+    backlog.stepped(0, True)
+    clock.now = 9.3
+    with pytest.raises(QueueFullError, match="ask again in 10 s"):  # so long has none ended
         backlog.require_room([asked])
+    for clock.now, n, has_work in (
+        (10.0, 3, True),
+        (14.0, 0, True),
+        (21.0, 2, False),
+        (1021.0, 0, True),
+        (1028.0, 5, True),
+    ):
+        backlog.stepped(n, has_work)
+    with pytest.raises(QueueFullError, match="ask again in 12 s"):  # 4 are too many, and 10 ended in 28 busy seconds
+        backlog.require_room([asked])
+    clock.now = 1038.0
+    assert backlog.refuse(2) == 8  # 10 in 38
+    assert backlog.n_refused == 3
+    few_tokens = Backlog(Limits(max_waiting=99, max_waiting_tokens=95), waiting)
+    few_tokens.stepped(0, True)
+    for clock.now, n in ((1100.0, 62), (1110.0, 3)):
+        few_tokens.stepped(n, True)
+    asked.prompt_ids = (1,) * 9
+    with pytest.raises(QueueFullError, match="ask again in 5 s"):  # 4 x 10 tokens must go; 65 ended in 72 s
+        few_tokens.require_room([asked])
 
 
 @pytest.mark.parametrize(
@@ -130,12 +159,14 @@ def test_times_and_counts(base_folder, adapters):
         "vllm:num_requests_running": 0, "vllm:num_requests_waiting": 0, "vllm:kv_cache_usage_perc": 0,
         "vllm:lora_adapters_loaded": 1, "vllm:lora_adapters_running": 0,
     }  # fmt: skip
+    steps = metrics.pop(("vllm:iteration_tokens_total",))
+    assert steps.sum == 16 + 2 * 4  # the last token of an answer is not read
     numbers = {name[0]: metric.count for name, metric in metrics.items() if isinstance(metric, Histogram)}
     assert numbers == {
         "vllm:time_to_first_token_seconds": 2, "vllm:inter_token_latency_seconds": 8,
         "vllm:e2e_request_latency_seconds": 2, "vllm:request_queue_time_seconds": 2,
         "vllm:request_prefill_time_seconds": 2, "vllm:request_decode_time_seconds": 2,
-        "vllm:request_prompt_tokens": 2, "vllm:request_generation_tokens": 2, "vllm:iteration_tokens_total": 7,
+        "vllm:request_prompt_tokens": 2, "vllm:request_generation_tokens": 2,
     }  # fmt: skip
 
 

@@ -46,6 +46,12 @@ _MetricsPrefix = Annotated[
     MetricsPrefix,
     typer.Option(metavar="NAME", help="First part of the names in /metrics: veneer, or vllm for routers."),
 ]
+_LogRequests = Annotated[
+    bool, typer.Option("--log-requests", help="Write a line of JSON to stderr for each request, without its text.")
+]
+_DrainSeconds = Annotated[
+    float, typer.Option(metavar="X", min=0.0, help="Time that requests in flight have to end after SIGTERM.")
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,6 +85,8 @@ class ServeArguments:
     max_in_flight: _MaxInFlight = 1024
     trust_request_templates: _TrustTemplates = False
     metrics_prefix: _MetricsPrefix = MetricsPrefix.VENEER
+    log_requests: _LogRequests = False
+    drain_seconds: _DrainSeconds = 20.0
 
     def __post_init__(self) -> None:
         require_closed(self.host, self.open_)

@@ -21,9 +21,11 @@ from veneer.serve.asked import Asked
 from veneer.serve.async_engine import AsyncEngine
 from veneer.serve.http.errors import error_body
 from veneer.serve.http.protocol import StreamOptions
+from veneer.serve.http.request_record import GONE
 from veneer.serve.outputs import CompletionOutput, RequestOutput
 
-GONE = 499  # nobody reads it: the client has closed the connection
+_UNBUFFERED = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # a proxy passes each event on as it comes
+_ENCODE = json.JSONEncoder(ensure_ascii=False).encode
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,7 +107,7 @@ class _Stream(StreamingResponse):
     """Stream that closes its events and leaves ``taken`` however it ends, also if no event was asked for."""
 
     def __init__(self, events: AsyncGenerator[bytes, None], taken: AbstractContextManager[object]) -> None:
-        super().__init__(events, media_type="text/event-stream")
+        super().__init__(events, media_type="text/event-stream", headers=_UNBUFFERED)
         self._events, self._taken = events, taken
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -134,32 +136,42 @@ async def _choices(engine: AsyncEngine, answering: Answering) -> dict[str, Any]:
 
 
 async def _events(engine: AsyncEngine, answering: Answering, options: StreamOptions) -> AsyncGenerator[bytes, None]:
+    """The events of a stream: those that come together are one write."""
     head, shape = answering.head(answering.shape.chunk), answering.shape
+    front = f"data: {_ENCODE(head)[:-1]}, "  # which all events have in common
     by_id, n_answered, n_cached = {asked.id: asked for asked in answering.asked}, 0, dict[str, int]()
 
-    def event(choices: list[dict[str, Any]], usage: bool = False) -> bytes:
-        told = {"usage": answering.usage(n_answered, sum(n_cached.values()))} if usage else {}
-        return b"data: " + json.dumps(head | {"choices": choices} | told, ensure_ascii=False).encode() + b"\n\n"
+    def event(choices: list[dict[str, Any]], usage: bool = False) -> str:
+        told = f', "usage": {_ENCODE(answering.usage(n_answered, sum(n_cached.values())))}' if usage else ""
+        return f'{front}"choices": {_ENCODE(choices)}{told}}}\n\n'
 
-    for place, asked in enumerate(answering.asked):
-        for index in range(place * asked.params.n, (place + 1) * asked.params.n):
-            opening = shape.opening(index, asked)
-            if opening is not None:
-                yield event([opening])
+    openings = [
+        shape.opening(index, asked)
+        for place, asked in enumerate(answering.asked)
+        for index in range(place * asked.params.n, (place + 1) * asked.params.n)
+    ]
+    if any(openings):
+        yield "".join(event([opening]) for opening in openings if opening is not None).encode()
     try:
-        async with aclosing(engine.outputs(answering.asked)) as outputs:
-            async for output in outputs:
-                if output.error is not None:
-                    raise output.error
-                n_answered += sum(len(answer.token_ids) for answer in output.outputs)
-                n_cached[output.request_id] = output.num_cached_tokens
-                for answer in output.outputs:
-                    choice = shape.delta(answer, answering.index(output, answer), by_id[output.request_id])
-                    yield event([choice], options.continuous_usage_stats)
+        async with aclosing(engine.batches(answering.asked)) as batches:
+            async for batch in batches:
+                events, failed = list[str](), None
+                for output in batch:
+                    failed = output.error
+                    if failed is not None:
+                        break
+                    n_answered += sum(len(answer.token_ids) for answer in output.outputs)
+                    n_cached[output.request_id] = output.num_cached_tokens
+                    for answer in output.outputs:
+                        choice = shape.delta(answer, answering.index(output, answer), by_id[output.request_id])
+                        events.append(event([choice], options.continuous_usage_stats))
+                yield "".join(events).encode()
+                if failed is not None:
+                    raise failed
         if options.include_usage:
-            yield event([], usage=True)
+            yield event([], usage=True).encode()
     except VeneerError as error:
-        yield b"data: " + json.dumps(error_body(error)).encode() + b"\n\n"
+        yield f"data: {json.dumps(error_body(error))}\n\n".encode()
     yield b"data: [DONE]\n\n"
 
 

@@ -14,7 +14,6 @@ from starlette.exceptions import HTTPException
 
 from veneer.errors import ConfigError, VeneerError
 from veneer.serve.asked import Asked
-from veneer.serve.async_engine import AsyncEngine
 from veneer.serve.calls import Calls
 from veneer.serve.engine import Engine
 from veneer.serve.http import chat, completions
@@ -22,14 +21,17 @@ from veneer.serve.http.answers import Answering, Shape, stream_of, whole_answer
 from veneer.serve.http.errors import (
     RefusedError,
     TooManyRequestsError,
+    on_defect,
     on_invalid_body,
     on_unknown_route,
     on_veneer_error,
 )
+from veneer.serve.http.lifecycle import Gate, Lifecycle, add_lifecycle
 from veneer.serve.http.limits import BodyLimit, ServerLimits
 from veneer.serve.http.metrics import add_metrics
 from veneer.serve.http.models import Catalogue
 from veneer.serve.http.protocol import Body, ChatBody, CompletionBody, StreamOptions
+from veneer.serve.http.request_record import RecordedEngine, RequestRecords, current_record
 from veneer.serve.lora_request import LoRARequest
 
 
@@ -40,15 +42,19 @@ def make_app(
     limits = limits or ServerLimits()
     api = Api(engine, catalogue, limits)
     app = FastAPI(title="veneer", lifespan=api.lifespan)
+    lifecycle = Lifecycle(api.running)
     app.add_middleware(BodyLimit, most=limits.body_bytes)
-    app.state.engine = api.running
+    app.add_middleware(Gate, lifecycle=lifecycle)
+    app.add_middleware(RequestRecords)  # outside all others
+    app.state.engine, app.state.lifecycle = api.running, lifecycle
     app.add_exception_handler(VeneerError, on_veneer_error)
     app.add_exception_handler(RequestValidationError, on_invalid_body)
     app.add_exception_handler(HTTPException, on_unknown_route)
+    app.add_exception_handler(Exception, on_defect)
     app.post("/v1/completions")(api.complete)
     app.post("/v1/chat/completions")(api.converse)
     app.get("/v1/models")(api.models)
-    app.get("/health")(api.health)
+    add_lifecycle(app, lifecycle, api.running)
     add_metrics(app, engine, catalogue.base, metrics_prefix)
     return app
 
@@ -57,7 +63,7 @@ class Api:
     """Endpoints, each a method whose docstring is its description in the application's own documentation."""
 
     def __init__(self, engine: Engine, catalogue: Catalogue, limits: ServerLimits) -> None:
-        self.engine, self.catalogue, self.limits, self.running = engine, catalogue, limits, AsyncEngine(engine)
+        self.engine, self.catalogue, self.limits, self.running = engine, catalogue, limits, RecordedEngine(engine)
         self._n_in_flight = 0  # choices of requests from their admission until their answers end
 
     @asynccontextmanager
@@ -85,10 +91,6 @@ class Api:
         """Return the base and the adapters."""
         return await asyncio.to_thread(self.catalogue.cards)
 
-    async def health(self) -> Response:
-        """Return 200 while the engine runs, 500 once it has failed."""
-        return Response(status_code=200 if self.running.failure is None else 500)
-
     async def _answer(
         self, request: Request, body: CompletionBody | ChatBody, shape: Callable[[Calls | None], Shape]
     ) -> Response:
@@ -112,9 +114,11 @@ class Api:
                 "n",
             )
         if taken + n > most.in_flight:
+            seconds = self.engine.backlog.refuse(taken + n - most.in_flight)
             raise TooManyRequestsError(
                 f"{taken} choices wait or are being answered, and this server takes {most.in_flight} "
-                "(--max-in-flight): ask again later"
+                f"(--max-in-flight): ask again in {seconds:.0f} s",
+                retry_seconds=seconds,
             )
         self._n_in_flight += n
         try:
@@ -138,6 +142,7 @@ class Api:
 
     def _adapter(self, body: Body) -> LoRARequest | None:
         named = self.catalogue.find(body.model)
+        current_record().model = body.model or self.catalogue.base
         if body.adapter is None:
             return named
         if named is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from fastapi import FastAPI, Request
@@ -13,14 +14,14 @@ from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 
 from veneer.errors import ConfigError, QueueFullError, ServingError, VeneerError
+from veneer.serve.http.request_record import HEADER, current_record
 
 _TYPES = {
     400: "BadRequestError", 404: "NotFoundError", 405: "MethodNotAllowedError", 413: "ContentTooLargeError",
-    429: "RateLimitError", 500: "InternalServerError",
+    429: "RateLimitError", 500: "InternalServerError", 503: "ServiceUnavailableError",
 }  # fmt: skip
 _NO_JSON = "json_invalid"
 _TOLD = 10  # problems of one body in a message
-_RETRY_SECONDS = 1
 
 
 class RefusedError(ConfigError):
@@ -48,8 +49,16 @@ class BodyTooLargeError(RefusedError):
     status = 413
 
 
-class TooManyRequestsError(RefusedError):
-    """Request beyond the server's limit in flight; the client should retry later."""
+class RetryLaterError(RefusedError):
+    """Refusal of a request that the client should send again after ``retry_seconds``."""
+
+    def __init__(self, message: str, param: str | None = None, retry_seconds: float = 1) -> None:
+        super().__init__(message, param)
+        self.retry_seconds = retry_seconds
+
+
+class TooManyRequestsError(RetryLaterError):
+    """Request beyond the server's limit in flight."""
 
     status = 429
 
@@ -72,13 +81,23 @@ def status_of(error: VeneerError) -> int:
     return 500 if isinstance(error, ServingError) else 400
 
 
+def error_response(error: VeneerError, headers: Mapping[str, str] | None = None) -> JSONResponse:
+    """Return the response to a request that cannot be served; it says when to ask again if the error does."""
+    told = dict(headers or {})
+    if isinstance(error, RetryLaterError | QueueFullError):
+        told["Retry-After"] = str(math.ceil(error.retry_seconds))
+    return JSONResponse(error_body(error), status_of(error), told)
+
+
 async def on_veneer_error(request: Request, error: Exception) -> JSONResponse:
     """Return the response to a request that cannot be served."""
-    found = error if isinstance(error, VeneerError) else ServingError(repr(error))
-    seconds = found.retry_seconds if isinstance(found, QueueFullError) else _RETRY_SECONDS
-    status = status_of(found)
-    wait = {"Retry-After": str(math.ceil(seconds))} if status == TooManyRequestsError.status else None
-    return JSONResponse(error_body(found), status, wait)
+    return error_response(error if isinstance(error, VeneerError) else ServingError(repr(error)))
+
+
+async def on_defect(request: Request, error: Exception) -> JSONResponse:
+    """Return the response to a request that met a defect of the server; the log has the traceback."""
+    told = ServingError(f"the server has a defect: {type(error).__name__}. Its log has the rest.")
+    return error_response(told, {HEADER: current_record().id})
 
 
 async def on_unknown_route(request: Request, error: Exception) -> JSONResponse:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from fastapi import FastAPI, Request
+from fastapi import FastAPI
 from fastapi.responses import PlainTextResponse, Response
-from prometheus_client import CollectorRegistry, ProcessCollector
-from prometheus_client.exposition import choose_encoder
+from prometheus_client import CollectorRegistry, ProcessCollector, generate_latest
+from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 from prometheus_client.metrics_core import (
     CounterMetricFamily,
     GaugeMetricFamily,
@@ -67,10 +67,10 @@ def add_metrics(app: FastAPI, engine: Engine, model: str, prefix: str) -> None:
     registry.register(EngineCollector(engine, model, prefix))
     ProcessCollector(registry=registry)
 
-    def metrics(request: Request) -> Response:  # no coroutine: it runs on a thread beside the loop
-        """Return the metrics in the text format of Prometheus, or in OpenMetrics for a client that accepts it."""
-        encode, content_type = choose_encoder(request.headers.get("accept", ""))
-        return Response(encode(registry), headers={"Content-Type": content_type})
+    def metrics() -> Response:  # no coroutine: it runs on a thread beside the loop
+        """Return the metrics in the text format of Prometheus."""
+        # Never OpenMetrics: prometheus-client writes its names with underscores for colons, unless it is told not to.
+        return Response(generate_latest(registry), headers={"Content-Type": CONTENT_TYPE_PLAIN_0_0_4})
 
     app.get("/metrics", response_class=PlainTextResponse)(metrics)
 
@@ -100,8 +100,12 @@ def _encodable(name: str) -> str:
 
 
 def _family(metric: Metric, name: str, told: str, labels: list[str]) -> Family:
-    kinds = {Counter: CounterMetricFamily, Gauge: GaugeMetricFamily, Histogram: HistogramMetricFamily}
-    return kinds[type(metric)](name, told, labels=labels)
+    match metric:
+        case Counter():
+            return CounterMetricFamily(name, told, labels=labels)
+        case Gauge():
+            return GaugeMetricFamily(name, told, labels=labels)
+    return HistogramMetricFamily(name, told, labels=labels)
 
 
 def _add(family: Family, metric: Metric, labels: list[str]) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import errno
 import logging
+import signal
+from types import FrameType
 from typing import Any
 
 import uvicorn
@@ -15,6 +17,7 @@ from veneer.errors import ConfigError
 _LOG = logging.getLogger("uvicorn.error")  # of the server, whose lines go to stderr
 _CUT_OFF_SECONDS = 2.0  # for a client to read what is left; cut off later than that
 _GRACE_SECONDS = 3
+_IDLE_SECONDS = 75  # of a connection: longer than the 60 s of usual proxies, which must close it first
 
 
 def require_free(host: str, port: int) -> None:
@@ -33,13 +36,13 @@ async def _listen(host: str, port: int) -> None:
     server.close()
 
 
-def run(app: FastAPI, host: str, port: int) -> None:
+def run(app: FastAPI, host: str, port: int, drain_seconds: float) -> None:
     """Serve until a signal ends it: SIGINT as KeyboardInterrupt, SIGTERM as it ends any process.
 
     Raises ConfigError if the port was taken in the meantime.
     """
     try:
-        Server(app, host=host, port=port).run()
+        Server(app, drain_seconds, host=host, port=port).run()
     except SystemExit:
         require_free(host, port)
         raise
@@ -47,11 +50,38 @@ def run(app: FastAPI, host: str, port: int) -> None:
 
 
 class Server(uvicorn.Server):
-    """Uvicorn server of an application of `make_app` that ends requests in flight when it stops."""
+    """Uvicorn server of an application of `make_app`.
 
-    def __init__(self, app: FastAPI, **options: Any) -> None:
-        super().__init__(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=_GRACE_SECONDS, **options))
-        self._engine = app.state.engine
+    SIGTERM drains it: new requests are refused, and those in flight have ``drain_seconds`` to end. A second signal, and
+    SIGINT, stop it at once. Requests in flight end when it stops.
+    """
+
+    def __init__(self, app: FastAPI, drain_seconds: float = 0.0, **options: Any) -> None:
+        config = uvicorn.Config(
+            app, log_level="warning", timeout_graceful_shutdown=_GRACE_SECONDS, timeout_keep_alive=_IDLE_SECONDS,
+            **options,
+        )  # fmt: skip
+        super().__init__(config)
+        self._engine, self._lifecycle, self._drain_seconds = app.state.engine, app.state.lifecycle, drain_seconds
+        self._has_told = False
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Begin to drain, or stop."""
+        if sig == signal.SIGTERM and not self._lifecycle.is_draining and not self.should_exit:
+            self._lifecycle.drain(self._drain_seconds)
+        else:
+            super().handle_exit(sig, frame)
+
+    async def on_tick(self, counter: int) -> bool:
+        """Stop once the server is drained."""
+        if self._lifecycle.is_draining and not self._has_told:
+            self._has_told = True
+            if self._lifecycle.n_in_flight:
+                told = "stopping: %d in flight have %g s to end; a second signal ends them at once"
+                _LOG.warning(told, self._lifecycle.n_in_flight, self._drain_seconds)
+        if self._lifecycle.is_drained and not self.should_exit:
+            super().handle_exit(signal.SIGTERM, None)
+        return await super().on_tick(counter)
 
     async def shutdown(self, sockets: Any = None) -> None:
         """End every request with an error that says why, and disconnect clients that do not read it."""

@@ -1,0 +1,104 @@
+"""Life of a server: ready while its engine runs, draining before it stops; and the routes that tell it."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import math
+from time import monotonic
+
+from fastapi import FastAPI
+from fastapi.responses import Response
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from veneer.serve.async_engine import AsyncEngine
+from veneer.serve.http.errors import RetryLaterError, error_response
+
+_ALWAYS = frozenset({"/health", "/ready", "/version", "/metrics"})  # answered while the server drains
+
+
+class NotReadyError(RetryLaterError):
+    """Request to a server that takes none now."""
+
+    status = 503
+
+
+class Lifecycle:
+    """State of a server. From `drain` on, requests in flight may end, and new ones are refused."""
+
+    def __init__(self, engine: AsyncEngine) -> None:
+        self._engine = engine
+        self.n_in_flight = 0
+        self._drained_at = math.inf
+
+    @property
+    def is_draining(self) -> bool:
+        """True from `drain` on."""
+        return self._drained_at < math.inf
+
+    @property
+    def is_drained(self) -> bool:
+        """True once nothing is in flight after `drain`, or its time is over."""
+        return self.is_draining and (not self.n_in_flight or monotonic() >= self._drained_at)
+
+    def drain(self, seconds: float) -> None:
+        """Refuse new requests; those in flight have so many seconds to end."""
+        self._drained_at = monotonic() + seconds
+
+    def require_open(self) -> None:
+        """Raise NotReadyError while the server drains."""
+        if self.is_draining:
+            left = max(1, math.ceil(self._drained_at - monotonic()))
+            raise NotReadyError(f"this server is stopping: ask another one, or ask again in {left} s", None, left)
+
+    def require_ready(self) -> None:
+        """Raise NotReadyError unless the engine runs and requests are taken; its message says why."""
+        self.require_open()
+        if self._engine.failure is not None:
+            raise NotReadyError(f"the engine has broken down: {self._engine.failure!r}. Restart this server.")
+        if not self._engine.is_running:
+            raise NotReadyError("the engine does not run yet: ask again later")
+
+
+class Gate:
+    """Middleware that counts the requests in flight, and refuses new ones while the server drains."""
+
+    def __init__(self, app: ASGIApp, lifecycle: Lifecycle) -> None:
+        self._app, self._lifecycle = app, lifecycle
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one request."""
+        if scope["type"] != "http" or scope["path"] in _ALWAYS:
+            await self._app(scope, receive, send)
+            return
+        try:
+            self._lifecycle.require_open()
+        except NotReadyError as error:
+            await error_response(error, {"Connection": "close"})(scope, receive, send)
+            return
+        self._lifecycle.n_in_flight += 1
+        try:
+            await self._app(scope, receive, send)
+        finally:
+            self._lifecycle.n_in_flight -= 1
+
+
+def add_lifecycle(app: FastAPI, lifecycle: Lifecycle, engine: AsyncEngine) -> None:
+    """Add the routes ``/health``, ``/ready`` and ``/version``."""
+
+    async def health() -> Response:
+        """Return 200 while the engine runs, 500 with the reason once it has broken down."""
+        engine.require_whole()
+        return Response()
+
+    async def ready() -> Response:
+        """Return 200 while requests are taken; else 503 with the reason: starting, stopping, or broken down."""
+        lifecycle.require_ready()
+        return Response()
+
+    async def version() -> dict[str, str]:
+        """Return the version of veneer."""
+        return {"version": importlib.metadata.version("veneer")}
+
+    app.get("/health")(health)
+    app.get("/ready")(ready)
+    app.get("/version")(version)

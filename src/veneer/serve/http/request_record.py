@@ -1,0 +1,158 @@
+"""Record of a request: its id, in and out, and one line of the log when it has ended. Its text is in neither."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import sys
+import time
+import uuid
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any
+
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from veneer.serve.asked import Asked
+from veneer.serve.async_engine import AsyncEngine
+from veneer.serve.outputs import RequestOutput
+
+GONE = 499  # nobody reads the answer: the client has closed the connection
+HEADER = "X-Request-Id"
+LOG = logging.getLogger("veneer.requests")
+_ID = re.compile(r"[A-Za-z0-9._:/+=@~-]{1,128}")
+_LONGEST_PATH = 128  # characters of a path that is no route's
+
+
+@dataclass(slots=True)
+class RequestRecord:
+    """Facts of one request. Times are by `time.perf_counter`; 0 for what has not happened.
+
+    ``model`` is None until a known model is asked for, and ``client`` if nobody says who asks. ``status`` is that of
+    the response, `GONE` if the client left before its end.
+    """
+
+    id: str = field(default_factory=lambda: uuid.uuid4().hex)
+    began: float = field(default_factory=time.perf_counter)
+    model: str | None = None
+    client: str | None = None
+    status: int = GONE
+    n_prompt: int = 0
+    n_drawn: int = 0
+    scheduled: float = 0.0
+    first: float = 0.0
+    cached: dict[str, int] = field(default_factory=dict)
+    """Tokens of each prompt that were in the prefix cache."""
+    reasons: set[str] = field(default_factory=set)
+    """Finish reasons of the answers that have ended."""
+
+    def ask(self, asked: Sequence[Asked]) -> None:
+        """Count prompts that are given to the engine."""
+        self.n_prompt += sum(len(each.prompt_ids) for each in asked)
+
+    def take(self, output: RequestOutput) -> None:
+        """Count what an output adds."""
+        self.n_drawn += sum(len(answer.token_ids) for answer in output.outputs)
+        self.cached[output.request_id] = output.num_cached_tokens
+        if output.finished:
+            self.reasons |= {answer.finish_reason for answer in output.outputs if answer.finish_reason}
+        if not self.first and self.n_drawn:
+            self.first = time.perf_counter()
+        if output.metrics is not None:
+            self.scheduled = _earliest(self.scheduled, output.metrics.scheduled_ts)
+            self.first = _earliest(self.first, output.metrics.first_token_ts)
+
+    def line(self, scope: Scope) -> str:
+        """Return the line of the log, as JSON."""
+        route = scope.get("route")
+        told: dict[str, Any] = {
+            "time": datetime.now(UTC).isoformat(timespec="milliseconds"), "id": self.id, "method": scope["method"],
+            "route": scope["path"][:_LONGEST_PATH] if route is None else route.path, "model": self.model,
+            "client": self.client, "status": self.status, "finish_reasons": sorted(self.reasons),
+            "tokens_in": self.n_prompt, "tokens_out": self.n_drawn, "tokens_cached": sum(self.cached.values()),
+            "seconds_waited": self._since(self.scheduled), "seconds_to_first_token": self._since(self.first),
+            "seconds": self._since(time.perf_counter()),
+        }  # fmt: skip
+        return json.dumps(told)
+
+    def _since(self, then: float) -> float | None:
+        return round(then - self.began, 6) if then else None
+
+
+class RequestRecords:
+    """Middleware that keeps a record of each request: outside all others, so that every response has its id."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one request."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        record = _record_of(Headers(scope=scope).get(HEADER))
+        _current.set(record)
+        sent = GONE
+
+        async def with_id(message: Message) -> None:
+            nonlocal sent
+            if message["type"] == "http.response.start":
+                sent = message["status"]
+                message["headers"] = [*message.get("headers", ()), (HEADER.lower().encode(), record.id.encode())]
+            elif not message.get("more_body", False):
+                record.status = sent
+            await send(message)
+
+        try:
+            await self._app(scope, receive, with_id)
+        except Exception:
+            record.status = 500
+            raise
+        finally:
+            if LOG.isEnabledFor(logging.INFO):
+                LOG.info(record.line(scope))
+
+
+class RecordedEngine(AsyncEngine):
+    """Engine that counts what it answers in the record of the request, so that no route can forget it."""
+
+    async def batches(self, asked: Sequence[Asked]) -> AsyncGenerator[list[RequestOutput], None]:
+        """Yield the outputs of requests as `AsyncEngine.batches` does."""
+        record = current_record()
+        record.ask(asked)
+        async with aclosing(super().batches(asked)) as batches:
+            async for batch in batches:
+                for output in batch:
+                    record.take(output)
+                yield batch
+
+
+_current: ContextVar[RequestRecord] = ContextVar("record")
+
+
+def current_record() -> RequestRecord:
+    """Return the record of the request that is being answered; one that nobody reads outside of any."""
+    return _current.get(None) or RequestRecord()
+
+
+def log_requests() -> None:
+    """Write the lines of the log to stderr, and to no other log."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    LOG.addHandler(handler)
+    LOG.setLevel(logging.INFO)
+    LOG.propagate = False
+
+
+def _record_of(given: str | None) -> RequestRecord:
+    """A record with the client's own id, if that is short and plain."""
+    return RequestRecord(given) if given and _ID.fullmatch(given) else RequestRecord()
+
+
+def _earliest(known: float, then: float) -> float:
+    return min(filter(None, (known, then)), default=0.0)
