@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
-import re
 import threading
 import time
 from collections.abc import Sequence
@@ -22,6 +20,7 @@ from transformers import PreTrainedTokenizerFast
 from veneer.errors import ConfigError
 from veneer.ops.memory import address
 from veneer.ops.sample import WORD, bit_mask
+from veneer.serve.forced_text import longest_forced
 from veneer.serve.latest import Latest
 from veneer.serve.sampling_params import StructuredOutputsParams
 
@@ -30,9 +29,6 @@ _KEPT_TEXT = 1 << 22  # characters of the grammars that are kept, all together
 _MOST_FORCED = 10_000  # characters of a text that a grammar may force, for its forced tokens to be asked for
 _KNOWN_FORCED = 256  # tokens that are kept of those that were found
 _SLOW = 0.002  # seconds; a grammar whose forced tokens took longer is asked no more: all requests wait meanwhile
-_OF_ONE = re.compile(r"[^)\s]\{(\d+)")
-_OF_MANY = re.compile(r'\)\s*\{(\d+)|"min(?:Items|Properties)"\s*:\s*(\d+)')
-"""Repeats of one character, and of a text."""
 
 
 @dataclass(eq=False, slots=True)
@@ -79,7 +75,7 @@ class Forms:
         matcher = LLMatcher(tables, grammar, log_level=0)
         if matcher.is_error():
             raise ConfigError(f"the form asked for cannot be compiled: {matcher.get_error()}")
-        made = _Grammar(matcher, forces=_longest_forced(grammar) <= _MOST_FORCED)
+        made = _Grammar(matcher, forces=longest_forced(grammar) <= _MOST_FORCED)
         if made.forces:  # the first time takes longest, and nobody waits here but who asks
             made.found_forced(matcher)
             made.found_forced(matcher.deep_copy())
@@ -135,12 +131,6 @@ class TextForm:
             self._matcher.consume_token(token)
         if self._coming and self._coming.pop() != token:
             self._coming.clear()
-
-
-def _longest_forced(grammar: str) -> int:
-    """Bound the characters of a text that a grammar forces: its own and those that it repeats."""
-    of_one = sum(map(int, _OF_ONE.findall(grammar)))
-    return (len(grammar) + of_one) * math.prod(max(int(a or b), 1) for a, b in _OF_MANY.findall(grammar))
 
 
 def grammar_of(asked: StructuredOutputsParams) -> str:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from veneer.serve.forced_text import longest_forced
 from veneer.serve.sampling_params import StructuredOutputsParams
-from veneer.serve.structured import Forms, TextForm
+from veneer.serve.structured import Forms, TextForm, grammar_of
 
 
 @pytest.fixture
@@ -51,6 +52,28 @@ def test_a_token_that_was_not_forced_first_drops_those_behind_it(forms):
 def test_a_grammar_that_may_force_a_long_text_is_not_asked(forms, asked, monkeypatch):
     monkeypatch.setattr("veneer.serve.structured._Grammar.found_forced", lambda *given: pytest.fail("asked"))
     assert form_of(forms, **asked).forced() == []
+
+
+PERSON = {
+    "type": "object", "required": ["name"], "additionalProperties": False,
+    "properties": {"name": {"type": "string", "maxLength": 12}, "kind": {"const": "person"}},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("schema", "least", "most"),
+    [
+        ({"type": "array", "minItems": 3000, "items": PERSON}, 0, 1000),
+        ({"type": "array", "minItems": 3000, "items": {"$ref": "#/$defs/P"}, "$defs": {"P": PERSON}}, 0, 1000),
+        ({"type": "array", "minItems": 3000, "items": {"type": "integer"}}, 0, 1000),
+        ({"type": "array", "minItems": 3000, "items": {"const": "abc"}}, 9000, 10**6),
+        ({"type": "array", "minItems": 3000, "items": {"type": "string", "pattern": "^abc$"}}, 9000, 10**6),
+        ({"type": "array", "minItems": 3000, "items": PERSON | {"required": []}}, 3000, 10**7),
+        ({"type": "array", "minItems": 30, "items": {"minItems": 100, "items": {"const": 1}}}, 3000, 10**6),
+    ],
+)
+def test_items_that_hold_something_free_are_not_forced_in_one_run(schema, least, most):
+    assert least <= longest_forced(grammar_of(StructuredOutputsParams(json=schema))) <= most
 
 
 def test_a_grammar_that_took_long_is_asked_no_more(forms, monkeypatch):
