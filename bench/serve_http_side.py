@@ -28,7 +28,8 @@ _TICK = 0.001
 
 def veneer(job: dict[str, Any], port: int) -> list[str]:
     """The command of veneer's server."""
-    command = [sys.executable, "-m", "veneer.cli.app", "serve", job["model"], "--port", str(port), "--dtype"]
+    start = "from veneer.cli.app import main; main()"
+    command = [sys.executable, "-c", start, "serve", job["model"], "--port", str(port), "--dtype"]
     return [*command, job["dtype"], *(("--adapters", job["folder"]) if job["adapters"] else ())]
 
 

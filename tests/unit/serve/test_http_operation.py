@@ -99,12 +99,17 @@ def test_an_id_is_made_where_none_is_given_that_can_be_kept(server, given):
     assert all(id is not None and len(bytes.fromhex(id)) == 16 for id in ids)
 
 
-def test_a_defect_is_told_as_json_and_logged(server, capfd):
-    broken = Asking(server.port, "/broken")
-    told = json.loads(broken.answer.read())["error"]
-    assert (broken.answer.status, told["code"]) == (500, 500)
-    assert "RuntimeError" in told["message"]
-    assert "a defect" in capfd.readouterr().err
+def test_a_defect_is_told_as_json_and_logged(server, caplog):
+    log = logging.getLogger("uvicorn.error")
+    log.addHandler(caplog.handler)
+    try:
+        broken = Asking(server.port, "/broken")
+        told = json.loads(broken.answer.read())["error"]
+        assert (broken.answer.status, told["code"]) == (500, 500)
+        assert "RuntimeError" in told["message"]
+        server.wait(lambda: "a defect" in caplog.text)
+    finally:
+        log.removeHandler(caplog.handler)
 
 
 def lines(caplog: pytest.LogCaptureFixture, server: Server, n: int) -> list[dict[str, Any]]:

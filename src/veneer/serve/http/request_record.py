@@ -24,7 +24,7 @@ from veneer.serve.outputs import RequestOutput
 
 GONE = 499  # nobody reads the answer: the client has closed the connection
 HEADER = "X-Request-Id"
-LOG = logging.getLogger("veneer.requests")
+LOG = logging.getLogger(__name__)
 _ID = re.compile(r"[A-Za-z0-9._:/+=@~-]{1,128}")
 _LONGEST_PATH = 128  # characters of a path that is no route's
 
