@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,7 @@ _KINDS: Mapping[type, tuple[str, ...]] = {
     str: ("string",), bool: ("boolean",), int: ("integer", "number"), float: ("number", "integer"),
     dict: ("object",), list: ("array",), type(None): ("null",),
 }  # fmt: skip
+_OUTSIDE, _IN_STRING = re.compile(r'["{}\[\]]'), re.compile(r'["\\]')
 _PYTHONS = {"True": True, "False": False, "None": None}  # as some templates print values
 
 
@@ -38,18 +40,19 @@ class ObjectArguments:
 
     def read(self, text: str, *, final: bool) -> Read:
         """Read the next piece."""
-        for place, character in enumerate(text):
-            if self._in_string:
-                self._in_string = character != '"' or self._escaped
-                self._escaped = character == "\\" and not self._escaped
-            elif character == '"':
-                self._in_string = True
-            elif character in "{[":
-                self._depth += 1
-            elif character in "}]":
-                self._depth -= 1
+        at = int(self._escaped and bool(text))
+        self._escaped = self._escaped and not text
+        while (found := (_IN_STRING if self._in_string else _OUTSIDE).search(text, at)) is not None:
+            at, mark = found.end(), found[0]
+            if mark == "\\":
+                self._escaped = at == len(text)
+                at += 1
+            elif mark == '"':
+                self._in_string = not self._in_string
+            else:
+                self._depth += 1 if mark in "{[" else -1
                 if self._depth == 0:
-                    return Read(text[: place + 1], place + 1, True)
+                    return Read(text[:at], at, True)
         return Read(text, len(text), False)
 
 

@@ -66,10 +66,25 @@ def match(parts: Parts, text: str, at: int, names: Collection[str], *, final: bo
     return Found(at, values)
 
 
-def first_characters(parts: Parts, names: Collection[str]) -> set[str]:
-    """Return the characters with which a match of parts can begin."""
-    first = parts[0]
-    return {first.lstrip()[0]} if isinstance(first, str) else {name[0] for name in names}
+class Beginnings:
+    """Search for the places where ``ways`` may match, or one of the ``others``; it skips a long text fast."""
+
+    def __init__(self, ways: Collection[Parts], names: Collection[str], others: Collection[str]) -> None:
+        firsts = [parts[0] for parts in ways]
+        texts = {*others, *(name for name in names if Slot.NAME in firsts)}
+        literals = [first for first in firsts if isinstance(first, str)]
+        patterns = [*map(re.escape, texts), *map(_pattern, literals)]
+        begins = "".join(sorted({text.lstrip()[0] for text in (*texts, *literals)}))
+        self._whole, self._first = re.compile("|".join(patterns)), re.compile(f"[{re.escape(begins)}]")
+        self._longest = max(len(text) * (_BLANKS + 1) for text in (*texts, *literals))
+
+    def next(self, text: str, at: int) -> int | None:
+        """Return the first place at or behind ``at`` where a match may begin; None if nowhere."""
+        found = self._whole.search(text, at)
+        end = max(at, len(text) - self._longest)  # from where on a first part may grow
+        if found is None or found.start() >= end:
+            found = self._first.search(text, end)
+        return None if found is None else found.start()
 
 
 def skip_blanks(text: str, at: int) -> int:
@@ -96,6 +111,12 @@ def _steps(literal: str) -> tuple[tuple[str, bool], ...]:
         steps.append((character, blank or joint))
         before, blank = character, False
     return tuple(steps)
+
+
+def _pattern(literal: str) -> str:
+    """The regular expression of a literal."""
+    blanks = rf"\s{{0,{_BLANKS}}}"
+    return "".join(blanks * blank_before + re.escape(each) for each, blank_before in _steps(literal))
 
 
 def _literal(literal: str, text: str, at: int, loose: bool) -> Match:

@@ -14,13 +14,13 @@ from veneer.serve.tool_calls.arguments import FieldArguments, ObjectArguments
 from veneer.serve.tool_calls.format import CallFormat, joined
 from veneer.serve.tool_calls.match import (
     GROWING,
+    Beginnings,
     Found,
     Growing,
     Match,
     Part,
     Parts,
     Slot,
-    first_characters,
     match,
     skip_blanks,
 )  # fmt: skip
@@ -95,8 +95,7 @@ class Parser:
         self._before = _with_and_without_id(format.before)
         self._between = [] if format.between is None else _with_and_without_id(format.between)
         self._after = _with_and_without_id(format.after)
-        firsts = {text[0] for text in format.hidden}.union(*(first_characters(p, functions) for p in self._before))
-        self._firsts = re.compile("[" + re.escape("".join(sorted(firsts))) + "]")
+        self._beginnings = Beginnings(self._before, functions, format.hidden)
 
     @property
     def is_called(self) -> bool:
@@ -125,13 +124,12 @@ class Parser:
     # Each step reads on, and returns True if there may be more to read at another place.
 
     def _text(self, events: list[Event], final: bool) -> bool:
-        at = 0
-        while (first := self._firsts.search(self._rest, at)) is not None:
-            at = first.start()
+        at = self._beginnings.next(self._rest, 0)
+        while at is not None:
             hidden = self._hidden(at, final)
             call = hidden or (None if self._n_calls == self._most else self._call(self._before, at, final))
             if call is None:
-                at += 1
+                at = self._beginnings.next(self._rest, at + 1)
                 continue
             self._show(events, at)
             if isinstance(hidden, Found):
