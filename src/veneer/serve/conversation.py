@@ -32,7 +32,7 @@ def chat_text(tokenizer: Any, messages: Conversation, how: Mapping[str, Any]) ->
         raise ConfigError("add_generation_prompt and continue_final_message exclude each other: set one to False")
     try:
         return str(tokenizer.apply_chat_template(turns, tokenize=False, **how))
-    except (TemplateError, ValueError, TypeError) as error:
+    except (TemplateError, ValueError, TypeError, RecursionError) as error:
         raise ConfigError(f"the chat template refuses the messages: {error}") from error
 
 

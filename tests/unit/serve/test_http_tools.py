@@ -133,6 +133,18 @@ def test_the_conversation_and_the_tools_reach_the_template(server):
         assert answer["usage"]["prompt_tokens"] == len(ids)
 
 
+@pytest.mark.parametrize("levels", [300, 900, 3000])
+def test_what_is_nested_too_deep_is_the_clients_fault(server, levels):
+    text = '{"a":' * levels + "1" + "}" * levels
+    body = json.dumps({"messages": [TURN], "max_tokens": 1, "tools": [tool(parameters="SCHEMA")]})
+    status, _ = server.post("/v1/chat/completions", body.replace('"SCHEMA"', text).encode())
+    assert status == 400
+    call = {"id": "x", "type": "function", "function": {"name": "now", "arguments": text}}
+    turns = [TURN, {"role": "assistant", "tool_calls": [call]}]
+    status, _ = server.post("/v1/chat/completions", {"messages": turns, "max_tokens": 1})
+    assert status in (200, 400)
+
+
 def tool(**function) -> dict:
     return {"type": "function", "function": {"name": "f", **function}}
 

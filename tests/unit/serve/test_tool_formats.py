@@ -119,6 +119,17 @@ def test_content_beside_calls_is_what_the_template_takes():
     assert with_calls([{"role": "assistant", "tool_calls": [call]}], found)[0]["content"] is None
 
 
+def nested(levels: int) -> dict:
+    schema: dict = {}
+    for level in range(levels):
+        schema = {"items": [schema]} if level % 2 else {"items": schema}
+    return schema
+
+
+def test_schemas_may_be_nested():
+    assert Function(name="f", parameters=nested(40)).schema["type"] == "object"
+
+
 @pytest.mark.parametrize(
     ("made", "said"),
     [
@@ -127,6 +138,7 @@ def test_content_beside_calls_is_what_the_template_takes():
         (lambda: Function(name="f", parameters={"type": "array"}), "type 'array'"),
         (lambda: Function(name="f", parameters={"properties": [1]}), "properties must be an object"),
         (lambda: Function(name="f", parameters={"required": [{}]}), "required must be a list"),
+        (lambda: Function(name="f", parameters=nested(65)), "at most 64 levels"),
         (lambda: Tools([Function(name="f"), Function(name="f")]), "two tools have the name 'f'"),
         (lambda: Tools([Function(name=f"f{i}") for i in range(129)]), "129 tools are too many: at most 128"),
         (lambda: Tools([], "required"), "tools is empty"),

@@ -80,7 +80,7 @@ class FieldArguments:
                 at = found + 1
                 continue
             if found < 0:
-                kept = len(text) if final else len(text) - _begun(text[at:], end)
+                kept = len(text) if final else len(text) - _overlap(text[at:], end)
                 self._value += text[at:kept]
                 at = kept
                 break
@@ -122,7 +122,7 @@ class FieldArguments:
                 return
             self._value, self._begun = self._value.removeprefix(self._lead), True
             self._json += '"'
-        kept = len(self._value) - _begun(self._value, f"{self._trail}\0")
+        kept = len(self._value) - _overlap(self._value, f"{self._trail}\0")
         self._json += _quoted(self._value[:kept])[1:-1]
         self._value = self._value[kept:]
 
@@ -185,6 +185,6 @@ def _blank_begin(text: str) -> str:
     return text[: len(text) - len(text.lstrip())]
 
 
-def _begun(text: str, end: str) -> int:
+def _overlap(text: str, end: str) -> int:
     """The number of characters at the end of a text that may be the beginning of another."""
     return next((n for n in range(min(len(end) - 1, len(text)), 0, -1) if text.endswith(end[:n])), 0)

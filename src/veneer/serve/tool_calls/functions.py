@@ -11,6 +11,7 @@ from veneer.core.nearest import nearest
 from veneer.errors import ConfigError
 
 MOST_FUNCTIONS = 128
+_DEEPEST = 64  # levels of a schema
 _NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
 Mode = Literal["none", "auto", "required"]
@@ -44,6 +45,10 @@ class Function:
             raise ConfigError(f"function {self.name!r}: parameters.properties must be an object: schemas by argument")
         if not isinstance(required, list) or not all(isinstance(key, str) for key in required):
             raise ConfigError(f"function {self.name!r}: parameters.required must be a list of the names of arguments")
+        if _is_deeper(given, _DEEPEST):
+            raise ConfigError(
+                f"function {self.name!r}: parameters is nested too deep: at most {_DEEPEST} levels. Flatten the schema"
+            )
 
     @property
     def schema(self) -> dict[str, Any]:
@@ -95,3 +100,12 @@ class Tools:
     def callable(self) -> list[Function]:
         """Return the functions that an answer may call."""
         return [f for f in self.functions if self.named in (None, f.name)]
+
+
+def _is_deeper(value: Any, levels: int) -> bool:
+    """True if lists and mappings lie in one another at more levels."""
+    layer = [value]
+    for _ in range(levels + 1):
+        inner = (list(each.values()) if isinstance(each, Mapping) else each for each in layer)
+        layer = [each for values in inner if isinstance(values, list) for each in values]
+    return bool(layer)
