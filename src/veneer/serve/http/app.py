@@ -30,6 +30,7 @@ from veneer.serve.http.lifecycle import Gate, Lifecycle, add_lifecycle
 from veneer.serve.http.limits import BodyLimit, ServerLimits
 from veneer.serve.http.metrics import add_metrics
 from veneer.serve.http.models import Catalogue
+from veneer.serve.http.page import add_page
 from veneer.serve.http.protocol import Body, ChatBody, CompletionBody, StreamOptions
 from veneer.serve.http.request_record import RecordedEngine, RequestRecords, current_record
 from veneer.serve.lora_request import LoRARequest
@@ -56,6 +57,7 @@ def make_app(
     app.get("/v1/models")(api.models)
     add_lifecycle(app, lifecycle, api.running)
     add_metrics(app, engine, catalogue.base, metrics_prefix)
+    add_page(app)
     return app
 
 

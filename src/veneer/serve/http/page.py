@@ -1,0 +1,46 @@
+"""Page at ``/``: one file that asks models side by side and shows the engine at work."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import re
+from importlib import resources
+
+from fastapi import FastAPI
+from fastapi.responses import Response
+
+
+def add_page(app: FastAPI) -> None:
+    """Add the route ``/``. The page itself holds nothing of this server: it asks the routes, with a key if need be."""
+    page = resources.files(__package__).joinpath("page.html").read_text(encoding="utf-8")
+    headers = headers_of(page)
+
+    async def root() -> Response:
+        """Return the page."""
+        return Response(page, media_type="text/html", headers=headers)
+
+    app.get("/", include_in_schema=False)(root)
+
+
+def headers_of(page: str) -> dict[str, str]:
+    """Return the headers of a page: its own script and style run, it asks its own server, and all else is refused."""
+    policy = {
+        "default-src": "'none'", "script-src": _digests(page, "script"), "style-src": _digests(page, "style"),
+        "connect-src": "'self'", "img-src": "data:", "base-uri": "'none'", "form-action": "'none'",
+        "frame-ancestors": "'none'",
+    }  # fmt: skip
+    return {
+        "Content-Security-Policy": "; ".join(f"{name} {value}" for name, value in policy.items()),
+        "Cross-Origin-Opener-Policy": "same-origin",
+        "Referrer-Policy": "no-referrer",
+        "X-Content-Type-Options": "nosniff",
+        "Cache-Control": "no-cache",
+    }
+
+
+def _digests(page: str, element: str) -> str:
+    """The sources that allow exactly the contents of these elements."""
+    texts = re.findall(rf"<{element}>(.*?)</{element}>", page, flags=re.DOTALL)
+    digests = (base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in texts)
+    return " ".join(f"'sha256-{digest}'" for digest in digests)
