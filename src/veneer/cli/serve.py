@@ -7,7 +7,7 @@ from pathlib import Path
 
 import typer
 
-from veneer.cli.pages.serve import ServeArguments, cache_bytes_of, speculative_of
+from veneer.cli.pages.serve import GIB, MIB, ServeArguments, bytes_of, cache_bytes_of, speculative_of
 from veneer.contract.file import CONFIG_FILE, WEIGHTS_FILE
 from veneer.errors import CompositionError, ConfigError
 from veneer.ops.dispatch import kernel_isa
@@ -30,7 +30,8 @@ def serve(args: ServeArguments) -> None:
     if args.adapters is not None and not args.adapters.is_dir():
         raise ConfigError(f"--adapters {args.adapters} is no folder: make it, adapters may come later")
     limits = ServerLimits(
-        body_bytes=int(args.max_body_mib * 2**20), choices=args.max_choices, in_flight=args.max_in_flight,
+        body_bytes=bytes_of("--max-body-mib", args.max_body_mib, MIB),
+        choices=args.max_choices, in_flight=args.max_in_flight,
         trust_request_templates=args.trust_request_templates,
     )  # fmt: skip
     options = EngineOptions(
@@ -39,7 +40,8 @@ def serve(args: ServeArguments) -> None:
         quantize_head=args.quantize_head, speculative_config=speculative_of(args.speculative_config),
         adapter_cache_dir=args.adapter_cache,
         adapter_cache_bytes=cache_bytes_of(args.adapter_cache_gib, args.adapter_cache),
-        kv_cache_memory_bytes=None if args.kv_gib is None else int(args.kv_gib * 2**30), disable_log_stats=False,
+        kv_cache_memory_bytes=None if args.kv_gib is None else bytes_of("--kv-gib", args.kv_gib, GIB),
+        disable_log_stats=False,
     )  # fmt: skip
     for line in _in_base(args.model, args.adapters):
         typer.echo(line, err=True)

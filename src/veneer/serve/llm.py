@@ -25,10 +25,11 @@ _Read = Callable[[PromptReader, Any], tuple[str | None, list[int]]]
 
 
 class _Order(NamedTuple):
-    """Priorities and clients of requests: one for all, or one for each."""
+    """Priorities, clients and salts of requests: one for all, or one for each."""
 
     priority: Any
     client: Any
+    cache_salt: Any = None
 
 
 class LLM:
@@ -82,9 +83,11 @@ class LLM:
         continue_final_message: bool = False,
         tools: list[dict[str, Any]] | None = None,
         chat_template_kwargs: dict[str, Any] | None = None,
+        cache_salt: str | Sequence[str | None] | None = None,
     ) -> list[RequestOutput]:
         """Return the next turns of conversations. ``priority`` and ``client`` are `generate`'s; raises as it does.
 
+        Only conversations of the same ``cache_salt`` share keys and values; it is one for all, or one for each.
         The chat template is the one given, or the one saved with the adapter, or the model's. Contents in several parts
         are joined to one text before the template, even if it could render parts.
         """
@@ -96,7 +99,7 @@ class LLM:
             "continue_final_message": continue_final_message, "tools": tools, **(chat_template_kwargs or {}),
         }  # fmt: skip
         conversations: Sequence[Any] = messages if many else [messages]
-        order = _Order(priority, client)
+        order = _Order(priority, client, cache_salt)
         asked = self._asked(
             conversations, sampling_params, lora_request, order, lambda reader, each: reader.chat(each, how)
         )
@@ -152,7 +155,8 @@ class LLM:
         each_adapter = _for_each(adapters, len(prompts), "lora_request")
         priority = 0 if order.priority is None else order.priority
         priorities = _for_each(priority, len(prompts), "priority")
-        each_place = zip(priorities, _for_each(order.client, len(prompts), "client"), strict=True)
+        clients = _for_each(order.client, len(prompts), "client")
+        each_place = map(_Order, priorities, clients, _for_each(order.cache_salt, len(prompts), "cache_salt"))
         found = []
         for number, given in enumerate(zip(prompts, each_params, each_adapter, each_place, strict=True)):
             try:
@@ -167,7 +171,7 @@ class LLM:
         prompt: Any,
         params: SamplingParams,
         adapter: LoRARequest | None,
-        place: tuple[int, str | None],
+        place: _Order,
         read: _Read,
     ) -> Asked:
         if not isinstance(params, SamplingParams):
@@ -177,8 +181,10 @@ class LLM:
         if adapter is not None and not self.options.enable_lora:
             raise ConfigError(f"adapter {adapter.name!r} is asked for and enable_lora is False: leave it out of LLM(…)")
         text, ids = read(self.engine.readers.of(adapter), prompt)
-        salt = prompt.get("cache_salt") if isinstance(prompt, Mapping) else None
-        asked = self.engine.asked(text, ids, params, adapter, priority=place[0], client=place[1], cache_salt=salt)
+        salt = prompt.get("cache_salt") if isinstance(prompt, Mapping) else place.cache_salt
+        asked = self.engine.asked(
+            text, ids, params, adapter, priority=place.priority, client=place.client, cache_salt=salt
+        )
         asked.params.output_kind = RequestOutputKind.FINAL_ONLY
         return asked
 

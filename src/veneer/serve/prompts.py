@@ -87,6 +87,10 @@ class PromptReader:
             )
         return self.templates[0]
 
+    def ids(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        """Return the ids of a text. Raises ConfigError for a text that is too long whatever its tokens are."""
+        return self._ids(text, add_special_tokens=add_special_tokens)
+
     def _ids(self, text: str, **how: Any) -> list[int]:
         if len(text) > self.most and len(text) > self.most * self._longest:
             raise ConfigError(

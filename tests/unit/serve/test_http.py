@@ -9,7 +9,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -33,9 +33,11 @@ TURN = {"role": "user", "content": "x"}
 class Server:
     """A server on a port of its own, in a thread."""
 
-    def __init__(self, base: Path, adapters: Path, limits: ServerLimits | None = None) -> None:
+    def __init__(
+        self, base: Path, adapters: Path, limits: ServerLimits | None = None, names: Sequence[str] = ("tiny", "alias")
+    ) -> None:
         self.engine = start_engine(base, EngineOptions(disable_log_stats=False))
-        app = make_app(self.engine, Catalogue(self.engine, ["tiny", "alias"], str(base), adapters), limits)
+        app = make_app(self.engine, Catalogue(self.engine, names, str(base), adapters), limits)
         self.socket = socket.create_server(("127.0.0.1", 0))
         self.port = self.socket.getsockname()[1]
         self.app, self.server = app, http_server.Server(app)

@@ -177,7 +177,7 @@ def test_choices_count_from_their_admission_until_their_answer_ends(monkeypatch)
     engine: Any = SimpleNamespace(backlog=SimpleNamespace(refuse=lambda n: 7.0 * n))
     catalogue: Any = SimpleNamespace(base="tiny")
     api = Api(engine, catalogue, ServerLimits(choices=5, in_flight=7))
-    monkeypatch.setattr(api, "_ask", lambda body: ([], None))
+    monkeypatch.setattr(api, "ask", lambda body: ([], None))
     request: Any = None
     body = CompletionBody(prompt="x", n=5, stream=True)
 

@@ -19,6 +19,7 @@ from veneer.errors import ConfigError
 from veneer.plan.presets import require_weights
 from veneer.serve.draft import SpeculativeConfig
 
+MIB, GIB = 2**20, 2**30
 _Open = Annotated[bool, typer.Option("--open", help="Let other machines in: there are no keys yet, anybody may ask.")]
 _GeneralRunner = Annotated[
     bool,
@@ -92,6 +93,9 @@ class ServeArguments:
         require_closed(self.host, self.open_)
         require_weights(self.model)
         speculative_of(self.speculative_config)
+        bytes_of("--max-body-mib", self.max_body_mib, MIB)
+        if self.kv_gib is not None:
+            bytes_of("--kv-gib", self.kv_gib, GIB)
         cache_bytes_of(self.adapter_cache_gib, self.adapter_cache)
 
 
@@ -123,9 +127,16 @@ def cache_bytes_of(gib: float | None, folder: str | None) -> int:
         raise ConfigError("--adapter-cache '' names no folder: give one, or leave the option out")
     if folder is None and gib is not None:
         raise ConfigError(f"--adapter-cache-gib {gib} is the size of no folder: give --adapter-cache FOLDER too")
-    size = (8.0 if gib is None else gib) * 2**30
+    return bytes_of("--adapter-cache-gib", 8.0 if gib is None else gib, GIB)
+
+
+def bytes_of(option: str, given: float, unit: int) -> int:
+    """Return the bytes of an option that counts `MIB` or `GIB`. Raises ConfigError for no size."""
+    size = given * unit
     if not 1 <= size < math.inf:
-        raise ConfigError(f"--adapter-cache-gib {gib} is no size: give a number of GiB above 0, for example 8")
+        raise ConfigError(
+            f"{option} {given} is no size: give a number of {'GiB' if unit == GIB else 'MiB'} above 0, for example 8"
+        )
     return int(size)
 
 

@@ -10,14 +10,16 @@ from veneer.serve.outputs import CompletionOutput
 
 
 def shape(echo: bool) -> Shape:
-    """Return the shape of text completions; ``echo`` puts the prompt in front."""
+    """Return the shape of the text completions of one call; ``echo`` puts the prompt in front."""
+    offsets = dict[int, int]()  # of the text that a stream has told, by choice
 
     def choice(answer: CompletionOutput, index: int, asked: Asked) -> dict[str, Any]:
         front = (asked.prompt or "") if echo else ""
-        return _choice(answer, index, front + answer.text)
+        return _choice(answer, index, front + answer.text, 0)[0]
 
     def delta(answer: CompletionOutput, index: int, asked: Asked) -> dict[str, Any]:
-        return _choice(answer, index, answer.text)
+        made, offsets[index] = _choice(answer, index, answer.text, offsets.get(index, 0))
+        return made
 
     def opening(index: int, asked: Asked) -> dict[str, Any] | None:
         return {"index": index, "text": asked.prompt, "logprobs": None, "finish_reason": None} if echo else None
@@ -27,18 +29,19 @@ def shape(echo: bool) -> Shape:
     )
 
 
-def _choice(answer: CompletionOutput, index: int, text: str) -> dict[str, Any]:
+def _choice(answer: CompletionOutput, index: int, text: str, offset: int) -> tuple[dict[str, Any], int]:
+    """The choice, and the offset of what follows it."""
+    logprobs, offset = _logprobs(answer, offset)
     return {
-        "index": index, "text": text, "logprobs": _logprobs(answer), "finish_reason": answer.finish_reason,
+        "index": index, "text": text, "logprobs": logprobs, "finish_reason": answer.finish_reason,
         "stop_reason": answer.stop_reason,
-    }  # fmt: skip
+    }, offset  # fmt: skip
 
 
-def _logprobs(answer: CompletionOutput) -> dict[str, Any] | None:
+def _logprobs(answer: CompletionOutput, offset: int) -> tuple[dict[str, Any] | None, int]:
     if answer.logprobs is None:
-        return None
+        return None, offset
     found: dict[str, list[Any]] = {"text_offset": [], "token_logprobs": [], "tokens": [], "top_logprobs": []}
-    offset = 0
     for token, each in zip(answer.token_ids, answer.logprobs, strict=True):
         text = each[token].decoded_token or ""
         found["text_offset"].append(offset)
@@ -46,4 +49,4 @@ def _logprobs(answer: CompletionOutput) -> dict[str, Any] | None:
         found["tokens"].append(text)
         found["top_logprobs"].append({p.decoded_token: p.logprob for p in each.values()})
         offset += len(text)
-    return found
+    return found, offset

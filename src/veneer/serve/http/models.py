@@ -85,6 +85,11 @@ class Catalogue:
         cards += [self._card(name, str(path), self.base) for name, path in self.adapters().items()]
         return {"object": "list", "data": cards}
 
+    def card(self, name: str) -> dict[str, Any]:
+        """Return the answer of ``/v1/models/{name}``. Raises ModelNotFoundError."""
+        adapter = self.find(name)
+        return self._card(name, self._root, None) if adapter is None else self._card(name, adapter.path, self.base)
+
     def _card(self, id: str, root: str, parent: str | None) -> dict[str, Any]:
         longest = self._engine.scheduler.limits.max_model_len
         card = {"id": id, "object": "model", "created": self._created, "owned_by": "veneer"}

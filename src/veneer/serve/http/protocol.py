@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Discriminator, FailFast, Field, Tag, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, FailFast, Field, Tag, model_validator
 from pydantic_core import InitErrorDetails, PydanticCustomError, ValidationError
 
 from veneer.errors import ConfigError
@@ -98,15 +98,30 @@ ToolChoice = Annotated[
 ]
 
 
-class Body(Strict):
-    """Fields of both routes. ``adapter`` is a mix: weights by the names of adapters.
+def few(given: Any) -> Any:
+    """Return a mapping unchanged. Raises PydanticCustomError for one with too many entries."""
+    if isinstance(given, Mapping) and len(given) > _MOST_NAMES:
+        raise PydanticCustomError("too_long", f"{len(given)} entries are too many, at most {_MOST_NAMES} are taken")
+    return given
+
+
+Few = Annotated[dict[T, float], BeforeValidator(few)]
+
+
+class Named(Strict):
+    """Model that a body asks for: the base or an adapter by name, or a mix: weights by the names of adapters."""
+
+    model: str | None = None
+    adapter: Few[str] | None = None
+
+
+class Body(Named):
+    """Fields of completions and chat completions.
 
     Requests share keys and values only if they have the same ``cache_salt``.
     ``user``, ``metadata``, ``store`` and ``service_tier`` are accepted and ignored.
     """
 
-    model: str | None = None
-    adapter: dict[str, float] | None = None
     n: int = 1
     temperature: float | None = None
     top_p: float | None = None
@@ -123,7 +138,7 @@ class Body(Strict):
     max_tokens: int | None = None
     skip_special_tokens: bool = True
     include_stop_str_in_output: bool = False
-    logit_bias: dict[int, float] | None = None
+    logit_bias: Few[int] | None = None
     allowed_token_ids: Several[int] | None = None
     bad_words: Several[str] | None = None
     prompt_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
@@ -136,13 +151,6 @@ class Body(Strict):
     metadata: dict[str, Any] | None = None
     store: bool | None = None
     service_tier: str | None = None
-
-    @field_validator("adapter", "logit_bias", mode="before")
-    @classmethod
-    def _few(cls, given: Any) -> Any:
-        if isinstance(given, Mapping) and len(given) > _MOST_NAMES:
-            raise PydanticCustomError("too_long", f"{len(given)} entries are too many, at most {_MOST_NAMES} are taken")
-        return given
 
     @property
     def n_choices(self) -> int:

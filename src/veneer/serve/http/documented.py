@@ -1,0 +1,52 @@
+"""Statuses of routes, for the application's own documentation."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import BaseModel
+
+_ERRORS = {
+    400: "A request that its client can mend.",
+    401: "A missing or unknown key.",
+    404: "An unknown model.",
+    413: "A body that is too large.",
+    429: "Too much at once: ask again after the seconds of Retry-After.",
+    500: "An error of the server.",
+    503: "A server that is not ready, or is being stopped.",
+}
+
+
+class ErrorDetail(BaseModel):
+    """Error in OpenAI's fields. ``param`` is the field at fault, ``code`` the status."""
+
+    message: str
+    type: str
+    param: str | None
+    code: int
+
+
+class ErrorBody(BaseModel):
+    """Body of every status that is no success."""
+
+    error: ErrorDetail
+
+
+def documented(answer: type[BaseModel] | None = None, *, streams: bool = False, body: bool = True) -> dict[str, Any]:
+    """Return the options of a route: its answer, whether it ``streams`` too, and its errors.
+
+    A route without a ``body`` has no errors of one.
+    """
+    found: dict[int | str, dict[str, Any]] = {
+        status: {"model": ErrorBody, "description": told}
+        for status, told in _ERRORS.items()
+        if body or status not in (400, 413, 429)
+    }
+    # With a default, FastAPI adds no 422, which is never sent.
+    found["default"] = {"model": ErrorBody, "description": "Any other error."}
+    if answer is not None:
+        found[200] = {"model": answer, "description": "The answer."}
+    if streams:
+        event = {"text/event-stream": {"schema": {"type": "string"}}}
+        found.setdefault(200, {"description": "The answer; with stream=true its events."})["content"] = event
+    return {"responses": found}

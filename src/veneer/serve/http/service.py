@@ -1,0 +1,102 @@
+"""Engine, models and limits that all routes share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from veneer.errors import ConfigError
+from veneer.serve.asked import Asked
+from veneer.serve.calls import Calls
+from veneer.serve.engine import Engine
+from veneer.serve.http.errors import RefusedError, TooManyRequestsError
+from veneer.serve.http.limits import ServerLimits
+from veneer.serve.http.models import Catalogue
+from veneer.serve.http.protocol import ChatBody, CompletionBody, Named
+from veneer.serve.http.request_record import RecordedEngine, current_record
+from veneer.serve.lora_request import LoRARequest
+from veneer.serve.prompts import PromptReader
+
+
+class Service:
+    """Requests checked, counted, and given to an engine. ``running`` steps on a thread of its own."""
+
+    def __init__(self, engine: Engine, catalogue: Catalogue, limits: ServerLimits) -> None:
+        self.engine, self.catalogue, self.limits, self.running = engine, catalogue, limits, RecordedEngine(engine)
+        self._n_in_flight = 0  # choices of requests from their admission until their answers end
+
+    @contextmanager
+    def admitted(self, n: int) -> Iterator[None]:
+        """Count ``n`` choices as in flight within a block.
+
+        Raises RefusedError for more than one request may have, and TooManyRequestsError if too many are in flight.
+        """
+        most, taken = self.limits, self._n_in_flight
+        if n > most.choices:
+            raise RefusedError(
+                f"{n} choices (prompts × n) are asked for, and this server takes {most.choices} in a request: ask for "
+                "fewer at once, or raise its --max-choices",
+                "n",
+            )
+        if taken + n > most.in_flight:
+            seconds = self.engine.backlog.refuse(taken + n - most.in_flight)
+            raise TooManyRequestsError(
+                f"{taken} choices wait or are being answered, and this server takes {most.in_flight} "
+                f"(--max-in-flight): ask again in {seconds:.0f} s",
+                retry_seconds=seconds,
+            )
+        self._n_in_flight += n
+        try:
+            yield
+        finally:
+            self._n_in_flight -= n
+
+    def require_trusted(self, template: str | None) -> None:
+        """Raise RefusedError for a request's own chat template, unless the server runs those."""
+        if template is not None and not self.limits.trust_request_templates:
+            raise RefusedError(
+                "chat_template is refused: it is a program, and this server runs none of its clients'. Leave it out, "
+                "or start the server with --trust-request-templates",
+                "chat_template",
+            )
+
+    def ask(self, body: CompletionBody | ChatBody) -> tuple[list[Asked], Calls | None]:
+        """Return the checked requests of a body, and the calls that answers may have; None if they may have none.
+
+        Not on the loop: templates, tokens and grammars take their time. Raises VeneerError for any error that is
+        visible before a request runs.
+        """
+        params = body.to_params(self.engine.settings.generation_defaults)
+        adapter = self.adapter(body)
+        reader = self.engine.readers.of(adapter)
+        calls = body.calls(reader)
+        if calls is not None:
+            params = calls.constrained(params)
+        asked = [
+            self.engine.asked(text, ids, params, adapter, cache_salt=body.cache_salt)
+            for text, ids in body.read(reader, calls)
+        ]
+        self.engine.backlog.require_room(asked)  # while there is a status to say it with
+        return asked, calls
+
+    def reader(self, body: Named) -> PromptReader:
+        """Return the reader of the model that a body names, whose files are read: not on the loop.
+
+        Raises as `adapter` does.
+        """
+        return self.engine.readers.of(self.adapter(body))
+
+    def adapter(self, body: Named) -> LoRARequest | None:
+        """Return the adapter that a body names; None for the base.
+
+        Raises ModelNotFoundError, and ConfigError for a mix on an adapter.
+        """
+        named = self.catalogue.find(body.model)
+        current_record().model = body.model or self.catalogue.base
+        if body.adapter is None:
+            return named
+        if named is not None:
+            raise ConfigError(
+                f"model={body.model!r} is an adapter, and the field adapter is a mix: name it there too, with a weight"
+            )
+        return self.catalogue.mix(body.adapter)
