@@ -6,7 +6,7 @@ import asyncio
 import json
 import time
 import uuid
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
 from contextlib import AbstractContextManager, aclosing
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -80,7 +80,12 @@ async def whole_answer(engine: AsyncEngine, request: Request, answering: Answeri
 
     Raises the error of a request that fails.
     """
-    finding = asyncio.ensure_future(_choices(engine, answering))
+    return await unless_left(request, _choices(engine, answering))
+
+
+async def unless_left(request: Request, found: Coroutine[Any, Any, dict[str, Any]]) -> Response:
+    """Return the response with what is found; if the client disconnects first, the search is cancelled."""
+    finding = asyncio.ensure_future(found)
     leaving = asyncio.ensure_future(_left(request))
     try:
         await asyncio.wait({finding, leaving}, return_when=asyncio.FIRST_COMPLETED)
@@ -100,11 +105,14 @@ def stream_of(
 
     ``taken`` is left when the stream has ended.
     """
-    return _Stream(_events(engine, answering, options), taken)
+    return EventStream(_events(engine, answering, options), taken)
 
 
-class _Stream(StreamingResponse):
-    """Stream that closes its events and leaves ``taken`` however it ends, also if no event was asked for."""
+class EventStream(StreamingResponse):
+    """Stream of server-sent events.
+
+    It closes them and leaves ``taken`` however it ends, also if no event was asked for.
+    """
 
     def __init__(self, events: AsyncGenerator[bytes, None], taken: AbstractContextManager[object]) -> None:
         super().__init__(events, media_type="text/event-stream", headers=_UNBUFFERED)

@@ -26,6 +26,7 @@ from veneer.serve.http.models import Catalogue
 from veneer.serve.http.page import add_page
 from veneer.serve.http.protocol import ChatBody, CompletionBody, StreamOptions
 from veneer.serve.http.request_record import RequestRecords
+from veneer.serve.http.responses import Responses
 from veneer.serve.http.service import Service
 from veneer.serve.http.tokens import Tokens
 
@@ -51,6 +52,7 @@ def make_app(
     app.get("/v1/models", **documented(body=False))(api.models)
     app.get("/v1/models/", include_in_schema=False)(api.models)
     app.get("/v1/models/{id:path}", **documented(body=False))(api.model)
+    Responses(api).add_to(app)
     Tokens(api).add_to(app)
     add_lifecycle(app, lifecycle, api.running)
     add_metrics(app, engine, catalogue.base, metrics_prefix)

@@ -27,11 +27,12 @@ def _opening(index: int, asked: Asked) -> dict[str, Any]:
 def _rest(answer: CompletionOutput, asked: Asked) -> dict[str, Any]:
     reasons = {"finish_reason": answer.finish_reason, "stop_reason": answer.stop_reason}
     return {
-        "logprobs": None if answer.logprobs is None else {"content": _logprobs(answer, asked.params.logprobs or 0)}
+        "logprobs": None if answer.logprobs is None else {"content": logprobs_of(answer, asked.params.logprobs or 0)}
     } | reasons
 
 
-def _logprobs(answer: CompletionOutput, count: int) -> list[dict[str, Any]]:
+def logprobs_of(answer: CompletionOutput, count: int) -> list[dict[str, Any]]:
+    """Return the log-probability of each token, with those of the ``count`` likeliest."""
     found = []
     for token, each in zip(answer.token_ids, answer.logprobs or [], strict=True):
         best = [_one(p) for p in sorted(each.values(), key=lambda p: p.rank or 0)][:count]

@@ -1,0 +1,148 @@
+"""Body of ``/v1/responses``: OpenAI's fields, of which those that need a stored response are refused by name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from pydantic import Field, ValidationInfo, field_validator
+from pydantic_core import PydanticCustomError
+
+from veneer.serve.http.errors import RefusedError
+from veneer.serve.http.protocol import ChatBody, Few, Named, Several, Strict
+from veneer.serve.http.response_items import messages_of
+from veneer.serve.sampling_params import MAX_LOGPROBS
+
+_REFUSED = {
+    "previous_response_id": "no response is stored: send the earlier turns in input",
+    "conversation": "no conversation is stored: send the earlier turns in input",
+    "prompt": "no prompt is stored: send instructions and input",
+    "background": "no response is stored: wait for it, or read its stream",
+    "truncation": "no input is cut: shorten it, and leave the field out or send 'disabled'",
+    "reasoning": "models are asked as they are: leave the field out",
+}
+_ALLOWED = {"background": False, "truncation": "disabled"}
+_LOGPROBS = "message.output_text.logprobs"
+# What a chat completion has under the same name.
+_SAME = (
+    *("model", "adapter", "temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty"),
+    *("repetition_penalty", "seed", "stop", "stop_token_ids", "ignore_eos", "min_tokens", "skip_special_tokens"),
+    *("logit_bias", "structured_outputs", "chat_template_kwargs", "cache_salt", "stream"),
+)
+
+
+class TextOptions(Strict):
+    """Form of the text: ``format`` is of the type text, json_object, or json_schema with its ``schema``."""
+
+    format: dict[str, Any] | None = None
+
+
+class ResponseStreamOptions(Strict):
+    """Options of a stream. Events are never padded, whatever ``include_obfuscation`` says."""
+
+    include_obfuscation: bool | None = None
+
+
+class ResponsesBody(Named):
+    """Body of ``/v1/responses``, and in addition vLLM's fields for drawing.
+
+    Nothing is stored, also if ``store`` is true or left out. ``service_tier``, ``user``, ``safety_identifier``,
+    ``prompt_cache_key`` and ``prompt_cache_retention`` are accepted and ignored. Fields of the type null are those of
+    stored responses.
+    """
+
+    input: str | Several[dict[str, Any]]
+    instructions: str | None = None
+    max_output_tokens: int | None = Field(None, ge=1)
+    temperature: float | None = None
+    top_p: float | None = None
+    text: TextOptions | None = None
+    tools: Several[dict[str, Any]] | None = None
+    tool_choice: Literal["none", "auto"] | None = None
+    parallel_tool_calls: bool | None = None
+    include: Several[Literal["message.output_text.logprobs", "reasoning.encrypted_content"]] | None = None
+    top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
+    metadata: dict[str, str] | None = Field(None, max_length=16)
+    stream: bool = False
+    stream_options: ResponseStreamOptions | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float | None = None
+    seed: int | None = None
+    stop: str | Several[str] | None = None
+    stop_token_ids: Several[int] | None = None
+    ignore_eos: bool = False
+    min_tokens: int = 0
+    skip_special_tokens: bool = True
+    logit_bias: Few[int] | None = None
+    structured_outputs: dict[str, Any] | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    cache_salt: str | None = None
+    store: bool | None = None
+    service_tier: str | None = None
+    user: str | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+    prompt_cache_retention: str | None = None
+    background: Literal[False] | None = None
+    truncation: Literal["disabled"] | None = None
+    previous_response_id: None = None
+    conversation: None = None
+    prompt: None = None
+    reasoning: None = None
+
+    @field_validator(*_REFUSED, mode="before")
+    @classmethod
+    def _stored(cls, given: Any, info: ValidationInfo) -> Any:
+        name = info.field_name or ""
+        if given is not None and given != _ALLOWED.get(name):
+            raise PydanticCustomError("refused", _REFUSED[name])
+        return given
+
+    @property
+    def scores(self) -> bool:
+        """True if the tokens' log-probabilities are asked for."""
+        return self.top_logprobs is not None or _LOGPROBS in (self.include or ())
+
+    @property
+    def format(self) -> dict[str, Any]:
+        """Form of the text, as it is sent or the default."""
+        return (self.text and self.text.format) or {"type": "text"}
+
+    def chat(self) -> ChatBody:
+        """Return the chat completion that is asked for. Raises RefusedError for items that are not read."""
+        return ChatBody(
+            messages=messages_of(self.instructions, self.input),
+            max_completion_tokens=self.max_output_tokens,
+            response_format=_response_format(self.format),
+            logprobs=self.scores,
+            top_logprobs=self.top_logprobs,
+            tools=None if self.tools is None else [_tool(number, tool) for number, tool in enumerate(self.tools)],
+            tool_choice=self.tool_choice,
+            **{name: getattr(self, name) for name in _SAME},
+        )
+
+
+def _response_format(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The form as a chat completion has it."""
+    kind = given.get("type")
+    if kind not in ("text", "json_object", "json_schema"):
+        raise RefusedError(f"text.format.type={kind!r} must be one of text, json_object, json_schema", "text.format")
+    if kind != "json_schema":
+        return {"type": kind}
+    if not isinstance(given.get("schema"), Mapping):
+        raise RefusedError("text.format of the type json_schema needs a schema, a mapping", "text.format.schema")
+    return {"type": kind, "json_schema": {"schema": given["schema"]}}
+
+
+def _tool(number: int, given: Mapping[str, Any]) -> dict[str, Any]:
+    """A function as a chat completion has it."""
+    if given.get("type") != "function":
+        raise RefusedError(
+            f"tools[{number}].type={given.get('type')!r} is not offered: only functions are, which the client calls",
+            f"tools.{number}.type",
+        )
+    function = {name: value for name, value in given.items() if name != "type" and value is not None}
+    return {"type": "function", "function": function}
