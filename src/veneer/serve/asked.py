@@ -11,6 +11,7 @@ from veneer.errors import ConfigError
 from veneer.serve.adapter_pool import AdapterVersion
 from veneer.serve.draft import Draft, SpeculativeConfig
 from veneer.serve.lora_request import LoRARequest
+from veneer.serve.pooling_params import PoolingParams
 from veneer.serve.prefix_cache import require_salt, root_of
 from veneer.serve.prompts import PromptReader
 from veneer.serve.request import Request, StopRule
@@ -63,7 +64,7 @@ class Asked:
     """Checked prompt, with everything that its answers need.
 
     ``client`` and ``priority`` are a `Request`'s. Pages are shared only under an equal ``cache_salt``. ``constraints``
-    are those of each answer.
+    are those of each answer. With ``pooling`` it draws no tokens, and its answer is an embedding.
     """
 
     id: str
@@ -78,6 +79,11 @@ class Asked:
     priority: int = 0
     cache_salt: str | None = None
     constraints: Constraints = field(default_factory=Constraints)
+    pooling: PoolingParams | None = None
+
+
+READS = SamplingParams(temperature=0, max_tokens=1, detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY)
+"""Parameters of requests with ``pooling``, of which nothing is drawn."""
 
 
 class Rules:
@@ -114,6 +120,7 @@ class Rules:
     def request(self, asked: Asked, index: int) -> Request:
         """Return the request of one of a prompt's answers."""
         params, version = asked.params, asked.version.id if asked.version else None
+        every_state = asked.pooling is not None and asked.pooling.pooling == "mean"
         rule = StopRule(
             max_tokens=min(params.max_tokens or asked.room, asked.room),
             min_tokens=params.min_tokens,
@@ -123,7 +130,8 @@ class Rules:
         return Request(
             id=f"{asked.id}#{index}", prompt=asked.prompt_ids, rule=rule,
             version=version, n_front=asked.version.n_front if asked.version else 0,
-            scores_prompt=params.prompt_logprobs is not None and index == 0, client=asked.client,
+            scores_prompt=every_state or (params.prompt_logprobs is not None and index == 0), client=asked.client,
+            reads_only=asked.pooling is not None,
             priority=asked.priority, streams=params.output_kind is not RequestOutputKind.FINAL_ONLY,
             root=root_of(version, asked.cache_salt) if self.settings.prefix_caching else None,
         )  # fmt: skip

@@ -334,8 +334,7 @@ class LogitsOf:
 
     def uncapped(self, h: Tensor, rows: Tensor, runs: AdapterRuns, versions: tuple[str, ...]) -> Tensor:
         """Return the logits before their soft cap, which keeps their order."""
-        x = h[rows]
-        x = x if self.norm is None else self.norm(x, versions, runs)
+        x = self.hidden(h, rows, runs, versions)
         [y] = self.linears(x, versions, runs)
         for number, start, stop in runs.runs:
             own = self.effects[versions[number]].rows.get(self.head.linear.path)
@@ -343,12 +342,23 @@ class LogitsOf:
                 y[start:stop] = project_rows(x[start:stop], y[start:stop], *own, self.linears.biases[0])
         return y.float() * self.head.scale if self.head.scale != 1 else y
 
+    def hidden(self, h: Tensor, rows: Tensor, runs: AdapterRuns, versions: tuple[str, ...]) -> Tensor:
+        """Return the hidden states of some rows of the stream, as the head reads them."""
+        x = h[rows]
+        return x if self.norm is None else self.norm(x, versions, runs)
+
 
 class LogitRows:
-    """Kept rows of a pass. Their logits are computed when they are asked for, some at a time."""
+    """Kept and read rows of a pass. Logits are computed when they are asked for, some at a time."""
 
     def __init__(self, of: LogitsOf, stream: Tensor, step: Step) -> None:
         self._of, self._stream, self._step = of, stream, step
+
+    @torch.no_grad()
+    def hidden(self) -> Tensor:
+        """Return the hidden states (read, width)."""
+        step = self._step
+        return self._of.hidden(self._stream, step.read, step.read_runs, step.versions)
 
     def logits(self) -> Tensor:
         """Return all logits (kept, vocabulary), in float32."""

@@ -23,6 +23,7 @@ from veneer.serve.lora_request import LoRARequest
 from veneer.serve.metrics import Metric
 from veneer.serve.outputs import RequestOutput, TokenLogprobs
 from veneer.serve.plan import Plan, Sampled
+from veneer.serve.pool import Pool
 from veneer.serve.prompts import PromptReader
 from veneer.serve.readers import Readers
 from veneer.serve.request import Request, Status
@@ -54,6 +55,7 @@ class _Group:
     answers: list[Answer]
     prompt_ids: list[int]  # the one list that all outputs show
     prompt_logprobs: list[TokenLogprobs | None] | None = None
+    pool: Pool | None = None
 
 
 _Message = Asked | _Abort | _Forget | Finished[Any]
@@ -253,7 +255,8 @@ class Engine:
         self._adapters[request.name] = request
 
     def _begin(self, asked: Asked) -> None:
-        group = self._groups[asked.id] = _Group(asked, [], list(asked.prompt_ids))
+        pool = None if asked.pooling is None else Pool(asked.pooling)
+        group = self._groups[asked.id] = _Group(asked, [], list(asked.prompt_ids), pool=pool)
         number, adapter = next(self._keys), asked.lora_request
         count = None if adapter is None else self.pool.count(adapter.name)
         for index in range(asked.params.n):
@@ -370,6 +373,8 @@ class Engine:
             if scored is not None:
                 group.prompt_logprobs = group.prompt_logprobs or [None]
                 group.prompt_logprobs += [decoded(each, group.asked.reader.tokenizer) for each in scored]
+            if group.pool is not None and request.id in sampled.hidden:
+                group.pool.add(sampled.hidden[request.id])
             drawn = sampled.drawn.get(request.id, [])
             for n, each in enumerate(drawn, start=1 + len(request.output) - len(drawn)):
                 self.runner.take(request.id, each.token)
@@ -408,6 +413,7 @@ class Engine:
             request_id=asked.id, prompt=asked.prompt, prompt_token_ids=group.prompt_ids, prompt_logprobs=scores,
             outputs=outputs, finished=finished, lora_request=asked.lora_request, error=errors[0] if errors else None,
             metrics=metrics, num_cached_tokens=group.answers[0].request.n_cached or 0,
+            embedding=group.pool.vector() if group.pool is not None and outputs[0].finish_reason == "stop" else None,
         )  # fmt: skip
 
     def _forget(self, group: _Group) -> None:

@@ -7,7 +7,7 @@ the fast ones are checked against it.
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +25,7 @@ from veneer.model.routing import BASE, Routing
 from veneer.model.virtual_tokens import inner_model, virtual_tokens
 from veneer.serve.mix import Parts
 from veneer.serve.plan import Plan, PlannedSequence
-from veneer.serve.runner import DrawingRunner, wanted
+from veneer.serve.runner import Computed, DrawingRunner, by_request, read, wanted
 from veneer.serve.versions import stored_bytes
 
 _LOG = logging.getLogger(__name__)
@@ -124,13 +124,15 @@ class GeneralRunner(DrawingRunner):
     def discard(self, pages: Sequence[int]) -> None:
         """Do nothing: memory of plain tensors cannot be freed page by page."""
 
-    def compute(self, plan: Plan, greedy: Collection[str]) -> tuple[list[Tensor], dict[str, list[int]]]:
-        logits = self.logits(plan)
-        return [logits[: sum(len(wanted(s)) for s in plan.sequences)]], {}
+    def compute(self, plan: Plan, greedy: Collection[str]) -> Computed:
+        n_wanted = sum(len(wanted(s)) for s in plan.sequences)
+        logits, states = self._outputs(plan)
+        n_read = sum(len(read(s)) for s in plan.sequences)
+        return Computed([logits[:n_wanted]], {}, by_request(plan.sequences, states[n_wanted : n_wanted + n_read]))
 
-    def logits(self, plan: Plan) -> Tensor:
-        """Return the logits after the tokens whose successors are scored or drawn, in the plan's order; one row if
-        there are none.
+    def _outputs(self, plan: Plan) -> tuple[Tensor, Tensor]:
+        """Return logits and hidden states: of the wanted tokens in the plan's order, and then of those that are read.
+        There is one row if there are none.
         """
         device, sequences = self.base.device, plan.sequences
         for sequence in sequences:
@@ -139,9 +141,11 @@ class GeneralRunner(DrawingRunner):
         step = PagedStep(self.store, [Stretch(s.pages, s.start, len(s.tokens)) for s in sequences], device)
         ids = torch.tensor([token for s in sequences for token in s.tokens], device=device)
         names = [self._route(s.version) for s in sequences for _ in s.tokens]
-        kept = torch.tensor(_kept_rows(sequences), dtype=torch.long, device=device)
-        with self._routed(names), self._head_for(kept, names):
-            return cast(Tensor, self.paged.run(step, ids).logits[:, 0])
+        rows = [*_rows_of(sequences, wanted), *_rows_of(sequences, read)]
+        kept = torch.tensor(rows, dtype=torch.long, device=device)
+        with self._routed(names), self._head_for(kept, names) as states:
+            logits = cast(Tensor, self.paged.run(step, ids).logits[:, 0])
+        return logits, states[0][:, 0]
 
     @property
     def loaded(self) -> frozenset[str]:
@@ -162,19 +166,22 @@ class GeneralRunner(DrawingRunner):
             yield
 
     @contextmanager
-    def _head_for(self, rows: Tensor, names: Sequence[str]) -> Iterator[None]:
-        """Inside the block the head sees these rows alone; where there are none, the first."""
-        rows = rows if len(rows) else rows.new_zeros(1)
+    def _head_for(self, rows: Tensor, names: Sequence[str]) -> Iterator[list[Tensor]]:
+        """Inside the block the head sees these rows alone; where there are none, the first. Their hidden states are
+        then in the list.
+        """
+        rows, states = rows if len(rows) else rows.new_zeros(1), list[Tensor]()
         state, inner = self.model.adapter_state, inner_model(self.base)
 
         def narrow(module: Any, args: Any, output: Any) -> Any:
             output.last_hidden_state = output.last_hidden_state[rows]
+            states.append(output.last_hidden_state)
             state.routing = Routing(tuple(names[row] for row in rows.tolist()))
             return output
 
         handle = inner.register_forward_hook(narrow)
         try:
-            yield
+            yield states
         finally:
             handle.remove()
 
@@ -207,10 +214,11 @@ class GeneralRunner(DrawingRunner):
         return store.layers
 
 
-def _kept_rows(sequences: Sequence[PlannedSequence]) -> list[int]:
+def _rows_of(sequences: Sequence[PlannedSequence], tokens: Callable[[PlannedSequence], list[int]]) -> list[int]:
+    """The rows of those tokens of each sequence."""
     found: list[int] = []
     first = 0
     for sequence in sequences:
-        found.extend(first + at for at in wanted(sequence))
+        found.extend(first + at for at in tokens(sequence))
         first += len(sequence.tokens)
     return found

@@ -5,18 +5,20 @@ from __future__ import annotations
 import os
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Literal, NamedTuple
 
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from veneer.errors import ConfigError, VeneerError
-from veneer.serve.asked import Asked
+from veneer.serve.asked import READS, Asked
 from veneer.serve.conversation import Conversation
 from veneer.serve.engine import Engine
 from veneer.serve.lora_request import LoRARequest
 from veneer.serve.metrics import Metric
-from veneer.serve.outputs import RequestOutput
+from veneer.serve.outputs import EmbeddingOutput, EmbeddingRequestOutput, RequestOutput
+from veneer.serve.pooling_params import PoolingParams
 from veneer.serve.prompts import Prompt, PromptReader
 from veneer.serve.sampling_params import RequestOutputKind, SamplingParams
 from veneer.serve.start import EngineOptions, start_engine
@@ -104,6 +106,37 @@ class LLM:
             conversations, sampling_params, lora_request, order, lambda reader, each: reader.chat(each, how)
         )
         return self._complete(asked, use_tqdm)
+
+    def embed(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        *,
+        use_tqdm: bool = True,
+        pooling_params: PoolingParams | Sequence[PoolingParams] | None = None,
+        lora_request: LoRARequest | Sequence[LoRARequest | None] | None = None,
+        priority: int | Sequence[int] | None = 0,
+        client: str | Sequence[str | None] | None = None,
+    ) -> list[EmbeddingRequestOutput]:
+        """Return the embeddings of prompts, in order: hidden states behind the model's last norm, pooled.
+
+        By default an embedding is the last token's state, scaled to the length 1. The other arguments are `generate`'s;
+        raises as it does.
+        """
+        asked = self._asked(_listed(prompts), READS, lora_request, _Order(priority, client))
+        pooling = _for_each(pooling_params or PoolingParams(), len(asked), "pooling_params")
+        outputs = self._complete(
+            [replace(each, pooling=own) for each, own in zip(asked, pooling, strict=True)], use_tqdm
+        )
+        return [
+            EmbeddingRequestOutput(
+                each.request_id,
+                EmbeddingOutput(each.embedding or []),
+                each.prompt_token_ids,
+                num_cached_tokens=each.num_cached_tokens,
+                lora_request=each.lora_request,
+            )
+            for each in outputs
+        ]
 
     def enqueue(
         self,

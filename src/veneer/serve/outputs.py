@@ -79,7 +79,8 @@ class RequestOutput:
     """Prompt with its answers. ``error`` is the reason if a request ended with the finish reason "error".
 
     ``num_cached_tokens`` counts the prompt's tokens whose keys and values were there when its first answer began.
-    ``metrics`` is None unless the answers have ended and ``disable_log_stats=False``.
+    ``metrics`` is None unless the answers have ended and ``disable_log_stats=False``. ``embedding`` is None unless the
+    request asked for one.
     """
 
     request_id: str
@@ -92,6 +93,7 @@ class RequestOutput:
     num_cached_tokens: int = 0
     metrics: RequestStats | None = None
     error: Exception | None = None
+    embedding: list[float] | None = None
 
     def add(self, delta: RequestOutput) -> None:
         """Append the parts of the answers that follow these."""
@@ -103,3 +105,27 @@ class RequestOutput:
                 self.outputs.append(output)
         self.prompt_logprobs, self.finished = delta.prompt_logprobs, delta.finished
         self.num_cached_tokens, self.metrics, self.error = delta.num_cached_tokens, delta.metrics, delta.error
+
+
+@dataclass(slots=True)
+class EmbeddingOutput:
+    """Embedding of a prompt, as float32 values."""
+
+    embedding: list[float]
+
+    @property
+    def hidden_size(self) -> int:
+        """Number of values."""
+        return len(self.embedding)
+
+
+@dataclass(slots=True)
+class EmbeddingRequestOutput:
+    """Prompt with its embedding. ``num_cached_tokens`` counts the tokens that were in the prefix cache."""
+
+    request_id: str
+    outputs: EmbeddingOutput
+    prompt_token_ids: list[int]
+    finished: bool = True
+    num_cached_tokens: int = 0
+    lora_request: LoRARequest | None = None

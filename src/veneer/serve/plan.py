@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from veneer.errors import VeneerError
 from veneer.serve.outputs import TokenLogprobs
@@ -17,7 +17,8 @@ class PlannedSequence(NamedTuple):
     The first ``n_front_there`` of them are in the pages already, and the rest are to be written now. ``samples``: a
     token is drawn after the last one. The last ``n_drafted`` tokens are guesses: a token is drawn before each of them
     too, as long as those before it were drawn. ``targets`` are the tokens whose log-probabilities are asked for; they
-    follow the tokens from ``first_scored`` on.
+    follow the tokens from ``first_scored`` on. ``reads_only``: no token is drawn or scored, and hidden states
+    are asked for instead.
     """
 
     request_id: str
@@ -31,6 +32,7 @@ class PlannedSequence(NamedTuple):
     first_scored: int = 0
     targets: tuple[int, ...] = ()
     n_drafted: int = 0
+    reads_only: bool = False
 
     @property
     def drafted(self) -> tuple[int, ...]:
@@ -66,9 +68,11 @@ class Drawn(NamedTuple):
 class Sampled:
     """Results of a step, by request: the drawn tokens or the error, and log-probabilities of prompt tokens.
 
+    ``hidden`` has the hidden states (n, width) of requests that only read.
     Of a draft, the tokens that were drawn as guessed come first, and the one after them is last.
     """
 
     drawn: dict[str, list[Drawn]] = field(default_factory=dict)
     prompt_logprobs: dict[str, list[TokenLogprobs]] = field(default_factory=dict)
     failed: dict[str, VeneerError] = field(default_factory=dict)
+    hidden: dict[str, Any] = field(default_factory=dict)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -43,7 +43,7 @@ from veneer.serve.layouts import Layouts
 from veneer.serve.mix import Parts, read_mix
 from veneer.serve.plan import Plan, PlannedSequence
 from veneer.serve.program import Product, Program, compile_program
-from veneer.serve.runner import DrawingRunner, wanted
+from veneer.serve.runner import Computed, DrawingRunner, by_request, read, wanted
 from veneer.serve.step import Piece, step_of
 from veneer.serve.versions import stored_bytes
 from veneer.store.adapter.config import read_config
@@ -190,21 +190,23 @@ class ProgramRunner(DrawingRunner):
     def discard(self, pages: Sequence[int]) -> None:
         self.cache.discard(pages)
 
-    def compute(self, plan: Plan, greedy: Collection[str]) -> tuple[Iterable[Tensor], dict[str, list[int]]]:
+    def compute(self, plan: Plan, greedy: Collection[str]) -> Computed:
         # Reading a prefix runs the model itself once, which must not see what a pass through it has set.
         with self._modules if self.general is not None or isinstance(self.model, PeftModel) else nullcontext():
             general = frozenset[str]() if self.general is None else self.general.loaded
             others = tuple(s for s in plan.sequences if s.version in general)
             if not others or self.general is None:
                 return self._by_program(plan.sequences, greedy)
-            return [self._by_both(self.general, plan, others)], {}
+            return self._by_both(self.general, plan, others)
 
-    def _by_both(self, runner: GeneralRunner, plan: Plan, others: tuple[PlannedSequence, ...]) -> Tensor:
-        """Logits, those of ``others`` by the general runner."""
+    def _by_both(self, runner: GeneralRunner, plan: Plan, others: tuple[PlannedSequence, ...]) -> Computed:
+        """Logits and hidden states, those of ``others`` by the general runner."""
         general = runner.loaded
         own = tuple(s for s in plan.sequences if s.version not in general)
-        own_logits = list(self._by_program(own, ())[0]) if own else []
-        given = runner.logits(Plan(others)).float()
+        by_program = self._by_program(own, ()) if own else Computed((), {}, {})
+        own_logits = list(by_program.blocks)
+        [given], _, hidden = runner.compute(Plan(others), ())
+        given = given.float()
         out = given.new_empty(sum(len(wanted(s)) for s in plan.sequences), given.shape[-1])
         bounds, at = [], 0
         for sequence in plan.sequences:
@@ -212,14 +214,12 @@ class ProgramRunner(DrawingRunner):
             at += len(wanted(sequence))
         mine = [i for s, rows in zip(plan.sequences, bounds, strict=True) if s.version not in general for i in rows]
         theirs = [i for s, rows in zip(plan.sequences, bounds, strict=True) if s.version in general for i in rows]
-        out[theirs] = given[: len(theirs)]
+        out[theirs] = given
         if own_logits:
             out[mine] = torch.cat(own_logits).float()
-        return out
+        return Computed([out], {}, by_program.hidden | hidden)
 
-    def _by_program(
-        self, sequences: Sequence[PlannedSequence], greedy: Collection[str]
-    ) -> tuple[Iterator[Tensor], dict[str, list[int]]]:
+    def _by_program(self, sequences: Sequence[PlannedSequence], greedy: Collection[str]) -> Computed:
         for sequence in sequences:
             if sequence.n_front_there < sequence.n_front:
                 self._put_front(sequence)
@@ -232,7 +232,8 @@ class ProgramRunner(DrawingRunner):
             return self._by_program(sequences, ())
         found = iter(tokens)
         picked = {s.request_id: list(islice(found, p.n_picked)) for s, p in zip(sequences, pieces, strict=True)}
-        return logits.blocks(), {id: tokens for id, tokens in picked.items() if tokens}
+        likeliest = {id: tokens for id, tokens in picked.items() if tokens}
+        return Computed(logits.blocks(), likeliest, by_request(sequences, logits.hidden()) if len(step.read) else {})
 
     def _put_front(self, sequence: PlannedSequence) -> None:
         front, first = self.fronts.get(sequence.version or ""), sequence.n_front_there
@@ -269,7 +270,7 @@ def _of_block(block: Block) -> ProgramAdapter:
 def _piece(sequence: PlannedSequence, greedy: Collection[str]) -> Piece:
     stretch, picks = Stretch(sequence.pages, sequence.start, len(sequence.tokens)), sequence.request_id in greedy
     kept, n_picked = ((), 1 + sequence.n_drafted) if picks else (wanted(sequence), 0)
-    return Piece(stretch, sequence.version, kept, n_picked)
+    return Piece(stretch, sequence.version, kept, n_picked, read(sequence))
 
 
 def _page_of(n: int) -> int:

@@ -47,7 +47,8 @@ class Request:
     prompt are asked for, and ``n_scored`` of them are computed. ``root`` is the key in front of its first block; None
     if it shares no pages. ``n_front_there`` counts the virtual tokens in pages, ``n_published`` the blocks that others
     can find, and ``n_cached`` the prompt tokens that were in pages when it began. ``known_keys`` are the keys of its
-    first blocks, as far as they were asked for. ``draft`` guesses its next tokens.
+    first blocks, as far as they were asked for. ``draft`` guesses its next tokens. ``reads_only``: it draws nothing and
+    ends behind its prompt; with ``scores_prompt`` the states of all tokens are asked for.
     """
 
     id: str
@@ -61,6 +62,7 @@ class Request:
     streams: bool = False
     root: bytes | None = None
     draft: Draft | None = None
+    reads_only: bool = False
     output: list[int] = field(default_factory=list)
     n_computed: int = 0
     n_front_there: int = 0

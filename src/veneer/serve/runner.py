@@ -6,13 +6,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
 from veneer.serve.mix import Parts
 from veneer.serve.plan import Drawn, Plan, PlannedSequence, Sampled
-from veneer.serve.sampler import DrawRule, Row, Sampler
+from veneer.serve.sampler import DrawRule, Row, Sampler, not_finite
 
 
 class ReadAdapter(Protocol):
@@ -67,6 +68,14 @@ class Runner(Protocol):
         """Append a drawn token to the request's answer."""
 
 
+class Computed(NamedTuple):
+    """Result of a pass: blocks of logits, and by request the likeliest tokens and the hidden states (n, width)."""
+
+    blocks: Iterable[Tensor]
+    tokens: dict[str, list[int]]
+    hidden: dict[str, Tensor]
+
+
 class DrawingRunner(ABC):
     """Part of a `Runner` that does not depend on the model."""
 
@@ -74,8 +83,9 @@ class DrawingRunner(ABC):
         self.sampler = Sampler()
 
     @abstractmethod
-    def compute(self, plan: Plan, greedy: Collection[str]) -> tuple[Iterable[Tensor], dict[str, list[int]]]:
-        """Return the likeliest tokens of some ``greedy`` requests, and blocks of logits for all other `wanted` tokens.
+    def compute(self, plan: Plan, greedy: Collection[str]) -> Computed:
+        """Return the likeliest tokens of some ``greedy`` requests, blocks of logits for all other `wanted` tokens, and
+        the hidden states of `read` tokens.
 
         Likeliest tokens are those before each drafted token and after the last.
 
@@ -92,8 +102,11 @@ class DrawingRunner(ABC):
         self.sampler.take(request_id, token)
 
     def run(self, plan: Plan) -> Sampled:
-        blocks, tokens = self.compute(plan, self.sampler.greedy(plan))
-        sampled = Sampled()
+        blocks, tokens, hidden = self.compute(plan, self.sampler.greedy(plan))
+        sampled = Sampled(hidden=hidden)
+        for id in [id for id, states in hidden.items() if not states.isfinite().all()]:
+            del hidden[id]
+            sampled.failed[id] = not_finite("hidden states", id)
         for s in plan.sequences:
             if s.request_id in tokens:
                 sampled.drawn[s.request_id] = [Drawn(token) for token in _as_drafted(s.drafted, tokens[s.request_id])]
@@ -105,6 +118,22 @@ class DrawingRunner(ABC):
 
 def wanted(sequence: PlannedSequence) -> list[int]:
     """Return the tokens of a sequence whose logits are needed, counted from its first in the plan."""
+    return [] if sequence.reads_only else _asked_for(sequence)
+
+
+def read(sequence: PlannedSequence) -> list[int]:
+    """Return the tokens of a sequence whose hidden states are needed, counted from its first in the plan."""
+    return _asked_for(sequence) if sequence.reads_only else []
+
+
+def by_request(sequences: Sequence[PlannedSequence], hidden: Tensor) -> dict[str, Tensor]:
+    """Return the hidden states of all `read` tokens (n, width) by request."""
+    counts = {s.request_id: len(read(s)) for s in sequences}
+    parts = torch.split(hidden, list(counts.values())) if counts else ()
+    return {id: part for id, part in zip(counts, parts, strict=True) if len(part)}
+
+
+def _asked_for(sequence: PlannedSequence) -> list[int]:
     scored = range(sequence.first_scored, sequence.first_scored + len(sequence.targets))
     n = len(sequence.tokens)
     return [*scored, *(range(n - 1 - sequence.n_drafted, n) if sequence.samples else ())]
@@ -113,6 +142,8 @@ def wanted(sequence: PlannedSequence) -> list[int]:
 def _rows(sequence: PlannedSequence) -> list[Row]:
     """The rows of logits that `wanted` asks for."""
     id, drafted = sequence.request_id, sequence.drafted
+    if sequence.reads_only:
+        return []
     drawn = [Row(id, after=drafted[:n]) for n in range(1 + len(drafted))] if sequence.samples else []
     return [*(Row(id, target) for target in sequence.targets), *drawn]
 

@@ -144,7 +144,7 @@ class Sampler:
         return {
             s.request_id
             for s in plan.sequences
-            if s.samples and not s.targets and self._states[s.request_id].takes_likeliest
+            if s.samples and not s.targets and not s.reads_only and self._states[s.request_id].takes_likeliest
         }
 
     def fill(self, sampled: Sampled, rows: Sequence[Row], logits: Tensor) -> None:
@@ -303,7 +303,12 @@ def _error(request_id: str, token: int) -> VeneerError:
             f"no token is allowed here: the constraints of request {named} exclude every token. Give it "
             "allowed_token_ids, bad_words or structured_outputs that leave one"
         )
+    return not_finite("logits", request_id)
+
+
+def not_finite(what: str, request_id: str) -> NonFiniteError:
+    """Return the error of a request of which something is not finite."""
     return NonFiniteError(
-        f"the logits of request {named} are not finite: the model's weights or an adapter's are damaged. Load files "
-        "that are whole"
+        f"the {what} of request {request_id.partition('#')[0]} are not finite: the model's weights or an adapter's are "
+        "damaged. Load files that are whole"
     )

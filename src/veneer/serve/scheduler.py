@@ -225,6 +225,8 @@ class Scheduler:
                     request.draft.judge(request, sequence.n_drafted, sequence.n_drafted - n_wrong)
                     self.pages.shrink(request.id, request.n_front + request.n_computed)
                 self._wait(self.sharing.publish(request))
+                if request.reads_only and sequence.samples:
+                    request.end("stop")
             ended = request.status is Status.DONE
             if ended:
                 self._drop(request)
@@ -361,6 +363,7 @@ class Scheduler:
             first_scored=first,
             targets=targets,
             n_drafted=len(draft),
+            reads_only=request.reads_only,
         )
 
     def _drop(self, request: Request) -> None:

@@ -21,13 +21,15 @@ class Piece(NamedTuple):
     """New tokens of one sequence: their places in pages, and their adapter version; pieces of a version are adjacent.
 
     ``version`` is None for the base. ``kept`` are the tokens, counted from the piece's first, whose logits are wanted.
-    ``n_picked``: the likeliest tokens after so many last ones are wanted, and not their logits.
+    ``n_picked``: the likeliest tokens after so many last ones are wanted, and not their logits. ``read`` are the tokens
+    whose hidden states are wanted.
     """
 
     stretch: Stretch
     version: str | None = None
     kept: Sequence[int] = ()
     n_picked: int = 0
+    read: Sequence[int] = ()
 
 
 @dataclass(slots=True)
@@ -36,7 +38,8 @@ class Step:
 
     ``versions`` are the adapters that occur, ``runs`` the rows of each. ``kept`` and ``kept_runs`` are the same for the
     rows whose logits are wanted. ``picked`` and ``picked_runs`` are those for the likeliest token, which ``tokens``
-    receives; it is -1 if a logit is not finite. ``written``, if it is a list, receives the keys and values of every
+    receives; it is -1 if a logit is not finite. ``read`` and ``read_runs`` are those whose hidden states are wanted.
+    ``written``, if it is a list, receives the keys and values of every
     layer.
     """
 
@@ -50,6 +53,8 @@ class Step:
     picked: Tensor
     picked_runs: AdapterRuns
     tokens: Tensor
+    read: Tensor
+    read_runs: AdapterRuns
     written: list[tuple[Tensor, Tensor]] | None = None
     _turns: dict[Any, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
@@ -63,16 +68,18 @@ class Step:
 
 def step_of(pieces: Sequence[Piece], cache: KVCache, device: torch.device, first_position: int = 0) -> Step:
     """Return the rows of these pieces, in order. ``first_position`` is the first position of each sequence."""
-    positions, kept, picked, at = list[int](), list[int](), list[int](), 0
-    for (_, start, n), _, rows, n_picked in pieces:
+    positions, kept, picked, read, at = list[int](), list[int](), list[int](), list[int](), 0
+    for (_, start, n), _, rows, n_picked, states in pieces:
         positions.extend(range(start + first_position, start + first_position + n))
         kept.extend(at + row for row in rows)
+        read.extend(at + row for row in states)
         at += n
         picked.extend(range(at - n_picked, at))
     named = [piece.version for piece in pieces]
     versions = tuple(dict.fromkeys(version for version in named if version is not None))
-    numbers = whole_numbers([*positions, *kept, *picked, *([-1] * len(picked))]).to(device)
-    of_rows, of_kept, of_picked, tokens = torch.split(numbers, [at, len(kept), len(picked), len(picked)])
+    numbers = whole_numbers([*positions, *kept, *picked, *([-1] * len(picked)), *read]).to(device)
+    counts = [at, len(kept), len(picked), len(picked), len(read)]
+    of_rows, of_kept, of_picked, tokens, of_read = torch.split(numbers, counts)
     return Step(
         cache=cache,
         rows=cache.rows([piece.stretch for piece in pieces]),
@@ -84,6 +91,8 @@ def step_of(pieces: Sequence[Piece], cache: KVCache, device: torch.device, first
         picked=of_picked,
         picked_runs=_runs(named, [piece.n_picked for piece in pieces], versions),
         tokens=tokens,
+        read=of_read,
+        read_runs=_runs(named, [len(piece.read) for piece in pieces], versions),
     )
 
 

@@ -83,15 +83,15 @@ async def whole_answer(engine: AsyncEngine, request: Request, answering: Answeri
     return await unless_left(request, _choices(engine, answering))
 
 
-async def unless_left(request: Request, found: Coroutine[Any, Any, dict[str, Any]]) -> Response:
-    """Return the response with what is found; if the client disconnects first, the search is cancelled."""
+async def unless_left(request: Request, found: Coroutine[Any, Any, str]) -> Response:
+    """Return the response with the JSON that is found; if the client disconnects first, the search is cancelled."""
     finding = asyncio.ensure_future(found)
     leaving = asyncio.ensure_future(_left(request))
     try:
         await asyncio.wait({finding, leaving}, return_when=asyncio.FIRST_COMPLETED)
         if not finding.done():
             return Response(status_code=GONE)
-        return Response(json.dumps(finding.result(), ensure_ascii=False), media_type="application/json")
+        return Response(finding.result(), media_type="application/json")
     finally:
         leaving.cancel()
         finding.cancel()
@@ -124,7 +124,7 @@ class EventStream(StreamingResponse):
                 await super().__call__(scope, receive, send)
 
 
-async def _choices(engine: AsyncEngine, answering: Answering) -> dict[str, Any]:
+async def _choices(engine: AsyncEngine, answering: Answering) -> str:
     choices, n_answered, n_cached = {}, 0, 0
     by_id = {asked.id: asked for asked in answering.asked}
     async with aclosing(engine.outputs(answering.asked)) as outputs:
@@ -140,7 +140,8 @@ async def _choices(engine: AsyncEngine, answering: Answering) -> dict[str, Any]:
             if scores is not None:
                 choices[answering.index(output, output.outputs[0])]["prompt_logprobs"] = _plain(scores)
     found = [choices[index] for index in sorted(choices)]
-    return answering.head(answering.shape.whole) | {"choices": found, "usage": answering.usage(n_answered, n_cached)}
+    whole = {"choices": found, "usage": answering.usage(n_answered, n_cached)}
+    return json.dumps(answering.head(answering.shape.whole) | whole, ensure_ascii=False)
 
 
 async def _events(engine: AsyncEngine, answering: Answering, options: StreamOptions) -> AsyncGenerator[bytes, None]:

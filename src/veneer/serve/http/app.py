@@ -18,6 +18,7 @@ from veneer.serve.engine import Engine
 from veneer.serve.http import chat, completions
 from veneer.serve.http.answers import Answering, Shape, stream_of, whole_answer
 from veneer.serve.http.documented import documented
+from veneer.serve.http.embeddings import Embeddings
 from veneer.serve.http.errors import on_defect, on_invalid_body, on_unknown_route, on_veneer_error
 from veneer.serve.http.lifecycle import Gate, Lifecycle, add_lifecycle
 from veneer.serve.http.limits import BodyLimit, ServerLimits
@@ -53,6 +54,7 @@ def make_app(
     app.get("/v1/models/", include_in_schema=False)(api.models)
     app.get("/v1/models/{id:path}", **documented(body=False))(api.model)
     Responses(api).add_to(app)
+    Embeddings(api).add_to(app)
     Tokens(api).add_to(app)
     add_lifecycle(app, lifecycle, api.running)
     add_metrics(app, engine, catalogue.base, metrics_prefix)

@@ -58,6 +58,11 @@ def _extra(name: str, known: list[str]) -> InitErrorDetails:
     return InitErrorDetails(type=error, loc=(name,), input=None)
 
 
+def prompts_of(given: Any) -> list[Any]:
+    """Return the prompts of a field that is text, ids, or a list of either."""
+    return [given] if isinstance(given, str) or (given and isinstance(given[0], int)) else list(given)
+
+
 class StreamOptions(Strict):
     """Options of a stream: its contents besides the answer."""
 
@@ -194,15 +199,11 @@ class CompletionBody(Body):
     @property
     def n_choices(self) -> int:
         """Number of answers requested, to all prompts together."""
-        return len(self._prompts()) * super().n_choices
+        return len(prompts_of(self.prompt)) * super().n_choices
 
     def read(self, reader: PromptReader, calls: Calls | None = None) -> list[tuple[str | None, list[int]]]:
         """Return the prompts, each as text and ids. Raises ConfigError."""
-        return [reader.read(prompt) for prompt in self._prompts()]
-
-    def _prompts(self) -> list[Any]:
-        one = isinstance(self.prompt, str) or (bool(self.prompt) and isinstance(self.prompt[0], int))
-        return [self.prompt] if one else list(self.prompt)
+        return [reader.read(prompt) for prompt in prompts_of(self.prompt)]
 
     def calls(self, reader: PromptReader) -> None:
         """Return no calls: text has none."""

@@ -1,8 +1,7 @@
-"""Response while it is written: its object, and the events of a stream."""
+"""Response while it is written: its object, and the events of its stream."""
 
 from __future__ import annotations
 
-import json
 import time
 import uuid
 from collections.abc import Iterator
@@ -13,15 +12,15 @@ from veneer.serve.asked import Asked
 from veneer.serve.http.chat import logprobs_of
 from veneer.serve.http.errors import status_of
 from veneer.serve.http.response_body import ResponsesBody
+from veneer.serve.http.writing import Event
 from veneer.serve.outputs import CompletionOutput, RequestOutput
 
 _CODES = {400: "invalid_prompt", 429: "rate_limit_exceeded"}
 _KEPT = ("instructions", "max_output_tokens", "top_logprobs", "user")
-Event = dict[str, Any]
 
 
-class Written:
-    """Response to a checked request, as far as it is written; its methods return the events of what they add."""
+class ResponseWriter:
+    """`Writer` of the response to a checked request."""
 
     def __init__(self, body: ResponsesBody, asked: Asked, model: str) -> None:
         self._body, self._asked = body, asked
@@ -38,7 +37,7 @@ class Written:
         self._usage: dict[str, Any] | None = None
         self._n_events = self._n_answered = 0
 
-    def response(self) -> dict[str, Any]:
+    def whole(self) -> dict[str, Any]:
         """Return the response as it is now."""
         return self._head | {
             "status": self._status, "error": self._error or None, "output": self._output, "usage": self._usage,
@@ -48,7 +47,7 @@ class Written:
     def begin(self) -> Iterator[Event]:
         """Yield the first events."""
         for kind in ("created", "in_progress"):
-            yield self._event(f"response.{kind}", response=self.response())
+            yield self._event(f"response.{kind}", response=self.whole())
 
     def take(self, output: RequestOutput) -> Iterator[Event]:
         """Add the next part of the answer, or all of it."""
@@ -63,7 +62,7 @@ class Written:
         """End the response with an error."""
         self._status = "failed"
         self._error = {"code": _CODES.get(status_of(error), "server_error"), "message": str(error)}
-        yield self._event("response.failed", response=self.response())
+        yield self._event("response.failed", response=self.whole())
 
     def _write(self, answer: CompletionOutput) -> Iterator[Event]:
         scores = logprobs_of(answer, self._asked.params.logprobs or 0) if self._body.scores else []
@@ -97,7 +96,7 @@ class Written:
         yield self._event("response.output_text.done", **self._place, text=part["text"], logprobs=part["logprobs"])
         yield self._event("response.content_part.done", **self._place, part=part)
         yield self._event("response.output_item.done", output_index=0, item=item)
-        yield self._event(f"response.{self._status}", response=self.response())
+        yield self._event(f"response.{self._status}", response=self.whole())
 
     @property
     def _place(self) -> dict[str, Any]:
@@ -114,9 +113,3 @@ class Written:
     def _event(self, kind: str, **fields: Any) -> Event:
         self._n_events += 1
         return {"type": kind, "sequence_number": self._n_events - 1, **fields}
-
-
-def encoded(event: Event) -> bytes:
-    """Return an event as a stream sends it."""
-    data = json.dumps(event, ensure_ascii=False)
-    return f"event: {event['type']}\ndata: {data}\n\n".encode()

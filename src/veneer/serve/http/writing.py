@@ -1,0 +1,89 @@
+"""Answers that a writer puts into the words of an API, whole or as a stream of its events."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncGenerator, Callable, Iterator
+from contextlib import ExitStack, aclosing
+from typing import Any, Protocol
+
+from fastapi import Request
+from fastapi.responses import Response
+
+from veneer.errors import VeneerError
+from veneer.serve.asked import Asked
+from veneer.serve.http.answers import EventStream, unless_left
+from veneer.serve.http.protocol import ChatBody
+from veneer.serve.http.service import Service
+from veneer.serve.outputs import RequestOutput
+
+Event = dict[str, Any]
+
+
+class Writer(Protocol):
+    """One answer while it is written. Its methods yield the events of what they add, each with its ``type``."""
+
+    def begin(self) -> Iterator[Event]:
+        """Yield the first events."""
+
+    def take(self, output: RequestOutput) -> Iterator[Event]:
+        """Add the next part of the answer, or all of it."""
+
+    def fail(self, error: VeneerError) -> Iterator[Event]:
+        """End the answer with an error."""
+
+    def whole(self) -> dict[str, Any]:
+        """Return the answer as it is now."""
+
+
+async def written(
+    service: Service, request: Request, chat: Callable[[], ChatBody], writer: Callable[[Asked], Writer], *, stream: bool
+) -> Response:
+    """Return the answer to a chat completion as its writer writes it. If the client disconnects, its request ends.
+
+    Raises VeneerError for any error that is visible before it runs; ``chat`` is not called on the loop.
+    """
+    with ExitStack() as taken:  # left when the answer has ended, or when there is none
+        taken.enter_context(service.admitted(1))
+        [asked] = await asyncio.to_thread(lambda: service.ask(chat()))
+        made = writer(asked)
+        if stream:
+            return EventStream(_encoded(service, asked, made), taken.pop_all())
+        return await unless_left(request, _whole(service, asked, made))
+
+
+async def _whole(service: Service, asked: Asked, writer: Writer) -> str:
+    async with aclosing(_outputs(service, asked)) as outputs:
+        async for output in outputs:
+            for _ in writer.take(output):
+                pass
+    return json.dumps(writer.whole(), ensure_ascii=False)
+
+
+async def _encoded(service: Service, asked: Asked, writer: Writer) -> AsyncGenerator[bytes, None]:
+    try:
+        yield _sent(writer.begin())
+        async with aclosing(_outputs(service, asked)) as outputs:
+            async for output in outputs:
+                told = _sent(writer.take(output))
+                if told:
+                    yield told
+    except VeneerError as error:
+        yield _sent(writer.fail(error))
+
+
+async def _outputs(service: Service, asked: Asked) -> AsyncGenerator[RequestOutput, None]:
+    """The outputs of a request. Raises its error if it fails."""
+    async with aclosing(service.running.outputs([asked])) as outputs:
+        async for output in outputs:
+            if output.error is not None:
+                raise output.error
+            yield output
+
+
+def _sent(events: Iterator[Event]) -> bytes:
+    """Events as a stream sends them, each as it is when it comes."""
+    return "".join(
+        f"event: {event['type']}\ndata: {json.dumps(event, ensure_ascii=False)}\n\n" for event in events
+    ).encode()
