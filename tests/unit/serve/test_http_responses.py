@@ -6,21 +6,30 @@ import json
 import shutil
 import urllib.request
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import openai
 import pytest
 from pydantic import BaseModel
 
+from veneer import CompletionOutput, RequestOutput, SamplingParams
 from veneer.errors import ConfigError
+from veneer.serve.calls import calls_of
 from veneer.serve.http.errors import RefusedError
+from veneer.serve.http.response_body import ResponsesBody
 from veneer.serve.http.response_items import messages_of
+from veneer.serve.http.response_writer import ResponseWriter
+from veneer.serve.prompts import PromptReader
+from veneer.serve.tool_calls.functions import Function, Tools
 
+from .conftest import byte_tokenizer
 from .test_http import Server
 
 ASKED = {"model": "lora", "temperature": 0, "max_output_tokens": 9}
 SCHEMA = {"type": "object", "properties": {"a": {"enum": [17]}}, "required": ["a"], "additionalProperties": False}
 BLANKS = {str(ord(c)): -100 for c in " \t\n\r"}
+TOOL: Any = {"type": "function", "name": "add", "parameters": SCHEMA, "strict": True}
 CALL = {"type": "function_call", "call_id": "c1", "name": "add", "arguments": '{"a": 1}'}
 
 
@@ -159,6 +168,67 @@ def test_a_stream_tells_the_response(server, asked):
     assert [len(score.top_logprobs) for score in scores] == ([2] * 9 if "top_logprobs" in asked else [])
 
 
+def test_a_call_is_an_item(server):
+    """Forced calls are JSON on a template that shows no format."""
+    asked: Any = {
+        "model": "tiny", "input": "x", "tools": [TOOL], "tool_choice": {"type": "function", "name": "add"},
+        "parallel_tool_calls": False,
+    }  # fmt: skip
+    whole = server.client.responses.create(**asked)
+    [call] = whole.output
+    assert (call.type, call.name, call.arguments, call.status) == ("function_call", "add", '{"a": 17}', "completed")
+    assert (whole.status, whole.output_text, whole.parallel_tool_calls) == ("completed", "", False)
+    assert (whole.tools[0].name, whole.tools[0].parameters, whole.tool_choice.name) == ("add", SCHEMA, "add")
+    with server.client.responses.stream(**asked) as stream:
+        events = list(stream)
+    kinds = [event.type.removeprefix("response.") for event in events]
+    assert kinds[:3] == ["created", "in_progress", "output_item.added"]
+    assert kinds[-3:] == ["function_call_arguments.done", "output_item.done", "completed"]
+    assert set(kinds[3:-3]) == {"function_call_arguments.delta"}
+    assert "".join(event.delta for event in events[3:-3]) == events[-3].arguments == '{"a": 17}'
+    [told] = stream.get_final_response().output
+    assert (told.name, told.arguments, told.status, told.id) == ("add", '{"a": 17}', "completed", events[-3].item_id)
+    output = {"type": "function_call_output", "call_id": call.call_id, "output": "4"}
+    answer = server.client.responses.create(**ASKED, input=[{"role": "user", "content": "x"}, call.to_dict(), output])
+    assert answer.usage.input_tokens == len("user: x\nassistant: \ntool: 4\nassistant: ")
+
+
+def test_text_and_calls_are_items_in_their_order():
+    """A call behind text ends the message, text behind a call begins another, and what is cut is incomplete."""
+    writer = writer_of_calls()
+    texts = ["so", " [[ad", 'd <- {"a"', ":1}]] and", ' then [[add <- {"a":']
+    events = [event for text in texts for event in copied(writer.take(told(text)))]
+    events += copied(writer.take(told("2", finish_reason="length")))
+    assert [each["type"] for each in writer.whole()["output"]] == ["message", "function_call"] * 2
+    done = [event["item"] for event in events if event["type"] == "response.output_item.done"]
+    assert [item["status"] for item in done] == ["completed"] * 3 + ["incomplete"]
+    assert [item.get("arguments") or item["content"][0]["text"].strip() for item in done] == [
+        "so", '{"a":1}', "and then", '{"a":2',
+    ]  # fmt: skip
+    assert done == writer.whole()["output"]
+    assert [event["output_index"] for event in events if "item" in event] == [0, 0, 1, 1, 2, 2, 3, 3]
+    assert writer.whole()["incomplete_details"] == {"reason": "max_output_tokens"}
+
+
+def writer_of_calls() -> ResponseWriter:
+    """A writer for a model that writes calls as ``[[add <- {"a": 1}]]``."""
+    template = "{% for m in messages %}{% for c in m.tool_calls or [] %}[[{{ c.function.name }} <- "
+    template += "{{ c.function.arguments | tojson }}]]{% endfor %}{{ m.content }}{% endfor %}{{ tools }}"
+    reader = PromptReader(byte_tokenizer(), 99, (template,))
+    calls = calls_of(Tools([Function(name="add", parameters=SCHEMA)]), reader)
+    asked: Any = SimpleNamespace(params=SamplingParams(), prompt_ids=(1, 2, 3))
+    return ResponseWriter(ResponsesBody(input="x"), "tiny", asked, calls)
+
+
+def told(text: str, **more: Any) -> RequestOutput:
+    return RequestOutput("0", None, [], None, [CompletionOutput(0, text, [1], **more)])
+
+
+def copied(events: Any) -> list[Any]:
+    """Events as they are when they come."""
+    return [json.loads(json.dumps(event)) for event in events]
+
+
 def test_an_answer_without_text_is_a_message_too(server):
     asked: Any = ASKED | {"input": "x", "extra_body": {"logit_bias": {"256": 100}}}
     with server.client.responses.stream(**asked) as stream:
@@ -202,7 +272,11 @@ def test_events_have_names(server):
         ({"text": {"format": {"type": "xml"}}}, "text.format.type='xml' must be one of", "text.format"),
         ({"text": {"format": {"type": "json_schema"}}}, "json_schema needs a schema", "text.format.schema"),
         ({"text": {"verbosity": "low"}}, "unknown field 'text.verbosity'", "text.verbosity"),
-        ({"tools": [{"type": "web_search"}]}, "tools[0].type='web_search' is not offered", "tools.0.type"),
+        ({"tools": [{"type": "web_search"}]}, "tools.0.type: Input should be 'function'", "tools.0.name"),
+        ({"tools": [TOOL | {"async": True}]}, "unknown field 'tools.0.async'", "tools.0.async"),
+        ({"tools": [TOOL]}, "shows no format of tool calls", "tools"),
+        ({"tools": [TOOL], "tool_choice": {"type": "function", "name": "ad"}}, "did you mean 'add'", "tools"),
+        ({"tools": [TOOL], "tool_choice": {"type": "allowed_tools"}}, "'function'", "tool_choice.function.type"),
         ({"max_output_tokens": 0}, "greater than or equal to 1", "max_output_tokens"),
         ({"max_output": 5}, "unknown field 'max_output'; did you mean 'max_output_tokens'", "max_output"),
         ({"input": [{"role": "user"}]}, "input.0.content must be text", "input.0.content"),

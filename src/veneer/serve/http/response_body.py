@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationInfo, field_validator
+from pydantic import Discriminator, Field, Tag, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
 
 from veneer.serve.http.errors import RefusedError
-from veneer.serve.http.protocol import ChatBody, Few, Named, Several, Strict
+from veneer.serve.http.protocol import ChatBody, Few, FunctionBody, Named, NamedTool, Several, Strict, ToolBody
 from veneer.serve.http.response_items import messages_of
 from veneer.serve.sampling_params import MAX_LOGPROBS
 
@@ -28,6 +28,7 @@ _SAME = (
     *("model", "adapter", "temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty"),
     *("repetition_penalty", "seed", "stop", "stop_token_ids", "ignore_eos", "min_tokens", "skip_special_tokens"),
     *("logit_bias", "structured_outputs", "chat_template_kwargs", "cache_salt", "stream"),
+    "parallel_tool_calls",
 )
 
 
@@ -41,6 +42,33 @@ class ResponseStreamOptions(Strict):
     """Options of a stream. Events are never padded, whatever ``include_obfuscation`` says."""
 
     include_obfuscation: bool | None = None
+
+
+class ResponseTool(FunctionBody):
+    """Function that the model may call, and its client runs."""
+
+    type: Literal["function"]
+
+    def chat(self) -> ToolBody:
+        """Return the tool as a chat completion has it."""
+        return ToolBody(type="function", function=FunctionBody(**self.model_dump(exclude={"type"})))
+
+
+class NamedFunction(Strict):
+    """Choice of the one function that must be called."""
+
+    type: Literal["function"]
+    name: str
+
+    def chat(self) -> NamedTool:
+        """Return the choice as a chat completion has it."""
+        return NamedTool.model_validate({"type": "function", "function": {"name": self.name}})
+
+
+ResponseChoice = Annotated[
+    Annotated[Literal["none", "auto", "required"], Tag("mode")] | Annotated[NamedFunction, Tag("function")],
+    Discriminator(lambda given: "mode" if isinstance(given, str) else "function"),
+]
 
 
 class ResponsesBody(Named):
@@ -57,8 +85,8 @@ class ResponsesBody(Named):
     temperature: float | None = None
     top_p: float | None = None
     text: TextOptions | None = None
-    tools: Several[dict[str, Any]] | None = None
-    tool_choice: Literal["none", "auto"] | None = None
+    tools: Several[ResponseTool] | None = None
+    tool_choice: ResponseChoice | None = None
     parallel_tool_calls: bool | None = None
     include: Several[Literal["message.output_text.logprobs", "reasoning.encrypted_content"]] | None = None
     top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
@@ -119,8 +147,8 @@ class ResponsesBody(Named):
             response_format=_response_format(self.format),
             logprobs=self.scores,
             top_logprobs=self.top_logprobs,
-            tools=None if self.tools is None else [_tool(number, tool) for number, tool in enumerate(self.tools)],
-            tool_choice=self.tool_choice,
+            tools=None if self.tools is None else [tool.chat() for tool in self.tools],
+            tool_choice=self.tool_choice.chat() if isinstance(self.tool_choice, NamedFunction) else self.tool_choice,
             **{name: getattr(self, name) for name in _SAME},
         )
 
@@ -135,14 +163,3 @@ def _response_format(given: Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(given.get("schema"), Mapping):
         raise RefusedError("text.format of the type json_schema needs a schema, a mapping", "text.format.schema")
     return {"type": kind, "json_schema": {"schema": given["schema"]}}
-
-
-def _tool(number: int, given: Mapping[str, Any]) -> dict[str, Any]:
-    """A function as a chat completion has it."""
-    if given.get("type") != "function":
-        raise RefusedError(
-            f"tools[{number}].type={given.get('type')!r} is not offered: only functions are, which the client calls",
-            f"tools.{number}.type",
-        )
-    function = {name: value for name, value in given.items() if name != "type" and value is not None}
-    return {"type": "function", "function": function}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from fastapi import FastAPI, Request
 from fastapi.responses import Response
 
@@ -24,7 +26,5 @@ class Responses:
 
     async def respond(self, request: Request, body: ResponsesBody) -> Response:
         """Return the model's response to an input."""
-        model = body.model or self._service.catalogue.base
-        return await written(
-            self._service, request, body.chat, lambda asked: ResponseWriter(body, asked, model), stream=body.stream
-        )
+        writer = partial(ResponseWriter, body, body.model or self._service.catalogue.base)
+        return await written(self._service, request, body.chat, writer, stream=body.stream)

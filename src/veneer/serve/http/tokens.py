@@ -12,11 +12,11 @@ from pydantic_core import PydanticCustomError
 
 from veneer.errors import ConfigError
 from veneer.serve.http.documented import documented
-from veneer.serve.http.protocol import ChatBody, Named, Several
+from veneer.serve.http.protocol import ChatBody, Named, Several, ToolBody
 from veneer.serve.http.service import Service
 from veneer.serve.prompts import PromptReader
 
-_OF_CHAT = ("add_generation_prompt", "continue_final_message", "chat_template", "chat_template_kwargs")
+_OF_CHAT = ("add_generation_prompt", "continue_final_message", "chat_template", "chat_template_kwargs", "tools")
 
 
 class TokenizeBody(Named):
@@ -34,6 +34,7 @@ class TokenizeBody(Named):
     continue_final_message: bool = False
     chat_template: str | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+    tools: Several[ToolBody] | None = None
 
     @model_validator(mode="after")
     def _one_of_both(self) -> TokenizeBody:
@@ -49,7 +50,8 @@ class TokenizeBody(Named):
         if self.prompt is not None:
             return reader.ids(self.prompt, add_special_tokens=self.add_special_tokens is not False)
         given = {name: getattr(self, name) for name in _OF_CHAT}
-        [(text, ids)] = ChatBody(messages=self.messages or [], **given).read(reader)
+        chat = ChatBody(messages=self.messages or [], **given)
+        [(text, ids)] = chat.read(reader, chat.calls(reader))
         return reader.ids(text or "", add_special_tokens=True) if self.add_special_tokens else ids
 
 

@@ -13,10 +13,13 @@ from fastapi.responses import Response
 
 from veneer.errors import VeneerError
 from veneer.serve.asked import Asked
+from veneer.serve.calls import Calls
 from veneer.serve.http.answers import EventStream, unless_left
 from veneer.serve.http.protocol import ChatBody
 from veneer.serve.http.service import Service
-from veneer.serve.outputs import RequestOutput
+from veneer.serve.outputs import CompletionOutput, RequestOutput
+from veneer.serve.tool_calls.parser import Event as Part
+from veneer.serve.tool_calls.parser import Parser, Text
 
 Event = dict[str, Any]
 
@@ -38,7 +41,12 @@ class Writer(Protocol):
 
 
 async def written(
-    service: Service, request: Request, chat: Callable[[], ChatBody], writer: Callable[[Asked], Writer], *, stream: bool
+    service: Service,
+    request: Request,
+    chat: Callable[[], ChatBody],
+    writer: Callable[[Asked, Calls | None], Writer],
+    *,
+    stream: bool,
 ) -> Response:
     """Return the answer to a chat completion as its writer writes it. If the client disconnects, its request ends.
 
@@ -46,11 +54,18 @@ async def written(
     """
     with ExitStack() as taken:  # left when the answer has ended, or when there is none
         taken.enter_context(service.admitted(1))
-        [asked] = await asyncio.to_thread(lambda: service.ask(chat()))
-        made = writer(asked)
+        [asked], calls = await asyncio.to_thread(lambda: service.ask(chat()))
+        made = writer(asked, calls)
         if stream:
             return EventStream(_encoded(service, asked, made), taken.pop_all())
         return await unless_left(request, _whole(service, asked, made))
+
+
+def parts_of(answer: CompletionOutput, parser: Parser | None) -> list[Part]:
+    """Return the text of an answer, and its calls if there is a parser of them."""
+    if parser is None:
+        return [Text(answer.text)] if answer.text else []
+    return parser.feed(answer.text) + (parser.finish() if answer.finished() else [])
 
 
 async def _whole(service: Service, asked: Asked, writer: Writer) -> str:
