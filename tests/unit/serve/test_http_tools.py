@@ -111,6 +111,24 @@ def test_an_answer_without_calls_is_text(server):
     assert (message.tool_calls, len(message.content), answer.choices[0].finish_reason) == (None, 9, "length")
 
 
+def test_an_answer_is_calls_or_json_of_a_schema(server):
+    schema = {"type": "object", "properties": {"a": {"enum": [17]}}, "required": ["a"], "additionalProperties": False}
+    form = {"type": "json_schema", "json_schema": {"name": "s", "schema": schema}}
+    blank = {str(ord(c)): -100 for c in " \t\n\r"}  # brackets need none in calls of now
+    found = set()
+    for seed in range(6):
+        answer = ask(server, "brackets", tools=TOOLS[1:], response_format=form, seed=seed, logit_bias=blank).choices[0]
+        found.add(answer.finish_reason)
+        assert made(answer.message) or answer.message.content == '{"a":17}'
+    assert found == {"stop", "tool_calls"}
+
+
+def test_the_openapi_has_the_tools(server):
+    schemas = server.client.get("../openapi.json", cast_to=object)["components"]["schemas"]
+    assert schemas["FunctionBody"]["required"] == ["name"]
+    assert "tool_choice" in schemas["ChatBody"]["properties"]
+
+
 def test_a_call_that_is_cut_has_the_reason(server):
     choice = {"type": "function", "function": {"name": "weather"}}
     cut = ask(server, "brackets", tool_choice=choice, max_tokens=len("[[weather <- {")).choices[0]

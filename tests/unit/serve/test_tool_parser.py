@@ -15,7 +15,7 @@ from veneer.serve.outputs import CompletionOutput
 from veneer.serve.sampling_params import SamplingParams
 from veneer.serve.tool_calls.format import CallFormat
 from veneer.serve.tool_calls.functions import Function, Tools
-from veneer.serve.tool_calls.known import PLAIN
+from veneer.serve.tool_calls.known import PLAIN, known_format
 from veneer.serve.tool_calls.parser import Arguments, Parser, Text
 from veneer.serve.tool_calls.read import format_of
 
@@ -170,6 +170,21 @@ def test_schemas_may_be_anything(schema):
 def test_models_that_write_other_white_space_or_no_id_are_read():
     text = '<|calls|> [ {"tool":"weather" ,\n "input" :{"city":"x"}} , { "id": "q", "tool": "file","input": {}} ]'
     assert parsed(form("list"), text) == ("", [["weather", '{"city":"x"}', True], ["file", "{}", True]])
+
+
+@pytest.mark.parametrize(
+    ("prompt", "text"),
+    [
+        ("<tool_call>", '<tool_call>\n{"name": "weather_now", "arguments": {}}\n</tool_call>'),
+        ("[AVAILABLE_TOOLS]", '[TOOL_CALLS] [{"name": "weather_now", "arguments": {}}]'),
+        ("<|tool|>", '<|tool_call|>[{"name": "weather_now", "arguments": {}}]<|/tool_call|>'),
+        ('{"name": function name, "parameters":', '{"name": "weather_now", "parameters": {}}'),
+    ],
+)
+def test_formats_of_the_table(prompt, text):
+    found = known_format(f"a {prompt} b")
+    assert found is not None
+    assert parsed(found, f"x {text}") == ("x", [["weather_now", "{}", True]])
 
 
 def test_a_call_that_is_cut_keeps_its_arguments():
