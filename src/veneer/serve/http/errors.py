@@ -110,8 +110,8 @@ async def on_unknown_route(request: Request, error: Exception) -> JSONResponse:
 
 
 def _routes(app: FastAPI) -> list[tuple[str, str]]:
-    shown = [route for route in app.routes if isinstance(route, APIRoute) and route.include_in_schema]
-    return sorted((route.path_format, method) for route in shown for method in route.methods or ())
+    found = [route for route in app.routes if isinstance(route, APIRoute)]
+    return sorted({(route.path_format.rstrip("/") or "/", method) for route in found for method in route.methods or ()})
 
 
 async def on_invalid_body(request: Request, error: Exception) -> JSONResponse:
