@@ -18,7 +18,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from report import Rows
-from veneer.serve.adapter_pool import AdapterPool, AdapterVersion
+from veneer.serve.adapter_pool import AdapterPool
+from veneer.serve.adapter_version import AdapterVersion
 from veneer.serve.pages import Pages
 from veneer.serve.prefix_cache import key_of, root_of
 from veneer.serve.worth import Worth

@@ -23,6 +23,7 @@ from typer.core import TyperGroup
 from veneer.cli import plan, train
 from veneer.cli.help import VerbCommand, first_sentence, print_page
 from veneer.cli.pages import (
+    add_key,
     chat,
     combine,
     env,
@@ -154,6 +155,7 @@ app.command("info", cls=VerbCommand)(info.info)
 app.command("generate", cls=VerbCommand)(generate.generate)
 app.command("chat", cls=VerbCommand)(chat.chat)
 app.command("serve", cls=VerbCommand)(serve.serve)
+app.command("add-key", cls=VerbCommand)(add_key.add_key)
 app.command("combine", cls=VerbCommand)(combine.combine)
 app.command("inspect", cls=VerbCommand)(inspect.inspect)
 app.command("eval", cls=VerbCommand)(eval.eval_)

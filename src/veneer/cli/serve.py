@@ -12,10 +12,13 @@ from veneer.contract.file import CONFIG_FILE, WEIGHTS_FILE
 from veneer.errors import CompositionError, ConfigError
 from veneer.ops.dispatch import kernel_isa
 from veneer.serve.http.app import make_app
+from veneer.serve.http.key import ANYBODY, NOBODY
+from veneer.serve.http.key_file import Keys
 from veneer.serve.http.limits import ServerLimits
 from veneer.serve.http.models import Catalogue
 from veneer.serve.http.request_record import log_requests
-from veneer.serve.http.server import require_free, run
+from veneer.serve.http.roots import Roots
+from veneer.serve.http.server import require_certificate, require_free, run
 from veneer.serve.start import EngineOptions, start_engine
 from veneer.store.bars import quiet
 from veneer.store.merge_record import require_not_merged
@@ -27,8 +30,14 @@ _TOLD = 10  # adapters that are named when the server starts
 def serve(args: ServeArguments) -> None:
     """Load the base and serve it until the process ends."""
     require_free(args.host, args.port)
-    if args.adapters is not None and not args.adapters.is_dir():
-        raise ConfigError(f"--adapters {args.adapters} is no folder: make it, adapters may come later")
+    folders = [*([] if args.adapters is None else [args.adapters]), *(args.adapter_root or ())]
+    for folder in folders:
+        if not folder.is_dir():
+            option = "--adapters" if folder is args.adapters else "--adapter-root"
+            raise ConfigError(f"{option} {folder} is no folder: make it, adapters may come later")
+    keys = None if args.keys is None else Keys(args.keys)
+    require_certificate(args.ssl_certfile, args.ssl_keyfile)
+    roots = Roots(folders, args.allow_hub or ())
     limits = ServerLimits(
         body_bytes=bytes_of("--max-body-mib", args.max_body_mib, MIB),
         choices=args.max_choices, in_flight=args.max_in_flight,
@@ -51,15 +60,18 @@ def serve(args: ServeArguments) -> None:
         typer.echo(f"slow: transformers' own code computes everything ({engine.settings.why_general})", err=True)
     if not kernel_isa():
         typer.echo("slow: the C++ kernels are not built, plain torch computes everything", err=True)
-    catalogue = Catalogue(engine, [args.served_model_name or args.model], args.model, args.adapters)
+    catalogue = Catalogue(
+        engine, [args.served_model_name or args.model], args.model, args.adapters, ANYBODY if keys is None else NOBODY
+    )
     names = list(catalogue.adapters())
     more = f" and {len(names) - _TOLD:,} more" if len(names) > _TOLD else ""
     told = f"{', '.join(names[:_TOLD]) or 'none yet'}{more}"
-    typer.echo(f"base {catalogue.base}; adapters: {told}; http://{args.host}:{args.port}/v1", err=True)
+    scheme = "http" if args.ssl_certfile is None else "https"
+    typer.echo(f"base {catalogue.base}; adapters: {told}; {scheme}://{args.host}:{args.port}/v1", err=True)
     if args.log_requests:
         log_requests()
-    app = make_app(engine, catalogue, limits, metrics_prefix=args.metrics_prefix)
-    run(app, args.host, args.port, args.drain_seconds)
+    app = make_app(engine, catalogue, limits, keys=keys, roots=roots, metrics_prefix=args.metrics_prefix)
+    run(app, args.host, args.port, args.drain_seconds, ssl_certfile=args.ssl_certfile, ssl_keyfile=args.ssl_keyfile)
 
 
 def _in_base(model: str, adapters: Path | None) -> Iterator[str]:

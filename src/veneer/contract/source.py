@@ -75,6 +75,14 @@ def adapter_folder(model_id: str | os.PathLike[str], options: HubOptions | None 
     return Path(_download(str(model_id), subfolder, options)) / subfolder
 
 
+def hub_folder(repo: str) -> Path:
+    """Return the local folder of an adapter on the hub, fetched if need be; no folder of the same name is looked for.
+
+    Raises FormatError if it is not there.
+    """
+    return Path(_download(repo, PurePosixPath(), HubOptions()))
+
+
 def _inside(subfolder: str | None) -> PurePosixPath:
     path = PurePosixPath(subfolder or "")
     if path.is_absolute() or ".." in path.parts:

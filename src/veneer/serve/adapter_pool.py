@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import enum
 import itertools
 from collections import deque
 from collections.abc import Callable, Collection, Hashable, Iterable, Sequence
@@ -10,6 +9,7 @@ from dataclasses import dataclass, field
 
 from veneer.errors import AdapterNameError, ConfigError
 from veneer.serve.adapter_counts import OTHER, AdapterCount, AdapterCounts
+from veneer.serve.adapter_version import AdapterState, AdapterVersion, Residency
 from veneer.serve.lazy_heap import LazyHeap
 from veneer.serve.pages import Pages
 from veneer.serve.sized_group import SizedGroup
@@ -17,36 +17,6 @@ from veneer.serve.worth import Worth
 
 _AHEAD = 2  # loads begun at once, so that the loader has the next when it ends one
 _TOLD = 10  # names in a message
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class AdapterVersion:
-    """Content of an adapter's files; ``id`` is derived from it, so that equal files are one version.
-
-    ``n_front`` counts its virtual tokens. ``rank`` is the largest of its low-rank parts, 0 if it has none. ``n_bytes``
-    is its expected size when loaded. A mix has no folder, but versions with their weights.
-    """
-
-    id: str
-    folder: str = ""
-    kind: str = ""
-    rank: int = 0
-    n_front: int = 0
-    n_bytes: int = 0
-    parts: tuple[tuple[AdapterVersion, float], ...] = ()
-
-    @property
-    def told(self) -> str:
-        """Text that names its folder, or the folders of a mix with their weights."""
-        return self.folder or " + ".join(f"{weight:g} × {part.folder}" for part, weight in self.parts)
-
-
-class Residency(enum.Enum):
-    """State of a version's weights: only on disk, loading, or loaded. A version that fails to load is forgotten."""
-
-    ABSENT = "absent"
-    LOADING = "loading"
-    RESIDENT = "resident"
 
 
 @dataclass(eq=False, slots=True)
@@ -59,6 +29,8 @@ class _Entry:
     pinned: bool = False
     residency: Residency = Residency.ABSENT
     n_uses: int = 0  # by requests, since it was loaded
+    n_requests: int = 0
+    n_hits: int = 0
     seconds: float = 0.0  # that its load took
     worth: float = 0.0
     used: int = 0
@@ -107,6 +79,7 @@ class AdapterPool:
         self.counts = AdapterCounts()
         self._entries: dict[str, _Entry] = {}
         self._names: dict[str, str] = {}
+        self._pins: set[str] = set()  # names
         groups = (SizedGroup[_Entry]() for _ in range(7))
         self._resident, self._loading, self._acting, self._pinned, self._unneeded, self._free, self._awaited = groups
         # The last two hold idle ones: nobody waits for them, or somebody does.
@@ -178,8 +151,9 @@ class AdapterPool:
         return {name: entry.n_bytes for entry in list(self._resident.entries.values()) for name in tuple(entry.names)}
 
     def count(self, name: str) -> AdapterCount:
-        """Return the counts of a known name. Mixes, of which a client can think of any number, have none apart."""
-        return self.counts.of(OTHER if self._entries[self._names[name]].version.parts else name)
+        """Return the counts of a name. Unknown ones and mixes, of which clients can think of any, have none apart."""
+        id = self._names.get(name)
+        return self.counts.of(OTHER if id is None or self._entries[id].version.parts else name)
 
     def is_known(self, id: str) -> bool:
         """Return True if a version has an entry in the pool."""
@@ -190,35 +164,69 @@ class AdapterPool:
         return id in self._entries and self._entries[id].is_needed
 
     def bind(self, name: str, version: AdapterVersion) -> None:
-        """Bind a name to a version from now on; earlier requests keep their version.
+        """Bind a name to a version from now on, which is known then; earlier requests keep their version."""
+        if self._names.get(name) != version.id:
+            self._unname(name)
+        self.know(version)
+        entry = self._entries[version.id]
+        entry.names.add(name)
+        entry.pinned = entry.pinned or name in self._pins
+        self._names[name] = version.id
+        self._sort(entry)
+
+    def know(self, version: AdapterVersion) -> None:
+        """Give a version an entry, which stays as long as a name refers to it or a request needs it.
 
         A version that is not loaded is read from the folder given last, since an earlier folder may be gone.
         """
-        if self._names.get(name) != version.id:
-            self._unname(name)
         entry = self._entries.setdefault(version.id, _Entry(version, version.n_bytes))
         if entry.residency is Residency.ABSENT:
             entry.version = version
-        entry.names.add(name)
-        self._names[name] = version.id
-        self._sort(entry)
 
     def forget(self, name: str) -> None:
         """Drop a name, at once for new requests. Raises AdapterNameError for an unknown one."""
         self._require_known(name)
+        self._pins.discard(name)
         self._unname(name)
         self.counts.forget(name)
 
     def pin(self, name: str) -> None:
-        """Keep the version of a name loaded, once it is. Raises AdapterNameError for an unknown one."""
-        self._set_pinned(name, True)
+        """Keep the version of a name loaded, once it is, and later ones of the name in its place.
+
+        Raises AdapterNameError for an unknown name.
+        """
+        self._require_known(name)
+        self._pins.add(name)
+        self._set_pinned(name)
 
     def unpin(self, name: str) -> None:
-        """Allow the version of a name to be evicted again. Raises AdapterNameError for an unknown one."""
-        self._set_pinned(name, False)
+        """Allow the version of a name to be evicted again, unless another name of it is pinned.
+
+        Raises AdapterNameError for an unknown name.
+        """
+        self._require_known(name)
+        self._pins.discard(name)
+        self._set_pinned(name)
+
+    def state(self, name: str) -> AdapterState | None:
+        """Return the state of a name's version; None for an unknown name."""
+        entry = self._entries.get(self._names.get(name, ""))
+        if entry is None:
+            return None
+        return AdapterState(
+            version=entry.version, n_bytes=entry.n_bytes, residency=entry.residency, pinned=entry.pinned,
+            n_requests=entry.n_requests, n_hits=entry.n_hits,
+        )  # fmt: skip
 
     def enter(self, id: str) -> None:
         """Count a new request that waits for the version."""
+        entry = self._entries[id]
+        entry.n_requests += 1
+        entry.n_hits += entry.residency is Residency.RESIDENT
+        self.hold(id)
+
+    def hold(self, id: str) -> None:
+        """Count somebody who waits for the version, and makes no request; `leave` undoes it."""
         self._count(id, 1, 0)
 
     def leave(self, id: str) -> None:
@@ -466,7 +474,7 @@ class AdapterPool:
         if id is not None:
             entry = self._entries[id]
             entry.names.discard(name)
-            entry.pinned = entry.pinned and bool(entry.names)
+            entry.pinned = not self._pins.isdisjoint(entry.names)
             self._sort(entry)
             self._drop_if_unknown(entry)
 
@@ -477,10 +485,9 @@ class AdapterPool:
             self._idle.discard(entry)
             self.moved.pop(entry.version.id, None)
 
-    def _set_pinned(self, name: str, pinned: bool) -> None:
-        self._require_known(name)
+    def _set_pinned(self, name: str) -> None:
         entry = self._entries[self._names[name]]
-        entry.pinned = pinned
+        entry.pinned = not self._pins.isdisjoint(entry.names)
         self._sort(entry)
 
     def _require_known(self, name: str) -> None:

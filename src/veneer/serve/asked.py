@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from veneer.errors import ConfigError
-from veneer.serve.adapter_pool import AdapterVersion
+from veneer.serve.adapter_version import AdapterVersion
 from veneer.serve.draft import Draft, SpeculativeConfig
 from veneer.serve.lora_request import LoRARequest
 from veneer.serve.pooling_params import PoolingParams
@@ -63,8 +63,8 @@ class Constraints:
 class Asked:
     """Checked prompt, with everything that its answers need.
 
-    ``client`` and ``priority`` are a `Request`'s. Pages are shared only under an equal ``cache_salt``. ``constraints``
-    are those of each answer. With ``pooling`` it draws no tokens, and its answer is an embedding.
+    ``client``, its ``weight`` and ``priority`` are a `Request`'s. Pages are shared only under an equal ``cache_salt``.
+    ``constraints`` are those of each answer. With ``pooling`` it draws no tokens, and its answer is an embedding.
     """
 
     id: str
@@ -76,10 +76,17 @@ class Asked:
     version: AdapterVersion | None = None
     room: int = 1
     client: Hashable = ""
+    weight: float = 1.0
     priority: int = 0
     cache_salt: str | None = None
     constraints: Constraints = field(default_factory=Constraints)
     pooling: PoolingParams | None = None
+
+    @property
+    def most_tokens(self) -> int:
+        """Number of tokens of the prompt and of the answers, each as long as it may be."""
+        longest = 0 if self.pooling is not None else min(self.params.max_tokens or self.room, self.room)
+        return self.params.n * (len(self.prompt_ids) + longest)
 
 
 READS = SamplingParams(temperature=0, max_tokens=1, detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY)
@@ -131,7 +138,7 @@ class Rules:
             id=f"{asked.id}#{index}", prompt=asked.prompt_ids, rule=rule,
             version=version, n_front=asked.version.n_front if asked.version else 0,
             scores_prompt=every_state or (params.prompt_logprobs is not None and index == 0), client=asked.client,
-            reads_only=asked.pooling is not None,
+            weight=asked.weight, reads_only=asked.pooling is not None,
             priority=asked.priority, streams=params.output_kind is not RequestOutputKind.FINAL_ONLY,
             root=root_of(version, asked.cache_salt) if self.settings.prefix_caching else None,
         )  # fmt: skip

@@ -7,7 +7,9 @@ import functools
 import threading
 import weakref
 from collections.abc import AsyncGenerator, Callable, Sequence
+from concurrent.futures import Future
 from contextlib import aclosing
+from typing import Any, TypeVar
 
 from veneer.errors import ServingError
 from veneer.serve.asked import Asked
@@ -15,6 +17,7 @@ from veneer.serve.engine import Engine
 from veneer.serve.outputs import RequestOutput
 from veneer.serve.sampling_params import RequestOutputKind
 
+Result = TypeVar("Result")
 _IDLE_SECONDS = 0.5  # how soon a stop is noticed while there is nothing to do
 _BEHIND = 64  # outputs that wait for a reader, each on its own
 
@@ -62,6 +65,7 @@ class AsyncEngine:
         self._stopping = threading.Event()
         self._end_thread: Callable[[], object] = lambda: None
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._over: asyncio.Future[None] | None = None  # done when the engine has failed, or ends all
 
     @property
     def is_running(self) -> bool:
@@ -73,6 +77,7 @@ class AsyncEngine:
         if self._loop is not None:
             raise ServingError("this engine was started before, and one is started once: make another AsyncEngine")
         self._loop = asyncio.get_running_loop()
+        self._over = self._loop.create_future()
         self.engine.collector.start()
         thread = threading.Thread(target=self._steps, name="veneer engine", daemon=True)
         thread.start()
@@ -123,6 +128,19 @@ class AsyncEngine:
             for each in asked:
                 self._news.pop(each.id, None)
 
+    async def settled(self, result: Future[Result]) -> Result:
+        """Return a result of the engine when it comes.
+
+        Raises its error, and ServingError if the engine has failed, and after `end_all`.
+        """
+        coming = asyncio.wrap_future(result)
+        over: list[asyncio.Future[Any]] = [] if self._over is None else [self._over]
+        await asyncio.wait([coming, *over], return_when=asyncio.FIRST_COMPLETED)
+        if not coming.done():
+            coming.cancel()
+            self._require_running()
+        return coming.result()
+
     def require_whole(self) -> None:
         """Raise ServingError with the reason if the engine has failed."""
         if self.failure is not None:
@@ -158,6 +176,8 @@ class AsyncEngine:
 
     def _wake_all(self) -> None:
         """Let everybody who waits see that the engine has failed, or ends."""
+        if self._over is not None and not self._over.done():
+            self._over.set_result(None)
         for news in self._news.values():
             news.wake()
 

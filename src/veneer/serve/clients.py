@@ -13,11 +13,15 @@ READ, DRAWN = 1, 2  # weights of a token of a prompt and of one of an answer, as
 
 @dataclass(eq=False, slots=True)
 class Client:
-    """Counter of a client: the weighted tokens that it has received. Its requests wait, or are in the batch."""
+    """Counter of a client: the weighted tokens that it has received, divided by the client's own ``weight``.
+
+    Its requests wait, or are in the batch.
+    """
 
     name: Hashable
     number: int
-    counter: int = 0
+    weight: float = 1.0
+    counter: float = 0
     n_waiting: int = 0
     n_running: int = 0
 
@@ -26,9 +30,9 @@ class Clients:
     """Virtual token counters, of which the least decides who is admitted (Algorithm 2 of the paper).
 
     A client without waiting requests cannot save up: when one arrives, its counter is lifted to the least of those that
-    wait, or to that of the last that waited. Clients that wait all the time differ in what they receive by at most
-    twice the larger of the longest prompt and ``DRAWN`` times the tokens in a batch. A client that has nothing here,
-    and would be lifted anyway, is forgotten.
+    wait, or to that of the last that waited. Clients that wait all the time differ in what they receive, divided by
+    their weights, by at most twice the larger of the longest prompt and ``DRAWN`` times the tokens in a batch, divided
+    by the least weight. A client that has nothing here, and would be lifted anyway, is forgotten.
     """
 
     def __init__(self) -> None:
@@ -36,7 +40,7 @@ class Clients:
         self._numbers = itertools.count()
         self._waiting: LazyHeap[Client] = LazyHeap(lambda c: (c.counter, c.number) if c.n_waiting else None)
         self._gone: LazyHeap[Client] = LazyHeap(lambda c: None if c.n_waiting + c.n_running else (c.counter, c.number))
-        self._last = 0
+        self._last = 0.0
 
     def __len__(self) -> int:
         return len(self._known)
@@ -45,13 +49,14 @@ class Clients:
         """Return a client, which has requests here."""
         return self._known[name]
 
-    def enter(self, name: Hashable) -> Client:
-        """Count a new request that waits; return its client."""
+    def enter(self, name: Hashable, weight: float = 1.0) -> Client:
+        """Count a new request that waits; return its client, which has this weight from now on."""
         floor = self._floor()
         self._forget(floor)
         client = self._known.get(name)
         if client is None:
             client = self._known[name] = Client(name, next(self._numbers))
+        client.weight = weight
         if not client.n_waiting:
             client.counter = max(client.counter, floor)
         self._wait(client, 1)
@@ -65,7 +70,7 @@ class Clients:
     def begin(self, client: Client, n_tokens: int) -> None:
         """Move a waiting request into the batch, and count the tokens of its prompt that are to be read."""
         client.n_running += 1
-        client.counter += READ * n_tokens
+        client.counter += READ * n_tokens / client.weight
         self._wait(client, -1)
 
     def back(self, client: Client) -> None:
@@ -75,7 +80,7 @@ class Clients:
 
     def draw(self, client: Client) -> None:
         """Count a drawn token."""
-        client.counter += DRAWN
+        client.counter += DRAWN / client.weight
 
     def end(self, client: Client) -> None:
         """Remove a request of the batch."""
@@ -89,11 +94,11 @@ class Clients:
         else:
             self._last = client.counter
 
-    def _floor(self) -> int:
+    def _floor(self) -> float:
         first = self._waiting.first()
         return self._last if first is None else first.counter
 
-    def _forget(self, floor: int) -> None:
+    def _forget(self, floor: float) -> None:
         while (client := self._gone.first()) is not None and client.counter <= floor:
             self._gone.discard(client)
             del self._known[client.name]

@@ -6,24 +6,28 @@ import itertools
 import logging
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from veneer.errors import AdapterNameError, ConfigError, FormatError, VeneerError
-from veneer.serve.adapter_pool import AdapterVersion
+from veneer.serve.adapter_version import AdapterVersion
 from veneer.serve.answer import Answer, decoded
 from veneer.serve.asked import Asked, EngineSettings, Rules
 from veneer.serve.backlog import Backlog
 from veneer.serve.collector import Collector
 from veneer.serve.inbox import Inbox
+from veneer.serve.latest import Latest
 from veneer.serve.loader import Finished, Loader
 from veneer.serve.lora_request import LoRARequest
+from veneer.serve.messages import Abort, Act, Forget
 from veneer.serve.metrics import Metric
 from veneer.serve.outputs import RequestOutput, TokenLogprobs
 from veneer.serve.plan import Plan, Sampled
 from veneer.serve.pool import Pool
+from veneer.serve.preloads import Preload, Preloads
 from veneer.serve.prompts import PromptReader
 from veneer.serve.readers import Readers
 from veneer.serve.request import Request, Status
@@ -35,16 +39,7 @@ from veneer.serve.versions import Versions
 
 _LOG = logging.getLogger(__name__)
 _LONGEST_NAME = 256  # of a client
-
-
-@dataclass(frozen=True, slots=True)
-class _Abort:
-    id: str
-
-
-@dataclass(frozen=True, slots=True)
-class _Forget:
-    name: str
+_DROPPED = 1 << 16  # names that were dropped and are remembered, for requests on their way
 
 
 @dataclass(eq=False, slots=True)
@@ -58,7 +53,8 @@ class _Group:
     pool: Pool | None = None
 
 
-_Message = Asked | _Abort | _Forget | Finished[Any]
+_Message = Asked | Abort | Forget | Act | Preload | Finished[Any]
+Result = TypeVar("Result")
 
 
 class Engine:
@@ -87,6 +83,8 @@ class Engine:
         self._n_ended = 0  # answers, since the last step
         self._numbers, self._keys = itertools.count(), itertools.count()
         self._adapters: dict[str, LoRARequest] = {}
+        self._preloads = Preloads(self.pool, self._adapters)
+        self._dropped: Latest[str, int] = Latest(_DROPPED)  # numbers of requests by names that were dropped
 
     @property
     def has_work(self) -> bool:
@@ -110,12 +108,14 @@ class Engine:
         lora_request: LoRARequest | None = None,
         *,
         client: str | None = None,
+        weight: float = 1.0,
         priority: int = 0,
         cache_salt: str | None = None,
     ) -> Asked:
         """Return a checked request; any error that is visible before it runs is raised here.
 
-        Its ``client`` is its adapter if None is given. It shares pages with requests of the same ``cache_salt`` alone.
+        Its ``client`` is its adapter if None is given, and receives in proportion to its ``weight``. It shares pages
+        with requests of the same ``cache_salt`` alone.
         Raises ConfigError, and FormatError for a folder that holds no adapter.
         """
         params = replace(params)  # checks it again, and keeps later changes out
@@ -130,6 +130,7 @@ class Engine:
             id=str(next(self._numbers)),
             prompt=prompt, prompt_ids=tuple(prompt_ids), params=params, reader=reader, constraints=constraints,
             lora_request=lora_request, version=version, room=room, priority=priority, cache_salt=cache_salt,
+            weight=weight,
             client=("adapter", lora_request.name if lora_request else "") if client is None else ("client", client),
         )  # fmt: skip
 
@@ -146,17 +147,36 @@ class Engine:
 
     def abort(self, request_id: str) -> None:
         """End a request at the next step; an unknown one is ignored. From any thread."""
-        self._inbox.put(_Abort(request_id))
+        self._inbox.put(Abort(request_id))
 
-    def forget(self, name: str) -> None:
-        """Drop an adapter's name at the next step, if it is known. From any thread."""
-        self._inbox.put(_Forget(name))
+    def forget(self, name: str, up_to: int = 0) -> None:
+        """Drop an adapter's name at the next step, if it is known. From any thread.
+
+        Requests for it that are on their way are answered; those numbered up to ``up_to`` do not bring the name back.
+        """
+        self._inbox.put(Forget(name, up_to))
+
+    def preload(self, request: LoRARequest, *, pins: bool = False) -> Future[None]:
+        """Load an adapter beside the steps; its name then refers to it, and it is pinned if it ``pins``. From any
+        thread.
+
+        The result comes when it is loaded. Raises what `Versions.of` raises; the result raises if it cannot be loaded.
+        """
+        preload = Preload(request, self.versions.of(request), pins)
+        self._inbox.put(preload)
+        return preload.told
+
+    def between_steps(self, act: Callable[[], Result]) -> Future[Result]:
+        """Call a function on the thread that steps; the result raises its VeneerError. From any thread."""
+        told: Future[Result] = Future()
+        self._inbox.put(Act(act, told))
+        return told
 
     def drop(self, request_ids: Sequence[str]) -> None:
         """End requests now, without further outputs. Between steps."""
         self._take_all()
         for id in request_ids:
-            self._take_in(_Abort(id))
+            self._take_in(Abort(id))
             if id in self._groups:
                 self._forget(self._groups[id])
             self._touched.pop(id, None)
@@ -173,6 +193,10 @@ class Engine:
             self._commit(plan, self._run(plan))
         elif (stuck := self.scheduler.stuck()) is not None:
             self._end_stuck(stuck)
+        if self._preloads and not self.scheduler.has_work:  # nothing is going on that could make a place
+            self._begin_loads()
+            if not self.pool.loading:
+                self._preloads.give_up()
         self._waits_for_load = not plan.sequences and bool(self.pool.loading)
         self._unload()
         touched, self._touched = self._touched, {}  # only now: a step that is interrupted leaves it to the next
@@ -236,18 +260,24 @@ class Engine:
         match message:
             case Finished():
                 self._end_load(message)
-            case _Abort():
+            case Abort():
                 group = self._groups.get(message.id)
                 for answer in group.answers if group else ():
                     self._end(answer.request, "abort")
                 if group:
                     self._touched[message.id] = group
-            case _Forget():
+            case Forget():
+                self._dropped.put(message.name, message.up_to)
                 if self._adapters.pop(message.name, None) is not None:
                     self.pool.forget(message.name)
+            case Act():
+                message.run()
+            case Preload():
+                self._preloads.add(message)
             case Asked():
                 if message.version is not None and message.lora_request is not None:
-                    self._bind(message.lora_request, message.version)
+                    is_dropped = message.lora_request.adapter_id <= (self._dropped.get(message.lora_request.name) or 0)
+                    self.pool.know(message.version) if is_dropped else self._bind(message.lora_request, message.version)
                 self._begin(message)
 
     def _bind(self, request: LoRARequest, version: AdapterVersion) -> None:
@@ -274,7 +304,7 @@ class Engine:
 
     def _begin_loads(self) -> None:
         """Let what waiting requests lack be read, the first one's first."""
-        while self._load(self.scheduler.begin_load()):
+        while self._load(self.scheduler.begin_load()) or self._load(self._preloads.begin_load()):
             pass
 
     def _load(self, id: str | None) -> bool:
@@ -305,6 +335,7 @@ class Engine:
             self.pool.going.append(id)
             self.pool.abandoned(id)
             raise
+        self._preloads.end(id)
         self.pool.loaded(id, finished.seconds)
         self.collector.settle()
         version, taken = self.pool.version(id), time.perf_counter() - start
@@ -315,6 +346,7 @@ class Engine:
 
     def _fail(self, id: str, error: VeneerError) -> None:
         self._failures[id] = error
+        self._preloads.end(id, error)
         for request in self.scheduler.fail(id, error):
             self._touch(request)
         self._forget_names(id)

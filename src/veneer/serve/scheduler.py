@@ -88,7 +88,7 @@ class Scheduler:
         """Queue a request. Raises ConfigError if it could never be run."""
         self.require_room(len(request.prompt), request.n_front)
         request.arrival = next(self._arrivals)
-        self.clients.enter(request.client)
+        self.clients.enter(request.client, request.weight)
         if request.version is not None:
             self.pool.enter(request.version)
         self.waiting.add(request)

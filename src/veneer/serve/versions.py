@@ -6,12 +6,13 @@ import hashlib
 import math
 import stat
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from veneer.contract.file import CONFIG_FILE, WEIGHTS_FILE
 from veneer.contract.source import adapter_folder
 from veneer.errors import ConfigError, FormatError
-from veneer.serve.adapter_pool import AdapterVersion
+from veneer.serve.adapter_version import AdapterVersion
 from veneer.serve.latest import Latest
 from veneer.serve.lora_request import LoRARequest
 from veneer.store.adapter.config import read_config
@@ -72,17 +73,24 @@ class Versions:
         for name in (CONFIG_FILE, WEIGHTS_FILE):
             with (folder / name).open("rb") as file:
                 digest.update(hashlib.file_digest(file, "sha256").digest())
+        version = replace(self.unread(folder), id=f"v{digest.hexdigest()[:32]}")
+        self._seen.put(key, (stamp, version))
+        return version
+
+    def unread(self, folder: Path) -> AdapterVersion:
+        """Return what the config and the header of an adapter say, without an ``id``, which needs all of its content.
+
+        Raises FormatError.
+        """
         config = read_config(folder)
-        version = AdapterVersion(
-            id=f"v{digest.hexdigest()[:32]}",
-            folder=key,
+        return AdapterVersion(
+            id="",
+            folder=str(folder),
             kind=config.peft_type,
             rank=config.largest_rank,
             n_front=config.virtual_tokens,
             n_bytes=stored_bytes(folder, self._value_bytes),
         )
-        self._seen.put(key, (stamp, version))
-        return version
 
 
 def _mix(parts: Sequence[tuple[AdapterVersion, float]]) -> AdapterVersion:

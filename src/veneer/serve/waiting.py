@@ -9,7 +9,7 @@ from veneer.serve.clients import Client, Clients
 from veneer.serve.lazy_heap import LazyHeap
 from veneer.serve.request import Request
 
-Key = tuple[int, int, int]
+Key = tuple[int, float, int]
 """The order of requests: by priority, then by what their client has received, then by arrival."""
 
 

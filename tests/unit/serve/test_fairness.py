@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from veneer.serve.adapter_pool import AdapterPool, AdapterVersion
+from veneer.serve.adapter_pool import AdapterPool
+from veneer.serve.adapter_version import AdapterVersion
 from veneer.serve.clients import DRAWN, READ
 from veneer.serve.lazy_heap import LazyHeap
 from veneer.serve.pace import Pace
@@ -37,11 +38,11 @@ class Load:
         self.admitted: list[str] = []
         self.clients: dict[str, Any] = {}
 
-    def add(self, client, n_prompt=3, longest=4, version=None, priority=0, streams=False):
+    def add(self, client, n_prompt=3, longest=4, version=None, priority=0, streams=False, weight=1.0):
         self.n += 1
         request = Request(
             id=f"r{self.n}", prompt=tuple(range(n_prompt)), rule=StopRule(max_tokens=longest),
-            version=version, client=client, priority=priority, streams=streams,
+            version=version, client=client, priority=priority, streams=streams, weight=weight,
         )  # fmt: skip
         self.clients[request.id] = client
         self.made.add(request)
@@ -65,25 +66,41 @@ class Load:
 
 
 @QUICK
-@given(data=st.data(), n_clients=st.integers(2, 4), max_seqs=st.integers(1, 4), budget=st.integers(2, 13))
-def test_clients_that_wait_all_the_time_receive_the_same(data, n_clients, max_seqs, budget):
+@given(
+    data=st.data(),
+    weights=st.lists(st.sampled_from([0.5, 1.0, 3.0]), min_size=2, max_size=4),
+    max_seqs=st.integers(1, 4),
+    budget=st.integers(2, 13),
+)
+def test_clients_that_wait_all_the_time_receive_by_their_weights(data, weights, max_seqs, budget):
     """Theorem 4.4 of Sheng et al.: the difference is at most twice the larger of a prompt and a batch, however the
-    clients ask; here one asks for ten times as much, and pages are so few that requests are preempted.
+    clients ask; here one asks for ten times as much, and pages are so few that requests are preempted. Each counts
+    divided by its client's weight.
     """
     longest_prompt, longest = 7, 6
     load = Load(scheduler(n_pages=9, max_seqs=max_seqs, max_batched_tokens=budget))
-    clients = range(n_clients)
+    clients = range(len(weights))
     for _ in range(10):
-        load.add(0, longest_prompt, longest)
+        load.add(0, longest_prompt, longest, weight=weights[0])
     for _ in range(60):
         waiting = Counter(request.client for request in load.made.waiting)
         for client in clients:
             for _ in range((20 if client == 0 else 2) - waiting[client]):
-                load.add(client, data.draw(st.integers(1, longest_prompt)), data.draw(st.integers(1, longest)))
+                lengths = data.draw(st.integers(1, longest_prompt)), data.draw(st.integers(1, longest))
+                load.add(client, *lengths, weight=weights[client])
         load.step()
         most = max(READ * longest_prompt, DRAWN * max_seqs * longest)
-        shares = [load.received[client] for client in clients]
-        assert max(shares) - min(shares) <= 2 * most
+        shares = [load.received[client] / weights[client] for client in clients]
+        assert max(shares) - min(shares) <= 2 * most / min(weights)
+
+
+def test_a_client_receives_in_proportion_to_its_weight():
+    load = Load(scheduler(max_seqs=1))
+    for _ in range(60):
+        load.add("much", weight=3.0), load.add("little", weight=1.0)
+    while len(load.made.waiting) > 80:
+        load.step()
+    assert load.received["much"] == pytest.approx(3 * load.received["little"], abs=3 * (3 + 8))
 
 
 def test_a_client_that_was_away_has_saved_nothing():

@@ -20,6 +20,8 @@ from fastapi.responses import StreamingResponse
 from veneer import LLM, LoraConfig, SamplingParams
 from veneer.serve.http import server as http_server
 from veneer.serve.http.app import make_app
+from veneer.serve.http.key import ANYBODY, NOBODY
+from veneer.serve.http.key_file import Keys
 from veneer.serve.http.limits import ServerLimits
 from veneer.serve.http.models import Catalogue
 from veneer.serve.start import EngineOptions, start_engine
@@ -34,10 +36,17 @@ class Server:
     """A server on a port of its own, in a thread."""
 
     def __init__(
-        self, base: Path, adapters: Path, limits: ServerLimits | None = None, names: Sequence[str] = ("tiny", "alias")
+        self,
+        base: Path,
+        adapters: Path,
+        limits: ServerLimits | None = None,
+        names: Sequence[str] = ("tiny", "alias"),
+        keys: Keys | None = None,
+        **how: Any,
     ) -> None:
         self.engine = start_engine(base, EngineOptions(disable_log_stats=False))
-        app = make_app(self.engine, Catalogue(self.engine, names, str(base), adapters), limits)
+        catalogue = Catalogue(self.engine, names, str(base), adapters, ANYBODY if keys is None else NOBODY)
+        app = make_app(self.engine, catalogue, limits, keys=keys, **how)
         self.socket = socket.create_server(("127.0.0.1", 0))
         self.port = self.socket.getsockname()[1]
         self.app, self.server = app, http_server.Server(app)
@@ -443,7 +452,7 @@ def test_the_folder_is_looked_at_by_one_thread_at_a_time(adapters, tmp_path):
     class Forgetting:
         others: ClassVar[list[threading.Thread]] = []
 
-        def forget(self, name: str) -> None:
+        def forget(self, name: str, up_to: int) -> None:
             if not self.others:
                 self.others.append(threading.Thread(target=catalogue.adapters, daemon=True))
                 self.others[0].start()

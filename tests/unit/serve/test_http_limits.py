@@ -9,7 +9,6 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -19,9 +18,9 @@ import pytest
 from veneer.contract.file import CONFIG_FILE, WEIGHTS_FILE
 from veneer.errors import ConfigError
 from veneer.serve import prompts
-from veneer.serve.http import models
 from veneer.serve.http.app import Api
 from veneer.serve.http.errors import TooManyRequestsError
+from veneer.serve.http.key import ANYBODY
 from veneer.serve.http.limits import BodyLimit, ServerLimits
 from veneer.serve.http.models import Catalogue
 from veneer.serve.http.protocol import CompletionBody
@@ -175,7 +174,7 @@ def test_more_than_is_taken_in_flight_is_told_to_ask_again(server, monkeypatch):
 
 def test_choices_count_from_their_admission_until_their_answer_ends(monkeypatch):
     engine: Any = SimpleNamespace(backlog=SimpleNamespace(refuse=lambda n: 7.0 * n))
-    catalogue: Any = SimpleNamespace(base="tiny")
+    catalogue: Any = SimpleNamespace(base="tiny", caller=ANYBODY)
     api = Api(engine, catalogue, ServerLimits(choices=5, in_flight=7))
     monkeypatch.setattr(api, "ask", lambda body: ([], None))
     request: Any = None
@@ -258,49 +257,6 @@ def test_a_text_that_cannot_fit_is_not_tokenized():
 def test_limits_that_would_let_nothing_through_are_told(given, said):
     with pytest.raises(ConfigError, match=said):
         ServerLimits(**given)
-
-
-def test_a_request_looks_at_its_own_adapter_alone(tmp_path, monkeypatch):
-    engine: Any = object()
-    for number in range(31):
-        (tmp_path / f"tenant-{number:02}").mkdir()
-        for file in (CONFIG_FILE, WEIGHTS_FILE):
-            (tmp_path / f"tenant-{number:02}" / file).touch()
-    monkeypatch.setattr(models, "_SETTLED", -(10**18))
-    catalogue = Catalogue(engine, ["tiny"], "", tmp_path)
-    numbers = [catalogue.find(name).adapter_id for name in ("tenant-07", "tenant-30")]
-    looked: list[Path] = []
-    own, listed = models._is_adapter, models.os.listdir
-    monkeypatch.setattr(models, "_is_adapter", lambda path: looked.append(path) or own(path))
-    monkeypatch.setattr(models.os, "listdir", lambda path: looked.append(path) or listed(path))
-    assert [catalogue.find(name).adapter_id for name in ("tenant-07", "tenant-30")] == numbers
-    assert looked == [tmp_path / "tenant-07", tmp_path / "tenant-30"]
-
-
-def test_a_folder_that_changes_all_the_time_is_looked_through_for_a_share_of_it(tmp_path, monkeypatch):
-    """Each look takes a second: nineteen go by until the next, and unknown names are told what was there."""
-    engine: Any = object()
-    now, looks, listed = 100.0, list[float](), models.os.listdir
-
-    def slow(path: Any) -> list[str]:
-        nonlocal now
-        looks.append(now)
-        now += 1.0
-        return listed(path)
-
-    (tmp_path / "one").mkdir()
-    for file in (CONFIG_FILE, WEIGHTS_FILE):
-        (tmp_path / "one" / file).touch()
-    monkeypatch.setattr(models, "monotonic", lambda: now)
-    monkeypatch.setattr(models.os, "listdir", slow)
-    catalogue = Catalogue(engine, ["tiny"], "", tmp_path)
-    for i in range(45):
-        (tmp_path / f"new-{i}").mkdir()
-        assert catalogue.find("one") is not None
-        with pytest.raises(ConfigError, match="no model 'other'"):
-            catalogue.find("other")
-        now += 1.0
-    assert looks == [100.0, 121.0, 142.0]
 
 
 @pytest.mark.parametrize("name", ["", ".", "..", "../served", "a/b", "a\0b", "x" * 300, "\ud800"])

@@ -94,7 +94,7 @@ class Forgetful:
     def __init__(self) -> None:
         self.forgotten: list[str] = []
 
-    def forget(self, name: str) -> None:
+    def forget(self, name: str, up_to: int) -> None:
         self.forgotten.append(name)
 
 
@@ -126,6 +126,7 @@ def test_an_unknown_name_is_told_with_the_nearest_and_with_few_of_many(tmp_path)
         (tmp_path / f"tenant-{number:02}").mkdir()
         for file in (CONFIG_FILE, WEIGHTS_FILE):
             (tmp_path / f"tenant-{number:02}" / file).touch()
+    assert len(catalogue.adapters()) == 13
     with pytest.raises(ConfigError) as told:
         catalogue.find("tenant12")
     first = ", ".join(f"tenant-{number:02}" for number in range(9))

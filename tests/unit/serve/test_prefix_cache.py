@@ -11,7 +11,8 @@ import torch
 
 from veneer import LLM, LoRARequest, SamplingParams
 from veneer.errors import ConfigError
-from veneer.serve.adapter_pool import AdapterPool, AdapterVersion
+from veneer.serve.adapter_pool import AdapterPool
+from veneer.serve.adapter_version import AdapterVersion
 from veneer.serve.pages import Pages
 from veneer.serve.prefix_cache import key_of, root_of
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from veneer.errors import AdapterNameError, ConfigError, NonFiniteError
-from veneer.serve.adapter_pool import AdapterPool, AdapterVersion
+from veneer.serve.adapter_pool import AdapterPool
+from veneer.serve.adapter_version import AdapterVersion
 from veneer.serve.inbox import Inbox
 from veneer.serve.pages import Pages
 from veneer.serve.plan import Sampled

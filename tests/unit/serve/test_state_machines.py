@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from veneer.errors import ConfigError, FormatError, NonFiniteError
-from veneer.serve.adapter_pool import AdapterPool, AdapterVersion, Residency
+from veneer.serve.adapter_pool import AdapterPool
+from veneer.serve.adapter_version import AdapterVersion, Residency
 from veneer.serve.outputs import Logprob
 from veneer.serve.pages import Pages
 from veneer.serve.plan import Drawn, Plan, Sampled

@@ -20,7 +20,13 @@ from veneer.plan.presets import require_weights
 from veneer.serve.draft import SpeculativeConfig
 
 MIB, GIB = 2**20, 2**30
-_Open = Annotated[bool, typer.Option("--open", help="Let other machines in: there are no keys yet, anybody may ask.")]
+_Open = Annotated[bool, typer.Option("--open", help="Let other machines in without keys: anybody may ask.")]
+_AdapterRoots = Annotated[
+    list[Path] | None, unset("FOLDER", "Let admins load adapters from below this folder too; may be given again.")
+]
+_AllowHub = Annotated[
+    list[str] | None, unset("PATTERN", "Let admins load adapters from the hub, such as 'me/*'; may be given again.")
+]
 _GeneralRunner = Annotated[
     bool,
     typer.Option("--general-runner", help="Compute by transformers' own code: slow, and what all else must equal."),
@@ -67,6 +73,13 @@ class ServeArguments:
     host: Annotated[str, typer.Option(metavar="ADDRESS", help="The address to listen on.")] = "127.0.0.1"
     port: Annotated[int, typer.Option(metavar="N", min=0, max=65535, help="The port there.")] = 8000
     open_: _Open = False
+    keys: Annotated[Path | None, unset("FILE", "Keys of the clients, of which each needs one; see veneer add-key.")] = (
+        None
+    )
+    ssl_certfile: Annotated[Path | None, unset("FILE", "Certificate for HTTPS.")] = None
+    ssl_keyfile: Annotated[Path | None, unset("FILE", "Private key of the certificate.")] = None
+    adapter_root: _AdapterRoots = None
+    allow_hub: _AllowHub = None
     served_model_name: Annotated[str | None, unset("NAME", "The base's name; by default MODEL.")] = None
     max_model_len: Annotated[int | None, unset("N", "Longest prompt with its answer, in tokens.", min=1)] = None
     max_loras: Annotated[int | None, unset("N", "Adapters kept loaded at most.", min=1)] = None
@@ -90,7 +103,8 @@ class ServeArguments:
     drain_seconds: _DrainSeconds = 20.0
 
     def __post_init__(self) -> None:
-        require_closed(self.host, self.open_)
+        require_closed(self.host, self.open_ or self.keys is not None)
+        require_pair(self.ssl_certfile, self.ssl_keyfile)
         require_weights(self.model)
         speculative_of(self.speculative_config)
         bytes_of("--max-body-mib", self.max_body_mib, MIB)
@@ -148,5 +162,12 @@ def require_closed(host: str, open_: bool) -> None:
         near = False
     if not near and not open_:
         raise ConfigError(
-            f"--host {host} lets other machines in, and there are no keys yet: add --open if that is meant"
+            f"--host {host} lets other machines in, and without keys anybody may ask: give --keys FILE, or add --open "
+            "if that is meant"
         )
+
+
+def require_pair(certificate: Path | None, key: Path | None) -> None:
+    """Raise ConfigError for one of the two files of HTTPS."""
+    if (certificate is None) != (key is None):
+        raise ConfigError("--ssl-certfile and --ssl-keyfile belong together: give both, or neither for HTTP")

@@ -16,10 +16,13 @@ from veneer.errors import VeneerError
 from veneer.serve.calls import Calls
 from veneer.serve.engine import Engine
 from veneer.serve.http import chat, completions
+from veneer.serve.http.access import Access
+from veneer.serve.http.adapters import Adapters
 from veneer.serve.http.answers import Answering, Shape, stream_of, whole_answer
 from veneer.serve.http.documented import documented
 from veneer.serve.http.embeddings import Embeddings
 from veneer.serve.http.errors import on_defect, on_invalid_body, on_unknown_route, on_veneer_error
+from veneer.serve.http.key_file import Keys
 from veneer.serve.http.lifecycle import Gate, Lifecycle, add_lifecycle
 from veneer.serve.http.limits import BodyLimit, ServerLimits
 from veneer.serve.http.metrics import add_metrics
@@ -28,20 +31,31 @@ from veneer.serve.http.page import add_page
 from veneer.serve.http.protocol import ChatBody, CompletionBody, StreamOptions
 from veneer.serve.http.request_record import RequestRecords
 from veneer.serve.http.responses import Responses
+from veneer.serve.http.roots import Roots
 from veneer.serve.http.service import Service
 from veneer.serve.http.tokens import Tokens
 
 
 def make_app(
-    engine: Engine, catalogue: Catalogue, limits: ServerLimits | None = None, *, metrics_prefix: str = "veneer"
+    engine: Engine,
+    catalogue: Catalogue,
+    limits: ServerLimits | None = None,
+    *,
+    keys: Keys | None = None,
+    roots: Roots | None = None,
+    metrics_prefix: str = "veneer",
 ) -> FastAPI:
-    """Return the application with all routes over an engine, which steps on its own thread."""
+    """Return the application with all routes over an engine, which steps on its own thread.
+
+    With ``keys`` each client needs one. Adapters are loaded over HTTP from ``roots`` alone.
+    """
     limits = limits or ServerLimits()
-    api = Api(engine, catalogue, limits)
+    api = Api(engine, catalogue, limits, keys)
     app = FastAPI(title="veneer", lifespan=api.lifespan)
     lifecycle = Lifecycle(api.running)
     app.add_middleware(BodyLimit, most=limits.body_bytes)
     app.add_middleware(Gate, lifecycle=lifecycle)
+    app.add_middleware(Access, keys=keys)
     app.add_middleware(RequestRecords)  # outside all others
     app.state.engine, app.state.lifecycle = api.running, lifecycle
     app.add_exception_handler(VeneerError, on_veneer_error)
@@ -56,6 +70,7 @@ def make_app(
     Responses(api).add_to(app)
     Embeddings(api).add_to(app)
     Tokens(api).add_to(app)
+    Adapters(api.running, catalogue, roots or Roots()).add_to(app)
     add_lifecycle(app, lifecycle, api.running)
     add_metrics(app, engine, catalogue.base, metrics_prefix)
     add_page(app)
@@ -69,7 +84,12 @@ class Api(Service):
     async def lifespan(self, app: FastAPI) -> AsyncIterator[None]:
         """Run the engine as long as the application runs."""
         self.running.start()
+        watched: list[Catalogue | Keys] = [self.catalogue, *([] if self.keys is None else [self.keys])]
+        for each in watched:
+            each.start()
         yield
+        for each in watched:
+            await asyncio.to_thread(each.stop)
         await asyncio.to_thread(self.running.stop)
 
     async def complete(self, request: Request, body: CompletionBody) -> Response:
@@ -81,9 +101,9 @@ class Api(Service):
         self.require_trusted(body.chat_template)
         return await self._answer(request, body, chat.shape)
 
-    async def models(self) -> dict[str, Any]:
+    async def models(self) -> Response:
         """Return the base and the adapters."""
-        return await asyncio.to_thread(self.catalogue.cards)
+        return Response(await asyncio.to_thread(self.catalogue.cards), media_type="application/json")
 
     async def model(self, id: str) -> dict[str, Any]:
         """Return one of them, by its name."""
@@ -96,6 +116,7 @@ class Api(Service):
             taken.enter_context(self.admitted(body.n_choices))
             # On another thread: a template, a tokenizer, a grammar and files take their time, and everybody waits here.
             asked, calls = await asyncio.to_thread(self.ask, body)
+            taken.enter_context(self.tokens(asked))
             answering = Answering(asked, body.model or self.catalogue.base, shape(calls))
             if body.stream:
                 return stream_of(self.running, answering, body.stream_options or StreamOptions(), taken.pop_all())

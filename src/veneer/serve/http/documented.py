@@ -9,6 +9,7 @@ from pydantic import BaseModel
 _ERRORS = {
     400: "A request that its client can mend.",
     401: "A missing or unknown key.",
+    403: "A key that may not do this.",
     404: "An unknown model.",
     413: "A body that is too large.",
     429: "Too much at once: ask again after the seconds of Retry-After.",

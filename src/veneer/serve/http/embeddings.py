@@ -85,20 +85,21 @@ class Embeddings:
         """Return the embeddings of texts or token ids."""
         with self._service.admitted(len(prompts_of(body.input))):
             asked = await asyncio.to_thread(self._ask, body)
-            return await unless_left(request, self._found(body, asked))
+            with self._service.tokens(asked):
+                return await unless_left(request, self._found(body, asked))
 
     def _ask(self, body: EmbeddingsBody) -> list[Asked]:
-        engine, adapter = self._service.engine, self._service.adapter(body)
-        reader, pooling = engine.readers.of(adapter), PoolingParams(pooling=body.pooling, normalize=body.normalize)
+        adapter = self._service.adapter(body)
+        reader, pooling = (
+            self._service.engine.readers.of(adapter),
+            PoolingParams(pooling=body.pooling, normalize=body.normalize),
+        )
         prompts = [reader.read(prompt) for prompt in prompts_of(body.input)]
         if not prompts:
             raise RefusedError("input is empty: give text, token ids, or a list of either", "input")
-        asked = [
-            replace(engine.asked(text, ids, READS, adapter, cache_salt=body.cache_salt), pooling=pooling)
-            for text, ids in prompts
+        return [
+            replace(asked, pooling=pooling) for asked in self._service.asked(prompts, READS, adapter, body.cache_salt)
         ]
-        engine.backlog.require_room(asked)
-        return asked
 
     async def _found(self, body: EmbeddingsBody, asked: Sequence[Asked]) -> str:
         """The answer as JSON, which is written on another thread. Raises the error of a request that fails."""

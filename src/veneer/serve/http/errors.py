@@ -17,8 +17,9 @@ from veneer.errors import ConfigError, QueueFullError, ServingError, VeneerError
 from veneer.serve.http.request_record import HEADER, current_record
 
 _TYPES = {
-    400: "BadRequestError", 404: "NotFoundError", 405: "MethodNotAllowedError", 413: "ContentTooLargeError",
-    429: "RateLimitError", 500: "InternalServerError", 503: "ServiceUnavailableError",
+    400: "BadRequestError", 401: "AuthenticationError", 403: "PermissionDeniedError", 404: "NotFoundError",
+    405: "MethodNotAllowedError", 409: "ConflictError", 413: "ContentTooLargeError", 429: "RateLimitError",
+    500: "InternalServerError", 503: "ServiceUnavailableError",
 }  # fmt: skip
 _NO_JSON = "json_invalid"
 _TOLD = 10  # problems of one body in a message
@@ -41,6 +42,24 @@ class ModelNotFoundError(RefusedError):
 
     def __init__(self, message: str, param: str = "model") -> None:
         super().__init__(message, param)
+
+
+class UnauthorizedError(RefusedError):
+    """Request without a key, or with an unknown one."""
+
+    status = 401
+
+
+class ForbiddenError(RefusedError):
+    """Request for what its key may not do."""
+
+    status = 403
+
+
+class ConflictError(RefusedError):
+    """Request for a change while another one is made."""
+
+    status = 409
 
 
 class BodyTooLargeError(RefusedError):

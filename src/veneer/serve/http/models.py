@@ -1,160 +1,277 @@
-"""Served models: the base, and each folder that the adapters' folder contains now."""
+"""Served models: the base, each folder that the adapters' folder contains now, and what was loaded over HTTP."""
 
 from __future__ import annotations
 
 import itertools
 import json
-import os
 import threading
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass
 from pathlib import Path
-from time import monotonic
 from typing import Any
 
-from veneer.contract.file import CONFIG_FILE, WEIGHTS_FILE
 from veneer.core.nearest import nearest
 from veneer.serve.engine import Engine
 from veneer.serve.http.errors import ModelNotFoundError
+from veneer.serve.http.folder import AdapterFolder, is_adapter
+from veneer.serve.http.key import ANYBODY, CALLER, Key
+from veneer.serve.latest import Latest
 from veneer.serve.lora_request import LoRARequest
 
-_SETTLED = 10**9  # nanoseconds after which a folder that changes again shows another time
-_SHARE = 0.05  # of the time, at most, in which requests look through a folder so large that a look takes longer than
-_CHEAP = 0.01  # seconds
 _MIXES = 64  # clients may think of any number of weights
+_VIEWS = 64  # lists of names that keys see
 _COMPARED, _TOLD = 1000, 10  # names, for the nearest of them, and in a message; /v1/models lists them all
+MIX = "mix/"
+"""Beginning of the names of mixes that a body describes."""
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """Adapter that was loaded over HTTP: its folder, or the weights of a mix by names; ``hub`` is its id there."""
+
+    folder: Path | None = None
+    weights: Mapping[str, float] | None = None
+    hub: str | None = None
+
+    @property
+    def source(self) -> str:
+        """Kind of the place that it comes from."""
+        return "path" if self.hub is None and self.weights is None else "hub" if self.weights is None else "mix"
 
 
 class Catalogue:
-    """Base under ``names``, and the adapters in a folder, by the names of their folders.
+    """Base under ``names``, the adapters in a folder, by the names of their folders, and those that were loaded.
 
-    The folder is read with every request: added adapters are served, removed ones no longer. Only the files of the
-    requested adapter are read, so that a request costs the same however many there are. Requests look for others that
-    are gone, and list what is there, for at most a twentieth of the time if that takes long. Any thread may call it. A
-    mix has no folder: the last 64 are kept by name, so that they may stay loaded.
+    The names are a table (`AdapterFolder`); only the files of the requested adapter are read, so that a request costs
+    the same however many there are. The key of the current request (`CALLER`; ``otherwise`` if there is none) sees its
+    adapters alone: others are unknown to it. Any thread may call it.
+
+    A mix that a body describes has no folder: the last 64 are kept by name, so that they may stay loaded.
     """
 
-    def __init__(self, engine: Engine, names: Sequence[str], root: str, adapters: Path | None) -> None:
-        self._engine, self._names, self._root, self._folder = engine, tuple(names), root, adapters
+    def __init__(
+        self, engine: Engine, names: Sequence[str], root: str, adapters: Path | None, otherwise: Key = ANYBODY
+    ) -> None:
+        self._engine, self._names, self._root, self._otherwise = engine, tuple(names), root, otherwise
         self._asked: dict[str, LoRARequest] = {}  # adapters that a request has named
         self._mixes: dict[str, LoRARequest] = {}  # the one that was asked for last at the end
-        self._count, self._changed = itertools.count(1), -1
-        self._there: list[str] = []  # names, when all adapters were looked at last
-        self._not_before = 0.0  # when requests may look through the folder again
+        self._loaded: dict[str, Loaded] = {}
+        self._count = itertools.count(1)
         self._lock = threading.Lock()
         self._created = int(time.time())
+        self._all: tuple[tuple[str, ...], int, tuple[str, ...]] = ((), 0, ())
+        self._n_changes = 0  # of those that were loaded
+        self._views: Latest[tuple[str, ...], tuple[tuple[str, ...], tuple[str, ...]]] = Latest(_VIEWS)
+        self._listed: Latest[tuple[str, ...], tuple[tuple[str, ...], bytes]] = Latest(_VIEWS)
+        self._folder = None if adapters is None else AdapterFolder(adapters, self._names, self._forget)
+
+    def start(self) -> None:
+        """Watch the folder from now on."""
+        if self._folder is not None:
+            self._folder.start()
+
+    def stop(self) -> None:
+        """Stop watching the folder."""
+        if self._folder is not None:
+            self._folder.stop()
 
     def adapters(self) -> dict[str, Path]:
-        """Return the folders of the adapters that exist now, by name; those that are gone are forgotten."""
-        with self._lock:
-            return self._looked_at()
+        """Look at all adapters in the folder; return their folders by name. Those that are gone are forgotten."""
+        if self._folder is None:
+            return {}
+        self._folder.look()
+        return {name: self._folder.folder / name for name in self._folder.names}
 
     def find(self, name: str | None) -> LoRARequest | None:
         """Return the adapter of a name; None for the base. Raises ModelNotFoundError."""
         if name is None or name in self._names:
             return None
-        with self._lock:
-            found = self._found(name)
-            if found is not None:
-                return found
-            there = self._names_there()
-        raise ModelNotFoundError(f"no model {name!r}{_those_there(name, [*self._names, *there])}")
+        found = self._found(name)
+        if found is None:
+            raise ModelNotFoundError(f"no model {name!r}{_those_there(name, (*self._names, *self.names()))}")
+        return found
 
     def mix(self, weights: Mapping[str, float]) -> LoRARequest:
         """Return the weighted sum of adapters by name.
 
         Raises ModelNotFoundError, and ConfigError as `LoRARequest.mix` does.
         """
+        parts = self._parts(weights)
         with self._lock:
-            found = {name: self._found(name) for name in sorted(weights)}
-            unknown = next((name for name in weights if found[name] is None), None)
-            if unknown is None:
-                return self._mixed([(part, weights[name]) for name, part in found.items() if part is not None])
-            there = self._names_there()
-        raise ModelNotFoundError(f"no adapter {unknown!r}{_those_there(unknown, there)}", "adapter")
+            return self._mixed(parts)
 
     @property
     def base(self) -> str:
         """First name of the base."""
         return self._names[0]
 
-    def cards(self) -> dict[str, Any]:
+    @property
+    def base_names(self) -> tuple[str, ...]:
+        """All names of the base."""
+        return self._names
+
+    @property
+    def caller(self) -> Key:
+        """Key of the current request."""
+        return CALLER.get(self._otherwise)
+
+    def has(self, name: str) -> bool:
+        """Return True if a name is that of the base, or of an adapter that the caller sees."""
+        return name in self._names or self._found(name) is not None
+
+    def names(self) -> tuple[str, ...]:
+        """Return the names of the adapters that the caller sees, sorted; the same object until one comes or goes."""
+        there, key = self._there(), self.caller
+        if key.sees_all:
+            return there
+        known = self._views.get(key.adapters)
+        if known is None or known[0] is not there:
+            known = there, tuple(filter(key.sees, there))
+            self._views.put(key.adapters, known)
+        return known[1]
+
+    def cards(self) -> bytes:
         """Return the answer of ``/v1/models``."""
-        cards = [self._card(name, self._root, None) for name in self._names]
-        cards += [self._card(name, str(path), self.base) for name, path in self.adapters().items()]
-        return {"object": "list", "data": cards}
+        names, key = self.names(), self.caller
+        known = self._listed.get(key.adapters)
+        if known is None or known[0] is not names:
+            cards = [self._card(name, self._root, None) for name in self._names]
+            cards += [self._card(name, self.place(name), self.base) for name in names]
+            # One by one: a list of thousands in one call would keep the interpreter from all other threads.
+            told = ",".join([json.dumps(card, ensure_ascii=False) for card in cards])
+            known = names, f'{{"object":"list","data":[{told}]}}'.encode()
+            self._listed.put(key.adapters, known)
+        return known[1]
+
+    def load(self, name: str, loaded: Loaded) -> None:
+        """Serve an adapter under a name, in place of the one that was loaded under it before."""
+        own = self.owns(name, loaded)
+        with self._lock:
+            self._asked.pop(name, None)
+            self._loaded.pop(name, None)
+            if not own:
+                self._loaded[name] = loaded
+            self._n_changes += 1
+        if own and self._folder is not None:
+            self._folder.restore(name)
+        self._found(name)
+
+    def unload(self, name: str) -> None:
+        """Serve an adapter no more. One of the folder comes back if it is loaded, or copied there again.
+
+        Raises ModelNotFoundError.
+        """
+        if name in self._names:
+            raise ModelNotFoundError(f"{name!r} is the base, which stays: give the name of an adapter", "lora_name")
+        if name not in self._loaded or not self.caller.sees(name):  # what was loaded may have no files any more
+            self.find(name)
+        with self._lock:
+            self._loaded.pop(name, None)
+            self._n_changes += 1
+        if self._folder is not None and self._folder.has(name):
+            self._folder.withdraw(name)
+        self._forget({name})
+        self._drop(name)
+
+    def owns(self, name: str, loaded: Loaded) -> bool:
+        """Return True for the folder of this name among the adapters' folders."""
+        return self._folder is not None and (self._folder.folder / name).resolve() == loaded.folder
+
+    def in_folder(self, name: str) -> bool:
+        """Return True if a name is that of an adapter of the folder, which is served."""
+        return name not in self._loaded and self._folder is not None and self._folder.has(name)
+
+    def request(self, name: str, loaded: Loaded) -> LoRARequest:
+        """Return the request for an adapter that was loaded under a name, or is to be. Raises ModelNotFoundError."""
+        if loaded.weights is not None:
+            return LoRARequest.mix(name, next(self._count), self._parts(loaded.weights))
+        return LoRARequest(name, next(self._count), str(loaded.folder))
+
+    def loaded(self, name: str) -> Loaded | None:
+        """Return what was loaded under a name; None for adapters of the folder, and for the base."""
+        return self._loaded.get(name)
+
+    def place(self, name: str) -> str:
+        """Return the place of an adapter: its folder, its id on the hub, or the weights of its mix as JSON."""
+        loaded = self._loaded.get(name)
+        if loaded is not None and loaded.weights is not None:
+            return json.dumps(loaded.weights, ensure_ascii=False)
+        return str(self.folder(name)) if loaded is None or loaded.hub is None else loaded.hub
+
+    def folder(self, name: str) -> Path:
+        """Return the folder of an adapter that is no mix."""
+        loaded = self._loaded.get(name)
+        if loaded is not None and loaded.folder is not None:
+            return loaded.folder
+        return Path(name) if self._folder is None else self._folder.folder / name
 
     def card(self, name: str) -> dict[str, Any]:
         """Return the answer of ``/v1/models/{name}``. Raises ModelNotFoundError."""
-        adapter = self.find(name)
-        return self._card(name, self._root, None) if adapter is None else self._card(name, adapter.path, self.base)
+        is_base = self.find(name) is None
+        return self._card(name, self._root, None) if is_base else self._card(name, self.place(name), self.base)
 
     def _card(self, id: str, root: str, parent: str | None) -> dict[str, Any]:
         longest = self._engine.scheduler.limits.max_model_len
         card = {"id": id, "object": "model", "created": self._created, "owned_by": "veneer"}
         return card | {"root": root, "parent": parent, "max_model_len": longest, "permission": []}
 
-    def _looked_at(self) -> dict[str, Path]:
-        """Look at all adapters."""
-        there = {path.name: path for path in self._entries() if path.name not in self._names and _is_adapter(path)}
-        self._forget_others_than(there)
-        self._there = list(there)
-        return there
-
-    def _names_there(self) -> list[str]:
-        """The names of all adapters, as they were a while ago if it takes long to look."""
-        with self._seldom() as may_look:
-            return list(self._looked_at()) if may_look else self._there
-
-    @contextmanager
-    def _seldom(self) -> Iterator[bool]:
-        """A block that looks through the folder, if True; its time says when the next may."""
-        start = monotonic()
-        may_look = start >= self._not_before
-        yield may_look
-        if may_look:
-            now = monotonic()
-            took = now - start
-            self._not_before = now + took / _SHARE if took > _CHEAP else now
+    def _there(self) -> tuple[str, ...]:
+        """All names of adapters, the same object until one comes or goes."""
+        names, n_changes = () if self._folder is None else self._folder.names, self._n_changes
+        if self._all[:2] != (names, n_changes):
+            self._all = names, n_changes, tuple(sorted({*names, *self._loaded})) if self._loaded else names
+        return self._all[2]
 
     def _found(self, name: str) -> LoRARequest | None:
-        """Look at one adapter, and at the names of the others if an entry of the folder came or went."""
-        if self._folder is None or not _is_entry(name) or name in self._names:
+        """Look at one adapter; None also if the caller may not see it."""
+        if not self.caller.sees(name):
             return None
-        changed = _changed(self._folder)
-        if changed != self._changed:
-            with self._seldom() as may_look:
-                if may_look:
-                    self._changed = changed if time.time_ns() - changed > _SETTLED else -1  # its clock is coarse
-                    self._forget_others_than({path.name for path in self._entries()})
-        path = self._folder / name
-        if not _is_adapter(path):
-            self._forget(name)
+        loaded = self._loaded.get(name)
+        if loaded is not None:
+            return self._of_loaded(name, loaded)
+        if self._folder is None or not self._folder.has(name):
+            if name in self._asked:  # asked for while it went
+                self._forget({name})
             return None
-        if name not in self._asked:
-            self._asked[name] = LoRARequest(name, next(self._count), str(path))
-        return self._asked[name]
+        with self._lock:
+            return self._asked.setdefault(name, self.request(name, Loaded(self._folder.folder / name)))
 
-    def _entries(self) -> Iterator[Path]:
-        if self._folder is not None and self._folder.is_dir():
-            yield from (self._folder / name for name in sorted(os.listdir(self._folder)))
+    def _of_loaded(self, name: str, loaded: Loaded) -> LoRARequest | None:
+        """Look at the files of one that was loaded, or at the parts of a mix."""
+        if loaded.weights is not None:
+            parts = [(self._found(part), weight) for part, weight in loaded.weights.items()]
+            found = [(part, weight) for part, weight in parts if part is not None]
+            return LoRARequest.mix(name, next(self._count), found) if len(found) == len(parts) else None
+        if loaded.folder is None or not is_adapter(loaded.folder):
+            self._forget({name})
+            return None
+        with self._lock:
+            return self._asked.setdefault(name, self.request(name, loaded))
 
-    def _forget_others_than(self, names: Collection[str]) -> None:
-        for name in [name for name in self._asked if name not in names]:
-            self._forget(name)
+    def _parts(self, weights: Mapping[str, float]) -> list[tuple[LoRARequest, float]]:
+        found = {name: self._found(name) for name in sorted(weights)}
+        unknown = next((name for name in weights if found[name] is None), None)
+        if unknown is not None:
+            raise ModelNotFoundError(f"no adapter {unknown!r}{_those_there(unknown, self.names())}", "adapter")
+        return [(part, weights[name]) for name, part in found.items() if part is not None]
 
-    def _forget(self, name: str) -> None:
-        if self._asked.pop(name, None) is None:
-            return
-        self._engine.forget(name)
-        for mix in [m for m in self._mixes.values() if any(part.name == name for part, _ in m.parts)]:
-            self._forget_mix(mix.name)
+    def _forget(self, names: AbstractSet[str]) -> None:
+        with self._lock:
+            for name in names:
+                if self._asked.pop(name, None) is not None:
+                    self._drop(name)
+            for name, loaded in self._loaded.items():
+                if loaded.weights is not None and not names.isdisjoint(loaded.weights):
+                    self._drop(name)
+            for mix in [m for m in self._mixes.values() if any(part.name in names for part, _ in m.parts)]:
+                self._forget_mix(mix.name)
 
     def _mixed(self, parts: Sequence[tuple[LoRARequest, float]]) -> LoRARequest:
         weights = {part.name: weight for part, weight in parts}
-        name = f"mix/{json.dumps(weights, ensure_ascii=False)}"  # no folder has a / in it
-        mix = LoRARequest.mix(name, len(self._mixes) + 1, parts)
+        name = f"{MIX}{json.dumps(weights, ensure_ascii=False)}"
+        mix = LoRARequest.mix(name, next(self._count), parts)
         self._mixes.pop(name, None)
         self._mixes[name] = mix
         if len(self._mixes) > _MIXES:
@@ -163,24 +280,11 @@ class Catalogue:
 
     def _forget_mix(self, name: str) -> None:
         del self._mixes[name]
-        self._engine.forget(name)
+        self._drop(name)
 
-
-def _is_entry(name: str) -> bool:
-    """True for a name that an entry of a folder can have, and so leads nowhere else."""
-    return name not in ("", ".", "..") and not {"/", "\0"} & set(name)
-
-
-def _is_adapter(path: Path) -> bool:
-    return all(os.path.isfile(path / name) for name in (CONFIG_FILE, WEIGHTS_FILE))  # False for a name that is too long
-
-
-def _changed(folder: Path) -> int:
-    """The time at which an entry of a folder came or went; -1 if it is not there."""
-    try:
-        return folder.stat().st_mtime_ns
-    except OSError:
-        return -1
+    def _drop(self, name: str) -> None:
+        """Let the engine forget a name, also for requests that are on their way to it."""
+        self._engine.forget(name, next(self._count))
 
 
 def _those_there(name: str, names: Sequence[str]) -> str:

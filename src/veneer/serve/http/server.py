@@ -6,6 +6,8 @@ import asyncio
 import errno
 import logging
 import signal
+import ssl
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -31,18 +33,35 @@ def require_free(host: str, port: int) -> None:
         raise ConfigError(told) from error
 
 
+def require_certificate(certificate: Path | None, key: Path | None) -> None:
+    """Raise ConfigError for a certificate and its private key that cannot be used; None and None are fine."""
+    if certificate is None:
+        return
+
+    def encrypted() -> str:
+        raise ConfigError(f"--ssl-keyfile {key} is encrypted, and nobody is there to type its password: decrypt it")
+
+    try:
+        ssl.create_default_context(ssl.Purpose.CLIENT_AUTH).load_cert_chain(certificate, key, encrypted)
+    except OSError as error:
+        raise ConfigError(
+            f"--ssl-certfile {certificate} with --ssl-keyfile {key} cannot be used: {error.strerror or error}. Give a "
+            "certificate and its own private key, both as PEM"
+        ) from error
+
+
 async def _listen(host: str, port: int) -> None:
     server = await asyncio.get_running_loop().create_server(asyncio.Protocol, host, port)
     server.close()
 
 
-def run(app: FastAPI, host: str, port: int, drain_seconds: float) -> None:
+def run(app: FastAPI, host: str, port: int, drain_seconds: float, **how: Any) -> None:
     """Serve until a signal ends it: SIGINT as KeyboardInterrupt, SIGTERM as it ends any process.
 
     Raises ConfigError if the port was taken in the meantime.
     """
     try:
-        Server(app, drain_seconds, host=host, port=port).run()
+        Server(app, drain_seconds, host=host, port=port, **how).run()
     except SystemExit:
         require_free(host, port)
         raise

@@ -2,32 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 
 from veneer.errors import ConfigError
 from veneer.serve.asked import Asked
 from veneer.serve.calls import Calls
 from veneer.serve.engine import Engine
 from veneer.serve.http.errors import RefusedError, TooManyRequestsError
+from veneer.serve.http.key_file import Keys
 from veneer.serve.http.limits import ServerLimits
 from veneer.serve.http.models import Catalogue
 from veneer.serve.http.protocol import ChatBody, CompletionBody, Named
+from veneer.serve.http.quota import Quotas
 from veneer.serve.http.request_record import RecordedEngine, current_record
 from veneer.serve.lora_request import LoRARequest
 from veneer.serve.prompts import PromptReader
+from veneer.serve.sampling_params import SamplingParams
 
 
 class Service:
     """Requests checked, counted, and given to an engine. ``running`` steps on a thread of its own."""
 
-    def __init__(self, engine: Engine, catalogue: Catalogue, limits: ServerLimits) -> None:
+    def __init__(self, engine: Engine, catalogue: Catalogue, limits: ServerLimits, keys: Keys | None = None) -> None:
         self.engine, self.catalogue, self.limits, self.running = engine, catalogue, limits, RecordedEngine(engine)
+        self.keys, self._quotas = keys, Quotas()
         self._n_in_flight = 0  # choices of requests from their admission until their answers end
 
     @contextmanager
     def admitted(self, n: int) -> Iterator[None]:
-        """Count ``n`` choices as in flight within a block.
+        """Count ``n`` choices as in flight within a block, of the server and of the caller's key.
 
         Raises RefusedError for more than one request may have, and TooManyRequestsError if too many are in flight.
         """
@@ -45,11 +49,19 @@ class Service:
                 f"(--max-in-flight): ask again in {seconds:.0f} s",
                 retry_seconds=seconds,
             )
-        self._n_in_flight += n
-        try:
-            yield
-        finally:
-            self._n_in_flight -= n
+        with self._quotas.choices(self.catalogue.caller, n):
+            self._n_in_flight += n
+            try:
+                yield
+            finally:
+                self._n_in_flight -= n
+
+    def tokens(self, asked: Sequence[Asked]) -> AbstractContextManager[None]:
+        """Return a block in which tokens count as in flight: those of prompts, and of answers as long as they may be.
+
+        Raises as `admitted` does.
+        """
+        return self._quotas.tokens(self.catalogue.caller, sum(each.most_tokens for each in asked))
 
     def require_trusted(self, template: str | None) -> None:
         """Raise RefusedError for a request's own chat template, unless the server runs those."""
@@ -72,12 +84,23 @@ class Service:
         calls = body.calls(reader)
         if calls is not None:
             params = calls.constrained(params)
-        asked = [
-            self.engine.asked(text, ids, params, adapter, cache_salt=body.cache_salt)
-            for text, ids in body.read(reader, calls)
+        return self.asked(body.read(reader, calls), params, adapter, body.cache_salt), calls
+
+    def asked(
+        self,
+        prompts: Sequence[tuple[str | None, list[int]]],
+        params: SamplingParams,
+        adapter: LoRARequest | None,
+        cache_salt: str | None,
+    ) -> list[Asked]:
+        """Return checked requests of the caller's key for prompts, each as text and ids. Raises VeneerError."""
+        key = self.catalogue.caller
+        found = [
+            self.engine.asked(text, ids, params, adapter, cache_salt=cache_salt, client=key.name, weight=key.weight)
+            for text, ids in prompts
         ]
-        self.engine.backlog.require_room(asked)  # while there is a status to say it with
-        return asked, calls
+        self.engine.backlog.require_room(found)  # while there is a status to say it with
+        return found
 
     def reader(self, body: Named) -> PromptReader:
         """Return the reader of the model that a body names, whose files are read: not on the loop.

@@ -55,6 +55,7 @@ async def written(
     with ExitStack() as taken:  # left when the answer has ended, or when there is none
         taken.enter_context(service.admitted(1))
         [asked], calls = await asyncio.to_thread(lambda: service.ask(chat()))
+        taken.enter_context(service.tokens([asked]))
         made = writer(asked, calls)
         if stream:
             return EventStream(_encoded(service, asked, made), taken.pop_all())

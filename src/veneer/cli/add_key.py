@@ -1,0 +1,49 @@
+"""Implementation of ``veneer add-key``."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import secrets
+from pathlib import Path
+from typing import Any
+
+import typer
+import yaml
+
+from veneer.cli.pages.add_key import AddKeyArguments
+from veneer.disk.atomic import write_atomically
+from veneer.errors import ConfigError
+from veneer.serve.http.key_file import entries_of, read_keys
+
+_PREFIX = "veneer-"  # by which scanners of leaked secrets find it
+_BYTES = 32
+
+
+def add_key(args: AddKeyArguments) -> None:
+    """Add an entry to the file, and print the key."""
+    if args.file.exists() and any(key.name == args.name for _, key in read_keys(args.file)):
+        raise ConfigError(
+            f"{args.file} has a key of the name {args.name!r} already: take its entry out, or give another"
+        )
+    token = _PREFIX + secrets.token_urlsafe(_BYTES)
+    given = {
+        "scopes": args.scope, "adapters": args.sees, "weight": args.weight, "max_requests": args.max_requests,
+        "max_tokens": args.max_tokens,
+    }  # fmt: skip
+    entry: dict[str, Any] = {"name": args.name, "sha256": hashlib.sha256(token.encode()).hexdigest()}
+    entry |= {name: value for name, value in given.items() if value is not None}
+    content = _with(args.file, entry)
+    entries_of(args.file, content)
+    write_atomically(args.file, content)
+    args.file.chmod(0o600)
+    typer.echo(token)
+
+
+def _with(file: Path, entry: dict[str, Any]) -> bytes:
+    """The content of the file with an entry more; comments of a YAML file stay."""
+    before = file.read_text(encoding="utf-8") if file.exists() else ""
+    if before.lstrip().startswith("["):
+        return (json.dumps([*json.loads(before), entry], indent=2, ensure_ascii=False) + "\n").encode()
+    front = before if not before or before.endswith("\n") else before + "\n"
+    return (front + yaml.safe_dump([entry], sort_keys=False, allow_unicode=True)).encode()

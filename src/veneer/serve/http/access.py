@@ -1,0 +1,95 @@
+"""Access: who asks, and whether it may. It stands before the body of a request is read."""
+
+from __future__ import annotations
+
+import ipaddress
+from dataclasses import replace
+
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from veneer.serve.http.errors import ForbiddenError, RefusedError, UnauthorizedError, error_response
+from veneer.serve.http.key import ADMIN, ANYBODY, CALLER, INFER, NOBODY, Key
+from veneer.serve.http.key_file import Keys
+from veneer.serve.http.request_record import current_record
+
+_OPEN = frozenset({"/", "/health", "/ping", "/ready", "/version"})
+_ADMINS = ("/metrics", "/v1/load_lora_adapter", "/v1/unload_lora_adapter")
+_LISTS = ("/v1/models", "/v1/adapters")  # of what a key sees; whatever changes an adapter is an admin's
+_VISITOR = replace(ANYBODY, scopes=frozenset({INFER}))
+
+
+class Access:
+    """Middleware that finds the key of each request, which is then `CALLER`, and refuses what the key may not do.
+
+    Without ``keys``, this machine may do everything, and others may infer.
+    """
+
+    def __init__(self, app: ASGIApp, keys: Keys | None) -> None:
+        self._app, self._keys = app, keys
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one request."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        try:
+            key = self._admitted(scope)
+        except RefusedError as error:
+            told = {"WWW-Authenticate": "Bearer"} if error.status == UnauthorizedError.status else None
+            await error_response(error, told)(scope, receive, send)
+            return
+        current_record().client = key.name
+        before = CALLER.set(key)
+        try:
+            await self._app(scope, receive, send)
+        finally:
+            CALLER.reset(before)
+
+    def _admitted(self, scope: Scope) -> Key:
+        needed = scopes_of(scope["method"], scope["path"])
+        if not needed:
+            return ANYBODY if self._keys is None else NOBODY
+        key = self._key(scope)
+        if key.scopes.isdisjoint(needed):
+            raise ForbiddenError(
+                f"{scope['method']} {scope['path']!r} needs a key with the scope {ADMIN if ADMIN in needed else INFER}"
+                + ("" if self._keys is not None else ": without keys, only this machine has it. Start with --keys")
+            )
+        return key
+
+    def _key(self, scope: Scope) -> Key:
+        if self._keys is None:
+            return ANYBODY if _is_near(scope) else _VISITOR
+        given = Headers(scope=scope).getlist("authorization")
+        kind, _, token = given[0].partition(" ") if len(given) == 1 else ("", "", "")
+        if kind.lower() != "bearer" or not token.strip():
+            raise UnauthorizedError("this server needs a key: send the header 'Authorization: Bearer KEY'")
+        found = self._keys.find(token.strip())
+        if found is None:
+            raise UnauthorizedError("the key is unknown here: ask who runs this server for one")
+        return found
+
+
+def scopes_of(method: str, path: str) -> frozenset[str]:
+    """Return the scopes of which one is needed for a route; none for those that are open to all."""
+    if path in _OPEN:
+        return frozenset()
+    if _is_below(path, _ADMINS):
+        return frozenset({ADMIN})
+    if _is_below(path, _LISTS):
+        return frozenset({ADMIN, INFER}) if method in ("GET", "HEAD") else frozenset({ADMIN})
+    return frozenset({INFER})
+
+
+def _is_below(path: str, places: tuple[str, ...]) -> bool:
+    return any(path == place or path.startswith(f"{place}/") for place in places)
+
+
+def _is_near(scope: Scope) -> bool:
+    """True for a client on this machine; one through a socket file has no address."""
+    client = scope.get("client")
+    try:
+        return client is None or ipaddress.ip_address(client[0]).is_loopback
+    except ValueError:
+        return False

@@ -1,0 +1,253 @@
+"""Routes that load, unload, pin and list adapters; loading and unloading have vLLM's fields and answers."""
+
+from __future__ import annotations
+
+import asyncio
+import bisect
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+from contextlib import contextmanager
+from functools import partial
+from typing import Annotated, Any, Literal, TypeVar
+
+from fastapi import FastAPI, Query
+from fastapi.responses import PlainTextResponse, Response
+from pydantic import BaseModel, model_validator
+from pydantic_core import PydanticCustomError
+
+from veneer.contract.source import hub_folder
+from veneer.errors import FormatError, VeneerError
+from veneer.serve.adapter_version import AdapterState
+from veneer.serve.async_engine import AsyncEngine
+from veneer.serve.http.documented import documented
+from veneer.serve.http.errors import ConflictError, ForbiddenError, ModelNotFoundError, RefusedError
+from veneer.serve.http.models import MIX, Catalogue, Loaded
+from veneer.serve.http.protocol import Few, Strict
+from veneer.serve.http.roots import Roots
+from veneer.serve.lora_request import LoRARequest
+
+_LONGEST_NAME = 256
+_DOWNLOADS = 2  # at once
+_MOST_LISTED = 1000
+Result = TypeVar("Result")
+
+
+class LoadBody(Strict):
+    """Body of ``/v1/load_lora_adapter``: a folder or an id on the hub, or a mix: weights by the names of adapters.
+
+    ``load_inplace``: another adapter may have the name already, which requests in flight keep.
+    """
+
+    lora_name: str
+    lora_path: str | None = None
+    adapter: Few[str] | None = None
+    load_inplace: bool = False
+
+    @model_validator(mode="after")
+    def _one_of_both(self) -> LoadBody:
+        if (self.lora_path is None) == (self.adapter is None):
+            raise PydanticCustomError("one_of", "give either lora_path or adapter")
+        return self
+
+
+class UnloadBody(Strict):
+    """Body of ``/v1/unload_lora_adapter``. ``lora_int_id`` is accepted and ignored."""
+
+    lora_name: str
+    lora_int_id: int | None = None
+
+
+class AdapterCard(BaseModel):
+    """Adapter: the place that it comes from, its method and largest rank, its size in memory, and its use.
+
+    ``requests`` and the ``hits`` among them, which found it loaded, are those since its content got the name.
+    ``error``: its files cannot be read.
+    """
+
+    id: str
+    object: Literal["adapter"] = "adapter"
+    source: str
+    root: str
+    method: str | None = None
+    rank: int | None = None
+    bytes: int | None = None
+    residency: str = "absent"
+    pinned: bool = False
+    requests: int = 0
+    hits: int = 0
+    error: str | None = None
+
+
+class AdapterList(BaseModel):
+    """Adapters in the order of their names; ``has_more`` is true if there are further ones behind them."""
+
+    object: Literal["list"] = "list"
+    data: list[AdapterCard]
+    has_more: bool
+
+
+class Adapters:
+    """Routes for the adapters of a catalogue, which ``running`` computes. They are loaded from ``roots`` alone."""
+
+    def __init__(self, running: AsyncEngine, catalogue: Catalogue, roots: Roots) -> None:
+        self._running, self._engine, self._catalogue, self._roots = running, running.engine, catalogue, roots
+        self._changing: set[str] = set()  # names
+        self._downloads = asyncio.Semaphore(_DOWNLOADS)
+
+    def add_to(self, app: FastAPI) -> None:
+        """Add the routes to an application."""
+        text: dict[str, Any] = {"response_class": PlainTextResponse, **documented()}
+        app.post("/v1/load_lora_adapter", **text)(self.load)
+        app.post("/v1/unload_lora_adapter", **text)(self.unload)
+        app.get("/v1/adapters", **documented(AdapterList))(self.listed)
+        app.post("/v1/adapters/{name:path}/pin", **documented(AdapterCard, body=False))(self.pin)
+        app.post("/v1/adapters/{name:path}/unpin", **documented(AdapterCard, body=False))(self.unpin)
+        app.get("/v1/adapters/{name:path}", **documented(AdapterCard, body=False))(self.one)
+
+    async def load(self, body: LoadBody) -> PlainTextResponse:
+        """Read an adapter, and serve it under a name once it is loaded."""
+        name = body.lora_name
+        with self._changes(name):
+            await asyncio.to_thread(self._require_free, body)
+            loaded = await self._place(body)
+            request = await asyncio.to_thread(self._request, name, loaded)
+            await self._running.settled(await asyncio.to_thread(self._engine.preload, request))
+            await asyncio.to_thread(self._catalogue.load, name, loaded)
+        return PlainTextResponse(f"Success: LoRA adapter '{name}' added successfully.")
+
+    async def unload(self, body: UnloadBody) -> PlainTextResponse:
+        """Drop the name of an adapter; its memory is freed when no request needs it."""
+        name = body.lora_name
+        with self._changes(name):
+            await asyncio.to_thread(self._catalogue.unload, name)
+            await self._running.settled(self._engine.between_steps(lambda: None))  # behind the message that forgets it
+        return PlainTextResponse(f"Success: LoRA adapter '{name}' removed successfully.")
+
+    async def listed(self, limit: Annotated[int, Query(ge=1, le=_MOST_LISTED)] = 100, after: str = "") -> Response:
+        """Return adapters in the order of their names, those behind ``after``: size, method, rank, and use."""
+        names = await asyncio.to_thread(self._catalogue.names)
+        first = bisect.bisect_right(names, after)
+        told = await self._told(names[first : first + limit])
+        return _json(AdapterList(data=told, has_more=first + limit < len(names)))
+
+    async def one(self, name: str) -> Response:
+        """Return an adapter."""
+        await asyncio.to_thread(self._adapter, name)
+        return _json((await self._told([name]))[0])
+
+    async def pin(self, name: str) -> Response:
+        """Load an adapter, and keep it loaded, also when its files are replaced and asked for."""
+        adapter = await asyncio.to_thread(self._adapter, name)
+        await self._running.settled(await asyncio.to_thread(partial(self._engine.preload, adapter, pins=True)))
+        return _json((await self._told([name]))[0])
+
+    async def unpin(self, name: str) -> Response:
+        """Let an adapter be evicted again."""
+        await asyncio.to_thread(self._adapter, name)
+        await self._running.settled(self._engine.between_steps(partial(self._unpin, name)))
+        return _json((await self._told([name]))[0])
+
+    def _unpin(self, name: str) -> None:
+        if self._engine.pool.state(name) is not None:  # otherwise it was never loaded
+            self._engine.pool.unpin(name)
+
+    @contextmanager
+    def _changes(self, name: str) -> Iterator[None]:
+        if name in self._changing:
+            raise ConflictError(
+                f"the LoRA adapter {name!r} is being loaded or unloaded: ask again when that has ended", "lora_name"
+            )
+        self._changing.add(name)
+        try:
+            yield
+        finally:
+            self._changing.discard(name)
+
+    def _adapter(self, name: str) -> LoRARequest:
+        found = self._catalogue.find(name)
+        if found is None:
+            raise ModelNotFoundError(f"{name!r} is the base: give the name of an adapter", "name")
+        return found
+
+    def _require_free(self, body: LoadBody) -> None:
+        """Raise RefusedError for what is no name of an adapter, or is taken."""
+        name, catalogue = body.lora_name, self._catalogue
+        if not name.isprintable() or not 0 < len(name) <= _LONGEST_NAME or name.startswith(MIX):
+            raise RefusedError(
+                f"lora_name={name[:_LONGEST_NAME]!r} is no name: give 1 to {_LONGEST_NAME} printable characters, not "
+                f"beginning with {MIX}",
+                "lora_name",
+            )
+        if not catalogue.caller.sees(name):
+            raise ForbiddenError(f"this key may not load an adapter of the name {name!r}", "lora_name")
+        if not catalogue.has(name):
+            return
+        if not body.load_inplace or name in catalogue.base_names:
+            raise RefusedError(
+                f"The lora adapter {name!r} has already been loaded. If you want to load the LoRA adapter in place, "
+                "set 'load_inplace' to True.",
+                "lora_name",
+            )
+
+    def _request(self, name: str, loaded: Loaded) -> LoRARequest:
+        if self._catalogue.in_folder(name) and not self._catalogue.owns(name, loaded):
+            raise RefusedError(
+                f"the LoRA adapter {name!r} is in the server's own folder: replace its files there, or unload it first",
+                "lora_name",
+            )
+        return self._catalogue.request(name, loaded)
+
+    async def _place(self, body: LoadBody) -> Loaded:
+        if body.adapter is not None:
+            return Loaded(weights=body.adapter)
+        given = body.lora_path or ""
+        id = self._roots.hub_id(given)
+        if id is None:
+            return Loaded(folder=await asyncio.to_thread(self._roots.folder, given))
+        async with self._downloads:
+            return Loaded(folder=await self._running.settled(_beside(partial(hub_folder, id))), hub=id)
+
+    async def _told(self, names: Sequence[str]) -> list[AdapterCard]:
+        """Facts of adapters, of the pool and of their files."""
+        pool = self._engine.pool
+        states = await self._running.settled(self._engine.between_steps(lambda: [pool.state(name) for name in names]))
+        return await asyncio.to_thread(lambda: [self._card(*each) for each in zip(names, states, strict=True)])
+
+    def _card(self, name: str, state: AdapterState | None) -> AdapterCard:
+        loaded = self._catalogue.loaded(name)
+        card = AdapterCard(
+            id=name, source="folder" if loaded is None else loaded.source, root=self._catalogue.place(name)
+        )
+        if state is not None:
+            version = state.version
+            return card.model_copy(update={
+                "method": version.kind, "rank": version.rank, "bytes": state.n_bytes, "pinned": state.pinned,
+                "residency": state.residency.value, "requests": state.n_requests, "hits": state.n_hits,
+            })  # fmt: skip
+        if loaded is not None and loaded.weights is not None:
+            return card.model_copy(update={"method": "mix"})
+        try:
+            version = self._engine.versions.unread(self._catalogue.folder(name))
+        except FormatError as error:
+            return card.model_copy(update={"error": str(error)})
+        return card.model_copy(update={"method": version.kind, "rank": version.rank, "bytes": version.n_bytes})
+
+
+def _json(answer: BaseModel) -> Response:
+    return Response(answer.model_dump_json(), media_type="application/json")
+
+
+def _beside(work: Callable[[], Result]) -> Future[Result]:
+    """Begin work on a thread of its own, which nobody waits for when the server ends."""
+    told: Future[Result] = Future()
+
+    def run() -> None:
+        if told.set_running_or_notify_cancel():
+            try:
+                told.set_result(work())
+            except (VeneerError, OSError) as error:
+                told.set_exception(error if isinstance(error, VeneerError) else FormatError(str(error)))
+
+    threading.Thread(target=run, name="veneer download", daemon=True).start()
+    return told

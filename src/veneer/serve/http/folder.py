@@ -1,0 +1,110 @@
+"""Adapters in a folder, by the names of their folders: a table that a watcher keeps."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Collection, Iterable
+from collections.abc import Set as AbstractSet
+from pathlib import Path
+
+from veneer.contract.file import CONFIG_FILE, WEIGHTS_FILE
+from veneer.serve.http.watcher import Watcher
+
+
+class AdapterFolder:
+    """Table of the adapters in a folder, except those named in ``taken``. Any thread may call it.
+
+    One adapter is looked at by its two files whenever it is asked for, so that it is there, and gone, at once. A
+    watcher finds the others that came and went. ``on_gone`` is called with the names of those that are gone, on the
+    thread that found it out. Without `start`, the table has what was there when it was made, asked for, or looked at.
+    """
+
+    def __init__(self, folder: Path, taken: Collection[str], on_gone: Callable[[AbstractSet[str]], None]) -> None:
+        self.folder, self._taken, self._on_gone = folder, frozenset(taken), on_gone
+        self._there: set[str] = set()
+        self._withdrawn: set[str] = set()  # of those, the ones that are not served
+        self._sorted: tuple[str, ...] | None = None
+        self._lock = threading.Lock()
+        self._looking = threading.Lock()
+        self._watcher = Watcher(folder, self.look)
+        self.look()
+
+    def start(self) -> None:
+        """Keep the table up to date from now on."""
+        self._watcher.start()
+
+    def stop(self) -> None:
+        """Stop watching the folder."""
+        self._watcher.stop()
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the adapters that are served, sorted; the same object until one comes or goes."""
+        with self._lock:
+            if self._sorted is None:
+                self._sorted = tuple(sorted(self._there - self._withdrawn))
+            return self._sorted
+
+    def has(self, name: str) -> bool:
+        """Look at one adapter now; return True if it is there, and served."""
+        if not _is_entry(name) or name in self._taken:
+            return False
+        if not is_adapter(self.folder / name):
+            self._change((), {name})
+            return False
+        if name not in self._there:
+            self._change({name}, ())
+        return name not in self._withdrawn
+
+    def withdraw(self, name: str) -> None:
+        """Serve an adapter no more, until `restore`, or until its folder is gone and comes again."""
+        with self._lock:
+            self._withdrawn.add(name)
+            self._sorted = None
+        self._on_gone({name})
+
+    def restore(self, name: str) -> None:
+        """Serve an adapter again."""
+        with self._lock:
+            self._withdrawn.discard(name)
+            self._sorted = None
+
+    def look(self, everything: bool = True) -> None:
+        """Find the adapters that came and went. Those in the table are looked at only if ``everything`` is."""
+        with self._looking:
+            known = self._there.copy()
+            there = {
+                name for name in _entries(self.folder) - self._taken
+                if (name in known and not everything) or is_adapter(self.folder / name)
+            }  # fmt: skip
+            came, went = there - known, known - there
+            # One may have come since its folder was listed: two files say.
+            self._change(came, {name for name in went if not is_adapter(self.folder / name)})
+
+    def _change(self, came: Iterable[str], went: Collection[str]) -> None:
+        with self._lock:
+            gone = self._there & set(went)
+            new = set(came) - self._there
+            self._there = (self._there | new) - gone if gone or new else self._there
+            self._withdrawn -= gone
+            self._sorted = None if gone or new else self._sorted
+        if gone:
+            self._on_gone(gone)
+
+
+def is_adapter(folder: Path) -> bool:
+    """Return True if a folder has both files of an adapter now."""
+    return all(os.path.isfile(folder / name) for name in (CONFIG_FILE, WEIGHTS_FILE))  # False for a name too long
+
+
+def _is_entry(name: str) -> bool:
+    """True for a name that an entry of a folder can have, and so leads nowhere else."""
+    return name not in ("", ".", "..") and not {"/", "\0"} & set(name)
+
+
+def _entries(folder: Path) -> set[str]:
+    try:
+        return set(os.listdir(folder))
+    except OSError:  # it is gone, and may come again
+        return set()

@@ -1,0 +1,49 @@
+"""Key of a client: what it may do and see. The key of the current request."""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+from contextvars import ContextVar
+from dataclasses import dataclass
+from functools import cached_property
+
+INFER, ADMIN = "infer", "admin"
+SCOPES = (INFER, ADMIN)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Key:
+    """Key of a client. ``adapters`` are patterns of the names that it may see, as a shell has them (``sql-*``).
+
+    ``weight`` is the client's share among those that wait. ``max_requests`` and ``max_tokens`` limit the choices in
+    flight, and their tokens; None is no limit. A ``name`` of None: there are no keys.
+    """
+
+    name: str | None = None
+    scopes: frozenset[str] = frozenset(SCOPES)
+    adapters: tuple[str, ...] = ("*",)
+    weight: float = 1.0
+    max_requests: int | None = None
+    max_tokens: int | None = None
+
+    def sees(self, adapter: str) -> bool:
+        """Return True if the client may know of an adapter."""
+        return self.sees_all or self._pattern.fullmatch(adapter) is not None
+
+    @property
+    def sees_all(self) -> bool:
+        """True if no adapter is hidden from the client."""
+        return "*" in self.adapters
+
+    @cached_property
+    def _pattern(self) -> re.Pattern[str]:
+        return re.compile("|".join(map(fnmatch.translate, self.adapters)) or r"(?!)")
+
+
+ANYBODY = Key()
+"""Who asks a server without keys."""
+NOBODY = Key(scopes=frozenset(), adapters=())
+"""Who asks a server with keys, outside of any request."""
+CALLER: ContextVar[Key] = ContextVar("caller")
+"""Key of the current request, also on the threads that work for it."""

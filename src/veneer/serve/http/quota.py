@@ -1,0 +1,79 @@
+"""Choices and tokens in flight of each key, which its limits bound."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from time import monotonic
+
+from veneer.serve.http.errors import RefusedError, TooManyRequestsError
+from veneer.serve.http.key import Key
+
+_ENDED = 64  # of which the rate is that of the last
+_SOONEST, _LATEST = 1.0, 600.0  # seconds after which to ask again
+
+
+class _InUse:
+    """Amount in flight, and the times at which some of it ended."""
+
+    def __init__(self) -> None:
+        self.n = 0
+        self._ended: deque[tuple[float, int]] = deque(maxlen=_ENDED)
+
+    def end(self, n: int) -> None:
+        self.n -= n
+        self._ended.append((monotonic(), n))
+
+    def seconds(self, n: int) -> float:
+        """The time in which as much ended lately."""
+        total = sum(n_ended for _, n_ended in list(self._ended)[1:])
+        took = self._ended[-1][0] - self._ended[0][0] if total else 0.0
+        return math.ceil(min(max(took * n / max(total, 1), _SOONEST), _LATEST))
+
+
+class Quotas:
+    """Choices and tokens in flight by the name of their key. Call it from one thread."""
+
+    def __init__(self) -> None:
+        self._choices: dict[str, _InUse] = {}
+        self._tokens: dict[str, _InUse] = {}
+
+    @contextmanager
+    def choices(self, key: Key, n: int) -> Iterator[None]:
+        """Count ``n`` choices of a key as in flight within a block.
+
+        Raises RefusedError for more than the key may ever have, and TooManyRequestsError for more than it may now.
+        """
+        with _counted(self._choices, key.name, n, key.max_requests, "choices (prompts × n)", "max_requests"):
+            yield
+
+    @contextmanager
+    def tokens(self, key: Key, n: int) -> Iterator[None]:
+        """Count tokens of prompts, and of answers as long as they may be, as `choices` counts choices."""
+        with _counted(self._tokens, key.name, n, key.max_tokens, "tokens (prompts and longest answers)", "max_tokens"):
+            yield
+
+
+@contextmanager
+def _counted(
+    uses: dict[str, _InUse], name: str | None, n: int, most: int | None, what: str, field: str
+) -> Iterator[None]:
+    if name is None or most is None:
+        yield
+        return
+    if n > most:
+        raise RefusedError(f"{n} {what} are asked for, and this key may have {most} in flight ({field}): ask for fewer")
+    use = uses.setdefault(name, _InUse())
+    if use.n + n > most:
+        seconds = use.seconds(use.n + n - most)
+        raise TooManyRequestsError(
+            f"{use.n} {what} of this key are in flight, and it may have {most} ({field}): ask again in {seconds:.0f} s",
+            retry_seconds=seconds,
+        )
+    use.n += n
+    try:
+        yield
+    finally:
+        use.end(n)

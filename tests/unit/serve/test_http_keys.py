@@ -1,0 +1,324 @@
+"""Keys over HTTP: what each may do and see, tried against each other's adapters, routes and paths."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import shutil
+import socket
+import ssl
+import subprocess
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from fastapi import FastAPI
+
+from veneer.errors import ConfigError
+from veneer.serve.http import server as http_server
+from veneer.serve.http.access import Access, scopes_of
+from veneer.serve.http.key import CALLER
+from veneer.serve.http.key_file import Keys
+from veneer.serve.http.roots import Roots
+from veneer.serve.http.server import require_certificate
+
+from .test_http import PROMPT, TURN, Server
+from .test_key_file import write
+
+ASK = {"prompt": PROMPT, "temperature": 0, "max_tokens": 3}
+
+
+@pytest.fixture(scope="module")
+def served(adapters, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("served")
+    for name, of in (("a-lora", "lora"), ("a-rs", "rslora"), ("b-lora", "lora"), ("b-vera", "vera")):
+        shutil.copytree(adapters[of].path, folder / name)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def server(base_folder, served, tmp_path_factory) -> Iterator[Server]:
+    file = write(
+        tmp_path_factory.mktemp("keys") / "keys.json",
+        {"name": "a", "adapters": ["a-*"], "weight": 3},
+        {"name": "b", "adapters": ["b-*"], "max_requests": 3, "max_tokens": 200},
+        {"name": "admin", "scopes": ["admin"]},
+        {"name": "all", "scopes": ["infer", "admin"]},
+        {"name": "admin-of-a", "scopes": ["admin"], "adapters": ["a-*"]},
+    )
+    running = Server(base_folder, served, keys=Keys(file), roots=Roots([served]))
+    yield running
+    running.stop()
+
+
+def ask(server: Server, key: str | None, method: str, path: str, body: Any = None, **headers: str) -> Any:
+    """The response to a request, with its text and its JSON, if it is JSON."""
+    connection = http.client.HTTPConnection("127.0.0.1", server.port)
+    given = {"Content-Type": "application/json"} | ({} if key is None else {"Authorization": f"Bearer {key}"})
+    connection.request(method, path, None if body is None else json.dumps(body), given | headers)
+    answer = connection.getresponse()
+    answer.text = answer.read().decode()
+    answer.json = json.loads(answer.text) if answer.text.startswith("{") else None
+    connection.close()
+    return answer
+
+
+def test_every_route_needs_a_key_but_those_that_tell_nothing(server):
+    routes = [(route.path, method) for route in server.app.routes for method in getattr(route, "methods", None) or ()]
+    assert ("/openapi.json", "GET") in routes
+    for path, method in routes:
+        answer = ask(server, None, method, path.replace("{name:path}", "x").replace("{id:path}", "x"))
+        is_open = path in {"/", "/health", "/ready", "/version", "/ping"}
+        assert (answer.status != 401) == is_open, path
+        assert is_open == (not scopes_of(method, path))
+        if not is_open:
+            assert answer.headers["WWW-Authenticate"] == "Bearer"
+    assert ask(server, None, "GET", "/nowhere").status == 401
+
+
+@pytest.mark.parametrize(
+    "given", ["a", "Basic a", "Bearer", "Bearer ", "Bearer  ", "Bearer x", "Bearer a b", "bearer a"]
+)
+def test_a_header_that_is_no_key(server, given):
+    answer = ask(server, None, "GET", "/v1/models", Authorization=given)
+    assert answer.status == (200 if given == "bearer a" else 401)
+    if answer.status == 401:
+        assert (answer.json["error"]["type"], answer.json["error"]["code"]) == ("AuthenticationError", 401)
+        assert "a-lora" not in answer.text
+
+
+def test_two_headers_are_no_key(server):
+    connection = http.client.HTTPConnection("127.0.0.1", server.port)
+    connection.putrequest("GET", "/v1/models")
+    for key in ("a", "b"):
+        connection.putheader("Authorization", f"Bearer {key}")
+    connection.endheaders()
+    assert connection.getresponse().status == 401
+    connection.close()
+
+
+def test_a_key_is_asked_for_before_a_body_is_read(server):
+    connection = http.client.HTTPConnection("127.0.0.1", server.port)
+    connection.putrequest("POST", "/v1/completions")
+    connection.putheader("Content-Length", "1000")
+    connection.endheaders()  # and no body
+    assert connection.getresponse().status == 401
+    connection.close()
+
+
+@pytest.mark.parametrize(
+    ("key", "method", "path", "status"),
+    [
+        ("a", "GET", "/metrics", 403),
+        ("a", "POST", "/v1/load_lora_adapter", 403),
+        ("a", "POST", "/v1/unload_lora_adapter", 403),
+        ("a", "POST", "/v1/adapters/a-lora/pin", 403),
+        ("a", "GET", "/v1/adapters", 200),
+        ("admin", "GET", "/v1/adapters", 200),
+        ("admin", "GET", "/v1/models", 200),
+        ("admin", "POST", "/v1/completions", 403),
+        ("admin", "POST", "/v1/chat/completions", 403),
+        ("admin", "POST", "/tokenize", 403),
+        ("all", "POST", "/v1/load_lora_adapter", 400),
+    ],
+)
+def test_scopes(server, key, method, path, status):
+    answer = ask(server, key, method, path, {} if method == "POST" else None)
+    assert answer.status == status
+    if status == 403:
+        assert answer.json["error"]["type"] == "PermissionDeniedError"
+
+
+def hidden_of(answer: Any) -> str:
+    return answer.text.replace("b-lora", "NAME").replace("c-lora", "NAME")
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "body"),
+    [
+        ("POST", "/v1/completions", {**ASK, "model": "NAME"}),
+        ("POST", "/v1/completions", {**ASK, "model": "NAME", "stream": True}),
+        ("POST", "/v1/completions", {**ASK, "adapter": {"a-lora": 0.5, "NAME": 0.5}}),
+        ("POST", "/v1/chat/completions", {"messages": [TURN], "model": "NAME"}),
+        ("POST", "/v1/responses", {"input": "x", "model": "NAME"}),
+        ("POST", "/v1/embeddings", {"input": "x", "model": "NAME"}),
+        ("POST", "/tokenize", {"prompt": "x", "model": "NAME"}),
+        ("POST", "/detokenize", {"tokens": [97], "model": "NAME"}),
+        ("GET", "/v1/models/NAME", None),
+        ("GET", "/v1/adapters/NAME", None),
+    ],
+)
+def test_an_adapter_of_another_key_is_as_if_it_were_not_there(server, method, path, body):
+    def answer(name: str) -> Any:
+        own = None if body is None else json.loads(json.dumps(body).replace("NAME", name))
+        return ask(server, "a", method, path.replace("NAME", name), own)
+
+    hidden, nobody, seen = answer("b-lora"), answer("c-lora"), answer("a-lora")
+    assert (hidden.status, hidden_of(hidden)) == (404, hidden_of(nobody))
+    assert seen.status == 200
+    assert not {"b-vera", "b-lora"} & set(nobody.text.replace('"', " ").replace(",", " ").split())
+
+
+def test_names_in_messages_are_those_that_a_key_sees(server):
+    told = ask(server, "a", "POST", "/v1/completions", {**ASK, "model": "b-ver"}).json["error"]["message"]
+    assert "b-vera" not in told
+    assert told.endswith("nown: tiny, alias, a-lora, a-rs")
+    told = ask(server, "a", "POST", "/v1/completions", {**ASK, "adapter": {"b-vera": 1}}).json["error"]["message"]
+    assert told.startswith("no adapter 'b-vera'; ")
+    assert told.endswith("nown: a-lora, a-rs")
+    told = ask(server, "all", "POST", "/v1/completions", {**ASK, "model": "b-ver"}).json["error"]["message"]
+    assert "did you mean 'b-vera'?" in told
+
+
+def test_lists_have_what_a_key_sees(server):
+    def names(key: str, path: str) -> list[str]:
+        return [each["id"] for each in ask(server, key, "GET", path).json["data"]]
+
+    own = {"a": ["a-lora", "a-rs"], "b": ["b-lora", "b-vera"], "all": ["a-lora", "a-rs", "b-lora", "b-vera"]}
+    for key, adapters in own.items():
+        assert names(key, "/v1/models") == ["tiny", "alias", *adapters]
+        assert names(key, "/v1/adapters") == adapters
+    assert names("admin-of-a", "/v1/adapters") == own["a"]
+
+
+def test_an_admin_of_some_adapters_changes_no_others(server):
+    def status(verb: str, **body: Any) -> int:
+        return ask(server, "admin-of-a", "POST", f"/v1/{verb}_lora_adapter", body).status
+
+    assert status("unload", lora_name="b-lora") == 404
+    assert status("load", lora_name="b-lora", lora_path="b-lora", load_inplace=True) == 403
+    assert status("load", lora_name="b-new", lora_path="b-lora") == 403
+    assert status("load", lora_name="a-both", adapter={"a-lora": 0.5, "b-lora": 0.5}) == 404
+    assert ask(server, "admin-of-a", "POST", "/v1/adapters/b-lora/pin").status == 404
+    assert status("load", lora_name="a-both", adapter={"a-lora": 0.5, "a-rs": 0.5}) == 200
+    assert ask(server, "a", "POST", "/v1/completions", {**ASK, "model": "a-both"}).status == 200
+    assert status("unload", lora_name="a-both") == 200
+
+
+def test_a_mix_with_a_hidden_part_is_hidden(server):
+    load = {"lora_name": "a-mixed", "adapter": {"a-lora": 0.5, "b-lora": 0.5}}
+    assert ask(server, "all", "POST", "/v1/load_lora_adapter", load).status == 200
+    assert ask(server, "a", "POST", "/v1/completions", {**ASK, "model": "a-mixed"}).status == 404
+    assert ask(server, "all", "POST", "/v1/completions", {**ASK, "model": "a-mixed"}).status == 200
+    ask(server, "all", "POST", "/v1/unload_lora_adapter", {"lora_name": "a-mixed"})
+
+
+def test_a_key_is_a_client_with_its_weight(server, monkeypatch):
+    seen = []
+    submit = server.engine.submit
+    monkeypatch.setattr(
+        server.engine, "submit", lambda asked: seen.append((asked.client, asked.weight)) or submit(asked)
+    )
+    for key in ("a", "b"):
+        for body in ({**ASK, "model": f"{key}-lora"}, ASK):
+            assert ask(server, key, "POST", "/v1/completions", body).status == 200
+    assert ask(server, "a", "POST", "/v1/embeddings", {"input": "x"}).status == 200
+    assert ask(server, "a", "POST", "/v1/responses", {"input": "x", "max_output_tokens": 1}).status == 200
+    a, b = (("client", "a"), 3.0), (("client", "b"), 1.0)
+    assert seen == [a, a, b, b, a, a]
+
+
+def test_a_key_has_limits_of_its_own(server, monkeypatch):
+    step = server.engine.step
+    monkeypatch.setattr(server.engine, "step", lambda: time.sleep(0.05) or step())
+    body = {**ASK, "n": 2, "temperature": 1, "max_tokens": 60, "ignore_eos": True, "stream": True}
+    connection = http.client.HTTPConnection("127.0.0.1", server.port)
+    head = {"Content-Type": "application/json", "Authorization": "Bearer b"}
+    connection.request("POST", "/v1/completions", json.dumps(body), head)
+    stream = connection.getresponse()
+    stream.readline()
+    too_many = ask(server, "b", "POST", "/v1/completions", {**ASK, "n": 2, "temperature": 1})
+    assert (too_many.status, too_many.headers["Retry-After"]) == (429, "1")
+    assert "2 choices (prompts × n) of this key are in flight, and it may have 3" in too_many.text
+    for route, more in (
+        ("/v1/completions", {**ASK, "max_tokens": 60}),
+        ("/v1/chat/completions", {"messages": [TURN], "max_tokens": 60}),
+        ("/v1/responses", {"input": "x", "max_output_tokens": 60}),
+        ("/v1/embeddings", {"input": "x" * 60}),
+    ):
+        too_long = ask(server, "b", "POST", route, more)
+        assert (too_long.status, "tokens (prompts and longest answers) of this key" in too_long.text) == (429, True), (
+            route
+        )
+    assert ask(server, "b", "POST", "/v1/completions", {**ASK, "max_tokens": 1}).status == 200
+    assert ask(server, "a", "POST", "/v1/completions", {**ASK, "n": 5, "temperature": 1}).status == 200
+    never = ask(server, "b", "POST", "/v1/completions", {**ASK, "n": 4, "temperature": 1})
+    assert (never.status, "this key may have 3" in never.text) == (400, True)
+    stream.close()
+    connection.close()
+    monkeypatch.undo()
+    server.wait(lambda: server.is_idle)
+    assert ask(server, "b", "POST", "/v1/completions", {**ASK, "n": 3, "temperature": 1}).status == 200
+
+
+@pytest.mark.parametrize(("client", "path", "status"), [
+    ("127.0.0.1", "/metrics", 200), ("10.0.0.7", "/metrics", 403), ("10.0.0.7", "/v1/load_lora_adapter", 403),
+    ("127.0.0.1", "/v1/load_lora_adapter", 200), ("10.0.0.7", "/v1/completions", 200), ("10.0.0.7", "/health", 200),
+])  # fmt: skip
+def test_without_keys_others_may_infer(client, path, status):
+    sent, seen = list[Any](), list[Any]()
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        seen.append(CALLER.get().sees("anything"))
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    scope = {"type": "http", "method": "POST", "path": path, "headers": [], "client": (client, 7)}
+    handled = Access(app, None)(scope, None, send)  # type: ignore[arg-type]
+    with pytest.raises(StopIteration):
+        handled.send(None)
+    assert (seen, [each["status"] for each in sent[:1]]) == (([True], []) if status == 200 else ([], [403]))
+
+
+@pytest.fixture(scope="module")
+def certificate(tmp_path_factory) -> tuple[Path, Path]:
+    """A certificate of this machine, and its private key."""
+    certificate, key = (tmp_path_factory.mktemp("tls") / name for name in ("cert.pem", "key.pem"))
+    subprocess.run(
+        ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "1",
+         "-subj", "/CN=x", "-addext", "subjectAltName=IP:127.0.0.1", "-keyout", key, "-out", certificate],
+        check=True, capture_output=True,
+    )  # fmt: skip
+    return certificate, key
+
+
+def test_https(certificate):
+    app = FastAPI()
+    app.get("/")(lambda: "fine")
+    app.state.engine = SimpleNamespace(end_all=lambda: 0)
+    app.state.lifecycle = SimpleNamespace(is_draining=False, is_drained=False, n_in_flight=0)
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        running = http_server.Server(app, ssl_certfile=certificate[0], ssl_keyfile=certificate[1])
+        thread = threading.Thread(target=running.run, kwargs={"sockets": [listening]}, daemon=True)
+        thread.start()
+        trusted = ssl.create_default_context(cafile=certificate[0])
+        port = listening.getsockname()[1]
+        with urllib.request.urlopen(f"https://127.0.0.1:{port}/", context=trusted, timeout=60) as answer:
+            assert answer.read() == b'"fine"'
+        with pytest.raises(urllib.error.URLError, match="certificate verify failed"):
+            urllib.request.urlopen(f"https://127.0.0.1:{port}/", timeout=60)
+        running.should_exit = True
+        thread.join()
+
+
+def test_a_certificate_that_cannot_be_used_is_told(certificate, tmp_path):
+    require_certificate(None, None)
+    require_certificate(*certificate)
+    (tmp_path / "no").write_text("x")
+    for cert, key in ((tmp_path / "none", certificate[1]), (certificate[0], tmp_path / "no"), certificate[::-1]):
+        with pytest.raises(ConfigError, match=r"cannot be used: .* its own private key, both as PEM"):
+            require_certificate(cert, key)
+    locked = tmp_path / "locked.pem"
+    subprocess.run(
+        ["openssl", "ec", "-in", certificate[1], "-aes256", "-passout", "pass:x", "-out", locked],
+        check=True, capture_output=True,
+    )  # fmt: skip
+    with pytest.raises(ConfigError, match="is encrypted"):
+        require_certificate(certificate[0], locked)

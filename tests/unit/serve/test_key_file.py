@@ -1,0 +1,202 @@
+"""Keys in a file, and which of them may do what."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from veneer.cli.app import app
+from veneer.errors import ConfigError
+from veneer.serve.http import access, quota
+from veneer.serve.http.access import scopes_of
+from veneer.serve.http.errors import RefusedError, TooManyRequestsError
+from veneer.serve.http.key import ADMIN, INFER, Key
+from veneer.serve.http.key_file import Keys, read_keys
+from veneer.serve.http.quota import Quotas
+
+
+def digest(token: str) -> str:
+    return hashlib.sha256(token.encode()).hexdigest()
+
+
+def write(path: Path, *entries: dict[str, Any]) -> Path:
+    path.write_text(json.dumps([{"sha256": digest(entry["name"]), **entry} for entry in entries]))
+    return path
+
+
+def test_a_key_is_found_by_its_digest(tmp_path):
+    file = tmp_path / "keys.yaml"
+    file.write_text(
+        f"# ours\n- name: alice\n  sha256: {digest('of alice')}\n  scopes: [infer, admin]\n  adapters: [sql-*, chat]\n"
+        f"  weight: 3\n  max_requests: 7\n  max_tokens: 9000\n- {{name: bob, sha256: {digest('of bob')}}}\n"
+    )
+    keys = Keys(file)
+    assert keys.find("of alice") == Key(
+        name="alice", scopes=frozenset({INFER, ADMIN}), adapters=("sql-*", "chat"), weight=3.0, max_requests=7,
+        max_tokens=9000,
+    )  # fmt: skip
+    assert keys.find("of bob") == Key(name="bob", scopes=frozenset({INFER}))
+    for unknown in ("", "of alice ", "alice", digest("of alice"), "\udc80", "x" * 10**6):
+        assert keys.find(unknown) is None
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("a: 1", "Input should be a valid list"),
+        ("[1]", "entry 1: Input should be a valid dictionary"),
+        (f"[{{name: a, sha256: {'a' * 63}}}]", "entry 1: sha256: String should match pattern"),
+        (f"[{{name: a, sha256: {'A' * 64}}}]", "entry 1: sha256"),
+        (f"[{{name: '', sha256: {'a' * 64}}}]", "entry 1: name: String should have at least 1 character"),
+        (f"[{{name: a, sha256: {'a' * 64}, scopes: [root]}}]", "entry 1: scopes: Input should be 'infer' or 'admin'"),
+        (f"[{{name: a, sha256: {'a' * 64}, scopes: []}}]", "entry 1: scopes: List should have at least 1 item"),
+        (f"[{{name: a, sha256: {'a' * 64}, weigth: 2}}]", "entry 1: weigth: Extra inputs are not permitted"),
+        (f"[{{name: a, sha256: {'a' * 64}, weight: 0}}]", "entry 1: weight"),
+        (f"[{{name: a, sha256: {'a' * 64}, weight: .nan}}]", "entry 1: weight"),
+        (f"[{{name: a, sha256: {'a' * 64}, max_tokens: 0}}]", "entry 1: max_tokens"),
+        (f"[{{name: a, sha256: {'a' * 64}}}, {{name: a, sha256: {'b' * 64}}}]", "name 'a' is given 2 times"),
+        (f"[{{name: a, sha256: {'a' * 64}}}, {{name: b, sha256: {'a' * 64}}}]", "is given 2 times"),
+        ("[", "while parsing"),
+        (b"\xff", "keys.yaml is no list of keys"),
+        (None, "cannot be read: No such file"),
+    ],
+)
+def test_a_file_that_is_wrong_is_told(tmp_path, content, said):
+    file = tmp_path / "keys.yaml"
+    if content is not None:
+        file.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(ConfigError, match=r"^--keys .*keys.yaml") as told:
+        read_keys(file)
+    assert said in str(told.value)
+
+
+def test_the_file_is_read_again_when_it_changes_and_a_bad_one_keeps_the_old(tmp_path, caplog):
+    file = write(tmp_path / "keys.json", {"name": "alice"})
+    keys = Keys(file)
+    keys.start()
+    try:
+        new = write(tmp_path / "new", {"name": "bob"}, {"name": "carol"})
+        new.replace(file)
+        end = time.monotonic() + 20
+        while keys.find("bob") is None:
+            assert time.monotonic() < end
+            time.sleep(0.01)
+        assert keys.find("alice") is None
+    finally:
+        keys.stop()
+    with caplog.at_level(logging.ERROR, "uvicorn.error"):
+        file.write_text("[{name: alice}]")
+        keys.look(), keys.look()
+        assert keys.find("bob") is not None
+        file.unlink()
+        keys.look(), keys.look()
+        assert keys.find("carol") is not None
+    said = [record.getMessage() for record in caplog.records if record.levelno == logging.ERROR]
+    assert len(said) == 2
+    assert "entry 1: sha256: Field required" in said[0]
+    assert "cannot be read" in said[1]
+    assert all(each.endswith("The keys that were read before stay in use") for each in said)
+    write(file, {"name": "alice"})
+    keys.look()
+    assert keys.find("alice") is not None
+    assert keys.find("carol") is None
+
+
+def test_patterns_of_adapters():
+    key = Key(adapters=("sql-*", "[ab]?", "chat"))
+    names = ("sql-", "sql-x/y", "a1", "chat", "c1", "a", "chats", "SQL-x", "sql", "")
+    assert [name for name in names if key.sees(name)] == ["sql-", "sql-x/y", "a1", "chat"]
+    assert Key().sees("anything")
+    assert not Key(adapters=()).sees("anything")
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "scopes"),
+    [
+        ("GET", "/health", ""), ("GET", "/ready", ""), ("GET", "/version", ""), ("GET", "/ping", ""), ("GET", "/", ""),
+        ("GET", "/metrics", "admin"), ("GET", "/metrics/", "admin"), ("POST", "/v1/load_lora_adapter", "admin"),
+        ("POST", "/v1/load_lora_adapter/", "admin"), ("POST", "/v1/unload_lora_adapter", "admin"),
+        ("GET", "/v1/adapters", "admin infer"), ("GET", "/v1/adapters/a/b", "admin infer"),
+        ("POST", "/v1/adapters/a/pin", "admin"), ("DELETE", "/v1/adapters/a", "admin"),
+        ("GET", "/v1/models/a", "admin infer"), ("POST", "/v1/completions", "infer"), ("POST", "/tokenize", "infer"),
+        ("GET", "/health/", "infer"), ("GET", "//health", "infer"), ("GET", "/docs", "infer"),
+        ("GET", "/healthz", "infer"), ("GET", "/v1/adapters_of_mine", "infer"), ("OPTIONS", "/v1/adapters", "admin"),
+    ],
+)  # fmt: skip
+def test_scopes_of_routes(method, path, scopes):
+    assert scopes_of(method, path) == frozenset(scopes.split())
+
+
+def test_who_is_on_this_machine():
+    near = [access._is_near({"client": client}) for client in (("127.0.0.1", 7), ("::1", 7), ("127.8.0.3", 1), None)]
+    far = [access._is_near({"client": client}) for client in (("10.0.0.3", 7), ("::2", 7), ("localhost", 7), ("", 0))]
+    assert (near, far) == ([True] * 4, [False] * 4)
+
+
+def test_a_quota_is_taken_and_given_back(monkeypatch):
+    now = 100.0
+    monkeypatch.setattr(quota, "monotonic", lambda: now)
+    quotas, alice, bob = Quotas(), Key(name="alice", max_requests=5), Key(name="bob", max_requests=5)
+    with quotas.choices(alice, 3):
+        with quotas.choices(bob, 5), quotas.choices(alice, 2):
+            pass
+        with pytest.raises(TooManyRequestsError, match=r"3 choices .* it may have 5 \(max_requests\)"):
+            quotas.choices(alice, 3).__enter__()
+    with pytest.raises(RefusedError, match=r"6 choices .* are asked for, and this key may have 5") as refused:
+        quotas.choices(alice, 6).__enter__()
+    assert refused.value.status == 400
+    with quotas.choices(Key(), 10**6), quotas.tokens(alice, 10**6):
+        pass
+
+
+def test_the_time_after_which_to_ask_again_is_that_in_which_as_much_ended_lately(monkeypatch):
+    now = 100.0
+    monkeypatch.setattr(quota, "monotonic", lambda: now)
+    quotas, key = Quotas(), Key(name="alice", max_requests=5)
+    for _ in range(4):  # one a minute ends
+        now += 60
+        with quotas.choices(key, 1):
+            pass
+    with quotas.choices(key, 5), pytest.raises(TooManyRequestsError, match="ask again in 120 s"):
+        quotas.choices(key, 2).__enter__()
+
+
+def test_tokens_count_apart_from_choices():
+    quotas, key = Quotas(), Key(name="a", max_tokens=100)
+    with quotas.tokens(key, 60), quotas.choices(key, 1000), pytest.raises(TooManyRequestsError, match="60 tokens"):
+        quotas.tokens(key, 41).__enter__()
+    with quotas.tokens(key, 100):
+        pass
+
+
+def test_a_key_that_is_made_is_one_of_the_file(tmp_path):
+    file = tmp_path / "keys.yaml"
+    made = CliRunner().invoke(app, ["add-key", "alice", "--file", str(file)])
+    assert made.exit_code == 0
+    file.write_text("# ours\n" + file.read_text())
+    more = ["--scope", "infer", "--scope", "admin", "--sees", "sql-*", "--weight", "2", "--max-requests", "7"]
+    other = CliRunner().invoke(app, ["add-key", "bob", "--file", str(file), *more, "--max-tokens", "900"])
+    keys = Keys(file)
+    assert keys.find(made.stdout.strip()) == Key(name="alice", scopes=frozenset({INFER}))
+    assert keys.find(other.stdout.strip()) == Key(
+        name="bob", scopes=frozenset({INFER, ADMIN}), adapters=("sql-*",), weight=2.0, max_requests=7, max_tokens=900
+    )
+    assert file.read_text().startswith("# ours\n")
+    assert made.stdout.strip() not in file.read_text()
+    assert file.stat().st_mode & 0o777 == 0o600
+    again = CliRunner().invoke(app, ["add-key", "bob", "--file", str(file)])
+    assert again.exit_code == 2
+    assert "has a key of the name 'bob' already" in " ".join(again.output.split())
+    wrong = CliRunner().invoke(app, ["add-key", "carol", "--file", str(file), "--scope", "root"])
+    assert (wrong.exit_code, len(read_keys(file))) == (2, 2)
+    as_json = write(tmp_path / "keys.json", {"name": "alice"})
+    made = CliRunner().invoke(app, ["add-key", "bob", "--file", str(as_json)])
+    assert [entry["name"] for entry in json.loads(as_json.read_text())] == ["alice", "bob"]
+    assert Keys(as_json).find(made.stdout.strip()) is not None
