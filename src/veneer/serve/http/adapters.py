@@ -101,8 +101,8 @@ class Adapters:
         app.post("/v1/load_lora_adapter", **text)(self.load)
         app.post("/v1/unload_lora_adapter", **text)(self.unload)
         app.get("/v1/adapters", **documented(AdapterList))(self.listed)
-        app.post("/v1/adapters/{name:path}/pin", **documented(AdapterCard, body=False))(self.pin)
-        app.post("/v1/adapters/{name:path}/unpin", **documented(AdapterCard, body=False))(self.unpin)
+        app.post("/v1/adapters/{name:path}/pin", **documented(AdapterCard))(self.pin)
+        app.post("/v1/adapters/{name:path}/unpin", **documented(AdapterCard))(self.unpin)
         app.get("/v1/adapters/{name:path}", **documented(AdapterCard, body=False))(self.one)
 
     async def load(self, body: LoadBody) -> PlainTextResponse:
