@@ -13,13 +13,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from veneer import LLM, PeftModel, PoolingParams, SamplingParams
+from veneer import LLM, LoraConfig, LoRARequest, PeftModel, PoolingParams, SamplingParams
 from veneer.errors import ConfigError, NonFiniteError
 from veneer.serve.bound import LogitRows
 
 from .conftest import METHODS, make_model
 from .test_http import Server
 from .test_llm_exact import PROMPTS
+from .test_program import OWN, _saved, tied_model
 
 LAST, MEAN = PoolingParams(normalize=False), PoolingParams(pooling="mean", normalize=False)
 IN_TORCH = ("oft", "lokr")  # which compute a part of their rows
@@ -68,6 +69,26 @@ def test_of_every_method_in_one_batch(adapters, tokenizer, general):
     for i in () if general else range(len(names)):
         if names[i] not in IN_TORCH:
             assert embeddings(llm, [prompts[i]], params[i], [asked[i]]) == [found[i]]
+
+
+def test_by_both_runners_in_one_step(tokenizer, tmp_path):
+    """An adapter that the program has no place for, beside the base and an answer of its own."""
+    config = LoraConfig(r=2, **OWN["kept tied"])
+    folder = str(_saved(tmp_path / "x", tied_model(), config, 4))
+    model, adapter = PeftModel.from_pretrained(tied_model(), folder), LoRARequest("x", 1, folder)
+    llm = LLM(tied_model(), tokenizer=tokenizer, max_num_batched_tokens=11)
+    llm.enqueue(PROMPTS[1:3], SamplingParams(temperature=0, max_tokens=9), lora_request=adapter)
+    prompts, asked, params = PROMPTS[1:5], [adapter, None, adapter, None], [MEAN, MEAN, LAST, LAST]
+    found = embeddings(llm, prompts, params, asked)
+    answered = [each.outputs[0].token_ids for each in llm.wait_for_completion(use_tqdm=False)]
+    assert llm.engine.runner.general.loaded
+    assert answered == [
+        model.generate(torch.tensor([prompt]), max_new_tokens=9, do_sample=False)[0, len(prompt) :].tolist()
+        for prompt in PROMPTS[1:3]
+    ]
+    right = [states(tied_model() if each is None else model, p) for p, each in zip(prompts, asked, strict=True)]
+    expected = [each[-1] if own is LAST else each.mean(dim=0) for each, own in zip(right, params, strict=True)]
+    torch.testing.assert_close(torch.tensor(found), torch.stack(expected), rtol=1e-3, atol=1e-4)
 
 
 def test_beside_answers_and_in_chunks(adapters, tokenizer):
