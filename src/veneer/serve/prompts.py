@@ -97,9 +97,20 @@ class PromptReader:
                 f"this model's maximum context length is {self.most} tokens of at most {self._longest} characters, and "
                 f"the prompt has {len(text)} characters: shorten it"
             )
+        if not _is_text(text):
+            raise ConfigError("the prompt holds half of a surrogate pair, which is no character: leave it out")
         return list(self.tokenizer(text, verbose=False, **how)["input_ids"])  # `Engine.asked` refuses what is too long
 
     @cached_property
     def _longest(self) -> int:
         """Characters of the longest token."""
         return max(map(len, self.tokenizer.get_vocab()))
+
+
+def _is_text(text: str) -> bool:
+    """False for a text with lone surrogates, which JSON can write and UTF-8 cannot."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

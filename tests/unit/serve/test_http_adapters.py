@@ -20,6 +20,7 @@ from veneer import LLM, LoraConfig, LoRARequest, SamplingParams
 from veneer.contract import source
 from veneer.errors import ConfigError, FormatError
 from veneer.serve.http.errors import ModelNotFoundError, RefusedError
+from veneer.serve.http.folder import AdapterFolder
 from veneer.serve.http.roots import Roots
 
 from .conftest import save_adapter
@@ -410,3 +411,27 @@ def test_a_request_on_its_way_does_not_bring_a_dropped_name_back(base_folder, ll
     assert (engine.pool.names, dict(engine.runner.loaded)) == ({}, {})
     assert answered(8) == expected(llm, adapters["vera"])
     assert (list(engine.pool.names), len(engine.runner.loaded)) == (["late"], 1)
+
+
+def test_a_folder_that_cannot_be_listed_is_refused(places, monkeypatch):
+    def deny(folder: Path) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(os, "scandir", deny)
+    with pytest.raises(RefusedError, match="cannot be listed: Permission denied"):
+        Roots([places / "in"]).folder("a")
+
+
+def test_a_name_that_leads_into_the_servers_folder_is_no_name_of_a_folder_there(server, served):
+    shutil.copytree(served / "vera", served / "deep" / "sql")
+    for name, path in (("deep/sql", "deep/sql"), ("./vera", "vera")):
+        assert change(server, "load", lora_name=name, lora_path=path)[0] == 200
+        assert text(server, name) == text(server, "vera")
+        assert change(server, "unload", lora_name=name)[0] == 200
+    shutil.rmtree(served / "deep")
+
+
+def test_a_folder_whose_name_is_no_text_is_not_served(adapters, tmp_path):
+    for name in ("a", os.fsdecode(b"\xff")):
+        shutil.copytree(adapters["lora"].path, tmp_path / name)
+    assert AdapterFolder(tmp_path, (), lambda names: None).names == ("a",)

@@ -322,3 +322,14 @@ def test_a_certificate_that_cannot_be_used_is_told(certificate, tmp_path):
     )  # fmt: skip
     with pytest.raises(ConfigError, match="is encrypted"):
         require_certificate(certificate[0], locked)
+
+
+def test_a_mix_is_seen_by_keys_that_see_all_its_parts(server):
+    mix = {"lora_name": "a-mix", "adapter": {"a-lora": 0.5, "b-vera": 0.5}}
+    assert ask(server, "all", "POST", "/v1/load_lora_adapter", mix).status == 200
+    for path in ("/v1/models", "/v1/adapters", "/v1/models/a-mix"):
+        assert "b-vera" not in ask(server, "a", "GET", path).text
+        assert "b-vera" in ask(server, "all", "GET", path).text
+    unload = {"lora_name": "a-mix"}
+    assert ask(server, "admin-of-a", "POST", "/v1/unload_lora_adapter", unload).status == 404
+    assert ask(server, "all", "POST", "/v1/unload_lora_adapter", unload).status == 200

@@ -299,3 +299,20 @@ def test_what_means_nothing_here_is_accepted(server):
     }  # fmt: skip
     status, answer = server.post("/v1/responses", body)
     assert (status, answer["store"], answer["output"][0]["content"][0]["logprobs"]) == (200, False, [])
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_half_of_a_surrogate_pair_that_a_client_sent_comes_back(server, stream):
+    body = {**ASKED, "input": "x", "metadata": {"\ud800": "v"}, "stream": stream}
+    asked = urllib.request.Request(
+        f"{server.url}/v1/responses", json.dumps(body).encode(), {"Content-Type": "application/json"}
+    )
+    with urllib.request.urlopen(asked) as answer:
+        told = answer.read().decode()
+    whole = json.loads(told.rpartition("data: ")[2])
+    assert (whole["response"] if stream else whole)["metadata"] == {"\ud800": "v"}
+
+
+def test_half_of_a_surrogate_pair_in_an_error_is_told(server):
+    status, told = server.post("/v1/responses", {"input": [{"role": "user", "content": "x", "\ud800": 1}]})
+    assert (status, told["error"]["param"]) == (400, "input.0.\\ud800")

@@ -64,6 +64,8 @@ def test_a_key_is_found_by_its_digest(tmp_path):
         (f"[{{name: a, sha256: {'a' * 64}}}, {{name: a, sha256: {'b' * 64}}}]", "name 'a' is given 2 times"),
         (f"[{{name: a, sha256: {'a' * 64}}}, {{name: b, sha256: {'a' * 64}}}]", "is given 2 times"),
         ("[", "while parsing"),
+        ("[2026-13-45]", "month must be in 1..12"),
+        ("[" * 5000, "recursion"),
         (b"\xff", "keys.yaml is no list of keys"),
         (None, "cannot be read: No such file"),
     ],

@@ -91,7 +91,8 @@ async def unless_left(request: Request, found: Coroutine[Any, Any, str]) -> Resp
         await asyncio.wait({finding, leaving}, return_when=asyncio.FIRST_COMPLETED)
         if not finding.done():
             return Response(status_code=GONE)
-        return Response(finding.result(), media_type="application/json")
+        # What a client sent may hold lone surrogates: in JSON a backslash escape is what they are.
+        return Response(finding.result().encode(errors="backslashreplace"), media_type="application/json")
     finally:
         leaving.cancel()
         finding.cancel()

@@ -23,6 +23,7 @@ _TYPES = {
 }  # fmt: skip
 _NO_JSON = "json_invalid"
 _TOLD = 10  # problems of one body in a message
+_LONGEST_NAME = 100  # characters of a field's name in a message
 
 
 class RefusedError(ConfigError):
@@ -88,7 +89,13 @@ def error_body(error: VeneerError, param: str | None = None) -> dict[str, Any]:
 
 
 def _body(message: str, status: int, param: str | None = None) -> dict[str, Any]:
-    return {"error": {"message": message, "type": _TYPES.get(status, "Error"), "param": param, "code": status}}
+    told = {"message": _sendable(message), "type": _TYPES.get(status, "Error"), "param": param and _sendable(param)}
+    return {"error": told | {"code": status}}
+
+
+def _sendable(text: str) -> str:
+    """Text as UTF-8 can have it: a body may hold half of a surrogate pair."""
+    return text.encode(errors="backslashreplace").decode()
 
 
 def status_of(error: VeneerError) -> int:
@@ -158,11 +165,12 @@ def _said(problem: dict[str, Any]) -> str:
         return f"the body is not JSON: {problem['ctx']['error']}, at character {problem['loc'][1]}"
     if problem["type"] == "extra_forbidden":
         known = list(problem.get("ctx", {}).get("known", ()))
-        close = difflib.get_close_matches(place, known, n=1)
+        close = difflib.get_close_matches(place, known, n=1)  # cut before: it takes seconds for megabytes
         return f"unknown field {place!r}" + (f"; did you mean {close[0]!r}?" if close else "")
     return f"{place or 'the body'}: {problem['msg']}"
 
 
 def _place(problem: dict[str, Any]) -> str:
     """The field that a problem is about; empty for the body as a whole."""
-    return "" if problem["type"] == _NO_JSON else ".".join(str(part) for part in problem["loc"][1:])
+    parts = () if problem["type"] == _NO_JSON else problem["loc"][1:]
+    return ".".join(str(part)[:_LONGEST_NAME] for part in parts)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import threading
 from collections.abc import Callable, Collection, Iterable
 from collections.abc import Set as AbstractSet
@@ -48,7 +49,7 @@ class AdapterFolder:
 
     def has(self, name: str) -> bool:
         """Look at one adapter now; return True if it is there, and served."""
-        if not _is_entry(name) or name in self._taken:
+        if not is_entry(name) or name in self._taken:
             return False
         if not is_adapter(self.folder / name):
             self._change((), {name})
@@ -98,13 +99,13 @@ def is_adapter(folder: Path) -> bool:
     return all(os.path.isfile(folder / name) for name in (CONFIG_FILE, WEIGHTS_FILE))  # False for a name too long
 
 
-def _is_entry(name: str) -> bool:
-    """True for a name that an entry of a folder can have, and so leads nowhere else."""
-    return name not in ("", ".", "..") and not {"/", "\0"} & set(name)
+def is_entry(name: str) -> bool:
+    """Return True for a name that an entry of a folder can have, and so leads nowhere else, and that UTF-8 can have."""
+    return name not in ("", ".", "..") and not {"/", "\0"} & set(name) and not re.search("[\ud800-\udfff]", name)
 
 
 def _entries(folder: Path) -> set[str]:
     try:
-        return set(os.listdir(folder))
+        return set(filter(is_entry, os.listdir(folder)))
     except OSError:  # it is gone, and may come again
         return set()

@@ -107,7 +107,7 @@ def entries_of(path: Path, content: bytes) -> list[KeyEntry]:
     """Return the entries in the content of a file. Raises ConfigError with what is wrong with each."""
     try:
         given = yaml.safe_load(content)  # JSON is YAML too
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # no UTF-8, a date that is none, a thousand brackets
         raise _wrong(path, [" ".join(str(error).split())]) from error
     try:
         return TypeAdapter(list[KeyEntry]).validate_python([] if given is None else given)

@@ -15,13 +15,14 @@ from typing import Any
 from veneer.core.nearest import nearest
 from veneer.serve.engine import Engine
 from veneer.serve.http.errors import ModelNotFoundError
-from veneer.serve.http.folder import AdapterFolder, is_adapter
+from veneer.serve.http.folder import AdapterFolder, is_adapter, is_entry
 from veneer.serve.http.key import ANYBODY, CALLER, Key
 from veneer.serve.latest import Latest
 from veneer.serve.lora_request import LoRARequest
 
 _MIXES = 64  # clients may think of any number of weights
 _VIEWS = 64  # lists of names that keys see
+_LONGEST = 256  # characters of an unknown name that are compared, and told
 _COMPARED, _TOLD = 1000, 10  # names, for the nearest of them, and in a message; /v1/models lists them all
 MIX = "mix/"
 """Beginning of the names of mixes that a body describes."""
@@ -90,7 +91,7 @@ class Catalogue:
             return None
         found = self._found(name)
         if found is None:
-            raise ModelNotFoundError(f"no model {name!r}{_those_there(name, (*self._names, *self.names()))}")
+            raise ModelNotFoundError(f"no model {name[:_LONGEST]!r}{_those_there(name, (*self._names, *self.names()))}")
         return found
 
     def mix(self, weights: Mapping[str, float]) -> LoRARequest:
@@ -128,7 +129,7 @@ class Catalogue:
             return there
         known = self._views.get(key.adapters)
         if known is None or known[0] is not there:
-            known = there, tuple(filter(key.sees, there))
+            known = there, tuple(filter(self._sees, there))
             self._views.put(key.adapters, known)
         return known[1]
 
@@ -165,7 +166,7 @@ class Catalogue:
         """
         if name in self._names:
             raise ModelNotFoundError(f"{name!r} is the base, which stays: give the name of an adapter", "lora_name")
-        if name not in self._loaded or not self.caller.sees(name):  # what was loaded may have no files any more
+        if name not in self._loaded or not self._sees(name):  # what was loaded may have no files any more
             self.find(name)
         with self._lock:
             self._loaded.pop(name, None)
@@ -177,7 +178,9 @@ class Catalogue:
 
     def owns(self, name: str, loaded: Loaded) -> bool:
         """Return True for the folder of this name among the adapters' folders."""
-        return self._folder is not None and (self._folder.folder / name).resolve() == loaded.folder
+        if self._folder is None or not is_entry(name):
+            return False
+        return (self._folder.folder / name).resolve() == loaded.folder
 
     def in_folder(self, name: str) -> bool:
         """Return True if a name is that of an adapter of the folder, which is served."""
@@ -224,6 +227,11 @@ class Catalogue:
             self._all = names, n_changes, tuple(sorted({*names, *self._loaded})) if self._loaded else names
         return self._all[2]
 
+    def _sees(self, name: str) -> bool:
+        """True for an adapter that the caller may know of; of a mix all parts, which its card names."""
+        loaded = self._loaded.get(name)
+        return all(map(self.caller.sees, (name, *((loaded and loaded.weights) or ()))))
+
     def _found(self, name: str) -> LoRARequest | None:
         """Look at one adapter; None also if the caller may not see it."""
         if not self.caller.sees(name):
@@ -254,7 +262,9 @@ class Catalogue:
         found = {name: self._found(name) for name in sorted(weights)}
         unknown = next((name for name in weights if found[name] is None), None)
         if unknown is not None:
-            raise ModelNotFoundError(f"no adapter {unknown!r}{_those_there(unknown, self.names())}", "adapter")
+            raise ModelNotFoundError(
+                f"no adapter {unknown[:_LONGEST]!r}{_those_there(unknown, self.names())}", "adapter"
+            )
         return [(part, weights[name]) for name, part in found.items() if part is not None]
 
     def _forget(self, names: AbstractSet[str]) -> None:
@@ -289,7 +299,7 @@ class Catalogue:
 
 def _those_there(name: str, names: Sequence[str]) -> str:
     """The end of a message about an unknown name: the nearest where that is soon found, and the first of all."""
-    close = nearest(name, names, n=1) if len(names) <= _COMPARED else []
+    close = nearest(name[:_LONGEST], names, n=1) if len(names) <= _COMPARED else []
     there = f"did you mean {close[0]!r}? Known:" if close else "known:"
     more = f" and {len(names) - _TOLD:,} more, see /v1/models" if len(names) > _TOLD else ""
     return f"; {there} {', '.join(names[:_TOLD]) or 'none'}{more}"

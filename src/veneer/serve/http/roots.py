@@ -62,7 +62,13 @@ class Roots:
         return next((root for root in self._folders if place.is_relative_to(root)), None)
 
     def _require_no_link_out(self, given: str, folder: Path) -> None:
-        for entry in os.scandir(folder):
+        try:
+            entries = list(os.scandir(folder))
+        except OSError as error:
+            raise RefusedError(
+                f"{_PARAM}={given!r} cannot be listed: {error.strerror}. Let it be read", _PARAM
+            ) from error
+        for entry in entries:
             if entry.is_symlink() and self._root_of(Path(os.path.realpath(entry.path))) is None:
                 raise RefusedError(
                     f"{_PARAM}={given!r} is not allowed: {entry.name} there is a link that leads out. {self._told()}",

@@ -106,7 +106,11 @@ class Tokens:
         return _json(TokenizeAnswer(count=len(ids), max_model_len=longest, tokens=ids, token_strs=strings))
 
     def _detokenized(self, body: DetokenizeBody) -> Response:
-        n_ids = self._service.engine.settings.vocabulary
+        n_ids, longest = self._service.engine.settings.vocabulary, self._service.engine.scheduler.limits.max_model_len
+        if len(body.tokens) > longest:
+            raise ConfigError(
+                f"tokens holds {len(body.tokens)} ids, and at most {longest} are taken, this model's context: send less"
+            )
         wrong = [id for id in body.tokens if not 0 <= id < n_ids]
         if wrong:
             raise ConfigError(f"tokens holds {wrong[:5]}, which are no token ids: those are 0 to {n_ids - 1}")

@@ -102,4 +102,4 @@ def _sent(events: Iterator[Event]) -> bytes:
     """Events as a stream sends them, each as it is when it comes."""
     return "".join(
         f"event: {event['type']}\ndata: {json.dumps(event, ensure_ascii=False)}\n\n" for event in events
-    ).encode()
+    ).encode(errors="backslashreplace")  # a client's lone surrogates: this is how JSON writes them
