@@ -57,14 +57,17 @@ def _folders(adapters: list[Path], output: Path) -> dict[str, Path]:
 def _show(written: Mapping[str, VllmReport]) -> None:
     table = Table(box=box.SIMPLE)
     for title in ("adapter", "method", "written"):
-        table.add_column(title, overflow="fold")
-    for title in ("rank", "layers", "size", "error", "worst layer"):
-        table.add_column(title, justify="right", overflow="fold")
+        table.add_column(title, no_wrap=True)
+    for title in ("rank", "layers", "size", "error", "worst"):
+        table.add_column(title, justify="right", no_wrap=True)
     for name, report in written.items():
         how = "as it is" if report.copied else "reduced" if report.error else "exact"
-        errors = (f"{report.error:.2%}", f"{report.worst:.2%} {report.worst_layer}") if report.error else ("0", "")
+        errors = (f"{report.error:.2%}", f"{report.worst:.2%}") if report.error else ("0", "")
         table.add_row(name, report.method, how, str(report.rank), str(report.n_layers), size(report.n_bytes), *errors)
     Console().print(table)
+    for name, report in written.items():
+        if report.error:
+            typer.echo(f"{name}: worst layer {report.worst_layer}")
 
 
 def _next(written: Mapping[str, VllmReport], output: Path) -> str:

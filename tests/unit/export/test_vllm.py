@@ -257,6 +257,7 @@ def test_the_command_tells_what_was_written_and_what_was_not(base: Path, tmp_pat
     assert "as it is" in rows["sql"]
     assert "reduced" in rows["dora"]
     assert "%" in rows["dora"]
+    assert rows["dora:"].startswith("dora: worst layer model.layers.")
     assert "not written (1 of 3): the adapter" in done.stderr
     assert "is scaled" in done.stderr
     assert f"--enable-lora --max-lora-rank 16 --lora-modules sql={tmp_path / 'out' / 'sql'} dora=" in done.stderr
