@@ -83,8 +83,8 @@ class Engine:
         self._n_ended = 0  # answers, since the last step
         self._numbers, self._keys = itertools.count(), itertools.count()
         self._adapters: dict[str, LoRARequest] = {}
-        self._preloads = Preloads(self.pool, self._adapters)
         self._dropped: Latest[str, int] = Latest(_DROPPED)  # numbers of requests by names that were dropped
+        self._preloads = Preloads(self.pool, self._adapters, self._dropped)
 
     @property
     def has_work(self) -> bool:

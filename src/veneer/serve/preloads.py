@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from veneer.errors import ConfigError, VeneerError
 from veneer.serve.adapter_pool import AdapterPool
 from veneer.serve.adapter_version import AdapterVersion
+from veneer.serve.latest import Latest
 from veneer.serve.lora_request import LoRARequest
 
 
@@ -27,11 +28,12 @@ class Preload:
 class Preloads:
     """Preloads by version. Each counts in the pool as a request that waits, so that its version stays known.
 
-    ``adapters`` are those that have a name, by their names.
+    ``adapters`` are those that have a name, by their names. ``dropped`` are the numbers up to which requests do not
+    bring a name back.
     """
 
-    def __init__(self, pool: AdapterPool, adapters: dict[str, LoRARequest]) -> None:
-        self._pool, self._adapters = pool, adapters
+    def __init__(self, pool: AdapterPool, adapters: dict[str, LoRARequest], dropped: Latest[str, int]) -> None:
+        self._pool, self._adapters, self._dropped = pool, adapters, dropped
         self._wanted: dict[str, list[Preload]] = {}
 
     def __bool__(self) -> bool:
@@ -68,6 +70,8 @@ class Preloads:
 
     def _name(self, preload: Preload) -> None:
         name = preload.request.name
+        if preload.request.adapter_id <= (self._dropped.get(name) or 0):  # while it was loaded
+            return
         self._pool.bind(name, preload.version)
         self._adapters[name] = preload.request
         if preload.pins:

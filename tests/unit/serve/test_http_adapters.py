@@ -264,10 +264,10 @@ def test_one_change_of_a_name_at_a_time(server, monkeypatch):
     begun, may_end = threading.Event(), threading.Event()
     folder = Roots.folder
 
-    def slow(self: Roots, given: str) -> Path:
+    def slow(self: Roots, given: str, hides: Any) -> Path:
         begun.set()
         assert may_end.wait(60)
-        return folder(self, given)
+        return folder(self, given, hides)
 
     monkeypatch.setattr(Roots, "folder", slow)
     found: list[Any] = []
@@ -308,6 +308,14 @@ def test_an_id_on_the_hub_is_fetched_if_it_is_allowed(server, root, llm, adapter
     assert change(server, "load", lora_name="x", lora_path="you/lora")[0] != 200
     assert len(threads) == 2
     assert server.thread not in threads
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_download_that_meets_a_defect_is_answered_and_its_name_free_again(server, monkeypatch):
+    monkeypatch.setattr(source, "snapshot_download", lambda repo, **options: raises(ArithmeticError("odd")))
+    for _ in range(2):
+        refused = change(server, "load", lora_name="x", lora_path="me/lora")
+        assert (refused[0], "defect" in refused[1]) == (500, True)
 
 
 def test_there_is_a_place_or_the_reason_why_not(base_folder, adapters):
@@ -411,6 +419,17 @@ def test_a_request_on_its_way_does_not_bring_a_dropped_name_back(base_folder, ll
     assert (engine.pool.names, dict(engine.runner.loaded)) == ({}, {})
     assert answered(8) == expected(llm, adapters["vera"])
     assert (list(engine.pool.names), len(engine.runner.loaded)) == (["late"], 1)
+
+
+def test_a_name_that_is_dropped_while_it_is_loaded_stays_dropped(base_folder, adapters):
+    engine = LLM(base_folder).engine
+    told = engine.preload(LoRARequest("gone", 7, adapters["vera"].path), pins=True)
+    engine.forget("gone", 7)
+    while not told.done():
+        if engine.has_work or engine.wait(9):
+            engine.step()
+    engine.step()
+    assert (told.result(), engine.pool.names, dict(engine.runner.loaded)) == (None, {}, {})
 
 
 def test_a_folder_that_cannot_be_listed_is_refused(places, monkeypatch):

@@ -74,7 +74,7 @@ def test_every_route_needs_a_key_but_those_that_tell_nothing(server):
     assert ("/openapi.json", "GET") in routes
     for path, method in routes:
         answer = ask(server, None, method, path.replace("{name:path}", "x").replace("{id:path}", "x"))
-        is_open = path in {"/", "/health", "/ready", "/version", "/ping"}
+        is_open = path in {"/", "/health", "/ready", "/version"}
         assert (answer.status != 401) == is_open, path
         assert is_open == (not scopes_of(method, path))
         if not is_open:
@@ -195,6 +195,9 @@ def test_an_admin_of_some_adapters_changes_no_others(server):
     assert status("load", lora_name="b-lora", lora_path="b-lora", load_inplace=True) == 403
     assert status("load", lora_name="b-new", lora_path="b-lora") == 403
     assert status("load", lora_name="a-both", adapter={"a-lora": 0.5, "b-lora": 0.5}) == 404
+    assert status("load", lora_name="a-new", lora_path="b-lora") == 404
+    assert status("load", lora_name="a-new", lora_path="a-lora") == 200
+    assert status("unload", lora_name="a-new") == 200
     assert ask(server, "admin-of-a", "POST", "/v1/adapters/b-lora/pin").status == 404
     assert status("load", lora_name="a-both", adapter={"a-lora": 0.5, "a-rs": 0.5}) == 200
     assert ask(server, "a", "POST", "/v1/completions", {**ASK, "model": "a-both"}).status == 200

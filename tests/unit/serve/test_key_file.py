@@ -122,7 +122,7 @@ def test_patterns_of_adapters():
 @pytest.mark.parametrize(
     ("method", "path", "scopes"),
     [
-        ("GET", "/health", ""), ("GET", "/ready", ""), ("GET", "/version", ""), ("GET", "/ping", ""), ("GET", "/", ""),
+        ("GET", "/health", ""), ("GET", "/ready", ""), ("GET", "/version", ""), ("GET", "/", ""),
         ("GET", "/metrics", "admin"), ("GET", "/metrics/", "admin"), ("POST", "/v1/load_lora_adapter", "admin"),
         ("POST", "/v1/load_lora_adapter/", "admin"), ("POST", "/v1/unload_lora_adapter", "admin"),
         ("GET", "/v1/adapters", "admin infer"), ("GET", "/v1/adapters/a/b", "admin infer"),

@@ -13,7 +13,7 @@ from veneer.serve.http.key import ADMIN, ANYBODY, CALLER, INFER, NOBODY, Key
 from veneer.serve.http.key_file import Keys
 from veneer.serve.http.request_record import current_record
 
-_OPEN = frozenset({"/", "/health", "/ping", "/ready", "/version"})
+_OPEN = frozenset({"/", "/health", "/ready", "/version"})
 _ADMINS = ("/metrics", "/v1/load_lora_adapter", "/v1/unload_lora_adapter")
 _LISTS = ("/v1/models", "/v1/adapters")  # of what a key sees; whatever changes an adapter is an admin's
 _VISITOR = replace(ANYBODY, scopes=frozenset({INFER}))

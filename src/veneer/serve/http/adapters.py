@@ -17,7 +17,7 @@ from pydantic import BaseModel, model_validator
 from pydantic_core import PydanticCustomError
 
 from veneer.contract.source import hub_folder
-from veneer.errors import FormatError, VeneerError
+from veneer.errors import FormatError, ServingError, VeneerError
 from veneer.serve.adapter_version import AdapterState
 from veneer.serve.async_engine import AsyncEngine
 from veneer.serve.http.documented import documented
@@ -204,7 +204,7 @@ class Adapters:
         given = body.lora_path or ""
         id = self._roots.hub_id(given)
         if id is None:
-            return Loaded(folder=await asyncio.to_thread(self._roots.folder, given))
+            return Loaded(folder=await asyncio.to_thread(self._roots.folder, given, self._catalogue.hides))
         async with self._downloads:
             return Loaded(folder=await self._running.settled(_beside(partial(hub_folder, id))), hub=id)
 
@@ -248,6 +248,9 @@ def _beside(work: Callable[[], Result]) -> Future[Result]:
                 told.set_result(work())
             except (VeneerError, OSError) as error:
                 told.set_exception(error if isinstance(error, VeneerError) else FormatError(str(error)))
+            finally:
+                if not told.done():  # of what is a defect, the log has the traceback
+                    told.set_exception(ServingError("the download ended with a defect of the server"))
 
     threading.Thread(target=run, name="veneer download", daemon=True).start()
     return told

@@ -176,6 +176,13 @@ class Catalogue:
         self._forget({name})
         self._drop(name)
 
+    def hides(self, folder: Path) -> bool:
+        """Return True for the folder of an adapter that the caller does not see, and for one within it."""
+        root = None if self._folder is None else self._folder.folder.resolve()
+        if root is None or root not in folder.parents:
+            return False
+        return not self.caller.sees(folder.relative_to(root).parts[0])
+
     def owns(self, name: str, loaded: Loaded) -> bool:
         """Return True for the folder of this name among the adapters' folders."""
         if self._folder is None or not is_entry(name):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import fnmatch
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path, PurePath
 
 from veneer.serve.http.errors import ModelNotFoundError, RefusedError
@@ -31,9 +31,10 @@ class Roots:
         allowed = any(fnmatch.fnmatchcase(given, pattern) for pattern in self._hub)
         return given if allowed and ".." not in given and _HUB_ID.fullmatch(given) else None
 
-    def folder(self, given: str) -> Path:
+    def folder(self, given: str, hides: Callable[[Path], bool] = lambda folder: False) -> Path:
         """Return the folder of an adapter, without links in its path. A relative path begins here, or in a root.
 
+        A folder that the caller may not see (``hides``) is not there.
         Raises RefusedError for a path that leads elsewhere, and ModelNotFoundError if no adapter is there.
         """
         self._require_path(given)
@@ -42,7 +43,7 @@ class Roots:
         allowed = [place for place in places if self._root_of(place) is not None]
         if not allowed:
             raise RefusedError(f"{_PARAM}={given!r} is not allowed: {self._told()}", _PARAM)
-        found = next(filter(is_adapter, allowed), None)
+        found = next((place for place in allowed if is_adapter(place) and not hides(place)), None)
         if found is None:
             raise ModelNotFoundError(
                 f"there is no adapter at {_PARAM}={given!r}: an adapter is a folder with adapter_config.json and "
