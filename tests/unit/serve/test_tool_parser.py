@@ -13,6 +13,7 @@ from veneer.serve.calls import Calls
 from veneer.serve.http.chat import shape
 from veneer.serve.outputs import CompletionOutput
 from veneer.serve.sampling_params import SamplingParams
+from veneer.serve.tool_calls.arguments import ObjectArguments
 from veneer.serve.tool_calls.format import CallFormat
 from veneer.serve.tool_calls.functions import Function, Tools
 from veneer.serve.tool_calls.known import PLAIN, known_format
@@ -139,6 +140,18 @@ def test_strings_of_fields_come_in_pieces_and_other_values_whole():
     assert parser.feed('o</arg>\n  <arg k="days">1') == [Arguments(0, 'o", "days": ')]
     assert parser.feed("2") == []
     assert parser.feed("</arg>\n</invoke>")[0] == Arguments(0, "12}")
+
+
+def test_a_long_value_is_looked_through_once(monkeypatch):
+    read_of, own = list[int](), ObjectArguments.read
+    monkeypatch.setattr(
+        ObjectArguments, "read", lambda self, text, **how: read_of.append(len(text)) or own(self, text, **how)
+    )
+    end = form("fields").fields.end
+    value = f'["{(end + "x") * 700}"]'
+    parser = Parser(form("fields"), {"f": {"properties": {"v": {"type": "array"}}}})
+    parser.feed(f'<invoke fn="f">\n  <arg k="v">{value}')
+    assert 700 * len(end) <= sum(read_of) <= len(value)
 
 
 @pytest.mark.parametrize(

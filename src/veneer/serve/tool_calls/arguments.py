@@ -34,9 +34,10 @@ class ObjectArguments:
     def __init__(self) -> None:
         self._depth, self._in_string, self._escaped = 0, False, False
 
-    def ends_in_string(self, text: str) -> bool:
-        """Return True if a text ends within a string."""
-        return not self.read(text, final=True).ended and self._in_string
+    @property
+    def is_in_string(self) -> bool:
+        """True if what was read ends within a string."""
+        return self._in_string
 
     def read(self, text: str, *, final: bool) -> Read:
         """Read the next piece."""
@@ -104,14 +105,18 @@ class FieldArguments:
         schema = self._schema.get("properties", {}).get(key)
         self._kinds = kinds_of(schema)
         self._value, self._begun = "", False
+        self._scan, self._n_scanned, self._first, self._is_whole = ObjectArguments(), 0, "", False  # as JSON
         self._json += f"{front}{_quoted(key)}: "
 
     def _goes_on_in_string(self, more: str) -> bool:
         """True if a value that is JSON does not end behind ``more``, because a string in it does not."""
         if self._kinds == {"string"}:
             return False
-        value = (self._value + more).lstrip()
-        return value[:1] in ("{", "[", '"') and ObjectArguments().ends_in_string(value)
+        new = self._value[self._n_scanned :] + more  # each character once: values are long
+        self._n_scanned += len(new)
+        self._first = self._first or new.lstrip()[:1]
+        self._is_whole = self._is_whole or self._scan.read(new, final=True).ended
+        return self._first in ("{", "[", '"') and not self._is_whole and self._scan.is_in_string
 
     def _tell_more(self) -> None:
         """Tell the part of a string that is certain."""
