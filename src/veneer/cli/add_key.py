@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import secrets
+import stat
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +36,9 @@ def add_key(args: AddKeyArguments) -> None:
     entry |= {name: value for name, value in given.items() if value is not None}
     content = _with(args.file, entry)
     entries_of(args.file, content)
+    mode = stat.S_IMODE(args.file.stat().st_mode) if args.file.exists() else 0o600
     write_atomically(args.file, content)
-    args.file.chmod(0o600)
+    args.file.chmod(mode)  # a server of another user may read it by its group
     typer.echo(token)
 
 
@@ -44,6 +46,6 @@ def _with(file: Path, entry: dict[str, Any]) -> bytes:
     """The content of the file with an entry more; comments of a YAML file stay."""
     before = file.read_text(encoding="utf-8") if file.exists() else ""
     if before.lstrip().startswith("["):
-        return (json.dumps([*json.loads(before), entry], indent=2, ensure_ascii=False) + "\n").encode()
+        return (json.dumps([*yaml.safe_load(before), entry], indent=2, ensure_ascii=False) + "\n").encode()
     front = before if not before or before.endswith("\n") else before + "\n"
     return (front + yaml.safe_dump([entry], sort_keys=False, allow_unicode=True)).encode()

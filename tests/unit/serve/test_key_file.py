@@ -199,6 +199,9 @@ def test_a_key_that_is_made_is_one_of_the_file(tmp_path):
     wrong = CliRunner().invoke(app, ["add-key", "carol", "--file", str(file), "--scope", "root"])
     assert (wrong.exit_code, len(read_keys(file))) == (2, 2)
     as_json = write(tmp_path / "keys.json", {"name": "alice"})
+    as_json.write_text(as_json.read_text().replace('"name"', "name"))  # YAML
+    as_json.chmod(0o640)
     made = CliRunner().invoke(app, ["add-key", "bob", "--file", str(as_json)])
     assert [entry["name"] for entry in json.loads(as_json.read_text())] == ["alice", "bob"]
     assert Keys(as_json).find(made.stdout.strip()) is not None
+    assert as_json.stat().st_mode & 0o777 == 0o640
