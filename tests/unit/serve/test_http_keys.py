@@ -265,6 +265,29 @@ def test_a_key_has_limits_of_its_own(server, monkeypatch):
     ("127.0.0.1", "/v1/load_lora_adapter", 200), ("10.0.0.7", "/v1/completions", 200), ("10.0.0.7", "/health", 200),
 ])  # fmt: skip
 def test_without_keys_others_may_infer(client, path, status):
+    assert status_of(client, path) == status
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({"host": "localhost:8000"}, 200),
+        ({"host": "[::1]:8000", "origin": "http://[::1]:8000"}, 200),
+        ({"host": "127.0.0.1:8000", "origin": "https://evil.example"}, 403),
+        ({"host": "127.0.0.1:8000", "origin": "http://127.0.0.1:8001"}, 403),
+        ({"host": "127.0.0.1:8000", "origin": "null"}, 403),
+        ({"host": "evil.example:8000"}, 403),
+        ({"host": "evil.example", "origin": "http://evil.example"}, 403),
+        ({"host": "[::1"}, 403),
+    ],
+)
+def test_without_keys_no_page_of_another_site_has_what_this_machine_has(headers, status):
+    assert status_of("127.0.0.1", "/v1/load_lora_adapter", headers) == status
+    assert status_of("127.0.0.1", "/v1/completions", headers) == 200
+
+
+def status_of(client: str, path: str, headers: dict[str, str] | None = None) -> int:
+    """The status that a server without keys gives a client's request, whose key sees everything if it is admitted."""
     sent, seen = list[Any](), list[Any]()
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
@@ -273,11 +296,13 @@ def test_without_keys_others_may_infer(client, path, status):
     async def send(message: Any) -> None:
         sent.append(message)
 
-    scope = {"type": "http", "method": "POST", "path": path, "headers": [], "client": (client, 7)}
+    given = [(name.encode(), value.encode()) for name, value in (headers or {}).items()]
+    scope = {"type": "http", "method": "POST", "path": path, "headers": given, "client": (client, 7)}
     handled = Access(app, None)(scope, None, send)  # type: ignore[arg-type]
     with pytest.raises(StopIteration):
         handled.send(None)
-    assert (seen, [each["status"] for each in sent[:1]]) == (([True], []) if status == 200 else ([], [403]))
+    assert seen == ([] if sent else [True])
+    return sent[0]["status"] if sent else 200
 
 
 @pytest.fixture(scope="module")

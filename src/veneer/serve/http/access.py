@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 from dataclasses import replace
+from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -22,7 +23,8 @@ _VISITOR = replace(ANYBODY, scopes=frozenset({INFER}))
 class Access:
     """Middleware that finds the key of each request, which is then `CALLER`, and refuses what the key may not do.
 
-    Without ``keys``, this machine may do everything, and others may infer.
+    Without ``keys``, this machine may do everything, and others may infer. A web page of another site is one of those
+    others in this machine's browser: it reaches the server across sites, or by a name that points here.
     """
 
     def __init__(self, app: ASGIApp, keys: Keys | None) -> None:
@@ -54,13 +56,17 @@ class Access:
         if key.scopes.isdisjoint(needed):
             raise ForbiddenError(
                 f"{scope['method']} {scope['path']!r} needs a key with the scope {ADMIN if ADMIN in needed else INFER}"
-                + ("" if self._keys is not None else ": without keys, only this machine has it. Start with --keys")
+                + (
+                    ""
+                    if self._keys is not None
+                    else ": without keys, only this machine has it, by an address or localhost. Start with --keys"
+                )
             )
         return key
 
     def _key(self, scope: Scope) -> Key:
         if self._keys is None:
-            return ANYBODY if _is_near(scope) else _VISITOR
+            return ANYBODY if _is_near(scope) and not _is_for_another_site(Headers(scope=scope)) else _VISITOR
         given = Headers(scope=scope).getlist("authorization")
         kind, _, token = given[0].partition(" ") if len(given) == 1 else ("", "", "")
         if kind.lower() != "bearer" or not token.strip():
@@ -93,3 +99,15 @@ def _is_near(scope: Scope) -> bool:
         return client is None or ipaddress.ip_address(client[0]).is_loopback
     except ValueError:
         return False
+
+
+def _is_for_another_site(headers: Headers) -> bool:
+    """True for a request by a name other than localhost, and for one of a page that another site sent."""
+    host, origin = headers.get("host", ""), headers.get("origin")
+    try:
+        name = urlsplit(f"//{host}").hostname or "localhost"
+        if name != "localhost":
+            ipaddress.ip_address(name)
+        return origin is not None and urlsplit(origin).netloc != host
+    except ValueError:
+        return True
