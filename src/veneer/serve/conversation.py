@@ -10,9 +10,10 @@ from jinja2.exceptions import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from veneer.errors import ConfigError
+from veneer.serve.time_limit import within
 
+_SECONDS = 5.0  # a template takes milliseconds; one that never ends would hold its thread, and fill the memory
 Conversation = Sequence[Mapping[str, Any]]
-
 
 TEMPLATE_ARGUMENTS = frozenset(inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters)
 """Arguments of `apply_chat_template` itself; all others go to the template."""
@@ -21,7 +22,7 @@ TEMPLATE_ARGUMENTS = frozenset(inspect.signature(PreTrainedTokenizerBase.apply_c
 def chat_text(tokenizer: Any, messages: Conversation, how: Mapping[str, Any]) -> str:
     """Return the text that a chat template renders from messages; ``how`` are arguments of `apply_chat_template`.
 
-    Raises ConfigError if there is no template, if it refuses the messages, or if a content is no text.
+    Raises ConfigError if there is no template, if it refuses the messages or takes seconds, or if a content is no text.
     """
     if tokenizer.chat_template is None and how.get("chat_template") is None:
         raise ConfigError("this model has no chat template: give chat_template, or a prompt that is plain text")
@@ -31,7 +32,11 @@ def chat_text(tokenizer: Any, messages: Conversation, how: Mapping[str, Any]) ->
     if how.get("add_generation_prompt") and how.get("continue_final_message"):
         raise ConfigError("add_generation_prompt and continue_final_message exclude each other: set one to False")
     try:
-        return str(tokenizer.apply_chat_template(turns, tokenize=False, **how))
+        return within(_SECONDS, lambda: str(tokenizer.apply_chat_template(turns, tokenize=False, **how)))
+    except TimeoutError as error:
+        raise ConfigError(
+            f"the chat template takes {error}, and so it is stopped: shorten the messages, or mend the template"
+        ) from error
     except (TemplateError, ValueError, TypeError, RecursionError) as error:
         raise ConfigError(f"the chat template refuses the messages: {error}") from error
 
