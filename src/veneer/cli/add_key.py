@@ -15,7 +15,7 @@ import yaml
 from veneer.cli.pages.add_key import AddKeyArguments
 from veneer.disk.atomic import write_atomically
 from veneer.errors import ConfigError
-from veneer.serve.http.key_file import entries_of, read_keys
+from veneer.serve.http.key_file import entries_of, read_entries
 
 _PREFIX = "veneer-"  # by which scanners of leaked secrets find it
 _BYTES = 32
@@ -23,7 +23,9 @@ _BYTES = 32
 
 def add_key(args: AddKeyArguments) -> None:
     """Add an entry to the file, and print the key."""
-    if args.file.exists() and any(key.name == args.name for _, key in read_keys(args.file)):
+    if not args.file.parent.is_dir():
+        raise ConfigError(f"--file {args.file} is in no folder: {args.file.parent} must be there. Make it first")
+    if args.file.exists() and any(entry.name == args.name for entry in read_entries(args.file)):
         raise ConfigError(
             f"{args.file} has a key of the name {args.name!r} already: take its entry out, or give another"
         )

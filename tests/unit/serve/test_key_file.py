@@ -68,6 +68,10 @@ def test_a_key_is_found_by_its_digest(tmp_path):
         ("[" * 5000, "recursion"),
         (b"\xff", "keys.yaml is no list of keys"),
         (None, "cannot be read: No such file"),
+        *(
+            (none, "is empty: it needs at least one key. Add one with `veneer add-key NAME")
+            for none in ("", "# a\n", "[]")
+        ),
     ],
 )
 def test_a_file_that_is_wrong_is_told(tmp_path, content, said):
@@ -99,11 +103,14 @@ def test_the_file_is_read_again_when_it_changes_and_a_bad_one_keeps_the_old(tmp_
         assert keys.find("bob") is not None
         file.unlink()
         keys.look(), keys.look()
+        file.write_text("")
+        keys.look(), keys.look()
         assert keys.find("carol") is not None
     said = [record.getMessage() for record in caplog.records if record.levelno == logging.ERROR]
-    assert len(said) == 2
+    assert len(said) == 3
     assert "entry 1: sha256: Field required" in said[0]
     assert "cannot be read" in said[1]
+    assert "is empty" in said[2]
     assert all(each.endswith("The keys that were read before stay in use") for each in said)
     write(file, {"name": "alice"})
     keys.look()
@@ -149,7 +156,7 @@ def test_a_quota_is_taken_and_given_back(monkeypatch):
     with quotas.choices(alice, 3):
         with quotas.choices(bob, 5), quotas.choices(alice, 2):
             pass
-        with pytest.raises(TooManyRequestsError, match=r"3 choices .* it may have 5 \(max_requests\)"):
+        with pytest.raises(TooManyRequestsError, match=r"3 choices .* it may have 5 \(its max_requests\)"):
             quotas.choices(alice, 3).__enter__()
     with pytest.raises(RefusedError, match=r"6 choices .* are asked for, and this key may have 5") as refused:
         quotas.choices(alice, 6).__enter__()
@@ -176,6 +183,8 @@ def test_tokens_count_apart_from_choices():
         quotas.tokens(key, 41).__enter__()
     with quotas.tokens(key, 100):
         pass
+    with pytest.raises(RefusedError, match=r"\(its max_tokens\): send max_tokens \(max_completion_tokens, "):
+        quotas.tokens(key, 101).__enter__()
 
 
 def test_a_key_that_is_made_is_one_of_the_file(tmp_path):
@@ -205,3 +214,14 @@ def test_a_key_that_is_made_is_one_of_the_file(tmp_path):
     assert [entry["name"] for entry in json.loads(as_json.read_text())] == ["alice", "bob"]
     assert Keys(as_json).find(made.stdout.strip()) is not None
     assert as_json.stat().st_mode & 0o777 == 0o640
+
+
+def test_a_key_is_added_to_an_empty_file_and_to_none_in_a_missing_folder(tmp_path):
+    file = tmp_path / "keys.yaml"
+    file.touch()
+    made = CliRunner().invoke(app, ["add-key", "alice", "--file", str(file)])
+    assert Keys(file).find(made.stdout.strip()) == Key(name="alice", scopes=frozenset({INFER}))
+    missing = CliRunner().invoke(app, ["add-key", "bob", "--file", str(tmp_path / "none" / "keys.yaml")])
+    assert missing.exit_code == 2
+    assert "is in no folder" in " ".join(missing.output.split())
+    assert not (tmp_path / "none").exists()

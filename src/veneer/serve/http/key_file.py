@@ -91,7 +91,20 @@ class Keys:
 
 
 def read_keys(path: Path) -> Sequence[tuple[bytes, Key]]:
-    """Return the keys of a file with their digests. Raises ConfigError with all that is wrong with it."""
+    """Return the keys of a file with their digests. Raises ConfigError with all that is wrong with it, or for no key.
+
+    An empty file is more often one that is being written than a wish that nobody may ask.
+    """
+    entries = read_entries(path)
+    if not entries:
+        raise ConfigError(
+            f"--keys {path} is empty: it needs at least one key. Add one with `veneer add-key NAME --file {path}`"
+        )
+    return [(bytes.fromhex(entry.sha256), entry.key()) for entry in entries]
+
+
+def read_entries(path: Path) -> list[KeyEntry]:
+    """Return the entries of a file, which may have none. Raises ConfigError with all that is wrong with it."""
     try:
         entries = entries_of(path, path.read_bytes())
     except OSError as error:
@@ -100,7 +113,7 @@ def read_keys(path: Path) -> Sequence[tuple[bytes, Key]]:
     problems = [f"{field} {value!r} is given {n} times" for (field, value), n in counts.items() if n > 1]
     if problems:
         raise _wrong(path, problems)
-    return [(bytes.fromhex(entry.sha256), entry.key()) for entry in entries]
+    return entries
 
 
 def entries_of(path: Path, content: bytes) -> list[KeyEntry]:

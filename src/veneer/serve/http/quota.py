@@ -12,6 +12,7 @@ from veneer.serve.http.errors import RefusedError, TooManyRequestsError
 from veneer.serve.http.key import Key
 
 _ENDED = 64  # of which the rate is that of the last
+_SHORTER = "send max_tokens (max_completion_tokens, max_output_tokens) in the request, or a shorter prompt"
 _SOONEST, _LATEST = 1.0, 600.0  # seconds after which to ask again
 
 
@@ -46,30 +47,34 @@ class Quotas:
 
         Raises RefusedError for more than the key may ever have, and TooManyRequestsError for more than it may now.
         """
-        with _counted(self._choices, key.name, n, key.max_requests, "choices (prompts × n)", "max_requests"):
+        with _counted(
+            self._choices, key.name, n, key.max_requests, "choices (prompts × n)", "max_requests", "ask for fewer"
+        ):
             yield
 
     @contextmanager
     def tokens(self, key: Key, n: int) -> Iterator[None]:
         """Count tokens of prompts, and of answers as long as they may be, as `choices` counts choices."""
-        with _counted(self._tokens, key.name, n, key.max_tokens, "tokens (prompts and longest answers)", "max_tokens"):
+        what = "tokens (prompts and longest answers)"
+        with _counted(self._tokens, key.name, n, key.max_tokens, what, "max_tokens", _SHORTER):
             yield
 
 
 @contextmanager
 def _counted(
-    uses: dict[str, _InUse], name: str | None, n: int, most: int | None, what: str, field: str
+    uses: dict[str, _InUse], name: str | None, n: int, most: int | None, what: str, field: str, advice: str
 ) -> Iterator[None]:
     if name is None or most is None:
         yield
         return
     if n > most:
-        raise RefusedError(f"{n} {what} are asked for, and this key may have {most} in flight ({field}): ask for fewer")
+        raise RefusedError(f"{n} {what} are asked for, and this key may have {most} in flight (its {field}): {advice}")
     use = uses.setdefault(name, _InUse())
     if use.n + n > most:
         seconds = use.seconds(use.n + n - most)
         raise TooManyRequestsError(
-            f"{use.n} {what} of this key are in flight, and it may have {most} ({field}): ask again in {seconds:.0f} s",
+            f"{use.n} {what} of this key are in flight, and it may have {most} (its {field}): ask again in "
+            f"{seconds:.0f} s",
             retry_seconds=seconds,
         )
     use.n += n
