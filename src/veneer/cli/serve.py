@@ -12,6 +12,7 @@ from veneer.contract.file import CONFIG_FILE, WEIGHTS_FILE
 from veneer.errors import CompositionError, ConfigError
 from veneer.ops.dispatch import kernel_isa
 from veneer.serve.http.app import make_app
+from veneer.serve.http.folder import is_adapter
 from veneer.serve.http.key import ANYBODY, NOBODY
 from veneer.serve.http.key_file import Keys
 from veneer.serve.http.limits import ServerLimits
@@ -35,6 +36,11 @@ def serve(args: ServeArguments) -> None:
         if not folder.is_dir():
             option = "--adapters" if folder is args.adapters else "--adapter-root"
             raise ConfigError(f"{option} {folder} is no folder: make it, adapters may come later")
+    if args.adapters is not None and is_adapter(args.adapters) and not any(map(is_adapter, args.adapters.iterdir())):
+        raise ConfigError(
+            f"--adapters {args.adapters} is itself an adapter: a folder of adapters is needed. Give its parent, "
+            f"{args.adapters.resolve().parent}"
+        )
     keys = None if args.keys is None else Keys(args.keys)
     require_certificate(args.ssl_certfile, args.ssl_keyfile)
     roots = Roots(folders, args.allow_hub or ())

@@ -41,6 +41,13 @@ def test_a_folder_that_is_not_there(model_folder: Path, tmp_path: Path) -> None:
     assert "is no folder" in result.stderr
 
 
+def test_an_adapter_in_place_of_a_folder_of_them(model_folder: Path, adapter_folder: Path) -> None:
+    result = CliRunner().invoke(app, ["serve", str(model_folder), "--adapters", str(adapter_folder)])
+    assert result.exit_code == 2
+    told = " ".join(result.stderr.split())
+    assert "is itself an adapter: a folder of adapters is needed. Give its parent" in told
+
+
 def test_a_context_that_the_model_has_not(model_folder: Path) -> None:
     result = CliRunner().invoke(app, ["serve", str(model_folder), "--max-model-len", "132"])
     assert result.exit_code == 2

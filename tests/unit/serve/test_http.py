@@ -299,6 +299,9 @@ def test_a_client_that_goes_away_ends_its_request(server):
     ("route", "body", "said", "param"),
     [
         ("completions", {"prompt": "x", "temprature": 1}, "'temprature'; did you mean 'temperature'", "temprature"),
+        ("completions", {"messages": [TURN]}, "'messages'; did you mean 'prompt'", "messages"),
+        ("chat/completions", {"prompt": "x"}, "'prompt'; did you mean 'messages'", "prompt"),
+        ("chat/completions", {"messages": [TURN], "max_output_tokens": 3}, "mean 'max_completion_tokens'", None),
         ("completions", {}, "prompt: Field required", "prompt"),
         ("completions", b"{bad", "the body is not JSON: Expecting property name", None),
         ("completions", b'{"prompt": ', "at character 11", None),
@@ -335,11 +338,17 @@ def test_a_route_that_is_not_there_is_told_with_those_that_are(server, route, co
     assert status == code
     assert (answer["error"]["type"], answer["error"]["code"], answer["error"]["param"]) == (kind, code, None)
     said, _, routes = answer["error"]["message"].partition("; there are ")
-    assert said == f"no route 'POST {route}'"
+    assert said == f"no route 'POST {route}'" + ("; did you mean '/v1/completions'?" if code == 404 else "")
     known = routes.split(", ")
     assert known == sorted(set(known), key=lambda each: each.split()[::-1])
     there = {"GET /", "GET /health", "GET /metrics", "POST /v1/chat/completions", "GET /v1/models/{id}"}
     assert there <= set(known)
+
+
+@pytest.mark.parametrize("route", ["/v1/chat/completion", "/chat/completions"])
+def test_the_nearest_route_is_told(server, route):
+    message = server.post(route, {"prompt": "x"})[1]["error"]["message"]
+    assert message.startswith(f"no route 'POST {route}'; did you mean '/v1/chat/completions'?")
 
 
 def test_an_adapter_that_does_not_fit_is_told_to_who_asks_for_it(server, folder, llm):

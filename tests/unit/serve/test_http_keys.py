@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import logging
 import shutil
 import socket
 import ssl
@@ -25,6 +26,7 @@ from veneer.serve.http import server as http_server
 from veneer.serve.http.access import Access, scopes_of
 from veneer.serve.http.key import CALLER
 from veneer.serve.http.key_file import Keys
+from veneer.serve.http.request_record import LOG
 from veneer.serve.http.roots import Roots
 from veneer.serve.http.server import require_certificate
 
@@ -225,6 +227,16 @@ def test_a_key_is_a_client_with_its_weight(server, monkeypatch):
     assert ask(server, "a", "POST", "/v1/responses", {"input": "x", "max_output_tokens": 1}).status == 200
     a, b = (("client", "a"), 3.0), (("client", "b"), 1.0)
     assert seen == [a, a, b, b, a, a]
+
+
+def test_the_log_names_the_key_of_a_refused_request_and_where_an_unknown_one_came_from(server, caplog):
+    caplog.set_level(logging.INFO, LOG.name)
+    refused, unknown = ask(server, "a", "GET", "/metrics"), ask(server, "nobody", "GET", "/metrics")
+    assert (refused.status, unknown.status) == (403, 401)
+    server.wait(lambda: len(caplog.records) >= 2)
+    said = [json.loads(record.getMessage()) for record in caplog.records if record.name == LOG.name]
+    told = [[line[name] for name in ("status", "client", "peer")] for line in said]
+    assert told == [[403, "a", "127.0.0.1"], [401, None, "127.0.0.1"]]
 
 
 def test_a_key_has_limits_of_its_own(server, monkeypatch):

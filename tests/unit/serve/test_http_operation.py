@@ -129,6 +129,7 @@ def test_each_request_is_one_line_of_the_log(server, caplog):
     found = {line["id"]: line for line in lines(caplog, server, 4)}
     first, second, third, fourth = (found[each.id] for each in asked)
     assert PROMPT not in caplog.text
+    assert {line["peer"] for line in found.values()} == {"127.0.0.1"}
     told = ("method", "route", "model", "client", "status", "finish_reasons", "tokens_in", "tokens_out")
     assert [first[name] for name in told] == ["POST", "/v1/completions", "lora", None, 200, ["length"], 88, 14]
     assert [second[name] for name in told] == ["POST", "/v1/completions", "tiny", None, 200, ["length"], 11, 40]
@@ -138,6 +139,20 @@ def test_each_request_is_one_line_of_the_log(server, caplog):
     for line in (first, second):
         assert 0 < line["seconds_waited"] < line["seconds_to_first_token"] < line["seconds"] < 60
     assert (third["seconds_waited"], third["seconds_to_first_token"]) == (None, None)
+
+
+def test_changes_of_an_adapter_name_it_in_the_log_and_probes_are_left_out(server, caplog):
+    caplog.set_level(logging.INFO, LOG.name)
+    asked = [
+        Asking(server.port, "/ready"), Asking(server.port, "/health"), Asking(server.port, "/"),
+        Asking(server.port, "/v1/adapters/lora/pin", {}), Asking(server.port, "/v1/adapters/lora/unpin", {}),
+        Asking(server.port, "/v1/load_lora_adapter", {"lora_name": "lora", "lora_path": "lora", "load_inplace": True}),
+        Asking(server.port, "/v1/unload_lora_adapter", {"lora_name": "none"}), Asking(server.port, "/version"),
+    ]  # fmt: skip
+    for each in asked:
+        each.answer.read()
+    found = {line["id"]: line["model"] for line in lines(caplog, server, 5)}
+    assert [found[each.id] for each in asked[3:]] == ["lora", "lora", "lora", None, None]
 
 
 @pytest.mark.parametrize("stream", [True, False])
@@ -150,7 +165,7 @@ def test_a_client_that_leaves_is_told_in_the_log(server, caplog, stream):
         connection.sendall(head.encode() + body)
         server.wait(lambda: server.engine.scheduler.running)
     [line] = lines(caplog, server, 1)
-    assert (line["status"], line["finish_reasons"], line["tokens_in"]) == (GONE, [], 1)
+    assert (line["status"], line["finish_reasons"], line["tokens_in"]) == (GONE, ["abort"], 1)
     assert line["tokens_out"] < 120
 
 

@@ -110,6 +110,11 @@ def test_elements_that_the_script_asks_for_are_there_once(page, script):
     assert asked <= ids.keys()
 
 
+def test_the_door_tells_a_refused_key_from_a_missing_one(script):
+    assert 'open_door(key !== null && key !== "")' in script
+    assert 'refused ? "This key is unknown here" : "This server asks for a key"' in script
+
+
 def test_the_key_is_kept_for_the_tab_alone(script):
     assert "sessionStorage" in script
     assert "localStorage" not in script

@@ -278,6 +278,8 @@ def test_events_have_names(server):
         ({"tools": [TOOL], "tool_choice": {"type": "function", "name": "ad"}}, "did you mean 'add'", "tools"),
         ({"tools": [TOOL], "tool_choice": {"type": "allowed_tools"}}, "'function'", "tool_choice.function.type"),
         ({"max_output_tokens": 0}, "greater than or equal to 1", "max_output_tokens"),
+        ({"max_tokens": 5}, "unknown field 'max_tokens'; did you mean 'max_output_tokens'", "max_tokens"),
+        ({"messages": []}, "unknown field 'messages'; did you mean 'input'", "messages"),
         ({"max_output": 5}, "unknown field 'max_output'; did you mean 'max_output_tokens'", "max_output"),
         ({"input": [{"role": "user"}]}, "input.0.content must be text", "input.0.content"),
         ({"input": []}, "input is empty: give text", "input"),

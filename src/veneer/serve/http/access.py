@@ -41,7 +41,6 @@ class Access:
             told = {"WWW-Authenticate": "Bearer"} if error.status == UnauthorizedError.status else None
             await error_response(error, told)(scope, receive, send)
             return
-        current_record().client = key.name
         before = CALLER.set(key)
         try:
             await self._app(scope, receive, send)
@@ -53,6 +52,7 @@ class Access:
         if not needed:
             return ANYBODY if self._keys is None else NOBODY
         key = self._key(scope)
+        current_record().client = key.name  # of a refused request too
         if key.scopes.isdisjoint(needed):
             raise ForbiddenError(
                 f"{scope['method']} {scope['path']!r} needs a key with the scope {ADMIN if ADMIN in needed else INFER}"

@@ -24,6 +24,7 @@ from veneer.serve.http.documented import documented
 from veneer.serve.http.errors import ConflictError, ForbiddenError, ModelNotFoundError, RefusedError
 from veneer.serve.http.models import MIX, Catalogue, Loaded
 from veneer.serve.http.protocol import Few, Strict
+from veneer.serve.http.request_record import current_record
 from veneer.serve.http.roots import Roots
 from veneer.serve.lora_request import LoRARequest
 
@@ -121,6 +122,7 @@ class Adapters:
         name = body.lora_name
         with self._changes(name):
             await asyncio.to_thread(self._catalogue.unload, name)
+            current_record().model = name
             await self._running.settled(self._engine.between_steps(lambda: None))  # behind the message that forgets it
         return PlainTextResponse(f"Success: LoRA adapter '{name}' removed successfully.")
 
@@ -168,6 +170,7 @@ class Adapters:
         found = self._catalogue.find(name)
         if found is None:
             raise ModelNotFoundError(f"{name!r} is the base: give the name of an adapter", "name")
+        current_record().model = name
         return found
 
     def _require_free(self, body: LoadBody) -> None:
@@ -181,8 +184,11 @@ class Adapters:
             )
         if not catalogue.caller.sees(name):
             raise ForbiddenError(f"this key may not load an adapter of the name {name!r}", "lora_name")
+        current_record().model = name
         if not catalogue.has(name):
             return
+        if not body.load_inplace and catalogue.in_folder(name):
+            raise _is_own(name)
         if not body.load_inplace or name in catalogue.base_names:
             raise RefusedError(
                 f"The lora adapter {name!r} has already been loaded. If you want to load the LoRA adapter in place, "
@@ -192,10 +198,7 @@ class Adapters:
 
     def _request(self, name: str, loaded: Loaded) -> LoRARequest:
         if self._catalogue.in_folder(name) and not self._catalogue.owns(name, loaded):
-            raise RefusedError(
-                f"the LoRA adapter {name!r} is in the server's own folder: replace its files there, or unload it first",
-                "lora_name",
-            )
+            raise _is_own(name)
         return self._catalogue.request(name, loaded)
 
     async def _place(self, body: LoadBody) -> Loaded:
@@ -232,6 +235,14 @@ class Adapters:
         except FormatError as error:
             return card.model_copy(update={"error": str(error)})
         return card.model_copy(update={"method": version.kind, "rank": version.rank, "bytes": version.n_bytes})
+
+
+def _is_own(name: str) -> RefusedError:
+    return RefusedError(
+        f"The lora adapter {name!r} has already been loaded, from the server's own folder. Replace its files there: "
+        "the next request uses them. For an adapter from elsewhere unload it first, or load that under another name.",
+        "lora_name",
+    )
 
 
 def _json(answer: BaseModel) -> Response:

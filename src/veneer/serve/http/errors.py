@@ -21,6 +21,10 @@ _TYPES = {
     405: "MethodNotAllowedError", 409: "ConflictError", 413: "ContentTooLargeError", 429: "RateLimitError",
     500: "InternalServerError", 503: "ServiceUnavailableError",
 }  # fmt: skip
+_MEANT = (  # fields that other routes and servers have under another name
+    ("messages", "input", "prompt"), ("max_completion_tokens", "max_output_tokens", "max_tokens", "max_new_tokens"),
+    ("tools", "functions"), ("tool_choice", "function_call"), ("stop", "stop_sequences"), ("text", "response_format"),
+)  # fmt: skip
 _NO_JSON = "json_invalid"
 _TOLD = 10  # problems of one body in a message
 _LONGEST_NAME = 100  # characters of a field's name in a message
@@ -129,9 +133,12 @@ async def on_defect(request: Request, error: Exception) -> JSONResponse:
 async def on_unknown_route(request: Request, error: Exception) -> JSONResponse:
     """Return the response to an unknown path, or to a method that its path does not accept; it lists the routes."""
     status = error.status_code if isinstance(error, HTTPException) else 500
-    asked = f"{request.method} {request.url.path}"
-    routes = ", ".join(f"{method} {path}" for path, method in _routes(request.app))
-    message = f"no route {asked!r}; there are {routes}" if status in (404, 405) else str(error)
+    asked, known = f"{request.method} {request.url.path}", _routes(request.app)
+    routes = ", ".join(f"{method} {path}" for path, method in known)
+    places = [path for path, _ in known] if status == 404 else []
+    close = difflib.get_close_matches(request.url.path[:_LONGEST_NAME], places, n=1)
+    meant = f"; did you mean {close[0]!r}?" if close else ""
+    message = f"no route {asked!r}{meant}; there are {routes}" if status in (404, 405) else str(error)
     return JSONResponse(_body(message, status), status, getattr(error, "headers", None))
 
 
@@ -165,7 +172,8 @@ def _said(problem: dict[str, Any]) -> str:
         return f"the body is not JSON: {problem['ctx']['error']}, at character {problem['loc'][1]}"
     if problem["type"] == "extra_forbidden":
         known = list(problem.get("ctx", {}).get("known", ()))
-        close = difflib.get_close_matches(place, known, n=1)  # cut before: it takes seconds for megabytes
+        close = [name for names in _MEANT if place in names for name in names if name in known]
+        close = close or difflib.get_close_matches(place, known, n=1)  # cut before: it takes seconds for megabytes
         return f"unknown field {place!r}" + (f"; did you mean {close[0]!r}?" if close else "")
     return f"{place or 'the body'}: {problem['msg']}"
 

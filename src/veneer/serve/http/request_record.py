@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import re
@@ -18,6 +19,7 @@ from typing import Any
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from veneer.errors import ServingError
 from veneer.serve.asked import Asked
 from veneer.serve.async_engine import AsyncEngine
 from veneer.serve.outputs import RequestOutput
@@ -26,6 +28,7 @@ GONE = 499  # nobody reads the answer: the client has closed the connection
 HEADER = "X-Request-Id"
 LOG = logging.getLogger(__name__)
 _ID = re.compile(r"[A-Za-z0-9._:/+=@~-]{1,128}")
+_POLLED = frozenset({"/", "/health", "/ready", "/metrics"})  # by probes and pages: no line while all is well
 _LONGEST_PATH = 128  # characters of a path that is no route's
 
 
@@ -33,7 +36,7 @@ _LONGEST_PATH = 128  # characters of a path that is no route's
 class RequestRecord:
     """Facts of one request. Times are by `time.perf_counter`; 0 for what has not happened.
 
-    ``model`` is None until a known model is asked for, and ``client`` if nobody says who asks. ``status`` is that of
+    ``model`` is None until a known model is asked for, and ``client`` if no key says who asks. ``status`` is that of
     the response, `GONE` if the client left before its end.
     """
 
@@ -69,11 +72,12 @@ class RequestRecord:
 
     def line(self, scope: Scope) -> str:
         """Return the line of the log, as JSON."""
-        route = scope.get("route")
+        route, peer = scope.get("route"), scope.get("client")
         told: dict[str, Any] = {
             "time": datetime.now(UTC).isoformat(timespec="milliseconds"), "id": self.id, "method": scope["method"],
             "route": scope["path"][:_LONGEST_PATH] if route is None else route.path, "model": self.model,
-            "client": self.client, "status": self.status, "finish_reasons": sorted(self.reasons),
+            "client": self.client, "peer": peer and peer[0], "status": self.status,
+            "finish_reasons": sorted(self.reasons),
             "tokens_in": self.n_prompt, "tokens_out": self.n_drawn, "tokens_cached": sum(self.cached.values()),
             "seconds_waited": self._since(self.scheduled), "seconds_to_first_token": self._since(self.first),
             "seconds": self._since(time.perf_counter()),
@@ -114,7 +118,8 @@ class RequestRecords:
             record.status = 500
             raise
         finally:
-            if LOG.isEnabledFor(logging.INFO):
+            is_dull = scope["path"] in _POLLED and record.status < 400
+            if not is_dull and LOG.isEnabledFor(logging.INFO):
                 LOG.info(record.line(scope))
 
 
@@ -123,13 +128,18 @@ class RecordedEngine(AsyncEngine):
 
     async def batches(self, asked: Sequence[Asked]) -> AsyncGenerator[list[RequestOutput], None]:
         """Yield the outputs of requests as `AsyncEngine.batches` does."""
-        record = current_record()
+        record, left = current_record(), {each.id for each in asked}
         record.ask(asked)
-        async with aclosing(super().batches(asked)) as batches:
-            async for batch in batches:
-                for output in batch:
-                    record.take(output)
-                yield batch
+        try:
+            async with aclosing(super().batches(asked)) as batches:
+                async for batch in batches:
+                    for output in batch:
+                        record.take(output)
+                        left -= {output.request_id} if output.finished else set()
+                    yield batch
+        except (GeneratorExit, asyncio.CancelledError, ServingError):
+            record.reasons |= {"abort"} if left else set()
+            raise
 
 
 _current: ContextVar[RequestRecord] = ContextVar("record")
