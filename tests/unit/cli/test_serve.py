@@ -124,12 +124,12 @@ def test_a_port_that_is_taken_while_the_model_is_loaded_is_told(monkeypatch: pyt
     monkeypatch.setattr(server.Server, "__init__", lambda *args, **options: None)
     monkeypatch.setattr(uvicorn.Server, "run", leaves)
     with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(ConfigError, match="is taken on"):
-        server.run(None, "127.0.0.1", taken.getsockname()[1])  # type: ignore[arg-type]
+        server.run(None, "127.0.0.1", taken.getsockname()[1], 0.0)  # type: ignore[arg-type]
     with pytest.raises(SystemExit):
-        server.run(None, "127.0.0.1", 0)  # type: ignore[arg-type]
+        server.run(None, "127.0.0.1", 0, 0.0)  # type: ignore[arg-type]
     monkeypatch.setattr(uvicorn.Server, "run", lambda self: None)
     with pytest.raises(KeyboardInterrupt):
-        server.run(None, "127.0.0.1", 0)  # type: ignore[arg-type]
+        server.run(None, "127.0.0.1", 0, 0.0)  # type: ignore[arg-type]
 
 
 def test_an_interrupt_ends_it_with_its_code(model_folder: Path, tmp_path: Path) -> None:
