@@ -34,3 +34,9 @@ def weights_of(weights: str | None, n: int) -> list[float]:
     if len(numbers) != n:
         raise ConfigError(f"--weights has {len(numbers)} numbers for {n} inputs: give one for each")
     return numbers
+
+
+def require_adapter(adapter: Path | None) -> None:
+    """Raise ConfigError for an adapter whose folder does not exist."""
+    if adapter is not None and not adapter.is_dir():
+        raise ConfigError(f"no adapter {str(adapter)!r}: there is no such folder")

@@ -10,7 +10,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from veneer.cli.pages.export import VllmArguments
+from veneer.cli.pages.export_vllm import VllmArguments
 from veneer.core.progress import progress_bar
 from veneer.core.units import size
 from veneer.errors import CompositionError, ConfigError, FormatError

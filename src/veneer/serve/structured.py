@@ -74,7 +74,7 @@ class Forms:
             tables = self._tables
         matcher = LLMatcher(tables, grammar, log_level=0)
         if matcher.is_error():
-            raise ConfigError(f"the form asked for cannot be compiled: {matcher.get_error()}")
+            raise ConfigError(f"structured_outputs cannot be compiled: {matcher.get_error()}")
         made = _Grammar(matcher, forces=longest_forced(grammar) <= _MOST_FORCED)
         if made.forces:  # the first time takes longest, and nobody waits here but who asks
             made.found_forced(matcher)

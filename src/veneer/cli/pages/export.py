@@ -9,12 +9,12 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from veneer.cli.arguments import require_file, require_folder
+from veneer.cli.arguments import require_adapter, require_file, require_folder
 from veneer.cli.help import VerbCommand, first_sentence, print_page
-from veneer.cli.pages.options import Adapter, Model, unset
+from veneer.cli.pages.export_vllm import vllm
+from veneer.cli.pages.options import Adapter, Force, Model, unset
 from veneer.cli.work import verb
 from veneer.errors import ConfigError
-from veneer.export.vllm.ranks import require_rank
 
 Output = Annotated[Path, unset("FILE", "The .gguf file to write.", "--output", "-o")]
 Type = Annotated[
@@ -36,7 +36,6 @@ class ExportGroup(TyperGroup):
 
 TensorTypes = Annotated[list[str] | None, unset("REGEX=TYPE", "The type of tensors so named; may be repeated.")]
 Importance = Annotated[Path | None, unset("FILE", "An importance matrix to quantize by.")]
-Force = Annotated[bool, typer.Option("--force", help="Replace what is there.")]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +62,7 @@ class GgufArguments:
 
     def __post_init__(self) -> None:
         require_file("--output", self.output, ".gguf")
-        _require_adapter(self.adapter)
+        require_adapter(self.adapter)
 
 
 gguf = verb(GgufArguments, "veneer.cli.export", "gguf")
@@ -85,7 +84,7 @@ class OllamaArguments:
 
     def __post_init__(self) -> None:
         require_folder("--output", self.output)
-        _require_adapter(self.adapter)
+        require_adapter(self.adapter)
 
 
 ollama = verb(OllamaArguments, "veneer.cli.export", "ollama")
@@ -111,38 +110,10 @@ class LoraArguments:
 
     def __post_init__(self) -> None:
         require_file("--output", self.output, ".gguf")
-        _require_adapter(self.adapter)
+        require_adapter(self.adapter)
 
 
 lora = verb(LoraArguments, "veneer.cli.export", "lora")
-
-
-@dataclass(frozen=True, kw_only=True)
-class VllmArguments:
-    """Write adapters as plain LoRA for vLLM and LoRAX, each into a folder of its name in --output.
-
-    LoRA with any start, patterns or rsLoRA, AdaLoRA, VeRA, LoHa and HRA stay exact. DoRA, OFT, LoKr and FourierFT are
-    reduced to --rank, and the table shows the relative error. What cannot be LoRA is refused with the reason.
-
-    Example: veneer export vllm runs/a/adapter runs/b/adapter -o lora --rank 64
-    """
-
-    adapters: Annotated[list[Path], typer.Argument(metavar="ADAPTER...", show_default=False, help="Adapter folders.")]
-    output: Annotated[Path, unset("FOLDER", "Folder for the written ones.", "--output", "-o")]
-    rank: Annotated[int | None, unset("N", "Rank to write at most: 8, 16, 32, 64, 128, 256, 320 or 512.")] = None
-    base: Annotated[str | None, unset("MODEL", "Their base; by default the one that each names.")] = None
-    ends: Annotated[
-        bool, typer.Option("--ends", help="Keep LoRA of embeddings and head, which some models of vLLM take.")
-    ] = False
-    force: Force = False
-
-    def __post_init__(self) -> None:
-        require_rank(self.rank)
-        for adapter in self.adapters:
-            _require_adapter(adapter)
-
-
-vllm = verb(VllmArguments, "veneer.cli.export_vllm", "vllm")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -186,11 +157,6 @@ class CheckArguments:
 
 
 check = verb(CheckArguments, "veneer.cli.export", "check")
-
-
-def _require_adapter(adapter: Path | None) -> None:
-    if adapter is not None and not adapter.is_dir():
-        raise ConfigError(f"no adapter {str(adapter)!r}: there is no such folder")
 
 
 app = typer.Typer(cls=ExportGroup, no_args_is_help=True, rich_markup_mode="rich")

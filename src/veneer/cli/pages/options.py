@@ -34,3 +34,4 @@ TopP = Annotated[
 ]
 TopK = Annotated[int, typer.Option(metavar="N", min=0, help="Sample from this many likeliest tokens; 0 for all.")]
 Seed = Annotated[int | None, unset("N", "Makes sampling repeatable.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace what is there.")]
