@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import math
 import threading
-from collections import deque
 from collections.abc import Sequence
-from time import monotonic
 
 from veneer.errors import ConfigError, QueueFullError
 from veneer.serve.asked import Asked
+from veneer.serve.end_rate import EndRate
 from veneer.serve.scheduler import Limits
 from veneer.serve.waiting import Waiting
-
-_SOONEST, _LATEST = 1.0, 600.0  # seconds after which to ask again
-_STEPS = 64  # in which answers ended, of which the rate is that of the last
 
 
 class Backlog:
@@ -26,9 +22,8 @@ class Backlog:
         self._lock = threading.RLock()
         self.n_refused = 0
         """Number of refusals since the start."""
-        self._ended: deque[tuple[float, int]] = deque(maxlen=_STEPS)  # how many ended in a step, after so many seconds
-        self._busy = 0.0  # seconds with work, since an answer ended
-        self._since: float | None = None  # end of the last step, if it left work
+        self.rate = EndRate()
+        """Rate at which answers end; the engine notes them after each step."""
 
     def require_possible(self, n: int, n_prompt: int) -> None:
         """Raise ConfigError for answers to one prompt that are too many to wait at any time."""
@@ -60,7 +55,7 @@ class Backlog:
         """Count a refusal; return the seconds in which so many answers will have ended, 1 to 600."""
         with self._lock:
             self.n_refused += 1
-        return self._seconds(n)
+        return self.rate.seconds(n)
 
     def submit(self, asked: Asked) -> None:
         """Count a request that is on its way. Raises QueueFullError."""
@@ -73,15 +68,6 @@ class Backlog:
         with self._lock:
             self._count(asked, -1)
 
-    def stepped(self, n_ended: int, has_work: bool) -> None:
-        """Note how many answers have ended in a step, and whether others wait or are in the batch."""
-        now = monotonic()
-        self._busy += 0.0 if self._since is None else now - self._since
-        self._since = now if has_work else None
-        if n_ended:
-            self._ended.append((self._busy, n_ended))
-            self._busy = 0.0
-
     def _count(self, asked: Asked, sign: int) -> None:
         n, n_tokens = _size([asked])
         self._n, self._n_tokens = self._n + sign * n, self._n_tokens + sign * n_tokens
@@ -93,13 +79,6 @@ class Backlog:
         over = n_there + n - self._limits.max_waiting
         over_tokens = n_tokens_there + n_tokens - self._limits.max_waiting_tokens
         return max(over, math.ceil(over_tokens * n_there / max(n_tokens_there, 1)))
-
-    def _seconds(self, n: int) -> float:
-        """The time in which as many ended lately. It counts while there is work; before any ended, it is that time."""
-        noted, since = list(self._ended), self._since
-        took = self._busy + (0.0 if since is None else monotonic() - since) + sum(seconds for seconds, _ in noted)
-        n_ended = sum(n_ended for _, n_ended in noted)
-        return math.ceil(min(max(took * n / n_ended if n_ended else took, _SOONEST), _LATEST))
 
 
 def _size(asked: Sequence[Asked]) -> tuple[int, int]:

@@ -201,7 +201,7 @@ class Engine:
         self._unload()
         touched, self._touched = self._touched, {}  # only now: a step that is interrupted leaves it to the next
         outputs = [output for group in touched.values() if (output := self._output(group)) is not None]
-        self.backlog.stepped(self._n_ended, self.scheduler.has_work)
+        self.backlog.rate.note(self._n_ended, self.scheduler.has_work)
         self._n_ended = 0
         return outputs
 

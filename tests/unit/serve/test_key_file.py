@@ -14,7 +14,8 @@ from typer.testing import CliRunner
 
 from veneer.cli.app import app
 from veneer.errors import ConfigError
-from veneer.serve.http import access, quota
+from veneer.serve import end_rate
+from veneer.serve.http import access
 from veneer.serve.http.access import scopes_of
 from veneer.serve.http.errors import RefusedError, TooManyRequestsError
 from veneer.serve.http.key import ADMIN, INFER, Key
@@ -149,9 +150,7 @@ def test_who_is_on_this_machine():
     assert (near, far) == ([True] * 4, [False] * 4)
 
 
-def test_a_quota_is_taken_and_given_back(monkeypatch):
-    now = 100.0
-    monkeypatch.setattr(quota, "monotonic", lambda: now)
+def test_a_quota_is_taken_and_given_back():
     quotas, alice, bob = Quotas(), Key(name="alice", max_requests=5), Key(name="bob", max_requests=5)
     with quotas.choices(alice, 3):
         with quotas.choices(bob, 5), quotas.choices(alice, 2):
@@ -167,12 +166,12 @@ def test_a_quota_is_taken_and_given_back(monkeypatch):
 
 def test_the_time_after_which_to_ask_again_is_that_in_which_as_much_ended_lately(monkeypatch):
     now = 100.0
-    monkeypatch.setattr(quota, "monotonic", lambda: now)
+    monkeypatch.setattr(end_rate, "monotonic", lambda: now)
     quotas, key = Quotas(), Key(name="alice", max_requests=5)
-    for _ in range(4):  # one a minute ends
-        now += 60
+    for _ in range(4):  # one ends after a minute, and nothing is asked for a quarter of an hour
         with quotas.choices(key, 1):
-            pass
+            now += 60
+        now += 900
     with quotas.choices(key, 5), pytest.raises(TooManyRequestsError, match="ask again in 120 s"):
         quotas.choices(key, 2).__enter__()
 

@@ -62,11 +62,11 @@ class Queue:
 
 def test_the_time_to_ask_again_is_that_in_which_as_many_ended(monkeypatch):
     clock = SimpleNamespace(now=0.0)
-    monkeypatch.setattr("veneer.serve.backlog.monotonic", lambda: clock.now)
+    monkeypatch.setattr("veneer.serve.end_rate.monotonic", lambda: clock.now)
     waiting: Any = Queue()
     backlog = Backlog(Limits(max_waiting=9), waiting)
     asked: Any = type("Asked", (), {"params": SamplingParams(n=4, temperature=1), "prompt_ids": (1, 2)})()
-    backlog.stepped(0, True)
+    backlog.rate.note(0, True)
     clock.now = 9.3
     with pytest.raises(QueueFullError, match="ask again in 10 s"):  # so long has none ended
         backlog.require_room([asked])
@@ -77,16 +77,16 @@ def test_the_time_to_ask_again_is_that_in_which_as_many_ended(monkeypatch):
         (1021.0, 0, True),
         (1028.0, 5, True),
     ):
-        backlog.stepped(n, has_work)
+        backlog.rate.note(n, has_work)
     with pytest.raises(QueueFullError, match="ask again in 12 s"):  # 4 are too many, and 10 ended in 28 busy seconds
         backlog.require_room([asked])
     clock.now = 1038.0
     assert backlog.refuse(2) == 8  # 10 in 38
     assert backlog.n_refused == 3
     few_tokens = Backlog(Limits(max_waiting=99, max_waiting_tokens=95), waiting)
-    few_tokens.stepped(0, True)
+    few_tokens.rate.note(0, True)
     for clock.now, n in ((1100.0, 62), (1110.0, 3)):
-        few_tokens.stepped(n, True)
+        few_tokens.rate.note(n, True)
     asked.prompt_ids = (1,) * 9
     with pytest.raises(QueueFullError, match="ask again in 5 s"):  # 4 x 10 tokens must go; 65 ended in 72 s
         few_tokens.require_room([asked])
@@ -191,7 +191,7 @@ def test_a_full_queue_is_429_with_the_seconds_after_which_to_ask_again(base_fold
     try:
         backlog = server.engine.backlog
         monkeypatch.setattr(backlog, "_limits", Limits(max_waiting=2))
-        monkeypatch.setattr(backlog, "_seconds", lambda n: 7.0)
+        monkeypatch.setattr(backlog.rate, "seconds", lambda n: 7.0)
         body = b'{"prompt": ["a", "b", "c"], "max_tokens": 1, "stream": true}'
         request = urllib.request.Request(f"{server.url}/v1/completions", body, {"Content-Type": "application/json"})
         with pytest.raises(urllib.error.HTTPError) as told:

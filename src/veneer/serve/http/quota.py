@@ -2,36 +2,29 @@
 
 from __future__ import annotations
 
-import math
-from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
-from time import monotonic
 
+from veneer.serve.end_rate import EndRate
 from veneer.serve.http.errors import RefusedError, TooManyRequestsError
 from veneer.serve.http.key import Key
 
-_ENDED = 64  # of which the rate is that of the last
 _SHORTER = "send max_tokens (max_completion_tokens, max_output_tokens) in the request, or a shorter prompt"
-_SOONEST, _LATEST = 1.0, 600.0  # seconds after which to ask again
 
 
 class _InUse:
-    """Amount in flight, and the times at which some of it ended."""
+    """Amount in flight, and the rate at which it ends."""
 
     def __init__(self) -> None:
-        self.n = 0
-        self._ended: deque[tuple[float, int]] = deque(maxlen=_ENDED)
+        self.n, self.rate = 0, EndRate()
+
+    def begin(self, n: int) -> None:
+        self.n += n
+        self.rate.note(0, True)
 
     def end(self, n: int) -> None:
         self.n -= n
-        self._ended.append((monotonic(), n))
-
-    def seconds(self, n: int) -> float:
-        """The time in which as much ended lately."""
-        total = sum(n_ended for _, n_ended in list(self._ended)[1:])
-        took = self._ended[-1][0] - self._ended[0][0] if total else 0.0
-        return math.ceil(min(max(took * n / max(total, 1), _SOONEST), _LATEST))
+        self.rate.note(n, self.n > 0)
 
 
 class Quotas:
@@ -71,13 +64,13 @@ def _counted(
         raise RefusedError(f"{n} {what} are asked for, and this key may have {most} in flight (its {field}): {advice}")
     use = uses.setdefault(name, _InUse())
     if use.n + n > most:
-        seconds = use.seconds(use.n + n - most)
+        seconds = use.rate.seconds(use.n + n - most)
         raise TooManyRequestsError(
             f"{use.n} {what} of this key are in flight, and it may have {most} (its {field}): ask again in "
             f"{seconds:.0f} s",
             retry_seconds=seconds,
         )
-    use.n += n
+    use.begin(n)
     try:
         yield
     finally:

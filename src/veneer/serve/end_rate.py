@@ -1,0 +1,38 @@
+"""Rate at which what is in flight ends, and the time to ask again that follows from it. No torch."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from time import monotonic
+
+_SOONEST, _LATEST = 1.0, 600.0  # seconds after which to ask again
+_NOTED = 64  # times at which something ended, of which the rate is that of the last
+
+
+class EndRate:
+    """Amounts that ended, and the seconds with work in which they did: idle time does not count.
+
+    Note from one thread; any thread may ask.
+    """
+
+    def __init__(self) -> None:
+        self._ended: deque[tuple[float, int]] = deque(maxlen=_NOTED)  # so many, after so many seconds with work
+        self._busy = 0.0  # seconds with work, since something ended
+        self._since: float | None = None  # the last note, if it left work
+
+    def note(self, n_ended: int, has_work: bool) -> None:
+        """Note how much has ended now, and whether more is in flight."""
+        now = monotonic()
+        self._busy += 0.0 if self._since is None else now - self._since
+        self._since = now if has_work else None
+        if n_ended:
+            self._ended.append((self._busy, n_ended))
+            self._busy = 0.0
+
+    def seconds(self, n: int) -> float:
+        """Return the seconds of work in which as much ended lately, 1 to 600; before any ended, those until now."""
+        noted, since = list(self._ended), self._since
+        took = self._busy + (0.0 if since is None else monotonic() - since) + sum(seconds for seconds, _ in noted)
+        n_ended = sum(n_ended for _, n_ended in noted)
+        return math.ceil(min(max(took * n / n_ended if n_ended else took, _SOONEST), _LATEST))
