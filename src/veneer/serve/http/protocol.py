@@ -17,12 +17,12 @@ from veneer.serve.sampling_params import MAX_LOGPROBS, RequestOutputKind, Sampli
 from veneer.serve.tool_calls.functions import Function, Tools
 from veneer.serve.tool_calls.messages import with_calls
 
-# What SamplingParams has under the same name.
 _SAME = (
     *("n", "temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty"),
     *("seed", "stop", "stop_token_ids", "ignore_eos", "min_tokens", "skip_special_tokens", "prompt_logprobs"),
     *("include_stop_str_in_output", "logit_bias", "allowed_token_ids", "bad_words"),
 )
+"""Fields that SamplingParams has under the same name."""
 _MOST_NAMES = 1024  # entries of a mapping whose values are checked one by one
 _MOST_UNKNOWN = 10  # fields that are told
 T = TypeVar("T")
@@ -120,14 +120,9 @@ class Named(Strict):
     adapter: Few[str] | None = None
 
 
-class Body(Named):
-    """Fields of completions and chat completions.
+class Drawn(Named):
+    """Fields of all routes that draw tokens. Requests of one ``cache_salt`` alone share keys and values."""
 
-    Requests share keys and values only if they have the same ``cache_salt``.
-    ``user``, ``metadata``, ``store`` and ``service_tier`` are accepted and ignored.
-    """
-
-    n: int = 1
     temperature: float | None = None
     top_p: float | None = None
     top_k: int | None = None
@@ -140,17 +135,26 @@ class Body(Named):
     stop_token_ids: Several[int] | None = None
     ignore_eos: bool = False
     min_tokens: int = 0
-    max_tokens: int | None = None
     skip_special_tokens: bool = True
-    include_stop_str_in_output: bool = False
     logit_bias: Few[int] | None = None
+    structured_outputs: dict[str, Any] | None = None
+    cache_salt: str | None = None
+    stream: bool = False
+
+
+class Body(Drawn):
+    """Fields of completions and chat completions.
+
+    ``user``, ``metadata``, ``store`` and ``service_tier`` are accepted and ignored.
+    """
+
+    n: int = 1
+    max_tokens: int | None = None
+    include_stop_str_in_output: bool = False
     allowed_token_ids: Several[int] | None = None
     bad_words: Several[str] | None = None
     prompt_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
     response_format: dict[str, Any] | None = None
-    structured_outputs: dict[str, Any] | None = None
-    cache_salt: str | None = None
-    stream: bool = False
     stream_options: StreamOptions | None = None
     user: str | None = None
     metadata: dict[str, Any] | None = None

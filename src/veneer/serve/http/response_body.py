@@ -9,7 +9,7 @@ from pydantic import Discriminator, Field, Tag, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
 
 from veneer.serve.http.errors import RefusedError
-from veneer.serve.http.protocol import ChatBody, Few, FunctionBody, Named, NamedTool, Several, Strict, ToolBody
+from veneer.serve.http.protocol import ChatBody, Drawn, FunctionBody, NamedTool, Several, Strict, ToolBody
 from veneer.serve.http.response_items import messages_of
 from veneer.serve.sampling_params import MAX_LOGPROBS
 
@@ -23,13 +23,8 @@ _REFUSED = {
 }
 _ALLOWED = {"background": False, "truncation": "disabled"}
 _LOGPROBS = "message.output_text.logprobs"
-# What a chat completion has under the same name.
-_SAME = (
-    *("model", "adapter", "temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty"),
-    *("repetition_penalty", "seed", "stop", "stop_token_ids", "ignore_eos", "min_tokens", "skip_special_tokens"),
-    *("logit_bias", "structured_outputs", "chat_template_kwargs", "cache_salt", "stream"),
-    "parallel_tool_calls",
-)
+_SAME = (*Drawn.model_fields, "chat_template_kwargs", "parallel_tool_calls")
+"""Fields that a chat completion has under the same name."""
 
 
 class TextOptions(Strict):
@@ -71,7 +66,7 @@ ResponseChoice = Annotated[
 ]
 
 
-class ResponsesBody(Named):
+class ResponsesBody(Drawn):
     """Body of ``/v1/responses``, and in addition vLLM's fields for drawing.
 
     Nothing is stored, also if ``store`` is true or left out. ``service_tier``, ``user``, ``safety_identifier``,
@@ -82,8 +77,6 @@ class ResponsesBody(Named):
     input: str | Several[dict[str, Any]]
     instructions: str | None = None
     max_output_tokens: int | None = Field(None, ge=1)
-    temperature: float | None = None
-    top_p: float | None = None
     text: TextOptions | None = None
     tools: Several[ResponseTool] | None = None
     tool_choice: ResponseChoice | None = None
@@ -91,23 +84,8 @@ class ResponsesBody(Named):
     include: Several[Literal["message.output_text.logprobs", "reasoning.encrypted_content"]] | None = None
     top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
     metadata: dict[str, str] | None = Field(None, max_length=16)
-    stream: bool = False
     stream_options: ResponseStreamOptions | None = None
-    top_k: int | None = None
-    min_p: float | None = None
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
-    repetition_penalty: float | None = None
-    seed: int | None = None
-    stop: str | Several[str] | None = None
-    stop_token_ids: Several[int] | None = None
-    ignore_eos: bool = False
-    min_tokens: int = 0
-    skip_special_tokens: bool = True
-    logit_bias: Few[int] | None = None
-    structured_outputs: dict[str, Any] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
-    cache_salt: str | None = None
     store: bool | None = None
     service_tier: str | None = None
     user: str | None = None
