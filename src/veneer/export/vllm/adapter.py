@@ -13,7 +13,7 @@ from torch import Tensor
 
 from veneer.combine.update import Update
 from veneer.contract.file import CONFIG_FILE, WEIGHTS_FILE
-from veneer.contract.keys import parameter_key
+from veneer.contract.places import placed
 from veneer.core.progress import Tell
 from veneer.core.sites import LinearSite
 from veneer.disk.folder import new_folder
@@ -24,6 +24,7 @@ from veneer.export.vllm.limits import config_of, is_plain, refusals
 from veneer.export.vllm.plain import Plain, padded, plain_of, whole_error
 from veneer.export.vllm.ranks import RANKS, holding, require_rank
 from veneer.export.vllm.source import Source, refused
+from veneer.methods.lora import LoraConfig
 from veneer.store.adapter.records import StoredAdapter
 
 
@@ -144,8 +145,8 @@ def _tensors(
 
 
 def _named(path: str, site: LinearSite, a: Tensor, b: Tensor) -> dict[str, Tensor]:
-    ends = ("lora_embedding_A", "lora_embedding_B") if site.kind == "embedding" else ("lora_A.weight", "lora_B.weight")
-    return {parameter_key(path, end): value for end, value in zip(ends, (a, b), strict=True)}
+    keys = placed(LoraConfig(r=len(a)), site, path).keys
+    return {keys["lora_A"]: a, keys["lora_B"]: b}
 
 
 def _require_free(adapter: Path, output: Path, overwrite: bool) -> None:
