@@ -60,7 +60,7 @@ def trained(base: Path, folder: Path, config: Any) -> Path:
 
 
 def changes(base: Path, adapter: Path, dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
-    """What PEFT's merge changes of each weight. Its starts from the weight take no float64."""
+    """The change of each weight by PEFT's merge. Its starts from the weight take no float64."""
     own = LlamaForCausalLM.from_pretrained(base).to(dtype)
     before = {name: value.detach().clone() for name, value in own.named_parameters()}
     after = peft.PeftModel.from_pretrained(own, adapter).to(dtype).merge_and_unload()

@@ -1,4 +1,4 @@
-"""What a server tells of itself: its metrics, as Prometheus's own parser reads them."""
+"""Metrics of a server, as Prometheus's own parser reads them."""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ CALL = {"type": "function_call", "call_id": "c1", "name": "add", "arguments": '{
 
 
 class Seventeen(BaseModel):
-    """What `SCHEMA` says."""
+    """Type that `SCHEMA` describes."""
 
     a: int
 

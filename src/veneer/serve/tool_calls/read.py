@@ -180,7 +180,7 @@ def _with_fields(turn: str, slots: Sequence[_Mark], n: int) -> CallFormat | None
 
 
 def _places(turn: str, key: str, value: Any) -> tuple[int, int, int, int] | None:
-    """Where a key begins and ends, and where its value does, if each occurs once."""
+    """The bounds of a key and of its value; None unless each occurs once."""
     at, value_at = turn.find(key), turn.find(str(value))
     if turn.count(key) != 1 or turn.count(str(value)) != 1 or value_at < at:
         return None
