@@ -127,12 +127,11 @@ MEASURE = """
 import sys
 from pathlib import Path
 import torch, transformers
+from peak_memory import give_back_what_is_freed, high_water
 from veneer.combine.task_vectors import TaskVectors
 from veneer.export.combined import combine_checkpoints
 
-def high_water():  # of this program alone: getrusage counts what the process was before exec
-    return 1024 * next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM"))
-
+give_back_what_is_freed()
 ties = TaskVectors(how="ties", density=0.4)
 for size in ("small", "large"):
     before = high_water()

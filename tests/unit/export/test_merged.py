@@ -315,11 +315,10 @@ def test_progress_counts_the_tensors(tmp_path: Path) -> None:
 MEASURE = """
 import sys
 from pathlib import Path
+from peak_memory import give_back_what_is_freed, high_water
 from veneer.export.merged import MergeOptions, merge_checkpoint
 
-def high_water():  # of this program alone: getrusage counts what the process was before exec
-    return 1024 * next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM"))
-
+give_back_what_is_freed()
 warm, folder, dtype, shard_bytes = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], int(sys.argv[4])
 merge_checkpoint(warm / "base", warm / "adapter", warm / "out")
 before = high_water()

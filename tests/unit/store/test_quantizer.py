@@ -369,21 +369,21 @@ import torch
 from pathlib import Path
 torch.set_num_threads(1)
 from transformers import AutoModelForCausalLM
+from peak_memory import give_back_what_is_freed, high_water
 from veneer.store.checkpoint import Checkpoint
 from veneer.store.quantization import BitsAndBytesConfig
 from veneer.store.source import load_model
 
-def peak():
-    return int(next(l for l in open("/proc/self/status") if l.startswith("VmHWM")).split()[1]) * 1024
+give_back_what_is_freed()
 
 def load(folder):
     config = BitsAndBytesConfig(**{fields!r})
     return AutoModelForCausalLM.from_pretrained(folder, quantization_config=config, dtype=torch.bfloat16)
 
 load(Path({str(tmp_path)!r}) / "small")  # imports, thread pools
-before = peak()
+before = high_water()
 model = load(Path({str(tmp_path)!r}) / "big")
-grown = peak() - before
+grown = high_water() - before
 tensors = {{t.data_ptr(): t for t in (*model.parameters(), *model.buffers())}}
 kept = sum(t.nbytes for t in tensors.values())
 stored = Checkpoint.open(Path({str(tmp_path)!r}) / "big")

@@ -21,13 +21,13 @@ import ctypes
 import json
 import sys
 from pathlib import Path
+from peak_memory import give_back_what_is_freed, high_water
 from veneer.export.gguf.model import GgufOptions, export_gguf
 
-def high_water():  # of this program alone: getrusage counts what the process was before exec
-    return 1024 * next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM"))
+give_back_what_is_freed()
 
 def peak_of_export(folder, kind):
-    ctypes.CDLL(None).malloc_trim(0)  # what is free of the exports before
+    ctypes.CDLL(None).malloc_trim(0)  # small blocks that are free of the exports before
     Path("/proc/self/clear_refs").write_text("5")
     before = high_water()
     options = GgufOptions(type=kind, overwrite=True)
