@@ -10,9 +10,13 @@ OTHER = "other"
 
 @dataclass(eq=False, slots=True)
 class AdapterCount:
-    """Counts of one adapter since its name was first used. ``load_seconds`` is the time that its loads took."""
+    """Counts of one adapter since its name was first used. ``load_seconds`` is the time that its loads took.
+
+    ``n_hits`` are the requests that found it loaded when they came.
+    """
 
     n_requests: int = 0
+    n_hits: int = 0
     n_prompt: int = 0
     n_drawn: int = 0
     n_loads: int = 0

@@ -12,6 +12,7 @@ from veneer.serve.scheduler import Scheduler
 
 _COUNTED: dict[str, Callable[[AdapterCount], float]] = {
     "adapter_requests": lambda count: count.n_requests,
+    "adapter_hits": lambda count: count.n_hits,
     "adapter_prompt_tokens": lambda count: count.n_prompt,
     "adapter_generation_tokens": lambda count: count.n_drawn,
     "adapter_loads": lambda count: count.n_loads,

@@ -299,6 +299,8 @@ class Engine:
             self.runner.begin(request.id, rule)
             if self._stats is not None:
                 self._stats.begin(request, count)
+            if count is not None and request.version is not None:
+                count.n_hits += self.pool.is_resident(request.version)
             self.scheduler.add(request)
         self.backlog.arrive(asked)
 

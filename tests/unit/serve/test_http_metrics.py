@@ -70,6 +70,7 @@ def test_metrics_count_what_was_asked(server):
         assert grown["veneer:adapter_prompt_tokens_total", name] == n_requests * len(PROMPT)
         assert grown["veneer:adapter_generation_tokens_total", name] == n_drawn
         assert grown["veneer:adapter_loads_total", name] == 1
+        assert grown.get(("veneer:adapter_hits_total", name), 0) == n_requests - 1
         assert grown["veneer:adapter_loaded", name] == 1
         assert grown["veneer:adapter_bytes", name] > 0
     assert after["process_resident_memory_bytes",] > 1e6

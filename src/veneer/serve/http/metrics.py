@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from fastapi import FastAPI
 from fastapi.responses import PlainTextResponse, Response
@@ -47,6 +47,7 @@ _HELP = {
     "lora_adapters_running": "Adapters with answers in the batch.",
     "lora_requests_info": "Adapters with answers in the batch and with waiting ones; the value is the present time.",
     "adapter_requests": "Answers of an adapter that ended.",
+    "adapter_hits": "Answers of an adapter that was loaded when they were asked for.",
     "adapter_prompt_tokens": "Tokens of an adapter's prompts.",
     "adapter_generation_tokens": "Tokens of an adapter's answers.",
     "adapter_loads": "Loads of an adapter.",
@@ -56,6 +57,8 @@ _HELP = {
     "adapter_bytes": "Memory of a loaded adapter.",
 }
 _VLLM = "vllm:"
+CONTENT_TYPE = CONTENT_TYPE_PLAIN_0_0_4
+"""Never OpenMetrics: prometheus-client writes its names with underscores for colons, unless it is told not to."""
 
 
 def add_metrics(app: FastAPI, engine: Engine, model: str, prefix: str) -> None:
@@ -69,18 +72,17 @@ def add_metrics(app: FastAPI, engine: Engine, model: str, prefix: str) -> None:
 
     def metrics() -> Response:  # no coroutine: it runs on a thread beside the loop
         """Return the metrics in the text format of Prometheus."""
-        # Never OpenMetrics: prometheus-client writes its names with underscores for colons, unless it is told not to.
-        return Response(generate_latest(registry), headers={"Content-Type": CONTENT_TYPE_PLAIN_0_0_4})
+        return Response(generate_latest(registry), headers={"Content-Type": CONTENT_TYPE})
 
     app.get("/metrics", response_class=PlainTextResponse)(metrics)
 
 
 class EngineCollector(Collector):
-    """Collector that keeps nothing: each call asks the engine."""
+    """Collector that keeps nothing: each call asks the engine. ``id`` is the label ``engine``."""
 
-    def __init__(self, engine: Engine, model: str, prefix: str) -> None:
+    def __init__(self, engine: Engine, model: str, prefix: str, id: str = "0") -> None:
         self._engine, self._prefix = engine, prefix
-        self._labels = {"model_name": model, "engine": "0"}
+        self._labels = {"model_name": model, "engine": id}
 
     def collect(self) -> Iterable[Family]:
         """Return the metrics, those of one name together."""
@@ -92,6 +94,27 @@ class EngineCollector(Collector):
                 families[name] = _family(metric, f"{self._prefix}:{name}", _HELP[name], list(labels))
             _add(families[name], metric, [_encodable(value) for value in labels.values()])
         return families.values()
+
+
+def text_of(metrics: Sequence[Iterable[Family]]) -> bytes:
+    """Return the metrics of several engines in the text format of Prometheus, those of one name together."""
+    families: dict[str, Family] = {}
+    for family in (family for each in metrics for family in each):
+        known = families.setdefault(family.name, Family(family.name, family.documentation, family.type))
+        known.samples += family.samples
+    registry = CollectorRegistry()
+    registry.register(_Collected(families.values()))
+    return generate_latest(registry)
+
+
+class _Collected(Collector):
+    """Collector of what is there already."""
+
+    def __init__(self, families: Iterable[Family]) -> None:
+        self._families = families
+
+    def collect(self) -> Iterable[Family]:
+        return self._families
 
 
 def _encodable(name: str) -> str:

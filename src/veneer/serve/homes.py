@@ -1,0 +1,71 @@
+"""Homes of adapters among replicas, by rendezvous hashing with bounded load. No torch, no Ray."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from hashlib import blake2b
+
+_BOUND = 1.25  # times the mean load, up to which a replica takes requests for the sake of an adapter
+_FREE = 8  # requests at once that no replica minds: a step reads the weights once for all of them
+_WINDOW = 512  # requests after which earlier ones count half
+
+
+def ranking(name: str, replicas: Iterable[str]) -> list[str]:
+    """Return replicas in the order of a name, by rendezvous hashing (Thaler and Ravishankar, 1998).
+
+    The order of two replicas does not depend on others: one that comes or goes moves no name between those that stay.
+    """
+    return sorted(replicas, key=lambda replica: (_weight(name, replica), replica), reverse=True)
+
+
+def order(name: str, loads: Mapping[str, int], n_homes: int) -> list[str]:
+    """Return the replicas for a request, best first. ``loads`` are their requests in flight.
+
+    The least loaded of the name's homes, its first ``n_homes`` replicas, comes first. A replica at its `bound` comes
+    after all below it, so that a busy home passes requests on to the next of the name's ranking. Bounded load is by
+    Mirrokni, Thorup and Zadimoghaddam (2018). Departs: a name may have several homes, and few requests have no bound.
+    """
+    most = bound(loads)
+
+    def place(ranked: tuple[int, str]) -> tuple[bool, bool, int, int]:
+        rank, replica = ranked
+        is_full, is_home = loads[replica] >= most, rank < n_homes
+        return is_full, not is_home, loads[replica] if is_home or is_full else 0, rank
+
+    return [replica for _, replica in sorted(enumerate(ranking(name, loads)), key=place)]
+
+
+def bound(loads: Mapping[str, int]) -> int:
+    """Return the load at which a replica takes no request that another one can take. One replica at least is below."""
+    return max(_FREE, math.ceil(_BOUND * (sum(loads.values()) + 1) / max(len(loads), 1)))
+
+
+class Traffic:
+    """Shares of names in the latest requests: counts, halved every 512 requests."""
+
+    def __init__(self) -> None:
+        self._counts: dict[str, float] = {}
+        self._total, self._n_since = 0.0, 0
+
+    def add(self, name: str) -> None:
+        """Count a request."""
+        self._counts[name] = self._counts.get(name, 0.0) + 1.0
+        self._total += 1.0
+        self._n_since += 1
+        if self._n_since == _WINDOW:
+            self._n_since, self._total = 0, self._total / 2
+            self._counts = {name: count / 2 for name, count in self._counts.items() if count >= 2}
+
+    def share(self, name: str) -> float:
+        """Return the share of a name, 0 to 1. Before the first window is full, no name has a large one."""
+        return self._counts.get(name, 0.0) / max(self._total, _WINDOW)
+
+    def n_homes(self, name: str, n_replicas: int) -> int:
+        """Return the number of replicas that a name needs, so that it takes at most half of the mean load of each."""
+        return min(n_replicas, max(1, math.ceil(2 * n_replicas * self.share(name))))
+
+
+def _weight(name: str, replica: str) -> int:
+    told = f"{replica}\0{name}".encode(errors="backslashreplace")  # names come from clients
+    return int.from_bytes(blake2b(told, digest_size=8).digest(), "big")

@@ -1,0 +1,41 @@
+"""Arguments of the application for Ray Serve, and what is said without Ray."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+
+from veneer.errors import ConfigError
+from veneer.serve.ray_app import app, arguments_of
+
+
+def test_arguments_are_those_of_a_command_line_or_of_a_file():
+    given = arguments_of({"model": "/m", "replicas": "3", "cpus": 2, "limits": {"choices": 5}})
+    assert (given.base, given.replicas, given.cpus) == ("/m", 3, 2)
+    assert given.server_limits().choices == 5
+    assert not given.engine_options().disable_log_stats  # which /metrics needs
+    given = arguments_of({"model": "/m", "served_model_name": "base", "engine_kwargs": {"max_loras": 7}})
+    assert (given.base, given.engine_options().max_loras) == ("base", 7)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"replicas": 0}, "replicas: Input should be greater than or equal to 1"),
+        ({"adapter": "x"}, "adapter: Extra inputs are not permitted. Known: model, adapters, keys"),
+        ({"limits": {"choice": 3}}, "limits: unknown 'choice'; known: body_bytes, choices"),
+        ({"limits": {"choices": 0}}, "choices=0 must be at least 1"),
+        ({"engine_kwargs": {"max_lora": 3}}, "did you mean 'max_loras'"),
+        ({"engine_kwargs": {"max_loras": 0}}, "max_loras=0 must be at least 1"),
+    ],
+)
+def test_wrong_arguments_are_refused_before_anything_starts(changes, said):
+    with pytest.raises(ConfigError, match=said):
+        arguments_of({"model": "/m"} | changes)
+
+
+def test_without_ray_it_is_said_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(ConfigError, match=r"pip install 'veneer\[ray\]'"):
+        app({"model": "/m"})
