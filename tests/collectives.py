@@ -6,13 +6,14 @@ import json
 import os
 from collections import Counter
 from collections.abc import Mapping
-from multiprocessing import get_context
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from launch import forkserver
 
 
 class Sent(TorchDispatchMode):
@@ -34,8 +35,7 @@ class Sent(TorchDispatchMode):
 
 def quantized_run(base: Path, output: Path, sent: Path, environment: Mapping[str, str], **settings: Any) -> BaseProcess:
     """A process of a run on a base in NF4. It writes what it has sent, and the bytes of codes and adapter, as JSON."""
-    context = get_context("forkserver")
-    process = context.Process(target=_run, args=(base, output, sent, dict(environment), settings))
+    process = forkserver().Process(target=_run, args=(base, output, sent, dict(environment), settings))
     process.start()
     return process
 

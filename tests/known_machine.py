@@ -15,10 +15,3 @@ def know_the_machine(replace: Callable[[Any, str, Any], None] = setattr) -> None
 
     replace(Rates, "_once", lambda rates, key, measure: 1e-9)
     replace(start, "_known", lambda: 300_000_000)
-
-
-def plan_once(replace: Callable[[Any, str, Any], None] = setattr) -> None:
-    """Let the time of a run be that of its longest rows: no second plan, of rows as they are, comes before it."""
-    from veneer.plan import report
-
-    replace(report, "own_rows", lambda recipe, batch: None)

@@ -15,10 +15,12 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from multiprocessing.context import ForkServerContext
+from multiprocessing.forkserver import ensure_running
 from pathlib import Path
 
 PRELOADED = [
-    "veneer.cli.app", "veneer.cli.loading", "veneer.train.run", "veneer.recipe.adapter", "veneer.train.trainer",
+    "veneer.cli.app", "veneer.cli.train_run", "veneer.cli.serve", "veneer.recipe.adapter", "veneer.train.trainer",
+    "veneer.train.preference.dpo", "veneer.train.preference.grpo", "veneer.train.preference.reward",
     "transformers.models.llama.modeling_llama", "datasets", "psutil", "prepared",
 ]  # fmt: skip
 LONGEST = 280.0  # seconds that a program may take; a test may take 300
@@ -28,6 +30,14 @@ def forkserver() -> ForkServerContext:
     """Return the context whose processes have `PRELOADED` imported, a known machine, and no checks of shapes."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
+    before = os.environ.get("PYTHONPATH")
+    try:  # Python 3.11 looks in no other places for what is preloaded, and says nothing of what it does not find
+        os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), *filter(None, [before])])
+        ensure_running()
+    finally:
+        del os.environ["PYTHONPATH"]
+        if before is not None:
+            os.environ["PYTHONPATH"] = before
     return context
 
 
@@ -63,6 +73,7 @@ def program(code: str | Path, *arguments: object) -> subprocess.CompletedProcess
 
 
 def _command(arguments: list[str], log: str, environment: dict[str, str], slow: bool) -> None:
+    _require_preloaded()
     os.environ.update(environment)
     _write_into(log, log)
     import torch
@@ -76,6 +87,7 @@ def _command(arguments: list[str], log: str, environment: dict[str, str], slow: 
 
 
 def _program(code: str | Path, argv: list[str], environment: dict[str, str], stdout: str, stderr: str) -> None:
+    _require_preloaded()
     os.environ.clear()
     os.environ.update(environment)
     _write_into(stdout, stderr)
@@ -85,6 +97,11 @@ def _program(code: str | Path, argv: list[str], environment: dict[str, str], std
         runpy.run_path(str(code), run_name="__main__")
     else:
         exec(compile(code, "<program>", "exec"), {"__name__": "__main__"})
+
+
+def _require_preloaded() -> None:
+    missing = [name for name in PRELOADED if name not in sys.modules]
+    assert not missing, f"{missing} could not be imported into the process that is forked"
 
 
 def _write_into(stdout: str, stderr: str) -> None:

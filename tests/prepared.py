@@ -1,13 +1,30 @@
-"""Imported last into the process that is forked.
+"""Imported last into the process that is forked: its children train at once.
 
-Its machine is known, a run is planned once, and its objects are frozen, so that no child's collector looks at them.
+The machine is known, nothing is planned, and no picture is drawn, which together take longer than to train a tiny
+model; the tests of these run in the test's own process. What a command reads from source is read. All objects are
+frozen, so that no child's collector looks at them.
 """
 
 import gc
+import os
 
-from known_machine import know_the_machine, plan_once
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
+from bare_runs import draw_nothing, plan_nothing
+from known_machine import know_the_machine
+from veneer.model.blueprint.registry import listed
+from veneer.recipe.known import declared
+from veneer.recipe.tasks import TASKS
+
+_, _, own_path = os.environ.pop("PYTHONPATH").partition(os.pathsep)  # the first place is that of this file
+if own_path:
+    os.environ["PYTHONPATH"] = own_path
 know_the_machine()
-plan_once()
+plan_nothing()
+draw_nothing()
+listed()
+for task in TASKS:
+    declared().settings(task)
+get_checkpoint_conversion_mapping("llama")
 gc.collect()
 gc.freeze()

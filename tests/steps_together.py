@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import gc
-from multiprocessing import get_context
 from pathlib import Path
 
 import torch
 from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from launch import forkserver
 from veneer.train.gradients import average, leave_apart
 
 N_STEPS = 5
@@ -31,8 +31,7 @@ class Crossed(nn.Module):
 def trained(folder: Path, n: int, *, resumed_at: int = 0, by_ddp: bool = False) -> dict[str, Tensor]:
     """The parameters after `N_STEPS` steps of ``n`` processes; ``by_ddp``: torch's DDP averages the gradients."""
     folder.mkdir()
-    context = get_context("forkserver")
-    context.set_forkserver_preload(["torch", "steps_together"])
+    context = forkserver()
     processes = [context.Process(target=_steps, args=(folder, rank, n, resumed_at, by_ddp)) for rank in range(n)]
     for process in processes:
         process.start()

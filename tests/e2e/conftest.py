@@ -14,7 +14,7 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM
 
-from known_machine import plan_once
+from bare_runs import draw_nothing, plan_nothing, plan_once
 from launch import forked
 from models import llama_config, word_tokenizer
 
@@ -47,8 +47,15 @@ class Run:
 
 @pytest.fixture(autouse=True)
 def as_in_processes(known_machine: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Commands that a test runs in its own process measure nothing and plan once, as those that it starts."""
+    """Commands that a test runs in its own process measure nothing, draw nothing and plan once; others plan nothing."""
     plan_once(monkeypatch.setattr)
+    draw_nothing(monkeypatch.setattr)
+
+
+@pytest.fixture
+def unplanned(as_in_processes: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Commands in the test's own process plan nothing either."""
+    plan_nothing(monkeypatch.setattr)
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from veneer import PeftModel
 from veneer.cli.app import app
 from veneer.export.merged import merge_checkpoint
 from veneer.store.known import is_fetched, model_folder
+from veneer.train.show.report import draw_loss
 
 WORDS = [f"w{i}" for i in range(23)]
 
@@ -60,7 +61,8 @@ def train(project: Path, *options: str) -> tuple[int, str]:
 
 
 @pytest.mark.parametrize(("method", "storage"), [("lora", "none"), ("lora", "nf4"), ("lora", "int8"), ("full", "none")])
-def test_a_recipe_is_carried_out(project: Path, method: str, storage: str) -> None:
+def test_a_recipe_is_carried_out(project: Path, method: str, storage: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("veneer.train.run.draw_loss", draw_loss)
     whole = ["--set", "adapter={method: full}"] if method == "full" else []
     code, output = train(project, "--set", f"model.quantization={storage}", *whole)
     assert code == 0, output
@@ -87,6 +89,7 @@ def test_a_recipe_is_carried_out(project: Path, method: str, storage: str) -> No
         AutoModelForCausalLM.from_pretrained(project / "run" / "model")
 
 
+@pytest.mark.usefixtures("unplanned")
 def test_what_a_run_without_checkpoints_saved_is_not_written_over(project: Path) -> None:
     short = ("--set", "training.max_steps=1", "--set", "training.save_strategy='no'")
     assert train(project, *short)[0] == 0
@@ -97,6 +100,7 @@ def test_what_a_run_without_checkpoints_saved_is_not_written_over(project: Path)
     assert (project / "run" / "adapter" / "adapter_model.safetensors").read_bytes() == saved
 
 
+@pytest.mark.usefixtures("unplanned")
 def test_resuming_and_refusing_to_overwrite(project: Path) -> None:
     assert train(project, "--set", "training.max_steps=3", "--set", "training.lr_scheduler_type=constant")[0] == 0
     code, output = train(project)
@@ -111,6 +115,7 @@ def files_of(folder: Path) -> dict[Path, bytes]:
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
+@pytest.mark.usefixtures("unplanned")
 @pytest.mark.parametrize("steps", [3, 4])  # epochs have four: one ends within an epoch
 def test_resuming_a_finished_run_changes_nothing(project: Path, steps: int) -> None:
     options = ("--set", f"training.max_steps={steps}", "--set", "training.save_steps=1")
@@ -126,6 +131,7 @@ def test_resuming_a_finished_run_changes_nothing(project: Path, steps: int) -> N
     assert files_of(project / "run") == before
 
 
+@pytest.mark.usefixtures("unplanned")
 def test_a_run_killed_after_its_last_checkpoint_takes_no_further_step(project: Path) -> None:
     options = ("--set", "training.max_steps=3", "--set", "training.save_steps=1")
     assert train(project, *options)[0] == 0
@@ -165,6 +171,7 @@ def test_a_run_that_cannot_begin_leaves_no_folder_and_tells_all_that_is_wrong(pr
     assert (project / "run").exists()
 
 
+@pytest.mark.usefixtures("unplanned")
 def test_a_refused_resume_leaves_the_run_as_it_was_and_tells_all_that_differs(project: Path) -> None:
     assert train(project)[0] == 0
     before = files_of(project / "run")
@@ -189,6 +196,7 @@ def test_a_refused_resume_leaves_the_run_as_it_was_and_tells_all_that_differs(pr
     assert files_of(project / "run") == before
 
 
+@pytest.mark.usefixtures("unplanned")
 def test_other_rows_under_the_same_name_are_no_resume(project: Path) -> None:
     options = ("--set", "training.lr_scheduler_type=constant", "--set", "training.save_steps=1")
     assert train(project, *options)[0] == 0
@@ -205,6 +213,7 @@ def test_other_rows_under_the_same_name_are_no_resume(project: Path) -> None:
     assert json.loads((project / "run" / "run.json").read_text())["results"]["steps"] == 7
 
 
+@pytest.mark.usefixtures("unplanned")
 def test_what_does_not_touch_the_weights_may_change(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert train(project)[0] == 0
     before = files_of(project / "run")
@@ -221,6 +230,7 @@ def test_what_does_not_touch_the_weights_may_change(project: Path, monkeypatch: 
     assert result.exit_code == 0, result.output + result.stderr
 
 
+@pytest.mark.usefixtures("unplanned")
 def test_changes_that_are_allowed_act_and_are_written_down(project: Path) -> None:
     assert train(project, "--set", "training.max_steps=3")[0] == 0
     longer = ("--resume", "--set", "training.max_steps=6", "--set", "training.learning_rate=0.002")
@@ -305,6 +315,7 @@ def test_a_run_that_goes_on_needs_its_rows(project: Path) -> None:
     assert files_of(project / "run") == before
 
 
+@pytest.mark.usefixtures("unplanned")
 def test_the_hash_of_every_file_of_rows_is_written_down(project: Path) -> None:
     (project / "more.jsonl").write_text((project / "rows.jsonl").read_text().replace("w2 w3", "w2 w5"))
     assert train(project, f'--set=data.more=[{{"source": "{project / "more.jsonl"}"}}]')[0] == 0
@@ -313,6 +324,7 @@ def test_the_hash_of_every_file_of_rows_is_written_down(project: Path) -> None:
     assert len(set(found.values())) == 2
 
 
+@pytest.mark.usefixtures("unplanned")
 def test_an_adapter_that_was_merged_into_the_base_is_not_trained_on(project: Path) -> None:
     assert train(project)[0] == 0
     adapter, merged = project / "run" / "adapter", project / "merged"

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from bare_runs import draw_nothing
+
 
 @pytest.fixture(autouse=True)
 def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("veneer.train.run.draw_loss", lambda history, path: None)
+    draw_nothing(monkeypatch.setattr)
