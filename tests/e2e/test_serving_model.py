@@ -46,13 +46,15 @@ CONFIGS = {
 @pytest.fixture(scope="module")
 def adapters(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("adapters")
+    base = load_model(NAME, dtype="float32")
     for seed, (name, config) in enumerate(CONFIGS.items()):
-        model = get_peft_model(load_model(NAME, dtype="float32"), config())
+        model = get_peft_model(base, config())
         torch.manual_seed(seed)
         with torch.no_grad():
             for parameter in (p for p in model.parameters() if p.requires_grad):
                 parameter += 0.03 * torch.randn_like(parameter)
         model.save_pretrained(folder / name)
+        base = model.unload()
     return folder
 
 
@@ -61,7 +63,7 @@ def test_each_answer_is_what_generate_gives(adapters: Path) -> None:
     model = load_model(NAME, dtype="float32")
     for name in CONFIGS:
         model = PeftModel.from_pretrained(model, adapters / name, adapter_name=name)
-    tokenizer, n = llm.get_tokenizer(), 6
+    tokenizer, n = llm.get_tokenizer(), 4
     prompts = ["The capital of France is", "Once upon a time", "def fib(n):", "1, 2, 3,", "Dear Sir,", "The sky"]
     names = ["__base__", *CONFIGS]
     requests = [None, *(LoRARequest(name, i, str(adapters / name)) for i, name in enumerate(CONFIGS, start=1))]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import signal
 import time
 from pathlib import Path
@@ -18,7 +17,7 @@ from typer.testing import CliRunner
 
 from launch import forked
 from models import byte_tokenizer, llama_config
-from veneer import AutoPeftModelForSequenceClassification
+from veneer import AutoPeftModelForSequenceClassification, LoraConfig, get_peft_model
 from veneer.cli.app import app
 from veneer.train.checkpoint import checkpoints
 
@@ -79,11 +78,12 @@ def test_an_adapter_is_fine_tuned_and_then_preferred(project: Path) -> None:
 
 
 def test_an_adapter_of_the_hub_is_trained_on(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    train(write(project, "sft", {"train": "labels.jsonl"}))
+    lora = LoraConfig(r=3, lora_alpha=5, init_lora_weights=False, target_modules=["q_proj", "v_proj"])
+    tuned = get_peft_model(AutoModelForCausalLM.from_pretrained(project / "base"), lora)
     repository = project / "hub" / "models--someone--tuned"
     (repository / "refs").mkdir(parents=True)
     (repository / "refs" / "main").write_text("a" * 40)
-    shutil.copytree(project / "sft" / "adapter", repository / "snapshots" / ("a" * 40))
+    tuned.save_pretrained(repository / "snapshots" / ("a" * 40))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(project / "hub"))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     pairs = {"train": "pairs.jsonl"}

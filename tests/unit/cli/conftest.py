@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -14,6 +17,29 @@ from chat_models import model_folder as model_folder
 from chat_models import tiny_model as tiny_model
 from veneer import IA3Config, get_peft_model
 from veneer.cli.app import app
+
+_EARLY = """
+import contextlib, io, json, sys
+from veneer.cli.app import app
+
+for command in json.loads(sys.argv[1]):
+    code, told = 0, io.StringIO()
+    with contextlib.redirect_stdout(told), contextlib.redirect_stderr(told):
+        try:
+            app(command)
+        except SystemExit as end:
+            code = end.code
+    print(json.dumps([code, " ".join(told.getvalue().split())]))
+    assert not {"torch", "transformers", "trl"} & sys.modules.keys(), command
+"""
+
+
+def told_early(commands: Sequence[Sequence[str]]) -> list[tuple[int, str]]:
+    """The exit codes and messages of commands, which one new interpreter runs; none of them may import torch."""
+    run = [sys.executable, "-c", _EARLY, json.dumps(commands)]
+    done = subprocess.run(run, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return [(code, told) for code, told in map(json.loads, done.stdout.splitlines())]
 
 
 @pytest.fixture(scope="session")

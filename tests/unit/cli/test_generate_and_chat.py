@@ -329,7 +329,8 @@ def test_a_base_in_4_bits_answers_like_its_dequantized_weights(
     seen: list[Parts] = []
     own = loading.answerer_of
     monkeypatch.setattr(loading, "answerer_of", lambda parts, *rest: seen.append(parts) or own(parts, *rest))
-    result = veneer("generate", model_folder, "-a", adapter_folder, "-p", "hi", "--load-in-4bit")
+    short = ("--max-new-tokens", 3)
+    result = veneer("generate", model_folder, "-a", adapter_folder, "-p", "hi", "--load-in-4bit", *short)
     assert result.exit_code == 0, result.output
     layer = seen[0].base.get_submodule("model.layers.0.mlp.down_proj")
     dense = AutoModelForCausalLM.from_pretrained(model_folder).get_submodule("model.layers.0.mlp.down_proj").weight

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +19,8 @@ from veneer.errors import ConfigError
 from veneer.plan.architecture import config_of
 from veneer.plan.fit import Fit
 from veneer.plan.presets import hub_id_of, presets, require_weights
+
+from .conftest import told_early
 
 
 @pytest.mark.parametrize(
@@ -45,20 +45,11 @@ def test_options_that_nothing_reads_are_told(veneer: Any, options: list[str], to
     assert (done.exit_code, [part for part in told if part not in said]) == (2, [])
 
 
-_EARLY = """
-import sys
-from veneer.cli.app import app
-try:
-    app(sys.argv[1:])
-finally:
-    print(*(name for name in ("torch", "transformers", "trl") if name in sys.modules))
-"""
 _PRESET = "is a preset of `veneer plan`, a shape without weights. Give the model's id on the hub, meta-llama/Meta-Llama"
 
 
-@pytest.mark.parametrize(
-    ("command", "told"),
-    [
+def test_what_is_wrong_by_itself_is_told_before_torch_is_imported() -> None:
+    cases = [
         (("plan", "llama-3-8"), "no model 'llama-3-8': it is no preset, .* did you mean llama-3-8b"),
         (
             ("plan", "llama-3-8b", "--quantization", "nf5"),
@@ -76,12 +67,10 @@ _PRESET = "is a preset of `veneer plan`, a shape without weights. Give the model
         (("generate", "Llama-3-8B", "-p", "?"), f"MODEL: Llama-3-8B {_PRESET}"),
         (("chat", "llama-3-8b"), f"MODEL: llama-3-8b {_PRESET}"),
         (("serve", "llama-3-8b"), f"MODEL: llama-3-8b {_PRESET}"),
-    ],
-)
-def test_what_is_wrong_by_itself_is_told_before_torch_is_imported(command: tuple[str, ...], told: str) -> None:
-    done = subprocess.run([sys.executable, "-c", _EARLY, *command], capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stdout.strip()) == (2, "")
-    assert re.search(told, " ".join(done.stderr.split()))
+    ]
+    for (command, told), (code, said) in zip(cases, told_early([command for command, _ in cases]), strict=True):
+        assert code == 2, command
+        assert re.search(told, said), (command, said)
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import inspect
-import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, fields
@@ -18,6 +17,8 @@ from veneer.cli.pages import export
 from veneer.cli.pages.eval import Metric
 from veneer.cli.work import verb
 from veneer.evaluate.metric import METRICS
+
+from .conftest import told_early
 
 VERBS: dict[str, Callable[..., Any]] = {
     f"{command.callback.__module__}.{command.callback.__name__}": command.callback
@@ -63,21 +64,13 @@ def test_the_checks_of_a_page_come_first(monkeypatch: pytest.MonkeyPatch) -> Non
     assert len(told) == 1
 
 
-@pytest.mark.parametrize(
-    ("command", "told"),
-    [
+def test_what_needs_no_model_is_told_before_torch_is_imported() -> None:
+    cases = [
         (["generate", "llama-3-8b", "-p", "x"], "is a preset of `veneer plan`"),
         (["generate", "x"], "say what to answer"),
         (["serve", "x", "--host", "::"], "add --open"),
         (["export", "gguf", "x", "-o", "x"], "must end in .gguf"),
-    ],
-)
-def test_what_needs_no_model_is_told_before_torch_is_imported(command: list[str], told: str) -> None:
-    code = (
-        "import sys, veneer.cli.app as a\ntry: a.app(sys.argv[1:])\n"
-        "finally: print('torch' in sys.modules, file=sys.stderr)"
-    )
-    done = subprocess.run([sys.executable, "-c", code, *command], capture_output=True, text=True)
-    assert done.returncode == 2
-    assert told in " ".join(done.stderr.split())
-    assert done.stderr.endswith("False\n")
+    ]
+    for (command, told), (code, said) in zip(cases, told_early([command for command, _ in cases]), strict=True):
+        assert code == 2, command
+        assert told in said

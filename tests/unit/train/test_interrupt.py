@@ -2,12 +2,12 @@
 
 import os
 import signal
-import subprocess
-import sys
 import threading
+import time
 
 import pytest
 
+from launch import started
 from veneer.errors import Interrupted
 from veneer.train.interrupt import listening
 
@@ -29,26 +29,25 @@ def test_the_first_signal_ends_what_can_be_ended_and_waits_for_what_cannot(numbe
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_the_second_signal_ends_the_process_at_once(number, code):
+def test_the_second_signal_ends_the_process_at_once(tmp_path, number, code):
     script = (
         "import time\nfrom veneer.train.interrupt import listening\n"
         "with listening() as stop, stop.deferred():\n"
         "    print('ready', flush=True)\n"
         "    while True: time.sleep(0.01)\n"
     )
-    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
-        assert process.stdout is not None
-        assert process.stderr is not None
-        try:
-            assert process.stdout.readline() == b"ready\n"
-            process.send_signal(number)
-            told = next(line for line in process.stderr if line.startswith(signal.Signals(number).name.encode()))
-            assert b"the run stops after this step, with a checkpoint; once more ends it now" in told
-            assert process.poll() is None
-            process.send_signal(number)
-            assert process.wait(60) == code
-        finally:
-            process.kill()
+    process = started(script, stdout=tmp_path / "log")
+    assert process.pid is not None
+    try:
+        for said in ("ready", f"{signal.Signals(number).name}: the run stops after this step, with a checkpoint; once"):
+            while said not in (told := (tmp_path / "log").read_text() if (tmp_path / "log").exists() else ""):
+                assert process.is_alive(), told
+                time.sleep(0.01)
+            os.kill(process.pid, number)
+        process.join(60)
+        assert process.exitcode == code
+    finally:
+        process.kill()
 
 
 def test_a_signal_that_is_ignored_stays_ignored():
