@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import peft
+import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 import veneer
 from veneer.core.sites import LinearSite
@@ -30,6 +31,20 @@ def base() -> LlamaForCausalLM:
     return LlamaForCausalLM(LlamaConfig(num_hidden_layers=2, vocab_size=71, attention_bias=True, **sizes)).eval()
 
 
+def neox() -> GPTNeoXForCausalLM:
+    torch.manual_seed(5)
+    sizes = {"hidden_size": 20, "intermediate_size": 36, "num_attention_heads": 2, "vocab_size": 71}
+    return GPTNeoXForCausalLM(GPTNeoXConfig(num_hidden_layers=2, **sizes)).eval()
+
+
+BASES: dict[str, tuple[Callable[[], PreTrainedModel], list[str]]] = {
+    "llama": (base, TARGETS),
+    "neox": (neox, ["query_key_value", "dense_4h_to_h"]),
+    "table": (base, ["embed_tokens", "q_proj"]),
+}
+every_base = pytest.mark.parametrize("on", ["llama", "neox"])
+
+
 def step(model: nn.Module) -> tuple[Tensor, dict[str, Tensor]]:
     """Logits, and the gradients of trained parameters by their places and PEFT's names."""
     model.zero_grad()
@@ -43,12 +58,28 @@ def near(found: Tensor, expected: Tensor) -> None:
     assert (found - expected).norm() <= 1e-5 * expected.norm()
 
 
-def assert_equals_peft(ours: type, theirs: str, folder: Path, **fields: Any) -> None:
-    """Files go both ways with all keys and values; logits and gradients are equal; merging changes nothing."""
+def assert_equals_peft(
+    ours: type,
+    theirs: str,
+    folder: Path,
+    on: str = "llama",
+    fixed: Sequence[str] = (),
+    moved: bool = False,
+    **fields: Any,
+) -> None:
+    """Files go both ways with all keys and values; logits and gradients are equal; merging changes nothing.
+
+    ``on`` names the base. ``fixed`` are ends of the keys that are in the file and never trained. ``moved``: PEFT has no
+    start away from the base, so that its parameters are moved.
+    """
     torch.manual_seed(11)
-    reference = peft.get_peft_model(base(), getattr(peft, theirs)(target_modules=TARGETS, **fields))
+    make, targets = BASES[on]
+    reference = peft.get_peft_model(make(), getattr(peft, theirs)(target_modules=targets, **fields))
+    with torch.no_grad():
+        for parameter in reference.parameters():
+            parameter += 0.3 * torch.randn_like(parameter) if moved and parameter.requires_grad else 0
     reference.save_pretrained(folder / "peft")
-    model = veneer.PeftModel.from_pretrained(base(), folder / "peft", is_trainable=True)
+    model = veneer.PeftModel.from_pretrained(make(), folder / "peft", is_trainable=True)
     assert type(model.peft_config["default"]) is ours
     model.save_pretrained(folder / "ours")
     written, read = (load_file(folder / name / "adapter_model.safetensors") for name in ("peft", "ours"))
@@ -56,17 +87,24 @@ def assert_equals_peft(ours: type, theirs: str, folder: Path, **fields: Any) -> 
         key: (tuple(x.shape), x.dtype) for key, x in read.items()
     }
     assert all(torch.equal(read[key], value) for key, value in written.items())
-    again = peft.PeftModel.from_pretrained(base(), folder / "ours", is_trainable=True)
+    again = peft.PeftModel.from_pretrained(make(), folder / "ours", is_trainable=True)
     wanted, wanted_grads = step(again)
     with torch.no_grad():
         near(model(input_ids=TOKENS).logits, wanted)
-        assert (base()(TOKENS).logits - wanted).norm() > 1e-3 * wanted.norm()
+        assert (make()(TOKENS).logits - wanted).norm() > 1e-3 * wanted.norm()
     logits, grads = step(model)
     near(logits, wanted)
-    assert len(grads) == len(wanted_grads) == len(written)
-    found, expected = (_by_key(each, written) for each in (grads, wanted_grads))
-    for key in written:
+    trained = [key for key in written if not key.endswith(tuple(fixed))]
+    assert len(grads) == len(wanted_grads) == len(trained)
+    found, expected = (_by_key(each, trained) for each in (grads, wanted_grads))
+    for key in trained:
         near(found[key], expected[key])
+    own = {key: value.clone() for key, value in make().state_dict().items()}
+    model.merge_adapter()
+    near(model(TOKENS).logits.detach(), wanted)
+    model.unmerge_adapter()
+    for key, value in model.get_base_model().state_dict().items():
+        assert key not in own or torch.equal(value, own[key]), key
     merged = model.merge_and_unload()
     near(merged(TOKENS).logits.detach(), wanted)
 
@@ -79,7 +117,7 @@ def _by_key(grads: dict[str, Tensor], keys: Any) -> dict[str, Tensor]:
 
 def _plain(name: str) -> str:
     wrappers = ("default", "adapters", "base_model", "model", "weight")
-    return ".".join(part for part in name.split(".") if part not in wrappers)
+    return ".".join(part.replace("_embedding_", "_") for part in name.split(".") if part not in wrappers)
 
 
 def convolutions() -> nn.Module:

@@ -37,7 +37,9 @@ def variant_switches() -> list[str]:
 
 
 def of_own_tests(cls: type[MethodConfig], name: str, default: Any) -> Any:
-    """What the method's own tests name for the laws: ``SETTINGS``, fields to run them with, or ``PEFT_ERROR``."""
+    """What the method's own tests name for the laws: ``SETTINGS``, fields to run them with, ``PEFT_ERROR``, or
+    ``WITHOUT_GRADIENT``.
+    """
     path = UNIT_TESTS / f"test_{cls.__module__.rpartition('.')[2]}.py"
     if not path.exists():
         return default
@@ -97,6 +99,12 @@ def own_settings(method: str) -> dict[str, Any]:
 def peft_error(config: LinearMethod) -> float:
     """The error of PEFT in float64: more than rounding for a method that it computes in float32."""
     return of_own_tests(type(config), "PEFT_ERROR", 1e-9)
+
+
+@pytest.fixture
+def without_gradient(config: LinearMethod) -> tuple[str, ...]:
+    """The parameters whose diagonals change nothing."""
+    return of_own_tests(type(config), "WITHOUT_GRADIENT", ())
 
 
 @pytest.fixture

@@ -1,0 +1,167 @@
+"""BOFT: ``diag(s) W R``, the inputs rotated by m factors of blocks, and the outputs scaled (Liu et al. 2024,
+arXiv:2311.06243, eq. 2 and 4).
+
+Each factor permutes the inputs, rotates them by blocks, and permutes them back. A block is Cayley's transform of a
+skew-symmetric matrix.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from veneer.contract import LinearMethod, Params, Shapes
+from veneer.contract.checks import Checks, grouped
+from veneer.contract.family_targets import LOW_RANK
+from veneer.contract.patterns import below_one
+from veneer.contract.targets import FamilyTargets
+from veneer.core.records import LinearDelta
+from veneer.core.sites import LinearSite
+from veneer.core.terms.rotation import Rotation
+from veneer.core.terms.scale import Scale
+
+
+@dataclass(frozen=True, slots=True)
+class Butterfly(Rotation):
+    """Rotation by m factors, one after the other.
+
+    Factor k acts on the features ``order[k]``, in this order: ``blocks[k]`` rotates them, block by block.
+    """
+
+    blocks: Float[Tensor, "m n b b"]
+    order: Int[Tensor, "m width"]
+
+    @property
+    def width(self) -> int:
+        return self.order.shape[1]
+
+    def apply(self, x: Tensor) -> Tensor:
+        dtype = torch.promote_types(x.dtype, self.blocks.dtype)
+        x = x.to(dtype)
+        for blocks, order in zip(self.blocks.to(dtype), self.order, strict=True):
+            parts = x[..., order].reshape(*x.shape[:-1], *blocks.shape[:2])
+            rotated = torch.einsum("...kb,kcb->...kc", parts, blocks).flatten(-2)
+            x = rotated[..., order.argsort()]
+        return x
+
+    def transposed(self) -> Butterfly:
+        return Butterfly(self.blocks.mT.flip(0), self.order.flip(0))
+
+
+@dataclass(frozen=True, kw_only=True)
+class BOFTConfig(LinearMethod):
+    """BOFT in PEFT's fields.
+
+    ``boft_block_size`` is the size of the blocks and ``boft_block_num`` their number: one of them is 0 and follows from
+    the other. ``boft_n_butterfly_factor`` is the number m of factors. ``boft_dropout`` is read from files; training
+    with it is refused.
+
+    Departs: PEFT takes one factor, whatever m is, if it cannot compile its CUDA code. Here m factors are m factors.
+    """
+
+    peft_type: ClassVar[str] = "BOFT"
+    headline: ClassVar[tuple[str, ...]] = (
+        "boft_block_size", "boft_block_num", "boft_n_butterfly_factor", "target_modules",
+    )  # fmt: skip
+    kinds: ClassVar[frozenset[str]] = frozenset({"linear", "convolution"})
+    family_targets: ClassVar[FamilyTargets] = LOW_RANK
+    inert: ClassVar[frozenset[str]] = frozenset(
+        {"boft_block_size", "boft_block_num", "boft_n_butterfly_factor"}  # the shape tells them
+        | {"boft_dropout", "fan_in_fan_out", "bias", "init_weights"}
+    )
+
+    boft_block_size: int = 4
+    boft_block_num: int = 0
+    boft_n_butterfly_factor: int = 1
+    boft_dropout: float = 0.0
+    fan_in_fan_out: bool = False
+    bias: Literal["none", "all", "boft_only"] = "none"
+    init_weights: bool = True
+
+    def problems(self) -> list[str]:
+        found = super().problems() + below_one({"boft_n_butterfly_factor": self.boft_n_butterfly_factor})
+        size, number = self.boft_block_size, self.boft_block_num
+        if min(size, number) < 0 or (size == 0) == (number == 0):
+            found.append(
+                f"boft_block_size={size!r} and boft_block_num={number!r}: one must be 0 and the other at least 1"
+            )
+        if self.boft_dropout and not self.inference_mode:
+            found.append(
+                f"boft_dropout={self.boft_dropout!r} drops blocks in training, which is not supported: set it to 0"
+            )
+        return found
+
+    @property
+    def checks(self) -> Checks:
+        return _Checks(self)
+
+    def shapes(self, site: LinearSite) -> Shapes:
+        size = self.boft_block_size or site.in_features // self.boft_block_num
+        blocks = (self.boft_n_butterfly_factor, self.boft_block_num or site.in_features // size, size, size)
+        o = site.out_features
+        return {"boft_R": blocks, "boft_s": (1, o) if site.kind == "convolution" else (o, 1)}
+
+    def init(self, site: LinearSite, generator: torch.Generator | None = None) -> dict[str, Tensor]:
+        blocks, scale = self.shapes(site).values()
+        if self.init_weights:
+            return {"boft_R": torch.zeros(blocks), "boft_s": torch.ones(scale)}
+        drawn = [0.1 * torch.randn(shape, generator=generator) for shape in (blocks, scale)]
+        return {"boft_R": drawn[0], "boft_s": 1 + drawn[1]}
+
+    def lower(self, site: LinearSite, params: Params) -> LinearDelta:
+        skew = 0.5 * (params["boft_R"] - params["boft_R"].mT)
+        m, _, size, _ = skew.shape
+        wide = skew.to(torch.promote_types(skew.dtype, torch.float32))  # torch solves no systems in 16 bits
+        one = torch.eye(size, dtype=wide.dtype, device=wide.device)
+        blocks = torch.linalg.solve(one + wide, one - wide, left=False).to(skew.dtype)
+        order = orders(site.in_features, size, m, device=skew.device)
+        rotation = Butterfly(blocks, order).transposed()  # PEFT multiplies rows of inputs by it
+        return LinearDelta(input=rotation, output=Scale(params["boft_s"].flatten()))
+
+
+@functools.lru_cache(maxsize=64)
+def orders(width: int, size: int, m: int, *, device: torch.device) -> Tensor:
+    """Return the features (m, width) that each factor's blocks rotate, in their order. Do not write.
+
+    Factor k takes the features in groups of 2ᵏ blocks. It interleaves the half blocks of a group's first half with
+    those of its second, so that it mixes what factor k - 1 keeps apart. A single factor keeps the order.
+    """
+    with torch.inference_mode(False):
+        features = torch.arange(width, device="cpu")
+        if m == 1:
+            return features[None].to(device)
+        mixed = [features.view(-1, 2, 2**k, size // 2).transpose(1, 2).flatten() for k in range(m)]
+        return torch.stack(mixed).to(device)
+
+
+@dataclass(frozen=True)
+class _Checks(Checks):
+    config: BOFTConfig
+
+    def layers(self, sites: Sequence[LinearSite]) -> list[str]:
+        """Blocks fill the inputs; with several factors, groups of 2ᵐ⁻¹ blocks of an even size do."""
+        given, m = self.config, self.config.boft_n_butterfly_factor
+        name = "boft_block_size" if given.boft_block_size else "boft_block_num"
+        value, found = given.boft_block_size or given.boft_block_num, grouped(sites)
+        for site in sites:
+            n = site.in_features
+            if n % value:
+                found.append(
+                    f"{name}={value} does not divide the {n} inputs of {site.name}: give a divisor of {n}, such as "
+                    f"{math.gcd(n, value)}"
+                )
+                continue
+            size = given.boft_block_size or n // value
+            if m > 1 and (size % 2 or (n // size) % 2 ** (m - 1)):
+                found.append(
+                    f"boft_n_butterfly_factor={m} needs blocks of an even size, and a number of them that "
+                    f"{2 ** (m - 1)} divides: {site.name} has {n // size} of size {size}. Change {name}, or give 1."
+                )
+        return found

@@ -1,0 +1,135 @@
+"""C3A: ``W + ΔW``, ΔW made of circulant blocks (Chen et al. 2024, arXiv:2407.19342, section 3.3).
+
+A block is given by b numbers, and its products go through Fourier transforms of length b.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import ClassVar, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from veneer.contract import LinearMethod, Params, Shapes
+from veneer.contract.checks import Checks
+from veneer.contract.family_targets import LOW_RANK
+from veneer.contract.patterns import PatternChecks, below_one, broken, first_match, values_of
+from veneer.contract.peft_fields import PeftFields
+from veneer.contract.targets import FamilyTargets
+from veneer.core.records import LinearDelta
+from veneer.core.sites import LinearSite
+from veneer.core.terms.change import Change
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Circulant(Change):
+    """Change of m by n blocks (b, b): entry (p, j) of a block is its kernel at ``(j - p) mod b``, times ``scale``."""
+
+    kernel: Float[Tensor, "m n b"]
+    scale: float
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        m, n, b = self.kernel.shape
+        return m * b, n * b
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.promote_types(self.kernel.dtype, torch.float32)  # there is no transform in 16 bits
+
+    def dense(self, dtype: torch.dtype | None = None) -> Tensor:
+        kernel = self.kernel if dtype is None else self.kernel.to(dtype)
+        place = torch.arange(kernel.shape[2], device=kernel.device)
+        shifted = kernel[:, :, (place - place[:, None]) % kernel.shape[2]]
+        return shifted.transpose(1, 2).reshape(self.shape) * self.scale
+
+    def matmul(self, x: Tensor) -> Tensor:
+        return self._product(x, self._spectrum().conj())
+
+    def matmul_t(self, dy: Tensor) -> Tensor:
+        return self._product(dy, self._spectrum().transpose(0, 1))
+
+    def _spectrum(self) -> Tensor:
+        spectrum: Tensor = torch.fft.rfft(self.kernel.to(self.dtype))
+        return spectrum
+
+    def _product(self, x: Tensor, spectrum: Tensor) -> Tensor:
+        b = self.kernel.shape[2]
+        parts = torch.fft.rfft(x.reshape(*x.shape[:-1], -1, b))
+        made: Tensor = torch.fft.irfft(torch.einsum("...nf,mnf->...mf", parts, spectrum), n=b)
+        return made.flatten(-2) * self.scale
+
+
+@dataclass(frozen=True, kw_only=True)
+class C3AConfig(LinearMethod):
+    """C3A in PEFT's fields.
+
+    ``block_size`` divides the inputs and the outputs of each layer. ``init_weights``: "xavier_uniform" (False is the
+    same), "kaiming_uniform" and "gaussian" start with a change of the model, True with none.
+    """
+
+    peft_type: ClassVar[str] = "C3A"
+    identity_at_start: ClassVar[bool] = False
+    headline: ClassVar[tuple[str, ...]] = ("block_size", "target_modules")
+    family_targets: ClassVar[FamilyTargets] = {
+        **LOW_RANK,
+        **{family: {"target_modules": ("mlp.c_proj",)} for family in ("gpt2", "gpt_bigcode")},
+    }
+    peft_fields: ClassVar[PeftFields] = PeftFields(quiet=("exclude_modules",))
+    inert: ClassVar[frozenset[str]] = frozenset({"block_size", "block_size_pattern", "bias", "init_weights"})
+
+    block_size: int = 256
+    bias: Literal["none", "all", "c3a_only"] = "none"
+    block_size_pattern: Mapping[str, int] = field(default_factory=dict)
+    init_weights: bool | Literal["gaussian", "kaiming_uniform", "xavier_uniform"] = "xavier_uniform"
+
+    def problems(self) -> list[str]:
+        found = super().problems() + broken({"block_size_pattern": self.block_size_pattern})
+        return found + below_one(values_of(self, "block_size", "block_size_pattern"))
+
+    @property
+    def checks(self) -> Checks:
+        return _Checks({"block_size_pattern": self.block_size_pattern}, self)
+
+    def size(self, site: LinearSite) -> int:
+        """Return the size of the blocks at a site."""
+        return first_match(self.block_size_pattern, site.name, self.block_size)
+
+    def shapes(self, site: LinearSite) -> Shapes:
+        b = self.size(site)
+        return {"c3a_kernel": (site.out_features // b, site.in_features // b, b)}
+
+    def init(self, site: LinearSite, generator: torch.Generator | None = None) -> dict[str, Tensor]:
+        shape = self.shapes(site)["c3a_kernel"]
+        if self.init_weights is True:
+            return {"c3a_kernel": torch.zeros(shape)}
+        if self.init_weights == "gaussian":
+            return {"c3a_kernel": torch.randn(shape, generator=generator)}
+        i, o = site.in_features, site.out_features
+        bound = math.sqrt(1 / i if self.init_weights == "kaiming_uniform" else 6 / (i + o))
+        return {"c3a_kernel": torch.empty(shape).uniform_(-bound, bound, generator=generator)}
+
+    def lower(self, site: LinearSite, params: Params) -> LinearDelta:
+        return LinearDelta(adds=(Circulant(kernel=params["c3a_kernel"], scale=1 / site.in_features),))
+
+    def site_of(self, site: LinearSite, shapes: Mapping[str, tuple[int, ...]]) -> LinearSite:
+        m, n, b = shapes["c3a_kernel"]
+        return replace(site, in_features=n * b, out_features=m * b)
+
+
+@dataclass(frozen=True)
+class _Checks(PatternChecks):
+    config: C3AConfig
+
+    def layers(self, sites: Sequence[LinearSite]) -> list[str]:
+        return [
+            f"block_size={b} at {site.name} does not divide its {site.in_features} inputs and {site.out_features} "
+            f"outputs: give a divisor of {math.gcd(site.in_features, site.out_features)} (block_size_pattern sets it "
+            "for single modules)"
+            for site in sites
+            if math.gcd(site.in_features, site.out_features) % (b := self.config.size(site))
+        ]

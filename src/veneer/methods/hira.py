@@ -1,0 +1,131 @@
+"""HiRA: ``W + W ⊙ (B A)``, a low-rank pair that multiplies the weight entrywise (Huang et al. 2025, ICLR,
+openreview.net/forum?id=TwJrTz9cRS, eq. 4).
+
+The change has full rank, and reads the weight of its base.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from veneer.contract import LinearMethod, Params, Shapes
+from veneer.contract.checks import Checks, GroupChecks
+from veneer.contract.family_targets import LOW_RANK
+from veneer.contract.patterns import below_one
+from veneer.contract.peft_fields import PeftFields
+from veneer.contract.targets import FamilyTargets
+from veneer.core.frozen import FrozenWeight
+from veneer.core.records import LinearDelta
+from veneer.core.sites import LinearSite
+from veneer.core.terms.change import Change
+from veneer.errors import ConfigError
+from veneer.inits.uniform import kaiming_uniform
+
+
+class Base:
+    """Frozen weight of a layer as a record refers to it: not as a part, which would be counted, copied and packed."""
+
+    def __init__(self, weight: FrozenWeight) -> None:
+        self.weight = weight
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Base) and torch.equal(self.weight.dense(), other.weight.dense())
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Hadamard(Change):
+    """Change ``W ⊙ (B A)`` with W the frozen weight."""
+
+    a: Float[Tensor, "r i"]
+    b: Float[Tensor, "o r"]
+    base: Base
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.b.shape[0], self.a.shape[1]
+
+    def dense(self, dtype: torch.dtype | None = None) -> Tensor:
+        dtype = dtype or self.dtype
+        return (self.b.to(dtype) @ self.a.to(dtype)) * self.base.weight.dense(dtype)
+
+    def weighed(self, weight: float) -> Hadamard:
+        return replace(self, b=self.b * weight)
+
+    def look_up(self, index: Tensor, padding_idx: int | None = None) -> Tensor:
+        columns = torch.nn.functional.embedding(index, self.a.T, padding_idx)
+        rows = torch.nn.functional.embedding(index, self.base.weight.dense().T)
+        return torch.nn.functional.linear(columns, self.b) * rows.to(self.dtype)
+
+
+@dataclass(frozen=True, kw_only=True)
+class HiraConfig(LinearMethod):
+    """HiRA in PEFT's fields.
+
+    ``init_weights``: True starts with B zero (at embeddings A), "gaussian" draws A from a normal distribution. False
+    makes both random, so that the start changes the model. ``hira_dropout`` is read from files; training with it is
+    refused.
+    """
+
+    peft_type: ClassVar[str] = "HIRA"
+    headline: ClassVar[tuple[str, ...]] = ("r", "target_modules")
+    kinds: ClassVar[frozenset[str]] = frozenset({"linear", "embedding", "convolution"})
+    outward: ClassVar[frozenset[str]] = frozenset({"hira_B"})
+    family_targets: ClassVar[FamilyTargets] = LOW_RANK
+    peft_fields: ClassVar[PeftFields] = PeftFields(neutral={"rank_pattern": {}})  # which PEFT itself leaves unread
+    inert: ClassVar[frozenset[str]] = frozenset({"r", "hira_dropout", "fan_in_fan_out", "init_weights"})
+
+    r: int = 32
+    hira_dropout: float = 0.0
+    fan_in_fan_out: bool = False
+    init_weights: bool | Literal["gaussian"] | None = True
+
+    def problems(self) -> list[str]:
+        found = super().problems() + below_one({"r": self.r})
+        if self.hira_dropout and not self.inference_mode:
+            found.append(
+                f"hira_dropout={self.hira_dropout!r} drops inputs of the change in training, which is not supported: "
+                "set it to 0"
+            )
+        return found
+
+    @property
+    def checks(self) -> Checks:
+        return GroupChecks()
+
+    @property
+    def reads_weight(self) -> bool:
+        return True
+
+    def shapes(self, site: LinearSite) -> Shapes:
+        r, channels, point = self.r, site.in_features // math.prod(site.window), (1,) * len(site.window)
+        return {"hira_A": (r, channels, *site.window), "hira_B": (site.out_features, r, *point)}
+
+    def init(self, site: LinearSite, generator: torch.Generator | None = None) -> dict[str, Tensor]:
+        shapes = self.shapes(site)
+        if not self.init_weights:
+            return {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+        zeros = {name: torch.zeros(shape) for name, shape in shapes.items()}
+        if site.kind == "embedding":
+            return zeros | {"hira_B": torch.randn(shapes["hira_B"], generator=generator)}
+        if self.init_weights == "gaussian" and site.kind == "linear":
+            return zeros | {"hira_A": torch.randn(shapes["hira_A"], generator=generator) / self.r}
+        return zeros | {"hira_A": kaiming_uniform((self.r, site.in_features), generator).view(shapes["hira_A"])}
+
+    def disk_names(self, site: LinearSite) -> dict[str, str]:
+        infix = "_embedding" if site.kind == "embedding" else ""
+        return {f"hira_{factor}": f"hira{infix}_{factor}" for factor in "AB"}
+
+    def lower(self, site: LinearSite, params: Params) -> LinearDelta:
+        if site.weight is None:
+            raise ConfigError(f"HiRA at {site.name} needs the frozen weight: load the base model before attaching")
+        a, b = (params[name] for name in ("hira_A", "hira_B"))
+        a, b = a.view(len(a), -1), b.view(len(b), -1)  # no parameters, whose record would be kept with this weight
+        return LinearDelta(adds=(Hadamard(a=a, b=b, base=Base(site.weight)),))
