@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -149,6 +150,34 @@ def test_a_run_killed_after_its_last_checkpoint_takes_no_further_step(project: P
         assert resumed["results"][key] == record["results"][key]
     assert saved.read_bytes() == weights
     assert not (project / "run" / "checkpoint-4").exists()
+
+
+def test_one_command_begins_goes_on_and_says_that_it_is_done(project: Path) -> None:
+    again = ("--resume", "auto", "--set", "training.max_steps=2", "--set", "training.save_steps=1")
+    run, saved = project / "run", project / "run" / "adapter" / "adapter_model.safetensors"
+    (run / "adapter").mkdir(parents=True)
+    code, output = train(project, *again)  # not of a run that is known to have broken off
+    assert (code, "holds the adapter that a run saved" in " ".join(output.split())) == (2, True), output
+    (run / "run.json").write_text('{"status": "running", "recipe": {}}')
+    code, output = train(project, *again)
+    assert code == 0, output
+    assert "the run begins again" in output
+    weights, record = saved.read_bytes(), json.loads((run / "run.json").read_text())
+    assert record["log"][0]["step"] == 0
+    (run / "run.json").write_text(json.dumps({**record, "status": "running"}))
+    shutil.rmtree(run / "checkpoint-2")
+    saved.unlink()
+    code, output = train(project, *again)
+    assert code == 0, output
+    assert "going on from its last checkpoint" in output
+    assert "step 1/2" not in output
+    assert saved.read_bytes() == weights
+    before = files_of(run)
+    code, output = train(project, *again)
+    assert code == 0, output
+    assert "already finished" in output
+    assert "planned" not in output
+    assert files_of(run) == before
 
 
 def test_a_run_that_cannot_begin_leaves_no_folder_and_tells_all_that_is_wrong(project: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 from typing import TYPE_CHECKING
 
@@ -88,18 +89,42 @@ def test_two_processes_train_as_one_with_the_same_global_batch(
 
 
 def test_a_run_whose_process_was_killed_goes_on_bit_for_bit(tiny_project: TinyProject) -> None:
-    """Three processes, whose sums depend on their order, as those of two do not."""
+    """Three processes, whose sums depend on their order, as those of two do not; and a cut base beside a whole one."""
     n = 3
-    given = [*options("adapter.lora_dropout=0.3"), "--set", "training.save_steps=1"]
-    broken = tiny_project.start(*given, n_processes=n, slow=True)
+    given = [*options("adapter.lora_dropout=0.3", "training.save_steps=1"), "--resume", "auto"]
+    shared = ("--set", "distributed.strategy=fsdp")
+    broken = tiny_project.start(*given, *shared, n_processes=n, slow=True)
     broken.wait_for("step 4/")
     broken.processes[1].kill()
     assert all(broken.ended())
     assert tiny_project.record()["status"] in ("running", "failed", "interrupted")
-    tiny_project.run(*given, "--resume", n_processes=n)
+    tiny_project.run(*given, *shared, n_processes=n)
     tiny_project.run(*given, "--set", f"output={tiny_project.folder / 'whole'}", n_processes=n)
     assert tiny_project.weights().read_bytes() == tiny_project.weights("whole").read_bytes()
     assert tiny_project.log() == tiny_project.log("whole")
+
+
+def test_another_number_of_processes_goes_on_with_the_same_rows(tiny_project: TinyProject) -> None:
+    own = ("training.max_steps=5", "training.save_steps=2", "training.save_total_limit=9", *sized(2))
+    given = [*options(*own, "distributed.global_batch=12"), "--resume", "auto"]
+    at = given.index("training.gradient_accumulation_steps=2")
+    del given[at - 1 : at + 1]
+    tiny_project.run(*given, n_processes=2)
+    before, folder = tiny_project.record(), tiny_project.folder / "run"
+    expected, weights = tiny_project.log(), load_file(tiny_project.weights())
+    for name in ("checkpoint-4", "checkpoint-5", "adapter"):
+        shutil.rmtree(folder / name)
+    (folder / "run.json").write_text(json.dumps({**before, "status": "interrupted"}))
+    tiny_project.run(*given)
+    after = tiny_project.record()
+    assert [each["training"]["gradient_accumulation_steps"] for each in (before, after)] == [3, 6]
+    assert after["changes"] == [{"step": 2, "key": "processes", "before": 2, "now": 1}]
+    for ours, theirs in zip(tiny_project.log(), expected, strict=True):
+        assert ours.get("num_tokens") == theirs.get("num_tokens")  # rows are of different lengths
+        for key in ours.keys() - {"total_flos", "train_loss", "epoch"}:  # epochs are counted in micro-batches
+            assert ours[key] == pytest.approx(theirs[key], rel=1e-5, abs=1e-7), (key, ours, theirs)
+    for name, tensor in load_file(tiny_project.weights()).items():
+        torch.testing.assert_close(tensor, weights[name], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("asked", [None, True])

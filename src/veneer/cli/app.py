@@ -49,8 +49,9 @@ class VerbGroup(TyperGroup):
     """Group of verbs. It turns errors that a user can fix into a message and an exit code."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Parse the command line; ``--weights 0.7 -0.3`` needs no quotes."""
-        return super().parse_args(ctx, with_weights_joined(args))
+        """Parse the command line; ``--weights 0.7 -0.3`` needs no quotes, and ``--resume`` no value."""
+        ctx.obj = list(args)  # for a verb that starts itself again
+        return super().parse_args(ctx, with_resume_valued(with_weights_joined(args)))
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
         """Print the help page of the program: every verb with its first sentence."""
@@ -100,6 +101,15 @@ def with_weights_joined(args: list[str]) -> list[str]:
     first = args.index("--weights") + 1
     numbers = list(itertools.takewhile(_is_number, args[first:]))
     return [*args[:first], *([" ".join(numbers)] if numbers else []), *args[first + len(numbers) :]]
+
+
+def with_resume_valued(args: list[str]) -> list[str]:
+    """Return the arguments with the value of ``--resume`` joined: ``auto`` if that follows, otherwise ``last``."""
+    if "--resume" not in args:
+        return args
+    at = args.index("--resume")
+    auto = args[at + 1 : at + 2] == ["auto"]
+    return [*args[:at], f"--resume={'auto' if auto else 'last'}", *args[at + 1 + auto :]]
 
 
 def _is_number(text: str) -> bool:

@@ -15,6 +15,7 @@ from veneer.core.progress import waits_told
 from veneer.errors import ConfigError
 from veneer.plan.presets import require_named
 from veneer.plan.start import start_measured
+from veneer.recipe.distributed_part import with_accumulation
 from veneer.recipe.early import refuse_early
 from veneer.recipe.values import apply_override, put, read_values
 
@@ -85,7 +86,7 @@ def plan(
     _require_read(what, {FIT: fit is not None, SERVE: serve, ADVICE: advice}, given)
     budget = None if fit is None else bytes_from(fit, "--fit")
     room = None if memory is None else bytes_from(memory, "--memory")
-    values = _values(what, overrides or [], method, _changes(given))
+    values = _values(what, overrides or [], method, _changes(given), processes or 1)
     of_a_process = card is None and not advice and not serve
     begun = start_measured() if of_a_process else nullcontext()  # before torch is imported, which takes as long
     with waits_told("loading torch and transformers"), begun:
@@ -140,8 +141,10 @@ def _is_recipe(what: str) -> bool:
     return Path(what).suffix in (".yaml", ".yml")
 
 
-def _values(what: str, overrides: list[str], method: str | None, changes: dict[str, Any]) -> dict[str, Any]:
-    """The values of a recipe's file, or of a recipe made for a model's name."""
+def _values(
+    what: str, overrides: list[str], method: str | None, changes: dict[str, Any], n_processes: int
+) -> dict[str, Any]:
+    """The values of a recipe's file, or of a recipe made for a model's name, as ``n_processes`` train it."""
     if _is_recipe(what):
         values = read_values(Path(what), overrides)
     else:
@@ -157,5 +160,5 @@ def _values(what: str, overrides: list[str], method: str | None, changes: dict[s
             apply_override(values, override)
     for key, value in changes.items():
         put(values, key, value)
-    refuse_early(values, what)  # before torch is imported
-    return values
+    refuse_early(values, what, n_processes=n_processes)  # before torch is imported
+    return with_accumulation(values, n_processes)

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, Literal
 
 import typer
 
+from veneer.cli.pages.options import unset
+from veneer.core.group import join_slurm, starts_processes
 from veneer.core.progress import waits_told
 from veneer.errors import ConfigError
 from veneer.plan.presets import require_weights
@@ -14,6 +19,7 @@ from veneer.recipe.adapter import names_of
 from veneer.recipe.commented import commented_recipe
 from veneer.recipe.early import refuse_early
 from veneer.recipe.known import declared_methods
+from veneer.recipe.sweep_part import PART
 from veneer.recipe.values import read_values, section
 
 _Recipe = Annotated[
@@ -34,16 +40,32 @@ _AllowChanges = Annotated[
     bool,
     typer.Option("--allow-changes", help="With --resume: go on with other settings, and write down what changed."),
 ]
+_Resume = Annotated[
+    Literal["last", "auto"] | None,
+    typer.Option(
+        "--resume",
+        metavar="[auto]",
+        show_default=False,
+        help="Continue from the last checkpoint, bit for bit; auto: begin, continue, or say that the run is finished.",
+    ),
+]
+_Processes = Annotated[
+    int | None,
+    unset("N", "Train in N processes of this machine, a device each; they share every batch.", "--processes", min=1),
+]
+_MAIN = "from veneer.cli.app import main; main()"
 
 
 def train(
+    context: typer.Context,
     recipe: _Recipe = None,
     overrides: _Overrides = None,
     print_recipe: _PrintRecipe = False,
     show_sample: _ShowSample = False,
-    resume: Annotated[bool, typer.Option("--resume", help="Continue from the last checkpoint, bit for bit.")] = False,
+    resume: _Resume = None,
     allow_changes: _AllowChanges = False,
     beyond_memory: _BeyondMemory = False,
+    processes: _Processes = None,
 ) -> None:
     """Train an adapter (or the whole model) from a recipe; several at once if it has a sweep part.
 
@@ -54,16 +76,37 @@ def train(
         return
     if recipe is None:
         raise ConfigError("veneer train needs a recipe: `veneer train --print-recipe > recipe.yaml` writes one to edit")
-    if allow_changes and not resume:
+    if allow_changes and resume is None:
         raise ConfigError("--allow-changes says how a run goes on, so it needs --resume beside it")
+    join_slurm(os.environ)
+    starts = starts_processes(processes) and not show_sample
     values = read_values(recipe, overrides or [])
-    refuse_early(values, str(recipe), begins=not resume)
+    refuse_early(values, str(recipe), begins=resume != "last", n_processes=processes if starts else None)
     source = section(values, "model").get("source")
     if isinstance(source, str):
         require_weights(source, "model.source")
+    if starts:
+        raise typer.Exit(_in_processes(context.find_root().obj, processes or 1, values))
     with waits_told("loading torch and transformers"):
         from veneer.cli.train_run import Asked, carried_out, parsed
 
         wanted = parsed(values, recipe)
-    asked = Asked(show_sample=show_sample, resume=resume, allow_changes=allow_changes, beyond_memory=beyond_memory)
+    asked = Asked(
+        show_sample=show_sample,
+        resume=resume if resume == "auto" else resume == "last",
+        allow_changes=allow_changes,
+        beyond_memory=beyond_memory,
+    )
     carried_out(wanted, asked)
+
+
+def _in_processes(args: Sequence[str], n: int, values: Mapping[str, Any]) -> int:
+    """Run the same command in ``n`` processes, and return its exit status. Raises ConfigError if they cannot start."""
+    if PART in values:
+        raise ConfigError(f"--processes {n}: the members of a sweep share one process. Leave --processes out.")
+    with waits_told("loading torch"):
+        from veneer.train.launcher import launched, require_devices
+
+        if not section(values, "training").get("use_cpu"):
+            require_devices(n)
+    return launched([sys.executable, "-P", "-c", _MAIN, *args], n)

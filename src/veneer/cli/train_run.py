@@ -20,8 +20,16 @@ from veneer.recipe.recipe import Recipe, parse_recipe
 from veneer.recipe.sweep_part import PART
 from veneer.store.bars import without_bars
 from veneer.train.checkpoint import checkpoints
-from veneer.train.output import require_begun, require_data_files, require_free, usable
-from veneer.train.processes import is_main, part
+from veneer.train.output import (
+    Resume,
+    continues,
+    is_over,
+    require_begun,
+    require_data_files,
+    require_free,
+    usable,
+)
+from veneer.train.processes import by_main, is_main, meet, n_on_machine, n_processes, part, together
 from veneer.train.recipe_trainer import require_not_in_base
 from veneer.train.run import run_recipe
 from veneer.train.samples import samples_of
@@ -38,7 +46,7 @@ class Asked:
     """Options of the command."""
 
     show_sample: bool
-    resume: bool
+    resume: Resume
     allow_changes: bool
     beyond_memory: bool
 
@@ -57,8 +65,7 @@ def carried_out(wanted: Recipe | Sweep, asked: Asked) -> None:
         if asked.show_sample:
             _show_sample(wanted if isinstance(wanted, Recipe) else wanted.members[0].recipe, console)
         elif isinstance(wanted, Recipe):
-            _require_startable(wanted, asked.resume)
-            _train_one(wanted, asked, _planned(wanted, asked.beyond_memory, console), console)
+            _train_one(wanted, asked, _prepared(wanted, asked, console), console)
         else:
             console.print(
                 f"not planned: {len(wanted.members)} members share one base; `veneer plan` tells of one recipe",
@@ -89,14 +96,12 @@ def _show_sample(recipe: Recipe, console: Console) -> None:
         console.print(shown_sample(sample, tokenizer, marks=not console.is_terminal))
 
 
-def _require_startable(recipe: Recipe, resume: bool) -> None:
+def _require_startable(recipe: Recipe, resume: Resume) -> None:
     """Before a plan: raise TrainingError where there is no checkpoint to go on from, ConfigError where a new run would
     be mixed up with one that is there, DataError where files of rows are not there, and CompositionError where the
     adapter that is trained on is in the base already.
     """
-    if not is_main():
-        return
-    if resume:
+    if continues(Path(recipe.output), resume):
         require_begun(recipe)
         return
     if Path(recipe.output).exists():
@@ -112,20 +117,42 @@ class _Planned(NamedTuple):
     line: str
 
 
-def _planned(recipe: Recipe, beyond_memory: bool, console: Console) -> _Planned:
-    """The plan of a run, told in one line. Raises ConfigError where memory will not do."""
+def _prepared(recipe: Recipe, asked: Asked, console: Console) -> _Planned | None:
+    """Check that a run can start, and plan it, in the first of its processes; no plan of one that is over.
+
+    The others wait, and raise the errors of the first.
+    """
+    args = recipe.training_config()
+    meet(args)
+    with together():
+        n = n_on_machine()
+        sharing = n if n_processes() > 1 and args.device.type == "cpu" else 1
+
+        def prepare() -> _Planned | None:
+            _require_startable(recipe, asked.resume)
+            over = bool(asked.resume) and is_over(recipe)
+            return None if over else _planned(recipe, 0 if asked.beyond_memory else sharing, console)
+
+        return by_main(prepare)
+
+
+def _planned(recipe: Recipe, sharing: int, console: Console) -> _Planned:
+    """The plan of a run, told in one line.
+
+    Raises ConfigError if the processes ``sharing`` the memory take more than there is; 0 allows that.
+    """
     with waits_told("planning"):
         facts, line = planned_facts(recipe, lambda line: console.print(line, style="dim", highlight=False))
     if facts is not None:
         console.print(line, highlight=False)
-        if not beyond_memory:
-            require_room(facts)
+        if sharing:
+            require_room(facts, sharing)
     return _Planned(facts, line)
 
 
-def _train_one(recipe: Recipe, asked: Asked, planned: _Planned, console: Console) -> None:
+def _train_one(recipe: Recipe, asked: Asked, planned: _Planned | None, console: Console) -> None:
     # A run that cannot be planned is mostly refused for the same reason: only one that begins says so.
-    untold = [planned.line] if planned.facts is None else []
+    untold = [planned.line] if planned is not None and planned.facts is None else []
 
     def tell(line: str) -> None:
         while untold:
@@ -137,7 +164,7 @@ def _train_one(recipe: Recipe, asked: Asked, planned: _Planned, console: Console
             recipe,
             resume=asked.resume,
             allow_changes=asked.allow_changes,
-            planned=planned.facts,
+            planned=None if planned is None else planned.facts,
             tell=tell,
         )
     except KeyboardInterrupt as error:

@@ -45,11 +45,12 @@ def planned_facts(recipe: Recipe, tell: Callable[[str], None]) -> tuple[dict[str
     return facts, told(plan, facts)
 
 
-def require_room(facts: Mapping[str, Any]) -> None:
-    """Raise ConfigError if a run takes more memory than is available on this machine."""
-    needed, free = facts["process"]["bytes"], facts["process"]["free"]
-    if needed > free:
+def require_room(facts: Mapping[str, Any], n_processes: int = 1) -> None:
+    """Raise ConfigError if the ``n_processes`` of a run that share its memory take more than is available."""
+    each, free = facts["process"]["bytes"], facts["process"]["free"]
+    if n_processes * each > free:
+        together = f"{size(n_processes * each)} in {n_processes} processes" if n_processes > 1 else size(each)
         raise ConfigError(
-            f"this run is planned to take {size(needed)}, and {size(free)} may be taken here: "
-            f"`veneer plan RECIPE --fit {free / 1e9:.0f}GB` finds settings that fit, and --beyond-memory trains anyway"
+            f"this run is planned to take {together}, and {size(free)} may be taken here: `veneer plan RECIPE --fit "
+            f"{free / n_processes / 1e9:.0f}GB` finds settings that fit, and --beyond-memory trains anyway"
         )

@@ -139,10 +139,9 @@ def _row_counts(recipe: Recipe) -> list[int]:
 
 def _rows(recipe: Recipe, rows: int) -> dict[str, Any]:
     """Rows of a micro-batch, as many micro-batches as keep the rows of a step, and no more rows in an evaluation's."""
-    changes = {
-        "training.per_device_train_batch_size": rows,
-        "training.gradient_accumulation_steps": _rows_a_step(recipe) // rows,
-    }
+    changes = {"training.per_device_train_batch_size": rows}
+    if recipe.distributed.global_batch is None:  # else it follows
+        changes["training.gradient_accumulation_steps"] = _rows_a_step(recipe) // rows
     fewer = recipe.data.holds_out and rows < recipe.training_config().per_device_eval_batch_size
     return changes | ({"training.per_device_eval_batch_size": rows} if fewer else {})
 

@@ -7,10 +7,12 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from veneer.core.group import group_size
 from veneer.errors import ConfigError
 from veneer.recipe.advice import value_problems
 from veneer.recipe.base_modules import target_problems
 from veneer.recipe.declared import UnreadableError
+from veneer.recipe.distributed_part import dealing_problems
 from veneer.recipe.known import declared
 from veneer.recipe.parts import DataPart
 from veneer.recipe.problems import problems_of
@@ -19,17 +21,21 @@ from veneer.recipe.sweep_part import PART, members_of
 from veneer.recipe.values import section
 
 
-def refuse_early(values: Mapping[str, Any], name: str = "recipe", *, begins: bool = False) -> None:
+def refuse_early(
+    values: Mapping[str, Any], name: str = "recipe", *, begins: bool = False, n_processes: int | None = None
+) -> None:
     """Raise ConfigError with all problems that source, values and headers alone reveal.
 
     For a sweep, it reports the problems of all members. ``begins``: a run begins, so missing files of rows are problems
-    too. If the output exists, `train.output` reports them together with the problems of the output.
+    too. If the output exists, `train.output` reports them together with the problems of the output. ``n_processes``
+    are to train: by default, those that a launcher has started.
     """
     runs, found = [values], list[str]()
     if PART in values:
         members, found = members_of(values, Path(name))
         runs = [each.values for each in members]
     for run in runs:
+        found += dealing_problems(run, n_processes or group_size())
         with suppress(UnreadableError):
             found += [*problems_of(run, declared()), *value_problems(run)]
         with suppress(UnreadableError):

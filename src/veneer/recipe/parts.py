@@ -8,6 +8,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from veneer.data.named_files import is_missing, missing_told
+from veneer.recipe.distributed_part import DistributedPart
 from veneer.recipe.metric_part import MetricPart
 from veneer.recipe.source_part import SourcePart
 from veneer.recipe.tasks import Task
@@ -74,5 +75,6 @@ class Written(_Part):
     training: dict[str, Any] = {}
     rewards: list[str | dict[str, Any]] = []
     metric: MetricPart | None = None
+    distributed: DistributedPart = DistributedPart()
     output: str
     seed: int = 0

@@ -9,6 +9,7 @@ from pydantic import BaseModel, ValidationError
 
 from veneer.recipe.adapter import FULL, adapter_problems, method_of
 from veneer.recipe.advice import belongs, meant_quantization
+from veneer.recipe.distributed_part import DistributedPart, layout_problems
 from veneer.recipe.keys import perhaps, typed
 from veneer.recipe.known import Known
 from veneer.recipe.metric_part import MetricPart, metric_problems
@@ -47,6 +48,7 @@ def _shape_problems(values: Mapping[str, Any]) -> list[str]:
         *_reward_problems(values),
         *task_problems(values),
         *metric_problems(values),
+        *layout_problems(values),
     ]
 
 
@@ -114,7 +116,12 @@ def _data_problems(values: Mapping[str, Any]) -> list[str]:
 def _told(error: dict[str, Any]) -> str:
     path = ".".join(str(part) for part in error["loc"])
     if error["type"] == "extra_forbidden":
-        parts: dict[str, type[BaseModel]] = {"model": ModelPart, "data": DataPart, "metric": MetricPart}
+        parts: dict[str, type[BaseModel]] = {
+            "model": ModelPart,
+            "data": DataPart,
+            "metric": MetricPart,
+            "distributed": DistributedPart,
+        }
         known = Written.model_fields if len(error["loc"]) == 1 else parts[str(error["loc"][0])].model_fields
         known = SourcePart.model_fields if "more" in error["loc"] else known
         part, key = "" if len(error["loc"]) != 2 else str(error["loc"][0]), str(error["loc"][-1])

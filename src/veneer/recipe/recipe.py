@@ -6,10 +6,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from torch import distributed
+
 from veneer.contract import MethodConfig
+from veneer.core.group import group_size
 from veneer.errors import ConfigError
 from veneer.recipe.adapter import FROM, method_of
 from veneer.recipe.advice import in_recipe_words, value_problems
+from veneer.recipe.distributed_part import ROWS_OF_A_PROCESS, dealing_problems
 from veneer.recipe.keys import keys_of, typed
 from veneer.recipe.methods import adapter_config, imported, name_of, usual_learning_rate
 from veneer.recipe.optimizers import steps_in_backward
@@ -53,7 +57,9 @@ class Recipe(Written):
         """Return the settings of the task's trainer, with the recipe's defaults filled in."""
         kind = settings_of(self.task)
         given = typed(keys_of(kind), self.training, [])
-        return kind(output_dir=self.output, seed=self.seed, **{**_defaults(self), **given, **changes})
+        rows = given.get("per_device_train_batch_size", ROWS_OF_A_PROCESS)
+        dealt = self.distributed.accumulation(rows, _n_processes())
+        return kind(output_dir=self.output, seed=self.seed, **{**_defaults(self), **given, **dealt, **changes})
 
     def reward_functions(self) -> tuple[list[Any], list[float]]:
         """Return the functions of ``rewards`` with their weights. Raises ConfigError for those that cannot be found."""
@@ -74,6 +80,7 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
 def parse_recipe(values: Mapping[str, Any], name: str = "recipe") -> Recipe:
     """Return a recipe from plain values. Raises ConfigError with all problems at once."""
     problems, odd = problems_of(values, imported()), value_problems(values)
+    problems += dealing_problems(values, _n_processes())
     if problems:
         raise ConfigError(f"{name}: " + "; ".join([*problems, *odd]))
     recipe, problems = Recipe.model_validate(values), odd
@@ -97,6 +104,12 @@ def changed(recipe: Recipe, changes: Mapping[str, Any]) -> Recipe:
     return parse_recipe(values)
 
 
+def _n_processes() -> int:
+    """Processes that have met, or that a launcher has started to meet."""
+    met = distributed.is_available() and distributed.is_initialized()
+    return distributed.get_world_size() if met else group_size()
+
+
 def _defaults(recipe: Recipe) -> dict[str, Any]:
     evaluates = recipe.data.holds_out
     return {
@@ -106,7 +119,7 @@ def _defaults(recipe: Recipe) -> dict[str, Any]:
         "warmup_steps": 0.03,
         "max_grad_norm": 0.0 if steps_in_backward(recipe.training.get("optim")) else 0.3,
         "num_train_epochs": 1.0,
-        "per_device_train_batch_size": 8,
+        "per_device_train_batch_size": ROWS_OF_A_PROCESS,
         "logging_steps": 10,
         "save_steps": 200,
         "save_total_limit": 2,

@@ -18,6 +18,8 @@ from veneer.recipe.recipe import Recipe
 from veneer.train.processes import n_processes
 from veneer.train.record import RUN_FILE
 
+PROCESSES = "processes"
+
 
 @dataclass(frozen=True, slots=True)
 class GoingOn:
@@ -47,13 +49,23 @@ def changes_since(before: Mapping[str, Any], recipe: Recipe, allow: bool) -> lis
         ) from error
     count = before.get("n_processes", 1)
     if count != n_processes():
-        found.append(Change("processes", count, n_processes()))
+        found.append(Change(PROCESSES, count, n_processes()))
     old, new = before.get("parent"), parent_of(recipe)
     if old is not None and new is not None and old["blake2b"] != new["blake2b"]:
         found.append(Change("adapter.from", f"an adapter with the hash {old['blake2b']}", new["blake2b"]))
-    if not allow and found:
-        refuse([*found, *_other_files(before, recipe)], Path(recipe.output))
+    refused = [each for each in found if each.key != PROCESSES or not _same_rows(before, recipe)]
+    if not allow and refused:
+        refuse([*refused, *_other_files(before, recipe)], Path(recipe.output))
     return found
+
+
+def _same_rows(before: Mapping[str, Any], recipe: Recipe) -> bool:
+    """True if the steps of a run have the same rows with any number of processes.
+
+    Rows that are streamed, or left over at the end of an epoch of another task, are dealt by that number.
+    """
+    batches = [Recipe.model_validate(before["recipe"]).distributed.global_batch, recipe.distributed.global_batch]
+    return None not in batches and recipe.task == "sft" and not recipe.data.streaming
 
 
 def parent_of(recipe: Recipe) -> dict[str, str] | None:

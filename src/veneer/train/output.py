@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Literal
 
 from veneer.adapters.card import tell_parent
 from veneer.disk.folder import new_folder
@@ -12,13 +13,28 @@ from veneer.errors import ConfigError, DataError, DiskError
 from veneer.recipe.adapter import FULL
 from veneer.recipe.parts import DataPart
 from veneer.recipe.recipe import Recipe
-from veneer.train.checkpoint import holds_checkpoints, latest_checkpoint
-from veneer.train.going_on import parent_of
+from veneer.train.checkpoint import checkpoints, holds_checkpoints, latest_checkpoint
+from veneer.train.going_on import is_complete, parent_of
 from veneer.train.processes import is_main
 from veneer.train.record import record_of, require_over
 from veneer.train.run_trainer import RunTrainer
 
 ADAPTER, MODEL = "adapter", "model"  # the folders that a run saves
+Resume = bool | Literal["auto"]
+
+
+def continues(output: Path, resume: Resume) -> bool:
+    """Return True if a run is to continue: with ``auto``, if its output holds a checkpoint or a finished run."""
+    if resume != "auto":
+        return resume
+    record = record_of(output)
+    return bool(checkpoints(output)) or (record is not None and record["status"] == "finished")
+
+
+def is_over(recipe: Recipe) -> bool:
+    """Return True if the run in a recipe's output is finished, and is not to become longer."""
+    record = record_of(Path(recipe.output))
+    return record is not None and is_complete(record, recipe)
 
 
 @contextmanager
@@ -33,7 +49,7 @@ def taken_back(output: Path, made: bool) -> Iterator[None]:
         raise
 
 
-def require_free(recipe: Recipe, resume: bool) -> None:
+def require_free(recipe: Recipe, resume: Resume) -> None:
     """Check a recipe's output by `require_fresh`; missing data files are reported in the same error."""
     try:
         require_fresh(Path(recipe.output), resume)
@@ -47,8 +63,10 @@ def require_data_files(part: DataPart) -> None:
         raise DataError("; ".join(part.missing_files))
 
 
-def require_fresh(output: Path, resume: bool) -> None:
+def require_fresh(output: Path, resume: Resume) -> None:
     """Make the output folder, or raise if a run cannot use it.
+
+    With ``auto`` a run that broke off before its first checkpoint may begin again.
 
     Raises ConfigError if a process trains in it, or if a new run would be mixed up with another or overwrite its
     results. Raises DiskError if the folder cannot be made.
@@ -60,7 +78,7 @@ def require_fresh(output: Path, resume: bool) -> None:
     record = record_of(output)
     if record is not None:
         require_over(record, output)
-    if resume:
+    if continues(output, resume) or (resume and record is not None):
         return
     saved = [name for name in (ADAPTER, MODEL) if (output / name).exists()]
     further = "; adapter.from trains its adapter on, in another output" if saved[:1] == [ADAPTER] else ""

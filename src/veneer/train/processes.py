@@ -5,14 +5,16 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+import socket
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any, TypeVar, cast
 
 import torch
 from torch import distributed
 
-from veneer.errors import Interrupted, TrainingError, VeneerError
+from veneer.core.group import group_size
+from veneer.errors import ConfigError, Interrupted, TrainingError, VeneerError
 
 T = TypeVar("T")
 _WORD = "veneer/ended"  # in the store that the processes share
@@ -26,6 +28,17 @@ def n_processes() -> int:
 def is_main() -> bool:
     """Return True in the process that writes and prints, even before the processes have met."""
     return (distributed.get_rank() if _together() else int(os.environ.get("RANK", "0"))) == 0
+
+
+def meet(args: Any) -> None:
+    """Join the group that a launcher has started, by the settings ``args`` of a trainer; a process alone has none."""
+    if group_size() > 1:
+        _ = args.device
+
+
+def n_on_machine() -> int:
+    """Return, in the main process, the number of processes on its machine, itself included. All must ask."""
+    return gathered(socket.gethostname()).count(socket.gethostname())
 
 
 def part() -> None:
@@ -108,6 +121,22 @@ def by_main(act: Callable[[], T]) -> T:
         raise
     _told((value, None))
     return value
+
+
+def require_alike(run: Mapping[str, Any]) -> None:
+    """Raise ConfigError in all processes if they are about to train different runs, told by their facts as JSON."""
+    found = gathered(dict(run))
+
+    def compare() -> None:
+        for rank, each in enumerate(found):
+            other = [key for key in run if each[key] != run[key]]
+            if other:
+                raise ConfigError(
+                    f"process {rank} is about to train another run than process 0: {', '.join(other)} differ. Give all "
+                    "processes the same recipe and the same files."
+                )
+
+    by_main(compare)
 
 
 def summed(values: Sequence[float], device: torch.device) -> list[float]:

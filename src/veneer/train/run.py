@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from veneer.core.group import n_on_this_machine
 from veneer.errors import Interrupted
 from veneer.model.memory import high_water
 from veneer.recipe.adapter import FULL
@@ -15,10 +16,19 @@ from veneer.store.source import require_hub
 from veneer.train.callbacks import Begun, LastEvaluation
 from veneer.train.checkpoint import checkpoint_folder, latest_checkpoint
 from veneer.train.facts import describe_run
-from veneer.train.going_on import GoingOn, changes_since, is_complete, with_data
+from veneer.train.going_on import PROCESSES, GoingOn, changes_since, is_complete, with_data
 from veneer.train.interrupt import Stop, StopAfterStep, listening
-from veneer.train.output import ADAPTER, MODEL, require_free, save_trained, taken_back, usable
-from veneer.train.processes import by_main, is_main, together
+from veneer.train.output import (
+    ADAPTER,
+    MODEL,
+    Resume,
+    continues,
+    require_free,
+    save_trained,
+    taken_back,
+    usable,
+)
+from veneer.train.processes import by_main, is_main, n_processes, require_alike, together
 from veneer.train.recipe_trainer import make_trainer
 from veneer.train.record import Written, ending_of, life_of, reason_of, record_of, told_life
 from veneer.train.run_trainer import RunTrainer
@@ -30,7 +40,7 @@ Tell = Callable[[str], None]
 def run_recipe(
     recipe: Recipe,
     *,
-    resume: bool = False,
+    resume: Resume = False,
     allow_changes: bool = False,
     planned: Mapping[str, Any] | None = None,
     tell: Tell = lambda line: None,
@@ -41,6 +51,7 @@ def run_recipe(
     checkpoints and TensorBoard's files. SIGTERM and SIGINT end the step in progress, write a checkpoint and raise
     Interrupted.
 
+    ``resume="auto"`` begins the run if its output holds no checkpoint, and else continues it; the main process decides.
     A refused resume leaves the run as it was. A resume of a finished run changes nothing. ``allow_changes`` accepts
     other settings or data than the run was begun with, and records the changes with their steps.
 
@@ -53,10 +64,15 @@ def run_recipe(
     if args.push_to_hub:
         require_hub()
     _ = args.device  # several processes meet here
+    recipe.distributed.require_layout(n_processes(), n_on_this_machine())
     with listening() as stop, together():
         made = by_main(lambda: not output.exists())
         by_main(lambda: require_free(recipe, resume))
+        goes_on = by_main(lambda: continues(output, resume))
         before = by_main(lambda: record_of(output)) if resume else None
+        if before is not None and not goes_on:
+            tell(f"{output}: {told_life(before)}; it wrote no checkpoint, so the run begins again")
+            before = None
         found = changes_since(before, recipe, allow_changes) if before is not None else []
         if before is not None and is_complete(before, recipe):
             tell(f"{output} holds this run, already finished: nothing is changed")
@@ -64,10 +80,10 @@ def run_recipe(
         if before is not None and life_of(before) != "over":
             tell(f"{output}: {told_life(before)}; going on from its last checkpoint")
         with taken_back(output, made):
-            if resume:
+            if goes_on:
                 by_main(lambda: latest_checkpoint(output))  # told before a model is loaded
             trainer = make_trainer(recipe)
-        going_on = GoingOn(before, found, allow_changes) if resume else None
+        going_on = GoingOn(before, found, allow_changes) if goes_on else None
         return carry_out(recipe, trainer, going_on=going_on, stop=stop, planned=planned, tell=tell)
 
 
@@ -87,10 +103,11 @@ def carry_out(
     """
     tell(trainer.describe())
     record = describe_run(recipe, trainer) | ({} if planned is None else {"plan": dict(planned)})
+    require_alike({key: record[key] for key in ("recipe", "data", "parent", "n_trained")})
     if going_on is not None:
         going_on = with_data(going_on, record)
         trainer.other_data = going_on.allow_changes
-        trainer.other_settings = bool(going_on.changes)
+        trainer.other_settings = any(each.key != PROCESSES for each in going_on.changes)
     written = Written(Path(recipe.output), record, None if going_on is None else going_on.recorded)
     if going_on is None:
         written.begin(0)

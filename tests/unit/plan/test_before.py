@@ -152,3 +152,10 @@ def test_an_unexpected_error_is_told_with_its_kind_and_stops_no_run(
 
     monkeypatch.setattr(before, "plan_recipe", wrong)
     assert before.planned_facts(recipe(), print) == (None, "not planned: TypeError: no such thing")
+
+
+def test_processes_that_share_the_memory_are_counted() -> None:
+    facts: dict[str, Any] = {"process": {"bytes": 5_000_000_000, "free": 14_000_000_000}}
+    before.require_room(facts, 2)
+    with pytest.raises(ConfigError, match=r"to take 15 GB in 3 processes, and 14 GB .* --fit 5GB"):
+        before.require_room(facts, 3)

@@ -23,7 +23,7 @@ from veneer.train.checkpoint import checkpoints
 from veneer.train.going_on import GoingOn, changes_since, is_complete
 from veneer.train.interrupt import Stop, listening
 from veneer.train.loss import Scoring, TokenLoss
-from veneer.train.output import require_data_files, require_fresh
+from veneer.train.output import Resume, continues, require_data_files, require_fresh
 from veneer.train.processes import n_processes
 from veneer.train.recipe_trainer import make_trainer
 from veneer.train.record import record_of
@@ -149,23 +149,23 @@ class Together:
 
 
 def run_sweep(
-    sweep: Sweep, *, resume: bool = False, allow_changes: bool = False, tell: Tell = lambda line: None
+    sweep: Sweep, *, resume: Resume = False, allow_changes: bool = False, tell: Tell = lambda line: None
 ) -> list[dict[str, Any]]:
     """Train all members and return the content of each one's ``run.json``, in their order.
 
     Each member writes into a folder of its name the files of a run of its own. One whose loss is not finite leaves with
     the status ``diverged``. One that stops early or comes to its end leaves too; the others train on.
 
-    With ``resume`` members that are over stay as they are, and the others continue from their last checkpoints. They
-    keep the settings that they were begun with, unless ``allow_changes``. SIGTERM and SIGINT end each member after its
-    step in progress, with a checkpoint, and raise Interrupted.
+    With ``resume`` members that are over stay as they are, and the others continue from their last checkpoints.
+    ``"auto"`` also begins a sweep. They keep the settings that they were begun with, unless ``allow_changes``. SIGTERM
+    and SIGINT end each member after its step in progress, with a checkpoint, and raise Interrupted.
 
     Raises ConfigError if several processes were started, DataError if files of rows do not exist.
     """
     if n_processes() > 1:
         raise ConfigError("the members of a sweep share one process: start it with `veneer train`, without torchrun")
-    if not resume:
-        for member in sweep.members:
+    for member in sweep.members:
+        if not continues(Path(member.recipe.output), resume):
             require_data_files(member.recipe.data)
     records: dict[str, dict[str, Any]] = {}
     left: list[tuple[Member, GoingOn | None]] = []
@@ -190,7 +190,7 @@ def run_sweep(
     return [records[member.name] for member in sweep.members]
 
 
-def _as_it_was(member: Member, resume: bool, allow_changes: bool) -> tuple[dict[str, Any] | None, GoingOn | None]:
+def _as_it_was(member: Member, resume: Resume, allow_changes: bool) -> tuple[dict[str, Any] | None, GoingOn | None]:
     """The record of a member that is over; else None, and what it goes on from, if anything."""
     recipe, output = member.recipe, Path(member.recipe.output)
     require_fresh(output, resume)

@@ -1,0 +1,63 @@
+"""Group of processes that a launcher has started for one run, as the environment describes it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, MutableMapping
+
+from veneer.errors import ConfigError
+
+_SLURM = {
+    "RANK": "SLURM_PROCID",
+    "WORLD_SIZE": "SLURM_STEP_NUM_TASKS",
+    "LOCAL_RANK": "SLURM_LOCALID",
+    "MASTER_ADDR": "SLURM_STEP_NODELIST",
+}  # torchrun's names, and the variables of a step of srun that say the same
+_FIRST_PORT, _PORTS = 29_500, 10_000
+
+
+def group_size(environment: Mapping[str, str] = os.environ) -> int:
+    """Return the number of processes that a launcher started together; 1 without one."""
+    return int(environment.get("WORLD_SIZE", "1"))
+
+
+def n_on_this_machine(environment: Mapping[str, str] = os.environ) -> int:
+    """Return the number of those processes on this machine; all of them if the launcher does not say."""
+    return int(environment.get("LOCAL_WORLD_SIZE", group_size(environment)))
+
+
+def join_slurm(environment: MutableMapping[str, str]) -> None:
+    """Describe a step of several tasks that ``srun`` started in torchrun's variables, unless they are set."""
+    if "WORLD_SIZE" in environment or int(environment.get("SLURM_STEP_NUM_TASKS", "1")) == 1:
+        return
+    environment.update({name: environment[own] for name, own in _SLURM.items() if own in environment})
+    here = environment.get("SLURM_STEP_TASKS_PER_NODE", "").partition("(")[0]
+    if here.isdigit():  # such as 4(x2): as many on each machine
+        environment["LOCAL_WORLD_SIZE"] = here
+    environment["MASTER_ADDR"] = _first_host(environment["MASTER_ADDR"])
+    step = int(environment.get("SLURM_JOB_ID", "0"))
+    environment.setdefault("MASTER_PORT", str(_FIRST_PORT + step % _PORTS))
+
+
+def starts_processes(asked: int | None, environment: Mapping[str, str] = os.environ) -> bool:
+    """Return True if ``asked`` processes are to be started here: several, and no launcher has started any.
+
+    Raises ConfigError if a launcher has started another number.
+    """
+    if asked is None:
+        return False
+    if "WORLD_SIZE" in environment and asked != group_size(environment):
+        raise ConfigError(
+            f"--processes {asked} is not the number of processes that a launcher has started here: "
+            f"{group_size(environment)}. Leave --processes out, or let the launcher start {asked}."
+        )
+    return asked > 1 and "WORLD_SIZE" not in environment
+
+
+def _first_host(hosts: str) -> str:
+    """The first name of Slurm's list of hosts, such as ``gpu[003-007,9],login1``."""
+    name, bracket, numbers = hosts.partition("[")
+    if not bracket or "," in name:
+        return name.partition(",")[0]
+    inside, _, rest = numbers.partition("]")
+    return name + inside.partition(",")[0].partition("-")[0] + rest.partition(",")[0]

@@ -1,0 +1,118 @@
+"""Part ``distributed`` of a recipe: the same run with any number of processes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from veneer.errors import ConfigError
+
+GENERATING = ("grpo", "rloo")
+CHECKPOINTING = ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs")
+ROWS_OF_A_PROCESS = 8  # ``per_device_train_batch_size`` of a recipe, if it names none
+
+
+class DistributedPart(BaseModel):
+    """How the processes of a run share its work."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    global_batch: int | None = Field(
+        default=None,
+        ge=1,
+        description="rows of an optimizer step; gradient_accumulation_steps follows from the number of processes",
+    )
+
+    strategy: Literal["ddp", "fsdp", "hybrid"] = Field(
+        default="ddp",
+        description="a whole base in each process (ddp), frozen blocks cut over all (fsdp) or over each machine's "
+        "(hybrid)",
+    )
+    shard: int | None = Field(
+        default=None, ge=1, description="in place of strategy: how many processes share one copy of the base"
+    )
+
+    def copy_size(self, n_processes: int, n_on_machine: int) -> int:
+        """Return the number of processes that share one copy of the base."""
+        if self.shard is not None:
+            return self.shard
+        return {"ddp": 1, "fsdp": n_processes, "hybrid": n_on_machine}[self.strategy]
+
+    def require_layout(self, n_processes: int, n_on_machine: int) -> None:
+        """Raise ConfigError if so many processes cannot share the base as asked."""
+        if self.shard is not None and n_processes % self.shard:
+            fitting = [str(each) for each in range(1, n_processes + 1) if n_processes % each == 0]
+            raise ConfigError(
+                f"distributed.shard: {self.shard} must divide the {n_processes} processes of this run. Take one of "
+                f"{', '.join(fitting)}, or start another number of processes."
+            )
+        if self.strategy == "hybrid" and n_processes == n_on_machine > 1:
+            raise ConfigError("distributed.strategy: hybrid on one machine is the same as fsdp. Say fsdp.")
+
+    def accumulation(self, rows: int, n_processes: int) -> dict[str, int]:
+        """Return the key of ``training`` that follows for micro-batches of ``rows`` in each process."""
+        if self.global_batch is None:
+            return {}
+        return {"gradient_accumulation_steps": max(1, self.global_batch // (rows * n_processes))}
+
+
+def dealing_problems(values: Mapping[str, Any], n_processes: int) -> list[str]:
+    """Return the reasons why ``n_processes`` cannot share the global batch of a recipe's values."""
+    wanted, training = _part(values, "distributed").get("global_batch"), _part(values, "training")
+    rows = training.get("per_device_train_batch_size", ROWS_OF_A_PROCESS)
+    if not (_is_count(wanted) and _is_count(rows)):
+        return []  # it has none, or the types are wrong, which another check reports
+    unit = rows * n_processes
+    near = [str(each) for each in (wanted // unit * unit, (wanted // unit + 1) * unit) if each]
+    found = [
+        f"distributed.global_batch: {wanted} rows cannot be dealt to {n_processes} processes × "
+        f"per_device_train_batch_size {rows}: it must be a multiple of {unit}. Take {' or '.join(near)}."
+    ] * bool(wanted % unit)
+    for key in ("gradient_accumulation_steps", "auto_find_batch_size"):
+        if training.get(key):
+            found.append(
+                f"training.{key}: the rows of a step are set by distributed.global_batch already ({wanted}). Leave one "
+                "of the two out."
+            )
+    return found
+
+
+def with_accumulation(values: Mapping[str, Any], n_processes: int) -> dict[str, Any]:
+    """Return a recipe's values with the accumulation that ``n_processes`` need in place of the global batch."""
+    part, training = dict(_part(values, "distributed")), _part(values, "training")
+    if part.pop("global_batch", None) is None:
+        return dict(values)
+    rows = training.get("per_device_train_batch_size", ROWS_OF_A_PROCESS)
+    steps = DistributedPart.model_validate(_part(values, "distributed")).accumulation(rows, n_processes)
+    return {**values, "distributed": part, "training": {**training, **steps}}
+
+
+def layout_problems(values: Mapping[str, Any]) -> list[str]:
+    """Return the reasons why the base of a recipe's values cannot be cut over processes, if it is to be."""
+    given, training = _part(values, "distributed"), _part(values, "training")
+    key = "shard" if "shard" in given else "strategy"
+    if {"strategy", "shard"} <= given.keys():
+        return ["distributed: strategy and shard both say how the base is shared. Leave one of the two out."]
+    if given.get(key, "ddp") in ("ddp", 1):
+        return []
+    found = []
+    if _part(values, "adapter").get("method") == "full":
+        found.append("adapter.method: full trains every weight, and only frozen ones are cut")
+    if values.get("task") in GENERATING:
+        found.append(f"task: {values['task']} generates, which would gather the base for every token")
+    if training.get("activation_offloading"):
+        found.append("training.activation_offloading: it reads weights that are not there between passes")
+    if any(_part(training, name).get("use_reentrant") for name in CHECKPOINTING):
+        found.append("training.gradient_checkpointing_kwargs: reentrant checkpointing gathers blocks twice")
+    return [f"{each}. Leave it out, or distributed.{key}." for each in found]
+
+
+def _part(values: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    part = values.get(name)
+    return part if isinstance(part, dict) else {}
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0

@@ -1,0 +1,118 @@
+"""Processes of a run on this machine, started by torchrun's own launcher."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from veneer.errors import ConfigError
+
+GRACE_SECONDS = 30.0  # for processes to notice that another has ended, and for the first one to say why
+_POLL_SECONDS = 0.1
+_TOLD_BY_THE_FIRST = (2, 130, 143)  # exit statuses whose reason the first process prints
+_SHOWN_LINES = 30
+
+
+def launched(command: Sequence[str], n: int) -> int:
+    """Run a command in ``n`` processes that form a group; return the exit status of the first.
+
+    If the first one had to be ended because another failed, the status is that one's. Only the first process's output
+    is shown. If another one breaks down, the end of its stderr is shown. Signals are passed on to all.
+    """
+    # torch takes seconds to import, and a refusal comes before them.
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std, start_processes
+
+    environments = _environments(n)
+    with TemporaryDirectory() as logs, _handlers_kept():
+        context = start_processes(
+            name="veneer",
+            entrypoint=command[0],
+            args={rank: tuple(command[1:]) for rank in range(n)},
+            envs=environments,
+            logs_specs=DefaultLogsSpecs(logs, redirects=dict.fromkeys(range(1, n), Std.ALL)),
+        )
+        try:
+            codes = _codes(context)
+        finally:
+            context.close()  # ends those that are left
+        broken = [rank for rank, code in sorted(codes.items()) if rank and code and code not in _TOLD_BY_THE_FIRST]
+        for rank in broken[:1]:
+            _show(rank, codes[rank], Path(context.stderrs[rank]))
+    return next((code for _, code in sorted(codes.items()) if code), 0)
+
+
+def require_devices(n: int) -> None:
+    """Raise ConfigError if each of ``n`` processes is to have a GPU, and this machine has fewer."""
+    import torch
+
+    found = torch.cuda.device_count() if torch.cuda.is_available() else n
+    if n > found:
+        raise ConfigError(
+            f"--processes {n} is more than the {found} devices of this machine: each process takes one. Start at most "
+            f"{found}, or train on the CPU (--set training.use_cpu=true)."
+        )
+
+
+def _environments(n: int) -> dict[int, dict[str, str]]:
+    """torchrun's variables for each process. Processes on CPUs share the cores."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = found.getsockname()[1]
+    shared = {
+        "WORLD_SIZE": str(n),
+        "LOCAL_WORLD_SIZE": str(n),
+        "GROUP_RANK": "0",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // n))),
+    }
+    return {rank: {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(n)}
+
+
+def _codes(context: Any) -> dict[int, int]:
+    """Wait for the processes. Exit statuses by rank, of those that ended in time after the first failure."""
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+
+    running = {rank: handler.proc for rank, handler in context.subprocess_handlers.items()}
+    codes: dict[int, int] = {}
+    failed_at, heard = None, False
+    while running:
+        try:
+            time.sleep(_POLL_SECONDS)
+            ended = {rank: process.returncode for rank, process in running.items() if process.poll() is not None}
+            codes |= {rank: code if code >= 0 else 128 - code for rank, code in ended.items()}
+            running = {rank: process for rank, process in running.items() if rank not in ended}
+            if failed_at is None and any(codes.values()):
+                failed_at = time.monotonic()
+            if failed_at is not None and time.monotonic() - failed_at > GRACE_SECONDS:
+                break
+        except SignalException as error:
+            for process in running.values():
+                process.send_signal(signal.SIGKILL if heard else error.sigval)
+            heard = True
+    return codes
+
+
+def _show(rank: int, code: int, errors: Path) -> None:
+    lines = errors.read_text(errors="replace").splitlines()[-_SHOWN_LINES:]
+    print("\n".join([f"process {rank} has ended with the status {code}", *lines]), file=sys.stderr)
+
+
+@contextmanager
+def _handlers_kept() -> Iterator[None]:
+    """Restore the handlers of signals that torchrun's launcher replaces."""
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
+    before = {number: signal.getsignal(number) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
