@@ -91,6 +91,7 @@ _HOMES = {
     "replace_lora_weights_loftq": "veneer.adapters.loftq",
     "set_base_model_state_dict": "veneer.adapters.base_state",
     "set_peft_model_state_dict": "veneer.adapters.functional",
+    "shard_base": "veneer.model.sharding",
 }
 
 __all__ = [  # noqa: RUF022 sorted as text is, capitals or not
@@ -173,6 +174,7 @@ __all__ = [  # noqa: RUF022 sorted as text is, capitals or not
     "replace_lora_weights_loftq",
     "set_base_model_state_dict",
     "set_peft_model_state_dict",
+    "shard_base",
 ]
 
 

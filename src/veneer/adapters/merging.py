@@ -15,6 +15,7 @@ from veneer.model.adapted import Adapted
 from veneer.model.attach import adapted_modules, adapted_places
 from veneer.model.embedding import input_embeddings
 from veneer.model.quant_linear import QuantLinear
+from veneer.model.sharding import require_whole
 from veneer.model.state import AdapterState
 from veneer.model.token_rows import require_rows_agree
 
@@ -45,6 +46,7 @@ def merging_with(model: nn.Module, state: AdapterState, names: tuple[str, ...]) 
 
     On an error the model is as before. Raises the errors of `require_foldable`.
     """
+    require_whole(model, "merging")
     require_foldable(model, state, names)
     before, wanted = state.merged, tuple(dict.fromkeys((*state.merged, *names)))
     unmerge(model, state)

@@ -14,6 +14,8 @@ from torch import nn
 
 from veneer.errors import TargetError
 
+_MADE_HERE = "_made_by_change_class"
+
 
 class InPlace:
     """Base class of every mixin of this kind. It lets instances of a class that no Python module holds be copied and
@@ -61,19 +63,32 @@ def change_class(module: nn.Module, mixin: type[InPlace], swapped: tuple[str, ..
 
 
 def restore_class(module: nn.Module) -> None:
-    """Undo `change_class`."""
-    module.__class__ = base_of(type(module))
+    """Undo `change_class`. A class that another library has put in front since then stays there."""
+    module.__class__ = _without_generated(type(module))
     _rebind_hooked_forward(module)
 
 
 def base_of(cls: type) -> type[nn.Module]:
     """Return the class that a generated class was made from."""
-    return cast("type[nn.Module]", cls.__bases__[1])
+    return cast("type[nn.Module]", _generated(cls).__bases__[1])
 
 
 def mixin_of(cls: type) -> type[InPlace]:
     """Return the mixin that a generated class was made with."""
-    return cast("type[InPlace]", cls.__bases__[0])
+    return cast("type[InPlace]", _generated(cls).__bases__[0])
+
+
+def _generated(cls: type) -> type:
+    """The generated class itself: FSDP2 puts one of its own in front."""
+    return next(each for each in cls.__mro__ if _MADE_HERE in vars(each))
+
+
+def _without_generated(cls: type) -> type[nn.Module]:
+    if _MADE_HERE in vars(cls):
+        return base_of(cls)
+    own = {name: value for name, value in vars(cls).items() if name not in ("__dict__", "__weakref__")}
+    front, behind = cls.__bases__
+    return type(cls.__name__, (front, _without_generated(behind)), own)
 
 
 @functools.cache
@@ -81,7 +96,7 @@ def _class(mixin: Hashable, base: Hashable, swapped: tuple[str, ...]) -> type[nn
     mixin_class, base_class = cast("type[InPlace]", mixin), cast(type, base)
     body: dict[str, Any] = {name: _reading(name) for name in swapped}
     body |= mixin_class.own_body(base_class)
-    body |= {"__module__": base_class.__module__, "__doc__": base_class.__doc__, "swapped": swapped}
+    body |= {"__module__": base_class.__module__, "__doc__": base_class.__doc__, "swapped": swapped, _MADE_HERE: True}
     return type(mixin_class.name_prefix + base_class.__name__, (mixin_class, base_class), body)
 
 

@@ -66,8 +66,16 @@ class QuantLinear(nn.Module):
 
     def parts(self) -> dict[str, Tensor]:
         """Return the tensors of the storage format that have been set."""
-        buffers = self._buffers
-        return {name: t for name in self.spec.part_layout() if (t := buffers.get(name)) is not None}
+        held, cut = self._buffers, self._parameters
+        found = {name: held[name] if name in held else cut[name] for name in self.spec.part_layout()}
+        return {name: tensor for name, tensor in found.items() if tensor is not None}
+
+    def freeze_parts(self) -> None:
+        """Hold the tensors of the format as frozen parameters, which alone FSDP cuts; single numbers stay buffers."""
+        for name, part in self.parts().items():
+            if part.ndim:
+                del self._buffers[name]
+                self.register_parameter(name, nn.Parameter(part, requires_grad=False))
 
     def fill(self, spec: StorageSpec, parts: dict[str, Tensor]) -> None:
         """Set the layer's weight. Raises FormatError if the spec is for another shape."""
@@ -106,10 +114,13 @@ class QuantLinear(nn.Module):
             moved = fn(tensor)
             return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
 
-        kept = {name: self._buffers.pop(name) for name in self.spec.part_layout()}
+        names = self.spec.part_layout()
+        kept = {name: self._buffers.pop(name) for name in names if name in self._buffers}
+        cut = {name: self._parameters.pop(name) for name in names if name in self._parameters}  # FSDP moves them
         try:
             super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         finally:
+            self._parameters |= cut
             for name, tensor in kept.items():
                 self._buffers[name] = None if tensor is None else move(tensor)
         return self

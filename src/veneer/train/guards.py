@@ -52,6 +52,16 @@ def require_whole_models(trainer: Trainer) -> None:
         )
 
 
+def require_no_reentry(reentrant: bool, offloads: bool) -> None:
+    """Raise ConfigError for settings under which the base cannot be cut over processes."""
+    found = ["reentrant checkpointing (set use_reentrant: false)"] * reentrant
+    found += ["activation_offloading (leave it out)"] * offloads
+    if found:
+        raise ConfigError(
+            f"a base that is cut over processes does not go with {' and '.join(found)}; or train with strategy ddp"
+        )
+
+
 def require_finite(loss: float, step: int) -> None:
     """Raise DivergedError for a loss that is NaN or infinite, with its step (counted from one)."""
     if not math.isfinite(loss):

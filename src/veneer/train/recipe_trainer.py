@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 from datasets import Dataset, IterableDataset
 from transformers import (
@@ -17,12 +17,15 @@ from veneer.adapters.peft_model import PeftModel
 from veneer.contract import MethodConfig
 from veneer.contract.source import adapter_folder
 from veneer.contract.targets import select_targets
+from veneer.core.group import n_on_this_machine
 from veneer.core.tasks import TaskType
 from veneer.data.chat import with_template
 from veneer.data.dataset import columns_of
 from veneer.data.encoding import kind_of
 from veneer.errors import ConfigError
 from veneer.model.attach import adapted_modules, module_index
+from veneer.model.fused.decoder import fuse
+from veneer.model.sharding import shard_base
 from veneer.recipe.adapter import FROM, differs_in_writing
 from veneer.recipe.advice import odd_rate
 from veneer.recipe.methods import not_that_adapter, usual_learning_rate
@@ -32,9 +35,11 @@ from veneer.store.merge_record import require_not_merged
 from veneer.store.source import load_tokenizer, resolve
 from veneer.train.base_model import load_base
 from veneer.train.library_errors import refusals_told
+from veneer.train.processes import n_processes
 from veneer.train.rows import answers_only, preference_reader, read_data
 from veneer.train.run_trainer import RunTrainer
 from veneer.train.task_metric import TaskMetric
+from veneer.train.trained_model import adapted
 from veneer.train.trainer import SFTTrainer
 
 log = logging.getLogger(__name__)
@@ -58,15 +63,15 @@ def make_trainer(
     if recipe.metric is not None:
         metric = TaskMetric.of(recipe.metric, tokenizer, list(rows.eval or ()), _known(rows.train))
     base = load_base(recipe.model) if model is None else model
-    given = base if FROM not in recipe.adapter else with_saved_adapter(recipe, base)
+    given = _with_adapter(recipe, base)
     with refusals_told():
         trainer = kind(
-            given,
+            given.model,
             args,
             train_dataset=rows.train,
             eval_dataset=rows.eval,
             processing_class=tokenizer,
-            peft_config=None if FROM in recipe.adapter else recipe.adapter_config(),
+            peft_config=given.config,
         )
     trainer.task_metric = metric
     _tell_of_odd_settings(recipe, trainer)
@@ -80,18 +85,41 @@ def _make_task_trainer(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Ru
     rewards = {"reward_funcs": recipe.reward_functions()[0]} if recipe.rewards else {}
     set_seed(recipe.seed)  # a new head is drawn
     base = load_base(recipe.model, scores=recipe.task == "reward")
-    given = base if FROM not in recipe.adapter else with_saved_adapter(recipe, base)
+    given = _with_adapter(recipe, base)
     with refusals_told():
         trainer: RunTrainer = trainer_of(recipe.task)(
-            given,
+            given.model,
             args=args,
             train_dataset=rows.train,
             eval_dataset=rows.eval,
             processing_class=tokenizer,
-            peft_config=None if FROM in recipe.adapter else recipe.adapter_config(),
+            peft_config=given.config,
             **rewards,
         )
     return trainer
+
+
+def _with_adapter(recipe: Recipe, base: PreTrainedModel) -> _Given:
+    """The model with a saved adapter, or with a fresh one if it is cut; else the config of the fresh one too."""
+    saved = FROM in recipe.adapter
+    model = with_saved_adapter(recipe, base) if saved else base
+    config = None if saved else recipe.adapter_config()
+    shard = recipe.distributed.copy_size(n_processes(), n_on_this_machine())
+    if shard == 1:
+        return _Given(model, config)
+    args = recipe.training_config()
+    set_seed(recipe.seed)
+    model = adapted(model, config)
+    if args.fused == "auto":
+        fuse(model)  # which verifies whole blocks: they stay fused from here on
+    return _Given(shard_base(model, shard, device=args.device.type), None)
+
+
+class _Given(NamedTuple):
+    """What a trainer is made with."""
+
+    model: PreTrainedModel
+    config: MethodConfig | None
 
 
 def with_saved_adapter(recipe: Recipe, model: PreTrainedModel) -> PreTrainedModel:

@@ -12,6 +12,7 @@ from typing import Any, cast
 import torch
 from datasets import Dataset
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import Sampler
 from transformers import AutoTokenizer, PreTrainedModel, TrainingArguments, set_seed
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
@@ -23,11 +24,18 @@ from veneer.data.sampler import EpochSampler
 from veneer.model.fused.decoder import fused
 from veneer.model.heap import freed_memory_kept, freed_memory_returned
 from veneer.model.offload import ActivationOffload
+from veneer.model.sharding import is_cut
 from veneer.optim import LayerwiseGaLoreAdamW
 from veneer.train.callbacks import callbacks_of
 from veneer.train.config import RunSettings
 from veneer.train.gradients import average, leave_apart
-from veneer.train.guards import require_finite, require_free_groups, require_special_tokens, require_whole_models
+from veneer.train.guards import (
+    require_finite,
+    require_free_groups,
+    require_no_reentry,
+    require_special_tokens,
+    require_whole_models,
+)
 from veneer.train.optimizer import Choice, choose_optimizer, lora_plus_optimizer
 from veneer.train.processes import n_processes, summed
 from veneer.train.progress import Progress
@@ -96,9 +104,11 @@ class RunTrainer(ResumableTrainer):
     def surround(self) -> None:
         """Set up the offload of activations, the display, adapters' schedules and callbacks.
 
-        Raises ConfigError if several processes split the model.
+        Raises ConfigError if several processes split the model otherwise than by `shard_base`.
         """
         require_whole_models(self)
+        if is_cut(self.model):
+            require_no_reentry(_reentrant(self.args), bool(self.args.activation_offloading))
         self._offload = self._offloading()
         self._display = show_run(self, lambda: self.n_tokens_read)
         self.schedule = AdapterSchedule()
@@ -147,6 +157,13 @@ class RunTrainer(ResumableTrainer):
             if self._offload is not None:
                 self._offload.close()
         return TrainOutput(output.global_step, output.metrics["train_loss"], output.metrics)
+
+    def _wrap_model(self, model: nn.Module, training: bool = True, dataloader: Any = None) -> nn.Module:
+        """Trainer's. For a cut base DDP is put around here: accelerate refuses it, though only on GPUs."""
+        if not (training and model is self.model and is_cut(model)):
+            return cast(nn.Module, super()._wrap_model(model, training, dataloader))
+        prepared = self.accelerator.prepare_model(model, evaluation_mode=True)
+        return DistributedDataParallel(prepared, broadcast_buffers=False)
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
         """Run forward and backward of one micro-batch. Raises TrainingError for a loss that is not finite."""

@@ -9,7 +9,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from veneer.errors import ConfigError, Interrupted, TrainingError
 from veneer.model.fused.decoder import fused
-from veneer.train import guards, loss, processes
+from veneer.train import guards, loss, processes, run_trainer
 from veneer.train.loss import token_loss
 from veneer.train.processes import by_main, gathered, is_main, largest, n_processes, summed, together
 
@@ -54,6 +54,14 @@ def test_what_the_main_process_raises_is_raised_in_the_others(monkeypatch):
         monkeypatch.setattr(processes, "_told", lambda outcome: sent.append(outcome) or outcome)
 
 
+def test_processes_that_would_train_different_runs_are_refused(monkeypatch):
+    processes.require_alike({"recipe": {"seed": 3}, "data": None})
+    other = [{"recipe": {"seed": 3}, "data": "a"}, {"recipe": {"seed": 5}, "data": "a"}]
+    monkeypatch.setattr(processes, "gathered", lambda mine: other)
+    with pytest.raises(ConfigError, match="process 1 is about to train another run than process 0: recipe differ"):
+        processes.require_alike(other[0])
+
+
 @pytest.mark.usefixtures("group")
 def test_joined_gradients_keep_the_fused_loss(make_model, monkeypatch):
     model = make_model().train()
@@ -83,6 +91,24 @@ def test_split_models_are_refused(monkeypatch):
     monkeypatch.setattr(guards, "n_processes", lambda: 2)
     with pytest.raises(ConfigError, match="FSDP or DeepSpeed"):
         guards.require_whole_models(split)
+
+
+def test_accelerate_is_never_asked_to_wrap_a_cut_base(monkeypatch):
+    """It refuses one, though only on GPUs."""
+    model, asked = object(), []
+    accelerator = SimpleNamespace(prepare_model=lambda model, **how: asked.append(how) or model)
+    monkeypatch.setattr(run_trainer, "is_cut", lambda model: True)
+    monkeypatch.setattr(run_trainer, "DistributedDataParallel", lambda model, **how: (model, how))
+    found = run_trainer.RunTrainer._wrap_model(SimpleNamespace(model=model, accelerator=accelerator), model)
+    assert (asked, found) == ([{"evaluation_mode": True}], (model, {"broadcast_buffers": False}))
+
+
+@pytest.mark.parametrize(("reentrant", "offloads"), [(True, False), (False, True), (True, True)])
+def test_settings_that_a_cut_base_does_not_go_with_are_refused(reentrant, offloads):
+    guards.require_no_reentry(False, False)
+    with pytest.raises(ConfigError, match="cut over processes does not go with") as refused:
+        guards.require_no_reentry(reentrant, offloads)
+    assert ("use_reentrant" in str(refused.value), "offloading" in str(refused.value)) == (reentrant, offloads)
 
 
 GLOO = (

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from veneer.model.blueprint.heads import HeadLayout
-from veneer.model.fused.parts import Norm, add_onto, parted
+from veneer.model.fused.parts import Norm, add_onto, as_shape, parted
 from veneer.ops.attention import AttentionOptions, attention_backward, attention_forward
 from veneer.ops.linear import op
 from veneer.ops.linear.layer import LinearLayer, tensors_of
@@ -88,7 +88,7 @@ class _AttentionHalf(torch.autograd.Function):
         kept = (kept_qkv.tensors, of_out.tensors, *kept_heads)
         ctx.sizes = [len(t) for t in kept]
         ctx.save_for_backward(x, statistics, attended, lse, *(t for part in kept for t in part), *kept_out)
-        return out.view(x.shape)
+        return as_shape(out, x.shape)
 
     @staticmethod
     @once_differentiable

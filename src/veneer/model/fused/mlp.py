@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from veneer.model.fused.parts import Norm, add_onto, parted
+from veneer.model.fused.parts import Norm, add_onto, as_shape, parted
 from veneer.ops.activation import activation_backward, activation_forward
 from veneer.ops.glu import glu_backward, glu_forward
 from veneer.ops.linear import op
@@ -118,7 +118,7 @@ class _MlpHalf(torch.autograd.Function):
         ctx.half, ctx.adds, ctx.streams = half, half.sums and stream is None, half.sums and stream is not None
         ctx.sizes = [len(t) for t in (kept_inner.tensors, kept_down.tensors, kept_ys)]
         ctx.save_for_backward(x, statistics, *kept_inner.tensors, *kept_down.tensors, *kept_ys, *kept_out)
-        return out.view(x.shape)
+        return as_shape(out, x.shape)
 
     @staticmethod
     @once_differentiable

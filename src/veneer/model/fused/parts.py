@@ -83,6 +83,14 @@ def add_onto(stream: Tensor, change: Tensor) -> Tensor:
     return change.add_(stream) if change.dtype == stream.dtype else stream + change
 
 
+def as_shape(x: Tensor, shape: torch.Size) -> Tensor:
+    """Return ``x``, which nobody else reads, in another shape and not as a view: FSDP2 puts hooks on a block's output,
+    which views may lose.
+    """
+    found: Tensor = torch.ops.aten._unsafe_view.default(x, shape)
+    return found
+
+
 def parted(tensors: Sequence[Any], sizes: Sequence[int]) -> list[Any]:
     """Return tensors that were kept one after another, each part as a tuple; the last is the rest."""
     ends = list(accumulate(sizes, initial=0))

@@ -1,0 +1,117 @@
+"""Frozen weights of a decoder's blocks, cut over processes by torch's FSDP2. Whatever trains stays whole.
+
+A block's weights are gathered when it runs, forward and backward, and cut again after it. They have no gradients, so
+nothing is reduced. Trained weights are plain tensors, averaged by those who average them without sharding
+(pytorch#157917): optimizers, clipping and checkpoints never see a part. Quantized weights are gathered as their codes.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from typing import TYPE_CHECKING, TypeVar
+
+import torch
+from torch import distributed, nn
+from transformers import PreTrainedModel
+
+from veneer.errors import ConfigError, DescriptionError
+from veneer.model.blueprint.describe import blocks_of
+from veneer.model.quant_linear import QuantLinear
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+Model = TypeVar("Model", bound=PreTrainedModel)
+FIRST_TORCH_WITH_CODES = (2, 12)  # whose FSDP2 takes frozen integers (pytorch#177844)
+
+
+def shard_base(model: Model, shard: int | None = None, *, device: str | None = None) -> Model:
+    """Cut the frozen weights of a model's blocks, in place, so that ``shard`` processes share one copy.
+
+    None: all processes share one; 1 leaves the model as it is. Attach the adapter before, and wrap the model in
+    ``DistributedDataParallel(model, broadcast_buffers=False)`` after: it averages what trains and leaves the rest.
+    ``device``: the kind that the parts move to, such as ``cuda``; by default they stay where the weights are.
+
+    Raises ConfigError if ``shard`` does not divide the processes, or if the model cannot be cut.
+    """
+    n = distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
+    shard = n if shard is None else shard
+    if shard < 1 or n % shard:
+        raise ConfigError(f"shard {shard} must divide the {n} processes: each copy of the base is cut over as many")
+    if shard == 1:
+        return model
+    holder, blocks = _parts(model)
+    whole = {parameter for parameter in model.parameters() if parameter.requires_grad}
+    _require_cuttable(model, blocks, whole)
+    inside = {parameter for block in blocks for parameter in block.parameters()}
+    whole |= {parameter for parameter in model.parameters() if parameter not in inside}
+    _cut(holder, blocks, _mesh(device or next(iter(inside)).device.type, n, shard), whole)
+    _leave_to_fsdp(model)
+    return model
+
+
+def is_cut(model: nn.Module) -> bool:
+    """Return True if FSDP2 has cut weights of the model."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")  # nothing is cut where nobody has imported it
+    return fsdp is not None and any(isinstance(module, fsdp.FSDPModule) for module in model.modules())
+
+
+def require_whole(model: nn.Module, work: str) -> None:
+    """Raise ConfigError if the base is cut, for ``work`` that needs all of it."""
+    if is_cut(model):
+        raise ConfigError(
+            f"{work} needs a whole base, and the blocks of this one are cut over processes: save the adapter, and run "
+            "`veneer merge` (or load the two) in one process"
+        )
+
+
+def _parts(model: PreTrainedModel) -> tuple[nn.Module, nn.ModuleList]:
+    try:
+        return blocks_of(model)
+    except DescriptionError as error:
+        raise ConfigError(f"the base cannot be cut over processes: {error}. Train with strategy ddp") from error
+
+
+def _require_cuttable(model: nn.Module, blocks: nn.ModuleList, trained: set[nn.Parameter]) -> None:
+    """Raise ConfigError for a model that is cut already or trains all of a block, for tied blocks, for an old torch."""
+    if is_cut(model):
+        raise ConfigError("the base is cut over processes already: load it anew to cut it otherwise")
+    frozen = [{p for p in block.parameters() if p not in trained} for block in blocks]
+    coded = any(isinstance(module, QuantLinear) for module in blocks.modules())
+    if not (coded or any(frozen)):
+        raise ConfigError("no weight of the blocks is frozen, and only frozen ones are cut: train with strategy ddp")
+    of_blocks = Counter(parameter for each in frozen for parameter in each)
+    elsewhere = {p for name, p in model.named_parameters(remove_duplicate=False) if p in of_blocks} - of_blocks.keys()
+    if elsewhere or any(count > 1 for count in of_blocks.values()):
+        raise ConfigError("blocks of this base share weights, which cannot be cut apart: train with strategy ddp")
+    release = tuple(int(part) for part in torch.__version__.split(".")[:2])
+    if coded and release < FIRST_TORCH_WITH_CODES:
+        raise ConfigError(f"a quantized base is cut from torch 2.12 on, and this is {torch.__version__}: update torch")
+
+
+def _mesh(device: str, n: int, shard: int) -> DeviceMesh:
+    """The processes that share a copy with this one: neighbours, which are on one machine where those fit."""
+    from torch.distributed.device_mesh import init_device_mesh
+
+    return init_device_mesh(device, (n // shard, shard), mesh_dim_names=("copy", "shard"))["shard"]
+
+
+def _cut(holder: nn.Module, blocks: nn.ModuleList, mesh: DeviceMesh, whole: set[nn.Parameter]) -> None:
+    from torch.distributed.fsdp import fully_shard  # one process never needs it
+
+    for block in blocks:
+        for module in block.modules():
+            if isinstance(module, QuantLinear):
+                module.freeze_parts()
+        fully_shard(block, mesh=mesh, ignored_params=whole, reshard_after_forward=True)
+    fully_shard(holder, mesh=mesh, ignored_params=whole, reshard_after_forward=True)  # one order to prefetch in
+
+
+def _leave_to_fsdp(model: nn.Module) -> None:
+    """Let DDP neither send nor reduce what is cut."""
+    from torch.distributed.tensor import DTensor
+    from torch.nn.parallel import DistributedDataParallel
+
+    cut = [name for name, parameter in model.named_parameters() if isinstance(parameter, DTensor)]
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, cut)  # type: ignore[no-untyped-call]

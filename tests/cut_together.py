@@ -1,0 +1,137 @@
+"""Steps of small models in several processes: with a whole base in each, and with one that is cut over them."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, distributed, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from collectives import Sent
+from launch import forkserver
+
+FORMATS: dict[str, dict[str, Any]] = {
+    "nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True},
+    "int8": {"load_in_8bit": True},
+}
+N_BLOCKS, N_STEPS = 3, 2
+
+
+def compared(folder: Path, n: int, cases: list[tuple[str, bool, str]], shard: int | None = None) -> list[Any]:
+    """What `_case` found in each of ``n`` processes, by case."""
+    folder.mkdir(exist_ok=True)
+    context = forkserver()
+    processes = [context.Process(target=_run, args=(folder, rank, n, cases, shard)) for rank in range(n)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(250)
+    codes = [process.exitcode for process in processes]
+    assert codes == [0] * n, f"exit codes {codes}: {[p.read_text() for p in folder.glob('*.err')]}"
+    return list(zip(*(json.loads((folder / f"{rank}.json").read_text()) for rank in range(n)), strict=True))
+
+
+def _run(folder: Path, rank: int, n: int, cases: list[tuple[str, bool, str]], shard: int | None) -> None:
+    torch.set_num_threads(1)
+    distributed.init_process_group("gloo", init_method=f"file://{folder / 'meet'}", rank=rank, world_size=n)
+    try:
+        found = [_case(*case, shard) for case in cases]
+    except BaseException as error:
+        (folder / f"{rank}.err").write_text(repr(error))
+        raise
+    (folder / f"{rank}.json").write_text(json.dumps(found))
+    distributed.barrier()
+    distributed.destroy_process_group()
+
+
+def _case(storage: str, is_fused: bool, checkpointing: str, shard: int | None) -> dict[str, Any]:
+    import warnings
+
+    from veneer import shard_base
+    from veneer.model.fused.decoder import fuse
+
+    found: dict[str, Any] = {}
+    weights = []
+    for is_cut in (False, True):
+        model = _adapted(storage, checkpointing)
+        assert not is_fused or fuse(model)
+        frozen = _block_bytes(model)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error" if is_cut else "default", UserWarning)
+            if is_cut:
+                shard_base(model, shard)
+                found |= {"held": _block_bytes(model) / frozen, "frozen": frozen}
+            joined = DistributedDataParallel(model, broadcast_buffers=False)
+            with Sent() as mode:
+                losses = _steps(joined)
+        weights.append({name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad})
+        found[f"sent {'cut' if is_cut else 'whole'}"] = _sums(mode.found)
+        found.setdefault("losses", []).append(losses)
+    whole, cut = weights
+    found["equal"] = whole.keys() == cut.keys() and all(torch.equal(whole[name], cut[name]) for name in whole)
+    found["moved"] = max(float(tensor.abs().max()) for name, tensor in whole.items() if "lora_B" in name)
+    return found
+
+
+def _adapted(storage: str, checkpointing: str) -> Any:
+    from transformers import LlamaForCausalLM
+
+    from models import llama_config
+    from veneer import BitsAndBytesConfig, LoraConfig, get_peft_model
+    from veneer.model.checkpointing import checkpoint_fully, checkpoint_selectively
+    from veneer.model.quant_linear import QuantLinear
+
+    torch.manual_seed(3)
+    model = LlamaForCausalLM(llama_config(num_hidden_layers=N_BLOCKS, intermediate_size=96, hidden_size=72))
+    for path, module in list(model.model.named_modules()) if storage in FORMATS else ():
+        if isinstance(module, nn.Linear):
+            spec = BitsAndBytesConfig(**FORMATS[storage]).spec(tuple(module.weight.shape), module.weight.dtype)
+            model.model.set_submodule(path, QuantLinear.from_dense(module, spec))
+    model.requires_grad_(False)
+    config = LoraConfig(r=3, lora_alpha=5, target_modules="all-linear", lora_dropout=0.0)
+    adapted: Any = get_peft_model(model, config).train()
+    if checkpointing != "none":
+        (checkpoint_fully if checkpointing == "full" else checkpoint_selectively)(adapted)
+    return adapted
+
+
+def _steps(joined: nn.Module) -> list[float]:
+    rank, n = distributed.get_rank(), distributed.get_world_size()
+    trained = [parameter for parameter in joined.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.SGD(trained, lr=0.5)
+    losses = []
+    for step in range(N_STEPS):
+        generator = torch.Generator().manual_seed(step * n + rank)
+        ids = torch.randint(0, 67, (2, 13), generator=generator)
+        loss = joined(input_ids=ids, labels=ids, use_cache=False).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+def _block_bytes(model: Any) -> int:
+    """Bytes of frozen weights of the blocks that this process holds."""
+    from torch.distributed.tensor import DTensor
+
+    def held(tensor: Tensor) -> int:
+        own = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+        return own.nbytes
+
+    blocks = model.model.layers
+    frozen = [p for p in blocks.parameters() if not p.requires_grad]
+    return sum(map(held, [*frozen, *(b for b in blocks.buffers() if b.numel() > 1)]))
+
+
+def _sums(sent: list[tuple[str, dict[str, int]]]) -> dict[str, list[int]]:
+    """Collectives by name: how many, and the bytes of all their tensors."""
+    counts: Counter[str] = Counter(name for name, _ in sent)
+    n_bytes: Counter[str] = Counter()
+    for name, each in sent:
+        n_bytes[name] += sum(each.values())
+    return {name: [counts[name], n_bytes[name]] for name in counts}

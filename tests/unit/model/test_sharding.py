@@ -1,0 +1,101 @@
+"""Frozen weights that are cut over processes: the same bits, their share of bytes, and nothing else that is sent."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import distributed, nn
+
+import launch
+from cut_together import N_BLOCKS, N_STEPS, compared
+from veneer import LoraConfig, get_peft_model, shard_base
+from veneer.errors import ConfigError
+from veneer.model import sharding
+from veneer.model.inplace import InPlace, base_of, change_class, mixin_of, restore_class
+
+CASES = [
+    ("dense", False, "none"),
+    ("dense", True, "full"),
+    ("nf4", True, "none"),
+    ("nf4", False, "selective"),
+    ("nf4", True, "selective"),
+    ("int8", True, "full"),
+]
+
+
+@pytest.mark.parametrize(("n", "shard", "cases"), [(2, None, CASES), (4, 2, CASES[1:3])])
+def test_a_cut_base_trains_to_the_bits_of_a_whole_one(
+    tmp_path: Path, n: int, shard: int | None, cases: list[tuple[str, bool, str]]
+) -> None:
+    for case, found in zip(cases, compared(tmp_path, n, cases, shard), strict=True):
+        for each in found:
+            assert each["equal"], case
+            assert each["losses"][0] == each["losses"][1], case
+            assert each["moved"] > 1e-3
+            assert each["held"] == pytest.approx(1 / (shard or n), rel=0.02), case
+            sent, whole = each["sent cut"], each["sent whole"]
+            gathers, n_bytes = sent.pop("_allgather_base_")
+            assert gathers == N_STEPS * N_BLOCKS * 2, case  # one a block forward, and one backward
+            assert n_bytes / gathers == pytest.approx(each["frozen"] / N_BLOCKS * (1 + 1 / (shard or n)), rel=0.02)
+            assert sent["allreduce_"] == whole["allreduce_"], case  # what trains; nothing is scattered
+            assert set(sent) <= {"allreduce_", "broadcast_", "allgather_"}, case
+
+
+class _Mixed(InPlace, nn.Module):
+    name_prefix = "Mixed"
+
+
+def test_a_class_that_another_library_put_in_front_stays_when_ours_goes() -> None:
+    layer = nn.Linear(3, 5)
+    change_class(layer, _Mixed)
+    layer.__class__ = type("FSDPMixedLinear", (_Front, type(layer)), {"own": 7})
+    assert (base_of(type(layer)), mixin_of(type(layer))) == (nn.Linear, _Mixed)
+    restore_class(layer)
+    assert isinstance(layer, _Front)
+    assert not isinstance(layer, _Mixed)
+    assert (isinstance(layer, nn.Linear), layer.own) == (True, 7)
+
+
+class _Front:
+    """As FSDP2's."""
+
+
+@pytest.fixture
+def four(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(distributed, "get_world_size", lambda: 4)
+
+
+@pytest.mark.usefixtures("four")
+def test_what_cannot_be_cut_is_refused(make_model, monkeypatch: pytest.MonkeyPatch) -> None:
+    for shard in (0, 3, 8):
+        with pytest.raises(ConfigError, match=f"shard {shard} must divide the 4 processes"):
+            shard_base(make_model(), shard)
+    assert type(shard_base(make_model(), 1).model.layers[0]).__name__ == "LlamaDecoderLayer"
+    with pytest.raises(ConfigError, match="no weight of the blocks is frozen"):
+        shard_base(make_model())
+    tied = get_peft_model(make_model(), LoraConfig(r=3))
+    tied.model.layers[1].mlp = tied.model.layers[0].mlp
+    with pytest.raises(ConfigError, match="share weights"):
+        shard_base(tied)
+    blockless = make_model()
+    blockless.model.layers = nn.ModuleList()
+    with pytest.raises(ConfigError, match="cannot be cut over processes: it has 0 lists"):
+        shard_base(blockless)
+    monkeypatch.setattr(sharding, "is_cut", lambda model: True)
+    with pytest.raises(ConfigError, match="cut over processes already"):
+        shard_base(get_peft_model(make_model(), LoraConfig(r=3)))
+    with pytest.raises(ConfigError, match=r"merging needs a whole base.*veneer merge"):
+        get_peft_model(make_model(), LoraConfig(r=3)).merge_and_unload()
+
+
+def test_one_process_cuts_nothing_and_imports_neither_fsdp_nor_ray(make_model) -> None:
+    listed = "[name for name in ('torch.distributed.fsdp', 'ray') if name in sys.modules]"
+    found = launch.program(f"import sys, veneer.train.recipe_trainer, veneer.cli.train_run; print({listed})")
+    assert found.stdout == "[]\n", found.stderr
+    model = make_model()
+    assert shard_base(model) is model
+    assert not sharding.is_cut(model)
+    assert all(type(parameter) in (torch.Tensor, nn.Parameter) for parameter in model.parameters())
