@@ -13,9 +13,10 @@ from typing import Any, NamedTuple
 import datasets
 from rich.console import Console
 
+from veneer.core.group import n_on_this_machine
 from veneer.core.progress import draws_bars, waits_told
 from veneer.core.units import duration
-from veneer.plan.before import planned_facts, require_room
+from veneer.plan.before import planned_facts, require_room, with_shard
 from veneer.recipe.recipe import Recipe, parse_recipe
 from veneer.recipe.sweep_part import PART
 from veneer.store.bars import without_bars
@@ -65,7 +66,11 @@ def carried_out(wanted: Recipe | Sweep, asked: Asked) -> None:
         if asked.show_sample:
             _show_sample(wanted if isinstance(wanted, Recipe) else wanted.members[0].recipe, console)
         elif isinstance(wanted, Recipe):
-            _train_one(wanted, asked, _prepared(wanted, asked, console), console)
+            planned = _prepared(wanted, asked, console)
+            if planned is not None and planned.facts is not None and "shard" in planned.facts:
+                layout = wanted.distributed.with_copy_size(planned.facts["shard"])
+                wanted = wanted.model_copy(update={"distributed": layout})
+            _train_one(wanted, asked, planned, console)
         else:
             console.print(
                 f"not planned: {len(wanted.members)} members share one base; `veneer plan` tells of one recipe",
@@ -125,28 +130,43 @@ def _prepared(recipe: Recipe, asked: Asked, console: Console) -> _Planned | None
     args = recipe.training_config()
     meet(args)
     with together():
-        n = n_on_machine()
-        sharing = n if n_processes() > 1 and args.device.type == "cpu" else 1
+        n, here = n_processes(), n_on_machine()
+        recipe.distributed.require_layout(n, n_on_this_machine())
 
         def prepare() -> _Planned | None:
             _require_startable(recipe, asked.resume)
-            over = bool(asked.resume) and is_over(recipe)
-            return None if over else _planned(recipe, 0 if asked.beyond_memory else sharing, console)
+            if asked.resume and is_over(recipe):
+                return None
+            sizes = recipe.distributed.copy_sizes(n, n_on_this_machine()) if n > 1 else []
+            sharing = here if n > 1 and args.device.type == "cpu" else 1
+            return _planned(recipe, _Sharing(n, sharing, sizes), asked.beyond_memory, console)
 
         return by_main(prepare)
 
 
-def _planned(recipe: Recipe, sharing: int, console: Console) -> _Planned:
-    """The plan of a run, told in one line.
+class _Sharing(NamedTuple):
+    """The processes of a run, those that share this memory, and how many may share one copy of the base."""
 
-    Raises ConfigError if the processes ``sharing`` the memory take more than there is; 0 allows that.
-    """
+    n_processes: int
+    n_here: int
+    copy_sizes: list[int]
+
+
+def _planned(recipe: Recipe, sharing: _Sharing, beyond_memory: bool, console: Console) -> _Planned:
+    """The plan of a run, told in one line. Raises ConfigError where memory will not do."""
+
+    def tell(line: str) -> None:
+        console.print(line, style="dim", highlight=False)
+
     with waits_told("planning"):
-        facts, line = planned_facts(recipe, lambda line: console.print(line, style="dim", highlight=False))
+        facts, line = planned_facts(recipe, tell, sharing.n_processes, sharing.copy_sizes)
     if facts is not None:
+        facts = with_shard(facts, sharing.n_here)
         console.print(line, highlight=False)
-        if sharing:
-            require_room(facts, sharing)
+        if facts.get("shard", 1) > 1:
+            console.print(f"each copy of the base is cut over {facts['shard']} processes", highlight=False)
+        if not beyond_memory:
+            require_room(facts, sharing.n_here)
     return _Planned(facts, line)
 
 

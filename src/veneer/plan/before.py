@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -10,6 +10,7 @@ from veneer.core.units import size
 from veneer.errors import ConfigError, VeneerError
 from veneer.model.heap import trim
 from veneer.plan.plan import as_json, plan_recipe
+from veneer.plan.processes import cut_over
 from veneer.plan.report import MEASURING, Machine, told
 from veneer.plan.start import start_measured
 from veneer.recipe.recipe import Recipe
@@ -21,9 +22,12 @@ TOLD = (VeneerError, OSError, NotImplementedError)
 UNEXPECTED = (AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 
 
-def planned_facts(recipe: Recipe, tell: Callable[[str], None]) -> tuple[dict[str, Any] | None, str]:
+def planned_facts(
+    recipe: Recipe, tell: Callable[[str], None], n_processes: int = 1, shards: Sequence[int] = ()
+) -> tuple[dict[str, Any] | None, str]:
     """Return the facts of `veneer plan --json` for a recipe, and one line; no facts if it cannot be planned.
 
+    ``shards``: numbers of the ``n_processes`` that may share one copy of the base; each has its bytes in the facts.
     ``tell`` takes a line if rates must be measured first, which is slow, and one if float32 would be faster.
     """
     try:
@@ -36,6 +40,9 @@ def planned_facts(recipe: Recipe, tell: Callable[[str], None]) -> tuple[dict[str
         if note is not None:
             tell(note)
         facts = as_json(plan) | machine.facts(plan, None)
+        for shard in shards:
+            cut = cut_over(plan, n_processes, shard, loads_whole=machine.gpu is None)
+            facts["process"].setdefault("shards", {})[str(shard)] = machine.bytes_of(cut)
     except (*TOLD, *UNEXPECTED) as error:
         reason, kind = str(error).strip().partition("\n")[0], type(error).__name__
         known = isinstance(error, TOLD) and reason
@@ -43,6 +50,20 @@ def planned_facts(recipe: Recipe, tell: Callable[[str], None]) -> tuple[dict[str
     finally:
         trim()  # what rates were measured on would lie beside the run
     return facts, told(plan, facts)
+
+
+def with_shard(facts: Mapping[str, Any], sharing: int) -> dict[str, Any]:
+    """Return facts with the first of their shards with which ``sharing`` processes have room, and its bytes.
+
+    If none has room it is the last; without shards the facts stay as they are.
+    """
+    process = dict(facts["process"])
+    shards: dict[str, int] = process.pop("shards", {})
+    fitting = [shard for shard, n_bytes in shards.items() if max(1, sharing) * n_bytes <= process["free"]]
+    chosen = next(iter(fitting), next(reversed(shards), None))
+    if chosen is None:
+        return dict(facts)
+    return {**facts, "process": {**process, "bytes": shards[chosen]}, "shard": int(chosen)}
 
 
 def require_room(facts: Mapping[str, Any], n_processes: int = 1) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from veneer.errors import ConfigError
@@ -30,20 +31,28 @@ def rank_peak(plan: Plan, n_processes: int, strategy: str) -> Peak:
         problems.append(f"--strategy {strategy!r} must be one of {', '.join(STRATEGIES)}")
     if problems:
         raise ConfigError("; ".join(problems))
-    return max((_sharded(plan, phase, n_processes, strategy) for phase in plan.phases.values()), key=_bytes)
+    return cut_over(plan, n_processes, n_processes if strategy == "fsdp" else 1, loads_whole=False).peak
 
 
-def _bytes(peak: Peak) -> int:
-    return peak.n_bytes
+def cut_over(plan: Plan, n_processes: int, shard: int, *, loads_whole: bool) -> Plan:
+    """Return the plan of one of several processes, of which ``shard`` share one copy of the base.
+
+    ``loads_whole``: each reads the whole base into the memory that is planned, before it is cut.
+    """
+    phases = {
+        phase: peak if loads_whole and phase == "load" else _cut(plan, peak, n_processes, shard)
+        for phase, peak in plan.phases.items()
+    }
+    return replace(plan, phases=phases, held=_cut(plan, plan.held, n_processes, shard))
 
 
-def _sharded(plan: Plan, phase: Peak, n_processes: int, strategy: str) -> Peak:
+def _cut(plan: Plan, peak: Peak, n_processes: int, shard: int) -> Peak:
     from veneer.plan.live import Peak  # it brings torch, which the options of `veneer plan` do without
     from veneer.plan.trace import BASE, NORMS
 
-    kinds = {**phase.kinds, **({BUCKETS: 4 * plan.n_trained} if n_processes > 1 else {})}
-    if strategy == "ddp" or n_processes == 1:
+    kinds = {**peak.kinds, **({BUCKETS: 4 * plan.n_trained} if n_processes > 1 else {})}
+    if shard == 1:
         return Peak(kinds)
     frozen = [kind for kind in (BASE, NORMS) if kind in kinds]
     block = sum(kinds[kind] for kind in frozen) / plan.config.get_text_config().num_hidden_layers
-    return Peak({**kinds, **{kind: -(-kinds[kind] // n_processes) for kind in frozen}, GATHERED: round(BLOCKS * block)})
+    return Peak({**kinds, **{kind: -(-kinds[kind] // shard) for kind in frozen}, GATHERED: round(BLOCKS * block)})

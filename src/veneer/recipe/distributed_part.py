@@ -25,20 +25,25 @@ class DistributedPart(BaseModel):
         description="rows of an optimizer step; gradient_accumulation_steps follows from the number of processes",
     )
 
-    strategy: Literal["ddp", "fsdp", "hybrid"] = Field(
+    strategy: Literal["auto", "ddp", "fsdp", "hybrid"] = Field(
         default="ddp",
         description="a whole base in each process (ddp), frozen blocks cut over all (fsdp) or over each machine's "
-        "(hybrid)",
+        "(hybrid), or the first of ddp, hybrid and fsdp whose plan fits (auto)",
     )
     shard: int | None = Field(
         default=None, ge=1, description="in place of strategy: how many processes share one copy of the base"
     )
 
-    def copy_size(self, n_processes: int, n_on_machine: int) -> int:
-        """Return the number of processes that share one copy of the base."""
+    def copy_sizes(self, n_processes: int, n_on_machine: int) -> list[int]:
+        """Return the numbers of processes that may share one copy of the base, in the order in which to try them."""
         if self.shard is not None:
-            return self.shard
-        return {"ddp": 1, "fsdp": n_processes, "hybrid": n_on_machine}[self.strategy]
+            return [self.shard]
+        sizes = {"ddp": 1, "hybrid": n_on_machine, "fsdp": n_processes}
+        return sorted(set(sizes.values())) if self.strategy == "auto" else [sizes[self.strategy]]
+
+    def with_copy_size(self, shard: int) -> DistributedPart:
+        """Return the part of a run whose copies of the base are shared by ``shard`` processes each."""
+        return DistributedPart(global_batch=self.global_batch, shard=shard)
 
     def require_layout(self, n_processes: int, n_on_machine: int) -> None:
         """Raise ConfigError if so many processes cannot share the base as asked."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, is_dataclass
 from typing import Any
 
+from veneer.core.group import n_on_this_machine
 from veneer.recipe.changes import places_of
 from veneer.recipe.recipe import Recipe
 from veneer.train.going_on import files_of, parent_of
@@ -24,6 +25,7 @@ def describe_run(recipe: Recipe, trainer: RunTrainer) -> dict[str, Any]:
         "files": files_of(recipe.data),
         "process": this_process(),
         "n_processes": n_processes(),
+        "shard": recipe.distributed.copy_sizes(n_processes(), n_on_this_machine())[0],
         "parent": parent_of(recipe),
         "adapter_config": asdict(config) if is_dataclass(config) else None,
         "training": trainer.args.to_dict(),

@@ -159,3 +159,24 @@ def test_processes_that_share_the_memory_are_counted() -> None:
     before.require_room(facts, 2)
     with pytest.raises(ConfigError, match=r"to take 15 GB in 3 processes, and 14 GB .* --fit 5GB"):
         before.require_room(facts, 3)
+
+
+def test_the_smallest_shard_that_has_room_is_taken() -> None:
+    shards = {"1": 9_000_000_000, "2": 5_000_000_000, "6": 3_000_000_000}
+    facts: dict[str, Any] = {"process": {"bytes": 8_000_000_000, "free": 20_000_000_000, "shards": shards}}
+    found = [before.with_shard(facts, sharing) for sharing in (1, 2, 3, 6, 9)]
+    assert [each["shard"] for each in found] == [1, 1, 2, 6, 6]
+    assert [each["process"]["bytes"] for each in found] == [shards[str(each["shard"])] for each in found]
+    before.require_room(found[3], 6)
+    with pytest.raises(ConfigError, match="27 GB in 9 processes"):
+        before.require_room(found[4], 9)
+    alone = {"process": {"bytes": 7, "free": 11}}
+    assert before.with_shard(alone, 1) == alone
+
+
+def test_a_cut_base_is_planned_with_its_share(recipe: Make) -> None:
+    facts, _ = before.planned_facts(recipe(), print, 4, [1, 4])
+    assert facts is not None
+    whole, cut = facts["process"]["shards"].values()
+    assert whole > facts["process"]["bytes"]  # the gradients are there twice
+    assert cut != whole

@@ -65,7 +65,7 @@ def test_a_plan_that_fits_changes_no_rows_of_a_step() -> None:
     ("distributed", "more", "message"),
     [
         ({"strategy": "ddp", "shard": 2}, {}, "strategy and shard both say"),
-        ({"strategy": "zero"}, {}, r"distributed\.strategy: 'zero' does not fit .*'ddp', 'fsdp' or 'hybrid'"),
+        ({"strategy": "zero"}, {}, r"distributed\.strategy: 'zero' does not fit .*'auto', 'ddp', 'fsdp' or 'hybrid'"),
         ({"global": 3}, {}, r"distributed\.global: unknown key; the nearest is 'global_batch'"),
         (
             {"shard": 2},
@@ -89,9 +89,14 @@ def test_a_base_that_cannot_be_cut_is_refused_early(
 
 
 def test_a_copy_of_the_base_is_shared_by_all_or_by_a_machine() -> None:
-    found = [DistributedPart.model_validate({"strategy": s}).copy_size(8, 4) for s in ("ddp", "fsdp", "hybrid")]
-    assert found == [1, 8, 4]
-    assert DistributedPart(shard=2).copy_size(8, 4) == 2
+    wanted = {"ddp": [1], "fsdp": [8], "hybrid": [4], "auto": [1, 4, 8]}
+    found = {each: DistributedPart.model_validate({"strategy": each}).copy_sizes(8, 4) for each in wanted}
+    assert found == wanted
+    assert DistributedPart(strategy="auto").copy_sizes(4, 4) == [1, 4]
+    assert DistributedPart(shard=2).copy_sizes(8, 4) == [2]
+    assert DistributedPart(strategy="auto", global_batch=5).with_copy_size(4) == DistributedPart(
+        shard=4, global_batch=5
+    )
     DistributedPart(strategy="hybrid").require_layout(8, 4)
     DistributedPart(shard=4).require_layout(8, 4)
     with pytest.raises(ConfigError, match=r"shard: 3 must divide the 8 processes of this run. Take one of 1, 2, 4, 8,"):
