@@ -53,7 +53,7 @@ def test_two_processes_are_one_with_the_same_global_batch(
 ) -> None:
     steps = {"eval_strategy": "steps", "eval_steps": 3, "gradient_accumulation_steps": accumulated}
     make(tiny_project, task, n_rows=n_rows, training=steps)
-    told = tiny_project.run(*sized(3), n_processes=2)
+    told = tiny_project.run(*sized(3, "distributed.strategy=fsdp"), n_processes=2)  # also with a base that is cut
     tiny_project.run(*sized(6, f"output={tiny_project.folder / 'one'}"))
     assert told.count("saved in ") == told.count("step 3/7  loss") == 1
     assert "repeats" not in told
