@@ -15,7 +15,7 @@ from rich.console import Console
 
 from veneer.core.group import n_on_this_machine
 from veneer.core.progress import draws_bars, waits_told
-from veneer.core.units import duration
+from veneer.core.units import duration, size
 from veneer.plan.before import planned_facts, require_room, with_shard
 from veneer.recipe.recipe import Recipe, parse_recipe
 from veneer.recipe.sweep_part import PART
@@ -164,7 +164,8 @@ def _planned(recipe: Recipe, sharing: _Sharing, beyond_memory: bool, console: Co
         facts = with_shard(facts, sharing.n_here)
         console.print(line, highlight=False)
         if facts.get("shard", 1) > 1:
-            console.print(f"each copy of the base is cut over {facts['shard']} processes", highlight=False)
+            each = size(facts["process"]["bytes"])
+            console.print(f"a copy of the base is cut over {facts['shard']} processes: {each} each", highlight=False)
         if not beyond_memory:
             require_room(facts, sharing.n_here)
     return _Planned(facts, line)

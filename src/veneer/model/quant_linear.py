@@ -75,7 +75,7 @@ class QuantLinear(nn.Module):
         for name, part in self.parts().items():
             if part.ndim:
                 del self._buffers[name]
-                self.register_parameter(name, nn.Parameter(part, requires_grad=False))
+                self._parameters[name] = nn.Parameter(part, requires_grad=False)  # adapters may read `weight` otherwise
 
     def fill(self, spec: StorageSpec, parts: dict[str, Tensor]) -> None:
         """Set the layer's weight. Raises FormatError if the spec is for another shape."""
