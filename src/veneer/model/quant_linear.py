@@ -66,9 +66,10 @@ class QuantLinear(nn.Module):
 
     def parts(self) -> dict[str, Tensor]:
         """Return the tensors of the storage format that have been set."""
-        held, cut = self._buffers, self._parameters
-        found = {name: held[name] if name in held else cut[name] for name in self.spec.part_layout()}
-        return {name: tensor for name, tensor in found.items() if tensor is not None}
+        held = self._buffers
+        if "weight" not in held:  # frozen parameters: see `freeze_parts`
+            held = {**held, **self._parameters}
+        return {name: t for name in self.spec.part_layout() if (t := held.get(name)) is not None}
 
     def freeze_parts(self) -> None:
         """Hold the tensors of the format as frozen parameters, which alone FSDP cuts; single numbers stay buffers."""
