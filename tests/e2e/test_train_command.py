@@ -6,6 +6,7 @@ import json
 import math
 import re
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -178,6 +179,22 @@ def test_one_command_begins_goes_on_and_says_that_it_is_done(project: Path) -> N
     assert "already finished" in output
     assert "planned" not in output
     assert files_of(run) == before
+
+
+def test_processes_run_the_command_that_started_them(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[list[str], int]] = []
+    monkeypatch.setattr("veneer.train.launcher.launched", lambda command, n: asked.append((command, n)) or 7)
+    given = ["--processes", "3", "--resume", "auto"]
+    assert train(project, *given)[0] == 7
+    ((command, n),) = asked
+    assert (command[:3], n) == ([sys.executable, "-P", "-c"], 3)
+    assert command[4:] == ["train", str(project / "recipe.yaml"), *given]
+    code, output = train(project, "--processes", "2", "--set", "sweep={grid: {adapter.r: [2, 3]}}")
+    assert (code, "share one process" in output) == (2, True)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    code, output = train(project, *given)
+    assert (code, "--processes 3 is not the number" in output) == (2, True)
+    assert len(asked) == 1
 
 
 def test_a_run_that_cannot_begin_leaves_no_folder_and_tells_all_that_is_wrong(project: Path) -> None:
