@@ -25,9 +25,13 @@ $(VENV)/.ready: pyproject.toml CMakeLists.txt $(wildcard csrc/* csrc/*/*)
 	@echo "2 of 3: pip, in its newest version"
 	@$(BIN)/python -m pip install --quiet --no-compile --upgrade pip
 	@echo "3 of 3: torch and the other packages, then veneer and its kernels: some minutes"
-	@# --no-compile: Python compiles what is imported; pip would compile all of 20,000 files
+	@$(BIN)/python -c 'import tomllib; own = tomllib.load(open("pyproject.toml", "rb"))["project"]; print(*own["dependencies"], *own["optional-dependencies"]["dev"], sep="\n")' > $(VENV)/needed.txt
+	@# Packages are unpacked one by one, on one core: beside the compiler. --no-compile: Python compiles what is imported; pip
+	@# would compile all of 20,000 files
 	@test -t 1 || quiet=--quiet; scripts/compile_progress build & watcher=$$!; trap "kill $$watcher 2>/dev/null" EXIT; \
-		$(BIN)/python -m pip install $$quiet --no-compile --editable '.[dev]'
+		$(BIN)/python -m pip install --quiet --no-compile --no-deps --editable . & kernels=$$!; \
+		$(BIN)/python -m pip install $$quiet --no-compile --requirement $(VENV)/needed.txt; packages=$$?; \
+		wait $$kernels && exit $$packages
 	@$(BIN)/python -W ignore -c 'import veneer.train.run, veneer.serve.llm, veneer.cli.train_run, peft'  # leaves their bytecode
 	@touch $@
 	@echo "ready: $(BIN)/veneer (source $(BIN)/activate puts it on the path)"
