@@ -3,7 +3,7 @@
 Configs are left out: what a user may pass is checked by the configs themselves, and tested as such.
 Triton's kernels are left out too: Triton reads their source, and no other decorator may stand between.
 They run in Triton's interpreter, on any machine.
-So is the dispatch of traced tensors left out: it declares no shapes.
+So is the dispatch of traced tensors and of those on the meta device left out: it declares no shapes.
 """
 
 import gc
@@ -28,7 +28,11 @@ CHECKED = [
     "core.sites",
     *(f"core.terms.{term}" for term in ("pair", "rotation", "scale")),
     "core.token_rows",
-    *(f"ops.{path.stem}" for path in sorted(OPS.iterdir()) if path.stem not in ("__init__", "triton", "traced")),
+    *(
+        f"ops.{path.stem}"
+        for path in sorted(OPS.iterdir())
+        if path.stem not in ("__init__", "triton", "traced", "meta")
+    ),
     "quant",
 ]
 

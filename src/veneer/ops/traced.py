@@ -7,7 +7,7 @@ boolean tensors that a step creates (bounds of sequences, labels) stay real, sin
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
@@ -16,13 +16,15 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
 
+from veneer.ops.meta import META, WRITTEN, call_of, grouped_mm, outputs_of, remember, remember_written, repeats
+
 Called = Callable[[str, tuple[Any, ...]], None]
 """Told of a kernel that was not run, or of what else was not done: its name, and its arguments."""
 
-DEVICE = torch.ops.prim.device.default
-"""Half of what a traced step asks of the dispatcher. Modes answer by ``args[0].place``, and pass nothing on."""
+Seen = Callable[[Any, tuple[Any, ...], Any], None]
+"""Told of an op that was run: the op, its arguments and its outputs."""
 
-_META = torch.device("meta")
+_CPU = torch.device("cpu")
 _aten = torch.ops.aten
 _FACTORIES = {
     _aten.empty.memory_format,
@@ -41,17 +43,21 @@ _ISA: ContextVar[str | None] = ContextVar("_ISA", default=None)
 
 
 class Traced(Tensor):
-    """Tensor without values that counts as being on a device; ``bare`` is the one on the meta device."""
+    """Tensor without values that counts as being on a device; ``bare`` is the one on the meta device.
+
+    The bytes of its storage are those of the storage of ``bare``.
+    """
 
     bare: Tensor
-    place: torch.device
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @staticmethod
     def __new__(cls, bare: Tensor, place: torch.device) -> Traced:
-        """Sharing the storage of ``bare``, which counts its bytes."""
-        own: Any = Tensor._make_subclass(cls, bare, False, dispatch_device=True, device_for_backend_keys=place)
-        own.bare, own.place = bare, place
+        """Return a wrapper, which knows its device: of another subclass each reader asks the dispatcher."""
+        own: Any = Tensor._make_wrapper_subclass(
+            cls, bare.shape, strides=bare.stride(), storage_offset=bare.storage_offset(), dtype=bare.dtype, device=place
+        )
+        own.bare = bare
         return own  # type: ignore[no-any-return]
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
@@ -61,54 +67,58 @@ class Traced(Tensor):
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        """The op on the meta device. What is written into a real tensor leaves it as it was."""
-        if func is DEVICE:
-            return args[0].place
-        if func is _aten._local_scalar_dense.default and args[0].dtype == torch.bool:
-            return True  # checks, such as that all values are finite, pass
-        op = _Op()
-        named = {name: op.bare(value) for name, value in kwargs.items()} if kwargs else {}
-        run = _grouped_mm if func is _aten._grouped_mm.default else func
-        return op.dressed(run(*map(op.bare, args), **named))
+        return _on_meta(func, args, kwargs)
 
 
-class _Op:
-    """Tensors of one call, with and without their values' place."""
+def _on_meta(func: Any, args: Any, kwargs: Any) -> Any:
+    """The op on the meta device. What is written into a real tensor leaves it as it was."""
+    if func is _aten._local_scalar_dense.default and args[0].dtype == torch.bool:
+        return True  # checks, such as that all values are finite, pass
+    place = next((x.device for x in tensors_in(args) if isinstance(x, Traced)), _CPU)
+    written: Any = kwargs["out"] if kwargs and "out" in kwargs else next(iter(args), None)
+    call = call_of(func, args, kwargs) if repeats(func) else None
+    known = None if call is None else outputs_of(call)
+    if known is not None:
+        return written if known is WRITTEN else _dressed(known, {}, place)
+    given: dict[int, tuple[Tensor, Tensor]] = {}  # tensors without values by identity, with those that were given
+    named = {name: _bare(value, given) for name, value in kwargs.items()} if kwargs else {}
+    run = grouped_mm if func is _aten._grouped_mm.default else func
+    out = run(*(_bare(x, given) for x in args), **named)
+    dressed = _dressed(out, given, place)
+    if call is not None and dressed is not written:
+        remember(call, out, [plain for plain, _ in given.values()])
+    elif call is not None and out.shape == written.shape:
+        remember_written(call)
+    return dressed
 
-    def __init__(self) -> None:
-        self.given: dict[int, tuple[Tensor, Tensor]] = {}
-        self.place = torch.device("cpu")
 
-    def bare(self, x: Any) -> Any:
-        if isinstance(x, Traced):
-            self.place, plain = x.place, x.bare
-        elif isinstance(x, Tensor):
-            plain = x.to(_META)
-        elif isinstance(x, torch.device):
-            return _META
-        else:
-            return [self.bare(each) for each in x] if isinstance(x, list | tuple) else x
-        self.given[id(plain)] = plain, x
+def _bare(x: Any, given: dict[int, tuple[Tensor, Tensor]]) -> Any:
+    if isinstance(x, Tensor):
+        plain = x.bare if isinstance(x, Traced) else x.to(META)
+        given[id(plain)] = plain, x
         return plain
-
-    def dressed(self, y: Any) -> Any:
-        if isinstance(y, Tensor):
-            return self.given[id(y)][1] if id(y) in self.given else Traced(y, self.place)
-        return type(y)(map(self.dressed, y)) if isinstance(y, list | tuple) else y
+    if isinstance(x, list | tuple):
+        return [_bare(each, given) for each in x]
+    return META if isinstance(x, torch.device) else x
 
 
-def _grouped_mm(a: Tensor, b: Tensor, offs: Tensor | None = None, *_: Any, **__: Any) -> Tensor:
-    """A mixture's product as the CPU gives it, in any dtype, rows padded to 16 bytes; torch's own takes bfloat16 alone
-    on the meta device (2.13)."""
-    groups = (len(offs),) if offs is not None and a.ndim == b.ndim == 2 else b.shape[:1] if a.ndim == b.ndim else ()
-    n_rows, n_columns = a.shape[-2], b.shape[-1]
-    unit = 16 // a.element_size()
-    width = -(-n_columns // unit) * unit
-    return a.new_empty((*groups, n_rows, width))[..., :n_columns]
+def _dressed(y: Any, given: dict[int, tuple[Tensor, Tensor]], place: torch.device) -> Any:
+    if isinstance(y, Tensor):
+        return given[id(y)][1] if id(y) in given else Traced(y, place)
+    return type(y)(_dressed(each, given, place) for each in y) if isinstance(y, list | tuple) else y
+
+
+def tensors_in(given: Any) -> Iterator[Tensor]:
+    """Yield the tensors among an op's arguments or outputs."""
+    if isinstance(given, Tensor):
+        yield given
+    elif isinstance(given, list | tuple):
+        for each in given:
+            yield from tensors_in(each)
 
 
 class SilentMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Mode that changes nothing that a step computes: `is_watched` does not count it.
+    """Mode that changes nothing that a step computes, and sees each op: `is_watched` does not count it.
 
     Nothing compiles it, so that it goes without torch's guard against that, a quarter of its time.
     """
@@ -117,33 +127,55 @@ class SilentMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _should_skip_dynamo(cls) -> bool:
         return False
 
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **kwargs) if kwargs else func(*args)
+        self.see(func, args, out)
+        return out
 
-class _Factories(SilentMode):  # type: ignore[no-untyped-call]
-    """Makes the tensors traced that a step makes from nothing, but for whole numbers, booleans and single numbers."""
+    def see(self, func: Any, args: tuple[Any, ...], out: Any) -> None:
+        """Note an op that was run."""
+
+
+class Tracing(SilentMode):  # type: ignore[no-untyped-call]
+    """Mode that runs the ops of a traced step without values, and reports each of them to all of ``seen``.
+
+    One mode does all: each mode more costs as much as the op. Tensors that a step makes from nothing are traced, except
+    whole numbers, booleans and single numbers.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.seen: tuple[Seen, ...] = ()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is DEVICE:
-            return args[0].place
-        kwargs = kwargs or {}
-        if func in _FACTORIES and args[0]:
-            dtype = kwargs.get("dtype") or torch.get_default_dtype()
-            given = kwargs.get("device")
-            wanted = given is None or torch.device(given).type != "meta"
-            if wanted and (dtype.is_floating_point or dtype in (torch.uint8, torch.int8)):
-                return Traced(func(*args, **{**kwargs, "device": _META}), torch.device("cpu"))
-        return func(*args, **kwargs)
+        if Traced in types:
+            out = _on_meta(func, args, kwargs)
+        elif func in _FACTORIES and args[0] and _is_traced(kwargs or {}):
+            out = Traced(func(*args, **{**(kwargs or {}), "device": META}), _CPU)
+        else:
+            out = func(*args, **(kwargs or {}))
+        for see in self.seen:
+            see(func, args, out)
+        return out
+
+
+def _is_traced(settings: Mapping[str, Any]) -> bool:
+    """Return True if a tensor that is made with these settings has no values."""
+    dtype, device = settings.get("dtype") or torch.get_default_dtype(), settings.get("device")
+    on_meta = device is not None and torch.device(device).type == "meta"
+    return not on_meta and (dtype.is_floating_point or dtype in (torch.uint8, torch.int8))
 
 
 @contextmanager
-def tracing(tell: Called = lambda name, arguments: None, isa: str | None = None) -> Iterator[None]:
+def tracing(tell: Called = lambda name, arguments: None, isa: str | None = None) -> Iterator[Tracing]:
     """Trace the steps in this context: kernels are reported to ``tell`` instead of run, and new tensors are traced.
 
     ``isa`` is the instruction set of the machine that the step is traced for; None: of this one.
     """
     tokens = _TELL.set(tell), _ISA.set(isa)
     try:
-        with _Factories():  # type: ignore[no-untyped-call]
-            yield
+        with Tracing() as mode:
+            yield mode
     finally:
         _TELL.reset(tokens[0])
         _ISA.reset(tokens[1])

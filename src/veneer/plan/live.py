@@ -10,9 +10,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_iter
 
-from veneer.ops.traced import DEVICE, SilentMode
+from veneer.ops.traced import SilentMode, tensors_in
 
 
 class Event(NamedTuple):
@@ -46,14 +45,10 @@ class LiveBytes(SilentMode):  # type: ignore[no-untyped-call]
         self._see(tensor)
         self.kinds.setdefault(self._numbers[_storage_of(tensor)._cdata], kind)
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is DEVICE:
-            return args[0].place
-        out = func(*args, **kwargs) if kwargs else func(*args)
-        for tensor in (out,) if isinstance(out, Tensor) else tree_iter(out):
-            if isinstance(tensor, Tensor):
-                self._see(tensor)
-        return out
+    def see(self, func: Any, args: tuple[Any, ...], out: Any) -> None:
+        """Note the storages of an op's outputs."""
+        for tensor in tensors_in(out):
+            self._see(tensor)
 
     def _see(self, tensor: Tensor) -> None:
         storage = _storage_of(tensor)

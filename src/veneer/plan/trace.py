@@ -57,17 +57,17 @@ def trace(
     The evaluation of a ``held_out`` batch is traced too. Errors of building and adapting the model are raised.
     """
     live, counted = LiveBytes(), CountWork()
-    with tracing(counted.kernel, isa):
+    with tracing(counted.kernel, isa) as mode:
         model = traced_model(config, recipe.model, adapter_of(recipe))
         args = recipe.training_config()
         not_fused = prepare(model, args)
         optimizer, reference = make_optimizer(model, args), reference_of(recipe, model)
-        with live, counted:
-            for tensor, kind in (*kinds_of(model), *kinds_of_copies(reference)):
-                live.hold(tensor, kind)
-            held = peaks(live.events, live.kinds, kind_under)["load"]
-            loss = loss_of(recipe.task, reference, args)
-            run_steps(model, optimizer, batch, args, live, loss=loss, counted=counted, held_out=held_out)
+        mode.seen = live.see, counted.see
+        for tensor, kind in (*kinds_of(model), *kinds_of_copies(reference)):
+            live.hold(tensor, kind)
+        held = peaks(live.events, live.kinds, kind_under)["load"]
+        loss = loss_of(recipe.task, reference, args)
+        run_steps(model, optimizer, batch, args, live, loss=loss, counted=counted, held_out=held_out)
     found = {mark: peak for mark, peak in peaks(live.events, live.kinds, kind_under).items() if FIRST not in mark}
     return Shallow(
         n_blocks=config.get_text_config().num_hidden_layers,

@@ -12,10 +12,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_iter
 
 from veneer.ops.cpu.module import DTYPES
-from veneer.ops.traced import DEVICE, SilentMode
+from veneer.ops.traced import SilentMode, tensors_in
 
 _aten = torch.ops.aten
 _PRODUCTS = {_aten.mm.default: 0, _aten.bmm.default: 0, _aten.addmm.default: 1, _aten.baddbmm.default: 1}
@@ -177,13 +176,10 @@ class CountWork(SilentMode):  # type: ignore[no-untyped-call]
             seen = sum((end - start) ** 2 for start, end in itertools.pairwise(bounds)) / 2
             self._now.attention += (4 if name.endswith("forward") else 10) * seen * heads * head_dim
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is DEVICE:  # a traced tensor's; a real one answers without the dispatcher
-            return args[0].place
-        out = func(*args, **(kwargs or {}))
+    def see(self, func: Any, args: tuple[Any, ...], out: Any) -> None:
+        """Count an op."""
         if self.on:
             self._count(func, args, out)
-        return out
 
     def _count(self, func: Any, args: Any, out: Any) -> None:
         name = _name_of(func)
@@ -233,6 +229,5 @@ def _plus(counts: Counter[Any], others: Counter[Any], times: float) -> Counter[A
 
 
 def _bytes(tensors: Any) -> int:
-    flat = (tensors,) if isinstance(tensors, Tensor) else tree_iter(tensors)
-    found: Mapping[int, Tensor] = {id(t): t for t in flat if isinstance(t, Tensor)}
-    return sum(t.numel() * t.element_size() for t in found.values())
+    found: Mapping[int, Tensor] = {id(t): t for t in tensors_in(tensors)}
+    return sum(t.nbytes for t in found.values())
