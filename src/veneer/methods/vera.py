@@ -24,6 +24,7 @@ from veneer.contract.shared import Shared
 from veneer.contract.targets import FamilyTargets
 from veneer.core.records import LinearDelta
 from veneer.core.sites import LinearSite
+from veneer.ops.traced import is_tracing
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +86,8 @@ class VeraConfig(LinearMethod):
     def lower(self, site: LinearSite, params: Params) -> LinearDelta:
         b, d = params["vera_lambda_b"], params["vera_lambda_d"]
         rows, columns = self.projection_size or (site.out_features, site.in_features)
-        big_a, big_b = projections(self.projection_prng_key, self.r, rows, columns, device=d.device, dtype=d.dtype)
+        draw = projections.__wrapped__ if is_tracing() else projections  # a traced step makes tensors without values
+        big_a, big_b = draw(self.projection_prng_key, self.r, rows, columns, device=d.device, dtype=d.dtype)
         return LinearDelta.pair(big_a[:, : site.in_features], big_b[: site.out_features], core=d, b_scale=b)
 
     @property

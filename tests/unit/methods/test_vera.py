@@ -14,9 +14,11 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from models import llama_config
 from veneer.adapters.peft_model import PeftModel, get_peft_model
+from veneer.core.sites import LinearSite
 from veneer.errors import ConfigError, FormatError
 from veneer.methods.vera import VeraConfig
 from veneer.model.attach import live_parameters
+from veneer.ops.traced import Traced, tracing
 
 IDS = torch.tensor([[5, 8, 13, 21, 34]])
 FIELDS = {"r": 7, "d_initial": 0.3, "projection_prng_key": 11, "target_modules": ["q_proj", "down_proj", "k_proj"]}
@@ -140,3 +142,13 @@ def test_a_first_pass_in_inference_mode_leaves_training_possible():
         model(input_ids=IDS)
     model(input_ids=IDS, labels=IDS).loss.backward()
     assert all(p.grad is not None for name, p in model.named_parameters() if "vera_lambda_b" in name)
+
+
+def test_a_traced_step_leaves_no_projections_without_values():
+    """A plan before a run, in one process."""
+    config, params = VeraConfig(r=3, projection_prng_key=4242), {"vera_lambda_b": torch.ones(7)}
+    params["vera_lambda_d"] = torch.ones(3)
+    site = LinearSite(name="q_proj", in_features=5, out_features=7)
+    with tracing():
+        assert isinstance(config.lower(site, params).low_rank.a, Traced)
+    assert type(config.lower(site, params).low_rank.a) is torch.Tensor
