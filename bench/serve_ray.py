@@ -12,7 +12,9 @@ request that failed must have begun before, and may fail with 503 alone.
 from __future__ import annotations
 
 import argparse
+import http.client
 import json
+import logging
 import os
 import random
 import tempfile
@@ -75,6 +77,7 @@ def main() -> None:
     hot = names[args.adapters // 2]
     halved = [hot if draw.random() < 0.5 else name for name in draw.choices(names, weights, k=args.requests)]
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
     figures: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as scratch:
         base = write_tiny(Path(scratch) / "base")
@@ -158,6 +161,8 @@ def ask(name: str, n_tokens: int = 8) -> Asked:
             status = answer.status
     except urllib.error.HTTPError as error:
         status = error.code
+    except (OSError, http.client.HTTPException):
+        status = 0  # cut off
     return Asked(begun, time.perf_counter(), status)
 
 

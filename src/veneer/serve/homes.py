@@ -6,9 +6,9 @@ import math
 from collections.abc import Iterable, Mapping
 from hashlib import blake2b
 
-_BOUND = 1.25  # times the mean load, up to which a replica takes requests for the sake of an adapter
+_BOUND = 1.5  # times the mean load, up to which a replica takes requests for the sake of an adapter
 _FREE = 8  # requests at once that no replica minds: a step reads the weights once for all of them
-_WINDOW = 512  # requests after which earlier ones count half
+_WINDOW = 256  # requests after which earlier ones count half
 
 
 def ranking(name: str, replicas: Iterable[str]) -> list[str]:
@@ -42,7 +42,7 @@ def bound(loads: Mapping[str, int]) -> int:
 
 
 class Traffic:
-    """Shares of names in the latest requests: counts, halved every 512 requests."""
+    """Shares of names in the latest requests: counts, halved every 256 requests."""
 
     def __init__(self) -> None:
         self._counts: dict[str, float] = {}
@@ -62,8 +62,8 @@ class Traffic:
         return self._counts.get(name, 0.0) / max(self._total, _WINDOW)
 
     def n_homes(self, name: str, n_replicas: int) -> int:
-        """Return the number of replicas that a name needs, so that it takes at most half of the mean load of each."""
-        return min(n_replicas, max(1, math.ceil(2 * n_replicas * self.share(name))))
+        """Return the number of replicas that a name needs to be at most a quarter of the mean load of each."""
+        return min(n_replicas, max(1, math.ceil(4 * n_replicas * self.share(name))))
 
 
 def _weight(name: str, replica: str) -> int:

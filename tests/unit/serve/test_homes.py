@@ -75,10 +75,10 @@ def test_a_hot_name_gets_homes_by_its_share_and_loses_them():
     assert traffic.share("hot") == pytest.approx(0.5, abs=0.02)
     assert [traffic.n_homes("hot", n) for n in (1, 2, 3, 10)] == [1, 2, 3, 10]
     assert traffic.n_homes("cold-1998", 10) == 1
-    for _ in range(1024):
+    for _ in range(512):
         traffic.add("other")
     assert traffic.share("hot") == pytest.approx(0.125, abs=0.01)
-    assert traffic.n_homes("hot", 10) == 3
+    assert traffic.n_homes("hot", 10) == 5
 
 
 def test_no_name_is_hot_before_there_is_traffic():
@@ -123,6 +123,6 @@ def test_forty_adapters_on_two_replicas_with_room_for_25_each_are_mostly_found_l
             if len(loaded[chosen]) > 25:
                 loaded[chosen].popitem(last=False)
             of_hot[chosen] += name == names[3]
-        assert n_hits / 2000 > 0.9
+        assert n_hits / 2000 > 0.95
         if hot:
             assert min(of_hot.values()) > 0.25 * sum(of_hot.values())

@@ -150,7 +150,7 @@ def ending(after: int) -> Callable[[Message], None]:
     return ends
 
 
-@pytest.mark.parametrize("after", [0, 1])
+@pytest.mark.parametrize("after", [0, 1, 2])
 def test_a_replica_that_ends_before_its_answer_is_503_and_says_when_to_ask_again(after):
     replicas = Fake(ending(after))
     answer = ask(replicas, "/v1/completions", {"model": "sql"})

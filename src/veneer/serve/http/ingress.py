@@ -98,13 +98,19 @@ class Forward:
         """Answer one request. Raises ReplicaLostError as long as the response has not begun."""
         _require_of_all(scope["method"], scope["path"])
         call = await self._call(scope, receive)
-        begun: Message | None = None
+        held, is_stream = list[Message](), False
         try:
             async for message in self._messages(call):
-                begun = begun or message
-                await send(without_id(message))
+                held.append(without_id(message))
+                if message["type"] == "http.response.start":
+                    is_stream = _is_stream(message)
+                    if not is_stream:
+                        continue  # until the body is there: without one the status is another
+                for each in held:
+                    await send(each)
+                held.clear()
         except ReplicaLostError as error:
-            if begun is None or not _is_stream(begun):
+            if not is_stream:
                 raise
             await send({"type": "http.response.body", "body": _last_event(call.path, error), "more_body": False})
 
@@ -139,9 +145,9 @@ class Forward:
         )  # fmt: skip
 
     def name(self, body: bytes) -> str | None:
-        """Return the name of the adapter, or of the mix, that a body asks for; None for the base, and for no JSON.
+        """Return the name of the adapter, or of the mix, that a body asks for; None for the base.
 
-        What is wrong with a body is said by the replica.
+        It is None for a wrong body too: the replica says what is wrong with it.
         """
         try:
             given = from_json(body)
