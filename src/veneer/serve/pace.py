@@ -7,6 +7,7 @@ from statistics import median
 
 _STRETCH = 2.0  # how many times as long as decoding alone a step may take
 _LEAST = 16  # rows of prompts that a step reads nevertheless
+_EACH = 2  # and at least so many for each request: thrice as many rows take at most three times as long
 _ALONE, _SEEN = 3, 7  # steps that decode alone, and those that read, whose median counts
 _GROWN = 1.5  # times the rows for which it is known how long decoding takes, until that is seen again
 _MIXED = 16  # steps with prompts one after the other, until one without shows again how long decoding takes
@@ -40,15 +41,16 @@ class Pace:
         """Seconds to read a token of a prompt; None before the first was read."""
         return median(self._row) if self._row else None
 
-    def rows(self, n_decoding: int, most: int) -> int:
+    def rows(self, n_decoding: int, n_requests: int, most: int) -> int:
         """Return the number of rows of prompts that a step may read beside rows that decode, at most ``most``.
 
-        It is 0 if it must be seen first how long decoding takes. Otherwise it is at least the number of those rows:
-        twice as many rows take at most twice as long.
+        It is 0 if it must be seen first how long decoding takes. Otherwise it is at least twice ``n_requests``, those
+        that would decode if their prompts were read. Were it the rows that do decode, a batch that shrinks while
+        prompts wait would read ever less, and stay small.
         """
         if not self._alone or self._n_mixed >= _MIXED or n_decoding > _GROWN * self._alone[-1][0]:
             return 0
-        least = min(max(_LEAST, n_decoding), most)
+        least = min(max(_LEAST, _EACH * n_requests), most)
         if not self._row:
             return least
         seconds = (self._stretch - 1) * self._seconds_alone(n_decoding)

@@ -174,7 +174,10 @@ class Scheduler:
         """Rows of prompts that a step may read: fewer while an answer is watched as it grows."""
         decoding = [request for request in self.running if request.n_left == 1]
         most = self.limits.max_batched_tokens
-        return self.pace.rows(len(decoding), most) if any(request.streams for request in decoding) else most
+        if not any(request.streams for request in decoding):
+            return most
+        n_requests = min(len(self.running) + len(self.waiting), self.limits.max_seqs)
+        return self.pace.rows(len(decoding), n_requests, most)
 
     def _share(self, to_read: int) -> int:
         """Rows that one prompt may take of those that a step reads. If the pace makes them few, prompts share them with

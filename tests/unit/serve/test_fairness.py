@@ -258,13 +258,34 @@ def test_the_pace_follows_a_batch_that_grows():
     pace, n, read = Pace(), 2, list[int]()
     for step in range(160):
         n = min(2 + step // 2, 32)
-        rows = pace.rows(n, 512)
-        assert rows == 0 or n <= rows <= 1.01 * (0.05 + 0.003 * n) / 0.0014 or rows == 16
+        rows = pace.rows(n, n, 512)
+        assert rows == 0 or 2 * n <= rows <= 1.01 * (0.05 + 0.003 * n) / 0.0014 or rows in (16, 2 * n)
         pace.observe(n, rows, 0.05 + 0.003 * n + 0.0014 * rows)
         read.append(rows)
     assert min(rows for rows in read[60:] if rows) > 0.4 * 104
     assert min(rows for rows in read[130:] if rows) > 0.9 * 104
     assert read.count(0) < 25
+
+
+def test_a_batch_stays_full_while_long_prompts_are_read():
+    """16 answers of 48 tokens, whose places others take when they end, with prompts of 32; six prompts of 2,000 beside.
+
+    A step takes 13 ms, 3 ms for each row of an answer and 3 ms for each of a prompt.
+    """
+    load, flying, decoded, seconds = Load(scheduler(n_pages=9000, max_seqs=32, max_batched_tokens=512)), [], [], []
+    for step in range(900):
+        for _ in range(16 - sum(request.status is not Status.DONE for request in flying)):
+            flying.append(load.add("x", n_prompt=32, longest=48, streams=True))
+        if step % 40 == 39 and step < 240:
+            load.add("bulk", n_prompt=2000, longest=4)
+        plan = load.step()
+        n_decoding = plan.n_tokens - rows_read(plan)
+        seconds.append(0.013 + 0.003 * plan.n_tokens)
+        load.made.pace.observe(n_decoding, rows_read(plan), seconds[-1])
+        if any(load.clients[r.id] == "bulk" and r.n_left > 1 for r in load.made.running):
+            decoded.append(n_decoding)
+    assert sum(decoded) > 13 * len(decoded) > 0
+    assert max(seconds[60:]) < 3 * (0.013 + 0.003 * 22)
 
 
 def test_a_plan_is_a_function_of_the_state_and_times_are_part_of_it():
