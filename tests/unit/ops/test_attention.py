@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.nn import functional
 
+from gradients import has_exact_gradients
 from veneer.errors import ConfigError, ShapeError
 from veneer.ops.attention import AttentionOptions, attention
 
@@ -70,12 +71,16 @@ CASES = [
     ([0, 91, 100], 2, 2, 256, {"window": 2}),
     ([0, 333], 2, 1, 32, {"window": 100}),
 ]
+# In float32 Triton's tiles have 32 tokens or 16, and its interpreter is slow: sequences of two to four tiles.
+SHORTER = {201: [0, 5, 5, 6, 71], 131: [0, 77, 79], 150: [0, 35, 78], 100: [0, 49, 58], 333: [0, 133]}
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("case", CASES, ids=lambda c: str(c[1:4]))
 def test_output_and_gradients(case, dtype, backend):
     bounds, q_heads, kv_heads, head_dim, options = case
+    if backend == "triton" and dtype == torch.float32:
+        bounds = SHORTER.get(bounds[-1], bounds)
     compare(draw(bounds, q_heads, kv_heads, head_dim), bounds, AttentionOptions(**options, backend=backend), dtype)
 
 
@@ -121,7 +126,7 @@ def test_parts_of_one_projection(backend, dtype):
 def test_float64_gradcheck(backend):
     tensors = [t.double().requires_grad_() for t in draw([0, 3, 8], 2, 1, 4)[:3]]
     options = AttentionOptions(window=3, softcap=1.5, backend=backend)
-    assert torch.autograd.gradcheck(lambda q, k, v: attention(q, k, v, torch.tensor([0, 3, 8]), options), tensors)
+    assert has_exact_gradients(lambda q, k, v: attention(q, k, v, torch.tensor([0, 3, 8]), options), tensors)
 
 
 @pytest.mark.usefixtures("own_checks")

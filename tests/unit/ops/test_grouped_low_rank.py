@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from gradients import has_exact_gradients
 from veneer.errors import ConfigError, ShapeError
 from veneer.ops.dispatch import backends
 from veneer.ops.dropout import Mask
@@ -21,7 +22,7 @@ SIZES = [(1, 5, 3, (1,)), (19, 29, 31, (2, 7, 1, 4)), (83, 131, 67, (16, 3, 37, 
 OUTS = (67, 160, 1)  # of layers that share their input
 LAYER_RANKS = ((17, 3, 64, 5), (1, 0, 33, 2), (0, 0, 0, 7))  # of four adapters on each; 0: none there
 RUNS = AdapterRuns((Run(2, 3, 131), Run(0, 131, 132), Run(1, 140, 227), Run(0, 230, 262)), 263)  # and none of adapter 3
-FEW = AdapterRuns((Run(2, 3, 67), Run(0, 67, 68), Run(1, 72, 79), Run(0, 81, 90)), 91)  # two tiles of Triton's
+FEW = AdapterRuns((Run(2, 3, 67), Run(0, 67, 68), Run(1, 70, 75), Run(0, 76, 79)), 79)  # two tiles of Triton's
 
 
 def draw(size, x_dtype, dtype):
@@ -119,7 +120,7 @@ def test_a_layer_on_which_no_adapter_has_a_pair(backend):
 def test_gradcheck(backend):
     tensors, scales, rows, _ = draw((4, 29, 31, (2, 3)), torch.float64, torch.float64)
     leaves = [t.requires_grad_() for t in tensors]
-    assert torch.autograd.gradcheck(lambda *leaves: grouped(backend)(leaves, scales, rows), leaves)
+    assert has_exact_gradients(lambda *leaves: grouped(backend)(leaves, scales, rows), leaves)
 
 
 def draw_layers(dtype, i, runs=RUNS):
@@ -176,7 +177,9 @@ def layer_gradients(x, groups, ys, dys, runs):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("i", "masked"), [(96, False), (77, False), (192, True), (141, True)])
 def test_layers_that_share_their_input(dtype, i, masked, backend):
-    runs = FEW if masked and backend == "triton" else RUNS  # its interpreter takes rows of dropout one by one
+    runs = RUNS
+    if backend == "triton":  # its interpreter is slow: two tiles of rows, and of columns a whole one and a part
+        runs, i = FEW, {192: 96, 141: 77}.get(i, i)
     x, groups, ys, dys = draw_layers(dtype, i, runs)
     groups = with_masks(groups, runs) if masked else groups
     double = [[t.double() for t in tensors] for tensors in (ys, dys)]
@@ -214,7 +217,7 @@ def test_rows_of_an_adapter_without_pairs_here_have_no_gradient(backend):
 def test_dropout_on_all_rows_of_one_adapter(dtype, backend):
     """Whole blocks of rows, in place: the form that a training step has."""
     generator = torch.Generator().manual_seed(13)
-    n = 64 if backend == "triton" else 192  # a tile of Triton's
+    n = 16 if backend == "triton" else 192  # a tile of Triton's
     i, outs, rank, ids = 128, (64, 96), 16, torch.arange(n) + 2**32 - 7
     x, *dys = (torch.randn(n, d, generator=generator).to(dtype) for d in (i, *outs))
     pairs = [[torch.randn(s, generator=generator) for s in ((rank, i), (o, rank))] for o in outs]

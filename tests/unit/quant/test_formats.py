@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from gradients import has_exact_gradients
 from launch import program
 from veneer.core.frozen import FrozenWeight
 from veneer.errors import NonFiniteError
@@ -73,10 +74,9 @@ def test_the_dense_weight_is_close_to_what_was_quantized(quantize: Quantize) -> 
 def test_gradient_in_x(quantize: Quantize) -> None:
     frozen = quantize(weight(11, 7))
     x = inputs(7, torch.float64).requires_grad_()
-    assert torch.autograd.gradcheck(frozen.matmul, (x,))
-    assert torch.autograd.gradgradcheck(frozen.matmul, (x,))
+    assert has_exact_gradients(frozen.matmul, (x,), twice=True)
     dy = inputs(11, torch.float64).requires_grad_()
-    assert torch.autograd.gradcheck(frozen.matmul_t, (dy,))
+    assert has_exact_gradients(frozen.matmul_t, (dy,))
 
 
 @formats
