@@ -4,6 +4,7 @@ And one Triton kernel, since all are started in one place. Prints a line of JSON
 argument, kind of tensor, and the message of the TensorError, or "no error". Any other error ends the script.
 """
 
+import functools
 import json
 import os
 import warnings
@@ -137,10 +138,15 @@ def add_product(panels):
 INSTRUCTIONS = {"step.add_norm": add_norm, "step.add_product": add_product}
 
 
+@functools.cache
+def mesh():
+    return init_device_mesh("cpu", (1,))
+
+
 def odd_tensors(x):
     """Kind and tensor: as x to whoever asks for shape, dtype and device, but for "meta"."""
     yield "fake", FakeTensorMode().from_tensor(x)
-    yield "distributed", DTensor.from_local(x.clone(), init_device_mesh("cpu", (1,)), [Replicate()])
+    yield "distributed", DTensor.from_local(x.clone(), mesh(), [Replicate()])
     yield "wrapped", TwoTensor(x.clone(), x.clone())
     yield "functional", torch._to_functional_tensor(x.clone())
     freed = x.clone()
