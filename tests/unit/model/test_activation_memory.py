@@ -18,14 +18,14 @@ from veneer.model.offload import ActivationOffload
 from .allocations import allocations_of
 
 CONFIG = {
-    "hidden_size": 320,
-    "intermediate_size": 1280,
+    "hidden_size": 160,
+    "intermediate_size": 640,
     "num_hidden_layers": 8,
     "num_attention_heads": 5,
     "num_key_value_heads": 5,
     "vocab_size": 101,
 }
-IDS = torch.arange(1024)[None] * 7 % 101
+IDS = torch.arange(512)[None] * 7 % 101
 
 
 def peak(how: str, path: str, folder: Path) -> int:
@@ -48,7 +48,7 @@ def peak(how: str, path: str, folder: Path) -> int:
         checkpoint_selectively(model)
     elif how == "full":
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    _, allocations = allocations_of(lambda: step(1024))
+    _, allocations = allocations_of(lambda: step(512))
     return max(accumulate(allocations))
 
 
