@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from veneer.export.gguf.metadata import name_of
 from veneer.export.vllm.adapter import VllmOptions, VllmReport, export_vllm
 from veneer.export.vllm.ranks import holding
 from veneer.store.bars import quiet
+from veneer.store.named import folder_of
 
 
 def vllm(args: VllmArguments) -> None:
@@ -73,6 +75,15 @@ def _show(written: Mapping[str, VllmReport]) -> None:
 def _next(written: Mapping[str, VllmReport], output: Path) -> str:
     """The line that starts vLLM with the written adapters."""
     most = holding(max(report.rank for report in written.values()))
-    base = next((report.base for report in written.values() if report.base), "BASE")
-    modules = " ".join(f"{name}={output / name}" for name in written)
-    return f"next: vllm serve {base} --enable-lora --max-lora-rank {most} --lora-modules {modules}"
+    base = next((report.base for report in written.values() if report.base), None)
+    modules = " ".join(shlex.quote(f"{name}={output / name}") for name in written)
+    model = shlex.quote(_for_vllm(base))
+    return f"next: vllm serve {model} --enable-lora --max-lora-rank {most} --lora-modules {modules}"
+
+
+def _for_vllm(base: str | None) -> str:
+    """The base as vLLM takes it: an id on the hub, or a folder if its name is veneer's own."""
+    try:
+        return "BASE" if base is None else str(folder_of(base) or base)
+    except ConfigError:  # not on this machine
+        return "BASE"

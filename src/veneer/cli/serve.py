@@ -7,7 +7,7 @@ from pathlib import Path
 
 import typer
 
-from veneer.cli.pages.serve import GIB, MIB, ServeArguments, bytes_of, cache_bytes_of, speculative_of
+from veneer.cli.pages.serve import GIB, ServeArguments, bytes_of, cache_bytes_of, speculative_of
 from veneer.contract.file import CONFIG_FILE, WEIGHTS_FILE
 from veneer.errors import CompositionError, ConfigError
 from veneer.ops.dispatch import kernel_isa
@@ -15,11 +15,10 @@ from veneer.serve.http.app import make_app
 from veneer.serve.http.folder import is_adapter
 from veneer.serve.http.key import ANYBODY, NOBODY
 from veneer.serve.http.key_file import Keys
-from veneer.serve.http.limits import ServerLimits
 from veneer.serve.http.models import Catalogue
 from veneer.serve.http.request_record import log_requests
 from veneer.serve.http.roots import Roots
-from veneer.serve.http.server import require_certificate, require_free, run
+from veneer.serve.http.server import run
 from veneer.serve.start import EngineOptions, start_engine
 from veneer.store.bars import quiet
 from veneer.store.merge_record import require_not_merged
@@ -30,25 +29,13 @@ _TOLD = 10  # adapters that are named when the server starts
 
 def serve(args: ServeArguments) -> None:
     """Load the base and serve it until the process ends."""
-    require_free(args.host, args.port)
-    folders = [*([] if args.adapters is None else [args.adapters]), *(args.adapter_root or ())]
-    for folder in folders:
-        if not folder.is_dir():
-            option = "--adapters" if folder is args.adapters else "--adapter-root"
-            raise ConfigError(f"{option} {folder} is no folder: make it, adapters may come later")
     if args.adapters is not None and is_adapter(args.adapters) and not any(map(is_adapter, args.adapters.iterdir())):
         raise ConfigError(
             f"--adapters {args.adapters} is itself an adapter: a folder of adapters is needed. Give its parent, "
             f"{args.adapters.resolve().parent}"
         )
     keys = None if args.keys is None else Keys(args.keys)
-    require_certificate(args.ssl_certfile, args.ssl_keyfile)
-    roots = Roots(folders, args.allow_hub or ())
-    limits = ServerLimits(
-        body_bytes=bytes_of("--max-body-mib", args.max_body_mib, MIB),
-        choices=args.max_choices, in_flight=args.max_in_flight,
-        trust_request_templates=args.trust_request_templates,
-    )  # fmt: skip
+    roots = Roots(args.folders, args.allow_hub or ())
     options = EngineOptions(
         dtype=args.dtype, quantization="bitsandbytes" if args.load_in_4bit else None, seed=args.seed,
         max_model_len=args.max_model_len, max_loras=args.max_loras, general_runner=args.general_runner,
@@ -56,7 +43,7 @@ def serve(args: ServeArguments) -> None:
         adapter_cache_dir=args.adapter_cache,
         adapter_cache_bytes=cache_bytes_of(args.adapter_cache_gib, args.adapter_cache),
         kv_cache_memory_bytes=None if args.kv_gib is None else bytes_of("--kv-gib", args.kv_gib, GIB),
-        disable_log_stats=False,
+        disable_log_stats=False, served_model_name=args.served_model_name,
     )  # fmt: skip
     for line in _in_base(args.model, args.adapters):
         typer.echo(line, err=True)
@@ -76,7 +63,7 @@ def serve(args: ServeArguments) -> None:
     typer.echo(f"base {catalogue.base}; adapters: {told}; {scheme}://{args.host}:{args.port}/v1", err=True)
     if args.log_requests:
         log_requests()
-    app = make_app(engine, catalogue, limits, keys=keys, roots=roots, metrics_prefix=args.metrics_prefix)
+    app = make_app(engine, catalogue, args.limits, keys=keys, roots=roots, metrics_prefix=args.metrics_prefix)
     run(app, args.host, args.port, args.drain_seconds, ssl_certfile=args.ssl_certfile, ssl_keyfile=args.ssl_keyfile)
 
 

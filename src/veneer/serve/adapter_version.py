@@ -11,7 +11,8 @@ class AdapterVersion:
     """Content of an adapter's files; ``id`` is derived from it, so that equal files are one version.
 
     ``n_front`` counts its virtual tokens. ``rank`` is the largest of its low-rank parts, 0 if it has none. ``n_bytes``
-    is its expected size when loaded. A mix has no folder, but versions with their weights.
+    is its expected size when loaded. ``warning``: the reason to doubt that it was trained on this base. A mix has no
+    folder, but versions with their weights.
     """
 
     id: str
@@ -20,6 +21,7 @@ class AdapterVersion:
     rank: int = 0
     n_front: int = 0
     n_bytes: int = 0
+    warning: str = ""
     parts: tuple[tuple[AdapterVersion, float], ...] = ()
 
     @property

@@ -28,6 +28,7 @@ class EngineSettings:
     one. ``max_lora_rank`` is the highest rank of an adapter (None: any). ``value_bytes`` is the size of a value of a
     loaded adapter (None: as it is stored). ``why_general``: the reason why transformers' own code computes everything;
     "" if it does not. ``base``: the model's folder, if it has one; adapters that were merged into it are refused.
+    ``base_names``: the model as it was asked for, and other names of it; adapters of another base have a warning.
     ``chat_template`` is used for all adapters, in place of their own. ``keeps_stats``: times and counts are kept.
     ``prefix_caching``: requests share pages. ``speculative``: how next tokens are guessed (None: only those are that a
     form forces).
@@ -41,6 +42,7 @@ class EngineSettings:
     value_bytes: int | None = None
     why_general: str = ""
     base: Path | None = None
+    base_names: tuple[str, ...] = ()
     chat_template: str | None = None
     keeps_stats: bool = False
     prefix_caching: bool = True

@@ -6,7 +6,7 @@ import asyncio
 import functools
 import threading
 import weakref
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Collection, Sequence
 from concurrent.futures import Future
 from contextlib import aclosing
 from typing import Any, TypeVar
@@ -123,10 +123,14 @@ class AsyncEngine:
                 left.difference_update([output.request_id for output in outputs if output.finished])
                 yield outputs
         finally:
-            for id in left:
-                self.engine.abort(id)
+            self.abandon(left)
             for each in asked:
                 self._news.pop(each.id, None)
+
+    def abandon(self, request_ids: Collection[str]) -> None:
+        """End requests whose outputs nobody waits for any more."""
+        for id in request_ids:
+            self.engine.abort(id)
 
     async def settled(self, result: Future[Result]) -> Result:
         """Return a result of the engine when it comes.

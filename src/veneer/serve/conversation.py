@@ -12,7 +12,9 @@ from transformers import PreTrainedTokenizerBase
 from veneer.errors import ConfigError
 from veneer.serve.time_limit import within
 
+_ROLES = ("assistant", "developer", "system", "tool", "user")  # others only if the template names them
 _SECONDS = 5.0  # a template takes milliseconds; one that never ends would hold its thread, and fill the memory
+_LONGEST_ROLE = 64  # characters that are told
 Conversation = Sequence[Mapping[str, Any]]
 
 TEMPLATE_ARGUMENTS = frozenset(inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters)
@@ -22,13 +24,16 @@ TEMPLATE_ARGUMENTS = frozenset(inspect.signature(PreTrainedTokenizerBase.apply_c
 def chat_text(tokenizer: Any, messages: Conversation, how: Mapping[str, Any]) -> str:
     """Return the text that a chat template renders from messages; ``how`` are arguments of `apply_chat_template`.
 
-    Raises ConfigError if there is no template, if it refuses the messages or takes seconds, or if a content is no text.
+    Raises ConfigError if there is no template, if it refuses the messages or takes seconds, for an unknown role, and
+    for a content that is no text.
     """
-    if tokenizer.chat_template is None and how.get("chat_template") is None:
+    template = tokenizer.chat_template if how.get("chat_template") is None else how["chat_template"]
+    if template is None:
         raise ConfigError("this model has no chat template: give chat_template, or a prompt that is plain text")
     turns = [_turn(number, message) for number, message in enumerate(messages)]
     if not turns:
         raise ConfigError("messages is empty: give at least one, as {'role': 'user', 'content': '…'}")
+    _require_known_roles(turns, str(template))
     if how.get("add_generation_prompt") and how.get("continue_final_message"):
         raise ConfigError("add_generation_prompt and continue_final_message exclude each other: set one to False")
     try:
@@ -39,6 +44,17 @@ def chat_text(tokenizer: Any, messages: Conversation, how: Mapping[str, Any]) ->
         ) from error
     except (TemplateError, ValueError, TypeError, RecursionError) as error:
         raise ConfigError(f"the chat template refuses the messages: {error}") from error
+
+
+def _require_known_roles(turns: Sequence[Mapping[str, Any]], template: str) -> None:
+    """Raise ConfigError for a role that nobody uses and the template does not name: many drop such turns."""
+    numbers = {turn["role"]: number for number, turn in reversed(list(enumerate(turns)))}
+    for role in sorted(numbers.keys() - set(_ROLES), key=lambda role: numbers[role]):
+        if f"'{role}'" not in template and f'"{role}"' not in template:
+            raise ConfigError(
+                f"messages[{numbers[role]}].role={role[:_LONGEST_ROLE]!r} is unknown: {', '.join(_ROLES)} are known, "
+                "and roles that the chat template names. Give one of them"
+            )
 
 
 def _turn(number: int, message: Mapping[str, Any]) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from veneer.serve.loader import Finished, Loader
 from veneer.serve.lora_request import LoRARequest
 from veneer.serve.messages import Abort, Act, Forget
 from veneer.serve.metrics import Metric
+from veneer.serve.named_base import ServedBase
 from veneer.serve.outputs import RequestOutput, TokenLogprobs
 from veneer.serve.plan import Plan, Sampled
 from veneer.serve.pool import Pool
@@ -68,7 +69,8 @@ class Engine:
         self.runner, self.scheduler, self.pool = runner, scheduler, scheduler.pool
         self.tokenizer, self.settings = tokenizer, settings
         self.readers = Readers(PromptReader(tokenizer, scheduler.limits.max_model_len), settings.chat_template)
-        self.versions = Versions(settings.max_lora_rank, settings.value_bytes, settings.base)
+        served = ServedBase("".join(settings.base_names[:1]), settings.base_names[1:], settings.base)
+        self.versions = Versions(settings.max_lora_rank, settings.value_bytes, settings.base, served)
         self.backlog = Backlog(scheduler.limits, scheduler.waiting)
         self._rules = Rules(tokenizer, settings)
         self._stats = Stats() if settings.keeps_stats else None
@@ -149,6 +151,11 @@ class Engine:
         """End a request at the next step; an unknown one is ignored. From any thread."""
         self._inbox.put(Abort(request_id))
 
+    def n_drawn(self, request_id: str) -> int:
+        """Return the number of tokens of a request's answers so far; 0 for an unknown one. From any thread."""
+        group = self._groups.get(request_id)
+        return 0 if group is None else sum(len(answer.request.output) for answer in group.answers)
+
     def forget(self, name: str, up_to: int = 0) -> None:
         """Drop an adapter's name at the next step, if it is known. From any thread.
 
@@ -185,6 +192,7 @@ class Engine:
         """Compute one batch; return the new outputs, at most one a request."""
         self._take_all()
         self._begin_loads()
+        self._end_barred()
         plan = self.scheduler.plan()
         if self._stats is not None:
             self._stats.admit(self.scheduler.admitted)
@@ -308,6 +316,14 @@ class Engine:
         """Let what waiting requests lack be read, the first one's first."""
         while self._load(self.scheduler.begin_load()) or self._load(self._preloads.begin_load()):
             pass
+
+    def _end_barred(self) -> None:
+        """End what waits for places that pinned adapters hold: no request that ends would free one."""
+        self._preloads.give_up(barred=True)
+        if self.pool.pins_fill:
+            for id in filter(self.pool.is_absent, self.scheduler.waiting.versions):
+                for request in self.scheduler.fail(id, self._preloads.no_place()):
+                    self._touch(request)
 
     def _load(self, id: str | None) -> bool:
         """Let a version be read whose load has begun, if there is one."""

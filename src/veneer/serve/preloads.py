@@ -62,11 +62,14 @@ class Preloads:
             self._pool.leave(id)
             preload.told.set_result(None) if error is None else preload.told.set_exception(error)
 
-    def give_up(self) -> None:
-        """Tell all that there is no place."""
-        error = ConfigError(f"there is no place for the adapter: {self._pool.told_places()}")
-        for id in list(self._wanted):
-            self.end(id, error)
+    def give_up(self, *, barred: bool = False) -> None:
+        """Tell all that there is no place, or only those whose place pinned adapters hold."""
+        for id in [id for id in self._wanted if not barred or self._pool.is_barred(id)]:
+            self.end(id, self.no_place())
+
+    def no_place(self) -> ConfigError:
+        """Return the error of an adapter that finds no place."""
+        return ConfigError(f"there is no place for the adapter: {self._pool.told_places()}")
 
     def _name(self, preload: Preload) -> None:
         name = preload.request.name

@@ -224,6 +224,7 @@ def start_engine(
         value_bytes=None if interpreter is None else loaded.dtype.itemsize,
         why_general=why_not,
         base=_folder_of(loaded),
+        base_names=tuple(dict.fromkeys(name for name in _names(model, loaded, options) if name)),
         chat_template=options.chat_template,
         keeps_stats=not options.disable_log_stats,
         prefix_caching=options.enable_prefix_caching is not False,
@@ -287,6 +288,14 @@ def generation_defaults(model: PreTrainedModel) -> dict[str, Any]:
 def _folder_of(model: PreTrainedModel) -> Path | None:
     named = model.name_or_path
     return Path(named).resolve() if named and Path(named).is_dir() else None
+
+
+def _names(given: object, model: PreTrainedModel, options: EngineOptions) -> list[str]:
+    """Names of a model, the one first by which it was asked for."""
+    own = str(model.name_or_path or "")
+    asked = own if isinstance(given, PreTrainedModel) else str(given)
+    named = options.served_model_name or ()
+    return [asked, own, *([named] if isinstance(named, str) else named)]
 
 
 def ending_ids(model: PreTrainedModel, tokenizer: Any) -> list[int]:

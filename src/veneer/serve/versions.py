@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import math
 import stat
 from collections.abc import Sequence
@@ -15,10 +16,12 @@ from veneer.errors import ConfigError, FormatError
 from veneer.serve.adapter_version import AdapterVersion
 from veneer.serve.latest import Latest
 from veneer.serve.lora_request import LoRARequest
+from veneer.serve.named_base import ServedBase
 from veneer.store.adapter.config import read_config
 from veneer.store.adapter.files import read_headers
 from veneer.store.merge_record import merged_adapters, require_not_merged
 
+_LOG = logging.getLogger(__name__)
 _KEPT = 1 << 16  # folders, about a kilobyte each
 _Stamp = tuple[tuple[int, ...], ...]
 
@@ -28,14 +31,23 @@ class Versions:
 
     ``max_rank`` refuses adapters of a higher rank; None takes any. ``value_bytes`` is the size of a value of a loaded
     adapter; None: as it is stored. Adapters that were merged into ``base``, the model's folder, are refused. Raises
-    FormatError if its list of them cannot be read.
+    FormatError if its list of them cannot be read. Adapters that name another base than ``served`` have a warning.
     """
 
-    def __init__(self, max_rank: int | None = None, value_bytes: int | None = None, base: Path | None = None) -> None:
+    def __init__(
+        self,
+        max_rank: int | None = None,
+        value_bytes: int | None = None,
+        base: Path | None = None,
+        served: ServedBase | None = None,
+    ) -> None:
         self._max_rank, self._value_bytes, self._base = max_rank, value_bytes, base
+        self._served = served or ServedBase()
+        self.n_warned = 0
         if base is not None:
             merged_adapters(base)
         self._seen: Latest[str, tuple[_Stamp, AdapterVersion]] = Latest(_KEPT)
+        self._stamped: Latest[_Stamp, AdapterVersion] = Latest(_KEPT)  # links are the files that they lead to
 
     def of(self, request: LoRARequest) -> AdapterVersion:
         """Return the version at a request's path, or that of its mix.
@@ -54,6 +66,20 @@ class Versions:
             )
         return version
 
+    def seen(self, folder: Path) -> AdapterVersion | None:
+        """Return the version that was found last in a folder, whose files are not looked at."""
+        known = self._seen.get(str(folder))
+        return None if known is None else known[1]
+
+    def known(self, folder: Path) -> AdapterVersion | None:
+        """Return the version in a folder if it was read before, there or by another path; None if its files are new.
+
+        Raises FormatError if there is no adapter.
+        """
+        stamp = _stamp(folder)
+        seen = self._seen.get(str(folder))
+        return seen[1] if seen is not None and seen[0] == stamp else self._stamped.get(stamp)
+
     def require_unchanged(self, version: AdapterVersion) -> None:
         """Raise FormatError if the files no longer have the version's content."""
         if version.parts:
@@ -67,22 +93,31 @@ class Versions:
         known = self._seen.get(key)
         if known is not None and known[0] == stamp:
             return known[1]
+        same = self._stamped.get(stamp)
+        version = self._hashed(folder) if same is None else replace(same, folder=key)
+        self._seen.put(key, (stamp, version))
+        self._stamped.put(stamp, version)
+        if version.warning:
+            self.n_warned += 1
+            _LOG.warning("%s: %s", folder, version.warning)
+        return version
+
+    def _hashed(self, folder: Path) -> AdapterVersion:
         if self._base is not None:
             require_not_merged(self._base, folder)
         digest = hashlib.sha256()
         for name in (CONFIG_FILE, WEIGHTS_FILE):
             with (folder / name).open("rb") as file:
                 digest.update(hashlib.file_digest(file, "sha256").digest())
-        version = replace(self.unread(folder), id=f"v{digest.hexdigest()[:32]}")
-        self._seen.put(key, (stamp, version))
-        return version
+        return replace(self.unread(folder), id=f"v{digest.hexdigest()[:32]}")
 
     def unread(self, folder: Path) -> AdapterVersion:
         """Return what the config and the header of an adapter say, without an ``id``, which needs all of its content.
 
-        Raises FormatError.
+        Raises FormatError, and CompositionError if it is known to be of another base.
         """
         config = read_config(folder)
+        self._served.require_same(config.base_model_name_or_path)
         return AdapterVersion(
             id="",
             folder=str(folder),
@@ -90,6 +125,7 @@ class Versions:
             rank=config.largest_rank,
             n_front=config.virtual_tokens,
             n_bytes=stored_bytes(folder, self._value_bytes),
+            warning=self._served.warning(config.base_model_name_or_path),
         )
 
 
@@ -107,6 +143,7 @@ def _mix(parts: Sequence[tuple[AdapterVersion, float]]) -> AdapterVersion:
         rank=sum(version.rank for version in versions.values()),
         n_front=sum(version.n_front for version in versions.values()),
         n_bytes=sum(version.n_bytes for version in versions.values()),
+        warning="; ".join(dict.fromkeys(version.warning for version in versions.values() if version.warning)),
         parts=tuple((versions[id], weights[id]) for id in ids),
     )
 

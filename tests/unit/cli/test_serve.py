@@ -7,6 +7,8 @@ import math
 import os
 import signal
 import socket
+import subprocess
+import sys
 import time
 import urllib.request
 from pathlib import Path
@@ -20,7 +22,7 @@ from veneer.cli.app import app
 from veneer.cli.pages.serve import cache_bytes_of, require_closed, speculative_of
 from veneer.errors import ConfigError
 from veneer.export.merged import merge_checkpoint
-from veneer.serve.http import server
+from veneer.serve.http import listening, server
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.7", "example.org"])
@@ -39,6 +41,33 @@ def test_a_folder_that_is_not_there(model_folder: Path, tmp_path: Path) -> None:
     result = CliRunner().invoke(app, ["serve", str(model_folder), "--adapters", str(tmp_path / "none")])
     assert result.exit_code == 2
     assert "is no folder" in result.stderr
+
+
+def test_cheap_refusals_come_before_torch_is_imported(tmp_path: Path) -> None:
+    """In a process of its own, since it is about imports."""
+    (tmp_path / "keys.yaml").write_text("[{name: x}]")
+    (tmp_path / "cert.pem").write_text("none")
+    cases = {
+        "--adapters": "no folder", "--adapter-root": "no folder", "--keys keys.yaml": "no list of keys",
+        "--port 99999": "65535", "--dtype float8": "unknown", "--quantize-head int4": "unknown",
+        "--max-in-flight 5 --max-choices 7": "in_flight=5 is below choices=7", "--max-body-mib 0": "no size",
+        "--ssl-certfile cert.pem --ssl-keyfile cert.pem": "--ssl-certfile", "--seed 3": "no model '/no/m'",
+    }  # fmt: skip
+    program = """
+import json, sys
+from typer.testing import CliRunner
+from veneer.cli.app import app
+for given in sys.argv[1:]:
+    options = given.split() if " " in given else [given, "nowhere"]
+    done = CliRunner().invoke(app, ["serve", "/no/m", *(() if "--port" in given else ("--port", "0")), *options])
+    print(json.dumps([done.exit_code, " ".join(done.stderr.split()), "torch" in sys.modules]))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program, *cases], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    told = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [(code, has_torch) for code, _, has_torch in told] == [(2, False)] * len(cases)
+    assert [said for said, (_, text, _) in zip(cases.values(), told, strict=True) if said not in text] == []
 
 
 def test_an_adapter_in_place_of_a_folder_of_them(model_folder: Path, adapter_folder: Path) -> None:
@@ -114,7 +143,7 @@ def test_limits_that_do_not_go_together_are_told_before_a_model_is_looked_at() -
 
 def test_an_address_that_is_not_this_machines_is_told() -> None:
     with pytest.raises(ConfigError, match=r"--host 192\.0\.2\.1 --port 0: nothing can listen there"):
-        server.require_free("192.0.2.1", 0)
+        listening.require_free("192.0.2.1", 0)
 
 
 def test_a_port_that_is_taken_while_the_model_is_loaded_is_told(monkeypatch: pytest.MonkeyPatch) -> None:

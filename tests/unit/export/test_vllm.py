@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 from models import llama_config
 from veneer.adapters.peft_model import get_peft_model
 from veneer.cli.app import app
+from veneer.cli.export_vllm import _for_vllm
 from veneer.errors import CompositionError, ConfigError, FormatError
 from veneer.export.vllm.adapter import VllmOptions, VllmReport, export_vllm
 from veneer.methods.adalora import AdaLoraConfig
@@ -31,6 +32,8 @@ from veneer.methods.oft import OFTConfig
 from veneer.methods.prefix import PrefixTuningConfig
 from veneer.methods.prompt import PromptTuningConfig
 from veneer.methods.vera import VeraConfig
+from veneer.store import named
+from veneer.store.known import model_folder
 
 LAYERS = ["q_proj", "v_proj", "down_proj"]
 PATTERNS = {"rank_pattern": {"layers.1.self_attn.q_proj": 5}, "alpha_pattern": {"down_proj": 13}}
@@ -262,6 +265,14 @@ def test_the_command_tells_what_was_written_and_what_was_not(base: Path, tmp_pat
     assert "is scaled" in done.stderr
     assert f"--enable-lora --max-lora-rank 16 --lora-modules sql={tmp_path / 'out' / 'sql'} dora=" in done.stderr
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["dora", "sql"]
+
+
+def test_the_next_line_names_the_base_as_vllm_takes_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    name = "smollm2-135m-instruct"
+    monkeypatch.setattr(named, "is_fetched", lambda name: True)
+    assert _for_vllm(name) == str(model_folder(name))
+    monkeypatch.setattr(named, "is_fetched", lambda name: False)
+    assert [_for_vllm(each) for each in (name, "me/base", None)] == ["BASE", "me/base", "BASE"]
 
 
 def test_a_rank_that_vllm_has_not_and_two_of_one_name_are_refused(base: Path, tmp_path: Path) -> None:

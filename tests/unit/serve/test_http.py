@@ -22,8 +22,8 @@ from veneer.serve.http import server as http_server
 from veneer.serve.http.app import make_app
 from veneer.serve.http.key import ANYBODY, NOBODY
 from veneer.serve.http.key_file import Keys
-from veneer.serve.http.limits import ServerLimits
 from veneer.serve.http.models import Catalogue
+from veneer.serve.http.server_limits import ServerLimits
 from veneer.serve.start import EngineOptions, start_engine
 
 from .conftest import save_adapter

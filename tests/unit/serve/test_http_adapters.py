@@ -97,7 +97,7 @@ def test_an_adapter_is_loaded_listed_asked_for_and_unloaded(server, root, llm, a
     assert told["bytes"] > 0
     assert {**told, "bytes": 0} == {
         "id": "a/b", "object": "adapter", "source": "path", "root": str(path), "method": "LORA", "rank": 3, "bytes": 0,
-        "residency": "resident", "pinned": False, "requests": 0, "hits": 0, "error": None,
+        "residency": "resident", "pinned": False, "requests": 0, "hits": 0, "error": None, "warning": None,
     }  # fmt: skip
     assert text(server, "a/b") == expected(llm, adapters["lora"])
     told = card(server, "a/b")
@@ -316,6 +316,34 @@ def test_a_download_that_meets_a_defect_is_answered_and_its_name_free_again(serv
     for _ in range(2):
         refused = change(server, "load", lora_name="x", lora_path="me/lora")
         assert (refused[0], "defect" in refused[1]) == (500, True)
+
+
+def test_an_adapter_that_names_another_base_is_told(server, root, adapters, caplog):
+    shutil.copytree(adapters["rslora"].path, root / "foreign")
+    file = root / "foreign" / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"base_model_name_or_path": str(root)}))
+    said = f"the adapter names the base {root}, and this is {server.engine.settings.base}: its answers are wrong"
+    status, told = change(server, "load", lora_name="far", lora_path="foreign")
+    assert (status, told.startswith(f"Success: LoRA adapter 'far' added successfully. Warning: {said}")) == (200, True)
+    assert f"{root / 'foreign'}: {said}" in caplog.text
+    cards = {each.id: each for each in server.client.models.list().data}
+    for shown in (cards["far"].warning, server.client.models.retrieve("far").warning, card(server, "far")["warning"]):
+        assert shown.startswith(said)
+    assert not hasattr(cards["vera"], "warning")
+    assert change(server, "load", lora_name="both", adapter={"far": 1, "vera": 1})[1].count(said) == 1
+    assert card(server, "both")["warning"].startswith(said)
+    for name in ("both", "far"):
+        assert change(server, "unload", lora_name=name)[0] == 200
+
+
+def test_a_link_to_a_loaded_adapter_is_shown_as_loaded(server, served):
+    assert change(server, "load", lora_name="vera", lora_path=str(served / "vera"), load_inplace=True)[0] == 200
+    (served / "linked").symlink_to(served / "vera")
+    server.wait(lambda: "linked" in {each.id for each in server.client.models.list().data})
+    shown, own = card(server, "linked"), card(server, "vera")
+    assert own["residency"] == "resident"
+    assert {**shown, "id": 0, "root": 0} == {**own, "id": 0, "root": 0}
+    (served / "linked").unlink()
 
 
 def test_there_is_a_place_or_the_reason_why_not(base_folder, adapters):

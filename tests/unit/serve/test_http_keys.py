@@ -26,9 +26,9 @@ from veneer.serve.http import server as http_server
 from veneer.serve.http.access import Access, scopes_of
 from veneer.serve.http.key import CALLER
 from veneer.serve.http.key_file import Keys
+from veneer.serve.http.listening import require_certificate
 from veneer.serve.http.request_record import LOG
 from veneer.serve.http.roots import Roots
-from veneer.serve.http.server import require_certificate
 
 from .test_http import PROMPT, TURN, Server
 from .test_key_file import write

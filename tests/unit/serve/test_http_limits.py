@@ -21,9 +21,10 @@ from veneer.serve import prompts
 from veneer.serve.http.app import Api
 from veneer.serve.http.errors import TooManyRequestsError
 from veneer.serve.http.key import ANYBODY
-from veneer.serve.http.limits import BodyLimit, ServerLimits
+from veneer.serve.http.limits import BodyLimit
 from veneer.serve.http.models import Catalogue
 from veneer.serve.http.protocol import CompletionBody
+from veneer.serve.http.server_limits import ServerLimits
 from veneer.serve.prompts import PromptReader
 from veneer.serve.structured import Forms
 

@@ -148,11 +148,15 @@ def test_changes_of_an_adapter_name_it_in_the_log_and_probes_are_left_out(server
         Asking(server.port, "/v1/adapters/lora/pin", {}), Asking(server.port, "/v1/adapters/lora/unpin", {}),
         Asking(server.port, "/v1/load_lora_adapter", {"lora_name": "lora", "lora_path": "lora", "load_inplace": True}),
         Asking(server.port, "/v1/unload_lora_adapter", {"lora_name": "none"}), Asking(server.port, "/version"),
+        Asking(server.port, "/v1/adapters?limit=7"), Asking(server.port, "/v1/models"),
+        Asking(server.port, "/v1/adapters?limit=0"), Asking(server.port, "/v1/adapters/lora"),
     ]  # fmt: skip
     for each in asked:
         each.answer.read()
-    found = {line["id"]: line["model"] for line in lines(caplog, server, 5)}
-    assert [found[each.id] for each in asked[3:]] == ["lora", "lora", "lora", None, None]
+    found = {line["id"]: line["model"] for line in lines(caplog, server, 7)}
+    assert [found.get(each.id, "-") for each in asked[3:]] == [
+        "lora", "lora", "lora", None, None, "-", "-", None, "lora",
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("stream", [True, False])
@@ -163,10 +167,10 @@ def test_a_client_that_leaves_is_told_in_the_log(server, caplog, stream):
     head = "\r\n".join([*fields, f"Content-Length: {len(body)}", "", ""])
     with socket.create_connection(("127.0.0.1", server.port)) as connection:
         connection.sendall(head.encode() + body)
-        server.wait(lambda: server.engine.scheduler.running)
+        server.wait(lambda: [r for r in server.engine.scheduler.running if len(r.output) > 2])
     [line] = lines(caplog, server, 1)
     assert (line["status"], line["finish_reasons"], line["tokens_in"]) == (GONE, ["abort"], 1)
-    assert line["tokens_out"] < 120
+    assert 2 < line["tokens_out"] < 120
 
 
 def test_the_events_of_a_step_are_one_write(server):

@@ -9,7 +9,7 @@ import pytest
 import transformers
 from transformers import AutoModelForCausalLM
 
-from veneer.serve.http.limits import ServerLimits
+from veneer.serve.http.server_limits import ServerLimits
 
 from .conftest import SHAPE
 from .test_http import TURN, Server

@@ -240,11 +240,21 @@ def test_chat(llm):
         ([{"content": "x"}], r"messages\[0\]"),
         ([{"role": "user", "content": [{"type": "image_url"}]}], "only parts of the type text"),
         ([{"role": "user", "content": None}], "chat template refuses"),
+        (
+            [{"role": "user", "content": "x"}, {"role": "boss", "content": "y"}, {"role": "boss", "content": "z"}],
+            r"messages\[1\].role='boss' is unknown: assistant, developer, system, tool, user are known",
+        ),
     ],
 )
 def test_conversations_that_are_none(llm, messages, said):
     with pytest.raises(ConfigError, match=said):
         llm.chat(messages, GREEDY, use_tqdm=False)
+
+
+def test_a_role_that_the_template_names_is_known(llm):
+    template = "{% for m in messages %}{% if m.role == 'boss' %}{{ m.content }}{% endif %}{% endfor %}"
+    messages = [{"role": "boss", "content": "x"}, {"role": "tool", "content": "y"}]
+    assert llm.chat(messages, GREEDY, use_tqdm=False, chat_template=template)[0].prompt == "x"
 
 
 def test_chat_needs_a_template_and_one_way_to_go_on(llm, base_folder):

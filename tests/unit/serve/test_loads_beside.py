@@ -412,6 +412,23 @@ def test_a_pinned_adapter_that_leaves_no_place_is_told(base_folder, adapters):
     assert len(one(llm)) == 9
 
 
+def test_what_waits_for_a_pinned_place_is_told_while_others_run(base_folder, adapters):
+    llm = LLM(base_folder, max_loras=1)
+    engine = llm.engine
+    llm.llm_engine.add_lora(adapters["ia3"])
+    llm.llm_engine.pin_lora(adapters["ia3"].adapter_id)
+    goes_on = llm.enqueue(["x"], SamplingParams(max_tokens=99, ignore_eos=True))
+    engine.step()
+    load = engine.preload(adapters["lora"])
+    waiting = engine.asked("x", [120], SamplingParams(max_tokens=3), adapters["dora"])
+    engine.submit(waiting)
+    told = {output.request_id: output for output in engine.step()}
+    assert engine.scheduler.running
+    assert "1 of them pinned, and there is room for 1 in number" in str(load.exception(0))
+    assert "1 of them pinned, and there is room for 1 in number" in str(told[waiting.id].error)
+    assert len(goes_on) == 1
+
+
 def test_adapters_of_the_general_runner_share_the_pages(adapters, tokenizer, monkeypatch, caplog):
     """In the same steps as others, in the same pages: no second store is made."""
     strange = adapters["dora"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ipaddress
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -18,6 +19,10 @@ from veneer.cli.work import verb
 from veneer.errors import ConfigError
 from veneer.plan.presets import require_weights
 from veneer.serve.draft import SpeculativeConfig
+from veneer.serve.http.key_file import read_keys
+from veneer.serve.http.listening import require_certificate, require_free
+from veneer.serve.http.server_limits import ServerLimits
+from veneer.store.known import KNOWN, is_fetched
 
 MIB, GIB = 2**20, 2**30
 _Open = Annotated[bool, typer.Option("--open", help="Let other machines in without keys: anybody may ask.")]
@@ -105,12 +110,36 @@ class ServeArguments:
     def __post_init__(self) -> None:
         require_closed(self.host, self.open_ or self.keys is not None)
         require_pair(self.ssl_certfile, self.ssl_keyfile)
+        require_certificate(self.ssl_certfile, self.ssl_keyfile)
+        require_free(self.host, self.port)
+        for folder in self.folders:
+            if not folder.is_dir():
+                option = "--adapters" if folder is self.adapters else "--adapter-root"
+                raise ConfigError(f"{option} {folder} is no folder: make it, adapters may come later")
+        if self.keys is not None:
+            read_keys(self.keys)
+        require_one_of("--dtype", self.dtype, ("auto", "float32", "bfloat16", "float16"))
+        require_one_of("--quantize-head", self.quantize_head, (None, "int8"))
         require_weights(self.model)
         speculative_of(self.speculative_config)
-        bytes_of("--max-body-mib", self.max_body_mib, MIB)
+        _ = self.limits
         if self.kv_gib is not None:
             bytes_of("--kv-gib", self.kv_gib, GIB)
         cache_bytes_of(self.adapter_cache_gib, self.adapter_cache)
+        require_place(self.model)
+
+    @property
+    def folders(self) -> list[Path]:
+        """Folders from which adapters are served or loaded."""
+        return [*([] if self.adapters is None else [self.adapters]), *(self.adapter_root or ())]
+
+    @property
+    def limits(self) -> ServerLimits:
+        """Limits of requests. Raises ConfigError."""
+        return ServerLimits(
+            body_bytes=bytes_of("--max-body-mib", self.max_body_mib, MIB), choices=self.max_choices,
+            in_flight=self.max_in_flight, trust_request_templates=self.trust_request_templates,
+        )  # fmt: skip
 
 
 serve = verb(ServeArguments, "veneer.cli.serve", "serve")
@@ -152,6 +181,23 @@ def bytes_of(option: str, given: float, unit: int) -> int:
             f"{option} {given} is no size: give a number of {'GiB' if unit == GIB else 'MiB'} above 0, for example 8"
         )
     return int(size)
+
+
+def require_one_of(option: str, given: str | None, allowed: Sequence[str | None]) -> None:
+    """Raise ConfigError for a value that an option does not have."""
+    if given not in allowed:
+        raise ConfigError(f"{option} {given} is unknown: give {', '.join(filter(None, allowed))}")
+
+
+def require_place(model: str) -> None:
+    """Raise ConfigError for a path that leads nowhere, and for a model that is to be fetched first."""
+    path = Path(model).expanduser()
+    if path.exists():
+        return
+    if path.is_absolute() or len(path.parts) > 2 or model.startswith("."):
+        raise ConfigError(f"no model {model!r}: there is no such folder or file. Give one, a fetched name, or a hub id")
+    if model in KNOWN and not is_fetched(model):
+        raise ConfigError(f"the model {model!r} is not in the cache yet: run `veneer fetch {model}`")
 
 
 def require_closed(host: str, open_: bool) -> None:

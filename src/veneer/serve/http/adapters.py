@@ -17,7 +17,7 @@ from pydantic import BaseModel, model_validator
 from pydantic_core import PydanticCustomError
 
 from veneer.contract.source import hub_folder
-from veneer.errors import FormatError, ServingError, VeneerError
+from veneer.errors import CompositionError, FormatError, ServingError, VeneerError
 from veneer.serve.adapter_version import AdapterState
 from veneer.serve.async_engine import AsyncEngine
 from veneer.serve.http.documented import documented
@@ -63,7 +63,7 @@ class AdapterCard(BaseModel):
     """Adapter: the place that it comes from, its method and largest rank, its size in memory, and its use.
 
     ``requests`` and the ``hits`` among them, which found it loaded, are those since its content got the name.
-    ``error``: its files cannot be read.
+    ``error``: its files cannot be read. ``warning``: it may be of another base than this.
     """
 
     id: str
@@ -78,6 +78,7 @@ class AdapterCard(BaseModel):
     requests: int = 0
     hits: int = 0
     error: str | None = None
+    warning: str | None = None
 
 
 class AdapterList(BaseModel):
@@ -113,9 +114,11 @@ class Adapters:
             await asyncio.to_thread(self._require_free, body)
             loaded = await self._place(body)
             request = await asyncio.to_thread(self._request, name, loaded)
+            warning = (await asyncio.to_thread(self._engine.versions.of, request)).warning
             await self._running.settled(await asyncio.to_thread(self._engine.preload, request))
             await asyncio.to_thread(self._catalogue.load, name, loaded)
-        return PlainTextResponse(f"Success: LoRA adapter '{name}' added successfully.")
+        told = f" Warning: {warning}." if warning else ""
+        return PlainTextResponse(f"Success: LoRA adapter '{name}' added successfully.{told}")
 
     async def unload(self, body: UnloadBody) -> PlainTextResponse:
         """Drop the name of an adapter; its memory is freed when no request needs it."""
@@ -213,9 +216,24 @@ class Adapters:
 
     async def _told(self, names: Sequence[str]) -> list[AdapterCard]:
         """Facts of adapters, of the pool and of their files."""
-        pool = self._engine.pool
-        states = await self._running.settled(self._engine.between_steps(lambda: [pool.state(name) for name in names]))
+        pool, ids = self._engine.pool, await asyncio.to_thread(lambda: [self._id(name) for name in names])
+        states = await self._running.settled(
+            self._engine.between_steps(
+                lambda: [pool.state(name) or pool.state_of(id) for name, id in zip(names, ids, strict=True)]
+            )
+        )
         return await asyncio.to_thread(lambda: [self._card(*each) for each in zip(names, states, strict=True)])
+
+    def _id(self, name: str) -> str:
+        """The version of a name that nobody has asked for, if its files are known by another; "" if not."""
+        loaded = self._catalogue.loaded(name)
+        if loaded is not None and loaded.weights is not None:
+            return ""
+        try:
+            version = self._engine.versions.known(self._catalogue.folder(name))
+        except FormatError:
+            return ""
+        return "" if version is None else version.id
 
     def _card(self, name: str, state: AdapterState | None) -> AdapterCard:
         loaded = self._catalogue.loaded(name)
@@ -227,14 +245,16 @@ class Adapters:
             return card.model_copy(update={
                 "method": version.kind, "rank": version.rank, "bytes": state.n_bytes, "pinned": state.pinned,
                 "residency": state.residency.value, "requests": state.n_requests, "hits": state.n_hits,
+                "warning": version.warning or None,
             })  # fmt: skip
         if loaded is not None and loaded.weights is not None:
             return card.model_copy(update={"method": "mix"})
         try:
             version = self._engine.versions.unread(self._catalogue.folder(name))
-        except FormatError as error:
+        except (FormatError, CompositionError) as error:
             return card.model_copy(update={"error": str(error)})
-        return card.model_copy(update={"method": version.kind, "rank": version.rank, "bytes": version.n_bytes})
+        told = {"method": version.kind, "rank": version.rank, "bytes": version.n_bytes}
+        return card.model_copy(update={**told, "warning": version.warning or None})
 
 
 def _is_own(name: str) -> RefusedError:

@@ -24,7 +24,7 @@ from veneer.serve.http.embeddings import Embeddings
 from veneer.serve.http.errors import on_defect, on_invalid_body, on_unknown_route, on_veneer_error
 from veneer.serve.http.key_file import Keys
 from veneer.serve.http.lifecycle import Gate, Lifecycle, add_lifecycle
-from veneer.serve.http.limits import BodyLimit, ServerLimits
+from veneer.serve.http.limits import BodyLimit
 from veneer.serve.http.metrics import add_metrics
 from veneer.serve.http.models import Catalogue
 from veneer.serve.http.page import add_page
@@ -32,6 +32,7 @@ from veneer.serve.http.protocol import ChatBody, CompletionBody, StreamOptions
 from veneer.serve.http.request_record import RequestRecords
 from veneer.serve.http.responses import Responses
 from veneer.serve.http.roots import Roots
+from veneer.serve.http.server_limits import ServerLimits
 from veneer.serve.http.service import Service
 from veneer.serve.http.tokens import Tokens
 

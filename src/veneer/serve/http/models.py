@@ -65,7 +65,7 @@ class Catalogue:
         self._all: tuple[tuple[str, ...], int, tuple[str, ...]] = ((), 0, ())
         self._n_changes = 0  # of those that were loaded
         self._views: Latest[tuple[str, ...], tuple[tuple[str, ...], tuple[str, ...]]] = Latest(_VIEWS)
-        self._listed: Latest[tuple[str, ...], tuple[tuple[str, ...], bytes]] = Latest(_VIEWS)
+        self._listed: Latest[tuple[str, ...], tuple[tuple[str, ...], int, bytes]] = Latest(_VIEWS)
         self._folder = None if adapters is None else AdapterFolder(adapters, self._names, self._forget)
 
     def start(self) -> None:
@@ -135,16 +135,16 @@ class Catalogue:
 
     def cards(self) -> bytes:
         """Return the answer of ``/v1/models``."""
-        names, key = self.names(), self.caller
+        names, key, n_warned = self.names(), self.caller, self._engine.versions.n_warned
         known = self._listed.get(key.adapters)
-        if known is None or known[0] is not names:
+        if known is None or known[0] is not names or known[1] != n_warned:
             cards = [self._card(name, self._root, None) for name in self._names]
-            cards += [self._card(name, self.place(name), self.base) for name in names]
+            cards += [self._adapter_card(name) for name in names]
             # One by one: a list of thousands in one call would keep the interpreter from all other threads.
             told = ",".join([json.dumps(card, ensure_ascii=False) for card in cards])
-            known = names, f'{{"object":"list","data":[{told}]}}'.encode()
+            known = names, n_warned, f'{{"object":"list","data":[{told}]}}'.encode()
             self._listed.put(key.adapters, known)
-        return known[1]
+        return known[2]
 
     def load(self, name: str, loaded: Loaded) -> None:
         """Serve an adapter under a name, in place of the one that was loaded under it before."""
@@ -219,8 +219,13 @@ class Catalogue:
 
     def card(self, name: str) -> dict[str, Any]:
         """Return the answer of ``/v1/models/{name}``. Raises ModelNotFoundError."""
-        is_base = self.find(name) is None
-        return self._card(name, self._root, None) if is_base else self._card(name, self.place(name), self.base)
+        return self._card(name, self._root, None) if self.find(name) is None else self._adapter_card(name)
+
+    def _adapter_card(self, name: str) -> dict[str, Any]:
+        """The card of an adapter, with the warning of what was found in its folder last."""
+        card, loaded = self._card(name, self.place(name), self.base), self._loaded.get(name)
+        seen = None if loaded is not None and loaded.weights else self._engine.versions.seen(self.folder(name))
+        return card if seen is None or not seen.warning else card | {"warning": seen.warning}
 
     def _card(self, id: str, root: str, parent: str | None) -> dict[str, Any]:
         longest = self._engine.scheduler.limits.max_model_len

@@ -9,7 +9,7 @@ import re
 import sys
 import time
 import uuid
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Collection, Mapping, Sequence
 from contextlib import aclosing
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -28,7 +28,8 @@ GONE = 499  # nobody reads the answer: the client has closed the connection
 HEADER = "X-Request-Id"
 LOG = logging.getLogger(__name__)
 _ID = re.compile(r"[A-Za-z0-9._:/+=@~-]{1,128}")
-_POLLED = frozenset({"/", "/health", "/ready", "/metrics"})  # by probes and pages: no line while all is well
+# Asked for by probes, routers and open pages every few seconds: no line while all is well.
+_POLLED = frozenset({"/", "/health", "/ready", "/metrics", "/v1/adapters", "/v1/models"})
 _LONGEST_PATH = 128  # characters of a path that is no route's
 
 
@@ -46,9 +47,10 @@ class RequestRecord:
     client: str | None = None
     status: int = GONE
     n_prompt: int = 0
-    n_drawn: int = 0
     scheduled: float = 0.0
     first: float = 0.0
+    drawn: dict[str, int] = field(default_factory=dict)
+    """Tokens of the answers to each prompt."""
     cached: dict[str, int] = field(default_factory=dict)
     """Tokens of each prompt that were in the prefix cache."""
     reasons: set[str] = field(default_factory=set)
@@ -60,15 +62,20 @@ class RequestRecord:
 
     def take(self, output: RequestOutput) -> None:
         """Count what an output adds."""
-        self.n_drawn += sum(len(answer.token_ids) for answer in output.outputs)
+        n = sum(len(answer.token_ids) for answer in output.outputs)
+        self.drawn[output.request_id] = self.drawn.get(output.request_id, 0) + n
         self.cached[output.request_id] = output.num_cached_tokens
         if output.finished:
             self.reasons |= {answer.finish_reason for answer in output.outputs if answer.finish_reason}
-        if not self.first and self.n_drawn:
+        if not self.first and n:
             self.first = time.perf_counter()
         if output.metrics is not None:
             self.scheduled = _earliest(self.scheduled, output.metrics.scheduled_ts)
             self.first = _earliest(self.first, output.metrics.first_token_ts)
+
+    def abandon(self, drawn: Mapping[str, int]) -> None:
+        """Count the tokens of answers that end before they were handed out, by prompt."""
+        self.drawn |= {id: max(n, self.drawn.get(id, 0)) for id, n in drawn.items()}
 
     def line(self, scope: Scope) -> str:
         """Return the line of the log, as JSON."""
@@ -78,7 +85,8 @@ class RequestRecord:
             "route": scope["path"][:_LONGEST_PATH] if route is None else route.path, "model": self.model,
             "client": self.client, "peer": peer and peer[0], "status": self.status,
             "finish_reasons": sorted(self.reasons),
-            "tokens_in": self.n_prompt, "tokens_out": self.n_drawn, "tokens_cached": sum(self.cached.values()),
+            "tokens_in": self.n_prompt, "tokens_out": sum(self.drawn.values()),
+            "tokens_cached": sum(self.cached.values()),
             "seconds_waited": self._since(self.scheduled), "seconds_to_first_token": self._since(self.first),
             "seconds": self._since(time.perf_counter()),
         }  # fmt: skip
@@ -118,7 +126,7 @@ class RequestRecords:
             record.status = 500
             raise
         finally:
-            is_dull = scope["path"] in _POLLED and record.status < 400
+            is_dull = scope["method"] in ("GET", "HEAD") and scope["path"] in _POLLED and record.status < 400
             if not is_dull and LOG.isEnabledFor(logging.INFO):
                 LOG.info(record.line(scope))
 
@@ -140,6 +148,11 @@ class RecordedEngine(AsyncEngine):
         except (GeneratorExit, asyncio.CancelledError, ServingError):
             record.reasons |= {"abort"} if left else set()
             raise
+
+    def abandon(self, request_ids: Collection[str]) -> None:
+        """End requests, and count the tokens that they have so far."""
+        current_record().abandon({id: self.engine.n_drawn(id) for id in request_ids})
+        super().abandon(request_ids)
 
 
 _current: ContextVar[RequestRecord] = ContextVar("record")

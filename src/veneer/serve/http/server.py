@@ -1,58 +1,22 @@
-"""Server process: a port checked beforehand, and a shutdown that notifies every client."""
+"""Server process, with a shutdown that notifies every client."""
 
 from __future__ import annotations
 
 import asyncio
-import errno
 import logging
 import signal
-import ssl
-from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import uvicorn
 from fastapi import FastAPI
 
-from veneer.errors import ConfigError
+from veneer.serve.http.listening import require_free
 
 _LOG = logging.getLogger("uvicorn.error")  # of the server, whose lines go to stderr
 _CUT_OFF_SECONDS = 2.0  # for a client to read what is left; cut off later than that
 _GRACE_SECONDS = 3
 _IDLE_SECONDS = 75  # of a connection: longer than the 60 s of usual proxies, which must close it first
-
-
-def require_free(host: str, port: int) -> None:
-    """Raise ConfigError if nothing can listen on a port, for example if another process does."""
-    try:
-        asyncio.run(_listen(host, port))
-    except OSError as error:
-        told = f"--host {host} --port {port}: nothing can listen there ({error.strerror})"
-        if error.errno == errno.EADDRINUSE:
-            told = f"port {port} is taken on {host}: give another with --port, or stop what listens there"
-        raise ConfigError(told) from error
-
-
-def require_certificate(certificate: Path | None, key: Path | None) -> None:
-    """Raise ConfigError for a certificate and its private key that cannot be used; None and None are fine."""
-    if certificate is None:
-        return
-
-    def encrypted() -> str:
-        raise ConfigError(f"--ssl-keyfile {key} is encrypted, and nobody is there to type its password: decrypt it")
-
-    try:
-        ssl.create_default_context(ssl.Purpose.CLIENT_AUTH).load_cert_chain(certificate, key, encrypted)
-    except OSError as error:
-        raise ConfigError(
-            f"--ssl-certfile {certificate} with --ssl-keyfile {key} cannot be used: {error.strerror or error}. Give a "
-            "certificate and its own private key, both as PEM"
-        ) from error
-
-
-async def _listen(host: str, port: int) -> None:
-    server = await asyncio.get_running_loop().create_server(asyncio.Protocol, host, port)
-    server.close()
 
 
 def run(app: FastAPI, host: str, port: int, drain_seconds: float, **how: Any) -> None:

@@ -11,11 +11,11 @@ from veneer.serve.calls import Calls
 from veneer.serve.engine import Engine
 from veneer.serve.http.errors import RefusedError, TooManyRequestsError
 from veneer.serve.http.key_file import Keys
-from veneer.serve.http.limits import ServerLimits
 from veneer.serve.http.models import Catalogue
 from veneer.serve.http.protocol import ChatBody, CompletionBody, Named
 from veneer.serve.http.quota import Quotas
 from veneer.serve.http.request_record import RecordedEngine, current_record
+from veneer.serve.http.server_limits import ServerLimits
 from veneer.serve.lora_request import LoRARequest
 from veneer.serve.prompts import PromptReader
 from veneer.serve.sampling_params import SamplingParams

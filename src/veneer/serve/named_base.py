@@ -1,0 +1,78 @@
+"""Base that is served, compared with the base that an adapter names. No torch."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection
+from pathlib import Path
+
+from veneer.disk.known_name import known_name
+from veneer.errors import CompositionError
+
+_MODEL_CONFIG = "config.json"
+_HASHED = re.compile(r"(.+)@sha256:([0-9a-f]{64})")  # known names of GGUF files
+_ID = re.compile(r"(?:[\w.-]+/)?[\w.-]+", re.ASCII)
+# The same model in another form of its weights: quantized, or as a GGUF file.
+_FORM = re.compile(
+    r"(?:\.gguf|[-._](?:unsloth|bnb|gguf|gptq|awq|[248]bit|int[48]|fp8|f16|bf16|f32|i?q[1-8](?:_[a-z0-9]+)*))+$"
+)
+
+
+class ServedBase:
+    """Base that is served: the model ``root`` as it was asked for, other ``names`` that it has, and its ``folder``.
+
+    Names differ clearly only if both are names of models. Of a folder nobody knows which model it holds, unless the
+    adapter names another folder of this machine.
+    """
+
+    def __init__(self, root: str = "", names: Collection[str] = (), folder: Path | None = None) -> None:
+        self._root, self._folder = known_name(root), folder
+        self._names = {_model(known_name(name)) for name in (root, *names) if name}
+
+    def warning(self, named: str | None) -> str:
+        """Return a warning about an adapter that names a base; "" if it may be this one."""
+        if not named or not self._root or not self._differs(named):
+            return ""
+        return (
+            f"the adapter names the base {named}, and this is {self._root}: its answers are wrong if these are two "
+            "models. Serve it on its own base"
+        )
+
+    def require_same(self, named: str | None) -> None:
+        """Raise CompositionError for an adapter of another GGUF file, by its hash, that holds another model."""
+        own, other = _HASHED.fullmatch(self._root), _HASHED.fullmatch(named or "")
+        if own and other and own[2] != other[2] and _model(own[1]) != _model(other[1]):
+            raise CompositionError(
+                f"the adapter was trained on {named}, and this base is {self._root}, another file by its hash: serve "
+                "it on its own base"
+            )
+
+    def _differs(self, named: str) -> bool:
+        if _model(named) in self._names:
+            return False
+        if Path(named).is_dir():
+            return self._folder is not None and not _is_copy(Path(named), self._folder)
+        return _is_name(named) and _is_name(self._root)
+
+
+def _is_name(name: str) -> bool:
+    """True for a name of a model, not for a place on some machine."""
+    return bool(_HASHED.fullmatch(name)) or (_ID.fullmatch(name) is not None and not Path(name).exists())
+
+
+def _model(name: str) -> str:
+    """The model that a name means, without its owner and the form of its weights."""
+    hashed = _HASHED.fullmatch(name)
+    last = re.split(r"[/\\]", (hashed[1] if hashed else name).rstrip("/\\"))[-1].lower()
+    return _FORM.sub("", last) or last
+
+
+def _is_copy(one: Path, other: Path) -> bool:
+    """True for one folder under two paths, and for models of equal configs and sizes."""
+    return one.resolve() == other.resolve() or _stamp(one) == _stamp(other)
+
+
+def _stamp(folder: Path) -> tuple[bytes, list[int]]:
+    config = folder / _MODEL_CONFIG
+    sizes = sorted(file.stat().st_size for file in folder.glob("*.safetensors"))
+    return config.read_bytes() if config.is_file() else b"", sizes

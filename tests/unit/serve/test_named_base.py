@@ -1,0 +1,64 @@
+"""The base that an adapter names, and the one that is served: the same, another one, or nobody knows."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from veneer.errors import CompositionError
+from veneer.serve.named_base import ServedBase
+
+SMALL, LARGE = "SmolLM2-135M-Instruct.Q4_1.gguf@sha256:" + "0f" * 32, "Qwen3-0.6B-Q8_0.gguf@sha256:" + "1e" * 32
+
+
+@pytest.mark.parametrize(
+    ("root", "named"),
+    [
+        ("smollm2-135m-instruct", None),
+        ("smollm2-135m-instruct", ""),
+        ("smollm2-135m-instruct", "HuggingFaceTB/SmolLM2-135M-Instruct"),
+        ("HuggingFaceTB/SmolLM2-135M-Instruct", "unsloth/SmolLM2-135M-Instruct-unsloth-bnb-4bit"),
+        ("HuggingFaceTB/SmolLM2-135M-Instruct", SMALL),
+        ("/models/base", "Qwen/Qwen3-0.6B"),
+        ("Qwen/Qwen3-0.6B", "/home/me/finetuned"),
+        ("", "Qwen/Qwen3-0.6B"),
+    ],
+)
+def test_names_of_one_model_and_unknown_places_are_no_reason_to_doubt(root: str, named: str | None) -> None:
+    assert ServedBase(root).warning(named) == ""
+
+
+@pytest.mark.parametrize(
+    ("root", "named"),
+    [
+        ("smollm2-135m-instruct", "HuggingFaceTB/SmolLM2-135M"),
+        ("meta-llama/Llama-3.1-8B", "meta-llama/Llama-3.1-8B-Instruct"),
+        ("Qwen/Qwen3-0.6B", SMALL),
+    ],
+)
+def test_names_of_two_models_are(root: str, named: str) -> None:
+    said = f"the adapter names the base {named}, and this is {root}: its answers are wrong if these are two models"
+    assert ServedBase(root).warning(named).startswith(said)
+    assert ServedBase(root, ["me/" + named.rpartition("/")[2]]).warning(named) == ""
+
+
+def test_folders_are_compared_by_what_they_hold(tmp_path: Path) -> None:
+    own, copy, other = (tmp_path / name for name in ("own", "copy", "other"))
+    own.mkdir()
+    (own / "config.json").write_text("{}")
+    (own / "model.safetensors").write_bytes(b"12345")
+    shutil.copytree(own, copy)
+    shutil.copytree(own, other)
+    (other / "model.safetensors").write_bytes(b"1234567")
+    served = ServedBase(str(own), folder=own)
+    assert [bool(served.warning(str(each))) for each in (own, copy, other)] == [False, False, True]
+
+
+def test_another_file_of_another_model_is_refused() -> None:
+    served = ServedBase(SMALL)
+    for named in (None, SMALL, "Qwen/Qwen3-0.6B", SMALL.replace("Q4_1", "Q8_0").replace("0f", "2d")):
+        served.require_same(named)
+    with pytest.raises(CompositionError, match=r"trained on Qwen3-0\.6B-Q8_0\.gguf.*another file by its hash"):
+        served.require_same(LARGE)
