@@ -95,6 +95,22 @@ def test_a_header_that_is_no_key(server, given):
         assert "a-lora" not in answer.text
 
 
+@pytest.mark.parametrize(
+    ("given", "status"),
+    [
+        ({"x-api-key": "a"}, 200), ({"x-api-key": "x"}, 401), ({"x-api-key": ""}, 401),
+        ({"x-api-key": "a", "Authorization": "Bearer x"}, 401), ({"x-api-key": "x", "Authorization": "Bearer a"}, 200),
+    ],
+)  # fmt: skip
+def test_anthropics_header_is_a_key(server, given, status):
+    assert ask(server, None, "GET", "/v1/models", **given).status == status
+    refused = ask(server, None, "POST", "/v1/messages", {}, **given)
+    told = refused.json["error"]["type"]
+    assert (refused.status, told) == (
+        (400, "invalid_request_error") if status == 200 else (401, "authentication_error")
+    )
+
+
 def test_two_headers_are_no_key(server):
     connection = http.client.HTTPConnection("127.0.0.1", server.port)
     connection.putrequest("GET", "/v1/models")

@@ -67,14 +67,24 @@ class Access:
     def _key(self, scope: Scope) -> Key:
         if self._keys is None:
             return ANYBODY if _is_near(scope) and not _is_for_another_site(Headers(scope=scope)) else _VISITOR
-        given = Headers(scope=scope).getlist("authorization")
-        kind, _, token = given[0].partition(" ") if len(given) == 1 else ("", "", "")
-        if kind.lower() != "bearer" or not token.strip():
-            raise UnauthorizedError("this server needs a key: send the header 'Authorization: Bearer KEY'")
-        found = self._keys.find(token.strip())
+        token = _token(Headers(scope=scope))
+        if not token:
+            raise UnauthorizedError(
+                "this server needs a key: send the header 'Authorization: Bearer KEY', or 'x-api-key: KEY'"
+            )
+        found = self._keys.find(token)
         if found is None:
             raise UnauthorizedError("the key is unknown here: ask who runs this server for one")
         return found
+
+
+def _token(headers: Headers) -> str:
+    """The key that a client sends, in OpenAI's header or in Anthropic's; "" if there is none, or two of one kind."""
+    given, plain = headers.getlist("authorization"), headers.getlist("x-api-key")
+    if not given:
+        return plain[0].strip() if len(plain) == 1 else ""
+    kind, _, token = given[0].partition(" ")
+    return token.strip() if len(given) == 1 and kind.lower() == "bearer" else ""
 
 
 def scopes_of(method: str, path: str) -> frozenset[str]:

@@ -25,6 +25,7 @@ from veneer.serve.http.errors import on_defect, on_invalid_body, on_unknown_rout
 from veneer.serve.http.key_file import Keys
 from veneer.serve.http.lifecycle import Gate, Lifecycle, add_lifecycle
 from veneer.serve.http.limits import BodyLimit
+from veneer.serve.http.messages import Messages
 from veneer.serve.http.metrics import add_metrics
 from veneer.serve.http.models import Catalogue
 from veneer.serve.http.page import add_page
@@ -69,6 +70,7 @@ def make_app(
     app.get("/v1/models/", include_in_schema=False)(api.models)
     app.get("/v1/models/{id:path}", **documented(body=False))(api.model)
     Responses(api).add_to(app)
+    Messages(api).add_to(app)
     Embeddings(api).add_to(app)
     Tokens(api).add_to(app)
     Adapters(api.running, catalogue, roots or Roots()).add_to(app)

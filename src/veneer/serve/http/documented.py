@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel
 
@@ -33,18 +33,39 @@ class ErrorBody(BaseModel):
     error: ErrorDetail
 
 
-def documented(answer: type[BaseModel] | None = None, *, streams: bool = False, body: bool = True) -> dict[str, Any]:
-    """Return the options of a route: its answer, whether it ``streams`` too, and its errors.
+class MessageErrorDetail(BaseModel):
+    """Error in Anthropic's fields."""
+
+    type: str
+    message: str
+
+
+class MessageErrorBody(BaseModel):
+    """Body of every status of Anthropic's routes that is no success."""
+
+    type: Literal["error"]
+    error: MessageErrorDetail
+    request_id: str
+
+
+def documented(
+    answer: type[BaseModel] | None = None,
+    *,
+    streams: bool = False,
+    body: bool = True,
+    error: type[BaseModel] = ErrorBody,
+) -> dict[str, Any]:
+    """Return the options of a route: its answer, whether it ``streams`` too, and its errors, as they are told.
 
     A route without a ``body`` has no errors of one.
     """
     found: dict[int | str, dict[str, Any]] = {
-        status: {"model": ErrorBody, "description": told}
+        status: {"model": error, "description": told}
         for status, told in _ERRORS.items()
         if body or status not in (400, 413, 429)
     }
     # With a default, FastAPI adds no 422, which is never sent.
-    found["default"] = {"model": ErrorBody, "description": "Any other error."}
+    found["default"] = {"model": error, "description": "Any other error."}
     if answer is not None:
         found[200] = {"model": answer, "description": "The answer."}
     if streams:

@@ -1,4 +1,4 @@
-"""Errors as OpenAI's JSON, each with the status that says whether client or server is at fault."""
+"""Errors as OpenAI's JSON or Anthropic's, each with the status that says whether client or server is at fault."""
 
 from __future__ import annotations
 
@@ -21,9 +21,14 @@ _TYPES = {
     405: "MethodNotAllowedError", 409: "ConflictError", 413: "ContentTooLargeError", 429: "RateLimitError",
     500: "InternalServerError", 503: "ServiceUnavailableError",
 }  # fmt: skip
+_ANTHROPICS = {
+    401: "authentication_error", 403: "permission_error", 404: "not_found_error", 413: "request_too_large",
+    429: "rate_limit_error", 500: "api_error", 503: "overloaded_error",
+}  # fmt: skip
 _MEANT = (  # fields that other routes and servers have under another name
     ("messages", "input", "prompt"), ("max_completion_tokens", "max_output_tokens", "max_tokens", "max_new_tokens"),
-    ("tools", "functions"), ("tool_choice", "function_call"), ("stop", "stop_sequences"), ("text", "response_format"),
+    ("tools", "functions"), ("tool_choice", "function_call"), ("stop", "stop_sequences"),
+    ("text", "response_format", "output_config"), ("system", "instructions"), ("input_schema", "parameters"),
 )  # fmt: skip
 _NO_JSON = "json_invalid"
 _TOLD = 10  # problems of one body in a message
@@ -87,12 +92,24 @@ class TooManyRequestsError(RetryLaterError):
     status = 429
 
 
+def message_error(error: VeneerError) -> dict[str, Any]:
+    """Return an error as Anthropic's clients read it."""
+    return _anthropics(str(error), status_of(error))
+
+
 def error_body(error: VeneerError, param: str | None = None) -> dict[str, Any]:
-    """Return an error as OpenAI's clients read it."""
+    """Return an error as the clients of the current route read it: OpenAI's, or Anthropic's."""
     return _body(str(error), status_of(error), error.param if isinstance(error, RefusedError) else param)
 
 
+def _anthropics(message: str, status: int) -> dict[str, Any]:
+    told = {"type": _ANTHROPICS.get(status, "invalid_request_error"), "message": _sendable(message)}
+    return {"type": "error", "error": told, "request_id": current_record().id}
+
+
 def _body(message: str, status: int, param: str | None = None) -> dict[str, Any]:
+    if current_record().is_anthropics:
+        return _anthropics(message, status)
     told = {"message": _sendable(message), "type": _TYPES.get(status, "Error"), "param": param and _sendable(param)}
     return {"error": told | {"code": status}}
 

@@ -30,6 +30,7 @@ LOG = logging.getLogger(__name__)
 _ID = re.compile(r"[A-Za-z0-9._:/+=@~-]{1,128}")
 # Asked for by probes, routers and open pages every few seconds: no line while all is well.
 _POLLED = frozenset({"/", "/health", "/ready", "/metrics", "/v1/adapters", "/v1/models"})
+_ANTHROPICS = "/v1/messages"  # routes whose errors have Anthropic's form
 _LONGEST_PATH = 128  # characters of a path that is no route's
 
 
@@ -38,10 +39,11 @@ class RequestRecord:
     """Facts of one request. Times are by `time.perf_counter`; 0 for what has not happened.
 
     ``model`` is None until a known model is asked for, and ``client`` if no key says who asks. ``status`` is that of
-    the response, `GONE` if the client left before its end.
+    the response, `GONE` if the client left before its end. ``is_anthropics``: errors have Anthropic's form.
     """
 
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
+    is_anthropics: bool = False
     began: float = field(default_factory=time.perf_counter)
     model: str | None = None
     client: str | None = None
@@ -108,6 +110,7 @@ class RequestRecords:
             await self._app(scope, receive, send)
             return
         record = _record_of(Headers(scope=scope).get(HEADER))
+        record.is_anthropics = scope["path"].startswith(_ANTHROPICS)
         _current.set(record)
         sent = GONE
 
