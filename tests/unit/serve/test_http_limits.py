@@ -18,6 +18,7 @@ import pytest
 from veneer.contract.file import CONFIG_FILE, WEIGHTS_FILE
 from veneer.errors import ConfigError
 from veneer.serve import prompts
+from veneer.serve.http import body_route
 from veneer.serve.http.app import Api
 from veneer.serve.http.errors import TooManyRequestsError
 from veneer.serve.http.key import ANYBODY
@@ -235,6 +236,24 @@ def test_no_template_tokenizer_or_grammar_holds_the_loop(trusting, monkeypatch):
             asking.join()
         assert found == [200]
         begun.clear(), may_end.clear()
+
+
+def test_a_large_body_is_parsed_beside_the_loop(server, monkeypatch):
+    threads: list[int] = []
+    monkeypatch.setattr(body_route, "_int", lambda text: threads.append(threading.get_ident()) or int(text))
+    assert server.post("/detokenize", {"tokens": [97, 98, 99]}) == (200, {"prompt": "abc"})
+    assert threads == []
+    status, told = server.post("/detokenize", {"tokens": [97] * 20_000})
+    assert (status, "holds 20000 ids, and at most 127" in told["error"]["message"]) == (400, True)
+    assert len(threads) == 20_000
+    assert server.thread.ident not in threads
+    status, told = server.post("/detokenize", b'{"tokens": [' + b"97, " * 20_000 + b"]}")
+    assert (status, "not JSON: Expecting value, at character 80012" in told["error"]["message"]) == (400, True)
+
+
+def test_a_large_body_is_parsed_as_a_small_one():
+    text = '{"a": [1, -2.5e3, 12345678901234567890123, true, null, NaN], "a": {"\\ud800": "x"}, "b": [[], {}]}'
+    assert repr(body_route.parsed(text.encode())) == repr(json.loads(text))
 
 
 def test_a_text_that_cannot_fit_is_not_tokenized():

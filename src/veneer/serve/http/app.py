@@ -19,6 +19,7 @@ from veneer.serve.http import chat, completions
 from veneer.serve.http.access import Access
 from veneer.serve.http.adapters import Adapters
 from veneer.serve.http.answers import Answering, Shape, stream_of, whole_answer
+from veneer.serve.http.body_route import BodyRoute
 from veneer.serve.http.documented import documented
 from veneer.serve.http.embeddings import Embeddings
 from veneer.serve.http.errors import on_defect, on_invalid_body, on_unknown_route, on_veneer_error
@@ -54,6 +55,7 @@ def make_app(
     limits = limits or ServerLimits()
     api = Api(engine, catalogue, limits, keys)
     app = FastAPI(title="veneer", lifespan=api.lifespan)
+    app.router.route_class = BodyRoute
     lifecycle = Lifecycle(api.running)
     app.add_middleware(BodyLimit, most=limits.body_bytes)
     app.add_middleware(Gate, lifecycle=lifecycle)
