@@ -18,6 +18,7 @@ import pytest
 from fastapi.responses import StreamingResponse
 
 from veneer import LLM, LoraConfig, SamplingParams
+from veneer.serve.http import answer_models
 from veneer.serve.http import server as http_server
 from veneer.serve.http.app import make_app
 from veneer.serve.http.key import ANYBODY, NOBODY
@@ -68,13 +69,24 @@ class Server:
         return not self.engine.has_work and pages.n_held == 0 and not self.engine._groups
 
     def post(self, route: str, body: Any) -> tuple[int, Any]:
-        data = body if isinstance(body, bytes) else json.dumps(body).encode()
-        request = urllib.request.Request(f"{self.url}{route}", data, {"Content-Type": "application/json"})
         try:
-            with urllib.request.urlopen(request) as answer:
+            with urllib.request.urlopen(self.asked(route, body)) as answer:
                 return answer.status, json.load(answer)
         except urllib.error.HTTPError as error:
             return error.code, json.load(error)
+
+    def documented(self, route: str, body: Any = None) -> Any:
+        """The answer of a route, which must be what the application's documentation says."""
+        schema = self.app.openapi()["paths"][route]["get" if body is None else "post"]["responses"]["200"]
+        kind = schema["content"]["application/json"]["schema"]["$ref"].rpartition("/")[2]
+        with urllib.request.urlopen(self.asked(route, body)) as answer:
+            found = json.load(answer)
+        getattr(answer_models, kind).model_validate(found, strict=True)
+        return found
+
+    def asked(self, route: str, body: Any) -> urllib.request.Request:
+        data = body if body is None or isinstance(body, bytes) else json.dumps(body).encode()
+        return urllib.request.Request(f"{self.url}{route}", data, {"Content-Type": "application/json"})
 
     def stop(self) -> None:
         self.server.should_exit = True
@@ -179,6 +191,16 @@ def test_echo_and_logprobs(server, llm):
     content = chat.choices[0].logprobs.content
     assert [len(each.top_logprobs) for each in content] == [2, 2, 2]
     assert all(each.logprob == each.top_logprobs[0].logprob for each in content)
+
+
+def test_answers_are_what_is_documented(server):
+    scored = {"prompt": ["ab", "cd"], "n": 2, "temperature": 1, "max_tokens": 3, "logprobs": 2, "prompt_logprobs": 1}
+    assert len(server.documented("/v1/completions", scored)["choices"]) == 4
+    server.documented("/v1/completions", {"prompt": "ab", "max_tokens": 1, "echo": True})
+    chat = {"messages": [TURN], "max_tokens": 3, "stop": ["e"]}
+    server.documented("/v1/chat/completions", chat | {"logprobs": True, "top_logprobs": 2, "prompt_logprobs": 0})
+    server.documented("/v1/chat/completions", chat)
+    assert len(server.documented("/v1/models")["data"]) == 6
 
 
 def test_cached_tokens_and_salts(server):

@@ -114,6 +114,12 @@ def test_a_call_is_a_block_and_its_result_is_read(client):
     assert client.messages.count_tokens(model="lora", messages=turns).input_tokens == len(told)
 
 
+def test_answers_are_what_is_documented(server):
+    server.documented("/v1/messages", ASKED | {"messages": [TURN], "stop_sequences": ["e"]})
+    forced = {"model": "tiny", "max_tokens": 99, "messages": [TURN], "tools": [TOOL], "tool_choice": {"type": "any"}}
+    assert server.documented("/v1/messages", forced)["content"][0]["type"] == "tool_use"
+
+
 def test_json_of_a_schema(client):
     form: Any = {"format": {"type": "json_schema", "schema": SCHEMA}}
     blanks = {str(ord(c)): -100 for c in " \t\n\r"}

@@ -168,6 +168,13 @@ def test_a_stream_tells_the_response(server, asked):
     assert [len(score.top_logprobs) for score in scores] == ([2] * 9 if "top_logprobs" in asked else [])
 
 
+def test_answers_are_what_is_documented(server):
+    scored = {"top_logprobs": 2, "instructions": "y", "metadata": {"k": "v"}, "user": "u"}
+    assert server.documented("/v1/responses", ASKED | {"input": "x"} | scored)["output"][0]["content"][0]["logprobs"]
+    forced = {"model": "tiny", "input": "x", "tools": [TOOL], "tool_choice": {"type": "function", "name": "add"}}
+    assert server.documented("/v1/responses", forced)["output"][0]["type"] == "function_call"
+
+
 def test_a_call_is_an_item(server):
     """Forced calls are JSON on a template that shows no format."""
     asked: Any = {

@@ -72,6 +72,12 @@ def test_forced_calls_are_equal_whole_and_streamed(server, name):
     assert {call for call, _ in made(one.choices[0].message)} == {"weather"}
 
 
+def test_calls_are_what_is_documented(server):
+    body = {"messages": [TURN], "tools": TOOLS, "max_tokens": 700, "tool_choice": "required", "seed": 2}
+    answer = server.documented("/v1/chat/completions", body | {"chat_template": TEMPLATES["list"]})
+    assert answer["choices"][0]["message"]["tool_calls"]
+
+
 def test_calls_come_in_pieces(server):
     choice = {"type": "function", "function": {"name": "weather"}}
     parts = list(ask(server, tool_choice=choice, parallel_tool_calls=False, seed=3, stream=True))

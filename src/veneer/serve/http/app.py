@@ -18,6 +18,7 @@ from veneer.serve.engine import Engine
 from veneer.serve.http import chat, completions
 from veneer.serve.http.access import Access
 from veneer.serve.http.adapters import Adapters
+from veneer.serve.http.answer_models import ChatCompletions, Completions, ModelCard, ModelList
 from veneer.serve.http.answers import Answering, Shape, stream_of, whole_answer
 from veneer.serve.http.body_route import BodyRoute
 from veneer.serve.http.documented import documented
@@ -66,11 +67,11 @@ def make_app(
     app.add_exception_handler(RequestValidationError, on_invalid_body)
     app.add_exception_handler(HTTPException, on_unknown_route)
     app.add_exception_handler(Exception, on_defect)
-    app.post("/v1/completions", **documented(streams=True))(api.complete)
-    app.post("/v1/chat/completions", **documented(streams=True))(api.converse)
-    app.get("/v1/models", **documented(body=False))(api.models)
+    app.post("/v1/completions", **documented(Completions, streams=True))(api.complete)
+    app.post("/v1/chat/completions", **documented(ChatCompletions, streams=True))(api.converse)
+    app.get("/v1/models", **documented(ModelList, body=False))(api.models)
     app.get("/v1/models/", include_in_schema=False)(api.models)
-    app.get("/v1/models/{id:path}", **documented(body=False))(api.model)
+    app.get("/v1/models/{id:path}", **documented(ModelCard, body=False))(api.model)
     Responses(api).add_to(app)
     Messages(api).add_to(app)
     Embeddings(api).add_to(app)

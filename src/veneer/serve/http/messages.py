@@ -9,6 +9,7 @@ from fastapi import FastAPI, Request
 from fastapi.responses import Response
 from pydantic import BaseModel
 
+from veneer.serve.http.answer_models import MessageAnswer
 from veneer.serve.http.documented import MessageErrorBody, documented
 from veneer.serve.http.message_body import CountTokensBody, MessagesBody
 from veneer.serve.http.message_writer import MessageWriter
@@ -30,7 +31,7 @@ class Messages:
 
     def add_to(self, app: FastAPI) -> None:
         """Add the routes to an application."""
-        app.post("/v1/messages", **documented(streams=True, error=MessageErrorBody))(self.answer)
+        app.post("/v1/messages", **documented(MessageAnswer, streams=True, error=MessageErrorBody))(self.answer)
         app.post("/v1/messages/count_tokens", **documented(MessageTokens, error=MessageErrorBody))(self.count)
 
     async def answer(self, request: Request, body: MessagesBody) -> Response:

@@ -7,6 +7,7 @@ from functools import partial
 from fastapi import FastAPI, Request
 from fastapi.responses import Response
 
+from veneer.serve.http.answer_models import ResponseAnswer
 from veneer.serve.http.documented import documented
 from veneer.serve.http.response_body import ResponsesBody
 from veneer.serve.http.response_writer import ResponseWriter
@@ -22,7 +23,7 @@ class Responses:
 
     def add_to(self, app: FastAPI) -> None:
         """Add the route to an application."""
-        app.post("/v1/responses", **documented(streams=True))(self.respond)
+        app.post("/v1/responses", **documented(ResponseAnswer, streams=True))(self.respond)
 
     async def respond(self, request: Request, body: ResponsesBody) -> Response:
         """Return the model's response to an input."""
