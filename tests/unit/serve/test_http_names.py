@@ -20,6 +20,7 @@ from veneer.serve.http import watcher
 from veneer.serve.http.folder import AdapterFolder
 from veneer.serve.http.models import Catalogue
 from veneer.serve.http.watcher import Watcher
+from veneer.serve.versions import Versions
 
 
 def add(folder: Path, name: str) -> None:
@@ -162,6 +163,7 @@ def test_looks_take_a_share_of_the_time(tmp_path, monkeypatch):
 
 def test_all_models_are_listed_once(tmp_path):
     engine: Any = type("Engine", (), {"scheduler": type("S", (), {"limits": type("L", (), {"max_model_len": 7})})})
+    engine.versions = Versions()
     add(tmp_path, "é")
     catalogue = Catalogue(engine, ["tiny"], "base", tmp_path)
     told = catalogue.cards()
