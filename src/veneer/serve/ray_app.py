@@ -18,10 +18,10 @@ from veneer.serve.http.call import Call, answered
 from veneer.serve.http.ingress import RETRY_SECONDS, ReplicaLostError, make_ingress, without_id
 from veneer.serve.http.key import ANYBODY, NOBODY
 from veneer.serve.http.key_file import Keys
-from veneer.serve.http.limits import ServerLimits
 from veneer.serve.http.metrics import EngineCollector
 from veneer.serve.http.models import Catalogue
 from veneer.serve.http.request_record import log_requests
+from veneer.serve.http.server_limits import ServerLimits
 from veneer.serve.start import EngineOptions, start_engine
 
 if TYPE_CHECKING:

@@ -18,7 +18,7 @@ from veneer.serve.http import ingress
 from veneer.serve.http.call import TAKEN, Call, answered
 from veneer.serve.http.ingress import Forward, ReplicaLostError, make_ingress
 from veneer.serve.http.key_file import Keys
-from veneer.serve.http.limits import ServerLimits
+from veneer.serve.http.server_limits import ServerLimits
 
 from .test_key_file import write
 
@@ -160,7 +160,12 @@ def test_a_replica_that_ends_before_its_answer_is_503_and_says_when_to_ask_again
 
 
 @pytest.mark.parametrize(
-    ("path", "field", "end"), [("/v1/completions", "error", ["data: [DONE]", ""]), ("/v1/responses", "type", [""])]
+    ("path", "field", "end"),
+    [
+        ("/v1/completions", "error", ["data: [DONE]", ""]),
+        ("/v1/responses", "type", [""]),
+        ("/v1/messages", "type", [""]),
+    ],
 )
 def test_a_replica_that_ends_in_a_stream_ends_it_with_an_error(path, field, end):
     answer = ask(Fake(ending(3)), path, {"model": "sql", "stream": True})

@@ -17,12 +17,20 @@ from starlette.types import Message, Receive, Scope, Send
 from veneer.errors import VeneerError
 from veneer.serve.http.access import Access, scopes_of
 from veneer.serve.http.call import Call
-from veneer.serve.http.errors import RefusedError, RetryLaterError, error_body, on_defect, on_veneer_error
+from veneer.serve.http.errors import (
+    RefusedError,
+    RetryLaterError,
+    error_body,
+    message_error,
+    on_defect,
+    on_veneer_error,
+)
 from veneer.serve.http.key import ADMIN
 from veneer.serve.http.key_file import Keys
-from veneer.serve.http.limits import BodyLimit, ServerLimits
+from veneer.serve.http.limits import BodyLimit
 from veneer.serve.http.metrics import CONTENT_TYPE, text_of
 from veneer.serve.http.request_record import HEADER, RequestRecords, current_record
+from veneer.serve.http.server_limits import ServerLimits
 
 _ID = HEADER.lower().encode()
 _TAKEN_SECONDS = 10.0  # for a replica to take a request
@@ -184,6 +192,8 @@ def _is_stream(message: Message) -> bool:
 
 def _last_event(path: str, error: VeneerError) -> bytes:
     """The end of a stream that is cut off, in the words of its route."""
+    if path.startswith("/v1/messages"):
+        return f"event: error\ndata: {json.dumps(message_error(error))}\n\n".encode()
     if path.startswith("/v1/responses"):
         told = {"type": "error", "code": "server_error", "message": str(error), "param": None}
         return f"event: error\ndata: {json.dumps(told)}\n\n".encode()
