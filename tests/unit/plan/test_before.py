@@ -157,7 +157,7 @@ def test_an_unexpected_error_is_told_with_its_kind_and_stops_no_run(
 def test_processes_that_share_the_memory_are_counted() -> None:
     facts: dict[str, Any] = {"process": {"bytes": 5_000_000_000, "free": 14_000_000_000}}
     before.require_room(facts, 2)
-    with pytest.raises(ConfigError, match=r"to take 15 GB in 3 processes, and 14 GB .* --fit 5GB"):
+    with pytest.raises(ConfigError, match=r"to take 15\.00 GB in 3 processes, and 14\.00 GB .* --fit 5GB"):
         before.require_room(facts, 3)
 
 
@@ -168,7 +168,7 @@ def test_the_smallest_shard_that_has_room_is_taken() -> None:
     assert [each["shard"] for each in found] == [1, 1, 2, 6, 6]
     assert [each["process"]["bytes"] for each in found] == [shards[str(each["shard"])] for each in found]
     before.require_room(found[3], 6)
-    with pytest.raises(ConfigError, match="27 GB in 9 processes"):
+    with pytest.raises(ConfigError, match=r"27\.00 GB in 9 processes"):
         before.require_room(found[4], 9)
     alone = {"process": {"bytes": 7, "free": 11}}
     assert before.with_shard(alone, 1) == alone
