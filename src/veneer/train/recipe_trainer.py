@@ -35,6 +35,7 @@ from veneer.store.merge_record import require_not_merged
 from veneer.store.source import load_tokenizer, resolve
 from veneer.train.base_model import load_base
 from veneer.train.library_errors import refusals_told
+from veneer.train.preference.reward import for_scores
 from veneer.train.processes import n_processes
 from veneer.train.rows import answers_only, preference_reader, read_data
 from veneer.train.run_trainer import RunTrainer
@@ -109,7 +110,7 @@ def _with_adapter(recipe: Recipe, base: PreTrainedModel) -> _Given:
         return _Given(model, config)
     args = recipe.training_config()
     set_seed(recipe.seed)
-    model = adapted(model, config)
+    model = adapted(model, for_scores(config) if recipe.task == "reward" else config)
     if args.fused == "auto":
         fuse(model)  # which verifies whole blocks: they stay fused from here on
     return _Given(shard_base(model, shard, device=args.device.type), None)

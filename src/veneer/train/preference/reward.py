@@ -55,7 +55,7 @@ class RewardTrainer(PreferenceTrainer, trl.RewardTrainer):  # type: ignore[misc]
             self.own_settings(args, RewardConfig),
             processing_class,
             quantization_config=quantization_config,
-            peft_config=_for_scores(peft_config),
+            peft_config=for_scores(peft_config),
             optimizers=optimizers,
             kind="reward",
         )
@@ -87,8 +87,8 @@ def _require_one_output(model: Any) -> None:
         )
 
 
-def _for_scores(config: MethodConfig | None) -> MethodConfig | None:
-    """The config for a model with a new head, which is then trained and saved whole."""
+def for_scores(config: MethodConfig | None) -> MethodConfig | None:
+    """Return the config for a model with a new head, which is then trained and saved whole. Raises ConfigError."""
     if not isinstance(config, MethodConfig) or config.task_type == TaskType.SEQ_CLS.value:
         return config
     if config.task_type is not None:
