@@ -85,7 +85,13 @@ class Forms:
     def _tables(self) -> LLTokenizer:
         if not isinstance(self._tokenizer, PreTrainedTokenizerFast) or not self._ending:
             raise ConfigError("structured outputs need a fast tokenizer with an end token, which this model lacks")
-        return from_tokenizer(self._tokenizer, n_vocab=self._vocabulary, eos_token=self._ending)
+        try:
+            return from_tokenizer(self._tokenizer, n_vocab=self._vocabulary, eos_token=self._ending)
+        except ValueError as error:
+            raise ConfigError(
+                f"this model's tokenizer is not one that llguidance reads ({error}): it needs tokens of bytes, as "
+                "byte-level BPE and SentencePiece have them. Ask without structured outputs."
+            ) from error
 
 
 class TextForm:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import pytest
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
 
+from veneer.errors import ConfigError
 from veneer.serve.forced_text import longest_forced
 from veneer.serve.sampling_params import StructuredOutputsParams
 from veneer.serve.structured import Forms, TextForm, grammar_of
@@ -92,3 +95,9 @@ def test_a_grammar_that_is_given_up_allows_nothing_and_is_compiled_anew(forms):
     other = form_of(forms, **asked)
     assert other._grammar is not form._grammar
     assert other.allowed().any()
+
+
+def test_a_tokenizer_of_whole_words_is_told():
+    words = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"yes": 0, "</s>": 1}, "yes")))
+    with pytest.raises(ConfigError, match=r"not one that llguidance reads.*without structured outputs"):
+        Forms(words, 2, [1]).form(StructuredOutputsParams(choice=["yes"]))
