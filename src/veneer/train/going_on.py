@@ -47,9 +47,11 @@ def changes_since(before: Mapping[str, Any], recipe: Recipe, allow: bool) -> lis
             f"the recipe in {path} cannot be read by this version, so changes since then are unknown ({error}). Start "
             "a new run in another output (--set output=…)."
         ) from error
-    count = before.get("n_processes", 1)
+    count, batches = before.get("n_processes", 1), _global_batches(before, recipe)
     if count != n_processes():
         found.append(Change(PROCESSES, count, n_processes()))
+        if batches[0] not in (None, batches[1]):  # divided by another number, they may give the same accumulation
+            found.append(Change("distributed.global_batch", *batches))
     old, new = before.get("parent"), parent_of(recipe)
     if old is not None and new is not None and old["blake2b"] != new["blake2b"]:
         found.append(Change("adapter.from", f"an adapter with the hash {old['blake2b']}", new["blake2b"]))
@@ -62,10 +64,15 @@ def changes_since(before: Mapping[str, Any], recipe: Recipe, allow: bool) -> lis
 def _same_rows(before: Mapping[str, Any], recipe: Recipe) -> bool:
     """True if the steps of a run have the same rows with any number of processes.
 
-    Rows that are streamed, or left over at the end of an epoch of another task, are dealt by that number.
+    Rows that are streamed, dropped at the end of an epoch, or left over there in another task, are dealt by that number.
     """
-    batches = [Recipe.model_validate(before["recipe"]).distributed.global_batch, recipe.distributed.global_batch]
-    return None not in batches and recipe.task == "sft" and not recipe.data.streaming
+    old, new = _global_batches(before, recipe)
+    dealt = recipe.data.streaming or recipe.training_config().dataloader_drop_last
+    return new is not None and old == new and recipe.task == "sft" and not dealt
+
+
+def _global_batches(before: Mapping[str, Any], recipe: Recipe) -> tuple[int | None, int | None]:
+    return Recipe.model_validate(before["recipe"]).distributed.global_batch, recipe.distributed.global_batch
 
 
 def parent_of(recipe: Recipe) -> dict[str, str] | None:
