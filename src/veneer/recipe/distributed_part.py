@@ -85,9 +85,12 @@ def dealing_problems(values: Mapping[str, Any], n_processes: int) -> list[str]:
 
 
 def with_accumulation(values: Mapping[str, Any], n_processes: int) -> dict[str, Any]:
-    """Return a recipe's values with the accumulation that ``n_processes`` need in place of the global batch."""
+    """Return a recipe's values with the accumulation that ``n_processes`` need in place of the global batch.
+
+    One process reads the global batch itself, and a recipe that is written from its values keeps it.
+    """
     part, training = dict(_part(values, "distributed")), _part(values, "training")
-    if part.pop("global_batch", None) is None:
+    if n_processes == 1 or part.pop("global_batch", None) is None:
         return dict(values)
     rows = training.get("per_device_train_batch_size", ROWS_OF_A_PROCESS)
     steps = DistributedPart.model_validate(_part(values, "distributed")).accumulation(rows, n_processes)

@@ -52,6 +52,7 @@ def test_a_plan_counts_the_micro_batches_of_one_of_several_processes() -> None:
     assert found["distributed"] == {"strategy": "fsdp"}
     refuse_early(found, n_processes=3)
     assert with_accumulation(values({}), 3) == values({})
+    assert with_accumulation(given, 1) == given  # a recipe that is written from it keeps its rows of a step
 
 
 def test_a_plan_that_fits_changes_no_rows_of_a_step() -> None:
