@@ -7,11 +7,13 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
+
+import psutil
 
 from veneer.errors import ConfigError
 
@@ -25,24 +27,32 @@ def launched(command: Sequence[str], n: int) -> int:
     """Run a command in ``n`` processes that form a group; return the exit status of the first.
 
     If the first one had to be ended because another failed, the status is that one's. Only the first process's output
-    is shown. If another one breaks down, the end of its stderr is shown. Signals are passed on to all.
+    is shown. If another one breaks down, the end of its stderr is shown. Signals are passed on to all, except those
+    that this process ignores. A signal before all are started ends those that are.
     """
     # torch takes seconds to import, and a refusal comes before them.
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std, start_processes
+    from torch.distributed.elastic.multiprocessing.api import SignalException
 
-    environments = _environments(n)
-    with TemporaryDirectory() as logs, _handlers_kept():
-        context = start_processes(
-            name="veneer",
-            entrypoint=command[0],
-            args={rank: tuple(command[1:]) for rank in range(n)},
-            envs=environments,
-            logs_specs=DefaultLogsSpecs(logs, redirects=dict.fromkeys(range(1, n), Std.ALL)),
-        )
+    environments, others = _environments(n), _children()
+    with TemporaryDirectory() as logs, _handlers_kept() as before:
         try:
-            codes = _codes(context)
-        finally:
-            context.close()  # ends those that are left
+            context = start_processes(
+                name="veneer",
+                entrypoint=command[0],
+                args={rank: tuple(command[1:]) for rank in range(n)},
+                envs=environments,
+                logs_specs=DefaultLogsSpecs(logs, redirects=dict.fromkeys(range(1, n), Std.ALL)),
+            )
+            _ignore_again(before)
+            try:
+                codes = _codes(context)
+            finally:
+                context.close()  # ends those that are left
+        except SignalException as error:  # outside of the wait; torch has no list of those that it was starting
+            for process in _children() - others:
+                process.kill()
+            return 128 + int(error.sigval)
         broken = [rank for rank, code in sorted(codes.items()) if rank and code and code not in _TOLD_BY_THE_FIRST]
         for rank in broken[:1]:
             _show(rank, codes[rank], Path(context.stderrs[rank]))
@@ -106,13 +116,23 @@ def _show(rank: int, code: int, errors: Path) -> None:
     print("\n".join([f"process {rank} has ended with the status {code}", *lines]), file=sys.stderr)
 
 
+def _children() -> set[psutil.Process]:
+    return set(psutil.Process().children())
+
+
+def _ignore_again(before: Mapping[int, Any]) -> None:
+    """Ignore the signals that were ignored, as under nohup; torchrun's launcher handles them all."""
+    for number in (each for each, handler in before.items() if handler is signal.SIG_IGN):
+        signal.signal(number, signal.SIG_IGN)
+
+
 @contextmanager
-def _handlers_kept() -> Iterator[None]:
-    """Restore the handlers of signals that torchrun's launcher replaces."""
+def _handlers_kept() -> Iterator[Mapping[int, Any]]:
+    """Yield the handlers of signals that torchrun's launcher replaces, and restore them."""
     numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
     before = {number: signal.getsignal(number) for number in numbers}
     try:
-        yield
+        yield before
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

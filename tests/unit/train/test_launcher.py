@@ -8,9 +8,11 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch.distributed.elastic.multiprocessing import api
 
 from veneer.errors import ConfigError
 from veneer.train import launcher
@@ -71,6 +73,29 @@ def test_a_signal_is_passed_on_to_all(tmp_path: Path) -> None:
     assert run(heard) == 143
     sender.join()
     assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_a_signal_that_is_ignored_stays_ignored() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+    try:
+        assert run("rank == '1' and (time.sleep(0.3), os.kill(os.getppid(), 1)); time.sleep(0.6)") == 0
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_a_signal_while_processes_are_started_ends_those_that_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    start, started = api.get_subprocess_handler, []
+
+    def interrupted(**options: Any) -> Any:
+        if started:
+            os.kill(os.getpid(), signal.SIGTERM)
+        started.append(start(**options))
+        return started[-1]
+
+    monkeypatch.setattr(api, "get_subprocess_handler", interrupted)
+    assert run("time.sleep(100)") == 143
+    assert [each.proc.wait(9) for each in started] == [-signal.SIGKILL]
 
 
 def test_each_process_needs_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
