@@ -30,7 +30,7 @@ from veneer.train.output import (
     require_free,
     usable,
 )
-from veneer.train.processes import by_main, is_main, meet, n_on_machine, n_processes, part, together
+from veneer.train.processes import by_main, is_main, meet, n_processes, part, together
 from veneer.train.recipe_trainer import require_not_in_base
 from veneer.train.run import run_recipe
 from veneer.train.samples import samples_of
@@ -130,14 +130,14 @@ def _prepared(recipe: Recipe, asked: Asked, console: Console) -> _Planned | None
     args = recipe.training_config()
     meet(args)
     with together():
-        n, here = n_processes(), n_on_machine()
-        recipe.distributed.require_layout(n, n_on_this_machine())
+        n, here = n_processes(), n_on_this_machine()
+        recipe.distributed.require_layout(n, here)
 
         def prepare() -> _Planned | None:
             _require_startable(recipe, asked.resume)
             if asked.resume and is_over(recipe):
                 return None
-            sizes = recipe.distributed.copy_sizes(n, n_on_this_machine()) if n > 1 else []
+            sizes = recipe.distributed.copy_sizes(n, here) if n > 1 else []
             sharing = here if n > 1 and args.device.type == "cpu" else 1
             return _planned(recipe, _Sharing(n, sharing, sizes), asked.beyond_memory, console)
 

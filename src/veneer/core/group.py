@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping, MutableMapping
 
 from veneer.errors import ConfigError
@@ -11,9 +12,9 @@ _SLURM = {
     "RANK": "SLURM_PROCID",
     "WORLD_SIZE": "SLURM_STEP_NUM_TASKS",
     "LOCAL_RANK": "SLURM_LOCALID",
-    "MASTER_ADDR": "SLURM_STEP_NODELIST",
 }  # torchrun's names, and the variables of a step of srun that say the same
 _FIRST_PORT, _PORTS = 29_500, 10_000
+_APART = 977  # ports between two steps of a job: the next one is that of the next job, which may share the machine
 
 
 def group_size(environment: Mapping[str, str] = os.environ) -> int:
@@ -31,12 +32,12 @@ def join_slurm(environment: MutableMapping[str, str]) -> None:
     if "WORLD_SIZE" in environment or int(environment.get("SLURM_STEP_NUM_TASKS", "1")) == 1:
         return
     environment.update({name: environment[own] for name, own in _SLURM.items() if own in environment})
-    here = environment.get("SLURM_STEP_TASKS_PER_NODE", "").partition("(")[0]
-    if here.isdigit():  # such as 4(x2): as many on each machine
-        environment["LOCAL_WORLD_SIZE"] = here
-    environment["MASTER_ADDR"] = _first_host(environment["MASTER_ADDR"])
-    step = int(environment.get("SLURM_JOB_ID", "0"))
-    environment.setdefault("MASTER_PORT", str(_FIRST_PORT + step % _PORTS))
+    even = re.fullmatch(r"(\d+)(\(x\d+\))?", environment.get("SLURM_STEP_TASKS_PER_NODE", ""))
+    if even is not None:  # such as 4(x2): as many on each machine
+        environment["LOCAL_WORLD_SIZE"] = even[1]
+    environment.setdefault("MASTER_ADDR", _first_host(environment["SLURM_STEP_NODELIST"]))
+    job, step = (int(environment.get(name, "0")) for name in ("SLURM_JOB_ID", "SLURM_STEP_ID"))
+    environment.setdefault("MASTER_PORT", str(_FIRST_PORT + (job + _APART * step) % _PORTS))
 
 
 def starts_processes(asked: int | None, environment: Mapping[str, str] = os.environ) -> bool:

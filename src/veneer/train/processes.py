@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any, TypeVar, cast
@@ -34,11 +33,6 @@ def meet(args: Any) -> None:
     """Join the group that a launcher has started, by the settings ``args`` of a trainer; a process alone has none."""
     if group_size() > 1:
         _ = args.device
-
-
-def n_on_machine() -> int:
-    """Return, in the main process, the number of processes on its machine, itself included. All must ask."""
-    return gathered(socket.gethostname()).count(socket.gethostname())
 
 
 def part() -> None:

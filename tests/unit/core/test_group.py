@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from veneer.core.group import group_size, join_slurm, starts_processes
+from veneer.core.group import group_size, join_slurm, n_on_this_machine, starts_processes
 from veneer.errors import ConfigError
 
 STEP = {"SLURM_PROCID": "3", "SLURM_LOCALID": "1", "SLURM_STEP_NUM_TASKS": "6", "SLURM_JOB_ID": "20017"}
@@ -41,6 +41,23 @@ def test_a_step_of_slurm_is_a_group(hosts: str, first: str) -> None:
         "MASTER_PORT": str(29_500 + 17),
     }
     assert group_size(environment) == 6
+
+
+def test_steps_of_one_job_meet_at_ports_of_their_own_and_a_given_host_stands() -> None:
+    steps = [
+        {**STEP, "SLURM_STEP_NODELIST": "gpu3", "SLURM_STEP_ID": each, "MASTER_ADDR": "ib7"} for each in ("0", "1")
+    ]
+    for each in steps:
+        join_slurm(each)
+    assert [each["MASTER_ADDR"] for each in steps] == ["ib7", "ib7"]
+    assert len({each["MASTER_PORT"] for each in steps}) == 2
+
+
+@pytest.mark.parametrize(("tasks", "here"), [("6", 6), ("2(x3)", 2), ("2(x2),1(x2)", 6), ("4,2", 6)])
+def test_processes_of_this_machine_are_known_where_each_machine_has_as_many(tasks: str, here: int) -> None:
+    environment = {**STEP, "SLURM_STEP_NODELIST": "gpu[3-5]", "SLURM_STEP_TASKS_PER_NODE": tasks}
+    join_slurm(environment)
+    assert n_on_this_machine(environment) == here
 
 
 @pytest.mark.parametrize("other", [{"WORLD_SIZE": "2", **STEP}, {**STEP, "SLURM_STEP_NUM_TASKS": "1"}, {}])
