@@ -15,7 +15,7 @@ from veneer.recipe.parts import DataPart
 from veneer.recipe.recipe import Recipe
 from veneer.train.checkpoint import checkpoints, holds_checkpoints, latest_checkpoint
 from veneer.train.going_on import is_complete, parent_of
-from veneer.train.processes import is_main
+from veneer.train.processes import by_main, is_main
 from veneer.train.record import record_of, require_over
 from veneer.train.run_trainer import RunTrainer
 
@@ -107,7 +107,10 @@ def require_begun(recipe: Recipe) -> None:
 
 
 def save_trained(recipe: Recipe, trainer: RunTrainer, folder: Path) -> None:
-    """Write the trained adapter or model, whole or not at all, and upload the run's folder if settings ask for it."""
+    """Write the trained adapter or model, whole or not at all, and upload the run's folder if settings ask for it.
+
+    All processes wait for the main one. After a signal the others would end, and their launcher would end it with them.
+    """
     if is_main():
         with new_folder(folder) as scratch:
             trainer.save_model(str(scratch), _internal_call=True)
@@ -118,6 +121,7 @@ def save_trained(recipe: Recipe, trainer: RunTrainer, folder: Path) -> None:
         trainer.save_model(str(folder), _internal_call=True)  # which takes part, and writes nothing
     if trainer.args.push_to_hub:  # once it stands under its name
         trainer.push_to_hub(commit_message="Model save", revision=trainer.args.hub_revision)
+    by_main(lambda: None)
 
 
 def usable(recipe: Recipe, checkpoint: Path) -> str:

@@ -2,11 +2,13 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from veneer.errors import ConfigError, DataError, DivergedError
 from veneer.recipe.recipe import parse_recipe
+from veneer.train import output
 from veneer.train.output import require_fresh
 from veneer.train.recipe_trainer import make_trainer
 from veneer.train.run import carry_out
@@ -124,3 +126,16 @@ def test_what_a_run_ended_with_is_evaluated_once(values, monkeypatch, changes, s
     assert [line["step"] for line in record["log"] if "eval_loss" in line] == steps
     assert record["results"]["eval_loss"] == [line["eval_loss"] for line in record["log"] if "eval_loss" in line][-1]
     assert record["results"].keys() >= {"eval_loss", "eval_runtime", "eval_samples_per_second"}
+
+
+def test_all_processes_wait_until_the_main_one_has_saved_and_pushed(tmp_path, monkeypatch) -> None:
+    told = []
+    monkeypatch.setattr(output, "is_main", lambda: False)
+    monkeypatch.setattr(output, "by_main", lambda act: told.append("waits"))
+    trainer = SimpleNamespace(
+        save_model=lambda *_, **__: told.append("takes part"),
+        push_to_hub=lambda **_: told.append("pushes"),
+        args=SimpleNamespace(push_to_hub=True, hub_revision=None),
+    )
+    output.save_trained(None, trainer, tmp_path / "adapter")
+    assert told == ["takes part", "pushes", "waits"]
