@@ -39,7 +39,22 @@ class DistributedPart(BaseModel):
         if self.shard is not None:
             return [self.shard]
         sizes = {"ddp": 1, "hybrid": n_on_machine, "fsdp": n_processes}
-        return sorted(set(sizes.values())) if self.strategy == "auto" else [sizes[self.strategy]]
+        if self.strategy != "auto":
+            return [sizes[self.strategy]]
+        return sorted(size for size in set(sizes.values()) if n_processes % size == 0)
+
+    def copy_size(self, n_processes: int, n_on_machine: int) -> int:
+        """Return the number of processes that share one copy of the base.
+
+        Raises ConfigError if only a plan could choose it (strategy auto), and none has.
+        """
+        sizes = self.copy_sizes(n_processes, n_on_machine)
+        if len(sizes) > 1:
+            raise ConfigError(
+                "distributed.strategy: auto chooses by the plan of a run, and this run has none (its base cannot be "
+                "planned, or it was not started by veneer train). Say ddp, hybrid or fsdp."
+            )
+        return sizes[0]
 
     def with_copy_size(self, shard: int) -> DistributedPart:
         """Return the part of a run whose copies of the base are shared by ``shard`` processes each."""

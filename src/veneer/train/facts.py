@@ -25,7 +25,7 @@ def describe_run(recipe: Recipe, trainer: RunTrainer) -> dict[str, Any]:
         "files": files_of(recipe.data),
         "process": this_process(),
         "n_processes": n_processes(),
-        "shard": recipe.distributed.copy_sizes(n_processes(), n_on_this_machine())[0],
+        "shard": recipe.distributed.copy_size(n_processes(), n_on_this_machine()),
         "parent": parent_of(recipe),
         "adapter_config": asdict(config) if is_dataclass(config) else None,
         "training": trainer.args.to_dict(),

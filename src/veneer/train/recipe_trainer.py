@@ -105,7 +105,7 @@ def _with_adapter(recipe: Recipe, base: PreTrainedModel) -> _Given:
     saved = FROM in recipe.adapter
     model = with_saved_adapter(recipe, base) if saved else base
     config = None if saved else recipe.adapter_config()
-    shard = recipe.distributed.copy_sizes(n_processes(), n_on_this_machine())[0]
+    shard = recipe.distributed.copy_size(n_processes(), n_on_this_machine())
     if shard == 1:
         return _Given(model, config)
     args = recipe.training_config()

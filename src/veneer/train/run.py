@@ -82,6 +82,7 @@ def run_recipe(
         with taken_back(output, made):
             if goes_on:
                 by_main(lambda: latest_checkpoint(output))  # told before a model is loaded
+            recipe.distributed.copy_size(n_processes(), n_on_this_machine())  # as is auto without a plan
             trainer = make_trainer(recipe)
         going_on = GoingOn(before, found, allow_changes) if goes_on else None
         return carry_out(recipe, trainer, going_on=going_on, stop=stop, planned=planned, tell=tell)

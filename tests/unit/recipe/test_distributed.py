@@ -94,6 +94,11 @@ def test_a_copy_of_the_base_is_shared_by_all_or_by_a_machine() -> None:
     found = {each: DistributedPart.model_validate({"strategy": each}).copy_sizes(8, 4) for each in wanted}
     assert found == wanted
     assert DistributedPart(strategy="auto").copy_sizes(4, 4) == [1, 4]
+    assert DistributedPart(strategy="auto").copy_sizes(11, 4) == [1, 11]
+    assert [DistributedPart(strategy=each).copy_size(8, 4) for each in ("ddp", "hybrid", "fsdp")] == [1, 4, 8]
+    assert DistributedPart(strategy="auto").copy_size(1, 1) == 1
+    with pytest.raises(ConfigError, match=r"auto chooses by the plan.* Say ddp, hybrid or fsdp"):
+        DistributedPart(strategy="auto").copy_size(4, 4)
     assert DistributedPart(shard=2).copy_sizes(8, 4) == [2]
     assert DistributedPart(strategy="auto", global_batch=5).with_copy_size(4) == DistributedPart(
         shard=4, global_batch=5
