@@ -64,7 +64,7 @@ def changes_since(before: Mapping[str, Any], recipe: Recipe, allow: bool) -> lis
 def _same_rows(before: Mapping[str, Any], recipe: Recipe) -> bool:
     """True if the steps of a run have the same rows with any number of processes.
 
-    Rows that are streamed, dropped at the end of an epoch, or left over there in another task, are dealt by that number.
+    Rows that are streamed, dropped at the end of an epoch, or left over there in another task depend on it.
     """
     old, new = _global_batches(before, recipe)
     dealt = recipe.data.streaming or recipe.training_config().dataloader_drop_last
