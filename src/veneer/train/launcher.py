@@ -120,14 +120,14 @@ def _children() -> set[psutil.Process]:
     return set(psutil.Process().children())
 
 
-def _ignore_again(before: Mapping[int, Any]) -> None:
+def _ignore_again(before: Mapping[signal.Signals, Any]) -> None:
     """Ignore the signals that were ignored, as under nohup; torchrun's launcher handles them all."""
     for number in (each for each, handler in before.items() if handler is signal.SIG_IGN):
         signal.signal(number, signal.SIG_IGN)
 
 
 @contextmanager
-def _handlers_kept() -> Iterator[Mapping[int, Any]]:
+def _handlers_kept() -> Iterator[Mapping[signal.Signals, Any]]:
     """Yield the handlers of signals that torchrun's launcher replaces, and restore them."""
     numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
     before = {number: signal.getsignal(number) for number in numbers}
