@@ -137,6 +137,8 @@ def test_blocks_are_turns():
         {"role": "user", "content": "x"},
         {"role": "assistant", "content": "t"},
         {"role": "assistant", "content": [{"type": "text", "text": "u"}, USE]},
+        {"role": "assistant", "content": [USE | {"id": "c2"}]},
+        {"role": "assistant", "content": "v"},
         {"role": "user", "content": [RESULT, {**RESULT, "content": [{"type": "text", "text": "5"}], "is_error": True}]},
         {"role": "user", "content": [{**RESULT, "content": None}, {"type": "text", "text": "so"}]},
         {"role": "system", "content": "be brief"},
@@ -145,7 +147,7 @@ def test_blocks_are_turns():
     assert found == [
         {"role": "system", "content": "i"},
         {"role": "user", "content": "x"},
-        {"role": "assistant", "content": "t\nu", "tool_calls": [call]},
+        {"role": "assistant", "content": "t\nu\nv", "tool_calls": [call, call | {"id": "c2"}]},
         tool | {"content": "4"}, tool | {"content": "5"}, tool | {"content": ""},
         {"role": "user", "content": "so"},
         {"role": "system", "content": "be brief"},

@@ -37,19 +37,19 @@ def messages_of(
     a message of the tool.
     """
     told = system if system is None or isinstance(system, str) else "\n".join(block.text for block in system)
-    found: list[dict[str, Any]] = [] if told is None else [{"role": "system", "content": told}]
+    found: list[dict[str, Any]] = [] if told is None else [{"role": "system", "content": [told]}]
     if not messages:
         raise RefusedError("messages is empty: give at least one, as {'role': 'user', 'content': '…'}", "messages")
     names: dict[str, str] = {}  # of functions, by call
     for number, message in enumerate(messages):
         for turn in _turns(f"messages.{number}", message, names):
-            before = found[-1] if found else {}
-            if turn["role"] == before.get("role") != "tool" and "tool_calls" not in before:
-                before["content"] = "\n".join(filter(None, (before["content"], turn["content"])))
-                before |= {"tool_calls": turn["tool_calls"]} if "tool_calls" in turn else {}
+            if found and turn["role"] == found[-1]["role"] != "tool":
+                found[-1]["content"].append(turn["content"])
+                if "tool_calls" in turn:
+                    found[-1].setdefault("tool_calls", []).extend(turn["tool_calls"])
             else:
-                found.append(turn)
-    return found
+                found.append(turn | {"content": [turn["content"]]})
+    return [turn | {"content": "\n".join(filter(None, turn["content"]))} for turn in found]
 
 
 def _turns(place: str, message: Mapping[str, Any], names: dict[str, str]) -> Iterator[dict[str, Any]]:
