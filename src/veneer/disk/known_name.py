@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from pathlib import Path
 
@@ -20,9 +21,8 @@ def known_name(name: str) -> str:
     The cache may be another machine's. A model of ``veneer fetch`` has its fetched name, a hub model its id. A GGUF
     file has its own name and hash, ``model.gguf@sha256:0f3a…``.
     """
-    path = Path(name)
-    if path.is_dir():
-        folder = path.resolve()
+    if os.path.isdir(name):  # False where `Path.is_dir` raises: in another user's folder, say
+        folder = Path(name).resolve()
         if folder.parent == cache_dir().resolve() / FETCHED:
             return folder.name
         if folder.parent == cache_dir().resolve() / CONVERTED and (folder / MANIFEST).is_file():
@@ -30,5 +30,5 @@ def known_name(name: str) -> str:
     slashed = name.replace("\\", "/").rstrip("/")
     if found := _OF_HUB.search(slashed):
         return found[1].replace("--", "/", 1)
-    found = None if path.exists() else _OF_FETCH.search(slashed)
+    found = None if os.path.exists(name) else _OF_FETCH.search(slashed)
     return found[1] if found and slashed.endswith(found[0]) else name

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Collection
 from pathlib import Path
@@ -50,14 +51,14 @@ class ServedBase:
     def _differs(self, named: str) -> bool:
         if _model(named) in self._names:
             return False
-        if Path(named).is_dir():
+        if os.path.isdir(named):
             return self._folder is not None and not _is_copy(Path(named), self._folder)
         return _is_name(named) and _is_name(self._root)
 
 
 def _is_name(name: str) -> bool:
     """True for a name of a model, not for a place on some machine."""
-    return bool(_HASHED.fullmatch(name)) or (_ID.fullmatch(name) is not None and not Path(name).exists())
+    return bool(_HASHED.fullmatch(name)) or (_ID.fullmatch(name) is not None and not os.path.exists(name))
 
 
 def _model(name: str) -> str:
@@ -68,8 +69,11 @@ def _model(name: str) -> str:
 
 
 def _is_copy(one: Path, other: Path) -> bool:
-    """True for one folder under two paths, and for models of equal configs and sizes."""
-    return one.resolve() == other.resolve() or _stamp(one) == _stamp(other)
+    """True for one folder under two paths, for models of equal configs and sizes, and if their files cannot be read."""
+    try:
+        return one.resolve() == other.resolve() or _stamp(one) == _stamp(other)
+    except OSError:
+        return True
 
 
 def _stamp(folder: Path) -> tuple[bytes, list[int]]:

@@ -41,6 +41,7 @@ def test_a_path_into_veneers_cache(cache: Path) -> None:
         ("/home/ann/models/tiny", None),
         ("org/name", None),
         ("tiny", None),
+        ("/" + "x" * 256, None),  # too long for a name of a file
     ],
 )
 def test_other_machines_paths(cache: Path, given: str, name: str | None) -> None:

@@ -24,6 +24,7 @@ SMALL, LARGE = "SmolLM2-135M-Instruct.Q4_1.gguf@sha256:" + "0f" * 32, "Qwen3-0.6
         ("/models/base", "Qwen/Qwen3-0.6B"),
         ("Qwen/Qwen3-0.6B", "/home/me/finetuned"),
         ("", "Qwen/Qwen3-0.6B"),
+        ("Qwen/Qwen3-0.6B", "~" + "x" * 255),  # too long for a name of a file
     ],
 )
 def test_names_of_one_model_and_unknown_places_are_no_reason_to_doubt(root: str, named: str | None) -> None:
@@ -54,6 +55,8 @@ def test_folders_are_compared_by_what_they_hold(tmp_path: Path) -> None:
     (other / "model.safetensors").write_bytes(b"1234567")
     served = ServedBase(str(own), folder=own)
     assert [bool(served.warning(str(each))) for each in (own, copy, other)] == [False, False, True]
+    (other / "gone.safetensors").symlink_to(tmp_path / "nowhere")
+    assert served.warning(str(other)) == ""  # nobody can tell
 
 
 def test_another_file_of_another_model_is_refused() -> None:
