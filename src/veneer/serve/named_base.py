@@ -13,10 +13,11 @@ from veneer.errors import CompositionError
 _MODEL_CONFIG = "config.json"
 _HASHED = re.compile(r"(.+)@sha256:([0-9a-f]{64})")  # known names of GGUF files
 _ID = re.compile(r"(?:[\w.-]+/)?[\w.-]+", re.ASCII)
-# The same model in another form of its weights: quantized, or as a GGUF file.
+# The same model in another form of its weights: quantized, or as a GGUF file. "*+" keeps the search from going back.
 _FORM = re.compile(
-    r"(?:\.gguf|[-._](?:unsloth|bnb|gguf|gptq|awq|[248]bit|int[48]|fp8|f16|bf16|f32|i?q[1-8](?:_[a-z0-9]+)*))+$"
+    r"(?:\.gguf|[-._](?:unsloth|bnb|gguf|gptq|awq|[248]bit|int[48]|fp8|f16|bf16|f32|i?q[1-8](?:_[a-z0-9]+)*+))+$"
 )
+_LONGEST = 256  # characters of a name that is compared
 
 
 class ServedBase:
@@ -32,7 +33,7 @@ class ServedBase:
 
     def warning(self, named: str | None) -> str:
         """Return a warning about an adapter that names a base; "" if it may be this one."""
-        if not named or not self._root or not self._differs(named):
+        if not named or len(named) > _LONGEST or not self._root or not self._differs(named):
             return ""
         return (
             f"the adapter names the base {named}, and this is {self._root}: its answers are wrong if these are two "

@@ -45,6 +45,11 @@ def test_names_of_two_models_are(root: str, named: str) -> None:
     assert ServedBase(root, ["me/" + named.rpartition("/")[2]]).warning(named) == ""
 
 
+def test_long_names_take_no_time() -> None:
+    assert ServedBase("Qwen/Qwen3-0.6B").warning("x-q4" + "_q4" * 83 + "!") == ""  # not a name of a model
+    assert ServedBase("Qwen/Qwen3-0.6B").warning("x" * 257) == ""
+
+
 def test_folders_are_compared_by_what_they_hold(tmp_path: Path) -> None:
     own, copy, other = (tmp_path / name for name in ("own", "copy", "other"))
     own.mkdir()
