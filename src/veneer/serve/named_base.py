@@ -8,7 +8,6 @@ from collections.abc import Collection
 from pathlib import Path
 
 from veneer.disk.known_name import known_name
-from veneer.errors import CompositionError
 
 _MODEL_CONFIG = "config.json"
 _HASHED = re.compile(r"(.+)@sha256:([0-9a-f]{64})")  # known names of GGUF files
@@ -39,15 +38,6 @@ class ServedBase:
             f"the adapter names the base {named}, and this is {self._root}: its answers are wrong if these are two "
             "models. Serve it on its own base"
         )
-
-    def require_same(self, named: str | None) -> None:
-        """Raise CompositionError for an adapter of another GGUF file, by its hash, that holds another model."""
-        own, other = _HASHED.fullmatch(self._root), _HASHED.fullmatch(named or "")
-        if own and other and own[2] != other[2] and _model(own[1]) != _model(other[1]):
-            raise CompositionError(
-                f"the adapter was trained on {named}, and this base is {self._root}, another file by its hash: serve "
-                "it on its own base"
-            )
 
     def _differs(self, named: str) -> bool:
         if _model(named) in self._names:

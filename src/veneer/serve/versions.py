@@ -114,10 +114,9 @@ class Versions:
     def unread(self, folder: Path) -> AdapterVersion:
         """Return what the config and the header of an adapter say, without an ``id``, which needs all of its content.
 
-        Raises FormatError, and CompositionError if it is known to be of another base.
+        Raises FormatError.
         """
         config = read_config(folder)
-        self._served.require_same(config.base_model_name_or_path)
         return AdapterVersion(
             id="",
             folder=str(folder),
