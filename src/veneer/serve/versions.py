@@ -27,7 +27,7 @@ _Stamp = tuple[tuple[int, ...], ...]
 
 
 class Versions:
-    """Versions by folder; a folder is read again only if it has changed (by device, inode, time and size).
+    """Versions by folder; a folder is read again only if it has changed (by device, inode, times and size).
 
     ``max_rank`` refuses adapters of a higher rank; None takes any. ``value_bytes`` is the size of a value of a loaded
     adapter; None: as it is stored. Adapters that were merged into ``base``, the model's folder, are refused. Raises
@@ -167,5 +167,5 @@ def _stamp(folder: Path) -> _Stamp:
             raise FormatError(
                 f"{folder} holds no {name}, so it is not an adapter: give the folder it was saved to"
             ) from error
-        found.append((told.st_dev, told.st_ino, told.st_mtime_ns, told.st_size))
+        found.append((told.st_dev, told.st_ino, told.st_mtime_ns, told.st_ctime_ns, told.st_size))
     return tuple(found)

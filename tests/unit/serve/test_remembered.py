@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -33,9 +34,26 @@ def test_the_versions_of_the_folders_asked_for_last_are_remembered(folders, monk
     monkeypatch.setattr(versions, "_KEPT", 2)
     monkeypatch.setattr(versions, "read_config", lambda folder: read.append(folder) or own(folder))
     found = Versions()
-    for number in (0, 1, 0, 2, 0, 1):
+    for number in (0, 1, 0, 2):
         found.of(LoRARequest("x", 1, str(folders[number])))
-    assert [folder.name for folder in read] == ["0", "1", "2", "1"]
+    assert [found.seen(folder) is not None for folder in folders] == [True, False, True]
+    for number in (0, 1, 2, 0):  # the first is forgotten by its files as well
+        found.of(LoRARequest("x", 1, str(folders[number])))
+    assert [folder.name for folder in read] == ["0", "1", "2", "0"]
+
+
+def test_other_files_under_the_inodes_of_old_ones_are_read(folders):
+    """A deleted file's inode is soon another's, and a tool that copies may set its time."""
+    found, config = Versions(), folders[1] / "adapter_config.json"
+    before, old = config.stat(), found.of(LoRARequest("x", 1, str(folders[1])))
+    while config.stat().st_ctime_ns == before.st_ctime_ns:
+        config.write_text((folders[2] / config.name).read_text())
+        os.utime(config, ns=(before.st_atime_ns, before.st_mtime_ns))
+    now = config.stat()
+    assert (now.st_ino, now.st_mtime_ns, now.st_size) == (before.st_ino, before.st_mtime_ns, before.st_size)
+    moved = Path(shutil.move(folders[1], folders[1].with_name("b")))
+    assert found.of(LoRARequest("x", 1, str(moved))).id == Versions().of(LoRARequest("x", 1, str(folders[2]))).id
+    assert found.of(LoRARequest("x", 1, str(moved))).id != old.id
 
 
 def test_the_places_of_the_configs_used_last_are_remembered(monkeypatch):
