@@ -127,23 +127,15 @@ class AdapterPool:
         """Versions that have an entry in the pool."""
         return frozenset(self._entries)
 
-    @property
-    def pins_fill(self) -> bool:
-        """True if pinned versions hold all places in number."""
-        most = self.n_resident
-        return most is not None and len(self._pinned) >= most and len(self._held()) >= most
-
     def is_barred(self, id: str) -> bool:
         """Return True if a version is absent and finds no place beside the pinned ones, whatever else goes."""
         entry = self._entries[id]
         if entry.residency is not Residency.ABSENT:
             return False
-        held = sum(each.n_bytes for each in self._held())
-        return self.pins_fill or (self.memory is not None and entry.n_bytes > self.memory.n_bytes - held)
-
-    def _held(self) -> list[_Entry]:
-        """Pinned versions that are loaded or loading."""
-        return [each for each in self._pinned.entries.values() if each.residency is not Residency.ABSENT]
+        held = [each.n_bytes for each in self._pinned.entries.values() if each.residency is not Residency.ABSENT]
+        if self.n_resident is not None and len(held) >= self.n_resident:
+            return True
+        return self.memory is not None and entry.n_bytes > self.memory.n_bytes - sum(held)
 
     def told_places(self) -> str:
         """Return a text for errors: how many versions are loaded and pinned, and the limits of number and bytes."""

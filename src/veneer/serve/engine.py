@@ -320,10 +320,11 @@ class Engine:
     def _end_barred(self) -> None:
         """End what waits for places that pinned adapters hold: no request that ends would free one."""
         self._preloads.give_up(barred=True)
-        if self.pool.pins_fill:
-            for id in filter(self.pool.is_absent, self.scheduler.waiting.versions):
-                for request in self.scheduler.fail(id, self._preloads.no_place()):
-                    self._touch(request)
+        while (first := self.scheduler.waiting.absent()) is not None and first.version is not None:
+            if not self.pool.is_barred(first.version):
+                break
+            for request in self.scheduler.fail(first.version, self._preloads.no_place()):
+                self._touch(request)
 
     def _load(self, id: str | None) -> bool:
         """Let a version be read whose load has begun, if there is one."""
