@@ -74,20 +74,31 @@ def _parts(model: PreTrainedModel) -> tuple[nn.Module, nn.ModuleList]:
 
 
 def _require_cuttable(model: nn.Module, blocks: nn.ModuleList, trained: set[nn.Parameter]) -> None:
-    """Raise ConfigError for a model that is cut already or trains all of a block, for tied blocks, for an old torch."""
+    """Raise ConfigError for a model that is cut already or trains all of a block, for shared weights, an old torch."""
     if is_cut(model):
         raise ConfigError("the base is cut over processes already: load it anew to cut it otherwise")
-    frozen = [{p for p in block.parameters() if p not in trained} for block in blocks]
-    coded = any(isinstance(module, QuantLinear) for module in blocks.modules())
-    if not (coded or any(frozen)):
+    frozen = [_frozen(block, trained) for block in blocks]
+    if not any(frozen):
         raise ConfigError("no weight of the blocks is frozen, and only frozen ones are cut: train with strategy ddp")
-    of_blocks = Counter(parameter for each in frozen for parameter in each)
-    elsewhere = {p for name, p in model.named_parameters(remove_duplicate=False) if p in of_blocks} - of_blocks.keys()
-    if elsewhere or any(count > 1 for count in of_blocks.values()):
-        raise ConfigError("blocks of this base share weights, which cannot be cut apart: train with strategy ddp")
+    of_blocks, everywhere = sum(frozen, Counter[object]()), _frozen(model, trained)
+    in_several = any(count > 1 for count in Counter(weight for each in frozen for weight in each).values())
+    if in_several or any(everywhere[weight] > count for weight, count in of_blocks.items()):
+        raise ConfigError(
+            "blocks of this base share weights with one another or with other modules, and such weights cannot be cut: "
+            "train with strategy ddp"
+        )
+    coded = any(isinstance(weight, QuantLinear) for weight in of_blocks)
     release = tuple(int(part) for part in torch.__version__.split(".")[:2])
     if coded and release < FIRST_TORCH_WITH_CODES:
         raise ConfigError(f"a quantized base is cut from torch 2.12 on, and this is {torch.__version__}: update torch")
+
+
+def _frozen(module: nn.Module, trained: set[nn.Parameter]) -> Counter[object]:
+    """Frozen weights below a module, and how often each is named; a quantized layer stands for its tensors."""
+    named = [each for _, each in module.named_modules(remove_duplicate=False)]
+    plain = [weight for each in named for weight in each._parameters.values()]
+    layers = [each for each in named if isinstance(each, QuantLinear)]
+    return Counter([*layers, *(weight for weight in plain if weight is not None and weight not in trained)])
 
 
 def _mesh(device: str, n: int, shard: int) -> DeviceMesh:

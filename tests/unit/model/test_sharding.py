@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,10 +12,11 @@ from torch import distributed, nn
 
 import launch
 from cut_together import N_BLOCKS, N_STEPS, compared
-from veneer import LoraConfig, get_peft_model, shard_base
+from veneer import BitsAndBytesConfig, LoraConfig, get_peft_model, shard_base
 from veneer.errors import ConfigError
 from veneer.model import sharding
 from veneer.model.inplace import InPlace, base_of, change_class, mixin_of, restore_class
+from veneer.model.quant_linear import QuantLinear
 
 CASES = [
     ("dense", False, "none"),
@@ -76,10 +79,6 @@ def test_what_cannot_be_cut_is_refused(make_model, monkeypatch: pytest.MonkeyPat
     assert type(shard_base(make_model(), 1).model.layers[0]).__name__ == "LlamaDecoderLayer"
     with pytest.raises(ConfigError, match="no weight of the blocks is frozen"):
         shard_base(make_model())
-    tied = get_peft_model(make_model(), LoraConfig(r=3))
-    tied.model.layers[1].mlp = tied.model.layers[0].mlp
-    with pytest.raises(ConfigError, match="share weights"):
-        shard_base(tied)
     blockless = make_model()
     blockless.model.layers = nn.ModuleList()
     with pytest.raises(ConfigError, match="cannot be cut over processes: it has 0 lists"):
@@ -89,6 +88,35 @@ def test_what_cannot_be_cut_is_refused(make_model, monkeypatch: pytest.MonkeyPat
         shard_base(get_peft_model(make_model(), LoraConfig(r=3)))
     with pytest.raises(ConfigError, match=r"merging needs a whole base.*veneer merge"):
         get_peft_model(make_model(), LoraConfig(r=3)).merge_and_unload()
+
+
+def _tied_blocks(base: Any) -> None:
+    base.layers[1].mlp = base.layers[0].mlp
+
+
+def _tied_outside(base: Any) -> None:
+    base.norm.weight = base.layers[1].input_layernorm.weight
+
+
+def _tied_module_outside(base: Any) -> None:
+    base.further = base.layers[1].mlp.up_proj
+
+
+def _tied_codes(base: Any) -> None:
+    weight = base.layers[0].mlp.up_proj.weight
+    layer = QuantLinear.from_dense(
+        nn.Linear(*weight.shape[::-1]), BitsAndBytesConfig(load_in_4bit=True).spec(tuple(weight.shape), weight.dtype)
+    )
+    base.layers[0].mlp.up_proj = base.layers[1].mlp.up_proj = layer
+
+
+@pytest.mark.usefixtures("four")
+@pytest.mark.parametrize("tie", [_tied_blocks, _tied_outside, _tied_module_outside, _tied_codes])
+def test_weights_that_blocks_share_are_not_cut(make_model, tie: Callable[[Any], None]) -> None:
+    model = make_model()
+    tie(model.model)
+    with pytest.raises(ConfigError, match="share weights with one another or with other modules"):
+        shard_base(get_peft_model(model, LoraConfig(r=3, target_modules=["q_proj"])))
 
 
 def test_one_process_cuts_nothing_and_imports_neither_fsdp_nor_ray(make_model) -> None:
