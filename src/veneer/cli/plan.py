@@ -33,7 +33,9 @@ _Method = Annotated[
 _Rank = Annotated[
     int | None, typer.Option("--rank", "--r", metavar="N", show_default="of LoRA: 8", help="As adapter.r.")
 ]
-_Strategy = Annotated[str | None, typer.Option(metavar="NAME", show_default="ddp", help="Of --processes: ddp or fsdp.")]
+_Strategy = Annotated[
+    str | None, typer.Option(metavar="NAME", show_default="the recipe's", help="Of --processes: ddp or fsdp.")
+]
 _Advice = Annotated[bool, typer.Option("--advice", help="Rank, alpha, targets, rate and batch, with sources.")]
 _Tokens = Annotated[
     int | None, typer.Option(metavar="N", show_default="256", help="With --advice: trained tokens of a row.")
@@ -105,9 +107,7 @@ def plan(
         elif budget is not None:
             answer_fit(recipe, config, budget, machine, write=write, as_json=as_json)
         else:
-            answer_plan(
-                recipe, config, machine, (processes or 1, strategy or "ddp"), rows=rows, as_json=as_json, png=png
-            )
+            answer_plan(recipe, config, machine, (processes or 1, strategy), rows=rows, as_json=as_json, png=png)
 
 
 def _require_read(what: str, modes: dict[str, bool], given: dict[str, Any]) -> None:

@@ -22,9 +22,10 @@ from veneer.plan.architecture import config_of
 from veneer.plan.fit import fits, loadable
 from veneer.plan.plan import as_json as as_plain
 from veneer.plan.plan import count_trained, plan_recipe
-from veneer.plan.processes import rank_peak
+from veneer.plan.processes import rank_peak, shared_by
 from veneer.plan.report import MEASURING, Machine, as_yaml, draw, fit_table, shown
 from veneer.plan.serving import serving_of
+from veneer.recipe.distributed_part import DistributedPart
 from veneer.recipe.recipe import Recipe, changed, parse_recipe
 
 
@@ -43,19 +44,25 @@ def answer_plan(
     recipe: Recipe,
     config: PreTrainedConfig,
     machine: Machine,
-    ranks: tuple[int, str],
+    ranks: tuple[int, str | None],
     *,
     rows: int | None,
     as_json: bool,
     png: Path | None,
 ) -> None:
-    """Print the plan of a run. ``ranks``: the number of processes, and their strategy."""
+    """Print the plan of a run. ``ranks``: the number of processes, and their strategy (None: the recipe's).
+
+    Raises ConfigError for a strategy whose bytes depend on the machines.
+    """
+    n, strategy = ranks
+    part = recipe.distributed if strategy is None else DistributedPart.model_validate({"strategy": strategy})
+    shard = shared_by(part, n) if n > 1 else 1
     _tell_measuring(machine)
     plan = plan_recipe(recipe, config=config, isa=machine.isa)
     facts = as_plain(plan) | machine.facts(plan, rows)
-    if ranks[0] != 1:
-        peak = rank_peak(plan, *ranks)
-        facts["rank"] = {"processes": ranks[0], "strategy": ranks[1], "bytes": peak.n_bytes, "kinds": dict(peak.kinds)}
+    if n > 1:
+        peak, named = rank_peak(plan, n, shard), {1: "ddp", n: "fsdp"}.get(shard, "hybrid")
+        facts["rank"] = {"processes": n, "strategy": named, "bytes": peak.n_bytes, "kinds": dict(peak.kinds)}
     if png is not None:
         draw(plan, png)
     if as_json:

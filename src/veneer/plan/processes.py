@@ -11,6 +11,7 @@ from veneer.errors import ConfigError
 if TYPE_CHECKING:
     from veneer.plan.live import Peak
     from veneer.plan.plan import Plan
+    from veneer.recipe.distributed_part import DistributedPart
 
 STRATEGIES = ("ddp", "fsdp")
 GATHERED, BUCKETS = "gathered weights", "gradient buckets"
@@ -18,20 +19,24 @@ BLOCKS = 3.6
 """Blocks that FSDP2 holds at once, measured (3.3 to 3.6): what is gathered, a copy of it, and the next block."""
 
 
-def rank_peak(plan: Plan, n_processes: int, strategy: str) -> Peak:
+def rank_peak(plan: Plan, n_processes: int, shard: int) -> Peak:
     """Return the peak of one rank, each with a micro-batch of its own. Sharding may move the peak to another phase.
 
-    Both keep the gradients a second time, while they are averaged. FSDP cuts the frozen weights of blocks and gathers
-    one block at a time; whatever trains, embeddings and head stay whole (`model.sharding`). Raises ConfigError.
+    All keep the gradients a second time, while they are averaged. With ``shard`` above 1 the frozen weights of blocks
+    are cut, and one block at a time is gathered; whatever trains, embeddings and head stay whole (`model.sharding`).
     """
-    problems = []
-    if n_processes < 1:
-        problems.append(f"--processes {n_processes} must be at least 1")
-    if strategy not in STRATEGIES:
-        problems.append(f"--strategy {strategy!r} must be one of {', '.join(STRATEGIES)}")
-    if problems:
-        raise ConfigError("; ".join(problems))
-    return cut_over(plan, n_processes, n_processes if strategy == "fsdp" else 1, loads_whole=False).peak
+    return cut_over(plan, n_processes, shard, loads_whole=False).peak
+
+
+def shared_by(part: DistributedPart, n_processes: int) -> int:
+    """Return how many of ``n_processes`` share one copy of the base. Raises ConfigError if their machines decide."""
+    if part.shard is None and part.strategy not in STRATEGIES:
+        raise ConfigError(
+            f"distributed.strategy: {part.strategy} depends on the machines that train, which a plan does not know. "
+            f"Give --strategy {' or '.join(STRATEGIES)}, or distributed.shard in its place."
+        )
+    part.require_layout(n_processes, n_processes)
+    return part.copy_sizes(n_processes, n_processes)[0]
 
 
 def cut_over(plan: Plan, n_processes: int, shard: int, *, loads_whole: bool) -> Plan:

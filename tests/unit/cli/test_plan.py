@@ -59,8 +59,8 @@ def test_what_is_wrong_by_itself_is_told_before_torch_is_imported() -> None:
         (("plan", "llama-3-8b", "--card", "a100"), "error: --card 'a100' means a100-40gb or a100-80gb: give one"),
         (("plan", "llama-3-8b", "--length", "0", "--rank", "-1"), "--rank -1 must be at least 1; --length 0 must be"),
         (
-            ("plan", "llama-3-8b", "--processes", "3", "--strategy", "zero"),
-            "--strategy 'zero' must be one of ddp, fsdp",
+            ("plan", "llama-3-8b", "--processes", "0", "--strategy", "zero"),
+            "--processes 0 must be at least 1; --strategy 'zero' must be one of ddp, fsdp",
         ),
         (("plan", "llama-3-8b", "--advice", "--task", "maths"), "--task 'maths' must be .*the nearest is 'math'"),
         (("plan", "llama-3-8b", "--set", "model.quantization=nf5"), "model.quantization: 'nf5' does not fit"),

@@ -13,8 +13,9 @@ from veneer.plan.advice import TASKS, advise
 from veneer.plan.cards import CARDS, card_of
 from veneer.plan.live import Peak
 from veneer.plan.plan import plan_recipe
-from veneer.plan.processes import rank_peak
+from veneer.plan.processes import rank_peak, shared_by
 from veneer.plan.trace import ACTIVATIONS, BASE
+from veneer.recipe.distributed_part import DistributedPart
 
 LLAMA_3_8B = 41_943_040 // 16
 
@@ -58,14 +59,30 @@ def test_nonsense_units_are_refused(text: str) -> None:
 
 def test_ranks_hold_copies_or_shards(recipe: Make) -> None:
     plan = plan_recipe(recipe())
-    assert rank_peak(plan, 1, "fsdp").n_bytes == plan.peak.n_bytes
-    assert rank_peak(plan, 4, "ddp").n_bytes == plan.peak.n_bytes + 4 * plan.n_trained
-    shard = rank_peak(plan, 4, "fsdp")
+    assert rank_peak(plan, 1, 1).n_bytes == plan.peak.n_bytes
+    assert rank_peak(plan, 4, 1).n_bytes == plan.peak.n_bytes + 4 * plan.n_trained
+    shard = rank_peak(plan, 4, 4)
     assert shard.kinds["base"] == -(-plan.peak.kinds["base"] // 4)
     for kind in ("activations", "embeddings", "head", "adapters", "gradients", "optimizer state"):
         assert shard.kinds.get(kind) == plan.peak.kinds.get(kind), kind  # whatever trains stays whole
-    with pytest.raises(ConfigError, match=r"--processes 0 .*; --strategy 'zero' must be one of ddp, fsdp"):
-        rank_peak(plan, 0, "zero")
+
+
+@pytest.mark.parametrize(("part", "shard"), [({}, 1), ({"strategy": "fsdp"}, 6), ({"shard": 3}, 3)])
+def test_a_plan_counts_the_base_as_the_recipe_shares_it(part: dict[str, Any], shard: int) -> None:
+    assert shared_by(DistributedPart.model_validate(part), 6) == shard
+
+
+@pytest.mark.parametrize(
+    ("part", "told"),
+    [
+        ({"strategy": "hybrid"}, r"hybrid depends on the machines .* Give --strategy ddp or fsdp"),
+        ({"strategy": "auto"}, "auto depends on the machines"),
+        ({"shard": 4}, "shard: 4 must divide the 6 processes"),
+    ],
+)
+def test_a_plan_refuses_what_it_cannot_count(part: dict[str, Any], told: str) -> None:
+    with pytest.raises(ConfigError, match=told):
+        shared_by(DistributedPart.model_validate(part), 6)
 
 
 @pytest.mark.parametrize(
@@ -105,4 +122,4 @@ def test_a_rank_peaks_in_the_phase_that_is_largest_once_weights_are_shards(recip
     phases = {"load": Peak({BASE: 70_001}), "backward": Peak({BASE: 11_003, ACTIVATIONS: 50_021})}
     plan = replace(plan_recipe(recipe()), phases=phases)
     assert plan.peak_phase == "load"
-    assert rank_peak(plan, 1000, "fsdp").kinds[ACTIVATIONS] == 50_021
+    assert rank_peak(plan, 1000, 1000).kinds[ACTIVATIONS] == 50_021
