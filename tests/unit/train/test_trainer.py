@@ -181,6 +181,14 @@ def test_plain_training_arguments_are_accepted(tmp_path, tokenizer, make_model):
     assert trainer.args.max_steps == 1
 
 
+def test_a_process_that_sees_several_devices_trains_on_one(tmp_path, tokenizer, make_model):
+    args = config(tmp_path, per_device_train_batch_size=3)
+    args._n_gpu = 2
+    trainer = trainer_of(make_model(), tokenizer, args)
+    assert (trainer.args.n_gpu, trainer.args.train_batch_size) == (1, 3)
+    assert args.n_gpu == 2
+
+
 @pytest.mark.parametrize("eos_token", [None, "<end>"])
 def test_settings_of_trl_are_accepted_with_the_tokens_that_they_name(tmp_path, tokenizer, make_model, eos_token):
     args = trl.SFTConfig(
