@@ -10,6 +10,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from veneer.errors import ConfigError
 
 GENERATING = ("grpo", "rloo")
+GENERATING_METRICS = ("exact-match", "regex")
+OF_DDP = ("ddp_find_unused_parameters", "ddp_broadcast_buffers")
 CHECKPOINTING = ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs")
 ROWS_OF_A_PROCESS = 8  # ``per_device_train_batch_size`` of a recipe, if it names none
 
@@ -125,6 +127,11 @@ def layout_problems(values: Mapping[str, Any]) -> list[str]:
         found.append("adapter.method: full trains every weight, and only frozen ones are cut")
     if values.get("task") in GENERATING:
         found.append(f"task: {values['task']} generates, which would gather the base for every token")
+    if _part(values, "metric").get("name") in GENERATING_METRICS:
+        found.append(f"metric.name: {values['metric']['name']} generates, and labels alone does not")
+    for name in OF_DDP:
+        if training.get(name):
+            found.append(f"training.{name}: DDP does not read it for a base that is cut")
     if training.get("activation_offloading"):
         found.append("training.activation_offloading: it reads weights that are not there between passes")
     if any(_part(training, name).get("use_reentrant") for name in CHECKPOINTING):

@@ -17,6 +17,7 @@ from transformers import (
 )
 
 from veneer.errors import ConfigError, DivergedError
+from veneer.recipe.distributed_part import OF_DDP
 from veneer.train.config import RunSettings
 from veneer.train.processes import n_processes
 
@@ -52,10 +53,10 @@ def require_whole_models(trainer: Trainer) -> None:
         )
 
 
-def require_no_reentry(reentrant: bool, offloads: bool) -> None:
+def require_settings_of_cut_base(reentrant: bool, args: RunSettings) -> None:
     """Raise ConfigError for settings under which the base cannot be cut over processes."""
     found = ["reentrant checkpointing (set use_reentrant: false)"] * reentrant
-    found += ["activation_offloading (leave it out)"] * offloads
+    found += [f"{key} (leave it out)" for key in ("activation_offloading", *OF_DDP) if getattr(args, key)]
     if found:
         raise ConfigError(
             f"a base that is cut over processes does not go with {' and '.join(found)}; or train with strategy ddp"

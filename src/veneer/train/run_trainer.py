@@ -32,7 +32,7 @@ from veneer.train.gradients import average, leave_apart
 from veneer.train.guards import (
     require_finite,
     require_free_groups,
-    require_no_reentry,
+    require_settings_of_cut_base,
     require_special_tokens,
     require_whole_models,
 )
@@ -83,6 +83,8 @@ class RunTrainer(ResumableTrainer):
         """
         args = copy.copy(args)
         require_free_groups(args, optimizers)
+        if args.n_gpu > 1:
+            args._n_gpu = 1  # as transformers does for a model on several devices: a process trains on one, undivided
         if args.ddp_find_unused_parameters is None:
             args.ddp_find_unused_parameters = False  # `gradients.average` takes what has none
         if args.ddp_broadcast_buffers is None:
@@ -108,7 +110,7 @@ class RunTrainer(ResumableTrainer):
         """
         require_whole_models(self)
         if is_cut(self.model):
-            require_no_reentry(_reentrant(self.args), bool(self.args.activation_offloading))
+            require_settings_of_cut_base(_reentrant(self.args), self.args)
         self._offload = self._offloading()
         self._display = show_run(self, lambda: self.n_tokens_read)
         self.schedule = AdapterSchedule()

@@ -74,6 +74,16 @@ def test_a_plan_that_fits_changes_no_rows_of_a_step() -> None:
             r"full trains every weight.*Leave it out, or distributed\.shard",
         ),
         ({"strategy": "fsdp"}, {"task": "rloo", "rewards": ["exact-match"]}, "rloo generates"),
+        (
+            {"shard": 3},
+            {"metric": {"name": "exact-match"}, "data": {"train": "rows.jsonl", "eval": "held.jsonl"}},
+            r"metric\.name: exact-match generates, and labels alone does not.* or distributed\.shard",
+        ),
+        (
+            {"strategy": "fsdp"},
+            {"training": {"ddp_find_unused_parameters": True, "ddp_broadcast_buffers": True}},
+            r"ddp_find_unused_parameters: DDP does not .*ddp_broadcast_buffers: DDP does not",
+        ),
         ({"strategy": "fsdp"}, {"training": {"activation_offloading": "disk"}}, "activation_offloading: it reads"),
         (
             {"strategy": "hybrid"},

@@ -103,12 +103,19 @@ def test_accelerate_is_never_asked_to_wrap_a_cut_base(monkeypatch):
     assert (asked, found) == ([{"evaluation_mode": True}], (model, {"broadcast_buffers": False}))
 
 
-@pytest.mark.parametrize(("reentrant", "offloads"), [(True, False), (False, True), (True, True)])
-def test_settings_that_a_cut_base_does_not_go_with_are_refused(reentrant, offloads):
-    guards.require_no_reentry(False, False)
+@pytest.mark.parametrize(
+    ("reentrant", "offloads", "ddp"), [(True, False, True), (False, True, True), (True, True, False)]
+)
+def test_settings_that_a_cut_base_does_not_go_with_are_refused(reentrant, offloads, ddp):
+    def require(reentrant, offloads, ddp):
+        given = {"ddp_broadcast_buffers": ddp, "ddp_find_unused_parameters": ddp}
+        guards.require_settings_of_cut_base(reentrant, SimpleNamespace(activation_offloading=offloads, **given))
+
+    require(False, False, False)
     with pytest.raises(ConfigError, match="cut over processes does not go with") as refused:
-        guards.require_no_reentry(reentrant, offloads)
-    assert ("use_reentrant" in str(refused.value), "offloading" in str(refused.value)) == (reentrant, offloads)
+        require(reentrant, offloads, ddp)
+    told = [name in str(refused.value) for name in ("use_reentrant", "offloading", "broadcast", "find_unused")]
+    assert told == [reentrant, offloads, ddp, ddp]
 
 
 GLOO = (
