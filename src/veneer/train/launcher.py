@@ -82,9 +82,14 @@ def _environments(n: int) -> dict[int, dict[str, str]]:
         "GROUP_RANK": "0",
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
-        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // n))),
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, _n_cores() // n))),
     }
     return {rank: {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(n)}
+
+
+def _n_cores() -> int:
+    """Cores that this process may run on, fewer than the machine's under Slurm or taskset."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _codes(context: Any) -> dict[int, int]:

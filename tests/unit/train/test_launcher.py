@@ -98,6 +98,12 @@ def test_a_signal_while_processes_are_started_ends_those_that_are(monkeypatch: p
     assert [each.proc.wait(9) for each in started] == [-signal.SIGKILL]
 
 
+def test_processes_share_the_cores_that_this_one_may_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(70, 77)), raising=False)
+    assert {each["OMP_NUM_THREADS"] for each in launcher._environments(3).values()} == {"2"}
+
+
 def test_each_process_needs_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
     require_devices(64)  # on a CPU
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
