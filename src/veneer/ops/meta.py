@@ -22,6 +22,7 @@ WRITTEN = object()
 """Of a call that returns the tensor that it writes: the one named ``out``, or the first."""
 
 _Layout = tuple[tuple[int, ...], tuple[int, ...], torch.dtype]
+# Of the whole process: each value follows from its key alone, so models share what they find and nothing can go stale.
 _KNOWN: dict[Hashable, Any] = {}  # a layout, several, None where there is no tensor; or WRITTEN
 
 
