@@ -35,7 +35,7 @@ _MORE = 1024  # requests beside those that are answered: they get their 429 from
 class RayArguments(BaseModel):
     """Arguments of `app`; paths are those of every node. ``cpus``: the cores, and so the threads, of a replica.
 
-    ``limits`` are fields of `ServerLimits`, for each replica, and ``engine_kwargs`` those of `EngineOptions`.
+    ``limits`` are those of each replica. ``engine_kwargs`` are fields of `EngineOptions`.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -48,21 +48,13 @@ class RayArguments(BaseModel):
     cpus: int = Field(default=1, ge=1)
     metrics_prefix: Literal["veneer", "vllm"] = "veneer"
     log_requests: bool = False
-    limits: Mapping[str, Any] = {}
+    limits: ServerLimits = ServerLimits()
     engine_kwargs: Mapping[str, Any] = {}
 
     @property
     def base(self) -> str:
         """Name of the base."""
         return self.served_model_name or self.model
-
-    def server_limits(self) -> ServerLimits:
-        """Return the limits of one replica. Raises ConfigError."""
-        known = ServerLimits.__dataclass_fields__
-        unknown = [name for name in self.limits if name not in known]
-        if unknown:
-            raise ConfigError(f"limits: unknown {', '.join(map(repr, unknown))}; known: {', '.join(known)}")
-        return ServerLimits(**self.limits)
 
     def engine_options(self) -> EngineOptions:
         """Return the options of a replica's engine, which keeps statistics. Raises ConfigError."""
@@ -83,8 +75,11 @@ def arguments_of(args: Mapping[str, Any]) -> RayArguments:
         given = RayArguments.model_validate(args)
     except ValidationError as error:
         said = [f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}" for problem in error.errors()]
-        raise ConfigError(f"{'; '.join(said)}. Known: {', '.join(RayArguments.model_fields)}") from error
-    given.server_limits(), given.engine_options()
+        raise ConfigError(
+            f"{'; '.join(said)}. Known: {', '.join(RayArguments.model_fields)}; as limits: "
+            f"{', '.join(ServerLimits.__dataclass_fields__)}"
+        ) from error
+    given.engine_options()
     return given
 
 
@@ -95,7 +90,7 @@ def application(given: RayArguments, router: str | type) -> Application:
         from ray.serve.config import RequestRouterConfig
     except ImportError as error:
         raise ConfigError("Ray Serve is not installed: pip install 'veneer[ray]'") from error
-    n_at_once = given.server_limits().in_flight + _MORE
+    n_at_once = given.limits.in_flight + _MORE
     engine = serve.deployment(
         EngineReplica, name="engine", num_replicas=given.replicas, max_ongoing_requests=n_at_once,
         ray_actor_options={"num_cpus": given.cpus},
@@ -117,7 +112,7 @@ class EngineReplica:
         keys = None if given.keys is None else Keys(given.keys)
         otherwise = ANYBODY if keys is None else NOBODY
         catalogue = Catalogue(engine, [given.base], given.model, given.adapters, otherwise)
-        self._app = make_app(engine, catalogue, given.server_limits(), keys=keys, metrics_prefix=given.metrics_prefix)
+        self._app = make_app(engine, catalogue, given.limits, keys=keys, metrics_prefix=given.metrics_prefix)
         self._collector = EngineCollector(engine, given.base, given.metrics_prefix, _id())
         if given.log_requests:
             log_requests()
@@ -148,7 +143,7 @@ class Ingress:
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Return the application, which Ray Serve asks for."""
         keys = None if self._given.keys is None else Keys(self._given.keys)
-        made = make_ingress(self._replicas, [self._given.base], self._given.server_limits(), keys)
+        made = make_ingress(self._replicas, [self._given.base], self._given.limits, keys)
         made.add_middleware(_WithoutId)
         return made
 

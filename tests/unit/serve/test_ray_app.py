@@ -7,13 +7,16 @@ import sys
 import pytest
 
 from veneer.errors import ConfigError
+from veneer.serve.http.server_limits import ServerLimits
 from veneer.serve.ray_app import app, arguments_of
+
+LIMITS = {"choices": "5", "trust_request_templates": "false"}
 
 
 def test_arguments_are_those_of_a_command_line_or_of_a_file():
-    given = arguments_of({"model": "/m", "replicas": "3", "cpus": 2, "limits": {"choices": 5}})
+    given = arguments_of({"model": "/m", "replicas": "3", "cpus": 2, "limits": LIMITS})
     assert (given.base, given.replicas, given.cpus) == ("/m", 3, 2)
-    assert given.server_limits().choices == 5
+    assert given.limits == ServerLimits(choices=5)
     assert not given.engine_options().disable_log_stats  # which /metrics needs
     given = arguments_of({"model": "/m", "served_model_name": "base", "engine_kwargs": {"max_loras": 7}})
     assert (given.base, given.engine_options().max_loras) == ("base", 7)
@@ -24,7 +27,8 @@ def test_arguments_are_those_of_a_command_line_or_of_a_file():
     [
         ({"replicas": 0}, "replicas: Input should be greater than or equal to 1"),
         ({"adapter": "x"}, "adapter: Extra inputs are not permitted. Known: model, adapters, keys"),
-        ({"limits": {"choice": 3}}, "limits: unknown 'choice'; known: body_bytes, choices"),
+        ({"limits": {"choice": 3}}, "limits.choice: Unexpected keyword argument.* as limits: body_bytes, choices"),
+        ({"limits": {"in_flight": "many"}}, "limits.in_flight: Input should be a valid integer"),
         ({"limits": {"choices": 0}}, "choices=0 must be at least 1"),
         ({"engine_kwargs": {"max_lora": 3}}, "did you mean 'max_loras'"),
         ({"engine_kwargs": {"max_loras": 0}}, "max_loras=0 must be at least 1"),
