@@ -58,7 +58,8 @@ class RayArguments(BaseModel):
 
     def engine_options(self) -> EngineOptions:
         """Return the options of a replica's engine, which keeps statistics. Raises ConfigError."""
-        return EngineOptions(**{"disable_log_stats": False, **self.engine_kwargs})
+        own = {"disable_log_stats": False, "served_model_name": self.served_model_name}
+        return EngineOptions(**{**own, **self.engine_kwargs})
 
 
 def app(args: dict[str, Any]) -> Application:

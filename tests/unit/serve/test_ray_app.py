@@ -19,7 +19,8 @@ def test_arguments_are_those_of_a_command_line_or_of_a_file():
     assert given.limits == ServerLimits(choices=5)
     assert not given.engine_options().disable_log_stats  # which /metrics needs
     given = arguments_of({"model": "/m", "served_model_name": "base", "engine_kwargs": {"max_loras": 7}})
-    assert (given.base, given.engine_options().max_loras) == ("base", 7)
+    options = given.engine_options()
+    assert (given.base, options.served_model_name, options.max_loras) == ("base", "base", 7)
 
 
 @pytest.mark.parametrize(
