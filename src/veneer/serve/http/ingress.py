@@ -38,6 +38,7 @@ RETRY_SECONDS = 5
 """Time after which another replica is asked; a new one takes as long as its model."""
 _LARGE = 1 << 16  # bytes of a body that is not read on the loop
 _ADAPTERS = "/v1/adapters/"
+_LONGEST = 256  # characters of a name by which a replica is chosen: routers remember names
 
 
 class ReplicaLostError(RetryLaterError):
@@ -146,6 +147,8 @@ class Forward:
             name = await asyncio.to_thread(self.name, body) if len(body) > _LARGE else self.name(body)
         elif path.startswith(_ADAPTERS):
             name = path.removeprefix(_ADAPTERS)
+        if name is not None and len(name) > _LONGEST:
+            name = None
         headers = [(key, value) for key, value in scope["headers"] if key != _ID]
         return Call(
             name=name, method=scope["method"], path=path, query=scope["query_string"], client=scope["client"],
