@@ -14,6 +14,7 @@ import pytest
 from veneer import CompletionOutput, RequestOutput, SamplingParams
 from veneer.errors import ConfigError
 from veneer.serve.calls import calls_of
+from veneer.serve.http.errors import RefusedError
 from veneer.serve.http.message_blocks import messages_of
 from veneer.serve.http.message_writer import MessageWriter
 from veneer.serve.prompts import PromptReader
@@ -152,6 +153,22 @@ def test_blocks_are_turns():
         {"role": "user", "content": "so"},
         {"role": "system", "content": "be brief"},
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        {"role": "x" * 999},
+        {"role": "user", "x" * 999: 1},
+        {"role": "user", "content": [{"type": "x" * 999}]},
+        {"role": "user", "content": [RESULT | {"tool_use_id": "x" * 999}]},
+    ],
+)
+def test_refusals_do_not_send_long_values_back(message):
+    with pytest.raises(RefusedError) as refused:
+        messages_of(None, [message])
+    assert "x" * 50 in str(refused.value)
+    assert "x" * 101 not in str(refused.value) + refused.value.param
 
 
 def test_text_and_calls_are_blocks_in_their_order():

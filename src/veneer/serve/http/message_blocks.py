@@ -56,7 +56,7 @@ def _turns(place: str, message: Mapping[str, Any], names: dict[str, str]) -> Ite
     _require_known(place, message, _OF_MESSAGE)
     role, content = message.get("role"), message.get("content")
     if role not in _ROLES:
-        raise RefusedError(f"{place}.role={role!r} is unknown: give one of {', '.join(_ROLES)}", f"{place}.role")
+        raise RefusedError(f"{place}.role={role!r:.100} is unknown: give one of {', '.join(_ROLES)}", f"{place}.role")
     texts, calls = list[str](), list[dict[str, Any]]()
     for where, block in _blocks(f"{place}.content", content, _READ[role]):
         match block["type"]:
@@ -82,7 +82,9 @@ def _blocks(place: str, content: Any, read: Collection[str]) -> Iterator[tuple[s
         where = f"{place}.{number}"
         kind = block.get("type") if isinstance(block, Mapping) else None
         if not isinstance(kind, str) or kind not in read:
-            raise RefusedError(f"{where}.type={kind!r} is not read here: give {' or '.join(read)}", f"{where}.type")
+            raise RefusedError(
+                f"{where}.type={kind!r:.100} is not read here: give {' or '.join(read)}", f"{where}.type"
+            )
         _require_known(where, block, _OF_BLOCK[kind])
         yield where, block
 
@@ -99,7 +101,8 @@ def _result(place: str, block: Mapping[str, Any], names: Mapping[str, str]) -> d
     id = _text(place, block, "tool_use_id")
     if id not in names:
         raise RefusedError(
-            f"{place}.tool_use_id={id!r} is of no tool_use in front of it: send the assistant's message with the call",
+            f"{place}.tool_use_id={id!r:.100} is of no tool_use in front of it: send the assistant's message with the "
+            "call",
             f"{place}.tool_use_id",
         )
     blocks = _blocks(f"{place}.content", block.get("content") or "", ("text",))
@@ -117,5 +120,5 @@ def _require_known(place: str, given: Mapping[str, Any], known: Collection[str])
     unknown = next((name for name, value in given.items() if name not in known and value is not None), None)
     if unknown is not None:
         raise RefusedError(
-            f"unknown field '{place}.{unknown}': there are {', '.join(sorted(known))}", f"{place}.{unknown}"
+            f"unknown field '{place}.{unknown:.100}': there are {', '.join(sorted(known))}", f"{place}.{unknown:.100}"
         )
