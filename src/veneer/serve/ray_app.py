@@ -182,7 +182,8 @@ class RayReplicas:
             is_whole = True
         except (RayActorError, RayServeException) as error:
             raise ReplicaLostError(
-                f"the replica that answered has ended: ask again in {RETRY_SECONDS} s", retry_seconds=RETRY_SECONDS
+                f"the replica that answered has ended or takes no requests: ask again in {RETRY_SECONDS} s",
+                retry_seconds=RETRY_SECONDS,
             ) from error
         finally:
             if not is_whole:  # its client has left, or nobody took it

@@ -77,7 +77,9 @@ def _blocks(place: str, content: Any, read: Collection[str]) -> Iterator[tuple[s
         yield place, {"type": "text", "text": content}
         return
     if not isinstance(content, Sequence):
-        raise RefusedError(f"{place} must be text or a list of blocks", place)
+        raise RefusedError(
+            f"{place}={content!r:.100} is no content: give text, or a list of blocks ({', '.join(read)})", place
+        )
     for number, block in enumerate(content):
         where = f"{place}.{number}"
         kind = block.get("type") if isinstance(block, Mapping) else None
@@ -92,7 +94,9 @@ def _blocks(place: str, content: Any, read: Collection[str]) -> Iterator[tuple[s
 def _call(place: str, block: Mapping[str, Any]) -> dict[str, Any]:
     id, name, given = _text(place, block, "id"), _text(place, block, "name"), block.get("input")
     if not isinstance(given, Mapping):
-        raise RefusedError(f"{place}.input must be an object: the arguments of the call", f"{place}.input")
+        raise RefusedError(
+            f"{place}.input={given!r:.100} is not an object: give the arguments of the call by name", f"{place}.input"
+        )
     arguments = json.dumps(given, ensure_ascii=False)
     return {"id": id, "type": "function", "function": {"name": name, "arguments": arguments}}
 
@@ -112,7 +116,7 @@ def _result(place: str, block: Mapping[str, Any], names: Mapping[str, str]) -> d
 
 def _text(place: str, block: Mapping[str, Any], field: str) -> str:
     if not isinstance(block.get(field), str):
-        raise RefusedError(f"{place}.{field} must be text", f"{place}.{field}")
+        raise RefusedError(f"{place}.{field}={block.get(field)!r:.100} is not text: give a string", f"{place}.{field}")
     return str(block[field])
 
 

@@ -103,7 +103,11 @@ class CountTokensBody(Named):
     @classmethod
     def _as_they_are(cls, given: dict[str, Any] | None) -> dict[str, Any] | None:
         if given is not None and given.get("type") != "disabled":
-            raise PydanticCustomError("refused", "models are asked as they are: leave the field out")
+            raise PydanticCustomError(
+                "refused",
+                f"type={given.get('type')!r:.100} is not offered: models are asked as they are. Leave the field out, "
+                "or send {'type': 'disabled'}",
+            )
         return given
 
     def chat(self, **more: Any) -> ChatBody:
