@@ -71,7 +71,10 @@ class DistributedPart(BaseModel):
                 f"{', '.join(fitting)}, or start another number of processes."
             )
         if self.strategy == "hybrid" and n_processes == n_on_machine > 1:
-            raise ConfigError("distributed.strategy: hybrid on one machine is the same as fsdp. Say fsdp.")
+            raise ConfigError(
+                "distributed.strategy: hybrid on one machine is the same as fsdp, and machines with unequal "
+                "numbers of tasks count as one. Say fsdp."
+            )
 
     def accumulation(self, rows: int, n_processes: int) -> dict[str, int]:
         """Return the key of ``training`` that follows for micro-batches of ``rows`` in each process."""
