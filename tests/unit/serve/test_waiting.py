@@ -136,7 +136,7 @@ def test_times_and_counts(base_folder, adapters):
     by_adapter = {name: counts.pop(name) for name in list(counts) if name[0].startswith("vllm:adapter_")}
     load_seconds = by_adapter.pop(("vllm:adapter_load_seconds", "lora"))
     assert load_seconds > 0
-    own = {"requests": 1, "prompt_tokens": 9, "generation_tokens": 5, "loads": 1, "evictions": 0}
+    own = {"requests": 1, "hits": 0, "prompt_tokens": 9, "generation_tokens": 5, "loads": 1, "evictions": 0}
     expected = {(f"vllm:adapter_{name}", "lora"): value for name, value in own.items()}
     none = {(f"vllm:adapter_{name}", "other"): 0 for name in (*own, "load_seconds")}
     assert by_adapter == expected | none
