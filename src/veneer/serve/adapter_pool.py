@@ -5,52 +5,18 @@ from __future__ import annotations
 import itertools
 from collections import deque
 from collections.abc import Callable, Collection, Hashable, Iterable, Sequence
-from dataclasses import dataclass, field
 
 from veneer.errors import AdapterNameError, ConfigError
 from veneer.serve.adapter_counts import OTHER, AdapterCount, AdapterCounts
 from veneer.serve.adapter_version import AdapterState, AdapterVersion, Residency
 from veneer.serve.lazy_heap import LazyHeap
 from veneer.serve.pages import Pages
+from veneer.serve.pool_entry import PoolEntry
 from veneer.serve.sized_group import SizedGroup
 from veneer.serve.worth import Worth
 
 _AHEAD = 2  # loads begun at once, so that the loader has the next when it ends one
 _TOLD = 10  # names in a message
-
-
-@dataclass(eq=False, slots=True)
-class _Entry:
-    version: AdapterVersion
-    n_bytes: int
-    names: set[str] = field(default_factory=set)
-    waiting: int = 0  # requests that will need it, those in the batch not counted
-    running: int = 0
-    pinned: bool = False
-    residency: Residency = Residency.ABSENT
-    n_uses: int = 0  # by requests, since it was loaded
-    n_requests: int = 0
-    n_hits: int = 0
-    seconds: float = 0.0  # that its load took
-    worth: float = 0.0
-    used: int = 0
-
-    @property
-    def is_needed(self) -> bool:
-        return bool(self.names or self.waiting or self.running)
-
-    @property
-    def is_idle(self) -> bool:
-        """True if it is loaded and may be evicted."""
-        return self.residency is Residency.RESIDENT and not self.running and not self.pinned
-
-    @property
-    def rank(self) -> tuple[bool, float, int] | None:
-        """Its place in the order in which idle versions go out; None if it is not idle.
-
-        Those that requests wait for come last, others by their worth, and equal ones by their last use.
-        """
-        return (self.waiting > 0, self.worth, self.used) if self.is_idle else None
 
 
 class AdapterPool:
@@ -77,13 +43,13 @@ class AdapterPool:
         self.moved: dict[str, None] = {}
         """Versions that were loaded or evicted, or entered or left the batch, since the scheduler looked."""
         self.counts = AdapterCounts()
-        self._entries: dict[str, _Entry] = {}
+        self._entries: dict[str, PoolEntry] = {}
         self._names: dict[str, str] = {}
         self._pins: set[str] = set()  # names
-        groups = (SizedGroup[_Entry]() for _ in range(7))
+        groups = (SizedGroup[PoolEntry]() for _ in range(7))
         self._resident, self._loading, self._acting, self._pinned, self._unneeded, self._free, self._awaited = groups
         # The last two hold idle ones: nobody waits for them, or somebody does.
-        self._idle: LazyHeap[_Entry] = LazyHeap(lambda entry: entry.rank)
+        self._idle: LazyHeap[PoolEntry] = LazyHeap(lambda entry: entry.rank)
         self._worth = Worth() if memory is None else memory.worth
         self._clock = itertools.count(1)
 
@@ -189,7 +155,7 @@ class AdapterPool:
 
         A version that is not loaded is read from the folder given last, since an earlier folder may be gone.
         """
-        entry = self._entries.setdefault(version.id, _Entry(version, version.n_bytes))
+        entry = self._entries.setdefault(version.id, PoolEntry(version, version.n_bytes))
         if entry.residency is Residency.ABSENT:
             entry.version = version
 
@@ -397,7 +363,7 @@ class AdapterPool:
             self._used(entry)
         self._sort(entry, moved=acted != (entry.running > 0))
 
-    def _sort(self, entry: _Entry, *, moved: bool = False) -> None:
+    def _sort(self, entry: PoolEntry, *, moved: bool = False) -> None:
         """Put a version into the groups that its state says."""
         id, needed, idle = entry.version.id, entry.is_needed, entry.is_idle
         self._resident.set(id, entry, entry.residency is Residency.RESIDENT)
@@ -411,13 +377,13 @@ class AdapterPool:
         if moved:
             self.moved[id] = None
 
-    def _lacking(self, entry: _Entry) -> tuple[int, int]:
+    def _lacking(self, entry: PoolEntry) -> tuple[int, int]:
         """The number of versions, and the bytes, that have to go before one has a place."""
         n_there = len(self._resident) + len(self._loading)
         n_over = 0 if self.n_resident is None else n_there + 1 - self.n_resident
         return n_over, 0 if self.memory is None else entry.n_bytes - self.memory.lendable
 
-    def _finds_place(self, entry: _Entry, kept: Collection[str] = (), spares_awaited: bool = False) -> bool:
+    def _finds_place(self, entry: PoolEntry, kept: Collection[str] = (), spares_awaited: bool = False) -> bool:
         """Evict what has to go for a version, and lend its bytes; False where those that may go are too few."""
         lacking = self._lacking(entry)
         if not self._suffice(*lacking, kept, spares_awaited):
@@ -443,7 +409,7 @@ class AdapterPool:
         """Evict at least ``n`` idle versions, and until it is enough whatever is worth least: idle versions as long as
         their bytes help, or cached pages. Those that requests wait for come last. There must be enough.
         """
-        spared = list[_Entry]()
+        spared = list[PoolEntry]()
         while n > 0 or not is_enough():
             entry = self._idle.first()
             if entry is not None and entry.version.id in kept:
@@ -463,16 +429,16 @@ class AdapterPool:
         for entry in spared:
             self._idle.put(entry)
 
-    def _used(self, entry: _Entry) -> None:
+    def _used(self, entry: PoolEntry) -> None:
         entry.used = next(self._clock)
         entry.worth = self._worth.of(max(1, entry.n_uses), entry.seconds, entry.n_bytes)
 
-    def _go(self, entry: _Entry) -> None:
+    def _go(self, entry: PoolEntry) -> None:
         self.going.append(entry.version.id)
         self._worth.went(entry.worth)
         self._absent(entry)
 
-    def _absent(self, entry: _Entry) -> None:
+    def _absent(self, entry: PoolEntry) -> None:
         if entry.residency is not Residency.ABSENT:
             self._give_back(entry.n_bytes)
         entry.residency = Residency.ABSENT
@@ -492,7 +458,7 @@ class AdapterPool:
             self._sort(entry)
             self._drop_if_unknown(entry)
 
-    def _drop_if_unknown(self, entry: _Entry) -> None:
+    def _drop_if_unknown(self, entry: PoolEntry) -> None:
         if entry.residency is Residency.ABSENT and not entry.is_needed:
             self._entries.pop(entry.version.id, None)
             self._unneeded.set(entry.version.id, entry, False)

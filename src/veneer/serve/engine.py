@@ -7,7 +7,7 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 from veneer.errors import AdapterNameError, ConfigError, FormatError, VeneerError
 from veneer.serve.adapter_version import AdapterVersion
 from veneer.serve.answer import Answer, decoded
+from veneer.serve.answer_group import AnswerGroup
 from veneer.serve.asked import Asked, EngineSettings, Rules
 from veneer.serve.backlog import Backlog
 from veneer.serve.collector import Collector
@@ -25,7 +26,7 @@ from veneer.serve.lora_request import LoRARequest
 from veneer.serve.messages import Abort, Act, Forget
 from veneer.serve.metrics import Metric
 from veneer.serve.named_base import ServedBase
-from veneer.serve.outputs import RequestOutput, TokenLogprobs
+from veneer.serve.outputs import RequestOutput
 from veneer.serve.plan import Plan, Sampled
 from veneer.serve.pool import Pool
 from veneer.serve.preloads import Preload, Preloads
@@ -33,7 +34,7 @@ from veneer.serve.prompts import PromptReader
 from veneer.serve.readers import Readers
 from veneer.serve.request import Request, Status
 from veneer.serve.runner import Runner
-from veneer.serve.sampling_params import RequestOutputKind, SamplingParams
+from veneer.serve.sampling_params import SamplingParams
 from veneer.serve.scheduler import Scheduler
 from veneer.serve.stats import Stats
 from veneer.serve.versions import Versions
@@ -41,19 +42,6 @@ from veneer.serve.versions import Versions
 _LOG = logging.getLogger(__name__)
 _LONGEST_NAME = 256  # of a client
 _DROPPED = 1 << 16  # names that were dropped and are remembered, for requests on their way
-
-
-@dataclass(eq=False, slots=True)
-class _Group:
-    """The answers to one prompt."""
-
-    asked: Asked
-    answers: list[Answer]
-    prompt_ids: list[int]  # the one list that all outputs show
-    prompt_logprobs: list[TokenLogprobs | None] | None = None
-    pool: Pool | None = None
-
-
 _Message = Asked | Abort | Forget | Act | Preload | Finished[Any]
 Result = TypeVar("Result")
 
@@ -79,9 +67,9 @@ class Engine:
         self._loader: Loader[Any] = Loader(self._inbox.put)
         self._waits_for_load = False
         self._failures: dict[str, VeneerError] = {}  # of the loads that ended last
-        self._groups: dict[str, _Group] = {}
-        self._touched: dict[str, _Group] = {}  # of which something is to be told
-        self._answers: dict[str, tuple[_Group, Answer]] = {}
+        self._groups: dict[str, AnswerGroup] = {}
+        self._touched: dict[str, AnswerGroup] = {}  # of which something is to be told
+        self._answers: dict[str, tuple[AnswerGroup, Answer]] = {}
         self._n_ended = 0  # answers, since the last step
         self._numbers, self._keys = itertools.count(), itertools.count()
         self._adapters: dict[str, LoRARequest] = {}
@@ -294,7 +282,7 @@ class Engine:
 
     def _begin(self, asked: Asked) -> None:
         pool = None if asked.pooling is None else Pool(asked.pooling)
-        group = self._groups[asked.id] = _Group(asked, [], list(asked.prompt_ids), pool=pool)
+        group = self._groups[asked.id] = AnswerGroup(asked, [], list(asked.prompt_ids), pool=pool)
         number, adapter = next(self._keys), asked.lora_request
         count = None if adapter is None else self.pool.count(adapter.name)
         for index in range(asked.params.n):
@@ -443,31 +431,14 @@ class Engine:
         elif reason == "stop":  # its length, or a token, ended it at the same time: the string came first
             request.finish_reason, request.stop_token = "stop", None
 
-    def _output(self, group: _Group) -> RequestOutput | None:
-        asked, kind = group.asked, group.asked.params.output_kind
-        finished = all(answer.request.status is Status.DONE for answer in group.answers)
+    def _output(self, group: AnswerGroup) -> RequestOutput | None:
         metrics = None
-        if finished:
+        if group.is_done:
             metrics = None if self._stats is None else self._stats.of([answer.request for answer in group.answers])
             self._forget(group)
-        if kind is RequestOutputKind.FINAL_ONLY and not finished:
-            return None
-        shown = [answer.output(kind, asked.lora_request) for answer in group.answers]
-        errors = [answer.request.error for answer in group.answers if answer.request.error is not None]
-        outputs = [output for output in shown if output is not None]
-        if not outputs:
-            return None
-        scores = group.prompt_logprobs
-        if scores is None and asked.params.prompt_logprobs is not None and len(asked.prompt_ids) == 1:
-            scores = [None]
-        return RequestOutput(
-            request_id=asked.id, prompt=asked.prompt, prompt_token_ids=group.prompt_ids, prompt_logprobs=scores,
-            outputs=outputs, finished=finished, lora_request=asked.lora_request, error=errors[0] if errors else None,
-            metrics=metrics, num_cached_tokens=group.answers[0].request.n_cached or 0,
-            embedding=group.pool.vector() if group.pool is not None and outputs[0].finish_reason == "stop" else None,
-        )  # fmt: skip
+        return group.output(metrics)
 
-    def _forget(self, group: _Group) -> None:
+    def _forget(self, group: AnswerGroup) -> None:
         self._groups.pop(group.asked.id, None)
         self._n_ended += len(group.answers)
         for answer in group.answers:
