@@ -29,7 +29,7 @@ def test_every_public_name_stands_on_one_page() -> None:
 
 
 def test_the_navigation_names_every_page_of_docs() -> None:
-    named = set(re.findall(r"^ +- ([\w/]+\.md)$", (ROOT / "mkdocs.yml").read_text(), flags=re.M))
+    named = set(re.findall(r"^ +- ([\w/-]+\.md)$", (ROOT / "mkdocs.yml").read_text(), flags=re.M))
     assert {str(path.relative_to(ROOT / "docs")) for path in (ROOT / "docs").rglob("*.md")} <= named
 
 
