@@ -119,10 +119,10 @@ def test_weights_that_blocks_share_are_not_cut(make_model, tie: Callable[[Any], 
         shard_base(get_peft_model(model, LoraConfig(r=3, target_modules=["q_proj"])))
 
 
-def test_one_process_cuts_nothing_and_imports_neither_fsdp_nor_ray(make_model) -> None:
-    listed = "[name for name in ('torch.distributed.fsdp', 'ray') if name in sys.modules]"
-    found = launch.program(f"import sys, veneer.train.recipe_trainer, veneer.cli.train_run; print({listed})")
-    assert found.stdout == "[]\n", found.stderr
+def test_one_process_cuts_nothing_and_imports_no_ray(make_model) -> None:
+    """FSDP is there in any case: transformers imports torch's."""
+    found = launch.program("import sys, veneer.train.recipe_trainer, veneer.cli.train_run; print('ray' in sys.modules)")
+    assert found.stdout == "False\n", found.stderr
     model = make_model()
     assert shard_base(model) is model
     assert not sharding.is_cut(model)
