@@ -12,7 +12,7 @@ from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from collectives import Sent
-from launch import forkserver
+from launch import together
 
 FORMATS: dict[str, dict[str, Any]] = {
     "nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True},
@@ -22,16 +22,9 @@ N_BLOCKS, N_STEPS = 3, 2
 
 
 def compared(folder: Path, n: int, cases: list[tuple[str, bool, str]], shard: int | None = None) -> list[Any]:
-    """What `_case` found in each of ``n`` processes, by case."""
+    """For each case the facts that `_case` found, one of each of ``n`` processes."""
     folder.mkdir(exist_ok=True)
-    context = forkserver()
-    processes = [context.Process(target=_run, args=(folder, rank, n, cases, shard)) for rank in range(n)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(250)
-    codes = [process.exitcode for process in processes]
-    assert codes == [0] * n, f"exit codes {codes}: {[p.read_text() for p in folder.glob('*.err')]}"
+    together(_run, folder, n, cases, shard)
     return list(zip(*(json.loads((folder / f"{rank}.json").read_text()) for rank in range(n)), strict=True))
 
 
@@ -92,7 +85,7 @@ def _adapted(storage: str, checkpointing: str) -> Any:
             spec = BitsAndBytesConfig(**FORMATS[storage]).spec(tuple(module.weight.shape), module.weight.dtype)
             model.model.set_submodule(path, QuantLinear.from_dense(module, spec))
     model.requires_grad_(False)
-    config = LoraConfig(r=3, lora_alpha=5, target_modules="all-linear", lora_dropout=0.0)
+    config = LoraConfig(r=3, lora_alpha=5, target_modules="all-linear", lora_dropout=0.05)
     adapted: Any = get_peft_model(model, config).train()
     if checkpointing != "none":
         (checkpoint_fully if checkpointing == "full" else checkpoint_selectively)(adapted)

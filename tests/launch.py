@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.context import ForkServerContext
 from multiprocessing.forkserver import ensure_running
 from pathlib import Path
@@ -57,6 +57,22 @@ def started(code: str | Path, *arguments: object, stdout: Path, stderr: Path | N
     process = forkserver().Process(target=_program, args=(code, argv, dict(os.environ), *streams))
     process.start()
     return process
+
+
+def together(target: Callable[..., None], folder: Path, n: int, *arguments: object) -> None:
+    """Run ``target(folder, rank, n, *arguments)`` in ``n`` processes at once; AssertionError if one does not end well.
+
+    A process may write what broke it into ``folder / "RANK.err"``.
+    """
+    context = forkserver()
+    processes = [context.Process(target=target, args=(folder, rank, n, *arguments)) for rank in range(n)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(250)
+    codes = [process.exitcode for process in processes]
+    said = [path.read_text() for path in sorted(folder.glob("*.err"))]
+    assert codes == [0] * n, f"exit codes {codes}, None: still running after 250 s; {said}"
 
 
 def program(code: str | Path, *arguments: object) -> subprocess.CompletedProcess[str]:

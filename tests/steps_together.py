@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from launch import forkserver
+from launch import together
 from veneer.train.gradients import average, leave_apart
 
 N_STEPS = 5
@@ -31,14 +31,7 @@ class Crossed(nn.Module):
 def trained(folder: Path, n: int, *, resumed_at: int = 0, by_ddp: bool = False) -> dict[str, Tensor]:
     """The parameters after `N_STEPS` steps of ``n`` processes; ``by_ddp``: torch's DDP averages the gradients."""
     folder.mkdir()
-    context = forkserver()
-    processes = [context.Process(target=_steps, args=(folder, rank, n, resumed_at, by_ddp)) for rank in range(n)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(250)
-    codes = [process.exitcode for process in processes]
-    assert codes == [0] * n, f"exit codes {codes}; None: still running after 250 s"
+    together(_steps, folder, n, resumed_at, by_ddp)
     found: list[dict[str, Tensor]] = [torch.load(folder / f"{rank}.pt") for rank in range(n)]
     assert all(torch.equal(found[0][name], each[name]) for each in found for name in each)
     return found[0]

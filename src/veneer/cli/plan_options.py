@@ -12,8 +12,8 @@ from typing import Any, get_args
 from veneer.errors import ConfigError
 from veneer.plan.advice import TASKS
 from veneer.plan.cards import card_problem
-from veneer.plan.processes import STRATEGIES
 from veneer.recipe.adapter import names_of
+from veneer.recipe.distributed_part import PLANNED
 from veneer.recipe.keys import perhaps
 from veneer.recipe.known import declared_methods
 from veneer.recipe.parts import ModelPart
@@ -88,6 +88,6 @@ def _choices() -> dict[str, Sequence[str]]:
     return {
         "--method": names_of(declared_methods()),
         "--quantization": get_args(ModelPart.model_fields["quantization"].annotation),
-        "--strategy": STRATEGIES,
+        "--strategy": PLANNED,
         "--task": TASKS,
     }

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import distributed, nn
@@ -18,9 +18,6 @@ from transformers import PreTrainedModel
 from veneer.errors import ConfigError, DescriptionError
 from veneer.model.blueprint.describe import blocks_of
 from veneer.model.quant_linear import QuantLinear
-
-if TYPE_CHECKING:
-    from torch.distributed.device_mesh import DeviceMesh
 
 Model = TypeVar("Model", bound=PreTrainedModel)
 FIRST_TORCH_WITH_CODES = (2, 12)  # whose FSDP2 takes frozen integers (pytorch#177844)
@@ -46,8 +43,10 @@ def shard_base(model: Model, shard: int | None = None, *, device: str | None = N
     _require_cuttable(model, blocks, whole)
     inside = {parameter for block in blocks for parameter in block.parameters()}
     whole |= {parameter for parameter in model.parameters() if parameter not in inside}
-    _cut(holder, blocks, _mesh(device or next(iter(inside)).device.type, n, shard), whole)
-    _leave_to_fsdp(model)
+    from veneer.model.fsdp import cut, leave_to_fsdp, mesh  # one process never needs FSDP2
+
+    cut(holder, blocks, mesh(device or next(iter(inside)).device.type, n, shard), whole)
+    leave_to_fsdp(model)
     return model
 
 
@@ -99,30 +98,3 @@ def _frozen(module: nn.Module, trained: set[nn.Parameter]) -> Counter[object]:
     plain = [weight for each in named for weight in each._parameters.values()]
     layers = [each for each in named if isinstance(each, QuantLinear)]
     return Counter([*layers, *(weight for weight in plain if weight is not None and weight not in trained)])
-
-
-def _mesh(device: str, n: int, shard: int) -> DeviceMesh:
-    """The processes that share a copy with this one: neighbours, which are on one machine where those fit."""
-    from torch.distributed.device_mesh import init_device_mesh
-
-    return init_device_mesh(device, (n // shard, shard), mesh_dim_names=("copy", "shard"))["shard"]
-
-
-def _cut(holder: nn.Module, blocks: nn.ModuleList, mesh: DeviceMesh, whole: set[nn.Parameter]) -> None:
-    from torch.distributed.fsdp import fully_shard  # one process never needs it
-
-    for block in blocks:
-        for module in block.modules():
-            if isinstance(module, QuantLinear):
-                module.freeze_parts()
-        fully_shard(block, mesh=mesh, ignored_params=whole, reshard_after_forward=True)
-    fully_shard(holder, mesh=mesh, ignored_params=whole, reshard_after_forward=True)  # one order to prefetch in
-
-
-def _leave_to_fsdp(model: nn.Module) -> None:
-    """Let DDP neither send nor reduce what is cut."""
-    from torch.distributed.tensor import DTensor
-    from torch.nn.parallel import DistributedDataParallel
-
-    cut = [name for name, parameter in model.named_parameters() if isinstance(parameter, DTensor)]
-    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, cut)  # type: ignore[no-untyped-call]

@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 from veneer.errors import ConfigError
+from veneer.plan.live import Peak
+from veneer.plan.plan import Plan
+from veneer.plan.trace import BASE, NORMS
+from veneer.recipe.distributed_part import PLANNED, DistributedPart
 
-# What needs torch is imported where it is used: a wrong option is told before seconds of imports.
-if TYPE_CHECKING:
-    from veneer.plan.live import Peak
-    from veneer.plan.plan import Plan
-    from veneer.recipe.distributed_part import DistributedPart
-
-STRATEGIES = ("ddp", "fsdp")
 GATHERED, BUCKETS = "gathered weights", "gradient buckets"
 BLOCKS = 3.6
 """Blocks that FSDP2 holds at once, measured (3.3 to 3.6): what is gathered, a copy of it, and the next block."""
@@ -30,10 +26,10 @@ def rank_peak(plan: Plan, n_processes: int, shard: int) -> Peak:
 
 def shared_by(part: DistributedPart, n_processes: int) -> int:
     """Return how many of ``n_processes`` share one copy of the base. Raises ConfigError if their machines decide."""
-    if part.shard is None and part.strategy not in STRATEGIES:
+    if part.shard is None and part.strategy not in PLANNED:
         raise ConfigError(
             f"distributed.strategy: {part.strategy} depends on the machines that train, which a plan does not know. "
-            f"Give --strategy {' or '.join(STRATEGIES)}, or distributed.shard in its place."
+            f"Give --strategy {' or '.join(PLANNED)}, or distributed.shard in its place."
         )
     part.require_layout(n_processes, n_processes)
     return part.copy_sizes(n_processes, n_processes)[0]
@@ -52,9 +48,6 @@ def cut_over(plan: Plan, n_processes: int, shard: int, *, loads_whole: bool) -> 
 
 
 def _cut(plan: Plan, peak: Peak, n_processes: int, shard: int) -> Peak:
-    from veneer.plan.live import Peak  # it brings torch, which the options of `veneer plan` do without
-    from veneer.plan.trace import BASE, NORMS
-
     kinds = {**peak.kinds, **({BUCKETS: 4 * plan.n_trained} if n_processes > 1 else {})}
     if shard == 1:
         return Peak(kinds)

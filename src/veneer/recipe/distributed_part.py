@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from veneer.errors import ConfigError
 
+PLANNED = ("ddp", "fsdp")  # strategies that say without the machines how many processes share a copy
 GENERATING = ("grpo", "rloo")
 GENERATING_METRICS = ("exact-match", "regex")
 OF_DDP = ("ddp_find_unused_parameters", "ddp_broadcast_buffers")
@@ -17,7 +18,7 @@ ROWS_OF_A_PROCESS = 8  # ``per_device_train_batch_size`` of a recipe, if it name
 
 
 class DistributedPart(BaseModel):
-    """How the processes of a run share its work."""
+    """Layout of a run over its processes: who has which rows, and which parts of the base."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from veneer.adapters.tokenizer import TOKENIZER_FILES, larger, read_tokenizer
 from veneer.contract.source import adapter_folder
+from veneer.disk.stamp import stamp_of
 from veneer.errors import ConfigError, FormatError
 from veneer.serve.latest import Latest
 from veneer.serve.lora_request import LoRARequest
@@ -111,7 +112,7 @@ def _stamp(path: Path) -> tuple[int, ...] | None:
         told = path.stat()
     except OSError:
         return None
-    return (told.st_dev, told.st_ino, told.st_mtime_ns, told.st_ctime_ns, told.st_size)
+    return stamp_of(told)
 
 
 def _digest(folder: Path) -> str:

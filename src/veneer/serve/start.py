@@ -210,11 +210,7 @@ def start_engine(
     )  # fmt: skip
     pool = AdapterPool(options.max_cpu_loras or options.max_loras, options.max_loras, pages)
     scheduler = Scheduler(pages, pool, limits)
-    store = _store(model, loaded, options, interpreter)
-    if interpreter is None:
-        runner: Runner = GeneralRunner(loaded, SlotStore(pages.n_pages, pages.block))
-    else:
-        runner = ProgramRunner(loaded, interpreter, pages.n_pages, pages.block, alone=program_alone, store=store)
+    runner = _runner(loaded, interpreter, pages, _store(model, loaded, options, interpreter), alone=program_alone)
     settings = EngineSettings(
         vocabulary=vocabulary_of(loaded),
         ending=frozenset(ending_ids(loaded, tokenizer)),
@@ -248,6 +244,14 @@ def _program(
         return None, str(error)
 
 
+def _runner(
+    model: PreTrainedModel, interpreter: Interpreter | None, pages: Pages, store: BlockStore | None, *, alone: bool
+) -> Runner:
+    if interpreter is None:
+        return GeneralRunner(model, SlotStore(pages.n_pages, pages.block))
+    return ProgramRunner(model, interpreter, pages.n_pages, pages.block, alone=alone, store=store)
+
+
 def _store(
     given: object, model: PreTrainedModel, options: EngineOptions, interpreter: Interpreter | None
 ) -> BlockStore | None:
@@ -273,6 +277,7 @@ def _store(
 
 
 def _stamp(path: Path) -> tuple[int, ...]:
+    """Identity of a file over years; the time of the last change is left out, since a new mode moves it."""
     told = path.stat()
     return told.st_dev, told.st_ino, told.st_mtime_ns, told.st_size
 

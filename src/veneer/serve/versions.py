@@ -12,6 +12,7 @@ from pathlib import Path
 
 from veneer.contract.file import CONFIG_FILE, WEIGHTS_FILE
 from veneer.contract.source import adapter_folder
+from veneer.disk.stamp import stamp_of
 from veneer.errors import ConfigError, FormatError
 from veneer.serve.adapter_version import AdapterVersion
 from veneer.serve.latest import Latest
@@ -167,5 +168,5 @@ def _stamp(folder: Path) -> _Stamp:
             raise FormatError(
                 f"{folder} holds no {name}, so it is not an adapter: give the folder it was saved to"
             ) from error
-        found.append((told.st_dev, told.st_ino, told.st_mtime_ns, told.st_ctime_ns, told.st_size))
+        found.append(stamp_of(told))
     return tuple(found)

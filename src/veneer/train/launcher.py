@@ -14,6 +14,9 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import psutil
+import torch
+from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std, start_processes
+from torch.distributed.elastic.multiprocessing.api import SignalException
 
 from veneer.errors import ConfigError
 
@@ -30,10 +33,6 @@ def launched(command: Sequence[str], n: int) -> int:
     is shown. If another one breaks down, the end of its stderr is shown. Signals are passed on to all, except those
     that this process ignores. A signal before all are started ends those that are.
     """
-    # torch takes seconds to import, and a refusal comes before them.
-    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std, start_processes
-    from torch.distributed.elastic.multiprocessing.api import SignalException
-
     environments, others = _environments(n), _children()
     with TemporaryDirectory() as logs, _handlers_kept() as before:
         try:
@@ -61,8 +60,6 @@ def launched(command: Sequence[str], n: int) -> int:
 
 def require_devices(n: int) -> None:
     """Raise ConfigError if each of ``n`` processes is to have a GPU, and this machine has fewer."""
-    import torch
-
     found = torch.cuda.device_count() if torch.cuda.is_available() else n
     if n > found:
         raise ConfigError(
@@ -94,8 +91,6 @@ def _n_cores() -> int:
 
 def _codes(context: Any) -> dict[int, int]:
     """Wait for the processes. Exit statuses by rank, of those that ended in time after the first failure."""
-    from torch.distributed.elastic.multiprocessing.api import SignalException
-
     running = {rank: handler.proc for rank, handler in context.subprocess_handlers.items()}
     codes: dict[int, int] = {}
     failed_at, heard = None, False

@@ -117,7 +117,7 @@ def _with_adapter(recipe: Recipe, base: PreTrainedModel) -> _Given:
 
 
 class _Given(NamedTuple):
-    """What a trainer is made with."""
+    """Model and method that a trainer is made with; no method where the model has its adapter already."""
 
     model: PreTrainedModel
     config: MethodConfig | None

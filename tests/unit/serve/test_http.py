@@ -11,7 +11,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import openai
 import pytest
@@ -475,28 +475,6 @@ def test_a_client_that_does_not_read_is_cut_off_when_the_server_stops(base_folde
         assert connection.recv(7)
         server.stop()
     assert capfd.readouterr().err == ""
-
-
-def test_the_folder_is_looked_at_by_one_thread_at_a_time(adapters, tmp_path):
-    """Two that find an adapter gone, one while the other forgets it."""
-
-    class Forgetting:
-        others: ClassVar[list[threading.Thread]] = []
-
-        def forget(self, name: str, up_to: int) -> None:
-            if not self.others:
-                self.others.append(threading.Thread(target=catalogue.adapters, daemon=True))
-                self.others[0].start()
-                self.others[0].join(0.3)
-
-    engine: Any = Forgetting()
-    catalogue = Catalogue(engine, ["tiny"], "", tmp_path)
-    shutil.copytree(adapters["lora"].path, tmp_path / "gone")
-    assert catalogue.find("gone") is not None
-    shutil.rmtree(tmp_path / "gone")
-    assert catalogue.adapters() == {}
-    engine.others[0].join(9)
-    assert not engine.others[0].is_alive()
 
 
 def test_files_are_not_looked_at_in_the_loop_of_the_server(server, monkeypatch):

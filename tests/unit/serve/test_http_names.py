@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
@@ -175,3 +175,25 @@ def test_all_models_are_listed_once(tmp_path):
     add(tmp_path, "b")
     assert catalogue.find("b") is not None
     assert [card["id"] for card in json.loads(catalogue.cards())["data"]] == ["tiny", "b", "é"]
+
+
+def test_the_folder_is_looked_at_by_one_thread_at_a_time(adapters, tmp_path):
+    """Two that find an adapter gone, one while the other forgets it."""
+
+    class Forgetting:
+        others: ClassVar[list[threading.Thread]] = []
+
+        def forget(self, name: str, up_to: int) -> None:
+            if not self.others:
+                self.others.append(threading.Thread(target=catalogue.adapters, daemon=True))
+                self.others[0].start()
+                self.others[0].join(0.3)
+
+    engine: Any = Forgetting()
+    catalogue = Catalogue(engine, ["tiny"], "", tmp_path)
+    shutil.copytree(adapters["lora"].path, tmp_path / "gone")
+    assert catalogue.find("gone") is not None
+    shutil.rmtree(tmp_path / "gone")
+    assert catalogue.adapters() == {}
+    engine.others[0].join(9)
+    assert not engine.others[0].is_alive()

@@ -8,7 +8,8 @@ import pytest
 
 from veneer.errors import ConfigError
 from veneer.serve.http.server_limits import ServerLimits
-from veneer.serve.ray_app import app, arguments_of
+from veneer.serve.ray_app import app
+from veneer.serve.ray_arguments import arguments_of
 
 LIMITS = {"choices": "5", "trust_request_templates": "false"}
 
@@ -42,5 +43,6 @@ def test_wrong_arguments_are_refused_before_anything_starts(changes, said):
 
 def test_without_ray_it_is_said_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
+    monkeypatch.delitem(sys.modules, "veneer.serve.ray_deployments", raising=False)
     with pytest.raises(ConfigError, match=r"pip install 'veneer\[ray\]'"):
         app({"model": "/m"})

@@ -14,6 +14,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails
 
+from veneer.disk.stamp import stamp_of
 from veneer.errors import ConfigError
 from veneer.serve.http.key import Key
 from veneer.serve.http.watcher import Watcher
@@ -143,7 +144,6 @@ def _wrong(path: Path, problems: Sequence[str]) -> ConfigError:
 
 def _stamp(path: Path) -> tuple[int, ...] | None:
     try:
-        told = path.stat()
+        return stamp_of(path.stat())
     except OSError:
         return None
-    return told.st_dev, told.st_ino, told.st_mtime_ns, told.st_size
