@@ -3,6 +3,7 @@
 #include "core/parallel.h"
 #include "ggml/k_quants.h"
 #include "ggml/non_linear.h"
+#include "ggml/product.h"
 #include "ggml/simple.h"
 
 namespace veneer {
@@ -135,7 +136,7 @@ int64_t quantize(const GgmlRows& rows, GgmlKind kind, uint8_t* out) {
 
 }  // namespace
 
-const GgmlKernels ggml = {quantize};
+const GgmlKernels ggml = {quantize, decode, multiply};
 
 }  // namespace VENEER_ISA
 }  // namespace veneer

@@ -1,4 +1,4 @@
-"""ggml's types of tensors, as GGUF files hold them: quantize a matrix row by row, and dequantize it.
+"""ggml's types of tensors, as GGUF files hold them: quantize a matrix row by row, dequantize it, and multiply by it.
 
 Each row is cut into blocks of 32 values, or of 256 in the K types and IQ4_XS. A block holds a scale in float16, a
 minimum too in the affine types, and each value's level. ggml's own search for scale and levels is reproduced operation
@@ -10,7 +10,7 @@ Source: ggml-org/llama.cpp, ggml/src/ggml-quants.c.
 from __future__ import annotations
 
 import torch
-from jaxtyping import Float, Float32, UInt8
+from jaxtyping import Float, Float32, Int32, UInt8
 from torch import Tensor
 
 from veneer.errors import ConfigError, NonFiniteError, ShapeError
@@ -63,24 +63,54 @@ def quantize_ggml(
 
 
 def dequantize_ggml(
-    packed: UInt8[Tensor, "n bytes"], kind: str, *, backend: str | None = None
-) -> Float32[Tensor, "n c"]:
-    """Return the values of rows in ggml's type ``kind``.
+    packed: UInt8[Tensor, "n bytes"],
+    kind: str,
+    order: Int32[Tensor, " k"] | None = None,
+    *,
+    backend: str | None = None,
+) -> Float32[Tensor, "k c"]:
+    """Return the values of rows in ggml's type ``kind``: all of them, or those that ``order`` lists.
 
     Raises ConfigError (unknown type), ShapeError (bytes that are no whole row).
     """
+    columns = _columns(packed, kind)
+    n_rows = len(packed) if order is None else len(order)
+    if not n_rows * columns:
+        return packed.new_empty(n_rows, columns, dtype=torch.float32)
+    out: Tensor = implementation("ggml.dequantize", packed.device, backend)(packed.contiguous(), kind, order)
+    return out
+
+
+def matmul_ggml(
+    x: Float[Tensor, "n i"],
+    packed: UInt8[Tensor, "o bytes"],
+    kind: str,
+    order: Int32[Tensor, " o"] | None = None,
+    *,
+    backend: str | None = None,
+) -> Float[Tensor, "n o"]:
+    """Return ``x Wᵀ`` in x's dtype, for a W in ggml's type ``kind`` whose row r is that at ``order[r]``.
+
+    Made for few rows: W is decoded anew for every eight of them. Sums and decoded values are float32.
+
+    Raises ConfigError (unknown type), ShapeError (bytes that are no whole row, or do not fit x).
+    """
+    columns = _columns(packed, kind)
+    if x.ndim != 2 or x.shape[1] != columns:
+        raise ShapeError(f"x must be (n, {columns}) for rows of {columns} values in {kind}; got {tuple(x.shape)}")
+    out: Tensor = implementation("ggml.matmul", x.device, backend)(x, packed.contiguous(), kind, order)
+    return out
+
+
+def _columns(packed: Tensor, kind: str) -> int:
+    """The values of a row of this many bytes."""
     ggml_type = _type(kind)
     if packed.ndim != 2 or packed.dtype != torch.uint8 or packed.shape[1] % ggml_type.n_bytes:
         raise ShapeError(
             f"rows in {kind} are a uint8 matrix of a multiple of {ggml_type.n_bytes} columns; "
             f"got {packed.dtype} {tuple(packed.shape)}"
         )
-    columns = packed.shape[1] // ggml_type.n_bytes * ggml_type.block
-    if not packed.numel():
-        return packed.new_empty(len(packed), columns, dtype=torch.float32)
-    blocks = packed.contiguous().view(-1, ggml_type.n_bytes)
-    out: Tensor = implementation("ggml.dequantize", packed.device, backend)(blocks, kind)
-    return out.view(len(packed), columns)
+    return packed.shape[1] // ggml_type.n_bytes * ggml_type.block
 
 
 def _type(kind: str) -> GgmlType:

@@ -10,7 +10,7 @@ import torch
 
 from ggml_rows import DTYPES, ROWS, awkward_rows, bell, digest, importances
 from veneer.errors import ConfigError, NonFiniteError, ShapeError
-from veneer.ops.ggml import dequantize_ggml, quantize_ggml, row_bytes
+from veneer.ops.ggml import dequantize_ggml, matmul_ggml, quantize_ggml, row_bytes
 from veneer.ops.ggml_types import GGML_TYPES
 
 OP = "ggml.quantize"
@@ -57,10 +57,29 @@ def test_bytes_are_those_of_ggml_as_it_is_installed(kind, weighted, backend):
 
 
 @pytest.mark.parametrize("kind", BLOCKED)
-def test_values_are_those_that_gguf_reads(kind):
+def test_values_are_those_that_gguf_reads(kind, backend):
     packed = quantize_ggml(torch.cat([*awkward_rows().values()]), kind)
     theirs = gguf.quants.dequantize(packed.numpy(), gguf.GGMLQuantizationType(GGML_TYPES[kind].number))
-    assert np.array_equal(dequantize_ggml(packed, kind).numpy(), theirs)
+    assert np.array_equal(dequantize_ggml(packed, kind, backend=backend).numpy(), theirs)
+    order = torch.tensor([41, 0, 7, 41], dtype=torch.int32)
+    assert np.array_equal(dequantize_ggml(packed, kind, order, backend=backend).numpy(), theirs[order])
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
+@pytest.mark.parametrize("kind", ["F16", *BLOCKED])
+def test_products_are_those_with_the_decoded_rows(kind, dtype, backend):
+    """Rows of more than one tile, and of a short one, in an order of their own."""
+    packed, order = quantize_ggml(bell(14, 23, 1280) * 0.1, kind), torch.randperm(23).int()
+    exact = dequantize_ggml(packed, kind)[order].double()
+    for n in (1, 3, 8, 11):
+        x = bell(15 + n, n, 1280).to(dtype)
+        y, right = matmul_ggml(x, packed, kind, order, backend=backend), x.double() @ exact.T
+        plain = x.float() @ exact.float().T
+        assert y.dtype == dtype
+        allowed = 2 * float((plain - right).norm()) + torch.finfo(dtype).eps * float(right.norm())
+        assert float((y.double() - right).norm()) <= allowed
+    with pytest.raises(ShapeError, match=r"x must be \(n, 1280\) for rows of 1280 values"):
+        matmul_ggml(torch.ones(3, 1024), packed, kind, backend=backend)
 
 
 def test_numbers_and_sizes_are_those_of_gguf():

@@ -1,9 +1,9 @@
-"""ggml's types by csrc/ggml. torch computes the plain types, and dequantizes blocks."""
+"""ggml's types by csrc/ggml. torch computes the plain types."""
 
 from __future__ import annotations
 
 import torch
-from jaxtyping import Float, Float32, UInt8
+from jaxtyping import Float, Float32, Int32, UInt8
 from torch import Tensor
 
 from veneer.ops.cpu.module import DTYPES, kernels
@@ -33,4 +33,30 @@ def quantize(
     return packed, int(bad_row)
 
 
-dequantize = reference.dequantize
+def dequantize(
+    packed: UInt8[Tensor, "n bytes"], kind: str, order: Int32[Tensor, " k"] | None
+) -> Float32[Tensor, "k c"]:
+    ggml_type = GGML_TYPES[kind]
+    if ggml_type.block == 1 or not hasattr(kernels(), "ggml_decode"):
+        return reference.dequantize(packed, kind, order)
+    columns = packed.shape[1] // ggml_type.n_bytes * ggml_type.block
+    out = torch.empty(len(packed) if order is None else len(order), columns)
+    kernels().ggml_decode(*_matrix(packed, order, len(out), columns), ggml_type.number, DTYPES[out.dtype], address(out))
+    return out
+
+
+def matmul(
+    x: Float[Tensor, "n i"], packed: UInt8[Tensor, "o bytes"], kind: str, order: Int32[Tensor, " o"] | None
+) -> Float[Tensor, "n o"]:
+    ggml_type = GGML_TYPES[kind]
+    if ggml_type.block == 1 or x.dtype == torch.float64 or not hasattr(kernels(), "ggml_multiply"):
+        return reference.matmul(x, packed, kind, order)
+    wide, out = x.float().contiguous(), torch.empty(len(x), len(packed))
+    matrix = _matrix(packed, order, len(packed), x.shape[1])
+    kernels().ggml_multiply(*matrix, ggml_type.number, address(wide), len(x), address(out))
+    return out.to(x.dtype)
+
+
+def _matrix(packed: Tensor, order: Tensor | None, n_rows: int, columns: int) -> tuple[int, ...]:
+    """What a kernel reads of rows in blocks: their address, the bytes of each, the order, and the shape."""
+    return address(packed), packed.shape[1], 0 if order is None else address(order), n_rows, columns

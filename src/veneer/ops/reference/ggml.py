@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from jaxtyping import Float, Float32, UInt8
+from jaxtyping import Float, Float32, Int32, UInt8
 from torch import Tensor
 
 from veneer.ops.ggml_types import GGML_TYPES
@@ -35,8 +35,18 @@ def quantize(
     return packed, _first_bad(finite.view(len(rows), -1).all(dim=1))
 
 
-def dequantize(blocks: UInt8[Tensor, "blocks bytes"], kind: str) -> Float32[Tensor, "blocks values"]:
-    return READERS[kind](blocks)
+def dequantize(
+    packed: UInt8[Tensor, "n bytes"], kind: str, order: Int32[Tensor, " k"] | None
+) -> Float32[Tensor, "k c"]:
+    rows = packed if order is None else packed[order]
+    return READERS[kind](rows.view(-1, GGML_TYPES[kind].n_bytes)).view(len(rows), -1)
+
+
+def matmul(
+    x: Float[Tensor, "n i"], packed: UInt8[Tensor, "o bytes"], kind: str, order: Int32[Tensor, " o"] | None
+) -> Float[Tensor, "n o"]:
+    wide = torch.promote_types(x.dtype, torch.float32)
+    return (x.to(wide) @ dequantize(packed, kind, order).to(wide).T).to(x.dtype)
 
 
 def _quantize_32(x: Float32[Tensor, "n c"], kind: str, importance: Tensor | None) -> Tensor:

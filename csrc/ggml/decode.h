@@ -1,0 +1,217 @@
+// The values of ggml's blocks, as its own decoders compute them: products and differences in float, none fused.
+#pragma once
+
+#include "core/lanes.h"
+
+namespace veneer {
+namespace {
+
+inline float half_at(const uint8_t* p) {
+  fp16 half;
+  std::memcpy(&half, p, sizeof half);
+  return to_float(half);
+}
+
+// 32 values: the low nibbles of 16 bytes, then the high ones.
+template <class F>
+inline void each_nibble(const uint8_t* qs, float* out, const F& value) {
+#pragma omp simd
+  for (int j = 0; j < 16; ++j) out[j] = value(j, qs[j] & 15);
+#pragma omp simd
+  for (int j = 0; j < 16; ++j) out[j + 16] = value(j + 16, qs[j] >> 4);
+}
+
+struct DecodeQ40 {
+  static constexpr int64_t values = 32, bytes = 18;
+  static void block(const uint8_t* p, float* out) {
+    const float d = half_at(p);
+    each_nibble(p + 2, out, [d](int, int q) { return static_cast<float>(q - 8) * d; });
+  }
+};
+
+struct DecodeQ41 {
+  static constexpr int64_t values = 32, bytes = 20;
+  static void block(const uint8_t* p, float* out) {
+    const float d = half_at(p), m = half_at(p + 2);
+    each_nibble(p + 4, out, [d, m](int, int q) { return static_cast<float>(q) * d + m; });
+  }
+};
+
+struct DecodeQ50 {
+  static constexpr int64_t values = 32, bytes = 22;
+  static void block(const uint8_t* p, float* out) {
+    const float d = half_at(p);
+    uint32_t fifth;
+    std::memcpy(&fifth, p + 2, sizeof fifth);
+    each_nibble(p + 6, out, [d, fifth](int j, int q) {
+      return static_cast<float>((q | static_cast<int>(fifth >> j & 1u) << 4) - 16) * d;
+    });
+  }
+};
+
+struct DecodeQ51 {
+  static constexpr int64_t values = 32, bytes = 24;
+  static void block(const uint8_t* p, float* out) {
+    const float d = half_at(p), m = half_at(p + 2);
+    uint32_t fifth;
+    std::memcpy(&fifth, p + 4, sizeof fifth);
+    each_nibble(p + 8, out, [d, m, fifth](int j, int q) {
+      return static_cast<float>(q | static_cast<int>(fifth >> j & 1u) << 4) * d + m;
+    });
+  }
+};
+
+struct DecodeQ80 {
+  static constexpr int64_t values = 32, bytes = 34;
+  static void block(const uint8_t* p, float* out) {
+    const float d = half_at(p);
+    const int8_t* q = reinterpret_cast<const int8_t*>(p + 2);
+#pragma omp simd
+    for (int j = 0; j < 32; ++j) out[j] = static_cast<float>(q[j]) * d;
+  }
+};
+
+struct DecodeQ2K {
+  static constexpr int64_t values = 256, bytes = 84;
+  static void block(const uint8_t* p, float* out) {
+    const float d = half_at(p + 80), low = half_at(p + 82);
+    for (int part = 0; part < 8; ++part) {  // 32 values each
+      const uint8_t* q = p + 16 + part / 4 * 32;
+      const int shift = part % 4 * 2;
+      for (int group = 0; group < 2; ++group) {
+        const int scale = p[2 * part + group];
+        const float step = d * static_cast<float>(scale & 15), less = low * static_cast<float>(scale >> 4);
+        float* to = out + part * 32 + group * 16;
+#pragma omp simd
+        for (int j = 0; j < 16; ++j) to[j] = step * static_cast<float>(q[group * 16 + j] >> shift & 3) - less;
+      }
+    }
+  }
+};
+
+struct DecodeQ3K {
+  static constexpr int64_t values = 256, bytes = 110;
+  static void block(const uint8_t* p, float* out) {
+    const float d = half_at(p + 108);
+    const uint8_t* scales = p + 96;
+    for (int part = 0; part < 8; ++part) {
+      const uint8_t* q = p + 32 + part / 4 * 32;
+      const int shift = part % 4 * 2;
+      for (int group = 0; group < 2; ++group) {
+        const int s = 2 * part + group;
+        const int six = (s < 8 ? scales[s] & 15 : scales[s - 8] >> 4) | (scales[8 + s % 4] >> (s / 4 * 2) & 3) << 4;
+        const float step = d * static_cast<float>(six - 32);
+        float* to = out + part * 32 + group * 16;
+#pragma omp simd
+        for (int j = 0; j < 16; ++j) {
+          const int level = (q[group * 16 + j] >> shift & 3) | (p[group * 16 + j] >> part & 1) << 2;
+          to[j] = step * static_cast<float>(level - 4);
+        }
+      }
+    }
+  }
+};
+
+// The eight scales and minima of six bits in twelve bytes.
+inline void six_bits(const uint8_t* b, int (&scales)[8], int (&minima)[8]) {
+  for (int j = 0; j < 4; ++j) {
+    scales[j] = b[j] & 63;
+    minima[j] = b[j + 4] & 63;
+    scales[j + 4] = (b[j + 8] & 15) | (b[j] >> 6) << 4;
+    minima[j + 4] = b[j + 8] >> 4 | (b[j + 4] >> 6) << 4;
+  }
+}
+
+template <bool Fifth>
+struct DecodeQ45K {
+  static constexpr int64_t values = 256, bytes = Fifth ? 176 : 144;
+  static void block(const uint8_t* p, float* out) {
+    const float d = half_at(p), low = half_at(p + 2);
+    int scales[8], minima[8];
+    six_bits(p + 4, scales, minima);
+    const uint8_t *fifth = p + 16, *qs = p + (Fifth ? 48 : 16);
+    for (int group = 0; group < 8; ++group) {
+      const float step = d * static_cast<float>(scales[group]), less = low * static_cast<float>(minima[group]);
+      const uint8_t* q = qs + group / 2 * 32;
+      const int shift = group % 2 * 4;
+      float* to = out + group * 32;
+#pragma omp simd
+      for (int j = 0; j < 32; ++j) {
+        int level = q[j] >> shift & 15;
+        if (Fifth) level |= (fifth[j] >> group & 1) << 4;
+        to[j] = step * static_cast<float>(level) - less;
+      }
+    }
+  }
+};
+using DecodeQ4K = DecodeQ45K<false>;
+using DecodeQ5K = DecodeQ45K<true>;
+
+struct DecodeQ6K {
+  static constexpr int64_t values = 256, bytes = 210;
+  static void block(const uint8_t* p, float* out) {
+    const float d = half_at(p + 208);
+    const int8_t* scales = reinterpret_cast<const int8_t*>(p + 192);
+    for (int part = 0; part < 8; ++part) {
+      const int half = part / 4, quarter = part % 4;
+      const uint8_t *low = p + half * 64 + quarter % 2 * 32, *high = p + 128 + half * 32;
+      const int low_shift = quarter / 2 * 4, high_shift = quarter * 2;
+      for (int group = 0; group < 2; ++group) {
+        const float step = d * static_cast<float>(scales[2 * part + group]);
+        float* to = out + part * 32 + group * 16;
+#pragma omp simd
+        for (int j = 0; j < 16; ++j) {
+          const int at = group * 16 + j, level = (low[at] >> low_shift & 15) | (high[at] >> high_shift & 3) << 4;
+          to[j] = step * static_cast<float>(level - 32);
+        }
+      }
+    }
+  }
+};
+
+constexpr float non_linear_values[16] = {-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113};
+
+// 32 values of a table times a step.
+inline void look_up(const uint8_t* qs, float step, float* out) {
+#if defined(__AVX512F__)
+  const __m512 table = _mm512_mul_ps(_mm512_loadu_ps(non_linear_values), _mm512_set1_ps(step));
+  const __m512i codes = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(qs)));
+  _mm512_storeu_ps(out, _mm512_permutexvar_ps(codes, table));  // only the low four bits of an index count
+  _mm512_storeu_ps(out + 16, _mm512_permutexvar_ps(_mm512_srli_epi32(codes, 4), table));
+#else
+  each_nibble(qs, out, [step](int, int q) { return non_linear_values[q] * step; });
+#endif
+}
+
+struct DecodeIQ4NL {
+  static constexpr int64_t values = 32, bytes = 18;
+  static void block(const uint8_t* p, float* out) { look_up(p + 2, half_at(p), out); }
+};
+
+struct DecodeIQ4XS {
+  static constexpr int64_t values = 256, bytes = 136;
+  static void block(const uint8_t* p, float* out) {
+    const float d = half_at(p);
+    for (int group = 0; group < 8; ++group) {
+      const int high = p[2 + group / 4] >> (group % 4 * 2) & 3, low = p[4 + group / 2] >> (group % 2 * 4) & 15;
+      look_up(p + 8 + group * 16, d * static_cast<float>((low | high << 4) - 32), out + group * 32);
+    }
+  }
+};
+
+// n values, a multiple of Format::values, from their blocks.
+template <class Format>
+inline void decode_run(const uint8_t* blocks, int64_t n, float* out) {
+  for (int64_t i = 0; i < n; i += Format::values, blocks += Format::bytes) Format::block(blocks, out + i);
+}
+template <class Format, class T>  // bf16, fp16
+inline void decode_run(const uint8_t* blocks, int64_t n, T* out) {
+  for (int64_t i = 0; i < n; i += Format::values, blocks += Format::bytes) {
+    float wide[Format::values];
+    Format::block(blocks, wide);
+    for (int64_t j = 0; j < Format::values; j += width) store(out + i + j, load(wide + j));
+  }
+}
+
+}  // namespace
+}  // namespace veneer

@@ -1,0 +1,119 @@
+"""Frozen weight in ggml's blocks (Q4_0 to Q8_0, Q2_K to Q6_K, IQ4_NL, IQ4_XS, and plain F32, F16, BF16).
+
+The blocks may lie in a mapped GGUF file: nothing is copied. Their rows may be in another order than the model's: files
+of Llama have the rows of q and k in neighbouring pairs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from jaxtyping import Float, Float32, Int, Int32, UInt8
+from torch import Tensor
+
+from veneer.disk.mapped import MappedFile
+from veneer.errors import FormatError
+from veneer.ops.ggml import dequantize_ggml, matmul_ggml, quantize_ggml, row_bytes
+from veneer.ops.ggml_types import GGML_TYPES
+from veneer.quant.blocks import BlockWeight
+from veneer.quant.spec import Parts, part_problems
+
+NAME = "ggml"
+FEW_ROWS = 8  # with more, tiles are decoded once for all of them
+UNDIVIDED = "F16"  # llama-quantize's type of a matrix whose rows no block divides
+
+
+@dataclass(frozen=True, slots=True)
+class GgmlWeight(BlockWeight):
+    """``W (o, i)`` in ggml's type ``kind``: row r is decoded from ``blocks[order[r]]``; order None: from ``blocks[r]``.
+
+    ``source`` is the mapped file that the blocks lie in. Reading raises FormatError once it has changed.
+    """
+
+    blocks: UInt8[Tensor, "o bytes"]
+    kind: str
+    order: Int32[Tensor, " o"] | None = None
+    dtype: torch.dtype = torch.float32
+    compute_dtype: torch.dtype | None = None
+    source: MappedFile | None = None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        kind = GGML_TYPES[self.kind]
+        return self.blocks.shape[0], self.blocks.shape[1] // kind.n_bytes * kind.block
+
+    @property
+    def nbytes(self) -> int:
+        return self.blocks.nbytes + (0 if self.order is None else self.order.nbytes)
+
+    def rows(self, index: slice | Int[Tensor, " k"]) -> Float32[Tensor, "k i"]:
+        self._require_unchanged()
+        if self.order is None and isinstance(index, slice):
+            return dequantize_ggml(self.blocks[index], self.kind)
+        places = index if self.order is None else self.order[index]
+        return dequantize_ggml(self.blocks, self.kind, cast(Tensor, places).int())
+
+    def multiply(self, x: Tensor, transposed: bool) -> Tensor:
+        flat = x.reshape(-1, x.shape[-1])
+        if transposed or len(flat) > FEW_ROWS:
+            return BlockWeight.multiply(self, x, transposed)
+        self._require_unchanged()
+        return matmul_ggml(flat, self.blocks, self.kind, self.order).view(*x.shape[:-1], -1)
+
+    def _require_unchanged(self) -> None:
+        if self.source is not None:
+            self.source.require_unchanged()
+
+
+@dataclass(frozen=True, slots=True)
+class GgmlSpec:
+    """Specification of a matrix in ggml's type ``kind``. ``reordered``: its rows have an order of their own."""
+
+    shape: tuple[int, int]
+    kind: str
+    dtype: torch.dtype = torch.float32
+    compute_dtype: torch.dtype | None = None
+    reordered: bool = False
+    source: MappedFile | None = None
+
+    def part_layout(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+        o, i = self.shape
+        order = {"order": (torch.int32, (o,))} if self.reordered else {}
+        return {"weight": (torch.uint8, (o, row_bytes(self.kind, i))), **order}
+
+    def quantize(self, weight: Float[Tensor, "o i"]) -> dict[str, Tensor]:
+        if not self.reordered:
+            return {"weight": quantize_ggml(weight, self.kind)}
+        order = torch.arange(self.shape[0], dtype=torch.int32, device=weight.device)
+        return {"weight": quantize_ggml(weight, self.kind), "order": order}
+
+    def bind(self, parts: Parts) -> GgmlWeight:
+        return GgmlWeight(
+            parts["weight"], self.kind, parts.get("order"), self.dtype, self.compute_dtype, source=self.source
+        )
+
+    def to_disk(self, parts: Parts) -> dict[str, Tensor]:
+        return {"weight" if name == "weight" else f"weight.{name}": part for name, part in parts.items()}
+
+    def from_disk(self, tensors: Parts) -> tuple[GgmlSpec, dict[str, Tensor]]:
+        parts = {name.removeprefix("weight."): tensor for name, tensor in tensors.items()}
+        found = {name: part for name in self.part_layout() if (part := parts.get(name)) is not None}
+        problems = part_problems(found, self.part_layout())
+        if problems:
+            raise FormatError(f"a {self.kind} weight of shape {self.shape} cannot be read: {'; '.join(problems)}")
+        return self, found
+
+
+def quantize(
+    weight: Float[Tensor, "o i"], kind: str = "Q8_0", *, compute_dtype: torch.dtype | None = None
+) -> GgmlWeight:
+    """Return a weight in ggml's type ``kind``; in F16, as llama-quantize, if its blocks do not divide a row.
+
+    Raises ConfigError (unknown type), ShapeError, NonFiniteError.
+    """
+    o, i = weight.shape
+    kind = UNDIVIDED if kind in GGML_TYPES and i % GGML_TYPES[kind].block else kind
+    spec = GgmlSpec((o, i), kind, weight.dtype, compute_dtype)
+    return spec.bind(spec.quantize(weight))
