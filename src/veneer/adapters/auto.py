@@ -19,6 +19,7 @@ from veneer.core.tasks import TaskType
 from veneer.errors import ConfigError
 from veneer.store.adapter.config import read_config
 from veneer.store.named import folder_of
+from veneer.store.stored_quantization import with_stored
 
 _AUTO_CLASSES = {
     TaskType.CAUSAL_LM: "AutoModelForCausalLM",
@@ -67,10 +68,9 @@ class AutoPeftModel:
         if stored.base_model_name_or_path is None:
             raise ConfigError(f"{folder} does not name its base: load that, and call PeftModel.from_pretrained on it")
         options.pop("subfolder", None)
+        named = folder_of(stored.base_model_name_or_path) or stored.base_model_name_or_path
         base = cls._class_of_base(stored, folder).from_pretrained(
-            folder_of(stored.base_model_name_or_path) or stored.base_model_name_or_path,
-            revision=stored.revision,
-            **options,
+            named, revision=stored.revision, **with_stored(named, options)
         )
         if (folder / TOKENIZER_CONFIG).is_file():
             where = {"subfolder": "", **{key: value for key, value in hub.items() if value is not None}}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -106,12 +105,8 @@ def _model(folder: Path, facts: ModelFacts) -> Section:
         "size": f"{size(facts.n_bytes)} ({', '.join(facts.dtypes)})",
     }
     if facts.nbytes_4bit is None:
-        return section | {"quantization": _quantization(config["quantization_config"])}
+        return section | {"quantization": str(facts.quantization)}
     return section | {"size in 4 bits": f"{size(facts.nbytes_4bit)} (NF4 with double quantization)"}
-
-
-def _quantization(config: Mapping[str, Any]) -> str:
-    return f"{config.get('quant_method')}, {config.get('bnb_4bit_quant_type') or 'int8'}"
 
 
 def _text(value: object) -> str:

@@ -13,19 +13,17 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter, WeightRenaming
+from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter
 
 from veneer.core.frozen import FrozenWeight
 from veneer.core.linear import BLOCK_VALUES
 from veneer.disk.safetensors import StoredTensor
 from veneer.errors import FormatError
-from veneer.ops.four_bit import FourBitLayout
-from veneer.quant.four_bit import STATE_KEY, FourBitSpec
-from veneer.quant.int8 import Int8Spec
+from veneer.model.renamed import renamer
 from veneer.store.checkpoint import Checkpoint
+from veneer.store.stored_quantization import stored_quantization
 
 Spec = tuple[torch.dtype, tuple[int, ...]]
-_INT8_PARTS = ("SCB", "weight_format")
 
 
 class BaseWeights:
@@ -42,12 +40,17 @@ class BaseWeights:
         self._shapes = {n: tuple(p.shape) for n, p in model.named_parameters(remove_duplicate=False)}
         self._groups = _tied(model)
         self._prefix = f"{model.base_model_prefix}."
-        self._renamed = _renamed(model, self._tensors.tensors)
-        self._stacks = _stacks(model, self._shapes, self._renamed | {name: name for name in self._tensors.tensors})
+        self._quantization = stored_quantization(folder)
         self._half = _half_of(folder)
+        self._coded = self._coded_weights()
+        held = {part for parts in self._coded.values() for part in parts.values()}
+        names = [*(name for name in self._tensors.tensors if name not in held), *self._coded]
+        to_own = renamer(model)
+        self._renamed = {to_own(name): name for name in names}
+        self._stacks = _stacks(model, self._shapes, self._renamed | {name: name for name in names})
+        self._names = frozenset(names)
         self._stored = {name: self._find(names) for names in self._groups for name in names}
-        self._parts = {part for name in set(self._stored.values()) for part in self._parts_of(name)}
-        self._parts |= {part for name in self._stacks for parts in self._stacks[name] for part in parts}
+        self._parts = {name for stacks in self._stacks.values() for names in stacks for name in names} | held
         self._model_names = {stored: name for name, stored in reversed(self._stored.items())}
 
     def groups(self) -> list[list[str]]:
@@ -80,10 +83,10 @@ class BaseWeights:
     def spec(self, name: str, dtype: torch.dtype | None) -> Spec:
         """Return dtype and shape of a parameter in the result."""
         if name in self._stacks and self._stored[name] == name:
-            return dtype or self._tensors.tensors[self._stacks[name][0][0]].dtype, self._shapes[name]
-        stored = self._tensors.tensors[self._stored[name]]
-        if self._format(stored.name) != "dense":
+            return dtype or self._dtype_of(self._stacks[name][0][0]), self._shapes[name]
+        if self._stored[name] in self._coded:
             return dtype or self._half, self._shapes[name]
+        stored = self._tensors.tensors[self._stored[name]]
         same = slice(1 if name in self._resized else 0, None)
         if stored.shape[same] != self._shapes[name][same]:
             raise FormatError(
@@ -126,33 +129,50 @@ class BaseWeights:
         """Return the rows (k, …) of `read_stored`, in order. A dense tensor is never whole in memory."""
         name = self._model_names.get(stored, stored)
         held = self._stored.get(name, stored)  # tied tensors that are written apart lie in the files once
-        if held in self._stacks and held not in self._tensors.tensors:
+        if held in self._stacks and held not in self._names:
             yield from self._experts(held)
-        elif held not in self._tensors.tensors or name in self._resized or self._format(held) != "dense":
+        elif held not in self._names or name in self._resized or held in self._coded:
             yield from in_blocks(self.read_stored(stored))
         else:
             yield from self._tensors.blocks(held, BLOCK_VALUES)
 
+    def _coded_weights(self) -> dict[str, dict[str, str]]:
+        """The tensors by part of each weight that is stored quantized."""
+        if self._quantization is None:
+            return {}
+        groups = self._quantization.grouped(self._tensors.tensors)
+        return {f"{layer}.weight": parts for layer, parts in groups.items()}
+
     def _read(self, stored: str, shape: tuple[int, ...]) -> Tensor:
-        if stored not in self._tensors.tensors:
+        if stored not in self._names:
             return self._stacked(stored)
-        kind = self._format(stored)
-        if kind == "dense":
-            return self._tensors.read(stored)
-        path = stored.removesuffix(".weight")
-        parts = {part.removeprefix(f"{path}."): self._tensors.read(part) for part in self._parts_of(stored)}
-        parts["weight"] = self._tensors.read(stored)
-        o, i = shape
-        spec = FourBitSpec(FourBitLayout((o, i), "nf4", 64, self._half)) if kind == "4bit" else Int8Spec((o, i))
+        return self._decoded(stored, shape) if stored in self._coded else self._tensors.read(stored)
+
+    def _decoded(self, stored: str, shape: tuple[int, ...] | None = None) -> Tensor:
+        """A quantized weight in float32; ``shape`` None: as its tensors tell."""
+        parts = {part: self._tensors.tensors[name] for part, name in self._coded[stored].items()}
+        assert self._quantization is not None
+        shape = shape or self._quantization.stored_shape(parts)
+        layer = stored.removesuffix(".weight")
+        spec = self._quantization.spec_of(layer, cast("tuple[int, int]", shape), self._half)
+        path = parts[min(parts)].path
+        if spec is None:
+            raise FormatError(
+                f"{path}: {layer}: config.json leaves it dense, and the file holds it quantized. Correct the modules "
+                "that quantization_config leaves out, or fetch both files again"
+            )
         try:
-            bound, tensors = spec.from_disk(parts)
+            bound, tensors = spec.from_disk({part: self._tensors.read(tensor.name) for part, tensor in parts.items()})
         except FormatError as error:
-            raise FormatError(f"{self._tensors.tensors[stored].path}: {stored}: {error}") from error
+            raise FormatError(f"{path}: {stored}: {error}") from error
         return bound.bind(tensors).dense(torch.float32)
+
+    def _dtype_of(self, stored: str) -> torch.dtype:
+        return self._half if stored in self._coded else self._tensors.tensors[stored].dtype
 
     def _stacked(self, name: str) -> Tensor:
         """Experts stacked (n, out, in), made of a tensor for each: gate above up where one parameter holds both."""
-        out = torch.empty(self._shapes[name], dtype=self._tensors.tensors[self._stacks[name][0][0]].dtype)
+        out = torch.empty(self._shapes[name], dtype=self._dtype_of(self._stacks[name][0][0]))
         for number, expert in enumerate(self._experts(name)):
             out[number] = expert[0]
         return out
@@ -160,36 +180,16 @@ class BaseWeights:
     def _experts(self, name: str) -> Iterator[Tensor]:
         """The same, an expert (1, out, in) at a time."""
         for halves in zip(*self._stacks[name], strict=True):
-            yield torch.cat([self._tensors.read(stored) for stored in halves])[None]
+            yield torch.cat([self._expert(stored) for stored in halves])[None]
 
-    def _format(self, stored: str) -> str:
-        parts = self._parts_of(stored)
-        if any(STATE_KEY in part for part in parts):
-            return "4bit"
-        return "int8" if parts else "dense"
-
-    def _parts_of(self, stored: str) -> list[str]:
-        """The tensors that go with a quantized weight."""
-        if not stored.endswith(".weight"):
-            return []
-        path = stored.removesuffix("weight")
-        int8 = [f"{path}{part}" for part in _INT8_PARTS if f"{path}{part}" in self._tensors.tensors]
-        return int8 or self._by_weight().get(stored, [])
-
-    def _by_weight(self) -> dict[str, list[str]]:
-        if not hasattr(self, "_four_bit"):
-            self._four_bit: dict[str, list[str]] = {}
-            for name in self._tensors.tensors:
-                weight, found, _ = name.partition(".weight.")
-                if found:
-                    self._four_bit.setdefault(f"{weight}.weight", []).append(name)
-        return self._four_bit
+    def _expert(self, stored: str) -> Tensor:
+        return self._decoded(stored).to(self._half) if stored in self._coded else self._tensors.read(stored)
 
     def _find(self, names: list[str]) -> str:
         """The name in the files: the model's, without the inner model's prefix, or one that transformers renames."""
         for name in names:
             for candidate in (name, name.removeprefix(self._prefix), f"{self._prefix}{name}"):
-                if candidate in self._tensors.tensors:
+                if candidate in self._names:
                     return candidate
             if name in self._renamed:
                 return self._renamed[name]
@@ -246,18 +246,6 @@ def _tied(model: PreTrainedModel) -> list[list[str]]:
     for name, parameter in model.named_parameters(remove_duplicate=False):
         groups.setdefault(id(parameter), []).append(name)
     return list(groups.values())
-
-
-def _renamed(model: PreTrainedModel, stored: Iterable[str]) -> dict[str, str]:
-    """The names in the files by those that transformers gives them when it loads, such as GPT-NeoX's ``embed_out``."""
-    renamings = [each for each in get_model_conversion_mapping(model) if type(each) is WeightRenaming]
-    found = {}
-    for name in stored:
-        new = name
-        for renaming in renamings:
-            new, _ = renaming.rename_source_key(new)
-        found[new] = name
-    return found
 
 
 def _stacks(

@@ -16,6 +16,7 @@ from veneer.model.linear import frozen_weight
 from veneer.model.quant_linear import QuantLinear
 from veneer.ops.packed import BLOCK, BLOCKS, ROWS, PackedWeight
 from veneer.ops.packed_codes import PackedCodes
+from veneer.quant.blocks import BlockWeight
 from veneer.quant.dense import DenseWeight
 from veneer.quant.packed import PackedCoded, PackedDense
 from veneer.quant.packing import packed_codes
@@ -154,12 +155,15 @@ def pack_group(model: PreTrainedModel, paths: Sequence[str], *, give_up: bool) -
 def _packed(weight: FrozenWeight, dtype: torch.dtype) -> Packed | None:
     """A weight for rows of ``dtype``; None where it is not packed.
 
-    Codes that have no packed form (a width that is no multiple of 16) are packed as the values that they stand for.
+    Codes that have no packed form (a width that is no multiple of 16) are packed as the values that they stand for,
+    but for blocks that are decoded in tiles: they stay as they are.
     """
     if isinstance(weight, DenseWeight):
         dense = weight.dense()
         return PackedWeight.pack(dense) if dense.dtype in ROWS else None
-    if not isinstance(weight, CodedWeight) or dtype not in ROWS or weight.compute_dtype not in (None, dtype):
+    if not isinstance(weight, CodedWeight) or isinstance(weight, BlockWeight):
+        return None
+    if dtype not in ROWS or weight.compute_dtype not in (None, dtype):
         return None
     return packed_codes(weight, dtype) or PackedWeight.pack(weight.dense(dtype))
 

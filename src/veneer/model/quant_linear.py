@@ -1,8 +1,8 @@
-"""Linear layer with a quantized frozen weight. Its state dict has the keys and bytes of bitsandbytes."""
+"""Linear layer with a quantized frozen weight. Its state dict has the keys and bytes of the format's library."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any, Self, cast
 
 import torch
@@ -143,8 +143,8 @@ class QuantLinear(nn.Module):
         error_msgs: list[str],
     ) -> None:
         own = {k.removeprefix(prefix): v for k, v in state_dict.items() if k.startswith(prefix)}
-        known = _disk_keys(own)
-        if "weight" in known:
+        known = {key for key in own if self.spec.owns(key)}
+        if known:
             try:
                 spec, parts = self.spec.from_disk(own)
                 device = torch.device("cpu") if self.weight.is_meta else self.weight.device
@@ -164,8 +164,3 @@ def computing_dtypes(model: nn.Module) -> set[torch.dtype]:
     weights = [module.frozen_format() for module in model.modules() if isinstance(module, QuantLinear)]
     asked = {weight.compute_dtype for weight in weights if isinstance(weight, CodedWeight)}
     return {dtype for dtype in (next(model.parameters()).dtype, *asked) if dtype is not None}
-
-
-def _disk_keys(keys: Iterable[str]) -> set[str]:
-    """Those of a layer's keys that belong to its quantized weight."""
-    return {key for key in keys if key in ("weight", "SCB", "weight_format") or key.startswith("weight.")}

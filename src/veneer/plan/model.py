@@ -20,8 +20,9 @@ from veneer.ops.traced import Traced
 from veneer.recipe.adapter import FROM
 from veneer.recipe.parts import ModelPart
 from veneer.recipe.recipe import Recipe
-from veneer.store.quantization import BitsAndBytesConfig
+from veneer.store.quantization_config import QuantizationConfig
 from veneer.store.quantizer import VeneerQuantizer
+from veneer.store.stored_quantization import quantization_in
 from veneer.train.base_model import made_ready, quantization_of
 
 CPU = torch.device("cpu")
@@ -61,7 +62,7 @@ def meta_base(config: PreTrainedConfig, part: ModelPart, *, prepared: bool = Tru
             "AutoModelForCausalLM builds: decoders that predict the next token"
         ) from error
     model = cast(PreTrainedModel, model.eval())
-    quantization = quantization_of(part)
+    quantization = quantization_of(part) or _stored_in(config)
     if quantization is not None:
         _quantize(model, quantization)
     if quantization is not None and prepared:
@@ -100,9 +101,15 @@ def with_adapter(model: PreTrainedModel, adapter: MethodConfig) -> PreTrainedMod
     return cast(PreTrainedModel, adapted)
 
 
-def _quantize(model: PreTrainedModel, config: BitsAndBytesConfig) -> None:
+def _stored_in(config: PreTrainedConfig) -> QuantizationConfig | None:
+    """The quantization of a base whose files hold it quantized."""
+    stored = getattr(config, "quantization_config", None)
+    return quantization_in({"quantization_config": stored})
+
+
+def _quantize(model: PreTrainedModel, config: QuantizationConfig) -> None:
     """As the loader does, without a checkpoint."""
-    VeneerQuantizer(config, pre_quantized=False)._process_model_before_weight_loading(model)
+    VeneerQuantizer(config, pre_quantized=config.is_stored)._process_model_before_weight_loading(model)
     for layer in model.modules():
         if isinstance(layer, QuantLinear):
             parts = {

@@ -138,6 +138,9 @@ class FourBitSpec:
             parts.get("nested_offset"),
         )
 
+    def owns(self, key: str) -> bool:
+        return key == "weight" or key.startswith("weight.")
+
     def to_disk(self, parts: Parts) -> dict[str, Tensor]:
         state: dict[str, Any] = {
             "quant_type": self.layout.quant_type,

@@ -94,6 +94,9 @@ class GgmlSpec:
             parts["weight"], self.kind, parts.get("order"), self.dtype, self.compute_dtype, source=self.source
         )
 
+    def owns(self, key: str) -> bool:
+        return key == "weight" or key.startswith("weight.")
+
     def to_disk(self, parts: Parts) -> dict[str, Tensor]:
         return {"weight" if name == "weight" else f"weight.{name}": part for name, part in parts.items()}
 

@@ -74,6 +74,9 @@ class Int8Spec:
     def bind(self, parts: Parts) -> Int8Weight:
         return Int8Weight(parts["weight"], parts["SCB"], self.dtype, self.compute_dtype)
 
+    def owns(self, key: str) -> bool:
+        return key in ("weight", "SCB", "weight_format")
+
     def to_disk(self, parts: Parts) -> dict[str, Tensor]:
         # weight_format 0: rows one after the other
         return {"weight": parts["weight"], "SCB": parts["SCB"], "weight_format": torch.tensor(0, dtype=torch.uint8)}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -44,8 +44,12 @@ class StorageSpec(Protocol):
         """Return the weight made of these tensors."""
         ...
 
+    def owns(self, key: str) -> bool:
+        """Return True if a tensor of this name after the module's path may be part of the weight on disk."""
+        ...
+
     def to_disk(self, parts: Parts) -> dict[str, Tensor]:
-        """Return the tensors by the suffixes that bitsandbytes adds to the module path; no two share memory."""
+        """Return the tensors by the suffixes that the format's library adds to the module path; no two share memory."""
         ...
 
     def from_disk(self, tensors: Parts) -> tuple[StorageSpec, dict[str, Tensor]]:
@@ -67,3 +71,16 @@ def part_problems(
         elif part.is_floating_point() and not bool(part.isfinite().all()):
             problems.append(f"{name} holds NaN or infinity")
     return problems
+
+
+def scale_problems(
+    name: str, scale: Tensor, allowed: Collection[torch.dtype], value: Callable[[Tensor], Tensor] = Tensor.float
+) -> list[str]:
+    """Return the problems of scales: another dtype, NaN, infinity, zero, or negative. ``value`` makes them float32."""
+    if scale.dtype not in allowed:
+        return [f"{name} is {scale.dtype}, allowed: {', '.join(str(dtype) for dtype in allowed)}"]
+    values = value(scale)
+    if not bool(values.isfinite().all()):
+        return [f"{name} holds NaN or infinity"]
+    n_wrong = int((values <= 0).sum())
+    return [f"{name} holds {n_wrong} scales that are zero or negative"] if n_wrong else []

@@ -127,7 +127,7 @@ def is_finite(tensor: Tensor) -> bool:
         return True
     # finite values can have a sum that overflows, and torch neither sums nor tests 8-bit floats
     parts = torch.split(tensor.reshape(-1), FINITE_CHUNK_VALUES)
-    return all(bool((part.to(torch.float16) if part.dtype.itemsize == 1 else part).isfinite().all()) for part in parts)
+    return all(bool((part.to(torch.bfloat16) if part.dtype.itemsize == 1 else part).isfinite().all()) for part in parts)
 
 
 def _read_headers(files: list[Path]) -> tuple[dict[str, StoredTensor], list[str]]:

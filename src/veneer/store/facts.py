@@ -24,6 +24,8 @@ from veneer.model.blueprint.tensor_parts import part_of
 from veneer.store.adapter.config import read_config
 from veneer.store.adapter.files import read_headers
 from veneer.store.checkpoint import Checkpoint
+from veneer.store.quantization_config import QuantizationConfig
+from veneer.store.stored_quantization import StoredQuantization, quantization_in
 
 NF4_BITS = 4.127  # Dettmers et al. 2023 (arXiv:2305.14314): 4 + 8/64 + 32/(64·256) bits with double quantization
 
@@ -44,6 +46,7 @@ class ModelFacts:
     """Facts about a model: its config as a mapping, its description, and parameters by part.
 
     ``nbytes_4bit`` is its size with NF4 linear layers. ``described`` is empty if there is no description.
+    ``quantization`` tells the format of a quantized model.
     """
 
     config: Mapping[str, Any]
@@ -52,6 +55,7 @@ class ModelFacts:
     n_bytes: int
     nbytes_4bit: int | None
     dtypes: tuple[str, ...]
+    quantization: str | None = None
 
 
 def adapter_facts(folder: Path) -> AdapterFacts:
@@ -74,10 +78,12 @@ def model_facts(folder: Path) -> ModelFacts:
     counts: Counter[str] = Counter()
     made_from = AutoConfig.from_pretrained(folder)
     decoder = _described(made_from)
-    parts = {name: part_of(name, decoder) for name in tensors}
-    for name, tensor in tensors.items():
-        counts[parts[name]] += _count([tensor])
     config = made_from.to_dict()
+    quantization = quantization_in(config)
+    values = _values(tensors, quantization)
+    parts = {name: part_of(name, decoder) for name in values}
+    for name, n_values in values.items():
+        counts[parts[name]] += n_values
     is_dense = config.get("quantization_config") is None
     return ModelFacts(
         config=config,
@@ -86,7 +92,27 @@ def model_facts(folder: Path) -> ModelFacts:
         n_bytes=checkpoint.nbytes,
         nbytes_4bit=sum(_bytes_4bit(t, parts[name]) for name, t in tensors.items()) if is_dense else None,
         dtypes=_dtypes(tensors.values()),
+        quantization=None if is_dense else _label(config["quantization_config"], quantization),
     )
+
+
+def _values(tensors: Mapping[str, StoredTensor], quantization: QuantizationConfig | None) -> dict[str, int]:
+    """The number of values of each tensor; a quantized weight counts with those that its codes stand for."""
+    found = {name: _count([tensor]) for name, tensor in tensors.items()}
+    for layer, parts in quantization.grouped(tensors).items() if quantization else ():
+        assert quantization is not None
+        shape = quantization.stored_shape({part: tensors[name] for part, name in parts.items()})
+        if shape is not None:
+            for name in parts.values():
+                del found[name]
+            found[f"{layer}.weight"] = math.prod(shape)
+    return found
+
+
+def _label(stored: Mapping[str, Any], quantization: QuantizationConfig | None) -> str:
+    if isinstance(quantization, StoredQuantization):
+        return quantization.layers.label
+    return f"{stored.get('quant_method')}, {stored.get('bnb_4bit_quant_type') or 'int8'}"
 
 
 def _described(config: Any) -> Decoder | None:

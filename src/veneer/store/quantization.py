@@ -2,29 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Self, cast
 
 import torch
-from transformers.utils.quantization_config import QuantizationConfigMixin
+from transformers import PreTrainedModel
 
+from veneer.disk.safetensors import StoredTensor
 from veneer.errors import ConfigError
 from veneer.ops.four_bit import FourBitLayout
 from veneer.ops.four_bit_codes import QUANT_TYPES
 from veneer.quant.four_bit import FourBitSpec
 from veneer.quant.int8 import Int8Spec
 from veneer.quant.spec import StorageSpec
-from veneer.store.quantizer import METHOD, ON_DISK, register
+from veneer.store.quantization_config import QuantizationConfig, left_dense
+from veneer.store.quantizer import METHOD, register
 
+ON_DISK = "bitsandbytes"
 COMPUTE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# what bitsandbytes stores beside a weight
+COMPANION = re.compile(r"(?P<layer>.+)\.(weight\.(absmax|quant_map|nested_\w+|quant_state\.\w+)|SCB|weight_format)")
 # said twice, or about the container of the bytes, which each tensor tells itself
 IGNORED_ON_DISK = ("quant_method", "_load_in_4bit", "_load_in_8bit", "bnb_4bit_quant_storage")
 
 
 # not frozen: transformers' mixin is a dataclass that is not
 @dataclass(init=False, repr=False, eq=False)
-class BitsAndBytesConfig(QuantizationConfigMixin):  # type: ignore[misc]
+class BitsAndBytesConfig(QuantizationConfig):
     """``quantization_config`` of ``from_pretrained`` that loads a model in 4 or 8 bits.
 
     ``load_in_4bit`` goes with ``bnb_4bit_quant_type`` ("fp4", or "nf4" as in QLoRA) and ``bnb_4bit_use_double_quant``;
@@ -60,7 +66,7 @@ class BitsAndBytesConfig(QuantizationConfigMixin):  # type: ignore[misc]
         problems = self._problems()
         if problems:
             raise ConfigError("BitsAndBytesConfig: " + "; ".join(problems))
-        register(BitsAndBytesConfig)
+        register()
 
     @classmethod
     def from_stored(cls, stored: Mapping[str, Any], asked: BitsAndBytesConfig | None = None) -> Self:
@@ -79,8 +85,36 @@ class BitsAndBytesConfig(QuantizationConfigMixin):  # type: ignore[misc]
             config.bnb_4bit_compute_dtype = asked.bnb_4bit_compute_dtype
         return config
 
-    def spec(self, shape: tuple[int, int], dtype: torch.dtype) -> StorageSpec:
-        """Return the storage format of a weight of this shape (o, i) and dtype."""
+    def merged_with(self, stored: Mapping[str, Any]) -> Self:
+        method = str(stored.get("quant_method", ON_DISK))
+        if method not in (ON_DISK, METHOD):
+            raise ConfigError(
+                f"the checkpoint is quantized with {method!r}, which is not the format of bitsandbytes: leave "
+                "quantization_config out (load_in_4bit=False), and it is read as it is"
+            )
+        return self.from_stored(stored, self)
+
+    def left_out(self, model: PreTrainedModel, *, stored: bool) -> list[str]:
+        skip = left_dense(model, self.llm_int8_skip_modules, also_head=not stored)
+        if self.llm_int8_skip_modules is not None:
+            # readers of the saved model take this list as it is, without the head
+            self.llm_int8_skip_modules = sorted(skip)
+        return skip
+
+    def grouped(self, names: Iterable[str]) -> dict[str, dict[str, str]]:
+        found: dict[str, dict[str, str]] = {}
+        known = dict.fromkeys(names)
+        for name in known:
+            match = COMPANION.fullmatch(name)
+            if match and f"{match['layer']}.weight" in known:
+                parts = found.setdefault(match["layer"], {"weight": f"{match['layer']}.weight"})
+                parts[name.removeprefix(f"{match['layer']}.")] = name
+        return found
+
+    def stored_shape(self, parts: Mapping[str, StoredTensor]) -> tuple[int, int] | None:
+        return cast("tuple[int, int]", parts["weight"].shape) if self.load_in_8bit else None
+
+    def spec_of(self, path: str, shape: tuple[int, int], dtype: torch.dtype) -> StorageSpec:
         if self.load_in_8bit:
             return Int8Spec(shape, dtype)
         layout = FourBitLayout(shape, self.bnb_4bit_quant_type, dtype=dtype)

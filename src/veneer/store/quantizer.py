@@ -1,4 +1,4 @@
-"""veneer's quantizer in transformers' registry: ``from_pretrained(…, quantization_config=BitsAndBytesConfig(…))``.
+"""veneer's quantizer in transformers' registry: ``from_pretrained(…, quantization_config=…)``.
 
 A model is built without weights, and its linear layers become `QuantLinear`. transformers' own loader knows every
 renaming of checkpoint keys. It receives tensors that are read from disk one at a time and quantized at once.
@@ -7,9 +7,9 @@ renaming of checkpoint keys. It receives tensors that are read from disk one at 
 from __future__ import annotations
 
 import functools
-import re
+import logging
 from collections.abc import Mapping
-from typing import Any, Protocol, Self, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -24,26 +24,12 @@ from veneer.disk.safetensors import DTYPE_NAMES, StoredTensor
 from veneer.errors import CompositionError, ConfigError, FormatError, NonFiniteError
 from veneer.model.attach import adapted_modules
 from veneer.model.quant_linear import QuantLinear
-from veneer.quant.spec import StorageSpec
+from veneer.model.renamed import converter, renamer
 from veneer.store.checkpoint import Checkpoint, is_finite
+from veneer.store.quantization_config import QuantizationConfig
 
 METHOD = "veneer"
-ON_DISK = "bitsandbytes"
-# what bitsandbytes stores beside a weight
-COMPANION = re.compile(r"(?P<layer>.+)\.(weight\.(absmax|quant_map|nested_\w+|quant_state\.\w+)|SCB|weight_format)")
-
-
-class QuantizationConfig(Protocol):
-    """Part of a quantization config used in loading."""
-
-    llm_int8_skip_modules: list[str] | None
-
-    def spec(self, shape: tuple[int, int], dtype: torch.dtype) -> StorageSpec:
-        """Return the storage format of a weight of this shape (o, i) and dtype."""
-
-    @classmethod
-    def from_stored(cls, stored: Mapping[str, Any], asked: Self | None = None) -> Self:
-        """Return the config of an already quantized checkpoint, from its ``config.json``."""
+_LOG = logging.getLogger(__name__)
 
 
 class Deferred:
@@ -67,6 +53,28 @@ class Deferred:
     def get_shape(self) -> list[int]:
         """Return the shape."""
         return list(self._stored.shape)
+
+
+class Decoded:
+    """Quantized weight of the checkpoint, made dense when transformers' loader slices it: for experts in one stack.
+
+    One that is not ``stacked`` should have been kept in codes, or stored dense.
+    """
+
+    def __init__(self, layer: str, stacked: bool, quantizer: VeneerQuantizer) -> None:
+        self._layer, self._stacked, self._quantizer = layer, stacked, quantizer
+        self._parts = quantizer.stored_parts[layer]
+
+    def __getitem__(self, index: Any) -> Tensor:
+        return self._quantizer.decoded(self._layer, self._parts, self._stacked)[index]
+
+    def get_dtype(self) -> str:
+        """Return the dtype's name in the file format."""
+        return DTYPE_NAMES[self._quantizer.dtype]
+
+    def get_shape(self) -> list[int]:
+        """Return the shape."""
+        return list(self._quantizer.stored_shape(self._parts))
 
 
 class Quantize(ConversionOps):  # type: ignore[misc]
@@ -94,18 +102,20 @@ class Quantize(ConversionOps):  # type: ignore[misc]
 
 
 class VeneerQuantizer(HfQuantizer):  # type: ignore[misc]
-    """Quantizer that loads a model in 4 or 8 bits, from a dense checkpoint or one saved by bitsandbytes or veneer."""
+    """Quantizer that loads a model in codes, from a dense checkpoint or from one that is stored quantized."""
 
     quantization_config: QuantizationConfig
     requires_calibration = False
 
     def __init__(self, quantization_config: QuantizationConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
-        self.is_stored = bool(kwargs["pre_quantized"])
+        self.is_stored = bool(kwargs["pre_quantized"]) or quantization_config.is_stored
         # transformers' path for checkpoints that are quantized already would cast codes to the model's dtype
         self.pre_quantized = False
         self.problems: list[str] = []
         self.stored_parts: dict[str, dict[str, StoredTensor]] = {}
+        self.dtype = torch.bfloat16
+        self._model: PreTrainedModel | None = None  # while it is loaded
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         devices = kwargs.get("device_map")
@@ -119,6 +129,10 @@ class VeneerQuantizer(HfQuantizer):  # type: ignore[misc]
             return {"": torch.cuda.current_device()}
         return device_map
 
+    def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """Return the dtype of the model: bfloat16 if a config without one was given that of the codes."""
+        return dtype if dtype.itemsize > 1 else torch.bfloat16
+
     def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs: Any) -> bool:
         path, _, name = param_name.rpartition(".")
         return name == "weight" and isinstance(model.get_submodule(path), QuantLinear)
@@ -128,15 +142,13 @@ class VeneerQuantizer(HfQuantizer):  # type: ignore[misc]
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, dtype: Any = None, **kwargs: Any) -> None:
         config = self.quantization_config
-        skip = self.get_modules_to_not_convert(
-            model, config.llm_int8_skip_modules, model._keep_in_fp32_modules, add_default_skips=not self.is_stored
-        )
-        if config.llm_int8_skip_modules is not None:
-            # readers of the saved model take this list as it is, without the head
-            config.llm_int8_skip_modules = sorted(skip)
+        self._model, self.dtype = model, model.dtype
+        skip = config.left_out(model, stored=self.is_stored)
         for path, module in list(model.named_modules()):
             if (type(module) is nn.Linear or isinstance(module, Conv1D)) and should_convert_module(path, skip):
-                model.set_submodule(path, _empty_layer(module, config))
+                layer = _empty_layer(path, module, config)
+                if layer is not None:
+                    model.set_submodule(path, layer)
 
     def open(self, files: list[str]) -> dict[str, Any]:
         """Return the tensors of the checkpoint, unread. Parts of a quantized weight are kept for its layer."""
@@ -144,18 +156,57 @@ class VeneerQuantizer(HfQuantizer):  # type: ignore[misc]
         if pickled:
             raise ConfigError(f"{pickled[0]} is a pickle, which can run any code: convert the model to safetensors")
         tensors = Checkpoint.from_files(files).tensors
-        deferred: dict[str, Any] = {}
-        for name, stored in tensors.items():
-            match = COMPANION.fullmatch(name) if self.is_stored else None
-            layer = match["layer"] if match else name.removesuffix(".weight")
-            if match and f"{layer}.weight" in tensors:
-                self.stored_parts.setdefault(layer, {})[name.removeprefix(f"{layer}.")] = stored
-            else:
-                deferred[name] = Deferred(stored, self.problems)
-        for layer, parts in self.stored_parts.items():
-            parts["weight"] = tensors[f"{layer}.weight"]
-            deferred[f"{layer}.weight"] = torch.empty(0)  # stands for all of them until `fill` reads them
+        groups = self.quantization_config.grouped(tensors) if self.is_stored else {}
+        taken = {name for parts in groups.values() for name in parts.values()}
+        deferred: dict[str, Any] = {n: Deferred(t, self.problems) for n, t in tensors.items() if n not in taken}
+        self.stored_parts = {n: {part: tensors[name] for part, name in parts.items()} for n, parts in groups.items()}
+        # an empty tensor stands for all of a layer's until `fill` reads them
+        deferred |= {f"{layer}.weight": torch.empty(0) for layer in groups}
+        if self.quantization_config.is_stored:
+            deferred |= self._decoded_layers()
+        if self.quantization_config.note is not None:
+            _LOG.warning("%s", self.quantization_config.note)
         return deferred
+
+    def _decoded_layers(self) -> dict[str, Decoded]:
+        """The weights of the checkpoint that the model does not keep in codes."""
+        model = self._model
+        assert model is not None  # it was made before its files are opened
+        to_own, is_stacked, prefix = renamer(model), converter(model), f"{model.base_model_prefix}."
+        paths = {path for path, module in model.named_modules() if isinstance(module, QuantLinear)}
+        found = {}
+        for layer in self.stored_parts:
+            name = f"{layer}.weight"
+            own = to_own(name).removesuffix(".weight")
+            if not {own, own.removeprefix(prefix), prefix + own} & paths:
+                found[name] = Decoded(layer, is_stacked(name), self)
+        return found
+
+    def stored_shape(self, parts: Mapping[str, StoredTensor]) -> tuple[int, int]:
+        """Return the shape of a stored weight."""
+        found = self.quantization_config.stored_shape(parts)
+        assert found is not None  # asked of formats whose tensors tell it
+        return found
+
+    @torch.no_grad()
+    def decoded(self, layer: str, parts: Mapping[str, StoredTensor], stacked: bool) -> Tensor:
+        """Return a stored weight as a dense matrix. Errors are collected for `finish`, also for a layer that
+        ``config.json`` leaves out.
+        """
+        shape, path = self.stored_shape(parts), parts[min(parts)].path
+        spec = self.quantization_config.spec_of(layer, shape, self.dtype)
+        if spec is None or not stacked:
+            self.problems.append(
+                f"{path}: {layer}: config.json leaves it dense, and the file holds it quantized ({', '.join(parts)}). "
+                "Correct the modules that quantization_config leaves out, or fetch both files again"
+            )
+            return torch.zeros(shape, dtype=self.dtype)
+        try:
+            bound, tensors = spec.from_disk({name: tensor.read() for name, tensor in parts.items()})
+        except FormatError as error:
+            self.problems.append(f"{path}: {layer}.weight: {error}")
+            return torch.zeros(shape, dtype=self.dtype)
+        return bound.bind(tensors).dense(self.dtype)
 
     @torch.no_grad()
     def fill(self, layer: QuantLinear, name: str, value: Tensor, sources: list[str]) -> None:
@@ -165,8 +216,9 @@ class VeneerQuantizer(HfQuantizer):  # type: ignore[misc]
             if self.is_stored:
                 if key not in self.stored_parts:
                     raise FormatError("it has no quantized tensors in the checkpoint")
-                name = f"{self.stored_parts[key]['weight'].path}: {name}"
-                spec, parts = layer.spec.from_disk({k: t.read() for k, t in self.stored_parts[key].items()})
+                stored = self.stored_parts[key]
+                name = f"{stored[min(stored)].path}: {name}"
+                spec, parts = layer.spec.from_disk({k: t.read() for k, t in stored.items()})
                 layer.fill(spec, {part: tensor.to(value.device) for part, tensor in parts.items()})
             else:
                 weight = value.T if layer.is_transposed else value
@@ -184,6 +236,7 @@ class VeneerQuantizer(HfQuantizer):  # type: ignore[misc]
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         self.stored_parts.clear()
+        self._model = None
         for layer in model.modules():
             if isinstance(layer, QuantLinear):
                 layer.requires_grad_(False)  # biases too: they were loaded as fresh parameters
@@ -208,36 +261,31 @@ class VeneerQuantizer(HfQuantizer):  # type: ignore[misc]
         return True
 
 
-def _empty_layer(module: nn.Module, config: QuantizationConfig) -> QuantLinear:
+def _empty_layer(path: str, module: nn.Module, config: QuantizationConfig) -> QuantLinear | None:
     weight = cast(Tensor, module.weight)
     rows, columns = weight.shape
     shape = (columns, rows) if isinstance(module, Conv1D) else (rows, columns)
-    return QuantLinear(config.spec(shape, weight.dtype), cast(Any, module).bias, type(module))
+    spec = config.spec_of(path, shape, weight.dtype)
+    return None if spec is None else QuantLinear(spec, cast(Any, module).bias, type(module))
 
 
 @functools.cache
-def register(config: type[QuantizationConfig]) -> None:
-    """Register this config class and loader with transformers, once, when the first config is made.
+def register() -> None:
+    """Register veneer's configs and loader with transformers, once, when the first config is made.
 
     Two functions of transformers are wrapped because they offer no hook. One decides between a given config and a
-    quantized checkpoint's own; the other opens the checkpoint. Both wrappers act only on veneer's config.
+    quantized checkpoint's own; the other opens the checkpoint. Both wrappers act only on veneer's configs.
     """
-    auto.AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD] = config
+    auto.AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD] = QuantizationConfig
     auto.AUTO_QUANTIZER_MAPPING[METHOD] = VeneerQuantizer
     merge = auto.AutoHfQuantizer.merge_quantization_configs
     load = PreTrainedModel._load_pretrained_model
 
     @functools.wraps(merge)
     def merge_configs(stored: Any, asked: Any) -> Any:
-        if not isinstance(asked, config):
+        if not isinstance(asked, QuantizationConfig):
             return merge(stored, asked)
-        values = stored if isinstance(stored, dict) else stored.to_dict()
-        if str(values.get("quant_method", ON_DISK)) not in (ON_DISK, METHOD):
-            raise ConfigError(
-                f"the checkpoint is quantized with {values['quant_method']!r}, which is not the format of "
-                "bitsandbytes: leave quantization_config out"
-            )
-        return config.from_stored(values, asked)
+        return asked.merged_with(stored if isinstance(stored, dict) else stored.to_dict())
 
     @functools.wraps(load)
     def load_pretrained(model: Any, state_dict: Any, checkpoint_files: Any, load_config: Any, *rest: Any) -> Any:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import json
 import os
 import re
 import urllib.error
@@ -35,8 +34,7 @@ from veneer.store.checkpoint import Checkpoint
 from veneer.store.gguf.model import converted_folder
 from veneer.store.known import KNOWN
 from veneer.store.named import folder_of
-from veneer.store.quantization import BitsAndBytesConfig
-from veneer.store.quantizer import ON_DISK
+from veneer.store.stored_quantization import stored_quantization
 
 DTYPES = {
     "float32": torch.float32,
@@ -97,7 +95,8 @@ def load_model(
     place = resolve(source)
     if isinstance(place, Path):
         Checkpoint.open(place)  # a damaged file is told apart here, with everything that is wrong with it
-    quantization = quantization or _stored_quantization(place)
+    if quantization is None and isinstance(place, Path):
+        quantization = stored_quantization(place)
     options: dict[str, Any] = {} if quantization is None else {"quantization_config": quantization}
     kind = AutoModelForSequenceClassification if scores else AutoModelForCausalLM
     options |= {"num_labels": 1} if scores else {}
@@ -134,20 +133,6 @@ def _told_memory(source: str | os.PathLike[str], place: Path | str) -> str:
         "and mapped bytes count there. Raise the limit (ulimit -v unlimited), and bound memory by a control group "
         "instead, such as systemd-run --user --scope -p MemoryMax=8G"
     )
-
-
-def _stored_quantization(place: Path | str) -> BitsAndBytesConfig | None:
-    """The config of a folder that bitsandbytes or veneer saved quantized, so that it loads without bitsandbytes."""
-    if not isinstance(place, Path):
-        return None
-    try:
-        config = json.loads((place / "config.json").read_text(encoding="utf-8"))
-    except ValueError:
-        return None  # transformers reads the file next and says what is wrong with it
-    stored = config.get("quantization_config") if isinstance(config, dict) else None
-    if not isinstance(stored, dict) or stored.get("quant_method") != ON_DISK:
-        return None
-    return BitsAndBytesConfig.from_stored(stored)
 
 
 def load_tokenizer(source: str | os.PathLike[str]) -> PreTrainedTokenizerBase:

@@ -20,7 +20,7 @@ def load_base(part: ModelPart, *, scores: bool = False) -> PreTrainedModel:
     """
     config = quantization_of(part)
     model = load_model(part.source, dtype=part.dtype, quantization=config, scores=scores)
-    if config is not None:
+    if config is not None or getattr(model, "is_quantized", False):
         model = made_ready(model, part)
     if part.attention is not None:
         try:

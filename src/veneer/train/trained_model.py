@@ -10,6 +10,7 @@ from veneer.adapters.peft_model import PeftModel, get_peft_model
 from veneer.contract import MethodConfig
 from veneer.errors import ConfigError
 from veneer.model.experts import fit_experts
+from veneer.store.stored_quantization import with_stored
 from veneer.train.config import RunSettings
 
 Kind = Literal["causal", "reward"]
@@ -34,6 +35,7 @@ def loaded(
     if quantization_config is not None:
         options["quantization_config"] = quantization_config
     args.model_init_kwargs = None
+    options = with_stored(model, options)
     if kind == "reward":
         return AutoModelForSequenceClassification.from_pretrained(model, num_labels=1, **options)
     return AutoModelForCausalLM.from_pretrained(model, **options)

@@ -13,7 +13,7 @@ from gradients import has_exact_gradients
 from launch import program
 from veneer.core.frozen import FrozenWeight
 from veneer.errors import NonFiniteError
-from veneer.quant import fp4, int8, nf4
+from veneer.quant import fp4, fp8, int8, nf4
 from veneer.quant.dense import DenseWeight
 
 Quantize = Callable[..., FrozenWeight]
@@ -24,6 +24,7 @@ FORMATS: dict[str, Quantize] = {
     "fp4": lambda w, **k: fp4.quantize(w, double_quant=False, **k),
     "fp4 double": fp4.quantize,
     "int8": int8.quantize,
+    "fp8": fp8.quantize,
 }
 SHAPES = [(1, 1), (7, 3), (13, 64), (64, 31), (127, 96), (5, 129)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -136,7 +137,7 @@ def test_under_torch_compile() -> None:
     """In a process of its own: the shape checks of the test run would be compiled too."""
     script = """
 import torch
-from veneer.quant import fp4, int8, nf4
+from veneer.quant import int8, nf4
 x = torch.randn(2, 5, 37, requires_grad=True)
 for format in (nf4, int8):
     frozen = format.quantize(torch.randn(19, 37))

@@ -1,0 +1,175 @@
+"""Frozen weight in 8-bit floats with a scale for each block, row or matrix: ``W = codes * scale``.
+
+Sources: DeepSeek-AI 2024, DeepSeek-V3, arXiv:2412.19437, section 3.3 (blocks of 128 by 128, ``weight_scale_inv``);
+compressed-tensors' ``float-quantized`` (a scale for each row or matrix). Departs: activations are not quantized.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Float, Float32, Int
+from torch import Tensor
+
+from veneer.errors import FormatError, NonFiniteError
+from veneer.quant.blocks import BlockWeight
+from veneer.quant.spec import Parts, scale_problems
+
+NAME = "fp8"
+BLOCK = (128, 128)
+KINDS = (torch.float8_e4m3fn, torch.float8_e5m2)
+SCALES = (torch.float32, torch.bfloat16, torch.float16, torch.float8_e8m0fnu, torch.uint8)
+_FIRST_NAN = {torch.float8_e4m3fn: 0x7F, torch.float8_e5m2: 0x7C}
+"""Smallest code, without its sign, that stands for no number: NaN, or e5m2's infinity."""
+
+
+@dataclass(frozen=True, slots=True)
+class Fp8Weight(BlockWeight):
+    """``W (o, i) = codes * scale``, with a scale for each ``block`` of rows and columns.
+
+    ``rounded``: the product is rounded to the scale's dtype, as compressed-tensors defines it.
+    """
+
+    codes: Float[Tensor, "o i"]
+    scale: Tensor
+    block: tuple[int, int]
+    dtype: torch.dtype = torch.float32
+    rounded: bool = False
+    compute_dtype: torch.dtype | None = None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.codes.shape[0], self.codes.shape[1]
+
+    @property
+    def nbytes(self) -> int:
+        return self.codes.numel() + self.scale.numel() * self.scale.element_size()
+
+    def rows(self, index: slice | Int[Tensor, " k"]) -> Float32[Tensor, "k i"]:
+        (o, i), (height, width) = self.shape, self.block
+        scale = powers(self.scale).view(-(-o // height), -1)
+        wide = scale.index_select(0, torch.arange(o, device=scale.device)[index] // height)
+        if wide.shape[1] > 1:
+            wide = wide.repeat_interleave(width, dim=1)[:, :i]
+        values = self.codes[index].to(torch.float32).mul_(wide)
+        return values.to(self.scale.dtype).to(torch.float32) if self.rounded else values
+
+
+@dataclass(frozen=True, slots=True)
+class Fp8Spec:
+    """Specification of a matrix in FP8. ``block`` None: a scale for each row or for the matrix, as the file has it.
+
+    ``suffix`` names the scale on disk.
+    """
+
+    shape: tuple[int, int]
+    dtype: torch.dtype = torch.float32
+    kind: torch.dtype = torch.float8_e4m3fn
+    block: tuple[int, int] | None = BLOCK
+    suffix: str = "weight_scale_inv"
+    scale_dtype: torch.dtype = torch.float32
+    scale_shape: tuple[int, ...] | None = None
+    rounded: bool = False
+    compute_dtype: torch.dtype | None = None
+
+    def part_layout(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+        return {"weight": (self.kind, self.shape), "scale": (self.scale_dtype, self._scale_shape())}
+
+    def quantize(self, weight: Float[Tensor, "o i"]) -> dict[str, Tensor]:
+        """Return codes and scales as transformers computes them: ``largest / absmax`` of a block times its values.
+
+        Raises NonFiniteError.
+        """
+        height, width = self._block_of(self._scale_shape())
+        (o, i), largest = self.shape, torch.finfo(self.kind).max
+        padded = torch.nn.functional.pad(weight.float(), (0, -i % width, 0, -o % height))
+        blocks = padded.view(padded.shape[0] // height, height, padded.shape[1] // width, width)
+        absmax = blocks.abs().amax(dim=(1, 3))
+        if not bool(absmax.isfinite().all()):
+            raise NonFiniteError(f"cannot quantize a weight of shape {self.shape}: it holds NaN or infinity")
+        ones = torch.ones_like(absmax)
+        forward = torch.where(absmax > 0, largest / torch.where(absmax > 0, absmax, ones), ones)
+        scale = self._stored(1.0 / forward)
+        if self.scale_dtype != torch.float32:
+            forward = 1.0 / powers(scale)
+        codes = (blocks * forward[:, None, :, None]).clamp_(-largest, largest).to(self.kind)
+        codes = codes.view(padded.shape)[:o, :i].contiguous()
+        return {"weight": codes, "scale": scale.reshape(self._scale_shape())}
+
+    def bind(self, parts: Parts) -> Fp8Weight:
+        scale = parts["scale"]
+        block = self._block_of(tuple(scale.shape))
+        return Fp8Weight(parts["weight"], scale, block, self.dtype, self.rounded, self.compute_dtype)
+
+    def owns(self, key: str) -> bool:
+        return key in ("weight", self.suffix)
+
+    def to_disk(self, parts: Parts) -> dict[str, Tensor]:
+        return {"weight": parts["weight"], self.suffix: parts["scale"]}
+
+    def from_disk(self, tensors: Parts) -> tuple[Fp8Spec, dict[str, Tensor]]:
+        codes, scale = tensors.get("weight"), tensors.get(self.suffix)
+        problems = _code_problems(codes, self.shape)
+        if scale is None:
+            problems.append(f"{self.suffix} is missing")
+        else:
+            fitting = self._fitting()
+            if tuple(scale.shape) not in fitting:
+                problems.append(
+                    f"{self.suffix} has the shape {tuple(scale.shape)}, allowed: {' or '.join(map(str, fitting))}"
+                )
+            problems += scale_problems(self.suffix, scale, SCALES, powers)
+        if problems or codes is None or scale is None:
+            raise FormatError(
+                f"an FP8 weight of shape {self.shape} cannot be read: {'; '.join(problems)}. Fetch the file again, or "
+                "correct weight_block_size and the modules left out in config.json"
+            )
+        spec = replace(self, kind=codes.dtype, scale_dtype=scale.dtype, scale_shape=tuple(scale.shape))
+        return spec, {"weight": codes.contiguous(), "scale": scale.contiguous()}
+
+    def _scale_shape(self) -> tuple[int, ...]:
+        return self._grid() if self.scale_shape is None else self.scale_shape
+
+    def _grid(self) -> tuple[int, int]:
+        """Shape of the scales where no file says another: blocks, or rows."""
+        height, width = self.block or (1, self.shape[1])
+        return -(-self.shape[0] // height), -(-self.shape[1] // width)
+
+    def _fitting(self) -> list[tuple[int, ...]]:
+        o, _ = self.shape
+        return [self._grid()] if self.block else [(), (1,), (1, 1), (o,), (o, 1)]
+
+    def _block_of(self, scale_shape: tuple[int, ...]) -> tuple[int, int]:
+        o, i = self.shape
+        if self.block:
+            return self.block
+        return (o, i) if torch.Size(scale_shape).numel() == 1 else (1, i)
+
+    def _stored(self, scale: Tensor) -> Tensor:
+        """The scale in its dtype on disk; powers of two are rounded up, so that no value is out of range."""
+        if self.scale_dtype not in (torch.float8_e8m0fnu, torch.uint8):
+            return scale.to(self.scale_dtype)
+        tiny = torch.finfo(torch.float32).tiny
+        exact = torch.pow(2.0, torch.ceil(torch.log2(scale.clamp(min=tiny)))).to(torch.float8_e8m0fnu)
+        return exact.view(self.scale_dtype)
+
+
+def powers(scale: Tensor) -> Float[Tensor, "..."]:
+    """Return scales in float32; a byte is the power of two of E8M0, ``2 ** (byte - 127)``, and 255 is NaN."""
+    return (scale.view(torch.float8_e8m0fnu) if scale.dtype == torch.uint8 else scale).to(torch.float32)
+
+
+def quantize(weight: Float[Tensor, "o i"], *, compute_dtype: torch.dtype | None = None) -> Fp8Weight:
+    """Return a weight in FP8 (e4m3) with blocks of 128 by 128. Raises NonFiniteError."""
+    spec = Fp8Spec((weight.shape[0], weight.shape[1]), weight.dtype, compute_dtype=compute_dtype)
+    return spec.bind(spec.quantize(weight))
+
+
+def _code_problems(codes: Tensor | None, shape: tuple[int, int]) -> list[str]:
+    if codes is None:
+        return ["weight is missing"]
+    if codes.dtype not in KINDS or tuple(codes.shape) != shape:
+        return [f"weight is {codes.dtype} {tuple(codes.shape)}, it should be an 8-bit float {shape}"]
+    unsigned = codes.contiguous().view(torch.uint8) & 0x7F
+    return ["weight holds NaN or infinity"] if bool((unsigned >= _FIRST_NAN[codes.dtype]).any()) else []

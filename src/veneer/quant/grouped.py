@@ -1,0 +1,147 @@
+"""Frozen weight in whole numbers of 1 to 8 bits with a scale and a zero for each group of inputs: ``(q - z) * s``.
+
+GPTQ, AWQ, HQQ and compressed-tensors' ``pack-quantized`` differ in how they lay this out on disk. Here all have one
+layout: codes packed row by row, and scales and zeros by output and group.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import NoReturn
+
+import torch
+from jaxtyping import Float, Float32, Int, Int32, UInt8
+from torch import Tensor
+
+from veneer.errors import ConfigError, FormatError
+from veneer.quant.bits import n_bytes, pack, unpack
+from veneer.quant.blocks import BlockWeight
+from veneer.quant.spec import Parts
+
+
+@dataclass(frozen=True, slots=True)
+class GroupedWeight(BlockWeight):
+    """``W[o, i] = (codes[o, i] - zero) * scale``, computed in the scales' dtype.
+
+    ``zeros`` None: all are ``2 ** (bits - 1)``. ``order``: the columns of W in the order of the codes, in which each
+    group lies together; inputs are put into it once a product.
+    """
+
+    codes: UInt8[Tensor, "o bytes"]
+    scales: Float[Tensor, "o groups"]
+    bits: int
+    shape: tuple[int, int]
+    zeros: Tensor | None = None
+    order: Int32[Tensor, " i"] | None = None
+    dtype: torch.dtype = torch.float32
+    compute_dtype: torch.dtype | None = None
+
+    @property
+    def nbytes(self) -> int:
+        tensors = (self.codes, self.scales, self.zeros, self.order)
+        return sum(t.numel() * t.element_size() for t in tensors if t is not None)
+
+    def multiply(self, x: Tensor, transposed: bool) -> Tensor:
+        if self.order is None:
+            return BlockWeight.multiply(self, x, transposed)
+        in_order = replace(self, order=None)
+        if not transposed:
+            return in_order.multiply(x.index_select(-1, self.order), False)
+        y = in_order.multiply(x, True)
+        return torch.empty_like(y).index_copy_(-1, self.order.long(), y)
+
+    def rows(self, index: slice | Int[Tensor, " k"]) -> Float32[Tensor, "k i"]:
+        scales = self.scales[index]
+        codes = unpack(self.codes[index], self.bits, self.shape[1]).to(scales.dtype)
+        values = codes.reshape(*scales.shape, -1)
+        zeros = 1 << self.bits - 1 if self.zeros is None else self.zeros[index][:, :, None].to(values.dtype)
+        wide = values.sub_(zeros).mul_(scales[:, :, None]).view(len(scales), -1).to(torch.float32)
+        return wide if self.order is None else torch.empty_like(wide).index_copy_(1, self.order.long(), wide)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GroupedSpec:
+    """Specification of a matrix in groups of whole numbers. ``group`` None: a group is a whole row.
+
+    ``zeros``: the dtype of the zeros; None if there are none. ``ordered``: groups are not neighbouring columns.
+    """
+
+    shape: tuple[int, int]
+    bits: int
+    group: int | None
+    dtype: torch.dtype = torch.float32
+    scale_dtype: torch.dtype = torch.float16
+    zeros: torch.dtype | None = torch.uint8
+    ordered: bool = False
+    compute_dtype: torch.dtype | None = None
+
+    @property
+    def n_groups(self) -> int:
+        """Groups of a row."""
+        return -(-self.shape[1] // (self.group or self.shape[1]))
+
+    def part_layout(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+        o, i = self.shape
+        layout: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
+            "weight": (torch.uint8, (o, n_bytes(i, self.bits))),
+            "scales": (self.scale_dtype, (o, self.n_groups)),
+        }
+        if self.zeros is not None:
+            layout["zeros"] = (self.zeros, (o, self.n_groups))
+        if self.ordered:
+            layout["order"] = (torch.int32, (i,))
+        return layout
+
+    def quantize(self, weight: Float[Tensor, "o i"]) -> NoReturn:
+        """Raise ConfigError: a weight is quantized in this format by its own library, from examples."""
+        raise ConfigError(
+            "a weight of this format cannot be quantized again here: merge into 16 bits, and quantize the result by "
+            "the format's own library"
+        )
+
+    def bind(self, parts: Parts) -> GroupedWeight:
+        return GroupedWeight(
+            codes=parts["weight"],
+            scales=parts["scales"],
+            bits=self.bits,
+            shape=self.shape,
+            zeros=parts.get("zeros"),
+            order=parts.get("order"),
+            dtype=self.dtype,
+            compute_dtype=self.compute_dtype,
+        )
+
+
+def group_problems(spec: GroupedSpec) -> list[str]:
+    """Return the problem of a width that the groups do not divide."""
+    _, i = spec.shape
+    if spec.group is None or i % spec.group == 0:
+        return []
+    return [f"{i} inputs are not a multiple of group_size {spec.group}"]
+
+
+def order_of(g_idx: Tensor, group: int, n_groups: int) -> tuple[Int32[Tensor, " i"] | None, list[str]]:
+    """Return the columns sorted by group (None if they are), and the problems of ``g_idx``."""
+    index = g_idx.long()
+    if len(index) and not 0 <= int(index.min()) <= int(index.max()) < n_groups:
+        return None, [f"g_idx holds groups {int(index.min())} to {int(index.max())}, allowed: 0 to {n_groups - 1}"]
+    counts = torch.bincount(index, minlength=n_groups)
+    wrong = (counts != group).nonzero()[:, 0]
+    if len(wrong):
+        first = int(wrong[0])
+        return None, [f"g_idx puts {int(counts[first])} inputs into group {first}, and a group has {group}"]
+    order = torch.argsort(index, stable=True).to(torch.int32)
+    return (None, []) if bool((index.diff() >= 0).all()) else (order, [])
+
+
+def ordered_codes(codes: UInt8[Tensor, "o bytes"], bits: int, order: Tensor) -> UInt8[Tensor, "o bytes"]:
+    """Return packed codes with their columns in another order."""
+    return pack(unpack(codes, bits, len(order)).index_select(1, order), bits)
+
+
+def unreadable(name: str, shape: tuple[int, int], problems: list[str]) -> FormatError:
+    """Return the error for a weight that cannot be read."""
+    return FormatError(
+        f"a weight of shape {shape} in {name} cannot be read: {'; '.join(problems)}. Fetch the file again, or correct "
+        "quantization_config in config.json"
+    )

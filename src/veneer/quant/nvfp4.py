@@ -1,0 +1,86 @@
+"""NVFP4: blocks of 16 inputs in E2M1, a scale in E4M3 for each, and one number in float32 for the matrix.
+
+compressed-tensors divides by that number (``weight_global_scale``), ModelOpt multiplies by it (``weight_scale_2``).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from veneer.errors import NonFiniteError, ShapeError
+from veneer.quant.bits import pack
+from veneer.quant.fp4_blocks import LARGEST, Fp4BlockWeight, encoded, stored_blocks, unreadable
+from veneer.quant.spec import Parts, scale_problems
+
+BLOCK = 16
+SCALE = torch.float8_e4m3fn
+
+
+@dataclass(frozen=True, slots=True)
+class Nvfp4Spec:
+    """Specification of a matrix in NVFP4. ``divides``: compressed-tensors' names, whose global scale divides."""
+
+    shape: tuple[int, int]
+    dtype: torch.dtype = torch.float32
+    divides: bool = True
+    compute_dtype: torch.dtype | None = None
+
+    def part_layout(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+        o, i = self.shape
+        size = (1,) if self.divides else ()
+        return {
+            "weight": (torch.uint8, (o, i // 2)), "scale": (SCALE, (o, i // BLOCK)), "overall": (torch.float32, size),
+        }  # fmt: skip
+
+    def quantize(self, weight: Float[Tensor, "o i"]) -> dict[str, Tensor]:
+        """Return codes and scales: the largest value of the matrix gets the largest scale and the largest code.
+
+        Raises ShapeError, NonFiniteError.
+        """
+        if self.shape[1] % BLOCK:
+            raise ShapeError(
+                f"a weight of {self.shape[1]} inputs does not go into NVFP4, with blocks of {BLOCK}: merge into 16 bits"
+            )
+        blocks = weight.float().view(self.shape[0], -1, BLOCK)
+        absmax = blocks.abs().amax(dim=-1)
+        if not bool(absmax.isfinite().all()):
+            raise NonFiniteError(f"cannot quantize a weight of shape {self.shape}: it holds NaN or infinity")
+        largest, smallest = torch.finfo(SCALE).max, torch.finfo(SCALE).smallest_normal
+        overall = LARGEST * largest / absmax.max().clamp(min=torch.finfo(torch.float32).tiny)
+        scale = (absmax / LARGEST * overall).clamp(smallest, largest).to(SCALE)
+        codes = encoded(blocks / (scale.float() / overall)[:, :, None]).view(self.shape)
+        held = overall.view(1) if self.divides else 1.0 / overall
+        return {"weight": pack(codes, 4), "scale": scale, "overall": held}
+
+    def bind(self, parts: Parts) -> Fp4BlockWeight:
+        overall = parts["overall"].view(())
+        return Fp4BlockWeight(parts["weight"], parts["scale"], overall, self.divides, self.dtype, self.compute_dtype)
+
+    def owns(self, key: str) -> bool:
+        return key in (self._packed, "weight_scale", self._overall)
+
+    def to_disk(self, parts: Parts) -> dict[str, Tensor]:
+        return {self._packed: parts["weight"], "weight_scale": parts["scale"], self._overall: parts["overall"]}
+
+    def from_disk(self, tensors: Parts) -> tuple[Nvfp4Spec, dict[str, Tensor]]:
+        parts, problems = stored_blocks(tensors, self.shape, BLOCK, (SCALE,), self._packed)
+        overall = tensors.get(self._overall)
+        if overall is None or overall.numel() != 1:
+            problems.append(f"{self._overall} is {'missing' if overall is None else tuple(overall.shape)}")
+        else:
+            problems += scale_problems(self._overall, overall, (torch.float32,))
+        if problems or overall is None:
+            raise unreadable("NVFP4", self.shape, problems)
+        return self, parts | {"overall": overall.reshape(self.part_layout()["overall"][1])}
+
+    @property
+    def _packed(self) -> str:
+        return "weight_packed" if self.divides else "weight"
+
+    @property
+    def _overall(self) -> str:
+        return "weight_global_scale" if self.divides else "weight_scale_2"

@@ -1,0 +1,53 @@
+"""What the loader of quantized models asks of a quantization config."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any, ClassVar, Self
+
+import torch
+from transformers import PreTrainedModel
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from veneer.disk.safetensors import StoredTensor
+from veneer.quant.spec import StorageSpec
+
+
+class QuantizationConfig(QuantizationConfigMixin):  # type: ignore[misc]
+    """Quantization that `VeneerQuantizer` loads: of a dense checkpoint while it is read, or as it is stored.
+
+    ``is_stored``: the checkpoint is always quantized already.
+    """
+
+    is_stored: ClassVar[bool] = False
+    note: str | None = None
+    """What a user must know of the checkpoint, said once when it is loaded."""
+
+    def merged_with(self, stored: Mapping[str, Any]) -> Self:
+        """Return the config of a quantized checkpoint for which this one is asked. Raises ConfigError."""
+        raise NotImplementedError
+
+    def left_out(self, model: PreTrainedModel, *, stored: bool) -> list[str]:
+        """Return the modules that stay dense, as names and patterns of transformers."""
+        raise NotImplementedError
+
+    def spec_of(self, path: str, shape: tuple[int, int], dtype: torch.dtype) -> StorageSpec | None:
+        """Return the storage format of a layer's weight of this shape (o, i) and dtype; None if it stays dense."""
+        raise NotImplementedError
+
+    def grouped(self, names: Iterable[str]) -> dict[str, dict[str, str]]:
+        """Return the tensors of each layer that is stored quantized: their names by part."""
+        raise NotImplementedError
+
+    def stored_shape(self, parts: Mapping[str, StoredTensor]) -> tuple[int, int] | None:
+        """Return the shape (o, i) of a layer's weight, as its tensors tell it; None if they do not."""
+        raise NotImplementedError
+
+
+def left_dense(model: PreTrainedModel, names: list[str] | None, *, also_head: bool) -> list[str]:
+    """Return the modules that stay dense: those named, and the head if none are named or with ``also_head``."""
+    found: list[str] = HfQuantizer.get_modules_to_not_convert(
+        model, names, model._keep_in_fp32_modules, add_default_skips=also_head
+    )
+    return found

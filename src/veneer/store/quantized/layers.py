@@ -1,0 +1,115 @@
+"""Quantized layers of a checkpoint, as its ``quantization_config`` describes them."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any, ClassVar
+
+import torch
+
+from veneer.disk.safetensors import StoredTensor
+from veneer.errors import ConfigError, FormatError
+from veneer.quant.spec import StorageSpec
+
+Settings = Mapping[str, Any]
+StoredParts = Mapping[str, StoredTensor]
+_SAID = frozenset({"quant_method", "dequantize", "run_compressed"})
+
+
+class StoredLayers(ABC):
+    """Description of a checkpoint's quantized layers.
+
+    ``parts`` are the last names of a layer's tensors, ``marks`` those that every quantized layer has one of.
+    """
+
+    parts: ClassVar[frozenset[str]]
+    marks: ClassVar[frozenset[str]]
+    skips_head: ClassVar[bool] = True
+
+    @property
+    @abstractmethod
+    def label(self) -> str:
+        """Format in a few words."""
+
+    @property
+    def left_out(self) -> list[str] | None:
+        """Modules that stay dense, as names and patterns of transformers; None if the settings name none."""
+        return None
+
+    @property
+    def quantizes_activations(self) -> bool:
+        """True if the checkpoint is meant for quantized activations, which are left as they are."""
+        return False
+
+    @abstractmethod
+    def spec(self, path: str, shape: tuple[int, int], dtype: torch.dtype) -> StorageSpec | None:
+        """Return the storage format of the layer at a path; None if the settings leave it dense."""
+
+    @abstractmethod
+    def shape(self, parts: StoredParts) -> tuple[int, int]:
+        """Return the shape (o, i) of a layer's weight, as its tensors tell it."""
+
+    def grouped(self, names: Iterable[str]) -> dict[str, dict[str, str]]:
+        """Return the tensors of each quantized layer: their names by part."""
+        found: dict[str, dict[str, str]] = {}
+        for name in names:
+            layer, _, part = name.rpartition(".")
+            if part in self.parts:
+                found.setdefault(layer, {})[part] = name
+        return {layer: parts for layer, parts in found.items() if self.marks & parts.keys()}
+
+
+def require_known(method: str, settings: Settings, known: Collection[str], problems: Collection[str] = ()) -> None:
+    """Raise ConfigError for settings that nobody reads here, and for the problems of those that are read.
+
+    A setting that is off (null, false, empty) says nothing.
+    """
+    unknown = sorted(name for name in settings.keys() - set(known) - _SAID if settings[name])
+    said = [f"{name}={settings[name]!r:.80} is unknown" for name in unknown] + list(problems)
+    if said:
+        raise ConfigError(
+            f"quantization_config of config.json ({method}) cannot be honoured: {'; '.join(said)}. Correct it, or load "
+            "a 16-bit copy of the model"
+        )
+
+
+def matrix(tensor: StoredTensor) -> tuple[int, int]:
+    """Return the shape of a stored matrix. Raises FormatError for another number of dimensions."""
+    if len(tensor.shape) != 2:
+        raise FormatError(
+            f"{tensor.path}: tensor {tensor.name!r} has the shape {tensor.shape}: it should be a matrix. Fetch it again"
+        )
+    return tensor.shape[0], tensor.shape[1]
+
+
+def is_count(value: object) -> bool:
+    """Return True for a whole number above zero."""
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def choice_problems(settings: Settings, **allowed: Collection[object]) -> list[str]:
+    """Return the problems of settings that are given and not among the allowed values."""
+    return [
+        f"{key}={settings[key]!r:.80} must be one of {list(values)}"
+        for key, values in allowed.items()
+        if settings.get(key) is not None and settings[key] not in values
+    ]
+
+
+def group_problems(settings: Settings, key: str = "group_size") -> list[str]:
+    """Return the problem of a size of groups, which is a whole number, or -1 for a row."""
+    size = settings.get(key)
+    if size is None or size == -1 or is_count(size):
+        return []
+    return [f"{key}={size!r} must be a whole number above zero, or -1 for a group a row"]
+
+
+def names_problem(settings: Settings, *keys: str) -> list[str]:
+    """Return the problems of settings that must be lists of module names, or None."""
+    return [
+        f"{key}={settings[key]!r:.80} must be a list of module names"
+        for key in keys
+        if settings.get(key) is not None
+        and not (isinstance(settings[key], list) and all(isinstance(name, str) for name in settings[key]))
+    ]

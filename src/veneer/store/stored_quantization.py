@@ -1,0 +1,102 @@
+"""Quantization of a checkpoint by another library than bitsandbytes, read without that library's package."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, ClassVar, Self, cast
+
+import torch
+from transformers import PreTrainedModel
+
+from veneer.disk.safetensors import StoredTensor
+from veneer.model.renamed import renamer
+from veneer.quant.spec import StorageSpec
+from veneer.store.quantization import ON_DISK, BitsAndBytesConfig
+from veneer.store.quantization_config import QuantizationConfig, left_dense
+from veneer.store.quantized import awq, compressed_tensors, fp8, gptq, hqq, modelopt
+from veneer.store.quantized.layers import Settings, StoredLayers
+from veneer.store.quantizer import METHOD, register
+
+READERS: dict[str, Callable[[Settings], StoredLayers]] = {
+    module.METHOD: module.read for module in (awq, compressed_tensors, fp8, gptq, hqq, modelopt)
+}
+
+
+class StoredQuantization(QuantizationConfig):
+    """``quantization_config`` of ``from_pretrained`` that reads a checkpoint in the format of its own library.
+
+    ``stored`` is the ``quantization_config`` of its ``config.json``. Raises ConfigError for settings that cannot be
+    honoured.
+    """
+
+    is_stored: ClassVar[bool] = True
+
+    def __init__(self, stored: Mapping[str, Any]) -> None:
+        self.quant_method = cast(Any, METHOD)
+        self.stored = dict(stored)
+        self.layers = READERS[str(stored["quant_method"])](stored)
+        if self.layers.quantizes_activations:
+            self.note = (
+                f"the checkpoint ({self.layers.label}) is meant for quantized activations: here they stay as they are, "
+                "so that logits are those of its weights alone"
+            )
+        register()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the ``quantization_config`` of a saved model: that of the checkpoint."""
+        return dict(self.stored)
+
+    def merged_with(self, stored: Mapping[str, Any]) -> Self:
+        return self
+
+    def left_out(self, model: PreTrainedModel, *, stored: bool) -> list[str]:
+        names = self.layers.left_out
+        to_own = renamer(model)  # renamings are written for the names of tensors
+        own = None if names is None else [to_own(f"{name}.").removesuffix(".") for name in names]
+        return left_dense(model, own, also_head=self.layers.skips_head)
+
+    def spec_of(self, path: str, shape: tuple[int, int], dtype: torch.dtype) -> StorageSpec | None:
+        return self.layers.spec(path, shape, dtype)
+
+    def grouped(self, names: Iterable[str]) -> dict[str, dict[str, str]]:
+        return self.layers.grouped(names)
+
+    def stored_shape(self, parts: Mapping[str, StoredTensor]) -> tuple[int, int]:
+        return self.layers.shape(parts)
+
+
+def quantization_in(config: Mapping[str, Any]) -> BitsAndBytesConfig | StoredQuantization | None:
+    """Return the quantization that a ``config.json`` states; None for a dense model or a format unknown here.
+
+    Raises ConfigError for settings that cannot be honoured.
+    """
+    stored = config.get("quantization_config")
+    if not isinstance(stored, Mapping):
+        return None
+    method = stored.get("quant_method")
+    if method == ON_DISK:
+        return BitsAndBytesConfig.from_stored(stored)
+    return StoredQuantization(stored) if method in READERS else None
+
+
+def stored_quantization(folder: Path) -> BitsAndBytesConfig | StoredQuantization | None:
+    """Return the quantization of the model in a folder, as `quantization_in` does."""
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except ValueError:
+        return None  # transformers reads the file next and says what is wrong with it
+    return quantization_in(config) if isinstance(config, Mapping) else None
+
+
+def with_stored(source: str | os.PathLike[str], options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return options of transformers' ``from_pretrained`` with the quantization of a folder that veneer reads itself.
+
+    A given ``quantization_config`` stays.
+    """
+    folder = Path(source)
+    found = stored_quantization(folder) if (folder / "config.json").is_file() else None
+    own = {"quantization_config": found} if isinstance(found, StoredQuantization) else {}
+    return own | dict(options)

@@ -1,0 +1,352 @@
+"""Folders in other libraries' formats: loaded, trained on, merged, planned and described as their dense twins are."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from quantized_folders import FORMATS, change, make_folder
+from veneer import LLM, SamplingParams
+from veneer.adapters.auto import AutoPeftModelForCausalLM
+from veneer.adapters.peft_model import get_peft_model
+from veneer.errors import ConfigError, FormatError
+from veneer.export.merged import merge_checkpoint
+from veneer.methods.lora import LoraConfig
+from veneer.model.quant_linear import QuantLinear
+from veneer.plan.architecture import config_of
+from veneer.plan.model import meta_base
+from veneer.recipe.parts import ModelPart
+from veneer.store.facts import model_facts
+from veneer.store.source import load_model
+from veneer.store.stored_quantization import quantization_in
+
+IDS = torch.arange(22).view(2, 11) * 3
+formats = pytest.mark.parametrize("name", FORMATS)
+Made = dict[str, Path]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
+    folders = {name: tmp_path_factory.mktemp("stored") for name in FORMATS}
+    for name, folder in folders.items():
+        make_folder(FORMATS[name], folder)
+    return folders
+
+
+def quantized(model: Any) -> dict[str, QuantLinear]:
+    return {path: m for path, m in model.named_modules() if isinstance(m, QuantLinear)}
+
+
+def trained(folder: Path, **fields: Any) -> tuple[Any, Tensor, dict[str, Tensor]]:
+    """A model with LoRA of fixed values on every layer: its logits, and the gradients of its factors."""
+    config = LoraConfig(r=3, lora_alpha=7, target_modules="all-linear", **fields)
+    model = get_peft_model(load_model(folder), config)
+    generator = torch.Generator().manual_seed(3)
+    for name, parameter in model.named_parameters():
+        if "lora_A" in name or "lora_B" in name:
+            parameter.data = 0.1 * torch.randn(parameter.shape, generator=generator)
+    logits = model(IDS).logits
+    logits.log_softmax(-1)[..., 5].sum().backward()
+    return model, logits, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def close(got: Tensor, expected: Tensor) -> None:
+    assert (got - expected).norm() <= 1e-5 * expected.norm()
+
+
+@formats
+def test_weights_are_what_the_codes_stand_for(made: Made, name: str) -> None:
+    layers = quantized(load_model(made[name] / "coded"))
+    dense = load_file(made[name] / "dense" / "model.safetensors")
+    wanted = [key.removesuffix(".weight") for key in dense if key.endswith("_proj.weight")]
+    assert set(layers) == {path for path in wanted if not path.endswith(FORMATS[name].left_out)}
+    for path, layer in layers.items():
+        assert torch.equal(layer.frozen_format().dense(torch.float32), dense[f"{path}.weight"])
+
+
+@formats
+@pytest.mark.parametrize("fields", [{}, {"use_dora": True}], ids=["lora", "dora"])
+def test_logits_and_gradients_are_those_of_the_dense_twin(made: Made, name: str, fields: dict[str, Any]) -> None:
+    _, logits, gradients = trained(made[name] / "coded", **fields)
+    _, expected, wanted = trained(made[name] / "dense", **fields)
+    close(logits, expected)
+    assert gradients.keys() == wanted.keys()
+    for key, gradient in wanted.items():
+        close(gradients[key], gradient)
+
+
+@formats
+def test_merged_in_memory_and_on_disk(made: Made, name: str, tmp_path: Path) -> None:
+    """Both are dense and in 16 bits; on disk no tensor of the codes is left."""
+    model, logits, _ = trained(made[name] / "coded")
+    model.save_pretrained(tmp_path / "adapter")
+    merge_checkpoint(made[name] / "coded", tmp_path / "adapter", tmp_path / "merged", None)
+    merged = load_model(tmp_path / "merged", dtype="float32")
+    assert not quantized(merged)
+    assert "quantization_config" not in json.loads((tmp_path / "merged" / "config.json").read_text())
+    held = load_file(tmp_path / "merged" / "model.safetensors")
+    assert held.keys() == load_file(made[name] / "dense" / "model.safetensors").keys()
+    assert (merged(IDS).logits - logits).norm() <= 1e-2 * logits.norm()
+    close(model.merge_and_unload()(IDS).logits, logits)
+
+
+@formats
+def test_a_saved_model_is_the_same_checkpoint(made: Made, name: str, tmp_path: Path) -> None:
+    model = load_model(made[name] / "coded")
+    model.save_pretrained(tmp_path)
+    before, after = (load_file(each / "model.safetensors") for each in (made[name] / "coded", tmp_path))
+    for key, tensor in after.items():
+        assert tensor.dtype == before[key].dtype
+        held, own = (each.reshape(-1).view(torch.uint8) for each in (before[key], tensor))
+        assert torch.equal(own, held), key
+    assert torch.equal(load_model(tmp_path)(IDS).logits, model(IDS).logits)
+
+
+@formats
+def test_planned_and_described(made: Made, name: str) -> None:
+    """The plan's codes are the model's, byte for byte; parameters count as values."""
+    folder = made[name] / "coded"
+    planned = meta_base(config_of(str(folder)), ModelPart(source=str(folder)))
+    real = load_model(folder)
+    assert quantized(planned).keys() == quantized(real).keys()
+    for path, layer in quantized(real).items():
+        parts = quantized(planned)[path].parts()
+        assert {key: (t.dtype, t.shape) for key, t in parts.items()} == {
+            key: (t.dtype, t.shape) for key, t in layer.parts().items()
+        }
+    facts, twin = model_facts(folder), model_facts(made[name] / "dense")
+    assert facts.parameters == twin.parameters
+    assert facts.quantization
+    assert facts.nbytes_4bit is None
+
+
+def test_an_adapter_finds_its_quantized_base(made: Made, tmp_path: Path) -> None:
+    folder = made["fp8 blocks"] / "coded"
+    model, logits, _ = trained(folder)
+    model.save_pretrained(tmp_path)
+    again = AutoPeftModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    assert quantized(again)
+    close(again(IDS).logits, logits)
+
+
+@pytest.mark.parametrize("name", ["fp8 blocks", "gptq 4", "mxfp4"])
+def test_served_by_a_program(made: Made, name: str) -> None:
+    """Same tokens as of the dense twin; the weights stay in codes."""
+    prompt, greedy = [list(b"the cat sat")], SamplingParams(temperature=0, max_tokens=7)
+    coded, dense = (LLM(made[name] / each) for each in ("coded", "dense"))
+    answers = [llm.generate(prompt, greedy, use_tqdm=False)[0].outputs[0].token_ids for llm in (coded, dense)]
+    assert answers[0] == answers[1]
+    assert not coded.engine.settings.why_general
+    assert len(quantized(coded.engine.runner.model)) >= 12
+
+
+@pytest.fixture
+def broken(made: Made, tmp_path: Path, request: pytest.FixtureRequest) -> Path:
+    shutil.copytree(made[request.param] / "coded", tmp_path / "model")
+    return tmp_path / "model"
+
+
+UP = "model.layers.1.mlp.up_proj"
+
+
+@pytest.mark.parametrize("broken", ["fp8 blocks"], indirect=True)
+@pytest.mark.parametrize(
+    ("tensors", "settings", "message"),
+    [
+        ({f"{UP}.weight_scale_inv": torch.full((8, 3), float("nan"))}, {}, r"up_proj.*holds NaN"),
+        ({f"{UP}.weight_scale_inv": torch.zeros(8, 3)}, {}, r"up_proj.*24 scales that are zero or negative"),
+        ({f"{UP}.weight_scale_inv": -torch.ones(8, 3)}, {}, r"zero or negative"),
+        ({f"{UP}.weight_scale_inv": torch.ones(8, 4)}, {}, r"shape \(8, 4\), allowed: \(8, 3\)"),
+        ({f"{UP}.weight_scale_inv": torch.ones(8, 3, dtype=torch.int32)}, {}, r"torch.int32, allowed"),
+        ({f"{UP}.weight": torch.full((160, 96), float("nan")).to(torch.float8_e4m3fn)}, {}, "weight holds NaN"),
+        ({f"{UP}.weight": torch.ones(160, 95).to(torch.float8_e4m3fn)}, {}, r"\(160, 95\)"),
+        ({f"{UP}.weight_scale_inv": None}, {}, "no quantized tensors"),
+        ({}, {"weight_block_size": [32, 32]}, r"correct weight_block_size"),
+        ({}, {"modules_to_not_convert": ["lm_head", "gate_proj", "up_proj"]}, "leaves it dense"),
+    ],
+)
+def test_damaged_fp8(broken: Path, tensors: dict[str, Tensor | None], settings: dict[str, Any], message: str) -> None:
+    """One error names the file, the tensor and the remedy."""
+    change(broken, tensors, **settings)
+    with pytest.raises(FormatError, match=message) as caught:
+        load_model(broken)
+    assert "proj" in str(caught.value)
+
+
+@pytest.mark.parametrize("broken", ["fp8 blocks"], indirect=True)
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"weight_block_size": [128]}, "two whole numbers"),
+        ({"weight_block_size": [128, 0]}, "two whole numbers"),
+        ({"scale_fmt": "float4"}, "scale_fmt='float4' must be one of"),
+        ({"modules_to_not_convert": "lm_head"}, "list of module names"),
+        ({"modules_to_convert": ["embed_tokens"]}, "only linear layers"),
+        ({"rotation": "hadamard"}, "rotation='hadamard' is unknown"),
+    ],
+)
+def test_settings_that_cannot_be_honoured(broken: Path, settings: dict[str, Any], message: str) -> None:
+    change(broken, **settings)
+    with pytest.raises(ConfigError, match=message):
+        load_model(broken)
+
+
+@pytest.mark.parametrize("broken", ["gptq 4"], indirect=True)
+@pytest.mark.parametrize(
+    ("tensors", "settings", "message"),
+    [
+        ({f"{UP}.g_idx": torch.arange(96, dtype=torch.int32) // 16}, {}, r"up_proj.*groups 0 to 5, allowed: 0 to 2"),
+        ({f"{UP}.g_idx": torch.arange(96, dtype=torch.int32) // 32 - 1}, {}, "groups -1 to 1"),
+        ({f"{UP}.g_idx": torch.zeros(96, dtype=torch.int32)}, {}, "puts 96 inputs into group 0, and a group has 32"),
+        ({f"{UP}.qzeros": torch.full((3, 20), -1, dtype=torch.int32)}, {}, "a zero above the largest code.*gptq_v2"),
+        ({f"{UP}.qzeros": torch.full((3, 20), -0x77777778, dtype=torch.int32)}, {"sym": True}, "may be gptq_v2"),
+        (
+            {f"{UP}.qzeros": torch.full((3, 20), 0x77777777, dtype=torch.int32)},
+            {"sym": True, "checkpoint_format": "gptq_v2"},
+            "it may be gptq",
+        ),
+        ({f"{UP}.qzeros": None}, {}, "qzeros is missing"),
+        ({f"{UP}.scales": torch.zeros(3, 160, dtype=torch.float16)}, {}, "zero or negative"),
+        ({f"{UP}.scales": torch.ones(2, 160, dtype=torch.float16)}, {}, r"scales is \(2, 160\)"),
+        ({f"{UP}.qweight": torch.zeros(12, 161, dtype=torch.int32)}, {}, r"qweight is .*\(12, 161\)"),
+        ({}, {"group_size": 64}, "96 inputs are not a multiple of group_size 64"),
+        ({}, {"bits": 8}, r"qweight is .*should be torch.int32 \(24, "),
+        ({}, {"dynamic": {}}, r"1\.self_attn\.k_proj.*no quantized tensors"),
+    ],
+)
+def test_damaged_gptq(broken: Path, tensors: dict[str, Tensor | None], settings: dict[str, Any], message: str) -> None:
+    change(broken, tensors, **settings)
+    with pytest.raises(FormatError, match=message) as caught:
+        load_model(broken)
+    assert "model.safetensors" in str(caught.value) or "no quantized" in message
+
+
+@pytest.mark.parametrize("broken", ["awq"], indirect=True)
+@pytest.mark.parametrize(
+    ("tensors", "settings", "message"),
+    [
+        ({f"{UP}.scales": -torch.ones(6, 160, dtype=torch.float16)}, {}, "zero or negative"),
+        ({f"{UP}.qweight": torch.zeros(96, 19, dtype=torch.int32)}, {}, r"\(96, 19\)"),
+        ({}, {"group_size": 40}, "96 inputs are not a multiple of group_size 40"),
+    ],
+)
+def test_damaged_awq(broken: Path, tensors: dict[str, Tensor | None], settings: dict[str, Any], message: str) -> None:
+    change(broken, tensors, **settings)
+    with pytest.raises(FormatError, match=message):
+        load_model(broken)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"quant_method": "gptq", "bits": 5}, "bits=5 must be one of"),
+        ({"quant_method": "gptq"}, "bits is missing"),
+        ({"quant_method": "gptq", "bits": 4, "group_size": 0}, "group_size=0"),
+        ({"quant_method": "gptq", "bits": 4, "checkpoint_format": "marlin"}, "checkpoint_format='marlin'"),
+        ({"quant_method": "gptq", "bits": 4, "dynamic": ["x"]}, "must map patterns"),
+        ({"quant_method": "gptq", "bits": 4, "dynamic": {"-:(": {}}}, "no regular expression"),
+        ({"quant_method": "gptq", "bits": 4, "dynamic": {"x": {"bits": 1}}}, "bits=1"),
+        ({"quant_method": "gptq", "bits": 4, "dynamic": {"x": {"rank": 1}}}, "rank is unknown"),
+        ({"quant_method": "gptq", "bits": 4, "lm_head": True}, "lm_head=True"),
+        ({"quant_method": "awq", "bits": 3}, "bits=3"),
+        ({"quant_method": "awq", "version": "gemv_fast"}, "version='gemv_fast'"),
+        ({"quant_method": "awq", "zero_point": False}, "zero_point=False"),
+    ],
+)
+def test_settings_of_other_formats(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        quantization_in({"quantization_config": settings})
+
+
+WEIGHTS = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 32}
+
+
+def compressed(weights: dict[str, Any], layout: str = "pack-quantized", **settings: Any) -> dict[str, Any]:
+    groups = {"group_0": {"targets": ["Linear"], "weights": WEIGHTS | weights}}
+    return {"quant_method": "compressed-tensors", "format": layout, "config_groups": groups} | settings
+
+
+def hqq(**weights: Any) -> dict[str, Any]:
+    params = {"weight_quant_params": {"nbits": 4, "group_size": 64, "axis": 1} | weights}
+    return {"quant_method": "hqq", "quant_config": params}
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (compressed({"num_bits": 3}), "num_bits=3 must be one of"),
+        (compressed({"type": "float"}), "type='float' must be one of"),
+        (compressed({"group_size": 0}), "group_size=0"),
+        (compressed({"rounding": "floor"}), "weights.rounding is unknown"),
+        (compressed({}, "marlin-24"), "format='marlin-24' must be one of"),
+        (compressed({"type": "float", "num_bits": 8}, "float-quantized"), "tensor, channel or block for FP8"),
+        (compressed({"type": "float", "num_bits": 8, "strategy": "block"}, "float-quantized"), "block_structure=None"),
+        (compressed({"type": "float", "group_size": 32}, "nvfp4-pack-quantized"), "group_size=32 must be 16"),
+        (compressed({}, config_groups={}), "at least one group"),
+        (compressed({}, config_groups={"a": {"targets": ["Linear"]}}), "no settings for weights"),
+        (compressed({}, sparsity_config={"format": "sparse-24"}), "only dense weights"),
+        (compressed({}, ignore="lm_head"), "list of module names"),
+        (hqq(axis=0), "along the inputs"),
+        (hqq(nbits=7), "nbits=7"),
+        (hqq(group_size=-3), "group_size=-3"),
+        (hqq() | {"quant_config": {}}, "quant_config is missing"),
+        ({"quant_method": "modelopt", "quant_algo": "W4A8_AWQ"}, "quant_algo='W4A8_AWQ'"),
+    ],
+)
+def test_settings_of_compressed_tensors_and_hqq(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        quantization_in({"quantization_config": settings})
+
+
+@pytest.mark.parametrize(
+    ("broken", "tensors", "settings", "message"),
+    [
+        ("pack-quantized", {f"{UP}.weight_shape": torch.tensor([160, 95])}, {}, r"weight_shape says \(160, 95\)"),
+        ("pack-quantized", {f"{UP}.weight_g_idx": torch.full((96,), 9, dtype=torch.int32)}, {}, "groups 9 to 9"),
+        ("pack-quantized", {f"{UP}.weight_scale": torch.zeros(160, 6)}, {}, "zero or negative"),
+        ("pack-quantized", {f"{UP}.weight_zero_point": None}, {}, "weight_zero_point is missing"),
+        ("pack-quantized", {}, {"ignore": ["lm_head"]}, "no quantized tensors"),
+        ("mxfp4", {f"{UP}.weight_scale": torch.full((160, 3), 255, dtype=torch.uint8)}, {}, "holds NaN"),
+        ("hqq 3", {f"{UP}.W_q": torch.zeros(7, 16, dtype=torch.int32)}, {}, r"W_q is torch.int32 \(7, 16\)"),
+        ("hqq 3", {f"{UP}.zero": torch.full((960, 1), float("nan"))}, {}, "not finite"),
+        ("hqq 3", {f"{UP}.nbits": torch.tensor(4, dtype=torch.int32)}, {}, "nbits is 4, it should be 3"),
+    ],
+    indirect=["broken"],
+)
+def test_damaged_compressed_tensors_and_hqq(
+    broken: Path, tensors: dict[str, Tensor | None], settings: dict[str, Any], message: str
+) -> None:
+    change(broken, tensors, **settings)
+    with pytest.raises(FormatError, match=message):
+        load_model(broken)
+
+
+def test_groups_of_settings() -> None:
+    """A pattern is more than the class of all layers, and ``ignore`` more than both."""
+    fp8 = {"targets": ["re:.*down_proj"], "weights": {"num_bits": 8, "type": "float", "strategy": "channel"}}
+    groups = {"all": {"targets": ["Linear"], "weights": WEIGHTS}, "one": fp8 | {"format": "float-quantized"}}
+    settings = compressed({}, config_groups=groups, ignore=["re:.*q_proj"])
+    config = quantization_in({"quantization_config": settings})
+    kinds = {
+        name: type(config.spec_of(f"model.layers.0.mlp.{name}", (64, 64), torch.bfloat16)).__name__
+        for name in ("down_proj", "up_proj", "q_proj")
+    }
+    assert kinds == {"down_proj": "Fp8Spec", "up_proj": "PackQuantizedSpec", "q_proj": "NoneType"}
+
+
+def test_settings_for_single_layers() -> None:
+    """``dynamic`` changes bits and groups of the modules that match."""
+    dynamic = {"+:.*up_proj": {"bits": 8, "group_size": -1}}
+    config = quantization_in({"quantization_config": {"quant_method": "gptq", "bits": 4, "dynamic": dynamic}})
+    up, down = (
+        config.spec_of(f"model.layers.3.mlp.{name}", (64, 256), torch.float16) for name in ("up_proj", "down_proj")
+    )
+    assert (up.bits, up.group, down.bits, down.group) == (8, None, 4, 128)
+    assert config.spec_of("lm_head", (64, 256), torch.float16) is None
