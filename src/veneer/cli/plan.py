@@ -10,14 +10,14 @@ import typer
 
 from veneer.cli.facts import AsJson
 from veneer.cli.pages.options import unset
-from veneer.cli.plan_options import ADVICE, FIT, SERVE, bytes_from, unread, wrong
+from veneer.cli.plan_options import ADVICE, FIT, OF_SEVERAL, SERVE, bytes_from, unread, wrong
 from veneer.core.progress import waits_told
 from veneer.errors import ConfigError
 from veneer.plan.presets import require_named
 from veneer.plan.start import start_measured
 from veneer.recipe.distributed_part import with_accumulation
 from veneer.recipe.early import refuse_early
-from veneer.recipe.values import apply_override, put, read_values
+from veneer.recipe.values import apply_override, put, read_values, section
 
 _What = Annotated[
     str,
@@ -34,7 +34,7 @@ _Rank = Annotated[
     int | None, typer.Option("--rank", "--r", metavar="N", show_default="of LoRA: 8", help="As adapter.r.")
 ]
 _Strategy = Annotated[
-    str | None, typer.Option(metavar="NAME", show_default="the recipe's", help="Of --processes: ddp or fsdp.")
+    str | None, typer.Option(metavar="NAME", show_default="the recipe's", help="Of --processes: auto, ddp or fsdp.")
 ]
 _Advice = Annotated[bool, typer.Option("--advice", help="Rank, alpha, targets, rate and batch, with sources.")]
 _Tokens = Annotated[
@@ -65,8 +65,10 @@ def plan(
     card: Annotated[str | None, unset("NAME", "Time and memory by a GPU's data sheet.")] = None,
     serve: Annotated[bool, typer.Option("--serve", help="How many adapters and tokens fit beside the base.")] = False,
     memory: Annotated[str | None, unset("SIZE", "With --serve; else what is free.")] = None,
-    processes: Annotated[int | None, unset("N", "Bytes a rank of so many processes.")] = None,
+    processes: Annotated[int | None, unset("N", "Bytes and traffic of a rank of so many processes.")] = None,
     strategy: _Strategy = None,
+    shard: Annotated[int | None, unset("N", "Of --processes: how many share a copy of the base.")] = None,
+    bandwidth: Annotated[float | None, unset("GB/S", "Of --processes: what each receives, for seconds.")] = None,
     advice: _Advice = False,
     rows: Annotated[int | None, unset("N", "Rows of the data.")] = None,
     tokens: _Tokens = None,
@@ -82,8 +84,8 @@ def plan(
     given = {
         "--method": method, "--rank": rank, "--targets": targets, "--quantization": quantization, "--length": length,
         "--batch": batch, "--write": write, "--card": card, "--memory": memory, "--processes": processes,
-        "--strategy": strategy, "--rows": rows, "--tokens": tokens, "--task": task, "--png": png,
-        "--no-time": None if time else True,
+        "--strategy": strategy, "--shard": shard, "--bandwidth": bandwidth, "--rows": rows, "--tokens": tokens,
+        "--task": task, "--png": png, "--no-time": None if time else True,
     }  # fmt: skip
     _require_read(what, {FIT: fit is not None, SERVE: serve, ADVICE: advice}, given)
     budget = None if fit is None else bytes_from(fit, "--fit")
@@ -92,7 +94,7 @@ def plan(
     of_a_process = card is None and not advice and not serve
     begun = start_measured() if of_a_process else nullcontext()  # before torch is imported, which takes as long
     with waits_told("loading torch and transformers"), begun:
-        from veneer.cli.plan_answers import answer_advice, answer_fit, answer_plan, answer_serve, opened
+        from veneer.cli.plan_answers import Ranks, answer_advice, answer_fit, answer_plan, answer_serve, opened
 
         recipe, config, machine = opened(values, what, card, timed=time)
         for missing in recipe.data.missing_files if _is_recipe(what) else ():
@@ -107,14 +109,26 @@ def plan(
         elif budget is not None:
             answer_fit(recipe, config, budget, machine, write=write, as_json=as_json)
         else:
-            answer_plan(recipe, config, machine, (processes or 1, strategy), rows=rows, as_json=as_json, png=png)
+            answer_plan(
+                recipe,
+                config,
+                machine,
+                Ranks(processes or 1, bandwidth and bandwidth * 1e9),
+                rows=rows,
+                as_json=as_json,
+                png=png,
+            )
 
 
 def _require_read(what: str, modes: dict[str, bool], given: dict[str, Any]) -> None:
     """Raise ConfigError for options that nothing would read, and for values that they cannot have."""
     found = unread(modes, given)
-    if given["--strategy"] is not None and (given["--processes"] or 1) < 2 and not any(modes.values()):
-        found.append(f"--strategy {given['--strategy']} is of several processes: add --processes N")
+    several = (given["--processes"] or 1) > 1 or any(modes.values())
+    for option in OF_SEVERAL if not several else ():
+        if given[option] is not None:
+            found.append(f"{option} {given[option]} is of several processes: add --processes N")
+    if given["--strategy"] is not None and given["--shard"] is not None:
+        found.append("--strategy and --shard both say how the base is shared: give one of the two")
     if given["--method"] is not None and _is_recipe(what):
         found.append(
             f"--method {given['--method']}: {what} names its own; use --set adapter.method={given['--method']}"
@@ -133,6 +147,8 @@ def _changes(given: dict[str, Any]) -> dict[str, Any]:
         "model.quantization": given["--quantization"],
         "training.max_length": given["--length"],
         "training.per_device_train_batch_size": given["--batch"],
+        "distributed.strategy": given["--strategy"],
+        "distributed.shard": given["--shard"],
     }
     return {key: value for key, value in changes.items() if value is not None}
 
@@ -158,6 +174,11 @@ def _values(
         }
         for override in overrides:
             apply_override(values, override)
+    layout = {"distributed.strategy", "distributed.shard"}
+    if layout & changes.keys():
+        values["distributed"] = {
+            name: value for name, value in section(values, "distributed").items() if f"distributed.{name}" not in layout
+        }
     for key, value in changes.items():
         put(values, key, value)
     refuse_early(values, what, n_processes=n_processes)  # before torch is imported

@@ -20,12 +20,12 @@ from veneer.errors import ConfigError
 from veneer.plan.advice import ADVISED, advise
 from veneer.plan.architecture import config_of
 from veneer.plan.fit import fits, loadable
+from veneer.plan.layout import Ranks, rank_facts, told_ranks
 from veneer.plan.plan import as_json as as_plain
 from veneer.plan.plan import count_trained, plan_recipe
-from veneer.plan.processes import rank_peak, shared_by
+from veneer.plan.processes import copy_sizes
 from veneer.plan.report import MEASURING, Machine, as_yaml, draw, fit_table, shown
 from veneer.plan.serving import serving_of
-from veneer.recipe.distributed_part import DistributedPart
 from veneer.recipe.recipe import Recipe, changed, parse_recipe
 
 
@@ -44,31 +44,29 @@ def answer_plan(
     recipe: Recipe,
     config: PreTrainedConfig,
     machine: Machine,
-    ranks: tuple[int, str | None],
+    ranks: Ranks,
     *,
     rows: int | None,
     as_json: bool,
     png: Path | None,
 ) -> None:
-    """Print the plan of a run. ``ranks``: the number of processes, and their strategy (None: the recipe's).
-
-    Raises ConfigError for a strategy whose bytes depend on the machines.
-    """
-    n, strategy = ranks
-    part = recipe.distributed if strategy is None else DistributedPart.model_validate({"strategy": strategy})
-    shard = shared_by(part, n) if n > 1 else 1
+    """Print the plan of a run. Raises ConfigError for a strategy whose bytes depend on the machines."""
+    several = ranks.n_processes > 1
+    if several:
+        copy_sizes(recipe.distributed, ranks.n_processes)  # refused before anything is measured
     _tell_measuring(machine)
     plan = plan_recipe(recipe, config=config, isa=machine.isa)
     facts = as_plain(plan) | machine.facts(plan, rows)
-    if n > 1:
-        peak, named = rank_peak(plan, n, shard), {1: "ddp", n: "fsdp"}.get(shard, "hybrid")
-        facts["rank"] = {"processes": n, "strategy": named, "bytes": peak.n_bytes, "kinds": dict(peak.kinds)}
+    if several:
+        facts["rank"] = rank_facts(plan, machine, ranks, facts.get("time", {}).get("seconds_a_step"))
     if png is not None:
         draw(plan, png)
     if as_json:
         typer.echo(json.dumps(facts, indent=2))
         return
     _console().print(shown(plan, facts))
+    for line in told_ranks(facts["rank"]) if several else ():
+        typer.echo(line)
 
 
 def answer_fit(

@@ -32,6 +32,8 @@ READ_BY = {
     "--memory": (SERVE,),
     "--processes": (PLAN,),
     "--strategy": (PLAN,),
+    "--shard": (PLAN,),
+    "--bandwidth": (PLAN,),
     "--rows": (PLAN, ADVICE),
     "--tokens": (ADVICE,),
     "--task": (ADVICE,),
@@ -40,7 +42,8 @@ READ_BY = {
 }
 
 
-COUNTS = ("--rows", "--tokens", "--processes", "--rank", "--length", "--batch")
+COUNTS = ("--rows", "--tokens", "--processes", "--shard", "--rank", "--length", "--batch")
+OF_SEVERAL = ("--strategy", "--shard", "--bandwidth")
 
 
 def bytes_from(text: str, option: str) -> int:
@@ -75,6 +78,8 @@ def wrong(given: Mapping[str, Any]) -> list[str]:
     found = [
         f"{name} {given[name]} must be at least 1" for name in COUNTS if given[name] is not None and given[name] < 1
     ]
+    if given["--bandwidth"] is not None and not given["--bandwidth"] > 0:
+        found.append(f"--bandwidth {given['--bandwidth']} must be above 0")
     for name, values in _choices().items():
         value = given[name]
         if value is not None and value not in values:

@@ -10,7 +10,7 @@ from veneer.core.units import size
 from veneer.errors import ConfigError, VeneerError
 from veneer.model.heap import trim
 from veneer.plan.plan import as_json, plan_recipe
-from veneer.plan.processes import cut_over
+from veneer.plan.processes import cut_over, first_that_fits
 from veneer.plan.report import MEASURING, Machine, told
 from veneer.plan.start import start_measured
 from veneer.recipe.recipe import Recipe
@@ -58,12 +58,11 @@ def with_shard(facts: Mapping[str, Any], sharing: int) -> dict[str, Any]:
     If none has room it is the last; without shards the facts stay as they are.
     """
     process = dict(facts["process"])
-    shards: dict[str, int] = process.pop("shards", {})
-    fitting = [shard for shard, n_bytes in shards.items() if max(1, sharing) * n_bytes <= process["free"]]
-    chosen = next(iter(fitting), next(reversed(shards), None))
-    if chosen is None:
+    shards = {int(shard): n_bytes for shard, n_bytes in process.pop("shards", {}).items()}
+    if not shards:
         return dict(facts)
-    return {**facts, "process": {**process, "bytes": shards[chosen]}, "shard": int(chosen)}
+    chosen = first_that_fits(shards, process["free"], sharing) or next(reversed(shards))
+    return {**facts, "process": {**process, "bytes": shards[chosen]}, "shard": chosen}
 
 
 def require_room(facts: Mapping[str, Any], n_processes: int = 1) -> None:

@@ -1,7 +1,8 @@
-"""Bytes a rank if several processes train: a whole base in each (DDP), or blocks cut over all of them (FSDP)."""
+"""Memory of a process if several train: a whole base in each (ddp), or blocks cut over some (hybrid) or all (fsdp)."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 from veneer.errors import ConfigError
@@ -24,15 +25,26 @@ def rank_peak(plan: Plan, n_processes: int, shard: int) -> Peak:
     return cut_over(plan, n_processes, shard, loads_whole=False).peak
 
 
-def shared_by(part: DistributedPart, n_processes: int) -> int:
-    """Return how many of ``n_processes`` share one copy of the base. Raises ConfigError if their machines decide."""
+def copy_sizes(part: DistributedPart, n_processes: int) -> list[int]:
+    """Return how many of ``n_processes`` on one machine may share a copy of the base, first what is tried first.
+
+    Raises ConfigError if their machines decide.
+    """
     if part.shard is None and part.strategy not in PLANNED:
         raise ConfigError(
             f"distributed.strategy: {part.strategy} depends on the machines that train, which a plan does not know. "
-            f"Give --strategy {' or '.join(PLANNED)}, or distributed.shard in its place."
+            "Give --shard N, the devices of each machine."
         )
     part.require_layout(n_processes, n_processes)
-    return part.copy_sizes(n_processes, n_processes)[0]
+    return part.copy_sizes(n_processes, n_processes)
+
+
+def first_that_fits(bytes_of: Mapping[int, int], free: int, n_sharing: int) -> int | None:
+    """Return the first size of ``bytes_of`` with which ``n_sharing`` processes fit into free memory; None if none does.
+
+    ``bytes_of``: the bytes of one process for each number of processes that share a copy of the base.
+    """
+    return next((size for size, n_bytes in bytes_of.items() if max(1, n_sharing) * n_bytes <= free), None)
 
 
 def cut_over(plan: Plan, n_processes: int, shard: int, *, loads_whole: bool) -> Plan:

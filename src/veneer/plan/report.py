@@ -163,9 +163,6 @@ def shown(plan: Plan, facts: dict[str, Any]) -> Group:
     process = facts["process"]
     sheet = f" ({process['source']})" if "source" in process else ""
     lines.append(Text(f"\nprocess {size(process['bytes'])}; {size(process['free'])} may be taken{sheet}"))
-    if "rank" in facts:
-        rank = facts["rank"]
-        lines.append(Text(f"a rank of {rank['processes']} ({rank['strategy']}): {size(rank['bytes'])} of tensors"))
     if "time" in facts:
         time = facts["time"]
         rate = _rate(time["tokens_a_second"])

@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from veneer.errors import ConfigError
 
-PLANNED = ("ddp", "fsdp")  # strategies that say without the machines how many processes share a copy
+PLANNED = ("auto", "ddp", "fsdp")  # strategies that a plan can count without the machines
 GENERATING = ("grpo", "rloo")
 GENERATING_METRICS = ("exact-match", "regex")
 OF_DDP = ("ddp_find_unused_parameters", "ddp_broadcast_buffers")

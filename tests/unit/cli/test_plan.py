@@ -34,6 +34,11 @@ from .conftest import told_early
         (["--task", "code", "--tokens", "7"], ["--tokens is read by --advice alone", "--task is read by --advice"]),
         (["--advice", "--rank", "7"], ["--rank is not read by --advice: leave it out"]),
         (["--strategy", "fsdp"], ["--strategy fsdp is of several processes: add --processes N"]),
+        (["--shard", "3", "--bandwidth", "7"], ["--shard 3 is of several", "--bandwidth 7.0 is of several"]),
+        (
+            ["--processes", "6", "--shard", "0", "--strategy", "fsdp", "--bandwidth", "-2"],
+            ["give one of the two", "--shard 0 must be at least 1", "--bandwidth -2.0 must be above 0"],
+        ),
         (["--serve", "--no-time"], ["--no-time is not read by --serve"]),
         (["--method", "dora"], ["use --set adapter.method=dora"]),
     ],
@@ -60,7 +65,7 @@ def test_what_is_wrong_by_itself_is_told_before_torch_is_imported() -> None:
         (("plan", "llama-3-8b", "--length", "0", "--rank", "-1"), "--rank -1 must be at least 1; --length 0 must be"),
         (
             ("plan", "llama-3-8b", "--processes", "0", "--strategy", "zero"),
-            "--processes 0 must be at least 1; --strategy 'zero' must be one of ddp, fsdp",
+            "--processes 0 must be at least 1; --strategy 'zero' must be one of auto, ddp, fsdp",
         ),
         (("plan", "llama-3-8b", "--advice", "--task", "maths"), "--task 'maths' must be .*the nearest is 'math'"),
         (("plan", "llama-3-8b", "--set", "model.quantization=nf5"), "model.quantization: 'nf5' does not fit"),

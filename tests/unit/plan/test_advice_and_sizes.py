@@ -14,7 +14,7 @@ from veneer.plan.advice import TASKS, advise
 from veneer.plan.cards import CARDS, card_of
 from veneer.plan.live import Peak
 from veneer.plan.plan import plan_recipe
-from veneer.plan.processes import rank_peak, shared_by
+from veneer.plan.processes import copy_sizes, rank_peak
 from veneer.plan.trace import ACTIVATIONS, BASE
 from veneer.recipe.distributed_part import DistributedPart
 
@@ -68,22 +68,23 @@ def test_ranks_hold_copies_or_shards(recipe: Make) -> None:
         assert shard.kinds.get(kind) == plan.peak.kinds.get(kind), kind  # whatever trains stays whole
 
 
-@pytest.mark.parametrize(("part", "shard"), [({}, 1), ({"strategy": "fsdp"}, 6), ({"shard": 3}, 3)])
-def test_a_plan_counts_the_base_as_the_recipe_shares_it(part: dict[str, Any], shard: int) -> None:
-    assert shared_by(DistributedPart.model_validate(part), 6) == shard
+@pytest.mark.parametrize(
+    ("part", "sizes"), [({}, [1]), ({"strategy": "fsdp"}, [6]), ({"shard": 3}, [3]), ({"strategy": "auto"}, [1, 6])]
+)
+def test_a_plan_counts_the_base_as_the_recipe_shares_it(part: dict[str, Any], sizes: list[int]) -> None:
+    assert copy_sizes(DistributedPart.model_validate(part), 6) == sizes
 
 
 @pytest.mark.parametrize(
     ("part", "told"),
     [
-        ({"strategy": "hybrid"}, r"hybrid depends on the machines .* Give --strategy ddp or fsdp"),
-        ({"strategy": "auto"}, "auto depends on the machines"),
+        ({"strategy": "hybrid"}, r"hybrid depends on the machines .* Give --shard N"),
         ({"shard": 4}, "shard: 4 must divide the 6 processes"),
     ],
 )
 def test_a_plan_refuses_what_it_cannot_count(part: dict[str, Any], told: str) -> None:
     with pytest.raises(ConfigError, match=told):
-        shared_by(DistributedPart.model_validate(part), 6)
+        copy_sizes(DistributedPart.model_validate(part), 6)
 
 
 @pytest.mark.parametrize(
