@@ -172,10 +172,19 @@ def tracing(tell: Called = lambda name, arguments: None, isa: str | None = None)
 
     ``isa`` is the instruction set of the machine that the step is traced for; None: of this one.
     """
+    with silenced(tell, isa), Tracing() as mode:
+        yield mode
+
+
+@contextmanager
+def silenced(tell: Called = lambda name, arguments: None, isa: str | None = None) -> Iterator[None]:
+    """Report kernels to ``tell`` instead of running them in this context, where all tensors are without values.
+
+    They may be of another kind than `Traced`, such as torch's FakeTensor.
+    """
     tokens = _TELL.set(tell), _ISA.set(isa)
     try:
-        with Tracing() as mode:
-            yield mode
+        yield
     finally:
         _TELL.reset(tokens[0])
         _ISA.reset(tokens[1])

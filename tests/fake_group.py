@@ -1,0 +1,66 @@
+"""One of many processes on torch's fake group: its collectives are counted, and no tensor has values."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import Tensor, distributed, nn
+from torch._subclasses import FakeTensorMode
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from collectives import Sent
+from veneer import shard_base
+from veneer.ops.traced import silenced
+from veneer.plan.model import meta_base, with_adapter
+from veneer.plan.trace import prepare
+from veneer.recipe.recipe import Recipe
+from veneer.train.gradients import average
+
+
+@contextmanager
+def fake_group(n: int) -> Iterator[None]:
+    """The first of ``n`` processes, which hears nothing of the others."""
+    distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=n)
+    try:
+        yield
+    finally:
+        distributed.destroy_process_group()
+
+
+def sent_in_a_step(recipe: Recipe, config: Any, n: int, shard: int, length: int = 17) -> list[tuple[str, int]]:
+    """The collectives of an optimizer step of a cut base, in their order, and the bytes of all their tensors."""
+    args: Any = recipe.training_config()
+    adapter: Any = recipe.adapter_config()
+    with fake_group(n), silenced(), FakeTensorMode(allow_non_fake_inputs=True):
+        model = meta_base(config, recipe.model)
+        _make_fake(model)
+        model = with_adapter(model, adapter).train()
+        prepare(model, args)
+        shard_base(model, shard)
+        ids = torch.zeros(1, length, dtype=torch.int64)
+        with Sent() as mode, patch.object(Tensor, "tolist", lambda given: [1.0] * given.numel()):
+            for _ in range(args.gradient_accumulation_steps):
+                logits = model(input_ids=ids, use_cache=False).logits
+                logits.float().mean().backward()
+            average(model)
+    return [(name, sum(n_bytes.values())) for name, n_bytes in mode.found]
+
+
+def _make_fake(model: nn.Module) -> None:
+    """Replace tensors on the meta device by fake ones of a CPU; shared tensors stay shared."""
+    made: dict[Tensor, Tensor] = {}
+
+    def fake(tensor: Tensor) -> Tensor:
+        return made.setdefault(tensor, torch.empty(tensor.shape, dtype=tensor.dtype))
+
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                module._parameters[name] = nn.Parameter(fake(parameter), parameter.requires_grad)
+        for name, buffer in module._buffers.items():
+            if buffer is not None and buffer.is_meta:
+                module._buffers[name] = fake(buffer)
