@@ -16,6 +16,7 @@ from launch import together
 
 FORMATS: dict[str, dict[str, Any]] = {
     "nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True},
+    "fp4": {"load_in_4bit": True, "bnb_4bit_quant_type": "fp4"},
     "int8": {"load_in_8bit": True},
 }
 N_BLOCKS, N_STEPS = 3, 2
@@ -48,17 +49,20 @@ def _case(storage: str, is_fused: bool, checkpointing: str, shard: int | None) -
     from veneer.model.fused.decoder import fuse
 
     found: dict[str, Any] = {}
-    weights = []
+    weights, gradients = [], []
     for is_cut in (False, True):
         model = _adapted(storage, checkpointing)
         assert not is_fused or fuse(model)
         frozen = _block_bytes(model)
+        if not is_cut:
+            gradients.append(_of_one_process(model))
         with warnings.catch_warnings():
             warnings.simplefilter("error" if is_cut else "default", UserWarning)
             if is_cut:
                 shard_base(model, shard)
                 found |= {"held": _block_bytes(model) / frozen, "frozen": frozen}
             joined = DistributedDataParallel(model, broadcast_buffers=False)
+            gradients.append(_of_this_process(joined))
             with Sent() as mode:
                 losses = _steps(joined)
         weights.append({name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad})
@@ -66,6 +70,7 @@ def _case(storage: str, is_fused: bool, checkpointing: str, shard: int | None) -
         found.setdefault("losses", []).append(losses)
     whole, cut = weights
     found["equal"] = whole.keys() == cut.keys() and all(torch.equal(whole[name], cut[name]) for name in whole)
+    found["error"] = max(_relative(each, gradients[0]) for each in gradients[1:])
     found["moved"] = max(float(tensor.abs().max()) for name, tensor in whole.items() if "lora_B" in name)
     return found
 
@@ -92,15 +97,50 @@ def _adapted(storage: str, checkpointing: str) -> Any:
     return adapted
 
 
+def _of_one_process(model: nn.Module) -> list[Tensor]:
+    """The gradients that one process has with the rows of all, without dropout."""
+    n = distributed.get_world_size()
+    model.eval()
+    for rank in range(n):
+        (_loss(model, _rows(rank)) / n).backward()
+    return _taken(model)
+
+
+def _of_this_process(joined: nn.Module) -> list[Tensor]:
+    joined.eval()
+    _loss(joined, _rows(distributed.get_rank())).backward()
+    return _taken(joined)
+
+
+def _taken(model: nn.Module) -> list[Tensor]:
+    """The gradients of a model, which trains on without them."""
+    model.train()
+    found = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    model.zero_grad()
+    return found
+
+
+def _relative(found: list[Tensor], expected: list[Tensor]) -> float:
+    ours, theirs = (torch.cat([each.flatten() for each in given]) for given in (found, expected))
+    return float((ours - theirs).norm() / theirs.norm())
+
+
+def _rows(seed: int) -> Tensor:
+    return torch.randint(0, 67, (2, 13), generator=torch.Generator().manual_seed(seed))
+
+
+def _loss(model: nn.Module, ids: Tensor) -> Tensor:
+    loss: Tensor = model(input_ids=ids, labels=ids, use_cache=False).loss
+    return loss
+
+
 def _steps(joined: nn.Module) -> list[float]:
     rank, n = distributed.get_rank(), distributed.get_world_size()
     trained = [parameter for parameter in joined.parameters() if parameter.requires_grad]
     optimizer = torch.optim.SGD(trained, lr=0.5)
     losses = []
     for step in range(N_STEPS):
-        generator = torch.Generator().manual_seed(step * n + rank)
-        ids = torch.randint(0, 67, (2, 13), generator=generator)
-        loss = joined(input_ids=ids, labels=ids, use_cache=False).loss
+        loss = _loss(joined, _rows(step * n + rank))
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from veneer.errors import ConfigError, DescriptionError
 from veneer.model.blueprint.describe import blocks_of
+from veneer.model.packed_linear import is_packed
 from veneer.model.quant_linear import QuantLinear
 
 Model = TypeVar("Model", bound=PreTrainedModel)
@@ -76,6 +77,11 @@ def _require_cuttable(model: nn.Module, blocks: nn.ModuleList, trained: set[nn.P
     """Raise ConfigError for a model that is cut already or trains all of a block, for shared weights, an old torch."""
     if is_cut(model):
         raise ConfigError("the base is cut over processes already: load it anew to cut it otherwise")
+    if any(map(is_packed, blocks.modules())):
+        raise ConfigError(
+            "weights of the blocks are packed, as serving keeps them, and packed ones cannot be cut: load the base for "
+            "training, or unpack it"
+        )
     frozen = [_frozen(block, trained) for block in blocks]
     if not any(frozen):
         raise ConfigError("no weight of the blocks is frozen, and only frozen ones are cut: train with strategy ddp")

@@ -16,6 +16,7 @@ from veneer import BitsAndBytesConfig, LoraConfig, get_peft_model, shard_base
 from veneer.errors import ConfigError
 from veneer.model import sharding
 from veneer.model.inplace import InPlace, base_of, change_class, mixin_of, restore_class
+from veneer.model.packed_linear import pack_group
 from veneer.model.quant_linear import QuantLinear
 
 CASES = [
@@ -25,6 +26,7 @@ CASES = [
     ("nf4", False, "selective"),
     ("nf4", True, "selective"),
     ("int8", True, "full"),
+    ("fp4", False, "full"),
 ]
 
 
@@ -37,6 +39,7 @@ def test_a_cut_base_trains_to_the_bits_of_a_whole_one(
             assert each["equal"], case
             assert each["losses"][0] == each["losses"][1], case
             assert each["moved"] > 1e-3
+            assert each["error"] < 1e-5, case  # of the gradients of one process with the rows of all
             assert each["held"] == pytest.approx(1 / (shard or n), rel=0.02), case
             sent, whole = each["sent cut"], each["sent whole"]
             gathers, n_bytes = sent.pop("_allgather_base_")
@@ -83,6 +86,10 @@ def test_what_cannot_be_cut_is_refused(make_model, monkeypatch: pytest.MonkeyPat
     blockless.model.layers = nn.ModuleList()
     with pytest.raises(ConfigError, match="cannot be cut over processes: it has 0 lists"):
         shard_base(blockless)
+    packed = make_model().requires_grad_(False)
+    pack_group(packed, ["model.layers.0.mlp.up_proj"], give_up=True)
+    with pytest.raises(ConfigError, match=r"are packed, as serving keeps them.*unpack"):
+        shard_base(packed)
     monkeypatch.setattr(sharding, "is_cut", lambda model: True)
     with pytest.raises(ConfigError, match="cut over processes already"):
         shard_base(get_peft_model(make_model(), LoraConfig(r=3)))
