@@ -73,6 +73,16 @@ def test_two_processes_are_one_with_the_same_global_batch(
     assert {"rng_state_0.pth", "rng_state_1.pth", "optimizer.pt", "trained.safetensors"} <= names
 
 
+def test_kto_on_a_cut_base_is_kto_on_a_whole_one_to_the_bit(tiny_project: TinyProject) -> None:
+    """Its KL is taken over the rows of a process, so one process is another run."""
+    make(tiny_project, "kto", 0.3, training={"max_steps": 2, "save_steps": 2})
+    tiny_project.run(*sized(3, "distributed.strategy=fsdp"), n_processes=2)
+    tiny_project.run(*sized(3, f"output={tiny_project.folder / 'whole'}"), n_processes=2)
+    assert tiny_project.record()["shard"] == 2
+    assert tiny_project.weights().read_bytes() == tiny_project.weights("whole").read_bytes()
+    assert tiny_project.log() == tiny_project.log("whole")
+
+
 def test_grpo_of_two_processes_killed_and_resumed_is_the_run_that_was_not(tiny_project: TinyProject) -> None:
     make(
         tiny_project, "grpo", 0.3,
