@@ -35,16 +35,16 @@ def sent_in_a_step(recipe: Recipe, config: Any, n: int, shard: int, length: int 
     """The collectives of an optimizer step of a cut base, in their order, and the bytes of all their tensors."""
     args: Any = recipe.training_config()
     adapter: Any = recipe.adapter_config()
+    model = meta_base(config, recipe.model)
     with fake_group(n), silenced(), FakeTensorMode(allow_non_fake_inputs=True):
-        model = meta_base(config, recipe.model)
         _make_fake(model)
         model = with_adapter(model, adapter).train()
         prepare(model, args)
         shard_base(model, shard)
-        ids = torch.zeros(1, length, dtype=torch.int64)
+        ids, mask = torch.zeros(1, length, dtype=torch.int64), torch.ones(1, 1, length, length, dtype=torch.bool)
         with Sent() as mode, patch.object(Tensor, "tolist", lambda given: [1.0] * given.numel()):
             for _ in range(args.gradient_accumulation_steps):
-                logits = model(input_ids=ids, use_cache=False).logits
+                logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
                 logits.float().mean().backward()
             average(model)
     return [(name, sum(n_bytes.values())) for name, n_bytes in mode.found]

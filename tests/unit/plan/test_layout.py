@@ -13,6 +13,7 @@ from veneer.errors import ConfigError
 from veneer.plan.cards import card_of
 from veneer.plan.layout import Ranks, rank_facts, told_ranks
 from veneer.plan.live import Peak
+from veneer.plan.model import shortened
 from veneer.plan.plan import Plan, plan_recipe
 from veneer.plan.report import CONTEXT_BYTES, FRAGMENTS, Machine
 from veneer.plan.trace import BASE, EMBEDDINGS, GRADIENTS
@@ -25,9 +26,15 @@ BLOCKS, HEAD, GRADS, N_TRAINED = 70_000_000_000, 2_000_000_000, 84_000_000, 21_0
 def plan(recipe: Make) -> Plan:
     """A base of 70 GB in 80 blocks, in which three micro-batches make a step."""
     found = plan_recipe(recipe(gradient_accumulation_steps=3))
-    found.config.get_text_config().num_hidden_layers = 80
     held = Peak({BASE: BLOCKS, EMBEDDINGS: HEAD})
-    return replace(found, held=held, phases={"optimizer": Peak({**held.kinds, GRADIENTS: GRADS})}, n_trained=N_TRAINED)
+    config = shortened(found.config, 80)
+    return replace(
+        found,
+        config=config,
+        held=held,
+        phases={"optimizer": Peak({**held.kinds, GRADIENTS: GRADS})},
+        n_trained=N_TRAINED,
+    )
 
 
 def _laid_out(plan: Plan, part: dict[str, Any]) -> Plan:
