@@ -31,14 +31,14 @@ def rank_facts(plan: Plan, machine: Machine, ranks: Ranks, seconds_a_batch: floa
     """
     n, part = ranks.n_processes, plan.recipe.distributed
     wanted = copy_sizes(part, n)
-    n_sharing = n if machine.card is None else 1  # processes on this machine's memory
+    n_sharing = n if machine.card is None else 1  # processes that share this machine's memory and cores
     cut = {shard: cut_over(plan, n, shard, loads_whole=machine.card is None) for shard in _divisors(n)}
     n_bytes = {shard: machine.bytes_of(each) for shard, each in cut.items()}
     free = machine.memory
     automatic = _automatic(n_bytes, free, n_sharing)
     shard = automatic["shard"] if len(wanted) > 1 else wanted[0]
     traffic, peak = traffic_of(plan, n, shard), cut[shard].peak
-    seconds = {} if seconds_a_batch is None else {"computing": _n_batches(plan) * seconds_a_batch}
+    seconds = {} if seconds_a_batch is None else {"computing": n_sharing * _n_batches(plan) * seconds_a_batch}
     if ranks.bandwidth is not None:
         seconds |= {"gathers": traffic.gathers / ranks.bandwidth, "gradients": traffic.gradients / ranks.bandwidth}
     return {

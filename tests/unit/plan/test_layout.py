@@ -93,12 +93,14 @@ def test_a_step_receives_blocks_twice_a_micro_batch_and_its_gradients_once(plan:
 def test_processes_of_this_machine_share_its_memory(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Machine, "memory", 150_000_000_000)
     monkeypatch.setattr(Machine, "bytes_of", lambda machine, plan: plan.held.n_bytes)
-    auto = rank_facts(_laid_out(plan, {"strategy": "auto"}), Machine(None, timed=False), Ranks(2), None)["auto"]
-    assert auto == {
+    here = Machine(None, timed=False)
+    facts = rank_facts(_laid_out(plan, {"strategy": "auto"}), here, Ranks(2), 1.5)
+    assert facts["seconds"] == {"computing": 2 * 4.5}
+    assert facts["auto"] == {
         "shard": 1,
         "reason": "a process with a whole base takes 72.08 GB, and 150.00 GB may be taken by 2 processes",
     }
-    auto = rank_facts(_laid_out(plan, {"strategy": "auto"}), Machine(None, timed=False), Ranks(3), None)["auto"]
+    auto = rank_facts(_laid_out(plan, {"strategy": "auto"}), here, Ranks(3), None)["auto"]
     assert auto["shard"] == 3
 
 
