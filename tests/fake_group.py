@@ -9,11 +9,14 @@ from unittest.mock import patch
 
 import torch
 from torch import Tensor, distributed, nn
-from torch._subclasses import FakeTensorMode
+from torch._subclasses import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from collectives import Sent
 from veneer import shard_base
+from veneer.model import fsdp
+from veneer.model.fsdp import mesh
 from veneer.ops.traced import silenced
 from veneer.plan.model import meta_base, with_adapter
 from veneer.plan.trace import prepare
@@ -40,14 +43,21 @@ def sent_in_a_step(recipe: Recipe, config: Any, n: int, shard: int, length: int 
         _make_fake(model)
         model = with_adapter(model, adapter).train()
         prepare(model, args)
-        shard_base(model, shard)
+        with patch.object(fsdp, "mesh", _real_mesh):
+            shard_base(model, shard)
         ids, mask = torch.zeros(1, length, dtype=torch.int64), torch.ones(1, 1, length, length, dtype=torch.bool)
-        with Sent() as mode, patch.object(Tensor, "tolist", lambda given: [1.0] * given.numel()):
+        with Sent() as mode, patch.object(FakeTensor, "tolist", lambda given: [1.0] * given.numel()):
             for _ in range(args.gradient_accumulation_steps):
                 logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
                 logits.float().mean().backward()
             average(model)
     return [(name, sum(n_bytes.values())) for name, n_bytes in mode.found]
+
+
+def _real_mesh(*given: Any) -> Any:
+    """A mesh, whose ranks are values."""
+    with unset_fake_temporarily():
+        return mesh(*given)
 
 
 def _make_fake(model: nn.Module) -> None:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.unit.plan.conftest import Make
 
 from veneer.errors import ConfigError
 from veneer.plan.cards import card_of
@@ -17,15 +17,19 @@ from veneer.plan.model import shortened
 from veneer.plan.plan import Plan, plan_recipe
 from veneer.plan.report import CONTEXT_BYTES, FRAGMENTS, Machine
 from veneer.plan.trace import BASE, EMBEDDINGS, GRADIENTS
-from veneer.recipe.recipe import Recipe
+from veneer.recipe.recipe import Recipe, parse_recipe
 
 BLOCKS, HEAD, GRADS, N_TRAINED = 70_000_000_000, 2_000_000_000, 84_000_000, 21_000_000
 
 
-@pytest.fixture
-def plan(recipe: Make) -> Plan:
+@pytest.fixture(scope="module")
+def plan(tiny: Path) -> Plan:
     """A base of 70 GB in 80 blocks, in which three micro-batches make a step."""
-    found = plan_recipe(recipe(gradient_accumulation_steps=3))
+    values = {
+        "model": {"source": str(tiny)}, "data": {"train": "rows.jsonl"}, "output": "run",
+        "training": {"gradient_accumulation_steps": 3, "max_length": 23},
+    }  # fmt: skip
+    found = plan_recipe(parse_recipe(values))
     held = Peak({BASE: BLOCKS, EMBEDDINGS: HEAD})
     config = shortened(found.config, 80)
     return replace(
