@@ -94,7 +94,8 @@ def plan(
     of_a_process = card is None and not advice and not serve
     begun = start_measured() if of_a_process else nullcontext()  # before torch is imported, which takes as long
     with waits_told("loading torch and transformers"), begun:
-        from veneer.cli.plan_answers import Ranks, answer_advice, answer_fit, answer_plan, answer_serve, opened
+        from veneer.cli.plan_answers import answer_advice, answer_fit, answer_plan, answer_serve, opened
+        from veneer.plan.layout import Ranks
 
         recipe, config, machine = opened(values, what, card, timed=time)
         for missing in recipe.data.missing_files if _is_recipe(what) else ():
