@@ -74,7 +74,8 @@ class BitsAndBytesConfig(QuantizationConfig):
 
         ``asked`` gives the compute dtype. Raises ConfigError if it asks for a bit width other than the checkpoint's.
         """
-        config = cls(**{key: value for key, value in stored.items() if key not in IGNORED_ON_DISK})
+        values = {key: value for key, value in stored.items() if key not in IGNORED_ON_DISK}
+        config = cls(**{"load_in_8bit": not values.get("load_in_4bit", False)} | values)
         if asked is not None:
             if asked.load_in_4bit != config.load_in_4bit:
                 bits = {True: "4", False: "8"}
