@@ -25,7 +25,9 @@ from veneer.store.adapter.config import read_config
 CONFIGS = ("LoraConfig", "AdaLoraConfig", "IA3Config", "VeraConfig", "PrefixTuningConfig", "PromptTuningConfig")
 CONFIGS = (*CONFIGS, "PromptEncoderConfig", "LoHaConfig", "LoKrConfig", "HRAConfig", "OFTConfig", "FourierFTConfig")
 CONFIGS = (*CONFIGS, "MissConfig", "HiraConfig", "RoadConfig", "C3AConfig", "DeloraConfig", "GraloraConfig")
-CONFIGS = (*CONFIGS, "BOFTConfig", "BeftConfig")
+CONFIGS = (*CONFIGS, "BOFTConfig", "BeftConfig", "ShiraConfig", "RandLoraConfig", "VBLoRAConfig", "PsoftConfig")
+CONFIGS = (*CONFIGS, "LNTuningConfig", "TrainableTokensConfig", "DeftConfig")
+CONFIGS = (*CONFIGS, "FrodConfig")
 CALLS = ("get_peft_model", "inject_adapter_in_model", "get_peft_model_state_dict", "set_peft_model_state_dict")
 CALLS = (*CALLS, "prepare_model_for_kbit_training", "get_layer_status", "get_model_status")
 METHODS = (

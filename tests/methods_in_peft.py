@@ -110,13 +110,14 @@ def assert_equals_peft(
 
 
 def _by_key(grads: dict[str, Tensor], keys: Any) -> dict[str, Tensor]:
-    """Gradients by the keys of a file."""
+    """Gradients by the keys of a file. A parameter that all layers share has the name of one of them."""
     found = {_plain(name): grad for name, grad in grads.items()}
-    return {key: found[_plain(key)] for key in keys}
+    shared = {name.rpartition(".")[2]: grad for name, grad in found.items()}
+    return {key: found.get(_plain(key), shared.get(_plain(key))) for key in keys}
 
 
 def _plain(name: str) -> str:
-    wrappers = ("default", "adapters", "base_model", "model", "weight")
+    wrappers = ("default", "adapters", "base_model", "model", "weight", "psoft_R")
     return ".".join(part.replace("_embedding_", "_") for part in name.split(".") if part not in wrappers)
 
 

@@ -55,7 +55,11 @@ def trained(config: LinearMethod, site: LinearSite, seed: int = 5) -> dict[str, 
         for name, shape in config.shapes(site).items()
         if name not in config.packing.fixed
     }
-    return {name: start.double() + 0.4 * moves.get(name, 0) for name, start in config.init(site, generator).items()}
+    start = config.init(site, generator).items()
+    return {
+        name: value if name in config.packing.whole else value.double() + 0.4 * moves.get(name, 0)
+        for name, value in start
+    }
 
 
 def leaves_of(config: LinearMethod, site: LinearSite, params: dict[str, torch.Tensor]) -> list[torch.Tensor]:
@@ -87,8 +91,8 @@ def test_init_has_the_declared_names_and_shapes_and_is_finite(config, place, has
     site = make_site(place, has_bias)
     start = config.init(site, torch.Generator().manual_seed(3))
     assert {name: tuple(value.shape) for name, value in start.items()} == config.shapes(site)
-    for value in start.values():
-        assert value.dtype == torch.float32
+    for name, value in start.items():
+        assert value.dtype == config.packing.whole.get(name, torch.float32)
         assert value.isfinite().all()
 
 
@@ -135,8 +139,9 @@ def test_each_parameter_has_a_name_of_its_own_on_disk(config):
 def test_the_start_changes_nothing(config, place, has_bias):
     """And a start that does not claim to be the base model is not."""
     site, x = make_site(place, has_bias), inputs(TOKENS, IN)
-    start = {name: value.double() for name, value in config.init(site, torch.Generator().manual_seed(3)).items()}
-    record = config.lower(site, start)
+    start = config.init(site, torch.Generator().manual_seed(3))
+    wide = {name: value.double() if value.is_floating_point() else value for name, value in start.items()}
+    record = config.lower(site, wide)
     # a start is drawn in float32, and so are the norms that DoRA starts from
     plain = apply_linear(LinearDelta(), x, weight_of(site), site.bias)
     adapted = apply_linear(record, x, weight_of(site), site.bias)

@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 import veneer
 from models import gpt2_config, llama_config
 from veneer.model.attach import adapted_layers, live_parameters
+from veneer.model.places import placed_on
 
 LLAMA = llama_config(hidden_size=28, num_attention_heads=7, attention_bias=True)
 GPT2 = gpt2_config(n_embd=28, n_head=7, n_positions=32)  # its layers store Wᵀ
@@ -72,14 +73,17 @@ def test_declared_shapes_are_the_real_bytes(base, config, tmp_path):
     model = trained(base, config)
     model.save_pretrained(tmp_path)
     resolved = model.peft_config["default"].packed()
-    declared = [shape for layer in adapted_layers(model).values() for shape in resolved.shapes(layer.site()).values()]
+    places = placed_on(make_base(base), resolved).values()
+    declared = {place.keys[n]: shape for place in places for n, shape in resolved.shapes(place.site).items()}
     with safe_open(tmp_path / "adapter_model.safetensors", framework="pt") as file:
         tensors = [file.get_tensor(key) for key in file.keys()]  # noqa: SIM118 - not a mapping
-    shared = resolved.shared.draw().values() if resolved.shared else ()
+    shared = [] if resolved.shared is None else list(resolved.shared.draw().values())
+    if shared and resolved.shared.is_repeated:
+        shared *= 1 + len(places)
     assert sorted(tuple(value.shape) for value in tensors) == sorted(
-        [*declared, *(tuple(value.shape) for value in shared)]
+        [*declared.values(), *(tuple(value.shape) for value in shared)]
     )
-    n_declared = sum(torch.Size(shape).numel() for shape in declared)
+    n_declared = sum(torch.Size(shape).numel() for shape in declared.values())
     n_whole = sum(value.numel() for value in tensors if value.dtype == torch.int32)  # half as long as the others
     n_bytes = sum(value.nbytes for value in tensors)
     assert n_bytes == 8 * n_declared - 4 * n_whole + sum(value.nbytes for value in shared)
@@ -110,7 +114,7 @@ def test_peft_computes_the_same_from_what_is_saved(base, config, peft_error, tmp
     try:
         theirs = peft.PeftModel.from_pretrained(make_base(base), tmp_path, autocast_adapter_dtype=False).eval()
     except (TypeError, ValueError) as error:
-        if "Conv1D" not in str(error):
+        if not any(words in str(error) for words in ("Conv1D", "requires float32")):
             raise
-        pytest.skip(f"PEFT's {config.peft_type} does not adapt the layers of GPT-2")
+        pytest.skip(f"PEFT's {config.peft_type} does not adapt the layers of GPT-2, or no layers in float64")
     torch.testing.assert_close(logits(theirs), logits(model), rtol=peft_error, atol=peft_error)

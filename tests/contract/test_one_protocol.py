@@ -13,7 +13,15 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import veneer
-from veneer.contract import LinearMethod, MethodConfig, PrefixMethod, PromptMethod, ResidualMethod, VirtualTokenMethod
+from veneer.contract import (
+    LinearMethod,
+    MethodConfig,
+    PrefixMethod,
+    PromptMethod,
+    ResidualMethod,
+    VirtualTokenMethod,
+    WholeMethod,
+)
 from veneer.contract.known import Known
 from veneer.core.linear import fold_linear
 from veneer.core.sites import InputSite, LinearSite, ResidualSite
@@ -27,7 +35,8 @@ from .conftest import CONFIGS as LINEAR
 from .test_other_methods import CONFIGS as OTHERS
 
 SOURCE = Path(veneer.__file__).parent
-KINDS = {kind.__name__ for kind in (LinearMethod, ResidualMethod, PrefixMethod, PromptMethod, VirtualTokenMethod)}
+KINDS = {LinearMethod, ResidualMethod, PrefixMethod, PromptMethod, VirtualTokenMethod, WholeMethod}
+KINDS = {kind.__name__ for kind in KINDS}
 TOKENS = torch.tensor([[5, 61, 2, 33, 17]])
 
 
@@ -73,7 +82,7 @@ def test_the_places_on_a_model_lower_the_start_of_every_method(method: MethodCon
     model = veneer.get_peft_model(make_base(), method)
     config = model.peft_config["default"]
     found = placed_on(make_base(), config)
-    assert found
+    assert bool(found) is bool(config.samples) or not method.changes_weights  # parts of the base have no sites
     for path, place in found.items():
         held = {key: tensor for each in adapted_places(model).values() for key, tensor in own(each, model)}
         assert set(place.keys.values()) <= held.keys(), path
@@ -116,7 +125,7 @@ def test_taking_off_the_last_adapter_leaves_no_holder(method: MethodConfig) -> N
     held = adapted_places(model)
     assert all(place.holds("default") and not place.holds("other") for place in held.values())
     assert held
-    assert any(place.owns("default") for place in held.values())
+    assert any(place.owns("default") or place.trains_whole("default") for place in held.values())
     for path, place in held.items():
         place.take_off(model, path, "other")  # which has nothing here
     assert adapted_places(model).keys() == held.keys()
@@ -129,7 +138,7 @@ def test_taking_off_the_last_adapter_leaves_no_holder(method: MethodConfig) -> N
 
 def test_the_facts_that_callers_ask_for() -> None:
     weights = {name for name, method in METHODS.items() if method.changes_weights}
-    assert weights == {name for name, cls in all_methods().items() if issubclass(cls, LinearMethod)}
+    assert weights == {name for name, cls in all_methods().items() if issubclass(cls, (LinearMethod, WholeMethod))}
     fronts = {name for name, cls in all_methods().items() if issubclass(cls, VirtualTokenMethod)}
     assert {
         name: method.virtual_tokens for name, method in METHODS.items() if method.is_prompt_learning

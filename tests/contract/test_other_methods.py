@@ -28,7 +28,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "made-by-an-lstm": {"encoder_reparameterization_type": "LSTM", "encoder_hidden_size": 5},
     "from-the-vocabulary": {"prompt_tuning_init": "SAMPLE_VOCAB"},
 }
-NEEDED = {"num_virtual_tokens": 3, "task_type": "CAUSAL_LM", "reduction_factor": 4}
+NEEDED = {"num_virtual_tokens": 3, "task_type": "CAUSAL_LM", "reduction_factor": 4, "token_indices": [5, 8]}
 SIZES: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 37, "num_hidden_layers": 2, "vocab_size": 67}
 BASES: dict[str, Any] = {
     "llama": LlamaConfig(**SIZES, num_attention_heads=4, num_key_value_heads=2),
@@ -162,8 +162,12 @@ def test_unloading_gives_back_the_base(base: str, other: MethodConfig) -> None:
 
 
 @every_config
-def test_it_cannot_be_merged_and_says_so(other: MethodConfig) -> None:
+def test_it_is_merged_or_says_that_it_cannot_be(other: MethodConfig) -> None:
     model = trained(make_base("llama"), other)
+    if other.changes_weights:
+        expected = logits(model)
+        torch.testing.assert_close(logits(model.merge_and_unload()), expected, rtol=1e-10, atol=1e-10)
+        return
     with pytest.raises(CompositionError, match="cannot be"):
         model.merge_and_unload()
 

@@ -23,6 +23,7 @@ NEEDED: dict[str, dict[str, Any]] = {
     "prompt_tuning": {"num_virtual_tokens": 7},
     "p_tuning": {"num_virtual_tokens": 7, "encoder_hidden_size": 11},
     "adalora": {"total_step": 12},
+    "trainable_tokens": {"token_indices": [3, 5]},
 }
 FORMATS = ("none", "nf4", "fp4", "int8")
 

@@ -96,7 +96,7 @@ def same(ours: Any, theirs: Any) -> None:
 def assert_the_law(base: str, config: MethodConfig, folder: Path) -> None:
     expected = attached_records(saved(make_base(base), config, folder))
     got = read_records(folder, placed_on(make_base(base), read_config(folder))).records
-    assert expected
+    assert expected or not config.samples
     assert got.keys() == expected.keys()
     with torch.no_grad():
         for path, record in expected.items():

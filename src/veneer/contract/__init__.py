@@ -7,18 +7,21 @@ determines the kind of site:
 - `LinearMethod`: a linear layer, `LinearSite`;
 - `ResidualMethod`: the output of a sub-layer, `ResidualSite`;
 - `PrefixMethod`: all attention layers at once, a tuple of `AttentionSite`;
-- `PromptMethod`: the input embeddings, `InputSite`.
+- `PromptMethod`: the input embeddings, `InputSite`;
+- `WholeMethod`: no site, since it trains modules of the base or rows of tables.
 
-`model.places` has one row for each of the four: how a model's places are found, and how parameters get there. No other
+`model.places` has one row for each of the five: how a model's places are found, and how parameters get there. No other
 file asks of which kind a method is. Callers ask for facts, each with an answer for every method: ``changes_weights``,
-``reads_weight``, ``virtual_tokens``, ``largest_rank``, ``has_network``.
+``reads_weight``, ``virtual_tokens``, ``invocation_tokens``, ``largest_rank``, ``has_network``.
 
 Everything else is a capability that a config may return:
 
 - ``extras``: further parts of the base that it trains (modules, biases, rows, parameters by name);
 - ``training``: its action during a training run (length of the run, a penalty, a schedule);
 - ``packing``: its form on disk, if other libraries do not know the form that is trained;
-- ``shared``: tensors that its layers share;
+- ``shared``: tensors that its layers share, drawn or trained;
+- ``derived``: tensors that follow from the base's weight, kept beside the parameters and in no file;
+- ``init_together``: initial values that depend on the weights of several layers;
 - ``checks``: the model's layers that it refuses;
 - ``late_start``: factors that may be initialized again on the model, from data or from the quantization error;
 - ``raised``: an adapter of the method that has given records: a sum of others is kept so.
@@ -39,6 +42,7 @@ from veneer.contract.parameters import Params, Shapes
 from veneer.contract.residual import ResidualMethod
 from veneer.contract.targets import TargetedConfig
 from veneer.contract.virtual_tokens import PrefixMethod, PromptMethod, VirtualTokenMethod
+from veneer.contract.whole import WholeMethod
 
 __all__ = [
     "LinearMethod",
@@ -50,4 +54,5 @@ __all__ = [
     "Shapes",
     "TargetedConfig",
     "VirtualTokenMethod",
+    "WholeMethod",
 ]

@@ -86,6 +86,21 @@ class MethodConfig(FrozenConfig):
     def lower(self, site: Any, params: Params) -> Record:
         """Return the record of these parameters at this site."""
 
+    def init_together(self, sites: Mapping[str, Any], generator: torch.Generator | None = None) -> dict[str, Params]:
+        """Return the initial values at all sites, by path, if those of one depend on the weights of others.
+
+        Empty if they do not: those of ``init`` then count.
+        """
+        return {}
+
+    def derived(self, site: Any, params: Params) -> dict[str, Tensor]:
+        """Return tensors that follow from a site's weight and fixed parameters: kept beside these, never trained or
+        written.
+
+        A method that has some `reads_weight`. Its ``lower`` finds them in ``params``, or computes them.
+        """
+        return {}
+
     def disk_names(self, site: Any) -> Mapping[str, str]:
         """Return the end of each parameter's key in ``adapter_model.safetensors``: the part after the module path."""
         return {name: name for name in self.shapes(site)}
@@ -94,6 +109,13 @@ class MethodConfig(FrozenConfig):
     def dropout(self) -> float:
         """Probability in training of zeroing an input of A, or an output of a bottleneck."""
         return 0.0
+
+    def written_key(self, key: str) -> str:
+        """Return the key in the file of a tensor that has this one in the files of all other methods.
+
+        PEFT names parts of the base in another way if a method trains nothing else. `keys.usual_key` is the inverse.
+        """
+        return key
 
     def for_sites(self, sites: Sequence[Any], known: Known) -> Self:
         """Return the config with the fields filled in that depend on all of its sites, which are described
@@ -142,6 +164,11 @@ class MethodConfig(FrozenConfig):
     def virtual_tokens(self) -> int:
         """Number of virtual tokens that the method puts in front of the sequence."""
         return 0
+
+    @property
+    def invocation_tokens(self) -> tuple[int, ...]:
+        """Token ids from whose last occurrence in a sequence on the records act; empty if they act everywhere."""
+        return ()
 
     @property
     def has_network(self) -> bool:

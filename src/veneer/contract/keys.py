@@ -15,6 +15,7 @@ _TUNER = "base_model.model."  # with the second one, that all other methods have
 _BASE = "base_layer"  # the module itself, where a method wraps it
 _ROWS = "token_adapter"  # the wrapper of a table of which rows are trained
 _DELTA = "trainable_tokens_delta"
+_TUNED = "ln_tuning_layers"  # the wrapper of a norm in the one method that trains norms alone
 _WHOLE = ("modules_to_save", "original_module")  # the copy and the base's own of a module that is trained whole
 _WRAPPERS = (_BASE, _ROWS, *_WHOLE)
 _OF_VIRTUAL_TOKENS = ("prompt_embeddings", "prompt_encoder.")
@@ -47,13 +48,39 @@ def shared_key(name: str) -> str:
 
 
 def is_shared(key: str, names: Collection[str]) -> bool:
-    """Return True if a key belongs to a tensor of these names that all layers share."""
-    return key in {shared_key(name) for name in names}
+    """Return True if a key belongs to a tensor of these names that all layers share, also if it is repeated at one."""
+    rest = divided(key)[1]
+    return key.startswith(_MODEL) and (rest.partition(".")[0] in names or rest.rpartition(".")[2] in names)
 
 
 def rows_key(path: str) -> str:
     """Return the key of the single rows of a table that are trained."""
     return f"{_TUNER}{path}.{_ROWS}.{_DELTA}"
+
+
+def tokens_key(key: str) -> str:
+    """Return the key of rows of a table in the file of a method that trains nothing else; other keys stay."""
+    return key.replace(f".{_ROWS}.{_DELTA}", f".{_DELTA}")
+
+
+def tuned_key(path: str, parameter: str) -> str:
+    """Return the key of a parameter of a norm in the file of a method that trains norms."""
+    return f"{_TUNER}{path}.{_TUNED}.{parameter}"
+
+
+def usual_key(key: str) -> str:
+    """Return the key that rows of a table, or a parameter of a norm, have in the files of all other methods.
+
+    This is the inverse of `tokens_key` and `tuned_key`; other keys stay.
+    """
+    if key.endswith(f".{_DELTA}") and not key.endswith(f".{_ROWS}.{_DELTA}"):
+        return f"{key.removesuffix(_DELTA)}{_ROWS}.{_DELTA}"
+    return key.replace(f".{_TUNED}.", ".")
+
+
+def is_rows(key: str) -> bool:
+    """Return True if a key belongs to single rows of a table."""
+    return key.endswith(f".{_DELTA}")
 
 
 def copy_key(path: str, parameter: str, *, adapted: bool, virtual: bool = False) -> str:

@@ -6,7 +6,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from veneer.contract.parameters import Params
@@ -17,11 +19,17 @@ class Packing:
     """Form on disk that equals the trained one except for ``fields``: config fields that are written with other values.
 
     A subclass changes the parameters of a layer too, with the same effect. It names those that are ``fixed``: kept with
-    the adapter at their initial values, never trained.
+    the adapter at their initial values, never trained. ``whole`` are those of them that hold whole numbers, such as
+    indices, with their dtype in the file and in memory.
     """
 
     fields: Mapping[str, object] = field(default_factory=dict)
     fixed: tuple[str, ...] = ()
+    whole: Mapping[str, torch.dtype] = field(default_factory=dict)
+
+    def problems(self, site: Any, params: Params) -> list[str]:
+        """Return the problems of values read from a file that their shapes and dtypes do not show."""
+        return []
 
     def pack(self, params: Params) -> dict[str, Tensor]:
         """Return a layer's parameters with the names and shapes of the written config."""

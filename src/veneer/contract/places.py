@@ -6,7 +6,16 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from veneer.contract.keys import Place, attention_path, copies_of, is_shared, parameter_key, place_of
+from veneer.contract.keys import (
+    Place,
+    attention_path,
+    copies_of,
+    is_shared,
+    parameter_key,
+    place_of,
+    shared_key,
+    usual_key,
+)
 from veneer.contract.parameters import Shapes
 from veneer.contract.shared import Shared
 from veneer.core.sites import Site
@@ -44,8 +53,14 @@ class Method(Protocol):
 
 def placed(method: Method, site: Site, path: str = "", depth: int = 0) -> Placed:
     """Return the place of a site. Its keys have this ``path`` and ``depth``, or neither if the path is empty."""
-    ends = method.disk_names(site)
-    return Placed(site, {own: parameter_key(path, end, depth) if path else end for own, end in ends.items()}, path)
+    ends, shared = method.disk_names(site), held_together(method)
+    keys = {own: parameter_key(path, end, depth) if path else end for own, end in ends.items()}
+    return Placed(site, keys | {own: shared_key(ends[own]) for own in shared}, path)
+
+
+def held_together(method: Method) -> tuple[str, ...]:
+    """Return the names of the parameters of a layer that other layers hold too."""
+    return method.shared.names if method.shared is not None and method.shared.is_held else ()
 
 
 def ends_of(method: Method) -> dict[str, Any]:
@@ -56,6 +71,7 @@ def ends_of(method: Method) -> dict[str, Any]:
 def modules_in(method: Method, keys: Collection[str]) -> list[str]:
     """Return the paths of the modules that an adapter with these keys changes."""
     ends, shared = ends_of(method), () if method.shared is None else method.shared.names
+    keys = {usual_key(key) for key in keys}
     written_again = {key for key in keys if any(own in keys for own in copies_of(key))}
     own = (key for key in keys if key not in written_again and not is_shared(key, shared))
     return sorted({place_of(key, ends).path for key in own} - {""})
@@ -73,6 +89,8 @@ def module_places(
         first = next(iter(keys))
         given = {place.end: shapes[key] for place, key in keys.items()}
         sites = [site for sample in method.samples if (site := named(sample, first)) is not None]
+        shared = (method.disk_names(site)[own] for site in sites for own in held_together(method))
+        given |= {end: shapes[key] for end in shared if (key := shared_key(end)) in shapes}
         fitting = [site for site in sites if set(method.disk_names(site).values()) <= given.keys()]
         if not fitting:
             continue

@@ -10,13 +10,20 @@ from torch import Tensor
 
 @dataclass(frozen=True, kw_only=True)
 class Shared:
-    """Tensors that follow from the config and are never trained; a file that holds them is checked against ``draw``.
+    """Tensors of these ``names`` that all layers share.
 
-    ``draw`` returns the tensors of these ``names``, on the CPU. ``source`` names their origin in messages.
-    ``is_saved``: whether they are written.
+    They follow from the config and are never trained: ``draw`` returns them, on the CPU, and a file that holds them is
+    checked against it. ``source`` names their origin in messages. ``is_saved``: whether they are written.
+    ``is_repeated``: whether PEFT's files hold them again at each layer.
+
+    If ``is_held``, they are parameters instead, trained or fixed: each layer has them in its ``shapes``, ``init`` and
+    ``lower``. Layers that give one the same name on disk hold the one of the first of them, so that it has one
+    gradient, one optimizer state and one place in the file.
     """
 
     names: tuple[str, ...]
-    draw: Callable[[], dict[str, Tensor]]
-    source: str
+    draw: Callable[[], dict[str, Tensor]] = dict
+    source: str = ""
     is_saved: bool = True
+    is_repeated: bool = False
+    is_held: bool = False

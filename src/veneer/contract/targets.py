@@ -72,6 +72,13 @@ class ModuleIndex:
     all_names: tuple[str, ...]
     adaptable: tuple[str, ...]
     all_linear: tuple[str, ...]
+    called: str = "Linear layers"  # what can be adapted, in messages
+
+    @property
+    def endings(self) -> str:
+        """Return the last names of the modules that can be adapted, as a sentence."""
+        names = sorted({name.rpartition(".")[2] for name in self.adaptable})
+        return f"{self.called} of this model end with: {', '.join(names)}"
 
 
 def present_targets(config: TargetedConfig, index: ModuleIndex, default: Collection[str]) -> tuple[str, ...]:
@@ -81,7 +88,7 @@ def present_targets(config: TargetedConfig, index: ModuleIndex, default: Collect
         return present
     raise TargetError(
         f"{type(config).__name__} has no default target_modules for this model, which has none of {list(default)}: "
-        f"name some. {_endings(index.adaptable)}"
+        f"name some. {index.endings}"
     )
 
 
@@ -128,7 +135,7 @@ def absent_layers(config: TargetedConfig, index: ModuleIndex) -> list[str]:
 
 def _patterns(config: TargetedConfig, index: ModuleIndex) -> Collection[str] | str:
     if not config.target_modules:
-        raise TargetError(f"target_modules is empty: name some. {_endings(index.adaptable)}")
+        raise TargetError(f"target_modules is empty: name some. {index.endings}")
     given = config.target_modules
     if isinstance(given, str) and given.lower() != ALL_LINEAR and _LETTERS.sub("", given.lower()) == "alllinear":
         raise TargetError(f"target_modules={given!r}: say {ALL_LINEAR!r} for every linear layer but the output head")
@@ -149,11 +156,10 @@ def _no_match(role: str, pattern: str, test: Collection[str] | str, allowed: Seq
     other = next((n for n in index.all_names if matches_any(n, test)), None)
     if other is not None:
         return (
-            f"{role} module {pattern!r} matches only modules that cannot be adapted, such as {other!r}. "
-            f"{_endings(index.adaptable)}"
+            f"{role} module {pattern!r} matches only modules that cannot be adapted, such as {other!r}. {index.endings}"
         )
     hints = nearest_modules(pattern, allowed)
-    near = f" (nearest: {', '.join(hints)})" if hints else f". {_endings(index.adaptable)}"
+    near = f" (nearest: {', '.join(hints)})" if hints else f". {index.endings}"
     rule = ". A string is a regular expression for whole paths: names go into a list" if test == pattern else ""
     return f"{role} module {pattern!r} matches no module of the model{near}{rule}"
 
@@ -189,7 +195,3 @@ def _layers(names: Iterable[str]) -> str:
 
 def _show(patterns: object) -> str:
     return repr(list(patterns)) if isinstance(patterns, tuple) else repr(patterns)
-
-
-def _endings(names: Iterable[str]) -> str:
-    return "Linear layers of this model end with: " + ", ".join(sorted({n.rpartition(".")[2] for n in names}))

@@ -22,6 +22,7 @@ from veneer.contract.checks import Checks, grouped
 from veneer.contract.family_targets import LOW_RANK
 from veneer.contract.patterns import below_one
 from veneer.contract.targets import FamilyTargets
+from veneer.core.orthogonal import cayley
 from veneer.core.records import LinearDelta
 from veneer.core.sites import LinearSite
 from veneer.core.terms.rotation import Rotation
@@ -118,9 +119,7 @@ class BOFTConfig(LinearMethod):
     def lower(self, site: LinearSite, params: Params) -> LinearDelta:
         skew = 0.5 * (params["boft_R"] - params["boft_R"].mT)
         m, _, size, _ = skew.shape
-        wide = skew.to(torch.promote_types(skew.dtype, torch.float32))  # torch solves no systems in 16 bits
-        one = torch.eye(size, dtype=wide.dtype, device=wide.device)
-        blocks = torch.linalg.solve(one + wide, one - wide, left=False).to(skew.dtype)
+        blocks = cayley(skew)
         order = orders(site.in_features, size, m, device=skew.device)
         rotation = Butterfly(blocks, order).transposed()  # PEFT multiplies rows of inputs by it
         return LinearDelta(input=rotation, output=Scale(params["boft_s"].flatten()))

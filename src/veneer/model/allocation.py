@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from veneer.contract import MethodConfig
+from veneer.contract import MethodConfig, Params
 from veneer.core.autocast import without_autocast
 from veneer.core.sites import Site
 from veneer.errors import FormatError
@@ -25,14 +25,19 @@ class Allocation:
     widen: bool = True
 
     def parameters(
-        self, method: MethodConfig, site: Site, device: torch.device, dtype: torch.dtype
+        self, method: MethodConfig, site: Site, device: torch.device, dtype: torch.dtype, start: Params | None = None
     ) -> nn.ParameterDict:
-        """Return a method's new parameters for a site on a device; ``dtype`` is the base's, used if not widened."""
-        shapes = method.shapes(site)
-        with without_autocast(device):
-            values = method.init(site) if self.values else {name: _empty(name, shape) for name, shape in shapes.items()}
-        kept = torch.promote_types(dtype, torch.float32) if self.widen else dtype
-        return nn.ParameterDict({name: nn.Parameter(value.to(device, kept)) for name, value in values.items()})
+        """Return a method's new parameters for a site on a device; ``dtype`` is the base's, used if not widened.
+
+        ``start``: their initial values, if those of several sites were computed together.
+        """
+        shapes, values = method.shapes(site), start
+        if values is None:
+            with without_autocast(device):
+                values = method.init(site) if self.values else {name: _empty(name, s) for name, s in shapes.items()}
+        kept, whole = torch.promote_types(dtype, torch.float32) if self.widen else dtype, method.packing.whole
+        made = {name: value.to(device, whole.get(name, kept)) for name, value in values.items()}
+        return nn.ParameterDict({name: nn.Parameter(value, name not in whole) for name, value in made.items()})
 
 
 def _empty(name: str, shape: tuple[int, ...]) -> Tensor:

@@ -8,7 +8,7 @@ from typing import cast
 from torch import Tensor, nn
 
 from veneer.contract import LinearMethod, MethodConfig
-from veneer.contract.keys import shared_key
+from veneer.contract.keys import parameter_key, shared_key
 from veneer.contract.targets import ModuleIndex
 from veneer.errors import AdapterNameError
 from veneer.model.adapted import Adapted, TiedFactors
@@ -114,8 +114,11 @@ def stored_tensors(
     ``values`` replace `live_parameters`.
     """
     config = state.configs[name]
-    found = packed_tensors(model, state, name, values)
-    return found | shared_tensors(config) if config.shared is not None and config.shared.is_saved else found
+    found = {config.written_key(key): value for key, value in packed_tensors(model, state, name, values).items()}
+    if config.shared is None or not config.shared.is_saved:
+        return found
+    drawn = shared_tensors(config)
+    return found | drawn | {key: drawn[own] for key, own in shared_again(model, config, name).items()}
 
 
 def packed_tensors(
@@ -137,6 +140,14 @@ def shared_tensors(config: MethodConfig) -> dict[str, Tensor]:
     return {} if config.shared is None else {shared_key(key): value for key, value in config.shared.draw().items()}
 
 
+def shared_again(model: nn.Module, config: MethodConfig, name: str) -> dict[str, str]:
+    """Return the keys at layers under which PEFT writes shared tensors again, with the keys of those tensors."""
+    if config.shared is None or not config.shared.is_repeated:
+        return {}
+    paths = [layer.disk_path(name, path) for path, layer in adapted_layers(model).items() if name in layer.adapters]
+    return {parameter_key(path, own): shared_key(own) for path in paths for own in config.shared.names}
+
+
 def unpacked_tensors(model: nn.Module, name: str, written: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the inverse of `stored_tensors`: a value for each of `live_parameters`."""
     found = dict(written)
@@ -144,6 +155,16 @@ def unpacked_tensors(model: nn.Module, name: str, written: Mapping[str, Tensor])
         if place.owns(name):
             found |= place.unpacked(name, written)
     return found
+
+
+def value_problems(model: nn.Module, name: str, written: Mapping[str, Tensor]) -> list[str]:
+    """Return the problems of written values that their shapes and dtypes do not show, see `Packing.problems`."""
+    return [
+        problem
+        for place in adapted_places(model).values()
+        if place.owns(name)
+        for problem in place.value_problems(name, written)
+    ]
 
 
 def repeated_tensors(model: nn.Module, name: str, written: Mapping[str, Tensor]) -> dict[str, Tensor]:

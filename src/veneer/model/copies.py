@@ -37,6 +37,15 @@ def copied_parameters(
     return found
 
 
+def whole_parameters(modules: Mapping[str, nn.Module], paths: Sequence[str]) -> dict[str, list[str]]:
+    """Return the parameters of these modules, by path. Raises TargetError if one of them cannot be trained."""
+    found: dict[str, list[str]] = {}
+    for path in paths:
+        _require_trainable(path, modules[path], "target_modules")
+        found[path] = [name for name, value in own_parameters(modules[path]) if value is not None]
+    return found
+
+
 def add_copies(model: nn.Module, name: str, wanted: Mapping[str, list[str]], widen: bool) -> None:
     """Give an adapter trained copies of parameters, initialized to the base's values; 16-bit ones in float32 if
     ``widen``.
@@ -85,15 +94,15 @@ def _is(path: str, name: str) -> bool:
     return path.endswith(name)
 
 
-def _require_trainable(path: str, module: nn.Module) -> None:
+def _require_trainable(path: str, module: nn.Module, field: str = "modules_to_save") -> None:
     if hasattr(module, "frozen_format") and not isinstance(module, PackedLinear):
         raise TargetError(
-            f"modules_to_save names {path!r}, which is quantized and cannot be trained whole: list it in "
+            f"{field} names {path!r}, which is quantized and cannot be trained whole: list it in "
             "llm_int8_skip_modules when you load the model, or adapt it with target_modules"
         )
     kept = [name for name, _ in module.named_buffers(recurse=False) if name not in module._non_persistent_buffers_set]
     if kept:
         raise TargetError(
-            f"modules_to_save names {path!r}, which keeps running buffers {kept} besides parameters; they cannot be "
+            f"{field} names {path!r}, which keeps running buffers {kept} besides parameters; they cannot be "
             "kept per adapter"
         )

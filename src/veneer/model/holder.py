@@ -58,8 +58,8 @@ class Holder(nn.Module):
         """Return every tensor of an adapter here by its key on disk, with its name in the model's ``state_dict``."""
         if name not in self.adapters:
             return {}
-        keys = self.disk_keys(name)
-        return {keys[own]: (f"{path}.adapters.{name}.{own}", t) for own, t in tensors_of(self.adapters[name]).items()}
+        keys, held = self.disk_keys(name), tensors_of(self.adapters[name]).items()
+        return {keys[own]: (f"{path}.adapters.{name}.{own}", value) for own, value in held if own in keys}
 
     def packed(self, name: str, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return the method's tensors in their written form, by their keys on disk.
@@ -71,6 +71,13 @@ class Holder(nn.Module):
     def unpacked(self, name: str, written: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return the inverse of `packed`; nothing if the two forms are the same."""
         return {}
+
+    def value_problems(self, name: str, written: Mapping[str, Tensor]) -> list[str]:
+        """Return the problems of written values that their shapes and dtypes do not show."""
+        return []
+
+    def derive(self, name: str) -> None:
+        """Compute what follows from the weight and the method's parameters here, see `MethodConfig.derived`."""
 
     def take_off(self, model: nn.Module, path: str, name: str) -> None:
         """Drop an adapter's tensors here. A holder that then is empty leaves the model as before."""

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import cast
 
-from torch import Tensor
+from torch import Tensor, nn
 
+from veneer.contract import Params
 from veneer.contract.keys import OUT_PROJECTION, attention_path
-from veneer.contract.places import REPEATS, Placed, placed
+from veneer.contract.places import REPEATS, Placed, held_together, placed
 from veneer.model.allocation import Allocation
 from veneer.model.kinds import loaded_site
 from veneer.model.linear import AdaptedSite
@@ -40,10 +42,30 @@ def layer_places(snapshot: Snapshot, plan: Plan) -> dict[str, Placed]:
 def put_on_layers(snapshot: Snapshot, name: str, state: AdapterState, plan: Plan, allocation: Allocation) -> None:
     """Give an adapter its parameters at the layers of its plan, which are adapted already."""
     keys = {path: place.keys for path, place in layer_places(snapshot, plan).items()}
-    for path in plan.layers:
-        cast(AdaptedSite, snapshot.modules[path]).add_adapter(name, allocation, keys[path])
+    layers = {path: cast(AdaptedSite, snapshot.modules[path]) for path in plan.layers}
+    starts: Mapping[str, Params] = {}
+    if allocation.values:
+        starts = plan.config.init_together({path: layer.site((name,)) for path, layer in layers.items()})
+    for path, layer in layers.items():
+        layer.add_adapter(name, allocation, keys[path], starts.get(path))
+    _share(layers, name, keys, held_together(plan.config))
+    for layer in layers.values() if allocation.values else ():
+        layer.derive(name)
     for path in plan.followers:
         follow(snapshot.modules, name, plan.embeddings, path, keys[path])
     for path, parameters in plan.parameters.items():
         module = cast(AdaptedParameters, snapshot.modules[path])
         module.add_adapter(name, allocation, {parameter: keys[f"{path}.{parameter}"] for parameter in parameters})
+
+
+def _share(
+    layers: Mapping[str, AdaptedSite], name: str, keys: Mapping[str, Mapping[str, str]], shared: Sequence[str]
+) -> None:
+    """Let layers whose parameters of these names have one key hold that of the first of them."""
+    first: dict[str, nn.Module] = {}
+    for path, layer in layers.items():
+        held = layer.adapters[name]
+        for own in shared:
+            other = first.setdefault(keys[path][own], held)
+            of = "_parameters" if own in held._parameters else "_buffers"
+            getattr(held, of)[own] = getattr(other, of)[own]

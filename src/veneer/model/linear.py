@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from veneer.contract import LinearMethod
+from veneer.contract import LinearMethod, Params
 from veneer.core.autocast import without_autocast
 from veneer.core.frozen import FrozenWeight
 from veneer.core.linear import (
@@ -56,14 +56,23 @@ class AdaptedSite(Adapted):
         """Return the config of an adapter."""
         return cast(LinearMethod, self.adapter_state.configs[name])
 
-    def add_adapter(self, name: str, allocation: Allocation, keys: Mapping[str, str]) -> None:
-        """Give a new adapter its parameters; ``keys`` are those of the file."""
+    def add_adapter(
+        self, name: str, allocation: Allocation, keys: Mapping[str, str], start: Params | None = None
+    ) -> None:
+        """Give a new adapter its parameters; ``keys`` are those of the file. ``start``: see `Allocation.parameters`."""
         method, site = self.method(name), self.site((name,))
         dtype, device = self.parameter_dtype(allocation.widen), device_of(self)
-        held = allocation.parameters(method, site, device, dtype)
+        held = allocation.parameters(method, site, device, dtype, start)
         for key in method.packing.fixed:  # a buffer: it moves and is saved with the adapter, and no optimizer sees it
             held.register_buffer(key, held.pop(key).detach())
         self.hold(name, held, keys)
+
+    def derive(self, name: str) -> None:
+        held, site = self.adapters[name], self.site((name,))
+        with torch.no_grad(), without_autocast(device_of(self)):
+            found = self.method(name).derived(site, factors_of(held))
+        for key, value in found.items():
+            held.register_buffer(key, value.to(device_of(self)), persistent=False)
 
     def owns(self, name: str) -> bool:
         return name in self.adapters and not isinstance(self.adapters[name], TiedFactors)
@@ -80,6 +89,10 @@ class AdaptedSite(Adapted):
         keys = self.disk_keys(name)
         packed = {own: written[key] for own, key in keys.items() if key in written}
         return {keys[own]: value for own, value in self.method(name).packing.unpack(packed).items()}
+
+    def value_problems(self, name: str, written: Mapping[str, Tensor]) -> list[str]:
+        packed = {own: written[key] for own, key in self.disk_keys(name).items() if key in written}
+        return self.method(name).packing.problems(self.site((name,)), packed)
 
     def own_weight(self) -> Tensor | None:
         """Return the module's own parameter that holds the map, if there is one."""

@@ -8,12 +8,12 @@ from typing import Any
 
 from torch import nn
 
-from veneer.contract import LinearMethod, MethodConfig, PrefixMethod, PromptMethod, ResidualMethod
+from veneer.contract import LinearMethod, MethodConfig, PrefixMethod, PromptMethod, ResidualMethod, WholeMethod
 from veneer.contract.places import Placed
 from veneer.errors import TargetError
 from veneer.model.allocation import Allocation
 from veneer.model.layers import layer_places, put_on_layers
-from veneer.model.plan import Plan, plan_beside, plan_layers
+from veneer.model.plan import Plan, plan_beside, plan_layers, plan_whole
 from veneer.model.prefix import prefix_places, put_prefix_on
 from veneer.model.prompt import prompt_places, put_prompt_on
 from veneer.model.residual import put_bottlenecks_on, residual_places
@@ -40,6 +40,7 @@ _KINDS: Mapping[type, PlaceKind] = {
     ResidualMethod: PlaceKind(residual_places, put_bottlenecks_on),
     PrefixMethod: PlaceKind(prefix_places, put_prefix_on),
     PromptMethod: PlaceKind(prompt_places, put_prompt_on),
+    WholeMethod: PlaceKind(lambda snapshot, plan: {}, lambda *given: None, plan_whole),
 }
 
 

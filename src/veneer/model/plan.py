@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
-from veneer.contract import LinearMethod, MethodConfig
+from veneer.contract import LinearMethod, MethodConfig, WholeMethod
+from veneer.contract.extras import Extras
 from veneer.contract.keys import OUT_PROJECTION
 from veneer.contract.known import Known
 from veneer.contract.targets import ALL_LINEAR, Names, absent_layers, present_targets, select_targets
@@ -15,7 +16,7 @@ from veneer.disk.known_name import known_name
 from veneer.errors import TargetError
 from veneer.model.blueprint.names import TASK_HEADS
 from veneer.model.blueprint.roles import names_for
-from veneer.model.copies import copied_parameters
+from veneer.model.copies import copied_parameters, whole_parameters
 from veneer.model.parameters import parameter_places
 from veneer.model.snapshot import Snapshot, shortest_names
 from veneer.model.token_rows import RowPlace, row_places
@@ -84,8 +85,26 @@ def plan_layers(snapshot: Snapshot, config: LinearMethod, fresh: bool) -> Plan:
     sites = snapshot.sites(plan.targets)
     _require_accepted(snapshot, config, plan, sites, fresh)
     whole = (path for path, keys in copied.items() if "weight" in keys)
-    rows = row_places(modules, tied, config, {*plan.layers, *followers, *whole})
+    rows = row_places(modules, tied, config.extras, {*plan.layers, *followers, *whole})
     return replace(plan, config=config.for_sites(sites, Known(names=left_out(snapshot, config))), rows=rows)
+
+
+def plan_whole(snapshot: Snapshot, config: WholeMethod, fresh: bool) -> Plan:
+    """Return the plan of a method that trains its targets whole, or rows of them. Raises TargetError."""
+    config, index = on_base(snapshot, config), snapshot.wholes()
+    copied = copied_parameters(snapshot.modules, snapshot.tied, config, set())
+    if config.rows and config.target_modules is None:
+        wanted: dict[str | None, tuple[int, ...]] = {None: config.rows}
+    else:
+        if config.target_modules is None:
+            defaults = config.fields_for(snapshot.model_type)["target_modules"]
+            config = replace(config, target_modules=present_targets(config, index, defaults))
+        wanted = dict.fromkeys(select_targets(config, index), config.rows)
+    if config.rows:
+        rows = row_places(snapshot.modules, snapshot.tied, Extras(rows=wanted), copied)
+        return Plan(config=config, parameters={}, copied=copied, rows=rows)
+    paths = [path for path in wanted if path is not None]
+    return Plan(config=config, parameters={}, copied={**copied, **whole_parameters(snapshot.modules, paths)})
 
 
 def on_base(snapshot: Snapshot, config: C) -> C:

@@ -43,6 +43,11 @@ class Snapshot:
         """Return the sites of the modules that can be adapted, described by their shapes alone."""
         return [self.kinds[path].site(path, self.modules[path]) for path in paths]
 
+    def wholes(self) -> ModuleIndex:
+        """Return the module paths, and those of modules that hold parameters."""
+        own = tuple(path for path, module in self.modules.items() if module._parameters)
+        return ModuleIndex(all_names=tuple(self.modules), adaptable=own, all_linear=(), called="Modules with weights")
+
     def index(self, method: LinearMethod | None = None) -> ModuleIndex:
         """Return the module paths, and those that a method (None: any) can adapt."""
         known = {path for path, kind in self.kinds.items() if method is None or kind.name in method.kinds}

@@ -11,7 +11,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from veneer.contract import MethodConfig
+from veneer.contract.extras import Extras
 from veneer.core.nearest import nearest
 from veneer.errors import CompositionError, TargetError
 from veneer.model.adapted import Adapted, TokenRows, swap_reading
@@ -29,9 +29,9 @@ class RowPlace:
 
 
 def row_places(
-    modules: Mapping[str, nn.Module], ends: Sequence[str], config: MethodConfig, taken: Collection[str]
+    modules: Mapping[str, nn.Module], ends: Sequence[str], extras: Extras, taken: Collection[str]
 ) -> tuple[RowPlace, ...]:
-    """Return the tables of which a config trains rows.
+    """Return the tables of which the ``rows`` of a config's extras are trained.
 
     ``ends``: the input embeddings and the modules tied to them. ``taken``: modules that it adapts or trains whole.
 
@@ -39,7 +39,7 @@ def row_places(
     TargetError if a name matches nothing, a module that is not a table, or a taken one. Raises it too if an index is
     outside the table.
     """
-    wanted = config.extras.rows
+    wanted = extras.rows
     if not wanted:
         return ()
     source = ends[0] if ends else None
@@ -48,7 +48,7 @@ def row_places(
         for path in _meant(name, modules, source):
             _require_rows(path, modules[path], rows, taken)
             indices[path] = rows
-    if config.extras.keeps_tie and any(indices.get(path) != indices.get(ends[0]) for path in ends if path in indices):
+    if extras.keeps_tie and any(indices.get(path) != indices.get(ends[0]) for path in ends if path in indices):
         raise TargetError(
             f"ensure_weight_tying=True, but trainable_token_indices gives { {p: indices.get(p) for p in ends} } to "
             f"modules that share one weight: give {ends[0]} alone, or all of them the same"

@@ -22,8 +22,9 @@ from methods_in_peft import (
 )
 from veneer import OFTConfig, get_peft_model
 from veneer.core.linear import fold_linear
+from veneer.core.orthogonal import cayley, neumann, skew_symmetric
 from veneer.errors import ConfigError, TargetError
-from veneer.methods.oft import cayley, nearest_divisor, neumann, skew_symmetric
+from veneer.methods.oft import nearest_divisor
 
 SETTINGS = {"r": 0, "oft_block_size": 4, "num_cayley_neumann_terms": 4}
 

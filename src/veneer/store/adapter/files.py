@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import torch
@@ -16,6 +16,7 @@ from veneer.store.checkpoint import is_finite
 NETWORK_FILE = "prompt_encoder.safetensors"  # in a checkpoint: the network that makes what WEIGHTS_FILE holds
 PICKLE_FILE = "adapter_model.bin"
 VALUE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # those that adapters are trained in
+WHOLE_DTYPES = (torch.int32, torch.int64, torch.float32)  # of indices; PEFT on Windows writes float32
 
 
 def read_tensors(folder: Path, file: str = WEIGHTS_FILE) -> dict[str, Tensor]:
@@ -45,12 +46,16 @@ def read_headers(folder: Path, file: str = WEIGHTS_FILE) -> dict[str, StoredTens
     return tensors
 
 
-def unusable(tensors: Mapping[str, Tensor]) -> dict[str, str]:
-    """Return the reasons that disqualify tensors as an adapter's values, by key: wrong dtype, NaN or infinity."""
+def unusable(tensors: Mapping[str, Tensor], whole: Collection[str] = ()) -> dict[str, str]:
+    """Return the reasons that disqualify tensors as an adapter's values, by key: wrong dtype, NaN or infinity.
+
+    ``whole``: the keys of whole numbers.
+    """
     found, together = {}, _is_finite_together(tensors)
     for key, value in tensors.items():
-        if value.dtype not in VALUE_DTYPES:
-            allowed = ", ".join(_name(dtype) for dtype in VALUE_DTYPES)
+        dtypes = WHOLE_DTYPES if key in whole else VALUE_DTYPES
+        if value.dtype not in dtypes:
+            allowed = ", ".join(_name(dtype) for dtype in dtypes)
             found[key] = f"dtype {_name(value.dtype)} where an adapter's values are in one of {allowed}"
         elif not together and not is_finite(value):
             found[key] = "holds NaN or infinity"

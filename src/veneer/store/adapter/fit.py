@@ -13,7 +13,7 @@ from transformers import AutoConfig, PreTrainedModel
 
 from veneer.contract import MethodConfig
 from veneer.contract.file import WEIGHTS_FILE
-from veneer.contract.keys import copies_of, is_shared, place_of
+from veneer.contract.keys import copies_of, is_rows, is_shared, place_of, usual_key
 from veneer.contract.known import Known
 from veneer.contract.places import Placed
 from veneer.core.sites import AttentionSite, LinearSite
@@ -51,7 +51,8 @@ def require_fit_on(adapter: Path, model: PreTrainedModel) -> None:
 
     The model may be on the meta device. An adapter whose places only a forward pass would show is then assumed to fit.
     """
-    config, stored = read_config(adapter), read_headers(adapter)
+    config = read_config(adapter)
+    stored = {usual_key(key): tensor for key, tensor in read_headers(adapter).items()}
     given = {key: tensor for key, tensor in stored.items() if not any(own in stored for own in copies_of(key))}
     try:
         places = placed_on(model, config)
@@ -60,7 +61,7 @@ def require_fit_on(adapter: Path, model: PreTrainedModel) -> None:
     keys = [key for placed in places.values() for key in placed.keys.values()]
     missing = [key for key in keys if key not in given]
     expected = {} if missing else _expected(config, places, given)
-    expected |= _whole_parameters(model, [key for key in given if key not in keys])
+    expected |= _whole_parameters(model, {key: tensor for key, tensor in given.items() if key not in keys})
     problems = [f"missing: {key}" for key in missing]
     problems += [f"unexpected: {key}" for key in _homeless(model, config, [key for key in given if key not in keys])]
     problems += [
@@ -96,15 +97,16 @@ def _homeless(model: nn.Module, config: MethodConfig, keys: Sequence[str]) -> li
     return [key for key, path in paths.items() if not {path, path.rpartition(".")[0]} & modules]
 
 
-def _whole_parameters(model: nn.Module, keys: Sequence[str]) -> dict[str, Shaped]:
-    """The model's own parameters, of those that keys of whole modules mean."""
+def _whole_parameters(model: nn.Module, given: Mapping[str, Shaped]) -> dict[str, Shaped]:
+    """The model's own parameters, of those that keys of whole modules mean, and the shapes of rows."""
     found: dict[str, Shaped] = {}
     own = dict(model.named_parameters(remove_duplicate=False))
-    for key in keys:
+    for key, tensor in given.items():
         place = place_of(key, ())
-        parameter = own.get(f"{place.path}.{place.end}")
+        parameter = own.get(f"{place.path}.{'weight' if is_rows(key) else place.end}")
         if parameter is not None:
-            found[key] = parameter
+            shape = (tensor.shape[0], *parameter.shape[1:]) if is_rows(key) else parameter.shape
+            found[key] = SimpleNamespace(shape=shape)
     return found
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -58,16 +58,16 @@ def read_records(
     FormatError for a damaged folder.
     """
     config, tensors = read_config(folder), {**(lacking or {}), **once_each(read_tensors(folder))}
-    broken = [f"{why}: {key}" for key, why in unusable(tensors).items()]
-    if broken:
-        raise FormatError(f"{folder / WEIGHTS_FILE}: {'; '.join(broken[:3])}")
     if places is None:
         places = _told_places(folder, config, tensors)
+    whole = {placed.keys[name] for placed in places.values() for name in config.packing.whole}
+    _require_none(folder, [f"{why}: {key}" for key, why in unusable(tensors, whole).items()])
     params = {path: _parameters(folder, tensors, placed) for path, placed in places.items()}
     if places:
         shapes = {path: {name: tuple(x.shape) for name, x in own.items()} for path, own in params.items()}
         config = config.for_sites([placed.site for placed in places.values()], Known(shapes=shapes))
     _require_shapes(folder, config, places, params)
+    _require_none(folder, [p for path, own in params.items() for p in config.packing.problems(places[path].site, own)])
     shared = () if config.shared is None else config.shared.names
     taken = {key for placed in places.values() for key in placed.keys.values()}
     others = tuple(sorted(key for key in tensors if key not in taken and not is_shared(key, shared)))
@@ -130,7 +130,7 @@ def _needs_base(folder: Path) -> CompositionError:
 def _told_places(folder: Path, config: MethodConfig, tensors: Mapping[str, Tensor]) -> dict[str, Placed]:
     source = str(folder / WEIGHTS_FILE)
     places = config.places_in({key: tuple(value.shape) for key, value in tensors.items()}, source)
-    if places == {} and config.changes_weights and getattr(config, "target_modules", None) != ():
+    if places == {} and config.samples and config.changes_weights and getattr(config, "target_modules", None) != ():
         raise FormatError(f"{source} holds no parameters of a {config.peft_type} adapter, which {CONFIG_FILE} tells of")
     if places is None:
         raise CompositionError(
@@ -145,8 +145,14 @@ def _parameters(folder: Path, tensors: Mapping[str, Tensor], placed: Placed) -> 
     if missing:
         raise FormatError(f"{folder / WEIGHTS_FILE} lacks {', '.join(missing[:3])}")
     found = {name: tensors[key] for name, key in placed.keys.items()}
-    dtypes = [value.dtype for value in found.values()]  # none where a method has no parameters
-    return {name: value.to(functools.reduce(torch.promote_types, dtypes)) for name, value in found.items()}
+    dtypes = [value.dtype for value in found.values() if value.is_floating_point()]  # none if it has no parameters
+    wide = functools.reduce(torch.promote_types, dtypes) if dtypes else None
+    return {name: value.to(wide) if value.is_floating_point() else value for name, value in found.items()}
+
+
+def _require_none(folder: Path, problems: Sequence[str]) -> None:
+    if problems:
+        raise FormatError(f"{folder / WEIGHTS_FILE}: {'; '.join(problems[:3])}")
 
 
 def _require_shapes(

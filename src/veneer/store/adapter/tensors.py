@@ -23,6 +23,7 @@ from veneer.contract.keys import (
     place_of,
     rows_key,
     shared_key,
+    usual_key,
     weight_key,
 )
 from veneer.contract.shared import Shared
@@ -33,13 +34,16 @@ from veneer.model.adapted import add_copy, own_parameter
 from veneer.model.attach import (
     adapt_path,
     adapted_modules,
+    adapted_places,
     live_parameters,
     named_live_parameters,
     packed_tensors,
     repeated_tensors,
+    shared_again,
     shared_tensors,
     stored_tensors,
     unpacked_tensors,
+    value_problems,
 )
 from veneer.model.blueprint.names import MODEL_ENDS
 from veneer.model.embedding import input_embeddings
@@ -87,7 +91,9 @@ def adapter_tensors(
     live = {key: values.get(own, value) for key, (own, value) in named_live_parameters(model, name).items()}
     found = stored_tensors(model, state, name, live)
     for key, (module, parameter) in _embeddings(model, state.configs[name], name).items():
-        if key not in found and _saves_embedding(model, state.configs[name], key, save_embedding_layers):
+        if state.configs[name].written_key(key) not in found and _saves_embedding(
+            model, state.configs[name], key, save_embedding_layers
+        ):
             found[key] = cast(Tensor, own_parameter(module, parameter))
     return found
 
@@ -141,12 +147,12 @@ def renamed(tensors: Mapping[str, Tensor], key_mapping: Mapping[str, str] | None
 
 
 def once_each(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the tensors without PEFT's duplicates for fully trained modules.
+    """Return the tensors by their `usual_key`, without PEFT's duplicates for fully trained modules.
 
     With ``bias="all"`` PEFT writes their biases again under its wrapper's names: as trained (``modules_to_save``) and
     as in the base (``original_module``).
     """
-    return {key: value for key, value in tensors.items() if not _is_written_again(key, tensors)}
+    return {usual_key(key): value for key, value in tensors.items() if not _is_written_again(key, tensors)}
 
 
 def _is_written_again(key: str, tensors: Mapping[str, Tensor]) -> bool:
@@ -216,6 +222,9 @@ def assign(
     values = unpacked_tensors(model, name, tensors)
     for key, value in live_parameters(model, state, name).items():
         value.copy_(values[key])
+    for holder in adapted_places(model).values():
+        if holder.owns(name):
+            holder.derive(name)
     for key, place in expected.places.items():
         if key in tensors:
             _carry(model, state, name, place, key=key, value=tensors[key])
@@ -243,8 +252,10 @@ def _problems(
     misshapen = _misshapen(expected.values, tensors)
     missing = [key for key in expected.parameters if key not in tensors]
     shared = {} if missing or misshapen else shared_tensors(config)
-    names = () if config.shared is None else config.shared.names
-    known = shapes.keys() | _repeated(model, name) | {shared_key(each) for each in names}
+    names, again = () if config.shared is None else config.shared.names, shared_again(model, config, name)
+    shared |= {key: shared[own] for key, own in again.items() if own in shared}
+    known = shapes.keys() | _repeated(model, name) | {shared_key(each) for each in names} | again.keys()
+    whole = [key for key, own in expected.parameters.items() if not own.is_floating_point()]
     return [
         *(f"missing: {key}" for key in missing),
         *(f"unexpected: {key}" for key in tensors if key not in known),
@@ -258,7 +269,8 @@ def _problems(
             for key in _differing(shared, tensors)
         ),
         *(f"differs from the embeddings' that it is tied to: {key}" for key in _torn(model, name, tensors)),
-        *(f"{why}: {key}" for key, why in unusable(tensors).items()),
+        *(f"{why}: {key}" for key, why in unusable(tensors, whole).items()),
+        *([] if missing or misshapen else value_problems(model, name, tensors)),
     ]
 
 

@@ -1,0 +1,39 @@
+"""Contract of methods that train parts of the base as they are, and have no parameters of their own."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from veneer.contract.parameters import Params, Shapes
+from veneer.contract.places import Placed, ShapesByKey
+from veneer.contract.targets import TargetedConfig
+from veneer.core.records import LinearDelta
+
+
+@dataclass(frozen=True, kw_only=True)
+class WholeMethod(TargetedConfig):
+    """Method that trains its target modules whole, or rows of them if it has ``rows``. It has no sites.
+
+    Rows without targets are those of the input embeddings.
+    """
+
+    @property
+    def rows(self) -> tuple[int, ...]:
+        """Indices of the rows to train; empty if the modules are trained whole."""
+        return ()
+
+    def shapes(self, site: Any) -> Shapes:
+        return {}
+
+    def init(self, site: Any, generator: torch.Generator | None = None) -> dict[str, Tensor]:
+        return {}
+
+    def lower(self, site: Any, params: Params) -> LinearDelta:
+        return LinearDelta()
+
+    def places_in(self, shapes: ShapesByKey, source: str) -> dict[str, Placed]:
+        return {}

@@ -1,0 +1,205 @@
+"""RandLoRA: ``W + s Σⱼ Bⱼ Λⱼ A Γⱼ``, random A and Bⱼ shared by all layers, diagonals Λⱼ and Γⱼ trained (Albert et al.
+2025, arXiv:2502.00987, eq. 4).
+
+There are as many terms as give the change full rank. A and Bⱼ are drawn once, from ``projection_prng_key``, as large as
+the largest layer needs. A has the smaller width of a layer, whichever that is.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import ClassVar, Literal, Self
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from veneer.contract import LinearMethod, Params, Shapes
+from veneer.contract.family_targets import LOW_RANK
+from veneer.contract.known import Known
+from veneer.contract.patterns import below_one
+from veneer.contract.peft_fields import PeftFields
+from veneer.contract.shared import Shared
+from veneer.contract.targets import FamilyTargets
+from veneer.core.records import LinearDelta
+from veneer.core.sites import LinearSite
+from veneer.core.terms.change import Change
+from veneer.ops.traced import is_tracing
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bases:
+    """A (r, 1, small) and B (large, n, r) of the largest layer, by what they are drawn from."""
+
+    seed: int
+    r: int
+    small: int
+    large: int
+    sparsity: float | None = None
+
+    def on(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Return A and B on a device. Do not write."""
+        drawn = bases.__wrapped__ if is_tracing() else bases  # a traced step makes tensors without values
+        return drawn(self, device)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RandomBases(Change):
+    """Change ``scale · B A'``, A' (n r, small) the rows of A times those of λ and γ; or its transpose.
+
+    It is the transpose if the outputs are the smaller width. A and B belong to all layers: a record holds none of them.
+    """
+
+    scales: Float[Tensor, "r n"]
+    columns: Float[Tensor, "n small"]
+    large: int
+    drawn: Bases
+    scale: float
+    is_turned: bool
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        large, small = self.large, self.columns.shape[1]
+        return (small, large) if self.is_turned else (large, small)
+
+    def dense(self, dtype: torch.dtype | None = None) -> Tensor:
+        a, b = self._factors(dtype or self.dtype)
+        product = b @ a
+        return (product.T if self.is_turned else product) * self.scale
+
+    def matmul(self, x: Tensor) -> Tensor:
+        a, b = self._factors(x.dtype)
+        first, second = (b.T, a.T) if self.is_turned else (a, b)
+        linear = torch.nn.functional.linear
+        return linear(linear(x, first), second) * self.scale
+
+    def matmul_t(self, dy: Tensor) -> Tensor:
+        return replace(self, is_turned=not self.is_turned).matmul(dy)
+
+    def _factors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """A' and B of this layer."""
+        n, small = self.columns.shape
+        all_a, all_b = self.drawn.on(self.scales.device)
+        a = self.scales.to(dtype)[:, :, None] * all_a[:, :, :small].to(dtype) * self.columns.to(dtype)
+        return a.flatten(0, 1), all_b[: self.large, :n].flatten(1).to(dtype)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RandLoraConfig(LinearMethod):
+    """RandLoRA in PEFT's fields.
+
+    ``r`` is the rank of one term. ``save_projection`` writes A and B too. If a file holds them, they are checked
+    against ``projection_prng_key``. ``sparse`` and ``very_sparse`` draw A and B of -1, 0 and 1.
+    ``projection_size`` (largest output, largest input of the adapted layers) is filled in when the adapter is attached.
+    ``randlora_dropout`` is read from files; training with it is refused.
+    """
+
+    peft_type: ClassVar[str] = "RANDLORA"
+    headline: ClassVar[tuple[str, ...]] = ("r", "randlora_alpha", "target_modules")
+    family_targets: ClassVar[FamilyTargets] = LOW_RANK
+    peft_fields: ClassVar[PeftFields] = PeftFields(quiet=("exclude_modules",))
+    inert: ClassVar[frozenset[str]] = frozenset(
+        {"save_projection", "randlora_dropout", "fan_in_fan_out", "bias", "init_weights"}
+        | {"projection_size"}  # follows from the layers
+    )
+
+    r: int = 32
+    projection_prng_key: int = 0
+    save_projection: bool = True
+    sparse: bool = False
+    very_sparse: bool = False
+    randlora_dropout: float = 0.0
+    fan_in_fan_out: bool = False
+    randlora_alpha: float = 640
+    bias: Literal["none", "all", "randlora_only"] = "none"
+    init_weights: bool = True
+    projection_size: tuple[int, int] | None = field(default=None, metadata={"on_disk": False})
+
+    def problems(self) -> list[str]:
+        found = super().problems() + below_one({"r": self.r})
+        if not -(2**63) <= self.projection_prng_key < 2**64:
+            found.append(f"projection_prng_key={self.projection_prng_key!r} must be a seed of torch, of 64 bits")
+        if self.randlora_dropout and not self.inference_mode:
+            found.append(
+                f"randlora_dropout={self.randlora_dropout!r} drops inputs of the change in training, which is not "
+                "supported: set it to 0"
+            )
+        return found
+
+    def for_sites(self, sites: Sequence[LinearSite], known: Known) -> Self:
+        largest = max(site.out_features for site in sites), max(site.in_features for site in sites)
+        return replace(self, projection_size=largest)
+
+    def shapes(self, site: LinearSite) -> Shapes:
+        small = min(site.out_features, site.in_features)
+        n = -(-small // self.r)
+        return {"randlora_lambda": (self.r, n), "randlora_gamma": (n, small)}
+
+    def init(self, site: LinearSite, generator: torch.Generator | None = None) -> dict[str, Tensor]:
+        scales, columns = self.shapes(site).values()
+        if not self.init_weights:  # as in PEFT's tests: not the base model at the start
+            drawn, large = torch.randn(scales, generator=generator), max(site.out_features, site.in_features)
+            return {"randlora_lambda": drawn, "randlora_gamma": torch.full(columns, 1 / large)}
+        return {"randlora_lambda": torch.zeros(scales), "randlora_gamma": torch.full(columns, 1 / max(columns))}
+
+    def lower(self, site: LinearSite, params: Params) -> LinearDelta:
+        change = RandomBases(
+            scales=params["randlora_lambda"],
+            columns=params["randlora_gamma"],
+            large=max(site.out_features, site.in_features),
+            drawn=self._drawn(self.projection_size or (site.out_features, site.in_features)),
+            scale=self.randlora_alpha / self.r,
+            is_turned=site.out_features < site.in_features,
+        )
+        return LinearDelta(adds=(change,))
+
+    @property
+    def shared(self) -> Shared | None:
+        source = f"projection_prng_key={self.projection_prng_key!r}"
+        names = ("randlora_A", "randlora_B")
+        return Shared(
+            names=names, draw=self._projections, source=source, is_saved=self.save_projection, is_repeated=True
+        )
+
+    def _projections(self) -> dict[str, Tensor]:
+        if self.projection_size is None:
+            return {}
+        a, b = self._drawn(self.projection_size).on(torch.device("cpu"))
+        return {"randlora_A": a, "randlora_B": b}
+
+    def _drawn(self, largest: tuple[int, int]) -> Bases:
+        small, large = sorted(largest)
+        sparsity = math.sqrt(small) if self.very_sparse else 3 if self.sparse else None
+        return Bases(seed=self.projection_prng_key, r=self.r, small=small, large=large, sparsity=sparsity)
+
+
+@functools.lru_cache(maxsize=8)
+def bases(drawn: Bases, device: torch.device) -> tuple[Float[Tensor, "r 1 small"], Float[Tensor, "large n r"]]:
+    """Return A and B as PEFT draws them on the CPU, each divided by its standard deviation.
+
+    They are Kaiming uniform, rounded to bfloat16. With a ``sparsity`` they are -1 or 1, each with probability
+    ``1 / (2 sparsity)``, and 0 otherwise. Copies of the last eight configs and devices are kept. Do not write.
+    """
+    generator = torch.Generator().manual_seed(drawn.seed)
+    r, small, large, n = drawn.r, drawn.small, drawn.large, -(-drawn.small // drawn.r)
+    with torch.inference_mode(False):  # they outlive the pass that asks first
+        if drawn.sparsity is None:
+            a = _kaiming((r, 1, small), generator)
+            b = torch.cat([_kaiming((large, 1, r), generator) for _ in range(n)], dim=1)
+        else:
+            a, b = (_signs(shape, drawn.sparsity, generator) for shape in ((r, 1, small), (large, n, r)))
+        return (a / a.std()).to(device, torch.float32), (b / b.std()).to(device, torch.float32)
+
+
+def _kaiming(shape: tuple[int, int, int], generator: torch.Generator) -> Tensor:
+    bound = 1 / math.sqrt(shape[1] * shape[2])
+    empty = torch.empty(shape, dtype=torch.bfloat16, device="cpu")
+    return empty.uniform_(-bound, bound, generator=generator)
+
+
+def _signs(shape: tuple[int, int, int], sparsity: float, generator: torch.Generator) -> Tensor:
+    drawn, share = torch.rand(shape, generator=generator, device="cpu"), 1 / (2 * sparsity)
+    return (drawn > 1 - share).float() - (drawn < share).float()

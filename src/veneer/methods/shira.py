@@ -1,0 +1,122 @@
+"""SHiRA: ``W + S``, S sparse, with r (i + o) trained numbers at fixed places (Bhardwaj et al. 2024, arXiv:2406.13175,
+section 3).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from veneer.contract import LinearMethod, Params, Shapes
+from veneer.contract.checks import Checks
+from veneer.contract.family_targets import LOW_RANK
+from veneer.contract.packing import Packing
+from veneer.contract.patterns import below_one
+from veneer.contract.peft_fields import PeftFields
+from veneer.contract.targets import FamilyTargets
+from veneer.core.records import LinearDelta
+from veneer.core.sites import LinearSite
+from veneer.core.terms.change import Change
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sparse(Change):
+    """Change S (o, i) with ``values`` at ``rows`` and ``columns``, zero elsewhere."""
+
+    values: Float[Tensor, " n"]
+    rows: Int[Tensor, " n"]
+    columns: Int[Tensor, " n"]
+    size: tuple[int, int]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.size
+
+    def dense(self, dtype: torch.dtype | None = None) -> Tensor:
+        values, (o, i) = self.values if dtype is None else self.values.to(dtype), self.size
+        return values.new_zeros(o * i).index_add(0, self.rows * i + self.columns, values).view(o, i)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShiraConfig(LinearMethod):
+    """SHiRA in PEFT's fields.
+
+    ``r``: as many numbers are trained as LoRA has at that rank. Their places are drawn, from ``random_seed`` if it is
+    given, and kept in the file. ``init_weights`` starts at zero; False draws from a normal distribution. Another
+    ``mask_type`` is read from files, which hold its places; a new adapter is refused.
+    """
+
+    peft_type: ClassVar[str] = "SHIRA"
+    headline: ClassVar[tuple[str, ...]] = ("r", "target_modules")
+    family_targets: ClassVar[FamilyTargets] = {name: names for name, names in LOW_RANK.items() if name != "phi"}
+    peft_fields: ClassVar[PeftFields] = PeftFields(quiet=("exclude_modules", "layers_pattern", "layers_to_transform"))
+    inert: ClassVar[frozenset[str]] = frozenset({"r", "mask_type", "random_seed", "fan_in_fan_out", "init_weights"})
+
+    r: int = 32
+    mask_type: str = "random"
+    random_seed: int | None = None
+    fan_in_fan_out: bool = False
+    init_weights: bool = True
+
+    def problems(self) -> list[str]:
+        found = super().problems() + below_one({"r": self.r})
+        if self.mask_type != "random" and not self.inference_mode:
+            found.append(f"mask_type={self.mask_type!r} is not supported in training: use 'random'")
+        if self.random_seed is not None and not -(2**63) <= self.random_seed < 2**64:
+            found.append(f"random_seed={self.random_seed!r} must be a seed of torch, of at most 64 bits")
+        return found
+
+    @property
+    def checks(self) -> Checks:
+        return _Checks(self.r)
+
+    @property
+    def packing(self) -> Packing:
+        return _Places(fixed=("shira_indices",), whole={"shira_indices": torch.int32})
+
+    def shapes(self, site: LinearSite) -> Shapes:
+        n = self.r * (site.in_features + site.out_features)
+        return {"shira_weight": (n,), "shira_indices": (2, n)}
+
+    def init(self, site: LinearSite, generator: torch.Generator | None = None) -> dict[str, Tensor]:
+        n, (o, i) = self.shapes(site)["shira_weight"][0], (site.out_features, site.in_features)
+        seed = self.random_seed
+        drawing = generator if seed is None else torch.Generator().manual_seed(seed)
+        places = torch.randperm(o * i, generator=drawing, device="cpu")[:n].sort().values
+        values = torch.zeros(n) if self.init_weights else torch.randn(n, generator=generator)
+        return {"shira_weight": values, "shira_indices": torch.stack([places // i, places % i]).int()}
+
+    def lower(self, site: LinearSite, params: Params) -> LinearDelta:
+        size = site.out_features, site.in_features
+        rows, columns = params["shira_indices"].long()
+        change = Sparse(values=params["shira_weight"], rows=rows, columns=columns, size=size)
+        return LinearDelta(adds=(change,))
+
+
+@dataclass(frozen=True)
+class _Places(Packing):
+    """Places in the file, which must lie in the weight."""
+
+    def problems(self, site: LinearSite, params: Params) -> list[str]:
+        size, places = (site.out_features, site.in_features), params["shira_indices"]
+        inside = all(int(each.min()) >= 0 and int(each.max()) < n for each, n in zip(places, size, strict=True))
+        return [] if inside else [f"shira_indices of {site.name} lie outside its {size[0]} x {size[1]} weights"]
+
+
+@dataclass(frozen=True)
+class _Checks(Checks):
+    r: int
+
+    def layers(self, sites: Sequence[LinearSite]) -> list[str]:
+        """S has as many places as the weight."""
+        return [
+            f"r={self.r} at {site.name} trains {n} numbers, and the layer has {o * i} weights: give at most "
+            f"r={o * i // (o + i)}"
+            for site in sites
+            if (n := self.r * ((o := site.out_features) + (i := site.in_features))) > o * i
+        ]

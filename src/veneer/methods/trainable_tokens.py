@@ -1,0 +1,48 @@
+"""Trainable tokens: rows of the embeddings are trained, and nothing else (PEFT's method of that name)."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import ClassVar
+
+from veneer.contract.keys import tokens_key
+from veneer.contract.peft_fields import PeftFields
+from veneer.contract.whole import WholeMethod
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainableTokensConfig(WholeMethod):
+    """Trainable tokens in PEFT's fields.
+
+    ``token_indices`` are the rows of the tables that ``target_modules`` names; by default it is the input embeddings. A
+    tied head has the same rows. ``init_weights=False``, a random start, is read from files and refused in training.
+    """
+
+    peft_type: ClassVar[str] = "TRAINABLE_TOKENS"
+    headline: ClassVar[tuple[str, ...]] = ("token_indices", "target_modules")
+    default_targets: ClassVar[tuple[str, ...]] = ()
+    inert: ClassVar[frozenset[str]] = frozenset({"init_weights"})
+    peft_fields: ClassVar[PeftFields] = PeftFields(
+        quiet=("exclude_modules", "layers_pattern", "layers_to_transform", "modules_to_save")
+    )
+
+    token_indices: Collection[int] = ()
+    init_weights: bool = True
+
+    def problems(self) -> list[str]:
+        found, indices = super().problems(), list(self.token_indices)
+        if not indices:
+            found.append("token_indices is empty: name the rows to train")
+        if any(index < 0 for index in indices) or len(set(indices)) < len(indices):
+            found.append(f"token_indices={indices!r} must be different numbers of at least 0")
+        if not self.init_weights and not self.inference_mode:
+            found.append("init_weights=False starts from random rows, which is not supported: drop it")
+        return found
+
+    @property
+    def rows(self) -> tuple[int, ...]:
+        return tuple(self.token_indices)
+
+    def written_key(self, key: str) -> str:
+        return tokens_key(key)

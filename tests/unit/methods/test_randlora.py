@@ -1,0 +1,45 @@
+"""RandLoRA against a sum of terms and PEFT."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from methods_in_peft import assert_equals_peft, every_base, site
+from veneer import RandLoraConfig
+from veneer.core.linear import fold_linear
+from veneer.errors import ConfigError
+from veneer.methods.randlora import Bases
+
+SETTINGS = {"randlora_alpha": 4.0}
+
+
+@pytest.mark.parametrize(("o", "i"), [(11, 5), (5, 11)])
+def test_it_is_a_sum_of_terms(o, i):
+    config, place = RandLoraConfig(r=2, randlora_alpha=3.0), site("q_proj", o, i)
+    scales, columns = torch.randn(2, 3, dtype=torch.float64), torch.randn(3, 5, dtype=torch.float64)
+    a, b = (base.double() for base in Bases(seed=0, r=2, small=5, large=11).on(torch.device("cpu")))
+    rows = [scales[r, j] * a[r, 0] * columns[j] for r in range(2) for j in range(3)]
+    change = 1.5 * sum(torch.outer(left, row) for left, row in zip(b.flatten(1).T, rows, strict=True))
+    w = torch.randn(o, i, dtype=torch.float64)
+    record = config.lower(place, {"randlora_lambda": scales, "randlora_gamma": columns})
+    torch.testing.assert_close(fold_linear(record, w)[0], w + (change if o > i else change.T))
+    x, dy = torch.randn(3, i, dtype=torch.float64), torch.randn(3, o, dtype=torch.float64)
+    torch.testing.assert_close(record.changes[0].matmul(x), x @ record.added().T)
+    torch.testing.assert_close(record.changes[0].matmul_t(dy), dy @ record.added())
+
+
+@every_base
+@pytest.mark.parametrize("fields", [{}, {"sparse": True}, {"very_sparse": True, "projection_prng_key": 5}], ids=str)
+def test_it_equals_peft(fields, on, tmp_path):
+    fields = {"r": 5, "randlora_alpha": 20, "init_weights": False, **fields}
+    assert_equals_peft(RandLoraConfig, "RandLoraConfig", tmp_path, on, ["randlora_A", "randlora_B"], **fields)
+
+
+def test_what_it_refuses():
+    with pytest.raises(ConfigError, match="r=0 must be a whole number of at least 1"):
+        RandLoraConfig(r=0)
+    with pytest.raises(ConfigError, match=r"projection_prng_key=.* must be a seed of torch"):
+        RandLoraConfig(projection_prng_key=2**64)
+    with pytest.raises(ConfigError, match=r"randlora_dropout=0.1 drops inputs .*: set it to 0"):
+        RandLoraConfig(randlora_dropout=0.1)
