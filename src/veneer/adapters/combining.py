@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from veneer.adapters import lifecycle
 from veneer.adapters.card import write_card
-from veneer.adapters.merging import require_known
+from veneer.adapters.merging import require_everywhere, require_known
 from veneer.combine import SPARSE, Combination, combine
 from veneer.combine.adapter import raised
 from veneer.combine.choose import rank_needed
@@ -103,7 +103,7 @@ def add_weighted(
     """
     names, weights = tuple(part for part, _ in parts), [weight for _, weight in parts]
     require_known(state, names)
-    _require_layers_alone(model, state, names)
+    require_layers_alone(model, state, names)
     records: dict[str, LinearDelta] = {}
     errors: dict[str, float] = {}
     layers = adapted_layers(model)
@@ -177,9 +177,11 @@ def _require_no_groups(site: LinearSite, updates: Sequence[Update]) -> None:
         )
 
 
-def _require_layers_alone(model: nn.Module, state: AdapterState, names: Sequence[str]) -> None:
+def require_layers_alone(model: nn.Module, state: AdapterState, names: Sequence[str]) -> None:
     """Raise CompositionError where a part holds something that a sum over layers would leave out."""
     held = []
+    for name in names:
+        require_everywhere(name, state.configs[name])
     for path, place in adapted_places(model).items():
         if not place.folds:
             beside = [name for name in names if name in place.adapters]
@@ -213,6 +215,8 @@ def combine_folders(
     cannot be combined.
     """
     stored = [read_updates(folder, places_in_base(folder)) for folder in folders]
+    for folder, adapter in zip(folders, stored, strict=True):
+        require_everywhere(folder, adapter.config)
     places = {path: place for adapter in stored for path, place in adapter.places.items()}
     sites = {path: cast(LinearSite, place.site) for path, place in places.items()}
     _require_same_shapes(folders, stored, sites)

@@ -18,8 +18,8 @@ from veneer.export.vllm.ranks import require_rank
 class VllmArguments:
     """Write adapters as plain LoRA for vLLM and LoRAX, each into a folder of its name in --output.
 
-    LoRA with any start, patterns or rsLoRA, AdaLoRA, VeRA, LoHa and HRA stay exact. DoRA, OFT, LoKr and FourierFT are
-    reduced to --rank, and the table shows the relative error. What cannot be LoRA is refused with the reason.
+    An update that is a low-rank pair stays exact, whatever its method. Any other change of weights is reduced to
+    --rank, and the table shows the relative error. What cannot be LoRA is refused with the reason.
 
     Example: veneer export vllm runs/a/adapter runs/b/adapter -o lora --rank 64
     """

@@ -11,6 +11,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from veneer.combine.plain import Plain, padded, plain_of, whole_error
 from veneer.combine.update import Update
 from veneer.contract.file import CONFIG_FILE, WEIGHTS_FILE
 from veneer.contract.places import placed
@@ -21,7 +22,6 @@ from veneer.disk.safetensors import tensors_to_bytes
 from veneer.errors import ConfigError, FormatError
 from veneer.export.model_folder import copy_companions
 from veneer.export.vllm.limits import config_of, is_plain, refusals
-from veneer.export.vllm.plain import Plain, padded, plain_of, whole_error
 from veneer.export.vllm.ranks import RANKS, holding, require_rank
 from veneer.export.vllm.source import Source, refused
 from veneer.methods.lora import LoraConfig
@@ -73,11 +73,12 @@ def export_vllm(
 ) -> VllmReport:
     """Write an adapter as a folder of plain LoRA: one rank, a scale of 1, float32, on every block of a kind of layer.
 
-    Exact are LoRA and its starts, patterns and rsLoRA, AdaLoRA, VeRA, LoHa and HRA. Other changes of weights are the
-    nearest of ``options.rank`` (Eckart and Young 1936). Tokenizer and chat template in the folder come along.
+    An update that is a low-rank pair is exact. Other changes of weights are the nearest of ``options.rank`` (Eckart and
+    Young 1936). Tokenizer and chat template in the folder come along.
 
-    Raises CompositionError, with what serves it, for an adapter that cannot be plain LoRA: IA3, bottlenecks, virtual
-    tokens, biases, whole modules and rows. Raises ConfigError if ``output`` holds something. Nothing is written then.
+    Raises CompositionError, with what serves it, for an adapter that cannot be plain LoRA: scales alone, bottlenecks,
+    virtual tokens, biases, whole modules and rows. Raises ConfigError if ``output`` holds something. Nothing is written
+    then.
     """
     options = options or VllmOptions()
     _require_free(adapter, output, options.overwrite)

@@ -51,6 +51,8 @@ class Source:
         method = read_config(adapter)
         if not method.changes_weights:
             raise refused(adapter, f"{method.peft_type} does not change weights")
+        if method.invocation_tokens:
+            raise refused(adapter, "it acts from its invocation tokens on, which neither reads")
         base = _base_of(method, given)
         if base is None:
             return cls(fields, method, _without_base(adapter, method), None)
