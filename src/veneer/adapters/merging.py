@@ -10,6 +10,7 @@ import torch
 from rich.progress import track
 from torch import Tensor, nn
 
+from veneer.contract import MethodConfig
 from veneer.errors import AdapterNameError, CompositionError
 from veneer.model.adapted import Adapted
 from veneer.model.attach import adapted_modules, adapted_places
@@ -81,9 +82,20 @@ def require_known(state: AdapterState, names: tuple[str, ...]) -> None:
         )
 
 
+def require_everywhere(adapter: object, config: MethodConfig) -> None:
+    """Raise CompositionError if an adapter acts on a part of each sequence."""
+    if config.invocation_tokens:
+        raise CompositionError(
+            f"the adapter {str(adapter)!r} acts from its invocation tokens on, and a weight acts on all tokens: keep "
+            "it beside the model"
+        )
+
+
 def require_foldable(model: nn.Module, state: AdapterState, names: tuple[str, ...]) -> None:
     """Raise AdapterNameError for unknown names, CompositionError for adapters that cannot be merged into a weight."""
     require_known(state, names)
+    for name in names:
+        require_everywhere(name, state.configs[name])
     for place in adapted_places(model).values():
         stuck = [] if place.folds else [name for name in names if name in place.adapters]
         if stuck:

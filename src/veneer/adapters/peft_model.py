@@ -25,6 +25,7 @@ from veneer.core.field_types import plain
 from veneer.errors import ConfigError
 from veneer.model.allocation import Allocation
 from veneer.model.inplace import change_class, restore_class
+from veneer.model.invocation import from_invocation, generating
 from veneer.model.mixed import mixed_batch
 from veneer.model.state import AdapterState
 from veneer.store.adapter.config import read_config
@@ -75,9 +76,11 @@ class PeftModel(AdapterOverview):
         Rows named ``"__base__"`` take none. Raises AdapterNameError for unknown names, ShapeError where there is not
         one per row, CompositionError where rows of this model cannot differ so.
         """
+        state, inputs = self.adapter_state, (args, kwargs)
         if adapter_names is None:
-            return schedules.with_penalty(self, self.adapter_state, super().__call__(*args, **kwargs))
-        with mixed_batch(self, self.adapter_state, adapter_names, (args, kwargs)):
+            with from_invocation(self, state, inputs):
+                return schedules.with_penalty(self, state, super().__call__(*args, **kwargs))
+        with mixed_batch(self, state, adapter_names, inputs), from_invocation(self, state, inputs):
             return super().__call__(*args, **kwargs)
 
     @classmethod
@@ -341,10 +344,11 @@ class GeneratingPeftModel(PeftModel):
 
     def generate(self, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Any:
         """Run transformers' ``generate``. ``adapter_names`` gives each prompt its own adapter, as in a forward pass."""
-        generate = cast(Any, super()).generate
+        generate, state, inputs = cast(Any, super()).generate, self.adapter_state, (args, kwargs)
         if adapter_names is None:
-            return generate(*args, **kwargs)
-        with mixed_batch(self, self.adapter_state, adapter_names, (args, kwargs)):
+            with generating(state, inputs):
+                return generate(*args, **kwargs)
+        with mixed_batch(self, state, adapter_names, inputs), generating(state, inputs):
             return generate(*args, **kwargs)
 
 

@@ -26,7 +26,6 @@ class PeftFields:
 COMMON = PeftFields(neutral={"auto_mapping": None}, unread=("auto_mapping", "peft_version", "runtime_config"))
 OF_LORA = PeftFields(  # PEFT's config of AdaLoRA has them too
     neutral={
-        "alora_invocation_tokens": None,
         "arrow_config": None,
         "corda_config": None,
         "kasa_config": None,

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from veneer.adapters.merging import require_everywhere
 from veneer.contract import MethodConfig
 from veneer.contract.file import WEIGHTS_FILE
 from veneer.contract.keys import is_of_wrapped, weight_keys
@@ -148,6 +149,7 @@ def _foldable(adapter: Path) -> MethodConfig:
             f"the adapter {adapter} ({config.peft_type}) does not change weights, so it cannot be folded into them: "
             "keep it beside the model"
         )
+    require_everywhere(adapter, config)
     return config
 
 

@@ -50,6 +50,7 @@ class AdaLoraConfig(LinearMethod):
     peft_fields: ClassVar[PeftFields] = PeftFields(
         neutral={
             **OF_LORA.neutral,
+            "alora_invocation_tokens": None,
             "alpha_pattern": {},
             "ensure_weight_tying": False,
             "eva_config": None,

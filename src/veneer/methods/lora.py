@@ -57,6 +57,9 @@ class LoraConfig(LoraSettings):
     own.
     ``ensure_weight_tying`` applies if modules share the input embeddings' weight (a tied head) and one of them is
     adapted or trained whole. Then all of them share one adapter or one copy: ΔW at the embeddings, ΔWᵀ at the head.
+    ``alora_invocation_tokens``: the adapter acts on a sequence from the last occurrence of these token ids on
+    (Greenewald et al. 2025, arXiv:2504.12397). Before them the keys and values are the base's.
+
     ``fan_in_fan_out`` is read for compatibility; a layer that stores Wᵀ is recognised by its type.
     """
 
@@ -144,6 +147,10 @@ class LoraConfig(LoraSettings):
             keeps_tie=self.ensure_weight_tying,
             turned=turned,
         )
+
+    @property
+    def invocation_tokens(self) -> tuple[int, ...]:
+        return tuple(self.alora_invocation_tokens or ())
 
     @property
     def reads_weight(self) -> bool:

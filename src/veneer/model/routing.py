@@ -10,7 +10,7 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
-from veneer.errors import ShapeError
+from veneer.errors import CompositionError, ShapeError
 from veneer.ops.grouped_low_rank import AdapterRuns, Run
 
 BASE = "__base__"  # PEFT's name for a row that no adapter changes
@@ -21,10 +21,12 @@ class Routing:
     """Adapter of each row of a batch.
 
     ``names`` holds one adapter name, or ``"__base__"``, for each row of the batch. ``generators`` holds the generators
-    (on the CPU) for the dropout keys of adapters that have random numbers of their own.
+    (on the CPU) for the dropout keys of adapters that have random numbers of their own. ``is_by_token``: the rows are
+    tokens of sequences, or their adapters act on a part of each, so that nobody has to find where they act.
     """
 
     names: tuple[str, ...]
+    is_by_token: bool = False
     generators: Mapping[str, torch.Generator] = field(default_factory=dict)
 
     @cached_property
@@ -70,3 +72,31 @@ class Routing:
         index = self.index(n_rows, known, what).to(device)
         found = [(name, (index == place).nonzero().squeeze(1)) for place, name in enumerate((BASE, *known))]
         return [(name, rows) for name, rows in (*found[1:], found[0]) if rows.numel()]
+
+
+@dataclass(frozen=True)
+class TokenRouting(Routing):
+    """Adapter of each token of a batch: that of its row from the row's start on, and none before.
+
+    ``starts`` holds the first token of each row that its adapter acts on, out of ``width`` tokens.
+    """
+
+    starts: tuple[int, ...] = ()
+    width: int = 0
+
+    @cached_property
+    def runs(self) -> AdapterRuns:
+        places = {name: place for place, name in enumerate(self.adapters)}
+        found = [
+            Run(places[name], row * self.width + start, (row + 1) * self.width)
+            for row, (name, start) in enumerate(zip(self.names, self.starts, strict=True))
+            if name in places and start < self.width
+        ]
+        return AdapterRuns(tuple(found), len(self.names) * self.width)
+
+    def index(self, n_rows: int, known: Sequence[str], what: str) -> Tensor:
+        """Raise CompositionError: ``what`` sees whole rows."""
+        raise CompositionError(
+            f"{what} takes whole rows, and adapters with invocation tokens act on a part of each: adapt linear layers "
+            "alone, and run other adapters in a batch of their own"
+        )

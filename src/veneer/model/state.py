@@ -19,7 +19,8 @@ class AdapterState:
 
     ``disabled``: all adapters are switched off. ``untied``: merging made the input embeddings and the head differ, so
     that the config no longer ties them. ``watch``: the hook that watches training steps. ``routing``: the adapter of
-    each row, in a mixed batch. ``trainable``: the names of those that train while they are active. ``schedules``:
+    each row, in a mixed batch. ``starts``: the first token of each prompt that its adapter acts on, in a generation.
+    ``trainable``: the names of those that train while they are active. ``schedules``:
     actions on adapters after each optimizer step, by name, once training has begun. ``drops``: adapters apply the
     dropout of their configs in training; False switches it off temporarily.
     """
@@ -31,6 +32,7 @@ class AdapterState:
     untied: bool = False
     watch: RemovableHandle | None = None
     routing: Routing | None = None
+    starts: tuple[int, ...] | None = None
     trainable: set[str] = field(default_factory=set)
     schedules: dict[str, Schedule] = field(default_factory=dict)
     drops: bool = True

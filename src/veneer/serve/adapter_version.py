@@ -10,9 +10,9 @@ from dataclasses import dataclass
 class AdapterVersion:
     """Content of an adapter's files; ``id`` is derived from it, so that equal files are one version.
 
-    ``n_front`` counts its virtual tokens. ``rank`` is the largest of its low-rank parts, 0 if it has none. ``n_bytes``
-    is its expected size when loaded. ``warning``: the reason to doubt that it was trained on this base. A mix has no
-    folder, but versions with their weights.
+    ``n_front`` counts its virtual tokens. ``invocation``: the tokens from which on it acts, if any. ``rank`` is the
+    largest of its low-rank parts, 0 if it has none. ``n_bytes`` is its expected size when loaded. ``warning``: the
+    reason to doubt that it was trained on this base. A mix has no folder, but versions with their weights.
     """
 
     id: str
@@ -20,6 +20,7 @@ class AdapterVersion:
     kind: str = ""
     rank: int = 0
     n_front: int = 0
+    invocation: tuple[int, ...] = ()
     n_bytes: int = 0
     warning: str = ""
     parts: tuple[tuple[AdapterVersion, float], ...] = ()

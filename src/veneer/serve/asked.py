@@ -10,6 +10,7 @@ from typing import Any
 from veneer.errors import ConfigError
 from veneer.serve.adapter_version import AdapterVersion
 from veneer.serve.draft import Draft, SpeculativeConfig
+from veneer.serve.invocation import acts_from
 from veneer.serve.lora_request import LoRARequest
 from veneer.serve.pooling_params import PoolingParams
 from veneer.serve.prefix_cache import require_salt, root_of
@@ -129,6 +130,8 @@ class Rules:
     def request(self, asked: Asked, index: int) -> Request:
         """Return the request of one of a prompt's answers."""
         params, version = asked.params, asked.version.id if asked.version else None
+        first = acts_from(asked.prompt_ids, asked.version.invocation if asked.version else ())
+        owner = f"{version} from {first}" if first else version  # before that, the values are those of the base
         every_state = asked.pooling is not None and asked.pooling.pooling == "mean"
         rule = StopRule(
             max_tokens=min(params.max_tokens or asked.room, asked.room),
@@ -138,11 +141,11 @@ class Rules:
         )
         return Request(
             id=f"{asked.id}#{index}", prompt=asked.prompt_ids, rule=rule,
-            version=version, n_front=asked.version.n_front if asked.version else 0,
+            version=version, n_front=asked.version.n_front if asked.version else 0, acts_from=first,
             scores_prompt=every_state or (params.prompt_logprobs is not None and index == 0), client=asked.client,
             weight=asked.weight, reads_only=asked.pooling is not None,
             priority=asked.priority, streams=params.output_kind is not RequestOutputKind.FINAL_ONLY,
-            root=root_of(version, asked.cache_salt) if self.settings.prefix_caching else None,
+            root=root_of(owner, asked.cache_salt) if self.settings.prefix_caching else None,
         )  # fmt: skip
 
     def draw_rule(self, asked: Asked, request: Request, number: tuple[int, int]) -> DrawRule:

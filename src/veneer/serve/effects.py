@@ -90,6 +90,8 @@ class Lookup:
 def read_effects(lookup: Lookup, program: Program, folder: Path) -> Effects:
     """Return the effects of a saved adapter. Raises FormatError and TargetError as loading does, and `UnsaidError`."""
     config = read_config(folder)
+    if config.invocation_tokens:
+        raise UnsaidError("invocation tokens, from which on it acts")
     places = lookup.of(config)
     stored = read_records(folder, places.placed)
     found = Effects()

@@ -140,7 +140,7 @@ class GeneralRunner(DrawingRunner):
                 self._put_front(sequence)
         step = PagedStep(self.store, [Stretch(s.pages, s.start, len(s.tokens)) for s in sequences], device)
         ids = torch.tensor([token for s in sequences for token in s.tokens], device=device)
-        names = [self._route(s.version) for s in sequences for _ in s.tokens]
+        names = [name for s in sequences for name in self._names(s)]
         rows = [*_rows_of(sequences, wanted), *_rows_of(sequences, read)]
         kept = torch.tensor(rows, dtype=torch.long, device=device)
         with self._routed(names), self._head_for(kept, names) as states:
@@ -156,13 +156,19 @@ class GeneralRunner(DrawingRunner):
         """Model without the adapters' wrapper, as transformers' own class."""
         return cast(PreTrainedModel, self.model)
 
+    def _names(self, sequence: PlannedSequence) -> list[str]:
+        """The name that each token takes: the base's before those that the adapter acts on."""
+        first = sequence.start - sequence.n_front
+        n_before = min(max(sequence.acts_from - first, 0), len(sequence.tokens))
+        return [BASE] * n_before + [self._route(sequence.version)] * (len(sequence.tokens) - n_before)
+
     def _route(self, version: str | None) -> str:
         """The name that a version's rows take: virtual tokens come from pages, their rows are the base's."""
         return BASE if version is None or version in self.fronts else version
 
     @contextmanager
     def _routed(self, names: Sequence[str]) -> Iterator[None]:
-        with routed(self.model, self.model.adapter_state, Routing(tuple(names))):
+        with routed(self.model, self.model.adapter_state, Routing(tuple(names), is_by_token=True)):
             yield
 
     @contextmanager
@@ -176,7 +182,7 @@ class GeneralRunner(DrawingRunner):
         def narrow(module: Any, args: Any, output: Any) -> Any:
             output.last_hidden_state = output.last_hidden_state[rows]
             states.append(output.last_hidden_state)
-            state.routing = Routing(tuple(names[row] for row in rows.tolist()))
+            state.routing = Routing(tuple(names[row] for row in rows.tolist()), is_by_token=True)
             return output
 
         handle = inner.register_forward_hook(narrow)

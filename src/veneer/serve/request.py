@@ -42,7 +42,7 @@ class Request:
 
     ``version`` is the adapter's; ``n_front`` is the number of its virtual tokens, which precede the prompt. A lower
     ``priority`` is more urgent; within one, the ``client`` that has received least for its ``weight`` comes first.
-    ``streams``: its answer is shown while it grows.
+    ``streams``: its answer is shown while it grows. ``acts_from``: the first token that the adapter acts on.
     ``n_computed`` counts the tokens whose keys and values are in pages. ``scores_prompt``: log-probabilities of the
     prompt are asked for, and ``n_scored`` of them are computed. ``root`` is the key in front of its first block; None
     if it shares no pages. ``n_front_there`` counts the virtual tokens in pages, ``n_published`` the blocks that others
@@ -56,6 +56,7 @@ class Request:
     rule: StopRule
     version: str | None = None
     n_front: int = 0
+    acts_from: int = 0
     scores_prompt: bool = False
     client: Hashable = ""
     weight: float = 1.0

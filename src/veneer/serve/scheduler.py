@@ -367,6 +367,7 @@ class Scheduler:
             targets=targets,
             n_drafted=len(draft),
             reads_only=request.reads_only,
+            acts_from=request.acts_from,
         )
 
     def _drop(self, request: Request) -> None:

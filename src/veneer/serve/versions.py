@@ -124,6 +124,7 @@ class Versions:
             kind=config.peft_type,
             rank=config.largest_rank,
             n_front=config.virtual_tokens,
+            invocation=config.invocation_tokens,
             n_bytes=stored_bytes(folder, self._value_bytes),
             warning=self._served.warning(config.base_model_name_or_path),
         )

@@ -11,6 +11,7 @@ import torch
 from gguf import GGUFValueType
 from torch import Tensor
 
+from veneer.contract import MethodConfig
 from veneer.core.records import LinearDelta
 from veneer.errors import CompositionError, ConfigError
 from veneer.export.adapter_on_base import changed_tensors, with_weights
@@ -63,7 +64,7 @@ def export_lora(
         )
     kind = mix_of(type)
     specs = [TensorSpec(name, kind.default, tuple(found[name].shape)) for name in quantize_order(list(found))]
-    pairs = _pairs(adapter, family, named, kind.number)
+    pairs = _pairs(adapter, family, named, kind.number) + _invocation(stored.config)
     writer = GgufFileWriter(output, pairs, specs, overwrite=overwrite)
     with writer:
         for spec in specs:
@@ -142,6 +143,12 @@ def _factors(name: str, record: LinearDelta, family: Family, config: Any) -> Ite
     a, b = record.factors(torch.float32)
     yield f"{name}.lora_a", (a.T if name == _EMBEDDINGS else a).contiguous()
     yield f"{name}.lora_b", laid_out_rows(family, config, name, b).contiguous()
+
+
+def _invocation(method: MethodConfig) -> list[Pair]:
+    """The tokens from which on llama.cpp applies the adapter."""
+    tokens, number = list(method.invocation_tokens), GGUFValueType.UINT32
+    return [Pair("adapter.alora.invocation_tokens", tokens, GGUFValueType.ARRAY, number)] if tokens else []
 
 
 def _pairs(adapter: Path, family: Family, base: str, number: int) -> list[Pair]:

@@ -38,6 +38,7 @@ class LoraSettings(LinearMethod):
     trainable_token_indices: Collection[int] | Mapping[str, Collection[int]] | None = None
     target_parameters: Collection[str] | None = None
     ensure_weight_tying: bool = False
+    alora_invocation_tokens: Collection[int] | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -54,7 +55,23 @@ class LoraSettings(LinearMethod):
             found.append("lora_bias and use_dora exclude each other, as in PEFT: drop one of them")
         if self.ensure_weight_tying is True:
             found += self._problems_of_ties()
-        return found + _problems_of_rows(self.trainable_token_indices) + self._problems_of_parameters()
+        found += _problems_of_rows(self.trainable_token_indices) + self._problems_of_parameters()
+        return found + self._problems_of_invocation()
+
+    def _problems_of_invocation(self) -> list[str]:
+        """An adapter that acts from its tokens on has nothing that acts on whole sequences."""
+        tokens = self.alora_invocation_tokens
+        if tokens is None:
+            return []
+        if not tokens or min(tokens) < 0:
+            return [f"alora_invocation_tokens={list(tokens)!r} must hold token ids, at least one"]
+        whole = {name: getattr(self, name) for name in _ON_WHOLE_SEQUENCES}
+        whole["bias"] = None if self.bias == "none" else self.bias
+        return [
+            f"{name}={value!r} does not go with alora_invocation_tokens: it acts on whole sequences"
+            for name, value in whole.items()
+            if value
+        ]
 
     def _problems_of_ties(self) -> list[str]:
         """Tied modules share A and B, one of them transposed: what is made for one side of a weight has no place."""
@@ -108,6 +125,11 @@ class LoraSettings(LinearMethod):
     def start(self) -> Start:
         """Initialization of A and B."""
         return cast(Start, find_start(self.init_lora_weights))  # problems() has seen to it
+
+
+_ON_WHOLE_SEQUENCES = (
+    "use_dora", "lora_bias", "target_parameters", "trainable_token_indices", "modules_to_save", "ensure_weight_tying",
+)  # fmt: skip
 
 
 def _problems_of_rows(given: Collection[int] | Mapping[str, Collection[int]] | None) -> list[str]:

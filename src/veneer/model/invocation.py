@@ -1,0 +1,145 @@
+"""Where adapters act in a sequence: from their invocation tokens on (aLoRA), or everywhere.
+
+Before the tokens, keys and values are those of the base. The tokens of a batch are therefore routed one by one:
+those of a row before its start take no adapter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor, nn
+
+from veneer.errors import CompositionError, ConfigError
+from veneer.model.mixed import routed
+from veneer.model.routing import BASE, TokenRouting
+from veneer.model.state import AdapterState
+from veneer.model.virtual_tokens import CACHE_NAMES
+
+NEVER = 1 << 62  # a start behind every token
+Inputs = tuple[Sequence[Any], Mapping[str, Any]]
+
+
+@contextmanager
+def from_invocation(model: nn.Module, state: AdapterState, inputs: Inputs) -> Iterator[None]:
+    """Context of one forward pass in which each adapter acts from its invocation tokens on.
+
+    Nothing changes if no acting adapter has such tokens. ``inputs`` are the arguments of the pass. In a generation the
+    starts are those of the prompts. Raises ConfigError if they cannot be found, CompositionError if an adapter with
+    such tokens acts together with another.
+    """
+    routing = state.routed()
+    is_known = routing is not None and routing.is_by_token
+    if is_known or not any(_tokens(state, name) for name in _acting(state)):
+        yield
+        return
+    ids = _input_ids(inputs)
+    rows = _names_of_rows(state, ids.shape[0])
+    if state.starts is None:
+        starts, past = _starts(state, rows, ids), 0
+        _require_found(model, rows, starts, inputs)
+    else:
+        starts, past = _repeated(state.starts, ids.shape[0]), _past(inputs)
+    moved = tuple(max(start - past, 0) for start in starts)
+    drawn = {} if routing is None else routing.generators
+    by_token = TokenRouting(rows, is_by_token=True, generators=drawn, starts=moved, width=ids.shape[1])
+    with routed(model, state, by_token):
+        yield
+
+
+@contextmanager
+def generating(state: AdapterState, inputs: Inputs) -> Iterator[None]:
+    """Context of a generation: all of its passes act from the invocation tokens of the prompts on."""
+    if not any(_tokens(state, name) for name in _acting(state)):
+        yield
+        return
+    ids = _input_ids(inputs)
+    before, state.starts = state.starts, _starts(state, _names_of_rows(state, ids.shape[0]), ids)
+    try:
+        yield
+    finally:
+        state.starts = before
+
+
+def last_occurrence(ids: Int[Tensor, "rows n"], tokens: Sequence[int]) -> Int[Tensor, " rows"]:
+    """Return the position in each row at which the last occurrence of these tokens begins; -1 if there is none."""
+    if ids.shape[1] < len(tokens):
+        return ids.new_full((len(ids),), -1)
+    found = (ids.unfold(1, len(tokens), 1) == ids.new_tensor(tokens)).all(dim=-1)
+    places = torch.arange(found.shape[1], device=ids.device)
+    return torch.where(found, places, -1).amax(dim=1)
+
+
+def _acting(state: AdapterState) -> tuple[str, ...]:
+    routing = state.routed()
+    return state.acting() if routing is None else routing.adapters
+
+
+def _tokens(state: AdapterState, name: str) -> tuple[int, ...]:
+    return () if name == BASE else state.configs[name].invocation_tokens
+
+
+def _names_of_rows(state: AdapterState, n_rows: int) -> tuple[str, ...]:
+    routing = state.routed()
+    if routing is not None:
+        return routing.rows(n_rows, "the model")
+    names = state.acting()
+    if len(names) > 1:
+        raise CompositionError(
+            f"{list(names)} are active together, and one of them acts from its invocation tokens on: activate it alone"
+        )
+    return names * n_rows
+
+
+def _starts(state: AdapterState, rows: Sequence[str], ids: Int[Tensor, "rows n"]) -> tuple[int, ...]:
+    """The position from which each row's adapter acts: 0 for one that acts everywhere."""
+    starts = [0] * len(rows)
+    for name in dict.fromkeys(rows):
+        tokens = _tokens(state, name)
+        own = [row for row, of in enumerate(rows) if of == name] if tokens else []
+        if own:
+            for row, start in zip(own, last_occurrence(ids[own], tokens).tolist(), strict=True):
+                starts[row] = NEVER if start < 0 else start
+    return tuple(starts)
+
+
+def _require_found(model: nn.Module, rows: Sequence[str], starts: Sequence[int], inputs: Inputs) -> None:
+    """Raise ConfigError if a row to be trained on lacks the tokens: it would train nothing."""
+    lacking = [row for row, start in enumerate(starts) if start == NEVER]
+    if lacking and model.training and torch.is_grad_enabled() and inputs[1].get("labels") is not None:
+        raise ConfigError(
+            f"rows {lacking[:5]} of the batch do not hold the invocation tokens of {rows[lacking[0]]!r}: each row must "
+            "hold alora_invocation_tokens. Put them before the answer in every row"
+        )
+    positions = inputs[1].get("position_ids")
+    if positions is None or inputs[1].get("attention_mask") is not None:
+        return
+    if bool((positions[..., 1:] < positions[..., :-1]).any()):
+        raise ConfigError(
+            "adapters with invocation tokens cannot train on packed rows (position_ids start again within a row): "
+            "switch packing off"
+        )
+
+
+def _repeated(starts: Sequence[int], n_rows: int) -> tuple[int, ...]:
+    """The starts of prompts that became several rows each, as in a beam search."""
+    return tuple(start for start in starts for _ in range(n_rows // len(starts)))
+
+
+def _input_ids(inputs: Inputs) -> Int[Tensor, "rows n"]:
+    args, kwargs = inputs
+    named = (kwargs.get("input_ids"), kwargs.get("inputs"), args[0] if args else None)
+    ids = next((x for x in named if isinstance(x, Tensor) and x.ndim == 2 and not x.is_floating_point()), None)
+    if ids is None:
+        raise ConfigError("an adapter with invocation tokens needs input_ids (rows, tokens), to find them there")
+    return ids
+
+
+def _past(inputs: Inputs) -> int:
+    """The number of tokens whose keys and values are in the cache."""
+    caches = (inputs[1].get(name) for name in CACHE_NAMES)
+    return max((int(cache.get_seq_length()) for cache in caches if cache is not None), default=0)

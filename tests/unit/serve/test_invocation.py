@@ -1,0 +1,41 @@
+"""Adapters that act from their invocation tokens on, served: the answers are those of ``generate``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from veneer import LLM, LoraConfig, LoRARequest, PeftModel, SamplingParams
+from veneer.serve.invocation import NEVER, acts_from
+
+from .conftest import byte_tokenizer, make_model, save_adapter
+
+TOKENS = (7, 3)
+FIRST = [5, 7, 3, *range(20, 60)]
+
+
+def test_the_last_occurrence_counts():
+    assert acts_from((1, 7, 3, 2, 7, 3, 4), TOKENS) == 4
+    assert acts_from((7, 3), TOKENS) == 0
+    assert acts_from((3, 7), TOKENS) == NEVER
+    assert acts_from((3, 7), ()) == 0
+
+
+def test_the_engine_answers_as_generate(tmp_path: Path):
+    """Prompts that begin alike and act from different places share no pages; one has the tokens nowhere."""
+    prompts = [FIRST, [*FIRST, 7, 3, 9], [*FIRST[3:], 9]]
+    config = LoraConfig(
+        r=3, lora_alpha=7, target_modules=["q_proj", "v_proj", "down_proj"], alora_invocation_tokens=TOKENS,
+        task_type="CAUSAL_LM",
+    )  # fmt: skip
+    request = LoRARequest("alora", 1, str(save_adapter(tmp_path / "alora", config)))
+    llm = LLM(make_model(), tokenizer=byte_tokenizer())
+    params = SamplingParams(temperature=0, max_tokens=5, ignore_eos=True)
+    model = PeftModel.from_pretrained(make_model(), tmp_path / "alora")
+    for _ in range(2):  # the second time from pages
+        for prompt in prompts:
+            found = llm.generate([{"prompt_token_ids": prompt}], params, lora_request=request)[0].outputs[0].token_ids
+            ids = torch.tensor([prompt])
+            expected = model.generate(ids, max_new_tokens=5, min_new_tokens=5, do_sample=False, pad_token_id=0)
+            assert list(found) == expected[0, len(prompt) :].tolist()
