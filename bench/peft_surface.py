@@ -110,6 +110,7 @@ def read_back(config: str) -> str:
     """Return True if veneer reads the file that PEFT writes for a config with its defaults."""
     given = {"total_step": 100} if config == "AdaLoraConfig" else {}
     given |= {"num_virtual_tokens": 3} if "Pr" in config else {}
+    given |= {"token_indices": [3]} if config == "TrainableTokensConfig" else {}
     with tempfile.TemporaryDirectory() as folder:
         getattr(peft, config)(**given).save_pretrained(folder)
         try:
