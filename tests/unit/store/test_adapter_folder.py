@@ -175,7 +175,7 @@ def test_pickles_are_not_written(tmp_path: Path) -> None:
         ({"lora_alfa": 3}, "unknown key 'lora_alfa' (nearest: 'lora_alpha')"),
         ({"use_qalora": True}, "use_qalora=True asks for a feature of PEFT that is not supported here"),
         ({"layer_replication": [[0, 1]]}, "layer_replication=[[0, 1]] asks for a feature"),
-        ({"peft_type": "RANDLORA"}, "peft_type='RANDLORA' is not a method here"),
+        ({"peft_type": "XLORA"}, "peft_type='XLORA' is not a method here"),
         ({"peft_type": None}, "peft_type=None is not a method here"),
         ({"r": -2}, "r=-2"),
         ({"rank_pattern": 3}, "adapter_config.json: "),
