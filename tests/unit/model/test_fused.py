@@ -15,6 +15,7 @@ from transformers import (
     SeedOssConfig,
 )
 
+from interpreter import mended_interpreter
 from veneer import (
     AdaLoraConfig,
     BottleneckConfig,
@@ -134,7 +135,8 @@ def test_on_the_kernels_of_cuda(
     monkeypatch.setattr(steps, "IDS", IDS[:2, :12])
     mask = torch.tensor([[1] * 10 + [0] * 2, [0] * 3 + [1] * 9])
     batch = {"attention_mask": mask} if is_padded else {}
-    assert_all_fused(adapted(quantized(model, "nf4") if family == "llama" else model), batch, halves)
+    with mended_interpreter():
+        assert_all_fused(adapted(quantized(model, "nf4") if family == "llama" else model), batch, halves)
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2", "phi", "phi3", "neox", "gpt2"])

@@ -22,7 +22,7 @@ SIZES = [(1, 5, 3, (1,)), (19, 29, 31, (2, 7, 1, 4)), (83, 131, 67, (16, 3, 37, 
 OUTS = (67, 160, 1)  # of layers that share their input
 LAYER_RANKS = ((17, 3, 64, 5), (1, 0, 33, 2), (0, 0, 0, 7))  # of four adapters on each; 0: none there
 RUNS = AdapterRuns((Run(2, 3, 131), Run(0, 131, 132), Run(1, 140, 227), Run(0, 230, 262)), 263)  # and none of adapter 3
-FEW = AdapterRuns((Run(2, 3, 67), Run(0, 67, 68), Run(1, 70, 75), Run(0, 76, 79)), 79)  # two tiles of Triton's
+FEW = AdapterRuns((Run(1, 3, 67), Run(0, 67, 68), Run(2, 70, 75), Run(0, 76, 79)), 79)  # two tiles of Triton's
 
 
 def draw(size, x_dtype, dtype):

@@ -72,7 +72,7 @@ def _dropped(x: Tensor, group: LowRankGroup, rows: AdapterRuns) -> Tensor:
     own = x.clone()
     for k, start, stop in rows.runs:
         mask, run = group.masks[k], slice(start, stop)
-        if mask is not None:
+        if mask is not None and group.a[k] is not None:
             own[run] = mask.drop(x[run], run, backend="triton")
     return own
 
@@ -83,6 +83,8 @@ def _add_dropped(dx: Tensor, part: Tensor, group: LowRankGroup, rows: AdapterRun
         return
     for k, start, stop in rows.runs:
         mask, run = group.masks[k], slice(start, stop)
+        if group.a[k] is None:
+            continue  # its part is zero
         if mask is None:
             dx[run] += part[run]
         else:
