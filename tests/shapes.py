@@ -50,9 +50,10 @@ def _checked_function(function: FunctionType) -> Callable[..., Any]:
         if jaxtyping.config.jaxtyping_disable or _is_tracing():
             return function(*args, **kwargs)
         given = _form((*args, _Named, kwargs)) if kwargs else _form(args)
-        if given in forms:
+        expected = forms.get(given)  # an argument's form is made of many values: it is hashed once
+        if expected is not None:
             result = function(*args, **kwargs)
-            if _form(result) != forms[given]:
+            if _form(result) != expected:
                 _RETURNED.results = [result]
                 with jaxtyping.jaxtyped("context"):
                     returned()(*args, **kwargs)
@@ -96,33 +97,59 @@ class _Named:
 
 
 _LONGEST = 32
-_PLAIN = {int, float, bool, type(None)}
+_TENSORS = (torch.Tensor, torch.nn.Parameter)
+_SEVERAL = (tuple, list, dict)
+_KINDS: dict[type, Any] = {}  # whose values are alike to a check; those of True are themselves looked at
 
 
 def _form(value: Any) -> Any:
     """Return all of a value that a check looks at; None if it looks at one random item, or at sizes not yet known."""
     kind = type(value)
-    if kind is torch.Tensor or kind is torch.nn.Parameter:
+    if kind in _TENSORS:
         return kind, value.dtype, value.shape
-    if kind in _PLAIN:
-        return kind
-    if kind is tuple or kind is list or kind is dict:
-        if len(value) > _LONGEST:
-            return None
-        found = tuple(map(_form, value.values() if kind is dict else value))
-        if None in found or (kind is list and len(set(found)) > 1):
-            return None
-        return (kind, *value, found) if kind is dict else (kind, found)
-    if kind is str or isinstance(value, type):
-        return value
-    return None if isinstance(value, Collection | torch.Tensor) else kind
+    if kind in _SEVERAL:
+        return _form_of_several(kind, value.values() if kind is dict else value, value)
+    known = _KINDS.get(kind, False) or _seen(kind)
+    return value if known is True else None if known is _NONE else known
+
+
+def _form_of_several(kind: type, values: Collection[Any], given: Any) -> Any:
+    if len(values) > _LONGEST:
+        return None
+    found = []
+    for value in values:
+        own = type(value)
+        if own in _TENSORS:  # most of them: without another call
+            form: Any = own, value.dtype, value.shape
+        else:
+            form = _form(value)
+            if form is None:
+                return None
+        found.append(form)
+    if kind is list and len(set(found)) > 1:
+        return None
+    return (kind, *given, *found) if kind is dict else (kind, *found)
+
+
+class _NONE:
+    """Stands for a kind whose values have no form."""
+
+
+def _seen(kind: type) -> Any:
+    """Note how values of a kind are looked at."""
+    if issubclass(kind, type) or kind is str:
+        return _KINDS.setdefault(kind, True)
+    return _KINDS.setdefault(kind, _NONE if issubclass(kind, Collection | torch.Tensor) else kind)
+
+
+_MODULES, _is_compiling = sys.modules, torch.compiler.is_compiling
 
 
 def _is_tracing() -> bool:
     """Return True in a traced or compiled step, which goes the ways of a real one: there they are checked."""
-    if torch.compiler.is_compiling():
+    if _is_compiling():
         return True
-    traced = sys.modules.get("veneer.ops.traced")
+    traced = _MODULES.get("veneer.ops.traced")
     return traced is not None and traced.is_tracing()
 
 
