@@ -81,7 +81,10 @@ def plan_recipe(
         )
     pattern = Pattern(n_blocks, 0, n_blocks) if whole else pattern_of(recipe, config, n_blocks)
     held_out = held_out_batch(recipe, batch) if evaluated else None
-    traces = [trace(shortened(config, depth), recipe, batch, isa, held_out) for depth in pattern.depths]
+    traces = list[Shallow]()
+    for depth in pattern.depths:
+        warm = bool(traces) and traces[0].reaches_all
+        traces.append(trace(shortened(config, depth), recipe, batch, isa, held_out, warm=warm))
     return _deepened(traces, pattern, recipe, batch, config)
 
 

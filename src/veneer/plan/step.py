@@ -80,8 +80,17 @@ class Step:
         self.model, self.optimizer, self.inputs, self.mark = model, optimizer, inputs, mark
         self.loss, self.max_grad_norm, self.offload = loss, max_grad_norm, offload
         self.after_backward = after_backward
+        self.reaches_all = False  # in the last backward pass each trained parameter had a gradient
         self._phase: str | None = None
         self._parameters = [p for p in model.parameters() if p.requires_grad]
+
+    def begin(self) -> None:
+        """Let the optimizer make its state, as a first step that `reaches_all` does: no pass is computed."""
+        for parameter in self._parameters:
+            parameter.grad = torch.zeros_like(parameter)
+        self.after_backward()
+        self.mark("optimizer")
+        self._update()
 
     def run(self, n_batches: int = 1) -> None:
         """Run forward, loss and backward of ``n_batches`` micro-batches, and the update."""
@@ -91,10 +100,14 @@ class Step:
             self.mark("backward.loss")
             loss.backward()  # type: ignore[no-untyped-call]
             del loss
+            self.reaches_all = all(p.grad is not None for p in self._parameters)
             self.after_backward()
         self.mark("optimizer")
         if self.max_grad_norm:
             nn.utils.clip_grad_norm_(self._parameters, self.max_grad_norm)
+        self._update()
+
+    def _update(self) -> None:
         self.optimizer.step()
         self.model.zero_grad(set_to_none=True)
         self.mark("done")

@@ -22,6 +22,7 @@ from veneer.plan.model import adapter_of, traced_model
 from veneer.plan.parts import tell_parts
 from veneer.plan.step import Batch, Step, as_accelerate
 from veneer.plan.work import CountWork, Work
+from veneer.recipe.optimizers import steps_in_backward
 from veneer.recipe.recipe import Recipe
 from veneer.train.config import SFTConfig
 from veneer.train.optimizer import choose_optimizer, lora_plus_optimizer
@@ -37,7 +38,10 @@ KINDS = (BASE, EMBEDDINGS, HEAD, NORMS, TRAINED, ADAPTERS, GRADIENTS, STATE, ACT
 
 @dataclass(frozen=True, slots=True)
 class Shallow:
-    """Findings of two steps of a model with ``n_blocks`` blocks; peaks are those of the second step, by mark."""
+    """Findings of two steps of a model with ``n_blocks`` blocks; peaks are those of the second step, by mark.
+
+    ``reaches_all``: each trained parameter has a gradient.
+    """
 
     n_blocks: int
     peaks: Mapping[str, Peak]
@@ -47,14 +51,22 @@ class Shallow:
     n_parameters: int
     largest_coded: int
     not_fused: str | None
+    reaches_all: bool
 
 
 def trace(
-    config: PreTrainedConfig, recipe: Recipe, batch: Batch, isa: str | None = None, held_out: Batch | None = None
+    config: PreTrainedConfig,
+    recipe: Recipe,
+    batch: Batch,
+    isa: str | None = None,
+    held_out: Batch | None = None,
+    *,
+    warm: bool = False,
 ) -> Shallow:
     """Trace a recipe's step on a model of this config, which is built without values.
 
-    The evaluation of a ``held_out`` batch is traced too. Errors of building and adapting the model are raised.
+    The evaluation of a ``held_out`` batch is traced too. ``warm``: a shallower model of the recipe was traced before,
+    and `Shallow.reaches_all`. Errors of building and adapting the model are raised.
     """
     live, counted = LiveBytes(), CountWork()
     with tracing(counted.kernel, isa) as mode:
@@ -67,7 +79,9 @@ def trace(
             live.hold(tensor, kind)
         held = peaks(live.events, live.kinds, kind_under)["load"]
         loss = loss_of(recipe.task, reference, args)
-        run_steps(model, optimizer, batch, args, live, loss=loss, counted=counted, held_out=held_out)
+        reaches_all = run_steps(
+            model, optimizer, batch, args, live, loss=loss, counted=counted, held_out=held_out, warm=warm
+        )
     found = {mark: peak for mark, peak in peaks(live.events, live.kinds, kind_under).items() if FIRST not in mark}
     return Shallow(
         n_blocks=config.get_text_config().num_hidden_layers,
@@ -78,6 +92,7 @@ def trace(
         n_parameters=n_parameters(model),
         largest_coded=max(_coded(model), default=0),
         not_fused=not_fused,
+        reaches_all=reaches_all,
     )
 
 
@@ -123,11 +138,13 @@ def run_steps(
     loss: Loss = trained_tokens,
     counted: CountWork | None = None,
     held_out: Batch | None = None,
-) -> None:
-    """Run two steps and an evaluation, and report the kinds of tensors to ``live``.
+    warm: bool = False,
+) -> bool:
+    """Run two steps and an evaluation, and report the kinds of tensors to ``live``. Return `Step.reaches_all`.
 
     The second step has the optimizer's state. If gradients of several micro-batches are summed, it has two of them, and
-    gradients exist from the start of the second.
+    gradients exist from the start of the second. ``warm``: what is made once in a process is there, so that of the
+    first step only the update is run, unless the optimizer updates within the backward pass.
     """
     offload = ActivationOffload(model, "disk") if args.activation_offloading else None
     dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
@@ -155,7 +172,10 @@ def run_steps(
             stack.callback(offload.close)
         stack.enter_context(as_accelerate(model, dtype))
         stack.enter_context(step.marked())
-        step.run()
+        if warm and not steps_in_backward(args.optim):
+            step.begin()
+        else:
+            step.run()
         number = 1
         for tensor in state_tensors(optimizer):
             live.hold(tensor, STATE)
@@ -167,6 +187,7 @@ def run_steps(
                 step.evaluate(held_out.inputs(vocabulary))
     for tensor in state_tensors(optimizer):
         live.hold(tensor, STATE)
+    return step.reaches_all
 
 
 def n_passes(args: SFTConfig) -> int:

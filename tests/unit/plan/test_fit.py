@@ -40,7 +40,8 @@ def bytes_of(plan: Plan) -> int:
 def test_settings_fit_with_room_to_spare_and_the_cheapest_comes_first(recipe: Make) -> None:
     wanted = recipe(per_device_train_batch_size=6)
     config = config_of(wanted.model.source)
-    budget = int(0.8 * plan_recipe(wanted).peak.n_bytes)
+    exact = fit.plan_recipe(wanted).peak.n_bytes
+    budget = int(0.8 * exact)
     found = fits(wanted, config, budget, bytes_of, lambda plan: plan.work.flops)
     costs = [each.seconds_a_token for each in found]
     assert costs == sorted(costs)
@@ -50,15 +51,14 @@ def test_settings_fit_with_room_to_spare_and_the_cheapest_comes_first(recipe: Ma
         its_own = fit.plan_recipe(changed(wanted, each.changes), config=config)
         assert each.n_bytes == its_own.peak.n_bytes <= budget / (1 + SPARE)
     assert found[0].n_bytes == plan_recipe(changed(wanted, found[0].changes)).peak.n_bytes
-    exact = plan_recipe(wanted).peak.n_bytes
     tight = fits(wanted, config, exact + 1, bytes_of, lambda plan: plan.work.flops)
     assert all(each.changes for each in tight)  # the recipe as it is fits, but with nothing to spare
 
 
 def test_an_evaluation_fits_too(recipe: Make) -> None:
-    """Its rows are no more than those of a micro-batch."""
-    wanted = recipe(per_device_train_batch_size=6, fused="off", **{HELD_OUT: 90})
-    exact = plan_recipe(wanted)
+    """Its rows are no more than those of a micro-batch. Storage is given: the test above varies it."""
+    wanted = recipe(None, {"quantization": "nf4"}, per_device_train_batch_size=6, fused="off", **{HELD_OUT: 90})
+    exact = fit.plan_recipe(wanted)
     assert exact.peak_phase == "evaluation"
     found = fits(wanted, config_of(wanted.model.source), exact.peak.n_bytes - 1, bytes_of, lambda plan: plan.work.flops)
     args = changed(wanted, found[0].changes).training_config()
@@ -70,7 +70,7 @@ def test_an_evaluation_fits_too(recipe: Make) -> None:
 def test_an_optimizer_that_steps_in_the_backward_pass_takes_all_rows_at_once(recipe: Make) -> None:
     layerwise = {"optim": "galore_adamw_layerwise", "optim_args": "rank=7", "max_grad_norm": 0.0}
     wanted = recipe({"method": "full"}, per_device_train_batch_size=6, **layerwise)
-    config, exact = config_of(wanted.model.source), plan_recipe(wanted).peak.n_bytes
+    config, exact = config_of(wanted.model.source), fit.plan_recipe(wanted).peak.n_bytes
     found = fits(wanted, config, int(1.06 * exact), bytes_of, lambda plan: plan.work.flops)
     for each in found:
         args = changed(wanted, each.changes).training_config()
@@ -107,7 +107,7 @@ def test_the_knob_that_is_missing_is_the_one_that_was_not_tried(recipe: Make) ->
 
 def test_rows_may_be_shorter_where_the_weights_alone_would_fit(recipe: Make) -> None:
     wanted = recipe(None, {"quantization": "nf4"})
-    budget = int(1.07 * plan_recipe(wanted).held.n_bytes)
+    budget = int(1.07 * fit.plan_recipe(wanted).held.n_bytes)
     with pytest.raises(
         ConfigError, match=r"of it weights\. From .* on it fits\. Missing: a shorter training.max_length"
     ):

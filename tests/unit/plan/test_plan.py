@@ -30,6 +30,7 @@ from veneer.plan.losses import require_planned
 from veneer.plan.measure import measured_model
 from veneer.plan.plan import as_json, batch_of, count_trained, held_out_batch, plan_recipe
 from veneer.plan.serving import serving_of
+from veneer.plan.step import Step
 from veneer.plan.trace import ADAPTERS, FIRST, kind_under, kinds_of, make_optimizer, prepare, run_steps
 from veneer.plan.work import CountWork
 from veneer.recipe.recipe import Recipe, parse_recipe
@@ -100,6 +101,22 @@ def test_depth_from_two_traces_is_that_of_one(training: dict[str, Any], recipe: 
         assert short.phases[phase].n_bytes == pytest.approx(whole.phases[phase].n_bytes, rel=1e-3), phase
     assert (short.n_trained, short.n_parameters) == (whole.n_trained, whole.n_parameters)
     assert short.work.flops == pytest.approx(whole.work.flops)
+
+
+def test_a_first_step_is_left_out_where_each_parameter_has_a_gradient() -> None:
+    model: Any = torch.nn.ParameterDict({"used": torch.ones(3), "idle": torch.ones(5)})
+    optimizer = torch.optim.AdamW(model.parameters())
+    step = Step(model, optimizer, {}, lambda mark: None, loss=lambda model, inputs: model["used"].sum())
+    step.run()
+    assert not step.reaches_all
+    assert {p.numel() for p in optimizer.state} == {3}
+    step.begin()
+    assert {p.numel() for p in optimizer.state} == {3, 5}
+    model.pop("idle")
+    step = Step(model, optimizer, {}, lambda mark: None, loss=lambda model, inputs: model["used"].sum())
+    step.run()
+    assert step.reaches_all
+    assert model["used"].grad is None
 
 
 def test_gradients_that_are_summed_are_there_in_the_next_pass(recipe: Make) -> None:
