@@ -40,8 +40,8 @@ def test_values_are_table_times_absmax(shape, quant_type, dtype, backend):
     packed, absmax = quantize_4bit(w, quant_type, 64, backend="reference")
     layout = FourBitLayout(shape, quant_type, 64, dtype)
     n = w.numel()
-    codes = [int(packed[k // 2]) >> (0 if k % 2 else 4) & 15 for k in range(n)]
-    expected = (code_table(quant_type)[torch.tensor(codes)] * absmax[torch.arange(n) // 64]).to(dtype).view(shape)
+    codes = torch.stack([packed >> 4, packed & 15], dim=1).flatten()[:n].int()
+    expected = (code_table(quant_type)[codes] * absmax[torch.arange(n) // 64]).to(dtype).view(shape)
     assert torch.equal(dequantize_4bit(packed, absmax, layout, backend=backend), expected)
 
 

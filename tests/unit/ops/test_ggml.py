@@ -116,15 +116,15 @@ def test_a_view_is_read_as_it_stands(kind, backend):
 
 @pytest.mark.parametrize("kind", BLOCKED)
 def test_the_number_of_threads_changes_no_byte(kind, backend):
-    rows, importance = bell(12, 97, 768) * 0.1, bell(13, 768).abs()  # more than a thread's least share
+    n, counts = (49, (1, 3)) if backend == "reference" else (97, (1, 2, 3))  # more than a thread's least share
+    rows, importance = bell(12, n, 768) * 0.1, bell(13, 768).abs()
     before = torch.get_num_threads()
     packed = []
-    for threads in (1, 2, 3):
+    for threads in counts:
         torch.set_num_threads(threads)
         packed += [quantize_ggml(rows, kind, importance, backend=backend)]
     torch.set_num_threads(before)
-    assert torch.equal(packed[0], packed[1])
-    assert torch.equal(packed[0], packed[2])
+    assert all(torch.equal(packed[0], other) for other in packed[1:])
 
 
 def test_no_rows_are_no_bytes(backend):

@@ -106,8 +106,9 @@ def test_a_row_depends_on_its_own_sequence_alone(dtype, window, backend):
     exact, allowed = whole.exact(0, options)
     assert ((at_once[0].double() - exact).abs() <= allowed).all()
     torch.set_num_threads(3)
+    cuts = [(1290, 1), (1, 400), (517, 8), (1000, 9)]
     try:
-        for cut in ((1290, 1), (517, 8), (1, 400), (1000, 9)):
+        for cut in cuts[:2] if backend == "reference" else cuts:  # which splits no keys
             cache = Cache(lengths, heads, dtype, 16, backend)
             a, step = cut
             answers = [cache.step([(0, 0, a)], options)[0]]
