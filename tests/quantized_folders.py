@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from models import byte_tokenizer, llama_config
 
@@ -290,11 +290,18 @@ FORMATS: dict[str, Stored] = {
 }
 
 
-def make_folder(stored: Stored, folder: Path, dtype: torch.dtype = torch.float32) -> None:
-    """Write ``folder/coded``, a Llama of two layers in a format, and ``folder/dense``, its twin."""
-    config = llama_config(
+def base_config() -> PreTrainedConfig:
+    """A Llama of two layers, whose widths all formats can hold."""
+    return llama_config(
         vocab_size=271, hidden_size=96, intermediate_size=160, num_attention_heads=3, tie_word_embeddings=False
     )
+
+
+def make_folder(
+    stored: Stored, folder: Path, dtype: torch.dtype = torch.float32, config: PreTrainedConfig | None = None
+) -> None:
+    """Write ``folder/coded``, a model in a format, and ``folder/dense``, its twin."""
+    config = config or base_config()
     torch.manual_seed(7)
     model = AutoModelForCausalLM.from_config(config).to(dtype)
     model.save_pretrained(folder / "dense")

@@ -62,7 +62,7 @@ def meta_base(config: PreTrainedConfig, part: ModelPart, *, prepared: bool = Tru
             "AutoModelForCausalLM builds: decoders that predict the next token"
         ) from error
     model = cast(PreTrainedModel, model.eval())
-    quantization = quantization_of(part) or _stored_in(config)
+    quantization = _quantization(config, part)
     if quantization is not None:
         _quantize(model, quantization)
     if quantization is not None and prepared:
@@ -101,10 +101,12 @@ def with_adapter(model: PreTrainedModel, adapter: MethodConfig) -> PreTrainedMod
     return cast(PreTrainedModel, adapted)
 
 
-def _stored_in(config: PreTrainedConfig) -> QuantizationConfig | None:
-    """The quantization of a base whose files hold it quantized."""
-    stored = getattr(config, "quantization_config", None)
-    return quantization_in({"quantization_config": stored})
+def _quantization(config: PreTrainedConfig, part: ModelPart) -> QuantizationConfig | None:
+    """The quantization that a recipe asks for, or that the files hold. Raises ConfigError if they are not the same."""
+    stored, asked = getattr(config, "quantization_config", None), quantization_of(part)
+    if asked is None:
+        return quantization_in({"quantization_config": stored})
+    return asked if stored is None else asked.merged_with(stored)
 
 
 def _quantize(model: PreTrainedModel, config: QuantizationConfig) -> None:

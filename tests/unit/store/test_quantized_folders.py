@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
+from transformers import Qwen3MoeConfig
 
 from quantized_folders import FORMATS, change, make_folder
 from veneer import LLM, SamplingParams
@@ -26,6 +27,7 @@ from veneer.recipe.parts import ModelPart
 from veneer.store.facts import model_facts
 from veneer.store.source import load_model
 from veneer.store.stored_quantization import quantization_in
+from veneer.train.base_model import load_base
 
 IDS = torch.arange(22).view(2, 11) * 3
 formats = pytest.mark.parametrize("name", FORMATS)
@@ -134,6 +136,37 @@ def test_an_adapter_finds_its_quantized_base(made: Made, tmp_path: Path) -> None
     again = AutoPeftModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
     assert quantized(again)
     close(again(IDS).logits, logits)
+
+
+@pytest.mark.parametrize("name", ["fp8 blocks", "gptq 4"])
+def test_experts_in_one_stack_are_dense(name: str, tmp_path: Path) -> None:
+    """The files hold each expert quantized, the model one stack of all: loaded, and merged on disk."""
+    config = Qwen3MoeConfig(
+        vocab_size=67, hidden_size=64, intermediate_size=96, moe_intermediate_size=32, num_hidden_layers=1,
+        num_attention_heads=2, num_key_value_heads=1, head_dim=32, num_experts=3, num_experts_per_tok=2,
+    )  # fmt: skip
+    make_folder(FORMATS[name], tmp_path, config=config)
+    coded, dense = (load_model(tmp_path / each) for each in ("coded", "dense"))
+    assert any(key.endswith("experts.2.up_proj.weight") for key in load_file(tmp_path / "dense" / "model.safetensors"))
+    assert {path.rpartition(".")[2] for path in quantized(coded)} == {"q_proj", "k_proj", "v_proj", "o_proj"}
+    close(coded(IDS).logits, dense(IDS).logits)
+    adapted = get_peft_model(dense, LoraConfig(r=3, target_modules=["q_proj"], init_lora_weights=False))
+    adapted.save_pretrained(tmp_path / "adapter")
+    merge_checkpoint(tmp_path / "coded", tmp_path / "adapter", tmp_path / "merged")
+    merged, wanted = load_model(tmp_path / "merged", dtype="float32")(IDS).logits, adapted(IDS).logits
+    assert (merged - wanted).norm() <= 1e-2 * wanted.norm()
+
+
+def test_a_base_of_a_recipe_is_frozen_and_planned_as_it_is_stored(made: Made) -> None:
+    folder = str(made["awq"] / "coded")
+    part = ModelPart(source=folder, dtype="float16")
+    model = load_base(part)
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}  # the range of float16 is small
+    asked = ModelPart(source=folder, quantization="nf4")
+    for run in (lambda: load_base(asked), lambda: meta_base(config_of(folder), asked)):
+        with pytest.raises(ConfigError, match=r"quantized with 'awq'.*read as it is"):
+            run()
 
 
 @pytest.mark.parametrize("name", ["fp8 blocks", "gptq 4", "mxfp4"])
