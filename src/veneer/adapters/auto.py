@@ -17,7 +17,11 @@ from veneer.contract.file import CONFIG_FILE
 from veneer.contract.source import adapter_folder, hub_options, of_hub
 from veneer.core.tasks import TaskType
 from veneer.errors import ConfigError
+from veneer.model.coded_embedding import CodedEmbedding, table_shape
 from veneer.store.adapter.config import read_config
+from veneer.store.gguf.blocks import described_file
+from veneer.store.gguf.model import converted_folder
+from veneer.store.in_blocks import load_in_blocks
 from veneer.store.named import folder_of
 from veneer.store.stored_quantization import with_stored
 
@@ -68,10 +72,7 @@ class AutoPeftModel:
         if stored.base_model_name_or_path is None:
             raise ConfigError(f"{folder} does not name its base: load that, and call PeftModel.from_pretrained on it")
         options.pop("subfolder", None)
-        named = folder_of(stored.base_model_name_or_path) or stored.base_model_name_or_path
-        base = cls._class_of_base(stored, folder).from_pretrained(
-            named, revision=stored.revision, **with_stored(named, options)
-        )
+        base = _loaded(cls._class_of_base(stored, folder), stored.base_model_name_or_path, stored.revision, options)
         if (folder / TOKENIZER_CONFIG).is_file():
             where = {"subfolder": "", **{key: value for key, value in hub.items() if value is not None}}
             make_room_for(AutoTokenizer.from_pretrained(pretrained_model_name_or_path, **where), base)
@@ -90,6 +91,18 @@ class AutoPeftModel:
         return getattr(transformers, _AUTO_CLASSES[task]) if task else _named_class(folder)
 
 
+def _loaded(kind: Any, name: str, revision: str | None, options: dict[str, Any]) -> Any:
+    """The base; one in the blocks of a GGUF file is a causal language model, others are a dense copy of the file."""
+    place = folder_of(name)
+    file = None if place is None else described_file(place)
+    if file is not None and kind is transformers.AutoModelForCausalLM and options.keys() <= {"dtype"}:
+        return load_in_blocks(file, **options)[0]
+    if file is not None:
+        place = converted_folder(file.path)
+    named = place or name
+    return kind.from_pretrained(named, revision=revision, **with_stored(named, options))
+
+
 def _named_class(folder: Path) -> Any:
     mapping = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8")).get("auto_mapping") or {}
     name, library = str(mapping.get("base_model_class")), str(mapping.get("parent_library"))
@@ -103,9 +116,17 @@ def _named_class(folder: Path) -> Any:
 
 
 def make_room_for(tokenizer: Any, base: Any) -> None:
-    """Resize the base's vocabulary if the tokenizer has more tokens."""
-    if len(tokenizer) > base.get_input_embeddings().weight.shape[0]:
-        base.resize_token_embeddings(len(tokenizer))
+    """Resize the base's vocabulary if the tokenizer has more tokens. Raises ConfigError if it stays in a GGUF file."""
+    table = base.get_input_embeddings()
+    n_tokens, _ = table_shape(table)
+    if len(tokenizer) <= n_tokens:
+        return
+    if isinstance(table, CodedEmbedding):
+        raise ConfigError(
+            f"the tokenizer has {len(tokenizer):,} tokens, and the base's table of {n_tokens:,} stays in the blocks of "
+            'its GGUF file, which do not grow: load the base with gguf="dense"'
+        )
+    base.resize_token_embeddings(len(tokenizer))
 
 
 class AutoPeftModelForCausalLM(AutoPeftModel):

@@ -15,6 +15,7 @@ from veneer.model.activation_memory import checkpoint_as_needed
 from veneer.model.blueprint.names import LLAMA_LAYERS
 from veneer.model.checkpointing import checkpoint_fully, checkpoint_selectively
 from veneer.model.fused.decoder import fuse, unfuse
+from veneer.store.named import file_of
 from veneer.store.quantization import BitsAndBytesConfig
 from veneer.store.source import load_model, load_tokenizer
 
@@ -31,23 +32,25 @@ class FastLanguageModel:
         dtype: torch.dtype | str | None = None,
         load_in_4bit: bool = True,
         load_in_8bit: bool = False,
+        gguf: Literal["blocks", "dense"] = "blocks",
     ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         """Return a base model and its tokenizer, which truncates at ``max_seq_length`` tokens (None: the model's own
         limit).
 
-        ``model_name`` is a folder, a fetched model, or a hub id. With dtype None the dtype on disk is kept. Raises
-        ConfigError.
+        ``model_name`` is a folder, a GGUF file, a fetched model, or a hub id. With dtype None the dtype on disk is
+        kept. A GGUF file's matrices stay in its blocks, whatever ``load_in_4bit``; with ``gguf="dense"`` they are
+        decoded first. Raises ConfigError.
         """
         if load_in_4bit and load_in_8bit:
             raise ConfigError("load_in_4bit and load_in_8bit exclude each other: set one of them to False")
-        quantization = None
-        if load_in_4bit:
+        quantization, in_blocks = None, gguf == "blocks" and file_of(model_name) is not None
+        if load_in_4bit and not in_blocks:
             quantization = BitsAndBytesConfig(
                 load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True
             )
         elif load_in_8bit:
             quantization = BitsAndBytesConfig(load_in_8bit=True)
-        model = load_model(model_name, dtype="auto" if dtype is None else dtype, quantization=quantization)
+        model = load_model(model_name, dtype="auto" if dtype is None else dtype, quantization=quantization, gguf=gguf)
         tokenizer = load_tokenizer(model_name)
         limit = int(model.config.get_text_config().max_position_embeddings)
         if max_seq_length is not None and not 1 <= max_seq_length <= limit:

@@ -9,12 +9,14 @@ from typing import Any, cast
 import torch
 from rich.progress import track
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from veneer.contract import MethodConfig
 from veneer.errors import AdapterNameError, CompositionError
 from veneer.model.adapted import Adapted
 from veneer.model.attach import adapted_modules, adapted_places
 from veneer.model.embedding import input_embeddings
+from veneer.model.made_dense import make_dense
 from veneer.model.quant_linear import QuantLinear
 from veneer.model.sharding import require_whole
 from veneer.model.state import AdapterState
@@ -138,7 +140,8 @@ def untie(model: nn.Module, state: AdapterState) -> None:
     head, table = _ends(model)
     if head is None or table is None or not getattr(cast(Any, model).config, "tie_word_embeddings", False):
         return
-    if head._parameters.get("weight") is not table._parameters.get("weight"):
+    merged_codes = getattr(getattr(head, "kept", None), "merged_weight", None)
+    if merged_codes is not None or head._parameters.get("weight") is not table._parameters.get("weight"):
         _set_tie(model, False)
         state.untied = True
 
@@ -166,8 +169,7 @@ def settle(model: nn.Module) -> None:
     merged = {path: m.kept.merged_weight for path, m in adapted_modules(model).items() if path in layers}
     if not any(weight is not None for weight in merged.values()):
         return
-    for path, layer in layers.items():
-        cast(Any, model).set_submodule(path, layer.to_dense(weight=merged.get(path)))
+    make_dense(cast(PreTrainedModel, model), weights=merged)
     _narrow(model, next(iter(layers.values())).spec.dtype)
     quantizer = getattr(model, "hf_quantizer", None)
     if quantizer is not None:

@@ -18,8 +18,9 @@ from veneer.errors import ConfigError
 from veneer.recipe.methods import name_of
 from veneer.store.bars import quiet
 from veneer.store.facts import AdapterFacts, ModelFacts, adapter_facts, model_facts
+from veneer.store.gguf.blocks import why_not_in_blocks
 from veneer.store.gguf.facts import gguf_facts, gguf_section
-from veneer.store.gguf.header import read_header
+from veneer.store.gguf.header import GgufHeader, read_header
 from veneer.store.source import resolve
 from veneer.train.record import life_of, record_of
 
@@ -54,10 +55,19 @@ def _facts(what: str) -> tuple[dict[str, Any], Section]:
         return {**record, "life": life_of(record)}, {"run": str(folder), **run_section(record)}
     if folder.suffix == ".gguf" and folder.is_file():
         header = read_header(folder)
-        return gguf_facts(header), gguf_section(folder, header)
+        return gguf_facts(header), gguf_section(folder, header) | _as_base(folder, header)
     place, facts = _find(what)
     section = _section(place, facts)
     return {**({"method": section["method"]} if "method" in section else {}), **asdict(facts)}, section
+
+
+def _as_base(path: Path, header: GgufHeader) -> Section:
+    """How the weights of a model's file are used."""
+    if header.values.get("general.type", "model") != "model":
+        return {}
+    reason = why_not_in_blocks(path)
+    copied = f"decoded into a dense copy: {reason}" if reason else "copied: nothing is quantized"
+    return {"as a base": "its blocks stay in the file" if reason is None else copied}
 
 
 def _find(what: str) -> tuple[Path, AdapterFacts | ModelFacts]:

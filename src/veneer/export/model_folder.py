@@ -17,7 +17,7 @@ from veneer.store.bars import downloads_shown
 from veneer.store.source import resolve
 
 _COMPANIONS = (".json", ".jinja", ".model", ".txt", ".py")
-_NOT_COPIED = ("config.json", "model.safetensors.index.json", "veneer.json", "adapter_config.json")
+_NOT_COPIED = ("config.json", "model.safetensors.index.json", "veneer.json", "blocks.json", "adapter_config.json")
 
 
 def local_folder(model: str | os.PathLike[str]) -> Path:

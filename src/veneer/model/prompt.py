@@ -19,6 +19,7 @@ from veneer.core.records import PromptDelta
 from veneer.core.sites import InputSite
 from veneer.errors import TargetError
 from veneer.model.allocation import Allocation
+from veneer.model.coded_embedding import table_shape
 from veneer.model.front import Front
 from veneer.model.plan import Plan
 from veneer.model.snapshot import Snapshot
@@ -226,11 +227,11 @@ def reader(model: PreTrainedModel) -> PreTrainedModel:
 
 def input_site(model: PreTrainedModel) -> InputSite:
     """Return the site of the input embeddings, described by its shapes."""
-    weight, text = model.get_input_embeddings().weight, model.config.get_text_config()
+    (n_tokens, width), text = table_shape(model.get_input_embeddings()), model.config.get_text_config()
     return InputSite(
         name=INPUT,
-        features=weight.shape[1],
-        vocabulary=weight.shape[0],
+        features=width,
+        vocabulary=n_tokens,
         layers=getattr(text, "num_hidden_layers", None),
         heads=getattr(text, "num_attention_heads", None),
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -15,11 +15,14 @@ from veneer.adapters.peft_model import get_peft_model
 from veneer.contract import MethodConfig
 from veneer.contract.source import adapter_folder
 from veneer.errors import ConfigError
-from veneer.model.quant_linear import QuantLinear
+from veneer.model.coded import CodedModule
 from veneer.ops.traced import Traced
 from veneer.recipe.adapter import FROM
 from veneer.recipe.parts import ModelPart
 from veneer.recipe.recipe import Recipe
+from veneer.store.gguf.blocks import parameters_of, why_not_in_blocks
+from veneer.store.in_blocks import put_in_blocks
+from veneer.store.named import file_of
 from veneer.store.quantization_config import QuantizationConfig
 from veneer.store.quantizer import VeneerQuantizer
 from veneer.store.stored_quantization import quantization_in
@@ -45,8 +48,12 @@ def blockwise(text: PreTrainedConfig) -> list[tuple[str, Sequence[Any]]]:
     return [(name, v) for name, v in vars(text).items() if isinstance(v, list | tuple) and len(v) == n_blocks]
 
 
-def meta_base(config: PreTrainedConfig, part: ModelPart, *, prepared: bool = True) -> PreTrainedModel:
+def meta_base(
+    config: PreTrainedConfig, part: ModelPart, *, prepared: bool = True, frozen: bool = True
+) -> PreTrainedModel:
     """Return the base of a recipe on the meta device, in its storage format; ``prepared`` for training.
+
+    A base that is not ``frozen`` is dense.
 
     Raises ConfigError if transformers makes no causal language model of the config.
     """
@@ -65,6 +72,8 @@ def meta_base(config: PreTrainedConfig, part: ModelPart, *, prepared: bool = Tru
     quantization = _quantization(config, part)
     if quantization is not None:
         _quantize(model, quantization)
+    elif frozen and part.gguf == "blocks":
+        _put_in_blocks(model, part.source)
     if quantization is not None and prepared:
         model = made_ready(model, part)
     if part.attention is not None:
@@ -77,7 +86,7 @@ def traced_model(config: PreTrainedConfig, part: ModelPart, adapter: MethodConfi
 
     Call it while tracing.
     """
-    model = meta_base(config, part)
+    model = meta_base(config, part, frozen=adapter is not None)
     if adapter is None:
         model = model.float().requires_grad_(True)
     make_traced(model)  # casts go before it: a traced tensor cannot be given other data
@@ -112,12 +121,25 @@ def _quantization(config: PreTrainedConfig, part: ModelPart) -> QuantizationConf
 def _quantize(model: PreTrainedModel, config: QuantizationConfig) -> None:
     """As the loader does, without a checkpoint."""
     VeneerQuantizer(config, pre_quantized=config.is_stored)._process_model_before_weight_loading(model)
-    for layer in model.modules():
-        if isinstance(layer, QuantLinear):
-            parts = {
-                name: torch.empty(shape, dtype=dtype, device="meta")
-                for name, (dtype, shape) in layer.spec.part_layout().items()
-            }
+    _fill(model, {})
+
+
+def _put_in_blocks(model: PreTrainedModel, source: str) -> None:
+    """As the loader does for a GGUF file whose blocks stay in it; a head shares those of its table."""
+    path = file_of(source)
+    if path is not None and why_not_in_blocks(path) is None:
+        coded = put_in_blocks(model, parameters_of(model, path, model.dtype), None)
+        _fill(model, {name: parameter.tensors[0].name for name, parameter in coded.items()})
+
+
+def _fill(model: PreTrainedModel, shared: Mapping[str, str]) -> None:
+    """Give every coded module its tensors on the meta device; names that are ``shared`` alike have one weight."""
+    made: dict[str, Tensor] = {}
+    for path, layer in model.named_modules():
+        if isinstance(layer, CodedModule):
+            layout, name = layer.spec.part_layout(), f"{path}.weight"
+            parts = {part: torch.empty(shape, dtype=dtype, device="meta") for part, (dtype, shape) in layout.items()}
+            parts["weight"] = made.setdefault(shared.get(name, name), parts["weight"])
             layer.fill(layer.spec, parts)
             layer.requires_grad_(False)
 

@@ -51,7 +51,7 @@ def serving_of(
 
     Raises ConfigError if the base alone does not fit.
     """
-    model = meta_base(config, part, prepared=False)
+    model = meta_base(config, part, prepared=False, frozen=False)  # the engine decodes a GGUF file's blocks
     base = sum({id(t): t.nbytes for t in (*model.parameters(), *model.buffers())}.values())
     options = EngineOptions()
     room = int(options.gpu_memory_utilization * (memory - base))

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from veneer.model.checkpointing import checkpoint_fully, checkpoint_selectively
+from veneer.model.coded import CodedModule
 from veneer.model.fused.decoder import fuse, fuse_as_described
 from veneer.model.offload import ActivationOffload
-from veneer.model.quant_linear import QuantLinear
 from veneer.ops.traced import tracing
 from veneer.plan.live import LiveBytes, Peak, peaks
 from veneer.plan.losses import Loss, loss_of, reference_of, trained_tokens
@@ -90,7 +90,7 @@ def trace(
         work=counted.of_one(args.gradient_accumulation_steps),
         n_trained=sum(p.numel() for p in model.parameters() if p.requires_grad),
         n_parameters=n_parameters(model),
-        largest_coded=max(_coded(model), default=0),
+        largest_coded=max(_coded(model), default=0) if recipe.model.quantization != "none" else 0,
         not_fused=not_fused,
         reaches_all=reaches_all,
     )
@@ -213,7 +213,10 @@ def kinds_of(model: PreTrainedModel) -> Iterator[tuple[Tensor, str]]:
     """Yield every tensor that a model has before its first step, with its kind; codes with their storage format."""
     embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
     special = {
-        id(t): kind for m, kind in ((head, HEAD), (embeddings, EMBEDDINGS)) if m for t in m.parameters(recurse=False)
+        id(t): kind
+        for m, kind in ((head, HEAD), (embeddings, EMBEDDINGS))
+        if m
+        for t in (m.buffers(recurse=False) if isinstance(m, CodedModule) else m.parameters(recurse=False))
     }
     full = not hasattr(model, "adapter_state")
     for module in model.modules():
@@ -225,7 +228,7 @@ def kinds_of(model: PreTrainedModel) -> Iterator[tuple[Tensor, str]]:
                 yield tensor, TRAINED
             elif id(tensor) in special:
                 yield tensor, special[id(tensor)]
-            elif isinstance(module, QuantLinear) and name in module.spec.part_layout():
+            elif isinstance(module, CodedModule) and name in module.spec.part_layout():
                 yield tensor, BASE
             elif (isinstance(tensor, nn.Parameter) and tensor.requires_grad) or isinstance(module, nn.ParameterDict):
                 yield tensor, ADAPTERS
@@ -246,4 +249,6 @@ def n_parameters(model: nn.Module) -> int:
 
 
 def _coded(model: nn.Module) -> Iterator[int]:
-    return (m.out_features * m.in_features for m in model.modules() if isinstance(m, QuantLinear))
+    """The values of each coded matrix; a head and a table that share their codes count once."""
+    coded = {id(m.weight): m.spec.shape for m in model.modules() if isinstance(m, CodedModule)}
+    return (o * i for o, i in coded.values())

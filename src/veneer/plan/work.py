@@ -169,6 +169,8 @@ class CountWork(SilentMode):  # type: ignore[no-untyped-call]
             # The rate of decoding has the writing of its output in it, which was counted where that was made.
             itemsize = 4 if dtype == DTYPES[torch.float32] else 2
             self._moves(-KERNEL_TOUCHES * n * itemsize)
+        elif name == "ggml_decode":
+            self._now.decoded += arguments[3] * arguments[4]
         elif name == "adamw_8bit":
             self._now.updated_8bit += arguments[4]
         elif name in ("attention_forward", "attention_backward"):

@@ -26,6 +26,7 @@ class ModelPart(_Part):
     quantization: Literal["none", "nf4", "fp4", "int8"] = "none"
     double_quantization: bool = True
     float32_rest: bool = False
+    gguf: Literal["blocks", "dense"] = "blocks"
     attention: Literal["eager", "sdpa", "flash_attention_2"] | None = None
 
 

@@ -21,6 +21,7 @@ from veneer.core.linear import apply_embedding
 from veneer.core.token_rows import look_up_rows, project_rows
 from veneer.model.blueprint.parts import Attention
 from veneer.model.blueprint.rotary import Rotary
+from veneer.model.coded_embedding import CodedEmbedding
 from veneer.ops.activation import activation_forward
 from veneer.ops.glu import ACTIVATIONS as GATED
 from veneer.ops.glu import glu_forward
@@ -84,7 +85,8 @@ class Embedding:
         part = instruction.embedding
         module: Any = model.get_submodule(part.path)
         self.path, self.effects = part.path, effects
-        self.table = cast(Tensor, module._parameters["weight"])
+        coded = isinstance(module, CodedEmbedding)
+        self.table = cast(Tensor, module.dense_table() if coded else module._parameters["weight"])
         own = torch.tensor(part.own_multiplier, dtype=self.table.dtype)  # Gemma's table rounds it to its own dtype
         self.own_multiplier = float(own)
         self.multiplier = part.multiplier / part.own_multiplier

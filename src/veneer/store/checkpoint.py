@@ -1,4 +1,4 @@
-"""Streaming access to the weights of a base model: safetensors files, one or sharded, read tensor by tensor.
+"""Streaming access to the weights of a base model, tensor by tensor: safetensors files, one or sharded, or a GGUF file.
 
 A checkpoint is checked as a whole before anything is read from it, and only the requested tensor is in memory.
 """
@@ -6,35 +6,63 @@ A checkpoint is checked as a whole before anything is read from it, and only the
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Self
+from typing import Protocol, Self
 
 import torch
 from torch import Tensor
 
 from veneer.disk.safetensors import StoredTensor, read_header
 from veneer.errors import FormatError
+from veneer.store.gguf.blocks import described_file
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 FINITE_CHUNK_VALUES = 1 << 20
 
 
+class Stored(Protocol):
+    """Tensor of a checkpoint: `StoredTensor`, or `GgufParameter`, which is decoded as it is read."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def path(self) -> Path: ...
+    @property
+    def dtype(self) -> torch.dtype: ...
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    @property
+    def nbytes(self) -> int: ...
+
+    def read(self) -> Tensor:
+        """Return the tensor in its own memory. Raises FormatError if the file ends before the tensor does."""
+        ...
+
+    def blocks(self, n_values: int) -> Iterator[Tensor]:
+        """Yield the rows (k, …) in order, about so many values at a time. Raises FormatError as `read` does."""
+        ...
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """Tensors of a checkpoint by name, in the order of the files and of the bytes in them."""
 
-    tensors: dict[str, StoredTensor]
+    tensors: Mapping[str, Stored]
 
     @classmethod
     def open(cls, path: str | Path) -> Self:
-        """Return the checkpoint in a folder (``model.safetensors``, or shards with an index), or in one file.
+        """Return the checkpoint in a folder (``model.safetensors``, shards with an index, or the description of a GGUF
+        file), or in one file.
 
         Raises FormatError that lists the problems of all files.
         """
         path = Path(path)
+        file = described_file(path)
+        if file is not None:
+            return cls(file.tensors)
         if path.is_file():
             return cls.from_files([path])
         index = path / INDEX_NAME
@@ -90,7 +118,7 @@ class Checkpoint:
         """
         return (_finite(name, block) for block in self._stored(name).blocks(n_values))
 
-    def _stored(self, name: str) -> StoredTensor:
+    def _stored(self, name: str) -> Stored:
         if name not in self.tensors:
             raise FormatError(
                 f"the checkpoint has no tensor {name!r}; it has {len(self.tensors)}, "

@@ -14,7 +14,6 @@ from transformers import AutoConfig
 from veneer.contract import MethodConfig
 from veneer.contract.file import WEIGHTS_FILE
 from veneer.contract.places import modules_in
-from veneer.disk.safetensors import StoredTensor
 from veneer.errors import DescriptionError
 from veneer.model.blueprint.decoder import Decoder
 from veneer.model.blueprint.describe import describe_config
@@ -23,7 +22,7 @@ from veneer.model.blueprint.summary import summary
 from veneer.model.blueprint.tensor_parts import part_of
 from veneer.store.adapter.config import read_config
 from veneer.store.adapter.files import read_headers
-from veneer.store.checkpoint import Checkpoint
+from veneer.store.checkpoint import Checkpoint, Stored
 from veneer.store.quantization_config import QuantizationConfig
 from veneer.store.stored_quantization import StoredQuantization, quantization_in
 
@@ -96,7 +95,7 @@ def model_facts(folder: Path) -> ModelFacts:
     )
 
 
-def _values(tensors: Mapping[str, StoredTensor], quantization: QuantizationConfig | None) -> dict[str, int]:
+def _values(tensors: Mapping[str, Stored], quantization: QuantizationConfig | None) -> dict[str, int]:
     """The number of values of each tensor; a quantized weight counts with those that its codes stand for."""
     found = {name: _count([tensor]) for name, tensor in tensors.items()}
     for layer, parts in quantization.grouped(tensors).items() if quantization else ():
@@ -123,14 +122,14 @@ def _described(config: Any) -> Decoder | None:
         return None
 
 
-def _bytes_4bit(tensor: StoredTensor, part: TensorPart) -> int:
+def _bytes_4bit(tensor: Stored, part: TensorPart) -> int:
     in_4bit = len(tensor.shape) == 2 and part in ("attention", "feed-forward", "other")
     return round(_count([tensor]) * NF4_BITS / 8) if in_4bit else 2 * _count([tensor])
 
 
-def _count(tensors: Iterable[StoredTensor]) -> int:
+def _count(tensors: Iterable[Stored]) -> int:
     return sum(math.prod(tensor.shape) for tensor in tensors)
 
 
-def _dtypes(tensors: Iterable[StoredTensor]) -> tuple[str, ...]:
+def _dtypes(tensors: Iterable[Stored]) -> tuple[str, ...]:
     return tuple(sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors}))

@@ -10,7 +10,8 @@ from veneer.disk.cache import cache_dir
 from veneer.disk.digest import sha256_of
 from veneer.disk.known_name import CONVERTED, MANIFEST, known_name
 from veneer.errors import ConfigError
-from veneer.store.gguf.model import CONVERSION, converted_folder
+from veneer.store.gguf.blocks import described_file, is_at_hand
+from veneer.store.gguf.model import CONVERSION, folder_of_file
 from veneer.store.known import KNOWN, is_fetched, model_folder
 
 _GGUF_NAME = re.compile(r"([^/\\]+\.gguf)@sha256:([0-9a-f]{64})")
@@ -38,13 +39,23 @@ def folder_of(name: str) -> Path | None:
     file, digest = meant.groups()
     for manifest in sorted((cache_dir() / CONVERTED).glob(f"*/{MANIFEST}")):
         held = json.loads(manifest.read_text(encoding="utf-8"))
-        if held["name"].endswith(digest) and held["conversion"] == CONVERSION:
+        if held["name"].endswith(digest) and held["conversion"] == CONVERSION and is_at_hand(manifest.parent):
             return manifest.parent
     here = Path(file)
     if here.is_file() and sha256_of(here) == digest:
-        return converted_folder(here)
+        return folder_of_file(here)
     raise ConfigError(
         f"the model is the GGUF file {file} with the SHA-256 {digest}, not yet read on this machine"
         f"{f' (the {file} in this folder is another)' if here.is_file() else ''}: put that file into this folder, "
         "or give its path as the model; once read it is found by its hash"
     )
+
+
+def file_of(name: str) -> Path | None:
+    """Return the GGUF file that a model's name means, if its weights stay there; None for other models."""
+    path = Path(name).expanduser()
+    if path.is_file():
+        return path if path.suffix == ".gguf" else None
+    folder = path if path.is_dir() else folder_of(name)
+    described = None if folder is None else described_file(folder)
+    return None if described is None else described.path

@@ -10,13 +10,13 @@ from typing import Any, Self, cast
 import torch
 from transformers import PreTrainedModel
 
-from veneer.disk.safetensors import StoredTensor
 from veneer.errors import ConfigError
 from veneer.ops.four_bit import FourBitLayout
 from veneer.ops.four_bit_codes import QUANT_TYPES
 from veneer.quant.four_bit import FourBitSpec
 from veneer.quant.int8 import Int8Spec
 from veneer.quant.spec import StorageSpec
+from veneer.store.checkpoint import Stored
 from veneer.store.quantization_config import QuantizationConfig, left_dense
 from veneer.store.quantizer import METHOD, register
 
@@ -112,7 +112,7 @@ class BitsAndBytesConfig(QuantizationConfig):
                 parts[name.removeprefix(f"{match['layer']}.")] = name
         return found
 
-    def stored_shape(self, parts: Mapping[str, StoredTensor]) -> tuple[int, int] | None:
+    def stored_shape(self, parts: Mapping[str, Stored]) -> tuple[int, int] | None:
         return cast("tuple[int, int]", parts["weight"].shape) if self.load_in_8bit else None
 
     def spec_of(self, path: str, shape: tuple[int, int], dtype: torch.dtype) -> StorageSpec:

@@ -10,8 +10,8 @@ from transformers import PreTrainedModel
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from veneer.disk.safetensors import StoredTensor
 from veneer.quant.spec import StorageSpec
+from veneer.store.checkpoint import Stored
 
 
 class QuantizationConfig(QuantizationConfigMixin):  # type: ignore[misc]
@@ -40,7 +40,7 @@ class QuantizationConfig(QuantizationConfigMixin):  # type: ignore[misc]
         """Return the tensors of each layer that is stored quantized: their names by part."""
         raise NotImplementedError
 
-    def stored_shape(self, parts: Mapping[str, StoredTensor]) -> tuple[int, int] | None:
+    def stored_shape(self, parts: Mapping[str, Stored]) -> tuple[int, int] | None:
         """Return the shape (o, i) of a layer's weight, as its tensors tell it; None if they do not."""
         raise NotImplementedError
 

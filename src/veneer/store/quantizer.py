@@ -20,12 +20,14 @@ from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import should_convert_module
 
-from veneer.disk.safetensors import DTYPE_NAMES, StoredTensor
+from veneer.disk.safetensors import DTYPE_NAMES
 from veneer.errors import CompositionError, ConfigError, FormatError, NonFiniteError
 from veneer.model.attach import adapted_modules
+from veneer.model.coded import CodedModule
+from veneer.model.made_dense import make_dense
 from veneer.model.quant_linear import QuantLinear
 from veneer.model.renamed import converter, renamer
-from veneer.store.checkpoint import Checkpoint, is_finite
+from veneer.store.checkpoint import Checkpoint, Stored, is_finite
 from veneer.store.quantization_config import QuantizationConfig
 
 METHOD = "veneer"
@@ -35,7 +37,7 @@ _LOG = logging.getLogger(__name__)
 class Deferred:
     """Tensor of the checkpoint, read when transformers' loader slices it."""
 
-    def __init__(self, stored: StoredTensor, problems: list[str]) -> None:
+    def __init__(self, stored: Stored, problems: list[str]) -> None:
         self._stored, self._problems = stored, problems
 
     def __getitem__(self, index: Any) -> Tensor:
@@ -94,7 +96,7 @@ class Quantize(ConversionOps):  # type: ignore[misc]
         result = {}
         for name, value in input_dict.items():
             layer = model.get_submodule(name.rpartition(".")[0])
-            assert isinstance(layer, QuantLinear)
+            assert isinstance(layer, CodedModule)
             self.quantizer.fill(layer, name, value[0] if isinstance(value, list) else value, source_patterns)
             cast(Any, layer)._is_hf_initialized = True
             result[name] = layer.weight
@@ -113,7 +115,7 @@ class VeneerQuantizer(HfQuantizer):  # type: ignore[misc]
         # transformers' path for checkpoints that are quantized already would cast codes to the model's dtype
         self.pre_quantized = False
         self.problems: list[str] = []
-        self.stored_parts: dict[str, dict[str, StoredTensor]] = {}
+        self.stored_parts: dict[str, dict[str, Stored]] = {}
         self.dtype = torch.bfloat16
         self._model: PreTrainedModel | None = None  # while it is loaded
 
@@ -135,7 +137,7 @@ class VeneerQuantizer(HfQuantizer):  # type: ignore[misc]
 
     def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs: Any) -> bool:
         path, _, name = param_name.rpartition(".")
-        return name == "weight" and isinstance(model.get_submodule(path), QuantLinear)
+        return name == "weight" and isinstance(model.get_submodule(path), CodedModule)
 
     def get_quantize_ops(self) -> Quantize:
         return Quantize(self)
@@ -182,14 +184,14 @@ class VeneerQuantizer(HfQuantizer):  # type: ignore[misc]
                 found[name] = Decoded(layer, is_stacked(name), self)
         return found
 
-    def stored_shape(self, parts: Mapping[str, StoredTensor]) -> tuple[int, int]:
+    def stored_shape(self, parts: Mapping[str, Stored]) -> tuple[int, int]:
         """Return the shape of a stored weight."""
         found = self.quantization_config.stored_shape(parts)
         assert found is not None  # asked of formats whose tensors tell it
         return found
 
     @torch.no_grad()
-    def decoded(self, layer: str, parts: Mapping[str, StoredTensor], stacked: bool) -> Tensor:
+    def decoded(self, layer: str, parts: Mapping[str, Stored], stacked: bool) -> Tensor:
         """Return a stored weight as a dense matrix. Errors are collected for `finish`, also for a layer that
         ``config.json`` leaves out.
         """
@@ -209,7 +211,7 @@ class VeneerQuantizer(HfQuantizer):  # type: ignore[misc]
         return bound.bind(tensors).dense(self.dtype)
 
     @torch.no_grad()
-    def fill(self, layer: QuantLinear, name: str, value: Tensor, sources: list[str]) -> None:
+    def fill(self, layer: CodedModule, name: str, value: Tensor, sources: list[str]) -> None:
         """Set a layer's weight: quantized from ``value``, or read from disk. Errors are collected for `finish`."""
         key = sources[0].removesuffix(".weight")
         try:
@@ -221,14 +223,14 @@ class VeneerQuantizer(HfQuantizer):  # type: ignore[misc]
                 spec, parts = layer.spec.from_disk({k: t.read() for k, t in stored.items()})
                 layer.fill(spec, {part: tensor.to(value.device) for part, tensor in parts.items()})
             else:
-                weight = value.T if layer.is_transposed else value
+                weight = value.T if cast(QuantLinear, layer).is_transposed else value
                 layer.fill(layer.spec, layer.spec.quantize(weight))
         except (FormatError, NonFiniteError) as error:
             self.problems.append(f"{name}: {error}")
 
     def finish(self, model: PreTrainedModel) -> None:
         """Raise one FormatError for all collected errors, layers without a weight included."""
-        empty = [n for n, m in model.named_modules() if isinstance(m, QuantLinear) and not m.is_filled]
+        empty = [n for n, m in model.named_modules() if isinstance(m, CodedModule) and not m.is_filled]
         noted = " ".join(self.problems)
         problems = self.problems + [f"{name}.weight is not in the checkpoint" for name in empty if name not in noted]
         if problems:
@@ -238,19 +240,18 @@ class VeneerQuantizer(HfQuantizer):  # type: ignore[misc]
         self.stored_parts.clear()
         self._model = None
         for layer in model.modules():
-            if isinstance(layer, QuantLinear):
+            if isinstance(layer, CodedModule):
                 layer.requires_grad_(False)  # biases too: they were loaded as fresh parameters
         return model
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
-        layers = [(path, m) for path, m in model.named_modules() if isinstance(m, QuantLinear)]
+        layers = [path for path, m in model.named_modules() if isinstance(m, QuantLinear)]
         held = adapted_modules(model)
-        if any(path in held for path, _ in layers):
+        if any(path in held for path in layers):
             raise CompositionError(
                 "the model carries adapters: merge_and_unload() or unload() them before dequantize()"
             )
-        for path, layer in layers:
-            model.set_submodule(path, layer.to_dense(dtype))
+        make_dense(model, dtype)
         return model
 
     @property
@@ -279,13 +280,21 @@ def register() -> None:
     auto.AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD] = QuantizationConfig
     auto.AUTO_QUANTIZER_MAPPING[METHOD] = VeneerQuantizer
     merge = auto.AutoHfQuantizer.merge_quantization_configs
-    load = PreTrainedModel._load_pretrained_model
 
     @functools.wraps(merge)
     def merge_configs(stored: Any, asked: Any) -> Any:
         if not isinstance(asked, QuantizationConfig):
             return merge(stored, asked)
         return asked.merged_with(stored if isinstance(stored, dict) else stored.to_dict())
+
+    auto.AutoHfQuantizer.merge_quantization_configs = staticmethod(merge_configs)
+    watch_loading()
+
+
+@functools.cache
+def watch_loading() -> None:
+    """Let transformers' loader take its tensors from the quantizer, once."""
+    load = PreTrainedModel._load_pretrained_model
 
     @functools.wraps(load)
     def load_pretrained(model: Any, state_dict: Any, checkpoint_files: Any, load_config: Any, *rest: Any) -> Any:
@@ -297,5 +306,4 @@ def register() -> None:
         quantizer.finish(model)
         return result
 
-    auto.AutoHfQuantizer.merge_quantization_configs = staticmethod(merge_configs)
     PreTrainedModel._load_pretrained_model = staticmethod(load_pretrained)

@@ -31,7 +31,9 @@ from veneer.model.memory import address_limit, no_memory
 from veneer.ops import matmul
 from veneer.store.bars import bars_in_terminals_alone, downloads_shown
 from veneer.store.checkpoint import Checkpoint
-from veneer.store.gguf.model import converted_folder
+from veneer.store.gguf.blocks import described_file
+from veneer.store.gguf.model import converted_folder, folder_of_file
+from veneer.store.in_blocks import load_in_blocks
 from veneer.store.known import KNOWN
 from veneer.store.named import folder_of
 from veneer.store.stored_quantization import stored_quantization
@@ -52,9 +54,11 @@ _HUB_SECONDS = 5
 def resolve(source: str | os.PathLike[str]) -> Path | str:
     """Return the local folder of a model, or the hub id as given.
 
-    A GGUF file is first converted into the cache. Later it can also be named by name and hash, as adapters do
-    (``model.gguf@sha256:…``). Raises FormatError for folders and files that hold no model. Raises ConfigError for an
-    unknown name, with the nearest known one.
+    A GGUF file is first described in a folder of the cache, or converted into it. Later it can also be named by name
+    and hash, as adapters do (``model.gguf@sha256:…``).
+
+    Raises FormatError for folders and files that hold no model. Raises ConfigError for an unknown name, with the
+    nearest known one.
     """
     name, path = os.fspath(source), Path(source).expanduser()
     if path.is_dir():
@@ -62,7 +66,7 @@ def resolve(source: str | os.PathLike[str]) -> Path | str:
     if path.is_file():
         if path.suffix != ".gguf":
             raise FormatError(f"{path} is a file; a model is a folder with config.json, or a .gguf file")
-        return converted_folder(path)
+        return folder_of_file(path)
     folder = folder_of(name)
     if folder is not None:
         return folder
@@ -83,17 +87,21 @@ def load_model(
     quantization: Any = None,
     device: str | torch.device | None = None,
     scores: bool = False,
+    gguf: str = "blocks",
 ) -> PreTrainedModel:
     """Return the causal language model at ``source``, for evaluation. With ``scores`` its head scores each sequence.
 
     A score is one number; the head is new if the files hold none. ``dtype`` ``"auto"`` keeps the checkpoint's.
-    ``quantization`` is a `BitsAndBytesConfig`, not needed for a model that was saved quantized.
+    ``quantization`` is a `BitsAndBytesConfig`, not needed for a model that was saved quantized. The matrices of a GGUF
+    file stay in their blocks, mapped; ``gguf="dense"`` or a ``quantization`` makes a dense copy in the cache first.
 
     Raises the errors of `resolve`, FormatError if weights are damaged or missing, and ConfigError for an unknown dtype.
     Raises OutOfMemoryError if the process may not allocate the memory.
     """
-    place = resolve(source)
-    if isinstance(place, Path):
+    place, file = resolve(source), None
+    if isinstance(place, Path) and (file := described_file(place)) is not None and (quantization or gguf == "dense"):
+        place, file = converted_folder(file.path), None
+    if isinstance(place, Path) and file is None:
         Checkpoint.open(place)  # a damaged file is told apart here, with everything that is wrong with it
     if quantization is None and isinstance(place, Path):
         quantization = stored_quantization(place)
@@ -102,7 +110,12 @@ def load_model(
     options |= {"num_labels": 1} if scores else {}
     try:
         with bars_in_terminals_alone(), downloads_shown(place) if isinstance(place, str) else nullcontext():
-            model, report = kind.from_pretrained(place, dtype=parse_dtype(dtype), output_loading_info=True, **options)
+            if file is None:
+                model, report = kind.from_pretrained(
+                    place, dtype=parse_dtype(dtype), output_loading_info=True, **options
+                )
+            else:
+                model, report = load_in_blocks(file, dtype=parse_dtype(dtype), scores=scores)
     except (OSError, MemoryError, RuntimeError) as error:
         if no_memory(error):
             raise OutOfMemoryError(_told_memory(source, place)) from error

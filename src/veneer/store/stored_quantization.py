@@ -11,9 +11,9 @@ from typing import Any, ClassVar, Self, cast
 import torch
 from transformers import PreTrainedModel
 
-from veneer.disk.safetensors import StoredTensor
 from veneer.model.renamed import renamer
 from veneer.quant.spec import StorageSpec
+from veneer.store.checkpoint import Stored
 from veneer.store.quantization import ON_DISK, BitsAndBytesConfig
 from veneer.store.quantization_config import QuantizationConfig, left_dense
 from veneer.store.quantized import awq, compressed_tensors, fp8, gptq, hqq, modelopt
@@ -64,7 +64,7 @@ class StoredQuantization(QuantizationConfig):
     def grouped(self, names: Iterable[str]) -> dict[str, dict[str, str]]:
         return self.layers.grouped(names)
 
-    def stored_shape(self, parts: Mapping[str, StoredTensor]) -> tuple[int, int]:
+    def stored_shape(self, parts: Mapping[str, Stored]) -> tuple[int, int]:
         return self.layers.shape(parts)
 
 

@@ -13,13 +13,14 @@ from veneer.store.quantization import BitsAndBytesConfig
 from veneer.store.source import load_model
 
 
-def load_base(part: ModelPart, *, scores: bool = False) -> PreTrainedModel:
+def load_base(part: ModelPart, *, scores: bool = False, frozen: bool = True) -> PreTrainedModel:
     """Return the base model of a recipe, quantized and prepared if it asks for that.
 
-    With ``scores`` its head gives each sequence one number.
+    With ``scores`` its head gives each sequence one number. A base that is not ``frozen`` is dense.
     """
     config = quantization_of(part)
-    model = load_model(part.source, dtype=part.dtype, quantization=config, scores=scores)
+    gguf = part.gguf if frozen else "dense"
+    model = load_model(part.source, dtype=part.dtype, quantization=config, scores=scores, gguf=gguf)
     if config is not None or getattr(model, "is_quantized", False):
         model = made_ready(model, part)
     if part.attention is not None:

@@ -63,7 +63,7 @@ def make_trainer(
     metric = None
     if recipe.metric is not None:
         metric = TaskMetric.of(recipe.metric, tokenizer, list(rows.eval or ()), _known(rows.train))
-    base = load_base(recipe.model) if model is None else model
+    base = load_base(recipe.model, frozen=recipe.method != "full") if model is None else model
     given = _with_adapter(recipe, base)
     with refusals_told():
         trainer = kind(
@@ -85,7 +85,7 @@ def _make_task_trainer(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Ru
     args = recipe.training_config()
     rewards = {"reward_funcs": recipe.reward_functions()[0]} if recipe.rewards else {}
     set_seed(recipe.seed)  # a new head is drawn
-    base = load_base(recipe.model, scores=recipe.task == "reward")
+    base = load_base(recipe.model, scores=recipe.task == "reward", frozen=recipe.method != "full")
     given = _with_adapter(recipe, base)
     with refusals_told():
         trainer: RunTrainer = trainer_of(recipe.task)(

@@ -231,16 +231,11 @@ def assembled_blocks(
         parts = (each.part(read(each.name))[None] for each in sources)
     else:
         parts = (sources[0].part(block) for block in blocks(sources[0].name))
-        places = _places_of_rows(plan, leaf, shape[0])
+        places = family.places_of_rows(leaf, shape[0], plan.config)
         if leaf in family.turned or not torch.equal(places, torch.arange(shape[0])):
             parts = iter((_gathered(parts, shape, None if leaf in family.turned else places),))
     for part in parts:
         yield _valued(family, leaf, part)
-
-
-def _places_of_rows(plan: Plan, leaf: str, n_rows: int) -> Tensor:
-    """The place in the file of each row of the model's."""
-    return torch.argsort(plan.family.rows(leaf, torch.arange(n_rows)[:, None], plan.config).reshape(-1))
 
 
 def _gathered(blocks: Iterator[Tensor], shape: tuple[int, ...], places: Tensor | None) -> Tensor:

@@ -17,6 +17,8 @@ from veneer.model.blueprint.parts import Strange
 from veneer.model.blueprint.read_block import read_block
 from veneer.model.blueprint.source import Source, first, undescribed
 from veneer.model.blueprint.tables import own_multiplier
+from veneer.model.coded import CodedModule
+from veneer.model.coded_embedding import CodedEmbedding, table_shape
 
 
 def describe_config(config: PreTrainedConfig) -> Decoder:
@@ -50,7 +52,7 @@ def describe(model: PreTrainedModel) -> Decoder:
     holder, layers = blocks_of(model)
     source = Source.of(model)
     embeddings = model.get_input_embeddings()
-    if not isinstance(embeddings, nn.Embedding):
+    if not isinstance(embeddings, nn.Embedding | CodedEmbedding):
         raise DescriptionError(f"{type(model).__name__} has no table of input embeddings")
     head = model.get_output_embeddings()
     final = first(holder, source.names.final_norm)
@@ -91,7 +93,7 @@ def _beside_embeddings(source: Source, holder: nn.Module) -> tuple[nn.Module | N
 
 
 def _embedding(source: Source, table: Any, positions: Any, norm: nn.Module | None) -> Embedding:
-    n_tokens, width = table._parameters["weight"].shape
+    n_tokens, width = table_shape(table)
     own = own_multiplier(table)
     multiplier = own * float(getattr(source.config, "embedding_multiplier", 1.0))
     return Embedding(
@@ -114,8 +116,10 @@ def _head(source: Source, head: nn.Module | None, table: nn.Module) -> Head | No
         return None
     config: Any = source.config
     cap = getattr(config, "final_logit_softcapping", None)
-    weights = (cast(Any, module)._parameters.get("weight") for module in (head, table))
-    own, embedded = weights
+    own, embedded = (
+        module.weight if isinstance(module, CodedModule) else module._parameters.get("weight")
+        for module in (head, table)
+    )
     return Head(
         linear=read_linear(source, head, "head"),
         tied=own is embedded,

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 from veneer.store.gguf.fields import Field
@@ -85,3 +86,7 @@ class Family:
     plus_one: bool = False
     parts: Parts = no_parts
     head: Literal["may", "must", "never"] = "may"
+
+    def places_of_rows(self, leaf: str, n_rows: int, config: Any) -> Tensor:
+        """Return for each row of a parameter its place in the file's tensor."""
+        return torch.argsort(self.rows(leaf, torch.arange(n_rows, device="cpu")[:, None], config).reshape(-1))

@@ -6,7 +6,7 @@ import math
 import mmap
 import struct
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,12 +40,16 @@ class Long:
 
 @dataclass(frozen=True, slots=True)
 class GgufTensor:
-    """Tensor in the file: its name, shape (in torch's order, the fastest dimension last), type and bytes."""
+    """Tensor in the file: its name, shape (in torch's order, the fastest dimension last), type and bytes.
+
+    ``start`` counts bytes from the beginning of the file.
+    """
 
     name: str
     shape: tuple[int, ...]
     type: str
     n_bytes: int
+    start: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,10 +87,11 @@ def _header(cursor: _Cursor, path: Path) -> GgufHeader:
     values = {cursor.text(): cursor.value(GGUFValueType(cursor.number("I"))) for _ in range(cursor.fitting(n_values))}
     found = [cursor.tensor() for _ in range(cursor.fitting(n_tensors))]
     data = -(-cursor.at // _alignment(values)) * _alignment(values)
-    end = max((data + start + tensor.n_bytes for start, tensor in found), default=0)
+    tensors = tuple(replace(tensor, start=data + tensor.start) for tensor in found)
+    end = max((tensor.start + tensor.n_bytes for tensor in tensors), default=0)
     if end > len(cursor.view):
         raise ValueError(f"its tensors end at byte {end:,}")
-    return GgufHeader(values=values, tensors=tuple(tensor for _, tensor in found), n_bytes=len(cursor.view))
+    return GgufHeader(values=values, tensors=tensors, n_bytes=len(cursor.view))
 
 
 def _alignment(values: Mapping[str, Any]) -> int:
@@ -123,14 +128,14 @@ class _Cursor:
             return self.text()
         return self._array(depth) if kind == GGUFValueType.ARRAY else self.number(_NUMBERS[kind])
 
-    def tensor(self) -> tuple[int, GgufTensor]:
-        """The place of a tensor's bytes behind the header, and what it is."""
+    def tensor(self) -> GgufTensor:
+        """What a tensor is; its bytes start so far behind the header."""
         name = self.text()
         shape = tuple(self.number("Q") for _ in range(self.fitting(self.number("I"), 8)))
         kind = GGMLQuantizationType(self.number("I"))
         block, block_bytes = GGML_QUANT_SIZES[kind]
         n_bytes = math.prod(shape) // block * block_bytes
-        return self.number("Q"), GgufTensor(name, shape[::-1], kind.name, n_bytes)
+        return GgufTensor(name, shape[::-1], kind.name, n_bytes, self.number("Q"))
 
     def _array(self, depth: int) -> Any:
         if depth == _DEEPEST:

@@ -1,9 +1,10 @@
-"""GGUF files as models: checked, and converted once into a folder of safetensors."""
+"""GGUF files as models: checked, and described once in a folder of the cache, or converted into a dense copy."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -28,6 +29,7 @@ from veneer.disk.folder import build_once
 from veneer.disk.known_name import CONVERTED, MANIFEST
 from veneer.errors import FormatError
 from veneer.store.bars import without_bars
+from veneer.store.gguf.blocks import describe_into, why_not_in_blocks
 from veneer.store.gguf.byte_level import byte_level_tokenizer
 from veneer.store.gguf.config import GgufContents, mended_config, unplaced_tensors
 from veneer.store.gguf.fields import FACTOR_TENSORS
@@ -43,6 +45,7 @@ _PLAIN = {
 CONVERSION = 3
 """Goes up when files are converted in another way: folders of an earlier one are left alone."""
 OnProgress = Callable[[int, int], None]
+log = logging.getLogger(__name__)
 _COUNT = re.compile(r"\b(\d+)/(\d+) \[")
 _TOKEN_IDS = {"bos_token_id": "bos_token_id", "eos_token_id": "eos_token_id", "pad_token_id": "padding_token_id"}
 
@@ -108,18 +111,33 @@ def header_config(path: Path) -> Any:
     return config
 
 
-def converted_folder(path: Path) -> Path:
-    """Return the cached folder of a GGUF file, converted if needed. A changed file is converted again.
+def folder_of_file(path: Path) -> Path:
+    """Return the cached folder of a GGUF file, made if needed. A changed file has another folder.
 
-    Its ``veneer.json`` holds the file's portable name.
+    The folder describes the file, whose weights stay where they are. It holds a dense copy of them if nothing is
+    quantized, or if the file's blocks cannot be used as they lie. Its ``veneer.json`` holds the file's portable name.
     """
+    reason = why_not_in_blocks(path)
+    if reason:
+        log.warning("%s is decoded into a dense copy in the cache: %s", path.name, reason)
+    if reason is None:
+        return _cached(path, "blocks", lambda folder: describe_gguf(path, folder))
+    return converted_folder(path)
+
+
+def converted_folder(path: Path) -> Path:
+    """Return the cached folder of a GGUF file's dense copy, converted if needed."""
+    return _cached(path, "", lambda folder: _convert_shown(path, folder))
+
+
+def _cached(path: Path, form: str, build: Callable[[Path], None]) -> Path:
     stat = path.stat()
-    identity = f"{path.resolve()}\n{stat.st_size}\n{stat.st_mtime_ns}\n{CONVERSION}"
+    identity = f"{path.resolve()}\n{stat.st_size}\n{stat.st_mtime_ns}\n{CONVERSION}{form}"
     name = f"{path.stem}-{hashlib.sha256(identity.encode()).hexdigest()[:16]}"
     folder = build_once(
         cache_dir() / CONVERTED / name,
         Path.is_dir,
-        lambda folder: _convert_shown(path, folder),
+        build,
         on_wait=lambda: print(f"waiting for another process, which converts {path.name}", file=sys.stderr),
     )
     if not (folder / MANIFEST).is_file():
@@ -146,6 +164,18 @@ def convert_gguf(path: Path, folder: Path, on_progress: OnProgress = lambda done
         model.save_pretrained(folder)
         if facts.has_tokenizer:
             _tokenizer(path, facts, model.config).save_pretrained(folder)
+
+
+def describe_gguf(path: Path, folder: Path) -> None:
+    """Write what a model in blocks needs beside the file into ``folder``: config, tokenizer, and where tensors lie.
+
+    Raises FormatError as `convert_gguf` does.
+    """
+    facts = read_facts(path)
+    config = header_config(path)
+    describe_into(folder, path, config, facts.dtype)
+    if facts.has_tokenizer:
+        _tokenizer(path, facts, config).save_pretrained(folder)
 
 
 def _load(path: Path, facts: GgufFacts, on_progress: OnProgress) -> Any:

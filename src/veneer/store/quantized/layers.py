@@ -8,12 +8,12 @@ from typing import Any, ClassVar
 
 import torch
 
-from veneer.disk.safetensors import StoredTensor
 from veneer.errors import ConfigError, FormatError
 from veneer.quant.spec import StorageSpec
+from veneer.store.checkpoint import Stored
 
 Settings = Mapping[str, Any]
-StoredParts = Mapping[str, StoredTensor]
+StoredParts = Mapping[str, Stored]
 _SAID = frozenset({"quant_method", "dequantize", "run_compressed"})
 
 
@@ -74,7 +74,7 @@ def require_known(method: str, settings: Settings, known: Collection[str], probl
         )
 
 
-def matrix(tensor: StoredTensor) -> tuple[int, int]:
+def matrix(tensor: Stored) -> tuple[int, int]:
     """Return the shape of a stored matrix. Raises FormatError for another number of dimensions."""
     if len(tensor.shape) != 2:
         raise FormatError(

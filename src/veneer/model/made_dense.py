@@ -1,0 +1,46 @@
+"""Model whose coded weights become dense ones, tied ones again tied."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from veneer.model.coded import CodedModule
+from veneer.model.coded_embedding import CodedEmbedding
+from veneer.model.quant_linear import QuantLinear
+
+
+def make_dense(
+    model: PreTrainedModel, dtype: torch.dtype | None = None, weights: Mapping[str, Tensor | None] | None = None
+) -> None:
+    """Replace every coded layer and table by a dense one, in ``dtype`` (None: the original one).
+
+    ``weights`` (o, i) by path replace the layers' own. Layers and tables that share their codes share the dense weight.
+    """
+    given = weights or {}
+    coded = [(path, m) for path, m in model.named_modules() if isinstance(m, CodedModule)]
+    made: dict[int, nn.Parameter] = {}  # by the codes, which the list above keeps alive
+    for path, module in coded:
+        own, shared = given.get(path), made.get(id(module.weight))
+        if own is None:
+            own = module.bound().dense(dtype) if shared is None else shared
+        dense = _dense_of(module, own)
+        if own is shared:
+            dense.weight = shared
+        elif given.get(path) is None:
+            made[id(module.weight)] = cast(nn.Parameter, dense.weight)
+        model.set_submodule(path, dense)
+
+
+def _dense_of(module: CodedModule, weight: Tensor) -> nn.Module:
+    if isinstance(module, CodedEmbedding):
+        n_tokens, width = weight.shape
+        with torch.device("meta"):
+            table = nn.Embedding(n_tokens, width, module.padding_idx)
+        table.weight = nn.Parameter(weight, requires_grad=False)
+        return table.train(module.training)
+    return cast(QuantLinear, module).to_dense(weight=weight)

@@ -1,0 +1,191 @@
+"""GGUF files used as they lie: a folder in the cache describes the model, and its weights stay in the file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from veneer.disk.atomic import write_atomically
+from veneer.errors import FormatError
+from veneer.ops.ggml_types import GGML_TYPES
+from veneer.store.bars import without_bars
+from veneer.store.gguf.family import Family
+from veneer.store.gguf.fields import FACTOR_TENSORS
+from veneer.store.gguf.header import GgufHeader, read_header
+from veneer.store.gguf.parameters import GgufParameter, Places, placed_parameters, places_in
+from veneer.store.gguf.registry import by_architecture, rebuilt_family
+
+DESCRIPTION = "blocks.json"
+"""In the folder of a file: its path and stamp, the dtype of a dense copy, and the tensors of each parameter."""
+
+
+@dataclass(frozen=True)
+class BlockFile:
+    """GGUF file that a folder describes, as it was when it was described.
+
+    ``dtype`` is that of the model's other parameters. ``places`` has all parameters, tied ones too.
+    """
+
+    folder: Path
+    path: Path
+    dtype: torch.dtype
+    places: Places
+
+    @cached_property
+    def config(self) -> Any:
+        """The model's config."""
+        return AutoConfig.from_pretrained(self.folder)
+
+    def parameters(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, GgufParameter]:
+        """Return the parameters of these shapes by the model's names. Raises FormatError if the file does not fit."""
+        header = read_header(self.path)
+        return placed_parameters(
+            self.path,
+            {name: self.places[name] for name in shapes},
+            shapes,
+            {tensor.name: tensor for tensor in header.tensors},
+            family=_family(self.path, header),
+            config=self.config,
+            dtype=self.dtype,
+        )
+
+    @cached_property
+    def tensors(self) -> dict[str, GgufParameter]:
+        """Parameters in the order of the model; a tied one is there once."""
+        found, once = self.parameters(_shapes(model_without_storage(self.config))), dict[tuple[str, ...], str]()
+        for name, held in self.places.items():
+            once.setdefault(tuple(held), name)
+        return {name: found[name] for name in once.values()}
+
+
+def described_file(folder: Path) -> BlockFile | None:
+    """Return the GGUF file that a folder describes; None if the folder has weights of its own.
+
+    Raises FormatError if the file is gone, or is not the one that was described.
+    """
+    description = folder / DESCRIPTION
+    if not description.is_file():
+        return None
+    held = json.loads(description.read_text(encoding="utf-8"))
+    path = Path(held["file"])
+    if not path.is_file():
+        raise FormatError(
+            f"{path} is gone: it holds the weights of this model, which are used as they lie in the file. Put it back, "
+            "or give its new path as the model."
+        )
+    if [path.stat().st_size, path.stat().st_mtime_ns] != held["stamp"]:
+        raise FormatError(f"{path} is another file than the one that was opened: give its path as the model.")
+    return BlockFile(folder, path, getattr(torch, held["dtype"]), held["places"])
+
+
+def is_at_hand(folder: Path) -> bool:
+    """Return True if a folder has weights, or the file that it describes is where it was, and as it was."""
+    try:
+        described_file(folder)
+    except FormatError:
+        return False
+    return True
+
+
+def write_description(folder: Path, path: Path, dtype: torch.dtype, places: Places) -> None:
+    """Write the description of a file into its folder."""
+    stat = path.stat()
+    held = {
+        "file": str(path.resolve()),
+        "stamp": [stat.st_size, stat.st_mtime_ns],
+        "dtype": str(dtype).removeprefix("torch."),
+        "places": places,
+    }
+    write_atomically(folder / DESCRIPTION, (json.dumps(held, indent=1) + "\n").encode())
+
+
+def why_not_in_blocks(path: Path) -> str | None:
+    """Return the reason for which a file is decoded into a dense copy; None if its blocks can stay as they lie.
+
+    A file without quantized matrices has no reason: "".
+    """
+    header = read_header(path)
+    architecture = str(header.values.get("general.architecture"))
+    kinds = {tensor.type for tensor in header.tensors}
+    unread = sorted(kinds - GGML_TYPES.keys())
+    if unread:
+        return f"it holds matrices in {', '.join(unread)}, which are not multiplied in their blocks"
+    if not any(GGML_TYPES[kind].block > 1 for kind in kinds):
+        return ""
+    if (header.values.get("split.count") or 1) > 1:
+        return "it is one of several parts"
+    if family_in_blocks(architecture, _pairs(header.values, architecture)) is None:
+        return f"no table describes the layout of {architecture}'s files"
+    return None
+
+
+def describe_into(folder: Path, path: Path, config: Any, dtype: torch.dtype) -> None:
+    """Write config and description of a file's model into ``folder``.
+
+    Raises FormatError if parameters or tensors are left over, or do not fit each other.
+    """
+    model = model_without_storage(config)
+    config.architectures = [type(model).__name__]
+    found = parameters_of(model, path, dtype)
+    places = {name: [tensor.name for tensor in parameter.tensors] for name, parameter in found.items()}
+    used = {each for held in places.values() for each in held}
+    unplaced = sorted({tensor.name for tensor in read_header(path).tensors} - used - set(FACTOR_TENSORS))
+    if unplaced:
+        raise FormatError(
+            f"{path} holds the tensors {unplaced}, for which transformers' {type(model).__name__} has no place: it "
+            "would compute another model. Take the model's own folder of safetensors instead"
+        )
+    config.save_pretrained(folder)
+    if model.can_generate():
+        model.generation_config.save_pretrained(folder)
+    write_description(folder, path, dtype, places)
+
+
+def parameters_of(model: Any, path: Path, dtype: torch.dtype) -> dict[str, GgufParameter]:
+    """Return the parameters of a model without storage in a file, by the model's names, tied ones under each name.
+
+    The model may have fewer layers than the file. Raises FormatError if the file lacks one, or if one does not fit.
+    """
+    header, config = read_header(path), model.config
+    family, tensors = _family(path, header), {tensor.name: tensor for tensor in header.tensors}
+    places = places_in(model, family, config, tensors, path)
+    return placed_parameters(path, places, _shapes(model), tensors, family=family, config=config, dtype=dtype)
+
+
+def family_in_blocks(architecture: str, pairs: Mapping[str, Any]) -> Family | None:
+    """Return the family whose table has the whole layout of a file's tensors."""
+    family = rebuilt_family(architecture, pairs) or by_architecture().get(architecture)
+    return family if family is not None and family.model_types else None
+
+
+def model_without_storage(config: Any) -> Any:
+    """Return the causal language model of a config on the meta device."""
+    with without_bars(), torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config)
+
+
+def _family(path: Path, header: GgufHeader) -> Family:
+    architecture = str(header.values.get("general.architecture"))
+    family = family_in_blocks(architecture, _pairs(header.values, architecture))
+    if family is None:
+        raise FormatError(
+            f"{path} is a file of the architecture {architecture!r}, whose layout no table here describes."
+        )
+    return family
+
+
+def _shapes(model: Any) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(each.shape) for name, each in model.named_parameters(remove_duplicate=False)}
+
+
+def _pairs(values: Mapping[str, Any], architecture: str) -> dict[str, Any]:
+    """The architecture's own keys, without its name."""
+    prefix = f"{architecture}."
+    return {key.removeprefix(prefix): value for key, value in values.items() if key.startswith(prefix)}

@@ -1,0 +1,160 @@
+"""Parameters of a model as a GGUF file holds them: where they lie, and their values, read one at a time."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from veneer.disk.safetensors import StoredTensor
+from veneer.errors import FormatError
+from veneer.ops.ggml import dequantize_ggml
+from veneer.ops.ggml_types import GGML_TYPES
+from veneer.store.gguf.family import Family
+from veneer.store.gguf.header import GgufTensor
+from veneer.store.gguf.names import leaf_of, places_of
+
+Places = dict[str, list[str]]
+"""The tensors of a file by the names of the model's parameters; several where a parameter is made of several."""
+
+
+@dataclass(frozen=True)
+class GgufParameter:
+    """Parameter of a model in a GGUF file, as `StoredTensor` is one in a safetensors file.
+
+    ``dtype`` is that of a dense copy; values are read in float32. ``family`` and ``config`` tell the layout of
+    ``tensors``, which are joined along the second axis if there are several.
+    """
+
+    name: str
+    path: Path
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    tensors: tuple[GgufTensor, ...]
+    family: Family
+    config: Any
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in the file."""
+        return sum(tensor.n_bytes for tensor in self.tensors)
+
+    @property
+    def kind(self) -> str | None:
+        """ggml's type of a matrix that can be used as it lies in blocks; None for all others."""
+        [*others, tensor] = self.tensors
+        is_matrix = not others and len(self.shape) == len(tensor.shape) == 2
+        return tensor.type if is_matrix and GGML_TYPES[tensor.type].block > 1 else None
+
+    @cached_property
+    def order(self) -> Tensor | None:
+        """Place in the file of each row of a matrix; None if all are where they are in the model."""
+        [tensor, *_] = self.tensors
+        places = self.family.places_of_rows(leaf_of(tensor.name), tensor.shape[0], self.config)
+        return None if torch.equal(places, torch.arange(len(places), device="cpu")) else places
+
+    @property
+    def is_turned(self) -> bool:
+        """True if the model has the transpose of the file's matrix."""
+        return leaf_of(self.tensors[0].name) in self.family.turned
+
+    def read(self) -> Tensor:
+        """Return the parameter. Raises FormatError if the file ends before it."""
+        parts = [self._in_order(torch.cat(list(self._rows(tensor, math.inf)))) for tensor in self.tensors]
+        whole = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+        return (whole.T.contiguous() if self.is_turned else whole).reshape(self.shape)
+
+    def blocks(self, n_values: int) -> Iterator[Tensor]:
+        """Yield the rows (k, …) of the parameter in order, about so many values at a time if they lie in that order."""
+        [tensor, *others] = self.tensors
+        if (
+            len(self.shape) == 2
+            and tensor.shape == self.shape
+            and not (others or self.is_turned or self.order is not None)
+        ):
+            yield from self._rows(tensor, n_values)
+        else:
+            yield from torch.split(self.read(), max(1, n_values * self.shape[0] // math.prod(self.shape)))
+
+    def stored(self, tensor: GgufTensor) -> StoredTensor:
+        """Return the bytes of one of the tensors, by its rows (n, bytes)."""
+        n_rows = math.prod(tensor.shape[:-1])
+        shape = (n_rows, tensor.n_bytes // max(1, n_rows))
+        return StoredTensor(tensor.name, self.path, torch.uint8, shape, tensor.start, tensor.n_bytes)
+
+    def _rows(self, tensor: GgufTensor, n_values: float) -> Iterator[Tensor]:
+        """The values of a tensor, some of its first axis at a time, in the file's order."""
+        stored, less = self.stored(tensor), self._less(tensor)
+        n_bytes = min(stored.nbytes, n_values * stored.shape[1] // tensor.shape[-1])
+        if len(tensor.shape) > 2:
+            n_bytes = stored.nbytes
+        for packed in stored.blocks(int(n_bytes)):
+            values = dequantize_ggml(packed, tensor.type)
+            yield (values - less if less else values).reshape(-1, *tensor.shape[1:])
+
+    def _less(self, tensor: GgufTensor) -> int:
+        return int(self.family.plus_one and leaf_of(tensor.name).endswith("norm.weight"))
+
+    def _in_order(self, values: Tensor) -> Tensor:
+        return values if self.order is None else values[self.order]
+
+
+def placed_parameters(
+    path: Path,
+    places: Mapping[str, list[str]],
+    shapes: Mapping[str, tuple[int, ...]],
+    tensors: Mapping[str, GgufTensor],
+    *,
+    family: Family,
+    config: Any,
+    dtype: torch.dtype,
+) -> dict[str, GgufParameter]:
+    """Return the parameters of these shapes in a file, by the model's names. Raises FormatError if one does not fit."""
+    found, problems = {}, []
+    for name, shape in shapes.items():
+        own = GgufParameter(name, path, dtype, shape, tuple(tensors[each] for each in places[name]), family, config)
+        values = sum(math.prod(tensor.shape) for tensor in own.tensors)
+        if values != math.prod(own.shape):
+            told = ", ".join(f"{tensor.name} {tensor.shape}" for tensor in own.tensors)
+            problems.append(f"{name} is {own.shape}, and {told} in the file")
+        problems += [
+            f"{tensor.name} {tensor.shape}: {wrong}" for tensor in own.tensors if (wrong := _undivided(tensor))
+        ]
+        found[name] = own
+    if problems:
+        raise FormatError(f"{path}: {'; '.join(problems)}. Take the model's own folder of safetensors instead.")
+    return found
+
+
+def _undivided(tensor: GgufTensor) -> str:
+    """The problem of a tensor whose rows are not whole blocks."""
+    block = GGML_TYPES[tensor.type].block
+    return f"rows of {tensor.shape[-1]} values are not divided by {tensor.type}'s blocks of {block}" * (
+        tensor.shape[-1] % block > 0
+    )
+
+
+def places_in(model: Any, family: Family, config: Any, held: Mapping[str, GgufTensor], path: Path) -> Places:
+    """Return the places of a model's parameters; tied ones have that of the one that the file holds.
+
+    Raises FormatError for parameters that the file lacks.
+    """
+    groups: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        groups.setdefault(id(parameter), []).append(name)
+    found: Places = {}
+    missing = []
+    for names in groups.values():
+        wanted = ([target for target, _ in places_of(family, config, name, model.base_model_prefix)] for name in names)
+        places = next((targets for targets in wanted if targets and all(each in held for each in targets)), None)
+        missing += names[:1] if places is None else []
+        found |= dict.fromkeys(names, places or [])
+    if missing:
+        raise FormatError(f"{path} lacks the tensors of {missing[:5]}; it is not a whole model")
+    return found

@@ -1,0 +1,167 @@
+"""Loader of models whose matrices stay in the blocks of a GGUF file, in transformers' registry of quantizers."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Mapping
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+    GenerationConfig,
+    PreTrainedModel,
+)
+from transformers.pytorch_utils import Conv1D
+from transformers.quantizers import auto
+
+from veneer.disk.mapped import MappedFile
+from veneer.errors import ConfigError, FormatError
+from veneer.model.coded import CodedModule
+from veneer.model.coded_embedding import CodedEmbedding
+from veneer.model.quant_linear import QuantLinear
+from veneer.quant.ggml import GgmlSpec
+from veneer.store.gguf.blocks import BlockFile
+from veneer.store.gguf.parameters import GgufParameter
+from veneer.store.quantization_config import QuantizationConfig
+from veneer.store.quantizer import Deferred, VeneerQuantizer, watch_loading
+
+METHOD = "veneer_gguf"
+
+
+class GgufBlocks(QuantizationConfig):
+    """Quantization config of a model in the blocks of ``file``."""
+
+    def __init__(self, file: BlockFile) -> None:
+        self.quant_method = cast(Any, METHOD)
+        self.file = file
+        _register()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what the config of a model shows of it."""
+        return {"quant_method": METHOD, "file": str(self.file.path)}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> GgufBlocks:
+        return self
+
+
+class GgufQuantizer(VeneerQuantizer):
+    """Quantizer that maps the matrices of a GGUF file, and reads all other parameters."""
+
+    def __init__(self, quantization_config: GgufBlocks, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        self.file, self.source = quantization_config.file, MappedFile(quantization_config.file.path)
+        self.parameters: dict[str, GgufParameter] = {}
+        self.coded: dict[str, GgufParameter] = {}  # by the name of the weight that stays in blocks
+        self.tied: frozenset[str] = frozenset()  # names that get another's dense weight
+        self.mapped: dict[str, Tensor] = {}  # head and table of one tensor share it
+
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, dtype: Any = None, **kwargs: Any) -> None:
+        own = model.named_parameters(remove_duplicate=False)
+        self.parameters = self.file.parameters({n: tuple(p.shape) for n, p in own if n in self.file.places})
+        self.coded = put_in_blocks(model, self.parameters, self.source)
+        self.tied = frozenset(model.all_tied_weights_keys)
+
+    def open(self, files: Any) -> dict[str, Any]:
+        """Return the parameters, unread; empty tensors stand for those that stay in blocks until `fill` maps them."""
+        dense = {n: p for n, p in self.parameters.items() if n not in self.coded and n not in self.tied}
+        return {n: Deferred(p, self.problems) for n, p in dense.items()} | {n: torch.empty(0) for n in self.coded}
+
+    @torch.no_grad()
+    def fill(self, layer: CodedModule, name: str, value: Tensor, sources: list[str]) -> None:
+        """Map a layer's blocks. Errors are collected for `finish`."""
+        parameter = self.coded[name]
+        [tensor] = parameter.tensors
+        try:
+            if tensor.name not in self.mapped:
+                stored = parameter.stored(tensor)
+                self.mapped[tensor.name] = self.source.tensor(stored.start, stored.nbytes).view(stored.shape)
+        except FormatError as error:
+            self.problems.append(f"{name}: {error}")
+            return
+        parts = {"weight": self.mapped[tensor.name]}
+        if parameter.order is not None:
+            parts["order"] = parameter.order.int()
+        layer.fill(layer.spec, {part: each.to(value.device) for part, each in parts.items()})
+
+    def update_device_map(self, device_map: Any) -> Any:
+        return device_map
+
+    def is_serializable(self) -> bool:
+        raise ConfigError(
+            f"this model's weights lie in the blocks of {self.file.path}, and are not saved: copy that file, or call "
+            "model.dequantize() first to save a dense copy"
+        )
+
+
+def load_in_blocks(
+    file: BlockFile, *, dtype: str | torch.dtype = "auto", scores: bool = False
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """Return the model of a file, its matrices in the file's blocks, and transformers' report of the loading.
+
+    With ``scores`` a new head scores each sequence.
+
+    Raises FormatError if the file does not fit, or was cut meanwhile.
+    """
+    config = copy.deepcopy(file.config)
+    mapping = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING if scores else MODEL_FOR_CAUSAL_LM_MAPPING
+    if scores:
+        config.num_labels = 1
+    model, report = cast(Any, mapping[type(config)]).from_pretrained(
+        None, config=config, dtype=dtype, quantization_config=GgufBlocks(file), output_loading_info=True
+    )
+    if (file.folder / "generation_config.json").is_file() and model.can_generate():
+        model.generation_config = GenerationConfig.from_pretrained(file.folder)
+    model.config._name_or_path = model.name_or_path = str(file.folder)
+    return model, report
+
+
+def put_in_blocks(
+    model: PreTrainedModel, parameters: Mapping[str, GgufParameter], source: MappedFile | None
+) -> dict[str, GgufParameter]:
+    """Replace the layers and tables of a model without storage whose weights can stay in blocks.
+
+    Returns their parameters by the name of the weight. Heads and tables that share blocks are no longer tied by name.
+    """
+    tied, coded = model.all_tied_weights_keys, {}
+    fitting = {path for path, module in model.named_modules() if _stays(module, parameters.get(f"{path}.weight"))}
+    for path in sorted(fitting):
+        name = f"{path}.weight"
+        if tied.get(name, name).removesuffix(".weight") in fitting:  # else a head of a table that is read dense
+            model.set_submodule(path, _coded(model.get_submodule(path), parameters[name], source))
+            coded[name] = parameters[name]
+    for name in coded:
+        tied.pop(name, None)
+    return coded
+
+
+def _stays(module: nn.Module, parameter: GgufParameter | None) -> bool:
+    """Return True if a module's weight can stay in blocks: that of a layer, or of a table that only looks up."""
+    layer = type(module) in (nn.Linear, Conv1D) or _is_table(module)
+    return layer and parameter is not None and parameter.kind is not None
+
+
+def _coded(module: nn.Module, parameter: GgufParameter, source: MappedFile | None) -> CodedModule:
+    """The module in place of a layer or a table, its weight not yet mapped."""
+    assert parameter.kind is not None
+    o, i = parameter.tensors[0].shape
+    dtype = cast(Tensor, module.weight).dtype
+    spec = GgmlSpec((o, i), parameter.kind, dtype, reordered=parameter.order is not None, source=source)
+    if isinstance(module, nn.Embedding):
+        return CodedEmbedding(spec, dtype, module.padding_idx)
+    return QuantLinear(spec, cast("nn.Parameter | None", module.bias), type(module))
+
+
+def _is_table(module: nn.Module) -> bool:
+    """Return True if a look-up can be done in blocks: tables that multiply, or renormalize, stay dense."""
+    return type(module) is nn.Embedding and module.max_norm is None
+
+
+@functools.cache
+def _register() -> None:
+    auto.AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD] = GgufBlocks
+    auto.AUTO_QUANTIZER_MAPPING[METHOD] = GgufQuantizer
+    watch_loading()

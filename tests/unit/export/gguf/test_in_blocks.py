@@ -1,0 +1,220 @@
+"""GGUF files used as they lie: the values of a dense copy, training, merging, and files that are gone or changed."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from veneer.adapters.auto import AutoPeftModelForCausalLM, make_room_for
+from veneer.adapters.peft_model import get_peft_model
+from veneer.errors import ConfigError, FormatError
+from veneer.export.gguf.model import GgufOptions, export_gguf
+from veneer.export.merged import MergeOptions, merge_checkpoint
+from veneer.methods.lora import LoraConfig
+from veneer.model.coded import CodedModule
+from veneer.model.coded_embedding import CodedEmbedding
+from veneer.model.fused.decoder import fuse
+from veneer.store.checkpoint import Checkpoint
+from veneer.store.gguf.blocks import described_file, why_not_in_blocks
+from veneer.store.gguf.model import convert_gguf
+from veneer.store.source import load_model, resolve
+
+from .tiny import VOCAB, tiny_folder
+
+WIDE = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2}
+TYPES = {"gpt2": "Q4_1", "gemma2": "Q4_0", "mixtral": "Q5_1", "qwen2_moe": "IQ4_NL"}
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VENEER_CACHE", str(tmp_path / "cache"))
+
+
+def file_of(folder: Path, family: str, kind: str, **changes: Any) -> Path:
+    tiny_folder(folder / "model", family, **changes)
+    export_gguf(folder / "model", folder / "x.gguf", GgufOptions(type=kind))
+    return folder / "x.gguf"
+
+
+@pytest.fixture
+def mixed(tmp_path: Path) -> Path:
+    """A tied Llama with q and k permuted, in Q4_K and Q6_K; its table is Q6_K."""
+    return file_of(tmp_path, "llama", "Q4_K_M", **WIDE)
+
+
+@pytest.mark.parametrize(
+    "family", ["llama-biases", "qwen2", "mixtral", "qwen2_moe", "gemma2", "gemma3", "phi3", "gpt2", "gptneox"]
+)
+@torch.no_grad()
+def test_values_are_those_of_the_dense_copy(tmp_path: Path, family: str) -> None:
+    """transformers' reader, or the export's inverse, made the copy: rows, norms, ties and stacks lie as there."""
+    path = file_of(tmp_path, family, TYPES.get(family, "Q8_0"))
+    convert_gguf(path, tmp_path / "copy")
+    copied = dict(AutoModelForCausalLM.from_pretrained(tmp_path / "copy", dtype="auto").named_parameters())
+    folder = resolve(path)
+    assert isinstance(folder, Path)
+    stored = Checkpoint.open(folder)
+    assert stored.tensors.keys() == copied.keys()
+    for name, expected in copied.items():
+        assert torch.equal(stored.read(name).to(expected.dtype), expected), name
+        assert torch.equal(torch.cat(list(stored.blocks(name, 700))).to(expected.dtype), expected), name
+    model = load_model(path, dtype="float32")
+    coded = {path: m for path, m in model.named_modules() if isinstance(m, CodedModule)}
+    assert sum(m.spec.shape[0] for m in coded.values()) > 1000
+    for at, module in coded.items():
+        value = module.bound().dense(torch.bfloat16)
+        assert torch.equal(
+            value.T if getattr(module, "is_transposed", False) else value, copied.get(f"{at}.weight", value)
+        )
+    ids = torch.tensor([[3, 17, 41, 5, 29, 11, 7]])
+    logits = model(ids).logits
+    torch.testing.assert_close(model.dequantize()(ids).logits, logits, rtol=1e-5, atol=1e-5)
+
+
+def test_a_head_shares_the_blocks_of_its_table_and_nothing_is_copied(mixed: Path) -> None:
+    model = load_model(mixed)
+    table, head = model.get_input_embeddings(), model.get_output_embeddings()
+    assert isinstance(table, CodedEmbedding)
+    assert head.weight is table.weight
+    kinds = {m.spec.kind for m in model.modules() if isinstance(m, CodedModule)}
+    assert kinds == {"Q4_K", "Q6_K"}
+    assert model.dtype == torch.bfloat16
+    assert table(torch.tensor([[7, 2]])).dtype == torch.bfloat16
+    assert load_model(mixed, dtype="float32")(torch.tensor([[7, 2]])).logits.dtype == torch.float32
+    dense = model.dequantize()
+    assert dense.get_output_embeddings().weight is dense.get_input_embeddings().weight
+
+
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_training_is_that_on_the_decoded_weights(mixed: Path, use_dora: bool) -> None:
+    config = LoraConfig(
+        r=3, lora_alpha=5, use_dora=use_dora, target_modules=["q_proj", "k_proj", "v_proj", "down_proj"]
+    )
+    ids = torch.arange(21).view(3, 7) * 11 % VOCAB
+
+    def step(model: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        torch.manual_seed(3)
+        adapted = get_peft_model(model, config)
+        with torch.no_grad():
+            for name, p in adapted.named_parameters():
+                if "lora_B" in name:
+                    p.add_(torch.randn_like(p) * 0.1)
+        assert fuse(adapted)
+        loss = adapted(input_ids=ids, labels=ids).loss
+        loss.backward()
+        return loss.detach(), {n: p.grad for n, p in adapted.named_parameters() if p.requires_grad}
+
+    loss, grads = step(load_model(mixed, dtype="float32"))
+    expected, wanted = step(load_model(mixed, dtype="float32").dequantize())
+    assert abs(float(loss - expected)) <= 1e-5 * float(expected)
+    assert len(grads) == 2 * 4 * (3 if use_dora else 2)
+    for name, grad in grads.items():
+        assert float((grad - wanted[name]).norm()) <= 1e-5 * float(wanted[name].norm()), name
+
+
+def test_an_adapter_names_the_file_is_loaded_on_it_and_merges_into_16_bits(mixed: Path, tmp_path: Path) -> None:
+    torch.manual_seed(5)
+    adapted = get_peft_model(load_model(mixed, dtype="float32"), LoraConfig(r=3, target_modules=["q_proj", "up_proj"]))
+    with torch.no_grad():
+        for parameter in adapted.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter) * 0.2)
+    adapted.save_pretrained(tmp_path / "adapter")
+    ids = torch.tensor([[3, 17, 41, 5, 29]])
+    logits = adapted.eval()(ids).logits
+    again = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter", dtype=torch.float32).eval()
+    assert isinstance(again.get_input_embeddings(), CodedEmbedding)
+    assert torch.equal(again(ids).logits, logits)
+    merge_checkpoint(mixed, tmp_path / "adapter", tmp_path / "merged", MergeOptions(dtype="float32"))
+    assert not (tmp_path / "merged" / "blocks.json").exists()
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    torch.testing.assert_close(merged(ids).logits, logits, rtol=1e-4, atol=1e-4)
+    plain = again.merge_and_unload()
+    assert not any(isinstance(module, CodedModule) for module in plain.modules())
+    torch.testing.assert_close(plain(ids).logits, logits, rtol=1e-4, atol=1e-4)
+    plain.save_pretrained(tmp_path / "saved")
+    assert "lm_head.weight" not in load_file(tmp_path / "saved" / "model.safetensors")
+
+
+def test_what_stays_in_the_file_is_not_saved_resized_or_trained_there(mixed: Path, tmp_path: Path) -> None:
+    model = load_model(mixed)
+    with pytest.raises(ConfigError, match=r"lie in the blocks of .*x\.gguf, and are not saved: copy that file"):
+        model.save_pretrained(tmp_path / "saved")
+    with pytest.raises(ConfigError, match=r"has 300 tokens, and the base's table of 271 stays in the blocks"):
+        make_room_for(range(300), model)
+    dense = load_model(mixed, gguf="dense")
+    assert not any(isinstance(module, CodedModule) for module in dense.modules())
+
+
+def test_files_that_go_or_change_are_told(mixed: Path) -> None:
+    folder, model = resolve(mixed), load_model(mixed)
+    assert isinstance(folder, Path)
+    whole = mixed.read_bytes()
+    mixed.write_bytes(whole[:-4096])  # cut while it is mapped
+    with pytest.raises(
+        FormatError, match=r"x\.gguf was written to while its weights were in use \(it had [\d,]+ bytes"
+    ):
+        model(torch.tensor([[7, 2]]))
+    with pytest.raises(FormatError, match=r"x\.gguf is another file than the one that was opened"):
+        described_file(folder)
+    with pytest.raises(FormatError, match=r"damaged GGUF file, perhaps cut short"):
+        load_model(mixed)
+    mixed.unlink()
+    with pytest.raises(FormatError, match=r"x\.gguf is gone: .*Put it back"):
+        described_file(folder)
+
+
+def test_files_that_cannot_stay_in_blocks_say_why(
+    tmp_path: Path, mixed: Path, edited: Callable[[Path, str, str], Path]
+) -> None:
+    assert why_not_in_blocks(mixed) is None
+    export_gguf(tmp_path / "model", tmp_path / "f16.gguf", GgufOptions(type="F16"))
+    assert why_not_in_blocks(tmp_path / "f16.gguf") == ""
+    assert why_not_in_blocks(edited(mixed, "IQ2_XXS", "llama")) == (
+        "it holds matrices in IQ2_XXS, which are not multiplied in their blocks"
+    )
+    assert (
+        why_not_in_blocks(edited(mixed, "Q4_K", "starcoder2")) == "no table describes the layout of starcoder2's files"
+    )
+
+
+@pytest.fixture
+def edited(tmp_path: Path) -> Callable[[Path, str, str], Path]:
+    """A file with a matrix of another type, and of another architecture."""
+
+    def edit(path: Path, kind: str, architecture: str) -> Path:
+        target = tmp_path / f"{kind}-{architecture}.gguf"
+        writer = gguf.GGUFWriter(target, architecture)
+        shape = gguf.quant_shape_to_byte_shape((3, 256), gguf.GGMLQuantizationType[kind])
+        values = np.zeros(shape, np.uint8)
+        writer.add_tensor("token_embd.weight", values, raw_dtype=gguf.GGMLQuantizationType[kind])
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        return target
+
+    return edit
+
+
+def test_shapes_that_do_not_fit_are_refused(mixed: Path, tmp_path: Path) -> None:
+    """A file whose config means another model."""
+    other = tmp_path / "other.gguf"
+    shutil.copyfile(mixed, other)
+    data = bytearray(other.read_bytes())
+    key = data.index(b"llama.feed_forward_length") + len(b"llama.feed_forward_length") + 4
+    data[key : key + 4] = (768).to_bytes(4, "little")
+    other.write_bytes(data)
+    with pytest.raises(
+        FormatError, match=r"gate_proj\.weight is \(768, 256\), and blk\.0\.ffn_gate\.weight \(512, 256\)"
+    ):
+        load_model(other)
