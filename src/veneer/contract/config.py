@@ -89,7 +89,7 @@ class MethodConfig(FrozenConfig):
     def init_together(self, sites: Mapping[str, Any], generator: torch.Generator | None = None) -> dict[str, Params]:
         """Return the initial values at all sites, by path, if those of one depend on the weights of others.
 
-        Empty if they do not: those of ``init`` then count.
+        Empty if they do not: those of ``init`` then count. A method that has some `reads_weight`.
         """
         return {}
 

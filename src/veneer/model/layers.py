@@ -44,7 +44,7 @@ def put_on_layers(snapshot: Snapshot, name: str, state: AdapterState, plan: Plan
     keys = {path: place.keys for path, place in layer_places(snapshot, plan).items()}
     layers = {path: cast(AdaptedSite, snapshot.modules[path]) for path in plan.layers}
     starts: Mapping[str, Params] = {}
-    if allocation.values:
+    if allocation.values and plan.config.reads_weight:
         starts = plan.config.init_together({path: layer.site((name,)) for path, layer in layers.items()})
     for path, layer in layers.items():
         layer.add_adapter(name, allocation, keys[path], starts.get(path))
