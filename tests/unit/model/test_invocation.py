@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from veneer.errors import CompositionError, ConfigError
 from veneer.export.gguf.adapter import export_lora
 from veneer.export.merged import MergeOptions, merge_checkpoint
 from veneer.export.vllm.adapter import export_vllm
+from veneer.model.fused.decoder import fused
 from veneer.model.invocation import last_occurrence
 
 TOKENS = (7, 3)
@@ -118,6 +120,19 @@ def test_training_repeats_under_checkpointing():
             model.gradient_checkpointing_enable()
         grads.append(step_on(model))
     assert grads[0].keys() == grads[1].keys()
+    for name, grad in grads[0].items():
+        near(grads[1][name], grad)
+
+
+def test_it_trains_in_fused_blocks_and_with_dropout():
+    torch.manual_seed(2)
+    config = veneer.LoraConfig(**FIELDS | {"target_modules": "all-linear", "lora_dropout": 0.3})
+    model, grads = veneer.get_peft_model(base(), config).train(), []
+    for way in (contextlib.nullcontext(), fused(model)):
+        model.zero_grad()
+        torch.manual_seed(5)  # the same dropout
+        with way:
+            grads.append({name: grad.clone() for name, grad in step_on(model).items()})
     for name, grad in grads[0].items():
         near(grads[1][name], grad)
 
