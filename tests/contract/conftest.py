@@ -67,6 +67,7 @@ def linear_configs() -> dict[str, LinearMethod]:
     for start in STARTS_FROM_THE_WEIGHT:
         for base in ("LORA", "LORA+use_dora"):
             found[f"{base}+{start}"] = dataclasses.replace(found[base], init_lora_weights=start)
+    found["LORA+mica"] = dataclasses.replace(found["LORA"], init_lora_weights="mica")  # alone, as in PEFT
     return found
 
 

@@ -114,7 +114,7 @@ def test_peft_computes_the_same_from_what_is_saved(base, config, peft_error, tmp
     try:
         theirs = peft.PeftModel.from_pretrained(make_base(base), tmp_path, autocast_adapter_dtype=False).eval()
     except (TypeError, ValueError) as error:
-        if not any(words in str(error) for words in ("Conv1D", "requires float32")):
+        if not any(words in str(error) for words in ("Conv1D", "requires float32", "under float32")):
             raise
         pytest.skip(f"PEFT's {config.peft_type} does not adapt the layers of GPT-2, or no layers in float64")
     torch.testing.assert_close(logits(theirs), logits(model), rtol=peft_error, atol=peft_error)

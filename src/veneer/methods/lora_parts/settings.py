@@ -47,12 +47,15 @@ class LoraSettings(LinearMethod):
 
     def problems(self) -> list[str]:
         found = super().problems() + self._problems_of_sizes()
-        if find_start(self.init_lora_weights) is None:
+        start = find_start(self.init_lora_weights)
+        if start is None:
             found.append(f"init_lora_weights={self.init_lora_weights!r} must be one of {', '.join(start_names())}")
         if self.eva_config is not None and self.init_lora_weights != "eva":
             found.append(f"eva_config has no effect with init_lora_weights={self.init_lora_weights!r}: give 'eva'")
         if self.lora_bias and self.use_dora:
             found.append("lora_bias and use_dora exclude each other, as in PEFT: drop one of them")
+        if self.use_dora and start is not None and start.fixed:
+            found.append(f"init_lora_weights={self.init_lora_weights!r} and use_dora exclude each other, as in PEFT")
         if self.ensure_weight_tying is True:
             found += self._problems_of_ties()
         found += _problems_of_rows(self.trainable_token_indices) + self._problems_of_parameters()

@@ -33,7 +33,7 @@ def packing_of(config: LoraSettings) -> Packing:
     if config.init_lora_weights == "eva":
         return Packing({"init_lora_weights": True, "eva_config": None})
     if not config.start.taken_off:
-        return Packing()
+        return Packing(fixed=config.start.fixed)
     grow = math.sqrt(2) if config.use_rslora else 2  # so that the scale stays
     return TakenOff(
         fields={

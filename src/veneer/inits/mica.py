@@ -1,0 +1,25 @@
+"""MiCA: B starts as the left singular vectors of the least singular values of W, and stays; A starts at zero
+(arXiv:2604.01694, section 3).
+
+The update lies in the outputs that the weight uses least.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from veneer.core.sites import LinearSite
+from veneer.inits import Factors, Start, dense_weight
+
+NAMES = ("'mica'",)
+
+
+def find(name: bool | str) -> Start | None:
+    """Return the initialisation "mica"."""
+    return Start(minor_components, fixed=("lora_B",)) if name == "mica" else None
+
+
+def minor_components(site: LinearSite, r: int, scale: float, generator: torch.Generator | None = None) -> Factors:
+    """Return zeros and the last r left singular vectors. Raises ConfigError without a weight."""
+    u = torch.linalg.svd(dense_weight(site, r, "MiCA"), full_matrices=False).U
+    return torch.zeros(r, site.in_features), u[:, -r:].cpu().contiguous()
