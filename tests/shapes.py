@@ -188,24 +188,25 @@ class _Loader(SourceFileLoader):
     def get_code(self, name: str) -> CodeType:
         """Compile the source: byte code that is kept has no checks."""
         path = self.get_filename(name)
-        tree = _Decorating().visit(ast.parse(self.get_data(path), path))
-        return compile(ast.fix_missing_locations(tree), path, "exec", dont_inherit=True)
+        tree = ast.parse(self.get_data(path), path)
+        _decorate(tree.body)
+        return compile(tree, path, "exec", dont_inherit=True)
 
     def exec_module(self, module: ModuleType) -> None:
         module.__dict__["__checked__"] = checked
         super().exec_module(module)
 
 
-class _Decorating(ast.NodeTransformer):
-    """Decorates what a module and its classes define, and nothing within functions."""
-
-    def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.AST:
-        node.decorator_list.append(_decorator(node))  # first, since others may drop the annotations
-        return node
-
-    def visit_ClassDef(self, node: ast.ClassDef) -> ast.AST:
-        node.decorator_list.insert(0, _decorator(node))  # last, when a dataclass has its __init__
-        return self.generic_visit(node)
+def _decorate(body: Sequence[ast.AST]) -> None:
+    """Decorate what a module and its classes define, also under a condition, and nothing within functions."""
+    for node in body:
+        if isinstance(node, ast.FunctionDef):
+            node.decorator_list.append(_decorator(node))  # first, since others may drop the annotations
+            continue
+        if isinstance(node, ast.ClassDef):
+            node.decorator_list.insert(0, _decorator(node))  # last, when a dataclass has its __init__
+        for name in ("body", "orelse", "finalbody", "handlers"):
+            _decorate(getattr(node, name, ()) if isinstance(node, ast.stmt | ast.excepthandler) else ())
 
 
 def _decorator(node: ast.AST) -> ast.expr:

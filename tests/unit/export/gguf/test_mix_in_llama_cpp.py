@@ -19,7 +19,7 @@ from .llama_cpp import llama
 from .tiny import tiny_folder, tokenizer
 
 BASES: dict[str, tuple[str, dict[str, Any]]] = {
-    "grouped": ("mistral", {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 9}),
+    "grouped": ("mistral", {"hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 9}),
     "tied, odd width": ("qwen2", {"num_hidden_layers": 17, "hidden_size": 32, "intermediate_size": 256}),
     "eight experts": ("mixtral", {"hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 2}),
     "fused": ("gpt2", {"n_embd": 256, "n_inner": 96, "n_layer": 9}),
