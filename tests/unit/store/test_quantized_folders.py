@@ -20,6 +20,7 @@ from veneer.adapters.peft_model import get_peft_model
 from veneer.errors import ConfigError, FormatError
 from veneer.export.merged import merge_checkpoint
 from veneer.methods.lora import LoraConfig
+from veneer.model.attach import adapted_layers
 from veneer.model.quant_linear import QuantLinear
 from veneer.plan.architecture import config_of
 from veneer.plan.model import meta_base
@@ -136,6 +137,28 @@ def test_an_adapter_finds_its_quantized_base(made: Made, tmp_path: Path) -> None
     again = AutoPeftModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
     assert quantized(again)
     close(again(IDS).logits, logits)
+
+
+@pytest.mark.parametrize("name", ["fp8 blocks", "float-quantized", "mxfp4", "nvfp4"])
+def test_merged_into_the_format(made: Made, name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """The weights are those of quantizing the exact sum afresh, and the report tells what is left of the update."""
+    model, _, _ = trained(made[name] / "coded")
+    wanted = {}
+    for path, layer in adapted_layers(model).items():
+        if isinstance(layer, QuantLinear):
+            exact, _ = layer.folded_weight(("default",), torch.float32)
+            wanted[path] = layer.spec.bind(layer.spec.quantize(exact)).dense(torch.float32)
+    found = quantized(model.merge_and_unload(requantize=True))
+    assert f"re-quantized {len(wanted)} layers" in capsys.readouterr().out
+    for path, weight in wanted.items():
+        assert torch.equal(found[path].frozen_format().dense(torch.float32), weight)
+
+
+def test_gptq_is_not_quantized_again(made: Made) -> None:
+    model, logits, _ = trained(made["gptq 4"] / "coded")
+    with pytest.raises(ConfigError, match="merge into 16 bits"):
+        model.merge_and_unload(requantize=True)
+    assert torch.equal(model(IDS).logits, logits)
 
 
 @pytest.mark.parametrize("name", ["fp8 blocks", "gptq 4"])
