@@ -74,6 +74,7 @@ def test_weights_are_what_the_codes_stand_for(made: Made, name: str) -> None:
         assert torch.equal(layer.frozen_format().dense(torch.float32), dense[f"{path}.weight"])
 
 
+@pytest.mark.product
 @formats
 @pytest.mark.parametrize("fields", [{}, {"use_dora": True}], ids=["lora", "dora"])
 def test_logits_and_gradients_are_those_of_the_dense_twin(made: Made, name: str, fields: dict[str, Any]) -> None:
