@@ -16,13 +16,16 @@ def mesh(device: str, n: int, shard: int) -> DeviceMesh:
     return init_device_mesh(device, (n // shard, shard), mesh_dim_names=("copy", "shard"))["shard"]
 
 
-def cut(holder: nn.Module, blocks: nn.ModuleList, mesh: DeviceMesh, whole: set[nn.Parameter]) -> None:
-    """Cut the weights of blocks over a mesh, but for those that stay ``whole``."""
-    for block in blocks:
-        for module in block.modules():
-            if isinstance(module, QuantLinear):
-                module.freeze_parts()
-        fully_shard(block, mesh=mesh, ignored_params=whole, reshard_after_forward=True)
+def cut_block(block: nn.Module, mesh: DeviceMesh, whole: set[nn.Parameter]) -> None:
+    """Cut the weights of a block over a mesh, but for those that stay ``whole``."""
+    for module in block.modules():
+        if isinstance(module, QuantLinear):
+            module.freeze_parts()
+    fully_shard(block, mesh=mesh, ignored_params=whole, reshard_after_forward=True)
+
+
+def join(holder: nn.Module, mesh: DeviceMesh, whole: set[nn.Parameter]) -> None:
+    """Let the module that holds the blocks that are cut run them; nothing of its own is cut."""
     fully_shard(holder, mesh=mesh, ignored_params=whole, reshard_after_forward=True)  # one order to prefetch in
 
 

@@ -7,9 +7,10 @@ import mmap
 import os
 import re
 from bisect import bisect_left
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
@@ -28,7 +29,8 @@ def give_back(model: nn.Module) -> None:
     if not os.access(SMAPS, os.R_OK):
         return
     libc = ctypes.CDLL(None)
-    tensors = chain(model.parameters(), model.buffers())
+    named: Iterable[Any] = chain(model.parameters(), model.buffers())
+    tensors = (tensor.to_local() if hasattr(tensor, "to_local") else tensor for tensor in named)  # a part, if it is cut
     held = _file_maps({tensor.data_ptr() for tensor in tensors if tensor.is_cpu})
     listed = SMAPS.read_text(encoding="utf-8", errors="replace") if held else ""
     for name, (first, end) in held.items():

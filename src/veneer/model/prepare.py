@@ -6,9 +6,19 @@ from collections.abc import Mapping
 from typing import Any, TypeVar
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 Model = TypeVar("Model", bound=PreTrainedModel)
+
+
+def widen(module: nn.Module) -> None:
+    """Freeze a module's parameters, and cast those in 16 bits to float32."""
+    for parameter in module.parameters():
+        parameter.requires_grad = False
+        # bitsandbytes may label the bytes of its codes with a 16-bit dtype
+        if parameter.dtype in (torch.float16, torch.bfloat16) and not hasattr(parameter, "quant_state"):
+            parameter.data = parameter.data.to(torch.float32)
 
 
 def prepare_model_for_kbit_training(
@@ -22,11 +32,7 @@ def prepare_model_for_kbit_training(
     if checkpoints are reentrant (torch's older kind, and the default without ``use_reentrant``). Without that gradient
     a frozen model would train nothing. The model is changed in place and returned.
     """
-    for parameter in model.parameters():
-        parameter.requires_grad = False
-        # bitsandbytes may label the bytes of its codes with a 16-bit dtype
-        if parameter.dtype in (torch.float16, torch.bfloat16) and not hasattr(parameter, "quant_state"):
-            parameter.data = parameter.data.to(torch.float32)
+    widen(model)
     if use_gradient_checkpointing:
         kwargs = dict(gradient_checkpointing_kwargs or {})
         if kwargs.get("use_reentrant", True):

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from typing import TypeVar
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
 
 import torch
 from torch import distributed, nn
@@ -33,22 +35,81 @@ def shard_base(model: Model, shard: int | None = None, *, device: str | None = N
 
     Raises ConfigError if ``shard`` does not divide the processes, or if the model cannot be cut.
     """
-    n = distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
+    n = _n_processes()
     shard = n if shard is None else shard
     if shard < 1 or n % shard:
         raise ConfigError(f"shard {shard} must divide the {n} processes: each copy of the base is cut over as many")
     if shard == 1:
         return model
-    holder, blocks = _parts(model)
-    whole = {parameter for parameter in model.parameters() if parameter.requires_grad}
-    _require_cuttable(model, blocks, whole)
-    inside = {parameter for block in blocks for parameter in block.parameters()}
-    whole |= {parameter for parameter in model.parameters() if parameter not in inside}
-    from veneer.model.fsdp import cut, leave_to_fsdp, mesh  # one process never needs FSDP2
-
-    cut(holder, blocks, mesh(device or next(iter(inside)).device.type, n, shard), whole)
-    leave_to_fsdp(model)
+    _, blocks = _parts(model)
+    cutter = BaseCutter(shard, device or next(blocks.parameters()).device.type)
+    cutter.cut(model)
+    leave_apart(model)
     return model
+
+
+class BaseCutter:
+    """Cuts a base over processes of which ``shard`` share one copy, whole or block by block while it is loaded.
+
+    A base that is cut while it is loaded gets its adapter afterwards, and then `leave_apart`.
+    """
+
+    def __init__(self, shard: int, device: str) -> None:
+        self._shard, self._device = shard, device
+        self._mesh: Any = None  # made once: each has groups of its own
+
+    def cut(self, model: PreTrainedModel) -> None:
+        """Cut the blocks that are not cut yet. Raises ConfigError if the model cannot be cut."""
+        holder, blocks = _parts(model)
+        trained = {parameter for parameter in model.parameters() if parameter.requires_grad}
+        if self._mesh is None:
+            _require_cuttable(model, blocks, trained)
+        for block in blocks:
+            if not is_cut(block):
+                self._cut_block(block, trained)
+        inside = {parameter for block in blocks for parameter in block.parameters()}
+        whole = trained.union(parameter for parameter in model.parameters() if parameter not in inside)
+        from veneer.model.fsdp import join
+
+        join(holder, self._mesh, whole)
+
+    def take(self, model: PreTrainedModel, block: nn.Module) -> None:
+        """Cut a block of a model that is being loaded, whose weights are there and will not be trained."""
+        if self._mesh is None:
+            _require_cuttable(model, _parts(model)[1], set())
+        if not any(tensor.is_meta for tensor in (*block.parameters(), *block.buffers())):
+            self._cut_block(block.requires_grad_(False), set())
+
+    def _cut_block(self, block: nn.Module, whole: set[nn.Parameter]) -> None:
+        from veneer.model.fsdp import cut_block, mesh  # one process never needs FSDP2
+
+        if self._mesh is None:
+            self._mesh = mesh(self._device, _n_processes(), self._shard)
+        cut_block(block, self._mesh, whole)
+
+
+def leave_apart(model: nn.Module) -> None:
+    """Let DDP neither send nor reduce the weights that are cut."""
+    from veneer.model.fsdp import leave_to_fsdp
+
+    leave_to_fsdp(model)
+
+
+@contextmanager
+def gathered(block: nn.Module) -> Iterator[None]:
+    """Context in which all weights of a block are whole. All processes that share a copy enter it together."""
+    if not is_cut(block):
+        yield
+        return
+    block.unshard()  # type: ignore[operator]
+    try:
+        yield
+    finally:
+        block.reshard()  # type: ignore[operator]
+
+
+def _n_processes() -> int:
+    return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
 
 
 def is_cut(model: nn.Module) -> bool:

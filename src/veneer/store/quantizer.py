@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, cast
 
 import torch
@@ -23,6 +25,7 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 from veneer.disk.safetensors import DTYPE_NAMES
 from veneer.errors import CompositionError, ConfigError, FormatError, NonFiniteError
 from veneer.model.attach import adapted_modules
+from veneer.model.blueprint.describe import blocks_of
 from veneer.model.coded import CodedModule
 from veneer.model.made_dense import make_dense
 from veneer.model.quant_linear import QuantLinear
@@ -32,6 +35,21 @@ from veneer.store.quantization_config import QuantizationConfig
 
 METHOD = "veneer"
 _LOG = logging.getLogger(__name__)
+
+EachBlock = Callable[[PreTrainedModel, nn.Module], None]
+"""Takes a model that is being loaded, and one of its blocks whose weights are there."""
+
+_EACH_BLOCK: ContextVar[EachBlock | None] = ContextVar("_EACH_BLOCK", default=None)
+
+
+@contextmanager
+def blocks_handed_on(take: EachBlock | None) -> Iterator[None]:
+    """Give the blocks of quantized models that are loaded in this context to ``take``, one by one."""
+    token = _EACH_BLOCK.set(take)
+    try:
+        yield
+    finally:
+        _EACH_BLOCK.reset(token)
 
 
 class Deferred:
@@ -100,6 +118,7 @@ class Quantize(ConversionOps):  # type: ignore[misc]
             self.quantizer.fill(layer, name, value[0] if isinstance(value, list) else value, source_patterns)
             cast(Any, layer)._is_hf_initialized = True
             result[name] = layer.weight
+            self.quantizer.hand_on(model, layer)
         return result
 
 
@@ -118,6 +137,8 @@ class VeneerQuantizer(HfQuantizer):  # type: ignore[misc]
         self.stored_parts: dict[str, dict[str, Stored]] = {}
         self.dtype = torch.bfloat16
         self._model: PreTrainedModel | None = None  # while it is loaded
+        self._block_of: dict[nn.Module, nn.Module] = {}
+        self._block: nn.Module | None = None  # that is being loaded
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         devices = kwargs.get("device_map")
@@ -151,6 +172,8 @@ class VeneerQuantizer(HfQuantizer):  # type: ignore[misc]
                 layer = _empty_layer(path, module, config)
                 if layer is not None:
                     model.set_submodule(path, layer)
+        if _EACH_BLOCK.get() is not None:
+            self._block_of = {module: block for block in blocks_of(model)[1] for module in block.modules()}
 
     def open(self, files: list[str]) -> dict[str, Any]:
         """Return the tensors of the checkpoint, unread. Parts of a quantized weight are kept for its layer."""
@@ -228,6 +251,15 @@ class VeneerQuantizer(HfQuantizer):  # type: ignore[misc]
         except (FormatError, NonFiniteError) as error:
             self.problems.append(f"{name}: {error}")
 
+    def hand_on(self, model: PreTrainedModel, layer: nn.Module | None) -> None:
+        """Hand on the block before that of a layer whose weight is there: tensors come block by block."""
+        take, block = _EACH_BLOCK.get(), None if layer is None else self._block_of.get(layer, self._block)
+        if take is not None and self._block is not None and block is not self._block and not self.problems:
+            take(model, self._block)
+            for parameter in self._block.parameters():
+                cast(Any, parameter)._is_hf_initialized = True  # transformers would draw new values
+        self._block = block
+
     def finish(self, model: PreTrainedModel) -> None:
         """Raise one FormatError for all collected errors, layers without a weight included."""
         empty = [n for n, m in model.named_modules() if isinstance(m, CodedModule) and not m.is_filled]
@@ -235,6 +267,8 @@ class VeneerQuantizer(HfQuantizer):  # type: ignore[misc]
         problems = self.problems + [f"{name}.weight is not in the checkpoint" for name in empty if name not in noted]
         if problems:
             raise FormatError(f"the model cannot be loaded: {'; '.join(problems)}")
+        self.hand_on(model, None)
+        self._block_of.clear()
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         self.stored_parts.clear()

@@ -36,6 +36,7 @@ from veneer.store.gguf.model import converted_folder, folder_of_file
 from veneer.store.in_blocks import load_in_blocks
 from veneer.store.known import KNOWN
 from veneer.store.named import folder_of
+from veneer.store.quantizer import EachBlock, blocks_handed_on
 from veneer.store.stored_quantization import stored_quantization
 
 DTYPES = {
@@ -88,12 +89,14 @@ def load_model(
     device: str | torch.device | None = None,
     scores: bool = False,
     gguf: str = "blocks",
+    each_block: EachBlock | None = None,
 ) -> PreTrainedModel:
     """Return the causal language model at ``source``, for evaluation. With ``scores`` its head scores each sequence.
 
     A score is one number; the head is new if the files hold none. ``dtype`` ``"auto"`` keeps the checkpoint's.
     ``quantization`` is a `BitsAndBytesConfig`, not needed for a model that was saved quantized. The matrices of a GGUF
     file stay in their blocks, mapped; ``gguf="dense"`` or a ``quantization`` makes a dense copy in the cache first.
+    ``each_block`` takes the blocks of a model that is quantized while it is loaded, each once its weights are there.
 
     Raises the errors of `resolve`, FormatError if weights are damaged or missing, and ConfigError for an unknown dtype.
     Raises OutOfMemoryError if the process may not allocate the memory.
@@ -109,7 +112,8 @@ def load_model(
     kind = AutoModelForSequenceClassification if scores else AutoModelForCausalLM
     options |= {"num_labels": 1} if scores else {}
     try:
-        with bars_in_terminals_alone(), downloads_shown(place) if isinstance(place, str) else nullcontext():
+        shown = downloads_shown(place) if isinstance(place, str) else nullcontext()
+        with bars_in_terminals_alone(), shown, blocks_handed_on(each_block):
             if file is None:
                 model, report = kind.from_pretrained(
                     place, dtype=parse_dtype(dtype), output_loading_info=True, **options

@@ -3,26 +3,43 @@
 from __future__ import annotations
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from veneer.errors import ConfigError
 from veneer.model.give_back import give_back
-from veneer.model.prepare import prepare_model_for_kbit_training
+from veneer.model.prepare import prepare_model_for_kbit_training, widen
+from veneer.model.sharding import BaseCutter
 from veneer.recipe.parts import ModelPart
 from veneer.store.quantization import BitsAndBytesConfig
 from veneer.store.source import load_model
 
 
-def load_base(part: ModelPart, *, scores: bool = False, frozen: bool = True) -> PreTrainedModel:
+def load_base(
+    part: ModelPart, *, scores: bool = False, frozen: bool = True, cutter: BaseCutter | None = None
+) -> PreTrainedModel:
     """Return the base model of a recipe, quantized and prepared if it asks for that.
 
-    With ``scores`` its head gives each sequence one number. A base that is not ``frozen`` is dense.
+    With ``scores`` its head gives each sequence one number. A base that is not ``frozen`` is dense. ``cutter`` cuts its
+    blocks over processes: quantized ones as they are loaded, dense ones, which are mapped from their files, afterwards.
     """
     config = quantization_of(part)
+
+    def take(model: PreTrainedModel, block: nn.Module) -> None:
+        if cutter is not None:
+            if _is_widened(part, model):
+                widen(block)
+            cutter.take(model, block)
+
+    each_block = None if cutter is None else take
     gguf = part.gguf if frozen else "dense"
-    model = load_model(part.source, dtype=part.dtype, quantization=config, scores=scores, gguf=gguf)
+    model = load_model(
+        part.source, dtype=part.dtype, quantization=config, scores=scores, gguf=gguf, each_block=each_block
+    )
     if config is not None or getattr(model, "is_quantized", False):
         model = made_ready(model, part)
+    if cutter is not None:
+        cutter.cut(model.requires_grad_(False))  # what is not cut yet
     if part.attention is not None:
         try:
             model.set_attn_implementation(part.attention)
@@ -40,9 +57,13 @@ def made_ready(model: PreTrainedModel, part: ModelPart) -> PreTrainedModel:
     of a 4-bit model. The head would also be copied to 16 bits in each forward pass. Values in float16 are always
     widened: their range is too small for a stream.
     """
-    if part.float32_rest or model.dtype != torch.bfloat16:
+    if _is_widened(part, model):
         return prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
     return model.requires_grad_(False)
+
+
+def _is_widened(part: ModelPart, model: PreTrainedModel) -> bool:
+    return part.float32_rest or model.dtype != torch.bfloat16
 
 
 def quantization_of(part: ModelPart) -> BitsAndBytesConfig | None:

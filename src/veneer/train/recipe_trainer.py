@@ -25,7 +25,7 @@ from veneer.data.encoding import kind_of
 from veneer.errors import ConfigError
 from veneer.model.attach import adapted_modules, module_index
 from veneer.model.fused.decoder import fuse
-from veneer.model.sharding import shard_base
+from veneer.model.sharding import BaseCutter, is_cut, leave_apart, shard_base
 from veneer.recipe.adapter import FROM, differs_in_writing
 from veneer.recipe.advice import odd_rate
 from veneer.recipe.methods import not_that_adapter, usual_learning_rate
@@ -63,7 +63,8 @@ def make_trainer(
     metric = None
     if recipe.metric is not None:
         metric = TaskMetric.of(recipe.metric, tokenizer, list(rows.eval or ()), _known(rows.train))
-    base = load_base(recipe.model, frozen=recipe.method != "full") if model is None else model
+    cutter, frozen = _cutter(recipe) if model is None else None, recipe.method != "full"
+    base = load_base(recipe.model, frozen=frozen, cutter=cutter) if model is None else model
     given = _with_adapter(recipe, base)
     with refusals_told():
         trainer = kind(
@@ -85,7 +86,8 @@ def _make_task_trainer(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Ru
     args = recipe.training_config()
     rewards = {"reward_funcs": recipe.reward_functions()[0]} if recipe.rewards else {}
     set_seed(recipe.seed)  # a new head is drawn
-    base = load_base(recipe.model, scores=recipe.task == "reward", frozen=recipe.method != "full")
+    frozen, cutter = recipe.method != "full", _cutter(recipe)
+    base = load_base(recipe.model, scores=recipe.task == "reward", frozen=frozen, cutter=cutter)
     given = _with_adapter(recipe, base)
     with refusals_told():
         trainer: RunTrainer = trainer_of(recipe.task)(
@@ -113,7 +115,19 @@ def _with_adapter(recipe: Recipe, base: PreTrainedModel) -> _Given:
     model = adapted(model, for_scores(config) if recipe.task == "reward" else config)
     if args.fused == "auto":
         fuse(model)  # which verifies whole blocks: they stay fused from here on
-    return _Given(shard_base(model, shard, device=args.device.type), None)
+    if is_cut(model):
+        leave_apart(model)
+    else:
+        shard_base(model, shard, device=args.device.type)
+    return _Given(model, None)
+
+
+def _cutter(recipe: Recipe) -> BaseCutter | None:
+    """What cuts the base while it is loaded; None if it stays whole, or its adapter starts from more than shapes."""
+    shard = recipe.distributed.copy_size(n_processes(), n_on_this_machine())
+    if shard == 1 or not recipe.starts_from_shapes:
+        return None
+    return BaseCutter(shard, recipe.training_config().device.type)
 
 
 class _Given(NamedTuple):

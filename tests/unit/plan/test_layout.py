@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.unit.plan.conftest import Make
 
 from veneer.errors import ConfigError
 from veneer.plan.cards import card_of
@@ -15,6 +16,7 @@ from veneer.plan.layout import Ranks, rank_facts, told_ranks
 from veneer.plan.live import Peak
 from veneer.plan.model import shortened
 from veneer.plan.plan import Plan, plan_recipe
+from veneer.plan.processes import cut_over
 from veneer.plan.report import CONTEXT_BYTES, FRAGMENTS, Machine
 from veneer.plan.trace import BASE, EMBEDDINGS, GRADIENTS
 from veneer.recipe.recipe import Recipe, parse_recipe
@@ -111,3 +113,23 @@ def test_processes_of_this_machine_share_its_memory(plan: Plan, monkeypatch: pyt
 def test_a_layout_that_does_not_divide_the_processes_is_refused(plan: Plan) -> None:
     with pytest.raises(ConfigError, match="shard: 4 must divide the 6 processes"):
         rank_facts(_laid_out(plan, {"shard": 4}), _of_card(90e9), Ranks(6), None)
+
+
+@pytest.mark.parametrize(
+    ("adapter", "model", "is_whole"),
+    [
+        ({}, {}, True),
+        ({}, {"quantization": "nf4"}, False),
+        ({"init_lora_weights": "pissa"}, {"quantization": "nf4"}, True),
+        ({"use_dora": True}, {"quantization": "nf4"}, True),
+        ({"bias": "all"}, {"quantization": "nf4"}, True),
+        ({"modules_to_save": ["lm_head"]}, {"quantization": "nf4"}, True),
+    ],
+)
+def test_a_base_is_read_whole_where_it_is_dense_or_an_adapter_starts_from_its_weights(
+    recipe: Make, adapter: dict[str, Any], model: dict[str, Any], is_whole: bool
+) -> None:
+    plan = plan_recipe(recipe({"method": "lora", "r": 5, **adapter}, model))
+    loading = cut_over(plan, 2, 2, in_host_memory=True).phases["load"]
+    assert (loading.kinds[BASE] == plan.phases["load"].kinds[BASE]) == is_whole
+    assert cut_over(plan, 2, 2, in_host_memory=False).phases["load"].kinds[BASE] < plan.phases["load"].kinds[BASE]

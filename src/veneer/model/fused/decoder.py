@@ -25,6 +25,7 @@ from veneer.model.fused.shape import BlockShape, block_shape
 from veneer.model.holder import Holder
 from veneer.model.inplace import InPlace, change_class, restore_class
 from veneer.model.quant_linear import computing_dtypes
+from veneer.model.sharding import gathered
 from veneer.model.structure import evaluation
 from veneer.ops.dispatch import backends
 
@@ -267,7 +268,8 @@ def _minds_positions(block: FusedBlock, call: tuple[Tensor, dict[str, Any], Tens
     given = kwargs.get("position_ids")
     if given is None or block.fused_shape.attention is None:
         return False
-    own, moved = (own_attention(block, {**_fresh(kwargs), "position_ids": ids}, x) for ids in (given, given.flip(0)))
+    with gathered(block):
+        own, moved = (own_attention(block, {**_fresh(kwargs), "position_ids": i}, x) for i in (given, given.flip(0)))
     return not torch.equal(own, moved)
 
 
@@ -281,7 +283,8 @@ def _error(block: FusedBlock, call: tuple[Tensor, dict[str, Any], Tensor]) -> fl
     are not fused from now on.
     """
     x, kwargs, y = call
-    _leave_out_unfit(block, x.dtype)
+    with gathered(block):
+        _leave_out_unfit(block, x.dtype)
     mask = cast(LayoutMask, layout_mask(SIZE, None, None))
     own = _first(block(x, **{**_fresh(kwargs), "attention_mask": mask})).double()
     change = (y.double() - x.double()).norm()
