@@ -87,7 +87,9 @@ def _adapted(storage: str, checkpointing: str) -> Any:
     model = LlamaForCausalLM(llama_config(num_hidden_layers=N_BLOCKS, intermediate_size=96, hidden_size=72))
     for path, module in list(model.model.named_modules()) if storage in FORMATS else ():
         if isinstance(module, nn.Linear):
-            spec = BitsAndBytesConfig(**FORMATS[storage]).spec(tuple(module.weight.shape), module.weight.dtype)
+            spec: Any = BitsAndBytesConfig(**FORMATS[storage]).spec_of(
+                path, tuple(module.weight.shape), module.weight.dtype
+            )
             model.model.set_submodule(path, QuantLinear.from_dense(module, spec))
     model.requires_grad_(False)
     config = LoraConfig(r=3, lora_alpha=5, target_modules="all-linear", lora_dropout=0.05)

@@ -111,9 +111,8 @@ def _tied_module_outside(base: Any) -> None:
 
 def _tied_codes(base: Any) -> None:
     weight = base.layers[0].mlp.up_proj.weight
-    layer = QuantLinear.from_dense(
-        nn.Linear(*weight.shape[::-1]), BitsAndBytesConfig(load_in_4bit=True).spec(tuple(weight.shape), weight.dtype)
-    )
+    spec: Any = BitsAndBytesConfig(load_in_4bit=True).spec_of("up_proj", tuple(weight.shape), weight.dtype)
+    layer = QuantLinear.from_dense(nn.Linear(*weight.shape[::-1]), spec)
     base.layers[0].mlp.up_proj = base.layers[1].mlp.up_proj = layer
 
 
