@@ -75,12 +75,12 @@ async def _text(port: int, body: dict[str, Any]) -> str:
 
 def served(side: str, job: dict[str, Any]) -> None:
     """Answer loads by a server of the side."""
-    start, port = time.perf_counter(), _free_port()
+    start, port = time.perf_counter(), free_port()
     server = subprocess.Popen(
         {"veneer": veneer, "vllm": vllm}[side](job, port), stdin=subprocess.DEVNULL, stdout=sys.stderr
     )
     try:
-        _wait(port, server)
+        answers_at(port, server)
         print(ANSWER + json.dumps({"seconds": time.perf_counter() - start}), flush=True)
         for line in sys.stdin:
             start = time.perf_counter()
@@ -115,7 +115,7 @@ def held(job: dict[str, Any]) -> None:
         return found
 
     app.get("/held")(longest)
-    port = _free_port()
+    port = free_port()
 
     async def run() -> None:
         watching = asyncio.create_task(ticks())
@@ -126,12 +126,12 @@ def held(job: dict[str, Any]) -> None:
     asyncio.run(run())
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.create_server(("127.0.0.1", 0)) as free:
         return int(free.getsockname()[1])
 
 
-def _wait(port: int, server: subprocess.Popen[bytes]) -> None:
+def answers_at(port: int, server: subprocess.Popen[bytes]) -> None:
     while True:
         try:
             urllib.request.urlopen(f"http://127.0.0.1:{port}/health").close()

@@ -59,11 +59,15 @@ def _require_known_roles(turns: Sequence[Mapping[str, Any]], template: str) -> N
 
 def _turn(number: int, message: Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
-        raise ConfigError(f"messages[{number}]={message!r} must be a mapping with a role and a content")
+        raise ConfigError(f"messages[{number}]={message!r:.100} is no message: give a role and a content")
     content = message.get("content")
     if isinstance(content, Sequence) and not isinstance(content, str):
         wrong = [part for part in content if not isinstance(part, Mapping) or not isinstance(part.get("text"), str)]
         if wrong:
-            raise ConfigError(f"messages[{number}]: only parts of the type text are read, not {wrong[0]!r}")
+            raise ConfigError(f"messages[{number}]: only parts of the type text are read, not {wrong[0]!r:.100}")
         content = "\n".join(part["text"] for part in content)
+    elif content is not None and not isinstance(content, str):
+        raise ConfigError(
+            f"messages[{number}].content={content!r:.100} is no text: give a string, or parts of the type text"
+        )
     return {**message, "content": content}
