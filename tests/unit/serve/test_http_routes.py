@@ -153,6 +153,10 @@ def test_the_openapi_tells_routes_answers_and_errors(server):
     assert answer == {"$ref": "#/components/schemas/TokenizeAnswer"}
     error = posts["/tokenize"]["404"]["content"]["application/json"]["schema"]
     assert error == {"$ref": "#/components/schemas/ErrorBody"}
+    for path in ("/v1/load_lora_adapter", "/v1/unload_lora_adapter"):
+        assert list(posts[path]["200"]["content"]) == ["text/plain"]
+        assert list(posts[path]["400"]["content"]) == ["application/json"]
+    assert "content" not in told["paths"]["/health"]["get"]["responses"]["200"]
 
 
 def test_conversations_share_pages_by_their_salt(base_folder):

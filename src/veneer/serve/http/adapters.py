@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from functools import partial
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Literal, TypeVar
 
 from fastapi import FastAPI, Query
 from fastapi.responses import PlainTextResponse, Response
@@ -99,9 +99,8 @@ class Adapters:
 
     def add_to(self, app: FastAPI) -> None:
         """Add the routes to an application."""
-        text: dict[str, Any] = {"response_class": PlainTextResponse, **documented()}
-        app.post("/v1/load_lora_adapter", **text)(self.load)
-        app.post("/v1/unload_lora_adapter", **text)(self.unload)
+        app.post("/v1/load_lora_adapter", **documented(text=True))(self.load)
+        app.post("/v1/unload_lora_adapter", **documented(text=True))(self.unload)
         app.get("/v1/adapters", **documented(AdapterList))(self.listed)
         app.post("/v1/adapters/{name:path}/pin", **documented(AdapterCard))(self.pin)
         app.post("/v1/adapters/{name:path}/unpin", **documented(AdapterCard))(self.unpin)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
+from fastapi import Response
 from pydantic import BaseModel
 
 _ERRORS = {
@@ -52,12 +53,13 @@ def documented(
     answer: type[BaseModel] | None = None,
     *,
     streams: bool = False,
+    text: bool = False,
     body: bool = True,
     error: type[BaseModel] = ErrorBody,
 ) -> dict[str, Any]:
     """Return the options of a route: its answer, whether it ``streams`` too, and its errors, as they are told.
 
-    A route without a ``body`` has no errors of one.
+    The answer of a route of ``text`` is plain text. A route without a ``body`` has no errors of one.
     """
     found: dict[int | str, dict[str, Any]] = {
         status: {"model": error, "description": told}
@@ -71,4 +73,13 @@ def documented(
     if streams:
         event = {"text/event-stream": {"schema": {"type": "string"}}}
         found.setdefault(200, {"description": "The answer; with stream=true its events."})["content"] = event
-    return {"responses": found}
+    if not text:
+        return {"responses": found}
+    found[200] = {"description": "The answer.", "content": {"text/plain": {"schema": {"type": "string"}}}}
+    # The media type of a class of responses would be told for errors too, which are JSON.
+    return {"responses": found, "response_class": Response}
+
+
+def empty(status: int) -> dict[str, Any]:
+    """Return the options of a route whose answer has no body, and that has one status of errors."""
+    return {"responses": {status: {"model": ErrorBody, "description": _ERRORS[status]}}, "response_class": Response}

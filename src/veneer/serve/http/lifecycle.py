@@ -11,6 +11,7 @@ from fastapi.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from veneer.serve.async_engine import AsyncEngine
+from veneer.serve.http.documented import empty
 from veneer.serve.http.errors import RetryLaterError, error_response
 
 _ALWAYS = frozenset({"/health", "/ready", "/version", "/metrics"})  # answered while the server drains
@@ -99,6 +100,6 @@ def add_lifecycle(app: FastAPI, lifecycle: Lifecycle, engine: AsyncEngine) -> No
         """Return the version of veneer."""
         return {"version": importlib.metadata.version("veneer")}
 
-    app.get("/health")(health)
-    app.get("/ready")(ready)
+    app.get("/health", **empty(500))(health)
+    app.get("/ready", **empty(503))(ready)
     app.get("/version")(version)
