@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -23,16 +23,24 @@ class CodedEmbedding(CodedModule):
         super().__init__(spec)
         self.num_embeddings, self.embedding_dim = spec.shape
         self.padding_idx = padding_idx
-        self.register_buffer("like", torch.empty(0, dtype=dtype), persistent=False)  # is cast with the module
+        # without values: cast with the module, and the first parameter of a model, by which others tell its dtype
+        self.like = nn.Parameter(torch.empty(0, dtype=dtype, device="cpu"), requires_grad=False)
 
     def forward(self, token_ids: Tensor) -> Tensor:
         table = cast(BlockWeight, self.bound())
-        rows = table.rows(token_ids.reshape(-1)).to(cast(Tensor, self.like).dtype)
+        rows = table.rows(token_ids.reshape(-1)).to(self.like.dtype)
         return rows.view(*token_ids.shape, self.embedding_dim)
 
     def dense_table(self) -> Tensor:
         """Return the whole table, decoded."""
-        return self.bound().dense(cast(Tensor, self.like).dtype)
+        return self.bound().dense(self.like.dtype)
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        like = self._parameters.pop("like")  # no file holds it
+        try:
+            super()._load_from_state_dict(*args)
+        finally:
+            self._parameters["like"] = like
 
     def extra_repr(self) -> str:
         return f"{self.num_embeddings}, {self.embedding_dim}"

@@ -22,7 +22,7 @@ from veneer.export.merged import MergeOptions, merge_checkpoint
 from veneer.methods.lora import LoraConfig
 from veneer.model.coded import CodedModule
 from veneer.model.coded_embedding import CodedEmbedding
-from veneer.model.fused.decoder import fuse
+from veneer.model.fused.decoder import fuse, unfuse
 from veneer.store.checkpoint import Checkpoint
 from veneer.store.gguf.blocks import described_file, why_not_in_blocks
 from veneer.store.gguf.model import convert_gguf
@@ -87,7 +87,13 @@ def test_a_head_shares_the_blocks_of_its_table_and_nothing_is_copied(mixed: Path
     assert head.weight is table.weight
     kinds = {m.spec.kind for m in model.modules() if isinstance(m, CodedModule)}
     assert kinds == {"Q4_K", "Q6_K"}
-    assert model.dtype == torch.bfloat16
+    assert "model.embed_tokens.like" not in model.state_dict()
+    assert not load_model(mixed).load_state_dict(model.state_dict()).missing_keys
+    adapted = get_peft_model(model, LoraConfig(r=3, target_modules=["q_proj"]))
+    assert adapted.dtype == torch.bfloat16  # the adapter's is float32
+    assert fuse(adapted)
+    unfuse(adapted)
+    model = adapted.unload()
     assert table(torch.tensor([[7, 2]])).dtype == torch.bfloat16
     assert load_model(mixed, dtype="float32")(torch.tensor([[7, 2]])).logits.dtype == torch.float32
     dense = model.dequantize()
