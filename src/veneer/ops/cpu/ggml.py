@@ -37,7 +37,7 @@ def dequantize(
     packed: UInt8[Tensor, "n bytes"], kind: str, order: Int32[Tensor, " k"] | None
 ) -> Float32[Tensor, "k c"]:
     ggml_type = GGML_TYPES[kind]
-    if ggml_type.block == 1 or not hasattr(kernels(), "ggml_decode"):
+    if ggml_type.block == 1:
         return reference.dequantize(packed, kind, order)
     columns = packed.shape[1] // ggml_type.n_bytes * ggml_type.block
     out = torch.empty(len(packed) if order is None else len(order), columns)
@@ -49,7 +49,7 @@ def matmul(
     x: Float[Tensor, "n i"], packed: UInt8[Tensor, "o bytes"], kind: str, order: Int32[Tensor, " o"] | None
 ) -> Float[Tensor, "n o"]:
     ggml_type = GGML_TYPES[kind]
-    if ggml_type.block == 1 or x.dtype == torch.float64 or not hasattr(kernels(), "ggml_multiply"):
+    if ggml_type.block == 1 or x.dtype == torch.float64:
         return reference.matmul(x, packed, kind, order)
     wide, out = x.float().contiguous(), torch.empty(len(x), len(packed))
     matrix = _matrix(packed, order, len(packed), x.shape[1])
