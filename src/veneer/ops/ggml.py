@@ -10,12 +10,13 @@ Source: ggml-org/llama.cpp, ggml/src/ggml-quants.c.
 from __future__ import annotations
 
 import torch
-from jaxtyping import Float, Float32, Int32, UInt8
+from jaxtyping import Float, Float32, Int, UInt8
 from torch import Tensor
 
 from veneer.errors import ConfigError, NonFiniteError, ShapeError
 from veneer.ops.dispatch import implementation
 from veneer.ops.ggml_types import GGML_TYPES, GgmlType
+from veneer.ops.traced import is_tracing
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -65,15 +66,16 @@ def quantize_ggml(
 def dequantize_ggml(
     packed: UInt8[Tensor, "n bytes"],
     kind: str,
-    order: Int32[Tensor, " k"] | None = None,
+    order: Int[Tensor, " k"] | None = None,
     *,
     backend: str | None = None,
 ) -> Float32[Tensor, "k c"]:
     """Return the values of rows in ggml's type ``kind``: all of them, or those that ``order`` lists.
 
-    Raises ConfigError (unknown type), ShapeError (bytes that are no whole row).
+    Raises ConfigError (unknown type), ShapeError (bytes that are no whole row), IndexError (a row that is not there).
     """
     columns = _columns(packed, kind)
+    order = None if order is None else _listed(order, len(packed))
     n_rows = len(packed) if order is None else len(order)
     if not n_rows * columns:
         return packed.new_empty(n_rows, columns, dtype=torch.float32)
@@ -85,7 +87,7 @@ def matmul_ggml(
     x: Float[Tensor, "n i"],
     packed: UInt8[Tensor, "o bytes"],
     kind: str,
-    order: Int32[Tensor, " o"] | None = None,
+    order: Int[Tensor, " o"] | None = None,
     *,
     backend: str | None = None,
 ) -> Float[Tensor, "n o"]:
@@ -93,9 +95,11 @@ def matmul_ggml(
 
     Made for few rows: W is decoded anew for every eight of them. Sums and decoded values are float32.
 
-    Raises ConfigError (unknown type), ShapeError (bytes that are no whole row, or do not fit x).
+    Raises ConfigError (unknown type), ShapeError (bytes that are no whole row, or do not fit x), IndexError (a row that
+    is not there).
     """
     columns = _columns(packed, kind)
+    order = None if order is None else _listed(order, len(packed))
     if x.ndim != 2 or x.shape[1] != columns:
         raise ShapeError(f"x must be (n, {columns}) for rows of {columns} values in {kind}; got {tuple(x.shape)}")
     out: Tensor = implementation("ggml.matmul", x.device, backend)(x, packed.contiguous(), kind, order)
@@ -111,6 +115,18 @@ def _columns(packed: Tensor, kind: str) -> int:
             f"got {packed.dtype} {tuple(packed.shape)}"
         )
     return packed.shape[1] // ggml_type.n_bytes * ggml_type.block
+
+
+def _listed(order: Tensor, n_rows: int) -> Tensor:
+    """The numbers of rows as kernels read them, checked: kernels take any. Those on a GPU torch checks itself."""
+    if order.is_cpu and len(order) and not is_tracing():
+        low, high = (int(end) for end in order.aminmax())
+        if low < 0 or high >= n_rows:
+            raise IndexError(
+                f"row {min(low, 0) or high} is not in the table: it has rows 0 to {n_rows - 1}. If rows are tokens, "
+                "take ids of the model's own tokenizer."
+            )
+    return order.to(torch.int32).contiguous()
 
 
 def _type(kind: str) -> GgmlType:

@@ -53,14 +53,14 @@ class GgmlWeight(BlockWeight):
         if self.order is None and isinstance(index, slice):
             return dequantize_ggml(self.blocks[index], self.kind)
         places = index if self.order is None else self.order[index]
-        return dequantize_ggml(self.blocks, self.kind, cast(Tensor, places).int())
+        return dequantize_ggml(self.blocks, self.kind, cast(Tensor, places))
 
     def multiply(self, x: Tensor, transposed: bool) -> Tensor:
         flat = x.reshape(-1, x.shape[-1])
         if transposed or len(flat) > FEW_ROWS:
             return BlockWeight.multiply(self, x, transposed)
         self._require_unchanged()
-        return matmul_ggml(flat, self.blocks, self.kind, self.order).view(*x.shape[:-1], -1)
+        return matmul_ggml(flat, self.blocks, self.kind, self.order).view(*x.shape[:-1], self.shape[0])
 
     def _require_unchanged(self) -> None:
         if self.source is not None:

@@ -82,6 +82,28 @@ def test_products_are_those_with_the_decoded_rows(kind, dtype, backend):
         matmul_ggml(torch.ones(3, 1024), packed, kind, backend=backend)
 
 
+@pytest.mark.parametrize("kind", ["F16", "Q8_0"])
+def test_rows_are_listed_by_any_view_of_whole_numbers(kind, backend):
+    packed, x = quantize_ggml(bell(16, 11, 64), kind), bell(17, 3, 64)
+    every, order = torch.tensor([[3, 0], [10, 1], [3, 2]]), torch.tensor([3, 10, 3])
+    exact = dequantize_ggml(packed, kind)[order]
+    for view in (every[:, 0], every.int()[:, 0]):
+        assert torch.equal(dequantize_ggml(packed, kind, view, backend=backend), exact)
+    shuffled = torch.stack([torch.randperm(11), torch.arange(11)]).T.int()[:, 0]
+    y = matmul_ggml(x, packed, kind, shuffled, backend=backend)
+    torch.testing.assert_close(y, x @ dequantize_ggml(packed, kind)[shuffled].T)
+
+
+@pytest.mark.parametrize("wrong", [11, -1, 10**8, 2**32 + 3])
+def test_a_row_that_is_not_there_is_refused(wrong, backend):
+    packed, order = quantize_ggml(bell(16, 11, 64), "Q4_0"), torch.arange(11)
+    order[4] = wrong
+    with pytest.raises(IndexError, match=rf"row {wrong} is not in the table: it has rows 0 to 10\."):
+        dequantize_ggml(packed, "Q4_0", order, backend=backend)
+    with pytest.raises(IndexError, match=f"row {wrong} is not"):
+        matmul_ggml(bell(17, 2, 64), packed, "Q4_0", order, backend=backend)
+
+
 def test_numbers_and_sizes_are_those_of_gguf():
     for kind in GGML_TYPES.values():
         number = gguf.GGMLQuantizationType[kind.name]

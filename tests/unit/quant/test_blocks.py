@@ -81,6 +81,13 @@ def test_gradients_are_exact_and_keep_nothing() -> None:
     torch.testing.assert_close(dx, frozen.dense(torch.float64).sum(0).expand_as(x))
 
 
+def test_products_of_no_rows_have_none() -> None:
+    frozen = shuffled("Q4_0", 11, 64)
+    x = torch.empty(2, 0, 64, requires_grad=True)
+    assert frozen.matmul(x).shape == (2, 0, 11)
+    assert frozen.matmul_t(torch.empty(0, 11)).shape == (0, 64)
+
+
 def test_rows_that_no_block_divides_are_stored_in_f16_as_by_llama_quantize() -> None:
     assert ggml.quantize(weight(5, 96)).kind == "Q8_0"
     assert ggml.quantize(weight(5, 37)).kind == "F16"

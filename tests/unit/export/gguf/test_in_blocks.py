@@ -95,6 +95,9 @@ def test_a_head_shares_the_blocks_of_its_table_and_nothing_is_copied(mixed: Path
     unfuse(adapted)
     model = adapted.unload()
     assert table(torch.tensor([[7, 2]])).dtype == torch.bfloat16
+    for wrong in (-1, VOCAB):
+        with pytest.raises(IndexError, match=rf"row {wrong} is not in the table: it has rows 0 to {VOCAB - 1}"):
+            model(torch.tensor([[7, wrong]]))
     assert load_model(mixed, dtype="float32")(torch.tensor([[7, 2]])).logits.dtype == torch.float32
     dense = model.dequantize()
     assert dense.get_output_embeddings().weight is dense.get_input_embeddings().weight
