@@ -105,9 +105,9 @@ def gptq(bits: int, group: int, layout: str, shuffled: bool) -> Stored:
         g_idx = torch.arange(i) // size
         g_idx = g_idx[torch.randperm(i, generator=generator)] if shuffled else g_idx
         codes = random_codes(generator, (i, o), 1 << bits)
-        zeros = 1 + random_codes(generator, (i // size, o), (1 << bits) - 1)
+        zeros = random_codes(generator, (i // size, o), 1 << bits)
         scales = random_scales(generator, (i // size, o), 0.08 / (1 << bits)).half()
-        stored = zeros - 1 if layout == "gptq" else zeros
+        stored = zeros - 1 & (1 << bits) - 1 if layout == "gptq" else zeros
         parts = {
             "qweight": words(codes.T, bits).T,
             "qzeros": words(stored, bits),

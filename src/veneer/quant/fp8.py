@@ -19,7 +19,8 @@ from veneer.quant.spec import Parts, scale_problems
 NAME = "fp8"
 BLOCK = (128, 128)
 KINDS = (torch.float8_e4m3fn, torch.float8_e5m2)
-SCALES = (torch.float32, torch.bfloat16, torch.float16, torch.float8_e8m0fnu, torch.uint8)
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+SCALES = (*FLOATS, torch.float8_e8m0fnu, torch.uint8)
 _FIRST_NAN = {torch.float8_e4m3fn: 0x7F, torch.float8_e5m2: 0x7C}
 """Smallest code, without its sign, that stands for no number: NaN, or e5m2's infinity."""
 
@@ -88,8 +89,9 @@ class Fp8Spec:
         absmax = blocks.abs().amax(dim=(1, 3))
         if not bool(absmax.isfinite().all()):
             raise NonFiniteError(f"cannot quantize a weight of shape {self.shape}: it holds NaN or infinity")
-        ones = torch.ones_like(absmax)
-        forward = torch.where(absmax > 0, largest / torch.where(absmax > 0, absmax, ones), ones)
+        # the inverse of a larger one is below the smallest normal number
+        forward = (largest / absmax).clamp(max=1.0 / torch.finfo(torch.float32).smallest_normal)
+        forward = torch.where(absmax > 0, forward, torch.ones_like(absmax))
         scale = self._stored(1.0 / forward)
         if self.scale_dtype != torch.float32:
             forward = 1.0 / powers(scale)
@@ -119,7 +121,7 @@ class Fp8Spec:
                 problems.append(
                     f"{self.suffix} has the shape {tuple(scale.shape)}, allowed: {' or '.join(map(str, fitting))}"
                 )
-            problems += scale_problems(self.suffix, scale, SCALES, powers)
+            problems += scale_problems(self.suffix, scale, FLOATS if self.rounded else SCALES, powers)
         if problems or codes is None or scale is None:
             raise FormatError(
                 f"an FP8 weight of shape {self.shape} cannot be read: {'; '.join(problems)}. Fetch the file again, or "
@@ -147,9 +149,9 @@ class Fp8Spec:
         return (o, i) if torch.Size(scale_shape).numel() == 1 else (1, i)
 
     def _stored(self, scale: Tensor) -> Tensor:
-        """The scale in its dtype on disk; powers of two are rounded up, so that no value is out of range."""
-        if self.scale_dtype not in (torch.float8_e8m0fnu, torch.uint8):
-            return scale.to(self.scale_dtype)
+        """The scale in its dtype on disk, never zero; powers of two are rounded up: no value is out of range."""
+        if self.scale_dtype in FLOATS:
+            return scale.clamp(min=torch.finfo(self.scale_dtype).smallest_normal).to(self.scale_dtype)
         tiny = torch.finfo(torch.float32).tiny
         exact = torch.pow(2.0, torch.ceil(torch.log2(scale.clamp(min=tiny)))).to(torch.float8_e8m0fnu)
         return exact.view(self.scale_dtype)

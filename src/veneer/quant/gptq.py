@@ -41,7 +41,7 @@ class GptqSpec(GroupedSpec):
             codes, g_idx = ordered_codes(codes, self.bits, inverse), g_idx[inverse]
         return {
             "qweight": codes.view(torch.int32).T.contiguous(),
-            "qzeros": pack((zeros - int(self.less_one)).T.contiguous(), self.bits).view(torch.int32),
+            "qzeros": pack((zeros - int(self.less_one) & self._top).T.contiguous(), self.bits).view(torch.int32),
             "scales": parts["scales"].T.contiguous(),
             "g_idx": g_idx,
         }
@@ -64,6 +64,10 @@ class GptqSpec(GroupedSpec):
     def _group(self) -> int:
         return self.group or self.shape[1]
 
+    @property
+    def _top(self) -> int:
+        return (1 << self.bits) - 1
+
     def _problems(self, tensors: Parts) -> list[str]:
         (o, i), bits, groups = self.shape, self.bits, self.n_groups
         problems = group_problems(self)
@@ -84,15 +88,18 @@ class GptqSpec(GroupedSpec):
         return problems + scale_problems("scales", scales, SCALES)
 
     def _zeros(self, stored: Tensor) -> tuple[Tensor, list[str]]:
-        """The zeros (o, groups), and their problems: the range tells a wrong convention."""
+        """The zeros (o, groups), and their problems. A single zero above the largest code is 0, as in AutoGPTQ's
+        kernels; most of them, or a symmetric weight beside its middle, tell a wrong convention.
+        """
         zeros = unpack(stored.contiguous().view(torch.uint8), self.bits, self.shape[0])
         middle, named = 1 << self.bits - 1, "gptq" if self.less_one else "gptq_v2"
         other = "gptq_v2" if self.less_one else "gptq"
         advice = f"checkpoint_format says {named}: it may be {other}"
-        if self.less_one and int(zeros.max()) == (1 << self.bits) - 1:
-            return zeros, [f"qzeros holds {int(zeros.max())}, a zero above the largest code; {advice}"]
+        n_above = int((zeros == self._top).sum()) if self.less_one else 0
+        if 2 * n_above > zeros.numel():
+            return zeros, [f"qzeros holds {n_above} zeros above the largest code, of {zeros.numel()}; {advice}"]
         if self.symmetric and bool((zeros == (middle if self.less_one else middle - 1)).all()):
             return zeros, [
                 f"all of qzeros are {int(zeros[0, 0])}, one beside the middle of a symmetric weight; {advice}"
             ]
-        return (zeros + int(self.less_one)).T.contiguous(), []
+        return (zeros + int(self.less_one) & self._top).T.contiguous(), []

@@ -49,8 +49,10 @@ class Nvfp4Spec:
         absmax = blocks.abs().amax(dim=-1)
         if not bool(absmax.isfinite().all()):
             raise NonFiniteError(f"cannot quantize a weight of shape {self.shape}: it holds NaN or infinity")
-        largest, smallest = torch.finfo(SCALE).max, torch.finfo(SCALE).smallest_normal
-        overall = LARGEST * largest / absmax.max().clamp(min=torch.finfo(torch.float32).tiny)
+        largest, smallest, peak = torch.finfo(SCALE).max, torch.finfo(SCALE).smallest_normal, absmax.max()
+        # its inverse is stored too, and is no number below the smallest
+        most = 1.0 / torch.finfo(torch.float32).smallest_normal
+        overall = torch.where(peak > 0, (LARGEST * largest / peak).clamp(max=most), torch.ones_like(peak))
         scale = (absmax / LARGEST * overall).clamp(smallest, largest).to(SCALE)
         codes = encoded(blocks / (scale.float() / overall)[:, :, None]).view(self.shape)
         held = overall.view(1) if self.divides else 1.0 / overall

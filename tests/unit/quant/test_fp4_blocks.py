@@ -53,6 +53,14 @@ def test_quantized_values_are_the_nearest_of_their_block(spec: Any) -> None:
 
 
 @specs
+@pytest.mark.parametrize("size", [0.0, 1e-37])
+def test_weights_of_zeros_and_of_tiny_values(spec: Any, size: float) -> None:
+    weight = torch.linspace(-size, size, 13 * 96).view(SHAPE)
+    again, parts = spec.from_disk(spec.to_disk(spec.quantize(weight)))
+    assert (again.bind(parts).dense().double() - weight).norm() <= 0.13 * weight.double().norm()
+
+
+@specs
 def test_weights_that_cannot_be_quantized(spec: Any) -> None:
     weight = torch.ones(SHAPE)
     weight[2, 3] = float("nan")

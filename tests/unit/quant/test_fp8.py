@@ -65,6 +65,26 @@ def test_quantized_as_transformers_does(scale_fmt: str) -> None:
     assert torch.equal(parts["scale"].float(), theirs["x.weight_scale_inv"].float())
 
 
+@pytest.mark.parametrize("scale_dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_scales_of_small_values_are_never_zero(scale_dtype: torch.dtype) -> None:
+    """A row of values below what its dtype's scales reach keeps its magnitude, and can be read again."""
+    size = 1e-5 if scale_dtype == torch.float16 else 1e-37
+    weight = torch.randn(3, 37, generator=torch.Generator().manual_seed(4))
+    weight[1] = size * weight[1] / weight[1].abs().max()
+    spec = Fp8Spec((3, 37), block=None, scale_dtype=scale_dtype, scale_shape=(3, 1))
+    again, parts = spec.from_disk(spec.to_disk(spec.quantize(weight)))
+    found = again.bind(parts).dense().double()
+    assert ((found - weight).norm(dim=1) / weight.double().norm(dim=1) < 0.04).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float8_e8m0fnu], ids=str)
+def test_rounded_values_need_scales_that_are_floats(dtype: torch.dtype) -> None:
+    scale = torch.full((3, 1), 120, dtype=torch.uint8).view(dtype)
+    codes = torch.ones(3, 5).to(torch.float8_e4m3fn)
+    with pytest.raises(FormatError, match=r"allowed: torch\.float32, torch\.bfloat16, torch\.float16$|; "):
+        Fp8Spec((3, 5), block=None, rounded=True).from_disk({"weight": codes, "weight_scale_inv": scale})
+
+
 def test_values_that_are_not_finite_are_refused() -> None:
     weight = torch.ones(3, 5)
     weight[1, 2] = float("inf")

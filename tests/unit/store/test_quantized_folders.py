@@ -262,7 +262,7 @@ def test_settings_that_cannot_be_honoured(broken: Path, settings: dict[str, Any]
         ({f"{UP}.g_idx": torch.arange(96, dtype=torch.int32) // 16}, {}, r"up_proj.*groups 0 to 5, allowed: 0 to 2"),
         ({f"{UP}.g_idx": torch.arange(96, dtype=torch.int32) // 32 - 1}, {}, "groups -1 to 1"),
         ({f"{UP}.g_idx": torch.zeros(96, dtype=torch.int32)}, {}, "puts 96 inputs into group 0, and a group has 32"),
-        ({f"{UP}.qzeros": torch.full((3, 20), -1, dtype=torch.int32)}, {}, "a zero above the largest code.*gptq_v2"),
+        ({f"{UP}.qzeros": torch.full((3, 20), -1, dtype=torch.int32)}, {}, "480 zeros above the largest.*gptq_v2"),
         ({f"{UP}.qzeros": torch.full((3, 20), -0x77777778, dtype=torch.int32)}, {"sym": True}, "may be gptq_v2"),
         (
             {f"{UP}.qzeros": torch.full((3, 20), 0x77777777, dtype=torch.int32)},
