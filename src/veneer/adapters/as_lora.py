@@ -76,12 +76,13 @@ def convert_to_lora(
 
     An update that is a low-rank pair stays what it is, exactly, unless its rank is above ``rank``. Any other update is
     the nearest one of that rank. A ``rank`` below 1, or 1.0, is the share of the squared singular values to keep: each
-    layer has the smallest rank for it. None allows exact updates alone. The scale of each layer is 1.
-    ``compile_kwargs`` has no effect.
+    layer has the smallest rank for it, a low-rank pair too. None allows exact updates alone. The scale of each layer is
+    1. ``compile_kwargs`` has no effect.
 
     Departs: PEFT's conversion is the nearest update of that rank in any case, found by a singular value decomposition.
 
-    Raises CompositionError if the adapter does more than add to weights, and ConfigError for an impossible rank.
+    Raises CompositionError if the adapter does more than add to weights, and ConfigError for an impossible rank. Raises
+    AdapterNameError for an unknown name, or while adapters are merged.
     """
     found = as_lora(model, rank, adapter_name, progressbar=progressbar)
     return found.config, dict(found.tensors)
@@ -100,8 +101,10 @@ def save_as_lora(
     """Write `convert_to_lora` as an adapter folder, and return it with its error.
 
     ``input_ids``: tokens on which the error of the logits is measured too. Raises the errors of `convert_to_lora`, and
-    DiskError.
+    DiskError. Raises ConfigError if the folder holds an adapter already, which may be the one converted.
     """
+    if (Path(path) / CONFIG_FILE).exists():
+        raise ConfigError(f"{path} holds an adapter, and nothing is overwritten: choose another folder")
     found = as_lora(model, rank, adapter_name, progressbar=progressbar)
     if input_ids is not None:
         found = replace(found, of_logits=_error_of_logits(model, found, adapter_name, input_ids))
@@ -118,6 +121,7 @@ def as_lora(model: nn.Module, rank: Rank, name: str, *, progressbar: bool = Fals
     """Return an adapter of a model as plain LoRA, with what each layer loses. See `convert_to_lora`."""
     _require_rank(rank)
     state = _state(model, name)
+    lifecycle.require_unmerged(state, f"convert {name!r} to LoRA")  # methods read the base's own weight
     require_layers_alone(model, state, (name,))
     found, sites, paths = dict[str, Plain](), dict[str, LinearSite](), dict[str, str]()
     layers = {path: layer for path, layer in adapted_layers(model).items() if name in layer.adapters}

@@ -46,7 +46,7 @@ def prepare(model: nn.Module, state: AdapterState) -> None:
 
 def add(model: nn.Module, state: AdapterState, name: str, config: MethodConfig, allocation: Allocation) -> None:
     """Attach a new adapter. Once active it trains, unless its config sets ``inference_mode``."""
-    _require_unmerged(state, f"add {name!r}")
+    require_unmerged(state, f"add {name!r}")
     attach(model, config, name, state, allocation=allocation)
     _attached(model, state, name, not config.inference_mode)
 
@@ -57,7 +57,7 @@ def load(model: nn.Module, state: AdapterState, folder: Path, name: str, options
     Returns the keys that keep their initial values (see `Leniency`). An attached adapter stays trainable if it was.
     Raises ConfigError if its settings differ from the files'.
     """
-    _require_unmerged(state, f"load {name!r}")
+    require_unmerged(state, f"load {name!r}")
     if name in state.configs:
         _require_same_settings(state.configs[name].packed(), options.config, name)
         left = load_weights(model, state, name, folder, options.leniency)
@@ -185,7 +185,8 @@ def _require_same_settings(own: MethodConfig, stored: MethodConfig, name: str) -
         )
 
 
-def _require_unmerged(state: AdapterState, what: str) -> None:
+def require_unmerged(state: AdapterState, what: str) -> None:
+    """Raise AdapterNameError while adapters are merged. ``what`` cannot be done then."""
     if state.merged:
         raise AdapterNameError(f"cannot {what} while {list(state.merged)} are merged: call unmerge_adapter() first")
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from veneer.combine.truncate import truncate_dense, truncate_factors
 from veneer.combine.update import Update
 from veneer.core.records import LinearDelta
+from veneer.errors import CompositionError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,7 +37,7 @@ class Plain:
 def plain_of(update: Update, rank: int | None) -> Plain:
     """Return the factors of an update: its own, or those of ``rank`` if it has none or has more.
 
-    Raises CompositionError if it needs a weight that is missing. ``rank`` is needed by an update that is no pair.
+    Raises CompositionError if it needs a weight that is missing, or if it is no pair and has no ``rank``.
     """
     if update.is_lowrank:
         a, b = update.record.factors(torch.float32)
@@ -45,10 +46,12 @@ def plain_of(update: Update, rank: int | None) -> Plain:
         if len(a) <= (rank or len(a)):
             return Plain(a=a, b=b, norm=norm)
         kept, error = truncate_factors(LinearDelta.pair(a.double(), b.double()), most)
+    elif rank is None:
+        raise CompositionError("an update of full rank has no factors of its own: give the rank to keep")
     else:
         whole = update.dense()
         norm = float(whole.double().norm())
-        kept, error = truncate_dense(whole, min(rank or 1, *whole.shape))
+        kept, error = truncate_dense(whole, min(rank, *whole.shape))
     a, b = kept.factors(torch.float32)
     return Plain(a=a, b=b, norm=norm, error=error)
 

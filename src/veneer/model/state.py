@@ -74,11 +74,11 @@ class AdapterState:
 
     @contextmanager
     def only(self, names: tuple[str, ...]) -> Iterator[None]:
-        """Context in which only these adapters act, on all rows alike."""
-        before = self.active
+        """Context in which only these adapters act, on all rows alike, also where they are switched off."""
+        before = self.active, self.disabled
         with self.route(None):
-            self.active = names
+            self.active, self.disabled = names, False
             try:
                 yield
             finally:
-                self.active = before
+                self.active, self.disabled = before

@@ -101,6 +101,48 @@ def test_what_is_no_plain_lora_says_so():
         veneer.convert_to_lora(base())
 
 
+def test_a_merged_adapter_is_no_source():
+    model = adapted(veneer.LoraConfig(r=3, use_dora=True, target_modules=TARGETS))
+    _, expected = veneer.convert_to_lora(model, 4)
+    model.merge_adapter()
+    with pytest.raises(AdapterNameError, match=r"cannot convert 'default' to LoRA while \['default'\] are merged"):
+        veneer.convert_to_lora(model, 4)
+    model.unmerge_adapter()
+    _, again = veneer.convert_to_lora(model, 4)
+    torch.testing.assert_close(again, expected, rtol=0, atol=0)
+
+
+def test_a_folder_that_holds_an_adapter_is_left_alone(tmp_path):
+    model = adapted(LOKR)
+    model.save_pretrained(tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(ConfigError, match=r"holds an adapter, and nothing is overwritten: choose another folder"):
+        veneer.save_as_lora(tmp_path, model, 2)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_the_logits_are_compared_also_where_adapters_are_off(tmp_path):
+    model = adapted(LOKR)
+    on = veneer.save_as_lora(tmp_path / "on", model, 2, input_ids=TOKENS).of_logits
+    model.disable_adapter_layers()
+    off = veneer.save_as_lora(tmp_path / "off", model, 2, input_ids=TOKENS).of_logits
+    assert off == on > 0
+    near(logits(model), logits(base()))
+
+
+def test_a_share_cuts_pairs_too():
+    model = adapted(PAIRS["loha"])
+    _, whole = veneer.convert_to_lora(model)
+    _, cut = veneer.convert_to_lora(model, 0.8)
+    for key in (key for key in whole if "lora_A" in key):
+        product = whole[key.replace("lora_A", "lora_B")] @ whole[key]
+        kept = torch.linalg.svdvals(product.double()).square().cumsum(0)
+        rank = len(cut[key])
+        assert kept[rank - 1] >= 0.8 * kept[-1]
+        assert rank < len(whole[key])
+        assert rank == 1 or kept[rank - 2] < 0.8 * kept[-1]
+
+
 def test_the_command_tells_what_is_lost(tmp_path):
     base().save_pretrained(tmp_path / "base")
     word_tokenizer(["a", "b"]).save_pretrained(tmp_path / "base")

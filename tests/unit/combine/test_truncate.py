@@ -5,7 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
+from veneer.combine.plain import plain_of
 from veneer.combine.truncate import rank_within, truncate_dense
+from veneer.combine.update import Update
+from veneer.core.records import LinearDelta
+from veneer.core.terms.scale import Scale
+from veneer.errors import CompositionError
+from veneer.quant.dense import DenseWeight
 
 
 @pytest.mark.parametrize("shape", [(37, 19), (19, 37), (23, 23)])
@@ -34,3 +40,9 @@ def test_an_update_of_zeros_stays_one(shape: tuple[int, int]) -> None:
     assert pair is not None
     assert error == 0.0
     assert not (pair.b @ pair.a).any()
+
+
+def test_an_update_of_full_rank_has_no_factors_without_a_rank() -> None:
+    scaled = Update(LinearDelta(output=Scale(torch.tensor([1.5, 0.5, 2.0]))), DenseWeight(torch.randn(3, 5)))
+    with pytest.raises(CompositionError, match="full rank has no factors of its own: give the rank to keep"):
+        plain_of(scaled, None)
