@@ -25,8 +25,8 @@ def is_portable(name: str) -> bool:
 def folder_of(name: str) -> Path | None:
     """Return the local folder of a model by its portable name; None for other names.
 
-    A GGUF file is searched for among the converted ones, then in the current folder. Raises ConfigError, with
-    instructions to get it, if the model is not on this machine.
+    A GGUF file is searched for among those that the cache describes, then among dense copies, then in the current
+    folder. Raises ConfigError, with instructions to get it, if the model is not on this machine.
     """
     name = known_name(name)
     if name in KNOWN:
@@ -37,10 +37,10 @@ def folder_of(name: str) -> Path | None:
     if meant is None:
         return None
     file, digest = meant.groups()
-    for manifest in sorted((cache_dir() / CONVERTED).glob(f"*/{MANIFEST}")):
-        held = json.loads(manifest.read_text(encoding="utf-8"))
-        if held["name"].endswith(digest) and held["conversion"] == CONVERSION and is_at_hand(manifest.parent):
-            return manifest.parent
+    cached = [manifest.parent for manifest in sorted((cache_dir() / CONVERTED).glob(f"*/{MANIFEST}"))]
+    held = [folder for folder in cached if _holds(folder, digest) and is_at_hand(folder)]
+    if held:
+        return min(held, key=lambda folder: described_file(folder) is None)
     here = Path(file)
     if here.is_file() and sha256_of(here) == digest:
         return folder_of_file(here)
@@ -49,6 +49,12 @@ def folder_of(name: str) -> Path | None:
         f"{f' (the {file} in this folder is another)' if here.is_file() else ''}: put that file into this folder, "
         "or give its path as the model; once read it is found by its hash"
     )
+
+
+def _holds(folder: Path, digest: str) -> bool:
+    """Return True if a folder of the cache was made of the file of this hash, as this version makes it."""
+    manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    return bool(manifest["name"].endswith(digest) and manifest["conversion"] == CONVERSION)
 
 
 def file_of(name: str) -> Path | None:

@@ -20,6 +20,7 @@ from veneer.disk.cache import cache_dir
 from veneer.errors import ConfigError
 from veneer.store import fetch, named
 from veneer.store.adapter.skeleton import places_in_base
+from veneer.store.gguf.model import converted_folder
 from veneer.store.named import folder_of
 from veneer.store.source import load_model, resolve
 
@@ -89,6 +90,18 @@ def test_a_gguf_file_goes_by_its_name_and_hash(
     monkeypatch.chdir(tmp_path)
     found = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter")
     torch.testing.assert_close(found(torch.tensor([[3, 17, 41, 5]])).logits, logits)
+
+
+def test_a_file_is_found_by_its_hash_in_its_blocks_whatever_copy_lies_beside_it(make_gguf: Make) -> None:
+    file, _ = make_gguf("llama", "Q8_0")
+    name = f"tiny.gguf@sha256:{hashlib.sha256(file.read_bytes()).hexdigest()}"
+    in_blocks, copy = resolve(file), converted_folder(file)
+    for place in ("0 in front of it", "~ behind it"):
+        copy = copy.rename(copy.with_name(place))
+        assert folder_of(name) == in_blocks
+        assert named.file_of(name) == file
+    file.unlink()
+    assert folder_of(name) == copy
 
 
 def test_a_missing_base_says_what_to_fetch(make_gguf: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
