@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,8 @@ class Stored:
     config: dict[str, Any]
     encode: Callable[[torch.Generator, tuple[int, int]], Encoded]
     left_out: tuple[str, ...] = field(default=("lm_head",))
+    beside: tuple[str, ...] = ()
+    """Scales of activations, which no value depends on."""
 
 
 def e4m3(code: int) -> float:
@@ -275,7 +277,7 @@ def hqq(bits: int, group: int, kind: torch.dtype = torch.float32) -> Stored:
 
 FORMATS: dict[str, Stored] = {
     "fp8 blocks": fp8((20, 36)),
-    "fp8 e5m2": fp8(None, torch.float8_e5m2),
+    "fp8 e5m2": replace(fp8(None, torch.float8_e5m2), beside=("activation_scale",)),
     "gptq 4": gptq(4, 32, "gptq", shuffled=True),
     "gptq 3 v2": gptq(3, -1, "gptq_v2", shuffled=False),
     "awq": awq(16),
@@ -283,8 +285,8 @@ FORMATS: dict[str, Stored] = {
     "int-quantized": int_quantized(),
     "float-quantized": float_quantized(),
     "mxfp4": mxfp4(),
-    "nvfp4": nvfp4(modelopt=False),
-    "modelopt": nvfp4(modelopt=True),
+    "nvfp4": replace(nvfp4(modelopt=False), beside=("input_global_scale",)),
+    "modelopt": replace(nvfp4(modelopt=True), beside=("input_scale", "k_scale")),
     "hqq 4": hqq(4, 32),
     "hqq 3": hqq(3, 16),
 }
@@ -313,6 +315,7 @@ def make_folder(
         layer, _, last = name.rpartition(".")
         if last == "weight" and layer.endswith("_proj") and not layer.endswith(stored.left_out):
             parts, weight = stored.encode(generator, (tensor.shape[0], tensor.shape[1]))
+            parts |= {name: random_scales(generator, (1,)) for name in stored.beside}
             coded |= {f"{layer}.{part}": value.contiguous() for part, value in parts.items()}
             dense[name] = weight.to(dtype).contiguous()
         else:

@@ -18,6 +18,8 @@ class CodedModule(nn.Module):
 
     The tensors of the format are buffers, ``weight`` first; until `fill` sets them, the weight is on the meta device.
     Casting the module (``.half()``, ``.to(dtype)``) leaves the format unchanged: its scales are part of the weight.
+    ``carried`` are tensors beside the weight that no value here depends on, such as scales of activations. They are
+    saved as they were read.
     """
 
     weight: Tensor
@@ -25,6 +27,7 @@ class CodedModule(nn.Module):
     def __init__(self, spec: StorageSpec) -> None:
         super().__init__()
         self.spec = spec
+        self.carried: dict[str, Tensor] = {}
         for name, (dtype, shape) in spec.part_layout().items():
             empty = torch.empty(shape, dtype=dtype, device="meta") if name == "weight" else None
             self.register_buffer(name, empty)
@@ -85,7 +88,7 @@ class CodedModule(nn.Module):
         if bias is not None:
             destination[f"{prefix}bias"] = bias if keep_vars else bias.detach()
         disk = self.spec.to_disk(self.parts()) if self.is_filled else {"weight": self.weight}
-        destination |= {prefix + key: tensor for key, tensor in disk.items()}
+        destination |= {prefix + key: tensor for key, tensor in (disk | self.carried).items()}
 
     def _load_from_state_dict(
         self,
@@ -108,6 +111,9 @@ class CodedModule(nn.Module):
                 error_msgs.append(f"{prefix}weight: {error}")
         else:
             missing_keys.append(f"{prefix}weight")
+        held = own.keys() & self.carried.keys()
+        self.carried |= {key: own[key].clone() for key in held}
+        known |= held
         rest = {k: v for k, v in state_dict.items() if k.removeprefix(prefix) not in known}
         kept = {name: self._buffers.pop(name) for name in self.spec.part_layout()}
         super()._load_from_state_dict(rest, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)

@@ -243,8 +243,10 @@ class VeneerQuantizer(HfQuantizer):  # type: ignore[misc]
                     raise FormatError("it has no quantized tensors in the checkpoint")
                 stored = self.stored_parts[key]
                 name = f"{stored[min(stored)].path}: {name}"
-                spec, parts = layer.spec.from_disk({k: t.read() for k, t in stored.items()})
+                tensors = {key: tensor.read() for key, tensor in stored.items()}
+                spec, parts = layer.spec.from_disk(tensors)
                 layer.fill(spec, {part: tensor.to(value.device) for part, tensor in parts.items()})
+                layer.carried = {key: tensor for key, tensor in tensors.items() if not spec.owns(key)}
             else:
                 weight = value.T if cast(QuantLinear, layer).is_transposed else value
                 layer.fill(layer.spec, layer.spec.quantize(weight))

@@ -106,11 +106,16 @@ def test_a_saved_model_is_the_same_checkpoint(made: Made, name: str, tmp_path: P
     model = load_model(made[name] / "coded")
     model.save_pretrained(tmp_path)
     before, after = (load_file(each / "model.safetensors") for each in (made[name] / "coded", tmp_path))
+    assert after.keys() == before.keys()
     for key, tensor in after.items():
         assert tensor.dtype == before[key].dtype
         held, own = (each.reshape(-1).view(torch.uint8) for each in (before[key], tensor))
         assert torch.equal(own, held), key
-    assert torch.equal(load_model(tmp_path)(IDS).logits, model(IDS).logits)
+    again = load_model(tmp_path)
+    assert torch.equal(again(IDS).logits, model(IDS).logits)
+    beside = {f"model.layers.1.mlp.down_proj.{each}": torch.tensor([7.0]) for each in FORMATS[name].beside}
+    again.load_state_dict(after | beside)
+    assert {key: again.state_dict()[key] for key in beside} == beside
 
 
 @formats
@@ -149,7 +154,9 @@ def test_merged_into_the_format(made: Made, name: str, capsys: pytest.CaptureFix
         if isinstance(layer, QuantLinear):
             exact, _ = layer.folded_weight(("default",), torch.float32)
             wanted[path] = layer.spec.bind(layer.spec.quantize(exact)).dense(torch.float32)
-    found = quantized(model.merge_and_unload(requantize=True))
+    merged = model.merge_and_unload(requantize=True)
+    assert merged.state_dict().keys() == load_file(made[name] / "coded" / "model.safetensors").keys()
+    found = quantized(merged)
     assert f"re-quantized {len(wanted)} layers" in capsys.readouterr().out
     for path, weight in wanted.items():
         assert torch.equal(found[path].frozen_format().dense(torch.float32), weight)

@@ -39,7 +39,9 @@ _KNOWN = (
 class ModeloptLayers(StoredLayers):
     """Layers in one format, less those that match a name or a wildcard of ``ignore``."""
 
-    parts: ClassVar[frozenset[str]] = frozenset({"weight", "weight_scale", "weight_scale_2", "input_scale"})
+    parts: ClassVar[frozenset[str]] = frozenset(
+        {"weight", "weight_scale", "weight_scale_2", "input_scale", "k_scale", "v_scale"}
+    )
     marks: ClassVar[frozenset[str]] = frozenset({"weight_scale"})
 
     algorithm: str
