@@ -152,8 +152,8 @@ class BaseWeights:
         """A quantized weight in float32; ``shape`` None: as its tensors tell."""
         parts = {part: self._tensors.tensors[name] for part, name in self._coded[stored].items()}
         assert self._quantization is not None
-        shape = shape or self._quantization.stored_shape(parts)
         layer = stored.removesuffix(".weight")
+        shape = shape or self._quantization.stored_shape(layer, parts)
         spec = self._quantization.spec_of(layer, cast("tuple[int, int]", shape), self._half)
         path = parts[min(parts)].path
         if spec is None:

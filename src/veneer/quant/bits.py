@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import torch
-from jaxtyping import UInt8
+from jaxtyping import Int64, UInt8
 from torch import Tensor
+
+TILE_CODES = 1 << 18
+"""Codes that are packed at a time where a word is longer than a byte."""
 
 
 def n_bytes(n: int, bits: int) -> int:
@@ -16,10 +19,17 @@ def n_bytes(n: int, bits: int) -> int:
 def pack(codes: UInt8[Tensor, "rows n"], bits: int) -> UInt8[Tensor, "rows bytes"]:
     """Return codes packed row by row; the last bytes of a row are filled with zeros."""
     word, per_word = _word(bits)
+    if bits == 8:
+        return codes
     codes = torch.nn.functional.pad(codes, (0, -codes.shape[1] % per_word))
-    groups = codes.view(len(codes), -1, per_word).to(torch.int64)
-    words = (groups << _shifts(bits, per_word, codes.device)).sum(dim=-1, keepdim=True)
-    return (words >> _shifts(8, word, codes.device) & 0xFF).to(torch.uint8).view(len(codes), -1)
+    groups = codes.view(len(codes), -1, per_word)
+    if word == 1:
+        shifts = _shifts(bits, per_word, codes.device).to(torch.uint8)
+        return (groups << shifts).sum(dim=-1, dtype=torch.uint8)
+    step = max(1, TILE_CODES // max(1, codes.shape[1]))
+    # wide numbers of some rows at a time: they are eight times as large as the codes
+    packed = [_words_packed(part.to(torch.int64), bits, word) for part in torch.split(groups, step)]
+    return torch.cat(packed).view(len(codes), -1)
 
 
 def unpack(packed: UInt8[Tensor, "rows bytes"], bits: int, n: int) -> UInt8[Tensor, "rows n"]:
@@ -34,6 +44,11 @@ def unpack(packed: UInt8[Tensor, "rows bytes"], bits: int, n: int) -> UInt8[Tens
     words = (groups << _shifts(8, word, packed.device)).sum(dim=-1, keepdim=True)
     codes = words >> _shifts(bits, per_word, packed.device) & (1 << bits) - 1
     return codes.to(torch.uint8).view(len(packed), -1)[:, :n]
+
+
+def _words_packed(groups: Int64[Tensor, "rows words n"], bits: int, word: int) -> UInt8[Tensor, "rows words bytes"]:
+    words = (groups << _shifts(bits, groups.shape[2], groups.device)).sum(dim=-1, keepdim=True)
+    return (words >> _shifts(8, word, groups.device) & 0xFF).to(torch.uint8)
 
 
 def _word(bits: int) -> tuple[int, int]:

@@ -100,7 +100,7 @@ def _values(tensors: Mapping[str, Stored], quantization: QuantizationConfig | No
     found = {name: _count([tensor]) for name, tensor in tensors.items()}
     for layer, parts in quantization.grouped(tensors).items() if quantization else ():
         assert quantization is not None
-        shape = quantization.stored_shape({part: tensors[name] for part, name in parts.items()})
+        shape = quantization.stored_shape(layer, {part: tensors[name] for part, name in parts.items()})
         if shape is not None:
             for name in parts.values():
                 del found[name]

@@ -40,8 +40,10 @@ class QuantizationConfig(QuantizationConfigMixin):  # type: ignore[misc]
         """Return the tensors of each layer that is stored quantized: their names by part."""
         raise NotImplementedError
 
-    def stored_shape(self, parts: Mapping[str, Stored]) -> tuple[int, int] | None:
-        """Return the shape (o, i) of a layer's weight, as its tensors tell it; None if they do not."""
+    def stored_shape(self, layer: str, parts: Mapping[str, Stored]) -> tuple[int, int] | None:
+        """Return the shape (o, i) of the weight of a layer in the files, as its tensors tell it; None if they do
+        not.
+        """
         raise NotImplementedError
 
 

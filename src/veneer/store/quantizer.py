@@ -94,7 +94,7 @@ class Decoded:
 
     def get_shape(self) -> list[int]:
         """Return the shape."""
-        return list(self._quantizer.stored_shape(self._parts))
+        return list(self._quantizer.stored_shape(self._layer, self._parts))
 
 
 class Quantize(ConversionOps):  # type: ignore[misc]
@@ -207,9 +207,9 @@ class VeneerQuantizer(HfQuantizer):  # type: ignore[misc]
                 found[name] = Decoded(layer, is_stacked(name), self)
         return found
 
-    def stored_shape(self, parts: Mapping[str, Stored]) -> tuple[int, int]:
+    def stored_shape(self, layer: str, parts: Mapping[str, Stored]) -> tuple[int, int]:
         """Return the shape of a stored weight."""
-        found = self.quantization_config.stored_shape(parts)
+        found = self.quantization_config.stored_shape(layer, parts)
         assert found is not None  # asked of formats whose tensors tell it
         return found
 
@@ -218,7 +218,7 @@ class VeneerQuantizer(HfQuantizer):  # type: ignore[misc]
         """Return a stored weight as a dense matrix. Errors are collected for `finish`, also for a layer that
         ``config.json`` leaves out.
         """
-        shape, path = self.stored_shape(parts), parts[min(parts)].path
+        shape, path = self.stored_shape(layer, parts), parts[min(parts)].path
         spec = self.quantization_config.spec_of(layer, shape, self.dtype)
         if spec is None or not stacked:
             self.problems.append(

@@ -64,8 +64,8 @@ class StoredQuantization(QuantizationConfig):
     def grouped(self, names: Iterable[str]) -> dict[str, dict[str, str]]:
         return self.layers.grouped(names)
 
-    def stored_shape(self, parts: Mapping[str, Stored]) -> tuple[int, int]:
-        return self.layers.shape(parts)
+    def stored_shape(self, layer: str, parts: Mapping[str, Stored]) -> tuple[int, int]:
+        return self.layers.shape(layer, parts)
 
 
 def quantization_in(config: Mapping[str, Any]) -> BitsAndBytesConfig | StoredQuantization | None:

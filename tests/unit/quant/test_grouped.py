@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from quantized_folders import awq, gptq, hqq, pack_quantized, words
 from veneer.errors import ConfigError
+from veneer.quant import bits as bits_module
 from veneer.quant.awq import AwqSpec
 from veneer.quant.bits import n_bytes, pack, unpack
 from veneer.quant.gptq import BITS, GptqSpec
@@ -15,6 +21,27 @@ from veneer.quant.hqq import HqqSpec
 from veneer.quant.pack_quantized import PackQuantizedSpec
 
 SHAPE = (64, 96)
+
+
+class LargestTensor(TorchDispatchMode):
+    """Counts the bytes of the largest tensor that is made."""
+
+    nbytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        self.nbytes = max([self.nbytes, *(t.nbytes for t in tree_leaves(made) if isinstance(t, Tensor))])
+        return made
+
+
+@pytest.mark.parametrize("bits", [3, 4, 6, 8])
+def test_packing_makes_nothing_larger_than_the_codes(bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bits_module, "TILE_CODES", 8 * 120)
+    codes = torch.randint(1 << bits, (97, 120), dtype=torch.uint8, generator=torch.Generator().manual_seed(bits))
+    with LargestTensor() as largest:
+        packed = pack(codes, bits)
+    assert largest.nbytes <= codes.nbytes
+    assert torch.equal(unpack(packed, bits, 120), codes)
 
 
 @pytest.mark.parametrize("bits", range(1, 9))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -414,3 +415,26 @@ def test_settings_for_single_layers() -> None:
     )
     assert (up.bits, up.group, down.bits, down.group) == (8, None, 4, 128)
     assert config.spec_of("lm_head", (64, 256), torch.float16) is None
+
+
+def test_the_shape_of_a_layer_is_told_by_its_own_settings() -> None:
+    """A layer of other settings than the first ones, or all, has its own codes a word: 8 bits here, not 4."""
+    folders = {"gptq 4": {"qweight": (24, 64)}, "pack-quantized": {"weight_packed": (64, 24)}}
+    eight = {"targets": ["re:.*up_proj"], "weights": WEIGHTS | {"num_bits": 8}}
+    groups = {"all": {"targets": ["Linear"], "weights": WEIGHTS}, "one": eight}
+    settings = {
+        "gptq 4": {"quant_method": "gptq", "bits": 4, "dynamic": {"+:.*up_proj": {"bits": 8}}},
+        "pack-quantized": compressed({}, config_groups=groups),
+    }
+    for name, parts in folders.items():
+        layers = quantization_in({"quantization_config": settings[name]}).layers
+        stored = {part: SimpleNamespace(shape=shape) for part, shape in parts.items()}
+        assert layers.shape(UP, stored) == (64, 96)
+        assert layers.shape("model.layers.1.mlp.down_proj", stored) == (64, 192)
+
+
+def test_names_within_a_block_are_whole() -> None:
+    settings = {"quant_method": "gptq", "bits": 4, "modules_in_block_to_quantize": [["attn.q_proj"]]}
+    layers = quantization_in({"quantization_config": settings}).layers
+    found = [layers.spec(f"model.layers.1.{name}.q_proj", (64, 96), torch.float16) for name in ("attn", "cross_attn")]
+    assert [spec is None for spec in found] == [False, True]

@@ -45,7 +45,7 @@ class AwqLayers(StoredLayers):
     def spec(self, path: str, shape: tuple[int, int], dtype: torch.dtype) -> AwqSpec:
         return AwqSpec(shape=shape, group=self.group, dtype=dtype)
 
-    def shape(self, parts: StoredParts) -> tuple[int, int]:
+    def shape(self, path: str, parts: StoredParts) -> tuple[int, int]:
         i, words = matrix(parts["qweight"])
         return words * PER_WORD, i
 

@@ -120,21 +120,23 @@ class CompressedLayers(StoredLayers):
         return self.activations
 
     def spec(self, path: str, shape: tuple[int, int], dtype: torch.dtype) -> StorageSpec | None:
-        if any(_matches(pattern, path) for pattern in self.ignore):
-            return None
-        found = [group for group in self.groups if any(_matches(target, path) for target in group.targets)]
-        # a name or pattern is more than the class of all layers
-        named = [group for group in found if "Linear" not in group.targets]
-        return next((group.spec(shape, dtype) for group in (*named, *found)), None)
+        group = None if any(_matches(pattern, path) for pattern in self.ignore) else self._group(path)
+        return None if group is None else group.spec(shape, dtype)
 
-    def shape(self, parts: StoredParts) -> tuple[int, int]:
+    def shape(self, path: str, parts: StoredParts) -> tuple[int, int]:
         if "weight" in parts:
             return matrix(parts["weight"])
         if "weight_shape" in parts:
             o, i = parts["weight_shape"].read().tolist()
             return int(o), int(i)
-        (o, width), group = matrix(parts["weight_packed"]), self.groups[0]
+        (o, width), group = matrix(parts["weight_packed"]), self._group(path) or self.groups[0]
         return o, width * (2 if group.kind in ("nvfp4", "mxfp4") else 32 // group.bits)
+
+    def _group(self, path: str) -> Group | None:
+        found = [group for group in self.groups if any(_matches(target, path) for target in group.targets)]
+        # a name or pattern is more than the class of all layers
+        named = [group for group in found if "Linear" not in group.targets]
+        return next(iter((*named, *found)), None)
 
 
 def read(settings: Settings) -> CompressedLayers:

@@ -58,7 +58,7 @@ class Fp8Layers(StoredLayers):
     def spec(self, path: str, shape: tuple[int, int], dtype: torch.dtype) -> Fp8Spec:
         return Fp8Spec(shape, dtype, self.kind, self.block, scale_shape=() if self.block is None else None)
 
-    def shape(self, parts: StoredParts) -> tuple[int, int]:
+    def shape(self, path: str, parts: StoredParts) -> tuple[int, int]:
         return matrix(parts["weight"])
 
 

@@ -37,7 +37,10 @@ _IN_A_BLOCK = re.compile(r"\.\d+\.")
 
 @dataclass(frozen=True)
 class GptqLayers(StoredLayers):
-    """Layers of the blocks in GPTQ. ``dynamic``: settings of the modules that match a pattern; None leaves them out."""
+    """Layers of the blocks in GPTQ. ``dynamic``: settings of the modules that match a pattern; None leaves them out.
+
+    ``within``: the ends of the paths of all quantized layers, each from a dot on; None: all are.
+    """
 
     parts: ClassVar[frozenset[str]] = PARTS
     marks: ClassVar[frozenset[str]] = frozenset({"qweight"})
@@ -55,13 +58,9 @@ class GptqLayers(StoredLayers):
     def spec(self, path: str, shape: tuple[int, int], dtype: torch.dtype) -> GptqSpec | None:
         if not _IN_A_BLOCK.search(path) or (self.within is not None and not path.endswith(self.within)):
             return None
-        settings = self.settings
-        for pattern, changes in self.dynamic.items():
-            if re.match(pattern, path):
-                if changes is None:
-                    return None
-                settings = {**settings, **changes}
-                break
+        settings = self._settings(path)
+        if settings is None:
+            return None
         group = settings.get("group_size", 128)
         return GptqSpec(
             shape=shape,
@@ -73,9 +72,16 @@ class GptqLayers(StoredLayers):
             symmetric=bool(settings.get("sym", True)),
         )
 
-    def shape(self, parts: StoredParts) -> tuple[int, int]:
+    def shape(self, path: str, parts: StoredParts) -> tuple[int, int]:
         words, o = matrix(parts["qweight"])
-        return o, words * 32 // int(self.settings["bits"])
+        return o, words * 32 // int((self._settings(path) or self.settings)["bits"])
+
+    def _settings(self, path: str) -> Mapping[str, Any] | None:
+        """The settings of the layer at a path; None if ``dynamic`` leaves it out."""
+        for pattern, changes in self.dynamic.items():
+            if re.match(pattern, path):
+                return None if changes is None else {**self.settings, **changes}
+        return self.settings
 
 
 def read(settings: Settings) -> GptqLayers:
@@ -103,7 +109,7 @@ def read(settings: Settings) -> GptqLayers:
             re.sub(r"^[+-]:", "", pattern): None if pattern.startswith("-:") else changes
             for pattern, changes in dynamic.items()
         },
-        within=None if flat is None else tuple(flat),
+        within=None if flat is None else tuple(f".{name}" for name in flat),
     )
 
 

@@ -56,7 +56,7 @@ class HqqLayers(StoredLayers):
             zeros=dtype,
         )
 
-    def shape(self, parts: StoredParts) -> tuple[int, int]:
+    def shape(self, path: str, parts: StoredParts) -> tuple[int, int]:
         o, i = parts["shape"].read().tolist()
         return int(o), int(i)
 

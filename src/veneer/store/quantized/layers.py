@@ -47,8 +47,8 @@ class StoredLayers(ABC):
         """Return the storage format of the layer at a path; None if the settings leave it dense."""
 
     @abstractmethod
-    def shape(self, parts: StoredParts) -> tuple[int, int]:
-        """Return the shape (o, i) of a layer's weight, as its tensors tell it."""
+    def shape(self, path: str, parts: StoredParts) -> tuple[int, int]:
+        """Return the shape (o, i) of the weight of the layer at a path, as its tensors tell it."""
 
     def grouped(self, names: Iterable[str]) -> dict[str, dict[str, str]]:
         """Return the tensors of each quantized layer: their names by part."""

@@ -66,7 +66,7 @@ class ModeloptLayers(StoredLayers):
             return Nvfp4Spec(shape, dtype, divides=False)
         return Fp8Spec(shape, dtype, block=None, suffix="weight_scale", scale_shape=())
 
-    def shape(self, parts: StoredParts) -> tuple[int, int]:
+    def shape(self, path: str, parts: StoredParts) -> tuple[int, int]:
         o, width = matrix(parts["weight"])
         return o, width * (2 if self.algorithm == "NVFP4" else 1)
 
