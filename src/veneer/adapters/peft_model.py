@@ -244,7 +244,8 @@ class PeftModel(AdapterOverview):
         the surviving share of the update is printed.
 
         Raises CompositionError if the adapters cannot be merged and, with ``safe_merge``, if the result is not finite.
-        Raises ConfigError for ``requantize`` if no adapted layer is quantized.
+        Raises ConfigError for ``requantize`` if no adapted layer is quantized, or if one has a format that is only read
+        (GPTQ, AWQ, HQQ, packed whole numbers, blocks of a GGUF file).
         """
         names = self._to_merge(adapter_names)
         if requantize:

@@ -14,7 +14,7 @@ from jaxtyping import Float, Float32, Int, Int32, UInt8
 from torch import Tensor
 
 from veneer.disk.mapped import MappedFile
-from veneer.errors import FormatError
+from veneer.errors import ConfigError, FormatError
 from veneer.ops.ggml import dequantize_ggml, matmul_ggml, quantize_ggml, row_bytes
 from veneer.ops.ggml_types import GGML_TYPES
 from veneer.quant.blocks import BlockWeight
@@ -84,6 +84,12 @@ class GgmlSpec:
         return {"weight": (torch.uint8, (o, row_bytes(self.kind, i))), **order}
 
     def quantize(self, weight: Float[Tensor, "o i"]) -> dict[str, Tensor]:
+        """Return codes by ggml's own search. Raises ConfigError if the weight lies in a file, which keeps its own."""
+        if self.source is not None:
+            raise ConfigError(
+                f"a weight in the blocks of {self.source.path} cannot be quantized again in place: merge into 16 bits, "
+                "and write the result in blocks with `veneer export gguf`."
+            )
         if not self.reordered:
             return {"weight": quantize_ggml(weight, self.kind)}
         order = torch.arange(self.shape[0], dtype=torch.int32, device=weight.device)
