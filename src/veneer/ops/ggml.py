@@ -14,7 +14,7 @@ from jaxtyping import Float, Float32, Int, UInt8
 from torch import Tensor
 
 from veneer.errors import ConfigError, NonFiniteError, ShapeError
-from veneer.ops.dispatch import implementation
+from veneer.ops.dispatch import backends, implementation
 from veneer.ops.ggml_types import GGML_TYPES, GgmlType
 from veneer.ops.traced import is_tracing
 
@@ -104,6 +104,12 @@ def matmul_ggml(
         raise ShapeError(f"x must be (n, {columns}) for rows of {columns} values in {kind}; got {tuple(x.shape)}")
     out: Tensor = implementation("ggml.matmul", x.device, backend)(x, packed.contiguous(), kind, order)
     return out
+
+
+def has_product(x: Tensor, kind: str) -> bool:
+    """Return True if a kernel multiplies x by rows in ``kind``: elsewhere `matmul_ggml` decodes all of W at once."""
+    in_blocks = GGML_TYPES[kind].block > 1
+    return in_blocks and x.device.type == "cpu" and x.dtype in FLOATS and "cpu" in backends("ggml.matmul")
 
 
 def _columns(packed: Tensor, kind: str) -> int:

@@ -19,7 +19,8 @@ TILE_VALUES = 1 << 18
 class BlockWeight(CodedWeight):
     """Frozen weight ``W (o, i)`` whose rows can be decoded one by one. A format gives ``shape`` and `rows`.
 
-    ``dtype`` is that of ``dense()``. A product rounds the decoded values once, to its own dtype.
+    ``dtype`` is that of ``dense()``. Tiles are rounded once, to the dtype of their product. A format's own kernel may
+    leave the decoded values in float32.
     """
 
     __slots__ = ()

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from veneer.disk.mapped import MappedFile
 from veneer.errors import ConfigError, FormatError
-from veneer.ops.ggml import dequantize_ggml, matmul_ggml, quantize_ggml, row_bytes
+from veneer.ops.ggml import dequantize_ggml, has_product, matmul_ggml, quantize_ggml, row_bytes
 from veneer.ops.ggml_types import GGML_TYPES
 from veneer.quant.blocks import BlockWeight
 from veneer.quant.spec import Parts, part_problems
@@ -29,7 +29,9 @@ UNDIVIDED = "F16"  # llama-quantize's type of a matrix whose rows no block divid
 class GgmlWeight(BlockWeight):
     """``W (o, i)`` in ggml's type ``kind``: row r is decoded from ``blocks[order[r]]``; order None: from ``blocks[r]``.
 
-    ``source`` is the mapped file that the blocks lie in. Reading raises FormatError once it has changed.
+    ``source`` is the mapped file that the blocks lie in. Reading raises FormatError once it has changed. The CPU's
+    kernel multiplies up to `FEW_ROWS` rows by the decoded values unrounded, so that a row of 16 bits may differ in its
+    last bits from the same row in a longer batch.
     """
 
     blocks: UInt8[Tensor, "o bytes"]
@@ -57,7 +59,7 @@ class GgmlWeight(BlockWeight):
 
     def multiply(self, x: Tensor, transposed: bool) -> Tensor:
         flat = x.reshape(-1, x.shape[-1])
-        if transposed or len(flat) > FEW_ROWS:
+        if transposed or len(flat) > FEW_ROWS or not has_product(flat, self.kind):
             return BlockWeight.multiply(self, x, transposed)
         self._require_unchanged()
         return matmul_ggml(flat, self.blocks, self.kind, self.order).view(*x.shape[:-1], self.shape[0])

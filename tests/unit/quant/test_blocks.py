@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import gguf
 import pytest
@@ -14,6 +15,7 @@ from gradients import has_exact_gradients
 from veneer.disk.mapped import MappedFile
 from veneer.errors import ConfigError, FormatError, NonFiniteError, ShapeError
 from veneer.ops.ggml_types import GGML_TYPES
+from veneer.ops.traced import SilentMode, tensors_in
 from veneer.quant import blocks, ggml
 from veneer.quant.ggml import GgmlSpec, GgmlWeight
 
@@ -67,6 +69,26 @@ def test_products_are_those_of_the_decoded_weight(
     rounding = torch.finfo(dtype).eps
     assert error(y, x.double() @ exact.T) <= 2 * error(plain, x.double() @ exact.T) + rounding
     assert error(dx, dy.double() @ exact) <= 2 * error(plain_t, dy.double() @ exact) + rounding
+
+
+@pytest.mark.parametrize(("kind", "dtype"), [("Q4_0", torch.float64), ("F16", torch.bfloat16)])
+def test_few_rows_without_a_kernel_decode_a_tile_at_a_time(
+    kind: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(blocks, "TILE_VALUES", 5 * 512)
+    frozen, x = shuffled(kind), torch.randn(3, 512, generator=torch.Generator().manual_seed(4)).to(dtype)
+
+    class Largest(SilentMode):
+        n_values = 0
+
+        def see(self, func: Any, args: Any, out: Any) -> None:
+            self.n_values = max([self.n_values, *(t.numel() for t in tensors_in(out) if t.is_floating_point())])
+
+    with Largest() as largest:
+        y = frozen.matmul(x)
+    assert largest.n_values == 5 * 512
+    exact = x.double() @ frozen.dense(torch.float64).T
+    assert error(y, exact) <= 2 * torch.finfo(dtype).eps
 
 
 def test_gradients_are_exact_and_keep_nothing() -> None:
