@@ -248,7 +248,8 @@ def nvfp4(modelopt: bool) -> Stored:
 
 def hqq(bits: int, group: int, kind: torch.dtype = torch.float32) -> Stored:
     """``quant_method: hqq``: a row of ``W_q`` is a group; parts of the rows lie above one another in a word."""
-    name, per_word, step = {3: ("3bit_32", 10, 3), 4: ("4bit_u8", 2, 4), 8: ("8bit_u8", 1, 8)}[bits]
+    packings = {1: ("1bit_u8", 8, 1), 2: ("2bit_u8", 4, 2), 3: ("3bit_32", 10, 3), 4: ("4bit_u8", 2, 4)}
+    name, per_word, step = packings.get(bits, ("8bit_u8", 1, 8))
     dtype = torch.int32 if bits == 3 else torch.uint8
 
     def encode(generator: torch.Generator, shape: tuple[int, int]) -> Encoded:

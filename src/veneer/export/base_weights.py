@@ -153,19 +153,8 @@ class BaseWeights:
         parts = {part: self._tensors.tensors[name] for part, name in self._coded[stored].items()}
         assert self._quantization is not None
         layer = stored.removesuffix(".weight")
-        shape = shape or self._quantization.stored_shape(layer, parts)
-        spec = self._quantization.spec_of(layer, cast("tuple[int, int]", shape), self._half)
-        path = parts[min(parts)].path
-        if spec is None:
-            raise FormatError(
-                f"{path}: {layer}: config.json leaves it dense, and the file holds it quantized. Correct the modules "
-                "that quantization_config leaves out, or fetch both files again"
-            )
-        try:
-            bound, tensors = spec.from_disk({part: self._tensors.read(tensor.name) for part, tensor in parts.items()})
-        except FormatError as error:
-            raise FormatError(f"{path}: {stored}: {error}") from error
-        return bound.bind(tensors).dense(torch.float32)
+        size = cast("tuple[int, int]", shape or self._quantization.stored_shape(layer, parts))
+        return self._quantization.weight_of(layer, parts, size, self._half).dense(torch.float32)
 
     def _dtype_of(self, stored: str) -> torch.dtype:
         return self._half if stored in self._coded else self._tensors.tensors[stored].dtype

@@ -13,9 +13,8 @@ from jaxtyping import Int32, UInt8
 from torch import Tensor
 
 from veneer.quant.bits import pack, unpack
-from veneer.quant.gptq import SCALES
-from veneer.quant.grouped import GroupedSpec, group_problems, unreadable
-from veneer.quant.spec import Parts, part_problems, scale_problems
+from veneer.quant.grouped import GroupedSpec, group_problems, scales_problems
+from veneer.quant.spec import Parts, part_problems, unreadable
 
 PARTS = frozenset({"qweight", "qzeros", "scales"})
 BITS = 4
@@ -61,11 +60,7 @@ class AwqSpec(GroupedSpec):
         problems = part_problems(
             tensors, {"qweight": (torch.int32, (i, words)), "qzeros": (torch.int32, (groups, words))}
         )
-        scales = tensors.get("scales")
-        if scales is None or tuple(scales.shape) != (groups, o):
-            found = "missing" if scales is None else str(tuple(scales.shape))
-            return [*problems, f"scales is {found}, it should be {(groups, o)}"]
-        return problems + scale_problems("scales", scales, SCALES)
+        return problems + scales_problems(tensors, (groups, o))
 
 
 def _from_words(words: Int32[Tensor, "n words"]) -> UInt8[Tensor, "n o"]:

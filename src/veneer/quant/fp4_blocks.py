@@ -13,7 +13,6 @@ import torch
 from jaxtyping import Float, Float32, Int, UInt8
 from torch import Tensor
 
-from veneer.errors import FormatError
 from veneer.quant.bits import unpack
 from veneer.quant.blocks import BlockWeight
 from veneer.quant.fp8 import powers
@@ -93,11 +92,3 @@ def stored_blocks(
             problems += scale_problems(name, found, scale_dtypes, powers)
     parts = {} if problems else {"weight": tensors[packed], "scale": tensors["weight_scale"]}
     return {name: part.contiguous() for name, part in parts.items()}, problems
-
-
-def unreadable(name: str, shape: tuple[int, int], problems: list[str]) -> FormatError:
-    """Return the error for a weight that cannot be read."""
-    return FormatError(
-        f"an {name} weight of shape {shape} cannot be read: {'; '.join(problems)}. Fetch the file again, or correct "
-        "quantization_config in config.json"
-    )

@@ -12,14 +12,13 @@ import torch
 from jaxtyping import Float, Float32, Int
 from torch import Tensor
 
-from veneer.errors import FormatError, NonFiniteError
+from veneer.errors import NonFiniteError
 from veneer.quant.blocks import BlockWeight
-from veneer.quant.spec import Parts, scale_problems
+from veneer.quant.spec import FLOATS, Parts, scale_problems, unreadable
 
 NAME = "fp8"
 BLOCK = (128, 128)
 KINDS = (torch.float8_e4m3fn, torch.float8_e5m2)
-FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 SCALES = (*FLOATS, torch.float8_e8m0fnu, torch.uint8)
 _FIRST_NAN = {torch.float8_e4m3fn: 0x7F, torch.float8_e5m2: 0x7C}
 """Smallest code, without its sign, that stands for no number: NaN, or e5m2's infinity."""
@@ -123,10 +122,8 @@ class Fp8Spec:
                 )
             problems += scale_problems(self.suffix, scale, FLOATS if self.rounded else SCALES, powers)
         if problems or codes is None or scale is None:
-            raise FormatError(
-                f"an FP8 weight of shape {self.shape} cannot be read: {'; '.join(problems)}. Fetch the file again, or "
-                "correct weight_block_size and the modules left out in config.json"
-            )
+            named = "weight_block_size and the modules left out in config.json"
+            raise unreadable("FP8", self.shape, problems, named)
         spec = replace(self, kind=codes.dtype, scale_dtype=scale.dtype, scale_shape=tuple(scale.shape))
         return spec, {"weight": codes.contiguous(), "scale": scale.contiguous()}
 

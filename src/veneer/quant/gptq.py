@@ -13,12 +13,11 @@ import torch
 from torch import Tensor
 
 from veneer.quant.bits import pack, unpack
-from veneer.quant.grouped import GroupedSpec, group_problems, order_of, ordered_codes, unreadable
-from veneer.quant.spec import Parts, part_problems, scale_problems
+from veneer.quant.grouped import GroupedSpec, group_problems, order_of, ordered_codes, scales_problems
+from veneer.quant.spec import Parts, part_problems, unreadable
 
 BITS = (2, 3, 4, 8)
 PARTS = frozenset({"qweight", "qzeros", "scales", "g_idx"})
-SCALES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,7 +34,7 @@ class GptqSpec(GroupedSpec):
 
     def to_disk(self, parts: Parts) -> dict[str, Tensor]:
         codes, zeros, order = parts["weight"], parts["zeros"], parts.get("order")
-        g_idx = torch.arange(self.shape[1], dtype=torch.int32, device=codes.device) // self._group
+        g_idx = torch.arange(self.shape[1], dtype=torch.int32, device=codes.device) // self.group_width
         if order is not None:
             inverse = torch.argsort(order.long())
             codes, g_idx = ordered_codes(codes, self.bits, inverse), g_idx[inverse]
@@ -52,17 +51,13 @@ class GptqSpec(GroupedSpec):
             raise unreadable(f"GPTQ with {self.bits} bits", self.shape, problems)
         codes = tensors["qweight"].T.contiguous().view(torch.uint8)
         zeros, wrong = self._zeros(tensors["qzeros"])
-        order, found = order_of(tensors["g_idx"], self._group, self.n_groups) if "g_idx" in tensors else (None, [])
+        order, found = order_of(tensors["g_idx"], self.group_width, self.n_groups) if "g_idx" in tensors else (None, [])
         if wrong + found:
             raise unreadable(f"GPTQ with {self.bits} bits", self.shape, wrong + found)
         parts = {"weight": codes, "scales": tensors["scales"].T.contiguous(), "zeros": zeros}
         if order is not None:
             parts |= {"weight": ordered_codes(codes, self.bits, order), "order": order}
         return replace(self, scale_dtype=tensors["scales"].dtype, ordered=order is not None), parts
-
-    @property
-    def _group(self) -> int:
-        return self.group or self.shape[1]
 
     @property
     def _top(self) -> int:
@@ -81,11 +76,7 @@ class GptqSpec(GroupedSpec):
         }
         layout |= {"g_idx": (torch.int32, (i,))} if "g_idx" in tensors else {}
         problems = part_problems(tensors, layout)
-        scales = tensors.get("scales")
-        if scales is None or tuple(scales.shape) != (groups, o):
-            found = "missing" if scales is None else str(tuple(scales.shape))
-            return [*problems, f"scales is {found}, it should be {(groups, o)}"]
-        return problems + scale_problems("scales", scales, SCALES)
+        return problems + scales_problems(tensors, (groups, o))
 
     def _zeros(self, stored: Tensor) -> tuple[Tensor, list[str]]:
         """The zeros (o, groups), and their problems. A single zero above the largest code is 0, as in AutoGPTQ's

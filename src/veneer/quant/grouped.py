@@ -13,10 +13,10 @@ import torch
 from jaxtyping import Float, Float32, Int, Int32, UInt8
 from torch import Tensor
 
-from veneer.errors import ConfigError, FormatError
+from veneer.errors import ConfigError
 from veneer.quant.bits import n_bytes, pack, unpack
 from veneer.quant.blocks import BlockWeight
-from veneer.quant.spec import Parts
+from veneer.quant.spec import Parts, scale_problems
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,9 +76,14 @@ class GroupedSpec:
     compute_dtype: torch.dtype | None = None
 
     @property
+    def group_width(self) -> int:
+        """Inputs of a group."""
+        return self.group or self.shape[1]
+
+    @property
     def n_groups(self) -> int:
         """Groups of a row."""
-        return -(-self.shape[1] // (self.group or self.shape[1]))
+        return -(-self.shape[1] // self.group_width)
 
     def part_layout(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
         o, i = self.shape
@@ -120,6 +125,14 @@ def group_problems(spec: GroupedSpec) -> list[str]:
     return [f"{i} inputs are not a multiple of group_size {spec.group}"]
 
 
+def scales_problems(tensors: Parts, shape: tuple[int, int]) -> list[str]:
+    """Return the problems of ``scales``, which must have this shape."""
+    scales = tensors.get("scales")
+    if scales is None or tuple(scales.shape) != shape:
+        return [f"scales is {'missing' if scales is None else tuple(scales.shape)}, it should be {shape}"]
+    return scale_problems("scales", scales)
+
+
 def order_of(g_idx: Tensor, group: int, n_groups: int) -> tuple[Int32[Tensor, " i"] | None, list[str]]:
     """Return the columns sorted by group (None if they are), and the problems of ``g_idx``."""
     index = g_idx.long()
@@ -137,11 +150,3 @@ def order_of(g_idx: Tensor, group: int, n_groups: int) -> tuple[Int32[Tensor, " 
 def ordered_codes(codes: UInt8[Tensor, "o bytes"], bits: int, order: Tensor) -> UInt8[Tensor, "o bytes"]:
     """Return packed codes with their columns in another order."""
     return pack(unpack(codes, bits, len(order)).index_select(1, order), bits)
-
-
-def unreadable(name: str, shape: tuple[int, int], problems: list[str]) -> FormatError:
-    """Return the error for a weight that cannot be read."""
-    return FormatError(
-        f"a weight of shape {shape} in {name} cannot be read: {'; '.join(problems)}. Fetch the file again, or correct "
-        "quantization_config in config.json"
-    )

@@ -13,9 +13,8 @@ from jaxtyping import UInt8
 from torch import Tensor
 
 from veneer.quant.bits import pack, unpack
-from veneer.quant.gptq import SCALES
-from veneer.quant.grouped import GroupedSpec, group_problems, unreadable
-from veneer.quant.spec import Parts, scale_problems
+from veneer.quant.grouped import GroupedSpec, group_problems
+from veneer.quant.spec import Parts, scale_problems, unreadable
 
 BITS = (1, 2, 3, 4, 5, 6, 8)
 _PACKINGS = {1: "1bit_u8", 2: "2bit_u8", 3: "3bit_32", 4: "4bit_u8"}
@@ -39,11 +38,11 @@ class HqqSpec(GroupedSpec):
         return key in PARTS
 
     def to_disk(self, parts: Parts) -> dict[str, Tensor]:
-        codes = unpack(parts["weight"], self.bits, self.shape[1]).reshape(-1, self._group)
+        codes = unpack(parts["weight"], self.bits, self.shape[1]).reshape(-1, self.group_width)
         dtype = str(parts["scales"].dtype)
         word = "torch.int32" if self.bits == 3 else "torch.uint8"
         texts = {"packing": self._packing, "unpack_view_dtype": word, "compute_dtype": dtype}
-        numbers = {"nbits": self.bits, "group_size": self._group, "axis": 1}
+        numbers = {"nbits": self.bits, "group_size": self.group_width, "axis": 1}
         return {
             "W_q": _stacked(codes, self.bits, _PER_WORD[self._packing]),
             "scale": parts["scales"].reshape(-1, 1),
@@ -69,16 +68,12 @@ class HqqSpec(GroupedSpec):
         return replace(self, scale_dtype=scales.dtype, zeros=zeros.dtype), parts
 
     @property
-    def _group(self) -> int:
-        return self.group or self.shape[1]
-
-    @property
     def _packing(self) -> str:
         return _PACKINGS.get(self.bits, _WHOLE)
 
     def _problems(self, tensors: Parts) -> list[str]:
         problems = group_problems(self)
-        said = {"nbits": self.bits, "group_size": self._group, "axis": 1, "view_as_float": 0}
+        said = {"nbits": self.bits, "group_size": self.group_width, "axis": 1, "view_as_float": 0}
         said |= {"quant_scale": 0, "quant_zero": 0}
         for name, wanted in said.items():
             found = tensors.get(name)
@@ -93,7 +88,7 @@ class HqqSpec(GroupedSpec):
         if problems:
             return problems
         n_rows, per_word = self.shape[0] * self.n_groups, _PER_WORD[self._packing]
-        wanted_codes = (torch.int32 if self.bits == 3 else torch.uint8, (-(-n_rows // per_word), self._group))
+        wanted_codes = (torch.int32 if self.bits == 3 else torch.uint8, (-(-n_rows // per_word), self.group_width))
         codes = tensors.get("W_q")
         if codes is None or (codes.dtype, tuple(codes.shape)) != wanted_codes:
             text = "missing" if codes is None else f"{codes.dtype} {tuple(codes.shape)}"
@@ -105,7 +100,7 @@ class HqqSpec(GroupedSpec):
                 problems.append(f"{name} is {text}, it should be {(n_rows, 1)}")
         if problems or scale is None or zero is None:
             return problems
-        problems = scale_problems("scale", scale, SCALES)
+        problems = scale_problems("scale", scale)
         if zero.dtype != scale.dtype or not bool(zero.isfinite().all()):
             problems.append(f"zero is {zero.dtype}, or not finite: it should be finite numbers in {scale.dtype}")
         return problems

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from veneer.errors import NonFiniteError, ShapeError
 from veneer.quant.bits import pack
-from veneer.quant.fp4_blocks import Fp4BlockWeight, encoded, stored_blocks, unreadable
+from veneer.quant.fp4_blocks import Fp4BlockWeight, encoded, stored_blocks
 from veneer.quant.fp8 import powers
-from veneer.quant.spec import Parts
+from veneer.quant.spec import Parts, unreadable
 
 BLOCK = 32
 LARGEST_EXPONENT = 2  # of E2M1: 6 is 1.5 * 2 ** 2

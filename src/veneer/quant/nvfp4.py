@@ -5,7 +5,7 @@ compressed-tensors divides by that number (``weight_global_scale``), ModelOpt mu
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float
@@ -13,8 +13,8 @@ from torch import Tensor
 
 from veneer.errors import NonFiniteError, ShapeError
 from veneer.quant.bits import pack
-from veneer.quant.fp4_blocks import LARGEST, Fp4BlockWeight, encoded, stored_blocks, unreadable
-from veneer.quant.spec import Parts, scale_problems
+from veneer.quant.fp4_blocks import LARGEST, Fp4BlockWeight, encoded, stored_blocks
+from veneer.quant.spec import Parts, scale_problems, unreadable
 
 BLOCK = 16
 SCALE = torch.float8_e4m3fn
@@ -22,12 +22,16 @@ SCALE = torch.float8_e4m3fn
 
 @dataclass(frozen=True, slots=True)
 class Nvfp4Spec:
-    """Specification of a matrix in NVFP4. ``divides``: compressed-tensors' names, whose global scale divides."""
+    """Specification of a matrix in NVFP4. ``divides``: compressed-tensors' names, whose global scale divides.
+
+    ``overall`` is the one number of a stored matrix, as its file has it.
+    """
 
     shape: tuple[int, int]
     dtype: torch.dtype = torch.float32
     divides: bool = True
     compute_dtype: torch.dtype | None = None
+    overall: float | None = None
 
     def part_layout(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
         o, i = self.shape
@@ -39,7 +43,8 @@ class Nvfp4Spec:
     def quantize(self, weight: Float[Tensor, "o i"]) -> dict[str, Tensor]:
         """Return codes and scales: the largest value of the matrix gets the largest scale and the largest code.
 
-        Raises ShapeError, NonFiniteError.
+        A stored matrix keeps its overall number while its values fit: other programs read q, k and v, or gate and up,
+        with one number for all. Raises ShapeError, NonFiniteError.
         """
         if self.shape[1] % BLOCK:
             raise ShapeError(
@@ -49,14 +54,12 @@ class Nvfp4Spec:
         absmax = blocks.abs().amax(dim=-1)
         if not bool(absmax.isfinite().all()):
             raise NonFiniteError(f"cannot quantize a weight of shape {self.shape}: it holds NaN or infinity")
-        largest, smallest, peak = torch.finfo(SCALE).max, torch.finfo(SCALE).smallest_normal, absmax.max()
-        # its inverse is stored too, and is no number below the smallest
-        most = 1.0 / torch.finfo(torch.float32).smallest_normal
-        overall = torch.where(peak > 0, (LARGEST * largest / peak).clamp(max=most), torch.ones_like(peak))
+        largest, smallest = torch.finfo(SCALE).max, torch.finfo(SCALE).smallest_normal
+        held = self._number(absmax.max().detach())
+        overall = held if self.divides else 1.0 / held
         scale = (absmax / LARGEST * overall).clamp(smallest, largest).to(SCALE)
         codes = encoded(blocks / (scale.float() / overall)[:, :, None]).view(self.shape)
-        held = overall.view(1) if self.divides else 1.0 / overall
-        return {"weight": pack(codes, 4), "scale": scale, "overall": held}
+        return {"weight": pack(codes, 4), "scale": scale, "overall": held.view(1) if self.divides else held}
 
     def bind(self, parts: Parts) -> Fp4BlockWeight:
         overall = parts["overall"].view(())
@@ -77,7 +80,21 @@ class Nvfp4Spec:
             problems += scale_problems(self._overall, overall, (torch.float32,))
         if problems or overall is None:
             raise unreadable("NVFP4", self.shape, problems)
-        return self, parts | {"overall": overall.reshape(self.part_layout()["overall"][1])}
+        parts["overall"] = overall.reshape(self.part_layout()["overall"][1])
+        return replace(self, overall=float(overall)), parts
+
+    def _number(self, peak: Float[Tensor, ""]) -> Float[Tensor, ""]:
+        """The one number of a matrix with this largest value, as it is stored."""
+        largest = torch.finfo(SCALE).max
+        if self.overall is not None:
+            divisor = self.overall if self.divides else 1.0 / self.overall
+            # up to 1 above the largest code, values are as near to it as others are to theirs
+            if float(peak) * divisor <= (LARGEST + 1) * largest:
+                return torch.full_like(peak, self.overall)
+        # its inverse is stored too, and is no number below the smallest
+        most = 1.0 / torch.finfo(torch.float32).smallest_normal
+        overall = torch.where(peak > 0, (LARGEST * largest / peak).clamp(max=most), torch.ones_like(peak))
+        return overall if self.divides else 1.0 / overall
 
     @property
     def _packed(self) -> str:

@@ -11,9 +11,8 @@ import torch
 from torch import Tensor
 
 from veneer.quant.bits import n_bytes, pack, unpack
-from veneer.quant.gptq import SCALES
-from veneer.quant.grouped import GroupedSpec, group_problems, order_of, ordered_codes, unreadable
-from veneer.quant.spec import Parts, part_problems, scale_problems
+from veneer.quant.grouped import GroupedSpec, group_problems, order_of, ordered_codes
+from veneer.quant.spec import Parts, part_problems, scale_problems, unreadable
 
 BITS = (2, 4, 8)
 WORD = 4  # bytes
@@ -36,7 +35,7 @@ class PackQuantizedSpec(GroupedSpec):
         if order is not None:
             inverse = torch.argsort(order.long())
             codes = ordered_codes(codes, self.bits, inverse)
-            disk["weight_g_idx"] = (inverse // (self.group or 1)).to(torch.int32)
+            disk["weight_g_idx"] = (inverse // self.group_width).to(torch.int32)
         if not self.packed:
             disk["weight"] = self._signed(unpack(codes, self.bits, self.shape[1]))
             return disk if zeros is None else disk | {"weight_zero_point": self._signed(zeros)}
@@ -49,15 +48,15 @@ class PackQuantizedSpec(GroupedSpec):
         problems = self._problems(tensors)
         if problems:
             raise unreadable(f"compressed-tensors with {self.bits} bits", self.shape, problems)
-        (o, i), zeros = self.shape, tensors.get("weight_zero_point")
-        scales = tensors["weight_scale"].reshape(-1, self.n_groups).expand(o, -1).contiguous()
+        zeros = tensors.get("weight_zero_point")
+        scales = tensors["weight_scale"].reshape(-1, self.n_groups).expand(self.shape[0], -1).contiguous()
         parts = {"weight": self._codes(tensors), "scales": scales}
         if self.zeros is not None and zeros is not None:
             parts["zeros"] = self._zeros(zeros)
         g_idx = tensors.get("weight_g_idx")
         order = None
         if g_idx is not None and not bool((g_idx == NO_GROUP).all()):
-            order, wrong = order_of(g_idx, self.group or i, self.n_groups)
+            order, wrong = order_of(g_idx, self.group_width, self.n_groups)
             if wrong:
                 raise unreadable(f"compressed-tensors with {self.bits} bits", self.shape, wrong)
         if order is not None:
@@ -96,7 +95,7 @@ class PackQuantizedSpec(GroupedSpec):
         if scales is None or scales.numel() not in {o * groups, groups}:
             found = "missing" if scales is None else str(tuple(scales.shape))
             return [*problems, f"weight_scale is {found}, it should be {(o, groups)}"]
-        return problems + scale_problems("weight_scale", scales, SCALES)
+        return problems + scale_problems("weight_scale", scales)
 
     def _unsigned(self, codes: Tensor) -> Tensor:
         return (codes.to(torch.int16) + (1 << self.bits - 1)).to(torch.uint8)

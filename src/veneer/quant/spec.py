@@ -10,8 +10,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from veneer.core.frozen import FrozenWeight
+from veneer.errors import FormatError
 
 Parts = Mapping[str, Tensor]
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @runtime_checkable
@@ -74,7 +76,10 @@ def part_problems(
 
 
 def scale_problems(
-    name: str, scale: Tensor, allowed: Collection[torch.dtype], value: Callable[[Tensor], Tensor] = Tensor.float
+    name: str,
+    scale: Tensor,
+    allowed: Collection[torch.dtype] = FLOATS,
+    value: Callable[[Tensor], Tensor] = Tensor.float,
 ) -> list[str]:
     """Return the problems of scales: another dtype, NaN, infinity, zero, or negative. ``value`` makes them float32."""
     if scale.dtype not in allowed:
@@ -84,3 +89,13 @@ def scale_problems(
         return [f"{name} holds NaN or infinity"]
     n_wrong = int((values <= 0).sum())
     return [f"{name} holds {n_wrong} scales that are zero or negative"] if n_wrong else []
+
+
+def unreadable(
+    name: str, shape: tuple[int, int], problems: Collection[str], correct: str = "quantization_config in config.json"
+) -> FormatError:
+    """Return the error for a weight that cannot be read. ``correct`` names what may be wrong beside the file."""
+    return FormatError(
+        f"a weight of shape {shape} in {name} cannot be read: {'; '.join(problems)}. Fetch the file again, or correct "
+        f"{correct}"
+    )

@@ -10,6 +10,8 @@ from transformers import PreTrainedModel
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from veneer.core.frozen import FrozenWeight
+from veneer.errors import FormatError
 from veneer.quant.spec import StorageSpec
 from veneer.store.checkpoint import Stored
 
@@ -45,6 +47,27 @@ class QuantizationConfig(QuantizationConfigMixin):  # type: ignore[misc]
         not.
         """
         raise NotImplementedError
+
+    def weight_of(
+        self, layer: str, parts: Mapping[str, Stored], shape: tuple[int, int], dtype: torch.dtype
+    ) -> FrozenWeight:
+        """Return the weight of a layer in the files. Raises FormatError, also if ``config.json`` leaves it dense."""
+        spec = self.spec_of(layer, shape, dtype)
+        if spec is None:
+            raise held_quantized(layer, parts)
+        try:
+            bound, tensors = spec.from_disk({part: tensor.read() for part, tensor in parts.items()})
+        except FormatError as error:
+            raise FormatError(f"{parts[min(parts)].path}: {layer}.weight: {error}") from error
+        return bound.bind(tensors)
+
+
+def held_quantized(layer: str, parts: Mapping[str, Stored]) -> FormatError:
+    """Return the error for a layer that ``config.json`` leaves dense."""
+    return FormatError(
+        f"{parts[min(parts)].path}: {layer}: config.json leaves it dense, and the file holds it quantized "
+        f"({', '.join(parts)}). Correct the modules that quantization_config leaves out, or fetch both files again"
+    )
 
 
 def left_dense(model: PreTrainedModel, names: list[str] | None, *, also_head: bool) -> list[str]:

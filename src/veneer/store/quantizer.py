@@ -31,7 +31,7 @@ from veneer.model.made_dense import make_dense
 from veneer.model.quant_linear import QuantLinear
 from veneer.model.renamed import converter, renamer
 from veneer.store.checkpoint import Checkpoint, Stored, is_finite
-from veneer.store.quantization_config import QuantizationConfig
+from veneer.store.quantization_config import QuantizationConfig, held_quantized
 
 METHOD = "veneer"
 _LOG = logging.getLogger(__name__)
@@ -218,20 +218,14 @@ class VeneerQuantizer(HfQuantizer):  # type: ignore[misc]
         """Return a stored weight as a dense matrix. Errors are collected for `finish`, also for a layer that
         ``config.json`` leaves out.
         """
-        shape, path = self.stored_shape(layer, parts), parts[min(parts)].path
-        spec = self.quantization_config.spec_of(layer, shape, self.dtype)
-        if spec is None or not stacked:
-            self.problems.append(
-                f"{path}: {layer}: config.json leaves it dense, and the file holds it quantized ({', '.join(parts)}). "
-                "Correct the modules that quantization_config leaves out, or fetch both files again"
-            )
-            return torch.zeros(shape, dtype=self.dtype)
+        shape = self.stored_shape(layer, parts)
         try:
-            bound, tensors = spec.from_disk({name: tensor.read() for name, tensor in parts.items()})
+            if not stacked:
+                raise held_quantized(layer, parts)
+            return self.quantization_config.weight_of(layer, parts, shape, self.dtype).dense(self.dtype)
         except FormatError as error:
-            self.problems.append(f"{path}: {layer}.weight: {error}")
+            self.problems.append(str(error))
             return torch.zeros(shape, dtype=self.dtype)
-        return bound.bind(tensors).dense(self.dtype)
 
     @torch.no_grad()
     def fill(self, layer: CodedModule, name: str, value: Tensor, sources: list[str]) -> None:

@@ -60,6 +60,22 @@ def test_weights_of_zeros_and_of_tiny_values(spec: Any, size: float) -> None:
     assert (again.bind(parts).dense().double() - weight).norm() <= 0.13 * weight.double().norm()
 
 
+@pytest.mark.parametrize("divides", [True, False])
+def test_a_stored_matrix_keeps_its_overall_number_while_its_values_fit(divides: bool) -> None:
+    """Values up to 7/6 of the largest are as near to a code as before; a larger one needs another number."""
+    tensors, weight = nvfp4(not divides).encode(torch.Generator().manual_seed(3), SHAPE)
+    spec, parts = Nvfp4Spec(SHAPE, divides=divides).from_disk(tensors)
+    largest = 2688 / spec.overall if divides else 2688 * spec.overall
+    weight = weight * (largest / weight.abs().max())
+    for factor, kept in ((0.7, True), (1.16, True), (1.17, False)):
+        again = spec.quantize(weight * factor)
+        overall = torch.tensor(2688 / (largest * factor))
+        expected = parts["overall"] if kept else (overall if divides else 1 / overall).view_as(parts["overall"])
+        assert torch.allclose(again["overall"], expected, rtol=0 if kept else 1e-6)
+        found = spec.bind(again).dense()
+        assert (found - weight * factor).norm() <= 0.13 * (weight * factor).norm()
+
+
 @specs
 def test_weights_that_cannot_be_quantized(spec: Any) -> None:
     weight = torch.ones(SHAPE)

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from quantized_folders import awq, gptq, hqq, pack_quantized, words
-from veneer.errors import ConfigError
+from veneer.errors import ConfigError, FormatError
 from veneer.quant import bits as bits_module
 from veneer.quant.awq import AwqSpec
 from veneer.quant.bits import n_bytes, pack, unpack
@@ -89,7 +89,7 @@ def test_awq() -> None:
     assert all(torch.equal(back[key], tensor) for key, tensor in tensors.items())
 
 
-@pytest.mark.parametrize("bits", [3, 4, 8])
+@pytest.mark.parametrize("bits", [1, 2, 3, 4, 5, 6, 8])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_hqq(bits: int, dtype: torch.dtype) -> None:
     """Zeros are no whole numbers: the difference is rounded to the scale's dtype too."""
@@ -121,9 +121,9 @@ def test_rows_that_do_not_fill_a_word() -> None:
 
 
 def test_widths_that_words_do_not_take() -> None:
-    with pytest.raises(Exception, match="40 inputs do not fill words"):
+    with pytest.raises(FormatError, match="40 inputs do not fill words"):
         GptqSpec(shape=(64, 40), bits=3, group=None).from_disk({})
-    with pytest.raises(Exception, match="20 outputs are not a multiple of 8"):
+    with pytest.raises(FormatError, match="20 outputs are not a multiple of 8"):
         AwqSpec(shape=(20, 32), group=16).from_disk({})
 
 
