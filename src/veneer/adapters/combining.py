@@ -178,7 +178,7 @@ def _require_no_groups(site: LinearSite, updates: Sequence[Update]) -> None:
 
 
 def require_layers_alone(model: nn.Module, state: AdapterState, names: Sequence[str]) -> None:
-    """Raise CompositionError where a part holds something that a sum over layers would leave out."""
+    """Raise CompositionError where a part holds something that is no update of a linear layer."""
     held = []
     for name in names:
         require_everywhere(name, state.configs[name])
@@ -187,15 +187,16 @@ def require_layers_alone(model: nn.Module, state: AdapterState, names: Sequence[
             beside = [name for name in names if name in place.adapters]
             if beside:
                 raise CompositionError(
-                    f"adapter {beside[0]!r} ({state.configs[beside[0]].peft_type}) is no update of linear layers, so "
-                    "it has no sum with others in an adapter: combine the others, and keep this one beside them"
+                    f"adapter {beside[0]!r} ({state.configs[beside[0]].peft_type}) is no update of linear layers: "
+                    "leave it as it is, beside the adapters that are"
                 )
         elif any(place.holds(name) and not place.is_update(name) for name in names):
             held.append(path)
     if held:
         raise CompositionError(
-            f"the adapters {list(names)} train whole parameters (modules_to_save, biases), rows, or experts "
-            f"of {', '.join(sorted(held)[:3])}: those have no sum in an adapter; combine merged checkpoints instead"
+            f"the adapters {list(names)} train whole parameters (modules_to_save, norms, biases), rows, or experts "
+            f"of {', '.join(sorted(held)[:3])}: these are no updates of linear layers. Merge each adapter into its "
+            "base (veneer merge), and add merged models up (veneer merge-models)"
         )
 
 

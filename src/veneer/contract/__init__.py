@@ -29,7 +29,8 @@ Everything else is a capability that a config may return:
 Laws, run on every method by ``tests/contract``:
 
 - ``init`` returns exactly the names and shapes of ``shapes``, for any site, with finite values;
-- ``lower`` is pure and differentiable, and if ``identity_at_start`` holds, the record of ``init`` changes nothing;
+- ``lower`` is pure and differentiable. If ``identity_at_start`` holds, the record of ``init`` changes nothing, unless a
+  field asks for another start (``init_weights=False``, DEFT's ``para``);
 - if it ``changes_weights``, forward through the record equals forward through the folded weight;
 - an adapter is bit-equal after saving and loading;
 - the declared bytes are the bytes on disk;

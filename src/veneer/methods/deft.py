@@ -27,9 +27,9 @@ class DeftConfig(LinearMethod):
     """DEFT in PEFT's fields.
 
     ``decomposition_method``: with "relu" Q is the trained matrix, and P its positive part; with "qr" both are its
-    orthogonal factor. ``para`` only takes the subspace off (PaRa). ``alpha``: the scale s is ``alpha / r``, or 1.
-    ``init_weights`` starts R so that nothing changes; False draws it, times ``init_scale``. ``deft_dropout`` is read
-    from files; training with it is refused.
+    orthogonal factor. ``para`` only takes the subspace off (PaRa), so that a new adapter changes outputs. ``alpha``:
+    the scale s is ``alpha / r``, or 1. ``init_weights`` starts R so that nothing changes; False draws it, times
+    ``init_scale``. ``deft_dropout`` is read from files; training with it is refused.
     """
 
     peft_type: ClassVar[str] = "DEFT"

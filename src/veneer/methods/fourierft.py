@@ -19,6 +19,7 @@ from veneer.contract import LinearMethod, Params, Shapes
 from veneer.contract.checks import Checks
 from veneer.contract.family_targets import LOW_RANK
 from veneer.contract.patterns import PatternChecks, below_one, broken, first_match, values_of
+from veneer.contract.seeds import no_seeds
 from veneer.contract.targets import FamilyTargets
 from veneer.core.records import LinearDelta
 from veneer.core.sites import LinearSite
@@ -89,8 +90,7 @@ class FourierFTConfig(LinearMethod):
 
     def problems(self) -> list[str]:
         found = super().problems() + broken({"n_frequency_pattern": self.n_frequency_pattern})
-        if not -(2**63) <= self.random_loc_seed < 2**64:
-            found.append(f"random_loc_seed={self.random_loc_seed!r} must be a seed of torch, of at most 64 bits")
+        found += no_seeds({"random_loc_seed": self.random_loc_seed})
         return found + below_one(values_of(self, "n_frequency", "n_frequency_pattern"))
 
     @property

@@ -7,7 +7,7 @@ then those with ``W = U diag(l) Vᵀ``. So the change of the weight is ``U (diag
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -16,9 +16,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from veneer.contract import LinearMethod, Params, Shapes
+from veneer.contract.checks import Checks
 from veneer.contract.family_targets import LOW_RANK
 from veneer.contract.packing import Packing
 from veneer.contract.peft_fields import PeftFields
+from veneer.contract.seeds import no_seeds
 from veneer.contract.shared import Shared
 from veneer.contract.targets import FamilyTargets
 from veneer.core.records import LinearDelta
@@ -95,13 +97,11 @@ class FrodConfig(LinearMethod):
     regularization_alpha: float = 1e-3
 
     def problems(self) -> list[str]:
-        found = super().problems()
+        found = super().problems() + no_seeds({"projection_prng_key": self.projection_prng_key})
         if not 0 <= self.sparse_rate <= 1:
             found.append(f"sparse_rate={self.sparse_rate!r} must lie in [0, 1]")
         if self.regularization_alpha <= 0:
             found.append(f"regularization_alpha={self.regularization_alpha!r} must be above 0")
-        if not -(2**63) <= self.projection_prng_key < 2**64:
-            found.append(f"projection_prng_key={self.projection_prng_key!r} must be a seed of torch, of 64 bits")
         if not self.save_projection:
             found.append("save_projection=False is not supported: V is in the file, so leave it at True")
         if self.frod_dropout and not self.inference_mode:
@@ -110,6 +110,10 @@ class FrodConfig(LinearMethod):
                 "set it to 0"
             )
         return found
+
+    @property
+    def checks(self) -> Checks:
+        return _Checks()
 
     @property
     def reads_weight(self) -> bool:
@@ -203,6 +207,20 @@ class FrodConfig(LinearMethod):
             norms = norms + 0.1 * torch.randn(n, generator=generator)
         size = torch.tensor([n, n])
         return dict(zip(self.shapes(site), (norms, values, v.clone(), places, size), strict=True))
+
+
+class _Checks(Checks):
+    def layers(self, sites: Sequence[LinearSite]) -> list[str]:
+        """Layers of a kind share V, which is as wide as their inputs."""
+        first: dict[str, LinearSite] = {}
+        for site in sites:
+            first.setdefault(kind_of(site.name), site)
+        return [
+            f"{site.name} has {site.in_features} inputs, and {other.name} has {other.in_features}: layers of one kind "
+            "share a basis and need one width. Name layers of one width in target_modules"
+            for site in sites
+            if (other := first[kind_of(site.name)]).in_features != site.in_features
+        ]
 
 
 @dataclass(frozen=True)

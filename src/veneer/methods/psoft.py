@@ -19,6 +19,7 @@ from veneer.contract import LinearMethod, Params, Shapes
 from veneer.contract.checks import Checks
 from veneer.contract.family_targets import LOW_RANK
 from veneer.contract.patterns import below_one
+from veneer.contract.seeds import no_seeds
 from veneer.contract.targets import FamilyTargets
 from veneer.core.orthogonal import cayley, neumann, skew_symmetric
 from veneer.core.records import LinearDelta
@@ -31,7 +32,8 @@ from veneer.ops.traced import is_tracing
 class PsoftConfig(LinearMethod):
     """PSOFT in PEFT's fields.
 
-    A and B follow from the weight of the base and are in no file. ``ab_svd_init="pissa_init"`` shares the singular
+    A and B follow from the weight of the base and are in no file. Another device or library may give their pairs other
+    signs, which change the update: ``save_as_lora`` keeps them. ``ab_svd_init="pissa_init"`` shares the singular
     values among both. ``psoft_svd="lowrank"`` finds them by ``psoft_svd_lowrank_niter`` steps of a randomized method,
     drawn from ``random_seed``. ``psoft_orth=False`` makes R a free matrix. ``psoft_mag_a`` and ``psoft_mag_b`` train
     scales of its columns and rows.
@@ -60,15 +62,13 @@ class PsoftConfig(LinearMethod):
 
     def problems(self) -> list[str]:
         counts = {name: getattr(self, name) for name in ("r", "num_cayley_neumann_terms")}
-        found = super().problems() + below_one(counts)
+        found = super().problems() + below_one(counts) + no_seeds({"random_seed": self.random_seed})
         if not 0 <= self.psoft_dropout < 1:
             found.append(f"psoft_dropout={self.psoft_dropout!r} must lie in [0, 1)")
         if self.psoft_alpha <= 0:
             found.append(f"psoft_alpha={self.psoft_alpha!r} must be above 0")
         if self.psoft_svd_lowrank_niter < 0:
             found.append(f"psoft_svd_lowrank_niter={self.psoft_svd_lowrank_niter!r} must be at least 0")
-        if not -(2**63) <= self.random_seed < 2**64:
-            found.append(f"random_seed={self.random_seed!r} must be a seed of torch, of at most 64 bits")
         if self.cayley_neumann_eps is not None and not 0 < self.cayley_neumann_eps < 1:
             found.append(f"cayley_neumann_eps={self.cayley_neumann_eps!r} must lie between 0 and 1, or be None")
         return found

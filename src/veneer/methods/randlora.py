@@ -22,6 +22,7 @@ from veneer.contract.family_targets import LOW_RANK
 from veneer.contract.known import Known
 from veneer.contract.patterns import below_one
 from veneer.contract.peft_fields import PeftFields
+from veneer.contract.seeds import no_seeds
 from veneer.contract.shared import Shared
 from veneer.contract.targets import FamilyTargets
 from veneer.core.records import LinearDelta
@@ -120,8 +121,7 @@ class RandLoraConfig(LinearMethod):
 
     def problems(self) -> list[str]:
         found = super().problems() + below_one({"r": self.r})
-        if not -(2**63) <= self.projection_prng_key < 2**64:
-            found.append(f"projection_prng_key={self.projection_prng_key!r} must be a seed of torch, of 64 bits")
+        found += no_seeds({"projection_prng_key": self.projection_prng_key})
         if self.randlora_dropout and not self.inference_mode:
             found.append(
                 f"randlora_dropout={self.randlora_dropout!r} drops inputs of the change in training, which is not "

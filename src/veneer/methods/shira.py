@@ -18,6 +18,7 @@ from veneer.contract.family_targets import LOW_RANK
 from veneer.contract.packing import Packing
 from veneer.contract.patterns import below_one
 from veneer.contract.peft_fields import PeftFields
+from veneer.contract.seeds import no_seeds
 from veneer.contract.targets import FamilyTargets
 from veneer.core.records import LinearDelta
 from veneer.core.sites import LinearSite
@@ -67,9 +68,7 @@ class ShiraConfig(LinearMethod):
         found = super().problems() + below_one({"r": self.r})
         if self.mask_type != "random" and not self.inference_mode:
             found.append(f"mask_type={self.mask_type!r} is not supported in training: use 'random'")
-        if self.random_seed is not None and not -(2**63) <= self.random_seed < 2**64:
-            found.append(f"random_seed={self.random_seed!r} must be a seed of torch, of at most 64 bits")
-        return found
+        return found + no_seeds({} if self.random_seed is None else {"random_seed": self.random_seed})
 
     @property
     def checks(self) -> Checks:

@@ -20,6 +20,7 @@ from veneer.contract import LinearMethod, Params, Shapes
 from veneer.contract.family_targets import LOW_RANK
 from veneer.contract.known import Known
 from veneer.contract.patterns import below_one
+from veneer.contract.seeds import no_seeds
 from veneer.contract.shared import Shared
 from veneer.contract.targets import FamilyTargets
 from veneer.core.records import LinearDelta
@@ -56,12 +57,9 @@ class VeraConfig(LinearMethod):
 
     def problems(self) -> list[str]:
         found = super().problems() + below_one({"r": self.r})
+        found += no_seeds({"projection_prng_key": self.projection_prng_key})
         if not 0 <= self.vera_dropout < 1:
             found.append(f"vera_dropout={self.vera_dropout!r} must lie in [0, 1)")
-        if not -(2**63) <= self.projection_prng_key < 2**64:
-            found.append(
-                f"projection_prng_key={self.projection_prng_key!r} must be a seed that torch takes, of 64 bits"
-            )
         if self.d_initial == 0:
             found.append(f"d_initial={self.d_initial!r} must be a finite number other than 0")
         return found

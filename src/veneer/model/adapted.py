@@ -9,6 +9,7 @@ from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from veneer.contract.keys import copy_key
 from veneer.core.token_rows import put_rows
@@ -60,13 +61,15 @@ class Kept:
 
     ``row_sq``: squared norms of the weight's rows, (o,). ``merged_weight``: the weight with adapters folded in, in
     addition to codes that cannot hold it. ``read``: the parameters as one forward pass reads them; None outside a pass.
-    ``attention``: the attention whose output projection the module is. None of it is registered in the module.
+    ``attention``: the attention whose output projection the module is. ``on_load``: the hook that derives
+    factors again, once another weight has been loaded. None of it is registered in the module.
     """
 
     row_sq: Tensor | None = None
     merged_weight: Tensor | None = None
     read: dict[str, Tensor | None] | None = None
     attention: nn.Module | None = None
+    on_load: RemovableHandle | None = None
 
     @contextmanager
     def reading(self) -> Iterator[None]:
@@ -293,6 +296,8 @@ def forget_weight(module: nn.Module) -> None:
 
 def restore(module: Adapted) -> None:
     """Restore a module's class and remove everything added to it."""
+    if module.kept.on_load is not None:
+        module.kept.on_load.remove()
     for attribute in ("adapters", "copies", "site_name", "adapter_state", "originals", "kept"):
         delattr(module, attribute)
     restore_class(module)

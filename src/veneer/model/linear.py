@@ -75,6 +75,9 @@ class AdaptedSite(Adapted):
             found = self.method(name).derived(site, factors_of(held))
         for key, value in found.items():
             held.register_buffer(key, value.to(device_of(self)), persistent=False)
+        if found and self.kept.on_load is None:
+            hook = self.register_load_state_dict_post_hook(_derive_again)  # type: ignore[no-untyped-call]
+            self.kept.on_load = hook
 
     def owns(self, name: str) -> bool:
         return name in self.adapters and not isinstance(self.adapters[name], TiedFactors)
@@ -334,6 +337,12 @@ class AdaptedLinear(AdaptedSite):
         for each in rows:
             y = project_rows(x, y, each.index(x.device), each.trainable_tokens_delta, bias)
         return y
+
+
+def _derive_again(layer: nn.Module, keys: object) -> None:
+    """Derive what follows from the weight and the parameters, which have all been loaded by now."""
+    for name in cast(AdaptedSite, layer).adapters:
+        cast(AdaptedSite, layer).derive(name)
 
 
 def _trains(weight: FrozenWeight) -> bool:

@@ -101,7 +101,8 @@ def plan_whole(snapshot: Snapshot, config: WholeMethod, fresh: bool) -> Plan:
             config = replace(config, target_modules=present_targets(config, index, defaults))
         wanted = dict.fromkeys(select_targets(config, index), config.rows)
     if config.rows:
-        rows = row_places(snapshot.modules, snapshot.tied, Extras(rows=wanted), copied)
+        extras = Extras(rows=wanted, rows_field="token_indices")
+        rows = row_places(snapshot.modules, snapshot.tied, extras, copied)
         return Plan(config=config, parameters={}, copied=copied, rows=rows)
     paths = [path for path in wanted if path is not None]
     return Plan(config=config, parameters={}, copied={**copied, **whole_parameters(snapshot.modules, paths)})

@@ -46,7 +46,7 @@ def row_places(
     indices: dict[str, tuple[int, ...]] = {}
     for name, rows in wanted.items():
         for path in _meant(name, modules, source):
-            _require_rows(path, modules[path], rows, taken)
+            _require_rows(path, modules[path], rows, taken, extras.rows_field)
             indices[path] = rows
     if extras.keeps_tie and any(indices.get(path) != indices.get(ends[0]) for path in ends if path in indices):
         raise TargetError(
@@ -118,21 +118,21 @@ def _meant(name: str | None, modules: Mapping[str, nn.Module], source: str | Non
     return cast("list[str]", found)
 
 
-def _require_rows(path: str, module: nn.Module, rows: tuple[int, ...], taken: Collection[str]) -> None:
+def _require_rows(path: str, module: nn.Module, rows: tuple[int, ...], taken: Collection[str], field: str) -> None:
     weight = dict(own_parameters(module)).get("weight")
     quantized = hasattr(module, "frozen_format") and not isinstance(module, PackedLinear)
     if not isinstance(module, (nn.Embedding, nn.Linear, PackedLinear)) or weight is None or quantized:
         raise TargetError(
-            f"trainable_token_indices names {path!r}, a {type(module).__name__}: rows can be trained of an embedding "
+            f"{field} asks for rows of {path!r}, a {type(module).__name__}: rows can be trained of an embedding "
             "or of a linear output head that is not quantized"
         )
     if path in taken:
         raise TargetError(
-            f"trainable_token_indices names {path!r}, which target_modules or modules_to_save takes too: drop one"
+            f"{field} asks for rows of {path!r}, which target_modules or modules_to_save takes too: drop one"
         )
     beyond = [index for index in rows if index >= weight.shape[0]]
     if beyond:
         raise TargetError(
-            f"trainable_token_indices holds {beyond[:5]} for {path!r}, which has rows 0 to {weight.shape[0] - 1}"
+            f"{field} holds {beyond[:5]} for {path!r}, which has rows 0 to {weight.shape[0] - 1}"
             ": if these are new tokens, call resize_token_embeddings before attaching"
         )

@@ -112,6 +112,11 @@ class GeneralRunner(DrawingRunner):
             for name, (folder, _) in zip(names, mix.parts, strict=True):
                 self.model.load_adapter(folder, name)
             self.model.add_weighted_adapter(names, [weight for _, weight in mix.parts], version, "cat")
+        except CompositionError as error:
+            told = str(error)
+            for name, (folder, _) in zip(names, mix.parts, strict=True):  # nobody else knows them by these names
+                told = told.replace(repr(name), f"in {folder}")
+            raise CompositionError(told) from error
         finally:
             for name in self.loaded.intersection(names):
                 self.model.delete_adapter(name)

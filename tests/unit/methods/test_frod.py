@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 
+import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from methods_in_peft import TARGETS, assert_equals_peft, base, every_base, site
-from veneer import FrodConfig, PeftModel, get_peft_model
+from methods_in_peft import TARGETS, TOKENS, assert_equals_peft, base, every_base, site
+from veneer import FrodConfig, PeftModel, PsoftConfig, get_peft_model
 from veneer.core.linear import fold_linear
-from veneer.errors import ConfigError, FormatError
+from veneer.errors import ConfigError, FormatError, TargetError
 from veneer.methods.frod import block_of, kind_of
 from veneer.quant.dense import DenseWeight
 
@@ -52,8 +54,6 @@ def test_it_equals_peft(on, tmp_path):
 
 
 def test_a_new_adapter_has_pefts_basis(tmp_path):
-    import peft
-
     model = get_peft_model(base(), FrodConfig(target_modules=TARGETS, projection_prng_key=3))
     model.save_pretrained(tmp_path / "ours")
     theirs = peft.FrodConfig(target_modules=TARGETS, projection_prng_key=3, progressbar=False)
@@ -65,6 +65,21 @@ def test_a_new_adapter_has_pefts_basis(tmp_path):
         torch.testing.assert_close(ours[key], value)
     held = {id(m.adapters["default"].frod_V) for m in model.modules() if hasattr(m, "adapters")}
     assert len(held) == 3  # a basis for each kind of layer
+
+
+@pytest.mark.parametrize("config", [FrodConfig(target_modules=TARGETS), PsoftConfig(r=3, target_modules=TARGETS)])
+def test_what_was_derived_follows_weights_that_are_loaded(config):
+    torch.manual_seed(13)
+    other = base()
+    for parameter in other.parameters():
+        parameter.data += 0.2 * torch.randn_like(parameter)
+    loaded, source = (copy.deepcopy(get_peft_model(each, config).eval()) for each in (base(), other))
+    with torch.no_grad():
+        for parameter in source.parameters():
+            parameter += 0.3 * torch.randn_like(parameter) if parameter.requires_grad else 0
+    loaded.load_state_dict(source.state_dict())
+    torch.testing.assert_close(loaded(TOKENS).logits, source(TOKENS).logits)
+    assert not any(module._load_state_dict_post_hooks for module in loaded.unload().modules())
 
 
 def test_kinds_and_blocks_are_named_as_in_peft():
@@ -81,11 +96,15 @@ def test_what_it_refuses(tmp_path):
     with pytest.raises(ConfigError) as caught:
         FrodConfig(sparse_rate=2.0, regularization_alpha=0.0, projection_prng_key=2**64, save_projection=False,
                    frod_dropout=0.1)  # fmt: skip
-    for words in ("sparse_rate=2.0 must lie in", "regularization_alpha=0.0 must be above 0", "must be a seed of torch",
+    for words in ("sparse_rate=2.0 must lie in", "regularization_alpha=0.0 must be above 0", "must be a seed",
                   "save_projection=False is not supported", "frod_dropout=0.1 drops inputs"):  # fmt: skip
         assert words in str(caught.value)
     with pytest.raises(ConfigError, match="FRoD at q_proj needs the frozen weight"):
         FrodConfig().derived(site("q_proj", 7, 5), {})
+    two = base()
+    two.model.layers[1].self_attn.q_proj = torch.nn.Linear(20, 24)
+    with pytest.raises(TargetError, match=r"layers.1.*q_proj has 20 inputs, and .*layers.0.*q_proj has 24: layers"):
+        get_peft_model(two, FrodConfig(target_modules=["q_proj"]))
     get_peft_model(base(), FrodConfig(target_modules=["q_proj"])).save_pretrained(tmp_path)
     file = tmp_path / "adapter_model.safetensors"
     tensors = load_file(file)
