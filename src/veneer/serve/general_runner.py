@@ -116,7 +116,8 @@ class GeneralRunner(DrawingRunner):
             told = str(error)
             for name, (folder, _) in zip(names, mix.parts, strict=True):  # nobody else knows them by these names
                 told = told.replace(repr(name), f"in {folder}")
-            raise CompositionError(told) from error
+            folders = ", ".join(map(str, mix.folders))
+            raise CompositionError(f"the adapters in {folders} have no sum in a mix: {told}") from error
         finally:
             for name in self.loaded.intersection(names):
                 self.model.delete_adapter(name)

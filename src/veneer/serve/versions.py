@@ -13,7 +13,7 @@ from pathlib import Path
 from veneer.contract.file import CONFIG_FILE, WEIGHTS_FILE
 from veneer.contract.source import adapter_folder
 from veneer.disk.stamp import stamp_of
-from veneer.errors import ConfigError, FormatError
+from veneer.errors import CompositionError, ConfigError, FormatError
 from veneer.serve.adapter_version import AdapterVersion
 from veneer.serve.latest import Latest
 from veneer.serve.lora_request import LoRARequest
@@ -54,7 +54,8 @@ class Versions:
         """Return the version at a request's path, or that of its mix.
 
         Raises FormatError if there is none, ConfigError for too high a rank, and CompositionError if it is in the base
-        already. A mix raises the errors of each part.
+        already. A mix raises the errors of each part, and CompositionError for one that acts from its invocation tokens
+        on.
         """
         if request.parts:
             return _mix([(self.of(part), weight) for part, weight in request.parts])
@@ -134,6 +135,11 @@ def _mix(parts: Sequence[tuple[AdapterVersion, float]]) -> AdapterVersion:
     """The version of a weighted sum: named by what is in it, whatever the order, equal files counted together."""
     versions, weights = dict[str, AdapterVersion](), dict[str, float]()
     for version, weight in parts:
+        if version.invocation:
+            raise CompositionError(
+                f"the adapter in {version.folder} acts from its invocation tokens on, so it has no sum with others: "
+                "ask for this adapter by itself"
+            )
         versions[version.id] = version
         weights[version.id] = weights.get(version.id, 0.0) + weight
     ids = sorted(versions)

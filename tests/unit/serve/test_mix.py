@@ -234,7 +234,7 @@ def test_what_has_no_sum_is_refused(adapters, tokenizer, name, said):
 def test_what_has_no_sum_is_refused_by_the_general_runner(adapters, tokenizer, name):
     llm = LLM(make_model(), tokenizer=tokenizer, general_runner=True)
     before = answers(llm, adapters["lora"])
-    with pytest.raises(CompositionError) as caught:
+    with pytest.raises(CompositionError, match=f"/{name}, .* have no sum in a mix: ") as caught:
         answers(llm, mix_of([(adapters["lora"], 0.7), (adapters[name], 0.3)]))
     assert "'v" not in str(caught.value)  # a part's name in the engine
     assert answers(llm, adapters["lora"]) == before
