@@ -14,13 +14,18 @@ import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
+from veneer.core.invocation import NEVER, acts_from
 from veneer.errors import CompositionError, ConfigError
+from veneer.model.adapted import Adapted
 from veneer.model.mixed import routed
 from veneer.model.routing import BASE, TokenRouting
 from veneer.model.state import AdapterState
 from veneer.model.virtual_tokens import CACHE_NAMES
 
-NEVER = 1 << 62  # a start behind every token
+PACKED = (
+    "adapters with invocation tokens cannot train on packed rows (position_ids start again within a row): switch "
+    "packing, eval_packing and padding_free off"
+)
 Inputs = tuple[Sequence[Any], Mapping[str, Any]]
 
 
@@ -29,25 +34,25 @@ def from_invocation(model: nn.Module, state: AdapterState, inputs: Inputs) -> It
     """Context of one forward pass in which each adapter acts from its invocation tokens on.
 
     Nothing changes if no acting adapter has such tokens. ``inputs`` are the arguments of the pass. In a generation the
-    starts are those of the prompts. Raises ConfigError if they cannot be found, CompositionError if an adapter with
-    such tokens acts together with another.
+    starts are those of the prompts. Raises ConfigError if a row that trains or continues a cache lacks the tokens, and
+    CompositionError if an adapter with such tokens acts together with another.
     """
     routing = state.routed()
     is_known = routing is not None and routing.is_by_token
-    if is_known or not any(_tokens(state, name) for name in _acting(state)):
+    if is_known or not acting_tokens(model):
         yield
         return
     ids = _input_ids(inputs)
     rows = _names_of_rows(state, ids.shape[0])
     if state.starts is None:
         starts, past = _starts(state, rows, ids), 0
-        _require_found(model, rows, starts, inputs)
+        _require_found(model, state, rows, starts, inputs)
     else:
         starts, past = _repeated(state.starts, ids.shape[0]), _past(inputs)
     moved = tuple(max(start - past, 0) for start in starts)
     drawn = {} if routing is None else routing.generators
     by_token = TokenRouting(rows, is_by_token=True, generators=drawn, starts=moved, width=ids.shape[1])
-    with routed(model, state, by_token):
+    with routed(model, state, by_token), _head_sees(model, state, by_token, inputs):
         yield
 
 
@@ -65,13 +70,31 @@ def generating(state: AdapterState, inputs: Inputs) -> Iterator[None]:
         state.starts = before
 
 
-def last_occurrence(ids: Int[Tensor, "rows n"], tokens: Sequence[int]) -> Int[Tensor, " rows"]:
-    """Return the position in each row at which the last occurrence of these tokens begins; -1 if there is none."""
-    if ids.shape[1] < len(tokens):
-        return ids.new_full((len(ids),), -1)
-    found = (ids.unfold(1, len(tokens), 1) == ids.new_tensor(tokens)).all(dim=-1)
-    places = torch.arange(found.shape[1], device=ids.device)
-    return torch.where(found, places, -1).amax(dim=1)
+def acting_tokens(model: nn.Module) -> tuple[int, ...]:
+    """Return the invocation tokens of the first acting adapter that has some; empty if all act everywhere."""
+    state = getattr(model, "adapter_state", None)
+    return () if state is None else next(filter(None, (_tokens(state, name) for name in _acting(state))), ())
+
+
+@contextmanager
+def _head_sees(model: nn.Module, state: AdapterState, routing: TokenRouting, inputs: Inputs) -> Iterator[None]:
+    """Context in which an adapted head, given the tokens of ``logits_to_keep`` alone, knows which they are."""
+    kept, head_of = inputs[1].get("logits_to_keep"), getattr(model, "get_output_embeddings", None)
+    head = None if head_of is None else head_of()
+    if kept is None or not isinstance(head, Adapted):
+        yield
+        return
+    at = slice(-kept, None) if isinstance(kept, int) else kept.cpu()  # as transformers' models read it
+    of_head = routing.at(torch.arange(routing.width)[at].tolist())
+    hooks = (
+        head.register_forward_pre_hook(lambda *_: setattr(state, "routing", of_head)),
+        head.register_forward_hook(lambda *_: setattr(state, "routing", routing), always_call=True),
+    )
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def _acting(state: AdapterState) -> tuple[str, ...]:
@@ -97,20 +120,23 @@ def _names_of_rows(state: AdapterState, n_rows: int) -> tuple[str, ...]:
 
 def _starts(state: AdapterState, rows: Sequence[str], ids: Int[Tensor, "rows n"]) -> tuple[int, ...]:
     """The position from which each row's adapter acts: 0 for one that acts everywhere."""
-    starts = [0] * len(rows)
-    for name in dict.fromkeys(rows):
-        tokens = _tokens(state, name)
-        own = [row for row, of in enumerate(rows) if of == name] if tokens else []
-        if own:
-            for row, start in zip(own, last_occurrence(ids[own], tokens).tolist(), strict=True):
-                starts[row] = NEVER if start < 0 else start
-    return tuple(starts)
+    tokens = [_tokens(state, name) for name in rows]
+    return tuple(acts_from(row, wanted) for row, wanted in zip(ids.tolist(), tokens, strict=True))
 
 
-def _require_found(model: nn.Module, rows: Sequence[str], starts: Sequence[int], inputs: Inputs) -> None:
-    """Raise ConfigError if a row to be trained on lacks the tokens: it would train nothing."""
+def _require_found(
+    model: nn.Module, state: AdapterState, rows: Sequence[str], starts: Sequence[int], inputs: Inputs
+) -> None:
+    """Raise ConfigError if a row lacks the tokens that would train nothing, or whose tokens may be in the cache."""
     lacking = [row for row, start in enumerate(starts) if start == NEVER]
-    if lacking and model.training and torch.is_grad_enabled() and inputs[1].get("labels") is not None:
+    if lacking and _past(inputs):
+        raise ConfigError(
+            f"rows {lacking[:5]} of the batch continue a cache without the invocation tokens of {rows[lacking[0]]!r}, "
+            "and a cache does not say where it acts: use generate(), or give the whole sequence without a cache"
+        )
+    is_training = model.training and torch.is_grad_enabled()
+    lacking = [row for row in lacking if is_training and rows[row] in state.trainable]
+    if lacking:
         raise ConfigError(
             f"rows {lacking[:5]} of the batch do not hold the invocation tokens of {rows[lacking[0]]!r}: each row must "
             "hold alora_invocation_tokens. Put them before the answer in every row"
@@ -119,10 +145,7 @@ def _require_found(model: nn.Module, rows: Sequence[str], starts: Sequence[int],
     if positions is None or inputs[1].get("attention_mask") is not None:
         return
     if bool((positions[..., 1:] < positions[..., :-1]).any()):
-        raise ConfigError(
-            "adapters with invocation tokens cannot train on packed rows (position_ids start again within a row): "
-            "switch packing off"
-        )
+        raise ConfigError(PACKED)
 
 
 def _repeated(starts: Sequence[int], n_rows: int) -> tuple[int, ...]:

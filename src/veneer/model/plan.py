@@ -157,7 +157,7 @@ def _require_accepted(
 ) -> None:
     """Raise TargetError with all that the method, or the model, refuses of this plan."""
     tied = snapshot.sites(snapshot.tied) if plan.followers else []
-    wrong = [*config.checks.layers(sites), *config.checks.tied(tied)]
+    wrong = [*config.checks.layers(sites), *config.checks.tied(tied), *_problems_of_invocation(snapshot, config, plan)]
     if fresh:
         named = [f"{path}.{key}" for path, keys in plan.parameters.items() for key in keys]
         wrong += [
@@ -167,3 +167,17 @@ def _require_accepted(
         ]
     if wrong:
         raise TargetError("; ".join(wrong))
+
+
+def _problems_of_invocation(snapshot: Snapshot, config: LinearMethod, plan: Plan) -> list[str]:
+    """The places where an adapter that acts from its invocation tokens on cannot know which tokens it sees."""
+    if not config.invocation_tokens:
+        return []
+    whole = [path for path in plan.targets if snapshot.kinds[path].name != "linear"]
+    found = [f"{path} is no linear layer, and invocation tokens need one: list it in exclude_modules" for path in whole]
+    if getattr(getattr(snapshot.model, "config", None), "is_encoder_decoder", False):
+        found.append(
+            "the model has an encoder and a decoder, and invocation tokens need one sequence: leave "
+            "alora_invocation_tokens out"
+        )
+    return found

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import groupby
 
@@ -83,6 +84,15 @@ class TokenRouting(Routing):
 
     starts: tuple[int, ...] = ()
     width: int = 0
+
+    def at(self, kept: Sequence[int]) -> TokenRouting:
+        """Return the routing of these tokens of each row alone. Raises ShapeError if they do not ascend."""
+        if list(kept) != sorted(kept):
+            raise ShapeError(
+                f"logits_to_keep={list(kept)} is not in ascending order: an output head whose adapter has invocation "
+                "tokens takes its tokens in that order. Sort them"
+            )
+        return replace(self, starts=tuple(bisect_left(kept, start) for start in self.starts), width=len(kept))
 
     @cached_property
     def runs(self) -> AdapterRuns:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from types import MethodType
@@ -31,9 +31,13 @@ class Batch:
     packed: bool = False
     n_trained: int | None = None
 
-    def inputs(self, vocabulary: int) -> dict[str, Tensor]:
-        """Return a batch as the collator makes it; every token is trained except the first ``length - n_trained``."""
+    def inputs(self, vocabulary: int, first: Sequence[int] = ()) -> dict[str, Tensor]:
+        """Return a batch as the collator makes it; every token is trained except the first ``length - n_trained``.
+
+        Each row begins with the tokens ``first``.
+        """
         ids = (torch.arange(self.n_rows * self.length).view(self.n_rows, self.length) * 7 + 3) % vocabulary
+        ids[:, : len(first)] = torch.tensor(first, dtype=ids.dtype)
         labels = ids.clone()
         if self.n_trained is not None:
             labels[:, : self.length - self.n_trained] = -100

@@ -14,6 +14,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from veneer.model.checkpointing import checkpoint_fully, checkpoint_selectively
 from veneer.model.coded import CodedModule
 from veneer.model.fused.decoder import fuse, fuse_as_described
+from veneer.model.invocation import acting_tokens
 from veneer.model.offload import ActivationOffload
 from veneer.ops.traced import tracing
 from veneer.plan.live import LiveBytes, Peak, peaks
@@ -162,9 +163,9 @@ def run_steps(
             if parameter.grad is not None:
                 live.hold(parameter.grad, GRADIENTS)
 
-    vocabulary = model.config.get_text_config().vocab_size
+    vocabulary, first = model.config.get_text_config().vocab_size, acting_tokens(model)  # so that it acts on all
     step = Step(
-        model, optimizer, batch.inputs(vocabulary), mark, loss=loss,
+        model, optimizer, batch.inputs(vocabulary, first), mark, loss=loss,
         max_grad_norm=args.max_grad_norm or 0.0, offload=offload, after_backward=gradients,
     )  # fmt: skip
     with ExitStack() as stack:
@@ -184,7 +185,7 @@ def run_steps(
         step.run(n_passes(args))
         if held_out is not None:
             with nullcontext() if counted is None else counted.paused():
-                step.evaluate(held_out.inputs(vocabulary))
+                step.evaluate(held_out.inputs(vocabulary, first))
     for tensor in state_tensors(optimizer):
         live.hold(tensor, STATE)
     return step.reaches_all

@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from veneer.core.invocation import acts_from
 from veneer.errors import ConfigError
 from veneer.serve.adapter_version import AdapterVersion
 from veneer.serve.draft import Draft, SpeculativeConfig
-from veneer.serve.invocation import acts_from
 from veneer.serve.lora_request import LoRARequest
 from veneer.serve.pooling_params import PoolingParams
 from veneer.serve.prefix_cache import require_salt, root_of

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from veneer.data.collating import Layout
+from veneer.errors import ConfigError
+from veneer.model.invocation import PACKED, acting_tokens
 from veneer.model.quant_linear import computing_dtypes
 from veneer.model.structure import evaluation
 
@@ -22,7 +24,10 @@ def packing_layout(model: nn.Module) -> Layout:
     Flash attention kernels take one row with restarting positions. Other models are tested: two short sequences run
     packed and apart. Some families ignore restarting positions (learned positions computed from the mask, ALiBi,
     recurrent layers, virtual tokens). Their rows are unpacked before the forward pass: as exact, without the gain.
+    Raises ConfigError if the acting adapter has invocation tokens, which belong to a row.
     """
+    if acting_tokens(model):
+        raise ConfigError(PACKED)
     implementation = getattr(model.config, "_attn_implementation", None)
     if implementation and "flash" in implementation:
         return "flat"

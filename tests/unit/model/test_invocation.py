@@ -10,16 +10,18 @@ import peft
 import pytest
 import torch
 from gguf import GGUFReader
+from transformers import T5Config, T5ForConditionalGeneration
 
 import veneer
 from methods_in_peft import TARGETS, base, near
 from veneer.adapters.combining import combine_folders, plan_of
-from veneer.errors import CompositionError, ConfigError
+from veneer.errors import CompositionError, ConfigError, ShapeError, TargetError
 from veneer.export.gguf.adapter import export_lora
 from veneer.export.merged import MergeOptions, merge_checkpoint
 from veneer.export.vllm.adapter import export_vllm
 from veneer.model.fused.decoder import fused
-from veneer.model.invocation import last_occurrence
+from veneer.train.loss import token_loss
+from veneer.train.packing_layout import packing_layout
 
 TOKENS = (7, 3)
 IDS = torch.tensor([[5, 7, 3, 9, 7, 3, 2, 8], [7, 3, 11, 2, 40, 5, 61, 1]])  # from 4, and from 0
@@ -36,12 +38,6 @@ def adapted() -> Any:
 def logits(model: Any, ids: torch.Tensor = IDS, **how: Any) -> torch.Tensor:
     with torch.no_grad():
         return model(input_ids=ids, **how).logits
-
-
-def test_the_last_occurrence_is_found():
-    assert last_occurrence(IDS, TOKENS).tolist() == [4, 0]
-    assert last_occurrence(WITHOUT, TOKENS).tolist() == [-1]
-    assert last_occurrence(IDS[:, :1], TOKENS).tolist() == [-1, -1]
 
 
 def test_it_equals_peft(tmp_path: Path):
@@ -112,6 +108,34 @@ def test_rows_may_name_it_beside_others_and_the_base():
         logits(model)
 
 
+def test_the_head_knows_which_tokens_it_sees():
+    """Logits of some tokens alone, in a call, in a generation and in the loss."""
+    torch.manual_seed(2)
+    model = veneer.get_peft_model(base(), veneer.LoraConfig(**FIELDS | {"target_modules": ["lm_head"]})).eval()
+    whole = logits(model)
+    assert (whole - logits(base()))[0, 4:].abs().max() > 1e-2
+    near(logits(model, logits_to_keep=5), whole[:, -5:])
+    near(logits(model, logits_to_keep=torch.tensor([0, 3, 6])), whole[:, [0, 3, 6]])
+    with pytest.raises(ShapeError, match=r"logits_to_keep=\[3, 0\] is not in ascending order"):
+        logits(model, logits_to_keep=torch.tensor([3, 0]))
+    assert torch.equal(model.generate(input_ids=IDS, max_new_tokens=1, do_sample=False)[:, -1], whole[:, -1].argmax(-1))
+    labels = torch.where(torch.arange(8) < 3, -100, IDS)
+    near(token_loss(model, {"input_ids": IDS, "labels": labels}).total / 10, model(input_ids=IDS, labels=labels).loss)
+
+
+def test_a_cache_is_continued_where_the_tokens_are_seen():
+    """From a cache of the base it acts as on the whole; a cache that may hold the tokens is refused."""
+    model = adapted()
+    with torch.no_grad():
+        cache = base()(input_ids=IDS[:1, :4], use_cache=True).cache
+        near(model(input_ids=IDS[:1, 4:], cache=cache).logits, logits(model)[:1, 4:])
+        cache = model(input_ids=IDS, use_cache=True).cache
+        with pytest.raises(ConfigError, match=r"rows \[0, 1\] of the batch continue a cache without the invocation"):
+            model(input_ids=torch.tensor([[9], [4]]), cache=cache)
+        mixed = model(input_ids=torch.tensor([[9], [4]]), cache=cache, adapter_names=["__base__"] * 2)
+    assert mixed.logits.isfinite().all()
+
+
 def test_training_repeats_under_checkpointing():
     grads = []
     for checkpointing in (False, True):
@@ -145,11 +169,15 @@ def step_on(model: Any) -> dict[str, torch.Tensor]:
 def test_what_it_refuses(tmp_path: Path):
     model = adapted().train()
     with pytest.raises(ConfigError, match=r"rows \[0\] of the batch do not hold the invocation tokens of 'default'"):
-        model(input_ids=WITHOUT, labels=WITHOUT)
+        token_loss(model, {"input_ids": WITHOUT, "labels": WITHOUT})
     with pytest.raises(ConfigError, match="needs input_ids"):
         model(inputs_embeds=torch.randn(1, 3, 24))
     with pytest.raises(ConfigError, match="cannot train on packed rows"):
         model(input_ids=IDS, labels=IDS, position_ids=torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3]] * 2))
+    for attention in (model.config._attn_implementation, "flash_attention_2"):
+        model.config._attn_implementation = attention
+        with pytest.raises(ConfigError, match="switch packing, eval_packing and padding_free off"):
+            packing_layout(model)
     with pytest.raises(CompositionError, match="acts from its invocation tokens on, and a weight acts on all"):
         model.merge_and_unload()
     with pytest.raises(CompositionError, match="acts from its invocation tokens on"):
@@ -166,6 +194,13 @@ def test_what_it_refuses(tmp_path: Path):
         veneer.LoraConfig(alora_invocation_tokens=[])
     with pytest.raises(ConfigError, match=r"use_dora=True does not go with .*bias='all' does not go with"):
         veneer.LoraConfig(alora_invocation_tokens=[3], use_dora=True, bias="all")
+
+
+def test_where_it_cannot_act():
+    config = veneer.LoraConfig(alora_invocation_tokens=TOKENS, target_modules=["q", "v", "shared"])
+    t5 = T5Config(vocab_size=67, d_model=24, d_kv=6, d_ff=29, num_layers=1, num_heads=4)
+    with pytest.raises(TargetError, match=r"shared is no linear layer.*; the model has an encoder and a decoder"):
+        veneer.get_peft_model(T5ForConditionalGeneration(t5), config)
 
 
 def test_a_gguf_file_holds_the_tokens(tmp_path: Path):

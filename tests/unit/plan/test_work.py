@@ -135,6 +135,16 @@ def test_a_traced_step_of_dora_has_the_ops_of_a_real_one(recipe: Make, checkpoin
     assert traced.n_general == counted.of_one(1).n_general == 0
 
 
+def test_invocation_tokens_begin_the_rows_that_are_traced(recipe: Make) -> None:
+    """The adapter then acts on all tokens, and keeps at least what LoRA keeps."""
+    found = []
+    for tokens in (None, [250, 7]):
+        made = recipe({"method": "lora", "r": 5, "alora_invocation_tokens": tokens}, fused="off")
+        traced = trace(llama_config(), made, batch_of(made, llama_config()))
+        found.append(traced.peaks["forward.block.1"].kinds["activations"])
+    assert found[1] > found[0]
+
+
 def test_what_waits_on_disk_is_counted_once_however_often_it_is_kept(
     recipe: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:

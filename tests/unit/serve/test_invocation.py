@@ -4,22 +4,17 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import torch
 
 from veneer import LLM, LoraConfig, LoRARequest, PeftModel, SamplingParams
-from veneer.serve.invocation import NEVER, acts_from
+from veneer.errors import CompositionError
+from veneer.serve.versions import Versions
 
 from .conftest import byte_tokenizer, make_model, save_adapter
 
 TOKENS = (7, 3)
 FIRST = [5, 7, 3, *range(20, 60)]
-
-
-def test_the_last_occurrence_counts():
-    assert acts_from((1, 7, 3, 2, 7, 3, 4), TOKENS) == 4
-    assert acts_from((7, 3), TOKENS) == 0
-    assert acts_from((3, 7), TOKENS) == NEVER
-    assert acts_from((3, 7), ()) == 0
 
 
 def test_the_engine_answers_as_generate(tmp_path: Path):
@@ -39,3 +34,10 @@ def test_the_engine_answers_as_generate(tmp_path: Path):
             ids = torch.tensor([prompt])
             expected = model.generate(ids, max_new_tokens=5, min_new_tokens=5, do_sample=False, pad_token_id=0)
             assert list(found) == expected[0, len(prompt) :].tolist()
+
+
+def test_it_is_no_part_of_a_mix(tmp_path: Path):
+    config = LoraConfig(r=3, target_modules=["q_proj"], alora_invocation_tokens=TOKENS)
+    part = LoRARequest("alora", 1, str(save_adapter(tmp_path / "alora", config)))
+    with pytest.raises(CompositionError, match=r"/alora acts from its invocation tokens on, .* this adapter by itself"):
+        Versions().of(LoRARequest.mix("mix", 2, [(part, 0.7)]))
