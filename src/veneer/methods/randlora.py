@@ -7,11 +7,11 @@ the largest layer needs. A has the smaller width of a layer, whichever that is.
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import ClassVar, Literal, Self
+from weakref import WeakValueDictionary
 
 import torch
 from jaxtyping import Float
@@ -32,8 +32,8 @@ from veneer.ops.traced import is_tracing
 
 
 @dataclass(frozen=True, kw_only=True)
-class Bases:
-    """A (r, 1, small) and B (large, n, r) of the largest layer, by what they are drawn from."""
+class Draw:
+    """Draw of A (r, 1, small) and B (large, n, r) of the largest layer, from a seed."""
 
     seed: int
     r: int
@@ -41,23 +41,69 @@ class Bases:
     large: int
     sparsity: float | None = None
 
+    def on(self, device: torch.device) -> tuple[Float[Tensor, "r 1 small"], Float[Tensor, "large n r"]]:
+        """Return A and B as PEFT draws them on the CPU, each divided by its standard deviation.
+
+        They are Kaiming uniform, rounded to bfloat16. With a ``sparsity`` they are -1 or 1, each with probability
+        ``1 / (2 sparsity)``, and 0 otherwise.
+        """
+        generator = torch.Generator().manual_seed(self.seed)
+        r, small, large, n = self.r, self.small, self.large, -(-self.small // self.r)
+        with torch.inference_mode(False):  # they outlive the pass that asks first
+            if self.sparsity is None:
+                a = _kaiming((r, 1, small), generator)
+                b = torch.cat([_kaiming((large, 1, r), generator) for _ in range(n)], dim=1)
+            else:
+                a, b = (_signs(shape, self.sparsity, generator) for shape in ((r, 1, small), (large, n, r)))
+            return (a / a.std()).to(device, torch.float32), (b / b.std()).to(device, torch.float32)
+
+
+class Bases:
+    """A and B of a draw, on each device that has asked for them. Do not write.
+
+    Adapters of one draw share the object. It goes, with its tensors, when the last of them and of their records goes.
+    """
+
+    def __init__(self, draw: Draw) -> None:
+        self._draw = draw
+        self._on: dict[torch.device, tuple[Tensor, Tensor]] = {}
+
+    def __reduce__(self) -> tuple[Callable[[Draw], Bases], tuple[Draw]]:
+        return bases, (self._draw,)
+
+    def __repr__(self) -> str:
+        return f"Bases({self._draw})"
+
     def on(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Return A and B on a device. Do not write."""
-        drawn = bases.__wrapped__ if is_tracing() else bases  # a traced step makes tensors without values
-        return drawn(self, device)
+        """Return A and B on a device."""
+        if device not in self._on:
+            self._on[device] = self._draw.on(device)
+        return self._on[device]
+
+
+_ALIVE: WeakValueDictionary[Draw, Bases] = WeakValueDictionary()
+
+
+def bases(draw: Draw) -> Bases:
+    """Return the bases of a draw, those that others hold if there are any."""
+    found = _ALIVE.get(draw)
+    if found is None:
+        found = _ALIVE[draw] = Bases(draw)
+    return found
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RandomBases(Change):
     """Change ``scale · B A'``, A' (n r, small) the rows of A times those of λ and γ; or its transpose.
 
-    It is the transpose if the outputs are the smaller width. A and B belong to all layers: a record holds none of them.
+    It is the transpose if the outputs are the smaller width. A and B belong to all layers: they are no tensors of the
+    record, which only holds their ``bases``. A traced step has the `Draw` instead, and its products draw them.
     """
 
     scales: Float[Tensor, "r n"]
     columns: Float[Tensor, "n small"]
+    bases: Bases | Draw
     large: int
-    drawn: Bases
     scale: float
     is_turned: bool
 
@@ -83,7 +129,7 @@ class RandomBases(Change):
     def _factors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """A' and B of this layer."""
         n, small = self.columns.shape
-        all_a, all_b = self.drawn.on(self.scales.device)
+        all_a, all_b = self.bases.on(self.scales.device)
         a = self.scales.to(dtype)[:, :, None] * all_a[:, :, :small].to(dtype) * self.columns.to(dtype)
         return a.flatten(0, 1), all_b[: self.large, :n].flatten(1).to(dtype)
 
@@ -146,11 +192,16 @@ class RandLoraConfig(LinearMethod):
         return {"randlora_lambda": torch.zeros(scales), "randlora_gamma": torch.full(columns, 1 / max(columns))}
 
     def lower(self, site: LinearSite, params: Params) -> LinearDelta:
+        scales = params["randlora_lambda"]
+        draw = self._draw(self.projection_size or (site.out_features, site.in_features))
+        held = draw if is_tracing() else self._held(draw)  # a traced step makes tensors without values
+        if isinstance(held, Bases) and not scales.is_meta:
+            held.on(scales.device)  # not in the first product, which others would wait for
         change = RandomBases(
-            scales=params["randlora_lambda"],
+            scales=scales,
             columns=params["randlora_gamma"],
+            bases=held,
             large=max(site.out_features, site.in_features),
-            drawn=self._drawn(self.projection_size or (site.out_features, site.in_features)),
             scale=self.randlora_alpha / self.r,
             is_turned=site.out_features < site.in_features,
         )
@@ -167,31 +218,18 @@ class RandLoraConfig(LinearMethod):
     def _projections(self) -> dict[str, Tensor]:
         if self.projection_size is None:
             return {}
-        a, b = self._drawn(self.projection_size).on(torch.device("cpu"))
+        a, b = self._held(self._draw(self.projection_size)).on(torch.device("cpu"))
         return {"randlora_A": a, "randlora_B": b}
 
-    def _drawn(self, largest: tuple[int, int]) -> Bases:
+    def _held(self, draw: Draw) -> Bases:
+        """The bases of a draw, which this config holds from now on."""
+        kept: dict[Draw, Bases] = vars(self).setdefault("_kept", {})
+        return kept.setdefault(draw, bases(draw))
+
+    def _draw(self, largest: tuple[int, int]) -> Draw:
         small, large = sorted(largest)
         sparsity = math.sqrt(small) if self.very_sparse else 3 if self.sparse else None
-        return Bases(seed=self.projection_prng_key, r=self.r, small=small, large=large, sparsity=sparsity)
-
-
-@functools.lru_cache(maxsize=8)
-def bases(drawn: Bases, device: torch.device) -> tuple[Float[Tensor, "r 1 small"], Float[Tensor, "large n r"]]:
-    """Return A and B as PEFT draws them on the CPU, each divided by its standard deviation.
-
-    They are Kaiming uniform, rounded to bfloat16. With a ``sparsity`` they are -1 or 1, each with probability
-    ``1 / (2 sparsity)``, and 0 otherwise. Copies of the last eight configs and devices are kept. Do not write.
-    """
-    generator = torch.Generator().manual_seed(drawn.seed)
-    r, small, large, n = drawn.r, drawn.small, drawn.large, -(-drawn.small // drawn.r)
-    with torch.inference_mode(False):  # they outlive the pass that asks first
-        if drawn.sparsity is None:
-            a = _kaiming((r, 1, small), generator)
-            b = torch.cat([_kaiming((large, 1, r), generator) for _ in range(n)], dim=1)
-        else:
-            a, b = (_signs(shape, drawn.sparsity, generator) for shape in ((r, 1, small), (large, n, r)))
-        return (a / a.std()).to(device, torch.float32), (b / b.std()).to(device, torch.float32)
+        return Draw(seed=self.projection_prng_key, r=self.r, small=small, large=large, sparsity=sparsity)
 
 
 def _kaiming(shape: tuple[int, int, int], generator: torch.Generator) -> Tensor:

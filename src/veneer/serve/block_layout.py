@@ -120,9 +120,10 @@ class Laying:
         self._offsets: list[list[int]] = []
         bare = tuple(self._bare(change) for change in changes)
         offsets, n_bytes = tuple(map(tuple, self._offsets)), self._n_bytes if self.placed else 0
-        is_whole = not any(_BESIDE in each for each in offsets)
+        n_beside = bytes_of(bare)  # of tensors without an offset, and of what parts hold that are no tensors
+        is_whole = not n_beside and not any(_BESIDE in each for each in offsets)
         text = json.dumps(([form_of(change) for change in bare], offsets, n_bytes)).encode() if is_whole else b""
-        self.layout = BlockLayout(bare, offsets, n_bytes, bytes_of(bare), text)
+        self.layout = BlockLayout(bare, offsets, n_bytes, n_beside, text)
 
     def offset_of(self, x: Tensor) -> int:
         """Return the offset of a tensor that has a place, or is part of one that has."""

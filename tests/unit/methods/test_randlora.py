@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import copy
+import gc
+import weakref
+
 import pytest
 import torch
 
-from methods_in_peft import assert_equals_peft, every_base, site
-from veneer import RandLoraConfig
+from methods_in_peft import TARGETS, TOKENS, assert_equals_peft, base, every_base, site
+from veneer import RandLoraConfig, get_peft_model
 from veneer.core.linear import fold_linear
 from veneer.errors import ConfigError
-from veneer.methods.randlora import Bases
+from veneer.methods.randlora import Draw, bases
 
 SETTINGS = {"randlora_alpha": 4.0}
 
@@ -18,7 +22,7 @@ SETTINGS = {"randlora_alpha": 4.0}
 def test_it_is_a_sum_of_terms(o, i):
     config, place = RandLoraConfig(r=2, randlora_alpha=3.0), site("q_proj", o, i)
     scales, columns = torch.randn(2, 3, dtype=torch.float64), torch.randn(3, 5, dtype=torch.float64)
-    a, b = (base.double() for base in Bases(seed=0, r=2, small=5, large=11).on(torch.device("cpu")))
+    a, b = (each.double() for each in Draw(seed=0, r=2, small=5, large=11).on(torch.device("cpu")))
     rows = [scales[r, j] * a[r, 0] * columns[j] for r in range(2) for j in range(3)]
     change = 1.5 * sum(torch.outer(left, row) for left, row in zip(b.flatten(1).T, rows, strict=True))
     w = torch.randn(o, i, dtype=torch.float64)
@@ -34,6 +38,28 @@ def test_it_is_a_sum_of_terms(o, i):
 def test_it_equals_peft(fields, on, tmp_path):
     fields = {"r": 5, "randlora_alpha": 20, "init_weights": False, **fields}
     assert_equals_peft(RandLoraConfig, "RandLoraConfig", tmp_path, on, ["randlora_A", "randlora_B"], **fields)
+
+
+def test_bases_are_drawn_once_and_go_with_their_adapters(monkeypatch):
+    drawn, draw_on = [], Draw.on
+    monkeypatch.setattr(Draw, "on", lambda self, device: drawn.append(self.seed) or draw_on(self, device))
+    seeds = range(700, 709)
+    model = get_peft_model(base(), RandLoraConfig(r=5, projection_prng_key=700, target_modules=TARGETS), "700")
+    for seed in seeds[1:]:
+        model.add_adapter(str(seed), RandLoraConfig(r=5, projection_prng_key=seed, target_modules=TARGETS))
+    for _ in range(2):
+        model(TOKENS[:1].repeat(9, 1), adapter_names=[str(seed) for seed in seeds])
+    assert sorted(drawn) == list(seeds)
+    copied = copy.deepcopy(model)
+    copied(TOKENS)
+    assert len(drawn) == 9
+    held = [weakref.ref(bases(Draw(seed=seed, r=5, small=24, large=40))) for seed in seeds]
+    assert len(drawn) == 9
+    assert all(each() for each in held)
+    del copied
+    model.unload()
+    gc.collect()
+    assert not any(each() for each in held)
 
 
 def test_what_it_refuses():

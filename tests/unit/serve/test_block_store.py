@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import struct
 import threading
+import weakref
 import zlib
 from hashlib import sha256
 from pathlib import Path
@@ -14,8 +16,9 @@ from typing import Any
 import pytest
 import torch
 
-from veneer import LLM, LoraConfig, LoRARequest, SamplingParams
+from veneer import LLM, LoraConfig, LoRARequest, RandLoraConfig, SamplingParams
 from veneer.errors import ConfigError, DescriptionError
+from veneer.methods.randlora import Draw, bases
 from veneer.serve import block_store, program_runner, start
 from veneer.serve.block import Blocks
 from veneer.serve.block_layout import BlockLayout
@@ -62,6 +65,22 @@ def test_another_process_reads_what_was_packed(runners, method, adapters):
     assert mine.layout.text == other.layout.text
     assert mine.layout is not other.layout
     assert runners[1].kept(method).packed.linears.layout is other.layout
+
+
+def test_what_layers_share_beside_a_block_is_counted_and_goes_with_it(tmp_path):
+    config = RandLoraConfig(r=5, projection_prng_key=707, save_projection=False, target_modules=["q_proj", "down_proj"])
+    folder, runner = save_adapter(tmp_path / "randlora", config), runner_of(tmp_path / "cache")
+    read = runner.read(folder)
+    layer = runner.model.model.layers[0].mlp.down_proj
+    small, large = sorted((layer.out_features, layer.in_features))
+    shared = bases(Draw(seed=707, r=5, small=small, large=large))
+    assert read.packed.linears.layout.n_beside == sum(each.nbytes for each in shared.on(torch.device("cpu"))) > 0
+    runner.keep("randlora", read)
+    assert runner.kept("randlora") is None
+    shared = weakref.ref(shared)
+    del read
+    gc.collect()
+    assert shared() is None
 
 
 @pytest.fixture
