@@ -174,7 +174,7 @@ def pack_quantized(bits: int, group: int) -> Stored:
     )  # fmt: skip
 
 
-def int_quantized() -> Stored:
+def int_quantized(layout: str = "int-quantized") -> Stored:
     """Eight bits and a scale a row, as bytes with a sign."""
 
     def encode(generator: torch.Generator, shape: tuple[int, int]) -> Encoded:
@@ -182,22 +182,52 @@ def int_quantized() -> Stored:
         scales = random_scales(generator, (shape[0], 1), 0.0004).bfloat16()
         return {"weight": codes.to(torch.int8), "weight_scale": scales}, (codes.bfloat16() * scales).float()
 
-    return compressed(
-        "int-quantized", encode, activations=True, num_bits=8, type="int", symmetric=True, strategy="channel"
-    )
+    return compressed(layout, encode, activations=True, num_bits=8, type="int", symmetric=True, strategy="channel")
 
 
-def float_quantized() -> Stored:
-    """FP8 and a scale a row; the product is rounded to the scale's bfloat16."""
+def float_quantized(strategy: str = "channel", layout: str = "float-quantized") -> Stored:
+    """FP8 and a scale a row, matrix or block of 20 by 36; the product is rounded to the scale's bfloat16."""
 
     def encode(generator: torch.Generator, shape: tuple[int, int]) -> Encoded:
         codes, values = fp8_codes(generator, shape, torch.float8_e4m3fn)
-        scales = random_scales(generator, (shape[0], 1)).bfloat16()
-        return {"weight": codes, "weight_scale": scales}, (values.bfloat16() * scales).float()
+        height, width = {"channel": (1, shape[1]), "tensor": shape, "block": (20, 36)}[strategy]
+        scales = random_scales(generator, (-(-shape[0] // height), -(-shape[1] // width))).bfloat16()
+        wide = scales[torch.arange(shape[0])[:, None] // height, torch.arange(shape[1]) // width]
+        held = scales.view(1) if strategy == "tensor" else scales
+        return {"weight": codes, "weight_scale": held}, (values.bfloat16() * wide).float()
 
+    block = {"block_structure": [20, 36]} if strategy == "block" else {}
     return compressed(
-        "float-quantized", encode, activations=True, num_bits=8, type="float", symmetric=True, strategy="channel"
+        layout, encode, activations=True, num_bits=8, type="float", symmetric=True, strategy=strategy, **block
     )
+
+
+def fp8_of_a_matrix(modelopt: bool) -> Stored:
+    """FP8 with ``weight_scale``, one number, and a scale of activations: ModelOpt's and AutoFP8's."""
+
+    def encode(generator: torch.Generator, shape: tuple[int, int]) -> Encoded:
+        codes, values = fp8_codes(generator, shape, torch.float8_e4m3fn)
+        scale = random_scales(generator, ())
+        return {"weight": codes, "weight_scale": scale}, values * scale
+
+    config: dict[str, Any] = {"quant_method": "fp8", "activation_scheme": "static", "ignored_layers": ["lm_head"]}
+    if modelopt:
+        config = {"quant_method": "modelopt", "quant_algo": "FP8", "ignore": ["lm_head"]}
+    return Stored(config, encode, beside=("input_scale",))
+
+
+def two_groups() -> Stored:
+    """Whole numbers, and FP8 in the layers of an MLP, which alone are 160 wide here."""
+    whole, floats = pack_quantized(4, 16), float_quantized()
+    groups = {"all": whole.config["config_groups"]["group_0"] | {"format": "pack-quantized"}}
+    groups["mlp"] = floats.config["config_groups"]["group_0"] | {"format": "float-quantized"}
+    groups["mlp"]["targets"] = [r"re:.*\.mlp\..*"]
+
+    def encode(generator: torch.Generator, shape: tuple[int, int]) -> Encoded:
+        return (floats if 160 in shape else whole).encode(generator, shape)
+
+    config = whole.config | {"format": "mixed-precision", "config_groups": groups}
+    return Stored(config, encode, whole.left_out)
 
 
 FP4_VALUES = torch.tensor([sign * size for sign in (1.0, -1.0) for size in (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)])
@@ -291,6 +321,18 @@ FORMATS: dict[str, Stored] = {
     "hqq 4": hqq(4, 32),
     "hqq 3": hqq(3, 16),
 }
+
+
+SELDOM: dict[str, Stored] = {
+    "float-quantized by matrices": float_quantized("tensor"),
+    "float-quantized by blocks": float_quantized("block"),
+    "naive floats": float_quantized(layout="naive-quantized"),
+    "naive whole numbers": int_quantized("naive-quantized"),
+    "modelopt fp8": fp8_of_a_matrix(modelopt=True),
+    "autofp8": fp8_of_a_matrix(modelopt=False),
+    "two groups": two_groups(),
+}
+"""Variants of formats: read, described and saved."""
 
 
 def base_config() -> PreTrainedConfig:

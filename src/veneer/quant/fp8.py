@@ -18,6 +18,8 @@ from veneer.quant.spec import FLOATS, Parts, scale_problems, unreadable
 
 NAME = "fp8"
 BLOCK = (128, 128)
+MATRIX_SCALE = "weight_scale"
+"""AutoFP8's name of the scale of a matrix."""
 KINDS = (torch.float8_e4m3fn, torch.float8_e5m2)
 SCALES = (*FLOATS, torch.float8_e8m0fnu, torch.uint8)
 _FIRST_NAN = {torch.float8_e4m3fn: 0x7F, torch.float8_e5m2: 0x7C}
@@ -110,6 +112,8 @@ class Fp8Spec:
         return {"weight": parts["weight"], self.suffix: parts["scale"]}
 
     def from_disk(self, tensors: Parts) -> tuple[Fp8Spec, dict[str, Tensor]]:
+        if self.suffix not in tensors and MATRIX_SCALE in tensors:
+            return replace(self, block=None, suffix=MATRIX_SCALE, scale_shape=()).from_disk(tensors)
         codes, scale = tensors.get("weight"), tensors.get(self.suffix)
         problems = _code_problems(codes, self.shape)
         if scale is None:

@@ -113,7 +113,10 @@ class GgmlSpec:
         found = {name: part for name in self.part_layout() if (part := parts.get(name)) is not None}
         problems = part_problems(found, self.part_layout())
         if problems:
-            raise FormatError(f"a {self.kind} weight of shape {self.shape} cannot be read: {'; '.join(problems)}")
+            raise FormatError(
+                f"a {self.kind} weight of shape {self.shape} cannot be read: {'; '.join(problems)}. "
+                "Fetch the file again"
+            )
         return self, found
 
 

@@ -18,6 +18,7 @@ from veneer.quant.int8 import Int8Spec
 from veneer.quant.spec import StorageSpec
 from veneer.store.checkpoint import Stored
 from veneer.store.quantization_config import QuantizationConfig, left_dense
+from veneer.store.quantized.readers import READERS
 from veneer.store.quantizer import METHOD, register
 
 ON_DISK = "bitsandbytes"
@@ -41,6 +42,8 @@ class BitsAndBytesConfig(QuantizationConfig):
 
     Raises ConfigError for unknown fields and values and for fields that contradict each other, all in one message.
     """
+
+    marks = ("weight.absmax", "SCB")
 
     load_in_8bit: bool = False
     load_in_4bit: bool = False
@@ -89,9 +92,13 @@ class BitsAndBytesConfig(QuantizationConfig):
     def merged_with(self, stored: Mapping[str, Any]) -> Self:
         method = str(stored.get("quant_method", ON_DISK))
         if method not in (ON_DISK, METHOD):
+            advice = (
+                "leave quantization_config out (load_in_4bit=False), and it is read as it is"
+                if method in READERS
+                else f"load a 16-bit copy of the model, or one quantized with {', '.join(READERS)}"
+            )
             raise ConfigError(
-                f"the checkpoint is quantized with {method!r}, which is not the format of bitsandbytes: leave "
-                "quantization_config out (load_in_4bit=False), and it is read as it is"
+                f"the checkpoint is quantized with {method!r}, which is not the format of bitsandbytes: {advice}"
             )
         return self.from_stored(stored, self)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any, ClassVar, Self
 
 import torch
@@ -23,6 +23,8 @@ class QuantizationConfig(QuantizationConfigMixin):  # type: ignore[misc]
     """
 
     is_stored: ClassVar[bool] = False
+    marks: Collection[str] = ()
+    """Last names of tensors of which every quantized layer has one."""
     note: str | None = None
     """What a user must know of the checkpoint, said once when it is loaded."""
 

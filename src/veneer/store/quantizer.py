@@ -34,6 +34,7 @@ from veneer.store.checkpoint import Checkpoint, Stored, is_finite
 from veneer.store.quantization_config import QuantizationConfig, held_quantized
 
 METHOD = "veneer"
+NAMES_TOLD = 4  # of layers with one problem
 _LOG = logging.getLogger(__name__)
 
 EachBlock = Callable[[PreTrainedModel, nn.Module], None]
@@ -134,6 +135,7 @@ class VeneerQuantizer(HfQuantizer):  # type: ignore[misc]
         # transformers' path for checkpoints that are quantized already would cast codes to the model's dtype
         self.pre_quantized = False
         self.problems: list[str] = []
+        self._unquantized: list[str] = []
         self.stored_parts: dict[str, dict[str, Stored]] = {}
         self.dtype = torch.bfloat16
         self._model: PreTrainedModel | None = None  # while it is loaded
@@ -233,9 +235,10 @@ class VeneerQuantizer(HfQuantizer):  # type: ignore[misc]
         key = sources[0].removesuffix(".weight")
         try:
             if self.is_stored:
-                if key not in self.stored_parts:
-                    raise FormatError("it has no quantized tensors in the checkpoint")
-                stored = self.stored_parts[key]
+                stored = self.stored_parts.get(key)
+                if stored is None:
+                    self._unquantized.append(name)
+                    return
                 name = f"{stored[min(stored)].path}: {name}"
                 tensors = {key: tensor.read() for key, tensor in stored.items()}
                 spec, parts = layer.spec.from_disk(tensors)
@@ -250,7 +253,8 @@ class VeneerQuantizer(HfQuantizer):  # type: ignore[misc]
     def hand_on(self, model: PreTrainedModel, layer: nn.Module | None) -> None:
         """Hand on the block before that of a layer whose weight is there: tensors come block by block."""
         take, block = _EACH_BLOCK.get(), None if layer is None else self._block_of.get(layer, self._block)
-        if take is not None and self._block is not None and block is not self._block and not self.problems:
+        is_sound = not (self.problems or self._unquantized)
+        if take is not None and self._block is not None and block is not self._block and is_sound:
             take(model, self._block)
             for parameter in self._block.parameters():
                 cast(Any, parameter)._is_hf_initialized = True  # transformers would draw new values
@@ -259,12 +263,24 @@ class VeneerQuantizer(HfQuantizer):  # type: ignore[misc]
     def finish(self, model: PreTrainedModel) -> None:
         """Raise one FormatError for all collected errors, layers without a weight included."""
         empty = [n for n, m in model.named_modules() if isinstance(m, CodedModule) and not m.is_filled]
-        noted = " ".join(self.problems)
+        noted = " ".join(self.problems + self._unquantized)
         problems = self.problems + [f"{name}.weight is not in the checkpoint" for name in empty if name not in noted]
+        problems += self._unquantized_problem()
         if problems:
             raise FormatError(f"the model cannot be loaded: {'; '.join(problems)}")
         self.hand_on(model, None)
         self._block_of.clear()
+
+    def _unquantized_problem(self) -> list[str]:
+        if not self._unquantized:
+            return []
+        n_more = len(self._unquantized) - NAMES_TOLD
+        names = ", ".join(self._unquantized[:NAMES_TOLD]) + (f" and {n_more} more" if n_more > 0 else "")
+        return [
+            f"{names}: no quantized tensors in the checkpoint, of which each layer has "
+            f"{' or '.join(sorted(self.quantization_config.marks))}. Correct the modules that quantization_config "
+            "leaves out, or fetch both files again"
+        ]
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         self.stored_parts.clear()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Self, cast
 
@@ -16,13 +16,8 @@ from veneer.quant.spec import StorageSpec
 from veneer.store.checkpoint import Stored
 from veneer.store.quantization import ON_DISK, BitsAndBytesConfig
 from veneer.store.quantization_config import QuantizationConfig, left_dense
-from veneer.store.quantized import awq, compressed_tensors, fp8, gptq, hqq, modelopt
-from veneer.store.quantized.layers import Settings, StoredLayers
+from veneer.store.quantized.readers import READERS
 from veneer.store.quantizer import METHOD, register
-
-READERS: dict[str, Callable[[Settings], StoredLayers]] = {
-    module.METHOD: module.read for module in (awq, compressed_tensors, fp8, gptq, hqq, modelopt)
-}
 
 
 class StoredQuantization(QuantizationConfig):
@@ -38,6 +33,7 @@ class StoredQuantization(QuantizationConfig):
         self.quant_method = cast(Any, METHOD)
         self.stored = dict(stored)
         self.layers = READERS[str(stored["quant_method"])](stored)
+        self.marks = self.layers.marks
         if self.layers.quantizes_activations:
             self.note = (
                 f"the checkpoint ({self.layers.label}) is meant for quantized activations: here they stay as they are, "

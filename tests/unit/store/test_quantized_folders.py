@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import Qwen3MoeConfig
 
-from quantized_folders import FORMATS, change, make_folder
+from quantized_folders import FORMATS, SELDOM, change, make_folder
 from veneer import LLM, SamplingParams
 from veneer.adapters.auto import AutoPeftModelForCausalLM
 from veneer.adapters.peft_model import get_peft_model
@@ -117,6 +117,23 @@ def test_a_saved_model_is_the_same_checkpoint(made: Made, name: str, tmp_path: P
     beside = {f"model.layers.1.mlp.down_proj.{each}": torch.tensor([7.0]) for each in FORMATS[name].beside}
     again.load_state_dict(after | beside)
     assert {key: again.state_dict()[key] for key in beside} == beside
+
+
+@pytest.mark.parametrize("name", SELDOM)
+def test_variants_of_formats(name: str, tmp_path: Path) -> None:
+    """Values, the number of parameters, and the same tensors again when the model is saved."""
+    make_folder(SELDOM[name], tmp_path)
+    model = load_model(tmp_path / "coded")
+    dense = load_file(tmp_path / "dense" / "model.safetensors")
+    layers = quantized(model)
+    assert len(layers) >= 12
+    for path, layer in layers.items():
+        assert torch.equal(layer.frozen_format().dense(torch.float32), dense[f"{path}.weight"])
+    assert model_facts(tmp_path / "coded").parameters == model_facts(tmp_path / "dense").parameters
+    model.save_pretrained(tmp_path / "saved")
+    before, after = (load_file(tmp_path / each / "model.safetensors") for each in ("coded", "saved"))
+    assert after.keys() == before.keys()
+    assert all(torch.equal(*(each[key].view(-1).view(torch.uint8) for each in (before, after))) for key in before)
 
 
 @formats
@@ -232,7 +249,7 @@ UP = "model.layers.1.mlp.up_proj"
         ({f"{UP}.weight_scale_inv": torch.ones(8, 3, dtype=torch.int32)}, {}, r"torch.int32, allowed"),
         ({f"{UP}.weight": torch.full((160, 96), float("nan")).to(torch.float8_e4m3fn)}, {}, "weight holds NaN"),
         ({f"{UP}.weight": torch.ones(160, 95).to(torch.float8_e4m3fn)}, {}, r"\(160, 95\)"),
-        ({f"{UP}.weight_scale_inv": None}, {}, "no quantized tensors"),
+        ({f"{UP}.weight_scale_inv": None}, {}, "no quantized tensors.*weight_scale or weight_scale_inv"),
         ({}, {"weight_block_size": [32, 32]}, r"correct weight_block_size"),
         ({}, {"modules_to_not_convert": ["lm_head", "gate_proj", "up_proj"]}, "leaves it dense"),
     ],
@@ -316,7 +333,7 @@ def test_damaged_awq(broken: Path, tensors: dict[str, Tensor | None], settings: 
         ({"quant_method": "gptq", "bits": 4, "group_size": 0}, "group_size=0"),
         ({"quant_method": "gptq", "bits": 4, "checkpoint_format": "marlin"}, "checkpoint_format='marlin'"),
         ({"quant_method": "gptq", "bits": 4, "dynamic": ["x"]}, "must map patterns"),
-        ({"quant_method": "gptq", "bits": 4, "dynamic": {"-:(": {}}}, "no regular expression"),
+        ({"quant_method": "gptq", "bits": 4, "dynamic": {"-:(": {}}}, r"'\(' must be a regular expression"),
         ({"quant_method": "gptq", "bits": 4, "dynamic": {"x": {"bits": 1}}}, "bits=1"),
         ({"quant_method": "gptq", "bits": 4, "dynamic": {"x": {"rank": 1}}}, "rank is unknown"),
         ({"quant_method": "gptq", "bits": 4, "lm_head": True}, "lm_head=True"),
@@ -336,6 +353,10 @@ WEIGHTS = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group",
 def compressed(weights: dict[str, Any], layout: str = "pack-quantized", **settings: Any) -> dict[str, Any]:
     groups = {"group_0": {"targets": ["Linear"], "weights": WEIGHTS | weights}}
     return {"quant_method": "compressed-tensors", "format": layout, "config_groups": groups} | settings
+
+
+def compressed_to(target: str) -> dict[str, Any]:
+    return compressed({}, config_groups={"group_0": {"targets": [target], "weights": WEIGHTS}})
 
 
 def hqq(**weights: Any) -> dict[str, Any]:
@@ -358,6 +379,8 @@ def hqq(**weights: Any) -> dict[str, Any]:
         (compressed({}, config_groups={"a": {"targets": ["Linear"]}}), "no settings for weights"),
         (compressed({}, sparsity_config={"format": "sparse-24"}), "only dense weights"),
         (compressed({}, ignore="lm_head"), "list of module names"),
+        (compressed({}, ignore=["re:*proj"]), r"ignore: '\*proj' must be a regular expression"),
+        (compressed_to("re:("), r"group_0: targets: '\(' must be a regular expression"),
         (hqq(axis=0), "along the inputs"),
         (hqq(nbits=7), "nbits=7"),
         (hqq(group_size=-3), "group_size=-3"),
@@ -438,3 +461,8 @@ def test_names_within_a_block_are_whole() -> None:
     layers = quantization_in({"quantization_config": settings}).layers
     found = [layers.spec(f"model.layers.1.{name}.q_proj", (64, 96), torch.float16) for name in ("attn", "cross_attn")]
     assert [spec is None for spec in found] == [False, True]
+
+
+def test_a_group_of_hqq_that_is_a_row() -> None:
+    layers = quantization_in({"quantization_config": hqq(group_size=-1)}).layers
+    assert layers.spec("model.layers.0.mlp.up_proj", (64, 96), torch.float32).n_groups == 1

@@ -276,7 +276,9 @@ def test_a_layer_that_is_dense_in_a_quantized_checkpoint(dense_folders: dict[str
     config = json.loads((tmp_path / "config.json").read_text())
     config["quantization_config"]["llm_int8_skip_modules"] = ["lm_head"]
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(FormatError, match=r"up_proj.weight: it has no quantized tensors"):
+    with pytest.raises(
+        FormatError, match=r"layers.0.*up_proj.weight, .*layers.1.*up_proj.weight: no quantized.*SCB or weight.absmax"
+    ):
         load(tmp_path, NF4)
 
 
@@ -291,7 +293,11 @@ def test_another_library_s_quantization(dense_folders: dict[str, Path], tmp_path
     config = json.loads((tmp_path / "config.json").read_text())
     config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ConfigError, match="quantized with 'gptq'"):
+    with pytest.raises(ConfigError, match=r"quantized with 'gptq'.*read as it is"):
+        load(tmp_path, NF4)
+    config["quantization_config"] = {"quant_method": "aqlm"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ConfigError, match=r"quantized with 'aqlm'.*load a 16-bit copy"):
         load(tmp_path, NF4)
 
 

@@ -25,6 +25,7 @@ from veneer.store.quantized.layers import (
     is_count,
     matrix,
     names_problem,
+    pattern_problems,
     require_known,
 )
 
@@ -37,6 +38,7 @@ FORMATS: dict[str, Kind] = {
     "nvfp4-pack-quantized": "nvfp4",
     "mxfp4-pack-quantized": "mxfp4",
 }
+_PATTERN = "re:"
 _NAIVE = "naive-quantized"  # of whole numbers or floats, as the group's type says
 _WIDTHS: dict[Kind, tuple[str, tuple[int, ...]]] = {
     "packed": ("int", BITS), "bytes": ("int", BITS), "fp8": ("float", (8,)),
@@ -142,7 +144,7 @@ class CompressedLayers(StoredLayers):
 def read(settings: Settings) -> CompressedLayers:
     """Return the layers that the settings describe. Raises ConfigError."""
     given = settings.get("config_groups")
-    problems = names_problem(settings, "ignore")
+    problems = _names_problems(settings, "ignore")
     if not isinstance(given, Mapping) or not given:
         problems.append("config_groups must name at least one group of layers")
         given = {}
@@ -167,7 +169,7 @@ def _group(values: Any, layout: object) -> tuple[Group | None, list[str]]:
     problems += [
         f"weights.{key} is unknown" for key in weights if key not in (*_WEIGHTS, *_OF_QUANTIZING) and weights[key]
     ]
-    problems += names_problem(values, "targets") + group_problems(weights)
+    problems += _names_problems(values, "targets") + group_problems(weights)
     strategies = ("tensor", "channel", "group", "block", "tensor_group")
     problems += choice_problems(weights, symmetric=(True, False), strategy=strategies, type=("int", "float"))
     layout = values.get("format") or layout
@@ -206,8 +208,15 @@ def _block(weights: Settings) -> tuple[tuple[int, int] | None, list[str]]:
     return (sides[0], sides[1]), []
 
 
+def _names_problems(settings: Settings, key: str) -> list[str]:
+    wrong = names_problem(settings, key)
+    patterns = [] if wrong else [name for name in settings.get(key) or () if name.startswith(_PATTERN)]
+    bad = [problem for name in patterns for problem in pattern_problems(name.removeprefix(_PATTERN))]
+    return wrong + [f"{key}: {problem}" for problem in bad]
+
+
 def _matches(target: str, path: str) -> bool:
     """Return True for a name, a pattern after ``re:``, or the class of all layers."""
-    if target.startswith("re:"):
-        return re.match(target.removeprefix("re:"), path) is not None
+    if target.startswith(_PATTERN):
+        return re.match(target.removeprefix(_PATTERN), path) is not None
     return target in ("Linear", path)

@@ -1,4 +1,6 @@
-"""``quant_method: fp8``: blocks of 8-bit floats with ``weight_scale_inv`` (DeepSeek, Qwen)."""
+"""``quant_method: fp8``: blocks of 8-bit floats with ``weight_scale_inv`` (DeepSeek, Qwen), or a scale a matrix, which
+AutoFP8 names ``weight_scale``.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +9,7 @@ from typing import ClassVar
 
 import torch
 
-from veneer.quant.fp8 import Fp8Spec
+from veneer.quant.fp8 import MATRIX_SCALE, Fp8Spec
 from veneer.store.quantized.layers import (
     Settings,
     StoredLayers,
@@ -20,6 +22,7 @@ from veneer.store.quantized.layers import (
 )
 
 METHOD = "fp8"
+SCALES = ("weight_scale_inv", MATRIX_SCALE)
 _LEFT_OUT = ("modules_to_not_convert", "ignored_layers")
 _KNOWN = (
     *_LEFT_OUT,
@@ -36,8 +39,8 @@ _KNOWN = (
 class Fp8Layers(StoredLayers):
     """Layers in FP8. ``block`` None: a scale for each matrix or row."""
 
-    parts: ClassVar[frozenset[str]] = frozenset({"weight", "weight_scale_inv", "activation_scale", "input_scale"})
-    marks: ClassVar[frozenset[str]] = frozenset({"weight_scale_inv"})
+    parts: ClassVar[frozenset[str]] = frozenset({"weight", *SCALES, "activation_scale", "input_scale"})
+    marks: ClassVar[frozenset[str]] = frozenset(SCALES)
 
     block: tuple[int, int] | None
     names: tuple[str, ...] | None

@@ -18,6 +18,7 @@ from veneer.store.quantized.layers import (
     group_problems,
     matrix,
     names_problem,
+    pattern_problems,
     require_known,
 )
 
@@ -32,6 +33,7 @@ _OF_QUANTIZING = (
     *("pad_token_id", "model_seqlen", "module_name_preceding_first_block", "block_name_to_quantize", "version"),
     *("modules_in_block_to_quantize", "cache_examples_on_gpu"),
 )
+_SIGN = re.compile(r"^[+-]:")
 _IN_A_BLOCK = re.compile(r"\.\d+\.")
 
 
@@ -95,7 +97,8 @@ def read(settings: Settings) -> GptqLayers:
         problems.append(f"dynamic={dynamic!r:.80} must map patterns to settings")
         dynamic = {}
     for pattern, changes in dynamic.items():
-        problems += [f"dynamic[{pattern!r}]: {problem}" for problem in (*_layer_problems(changes), *_pattern(pattern))]
+        wrong = _layer_problems(changes) + pattern_problems(_SIGN.sub("", pattern))
+        problems += [f"dynamic[{pattern!r}]: {problem}" for problem in wrong]
         unknown = sorted(key for key in changes if key not in (*_OF_A_LAYER, *_OF_QUANTIZING))
         problems += [f"dynamic[{pattern!r}]: {key} is unknown" for key in unknown]
     names = settings.get("modules_in_block_to_quantize")
@@ -106,7 +109,7 @@ def read(settings: Settings) -> GptqLayers:
         settings={key: settings[key] for key in _OF_A_LAYER if key in settings},
         less_one=layout == "gptq",
         dynamic={
-            re.sub(r"^[+-]:", "", pattern): None if pattern.startswith("-:") else changes
+            _SIGN.sub("", pattern): None if pattern.startswith("-:") else changes
             for pattern, changes in dynamic.items()
         },
         within=None if flat is None else tuple(f".{name}" for name in flat),
@@ -116,11 +119,3 @@ def read(settings: Settings) -> GptqLayers:
 def _layer_problems(settings: Settings) -> list[str]:
     flags = choice_problems(settings, desc_act=(True, False), sym=(True, False))
     return [*choice_problems(settings, bits=BITS), *group_problems(settings), *flags]
-
-
-def _pattern(pattern: str) -> list[str]:
-    try:
-        re.compile(re.sub(r"^[+-]:", "", pattern))
-    except re.error as error:
-        return [f"it is no regular expression ({error})"]
-    return []

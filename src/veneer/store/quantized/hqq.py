@@ -47,10 +47,11 @@ class HqqLayers(StoredLayers):
         settings = self.settings.get(kinds[0] if kinds else None)
         if settings is None:
             return None
+        group = settings.get("group_size")
         return HqqSpec(
             shape=shape,
             bits=settings["nbits"],
-            group=settings.get("group_size"),
+            group=None if group == -1 else group,
             dtype=dtype,
             scale_dtype=dtype,
             zeros=dtype,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any, ClassVar
@@ -103,6 +104,15 @@ def group_problems(settings: Settings, key: str = "group_size") -> list[str]:
     if size is None or size == -1 or is_count(size):
         return []
     return [f"{key}={size!r} must be a whole number above zero, or -1 for a group a row"]
+
+
+def pattern_problems(pattern: str) -> list[str]:
+    """Return the problem of a text that must be a regular expression."""
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        return [f"{pattern!r:.80} must be a regular expression ({error})"]
+    return []
 
 
 def names_problem(settings: Settings, *keys: str) -> list[str]:
