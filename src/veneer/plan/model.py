@@ -69,7 +69,7 @@ def meta_base(
             "AutoModelForCausalLM builds: decoders that predict the next token"
         ) from error
     model = cast(PreTrainedModel, model.eval())
-    quantization = _quantization(config, part)
+    quantization = base_quantization(config, part)
     if quantization is not None:
         _quantize(model, quantization)
     elif frozen and part.gguf == "blocks":
@@ -110,8 +110,11 @@ def with_adapter(model: PreTrainedModel, adapter: MethodConfig) -> PreTrainedMod
     return cast(PreTrainedModel, adapted)
 
 
-def _quantization(config: PreTrainedConfig, part: ModelPart) -> QuantizationConfig | None:
-    """The quantization that a recipe asks for, or that the files hold. Raises ConfigError if they are not the same."""
+def base_quantization(config: PreTrainedConfig, part: ModelPart) -> QuantizationConfig | None:
+    """Return the quantization that a recipe asks for, or that the files hold.
+
+    Raises ConfigError if they are not the same.
+    """
     stored, asked = getattr(config, "quantization_config", None), quantization_of(part)
     if asked is None:
         return quantization_in({"quantization_config": stored})

@@ -7,10 +7,10 @@ from dataclasses import replace
 
 from veneer.errors import ConfigError
 from veneer.plan.live import Peak
+from veneer.plan.model import base_quantization
 from veneer.plan.plan import Plan
 from veneer.plan.trace import BASE, NORMS
 from veneer.recipe.distributed_part import PLANNED, DistributedPart
-from veneer.recipe.recipe import Recipe
 
 GATHERED, BUCKETS = "gathered weights", "gradient buckets"
 BLOCKS = 3.6
@@ -48,12 +48,13 @@ def first_that_fits(bytes_of: Mapping[int, int], free: int, n_sharing: int) -> i
     return next((size for size, n_bytes in bytes_of.items() if max(1, n_sharing) * n_bytes <= free), None)
 
 
-def loads_whole(recipe: Recipe) -> bool:
+def loads_whole(plan: Plan) -> bool:
     """Return True if each process reads a whole base into its own host memory before it is cut.
 
-    Quantized blocks are cut as they are loaded. Pages of a dense base that is mapped from its file count, too.
+    Quantized blocks are cut as they are loaded, also those that the files hold quantized. Pages of a dense base that is
+    mapped from its file count, too.
     """
-    return not recipe.starts_from_shapes or recipe.model.quantization == "none"
+    return not plan.recipe.starts_from_shapes or base_quantization(plan.config, plan.recipe.model) is None
 
 
 def cut_over(plan: Plan, n_processes: int, shard: int, *, in_host_memory: bool) -> Plan:
@@ -61,7 +62,7 @@ def cut_over(plan: Plan, n_processes: int, shard: int, *, in_host_memory: bool) 
 
     ``in_host_memory``: the plan is of the memory that bases are read into.
     """
-    whole = in_host_memory and loads_whole(plan.recipe)
+    whole = in_host_memory and loads_whole(plan)
     phases = {
         phase: peak if whole and phase == "load" else _cut(plan, peak, n_processes, shard)
         for phase, peak in plan.phases.items()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -133,3 +134,11 @@ def test_a_base_is_read_whole_where_it_is_dense_or_an_adapter_starts_from_its_we
     loading = cut_over(plan, 2, 2, in_host_memory=True).phases["load"]
     assert (loading.kinds[BASE] == plan.phases["load"].kinds[BASE]) == is_whole
     assert cut_over(plan, 2, 2, in_host_memory=False).phases["load"].kinds[BASE] < plan.phases["load"].kinds[BASE]
+
+
+def test_a_base_that_its_files_hold_quantized_is_cut_as_it_is_read(recipe: Make) -> None:
+    plan = plan_recipe(recipe())
+    config = copy.deepcopy(plan.config)
+    config.quantization_config = {"quant_method": "fp8", "weight_block_size": [16, 16]}
+    loading = cut_over(replace(plan, config=config), 2, 2, in_host_memory=True).phases["load"]
+    assert loading.kinds[BASE] < plan.phases["load"].kinds[BASE]
