@@ -27,8 +27,8 @@ class Routing:
     """
 
     names: tuple[str, ...]
-    is_by_token: bool = False
     generators: Mapping[str, torch.Generator] = field(default_factory=dict)
+    is_by_token: bool = False
 
     @cached_property
     def adapters(self) -> tuple[str, ...]:

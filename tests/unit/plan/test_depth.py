@@ -30,9 +30,9 @@ def depths(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many blocks are traced, each time."""
     found: list[int] = []
 
-    def counted(config: PreTrainedConfig, *args: Any) -> Any:
+    def counted(config: PreTrainedConfig, *args: Any, **kwargs: Any) -> Any:
         found.append(config.get_text_config().num_hidden_layers)
-        return trace(config, *args)
+        return trace(config, *args, **kwargs)
 
     monkeypatch.setattr(planning, "trace", counted)
     return found
