@@ -13,7 +13,13 @@ from veneer import PeftModel, VBLoRAConfig, get_peft_model
 from veneer.errors import ConfigError, TargetError
 from veneer.store.adapter.records import read_records
 
-SETTINGS = {"num_vectors": 3, "vector_length": 2, "topk": 3, "r": 1}  # every logit counts
+SETTINGS = {
+    "num_vectors": 3,
+    "vector_length": 2,
+    "topk": 3,
+    "r": 1,
+    "init_vector_bank_bound": 0.7,
+}  # every logit counts
 FIELDS = {"r": 3, "num_vectors": 7, "vector_length": 4, "init_vector_bank_bound": 2.0, "init_logits_std": 1.5}
 BANK = "base_model.vblora_vector_bank"
 
