@@ -9,7 +9,7 @@ import typer
 
 from veneer.adapters.as_lora import save_as_lora
 from veneer.cli.loading import load
-from veneer.cli.pages.export import AsLoraArguments
+from veneer.cli.pages.export_as_lora import AsLoraArguments
 
 _TOKENS = (2, 64)  # on which the logits are compared
 
