@@ -40,7 +40,7 @@ def adapted(name: str, config: MethodConfig = LORA, quantization: BitsAndBytesCo
     model: PreTrainedModel = AutoModelForCausalLM.from_config(copy.deepcopy(MODELS[name]))
     for path, module in list(model.model.named_modules()) if quantization else ():
         if isinstance(module, nn.Linear):
-            spec = quantization.spec(tuple(module.weight.shape), module.weight.dtype)
+            spec = quantization.spec_of(path, tuple(module.weight.shape), module.weight.dtype)
             model.model.set_submodule(path, QuantLinear.from_dense(module, spec))
     get_peft_model(model, config)
     generator = torch.Generator().manual_seed(11)
