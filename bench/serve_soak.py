@@ -67,7 +67,7 @@ Body = dict[str, Any]
 
 @dataclass
 class Soak:
-    """What is known of one run: its client, its adapters, and everything that was seen."""
+    """One run: its client, its adapters, and everything that was seen."""
 
     client: httpx.AsyncClient
     folder: Path

@@ -161,7 +161,7 @@ def _plain(path: str, update: Update, rank: Rank) -> Plain:
         raise CompositionError(f"the adapter holds the experts of {path} in one parameter: merge it instead")
     if rank is None and not update.is_lowrank:
         raise CompositionError(
-            f"the update of {path} ({record.told}) has full rank: give the rank to write, which shows what is lost"
+            f"the update of {path} ({record.told}) has full rank: give a rank (--rank N), which shows what is lost"
         )
     if rank is None or isinstance(rank, int):
         return plain_of(update, rank)

@@ -34,7 +34,8 @@ _Rank = Annotated[
     int | None, typer.Option("--rank", "--r", metavar="N", show_default="of LoRA: 8", help="As adapter.r.")
 ]
 _Strategy = Annotated[
-    str | None, typer.Option(metavar="NAME", show_default="the recipe's", help="Of --processes: auto, ddp or fsdp.")
+    str | None,
+    typer.Option(metavar="NAME", show_default="the recipe's", help="Of --processes: auto, ddp, fsdp, hybrid."),
 ]
 _Advice = Annotated[bool, typer.Option("--advice", help="Rank, alpha, targets, rate and batch, with sources.")]
 _Tokens = Annotated[
@@ -110,15 +111,8 @@ def plan(
         elif budget is not None:
             answer_fit(recipe, config, budget, machine, write=write, as_json=as_json)
         else:
-            answer_plan(
-                recipe,
-                config,
-                machine,
-                Ranks(processes or 1, bandwidth and bandwidth * 1e9),
-                rows=rows,
-                as_json=as_json,
-                png=png,
-            )
+            ranks = Ranks(processes or 1, bandwidth and bandwidth * 1e9)
+            answer_plan(recipe, config, machine, ranks, rows=rows, as_json=as_json, png=png)
 
 
 def _require_read(what: str, modes: dict[str, bool], given: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""Where adapters act in a sequence: from their invocation tokens on (aLoRA), or everywhere.
+"""Places where adapters act in a sequence: from their invocation tokens on (aLoRA), or everywhere.
 
 Before the tokens, keys and values are those of the base. The tokens of a batch are therefore routed one by one:
 those of a row before its start take no adapter.

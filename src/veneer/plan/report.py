@@ -20,6 +20,7 @@ from veneer.model.memory import available_bytes
 from veneer.plan.cards import Card, card_of
 from veneer.plan.fit import Fit
 from veneer.plan.machine import Rates, free_here, is_measured
+from veneer.plan.model import base_quantization
 from veneer.plan.plan import PHASES, Plan, plan_recipe
 from veneer.plan.process import process_of
 from veneer.plan.rows import own_rows
@@ -71,9 +72,9 @@ class Machine:
     def note(self, part: ModelPart, config: PreTrainedConfig) -> str | None:
         """Return a note that the base trains faster in float32 here.
 
-        None if it does not, or if the recipe chose its dtype.
+        None if it does not, if the recipe chose its dtype, or if the base is quantized.
         """
-        if self.card is not None or part.dtype != "auto" or part.quantization != "none":
+        if self.card is not None or part.dtype != "auto" or base_quantization(config, part) is not None:
             return None
         device = "cpu" if self.gpu is None else "cuda"
         return float32_note(config.dtype, device, "--set model.dtype=float32")
@@ -140,12 +141,18 @@ class Machine:
         return found
 
 
+def _stored(plan: Plan) -> str:
+    part = plan.recipe.model
+    if part.quantization != "none":
+        return f"in {part.quantization}"
+    return "in its own dtype" if base_quantization(plan.config, part) is None else "quantized as in its files"
+
+
 def shown(plan: Plan, facts: dict[str, Any]) -> Group:
     """Return the plan as a page for a terminal."""
     batch, share = plan.batch, plan.n_trained / plan.n_parameters
     head = Text(
-        f"{plan.recipe.model.source}, {_method(plan.recipe)}, base in "
-        f"{'its own dtype' if plan.recipe.model.quantization == 'none' else plan.recipe.model.quantization}: "
+        f"{plan.recipe.model.source}, {_method(plan.recipe)}, base {_stored(plan)}: "
         f"{plan.n_trained:,} of {plan.n_parameters:,} parameters trained ({share:.2%}); "
         f"{batch.n_rows} row{'s' if batch.n_rows > 1 else ''} of {batch.length:,} tokens"
         f"{', packed' if batch.packed else ''}"

@@ -17,7 +17,7 @@ from veneer.quant.spec import Parts, part_problems, scale_problems, unreadable
 BITS = (2, 4, 8)
 WORD = 4  # bytes
 NO_GROUP = -1
-"""What ``weight_g_idx`` holds if groups are neighbours."""
+"""Value of ``weight_g_idx`` if groups are neighbours."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""What the loader of quantized models asks of a quantization config."""
+"""Face of a quantization config for the loader of quantized models."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class QuantizationConfig(QuantizationConfigMixin):  # type: ignore[misc]
     marks: Collection[str] = ()
     """Last names of tensors of which every quantized layer has one."""
     note: str | None = None
-    """What a user must know of the checkpoint, said once when it is loaded."""
+    """Note on the checkpoint for its user, said once when it is loaded."""
 
     def merged_with(self, stored: Mapping[str, Any]) -> Self:
         """Return the config of a quantized checkpoint for which this one is asked. Raises ConfigError."""

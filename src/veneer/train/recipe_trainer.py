@@ -123,7 +123,10 @@ def _with_adapter(recipe: Recipe, base: PreTrainedModel) -> _Given:
 
 
 def _cutter(recipe: Recipe) -> BaseCutter | None:
-    """What cuts the base while it is loaded; None if it stays whole, or its adapter starts from more than shapes."""
+    """Return the cutter of a base while it is loaded.
+
+    It is None if the base stays whole, or if its adapter starts from more than shapes.
+    """
     shard = recipe.distributed.copy_size(n_processes(), n_on_this_machine())
     if shard == 1 or not recipe.starts_from_shapes:
         return None

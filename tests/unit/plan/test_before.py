@@ -16,6 +16,7 @@ from veneer.contract import MethodConfig
 from veneer.errors import ConfigError
 from veneer.ops import matmul
 from veneer.plan import before, machine, report, start
+from veneer.plan.architecture import config_of
 from veneer.recipe.recipe import parse_recipe
 
 
@@ -69,6 +70,17 @@ def test_a_cpu_without_16_bit_products_is_told_of_float32(
     monkeypatch.setattr(matmul, "float32_is_faster", lambda: True)
     before.planned_facts(recipe(model=model), told.append)
     assert (note in told) == is_told
+
+
+def test_a_base_that_its_files_hold_quantized_stays_so_in_any_dtype(
+    recipe: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(matmul, "float32_is_faster", lambda: True)
+    part, here = recipe().model, report.Machine(None, timed=False)
+    config = config_of(part.source)
+    assert here.note(part, config)
+    config.quantization_config = {"quant_method": "fp8", "weight_block_size": [16, 16]}
+    assert here.note(part, config) is None
 
 
 def test_too_little_memory_is_refused_with_the_way_out(recipe: Make) -> None:

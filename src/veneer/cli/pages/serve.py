@@ -43,7 +43,7 @@ _MaxInFlight = Annotated[
 ]
 _TrustTemplates = Annotated[
     bool,
-    typer.Option("--trust-request-templates", help="Run the chat template of a request, which may never end."),
+    typer.Option("--trust-request-templates", help="Run chat templates of requests, 5 s at most."),
 ]
 
 

@@ -58,5 +58,5 @@ def matmul(
 
 
 def _matrix(packed: Tensor, order: Tensor | None, n_rows: int, columns: int) -> tuple[int, ...]:
-    """What a kernel reads of rows in blocks: their address, the bytes of each, the order, and the shape."""
+    """Return rows in blocks as a kernel takes them: their address, the bytes of each, the order, and the shape."""
     return address(packed), packed.shape[1], 0 if order is None else address(order), n_rows, columns

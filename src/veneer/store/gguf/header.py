@@ -129,7 +129,7 @@ class _Cursor:
         return self._array(depth) if kind == GGUFValueType.ARRAY else self.number(_NUMBERS[kind])
 
     def tensor(self) -> GgufTensor:
-        """What a tensor is; its bytes start so far behind the header."""
+        """Describe a tensor; its bytes start so far behind the header."""
         name = self.text()
         shape = tuple(self.number("Q") for _ in range(self.fitting(self.number("I"), 8)))
         kind = GGMLQuantizationType(self.number("I"))
