@@ -17,6 +17,7 @@ from torch import Tensor
 
 from veneer.contract import LinearMethod, Params, Shapes
 from veneer.contract.checks import Checks
+from veneer.contract.family_targets import LOW_RANK
 from veneer.contract.patterns import below_one
 from veneer.contract.shared import Shared
 from veneer.contract.targets import FamilyTargets
@@ -42,10 +43,8 @@ class VBLoRAConfig(LinearMethod):
         **dict.fromkeys(("bart", "opt"), _ALL),
         "t5": {"target_modules": ("q", "k", "v", "o", "wi", "wo")},
         "mt5": {"target_modules": ("q", "k", "v", "o", "wi_0", "wi_1", "wo")},
-        "deberta": {"target_modules": ("in_proj",)},
         "deberta-v2": {"target_modules": ("query_proj", "key_proj", "value_proj", "dense")},
-        "gemma4": {"target_modules": r".*language_model\..*\.(q_proj|v_proj)"},
-        "nemotron_h": {"target_modules": ("q_proj", "k_proj", "v_proj", "o_proj")},
+        **{family: LOW_RANK[family] for family in ("deberta", "gemma4", "nemotron_h")},
     }
     inert: ClassVar[frozenset[str]] = frozenset(
         {"r", "num_vectors", "vector_length", "vblora_dropout", "fan_in_fan_out", "bias", "save_only_topk_weights"}
