@@ -129,9 +129,12 @@ def peaks_by_place(shallow: Shallow, pattern: Pattern) -> dict[str, Peak]:
 
 
 def between(low: Peak, high: Peak, more: float) -> Peak:
-    """Return the point on the line through two peaks that is ``more`` times their distance from the first."""
+    """Return the point on the line through two peaks that is ``more`` times their distance from the first.
+
+    A kind is never below 0. The two peaks may be of moments at which a few bytes of it more or less were alive.
+    """
     kinds = {kind: line(low.kinds.get(kind, 0), high.kinds.get(kind, 0), more) for kind in KINDS}
-    return Peak({kind: n for kind, n in kinds.items() if n})
+    return Peak({kind: n for kind, n in kinds.items() if n > 0})
 
 
 def line(low: float, high: float, more: float) -> int:

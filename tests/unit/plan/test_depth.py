@@ -11,10 +11,11 @@ from transformers import Gemma3TextConfig, PreTrainedConfig
 
 from veneer.plan import depth
 from veneer.plan import plan as planning
-from veneer.plan.depth import Pattern, pattern_of
+from veneer.plan.depth import Pattern, between, pattern_of
+from veneer.plan.live import Peak
 from veneer.plan.model import traced_model
 from veneer.plan.plan import plan_recipe
-from veneer.plan.trace import trace
+from veneer.plan.trace import ACTIVATIONS, BASE, trace
 
 
 def gemma(n_blocks: int, period: int) -> Gemma3TextConfig:
@@ -117,3 +118,9 @@ def test_the_whole_model_is_built_once_for_batches_that_differ(recipe: Make, mon
     assert built == [8]
     pattern_of(recipe({"method": "lora", "r": 7}), config, 8)
     assert built == [8, 8]
+
+
+def test_no_kind_is_below_zero_at_the_whole_depth() -> None:
+    low, high = Peak({BASE: 700, ACTIVATIONS: 40}), Peak({BASE: 1100, ACTIVATIONS: 25})
+    assert between(low, high, 3).kinds == {BASE: 1900}
+    assert between(low, high, 2).kinds == {BASE: 1500, ACTIVATIONS: 10}
