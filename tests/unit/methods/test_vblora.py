@@ -18,7 +18,7 @@ SETTINGS = {
     "vector_length": 2,
     "topk": 3,
     "r": 1,
-    "init_vector_bank_bound": 0.7,
+    "init_vector_bank_bound": 0.5,
 }  # every logit counts
 FIELDS = {"r": 3, "num_vectors": 7, "vector_length": 4, "init_vector_bank_bound": 2.0, "init_logits_std": 1.5}
 BANK = "base_model.vblora_vector_bank"
