@@ -16,6 +16,7 @@ from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig, LlamaFo
 
 import veneer
 from veneer.core.sites import LinearSite
+from veneer.model.attach import named_live_parameters
 
 TARGETS = ["q_proj", "v_proj", "down_proj"]
 TOKENS = torch.tensor([[5, 61, 2, 33, 17], [8, 8, 40, 1, 66]])
@@ -96,9 +97,9 @@ def assert_equals_peft(
     near(logits, wanted)
     trained = [key for key in written if not key.endswith(tuple(fixed))]
     assert len(grads) == len(wanted_grads) == len(trained)
-    found, expected = (_by_key(each, trained) for each in (grads, wanted_grads))
+    held, expected = named_live_parameters(model, "default"), _by_key(wanted_grads, trained)
     for key in trained:
-        near(found[key], expected[key])
+        near(held[key][1].grad, expected[key])
     own = {key: value.clone() for key, value in make().state_dict().items()}
     model.merge_adapter()
     near(model(TOKENS).logits.detach(), wanted)
@@ -112,8 +113,11 @@ def assert_equals_peft(
 def _by_key(grads: dict[str, Tensor], keys: Any) -> dict[str, Tensor]:
     """Gradients by the keys of a file. A parameter that all layers share has the name of one of them."""
     found = {_plain(name): grad for name, grad in grads.items()}
-    shared = {name.rpartition(".")[2]: grad for name, grad in found.items()}
-    return {key: found.get(_plain(key), shared.get(_plain(key))) for key in keys}
+    return {key: found.get(_plain(key), _shared(found, _plain(key))) for key in keys}
+
+
+def _shared(found: dict[str, Tensor], end: str) -> Tensor | None:
+    return next((grad for name, grad in found.items() if name.endswith(f".{end}")), None)
 
 
 def _plain(name: str) -> str:

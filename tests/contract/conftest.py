@@ -37,8 +37,8 @@ def variant_switches() -> list[str]:
 
 
 def of_own_tests(cls: type[MethodConfig], name: str, default: Any) -> Any:
-    """What the method's own tests name for the laws: ``SETTINGS``, fields to run them with, ``PEFT_ERROR``, or
-    ``WITHOUT_GRADIENT``.
+    """What the method's own tests name for the laws: ``SETTINGS``, fields to run them with, ``PEFT_ERROR``,
+    ``WITHOUT_GRADIENT``, or ``PROJECTS``.
     """
     path = UNIT_TESTS / f"test_{cls.__module__.rpartition('.')[2]}.py"
     if not path.exists():
@@ -106,6 +106,14 @@ def peft_error(config: LinearMethod) -> float:
 def without_gradient(config: LinearMethod) -> tuple[str, ...]:
     """The parameters whose diagonals change nothing."""
     return of_own_tests(type(config), "WITHOUT_GRADIENT", ())
+
+
+@pytest.fixture
+def keeps_gradients(config: LinearMethod, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The function ``PROJECTS`` of a method's file, which changes gradients and no values, changes neither."""
+    name = of_own_tests(type(config), "PROJECTS", "")
+    if name:
+        monkeypatch.setattr(importlib.import_module(type(config).__module__), name, lambda x, *_: x)
 
 
 @pytest.fixture

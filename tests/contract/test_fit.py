@@ -44,10 +44,11 @@ def assert_the_law(base: str, folder: Path, *, has_width: bool = True, has_depth
 
 @every_base
 def test_of_every_linear_method(base: str, config: MethodConfig, tmp_path: Path) -> None:
-    """Parameters of a number that no width changes (FourierFT's) fit any width."""
+    """Parameters of a number that no width changes (FourierFT's) fit any width, and those of all layers any depth."""
     saved(make_base(base), config, tmp_path)
     narrow, wide = (config.shapes(LinearSite(name="", in_features=n, out_features=n)) for n in (28, 56))
-    assert_the_law(base, tmp_path, has_width=narrow != wide)
+    has_depth = not set(narrow) <= set(config.shared.names if config.shared else ())
+    assert_the_law(base, tmp_path, has_width=narrow != wide, has_depth=has_depth)
 
 
 @every_base

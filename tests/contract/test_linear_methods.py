@@ -223,6 +223,7 @@ def test_every_parameter_is_trained(config, without_gradient, place, has_bias):
 
 
 @every_place
+@pytest.mark.usefixtures("keeps_gradients")
 def test_gradients_are_those_of_the_forward_pass(config, place, monkeypatch):
     """DoRA's norms are held constant in its gradient, so the numeric derivative is taken with them held too."""
     site = make_site(place)

@@ -3,6 +3,7 @@
 import peft
 import pytest
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
@@ -113,8 +114,10 @@ def test_peft_computes_the_same_from_what_is_saved(base, config, peft_error, tmp
     model.save_pretrained(tmp_path)
     try:
         theirs = peft.PeftModel.from_pretrained(make_base(base), tmp_path, autocast_adapter_dtype=False).eval()
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, NotImplementedError) as error:
         if not any(words in str(error) for words in ("Conv1D", "requires float32", "under float32")):
             raise
         pytest.skip(f"PEFT's {config.peft_type} does not adapt the layers of GPT-2, or no layers in float64")
+    if not any(isinstance(module, BaseTunerLayer) for module in theirs.modules()):
+        pytest.skip(f"PEFT's {config.peft_type} passes over the layers of GPT-2")
     torch.testing.assert_close(logits(theirs), logits(model), rtol=peft_error, atol=peft_error)

@@ -1,0 +1,100 @@
+"""PEANuT: ``W + s B f(A W)``, f a small network on the columns of ``A W`` (Zhong et al. 2024, arXiv:2410.01870,
+eq. 4).
+
+It is a pair of rank r, whose second factor follows from the weight of the base: ``f(A W)``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn import functional
+
+from veneer.contract import LinearMethod, Params, Shapes
+from veneer.contract.family_targets import LOW_RANK
+from veneer.contract.patterns import below_one
+from veneer.contract.targets import FamilyTargets
+from veneer.core.records import LinearDelta
+from veneer.core.residual import ACTIVATIONS
+from veneer.core.sites import LinearSite
+from veneer.errors import ConfigError
+from veneer.inits.uniform import kaiming_uniform
+
+_FUNCTIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
+    **ACTIVATIONS,
+    "leaky_relu": functional.leaky_relu,
+    "mish": functional.mish,
+    "linear": torch.clone,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class PeanutConfig(LinearMethod):
+    """PEANuT in PEFT's fields.
+
+    f has ``depth`` layers (r, r) that encode and as many that decode. Each is followed by ``act_fn``, and what a layer
+    encodes is added behind the one that decodes it. ``scaling`` is the scale s. ``init_weights`` starts B at zero;
+    False draws it, so that the start changes the model.
+    """
+
+    peft_type: ClassVar[str] = "PEANUT"
+    headline: ClassVar[tuple[str, ...]] = ("r", "depth", "scaling", "target_modules")
+    outward: ClassVar[frozenset[str]] = frozenset({"peanut_B"})
+    family_targets: ClassVar[FamilyTargets] = LOW_RANK
+    inert: ClassVar[frozenset[str]] = frozenset({"r", "depth", "init_weights"})
+
+    r: int = 32
+    depth: int = 0
+    act_fn: Literal["relu", "gelu", "gelu_new", "leaky_relu", "linear", "mish", "sigmoid", "silu", "swish", "tanh"] = (
+        "relu"
+    )
+    scaling: float = 1.0
+    init_weights: bool = True
+
+    def problems(self) -> list[str]:
+        found = super().problems() + below_one({"r": self.r})
+        return found + ([f"depth={self.depth!r} must be a whole number of at least 0"] if self.depth < 0 else [])
+
+    @property
+    def largest_rank(self) -> int:
+        return self.r
+
+    @property
+    def reads_weight(self) -> bool:
+        return True
+
+    def shapes(self, site: LinearSite) -> Shapes:
+        o, r = site.out_features, self.r
+        return {"peanut_A": (r, o), **dict.fromkeys(self._layers, (r, r)), "peanut_B": (o, r)}
+
+    def disk_names(self, site: LinearSite) -> dict[str, str]:
+        return {name: f"{name.replace('-', '.')}.weight" for name in self.shapes(site)}
+
+    def init(self, site: LinearSite, generator: torch.Generator | None = None) -> dict[str, Tensor]:
+        found = {name: kaiming_uniform(shape, generator) for name, shape in self.shapes(site).items()}
+        return found | ({"peanut_B": torch.zeros_like(found["peanut_B"])} if self.init_weights else {})
+
+    def lower(self, site: LinearSite, params: Params) -> LinearDelta:
+        if site.weight is None:
+            raise ConfigError(f"PEANuT at {site.name} needs the frozen weight: load the base model before attaching")
+        projected = site.weight.matmul_t(params["peanut_A"]).to(params["peanut_A"].dtype)
+        return LinearDelta.pair(self._network(projected, params), params["peanut_B"], scale=self.scaling)
+
+    @property
+    def _layers(self) -> list[str]:
+        return [f"peanut_{part}-{k}" for part in ("encoders", "decoders") for k in range(self.depth)]
+
+    def _network(self, x: Float[Tensor, "r i"], params: Params) -> Float[Tensor, "r i"]:
+        act = _FUNCTIONS[self.act_fn]
+        h, encoded = act(x), []
+        for k in range(self.depth):
+            encoded.append(h)
+            h = act(params[f"peanut_encoders-{k}"] @ h)
+        for k in range(self.depth):
+            h = act(params[f"peanut_decoders-{k}"] @ h) + encoded.pop()
+        return h

@@ -1,0 +1,63 @@
+"""OSF against its triplets in closed form and PEFT."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from methods_in_peft import TARGETS, assert_equals_peft, base, every_base, site
+from veneer import OSFConfig, get_peft_model
+from veneer.core.linear import fold_linear
+from veneer.errors import ConfigError, TargetError
+from veneer.quant.dense import DenseWeight
+
+SETTINGS = {"effective_rank": 0.7}
+PEFT_ERROR = 1e-4  # its triplets are in float32
+PROJECTS = "projected"  # the function of the method that changes gradients
+
+
+def test_the_lesser_triplets_are_in_the_parameters():
+    w = torch.randn(7, 5)
+    place, config = replace(site("q_proj", 7, 5), weight=DenseWeight(w)), OSFConfig(effective_rank=3)
+    u, s, v = torch.linalg.svd(w, full_matrices=False)
+    params = {"U_low": torch.randn(7, 2), "S_low": torch.randn(2), "V_low": torch.randn(2, 5)}
+    record = config.lower(place, params)
+    expected = u[:, :3] * s[:3] @ v[:3] + params["U_low"] @ torch.diag(params["S_low"]) @ params["V_low"]
+    torch.testing.assert_close(fold_linear(record, w)[0], expected)
+    x, dy = torch.randn(3, 5), torch.randn(3, 7)
+    torch.testing.assert_close(record.changes[0].matmul(x), x @ record.added().T)
+    torch.testing.assert_close(record.changes[0].matmul_t(dy), dy @ record.added())
+
+
+@pytest.mark.parametrize("size", [(7, 5), (5, 7), (6, 6)], ids=str)
+def test_gradients_are_orthogonal_to_what_stays(size):
+    w = torch.randn(*size)
+    place, config = replace(site("q_proj", *size), weight=DenseWeight(w)), OSFConfig()
+    u, _, v = torch.linalg.svd(w, full_matrices=False)
+    params = {name: torch.randn(x.shape, requires_grad=True) for name, x in config.init(place).items()}
+    grads = torch.autograd.grad(config.lower(place, params).added().square().sum(), list(params.values()))
+    kept = config.kept(place)
+    assert all(gradient.norm() > 0.1 for gradient in grads)
+    torch.testing.assert_close(u[:, :kept].T @ grads[0], torch.zeros(kept, len(params["S_low"])), rtol=0, atol=1e-4)
+    torch.testing.assert_close(grads[2] @ v[:kept].T, torch.zeros(len(params["S_low"]), kept), rtol=0, atol=1e-4)
+
+
+@every_base
+@pytest.mark.parametrize("fields", [{}, {"effective_rank": 0.7, "rank_pattern": {"v_p|4h": 5}}], ids=str)
+def test_it_equals_peft(fields, on, tmp_path):
+    assert_equals_peft(OSFConfig, "OSFConfig", tmp_path, on, init_weights=False, **fields)
+
+
+def test_what_it_refuses():
+    with pytest.raises(ConfigError, match=r"effective_rank=0 must be .* share .*rank_pattern\['v'\]=-0.5 must be"):
+        OSFConfig(effective_rank=0, rank_pattern={"v": -0.5})
+    with pytest.raises(
+        TargetError, match=r"effective_rank keeps 12 of the 12 singular .*v_proj: give a rank from 1 to 11"
+    ):
+        get_peft_model(base(), OSFConfig(effective_rank=12, target_modules=TARGETS))
+    with pytest.raises(TargetError, match="rank_pattern key 'nowhere' is found in none of the 6 modules"):
+        get_peft_model(base(), OSFConfig(rank_pattern={"nowhere": 3}, target_modules=TARGETS))
+    with pytest.raises(ConfigError, match="OSF at q_proj needs the frozen weight"):
+        OSFConfig().derived(site("q_proj", 7, 5), {})
