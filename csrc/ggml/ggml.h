@@ -1,4 +1,4 @@
-// ggml's types of tensors, written with the bytes of ggml's own quantizers, decoded, and multiplied. The specification is
+// ggml's types of tensors, written with the bytes of ggml's own quantizers. The specification is
 // veneer/ops/reference/ggml.py.
 #pragma once
 
@@ -22,21 +22,9 @@ struct GgmlRows {  // contiguous
   float* scratch;           // one a row where there is importance
 };
 
-// Rows in blocks, `stride` bytes apart: row r is that at order[r], or at r without an order.
-struct GgmlMatrix {
-  const uint8_t* blocks;
-  int64_t stride;
-  const int32_t* order;
-  int64_t o, i;  // i: a multiple of the kind's block
-};
-
 struct GgmlKernels {
   // Returns the first row that holds NaN or infinity or needs a scale beyond half precision; -1 without one.
   int64_t (*quantize)(const GgmlRows& rows, GgmlKind kind, uint8_t* out);
-  // out: (o, i) of dtype.
-  void (*decode)(const GgmlMatrix& w, GgmlKind kind, Dtype dtype, void* out);
-  // out (rows, o) = W x a row, in float.
-  void (*multiply)(const GgmlMatrix& w, GgmlKind kind, const float* x, int64_t rows, float* out);
 };
 
 VENEER_KERNELS(GgmlKernels, ggml)

@@ -3,7 +3,6 @@
 #include "core/parallel.h"
 #include "ggml/k_quants.h"
 #include "ggml/non_linear.h"
-#include "ggml/product.h"
 #include "ggml/simple.h"
 
 namespace veneer {
@@ -136,7 +135,7 @@ int64_t quantize(const GgmlRows& rows, GgmlKind kind, uint8_t* out) {
 
 }  // namespace
 
-const GgmlKernels ggml = {quantize, decode, multiply};
+const GgmlKernels ggml = {quantize};
 
 }  // namespace VENEER_ISA
 }  // namespace veneer

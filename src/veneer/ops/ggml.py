@@ -16,7 +16,7 @@ from torch import Tensor
 from veneer.errors import ConfigError, NonFiniteError, ShapeError
 from veneer.ops.dispatch import backends, implementation
 from veneer.ops.ggml_types import GGML_TYPES, GgmlType
-from veneer.ops.traced import is_tracing
+from veneer.ops.rows import listed_rows
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -75,7 +75,7 @@ def dequantize_ggml(
     Raises ConfigError (unknown type), ShapeError (bytes that are no whole row), IndexError (a row that is not there).
     """
     columns = _columns(packed, kind)
-    order = None if order is None else _listed(order, len(packed))
+    order = None if order is None else listed_rows(order, len(packed))
     n_rows = len(packed) if order is None else len(order)
     if not n_rows * columns:
         return packed.new_empty(n_rows, columns, dtype=torch.float32)
@@ -93,13 +93,13 @@ def matmul_ggml(
 ) -> Float[Tensor, "n o"]:
     """Return ``x Wᵀ`` in x's dtype, for a W in ggml's type ``kind`` whose row r is that at ``order[r]``.
 
-    Made for few rows: W is decoded anew for every eight of them. Sums and decoded values are float32.
+    Made for few rows: W is decoded anew for every 16 of them. Sums and decoded values are float32.
 
     Raises ConfigError (unknown type), ShapeError (bytes that are no whole row, or do not fit x), IndexError (a row that
     is not there).
     """
     columns = _columns(packed, kind)
-    order = None if order is None else _listed(order, len(packed))
+    order = None if order is None else listed_rows(order, len(packed))
     if x.ndim != 2 or x.shape[1] != columns:
         raise ShapeError(f"x must be (n, {columns}) for rows of {columns} values in {kind}; got {tuple(x.shape)}")
     out: Tensor = implementation("ggml.matmul", x.device, backend)(x, packed.contiguous(), kind, order)
@@ -121,18 +121,6 @@ def _columns(packed: Tensor, kind: str) -> int:
             f"got {packed.dtype} {tuple(packed.shape)}"
         )
     return packed.shape[1] // ggml_type.n_bytes * ggml_type.block
-
-
-def _listed(order: Tensor, n_rows: int) -> Tensor:
-    """The numbers of rows as kernels read them, checked: kernels take any. Those on a GPU torch checks itself."""
-    if order.is_cpu and len(order) and not is_tracing():
-        low, high = (int(end) for end in order.aminmax())
-        if low < 0 or high >= n_rows:
-            raise IndexError(
-                f"row {min(low, 0) or high} is not in the table: it has rows 0 to {n_rows - 1}. If rows are tokens, "
-                "take ids of the model's own tokenizer."
-            )
-    return order.to(torch.int32).contiguous()
 
 
 def _type(kind: str) -> GgmlType:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
-from veneer.ops.traced import Traced
+from veneer.ops.traced import Traced, is_tracing
 
 
 def with_rows(x: Tensor) -> Tensor:
@@ -22,3 +23,15 @@ def put_back(rows: Tensor, x: Tensor) -> None:
     """Copy the kernel's result in ``with_rows(x)`` into x, if ``with_rows`` had to copy x."""
     if rows.data_ptr() != x.data_ptr() and not isinstance(x, Traced):
         x.copy_(rows.view(x.shape))
+
+
+def listed_rows(order: Tensor, n_rows: int) -> Tensor:
+    """Return numbers of rows as kernels read them. Raises IndexError; torch itself checks those on a GPU."""
+    if order.is_cpu and len(order) and not is_tracing():
+        low, high = (int(end) for end in order.aminmax())
+        if low < 0 or high >= n_rows:
+            raise IndexError(
+                f"row {min(low, 0) or high} is not in the table: it has rows 0 to {n_rows - 1}. If rows are tokens, "
+                "take ids of the model's own tokenizer."
+            )
+    return order.to(torch.int32).contiguous()

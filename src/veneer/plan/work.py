@@ -171,6 +171,8 @@ class CountWork(SilentMode):  # type: ignore[no-untyped-call]
             self._moves(-KERNEL_TOUCHES * n * itemsize)
         elif name == "ggml_decode":
             self._now.decoded += arguments[3] * arguments[4]
+        elif name == "scaled_decode":
+            self._now.decoded += arguments[1] * arguments[2]
         elif name == "adamw_8bit":
             self._now.updated_8bit += arguments[4]
         elif name in ("attention_forward", "attention_backward"):

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Int32, UInt8
 from torch import Tensor
 
-from veneer.quant.bits import pack, unpack
+from veneer.ops.bits import pack, unpack
 from veneer.quant.grouped import GroupedSpec, group_problems, scales_problems
 from veneer.quant.spec import Parts, part_problems, unreadable
 

@@ -10,22 +10,20 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Float32, Int, UInt8
+from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from veneer.quant.bits import unpack
-from veneer.quant.blocks import BlockWeight
-from veneer.quant.fp8 import powers
+from veneer.ops.scaled import ScaledCodes, powers
+from veneer.quant.blocks import ScaledWeight
 from veneer.quant.spec import Parts, scale_problems
 
-VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
-LARGEST = VALUES[-1]
+LARGEST = 6.0
 _BOUNDS = ((0.25, False), (0.75, True), (1.25, False), (1.75, True), (2.5, False), (3.5, True), (5.0, False))
 """Middles between neighbouring values, and whether the middle itself is rounded up: to the even mantissa."""
 
 
 @dataclass(frozen=True, slots=True)
-class Fp4BlockWeight(BlockWeight):
+class Fp4BlockWeight(ScaledWeight):
     """``W (o, i) = values[codes] * scale`` in float32, with a scale for each block of inputs.
 
     ``overall`` multiplies all scales, or ``divides`` them; None is 1.
@@ -47,18 +45,13 @@ class Fp4BlockWeight(BlockWeight):
         tensors = (self.codes, self.scales, self.overall)
         return sum(t.numel() * t.element_size() for t in tensors if t is not None)
 
-    def rows(self, index: slice | Int[Tensor, " k"]) -> Float32[Tensor, "k i"]:
-        scales = powers(self.scales[index])
-        if self.overall is not None:
-            scales = scales / self.overall if self.divides else scales * self.overall
-        values = decoded(unpack(self.codes[index], 4, self.shape[1]))
-        return values.view(*scales.shape, -1).mul_(scales[:, :, None]).view(values.shape)
-
-
-def decoded(codes: UInt8[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-    """Return the values of E2M1 codes: a sign, two bits of exponent and one of mantissa."""
-    table = torch.tensor([*VALUES, *(-value for value in VALUES)], device=codes.device)
-    return table.index_select(0, codes.reshape(-1).to(torch.int32)).view(codes.shape)
+    @property
+    def scaled(self) -> ScaledCodes:
+        columns = self.shape[1]
+        return ScaledCodes(
+            self.codes, self.scales, columns, columns // self.scales.shape[1], "e2m1", 4,
+            overall=self.overall, divides=self.divides,
+        )  # fmt: skip
 
 
 def encoded(values: Float[Tensor, "*shape"]) -> UInt8[Tensor, "*shape"]:

@@ -9,25 +9,27 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import torch
-from jaxtyping import Float, Float32, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from veneer.errors import NonFiniteError
-from veneer.quant.blocks import BlockWeight
+from veneer.ops.scaled import ScaledCodes, powers
+from veneer.quant.blocks import ScaledWeight
 from veneer.quant.spec import FLOATS, Parts, scale_problems, unreadable
 
 NAME = "fp8"
 BLOCK = (128, 128)
 MATRIX_SCALE = "weight_scale"
 """AutoFP8's name of the scale of a matrix."""
-KINDS = (torch.float8_e4m3fn, torch.float8_e5m2)
+CODINGS = {torch.float8_e4m3fn: "e4m3", torch.float8_e5m2: "e5m2"}
+KINDS = tuple(CODINGS)
 SCALES = (*FLOATS, torch.float8_e8m0fnu, torch.uint8)
 _FIRST_NAN = {torch.float8_e4m3fn: 0x7F, torch.float8_e5m2: 0x7C}
 """Smallest code, without its sign, that stands for no number: NaN, or e5m2's infinity."""
 
 
 @dataclass(frozen=True, slots=True)
-class Fp8Weight(BlockWeight):
+class Fp8Weight(ScaledWeight):
     """``W (o, i) = codes * scale``, with a scale for each ``block`` of rows and columns.
 
     ``rounded``: the product is rounded to the scale's dtype, as compressed-tensors defines it.
@@ -48,14 +50,13 @@ class Fp8Weight(BlockWeight):
     def nbytes(self) -> int:
         return self.codes.numel() + self.scale.numel() * self.scale.element_size()
 
-    def rows(self, index: slice | Int[Tensor, " k"]) -> Float32[Tensor, "k i"]:
-        (o, i), (height, width) = self.shape, self.block
-        scale = powers(self.scale).view(-(-o // height), -1)
-        wide = scale.index_select(0, torch.arange(o, device=scale.device)[index] // height)
-        if wide.shape[1] > 1:
-            wide = wide.repeat_interleave(width, dim=1)[:, :i]
-        values = self.codes[index].to(torch.float32).mul_(wide)
-        return values.to(self.scale.dtype).to(torch.float32) if self.rounded else values
+    @property
+    def scaled(self) -> ScaledCodes:
+        height, width = self.block
+        rounding = self.scale.dtype if self.rounded else torch.float32
+        return ScaledCodes(
+            self.codes, self.scale, self.shape[1], width, CODINGS[self.codes.dtype], height=height, rounding=rounding
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,11 +157,6 @@ class Fp8Spec:
         tiny = torch.finfo(torch.float32).tiny
         exact = torch.pow(2.0, torch.ceil(torch.log2(scale.clamp(min=tiny)))).to(torch.float8_e8m0fnu)
         return exact.view(self.scale_dtype)
-
-
-def powers(scale: Tensor) -> Float[Tensor, "..."]:
-    """Return scales in float32; a byte is the power of two of E8M0, ``2 ** (byte - 127)``, and 255 is NaN."""
-    return (scale.view(torch.float8_e8m0fnu) if scale.dtype == torch.uint8 else scale).to(torch.float32)
 
 
 def quantize(weight: Float[Tensor, "o i"], *, compute_dtype: torch.dtype | None = None) -> Fp8Weight:

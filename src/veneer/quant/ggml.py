@@ -21,7 +21,6 @@ from veneer.quant.blocks import BlockWeight
 from veneer.quant.spec import Parts, part_problems
 
 NAME = "ggml"
-FEW_ROWS = 8  # with more, tiles are decoded once for all of them
 UNDIVIDED = "F16"  # llama-quantize's type of a matrix whose rows no block divides
 
 
@@ -29,9 +28,7 @@ UNDIVIDED = "F16"  # llama-quantize's type of a matrix whose rows no block divid
 class GgmlWeight(BlockWeight):
     """``W (o, i)`` in ggml's type ``kind``: row r is decoded from ``blocks[order[r]]``; order None: from ``blocks[r]``.
 
-    ``source`` is the mapped file that the blocks lie in. Reading raises FormatError once it has changed. The CPU's
-    kernel multiplies up to `FEW_ROWS` rows by the decoded values unrounded, so that a row of 16 bits may differ in its
-    last bits from the same row in a longer batch.
+    ``source`` is the mapped file that the blocks lie in. Reading raises FormatError once it has changed.
     """
 
     blocks: UInt8[Tensor, "o bytes"]
@@ -57,12 +54,11 @@ class GgmlWeight(BlockWeight):
         places = index if self.order is None else self.order[index]
         return dequantize_ggml(self.blocks, self.kind, cast(Tensor, places))
 
-    def multiply(self, x: Tensor, transposed: bool) -> Tensor:
-        flat = x.reshape(-1, x.shape[-1])
-        if transposed or len(flat) > FEW_ROWS or not has_product(flat, self.kind):
-            return BlockWeight.multiply(self, x, transposed)
+    def few_rows(self, x: Float[Tensor, "n i"]) -> Float[Tensor, "n o"] | None:
+        if not has_product(x, self.kind):
+            return None
         self._require_unchanged()
-        return matmul_ggml(flat, self.blocks, self.kind, self.order).view(*x.shape[:-1], self.shape[0])
+        return matmul_ggml(x, self.blocks, self.kind, self.order)
 
     def _require_unchanged(self) -> None:
         if self.source is not None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from veneer.quant.bits import pack, unpack
+from veneer.ops.bits import pack, unpack
 from veneer.quant.grouped import GroupedSpec, group_problems, order_of, ordered_codes, scales_problems
 from veneer.quant.spec import Parts, part_problems, unreadable
 

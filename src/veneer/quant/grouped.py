@@ -14,13 +14,14 @@ from jaxtyping import Float, Float32, Int, Int32, UInt8
 from torch import Tensor
 
 from veneer.errors import ConfigError
-from veneer.quant.bits import n_bytes, pack, unpack
-from veneer.quant.blocks import BlockWeight
+from veneer.ops.bits import n_bytes, pack, unpack
+from veneer.ops.scaled import ScaledCodes
+from veneer.quant.blocks import ScaledWeight
 from veneer.quant.spec import Parts, scale_problems
 
 
 @dataclass(frozen=True, slots=True)
-class GroupedWeight(BlockWeight):
+class GroupedWeight(ScaledWeight):
     """``W[o, i] = (codes[o, i] - zero) * scale``, computed in the scales' dtype.
 
     ``zeros`` None: all are ``2 ** (bits - 1)``. ``order``: the columns of W in the order of the codes, in which each
@@ -43,20 +44,23 @@ class GroupedWeight(BlockWeight):
 
     def multiply(self, x: Tensor, transposed: bool) -> Tensor:
         if self.order is None:
-            return BlockWeight.multiply(self, x, transposed)
+            return ScaledWeight.multiply(self, x, transposed)
         in_order = replace(self, order=None)
         if not transposed:
             return in_order.multiply(x.index_select(-1, self.order), False)
         y = in_order.multiply(x, True)
         return torch.empty_like(y).index_copy_(-1, self.order.long(), y)
 
+    @property
+    def scaled(self) -> ScaledCodes:
+        i, groups = self.shape[1], self.scales.shape[1]
+        return ScaledCodes(
+            self.codes, self.scales, i, -(-i // groups), bits=self.bits, zeros=self.zeros, rounding=self.scales.dtype
+        )
+
     def rows(self, index: slice | Int[Tensor, " k"]) -> Float32[Tensor, "k i"]:
-        scales = self.scales[index]
-        codes = unpack(self.codes[index], self.bits, self.shape[1]).to(scales.dtype)
-        values = codes.reshape(*scales.shape, -1)
-        zeros = 1 << self.bits - 1 if self.zeros is None else self.zeros[index][:, :, None].to(values.dtype)
-        wide = values.sub_(zeros).mul_(scales[:, :, None]).view(len(scales), -1).to(torch.float32)
-        return wide if self.order is None else torch.empty_like(wide).index_copy_(1, self.order.long(), wide)
+        values = ScaledWeight.rows(self, index)
+        return values if self.order is None else torch.empty_like(values).index_copy_(1, self.order.long(), values)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import UInt8
 from torch import Tensor
 
-from veneer.quant.bits import pack, unpack
+from veneer.ops.bits import pack, unpack
 from veneer.quant.grouped import GroupedSpec, group_problems
 from veneer.quant.spec import Parts, scale_problems, unreadable
 

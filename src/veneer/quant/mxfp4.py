@@ -9,9 +9,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from veneer.errors import NonFiniteError, ShapeError
-from veneer.quant.bits import pack
+from veneer.ops.bits import pack
+from veneer.ops.scaled import powers
 from veneer.quant.fp4_blocks import Fp4BlockWeight, encoded, stored_blocks
-from veneer.quant.fp8 import powers
 from veneer.quant.spec import Parts, unreadable
 
 BLOCK = 32

@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from veneer.errors import NonFiniteError, ShapeError
-from veneer.quant.bits import pack
+from veneer.ops.bits import pack
 from veneer.quant.fp4_blocks import LARGEST, Fp4BlockWeight, encoded, stored_blocks
 from veneer.quant.spec import Parts, scale_problems, unreadable
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from veneer.quant.bits import n_bytes, pack, unpack
+from veneer.ops.bits import n_bytes, pack, unpack
 from veneer.quant.grouped import GroupedSpec, group_problems, order_of, ordered_codes
 from veneer.quant.spec import Parts, part_problems, scale_problems, unreadable
 

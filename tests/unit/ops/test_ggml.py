@@ -71,7 +71,7 @@ def test_products_are_those_with_the_decoded_rows(kind, dtype, backend):
     """Rows of more than one tile, and of a short one, in an order of their own."""
     packed, order = quantize_ggml(bell(14, 23, 1280) * 0.1, kind), torch.randperm(23).int()
     exact = dequantize_ggml(packed, kind)[order].double()
-    for n in (1, 3, 8, 11):
+    for n in (1, 3, 19):
         x = bell(15 + n, n, 1280).to(dtype)
         y, right = matmul_ggml(x, packed, kind, order, backend=backend), x.double() @ exact.T
         plain = x.float() @ exact.float().T

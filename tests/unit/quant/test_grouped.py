@@ -12,9 +12,9 @@ from torch.utils._pytree import tree_leaves
 
 from quantized_folders import awq, gptq, hqq, pack_quantized, words
 from veneer.errors import ConfigError, FormatError
-from veneer.quant import bits as bits_module
+from veneer.ops import bits as bits_module
+from veneer.ops.bits import n_bytes, pack, unpack
 from veneer.quant.awq import AwqSpec
-from veneer.quant.bits import n_bytes, pack, unpack
 from veneer.quant.gptq import BITS, GptqSpec
 from veneer.quant.grouped import GroupedSpec
 from veneer.quant.hqq import HqqSpec

@@ -1,4 +1,4 @@
-"""ggml's types by csrc/ggml. torch computes the plain types."""
+"""ggml's types by csrc/ggml and csrc/coded. torch computes the plain types."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def dequantize(
         return reference.dequantize(packed, kind, order)
     columns = packed.shape[1] // ggml_type.n_bytes * ggml_type.block
     out = torch.empty(len(packed) if order is None else len(order), columns)
-    kernels().ggml_decode(*_matrix(packed, order, len(out), columns), ggml_type.number, DTYPES[out.dtype], address(out))
+    kernels().ggml_decode(*_matrix(packed, order, len(out), columns), ggml_type.number, address(out))
     return out
 
 

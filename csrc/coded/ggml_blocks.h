@@ -1,7 +1,8 @@
 // The values of ggml's blocks, as its own decoders compute them: products and differences in float, none fused.
 #pragma once
 
-#include "core/lanes.h"
+#include "coded/coded.h"
+#include "coded/product.h"
 
 namespace veneer {
 namespace {
@@ -12,7 +13,39 @@ inline float half_at(const uint8_t* p) {
   return to_float(half);
 }
 
-// 32 values: the low nibbles of 16 bytes, then the high ones.
+// What each code of four bits stands for, from value(code): with AVX-512 a table in a register.
+template <class F>
+struct Nibbles {
+  const F& value;
+#if defined(__AVX512F__)
+  __m512 table;
+
+  explicit Nibbles(const F& f) : value(f) {
+    alignas(64) float values[16];
+#pragma omp simd
+    for (int q = 0; q < 16; ++q) values[q] = f(q);
+    table = _mm512_load_ps(values);
+  }
+  void sixteen(const uint8_t* qs, int shift, float* out) const {
+    const __m512i codes = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(qs)));
+    // only the low four bits of an index count
+    _mm512_storeu_ps(out, _mm512_permutexvar_ps(_mm512_srli_epi32(codes, static_cast<unsigned>(shift)), table));
+  }
+#else
+  explicit Nibbles(const F& f) : value(f) {}
+  void sixteen(const uint8_t* qs, int shift, float* out) const {
+#pragma omp simd
+    for (int j = 0; j < 16; ++j) out[j] = value(qs[j] >> shift & 15);
+  }
+#endif
+  // The low nibbles of 16 bytes, then the high ones.
+  void both(const uint8_t* qs, float* out) const {
+    sixteen(qs, 0, out);
+    sixteen(qs, 4, out + 16);
+  }
+};
+
+// The same where a value depends on its place too.
 template <class F>
 inline void each_nibble(const uint8_t* qs, float* out, const F& value) {
 #pragma omp simd
@@ -25,7 +58,8 @@ struct DecodeQ40 {
   static constexpr int64_t values = 32, bytes = 18;
   static void block(const uint8_t* p, float* out) {
     const float d = half_at(p);
-    each_nibble(p + 2, out, [d](int, int q) { return static_cast<float>(q - 8) * d; });
+    const auto value = [d](int q) { return static_cast<float>(q - 8) * d; };
+    Nibbles(value).both(p + 2, out);
   }
 };
 
@@ -33,7 +67,8 @@ struct DecodeQ41 {
   static constexpr int64_t values = 32, bytes = 20;
   static void block(const uint8_t* p, float* out) {
     const float d = half_at(p), m = half_at(p + 2);
-    each_nibble(p + 4, out, [d, m](int, int q) { return static_cast<float>(q) * d + m; });
+    const auto value = [d, m](int q) { return static_cast<float>(q) * d + m; };
+    Nibbles(value).both(p + 4, out);
   }
 };
 
@@ -135,11 +170,14 @@ struct DecodeQ45K {
       const uint8_t* q = qs + group / 2 * 32;
       const int shift = group % 2 * 4;
       float* to = out + group * 32;
+      const auto value = [step, less](int level) { return step * static_cast<float>(level) - less; };
+      if constexpr (!Fifth) {
+        const Nibbles nibbles(value);
+        nibbles.sixteen(q, shift, to);
+        nibbles.sixteen(q + 16, shift, to + 16);
+      } else {
 #pragma omp simd
-      for (int j = 0; j < 32; ++j) {
-        int level = q[j] >> shift & 15;
-        if (Fifth) level |= (fifth[j] >> group & 1) << 4;
-        to[j] = step * static_cast<float>(level) - less;
+        for (int j = 0; j < 32; ++j) to[j] = value((q[j] >> shift & 15) | (fifth[j] >> group & 1) << 4);
       }
     }
   }
@@ -173,14 +211,8 @@ constexpr float non_linear_values[16] = {-127, -104, -83, -65, -49, -35, -22, -1
 
 // 32 values of a table times a step.
 inline void look_up(const uint8_t* qs, float step, float* out) {
-#if defined(__AVX512F__)
-  const __m512 table = _mm512_mul_ps(_mm512_loadu_ps(non_linear_values), _mm512_set1_ps(step));
-  const __m512i codes = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(qs)));
-  _mm512_storeu_ps(out, _mm512_permutexvar_ps(codes, table));  // only the low four bits of an index count
-  _mm512_storeu_ps(out + 16, _mm512_permutexvar_ps(_mm512_srli_epi32(codes, 4), table));
-#else
-  each_nibble(qs, out, [step](int, int q) { return non_linear_values[q] * step; });
-#endif
+  const auto value = [step](int q) { return non_linear_values[q] * step; };
+  Nibbles(value).both(qs, out);
 }
 
 struct DecodeIQ4NL {
@@ -199,17 +231,29 @@ struct DecodeIQ4XS {
   }
 };
 
-// n values, a multiple of Format::values, from their blocks.
 template <class Format>
-inline void decode_run(const uint8_t* blocks, int64_t n, float* out) {
-  for (int64_t i = 0; i < n; i += Format::values, blocks += Format::bytes) Format::block(blocks, out + i);
+void decode_blocks(const void* matrix, int64_t r, int64_t from, int64_t n, float* out) {
+  const GgmlMatrix& w = *static_cast<const GgmlMatrix*>(matrix);
+  const int64_t row = w.order == nullptr ? r : w.order[r];
+  const uint8_t* blocks = w.blocks + row * w.stride + from / Format::values * Format::bytes;
+  for (int64_t j = 0; j < n; j += Format::values, blocks += Format::bytes) Format::block(blocks, out + j);
 }
-template <class Format, class T>  // bf16, fp16
-inline void decode_run(const uint8_t* blocks, int64_t n, T* out) {
-  for (int64_t i = 0; i < n; i += Format::values, blocks += Format::bytes) {
-    float wide[Format::values];
-    Format::block(blocks, wide);
-    for (int64_t j = 0; j < Format::values; j += width) store(out + i + j, load(wide + j));
+
+inline CodedRows rows_of(const GgmlMatrix& w) {
+  const auto rows = [&w](auto decode) { return CodedRows{&w, w.o, w.i, decode}; };
+  switch (w.kind) {
+    case GgmlKind::q4_0: return rows(decode_blocks<DecodeQ40>);
+    case GgmlKind::q4_1: return rows(decode_blocks<DecodeQ41>);
+    case GgmlKind::q5_0: return rows(decode_blocks<DecodeQ50>);
+    case GgmlKind::q5_1: return rows(decode_blocks<DecodeQ51>);
+    case GgmlKind::q2_k: return rows(decode_blocks<DecodeQ2K>);
+    case GgmlKind::q3_k: return rows(decode_blocks<DecodeQ3K>);
+    case GgmlKind::q4_k: return rows(decode_blocks<DecodeQ4K>);
+    case GgmlKind::q5_k: return rows(decode_blocks<DecodeQ5K>);
+    case GgmlKind::q6_k: return rows(decode_blocks<DecodeQ6K>);
+    case GgmlKind::iq4_nl: return rows(decode_blocks<DecodeIQ4NL>);
+    case GgmlKind::iq4_xs: return rows(decode_blocks<DecodeIQ4XS>);
+    default: return rows(decode_blocks<DecodeQ80>);
   }
 }
 

@@ -1,0 +1,210 @@
+"""Training steps and products on bases as people have them, beside NF4.
+
+A step is LoRA of rank 16 on all linear layers, on SmolLM2 whose linear layers are stored in each format; its first loss
+is compared with that on the decoded dense weights before anything is timed. Products are those of one layer of each
+shape of the model, with 1, 16 and 1024 rows. All formats take turns.
+
+    python bench/formats.py [--parts products step] [--model smollm2-135m-instruct] [--dtype float32|bfloat16]
+        [--formats NF4 Q8_0 …] [--rows 4] [--tokens 256] [--repeats 5]
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections import Counter
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lora_step import adapted, base_of, loss_of, optimizer_of, step
+from turns import Goal, Timing, faster_dtype, in_turns, show, timed
+from veneer.model.quant_linear import QuantLinear
+from veneer.ops.bits import pack
+from veneer.ops.four_bit import FourBitLayout
+from veneer.quant.four_bit import FourBitSpec
+from veneer.quant.fp8 import Fp8Spec
+from veneer.quant.ggml import GgmlSpec
+from veneer.quant.grouped import GroupedSpec
+from veneer.quant.mxfp4 import Mxfp4Spec
+from veneer.quant.nvfp4 import Nvfp4Spec
+from veneer.quant.packing import packed_codes
+from veneer.store.source import resolve
+
+GROUP = 64  # divides 576, SmolLM2's width
+FALLBACK = {"Q4_K": "Q5_0", "Q6_K": "Q8_0"}
+"""llama-quantize's type where blocks of 256 do not divide a row."""
+BESIDE, PACKED = "NF4", "NF4, as served"
+LIMIT = {"Q4_K": 1.3, "Q6_K": 1.3}
+
+
+def ggml(kind: str, weight: Tensor) -> tuple[Any, dict[str, Tensor]]:
+    fits = kind not in FALLBACK or weight.shape[1] % 256 == 0
+    spec = GgmlSpec(tuple(weight.shape), kind if fits else FALLBACK[kind], weight.dtype)
+    return spec, spec.quantize(weight)
+
+
+def grouped(bits: int, zeros: torch.dtype, weight: Tensor) -> tuple[Any, dict[str, Tensor]]:
+    """GPTQ's, AWQ's or HQQ's numbers in memory, rounded to the nearest."""
+    (o, i), most = weight.shape, (1 << bits) - 1
+    blocks = weight.float().view(o, -1, GROUP)
+    low, high = blocks.amin(-1), blocks.amax(-1)
+    scales = ((high - low) / most).half()
+    zero = (-low / scales.float()).clamp(0, most)
+    zero = zero.round().to(zeros) if zeros == torch.uint8 else zero.to(zeros)
+    codes = (blocks / scales.float()[:, :, None] + zero.float()[:, :, None]).round().clamp(0, most).to(torch.uint8)
+    spec = GroupedSpec(shape=(o, i), bits=bits, group=GROUP, dtype=weight.dtype, zeros=zeros)
+    return spec, {"weight": pack(codes.view(o, i), bits), "scales": scales, "zeros": zero}
+
+
+def of_spec(make: Callable[[Tensor], Any], weight: Tensor) -> tuple[Any, dict[str, Tensor]]:
+    spec = make(weight)
+    return spec, spec.quantize(weight)
+
+
+FORMATS: dict[str, Callable[[Tensor], tuple[Any, dict[str, Tensor]]]] = {
+    "NF4": partial(of_spec, lambda w: FourBitSpec(FourBitLayout(tuple(w.shape), dtype=w.dtype))),
+    **{kind: partial(ggml, kind) for kind in ("Q8_0", "Q5_0", "Q4_K", "Q6_K", "IQ4_NL")},
+    "FP8": partial(of_spec, lambda w: Fp8Spec(tuple(w.shape), w.dtype)),
+    "GPTQ 4": partial(grouped, 4, torch.uint8),
+    "GPTQ 3": partial(grouped, 3, torch.uint8),
+    "HQQ 4": partial(grouped, 4, torch.float16),
+    "MXFP4": partial(of_spec, lambda w: Mxfp4Spec(tuple(w.shape), w.dtype)),
+    "NVFP4": partial(of_spec, lambda w: Nvfp4Spec(tuple(w.shape), w.dtype)),
+}
+
+
+def main() -> None:
+    args = parse()
+    torch.manual_seed(0)
+    print(f"{args.model}, {str(args.dtype).removeprefix('torch.')}")
+    for part in args.parts:
+        {"products": products, "step": steps}[part](args)
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--parts", nargs="+", choices=("products", "step"), default=("products", "step"))
+    parser.add_argument("--model", default="smollm2-135m-instruct")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: what this CPU multiplies faster")
+    parser.add_argument("--formats", nargs="+", choices=FORMATS, default=list(FORMATS))
+    parser.add_argument("--rows", type=int, default=4)
+    parser.add_argument("--tokens", type=int, default=256)
+    parser.add_argument("--repeats", type=int, default=5)
+    args = parser.parse_args()
+    args.dtype = getattr(torch, args.dtype) if args.dtype else faster_dtype()
+    args.formats = list(dict.fromkeys([BESIDE, *args.formats]))
+    args.place = str(resolve(args.model))
+    return args
+
+
+# Products.
+
+
+def products(args: argparse.Namespace) -> None:
+    """One layer of each shape, as often as a block has it; a format's time is also told for equal bytes."""
+    base = base_of("veneer", "dense", args.place, args.dtype)
+    block = base.model.layers[0]
+    linears = [layer.weight.detach() for layer in block.modules() if isinstance(layer, nn.Linear)]
+    frozen: dict[str, list[Any]] = {}
+    for name in args.formats:
+        made = [FORMATS[name](weight) for weight in linears]
+        frozen[name] = [spec.bind(parts) for spec, parts in made]
+        check_products(name, frozen[name], args.dtype)
+    packed = [packed_codes(weight, args.dtype) for weight in frozen[BESIDE]]
+    nbytes = {name: sum(weight.nbytes for weight in weights) for name, weights in frozen.items()}
+    for n, transposed in ((1, False), (16, False), (1024, False), (1024, True)):
+        inputs = [torch.randn(n, w.shape[0 if transposed else 1]).to(args.dtype) for w in linears]
+        calls, few = max(1, 64 // n), n <= 16
+        ways: dict[str, Callable[[], Timing]] = {
+            name: partial(timed, partial(multiply, frozen[name], inputs, transposed, calls)) for name in args.formats
+        }
+        if few:
+            ways[PACKED] = partial(timed, partial(multiply_packed, packed, inputs, calls))
+        found, beside = in_turns(ways, args.repeats), PACKED if few else BESIDE
+        show(f"{calls} x the products of a block, {n} rows{', transposed' * transposed}", found, beside)
+        if few:
+            base_rate = found[beside].wall / nbytes[BESIDE]
+            told = (f"{name} {found[name].wall / nbytes[name] / base_rate:.2f}x" for name in args.formats)
+            print(f"for equal bytes: {', '.join(told)}")
+
+
+def multiply_packed(weights: list[Any], inputs: list[Tensor], calls: int) -> None:
+    for _ in range(calls):
+        for weight, x in zip(weights, inputs, strict=True):
+            weight.matmul(x)
+
+
+def multiply(weights: list[Any], inputs: list[Tensor], transposed: bool, calls: int) -> None:
+    for _ in range(calls):
+        for weight, x in zip(weights, inputs, strict=True):
+            weight.multiply(x, transposed)
+
+
+def check_products(name: str, weights: list[Any], dtype: torch.dtype) -> None:
+    """SystemExit if a product is not that with the decoded weight."""
+    for weight in weights:
+        exact = weight.dense(torch.float32).double()
+        for n in (1, 16, 33):
+            for transposed in (False, True):
+                x = torch.randn(n, weight.shape[0 if transposed else 1]).to(dtype)
+                right = x.double() @ (exact if transposed else exact.T)
+                error = float((weight.multiply(x, transposed).double() - right).norm() / right.norm())
+                if error > (1e-5 if dtype == torch.float32 else 8e-3):
+                    raise SystemExit(f"{name}: a product is off by {error:.1e}: nothing to time")
+
+
+# Steps.
+
+
+def steps(args: argparse.Namespace) -> None:
+    ways: dict[str, Callable[[], Timing]] = {}
+    for name in args.formats:
+        model, kinds = stored(name, args)
+        ids = tokens(model, args)
+        same_loss(name, model, ids[:1, :64])
+        print(f"{name}: {', '.join(f'{n} {kind}' for kind, n in kinds.items())}", flush=True)
+        optimizer = optimizer_of(model)
+        ways[name] = partial(timed, partial(step, "veneer", model, optimizer, ids))
+    goals = {name: Goal(BESIDE, LIMIT.get(name, 1.15)) for name in args.formats if name != BESIDE}
+    show(f"a step of {args.rows} x {args.tokens} tokens", in_turns(ways, args.repeats), BESIDE, goals)
+
+
+def stored(name: str, args: argparse.Namespace) -> tuple[Any, Counter[str]]:
+    """The model with its linear layers in a format, adapted; and how many layers are in which kind of it."""
+    base, kinds = base_of("veneer", "dense", args.place, args.dtype), Counter[str]()
+    for path, layer in list(base.model.named_modules()):
+        if isinstance(layer, nn.Linear):
+            spec, parts = FORMATS[name](layer.weight.detach())
+            coded = QuantLinear(spec, layer.bias)
+            coded.fill(spec, parts)
+            base.model.set_submodule(path, coded)
+            kinds[getattr(spec, "kind", None) if isinstance(spec, GgmlSpec) else type(spec).__name__] += 1
+    torch.manual_seed(1)
+    return adapted("veneer", base), kinds
+
+
+def tokens(model: Any, args: argparse.Namespace) -> Tensor:
+    generator = torch.Generator().manual_seed(2)
+    return torch.randint(model.config.vocab_size, (args.rows, args.tokens), generator=generator)
+
+
+@torch.no_grad()
+def same_loss(name: str, model: Any, ids: Tensor) -> None:
+    """SystemExit if the loss is not that of the decoded dense weights."""
+    own = loss_of("veneer", model, ids).item()
+    coded = [(path, layer) for path, layer in model.named_modules() if isinstance(layer, QuantLinear)]
+    for path, layer in coded:
+        model.set_submodule(path, layer.to_dense(layer.spec.dtype))
+    exact = loss_of("veneer", model, ids).item()
+    for path, layer in coded:
+        model.set_submodule(path, layer)
+    print(f"{name}: loss {own:.6f}, on the decoded weights {exact:.6f}", flush=True)
+    if not abs(own - exact) <= (1e-5 if model.dtype == torch.float32 else 5e-3) * abs(exact):
+        raise SystemExit("the losses part: nothing to time")
+
+
+if __name__ == "__main__":
+    main()
