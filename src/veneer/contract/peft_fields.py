@@ -35,10 +35,7 @@ OF_LORA = PeftFields(  # PEFT's config of AdaLoRA has them too
         "megatron_config": None,
         "megatron_core": "megatron.core",
         "monteclora_config": None,
-        "qalora_group_size": 16,
-        "use_bdlora": None,
-        "use_qalora": False,
         "velora_config": None,
     },
-    unread=("megatron_core", "qalora_group_size"),
+    unread=("megatron_core",),
 )

@@ -11,14 +11,13 @@ as converged; the paper's code would wait for it for ever.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from veneer.core.field_types import check
-from veneer.errors import ConfigError
+from veneer.core.field_types import check, settings_of
 from veneer.inits import Start
 from veneer.inits.lowrank import kaiming
 from veneer.inits.pissa import leading_triplets
@@ -60,11 +59,7 @@ class EvaConfig:
     @classmethod
     def from_dict(cls, values: Mapping[str, object]) -> EvaConfig:
         """Return the settings from a file's fields. Raises ConfigError for unknown ones."""
-        known = [spec.name for spec in fields(cls)]
-        unknown = sorted(set(values) - set(known))
-        if unknown:
-            raise ConfigError(f"EvaConfig: unknown keys {unknown}; there are {known}")
-        return cls(**values)  # type: ignore[arg-type]
+        return settings_of(cls, values)
 
 
 @dataclass(frozen=True)

@@ -50,6 +50,9 @@ class AdaLoraConfig(LinearMethod):
     peft_fields: ClassVar[PeftFields] = PeftFields(
         neutral={
             **OF_LORA.neutral,
+            "qalora_group_size": 16,
+            "use_bdlora": None,
+            "use_qalora": False,
             "alora_invocation_tokens": None,
             "alpha_pattern": {},
             "ensure_weight_tying": False,
@@ -61,7 +64,7 @@ class AdaLoraConfig(LinearMethod):
             "use_dora": False,
             "use_rslora": False,
         },
-        unread=(*OF_LORA.unread, "r"),
+        unread=(*OF_LORA.unread, "qalora_group_size", "r"),
     )
 
     target_r: int = 8

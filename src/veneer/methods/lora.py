@@ -29,6 +29,7 @@ from veneer.core.records import LinearDelta
 from veneer.core.sites import LinearSite
 from veneer.core.stacks import stack, unstack
 from veneer.inits.eva import EvaConfig
+from veneer.methods.lora_parts.blocks import drawn_blocks
 from veneer.methods.lora_parts.checks import LoraChecks
 from veneer.methods.lora_parts.late_start import LoraLateStart
 from veneer.methods.lora_parts.raised import fields_of, parameters_of
@@ -57,6 +58,8 @@ class LoraConfig(LoraSettings):
     own.
     ``ensure_weight_tying`` applies if modules share the input embeddings' weight (a tied head) and one of them is
     adapted or trained whole. Then all of them share one adapter or one copy: ΔW at the embeddings, ΔWᵀ at the head.
+    ``use_bdlora``: A or B of the layers that a `BdLoraConfig` names are block-diagonal.
+    ``use_qalora``: A reads the means of ``qalora_group_size`` inputs (Xu et al. 2023, arXiv:2309.14717).
     ``alora_invocation_tokens``: the adapter acts on a sequence from the last occurrence of these token ids on
     (Greenewald et al. 2025, arXiv:2504.12397). Before them the keys and values are the base's.
 
@@ -84,8 +87,9 @@ class LoraConfig(LoraSettings):
     def shapes(self, site: LinearSite) -> Shapes:
         r = self.rank(site)
         rows = r * site.experts
+        n_a, n_b = self.blocks(site)
         channels, point = site.in_features // math.prod(site.window), (1,) * len(site.window)
-        b_shape = (site.out_features, rows // site.groups, *point)
+        channels, b_shape = channels // n_a // self.pooled, (site.out_features, rows // site.groups // n_b, *point)
         shapes: Shapes = {"lora_A": (rows, channels, *site.window), "lora_B": b_shape}
         if self.start.taken_off:
             shapes |= {"lora_A_start": shapes["lora_A"], "lora_B_start": shapes["lora_B"]}
@@ -94,11 +98,13 @@ class LoraConfig(LoraSettings):
         return shapes
 
     def init(self, site: LinearSite, generator: torch.Generator | None = None) -> dict[str, Tensor]:
-        start = self.start
-        drawn = [start.factors(site, self.rank(site), self.scale(site), generator) for _ in range(site.experts)]
+        start, (n_a, n_b) = self.start, self.blocks(site)
+        read = replace(site, in_features=site.in_features // self.pooled)
+        drawn = [start.factors(read, self.rank(site), self.scale(site), generator) for _ in range(site.experts)]
         a, b = drawn[0] if site.experts == 1 else stack(drawn)
         shapes = self.shapes(site)
-        b = diagonal_blocks(b, site.groups)
+        a = drawn_blocks(shapes["lora_A"], generator) if n_a > 1 else a
+        b = diagonal_blocks(b, site.groups * n_b)
         params = {"lora_A": a.reshape(shapes["lora_A"]), "lora_B": b.reshape(shapes["lora_B"])}
         if start.taken_off:
             params |= {"lora_A_start": params["lora_A"].clone(), "lora_B_start": params["lora_B"].clone()}
@@ -110,7 +116,10 @@ class LoraConfig(LoraSettings):
         a, b = (factor.flatten(1) for factor in joined(params))
         if site.experts > 1:
             a, b = unstack(a, b, site.experts)
-        b = block_diagonal(b, site.groups)
+        n_a, n_b = self.blocks(site)
+        a, b = block_diagonal(a, n_a), block_diagonal(b, site.groups * n_b)
+        if self.use_qalora:  # PEFT's scale of a mean of inputs
+            a = a.repeat_interleave(self.pooled, dim=1) * (site.in_features / self.pooled**2)
         record = LinearDelta.pair(a, b, self.scale(site))
         for variant in self._variants("lower"):
             record = variant.lower(self, site, params, record)
@@ -164,7 +173,8 @@ class LoraConfig(LoraSettings):
 
     def site_of(self, site: LinearSite, shapes: Mapping[str, tuple[int, ...]]) -> LinearSite:
         a, b = shapes["lora_A"], shapes["lora_B"]
-        site = replace(site, in_features=math.prod(a[1:]), out_features=b[0])
+        inputs = math.prod(a[1:]) * self.blocks(site)[0] * self.pooled
+        site = replace(site, in_features=inputs, out_features=b[0])
         return site if len(a) == 2 else replace(site, kind="convolution", window=a[2:], groups=max(1, a[0] // b[1]))
 
     @classmethod
@@ -190,7 +200,7 @@ class LoraConfig(LoraSettings):
             a="lora_A",
             b="lora_B",
             settings=(self.eva_config or EvaConfig()) if self.init_lora_weights == "eva" else None,
-            is_product=not (self.reads_weight or self.start.taken_off),
+            is_product=not (self.reads_weight or self.start.taken_off or self.has_small_factors),
         )
 
     def _variants(self, what: str) -> list[ModuleType]:

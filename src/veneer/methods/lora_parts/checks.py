@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from veneer.contract.checks import Checks
 from veneer.contract.patterns import unmatched
 from veneer.core.sites import LinearSite
+from veneer.methods.lora_parts.blocks import BdLoraConfig
 from veneer.methods.lora_parts.settings import LoraSettings
 
 
@@ -32,6 +33,17 @@ class LoraChecks(Checks):
             for site in grouped
             if self.config.rank(site) % site.groups
         ]
+        blocks = self.config.use_bdlora
+        if isinstance(blocks, BdLoraConfig):
+            found += [said for site in sites for said in blocks.problems_at(site, self.config.rank(site))]
+        size = self.config.pooled
+        found += [
+            f"qalora_group_size={size} at {site.name}: give a divisor of its {site.in_features} inputs"
+            for site in sites
+            if site.in_features % size
+        ]
+        if self.config.use_qalora:
+            found += [f"use_qalora at {site.name}, which is no linear layer" for site in sites if site.kind != "linear"]
         switches = {"use_dora": self.config.use_dora, "init_lora_weights": self.config.packing.fixed}
         return found + [
             f"{name}={getattr(self.config, name)!r} does not go with {grouped[0].name}, a convolution in "

@@ -12,6 +12,7 @@ from veneer.contract.patterns import below_one, broken, first_match, values_of
 from veneer.core.sites import LinearSite
 from veneer.inits import Start, find_start, start_names
 from veneer.inits.eva import EvaConfig
+from veneer.methods.lora_parts.blocks import BdLoraConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,11 +40,16 @@ class LoraSettings(LinearMethod):
     target_parameters: Collection[str] | None = None
     ensure_weight_tying: bool = False
     alora_invocation_tokens: Collection[int] | None = None
+    use_bdlora: BdLoraConfig | Mapping[str, object] | None = None
+    use_qalora: bool = False
+    qalora_group_size: int = 16
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if isinstance(self.eva_config, Mapping):  # as files hold it
             object.__setattr__(self, "eva_config", EvaConfig.from_dict(self.eva_config))
+        if isinstance(self.use_bdlora, Mapping):
+            object.__setattr__(self, "use_bdlora", BdLoraConfig.from_dict(self.use_bdlora))
 
     def problems(self) -> list[str]:
         found = super().problems() + self._problems_of_sizes()
@@ -59,7 +65,19 @@ class LoraSettings(LinearMethod):
         if self.ensure_weight_tying is True:
             found += self._problems_of_ties()
         found += _problems_of_rows(self.trainable_token_indices) + self._problems_of_parameters()
-        return found + self._problems_of_invocation()
+        return found + self._problems_of_invocation() + self._problems_of_small_factors()
+
+    def _problems_of_small_factors(self) -> list[str]:
+        """Factors in blocks or of pooled inputs are drawn, and no variant but rsLoRA goes with them, as in PEFT."""
+        found = below_one({"qalora_group_size": self.qalora_group_size})
+        on = "use_bdlora" if self.use_bdlora is not None else "use_qalora" if self.use_qalora else ""
+        given = {name: getattr(self, name) for name in _NOT_IN_SMALL} if on else {}
+        given |= {"use_qalora": self.use_qalora} if on == "use_bdlora" else {}
+        if on and self.init_lora_weights not in (True, False):
+            given["init_lora_weights"] = self.init_lora_weights
+        return found + [
+            f"{name}={value!r} does not go with {on}: leave it out" for name, value in given.items() if value
+        ]
 
     def _problems_of_invocation(self) -> list[str]:
         """An adapter that acts from its tokens on has nothing that acts on whole sequences."""
@@ -120,6 +138,20 @@ class LoraSettings(LinearMethod):
         """Return alpha at this site."""
         return first_match(self.alpha_pattern, site.name, self.lora_alpha)
 
+    @property
+    def has_small_factors(self) -> bool:
+        """True if A or B of a layer is smaller than those of a plain product."""
+        return self.use_qalora or self.use_bdlora is not None
+
+    @property
+    def pooled(self) -> int:
+        """Count of inputs that share a column of A."""
+        return self.qalora_group_size if self.use_qalora else 1
+
+    def blocks(self, site: LinearSite) -> tuple[int, int]:
+        """Return the counts of diagonal blocks of A and of B at this site; 1 is a whole matrix."""
+        return self.use_bdlora.blocks(site) if isinstance(self.use_bdlora, BdLoraConfig) else (1, 1)
+
     @abstractmethod
     def scale(self, site: LinearSite) -> float:
         """Return the factor of B A at this site."""
@@ -130,6 +162,7 @@ class LoraSettings(LinearMethod):
         return cast(Start, find_start(self.init_lora_weights))  # problems() has seen to it
 
 
+_NOT_IN_SMALL = ("use_dora", "lora_bias", "target_parameters", "ensure_weight_tying", "alora_invocation_tokens")
 _ON_WHOLE_SEQUENCES = (
     "use_dora", "lora_bias", "target_parameters", "trainable_token_indices", "modules_to_save", "ensure_weight_tying",
 )  # fmt: skip
