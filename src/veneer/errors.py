@@ -81,6 +81,10 @@ class DivergedError(TrainingError):
     """Loss or gradient that is not finite."""
 
 
+class LostProcessError(TrainingError):
+    """End of another process of a run that several train."""
+
+
 class NonFiniteError(VeneerError, ValueError):
     """Tensor that holds NaN or infinity, when a finite number is needed."""
 
@@ -102,3 +106,11 @@ class Interrupted(KeyboardInterrupt):
     def exit_code(self) -> int:
         """Exit status: 143 for SIGTERM, 130 for SIGINT."""
         return 128 + self.number
+
+
+class Paused(BaseException):
+    """Pause of a run at a step, with a checkpoint. Like `Interrupted` it is no error. ``loss``: the run's loss then."""
+
+    def __init__(self, step: int, loss: float) -> None:
+        super().__init__(f"paused after step {step}, loss {loss:.4f}")
+        self.loss = loss

@@ -16,7 +16,10 @@ from veneer.recipe.tasks import task_problems
 from veneer.recipe.values import PLACES, beside, put
 
 PART = "sweep"
-_KEYS = ("members", "grid")
+_RUNS = ("members", "grid")
+HOW = ("engine", "scheduler", "reduction")  # fields of `train.sweep.recipe.Sweep`
+ENGINES, SCHEDULERS = ("process", "ray"), ("none", "asha")
+REDUCTION = 3  # the usual one
 _NAME = re.compile(r"[\w.+-]+")
 # Settings of the one pass over the base.
 _SHARED_TRAINING = (
@@ -67,9 +70,13 @@ def _values(base: Mapping[str, Any], name: str, changes: Mapping[str, Any]) -> d
 
 
 def _part_problems(part: Any) -> list[str]:
+    no_runs = ["sweep: must hold members (a list of changes), grid (a list of values for each key), or both"]
     if not isinstance(part, Mapping) or not part:
-        return ["sweep: must hold members (a list of changes), grid (a list of values for each key), or both"]
-    found = [f"sweep.{key}: unknown key{perhaps(str(key), _KEYS)}" for key in part if key not in _KEYS]
+        return no_runs
+    known = (*_RUNS, *HOW)
+    found = [] if any(key in part for key in _RUNS) else no_runs
+    found += [f"sweep.{key}: unknown key{perhaps(str(key), known)}" for key in part if key not in known]
+    found += _how_problems(part)
     members, grid = part.get("members", [{}]), part.get("grid", {})
     if not isinstance(members, list) or not members or not all(isinstance(each, Mapping) for each in members):
         found.append("sweep.members: must be a list of changes, such as {name: small, adapter.r: 4}")
@@ -80,6 +87,21 @@ def _part_problems(part: Any) -> list[str]:
         for key, value in grid.items()
         if not isinstance(value, list) or not value
     ]
+
+
+def _how_problems(part: Mapping[str, Any]) -> list[str]:
+    """Problems of the keys that say how the members are trained."""
+    found = [
+        f"sweep.{key}: {part[key]!r} is unknown: it is one of {', '.join(allowed)}. Take one of them."
+        for key, allowed in (("engine", ENGINES), ("scheduler", SCHEDULERS))
+        if key in part and part[key] not in allowed
+    ]
+    reduction = part.get("reduction", REDUCTION)
+    if not isinstance(reduction, int) or isinstance(reduction, bool) or reduction < 2:
+        found.append(f"sweep.reduction: {reduction!r} is no whole number of at least 2. Take {REDUCTION}.")
+    if "reduction" in part and part.get("scheduler", "none") == "none":
+        found.append("sweep.reduction: only the scheduler asha reads it. Add scheduler: asha, or leave it out.")
+    return found
 
 
 def _changes(part: Mapping[str, Any]) -> list[dict[str, Any]]:

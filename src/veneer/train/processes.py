@@ -13,7 +13,7 @@ import torch
 from torch import distributed
 
 from veneer.core.group import group_size
-from veneer.errors import ConfigError, Interrupted, TrainingError, VeneerError
+from veneer.errors import ConfigError, Interrupted, LostProcessError, TrainingError, VeneerError
 
 T = TypeVar("T")
 _WORD = "veneer/ended"  # in the store that the processes share
@@ -43,7 +43,7 @@ def part() -> None:
 
 @contextmanager
 def together() -> Iterator[None]:
-    """Raise TrainingError in the block if another of the processes has ended.
+    """Raise LostProcessError in the block if another of the processes has ended.
 
     The main process, which alone prints, gives the reason if the other could leave one. A signal that ended the other
     is raised as Interrupted.
@@ -77,8 +77,8 @@ def _loss(error: BaseException) -> BaseException:
     with suppress(RuntimeError):
         if is_main() and _store().check([_WORD]):
             word = json.loads(_store().get(_WORD))
-            return TrainingError(word["told"]) if word["signal"] is None else Interrupted(word["signal"])
-    return TrainingError(
+            return LostProcessError(word["told"]) if word["signal"] is None else Interrupted(word["signal"])
+    return LostProcessError(
         "another process of this run has ended without a word (killed, out of memory, or its machine went down), or no "
         "longer answers. What checkpoints there are stay: --resume goes on from the last one. What was heard of it: "
         + _heard(str(error))

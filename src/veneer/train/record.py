@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import psutil
 
-from veneer.errors import ConfigError, DiskError, DivergedError, FormatError, Interrupted, VeneerError
+from veneer.errors import ConfigError, DiskError, DivergedError, FormatError, Interrupted, Paused, VeneerError
 from veneer.train.checkpoint import write_json
 from veneer.train.processes import is_main
 
@@ -132,6 +132,6 @@ def reason_of(error: BaseException) -> str:
     """Return the reason why a run broke off: a signal's name, or the message of the error."""
     if isinstance(error, Interrupted):
         return signal.Signals(error.number).name
-    if isinstance(error, VeneerError):
+    if isinstance(error, VeneerError | Paused):
         return str(error)
     return ": ".join(filter(None, (type(error).__name__, str(error))))

@@ -403,6 +403,24 @@ def test_the_members_of_a_sweep_are_checked_early_as_they_are_read(tmp_path):
     refuse_early(values(sweep={"grid": {"adapter.r": [4, 8]}}))
 
 
+def test_a_sweep_says_which_engines_and_schedulers_there_are(tmp_path):
+    with pytest.raises(ConfigError) as raised:
+        refuse_early(values(sweep={"engine": "rey", "scheduler": "hyperband", "reduction": 1}))
+    told = str(raised.value)
+    assert "sweep: must hold members" in told
+    assert "sweep.engine: 'rey' is unknown: it is one of process, ray. Take one of them." in told
+    assert "sweep.scheduler: 'hyperband' is unknown: it is one of none, asha" in told
+    assert "sweep.reduction: 1 is no whole number of at least 2" in told
+    grid = {"adapter.r": [4, 8]}
+    with pytest.raises(ConfigError, match="only the scheduler asha reads it"):
+        refuse_early(values(sweep={"grid": grid, "reduction": 2}))
+    asha = {"grid": grid, "scheduler": "asha", "reduction": 2, "engine": "ray"}
+    sweep = parse_sweep(values(sweep=asha), tmp_path / "recipe.yaml")
+    assert (sweep.engine, sweep.scheduler, sweep.reduction) == ("ray", "asha", 2)
+    with pytest.raises(ConfigError, match="save_only_model leaves nothing to go on from"):
+        parse_sweep(values(sweep={**asha, "members": [{"training.save_only_model": True}]}), tmp_path / "recipe.yaml")
+
+
 def test_a_wrong_recipe_is_told_without_importing_torch(written, base):
     adapter = {"method": "dora", "rank": 3, "target_modules": ["w_proj", "q_proj", "lm_head"]}
     wrong = values(adapter=adapter, training={"max_steps": 0, "learning_rat": 1}, model={"source": str(base)})

@@ -11,7 +11,7 @@ from veneer.errors import ConfigError
 from veneer.recipe.adapter import FULL
 from veneer.recipe.optimizers import steps_in_backward
 from veneer.recipe.recipe import Recipe, parse_recipe
-from veneer.recipe.sweep_part import PART, members_of
+from veneer.recipe.sweep_part import HOW, PART, REDUCTION, members_of
 
 # Settings that act on a whole model of its own.
 _UNSHARED = ("torch_compile", "deepspeed", "fsdp", "neftune_noise_alpha", "activation_offloading", "push_to_hub")
@@ -28,17 +28,24 @@ class Member:
 
 @dataclass(frozen=True)
 class Sweep:
-    """Runs that train together over one base; ``output`` holds a folder for each."""
+    """Runs that train together over one base; ``output`` holds a folder for each.
+
+    By the ``scheduler`` asha, about one in ``reduction`` of the members trains on from each rung.
+    """
 
     members: tuple[Member, ...]
     output: Path
+    engine: str = "process"
+    scheduler: str = "none"
+    reduction: int = REDUCTION
 
 
 def parse_sweep(values: Mapping[str, Any], source: Path) -> Sweep:
     """Return the members of a recipe with a ``sweep`` part.
 
     ``members`` lists changes (``{name: …, adapter.r: 8}``), ``grid`` gives a list of values for each key. With both,
-    every member of the list is combined with every point of the grid. Raises ConfigError with all problems at once.
+    every member of the list is combined with every point of the grid. ``engine``, ``scheduler`` and ``reduction`` are
+    fields of `Sweep`. Raises ConfigError with all problems at once.
     """
     given, problems = members_of(values, source)
     members = []
@@ -47,16 +54,19 @@ def parse_sweep(values: Mapping[str, Any], source: Path) -> Sweep:
             members.append(Member(each.name, each.changes, parse_recipe(each.values, PART)))
         except ConfigError as error:
             problems += str(error).removeprefix(f"{PART}: ").split("; ")
-    problems += _member_problems(members)
+    how = {key: values[PART][key] for key in HOW if key in values[PART]}
+    problems += _member_problems(members, how.get("scheduler", "none"))
     if problems:
         raise ConfigError(f"{source}: " + "; ".join(dict.fromkeys(problems)))
-    return Sweep(tuple(members), Path(str(values["output"])))
+    return Sweep(tuple(members), Path(str(values["output"])), **how)
 
 
-def _member_problems(members: Sequence[Member]) -> list[str]:
+def _member_problems(members: Sequence[Member], scheduler: str) -> list[str]:
     found = []
     for member in members:
         training = member.recipe.training
+        if scheduler != "none" and training.get("save_only_model"):
+            found.append(f"sweep: {member.name}: training.save_only_model leaves nothing to go on from a rung: drop it")
         if member.recipe.method == FULL:
             found.append(f"sweep: {member.name}: method full trains the base itself, which all members share")
         if steps_in_backward(training.get("optim")):

@@ -14,6 +14,7 @@ from rich.table import Table
 
 from veneer.core.ticks import ticks_at
 from veneer.train.checkpoint import write_json
+from veneer.train.sweep.course import STOPPED
 from veneer.train.sweep.recipe import Sweep
 
 SWEEP_FILE, PICTURE, PAGE = "sweep.json", "pareto.png", "pareto.html"
@@ -22,7 +23,7 @@ _WIDEST = 120  # characters of a name below the picture
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """Result of one member. ``loss`` is held out if there are held-out rows; None for one that diverged."""
+    """Result of one member. ``loss`` is held out if there are held-out rows; None if it diverged or was stopped."""
 
     name: str
     changes: Mapping[str, Any]
@@ -37,6 +38,8 @@ class Outcome:
     @property
     def loss(self) -> float | None:
         """Loss by which members are compared."""
+        if self.status == STOPPED:
+            return None
         return self.train_loss if self.eval_loss is None else self.eval_loss
 
 

@@ -1,160 +1,53 @@
-"""Sweep: several runs over one base, trained together.
-
-Each is a trainer of its own. Their forward and backward passes are computed at once, by routing the rows of one batch.
-"""
+"""Sweep: members in packs, on one worker or several, until each has come to its end or is stopped."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextlib import ExitStack, nullcontext
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Protocol
 
-import torch
-from torch import Tensor, nn
-from transformers import PreTrainedModel
-
-from veneer.adapters.peft_model import PeftModel
-from veneer.errors import ConfigError, DivergedError, Interrupted
-from veneer.model.fused.decoder import fused
-from veneer.train.base_model import load_base
-from veneer.train.checkpoint import checkpoints
-from veneer.train.going_on import GoingOn, changes_since, is_complete
+from veneer.errors import ConfigError
 from veneer.train.interrupt import Stop, listening
-from veneer.train.loss import Scoring, TokenLoss
-from veneer.train.output import Resume, continues, require_data_files, require_fresh
+from veneer.train.output import Resume, continues, require_data_files
 from veneer.train.processes import n_processes
-from veneer.train.recipe_trainer import make_trainer
-from veneer.train.record import record_of
-from veneer.train.run import Tell, carry_out
-from veneer.train.show.display import RunDisplay
-from veneer.train.sweep.coroutines import Coroutine, ask
-from veneer.train.sweep.recipe import Member, Sweep
-from veneer.train.sweep.shared_base import Part, SharedBase, twin
-from veneer.train.trainer import SFTTrainer
-from veneer.train.undone import unwrap_forward
+from veneer.train.run import Tell
+from veneer.train.sweep.course import Course
+from veneer.train.sweep.recipe import Sweep
+from veneer.train.sweep.together import Ended, Job, told, train_together
 
 
-@dataclass(frozen=True, slots=True)
-class Forward:
-    """Request of a member for the loss of a micro-batch."""
+class Workers(Protocol):
+    """Workers, each of which trains one pack at a time. ``n_places``: members for which one has memory."""
 
-    inputs: dict[str, Tensor]
-    scoring: Scoring
+    n_workers: int
+    n_places: int
 
+    def begin(self, jobs: Sequence[Job]) -> None:
+        """Let an idle worker train a pack."""
 
-@dataclass(frozen=True, slots=True)
-class Backward:
-    """Request of a member for the gradients of its parameters, given that of its loss."""
-
-    grad: Tensor
+    def wait(self) -> tuple[Sequence[Job], Sequence[Ended] | str]:
+        """Wait for the next pack that ends; return its jobs, with their ends, or the reason why its worker died."""
 
 
-class MemberTrainer(SFTTrainer):
-    """Trainer that asks the sweep for the loss and the gradients of each of its micro-batches."""
-
-    _shared: TokenLoss | None = None
-
-    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
-        inputs = self._prepare_inputs(inputs)
-        scoring = Scoring(self.args.label_smoothing_factor, self.args.loss_type == "dft")
-        counted: TokenLoss = ask(Forward(inputs, scoring))
-        self._shared = counted
-        try:
-            loss = super().training_step(model, inputs, num_items_in_batch)
-        finally:
-            self._shared = None
-        ask(Backward(cast(Tensor, counted.total.grad)))
-        return loss
-
-    def token_loss(self, model: nn.Module, inputs: dict[str, Any]) -> TokenLoss:
-        return super().token_loss(model, inputs) if self._shared is None else self._shared
-
-
-class Together:
-    """Members that run in alternation, and the base that they share."""
-
-    def __init__(self, base: PreTrainedModel, tell: Tell, stop: Stop) -> None:
-        self.base, self.tell, self.stop = base, tell, stop
-        self.runs: dict[str, Coroutine[dict[str, Any]]] = {}
-        self.trainers: dict[str, MemberTrainer] = {}
-        self.records: dict[str, dict[str, Any]] = {}
-
-    def start(self, name: str, member: Member, going_on: GoingOn | None) -> None:
-        """Let a member make its trainer, with its own random numbers."""
-        run = Coroutine(lambda: _run(member, self.base, going_on, self.stop))
-        self.runs[name], self.trainers[name] = run, run.resume()
-
-    def train(self) -> None:
-        """Train all members to their ends."""
-        args = next(iter(self.trainers.values())).args
-        accelerator = next(iter(self.trainers.values())).accelerator
-        shared = SharedBase(self.base)
-        with ExitStack() as stack:
-            stack.callback(self._close)
-            for name, trainer in self.trainers.items():
-                shared.add(name, cast(PeftModel, trainer.model))
-            if args.gradient_checkpointing:
-                shared.checkpoint(args.gradient_checkpointing_kwargs or {"use_reentrant": False})
-            stack.enter_context(fused(cast(PreTrainedModel, shared.model)) if args.fused == "auto" else nullcontext())
-            accelerator.prepare_model(shared.model, evaluation_mode=True)
-            stack.callback(unwrap_forward, shared.model)
-            self._in_step(shared)
-
-    def _close(self) -> None:
-        for run in self.runs.values():
-            run.close()
-
-    def _in_step(self, shared: SharedBase) -> None:
-        """One micro-batch of every member after the other, until the last has left."""
-        asked = self._resume(shared, dict.fromkeys(self.runs))
-        while asked:
-            totals, answers = self._losses(shared, asked)
-            asked = self._resume(shared, answers)
-            grads = {name: question.grad for name, question in asked.items()}
-            if grads:
-                torch.autograd.backward([totals[name] for name in grads], list(grads.values()))
-            del totals
-            asked = self._resume(shared, dict.fromkeys(asked))
-
-    def _losses(
-        self, shared: SharedBase, asked: Mapping[str, Forward]
-    ) -> tuple[dict[str, Tensor], dict[str, TokenLoss]]:
-        """The members' losses, and each as a leaf for the member to go on from."""
-        parts = {}
-        for name, question in asked.items():
-            generator = self.runs[name].state.generator()
-            parts[name] = Part(question.inputs, question.scoring, generator)
-        found = shared.losses(parts)
-        for name, part in parts.items():
-            run = self.runs[name]
-            run.state = run.state.after(part.generator)
-        leaves = {n: replace(loss, total=loss.total.detach().requires_grad_()) for n, loss in found.items()}
-        return {name: loss.total for name, loss in found.items()}, leaves
-
-    def _resume(self, shared: SharedBase, answers: Mapping[str, Any]) -> dict[str, Any]:
-        """Give each member its answer, and take what it asks next; one that has ended leaves."""
-        asked = {}
-        for name, answer in answers.items():
-            question = self.runs[name].resume(answer)
-            if self.runs[name].ended:
-                self.records[name] = question
-                shared.remove(name)
-                del self.runs[name]
-                self.tell(f"{Path(question['recipe']['output']).name}: {told(question)}")
-            else:
-                asked[name] = question
-        return asked
+Engine = Callable[[Sweep, Tell, Stop], AbstractContextManager[Workers]]
 
 
 def run_sweep(
-    sweep: Sweep, *, resume: Resume = False, allow_changes: bool = False, tell: Tell = lambda line: None
+    sweep: Sweep,
+    *,
+    resume: Resume = False,
+    allow_changes: bool = False,
+    tell: Tell = lambda line: None,
+    engine: Engine | None = None,
 ) -> list[dict[str, Any]]:
     """Train all members and return the content of each one's ``run.json``, in their order.
 
     Each member writes into a folder of its name the files of a run of its own. One whose loss is not finite leaves with
     the status ``diverged``. One that stops early or comes to its end leaves too; the others train on.
+
+    ``engine`` gives the workers; without one, this process trains all members together. By the scheduler ``asha``,
+    members wait at rungs, and those that train no further get the status ``stopped``.
 
     With ``resume`` members that are over stay as they are, and the others continue from their last checkpoints.
     ``"auto"`` also begins a sweep. They keep the settings that they were begun with, unless ``allow_changes``. SIGTERM
@@ -164,68 +57,57 @@ def run_sweep(
     """
     if n_processes() > 1:
         raise ConfigError("the members of a sweep share one process: start it with `veneer train`, without torchrun")
+    if sweep.engine == "ray" and engine is None:
+        raise ConfigError(
+            "sweep.engine: ray needs the workers of a cluster, and none are given. Start it with `veneer sweep`, "
+            "or pass engine=veneer.ray.packs.on_ray(Place())."
+        )
     for member in sweep.members:
         if not continues(Path(member.recipe.output), resume):
             require_data_files(member.recipe.data)
-    records: dict[str, dict[str, Any]] = {}
-    left: list[tuple[Member, GoingOn | None]] = []
-    for member in sweep.members:
-        before, going_on = _as_it_was(member, resume, allow_changes)
-        if before is None:
-            left.append((member, going_on))
+    course = Course(sweep, resume, allow_changes)
+    for name, record in course.records.items():
+        tell(f"{name}: {told(Ended(record))}, before")
+    if any(each.trains for each in course.standings.values()):
+        with listening() as stop, (engine or _this_process)(sweep, tell, stop) as workers:
+            _train(course, workers, stop)
+    return course.finish()
+
+
+def _train(course: Course, workers: Workers, stop: Stop) -> None:
+    """Keep the workers busy until no job is left."""
+    n_idle = workers.n_workers
+    while True:
+        while n_idle and (jobs := course.next_jobs(n_idle, workers.n_places)):
+            workers.begin(jobs)
+            n_idle -= 1
+        if n_idle == workers.n_workers:
+            return
+        pack, ended = workers.wait()
+        n_idle += 1
+        if isinstance(ended, str):
+            course.note_lost(pack, ended)
         else:
-            records[member.name] = before
-            tell(f"{member.name}: {told(before)}, before")
-    if left:
-        with listening() as stop:
-            first = left[0][0].recipe
-            together = Together(load_base(first.model).to(first.training_config().device), tell, stop)
-            for index, (member, going_on) in enumerate(left):
-                together.start(f"member{index}", member, going_on)
-            tell(f"{len(left)} members train together")
-            with stop.deferred():
-                together.train()
-            records |= {member.name: together.records[f"member{i}"] for i, (member, _) in enumerate(left)}
-            stop.check()
-    return [records[member.name] for member in sweep.members]
+            course.note(pack, ended)
+        stop.check()
 
 
-def _as_it_was(member: Member, resume: Resume, allow_changes: bool) -> tuple[dict[str, Any] | None, GoingOn | None]:
-    """The record of a member that is over; else None, and what it goes on from, if anything."""
-    recipe, output = member.recipe, Path(member.recipe.output)
-    require_fresh(output, resume)
-    before = record_of(output) if resume else None
-    found = changes_since(before, recipe, allow_changes) if before is not None else []
-    if before is not None and (is_complete(before, recipe) or (before["status"] == "diverged" and not found)):
-        return before, None
-    return None, GoingOn(before, found, allow_changes) if resume and checkpoints(output) else None
+@contextmanager
+def _this_process(sweep: Sweep, tell: Tell, stop: Stop) -> Iterator[Workers]:
+    yield _ThisProcess(len(sweep.members), tell, stop)
 
 
-def told(record: Mapping[str, Any]) -> str:
-    """Return the end of a member's run, in a few words."""
-    if record["status"] == "interrupted":
-        return f"interrupted after step {record['step']}"
-    if record["status"] == "diverged":
-        return f"diverged ({record['reason'].partition(':')[0]})"
-    results = record["results"]
-    loss = (
-        f"held-out loss {results['eval_loss']:.4f}" if "eval_loss" in results else f"loss {results['train_loss']:.4f}"
-    )
-    return f"{'stopped early' if results['stopped_early'] else 'finished'} after {results['steps']} steps, {loss}"
+class _ThisProcess:
+    """One worker, which has memory for all members."""
 
+    n_workers = 1
 
-def _run(member: Member, base: PreTrainedModel, going_on: GoingOn | None, stop: Stop) -> dict[str, Any]:
-    """The whole run of one member."""
-    recipe, output = member.recipe, Path(member.recipe.output)
-    trainer = cast(MemberTrainer, make_trainer(recipe, twin(base), MemberTrainer))
-    if trainer.aux_loss_enabled:
-        raise ConfigError(
-            "the loss of a router is one number for a whole batch, and members share batches: train alone"
-        )
-    trainer.remove_callback(RunDisplay)
-    trainer.add_callback(RunDisplay(lambda: trainer.progress.n_tokens, bar=False, name=member.name))
-    ask(trainer)
-    try:
-        return carry_out(recipe, trainer, going_on=going_on, stop=stop)
-    except (DivergedError, Interrupted):
-        return cast("dict[str, Any]", record_of(output))  # where it is written down
+    def __init__(self, n_places: int, tell: Tell, stop: Stop) -> None:
+        self.n_places, self._tell, self._stop = n_places, tell, stop
+        self._jobs: Sequence[Job] = ()
+
+    def begin(self, jobs: Sequence[Job]) -> None:
+        self._jobs = jobs
+
+    def wait(self) -> tuple[Sequence[Job], Sequence[Ended]]:
+        return self._jobs, train_together(self._jobs, self._tell, self._stop)

@@ -21,7 +21,9 @@ from veneer.recipe.recipe import parse_recipe
 from veneer.recipe.values import put
 from veneer.train.loss import Scoring
 from veneer.train.run import run_recipe
+from veneer.train.sweep.course import Course
 from veneer.train.sweep.recipe import parse_sweep
+from veneer.train.sweep.report import outcomes
 from veneer.train.sweep.shared_base import Part, SharedBase, joined
 from veneer.train.sweep.sweep import run_sweep
 
@@ -221,6 +223,44 @@ def test_members_go_on_with_their_settings_or_say_what_changed(values: dict[str,
         (2, "training.learning_rate"),
         (2, "training.max_steps"),
     ]
+
+
+def test_asha_stops_members_at_a_rung_and_those_that_go_on_are_the_runs_that_they_were(
+    values: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Broken off after the rung's checkpoints, before the losses are written down: it goes on to the same end."""
+    rates = {"slow": 1e-5, "fast": 0.05, "dead": 0.0, "quick": 0.03}
+    part = {
+        "members": [{"name": name, "training.learning_rate": rate, "seed": 3} for name, rate in rates.items()],
+        "scheduler": "asha",
+    }
+    with monkeypatch.context() as patch:
+        patch.setattr(Course, "note", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            together(values, part)
+    lines: list[str] = []
+    found = together(values, part, resume=True, tell=lines.append)
+    whole = {name: alone(values, {"name": name, "training.learning_rate": rates[name], "seed": 3}) for name in rates}
+    assert {name: record["status"] for name, record in found.items()} == {
+        "slow": "stopped", "fast": "finished", "dead": "stopped", "quick": "finished",
+    }  # fmt: skip
+    for name in ("fast", "quick"):
+        assert_same_run(whole[name], found[name], 1e-3)
+    steps = whole["dead"]["results"]["steps"]
+    assert found["dead"]["results"]["steps"] == -(-steps // 3)
+    own = dict(curve(whole["dead"], "eval_loss"))
+    assert found["dead"]["results"]["eval_loss"] == pytest.approx(own[steps], rel=1e-5)  # it learns nothing
+    assert "asha" in found["slow"]["reason"]
+    assert sum("4 members train together" in line for line in lines) == 1
+    assert sum("2 members train together" in line for line in lines) == 1
+    assert together(values, part, resume=True) == found  # all of it is over
+    results = {
+        each.name: each for each in outcomes(parse_sweep({**values, "sweep": part}, Path("s")), [*found.values()])
+    }
+    assert (results["slow"].status, results["slow"].loss, results["slow"].best) == ("stopped", None, False)
+    part["members"].append({"name": "late"})
+    with pytest.raises(ConfigError, match="begun with other rungs: 4 members"):
+        together(values, part, resume=True)
 
 
 def test_several_processes_share_no_sweep(values: dict[str, Any], monkeypatch: Any) -> None:

@@ -1,0 +1,52 @@
+"""Pause of a member at a rung: with a checkpoint, and with the loss by which members are compared."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from veneer.errors import Paused
+from veneer.train.trainer import SFTTrainer
+
+
+class PauseAtRung(TrainerCallback):  # type: ignore[misc]
+    """Callback that ends the training after one step in ``divisor`` of the run's, rounded up, by raising `Paused`.
+
+    A run that ends there is not paused.
+    """
+
+    def __init__(self, trainer: SFTTrainer, divisor: int) -> None:
+        self._trainer, self._divisor = trainer, divisor
+
+    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Pause a run that was resumed from the very checkpoint of the rung."""
+        self._pause_if_due(state)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Ask for a checkpoint."""
+        control.should_save = control.should_save or self._is_due(state)
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Pause once the checkpoint is written."""
+        self._pause_if_due(state)
+
+    def _is_due(self, state: TrainerState) -> bool:
+        rung: int = -(-state.max_steps // self._divisor)
+        return bool(rung <= state.global_step < state.max_steps)
+
+    def _pause_if_due(self, state: TrainerState) -> None:
+        if self._is_due(state):
+            raise Paused(state.global_step, loss_now(self._trainer))
+
+
+def loss_now(trainer: SFTTrainer) -> float:
+    """Return the loss by which a run is compared: held out; without held-out rows, the mean of its steps."""
+    step = trainer.state.global_step
+    if trainer.eval_dataset is None:
+        return float(trainer.progress.loss / step)
+    for line in trainer.state.log_history:
+        if line["step"] == step and "eval_loss" in line:
+            return float(line["eval_loss"])
+    output = trainer.evaluation_loop(trainer.get_eval_dataloader(), description="rung", prediction_loss_only=True)
+    return float(output.metrics["eval_loss"])

@@ -1,0 +1,221 @@
+"""Runs over one base, trained together.
+
+Each is a trainer of its own. Their forward and backward passes are computed at once, by routing the rows of one batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from veneer.adapters.peft_model import PeftModel
+from veneer.errors import ConfigError, DivergedError, Interrupted, Paused
+from veneer.model.fused.decoder import fused
+from veneer.train.base_model import load_base
+from veneer.train.going_on import GoingOn
+from veneer.train.interrupt import Stop
+from veneer.train.loss import Scoring, TokenLoss
+from veneer.train.recipe_trainer import make_trainer
+from veneer.train.record import record_of
+from veneer.train.run import Tell, carry_out
+from veneer.train.show.display import RunDisplay
+from veneer.train.sweep.coroutines import Coroutine, ask
+from veneer.train.sweep.pause import PauseAtRung
+from veneer.train.sweep.recipe import Member
+from veneer.train.sweep.shared_base import Part, SharedBase, twin
+from veneer.train.trainer import SFTTrainer
+from veneer.train.undone import unwrap_forward
+
+
+@dataclass(frozen=True, slots=True)
+class Forward:
+    """Request of a member for the loss of a micro-batch."""
+
+    inputs: dict[str, Tensor]
+    scoring: Scoring
+
+
+@dataclass(frozen=True, slots=True)
+class Backward:
+    """Request of a member for the gradients of its parameters, given that of its loss."""
+
+    grad: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """Stretch of a member's run. ``going_on``: the run that it resumes, if any.
+
+    It is paused after one in ``divisor`` of the steps of its run; None: it trains to its end.
+    """
+
+    member: Member
+    going_on: GoingOn | None
+    divisor: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """End of a job: the content of ``run.json``, and the loss of a run that is paused."""
+
+    record: dict[str, Any]
+    loss: float | None = None
+
+
+class MemberTrainer(SFTTrainer):
+    """Trainer that asks the sweep for the loss and the gradients of each of its micro-batches."""
+
+    _shared: TokenLoss | None = None
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        inputs = self._prepare_inputs(inputs)
+        scoring = Scoring(self.args.label_smoothing_factor, self.args.loss_type == "dft")
+        counted: TokenLoss = ask(Forward(inputs, scoring))
+        self._shared = counted
+        try:
+            loss = super().training_step(model, inputs, num_items_in_batch)
+        finally:
+            self._shared = None
+        ask(Backward(cast(Tensor, counted.total.grad)))
+        return loss
+
+    def token_loss(self, model: nn.Module, inputs: dict[str, Any]) -> TokenLoss:
+        return super().token_loss(model, inputs) if self._shared is None else self._shared
+
+
+class Together:
+    """Members that run in alternation, and the base that they share."""
+
+    def __init__(self, base: PreTrainedModel, tell: Tell, stop: Stop) -> None:
+        self.base, self.tell, self.stop = base, tell, stop
+        self.runs: dict[str, Coroutine[Ended]] = {}
+        self.trainers: dict[str, MemberTrainer] = {}
+        self.ended: dict[str, Ended] = {}
+
+    def start(self, name: str, job: Job) -> None:
+        """Let a member make its trainer, with its own random numbers."""
+        run = Coroutine(lambda: _run(job, self.base, self.stop))
+        self.runs[name], self.trainers[name] = run, run.resume()
+
+    def train(self) -> None:
+        """Train all members to the ends of their jobs."""
+        args = next(iter(self.trainers.values())).args
+        accelerator = next(iter(self.trainers.values())).accelerator
+        shared = SharedBase(self.base)
+        with ExitStack() as stack:
+            stack.callback(self._close)
+            for name, trainer in self.trainers.items():
+                shared.add(name, cast(PeftModel, trainer.model))
+            if args.gradient_checkpointing:
+                shared.checkpoint(args.gradient_checkpointing_kwargs or {"use_reentrant": False})
+            stack.enter_context(fused(cast(PreTrainedModel, shared.model)) if args.fused == "auto" else nullcontext())
+            accelerator.prepare_model(shared.model, evaluation_mode=True)
+            stack.callback(unwrap_forward, shared.model)
+            self._in_step(shared)
+
+    def _close(self) -> None:
+        for run in self.runs.values():
+            run.close()
+
+    def _in_step(self, shared: SharedBase) -> None:
+        """One micro-batch of every member after the other, until the last has left."""
+        asked = self._resume(shared, dict.fromkeys(self.runs))
+        while asked:
+            totals, answers = self._losses(shared, asked)
+            asked = self._resume(shared, answers)
+            grads = {name: question.grad for name, question in asked.items()}
+            if grads:
+                torch.autograd.backward([totals[name] for name in grads], list(grads.values()))
+            del totals
+            asked = self._resume(shared, dict.fromkeys(asked))
+
+    def _losses(
+        self, shared: SharedBase, asked: Mapping[str, Forward]
+    ) -> tuple[dict[str, Tensor], dict[str, TokenLoss]]:
+        """The members' losses, and each as a leaf for the member to go on from."""
+        parts = {}
+        for name, question in asked.items():
+            generator = self.runs[name].state.generator()
+            parts[name] = Part(question.inputs, question.scoring, generator)
+        found = shared.losses(parts)
+        for name, part in parts.items():
+            run = self.runs[name]
+            run.state = run.state.after(part.generator)
+        leaves = {n: replace(loss, total=loss.total.detach().requires_grad_()) for n, loss in found.items()}
+        return {name: loss.total for name, loss in found.items()}, leaves
+
+    def _resume(self, shared: SharedBase, answers: Mapping[str, Any]) -> dict[str, Any]:
+        """Give each member its answer, and take what it asks next; one that has ended leaves."""
+        asked = {}
+        for name, answer in answers.items():
+            question = self.runs[name].resume(answer)
+            if self.runs[name].ended:
+                self.ended[name] = question
+                shared.remove(name)
+                del self.runs[name]
+                self.tell(f"{Path(question.record['recipe']['output']).name}: {told(question)}")
+            else:
+                asked[name] = question
+        return asked
+
+
+def train_together(jobs: Sequence[Job], tell: Tell, stop: Stop) -> list[Ended]:
+    """Train members over one base, and return the end of each, in their order.
+
+    A member whose loss is not finite leaves; the others train on. A signal ends all of them after a step.
+    """
+    first = jobs[0].member.recipe
+    together = Together(load_base(first.model).to(first.training_config().device), tell, stop)
+    for index, job in enumerate(jobs):
+        together.start(f"member{index}", job)
+    tell(f"{len(jobs)} members train together")
+    with stop.deferred():
+        together.train()
+    return [together.ended[f"member{index}"] for index in range(len(jobs))]
+
+
+def told(ended: Ended) -> str:
+    """Return the end of a member's job, in a few words."""
+    record = ended.record
+    if ended.loss is not None:
+        return f"waits after step {record['step']}, loss {ended.loss:.4f}"
+    if record["status"] == "interrupted":
+        return f"interrupted after step {record['step']}"
+    if record["status"] == "diverged":
+        return f"diverged ({record['reason'].partition(':')[0]})"
+    results = record["results"]
+    loss = (
+        f"held-out loss {results['eval_loss']:.4f}" if "eval_loss" in results else f"loss {results['train_loss']:.4f}"
+    )
+    status = "stopped early" if results.get("stopped_early") else record["status"]
+    return f"{status} after {results['steps']} steps, {loss}"
+
+
+def _run(job: Job, base: PreTrainedModel, stop: Stop) -> Ended:
+    """The run of one member, up to the end of its job."""
+    recipe, output = job.member.recipe, Path(job.member.recipe.output)
+    trainer = cast(MemberTrainer, make_trainer(recipe, twin(base), MemberTrainer))
+    if trainer.aux_loss_enabled:
+        raise ConfigError(
+            "the loss of a router is one number for a whole batch, and members share batches: train alone"
+        )
+    trainer.remove_callback(RunDisplay)
+    trainer.add_callback(RunDisplay(lambda: trainer.progress.n_tokens, bar=False, name=job.member.name))
+    if job.divisor is not None:
+        trainer.add_callback(PauseAtRung(trainer, job.divisor))
+    ask(trainer)
+    loss = None
+    try:
+        return Ended(carry_out(recipe, trainer, going_on=job.going_on, stop=stop))
+    except Paused as pause:
+        loss = pause.loss
+    except (DivergedError, Interrupted):
+        pass
+    return Ended(cast("dict[str, Any]", record_of(output)), loss)  # where it is written down
