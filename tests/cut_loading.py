@@ -1,51 +1,95 @@
-"""A quantized base that each of several processes cuts while it loads it: its memory, and steps on it."""
+"""Bases that each of several processes cuts before they get an adapter: memory while they are loaded, and steps."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
+from transformers import LlamaForCausalLM
 
+from models import llama_config
 from peak_memory import give_back_what_is_freed, high_water
+from veneer import LoraConfig, get_peft_model, shard_base
+from veneer.contract import MethodConfig
+from veneer.model.fused.decoder import fuse
+from veneer.model.sharding import BaseCutter, is_cut, leave_apart
+from veneer.recipe.methods import adapter_config
+from veneer.recipe.parts import ModelPart
+from veneer.train.base_model import load_base
 
 N_BLOCKS, WIDTH, INNER = 12, 512, 1536
 
 
 def base(folder: Path) -> None:
     """Save a base of 12 blocks of 6.8 MB in bfloat16."""
-    from transformers import LlamaForCausalLM
-
-    from models import llama_config
-
     torch.manual_seed(3)
     sizes = {"num_hidden_layers": N_BLOCKS, "hidden_size": WIDTH, "intermediate_size": INNER}
     config = llama_config(**sizes, num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=64)
     LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
 
 
-def loaded(folder: Path, rank: int, n: int, storage: str) -> None:
-    """Write what the memory rose by while a base was loaded, with its parts held, and a step's loss and gradients."""
-    from veneer.model.sharding import BaseCutter
-    from veneer.recipe.parts import ModelPart
-    from veneer.train.base_model import load_base
+CASES: dict[str, tuple[dict[str, str], dict[str, Any]]] = {
+    "int8": ({"quantization": "int8"}, {}),
+    "float32": ({"dtype": "float32"}, {"use_dora": True}),
+}
 
+
+ADAPTERS: list[tuple[str, dict[str, Any]]] = [
+    ("nf4", {"method": "dora"}),
+    ("nf4", {"method": "lora", "init_lora_weights": "pissa"}),
+    ("gptq 4", {"method": "lora", "use_dora": True}),
+    ("dense", {"method": "psoft"}),
+    ("dense", {"method": "hra"}),
+    ("dense", {"method": "frod", "target_modules": ["q_proj", "up_proj"]}),
+    ("dense", {"method": "lora", "bias": "all", "modules_to_save": ["input_layernorm", "lm_head"]}),
+]
+
+
+def loaded(folder: Path, rank: int, n: int) -> None:
+    """Write what the memory rose by while bases were loaded, with their parts held, and a step's loss and gradients."""
+    found: dict[str, Any] = {}
+    with _met(folder, rank, n):
+        give_back_what_is_freed()
+        for case, (fields, adapter) in CASES.items():
+            part = ModelPart(source=str(folder / "base"), **fields)
+            for at_once in (False, True):  # the first one imports, and makes what stays
+                distributed.barrier()
+                before = _forget_high_water()
+                model = load_base(part, cutter=BaseCutter(n, "cpu") if at_once else None)
+                rise = high_water() - before
+                step = _step(model, LoraConfig(r=3, target_modules="all-linear", init_lora_weights=False, **adapter))
+                found[f"{case} {'cut' if at_once else 'whole'}"] = {"rise": rise, **step}
+                del model
+        (folder / f"{rank}.json").write_text(json.dumps(found))
+
+
+def attached(folder: Path, rank: int, n: int, adapters: list[tuple[str, dict[str, Any]]]) -> None:
+    """Write what adapters start with, and a step, on a base that is cut afterwards, and on one that is cut before."""
+    found: list[Any] = []
+    with _met(folder, rank, n):
+        for base, part in adapters:
+            both = []
+            for at_once in (False, True):
+                source = ModelPart(source=str(folder / base / "coded"), quantization="nf4" if base == "nf4" else "none")
+                model = load_base(source, cutter=BaseCutter(n, "cpu") if at_once else None)
+                assert is_cut(model) == at_once
+                both.append(_step(model, adapter_config(part)))
+            found.append(both)
+        (folder / f"{rank}.json").write_text(json.dumps(found))
+
+
+@contextmanager
+def _met(folder: Path, rank: int, n: int) -> Iterator[None]:
     torch.set_num_threads(1)
-    give_back_what_is_freed()
     distributed.init_process_group("gloo", init_method=f"file://{folder / 'meet'}", rank=rank, world_size=n)
     try:
-        part = ModelPart(source=str(folder / "base"), quantization=storage)
-        found: dict[str, Any] = {}
-        for is_cut in (False, True):  # the first one imports, and makes what stays
-            distributed.barrier()
-            before = _forget_high_water()
-            model = load_base(part, cutter=BaseCutter(n, "cpu") if is_cut else None)
-            found["cut" if is_cut else "whole"] = {"rise": high_water() - before, **_step(model, is_cut)}
-            del model
-        (folder / f"{rank}.json").write_text(json.dumps(found))
+        yield
     except BaseException as error:
         (folder / f"{rank}.err").write_text(repr(error))
         raise
@@ -59,15 +103,15 @@ def _forget_high_water() -> int:
     return high_water()
 
 
-def _step(model: Any, is_cut: bool) -> dict[str, Any]:
-    from veneer import LoraConfig, get_peft_model, shard_base
-    from veneer.model.fused.decoder import fuse
-    from veneer.model.sharding import leave_apart
-
+def _step(model: Any, config: MethodConfig | None) -> dict[str, Any]:
+    """The values that an adapter starts with, as norms, and a step's loss and gradients; the base is cut by now."""
+    assert config is not None
     torch.manual_seed(5)
-    model = get_peft_model(model, LoraConfig(r=3, target_modules="all-linear", init_lora_weights=False)).train()
+    was_cut = is_cut(model)
+    model = get_peft_model(model, config).train()
+    start = [float(each.double().norm()) for _, each in sorted(_of_adapter(model))]
     fused = fuse(model)
-    if is_cut:
+    if was_cut:
         leave_apart(model)
     else:
         shard_base(model)
@@ -78,8 +122,13 @@ def _step(model: Any, is_cut: bool) -> dict[str, Any]:
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
     return {
         "fused": fused, "loss": loss.item(), "norms": [float(each.double().norm()) for each in gradients],
-        "held": sum(_own(tensor).nbytes for tensor in (*model.parameters(), *model.buffers())),
+        "held": sum(_own(tensor).nbytes for tensor in (*model.parameters(), *model.buffers())), "start": start,
     }  # fmt: skip
+
+
+def _of_adapter(model: nn.Module) -> list[tuple[str, Any]]:
+    named = [*model.named_parameters(), *model.named_buffers()]
+    return [(name, each) for name, each in named if ".adapters." in name or ".copies." in name]
 
 
 def _own(tensor: Any) -> Any:

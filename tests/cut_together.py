@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, distributed, nn
@@ -79,24 +79,44 @@ def _adapted(storage: str, checkpointing: str) -> Any:
     from transformers import LlamaForCausalLM
 
     from models import llama_config
-    from veneer import BitsAndBytesConfig, LoraConfig, get_peft_model
+    from veneer import LoraConfig, get_peft_model
     from veneer.model.checkpointing import checkpoint_fully, checkpoint_selectively
-    from veneer.model.quant_linear import QuantLinear
 
     torch.manual_seed(3)
     model = LlamaForCausalLM(llama_config(num_hidden_layers=N_BLOCKS, intermediate_size=96, hidden_size=72))
-    for path, module in list(model.model.named_modules()) if storage in FORMATS else ():
+    for path, module in list(model.model.named_modules()) if storage != "dense" else ():
         if isinstance(module, nn.Linear):
-            spec: Any = BitsAndBytesConfig(**FORMATS[storage]).spec_of(
-                path, tuple(module.weight.shape), module.weight.dtype
-            )
-            model.model.set_submodule(path, QuantLinear.from_dense(module, spec))
+            model.model.set_submodule(path, _packed(path, module) if storage == "gptq" else _coded(storage, module))
     model.requires_grad_(False)
     config = LoraConfig(r=3, lora_alpha=5, target_modules="all-linear", lora_dropout=0.05)
     adapted: Any = get_peft_model(model, config).train()
     if checkpointing != "none":
         (checkpoint_fully if checkpointing == "full" else checkpoint_selectively)(adapted)
     return adapted
+
+
+def _coded(storage: str, module: nn.Linear) -> nn.Module:
+    from veneer import BitsAndBytesConfig
+    from veneer.model.quant_linear import QuantLinear
+
+    config, shape = BitsAndBytesConfig(**FORMATS[storage]), (module.out_features, module.in_features)
+    return QuantLinear.from_dense(module, cast(Any, config.spec_of("", shape, module.weight.dtype)))
+
+
+def _packed(path: str, module: nn.Linear) -> nn.Module:
+    """A layer of random codes as GPTQ's files hold them."""
+    from quantized_folders import gptq
+    from veneer.model.quant_linear import QuantLinear
+    from veneer.store.stored_quantization import StoredQuantization
+
+    stored, shape = gptq(4, 24, "gptq", shuffled=False), (module.out_features, module.in_features)
+    spec: Any = StoredQuantization(stored.config).spec_of(path, shape, module.weight.dtype)
+    if spec is None:
+        return module  # one that the format leaves dense
+    layer = QuantLinear(spec, module.bias)
+    parts, _ = stored.encode(torch.Generator().manual_seed(len(path)), shape)
+    layer.fill(*spec.from_disk(parts))
+    return layer
 
 
 def _of_one_process(model: nn.Module) -> list[Tensor]:

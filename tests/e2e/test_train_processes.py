@@ -88,11 +88,14 @@ def test_two_processes_train_as_one_with_the_same_global_batch(
     assert {"rng_state_0.pth", "rng_state_1.pth", "optimizer.pt", "trained.safetensors"} <= names
 
 
-def test_a_run_whose_process_was_killed_goes_on_bit_for_bit(tiny_project: TinyProject) -> None:
+@pytest.mark.parametrize(
+    ("n", "strategy"),
+    [(3, "fsdp"), *(pytest.param(n, each, marks=pytest.mark.full) for n in (2, 4) for each in ("ddp", "fsdp"))],
+)
+def test_a_run_whose_process_was_killed_goes_on_bit_for_bit(tiny_project: TinyProject, n: int, strategy: str) -> None:
     """Three processes, whose sums depend on their order, as those of two do not; and a cut base beside a whole one."""
-    n = 3
     given = [*options("adapter.lora_dropout=0.3", "training.save_steps=1"), "--resume", "auto"]
-    shared = ("--set", "distributed.strategy=fsdp")
+    shared = ("--set", f"distributed.strategy={strategy}")
     broken = tiny_project.start(*given, *shared, n_processes=n, slow=True)
     broken.wait_for("step 4/")
     broken.processes[1].kill()
@@ -104,21 +107,28 @@ def test_a_run_whose_process_was_killed_goes_on_bit_for_bit(tiny_project: TinyPr
     assert tiny_project.log() == tiny_project.log("whole")
 
 
-def test_another_number_of_processes_goes_on_with_the_same_rows(tiny_project: TinyProject) -> None:
-    own = ("training.max_steps=5", "training.save_steps=2", "training.save_total_limit=9", *sized(2))
+@pytest.mark.parametrize(
+    ("n", "fewer", "rows"),
+    [(2, 1, 2), pytest.param(4, 2, 1, marks=pytest.mark.full), pytest.param(3, 1, 2, marks=pytest.mark.full)],
+)
+def test_another_number_of_processes_goes_on_with_the_same_rows(
+    tiny_project: TinyProject, n: int, fewer: int, rows: int
+) -> None:
+    own = ("training.max_steps=5", "training.save_steps=2", "training.save_total_limit=9", *sized(rows))
     given = [*options(*own, "distributed.global_batch=12"), "--resume", "auto"]
     at = given.index("training.gradient_accumulation_steps=2")
     del given[at - 1 : at + 1]
-    tiny_project.run(*given, n_processes=2)
+    tiny_project.run(*given, n_processes=n)
     before, folder = tiny_project.record(), tiny_project.folder / "run"
     expected, weights = tiny_project.log(), load_file(tiny_project.weights())
     for name in ("checkpoint-4", "checkpoint-5", "adapter"):
         shutil.rmtree(folder / name)
     (folder / "run.json").write_text(json.dumps({**before, "status": "interrupted"}))
-    tiny_project.run(*given)
+    tiny_project.run(*given, n_processes=fewer)
     after = tiny_project.record()
-    assert [each["training"]["gradient_accumulation_steps"] for each in (before, after)] == [3, 6]
-    assert after["changes"] == [{"step": 2, "key": "processes", "before": 2, "now": 1}]
+    batches = [each["training"]["gradient_accumulation_steps"] for each in (before, after)]
+    assert batches == [12 // (rows * n), 12 // (rows * fewer)]
+    assert after["changes"] == [{"step": 2, "key": "processes", "before": n, "now": fewer}]
     for ours, theirs in zip(tiny_project.log(), expected, strict=True):
         assert ours.get("num_tokens") == theirs.get("num_tokens")  # rows are of different lengths
         for key in ours.keys() - {"total_flos", "train_loss", "epoch"}:  # epochs are counted in micro-batches

@@ -156,14 +156,6 @@ class MethodConfig(FrozenConfig):
         return False
 
     @property
-    def needs_shapes_alone(self) -> bool:
-        """True if an adapter starts from the shapes of the base's weights, and trains none of them.
-
-        A method says so itself: a base may then be cut over processes before the adapter is attached.
-        """
-        return False
-
-    @property
     def largest_rank(self) -> int:
         """Largest rank of an update, from the config as written; 0 for a method that has none."""
         return 0

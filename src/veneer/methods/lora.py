@@ -165,12 +165,6 @@ class LoraConfig(LoraSettings):
     def reads_weight(self) -> bool:
         return bool(self._variants("READS_WEIGHT"))
 
-    @property
-    def needs_shapes_alone(self) -> bool:
-        extras, is_drawn = self.extras, self.init_lora_weights in (True, False, "gaussian")
-        trains_base = extras.modules or extras.parameters or extras.rows or extras.biases != "none"
-        return is_drawn and not (self.reads_weight or trains_base)
-
     def site_of(self, site: LinearSite, shapes: Mapping[str, tuple[int, ...]]) -> LinearSite:
         a, b = shapes["lora_A"], shapes["lora_B"]
         inputs = math.prod(a[1:]) * self.blocks(site)[0] * self.pooled

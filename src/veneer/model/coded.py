@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from veneer.core.frozen import FrozenWeight
 from veneer.errors import FormatError
+from veneer.model.cut_weight import whole
 from veneer.quant.spec import StorageSpec
 
 
@@ -40,6 +41,10 @@ class CodedModule(nn.Module):
     def bound(self) -> FrozenWeight:
         """Return the weight."""
         return self.spec.bind(self.parts())
+
+    def gathered(self) -> FrozenWeight:
+        """Return the weight, whose parts are gathered if they are cut over processes."""
+        return self.spec.bind({name: whole(part) for name, part in self.parts().items()})
 
     def parts(self) -> dict[str, Tensor]:
         """Return the tensors of the storage format that have been set."""

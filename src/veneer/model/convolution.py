@@ -19,6 +19,7 @@ from veneer.core.sites import LinearSite
 from veneer.core.terms.pair import Pair
 from veneer.core.terms.scale import Scale
 from veneer.errors import CompositionError
+from veneer.model.cut_weight import read_whole, whole
 from veneer.model.inplace import InPlace, base_of
 from veneer.model.linear import AdaptedSite
 from veneer.quant.dense import DenseWeight
@@ -59,7 +60,9 @@ class AdaptedConvolution(AdaptedSite):
     def site(self, names: Sequence[str] | None = None) -> LinearSite:
         weight, bias = cast(Tensor, self.effective("weight", names)), self.effective("bias", names)
         shape = shape_of_convolution(self.site_name, self)
-        return replace(shape, weight=_as_matrix(weight, shape.groups), bias=bias, row_sq=self._row_sq)
+        own = _as_matrix(weight, shape.groups)
+        matrix = read_whole(own, weight, lambda: _as_matrix(whole(weight), shape.groups))
+        return replace(shape, weight=matrix, bias=bias, row_sq=self._row_sq)
 
     def folded_weight(self, names: Sequence[str], dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
         site = self.site(names)

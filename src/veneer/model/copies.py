@@ -12,6 +12,7 @@ from veneer.core.nearest import nearest
 from veneer.errors import TargetError
 from veneer.model.adapted import Adapted, add_copy
 from veneer.model.blueprint.names import CLASSIFIERS
+from veneer.model.cut_weight import whole
 from veneer.model.packed_linear import PackedLinear
 
 
@@ -60,8 +61,9 @@ def add_copies(model: nn.Module, name: str, wanted: Mapping[str, list[str]], wid
             if isinstance(module, Adapted) and value is not None:
                 wide = torch.promote_types(value.dtype, torch.float32) if widen else value.dtype
                 shared = one.get(id(value)) if module.adapter_state.configs[name].extras.keeps_tie else None
-                one[id(value)] = shared if shared is not None else nn.Parameter(value.detach().to(wide, copy=True))
-                add_copy(module, name, key, one[id(value)], frozen=False)
+                own = nn.Parameter(whole(value.detach()).to(wide, copy=True)) if shared is None else shared
+                one[id(value)] = own
+                add_copy(module, name, key, own, frozen=False)
 
 
 def own_parameters(module: nn.Module) -> list[tuple[str, Tensor | None]]:

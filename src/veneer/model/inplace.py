@@ -13,6 +13,7 @@ from typing import Any, ClassVar, cast
 from torch import nn
 
 from veneer.errors import TargetError
+from veneer.model.cut_weight import is_part
 
 _MADE_HERE = "_made_by_change_class"
 
@@ -101,8 +102,16 @@ def _class(mixin: Hashable, base: Hashable, swapped: tuple[str, ...]) -> type[nn
 
 
 def _reading(name: str) -> property:
-    """Reading the attribute asks ``effective``; setting it still reaches the module's own parameter."""
-    return property(lambda module: module.effective(name))
+    """Reading the attribute asks ``effective``; setting it still reaches the module's own parameter.
+
+    A part of a cut parameter is read as it is: FSDP2 looks for what it has put there, and nobody computes with it.
+    """
+
+    def read(module: Any) -> Any:
+        own = module._parameters.get(name)
+        return own if is_part(own) else module.effective(name)
+
+    return property(read)
 
 
 def _blank(mixin: type[InPlace], base: type[nn.Module], swapped: tuple[str, ...]) -> nn.Module:

@@ -27,6 +27,8 @@ from veneer.core.sites import LinearSite
 from veneer.core.token_rows import project_rows
 from veneer.model.adapted import Adapted, TiedFactors, factors_of
 from veneer.model.allocation import Allocation
+from veneer.model.coded import CodedModule
+from veneer.model.cut_weight import read_whole, whole
 from veneer.model.lowered import lowered
 from veneer.model.masks import masks_of
 from veneer.ops.dropout import Mask, dropout
@@ -283,7 +285,7 @@ class AdaptedLinear(AdaptedSite):
         return apply_linear_sum(records, x, weight, site.bias, [self.dropped(read, name) for name in names])
 
     def site(self, names: Sequence[str] | None = None) -> LinearSite:
-        weight = self._weight(names)
+        weight = self._read_whole(self._weight(names))
         bias = self.effective("bias", names)
         o, i = weight.shape
         return LinearSite(
@@ -294,6 +296,12 @@ class AdaptedLinear(AdaptedSite):
             bias=bias,
             row_sq=self._row_sq,
         )
+
+    def _read_whole(self, weight: FrozenWeight) -> FrozenWeight:
+        """The weight, which is gathered when it is read if it is cut over processes."""
+        if isinstance(weight, DenseWeight):
+            return read_whole(weight, weight.tensor, lambda: DenseWeight(whole(weight.tensor)))
+        return read_whole(weight, self.own_weight(), lambda: cast(CodedModule, self).gathered())
 
     @property
     def is_turned(self) -> bool:

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from veneer.model.coded import CodedModule
 from veneer.model.coded_embedding import CodedEmbedding
 from veneer.model.quant_linear import QuantLinear
+from veneer.model.sharding import require_whole
 
 
 def make_dense(
@@ -20,7 +21,10 @@ def make_dense(
     """Replace every coded layer and table by a dense one, in ``dtype`` (None: the original one).
 
     ``weights`` (o, i) by path replace the layers' own. Layers and tables that share their codes share the dense weight.
+
+    Raises ConfigError if the base is cut over processes.
     """
+    require_whole(model, "making it dense")
     given = weights or {}
     coded = [(path, m) for path, m in model.named_modules() if isinstance(m, CodedModule)]
     made: dict[int, nn.Parameter] = {}  # by the codes, which the list above keeps alive

@@ -55,7 +55,7 @@ class BaseCutter:
     """
 
     def __init__(self, shard: int, device: str) -> None:
-        self._shard, self._device = shard, device
+        self._shard, self.device = shard, device
         self._mesh: Any = None  # made once: each has groups of its own
 
     def cut(self, model: PreTrainedModel) -> None:
@@ -77,14 +77,13 @@ class BaseCutter:
         """Cut a block of a model that is being loaded, whose weights are there and will not be trained."""
         if self._mesh is None:
             _require_cuttable(model, _parts(model)[1], set())
-        if not any(tensor.is_meta for tensor in (*block.parameters(), *block.buffers())):
-            self._cut_block(block.requires_grad_(False), set())
+        self._cut_block(block.requires_grad_(False), set())
 
     def _cut_block(self, block: nn.Module, whole: set[nn.Parameter]) -> None:
         from veneer.model.fsdp import cut_block, mesh  # one process never needs FSDP2
 
         if self._mesh is None:
-            self._mesh = mesh(self._device, _n_processes(), self._shard)
+            self._mesh = mesh(self.device, _n_processes(), self._shard)
         cut_block(block, self._mesh, whole)
 
 

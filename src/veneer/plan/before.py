@@ -41,7 +41,7 @@ def planned_facts(
             tell(note)
         facts = as_json(plan) | machine.facts(plan, None)
         for shard in shards:
-            cut = cut_over(plan, n_processes, shard, in_host_memory=machine.gpu is None)
+            cut = cut_over(plan, n_processes, shard)
             facts["process"].setdefault("shards", {})[str(shard)] = machine.bytes_of(cut)
     except (*TOLD, *UNEXPECTED) as error:
         reason, kind = str(error).strip().partition("\n")[0], type(error).__name__

@@ -32,7 +32,7 @@ def rank_facts(plan: Plan, machine: Machine, ranks: Ranks, seconds_a_batch: floa
     n, part = ranks.n_processes, plan.recipe.distributed
     wanted = copy_sizes(part, n)
     n_sharing = n if machine.card is None else 1  # processes that share this machine's memory and cores
-    cut = {shard: cut_over(plan, n, shard, in_host_memory=machine.card is None) for shard in _divisors(n)}
+    cut = {shard: cut_over(plan, n, shard) for shard in _divisors(n)}
     n_bytes = {shard: machine.bytes_of(each) for shard, each in cut.items()}
     free = machine.memory
     automatic = _automatic(n_bytes, free, n_sharing)

@@ -7,7 +7,6 @@ from dataclasses import replace
 
 from veneer.errors import ConfigError
 from veneer.plan.live import Peak
-from veneer.plan.model import base_quantization
 from veneer.plan.plan import Plan
 from veneer.plan.trace import BASE, NORMS
 from veneer.recipe.distributed_part import PLANNED, DistributedPart
@@ -23,7 +22,7 @@ def rank_peak(plan: Plan, n_processes: int, shard: int) -> Peak:
     All keep the gradients a second time, while they are averaged. With ``shard`` above 1 the frozen weights of blocks
     are cut, and one block at a time is gathered; whatever trains, embeddings and head stay whole (`model.sharding`).
     """
-    return cut_over(plan, n_processes, shard, in_host_memory=False).peak
+    return cut_over(plan, n_processes, shard).peak
 
 
 def copy_sizes(part: DistributedPart, n_processes: int) -> list[int]:
@@ -48,25 +47,12 @@ def first_that_fits(bytes_of: Mapping[int, int], free: int, n_sharing: int) -> i
     return next((size for size, n_bytes in bytes_of.items() if max(1, n_sharing) * n_bytes <= free), None)
 
 
-def loads_whole(plan: Plan) -> bool:
-    """Return True if each process reads a whole base into its own host memory before it is cut.
-
-    Quantized blocks are cut as they are loaded, also those that the files hold quantized. Pages of a dense base that is
-    mapped from its file count, too.
-    """
-    return not plan.recipe.starts_from_shapes or base_quantization(plan.config, plan.recipe.model) is None
-
-
-def cut_over(plan: Plan, n_processes: int, shard: int, *, in_host_memory: bool) -> Plan:
+def cut_over(plan: Plan, n_processes: int, shard: int) -> Plan:
     """Return the plan of one of several processes, of which ``shard`` share one copy of the base.
 
-    ``in_host_memory``: the plan is of the memory that bases are read into.
+    A base is cut while it is loaded, a block at a time.
     """
-    whole = in_host_memory and loads_whole(plan)
-    phases = {
-        phase: peak if whole and phase == "load" else _cut(plan, peak, n_processes, shard)
-        for phase, peak in plan.phases.items()
-    }
+    phases = {phase: _cut(plan, peak, n_processes, shard) for phase, peak in plan.phases.items()}
     return replace(plan, phases=phases, held=_cut(plan, plan.held, n_processes, shard))
 
 

@@ -53,12 +53,6 @@ class Recipe(Written):
         """Return the config of the adapter; None if the whole model is trained."""
         return adapter_config(self.adapter)
 
-    @property
-    def starts_from_shapes(self) -> bool:
-        """True if the adapter starts from the shapes of the base's weights: a base may be cut before it is attached."""
-        config = None if FROM in self.adapter or self.task == "reward" else self.adapter_config()
-        return config is not None and config.needs_shapes_alone
-
     def training_config(self, **changes: Any) -> Any:
         """Return the settings of the task's trainer, with the recipe's defaults filled in."""
         kind = settings_of(self.task)

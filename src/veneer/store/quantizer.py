@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
@@ -25,11 +23,11 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 from veneer.disk.safetensors import DTYPE_NAMES
 from veneer.errors import CompositionError, ConfigError, FormatError, NonFiniteError
 from veneer.model.attach import adapted_modules
-from veneer.model.blueprint.describe import blocks_of
 from veneer.model.coded import CodedModule
 from veneer.model.made_dense import make_dense
 from veneer.model.quant_linear import QuantLinear
 from veneer.model.renamed import converter, renamer
+from veneer.store.block_by_block import Unread, load_in_turn, unread
 from veneer.store.checkpoint import Checkpoint, Stored, is_finite
 from veneer.store.quantization_config import QuantizationConfig, held_quantized
 
@@ -37,43 +35,21 @@ METHOD = "veneer"
 NAMES_TOLD = 4  # of layers with one problem
 _LOG = logging.getLogger(__name__)
 
-EachBlock = Callable[[PreTrainedModel, nn.Module], None]
-"""Takes a model that is being loaded, and one of its blocks whose weights are there."""
 
-_EACH_BLOCK: ContextVar[EachBlock | None] = ContextVar("_EACH_BLOCK", default=None)
-
-
-@contextmanager
-def blocks_handed_on(take: EachBlock | None) -> Iterator[None]:
-    """Give the blocks of quantized models that are loaded in this context to ``take``, one by one."""
-    token = _EACH_BLOCK.set(take)
-    try:
-        yield
-    finally:
-        _EACH_BLOCK.reset(token)
-
-
-class Deferred:
-    """Tensor of the checkpoint, read when transformers' loader slices it."""
+class Deferred(Unread):
+    """Tensor of the checkpoint, read when transformers' loader slices it, whose values must be finite."""
 
     def __init__(self, stored: Stored, problems: list[str]) -> None:
-        self._stored, self._problems = stored, problems
+        super().__init__(stored)
+        self._problems = problems
 
-    def __getitem__(self, index: Any) -> Tensor:
-        tensor = self._stored.read()
-        if not is_finite(tensor):
-            # noted, and raised with all others when everything has been read
-            self._problems.append(f"tensor {self._stored.name!r} holds values that are not finite")
-            tensor = torch.zeros_like(tensor)
-        return tensor[index]
-
-    def get_dtype(self) -> str:
-        """Return the dtype's name in the file format."""
-        return DTYPE_NAMES[self._stored.dtype]
-
-    def get_shape(self) -> list[int]:
-        """Return the shape."""
-        return list(self._stored.shape)
+    def read(self) -> Tensor:
+        tensor = super().read()
+        if is_finite(tensor):
+            return tensor
+        # noted, and raised with all others when everything has been read
+        self._problems.append(f"tensor {self.stored.name!r} holds values that are not finite")
+        return torch.zeros_like(tensor)
 
 
 class Decoded:
@@ -119,7 +95,6 @@ class Quantize(ConversionOps):  # type: ignore[misc]
             self.quantizer.fill(layer, name, value[0] if isinstance(value, list) else value, source_patterns)
             cast(Any, layer)._is_hf_initialized = True
             result[name] = layer.weight
-            self.quantizer.hand_on(model, layer)
         return result
 
 
@@ -139,8 +114,6 @@ class VeneerQuantizer(HfQuantizer):  # type: ignore[misc]
         self.stored_parts: dict[str, dict[str, Stored]] = {}
         self.dtype = torch.bfloat16
         self._model: PreTrainedModel | None = None  # while it is loaded
-        self._block_of: dict[nn.Module, nn.Module] = {}
-        self._block: nn.Module | None = None  # that is being loaded
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         devices = kwargs.get("device_map")
@@ -174,8 +147,6 @@ class VeneerQuantizer(HfQuantizer):  # type: ignore[misc]
                 layer = _empty_layer(path, module, config)
                 if layer is not None:
                     model.set_submodule(path, layer)
-        if _EACH_BLOCK.get() is not None:
-            self._block_of = {module: block for block in blocks_of(model)[1] for module in block.modules()}
 
     def open(self, files: list[str]) -> dict[str, Any]:
         """Return the tensors of the checkpoint, unread. Parts of a quantized weight are kept for its layer."""
@@ -250,16 +221,6 @@ class VeneerQuantizer(HfQuantizer):  # type: ignore[misc]
         except (FormatError, NonFiniteError) as error:
             self.problems.append(f"{name}: {error}")
 
-    def hand_on(self, model: PreTrainedModel, layer: nn.Module | None) -> None:
-        """Hand on the block before that of a layer whose weight is there: tensors come block by block."""
-        take, block = _EACH_BLOCK.get(), None if layer is None else self._block_of.get(layer, self._block)
-        is_sound = not (self.problems or self._unquantized)
-        if take is not None and self._block is not None and block is not self._block and is_sound:
-            take(model, self._block)
-            for parameter in self._block.parameters():
-                cast(Any, parameter)._is_hf_initialized = True  # transformers would draw new values
-        self._block = block
-
     def finish(self, model: PreTrainedModel) -> None:
         """Raise one FormatError for all collected errors, layers without a weight included."""
         empty = [n for n, m in model.named_modules() if isinstance(m, CodedModule) and not m.is_filled]
@@ -268,8 +229,6 @@ class VeneerQuantizer(HfQuantizer):  # type: ignore[misc]
         problems += self._unquantized_problem()
         if problems:
             raise FormatError(f"the model cannot be loaded: {'; '.join(problems)}")
-        self.hand_on(model, None)
-        self._block_of.clear()
 
     def _unquantized_problem(self) -> list[str]:
         if not self._unquantized:
@@ -339,17 +298,18 @@ def register() -> None:
 
 @functools.cache
 def watch_loading() -> None:
-    """Let transformers' loader take its tensors from the quantizer, once."""
+    """Let transformers' loader take its tensors from the quantizer, and hand on the blocks of a dense model, once."""
     load = PreTrainedModel._load_pretrained_model
 
     @functools.wraps(load)
     def load_pretrained(model: Any, state_dict: Any, checkpoint_files: Any, load_config: Any, *rest: Any) -> Any:
         quantizer = load_config.hf_quantizer
-        if not isinstance(quantizer, VeneerQuantizer):
-            return load(model, state_dict, checkpoint_files, load_config, *rest)
-        tensors = quantizer.open(checkpoint_files) if state_dict is None else state_dict
-        result = load(model, tensors, checkpoint_files, load_config, *rest)
-        quantizer.finish(model)
+        tensors, is_own = state_dict, isinstance(quantizer, VeneerQuantizer)
+        if tensors is None and (is_own or quantizer is None):
+            tensors = quantizer.open(checkpoint_files) if is_own else unread(checkpoint_files)
+        result = load_in_turn(load, model, tensors, checkpoint_files, load_config, *rest)
+        if is_own:
+            quantizer.finish(model)
         return result
 
     PreTrainedModel._load_pretrained_model = staticmethod(load_pretrained)

@@ -30,13 +30,14 @@ from veneer.model.experts import fit_experts
 from veneer.model.memory import address_limit, no_memory
 from veneer.ops import matmul
 from veneer.store.bars import bars_in_terminals_alone, downloads_shown
+from veneer.store.block_by_block import EachBlock, blocks_handed_on
 from veneer.store.checkpoint import Checkpoint
 from veneer.store.gguf.blocks import described_file
 from veneer.store.gguf.model import converted_folder, folder_of_file
 from veneer.store.in_blocks import load_in_blocks
 from veneer.store.known import KNOWN
 from veneer.store.named import folder_of
-from veneer.store.quantizer import EachBlock, blocks_handed_on
+from veneer.store.quantizer import watch_loading
 from veneer.store.stored_quantization import stored_quantization
 
 DTYPES = {
@@ -96,7 +97,7 @@ def load_model(
     A score is one number; the head is new if the files hold none. ``dtype`` ``"auto"`` keeps the checkpoint's.
     ``quantization`` is a `BitsAndBytesConfig`, not needed for a model that was saved quantized. The matrices of a GGUF
     file stay in their blocks, mapped; ``gguf="dense"`` or a ``quantization`` makes a dense copy in the cache first.
-    ``each_block`` takes the blocks of a model that is quantized while it is loaded, each once its weights are there.
+    ``each_block`` takes the blocks while the model is loaded, each once its weights are there.
 
     Raises the errors of `resolve`, FormatError if weights are damaged or missing, and ConfigError for an unknown dtype.
     Raises OutOfMemoryError if the process may not allocate the memory.
@@ -111,6 +112,8 @@ def load_model(
     options: dict[str, Any] = {} if quantization is None else {"quantization_config": quantization}
     kind = AutoModelForSequenceClassification if scores else AutoModelForCausalLM
     options |= {"num_labels": 1} if scores else {}
+    if each_block is not None:
+        watch_loading()
     try:
         shown = downloads_shown(place) if isinstance(place, str) else nullcontext()
         with bars_in_terminals_alone(), shown, blocks_handed_on(each_block):

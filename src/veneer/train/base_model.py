@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, cast
+
 import torch
 from torch import nn
 from transformers import PreTrainedModel
@@ -21,13 +23,13 @@ def load_base(
     """Return the base model of a recipe, quantized and prepared if it asks for that.
 
     With ``scores`` its head gives each sequence one number. A base that is not ``frozen`` is dense. ``cutter`` cuts its
-    blocks over processes: quantized ones as they are loaded, dense ones, which are mapped from their files, afterwards.
+    blocks over processes as they are loaded.
     """
     config = quantization_of(part)
 
     def take(model: PreTrainedModel, block: nn.Module) -> None:
         if cutter is not None:
-            if _is_widened(part, model):
+            if getattr(model, "is_quantized", False) and _is_widened(part, model):
                 widen(block)
             cutter.take(model, block)
 
@@ -40,6 +42,8 @@ def load_base(
         model = made_ready(model, part)
     if cutter is not None:
         cutter.cut(model.requires_grad_(False))  # what is not cut yet
+        if model.device.type != cutter.device:
+            model.to(cast(Any, cutter.device))  # what stands outside of blocks
     if part.attention is not None:
         try:
             model.set_attn_implementation(part.attention)

@@ -123,14 +123,9 @@ def _with_adapter(recipe: Recipe, base: PreTrainedModel) -> _Given:
 
 
 def _cutter(recipe: Recipe) -> BaseCutter | None:
-    """Return the cutter of a base while it is loaded.
-
-    It is None if the base stays whole, or if its adapter starts from more than shapes.
-    """
+    """Return the cutter of a base while it is loaded; None if the base stays whole."""
     shard = recipe.distributed.copy_size(n_processes(), n_on_this_machine())
-    if shard == 1 or not recipe.starts_from_shapes:
-        return None
-    return BaseCutter(shard, recipe.training_config().device.type)
+    return None if shard == 1 else BaseCutter(shard, recipe.training_config().device.type)
 
 
 class _Given(NamedTuple):

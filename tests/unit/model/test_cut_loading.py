@@ -1,13 +1,18 @@
-"""A quantized base that is cut while it is loaded: a process holds its part and two blocks; the bits stay."""
+"""Bases that are cut while they are loaded: a process holds its part and two blocks, whatever adapter follows."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
 
+import torch
+from transformers import LlamaForCausalLM
+
 import cut_loading
-from cut_loading import INNER, N_BLOCKS, WIDTH
+from cut_loading import ADAPTERS, CASES, INNER, N_BLOCKS, WIDTH
 from launch import together
+from models import llama_config
+from quantized_folders import FORMATS, make_folder
 
 N = 4
 N_VALUES = 4 * WIDTH**2 + 3 * WIDTH * INNER  # of a block
@@ -16,11 +21,28 @@ SLACK = 9_000_000  # allocator, and what loading imports
 
 def test_a_process_holds_its_part_and_two_blocks_while_it_loads(tmp_path: Path) -> None:
     cut_loading.base(tmp_path / "base")
-    together(cut_loading.loaded, tmp_path, N, "int8")
-    coded, dense = N_VALUES, 2 * N_VALUES  # bytes of a block, and of the one in the file
+    together(cut_loading.loaded, tmp_path, N)
     for rank in range(N):
         found = json.loads((tmp_path / f"{rank}.json").read_text())
-        cut, whole = found["cut"], found["whole"]
-        assert cut["rise"] < N_BLOCKS * coded / N + 2 * dense + SLACK < 0.81 * N_BLOCKS * coded < 0.81 * whole["rise"]
-        assert cut["fused"]
-        assert (cut["loss"], cut["norms"], cut["held"]) == (whole["loss"], whole["norms"], whole["held"])
+        for case, held, read in (("int8", N_VALUES, 2 * N_VALUES), ("float32", 4 * N_VALUES, 4 * N_VALUES)):
+            cut, whole = found[f"{case} cut"], found[f"{case} whole"]
+            bound = N_BLOCKS * held / N + 2 * read + SLACK  # bytes of a block: held in its format, and read for it
+            assert cut["rise"] < bound < 0.81 * N_BLOCKS * held < 0.81 * whole["rise"], case
+            assert cut["fused"]
+            assert {**cut, "rise": 0} == {**whole, "rise": 0}, case
+    assert len(found) == 2 * len(CASES)
+
+
+def test_an_adapter_that_reads_weights_is_the_same_on_a_base_that_is_cut(tmp_path: Path) -> None:
+    config = llama_config(hidden_size=96, intermediate_size=160, attention_bias=True, tie_word_embeddings=False)
+    torch.manual_seed(3)
+    for name in ("dense", "nf4"):
+        LlamaForCausalLM(config).save_pretrained(tmp_path / name / "coded")
+    make_folder(FORMATS["gptq 4"], tmp_path / "gptq 4")
+    together(cut_loading.attached, tmp_path, 3, ADAPTERS)
+    for rank in range(3):
+        found = json.loads((tmp_path / f"{rank}.json").read_text())
+        for (base, part), (before, after) in zip(ADAPTERS, found, strict=True):
+            assert before == after, (base, part)
+            assert any(after["start"])
+            assert sum(after["norms"]) > 0

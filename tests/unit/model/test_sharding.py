@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from veneer import BitsAndBytesConfig, LoraConfig, get_peft_model, shard_base
 from veneer.errors import ConfigError
 from veneer.model import sharding
 from veneer.model.inplace import InPlace, base_of, change_class, mixin_of, restore_class
+from veneer.model.made_dense import make_dense
 from veneer.model.packed_linear import pack_group
 from veneer.model.quant_linear import QuantLinear
 
@@ -27,10 +29,21 @@ CASES = [
     ("nf4", True, "selective"),
     ("int8", True, "full"),
     ("fp4", False, "full"),
+    ("gptq", True, "selective"),
 ]
+PRODUCT = list(itertools.product(("dense", "nf4", "fp4", "int8", "gptq"), (True, False), ("none", "full", "selective")))
+REST = [case for case in PRODUCT if case not in CASES]
 
 
-@pytest.mark.parametrize(("n", "shard", "cases"), [(2, None, CASES), (4, 2, CASES[1:3])])
+@pytest.mark.parametrize(
+    ("n", "shard", "cases"),
+    [
+        (2, None, CASES),
+        (4, 2, CASES[1:3]),
+        pytest.param(3, None, REST[::2], marks=pytest.mark.full),
+        pytest.param(4, None, REST[1::2], marks=pytest.mark.full),
+    ],
+)
 def test_a_cut_base_trains_to_the_bits_of_a_whole_one(
     tmp_path: Path, n: int, shard: int | None, cases: list[tuple[str, bool, str]]
 ) -> None:
@@ -90,9 +103,15 @@ def test_what_cannot_be_cut_is_refused(make_model, monkeypatch: pytest.MonkeyPat
     pack_group(packed, ["model.layers.0.mlp.up_proj"], give_up=True)
     with pytest.raises(ConfigError, match=r"are packed, as serving keeps them.*unpack"):
         shard_base(packed)
+    with monkeypatch.context() as old:
+        old.setattr(torch, "__version__", "2.11.1+cpu")
+        with pytest.raises(ConfigError, match=r"cut from torch 2\.12 on, and this is 2\.11\.1\+cpu: update"):
+            shard_base(get_peft_model(_quantized(make_model()), LoraConfig(r=3)))
     monkeypatch.setattr(sharding, "is_cut", lambda model: True)
     with pytest.raises(ConfigError, match="cut over processes already"):
         shard_base(get_peft_model(make_model(), LoraConfig(r=3)))
+    with pytest.raises(ConfigError, match="making it dense needs a whole base"):
+        make_dense(make_model())
     with pytest.raises(ConfigError, match=r"merging needs a whole base.*veneer merge"):
         get_peft_model(make_model(), LoraConfig(r=3)).merge_and_unload()
 
@@ -110,10 +129,18 @@ def _tied_module_outside(base: Any) -> None:
 
 
 def _tied_codes(base: Any) -> None:
-    weight = base.layers[0].mlp.up_proj.weight
-    spec: Any = BitsAndBytesConfig(load_in_4bit=True).spec_of("up_proj", tuple(weight.shape), weight.dtype)
-    layer = QuantLinear.from_dense(nn.Linear(*weight.shape[::-1]), spec)
-    base.layers[0].mlp.up_proj = base.layers[1].mlp.up_proj = layer
+    base.layers[0].mlp.up_proj = base.layers[1].mlp.up_proj = _coded(base.layers[0].mlp.up_proj)
+
+
+def _coded(layer: nn.Linear) -> QuantLinear:
+    shape = (layer.out_features, layer.in_features)
+    spec: Any = BitsAndBytesConfig(load_in_4bit=True).spec_of("up_proj", shape, layer.weight.dtype)
+    return QuantLinear.from_dense(layer, spec)
+
+
+def _quantized(model: Any) -> Any:
+    model.model.layers[1].mlp.up_proj = _coded(model.model.layers[1].mlp.up_proj)
+    return model
 
 
 @pytest.mark.usefixtures("four")
@@ -125,10 +152,21 @@ def test_weights_that_blocks_share_are_not_cut(make_model, tie: Callable[[Any], 
         shard_base(get_peft_model(model, LoraConfig(r=3, target_modules=["q_proj"])))
 
 
-def test_one_process_cuts_nothing_and_imports_no_ray(make_model) -> None:
-    """FSDP is there in any case: transformers imports torch's."""
-    found = launch.program("import sys, veneer.train.recipe_trainer, veneer.cli.train_run; print('ray' in sys.modules)")
-    assert found.stdout == "False\n", found.stderr
+ONE_PROCESS = """
+import sys
+import veneer.train.recipe_trainer, veneer.cli.train_run
+from veneer import shard_base
+from veneer.model.sharding import is_cut, require_whole
+model = type('Model', (), {'modules': lambda self: []})()
+assert shard_base(model) is model and not is_cut(model)
+print([name for name in ('ray', 'veneer.model.fsdp') if name in sys.modules])
+"""
+
+
+def test_one_process_cuts_nothing_and_imports_neither_ray_nor_fsdp(make_model) -> None:
+    """torch's FSDP is there in any case, for transformers imports it; veneer's use of it is not."""
+    found = launch.program(ONE_PROCESS)
+    assert found.stdout == "[]\n", found.stderr
     model = make_model()
     assert shard_base(model) is model
     assert not sharding.is_cut(model)
