@@ -44,6 +44,8 @@ ADAPTERS: list[tuple[str, dict[str, Any]]] = [
     ("nf4", {"method": "dora"}),
     ("nf4", {"method": "lora", "init_lora_weights": "pissa"}),
     ("gptq 4", {"method": "lora", "use_dora": True}),
+    ("fp8 blocks", {"method": "lora"}),
+    ("nvfp4", {"method": "lora"}),
     ("dense", {"method": "psoft"}),
     ("dense", {"method": "hra"}),
     ("dense", {"method": "frod", "target_modules": ["q_proj", "up_proj"]}),

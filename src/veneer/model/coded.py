@@ -56,7 +56,7 @@ class CodedModule(nn.Module):
     def freeze_parts(self) -> None:
         """Hold the tensors of the format as frozen parameters, which alone FSDP cuts; single numbers stay buffers."""
         for name, part in self.parts().items():
-            if part.ndim:
+            if part.numel() > 1:
                 del self._buffers[name]
                 self._parameters[name] = nn.Parameter(part, requires_grad=False)  # adapters may read `weight` otherwise
 

@@ -111,7 +111,7 @@ class AdaptedSite(Adapted):
     def parameter_dtype(self, widen: bool) -> torch.dtype:
         """Return the dtype of an adapter's parameters: at least float32 if ``widen``, otherwise the base's."""
         own = self.own_weight()
-        if own is None or not own.is_floating_point():  # codes: the format knows what it computes in
+        if own is None or self.has_codes:  # the format knows what it computes in
             return torch.float32 if widen else cast(FrozenWeight, self.site().weight).dense().dtype
         return torch.promote_types(own.dtype, torch.float32) if widen else own.dtype
 

@@ -36,9 +36,11 @@ def test_a_process_holds_its_part_and_two_blocks_while_it_loads(tmp_path: Path) 
 def test_an_adapter_that_reads_weights_is_the_same_on_a_base_that_is_cut(tmp_path: Path) -> None:
     config = llama_config(hidden_size=96, intermediate_size=160, attention_bias=True, tie_word_embeddings=False)
     torch.manual_seed(3)
-    for name in ("dense", "nf4"):
-        LlamaForCausalLM(config).save_pretrained(tmp_path / name / "coded")
-    make_folder(FORMATS["gptq 4"], tmp_path / "gptq 4")
+    for name in {base for base, _ in ADAPTERS}:
+        if name in FORMATS:
+            make_folder(FORMATS[name], tmp_path / name)
+        else:
+            LlamaForCausalLM(config).save_pretrained(tmp_path / name / "coded")
     together(cut_loading.attached, tmp_path, 3, ADAPTERS)
     for rank in range(3):
         found = json.loads((tmp_path / f"{rank}.json").read_text())
