@@ -28,7 +28,6 @@ OF_LORA = PeftFields(  # PEFT's config of AdaLoRA has them too
     neutral={
         "arrow_config": None,
         "corda_config": None,
-        "kasa_config": None,
         "layer_replication": None,
         "loftq_config": {},
         "lora_ga_config": None,

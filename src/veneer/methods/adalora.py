@@ -52,6 +52,7 @@ class AdaLoraConfig(LinearMethod):
             **OF_LORA.neutral,
             "qalora_group_size": 16,
             "use_bdlora": None,
+            "kasa_config": None,
             "use_qalora": False,
             "alora_invocation_tokens": None,
             "alpha_pattern": {},

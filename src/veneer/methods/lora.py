@@ -24,13 +24,17 @@ from veneer.contract.packing import Packing
 from veneer.contract.peft_fields import OF_LORA, PeftFields
 from veneer.contract.raised import Raised
 from veneer.contract.targets import FamilyTargets
+from veneer.contract.training import Training
 from veneer.core.groups import block_diagonal, diagonal_blocks
 from veneer.core.records import LinearDelta
 from veneer.core.sites import LinearSite
 from veneer.core.stacks import stack, unstack
+from veneer.core.terms.pair import Pair
 from veneer.inits.eva import EvaConfig
+from veneer.methods.lora_parts import kasa
 from veneer.methods.lora_parts.blocks import drawn_blocks
 from veneer.methods.lora_parts.checks import LoraChecks
+from veneer.methods.lora_parts.kasa import KasaConfig, KasaTraining
 from veneer.methods.lora_parts.late_start import LoraLateStart
 from veneer.methods.lora_parts.raised import fields_of, parameters_of
 from veneer.methods.lora_parts.settings import LoraSettings
@@ -60,6 +64,7 @@ class LoraConfig(LoraSettings):
     adapted or trained whole. Then all of them share one adapter or one copy: ΔW at the embeddings, ΔWᵀ at the head.
     ``use_bdlora``: A or B of the layers that a `BdLoraConfig` names are block-diagonal.
     ``use_qalora``: A reads the means of ``qalora_group_size`` inputs (Xu et al. 2023, arXiv:2309.14717).
+    ``kasa_config``: the r least singular triplets of the weight are taken off, and a diagonal stands between A and B.
     ``alora_invocation_tokens``: the adapter acts on a sequence from the last occurrence of these token ids on
     (Greenewald et al. 2025, arXiv:2504.12397). Before them the keys and values are the base's.
 
@@ -93,6 +98,8 @@ class LoraConfig(LoraSettings):
         shapes: Shapes = {"lora_A": (rows, channels, *site.window), "lora_B": b_shape}
         if self.start.taken_off:
             shapes |= {"lora_A_start": shapes["lora_A"], "lora_B_start": shapes["lora_B"]}
+        if self.has_kasa:
+            shapes[kasa.DIAGONAL] = (r,)
         for variant in self._variants("shapes"):
             shapes |= variant.shapes(self, site)
         return shapes
@@ -108,6 +115,8 @@ class LoraConfig(LoraSettings):
         params = {"lora_A": a.reshape(shapes["lora_A"]), "lora_B": b.reshape(shapes["lora_B"])}
         if start.taken_off:
             params |= {"lora_A_start": params["lora_A"].clone(), "lora_B_start": params["lora_B"].clone()}
+        if self.has_kasa:
+            params[kasa.DIAGONAL] = torch.randn(self.rank(site), generator=generator)
         for variant in self._variants("init"):
             params |= variant.init(self, site, params)
         return params
@@ -120,10 +129,15 @@ class LoraConfig(LoraSettings):
         a, b = block_diagonal(a, n_a), block_diagonal(b, site.groups * n_b)
         if self.use_qalora:  # PEFT's scale of a mean of inputs
             a = a.repeat_interleave(self.pooled, dim=1) * (site.in_features / self.pooled**2)
+        if self.has_kasa:
+            return kasa.taken_off(site, params, Pair(a=a, b=b, scale=self.scale(site)))
         record = LinearDelta.pair(a, b, self.scale(site))
         for variant in self._variants("lower"):
             record = variant.lower(self, site, params, record)
         return record
+
+    def derived(self, site: LinearSite, params: Params) -> dict[str, Tensor]:
+        return kasa.least_parts(site, self.rank(site)) if self.has_kasa else {}
 
     def disk_names(self, site: LinearSite) -> dict[str, str]:
         names = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight"}
@@ -163,7 +177,11 @@ class LoraConfig(LoraSettings):
 
     @property
     def reads_weight(self) -> bool:
-        return bool(self._variants("READS_WEIGHT"))
+        return self.has_kasa or bool(self._variants("READS_WEIGHT"))
+
+    @property
+    def training(self) -> Training | None:
+        return KasaTraining(self.kasa_config) if isinstance(self.kasa_config, KasaConfig) else None
 
     def site_of(self, site: LinearSite, shapes: Mapping[str, tuple[int, ...]]) -> LinearSite:
         a, b = shapes["lora_A"], shapes["lora_B"]

@@ -9,6 +9,7 @@ from veneer.contract.checks import Checks
 from veneer.contract.patterns import unmatched
 from veneer.core.sites import LinearSite
 from veneer.methods.lora_parts.blocks import BdLoraConfig
+from veneer.methods.lora_parts.kasa import too_large
 from veneer.methods.lora_parts.settings import LoraSettings
 
 
@@ -44,6 +45,8 @@ class LoraChecks(Checks):
         ]
         if self.config.use_qalora:
             found += [f"use_qalora at {site.name}, which is no linear layer" for site in sites if site.kind != "linear"]
+        if self.config.has_kasa:
+            found += too_large(sites, [self.config.rank(site) for site in sites])
         switches = {"use_dora": self.config.use_dora, "init_lora_weights": self.config.packing.fixed}
         return found + [
             f"{name}={getattr(self.config, name)!r} does not go with {grouped[0].name}, a convolution in "

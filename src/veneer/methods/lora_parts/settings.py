@@ -13,6 +13,7 @@ from veneer.core.sites import LinearSite
 from veneer.inits import Start, find_start, start_names
 from veneer.inits.eva import EvaConfig
 from veneer.methods.lora_parts.blocks import BdLoraConfig
+from veneer.methods.lora_parts.kasa import KasaConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,7 +21,17 @@ class LoraSettings(LinearMethod):
     """Fields of `LoraConfig`, their problems, and the values that differ by layer."""
 
     inert: ClassVar[frozenset[str]] = frozenset(
-        {"r", "rank_pattern", "lora_dropout", "bias", "init_lora_weights", "eva_config", "fan_in_fan_out", "lora_bias"}
+        {
+            "r",
+            "rank_pattern",
+            "lora_dropout",
+            "kasa_config",
+            "bias",
+            "init_lora_weights",
+            "eva_config",
+            "fan_in_fan_out",
+            "lora_bias",
+        }
         | {"target_parameters", "ensure_weight_tying"}
     )
 
@@ -43,6 +54,7 @@ class LoraSettings(LinearMethod):
     use_bdlora: BdLoraConfig | Mapping[str, object] | None = None
     use_qalora: bool = False
     qalora_group_size: int = 16
+    kasa_config: KasaConfig | Mapping[str, object] | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -50,6 +62,8 @@ class LoraSettings(LinearMethod):
             object.__setattr__(self, "eva_config", EvaConfig.from_dict(self.eva_config))
         if isinstance(self.use_bdlora, Mapping):
             object.__setattr__(self, "use_bdlora", BdLoraConfig.from_dict(self.use_bdlora))
+        if isinstance(self.kasa_config, Mapping):
+            object.__setattr__(self, "kasa_config", KasaConfig.from_dict(self.kasa_config))
 
     def problems(self) -> list[str]:
         found = super().problems() + self._problems_of_sizes()
@@ -68,11 +82,15 @@ class LoraSettings(LinearMethod):
         return found + self._problems_of_invocation() + self._problems_of_small_factors()
 
     def _problems_of_small_factors(self) -> list[str]:
-        """Factors in blocks or of pooled inputs are drawn, and no variant but rsLoRA goes with them, as in PEFT."""
+        """Factors in blocks, of pooled inputs, or with a diagonal between them are drawn, and no variant but rsLoRA
+        goes with them, as in PEFT.
+        """
         found = below_one({"qalora_group_size": self.qalora_group_size})
-        on = "use_bdlora" if self.use_bdlora is not None else "use_qalora" if self.use_qalora else ""
-        given = {name: getattr(self, name) for name in _NOT_IN_SMALL} if on else {}
-        given |= {"use_qalora": self.use_qalora} if on == "use_bdlora" else {}
+        kinds = {"use_bdlora": self.use_bdlora, "use_qalora": self.use_qalora or None, "kasa_config": self.kasa_config}
+        on, *others = [*(name for name, value in kinds.items() if value is not None), ""]
+        given = {name: getattr(self, name) for name in (*_NOT_IN_SMALL, *filter(None, others))} if on else {}
+        if self.has_kasa and not self.inference_mode:
+            given["lora_dropout"] = self.lora_dropout
         if on and self.init_lora_weights not in (True, False):
             given["init_lora_weights"] = self.init_lora_weights
         return found + [
@@ -132,11 +150,16 @@ class LoraSettings(LinearMethod):
 
     @property
     def largest_rank(self) -> int:
-        return max((self.r, *self.rank_pattern.values()))
+        return max((self.r, *self.rank_pattern.values())) * (2 if self.has_kasa else 1)
 
     def alpha(self, site: LinearSite) -> float:
         """Return alpha at this site."""
         return first_match(self.alpha_pattern, site.name, self.lora_alpha)
+
+    @property
+    def has_kasa(self) -> bool:
+        """True if the least singular triplets are taken off the weight."""
+        return self.kasa_config is not None
 
     @property
     def has_small_factors(self) -> bool:
