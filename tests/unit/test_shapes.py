@@ -10,6 +10,8 @@ from torch import Tensor
 
 from shapes import checked
 
+Pairs = tuple[Float[Tensor, " n"], ...] | None
+
 
 def test_calls_of_other_forms_are_checked() -> None:
     calls = list[str]()
@@ -42,3 +44,21 @@ def test_each_item_of_a_list_may_be_looked_at() -> None:
     many_times([torch.ones(3)] * 2)
     with pytest.raises(jaxtyping.TypeCheckError):
         many_times([torch.ones(3), torch.ones(5)])
+
+
+def test_a_function_that_declares_no_array_is_left_to_mypy() -> None:
+    @checked
+    def told(x: Tensor, n: int) -> str:
+        return f"{n} {x}"
+
+    assert told(None, "a") == "a None"
+
+
+def test_an_array_within_another_type_is_checked() -> None:
+    @checked
+    def last(pairs: Pairs, place: int = -1) -> Tensor:
+        return pairs[place]
+
+    last((torch.ones(3),), place=0)
+    with pytest.raises(jaxtyping.TypeCheckError):
+        last((torch.ones(3, 5),), place=0)
