@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from known_machine import know_the_machine
-from sampling import mark_full
+from sampling import mark_full, without_repeats
 from shapes import check_shapes
 
 os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported
@@ -42,7 +42,9 @@ SHARED = 100_000  # objects: imported modules and collected tests alone are seve
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m looks at the marks
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(config, items):
+    items[:], left = without_repeats(items)
+    config.hook.pytest_deselected(items=left)
     mark_full(items)
 
 

@@ -1,6 +1,7 @@
 """Every test with a ``backend`` runs on each back end of its module's OP, on the CPU once per instruction set."""
 
 import math
+from contextlib import contextmanager
 
 import jaxtyping
 import pytest
@@ -13,25 +14,48 @@ from veneer.ops.dispatch import backends
 def pytest_generate_tests(metafunc):
     op = getattr(metafunc.module, "OP", None)
     if op is not None and "backend" in metafunc.fixturenames:
-        others = [b for b in backends(op) if b != "cpu"]
-        sets = [f"cpu-{isa}" for isa in kernels().isas()] if "cpu" in backends(op) else []
-        metafunc.parametrize("backend", others + sets, indirect=True)
+        metafunc.parametrize("backend", backends_of(op), indirect=True)
 
 
-@pytest.fixture
-def backend(request):
+def backends_of(op):
+    others = [b for b in backends(op) if b != "cpu"]
+    return others + ([f"cpu-{isa}" for isa in kernels().isas()] if "cpu" in backends(op) else [])
+
+
+@contextmanager
+def chosen(backend):
     """The name of a back end; for the CPU, the instruction set is chosen too and put back.
 
     A kernel that leaves MMX registers in use makes fmod raise in this thread from then on.
     """
-    name, _, isa = request.param.partition("-")
+    name, _, isa = backend.partition("-")
     before = kernels().isa() if isa else None
     if isa:
         kernels().use_isa(isa)
-    yield name
-    assert math.fmod(5.5, 2.0) == 1.5
-    if before is not None:
-        kernels().use_isa(before)
+    try:
+        yield name
+    finally:
+        assert math.fmod(5.5, 2.0) == 1.5
+        if before is not None:
+            kernels().use_isa(before)
+
+
+@pytest.fixture
+def backend(request):
+    with chosen(request.param) as name:
+        yield name
+
+
+@pytest.fixture
+def every_backend(request):
+    """The back ends one after the other, for a test that draws what it compares them with."""
+
+    def names():
+        for each in backends_of(request.module.OP):
+            with chosen(each) as name:
+                yield name
+
+    return names
 
 
 @pytest.fixture(scope="module", autouse=True)

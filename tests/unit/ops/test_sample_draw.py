@@ -90,12 +90,15 @@ def require_equal(logits: torch.Tensor, asked: list[RowRule], backend: str, expe
 
 @quickly
 @given(data=st.data())
-def test_equals_the_specification(data, backend):
+def test_every_back_end_equals_the_specification(data, every_backend):
     """All settings mixed in one call, with odd vocabularies and ties at the thresholds."""
     d, kind = data.draw(st.sampled_from(VOCABULARIES)), data.draw(st.sampled_from(KINDS))
     asked = [rule_of(given, d) for given in data.draw(st.lists(settings_of(d), min_size=1, max_size=5))]
     logits = logits_of(data.draw(st.integers(0, 999)), len(asked), d, kind)
-    require_equal(logits.to(data.draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float16]))), asked, backend)
+    logits = logits.to(data.draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float16])))
+    expected = draw(logits, asked, backend="reference")  # no rule is refused
+    for backend in every_backend():
+        require_equal(logits, asked, backend, expected)
 
 
 @cache
