@@ -83,7 +83,20 @@ FORMATS = storage_formats()
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """``config`` is each method in turn, ``store`` each storage format."""
+    """``config`` is each method in turn, ``store`` each storage format.
+
+    A law that is marked ``in_turn`` has a base and a method together: every other method is on another base, and of one
+    method every other law. So each two of base, method and law meet.
+    """
+    mark = metafunc.definition.get_closest_marker("in_turn")
+    if mark is not None:
+        law, bases = mark.args
+        names = list(bases)
+        cases = [(names[(place + law) % len(names)], config) for place, config in enumerate(CONFIGS)]
+        values = [(bases[base], CONFIGS[config]) for base, config in cases]
+        ids = [f"{config}-{base}" for base, config in cases]
+        metafunc.parametrize(("base", "config"), values, ids=ids)
+        return
     for name, values in {"config": CONFIGS, "store": FORMATS}.items():
         if name in metafunc.fixturenames:
             metafunc.parametrize(name, values.values(), ids=values.keys())

@@ -97,8 +97,9 @@ def gradients(model: PeftModel) -> dict[str, Tensor]:
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
-def assert_near(found: Tensor, expected: Tensor, name: str) -> None:
-    assert (found - expected).norm() <= 5e-5 * expected.norm(), name
+def assert_near(found: Tensor, expected: Tensor, name: str, rounded: float = 0.0) -> None:
+    """``rounded``: the error of a sum whose terms cancel."""
+    assert (found - expected).norm() <= 5e-5 * expected.norm() + rounded, name
 
 
 def assert_trains_fused(model: PeftModel, halves: list[str]) -> None:
@@ -124,15 +125,18 @@ def test_a_method_dropped_into_the_folder(toy: Any, halves: list[str]) -> None:
     assert_trains_fused(adapted(make_base(), {"default": toy(strength=3.0)}), halves)
 
 
-@pytest.mark.parametrize("rate", [0.0, 0.3])
-@pytest.mark.parametrize("base", [LLAMA, NEOX], ids=["serial", "parallel"])
+@pytest.mark.parametrize(("base", "dropped"), [(LLAMA, 0), (NEOX, 1)], ids=["serial", "parallel"])
 def test_rows_of_every_method_in_one_batch(
-    every_config: list[LinearMethod], base: PreTrainedConfig, rate: float, halves: list[str]
+    every_config: list[LinearMethod], base: PreTrainedConfig, dropped: int, halves: list[str]
 ) -> None:
-    """Each row's loss and gradients are those of its adapter alone on the general path; one row is the base's."""
-    configs: dict[str, Any] = {f"row{i}": everywhere(config, rate) for i, config in enumerate(every_config)}
-    configs["behind"] = BottleneckConfig.houlsby(reduction_factor=5, dropout=rate)
-    configs["beside"] = BottleneckConfig.parallel(reduction_factor=7, after_attention=True, dropout=rate)
+    """Each row's loss and gradients are those of its adapter alone on the general path; one row is the base's.
+
+    Every second adapter has dropout: the others have it in the other base.
+    """
+    rates = [0.3 * (i % 2 == dropped) for i in range(len(every_config) + 2)]
+    configs: dict[str, Any] = {f"row{i}": everywhere(config, rates[i]) for i, config in enumerate(every_config)}
+    configs["behind"] = BottleneckConfig.houlsby(reduction_factor=5, dropout=rates[-2])
+    configs["beside"] = BottleneckConfig.parallel(reduction_factor=7, after_attention=True, dropout=rates[-1])
     model = adapted(make_base(base), configs)
     tokens = torch.arange((len(configs) + 1) * 17).view(-1, 17) * 31 % 97
     alone = {}
@@ -153,8 +157,8 @@ def test_rows_of_every_method_in_one_batch(
     for loss, (name, expected) in zip(losses, alone.items(), strict=False):
         assert_near(loss, expected.pop("loss"), name)
         del expected["logits"]
-        assert expected
+        largest = max(value.norm().item() for value in expected.values())
         for key, value in expected.items():
-            assert_near(found.pop(key), value, key)
+            assert_near(found.pop(key), value, key, rounded=1e-7 * largest)
     assert not found
     assert_near(losses[-1:], of_base, "base")

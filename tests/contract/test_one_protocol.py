@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import functools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -51,14 +52,21 @@ METHODS: dict[str, MethodConfig] = {name: each for name, each in (LINEAR | PLAIN
 every_method = pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
 
 
-def checks_of_kind(path: Path, names: set[str]) -> Iterator[str]:
-    """The calls of ``isinstance`` and ``issubclass`` in a file that name one of these classes."""
+@functools.cache
+def checks(path: Path) -> list[tuple[int, set[str]]]:
+    """The calls of ``isinstance`` and ``issubclass`` in a file, by line, with the classes that they name."""
+    found = []
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         called = node.func.id if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) else ""
         if called in ("isinstance", "issubclass"):
-            asked = {each.id for each in ast.walk(node.args[1]) if isinstance(each, ast.Name)}
-            if asked & names:
-                yield f"{path.relative_to(SOURCE)}:{node.lineno} asks for {sorted(asked & names)}"
+            found.append((node.lineno, {each.id for each in ast.walk(node.args[1]) if isinstance(each, ast.Name)}))
+    return found
+
+
+def checks_of_kind(path: Path, names: set[str]) -> Iterator[str]:
+    for line, asked in checks(path):
+        if asked & names:
+            yield f"{path.relative_to(SOURCE)}:{line} asks for {sorted(asked & names)}"
 
 
 def test_no_file_asks_of_which_kind_a_method_is() -> None:

@@ -35,7 +35,6 @@ BASES: dict[str, Any] = {
     "gpt2": GPT2Config(vocab_size=67, n_embd=28, n_layer=2, n_head=7, n_positions=32),  # its layers store Wᵀ
     "mixtral": MixtralConfig(**SIZES, **HEADS, num_local_experts=3, num_experts_per_tok=2),
 }
-every_base = pytest.mark.parametrize("base", ["llama", "gpt2"])
 
 
 def make_base(name: str) -> PreTrainedModel:
@@ -103,7 +102,7 @@ def assert_the_law(base: str, config: MethodConfig, folder: Path) -> None:
             same(got[path], record)
 
 
-@every_base
+@pytest.mark.in_turn(1, {"llama": "llama", "gpt2": "gpt2"})
 def test_of_every_linear_method(base: str, config: MethodConfig, tmp_path: Path) -> None:
     assert_the_law(base, config, tmp_path)
 
