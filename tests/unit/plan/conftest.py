@@ -1,4 +1,4 @@
-"""A tiny model with a size of its own for every axis, on disk, and recipes that train it."""
+"""Tiny models with a size of its own for every axis, on disk, and recipes that train them."""
 
 from __future__ import annotations
 
@@ -18,13 +18,23 @@ HELD_OUT = "per_device_eval_batch_size"
 """Rows are held out where their number is given."""
 
 
-@pytest.fixture(scope="session")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("plan") / "model"
+def made(folder: Path, n_blocks: int) -> Path:
     torch.manual_seed(3)
-    config = llama_config(hidden_size=48, head_dim=16, num_hidden_layers=5, max_position_embeddings=64)
+    config = llama_config(hidden_size=48, head_dim=16, num_hidden_layers=n_blocks, max_position_embeddings=64)
     LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two blocks, both of which are traced: what is planned of a deeper model is in ``test_depth.py``."""
+    return made(tmp_path_factory.mktemp("tiny"), 2)
+
+
+@pytest.fixture(scope="session")
+def deep(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Five blocks, of which two and three stand for all."""
+    return made(tmp_path_factory.mktemp("deep"), 5)
 
 
 @pytest.fixture

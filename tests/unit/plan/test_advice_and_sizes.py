@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -120,8 +121,8 @@ def test_a_name_that_means_no_card_or_several_is_told(name: str, told: str) -> N
         card_of(name)
 
 
-def test_a_rank_peaks_in_the_phase_that_is_largest_once_weights_are_shards(recipe: Make) -> None:
+def test_a_rank_peaks_in_the_phase_that_is_largest_once_weights_are_shards(recipe: Make, deep: Path) -> None:
     phases = {"load": Peak({BASE: 70_001}), "backward": Peak({BASE: 11_003, ACTIVATIONS: 50_021})}
-    plan = replace(plan_recipe(recipe()), phases=phases)
+    plan = replace(plan_recipe(recipe(None, {"source": str(deep)})), phases=phases)
     assert plan.peak_phase == "load"
     assert rank_peak(plan, 1000, 1000).kinds[ACTIVATIONS] == 50_021

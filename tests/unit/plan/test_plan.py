@@ -77,8 +77,10 @@ def real_peak(recipe: Recipe) -> int:
 
 
 @pytest.mark.parametrize("name", SETTINGS)
-def test_live_bytes_of_a_plan_are_those_of_the_step(name: str, recipe: Make) -> None:
+def test_live_bytes_of_a_plan_are_those_of_the_step(name: str, recipe: Make, deep: Path) -> None:
     adapter, model, training = SETTINGS[name]
+    if name == "galore 8 bits in backward":  # in two blocks the masks are more than a share
+        model = {"source": str(deep)}
     wanted = recipe(adapter, model, **training)
     real = real_peak(wanted)  # first, so that tables which are made once in a process count in neither
     planned = plan_recipe(wanted, whole=True)
@@ -92,8 +94,8 @@ def test_live_bytes_of_a_plan_are_those_of_the_step(name: str, recipe: Make) -> 
         {HELD_OUT: 40, "fused": "off"}, {HELD_OUT: 90, "gradient_accumulation_steps": 2},
     ],
 )  # fmt: skip
-def test_depth_from_two_traces_is_that_of_one(training: dict[str, Any], recipe: Make) -> None:
-    wanted = recipe(**training)
+def test_depth_from_two_traces_is_that_of_one(training: dict[str, Any], recipe: Make, deep: Path) -> None:
+    wanted = recipe(None, {"source": str(deep)}, **training)
     short, whole = plan_recipe(wanted), plan_recipe(wanted, whole=True)
     assert short.peak.n_bytes == pytest.approx(whole.peak.n_bytes, rel=1e-3)
     assert short.held == whole.held
@@ -310,8 +312,8 @@ def test_the_reference_costs_a_pass_and_a_score_computed_before_does_not(recipe:
     assert flops["kto", False] > 1.5 * flops["apo_zero_unpaired", False] > 1.5 * flops["apo_zero_unpaired", True]
 
 
-def test_adapters_of_some_blocks_are_counted_where_they_are(recipe: Make) -> None:
-    wanted = recipe({"method": "lora", "r": 5, "layers_to_transform": [4]})
+def test_adapters_of_some_blocks_are_counted_where_they_are(recipe: Make, deep: Path) -> None:
+    wanted = recipe({"method": "lora", "r": 5, "layers_to_transform": [4]}, {"source": str(deep)})
     short, whole = plan_recipe(wanted), plan_recipe(wanted, whole=True)
     assert short.n_trained == whole.n_trained == count_trained(wanted, short.config) > 0
 

@@ -161,11 +161,10 @@ def test_what_waits_on_disk_is_counted_once_however_often_it_is_kept(
     assert plan_recipe(recipe(fused="off")).work.on_disk == 0
 
 
-def test_blocks_that_are_not_computed_again_are_not_watched(recipe: Make) -> None:
+def test_blocks_that_are_not_computed_again_are_not_watched(recipe: Make, deep: Path) -> None:
+    base, selective = {"source": str(deep)}, {"fused": "off", "gradient_checkpointing": "selective"}
     every, second = (
-        plan_recipe(
-            recipe(fused="off", gradient_checkpointing="selective", gradient_checkpointing_kwargs=kwargs), whole=True
-        ).work
+        plan_recipe(recipe(None, base, **selective, gradient_checkpointing_kwargs=kwargs), whole=True).work
         for kwargs in ({}, {"every_n_layers": 2})
     )
     assert second.n_watched == pytest.approx(every.n_watched * 3 / 5, rel=0.01)
@@ -190,7 +189,7 @@ def test_a_fused_block_is_watched_only_where_it_runs_its_own_code(recipe: Make) 
     ],
 )
 def test_ops_are_of_the_path_that_they_take(
-    adapter: dict[str, Any], training: dict[str, Any], least: float, most: float, recipe: Make
+    adapter: dict[str, Any], training: dict[str, Any], least: float, most: float, recipe: Make, deep: Path
 ) -> None:
-    work = plan_recipe(recipe(adapter, **training)).work
+    work = plan_recipe(recipe(adapter, {"source": str(deep)}, **training)).work
     assert least <= work.n_general / work.n_ops <= most
