@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import inspect
+import itertools
 import logging
 from typing import Any
 
@@ -76,10 +77,19 @@ RECORDS: dict[str, MethodConfig] = {
 }
 
 
+LAYOUTS = ("llama", "gemma2", "phi3", "neox", "gpt2")
+"""Projections apart and in one, weights turned, halves one after the other or side by side, norms before and behind."""
+OTHERS = [
+    (family, method)
+    for place, family in enumerate(name for name in FAMILIES if name not in LAYOUTS)
+    for method in [list(RECORDS)[(2 * place + k) % len(RECORDS)] for k in range(2)]
+]
+
+
 @pytest.mark.product
-@pytest.mark.parametrize("method", RECORDS)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "method"), [*itertools.product(LAYOUTS, RECORDS), *OTHERS])
 def test_every_record_runs_fused(family: str, method: str, halves: list[str]) -> None:
+    """On each layout every record, and on each other family two of them."""
     assert_all_fused(adapted(base(family), RECORDS[method]), BATCHES["packed"], halves)
 
 
