@@ -399,7 +399,7 @@ def test_the_real_model_learns_in_a_few_steps(project: Path) -> None:
         f"model.source={model_folder('smollm2-135m-instruct')}",
         "training.learning_rate=1e-3",
         "training.warmup_steps=0",
-        "data.limit=4",
+        "data.limit=2",
         "data.eval_fraction=0",
         "training.max_steps=3",
         "training.logging_steps=1",
@@ -407,7 +407,7 @@ def test_the_real_model_learns_in_a_few_steps(project: Path) -> None:
         "training.max_length=96",
         "training.optim=paged_adamw_8bit",
         "training.bf16=true",
-        "training.per_device_train_batch_size=2",
+        "training.per_device_train_batch_size=1",
     ]
     code, output = train(project, *(part for change in changes for part in ("--set", change)))
     assert code == 0, output

@@ -13,6 +13,7 @@ import torch
 from transformers import LlamaForCausalLM
 from typer.testing import CliRunner
 
+from bare_runs import draw_nothing, plan_once
 from models import byte_tokenizer, llama_config
 from veneer.cli.app import app
 
@@ -56,7 +57,9 @@ def run(*arguments: object) -> str:
 
 @pytest.mark.usefixtures("known_machine")
 @pytest.mark.parametrize("name", sorted(ROWS))
-def test_it_trains_and_saves(name: str, model: Path, tmp_path: Path) -> None:
+def test_it_trains_and_saves(name: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan_once(monkeypatch.setattr)
+    draw_nothing(monkeypatch.setattr)
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(ROWS[name](i)) + "\n" for i in range(53)))
     recipe = RECIPES / f"{name}.yaml"
     own = {"model.source": model, "data.train": tmp_path / "rows.jsonl", "output": tmp_path / "run"}
