@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.text import Text
 from typer.core import TyperGroup
 
-from veneer.cli import plan, train
+from veneer.cli import plan, sweep, train
 from veneer.cli.help import VerbCommand, first_sentence, print_page
 from veneer.cli.pages import (
     add_key,
@@ -160,6 +160,7 @@ def root(
 
 app.command("fetch", cls=VerbCommand)(fetch.fetch)
 app.command("train", cls=VerbCommand)(train.train)
+app.command("sweep", cls=VerbCommand)(sweep.sweep)
 app.command("plan", cls=VerbCommand)(plan.plan)
 app.command("info", cls=VerbCommand)(info.info)
 app.command("generate", cls=VerbCommand)(generate.generate)

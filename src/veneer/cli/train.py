@@ -11,10 +11,11 @@ from typing import Annotated, Any, Literal
 import typer
 
 from veneer.cli.pages.options import unset
-from veneer.core.group import join_slurm, starts_processes
+from veneer.core.group import group_size, join_slurm, starts_processes
 from veneer.core.progress import waits_told
 from veneer.errors import ConfigError
 from veneer.plan.presets import require_weights
+from veneer.ray.place import Place, place_of, require_ray
 from veneer.recipe.adapter import names_of
 from veneer.recipe.commented import commented_recipe
 from veneer.recipe.early import refuse_early
@@ -25,7 +26,7 @@ from veneer.recipe.values import read_values, section
 _Recipe = Annotated[
     Path | None, typer.Argument(metavar="RECIPE", show_default=False, help="A YAML file; see --print-recipe.")
 ]
-_Overrides = Annotated[
+Overrides = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Change one key, such as training.learning_rate=1e-4."),
 ]
@@ -36,11 +37,11 @@ _ShowSample = Annotated[
 _BeyondMemory = Annotated[
     bool, typer.Option("--beyond-memory", help="Train although the plan says that memory will not do.")
 ]
-_AllowChanges = Annotated[
+AllowChanges = Annotated[
     bool,
     typer.Option("--allow-changes", help="With --resume: go on with other settings, and write down what changed."),
 ]
-_Resume = Annotated[
+MaybeResume = Annotated[
     Literal["last", "auto"] | None,
     typer.Option(
         "--resume",
@@ -53,19 +54,24 @@ _Processes = Annotated[
     int | None,
     unset("N", "Train in N processes of this machine, a device each; they share every batch.", "--processes", min=1),
 ]
+On = Annotated[
+    str | None,
+    unset("PLACE", "Train on Ray: ray, ray:N (N workers) or ray://host:port.", "--on"),
+]
 _MAIN = "from veneer.cli.app import main; main()"
 
 
 def train(
     context: typer.Context,
     recipe: _Recipe = None,
-    overrides: _Overrides = None,
+    overrides: Overrides = None,
     print_recipe: _PrintRecipe = False,
     show_sample: _ShowSample = False,
-    resume: _Resume = None,
-    allow_changes: _AllowChanges = False,
+    resume: MaybeResume = None,
+    allow_changes: AllowChanges = False,
     beyond_memory: _BeyondMemory = False,
     processes: _Processes = None,
+    on: On = None,
 ) -> None:
     """Train an adapter (or the whole model) from a recipe; several at once if it has a sweep part.
 
@@ -79,16 +85,18 @@ def train(
     if allow_changes and resume is None:
         raise ConfigError("--allow-changes says how a run goes on, so it needs --resume beside it")
     join_slurm(os.environ)
-    starts = starts_processes(processes) and not show_sample
     values = read_values(recipe, overrides or [])
-    refuse_early(values, str(recipe), begins=resume != "last", n_processes=processes if starts else None)
+    place = None if show_sample else _place(on, values, processes)
+    starts = starts_processes(processes) and not show_sample
+    on_ray = None if place is None else place.n_workers
+    refuse_early(values, str(recipe), begins=resume != "last", n_processes=processes if starts else on_ray)
     source = section(values, "model").get("source")
     if isinstance(source, str):
         require_weights(source, "model.source")
     if starts:
         raise typer.Exit(_in_processes(context.find_root().obj, processes or 1, values))
     with waits_told("loading torch and transformers"):
-        from veneer.cli.train_run import Asked, carried_out, parsed
+        from veneer.cli.train_run import Asked, OnRay, carried_out, parsed
 
         wanted = parsed(values, recipe)
     asked = Asked(
@@ -96,8 +104,21 @@ def train(
         resume=resume if resume == "auto" else resume == "last",
         allow_changes=allow_changes,
         beyond_memory=beyond_memory,
+        on=None if place is None else OnRay(place, recipe, overrides or []),
     )
     carried_out(wanted, asked)
+
+
+def _place(on: str | None, values: Mapping[str, Any], processes: int | None) -> Place | None:
+    """The Ray cluster to train on, if any. Raises ConfigError if it cannot be used."""
+    by_recipe = section(values, PART).get("engine") == "ray"
+    if on is None and not by_recipe:
+        return None
+    if processes is not None or group_size() > 1:
+        raise ConfigError("--on: the workers of Ray are the processes of a run. Leave --processes and launchers out.")
+    place = place_of(on or "ray")
+    require_ray(place)
+    return place
 
 
 def _in_processes(args: Sequence[str], n: int, values: Mapping[str, Any]) -> int:

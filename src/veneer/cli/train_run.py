@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from veneer.core.group import n_on_this_machine
 from veneer.core.progress import draws_bars, waits_told
 from veneer.core.units import duration, size
 from veneer.plan.before import planned_facts, require_room, with_shard
+from veneer.ray.place import Place
 from veneer.recipe.recipe import Recipe, parse_recipe
 from veneer.recipe.sweep_part import PART
 from veneer.store.bars import without_bars
@@ -42,6 +44,14 @@ from veneer.train.sweep.sweep import run_sweep
 _ACCURACIES = ("eval_rewards/accuracies", "eval_accuracy")  # of DPO, of reward models
 
 
+class OnRay(NamedTuple):
+    """Ray cluster to train on, and the file and the changes of the recipe, which its workers read."""
+
+    place: Place
+    recipe: Path
+    overrides: Sequence[str]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Asked:
     """Options of the command."""
@@ -50,6 +60,7 @@ class Asked:
     resume: Resume
     allow_changes: bool
     beyond_memory: bool
+    on: OnRay | None = None
 
 
 def parsed(values: Mapping[str, Any], path: Path) -> Recipe | Sweep:
@@ -65,6 +76,8 @@ def carried_out(wanted: Recipe | Sweep, asked: Asked) -> None:
     with without_bars(), _rows_counted_in_terminals():
         if asked.show_sample:
             _show_sample(wanted if isinstance(wanted, Recipe) else wanted.members[0].recipe, console)
+        elif isinstance(wanted, Recipe) and asked.on is not None:
+            _train_on_ray(wanted, asked, asked.on, console)
         elif isinstance(wanted, Recipe):
             planned = _prepared(wanted, asked, console)
             if planned is not None and planned.facts is not None and "shard" in planned.facts:
@@ -193,6 +206,23 @@ def _train_one(recipe: Recipe, asked: Asked, planned: _Planned | None, console: 
         if not error.args and kept:
             error.args = (f"checkpoints are kept, and --resume goes on from the last one. {usable(recipe, kept[-1])}",)
         raise
+    _tell_results(recipe, record, console)
+
+
+def _train_on_ray(recipe: Recipe, asked: Asked, on: OnRay, console: Console) -> None:
+    """Train in the workers of a cluster, which plan nothing: their memory is not seen from here."""
+    _require_startable(recipe, asked.resume)
+    if asked.resume and is_over(recipe):
+        _train_one(recipe, asked, None, console)  # which tells so
+        return
+    with waits_told("loading Ray"):
+        from veneer.ray.training import Loop, train_on
+    loop = Loop(recipe=str(on.recipe), set=tuple(on.overrides), folder=os.getcwd(), allow_changes=asked.allow_changes)
+    console.print("not planned: the workers of Ray have memory of their own", highlight=False)
+    _tell_results(recipe, train_on(on.place, loop, recipe), console)
+
+
+def _tell_results(recipe: Recipe, record: Mapping[str, Any], console: Console) -> None:
     results = record["results"]
     told = [f"training loss {results['train_loss']:.4f}"]
     told += [f"held-out loss {results['eval_loss']:.4f}"] if "eval_loss" in results else []
@@ -207,12 +237,17 @@ def _train_one(recipe: Recipe, asked: Asked, planned: _Planned | None, console: 
 
 
 def _train_sweep(sweep: Sweep, asked: Asked, console: Console) -> None:
-
+    engine = None
+    if asked.on is not None:
+        with waits_told("loading Ray"):
+            from veneer.ray.packs import on_ray
+        engine = on_ray(asked.on.place)
     records = run_sweep(
         sweep,
         resume=asked.resume,
         allow_changes=asked.allow_changes,
         tell=lambda line: console.print(line, highlight=False),
+        engine=engine,
     )
     found = outcomes(sweep, records)
     write_report(sweep, found)

@@ -1,0 +1,66 @@
+"""Connection to a Ray cluster, and the devices that it has."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import ray
+
+from veneer.errors import ConfigError
+from veneer.ray.place import Place
+
+
+class Devices(NamedTuple):
+    """Devices of a cluster, of which each worker takes one: its GPUs, or the cores of its CPUs."""
+
+    kind: str
+    n: int
+
+    @property
+    def of_task(self) -> dict[str, int]:
+        """What Ray reserves for a task."""
+        return {"num_gpus": 1} if self.kind == "GPU" else {"num_cpus": 1}
+
+
+@contextmanager
+def connected(place: Place) -> Iterator[None]:
+    """Connect this process to a cluster for the length of the block, unless it is connected.
+
+    Raises ConfigError for a cluster that refuses, such as one of another version of Ray.
+    """
+    if ray.is_initialized():
+        yield
+        return
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is sent
+    try:
+        if place.address is None:
+            ray.init(include_dashboard=False)
+        else:
+            ray.init(place.address)
+    except (OSError, RuntimeError, ValueError) as error:
+        raise ConfigError(f"Ray cannot be used at {place.address or 'this machine'}: {error}") from error
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def devices(use_cpu: bool) -> Devices:
+    """Return the devices of the connected cluster: its GPUs if there are any, unless ``use_cpu``."""
+    found = ray.cluster_resources()
+    kind = "GPU" if found.get("GPU", 0) >= 1 and not use_cpu else "CPU"
+    return Devices(kind, int(found.get(kind, 0)))
+
+
+def n_workers(place: Place, found: Devices) -> int:
+    """Return the number of workers to take. Raises ConfigError if there are fewer devices."""
+    n = place.n_workers or found.n
+    if not 1 <= n <= found.n:
+        raise ConfigError(
+            f"--on ray:{n} is more than the {found.n} devices ({found.kind}) of the Ray cluster: each worker takes "
+            f"one. Take at most {found.n}, or add nodes to the cluster."
+        )
+    return n

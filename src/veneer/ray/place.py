@@ -1,0 +1,55 @@
+"""Ray cluster that a command names, and the check that it can be used. Ray itself is not imported."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import socket
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from veneer.errors import ConfigError
+
+ANSWER_SECONDS = 10.0
+_FORM = re.compile(r"ray(?::(?P<workers>[1-9]\d*)|(?P<address>://[^/\s]+:\d+))?")
+_HOST = re.compile(r"(?:ray://)?(?P<host>[^/\s]+):(?P<port>\d+)")
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Ray cluster. ``address``: of its client server; None: RAY_ADDRESS, this machine's cluster, or a new one.
+
+    ``n_workers``: so many of its workers are taken; None: all.
+    """
+
+    address: str | None = None
+    n_workers: int | None = None
+
+
+def place_of(text: str) -> Place:
+    """Return the cluster that ``ray``, ``ray:4`` or ``ray://host:port`` names. Raises ConfigError for other words."""
+    match = _FORM.fullmatch(text)
+    if match is None:
+        raise ConfigError(
+            f"--on {text} is no place to train on: it is ray, ray:N (N workers) or ray://host:port. Take one of them."
+        )
+    workers, address = match["workers"], match["address"]
+    return Place(None if address is None else f"ray{address}", None if workers is None else int(workers))
+
+
+def require_ray(place: Place, environment: Mapping[str, str] = os.environ) -> None:
+    """Raise ConfigError if Ray is not installed, or if the cluster's address does not answer within 10 seconds."""
+    if importlib.util.find_spec("ray") is None:
+        raise ConfigError("Ray is not installed: pip install 'veneer[ray]'")
+    address = place.address or environment.get("RAY_ADDRESS", "")
+    match = _HOST.fullmatch(address)
+    if match is None:  # none, or one of Ray's own words, such as auto
+        return
+    try:
+        socket.create_connection((match["host"].strip("[]"), int(match["port"])), ANSWER_SECONDS).close()
+    except (OSError, OverflowError) as error:
+        raise ConfigError(
+            f"no Ray cluster answers at {address} within {ANSWER_SECONDS:.0f} s ({error}): start one there (ray start "
+            "--head), or give another address (--on ray://host:port)."
+        ) from error

@@ -1,0 +1,44 @@
+"""Members of a sweep for which one worker has memory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from veneer.model.memory import available_bytes
+from veneer.plan.before import TOLD, UNEXPECTED
+from veneer.plan.plan import Plan, plan_recipe
+from veneer.plan.report import FRAGMENTS
+from veneer.plan.trace import BASE, EMBEDDINGS, HEAD, NORMS
+from veneer.train.sweep.recipe import Member
+
+_SHARED = (BASE, EMBEDDINGS, HEAD, NORMS)
+
+
+def n_places(members: Sequence[Member], n_sharing: int) -> tuple[int, str]:
+    """Return the number of members that this process has memory for, at least one, and a line that tells it.
+
+    The largest member is planned, and counts for each. ``n_sharing``: the workers that share a host's memory. A member
+    that cannot be planned trains alone.
+    """
+    largest = max(members, key=_size)
+    args = largest.recipe.training_config()
+    on_gpu = args.device.type == "cuda"
+    free = available_bytes(args.device) // (1 if on_gpu else n_sharing)
+    try:
+        plan = plan_recipe(largest.recipe, isa="avx512_bf16" if on_gpu else None)
+    except (*TOLD, *UNEXPECTED) as error:
+        return 1, f"not planned, so members train one by one: {type(error).__name__}: {error}"
+    n = places_of(plan, free)
+    return n, f"a worker has memory for {n} members of the size of {largest.name}"
+
+
+def places_of(plan: Plan, free: int) -> int:
+    """Return the number of members of a plan that share a base in ``free`` bytes; at least one."""
+    whole = round(plan.peak.n_bytes * FRAGMENTS)
+    own = round(sum(n for kind, n in plan.peak.kinds.items() if kind not in _SHARED) * FRAGMENTS)
+    return max(1, 1 + (free - whole) // max(own, 1))
+
+
+def _size(member: Member) -> tuple[int, int]:
+    args = member.recipe.training_config()
+    return args.per_device_train_batch_size * (args.max_length or 0), int(member.recipe.adapter.get("r") or 0)

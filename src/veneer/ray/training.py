@@ -1,0 +1,180 @@
+"""One run in several workers of Ray, which are begun again when one of them dies."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, cast
+
+import ray
+import ray.train
+from pydantic import BaseModel, ConfigDict, ValidationError
+from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
+from ray.train.torch import TorchConfig, TorchTrainer
+
+from veneer import errors
+from veneer.errors import ConfigError, DiskError, Interrupted, LostProcessError, TrainingError, VeneerError
+from veneer.ray.cluster import connected, devices, n_workers
+from veneer.ray.place import Place
+from veneer.recipe.distributed_part import dealing_problems
+from veneer.recipe.recipe import Recipe, load_recipe
+from veneer.recipe.values import read_values
+from veneer.store.bars import without_bars
+from veneer.train.checkpoint import write_json
+from veneer.train.record import record_of
+from veneer.train.run import run_recipe
+
+MOST_FAILURES = 3  # deaths of workers after which the run is given up
+_REFUSAL = "refusal.json"
+
+
+class Loop(BaseModel):
+    """Settings of `veneer.ray.train_loop`.
+
+    ``set``: changes of the recipe, ``key=value`` each. ``folder``: the working directory, from which relative paths
+    count. ``allow_changes``: a resumed run may have other settings.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    recipe: str
+    set: tuple[str, ...] = ()
+    folder: str | None = None
+    allow_changes: bool = False
+
+
+def loop_of(config: Mapping[str, Any]) -> Loop:
+    """Return checked settings of the loop. Raises ConfigError with all that is wrong with them."""
+    try:
+        return Loop.model_validate(dict(config))
+    except ValidationError as error:
+        told = "; ".join(f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors())
+        raise ConfigError(f"train_loop_config: {told}. Known keys: {', '.join(Loop.model_fields)}.") from error
+
+
+def run_here(loop: Loop) -> dict[str, Any]:
+    """Train in this worker of Ray Train, report the results to Ray, and return the content of ``run.json``."""
+    if loop.folder is not None:
+        os.chdir(loop.folder)
+    with without_bars():
+        record = run_recipe(
+            load_recipe(Path(loop.recipe), loop.set),
+            resume="auto",
+            allow_changes=loop.allow_changes,
+            tell=_print,
+        )
+    ray.train.report({key: value for key, value in record["results"].items() if isinstance(value, int | float)})
+    return record
+
+
+def train_on(place: Place, loop: Loop, recipe: Recipe) -> dict[str, Any]:
+    """Train a recipe in the workers of a Ray cluster, and return the content of ``run.json``.
+
+    The run goes on from its last checkpoint whenever a worker dies. If any number of workers can deal its global batch,
+    it goes on with those that are left.
+
+    Raises ConfigError for more workers than devices and for a layout that only a plan can choose. Raises the errors of
+    `run_recipe`, and TrainingError if workers die again and again. Raises DiskError if the output cannot be made.
+    """
+    args, output = recipe.training_config(), Path(recipe.output)
+    with connected(place):
+        found = devices(bool(args.use_cpu))
+        n = n_workers(place, found)
+        recipe.distributed.copy_size(n, n)
+        problems = dealing_problems(read_values(Path(loop.recipe), loop.set), n)
+        if problems:
+            raise ConfigError("; ".join(problems))
+        with _scratch(output) as folder:
+            trainer = TorchTrainer(
+                _in_worker,
+                train_loop_config={**loop.model_dump(), _REFUSAL: str(folder / _REFUSAL)},
+                scaling_config=ScalingConfig(num_workers=_elastic(loop, n), use_gpu=found.kind == "GPU"),
+                torch_config=TorchConfig(timeout_s=args.ddp_timeout),
+                run_config=RunConfig(
+                    storage_path=str(folder), failure_config=FailureConfig(max_failures=MOST_FAILURES)
+                ),
+            )
+            try:
+                with _interruptible():
+                    trainer.fit()
+            except TrainingFailedError as error:
+                _raise_refusal(folder)
+                raise TrainingError(f"the workers on Ray have failed: {_last_line(error)}") from error
+            _raise_refusal(folder)
+    return cast("dict[str, Any]", record_of(output))
+
+
+def _in_worker(config: Mapping[str, Any]) -> None:
+    """Train. An error that beginning again would not mend goes into a file, and the worker ends as if all was well."""
+    loop = loop_of({key: value for key, value in config.items() if key != _REFUSAL})
+    if Path(config[_REFUSAL]).exists():
+        return
+    try:
+        run_here(loop)
+    except LostProcessError:
+        raise
+    except VeneerError as error:
+        write_json(Path(config[_REFUSAL]), {"kind": type(error).__name__, "told": str(error)})
+
+
+def _raise_refusal(folder: Path) -> None:
+    """Raise the error of a worker that has refused the run."""
+    if (folder / _REFUSAL).exists():
+        found = json.loads((folder / _REFUSAL).read_text(encoding="utf-8"))
+        kind: type[VeneerError] = getattr(errors, found["kind"])
+        raise kind(found["told"])
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """Raise Interrupted for Ctrl-C, for which Ray ends the workers and exits with the status 0."""
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    except SystemExit as error:
+        raise Interrupted(signal.SIGINT) from error
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, before)
+
+
+@contextmanager
+def _scratch(output: Path) -> Iterator[Path]:
+    """A folder for Ray's own state, where all nodes see it; an output that is made for it and stays empty goes too."""
+    made = not output.exists()
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DiskError(f"the output folder {output} cannot be made ({error.strerror}): choose another") from error
+    try:
+        with TemporaryDirectory(dir=output.absolute(), prefix=".ray-", ignore_cleanup_errors=True) as folder:
+            yield Path(folder)
+    finally:
+        if made:
+            with suppress(OSError):  # a run is in it
+                output.rmdir()
+
+
+def _elastic(loop: Loop, n: int) -> int | tuple[int, int]:
+    """The number of workers, or the least and the most if the same rows can be dealt to any number between."""
+    values = read_values(Path(loop.recipe), loop.set)
+    part = values.get("distributed") or {}
+    any_number = "global_batch" in part and part.get("shard") is None
+    if n > 1 and any_number and not any(dealing_problems(values, k) for k in range(1, n)):
+        return 1, n
+    return n
+
+
+def _last_line(error: BaseException) -> str:
+    return str(error).strip().rpartition("\n")[2] or type(error).__name__
+
+
+def _print(line: str) -> None:
+    if ray.train.get_context().get_world_rank() == 0:
+        print(line, flush=True)
