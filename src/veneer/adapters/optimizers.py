@@ -1,0 +1,83 @@
+"""Optimizers made for LoRA's two factors, under PEFT's names."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from veneer.contract import MethodConfig
+from veneer.errors import ConfigError
+from veneer.model.attach import adapted_layers
+from veneer.optim.precondition import Factors, precondition
+
+_DAMPING_OF_LORA_FA = 1e-8
+
+
+def create_riemannian_optimizer(
+    model: nn.Module, optimizer_cls: Callable[..., Optimizer], *, lr: float, reg: float = 1e-2, **kwargs: Any
+) -> Optimizer:
+    """Return an optimizer of this class over the trainable parameters, whose steps see LoRA's gradients in the metric
+    of ``B A``.
+
+    ``reg`` is added to the diagonals of the two Gram matrices. Other parameters, and factors at embeddings and
+    convolutions, are trained as the class trains them. ``kwargs`` are the class's own.
+    Source: Zhang and Pilanci 2024, arXiv:2402.02347. Raises ConfigError if no layer trains both factors.
+    """
+    layers = [each for each in _layers(model) if each.a.requires_grad and each.b.requires_grad]
+    if not layers:
+        raise ConfigError("no linear layer trains LoRA's A and B: attach LoraConfig first, or use the optimizer alone")
+    optimizer = optimizer_cls([p for p in model.parameters() if p.requires_grad], lr=lr, **kwargs)
+    precondition(optimizer, [Factors(a=each.a, b=each.b) for each in layers], reg)
+    return optimizer
+
+
+def create_lorafa_optimizer(
+    model: nn.Module, r: int | None = None, lora_alpha: float | None = None, lr: float = 1e-3, weight_decay: float = 0.0
+) -> Optimizer:
+    """Freeze LoRA's A, and return AdamW over the other parameters with B's gradient projected onto that of ``B A``.
+
+    ``r`` and ``lora_alpha``, which PEFT asks for, must be those of the adapters; None reads them there.
+    Source: Zhang et al. 2023, arXiv:2308.03303. Raises ConfigError if no layer trains B, or if one of the two differs.
+    Departs: torch's AdamW in the parameters' dtype; PEFT projects in bfloat16, and decays after a step.
+    """
+    layers = [each for each in _layers(model) if each.b.requires_grad]
+    if not layers:
+        raise ConfigError("no linear layer trains LoRA's B: attach LoraConfig first, or use another optimizer")
+    given = {"r": r, "lora_alpha": lora_alpha}
+    wrong = {
+        f"{name}={value} is not the {own} of the adapter: leave it out"
+        for method in _methods(model)
+        for name, value in given.items()
+        if value is not None and value != (own := getattr(method, name))
+    }
+    if wrong:
+        raise ConfigError("; ".join(sorted(wrong)))
+    for each in layers:
+        each.a.requires_grad_(False)
+        each.a.grad = None
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=lr, eps=1e-6, weight_decay=weight_decay)
+    precondition(optimizer, layers, _DAMPING_OF_LORA_FA)
+    return optimizer
+
+
+def _methods(model: nn.Module) -> list[MethodConfig]:
+    """The configs of LoRA on a model."""
+    held = (layer.method(name) for layer in adapted_layers(model).values() for name in layer.adapters)
+    return [method for method in held if hasattr(method, "lora_alpha") and hasattr(method, "r")]
+
+
+def _layers(model: nn.Module) -> list[Factors]:
+    """The factors of LoRA at linear layers, with the scales of their products."""
+    found = []
+    for layer in adapted_layers(model).values():
+        for name, held in layer.adapters.items():
+            a, b = (held._parameters.get(f"lora_{factor}") for factor in "AB")
+            if a is not None and b is not None and a.ndim == 2 and layer.site((name,)).kind == "linear":
+                pair = layer.record(name).low_rank
+                found.append(Factors(a=a, b=b, scale=1.0 if pair is None else pair.scale))
+    return found
