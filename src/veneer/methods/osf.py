@@ -127,7 +127,7 @@ class OSFConfig(LinearMethod):
 
     def init(self, site: LinearSite, generator: torch.Generator | None = None) -> dict[str, Tensor]:
         shapes = self.shapes(site)
-        if not self.init_weights:
+        if self.init_weights is False:
             return {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
         if is_tracing() or site.weight is None:  # of a plan, before weights have values
             return {name: torch.zeros(shape) for name, shape in shapes.items()}
@@ -174,8 +174,10 @@ class _Checks(Checks):
         least = {site.name: min(site.out_features, site.in_features) for site in sites}
         kept = {site.name: self.config.kept(site) for site in sites}
         return [
-            f"effective_rank keeps {kept[name]} of the {n} singular triplets of {name}: give a rank from 1 to {n - 1} "
-            "(rank_pattern sets it for single modules)"
+            f"{name} has one singular triplet, and OSF needs two: list it in exclude_modules"
+            if n == 1
+            else f"effective_rank keeps {kept[name]} of the {n} singular triplets of {name}: give a rank from 1 to "
+            f"{n - 1} (rank_pattern sets it for single modules)"
             for name, n in least.items()
             if not 0 < kept[name] < n
         ]

@@ -26,6 +26,8 @@ def test_the_lesser_triplets_are_in_the_parameters():
     record = config.lower(place, params)
     expected = u[:, :3] * s[:3] @ v[:3] + params["U_low"] @ torch.diag(params["S_low"]) @ params["V_low"]
     torch.testing.assert_close(fold_linear(record, w)[0], expected)
+    start = OSFConfig(effective_rank=3, init_weights=None).init(place)  # None is True, as in PEFT
+    torch.testing.assert_close(start["U_low"] * start["S_low"] @ start["V_low"], u[:, 3:] * s[3:] @ v[3:])
     x, dy = torch.randn(3, 5), torch.randn(3, 7)
     torch.testing.assert_close(record.changes[0].matmul(x), x @ record.added().T)
     torch.testing.assert_close(record.changes[0].matmul_t(dy), dy @ record.added())
@@ -57,6 +59,10 @@ def test_what_it_refuses():
         TargetError, match=r"effective_rank keeps 12 of the 12 singular .*v_proj: give a rank from 1 to 11"
     ):
         get_peft_model(base(), OSFConfig(effective_rank=12, target_modules=TARGETS))
+    assert (
+        "gate has one singular triplet, and OSF needs two: list it"
+        in OSFConfig().checks.layers([site("gate", 1, 9)])[0]
+    )
     with pytest.raises(TargetError, match="rank_pattern key 'nowhere' is found in none of the 6 modules"):
         get_peft_model(base(), OSFConfig(rank_pattern={"nowhere": 3}, target_modules=TARGETS))
     with pytest.raises(ConfigError, match="OSF at q_proj needs the frozen weight"):
