@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
 import bitsandbytes as bnb
@@ -20,7 +20,10 @@ from veneer.ops.glu import glu
 from veneer.ops.grouped_low_rank import grouped_low_rank
 from veneer.ops.int8 import dequantize_int8, matmul_int8, quantize_int8
 from veneer.ops.norm import layer_norm, rms_norm
+from veneer.ops.paged_attention import DTYPES, PagedRows, PagedStore, append, paged_attention
+from veneer.ops.pairs import PackedPairs, Pair, Segment, Segments, add_pairs
 from veneer.ops.rotary import rotary
+from veneer.ops.sample import RowRule, draw
 
 Function = Callable[..., Tensor | tuple[Tensor, ...]]
 
@@ -90,6 +93,7 @@ def cases(make: Maker) -> Iterator[Case]:
     yield from _int8(make)
     yield _blockwise(make)
     yield _grouped(make)
+    yield from _serving(make)
 
 
 def _norms(make: Maker) -> Iterator[Case]:
@@ -308,3 +312,85 @@ def _grouped(make: Maker) -> Case:
         return y
 
     return Case(name="8 adapters in one pass", inputs=[make.trained(s.tokens, s.width), *factors], ours=ours, peer=peer)
+
+
+def _serving(make: Maker) -> Iterator[Case]:
+    """The ops of serving, whose kernels have no float16."""
+    if make.dtype in DTYPES:
+        yield _pairs_of_versions(make)
+        yield _paged_attention(make)
+    yield _draws(make)
+
+
+def _pairs_of_versions(make: Maker) -> Case:
+    """32 tokens, two a version, at layers that share their input; the peer multiplies version by version."""
+    s, n_versions = make.sizes, 16
+    outs = (s.width, s.kv_heads * s.head_dim, s.kv_heads * s.head_dim)
+    factors = [[(make.frozen(16, s.width), make.frozen(o, 16)) for o in outs] for _ in range(n_versions)]
+    packed = [
+        PackedPairs.pack([Pair(a, b, 0.5) for a, b in each], outs, dtype=make.dtype, backend="reference")
+        for each in factors
+    ]
+    segments = Segments.of([Segment(pairs, 2 * k, 2 * k + 2) for k, pairs in enumerate(packed)])
+    if make.device.type != "cpu":  # as serving sends it, with the other numbers of a step
+        segments = replace(segments, table=segments.table.to(make.device))
+
+    def ours(x: Tensor) -> tuple[Tensor, ...]:
+        ys = [x.new_zeros(len(x), o) for o in outs]
+        add_pairs(x, segments, ys, backend=make.backend)
+        return tuple(ys)
+
+    def peer(x: Tensor) -> tuple[Tensor, ...]:
+        return tuple(
+            torch.cat(
+                [0.5 * (own @ each[layer][0].to(x.dtype).T @ each[layer][1].to(x.dtype).T) for own, each in zip(
+                    x.split(2), factors, strict=True)]
+            )
+            for layer in range(3)
+        )  # fmt: skip
+
+    return Case(name="pairs of 16 versions", inputs=[make.frozen(2 * n_versions, s.width)], ours=ours, peer=peer)
+
+
+def _paged_attention(make: Maker) -> Case:
+    """A token of each of many sequences, whose keys are in pages; the peer has them in one piece."""
+    s, n = make.sizes, 16
+    store = PagedStore.zeros(
+        n * -(-s.length // 16), 16, (1, s.kv_heads, s.head_dim), dtype=make.dtype, device=make.device
+    )
+    n_pages = store.n_pages // n
+    tables = [range(k * n_pages, (k + 1) * n_pages) for k in range(n)]
+    k, v = (make.frozen(n * s.length, s.kv_heads, s.head_dim) for _ in range(2))
+    append(store, 0, k, v, _rows_on(make.device, [(t, 0, s.length) for t in tables], store), backend=make.backend)
+    rows = _rows_on(make.device, [(t, s.length - 1, 1) for t in tables], store)
+
+    def peer(q: Tensor) -> Tensor:
+        keys, values = (x.to(q.dtype).unflatten(0, (n, s.length)).transpose(1, 2) for x in (k, v))
+        return functional.scaled_dot_product_attention(q[:, :, None], keys, values, enable_gqa=True)[:, :, 0]
+
+    options = AttentionOptions(backend=make.backend)
+    ours = lambda q: paged_attention(store, 0, q, rows, options)  # noqa: E731
+    return Case(name="attention to pages", inputs=[make.frozen(n, s.heads, s.head_dim)], ours=ours, peer=peer)
+
+
+def _rows_on(device: torch.device, sequences: list[tuple[range, int, int]], store: PagedStore) -> PagedRows:
+    rows = PagedRows.of(sequences, store)
+    sent = (x.to(device) for x in (rows.pages, rows.first_page, rows.first_row, rows.position))
+    return PagedRows(*sent, rows.n_rows)
+
+
+def _draws(make: Maker) -> Case:
+    """Tokens by temperature, top_k and top_p: the peer draws others, so the reference is what must be equalled."""
+    logits = make.frozen(32, make.sizes.classes, scale=4.0)
+    rules = [RowRule(temperature=0.7, top_k=20, top_p=0.8, key=(3, i)) for i in range(32)]
+
+    def peer(x: Tensor) -> Tensor:
+        values, ids = (x.float() / 0.7).sort(descending=True)
+        p = values.softmax(-1)
+        p = p.masked_fill(p.cumsum(-1) - p >= 0.8, 0.0)
+        p[:, 20:] = 0
+        return ids.gather(1, p.multinomial(1))
+
+    ours = lambda x: draw(x, rules, backend=make.backend).tokens  # noqa: E731
+    exact = lambda: (draw(logits.cpu(), rules, backend="reference").tokens,)  # noqa: E731
+    return Case(name="draws of 32 tokens", inputs=[logits], ours=ours, peer=peer, exact=exact)

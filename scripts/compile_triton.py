@@ -17,6 +17,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from array import array
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,9 @@ from triton.runtime.jit import JITFunction
 from veneer.ops.adamw import AdamWStep, Moment8bit
 from veneer.ops.four_bit import FourBitLayout
 from veneer.ops.grouped_low_rank import AdapterRuns, LowRankGroup, Run
+from veneer.ops.paged_attention import PagedRows, PagedStore
+from veneer.ops.pairs import PackedPairs, Pair, Segment, Segments
+from veneer.ops.sample import RowRule, bit_mask
 from veneer.ops.triton import (
     adamw,
     attention,
@@ -42,9 +46,12 @@ from veneer.ops.triton import (
     grouped_low_rank,
     int8,
     norm,
+    paged_attention,
     rotary,
+    sample,
     scale,
 )
+from veneer.ops.triton import pairs as pairs_of_versions
 
 SHARED_BYTES = 99 * 1024  # of one program on compute capability 8.6 and 8.9
 Case = tuple[str, Callable[[], Any]]
@@ -73,6 +80,10 @@ def cases(dtype: torch.dtype, quick: bool) -> Iterator[Case]:
     yield from _weight_cases(dtype, quick)
     yield from _optimizer_cases(dtype, quick)
     yield from _grouped_cases(dtype, quick)
+    if dtype != torch.float16:
+        yield from _paged_cases(dtype, quick)
+        yield from _pair_cases(dtype, quick)
+    yield from _sample_cases(dtype)
 
 
 def _norm_cases(dtype: torch.dtype, quick: bool) -> Iterator[Case]:
@@ -161,6 +172,39 @@ def _grouped_cases(dtype: torch.dtype, quick: bool) -> Iterator[Case]:
         group = LowRankGroup(a, tuple(f.T for f in b), (1.5, 2.0))
         yield f"grouped {ranks}", lambda g=group: grouped_low_rank.forward(x, [g], rows, [y])
         yield f"grouped {ranks} backward", lambda g=group: grouped_low_rank.backward([y], x, x, [g], rows, True)
+
+
+def _paged_cases(dtype: torch.dtype, quick: bool) -> Iterator[Case]:
+    """A prompt beside a token, and tokens alone; query heads that share a key head."""
+    for features in (64,) if quick else (16, 64, 80, 128, 256):
+        store = PagedStore.zeros(40, 16, (2, 3, features), dtype=dtype)
+        for n in (1,) if quick else (1, 200):
+            rows = PagedRows.of([(range(20), 100, n), (range(20, 30), 0, 1)], store)
+            q, kv = torch.empty(n + 1, 9, features, dtype=dtype), torch.empty(n + 1, 3, features, dtype=dtype)
+            for numbers in ((0.125, 128, 30.0),) if quick else ((0.125, 0, 0.0), (0.125, 128, 30.0)):
+                args = store, 1, q, rows, *numbers
+                yield f"paged attention {features} {n} rows {numbers[1:]}", lambda a=args: paged_attention.attend(*a)
+        yield f"pages written {features}", lambda a=(store, 1, kv, kv, rows): paged_attention.append(*a)
+
+
+def _pair_cases(dtype: torch.dtype, quick: bool) -> Iterator[Case]:
+    """Layers that share x, at ranks within and beyond a tile; from values of the factors' dtype and of the other."""
+    outs = (1536, 192, 192)
+    for rank, n, x_dtype in ((16, 4, dtype),) if quick else ((16, 4, dtype), (64, 500, dtype), (8, 4, torch.float32)):
+        pairs = [Pair(torch.zeros(rank, 576), torch.zeros(o, rank), 1.0, activation="gelu_tanh") for o in outs]
+        segments = Segments.of([Segment(PackedPairs.pack(pairs, outs, dtype=dtype), 0, n)])
+        x, ys = torch.empty(n, 576, dtype=x_dtype), [torch.empty(n, o, dtype=dtype) for o in outs]
+        yield f"pairs {rank} {n} rows", lambda a=(x, segments, ys): pairs_of_versions.add(*a)
+
+
+def _sample_cases(dtype: torch.dtype) -> Iterator[Case]:
+    logits, ids = torch.empty(2, 49152, dtype=dtype), array("i", [5])
+    rule = RowRule(
+        allowed=(bit_mask([1], 49152),), banned=ids, biased=(ids, array("f", [1.0])), seen=ids, repetition=1.1,
+        counted=(ids, ids), top_k=20, top_p=0.8, n_likeliest=2,
+    )  # fmt: skip
+    yield "likeliest", lambda: sample.likeliest(logits)
+    yield "draw", lambda: sample.draw(logits, [rule, rule])
 
 
 def compile_all(capability: int, dtypes: list[torch.dtype], quick: bool) -> list[str]:

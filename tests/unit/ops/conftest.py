@@ -14,11 +14,12 @@ from veneer.ops.dispatch import backends
 def pytest_generate_tests(metafunc):
     op = getattr(metafunc.module, "OP", None)
     if op is not None and "backend" in metafunc.fixturenames:
-        metafunc.parametrize("backend", backends_of(op), indirect=True)
+        metafunc.parametrize("backend", backends_of(op, metafunc.definition), indirect=True)
 
 
-def backends_of(op):
-    others = [b for b in backends(op) if b != "cpu"]
+def backends_of(op, test):
+    left_out = ("cpu", "triton") if test.get_closest_marker("not_interpreted") else ("cpu",)
+    others = [b for b in backends(op) if b not in left_out]
     return others + ([f"cpu-{isa}" for isa in kernels().isas()] if "cpu" in backends(op) else [])
 
 
@@ -51,7 +52,7 @@ def every_backend(request):
     """The back ends one after the other, for a test that draws what it compares them with."""
 
     def names():
-        for each in backends_of(request.module.OP):
+        for each in backends_of(request.module.OP, request.node):
             with chosen(each) as name:
                 yield name
 

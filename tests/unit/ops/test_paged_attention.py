@@ -67,6 +67,7 @@ class Cache:
         return y.transpose(0, 1), unit * (1.01 * p @ v.abs() + y.abs()).transpose(0, 1)
 
 
+@pytest.mark.not_interpreted
 @pytest.mark.parametrize("options", OPTIONS, ids=range(len(OPTIONS)))
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("heads", "block"), [((6, 2, 40), 16), ((3, 3, 64), 32), ((8, 1, 17), 16)])
@@ -93,6 +94,24 @@ def test_prompts_in_chunks_and_decoding(heads, block, dtype, options, backend):
         assert ((got.double() - exact).abs() <= allowed).all(), s
 
 
+@pytest.mark.parametrize(
+    ("heads", "dtype", "options"), [((6, 2, 40), torch.bfloat16, OPTIONS[3]), ((8, 1, 17), torch.float32, OPTIONS[1])]
+)
+def test_rows_in_tiles(heads, dtype, options, backend):
+    """Rows of a prompt beyond a tile of queries, one of keys and a page, beside single tokens."""
+    lengths = (75, 1, 19)
+    cache = Cache(lengths, heads, dtype, 16, backend)
+    first = cache.step([(0, 0, 70), (2, 0, 18)], options)
+    second = cache.step([(0, 70, 75), (1, 0, 1), (2, 18, 19)], options)
+    last = cache.step([(s, n - 1, n) for s, n in enumerate(lengths)], options)  # again, each alone
+    found = torch.cat([first[0], second[0]]), second[1], torch.cat([first[1], second[2]])
+    for s in range(len(lengths)):
+        exact, allowed = cache.exact(s, options)
+        assert ((found[s].double() - exact).abs() <= allowed).all()
+        assert ((last[s].double() - exact[-1:]).abs() <= allowed[-1:]).all()
+
+
+@pytest.mark.not_interpreted
 @pytest.mark.parametrize("window", [None, 700])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_row_depends_on_its_own_sequence_alone(dtype, window, backend):

@@ -86,6 +86,7 @@ def test_a_version_takes_the_bytes_of_its_own_ranks():
     assert (narrow.nbytes, wide.nbytes) == (2 * 16 * (64 + 160), 2 * 64 * (64 + 160))
 
 
+@pytest.mark.not_interpreted
 @pytest.mark.parametrize("y_dtype", DTYPES)
 @pytest.mark.parametrize("x_dtype", DTYPES)
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -117,6 +118,7 @@ def test_what_is_added_is_exact_to_its_roundings(i, sizes, dtype, x_dtype, y_dty
         assert (whole[:, 100 + got.shape[1] :] == 7).all()
 
 
+@pytest.mark.not_interpreted
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("threads", [1, 3])
 def test_a_row_does_not_depend_on_its_companions(dtype, threads, backend):
@@ -158,6 +160,7 @@ def full(i, outs, dtype, activation, *, shared):
     return pairs, PackedPairs.pack(pairs, outs, dtype=dtype)
 
 
+@pytest.mark.not_interpreted
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
@@ -180,6 +183,29 @@ def test_what_is_between_the_products_and_behind_them(activation, shared, dtype,
     add_pairs(x[5:6], [Segment(packed, 0, 1)], alone, backend=backend)
     same = torch.equal if backend == "cpu" else partial(torch.allclose, rtol=0.02, atol=0.02)
     assert all(same(y[5:6], one) for y, one in zip(got, alone, strict=True))
+
+
+@pytest.mark.parametrize(("dtype", "activation"), [(torch.bfloat16, "gelu_tanh"), (torch.float32, "leaky_relu")])
+def test_versions_of_every_kind_in_one_call(dtype, activation, backend):
+    """Depths beyond a part, ranks beyond a tile, an a that layers share, vectors, and rows of no version."""
+    i, outs = 1100, (83, 5, 131)
+    plain = [Pair(draw(r, i), draw(o, r), 0.3) if r else None for r, o in zip((33, 0, 70), outs, strict=True)]
+    given = [(plain, PackedPairs.pack(plain, outs, dtype=dtype))]
+    given += [full(i, outs, dtype, activation, shared=shared) for shared in (True, False)]
+    x, ys = draw(47, i).to(dtype), [draw(47, o).to(dtype) for o in outs]
+    expected, at = [y.double() for y in ys], ((1, 2), (3, 40), (40, 46))
+    for (pairs, _), (start, stop) in zip(given, at, strict=True):
+        rows = slice(start, stop)
+        for y, pair in zip(expected, pairs, strict=True):
+            if pair is not None:
+                u = x[rows].double() @ pair.a.to(dtype).double().T
+                u = u if pair.core is None else activated(pair.core * u + pair.a_bias, activation)
+                inner = u @ (pair.scale * pair.b).to(dtype).double().T
+                y[rows] += inner if pair.b_scale is None else pair.b_scale * inner + pair.b_bias
+    add_pairs(x, [Segment(packed, *own) for (_, packed), own in zip(given, at, strict=True)], ys, backend=backend)
+    rounding = 1e-5 if dtype == torch.float32 else 2.0**-6
+    for y, exact in zip(ys, expected, strict=True):
+        assert (y.double() - exact).abs().max() <= rounding * exact.abs().max()
 
 
 def test_rows_may_be_read_and_changed_at_once(backend):

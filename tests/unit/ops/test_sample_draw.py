@@ -88,6 +88,7 @@ def require_equal(logits: torch.Tensor, asked: list[RowRule], backend: str, expe
     torch.testing.assert_close(found.likeliest[1], expected.likeliest[1], rtol=0, atol=1e-12)
 
 
+@pytest.mark.not_interpreted
 @quickly
 @given(data=st.data())
 def test_every_back_end_equals_the_specification(data, every_backend):
@@ -99,6 +100,21 @@ def test_every_back_end_equals_the_specification(data, every_backend):
     expected = draw(logits, asked, backend="reference")  # no rule is refused
     for backend in every_backend():
         require_equal(logits, asked, backend, expected)
+
+
+def test_rules_of_every_kind_in_one_call(backend):
+    """Ids in two blocks of a row, ties at the thresholds, rows of bfloat16 beside one another."""
+    d = 2051
+    ids, some = ints([5, 2050, 77]), {"key": (-3, 2**63 + 9), "n_likeliest": 2}
+    kinds = {
+        "ties": RowRule(temperature=0.7, top_k=20, top_p=0.8, place=5, **some),
+        "plain": RowRule(min_p=0.01, allowed=(bit_mask(range(0, d, 3), d), bit_mask(range(d), d)), **some),
+        "equal": RowRule(top_p=0.3, banned=ids, seen=ids, repetition=1.3, key=(7, 1)),
+        "peak": RowRule(biased=(ids, array("f", [30.0, -2.0, 9.0])), key=(8, 1)),
+        "holes": RowRule(temperature=0, counted=(ids, ints([1, 2, 9])), frequency=0.3, presence=-40.0, **some),
+    }
+    logits = torch.cat([logits_of(31, 1, d, kind) for kind in (*kinds, "plain")]).bfloat16()
+    require_equal(logits, [*kinds.values(), RowRule(target=2050, n_likeliest=0)], backend)
 
 
 @cache
@@ -113,6 +129,7 @@ def large(kind: str, dtype: torch.dtype) -> tuple[torch.Tensor, list[RowRule], D
     return logits, asked, draw(logits, asked, backend="reference")
 
 
+@pytest.mark.not_interpreted
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", ["plain", "ties", "equal", "peak"])
 def test_a_large_vocabulary_and_a_long_prompt(kind, dtype, backend):
@@ -130,6 +147,7 @@ def test_rows_that_are_not_finite_and_rules_that_leave_nothing(backend):
     assert draw(logits[:0], [], backend=backend).tokens.shape == (0,)
 
 
+@pytest.mark.not_interpreted
 def test_strided_rows(backend):
     logits = logits_of(3, 70, 41, "plain")
     asked = [RowRule(key=(1, i), n_likeliest=3) for i in range(41)]

@@ -136,7 +136,7 @@ def _store(x, tokens, token_stride, length, d, values, FEATURES: tl.constexpr):
 
 
 @triton.jit
-def _scores(product, ahead, scale, window, softcap, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr):
+def scored(product, ahead, scale, window, softcap, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr):
     """Scores in units of log 2, -inf where a query does not see a key, and the slope of the cap that made them.
 
     ahead: the query's place minus the key's. No query sees keys beyond the end; queries there are not stored.
@@ -208,7 +208,7 @@ def _forward_kernel(
         v_tile = _tile(v_start, keys, v_token, length, d, FEATURES)
         product = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee")
         ahead = queries[:, None] - keys[None, :]
-        scores, _ = _scores(product, ahead, scale, window, softcap, WINDOW, SOFTCAP)
+        scores, _ = scored(product, ahead, scale, window, softcap, WINDOW, SOFTCAP)
         new_most = tl.maximum(most, tl.max(scores, axis=1))
         # A query that has seen no key yet has a sum of 0, whatever it is shifted by.
         shift = tl.where(new_most == float("-inf"), 0.0, new_most)
@@ -296,7 +296,7 @@ def _query_gradient_kernel(
         v_tile = _tile(v_start, keys, v_token, length, d, FEATURES)
         product = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee")
         ahead = queries[:, None] - keys[None, :]
-        scores, slope = _scores(product, ahead, scale, window, softcap, WINDOW, SOFTCAP)
+        scores, slope = scored(product, ahead, scale, window, softcap, WINDOW, SOFTCAP)
         p = tl.exp2(scores - log_sum[:, None])
         dp = tl.dot(dout_tile, tl.trans(v_tile), input_precision="ieee")
         ds = p * (dp - taken_off[:, None]) * slope
@@ -364,7 +364,7 @@ def _key_gradient_kernel(
             taken_off = tl.load(delta + place + queries, mask=queries < length, other=0.0)
             product = tl.dot(k_tile, tl.trans(q_tile), input_precision="ieee")
             ahead = queries[None, :] - keys[:, None]
-            scores, slope = _scores(product, ahead, scale, window, softcap, WINDOW, SOFTCAP)
+            scores, slope = scored(product, ahead, scale, window, softcap, WINDOW, SOFTCAP)
             p = tl.exp2(scores - log_sum[None, :])
             value_gradient = tl.dot(p.to(dout_tile.dtype), dout_tile, value_gradient, input_precision="ieee")
             dp = tl.dot(v_tile, tl.trans(dout_tile), input_precision="ieee")

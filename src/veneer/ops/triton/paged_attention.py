@@ -1,0 +1,226 @@
+"""Paged attention in Triton, in tiles (Dao 2023, arXiv 2307.08691): keys and values are read from their pages.
+
+A program has the rows of one sequence and the query heads that share a key head, so that keys are read once for them.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from veneer.ops.paged_attention import PagedRows, PagedStore, padded
+from veneer.ops.reference import paged_attention as reference
+from veneer.ops.triton.attention import scored
+from veneer.ops.triton.launch import block, launch
+
+_MOST_FEATURES = 256
+
+
+def append(store: PagedStore, layer: int, k: Tensor, v: Tensor, rows: PagedRows) -> None:
+    grid = rows.n_rows, store.kv_heads
+    heads = k, *k.stride()[:2], v, *v.stride()[:2]
+    launch(_append_kernel, grid, store.data, *_place(store, layer), *_numbers(rows), *heads, **_forms(store))
+
+
+def attend(
+    store: PagedStore, layer: int, q: Tensor, rows: PagedRows, scale: float, window: int, softcap: float
+) -> Tensor:
+    if store.head_dim > _MOST_FEATURES:
+        return reference.attend(store, layer, q, rows, scale, window, softcap)
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    group = q.shape[1] // store.kv_heads
+    width, keys, n_warps = _tile(q, group, rows)
+    height = width // group
+    # a sequence has at most one tile more than its rows fill
+    grid = rows.n_rows // height + len(rows.position), store.kv_heads
+    heads = q, *q.stride()[:2], out, *out.stride()[:2]
+    numbers = group, scale, window, softcap or 1.0
+    sizes = {"ROWS": height, "WIDTH": width, "KEYS": keys, "WINDOW": window > 0, "SOFTCAP": softcap > 0}
+    options = {"num_warps": n_warps, "num_stages": 2}
+    place = _place(store, layer)
+    launch(
+        _attend_kernel, grid, store.data, *place, *_numbers(rows), *heads, *numbers, **sizes, **_forms(store), **options
+    )
+    return out
+
+
+def _place(store: PagedStore, layer: int) -> tuple[int, int, int]:
+    """Values of a page, those in front of a layer, and those of a head's keys."""
+    values = store.block * padded(store.head_dim)
+    return store.data.stride(0), layer * store.kv_heads * 2 * values, values
+
+
+def _numbers(rows: PagedRows) -> tuple[Tensor | int, ...]:
+    return rows.pages, rows.first_page, rows.first_row, rows.position, len(rows.position)
+
+
+def _forms(store: PagedStore) -> dict[str, int]:
+    """Values of a head, with and without padding, values that lie together, and tokens of a page."""
+    pair = 2 if store.data.dtype == torch.bfloat16 else 1
+    d = store.head_dim
+    return {"D": d, "PADDED": padded(d), "FEATURES": block(padded(d)), "PAIR": pair, "BLOCK": store.block}
+
+
+def _tile(q: Tensor, group: int, rows: PagedRows) -> tuple[int, int, int]:
+    """Queries, keys and warps of a program: what fits into the shared memory of every card since Ampere."""
+    least, wide = block(group, least=16), q.shape[2] > 128
+    decodes = rows.n_rows == len(rows.position)
+    if q.dtype == torch.float32:
+        return max(least, 16 if decodes or wide else 32), 16 if wide else 32, 4
+    return max(least, 16 if decodes else 64), 32 if wide else 64, 8 if q.shape[2] > 64 else 4
+
+
+@triton.jit
+def _last_not_above(bounds, n, value, HEIGHT: tl.constexpr):
+    """The last sequence whose first tile is not above a number: bound s begins tile ``bound // HEIGHT + s``."""
+    low, high = value * 0, value * 0 + n
+    while high - low > 1:
+        middle = (low + high) // 2
+        if tl.load(bounds + middle) // HEIGHT + middle <= value:
+            low = middle
+        else:
+            high = middle
+    return low
+
+
+@triton.jit
+def _sequence_of(bounds, n, row):
+    """The sequence that has a row."""
+    low, high = row * 0, row * 0 + n
+    while high - low > 1:
+        middle = (low + high) // 2
+        if tl.load(bounds + middle) <= row:
+            low = middle
+        else:
+            high = middle
+    return low
+
+
+@triton.jit
+def _key_at(slots, features, BLOCK: tl.constexpr, PAIR: tl.constexpr):
+    """Where a value of a key is, behind the head's place in a page."""
+    return (features // PAIR) * (BLOCK * PAIR) + slots * PAIR + features % PAIR
+
+
+@triton.jit
+def _value_at(slots, features, PADDED: tl.constexpr, PAIR: tl.constexpr):
+    return (slots // PAIR) * (PADDED * PAIR) + features * PAIR + slots % PAIR
+
+
+@triton.jit
+def _append_kernel(
+    data,
+    page_values,
+    layer_at,
+    head_values,
+    pages,
+    first_page,
+    first_row,
+    positions,
+    n,
+    k,
+    k_row,
+    k_head,
+    v,
+    v_row,
+    v_head,
+    D: tl.constexpr,
+    PADDED: tl.constexpr,
+    FEATURES: tl.constexpr,
+    PAIR: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row, head = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    sequence = _sequence_of(first_row, n, row)
+    at = tl.load(positions + sequence) + row - tl.load(first_row + sequence)
+    page, slot = tl.load(pages + tl.load(first_page + sequence) + at // BLOCK), at % BLOCK
+    features = tl.arange(0, FEATURES)
+    own = data + page * page_values + layer_at + head * 2 * head_values
+    there = features < PADDED  # zeros behind a head's values
+    x = tl.load(k + row * k_row + head * k_head + features, mask=features < D, other=0.0)
+    tl.store(own + _key_at(slot, features, BLOCK, PAIR), x, mask=there)
+    x = tl.load(v + row * v_row + head * v_head + features, mask=features < D, other=0.0)
+    own += head_values
+    tl.store(own + _value_at(slot, features, PADDED, PAIR), x, mask=there)
+    # in its pair a former holder may have left what is no number
+    is_alone = (slot % PAIR + 1 < PAIR) & (row + 1 == tl.load(first_row + sequence + 1))
+    there = features < tl.where(is_alone, PADDED, 0)
+    tl.store(own + _value_at(slot + 1, features, PADDED, PAIR), tl.zeros_like(x), mask=there)
+
+
+@triton.jit
+def _attend_kernel(
+    data,
+    page_values,
+    layer_at,
+    head_values,
+    pages,
+    first_page,
+    first_row,
+    positions,
+    n,
+    q,
+    q_row,
+    q_head,
+    out,
+    out_row,
+    out_head,
+    group,
+    scale,
+    window,
+    softcap,
+    ROWS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    KEYS: tl.constexpr,
+    WINDOW: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    D: tl.constexpr,
+    PADDED: tl.constexpr,
+    FEATURES: tl.constexpr,
+    PAIR: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    tile, head = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    sequence = _last_not_above(first_row, n, tile, ROWS)
+    start = tl.load(first_row + sequence)
+    first = (tile - start // ROWS - sequence) * ROWS
+    n_rows = tl.load(first_row + sequence + 1) - start
+    if first < n_rows:
+        position = tl.load(positions + sequence)
+        members = tl.arange(0, WIDTH)
+        rows, features = first + members // group, tl.arange(0, FEATURES)
+        heads = head * group + members % group
+        inside = ((members < ROWS * group) & (rows < n_rows))[:, None] & (features < D)[None, :]
+        q_at = (start + rows) * q_row + heads * q_head
+        queries = tl.load(q + q_at[:, None] + features[None, :], mask=inside, other=0.0)
+        own = data + layer_at + head * 2 * head_values
+        own_pages = pages + tl.load(first_page + sequence)
+        most = tl.full([WIDTH], float("-inf"), tl.float32)
+        total = tl.zeros([WIDTH], tl.float32)
+        mixed = tl.zeros([WIDTH, FEATURES], tl.float32)
+        oldest, end = position * 0, position + tl.minimum(n_rows, first + ROWS)
+        if WINDOW:
+            oldest = tl.maximum(position + first - window + 1, 0)
+        for begin in range(oldest // KEYS * KEYS, end, KEYS):
+            keys = begin + tl.arange(0, KEYS)
+            seen = (keys >= oldest) & (keys < end)  # pages in front of a window may have any number
+            page = own + tl.load(own_pages + keys // BLOCK, mask=seen, other=0) * page_values
+            there = seen[:, None] & (features < D)[None, :]
+            key_at = _key_at((keys % BLOCK)[:, None], features[None, :], BLOCK, PAIR)
+            k_tile = tl.load(page[:, None] + key_at, mask=there, other=0.0)
+            value_at = head_values + _value_at((keys % BLOCK)[:, None], features[None, :], PADDED, PAIR)
+            v_tile = tl.load(page[:, None] + value_at, mask=there, other=0.0)
+            product = tl.dot(queries, tl.trans(k_tile), input_precision="ieee")
+            ahead = (position + rows)[:, None] - keys[None, :]
+            scores, _ = scored(product, ahead, scale, window, softcap, WINDOW, SOFTCAP)
+            new_most = tl.maximum(most, tl.max(scores, axis=1))
+            shift = tl.where(new_most == float("-inf"), 0.0, new_most)  # of a query that has seen no key yet
+            p = tl.exp2(scores - shift[:, None])
+            factor = tl.exp2(most - shift)
+            total = total * factor + tl.sum(p, axis=1)
+            mixed = tl.dot(p.to(v_tile.dtype), v_tile, mixed * factor[:, None], input_precision="ieee")
+            most = new_most
+        to = (start + rows) * out_row + heads * out_head
+        tl.store(out + to[:, None] + features[None, :], (mixed / total[:, None]).to(out.dtype.element_ty), mask=inside)

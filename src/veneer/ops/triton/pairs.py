@@ -1,0 +1,237 @@
+"""Low-rank pairs of many versions in Triton: two products for the rows of each segment, from panels as they lie.
+
+The first product is split along its depth, in parts of one length, and the second adds the parts up in their order. So
+a row's result does not depend on the rows beside it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from veneer.ops.pairs import ACTIVATIONS, Factor, Segments, filled
+from veneer.ops.reference import pairs as reference
+from veneer.ops.triton.activations import activated, sigmoid, tanh
+from veneer.ops.triton.launch import block, launch
+
+_DEPTH, _PART, _WIDTH, _MOST_ROWS = 64, 1024, 64, 32
+_START, _STOP, _FORM, _CORE, _BIAS, _ACTIVATION = (tl.constexpr(at) for at in range(1, 7))
+_OUT_SCALE, _OUT_BIAS, _RANKS = tl.constexpr(7), tl.constexpr(8), tl.constexpr(9)
+_SHARED = tl.constexpr(3)
+_RELU, _SQUARED, _TANH, _SIGMOID, _LEAKY, _IDENTITY = (
+    tl.constexpr(ACTIVATIONS.index(kind))
+    for kind in ("relu", "relu_squared", "tanh", "sigmoid", "leaky_relu", "identity")
+)
+_SILU, _GELU = tl.constexpr(ACTIVATIONS.index("silu")), tl.constexpr(ACTIVATIONS.index("gelu"))
+
+
+def pack(factors: Sequence[Factor]) -> None:
+    reference.pack(factors)
+
+
+def add(x: Tensor, segments: Segments, ys: Sequence[Tensor]) -> None:
+    x = x if x.stride(1) == 1 else x.contiguous()
+    pairs, table, i = segments.pairs, segments.table.to(x.device), segments.pairs.in_features
+    longest = max(stop - start for _, start, stop in segments.parts)
+    ranks = max(sum(rank + rank % 2 for rank in part.pairs.ranks) for part in segments.parts) or 1
+    rows = block(longest, least=16, most=_MOST_ROWS)
+    n_parts = triton.cdiv(i, _PART)
+    inner = torch.empty(n_parts, len(x), ranks, dtype=torch.float32, device=x.device)
+    sizes = {
+        "OUTS": pairs.out_features, "ROWS": rows, "RANKS": block(ranks, least=16, most=64),
+        "FACTOR": tl.bfloat16 if pairs.dtype == torch.bfloat16 else tl.float32,
+        "HALF": x.dtype == pairs.dtype == torch.bfloat16, "num_stages": 2,
+    }  # fmt: skip
+    tiles = triton.cdiv(longest, rows)
+    grid = len(table), tiles, triton.cdiv(ranks, sizes["RANKS"]) * n_parts
+    shape = len(x), ranks
+    launch(
+        _shrink_kernel, grid, x, x.stride(0), table, table.stride(0), inner, *shape, i, filled(i, pairs.dtype),
+        DEPTH=_DEPTH, PART=_PART, **sizes,
+    )  # fmt: skip
+    for layer, y in enumerate(ys):
+        o, behind = y.shape[1], sum(pairs.out_features[:layer])
+        grid = len(table), tiles, triton.cdiv(o, _WIDTH)
+        launch(
+            _expand_kernel, grid, inner, *shape, n_parts, table, table.stride(0), y, y.stride(0), o, behind,
+            filled(i, pairs.dtype), LAYER=layer, WIDTH=_WIDTH, **sizes,
+        )  # fmt: skip
+
+
+@triton.jit
+def _place(rows, columns, n_rows, depth, PAIR: tl.constexpr):
+    """Where a value of a matrix (n_rows, depth) in panels is."""
+    panel = rows // 64
+    width = tl.minimum(64, tl.cdiv(n_rows, 16) * 16 - panel * 64)
+    return panel * 64 * depth + (columns // PAIR) * width * PAIR + (rows % 64) * PAIR + columns % PAIR
+
+
+@triton.jit
+def _filled(rank, PAIR: tl.constexpr):
+    return tl.cdiv(rank, PAIR) * PAIR
+
+
+@triton.jit
+def _rows_in_a(segment, OUTS: tl.constexpr, PAIR: tl.constexpr):
+    """Rows of a's matrix: those of all layers, or of one that they share."""
+    total = tl.load(segment) * 0
+    for layer in tl.static_range(len(OUTS)):
+        total += _filled(tl.load(segment + _RANKS + layer), PAIR)
+    return tl.where(tl.load(segment + _FORM) == _SHARED, _filled(tl.load(segment + _RANKS), PAIR), total)
+
+
+@triton.jit
+def _shrink_kernel(
+    x,
+    x_row,
+    table,
+    table_row,
+    inner,
+    n,
+    ranks,
+    i,
+    depth,
+    OUTS: tl.constexpr,
+    ROWS: tl.constexpr,
+    RANKS: tl.constexpr,
+    FACTOR: tl.constexpr,
+    HALF: tl.constexpr,
+    DEPTH: tl.constexpr,
+    PART: tl.constexpr,
+):
+    """The product of a part of x with a part of a, of all layers, for some rows of a segment."""
+    PAIR: tl.constexpr = 2 if tl.bfloat16 == FACTOR else 1
+    segment = table + tl.program_id(0).to(tl.int64) * table_row
+    stop = tl.load(segment + _STOP)
+    rows = tl.load(segment + _START) + tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    n_tiles = tl.cdiv(ranks, RANKS)
+    part = tl.program_id(2) // n_tiles
+    of_a = (tl.program_id(2) % n_tiles) * RANKS + tl.arange(0, RANKS)
+    n_of_a = _rows_in_a(segment, OUTS, PAIR)
+    factors = tl.load(segment).to(tl.pointer_type(FACTOR))
+    if (tl.min(rows, axis=0) < stop) & (tl.min(of_a, axis=0) < n_of_a):
+        total = tl.zeros([ROWS, RANKS], tl.float32)
+        for first in range(part * PART, tl.minimum(i, (part + 1) * PART), DEPTH):
+            columns = first + tl.arange(0, DEPTH)
+            inside = columns < i
+            there = (rows < stop)[:, None] & inside[None, :]
+            tile = tl.load(x + rows[:, None] * x_row + columns[None, :], mask=there, other=0.0)
+            place = _place(of_a[None, :], columns[:, None], n_of_a, depth, PAIR)
+            weight = tl.load(factors + place, mask=inside[:, None] & (of_a < n_of_a)[None, :], other=0.0)
+            if not HALF:
+                tile, weight = tile.to(tl.float32), weight.to(tl.float32)
+            total = tl.dot(tile, weight, total, input_precision="ieee")
+        to = inner + (part.to(tl.int64) * n + rows[:, None]) * ranks + of_a[None, :]
+        tl.store(to, total, mask=(rows < stop)[:, None] & (of_a < ranks)[None, :])
+
+
+@triton.jit
+def _acted(u, kind):
+    """One of the activations, by its number."""
+    if kind == _IDENTITY:
+        u = u
+    elif kind == _RELU:
+        u = tl.maximum(u, 0.0)
+    elif kind == _SQUARED:
+        u = tl.maximum(u, 0.0) * tl.maximum(u, 0.0)
+    elif kind == _TANH:
+        u = tanh(u)
+    elif kind == _SIGMOID:
+        u, _ = sigmoid(u)
+    elif kind == _LEAKY:
+        u = tl.where(u < 0, 0.01 * u, u)
+    elif kind == _SILU:
+        u, _ = activated(u, "silu")
+    elif kind == _GELU:
+        u, _ = activated(u, "gelu")
+    else:
+        u, _ = activated(u, "gelu_tanh")
+    return u
+
+
+@triton.jit
+def _between(u, segment, places, inside):
+    """A layer's values between the products, from the sums of the first: with core, bias and activation, if any."""
+    if tl.load(segment + _FORM) != 0:
+        core, bias = tl.load(segment + _CORE), tl.load(segment + _BIAS)
+        if core != 0:
+            u *= tl.load(core.to(tl.pointer_type(tl.float32)) + places, mask=inside, other=0.0)[None, :]
+        if bias != 0:
+            u += tl.load(bias.to(tl.pointer_type(tl.float32)) + places, mask=inside, other=0.0)[None, :]
+        u = _acted(u, tl.load(segment + _ACTIVATION))
+    return u
+
+
+@triton.jit
+def _behind(y, segment, places, inside):
+    """What is added to a layer's output, from the sums of the second product: scale and bias, if there are any."""
+    if tl.load(segment + _FORM) != 0:
+        scale, bias = tl.load(segment + _OUT_SCALE), tl.load(segment + _OUT_BIAS)
+        if scale != 0:
+            y *= tl.load(scale.to(tl.pointer_type(tl.float32)) + places, mask=inside, other=0.0)[None, :]
+        if bias != 0:
+            y += tl.load(bias.to(tl.pointer_type(tl.float32)) + places, mask=inside, other=0.0)[None, :]
+    return y
+
+
+@triton.jit
+def _expand_kernel(
+    inner,
+    n,
+    ranks,
+    n_parts,
+    table,
+    table_row,
+    y,
+    y_row,
+    o,
+    behind,
+    depth,
+    OUTS: tl.constexpr,
+    LAYER: tl.constexpr,
+    ROWS: tl.constexpr,
+    RANKS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    FACTOR: tl.constexpr,
+    HALF: tl.constexpr,
+):
+    """The second product of a layer for some rows of a segment, added to its output."""
+    PAIR: tl.constexpr = 2 if tl.bfloat16 == FACTOR else 1
+    segment = table + tl.program_id(0).to(tl.int64) * table_row
+    stop, rank = tl.load(segment + _STOP), tl.load(segment + _RANKS + LAYER)
+    rows = tl.load(segment + _START) + tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    columns = tl.program_id(2) * WIDTH + tl.arange(0, WIDTH)
+    if (tl.min(rows, axis=0) < stop) & (rank > 0):
+        before = rank * 0  # ranks of the layers in front of this one
+        own = tl.cdiv(_rows_in_a(segment, OUTS, PAIR), 16) * 16 * depth  # values in front of its b
+        for layer in tl.static_range(LAYER):
+            n_own = _filled(tl.load(segment + _RANKS + layer), PAIR)
+            before += n_own
+            own += tl.cdiv(OUTS[layer], 16) * 16 * n_own
+        factors = tl.load(segment).to(tl.pointer_type(FACTOR)) + own
+        first_u = tl.where(tl.load(segment + _FORM) == _SHARED, 0, before)
+        total = tl.zeros([ROWS, WIDTH], tl.float32)
+        for first in range(0, rank, RANKS):
+            own_ranks = first + tl.arange(0, RANKS)
+            inside = own_ranks < rank
+            u = tl.zeros([ROWS, RANKS], tl.float32)
+            for part in range(n_parts):
+                at = inner + (tl.cast(part, tl.int64) * n + rows[:, None]) * ranks + (first_u + own_ranks)[None, :]
+                u += tl.load(at, mask=(rows < stop)[:, None] & inside[None, :], other=0.0)
+            u = _between(u, segment, before + own_ranks, inside)
+            place = _place(columns[None, :], own_ranks[:, None], o, _filled(rank, PAIR), PAIR)
+            weight = tl.load(factors + place, mask=inside[:, None] & (columns < o)[None, :], other=0.0)
+            if HALF:
+                u = u.to(tl.bfloat16)
+            else:
+                weight = weight.to(tl.float32)
+            total = tl.dot(u, weight, total, input_precision="ieee")
+        total = _behind(total, segment, behind + columns, columns < o)
+        there = (rows < stop)[:, None] & (columns < o)[None, :]
+        to = y + rows[:, None] * y_row + columns[None, :]
+        total += tl.load(to, mask=there, other=0.0).to(tl.float32)
+        tl.store(to, total.to(y.dtype.element_ty), mask=there)
