@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import cast
 
 import torch
@@ -14,6 +14,7 @@ from transformers.pytorch_utils import Conv1D
 from veneer.core.frozen import FrozenWeight
 from veneer.model.linear import frozen_weight
 from veneer.model.quant_linear import QuantLinear
+from veneer.ops.dispatch import backends
 from veneer.ops.packed import BLOCK, BLOCKS, ROWS, PackedWeight
 from veneer.ops.packed_codes import PackedCodes
 from veneer.quant.blocks import BlockWeight
@@ -101,14 +102,35 @@ class PackedQuantLinear(_Packed):
         return module
 
 
+@dataclass(frozen=True, slots=True)
+class PlainProduct:
+    """Frozen weight in its own layout, with the product of a packed one, for rows of a dtype on another device."""
+
+    weight: FrozenWeight
+    dtype: torch.dtype
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Shape (o, i)."""
+        return self.weight.shape
+
+    def matmul(self, x: Tensor, *, onto: Tensor | None = None, out: Tensor | None = None) -> Tensor:
+        """Return ``onto + W x``, written into ``out`` if given."""
+        y = self.weight.matmul(x)
+        y = y if onto is None else y + onto
+        return y if out is None else out.copy_(y)
+
+
 class PackedGroup:
     """Layers that read the same x: their weights concatenated if they fill whole panels, and each alone."""
 
-    def __init__(self, parts: Sequence[Packed]) -> None:
+    def __init__(self, parts: Sequence[Packed] | Sequence[PlainProduct]) -> None:
         self.heights = [part.shape[0] for part in parts]
-        joins = len(parts) > 1 and all(height % PANEL == 0 for height in self.heights)
-        self.whole = _joined(parts) if joins and len({_kind(part) for part in parts}) == 1 else None
-        self.parts = list(parts) if self.whole is None else _parts(self.whole, self.heights)
+        packed = [part for part in parts if not isinstance(part, PlainProduct)]
+        joins = len(packed) > 1 and all(height % PANEL == 0 for height in self.heights)
+        self.whole = _joined(packed) if joins and len({_kind(part) for part in packed}) == 1 else None
+        each = cast("Sequence[Packed]", parts)  # the step in C++, which reads their panels, is of the CPU alone
+        self.parts = list(each) if self.whole is None else _parts(self.whole, self.heights)
 
 
 def _kind(packed: Packed) -> tuple[torch.dtype, str, int]:
@@ -129,14 +151,15 @@ def _parts(whole: Packed, heights: Sequence[int]) -> list[Packed]:
 
 def pack_group(model: PreTrainedModel, paths: Sequence[str], *, give_up: bool) -> PackedGroup | None:
     """Return the packed weights of some layers; None if they differ in kind or dtype, or if that dtype cannot be
-    packed.
+    packed. On another device they stay as they are, and the group is None if it has no kernel for pairs.
 
     ``give_up``: the layers become `PackedLinear` or `PackedQuantLinear`, and their own storage is freed, except for a
     weight that is also a table of embeddings.
     """
     modules = [model.get_submodule(path) for path in paths]
     if model.device.type != "cpu":
-        return None
+        plain = [PlainProduct(frozen_weight(module), model.dtype) for module in modules]
+        return PackedGroup(plain) if model.dtype in ROWS and "triton" in backends("pairs.add") else None
     parts = [_packed(frozen_weight(module), model.dtype) for module in modules]
     found = [part for part in parts if part is not None]
     if len(found) < len(modules) or len({part.dtype for part in found}) > 1:

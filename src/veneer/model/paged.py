@@ -80,34 +80,38 @@ class _Group:
     slots: Tensor
 
 
+@dataclass(frozen=True, slots=True)
 class PagedStep:
     """Rows of one pass: stretches one after the other, each row one token."""
 
-    def __init__(self, store: SlotStore, stretches: Sequence[Stretch], device: torch.device) -> None:
-        self.store = store
-        where = [store.slots(s.pages, 0, s.start + s.n) for s in stretches]
-        self.slots = torch.tensor([slot for s, at in zip(stretches, where, strict=True) for slot in at[s.start :]]).to(
-            device
-        )
-        positions = [at for s in stretches for at in range(s.start, s.start + s.n)]
-        self.positions = torch.tensor(positions, device=device)
-        self.groups = self._groups(stretches, where, device)
+    store: SlotStore
+    slots: Tensor
+    positions: Tensor
+    groups: list[_Group]
 
-    def _groups(self, stretches: Sequence[Stretch], where: Sequence[list[int]], device: torch.device) -> list[_Group]:
-        first_rows, n_rows = [], 0
-        for s in stretches:
-            first_rows.append(n_rows)
-            n_rows += s.n
-        found = []
-        for n in dict.fromkeys(s.n for s in stretches):
-            members = [i for i, s in enumerate(stretches) if s.n == n]
-            longest = max(len(where[i]) for i in members)
-            slots = torch.tensor(
-                [where[i] + [where[i][-1]] * (longest - len(where[i])) for i in members], device=device
-            )
-            rows = torch.tensor([list(range(first_rows[i], first_rows[i] + n)) for i in members], device=device)
-            found.append(_Group(rows, self.positions[rows], slots))
-        return found
+    @classmethod
+    def of(cls, store: SlotStore, stretches: Sequence[Stretch], device: torch.device) -> PagedStep:
+        """Return the rows of stretches, on a device."""
+        where = [store.slots(s.pages, 0, s.start + s.n) for s in stretches]
+        slots = [slot for s, at in zip(stretches, where, strict=True) for slot in at[s.start :]]
+        positions = torch.tensor([at for s in stretches for at in range(s.start, s.start + s.n)], device=device)
+        groups = _groups(stretches, where, positions)
+        return cls(store, torch.tensor(slots).to(device), positions, groups)
+
+
+def _groups(stretches: Sequence[Stretch], where: Sequence[list[int]], positions: Tensor) -> list[_Group]:
+    first_rows, n_rows = [], 0
+    for s in stretches:
+        first_rows.append(n_rows)
+        n_rows += s.n
+    found = []
+    for n in dict.fromkeys(s.n for s in stretches):
+        members = [i for i, s in enumerate(stretches) if s.n == n]
+        longest = max(len(where[i]) for i in members)
+        slots = [where[i] + [where[i][-1]] * (longest - len(where[i])) for i in members]
+        rows = torch.tensor([list(range(first_rows[i], first_rows[i] + n)) for i in members], device=positions.device)
+        found.append(_Group(rows, positions[rows], torch.tensor(slots, device=positions.device)))
+    return found
 
 
 @dataclass(frozen=True)
@@ -237,7 +241,7 @@ def require_pageable(model: PreTrainedModel, n: int = 13) -> int:
         own = model(input_ids=ids[None], use_cache=False).logits[0].float()
         store, chunks, rows = SlotStore(1, n), [], PagedModel(model)
         for start, stop in ((0, n - 4), (n - 4, n)):
-            step = PagedStep(store, [Stretch((0,), start, stop - start)], model.device)
+            step = PagedStep.of(store, [Stretch((0,), start, stop - start)], model.device)
             chunks.append(rows.run(step, ids[start:stop]).logits[:, 0].float())
     error = float((torch.cat(chunks) - own).norm() / own.norm().clamp_min(1e-30))
     allowed = TOLERANCE.get(model.dtype, TOLERANCE[torch.float32])

@@ -24,7 +24,7 @@ class Block:
 
     layout: BlockLayout
     memory: Tensor
-    _made: dict[int, Own] = field(default_factory=dict)
+    _made: dict[int, Own] = field(default_factory=dict, init=False)
 
     @property
     def nbytes(self) -> int:
@@ -66,11 +66,14 @@ class Blocks:
         return known
 
     def block(self, changes: Sequence[GroupChange | None], factors: Sequence[Factor]) -> tuple[Block, list[Factor]]:
-        """Return the block of a version, and the factors that were packed for it with their places in the block."""
+        """Return the block of a version, and the factors that were packed for it with their places in the block.
+
+        Factors on another device have none: they stay beside it.
+        """
         laying = Laying(changes)
         layout = self.shared(laying.layout)
         block = Block(layout, layout.room())
         for x, offset in laying.placed:
             part(block.memory, offset, x).copy_(x.detach())
-        moved = [f._replace(panels=part(block.memory, laying.offset_of(f.panels), f.panels)) for f in factors]
-        return block, moved
+        placed = [f for f in factors if f.panels.is_cpu]
+        return block, [f._replace(panels=part(block.memory, laying.offset_of(f.panels), f.panels)) for f in placed]

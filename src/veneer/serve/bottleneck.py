@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Self
+
 import torch
 from torch import Tensor
 
@@ -13,17 +16,23 @@ from veneer.ops.pairs import PackedPairs, Pair, Segment, add_pairs
 _NAMES = {"gelu_new": "gelu_tanh", "swish": "silu", "leakyrelu": "leaky_relu"}
 
 
+@dataclass(frozen=True, slots=True)
 class Bottleneck:
     """Formula of a `ResidualDelta` for rows of a dtype; if ``reads_output``, its input is the tensor that it changes.
 
-    ``pairs`` are its matrices packed in that dtype. They are None, and the record is kept, if no kernels support them.
+    ``pairs`` are its matrices packed in that dtype. They are None, and the ``record`` is kept, if no kernels support
+    them.
     """
 
-    def __init__(self, record: ResidualDelta, dtype: torch.dtype) -> None:
-        self.reads_output = record.where == "serial"
-        fits = dtype in ROWS and record.down.device.type == "cpu"
-        self.pairs = _packed(record, dtype) if fits else None
-        self.record = None if fits else record
+    reads_output: bool
+    pairs: PackedPairs | None
+    record: ResidualDelta | None
+
+    @classmethod
+    def of(cls, record: ResidualDelta, dtype: torch.dtype, device: torch.device) -> Self:
+        """Return the bottleneck of a record, for rows of a dtype on a device."""
+        fits = dtype in ROWS and device.type == "cpu"
+        return cls(record.where == "serial", _packed(record, dtype) if fits else None, None if fits else record)
 
     def change(self, x: Tensor, y: Tensor) -> None:
         """Add the bottleneck's change, computed from x (n, d), to y (n, d), which may be x."""

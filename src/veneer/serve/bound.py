@@ -277,6 +277,9 @@ class IntoStreamOf:
         if not any(apart):
             frame[STREAM] = self.linears.onto(h, x, step.versions, step.runs)
             return
+        if not h.is_cpu:  # as in `Linears`
+            self._apart(step, frame)
+            return
         plain, others = divided(step.runs, apart)
         if not len(plain.rows):
             self._apart(step, frame)

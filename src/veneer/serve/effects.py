@@ -93,7 +93,7 @@ def read_effects(lookup: Lookup, program: Program, folder: Path) -> Effects:
     if config.invocation_tokens:
         raise UnsaidError("invocation tokens, from which on it acts")
     places = lookup.of(config)
-    stored = read_records(folder, places.placed)
+    stored = read_records(folder, places.placed, device=lookup.model.device)
     found = Effects()
     for path, record in stored.records.items():
         _put(found, program, path, record)
@@ -157,7 +157,7 @@ def _put_others(
     for path in (program.embedding.path, program.head.linear.path):
         for key in left & set(weight_keys(path)):
             own = cast(Tensor, model.get_submodule(path).weight)
-            if tensors[key].shape != own.shape or not torch.equal(tensors[key].to(own.dtype), own):
+            if tensors[key].shape != own.shape or not torch.equal(tensors[key].to(own.device, own.dtype), own):
                 _put_whole(found, model, program, (path, "weight"), tensors[key])
             left.discard(key)
     if left:

@@ -144,7 +144,7 @@ class GeneralRunner(DrawingRunner):
         for sequence in sequences:
             if sequence.n_front_there < sequence.n_front:
                 self._put_front(sequence)
-        step = PagedStep(self.store, [Stretch(s.pages, s.start, len(s.tokens)) for s in sequences], device)
+        step = PagedStep.of(self.store, [Stretch(s.pages, s.start, len(s.tokens)) for s in sequences], device)
         ids = torch.tensor([token for s in sequences for token in s.tokens], device=device)
         names = [name for s in sequences for name in self._names(s)]
         rows = [*_rows_of(sequences, wanted), *_rows_of(sequences, read)]
@@ -220,7 +220,7 @@ class GeneralRunner(DrawingRunner):
         """The keys and values that tokens leave in the base."""
         n = len(embeddings)
         store = SlotStore(1, n)
-        step = PagedStep(store, [Stretch((0,), 0, n)], self.base.device)
+        step = PagedStep.of(store, [Stretch((0,), 0, n)], self.base.device)
         with self._routed([BASE] * n):
             self.paged.run(step, embeddings.to(self.base.dtype))
         return store.layers

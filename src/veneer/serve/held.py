@@ -1,4 +1,4 @@
-"""Tensors in objects: their bytes, each counted once, and copies of an object with other tensors."""
+"""Tensors in objects: their bytes, each counted once, and copies of an object with other tensors, or elsewhere."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields, is_dataclass, replace
 from typing import Any, TypeVar, cast
 
+import torch
 from torch import Tensor
 
 Held = TypeVar("Held")
@@ -26,6 +27,36 @@ def in_own_memory(held: Held) -> Held:
     Tensors read from a file share one allocation, which is kept as long as any of them is.
     """
     return mapped(held, lambda x: x.clone() if x.untyped_storage().nbytes() > x.nbytes else x)
+
+
+def moved(held: Held, device: torch.device) -> Held:
+    """Return an object whose tensors are on a device; those that are one tensor stay one."""
+    made = dict[tuple[object, ...], Tensor]()
+
+    def there(x: Tensor) -> Tensor:
+        if x.is_meta or x.device == device:
+            return x
+        place = (x.data_ptr(), x.shape, x.stride(), x.dtype)
+        if place not in made:
+            made[place] = x.to(device)
+        return made[place]
+
+    return mapped(held, there)
+
+
+def in_one_copy(held: Held, device: torch.device) -> Held:
+    """Return an object whose tensors of whole numbers are on a device, all brought there by one copy."""
+    found = list[Tensor]()
+    mapped(held, lambda x: _noted(x, found))
+    sent = torch.cat([x.reshape(-1) for x in found]).to(device, non_blocking=True)  # the driver has its own copy
+    parts = iter(torch.split(sent, [x.numel() for x in found]))
+    return mapped(held, lambda x: next(parts).view(x.shape) if x.is_cpu else x)
+
+
+def _noted(x: Tensor, found: list[Tensor]) -> Tensor:
+    """The tensor, which is added to those found if it is in host memory."""
+    found += [x] if x.is_cpu else []
+    return x
 
 
 def mapped(held: Held, change: Callable[[Tensor], Tensor]) -> Held:

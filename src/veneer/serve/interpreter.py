@@ -12,8 +12,9 @@ from transformers import PreTrainedModel
 from veneer.model.blueprint.parts import Linear
 from veneer.ops.cpu.step import LayerChange
 from veneer.ops.dispatch import kernel_isa
+from veneer.ops.grouped_low_rank import AdapterRuns
 from veneer.ops.packed import ROWS
-from veneer.ops.pairs import Factor
+from veneer.ops.pairs import Factor, Segments
 from veneer.serve.block import Block, Blocks
 from veneer.serve.block_layout import GroupChange
 from veneer.serve.bottleneck import Bottleneck
@@ -69,11 +70,12 @@ class Interpreter:
     """
 
     def __init__(self, model: PreTrainedModel, program: Program, packed: Packed) -> None:
-        self.program, self.dtype = program, model.dtype
+        self.program, self.dtype, self.device = program, model.dtype, model.device
         self.effects: dict[str, Effects] = {}
         self.blocks: dict[str, Block] = {}
         self.bottlenecks: dict[str, dict[str, Bottleneck]] = {}
         self._packed, self._linears = packed, list[Linears]()
+        self._ready = dict[tuple[int, AdapterRuns], Segments]()
         self.maker = Blocks(_KEPT)
         self._turns = {r: r.tables(torch.arange(program.n_positions).to(model.device)) for r in program.rotaries}
         self._bound = [bound for each in joined(program.instructions) for bound in self._bind(model, each)]
@@ -90,7 +92,9 @@ class Interpreter:
 
     def packed_of(self, effects: Effects) -> tuple[PackedEffects, list[Factor]]:
         """Return the packed effects of an adapter as `packed` does, and its factors with their places in the block."""
-        bottlenecks = {site: Bottleneck(record, self.dtype) for site, record in effects.residual.items()}
+        bottlenecks = {
+            site: Bottleneck.of(record, self.dtype, self.device) for site, record in effects.residual.items()
+        }
         packing = Packing()
         owns = [linears.packed(effects, packing) for linears in self._linears]
         factors = packing.packer.run()
@@ -138,10 +142,21 @@ class Interpreter:
     @torch.no_grad()
     def rows(self, step: Step, given: Tensor) -> LogitRows:
         """Return the kept rows, whose logits are to be asked for before the next pass."""
+        self._ready.clear()
+        self._ready.update(step.segments)
         frame: Frame = {"given": given}
         for instruction in self._instructions(step, by_ids=not given.is_floating_point()):
             instruction(step, frame)
         return cast(LogitRows, frame["logits"])
+
+    def segments(self, step: Step) -> dict[tuple[int, AdapterRuns], Segments]:
+        """Return the low-rank pairs of a step's rows at all groups of layers, if their numbers go to another device."""
+        if self.device.type == "cpu" or not step.versions:
+            return {}
+        *inner, head = self._linears
+        asked = [(linears, step.runs) for linears in inner] + [(head, step.kept_runs), (head, step.picked_runs)]
+        each = (((of.number, runs), of.segments(step.versions, runs)) for of, runs in asked)
+        return {key: segments for key, segments in each if segments is not None}
 
     def _instructions(self, step: Step, *, by_ids: bool = True) -> list[Bound]:
         """Those of a pass, in stretches where the step in C++ knows them."""
@@ -156,7 +171,7 @@ class Interpreter:
         return self._plans[key]
 
     def _linears_of(self, model: PreTrainedModel, linears: tuple[Linear, ...]) -> Linears:
-        found = Linears(model, linears, self._packed, self.blocks, len(self._linears))
+        found = Linears(model, linears, self._packed, self.blocks, len(self._linears), self._ready)
         self._linears.append(found)
         return found
 

@@ -17,6 +17,7 @@ from veneer.model.blueprint.parts import Attention
 from veneer.model.paged import KeysValues, PagedStep, SeenKeys, SlotStore, Stretch, attend
 from veneer.ops import paged_attention as kernel
 from veneer.ops.attention import AttentionOptions
+from veneer.ops.dispatch import backends
 from veneer.serve.program import Program
 
 
@@ -24,7 +25,10 @@ class KVCache(Protocol):
     """Pages of all layers."""
 
     def rows(self, stretches: Sequence[Stretch]) -> Any:
-        """Return the pages' positions of new tokens, and the keys that they attend to, for all layers of a step."""
+        """Return the pages' positions of new tokens, and the keys that they attend to, for all layers of a step.
+
+        Their numbers are in host memory.
+        """
 
     def append(self, layer: int, keys: Tensor, values: Tensor, rows: Any) -> None:
         """Write the keys and values (n, kv_heads, width) of a step's rows into their positions in the pages."""
@@ -49,8 +53,9 @@ def make_cache(program: Program, n_pages: int, block: int, dtype: torch.dtype, d
     """Return empty pages for a program, which take memory when they are written to."""
     heads = _heads_in_pages(program, block, dtype, device)
     if heads is None:
-        return SlotCache(SlotStore(n_pages, block), device)
-    return PageCache(kernel.PagedStore.zeros(n_pages, block, (len(program.attentions), *heads), dtype=dtype))
+        return SlotCache(SlotStore(n_pages, block))
+    shape = (len(program.attentions), *heads)
+    return PageCache(kernel.PagedStore.zeros(n_pages, block, shape, dtype=dtype, device=device))
 
 
 def numbers_per_position(program: Program, block: int, dtype: torch.dtype, device: torch.device) -> int:
@@ -64,7 +69,8 @@ def numbers_per_position(program: Program, block: int, dtype: torch.dtype, devic
 def _heads_in_pages(program: Program, block: int, dtype: torch.dtype, device: torch.device) -> tuple[int, int] | None:
     """Key heads of a layer and values of a head, where the kernels' pages take the program's."""
     heads = {(part.heads.n_kv_heads, part.heads.head_dim) for part in program.attentions}
-    fits = len(heads) == 1 and block % kernel.UNIT == 0 and dtype in kernel.DTYPES and device.type == "cpu"
+    computed = device.type == "cpu" or "triton" in backends("paged_attention.attend")
+    fits = len(heads) == 1 and block % kernel.UNIT == 0 and dtype in kernel.DTYPES and computed
     return heads.pop() if fits else None
 
 
@@ -130,10 +136,9 @@ class SlotCache:
     """Cache in plain torch: any page size, any dtype, any device, any mixture of heads."""
 
     store: SlotStore
-    device: torch.device
 
     def rows(self, stretches: Sequence[Stretch]) -> SlotRows:
-        return SlotRows(PagedStep(self.store, stretches, self.device))
+        return SlotRows(PagedStep.of(self.store, stretches, torch.device("cpu")))
 
     def append(self, layer: int, keys: Tensor, values: Tensor, rows: SlotRows) -> None:
         self.store.write(layer, rows.step.slots, keys, values)

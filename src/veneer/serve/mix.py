@@ -9,6 +9,7 @@ from veneer.core.linear import compose_linear
 from veneer.errors import CompositionError
 from veneer.model.copies import own_parameters
 from veneer.serve.effects import Effects, Lookup, read_effects
+from veneer.serve.held import moved
 from veneer.serve.program import Program
 
 Parts = Sequence[tuple[Path, float]]
@@ -21,7 +22,10 @@ def read_mix(lookup: Lookup, program: Program, parts: Parts) -> Effects:
 
     Raises the errors of `read_effects`, and CompositionError for an adapter whose effect is no sum on linear layers.
     """
-    read = [(_summand(folder, read_effects(lookup, program, folder)), weight) for folder, weight in parts]
+    device = lookup.model.device  # where their biases are added to the layers' own
+    read = [
+        (moved(_summand(folder, read_effects(lookup, program, folder)), device), weight) for folder, weight in parts
+    ]
     found = Effects()
     for path in dict.fromkeys(path for effects, _ in read for path in effects.linear):
         own = dict(own_parameters(lookup.model.get_submodule(path))).get("bias")

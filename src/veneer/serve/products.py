@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 from typing import NamedTuple, Protocol, cast
 
 import torch
@@ -26,7 +27,7 @@ from veneer.ops.linear.change import add_changes
 from veneer.ops.linear.layer import NOTHING, LinearLayer, Weight
 from veneer.ops.linear.op import forward
 from veneer.ops.packed import PackedWeight, over_rows
-from veneer.ops.pairs import PackedPairs, Pair, PairsPacker, Segment, add_pairs
+from veneer.ops.pairs import PackedPairs, Pair, PairsPacker, Segment, Segments, add_pairs
 from veneer.quant.dense import DenseWeight
 from veneer.serve.effects import Effects
 
@@ -71,6 +72,10 @@ class Owns(Protocol):
         """Return the changes at a group, given by its number; None if there are none."""
 
 
+Ready = Mapping[tuple[int, AdapterRuns], Segments]
+"""Segments of the rows of a step by the number of a group and its runs, if their numbers are not to be sent again."""
+
+
 class Linears:
     """Linear layers at some paths: the group ``number`` of those at which ``versions`` have their changes."""
 
@@ -81,8 +86,9 @@ class Linears:
         packed: Packed,
         versions: Mapping[str, Owns],
         number: int = 0,
+        ready: Ready = MappingProxyType({}),
     ) -> None:
-        self.versions, self.number = versions, number
+        self.versions, self.number, self._ready = versions, number, ready
         self.paths = tuple(linear.path for linear in linears)
         modules = [model.get_submodule(path) for path in self.paths]
         self.group = packed.get(self.paths)
@@ -120,6 +126,8 @@ class Linears:
         apart = tuple(own is not None and not own.only_adds for own in owns)
         if not any(apart):
             return self._sums(x, owns, runs, group)
+        if not x.is_cpu:  # where to divide rows takes numbers of the host
+            return self._by_records(x, owns, runs, group)
         # A row is computed in one way, whatever the others need.
         plain, others = divided(runs, apart)
         if not len(plain.rows):
@@ -133,9 +141,16 @@ class Linears:
     def onto(self, h: Tensor, x: Tensor, versions: tuple[str, ...], runs: AdapterRuns) -> Tensor:
         """Return the sum of ``h`` and the single layer's output, for versions for which `adds` holds."""
         y = cast(PackedGroup, self.group).parts[0].matmul(x, onto=h)
-        segments = _segments([self.own(version) for version in versions], runs)
-        add_pairs(x, segments, [y])
+        add_pairs(x, self._segments([self.own(version) for version in versions], runs), [y])
         return y
+
+    def segments(self, versions: tuple[str, ...], runs: AdapterRuns) -> Segments | None:
+        """Return the segments of some rows; None if their versions have no pairs here."""
+        found = _segments([self.own(version) for version in versions], runs)
+        return Segments.of(found) if found else None
+
+    def _segments(self, owns: Sequence[Own | None], runs: AdapterRuns) -> Segments | list[Segment]:
+        return self._ready.get((self.number, runs)) or _segments(owns, runs)
 
     def adds(self, version: str | None = None) -> bool:
         """Return True if `onto` can compute a version's rows (None: the base's)."""
@@ -147,7 +162,7 @@ class Linears:
     def _sums(self, x: Tensor, owns: Sequence[Own | None], runs: AdapterRuns, group: PackedGroup) -> list[Tensor]:
         """The layers, and low-rank parts added."""
         ys = self._products(x, group)
-        add_pairs(x, _segments(owns, runs), ys)
+        add_pairs(x, self._segments(owns, runs), ys)
         return ys
 
     def _products(self, x: Tensor, group: PackedGroup) -> list[Tensor]:
@@ -163,7 +178,7 @@ class Linears:
         layers = [self._layer(i, owns, runs) for i in range(len(self.paths))]
         inputs = [mapped_input(x, layer) for layer in layers]
         ys = [part.matmul(own) for part, own in zip(group.parts, inputs, strict=True)]
-        add_pairs(x, _segments(owns, runs), ys)
+        add_pairs(x, self._segments(owns, runs), ys)
         for place, start, stop in runs.runs:
             own = owns[place]
             if own is not None:
@@ -205,7 +220,7 @@ class Linears:
     def _packed(self, own: Own, packing: Packing) -> Own:
         """With its low-rank parts packed."""
         pairs = [_pair(record) for record in own.records]
-        whole = {i: PackedWeight.pack(cast(Tensor, w)) for i, w in own.whole.items()}
+        whole = {i: self._packed_weight(cast(Tensor, w)) for i, w in own.whole.items()}
         left = replace(own, records=tuple(_without_pair(record) for record in own.records), whole=whole)
         if not any(pairs):
             return left
@@ -215,6 +230,9 @@ class Linears:
             apart = tuple(None if pair is None else self._pack([pair], [o], packing) for pair, o in each)
             return replace(left, apart=apart)
         return replace(left, pairs=self._pack(pairs, sizes, packing))
+
+    def _packed_weight(self, weight: Tensor) -> Tensor | PackedWeight:
+        return weight if not weight.is_cpu else PackedWeight.pack(weight)
 
     def _pack(self, pairs: Sequence[Pair | None], sizes: Sequence[int], packing: Packing) -> PackedPairs:
         if all(pair is None or pair.is_plain for pair in pairs):

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,7 +37,7 @@ from veneer.serve.block import Block
 from veneer.serve.block_store import BlockStore
 from veneer.serve.effects import Effects, Lookup, UnsaidError, read_effects
 from veneer.serve.general_runner import GeneralRunner, StoredFolder, StoredMix, stored_mix
-from veneer.serve.held import bytes_of
+from veneer.serve.held import bytes_of, moved
 from veneer.serve.interpreter import Interpreter, PackedEffects
 from veneer.serve.kv_cache import make_cache
 from veneer.serve.layouts import Layouts
@@ -44,7 +45,7 @@ from veneer.serve.mix import Parts, read_mix
 from veneer.serve.plan import Plan, PlannedSequence
 from veneer.serve.program import Product, Program, compile_program
 from veneer.serve.runner import Computed, DrawingRunner, by_request, read, wanted
-from veneer.serve.step import Piece, step_of
+from veneer.serve.step import Piece, sent, step_of, step_on_host
 from veneer.serve.versions import stored_bytes
 from veneer.store.adapter.config import read_config
 
@@ -117,29 +118,31 @@ class ProgramRunner(DrawingRunner):
     def read(self, folder: Path) -> ProgramAdapter | GeneralAdapter:
         known = self._layouts.read(folder)
         if known is not None:
-            return _of_block(known)
+            return self._of_block(known)
         effects = partial(read_effects, folder=folder)
-        adapter, factors = self._read(effects, lambda: StoredFolder(folder, stored_bytes(folder)))
-        if isinstance(adapter, ProgramAdapter):
-            self._layouts.learn(folder, adapter.packed.linears, factors)
-        return adapter
+        learn = partial(self._layouts.learn, folder)
+        return self._read(effects, lambda: StoredFolder(folder, stored_bytes(folder)), learn)
 
     def kept(self, version: str) -> ProgramAdapter | None:
         block = None if self.store is None else self.store.find(version)
-        return None if block is None or not self.interpreter.fits(block) else _of_block(block)
+        return None if block is None or not self.interpreter.fits(block) else self._of_block(block)
 
     def keep(self, version: str, adapter: ProgramAdapter | GeneralAdapter) -> None:
         if self.store is not None and isinstance(adapter, ProgramAdapter) and adapter.is_block:
-            self.store.keep(version, adapter.packed.linears)
+            block = adapter.packed.linears
+            self.store.keep(version, block if self.device.type == "cpu" else moved(block, torch.device("cpu")))
 
     def read_mix(self, parts: Parts) -> ProgramAdapter | GeneralAdapter:
-        return self._read(partial(read_mix, parts=parts), lambda: stored_mix(parts))[0]
+        return self._read(partial(read_mix, parts=parts), lambda: stored_mix(parts))
 
     def _read(
-        self, effects_on: Callable[[Lookup, Program], Effects], stored: Callable[[], StoredFolder | StoredMix]
-    ) -> tuple[ProgramAdapter | GeneralAdapter, list[Factor]]:
-        """Effects packed, and the factors of which they were; where the program has no place for them, what the general
-        runner is to load.
+        self,
+        effects_on: Callable[[Lookup, Program], Effects],
+        stored: Callable[[], StoredFolder | StoredMix],
+        learn: Callable[[Block, list[Factor]], None] = lambda block, factors: None,
+    ) -> ProgramAdapter | GeneralAdapter:
+        """Effects packed, whose block and factors `learn` is given; where the program has no place for them, what the
+        general runner is to load.
         """
         with self._modules:
             try:
@@ -147,11 +150,19 @@ class ProgramRunner(DrawingRunner):
             except UnsaidError as reason:
                 if self.alone:
                     raise
-                return GeneralAdapter(stored(), str(reason)), []
+                return GeneralAdapter(stored(), str(reason))
         packed, factors = self.interpreter.packed_of(effects)
-        prefix = self._prefix(effects)
+        learn(packed.linears, factors)
+        return self._placed(packed, self._prefix(effects))
+
+    def _of_block(self, block: Block) -> ProgramAdapter:
+        return self._placed(PackedEffects(Effects(), block, {}), [])
+
+    def _placed(self, packed: PackedEffects, prefix: list[KeysValues]) -> ProgramAdapter:
+        """An adapter on the model's device."""
+        packed = packed if self.device.type == "cpu" else moved(packed, self.device)
         n_bytes = packed.linears.nbytes + bytes_of((packed.bottlenecks, packed.effects, prefix))
-        return ProgramAdapter(packed, prefix, n_bytes), factors
+        return ProgramAdapter(packed, prefix, n_bytes)
 
     def load(self, version: str, adapter: ProgramAdapter | GeneralAdapter) -> None:
         if isinstance(adapter, GeneralAdapter):
@@ -191,6 +202,8 @@ class ProgramRunner(DrawingRunner):
         self.cache.discard(pages)
 
     def compute(self, plan: Plan, greedy: Collection[str]) -> Computed:
+        if self.device.type != "cpu" and any(s.request_id not in greedy and wanted(s) for s in plan.sequences):
+            greedy = ()  # then all tokens come back by one read
         # Reading a prefix runs the model itself once, which must not see what a pass through it has set.
         with self._modules if self.general is not None or isinstance(self.model, PeftModel) else nullcontext():
             general = frozenset[str]() if self.general is None else self.general.loaded
@@ -220,27 +233,33 @@ class ProgramRunner(DrawingRunner):
         return Computed([out], {}, by_program.hidden | hidden)
 
     def _by_program(self, sequences: Sequence[PlannedSequence], greedy: Collection[str]) -> Computed:
-        for sequence in sequences:
-            if sequence.n_front_there < sequence.n_front:
-                self._put_front(sequence)
         pieces = [_piece(sequence, greedy) for sequence in sequences]
-        step = step_of(pieces, self.cache, self.device)
-        ids = whole_numbers([token for s in sequences for token in s.tokens]).to(self.device)
+        fronts = [self._front_rows(s) for s in sequences if s.n_front_there < s.n_front and s.version in self.fronts]
+        ids = whole_numbers([token for s in sequences for token in s.tokens])
+        step = step_on_host(pieces, self.cache)
+        step.segments = self.interpreter.segments(step)
+        step, (ids, fronts) = sent(step, self.device, (ids, fronts))
+        for front in fronts:
+            self._put_front(*front)
         logits = self.interpreter.rows(step, ids)
-        tokens = step.tokens.tolist()
+        tokens = step.tokens.tolist() if len(step.tokens) else []
         if -1 in tokens:  # a logit is not finite: the sampler is to see all of them
             return self._by_program(sequences, ())
         found = iter(tokens)
         picked = {s.request_id: list(islice(found, p.n_picked)) for s, p in zip(sequences, pieces, strict=True)}
         likeliest = {id: tokens for id, tokens in picked.items() if tokens}
-        return Computed(logits.blocks(), likeliest, by_request(sequences, logits.hidden()) if len(step.read) else {})
+        hidden = by_request(sequences, logits.hidden().cpu()) if len(step.read) else {}
+        return Computed(logits.blocks(), likeliest, hidden)
 
-    def _put_front(self, sequence: PlannedSequence) -> None:
-        front, first = self.fronts.get(sequence.version or ""), sequence.n_front_there
-        if front is not None:
-            rows = self.cache.rows([Stretch(sequence.pages, first, sequence.n_front - first)])
-            for layer, (keys, values) in enumerate(front):
-                self.cache.append(layer, keys[first:], values[first:], rows)
+    def _front_rows(self, sequence: PlannedSequence) -> tuple[str | None, int, Any]:
+        """The version of a sequence, its first virtual token that is not there, and the places from that on."""
+        first = sequence.n_front_there
+        stretch = Stretch(sequence.pages, first, sequence.n_front - first)
+        return sequence.version, first, self.cache.rows([stretch])
+
+    def _put_front(self, version: str | None, first: int, rows: Any) -> None:
+        for layer, (keys, values) in enumerate(self.fronts[version or ""]):
+            self.cache.append(layer, keys[first:], values[first:], rows)
 
     def _prefix(self, effects: Effects) -> list[KeysValues]:
         """A prefix's own keys and values, by layer."""
@@ -261,10 +280,6 @@ class ProgramRunner(DrawingRunner):
         step.written = []
         self.interpreter.run(step, given)
         return step.written
-
-
-def _of_block(block: Block) -> ProgramAdapter:
-    return ProgramAdapter(PackedEffects(Effects(), block, {}), [], block.nbytes)
 
 
 def _piece(sequence: PlannedSequence, greedy: Collection[str]) -> Piece:

@@ -68,6 +68,7 @@ _ONLY: dict[str, tuple[Collection[object], str]] = {
 }
 
 _CACHED_SHARE = 4
+_ADAPTERS_SHARE = 4  # of the room on a device whose pages take their memory at once
 _COUNTS = (
     *("kv_cache_memory_bytes", "max_model_len", "max_num_seqs", "max_num_batched_tokens", "block_size"),
     *("max_loras", "max_lora_rank", "max_waiting_requests", "max_waiting_tokens", "adapter_cache_bytes"),
@@ -374,14 +375,15 @@ def _position_bytes(model: PreTrainedModel, interpreter: Interpreter | None, blo
 def _pages(
     model: PreTrainedModel, options: EngineOptions, position_bytes: int, longest: int, contexts_cached: int | None
 ) -> Pages:
-    """As many pages as the requests can need, where memory has room for them; they take memory when they are used, and
-    adapters what is left.
+    """As many pages as the requests can need, where memory has room for them, and adapters what is left. On a CPU
+    pages take memory when they are used.
     """
     page_bytes = position_bytes * options.block_size
     each = -(-longest // options.block_size)
     wanted = options.max_num_seqs * each
     room = options.kv_cache_memory_bytes or int(options.gpu_memory_utilization * free_memory(model.device))
-    n_pages = min(wanted, room // page_bytes)
+    taken_at_once = model.device.type != "cpu"  # pages that nobody holds have memory there too
+    n_pages = min(wanted, (room - room // _ADAPTERS_SHARE if taken_at_once else room) // page_bytes)
     if n_pages < 1:
         raise ConfigError(
             f"{room} bytes for keys, values and adapters hold no page of {options.block_size} positions, "
@@ -390,6 +392,9 @@ def _pages(
     cached = None if contexts_cached is None else contexts_cached * each
     if cached is None and options.kv_cache_memory_bytes is None:  # nobody chose the budget: others need memory too
         cached = max(each, room // _CACHED_SHARE // page_bytes)
+    if taken_at_once:  # so adapters get what is beside them, and no page that goes makes room for one
+        n_bytes = n_pages + room - n_pages * page_bytes
+        return Pages(n_pages, options.block_size, page_bytes=1, n_bytes=n_bytes, most_cached=cached)
     return Pages(n_pages, options.block_size, page_bytes=page_bytes, n_bytes=room, most_cached=cached)
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 from operator import itemgetter
 from typing import Any, NamedTuple
@@ -14,6 +14,8 @@ from torch import Tensor
 from veneer.model.paged import Stretch
 from veneer.ops.grouped_low_rank import AdapterRuns, Run
 from veneer.ops.memory import whole_numbers
+from veneer.ops.pairs import Segments
+from veneer.serve.held import Held, in_one_copy
 from veneer.serve.kv_cache import KVCache
 
 
@@ -39,8 +41,8 @@ class Step:
     ``versions`` are the adapters that occur, ``runs`` the rows of each. ``kept`` and ``kept_runs`` are the same for the
     rows whose logits are wanted. ``picked`` and ``picked_runs`` are those for the likeliest token, which ``tokens``
     receives; it is -1 if a logit is not finite. ``read`` and ``read_runs`` are those whose hidden states are wanted.
-    ``written``, if it is a list, receives the keys and values of every
-    layer.
+    ``written``, if it is a list, receives the keys and values of every layer. ``segments`` are the low-rank pairs of
+    the rows that have been laid out before the pass, see `Interpreter.segments`.
     """
 
     cache: KVCache
@@ -56,6 +58,7 @@ class Step:
     read: Tensor
     read_runs: AdapterRuns
     written: list[tuple[Tensor, Tensor]] | None = None
+    segments: Mapping[tuple[int, AdapterRuns], Segments] = field(default_factory=dict)
     _turns: dict[Any, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     def turns(self, tables: tuple[Tensor, Tensor], rotation: Any) -> tuple[Tensor, Tensor]:
@@ -67,7 +70,24 @@ class Step:
 
 
 def step_of(pieces: Sequence[Piece], cache: KVCache, device: torch.device, first_position: int = 0) -> Step:
-    """Return the rows of these pieces, in order. ``first_position`` is the first position of each sequence."""
+    """Return the rows of these pieces on a device, in order. ``first_position`` is the first of each sequence."""
+    return sent(step_on_host(pieces, cache, first_position), device, ())[0]
+
+
+def sent(step: Step, device: torch.device, beside: Held) -> tuple[Step, Held]:
+    """Return a step and tensors beside it on a device, brought there by one copy of all their whole numbers."""
+    if device.type == "cpu":
+        return step, beside
+    own: dict[str, Any] = {name: getattr(step, name) for name in ("positions", "kept", "picked", "tokens", "read")}
+    tables = [each.table for each in step.segments.values()]
+    own, rows, tables, beside = in_one_copy((own, step.rows, tables, beside), device)
+    there = zip(step.segments.items(), tables, strict=True)
+    segments = {key: replace(each, table=table) for (key, each), table in there}
+    return replace(step, rows=rows, segments=segments, **own), beside
+
+
+def step_on_host(pieces: Sequence[Piece], cache: KVCache, first_position: int = 0) -> Step:
+    """Return the rows of these pieces as `step_of` does, with their numbers in host memory."""
     positions, kept, picked, read, at = list[int](), list[int](), list[int](), list[int](), 0
     for (_, start, n), _, rows, n_picked, states in pieces:
         positions.extend(range(start + first_position, start + first_position + n))
@@ -77,7 +97,7 @@ def step_of(pieces: Sequence[Piece], cache: KVCache, device: torch.device, first
         picked.extend(range(at - n_picked, at))
     named = [piece.version for piece in pieces]
     versions = tuple(dict.fromkeys(version for version in named if version is not None))
-    numbers = whole_numbers([*positions, *kept, *picked, *([-1] * len(picked)), *read]).to(device)
+    numbers = whole_numbers([*positions, *kept, *picked, *([-1] * len(picked)), *read])
     counts = [at, len(kept), len(picked), len(picked), len(read)]
     of_rows, of_kept, of_picked, tokens, of_read = torch.split(numbers, counts)
     return Step(

@@ -46,9 +46,15 @@ class StoredAdapter:
 
 
 def read_records(
-    folder: Path, places: Mapping[str, Placed] | None = None, lacking: Mapping[str, Tensor] | None = None
+    folder: Path,
+    places: Mapping[str, Placed] | None = None,
+    lacking: Mapping[str, Tensor] | None = None,
+    *,
+    device: torch.device | None = None,
 ) -> StoredAdapter:
     """Return the records of a saved adapter, equal to those on its model.
+
+    If the method reads the base's weights, which are on ``device``, so are the records; all others are in host memory.
 
     ``places`` are its places in the base; the sites hold weights if the method reads them (see
     `model.places.placed_on`). None: places from the file alone; a record's ``bias`` is then the difference to the
@@ -62,6 +68,8 @@ def read_records(
         places = _told_places(folder, config, tensors)
     whole = {placed.keys[name] for placed in places.values() for name in config.packing.whole}
     _require_none(folder, [f"{why}: {key}" for key, why in unusable(tensors, whole).items()])
+    if config.reads_weight and device is not None:
+        tensors = {key: value.to(device) for key, value in tensors.items()}
     params = {path: _parameters(folder, tensors, placed) for path, placed in places.items()}
     if places:
         shapes = {path: {name: tuple(x.shape) for name, x in own.items()} for path, own in params.items()}

@@ -1,0 +1,130 @@
+"""Serving on a device that is no CPU: all that an adapter brings is there, and a step waits for nothing but its end."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from torch import Tensor
+
+from interpreter import mended_interpreter
+from veneer import LLM, LoRARequest, SamplingParams
+from veneer.serve import program_runner
+from veneer.serve.held import mapped
+from veneer.serve.kv_cache import PageCache
+from veneer.serve.loader import Finished, Loader, _result
+from veneer.serve.program_runner import ProgramRunner
+from veneer.serve.sampling_params import StructuredOutputsParams
+
+from .conftest import byte_tokenizer, make_model
+from .stand_in import DEVICE, Crossings, put_on_device, stand_in
+
+PROMPTS = [[7 * i * i % 251 + 1 for i in range(1, n + 1)] for n in (5, 9, 2, 3)]
+OPTIONS = {"kv_cache_memory_bytes": 1 << 22, "max_num_batched_tokens": 23, "enable_prefix_caching": False}
+GREEDY = SamplingParams(temperature=0, max_tokens=2, ignore_eos=True)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def mended() -> Any:
+    with mended_interpreter():
+        yield
+
+
+@pytest.fixture
+def device(monkeypatch: Any) -> Any:
+    """A device, on the thread of the test: so adapters are read on it, and no model is held against its own code."""
+
+    def read_here(self: Any, id: str, read: Any) -> None:
+        self._tell(Finished(id, _result(read), 0.0))
+
+    monkeypatch.setattr(Loader, "submit", read_here)
+    monkeypatch.setattr(Loader, "later", lambda self, work: None)
+    monkeypatch.setattr(program_runner, "_own_logits", lambda *given: None)
+    monkeypatch.setattr(program_runner, "_problem", lambda *given: None)
+    with stand_in() as crossings:
+        yield crossings
+
+
+def engine_on(device: bool, **options: Any) -> LLM:
+    model = make_model()
+    if device:
+        put_on_device(model)
+    return LLM(model, tokenizer=byte_tokenizer(), **OPTIONS | options)
+
+
+def answers(llm: LLM, asked: Any, adapters: Any) -> list[tuple[int, ...]]:
+    prompts = [PROMPTS[n % len(PROMPTS)] for n in range(len(adapters))]
+    outputs = llm.generate(prompts, asked, lora_request=adapters, use_tqdm=False)
+    return [tuple(output.outputs[0].token_ids) for output in outputs]
+
+
+def counted(llm: LLM, crossings: Crossings, monkeypatch: Any) -> list[tuple[int, int]]:
+    """Copies to the device and back, of every step from now on."""
+    found, run = list[tuple[int, int]](), llm.engine.runner.run
+
+    def watched(plan: Any) -> Any:
+        crossings.sent = crossings.read = 0
+        sampled = run(plan)
+        found.append((crossings.sent, crossings.read))
+        return sampled
+
+    monkeypatch.setattr(llm.engine.runner, "run", watched)
+    return found
+
+
+KINDS = (
+    "lora", "dora", "lora_bias", "ia3", "vera", "loha", "oft", "lokr", "bottleneck", "prefix", "prompt", "saved",
+    "head",
+)  # fmt: skip
+
+
+def of_every_kind(adapters: dict[str, LoRARequest]) -> list[LoRARequest | None]:
+    mix = LoRARequest.mix("mix", 99, [(adapters["lora"], 0.7), (adapters["lora_bias"], -0.4)])
+    return [None, *(adapters[name] for name in KINDS), mix]
+
+
+def test_a_step_of_adapters_of_every_kind(device: Crossings, adapters: Any, monkeypatch: Any) -> None:
+    """Nothing of the host meets anything of the device; one copy of numbers goes there, and the tokens come back."""
+    asked = of_every_kind(adapters)
+    expected = answers(engine_on(False), GREEDY, asked)
+    assert len(set(expected)) == len(expected)
+    llm = engine_on(True)
+    steps = counted(llm, device, monkeypatch)
+    assert answers(llm, GREEDY, asked) == expected
+    assert set(steps) == {(1, 1)}
+    runner = llm.engine.runner
+    assert isinstance(runner, ProgramRunner)
+    assert runner.general is None
+    held = list[Tensor]()
+    mapped((runner.interpreter.effects, runner.interpreter.bottlenecks), lambda x: _noted(x, held))
+    for block in runner.interpreter.blocks.values():
+        mapped(list(block), lambda x: _noted(x, held))
+    assert len(held) > 50
+    assert {x.device for x in held} == {DEVICE}
+    pages, cache = llm.engine.scheduler.pages, runner.cache
+    assert isinstance(cache, PageCache)
+    taken = cache.store.data.nbytes
+    assert pages.n_lent > 0
+    assert taken + pages.n_lent + pages.lendable <= OPTIONS["kv_cache_memory_bytes"] + pages.n_pages
+
+
+def _noted(x: Tensor, held: list[Tensor]) -> Tensor:
+    held.append(x)
+    return x
+
+
+def test_draws_of_every_kind_come_back_by_one_read(device: Crossings, adapters: Any, monkeypatch: Any) -> None:
+    """Their settings go to the device by one copy more, masks of a grammar among them."""
+    common = {"max_tokens": 2, "ignore_eos": True, "seed": 7}
+    asked = [
+        SamplingParams(temperature=0.8, top_k=20, repetition_penalty=1.3, presence_penalty=0.4, **common),
+        SamplingParams(temperature=1.1, logit_bias={5: 4.0}, logprobs=2, **common),
+        SamplingParams(temperature=0.9, structured_outputs=StructuredOutputsParams(choice=["yes", "no"]), **common),
+        SamplingParams(temperature=0, **common),
+    ]
+    rows = [None, adapters["lora"], adapters["ia3"], None]
+    expected = answers(engine_on(False), asked, rows)
+    llm = engine_on(True)
+    steps = counted(llm, device, monkeypatch)
+    assert answers(llm, asked, rows) == expected
+    assert set(steps) == {(2, 1)}
