@@ -23,7 +23,7 @@ ScaledMatrix scaled(Rows rows, uintptr_t codes, int64_t stride, int64_t bits, in
                     int64_t group, int rounding) {
   return {at<const uint8_t>(codes), stride, bits, Numbers(numbers), at<const void>(scales), Stored(scales_stored),
           at<const void>(zeros), Stored(zeros_stored), zero, at<const float>(overall), divides, height, group,
-          Dtype(rounding), at<const int32_t>(rows.order), rows.first, rows.o, rows.i};
+          (rows.i + group - 1) / group, Dtype(rounding), at<const int32_t>(rows.order), rows.first, rows.o, rows.i};
 }
 
 // out, o and i; what the kernel reads besides; then the matrix as `scaled` takes it.

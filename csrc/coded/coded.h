@@ -37,7 +37,7 @@ struct ScaledMatrix {
   float zero;
   const float* overall;  // or null
   bool divides;
-  int64_t height, group;
+  int64_t height, group, groups;  // groups: of a row
   Dtype rounding;
   const int32_t* order;  // row r is order[r], or first + r without an order
   int64_t first, o, i;

@@ -9,7 +9,7 @@ namespace veneer {
 namespace {
 
 constexpr int64_t decode_grain = 1 << 14;  // values, worth a thread
-constexpr int64_t piece_values = 512;      // a multiple of every block
+constexpr int64_t piece_values = 768;      // of a row of W at a time, a multiple of every block
 constexpr int64_t piece_rows = 8;          // of W at a time
 constexpr int64_t few_rows = 16;           // of x at a time
 constexpr int64_t tile_rows = 4;           // of W whose sums are in registers

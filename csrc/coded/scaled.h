@@ -43,10 +43,21 @@ inline lanes rounded<fp16>(lanes v) {
 
 // ---- numbers: small floats are halves whose exponents are off by a power of two -------------------------------------------
 
-inline half_lanes widened(byte_lanes codes) { return __builtin_convertvector(codes, half_lanes); }
+// GCC 12 takes a __builtin_convertvector of bytes apart.
+inline half_lanes widened(byte_lanes codes) {
+#if defined(__AVX512F__)
+  return (half_lanes)_mm256_cvtepu8_epi16((__m128i)codes);
+#elif defined(__AVX2__)
+  return (half_lanes)_mm_cvtepu8_epi16(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(&codes)));
+#else
+  return __builtin_convertvector(codes, half_lanes);
+#endif
+}
 
 struct Whole {
-  static lanes of(byte_lanes codes) { return __builtin_convertvector(__builtin_convertvector(codes, int_lanes), lanes); }
+  static lanes of(byte_lanes codes) {
+    return __builtin_convertvector((int_lanes)__builtin_convertvector(widened(codes), bit_lanes), lanes);
+  }
 };
 struct E2m1 {
   static lanes of(byte_lanes codes) {
@@ -65,23 +76,42 @@ struct E5m2 {
   static lanes of(byte_lanes codes) { return from_half(widened(codes) << 8); }
 };
 
-inline float e4m3_value(uint8_t code) {
-  if ((code & 0x7f) == 0x7f) return bit_cast<float>(0x7fc00000u);
-  return to_float(fp16{static_cast<uint16_t>((code & 0x7f) << 7 | (code & 0x80) << 8)}) * 0x1p8f;
-}
-inline float e8m0_value(uint8_t code) {
-  if (code == 0) return 0x1p-127f;
-  return bit_cast<float>(code == 255 ? 0x7fc00000u : static_cast<uint32_t>(code) << 23);
+// f(number) for each of n codes, one a byte.
+template <class Number, class F>
+inline void each_number(const uint8_t* codes, int64_t n, float* out, const F& f) {
+  int64_t j = 0;
+  for (; j + width <= n; j += width) {
+    byte_lanes c;
+    std::memcpy(&c, codes + j, sizeof c);
+    store(out + j, f(Number::of(c)));
+  }
+  if (j < n) {
+    byte_lanes c = {};
+    std::memcpy(&c, codes + j, static_cast<size_t>(n - j));
+    store_some(out + j, f(Number::of(c)), n - j);
+  }
 }
 
-inline float stored_value(const void* values, Stored how, int64_t at) {
+// Values [at, at + n) of scales or zeros.
+inline void stored_values(const void* values, Stored how, int64_t at, int64_t n, float* out) {
+  const auto widen = [&](const auto* from) {
+    each_register(n, [&](int64_t j, int64_t left) { put(out + j, take(from + at + j, left), left); });
+  };
+  const uint8_t* bytes = static_cast<const uint8_t*>(values) + at;
+  const auto convert = [&](auto value) {
+#pragma omp simd
+    for (int64_t j = 0; j < n; ++j) out[j] = value(bytes[j]);
+  };
   switch (how) {
-    case Stored::bfloat16: return to_float(static_cast<const bf16*>(values)[at]);
-    case Stored::float16: return to_float(static_cast<const fp16*>(values)[at]);
-    case Stored::e8m0: return e8m0_value(static_cast<const uint8_t*>(values)[at]);
-    case Stored::e4m3: return e4m3_value(static_cast<const uint8_t*>(values)[at]);
-    case Stored::uint8: return static_cast<float>(static_cast<const uint8_t*>(values)[at]);
-    default: return static_cast<const float*>(values)[at];
+    case Stored::bfloat16: return widen(static_cast<const bf16*>(values));
+    case Stored::float16: return widen(static_cast<const fp16*>(values));
+    case Stored::e8m0:
+      return convert([](uint8_t b) {  // 2^-127 is no normal number
+        return bit_cast<float>(b == 0 ? 0x00400000u : b == 255 ? 0x7fc00000u : static_cast<uint32_t>(b) << 23);
+      });
+    case Stored::e4m3: return each_number<E4m3>(bytes, n, out, [](lanes v) { return v; });
+    case Stored::uint8: return convert([](uint8_t b) { return static_cast<float>(b); });
+    default: return widen(static_cast<const float*>(values));
   }
 }
 
@@ -98,12 +128,18 @@ inline void unpack_bytes(const uint8_t* packed, int64_t n, uint8_t* codes) {
 }
 
 // The same for codes that do not end with a byte: eight of them are `bits` bytes.
-inline void unpack_words(const uint8_t* packed, int64_t bits, int64_t n, uint8_t* codes) {
-  const uint8_t mask = static_cast<uint8_t>((1 << bits) - 1);
+template <int bits>
+inline void unpack_words(const uint8_t* packed, int64_t n, uint8_t* codes) {
+  constexpr uint64_t mask = (1 << bits) - 1;
   for (int64_t first = 0; first < n; first += 8, packed += bits) {
     uint64_t word = 0;
-    for (int64_t b = 0; b < bits; ++b) word |= static_cast<uint64_t>(packed[b]) << (8 * b);
-    for (int64_t k = 0; k < 8; ++k) codes[first + k] = static_cast<uint8_t>(word >> (k * bits)) & mask;
+    std::memcpy(&word, packed, bits);
+#if defined(__BMI2__)
+    const uint64_t spread = _pdep_u64(word, mask * 0x0101010101010101u);
+    std::memcpy(codes + first, &spread, sizeof spread);
+#else
+    for (int64_t k = 0; k < 8; ++k) codes[first + k] = static_cast<uint8_t>(word >> (k * bits) & mask);
+#endif
   }
 }
 
@@ -115,90 +151,83 @@ inline const uint8_t* codes_at(const uint8_t* row, int64_t bits, int64_t from, i
     case 4: unpack_bytes<4>(packed, n, room); break;
     case 2: unpack_bytes<2>(packed, n, room); break;
     case 1: unpack_bytes<1>(packed, n, room); break;
-    default: unpack_words(packed, bits, n, room);
+    case 3: unpack_words<3>(packed, n, room); break;
+    case 5: unpack_words<5>(packed, n, room); break;
+    default: unpack_words<6>(packed, n, room);
   }
   return room;
 }
 
 // ---- rows -----------------------------------------------------------------------------------------------------------------
 
-// How codes of a group become values. Apart: the difference to a zero that is no whole number is rounded too.
-template <class Number, class Round, bool Apart>
+// How numbers of a group become values. Apart: the difference to a zero that is no whole number is rounded too.
+template <class NumberOf, class Round, bool Apart>
 struct Scaling {
+  using Number = NumberOf;
   float zero, scale;
 
-  lanes operator()(byte_lanes codes) const {
-    const lanes apart = Number::of(codes) - zero;
+  lanes operator()(lanes number) const {
+    const lanes apart = number - zero;
     return rounded<Round>((Apart ? rounded<Round>(apart) : apart) * scale);
   }
-
-  // One code a byte.
-  void bytes(const uint8_t* codes, int64_t n, float* out) const {
-    const Scaling value = *this;
-    int64_t j = 0;
-    for (; j + width <= n; j += width) {
-      byte_lanes c;
-      std::memcpy(&c, codes + j, sizeof c);
-      store(out + j, value(c));
-    }
-    if (j < n) {
-      byte_lanes c = {};
-      std::memcpy(&c, codes + j, static_cast<size_t>(n - j));
-      store_some(out + j, value(c), n - j);
-    }
-  }
-
-#if defined(__AVX512F__)
-  // Two codes a byte, n of them, a multiple of 16: looked up in a table.
-  void nibbles(const uint8_t* packed, int64_t n, float* out) const {
-    const __m512 table = (__m512)(*this)(byte_lanes{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15});
-    for (int64_t j = 0; j < n; j += 16, packed += 8) {
-      const __m512i bytes = _mm512_cvtepu8_epi64(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(packed)));
-      // only the low four bits of an index count
-      const __m512i places = _mm512_or_si512(bytes, _mm512_slli_epi64(bytes, 28));
-      _mm512_storeu_ps(out + j, _mm512_permutexvar_ps(places, table));
-    }
-  }
-#endif
 };
 
+#if defined(__AVX512F__)
+// Two codes a byte, n of them, a multiple of 16: looked up in a table.
 template <class Value>
-Value scaling_of(const ScaledMatrix& w, int64_t at) {
-  float scale = stored_value(w.scales, w.scales_stored, at);
-  if (w.overall != nullptr) scale = w.divides ? scale / *w.overall : scale * *w.overall;
-  return {w.zeros == nullptr ? w.zero : stored_value(w.zeros, w.zeros_stored, at), scale};
-}
-
-// f(group, c, end) for the part [c, end) of each group within [from, stop).
-template <class F>
-inline void each_group(const ScaledMatrix& w, int64_t from, int64_t stop, const F& f) {
-  for (int64_t g = from / w.group; from < stop; ++g) {
-    const int64_t end = (g + 1) * w.group < stop ? (g + 1) * w.group : stop;
-    f(g, from, end);
-    from = end;
+inline void each_nibble_number(const uint8_t* packed, int64_t n, float* out, const Value& value) {
+  const byte_lanes every = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  const __m512 table = (__m512)value(Value::Number::of(every));
+  for (int64_t j = 0; j < n; j += 16, packed += 8) {
+    const __m512i bytes = _mm512_cvtepu8_epi64(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(packed)));
+    // only the low four bits of an index count
+    _mm512_storeu_ps(out + j, _mm512_permutexvar_ps(_mm512_or_si512(bytes, _mm512_slli_epi64(bytes, 28)), table));
   }
+}
+#endif
+
+inline int64_t divided(int64_t a, int64_t b) { return static_cast<uint32_t>(a) / static_cast<uint32_t>(b); }  // in a third of the time
+
+// Values [from, stop) of a row, at most piece_values, whose scales begin at `first`.
+template <class Value>
+inline void decode_groups(const ScaledMatrix& w, const uint8_t* codes, int64_t first, int64_t from, int64_t stop, float* out) {
+  float scales[piece_values + 1], zeros[piece_values + 1];
+  const int64_t g = from == 0 ? 0 : divided(from, w.group), n = divided(stop - 1, w.group) + 1 - g;
+  stored_values(w.scales, w.scales_stored, first + g, n, scales);
+  if (w.overall != nullptr) {
+    const float overall = *w.overall;
+#pragma omp simd
+    for (int64_t j = 0; j < n; ++j) scales[j] = w.divides ? scales[j] / overall : scales[j] * overall;
+  }
+  if (w.zeros != nullptr) stored_values(w.zeros, w.zeros_stored, first + g, n, zeros);
+  const auto each_group = [&](const auto& decode) {
+    int64_t c = from, end = (g + 1) * w.group;
+    for (int64_t j = 0; j < n; ++j, c = end, end += w.group) {
+      const int64_t last = end < stop ? end : stop;
+      decode(c - from, last - c, Value{w.zeros == nullptr ? w.zero : zeros[j], scales[j]});
+    }
+  };
+#if defined(__AVX512F__)
+  if (w.bits == 4 && w.group % 16 == 0 && w.i % 16 == 0) {
+    const uint8_t* packed = codes + from / 2;
+    return each_group([&](int64_t c, int64_t m, const Value& value) { each_nibble_number(packed + c / 2, m, out + c, value); });
+  }
+#endif
+  uint8_t room[piece_values + 8];
+  const uint8_t* unpacked = codes_at(codes, w.bits, from, stop - from, room);
+  each_group([&](int64_t c, int64_t m, const Value& value) {
+    each_number<typename Value::Number>(unpacked + c, m, out + c, value);
+  });
 }
 
 template <class Value>
 void decode_scaled_piece(const void* matrix, int64_t r, int64_t from, int64_t n, float* out) {
   const ScaledMatrix& w = *static_cast<const ScaledMatrix*>(matrix);
-  const int64_t row = w.order == nullptr ? w.first + r : w.order[r], groups = (w.i + w.group - 1) / w.group;
-  const int64_t first = row / w.height * groups, start = from;
+  const int64_t row = w.order == nullptr ? w.first + r : w.order[r];
+  const int64_t first = (w.height == 1 ? row : row / w.height) * w.groups;
   const uint8_t* codes = w.codes + row * w.stride;
-#if defined(__AVX512F__)
-  if (w.bits == 4 && w.group % 16 == 0 && w.i % 16 == 0)
-    return each_group(w, from, from + n, [&](int64_t g, int64_t c, int64_t end) {
-      scaling_of<Value>(w, first + g).nibbles(codes + c / 2, end - c, out + (c - start));
-    });
-#endif
-  uint8_t room[piece_values + 8];
-  for (const int64_t end = from + n; from < end; from += piece_values) {
-    const int64_t stop = from + piece_values < end ? from + piece_values : end;
-    const uint8_t* unpacked = codes_at(codes, w.bits, from, stop - from, room);
-    each_group(w, from, stop, [&](int64_t g, int64_t c, int64_t last) {
-      scaling_of<Value>(w, first + g).bytes(unpacked + (c - from), last - c, out + (c - start));
-    });
-  }
+  for (const int64_t end = from + n; from < end; from += piece_values, out += piece_values)
+    decode_groups<Value>(w, codes, first, from, from + piece_values < end ? from + piece_values : end, out);
 }
 
 template <class Number, bool Apart = false>
