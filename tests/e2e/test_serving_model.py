@@ -93,7 +93,7 @@ def test_chat_and_a_form(llm: LLM) -> None:
     assert picked.outputs[0].finish_reason == "stop"
 
 
-def test_several_tokens_a_step_give_the_same_answers() -> None:
+def test_several_tokens_a_step_give_the_same_answers(llm: LLM) -> None:
     """A text that its prompt repeats, a form, and prose that is drawn: in one crowd, and by fewer steps alone."""
     text = "The old mill by the river had seven windows, and each of them looked at another hill.\n"
     form = StructuredOutputsParams(
@@ -108,12 +108,10 @@ def test_several_tokens_a_step_give_the_same_answers() -> None:
         SamplingParams(temperature=0, max_tokens=20, structured_outputs=form, logprobs=2),
         SamplingParams(temperature=1, seed=3, max_tokens=20, repetition_penalty=1.2),
     ]
-    plain = LLM(model_folder(NAME), dtype="bfloat16")
-    expected = [output.outputs for output in plain.generate(prompts, params, use_tqdm=False)]
-    del plain
+    expected = [output.outputs for output in llm.generate(prompts, params, use_tqdm=False)]
     speculative = {"method": "ngram", "num_speculative_tokens": 6, "prompt_lookup_max": 3, "prompt_lookup_min": 2}
-    llm = LLM(model_folder(NAME), dtype="bfloat16", speculative_config=speculative, disable_log_stats=False)
-    outputs = llm.generate(prompts, params, use_tqdm=False)
+    drafts = LLM(model_folder(NAME), dtype="float32", speculative_config=speculative, disable_log_stats=False)
+    outputs = drafts.generate(prompts, params, use_tqdm=False)
     assert [output.outputs for output in outputs] == expected
     accepted = [output.metrics.num_accepted_tokens for output in outputs if output.metrics is not None]
     assert accepted[0] > 10

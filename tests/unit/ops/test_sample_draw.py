@@ -130,8 +130,10 @@ def large(kind: str, dtype: torch.dtype) -> tuple[torch.Tensor, list[RowRule], D
 
 
 @pytest.mark.not_interpreted
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("kind", ["plain", "ties", "equal", "peak"])
+@pytest.mark.parametrize(
+    ("kind", "dtype"),
+    [("plain", torch.float32), ("ties", torch.bfloat16), ("equal", torch.float32), ("peak", torch.bfloat16)],
+)
 def test_a_large_vocabulary_and_a_long_prompt(kind, dtype, backend):
     logits, asked, expected = large(kind, dtype)
     require_equal(logits, asked, backend, expected)
