@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -11,6 +13,7 @@ import ray
 
 from veneer.errors import ConfigError
 from veneer.ray.place import Place
+from veneer.train.interrupt import SIGNALS
 
 
 class Devices(NamedTuple):
@@ -36,16 +39,29 @@ def connected(place: Place) -> Iterator[None]:
         return
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is sent
     try:
-        if place.address is None:
-            ray.init(include_dashboard=False)
-        else:
-            ray.init(place.address)
+        with _handlers_kept():
+            if place.address is None:
+                ray.init(include_dashboard=False)
+            else:
+                ray.init(place.address)
     except (OSError, RuntimeError, ValueError) as error:
         raise ConfigError(f"Ray cannot be used at {place.address or 'this machine'}: {error}") from error
     try:
         yield
     finally:
         ray.shutdown()
+
+
+@contextmanager
+def _handlers_kept() -> Iterator[None]:
+    """Restore the handlers of signals after the block: Ray replaces that of SIGTERM by one that aborts the process."""
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
 
 def devices(use_cpu: bool) -> Devices:

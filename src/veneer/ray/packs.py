@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
@@ -106,6 +107,7 @@ def _train_pack(jobs: Sequence[Job], folder: str) -> list[Ended]:
     """Train a pack in a worker, where a signal that ends it leaves checkpoints."""
     os.chdir(folder)
     datasets.disable_progress_bars()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # by which Ray cancels; ignored if the driver ignores it
     with without_bars(), listening() as stop:
         return train_together(jobs, _print, stop)
 

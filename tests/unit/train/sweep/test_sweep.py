@@ -15,10 +15,11 @@ import torch
 from safetensors.torch import load_file
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from veneer.errors import ConfigError, Interrupted
+from veneer.errors import ConfigError, Interrupted, TrainingError
 from veneer.ops.grouped_low_rank import add_grouped_low_rank
 from veneer.recipe.recipe import parse_recipe
 from veneer.recipe.values import put
+from veneer.train.interrupt import Stop
 from veneer.train.loss import Scoring
 from veneer.train.run import run_recipe
 from veneer.train.sweep.course import Course
@@ -26,6 +27,7 @@ from veneer.train.sweep.recipe import parse_sweep
 from veneer.train.sweep.report import outcomes
 from veneer.train.sweep.shared_base import Part, SharedBase, joined
 from veneer.train.sweep.sweep import run_sweep
+from veneer.train.sweep.together import train_together
 
 VERBS, PLACES = ("sat", "ran", "flew"), ("mat", "tree", "house", "bird", "cat")
 LISTED = [
@@ -267,6 +269,43 @@ def test_asha_stops_members_at_a_rung_and_those_that_go_on_are_the_runs_that_the
     part["members"].append({"name": "late"})
     with pytest.raises(ConfigError, match="begun with other rungs: 4 members"):
         together(values, part, resume=True)
+
+
+class Mortal:
+    """One worker with two places, which dies as often as it is told to."""
+
+    n_workers, n_places = 1, 2
+
+    def __init__(self, deaths: int) -> None:
+        self.deaths, self.packs = deaths, list[list[str]]()
+
+    def __enter__(self) -> Mortal:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def begin(self, jobs: Any) -> None:
+        self.jobs = jobs
+        self.packs.append([job.member.name for job in jobs])
+
+    def wait(self) -> Any:
+        self.deaths -= 1
+        done = "the node is gone" if self.deaths >= 0 else train_together(self.jobs, lambda line: None, Stop())
+        return self.jobs, done
+
+
+def test_members_of_a_worker_that_has_died_begin_again_three_times(values: dict[str, Any]) -> None:
+    part = {"members": [{"name": name, "training.max_steps": 1} for name in "abc"]}
+    worker = Mortal(3)
+    found = together(values, part, engine=lambda *_: worker)
+    assert worker.packs == [["a", "b"]] * 4 + [["c"]]
+    assert {record["status"] for record in found.values()} == {"finished"}
+    values["output"] = str(Path(values["output"]).with_name("again"))
+    with pytest.raises(TrainingError, match=r"4 workers that trained a have died: the node is gone\. See to"):
+        together(values, part, engine=lambda *_: Mortal(4))
+    with pytest.raises(ConfigError, match=r"sweep.engine: ray needs the workers of a cluster"):
+        together(values, {**part, "engine": "ray"})
 
 
 def test_several_processes_share_no_sweep(values: dict[str, Any], monkeypatch: Any) -> None:
