@@ -46,6 +46,7 @@ ADAPTERS: list[tuple[str, dict[str, Any]]] = [
     ("gptq 4", {"method": "lora", "use_dora": True}),
     ("fp8 blocks", {"method": "lora"}),
     ("nvfp4", {"method": "lora"}),
+    ("gpt2", {"method": "dora", "r": 3}),
     ("dense", {"method": "psoft"}),
     ("dense", {"method": "hra"}),
     ("dense", {"method": "frod", "target_modules": ["q_proj", "up_proj"]}),

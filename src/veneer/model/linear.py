@@ -299,9 +299,12 @@ class AdaptedLinear(AdaptedSite):
 
     def _read_whole(self, weight: FrozenWeight) -> FrozenWeight:
         """The weight, which is gathered when it is read if it is cut over processes."""
-        if isinstance(weight, DenseWeight):
-            return read_whole(weight, weight.tensor, lambda: DenseWeight(whole(weight.tensor)))
-        return read_whole(weight, self.own_weight(), lambda: cast(CodedModule, self).gathered())
+        if not isinstance(weight, DenseWeight):
+            return read_whole(weight, self.own_weight(), lambda: cast(CodedModule, self).gathered())
+        own = weight.tensor
+        if self.is_turned:  # gathered as it lies in memory, so that sums have the order of a weight that is not cut
+            return read_whole(weight, own, lambda: DenseWeight(whole(own.T).T))
+        return read_whole(weight, own, lambda: DenseWeight(whole(own)))
 
     @property
     def is_turned(self) -> bool:

@@ -6,12 +6,12 @@ import json
 from pathlib import Path
 
 import torch
-from transformers import LlamaForCausalLM
+from transformers import GPT2LMHeadModel, LlamaForCausalLM
 
 import cut_loading
 from cut_loading import ADAPTERS, CASES, INNER, N_BLOCKS, WIDTH
 from launch import together
-from models import llama_config
+from models import gpt2_config, llama_config
 from quantized_folders import FORMATS, make_folder
 
 N = 4
@@ -39,6 +39,8 @@ def test_an_adapter_that_reads_weights_is_the_same_on_a_base_that_is_cut(tmp_pat
     for name in {base for base, _ in ADAPTERS}:
         if name in FORMATS:
             make_folder(FORMATS[name], tmp_path / name)
+        elif name == "gpt2":
+            GPT2LMHeadModel(gpt2_config()).save_pretrained(tmp_path / name / "coded")
         else:
             LlamaForCausalLM(config).save_pretrained(tmp_path / name / "coded")
     together(cut_loading.attached, tmp_path, 3, ADAPTERS)
