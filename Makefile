@@ -5,8 +5,6 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 # Packages are installed without bytecode: what is imported for the first time must be able to leave some.
 unexport PYTHONDONTWRITEBYTECODE
-# Imported as soon as packages are there, which leaves their bytecode: the kernels, still compiled then, are not needed
-USED := import veneer.train.run, veneer.serve.llm, veneer.cli.train_run, peft
 
 .PHONY: setup demo test test-all check docs format clean
 .DEFAULT_GOAL := help
@@ -33,8 +31,8 @@ $(VENV)/.ready: pyproject.toml CMakeLists.txt $(wildcard csrc/* csrc/*/*)
 	@test -t 1 || quiet=--quiet; scripts/compile_progress build & watcher=$$!; trap "kill $$watcher 2>/dev/null" EXIT; \
 		$(BIN)/python -m pip install --quiet --no-compile --no-deps --editable . & kernels=$$!; \
 		$(BIN)/python -m pip install $$quiet --no-compile --requirement $(VENV)/needed.txt; packages=$$?; \
-		test $$packages != 0 || { PYTHONPATH=src $(BIN)/python -W ignore -c '$(USED)'; packages=$$?; }; \
 		wait $$kernels && exit $$packages
+	@$(BIN)/python -W ignore -c 'import veneer.train.run, veneer.serve.llm, veneer.cli.train_run, peft'  # leaves their bytecode
 	@touch $@
 	@echo "ready: $(BIN)/veneer (source $(BIN)/activate puts it on the path)"
 
