@@ -69,6 +69,10 @@ class BackendError(VeneerError, RuntimeError):
     """Kernel back end that was requested by name and is not available."""
 
 
+class OutdatedKernelsError(BackendError, AttributeError):
+    """Compiled kernels that are older than the Python code which calls them."""
+
+
 class DataError(VeneerError, ValueError):
     """Data set with rows that cannot be trained or evaluated on."""
 

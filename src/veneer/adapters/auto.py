@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import transformers
 from transformers import AutoTokenizer
@@ -49,6 +49,8 @@ class AutoPeftModel:
         is_trainable: bool = False,
         config: MethodConfig | None = None,
         revision: str | None = None,
+        *,
+        gguf: Literal["blocks", "dense"] = "blocks",
         **options: Any,
     ) -> PeftModel:
         """Load an adapter from a folder or a hub id, on the base that its config names.
@@ -57,7 +59,9 @@ class AutoPeftModel:
         ``ignore_mismatched_sizes`` and ``key_mapping``. Hub options (``token``, ``cache_dir`` and the like) go to both.
         All others (``dtype``, ``device_map``, ``quantization_config``) go to the base's ``from_pretrained``.
 
-        If the adapter's folder holds a tokenizer with more tokens than the base, the base is first resized to it.
+        A causal language model in a GGUF file stays in its blocks, if no other option than ``dtype`` is given for the
+        base; ``gguf="dense"`` makes a dense copy. If the adapter's folder holds a tokenizer with more tokens than the
+        base, the base is first resized to it.
 
         Departs: if the adapter names no task, PEFT imports the library that the file names. Here the class must be one
         of transformers. `AutoPeftModel` takes adapters of any task.
@@ -72,7 +76,8 @@ class AutoPeftModel:
         if stored.base_model_name_or_path is None:
             raise ConfigError(f"{folder} does not name its base: load that, and call PeftModel.from_pretrained on it")
         options.pop("subfolder", None)
-        base = _loaded(cls._class_of_base(stored, folder), stored.base_model_name_or_path, stored.revision, options)
+        kind = cls._class_of_base(stored, folder)
+        base = _loaded(kind, stored.base_model_name_or_path, stored.revision, options, in_blocks=gguf == "blocks")
         if (folder / TOKENIZER_CONFIG).is_file():
             where = {"subfolder": "", **{key: value for key, value in hub.items() if value is not None}}
             make_room_for(AutoTokenizer.from_pretrained(pretrained_model_name_or_path, **where), base)
@@ -91,11 +96,12 @@ class AutoPeftModel:
         return getattr(transformers, _AUTO_CLASSES[task]) if task else _named_class(folder)
 
 
-def _loaded(kind: Any, name: str, revision: str | None, options: dict[str, Any]) -> Any:
+def _loaded(kind: Any, name: str, revision: str | None, options: dict[str, Any], *, in_blocks: bool) -> Any:
     """The base; one in the blocks of a GGUF file is a causal language model, others are a dense copy of the file."""
     place = folder_of(name)
     file = None if place is None else described_file(place)
-    if file is not None and kind is transformers.AutoModelForCausalLM and options.keys() <= {"dtype"}:
+    in_blocks = in_blocks and kind is transformers.AutoModelForCausalLM and options.keys() <= {"dtype"}
+    if file is not None and in_blocks:
         return load_in_blocks(file, **options)[0]
     if file is not None:
         place = converted_folder(file.path)

@@ -21,7 +21,11 @@ from veneer.recipe.values import apply_override, put, read_values, section
 
 _What = Annotated[
     str,
-    typer.Argument(metavar="MODEL|RECIPE", show_default=False, help="A preset, a folder, a name, or a recipe's file."),
+    typer.Argument(
+        metavar="MODEL|RECIPE",
+        show_default=False,
+        help="A preset, a folder, a .gguf file, a fetched name, a hub id, or a recipe's file.",
+    ),
 ]
 _Set = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one key, as veneer train does.")

@@ -204,7 +204,8 @@ def _train_one(recipe: Recipe, asked: Asked, planned: _Planned | None, console: 
     except KeyboardInterrupt as error:
         kept = checkpoints(Path(recipe.output))
         if not error.args and kept:
-            error.args = (f"checkpoints are kept, and --resume goes on from the last one. {usable(recipe, kept[-1])}",)
+            going_on = "checkpoints are kept, and the same command with --resume goes on from the last one."
+            error.args = (f"{going_on} {usable(recipe, kept[-1])}",)
         raise
     _tell_results(recipe, record, console)
 

@@ -131,7 +131,7 @@ class Rules:
         """Return the request of one of a prompt's answers."""
         params, version = asked.params, asked.version.id if asked.version else None
         first = acts_from(asked.prompt_ids, asked.version.invocation if asked.version else ())
-        owner = f"{version} from {first}" if first else version  # before that, the values are those of the base
+        owner = root_of(f"{version} from {first}", asked.cache_salt) if first else b""
         every_state = asked.pooling is not None and asked.pooling.pooling == "mean"
         rule = StopRule(
             max_tokens=min(params.max_tokens or asked.room, asked.room),
@@ -145,7 +145,8 @@ class Rules:
             scores_prompt=every_state or (params.prompt_logprobs is not None and index == 0), client=asked.client,
             weight=asked.weight, reads_only=asked.pooling is not None,
             priority=asked.priority, streams=params.output_kind is not RequestOutputKind.FINAL_ONLY,
-            root=root_of(owner, asked.cache_salt) if self.settings.prefix_caching else None,
+            root=root_of(None if first else version, asked.cache_salt) if self.settings.prefix_caching else None,
+            owner=owner,  # before it acts, the values are those of the base
         )  # fmt: skip
 
     def draw_rule(self, asked: Asked, request: Request, number: tuple[int, int]) -> DrawRule:

@@ -20,7 +20,7 @@ from veneer.contract import MethodConfig
 from veneer.contract.keys import copy_key, rows_key, weight_keys
 from veneer.contract.places import Placed
 from veneer.core.records import LinearDelta, PrefixDelta, PromptDelta, ResidualDelta
-from veneer.errors import VeneerError
+from veneer.errors import CompositionError, VeneerError
 from veneer.model.copies import own_parameters
 from veneer.model.packed_linear import PackedLinear
 from veneer.model.places import places_of, plan_of
@@ -88,10 +88,24 @@ class Lookup:
 
 
 def read_effects(lookup: Lookup, program: Program, folder: Path) -> Effects:
-    """Return the effects of a saved adapter. Raises FormatError and TargetError as loading does, and `UnsaidError`."""
+    """Return the effects of a saved adapter.
+
+    Raises FormatError and TargetError as loading does, and `UnsaidError`. For an adapter that acts from its invocation
+    tokens on, the latter is a CompositionError: the general runner does not read the pages of the base's tokens before.
+    """
     config = read_config(folder)
-    if config.invocation_tokens:
-        raise UnsaidError("invocation tokens, from which on it acts")
+    try:
+        return _read_effects(lookup, program, folder, config)
+    except UnsaidError as reason:
+        if not config.invocation_tokens:
+            raise
+        raise CompositionError(
+            f"the adapter in {folder} acts from its invocation tokens on, and has {reason}, which the engine's program "
+            "has no place for: serve it with `generate`"
+        ) from reason
+
+
+def _read_effects(lookup: Lookup, program: Program, folder: Path, config: MethodConfig) -> Effects:
     places = lookup.of(config)
     stored = read_records(folder, places.placed, device=lookup.model.device)
     found = Effects()

@@ -146,7 +146,7 @@ class GeneralRunner(DrawingRunner):
                 self._put_front(sequence)
         step = PagedStep.of(self.store, [Stretch(s.pages, s.start, len(s.tokens)) for s in sequences], device)
         ids = torch.tensor([token for s in sequences for token in s.tokens], device=device)
-        names = [name for s in sequences for name in self._names(s)]
+        names = [self._route(s.version) for s in sequences for _ in s.tokens]
         rows = [*_rows_of(sequences, wanted), *_rows_of(sequences, read)]
         kept = torch.tensor(rows, dtype=torch.long, device=device)
         with self._routed(names), self._head_for(kept, names) as states:
@@ -161,12 +161,6 @@ class GeneralRunner(DrawingRunner):
     def base(self) -> PreTrainedModel:
         """Model without the adapters' wrapper, as transformers' own class."""
         return cast(PreTrainedModel, self.model)
-
-    def _names(self, sequence: PlannedSequence) -> list[str]:
-        """The name that each token takes: the base's before those that the adapter acts on."""
-        first = sequence.start - sequence.n_front
-        n_before = min(max(sequence.acts_from - first, 0), len(sequence.tokens))
-        return [BASE] * n_before + [self._route(sequence.version)] * (len(sequence.tokens) - n_before)
 
     def _route(self, version: str | None) -> str:
         """The name that a version's rows take: virtual tokens come from pages, their rows are the base's."""

@@ -18,7 +18,7 @@ class PlannedSequence(NamedTuple):
     token is drawn after the last one. The last ``n_drafted`` tokens are guesses: a token is drawn before each of them
     too, as long as those before it were drawn. ``targets`` are the tokens whose log-probabilities are asked for; they
     follow the tokens from ``first_scored`` on. ``reads_only``: no token is drawn or scored, and hidden states
-    are asked for instead. The adapter acts on the tokens from ``acts_from`` on, counted from the first of the prompt.
+    are asked for instead. ``version`` is that of the adapter which acts on all of the tokens, None for the base.
     """
 
     request_id: str
@@ -33,7 +33,6 @@ class PlannedSequence(NamedTuple):
     targets: tuple[int, ...] = ()
     n_drafted: int = 0
     reads_only: bool = False
-    acts_from: int = 0
 
     @property
     def drafted(self) -> tuple[int, ...]:

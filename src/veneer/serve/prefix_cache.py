@@ -3,6 +3,7 @@
 A block is a full page of computed positions. Its key is a hash of its tokens and of its parent's key, so that equal
 keys have equal tokens from the first. The key before the first block, the root, is a hash of the adapter's version, or
 of the base, and of the request's salt. Virtual tokens follow from the version: their positions add no tokens to a key.
+A sequence that an adapter acts on from some token on begins at the base's root. Keys from that token on name an owner.
 """
 
 from __future__ import annotations
@@ -35,26 +36,30 @@ def require_salt(salt: str | None) -> None:
         )
 
 
-def key_of(parent: bytes, tokens: Sequence[int]) -> bytes:
-    """Return the key of the block that holds ``tokens`` after the block with the key ``parent``."""
-    return hashlib.sha256(parent + array("q", tokens).tobytes()).digest()
+def key_of(parent: bytes, tokens: Sequence[int], owner: bytes = b"") -> bytes:
+    """Return the key of the block that holds ``tokens`` after the block with the key ``parent``.
+
+    ``owner`` is given for a block with tokens that an adapter acts on, if it does not act on all before.
+    """
+    return hashlib.sha256(parent + array("q", tokens).tobytes() + owner).digest()
 
 
 class Tail(NamedTuple):
     """End of a sequence in the page behind its ``n_full`` full ones: virtual tokens first, if any, and then ``tokens``.
 
-    ``parent`` is the key of the last full page, or the root if there is none.
+    ``parent`` is the key of the last full page, or the root if there is none; ``owner`` is that of `key_of`.
     """
 
     parent: bytes
     n_full: int
     n_virtual: int
     tokens: tuple[int, ...]
+    owner: bytes = b""
 
     @property
     def key(self) -> bytes:
-        """Key of the one tail that is kept behind a block."""
-        return hashlib.sha256(self.parent + b"tail").digest()
+        """Key of the one tail of its owner that is kept behind a block."""
+        return hashlib.sha256(self.parent + b"tail" + self.owner).digest()
 
     @property
     def n_positions(self) -> int:
@@ -91,7 +96,8 @@ class PrefixCache:
     - A key has one page, and a page at most one key.
     - A block's parent is in the cache.
     - A block without holders goes out before its parent, and none with holders goes out.
-    - At most one tail is kept behind a block. Nobody holds it: who continues it takes it out, and writes on in it.
+    - At most one tail of an owner is kept behind a block. Nobody holds it: who continues it takes it out, and writes on
+      in it.
     """
 
     def __init__(self, worth: Worth, block: int, page_bytes: int) -> None:

@@ -6,6 +6,8 @@ from collections.abc import Collection, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
+from transformers import PreTrainedTokenizerFast
+
 from veneer.errors import ConfigError, FormatError
 from veneer.serve.conversation import Conversation, chat_text
 from veneer.serve.latest import Latest
@@ -13,6 +15,7 @@ from veneer.serve.tool_calls.format import CallFormat
 from veneer.serve.tool_calls.read import format_of
 
 _FORMATS = 8  # of calls, by chat templates
+_LONG = 1 << 16  # characters
 Prompt = str | Sequence[int] | Mapping[str, Any]
 
 
@@ -99,7 +102,17 @@ class PromptReader:
             )
         if not _is_text(text):
             raise ConfigError("the prompt holds half of a surrogate pair, which is no character: leave it out")
-        return list(self.tokenizer(text, verbose=False, **how)["input_ids"])  # `Engine.asked` refuses what is too long
+        return self._encoded(text, **how)  # `Engine.asked` refuses what is too long
+
+    def _encoded(self, text: str, **how: Any) -> list[int]:
+        """The ids of a text. Those of a long one come without its offsets, which take milliseconds to free, in which no
+        other thread runs.
+        """
+        if len(text) < _LONG or not isinstance(self.tokenizer, PreTrainedTokenizerFast):
+            return list(self.tokenizer(text, verbose=False, **how)["input_ids"])
+        self.tokenizer("", **how)  # sets the tokenizer behind it to neither pad nor truncate
+        [found] = self.tokenizer.backend_tokenizer.encode_batch_fast([text], **how)
+        return list(found.ids)
 
     @cached_property
     def _longest(self) -> int:

@@ -42,7 +42,8 @@ class Request:
 
     ``version`` is the adapter's; ``n_front`` is the number of its virtual tokens, which precede the prompt. A lower
     ``priority`` is more urgent; within one, the ``client`` that has received least for its ``weight`` comes first.
-    ``streams``: its answer is shown while it grows. ``acts_from``: the first token that the adapter acts on.
+    ``streams``: its answer is shown while it grows. ``acts_from``: the first token that the adapter acts on; if it is
+    not the first of all, ``owner`` goes into the keys of blocks from there on, and ``root`` is the base's.
     ``n_computed`` counts the tokens whose keys and values are in pages. ``scores_prompt``: log-probabilities of the
     prompt are asked for, and ``n_scored`` of them are computed. ``root`` is the key in front of its first block; None
     if it shares no pages. ``n_front_there`` counts the virtual tokens in pages, ``n_published`` the blocks that others
@@ -63,6 +64,7 @@ class Request:
     priority: int = 0
     streams: bool = False
     root: bytes | None = None
+    owner: bytes = b""
     draft: Draft | None = None
     reads_only: bool = False
     output: list[int] = field(default_factory=list)
@@ -95,6 +97,17 @@ class Request:
         return self.n_tokens - self.n_computed
 
     @property
+    def n_alike(self) -> int:
+        """Number of the next tokens that may be computed at once: the adapter acts on all of them, or on none."""
+        n_before = self.acts_from - self.n_computed
+        return min(self.n_left, n_before) if n_before > 0 else self.n_left
+
+    @property
+    def acting(self) -> str | None:
+        """Version that acts on the next token; None for the base."""
+        return None if self.n_computed < self.acts_from else self.version
+
+    @property
     def n_to_come(self) -> int:
         """Number of tokens to compute, at most, until it ends."""
         return len(self.prompt) + self.rule.max_tokens - self.n_computed
@@ -107,10 +120,14 @@ class Request:
         """Return the keys of the first ``n`` blocks, whose tokens are known. The request must have a root."""
         parent = self.known_keys[-1] if self.known_keys else self.root or b""
         for i in range(len(self.known_keys), n):
-            bounds = (max(0, at * block - self.n_front) for at in (i, i + 1))
-            parent = key_of(parent, self.tokens(*bounds))
+            first, last = (max(0, at * block - self.n_front) for at in (i, i + 1))
+            parent = key_of(parent, self.tokens(first, last), self.owner_of(last))
             self.known_keys.append(parent)
         return self.known_keys[:n]
+
+    def owner_of(self, last: int) -> bytes:
+        """Return the owner in the key of a page whose tokens end before ``last``: none if all are the base's."""
+        return self.owner if last > self.acts_from else b""
 
     def tokens(self, first: int, last: int) -> tuple[int, ...]:
         """Return the tokens from ``first`` on, those before ``last``."""

@@ -157,7 +157,7 @@ class Scheduler:
         at_first = sorted(self.running, key=lambda r: r.n_left > 1)  # decoding first, each kind oldest first
         for request in at_first:
             reads = request.n_left > 1
-            n, n_running = min(request.n_left, budget, *([to_read, share] if reads else ())), len(self.running)
+            n, n_running = min(request.n_alike, budget, *([to_read, share] if reads else ())), len(self.running)
             if n and request.status is Status.RUNNING and self._reserve(request, n, planned):
                 planned[request] = n
                 budget -= n
@@ -167,7 +167,7 @@ class Scheduler:
         if all(request.status is Status.RUNNING for request in at_first):  # pages just given back are not for others
             self._admit(planned, min(budget, to_read))
         drafts = self._drafts(planned) if measured else {}
-        order = sorted(planned, key=lambda r: r.version or "")  # the base's first
+        order = sorted(planned, key=lambda r: r.acting or "")  # the base's first
         return Plan(tuple(self._laid_out(request, planned[request], drafts.get(request, ())) for request in order))
 
     def _to_read(self) -> int:
@@ -308,7 +308,7 @@ class Scheduler:
                 continue
             if not self._admits(request):
                 return  # its turn comes first when pages are free
-            planned[request] = min(request.n_left, budget)
+            planned[request] = min(request.n_alike, budget)
             budget -= planned[request]
             self._enter(request)
 
@@ -356,7 +356,7 @@ class Scheduler:
         first, targets = request.unscored(n)
         return PlannedSequence(
             request_id=request.id,
-            version=request.version,
+            version=request.acting,
             tokens=request.stretch(n) + draft,
             start=request.n_front + request.n_computed,
             n_front=request.n_front,
@@ -367,7 +367,6 @@ class Scheduler:
             targets=targets,
             n_drafted=len(draft),
             reads_only=request.reads_only,
-            acts_from=request.acts_from,
         )
 
     def _drop(self, request: Request) -> None:

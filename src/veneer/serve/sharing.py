@@ -116,8 +116,9 @@ class Sharing:
         """The positions of a request from ``first``, where a page begins, to ``last``."""
         n_front, n_full = request.n_front, first // self.pages.block
         parent = request.keys(n_full, self.pages.block)[-1] if n_full else request.root or b""
-        n_virtual = max(0, min(n_front, last) - first)
-        return Tail(parent, n_full, n_virtual, request.tokens(max(0, first - n_front), max(0, last - n_front)))
+        n_virtual, end = max(0, min(n_front, last) - first), max(0, last - n_front)
+        tokens = request.tokens(max(0, first - n_front), end)
+        return Tail(parent, n_full, n_virtual, tokens, request.owner_of(end))
 
     def _put(self, request: Request, n_positions: int) -> None:
         request.n_front_there = min(n_positions, request.n_front)

@@ -6,6 +6,7 @@ import json
 import threading
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -81,6 +82,11 @@ class Forms:
             made.found_forced(matcher.deep_copy())
         return made
 
+    def prepare(self) -> None:
+        """Build the tables now, which takes most of a second; no other thread runs. Errors come with a form."""
+        with self._building, suppress(ConfigError):
+            _ = self._tables
+
     @cached_property
     def _tables(self) -> LLTokenizer:
         if not isinstance(self._tokenizer, PreTrainedTokenizerFast) or not self._ending:
@@ -149,7 +155,8 @@ def grammar_of(asked: StructuredOutputsParams) -> str:
         return str(LLMatcher.grammar_from_lark(any_to_lark(asked.grammar)))
     schema = {"type": "object"} if asked.json is None else asked.json
     try:
-        text = schema if isinstance(schema, str) else json.dumps(schema)
+        # Piece by piece: other threads run between two of them.
+        text = schema if isinstance(schema, str) else "".join(json.JSONEncoder().iterencode(schema))
         return str(LLMatcher.grammar_from_json_schema(text))
     except (TypeError, ValueError) as error:
         raise ConfigError(f"structured_outputs: json={schema!r} is not a JSON schema: {error}") from error

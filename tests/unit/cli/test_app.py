@@ -71,7 +71,7 @@ def test_an_interrupt_may_say_what_is_left(tmp_path: Path, monkeypatch: pytest.M
     result = RUNNER.invoke(app, ["train", str(recipe)])
     kept = tmp_path / "run" / "checkpoint-5"
     assert result.stderr == (
-        "interrupted: checkpoints are kept, and --resume goes on from the last one. "
+        "interrupted: checkpoints are kept, and the same command with --resume goes on from the last one. "
         f"The adapter in {kept} can be used now: `veneer chat m --adapter {kept}`, "
         f"`veneer serve m --adapters {tmp_path / 'run'}`, `veneer eval {kept} -d FILE`\n"
     )

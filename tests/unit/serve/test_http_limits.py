@@ -18,7 +18,7 @@ import pytest
 from veneer.contract.file import CONFIG_FILE, WEIGHTS_FILE
 from veneer.errors import ConfigError
 from veneer.serve import prompts
-from veneer.serve.http import body_route
+from veneer.serve.http import body_route, limits
 from veneer.serve.http.app import Api
 from veneer.serve.http.errors import TooManyRequestsError
 from veneer.serve.http.key import ANYBODY
@@ -254,6 +254,25 @@ def test_a_large_body_is_parsed_beside_the_loop(server, monkeypatch):
 def test_a_large_body_is_parsed_as_a_small_one():
     text = '{"a": [1, -2.5e3, 12345678901234567890123, true, null, NaN], "a": {"\\ud800": "x"}, "b": [[], {}]}'
     assert repr(body_route.parsed(text.encode())) == repr(json.loads(text))
+
+
+def test_a_body_of_countless_lists_is_refused(server, monkeypatch):
+    monkeypatch.setattr(limits, "_MOST_BRACKETS", 40)
+    status, told = server.post("/detokenize", b'{"tokens": [' + b"[]," * 38 + b"[]]}")
+    assert (status, "the body has 41 opening brackets ([ and {) and this" in told["error"]["message"]) == (413, True)
+    status, told = server.post("/detokenize", b'{"tokens": [' + b"[]," * 37 + b"[]]}")
+    assert status == 400
+
+
+def test_a_long_text_has_the_ids_of_a_short_one(monkeypatch):
+    tokenizer = byte_tokenizer()
+    tokenizer.backend_tokenizer.enable_truncation(5)
+    text = "[{a lóng té}] " * 9
+    short = PromptReader(tokenizer, 999).read(text)
+    monkeypatch.setattr("veneer.serve.prompts._LONG", 1)
+    tokenizer.backend_tokenizer.enable_truncation(5)
+    assert PromptReader(tokenizer, 999).read(text) == short
+    assert len(short[1]) > 100
 
 
 def test_a_text_that_cannot_fit_is_not_tokenized():

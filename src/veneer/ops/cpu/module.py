@@ -7,11 +7,12 @@ import logging
 from functools import cache
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
 from veneer.core.units import count
+from veneer.errors import OutdatedKernelsError
 from veneer.ops.traced import silent_kernels
 
 log = logging.getLogger(__name__)
@@ -30,9 +31,17 @@ def kernels() -> Any:
 def _loaded() -> ModuleType:
     """The module, whose kernels run on the OpenMP runtime that torch itself loaded: one pool of threads a process."""
     module = importlib.import_module("veneer._kernels")
+    vars(module)["__getattr__"] = _lacking
     if not thread_runtime():
         log.warning("torch's OpenMP runtime was not found: veneer's CPU kernels run on one thread")
     return module
+
+
+def _lacking(name: str) -> NoReturn:
+    raise OutdatedKernelsError(
+        f"veneer's compiled kernels lack {name}: they are older than its Python code. Build them again with `make "
+        "setup`, or install veneer again."
+    )
 
 
 @cache

@@ -89,6 +89,7 @@ class Api(Service):
     @asynccontextmanager
     async def lifespan(self, app: FastAPI) -> AsyncIterator[None]:
         """Run the engine as long as the application runs."""
+        await asyncio.to_thread(self.running.engine.prepare_forms)
         self.running.start()
         watched: list[Catalogue | Keys] = [self.catalogue, *([] if self.keys is None else [self.keys])]
         for each in watched:

@@ -62,6 +62,8 @@ class Server(uvicorn.Server):
             if self._lifecycle.n_in_flight:
                 told = "stopping: %d in flight have %g s to end; a second signal ends them at once"
                 _LOG.warning(told, self._lifecycle.n_in_flight, self._drain_seconds)
+            else:
+                _LOG.warning("stopping: nothing is in flight")
         if self._lifecycle.is_drained and not self.should_exit:
             super().handle_exit(signal.SIGTERM, None)
         return await super().on_tick(counter)

@@ -143,6 +143,9 @@ def test_an_adapter_names_the_file_is_loaded_on_it_and_merges_into_16_bits(mixed
     again = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter", dtype=torch.float32).eval()
     assert isinstance(again.get_input_embeddings(), CodedEmbedding)
     assert torch.equal(again(ids).logits, logits)
+    copy = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter", dtype=torch.float32, gguf="dense").eval()
+    assert not isinstance(copy.get_input_embeddings(), CodedEmbedding)
+    assert (copy(ids).logits - logits).norm() <= 0.05 * logits.norm()  # its weights are rounded to bfloat16
     with pytest.raises(ConfigError, match=r"blocks of .*x\.gguf cannot be quantized again.*veneer export gguf"):
         again.merge_and_unload(requantize=True)
     merge_checkpoint(mixed, tmp_path / "adapter", tmp_path / "merged", MergeOptions(dtype="float32"))
