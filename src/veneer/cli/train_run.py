@@ -213,9 +213,6 @@ def _train_one(recipe: Recipe, asked: Asked, planned: _Planned | None, console: 
 def _train_on_ray(recipe: Recipe, asked: Asked, on: OnRay, console: Console) -> None:
     """Train in the workers of a cluster, which plan nothing: their memory is not seen from here."""
     _require_startable(recipe, asked.resume)
-    if asked.resume and is_over(recipe):
-        _train_one(recipe, asked, None, console)  # which tells so
-        return
     with waits_told("loading Ray"):
         from veneer.ray.training import Loop, train_on
     loop = Loop(recipe=str(on.recipe), set=tuple(on.overrides), folder=os.getcwd(), allow_changes=asked.allow_changes)

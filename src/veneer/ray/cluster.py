@@ -40,10 +40,7 @@ def connected(place: Place) -> Iterator[None]:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is sent
     try:
         with _handlers_kept():
-            if place.address is None:
-                ray.init(include_dashboard=False)
-            else:
-                ray.init(place.address)
+            ray.init(place.address)
     except (OSError, RuntimeError, ValueError) as error:
         raise ConfigError(f"Ray cannot be used at {place.address or 'this machine'}: {error}") from error
     try:

@@ -83,6 +83,7 @@ def train_on(place: Place, loop: Loop, recipe: Recipe) -> dict[str, Any]:
     `run_recipe`, and TrainingError if workers die again and again. Raises DiskError if the output cannot be made.
     """
     args, output = recipe.training_config(), Path(recipe.output)
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")  # dill, which hashes for datasets, reads what is printed
     with connected(place):
         found = devices(bool(args.use_cpu))
         n = n_workers(place, found)
