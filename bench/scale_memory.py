@@ -1,6 +1,6 @@
 """Plans of a base that is cut over processes, against what a process of `veneer train` holds.
 
-    python bench/scale_memory.py [--processes 2 4] [--only deep wide grouped] [--method dora]
+    python bench/scale_memory.py [--processes 2 4] [--only deep wide grouped] [--base nf4]
 
 Llamas of random weights in three shapes, dense (bfloat16) and NF4, trained three updates by `veneer train` over gloo
 on the CPU. A run's `run.json` has the plan of a process, and the high water of its first process. Plans must be within
@@ -71,6 +71,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--processes", type=int, nargs="+", default=[2, 4])
     parser.add_argument("--only", choices=SHAPES, nargs="+", default=list(SHAPES))
+    parser.add_argument("--base", choices=("none", "nf4"), nargs="+", default=["none", "nf4"])
     parser.add_argument("--method", default="lora")
     options = parser.parse_args()
     print("| shape | base | processes | process MB, planned | `veneer train` | off |")
@@ -79,7 +80,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         for shape in options.only:
             model = random_llama(shape, Path(folder))
-            for base in ("none", "nf4"):
+            for base in options.base:
                 for n in options.processes:
                     working(f"{shape}, {base}, {n} processes")
                     run = trained(model, base, options.method, n)

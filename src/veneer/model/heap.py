@@ -18,8 +18,11 @@ USUAL = {MMAP_MAX: 65536, MMAP_THRESHOLD: 32 << 20, TRIM_THRESHOLD: 64 << 20}
 """Where glibc arrives by itself once a block of 32 MB was freed; after a call of `mallopt` it moves nothing itself.
 They stand at the end whatever the environment (``MALLOC_*``) had said."""
 
+MAPPED = {MMAP_MAX: 65536, MMAP_THRESHOLD: 128 << 10, TRIM_THRESHOLD: 128 << 10}
+"""Where glibc begins, and stays: the first block that it frees moves nothing."""
+
 _lock = Lock()
-_n_within = _n_without = _unused_before = 0
+_n_within = _n_without = _n_mapped = _unused_before = 0
 
 
 @contextmanager
@@ -53,6 +56,20 @@ def freed_memory_returned() -> Iterator[None]:
         _change(without=-1)
 
 
+@contextmanager
+def blocks_mapped() -> Iterator[None]:
+    """Context in which blocks from 128 kB on have maps of their own, which leave with them, whatever else is entered.
+
+    A base that is cut over processes is gathered a block at a time. glibc finds no room for the next weights where the
+    last ones lay, as they are aligned: a pass over 24 blocks in NF4 left 3.6 times their bytes unused in its heap.
+    """
+    _change(mapped=1)
+    try:
+        yield
+    finally:
+        _change(mapped=-1)
+
+
 def kept_bytes() -> int:
     """Return the bytes that were freed within `freed_memory_kept` and are not reused: the system counts
     them as taken.
@@ -61,21 +78,29 @@ def kept_bytes() -> int:
         return max(0, _unused() - _unused_before) if _is_kept() else 0
 
 
-def _change(within: int = 0, without: int = 0) -> None:
-    global _n_within, _n_without, _unused_before
+def _change(within: int = 0, without: int = 0, mapped: int = 0) -> None:
+    global _n_within, _n_without, _n_mapped, _unused_before
     with _lock:
-        before = _is_kept()
-        _n_within, _n_without = _n_within + within, _n_without + without
-        if _is_kept() and not before:
+        before = _wanted()
+        _n_within, _n_without, _n_mapped = _n_within + within, _n_without + without, _n_mapped + mapped
+        now = _wanted()
+        if now is before:
+            return
+        if now is KEPT:
             _unused_before = _unused()
-            _set(KEPT)
-        elif before and not _is_kept():
-            _set(USUAL)
+        _set(now)
+        if now is not KEPT:
             trim()
 
 
+def _wanted() -> Mapping[int, int]:
+    if _n_mapped:
+        return MAPPED
+    return KEPT if _is_kept() else USUAL
+
+
 def _is_kept() -> bool:
-    return _n_within > 0 and _n_without == 0
+    return _n_within > 0 and _n_without == 0 and _n_mapped == 0
 
 
 def trim() -> None:

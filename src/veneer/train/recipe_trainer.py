@@ -25,6 +25,7 @@ from veneer.data.encoding import kind_of
 from veneer.errors import ConfigError
 from veneer.model.attach import adapted_modules, module_index
 from veneer.model.fused.decoder import fuse
+from veneer.model.heap import blocks_mapped
 from veneer.model.sharding import BaseCutter, is_cut, leave_apart, shard_base
 from veneer.recipe.adapter import FROM, differs_in_writing
 from veneer.recipe.advice import odd_rate
@@ -112,9 +113,10 @@ def _with_adapter(recipe: Recipe, base: PreTrainedModel) -> _Given:
         return _Given(model, config)
     args = recipe.training_config()
     set_seed(recipe.seed)
-    model = adapted(model, for_scores(config) if recipe.task == "reward" else config)
-    if args.fused == "auto":
-        fuse(model)  # which verifies whole blocks: they stay fused from here on
+    with blocks_mapped():
+        model = adapted(model, for_scores(config) if recipe.task == "reward" else config)
+        if args.fused == "auto":
+            fuse(model)  # which verifies whole blocks: they stay fused from here on
     if is_cut(model):
         leave_apart(model)
     else:

@@ -22,7 +22,7 @@ from veneer.adapters.schedules import penalty
 from veneer.contract import MethodConfig
 from veneer.data.sampler import EpochSampler
 from veneer.model.fused.decoder import fused
-from veneer.model.heap import freed_memory_kept, freed_memory_returned
+from veneer.model.heap import blocks_mapped, freed_memory_kept, freed_memory_returned
 from veneer.model.offload import ActivationOffload
 from veneer.model.sharding import is_cut
 from veneer.optim import LayerwiseGaLoreAdamW
@@ -149,7 +149,8 @@ class RunTrainer(ResumableTrainer):
             # Reentrant checkpointing gives no gradient to a block whose input needs none: all of them, under adapters.
             self.model.enable_input_require_grads()
         try:
-            with self.fusing(), freed_memory_kept() if self.args.device.type == "cpu" else nullcontext():
+            kept = blocks_mapped if is_cut(self.model) else freed_memory_kept
+            with self.fusing(), kept() if self.args.device.type == "cpu" else nullcontext():
                 output = super().train(resume_from_checkpoint=self.resolve_resume(resume_from_checkpoint), **options)
         finally:
             if self._display is not None:

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import ctypes
 import sys
+from typing import Any
 
 import pytest
 
 from launch import program
+from veneer.model import heap
 
 pytestmark = pytest.mark.skipif(
     sys.platform != "linux" or not hasattr(ctypes.CDLL(None), "mallopt"), reason="needs glibc's mallopt"
@@ -117,3 +119,14 @@ with freed_memory_kept():
 def test_freed_memory_is_kept_within_training(case: str) -> None:
     run = program(COMMON + CASES[case])
     assert run.returncode == 0, run.stderr
+
+
+def test_blocks_stay_mapped_whatever_else_is_entered(monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted: list[Any] = []
+    monkeypatch.setattr(heap, "_set", wanted.append)
+    with heap.blocks_mapped(), heap.freed_memory_kept(), heap.freed_memory_returned():
+        assert heap.kept_bytes() == 0
+    with heap.freed_memory_kept():
+        with heap.blocks_mapped():
+            assert heap.kept_bytes() == 0
+        assert wanted == [heap.MAPPED, heap.USUAL, heap.KEPT, heap.MAPPED, heap.KEPT]
