@@ -30,7 +30,7 @@ Function = Callable[..., Tensor | tuple[Tensor, ...]]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sizes:
-    """Of the cases: tokens in rows of `length`, a model's widths."""
+    """Of the cases: tokens in rows of `length`, a model's widths, and the sequences of a step of serving."""
 
     length: int = 1024
     rows: int = 4
@@ -40,13 +40,14 @@ class Sizes:
     heads: int = 32
     kv_heads: int = 8
     head_dim: int = 64
+    sequences: int = 32
 
     @property
     def tokens(self) -> int:
         return self.rows * self.length
 
 
-TINY = Sizes(length=37, rows=2, width=64, inner=96, classes=211, heads=4, kv_heads=2, head_dim=16)
+TINY = Sizes(length=37, rows=2, width=64, inner=96, classes=211, heads=4, kv_heads=2, head_dim=16, sequences=3)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -323,8 +324,8 @@ def _serving(make: Maker) -> Iterator[Case]:
 
 
 def _pairs_of_versions(make: Maker) -> Case:
-    """32 tokens, two a version, at layers that share their input; the peer multiplies version by version."""
-    s, n_versions = make.sizes, 16
+    """Two tokens of each version, at layers that share their input; the peer multiplies version by version."""
+    s, n_versions = make.sizes, make.sizes.sequences
     outs = (s.width, s.kv_heads * s.head_dim, s.kv_heads * s.head_dim)
     factors = [[(make.frozen(16, s.width), make.frozen(o, 16)) for o in outs] for _ in range(n_versions)]
     packed = [
@@ -349,12 +350,12 @@ def _pairs_of_versions(make: Maker) -> Case:
             for layer in range(3)
         )  # fmt: skip
 
-    return Case(name="pairs of 16 versions", inputs=[make.frozen(2 * n_versions, s.width)], ours=ours, peer=peer)
+    return Case(name="pairs of many versions", inputs=[make.frozen(2 * n_versions, s.width)], ours=ours, peer=peer)
 
 
 def _paged_attention(make: Maker) -> Case:
     """A token of each of many sequences, whose keys are in pages; the peer has them in one piece."""
-    s, n = make.sizes, 16
+    s, n = make.sizes, make.sizes.sequences
     store = PagedStore.zeros(
         n * -(-s.length // 16), 16, (1, s.kv_heads, s.head_dim), dtype=make.dtype, device=make.device
     )
@@ -381,8 +382,8 @@ def _rows_on(device: torch.device, sequences: list[tuple[range, int, int]], stor
 
 def _draws(make: Maker) -> Case:
     """Tokens by temperature, top_k and top_p: the peer draws others, so the reference is what must be equalled."""
-    logits = make.frozen(32, make.sizes.classes, scale=4.0)
-    rules = [RowRule(temperature=0.7, top_k=20, top_p=0.8, key=(3, i)) for i in range(32)]
+    logits = make.frozen(make.sizes.sequences, make.sizes.classes, scale=4.0)
+    rules = [RowRule(temperature=0.7, top_k=20, top_p=0.8, key=(3, i)) for i in range(len(logits))]
 
     def peer(x: Tensor) -> Tensor:
         values, ids = (x.float() / 0.7).sort(descending=True)
@@ -393,4 +394,4 @@ def _draws(make: Maker) -> Case:
 
     ours = lambda x: draw(x, rules, backend=make.backend).tokens  # noqa: E731
     exact = lambda: (draw(logits.cpu(), rules, backend="reference").tokens,)  # noqa: E731
-    return Case(name="draws of 32 tokens", inputs=[logits], ours=ours, peer=peer, exact=exact)
+    return Case(name="draws", inputs=[logits], ours=ours, peer=peer, exact=exact)

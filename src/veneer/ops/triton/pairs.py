@@ -46,6 +46,8 @@ def add(x: Tensor, segments: Segments, ys: Sequence[Tensor]) -> None:
         "FACTOR": tl.bfloat16 if pairs.dtype == torch.bfloat16 else tl.float32,
         "HALF": x.dtype == pairs.dtype == torch.bfloat16, "num_stages": 2,
     }  # fmt: skip
+    widest = max(max(part.pairs.ranks) for part in segments.parts)  # products of float32 spill over long tiles
+    own = sizes | {"RANKS": block(widest, least=16, most=64 if sizes["HALF"] else 16)}
     tiles = triton.cdiv(longest, rows)
     grid = len(table), tiles, triton.cdiv(ranks, sizes["RANKS"]) * n_parts
     shape = len(x), ranks
@@ -58,7 +60,7 @@ def add(x: Tensor, segments: Segments, ys: Sequence[Tensor]) -> None:
         grid = len(table), tiles, triton.cdiv(o, _WIDTH)
         launch(
             _expand_kernel, grid, inner, *shape, n_parts, table, table.stride(0), y, y.stride(0), o, behind,
-            filled(i, pairs.dtype), LAYER=layer, WIDTH=_WIDTH, **sizes,
+            filled(i, pairs.dtype), LAYER=layer, WIDTH=_WIDTH, **own,
         )  # fmt: skip
 
 
