@@ -41,19 +41,19 @@ def add(x: Tensor, segments: Segments, ys: Sequence[Tensor]) -> None:
     rows = block(longest, least=16, most=_MOST_ROWS)
     n_parts = triton.cdiv(i, _PART)
     inner = torch.empty(n_parts, len(x), ranks, dtype=torch.float32, device=x.device)
+    half = x.dtype == pairs.dtype == torch.bfloat16  # products of float32 spill over larger tiles
     sizes = {
-        "OUTS": pairs.out_features, "ROWS": rows, "RANKS": block(ranks, least=16, most=64),
-        "FACTOR": tl.bfloat16 if pairs.dtype == torch.bfloat16 else tl.float32,
-        "HALF": x.dtype == pairs.dtype == torch.bfloat16, "num_stages": 2,
+        "OUTS": pairs.out_features, "ROWS": rows, "RANKS": block(ranks, least=16, most=64 if half else 32),
+        "FACTOR": tl.bfloat16 if pairs.dtype == torch.bfloat16 else tl.float32, "HALF": half, "num_stages": 2,
     }  # fmt: skip
-    widest = max(max(part.pairs.ranks) for part in segments.parts)  # products of float32 spill over long tiles
-    own = sizes | {"RANKS": block(widest, least=16, most=64 if sizes["HALF"] else 16)}
+    widest = max(max(part.pairs.ranks) for part in segments.parts)
+    own = sizes | {"RANKS": block(widest, least=16, most=64 if half else 16)}
     tiles = triton.cdiv(longest, rows)
     grid = len(table), tiles, triton.cdiv(ranks, sizes["RANKS"]) * n_parts
     shape = len(x), ranks
     launch(
         _shrink_kernel, grid, x, x.stride(0), table, table.stride(0), inner, *shape, i, filled(i, pairs.dtype),
-        DEPTH=_DEPTH, PART=_PART, **sizes,
+        DEPTH=_DEPTH if half else _DEPTH // 2, PART=_PART, **sizes,
     )  # fmt: skip
     for layer, y in enumerate(ys):
         o, behind = y.shape[1], sum(pairs.out_features[:layer])
