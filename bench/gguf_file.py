@@ -56,7 +56,7 @@ def compare(args: argparse.Namespace) -> None:
             found[side].append(json.loads(result.stdout.splitlines()[-1]))
     done()
     losses = [runs[0]["loss"] for runs in found.values()]
-    if max(losses) - min(losses) > 1e-5 * losses[0]:
+    if max(losses) - min(losses) > 5e-4 * losses[0]:  # the dense copy holds 16 bits
         sys.exit(f"the sides differ in their first loss, {losses}: nothing to compare")
     rows = Rows(args.sides, ("open s", "step s", "peak MB", "of it kept"))
     for side, runs in found.items():

@@ -133,7 +133,11 @@ inline void unpack_words(const uint8_t* packed, int64_t n, uint8_t* codes) {
   constexpr uint64_t mask = (1 << bits) - 1;
   for (int64_t first = 0; first < n; first += 8, packed += bits) {
     uint64_t word = 0;
-    std::memcpy(&word, packed, bits);
+    // three bytes are put together in memory, eight are one load
+    if ((n - first) * bits >= 64)
+      std::memcpy(&word, packed, sizeof word);
+    else
+      std::memcpy(&word, packed, bits);
 #if defined(__BMI2__)
     const uint64_t spread = _pdep_u64(word, mask * 0x0101010101010101u);
     std::memcpy(codes + first, &spread, sizeof spread);
