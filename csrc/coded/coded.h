@@ -19,7 +19,7 @@ struct GgmlMatrix {
   GgmlKind kind;
 };
 
-// What a code stands for; see veneer.ops.scaled.CODINGS.
+// Meaning of a code; see veneer.ops.scaled.CODINGS.
 enum class Numbers : int { whole = 0, e2m1 = 1, e4m3 = 2, e5m2 = 3 };
 // How scales and zeros are stored; see veneer.ops.scaled.STORED.
 enum class Stored : int { float32 = 0, bfloat16 = 1, float16 = 2, e8m0 = 3, e4m3 = 4, uint8 = 5 };

@@ -13,7 +13,7 @@ inline float half_at(const uint8_t* p) {
   return to_float(half);
 }
 
-// What each code of four bits stands for, from value(code): with AVX-512 a table in a register.
+// Values of the codes of four bits, from value(code): with AVX-512 a table in a register.
 template <class F>
 struct Nibbles {
   const F& value;

@@ -82,7 +82,8 @@ inline void multiply_tile(const float* piece, int64_t n, const float* x, int64_t
       for (int64_t half = 0; half < 2; ++half) sums.of[m + a][r + b][half] = total[a][b][half];
 }
 
-// Rows [row, row + n_w) of W, at most piece_rows, times n_x rows of x, at most few_rows. Values that no row of W has are zero.
+// Rows [row, row + n_w) of W, at most piece_rows, times n_x rows of x, at most few_rows.
+// Places of a piece behind its last row hold the values of an earlier piece: nobody reads their sums.
 inline void multiply_some(const CodedRows& w, int64_t row, int64_t n_w, const float* x, int64_t n_x, float* piece,
                           PieceSums& sums, float* out) {
   for (int64_t m = 0; m < n_x; ++m)

@@ -117,14 +117,14 @@ def test_declared_shapes_are_the_real_bytes(base, saved):
     assert n_bytes == 8 * n_declared - 4 * n_whole + sum(value.nbytes for value in shared)
 
 
-@pytest.mark.in_turn(2, BASES)
+@every_base
 def test_merged_equals_adapted(base, config, saved):
     merged = trained(base, config).merge_and_unload()
     assert not adapted_layers(merged)
     torch.testing.assert_close(logits(merged), saved.logits, rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.in_turn(3, BASES)
+@pytest.mark.in_turn(2, BASES)
 def test_unloading_gives_back_the_base(base, config):
     assert torch.equal(logits(trained(base, config).unload()), plain_logits(base.model_type))
 

@@ -25,7 +25,8 @@ def create_riemannian_optimizer(
 
     ``reg`` is added to the diagonals of the two Gram matrices. Other parameters, and factors at embeddings and
     convolutions, are trained as the class trains them. ``kwargs`` are the class's own.
-    Source: Zhang and Pilanci 2024, arXiv:2402.02347. Raises ConfigError if no layer trains both factors.
+    Source: Zhang and Pilanci 2024, arXiv:2402.02347. Raises ConfigError if no layer trains both factors, or if an
+    update is not their product alone.
     """
     layers = [each for each in _layers(model) if each.a.requires_grad and each.b.requires_grad]
     if not layers:
@@ -41,7 +42,8 @@ def create_lorafa_optimizer(
     """Freeze LoRA's A, and return AdamW over the other parameters with B's gradient projected onto that of ``B A``.
 
     ``r`` and ``lora_alpha``, which PEFT asks for, must be those of the adapters; None reads them there.
-    Source: Zhang et al. 2023, arXiv:2308.03303. Raises ConfigError if no layer trains B, or if one of the two differs.
+    Source: Zhang et al. 2023, arXiv:2308.03303. Raises ConfigError if no layer trains B, if one of the two differs,
+    or if an update is not the product of A and B alone.
     Departs: torch's AdamW in the parameters' dtype; PEFT projects in bfloat16, and decays after a step.
     """
     layers = [each for each in _layers(model) if each.b.requires_grad]
@@ -72,12 +74,22 @@ def _methods(model: nn.Module) -> list[MethodConfig]:
 
 
 def _layers(model: nn.Module) -> list[Factors]:
-    """The factors of LoRA at linear layers, with the scales of their products."""
+    """The factors of LoRA at linear layers, with the scales of their products.
+
+    Raises ConfigError if an update is made of A and B otherwise than as their product.
+    """
     found = []
-    for layer in adapted_layers(model).values():
+    for path, layer in adapted_layers(model).items():
         for name, held in layer.adapters.items():
             a, b = (held._parameters.get(f"lora_{factor}") for factor in "AB")
-            if a is not None and b is not None and a.ndim == 2 and layer.site((name,)).kind == "linear":
-                pair = layer.record(name).low_rank
-                found.append(Factors(a=a, b=b, scale=1.0 if pair is None else pair.scale))
+            if a is None or b is None or a.ndim != 2 or layer.site((name,)).kind != "linear":
+                continue
+            pair = layer.record(name).low_rank
+            if pair is None or not pair.is_plain or (pair.a.shape, pair.b.shape) != (a.shape, b.shape):
+                raise ConfigError(
+                    f"the update of {path} by adapter {name!r} is not the product of its A and B alone, which these "
+                    "optimizers are for: leave out AdaLoRA, use_bdlora, use_qalora, kasa_config and experts, or use "
+                    "another optimizer"
+                )
+            found.append(Factors(a=a, b=b, scale=pair.scale))
     return found

@@ -88,7 +88,8 @@ def train(
     values = read_values(recipe, overrides or [])
     place = None if show_sample else _place(on, values, processes)
     starts = starts_processes(processes) and not show_sample
-    on_ray = None if place is None else place.n_workers
+    # A member of a sweep trains in one process, wherever it is.
+    on_ray = None if place is None or PART in values else place.n_workers
     refuse_early(values, str(recipe), begins=resume != "last", n_processes=processes if starts else on_ray)
     source = section(values, "model").get("source")
     if isinstance(source, str):
@@ -115,7 +116,10 @@ def _place(on: str | None, values: Mapping[str, Any], processes: int | None) -> 
     if on is None and not by_recipe:
         return None
     if processes is not None or group_size() > 1:
-        raise ConfigError("--on: the workers of Ray are the processes of a run. Leave --processes and launchers out.")
+        asked = "sweep.engine: ray" if on is None else "--on"
+        raise ConfigError(
+            f"{asked}: the workers of Ray are the processes of a run. Leave --processes and launchers out."
+        )
     place = place_of(on or "ray")
     require_ray(place)
     return place

@@ -169,7 +169,7 @@ class UniLoraConfig(LinearMethod):
         return self.r * (site.in_features + site.out_features)
 
     def _apart(self, entries: Tensor, site: LinearSite) -> tuple[Tensor, Tensor]:
-        """What belongs to A (r, i), and to B (o, r)."""
+        """Entries of A (r, i), and of B (o, r)."""
         of_a = self.r * site.in_features
         return entries[:of_a].view(self.r, -1), entries[of_a:].view(-1, self.r)
 

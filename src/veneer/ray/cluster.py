@@ -70,6 +70,8 @@ def devices(use_cpu: bool) -> Devices:
 
 def n_workers(place: Place, found: Devices) -> int:
     """Return the number of workers to take. Raises ConfigError if there are fewer devices."""
+    if not found.n:
+        raise ConfigError(f"the Ray cluster has no device ({found.kind}) for a worker: add a node that has one")
     n = place.n_workers or found.n
     if not 1 <= n <= found.n:
         raise ConfigError(

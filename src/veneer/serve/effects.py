@@ -91,7 +91,7 @@ def read_effects(lookup: Lookup, program: Program, folder: Path) -> Effects:
     """Return the effects of a saved adapter.
 
     Raises FormatError and TargetError as loading does, and `UnsaidError`. For an adapter that acts from its invocation
-    tokens on, the latter is a CompositionError: the general runner does not read the pages of the base's tokens before.
+    tokens on, the latter is a CompositionError: its tokens before are in pages of the program's layout.
     """
     config = read_config(folder)
     try:
@@ -101,7 +101,7 @@ def read_effects(lookup: Lookup, program: Program, folder: Path) -> Effects:
             raise
         raise CompositionError(
             f"the adapter in {folder} acts from its invocation tokens on, and has {reason}, which the engine's program "
-            "has no place for: serve it with `generate`"
+            "has no place for: start the engine with general_runner=True"
         ) from reason
 
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
+import logging
 import threading
 import time
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -25,6 +25,7 @@ from veneer.serve.forced_text import longest_forced
 from veneer.serve.latest import Latest
 from veneer.serve.sampling_params import StructuredOutputsParams
 
+_LOG = logging.getLogger(__name__)
 _KEPT = 64  # compiled grammars
 _KEPT_TEXT = 1 << 22  # characters of the grammars that are kept, all together
 _MOST_FORCED = 10_000  # characters of a text that a grammar may force, for its forced tokens to be asked for
@@ -84,8 +85,11 @@ class Forms:
 
     def prepare(self) -> None:
         """Build the tables now, which takes most of a second; no other thread runs. Errors come with a form."""
-        with self._building, suppress(ConfigError):
-            _ = self._tables
+        try:
+            with self._building:
+                _ = self._tables
+        except Exception as error:  # noqa: BLE001 - a server starts for clients that ask for no form
+            _LOG.info("structured outputs cannot be prepared: %s", error)
 
     @cached_property
     def _tables(self) -> LLTokenizer:
@@ -158,5 +162,5 @@ def grammar_of(asked: StructuredOutputsParams) -> str:
         # Piece by piece: other threads run between two of them.
         text = schema if isinstance(schema, str) else "".join(json.JSONEncoder().iterencode(schema))
         return str(LLMatcher.grammar_from_json_schema(text))
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RecursionError) as error:
         raise ConfigError(f"structured_outputs: json={schema!r} is not a JSON schema: {error}") from error

@@ -11,7 +11,14 @@ from peft.optimizers import create_riemannian_optimizer as of_peft
 from torch import nn
 
 from methods_in_peft import TARGETS, TOKENS, base, near
-from veneer import LoraConfig, PeftModel, create_lorafa_optimizer, create_riemannian_optimizer, get_peft_model
+from veneer import (
+    AdaLoraConfig,
+    LoraConfig,
+    PeftModel,
+    create_lorafa_optimizer,
+    create_riemannian_optimizer,
+    get_peft_model,
+)
 from veneer.errors import ConfigError
 from veneer.model.attach import named_live_parameters
 
@@ -67,6 +74,11 @@ def test_what_they_refuse():
         ConfigError, match=r"lora_alpha=9 is not the 7.* of the adapter: leave it out; r=5 is not the 3"
     ):
         create_lorafa_optimizer(model, 5, 9)
+    for other in (LoraConfig(**SETTINGS, use_qalora=True, qalora_group_size=2), AdaLoraConfig(total_step=9)):
+        with pytest.raises(
+            ConfigError, match=r"by adapter 'default' is not the product of its A and B alone, .* use_bdlora"
+        ):
+            create_riemannian_optimizer(get_peft_model(base(), other), torch.optim.SGD, lr=0.1)
     optimizer = create_riemannian_optimizer(model, torch.optim.SGD, lr=0.1)
     with pytest.raises(ConfigError, match=r"step\(\) has a closure"):
         optimizer.step(lambda: 0.0)

@@ -185,6 +185,17 @@ def test_what_is_between_the_products_and_behind_them(activation, shared, dtype,
     assert all(same(y[5:6], one) for y, one in zip(got, alone, strict=True))
 
 
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_each_activation_on_few_numbers(activation, backend):
+    [pair], packed = full(32, (9,), torch.float32, activation, shared=False)
+    x, y = draw(3, 32), draw(3, 9)
+    u = pair.core * (x.double() @ pair.a.double().T) + pair.a_bias
+    inner = activated(u, activation) @ (pair.scale * pair.b).double().T
+    expected = y + pair.b_scale * inner + pair.b_bias
+    add_pairs(x, [Segment(packed, 0, 3)], [y], backend=backend)
+    assert (y.double() - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
 @pytest.mark.parametrize(("dtype", "activation"), [(torch.bfloat16, "gelu_tanh"), (torch.float32, "leaky_relu")])
 def test_versions_of_every_kind_in_one_call(dtype, activation, backend):
     """Depths beyond a part, ranks beyond a tile, an a that layers share, vectors, and rows of no version."""

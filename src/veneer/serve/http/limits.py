@@ -37,8 +37,8 @@ class BodyLimit:
                 await self._app(scope, _again(read, receive), send)
                 return
             error = BodyTooLargeError(
-                f"the body has {n_brackets} opening brackets ([ and {{) and this server takes {_MOST_BRACKETS}: send "
-                "fewer lists and objects at once"
+                f"the body has {n_brackets} opening brackets ([ and {{, those in texts too) and this server takes "
+                f"{_MOST_BRACKETS}: send fewer lists and objects at once"
             )
             await JSONResponse(error_body(error), error.status)(scope, receive, send)
             return

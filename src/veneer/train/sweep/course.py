@@ -67,18 +67,24 @@ class Course:
         self._promote()
 
     def note_lost(self, jobs: Sequence[Job], reason: str) -> None:
-        """Let the jobs of a worker that has died begin again, from their last checkpoints.
+        """Let the jobs of a worker that has died begin again from their last checkpoints; those that were over stay so.
 
         Raises TrainingError for a member under which several have died.
         """
         for job in jobs:
-            self._under_way.discard(job.member.name)
-            self._lost[job.member.name] += 1
-            if self._lost[job.member.name] > _MOST_LOST:
+            name = job.member.name
+            self._under_way.discard(name)
+            before, _ = _as_it_was(job.member, "auto", self._allow_changes)
+            if before is not None:
+                self._end(name, before)
+                continue
+            self._lost[name] += 1
+            if self._lost[name] > _MOST_LOST:
                 raise TrainingError(
-                    f"{self._lost[job.member.name]} workers that trained {job.member.name} have died: {reason}. See to "
-                    "their memory, then go on with --resume."
+                    f"{self._lost[name]} workers that trained {name} have died: {reason}. See to their memory, then go "
+                    "on with --resume."
                 )
+        self._promote()
 
     def finish(self) -> list[dict[str, Any]]:
         """Mark the members that train no further as stopped, and return the records of all, in their order."""
@@ -113,13 +119,16 @@ class Course:
             record |= {
                 "status": STOPPED,
                 "reason": f"asha: not among the best, one in {self._reduction}, at rung {len(standing.losses)}",
-                "results": {"steps": record["step"], key: standing.losses[-1]},
+                "results": {"steps": record["step"], key: _told(standing.losses[-1])},
             }
             write_json(output / RUN_FILE, record)
         return record
 
     def _as_json(self) -> dict[str, Any]:
-        members = {name: {"losses": s.losses, "granted": s.granted} for name, s in self.standings.items()}
+        members = {
+            name: {"losses": [_told(loss) for loss in s.losses], "granted": s.granted}
+            for name, s in self.standings.items()
+        }
         return {"format": 1, "reduction": self._reduction, "members": members}
 
     def _read(self) -> dict[str, Standing]:
@@ -130,7 +139,9 @@ class Course:
         try:
             found: Mapping[str, Any] = json.loads(path.read_text(encoding="utf-8"))
             standings = {
-                name: Standing(tuple(map(float, each["losses"])), int(each["granted"]))
+                name: Standing(
+                    tuple(math.inf if loss is None else float(loss) for loss in each["losses"]), int(each["granted"])
+                )
                 for name, each in found["members"].items()
             }
             reduction = int(found["reduction"])
@@ -142,6 +153,11 @@ class Course:
                 f"{reduction}. Take the same members and reduction, or another output (--set output=…)."
             )
         return {name: standings[name] for name in self._members}
+
+
+def _told(loss: float) -> float | None:
+    """A loss as JSON has it: null for one that is not finite."""
+    return loss if math.isfinite(loss) else None
 
 
 def _as_it_was(member: Member, resume: Resume, allow_changes: bool) -> tuple[dict[str, Any] | None, GoingOn | None]:

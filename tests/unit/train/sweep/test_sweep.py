@@ -308,6 +308,24 @@ def test_members_of_a_worker_that_has_died_begin_again_three_times(values: dict[
         together(values, {**part, "engine": "ray"})
 
 
+class DiesBehindOne(Mortal):
+    """It trains the first member of a pack before it dies."""
+
+    def wait(self) -> Any:
+        if self.deaths > 0:
+            train_together(self.jobs[:1], lambda line: None, Stop())
+        return super().wait()
+
+
+def test_a_member_that_was_over_before_its_worker_died_is_left_alone(values: dict[str, Any]) -> None:
+    worker = DiesBehindOne(1)
+    found = together(
+        values, {"members": [{"name": name, "training.max_steps": 1} for name in "abc"]}, engine=lambda *_: worker
+    )
+    assert worker.packs == [["a", "b"], ["b", "c"]]
+    assert {record["status"] for record in found.values()} == {"finished"}
+
+
 def test_several_processes_share_no_sweep(values: dict[str, Any], monkeypatch: Any) -> None:
     monkeypatch.setattr("veneer.train.sweep.sweep.n_processes", lambda: 2)
     with pytest.raises(ConfigError, match="without torchrun"):
