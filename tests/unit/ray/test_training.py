@@ -17,6 +17,17 @@ def test_settings_of_the_loop_are_checked() -> None:
         train_loop({"sett": 3})
 
 
+def test_a_cluster_has_a_device_for_each_worker() -> None:
+    from veneer.ray.cluster import Devices, n_workers
+    from veneer.ray.place import Place
+
+    assert n_workers(Place(), Devices("CPU", 3)) == 3
+    with pytest.raises(ConfigError, match=r"ray:4 is more than the 3 devices \(CPU\)"):
+        n_workers(Place(n_workers=4), Devices("CPU", 3))
+    with pytest.raises(ConfigError, match=r"the Ray cluster has no device \(CPU\) for a worker"):
+        n_workers(Place(), Devices("CPU", 0))
+
+
 def test_an_error_that_stays_is_told_and_one_of_another_process_begins_the_workers_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
