@@ -82,9 +82,13 @@ def _checked_function(function: FunctionType) -> Callable[..., Any]:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class _Arrays:
-    """Which arguments of a function are declared as arrays, by place and name, and whether its result is."""
+    """Which arguments of a function are declared as arrays, by place and name, and whether its result is.
+
+    From place ``rest`` on all are, if any.
+    """
 
     places: tuple[int, ...]
+    rest: int | None
     names: frozenset[str]
     returned: bool
     absent: bool
@@ -96,13 +100,15 @@ class _Arrays:
         returned = "return" in shaped
         names = frozenset(shaped - {"return"})
         parameters = inspect.signature(function).parameters.values()
-        assert not any(each.kind in _MANY and each.name in names for each in parameters), "one place has one form"
-        places = tuple(place for place, each in enumerate(parameters) if each.name in names)
-        return cls(places, names, returned, not shaped)
+        declared = [(place, each.kind) for place, each in enumerate(parameters) if each.name in names]
+        assert all(kind != inspect.Parameter.VAR_KEYWORD for _, kind in declared), "a name has one form"
+        rest = next((place for place, kind in declared if kind == inspect.Parameter.VAR_POSITIONAL), None)
+        return cls(tuple(place for place, _ in declared if place != rest), rest, names, returned, not shaped)
 
     def form(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         n = len(args)
         given = [args[place] for place in self.places if place < n]
+        given += () if self.rest is None else args[self.rest :]
         if kwargs:
             named = {name: value for name, value in kwargs.items() if name in self.names}
             return _form_of_several(tuple, [*given, _Named, named], ())
@@ -137,7 +143,6 @@ class _Named:
     """What stands behind it was given by name."""
 
 
-_MANY = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 _LONGEST = 32
 _TENSORS = (torch.Tensor, torch.nn.Parameter)
 _SEVERAL = (tuple, list, dict)

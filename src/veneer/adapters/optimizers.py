@@ -85,7 +85,7 @@ def _layers(model: nn.Module) -> list[Factors]:
             if a is None or b is None or a.ndim != 2 or layer.site((name,)).kind != "linear":
                 continue
             pair = layer.record(name).low_rank
-            if pair is None or not pair.is_plain or (pair.a.shape, pair.b.shape) != (a.shape, b.shape):
+            if pair is None or not (pair.is_plain and torch.equal(pair.a, a) and torch.equal(pair.b, b)):
                 raise ConfigError(
                     f"the update of {path} by adapter {name!r} is not the product of its A and B alone, which these "
                     "optimizers are for: leave out AdaLoRA, use_bdlora, use_qalora, kasa_config and experts, or use "

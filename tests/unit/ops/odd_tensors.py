@@ -32,6 +32,7 @@ from veneer.ops.packed import PackedWeight
 from veneer.ops.packed_codes import PackedCodes
 from veneer.ops.paged_attention import PagedRows, PagedStore, SequenceRows
 from veneer.ops.pairs import PackedPairs, Pair, Segment, Segments
+from veneer.ops.scaled import ScaledCodes
 
 N, D, OUT, R, HEADS = 6, 64, 128, 2, 2
 
@@ -61,6 +62,16 @@ def cases():
         in_kernel = kernels().four_bit_has_product(N, D, 64, op == "matmul_t_4bit")
         yield f"four_bit.{op}", (rows_of_16_bits if in_kernel else Plain(rows_of_16_bits), *packed, layout)
     yield "ggml.quantize", (torch.randn(N, 256), "Q4_K", torch.rand(256))
+    small = ScaledCodes(
+        torch.zeros(OUT, D, dtype=torch.uint8),
+        torch.ones(OUT, 2),
+        D,
+        32,
+        zeros=torch.ones(OUT, 2),
+        overall=torch.ones(()),
+    )
+    yield "scaled.decode", (small, slice(0, OUT))
+    yield "scaled.matmul", (x, small)
     yield "glu.glu_forward", (x, y, "silu")
     yield "glu.glu_backward", (x, y, x.clone(), "silu", (True, True))
     group = LowRankGroup((torch.randn(R, D),), (torch.randn(OUT, R),), (0.5,))
@@ -121,6 +132,11 @@ def moment(x):
 
 tree.register_pytree_node(PackedWeight, lambda p: ([p.panels], p.shape), lambda t, shape: PackedWeight(t[0], shape))
 tree.register_pytree_node(PackedCodes, lambda p: ([p.panels], p), lambda t, p: replace(p, panels=t[0]))
+tree.register_pytree_node(
+    ScaledCodes,
+    lambda w: ([w.codes, w.scales, w.zeros, w.overall], w),
+    lambda t, w: replace(w, codes=t[0], scales=t[1], zeros=t[2], overall=t[3]),
+)
 tree.register_pytree_node(PagedStore, lambda s: ([s.data], s), lambda t, s: replace(s, data=t[0]))
 tree.register_pytree_node(Moment8bit, lambda m: ([m.codes, m.absmax], None), lambda parts, _: Moment8bit(*parts))
 tree.register_pytree_node(LowRankGroup, lambda g: ([*g.a, *g.b], g), lambda ab, g: replace(g, a=(ab[0],), b=(ab[1],)))

@@ -176,9 +176,9 @@ def test_virtual_tokens_are_written_once(tmp_path, tokenizer):
         llm = engine(tokenizer)
         written, put = list[int](), llm.engine.runner._put_front
 
-        def counting(sequence: Any, put: Any = put, written: list[int] = written) -> None:
-            written.append(sequence.n_front - sequence.n_front_there)
-            put(sequence)
+        def counting(version: str, first: int, rows: Any, put: Any = put, written: list[int] = written) -> None:
+            written.append(rows.n_rows)
+            put(version, first, rows)
 
         llm.engine.runner._put_front = counting
         prompts = [[3 * i + 5, 9, 11] for i in range(5)]

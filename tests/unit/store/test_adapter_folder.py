@@ -173,7 +173,10 @@ def test_pickles_are_not_written(tmp_path: Path) -> None:
     ("values", "message"),
     [
         ({"lora_alfa": 3}, "unknown key 'lora_alfa' (nearest: 'lora_alpha')"),
-        ({"use_qalora": True}, "use_qalora=True asks for a feature of PEFT that is not supported here"),
+        (
+            {"velora_config": {"rank": 2}},
+            "velora_config={'rank': 2} asks for a feature of PEFT that is not supported here",
+        ),
         ({"layer_replication": [[0, 1]]}, "layer_replication=[[0, 1]] asks for a feature"),
         ({"peft_type": "XLORA"}, "peft_type='XLORA' is not a method here"),
         ({"peft_type": None}, "peft_type=None is not a method here"),
@@ -187,10 +190,10 @@ def test_configs_that_are_not_understood(folder: Path, values: Any, message: str
 
 
 def test_every_problem_of_a_config_is_in_one_error(folder: Path) -> None:
-    change_config(folder, lora_alfa=3, use_qalora=True)
+    change_config(folder, lora_alfa=3, velora_config={"rank": 2})
     message = refused(folder)
     assert "lora_alfa" in message
-    assert "use_qalora" in message
+    assert "velora_config" in message
 
 
 def test_neutral_values_of_peft_and_of_its_versions_are_read(folder: Path) -> None:
