@@ -117,7 +117,10 @@ class PromptReader:
     @cached_property
     def _longest(self) -> int:
         """Characters of the longest token."""
-        return max(map(len, self.tokenizer.get_vocab()))
+        if not isinstance(self.tokenizer, PreTrainedTokenizerFast):
+            return max(map(len, self.tokenizer.get_vocab()))
+        one = self.tokenizer.backend_tokenizer.id_to_token  # the whole vocabulary at once holds everybody up
+        return max(len(one(id) or "") for id in range(len(self.tokenizer)))
 
 
 def _is_text(text: str) -> bool:
