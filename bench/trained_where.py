@@ -38,8 +38,8 @@ from llama_cpp_logits import has_xllamacpp, next_log_probs
 from report import Rows, add_keep, ends_as_interrupted, keep, working
 from veneer.adapters.peft_model import PeftModel
 from veneer.export.gguf.adapter import export_lora
+from veneer.ops.bits import pack
 from veneer.quant.mxfp4 import Mxfp4Spec
-from veneer.quant.packing import pack
 from veneer.recipe.recipe import load_recipe
 from veneer.store.bars import quiet
 from veneer.store.source import load_model
