@@ -36,6 +36,7 @@ from torch import Tensor, nn
 from gguf_quality import STUDENT, Passage, completions, cost, export, log_probs
 from llama_cpp_logits import has_xllamacpp, next_log_probs
 from report import Rows, add_keep, ends_as_interrupted, keep, working
+from veneer import BitsAndBytesConfig
 from veneer.adapters.peft_model import PeftModel
 from veneer.export.gguf.adapter import export_lora
 from veneer.ops.bits import pack
@@ -78,7 +79,7 @@ class Base:
         return load_model(str(self.place), dtype="float32", **options).eval()
 
 
-NF4 = transformers.BitsAndBytesConfig(
+NF4 = BitsAndBytesConfig(
     load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.float32
 )
 
