@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 import time
 from functools import partial
@@ -50,6 +51,16 @@ def busy(seconds: float) -> None:
         counted(10)
 
 
+@pytest.fixture
+def quick_turns():
+    """Threads take turns within the time limit of the test, also where nothing else makes them."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    yield
+    sys.setswitchinterval(before)
+
+
+@pytest.mark.usefixtures("quick_turns")
 def test_nothing_arrives_later_however_close_the_end_is():
     n_stopped = 0
     for i in range(400):
