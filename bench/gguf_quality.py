@@ -57,7 +57,7 @@ COMPARED = ("Q8_0", "Q4_K_M")
 WAYS = ("merged, then quantized", "quantized, adapter beside")
 STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
 RECIPE = """
-model: {{source: {model}, dtype: float32}}
+model: {{source: {model}, dtype: float32, quantization: {quantization}}}
 adapter: {{method: lora, r: 16, lora_alpha: 32, target_modules: all-linear}}
 data: {{train: {data}, train_on: answers}}
 training:
@@ -159,10 +159,11 @@ def types(model: Path, passages: Sequence[Passage], scratch: Path) -> None:
         )
 
 
-def train(model: Path, data: Path, steps: int, seed: int, folder: Path) -> Path:
+def train(model: Path, data: Path, steps: int, seed: int, folder: Path, quantization: str = "none") -> Path:
     """The folder of a LoRA trained on a task."""
     output, recipe = folder / f"run{seed}", folder / f"{seed}.yaml"
-    recipe.write_text(RECIPE.format(model=model.resolve(), data=data.resolve(), steps=steps, output=output, seed=seed))
+    places = {"model": model.resolve(), "data": data.resolve(), "output": output}
+    recipe.write_text(RECIPE.format(**places, quantization=quantization, steps=steps, seed=seed))
     with quiet():
         run_recipe(load_recipe(recipe))
     return output / "adapter"

@@ -33,7 +33,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from gguf_quality import STUDENT, Passage, completions, cost, export, log_probs
+from gguf_quality import STUDENT, Passage, completions, cost, export, log_probs, train
 from llama_cpp_logits import has_xllamacpp, next_log_probs
 from report import Rows, add_keep, ends_as_interrupted, keep, working
 from veneer import BitsAndBytesConfig
@@ -41,27 +41,8 @@ from veneer.adapters.peft_model import PeftModel
 from veneer.export.gguf.adapter import export_lora
 from veneer.ops.bits import pack
 from veneer.quant.mxfp4 import Mxfp4Spec
-from veneer.recipe.recipe import load_recipe
-from veneer.store.bars import quiet
 from veneer.store.source import load_model
-from veneer.train.run import run_recipe
 
-RECIPE = """
-model: {{source: {source}, dtype: float32, quantization: {quantization}}}
-adapter: {{method: lora, r: 16, lora_alpha: 32, target_modules: all-linear}}
-data: {{train: {data}, train_on: answers}}
-training:
-  max_steps: {steps}
-  per_device_train_batch_size: 16
-  learning_rate: 2.0e-3
-  lr_scheduler_type: cosine
-  warmup_steps: 0.1
-  max_length: 256
-  bf16: false
-  save_steps: 100000
-output: {output}
-seed: {seed}
-"""
 GROUP = 32
 WAYS = ("a: trained in float32", "b: trained on it", "c: b, merged and quantized again")
 
@@ -157,20 +138,6 @@ FORMATS: dict[str, Callable[[Path, Path], Base]] = {
 }
 
 
-def train(base: Base, args: argparse.Namespace, seed: int, folder: Path) -> Path:
-    """The folder of a LoRA trained on a base."""
-    recipe = folder / "recipe.yaml"
-    recipe.write_text(
-        RECIPE.format(
-            source=base.place.resolve(), quantization=base.quantization, data=args.task[0].resolve(),
-            steps=args.steps, output=folder / "run", seed=seed,
-        )
-    )  # fmt: skip
-    with quiet():
-        run_recipe(load_recipe(recipe))
-    return folder / "run" / "adapter"
-
-
 def loss(model: nn.Module, passages: Sequence[Passage]) -> float:
     """Mean over all scored tokens, in nats."""
     told, n_tokens = 0.0, 0
@@ -190,7 +157,7 @@ def three_ways(
     folder: Path,
 ) -> tuple[float, float, float]:  # fmt: skip
     base = FORMATS[kind](model, made(folder / "base"))
-    own = train(base, args, seed, folder)
+    own = train(base.place, args.task[0], args.steps, seed, folder, base.quantization)
     merged = PeftModel.from_pretrained(base.load(), own).merge_and_unload()
     merged.save_pretrained(folder / "merged")
     transformers.AutoTokenizer.from_pretrained(model).save_pretrained(folder / "merged")
@@ -236,14 +203,14 @@ def main() -> None:
         for seed in range(args.seeds):
             folder = made(Path(name) / str(seed))
             working(f"seed {seed + 1} of {args.seeds}: float32")
-            of_float32 = train(Base(args.model), args, seed, folder)
+            of_float32 = train(args.model, args.task[0], args.steps, seed, folder)
             references.append(loss(adapted(Base(args.model), of_float32), passages))
             for kind in args.formats:
                 working(f"seed {seed + 1} of {args.seeds}: {kind}")
                 place = made(folder / kind.replace(" ", "-"))
                 found[kind].append(three_ways(args.model, kind, of_float32, passages, args, seed, place))
                 if has_xllamacpp and (file := place / "base" / f"{kind}.gguf").exists():
-                    adapter = place / "run" / "adapter"
+                    adapter = place / f"run{seed}" / "adapter"
                     there.setdefault(kind, []).append(beside_llama_cpp(file, adapter, passages, place))
     show(args, loss(Base(args.model).load(), passages), references, found)
     for kind, compared in there.items():

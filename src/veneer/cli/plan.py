@@ -96,8 +96,8 @@ def plan(
     budget = None if fit is None else bytes_from(fit, "--fit")
     room = None if memory is None else bytes_from(memory, "--memory")
     values = _values(what, overrides or [], method, _changes(given), processes or 1)
-    of_a_process = card is None and not advice and not serve
-    begun = start_measured() if of_a_process else nullcontext()  # before torch is imported, which takes as long
+    elsewhere = card is not None or advice or serve
+    begun = nullcontext() if elsewhere else start_measured()  # before torch is imported, which takes as long
     with waits_told("loading torch and transformers"), begun:
         from veneer.cli.plan_answers import answer_advice, answer_fit, answer_plan, answer_serve, opened
         from veneer.plan.layout import Ranks

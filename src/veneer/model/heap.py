@@ -19,7 +19,7 @@ USUAL = {MMAP_MAX: 65536, MMAP_THRESHOLD: 32 << 20, TRIM_THRESHOLD: 64 << 20}
 They stand at the end whatever the environment (``MALLOC_*``) had said."""
 
 MAPPED = {MMAP_MAX: 65536, MMAP_THRESHOLD: 128 << 10, TRIM_THRESHOLD: 128 << 10}
-"""Where glibc begins, and stays: the first block that it frees moves nothing."""
+"""Thresholds with which glibc begins. Once they are set, no freed block moves them."""
 
 _lock = Lock()
 _n_within = _n_without = _n_mapped = _unused_before = 0

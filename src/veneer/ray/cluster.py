@@ -24,7 +24,7 @@ class Devices(NamedTuple):
 
     @property
     def of_task(self) -> dict[str, int]:
-        """What Ray reserves for a task."""
+        """Resources that Ray reserves for a task."""
         return {"num_gpus": 1} if self.kind == "GPU" else {"num_cpus": 1}
 
 

@@ -100,7 +100,7 @@ def _sequence_of(bounds, n, row):
 
 @triton.jit
 def _key_at(slots, features, BLOCK: tl.constexpr, PAIR: tl.constexpr):
-    """Where a value of a key is, behind the head's place in a page."""
+    """Place of a value of a key, behind the head's place in a page."""
     return (features // PAIR) * (BLOCK * PAIR) + slots * PAIR + features % PAIR
 
 

@@ -66,7 +66,7 @@ def add(x: Tensor, segments: Segments, ys: Sequence[Tensor]) -> None:
 
 @triton.jit
 def _place(rows, columns, n_rows, depth, PAIR: tl.constexpr):
-    """Where a value of a matrix (n_rows, depth) in panels is."""
+    """Place of a value of a matrix (n_rows, depth) in panels."""
     panel = rows // 64
     width = tl.minimum(64, tl.cdiv(n_rows, 16) * 16 - panel * 64)
     return panel * 64 * depth + (columns // PAIR) * width * PAIR + (rows % 64) * PAIR + columns % PAIR
@@ -170,7 +170,7 @@ def _between(u, segment, places, inside):
 
 @triton.jit
 def _behind(y, segment, places, inside):
-    """What is added to a layer's output, from the sums of the second product: scale and bias, if there are any."""
+    """Values that a layer's output gains, from the sums of the second product, with scale and bias if there are any."""
     if tl.load(segment + _FORM) != 0:
         scale, bias = tl.load(segment + _OUT_SCALE), tl.load(segment + _OUT_BIAS)
         if scale != 0:

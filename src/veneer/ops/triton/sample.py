@@ -334,7 +334,7 @@ def _copy_kernel(logits, stride, table, lists, work, d, BLOCK: tl.constexpr):
 
 @triton.jit
 def _change_kernel(table, lists, work, d, KIND: tl.constexpr, BLOCK: tl.constexpr):
-    """What a rule's lists of one kind change; each id is in a list once."""
+    """Logits changed by a rule's lists of one kind; each id is in a list once."""
     row = tl.program_id(0).to(tl.int64)
     numbers = table + row * _N_NUMBERS
     own = numbers + _LISTS + KIND * _LIST
