@@ -105,7 +105,7 @@ def main() -> None:
         engines = {
             title: stack.enter_context(running(title, command, job, folder))
             for title, (command, job) in sides_of(args, adapters).items()
-            if any(title in (load.veneer, *load.peers) for load in loads)
+            if any(title == load.veneer or (title in load.peers and wanted(args, title)) for load in loads)
         }
         prompts = prompts_of(args)
         for load in loads:
@@ -131,6 +131,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--requests", type=int, default=32)
     parser.add_argument("--prompt-tokens", type=int, default=32)
     parser.add_argument("--new-tokens", type=int, default=64)
+    parser.add_argument("--peers", nargs="+", help="titles of the peers that take part; all by default")
+    parser.add_argument("--peer-adapters", type=int, help="distinct adapters that peers serve; half of the requests by default")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--peer-dtype", default="bfloat16", choices=["bfloat16", "float32"])
@@ -142,7 +144,13 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--gguf-4bit", help="the model in Q4_0")
     parser.add_argument("--tiny", action="store_true", help="a tiny random model: a run through, no measurement")
     add_keep(parser)
-    return parser.parse_args()
+    args = parser.parse_args()
+    args.peer_adapters = args.peer_adapters or max(args.requests // 2, 1)
+    return args
+
+
+def wanted(args: argparse.Namespace, peer: str) -> bool:
+    return args.peers is None or peer in args.peers
 
 
 def loads_of(args: argparse.Namespace) -> list[Load]:
@@ -150,14 +158,14 @@ def loads_of(args: argparse.Namespace) -> list[Load]:
     spread = lambda k: [f"lora{row % k}" for row in range(n)]  # noqa: E731
     base_peers = ("transformers", "vLLM", "OpenVINO GenAI")
     peers = ("PEFT", "vLLM with adapters")
-    distinct = sorted({1, max(n // 4, 1), max(n // 2, 1), n})
+    distinct = sorted({1, max(n // 4, 1), max(n // 2, 1), n, args.peer_adapters})
     few = distinct[-3] if len(distinct) > 2 else 1
     counts = {k: f"{k} adapter{'s' * (k > 1)}" for k in distinct}
     return [
         Load("base", [None] * n, "veneer", base_peers),
         Load("base, adapters enabled", [None] * n, "veneer with adapters", ("vLLM with adapters",), "base"),
         *(
-            Load(title, spread(k), "veneer with adapters", peers if k == max(n // 2, 1) else (), "base")
+            Load(title, spread(k), "veneer with adapters", peers if k == args.peer_adapters else (), "base")
             for k, title in counts.items()
         ),
         Load(
@@ -189,7 +197,7 @@ def make_adapters(args: argparse.Namespace, folder: Path) -> dict[str, str]:
 def sides_of(args: argparse.Namespace, adapters: dict[str, str]) -> dict[str, tuple[list[str], dict[str, Any]]]:
     """For each engine its side, its Python and its job."""
     job = {"model": args.place, "dtype": "bfloat16", "adapters": {}, "max_loras": len(adapters)}
-    peer = job | {"dtype": args.peer_dtype, "max_loras": max(args.requests // 2, 1)}
+    peer = job | {"dtype": args.peer_dtype, "max_loras": args.peer_adapters}
     few = {f"lora{n}": adapters[f"lora{n}"] for n in range(peer["max_loras"])}
     here = sys.executable
     found: dict[str, tuple[str | None, str, dict[str, Any]]] = {

@@ -44,18 +44,18 @@ class Backlog:
         """Raise QueueFullError if these could not be submitted now."""
         if not self.has_room(asked):
             n, n_tokens = self._n + len(self._waiting), self._n_tokens + self._waiting.n_tokens
-            seconds = self.refuse(self._n_over(asked))
+            self.note_refusal()
+            seconds = self.rate.seconds(self._n_over(asked))
             raise QueueFullError(
                 f"{n} requests with {n_tokens} tokens wait, and at most {self._limits.max_waiting} with "
                 f"{self._limits.max_waiting_tokens} may: ask again in {seconds:.0f} s",
                 seconds,
             )
 
-    def refuse(self, n: int) -> float:
-        """Count a refusal; return the seconds in which so many answers will have ended, 1 to 600."""
+    def note_refusal(self) -> None:
+        """Count a refusal, here or before a request came here."""
         with self._lock:
             self.n_refused += 1
-        return self.rate.seconds(n)
 
     def submit(self, asked: Asked) -> None:
         """Count a request that is on its way. Raises QueueFullError."""

@@ -6,7 +6,8 @@ import math
 from collections import deque
 from time import monotonic
 
-_SOONEST, _LATEST = 1.0, 600.0  # seconds after which to ask again
+SOONEST, LATEST = 1.0, 600.0
+"""Seconds after which a refused request may be sent again: at least, and at most."""
 _NOTED = 64  # times at which something ended, of which the rate is that of the last
 
 
@@ -35,4 +36,4 @@ class EndRate:
         noted, since = list(self._ended), self._since
         took = self._busy + (0.0 if since is None else monotonic() - since) + sum(seconds for seconds, _ in noted)
         n_ended = sum(n_ended for _, n_ended in noted)
-        return math.ceil(min(max(took * n / n_ended if n_ended else took, _SOONEST), _LATEST))
+        return math.ceil(min(max(took * n / n_ended if n_ended else took, SOONEST), LATEST))

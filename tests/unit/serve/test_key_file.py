@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from veneer.cli.app import app
 from veneer.errors import ConfigError
-from veneer.serve import end_rate
+from veneer.serve import in_flight
 from veneer.serve.http import access
 from veneer.serve.http.access import scopes_of
 from veneer.serve.http.errors import RefusedError, TooManyRequestsError
@@ -164,16 +164,20 @@ def test_a_quota_is_taken_and_given_back():
         pass
 
 
-def test_the_time_after_which_to_ask_again_is_that_in_which_as_much_ended_lately(monkeypatch):
+def test_a_key_is_told_when_enough_of_its_choices_will_have_ended(monkeypatch):
     now = 100.0
-    monkeypatch.setattr(end_rate, "monotonic", lambda: now)
+    monkeypatch.setattr(in_flight, "monotonic", lambda: now)
     quotas, key = Quotas(), Key(name="alice", max_requests=5)
     for _ in range(4):  # one ends after a minute, and nothing is asked for a quarter of an hour
         with quotas.choices(key, 1):
             now += 60
         now += 900
-    with quotas.choices(key, 5), pytest.raises(TooManyRequestsError, match="ask again in 120 s"):
-        quotas.choices(key, 2).__enter__()
+    with quotas.choices(key, 3):
+        now += 23
+        with quotas.choices(key, 2):
+            for n, seconds in ((3, 37), (4, 60)):
+                with pytest.raises(TooManyRequestsError, match=f"ask again in {seconds} s"):
+                    quotas.choices(key, n).__enter__()
 
 
 def test_tokens_count_apart_from_choices():

@@ -81,7 +81,8 @@ def test_the_time_to_ask_again_is_that_in_which_as_many_ended(monkeypatch):
     with pytest.raises(QueueFullError, match="ask again in 12 s"):  # 4 are too many, and 10 ended in 28 busy seconds
         backlog.require_room([asked])
     clock.now = 1038.0
-    assert backlog.refuse(2) == 8  # 10 in 38
+    assert backlog.rate.seconds(2) == 8  # 10 in 38
+    backlog.note_refusal()
     assert backlog.n_refused == 3
     few_tokens = Backlog(Limits(max_waiting=99, max_waiting_tokens=95), waiting)
     few_tokens.rate.note(0, True)

@@ -5,34 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from veneer.serve.end_rate import EndRate
 from veneer.serve.http.errors import RefusedError, TooManyRequestsError
 from veneer.serve.http.key import Key
+from veneer.serve.in_flight import InFlight
 
 _SHORTER = "send max_tokens (max_completion_tokens, max_output_tokens) in the request, or a shorter prompt"
-
-
-class _InUse:
-    """Amount in flight, and the rate at which it ends."""
-
-    def __init__(self) -> None:
-        self.n, self.rate = 0, EndRate()
-
-    def begin(self, n: int) -> None:
-        self.n += n
-        self.rate.note(0, True)
-
-    def end(self, n: int) -> None:
-        self.n -= n
-        self.rate.note(n, self.n > 0)
 
 
 class Quotas:
     """Choices and tokens in flight by the name of their key. Call it from one thread."""
 
     def __init__(self) -> None:
-        self._choices: dict[str, _InUse] = {}
-        self._tokens: dict[str, _InUse] = {}
+        self._choices: dict[str, InFlight] = {}
+        self._tokens: dict[str, InFlight] = {}
 
     @contextmanager
     def choices(self, key: Key, n: int) -> Iterator[None]:
@@ -55,23 +40,20 @@ class Quotas:
 
 @contextmanager
 def _counted(
-    uses: dict[str, _InUse], name: str | None, n: int, most: int | None, what: str, field: str, advice: str
+    uses: dict[str, InFlight], name: str | None, n: int, most: int | None, what: str, field: str, advice: str
 ) -> Iterator[None]:
     if name is None or most is None:
         yield
         return
     if n > most:
         raise RefusedError(f"{n} {what} are asked for, and this key may have {most} in flight (its {field}): {advice}")
-    use = uses.setdefault(name, _InUse())
+    use = uses.setdefault(name, InFlight())
     if use.n + n > most:
-        seconds = use.rate.seconds(use.n + n - most)
+        seconds = use.seconds(use.n + n - most)
         raise TooManyRequestsError(
             f"{use.n} {what} of this key are in flight, and it may have {most} (its {field}): ask again in "
             f"{seconds:.0f} s",
             retry_seconds=seconds,
         )
-    use.begin(n)
-    try:
+    with use.counted(n):
         yield
-    finally:
-        use.end(n)

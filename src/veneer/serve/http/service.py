@@ -16,6 +16,7 @@ from veneer.serve.http.protocol import ChatBody, CompletionBody, Named
 from veneer.serve.http.quota import Quotas
 from veneer.serve.http.request_record import RecordedEngine, current_record
 from veneer.serve.http.server_limits import ServerLimits
+from veneer.serve.in_flight import InFlight
 from veneer.serve.lora_request import LoRARequest
 from veneer.serve.prompts import PromptReader
 from veneer.serve.sampling_params import SamplingParams
@@ -27,7 +28,7 @@ class Service:
     def __init__(self, engine: Engine, catalogue: Catalogue, limits: ServerLimits, keys: Keys | None = None) -> None:
         self.engine, self.catalogue, self.limits, self.running = engine, catalogue, limits, RecordedEngine(engine)
         self.keys, self._quotas = keys, Quotas()
-        self._n_in_flight = 0  # choices of requests from their admission until their answers end
+        self._choices = InFlight()  # of requests from their admission until their answers end
 
     @contextmanager
     def admitted(self, n: int) -> Iterator[None]:
@@ -35,7 +36,7 @@ class Service:
 
         Raises RefusedError for more than one request may have, and TooManyRequestsError if too many are in flight.
         """
-        most, taken = self.limits, self._n_in_flight
+        most, taken = self.limits, self._choices.n
         if n > most.choices:
             raise RefusedError(
                 f"{n} choices (prompts × n) are asked for, and this server takes {most.choices} in a request: ask for "
@@ -43,18 +44,15 @@ class Service:
                 "n",
             )
         if taken + n > most.in_flight:
-            seconds = self.engine.backlog.refuse(taken + n - most.in_flight)
+            seconds = self._choices.seconds(taken + n - most.in_flight)
+            self.engine.backlog.note_refusal()
             raise TooManyRequestsError(
                 f"{taken} choices wait or are being answered, and this server takes {most.in_flight} "
                 f"(--max-in-flight): ask again in {seconds:.0f} s",
                 retry_seconds=seconds,
             )
-        with self._quotas.choices(self.catalogue.caller, n):
-            self._n_in_flight += n
-            try:
-                yield
-            finally:
-                self._n_in_flight -= n
+        with self._quotas.choices(self.catalogue.caller, n), self._choices.counted(n):
+            yield
 
     def tokens(self, asked: Sequence[Asked]) -> AbstractContextManager[None]:
         """Return a block in which tokens count as in flight: those of prompts, and of answers as long as they may be.
