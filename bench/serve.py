@@ -132,7 +132,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--prompt-tokens", type=int, default=32)
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--peers", nargs="+", help="titles of the peers that take part; all by default")
-    parser.add_argument("--peer-adapters", type=int, help="distinct adapters that peers serve; half of the requests by default")
+    parser.add_argument(
+        "--peer-adapters", type=int, help="distinct adapters that peers serve; half of the requests by default"
+    )
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--peer-dtype", default="bfloat16", choices=["bfloat16", "float32"])

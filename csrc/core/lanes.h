@@ -86,7 +86,13 @@ inline float sum(lanes x) {
   return total + x[0];
 #endif
 }
-inline lanes larger(lanes a, lanes b) { return a > b ? a : b; }
+inline lanes larger(lanes a, lanes b) {
+#if defined(__AVX512F__)
+  return (lanes)_mm512_max_ps((__m512)a, (__m512)b);  // what compilers make of the line below is a comparison and a choice
+#else
+  return a > b ? a : b;
+#endif
+}
 inline float largest(lanes x) {
 #if defined(__AVX512F__)
   return _mm512_reduce_max_ps((__m512)x);
@@ -114,6 +120,24 @@ inline lanes exp(lanes x) {
   const bit_lanes power = ((bit_lanes)shifted) << 23;  // unsigned: far below -87.3 it wraps, and is not used
   const lanes scaled = (lanes)((bit_lanes)p + power);
   return x < -87.3f ? lanes{} : scaled;
+}
+
+// e^x for weights that become bfloat16: to a relative 3e-6; 0 below -87.3, and NaN stays NaN. The polynomial is a minimax fit
+// of 2^r over ±1/2.
+inline lanes coarse_exp(lanes x) {
+#if defined(__AVX512F__)
+  const __m512 y = (__m512)(x * 1.44269504f);
+  const __m512 n = _mm512_roundscale_ps(y, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  const lanes r = (lanes)y - (lanes)n;
+  lanes p = splat(9.5827006e-3f);
+  p = p * r + 5.59068767e-2f;
+  p = p * r + 0.240241042f;
+  p = p * r + 0.693124107f;
+  p = p * r + 1.0f;
+  return (lanes)_mm512_maskz_scalef_ps(_mm512_cmp_ps_mask(y, _mm512_set1_ps(-126.0f), _CMP_NLT_UQ), (__m512)p, n);
+#else
+  return exp(x);
+#endif
 }
 
 // 1 / (1 + e^-x), and what it lacks to 1, neither by a difference.

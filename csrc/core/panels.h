@@ -125,6 +125,7 @@ struct FloatEngine {
   static Values values(const float* x) { return {splat(*x)}; }
   static lanes add(lanes sum, Values x, Weights w) { return multiply_add(x.value, w.value, sum); }
   static void keep(float* x, lanes values) { store(x, values); }
+  static lanes exp_kept(lanes x) { return exp(x); }
 };
 
 #if defined(__AVX512BF16__)
@@ -152,6 +153,7 @@ struct PairEngine {
     const __m256i rounded = (__m256i)_mm512_cvtneps_pbh((__m512)values);
     std::memcpy(static_cast<void*>(x), &rounded, sizeof rounded);
   }
+  static lanes exp_kept(lanes x) { return coarse_exp(x); }
 };
 #endif
 

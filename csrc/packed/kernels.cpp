@@ -152,7 +152,11 @@ void product(const PackedProduct& call, const Operand& x) {
 }
 
 #if defined(__AMX_BF16__)
+constexpr int64_t tiles_ahead = 16384;  // bytes
+
 // Up to 32 rows times two blocks of one panel. Tiles have as many rows as there are; few cost as much as their weights.
+// `fetching` lines of weights as far ahead as a core's stream needs: no hardware does it for rows of tiles.
+template <bool fetching>
 void tile_corner(const PanelMatrix& weight, const Operand& x, int64_t row, int n, int64_t block, int blocks, const Finish& finish) {
   const Panel panel = panel_of(weight, block);
   const bf16* w = static_cast<const bf16*>(weight.values) + panel.start + 2 * panel.first;
@@ -166,6 +170,9 @@ void tile_corner(const PanelMatrix& weight, const Operand& x, int64_t row, int n
   _tile_zero(2);
   _tile_zero(3);
   for (int64_t k = 0; k < depth; k += tile_depth, w += step) {
+    if (fetching)
+      for (int64_t pair = 0; pair < tile_depth / 2; ++pair)
+        for (int64_t at = 0; at < panel.across * 4; at += line) fetch(reinterpret_cast<const char*>(w + pair * 2 * panel.across) + at + tiles_ahead);
     _tile_loadd(4, first + k, x.stride * 2);
     _tile_loadd(6, w, panel.across * 4);
     _tile_dpbf16ps(0, 4, 6);
@@ -201,13 +208,20 @@ void shape_tiles(int n) {
   _tile_loadconfig(&shape);
 }
 
-void tile_piece(const PanelMatrix& weight, const Operand& x, int64_t row, int64_t stop, int64_t begin, int64_t end, const Finish& finish) {
-  for (; row < stop; row += 32) {
-    const int n = static_cast<int>(stop - row < 32 ? stop - row : 32);
-    shape_tiles(n);
-    for (int64_t block = begin, next; block < end; block = next) {
-      next = block / 2 * 2 + 2 < end ? block / 2 * 2 + 2 : end;
-      tile_corner(weight, x, row, n, block, static_cast<int>(next - block), finish);
+// Panel by panel, which then stays in cache for all the rows.
+void tile_piece(const PanelMatrix& weight, const Operand& x, int64_t start, int64_t stop, int64_t begin, int64_t end, const Finish& finish) {
+  int shaped = 0;
+  for (int64_t next; begin < end; begin = next) {
+    const int64_t after = (begin / panel_blocks + 1) * panel_blocks;
+    next = after < end ? after : end;
+    for (int64_t row = start; row < stop; row += 32) {
+      const int n = static_cast<int>(stop - row < 32 ? stop - row : 32);
+      if (n != shaped) shape_tiles(shaped = n);
+      for (int64_t block = begin, two; block < next; block = two) {
+        two = block / 2 * 2 + 2 < next ? block / 2 * 2 + 2 : next;
+        const auto corner = row == start && block == begin ? tile_corner<true> : tile_corner<false>;
+        corner(weight, x, row, n, block, static_cast<int>(two - block), finish);
+      }
     }
   }
   amx_end();

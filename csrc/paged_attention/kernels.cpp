@@ -6,6 +6,7 @@
 
 #include <cmath>
 
+#include "core/amx.h"
 #include "core/panels.h"
 #include "core/parallel.h"
 #include "core/scratch.h"
@@ -18,6 +19,11 @@ constexpr int64_t key_block = panel_block, chunk_keys = 64, split_keys = 512, ch
 constexpr int64_t rows_at_once = 48;  // queries times heads, at least one query
 constexpr int64_t few_rows = 8;       // of a sequence whose splits are tasks apart
 constexpr float lowest = -1e30f;      // a score below all, whose difference to itself is a number
+#if defined(__AMX_BF16__)
+constexpr int64_t spare_rows = tile_rows;  // which the last tile of some rows may read and write beyond them
+#else
+constexpr int64_t spare_rows = 0;
+#endif
 
 // ---- where keys and values lie ------------------------------------------------------------------------------------------
 
@@ -94,15 +100,17 @@ struct Task {
 };
 
 struct Layout {  // of a call
-  int64_t d, group, queries_at_once, rows, part_values;
+  int64_t d, group, queries_at_once, rows, part_values, taken_rows;
   explicit Layout(const PagedCall& call)
       : d(padded_dim(call.store)),
         group(call.q_heads / call.store.kv_heads),
         queries_at_once(rows_at_once / group > 1 ? rows_at_once / group : 1),
         rows(queries_at_once * group),
-        part_values(up_to(rows * (d + 2), 16)) {}
+        part_values(up_to(rows * (d + 2), 16)),
+        taken_rows(rows + spare_rows) {}
   int64_t thread_bytes() const {
-    return up_to(rows * d * 4, 64) * 3 + up_to(rows * chunk_keys * 4, 64) * 2 + up_to(rows * (width + 1) * 4, 64) * 2 + 4 * 64;
+    return up_to(taken_rows * d * 4, 64) * 3 + up_to(taken_rows * chunk_keys * 4, 64) * 2 + up_to(rows * (width + 1) * 4, 64) * 2 +
+           up_to(key_block * d * 4, 64) + 4 * 64;
   }
 };
 
@@ -212,7 +220,7 @@ struct Scores {
 
 template <class Engine, bool fetching>
 struct Weighted {
-  const typename Engine::X* p;
+  typename Engine::X* p;
   const typename Engine::W* const* values;
   int64_t across, n;
   float* sums;
@@ -228,6 +236,120 @@ struct Weighted {
                                                sums + row * across + block * key_block, across, later);
   }
 };
+
+template <class Engine>
+struct ShapedTiles {  // of a thread, while it works
+  static constexpr bool whole_blocks = false;  // values are read to the end of a block, beyond the last key
+};
+
+template <bool fetching, class Product>
+void multiply(int64_t rows, int64_t blocks, const Product& product) {
+  tiles<fetching ? 1 : least_of_several>(0, rows, 0, blocks, product);
+}
+
+#if defined(__AMX_BF16__)
+// ---- products on AMX --------------------------------------------------------------------------------------------------------
+
+// Sums lie in tiles 0 to 3, rows in 4 and 5, keys or values in 6 and 7. Each product is sixteen deep, so that a right operand
+// is one block of keys or values: the next may lie on any page. Rows beyond the last are computed with it.
+struct TileEngine : PairEngine {};
+constexpr int64_t tile_step = key_block;
+
+template <>
+struct ShapedTiles<TileEngine> {
+  static constexpr bool whole_blocks = true;
+  ShapedTiles() {
+    TileShape shape;
+    for (int t : {4, 5}) shape.row_bytes[t] = tile_step * sizeof(bf16);
+    for (int t : {6, 7}) shape.rows[t] = tile_step / 2;
+    asm volatile("" : : "r"(&shape) : "memory");
+    _tile_loadconfig(&shape);
+  }
+  ~ShapedTiles() { amx_end(); }
+};
+
+template <bool fetching>
+struct KeyTiles {
+  const Scores<TileEngine, fetching>& of;
+  const bf16* at(int64_t step, int64_t block) const { return of.keys[block] + step * tile_step * of.across; }
+  const bf16* soon(int64_t step, int64_t block) const { return of.soon[block] + step * tile_step * key_block; }
+};
+
+template <bool fetching>
+struct ValueTiles {
+  const Weighted<TileEngine, fetching>& of;
+  const bf16* at(int64_t step, int64_t block) const { return of.values[step] + 2 * block * key_block; }
+  const bf16* soon(int64_t step, int64_t block) const { return of.soon[step] + block * tile_step * key_block; }
+};
+
+// Two tiles of rows where `tall`, times two blocks where `wide`.
+template <bool fetching, bool adding, class Right>
+void tile_corner(const bf16* a, int64_t lda, int64_t steps, const Right& right, int64_t across, int64_t block, bool tall, bool wide,
+                 float* c, int64_t ldc) {
+  const auto fetch_tile = [&](int64_t step, int64_t b) {
+    if (fetching)
+      for (int64_t line = 0; line < tile_step / 2; ++line) fetch(reinterpret_cast<const char*>(right.soon(step, b) + 32 * line));
+  };
+  float* below = c + tile_rows * ldc;
+  amx_fence();
+  if (adding) {
+    _tile_loadd(0, c, ldc * 4);
+    if (wide) _tile_loadd(1, c + 16, ldc * 4);
+    if (tall) _tile_loadd(2, below, ldc * 4);
+    if (tall && wide) _tile_loadd(3, below + 16, ldc * 4);
+  } else {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+  }
+  for (int64_t k = 0; k < steps; ++k) {
+    _tile_loadd(4, a + k * tile_step, lda * 2);
+    _tile_loadd(6, right.at(k, block), across * 4);
+    fetch_tile(k, block);
+    _tile_dpbf16ps(0, 4, 6);
+    if (wide) {
+      _tile_loadd(7, right.at(k, block + 1), across * 4);
+      fetch_tile(k, block + 1);
+      _tile_dpbf16ps(1, 4, 7);
+    }
+    if (tall) {
+      _tile_loadd(5, a + tile_rows * lda + k * tile_step, lda * 2);
+      _tile_dpbf16ps(2, 5, 6);
+      if (wide) _tile_dpbf16ps(3, 5, 7);
+    }
+  }
+  _tile_stored(0, c, ldc * 4);
+  if (wide) _tile_stored(1, c + 16, ldc * 4);
+  if (tall) _tile_stored(2, below, ldc * 4);
+  if (tall && wide) _tile_stored(3, below + 16, ldc * 4);
+  amx_fence();
+}
+
+template <class F>
+void each_corner(int64_t rows, int64_t blocks, const F& f) {
+  for (int64_t row = 0; row < rows; row += 2 * tile_rows)
+    for (int64_t block = 0; block < blocks; block += 2) f(row, block, row + tile_rows < rows, block + 1 < blocks);
+}
+
+template <bool fetching>
+void multiply(int64_t rows, int64_t blocks, const Scores<TileEngine, fetching>& f) {
+  each_corner(rows, blocks, [&](int64_t row, int64_t block, bool tall, bool wide) {
+    tile_corner<fetching, false>(f.queries + row * f.lda, f.lda, f.lda / tile_step, KeyTiles<fetching>{f}, f.across, block, tall, wide,
+                                 f.scores + row * chunk_keys + block * key_block, chunk_keys);
+  });
+}
+template <bool fetching>
+void multiply(int64_t rows, int64_t blocks, const Weighted<TileEngine, fetching>& f) {
+  const int64_t steps = up_to(f.n, key_block) / key_block;
+  for (int64_t r = rows; r % tile_rows != 0; ++r)  // whose sums stay as they are
+    std::memset(static_cast<void*>(f.p + r * chunk_keys), 0, steps * key_block * sizeof(bf16));
+  each_corner(rows, blocks, [&](int64_t row, int64_t block, bool tall, bool wide) {
+    tile_corner<fetching, true>(f.p + row * chunk_keys, chunk_keys, steps, ValueTiles<fetching>{f}, f.across, block, tall, wide,
+                                f.sums + row * f.across + block * key_block, f.across);
+  });
+}
+#endif
 
 // ---- softmax --------------------------------------------------------------------------------------------------------------
 
@@ -260,7 +382,7 @@ __attribute__((noinline)) void weigh(const PagedOptions& options, float* scores,
   const float top = largest(most);
   lanes added{};
   for (int64_t k = begin; k < end; k += width) {
-    const lanes weight = exp(load(scores + k) - top);
+    const lanes weight = Engine::exp_kept(load(scores + k) - top);
     Engine::keep(p + k, weight);
     added += weight;
   }
@@ -298,16 +420,18 @@ struct Worker {
   const PagedCall& call;
   const Layout& layout;
   X *queries{}, *p{};
+  W* cleared{};
   float* scores{};
   State whole{}, part{};
   const Task* next_task{};
 
   void lay_out(Scratch scratch) {
-    queries = scratch.take<X>(layout.rows * layout.d);
-    p = scratch.take<X>(layout.rows * chunk_keys);
-    scores = scratch.take<float>(layout.rows * chunk_keys);
+    queries = scratch.take<X>(layout.taken_rows * layout.d);
+    p = scratch.take<X>(layout.taken_rows * chunk_keys);
+    scores = scratch.take<float>(layout.taken_rows * chunk_keys);
+    cleared = scratch.take<W>(key_block * layout.d);
     for (State* state : {&whole, &part}) {
-      state->sums = scratch.take<float>(layout.rows * layout.d);
+      state->sums = scratch.take<float>(layout.taken_rows * layout.d);
       state->top = scratch.take<float>(layout.rows);
       state->total = scratch.take<float>(layout.rows * width);
     }
@@ -375,8 +499,7 @@ struct Worker {
     if (few) find_next(task, chunk, next);
     const auto score = [&](auto fetching) {
       constexpr bool fetches = decltype(fetching)::value;
-      tiles<fetches ? 1 : least_of_several>(
-          0, n, 0, blocks, Scores<Engine, fetches>{queries + row * layout.d, layout.d, keys, s.block, s.head_dim, scores + at, values});
+      multiply<fetches>(n, blocks, Scores<Engine, fetches>{queries + row * layout.d, layout.d, keys, s.block, s.head_dim, scores + at, values});
     };
     few ? score(Yes{}) : score(No{});
     for (int64_t r = row; r < row + n; ++r) {
@@ -384,13 +507,21 @@ struct Worker {
       const Seen seen{window > 0 ? here - window + 1 : 0, here + 1};
       weigh_any(r, first_block * key_block, (first_block + blocks) * key_block, seen, state);
     }
+    if (ShapedTiles<Engine>::whole_blocks && end % key_block != 0) values[blocks - 1] = clear(values[blocks - 1], end % key_block);
     const auto add = [&](auto fetching) {
       constexpr bool fetches = decltype(fetching)::value;
-      tiles<fetches ? 1 : least_of_several>(
-          0, n, 0, layout.d / key_block,
-          Weighted<Engine, fetches>{p + at, values, layout.d, end - first_block * key_block, state.sums + row * layout.d, next});
+      multiply<fetches>(n, layout.d / key_block,
+                        Weighted<Engine, fetches>{p + at, values, layout.d, end - first_block * key_block, state.sums + row * layout.d, next});
     };
     few ? add(Yes{}) : add(No{});
+  }
+
+  // A copy of the first values of a block, with zeros behind them: a former holder of the page may have left what is no number.
+  const W* clear(const W* values, int64_t present) const {
+    const int64_t n = up_to(present, 2) * layout.d;
+    std::memcpy(static_cast<void*>(cleared), values, n * sizeof(W));
+    std::memset(static_cast<void*>(cleared + n), 0, (key_block * layout.d - n) * sizeof(W));
+    return cleared;
   }
 
   int64_t first_chunk(const Task& task) const {
@@ -471,6 +602,7 @@ void attend_typed(const PagedCall& call) {
   parallel_tasks(call.n_threads, [&](int thread, auto next) {
     Worker<T, Engine> worker{call, layout};
     worker.lay_out({own + thread * thread_bytes});
+    [[maybe_unused]] const ShapedTiles<Engine> shaped;
     for (int64_t i = next(), following; i < counts.tasks; i = following) {
       following = next();
       worker.run(tasks[i], following < counts.tasks ? tasks + following : nullptr);
@@ -490,7 +622,9 @@ void attend_typed(const PagedCall& call) {
 
 void attend(const PagedCall& call) {
   if (call.store.dtype == Dtype::float32) return attend_typed<float, FloatEngine<float>>(call);
-#if defined(__AVX512BF16__)
+#if defined(__AMX_BF16__)
+  attend_typed<bf16, TileEngine>(call);
+#elif defined(__AVX512BF16__)
   attend_typed<bf16, PairEngine>(call);
 #else
   attend_typed<bf16, FloatEngine<bf16>>(call);
