@@ -7,6 +7,7 @@ import statistics
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import accumulate
 from time import monotonic
 
 from veneer.serve.end_rate import LATEST, SOONEST
@@ -42,11 +43,12 @@ class InFlight:
 
     def seconds(self, n: int) -> int:
         """Return the seconds in which ``n`` of the amounts in flight will have ended, 1 to 600."""
-        now, ended, after = monotonic(), 0, 0.0
-        for after, amount in sorted((self._remaining(now - began), amount) for began, amount in self._began.values()):
-            ended += amount
-            if ended >= n:
-                break
+        now = monotonic()
+        ends = sorted((self._remaining(now - began), amount) for began, amount in self._began.values())
+        enough = [
+            after for (after, _), ended in zip(ends, accumulate(each for _, each in ends), strict=True) if ended >= n
+        ]
+        after = enough[0] if enough else ends[-1][0] if ends else 0.0
         return math.ceil(min(max(after, SOONEST), LATEST))
 
     def _remaining(self, age: float) -> float:
