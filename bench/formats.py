@@ -2,9 +2,10 @@
 
 A step is LoRA of rank 16 on all linear layers, on SmolLM2 whose linear layers are stored in each format; its first loss
 is compared with that on the decoded dense weights before anything is timed. Products are those of one layer of each
-shape of the model, with 1, 16 and 1024 rows. All formats take turns.
+shape of the model, with 1024 rows; with a few, by weights packed as they are served and by weights as they are stored.
+All formats take turns.
 
-    python bench/formats.py [--parts products step] [--model smollm2-135m-instruct] [--dtype float32|bfloat16]
+    python bench/formats.py [--parts products few step] [--model smollm2-135m-instruct] [--dtype float32|bfloat16]
         [--formats NF4 Q8_0 …] [--rows 4] [--tokens 256] [--repeats 5]
 """
 
@@ -34,9 +35,10 @@ from veneer.quant.packing import packed_codes
 from veneer.store.source import resolve
 
 GROUP = 64  # divides 576, SmolLM2's width
-FALLBACK = {"Q4_K": "Q5_0", "Q6_K": "Q8_0"}
+FALLBACK = {"Q2_K": "Q4_0", "Q3_K": "Q4_0", "IQ4_XS": "IQ4_NL", "Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}
 """llama-quantize's type where blocks of 256 do not divide a row."""
-BESIDE, PACKED = "NF4", "NF4, as served"
+BESIDE, ROWS = "NF4", (1, 16)
+WHOLE = 256  # inputs of the largest block
 LIMIT = {"Q4_K": 1.3, "Q6_K": 1.3}
 
 
@@ -64,12 +66,14 @@ def of_spec(make: Callable[[Tensor], Any], weight: Tensor) -> tuple[Any, dict[st
     return spec, spec.quantize(weight)
 
 
+GGML = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS")
 FORMATS: dict[str, Callable[[Tensor], tuple[Any, dict[str, Tensor]]]] = {
     "NF4": partial(of_spec, lambda w: FourBitSpec(FourBitLayout(tuple(w.shape), dtype=w.dtype))),
-    **{kind: partial(ggml, kind) for kind in ("Q8_0", "Q5_0", "Q4_K", "Q6_K", "IQ4_NL")},
+    **{kind: partial(ggml, kind) for kind in GGML},
     "FP8": partial(of_spec, lambda w: Fp8Spec(tuple(w.shape), w.dtype)),
     "GPTQ 4": partial(grouped, 4, torch.uint8),
     "GPTQ 3": partial(grouped, 3, torch.uint8),
+    "GPTQ 8": partial(grouped, 8, torch.uint8),
     "HQQ 4": partial(grouped, 4, torch.float16),
     "MXFP4": partial(of_spec, lambda w: Mxfp4Spec(tuple(w.shape), w.dtype)),
     "NVFP4": partial(of_spec, lambda w: Nvfp4Spec(tuple(w.shape), w.dtype)),
@@ -81,12 +85,12 @@ def main() -> None:
     torch.manual_seed(0)
     print(f"{args.model}, {str(args.dtype).removeprefix('torch.')}")
     for part in args.parts:
-        {"products": products, "step": steps}[part](args)
+        {"products": products, "few": few_rows, "step": steps}[part](args)
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--parts", nargs="+", choices=("products", "step"), default=("products", "step"))
+    parser.add_argument("--parts", nargs="+", choices=("products", "few", "step"), default=("products", "few", "step"))
     parser.add_argument("--model", default="smollm2-135m-instruct")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: what this CPU multiplies faster")
     parser.add_argument("--formats", nargs="+", choices=FORMATS, default=list(FORMATS))
@@ -104,31 +108,61 @@ def parse() -> argparse.Namespace:
 
 
 def products(args: argparse.Namespace) -> None:
-    """One layer of each shape, as often as a block has it; a format's time is also told for equal bytes."""
-    base = base_of("veneer", "dense", args.place, args.dtype)
-    block = base.model.layers[0]
-    linears = [layer.weight.detach() for layer in block.modules() if isinstance(layer, nn.Linear)]
-    frozen: dict[str, list[Any]] = {}
-    for name in args.formats:
-        made = [FORMATS[name](weight) for weight in linears]
-        frozen[name] = [spec.bind(parts) for spec, parts in made]
-        check_products(name, frozen[name], args.dtype)
-    packed = [packed_codes(weight, args.dtype) for weight in frozen[BESIDE]]
+    """One layer of each shape, as often as a block has it."""
+    linears = block_of(args)
+    frozen = {name: [bound(name, weight) for weight in linears] for name in args.formats}
+    for name, weights in frozen.items():
+        check_products(name, weights, args.dtype)
+    for transposed in (False, True):
+        inputs = [torch.randn(1024, w.shape[0 if transposed else 1]).to(args.dtype) for w in linears]
+        ways = {name: partial(timed, partial(multiply, w, inputs, transposed, 1)) for name, w in frozen.items()}
+        title = f"the products of a block, 1024 rows{', transposed' * transposed}"
+        show(title, in_turns(ways, args.repeats), BESIDE)
+
+
+def few_rows(args: argparse.Namespace) -> None:
+    """The same with inputs cut to whole blocks of every format, beside NF4 as it is served.
+
+    Times are also told for equal bytes: those of the format in its file.
+    """
+    linears = [weight[:, : weight.shape[1] // WHOLE * WHOLE].contiguous() for weight in block_of(args)]
+    frozen = {name: [bound(name, weight) for weight in linears] for name in args.formats}
+    packed = {name: [served(name, weight, args.dtype) for weight in weights] for name, weights in frozen.items()}
     nbytes = {name: sum(weight.nbytes for weight in weights) for name, weights in frozen.items()}
-    for n, transposed in ((1, False), (16, False), (1024, False), (1024, True)):
-        inputs = [torch.randn(n, w.shape[0 if transposed else 1]).to(args.dtype) for w in linears]
-        calls, few = max(1, 64 // n), n <= 16
-        ways: dict[str, Callable[[], Timing]] = {
-            name: partial(timed, partial(multiply, frozen[name], inputs, transposed, calls)) for name in args.formats
+    held = {name: sum(weight.nbytes for weight in weights) for name, weights in packed.items()}
+    for n in ROWS:
+        inputs, calls = [torch.randn(n, w.shape[1]).to(args.dtype) for w in linears], max(1, 256 // n)
+        ways = {name: partial(timed, partial(multiply_packed, w, inputs, calls)) for name, w in packed.items()}
+        ways |= {
+            f"{name}, as stored": partial(timed, partial(multiply, w, inputs, False, calls))
+            for name, w in frozen.items()
         }
-        if few:
-            ways[PACKED] = partial(timed, partial(multiply_packed, packed, inputs, calls))
-        found, beside = in_turns(ways, args.repeats), PACKED if few else BESIDE
-        show(f"{calls} x the products of a block, {n} rows{', transposed' * transposed}", found, beside)
-        if few:
-            base_rate = found[beside].wall / nbytes[BESIDE]
-            told = (f"{name} {found[name].wall / nbytes[name] / base_rate:.2f}x" for name in args.formats)
-            print(f"for equal bytes: {', '.join(told)}")
+        found = in_turns(ways, args.repeats)
+        show(f"{calls} x the products of a block, {n} rows", found, BESIDE)
+        base = found[BESIDE].cpu / nbytes[BESIDE]
+        for name in args.formats:
+            equal = found[name].cpu / nbytes[name] / base
+            bits = held[name] / nbytes[name]
+            print(f"{name:8} CPU time for equal bytes {equal:5.2f}x, packed in {bits:.2f}x the bytes of the file")
+
+
+def block_of(args: argparse.Namespace) -> list[Tensor]:
+    """The weights of the linear layers of a block."""
+    base = base_of("veneer", "dense", args.place, args.dtype)
+    return [layer.weight.detach() for layer in base.model.layers[0].modules() if isinstance(layer, nn.Linear)]
+
+
+def bound(name: str, weight: Tensor) -> Any:
+    spec, parts = FORMATS[name](weight)
+    return spec.bind(parts)
+
+
+def served(name: str, weight: Any, dtype: torch.dtype) -> Any:
+    """A weight packed as it is served. SystemExit if its values are not the format's."""
+    packed = packed_codes(weight, dtype)
+    if packed is None or not torch.equal(packed.dense(torch.float32), weight.dense(torch.float32)):
+        raise SystemExit(f"{name}: its values are not packed: nothing to time")
+    return packed
 
 
 def multiply_packed(weights: list[Any], inputs: list[Tensor], calls: int) -> None:

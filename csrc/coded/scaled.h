@@ -9,18 +9,6 @@ namespace {
 
 typedef uint8_t byte_lanes __attribute__((vector_size(width)));
 
-inline lanes from_half(half_lanes bits) {
-#if defined(__AVX512F__)
-  return (lanes)_mm512_cvtph_ps((__m256i)bits);
-#elif defined(__F16C__)
-  return (lanes)_mm256_cvtph_ps((__m128i)bits);
-#else
-  lanes out;
-  for (int64_t i = 0; i < width; ++i) out[i] = to_float(fp16{bits[i]});
-  return out;
-#endif
-}
-
 template <class T>
 inline lanes rounded(lanes v) {
   return v;
@@ -31,14 +19,7 @@ inline lanes rounded<bf16>(lanes v) {
 }
 template <>
 inline lanes rounded<fp16>(lanes v) {
-#if defined(__AVX512F__)
-  return (lanes)_mm512_cvtph_ps(_mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
-#elif defined(__F16C__)
-  return (lanes)_mm256_cvtph_ps(_mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
-#else
-  for (int64_t i = 0; i < width; ++i) v[i] = to_float(from_float<fp16>(v[i]));
-  return v;
-#endif
+  return half_rounded(v);
 }
 
 // ---- numbers: small floats are halves whose exponents are off by a power of two -------------------------------------------

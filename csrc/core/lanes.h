@@ -64,6 +64,29 @@ inline lanes load(const fp16* p) {
 }
 inline void store(fp16* p, lanes x) { store_some(p, x, width); }
 
+inline lanes from_half(half_lanes bits) {
+#if defined(__AVX512F__)
+  return (lanes)_mm512_cvtph_ps((__m256i)bits);
+#elif defined(__F16C__)
+  return (lanes)_mm256_cvtph_ps((__m128i)bits);
+#else
+  lanes out;
+  for (int64_t i = 0; i < width; ++i) out[i] = to_float(fp16{bits[i]});
+  return out;
+#endif
+}
+// Rounded to the nearest half, ties to even.
+inline lanes half_rounded(lanes x) {
+#if defined(__AVX512F__)
+  return (lanes)_mm512_cvtph_ps(_mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+#elif defined(__F16C__)
+  return (lanes)_mm256_cvtph_ps(_mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+#else
+  for (int64_t i = 0; i < width; ++i) x[i] = to_float(from_float<fp16>(x[i]));
+  return x;
+#endif
+}
+
 // f(column, n) for every register of a row; n is less than `width` at its short end.
 template <class F>
 inline void each_register(int64_t n, const F& f) {

@@ -16,13 +16,32 @@ namespace veneer {
 // neighbours in i side by side, depth being even: so it is a right operand of dot products of pairs, and where depth is a
 // multiple of 32 also of AMX tiles, as it lies. Beyond i there are zeros.
 // In codes (packed/coded.h) it is another layout, whose values are rounded to `dtype`.
-enum class Coding : int { none = 0, nf4 = 1, fp4 = 2, int8 = 3 };  // see veneer.ops.packed_codes
+
+// What the codes of a matrix stand for, in the order of veneer.ops.packed_codes: its numbers, how their scales are stored, the
+// formula that makes values of them, and what these are rounded to.
+struct Coding {
+  enum Numbers : int { none = 0, nf4, fp4, int8, signed4, unsigned4, iq4, e2m1, signed8, unsigned8, e4m3, e5m2 };
+  enum Scales : int { float32 = 0, bfloat16, float16, e8m0 };
+  // number * scale; number * scale + beside; (number - beside) * scale, for whole numbers; and the same with the difference
+  // rounded too.
+  enum Formula : int { scaled = 0, added, less_zero, apart };
+
+  Numbers numbers = none;
+  Scales scales = float32;
+  Formula formula = scaled;
+  Dtype rounding = Dtype::float32;
+
+  Coding() = default;
+  explicit Coding(int64_t parts)
+      : numbers(Numbers(parts & 15)), scales(Scales(parts >> 4 & 15)), formula(Formula(parts >> 8 & 15)),
+        rounding(Dtype(parts >> 12 & 15)) {}
+};
 
 struct PanelMatrix {
   int64_t o, i, depth;
   Dtype dtype;
   void* values;
-  Coding coding = Coding::none;
+  Coding coding = Coding();
   int64_t unit = 0;  // inputs of an output that share a scale
 };
 

@@ -1,10 +1,11 @@
-// Weights in codes, packed: NF4 and FP4 in 4 bits, int8 in 8, their scales among them in one stream. A product is, to the
-// bit, that of the dense packed matrix of the values that the codes stand for: they come out of the codes in registers, for
-// a few rows, or panel by panel into cache.
+// Weights in codes, packed: of 4 or 8 bits, their scales among them in one stream. A product is, to the bit, that of the
+// dense packed matrix of the values that the codes stand for: they come out of the codes in registers, for a few rows, or
+// panel by panel into cache. Here are NF4, FP4 and int8; the others are in grouped.h.
 //
-// A panel of `across` outputs is, for each unit of inputs, a float scale of each output and then the codes of the unit. In
-// 4 bits: [unit / 16][across][2] words of 32 bits, the even and the odd ones of sixteen inputs, the first in the lowest bits.
-// In int8: [unit / 2][across][2]; the unit is all inputs, filled up with zeros to a multiple of 16.
+// A panel of `across` outputs is, for each unit of inputs, a scale of each output, in most formulas a second number of each,
+// and then the codes of the unit. In 4 bits: [unit / 16][across][2] words of 32 bits, the even and the odd ones of sixteen
+// inputs, the first in the lowest bits. In 8 bits: [unit / 2][across][2]. Inputs are filled up with zeros to whole units; a
+// unit is a multiple of 16.
 #pragma once
 
 #include "core/panels.h"
@@ -16,9 +17,21 @@ namespace {
 constexpr int64_t group = 16;  // inputs that are decoded together
 constexpr float inverse_127 = 7.874015718698502e-3f;
 
-inline bool is_coded(const PanelMatrix& m) { return m.coding != Coding::none; }
-inline int64_t code_bits(const PanelMatrix& m) { return m.coding == Coding::int8 ? 8 : 4; }
-inline int64_t unit_bytes(const PanelMatrix& m) { return 4 + m.unit * code_bits(m) / 8; }  // of one output
+inline bool is_coded(const PanelMatrix& m) { return m.coding.numbers != Coding::none; }
+inline int64_t code_bits(const PanelMatrix& m) {
+  switch (m.coding.numbers) {
+    case Coding::int8:
+    case Coding::signed8:
+    case Coding::unsigned8:
+    case Coding::e4m3:
+    case Coding::e5m2: return 8;
+    default: return 4;
+  }
+}
+inline int64_t scale_bytes(Coding::Scales scales) { return scales == Coding::float32 ? 4 : scales == Coding::e8m0 ? 1 : 2; }
+// Of one output: what stands in front of a unit's codes, and a unit.
+inline int64_t head_bytes(const PanelMatrix& m) { return scale_bytes(m.coding.scales) * (m.coding.formula == Coding::scaled ? 1 : 2); }
+inline int64_t unit_bytes(const PanelMatrix& m) { return head_bytes(m) + m.unit * code_bits(m) / 8; }
 inline int64_t output_bytes(const PanelMatrix& m) { return m.depth / m.unit * unit_bytes(m); }
 inline char* coded_panel(const PanelMatrix& m, int64_t block) {
   return static_cast<char*>(m.values) + block / panel_blocks * panel_blocks * panel_block * output_bytes(m);
@@ -53,7 +66,7 @@ struct CodedOutput {  // of a panel
   }
 };
 
-inline const FourBitCode& code_of(const PanelMatrix& m) { return four_bit_code(m.coding == Coding::fp4 ? 1 : 0); }
+inline const FourBitCode& code_of(const PanelMatrix& m) { return four_bit_code(m.coding.numbers == Coding::fp4 ? 1 : 0); }
 
 inline void pack_four_bit_row(const PanelMatrix& m, int64_t r, const uint8_t* packed, const float* absmax, int64_t block_size) {
   const CodedOutput out(m, r);
@@ -89,7 +102,7 @@ inline void dequantize_row(const PanelMatrix& m, int64_t r, T* row) {
   const float* table = code_of(m).table;
   for (int64_t k = 0; k < m.i; ++k) {
     const float scale = out.scale(k);
-    row[k] = from_float<T>(m.coding == Coding::int8 ? static_cast<float>(out.int8(k)) * scale * inverse_127 : table[out.four_bit(k)] * scale);
+    row[k] = from_float<T>(m.coding.numbers == Coding::int8 ? static_cast<float>(out.int8(k)) * scale * inverse_127 : table[out.four_bit(k)] * scale);
   }
 }
 
@@ -126,6 +139,8 @@ struct CodeTable {
 
 template <class W>
 inline lanes rounded(lanes x) { return x; }
+template <>
+inline lanes rounded<fp16>(lanes x) { return half_rounded(x); }
 template <>
 inline lanes rounded<bf16>(lanes x) {  // of finite values
   const bit_lanes bits = (bit_lanes)x;

@@ -6,6 +6,7 @@
 #include "core/parallel.h"
 #include "core/scratch.h"
 #include "packed/coded.h"
+#include "packed/grouped.h"
 
 namespace veneer {
 namespace VENEER_ISA {
@@ -53,7 +54,7 @@ void pack_codes(const PanelMatrix& weight, const void* codes, const float* absma
   const PanelMatrix w = weight;
   parallel_for(blocks_of(w.o) * panel_block, rows_of_a_thread(w), [=](int64_t begin, int64_t end) {
     for (int64_t r = begin; r < end; ++r) {
-      if (w.coding == Coding::int8)
+      if (w.coding.numbers == Coding::int8)
         pack_int8_row(w, r, static_cast<const int8_t*>(codes), absmax);
       else
         pack_four_bit_row(w, r, static_cast<const uint8_t*>(codes), absmax, block_size);
@@ -65,7 +66,7 @@ void unpack_codes(const PanelMatrix& weight, void* codes) {
   const PanelMatrix w = weight;
   parallel_for(w.o, rows_of_a_thread(w), [=](int64_t begin, int64_t end) {
     for (int64_t r = begin; r < end; ++r) {
-      if (w.coding == Coding::int8)
+      if (w.coding.numbers == Coding::int8)
         unpack_int8_row(w, r, static_cast<int8_t*>(codes));
       else
         unpack_four_bit_row(w, r, static_cast<uint8_t*>(codes));
@@ -73,8 +74,35 @@ void unpack_codes(const PanelMatrix& weight, void* codes) {
   });
 }
 
+// Some blocks of a panel, decoded a piece at a time, and laid down row by row.
+template <class T>
+void dequantize_blocks(const PanelMatrix& m, int64_t begin, int64_t end, T* rows) {
+  const Decode<float> decode = decoder_of<T, float>(m);
+  const int64_t first = begin * panel_block, stop = end * panel_block < m.o ? end * panel_block : m.o;
+  alignas(64) float piece[piece_inputs * panel_outputs];
+  for (int64_t k = 0; k < m.i; k += piece_inputs) {
+    const int64_t n = m.i - k < piece_inputs ? m.i - k : piece_inputs;
+    decode(m, begin, end, k, k + n, piece, panel_outputs);
+    for (int64_t r = first; r < stop; ++r)
+      for (int64_t j = 0; j < n; ++j) rows[r * m.i + k + j] = from_float<T>(piece[j * panel_outputs + r - first]);
+  }
+}
+
+void dequantize_groups(const PanelMatrix& w, void* rows) {
+  parallel_for(blocks_of(w.o), least_bytes / (w.i * panel_block + 1) + 1, [=](int64_t begin, int64_t stop) {
+    for (int64_t end; begin < stop; begin = end) {
+      end = (begin / panel_blocks + 1) * panel_blocks < stop ? (begin / panel_blocks + 1) * panel_blocks : stop;
+      if (w.dtype == Dtype::float32)
+        dequantize_blocks(w, begin, end, static_cast<float*>(rows));
+      else
+        dequantize_blocks(w, begin, end, static_cast<bf16*>(rows));
+    }
+  });
+}
+
 void dequantize(const PanelMatrix& weight, void* rows) {
   const PanelMatrix w = weight;
+  if (is_grouped(w)) return dequantize_groups(w, rows);
   with_dtype(w.dtype, [=](auto t) {
     using T = decltype(t);
     parallel_for(w.o, rows_of_a_thread(w), [=](int64_t begin, int64_t end) {
@@ -293,7 +321,7 @@ bool is_direct(const PackedProduct& call) {
 #if defined(__AMX_BF16__)
   if (reads_pairs(call)) return false;
 #endif
-  return call.n <= most_direct;
+  return call.n <= (is_grouped(call.weight) ? most_by_pieces : most_direct);
 }
 
 int threads_of(const PackedProduct& call) {
@@ -307,12 +335,12 @@ int64_t panel_bytes(const PanelMatrix& m) {
 }
 
 // Some blocks of one panel, decoded, times all rows.
-template <class Codes, class W>
-void decoded_product(const PackedProduct& call, const Operand& x, int64_t begin, int64_t end, char* memory) {
+template <class W, class Decoder>
+void decoded_product(const PackedProduct& call, const Operand& x, int64_t begin, int64_t end, char* memory, const Decoder& decode) {
   const PanelMatrix& m = call.weight;
   const PanelMatrix dense{(end - begin) * panel_block, m.i, dense_depth(m), m.dtype, memory};
   const Finish finish{call, begin};
-  decode_blocks<Codes, W>(m, begin, end, dense);
+  decode(m, begin, end, dense);
 #if defined(__AMX_BF16__)
   if (reads_pairs(call)) {
     // Tiles read whole groups of 32 inputs; the memory held something else before, and 0 times NaN is NaN.
@@ -341,8 +369,9 @@ void direct_product(const PackedProduct& call, const Operand& x, int64_t begin, 
   tiles<1, most_direct_height>(0, call.n, begin, end, product);
 }
 
-template <class Codes, class W>
-void coded_typed(const PackedProduct& call, const Operand& x) {
+// few(begin, end) or many(begin, end, memory) for some blocks of one panel at a time.
+template <class Few, class Many>
+void each_panel(const PackedProduct& call, const Few& few, const Many& many) {
   const int64_t blocks = blocks_of(call.weight.o), threads = threads_of(call), bytes = panel_bytes(call.weight);
   char* memory = static_cast<char*>(call.scratch) + operand_bytes(call);
   memory += -reinterpret_cast<uintptr_t>(memory) % 64;
@@ -353,11 +382,19 @@ void coded_typed(const PackedProduct& call, const Operand& x) {
       for (int64_t begin = blocks * thread / threads, end; begin < stop; begin = end) {
         end = (begin / panel_blocks + 1) * panel_blocks < stop ? (begin / panel_blocks + 1) * panel_blocks : stop;
         if (direct)
-          direct_product<Codes, W>(call, x, begin, end);
+          few(begin, end);
         else
-          decoded_product<Codes, W>(call, x, begin, end, memory + thread * bytes);
+          many(begin, end, memory + thread * bytes);
       }
     }
+  });
+}
+
+template <class Codes, class W>
+void coded_typed(const PackedProduct& call, const Operand& x) {
+  const auto few = [&](int64_t begin, int64_t end) { direct_product<Codes, W>(call, x, begin, end); };
+  each_panel(call, few, [&](int64_t begin, int64_t end, char* memory) {
+    decoded_product<W>(call, x, begin, end, memory, decode_blocks<Codes, W>);
   });
 }
 
@@ -365,6 +402,33 @@ template <class Codes>
 void coded_product(const PackedProduct& call, const Operand& x) {
   if (call.weight.dtype == Dtype::float32) return coded_typed<Codes, float>(call, x);
   coded_typed<Codes, bf16>(call, x);
+}
+
+template <class W>
+void grouped_few(const PackedProduct& call, const Operand& x, int64_t begin, int64_t end) {
+  const PanelMatrix& m = call.weight;
+  const Finish finish{call, 0};
+#if defined(__AVX512BF16__) && !defined(__AMX_BF16__)
+  if constexpr (sizeof(W) == 2)
+    if (reads_pairs(call))
+      return multiply_pieces<PairEngine>(m, decoder_of<W, W>(m), static_cast<const bf16*>(x.data), x.stride, call.n, begin, end, finish);
+#endif
+  multiply_pieces<FloatEngine<float>>(m, decoder_of<W, float>(m), static_cast<const float*>(x.data), x.stride, call.n, begin, end, finish);
+}
+
+template <class W>
+void grouped_typed(const PackedProduct& call, const Operand& x) {
+  const Decode<W> decode = decoder_of<W, W>(call.weight);
+  const auto whole = [=](const PanelMatrix& m, int64_t begin, int64_t end, const PanelMatrix& dense) {
+    decode(m, begin, end, 0, m.i, static_cast<W*>(dense.values), dense.o);
+  };
+  each_panel(call, [&](int64_t begin, int64_t end) { grouped_few<W>(call, x, begin, end); },
+             [&](int64_t begin, int64_t end, char* memory) { decoded_product<W>(call, x, begin, end, memory, whole); });
+}
+
+void grouped_product(const PackedProduct& call, const Operand& x) {
+  if (call.weight.dtype == Dtype::float32) return grouped_typed<float>(call, x);
+  grouped_typed<bf16>(call, x);
 }
 
 // ---- all of them ---------------------------------------------------------------------------------------------------------
@@ -377,7 +441,8 @@ int64_t scratch_bytes(const PackedProduct& call) {
 void matmul(const PackedProduct& call) {
   if (call.n == 0 || call.weight.o == 0) return;
   const Operand x = operand(call);
-  if (call.weight.coding == Coding::int8) return coded_product<EightBits>(call, x);
+  if (is_grouped(call.weight)) return grouped_product(call, x);
+  if (call.weight.coding.numbers == Coding::int8) return coded_product<EightBits>(call, x);
   if (is_coded(call.weight)) return coded_product<FourBits>(call, x);
 #if defined(__AMX_BF16__)
   if (reads_pairs(call)) return tile_product(call, x);

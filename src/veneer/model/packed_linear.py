@@ -19,8 +19,9 @@ from veneer.ops.packed import BLOCK, BLOCKS, ROWS, PackedWeight
 from veneer.ops.packed_codes import PackedCodes
 from veneer.quant.blocks import BlockWeight
 from veneer.quant.dense import DenseWeight
+from veneer.quant.ggml import GgmlWeight
 from veneer.quant.packed import PackedCoded, PackedDense
-from veneer.quant.packing import packed_codes
+from veneer.quant.packing import packed_codes, unpacked_codes
 from veneer.quant.product import CodedWeight
 
 Packed = PackedWeight | PackedCodes
@@ -84,7 +85,10 @@ class PackedLinear(_Packed):
 
 
 class PackedQuantLinear(_Packed):
-    """Linear layer ``y = W x + bias`` with the codes of W packed, in the place of a quantized layer that loses them."""
+    """Linear layer ``y = W x + bias`` with the codes of W packed, in the place of a quantized layer that loses them.
+
+    ggml's blocks stay where they are: they hold the scales too, and are usually pages of a mapped file.
+    """
 
     packed_weight: PackedCoded
 
@@ -92,13 +96,16 @@ class PackedQuantLinear(_Packed):
         super().__init__()
         self.bias = module.bias
         self._stands_for = (module,)
-        module.weight = torch.empty_like(module.weight, device="meta")
+        if not isinstance(module.bound(), GgmlWeight):
+            module.weight = torch.empty_like(module.weight, device="meta")
         self.is_transposed, self.packed_weight = module.is_transposed, PackedCoded(packed)
         self.out_features, self.in_features = packed.shape
 
     def original(self) -> QuantLinear:
         [module] = self._stands_for
-        module.weight = self.packed_weight.packed.codes().view(module.weight.shape)
+        codes = unpacked_codes(cast(CodedWeight, module.bound()), self.packed_weight.packed)
+        if codes is not None:
+            module.weight = codes.view(module.weight.dtype).view(module.weight.shape)
         return module
 
 
@@ -133,8 +140,8 @@ class PackedGroup:
         self.parts = list(each) if self.whole is None else _parts(self.whole, self.heights)
 
 
-def _kind(packed: Packed) -> tuple[torch.dtype, str, int]:
-    coding, unit = (packed.coding, packed.unit) if isinstance(packed, PackedCodes) else ("", 0)
+def _kind(packed: Packed) -> tuple[torch.dtype, int, int]:
+    coding, unit = (packed.coding_number, packed.unit) if isinstance(packed, PackedCodes) else (0, 0)
     return packed.dtype, coding, unit
 
 
@@ -179,16 +186,16 @@ def _packed(weight: FrozenWeight, dtype: torch.dtype) -> Packed | None:
     """A weight for rows of ``dtype``; None where it is not packed.
 
     Codes that have no packed form (a width that is no multiple of 16) are packed as the values that they stand for,
-    but for blocks that are decoded in tiles: they stay as they are.
+    but for a `BlockWeight`, which is decoded in tiles: it stays as it is.
     """
     if isinstance(weight, DenseWeight):
         dense = weight.dense()
         return PackedWeight.pack(dense) if dense.dtype in ROWS else None
-    if not isinstance(weight, CodedWeight) or isinstance(weight, BlockWeight):
+    if not isinstance(weight, CodedWeight) or dtype not in ROWS or weight.compute_dtype not in (None, dtype):
         return None
-    if dtype not in ROWS or weight.compute_dtype not in (None, dtype):
-        return None
-    return packed_codes(weight, dtype) or PackedWeight.pack(weight.dense(dtype))
+    packed = packed_codes(weight, dtype)
+    stays = isinstance(weight, BlockWeight) and weight.is_narrow
+    return PackedWeight.pack(weight.dense(dtype)) if packed is None and not stays else packed
 
 
 def unpack(model: PreTrainedModel) -> None:

@@ -14,6 +14,7 @@ from jaxtyping import Float, Float32, Int, UInt8
 from torch import Tensor
 
 from veneer.errors import ConfigError, NonFiniteError, ShapeError
+from veneer.ops.code_groups import CodeGroups
 from veneer.ops.dispatch import backends, implementation
 from veneer.ops.ggml_types import GGML_TYPES, GgmlType
 from veneer.ops.rows import listed_rows
@@ -103,6 +104,23 @@ def matmul_ggml(
     if x.ndim != 2 or x.shape[1] != columns:
         raise ShapeError(f"x must be (n, {columns}) for rows of {columns} values in {kind}; got {tuple(x.shape)}")
     out: Tensor = implementation("ggml.matmul", x.device, backend)(x, packed.contiguous(), kind, order)
+    return out
+
+
+def groups_ggml(
+    packed: UInt8[Tensor, "n bytes"],
+    kind: str,
+    order: Int[Tensor, " k"] | None = None,
+) -> CodeGroups:
+    """Return the levels and scales of rows, of the values that `dequantize_ggml` gives; ``kind`` has blocks.
+
+    Levels of 2 and 3 bits become codes of 4, levels of 5 and 6 bits codes of 8.
+
+    Raises ConfigError (unknown type), ShapeError (bytes that are no whole row), IndexError (a row that is not there).
+    """
+    _columns(packed, kind)
+    order = None if order is None else listed_rows(order, len(packed))
+    out: CodeGroups = implementation("ggml.groups", packed.device, "reference")(packed, kind, order)
     return out
 
 

@@ -1,8 +1,9 @@
-"""Frozen weight in codes (NF4, FP4, int8) in the layout that its product reads in one pass, scales interleaved."""
+"""Frozen weight in codes (NF4, FP4, int8, groups) in the layout that its product reads in one pass, with the scales."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import torch
@@ -10,25 +11,28 @@ from jaxtyping import Float, Float32, Int8, UInt8
 from torch import Tensor
 
 from veneer.errors import ShapeError
+from veneer.ops.code_groups import FORMULAS, NUMBERS, SCALES, UNIT, CodeGroups
 from veneer.ops.dispatch import implementation
 from veneer.ops.four_bit import FourBitLayout
-from veneer.ops.packed import BLOCK, ROWS, check_product
+from veneer.ops.packed import BLOCK, BLOCKS, ROWS, check_product
 
-CODINGS = ("dense", "nf4", "fp4", "int8")
+CODINGS = ("dense", "nf4", "fp4", "int8", *NUMBERS)
 """As csrc/core/panels.h counts them."""
-GROUP = 16
-"""Inputs whose codes are neighbours: widths of 4-bit weights are multiples of it."""
+GROUP = UNIT
+BYTES = ("int8", "signed8", "unsigned8", "e4m3", "e5m2")
+"""Codings with a code a byte."""
+_ROUNDING = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 SMALLEST, LARGEST = 1e-30, 1e30
-"""Magnitudes of absmax between which a CPU's own rounding to bfloat16, which flushes subnormal numbers, is exact."""
+"""Magnitudes of scales between which a CPU's own rounding to bfloat16, which flushes subnormal numbers, is exact."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PackedCodes:
-    """Weight ``W (o, i)`` as codes in panels of 64 outputs, and float32 scales, each for ``unit`` inputs of an output.
+    """Weight ``W (o, i)`` as codes in panels of 64 outputs, and scales, each for ``unit`` inputs of an output.
 
-    ``W = table[code] * absmax`` or ``code * absmax / 127``, computed in float32 and rounded to ``dtype``, float32 or
-    bfloat16. `dequantize_4bit` and `dequantize_int8` give the same values. ``panels`` are bytes; csrc/packed/coded.h
-    documents the layout.
+    ``W = table[code] * absmax`` or ``code * absmax / 127`` in float32, or a value of `CodeGroups`, whose ``scales``,
+    ``formula`` and ``rounding`` it has; rounded to ``dtype``, float32 or bfloat16. `dequantize_4bit`, `dequantize_int8`
+    and the formats of the groups give the same values. ``panels`` are bytes; csrc/packed/coded.h documents the layout.
     """
 
     panels: UInt8[Tensor, " bytes"]
@@ -36,6 +40,9 @@ class PackedCodes:
     coding: str
     unit: int
     dtype: torch.dtype
+    scales: torch.dtype = torch.float32
+    formula: str = "scaled"
+    rounding: torch.dtype = torch.float32
 
     @classmethod
     def pack_4bit(
@@ -80,24 +87,67 @@ class PackedCodes:
         pack = implementation("packed_codes.pack_int8", codes.device, backend)
         return replace(made, panels=pack(made, codes.contiguous(), absmax.contiguous()))
 
+    @classmethod
+    def pack_groups(cls, parts: Iterable[CodeGroups], dtype: torch.dtype) -> PackedCodes:
+        """Return the packed form of a matrix from its rows in parts, all but the last of a multiple of 64 rows.
+
+        Raises ShapeError for a part that `fits_groups` does not hold of.
+        """
+        panels, rows, first = [], 0, None
+        for groups in parts:
+            first = groups if first is None else first
+            if not fits_groups(groups, dtype) or rows % (BLOCKS * BLOCK):
+                raise ShapeError(
+                    f"codes in groups are packed whose width is a multiple of {GROUP}, for float32 or bfloat16, with "
+                    f"scales from {SMALLEST} to {LARGEST}, {BLOCKS * BLOCK} rows or a multiple at a time; given "
+                    f"{tuple(groups.codes.shape)} behind {rows} rows for {dtype}"
+                )
+            made = _of_groups(groups, dtype)
+            panels.append(implementation("packed_codes.pack_groups", groups.codes.device, "reference")(made, groups))
+            rows += len(groups.codes)
+        if first is None:
+            raise ShapeError("no rows to pack")
+        made = _of_groups(first, dtype)
+        return replace(made, panels=torch.cat(panels), shape=(rows, made.shape[1]))
+
     @property
     def depth(self) -> int:
         """Number of codes of each output in the panels."""
-        return self.unit if self.coding == "int8" else self.shape[1]
+        return -(-self.shape[1] // self.unit) * self.unit
 
     @property
     def output_bytes(self) -> int:
         """Bytes of an output in the panels."""
-        bits = 8 if self.coding == "int8" else 4
-        return self.depth // self.unit * 4 + self.depth * bits // 8
+        return self.depth // self.unit * self.head_bytes + self.depth * self.bits // 8
+
+    @property
+    def bits(self) -> int:
+        """Bits of a code."""
+        return 8 if self.coding in BYTES else 4
+
+    @property
+    def head_bytes(self) -> int:
+        """Bytes of a unit of an output beside its codes: a scale, and what the formula has beside it."""
+        return self.scales.itemsize * (1 if self.formula == "scaled" else 2)
+
+    @property
+    def coding_number(self) -> int:
+        """Coding as csrc/core/panels.h reads it."""
+        parts = (
+            CODINGS.index(self.coding),
+            SCALES.index(self.scales),
+            FORMULAS.index(self.formula),
+            _ROUNDING[self.rounding],
+        )
+        return sum(part << 4 * place for place, part in enumerate(parts))
 
     @property
     def nbytes(self) -> int:
         """Bytes of the panels, with their padding."""
         return self.panels.nbytes
 
-    def codes(self, *, backend: str | None = None) -> UInt8[Tensor, " bytes"] | Int8[Tensor, "o i"]:
-        """Return the codes before packing: packed bytes (o * i / 2,), or int8 (o, i)."""
+    def codes(self, *, backend: str | None = None) -> UInt8[Tensor, "..."] | Int8[Tensor, "o i"]:
+        """Return the codes before packing: packed bytes (o * i / 2,), int8 (o, i), or one a byte (o, i) of groups."""
         out: Tensor = implementation("packed_codes.codes", self.panels.device, backend)(self)
         return out
 
@@ -138,8 +188,26 @@ def fits_int8(codes: Tensor, absmax: Tensor, dtype: torch.dtype) -> bool:
     return codes.ndim == 2 and codes.numel() > 0 and dtype in ROWS and _ordinary(absmax)
 
 
+def fits_groups(groups: CodeGroups, dtype: torch.dtype) -> bool:
+    """Return True if `PackedCodes.pack_groups` accepts a matrix."""
+    i, n = groups.codes.shape[1], groups.scales.shape[1]
+    whole = i % GROUP == 0 or groups.numbers in BYTES
+    even = n == 1 or (i % n == 0 and i // n % GROUP == 0)
+    return groups.codes.numel() > 0 and dtype in ROWS and whole and even and all(map(_ordinary, groups.heads()))
+
+
+def _of_groups(groups: CodeGroups, dtype: torch.dtype) -> PackedCodes:
+    """A matrix in groups without its panels."""
+    o, i = groups.codes.shape
+    nothing = groups.codes.new_empty(0)
+    return PackedCodes(
+        nothing, (o, i), groups.numbers, groups.unit, dtype, groups.scales.dtype, groups.formula, groups.rounding
+    )
+
+
 def _ordinary(absmax: Tensor) -> bool:
-    return bool((((absmax >= SMALLEST) & (absmax <= LARGEST)) | (absmax == 0)).all())
+    size = absmax.abs()
+    return bool((((size >= SMALLEST) & (size <= LARGEST)) | (size == 0)).all())
 
 
 def padded_outputs(o: int) -> int:

@@ -34,6 +34,11 @@ class BlockWeight(CodedWeight):
     def shape(self) -> tuple[int, int]:
         """Shape (o, i)."""
 
+    @property
+    def is_narrow(self) -> bool:
+        """True if values take fewer than 16 bits."""
+        return True
+
     @abstractmethod
     def rows(self, index: slice | Int[Tensor, " k"]) -> Float32[Tensor, "k i"]:
         """Return the rows at an index, with the values of the format's own library, to the bit."""

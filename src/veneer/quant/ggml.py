@@ -15,7 +15,8 @@ from torch import Tensor
 
 from veneer.disk.mapped import MappedFile
 from veneer.errors import ConfigError, FormatError
-from veneer.ops.ggml import dequantize_ggml, has_product, matmul_ggml, quantize_ggml, row_bytes
+from veneer.ops.code_groups import CodeGroups
+from veneer.ops.ggml import dequantize_ggml, groups_ggml, has_product, matmul_ggml, quantize_ggml, row_bytes
 from veneer.ops.ggml_types import GGML_TYPES
 from veneer.quant.blocks import BlockWeight
 from veneer.quant.spec import Parts, part_problems
@@ -53,6 +54,18 @@ class GgmlWeight(BlockWeight):
             return dequantize_ggml(self.blocks[index], self.kind)
         places = index if self.order is None else self.order[index]
         return dequantize_ggml(self.blocks, self.kind, cast(Tensor, places))
+
+    @property
+    def is_narrow(self) -> bool:
+        """True if values have levels and scales: of all types but F32, F16 and BF16."""
+        return GGML_TYPES[self.kind].block > 1
+
+    def groups(self, rows: slice) -> CodeGroups:
+        """Return the levels and scales of some rows, of a type for which `is_narrow` holds."""
+        self._require_unchanged()
+        if self.order is None:
+            return groups_ggml(self.blocks[rows], self.kind)
+        return groups_ggml(self.blocks, self.kind, self.order[rows])
 
     def few_rows(self, x: Float[Tensor, "n i"]) -> Float[Tensor, "n o"] | None:
         if not has_product(x, self.kind):

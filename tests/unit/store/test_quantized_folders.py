@@ -22,6 +22,7 @@ from veneer.errors import ConfigError, FormatError
 from veneer.export.merged import merge_checkpoint
 from veneer.methods.lora import LoraConfig
 from veneer.model.attach import adapted_layers
+from veneer.model.packed_linear import PackedQuantLinear, unpack
 from veneer.model.quant_linear import QuantLinear
 from veneer.plan.architecture import config_of
 from veneer.plan.model import meta_base
@@ -218,15 +219,24 @@ def test_a_base_of_a_recipe_is_frozen_and_planned_as_it_is_stored(made: Made) ->
             run()
 
 
-@pytest.mark.parametrize("name", ["fp8 blocks", "gptq 4", "mxfp4"])
+STAY = ("fp8 blocks", "gptq 4", "pack-quantized")  # groups of 36 inputs, or of inputs that are not neighbours
+
+
+@formats
 def test_served_by_a_program(made: Made, name: str) -> None:
-    """Same tokens as of the dense twin; the weights stay in codes."""
+    """Same tokens as of the dense twin, by weights that stay in codes, packed or as they are stored."""
     prompt, greedy = [list(b"the cat sat")], SamplingParams(temperature=0, max_tokens=7)
     coded, dense = (LLM(made[name] / each) for each in ("coded", "dense"))
     answers = [llm.generate(prompt, greedy, use_tqdm=False)[0].outputs[0].token_ids for llm in (coded, dense)]
     assert answers[0] == answers[1]
     assert not coded.engine.settings.why_general
-    assert len(quantized(coded.engine.runner.model)) >= 12
+    model = coded.engine.runner.model
+    kind = QuantLinear if name in STAY else PackedQuantLinear
+    assert len([m for m in model.modules() if isinstance(m, kind)]) == len(quantized(load_model(made[name] / "coded")))
+    unpack(model)
+    own = load_model(made[name] / "coded").state_dict()
+    for key, tensor in model.state_dict().items():
+        assert torch.equal(tensor.view(-1).view(torch.uint8), own[key].view(-1).view(torch.uint8)), key
 
 
 @pytest.fixture

@@ -5,10 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from veneer.ops.code_groups import NUMBERS
 from veneer.ops.cpu.module import DTYPES, kernels
 from veneer.ops.cpu.packed import multiply
 from veneer.ops.memory import address
-from veneer.ops.packed_codes import CODINGS, PackedCodes, padded_outputs
+from veneer.ops.packed_codes import PackedCodes, padded_outputs
+from veneer.ops.reference import packed_codes as reference
 
 
 def pack_4bit(made: PackedCodes, packed: Tensor, absmax: Tensor, block_size: int) -> Tensor:
@@ -20,6 +22,8 @@ def pack_int8(made: PackedCodes, codes: Tensor, absmax: Tensor) -> Tensor:
 
 
 def codes(weight: PackedCodes) -> Tensor:
+    if weight.coding in NUMBERS:  # once a matrix, when it is unpacked
+        return reference.codes(weight)
     o, i = weight.shape
     out = (
         torch.empty((o, i), dtype=torch.int8) if weight.coding == "int8" else torch.empty(o * i // 2, dtype=torch.uint8)
@@ -45,4 +49,4 @@ def _packed(made: PackedCodes, given: Tensor, absmax: Tensor, block_size: int) -
 
 
 def _numbers(weight: PackedCodes, panels: Tensor) -> tuple[int, ...]:
-    return *weight.shape, weight.depth, address(panels), CODINGS.index(weight.coding), weight.unit
+    return *weight.shape, weight.depth, address(panels), weight.coding_number, weight.unit

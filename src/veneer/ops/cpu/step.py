@@ -21,7 +21,7 @@ from veneer.ops.cpu.module import DTYPES, kernels
 from veneer.ops.glu import ACTIVATIONS
 from veneer.ops.memory import address
 from veneer.ops.packed import BLOCK, PackedWeight
-from veneer.ops.packed_codes import CODINGS, PackedCodes
+from veneer.ops.packed_codes import PackedCodes
 from veneer.ops.paged_attention import PagedRows, PagedStore
 from veneer.ops.pairs import PackedPairs
 
@@ -296,7 +296,7 @@ def _at(x: Tensor | None) -> int:
 
 
 def _coding(weight: PackedWeight | PackedCodes) -> tuple[int, int]:
-    return (CODINGS.index(weight.coding), weight.unit) if isinstance(weight, PackedCodes) else (0, 0)
+    return (weight.coding_number, weight.unit) if isinstance(weight, PackedCodes) else (0, 0)
 
 
 def _layer(layer: StepLayer, wide_bias: Tensor | None) -> list[int]:

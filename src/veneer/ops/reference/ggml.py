@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from jaxtyping import Float, Float32, Int32, UInt8
 from torch import Tensor
 
+from veneer.ops.code_groups import CodeGroups
 from veneer.ops.ggml_types import GGML_TYPES
 from veneer.ops.reference import ggml_k, ggml_non_linear, ggml_simple
+from veneer.ops.reference.ggml_groups import GROUPS
 from veneer.ops.reference.ggml_search import ordered_sum, root
 from veneer.ops.reference.ggml_values import READERS
 
@@ -77,3 +81,10 @@ def _beside(x: Float32[Tensor, "n c"], importance: Tensor | None) -> Float32[Ten
 
 def _first_bad(good: Tensor) -> int:
     return -1 if bool(good.all()) else int(good.int().argmin())
+
+
+def groups(packed: UInt8[Tensor, "n bytes"], kind: str, order: Int32[Tensor, " k"] | None) -> CodeGroups:
+    rows = packed if order is None else packed.index_select(0, order)
+    found, n = GROUPS[kind](rows.reshape(-1, GGML_TYPES[kind].n_bytes)), len(rows)
+    beside = None if found.beside is None else found.beside.reshape(n, -1)
+    return replace(found, codes=found.codes.reshape(n, -1), scales=found.scales.reshape(n, -1), beside=beside)

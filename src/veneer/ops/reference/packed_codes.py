@@ -5,13 +5,17 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Float32
 from torch import Tensor
 from torch.nn import functional
 
+from veneer.ops.code_groups import NUMBERS, CodeGroups
 from veneer.ops.four_bit_codes import code_table
 from veneer.ops.packed import BLOCK, BLOCKS
+from veneer.ops.reference.ggml_non_linear import VALUES
 from veneer.ops.reference.int8 import dequantize_int8
+from veneer.ops.reference.scaled import FLOATS_8, e2m1_values
+from veneer.ops.scaled import powers
 
 if TYPE_CHECKING:
     from veneer.ops.packed_codes import PackedCodes
@@ -21,33 +25,37 @@ PANEL = BLOCK * BLOCKS
 
 def pack_4bit(made: PackedCodes, packed: Tensor, absmax: Tensor, block_size: int) -> Tensor:
     o, i = made.shape
-    units = i // made.unit
-    codes = torch.stack([packed >> 4, packed & 15], dim=1).reshape(o, units, made.unit // 16, 8, 2)
-    powers = 1 << 4 * torch.arange(8, device=codes.device)
-    words = _filled((codes.long() * powers[:, None]).sum(-2))
-    scales = _filled(absmax.repeat_interleave(block_size)[: o * i : made.unit].view(o, units))
-    words = torch.where(words < 1 << 31, words, words - (1 << 32)).int()
-    panels = zip(torch.split(words, PANEL), torch.split(scales, PANEL), strict=True)
-    return torch.cat([_joined(s.T, w.permute(1, 2, 0, 3)) for w, s in panels])
+    codes = torch.stack([packed >> 4, packed & 15], dim=1).view(o, i)
+    scales = absmax.repeat_interleave(block_size)[: o * i : made.unit].view(o, -1)
+    return _panels(made, codes, [scales])
 
 
 def pack_int8(made: PackedCodes, codes: Tensor, absmax: Tensor) -> Tensor:
-    pairs = _filled(functional.pad(codes, (0, made.unit - codes.shape[1]))).view(-1, made.unit // 2, 2)
-    panels = zip(torch.split(pairs, PANEL), torch.split(_filled(absmax), PANEL), strict=True)
-    return torch.cat([_joined(s[None], p.transpose(0, 1)[None]) for p, s in panels])
+    return _panels(made, codes.view(torch.uint8), [absmax[:, None]])
+
+
+def pack_groups(made: PackedCodes, groups: CodeGroups) -> Tensor:
+    heads = [groups.scales] if groups.beside is None else [groups.scales, groups.beside]
+    return _panels(made, groups.codes, heads)
 
 
 def codes(weight: PackedCodes) -> Tensor:
     found, _ = _rows(weight)
-    return found if weight.coding == "int8" else (found[:, ::2] << 4 | found[:, 1::2]).reshape(-1)
+    if weight.coding in NUMBERS:
+        return found
+    return found.view(torch.int8) if weight.coding == "int8" else (found[:, ::2] << 4 | found[:, 1::2]).reshape(-1)
 
 
 def dense(weight: PackedCodes) -> Float[Tensor, "o i"]:
-    found, scales = _rows(weight)
+    found, heads = _rows(weight)
     if weight.coding == "int8":
-        return dequantize_int8(found, scales[:, 0], weight.dtype)
-    values = code_table(weight.coding).to(found.device)[found.int()]
-    return (values * scales.repeat_interleave(weight.unit, dim=1)).to(weight.dtype)
+        return dequantize_int8(found.view(torch.int8), heads[0][:, 0], weight.dtype)
+    scales, *beside = (head.repeat_interleave(weight.unit, dim=1)[:, : weight.shape[1]] for head in heads)
+    numbers = _numbers(weight.coding, found)
+    if weight.formula in ("less_zero", "apart"):
+        numbers = (numbers - beside[0]).to(weight.rounding).float()
+    values = numbers * scales + beside[0] if weight.formula == "added" else numbers * scales
+    return values.to(weight.rounding).to(weight.dtype)
 
 
 def matmul(weight: PackedCodes, x: Float[Tensor, "n i"], onto: Tensor | None, out: Tensor) -> None:
@@ -55,37 +63,74 @@ def matmul(weight: PackedCodes, x: Float[Tensor, "n i"], onto: Tensor | None, ou
     out.copy_(sums if onto is None else onto.float() + sums)
 
 
+def _panels(made: PackedCodes, codes: Tensor, heads: list[Tensor]) -> Tensor:
+    """Codes (o, i), one a byte, and scales (o, units), in panels."""
+    filled = _filled(functional.pad(codes, (0, made.depth - codes.shape[1])))
+    units = filled.view(len(filled), made.depth // made.unit, made.unit)
+    stored = _bytes_in_pairs(units) if made.bits == 8 else _nibbles_in_words(units)
+    parts = [torch.split(_filled(head), PANEL) for head in heads]
+    panels = zip(*parts, torch.split(stored, PANEL), strict=True)
+    return torch.cat([_joined([h.T for h in head], panel.permute(1, 2, 0)) for *head, panel in panels])
+
+
+def _nibbles_in_words(units: Tensor) -> Tensor:
+    """Of each sixteen codes the even and the odd ones, the first in the lowest bits, as one number of eight bytes."""
+    o, n, _ = units.shape
+    quads = units.reshape(o, n, -1, 4, 4)
+    words = torch.stack([quads[..., 0] | quads[..., 2] << 4, quads[..., 1] | quads[..., 3] << 4], dim=3)
+    return words.view(o, n, -1, 8).view(torch.int64)[..., 0]
+
+
+def _bytes_in_pairs(units: Tensor) -> Tensor:
+    """Two neighbours as one number."""
+    return units.contiguous().view(torch.int16)
+
+
 def _filled(rows: Tensor) -> Tensor:
     """Outputs filled up with zeros to whole blocks."""
     return torch.cat([rows, rows.new_zeros(-len(rows) % BLOCK, *rows.shape[1:])])
 
 
-def _joined(scales: Tensor, codes: Tensor) -> Tensor:
+def _joined(heads: list[Tensor], codes: Tensor) -> Tensor:
     """Scales and codes of each unit, one behind the other."""
-    return torch.cat([_bytes(scales), _bytes(codes)], dim=1).flatten()
+    return torch.cat([_bytes(part) for part in (*heads, codes)], dim=1).flatten()
 
 
 def _bytes(x: Tensor) -> Tensor:
     return x.contiguous().flatten(1).view(torch.uint8)
 
 
-def _rows(weight: PackedCodes) -> tuple[Tensor, Tensor]:
-    """The codes (o, i) and the scales (o, units)."""
-    (o, i), units = weight.shape, weight.depth // weight.unit
-    found = []
+def _rows(weight: PackedCodes) -> tuple[Tensor, list[Float32[Tensor, "o units"]]]:
+    """The codes (o, i), one a byte, and the numbers in front of each unit."""
+    (o, i), units, size = weight.shape, weight.depth // weight.unit, weight.scales.itemsize
+    found: list[list[Tensor]] = []
     for first in range(0, o, PANEL):
         across = min(PANEL, o + -o % BLOCK - first)
         start = first * weight.output_bytes
         panel = weight.panels[start : start + across * weight.output_bytes].view(units, -1)
-        scales = panel[:, : across * 4].contiguous().view(torch.float32).T
-        found.append((_codes_of(panel[:, across * 4 :].contiguous(), across, weight), scales))
-    codes, scales = (torch.cat(parts)[:o] for parts in zip(*found, strict=True))
-    return codes[:, :i], scales.contiguous()
+        split = across * weight.head_bytes
+        stored = torch.split(panel[:, :split], across * size, dim=1)
+        heads = (powers(head.contiguous().view(weight.scales)).T for head in stored)
+        found.append([_codes_of(panel[:, split:].contiguous(), across, weight), *heads])
+    codes, *numbers = (torch.cat(parts)[:o] for parts in zip(*found, strict=True))
+    return codes[:, :i].contiguous(), [each.contiguous() for each in numbers]
 
 
 def _codes_of(codes: Tensor, across: int, weight: PackedCodes) -> Tensor:
-    if weight.coding == "int8":
-        return codes.view(torch.int8).view(-1, across, 2).transpose(0, 1).reshape(across, -1)
+    if weight.bits == 8:
+        return codes.view(-1, across, 2).transpose(0, 1).reshape(across, -1)
     words = codes.view(torch.int32).view(-1, across, 2).transpose(0, 1)
     shifts = 4 * torch.arange(8, device=codes.device)
     return (words[:, :, None] >> shifts[:, None] & 15).reshape(across, -1).to(torch.uint8)
+
+
+def _numbers(coding: str, codes: Tensor) -> Float32[Tensor, "o i"]:
+    """What codes stand for."""
+    if coding in FLOATS_8:
+        return codes.view(FLOATS_8[coding]).float()
+    if coding == "e2m1":
+        return e2m1_values(codes)
+    if coding in ("nf4", "fp4", "iq4"):
+        table = torch.tensor(VALUES, dtype=torch.float32) if coding == "iq4" else code_table(coding)
+        return table.to(codes.device)[codes.int()]
+    return codes.view(torch.int8).float() if coding == "signed8" else codes.float() - (8 if coding == "signed4" else 0)

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from veneer import LLM, SamplingParams
 from veneer.adapters.auto import AutoPeftModelForCausalLM, make_room_for
 from veneer.adapters.peft_model import get_peft_model
 from veneer.errors import ConfigError, FormatError
@@ -23,10 +24,12 @@ from veneer.methods.lora import LoraConfig
 from veneer.model.coded import CodedModule
 from veneer.model.coded_embedding import CodedEmbedding
 from veneer.model.fused.decoder import fuse, unfuse
+from veneer.model.packed_linear import unpack
+from veneer.ops.packed_codes import PackedCodes
 from veneer.store.checkpoint import Checkpoint
 from veneer.store.gguf.blocks import described_file, why_not_in_blocks
 from veneer.store.gguf.model import convert_gguf
-from veneer.store.source import load_model, resolve
+from veneer.store.source import load_model, load_tokenizer, resolve
 
 from .tiny import VOCAB, tiny_folder
 
@@ -167,6 +170,30 @@ def test_what_stays_in_the_file_is_not_saved_resized_or_trained_there(mixed: Pat
         make_room_for(range(300), model)
     dense = load_model(mixed, gguf="dense")
     assert not any(isinstance(module, CodedModule) for module in dense.modules())
+
+
+@pytest.mark.parametrize(
+    "kind",
+    ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K_M", "Q4_K_M", "Q5_K_M", "Q6_K", "IQ4_NL", "IQ4_XS"],
+)
+def test_served_from_packed_codes(tmp_path: Path, kind: str) -> None:
+    """Same tokens as of the decoded weights, by the step in C++; the file's blocks are there again afterwards."""
+    path = file_of(tmp_path, "llama", kind, **WIDE)
+    prompts, greedy = [[3, 17, 41, 5, 29], [101, 7]], SamplingParams(temperature=0, max_tokens=9)
+    dense = load_model(path, dtype="float32").dequantize()
+    coded = LLM(path, dtype="float32")
+    answers = [
+        [each.outputs[0].token_ids for each in llm.generate(prompts, greedy, use_tqdm=False)]
+        for llm in (coded, LLM(dense, tokenizer=load_tokenizer(path)))
+    ]
+    assert answers[0] == answers[1]
+    runner: Any = coded.engine.runner
+    groups = [linears.group for linears in runner.interpreter._linears]
+    assert all(isinstance(part, PackedCodes) for group in groups for part in group.parts)
+    unpack(runner.model)
+    for at, module in load_model(path).named_modules():
+        if isinstance(module, CodedModule):
+            assert torch.equal(runner.model.get_submodule(at).weight, module.weight)
 
 
 def test_files_that_go_or_change_are_told(mixed: Path) -> None:

@@ -1,0 +1,354 @@
+// Weights in codes of other formats, packed as coded.h describes: numbers of 4 or 8 bits with a scale, and perhaps an offset or
+// a zero, for each unit of inputs of an output. Values are those of the format's own library, to the bit. A piece of a panel
+// is decoded into the first-level cache and multiplied there by a few rows, or a whole panel by many.
+#pragma once
+
+#include "packed/coded.h"
+
+namespace veneer {
+namespace {
+
+constexpr int64_t piece_inputs = 64;  // that are decoded together for a few rows: 16 KB of a whole panel
+constexpr int64_t panel_outputs = panel_block * panel_blocks;
+
+inline bool is_grouped(const PanelMatrix& m) { return m.coding.numbers >= Coding::signed4; }
+
+// ---- scales -------------------------------------------------------------------------------------------------------------
+
+inline void widen_scales(Coding::Scales stored, const char* at, int64_t n, float* out) {
+  const auto each = [&](const auto* from) {
+    for (int64_t j = 0; j < n; j += width) store(out + j, load(from + j));
+  };
+  switch (stored) {
+    case Coding::bfloat16: return each(reinterpret_cast<const bf16*>(at));
+    case Coding::float16: return each(reinterpret_cast<const fp16*>(at));
+    case Coding::e8m0: {
+      const uint8_t* bytes = reinterpret_cast<const uint8_t*>(at);
+#pragma omp simd
+      for (int64_t j = 0; j < n; ++j) out[j] = bit_cast<float>(static_cast<uint32_t>(bytes[j]) << 23);
+      return;
+    }
+    default: std::memcpy(out, at, static_cast<size_t>(n) * sizeof(float));
+  }
+}
+
+// The scales of a unit, for all outputs of a panel, and what stands beside them.
+struct UnitHead {
+  alignas(64) float scale[panel_outputs], beside[panel_outputs];
+
+  void load(const PanelMatrix& m, const char* at, int64_t across) {
+    widen_scales(m.coding.scales, at, across, scale);
+    if (m.coding.numbers == Coding::e4m3) {  // whose numbers are read as halves, 2^-8 as large
+#pragma omp simd
+      for (int64_t j = 0; j < across; ++j) scale[j] *= 0x1p8f;
+    }
+    if (m.coding.formula == Coding::scaled) return;
+    widen_scales(m.coding.scales, at + across * scale_bytes(m.coding.scales), across, beside);
+    if (m.coding.formula == Coding::less_zero) {  // a zero of 8 bits times a scale of 16 is exact, and so is the sum
+#pragma omp simd
+      for (int64_t j = 0; j < across; ++j) beside[j] = -(beside[j] * scale[j]);
+    }
+  }
+};
+
+// ---- formulas -------------------------------------------------------------------------------------------------------------
+
+template <class Round>
+struct Scaled {
+  static lanes of(lanes number, lanes scale, lanes) { return rounded<Round>(number * scale); }
+};
+template <class Round>
+struct Added {  // the products are exact in all formats: so it does not matter whether they are rounded
+  static lanes of(lanes number, lanes scale, lanes beside) { return rounded<Round>(multiply_add(number, scale, beside)); }
+};
+template <class Round>
+struct Apart {
+  static lanes of(lanes number, lanes scale, lanes beside) { return rounded<Round>(rounded<Round>(number - beside) * scale); }
+};
+
+// ---- numbers: those of inputs 2 m and 2 m + 1 of sixteen ------------------------------------------------------------------
+
+constexpr float number_tables[4][16] = {
+    {-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7},
+    {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15},
+    {-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113},
+    {0.0f, 0.5f, 1.0f, 1.5f, 2.0f, 3.0f, 4.0f, 6.0f, -0.0f, -0.5f, -1.0f, -1.5f, -2.0f, -3.0f, -4.0f, -6.0f},
+};
+inline const float* table_of(const PanelMatrix& m) {
+  const int first = Coding::signed4, at = m.coding.numbers - first;
+  return number_tables[at < 4 ? at : 0];
+}
+
+typedef int16_t half_int_lanes __attribute__((vector_size(width * 2)));
+
+struct Tabled {  // 4 bits, from a table
+  static constexpr int64_t group_bytes = FourBits::group_bytes;
+  CodeTable table;
+  FourBits codes;
+
+  explicit Tabled(const PanelMatrix& m) : table(table_of(m)) {}
+  void load(const char* group_codes, int64_t across, int64_t output) { codes.load(group_codes, across, output); }
+  void numbers(int m, lanes& first, lanes& second) const {
+    first = table[codes.even >> 4 * m];
+    second = table[codes.odd >> 4 * m];
+  }
+};
+
+struct Bytes {  // 8 bits, two inputs of an output side by side
+  static constexpr int64_t group_bytes = 16;
+  const char* codes;
+  int64_t apart;
+
+  void load(const char* group_codes, int64_t across, int64_t output) {
+    codes = group_codes + 2 * output;
+    apart = across * 2;
+  }
+  half_lanes pairs(int m) const {
+    half_lanes found;
+    std::memcpy(&found, codes + m * apart, sizeof found);
+    return found;
+  }
+};
+
+template <bool is_signed>
+struct Whole : Bytes {
+  explicit Whole(const PanelMatrix&) {}
+  void numbers(int m, lanes& first, lanes& second) const {
+    const bit_lanes words = __builtin_convertvector(pairs(m), bit_lanes);
+    const int_lanes low = is_signed ? (int_lanes)(words << 24) >> 24 : (int_lanes)(words & 0xffu);
+    const int_lanes high = is_signed ? (int_lanes)(words << 16) >> 24 : (int_lanes)(words >> 8);
+    first = __builtin_convertvector(low, lanes);
+    second = __builtin_convertvector(high, lanes);
+  }
+};
+
+struct Floats : Bytes {  // of 8 bits: halves with fewer bits, whose exponent may be one shorter
+  int shift;
+  uint16_t kept;
+
+  explicit Floats(const PanelMatrix& m) : shift(m.coding.numbers == Coding::e4m3), kept(shift ? 0xbfff : 0xffff) {}
+  void numbers(int m, lanes& first, lanes& second) const {
+    const half_lanes both = pairs(m);
+    first = from_half((half_lanes)((half_int_lanes)(both << 8) >> static_cast<int16_t>(shift)) & kept);
+    second = from_half((half_lanes)((half_int_lanes)(both & 0xff00) >> static_cast<int16_t>(shift)) & kept);
+  }
+};
+
+// ---- decoding -------------------------------------------------------------------------------------------------------------
+
+// Inputs [from, to) of blocks [begin, end) of one panel, as a right operand whose rows are `own` outputs wide. from: a multiple
+// of 16; to: too, or the last input.
+template <class T>
+using Decode = void (*)(const PanelMatrix& m, int64_t begin, int64_t end, int64_t from, int64_t to, T* out, int64_t own);
+
+// f(k, first block's codes of the sixteen inputs from k, head of their unit)
+template <class F>
+inline void each_group(const PanelMatrix& m, int64_t begin, int64_t from, int64_t to, int64_t group_bytes, const F& f) {
+  const Panel panel = panel_of(m, begin);
+  const char* first = coded_panel(m, begin);
+  UnitHead head;
+  for (int64_t k = from; k < to;) {
+    const int64_t unit = k / m.unit, end = (unit + 1) * m.unit, stop = end < to ? end : to;
+    const char* at = first + unit * panel.across * unit_bytes(m);
+    head.load(m, at, panel.across);
+    at += panel.across * (head_bytes(m) + (k - unit * m.unit) / group * group_bytes);
+    for (; k < stop; k += group, at += panel.across * group_bytes) f(k, at, head);
+  }
+}
+
+// W: what values are rounded to. T: what they are stored as.
+template <class Codes, class Formula, class W, class T>
+void decode_group_lanes(const PanelMatrix& m, int64_t begin, int64_t end, int64_t from, int64_t to, T* out, int64_t own) {
+  const Panel panel = panel_of(m, begin);
+  const int64_t outputs = (end - begin) * panel_block, first_output = panel.first, across = panel.across;
+  Codes codes(m);
+  each_group(m, begin, from, to, Codes::group_bytes, [&](int64_t k, const char* at, const UnitHead& head) {
+    T* row = out + (k - from) * own;
+    for (int64_t j = 0; j < outputs; j += width) {
+      codes.load(at, across, first_output + j);
+      const lanes scale = load(head.scale + first_output + j), beside = load(head.beside + first_output + j);
+      const auto pair = [&](int p) __attribute__((always_inline)) {
+        lanes first, second;
+        codes.numbers(p, first, second);
+        store_values(row + place<T>(own, 0, j), own, 2 * p, to - k, rounded<W>(Formula::of(first, scale, beside)),
+                     rounded<W>(Formula::of(second, scale, beside)));
+      };
+      if (to - k >= group) {
+#pragma GCC unroll 8
+        for (int p = 0; p < 8; ++p) pair(p);
+      } else {
+        for (int p = 0; k + 2 * p < to; ++p) pair(p);
+      }
+    }
+  });
+}
+
+#if defined(__AVX512BF16__)
+struct PairedHead {  // of sixteen outputs: each twice, the first eight and the others
+  PairScales scale, beside;
+  PairedHead(const UnitHead& head, int64_t output) {
+    scale.load(head.scale + output);
+    beside.load(head.beside + output);
+  }
+};
+
+// Pair m of sixteen inputs of sixteen outputs, the first eight and the others.
+inline void pair_numbers(const Tabled& t, const char* codes, int64_t, int m, lanes& low, lanes& high) {
+  const bit_lanes first = (bit_lanes)_mm512_loadu_si512(codes), second = (bit_lanes)_mm512_loadu_si512(codes + 64);
+  low = t.table[first >> 4 * m];
+  high = t.table[second >> 4 * m];
+}
+template <bool is_signed>
+inline void pair_numbers(const Whole<is_signed>&, const char* codes, int64_t across, int m, lanes& low, lanes& high) {
+  const __m128i* at = reinterpret_cast<const __m128i*>(codes + m * across * 2);
+  const auto wide = [](__m128i bytes) { return is_signed ? _mm512_cvtepi8_epi32(bytes) : _mm512_cvtepu8_epi32(bytes); };
+  low = (lanes)_mm512_cvtepi32_ps(wide(_mm_loadu_si128(at)));
+  high = (lanes)_mm512_cvtepi32_ps(wide(_mm_loadu_si128(at + 1)));
+}
+inline void pair_numbers(const Floats& t, const char* codes, int64_t across, int m, lanes& low, lanes& high) {
+  const __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes + m * across * 2));
+  const __m512i words = _mm512_slli_epi16(_mm512_cvtepu8_epi16(bytes), 8);
+  const __m512i halves = _mm512_and_si512(_mm512_sra_epi16(words, _mm_cvtsi32_si128(t.shift)), _mm512_set1_epi16(static_cast<int16_t>(t.kept)));
+  low = (lanes)_mm512_cvtph_ps(_mm512_castsi512_si256(halves));
+  high = (lanes)_mm512_cvtph_ps(_mm512_extracti64x4_epi64(halves, 1));
+}
+constexpr int64_t output_stride(const Tabled&) { return 8; }
+constexpr int64_t output_stride(const Bytes&) { return 2; }
+
+template <class Codes, class Formula>
+void decode_group_pairs(const PanelMatrix& m, int64_t begin, int64_t end, int64_t from, int64_t to, bf16* out, int64_t own) {
+  const Panel panel = panel_of(m, begin);
+  const int64_t outputs = (end - begin) * panel_block, first_output = panel.first, across = panel.across;
+  const Codes codes(m);
+  each_group(m, begin, from, to, Codes::group_bytes, [&](int64_t k, const char* at, const UnitHead& head) {
+    bf16* row = out + (k - from) * own;
+    for (int64_t j = 0; j < outputs; j += panel_block) {
+      const PairedHead paired(head, first_output + j);
+      const char* here = at + (first_output + j) * output_stride(codes);
+      const auto pair = [&](int p) __attribute__((always_inline)) {
+        lanes low, high;
+        pair_numbers(codes, here, across, p, low, high);
+        const lanes first = Formula::of(low, (lanes)paired.scale.low, (lanes)paired.beside.low);
+        const lanes second = Formula::of(high, (lanes)paired.scale.high, (lanes)paired.beside.high);
+        _mm512_storeu_si512(row + 2 * p * own + 2 * j, (__m512i)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first));
+      };
+      if (to - k >= group) {
+#pragma GCC unroll 8
+        for (int p = 0; p < 8; ++p) pair(p);
+      } else {
+        for (int p = 0; k + 2 * p < to; ++p) pair(p);
+      }
+    }
+  });
+}
+#endif
+
+// T: float, or W.
+template <class Codes, class Formula, class W, class T>
+constexpr Decode<T> decoder_as() {
+  if constexpr (sizeof(T) == 4) return decode_group_lanes<Codes, Formula, W, T>;
+#if defined(__AVX512BF16__)
+  else return decode_group_pairs<Codes, Formula>;
+#else
+  else return decode_group_lanes<Codes, Formula, float, T>;  // storing rounds
+#endif
+}
+
+template <class W, class T, class Codes, template <class> class Formula>
+Decode<T> decoder_rounding(const PanelMatrix& m) {
+  switch (m.coding.rounding) {
+    case Dtype::float16: return decoder_as<Codes, Formula<fp16>, W, T>();
+    case Dtype::bfloat16: return decoder_as<Codes, Formula<bf16>, W, T>();
+    default: return decoder_as<Codes, Formula<float>, W, T>();
+  }
+}
+
+template <class W, class T, class Codes>
+Decode<T> decoder_beside(const PanelMatrix& m) {
+  if (m.coding.formula == Coding::apart) return decoder_rounding<W, T, Codes, Apart>(m);
+  return decoder_rounding<W, T, Codes, Added>(m);
+}
+
+template <class W, class T>
+Decode<T> decoder_of(const PanelMatrix& m) {
+  switch (m.coding.numbers) {
+    case Coding::e4m3:
+    case Coding::e5m2: return decoder_rounding<W, T, Floats, Scaled>(m);
+    case Coding::signed8: return decoder_rounding<W, T, Whole<true>, Scaled>(m);
+    case Coding::unsigned8: return decoder_beside<W, T, Whole<false>>(m);
+    default: break;
+  }
+  if (m.coding.formula != Coding::scaled) return decoder_beside<W, T, Tabled>(m);
+  return decoder_rounding<W, T, Tabled, Scaled>(m);
+}
+
+// ---- products of a few rows -----------------------------------------------------------------------------------------------
+
+// Tiles of rows of x with a piece of a panel, 64 outputs wide, onto the sums of the inputs before: each sum is the same chain as
+// in PanelProduct.
+template <class Engine>
+struct PieceProduct {
+  const typename Engine::W* weights;
+  const typename Engine::X* x;
+  int64_t stride, depth;
+  float* sums;  // (rows, 64)
+
+  template <int rows, int blocks>
+  void tile(int64_t row, int64_t block) const {
+    constexpr int registers = blocks * vectors;
+    const auto* w = weights + place<typename Engine::W>(panel_outputs, 0, block * panel_block);
+    const auto* from = x + row * stride;
+    float* kept = sums + row * panel_outputs + block * panel_block;
+    lanes own[rows][registers];
+    for (int r = 0; r < rows; ++r)
+      for (int s = 0; s < registers; ++s) own[r][s] = load(kept + r * panel_outputs + s * width);
+    for (int64_t k = 0; k < depth; k += Engine::depth_unit) {
+      typename Engine::Weights values[registers];
+      for (int s = 0; s < registers; ++s) values[s] = Engine::weights(w, panel_outputs, k, s);
+      for (int r = 0; r < rows; ++r) {
+        const auto value = Engine::values(from + r * stride + k);
+        for (int s = 0; s < registers; ++s) own[r][s] = Engine::add(own[r][s], value, values[s]);
+      }
+    }
+    for (int r = 0; r < rows; ++r)
+      for (int s = 0; s < registers; ++s) store(kept + r * panel_outputs + s * width, own[r][s]);
+  }
+
+  // All blocks of a panel: those beyond its own are multiplied too, so that there is one tile for each height.
+  template <int most = most_rows>
+  void rows_from(int64_t row, int64_t n) const {
+    if constexpr (most > 1)
+      if (n < most) return rows_from<most - 1>(row, n);
+    constexpr int blocks = blocks_beside(most);
+    for (int64_t block = 0; block < panel_blocks; block += blocks) tile<most, blocks>(row, block);
+  }
+  void all(int64_t n) const {
+    const int64_t heights = (n + most_rows - 1) / most_rows;
+    for (int64_t t = 0; t < heights; ++t) rows_from(n * t / heights, n * (t + 1) / heights - n * t / heights);
+  }
+};
+
+constexpr int64_t most_by_pieces = 4 * most_rows;  // rows of x
+
+// Some blocks of one panel times at most `most_by_pieces` rows of x; sink(row, block, sums).
+template <class Engine, class Sink>
+void multiply_pieces(const PanelMatrix& m, Decode<typename Engine::W> decode, const typename Engine::X* x, int64_t stride, int64_t n,
+                     int64_t begin, int64_t end, const Sink& sink) {
+  alignas(64) typename Engine::W weights[piece_inputs * panel_outputs] = {};
+  alignas(64) float sums[most_by_pieces * panel_outputs];
+  std::memset(sums, 0, static_cast<size_t>(n * panel_outputs) * sizeof(float));
+  for (int64_t k = 0; k < m.i; k += piece_inputs) {
+    const int64_t stop = k + piece_inputs < m.i ? k + piece_inputs : m.i;
+    decode(m, begin, end, k, stop, weights, panel_outputs);
+    PieceProduct<Engine>{weights, x + k, stride, stop - k, sums}.all(n);
+  }
+  for (int64_t r = 0; r < n; ++r)
+    for (int64_t block = begin; block < end; ++block) {
+      lanes own[vectors];
+      for (int64_t v = 0; v < vectors; ++v) own[v] = load(sums + r * panel_outputs + (block - begin) * panel_block + v * width);
+      sink(r, block, own);
+    }
+}
+
+}  // namespace
+}  // namespace veneer

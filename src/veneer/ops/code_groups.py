@@ -1,0 +1,61 @@
+"""Matrix as small numbers with a scale for each group of inputs: the common form of formats whose codes are packed."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float32, UInt8
+from torch import Tensor
+
+from veneer.ops.scaled import powers
+
+NUMBERS = ("signed4", "unsigned4", "iq4", "e2m1", "signed8", "unsigned8", "e4m3", "e5m2")
+"""Code: ``code - 8``, ``code``, ggml's table, a 4-bit float, a byte with and without a sign, 8-bit floats."""
+SCALES = (torch.float32, torch.bfloat16, torch.float16, torch.uint8)
+"""Dtypes of scales, as csrc/core/panels.h counts them; a byte is E8M0's power of two."""
+FORMULAS = ("scaled", "added", "less_zero", "apart")
+"""As csrc/core/panels.h counts them."""
+UNIT = 16
+"""Inputs whose codes are neighbours: a group is a multiple of it."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class CodeGroups:
+    """Matrix (o, i) in ``codes``, one a byte, with ``scales (o, groups)`` of equally wide groups of inputs.
+
+    Values are rounded to ``rounding``. ``formula`` is one of:
+
+    - "scaled": ``number * scale``;
+    - "added": ``number * scale + beside``, where the product is exact in float32;
+    - "less_zero": ``(number - beside) * scale``, of whole numbers and scales of 16 bits;
+    - "apart": the same, and the difference is rounded too.
+
+    ``beside`` has the shape and dtype of the scales; None for "scaled". A group is a multiple of 16 inputs, or a row.
+    """
+
+    codes: UInt8[Tensor, "o i"]
+    numbers: str
+    scales: Tensor
+    beside: Tensor | None = None
+    formula: str = "scaled"
+    rounding: torch.dtype = torch.float32
+
+    @property
+    def unit(self) -> int:
+        """Inputs of a group; of a single one, filled up to a multiple of 16."""
+        i, groups = self.codes.shape[1], self.scales.shape[1]
+        return i // groups if groups > 1 else i + -i % UNIT
+
+    def heads(self) -> list[Float32[Tensor, "o groups"]]:
+        """Return the scales, and what is beside them, in float32."""
+        return [powers(self.scales)] if self.beside is None else [powers(self.scales), self.beside.float()]
+
+
+def even_groups(scales: Tensor, i: int, group: int) -> Tensor | None:
+    """Return scales ``(o, ceil(i / group))`` for equal groups of a multiple of 16 inputs; None if there are no such."""
+    if scales.shape[1] == 1:
+        return scales
+    even = math.gcd(i, group)
+    return None if even % UNIT else scales.repeat_interleave(group // even, dim=1)[:, : i // even]
