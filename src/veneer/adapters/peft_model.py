@@ -26,7 +26,7 @@ from veneer.errors import ConfigError
 from veneer.model.allocation import Allocation
 from veneer.model.inplace import change_class, restore_class
 from veneer.model.invocation import from_invocation, generating
-from veneer.model.mixed import mixed_batch
+from veneer.model.mixed import TaskIds, mixed_batch
 from veneer.model.state import AdapterState
 from veneer.store.adapter.config import read_config
 from veneer.store.adapter.tensors import Leniency, SaveEmbeddings
@@ -70,22 +70,25 @@ class PeftModel(AdapterOverview):
         adapted.set_adapter(adapter_name)
         return adapted
 
-    def __call__(self, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Any:
+    def __call__(
+        self, *args: Any, adapter_names: list[str] | None = None, task_ids: TaskIds | None = None, **kwargs: Any
+    ) -> Any:
         """The model's forward pass. ``adapter_names`` gives each row an adapter of its own, of any method.
 
-        Rows named ``"__base__"`` take none. Raises AdapterNameError for unknown names, ShapeError where there is not
-        one per row, CompositionError where rows of this model cannot differ so.
+        Rows named ``"__base__"`` take none. ``task_ids`` gives each row one of its adapter's tasks, if that has several;
+        without ``adapter_names`` they are those of the active adapter. Raises AdapterNameError for unknown names,
+        ShapeError where there is not one per row, CompositionError where rows of this model cannot differ so.
         """
         state, inputs = self.adapter_state, (args, kwargs)
-        if adapter_names is None:
+        if adapter_names is None and task_ids is None:
             with from_invocation(self, state, inputs):
                 return schedules.with_penalty(self, state, super().__call__(*args, **kwargs))
-        with mixed_batch(self, state, adapter_names, inputs), from_invocation(self, state, inputs):
+        with mixed_batch(self, state, adapter_names, inputs, task_ids), from_invocation(self, state, inputs):
             return super().__call__(*args, **kwargs)
 
     @classmethod
     def own_body(cls, base: type[nn.Module]) -> dict[str, Any]:
-        """Return a ``forward`` that takes ``adapter_names`` and calls the model, with the signature of the base's."""
+        """Return a ``forward`` that takes ``adapter_names`` and ``task_ids`` and calls the model, with the signature of the base's."""
         return {"forward": _with_names(base.forward)}
 
     @property
@@ -343,13 +346,17 @@ class PeftModel(AdapterOverview):
 class GeneratingPeftModel(PeftModel):
     """`PeftModel` that generates."""
 
-    def generate(self, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Any:
-        """Run transformers' ``generate``. ``adapter_names`` gives each prompt its own adapter, as in a forward pass."""
+    def generate(
+        self, *args: Any, adapter_names: list[str] | None = None, task_ids: TaskIds | None = None, **kwargs: Any
+    ) -> Any:
+        """Run transformers' ``generate``. ``adapter_names`` and ``task_ids`` give each prompt its own adapter and task,
+        as in a forward pass.
+        """
         generate, state, inputs = cast(Any, super()).generate, self.adapter_state, (args, kwargs)
-        if adapter_names is None:
+        if adapter_names is None and task_ids is None:
             with generating(state, inputs):
                 return generate(*args, **kwargs)
-        with mixed_batch(self, state, adapter_names, inputs), generating(state, inputs):
+        with mixed_batch(self, state, adapter_names, inputs, task_ids), generating(state, inputs):
             return generate(*args, **kwargs)
 
 
@@ -403,10 +410,16 @@ def become_peft_model(model: nn.Module) -> PeftModel:
 
 def _with_names(plain: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(plain)  # those who ask for the arguments (Trainer, generate) find the model's own
-    def forward(self: PeftModel, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Any:
-        if adapter_names is None:
+    def forward(
+        self: PeftModel,
+        *args: Any,
+        adapter_names: list[str] | None = None,
+        task_ids: TaskIds | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        if adapter_names is None and task_ids is None:
             return plain(self, *args, **kwargs)
-        with mixed_batch(self, self.adapter_state, adapter_names, (args, kwargs)):
+        with mixed_batch(self, self.adapter_state, adapter_names, (args, kwargs), task_ids):
             return plain(self, *args, **kwargs)
 
     return forward

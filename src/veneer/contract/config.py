@@ -171,6 +171,15 @@ class MethodConfig(FrozenConfig):
         return ()
 
     @property
+    def n_tasks(self) -> int:
+        """Number of tasks that the adapter has a record for each; 0 if one record serves all rows."""
+        return 0
+
+    def of_task(self, params: Params, task: int) -> Params:
+        """Return the parameters of one site for one task, below ``n_tasks``: ``lower`` makes its record of them."""
+        return params
+
+    @property
     def has_network(self) -> bool:
         """True if a network computes the tensors of a plain save, so that training needs a file of its own
         to resume.

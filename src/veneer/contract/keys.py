@@ -18,7 +18,7 @@ _DELTA = "trainable_tokens_delta"
 _TUNED = "ln_tuning_layers"  # the wrapper of a norm in the one method that trains norms alone
 _WHOLE = ("modules_to_save", "original_module")  # the copy and the base's own of a module that is trained whole
 _WRAPPERS = (_BASE, _ROWS, *_WHOLE)
-_OF_VIRTUAL_TOKENS = ("prompt_embeddings", "prompt_encoder.")
+_OF_VIRTUAL_TOKENS = ("prompt_embeddings", "prompt_encoder.", "prefix_task_")
 SUBLAYER = "adapter_"  # a bottleneck behind attention is the module "adapter_attention" of its block
 OUT_PROJECTION = "out_proj"  # of torch's attention, which PEFT wraps as a whole
 

@@ -9,7 +9,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from veneer.data.encoding import IGNORED
+from veneer.data.encoding import IGNORED, TASK
+from veneer.errors import ConfigError
 
 Layout = Literal["positions", "flat", "padded"]
 
@@ -21,7 +22,8 @@ class Collator:
     ``layout`` is the form of packed rows. ``"positions"`` keeps each row and restarts its positions at every sequence;
     transformers derives a block-diagonal mask from that. ``"flat"`` concatenates all rows, as the variable-length flash
     kernels require. ``"padded"`` unpacks them into padded rows. ``padding_free`` packs the unpacked examples of a
-    batch. Packed batches have no attention mask, so that transformers reads the positions.
+    batch. Packed batches have no attention mask, so that transformers reads the positions. Examples with ``task_ids``
+    give the batch theirs, (b,), and cannot be packed.
     """
 
     pad_token_id: int
@@ -32,11 +34,23 @@ class Collator:
     def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         """``input_ids``, ``labels`` (-100 where nothing is trained), ``attention_mask`` or ``position_ids``, (b, n)."""
         packed = "seq_lengths" in examples[0] or self.padding_free
+        tasks = [example[TASK] for example in examples if example.get(TASK) is not None]
+        if tasks:
+            return self._with_tasks(examples, tasks, packed)
         rows = [_Row.of(example) for example in examples]
         if packed and self.layout != "padded":
             together = self.layout == "flat" or self.padding_free
             return self._packed([_Row.joined(rows)] if together else rows)
         return self._padded([piece for row in rows for piece in row.pieces()] if packed else rows)
+
+    def _with_tasks(
+        self, examples: Sequence[Mapping[str, Any]], tasks: Sequence[int], packed: bool
+    ) -> dict[str, Tensor]:
+        if packed:
+            raise ConfigError(
+                f"rows of different tasks ({TASK}) cannot be packed: switch packing, eval_packing and padding_free off"
+            )
+        return {**self._padded([_Row.of(example) for example in examples]), TASK: torch.tensor(tasks)}
 
     def _padded(self, rows: Sequence[_Row]) -> dict[str, Tensor]:
         batch = self._tokens(rows)

@@ -11,7 +11,7 @@ from typing import Any, TypeVar, cast
 from datasets import Dataset, IterableDataset, concatenate_datasets
 
 from veneer.data.encoded_cache import encoded_once
-from veneer.data.encoding import IGNORED, Encoder, Kind
+from veneer.data.encoding import IGNORED, TASK, Encoder, Kind
 from veneer.data.packing import pack
 from veneer.errors import ConfigError, DataError
 
@@ -49,9 +49,13 @@ def encode_all(dataset: AnyDataset, encoder: Encoder, name: str, n_processes: in
 
 
 def pack_all(dataset: AnyDataset, capacity: int, *, split: bool) -> Dataset:
-    """Pack the rows. Raises ConfigError for a streamed data set, whose rows are not known in advance."""
+    """Pack the rows. Raises ConfigError for a streamed data set, whose rows are not known in advance, and for rows with
+    tasks, of which a packed row would hold several.
+    """
     if isinstance(dataset, IterableDataset):
         raise ConfigError("packing=True needs a data set that is not streamed: load it whole, or set packing=False")
+    if TASK in columns_of(dataset):
+        raise ConfigError(f"packing=True joins rows, and each has a task of its own ({TASK}): set packing=False")
     return pack(dataset, capacity, split=split)
 
 
@@ -70,11 +74,12 @@ def filled(dataset: Dataset, n_rows: int) -> Dataset:
 
 
 def digest(dataset: Dataset) -> str:
-    """Return a hash of the token ids and labels of all rows, in order. Runs on equal data have equal hashes."""
+    """Return a hash of the token ids, labels and tasks of all rows, in order. Runs on equal data have equal hashes."""
     state = hashlib.blake2b(digest_size=16)
     for row in dataset:
         state.update(array("q", [len(row["input_ids"])]).tobytes())
-        state.update(array("q", itertools.chain(row["input_ids"], row["labels"], row.get("seq_lengths", ()))).tobytes())
+        own = (row["input_ids"], row["labels"], row.get("seq_lengths", ()), [row[TASK]] if TASK in row else ())
+        state.update(array("q", itertools.chain(*own)).tobytes())
     return state.hexdigest()
 
 

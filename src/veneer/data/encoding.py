@@ -13,8 +13,9 @@ from veneer.data.chat import assistant_mask, common_prefix, render
 from veneer.errors import DataError
 
 IGNORED = -100
+TASK = "task_ids"  # the column of the task of each row, a number
 Kind = Literal["tokens", "prompt-completion", "messages", "text"]
-Encoded = dict[str, list[int]]
+Encoded = dict[str, Any]
 
 
 def kind_of(columns: Sequence[str], text_field: str) -> Kind:
@@ -39,7 +40,8 @@ class Encoder:
 
     ``completion_only`` trains only the completion, ``assistant_only`` only the assistant's turns, otherwise every token
     is trained. A ``labels`` column with ``input_ids`` is taken unchanged. The first label of a row is always ignored,
-    since nothing precedes it. ``max_length`` truncates the end, or the start with ``keep_end``.
+    since nothing precedes it. ``max_length`` truncates the end, or the start with ``keep_end``. A column ``task_ids``
+    stays.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -54,6 +56,7 @@ class Encoder:
         """``input_ids`` and ``labels`` of one row. Raises DataError, naming the row, where it does not fit the kind."""
         try:
             ids, trained = self._read(row)
+            task = task_of(row)
         except DataError as error:
             raise DataError(f"row {index}: {error}") from error
         targets = _targets(row) if self.kind == "tokens" else ids
@@ -61,7 +64,8 @@ class Encoder:
         if self.max_length is not None:
             part = slice(-self.max_length, None) if self.keep_end else slice(self.max_length)
             ids, labels = ids[part], labels[part]
-        return {"input_ids": ids, "labels": [IGNORED, *labels[1:]] if labels else []}
+        encoded = {"input_ids": ids, "labels": [IGNORED, *labels[1:]] if labels else []}
+        return encoded | task
 
     def _read(self, row: Mapping[str, Any]) -> tuple[list[int], list[bool]]:
         readers: dict[Kind, Callable[[Mapping[str, Any]], tuple[list[int], list[bool]]]] = {
@@ -111,6 +115,16 @@ class Encoder:
     def _with_end(self, ids: list[int]) -> list[int]:
         end = self.tokenizer.eos_token_id
         return ids if end is None or (ids and ids[-1] == end) else [*ids, end]
+
+
+def task_of(row: Mapping[str, Any]) -> dict[str, int]:
+    """Return the task of a row under its name; nothing if it has none. Raises DataError if it is no whole number."""
+    task = row.get(TASK)
+    if task is None:
+        return {}
+    if not isinstance(task, int) or isinstance(task, bool) or task < 0:
+        raise DataError(f"column {TASK!r} must hold the number of a task, from 0 on, not {task!r:.60}")
+    return {TASK: task}
 
 
 def _targets(row: Mapping[str, Any]) -> list[int]:

@@ -11,6 +11,7 @@ from typing import Any, cast
 from datasets import Dataset, IterableDataset, load_dataset
 from datasets.exceptions import DatasetNotFoundError
 
+from veneer.data.encoding import task_of
 from veneer.data.files import Row, numbered_rows, raise_all, require_one_form
 from veneer.data.named_files import names_a_file
 from veneer.data.preference import PreferenceReader
@@ -58,7 +59,8 @@ class RowReader:
         )
 
     def read(self, row: Mapping[str, Any], form: str) -> Row:
-        """Return one row in its final form. Raises DataError if a value is missing or of the wrong kind.
+        """Return one row in its final form, with its task if it has one. Raises DataError if a value is missing or of
+        the wrong kind.
 
         Raises ConfigError if ``chat`` or ``system`` is given and the row is not a conversation.
         """
@@ -69,7 +71,7 @@ class RowReader:
             "text": lambda row: {"text": _text(row, "text")},
             "template": self._template,
         }
-        return self._checked(readers[form](row))
+        return self._checked(readers[form](row)) | task_of(row)
 
     def _checked(self, row: Row) -> Row:
         """The row. Raises ConfigError where it is no chat and a setting was given that only chats have."""

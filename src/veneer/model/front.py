@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from veneer.model.routing import Routing
+from veneer.model.routing import Choice, Routing
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,13 @@ class Front:
     def names(self) -> tuple[str, ...]:
         """Adapters that act."""
         return tuple(self.counts)
+
+    @property
+    def choices(self) -> tuple[Choice, ...]:
+        """Adapters that act, each once with each of its tasks that rows name."""
+        if self.routing is None:
+            return tuple((name, None) for name in self.counts)
+        return tuple(choice for choice in self.routing.choices if choice[0] in self.counts)
 
     @property
     def width(self) -> int:
@@ -66,12 +73,10 @@ class Front:
         return (torch.arange(self.width, device=device) - first).clamp_min(0)
 
     def rows(self, given: Sequence[Tensor], n_rows: int) -> Tensor:
-        """Return the values of each row in its places, (rows, width, …), from those of the adapters in
-        ``names``, (n, …).
-        """
+        """Return the values of each row in its places, (rows, width, …), from those of the ``choices``, (n, …)."""
         if self.routing is None:
             return given[0].expand(n_rows, *given[0].shape)
-        return leading_rows(given, self.routing.index(n_rows, self.names, "the model"), self.width)
+        return leading_rows(given, self.routing.chosen(n_rows, self.choices, "the model"), self.width)
 
 
 def leading_rows(

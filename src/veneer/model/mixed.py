@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from veneer.core.field_types import fits, plain
 from veneer.errors import AdapterNameError, CompositionError, ConfigError, ShapeError
 from veneer.model.adapted import Adapted
 from veneer.model.parameters import AdaptedParameters
@@ -20,19 +22,62 @@ from veneer.model.state import AdapterState
 from veneer.model.virtual_tokens import require_mixable, virtual_tokens
 
 _EXPERT = re.compile(r"(^|\.)experts\.\d+\.")
+Inputs = tuple[Sequence[Any], Mapping[str, Any]]
+TaskIds = Tensor | Sequence[int]
 
 
 @contextmanager
 def mixed_batch(
-    model: nn.Module, state: AdapterState, names: Sequence[str], inputs: tuple[Sequence[Any], Mapping[str, Any]]
+    model: nn.Module, state: AdapterState, names: Sequence[str] | None, inputs: Inputs, task_ids: TaskIds | None = None
 ) -> Iterator[None]:
     """Context in which row n of the batch uses the adapter ``names[n]``; ``"__base__"`` uses none.
 
-    ``inputs`` are the arguments of the call. Checkpointed blocks are computed again with the same rows, also after the
-    context has ended. Raises AdapterNameError, ConfigError, ShapeError and CompositionError if this is impossible.
+    ``task_ids`` holds the task of each row, for adapters that have several; without ``names``, all rows use the active
+    adapter. ``inputs`` are the arguments of the call. Checkpointed blocks are computed again with the same rows, also
+    after the context has ended. Raises AdapterNameError, ConfigError, ShapeError and CompositionError if this is
+    impossible.
     """
-    with routed(model, state, checked(model, state, names, inputs)):
+    tasks = None if task_ids is None else _whole_numbers(task_ids)
+    routing = checked(model, state, _acting_names(state, inputs, tasks) if names is None else names, inputs)
+    if tasks is not None:
+        routing = replace(routing, tasks=_tasks(state, routing.names, tasks))
+    with routed(model, state, routing):
         yield
+
+
+def _whole_numbers(task_ids: TaskIds) -> list[int]:
+    given = plain(task_ids)
+    if not fits(given, Collection[int]):
+        raise ConfigError(f"task_ids={given!r} must be a list of whole numbers, one for each row of the batch")
+    return list(given)
+
+
+def _acting_names(state: AdapterState, inputs: Inputs, tasks: Sequence[int] | None) -> tuple[str, ...]:
+    """The active adapter, once for each row."""
+    if len(state.active) != 1:
+        raise CompositionError(
+            f"task_ids names tasks of one adapter, and {list(state.active)} are active: activate one, or give "
+            "adapter_names, one for each row"
+        )
+    return state.active * _n_rows(inputs, len(tasks or ()))
+
+
+def _tasks(state: AdapterState, names: Sequence[str], given: Sequence[int]) -> tuple[int | None, ...]:
+    """The task of each row, or None if its adapter has none. Raises ConfigError and ShapeError."""
+    if len(given) != len(names):
+        raise ShapeError(f"task_ids holds {len(given)} tasks for a batch of {len(names)} rows: give one for each row")
+    counts = {name: 0 if name == BASE else state.configs[name].n_tasks for name in names}
+    if not any(counts.values()):
+        raise ConfigError(f"task_ids has no effect: {list(counts)} have no tasks. Leave it out")
+    for name, task in zip(names, given, strict=True):
+        if counts[name] and not 0 <= task < counts[name]:
+            raise ConfigError(f"task_ids holds {task}, and the adapter {name!r} has the tasks 0 to {counts[name] - 1}")
+    return tuple(task if counts[name] else None for name, task in zip(names, given, strict=True))
+
+
+def _n_rows(inputs: Inputs, otherwise: int) -> int:
+    args, kwargs = inputs
+    return next((x.shape[0] for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.ndim > 1), otherwise)
 
 
 @contextmanager
@@ -49,9 +94,7 @@ def routed(model: nn.Module, state: AdapterState, routing: Routing) -> Iterator[
             module._gradient_checkpointing_func = checkpoint
 
 
-def checked(
-    model: nn.Module, state: AdapterState, names: Sequence[str], inputs: tuple[Sequence[Any], Mapping[str, Any]]
-) -> Routing:
+def checked(model: nn.Module, state: AdapterState, names: Sequence[str], inputs: Inputs) -> Routing:
     """Return the routing of these names."""
     if isinstance(names, str) or not names:
         raise ConfigError(f"adapter_names={names!r} must be a list with one adapter name for each row of the batch")
@@ -74,8 +117,7 @@ def checked(
             f"rows name {waiting}, which are frozen because they are not active: they would learn nothing. Call "
             f"set_requires_grad({list(routing.adapters)}) before you make the optimizer, or model.eval()"
         )
-    args, kwargs = inputs
-    n_rows = next((x.shape[0] for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.ndim > 1), len(names))
+    n_rows = _n_rows(inputs, len(names))
     if n_rows != len(names):
         raise ShapeError(f"adapter_names holds {len(names)} names for a batch of {n_rows} rows: give one for each row")
     for path, module in model.named_modules():

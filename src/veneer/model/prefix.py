@@ -76,7 +76,7 @@ class PrefixAdapters(VirtualTokens):
     def fill(self, model: PreTrainedModel, cache: Cache, front: Front, n_rows: int) -> None:
         _require_room(cache)
         dtype = _compute_dtype(model.device.type, model.dtype)
-        each = [self.records(name) for name in front.names]
+        each = [self.records(name) for name, _ in front.choices]
         for layer, records in zip(self.layers, zip(*each, strict=True), strict=True):
             put_prefix(cache, layer, rows_of(front, records, n_rows), dtype)
         setattr(cache, MARK, front.mark)
@@ -113,7 +113,7 @@ class _Recomputed:
         if kwargs.get("key_value_states") is not None:  # cross-attention, whose keys are the encoder's
             return None
         hidden = next(v for v in (*args, *kwargs.values()) if isinstance(v, Tensor))
-        records = [self.record(name) for name in front.names]
+        records = [self.record(name) for name, _ in front.choices]
         cache = self.holder.empty_cache()
         rows = rows_of(front, records, hidden.shape[0])
         put_prefix(cache, self.index, rows, _compute_dtype(hidden.device.type, hidden.dtype))
@@ -203,7 +203,7 @@ def _stack(model: PreTrainedModel) -> Any:
 def rows_of(front: Front, records: Sequence[PrefixDelta], n_rows: int) -> tuple[Tensor, Tensor]:
     """Return one layer's keys and values for every row, (rows, n, kv_heads, head_dim).
 
-    They come from one record for each adapter.
+    They come from one record for each choice of an adapter.
     """
     return front.rows([r.k for r in records], n_rows), front.rows([r.v for r in records], n_rows)
 

@@ -69,14 +69,15 @@ class PromptAdapters(VirtualTokens):
 
     def tokens(self, front: Front, n_rows: int) -> Tensor:
         """Return the virtual tokens of every row, (rows, n, d)."""
-        return front.rows([self.record(name).embeddings for name in front.names], n_rows)
+        return front.rows([self.record(*choice).embeddings for choice in front.choices], n_rows)
 
     def keys_and_values(self, name: str, run: Callable[[Tensor], KeysAndValues]) -> KeysAndValues:
         return run(self.record(name).embeddings)
 
-    def record(self, name: str) -> PromptDelta:
-        """Return the record of adapter ``name``."""
-        return cast(PromptMethod, self.method(name)).lower(self.site, self.parameters_of(name))
+    def record(self, name: str, task: int | None = None) -> PromptDelta:
+        """Return the record of adapter ``name``, for one of its tasks if it has several."""
+        method, params = cast(PromptMethod, self.method(name)), self.parameters_of(name)
+        return method.lower(self.site, params if task is None else method.of_task(params, task))
 
     def before_forward(self, model: PreTrainedModel, args: Any, kwargs: Any) -> Any:
         if self.outermost is not None or self.filling:

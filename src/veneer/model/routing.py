@@ -15,6 +15,7 @@ from veneer.errors import CompositionError, ShapeError
 from veneer.ops.grouped_low_rank import AdapterRuns, Run
 
 BASE = "__base__"  # PEFT's name for a row that no adapter changes
+Choice = tuple[str, int | None]  # an adapter, and one of its tasks if it has several
 
 
 @dataclass(frozen=True)
@@ -23,12 +24,24 @@ class Routing:
 
     ``names`` holds one adapter name, or ``"__base__"``, for each row of the batch. ``generators`` holds the generators
     (on the CPU) for the dropout keys of adapters that have random numbers of their own. ``is_by_token``: the rows are
-    tokens of sequences, or their adapters act on a part of each, so that nobody has to find where they act.
+    tokens of sequences, or their adapters act on a part of each, so that nobody has to find where they act. ``tasks``
+    holds the task of each row, or None if its adapter has no tasks; it is empty if no row has one.
     """
 
     names: tuple[str, ...]
     generators: Mapping[str, torch.Generator] = field(default_factory=dict)
     is_by_token: bool = False
+    tasks: tuple[int | None, ...] = ()
+
+    @cached_property
+    def choices(self) -> tuple[Choice, ...]:
+        """Adapters that occur, each once with each of its tasks that occur."""
+        return tuple(choice for choice in dict.fromkeys(self._each) if choice[0] != BASE)
+
+    @cached_property
+    def _each(self) -> tuple[Choice, ...]:
+        """The choice of each row."""
+        return tuple(zip(self.names, self.tasks or (None,) * len(self.names), strict=True))
 
     @cached_property
     def adapters(self) -> tuple[str, ...]:
@@ -60,6 +73,12 @@ class Routing:
                 "batch one by one, so that they cannot take different adapters there"
             )
         return tuple(name for name in self.names for _ in range(times))
+
+    def chosen(self, n_rows: int, known: Sequence[Choice], what: str) -> Tensor:
+        """Return for each row the index of its choice in ``known``, counted from 1; 0 if it is not among them."""
+        places = {choice: place for place, choice in enumerate(known, start=1)}
+        times = len(self.rows(n_rows, what)) // len(self.names)
+        return torch.tensor([places.get(choice, 0) for choice in self._each for _ in range(times)])
 
     def index(self, n_rows: int, known: Sequence[str], what: str) -> Tensor:
         """Return for each row the index of its adapter in ``known``, counted from 1; 0 if it is not among them."""
@@ -103,6 +122,9 @@ class TokenRouting(Routing):
             if name in places and start < self.width
         ]
         return AdapterRuns(tuple(found), len(self.names) * self.width)
+
+    def chosen(self, n_rows: int, known: Sequence[Choice], what: str) -> Tensor:
+        return self.index(n_rows, (), what)
 
     def index(self, n_rows: int, known: Sequence[str], what: str) -> Tensor:
         """Raise CompositionError: ``what`` sees whole rows."""

@@ -22,7 +22,7 @@ from veneer.adapters.peft_model import PeftModel
 from veneer.contract import MethodConfig
 from veneer.data.collating import Collator
 from veneer.data.dataset import columns_of, digest, encode_all, filled, pack_all, require_answers
-from veneer.data.encoding import IGNORED, Encoder, kind_of
+from veneer.data.encoding import IGNORED, TASK, Encoder, kind_of
 from veneer.data.sampler import FilledSampler
 from veneer.errors import TrainingError
 from veneer.model.heap import freed_memory_returned
@@ -108,6 +108,11 @@ class SFTTrainer(RunTrainer, trl.SFTTrainer):  # type: ignore[misc]
             padding_free=self.padding_free and not self.args.packing,
             pad_to_multiple_of=self.args.pad_to_multiple_of,
         )
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        if not self._is_vision_dataset and TASK not in self._signature_columns:
+            self._signature_columns = [*self._signature_columns, TASK]
 
     def compute_loss(
         self,

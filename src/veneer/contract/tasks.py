@@ -1,0 +1,13 @@
+"""Tasks: adapters that hold a record for each of several tasks, of which every row of a batch names one."""
+
+from __future__ import annotations
+
+from veneer.errors import ConfigError
+
+
+def unnamed_task(peft_type: str, n_tasks: int) -> ConfigError:
+    """Return the error for an adapter of several tasks whose record is asked for, when no task is named."""
+    return ConfigError(
+        f"{peft_type}: the adapter has {n_tasks} tasks, and rows name none: give task_ids, one number below {n_tasks} "
+        "for each row, or take an adapter of one task"
+    )
