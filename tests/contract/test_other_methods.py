@@ -27,6 +27,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "made-by-an-mlp": {"prefix_projection": True, "encoder_hidden_size": 11},
     "made-by-an-lstm": {"encoder_reparameterization_type": "LSTM", "encoder_hidden_size": 5},
     "from-the-vocabulary": {"prompt_tuning_init": "SAMPLE_VOCAB"},
+    "of-a-higher-rank": {"num_ranks": 3, "num_tasks": 1},
 }
 NEEDED = {"num_virtual_tokens": 3, "task_type": "CAUSAL_LM", "reduction_factor": 4, "token_indices": [5, 8]}
 SIZES: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 37, "num_hidden_layers": 2, "vocab_size": 67}

@@ -21,6 +21,7 @@ from veneer.recipe.recipe import parse_recipe
 NEEDED: dict[str, dict[str, Any]] = {
     "prefix_tuning": {"num_virtual_tokens": 7},
     "prompt_tuning": {"num_virtual_tokens": 7},
+    "multitask_prompt_tuning": {"num_virtual_tokens": 7, "num_tasks": 3, "num_ranks": 2},
     "p_tuning": {"num_virtual_tokens": 7, "encoder_hidden_size": 11},
     "adalora": {"total_step": 12},
     "trainable_tokens": {"token_indices": [3, 5]},

@@ -147,7 +147,25 @@ def rename(model: nn.Module, state: AdapterState, old: str, new: str) -> None:
     state.configs = {new if name == old else name: config for name, config in state.configs.items()}
     state.active = tuple(new if name == old else name for name in state.active)
     state.merged = tuple(new if name == old else name for name in state.merged)
+    state.tasks = {new if name == old else name: task for name, task in state.tasks.items()}
     state.trainable = {new if name == old else name for name in state.trainable}
+
+
+def choose_task(state: AdapterState, name: str, task: int | None) -> None:
+    """Choose the task of an adapter that acts where rows name none; None leaves the choice to rows.
+
+    Raises AdapterNameError for an unknown name, or while adapters are merged, and ConfigError for an unknown task.
+    """
+    require_known(state, (name,))
+    require_unmerged(state, f"choose a task of {name!r}")
+    n_tasks = state.configs[name].n_tasks
+    if not n_tasks:
+        raise ConfigError(f"the adapter {name!r} ({state.configs[name].peft_type}) has no tasks: it acts on all rows")
+    if task is not None and task not in range(n_tasks):
+        raise ConfigError(f"task={task!r} is no task of the adapter {name!r}: it has the tasks 0 to {n_tasks - 1}")
+    state.tasks = {other: own for other, own in state.tasks.items() if other != name}
+    if task is not None:
+        state.tasks[name] = task
 
 
 def holders(model: nn.Module, name: str) -> list[nn.ModuleDict]:

@@ -153,6 +153,14 @@ class PeftModel(AdapterOverview):
         merging.require_known(self.adapter_state, _names(adapter_names))
         lifecycle.make_trainable(self, self.adapter_state, _names(adapter_names), requires_grad)
 
+    def set_task(self, task: int | None, adapter_name: str | None = None) -> None:
+        """Choose the task of an adapter of several (by default the active one) that acts where rows name none.
+
+        It is also the one that is merged, combined and converted. None leaves the choice to ``task_ids``. Raises
+        AdapterNameError for an unknown name, or while adapters are merged, and ConfigError for an unknown task.
+        """
+        lifecycle.choose_task(self.adapter_state, self.active_adapter if adapter_name is None else adapter_name, task)
+
     def add_weighted_adapter(
         self,
         adapters: list[str],

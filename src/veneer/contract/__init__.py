@@ -17,6 +17,8 @@ file asks of which kind a method is. Callers ask for facts, each with an answer 
 Everything else is a capability that a config may return:
 
 - ``extras``: further parts of the base that it trains (modules, biases, rows, parameters by name);
+- ``n_tasks`` and ``of_task``: a record for each of several tasks, of which a row names one;
+- ``drawn``: random numbers of its records in training;
 - ``training``: its action during a training run (length of the run, a penalty, a schedule);
 - ``packing``: its form on disk, if other libraries do not know the form that is trained;
 - ``shared``: tensors that its layers share, drawn or trained;

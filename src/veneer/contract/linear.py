@@ -47,6 +47,14 @@ class LinearMethod(TargetedConfig):
     @abstractmethod
     def lower(self, site: LinearSite, params: Params) -> LinearDelta: ...
 
+    def drawn(self, generator: torch.Generator | None = None) -> dict[str, Tensor]:
+        """Return the random numbers of one record in a training pass, on the CPU; ``lower`` then has them in
+        ``params``.
+
+        Empty for a method that draws none. Without them ``lower`` returns the record of every other use.
+        """
+        return {}
+
     @property
     def extras(self) -> Extras:
         bias: Any = getattr(self, "bias", "none")

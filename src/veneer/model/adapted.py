@@ -111,10 +111,10 @@ class Adapted(InPlace, Holder):
         Raises CompositionError if the input or the output is not one tensor with the rows as its first axis.
         """
         x = args[0] if args and isinstance(args[0], Tensor) else None
-        groups = [] if x is None else routing.groups(x.shape[0], names, self.site_name, x.device)
+        groups = [] if x is None else routing.parts(x.shape[0], names, self.site_name, x.device)
         parts = []
-        for name, rows in groups:
-            with self.adapter_state.only(() if name == BASE else (name,)):
+        for (name, task), rows in groups:
+            with self.adapter_state.only(() if name == BASE else (name,), task):
                 # not through __call__: the hooks are around all rows
                 parts.append(type(self).forward(self, cast(Tensor, x)[rows], *args[1:], **kwargs))
         if x is None or not all(isinstance(part, Tensor) for part in parts):

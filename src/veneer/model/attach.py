@@ -86,6 +86,7 @@ def detach(model: nn.Module, state: AdapterState, name: str) -> None:
     """Remove one adapter; its modules are then as before."""
     del state.configs[name]
     state.schedules.pop(name, None)
+    state.tasks.pop(name, None)
     state.trainable.discard(name)
     state.active = tuple(n for n in state.active if n != name)
     for path, place in adapted_places(model).items():

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Int
@@ -27,6 +27,7 @@ PACKED = (
     "packing, eval_packing and padding_free off"
 )
 Inputs = tuple[Sequence[Any], Mapping[str, Any]]
+T = TypeVar("T")
 
 
 @contextmanager
@@ -51,7 +52,8 @@ def from_invocation(model: nn.Module, state: AdapterState, inputs: Inputs) -> It
         starts, past = _repeated(state.starts, ids.shape[0]), _past(inputs)
     moved = tuple(max(start - past, 0) for start in starts)
     drawn = {} if routing is None else routing.generators
-    by_token = TokenRouting(rows, is_by_token=True, generators=drawn, starts=moved, width=ids.shape[1])
+    tasks = () if routing is None else _repeated(routing.tasks, ids.shape[0])
+    by_token = TokenRouting(rows, drawn, is_by_token=True, tasks=tasks, starts=moved, width=ids.shape[1])
     with routed(model, state, by_token), _head_sees(model, state, by_token, inputs):
         yield
 
@@ -148,9 +150,9 @@ def _require_found(
         raise ConfigError(PACKED)
 
 
-def _repeated(starts: Sequence[int], n_rows: int) -> tuple[int, ...]:
-    """The starts of prompts that became several rows each, as in a beam search."""
-    return tuple(start for start in starts for _ in range(n_rows // len(starts)))
+def _repeated(each: Sequence[T], n_rows: int) -> tuple[T, ...]:
+    """What prompts have (starts, tasks) of which each became several rows, as in a beam search."""
+    return tuple(own for own in each for _ in range(n_rows // len(each)))
 
 
 def _input_ids(inputs: Inputs) -> Int[Tensor, "rows n"]:

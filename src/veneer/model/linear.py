@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Any, ClassVar, cast
 
 import torch
@@ -48,11 +50,34 @@ class AdaptedSite(Adapted):
         """Return the site of the map, with its weight and bias under these adapters (by default the active ones)."""
         raise NotImplementedError
 
-    def record(self, name: str, site: LinearSite | None = None) -> LinearDelta:
-        """Return the record of adapter ``name`` at this layer, the same under autocast as without."""
-        site, factors = site or self.site((name,)), factors_of(self.adapters[name])
-        with without_autocast(next((x.device for x in factors.values()), None) or device_of(self)):
-            return self.method(name).lower(site, factors)
+    def record(
+        self,
+        name: str,
+        site: LinearSite | None = None,
+        *,
+        task: int | None = None,
+        drawn: Params = MappingProxyType({}),
+    ) -> LinearDelta:
+        """Return the record of adapter ``name`` at this layer, the same under autocast as without.
+
+        ``task``: which of its tasks, if it has several; by default the one chosen for it. ``drawn``: see `drawn`.
+        """
+        site, params, method = site or self.site((name,)), factors_of(self.adapters[name]), self.method(name)
+        task = self.adapter_state.tasks.get(name) if task is None else task
+        if task is not None:
+            params = dict(method.of_task(params, task))
+        with without_autocast(next((x.device for x in params.values()), None) or device_of(self)):
+            return method.lower(site, {**params, **drawn} if drawn else params)
+
+    def drawn(self, name: str) -> Params:
+        """Return the random numbers of an adapter's record in a forward pass now: new ones each time, none outside
+        training.
+        """
+        if not self.training or not self.adapter_state.drops:
+            return {}
+        routing = self.adapter_state.routed()
+        found = self.method(name).drawn(None if routing is None else routing.generators.get(name))
+        return {key: value.to(device_of(self)) for key, value in found.items()}
 
     def method(self, name: str) -> LinearMethod:
         """Return the config of an adapter."""
@@ -230,21 +255,32 @@ class AdaptedLinear(AdaptedSite):
         if routing is None:
             record = self._together([name for name in self.adapter_state.acting() if self.holds(name)])
             return (() if record is None else (record,)), None
-        records = (self._together([name]) if self.holds(name) else None for name in routing.adapters)
+        records = (self._together([name], task) if self.holds(name) else None for name, task in routing.choices)
         return tuple(LinearDelta() if record is None else record for record in records), routing.runs
 
-    def kept_record(self, name: str) -> LinearDelta:
-        """Return `record`, kept with the adapter's tensors while it consists of those tensors themselves."""
-        return lowered(self.adapters[name], self.method(name), lambda: self.record(name))
+    def kept_record(self, name: str, task: int | None = None) -> LinearDelta:
+        """Return `record` of a forward pass, kept with the adapter's tensors while it consists of those tensors
+        themselves.
+        """
+        lower = functools.partial(self._record_now, name, task=task)
+        return lowered(self.adapters[name], self.method(name), lower)
 
-    def _together(self, names: Sequence[str]) -> LinearDelta | None:
+    def _record_now(self, name: str, site: LinearSite | None = None, task: int | None = None) -> LinearDelta:
+        """The record in a forward pass, which draws its random numbers."""
+        return self.record(name, site, task=task, drawn=self.drawn(name))
+
+    def _together(self, names: Sequence[str], task: int | None = None) -> LinearDelta | None:
         """The record of these adapters, a bias that they train in it; None where they change nothing."""
         held = [name for name in names if name in self.adapters]
         bias = self.effective("bias", names)
         trained = bias if bias is not self._parameters.get("bias") else None
         if not held:
             return None if trained is None else LinearDelta(bias=trained)
-        record = self.kept_record(held[0]) if len(held) == 1 else self.composed(held, self.site(names))
+        if len(held) == 1:
+            record = self.kept_record(held[0], task)
+        else:
+            site = self.site(names)
+            record = compose_linear([self._record_now(name, site) for name in held], site.bias)
         return record if trained is None or record.bias is not None else replace(record, bias=trained)
 
     def replaces_weight(self) -> bool:
@@ -264,7 +300,7 @@ class AdaptedLinear(AdaptedSite):
         if not self.training or not self.adapter_state.drops:
             return []
         routing = self.adapter_state.routed()
-        names = self.acting_here() if routing is None else routing.adapters
+        names = self.acting_here() if routing is None else [name for name, _ in routing.choices]
         return [self.rate(name) if name in self.adapters else 0.0 for name in names]
 
     def drops_apart(self) -> bool:
@@ -280,7 +316,7 @@ class AdaptedLinear(AdaptedSite):
         """The record applied under autograd: for a compiler to follow, or where the weight is trained as well."""
         names, site = self.acting_here(), self.site()
         weight = cast(FrozenWeight, site.weight)
-        records = [self.record(name, site) for name in names]
+        records = [self._record_now(name, site) for name in names]
         read = entered(compose_linear(records, site.bias), x)
         return apply_linear_sum(records, x, weight, site.bias, [self.dropped(read, name) for name in names])
 

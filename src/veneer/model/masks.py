@@ -25,13 +25,13 @@ def masks_of(
 ) -> tuple[Mask | None, ...]:
     """Return for an input of this size (rows, …, features) a new mask for each rate above 0; none if no rate is.
 
-    With a routing, the rates are those of its adapters in their order.
+    With a routing, the rates are those of its choices in their order.
     """
     if not any(rates):
         return ()
     names = None if routing is None else routing.rows(size[0], "dropout")
     ids = _ids(tuple(_counted(size[0], names)), size[1:-1].numel(), device)
-    generators = [None] if routing is None else [routing.generators.get(name) for name in routing.adapters]
+    generators = [None] if routing is None else [routing.generators.get(name) for name, _ in routing.choices]
     return tuple(
         Mask(p, drawn_key(generator), ids) if p else None for p, generator in zip(rates, generators, strict=True)
     )

@@ -108,8 +108,8 @@ class AdaptedOutProjection(_Folding, AdaptedLinear):
         site = super().site(names)
         return self._as_seen_by(names[0], site) if len(names) == 1 else site
 
-    def record(self, name: str, site: LinearSite | None = None) -> LinearDelta:
-        return super().record(name, self._as_seen_by(name, site or self.site((name,))))
+    def record(self, name: str, site: LinearSite | None = None, **how: Any) -> LinearDelta:
+        return super().record(name, self._as_seen_by(name, site or self.site((name,))), **how)
 
     def disk_path(self, name: str, path: str) -> str:
         return attention_path(path) if self._by_attention(name) else path

@@ -50,13 +50,13 @@ class Routing:
 
     @cached_property
     def runs(self) -> AdapterRuns:
-        """Runs of rows that use each of `adapters`."""
-        places = {name: place for place, name in enumerate(self.adapters)}
+        """Runs of rows that use each of `choices`."""
+        places = {choice: place for place, choice in enumerate(self.choices)}
         found, start = [], 0
-        for name, rows in groupby(self.names):
+        for choice, rows in groupby(self._each):
             stop = start + len(list(rows))
-            if name in places:
-                found.append(Run(places[name], start, stop))
+            if choice in places:
+                found.append(Run(places[choice], start, stop))
             start = stop
         return AdapterRuns(tuple(found), len(self.names))
 
@@ -93,6 +93,17 @@ class Routing:
         found = [(name, (index == place).nonzero().squeeze(1)) for place, name in enumerate((BASE, *known))]
         return [(name, rows) for name, rows in (*found[1:], found[0]) if rows.numel()]
 
+    def parts(
+        self, n_rows: int, names: Sequence[str], what: str, device: torch.device
+    ) -> list[tuple[Choice, Tensor]]:
+        """Return the rows of each of the `choices` of these adapters, and last, as ``("__base__", None)``, those of all
+        others; none is empty.
+        """
+        known = [choice for choice in self.choices if choice[0] in names]
+        index = self.chosen(n_rows, known, what).to(device)
+        found = [(choice, (index == place).nonzero().squeeze(1)) for place, choice in enumerate(((BASE, None), *known))]
+        return [(choice, rows) for choice, rows in (*found[1:], found[0]) if rows.numel()]
+
 
 @dataclass(frozen=True)
 class TokenRouting(Routing):
@@ -115,11 +126,11 @@ class TokenRouting(Routing):
 
     @cached_property
     def runs(self) -> AdapterRuns:
-        places = {name: place for place, name in enumerate(self.adapters)}
+        places = {choice: place for place, choice in enumerate(self.choices)}
         found = [
-            Run(places[name], row * self.width + start, (row + 1) * self.width)
-            for row, (name, start) in enumerate(zip(self.names, self.starts, strict=True))
-            if name in places and start < self.width
+            Run(places[choice], row * self.width + start, (row + 1) * self.width)
+            for row, (choice, start) in enumerate(zip(self._each, self.starts, strict=True))
+            if choice in places and start < self.width
         ]
         return AdapterRuns(tuple(found), len(self.names) * self.width)
 

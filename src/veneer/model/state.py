@@ -20,9 +20,10 @@ class AdapterState:
     ``disabled``: all adapters are switched off. ``untied``: merging made the input embeddings and the head differ, so
     that the config no longer ties them. ``watch``: the hook that watches training steps. ``routing``: the adapter of
     each row, in a mixed batch. ``starts``: the first token of each prompt that its adapter acts on, in a generation.
-    ``trainable``: the names of those that train while they are active. ``schedules``:
-    actions on adapters after each optimizer step, by name, once training has begun. ``drops``: adapters apply the
-    dropout of their configs in training; False switches it off temporarily.
+    ``tasks``: the task of an adapter that acts where rows name none, by its name. ``trainable``: the names of those
+    that train while they are active. ``schedules``: actions on adapters after each optimizer step, by name, once
+    training has begun. ``drops``: adapters apply the dropout of their configs in training, and draw random numbers;
+    False switches it off temporarily.
     """
 
     configs: dict[str, MethodConfig] = field(default_factory=dict)
@@ -33,6 +34,7 @@ class AdapterState:
     watch: RemovableHandle | None = None
     routing: Routing | None = None
     starts: tuple[int, ...] | None = None
+    tasks: dict[str, int] = field(default_factory=dict)
     trainable: set[str] = field(default_factory=set)
     schedules: dict[str, Schedule] = field(default_factory=dict)
     drops: bool = True
@@ -73,12 +75,17 @@ class AdapterState:
             self.routing = before
 
     @contextmanager
-    def only(self, names: tuple[str, ...]) -> Iterator[None]:
-        """Context in which only these adapters act, on all rows alike, also where they are switched off."""
-        before = self.active, self.disabled
+    def only(self, names: tuple[str, ...], task: int | None = None) -> Iterator[None]:
+        """Context in which only these adapters act, on all rows alike, also where they are switched off.
+
+        ``task``: that of the adapters that have several, in place of the one chosen for them.
+        """
+        before = self.active, self.disabled, self.tasks
         with self.route(None):
             self.active, self.disabled = names, False
+            if task is not None:
+                self.tasks = {**self.tasks, **dict.fromkeys(names, task)}
             try:
                 yield
             finally:
-                self.active, self.disabled = before
+                self.active, self.disabled, self.tasks = before
