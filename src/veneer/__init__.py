@@ -13,6 +13,7 @@ for _name in ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY"):
 
 _HOMES = {
     "AdaLoraConfig": "veneer.methods.adalora",
+    "AdaptionPromptConfig": "veneer.methods.adaption_prompt",
     "AutoPeftModel": "veneer.adapters.auto",
     "AutoPeftModelForCausalLM": "veneer.adapters.auto",
     "AutoPeftModelForFeatureExtraction": "veneer.adapters.auto",
@@ -116,6 +117,7 @@ _HOMES = {
 
 __all__ = [  # noqa: RUF022 sorted as text is, capitals or not
     "AdaLoraConfig",
+    "AdaptionPromptConfig",
     "AutoPeftModel",
     "AutoPeftModelForCausalLM",
     "AutoPeftModelForFeatureExtraction",

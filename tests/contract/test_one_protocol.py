@@ -15,6 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import veneer
 from veneer.contract import (
+    AttentionMethod,
     LinearMethod,
     MethodConfig,
     PrefixMethod,
@@ -25,7 +26,7 @@ from veneer.contract import (
 )
 from veneer.contract.known import Known
 from veneer.core.linear import fold_linear
-from veneer.core.sites import InputSite, LinearSite, ResidualSite
+from veneer.core.sites import AttendingSite, InputSite, LinearSite, ResidualSite
 from veneer.errors import TargetError
 from veneer.methods import all_methods
 from veneer.model import holder, places
@@ -36,7 +37,7 @@ from .conftest import CONFIGS as LINEAR
 from .test_other_methods import CONFIGS as OTHERS
 
 SOURCE = Path(veneer.__file__).parent
-KINDS = {LinearMethod, ResidualMethod, PrefixMethod, PromptMethod, VirtualTokenMethod, WholeMethod}
+KINDS = {LinearMethod, ResidualMethod, AttentionMethod, PrefixMethod, PromptMethod, VirtualTokenMethod, WholeMethod}
 KINDS = {kind.__name__ for kind in KINDS}
 TOKENS = torch.tensor([[5, 61, 2, 33, 17]])
 
@@ -79,7 +80,7 @@ def test_no_file_outside_of_the_model_asks_of_which_kind_a_holder_is() -> None:
         cls = pending.pop()
         kinds.add(cls.__name__)
         pending += cls.__subclasses__()
-    assert {"Adapted", "AdaptedSite", "ResidualAdapters", "PrefixAdapters", "PromptAdapters"} <= kinds
+    assert {"Adapted", "AdaptedSite", "ResidualAdapters", "AttendedPrompts", "PrefixAdapters", "PromptAdapters"} <= kinds
     outside = [path for path in SOURCE.rglob("*.py") if path.relative_to(SOURCE).parts[0] != "model"]
     assert [found for path in outside for found in checks_of_kind(path, kinds | {"TiedFactors", "TokenRows"})] == []
 
@@ -112,6 +113,9 @@ def assert_starts(method: MethodConfig, site: Any, record: Any) -> None:
         assert torch.equal(new_bias, bias) or not method.identity_at_start
     elif isinstance(site, ResidualSite):
         assert record.down.T.shape == record.up.shape == (site.features, record.down.shape[0])
+    elif isinstance(site, AttendingSite):
+        assert record.prompt.shape == (method.adapter_len, site.features)
+        assert method.identity_at_start is (record.gate == 0).all().item()
     elif isinstance(site, InputSite):
         assert record.embeddings.shape == (method.virtual_tokens, site.features)
     else:

@@ -30,6 +30,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "of-a-higher-rank": {"num_ranks": 3, "num_tasks": 1},
 }
 NEEDED = {"num_virtual_tokens": 3, "task_type": "CAUSAL_LM", "reduction_factor": 4, "token_indices": [5, 8]}
+NEEDED |= {"adapter_len": 3, "adapter_layers": 2}
 SIZES: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 37, "num_hidden_layers": 2, "vocab_size": 67}
 BASES: dict[str, Any] = {
     "llama": LlamaConfig(**SIZES, num_attention_heads=4, num_key_value_heads=2),

@@ -17,6 +17,7 @@ from veneer.contract import LinearMethod, MethodConfig
 from veneer.core.records import LinearDelta
 from veneer.errors import CompositionError, FormatError
 from veneer.model.attach import adapted_layers, adapted_places
+from veneer.model.attended import AttendedPrompts
 from veneer.model.parameters import AdaptedParameters
 from veneer.model.places import placed_on
 from veneer.model.prefix import PrefixAdapters
@@ -67,7 +68,7 @@ def attached_records(model: nn.Module) -> dict[str, Record]:
             found |= {f"{path}.{key}": place.record(key, ("default",)) for key in place.changed("default")}
         elif isinstance(place, PrefixAdapters):
             found["input"] = place.records("default")
-        elif isinstance(place, (ResidualAdapters, PromptAdapters)):
+        elif isinstance(place, (ResidualAdapters, AttendedPrompts, PromptAdapters)):
             found["input" if isinstance(place, PromptAdapters) else path] = place.record("default")
         elif "default" in place.adapters:
             found[path] = place.record("default")

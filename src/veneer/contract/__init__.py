@@ -7,10 +7,11 @@ determines the kind of site:
 - `LinearMethod`: a linear layer, `LinearSite`;
 - `ResidualMethod`: the output of a sub-layer, `ResidualSite`;
 - `PrefixMethod`: all attention layers at once, a tuple of `AttentionSite`;
+- `AttentionMethod`: one attention layer, `AttendingSite`;
 - `PromptMethod`: the input embeddings, `InputSite`;
 - `WholeMethod`: no site, since it trains modules of the base or rows of tables.
 
-`model.places` has one row for each of the five: how a model's places are found, and how parameters get there. No other
+`model.places` has one row for each of the six: how a model's places are found, and how parameters get there. No other
 file asks of which kind a method is. Callers ask for facts, each with an answer for every method: ``changes_weights``,
 ``reads_weight``, ``virtual_tokens``, ``invocation_tokens``, ``largest_rank``, ``has_network``.
 
@@ -39,6 +40,7 @@ Laws, run on every method by ``tests/contract``:
 - the records read from the file are those of the adapter on its model, bit for bit.
 """
 
+from veneer.contract.beside_attention import AttentionMethod
 from veneer.contract.config import MethodConfig
 from veneer.contract.linear import LinearMethod
 from veneer.contract.parameters import Params, Shapes
@@ -48,6 +50,7 @@ from veneer.contract.virtual_tokens import PrefixMethod, PromptMethod, VirtualTo
 from veneer.contract.whole import WholeMethod
 
 __all__ = [
+    "AttentionMethod",
     "LinearMethod",
     "MethodConfig",
     "Params",

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from veneer.core.records import LinearDelta, PrefixDelta, PromptDelta, ResidualDelta
+from veneer.core.records import AttendedDelta, LinearDelta, PrefixDelta, PromptDelta, ResidualDelta
 
 Shapes = dict[str, tuple[int, ...]]
 Params = Mapping[str, Tensor]
-Record = LinearDelta | ResidualDelta | PromptDelta | tuple[PrefixDelta, ...]
+Record = LinearDelta | ResidualDelta | AttendedDelta | PromptDelta | tuple[PrefixDelta, ...]

@@ -1,4 +1,4 @@
-"""Records that every method lowers to, four in number. The rest of the program knows only these."""
+"""Records that every method lowers to, five in number. The rest of the program knows only these."""
 
 from __future__ import annotations
 
@@ -221,10 +221,20 @@ class PrefixDelta:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class AttendedDelta:
+    """Embeddings, n of them, that one attention layer attends to apart from the sequence: ``gate`` times that attention
+    is added to its own. They have no positions, and the layer's own projections make their keys and values.
+    """
+
+    prompt: Float[Tensor, "n d"]
+    gate: Float[Tensor, " 1"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class PromptDelta:
     """Virtual token embeddings, n of them, in front of the input."""
 
     embeddings: Float[Tensor, "n d"]
 
 
-Record = LinearDelta | ResidualDelta | PrefixDelta | PromptDelta
+Record = LinearDelta | ResidualDelta | PrefixDelta | AttendedDelta | PromptDelta

@@ -65,6 +65,15 @@ class AttentionSite:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class AttendingSite:
+    """One attention layer, whose projections read vectors of width ``features``."""
+
+    name: str
+    layer: int
+    features: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class InputSite:
     """Input embeddings of the model, width ``features``, for a vocabulary of that many tokens.
 
@@ -81,4 +90,5 @@ class InputSite:
     heads: int | None = None
 
 
-Site = LinearSite | ResidualSite | InputSite | tuple[AttentionSite, ...]  # a prefix has all attention layers at once
+Site = LinearSite | ResidualSite | AttendingSite | InputSite | tuple[AttentionSite, ...]
+"""Any of them; a prefix has all attention layers at once."""

@@ -8,10 +8,19 @@ from typing import Any
 
 from torch import nn
 
-from veneer.contract import LinearMethod, MethodConfig, PrefixMethod, PromptMethod, ResidualMethod, WholeMethod
+from veneer.contract import (
+    AttentionMethod,
+    LinearMethod,
+    MethodConfig,
+    PrefixMethod,
+    PromptMethod,
+    ResidualMethod,
+    WholeMethod,
+)
 from veneer.contract.places import Placed
 from veneer.errors import TargetError
 from veneer.model.allocation import Allocation
+from veneer.model.attended import attended_places, put_attended_on
 from veneer.model.layers import layer_places, put_on_layers
 from veneer.model.plan import Plan, plan_beside, plan_layers, plan_whole
 from veneer.model.prefix import prefix_places, put_prefix_on
@@ -39,6 +48,7 @@ _KINDS: Mapping[type, PlaceKind] = {
     LinearMethod: PlaceKind(layer_places, put_on_layers, plan_layers),
     ResidualMethod: PlaceKind(residual_places, put_bottlenecks_on),
     PrefixMethod: PlaceKind(prefix_places, put_prefix_on),
+    AttentionMethod: PlaceKind(attended_places, put_attended_on),
     PromptMethod: PlaceKind(prompt_places, put_prompt_on),
     WholeMethod: PlaceKind(lambda snapshot, plan: {}, lambda *given: None, plan_whole),
 }

@@ -1,0 +1,59 @@
+"""Contract of methods beside the attention of a decoder's upper layers."""
+
+from __future__ import annotations
+
+import re
+from abc import abstractmethod
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from veneer.contract.config import MethodConfig
+from veneer.contract.keys import Place
+from veneer.contract.parameters import Params, Shapes
+from veneer.contract.places import Placed, ShapesByKey, damaged, module_places
+from veneer.core.records import AttendedDelta
+from veneer.core.sites import AttendingSite
+
+_LAYER = re.compile(r"(?:^|.*?\.)(\d+)\.")
+_SAMPLE = AttendingSite(name="", layer=0, features=1024)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionMethod(MethodConfig):
+    """Method beside attention, with parameters of its own in each of the uppermost layers."""
+
+    @property
+    @abstractmethod
+    def attention_name(self) -> str | None:
+        """Last name of the attention modules; None for the one that the model's family gives them."""
+
+    @property
+    @abstractmethod
+    def n_layers(self) -> int:
+        """Number of layers, counted from the top."""
+
+    @abstractmethod
+    def shapes(self, site: AttendingSite) -> Shapes: ...
+
+    @abstractmethod
+    def init(self, site: AttendingSite, generator: torch.Generator | None = None) -> dict[str, Tensor]: ...
+
+    @abstractmethod
+    def lower(self, site: AttendingSite, params: Params) -> AttendedDelta: ...
+
+    @property
+    def samples(self) -> tuple[AttendingSite, ...]:
+        return (_SAMPLE,)
+
+    def places_in(self, shapes: ShapesByKey, source: str) -> dict[str, Placed] | None:
+        found = module_places(self, shapes, source, _named)
+        if found is not None and len(found) != self.n_layers:
+            raise damaged(source, f"{len(found)} layers where the config says {self.n_layers}")
+        return found
+
+
+def _named(sample: AttendingSite, place: Place) -> AttendingSite | None:
+    match = _LAYER.match(place.path)
+    return None if match is None else replace(sample, name=place.path, layer=int(match.group(1)))
