@@ -13,13 +13,15 @@ from veneer.core.sites import LinearSite
 class LateStart(ABC):
     """Low-rank factors that may be initialized again once their adapter is on a model.
 
-    ``a`` and ``b`` name A (r, i) and B (o, r) among the method's parameters. ``settings`` are those of the
-    initialization from data that the config asks for, such as `inits.eva.EvaConfig`; None if it asks for none.
+    ``a`` and ``b`` name A (r, i) and B (o, r) among the method's parameters. ``taken_off`` names A and B of the initial
+    product, if that is subtracted. ``settings`` are those of the initialization from data that the config asks for, such
+    as `inits.eva.EvaConfig`; None if it asks for none.
     ``is_product``: the update is exactly `scale` B A for any factors, so that they may start as any product.
     """
 
     a: str
     b: str
+    taken_off: tuple[str, ...] = ()
     settings: object | None
     is_product: bool
 

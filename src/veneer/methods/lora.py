@@ -30,7 +30,6 @@ from veneer.core.records import LinearDelta
 from veneer.core.sites import LinearSite
 from veneer.core.stacks import stack, unstack
 from veneer.core.terms.pair import Pair
-from veneer.inits.eva import EvaConfig
 from veneer.methods.lora_parts import kasa
 from veneer.methods.lora_parts.blocks import drawn_blocks
 from veneer.methods.lora_parts.checks import LoraChecks
@@ -54,7 +53,9 @@ class LoraConfig(LoraSettings):
     ("lora_only").
     ``init_lora_weights`` names a start in `veneer.inits`, such as True (Kaiming A, zero B), "gaussian" or "pissa".
     False makes both random, so that the start changes the model.
-    ``eva_config``: settings of the start "eva", once `initialize_lora_eva_weights` gives it data; None is the defaults.
+    ``eva_config``, ``corda_config``, ``lora_ga_config``: settings of the starts "eva", "corda" and "lora_ga", once
+    `initialize_lora_eva_weights`, `initialize_lora_corda_weights` or `initialize_lora_ga_weights` gives them data; None
+    is the defaults.
     ``trainable_token_indices``: rows of the input embeddings (or of tables, by module name) that are trained and
     replace the base's. A head tied to the embeddings uses them too. Only these rows are on disk.
     ``target_parameters``: parameters that no linear layer holds, by the ends of their paths, such as
@@ -211,7 +212,8 @@ class LoraConfig(LoraSettings):
             config=self,
             a="lora_A",
             b="lora_B",
-            settings=(self.eva_config or EvaConfig()) if self.init_lora_weights == "eva" else None,
+            taken_off=("lora_A_start", "lora_B_start") if self.start.taken_off else (),
+            settings=self.data_start,
             is_product=not (self.reads_weight or self.start.taken_off or self.has_small_factors),
         )
 

@@ -78,7 +78,7 @@ def adapter_config(adapter: Mapping[str, Any]) -> MethodConfig | None:
     if start is not None and start.settings is not None:
         raise ConfigError(
             f"adapter: {config.peft_type} with {type(start.settings).__name__} starts from a pass over data, which no "
-            "recipe makes: take another start, or call initialize_lora_eva_weights in Python"
+            "recipe makes: take another start, or make that pass in Python (docs/methods.md)"
         )
     return config
 

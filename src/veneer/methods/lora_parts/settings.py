@@ -11,7 +11,9 @@ from veneer.contract import LinearMethod
 from veneer.contract.patterns import below_one, broken, first_match, values_of
 from veneer.core.sites import LinearSite
 from veneer.inits import Start, find_start, start_names
+from veneer.inits.corda import CordaConfig
 from veneer.inits.eva import EvaConfig
+from veneer.inits.lora_ga import LoraGAConfig
 from veneer.methods.lora_parts.blocks import BdLoraConfig
 from veneer.methods.lora_parts.kasa import KasaConfig
 
@@ -29,6 +31,8 @@ class LoraSettings(LinearMethod):
             "bias",
             "init_lora_weights",
             "eva_config",
+            "corda_config",
+            "lora_ga_config",
             "fan_in_fan_out",
             "lora_bias",
         }
@@ -41,6 +45,8 @@ class LoraSettings(LinearMethod):
     bias: Literal["none", "all", "lora_only"] = "none"
     init_lora_weights: bool | str = True
     eva_config: EvaConfig | Mapping[str, object] | None = None
+    corda_config: CordaConfig | Mapping[str, object] | None = None
+    lora_ga_config: LoraGAConfig | Mapping[str, object] | None = None
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
     fan_in_fan_out: bool = False
@@ -58,8 +64,10 @@ class LoraSettings(LinearMethod):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if isinstance(self.eva_config, Mapping):  # as files hold it
-            object.__setattr__(self, "eva_config", EvaConfig.from_dict(self.eva_config))
+        for name, kind in _FROM_DATA.values():
+            given = getattr(self, name)
+            if isinstance(given, Mapping):  # as files hold it
+                object.__setattr__(self, name, kind.from_dict(given))
         if isinstance(self.use_bdlora, Mapping):
             object.__setattr__(self, "use_bdlora", BdLoraConfig.from_dict(self.use_bdlora))
         if isinstance(self.kasa_config, Mapping):
@@ -70,8 +78,9 @@ class LoraSettings(LinearMethod):
         start = find_start(self.init_lora_weights)
         if start is None:
             found.append(f"init_lora_weights={self.init_lora_weights!r} must be one of {', '.join(start_names())}")
-        if self.eva_config is not None and self.init_lora_weights != "eva":
-            found.append(f"eva_config has no effect with init_lora_weights={self.init_lora_weights!r}: give 'eva'")
+        for own, (name, _) in _FROM_DATA.items():
+            if getattr(self, name) is not None and self.init_lora_weights != own:
+                found.append(f"{name} has no effect with init_lora_weights={self.init_lora_weights!r}: give {own!r}")
         if self.lora_bias and self.use_dora:
             found.append("lora_bias and use_dora exclude each other, as in PEFT: drop one of them")
         if self.use_dora and start is not None and start.fixed:
@@ -129,8 +138,11 @@ class LoraSettings(LinearMethod):
             for name in others
             if given and getattr(self, name)
         ] + (
-            ["init_lora_weights='eva' does not go with target_parameters: EVA starts from what goes into a layer"]
-            if given and self.init_lora_weights == "eva"
+            [
+                f"init_lora_weights={self.init_lora_weights!r} does not go with target_parameters: it starts from what "
+                "passes through a layer"
+            ]
+            if given and self.init_lora_weights in _FROM_DATA
             else []
         )
 
@@ -180,11 +192,23 @@ class LoraSettings(LinearMethod):
         """Return the factor of B A at this site."""
 
     @property
+    def data_start(self) -> EvaConfig | CordaConfig | LoraGAConfig | None:
+        """Settings of the start that needs a pass over data; None if the factors start without."""
+        found = _FROM_DATA.get(str(self.init_lora_weights))
+        return None if found is None else getattr(self, found[0]) or found[1]()
+
+    @property
     def start(self) -> Start:
         """Initialization of A and B."""
         return cast(Start, find_start(self.init_lora_weights))  # problems() has seen to it
 
 
+_FROM_DATA: Mapping[str, tuple[str, type[EvaConfig | CordaConfig | LoraGAConfig]]] = {
+    "eva": ("eva_config", EvaConfig),
+    "corda": ("corda_config", CordaConfig),
+    "lora_ga": ("lora_ga_config", LoraGAConfig),
+}
+"""The field and the settings of each start that needs a pass over data."""
 _NOT_IN_SMALL = ("use_dora", "lora_bias", "target_parameters", "ensure_weight_tying", "alora_invocation_tokens")
 _ON_WHOLE_SEQUENCES = (
     "use_dora", "lora_bias", "target_parameters", "trainable_token_indices", "modules_to_save", "ensure_weight_tying",

@@ -38,6 +38,8 @@ def packing_of(config: LoraSettings) -> Packing:
     return TakenOff(
         fields={
             "init_lora_weights": True,
+            "corda_config": None,
+            "lora_ga_config": None,
             "r": 2 * config.r,
             "lora_alpha": grow * config.lora_alpha,
             "rank_pattern": {key: 2 * r for key, r in config.rank_pattern.items()},

@@ -1,0 +1,86 @@
+"""CorDA: the factors start as singular triplets of the weight, seen through the covariance C of a layer's inputs.
+
+``W C = U S Vᵀ``, and ``scale · B A = U_r S_r V_rᵀ C⁻¹``. Source: Yang et al. 2024, arXiv:2406.05223, section 3, eq. 1 to
+6. The update subtracts the initial product, as PiSSA's does, so that the start is the base.
+
+Departs: PEFT takes one sequence a pass; here a batch of them is one sample.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from veneer.core.field_types import check, settings_of
+from veneer.core.sites import LinearSite
+from veneer.inits import Factors, Start, dense_weight
+from veneer.inits.lowrank import kaiming
+from veneer.inits.pissa import best_factors
+
+NAMES = ("'corda'",)
+_OF_THE_PASS = (  # PEFT's settings of its pass over data, which leave nothing in an adapter
+    "cache_file", "covariance_file", "verbose", "use_float16_for_covariance", "prune_temporary_fields",
+)  # fmt: skip
+_DAMPING, _LARGEST_ERROR = 0.01, 0.05  # of the inverse, as PEFT and the paper's code have them
+
+
+def find(name: bool | str) -> Start | None:
+    """Return the initialisation "corda": plain LoRA's, until a pass over data gives the covariances."""
+    return Start(kaiming, taken_off=True) if name == "corda" else None
+
+
+@dataclass(frozen=True)
+class CordaConfig:
+    """Settings of CorDA, in PEFT's field.
+
+    ``corda_method``: "ipm" takes the r largest singular values, for the task that the data shows, "kpm" the r smallest,
+    so that the knowledge that it shows is kept.
+    """
+
+    corda_method: Literal["ipm", "kpm"] = "ipm"
+
+    def __post_init__(self) -> None:
+        check(self, list)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, object]) -> CordaConfig:
+        """Return the settings from a file's fields, without those of PEFT's pass. Raises ConfigError for unknown ones."""
+        return settings_of(cls, {name: value for name, value in values.items() if name not in _OF_THE_PASS})
+
+
+def covariance(rows: Float[Tensor, "*batch i"]) -> Float[Tensor, "i i"]:
+    """Return ``Xᵀ X`` of the inputs in one pass, divided by their largest entry, in float32."""
+    x = rows.flatten(0, -2).float()
+    x = x / x.max().abs()
+    return x.T @ x
+
+
+def of_covariance(
+    site: LinearSite, inputs: Float[Tensor, "i i"], shape: tuple[int, float], settings: CordaConfig
+) -> Factors:
+    """Return A (r, i) and B (o, r) in float32 on the CPU, from the mean covariance of a layer's inputs; ``shape`` is r
+    and the scale of B A. Raises ConfigError without a weight.
+    """
+    r, scale = shape
+    weight = dense_weight(site, r, "CorDA")
+    damped, inverse = _inverted(inputs.to(weight.device))
+    u, s, vt = torch.linalg.svd(weight @ damped, full_matrices=False)
+    vt = vt @ inverse
+    part = slice(r) if settings.corda_method == "ipm" else slice(len(s) - r, None)
+    return best_factors(u[:, part], s[part], vt[part], scale)
+
+
+def _inverted(inputs: Float[Tensor, "i i"]) -> tuple[Float[Tensor, "i i"], Float[Tensor, "i i"]]:
+    """The covariance with the least of the damping, doubled until its inverse is one, and that inverse."""
+    eye, damping = torch.eye(len(inputs), device=inputs.device), _DAMPING
+    while True:
+        damped = inputs + damping * inputs.diagonal().mean() * eye
+        inverse = torch.linalg.inv(damped)
+        if torch.dist(damped @ inverse, eye) < _LARGEST_ERROR:
+            return damped, inverse
+        damping *= 2

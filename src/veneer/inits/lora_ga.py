@@ -1,0 +1,95 @@
+"""LoRA-GA: the factors start as singular vectors of the gradient of the weight, so that the first steps follow it.
+
+Source: Wang et al. 2024, arXiv:2407.05000, section 3.2 and algorithm 1; the directions and scales are PEFT's. The update
+subtracts the initial product, as PiSSA's does, so that the start is the base.
+
+Departs: the scale "stable" reads the count of outputs in layers that store Wᵀ too (PEFT: of inputs). "weight_svd" takes
+the exact norm of the weight (PEFT: a randomized one).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from veneer.core.field_types import check, settings_of
+from veneer.core.sites import LinearSite
+from veneer.errors import ConfigError
+from veneer.inits import Factors, Start, dense_weight
+from veneer.inits.lowrank import kaiming
+from veneer.inits.pissa import leading_triplets
+
+NAMES = ("'lora_ga'",)
+_POWER_ITERATIONS = 4
+
+
+def find(name: bool | str) -> Start | None:
+    """Return the initialisation "lora_ga": plain LoRA's, until a pass over data gives the gradients."""
+    return Start(kaiming, taken_off=True) if name == "lora_ga" else None
+
+
+@dataclass(frozen=True)
+class LoraGAConfig:
+    """Settings of LoRA-GA, in PEFT's fields.
+
+    ``direction``: the triplets of the gradient's 2 r leading ones that A and B take: "ArB2r" the first r and the others,
+    "A2rBr" the reverse, "ArBr" every second one each, "random" r at random, the same for both. ``scale``: "stable" times
+    B by ``(o / stable_gamma²)^¼``, "weight_svd" gives the first column of B the norm of the weight, "gd_scale" divides
+    both by the scale of B A, "unit" leaves them.
+    """
+
+    direction: Literal["ArBr", "A2rBr", "ArB2r", "random"] = "ArB2r"
+    scale: Literal["stable", "weight_svd", "gd_scale", "unit"] = "stable"
+    stable_gamma: float = 16
+
+    def __post_init__(self) -> None:
+        check(self, lambda: [] if self.stable_gamma > 0 else [f"stable_gamma={self.stable_gamma!r} must be above 0"])
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, object]) -> LoraGAConfig:
+        """Return the settings from a file's fields. Raises ConfigError for unknown ones."""
+        return settings_of(cls, values)
+
+
+def of_gradient(
+    site: LinearSite,
+    gradient: Float[Tensor, "o i"],
+    shape: tuple[int, float],
+    settings: LoraGAConfig,
+    generator: torch.Generator | None = None,
+) -> Factors:
+    """Return A (r, i) and B (o, r) in float32 on the CPU, from the gradient of the weight; ``shape`` is r and the scale
+    of B A. Raises ConfigError if the weight has fewer than 2 r directions.
+    """
+    r, scale = shape
+    if 2 * r > min(gradient.shape):
+        raise ConfigError(
+            f"LoRA-GA at {site.name}: r={r} needs {2 * r} directions, and a weight of shape {tuple(gradient.shape)} has "
+            f"{min(gradient.shape)}: give r={min(gradient.shape) // 2} or less"
+        )
+    u, s, vt = leading_triplets(gradient.float(), 2 * r, _POWER_ITERATIONS, generator)
+    of_a, of_b = _places(r, settings.direction, generator)
+    a, b = vt[of_a], u[:, of_b] * s[of_b]
+    if settings.scale == "stable":
+        b = b * (site.out_features**0.25 / settings.stable_gamma**0.5)
+    elif settings.scale == "gd_scale":
+        a, b = a / scale, b / scale
+    elif settings.scale == "weight_svd" and s[of_b[0]] > 0:
+        norm = torch.linalg.matrix_norm(dense_weight(site, r, "LoRA-GA"), 2)
+        b = b * (norm / s[of_b[0]])
+    return a.cpu().contiguous(), b.cpu().contiguous()
+
+
+def _places(r: int, direction: str, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
+    """The triplets that A and B take, counted from 0."""
+    first, last = torch.arange(r), torch.arange(r, 2 * r)
+    if direction == "random":
+        drawn = torch.randperm(2 * r, generator=generator)[:r]
+        return drawn, drawn
+    pairs = {"ArB2r": (first, last), "A2rBr": (last, first), "ArBr": (2 * first + 1, 2 * first)}
+    return pairs[direction]
