@@ -110,7 +110,8 @@ def listed(rows: Iterable[Row]) -> list[str]:
 def read_back(config: str) -> str:
     """Return True if veneer reads the file that PEFT writes for a config with its defaults."""
     given = {"total_step": 100} if config == "AdaLoraConfig" else {}
-    given |= {"num_virtual_tokens": 3} if "Pr" in config else {}
+    given |= {"num_virtual_tokens": 3} if "Pr" in config and "Adaption" not in config else {}
+    given |= {"adapter_len": 3, "adapter_layers": 2} if config == "AdaptionPromptConfig" else {}
     given |= {"token_indices": [3]} if config == "TrainableTokensConfig" else {}
     with tempfile.TemporaryDirectory() as folder:
         getattr(peft, config)(**given).save_pretrained(folder)

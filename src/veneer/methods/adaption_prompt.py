@@ -42,7 +42,7 @@ class AdaptionPromptConfig(AttentionMethod):
         return super().problems() + [
             f"{name}={getattr(self, name)!r} must be a whole number of at least 1"
             for name in ("adapter_len", "adapter_layers")
-            if getattr(self, name) < 1
+            if getattr(self, name) is not None and getattr(self, name) < 1
         ]
 
     @property

@@ -149,7 +149,7 @@ def test_rows_may_name_other_adapters_too() -> None:
 def test_a_cache_of_other_tasks_is_refused() -> None:
     model = ours()
     out = model(input_ids=TOKENS, task_ids=[2, 0], use_cache=True)
-    more = {"input_ids": TOKENS[:, :1], "past_key_values": out.past_key_values}
+    more = {"input_ids": TOKENS[:, :1], "cache": out.cache}
     model(**more, task_ids=[2, 0])
     with pytest.raises(ConfigError, match="start from an empty cache"):
         model(**more, task_ids=[0, 0])
