@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 import torch
 
-from veneer import LLM, LoRARequest, PeftModel, SamplingParams
+from veneer import LLM, AdaptionPromptConfig, LoRARequest, PeftModel, SamplingParams
 from veneer.serve.general_runner import GeneralRunner
 from veneer.serve.program_runner import ProgramRunner
 
-from .conftest import END, FAMILIES, METHODS, make_model
+from .conftest import END, FAMILIES, METHODS, make_model, save_adapter
 
 LENGTH = 7
 PROMPTS = [[7 * i * i % 251 + 1 for i in range(1, n + 1)] for n in (1, 5, 13, 2, 23, 9)]
@@ -96,6 +96,17 @@ def test_every_method_in_one_batch(adapters, peft_model, tokenizer, general):
     for i in range(0, len(names), 3):
         assert answers(llm, [prompts[i]], [asked[i]]) == [expected[i]]
     assert general or llm.engine.runner.general is None  # the program has a place for all of them
+
+
+@pytest.mark.parametrize("general", [False, True])
+def test_prompts_beside_attention_run_on_the_general_runner(tokenizer, tmp_path, general):
+    folder = save_adapter(tmp_path / "attended", AdaptionPromptConfig(adapter_len=3, adapter_layers=1))
+    adapted = PeftModel.from_pretrained(make_model(), folder)
+    expected = [generated(model, PROMPTS[2]) for model in (adapted, make_model())]
+    assert expected[0] != expected[1]
+    llm = LLM(make_model(), tokenizer=tokenizer, max_num_batched_tokens=7, general_runner=general)
+    asked = [LoRARequest("attended", 1, str(folder)), None]
+    assert answers(llm, [PROMPTS[2]] * 2, asked) == expected
 
 
 def test_with_fewer_places_than_adapters(adapters, peft_model, tokenizer):
