@@ -80,7 +80,14 @@ def test_no_file_outside_of_the_model_asks_of_which_kind_a_holder_is() -> None:
         cls = pending.pop()
         kinds.add(cls.__name__)
         pending += cls.__subclasses__()
-    assert {"Adapted", "AdaptedSite", "ResidualAdapters", "AttendedPrompts", "PrefixAdapters", "PromptAdapters"} <= kinds
+    assert {
+        "Adapted",
+        "AdaptedSite",
+        "ResidualAdapters",
+        "AttendedPrompts",
+        "PrefixAdapters",
+        "PromptAdapters",
+    } <= kinds
     outside = [path for path in SOURCE.rglob("*.py") if path.relative_to(SOURCE).parts[0] != "model"]
     assert [found for path in outside for found in checks_of_kind(path, kinds | {"TiedFactors", "TokenRows"})] == []
 

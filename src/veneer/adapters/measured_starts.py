@@ -28,7 +28,7 @@ Settings = TypeVar("Settings")
 def initialize_lora_ga_weights(
     model: PeftModel, train_step: Callable[[], object], adapter_name: str = "default"
 ) -> None:
-    """Initialise an adapter with ``init_lora_weights="lora_ga"`` from the gradients of the weights of its linear layers.
+    """Initialise an adapter with ``init_lora_weights="lora_ga"`` from the gradients of its linear layers' weights.
 
     ``train_step`` runs the model forward and backward, on one batch or several; the gradients are their mean. In it no
     adapter acts, the model is in training mode, and the base may have any storage format. The gradients need as much
@@ -56,8 +56,8 @@ def initialize_lora_corda_weights(
 ) -> None:
     """Initialise an adapter with ``init_lora_weights="corda"`` from its linear layers' weights and inputs.
 
-    ``run_model`` runs the model forward, on one batch or several. In it no adapter acts, the model is in evaluation mode,
-    and the base may have any storage format. The covariances need ``i²`` numbers in float32 for each layer.
+    ``run_model`` runs the model forward, on one batch or several. In it no adapter acts, the model is in evaluation
+    mode, and the base may have any storage format. The covariances need ``i²`` numbers in float32 for each layer.
 
     Raises ConfigError if the adapter does not start from "corda", DataError for a layer that no batch reaches,
     NonFiniteError for inputs with NaN or infinity, and AdapterNameError if an adapter is merged.
@@ -97,8 +97,8 @@ class _Sum:
             raise DataError(f"{given} gave {path} no {what}: leave it out of target_modules, or run the model in it")
         if not torch.isfinite(self.total).all():
             raise NonFiniteError(
-                f"the {what} of {path} holds NaN or infinity, from which nothing can start: look for the batch, or for a "
-                "dtype too narrow for this model"
+                f"the {what} of {path} holds NaN or infinity, from which nothing can start: look for the batch, or for "
+                "a dtype too narrow for this model"
             )
         return self.total / self.count
 
@@ -123,9 +123,7 @@ def _gradients_of(layers: Mapping[str, AdaptedSite], sums: Mapping[str, _Sum]) -
             handle.remove()
 
 
-def _asked_for(
-    model: PeftModel, name: str, kind: type[Settings]
-) -> tuple[LateStart, Settings, dict[str, AdaptedSite]]:
+def _asked_for(model: PeftModel, name: str, kind: type[Settings]) -> tuple[LateStart, Settings, dict[str, AdaptedSite]]:
     """The start that an adapter asks for, its settings of this kind, and the linear layers that have it."""
     require_known(model.adapter_state, (name,))
     if model.adapter_state.merged:

@@ -75,9 +75,9 @@ class PeftModel(AdapterOverview):
     ) -> Any:
         """The model's forward pass. ``adapter_names`` gives each row an adapter of its own, of any method.
 
-        Rows named ``"__base__"`` take none. ``task_ids`` gives each row one of its adapter's tasks, if that has several;
-        without ``adapter_names`` they are those of the active adapter. Raises AdapterNameError for unknown names,
-        ShapeError where there is not one per row, CompositionError where rows of this model cannot differ so.
+        Rows named ``"__base__"`` take none. ``task_ids`` gives each row one of its adapter's tasks, if that has
+        several; without ``adapter_names`` they are those of the active adapter. Raises AdapterNameError for unknown
+        names, ShapeError where there is not one per row, CompositionError where rows of this model cannot differ so.
         """
         state, inputs = self.adapter_state, (args, kwargs)
         if adapter_names is None and task_ids is None:
@@ -88,7 +88,9 @@ class PeftModel(AdapterOverview):
 
     @classmethod
     def own_body(cls, base: type[nn.Module]) -> dict[str, Any]:
-        """Return a ``forward`` that takes ``adapter_names`` and ``task_ids`` and calls the model, with the signature of the base's."""
+        """Return a ``forward`` that takes ``adapter_names`` and ``task_ids`` and calls the model, with the signature of
+        the base's.
+        """
         return {"forward": _with_names(base.forward)}
 
     @property

@@ -13,8 +13,8 @@ from veneer.contract.virtual_tokens import PromptMethod, StartText
 class EmbeddedPrompt(PromptMethod):
     """Prompt that may start from embeddings, in PEFT's fields.
 
-    ``prompt_tuning_init`` names the start. "TEXT" takes the embeddings of ``prompt_tuning_init_text``, cut or repeated to
-    n; ``tokenizer_name_or_path`` and ``tokenizer_kwargs`` tokenize it.
+    ``prompt_tuning_init`` names the start. "TEXT" takes the embeddings of ``prompt_tuning_init_text``, cut or repeated
+    to n; ``tokenizer_name_or_path`` and ``tokenizer_kwargs`` tokenize it.
     """
 
     identity_at_start: ClassVar[bool] = False

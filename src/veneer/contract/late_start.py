@@ -14,8 +14,8 @@ class LateStart(ABC):
     """Low-rank factors that may be initialized again once their adapter is on a model.
 
     ``a`` and ``b`` name A (r, i) and B (o, r) among the method's parameters. ``taken_off`` names A and B of the initial
-    product, if that is subtracted. ``settings`` are those of the initialization from data that the config asks for, such
-    as `inits.eva.EvaConfig`; None if it asks for none.
+    product, if that is subtracted. ``settings`` are those of the initialization from data that the config asks for,
+    such as `inits.eva.EvaConfig`; None if it asks for none.
     ``is_product``: the update is exactly `scale` B A for any factors, so that they may start as any product.
     """
 

@@ -1,7 +1,7 @@
 """CorDA: the factors start as singular triplets of the weight, seen through the covariance C of a layer's inputs.
 
-``W C = U S Vᵀ``, and ``scale · B A = U_r S_r V_rᵀ C⁻¹``. Source: Yang et al. 2024, arXiv:2406.05223, section 3, eq. 1 to
-6. The update subtracts the initial product, as PiSSA's does, so that the start is the base.
+``W C = U S Vᵀ``, and ``scale · B A = U_r S_r V_rᵀ C⁻¹``. Source: Yang et al. 2024, arXiv:2406.05223, section 3. The
+update subtracts the initial product, as PiSSA's does, so that the start is the base.
 
 Departs: PEFT takes one sequence a pass; here a batch of them is one sample.
 """
@@ -49,7 +49,10 @@ class CordaConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, object]) -> CordaConfig:
-        """Return the settings from a file's fields, without those of PEFT's pass. Raises ConfigError for unknown ones."""
+        """Return the settings from a file's fields, without those of PEFT's pass.
+
+        Raises ConfigError for unknown ones.
+        """
         return settings_of(cls, {name: value for name, value in values.items() if name not in _OF_THE_PASS})
 
 

@@ -1,7 +1,7 @@
 """LoRA-GA: the factors start as singular vectors of the gradient of the weight, so that the first steps follow it.
 
-Source: Wang et al. 2024, arXiv:2407.05000, section 3.2 and algorithm 1; the directions and scales are PEFT's. The update
-subtracts the initial product, as PiSSA's does, so that the start is the base.
+Source: Wang et al. 2024, arXiv:2407.05000, section 3.2 and algorithm 1; the directions and scales are PEFT's. The
+update subtracts the initial product, as PiSSA's does, so that the start is the base.
 
 Departs: the scale "stable" reads the count of outputs in layers that store Wᵀ too (PEFT: of inputs). "weight_svd" takes
 the exact norm of the weight (PEFT: a randomized one).
@@ -37,10 +37,10 @@ def find(name: bool | str) -> Start | None:
 class LoraGAConfig:
     """Settings of LoRA-GA, in PEFT's fields.
 
-    ``direction``: the triplets of the gradient's 2 r leading ones that A and B take: "ArB2r" the first r and the others,
-    "A2rBr" the reverse, "ArBr" every second one each, "random" r at random, the same for both. ``scale``: "stable" times
-    B by ``(o / stable_gamma²)^¼``, "weight_svd" gives the first column of B the norm of the weight, "gd_scale" divides
-    both by the scale of B A, "unit" leaves them.
+    ``direction``: those of the gradient's 2 r leading triplets that A and B take. "ArB2r" gives A the first r and B the
+    others, "A2rBr" the reverse, "ArBr" every second one each, "random" r at random, the same to both. ``scale``:
+    "stable" multiplies B by ``(o / stable_gamma²)^¼``, "weight_svd" gives its first column the norm of the weight,
+    "gd_scale" divides both by the scale of B A, "unit" leaves them.
     """
 
     direction: Literal["ArBr", "A2rBr", "ArB2r", "random"] = "ArB2r"
@@ -69,8 +69,8 @@ def of_gradient(
     r, scale = shape
     if 2 * r > min(gradient.shape):
         raise ConfigError(
-            f"LoRA-GA at {site.name}: r={r} needs {2 * r} directions, and a weight of shape {tuple(gradient.shape)} has "
-            f"{min(gradient.shape)}: give r={min(gradient.shape) // 2} or less"
+            f"LoRA-GA at {site.name}: r={r} needs {2 * r} directions, and a weight of shape {tuple(gradient.shape)} "
+            f"has {min(gradient.shape)}: give r={min(gradient.shape) // 2} or less"
         )
     u, s, vt = leading_triplets(gradient.float(), 2 * r, _POWER_ITERATIONS, generator)
     of_a, of_b = _places(r, settings.direction, generator)

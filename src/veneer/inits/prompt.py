@@ -12,9 +12,7 @@ from veneer.errors import ConfigError
 _SAMPLED = 4096  # tokens that the scale of the embeddings is measured on
 
 
-def embeddings(
-    site: InputSite, n: int, start: str, generator: torch.Generator | None = None
-) -> Float[Tensor, "n d"]:
+def embeddings(site: InputSite, n: int, start: str, generator: torch.Generator | None = None) -> Float[Tensor, "n d"]:
     """Return initial embeddings in float32 (Lester et al. 2021, arXiv:2104.08691, section 2).
 
     "SAMPLE_VOCAB" takes those of random tokens, "TEXT" those of the site's text, cut or repeated to n. Any other start

@@ -3,8 +3,8 @@
 
 A prompt of source tasks may start one of a target task: ``AVERAGE_SOURCE_TASKS``, ``EXACT_SOURCE_TASK``,
 ``ONLY_SOURCE_SHARED``. Departs: RANDOM draws P at the scale of the model's own embeddings (PEFT: standard deviation 1).
-An adapter of one task needs no ``task_ids``. The prompts are not distilled from those of single tasks (section 3.2), nor
-are they in PEFT.
+An adapter of one task needs no ``task_ids``. The prompts are not distilled from those of single tasks (section 3.2),
+nor are they in PEFT.
 """
 
 from __future__ import annotations
@@ -62,7 +62,9 @@ class MultitaskPromptTuningConfig(EmbeddedPrompt):
             if getattr(self, name) < 1:
                 found.append(f"{name}={getattr(self, name)!r} must be a whole number of at least 1")
         if self.prompt_tuning_init_task < 0:
-            found.append(f"prompt_tuning_init_task={self.prompt_tuning_init_task!r} must be a whole number of at least 0")
+            found.append(
+                f"prompt_tuning_init_task={self.prompt_tuning_init_task!r} must be a whole number of at least 0"
+            )
         return found if self.inference_mode else found + self._problems_of_source()
 
     def _problems_of_source(self) -> list[str]:
@@ -74,7 +76,9 @@ class MultitaskPromptTuningConfig(EmbeddedPrompt):
         if path is None:
             found.append(f"prompt_tuning_init={start!r} needs prompt_tuning_init_state_dict_path, a .safetensors file")
         if start != "ONLY_SOURCE_SHARED" and self.num_tasks != 1:
-            found.append(f"num_tasks={self.num_tasks!r} must be 1 with prompt_tuning_init={start!r}, the start of one task")
+            found.append(
+                f"num_tasks={self.num_tasks!r} must be 1 with prompt_tuning_init={start!r}, the start of one task"
+            )
         return found
 
     @property
@@ -113,7 +117,9 @@ class MultitaskPromptTuningConfig(EmbeddedPrompt):
             given = {**given, **{name: given[name][task : task + 1].clone() for name in (COLUMNS, ROWS)}}
         elif self.prompt_tuning_init == "AVERAGE_SOURCE_TASKS":
             given = {**given, **{name: given[name].mean(dim=0, keepdim=True) for name in (COLUMNS, ROWS)}}
-        wrong = [f"{n} {tuple(x.shape)} instead of {shapes[n]}" for n, x in given.items() if tuple(x.shape) != shapes[n]]
+        wrong = [
+            f"{n} {tuple(x.shape)} instead of {shapes[n]}" for n, x in given.items() if tuple(x.shape) != shapes[n]
+        ]
         if wrong:
             raise ConfigError(
                 f"{path} does not fit: {', '.join(wrong)}. num_virtual_tokens, num_ranks and the base must be the "
@@ -134,8 +140,8 @@ class MultitaskPromptTuningConfig(EmbeddedPrompt):
 def _read(path: Path, names: tuple[str, ...]) -> dict[str, Tensor]:
     if path.suffix != ".safetensors" or not path.is_file():
         raise ConfigError(
-            f"prompt_tuning_init_state_dict_path={str(path)!r} must be a .safetensors file: that of an adapter of source "
-            "tasks. A pickle can run any code, and is not read"
+            f"prompt_tuning_init_state_dict_path={str(path)!r} must be a .safetensors file: that of an adapter of "
+            "source tasks. A pickle can run any code, and is not read"
         )
     header, problems = read_header(path)
     problems += [f"holds no {name}" for name in names if name not in header]

@@ -173,8 +173,8 @@ def attending_sites(snapshot: Snapshot, config: AttentionMethod) -> list[Attendi
     whole = [path for path in paths if hasattr(snapshot.modules[path], family.queries)]
     if not whole:
         raise TargetError(
-            f"target_modules={wanted!r} names no attention of this {snapshot.model_type}: give {family.attention!r}, or "
-            "leave it out"
+            f"target_modules={wanted!r} names no attention of this {snapshot.model_type}: give {family.attention!r}, "
+            "or leave it out"
         )
     if config.n_layers > len(whole):
         raise TargetError(

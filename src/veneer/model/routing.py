@@ -93,9 +93,7 @@ class Routing:
         found = [(name, (index == place).nonzero().squeeze(1)) for place, name in enumerate((BASE, *known))]
         return [(name, rows) for name, rows in (*found[1:], found[0]) if rows.numel()]
 
-    def parts(
-        self, n_rows: int, names: Sequence[str], what: str, device: torch.device
-    ) -> list[tuple[Choice, Tensor]]:
+    def parts(self, n_rows: int, names: Sequence[str], what: str, device: torch.device) -> list[tuple[Choice, Tensor]]:
         """Return the rows of each of the `choices` of these adapters, and last, as ``("__base__", None)``, those of all
         others; none is empty.
         """

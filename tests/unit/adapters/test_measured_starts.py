@@ -51,7 +51,7 @@ def backward(model: nn.Module, batches: list[Tensor] = BATCHES[:2]) -> Callable[
 
     def run() -> None:
         for batch in batches:
-            model(input_ids=batch[:, :5], labels=batch[:, :5]).loss.backward()
+            model(input_ids=batch[:, :6], labels=batch[:, :6]).loss.backward()
 
     return run
 
@@ -223,31 +223,44 @@ def test_other_adapters_and_the_base_stay_as_they_are() -> None:
     assert not any(layer._forward_hooks for layer in adapted_layers(model).values())
 
 
-def test_what_a_start_refuses() -> None:
+def new(start: str, model: Any = None, **changes: Any) -> PeftModel:
+    return veneer.get_peft_model(base() if model is None else model, LoraConfig(**fields(start, **changes)))
+
+
+def test_an_adapter_that_starts_otherwise_is_refused() -> None:
     plain = veneer.get_peft_model(base(), LoraConfig(r=R, target_modules=TARGETS))
-    with pytest.raises(ConfigError, match="'default' does not start from LoraGAConfig: it is LoraConfig with .*=True"):
+    with pytest.raises(ConfigError, match=r"'default' does not start from LoraGAConfig: it is LoraConfig with .*=True"):
         veneer.initialize_lora_ga_weights(plain, backward(plain))
     with pytest.raises(ConfigError, match="does not start from CordaConfig"):
-        veneer.initialize_lora_corda_weights(lora_ga(), lambda: None)
-    with pytest.raises(DataError, match=r"train_step gave model.layers.0.self_attn.q_proj no gradient"):
-        model = veneer.get_peft_model(base(), LoraConfig(**fields("lora_ga")))
-        veneer.initialize_lora_ga_weights(model, lambda: None)
-    with pytest.raises(DataError, match="run_model gave .* no input"):
-        model = veneer.get_peft_model(base(), LoraConfig(**fields("corda")))
-        veneer.initialize_lora_corda_weights(model, lambda: None)
-    with pytest.raises(ConfigError, match=r"r=7 needs 14 directions, and a weight of shape \(12, 24\) has 12: give r=6"):
-        model = veneer.get_peft_model(base(), LoraConfig(**fields("lora_ga", r=7)))
-        veneer.initialize_lora_ga_weights(model, backward(model))
-    with pytest.raises(AdapterNameError, match="are merged"):
-        model = lora_ga()
-        model.merge_adapter()
-        veneer.initialize_lora_ga_weights(model, backward(model))
+        veneer.initialize_lora_corda_weights(new("lora_ga"), lambda: None)
+
+
+def test_a_pass_that_shows_nothing_is_refused() -> None:
+    with pytest.raises(DataError, match=r"train_step gave model\.layers\.0\.self_attn\.q_proj no gradient"):
+        veneer.initialize_lora_ga_weights(new("lora_ga"), lambda: None)
+    with pytest.raises(DataError, match=r"run_model gave .* no input"):
+        veneer.initialize_lora_corda_weights(new("corda"), lambda: None)
     broken = base()
     with torch.no_grad():
         broken.model.embed_tokens.weight[:] = float("nan")
-    model = veneer.get_peft_model(broken, LoraConfig(**fields("corda")))
+    model = new("corda", broken)
     with pytest.raises(NonFiniteError, match="holds NaN or infinity"):
         veneer.initialize_lora_corda_weights(model, forward(model))
+
+
+def test_a_rank_above_half_of_a_width_is_refused() -> None:
+    model = new("lora_ga", r=7)
+    with pytest.raises(
+        ConfigError, match=r"r=7 needs 14 directions, and a weight of shape \(12, 24\) has 12: give r=6"
+    ):
+        veneer.initialize_lora_ga_weights(model, backward(model))
+
+
+def test_a_merged_adapter_is_refused() -> None:
+    model = lora_ga()
+    model.merge_adapter()
+    with pytest.raises(AdapterNameError, match="are merged"):
+        veneer.initialize_lora_ga_weights(model, backward(model))
 
 
 @pytest.mark.parametrize(

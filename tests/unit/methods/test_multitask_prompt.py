@@ -119,17 +119,13 @@ def test_rows_of_a_batch_are_those_of_their_tasks_alone() -> None:
     assert (logits(model, task_ids=[0, 1])[0] - together[0]).norm() > 1e-3
 
 
-def test_generation_equals_pefts_and_whole_passes(tmp_path: Path) -> None:
-    reference = with_peft()
-    reference.save_pretrained(tmp_path)
-    model = veneer.PeftModel.from_pretrained(base(), tmp_path)
+def test_generation_equals_whole_passes() -> None:
+    model = ours()
     found, ids = model.generate(input_ids=TOKENS, task_ids=TASK_IDS, **GENERATE), TOKENS
-    expected = reference.generate(input_ids=TOKENS, task_ids=TASK_IDS, **GENERATE)
     for _ in range(GENERATE["max_new_tokens"]):
         last = model(input_ids=ids, task_ids=TASK_IDS, use_cache=False).logits[:, -1:].argmax(-1)
         ids = torch.cat([ids, last], dim=1)
     assert torch.equal(found, ids)
-    assert torch.equal(found, expected)
     beams = model.generate(input_ids=TOKENS, task_ids=TASK_IDS, num_beams=3, **GENERATE)
     alone = model.generate(input_ids=TOKENS[1:], task_ids=[0], num_beams=3, **GENERATE)
     assert torch.equal(beams[1:], alone)
