@@ -69,7 +69,7 @@ def attached_records(model: nn.Module) -> dict[str, Record]:
         elif isinstance(place, PrefixAdapters):
             found["input"] = place.records("default")
         elif isinstance(place, (ResidualAdapters, AttendedPrompts, PromptAdapters)):
-            found["input" if isinstance(place, PromptAdapters) else path] = place.record("default")
+            found[place.site.name] = place.record("default")
         elif "default" in place.adapters:
             found[path] = place.record("default")
     return found

@@ -112,7 +112,7 @@ def _gradients_of(layers: Mapping[str, AdaptedSite], sums: Mapping[str, _Sum]) -
             return None
         x, own = args[0].detach(), sums[cast(AdaptedSite, module).site_name]
         watched = output + output.new_zeros(()).requires_grad_()  # gets a gradient though nothing below trains
-        watched.register_hook(lambda grad: own.add(grad.flatten(0, -2).float().T @ x.flatten(0, -2).float()))
+        cast(Any, watched).register_hook(lambda grad: own.add(_product(grad, x)))
         return watched
 
     handles = [layer.register_forward_hook(watch) for layer in layers.values()]
@@ -121,6 +121,11 @@ def _gradients_of(layers: Mapping[str, AdaptedSite], sums: Mapping[str, _Sum]) -
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _product(gradient: Tensor, x: Tensor) -> Tensor:
+    """The gradient of a weight (o, i), of one use of it: that of the outputs, and the inputs."""
+    return gradient.flatten(0, -2).float().T @ x.flatten(0, -2).float()
 
 
 def _asked_for(model: PeftModel, name: str, kind: type[Settings]) -> tuple[LateStart, Settings, dict[str, AdaptedSite]]:

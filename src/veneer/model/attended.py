@@ -126,7 +126,7 @@ class AttendedPrompts(Holder):
         return queries if angles is None else turned(queries, *angles)
 
     def _by_head(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (-1, cast(int, self.attention.head_dim)))
+        return x.view(*x.shape[:-1], -1, cast(int, self.attention.head_dim))
 
     def _change(self, name: str, queries: Tensor) -> Tensor:
         record = self.record(name)

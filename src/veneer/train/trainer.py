@@ -46,6 +46,7 @@ class SFTTrainer(RunTrainer, trl.SFTTrainer):  # type: ignore[misc]
     """
 
     task_metric: TaskMetric | None = None  # measured whenever the held-out loss is
+    _signature_columns: list[str] | None  # Trainer's
 
     def __init__(
         self,
@@ -111,8 +112,9 @@ class SFTTrainer(RunTrainer, trl.SFTTrainer):  # type: ignore[misc]
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
-        if not self._is_vision_dataset and TASK not in self._signature_columns:
-            self._signature_columns = [*self._signature_columns, TASK]
+        columns = self._signature_columns or []
+        if not self._is_vision_dataset and TASK not in columns:
+            self._signature_columns = [*columns, TASK]
 
     def compute_loss(
         self,
