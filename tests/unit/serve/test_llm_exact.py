@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 import torch
 
-from veneer import LLM, AdaptionPromptConfig, LoRARequest, PeftModel, SamplingParams
+from veneer import LLM, AdaptionPromptConfig, LoRARequest, PeftModel, SamplingParams, get_peft_model
 from veneer.serve.general_runner import GeneralRunner
 from veneer.serve.program_runner import ProgramRunner
 
-from .conftest import END, FAMILIES, METHODS, make_model, save_adapter
+from .conftest import END, FAMILIES, METHODS, make_model
 
 LENGTH = 7
 PROMPTS = [[7 * i * i % 251 + 1 for i in range(1, n + 1)] for n in (1, 5, 13, 2, 23, 9)]
@@ -100,8 +100,12 @@ def test_every_method_in_one_batch(adapters, peft_model, tokenizer, general):
 
 @pytest.mark.parametrize("general", [False, True])
 def test_prompts_beside_attention_run_on_the_general_runner(tokenizer, tmp_path, general):
-    folder = save_adapter(tmp_path / "attended", AdaptionPromptConfig(adapter_len=3, adapter_layers=1))
-    adapted = PeftModel.from_pretrained(make_model(), folder)
+    adapted, folder = get_peft_model(make_model(), AdaptionPromptConfig(adapter_len=3, adapter_layers=2)), tmp_path
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if name.endswith("adaption_gate"):
+                parameter += 3
+    adapted.eval().save_pretrained(folder)
     expected = [generated(model, PROMPTS[2]) for model in (adapted, make_model())]
     assert expected[0] != expected[1]
     llm = LLM(make_model(), tokenizer=tokenizer, max_num_batched_tokens=7, general_runner=general)
