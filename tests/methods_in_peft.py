@@ -46,10 +46,10 @@ BASES: dict[str, tuple[Callable[[], PreTrainedModel], list[str]]] = {
 every_base = pytest.mark.parametrize("on", ["llama", "neox"])
 
 
-def step(model: nn.Module) -> tuple[Tensor, dict[str, Tensor]]:
+def step(model: nn.Module, **inputs: Any) -> tuple[Tensor, dict[str, Tensor]]:
     """Logits, and the gradients of trained parameters by their places and PEFT's names."""
     model.zero_grad()
-    logits = model(input_ids=TOKENS, labels=TOKENS)
+    logits = model(input_ids=TOKENS, labels=TOKENS, **inputs)
     logits.loss.backward()
     grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     return logits.logits.detach(), grads
@@ -66,13 +66,15 @@ def assert_equals_peft(
     on: str = "llama",
     fixed: Sequence[str] = (),
     moved: bool = False,
+    task: int | None = None,
     **fields: Any,
 ) -> None:
     """Files go both ways with all keys and values; logits and gradients are equal; merging changes nothing.
 
     ``on`` names the base. ``fixed`` are ends of the keys that are in the file and never trained. ``moved``: PEFT has no
-    start away from the base, so that its parameters are moved.
+    start away from the base, so that its parameters are moved. ``task``: that of all rows, and of the merge.
     """
+    inputs = {} if task is None else {"task_ids": torch.full((len(TOKENS),), task)}
     torch.manual_seed(11)
     make, targets = BASES[on]
     reference = peft.get_peft_model(make(), getattr(peft, theirs)(target_modules=targets, **fields))
@@ -89,11 +91,11 @@ def assert_equals_peft(
     }
     assert all(torch.equal(read[key], value) for key, value in written.items())
     again = peft.PeftModel.from_pretrained(make(), folder / "ours", is_trainable=True)
-    wanted, wanted_grads = step(again)
+    wanted, wanted_grads = step(again.eval(), **inputs)
     with torch.no_grad():
-        near(model(input_ids=TOKENS).logits, wanted)
+        near(model.eval()(input_ids=TOKENS, **inputs).logits, wanted)
         assert (make()(TOKENS).logits - wanted).norm() > 1e-3 * wanted.norm()
-    logits, grads = step(model)
+    logits, grads = step(model, **inputs)
     near(logits, wanted)
     trained = [key for key in written if not key.endswith(tuple(fixed))]
     assert len(grads) == len(wanted_grads) == len(trained)
@@ -101,6 +103,8 @@ def assert_equals_peft(
     for key in trained:
         near(held[key][1].grad, expected[key])
     own = {key: value.clone() for key, value in make().state_dict().items()}
+    if task is not None:
+        model.set_task(task)
     model.merge_adapter()
     near(model(TOKENS).logits.detach(), wanted)
     model.unmerge_adapter()

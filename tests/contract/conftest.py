@@ -38,7 +38,7 @@ def variant_switches() -> list[str]:
 
 def of_own_tests(cls: type[MethodConfig], name: str, default: Any) -> Any:
     """What the method's own tests name for the laws: ``SETTINGS``, fields to run them with, ``PEFT_ERROR``,
-    ``WITHOUT_GRADIENT``, or ``PROJECTS``.
+    ``PEFT_INPUTS``, ``WITHOUT_GRADIENT``, or ``PROJECTS``.
     """
     path = UNIT_TESTS / f"test_{cls.__module__.rpartition('.')[2]}.py"
     if not path.exists():
@@ -113,6 +113,12 @@ def own_settings(method: str) -> dict[str, Any]:
 def peft_error(config: LinearMethod) -> float:
     """The error of PEFT in float64: more than rounding for a method that it computes in float32."""
     return of_own_tests(type(config), "PEFT_ERROR", 1e-9)
+
+
+@pytest.fixture
+def peft_inputs(config: LinearMethod) -> dict[str, torch.Tensor]:
+    """What PEFT's model must be given beside the tokens of two rows."""
+    return {key: torch.tensor(value) for key, value in of_own_tests(type(config), "PEFT_INPUTS", {}).items()}
 
 
 @pytest.fixture

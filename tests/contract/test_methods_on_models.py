@@ -45,9 +45,9 @@ def trained(base: PreTrainedConfig, config) -> PreTrainedModel:
     return model.eval()
 
 
-def logits(model: PreTrainedModel) -> Tensor:
+def logits(model: PreTrainedModel, **inputs: Tensor) -> Tensor:
     with torch.no_grad():
-        return model(TOKENS).logits
+        return model(TOKENS, **inputs).logits
 
 
 @functools.cache
@@ -130,7 +130,7 @@ def test_unloading_gives_back_the_base(base, config):
 
 
 @every_base
-def test_peft_computes_the_same_from_what_is_saved(base, config, peft_error, saved):
+def test_peft_computes_the_same_from_what_is_saved(base, config, peft_error, peft_inputs, saved):
     """Also from a start that PEFT would bake into the weight: what is written is plain LoRA."""
     if config.peft_type not in peft.PeftType.__members__:
         pytest.skip(f"PEFT has no {config.peft_type}")
@@ -142,4 +142,4 @@ def test_peft_computes_the_same_from_what_is_saved(base, config, peft_error, sav
         pytest.skip(f"PEFT's {config.peft_type} does not adapt the layers of GPT-2, or no layers in float64")
     if not any(isinstance(module, BaseTunerLayer) for module in theirs.modules()):
         pytest.skip(f"PEFT's {config.peft_type} passes over the layers of GPT-2")
-    torch.testing.assert_close(logits(theirs), saved.logits, rtol=peft_error, atol=peft_error)
+    torch.testing.assert_close(logits(theirs, **peft_inputs), saved.logits, rtol=peft_error, atol=peft_error)

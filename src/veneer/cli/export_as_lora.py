@@ -20,6 +20,8 @@ def as_lora(args: AsLoraArguments) -> None:
         model = load(str(args.adapter), dtype="float32").model
     else:
         model = load(args.base, args.adapter, dtype="float32").model
+    if args.task is not None:
+        model.set_task(args.task)
     vocabulary = int(cast(Any, model.config).get_text_config().vocab_size)
     tokens = torch.randint(vocabulary, _TOKENS, generator=torch.Generator().manual_seed(0))
     ids = tokens.to(model.device)

@@ -9,5 +9,5 @@ def unnamed_task(peft_type: str, n_tasks: int) -> ConfigError:
     """Return the error for an adapter of several tasks whose record is asked for, when no task is named."""
     return ConfigError(
         f"{peft_type}: the adapter has {n_tasks} tasks, and rows name none: give task_ids, one number below {n_tasks} "
-        "for each row, or take an adapter of one task"
+        "for each row, or choose one for all with set_task()"
     )

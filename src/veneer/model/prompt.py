@@ -77,6 +77,7 @@ class PromptAdapters(VirtualTokens):
     def record(self, name: str, task: int | None = None) -> PromptDelta:
         """Return the record of adapter ``name``, for one of its tasks if it has several."""
         method, params = cast(PromptMethod, self.method(name)), self.parameters_of(name)
+        task = self.adapter_state.tasks.get(name) if task is None else task
         return method.lower(self.site, params if task is None else method.of_task(params, task))
 
     def before_forward(self, model: PreTrainedModel, args: Any, kwargs: Any) -> Any:

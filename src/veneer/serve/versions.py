@@ -116,9 +116,14 @@ class Versions:
     def unread(self, folder: Path) -> AdapterVersion:
         """Return what the config and the header of an adapter say, without an ``id``, which needs all of its content.
 
-        Raises FormatError.
+        Raises FormatError, and CompositionError for an adapter that a request cannot ask for.
         """
         config = read_config(folder)
+        if config.n_tasks > 1:
+            raise CompositionError(
+                f"the adapter in {folder} has {config.n_tasks} tasks, and a request names none: write the task that is "
+                "served as plain LoRA (veneer export as-lora --task N) if it changes weights"
+            )
         return AdapterVersion(
             id="",
             folder=str(folder),

@@ -26,6 +26,7 @@ class AsLoraArguments:
     adapter: Annotated[Path, typer.Argument(metavar="ADAPTER", show_default=False, help="The folder of an adapter.")]
     output: Annotated[Path, unset("FOLDER", "The folder to write.", "--output", "-o")]
     rank: Annotated[int | None, unset("N", "Rank to write at most; by default only what is exact.", min=1)] = None
+    task: Annotated[int | None, unset("N", "Which of its tasks, if it has several (Poly).", min=0)] = None
     base: Annotated[str | None, unset("MODEL", "Its base; by default the one that it names.")] = None
 
     def __post_init__(self) -> None:
