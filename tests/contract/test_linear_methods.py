@@ -152,6 +152,10 @@ def test_the_start_changes_nothing(config, place, has_bias):
 def test_forward_equals_folded(config, place, has_bias):
     site, x = make_site(place, has_bias), inputs(2, TOKENS, IN)
     record = config.lower(site, trained(config, site))
+    if not config.changes_weights:
+        with pytest.raises(CompositionError, match="no weight does the same"):
+            fold_linear(record, weight_of(site).dense(), site.bias)
+        return
     weight, bias = fold_linear(record, weight_of(site).dense(), site.bias)
     adapted = apply_linear(record, x, weight_of(site), site.bias)
     close(adapted, torch.nn.functional.linear(x, weight, bias))
@@ -270,6 +274,10 @@ def test_an_embedding_is_the_linear_layer_on_one_hot_rows(config):
     record = config.lower(site, trained(config, site))
     looked_up = weight_of(site).dense().T[token_ids]
     one_hot = torch.nn.functional.one_hot(token_ids, IN).double()
+    if not config.changes_weights:
+        with pytest.raises(CompositionError, match="no weight does the same"):
+            apply_embedding(record, token_ids, looked_up)
+        return
     if isinstance(record.input, Rotation):
         with pytest.raises(CompositionError, match="rotates the inputs of an embedding"):
             apply_embedding(record, token_ids, looked_up)

@@ -25,7 +25,8 @@ from veneer.contract import (
     WholeMethod,
 )
 from veneer.contract.known import Known
-from veneer.core.linear import fold_linear
+from veneer.core.linear import apply_linear, fold_linear
+from veneer.core.records import LinearDelta
 from veneer.core.sites import AttendingSite, InputSite, LinearSite, ResidualSite
 from veneer.errors import TargetError
 from veneer.methods import all_methods
@@ -112,7 +113,11 @@ def test_the_places_on_a_model_lower_the_start_of_every_method(method: MethodCon
 
 def assert_starts(method: MethodConfig, site: Any, record: Any) -> None:
     """The record has the sizes of its site, and changes nothing if the method says so."""
-    if isinstance(site, LinearSite):
+    if isinstance(site, LinearSite) and not method.changes_weights:
+        x = torch.randn(3, site.in_features)
+        plain, adapted = (apply_linear(each, x, site.weight, site.bias) for each in (LinearDelta(), record))
+        assert method.identity_at_start is torch.allclose(adapted, plain, atol=1e-6)
+    elif isinstance(site, LinearSite):
         weight, bias = site.weight.dense().detach(), site.bias
         folded, new_bias = fold_linear(record, weight, bias)
         assert folded.shape == weight.shape
@@ -157,7 +162,10 @@ def test_taking_off_the_last_adapter_leaves_no_holder(method: MethodConfig) -> N
 
 def test_the_facts_that_callers_ask_for() -> None:
     weights = {name for name, method in METHODS.items() if method.changes_weights}
-    assert weights == {name for name, cls in all_methods().items() if issubclass(cls, (LinearMethod, WholeMethod))}
+    mixing = {name for name, method in METHODS.items() if method.input_dependent}
+    linear_or_whole = {name for name, cls in all_methods().items() if issubclass(cls, (LinearMethod, WholeMethod))}
+    assert weights == linear_or_whole - mixing
+    assert mixing == {"LILY"}
     fronts = {name for name, cls in all_methods().items() if issubclass(cls, VirtualTokenMethod)}
     assert {
         name: method.virtual_tokens for name, method in METHODS.items() if method.is_prompt_learning

@@ -85,7 +85,12 @@ def require_known(state: AdapterState, names: tuple[str, ...]) -> None:
 
 
 def require_everywhere(adapter: object, config: MethodConfig) -> None:
-    """Raise CompositionError if an adapter acts on a part of each sequence."""
+    """Raise CompositionError if an adapter acts on a part of each sequence, or in a way that depends on its tokens."""
+    if config.input_dependent:
+        raise CompositionError(
+            f"the adapter {str(adapter)!r} ({config.peft_type}) weighs its factors by the tokens that it sees, and no "
+            "weight does the same: keep it beside the model"
+        )
     if config.invocation_tokens:
         raise CompositionError(
             f"the adapter {str(adapter)!r} acts from its invocation tokens on, and a weight acts on all tokens: keep "

@@ -180,6 +180,16 @@ class MethodConfig(FrozenConfig):
         return params
 
     @property
+    def input_dependent(self) -> bool:
+        """True if the update of a layer depends on its input, so that no weight has its effect."""
+        return self.by_sequence
+
+    @property
+    def by_sequence(self) -> bool:
+        """True if a record depends on a whole sequence: ``lower`` then finds its tokens in ``params``, as `MEMBERS`."""
+        return False
+
+    @property
     def has_network(self) -> bool:
         """True if a network computes the tensors of a plain save, so that training needs a file of its own
         to resume.

@@ -59,8 +59,9 @@ def placed(method: Method, site: Site, path: str = "", depth: int = 0) -> Placed
 
 
 def held_together(method: Method) -> tuple[str, ...]:
-    """Return the names of the parameters of a layer that other layers hold too."""
-    return method.shared.names if method.shared is not None and method.shared.is_held else ()
+    """Return the names of the parameters of a layer that other layers hold too, under one key in the file."""
+    shared = method.shared
+    return shared.names if shared is not None and shared.is_held and shared.group is None else ()
 
 
 def ends_of(method: Method) -> dict[str, Any]:

@@ -18,7 +18,8 @@ class Shared:
 
     If ``is_held``, they are parameters instead, trained or fixed: each layer has them in its ``shapes``, ``init`` and
     ``lower``. Layers that give one the same name on disk hold the one of the first of them, so that it has one
-    gradient, one optimizer state and one place in the file.
+    gradient, one optimizer state and one place in the file. ``group`` names the group of a layer, by its path and the
+    name of a parameter, if only the layers of a group share it; each then has it in the file too, under its own key.
     """
 
     names: tuple[str, ...]
@@ -27,3 +28,4 @@ class Shared:
     is_saved: bool = True
     is_repeated: bool = False
     is_held: bool = False
+    group: Callable[[str, str], str] | None = None

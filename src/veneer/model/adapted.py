@@ -114,7 +114,7 @@ class Adapted(InPlace, Holder):
         groups = [] if x is None else routing.parts(x.shape[0], names, self.site_name, x.device)
         parts = []
         for (name, task), rows in groups:
-            with self.adapter_state.only(() if name == BASE else (name,), task):
+            with self.adapter_state.only(() if name == BASE else (name,), task=task, rows=rows):
                 # not through __call__: the hooks are around all rows
                 parts.append(type(self).forward(self, cast(Tensor, x)[rows], *args[1:], **kwargs))
         if x is None or not all(isinstance(part, Tensor) for part in parts):

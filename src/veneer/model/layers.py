@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import cast
 
 from torch import Tensor, nn
 
-from veneer.contract import Params
+from veneer.contract import MethodConfig, Params
 from veneer.contract.keys import OUT_PROJECTION, attention_path
-from veneer.contract.places import REPEATS, Placed, held_together, placed
+from veneer.contract.places import REPEATS, Placed, placed
 from veneer.model.allocation import Allocation
 from veneer.model.kinds import loaded_site
 from veneer.model.linear import AdaptedSite
@@ -48,7 +48,7 @@ def put_on_layers(snapshot: Snapshot, name: str, state: AdapterState, plan: Plan
         starts = plan.config.init_together({path: layer.site((name,)) for path, layer in layers.items()})
     for path, layer in layers.items():
         layer.add_adapter(name, allocation, keys[path], starts.get(path))
-    _share(layers, name, keys, held_together(plan.config))
+    _share(layers, name, keys, plan.config)
     for layer in layers.values() if allocation.values else ():
         layer.derive(name)
     for path in plan.followers:
@@ -59,13 +59,17 @@ def put_on_layers(snapshot: Snapshot, name: str, state: AdapterState, plan: Plan
 
 
 def _share(
-    layers: Mapping[str, AdaptedSite], name: str, keys: Mapping[str, Mapping[str, str]], shared: Sequence[str]
+    layers: Mapping[str, AdaptedSite], name: str, keys: Mapping[str, Mapping[str, str]], config: MethodConfig
 ) -> None:
-    """Let layers whose parameters of these names have one key hold that of the first of them."""
-    first: dict[str, nn.Module] = {}
+    """Let layers of one group, or whose parameters have one key, hold that of the first of them."""
+    shared = config.shared
+    if shared is None or not shared.is_held:
+        return
+    first: dict[tuple[str, str], nn.Module] = {}
     for path, layer in layers.items():
         held = layer.adapters[name]
-        for own in shared:
-            other = first.setdefault(keys[path][own], held)
+        for own in shared.names:
+            group = keys[path][own] if shared.group is None else shared.group(path, own)
+            other = first.setdefault((own, group), held)
             of = "_parameters" if own in held._parameters else "_buffers"
             getattr(held, of)[own] = getattr(other, of)[own]

@@ -25,6 +25,7 @@ from veneer.core.linear import (
     row_blocks,
 )
 from veneer.core.records import LinearDelta
+from veneer.core.sequences import MEMBERS, Sequences, members_of_rows
 from veneer.core.sites import LinearSite
 from veneer.core.token_rows import project_rows
 from veneer.model.adapted import Adapted, TiedFactors, factors_of
@@ -56,28 +57,40 @@ class AdaptedSite(Adapted):
         site: LinearSite | None = None,
         *,
         task: int | None = None,
-        drawn: Params = MappingProxyType({}),
+        given: Params = MappingProxyType({}),
     ) -> LinearDelta:
         """Return the record of adapter ``name`` at this layer, the same under autocast as without.
 
-        ``task``: which of its tasks, if it has several; by default the one chosen for it. ``drawn``: see `drawn`.
+        ``task``: which of its tasks, if it has several; by default the one chosen for it. ``given``: see `of_pass`.
         """
         site, params, method = site or self.site((name,)), factors_of(self.adapters[name]), self.method(name)
         task = self.adapter_state.tasks.get(name) if task is None else task
         if task is not None:
             params = dict(method.of_task(params, task))
         with without_autocast(next((x.device for x in params.values()), None) or device_of(self)):
-            return method.lower(site, {**params, **drawn} if drawn else params)
+            return method.lower(site, {**params, **given} if given else params)
 
-    def drawn(self, name: str) -> Params:
-        """Return the random numbers of an adapter's record in a forward pass now: new ones each time, none outside
-        training.
+    def of_pass(self, name: str, shape: Sequence[int] | None) -> Params:
+        """Return what a record depends on in a forward pass now, beside its parameters.
+
+        These are random numbers in training, new ones each time, and the sequences of an input of this shape (…, n).
+        None is the shape of the model's input.
         """
-        if not self.training or not self.adapter_state.drops:
-            return {}
-        routing = self.adapter_state.routed()
-        found = self.method(name).drawn(None if routing is None else routing.generators.get(name))
+        method, state, found = self.method(name), self.adapter_state, dict[str, Tensor]()
+        if self.training and state.drops:
+            routing = state.routed()
+            found |= method.drawn(None if routing is None else routing.generators.get(name))
+        if method.by_sequence and (state.sequences is not None or shape is not None):
+            found[MEMBERS] = self._members(state.sequences, shape)
         return {key: value.to(device_of(self)) for key, value in found.items()}
+
+    def _members(self, known: Sequences | None, shape: Sequence[int] | None) -> Tensor:
+        """Those of an input of this shape: its rows are the sequences, if the model knows no others."""
+        if known is not None and shape is None:
+            return known.members
+        rows = tuple(shape or ())
+        found = None if known is None else known.at(rows)
+        return members_of_rows(rows, device_of(self)) if found is None else found
 
     def method(self, name: str) -> LinearMethod:
         """Return the config of an adapter."""
@@ -241,35 +254,40 @@ class AdaptedLinear(AdaptedSite):
             return self._by_formula(x) if routing is None else self.by_rows(routing, names, (x,), {})
         if routing is not None:
             routing.rows(x.shape[0], self.site_name)
-        records, runs = self.acting_records()
+        records, runs = self.acting_records(x.shape[:-1])
         bias, masks = self._parameters.get("bias"), self.masks(x)
         return _computed(x, LinearLayer(weight=weight, bias=bias, records=records, runs=runs, masks=masks))
 
-    def acting_records(self) -> tuple[tuple[LinearDelta, ...], AdapterRuns | None]:
+    def acting_records(self, shape: Sequence[int] | None = None) -> tuple[tuple[LinearDelta, ...], AdapterRuns | None]:
         """Return the records that act now, as arguments of `LinearLayer`: at most one, or a mixed batch's with their
         runs.
 
-        A bias that an adapter trains is in its record. Raises CompositionError for adapters that have no sum.
+        A bias that an adapter trains is in its record. ``shape``: see `of_pass`. Raises CompositionError for adapters
+        that have no sum.
         """
         routing = self.adapter_state.routed()
         if routing is None:
-            record = self._together([name for name in self.adapter_state.acting() if self.holds(name)])
+            record = self._together([name for name in self.adapter_state.acting() if self.holds(name)], shape)
             return (() if record is None else (record,)), None
-        records = (self._together([name], task) if self.holds(name) else None for name, task in routing.choices)
+        records = (self._together([name], shape, task) if self.holds(name) else None for name, task in routing.choices)
         return tuple(LinearDelta() if record is None else record for record in records), routing.runs
 
-    def kept_record(self, name: str, task: int | None = None) -> LinearDelta:
+    def kept_record(self, name: str, shape: Sequence[int] | None = None, task: int | None = None) -> LinearDelta:
         """Return `record` of a forward pass, kept with the adapter's tensors while it consists of those tensors
         themselves.
         """
-        lower = functools.partial(self._record_now, name, task=task)
+        lower = functools.partial(self._record_now, name, shape, task=task)
         return lowered(self.adapters[name], self.method(name), lower)
 
-    def _record_now(self, name: str, site: LinearSite | None = None, task: int | None = None) -> LinearDelta:
-        """The record in a forward pass, which draws its random numbers."""
-        return self.record(name, site, task=task, drawn=self.drawn(name))
+    def _record_now(
+        self, name: str, shape: Sequence[int] | None, site: LinearSite | None = None, task: int | None = None
+    ) -> LinearDelta:
+        """The record in a forward pass."""
+        return self.record(name, site, task=task, given=self.of_pass(name, shape))
 
-    def _together(self, names: Sequence[str], task: int | None = None) -> LinearDelta | None:
+    def _together(
+        self, names: Sequence[str], shape: Sequence[int] | None, task: int | None = None
+    ) -> LinearDelta | None:
         """The record of these adapters, a bias that they train in it; None where they change nothing."""
         held = [name for name in names if name in self.adapters]
         bias = self.effective("bias", names)
@@ -277,11 +295,21 @@ class AdaptedLinear(AdaptedSite):
         if not held:
             return None if trained is None else LinearDelta(bias=trained)
         if len(held) == 1:
-            record = self.kept_record(held[0], task)
+            record = self.kept_record(held[0], shape, task)
         else:
             site = self.site(names)
-            record = compose_linear([self._record_now(name, site) for name in held], site.bias)
+            record = compose_linear([self._record_now(name, shape, site) for name in held], site.bias)
         return record if trained is None or record.bias is not None else replace(record, bias=trained)
+
+    def needs_shape(self) -> bool:
+        """Return True if a record depends on sequences that the model does not know, so that the input's shape tells
+        them.
+        """
+        if self.adapter_state.sequences is not None:
+            return False
+        routing = self.adapter_state.routed()
+        names = self.adapter_state.acting() if routing is None else routing.adapters
+        return any(self.method(name).by_sequence for name in names if name in self.adapters)
 
     def replaces_weight(self) -> bool:
         """Return True if a weight other than the layer's own acts, on all rows or on some."""
@@ -316,7 +344,7 @@ class AdaptedLinear(AdaptedSite):
         """The record applied under autograd: for a compiler to follow, or where the weight is trained as well."""
         names, site = self.acting_here(), self.site()
         weight = cast(FrozenWeight, site.weight)
-        records = [self._record_now(name, site) for name in names]
+        records = [self._record_now(name, x.shape[:-1], site) for name in names]
         read = entered(compose_linear(records, site.bias), x)
         return apply_linear_sum(records, x, weight, site.bias, [self.dropped(read, name) for name in names])
 

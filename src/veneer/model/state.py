@@ -6,10 +6,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from veneer.contract import MethodConfig
 from veneer.contract.training import Schedule
+from veneer.core.sequences import Sequences
 from veneer.model.routing import Routing
 
 
@@ -20,10 +22,10 @@ class AdapterState:
     ``disabled``: all adapters are switched off. ``untied``: merging made the input embeddings and the head differ, so
     that the config no longer ties them. ``watch``: the hook that watches training steps. ``routing``: the adapter of
     each row, in a mixed batch. ``starts``: the first token of each prompt that its adapter acts on, in a generation.
-    ``tasks``: the task of an adapter that acts where rows name none, by its name. ``trainable``: the names of those
-    that train while they are active. ``schedules``: actions on adapters after each optimizer step, by name, once
-    training has begun. ``drops``: adapters apply the dropout of their configs in training, and draw random numbers;
-    False switches it off temporarily.
+    ``sequences``: those of the pass, if an adapter depends on them. ``tasks``: the task of an adapter that acts where
+    rows name none, by its name. ``trainable``: the names of those that train while they are active. ``schedules``:
+    actions on adapters after each optimizer step, by name, once training has begun. ``drops``: adapters apply the
+    dropout of their configs in training, and draw random numbers; False switches it off temporarily.
     """
 
     configs: dict[str, MethodConfig] = field(default_factory=dict)
@@ -34,6 +36,7 @@ class AdapterState:
     watch: RemovableHandle | None = None
     routing: Routing | None = None
     starts: tuple[int, ...] | None = None
+    sequences: Sequences | None = None
     tasks: dict[str, int] = field(default_factory=dict)
     trainable: set[str] = field(default_factory=set)
     schedules: dict[str, Schedule] = field(default_factory=dict)
@@ -75,13 +78,24 @@ class AdapterState:
             self.routing = before
 
     @contextmanager
-    def only(self, names: tuple[str, ...], task: int | None = None) -> Iterator[None]:
+    def knowing(self, sequences: Sequences | None) -> Iterator[None]:
+        """Context of a pass over these sequences."""
+        before, self.sequences = self.sequences, sequences
+        try:
+            yield
+        finally:
+            self.sequences = before
+
+    @contextmanager
+    def only(self, names: tuple[str, ...], *, task: int | None = None, rows: Tensor | None = None) -> Iterator[None]:
         """Context in which only these adapters act, on all rows alike, also where they are switched off.
 
-        ``task``: that of the adapters that have several, in place of the one chosen for them.
+        ``task``: that of the adapters that have several, in place of the one chosen for them. ``rows``: those of the
+        pass that its input holds.
         """
         before = self.active, self.disabled, self.tasks
-        with self.route(None):
+        known = self.sequences if self.sequences is None or rows is None else self.sequences.of_rows(rows)
+        with self.route(None), self.knowing(known):
             self.active, self.disabled = names, False
             if task is not None:
                 self.tasks = {**self.tasks, **dict.fromkeys(names, task)}

@@ -119,6 +119,11 @@ class Versions:
         Raises FormatError, and CompositionError for an adapter that a request cannot ask for.
         """
         config = read_config(folder)
+        if config.by_sequence:
+            raise CompositionError(
+                f"the adapter in {folder} ({config.peft_type}) depends on the whole of a sequence, which the engine "
+                "computes in parts: generate with the model itself"
+            )
         if config.n_tasks > 1:
             raise CompositionError(
                 f"the adapter in {folder} has {config.n_tasks} tasks, and a request names none: write the task that is "

@@ -49,6 +49,10 @@ class Change(Term, ABC):
         """Return ``ΔW x``, in the change's dtype."""
         return self.matmul(x.to(self.dtype))
 
+    def on(self, rows: slice) -> Change:
+        """Return the change as it acts on some tokens of a pass: the same for all, unless it depends on them."""
+        return self
+
     def look_up(self, index: Tensor, padding_idx: int | None = None) -> Float[Tensor, "*batch o"]:
         """Return the columns of the change at token ids. The column at ``padding_idx`` gets no gradient."""
         return torch.nn.functional.embedding(index, self.dense().T, padding_idx)
@@ -78,6 +82,9 @@ class _Derived(Change, ABC):
 
     def with_tensors(self, tensors: Sequence[Tensor]) -> Self:
         return replace(self, of=self.of.with_tensors(tensors))
+
+    def on(self, rows: slice) -> Self:
+        return replace(self, of=self.of.on(rows))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -152,7 +152,7 @@ def layer_of(module: nn.Module, dtype: torch.dtype) -> LinearLayer | None:
     plain = LinearLayer(weight=matrix, bias=None if bias is None else bias.to(dtype))
     if not isinstance(module, AdaptedLinear):
         return plain
-    if module.replaces_weight() or module.drops_apart():
+    if module.replaces_weight() or module.drops_apart() or module.needs_shape():
         return None
     records, runs = module.acting_records()
     return replace(plain, records=records, runs=runs)

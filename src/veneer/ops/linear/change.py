@@ -21,7 +21,7 @@ def add_changes(z: Float[Tensor, "n o"], x: Float[Tensor, "n i"], layer: LinearL
     """Add ``ΔW x`` of each record's changes to the rows that take it, in place."""
     for k, rows in layer.spans(len(x)):
         for change in layer.records[k].changes:
-            z[rows].add_(change.apply(x[rows]))
+            z[rows].add_(change.on(rows).apply(x[rows]))
 
 
 def changes_backward(
@@ -34,7 +34,7 @@ def changes_backward(
     found: list[list[Gradients]] = [[()] * len(record.changes) for record in layer.records]
     for k, rows in layer.spans(len(x)):
         for place, change in enumerate(layer.records[k].changes):
-            own, gradients = term_backward(change, dz[rows], x[rows], input_grad)
+            own, gradients = term_backward(change.on(rows), dz[rows], x[rows], input_grad)
             found[k][place] = added_up(found[k][place], gradients)
             if dx is not None and own is not None:
                 dx[rows].add_(own)

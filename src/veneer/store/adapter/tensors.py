@@ -256,6 +256,7 @@ def _problems(
     shared |= {key: shared[own] for key, own in again.items() if own in shared}
     known = shapes.keys() | _repeated(model, name) | {shared_key(each) for each in names} | again.keys()
     whole = [key for key, own in expected.parameters.items() if not own.is_floating_point()]
+    tied = "the embeddings' that it is tied to" if config.shared is None else "that of the layer that shares it"
     return [
         *(f"missing: {key}" for key in missing),
         *(f"unexpected: {key}" for key in tensors if key not in known),
@@ -268,7 +269,7 @@ def _problems(
             f"differs from what {cast(Shared, config.shared).source} draws: {key}"
             for key in _differing(shared, tensors)
         ),
-        *(f"differs from the embeddings' that it is tied to: {key}" for key in _torn(model, name, tensors)),
+        *(f"differs from {tied}: {key}" for key in _torn(model, name, tensors)),
         *(f"{why}: {key}" for key, why in unusable(tensors, whole).items()),
         *([] if missing or misshapen else value_problems(model, name, tensors)),
     ]

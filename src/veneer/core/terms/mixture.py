@@ -1,0 +1,35 @@
+"""Mixture: a change of the weight that depends on the input, so that no matrix has its effect."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import NoReturn
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from veneer.core.terms.change import Change
+from veneer.errors import CompositionError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Mixture(Change, ABC):
+    """Change that weighs matrices by the tokens of its input: ``matmul`` alone says what it does.
+
+    It is added to the weight's product like any other, and has a gradient like any other. It cannot be folded, combined
+    or turned: `dense` and `matmul_t` raise CompositionError.
+    """
+
+    @abstractmethod
+    def matmul(self, x: Float[Tensor, "*batch i"]) -> Float[Tensor, "*batch o"]: ...
+
+    def dense(self, dtype: torch.dtype | None = None) -> NoReturn:
+        raise CompositionError(
+            "the adapter weighs its factors by the tokens that it sees, and no weight does the same: keep it beside "
+            "the model"
+        )
+
+    def matmul_t(self, dy: Float[Tensor, "*batch o"]) -> NoReturn:
+        self.dense()

@@ -1,0 +1,85 @@
+"""Sequences of a forward pass, for adapters whose change depends on a whole sequence (Lily)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import wraps
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from veneer.core.sequences import Sequences
+from veneer.errors import CompositionError
+from veneer.model.state import AdapterState
+
+Inputs = tuple[Sequence[Any], Mapping[str, Any]]
+
+
+@contextmanager
+def with_sequences(model: nn.Module, state: AdapterState, inputs: Inputs) -> Iterator[None]:
+    """Context of one forward pass whose layers know the sequences, if an acting adapter depends on them.
+
+    ``inputs`` are the arguments of the pass. Padding and packed rows are read from them. Checkpointed blocks are
+    computed again with the same sequences. Raises CompositionError beside virtual tokens.
+    """
+    configs = [state.configs[name] for name in _acting(state)]
+    if not any(config.by_sequence for config in configs):
+        yield
+        return
+    if any(config.virtual_tokens for config in configs):
+        raise CompositionError(
+            "an adapter that depends on whole sequences acts beside one with virtual tokens, which belong to none: "
+            "run them one after another"
+        )
+    found = _sequences(model, inputs)
+    kept = {module: module._gradient_checkpointing_func for module in _checkpointing(model)}
+    for module, checkpoint in kept.items():
+        module._gradient_checkpointing_func = _again_with(checkpoint, state, found)
+    try:
+        with state.knowing(found):
+            yield
+    finally:
+        for module, checkpoint in kept.items():
+            module._gradient_checkpointing_func = checkpoint
+
+
+def _acting(state: AdapterState) -> tuple[str, ...]:
+    routing = state.routed()
+    return state.acting() if routing is None else routing.adapters
+
+
+def _sequences(model: nn.Module, inputs: Inputs) -> Sequences | None:
+    """The sequences of the tokens that are given; None if there are none, or if an encoder and a decoder have tokens of
+    their own.
+    """
+    args, kwargs = inputs
+    named = (kwargs.get("input_ids"), kwargs.get("inputs_embeds"), args[0] if args else None)
+    given = next((x for x in named if isinstance(x, Tensor) and x.ndim == 2 + x.is_floating_point()), None)
+    if given is None or getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        return None
+    (rows, n), mask, positions = given.shape[:2], kwargs.get("attention_mask"), kwargs.get("position_ids")
+    if isinstance(mask, Tensor) and mask.ndim == 2:
+        return Sequences.of(mask[:, -n:].long(), device=given.device)
+    everywhere = torch.ones(rows, n, dtype=torch.long, device=given.device)
+    has_positions = isinstance(positions, Tensor) and positions.ndim == 2 and mask is None
+    return Sequences.of(everywhere, positions if has_positions else None, given.device)
+
+
+def _checkpointing(model: nn.Module) -> list[Any]:
+    return [module for module in model.modules() if "_gradient_checkpointing_func" in vars(module)]
+
+
+def _again_with(checkpoint: Callable[..., Any], state: AdapterState, known: Sequences | None) -> Callable[..., Any]:
+    """``checkpoint`` for functions that, whenever they run, know these sequences."""
+
+    @wraps(checkpoint)
+    def run(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        def again(*inner: Any, **named: Any) -> Any:
+            with state.knowing(known):
+                return function(*inner, **named)
+
+        return checkpoint(again, *args, **kwargs)
+
+    return run
