@@ -14,6 +14,7 @@ for _name in ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY"):
 _HOMES = {
     "AdaLoraConfig": "veneer.methods.adalora",
     "AdaptionPromptConfig": "veneer.methods.adaption_prompt",
+    "ArrowConfig": "veneer.methods.arrow",
     "AutoPeftModel": "veneer.adapters.auto",
     "AutoPeftModelForCausalLM": "veneer.adapters.auto",
     "AutoPeftModelForFeatureExtraction": "veneer.adapters.auto",
@@ -97,6 +98,7 @@ _HOMES = {
     "VeraConfig": "veneer.methods.vera",
     "WaveFTConfig": "veneer.methods.waveft",
     "convert_to_lora": "veneer.adapters.as_lora",
+    "create_arrow_model": "veneer.adapters.arrow",
     "create_lorafa_optimizer": "veneer.adapters.optimizers",
     "create_riemannian_optimizer": "veneer.adapters.optimizers",
     "get_base_model_state_dict": "veneer.adapters.base_state",
@@ -124,6 +126,7 @@ _HOMES = {
 __all__ = [  # noqa: RUF022 sorted as text is, capitals or not
     "AdaLoraConfig",
     "AdaptionPromptConfig",
+    "ArrowConfig",
     "AutoPeftModel",
     "AutoPeftModelForCausalLM",
     "AutoPeftModelForFeatureExtraction",
@@ -207,6 +210,7 @@ __all__ = [  # noqa: RUF022 sorted as text is, capitals or not
     "VeraConfig",
     "WaveFTConfig",
     "convert_to_lora",
+    "create_arrow_model",
     "create_lorafa_optimizer",
     "create_riemannian_optimizer",
     "get_base_model_state_dict",
