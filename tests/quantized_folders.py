@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedConfig
+from transformers import AutoModelForCausalLM, DeepseekV3Config, GptOssConfig, PreTrainedConfig, Qwen3MoeConfig
 
 from models import byte_tokenizer, llama_config
 
@@ -367,6 +367,71 @@ def make_folder(
     save_file(coded, folder / "coded" / "model.safetensors", {"format": "pt"})
     path = folder / "coded" / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"quantization_config": stored.config}))
+    for each in ("dense", "coded"):
+        byte_tokenizer().save_pretrained(folder / each)
+
+
+def qwen3_moe_config() -> PreTrainedConfig:
+    """Three experts, listed one by one in files, whose widths all formats can hold."""
+    return Qwen3MoeConfig(
+        vocab_size=67, hidden_size=64, intermediate_size=128, moe_intermediate_size=96, num_hidden_layers=1,
+        num_attention_heads=2, num_key_value_heads=1, head_dim=32, num_experts=3, num_experts_per_tok=2,
+    )  # fmt: skip
+
+
+def deepseek_config() -> PreTrainedConfig:
+    """A dense layer, and one of five experts and a shared one; no width is a multiple of a block."""
+    return DeepseekV3Config(
+        vocab_size=67, hidden_size=52, intermediate_size=70, moe_intermediate_size=30, num_hidden_layers=2,
+        first_k_dense_replace=1, n_routed_experts=6, n_group=3, topk_group=2, num_experts_per_tok=3, n_shared_experts=1,
+        num_attention_heads=3, num_key_value_heads=3, q_lora_rank=26, kv_lora_rank=22, qk_rope_head_dim=6,
+        qk_nope_head_dim=10, v_head_dim=14, routed_scaling_factor=1.3, max_position_embeddings=64,
+    )  # fmt: skip
+
+
+def deepseek_fp8() -> Stored:
+    """Blocks of 20 by 36 in every projection whose name ends so; gate ends within a block."""
+    found = fp8((20, 36))
+    config = found.config | {"modules_to_not_convert": ["kv_a_proj_with_mqa", "lm_head"]}
+    return replace(found, config=config, left_out=("lm_head",))
+
+
+def gpt_oss_config() -> PreTrainedConfig:
+    return GptOssConfig(
+        vocab_size=67, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=14, num_local_experts=5, num_experts_per_tok=2, sliding_window=5,
+        tie_word_embeddings=False, eos_token_id=2, pad_token_id=0, max_position_embeddings=4096,
+    )  # fmt: skip
+
+
+def make_gpt_oss(folder: Path, dtype: torch.dtype = torch.float32) -> None:
+    """Write ``folder/coded``, a gpt-oss with its experts in MXFP4 as it is published, and ``folder/dense``."""
+    torch.manual_seed(7)
+    model = AutoModelForCausalLM.from_config(gpt_oss_config()).to(dtype)
+    generator = torch.Generator().manual_seed(11)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith(("bias", "sinks")):
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
+    model.save_pretrained(folder / "dense")
+    model.save_pretrained(folder / "coded")
+    dense = load_file(folder / "dense" / "model.safetensors")
+    coded = {name: tensor for name, tensor in dense.items() if not name.endswith(("gate_up_proj", "down_proj"))}
+    for name in dense.keys() - coded.keys():
+        n_experts, i, o = dense[name].shape
+        codes = random_codes(generator, (n_experts, o, i), 16)
+        powers = 119 + random_codes(generator, (n_experts, o, i // 32), 5)
+        weight = FP4_VALUES[codes] * (2.0 ** (powers - 127)).repeat_interleave(32, 2)
+        packed = (codes[..., ::2] | codes[..., 1::2] << 4).to(torch.uint8)
+        coded[f"{name}_blocks"] = packed.view(n_experts, o, i // 32, 16)
+        coded[f"{name}_scales"] = powers.to(torch.uint8)
+        dense[name] = weight.mT.to(dtype).contiguous()
+    save_file(dense, folder / "dense" / "model.safetensors", {"format": "pt"})
+    save_file(coded, folder / "coded" / "model.safetensors", {"format": "pt"})
+    left_out = ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"]
+    path = folder / "coded" / "config.json"
+    settings = {"quant_method": "mxfp4", "modules_to_not_convert": left_out}
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"quantization_config": settings}))
     for each in ("dense", "coded"):
         byte_tokenizer().save_pretrained(folder / each)
 

@@ -15,6 +15,7 @@ from veneer.contract import MethodConfig
 from veneer.errors import AdapterNameError, CompositionError
 from veneer.model.adapted import Adapted
 from veneer.model.attach import adapted_modules, adapted_places
+from veneer.model.coded_stack import CodedStack
 from veneer.model.embedding import input_embeddings
 from veneer.model.made_dense import make_dense
 from veneer.model.quant_linear import QuantLinear
@@ -165,17 +166,20 @@ def _set_tie(model: nn.Module, tie: bool) -> None:
 
 @torch.no_grad()
 def settle(model: nn.Module) -> None:
-    """Turn a quantized model with merged layers into a plain one: every quantized layer dense, in the original dtype.
+    """Turn a quantized model with merged layers into a plain one: every quantized weight dense, in the original dtype.
 
     Rounding a merged weight to 4 bits again would lose most of a small update. Parameters that were widened to float32
     for training (norms, embeddings, head) return to the model's dtype.
     """
     layers = {path: m for path, m in model.named_modules() if isinstance(m, QuantLinear)}
+    stacks = {path: m for path, m in model.named_modules() if isinstance(m, CodedStack)}
     merged = {path: m.kept.merged_weight for path, m in adapted_modules(model).items() if path in layers}
+    merged |= {path: stack.merged for path, stack in stacks.items()}
     if not any(weight is not None for weight in merged.values()):
         return
+    dtype = next(iter((*layers.values(), *stacks.values()))).spec.dtype
     make_dense(cast(PreTrainedModel, model), weights=merged)
-    _narrow(model, next(iter(layers.values())).spec.dtype)
+    _narrow(model, dtype)
     quantizer = getattr(model, "hf_quantizer", None)
     if quantizer is not None:
         quantizer.remove_quantization_config(model)

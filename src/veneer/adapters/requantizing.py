@@ -13,8 +13,11 @@ from torch import Tensor, nn
 
 from veneer.adapters import merging
 from veneer.errors import ConfigError
-from veneer.model.attach import adapted_layers
+from veneer.model.attach import adapted_layers, adapted_modules
+from veneer.model.coded import CodedModule
+from veneer.model.coded_stack import coded_stacks
 from veneer.model.linear import AdaptedSite, wide
+from veneer.model.parameters import AdaptedParameters
 from veneer.model.quant_linear import QuantLinear
 from veneer.model.state import AdapterState
 
@@ -35,7 +38,7 @@ class Survival:
 
 
 def survival(
-    path: str, before: Float[Tensor, "o i"], wanted: Float[Tensor, "o i"], after: Float[Tensor, "o i"]
+    path: str, before: Float[Tensor, "*e o i"], wanted: Float[Tensor, "*e o i"], after: Float[Tensor, "*e o i"]
 ) -> Survival:
     """Return the share of the update ``wanted - before`` in ``after - before``. A zero update survives whole."""
     update, change = wanted - before, after - before
@@ -59,14 +62,13 @@ def merge_requantized(
     with merging.merging_with(model, state, names) as wanted:
         made = _new_codes(model, wanted)
         for path, module in merging.holding(model, wanted):
-            values = module.folded(wanted)
-            if path in made:
-                del values["weight"]
+            coded = {key for key in ("weight", *coded_stacks(module)) if _name(path, key) in made}
+            values = {key: value for key, value in module.folded(wanted).items() if key not in coded}
             if check_finite:
                 merging.require_finite(path, values, wanted)
             module.replace(values)
     for path, (parts, _) in made.items():
-        layer = cast(QuantLinear, model.get_submodule(path))
+        layer = cast(CodedModule, model.get_submodule(path))
         layer.fill(layer.spec, parts)
     return [found for _, found in made.values()]
 
@@ -87,15 +89,23 @@ def describe(report: Sequence[Survival]) -> str:
 
 
 def _new_codes(model: nn.Module, names: tuple[str, ...]) -> dict[str, tuple[dict[str, Tensor], Survival]]:
-    """For each quantized layer that the adapters change, its new tensors, and what they keep of the update."""
+    """For each quantized layer or stack that the adapters change, its new tensors, and what they keep of the update."""
     layers = {
         path: layer
         for path, layer in adapted_layers(model).items()
         if layer.has_codes and any(name in layer.adapters for name in names)
     }
-    if not layers:
+    stacks = {
+        _name(path, key): (module, key)
+        for path, module in adapted_modules(model).items()
+        if isinstance(module, AdaptedParameters)
+        for key in coded_stacks(module)
+        if any(key in module.changed(name) for name in names)
+    }
+    if not layers and not stacks:
         raise ConfigError("requantize=True, but no layer that the adapters change is quantized: leave it out")
-    return {path: _merged_codes(path, layer, names) for path, layer in layers.items()}
+    made = {path: _merged_codes(path, layer, names) for path, layer in layers.items()}
+    return made | {path: _merged_stack(path, *place, names) for path, place in stacks.items()}
 
 
 def _merged_codes(path: str, layer: AdaptedSite, names: tuple[str, ...]) -> tuple[dict[str, Tensor], Survival]:
@@ -104,3 +114,19 @@ def _merged_codes(path: str, layer: AdaptedSite, names: tuple[str, ...]) -> tupl
     wanted, _ = layer.folded_weight(names, torch.float32)
     parts = coded.spec.quantize(wanted)
     return parts, survival(path, wide(coded.frozen_format()), wanted, wide(coded.spec.bind(parts)))
+
+
+def _merged_stack(
+    path: str, module: AdaptedParameters, key: str, names: tuple[str, ...]
+) -> tuple[dict[str, Tensor], Survival]:
+    """The same for a stack of experts."""
+    stack = coded_stacks(module)[key]
+    wanted = module.folded_stack(key, names, torch.float32)
+    parts = stack.stack_spec.quantize(wanted)
+    before, after = (each.dense(torch.float32) for each in (stack.coded(), stack.stack_spec.bind(parts)))
+    return parts, survival(path, before, wanted, after)
+
+
+def _name(path: str, key: str) -> str:
+    """The path of the module in codes that stands for a parameter of the module at ``path``."""
+    return path if key == "weight" else f"{path}.{key}"

@@ -1,4 +1,4 @@
-"""Interface of a frozen weight. No method knows how the base is stored."""
+"""Interfaces of a frozen weight, and of a stack of them. No method knows how the base is stored."""
 
 from __future__ import annotations
 
@@ -37,6 +37,31 @@ class FrozenWeight(Protocol):
 
     def dense(self, dtype: torch.dtype | None = None) -> Float[Tensor, "o i"]:
         """Return the whole weight as a matrix; None keeps the format's dtype. It may share memory: do not write into
+        it.
+        """
+        ...
+
+
+@runtime_checkable
+class FrozenStack(Protocol):
+    """Weights ``W (experts, o, i)`` of the experts of a layer, read and never trained, in any storage format."""
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Shape (experts, o, i), whatever the layout in memory."""
+        ...
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the stored form, with everything needed to read it back."""
+        ...
+
+    def expert(self, number: int) -> FrozenWeight:
+        """Return the weight (o, i) of one expert. It shares memory with the stack."""
+        ...
+
+    def dense(self, dtype: torch.dtype | None = None) -> Float[Tensor, "experts o i"]:
+        """Return all weights as one tensor; None keeps the format's dtype. It may share memory: do not write into
         it.
         """
         ...

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
@@ -12,14 +12,13 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter
 
 from veneer.core.frozen import FrozenWeight
 from veneer.core.linear import BLOCK_VALUES
 from veneer.disk.safetensors import StoredTensor
 from veneer.errors import FormatError
-from veneer.model.renamed import renamer
+from veneer.model.coded_stack import as_maps, map_shape
+from veneer.model.renamed import listed_experts, renamer
 from veneer.store.checkpoint import Checkpoint
 from veneer.store.stored_quantization import stored_quantization
 
@@ -47,9 +46,11 @@ class BaseWeights:
         names = [*(name for name in self._tensors.tensors if name not in held), *self._coded]
         to_own = renamer(model)
         self._renamed = {to_own(name): name for name in names}
-        self._stacks = _stacks(model, self._shapes, self._renamed | {name: name for name in names})
+        known = self._renamed | {name: name for name in names}
+        self._stacks = {n: listed.stored for n, listed in listed_experts(model, self._shapes, known).items()}
         self._names = frozenset(names)
         self._stored = {name: self._find(names) for names in self._groups for name in names}
+        self._modules = dict(model.named_modules())
         self._parts = {name for stacks in self._stacks.values() for names in stacks for name in names} | held
         self._model_names = {stored: name for name, stored in reversed(self._stored.items())}
 
@@ -129,7 +130,7 @@ class BaseWeights:
         """Return the rows (k, …) of `read_stored`, in order. A dense tensor is never whole in memory."""
         name = self._model_names.get(stored, stored)
         held = self._stored.get(name, stored)  # tied tensors that are written apart lie in the files once
-        if held in self._stacks and held not in self._names:
+        if (held in self._stacks and held not in self._names) or self._is_stack(held):
             yield from self._experts(held)
         elif held not in self._names or name in self._resized or held in self._coded:
             yield from in_blocks(self.read_stored(stored))
@@ -141,10 +142,14 @@ class BaseWeights:
         if self._quantization is None:
             return {}
         groups = self._quantization.grouped(self._tensors.tensors)
-        return {f"{layer}.weight": parts for layer, parts in groups.items()}
+        return {self._quantization.weight_name(layer): parts for layer, parts in groups.items()}
+
+    def _is_stack(self, stored: str) -> bool:
+        """True if the files hold experts stacked in codes under this name."""
+        return stored in self._coded and self._quantization is not None and self._quantization.is_stack(stored)
 
     def _read(self, stored: str, shape: tuple[int, ...]) -> Tensor:
-        if stored not in self._names:
+        if stored not in self._names or self._is_stack(stored):
             return self._stacked(stored)
         return self._decoded(stored, shape) if stored in self._coded else self._tensors.read(stored)
 
@@ -161,15 +166,31 @@ class BaseWeights:
 
     def _stacked(self, name: str) -> Tensor:
         """Experts stacked (n, out, in), made of a tensor for each: gate above up where one parameter holds both."""
-        out = torch.empty(self._shapes[name], dtype=self._dtype_of(self._stacks[name][0][0]))
+        first = name if self._is_stack(name) else self._stacks[name][0][0]
+        out = torch.empty(self._shapes[self._model_names.get(name, name)], dtype=self._dtype_of(first))
         for number, expert in enumerate(self._experts(name)):
             out[number] = expert[0]
         return out
 
     def _experts(self, name: str) -> Iterator[Tensor]:
         """The same, an expert (1, out, in) at a time."""
+        if self._is_stack(name):
+            yield from self._coded_experts(name)
+            return
         for halves in zip(*self._stacks[name], strict=True):
             yield torch.cat([self._expert(stored) for stored in halves])[None]
+
+    def _coded_experts(self, stored: str) -> Iterator[Tensor]:
+        """Experts whose codes are stacked, each as the model keeps it."""
+        assert self._quantization is not None
+        name = self._model_names[stored]
+        path, _, key = name.rpartition(".")
+        module = self._modules[path]
+        size = cast("tuple[int, int, int]", map_shape(module, key))
+        parts = {part: self._tensors.tensors[each] for part, each in self._coded[stored].items()}
+        weights = self._quantization.weights_of(stored, parts, size, self._half)
+        for number in range(size[0]):
+            yield as_maps(module, weights.expert(number).dense(self._half)[None])
 
     def _expert(self, stored: str) -> Tensor:
         return self._decoded(stored).to(self._half) if stored in self._coded else self._tensors.read(stored)
@@ -235,34 +256,6 @@ def _tied(model: PreTrainedModel) -> list[list[str]]:
     for name, parameter in model.named_parameters(remove_duplicate=False):
         groups.setdefault(id(parameter), []).append(name)
     return list(groups.values())
-
-
-def _stacks(
-    model: PreTrainedModel, shapes: Mapping[str, tuple[int, ...]], stored: Mapping[str, str]
-) -> dict[str, list[list[str]]]:
-    """The names in the files of experts that the model has stacked: a list for each half of a parameter.
-
-    ``stored`` are names in the files by those that transformers gives them.
-    """
-    found = {}
-    for each in get_model_conversion_mapping(model):
-        if type(each) is not WeightConverter or not _is_stacking(each):
-            continue
-        (target,) = each.target_patterns
-        for name in (name for name in shapes if name.endswith(target)):
-            front = name.removesuffix(target)
-            numbers = range(shapes[name][0])
-            groups = [[front + source.replace("*", str(n)) for n in numbers] for source in each.source_patterns]
-            if all(part in stored for group in groups for part in group):
-                found[name] = [[stored[part] for part in group] for group in groups]
-    return found
-
-
-def _is_stacking(converter: WeightConverter) -> bool:
-    """Return True if a conversion puts experts behind each other, and halves below each other."""
-    steps = [(type(step), step.dim) for step in converter.operations if isinstance(step, MergeModulelist | Concatenate)]
-    whole = len(steps) == len(converter.operations) and len(converter.target_patterns) == 1
-    return whole and steps in ([(MergeModulelist, 0)], [(MergeModulelist, 0), (Concatenate, 1)])
 
 
 def _half_of(folder: Path) -> torch.dtype:

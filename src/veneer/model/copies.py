@@ -12,6 +12,7 @@ from veneer.core.nearest import nearest
 from veneer.errors import TargetError
 from veneer.model.adapted import Adapted, add_copy
 from veneer.model.blueprint.names import CLASSIFIERS
+from veneer.model.coded_stack import CodedStack
 from veneer.model.cut_weight import whole
 from veneer.model.packed_linear import PackedLinear
 
@@ -97,10 +98,12 @@ def _is(path: str, name: str) -> bool:
 
 
 def _require_trainable(path: str, module: nn.Module, field: str = "modules_to_save") -> None:
-    if hasattr(module, "frozen_format") and not isinstance(module, PackedLinear):
+    layer = hasattr(module, "frozen_format") and not isinstance(module, PackedLinear)
+    if layer or isinstance(module, CodedStack):
         raise TargetError(
             f"{field} names {path!r}, which is quantized and cannot be trained whole: list it in "
-            "llm_int8_skip_modules when you load the model, or adapt it with target_modules"
+            "llm_int8_skip_modules when you load the model, or adapt it with "
+            f"{'target_modules' if layer else 'target_parameters'}"
         )
     kept = [name for name, _ in module.named_buffers(recurse=False) if name not in module._non_persistent_buffers_set]
     if kept:

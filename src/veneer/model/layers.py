@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import cast
 
-from torch import Tensor, nn
+from torch import nn
 
 from veneer.contract import MethodConfig, Params
 from veneer.contract.keys import OUT_PROJECTION, attention_path
@@ -34,7 +34,7 @@ def layer_places(snapshot: Snapshot, plan: Plan) -> dict[str, Placed]:
         module = snapshot.modules[path]
         for index, parameter in enumerate(parameters):
             name, depth = f"{path}.{parameter}", len(parameters) - 1 - index
-            site = site_of(name, module, cast(Tensor, module._parameters[parameter]))
+            site = site_of(name, module, parameter)
             found[name] = placed(plan.config, site, path, depth)
     return found
 

@@ -11,6 +11,8 @@ from transformers import PreTrainedModel
 
 from veneer.model.coded import CodedModule
 from veneer.model.coded_embedding import CodedEmbedding
+from veneer.model.coded_stack import CodedStack
+from veneer.model.experts import fit_experts, put_dense
 from veneer.model.quant_linear import QuantLinear
 from veneer.model.sharding import require_whole
 
@@ -18,9 +20,10 @@ from veneer.model.sharding import require_whole
 def make_dense(
     model: PreTrainedModel, dtype: torch.dtype | None = None, weights: Mapping[str, Tensor | None] | None = None
 ) -> None:
-    """Replace every coded layer and table by a dense one, in ``dtype`` (None: the original one).
+    """Replace every coded layer, table and stack by a dense one, in ``dtype`` (None: the original one).
 
-    ``weights`` (o, i) by path replace the layers' own. Layers and tables that share their codes share the dense weight.
+    ``weights`` (o, i) by path replace the layers' own, and (experts, o, i) those of stacks. Layers and tables that
+    share their codes share the dense weight.
 
     Raises ConfigError if the base is cut over processes.
     """
@@ -29,6 +32,9 @@ def make_dense(
     coded = [(path, m) for path, m in model.named_modules() if isinstance(m, CodedModule)]
     made: dict[int, nn.Parameter] = {}  # by the codes, which the list above keeps alive
     for path, module in coded:
+        if isinstance(module, CodedStack):
+            _put_stack(model, path, module.coded().dense(dtype) if given.get(path) is None else given[path])
+            continue
         own, shared = given.get(path), made.get(id(module.weight))
         if own is None:
             own = module.bound().dense(dtype) if shared is None else shared
@@ -38,6 +44,13 @@ def make_dense(
         elif given.get(path) is None:
             made[id(module.weight)] = cast(nn.Parameter, dense.weight)
         model.set_submodule(path, dense)
+    if any(isinstance(module, CodedStack) for _, module in coded):
+        fit_experts(model)
+
+
+def _put_stack(model: PreTrainedModel, path: str, weights: Tensor | None) -> None:
+    experts, _, name = path.rpartition(".")
+    put_dense(model.get_submodule(experts), name, cast(Tensor, weights))
 
 
 def _dense_of(module: CodedModule, weight: Tensor) -> nn.Module:

@@ -15,8 +15,7 @@ from torch import Tensor, nn
 
 from veneer.contract import LinearMethod, MethodConfig
 from veneer.core.autocast import without_autocast
-from veneer.core.frozen import FrozenWeight
-from veneer.core.linear import apply_linear, compose_linear, fold_blocks, fold_linear
+from veneer.core.linear import compose_linear, fold_blocks, fold_linear
 from veneer.core.module_names import matches_any
 from veneer.core.nearest import nearest
 from veneer.core.records import LinearDelta
@@ -24,12 +23,12 @@ from veneer.core.sites import LinearSite
 from veneer.errors import CompositionError, TargetError
 from veneer.model.adapted import Adapted, swap_reading
 from veneer.model.allocation import Allocation
-from veneer.model.blueprint.names import STACKS, UNGATED_STACKS
+from veneer.model.coded_stack import as_maps, coded_stacks, map_shape, parameter_names, place_of
 from veneer.model.convolution import is_convolution
 from veneer.model.embedding import is_embedding
+from veneer.model.experts import run_experts, runs_by_convention, stacks_by_convention
 from veneer.model.holder import tensors_of
 from veneer.model.linear import is_linear
-from veneer.quant.dense import DenseWeight
 
 
 class AdaptedParameters(Adapted):
@@ -48,7 +47,8 @@ class AdaptedParameters(Adapted):
         if not self.acting_here():
             return super().forward(*args, **kwargs)
         if runs_by_convention(self) and not kwargs and len(args) == 3:
-            return self.run_experts(*args)
+            records = {name: acting_record(self, name) for name in stacks_by_convention(self)}
+            return run_experts(self, *args, {name: each for name, each in records.items() if each is not None})
         with self.kept.reading():  # the module's code may read a parameter once for each expert
             return super().forward(*args, **kwargs)
 
@@ -62,11 +62,11 @@ class AdaptedParameters(Adapted):
 
     def site(self, parameter: str) -> LinearSite:
         """Return the site of one of the module's parameters."""
-        return site_of(f"{self.site_name}.{parameter}", self, cast(Tensor, self._parameters[parameter]))
+        return site_of(f"{self.site_name}.{parameter}", self, parameter)
 
     def record(self, parameter: str, names: Sequence[str]) -> LinearDelta | None:
         """Return the record of these adapters together for a parameter; None if they do not change it."""
-        with without_autocast(cast(Tensor, self._parameters[parameter]).device):
+        with without_autocast(place_of(self, parameter)[0]):
             records = [
                 cast(LinearMethod, self.adapter_state.configs[name]).lower(
                     self.site(parameter), tensors_of(cast(nn.ModuleDict, self.adapters[name])[parameter])
@@ -83,21 +83,39 @@ class AdaptedParameters(Adapted):
         value = super().effective(parameter, names)
         record = self.record(parameter, self.adapter_state.acting() if names is None else names)
         if record is not None and value is not None:
-            folded, _ = fold_linear(record, self.as_maps(value))
-            value = self.as_maps(folded)
+            folded, _ = fold_linear(record, as_maps(self, value))
+            value = as_maps(self, folded)
         if read is not None:
             read[parameter] = value
         return value
 
-    def as_maps(self, value: Tensor) -> Tensor:
-        """Return a parameter as (…, o, i), or the inverse: transposed if the module keeps it as (…, i, o)."""
-        return value.mT if value.ndim == 3 and getattr(self, "is_transposed", False) else value
-
     def folded(self, names: Sequence[str]) -> dict[str, Tensor]:
         values = super().folded(names)
+        stacks = coded_stacks(self)
         for parameter in dict.fromkeys(parameter for name in names for parameter in self.changed(name)):
-            values[parameter] = cast(Tensor, self.effective(parameter, names)).contiguous()
+            stack = stacks.get(parameter)
+            if stack is None:
+                values[parameter] = cast(Tensor, self.effective(parameter, names)).contiguous()
+            else:
+                values[parameter] = self.folded_stack(parameter, names, stack.stack_spec.dtype)
         return values
+
+    def folded_stack(self, parameter: str, names: Sequence[str], dtype: torch.dtype) -> Tensor:
+        """Return a stack in codes as (experts, o, i) with these adapters folded in, rounded once to ``dtype``."""
+        coded, record = coded_stacks(self)[parameter].coded(), cast(LinearDelta, self.record(parameter, names))
+        experts = (coded.expert(number).dense(torch.float32)[None] for number in range(coded.shape[0]))
+        return torch.cat(list(fold_blocks(record, experts, dtype)))
+
+    def replace(self, values: dict[str, Tensor]) -> None:
+        stacks = coded_stacks(self)
+        for name in values.keys() & stacks.keys():
+            stacks[name].merged = values[name]
+        super().replace({name: value for name, value in values.items() if name not in stacks})
+
+    def put_back(self) -> None:
+        for stack in coded_stacks(self).values():
+            stack.merged = None
+        super().put_back()
 
     def folded_rows(
         self, key: str, names: Sequence[str], own: Iterable[Tensor], dtype: torch.dtype
@@ -106,55 +124,30 @@ class AdaptedParameters(Adapted):
         stacked = parameter is not None and parameter.ndim == 3
         if not stacked or record is None or any(self.has_own(name, key) for name in names):
             return None
-        maps = (self.as_maps(experts) for experts in own)
-        return (self.as_maps(experts).contiguous() for experts in fold_blocks(record, maps, dtype))
+        maps = (as_maps(self, experts) for experts in own)
+        return (as_maps(self, experts).contiguous() for experts in fold_blocks(record, maps, dtype))
 
     def add_adapter(self, name: str, allocation: Allocation, keys: Mapping[str, Mapping[str, str]]) -> None:
         """Give a new adapter its parameters; ``keys`` are those of the file, by the changed parameter."""
         method, held = self.adapter_state.configs[name], nn.ModuleDict()
         for parameter in keys:
-            own = cast(Tensor, self._parameters[parameter])
-            held[parameter] = allocation.parameters(method, self.site(parameter), own.device, own.dtype)
-            swap_reading(self, parameter)
+            held[parameter] = allocation.parameters(method, self.site(parameter), *place_of(self, parameter))
+            if parameter in self._parameters:  # codes have no form that the module's own code reads
+                swap_reading(self, parameter)
         self.hold(name, held, {f"{parameter}.{own}": key for parameter in keys for own, key in keys[parameter].items()})
 
-    def run_experts(self, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
-        """Return the experts' output for tokens x (n, d), expert ids ``chosen`` (n, k) and their ``weights`` (n, k)."""
-        module = cast(Any, self)
-        inner, down = STACKS if module.has_gate else UNGATED_STACKS
-        records = {p: self.record(p, self.adapter_state.acting()) or LinearDelta() for p in (inner, down)}
-        y = torch.zeros_like(x, dtype=torch.promote_types(x.dtype, weights.dtype))
-        for expert in torch.unique(chosen).tolist():
-            token, place = torch.where(chosen == expert)
-            hidden = self._project(inner, x[token], expert, records[inner])
-            hidden = module._apply_gate(hidden) if module.has_gate else module.act_fn(hidden)
-            out = self._project(down, hidden, expert, records[down])
-            out = module.post_expert_norm(out) if module.has_post_expert_norm else out
-            y = y.index_add(0, token, (out * weights[token, place, None]).to(y.dtype))
-        return y.to(x.dtype)
 
-    def _project(self, parameter: str, x: Tensor, expert: int, record: LinearDelta) -> Tensor:
-        """One expert's map of its tokens."""
-        stacked, bias = cast(Tensor, self._parameters[parameter]), self._parameters.get(f"{parameter}_bias")
-        weight = cast(FrozenWeight, DenseWeight(self.as_maps(stacked)[expert]))
-        return apply_linear(record.of_expert(expert), x, weight, None if bias is None else bias[expert])
+def acting_record(module: nn.Module, parameter: str) -> LinearDelta | None:
+    """Return the change of a module's parameter by the adapters that act now; None if there is none."""
+    return module.record(parameter, module.adapter_state.acting()) if isinstance(module, AdaptedParameters) else None
 
 
-def runs_by_convention(module: nn.Module) -> bool:
-    """Return True if these are experts whose forward transformers itself replaces by a general one."""
-    described = ("has_gate", "has_bias", "is_transposed", "has_post_expert_norm")
-    return all(hasattr(module, name) for name in described) and not getattr(module, "_is_expert_parallel", True)
-
-
-def site_of(path: str, module: nn.Module, value: Tensor) -> LinearSite:
+def site_of(path: str, module: nn.Module, parameter: str) -> LinearSite:
     """Return the site of a parameter (o, i), or of experts' (E, o, i), by its shape; transposed if the
     module stores it so.
     """
-    experts = value.shape[0] if value.ndim == 3 else 1
-    o, i = value.shape[-2:]
-    if value.ndim == 3 and getattr(module, "is_transposed", False):
-        o, i = i, o
-    return LinearSite(name=path, in_features=i, out_features=o, experts=experts)
+    *experts, o, i = map_shape(module, parameter)
+    return LinearSite(name=path, in_features=i, out_features=o, experts=experts[0] if experts else 1)
 
 
 def parameter_places(
@@ -165,7 +158,7 @@ def parameter_places(
     ``taken``: modules that it adapts or trains whole. Raises TargetError with every problem.
     """
     wanted = config.extras.parameters
-    known = {f"{path}.{key}": (path, key) for path, m in modules.items() for key in m._parameters}
+    known = {f"{path}.{key}": (path, key) for path, m in modules.items() for key in parameter_names(m)}
     found = {name: place for name, place in known.items() if any(matches_any(name, (w,)) for w in wanted)}
     problems = [_unknown(w, known) for w in wanted if not any(matches_any(name, (w,)) for name in found)]
     problems += [p for n, (path, key) in found.items() if (p := _refusal(n, modules[path], key, path in taken))]
@@ -188,7 +181,7 @@ def _unknown(name: str, known: Mapping[str, object]) -> str:
 
 def _refusal(name: str, module: nn.Module, key: str, taken: bool) -> str | None:
     """The reason for which a parameter cannot be adapted by its name, or None."""
-    value = module._parameters[key]
+    value = module._parameters.get(key)
     if taken:
         return f"target_parameters names {name!r}, whose module target_modules or modules_to_save takes too: drop one"
     if (
@@ -197,6 +190,8 @@ def _refusal(name: str, module: nn.Module, key: str, taken: bool) -> str | None:
         or (is_linear(module) and (not isinstance(module, nn.Linear) or key != "weight"))
     ):
         return f"target_parameters names {name!r} of a {type(module).__name__}: name the module in target_modules"
+    if key in coded_stacks(module):
+        return None
     if value is None or value.ndim not in (2, 3) or not value.is_floating_point():
         shape = None if value is None else tuple(value.shape)
         return (

@@ -2,11 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming
+from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter, WeightRenaming
+
+
+@dataclass(frozen=True)
+class ListedExperts:
+    """Tensors in the files for the experts that the model keeps stacked in one parameter.
+
+    A list for each half of an expert (gate and up, or all of it), with a name for each expert. ``stored`` are names in
+    the files, ``own`` those that transformers gives them.
+    """
+
+    stored: list[list[str]]
+    own: list[list[str]]
 
 
 def renamer(model: PreTrainedModel) -> Callable[[str], str]:
@@ -25,3 +38,31 @@ def converter(model: PreTrainedModel) -> Callable[[str], bool]:
     """Return the predicate for tensors that are joined or split when they are loaded, such as experts."""
     converters = [each for each in get_model_conversion_mapping(model) if type(each) is WeightConverter]
     return lambda name: any(each.rename_source_key(name)[1] is not None for each in converters)
+
+
+def listed_experts(
+    model: PreTrainedModel, shapes: Mapping[str, tuple[int, ...]], stored: Mapping[str, str]
+) -> dict[str, ListedExperts]:
+    """Return the experts that files list one by one, by the parameter (experts, …) that stacks them.
+
+    ``stored`` are names in the files by those that transformers gives them. Halves lie below each other.
+    """
+    found = {}
+    for each in get_model_conversion_mapping(model):
+        if type(each) is not WeightConverter or not _is_stacking(each):
+            continue
+        (target,) = each.target_patterns
+        for name in (name for name in shapes if name.endswith(target)):
+            front = name.removesuffix(target)
+            numbers = range(shapes[name][0])
+            own = [[front + source.replace("*", str(n)) for n in numbers] for source in each.source_patterns]
+            if all(part in stored for half in own for part in half):
+                found[name] = ListedExperts([[stored[part] for part in half] for half in own], own)
+    return found
+
+
+def _is_stacking(converter: WeightConverter) -> bool:
+    """Return True if a conversion puts experts behind each other, and halves below each other."""
+    steps = [(type(step), step.dim) for step in converter.operations if isinstance(step, MergeModulelist | Concatenate)]
+    whole = len(steps) == len(converter.operations) and len(converter.target_patterns) == 1
+    return whole and steps in ([(MergeModulelist, 0)], [(MergeModulelist, 0), (Concatenate, 1)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
@@ -252,4 +253,4 @@ def n_parameters(model: nn.Module) -> int:
 def _coded(model: nn.Module) -> Iterator[int]:
     """The values of each coded matrix; a head and a table that share their codes count once."""
     coded = {id(m.weight): m.spec.shape for m in model.modules() if isinstance(m, CodedModule)}
-    return (o * i for o, i in coded.values())
+    return map(math.prod, coded.values())

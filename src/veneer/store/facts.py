@@ -104,7 +104,7 @@ def _values(tensors: Mapping[str, Stored], quantization: QuantizationConfig | No
         if shape is not None:
             for name in parts.values():
                 del found[name]
-            found[f"{layer}.weight"] = math.prod(shape)
+            found[quantization.weight_name(layer)] = math.prod(shape)
     return found
 
 

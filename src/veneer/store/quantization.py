@@ -119,8 +119,8 @@ class BitsAndBytesConfig(QuantizationConfig):
                 parts[name.removeprefix(f"{match['layer']}.")] = name
         return found
 
-    def stored_shape(self, layer: str, parts: Mapping[str, Stored]) -> tuple[int, int] | None:
-        return cast("tuple[int, int]", parts["weight"].shape) if self.load_in_8bit else None
+    def stored_shape(self, layer: str, parts: Mapping[str, Stored]) -> tuple[int, ...] | None:
+        return parts["weight"].shape if self.load_in_8bit else None
 
     def spec_of(self, path: str, shape: tuple[int, int], dtype: torch.dtype) -> StorageSpec:
         if self.load_in_8bit:

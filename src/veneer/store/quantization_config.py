@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, TypeVar, cast
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from veneer.core.frozen import FrozenWeight
+from veneer.core.frozen import FrozenStack, FrozenWeight
 from veneer.errors import FormatError
 from veneer.quant.spec import StorageSpec
+from veneer.quant.stack import StackSpec
 from veneer.store.checkpoint import Stored
+
+_Spec = TypeVar("_Spec", StorageSpec, StackSpec)
 
 
 class QuantizationConfig(QuantizationConfigMixin):  # type: ignore[misc]
@@ -40,15 +44,29 @@ class QuantizationConfig(QuantizationConfigMixin):  # type: ignore[misc]
         """Return the storage format of a layer's weight of this shape (o, i) and dtype; None if it stays dense."""
         raise NotImplementedError
 
+    def stack_of(self, name: str, shape: tuple[int, int, int], dtype: torch.dtype) -> StackSpec | None:
+        """Return the storage format of experts (experts, o, i) that the files hold stacked under a name; None if they
+        hold none so.
+        """
+        return None
+
     def grouped(self, names: Iterable[str]) -> dict[str, dict[str, str]]:
-        """Return the tensors of each layer that is stored quantized: their names by part."""
+        """Return the tensors of each layer or stack that is stored quantized: their names by part."""
         raise NotImplementedError
 
-    def stored_shape(self, layer: str, parts: Mapping[str, Stored]) -> tuple[int, int] | None:
-        """Return the shape (o, i) of the weight of a layer in the files, as its tensors tell it; None if they do
-        not.
+    def stored_shape(self, layer: str, parts: Mapping[str, Stored]) -> tuple[int, ...] | None:
+        """Return the shape (o, i) or (experts, o, i) of the weight of a layer or stack in the files, as its tensors
+        tell it; None if they do not.
         """
         raise NotImplementedError
+
+    def is_stack(self, layer: str) -> bool:
+        """Return True if the files hold experts stacked under this name."""
+        return False
+
+    def weight_name(self, layer: str) -> str:
+        """Return the name that the weight of a layer, or a stack, has in a dense checkpoint."""
+        return layer if self.is_stack(layer) else f"{layer}.weight"
 
     def weight_of(
         self, layer: str, parts: Mapping[str, Stored], shape: tuple[int, int], dtype: torch.dtype
@@ -57,11 +75,27 @@ class QuantizationConfig(QuantizationConfigMixin):  # type: ignore[misc]
         spec = self.spec_of(layer, shape, dtype)
         if spec is None:
             raise held_quantized(layer, parts)
-        try:
-            bound, tensors = spec.from_disk({part: tensor.read() for part, tensor in parts.items()})
-        except FormatError as error:
-            raise FormatError(f"{parts[min(parts)].path}: {layer}.weight: {error}") from error
+        bound, tensors = _read(f"{layer}.weight", spec, parts)
         return bound.bind(tensors)
+
+    def weights_of(
+        self, name: str, parts: Mapping[str, Stored], shape: tuple[int, int, int], dtype: torch.dtype
+    ) -> FrozenStack:
+        """Return the weights (experts, o, i) of a stack in the files. Raises FormatError."""
+        spec = self.stack_of(name, shape, dtype)
+        if spec is None:
+            raise held_quantized(name, parts)
+        bound, tensors = _read(name, spec, parts)
+        return bound.bind(tensors)
+
+
+def _read(name: str, spec: _Spec, parts: Mapping[str, Stored]) -> tuple[_Spec, dict[str, Tensor]]:
+    """The tensors of a weight in the files, and its specification as they tell it; errors name file and weight."""
+    try:
+        found = cast(Any, spec).from_disk({part: tensor.read() for part, tensor in parts.items()})
+        return cast("tuple[_Spec, dict[str, Tensor]]", found)
+    except FormatError as error:
+        raise FormatError(f"{parts[min(parts)].path}: {name}: {error}") from error
 
 
 def held_quantized(layer: str, parts: Mapping[str, Stored]) -> FormatError:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any, cast
 
 import torch
@@ -24,12 +24,15 @@ from veneer.disk.safetensors import DTYPE_NAMES
 from veneer.errors import CompositionError, ConfigError, FormatError, NonFiniteError
 from veneer.model.attach import adapted_modules
 from veneer.model.coded import CodedModule
+from veneer.model.coded_stack import CodedStack, as_maps, coded_stacks
+from veneer.model.experts import CodedExperts, put_in_codes
 from veneer.model.made_dense import make_dense
 from veneer.model.quant_linear import QuantLinear
 from veneer.model.renamed import converter, renamer
 from veneer.store.block_by_block import Unread, load_in_turn, unread
 from veneer.store.checkpoint import Checkpoint, Stored, is_finite
 from veneer.store.quantization_config import QuantizationConfig, held_quantized
+from veneer.store.stacks_in_files import StackInFiles, new_stacks, planned_stacks, stacks_in_files
 
 METHOD = "veneer"
 NAMES_TOLD = 4  # of layers with one problem
@@ -53,7 +56,8 @@ class Deferred(Unread):
 
 
 class Decoded:
-    """Quantized weight of the checkpoint, made dense when transformers' loader slices it: for experts in one stack.
+    """Quantized weight of the checkpoint, made dense when transformers' loader slices it: for experts in one stack
+    that cannot be kept in codes.
 
     One that is not ``stacked`` should have been kept in codes, or stored dense.
     """
@@ -85,17 +89,35 @@ class Quantize(ConversionOps):  # type: ignore[misc]
         input_dict: dict[str, Any],
         source_patterns: list[str],
         model: PreTrainedModel,
+        missing_keys: set[str],
         **_: Any,  # transformers passes more than a step needs
     ) -> dict[str, Tensor]:
-        """Return the codes by parameter name; the layer already has its other tensors."""
+        """Return the codes by parameter name; the layer already has its other tensors.
+
+        A stack is complete, and has no tensor of its parameter's name that the loader could set.
+        """
         result = {}
         for name, value in input_dict.items():
-            layer = model.get_submodule(name.rpartition(".")[0])
-            assert isinstance(layer, CodedModule)
+            layer = coded_module(model, name)
+            assert layer is not None
             self.quantizer.fill(layer, name, value[0] if isinstance(value, list) else value, source_patterns)
             cast(Any, layer)._is_hf_initialized = True
-            result[name] = layer.weight
+            if isinstance(layer, CodedStack):
+                missing_keys.discard(name)
+            else:
+                result[name] = layer.weight
         return result
+
+
+def coded_module(model: nn.Module, name: str) -> CodedModule | None:
+    """Return the module in codes whose weight has this name in a dense model: a layer, a table or a stack of experts.
+
+    None if the parameter is dense.
+    """
+    path, _, last = name.rpartition(".")
+    module = model.get_submodule(path)
+    found = module if last == "weight" else module._modules.get(last)
+    return found if isinstance(found, CodedModule) else None
 
 
 class VeneerQuantizer(HfQuantizer):  # type: ignore[misc]
@@ -112,6 +134,8 @@ class VeneerQuantizer(HfQuantizer):  # type: ignore[misc]
         self.problems: list[str] = []
         self._unquantized: list[str] = []
         self.stored_parts: dict[str, dict[str, Stored]] = {}
+        self.stacks: dict[str, StackInFiles] = {}
+        self._skip: list[str] = []
         self.dtype = torch.bfloat16
         self._model: PreTrainedModel | None = None  # while it is loaded
 
@@ -132,8 +156,7 @@ class VeneerQuantizer(HfQuantizer):  # type: ignore[misc]
         return dtype if dtype.itemsize > 1 else torch.bfloat16
 
     def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs: Any) -> bool:
-        path, _, name = param_name.rpartition(".")
-        return name == "weight" and isinstance(model.get_submodule(path), CodedModule)
+        return coded_module(model, param_name) is not None
 
     def get_quantize_ops(self) -> Quantize:
         return Quantize(self)
@@ -141,7 +164,7 @@ class VeneerQuantizer(HfQuantizer):  # type: ignore[misc]
     def _process_model_before_weight_loading(self, model: PreTrainedModel, dtype: Any = None, **kwargs: Any) -> None:
         config = self.quantization_config
         self._model, self.dtype = model, model.dtype
-        skip = config.left_out(model, stored=self.is_stored)
+        skip = self._skip = config.left_out(model, stored=self.is_stored)
         for path, module in list(model.named_modules()):
             if (type(module) is nn.Linear or isinstance(module, Conv1D)) and should_convert_module(path, skip):
                 layer = _empty_layer(path, module, config)
@@ -158,29 +181,49 @@ class VeneerQuantizer(HfQuantizer):  # type: ignore[misc]
         taken = {name for parts in groups.values() for name in parts.values()}
         deferred: dict[str, Any] = {n: Deferred(t, self.problems) for n, t in tensors.items() if n not in taken}
         self.stored_parts = {n: {part: tensors[name] for part, name in parts.items()} for n, parts in groups.items()}
+        self._code_stacks()
+        in_stacks = {layer for stack in self.stacks.values() for layer in stack.layers}
         # an empty tensor stands for all of a layer's until `fill` reads them
-        deferred |= {f"{layer}.weight": torch.empty(0) for layer in groups}
+        weights = [self.quantization_config.weight_name(layer) for layer in groups if layer not in in_stacks]
+        deferred |= {name: torch.empty(0) for name in (*weights, *self.stacks)}
         if self.quantization_config.is_stored:
-            deferred |= self._decoded_layers()
+            deferred |= self._decoded_layers(in_stacks)
         if self.quantization_config.note is not None:
             _LOG.warning("%s", self.quantization_config.note)
         return deferred
 
-    def _decoded_layers(self) -> dict[str, Decoded]:
+    def plan_stacks(self, model: PreTrainedModel) -> None:
+        """Put the stacks of a model without files in place, as `open` does with them."""
+        plan = planned_stacks if self.is_stored else new_stacks
+        for name, spec in plan(model, self.quantization_config, self._skip).items():
+            _put_stack(model, name, CodedStack(spec))
+
+    def _code_stacks(self) -> None:
+        """Put the stacks of experts in place that are quantized in the files, or will be; `fill` sets them."""
+        model = self._model
+        assert model is not None  # it was made before its files are opened
+        if not self.is_stored:
+            self.plan_stacks(model)
+            return
+        self.stacks = stacks_in_files(model, self.quantization_config, self._skip, self.stored_parts)
+        for name, stack in self.stacks.items():
+            _put_stack(model, name, CodedStack(stack.spec))
+
+    def _decoded_layers(self, in_stacks: Collection[str]) -> dict[str, Decoded]:
         """The weights of the checkpoint that the model does not keep in codes."""
         model = self._model
         assert model is not None  # it was made before its files are opened
         to_own, is_stacked, prefix = renamer(model), converter(model), f"{model.base_model_prefix}."
         paths = {path for path, module in model.named_modules() if isinstance(module, QuantLinear)}
         found = {}
-        for layer in self.stored_parts:
-            name = f"{layer}.weight"
+        for layer in self.stored_parts.keys() - in_stacks:
+            name = self.quantization_config.weight_name(layer)
             own = to_own(name).removesuffix(".weight")
             if not {own, own.removeprefix(prefix), prefix + own} & paths:
                 found[name] = Decoded(layer, is_stacked(name), self)
         return found
 
-    def stored_shape(self, layer: str, parts: Mapping[str, Stored]) -> tuple[int, int]:
+    def stored_shape(self, layer: str, parts: Mapping[str, Stored]) -> tuple[int, ...]:
         """Return the shape of a stored weight."""
         found = self.quantization_config.stored_shape(layer, parts)
         assert found is not None  # asked of formats whose tensors tell it
@@ -193,7 +236,7 @@ class VeneerQuantizer(HfQuantizer):  # type: ignore[misc]
         """
         shape = self.stored_shape(layer, parts)
         try:
-            if not stacked:
+            if not stacked or len(shape) != 2:
                 raise held_quantized(layer, parts)
             return self.quantization_config.weight_of(layer, parts, shape, self.dtype).dense(self.dtype)
         except FormatError as error:
@@ -205,7 +248,9 @@ class VeneerQuantizer(HfQuantizer):  # type: ignore[misc]
         """Set a layer's weight: quantized from ``value``, or read from disk. Errors are collected for `finish`."""
         key = sources[0].removesuffix(".weight")
         try:
-            if self.is_stored:
+            if isinstance(layer, CodedStack):
+                self._fill_stack(layer, name, value)
+            elif self.is_stored:
                 stored = self.stored_parts.get(key)
                 if stored is None:
                     self._unquantized.append(name)
@@ -221,11 +266,21 @@ class VeneerQuantizer(HfQuantizer):  # type: ignore[misc]
         except (FormatError, NonFiniteError) as error:
             self.problems.append(f"{name}: {error}")
 
+    def _fill_stack(self, stack: CodedStack, name: str, value: Tensor) -> None:
+        if not self.is_stored:
+            experts = cast(PreTrainedModel, self._model).get_submodule(name.rpartition(".")[0])
+            stack.fill(stack.spec, stack.stack_spec.quantize(as_maps(experts, value)))
+            return
+        held = self.stacks[name]
+        try:
+            stack.take({key: tensor.read().to(value.device) for key, tensor in held.parts.items()})
+        except FormatError as error:
+            raise FormatError(f"{held.parts[min(held.parts)].path}: {error}") from error
+
     def finish(self, model: PreTrainedModel) -> None:
         """Raise one FormatError for all collected errors, layers without a weight included."""
-        empty = [n for n, m in model.named_modules() if isinstance(m, CodedModule) and not m.is_filled]
         noted = " ".join(self.problems + self._unquantized)
-        problems = self.problems + [f"{name}.weight is not in the checkpoint" for name in empty if name not in noted]
+        problems = self.problems + [f"{name} is not in the checkpoint" for name in _empty(model) if name not in noted]
         problems += self._unquantized_problem()
         if problems:
             raise FormatError(f"the model cannot be loaded: {'; '.join(problems)}")
@@ -243,16 +298,15 @@ class VeneerQuantizer(HfQuantizer):  # type: ignore[misc]
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         self.stored_parts.clear()
+        self.stacks.clear()
         self._model = None
         for layer in model.modules():
-            if isinstance(layer, CodedModule):
+            if isinstance(layer, CodedModule) or coded_stacks(layer):
                 layer.requires_grad_(False)  # biases too: they were loaded as fresh parameters
         return model
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
-        layers = [path for path, m in model.named_modules() if isinstance(m, QuantLinear)]
-        held = adapted_modules(model)
-        if any(path in held for path in layers):
+        if any(isinstance(module, QuantLinear | CodedExperts) for module in adapted_modules(model).values()):
             raise CompositionError(
                 "the model carries adapters: merge_and_unload() or unload() them before dequantize()"
             )
@@ -265,6 +319,23 @@ class VeneerQuantizer(HfQuantizer):  # type: ignore[misc]
 
     def is_serializable(self) -> bool:
         return True
+
+
+def _put_stack(model: PreTrainedModel, name: str, stack: CodedStack) -> None:
+    path, _, key = name.rpartition(".")
+    put_in_codes(model.get_submodule(path), key, stack)
+
+
+def _empty(model: PreTrainedModel) -> Iterator[str]:
+    """The weights that no tensor of the files has set: those in codes, and all others of experts in codes, which
+    transformers would leave as they are.
+    """
+    for path, module in model.named_modules():
+        if isinstance(module, CodedModule) and not module.is_filled:
+            yield path if isinstance(module, CodedStack) else f"{path}.weight"
+        elif coded_stacks(module):
+            own = module._parameters.items()
+            yield from (f"{path}.{name}" for name, value in own if value is not None and value.is_meta)
 
 
 def _empty_layer(path: str, module: nn.Module, config: QuantizationConfig) -> QuantLinear | None:

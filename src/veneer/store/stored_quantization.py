@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from veneer.model.renamed import renamer
 from veneer.quant.spec import StorageSpec
+from veneer.quant.stack import StackSpec
 from veneer.store.checkpoint import Stored
 from veneer.store.quantization import ON_DISK, BitsAndBytesConfig
 from veneer.store.quantization_config import QuantizationConfig, left_dense
@@ -60,8 +61,14 @@ class StoredQuantization(QuantizationConfig):
     def grouped(self, names: Iterable[str]) -> dict[str, dict[str, str]]:
         return self.layers.grouped(names)
 
-    def stored_shape(self, layer: str, parts: Mapping[str, Stored]) -> tuple[int, int]:
+    def stack_of(self, name: str, shape: tuple[int, int, int], dtype: torch.dtype) -> StackSpec | None:
+        return self.layers.stack(name, shape, dtype)
+
+    def stored_shape(self, layer: str, parts: Mapping[str, Stored]) -> tuple[int, ...]:
         return self.layers.shape(layer, parts)
+
+    def is_stack(self, layer: str) -> bool:
+        return self.layers.is_stack(layer)
 
 
 def quantization_in(config: Mapping[str, Any]) -> BitsAndBytesConfig | StoredQuantization | None:

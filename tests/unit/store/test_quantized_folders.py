@@ -12,7 +12,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import Qwen3MoeConfig
 
 from quantized_folders import FORMATS, SELDOM, change, make_folder
 from veneer import LLM, SamplingParams
@@ -186,25 +185,6 @@ def test_gptq_is_not_quantized_again(made: Made) -> None:
     with pytest.raises(ConfigError, match="merge into 16 bits"):
         model.merge_and_unload(requantize=True)
     assert torch.equal(model(IDS).logits, logits)
-
-
-@pytest.mark.parametrize("name", ["fp8 blocks", "gptq 4"])
-def test_experts_in_one_stack_are_dense(name: str, tmp_path: Path) -> None:
-    """The files hold each expert quantized, the model one stack of all: loaded, and merged on disk."""
-    config = Qwen3MoeConfig(
-        vocab_size=67, hidden_size=64, intermediate_size=96, moe_intermediate_size=32, num_hidden_layers=1,
-        num_attention_heads=2, num_key_value_heads=1, head_dim=32, num_experts=3, num_experts_per_tok=2,
-    )  # fmt: skip
-    make_folder(FORMATS[name], tmp_path, config=config)
-    coded, dense = (load_model(tmp_path / each) for each in ("coded", "dense"))
-    assert any(key.endswith("experts.2.up_proj.weight") for key in load_file(tmp_path / "dense" / "model.safetensors"))
-    assert {path.rpartition(".")[2] for path in quantized(coded)} == {"q_proj", "k_proj", "v_proj", "o_proj"}
-    close(coded(IDS).logits, dense(IDS).logits)
-    adapted = get_peft_model(dense, LoraConfig(r=3, target_modules=["q_proj"], init_lora_weights=False))
-    adapted.save_pretrained(tmp_path / "adapter")
-    merge_checkpoint(tmp_path / "coded", tmp_path / "adapter", tmp_path / "merged")
-    merged, wanted = load_model(tmp_path / "merged", dtype="float32")(IDS).logits, adapted(IDS).logits
-    assert (merged - wanted).norm() <= 1e-2 * wanted.norm()
 
 
 def test_a_base_of_a_recipe_is_frozen_and_planned_as_it_is_stored(made: Made) -> None:

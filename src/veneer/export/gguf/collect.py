@@ -18,6 +18,10 @@ from transformers.pytorch_utils import Conv1D
 from veneer.errors import DataError
 from veneer.export.gguf.plan import family_of
 from veneer.model.blueprint.names import STACKS
+from veneer.model.coded_stack import CodedStack
+from veneer.model.experts import project
+from veneer.model.parameters import acting_record
+from veneer.quant.stack import DenseStack
 from veneer.store.gguf.family import Family
 from veneer.store.gguf.importance import write_importance
 from veneer.store.gguf.names import gguf_name, places_of, text_name
@@ -136,10 +140,13 @@ def _expert_adder(inner: list[str], down: list[str], sums: _Sums) -> Callable[[n
 
     def add(module: Any, inputs: tuple[Tensor, ...]) -> None:
         tokens, chosen = inputs[:2]
-        gate_up, n_experts = module.gate_up_proj, len(module.gate_up_proj)  # an adapter's, where one acts
+        own = getattr(module, STACKS[0])  # as adapters change it, where it is no stack in codes
+        coded = isinstance(own, CodedStack)
+        stack, record = (own.stack(), acting_record(module, STACKS[0])) if coded else (DenseStack(own), None)
+        n_experts = stack.shape[0]
         for expert in torch.unique(chosen).tolist():
             sent = tokens[torch.where(chosen == expert)[0]]
-            let_through = module._apply_gate(nn.functional.linear(sent, gate_up[expert]))
+            let_through = module._apply_gate(project(module, STACKS[0], sent, expert, stack, record))
             for names, reaching in ((inner, sent), (down, let_through)):
                 for name in names:
                     sums.add(name, reaching, expert, n_experts)

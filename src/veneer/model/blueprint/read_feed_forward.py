@@ -11,6 +11,7 @@ from veneer.model.blueprint.linears import is_linear, read_linear
 from veneer.model.blueprint.names import EXPERTS, SHARED, STACKS, InnerNames
 from veneer.model.blueprint.parts import Experts, FeedForward, Linear, Role, Stack, Strange
 from veneer.model.blueprint.source import Source, first, has_all, undescribed
+from veneer.model.coded_stack import map_shape, parameter_names
 from veneer.ops.activation import KINDS, activation_forward
 
 
@@ -91,10 +92,11 @@ def _experts(source: Source, module: nn.Module) -> Experts | Strange:
 
 def _stacks(source: Source, experts: nn.Module) -> tuple[Stack, Stack] | None:
     """Gate and up of all experts, and what lies behind; None where they are not stacked in one parameter each."""
-    found = [experts._parameters.get(name) for name in STACKS]
-    if any(weight is None or weight.ndim != 3 for weight in found):
+    if not all(name in parameter_names(experts) for name in STACKS):
         return None
-    shapes = [cast("tuple[int, int, int]", tuple(cast(Tensor, weight).shape)) for weight in found]
+    shapes = [cast("tuple[int, int, int]", map_shape(experts, name)) for name in STACKS]
+    if any(len(shape) != 3 for shape in shapes) or getattr(experts, "is_transposed", False):
+        return None
     paths = [f"{source.path(experts)}.{name}" for name in STACKS]
     roles: tuple[Role, Role] = ("gate_up", "down")
     gate_up, down = (Stack(role=r, path=p, shape=s) for r, p, s in zip(roles, paths, shapes, strict=True))

@@ -11,6 +11,7 @@ import torch
 
 from veneer.errors import ConfigError, FormatError
 from veneer.quant.spec import StorageSpec
+from veneer.quant.stack import StackSpec
 from veneer.store.checkpoint import Stored
 
 Settings = Mapping[str, Any]
@@ -47,9 +48,19 @@ class StoredLayers(ABC):
     def spec(self, path: str, shape: tuple[int, int], dtype: torch.dtype) -> StorageSpec | None:
         """Return the storage format of the layer at a path; None if the settings leave it dense."""
 
+    def stack(self, name: str, shape: tuple[int, int, int], dtype: torch.dtype) -> StackSpec | None:
+        """Return the storage format of experts (experts, o, i) stacked in the files under a name; None if there is
+        none.
+        """
+        return None
+
+    def is_stack(self, layer: str) -> bool:
+        """Return True if what `grouped` calls a layer is a stack of experts."""
+        return False
+
     @abstractmethod
-    def shape(self, path: str, parts: StoredParts) -> tuple[int, int]:
-        """Return the shape (o, i) of the weight of the layer at a path, as its tensors tell it."""
+    def shape(self, path: str, parts: StoredParts) -> tuple[int, ...]:
+        """Return the shape (o, i) or (experts, o, i) of the weight of a layer or stack, as its tensors tell it."""
 
     def grouped(self, names: Iterable[str]) -> dict[str, dict[str, str]]:
         """Return the tensors of each quantized layer: their names by part."""
