@@ -63,6 +63,8 @@ def test_rows_of_different_tasks_equal_peft(tmp_path):
     wanted = theirs(input_ids=TOKENS, task_ids=IDS, labels=TOKENS)
     found = model(input_ids=TOKENS, task_ids=IDS, labels=TOKENS)
     near(found.logits.detach(), wanted.logits.detach())
+    how = {"input_ids": TOKENS, "task_ids": IDS, "max_new_tokens": 5, "do_sample": False}
+    assert torch.equal(model.generate(**how), theirs.generate(**how))
     for each in (wanted, found):
         each.loss.backward()
     gradients = [
@@ -113,8 +115,14 @@ def test_a_row_in_a_batch_of_tasks_is_the_row_alone():
     for row, (name, task) in enumerate(zip(names, (1, None, 2, 1, None), strict=True)):
         alone = {} if task is None else {"task_ids": [task]}
         near(mixed[row], logits(model, tokens[row : row + 1], adapter_names=[name], **alone)[0])
-    generated = [model.generate(TOKENS, task_ids=IDS, max_new_tokens=3, do_sample=False, num_beams=n) for n in (1, 2)]
-    assert all(torch.equal(each[:, :5], TOKENS) for each in generated)
+
+
+@pytest.mark.parametrize("beams", [1, 2])
+def test_it_generates_for_each_row_by_its_task(beams):
+    model, how = tasked(), {"max_new_tokens": 5, "do_sample": False, "num_beams": beams}
+    alone = [model.generate(row[None], task_ids=[task], **how) for row, task in zip(TOKENS, IDS.tolist(), strict=True)]
+    assert torch.equal(model.generate(TOKENS, task_ids=IDS, **how), torch.cat(alone))
+    assert not torch.equal(model.generate(TOKENS, task_ids=[0, 2], **how), torch.cat(alone))
 
 
 @pytest.mark.parametrize("task", [0, 2])

@@ -9,17 +9,21 @@ import torch
 
 from veneer import (
     LLM,
+    ArrowConfig,
     BeftConfig,
     BOFTConfig,
     C3AConfig,
     DeloraConfig,
     HiraConfig,
+    LilyConfig,
     LoRARequest,
     MissConfig,
     PeftModel,
+    PolyConfig,
     RoadConfig,
     SamplingParams,
 )
+from veneer.errors import CompositionError
 
 from .conftest import make_model, save_adapter
 
@@ -31,6 +35,7 @@ ADAPTERS: dict[str, Any] = {
     "change that reads the weight": HiraConfig(r=9, target_modules=["embed_tokens", "v_proj", "down_proj"]),
     "rotation and scale": BOFTConfig(target_modules=["q_proj", "down_proj"]),
     "rotation of outputs": RoadConfig(variant="road_4", group_size=4, target_modules=["q_proj", "gate_proj"]),
+    "mixture by token": ArrowConfig(top_k=2, n_experts=3, r=5, target_modules=["q_proj", "down_proj"]),
 }
 PROMPT = [5, 99, 41, 7, 18, 61]
 
@@ -53,3 +58,19 @@ def test_each_row_is_as_on_the_model(general, tokenizer, tmp_path):
             assert token == int(wanted.argmax()), request.lora_name
             assert answer.outputs[0].logprobs[0][token].logprob == pytest.approx(float(wanted[token]), abs=1e-5)
             assert (wanted - plain).abs().max() > 0.1, request.lora_name
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (
+            LilyConfig(r=3, target_modules=["q_proj"]),
+            "depends on the whole of a sequence, which the engine computes in",
+        ),
+        (PolyConfig(r=3, n_tasks=3, target_modules=["q_proj"]), "has 3 tasks, and a request names none"),
+    ],
+)
+def test_what_a_request_cannot_ask_for(config, message, tokenizer, tmp_path):
+    request = LoRARequest("one", 1, str(save_adapter(tmp_path, config)))
+    with pytest.raises(CompositionError, match=message):
+        LLM(make_model(), tokenizer=tokenizer).generate([{"prompt_token_ids": PROMPT}], lora_request=[request])
