@@ -27,7 +27,7 @@ CONFIGS = (*CONFIGS, "PromptEncoderConfig", "LoHaConfig", "LoKrConfig", "HRAConf
 CONFIGS = (*CONFIGS, "MissConfig", "HiraConfig", "RoadConfig", "C3AConfig", "DeloraConfig", "GraloraConfig")
 CONFIGS = (*CONFIGS, "BOFTConfig", "BeftConfig", "ShiraConfig", "RandLoraConfig", "VBLoRAConfig", "PsoftConfig")
 CONFIGS = (*CONFIGS, "LNTuningConfig", "TrainableTokensConfig", "DeftConfig", "MultitaskPromptTuningConfig")
-CONFIGS = (*CONFIGS, "AdaptionPromptConfig")
+CONFIGS = (*CONFIGS, "AdaptionPromptConfig", "CPTConfig")
 CONFIGS = (*CONFIGS, "FrodConfig", "OSFConfig", "PeanutConfig", "TinyLoraConfig", "UniLoraConfig", "WaveFTConfig")
 CONFIGS = (*CONFIGS, "PolyConfig", "LilyConfig")
 CALLS = ("get_peft_model", "inject_adapter_in_model", "get_peft_model_state_dict", "set_peft_model_state_dict")
@@ -112,6 +112,7 @@ def read_back(config: str) -> str:
     """Return True if veneer reads the file that PEFT writes for a config with its defaults."""
     given = {"total_step": 100} if config == "AdaLoraConfig" else {}
     given |= {"num_virtual_tokens": 3} if "Pr" in config and "Adaption" not in config else {}
+    given |= {"task_type": "CAUSAL_LM"} if config == "CPTConfig" else {}
     given |= {"adapter_len": 3, "adapter_layers": 2} if config == "AdaptionPromptConfig" else {}
     given |= {"token_indices": [3]} if config == "TrainableTokensConfig" else {}
     with tempfile.TemporaryDirectory() as folder:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from veneer.contract import Params
 from veneer.contract.training import Training
-from veneer.model.attach import adapted_layers
+from veneer.model.attach import adapted_places
 from veneer.model.holder import tensors_of
 from veneer.model.state import AdapterState
 
@@ -72,8 +72,8 @@ def restore(state: AdapterState, saved: Mapping[str, Tensor]) -> None:
 
 
 def layers_of(model: nn.Module, name: str) -> dict[str, Params]:
-    """Return the parameters of an adapter at each linear layer, by path."""
-    return {p: tensors_of(layer.adapters[name]) for p, layer in adapted_layers(model).items() if name in layer.adapters}
+    """Return the parameters of an adapter at each place, by path."""
+    return {p: tensors_of(place.adapters[name]) for p, place in adapted_places(model).items() if name in place.adapters}
 
 
 def _acting(state: AdapterState) -> dict[str, Training]:

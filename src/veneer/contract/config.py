@@ -190,6 +190,11 @@ class MethodConfig(FrozenConfig):
         return False
 
     @property
+    def has_own_loss(self) -> bool:
+        """True if the model's loss, with labels, is another than that of the labels."""
+        return False
+
+    @property
     def has_network(self) -> bool:
         """True if a network computes the tensors of a plain save, so that training needs a file of its own
         to resume.

@@ -131,6 +131,20 @@ class PromptMethod(VirtualTokenMethod):
         return self.num_virtual_tokens * (self.num_transformer_submodules or 1)
 
     @property
+    def targets(self) -> tuple[int, ...]:
+        """Ids that a pass with labels is to predict at the virtual tokens, -100 for none; empty if there are none."""
+        return ()
+
+    @property
+    def target_weights(self) -> tuple[float, ...]:
+        """Weight of each of the ``targets`` in the model's loss, in which a row's own labels have 1."""
+        return (1.0,) * len(self.targets)
+
+    @property
+    def has_own_loss(self) -> bool:
+        return bool(self.targets)
+
+    @property
     def start_text(self) -> StartText | None:
         """Text whose embeddings are the initial values, if any."""
         return None

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import torch
-from jaxtyping import Float, Shaped
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor
+
+UNTRAINED = -100  # a label of nothing
 
 
 def replace_leading(
@@ -13,6 +15,20 @@ def replace_leading(
     """Return ``embedded`` with its first n positions replaced by virtual tokens: one set for all rows, or one each."""
     rows = tokens.to(embedded.dtype).expand(embedded.shape[0], -1, -1)
     return torch.cat([rows, embedded[:, tokens.shape[-2] :]], dim=1)
+
+
+def weighed_loss(
+    logits: Float[Tensor, "rows length v"], labels: Int[Tensor, "rows length"], weights: Float[Tensor, "rows length"]
+) -> Float[Tensor, ""]:
+    """Return the mean over all labels but -100 of each one's cross-entropy, in float32, times its weight.
+
+    Labels stand at their own positions, and each is predicted by the logits before it.
+    """
+    targets = labels[:, 1:].to(logits.device)
+    each = torch.nn.functional.cross_entropy(
+        logits[:, :-1].float().mT, targets, ignore_index=UNTRAINED, reduction="none"
+    )
+    return (each * weights[:, 1:].to(each)).sum() / (targets != UNTRAINED).sum()
 
 
 def with_leading(x: Shaped[Tensor, "rows length"], n: int, value: float) -> Shaped[Tensor, "rows n_plus_length"]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, cast
 
@@ -14,10 +14,10 @@ from transformers.utils import ModelOutput
 from veneer.contract import PromptMethod
 from veneer.contract.known import Known
 from veneer.contract.places import INPUT, Placed, placed
-from veneer.core.prompt import replace_leading, with_leading
+from veneer.core.prompt import UNTRAINED, replace_leading, weighed_loss, with_leading
 from veneer.core.records import PromptDelta
 from veneer.core.sites import InputSite
-from veneer.errors import TargetError
+from veneer.errors import ConfigError, TargetError
 from veneer.model.allocation import Allocation
 from veneer.model.coded_embedding import table_shape
 from veneer.model.front import Front
@@ -45,7 +45,8 @@ class PromptAdapters(VirtualTokens):
 
     The whole model, head included, sees the virtual positions, the last of which predicts the first token. The output
     omits them. During a pass, ``outermost`` is the module that it began with, ``front`` the virtual tokens, ``length``
-    that of its rows. ``to_embed`` is True while the embeddings are still to be replaced.
+    that of its rows, ``labels`` theirs if some are weighed. ``to_embed`` is True while the embeddings are still to be
+    replaced.
     """
 
     runs_the_model = True
@@ -56,6 +57,7 @@ class PromptAdapters(VirtualTokens):
         self.outermost: nn.Module | None = None
         self.front: Front | None = None
         self.length, self.to_embed, self.filling = 0, False, False
+        self.labels: Tensor | None = None
         inner = inner_model(model)
         if inner is not model:
             self.handles.append(model.register_forward_pre_hook(self.before_forward, with_kwargs=True))
@@ -103,9 +105,11 @@ class PromptAdapters(VirtualTokens):
             self.length = changed["inputs_embeds"].shape[1]
         if "attention_mask" in given:
             changed["attention_mask"] = shifted({"attention_mask": given["attention_mask"]}, front)["attention_mask"]
-        for key, value in (("token_type_ids", 0), ("labels", -100)):
+        for key, value in (("token_type_ids", 0), ("labels", UNTRAINED)):
             if key in given and given[key].ndim == 2 and given[key].shape[1] == self.length - n:
                 changed[key] = with_leading(given[key], n, value)
+                if key == "labels":
+                    self._put_targets(changed[key], front)
         if "position_ids" in given:
             rest = front.shift(given["position_ids"])
             first = front.positions(rest.shape[-2], rest.device)
@@ -116,6 +120,24 @@ class PromptAdapters(VirtualTokens):
         if cache is not None:
             setattr(cache, MARK, front.mark)
         return changed
+
+    def _put_targets(self, labels: Tensor, front: Front) -> None:
+        """Write the targets of the virtual tokens into labels (rows, n + length); keep these if some are weighed."""
+        each = self._methods(front)
+        if any(method.targets for method in each):
+            targets = [method.targets or (UNTRAINED,) * method.num_virtual_tokens for method in each]
+            labels[:, : front.width] = _in_front(front, targets, UNTRAINED, labels)
+        self.labels = labels if any(weight != 1 for method in each for weight in method.target_weights) else None
+
+    def _weighed_loss(self, logits: Tensor, labels: Tensor, front: Front) -> Tensor:
+        """The loss in which the targets of virtual tokens have weights."""
+        weights = torch.ones(labels.shape, device=logits.device)
+        each = [method.target_weights or (1.0,) * method.num_virtual_tokens for method in self._methods(front)]
+        weights[:, : front.width] = _in_front(front, each, 1.0, weights)
+        return weighed_loss(logits, labels, weights)
+
+    def _methods(self, front: Front) -> list[PromptMethod]:
+        return [cast(PromptMethod, self.method(name)) for name, _ in front.choices]
 
     def after_embedding(self, module: nn.Module, args: Any, embedded: Tensor) -> Tensor | None:
         """Return the embedded input with the virtual tokens in their places; only once, if ids are looked up again."""
@@ -128,8 +150,8 @@ class PromptAdapters(VirtualTokens):
         """Remove the virtual positions from the output; also called if the pass fails."""
         if module is not self.outermost:
             return None
-        front, length, unread = self.front, self.length, self.to_embed
-        self.outermost, self.front, self.length, self.to_embed = None, None, 0, False
+        front, length, unread, labels = self.front, self.length, self.to_embed, self.labels
+        self.outermost, self.front, self.length, self.to_embed, self.labels = None, None, 0, False, None
         if output is None or front is None:  # the pass has failed
             return None
         if unread:
@@ -139,10 +161,14 @@ class PromptAdapters(VirtualTokens):
         kept = any(cast(PromptMethod, self.method(name)).keep_virtual_logits for name in front.names)
         n = 0 if kept or not length else front.width
         if not isinstance(output, ModelOutput):
+            if labels is not None:
+                raise ConfigError(f"{front.names[0]!r} weighs its labels: leave return_dict at True")
             return _without_leading(output, n, length, n_axes=3)
         cache = output.get(self.cache_name) if self.cache_name else None
         if cache is not None:
             setattr(cache, MARK, front.mark)
+        if labels is not None and output.get("loss") is not None:
+            output["loss"] = self._weighed_loss(output["logits"], labels, front)
         for key in (key for key in PER_TOKEN if key in output):
             output[key] = _without_leading(output[key], n, length)
         return output
@@ -219,6 +245,8 @@ def put_prompt_on(snapshot: Snapshot, name: str, state: AdapterState, plan: Plan
         model.add_module(CHILD, kind(state, model))
     holder = cast(PromptAdapters, getattr(model, CHILD))
     held = allocation.parameters(config, site, model.device, model.dtype)
+    for key in config.packing.fixed:  # a buffer, as in a layer
+        held.register_buffer(key, held.pop(key).detach())
     holder.hold(name, held, placed(config, site).keys)
 
 
@@ -252,6 +280,11 @@ def _site_to_start_from(model: PreTrainedModel, config: PromptMethod) -> InputSi
         tokenizer = AutoTokenizer.from_pretrained(start.tokenizer, **start.options)
         text_ids = tuple(tokenizer(start.text)["input_ids"])
     return replace(input_site(model), embed=embed, text_ids=text_ids)
+
+
+def _in_front(front: Front, values: Sequence[Sequence[float]], otherwise: float, like: Tensor) -> Tensor:
+    """The values of each choice in the places of its rows, (rows, width), of the dtype of another tensor."""
+    return front.rows([like.new_tensor(own) - otherwise for own in values], like.shape[0]) + otherwise
 
 
 def _filler(model: PreTrainedModel) -> int:

@@ -14,7 +14,7 @@ from transformers import Cache, PreTrainedModel
 from veneer.contract import VirtualTokenMethod
 from veneer.errors import CompositionError, ConfigError
 from veneer.model.front import Front
-from veneer.model.holder import Holder
+from veneer.model.holder import Holder, tensors_of
 from veneer.model.routing import Routing
 from veneer.model.state import AdapterState
 
@@ -70,8 +70,8 @@ class VirtualTokens(Holder):
         delattr(model, path)
 
     def parameters_of(self, name: str) -> dict[str, Tensor]:
-        """Return the trained parameters of one adapter."""
-        return dict(self.adapters[name].named_parameters())
+        """Return the parameters of one adapter, with those that stay at their initial values."""
+        return tensors_of(self.adapters[name])
 
     def packed(self, name: str, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
         params = {own: values[key] for own, key in self.disk_keys(name).items()}

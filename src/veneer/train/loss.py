@@ -47,6 +47,21 @@ def token_loss(
     return _scored(logits, labels[:, kept], Scoring(label_smoothing, weigh_by_probability), aux)
 
 
+def has_own_loss(model: nn.Module) -> bool:
+    """Return True if an adapter that acts has a loss of its own, see `MethodConfig.has_own_loss`."""
+    state = getattr(model, "adapter_state", None)
+    return state is not None and any(state.configs[name].has_own_loss for name in state.acting())
+
+
+def model_loss(model: nn.Module, inputs: dict[str, Any]) -> TokenLoss:
+    """Return the loss that the model itself gives labels, times their number: of an adapter with a loss of its own."""
+    out = model(**inputs, use_cache=False)
+    labels = inputs["labels"][:, 1:].to(out.logits.device)
+    trained = labels != IGNORED
+    n_right = (out.logits[:, :-1].detach().argmax(dim=-1) == labels).logical_and(trained).sum()
+    return TokenLoss(out.loss * trained.sum(), trained.sum(), n_right, getattr(out, "aux_loss", None))
+
+
 @dataclass(frozen=True, slots=True)
 class Scoring:
     """Scoring of tokens; the two settings are those of `token_loss`."""

@@ -24,10 +24,10 @@ from veneer.data.collating import Collator
 from veneer.data.dataset import columns_of, digest, encode_all, filled, pack_all, require_answers
 from veneer.data.encoding import IGNORED, TASK, Encoder, kind_of
 from veneer.data.sampler import FilledSampler
-from veneer.errors import TrainingError
+from veneer.errors import ConfigError, TrainingError
 from veneer.model.heap import freed_memory_returned
 from veneer.train.config import SFTConfig, as_settings
-from veneer.train.loss import TokenLoss, token_loss
+from veneer.train.loss import TokenLoss, has_own_loss, model_loss, token_loss
 from veneer.train.packing_layout import packing_layout
 from veneer.train.processes import n_processes, summed
 from veneer.train.resume import random_state_kept
@@ -141,7 +141,14 @@ class SFTTrainer(RunTrainer, trl.SFTTrainer):  # type: ignore[misc]
             return loss, model(**{key: value for key, value in inputs.items() if key != "labels"}, use_cache=False)
 
     def token_loss(self, model: nn.Module, inputs: dict[str, Any]) -> TokenLoss:
-        """Return the loss of a micro-batch before it is normalized."""
+        """Return the loss of a micro-batch before it is normalized.
+
+        Raises ConfigError for settings of the loss that an adapter with a loss of its own does not have.
+        """
+        if has_own_loss(self.model):
+            if self.args.label_smoothing_factor or self.args.loss_type == "dft":
+                raise ConfigError("this adapter has a loss of its own: leave label_smoothing_factor and loss_type out")
+            return model_loss(model, inputs)
         return token_loss(
             model,
             {**inputs, **({"output_router_logits": True} if self.aux_loss_enabled else {})},

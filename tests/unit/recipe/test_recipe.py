@@ -131,7 +131,7 @@ def test_methods(method, expected):
 
 def test_every_method_of_the_registry_has_a_name():
     needed = {"num_virtual_tokens": 3, "total_step": 7, "oft_block_size": 4, "token_indices": [3]}
-    needed |= {"adapter_len": 3, "adapter_layers": 2}
+    needed |= {"adapter_len": 3, "adapter_layers": 2, "cpt_token_ids": [5, 8, 3]}
     for peft_type, cls in all_methods().items():
         own = {k: v for k, v in needed.items() if k in cls.__dataclass_fields__}
         recipe = recipe_with(adapter={"method": peft_type.lower(), **own})

@@ -50,6 +50,10 @@ class SharedBase:
     def add(self, name: str, member: PeftModel) -> None:
         """Add the adapter of a member's model, with the same parameters, so that gradients reach them."""
         (own,) = member.adapter_state.configs
+        if member.adapter_state.configs[own].has_own_loss:
+            raise ConfigError(
+                f"{name}: {member.adapter_state.configs[own].peft_type} has a loss of its own: train it alone"
+            )
         model = cast(PreTrainedModel, self.model)
         attach(model, member.adapter_state.configs[own], name, self.state, allocation=Allocation(values=False))
         places = adapted_places(self.model)
