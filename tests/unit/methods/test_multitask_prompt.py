@@ -303,3 +303,13 @@ def test_a_run_trains_the_tasks_of_its_rows(tmp_path: Path, tokenizer: Any, make
         moved_rows = [not torch.equal(a, b) for a, b in zip(value, before[key], strict=True)]
         assert moved_rows == ([True, True, False] if key.startswith("prefix_task") else [True] * N)
     assert [line["eval_loss"] > 0 for line in trainer.state.log_history if "eval_loss" in line] == [True, True]
+
+
+def test_a_task_may_be_chosen_for_all_rows() -> None:
+    model = ours()
+    model.set_task(2)
+    near(logits(model), logits(model, task_ids=[2, 2]))
+    near(logits(model, task_ids=[0, 1]), logits(ours(), task_ids=[0, 1]))
+    assert torch.equal(
+        model.generate(input_ids=TOKENS, **GENERATE), ours().generate(input_ids=TOKENS, task_ids=[2, 2], **GENERATE)
+    )

@@ -19,6 +19,7 @@ from transformers import (
 from interpreter import mended_interpreter
 from veneer import (
     AdaLoraConfig,
+    AdaptionPromptConfig,
     BottleneckConfig,
     IA3Config,
     LoraConfig,
@@ -194,6 +195,8 @@ def test_under_gradient_checkpointing(family: str, reentrant: bool, halves: list
         (LoraConfig(r=5, target_modules=["o_proj"], layers_to_transform=[1]), {"attention", "mlp"}),
         (BottleneckConfig(after_attention=True, after_mlp=False, reduction_factor=7), {"attention", "mlp"}),
         (PrefixTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM"), set()),
+        (AdaptionPromptConfig(adapter_len=3, adapter_layers=1), {"attention", "mlp"}),
+        (AdaptionPromptConfig(adapter_len=3, adapter_layers=2), {"mlp"}),
         (PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM"), {"attention", "mlp"}),
     ],
 )
