@@ -3,6 +3,7 @@
 
 #include "coded/coded.h"
 #include "coded/product.h"
+#include "ggml/mxfp4.h"
 
 namespace veneer {
 namespace {
@@ -210,8 +211,8 @@ struct DecodeQ6K {
 constexpr float non_linear_values[16] = {-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113};
 
 // 32 values of a table times a step.
-inline void look_up(const uint8_t* qs, float step, float* out) {
-  const auto value = [step](int q) { return non_linear_values[q] * step; };
+inline void look_up(const uint8_t* qs, float step, float* out, const float (&table)[16] = non_linear_values) {
+  const auto value = [step, &table](int q) { return table[q] * step; };
   Nibbles(value).both(qs, out);
 }
 
@@ -228,6 +229,13 @@ struct DecodeIQ4XS {
       const int high = p[2 + group / 4] >> (group % 4 * 2) & 3, low = p[4 + group / 2] >> (group % 2 * 4) & 15;
       look_up(p + 8 + group * 16, d * static_cast<float>((low | high << 4) - 32), out + group * 32);
     }
+  }
+};
+
+struct DecodeMXFP4 {
+  static constexpr int64_t values = 32, bytes = 17;
+  static void block(const uint8_t* p, float* out) {
+    look_up(p + 1, half_power(p[0]), out, doubled_e2m1);
   }
 };
 
@@ -253,6 +261,7 @@ inline CodedRows rows_of(const GgmlMatrix& w) {
     case GgmlKind::q6_k: return rows(decode_blocks<DecodeQ6K>);
     case GgmlKind::iq4_nl: return rows(decode_blocks<DecodeIQ4NL>);
     case GgmlKind::iq4_xs: return rows(decode_blocks<DecodeIQ4XS>);
+    case GgmlKind::mxfp4: return rows(decode_blocks<DecodeMXFP4>);
     default: return rows(decode_blocks<DecodeQ80>);
   }
 }

@@ -120,6 +120,7 @@ int64_t quantize_kind(const GgmlRows& rows, GgmlKind kind, uint8_t* out) {
     default: {
       GgmlRows unweighted = rows;
       unweighted.importance = nullptr;
+      if (kind == GgmlKind::mxfp4) return quantize_format<MXFP4, T>(unweighted, false, out);
       return quantize_format<Q80, T>(unweighted, false, out);
     }
   }

@@ -1,7 +1,8 @@
-// IQ4_NL and IQ4_XS: levels are indices into sixteen values.
+// IQ4_NL, IQ4_XS and MXFP4: levels are indices into sixteen values.
 #pragma once
 
 #include "ggml/k_quants.h"
+#include "ggml/mxfp4.h"
 #include "ggml/simple.h"
 
 namespace veneer {
@@ -106,6 +107,37 @@ struct IQ4XS {
       pack_levels<4>(levels, out + 2 + 4 * g);
     }
     return beyond_half(d);
+  }
+};
+
+// An exponent from the largest magnitude, and of equally near values the first. Far below 2^-125 the exponent wraps, as in
+// ggml, and all values become zero.
+struct MXFP4 {
+  static constexpr int block = 32, bytes = 17, words = 5, skip = 3;
+
+  static int_lanes quantize(const Block32& tile, bit_lanes* out) {
+    lanes most = {}, step = {};
+    for (int i = 0; i < 32; ++i) most = greater(magnitude(tile.x[i]), most);
+    bit_lanes exponent = {};
+    for (int64_t r = 0; r < width; ++r) {
+      if (most[r] > 0.0f)
+        exponent[r] = static_cast<uint32_t>(static_cast<int>(__builtin_floorf(__builtin_log2f(most[r]))) + 125) & 255u;
+      step[r] = half_power(exponent[r]);
+    }
+    bit_lanes levels[32];
+    for (int i = 0; i < 32; ++i) {
+      lanes error = magnitude(tile.x[i]);
+      levels[i] = bit_lanes{};
+      for (uint32_t level = 1; level < 16; ++level) {
+        const lanes other = magnitude(doubled_e2m1[level] * step - tile.x[i]);
+        const int_lanes better = (int_lanes)(other < error);
+        levels[i] = better ? bit_lanes{} + level : levels[i];
+        error = better ? other : error;
+      }
+    }
+    out[0] = exponent << 24;
+    pack_levels<4>(levels, out + 1);
+    return int_lanes{};
   }
 };
 

@@ -1,8 +1,9 @@
 """ggml's types of tensors, as GGUF files hold them: quantize a matrix row by row, dequantize it, and multiply by it.
 
 Each row is cut into blocks of 32 values, or of 256 in the K types and IQ4_XS. A block holds a scale in float16, a
-minimum too in the affine types, and each value's level. ggml's own search for scale and levels is reproduced operation
-by operation. The bytes are those of llama.cpp's quantizer built for x86-64.
+minimum too in the affine types, and each value's level; MXFP4 has an exponent for its scale. ggml's own
+search for scale and levels is reproduced operation by operation. The bytes are those of llama.cpp's quantizer built for
+x86-64.
 
 Source: ggml-org/llama.cpp, ggml/src/ggml-quants.c.
 """
@@ -43,7 +44,7 @@ def quantize_ggml(
     """Return the bytes of each row of a matrix of float32, bfloat16 or float16 in ggml's type ``kind``.
 
     importance: the mean square of the inputs of each column (llama.cpp's importance matrix), which weighs the errors.
-    F32, F16, BF16 and Q8_0 ignore it. F16 and BF16 round to nearest, ties to even.
+    F32, F16, BF16, Q8_0 and MXFP4 ignore it. F16 and BF16 round to nearest, ties to even.
 
     Raises ConfigError for an unknown type or a negative importance. Raises ShapeError for anything but a matrix of such
     a dtype, blocks that do not divide a row, or an importance of another length or dtype. Raises NonFiniteError for NaN

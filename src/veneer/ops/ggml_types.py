@@ -33,5 +33,6 @@ GGML_TYPES = {
         GgmlType("Q6_K", 14, 256, 210),
         GgmlType("IQ4_NL", 20, 32, 18),
         GgmlType("IQ4_XS", 23, 256, 136),
+        GgmlType("MXFP4", 39, 32, 17),
     )
 }

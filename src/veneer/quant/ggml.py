@@ -1,4 +1,4 @@
-"""Frozen weight in ggml's blocks (Q4_0 to Q8_0, Q2_K to Q6_K, IQ4_NL, IQ4_XS, and plain F32, F16, BF16).
+"""Frozen weight in ggml's blocks (Q4_0 to Q8_0, Q2_K to Q6_K, IQ4_NL, IQ4_XS, MXFP4, and plain F32, F16, BF16).
 
 The blocks may lie in a mapped GGUF file: nothing is copied. Their rows may be in another order than the model's: files
 of Llama have the rows of q and k in neighbouring pairs.

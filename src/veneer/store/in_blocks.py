@@ -22,12 +22,18 @@ from veneer.disk.mapped import MappedFile
 from veneer.errors import ConfigError, FormatError
 from veneer.model.coded import CodedModule
 from veneer.model.coded_embedding import CodedEmbedding
+from veneer.model.coded_stack import CodedStack
+from veneer.model.experts import put_in_codes
 from veneer.model.quant_linear import QuantLinear
 from veneer.quant.ggml import GgmlSpec
+from veneer.quant.stack import StackSpec
 from veneer.store.gguf.blocks import BlockFile
+from veneer.store.gguf.header import GgufTensor
+from veneer.store.gguf.names import leaf_of
 from veneer.store.gguf.parameters import GgufParameter
 from veneer.store.quantization_config import QuantizationConfig
 from veneer.store.quantizer import Deferred, VeneerQuantizer, watch_loading
+from veneer.store.stacks_in_files import stacks_of
 
 METHOD = "veneer_gguf"
 
@@ -74,18 +80,26 @@ class GgufQuantizer(VeneerQuantizer):
     def fill(self, layer: CodedModule, name: str, value: Tensor, sources: list[str]) -> None:
         """Map a layer's blocks. Errors are collected for `finish`."""
         parameter = self.coded[name]
-        [tensor] = parameter.tensors
         try:
-            if tensor.name not in self.mapped:
-                stored = parameter.stored(tensor)
-                self.mapped[tensor.name] = self.source.tensor(stored.start, stored.nbytes).view(stored.shape)
+            rows = [self._rows(parameter, tensor) for tensor in parameter.tensors]
         except FormatError as error:
             self.problems.append(f"{name}: {error}")
             return
-        parts = {"weight": self.mapped[tensor.name]}
+        if isinstance(layer, CodedStack):
+            n_experts = layer.stack_spec.n_experts
+            parts = layer.stack_spec.parts_of([{"weight": each.view(n_experts, -1, each.shape[1])} for each in rows])
+        else:
+            parts = {"weight": rows[0]}
         if parameter.order is not None:
             parts["order"] = parameter.order.int()
         layer.fill(layer.spec, {part: each.to(value.device) for part, each in parts.items()})
+
+    def _rows(self, parameter: GgufParameter, tensor: GgufTensor) -> Tensor:
+        """The blocks of a tensor, row by row, where they lie in the file."""
+        if tensor.name not in self.mapped:
+            stored = parameter.stored(tensor)
+            self.mapped[tensor.name] = self.source.tensor(stored.start, stored.nbytes).view(stored.shape)
+        return self.mapped[tensor.name]
 
     def update_device_map(self, device_map: Any) -> Any:
         return device_map
@@ -122,7 +136,7 @@ def load_in_blocks(
 def put_in_blocks(
     model: PreTrainedModel, parameters: Mapping[str, GgufParameter], source: MappedFile | None
 ) -> dict[str, GgufParameter]:
-    """Replace the layers and tables of a model without storage whose weights can stay in blocks.
+    """Replace the layers, tables and stacks of a model without storage whose weights can stay in blocks.
 
     Returns their parameters by the name of the weight. Heads and tables that share blocks are no longer tied by name.
     """
@@ -132,6 +146,12 @@ def put_in_blocks(
         name = f"{path}.weight"
         if tied.get(name, name).removesuffix(".weight") in fitting:  # else a head of a table that is read dense
             model.set_submodule(path, _coded(model.get_submodule(path), parameters[name], source))
+            coded[name] = parameters[name]
+    for name, (shape, dtype) in stacks_of(model).items():
+        spec = _stack_spec(parameters.get(name), shape, dtype, source)
+        if spec is not None:
+            experts, _, key = name.rpartition(".")
+            put_in_codes(model.get_submodule(experts), key, CodedStack(spec))
             coded[name] = parameters[name]
     for name in coded:
         tied.pop(name, None)
@@ -153,6 +173,20 @@ def _coded(module: nn.Module, parameter: GgufParameter, source: MappedFile | Non
     if isinstance(module, nn.Embedding):
         return CodedEmbedding(spec, dtype, module.padding_idx)
     return QuantLinear(spec, cast("nn.Parameter | None", module.bias), type(module))
+
+
+def _stack_spec(
+    parameter: GgufParameter | None, shape: tuple[int, int, int], dtype: torch.dtype, source: MappedFile | None
+) -> StackSpec | None:
+    """The format of experts whose blocks can stay in the file, gate and up each in a tensor; None if they cannot."""
+    if parameter is None or not parameter.is_coded_stack:
+        return None
+    pieces = tuple(
+        GgmlSpec((each.shape[1], each.shape[2]), each.type, dtype, source=source) for each in parameter.tensors
+    )
+    names = tuple(leaf_of(each.name).partition("_exps")[0] for each in parameter.tensors)
+    spec = StackSpec(shape[0], pieces, names)
+    return spec if spec.shape == shape else None
 
 
 def _is_table(module: nn.Module) -> bool:

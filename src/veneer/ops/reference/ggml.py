@@ -10,7 +10,7 @@ from torch import Tensor
 
 from veneer.ops.code_groups import CodeGroups
 from veneer.ops.ggml_types import GGML_TYPES
-from veneer.ops.reference import ggml_k, ggml_non_linear, ggml_simple
+from veneer.ops.reference import ggml_k, ggml_mxfp4, ggml_non_linear, ggml_simple
 from veneer.ops.reference.ggml_groups import GROUPS
 from veneer.ops.reference.ggml_search import ordered_sum, root
 from veneer.ops.reference.ggml_values import READERS
@@ -33,9 +33,10 @@ def quantize(
     x, block = rows.float(), GGML_TYPES[kind].block
     blocks = x.reshape(-1, block)
     packed = _quantize_32(x, kind, importance) if block == 32 else _quantize_256(blocks, kind, _beside(x, importance))
-    begin, end = HALVES.get(kind, (0, 4 if kind in AFFINE else 2))
-    scales = packed[:, begin:end].contiguous().view(torch.float16)
-    finite = scales.isfinite().all(dim=1) & blocks.isfinite().all(dim=1)
+    finite = blocks.isfinite().all(dim=1)
+    if kind != "MXFP4":  # whose scale is an exponent
+        begin, end = HALVES.get(kind, (0, 4 if kind in AFFINE else 2))
+        finite &= packed[:, begin:end].contiguous().view(torch.float16).isfinite().all(dim=1)
     return packed, _first_bad(finite.view(len(rows), -1).all(dim=1))
 
 
@@ -57,6 +58,8 @@ def _quantize_32(x: Float32[Tensor, "n c"], kind: str, importance: Tensor | None
     blocks = x.reshape(-1, 32)
     if kind == "Q8_0":
         return ggml_simple.q8_0(blocks)
+    if kind == "MXFP4":
+        return ggml_mxfp4.mxfp4(blocks)
     if kind == "IQ4_NL":
         beside = _beside(x, importance)
         return ggml_non_linear.iq4_nl(blocks, None if beside is None else beside.reshape(-1, 32))

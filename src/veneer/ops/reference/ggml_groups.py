@@ -103,4 +103,5 @@ GROUPS: dict[str, Callable[[Packed], CodeGroups]] = {
     "Q6_K": _q6_k,
     "IQ4_NL": lambda packed: _four_bit("iq4", packed),
     "IQ4_XS": _iq4_xs,
+    "MXFP4": lambda packed: _scaled(unpack_bits(packed[:, 1:], 16, 4), "e2m1", packed[:, :1]),
 }

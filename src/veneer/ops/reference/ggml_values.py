@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float32, UInt8
 from torch import Tensor
 
+from veneer.ops.reference.ggml_mxfp4 import DOUBLED, half_powers
 from veneer.ops.reference.ggml_non_linear import VALUES
 from veneer.ops.reference.ggml_packing import read_halves, unpack_bits, unpack_q3_scales, unpack_six_bits
 
@@ -66,6 +67,11 @@ def _iq4_xs(packed: Packed) -> Values:
     return _symmetric(_table(packed)[unpack_bits(packed[:, 8:], 16, 4)], read_halves(packed[:, :2]) * (scales - 32))
 
 
+def _mxfp4(packed: Packed) -> Values:
+    table = torch.tensor(DOUBLED, dtype=torch.float32, device=packed.device)
+    return table[unpack_bits(packed[:, 1:], 16, 4)] * half_powers(packed[:, :1].int())
+
+
 def _affine(levels: Tensor, d: Tensor, scales: Tensor, minima: Tensor) -> Values:
     """``(d * scale) * level - d_min * minimum`` in groups."""
     step, low = (
@@ -98,4 +104,5 @@ READERS: dict[str, Callable[[Packed], Values]] = {
     "Q6_K": _q6_k,
     "IQ4_NL": _iq4_nl,
     "IQ4_XS": _iq4_xs,
+    "MXFP4": _mxfp4,
 }

@@ -52,6 +52,13 @@ class GgufParameter:
         is_matrix = not others and len(self.shape) == len(tensor.shape) == 2
         return tensor.type if is_matrix and GGML_TYPES[tensor.type].block > 1 else None
 
+    @property
+    def is_coded_stack(self) -> bool:
+        """True if these are experts (n, out, in) that can be used as they lie, some of them in blocks."""
+        stacked = len(self.shape) == 3 and all(len(tensor.shape) == 3 for tensor in self.tensors)
+        in_blocks = any(GGML_TYPES[tensor.type].block > 1 for tensor in self.tensors)
+        return stacked and in_blocks and not self.is_turned and self.order is None
+
     @cached_property
     def order(self) -> Tensor | None:
         """Place in the file of each row of a matrix; None if all are where they are in the model."""

@@ -18,11 +18,13 @@ from veneer import LLM, SamplingParams
 from veneer.adapters.auto import AutoPeftModelForCausalLM, make_room_for
 from veneer.adapters.peft_model import get_peft_model
 from veneer.errors import ConfigError, FormatError
+from veneer.export.gguf.mix import MixOptions
 from veneer.export.gguf.model import GgufOptions, export_gguf
 from veneer.export.merged import MergeOptions, merge_checkpoint
 from veneer.methods.lora import LoraConfig
 from veneer.model.coded import CodedModule
 from veneer.model.coded_embedding import CodedEmbedding
+from veneer.model.coded_stack import CodedStack
 from veneer.model.fused.decoder import fuse, unfuse
 from veneer.model.packed_linear import unpack
 from veneer.ops.packed_codes import PackedCodes
@@ -75,9 +77,10 @@ def test_values_are_those_of_the_dense_copy(tmp_path: Path, family: str) -> None
     assert sum(m.spec.shape[0] for m in coded.values()) > 1000
     for at, module in coded.items():
         value = module.bound().dense(torch.bfloat16)
-        assert torch.equal(
-            value.T if getattr(module, "is_transposed", False) else value, copied.get(f"{at}.weight", value)
-        )
+        expected = copied.get(at if isinstance(module, CodedStack) else f"{at}.weight", value)
+        assert torch.equal(value.T if getattr(module, "is_transposed", False) else value, expected)
+    stacks = [name for name, value in copied.items() if value.ndim == 3 and "experts" in name]
+    assert [at for at, module in coded.items() if isinstance(module, CodedStack)] == stacks
     ids = torch.tensor([[3, 17, 41, 5, 29, 11, 7]])
     logits = model(ids).logits
     torch.testing.assert_close(model.dequantize()(ids).logits, logits, rtol=1e-5, atol=1e-5)
@@ -131,6 +134,53 @@ def test_training_is_that_on_the_decoded_weights(mixed: Path, use_dora: bool) ->
     assert len(grads) == 2 * 4 * (3 if use_dora else 2)
     for name, grad in grads.items():
         assert float((grad - wanted[name]).norm()) <= 1e-5 * float(wanted[name].norm()), name
+
+
+@pytest.mark.parametrize(
+    ("family", "mix"),
+    [
+        ("mixtral", [("_exps", "MXFP4")]),
+        ("qwen3_moe", [("gate_exps", "Q5_0"), ("up_exps", "F16"), ("down_exps", "Q8_0")]),
+        ("qwen2_moe", [("_exps", "IQ4_NL")]),
+    ],
+)
+def test_experts_are_trained_and_merged_in_their_blocks(tmp_path: Path, family: str, mix: Any) -> None:
+    """Gate and up in types of their own; nothing of a stack is copied, and the file keeps what a merge adds."""
+    tiny_folder(tmp_path / "model", family)
+    options = GgufOptions(type="Q4_0", mix=MixOptions(by_name=mix))
+    export_gguf(tmp_path / "model", tmp_path / "x.gguf", options)
+    targets = ["experts.gate_up_proj", "experts.down_proj"]
+    config = LoraConfig(r=3, lora_alpha=5, target_modules=["q_proj"], target_parameters=targets)
+    ids = torch.arange(21).view(3, 7) * 11 % VOCAB
+
+    def step(model: Any) -> tuple[Any, torch.Tensor, dict[str, torch.Tensor]]:
+        torch.manual_seed(3)
+        adapted = get_peft_model(model, config)
+        with torch.no_grad():
+            for name, p in adapted.named_parameters():
+                if "lora_B" in name:
+                    p.add_(torch.randn_like(p) * 0.1)
+        logits = adapted(input_ids=ids).logits
+        logits.log_softmax(-1)[..., 3].sum().backward()
+        return adapted, logits.detach(), {n: p.grad for n, p in adapted.named_parameters() if p.requires_grad}
+
+    model = load_model(tmp_path / "x.gguf", dtype="float32")
+    stacks = [m for m in model.modules() if isinstance(m, CodedStack)]
+    kinds = {piece.kind for stack in stacks for piece in stack.stack_spec.pieces}
+    assert kinds == {kind for _, kind in mix}
+    adapted, logits, grads = step(model)
+    _, expected, wanted = step(load_model(tmp_path / "x.gguf", dtype="float32").dequantize())
+    assert float((logits - expected).norm()) <= 1e-5 * float(expected.norm())
+    assert grads.keys() == wanted.keys()
+    for name, grad in grads.items():
+        assert float((grad - wanted[name]).norm()) <= 1e-5 * float(wanted[name].norm()), name
+    adapted.save_pretrained(tmp_path / "adapter")
+    merge_checkpoint(tmp_path / "x.gguf", tmp_path / "adapter", tmp_path / "merged", MergeOptions(dtype="float32"))
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    torch.testing.assert_close(merged(ids).logits, logits, rtol=1e-4, atol=1e-4)
+    plain = adapted.merge_and_unload()
+    assert not any(isinstance(module, CodedModule) for module in plain.modules())
+    torch.testing.assert_close(plain(ids).logits, logits, rtol=1e-4, atol=1e-4)
 
 
 def test_an_adapter_names_the_file_is_loaded_on_it_and_merges_into_16_bits(mixed: Path, tmp_path: Path) -> None:
