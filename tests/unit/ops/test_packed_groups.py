@@ -22,7 +22,7 @@ from veneer.quant.packing import packed_codes, unpacked_codes
 OP = "packed_codes.matmul"
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 ROWS = [1, 2, 3, 5, 6, 7, 12, 13, 16, 23, 24, 25, 33, 100]
-KINDS = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS")
+KINDS = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS", "MXFP4")
 
 
 def generator(seed=5):

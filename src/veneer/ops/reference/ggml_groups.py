@@ -11,6 +11,7 @@ from torch import Tensor
 from veneer.ops.code_groups import CodeGroups
 from veneer.ops.reference.ggml_packing import read_halves, unpack_bits, unpack_q3_scales, unpack_six_bits
 
+BIAS = 127  # of E8M0
 Packed = UInt8[Tensor, "blocks _"]
 
 
@@ -72,6 +73,14 @@ def _iq4_xs(packed: Packed) -> CodeGroups:
     return _scaled(unpack_bits(packed[:, 8:], 16, 4), "iq4", read_halves(packed[:, :2]) * (scales - 32))
 
 
+def _mxfp4(packed: Packed) -> CodeGroups:
+    """A block of zeros, whose exponent says nothing, gets the scale 1; zero has no sign."""
+    levels = unpack_bits(packed[:, 1:], 16, 4)
+    levels = torch.where(levels == 8, 0, levels)
+    zeros = (levels == 0).all(dim=1, keepdim=True)
+    return _scaled(levels, "e2m1", torch.where(zeros, BIAS, packed[:, :1]))
+
+
 def _steps_and_minima(packed: Packed) -> tuple[Tensor, Tensor]:
     """Those of Q4_K and Q5_K; the minima are added, and so negated."""
     d, (scales, minima) = read_halves(packed[:, :4]), unpack_six_bits(packed[:, 4:16])
@@ -103,5 +112,5 @@ GROUPS: dict[str, Callable[[Packed], CodeGroups]] = {
     "Q6_K": _q6_k,
     "IQ4_NL": lambda packed: _four_bit("iq4", packed),
     "IQ4_XS": _iq4_xs,
-    "MXFP4": lambda packed: _scaled(unpack_bits(packed[:, 1:], 16, 4), "e2m1", packed[:, :1]),
+    "MXFP4": _mxfp4,
 }
