@@ -100,7 +100,7 @@ class PolyConfig(LinearMethod):
     def lower(self, site: LinearSite, params: Params) -> LinearDelta:
         logits = params[_LOGITS]
         if len(logits) != 1:
-            raise unnamed_task(self.peft_type, len(logits))
+            raise unnamed_task(self.peft_type, len(logits), "; of a folder, write one: veneer export as-lora --task N")
         if _NOISE in params:
             logits = logits + params[_NOISE]
         weights = logits.view(self.n_splits, self.n_skills).sigmoid()

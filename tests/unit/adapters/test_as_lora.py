@@ -146,16 +146,21 @@ def test_a_share_cuts_pairs_too():
 def test_the_command_tells_what_is_lost(tmp_path):
     base().save_pretrained(tmp_path / "base")
     word_tokenizer(["a", "b"]).save_pretrained(tmp_path / "base")
-    for name, config in {"hra": PAIRS["hra"], "lokr": LOKR}.items():
+    poly = veneer.PolyConfig(r=3, n_tasks=2, init_weights=False, target_modules=TARGETS)
+    for name, config in {"hra": PAIRS["hra"], "lokr": LOKR, "poly": poly}.items():
         adapted(config).save_pretrained(tmp_path / name)
     place = ["--base", str(tmp_path / "base")]
     told = {}
-    for name, rank in {"hra": [], "lokr": ["--rank", "2"]}.items():
-        given = ["export", "as-lora", str(tmp_path / name), "-o", str(tmp_path / f"{name}-lora"), *rank, *place]
+    for name, how in {"hra": [], "lokr": ["--rank", "2"], "poly": ["--task", "1"]}.items():
+        given = ["export", "as-lora", str(tmp_path / name), "-o", str(tmp_path / f"{name}-lora"), *how, *place]
         result = CliRunner().invoke(app, given)
         assert result.exit_code == 0, result.output
         told[name] = result.stdout
     assert "LoRA of rank 3 on 6 layers, exact" in told["hra"]
+    assert "LoRA of rank 3 on 6 layers, exact" in told["poly"]
     assert "LoRA of rank 2 on 6 layers; lost of the update: " in told["lokr"]
     model = veneer.PeftModel.from_pretrained(base(), tmp_path / "hra-lora")
     near(logits(model), logits(adapted(PAIRS["hra"])))
+    own = veneer.PeftModel.from_pretrained(base(), tmp_path / "poly")
+    own.set_task(1)
+    near(logits(veneer.PeftModel.from_pretrained(base(), tmp_path / "poly-lora")), logits(own))

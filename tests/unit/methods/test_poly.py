@@ -149,7 +149,7 @@ def test_one_task_needs_no_name(tmp_path):
 def test_what_it_refuses(tmp_path: Path):
     model = tasked()
     model.save_pretrained(tmp_path)
-    unnamed = r"POLY: the adapter has 3 tasks"
+    unnamed = r"POLY: the adapter has 3 tasks, .*; of a folder, write one: veneer export as-lora --task N"
     with pytest.raises(ConfigError, match=unnamed):
         model(TOKENS)
     with pytest.raises(ConfigError, match=unnamed):
