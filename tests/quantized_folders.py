@@ -398,7 +398,7 @@ def deepseek_fp8() -> Stored:
 
 def gpt_oss_config() -> PreTrainedConfig:
     return GptOssConfig(
-        vocab_size=67, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+        vocab_size=271, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, head_dim=14, num_local_experts=5, num_experts_per_tok=2, sliding_window=5,
         tie_word_embeddings=False, eos_token_id=2, pad_token_id=0, max_position_embeddings=4096,
     )  # fmt: skip

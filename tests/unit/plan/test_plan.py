@@ -21,6 +21,7 @@ from transformers import (
     T5Config,
 )
 
+from quantized_folders import make_gpt_oss
 from veneer import DPOTrainer, LoraConfig, PeftModel, get_peft_model
 from veneer.errors import ConfigError, FormatError
 from veneer.ops.traced import Traced
@@ -226,6 +227,18 @@ def test_a_mixture_of_experts_is_planned_in_every_dtype(dtype: str, fused: str, 
     assert planned.peak.n_bytes == pytest.approx(real_peak(wanted), rel=0.01)
     experts = 2 * 2 * 3 * 2 * 2 * 40 * 48 * 69  # multiply-adds, both passes, matrices, blocks, experts a token
     assert planned.work.flops > experts
+
+
+@pytest.mark.parametrize("on_experts", [False, True])
+def test_experts_in_codes_are_planned(on_experts: bool, recipe: Make, tmp_path: Path) -> None:
+    """A plan sends all experts the same number of tokens; real ones differ."""
+    make_gpt_oss(tmp_path)
+    adapter = {"method": "lora", "r": 5, "target_modules": ["q_proj"]}
+    adapter |= {"target_parameters": ["experts.gate_up_proj", "experts.down_proj"]} if on_experts else {}
+    wanted = recipe(adapter, {"source": str(tmp_path / "coded")})
+    planned = plan_recipe(wanted)
+    assert planned.peak.n_bytes == pytest.approx(real_peak(wanted), rel=0.05)
+    assert planned.work.flops > 2 * 2 * 3 * 2 * 2 * 64 * 96 * 69
 
 
 @pytest.mark.parametrize("saved", [False, True])

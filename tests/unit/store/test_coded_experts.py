@@ -25,6 +25,7 @@ from quantized_folders import (
     make_gpt_oss,
     qwen3_moe_config,
 )
+from veneer import LLM, SamplingParams
 from veneer.adapters.peft_model import get_peft_model
 from veneer.errors import CompositionError, ConfigError, FormatError, TargetError
 from veneer.export.merged import merge_checkpoint
@@ -207,6 +208,16 @@ def test_one_expert_alone_and_none(made: Made) -> None:
         close(model(IDS[row : row + 1]).logits, whole[row : row + 1])
     experts = model.model.layers[0].mlp.experts
     assert experts(torch.zeros(0, 64), torch.zeros(0, 2, dtype=torch.int64), torch.zeros(0, 2)).shape == (0, 64)
+
+
+@pytest.mark.parametrize("name", ["gpt-oss", "mxfp4", "awq"])
+def test_served_from_codes(made: Made, name: str) -> None:
+    """Same tokens as of the dense twin."""
+    prompt, greedy = [[5, 61, 2, 33]], SamplingParams(temperature=0, max_tokens=7)
+    coded, dense = (LLM(made[name] / each) for each in ("coded", "dense"))
+    answers = [llm.generate(prompt, greedy, use_tqdm=False)[0].outputs[0].token_ids for llm in (coded, dense)]
+    assert answers[0] == answers[1]
+    assert len(stacks(coded.engine.runner.model)) >= 2
 
 
 def test_what_experts_in_codes_cannot_be(made: Made) -> None:
