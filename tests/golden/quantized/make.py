@@ -1,7 +1,7 @@
 """Weights that each library quantized itself, and what it decodes them to: one small file a library.
 
-python -m venv golden && golden/bin/pip install torch transformers==5.24.0 gguf==0.19.0 hqq compressed-tensors
-golden/bin/python tests/golden/quantized/make.py transformers|gguf|hqq|compressed_tensors …
+python -m venv golden; golden/bin/pip install torch transformers==5.24.0 gguf==0.19.0 LIBRARY
+golden/bin/python tests/golden/quantized/make.py transformers|gguf|hqq|compressed_tensors|autoawq|gptqmodel …
 
 ``{case}/{part}`` are tensors of a layer by their last names, ``{case}`` is the decoded weight in the library's dtype.
 The metadata of a file hold the library's version, and for each case the ``quantization_config`` and the shape.
@@ -153,6 +153,49 @@ def compressed_tensors():
         config = {"quant_method": "compressed-tensors", "format": layout, "config_groups": {"group_0": group}}
         cases[name] = config, SHAPE, parts, decoded
     save("compressed_tensors", cases, "compressed-tensors")
+
+
+def autoawq():
+    from awq.modules.linear.gemm import WQLinear_GEMM
+    from awq.utils.packing_utils import dequantize_gemm
+
+    values, group = weight(1).half(), 16
+    blocks = values.view(SHAPE[0], -1, group)
+    low, high = blocks.amin(2), blocks.amax(2)
+    scales = (high - low).clamp(min=1e-5) / 15
+    zeros = (-(low / scales).round()).clamp(0, 15)
+    linear = torch.nn.Linear(SHAPE[1], SHAPE[0], bias=False).half()
+    linear.weight.data = values
+    layer = WQLinear_GEMM.from_linear(linear, 4, group, scales=scales.T.contiguous(), zeros=zeros.T.contiguous())
+    parts = {name: tensor for name, tensor in layer.state_dict().items() if tensor is not None}
+    decoded = dequantize_gemm(layer.qweight, layer.qzeros, layer.scales, 4, group).T
+    config = {"quant_method": "awq", "bits": 4, "group_size": group, "version": "gemm", "zero_point": True}
+    save("autoawq", {"4 bits": (config, SHAPE, parts, decoded)})
+
+
+def gptqmodel():
+    from gptqmodel.nn_modules.qlinear.torch import TorchLinear
+
+    cases, group = {}, 32
+    for bits in (2, 3, 4, 8):
+        values, n = weight(bits), SHAPE[1] // group
+        g_idx = (torch.arange(SHAPE[1]) // group)[
+            torch.randperm(SHAPE[1], generator=torch.Generator().manual_seed(bits))
+        ]
+        by_group = [values[:, g_idx == number] for number in range(n)]
+        low, high = (torch.stack([getattr(part, end)(1) for part in by_group], 1) for end in ("amin", "amax"))
+        scales = ((high - low) / ((1 << bits) - 1)).half().float()
+        zeros = (-(low / scales).round()).clamp(0, (1 << bits) - 1)
+        linear = torch.nn.Linear(SHAPE[1], SHAPE[0], bias=False)
+        linear.weight.data = values
+        layer = TorchLinear(bits, group, False, True, SHAPE[1], SHAPE[0])
+        layer.pack_original(linear, scales, zeros, g_idx.int())
+        layer.post_init()
+        names = ("qweight", "qzeros", "scales", "g_idx")
+        parts = {name: getattr(layer, name) for name in names}
+        settings = {"bits": bits, "group_size": group, "desc_act": True, "sym": False, "checkpoint_format": "gptq_v2"}
+        cases[f"{bits} bits"] = {"quant_method": "gptq"} | settings, SHAPE, parts, layer.dequantize_weight().T
+    save("gptqmodel", cases)
 
 
 if __name__ == "__main__":
