@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from quantized_folders import (
@@ -31,8 +31,10 @@ from veneer.errors import CompositionError, ConfigError, FormatError, TargetErro
 from veneer.export.merged import merge_checkpoint
 from veneer.methods.lora import LoraConfig
 from veneer.model.coded_stack import CodedStack
+from veneer.ops.four_bit import FourBitLayout
 from veneer.plan.architecture import config_of
 from veneer.plan.model import meta_base
+from veneer.quant.four_bit import FourBitSpec
 from veneer.recipe.parts import ModelPart
 from veneer.store.facts import model_facts
 from veneer.store.quantization import BitsAndBytesConfig
@@ -352,3 +354,30 @@ def test_experts_quantized_while_they_are_loaded(
     assert stacks(again).keys() == found.keys()
     left = BitsAndBytesConfig(**settings, llm_int8_skip_modules=["mlp.experts"])
     assert not stacks(load_model(made[name] / "dense", quantization=left))
+
+
+def test_experts_that_bitsandbytes_stored_one_by_one(made: Made, tmp_path: Path) -> None:
+    """A folder in NF4 of a transformers that had no stacks: gate and up keep blocks of their own."""
+    shutil.copytree(made["awq"] / "dense", tmp_path / "model")
+    held, wanted = load_file(tmp_path / "model" / "model.safetensors"), dict[str, Tensor]()
+    coded: dict[str, Tensor] = {}
+    for name, tensor in held.items():
+        if not name.endswith("_proj.weight"):
+            coded[name] = tensor
+            continue
+        spec = FourBitSpec(FourBitLayout((tensor.shape[0], tensor.shape[1]), "nf4"), double_quant=True)
+        parts = spec.quantize(tensor)
+        wanted[name] = spec.bind(parts).dense()
+        layer = name.removesuffix("weight")
+        coded |= {layer + key: part for key, part in spec.to_disk(parts).items()}
+    save_file(coded, tmp_path / "model" / "model.safetensors", {"format": "pt"})
+    path = tmp_path / "model" / "config.json"
+    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"quantization_config": config.to_dict()}))
+    model = load_model(tmp_path / "model")
+    experts = "model.layers.0.mlp.experts"
+    both = [torch.cat([wanted[f"{experts}.{n}.{half}_proj.weight"] for half in ("gate", "up")]) for n in range(3)]
+    found = stacks(model)
+    assert torch.equal(found[f"{experts}.gate_up_proj"].stack().dense(), torch.stack(both))
+    down = [wanted[f"{experts}.{n}.down_proj.weight"] for n in range(3)]
+    assert torch.equal(found[f"{experts}.down_proj"].stack().dense(), torch.stack(down))
