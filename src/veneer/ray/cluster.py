@@ -42,7 +42,7 @@ def connected(place: Place) -> Iterator[None]:
         with _handlers_kept():
             ray.init(place.address)
     except (OSError, RuntimeError, ValueError) as error:
-        raise ConfigError(f"Ray cannot be used at {place.address or 'this machine'}: {error}") from error
+        raise ConfigError(f"Ray cannot be used at {place.address or 'this machine'}: {last_line(error)}") from error
     try:
         yield
     finally:
@@ -79,3 +79,8 @@ def n_workers(place: Place, found: Devices) -> int:
             f"one. Take at most {found.n}, or add nodes to the cluster."
         )
     return n
+
+
+def last_line(error: BaseException) -> str:
+    """Return the last line of Ray's error, before which it may tell a traceback; of an empty one its kind."""
+    return str(error).strip().rpartition("\n")[2] or type(error).__name__

@@ -20,13 +20,14 @@ from ray.train.torch import TorchConfig, TorchTrainer
 
 from veneer import errors
 from veneer.errors import ConfigError, DiskError, Interrupted, LostProcessError, TrainingError, VeneerError
-from veneer.ray.cluster import connected, devices, n_workers
+from veneer.ray.cluster import connected, devices, last_line, n_workers
 from veneer.ray.place import Place
 from veneer.recipe.distributed_part import dealing_problems
 from veneer.recipe.recipe import Recipe, load_recipe
 from veneer.recipe.values import read_values
 from veneer.store.bars import without_bars
 from veneer.train.checkpoint import write_json
+from veneer.train.interrupt import SIGNALS
 from veneer.train.record import record_of
 from veneer.train.run import run_recipe
 
@@ -106,7 +107,7 @@ def train_on(place: Place, loop: Loop, recipe: Recipe) -> dict[str, Any]:
                     trainer.fit()
             except TrainingFailedError as error:
                 _raise_refusal(folder)
-                raise TrainingError(f"the workers on Ray have failed: {_last_line(error)}") from error
+                raise TrainingError(f"the workers on Ray have failed: {last_line(error)}") from error
             _raise_refusal(folder)
     return cast("dict[str, Any]", record_of(output))
 
@@ -134,15 +135,26 @@ def _raise_refusal(folder: Path) -> None:
 
 @contextmanager
 def _interruptible() -> Iterator[None]:
-    """Raise Interrupted for Ctrl-C, for which Ray ends the workers and exits with the status 0."""
-    before = signal.getsignal(signal.SIGINT)
+    """Raise Interrupted for Ctrl-C, for which Ray ends the workers and exits with the status 0, and for SIGTERM."""
+    came = signal.SIGINT
+
+    def end_as_by_ctrl_c(number: int, _: object) -> None:
+        nonlocal came
+        came = signal.Signals(number)
+        signal.raise_signal(signal.SIGINT)
+
+    in_main = threading.current_thread() is threading.main_thread()
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    if in_main:
+        signal.signal(signal.SIGTERM, end_as_by_ctrl_c)
     try:
         yield
-    except SystemExit as error:
-        raise Interrupted(signal.SIGINT) from error
+    except (SystemExit, KeyboardInterrupt) as error:
+        raise Interrupted(came) from error
     finally:
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGINT, before)
+        if in_main:
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
 
 @contextmanager
@@ -170,10 +182,6 @@ def _elastic(loop: Loop, n: int) -> int | tuple[int, int]:
     if n > 1 and any_number and not any(dealing_problems(values, k) for k in range(1, n)):
         return 1, n
     return n
-
-
-def _last_line(error: BaseException) -> str:
-    return str(error).strip().rpartition("\n")[2] or type(error).__name__
 
 
 def _print(line: str) -> None:
