@@ -236,7 +236,8 @@ void shape_tiles(int n) {
   _tile_loadconfig(&shape);
 }
 
-// Panel by panel, which then stays in cache for all the rows.
+// Panel by panel, which then stays in cache for all the rows. `fetching`: the weights come from memory.
+template <bool fetching>
 void tile_piece(const PanelMatrix& weight, const Operand& x, int64_t start, int64_t stop, int64_t begin, int64_t end, const Finish& finish) {
   int shaped = 0;
   for (int64_t next; begin < end; begin = next) {
@@ -247,7 +248,7 @@ void tile_piece(const PanelMatrix& weight, const Operand& x, int64_t start, int6
       if (n != shaped) shape_tiles(shaped = n);
       for (int64_t block = begin, two; block < next; block = two) {
         two = block / 2 * 2 + 2 < next ? block / 2 * 2 + 2 : next;
-        const auto corner = row == start && block == begin ? tile_corner<true> : tile_corner<false>;
+        const auto corner = fetching && row == start && block == begin ? tile_corner<true> : tile_corner<false>;
         corner(weight, x, row, n, block, static_cast<int>(two - block), finish);
       }
     }
@@ -257,7 +258,7 @@ void tile_piece(const PanelMatrix& weight, const Operand& x, int64_t start, int6
 
 void tile_product(const PackedProduct& call, const Operand& x) {
   each_piece(call, [&](int64_t row, int64_t stop, int64_t begin, int64_t end) {
-    tile_piece(call.weight, x, row, stop, begin, end, Finish{call, 0});
+    tile_piece<true>(call.weight, x, row, stop, begin, end, Finish{call, 0});
   });
 }
 #endif
@@ -346,7 +347,7 @@ void decoded_product(const PackedProduct& call, const Operand& x, int64_t begin,
     // Tiles read whole groups of 32 inputs; the memory held something else before, and 0 times NaN is NaN.
     const int64_t decoded = dense.o * up_to(m.i, 2), all = dense.o * dense.depth;
     std::memset(memory + decoded * 2, 0, static_cast<size_t>(all - decoded) * 2);
-    return tile_piece(dense, x, 0, call.n, 0, end - begin, finish);
+    return tile_piece<false>(dense, x, 0, call.n, 0, end - begin, finish);
   }
 #elif defined(__AVX512BF16__)
   if (reads_pairs(call))
