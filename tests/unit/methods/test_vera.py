@@ -63,6 +63,18 @@ def test_equals_peft_in_outputs_gradients_and_on_disk(save_projection: bool, tmp
     torch.testing.assert_close(back(input_ids=IDS).logits, expected.logits, rtol=1e-5, atol=1e-5)
 
 
+def test_matrices_that_peft_has_rounded_to_the_dtype_of_its_base_are_taken(tmp_path: Path):
+    reference = peft.get_peft_model(base().bfloat16(), peft.VeraConfig(**FIELDS)).eval()
+    torch.manual_seed(4)
+    for name, parameter in reference.named_parameters():
+        if "vera_lambda" in name:
+            parameter.data = torch.randn(parameter.shape)
+    reference.save_pretrained(tmp_path)
+    model = PeftModel.from_pretrained(base().bfloat16(), tmp_path)
+    found, expected = (each(input_ids=IDS).logits.float() for each in (model, reference))
+    assert (found - expected).norm() <= 0.02 * expected.norm()
+
+
 def test_all_layers_share_one_pair_of_matrices_and_the_start_is_the_base():
     model = get_peft_model(base(), VeraConfig(**FIELDS))
     assert torch.equal(model(input_ids=IDS).logits, base()(input_ids=IDS).logits)

@@ -281,7 +281,7 @@ def _misshapen(expected: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> l
 
 def _differing(shared: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> list[str]:
     """The keys of what follows from the config, where the file holds something else."""
-    return [key for key, value in shared.items() if key in tensors and not _is_near(tensors[key], value)]
+    return [key for key, value in shared.items() if key in tensors and not _is_drawn(tensors[key], value)]
 
 
 def _torn(model: nn.Module, name: str, tensors: Mapping[str, Tensor]) -> list[str]:
@@ -292,6 +292,11 @@ def _torn(model: nn.Module, name: str, tensors: Mapping[str, Tensor]) -> list[st
         shared = first.setdefault(id(value), key)
         expected |= {key: tensors[shared]} if shared != key and shared in tensors else {}
     return [key for key, value in expected.items() if key in tensors and not torch.equal(tensors[key], value)]
+
+
+def _is_drawn(value: Tensor, drawn: Tensor) -> bool:
+    """True also of what PEFT has rounded to the dtype of a base in 16 bits."""
+    return any(_is_near(value, drawn.to(dtype).float()) for dtype in (drawn.dtype, torch.bfloat16, torch.float16))
 
 
 def _is_near(value: Tensor, expected: Tensor) -> bool:

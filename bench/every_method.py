@@ -1,0 +1,174 @@
+"""A training step of every method of linear layers, beside PEFT's and beside LoRA with as many trained numbers.
+
+    python bench/every_method.py [--only miss oft …] [--model smollm2-135m-instruct] [--rows 4] [--tokens 256]
+        [--repeats 3] [--tiny]
+
+PEFT makes an adapter on the seven projections and moves its parameters, so that nothing is neutral; veneer opens its
+folder. Losses of 64 tokens must agree before anything is timed. Then PEFT's step, ours and that of our LoRA of the rank
+that trains about as many numbers take turns. Prints a line a method as it is measured; a method whose two sides part
+has a line that says so. Exit status: 0 done, 1 one has parted or a goal is missed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers.utils import logging as transformers_logging
+
+import veneer
+from lora_step import TOLERANCE, adapted_by, base_of, loss_of, optimizer_of, step
+from methods import tokens_of
+from report import add_keep, ends_as_interrupted, keep, working
+from snippet9 import SEVEN
+from tiny_model import write_tiny
+from turns import Timing, faster_dtype, in_turns, timed
+from veneer.model.fused.decoder import fuse
+from veneer.ops.cpu.module import description
+from veneer.store.source import resolve
+
+MOVED = 0.01  # standard deviation of what is added to each trained number
+
+
+@dataclass(frozen=True)
+class Method:
+    """A method's config, its fields, and how much longer than LoRA's its step may take; None: told alone."""
+
+    config: str
+    fields: dict[str, Any]
+    goal: float | None
+
+
+METHODS = {
+    "lora": Method("LoraConfig", {"r": 16}, 1.15),
+    "dora": Method("LoraConfig", {"r": 16, "use_dora": True}, 1.15),
+    "ia3": Method("IA3Config", {"feedforward_modules": ["down_proj"]}, 1.15),
+    "vera": Method("VeraConfig", {"r": 64}, 1.15),
+    "loha": Method("LoHaConfig", {"r": 4}, 1.15),
+    "hra": Method("HRAConfig", {"r": 8}, 1.15),
+    "oft": Method("OFTConfig", {"oft_block_size": 32}, 1.15),
+    "boft": Method("BOFTConfig", {"boft_block_size": 8, "boft_n_butterfly_factor": 1}, 1.15),
+    "road": Method("RoadConfig", {"group_size": 64}, 1.15),
+    "miss": Method("MissConfig", {"r": 16}, 1.15),
+    "beft": Method("BeftConfig", {}, 1.15),
+    "delora": Method("DeloraConfig", {"r": 16}, 1.15),
+    "gralora": Method("GraloraConfig", {"r": 16, "gralora_k": 2}, 1.15),
+    "deft": Method("DeftConfig", {"r": 16}, 1.15),
+    "psoft": Method("PsoftConfig", {"r": 16}, 1.15),
+    "randlora": Method("RandLoraConfig", {"r": 32}, 1.15),
+    "frod": Method("FrodConfig", {"progressbar": False}, 1.15),
+    "osf": Method("OSFConfig", {}, 1.15),
+    "vblora": Method("VBLoRAConfig", {"r": 4, "num_vectors": 256, "vector_length": 64}, 1.15),
+    "unilora": Method("UniLoraConfig", {"r": 4}, 1.15),
+    "tinylora": Method("TinyLoraConfig", {"u": 16}, 1.15),
+    "lokr": Method("LoKrConfig", {"r": 8}, 1.3),
+    "c3a": Method("C3AConfig", {"block_size": 64}, 1.3),
+    "shira": Method("ShiraConfig", {"r": 16}, 1.3),
+    "fourierft": Method("FourierFTConfig", {"n_frequency": 1000}, None),
+    "waveft": Method("WaveFTConfig", {"n_frequency": 1000}, None),
+    "hira": Method("HiraConfig", {"r": 16}, None),
+    "peanut": Method("PeanutConfig", {"r": 16}, None),
+    "lily": Method("LilyConfig", {"r": 16}, None),
+}
+
+
+def main() -> None:
+    args = arguments()
+    ends_as_interrupted()
+    warnings.filterwarnings("ignore")
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    missed = []
+    with tempfile.TemporaryDirectory() as name:
+        args.place = write_tiny(Path(name) / "model") if args.tiny else str(resolve(args.model))
+        args.dtype = faster_dtype()
+        print(f"kernels: {description()}; torch {torch.__version__}; {args.dtype}, {args.rows} x {args.tokens} tokens")
+        print(f"{'':10}  {'trained':>10} {'PEFT, s':>8} {'veneer, s':>9}  of PEFT  of LoRA (rank)", flush=True)
+        figures: dict[str, float] = {}
+        for method in args.only:
+            working(method)
+            try:
+                found = measured(args, METHODS[method], Path(name) / method)
+            except Exception as error:  # noqa: BLE001  one method's failure is a line, not the end of the others
+                print(f"{method:10}  {type(error).__name__}: {str(error)[:900]}", flush=True)
+                missed.append(method)
+                continue
+            figures |= show(method, *found)
+            goal = METHODS[method].goal
+            if figures[f"{method} / PEFT"] > 1 or (goal is not None and figures[f"{method} / LoRA"] > goal):
+                missed.append(method)
+    keep(args.keep, figures)
+    if missed:
+        sys.exit(f"slower than a goal, or parted: {', '.join(missed)}")
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--model", default="smollm2-135m-instruct")
+    parser.add_argument("--rows", type=int, default=4)
+    parser.add_argument("--tokens", type=int, default=256)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--tiny", action="store_true", help="a tiny random model: a run through, no measurement")
+    add_keep(parser)
+    return parser.parse_args()
+
+
+def measured(args: argparse.Namespace, method: Method, folder: Path) -> tuple[int, int, bool, dict[str, Timing]]:
+    """Trained numbers, LoRA's rank, whether our blocks are fused, and the timings. SystemExit never; ValueError where
+    losses part."""
+    fields = {"target_modules": list(SEVEN), **method.fields}
+    peer = adapted_by("peer", base_of("peer", "dense", args.place, args.dtype), method.config, fields)
+    torch.manual_seed(1)
+    for parameter in (p for p in peer.parameters() if p.requires_grad):
+        parameter.data += MOVED * torch.randn_like(parameter)
+    peer.save_pretrained(folder)
+    base = base_of("veneer", "dense", args.place, args.dtype)
+    ours = veneer.PeftModel.from_pretrained(base, folder, is_trainable=True).train()
+    check = tokens_of(ours, 1, 64)
+    with torch.no_grad():
+        theirs, own = (loss_of(side, model.eval(), check).item() for side, model in (("peer", peer), ("veneer", ours)))
+    if not abs(own - theirs) <= TOLERANCE * abs(theirs):
+        raise ValueError(f"losses part: {theirs:.4f} (PEFT), {own:.4f} (veneer)")
+    trained = sum(p.numel() for p in ours.parameters() if p.requires_grad)
+    lora, rank = lora_like(args, trained)
+    ids = tokens_of(ours, args.rows, args.tokens)
+    ways = {}
+    for title, side, model in (
+        ("PEFT", "peer", peer.train()),
+        ("veneer", "veneer", ours.train()),
+        ("LoRA", "veneer", lora),
+    ):
+        optimizer = optimizer_of(model)
+        ways[title] = lambda side=side, model=model, optimizer=optimizer: timed(
+            lambda: step(side, model, optimizer, ids)
+        )
+    return trained, rank, fuse(ours), in_turns(ways, args.repeats)
+
+
+def lora_like(args: argparse.Namespace, trained: int) -> tuple[Any, int]:
+    """Our LoRA of the rank, from 1 to 64, that trains about as many numbers."""
+    base = base_of("veneer", "dense", args.place, args.dtype)
+    a_rank = sum(sum(m.weight.shape) for name, m in base.named_modules() if name.rpartition(".")[2] in SEVEN)
+    rank = min(max(round(trained / a_rank), 1), 64)
+    return adapted_by("veneer", base, "LoraConfig", {"r": rank, "target_modules": list(SEVEN)}), rank
+
+
+def show(name: str, trained: int, rank: int, fused: bool, timings: dict[str, Timing]) -> dict[str, float]:
+    theirs, own, lora = (timings[side].wall for side in ("PEFT", "veneer", "LoRA"))
+    told = "" if fused else ", general path"
+    print(
+        f"{name:10}  {trained:10,} {theirs:8.3f} {own:9.3f}  {own / theirs:6.2f}x  {own / lora:6.2f}x ({rank}){told}",
+        flush=True,
+    )
+    return {f"{name} / PEFT": own / theirs, f"{name} / LoRA": own / lora}
+
+
+if __name__ == "__main__":
+    main()
