@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from veneer.adapters import merging
 from veneer.errors import ConfigError
-from veneer.model.attach import adapted_layers, adapted_modules
+from veneer.model.attach import adapted_layers, adapted_stacks
 from veneer.model.coded import CodedModule
 from veneer.model.coded_stack import coded_stacks
 from veneer.model.linear import AdaptedSite, wide
@@ -97,8 +97,7 @@ def _new_codes(model: nn.Module, names: tuple[str, ...]) -> dict[str, tuple[dict
     }
     stacks = {
         _name(path, key): (module, key)
-        for path, module in adapted_modules(model).items()
-        if isinstance(module, AdaptedParameters)
+        for path, module in adapted_stacks(model).items()
         for key in coded_stacks(module)
         if any(key in module.changed(name) for name in names)
     }

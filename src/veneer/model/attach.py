@@ -18,6 +18,7 @@ from veneer.model.embedding import AdaptedEmbedding
 from veneer.model.holder import Holder
 from veneer.model.kinds import adapt_module
 from veneer.model.linear import AdaptedSite
+from veneer.model.parameters import AdaptedParameters
 from veneer.model.places import plan_of, put_on
 from veneer.model.plan import Plan
 from veneer.model.snapshot import Snapshot, look_at
@@ -195,6 +196,11 @@ def adapted_modules(model: nn.Module) -> dict[str, Adapted]:
 def adapted_layers(model: nn.Module) -> dict[str, AdaptedSite]:
     """Return the modules that methods act on, by path."""
     return {name: m for name, m in adapted_modules(model).items() if isinstance(m, AdaptedSite) and m.adapters}
+
+
+def adapted_stacks(model: nn.Module) -> dict[str, AdaptedParameters]:
+    """Return the modules of whose parameters, such as stacked experts, some are adapted, by path."""
+    return {name: m for name, m in adapted_modules(model).items() if isinstance(m, AdaptedParameters)}
 
 
 def outward_parameters(model: nn.Module) -> set[str]:
