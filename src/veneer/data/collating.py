@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from veneer.data.encoding import IGNORED, TASK
-from veneer.errors import ConfigError
+from veneer.errors import ConfigError, DataError
 
 Layout = Literal["positions", "flat", "padded"]
 
@@ -23,7 +23,7 @@ class Collator:
     transformers derives a block-diagonal mask from that. ``"flat"`` concatenates all rows, as the variable-length flash
     kernels require. ``"padded"`` unpacks them into padded rows. ``padding_free`` packs the unpacked examples of a
     batch. Packed batches have no attention mask, so that transformers reads the positions. Examples with ``task_ids``
-    give the batch theirs, (b,), and cannot be packed.
+    give the batch theirs, (b,), and cannot be packed. Raises DataError if only some of a batch have them.
     """
 
     pad_token_id: int
@@ -50,6 +50,8 @@ class Collator:
             raise ConfigError(
                 f"rows of different tasks ({TASK}) cannot be packed: switch packing, eval_packing and padding_free off"
             )
+        if len(tasks) != len(examples):
+            raise DataError(f"{len(tasks)} of the {len(examples)} rows of a batch have {TASK}: give every row its own")
         return {**self._padded([_Row.of(example) for example in examples]), TASK: torch.tensor(tasks)}
 
     def _padded(self, rows: Sequence[_Row]) -> dict[str, Tensor]:

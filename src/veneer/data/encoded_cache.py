@@ -20,7 +20,7 @@ from veneer.errors import DiskError
 FOLDER = "encoded"
 FEWEST_ROWS = 1000  # fewer are tokenized in the time that a look takes
 _KEPT = 24  # sets
-_FORMAT = 1  # goes up when the same rows would be encoded otherwise
+_FORMAT = 2  # goes up when the same rows would be encoded otherwise
 _DONE = "dataset_info.json"
 
 

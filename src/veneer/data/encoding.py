@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -118,12 +119,20 @@ class Encoder:
 
 
 def task_of(row: Mapping[str, Any]) -> dict[str, int]:
-    """Return the task of a row under its name; nothing if it has none. Raises DataError if it is no whole number."""
-    task = row.get(TASK)
-    if task is None:
+    """Return the task of a row under its name; nothing if there is no such column.
+
+    Raises DataError if it is no whole number, nor its digits, which are all that a CSV file holds.
+    """
+    if TASK not in row:
         return {}
+    task = row[TASK]
+    if isinstance(task, str) and re.fullmatch("[0-9]{1,9}", task):
+        task = int(task)
     if not isinstance(task, int) or isinstance(task, bool) or task < 0:
-        raise DataError(f"column {TASK!r} must hold the number of a task, from 0 on, not {task!r:.60}")
+        raise DataError(
+            f"column {TASK!r} must hold the number of a task, from 0 on, not {task!r:.60}: give each row the number of "
+            "its task, or leave the column out"
+        )
     return {TASK: task}
 
 

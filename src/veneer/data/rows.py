@@ -11,7 +11,7 @@ from typing import Any, cast
 from datasets import Dataset, IterableDataset, load_dataset
 from datasets.exceptions import DatasetNotFoundError
 
-from veneer.data.encoding import task_of
+from veneer.data.encoding import TASK, task_of
 from veneer.data.files import Row, numbered_rows, raise_all, require_one_form
 from veneer.data.named_files import names_a_file
 from veneer.data.preference import PreferenceReader
@@ -117,8 +117,9 @@ class RowReader:
 
 
 def form_of(row: Mapping[str, Any]) -> str:
-    """Return the final form of a row: messages, prompt-completion or text."""
-    return "messages" if "messages" in row else "text" if "text" in row else "prompt-completion"
+    """Return the final form of a row: messages, prompt-completion or text, and whether it names its task."""
+    form = "messages" if "messages" in row else "text" if "text" in row else "prompt-completion"
+    return f"{form} with {TASK}" if TASK in row else form
 
 
 def load_rows(source: str | Path, reader: RowReader | PreferenceReader, limit: int | None = None) -> Dataset:

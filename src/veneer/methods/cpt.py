@@ -5,8 +5,8 @@ The model is trained to predict the labels within the context too, and weighs ea
 have types: 1 and 3 modulo 4 are of templates, 2 is of an input, and 4, 8, 12 … are labels, one group after the other.
 Labels do not move. After each step a token that has left its ball is put back onto it.
 
-Departs: the labels of a row are those of the batch, as one last group (PEFT: those that ``input_type_mask`` names, and
-none of them if the greatest type of the context is no multiple of 4).
+Departs: the labels of a row are those of the batch, as one last group. PEFT takes those that ``input_type_mask`` names.
+It takes none of them if the greatest type of the context is no multiple of 4.
 """
 
 from __future__ import annotations
@@ -76,6 +76,10 @@ class CPTConfig(PromptMethod):
         found, n = super().problems(), len(self.cpt_token_ids or ())
         if self.task_type != "CAUSAL_LM":
             found.append(f"task_type={self.task_type!r} must be 'CAUSAL_LM': a context has labels within it")
+        if self.num_transformer_submodules == 2:
+            found.append(
+                "num_transformer_submodules=2 is for an encoder-decoder, and a context for a decoder: leave it out"
+            )
         if not n or min(self.cpt_token_ids or ()) < 0:
             found.append(f"cpt_token_ids={self.cpt_token_ids!r} must hold token ids, at least one")
         if self.num_virtual_tokens != n:

@@ -2,6 +2,8 @@
 
 In splits of the widths, each of which mixes the skills in its own way, it is multi-head routing (Caccia et al. 2022,
 arXiv:2211.03831).
+
+Departs: in a training pass, the rows of one task have one draw of random weights at a layer. PEFT draws for each row.
 """
 
 from __future__ import annotations
@@ -92,7 +94,7 @@ class PolyConfig(LinearMethod):
 
     def drawn(self, generator: torch.Generator | None = None) -> dict[str, Tensor]:
         """Return logistic noise on the logits of one task: their sigmoid is then a relaxed Bernoulli variable of
-        temperature 1 (Maddison et al. 2017, arXiv:1611.00712), as in PEFT.
+        temperature 1 (Maddison et al. 2017, arXiv:1611.00712). All rows of the task have it.
         """
         uniform = torch.rand(self.n_splits * self.n_skills, generator=generator)
         return {_NOISE: uniform.clamp(*_open_interval(uniform.dtype)).logit()}

@@ -135,7 +135,7 @@ class AttendedPrompts(Holder):
         return attended_change(queries, keys, values, record.gate)
 
     def _keys_and_values(self, prompt: Tensor) -> tuple[Tensor, Tensor]:
-        """What the base makes of a prompt (n, d), (n, kv_heads, k) each."""
+        """Keys and values that the base makes of a prompt (n, d), (n, kv_heads, k) each."""
         family, attention = self.family, self.attention
         if family.joined:
             _, keys, values = attention.get_submodule(family.keys)(prompt[None]).chunk(3, dim=-1)

@@ -151,7 +151,7 @@ def _require_found(
 
 
 def _repeated(each: Sequence[T], n_rows: int) -> tuple[T, ...]:
-    """What prompts have (starts, tasks) of which each became several rows, as in a beam search."""
+    """Starts or tasks of prompts, repeated for the rows that each became, as in a beam search."""
     return tuple(own for own in each for _ in range(n_rows // len(each)))
 
 

@@ -185,8 +185,8 @@ def pack_group(model: PreTrainedModel, paths: Sequence[str], *, give_up: bool) -
 def _packed(weight: FrozenWeight, dtype: torch.dtype) -> Packed | None:
     """A weight for rows of ``dtype``; None where it is not packed.
 
-    Codes that have no packed form (a width that is no multiple of 16) are packed as the values that they stand for,
-    but for a `BlockWeight`, which is decoded in tiles: it stays as it is.
+    Codes have no packed form if their width is no multiple of 16: the values that they stand for are packed instead.
+    A narrow `BlockWeight` then stays as it is, since it is decoded in tiles.
     """
     if isinstance(weight, DenseWeight):
         dense = weight.dense()

@@ -71,7 +71,7 @@ def _parts(groups_of: Callable[[slice], CodeGroups], o: int, i: int) -> Iterator
 
 
 def _groups_of(weight: BlockWeight) -> Callable[[slice], CodeGroups] | None:
-    """What gives the codes and scales of some rows; None where they have no common form."""
+    """Function from rows to their codes and scales; None where they have no common form."""
     if isinstance(weight, GgmlWeight):
         return weight.groups if weight.is_narrow else None
     if not isinstance(weight, ScaledWeight) or (isinstance(weight, GroupedWeight) and weight.order is not None):
@@ -104,7 +104,7 @@ def _form(w: ScaledCodes) -> tuple[str, str]:
 
 
 def _raised(w: ScaledCodes) -> int:
-    """What is added to a code: without zeros ``2 ** (bits - 1)`` stands for 0, which is 8 or, in a byte, 0."""
+    """Number added to a code: without zeros ``2 ** (bits - 1)`` stands for 0, which is 8 or, in a byte, 0."""
     if w.coding != "whole" or w.zeros is not None:
         return 0
     return (8 if w.bits <= 4 else 256) - (1 << w.bits - 1)

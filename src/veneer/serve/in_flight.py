@@ -1,4 +1,4 @@
-"""What is in flight, and the time in which some of it will have ended. No torch."""
+"""Amounts in flight, and the time in which some of them will have ended. No torch."""
 
 from __future__ import annotations
 

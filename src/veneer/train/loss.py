@@ -58,7 +58,8 @@ def model_loss(model: nn.Module, inputs: dict[str, Any]) -> TokenLoss:
     out = model(**inputs, use_cache=False)
     labels = inputs["labels"][:, 1:].to(out.logits.device)
     trained = labels != IGNORED
-    n_right = (out.logits[:, :-1].detach().argmax(dim=-1) == labels).logical_and(trained).sum()
+    predicting = out.logits[:, -labels.shape[1] - 1 : -1]  # virtual positions in front may be kept
+    n_right = (predicting.detach().argmax(dim=-1) == labels).logical_and(trained).sum()
     return TokenLoss(out.loss * trained.sum(), trained.sum(), n_right, getattr(out, "aux_loss", None))
 
 

@@ -143,15 +143,21 @@ class SFTTrainer(RunTrainer, trl.SFTTrainer):  # type: ignore[misc]
     def token_loss(self, model: nn.Module, inputs: dict[str, Any]) -> TokenLoss:
         """Return the loss of a micro-batch before it is normalized.
 
-        Raises ConfigError for settings of the loss that an adapter with a loss of its own does not have.
+        An adapter's own loss holds no auxiliary loss of a router. Raises ConfigError for settings that it does not
+        have.
         """
-        if has_own_loss(self.model):
-            if self.args.label_smoothing_factor or self.args.loss_type == "dft":
-                raise ConfigError("this adapter has a loss of its own: leave label_smoothing_factor and loss_type out")
+        own = has_own_loss(self.model)
+        inputs = {**inputs, **({"output_router_logits": not own} if self.aux_loss_enabled else {})}
+        if own:
+            if self.args.label_smoothing_factor or self.args.loss_type == "dft" or self.args.router_aux_loss_coef:
+                raise ConfigError(
+                    "this adapter has a loss of its own: leave label_smoothing_factor, loss_type and "
+                    "router_aux_loss_coef out"
+                )
             return model_loss(model, inputs)
         return token_loss(
             model,
-            {**inputs, **({"output_router_logits": True} if self.aux_loss_enabled else {})},
+            inputs,
             label_smoothing=self.args.label_smoothing_factor,
             weigh_by_probability=self.args.loss_type == "dft",
         )

@@ -12,6 +12,7 @@ import torch
 from datasets import Dataset
 from safetensors.torch import load_file
 from torch import Tensor
+from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 import veneer
 from methods_in_peft import TOKENS, base, near
@@ -144,7 +145,9 @@ def test_rows_of_a_batch_have_the_loss_of_their_adapters() -> None:
     near(mixed, total / count)
 
 
-def run_of(tmp_path: Path, tokenizer: Any, make_model: Any, **changes: Any) -> SFTTrainer:
+def run_of(
+    tmp_path: Path, tokenizer: Any, make_model: Any, weights: dict[str, Any] = DECAY, **changes: Any
+) -> SFTTrainer:
     settings = {
         "output_dir": str(tmp_path), "bf16": False, "use_cpu": True, "max_steps": 4, "learning_rate": 0.5,
         "save_strategy": "steps", "save_steps": 2, "report_to": "none", "gradient_checkpointing": False,
@@ -156,7 +159,7 @@ def run_of(tmp_path: Path, tokenizer: Any, make_model: Any, **changes: Any) -> S
         SFTConfig(**settings | changes),
         train_dataset=Dataset.from_list([{"text": text} for text in texts]),
         processing_class=tokenizer,
-        peft_config=veneer.CPTConfig(**FIELDS | DECAY),
+        peft_config=veneer.CPTConfig(**FIELDS | weights),
     )
 
 
@@ -184,6 +187,38 @@ def test_a_run_takes_the_loss_of_the_model(tmp_path: Path, tokenizer: Any, make_
         smoothed.train()
 
 
+def mixture() -> Qwen3MoeForCausalLM:
+    torch.manual_seed(3)
+    sizes = {"hidden_size": 24, "num_attention_heads": 3, "num_key_value_heads": 1, "head_dim": 8, "vocab_size": 61}
+    experts = {"num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 14, "router_aux_loss_coef": 0.3}
+    return Qwen3MoeForCausalLM(Qwen3MoeConfig(num_hidden_layers=2, pad_token_id=1, **sizes, **experts)).eval()
+
+
+@pytest.mark.parametrize("weights", [{}, DECAY], ids=str)
+def test_the_loss_of_a_router_is_no_part_of_it(tmp_path: Path, tokenizer: Any, weights: dict[str, Any]) -> None:
+    trainer = run_of(tmp_path, tokenizer, mixture, weights)
+    batch = next(iter(trainer.get_train_dataloader()))
+    with torch.no_grad():
+        wanted = trainer.model(**batch, output_router_logits=False).loss
+        near(trainer.compute_loss(trainer.model, dict(batch)), wanted)
+    assert trainer.aux_loss_enabled
+    asked = run_of(tmp_path, tokenizer, mixture, weights, router_aux_loss_coef=0.7)
+    with pytest.raises(ConfigError, match="leave label_smoothing_factor, loss_type and router_aux_loss_coef out"):
+        asked.train()
+
+
+def test_virtual_logits_that_are_kept_change_no_loss(tmp_path: Path, tokenizer: Any, make_model: Any) -> None:
+    counted = []
+    for kept in (False, True):
+        trainer = run_of(tmp_path, tokenizer, make_model, {"keep_virtual_logits": kept})
+        batch = next(iter(trainer.get_train_dataloader()))
+        with torch.no_grad():
+            counted.append(trainer.token_loss(trainer.model, dict(batch)))
+            assert trainer.model(**batch).logits.shape[1] == batch["labels"].shape[1] + N * kept
+    near(counted[1].total, counted[0].total)
+    assert [(each.n_tokens, each.n_right) for each in counted[1:]] == [(counted[0].n_tokens, counted[0].n_right)]
+
+
 def test_a_sweep_does_not_share_its_base_with_it() -> None:
     with pytest.raises(ConfigError, match="one: CPT has a loss of its own: train it alone"):
         SharedBase(base()).add("one", ours())
@@ -195,6 +230,7 @@ def test_a_sweep_does_not_share_its_base_with_it() -> None:
         ({"task_type": "SEQ_CLS"}, "task_type='SEQ_CLS' must be 'CAUSAL_LM'"),
         ({"cpt_token_ids": []}, r"cpt_token_ids=\(\) must hold token ids"),
         ({"cpt_token_ids": [3, -1]}, r"cpt_token_ids=\(3, -1\) must hold token ids"),
+        ({"num_transformer_submodules": 2}, "num_transformer_submodules=2 is for an encoder-decoder, .*: leave it out"),
         ({"num_virtual_tokens": 3}, "num_virtual_tokens=3 is not the 8 of cpt_token_ids: leave it out"),
         ({"cpt_tokens_type_mask": [1, 2]}, r"cpt_tokens_type_mask=\(1, 2\) must hold 8 numbers"),
         ({"cpt_tokens_type_mask": [-1] * 8}, "must hold types of at least 0"),

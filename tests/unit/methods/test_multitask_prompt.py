@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import peft
 import pytest
 import torch
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -16,9 +18,9 @@ import veneer
 from methods_in_peft import TOKENS, base, near
 from veneer.core.sites import InputSite
 from veneer.data.collating import Collator
-from veneer.data.dataset import digest, pack_all
+from veneer.data.dataset import digest, encode_all, pack_all
 from veneer.data.encoding import Encoder
-from veneer.data.rows import RowReader
+from veneer.data.rows import RowReader, load_rows, stream_rows
 from veneer.errors import CompositionError, ConfigError, DataError, ShapeError
 from veneer.model.attach import live_parameters
 from veneer.store.adapter.records import read_records
@@ -280,6 +282,39 @@ def test_rows_of_data_keep_their_tasks() -> None:
     with pytest.raises(ConfigError, match="packing=True joins rows"):
         pack_all(Dataset.from_list(rows), 16, split=False)
     assert digest(Dataset.from_list(rows)) != digest(Dataset.from_list([{**rows[0], "task_ids": 1}, rows[1]]))
+
+
+MIXED = ({"text": "the cat sat", "task_ids": 1}, {"text": "a dog"})
+
+
+@pytest.mark.parametrize("rows", [MIXED, MIXED[::-1]], ids=["first", "last"])
+def test_rows_of_which_only_some_have_a_task_are_refused(tmp_path: Path, tokenizer: Any, rows: Any) -> None:
+    encoder = Encoder(tokenizer=tokenizer, kind="text")
+    filled = Dataset.from_list([{"task_ids": None, **row} for row in rows])
+    with pytest.raises(DataError, match=r"row [01]: column 'task_ids' must hold .* not None: give each row the number"):
+        encode_all(filled, encoder, "training")
+    file = tmp_path / "rows.jsonl"
+    file.write_text("\n".join(map(json.dumps, rows)))
+    for read in (load_rows, stream_rows):
+        with pytest.raises(DataError, match=r"row 2 is of the form text.* with task_ids"):
+            list(read(file, RowReader()))
+
+    def one_by_one() -> Iterator[Any]:
+        yield from rows
+
+    encoded = list(encode_all(IterableDataset.from_generator(one_by_one), encoder, "training"))
+    with pytest.raises(DataError, match="1 of the 2 rows of a batch have task_ids: give every row its own"):
+        Collator(pad_token_id=0)(encoded)
+
+
+def test_tasks_are_read_from_csv(tmp_path: Path, tokenizer: Any) -> None:
+    file = tmp_path / "rows.csv"
+    file.write_text("text,task_ids\nthe cat sat,12\na dog,0\n")
+    encoded = encode_all(load_rows(file, RowReader()), Encoder(tokenizer=tokenizer, kind="text"), "training")
+    assert list(encoded["task_ids"]) == [12, 0]
+    file.write_text("text,task_ids\nthe cat sat,\n")
+    with pytest.raises(DataError, match="row 2: column 'task_ids' must hold the number of a task, from 0 on, not ''"):
+        load_rows(file, RowReader())
 
 
 def test_a_run_trains_the_tasks_of_its_rows(tmp_path: Path, tokenizer: Any, make_model: Any) -> None:

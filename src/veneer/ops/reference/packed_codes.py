@@ -125,7 +125,7 @@ def _codes_of(codes: Tensor, across: int, weight: PackedCodes) -> Tensor:
 
 
 def _numbers(coding: str, codes: Tensor) -> Float32[Tensor, "o i"]:
-    """What codes stand for."""
+    """Numbers that codes stand for."""
     if coding in FLOATS_8:
         return codes.view(FLOATS_8[coding]).float()
     if coding == "e2m1":
