@@ -1,6 +1,8 @@
 // IQ4_NL, IQ4_XS and MXFP4: levels are indices into sixteen values.
 #pragma once
 
+#include <limits>
+
 #include "ggml/k_quants.h"
 #include "ggml/mxfp4.h"
 #include "ggml/simple.h"
@@ -111,7 +113,7 @@ struct IQ4XS {
 };
 
 // An exponent from the largest magnitude, and of equally near values the first. Far below 2^-125 the exponent wraps, as in
-// ggml, and all values become zero.
+// ggml, and all values become zero; so they do beside infinity, which has no exponent.
 struct MXFP4 {
   static constexpr int block = 32, bytes = 17, words = 5, skip = 3;
 
@@ -120,7 +122,7 @@ struct MXFP4 {
     for (int i = 0; i < 32; ++i) most = greater(magnitude(tile.x[i]), most);
     bit_lanes exponent = {};
     for (int64_t r = 0; r < width; ++r) {
-      if (most[r] > 0.0f)
+      if (most[r] > 0.0f && most[r] <= std::numeric_limits<float>::max())
         exponent[r] = static_cast<uint32_t>(static_cast<int>(__builtin_floorf(__builtin_log2f(most[r]))) + 125) & 255u;
       step[r] = half_power(exponent[r]);
     }

@@ -47,7 +47,7 @@ def create_arrow_model(
     _require_paths(arrow_config, task_specific_adapter_paths, general_adapter_paths)
     folders = [adapter_folder(path, hub_options(hub)) for path in task_specific_adapter_paths]
     general = [adapter_folder(path, hub_options(hub)) for path in (general_adapter_paths or ())]
-    pairs = {folder: _pairs(folder) for folder in (*folders, *(general if arrow_config.use_gks else ()))}
+    pairs = {folder: _pairs(folder) for folder in (*folders, *general)}
     first = _require_alike(pairs)
     targets = shortest_names(module_index(base_model), tuple(first))
     rank = next(iter(first.values())).rank
@@ -56,7 +56,7 @@ def create_arrow_model(
     for path, layer in adapted_layers(model).items():
         own = [pairs[folder][path] for folder in folders]
         a, b = (torch.stack([getattr(pair, factor).float() for pair in own]) for factor in "ab")
-        if arrow_config.use_gks:
+        if general:
             others = [pairs[folder][path] for folder in general]
             a = a - torch.stack([pair.a.float() for pair in others]).mean(dim=0)
             b = b - torch.stack([pair.b.float() for pair in others]).mean(dim=0)
@@ -68,12 +68,14 @@ def create_arrow_model(
 
 
 def _require_paths(config: ArrowConfig, paths: Sequence[AdapterPath], general: Sequence[AdapterPath] | None) -> None:
-    if isinstance(paths, str) or len(paths) < config.top_k:
+    if isinstance(paths, str | os.PathLike) or len(paths) < config.top_k:
         raise ConfigError(
             f"task_specific_adapter_paths={paths!r} must be a list of at least top_k={config.top_k} adapters"
         )
-    if config.use_gks and (not general or isinstance(general, str)):
+    if config.use_gks and (not general or isinstance(general, str | os.PathLike)):
         raise ConfigError(f"use_gks=True needs general_adapter_paths, a list of adapters; given: {general!r}")
+    if general and not config.use_gks:
+        raise ConfigError("general_adapter_paths has no effect with use_gks=False: give use_gks=True, or leave it out")
 
 
 def _pairs(folder: Path) -> dict[str, Pair]:

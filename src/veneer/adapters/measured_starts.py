@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
@@ -13,16 +13,18 @@ from torch import Tensor, nn
 from veneer.adapters.merging import require_known
 from veneer.adapters.peft_model import PeftModel
 from veneer.contract.late_start import LateStart
+from veneer.core.sites import LinearSite
 from veneer.errors import AdapterNameError, ConfigError, DataError, NonFiniteError
-from veneer.inits import Factors
+from veneer.inits import Factors, weight_problems
 from veneer.inits.corda import CordaConfig, covariance, of_covariance
-from veneer.inits.lora_ga import LoraGAConfig, of_gradient
+from veneer.inits.lora_ga import LoraGAConfig, of_gradient, rank_problems
 from veneer.model.attach import adapted_layers
 from veneer.model.holder import tensors_of
 from veneer.model.linear import AdaptedSite
 from veneer.model.structure import evaluation, modes_kept
 
 Settings = TypeVar("Settings")
+NAMES_TOLD = 4  # of layers with one problem
 
 
 def initialize_lora_ga_weights(
@@ -34,20 +36,25 @@ def initialize_lora_ga_weights(
     adapter acts, the model is in training mode, and the base may have any storage format. The gradients need as much
     memory as the adapted weights in float32.
 
-    Raises ConfigError if the adapter does not start from "lora_ga", or a weight has too few directions for its rank.
-    Raises DataError for a layer that gets no gradient, NonFiniteError for gradients with NaN or infinity, and
-    AdapterNameError if an adapter is merged.
+    Raises ConfigError before the pass, if the adapter does not start from "lora_ga" or weights have too few directions
+    for its ranks. Raises DataError for layers that get no gradient, NonFiniteError for gradients with NaN or infinity,
+    and AdapterNameError if an adapter is merged. The adapter is then as it was.
     """
     start, settings, layers = _asked_for(model, adapter_name, LoraGAConfig)
+    sites = {path: layer.site((adapter_name,)) for path, layer in layers.items()}
+    _require_fit([problem for site in sites.values() for problem in rank_problems(site, start.rank(site))])
     sums = {path: _Sum() for path in layers}
     with model.disable_adapter(), modes_kept(model), torch.enable_grad(), _gradients_of(layers, sums):
         model.train()
         train_step()
+    _require_measured(sums, "gradient", "train_step")
+
+    def measured(path: str, site: LinearSite) -> Factors:
+        return of_gradient(site, sums[path].mean, (start.rank(site), start.scale(site)), settings)
+
     with torch.no_grad():
-        for path, layer in layers.items():
-            gradient, site = sums[path].mean(path, "gradient", "train_step"), layer.site((adapter_name,))
-            factors = of_gradient(site, gradient, (start.rank(site), start.scale(site)), settings)
-            _put(layer.adapters[adapter_name], start, factors)
+        factors = {path: measured(path, site) for path, site in sites.items()}
+        _put({path: layer.adapters[adapter_name] for path, layer in layers.items()}, start, factors)
 
 
 @torch.no_grad()
@@ -59,14 +66,24 @@ def initialize_lora_corda_weights(
     ``run_model`` runs the model forward, on one batch or several. In it no adapter acts, the model is in evaluation
     mode, and the base may have any storage format. The covariances need ``i²`` numbers in float32 for each layer.
 
-    Raises ConfigError if the adapter does not start from "corda", DataError for a layer that no batch reaches,
-    NonFiniteError for inputs with NaN or infinity, and AdapterNameError if an adapter is merged.
+    Raises ConfigError before the pass, if the adapter does not start from "corda" or weights are too small for its
+    ranks. Raises DataError for layers that no batch reaches or whose largest input in a pass is 0, NonFiniteError for
+    inputs with NaN or infinity, and AdapterNameError if an adapter is merged. The adapter is then as it was.
     """
     start, settings, layers = _asked_for(model, adapter_name, CordaConfig)
+    sites = {path: layer.site((adapter_name,)) for path, layer in layers.items()}
+    _require_fit([problem for site in sites.values() for problem in weight_problems(site, start.rank(site), "CorDA")])
     sums = {path: _Sum() for path in layers}
+    flat: set[str] = set()
 
     def keep(module: nn.Module, args: tuple[Any, ...]) -> None:
-        sums[cast(AdaptedSite, module).site_name].add(covariance(args[0]))
+        path, x = cast(AdaptedSite, module).site_name, args[0]
+        if x.numel() == 0:  # of an expert without tokens
+            return
+        if x.max() == 0:
+            flat.add(path)
+        else:
+            sums[path].add(covariance(x))
 
     handles = [layer.register_forward_pre_hook(keep) for layer in layers.values()]
     try:
@@ -75,10 +92,18 @@ def initialize_lora_corda_weights(
     finally:
         for handle in handles:
             handle.remove()
-    for path, layer in layers.items():
-        inputs, site = sums[path].mean(path, "input", "run_model"), layer.site((adapter_name,))
-        factors = of_covariance(site, inputs, (start.rank(site), start.scale(site)), settings)
-        _put(layer.adapters[adapter_name], start, factors)
+    if flat:
+        raise DataError(
+            f"the largest input in a pass of run_model is 0 at {_told([path for path in layers if path in flat])}, and "
+            "CorDA divides by it: leave these layers out of target_modules, or give other batches"
+        )
+    _require_measured(sums, "input", "run_model")
+
+    def measured(path: str, site: LinearSite) -> Factors:
+        return of_covariance(site, sums[path].mean, (start.rank(site), start.scale(site)), settings)
+
+    factors = {path: measured(path, site) for path, site in sites.items()}
+    _put({path: layer.adapters[adapter_name] for path, layer in layers.items()}, start, factors)
 
 
 @dataclass
@@ -91,16 +116,42 @@ class _Sum:
     def add(self, value: Tensor) -> None:
         self.total, self.count = value if self.total is None else self.total.add_(value), self.count + 1
 
-    def mean(self, path: str, what: str, given: str) -> Tensor:
-        """Raises DataError if there are none, and NonFiniteError if the sum is not finite."""
-        if self.total is None:
-            raise DataError(f"{given} gave {path} no {what}: leave it out of target_modules, or run the model in it")
-        if not torch.isfinite(self.total).all():
-            raise NonFiniteError(
-                f"the {what} of {path} holds NaN or infinity, from which nothing can start: look for the batch, or for "
-                "a dtype too narrow for this model"
-            )
-        return self.total / self.count
+    @property
+    def is_finite(self) -> bool:
+        return self.total is not None and bool(torch.isfinite(self.total).all())
+
+    @property
+    def mean(self) -> Tensor:
+        """Of one matrix or more."""
+        return cast(Tensor, self.total) / self.count
+
+
+def _require_fit(problems: Sequence[str]) -> None:
+    """Raises one ConfigError for what keeps layers from their ranks."""
+    if problems:
+        raise ConfigError(_told(problems, "; "))
+
+
+def _require_measured(sums: Mapping[str, _Sum], what: str, given: str) -> None:
+    """Raises DataError for layers that got nothing, and NonFiniteError for sums that are not finite."""
+    missing = [path for path, own in sums.items() if not own.count]
+    if missing:
+        raise DataError(
+            f"{given} gave no {what} to {_told(missing)}: leave these layers out of target_modules, or run the model "
+            f"in {given}"
+        )
+    wrong = [path for path, own in sums.items() if not own.is_finite]
+    if wrong:
+        raise NonFiniteError(
+            f"the {what} holds NaN or infinity at {_told(wrong)}, from which nothing can start: look for the batch, or "
+            "for a dtype too narrow for this model"
+        )
+
+
+def _told(each: Sequence[str], between: str = ", ") -> str:
+    """The first few, and how many more."""
+    more = len(each) - NAMES_TOLD
+    return between.join(each[:NAMES_TOLD]) + (f" and {more} more" if more > 0 else "")
 
 
 @contextmanager
@@ -145,9 +196,11 @@ def _asked_for(model: PeftModel, name: str, kind: type[Settings]) -> tuple[LateS
     return start, start.settings, layers
 
 
-def _put(held: nn.Module, start: LateStart, factors: Factors) -> None:
-    """The factors into one layer's parameters, and into the product that is subtracted."""
-    parameters = tensors_of(held)
-    for names, value in zip(((start.a, *start.taken_off[:1]), (start.b, *start.taken_off[1:])), factors, strict=True):
-        for name in names:
-            parameters[name].copy_(value)
+def _put(held: Mapping[str, nn.Module], start: LateStart, factors: Mapping[str, Factors]) -> None:
+    """The factors into the parameters of each layer, and into the product that is subtracted."""
+    both = (start.a, *start.taken_off[:1]), (start.b, *start.taken_off[1:])
+    for path, own in factors.items():
+        parameters = tensors_of(held[path])
+        for names, value in zip(both, own, strict=True):
+            for name in names:
+                parameters[name].copy_(value)

@@ -16,11 +16,13 @@ import pkgutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import ModuleType
+from typing import cast
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from veneer.core.frozen import FrozenWeight
 from veneer.core.sites import LinearSite
 from veneer.errors import ConfigError
 
@@ -52,16 +54,24 @@ def start_names() -> list[str]:
 
 def dense_weight(site: LinearSite, r: int, who: str) -> Float[Tensor, "o i"]:
     """Return the frozen weight in float32. Raises ConfigError if it is not loaded or has fewer than r directions."""
+    problems = weight_problems(site, r, who)
+    if problems:
+        raise ConfigError("; ".join(problems))
+    return cast(FrozenWeight, site.weight).dense(torch.float32)
+
+
+def weight_problems(site: LinearSite, r: int, who: str) -> list[str]:
+    """Return a sentence if the frozen weight is not one matrix, is not loaded or has fewer than r directions."""
     if site.experts > 1:
-        raise ConfigError(
+        return [
             f"{who} at {site.name} starts from one matrix; these are {site.experts} experts' in one tensor: "
             "leave init_lora_weights at True"
-        )
+        ]
     if site.weight is None:
-        raise ConfigError(f"{who} at {site.name} starts from the frozen weight: load the base model before attaching")
+        return [f"{who} at {site.name} starts from the frozen weight: load the base model before attaching"]
     if r > min(site.weight.shape):
-        raise ConfigError(f"{who} at {site.name}: r={r} is more than the weight of shape {site.weight.shape} can give")
-    return site.weight.dense(torch.float32)
+        return [f"{who} at {site.name}: r={r} is more than the weight of shape {site.weight.shape} can give"]
+    return []
 
 
 @functools.cache

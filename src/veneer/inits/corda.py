@@ -57,7 +57,10 @@ class CordaConfig:
 
 
 def covariance(rows: Float[Tensor, "*batch i"]) -> Float[Tensor, "i i"]:
-    """Return ``Xᵀ X`` of the inputs in one pass, divided by their largest entry, in float32."""
+    """Return ``Xᵀ X`` of the inputs X in one pass, each divided by the magnitude of the largest, in float32.
+
+    The largest is that with its sign, as PEFT has it; it must not be 0.
+    """
     x = rows.flatten(0, -2).float()
     x = x / x.max().abs()
     return x.T @ x

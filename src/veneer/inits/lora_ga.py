@@ -67,11 +67,9 @@ def of_gradient(
     of B A. Raises ConfigError if the weight has fewer than 2 r directions.
     """
     r, scale = shape
-    if 2 * r > min(gradient.shape):
-        raise ConfigError(
-            f"LoRA-GA at {site.name}: r={r} needs {2 * r} directions, and a weight of shape {tuple(gradient.shape)} "
-            f"has {min(gradient.shape)}: give r={min(gradient.shape) // 2} or less"
-        )
+    problems = rank_problems(site, r)
+    if problems:
+        raise ConfigError("; ".join(problems))
     u, s, vt = leading_triplets(gradient.float(), 2 * r, _POWER_ITERATIONS, generator)
     of_a, of_b = _places(r, settings.direction, generator)
     a, b = vt[of_a], u[:, of_b] * s[of_b]
@@ -83,6 +81,17 @@ def of_gradient(
         norm = torch.linalg.matrix_norm(dense_weight(site, r, "LoRA-GA"), 2)
         b = b * (norm / s[of_b[0]])
     return a.cpu().contiguous(), b.cpu().contiguous()
+
+
+def rank_problems(site: LinearSite, r: int) -> list[str]:
+    """Return a sentence if a layer's weight has fewer than 2 r directions."""
+    o, i = site.out_features, site.in_features
+    if 2 * r <= min(o, i):
+        return []
+    return [
+        f"LoRA-GA at {site.name}: r={r} needs {2 * r} directions, and a weight of shape {(o, i)} has {min(o, i)}: give "
+        f"r={min(o, i) // 2} or less"
+    ]
 
 
 def _places(r: int, direction: str, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:

@@ -46,7 +46,7 @@ class TokenMixture(Mixture):
         nearest, index = linear(x, self.prototypes.to(x.dtype)).abs().topk(self.top_k, dim=-1)
         weights = (nearest / self.temperature).softmax(dim=-1) * self.scales.to(x.dtype)[index]
         weights = torch.zeros_like(x[..., :1]).expand(*x.shape[:-1], len(self.a)).scatter(-1, index, weights)
-        inner = linear(x, self.a.flatten(0, 1).to(x.dtype)).view(*weights.shape, -1)
+        inner = linear(x, self.a.flatten(0, 1).to(x.dtype)).view(*weights.shape, self.a.shape[1])
         together = self.b.transpose(0, 1).flatten(1)  # the experts side by side, (o, e r)
         return linear((inner * weights[..., None]).flatten(-2), together.to(x.dtype))
 

@@ -22,7 +22,8 @@ def with_sequences(model: nn.Module, state: AdapterState, inputs: Inputs) -> Ite
     """Context of one forward pass whose layers know the sequences, if an acting adapter depends on them.
 
     ``inputs`` are the arguments of the pass. Padding and packed rows are read from them. Checkpointed blocks are
-    computed again with the same sequences. Raises CompositionError beside virtual tokens.
+    computed again with the same sequences. Raises CompositionError beside virtual tokens, and for a mask that is not
+    2-D.
     """
     configs = [state.configs[name] for name in _acting(state)]
     if not any(config.by_sequence for config in configs):
@@ -60,11 +61,22 @@ def _sequences(model: nn.Module, inputs: Inputs) -> Sequences | None:
     if given is None or getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         return None
     (rows, n), mask, positions = given.shape[:2], kwargs.get("attention_mask"), kwargs.get("position_ids")
-    if isinstance(mask, Tensor) and mask.ndim == 2:
-        return Sequences.of(mask[:, -n:].long(), device=given.device)
+    if mask is not None:
+        return Sequences.of(_on_tokens(mask)[:, -n:].long(), device=given.device)
     everywhere = torch.ones(rows, n, dtype=torch.long, device=given.device)
-    has_positions = isinstance(positions, Tensor) and positions.ndim == 2 and mask is None
+    has_positions = isinstance(positions, Tensor) and positions.ndim == 2
     return Sequences.of(everywhere, positions if has_positions else None, given.device)
+
+
+def _on_tokens(mask: object) -> Tensor:
+    """A mask (rows, n) of tokens. Raises CompositionError for another: it tells which tokens see which."""
+    if isinstance(mask, Tensor) and mask.ndim == 2:
+        return mask
+    told = f"of shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else f"a {type(mask).__name__}"
+    raise CompositionError(
+        f"an adapter that depends on whole sequences finds no padding in attention_mask, {told}: give a 2-D "
+        "attention_mask, or leave cache_implementation out"
+    )
 
 
 def _checkpointing(model: nn.Module) -> list[Any]:

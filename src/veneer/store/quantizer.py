@@ -31,8 +31,8 @@ from veneer.model.quant_linear import QuantLinear
 from veneer.model.renamed import converter, renamer
 from veneer.store.block_by_block import Unread, load_in_turn, unread
 from veneer.store.checkpoint import Checkpoint, Stored, is_finite
-from veneer.store.quantization_config import QuantizationConfig, held_quantized
-from veneer.store.stacks_in_files import StackInFiles, new_stacks, planned_stacks, stacks_in_files
+from veneer.store.quantization_config import QuantizationConfig, held_quantized, not_run_in_codes
+from veneer.store.stacks_in_files import StackInFiles, leaves_dense, new_stacks, planned_stacks, stacks_in_files
 
 METHOD = "veneer"
 NAMES_TOLD = 4  # of layers with one problem
@@ -216,7 +216,7 @@ class VeneerQuantizer(HfQuantizer):  # type: ignore[misc]
         to_own, is_stacked, prefix = renamer(model), converter(model), f"{model.base_model_prefix}."
         paths = {path for path, module in model.named_modules() if isinstance(module, QuantLinear)}
         found = {}
-        for layer in self.stored_parts.keys() - in_stacks:
+        for layer in [each for each in self.stored_parts if each not in in_stacks]:
             name = self.quantization_config.weight_name(layer)
             own = to_own(name).removesuffix(".weight")
             if not {own, own.removeprefix(prefix), prefix + own} & paths:
@@ -234,8 +234,10 @@ class VeneerQuantizer(HfQuantizer):  # type: ignore[misc]
         """Return a stored weight as a dense matrix. Errors are collected for `finish`, also for a layer that
         ``config.json`` leaves out.
         """
-        shape = self.stored_shape(layer, parts)
+        shape, model = self.stored_shape(layer, parts), cast(PreTrainedModel, self._model)
         try:
+            if self.quantization_config.is_stack(layer) and not leaves_dense(model, self._skip, layer):
+                raise not_run_in_codes(layer, parts)
             if not stacked or len(shape) != 2:
                 raise held_quantized(layer, parts)
             return self.quantization_config.weight_of(layer, parts, shape, self.dtype).dense(self.dtype)

@@ -67,6 +67,11 @@ def stacks_in_files(
     return found
 
 
+def leaves_dense(model: PreTrainedModel, skip: Sequence[str], layer: str) -> bool:
+    """Return True if a stack of the files is among the modules that the config leaves dense."""
+    return not all(_quantizes(name, skip) for name in _spellings(model, renamer(model)(layer)))
+
+
 def planned_stacks(model: PreTrainedModel, config: QuantizationConfig, skip: Sequence[str]) -> dict[str, StackSpec]:
     """Return the storage formats of `stacks_in_files` for files that hold all experts as the config says."""
     places = stacks_of(model)

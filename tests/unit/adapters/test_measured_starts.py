@@ -236,9 +236,10 @@ def test_an_adapter_that_starts_otherwise_is_refused() -> None:
 
 
 def test_a_pass_that_shows_nothing_is_refused() -> None:
-    with pytest.raises(DataError, match=r"train_step gave model\.layers\.0\.self_attn\.q_proj no gradient"):
+    told = r"model\.layers\.0\.self_attn\.q_proj, .* and 2 more: leave these layers out"
+    with pytest.raises(DataError, match=rf"train_step gave no gradient to {told}"):
         veneer.initialize_lora_ga_weights(new("lora_ga"), lambda: None)
-    with pytest.raises(DataError, match=r"run_model gave .* no input"):
+    with pytest.raises(DataError, match=rf"run_model gave no input to {told}"):
         veneer.initialize_lora_corda_weights(new("corda"), lambda: None)
     broken = base()
     with torch.no_grad():
@@ -248,12 +249,53 @@ def test_a_pass_that_shows_nothing_is_refused() -> None:
         veneer.initialize_lora_corda_weights(model, forward(model))
 
 
-def test_a_rank_above_half_of_a_width_is_refused() -> None:
-    model = new("lora_ga", r=7)
-    with pytest.raises(
-        ConfigError, match=r"r=7 needs 14 directions, and a weight of shape \(12, 24\) has 12: give r=6"
+def test_a_rank_that_a_weight_cannot_give_is_refused_before_the_pass() -> None:
+    one = r"v_proj: r=7 needs 14 directions, and a weight of shape \(12, 24\) has 12: give r=6"
+    with pytest.raises(ConfigError, match=rf"layers\.0\S+{one}.*; .*layers\.1\S+{one}"):
+        veneer.initialize_lora_ga_weights(new("lora_ga", r=7), lambda: pytest.fail("the pass has begun"))
+    model = new("corda", rank_pattern={r"1\.self_attn\.v_proj": 13})
+    with pytest.raises(ConfigError, match=r"layers\.1\S+v_proj: r=13 is more than the weight of shape \(12, 24\)"):
+        veneer.initialize_lora_corda_weights(model, lambda: pytest.fail("the pass has begun"))
+
+
+def test_a_refused_start_leaves_the_adapter_as_it_was() -> None:
+    """The first layers are measured, and others are not."""
+    for start, begin in (
+        ("lora_ga", veneer.initialize_lora_ga_weights),
+        ("corda", veneer.initialize_lora_corda_weights),
     ):
-        veneer.initialize_lora_ga_weights(model, backward(model))
+        model = new(start)
+        before = {name: value.clone() for name, value in model.state_dict().items()}
+        layer = model.model.layers[0].self_attn.q_proj
+        with pytest.raises(DataError, match=r"to model\.layers\.0\.self_attn\.v_proj, .* and 1 more"):
+            begin(model, lambda layer=layer: layer(torch.ones(5, 24)).sum().requires_grad_().backward())
+        assert all(torch.equal(model.state_dict()[name], value) for name, value in before.items())
+
+
+def test_corda_divides_by_the_largest_input() -> None:
+    """A pass without tokens, as an expert has it, counts for nothing; one whose largest input is 0 is refused."""
+    expected, model = factors(corda()), new("corda")
+
+    def run() -> None:
+        forward(model)()
+        model.model.layers[1].mlp.down_proj(torch.zeros(0, model.config.intermediate_size))
+
+    veneer.initialize_lora_corda_weights(model, run)
+    for path, both in factors(model).items():
+        for found, wanted in zip(both, expected[path], strict=True):
+            torch.testing.assert_close(found, wanted)
+    flat = base()
+    with torch.no_grad():
+        flat.model.layers[1].input_layernorm.weight[:] = 0
+    model, told = new("corda", flat), r"model\.layers\.1\.self_attn\.q_proj, model\.layers\.1\.self_attn\.v_proj"
+    with pytest.raises(DataError, match=f"the largest input in a pass of run_model is 0 at {told}, and CorDA divides"):
+        veneer.initialize_lora_corda_weights(model, forward(model))
+
+
+def test_a_start_of_other_modules_than_linear_layers_is_refused() -> None:
+    model = new("corda", target_modules=["embed_tokens"])
+    with pytest.raises(ConfigError, match="CordaConfig starts the factors of linear layers; 'default' adapts none"):
+        veneer.initialize_lora_corda_weights(model, forward(model))
 
 
 def test_a_merged_adapter_is_refused() -> None:

@@ -51,6 +51,13 @@ def test_each_token_takes_the_pairs_that_amplify_it_most():
         torch.testing.assert_close(found, w @ token + change)
 
 
+def test_no_tokens_are_a_mixture_of_none():
+    config, place = ArrowConfig(top_k=2, n_experts=3, r=2), site("q_proj", 7, 5)
+    record, w = config.lower(place, config.init(place)), DenseWeight(torch.randn(7, 5))
+    assert apply_linear(record, torch.zeros(0, 5), w).shape == (0, 7)
+    assert apply_linear(record, torch.zeros(2, 0, 5), w).shape == (2, 0, 7)
+
+
 def test_a_prototype_is_what_a_pair_amplifies_most():
     a, b = torch.randn(3, 11), torch.randn(7, 3)
     b[:, 0] *= 9  # a gap, for the iteration
@@ -106,6 +113,13 @@ def test_what_it_refuses(folders, tmp_path):
         create_arrow_model(base(), folders[:1], config)
     with pytest.raises(ConfigError, match="use_gks=True needs general_adapter_paths"):
         create_arrow_model(base(), folders, ArrowConfig(use_gks=True, **FIELDS))
+    for one in (folders[0], os.fspath(folders[0])):
+        with pytest.raises(ConfigError, match="must be a list of at least top_k=2 adapters"):
+            create_arrow_model(base(), one, config)
+        with pytest.raises(ConfigError, match="needs general_adapter_paths, a list of adapters"):
+            create_arrow_model(base(), folders, ArrowConfig(use_gks=True, **FIELDS), one)
+    with pytest.raises(ConfigError, match="general_adapter_paths has no effect with use_gks=False"):
+        create_arrow_model(base(), folders, config, ["nobody/has-this"])
     other = {"rank": {"r": 5}, "layers": {"target_modules": ["q_proj"]}}
     for name, fields in other.items():
         lora = LoraConfig(**{"r": 3, "target_modules": TARGETS, **fields})
@@ -117,6 +131,10 @@ def test_what_it_refuses(folders, tmp_path):
     get_peft_model(base(), LoraConfig(target_modules=TARGETS, use_dora=True)).save_pretrained(tmp_path / "dora")
     with pytest.raises(CompositionError, match="reads the weights of its base"):
         create_arrow_model(base(), [folders[0], tmp_path / "dora"], config)
+    biased = LoraConfig(target_modules=TARGETS, lora_bias=True, init_lora_weights=False)
+    get_peft_model(base(), biased).save_pretrained(tmp_path / "bias")
+    with pytest.raises(CompositionError, match=r"a low-rank pair and a bias: .*low-rank pairs and nothing else"):
+        create_arrow_model(base(), [folders[0], tmp_path / "bias"], config)
     model = create_arrow_model(base(), folders, config)
     with pytest.raises(CompositionError, match="no weight does the same"):
         model.merge_adapter()

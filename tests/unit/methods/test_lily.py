@@ -100,6 +100,19 @@ def test_padding_belongs_to_no_sequence(side):
     near(logits(model, torch.cat(parts, dim=1), attention_mask=mask, position_ids=positions)[:1, at], alone)
 
 
+def test_a_mask_that_tells_no_padding_is_refused():
+    model = adapted()
+    whole = torch.ones(2, 1, 5, 5, dtype=torch.bool).tril()
+    for mask, told in ((whole, r"of shape \(2, 1, 5, 5\)"), ({"full_attention": whole}, "a dict")):
+        with pytest.raises(CompositionError, match=f"no padding in attention_mask, {told}: give a 2-D attention_mask"):
+            logits(model, attention_mask=mask)
+    mask = torch.tensor([[1, 1, 1, 1, 1], [0, 0, 1, 1, 1]])
+    with pytest.raises(CompositionError, match="leave cache_implementation out"):
+        model.generate(TOKENS, attention_mask=mask, max_new_tokens=3, do_sample=False, cache_implementation="static")
+    with model.disable_adapter():
+        logits(model, attention_mask=whole)
+
+
 def test_packed_sequences_are_apart():
     model = adapted()
     packed = torch.cat([TOKENS[0, :3], TOKENS[1]])[None]

@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 
 from quantized_folders import (
     FORMATS,
@@ -256,12 +257,36 @@ UP = "model.layers.1.mlp.experts.gate_up_proj"
         ({f"{UP}_blocks": None, f"{UP}_scales": None}, {}, "gate_up_proj is not in the checkpoint"),
         ({f"{UP}_bias": None}, {}, "gate_up_proj_bias is not in the checkpoint"),
         ({}, {"modules_to_not_convert": ["model.layers.1.mlp.experts"]}, "leaves it dense"),
+        (
+            {f"{UP}_scales": None},
+            {"modules_to_not_convert": ["model.layers.1.mlp.experts"]},
+            r"gate_up_proj_scales is missing, it should be \(experts, o, blocks\)",
+        ),
+        (
+            {f"{UP}_scales": torch.zeros(5, 192, dtype=torch.uint8)},
+            {"modules_to_not_convert": ["model.layers.1.mlp.experts"]},
+            r"gate_up_proj_scales is \(5, 192\), it should be",
+        ),
     ],
 )
 def test_damaged_stacks(broken: Path, tensors: dict[str, Tensor | None], settings: Any, message: str) -> None:
     change(broken, tensors, **settings)
     with pytest.raises(FormatError, match=message):
         load_model(broken)
+
+
+def test_experts_that_are_cut_over_processes(made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The config quantizes them, but each process has some of them."""
+    make = GptOssExperts.__init__
+
+    def cut(experts: Any, config: Any) -> None:
+        make(experts, config)
+        experts._is_expert_parallel = True
+
+    monkeypatch.setattr(GptOssExperts, "__init__", cut)
+    with pytest.raises(FormatError, match="gate_up_proj: these experts cannot be run in codes: they are cut") as error:
+        load_model(made["gpt-oss"] / "coded")
+    assert "leaves it dense" not in str(error.value)
 
 
 @pytest.mark.parametrize("broken", ["gpt-oss"], indirect=True)

@@ -256,7 +256,8 @@ def _problems(
     shared |= {key: shared[own] for key, own in again.items() if own in shared}
     known = shapes.keys() | _repeated(model, name) | {shared_key(each) for each in names} | again.keys()
     whole = [key for key, own in expected.parameters.items() if not own.is_floating_point()]
-    tied = "the embeddings' that it is tied to" if config.shared is None else "that of the layer that shares it"
+    is_held = config.shared is not None and config.shared.is_held
+    tied = "that of the layer that shares it" if is_held else "the embeddings' that it is tied to"
     return [
         *(f"missing: {key}" for key in missing),
         *(f"unexpected: {key}" for key in tensors if key not in known),
