@@ -129,8 +129,8 @@ def make_room_for(tokenizer: Any, base: Any) -> None:
         return
     if isinstance(table, CodedEmbedding):
         raise ConfigError(
-            f"the tokenizer has {len(tokenizer):,} tokens, and the base's table of {n_tokens:,} stays in the blocks of "
-            'its GGUF file, which do not grow: load the base with gguf="dense"'
+            f"the tokenizer has {len(tokenizer):,} tokens, more than the {n_tokens:,} of the base's table. It stays "
+            'in the blocks of its GGUF file, which cannot grow: load the base with gguf="dense"'
         )
     base.resize_token_embeddings(len(tokenizer))
 

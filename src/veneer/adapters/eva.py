@@ -91,7 +91,9 @@ def initialize_lora_eva_weights(
     sites = {p: m.site((adapter_name,)) for p, m in adapted_layers(model).items() if adapter_name in m.adapters}
     ranks = {path: factors[path].shape[0] if path in factors else start.rank(site) for path, site in sites.items()}
     if not any(ranks.values()):
-        raise ConfigError(f"eva_state_dict leaves none of the layers of {adapter_name!r} a rank")
+        raise ConfigError(
+            f"eva_state_dict leaves none of the layers of {adapter_name!r} a rank: give a factor with at least one row"
+        )
     changed = start.with_ranks(sites, ranks, keep_scale=eva.adjust_scaling_factors)
     started = replace(model.peft_config[adapter_name], **changed)  # type: ignore[arg-type]
     for path, a in factors.items():
@@ -129,7 +131,9 @@ class _Passes:
         """The layers, joined where the first batch reaches them as the same rows."""
         first = next(iter(self.loader), None)
         if first is None:
-            raise DataError("the dataloader gave no batch: EVA starts from the inputs that data gives the layers")
+            raise DataError(
+                "the dataloader gave no batch: give at least one, since EVA starts from the inputs of the layers"
+            )
         seen: dict[str, tuple[torch.Size, str]] = {}
         self._watch(first, layers, lambda path, x, mask: seen.setdefault(path, _digest(x)))
         missed = [path for path in layers if path not in seen]
@@ -250,7 +254,9 @@ def _start(model: PeftModel, name: str) -> tuple[LateStart, EvaConfig]:
 def _layers(model: PeftModel, name: str) -> dict[str, AdaptedSite]:
     found = {p: m for p, m in adapted_layers(model).items() if m.takes_rows and name in m.adapters}
     if not found:
-        raise ConfigError(f"EVA starts the factors of linear layers; {name!r} adapts none")
+        raise ConfigError(
+            f"EVA starts the factors of linear layers, and {name!r} adapts none: name linear layers in target_modules"
+        )
     return found
 
 
@@ -262,8 +268,12 @@ def _require_fitting(factors: Mapping[str, Tensor], layers: Mapping[str, Adapted
         for path, a in factors.items()
         if path in widths and (a.ndim != 2 or a.shape[1] != widths[path])
     ]
-    if unknown or wrong:
-        raise ShapeError(f"eva_state_dict does not fit the adapter: no such layers {unknown}; shapes {wrong}")
+    told = [f"no such layers {unknown}"] * bool(unknown) + [f"shapes {wrong}"] * bool(wrong)
+    if told:
+        raise ShapeError(
+            f"eva_state_dict does not fit the adapter: {'; '.join(told)}. Make it from this model "
+            "with get_eva_state_dict"
+        )
 
 
 def _put(held: nn.Module, start: LateStart, a: Tensor) -> None:

@@ -66,7 +66,7 @@ def tokens_behind(prompt: Sequence[int], limit: int | None, n_most: int) -> int:
     if limit is None:
         return n_most
     if not prompt:
-        raise ConfigError("the prompt is empty: nothing to continue")
+        raise ConfigError("the prompt is empty: give at least one token")
     if len(prompt) >= limit:
         raise ConfigError(f"the prompt has {len(prompt)} tokens and the model's context holds {limit}: shorten it")
     return min(n_most, limit - len(prompt))

@@ -72,5 +72,5 @@ class PromptReader:
         if read[-1]["role"] == "assistant":
             read = read[:-1]  # the answer that is known
         if not read:
-            raise DataError("no turn asks for an answer")
+            raise DataError("no turn asks for an answer: add a turn of the user")
         return render(tokenizer, read, {"add_generation_prompt": True})

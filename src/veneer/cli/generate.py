@@ -37,7 +37,7 @@ def generate(args: GenerateArguments) -> None:
     text = sys.stdin.read() if args.prompt == "-" else args.prompt or ""
     ids = encode_prompt(chosen.tokenizer, text, system=args.system, raw=args.raw)
     if not ids:
-        raise ConfigError("the prompt is empty: nothing to continue")
+        raise ConfigError("the prompt is empty: give at least one token")
     answerer = loading.answerer_of(chosen.load(), drawing)
     answer = answerer.stream(ids, args.max_new_tokens)
     if not answer.strip() and not args.raw and answerer.tokenizer.chat_template is not None:

@@ -15,6 +15,7 @@ from veneer.errors import FormatError
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"  # beside it
 PEFT_VERSION = "0.21.2"
+_AGAIN = "save or download the adapter again"
 
 
 def text_of(values: Mapping[str, object], peft_fields: PeftFields) -> str:
@@ -33,18 +34,20 @@ def read_fields(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG_FILE
     if not path.is_file():
         inside = folder / "adapter"  # where a training run saves it
-        advice = f"; {inside} holds one, give that folder" if (inside / CONFIG_FILE).is_file() else ""
-        raise FormatError(f"{folder} holds no {CONFIG_FILE}: it is not the folder of an adapter{advice}")
+        advice = f"give a folder with {CONFIG_FILE} and its weights"
+        if (inside / CONFIG_FILE).is_file():
+            advice = f"{inside} holds one, give that folder"
+        raise FormatError(f"{folder} holds no {CONFIG_FILE}: it is not the folder of an adapter; {advice}")
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except UnicodeDecodeError as error:
-        raise FormatError(f"{path} is not text in UTF-8: {error}") from error
+        raise FormatError(f"{path} is not text in UTF-8 ({error}): {_AGAIN}") from error
     except ValueError as error:  # no JSON, or a number of more digits than Python reads
-        raise FormatError(f"{path} is not valid JSON: {error}") from error
+        raise FormatError(f"{path} is not valid JSON ({error}): {_AGAIN}") from error
     except RecursionError as error:
-        raise FormatError(f"{path} is nested too deeply to be read: it is damaged, or no config") from error
+        raise FormatError(f"{path} is nested too deeply to be read: it is damaged, or no config; {_AGAIN}") from error
     if not isinstance(values, dict):
-        raise FormatError(f"{path} must hold a JSON object, it holds a {type(values).__name__}")
+        raise FormatError(f"{path} must hold a JSON object, it holds a {type(values).__name__}: {_AGAIN}")
     return values
 
 

@@ -80,7 +80,7 @@ def apply_projected(
 
 
 def entered(delta: LinearDelta, x: Float[Tensor, "*batch i"]) -> Float[Tensor, "*batch i"]:
-    """Return the input of the weight, in x's dtype; the term itself is never rounded to it."""
+    """Return the input of the weight, in x's dtype. The term itself is never rounded to that dtype."""
     if delta.input is None:
         return x
     with without_autocast(x.device):

@@ -212,8 +212,9 @@ class ResidualDelta:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PrefixDelta:
-    """Virtual key/value pairs, n of them, in front of the sequence of one attention layer. Keys count as already
-    rotated.
+    """Virtual key/value pairs, n of them, in front of the sequence of one attention layer.
+
+    The keys are already rotated.
     """
 
     k: Float[Tensor, "n kv_heads head_dim"]
@@ -222,8 +223,10 @@ class PrefixDelta:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AttendedDelta:
-    """Embeddings, n of them, that one attention layer attends to apart from the sequence: ``gate`` times that attention
-    is added to its own. They have no positions, and the layer's own projections make their keys and values.
+    """Embeddings, n of them, that one attention layer attends to apart from the sequence.
+
+    ``gate`` times that attention is added to the layer's own. The embeddings have no positions. The layer's own
+    projections make their keys and values.
     """
 
     prompt: Float[Tensor, "n d"]

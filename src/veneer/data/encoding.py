@@ -30,8 +30,8 @@ def kind_of(columns: Sequence[str], text_field: str) -> Kind:
     if text_field in columns:
         return "text"
     raise DataError(
-        f"the data has the columns {sorted(columns)}, none of the forms that can be trained on: messages (a chat), "
-        f"prompt and completion, {text_field} (plain text; dataset_text_field names the column), or input_ids"
+        f"the data has the columns {sorted(columns)}, which have no known form. Give messages (a chat), prompt and "
+        f"completion, {text_field} (plain text; dataset_text_field names the column), or input_ids"
     )
 
 

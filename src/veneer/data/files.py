@@ -145,4 +145,4 @@ def _parquet(path: Path, problems: list[str]) -> Iterator[tuple[int, Any]]:
             rows = (row for batch in file.iter_batches() for row in batch.to_pylist())
             yield from enumerate(rows, start=1)
     except (pyarrow.lib.ArrowException, OSError) as error:
-        raise DataError(f"{path} is not a parquet file: {error}") from error
+        raise DataError(f"{path} is not a parquet file ({error}): save it again as parquet") from error

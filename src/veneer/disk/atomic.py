@@ -40,7 +40,7 @@ def write_together(folder: Path, contents: Mapping[str, bytes]) -> None:
         if not isinstance(error, OSError):
             raise
         raise DiskError(
-            f"{folder / name} could not be written ({error.strerror}). What was there before is untouched: "
+            f"{folder / name} could not be written ({error.strerror}). The earlier file is untouched: "
             "make room or choose another disk, and run it again"
         ) from error
     _sync_folder(folder)

@@ -77,7 +77,7 @@ def disk_errors_told(target: Path) -> Iterator[None]:
         if reason is None:
             raise
         raise DiskError(
-            f"{target} could not be written ({reason}). What was there before is unchanged: make room or choose "
+            f"{target} could not be written ({reason}). The earlier content is unchanged: make room or choose "
             "another disk, and run it again."
         ) from error
 

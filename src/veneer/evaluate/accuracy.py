@@ -75,7 +75,8 @@ class Choice:
                 ids, start = continuation(tokenizer, question, word)
                 if not start:  # the first token of a text has no probability
                     raise ConfigError(
-                        f"a prompt is empty, or its first token merges with {word!r}: there is nothing to continue"
+                        f"a prompt is empty, or its first token merges with {word!r}: there is nothing to continue. "
+                        "Give each question a longer prompt"
                     )
                 items.append(Scored(tuple(ids), start, len(ids)))
         return cls(questions, tuple(word.strip() for word in words), tuple(items))

@@ -201,7 +201,7 @@ def generated_answers(
 def require_room(prompts: Sequence[Sequence[int]], limit: int | None) -> None:
     """Raise ConfigError for prompts that are empty, or leave no room for an answer in ``limit`` tokens."""
     if any(not prompt for prompt in prompts):
-        raise ConfigError("a prompt is empty: there is nothing to continue")
+        raise ConfigError("a prompt is empty: give at least one token")
     if limit is not None and any(len(prompt) >= limit for prompt in prompts):
         raise ConfigError(
             f"a prompt has {max(map(len, prompts))} tokens and the model's context holds {limit}: shorten it"

@@ -39,7 +39,10 @@ def model_config(folder: Path) -> Any:
         return AutoConfig.from_pretrained(folder)
     except (ValueError, KeyError, OSError, StrictDataclassError) as error:
         reason = " ".join(str(error).split("\n")[:2])
-        raise FormatError(f"{folder / 'config.json'} describes no model that transformers knows: {reason}") from error
+        raise FormatError(
+            f"{folder / 'config.json'} describes no model that transformers knows: {reason.rstrip('.')}. Give the "
+            "folder of another model, or install a later transformers"
+        ) from error
 
 
 def copy_companions(folders: Sequence[Path], into: Path) -> None:

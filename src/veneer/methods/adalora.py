@@ -184,9 +184,9 @@ class Budget:
             )
         if config.init_r <= config.target_r:
             raise ConfigError(
-                f"init_r={config.init_r} must be above target_r={config.target_r}: AdaLoRA starts with more ranks than "
-                "it keeps and cuts the weakest, and here it would cut none. Give a larger init_r (half as much again "
-                "as target_r is usual), or LoraConfig for ranks that stay"
+                f"init_r={config.init_r} must be above target_r={config.target_r}: of the ranks that it starts with, "
+                "AdaLoRA would cut none. Give a larger init_r (half as much again as target_r is usual), or LoraConfig "
+                "for ranks that stay"
             )
         self.config, self.layers, self.total_step = config, layers, config.total_step
         self.start = sum(params["lora_E"].shape[0] for params in layers.values())

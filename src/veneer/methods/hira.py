@@ -69,8 +69,8 @@ class Hadamard(Change):
 class HiraConfig(LinearMethod):
     """HiRA in PEFT's fields.
 
-    ``init_weights``: True starts with B zero (at embeddings A), "gaussian" draws A from a normal distribution. False
-    makes both random, so that the start changes the model. ``hira_dropout`` is read from files; training with it is
+    ``init_weights``: True starts with B zero (at embeddings A). "gaussian" draws A from a normal distribution. False
+    makes both random, so that the start changes the model. ``hira_dropout`` is read from files. Training with it is
     refused.
     """
 

@@ -37,9 +37,9 @@ _FUNCTIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
 class PeanutConfig(LinearMethod):
     """PEANuT in PEFT's fields.
 
-    f has ``depth`` layers (r, r) that encode and as many that decode. Each is followed by ``act_fn``, and what a layer
-    encodes is added behind the one that decodes it. ``scaling`` is the scale s. ``init_weights`` starts B at zero;
-    False draws it, so that the start changes the model.
+    f has ``depth`` layers (r, r) that encode and as many that decode. Each is followed by ``act_fn``. The output of an
+    encoding layer is added behind the layer that decodes it. ``scaling`` is the scale s. ``init_weights`` starts B at
+    zero. False draws B, so that the start changes the model.
     """
 
     peft_type: ClassVar[str] = "PEANUT"

@@ -16,10 +16,10 @@ from veneer.model.routing import Choice, Routing
 class Front:
     """Virtual tokens in front of the rows of a batch.
 
-    ``counts`` are the virtual tokens of each active adapter; ``routing`` is None if one adapter acts on all rows.
+    ``counts`` are the virtual tokens of each active adapter. ``routing`` is None if one adapter acts on all rows.
 
-    Every row has ``width`` places in front. If its adapter has fewer virtual tokens, or none, they are the last of
-    these places, and the others are masked.
+    Every row has ``width`` places in front. If its adapter has fewer virtual tokens, they are the last of these places.
+    The other places are masked.
     """
 
     counts: Mapping[str, int]

@@ -157,17 +157,19 @@ def _check_importance(importance: Tensor, columns: int) -> None:
     if not bool(torch.isfinite(importance).all()):
         raise NonFiniteError("importance holds NaN or infinity; collect it again, from finite activations")
     if bool((importance < 0).any()):
-        raise ConfigError("importance holds negative values; a mean of squares has none")
+        raise ConfigError("importance holds negative values; a mean of squares has none: collect it again")
 
 
 def _raise_non_finite(rows: Tensor, kind: str, bad_row: int) -> None:
     row = rows[bad_row]
     bad = (~torch.isfinite(row)).nonzero()
     if len(bad):
-        found = f"row {bad_row} holds {float(row[bad[0, 0]])} in column {int(bad[0, 0])}"
+        found = (
+            f"row {bad_row} holds {float(row[bad[0, 0]])} in column {int(bad[0, 0])}. Save or fetch the weights again"
+        )
     else:
         found = f"float16, {_of_half(kind)}, cannot hold what row {bad_row} needs (largest magnitude "
-        found += f"{float(row.abs().max()):.3g}); Q8_0 reaches 8.3e6, BF16 everything"
+        found += f"{float(row.abs().max()):.3g}); choose Q8_0, which reaches 8.3e6, or BF16, which reaches everything"
     raise NonFiniteError(f"cannot quantize a matrix of shape {tuple(rows.shape)} to {kind}: {found}")
 
 

@@ -208,8 +208,11 @@ def _check(
     ]
     if wrong or row_to_adapter.shape != x.shape[:1]:
         raise ShapeError(
-            f"x is {tuple(x.shape)} and row_to_adapter {tuple(row_to_adapter.shape)}; a (r, {x.shape[1]}) goes with "
-            f"b ({b_list[0].shape[0]}, r). " + "; ".join(wrong)
+            f"x is {tuple(x.shape)} and row_to_adapter {tuple(row_to_adapter.shape)}; give an index for "
+            f"each row of x, and for each adapter a (r, {x.shape[1]}) and b ({b_list[0].shape[0]}, r)"
+            + "".join(f"; {found}" for found in wrong)
         )
     if len(row_to_adapter) and not (int(row_to_adapter.min()) >= -1 and int(row_to_adapter.max()) < len(a_list)):
-        raise ShapeError(f"row_to_adapter holds indices below -1 or above the {len(a_list)} adapters")
+        raise ShapeError(
+            f"row_to_adapter holds indices below -1 or above the {len(a_list)} adapters: give -1 (none) to {len(a_list) - 1}"
+        )

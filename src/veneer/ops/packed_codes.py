@@ -106,7 +106,7 @@ class PackedCodes:
             panels.append(implementation("packed_codes.pack_groups", groups.codes.device, "reference")(made, groups))
             rows += len(groups.codes)
         if first is None:
-            raise ShapeError("no rows to pack")
+            raise ShapeError("no rows to pack: give at least one part")
         made = _of_groups(first, dtype)
         return replace(made, panels=torch.cat(panels), shape=(rows, made.shape[1]))
 

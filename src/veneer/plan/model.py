@@ -65,8 +65,8 @@ def meta_base(
         reason = str(error).strip().partition("\n")[0][:150]
         raise ConfigError(
             f"transformers makes no causal language model of {part.source} (model_type {config.model_type})"
-            f"{'' if reason.startswith('Unrecognized configuration class') else f': {reason}'}. Planned can be what "
-            "AutoModelForCausalLM builds: decoders that predict the next token"
+            f"{'' if reason.startswith('Unrecognized configuration class') else f': {reason}'}. Give a model that "
+            "AutoModelForCausalLM builds: a decoder that predicts the next token"
         ) from error
     model = cast(PreTrainedModel, model.eval())
     quantization = base_quantization(config, part)

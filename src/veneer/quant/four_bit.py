@@ -27,6 +27,7 @@ from veneer.quant.product import CodedWeight
 from veneer.quant.spec import Parts, part_problems
 
 STATE_KEY = "weight.quant_state.bitsandbytes__"
+_AGAIN = "save or download the checkpoint again"
 
 
 def _is_number(value: object) -> bool:
@@ -207,20 +208,22 @@ def _read_state(tensors: Parts) -> dict[str, Any]:
         raise FormatError(f"a 4-bit weight needs exactly one tensor named {STATE_KEY}…, found {keys}")
     text = tensors[keys[0]]
     if text.dtype != torch.uint8 or text.dim() != 1:
-        raise FormatError(f"{keys[0]} is {text.dtype} {tuple(text.shape)}, it should be the bytes of a JSON text")
+        raise FormatError(
+            f"{keys[0]} is {text.dtype} {tuple(text.shape)}, it should be the bytes of a JSON text: {_AGAIN}"
+        )
     try:
         state = json.loads(bytes(text.tolist()))
     except (ValueError, RecursionError) as error:
-        raise FormatError(f"{keys[0]} is not JSON ({error})") from error
+        raise FormatError(f"{keys[0]} is not JSON ({error}): {_AGAIN}") from error
     if not isinstance(state, dict) or not _STATE_TYPES.keys() <= state.keys():
-        raise FormatError(f"{keys[0]} must hold {sorted(_STATE_TYPES)}, it holds {state!r:.200}")
+        raise FormatError(f"{keys[0]} must hold {sorted(_STATE_TYPES)}, it holds {state!r:.200}: {_AGAIN}")
     wrong = [
         f"{key} is {state[key]!r:.60}"
         for key, fits in (_STATE_TYPES | _NESTED).items()
         if key in state and not fits(state[key])
     ]
     if wrong:
-        raise FormatError(f"{keys[0]} cannot be read: {'; '.join(wrong)}")
+        raise FormatError(f"{keys[0]} cannot be read: {'; '.join(wrong)}. Its checkpoint is damaged: {_AGAIN}")
     return state
 
 
@@ -229,7 +232,7 @@ def _layout_of(state: dict[str, Any], shape: tuple[int, int]) -> tuple[FourBitLa
     problems = []
     dtype = getattr(torch, state["dtype"], None)
     if not isinstance(dtype, torch.dtype):
-        raise FormatError(f"the quant_state names dtype {state['dtype']!r}, which is none of torch's")
+        raise FormatError(f"the quant_state names dtype {state['dtype']!r}, which is none of torch's: {_AGAIN}")
     if tuple(state["shape"]) != shape:
         problems.append(f"it was stored for shape {tuple(state['shape'])}")
     double_quant = "nested_offset" in state

@@ -120,7 +120,7 @@ def put(values: dict[str, Any], key: str, value: Any) -> None:
     for parent in parents:
         section = section.setdefault(parent, {})
         if not isinstance(section, dict):
-            raise ConfigError(f"{parent} is a value, not a section")
+            raise ConfigError(f"{parent} is a value, not a section: set {parent} itself, or write it as a section")
     section[last] = value
 
 

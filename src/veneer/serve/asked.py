@@ -25,14 +25,14 @@ from veneer.serve.structured import Forms, TextForm
 class EngineSettings:
     """Settings of the model (ids, end ids, sampling defaults) and of the engine (seed, limits of adapters).
 
-    ``vocabulary`` is the number of ids; ``ending`` are those that end an answer. ``seed`` is used for draws without
+    ``vocabulary`` is the number of ids. ``ending`` are the ids that end an answer. ``seed`` is used for draws without
     one. ``max_lora_rank`` is the highest rank of an adapter (None: any). ``value_bytes`` is the size of a value of a
-    loaded adapter (None: as it is stored). ``why_general``: the reason why transformers' own code computes everything;
-    "" if it does not. ``base``: the model's folder, if it has one; adapters that were merged into it are refused.
-    ``base_names``: the model as it was asked for, and other names of it; adapters of another base have a warning.
-    ``chat_template`` is used for all adapters, in place of their own. ``keeps_stats``: times and counts are kept.
-    ``prefix_caching``: requests share pages. ``speculative``: how next tokens are guessed (None: only those are that a
-    form forces).
+    loaded adapter (None: as it is stored). ``why_general`` is the reason why transformers' own code computes everything
+    ("": it does not). ``base`` is the model's folder, if it has one. Adapters that were merged into it are refused.
+    ``base_names`` are the name that was asked for and the model's other names. Adapters of another base have a warning.
+    ``chat_template`` is used for all adapters, in place of their own. If ``keeps_stats``, times and counts are kept.
+    If ``prefix_caching``, requests share pages. ``speculative`` is the way in which next tokens are guessed (None: only
+    those are that a form forces).
     """
 
     vocabulary: int

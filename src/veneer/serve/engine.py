@@ -479,5 +479,5 @@ def _read(
         versions.require_unchanged(version)  # it may have been replaced meanwhile
         later(partial(runner.keep, version.id, found))  # holds it, also if it goes out of memory meanwhile
     except OSError as error:
-        raise FormatError(f"the adapter in {version.told} cannot be read: {error}") from error
+        raise FormatError(f"the adapter in {version.told} cannot be read: {error}. Put its files back") from error
     return found

@@ -40,16 +40,16 @@ class StopRule:
 class Request:
     """State of one answer.
 
-    ``version`` is the adapter's; ``n_front`` is the number of its virtual tokens, which precede the prompt. A lower
-    ``priority`` is more urgent; within one, the ``client`` that has received least for its ``weight`` comes first.
-    ``streams``: its answer is shown while it grows. ``acts_from``: the first token that the adapter acts on; if it is
-    not the first of all, ``owner`` goes into the keys of blocks from there on, and ``root`` is the base's.
-    ``n_computed`` counts the tokens whose keys and values are in pages. ``scores_prompt``: log-probabilities of the
-    prompt are asked for, and ``n_scored`` of them are computed. ``root`` is the key in front of its first block; None
-    if it shares no pages. ``n_front_there`` counts the virtual tokens in pages, ``n_published`` the blocks that others
-    can find, and ``n_cached`` the prompt tokens that were in pages when it began. ``known_keys`` are the keys of its
-    first blocks, as far as they were asked for. ``draft`` guesses its next tokens. ``reads_only``: it draws nothing and
-    ends behind its prompt; with ``scores_prompt`` the states of all tokens are asked for.
+    ``version`` is the adapter's. ``n_front`` is the number of its virtual tokens, which precede the prompt. A lower
+    ``priority`` is more urgent. Within one priority, the ``client`` that has received least for its ``weight`` comes
+    first. If ``streams``, the answer is shown while it grows. ``acts_from`` is the first token that the adapter acts
+    on. If it is not the first of all, ``owner`` goes into the keys of blocks from there on, and ``root`` is the base's.
+    ``n_computed`` counts the tokens whose keys and values are in pages. If ``scores_prompt``, log-probabilities of the
+    prompt are asked for, and ``n_scored`` of them are computed. ``root`` is the key in front of its first block (None:
+    it shares no pages). ``n_front_there`` counts the virtual tokens in pages. ``n_published`` counts the blocks that
+    others can find. ``n_cached`` counts the prompt tokens that were in pages when it began. ``known_keys`` are the keys
+    of its first blocks, as far as they were asked for. ``draft`` guesses its next tokens. If ``reads_only``, it draws
+    nothing and ends behind its prompt. With ``scores_prompt`` too, the states of all tokens are asked for.
     """
 
     id: str

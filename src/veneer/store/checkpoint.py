@@ -176,10 +176,10 @@ def _read_index(index: Path) -> tuple[dict[str, str], list[str]]:
     try:
         content = json.loads(index.read_text(encoding="utf-8"))
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise FormatError(f"{index} is not JSON ({error})") from error
+        raise FormatError(f"{index} is not JSON ({error}): save or download it again") from error
     weight_map = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:
-        raise FormatError(f"{index} has no weight_map from tensor names to files")
+        raise FormatError(f"{index} has no weight_map from tensor names to files: save or download it again")
     wrong = [name for name, file in weight_map.items() if not isinstance(file, str)]
     return {n: f for n, f in weight_map.items() if n not in wrong}, [
         f"{index.name} maps {n!r} to something that is no file name" for n in wrong

@@ -154,7 +154,7 @@ class CheckArguments:
         if not self.file.is_file():
             raise ConfigError(f"no file {str(self.file)!r}")
         if self.model is None and self.adapter is not None:
-            raise ConfigError("--adapter goes with --model, the base that the file was made of")
+            raise ConfigError("--adapter is given without --model: add --model, the base that the file was made of")
 
 
 check = verb(CheckArguments, "veneer.cli.export", "check")

@@ -19,7 +19,7 @@ UNKNOWN = BlockNorms(attention=None, feed_forward=None)
 
 
 def read_block(source: Source, block: nn.Module, layer: int) -> Block:
-    """Return the description of block number ``layer``; parts that do not fit are in its ``strange``."""
+    """Return the description of block number ``layer``. Its ``strange`` names the parts that do not fit."""
     path, names = source.path(block), source.names
     attention_name, holder_name = first(block, names.attention), first(block, names.feed_forward)
     in_block = holder_name is None and any(has_all(block, inner.all) for inner in names.inner)

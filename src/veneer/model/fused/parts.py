@@ -79,20 +79,21 @@ def computed_in(x: Tensor) -> torch.dtype | None:
 
 
 def add_onto(stream: Tensor, change: Tensor) -> Tensor:
-    """Return the sum of stream and change in the stream's dtype; ``change`` is overwritten if it has the same dtype."""
+    """Return the sum of stream and change in the stream's dtype. If ``change`` has that dtype, it is overwritten."""
     return change.add_(stream) if change.dtype == stream.dtype else stream + change
 
 
 def as_shape(x: Tensor, shape: torch.Size) -> Tensor:
-    """Return ``x``, which nobody else reads, in another shape and not as a view: FSDP2 puts hooks on a block's output,
-    which views may lose.
+    """Return ``x``, which nobody else reads, in another shape.
+
+    It is not a view: FSDP2 puts hooks on a block's output, which views may lose.
     """
     found: Tensor = torch.ops.aten._unsafe_view.default(x, shape)
     return found
 
 
 def parted(tensors: Sequence[Any], sizes: Sequence[int]) -> list[Any]:
-    """Return tensors that were kept one after another, each part as a tuple; the last is the rest."""
+    """Return tensors that were kept one after another, each part as a tuple. The last is the rest."""
     ends = list(accumulate(sizes, initial=0))
     parts = [tuple(tensors[start:end]) for start, end in itertools.pairwise(ends)]
     return [*parts, tuple(tensors[ends[-1] :])]

@@ -113,7 +113,7 @@ class Api(Service):
         return Response(await asyncio.to_thread(self.catalogue.cards), media_type="application/json")
 
     async def model(self, id: str) -> dict[str, Any]:
-        """Return one of them, by its name."""
+        """Return the base or an adapter, by its name."""
         return await asyncio.to_thread(self.catalogue.card, id)
 
     async def _answer(

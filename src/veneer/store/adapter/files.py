@@ -36,10 +36,13 @@ def read_headers(folder: Path, file: str = WEIGHTS_FILE) -> dict[str, StoredTens
     if not path.is_file():
         if (folder / PICKLE_FILE).is_file():
             raise FormatError(
-                f"{folder} holds {PICKLE_FILE}, a pickle, which can run any code when it is opened; only "
-                f"{WEIGHTS_FILE} is read. Where you trust it, convert it with PEFT: load it there and save it again."
+                f"{folder} holds {PICKLE_FILE}, a pickle, which can run any code when it is opened. Only "
+                f"{WEIGHTS_FILE} is read. If you trust the pickle, load it with PEFT and save it again."
             )
-        raise FormatError(f"{folder} holds no {file}: it is not an adapter, or it was not saved to the end")
+        raise FormatError(
+            f"{folder} holds no {file}: it is not an adapter, or it was not saved to the end. Save it again, or give "
+            "the folder of an adapter"
+        )
     tensors, problems = read_header(path)
     if problems:
         raise _damaged(path, "; ".join(problems))

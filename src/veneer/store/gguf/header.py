@@ -68,7 +68,7 @@ def read_header(path: Path) -> GgufHeader:
     """
     with path.open("rb") as file:
         if file.read(4) != b"GGUF":
-            raise FormatError(f"{path} is not a GGUF file: it does not start with the bytes GGUF")
+            raise FormatError(f"{path} is not a GGUF file: it does not start with the bytes GGUF. Give a .gguf file")
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as view:
             try:
                 return _header(_Cursor(view), path)
@@ -82,7 +82,7 @@ def read_header(path: Path) -> GgufHeader:
 def _header(cursor: _Cursor, path: Path) -> GgufHeader:
     version = cursor.number("I")
     if version not in (2, 3):
-        raise FormatError(f"{path} is a GGUF file of version {version}; 2 and 3 are read here")
+        raise FormatError(f"{path} is a GGUF file of version {version}; 2 and 3 are read here. Convert the model again")
     n_tensors, n_values = cursor.number("Q"), cursor.number("Q")
     values = {cursor.text(): cursor.value(GGUFValueType(cursor.number("I"))) for _ in range(cursor.fitting(n_values))}
     found = [cursor.tensor() for _ in range(cursor.fitting(n_tensors))]

@@ -115,7 +115,10 @@ def write_importance(
 def _read_gguf(path: Path) -> Importance:
     reader = GGUFReader(path)
     if value_of(reader, "general.type") != "imatrix":
-        raise FormatError(f"{path} is a GGUF file, and no importance matrix (general.type is not 'imatrix')")
+        raise FormatError(
+            f"{path} is a GGUF file, and no importance matrix (general.type is not 'imatrix'). Collect one with "
+            "`veneer export importance`"
+        )
     tensors = {tensor.name: torch.tensor(tensor.data, dtype=torch.float32) for tensor in reader.tensors}
     means = {}
     for name, sums in tensors.items():

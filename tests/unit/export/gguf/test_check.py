@@ -115,5 +115,5 @@ def test_the_command_compares_with_the_model(monkeypatch: pytest.MonkeyPatch, tm
     wrong = run(file, "--model", tmp_path / "other")
     assert wrong.exit_code == 2
     assert "greedy tokens are the model's" in " ".join(wrong.stderr.split())
-    assert "--adapter goes with --model" in run(file, "--adapter", tmp_path).stderr
+    assert "--adapter is given without --model: add --model" in run(file, "--adapter", tmp_path).stderr
     assert "no file" in run(tmp_path / "none.gguf").stderr
