@@ -214,5 +214,6 @@ def _check(
         )
     if len(row_to_adapter) and not (int(row_to_adapter.min()) >= -1 and int(row_to_adapter.max()) < len(a_list)):
         raise ShapeError(
-            f"row_to_adapter holds indices below -1 or above the {len(a_list)} adapters: give -1 (none) to {len(a_list) - 1}"
+            f"row_to_adapter holds indices below -1 or above the {len(a_list)} adapters: "
+            f"give -1 (none) to {len(a_list) - 1}"
         )
