@@ -27,7 +27,7 @@ from veneer.model.allocation import Allocation
 from veneer.model.inplace import change_class, restore_class
 from veneer.model.invocation import from_invocation, generating
 from veneer.model.mixed import TaskIds, mixed_batch
-from veneer.model.sequences import with_sequences
+from veneer.model.sequences import by_sequence, with_sequences
 from veneer.model.state import AdapterState
 from veneer.store.adapter.config import read_config
 from veneer.store.adapter.tensors import Leniency, SaveEmbeddings
@@ -82,6 +82,9 @@ class PeftModel(AdapterOverview):
         """
         state, inputs = self.adapter_state, (args, kwargs)
         if adapter_names is None and task_ids is None:
+            if not by_sequence(state):  # torch.compile takes one context here, and not two
+                with from_invocation(self, state, inputs):
+                    return schedules.with_penalty(self, state, super().__call__(*args, **kwargs))
             with from_invocation(self, state, inputs), with_sequences(self, state, inputs):
                 return schedules.with_penalty(self, state, super().__call__(*args, **kwargs))
         with (

@@ -76,7 +76,8 @@ class AdaptedSite(Adapted):
         These are random numbers in training, new ones each time, and the sequences of an input of this shape (…, n).
         None is the shape of the model's input.
         """
-        method, state, found = self.method(name), self.adapter_state, dict[str, Tensor]()
+        method, state = self.method(name), self.adapter_state
+        found: dict[str, Tensor] = {}  # torch.compile calls no dict[str, Tensor]
         if self.training and state.drops:
             routing = state.routed()
             found |= method.drawn(None if routing is None else routing.generators.get(name))

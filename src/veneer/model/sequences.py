@@ -17,6 +17,11 @@ from veneer.model.state import AdapterState
 Inputs = tuple[Sequence[Any], Mapping[str, Any]]
 
 
+def by_sequence(state: AdapterState) -> bool:
+    """Return True if an acting adapter depends on whole sequences."""
+    return any(state.configs[name].by_sequence for name in _acting(state))
+
+
 @contextmanager
 def with_sequences(model: nn.Module, state: AdapterState, inputs: Inputs) -> Iterator[None]:
     """Context of one forward pass whose layers know the sequences, if an acting adapter depends on them.
@@ -25,11 +30,10 @@ def with_sequences(model: nn.Module, state: AdapterState, inputs: Inputs) -> Ite
     computed again with the same sequences. Raises CompositionError beside virtual tokens, and for a mask that is not
     2-D.
     """
-    configs = [state.configs[name] for name in _acting(state)]
-    if not any(config.by_sequence for config in configs):
+    if not by_sequence(state):
         yield
         return
-    if any(config.virtual_tokens for config in configs):
+    if any(state.configs[name].virtual_tokens for name in _acting(state)):
         raise CompositionError(
             "an adapter that depends on whole sequences acts beside one with virtual tokens, which belong to none: "
             "run them one after another"

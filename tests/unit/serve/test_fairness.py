@@ -77,8 +77,9 @@ def test_clients_that_wait_all_the_time_receive_by_their_weights(data, weights, 
     clients ask; here one asks for ten times as much, and pages are so few that requests are preempted. Each counts
     divided by its client's weight.
     """
-    longest_prompt, longest = 7, 6
-    load = Load(scheduler(n_pages=9, max_seqs=max_seqs, max_batched_tokens=budget))
+    longest_prompt, longest, n_pages, block = 7, 6, 9, 3
+    load = Load(scheduler(n_pages=n_pages, block=block, max_seqs=max_seqs, max_batched_tokens=budget))
+    in_batch = min(n_pages * block, max_seqs * (longest_prompt + longest))  # M of the theorem, with prompts
     clients = range(len(weights))
     for _ in range(10):
         load.add(0, longest_prompt, longest, weight=weights[0])
@@ -89,7 +90,7 @@ def test_clients_that_wait_all_the_time_receive_by_their_weights(data, weights, 
                 lengths = data.draw(st.integers(1, longest_prompt)), data.draw(st.integers(1, longest))
                 load.add(client, *lengths, weight=weights[client])
         load.step()
-        most = max(READ * longest_prompt, DRAWN * max_seqs * longest)
+        most = max(READ * longest_prompt, DRAWN * in_batch)
         shares = [load.received[client] / weights[client] for client in clients]
         assert max(shares) - min(shares) <= 2 * most / min(weights)
 

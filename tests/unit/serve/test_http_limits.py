@@ -178,7 +178,8 @@ def test_more_than_is_taken_in_flight_is_told_to_ask_again(server, monkeypatch):
 
 
 def test_choices_count_from_their_admission_until_their_answer_ends(monkeypatch):
-    engine: Any = SimpleNamespace(backlog=SimpleNamespace(refuse=lambda n: 7.0 * n))
+    engine: Any = SimpleNamespace(backlog=SimpleNamespace(note_refusal=lambda: None))
+    monkeypatch.setattr("veneer.serve.in_flight.InFlight.seconds", lambda _, n: 7 * n)
     catalogue: Any = SimpleNamespace(base="tiny", caller=ANYBODY)
     api = Api(engine, catalogue, ServerLimits(choices=5, in_flight=7))
     monkeypatch.setattr(api, "ask", lambda body: ([], None))
