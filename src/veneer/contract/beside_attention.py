@@ -44,6 +44,10 @@ class AttentionMethod(MethodConfig):
     def lower(self, site: AttendingSite, params: Params) -> AttendedDelta: ...
 
     @property
+    def counts_layers(self) -> bool:
+        return True
+
+    @property
     def samples(self) -> tuple[AttendingSite, ...]:
         return (_SAMPLE,)
 

@@ -185,6 +185,11 @@ class MethodConfig(FrozenConfig):
         return self.by_sequence
 
     @property
+    def counts_layers(self) -> bool:
+        """True if the layers of the method are counted from the top of the model."""
+        return False
+
+    @property
     def by_sequence(self) -> bool:
         """True if a record depends on a whole sequence: ``lower`` then finds its tokens in ``params``, as `MEMBERS`."""
         return False

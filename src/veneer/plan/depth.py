@@ -96,8 +96,11 @@ def _signs(shape: _Shape) -> list[object] | None:
     text: Any = shape.config.get_text_config()
     if getattr(text, "num_kv_shared_layers", None):
         return None  # the last blocks use keys of earlier ones
+    adapter = adapter_of(shape.recipe)
+    if adapter is not None and adapter.counts_layers:
+        return None  # a shallow model would have others of them
     with tracing():
-        model = traced_model(shape.config, shape.recipe.model, adapter_of(shape.recipe))
+        model = traced_model(shape.config, shape.recipe.model, adapter)
     lists = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == shape.n_blocks]
     if not lists:
         return None

@@ -124,3 +124,8 @@ def test_no_kind_is_below_zero_at_the_whole_depth() -> None:
     low, high = Peak({BASE: 700, ACTIVATIONS: 40}), Peak({BASE: 1100, ACTIVATIONS: 25})
     assert between(low, high, 3).kinds == {BASE: 1900}
     assert between(low, high, 2).kinds == {BASE: 1500, ACTIVATIONS: 10}
+
+
+def test_all_blocks_are_traced_if_layers_are_counted_from_the_top(recipe: Make) -> None:
+    wanted = recipe({"method": "adaption_prompt", "adapter_len": 3, "adapter_layers": 4})
+    assert pattern_of(wanted, gemma(7, 1), 7) == Pattern(7, 0, 7)
