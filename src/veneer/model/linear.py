@@ -86,7 +86,7 @@ class AdaptedSite(Adapted):
         return {key: value.to(device_of(self)) for key, value in found.items()}
 
     def _members(self, known: Sequences | None, shape: Sequence[int] | None) -> Tensor:
-        """Those of an input of this shape: its rows are the sequences, if the model knows no others."""
+        """Members of an input of this shape. If the model knows no sequences, its rows are taken."""
         if known is not None and shape is None:
             return known.members
         rows = tuple(shape or ())

@@ -26,6 +26,7 @@ from quantized_folders import (
     make_gpt_oss,
     qwen3_moe_config,
 )
+from trained_folder import close, trained
 from veneer import LLM, SamplingParams
 from veneer.adapters.peft_model import get_peft_model
 from veneer.errors import CompositionError, ConfigError, FormatError, TargetError
@@ -44,6 +45,7 @@ from veneer.train.base_model import load_base
 
 IDS = torch.arange(22).view(2, 11) * 3
 BOTH = ["experts.gate_up_proj", "experts.down_proj"]
+LORA = {"target_modules": ["o_proj"], "target_parameters": BOTH}  # on attention and experts
 
 
 def whole(stored: Stored) -> Stored:
@@ -83,23 +85,6 @@ def as_maps(model: Any, path: str, value: Tensor) -> Tensor:
     return value.mT if model.get_submodule(path.rpartition(".")[0]).is_transposed else value
 
 
-def trained(folder: Path, **fields: Any) -> tuple[Any, Tensor, dict[str, Tensor]]:
-    """A model with LoRA of fixed values on attention and experts: its logits, and the gradients of its factors."""
-    config = LoraConfig(r=3, lora_alpha=7, target_modules=["o_proj"], target_parameters=BOTH)
-    model = get_peft_model(load_model(folder), config)
-    generator = torch.Generator().manual_seed(3)
-    for name, parameter in model.named_parameters():
-        if "lora_A" in name or "lora_B" in name:
-            parameter.data = 0.1 * torch.randn(parameter.shape, generator=generator)
-    logits = model(IDS).logits
-    logits.log_softmax(-1)[..., 5].sum().backward()
-    return model, logits, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-
-
-def close(got: Tensor, expected: Tensor) -> None:
-    assert (got - expected).norm() <= 1e-5 * expected.norm()
-
-
 @mixtures
 def test_experts_stay_in_codes_and_are_what_those_stand_for(made: Made, name: str) -> None:
     coded, dense = (load_model(made[name] / each) for each in ("coded", "dense"))
@@ -118,8 +103,8 @@ def test_experts_stay_in_codes_and_are_what_those_stand_for(made: Made, name: st
 
 @mixtures
 def test_logits_and_gradients_are_those_of_the_dense_twin(made: Made, name: str) -> None:
-    _, logits, gradients = trained(made[name] / "coded")
-    _, expected, wanted = trained(made[name] / "dense")
+    _, logits, gradients = trained(made[name] / "coded", IDS, **LORA)
+    _, expected, wanted = trained(made[name] / "dense", IDS, **LORA)
     close(logits, expected)
     assert gradients.keys() == wanted.keys()
     assert any("experts" in key for key in wanted)
@@ -129,7 +114,7 @@ def test_logits_and_gradients_are_those_of_the_dense_twin(made: Made, name: str)
 
 @mixtures
 def test_merged_in_memory_and_on_disk(made: Made, name: str, tmp_path: Path) -> None:
-    model, logits, _ = trained(made[name] / "coded")
+    model, logits, _ = trained(made[name] / "coded", IDS, **LORA)
     model.save_pretrained(tmp_path / "adapter")
     merge_checkpoint(made[name] / "coded", tmp_path / "adapter", tmp_path / "merged")
     merged = load_model(tmp_path / "merged", dtype="float32")
@@ -190,7 +175,7 @@ def test_a_base_of_a_recipe(made: Made) -> None:
 
 def test_merged_into_the_format(made: Made, capsys: pytest.CaptureFixture[str]) -> None:
     """The experts are those of quantizing the exact sum afresh, and they are told among the layers."""
-    model, _, _ = trained(made["gpt-oss"] / "coded")
+    model, _, _ = trained(made["gpt-oss"] / "coded", IDS, **LORA)
     wanted = {}
     for path, stack in stacks(model).items():
         experts, _, key = path.rpartition(".")

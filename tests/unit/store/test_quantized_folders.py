@@ -14,12 +14,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from quantized_folders import FORMATS, SELDOM, change, make_folder
+from trained_folder import close, trained
 from veneer import LLM, SamplingParams
 from veneer.adapters.auto import AutoPeftModelForCausalLM
-from veneer.adapters.peft_model import get_peft_model
 from veneer.errors import ConfigError, FormatError
 from veneer.export.merged import merge_checkpoint
-from veneer.methods.lora import LoraConfig
 from veneer.model.attach import adapted_layers
 from veneer.model.packed_linear import PackedQuantLinear, unpack
 from veneer.model.quant_linear import QuantLinear
@@ -48,23 +47,6 @@ def quantized(model: Any) -> dict[str, QuantLinear]:
     return {path: m for path, m in model.named_modules() if isinstance(m, QuantLinear)}
 
 
-def trained(folder: Path, **fields: Any) -> tuple[Any, Tensor, dict[str, Tensor]]:
-    """A model with LoRA of fixed values on every layer: its logits, and the gradients of its factors."""
-    config = LoraConfig(r=3, lora_alpha=7, target_modules="all-linear", **fields)
-    model = get_peft_model(load_model(folder), config)
-    generator = torch.Generator().manual_seed(3)
-    for name, parameter in model.named_parameters():
-        if "lora_A" in name or "lora_B" in name:
-            parameter.data = 0.1 * torch.randn(parameter.shape, generator=generator)
-    logits = model(IDS).logits
-    logits.log_softmax(-1)[..., 5].sum().backward()
-    return model, logits, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-
-
-def close(got: Tensor, expected: Tensor) -> None:
-    assert (got - expected).norm() <= 1e-5 * expected.norm()
-
-
 @formats
 def test_weights_are_what_the_codes_stand_for(made: Made, name: str) -> None:
     layers = quantized(load_model(made[name] / "coded"))
@@ -79,8 +61,8 @@ def test_weights_are_what_the_codes_stand_for(made: Made, name: str) -> None:
 @formats
 @pytest.mark.parametrize("fields", [{}, {"use_dora": True}], ids=["lora", "dora"])
 def test_logits_and_gradients_are_those_of_the_dense_twin(made: Made, name: str, fields: dict[str, Any]) -> None:
-    _, logits, gradients = trained(made[name] / "coded", **fields)
-    _, expected, wanted = trained(made[name] / "dense", **fields)
+    _, logits, gradients = trained(made[name] / "coded", IDS, target_modules="all-linear", **fields)
+    _, expected, wanted = trained(made[name] / "dense", IDS, target_modules="all-linear", **fields)
     close(logits, expected)
     assert gradients.keys() == wanted.keys()
     for key, gradient in wanted.items():
@@ -90,7 +72,7 @@ def test_logits_and_gradients_are_those_of_the_dense_twin(made: Made, name: str,
 @formats
 def test_merged_in_memory_and_on_disk(made: Made, name: str, tmp_path: Path) -> None:
     """Both are dense and in 16 bits; on disk no tensor of the codes is left."""
-    model, logits, _ = trained(made[name] / "coded")
+    model, logits, _ = trained(made[name] / "coded", IDS, target_modules="all-linear")
     model.save_pretrained(tmp_path / "adapter")
     merge_checkpoint(made[name] / "coded", tmp_path / "adapter", tmp_path / "merged", None)
     merged = load_model(tmp_path / "merged", dtype="float32")
@@ -156,7 +138,7 @@ def test_planned_and_described(made: Made, name: str) -> None:
 
 def test_an_adapter_finds_its_quantized_base(made: Made, tmp_path: Path) -> None:
     folder = made["fp8 blocks"] / "coded"
-    model, logits, _ = trained(folder)
+    model, logits, _ = trained(folder, IDS, target_modules="all-linear")
     model.save_pretrained(tmp_path)
     again = AutoPeftModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
     assert quantized(again)
@@ -166,7 +148,7 @@ def test_an_adapter_finds_its_quantized_base(made: Made, tmp_path: Path) -> None
 @pytest.mark.parametrize("name", ["fp8 blocks", "float-quantized", "mxfp4", "nvfp4"])
 def test_merged_into_the_format(made: Made, name: str, capsys: pytest.CaptureFixture[str]) -> None:
     """The weights are those of quantizing the exact sum afresh, and the report tells what is left of the update."""
-    model, _, _ = trained(made[name] / "coded")
+    model, _, _ = trained(made[name] / "coded", IDS, target_modules="all-linear")
     wanted = {}
     for path, layer in adapted_layers(model).items():
         if isinstance(layer, QuantLinear):
@@ -181,7 +163,7 @@ def test_merged_into_the_format(made: Made, name: str, capsys: pytest.CaptureFix
 
 
 def test_gptq_is_not_quantized_again(made: Made) -> None:
-    model, logits, _ = trained(made["gptq 4"] / "coded")
+    model, logits, _ = trained(made["gptq 4"] / "coded", IDS, target_modules="all-linear")
     with pytest.raises(ConfigError, match="merge into 16 bits"):
         model.merge_and_unload(requantize=True)
     assert torch.equal(model(IDS).logits, logits)

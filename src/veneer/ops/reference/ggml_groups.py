@@ -82,7 +82,7 @@ def _mxfp4(packed: Packed) -> CodeGroups:
 
 
 def _steps_and_minima(packed: Packed) -> tuple[Tensor, Tensor]:
-    """Those of Q4_K and Q5_K; the minima are added, and so negated."""
+    """Steps and minima of Q4_K and Q5_K, the minima negated, since they are added."""
     d, (scales, minima) = read_halves(packed[:, :4]), unpack_six_bits(packed[:, 4:16])
     return d[:, :1] * scales, -(d[:, 1:] * minima)
 
