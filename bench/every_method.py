@@ -25,7 +25,7 @@ import torch
 from transformers.utils import logging as transformers_logging
 
 import veneer
-from lora_step import TOLERANCE, adapted_by, base_of, loss_of, optimizer_of, step
+from lora_step import TOLERANCE, adapted_by, base_of, loss_of, optimizer_of, require_fused, step
 from methods import tokens_of
 from report import add_keep, ends_as_interrupted, keep, working
 from snippet9 import SEVEN
@@ -158,11 +158,13 @@ def measured(args: argparse.Namespace, method: Method, folder: Path) -> tuple[in
 
 
 def lora_like(args: argparse.Namespace, trained: int) -> tuple[Any, int]:
-    """Our LoRA of the rank, from 1 to 64, that trains about as many numbers."""
+    """Our LoRA, on fused blocks, of the rank from 1 to 64 that trains about as many numbers."""
     base = base_of("veneer", "dense", args.place, args.dtype)
     a_rank = sum(sum(m.weight.shape) for name, m in base.named_modules() if name.rpartition(".")[2] in SEVEN)
     rank = min(max(round(trained / a_rank), 1), 64)
-    return adapted_by("veneer", base, "LoraConfig", {"r": rank, "target_modules": list(SEVEN)}), rank
+    lora = adapted_by("veneer", base, "LoraConfig", {"r": rank, "target_modules": list(SEVEN)})
+    require_fused(lora)
+    return lora, rank
 
 
 def show(name: str, trained: int, rank: int, fused: bool, timings: dict[str, Timing]) -> dict[str, float]:

@@ -146,6 +146,8 @@ def show(args: argparse.Namespace, found: dict[str, dict[str, list[float]]], tit
             rates, greedy = found[title][case], found[title][GREEDY]
             ratio = statistics.median(a / b for a, b in zip(rates, greedy, strict=True))
             figures[f"{title} {case}"] = ratio
+            figures[f"{title} {case}, tokens/s"] = statistics.median(rates)
+            figures[f"{case} / {title}"] = statistics.median(found[titles[0]][case]) / statistics.median(rates)
             cells += [f"{statistics.median(rates):.0f}", f"{ratio:.2f}"]
         rows.add(case, *cells)
     keep(args.keep, figures)

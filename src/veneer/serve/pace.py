@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from statistics import median
 
-_STRETCH = 2.0  # how many times as long as decoding alone a step may take
+_STRETCH = 2.5  # how many times as long as decoding alone a step may take: three times is a gap that is noticed
 _LEAST = 16  # rows of prompts that a step reads nevertheless
 _EACH = 2  # and at least so many for each request: thrice as many rows take at most three times as long
 _ALONE, _SEEN = 3, 7  # steps that decode alone, and those that read, whose median counts
@@ -57,5 +57,9 @@ class Pace:
         return min(max(int(seconds / median(self._row)), least), most)
 
     def _seconds_alone(self, n: int) -> float:
-        """The least time that n rows may take to decode: fewer than were seen cost less, more cost no less."""
-        return median(seconds * min(1.0, n / n_seen) for n_seen, seconds in self._alone)
+        """The least time that n rows may take to decode: fewer than were seen cost less, more cost no less.
+
+        Steps of far fewer rows do not count if there are others: the end of a batch says little of the next one.
+        """
+        like = [each for each in self._alone if n <= _GROWN * each[0]] or self._alone
+        return median(seconds * min(1.0, n / n_seen) for n_seen, seconds in like)
