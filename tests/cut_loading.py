@@ -40,12 +40,16 @@ CASES: dict[str, tuple[dict[str, str], dict[str, Any]]] = {
 }
 
 
+STACKS = {"r": 3, "target_modules": ["o_proj"], "target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}
 ADAPTERS: list[tuple[str, dict[str, Any]]] = [
     ("nf4", {"method": "dora"}),
     ("nf4", {"method": "lora", "init_lora_weights": "pissa"}),
     ("gptq 4", {"method": "lora", "use_dora": True}),
     ("fp8 blocks", {"method": "lora"}),
     ("nvfp4", {"method": "lora"}),
+    ("nf4 experts", {"method": "lora", **STACKS}),
+    ("gpt-oss", {"method": "lora", **STACKS}),
+    ("deepseek fp8", {"method": "lora", **STACKS}),
     ("gpt2", {"method": "dora", "r": 3}),
     ("dense", {"method": "psoft"}),
     ("dense", {"method": "hra"}),
@@ -79,7 +83,7 @@ def attached(folder: Path, rank: int, n: int, adapters: list[tuple[str, dict[str
         for base, part in adapters:
             both = []
             for at_once in (False, True):
-                source = ModelPart(source=str(folder / base / "coded"), quantization="nf4" if base == "nf4" else "none")
+                source = ModelPart(source=str(folder / base / "coded"), quantization="nf4" if "nf4" in base else "none")
                 model = load_base(source, cutter=BaseCutter(n, "cpu") if at_once else None)
                 assert is_cut(model) == at_once
                 both.append(_step(model, adapter_config(part)))

@@ -19,6 +19,7 @@ FORMATS: dict[str, dict[str, Any]] = {
     "fp4": {"load_in_4bit": True, "bnb_4bit_quant_type": "fp4"},
     "int8": {"load_in_8bit": True},
 }
+MIXTURES = ("nf4 experts", "fp8 experts", "mxfp4 experts")
 N_BLOCKS, N_STEPS = 3, 2
 
 
@@ -53,14 +54,16 @@ def _case(storage: str, is_fused: bool, checkpointing: str, shard: int | None) -
     for is_cut in (False, True):
         model = _adapted(storage, checkpointing)
         assert not is_fused or fuse(model)
-        frozen = _block_bytes(model)
+        frozen, stacks = _block_bytes(model), _stack_bytes(model)
         if not is_cut:
             gradients.append(_of_one_process(model))
         with warnings.catch_warnings():
             warnings.simplefilter("error" if is_cut else "default", UserWarning)
             if is_cut:
                 shard_base(model, shard)
+                assert any("lora_A" in key for key in model.state_dict())
                 found |= {"held": _block_bytes(model) / frozen, "frozen": frozen}
+                found |= {"stacks held": _stack_bytes(model) / stacks} if stacks else {}
             joined = DistributedDataParallel(model, broadcast_buffers=False)
             gradients.append(_of_this_process(joined))
             with Sent() as mode:
@@ -76,23 +79,72 @@ def _case(storage: str, is_fused: bool, checkpointing: str, shard: int | None) -
 
 
 def _adapted(storage: str, checkpointing: str) -> Any:
-    from transformers import LlamaForCausalLM
-
-    from models import llama_config
     from veneer import LoraConfig, get_peft_model
     from veneer.model.checkpointing import checkpoint_fully, checkpoint_selectively
 
     torch.manual_seed(3)
-    model = LlamaForCausalLM(llama_config(num_hidden_layers=N_BLOCKS, intermediate_size=96, hidden_size=72))
-    for path, module in list(model.model.named_modules()) if storage != "dense" else ():
-        if isinstance(module, nn.Linear):
-            model.model.set_submodule(path, _packed(path, module) if storage == "gptq" else _coded(storage, module))
+    if storage in MIXTURES:
+        model, further = _mixture(storage), {"target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}
+    else:
+        model, further = _llama(storage), {"lora_dropout": 0.05}
     model.requires_grad_(False)
-    config = LoraConfig(r=3, lora_alpha=5, target_modules="all-linear", lora_dropout=0.05)
+    config = LoraConfig(r=3, lora_alpha=5, target_modules="all-linear", **further)
     adapted: Any = get_peft_model(model, config).train()
     if checkpointing != "none":
         (checkpoint_fully if checkpointing == "full" else checkpoint_selectively)(adapted)
     return adapted
+
+
+def _llama(storage: str) -> Any:
+    from transformers import LlamaForCausalLM
+
+    from models import llama_config
+
+    model = LlamaForCausalLM(llama_config(num_hidden_layers=N_BLOCKS, intermediate_size=96, hidden_size=72))
+    for path, module in list(model.model.named_modules()) if storage != "dense" else ():
+        if isinstance(module, nn.Linear):
+            model.model.set_submodule(path, _packed(path, module) if storage == "gptq" else _coded(storage, module))
+    return model
+
+
+def _mixture(storage: str) -> Any:
+    """Five experts a block in codes, which no number of processes here divides."""
+    from transformers import AutoModelForCausalLM
+
+    from quantized_folders import gpt_oss_config, qwen3_moe_config
+    from veneer.model.coded_stack import CodedStack, map_shape
+    from veneer.model.experts import put_in_codes
+
+    is_gpt_oss = storage == "mxfp4 experts"
+    model = AutoModelForCausalLM.from_config(gpt_oss_config(N_BLOCKS) if is_gpt_oss else qwen3_moe_config(N_BLOCKS, 5))
+    for path, experts in list(model.named_modules()):
+        for name in ("gate_up_proj", "down_proj") if path.endswith(".experts") else ():
+            spec, parts = _stack(storage, name, cast(Any, map_shape(experts, name)))
+            stack = CodedStack(spec)
+            stack.fill(spec, parts)
+            put_in_codes(experts, name, stack)
+    return model
+
+
+def _stack(storage: str, name: str, shape: tuple[int, int, int]) -> tuple[Any, dict[str, Tensor]]:
+    """The format of a stack, and random weights in it. FP8 has gate and up apart, and blocks that no width fills."""
+    from veneer import BitsAndBytesConfig
+    from veneer.quant.fp8 import Fp8Spec
+    from veneer.quant.mxfp4_stack import Mxfp4StackSpec
+    from veneer.quant.stack import StackSpec
+
+    n_experts, o, i = shape
+    if storage == "mxfp4 experts":
+        codes, scales = torch.randint(256, (n_experts, o, i // 2)), torch.randint(119, 123, (n_experts, o, i // 32))
+        parts = {"weight": codes.to(torch.uint8), "scale": scales.to(torch.uint8)}
+        return Mxfp4StackSpec.of(name, shape, torch.float32), parts
+    if storage == "nf4 experts":
+        matrix: Any = BitsAndBytesConfig(**FORMATS["nf4"]).spec_of(name, (o, i), torch.float32)
+        spec = StackSpec(n_experts, (matrix,), (name,))
+    else:
+        names = ("gate_proj", "up_proj") if name == "gate_up_proj" else (name,)
+        spec = StackSpec(n_experts, tuple(Fp8Spec((o // len(names), i), block=(20, 36)) for _ in names), names)
+    return spec, spec.quantize(torch.randn(shape) * 0.1)
 
 
 def _coded(storage: str, module: nn.Linear) -> nn.Module:
@@ -172,15 +224,25 @@ def _steps(joined: nn.Module) -> list[float]:
 
 def _block_bytes(model: Any) -> int:
     """Bytes of frozen weights of the blocks that this process holds."""
-    from torch.distributed.tensor import DTensor
-
-    def held(tensor: Tensor) -> int:
-        own = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-        return own.nbytes
-
     blocks = model.model.layers
     frozen = [p for p in blocks.parameters() if not p.requires_grad]
-    return sum(map(held, [*frozen, *(b for b in blocks.buffers() if b.numel() > 1)]))
+    return sum(map(_held, [*frozen, *(b for b in blocks.buffers() if b.numel() > 1)]))
+
+
+def _stack_bytes(model: nn.Module) -> int:
+    """Bytes of experts in codes that this process holds."""
+    from veneer.model.coded_stack import CodedStack
+
+    return sum(
+        _held(part) for each in model.modules() if isinstance(each, CodedStack) for part in each.parts().values()
+    )
+
+
+def _held(tensor: Tensor) -> int:
+    from torch.distributed.tensor import DTensor
+
+    own = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return own.nbytes
 
 
 def _sums(sent: list[tuple[str, dict[str, int]]]) -> dict[str, list[int]]:

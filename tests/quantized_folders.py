@@ -371,11 +371,11 @@ def make_folder(
         byte_tokenizer().save_pretrained(folder / each)
 
 
-def qwen3_moe_config() -> PreTrainedConfig:
-    """Three experts, listed one by one in files, whose widths all formats can hold."""
+def qwen3_moe_config(n_layers: int = 1, n_experts: int = 3) -> PreTrainedConfig:
+    """Experts that are listed one by one in files, whose widths all formats can hold."""
     return Qwen3MoeConfig(
-        vocab_size=67, hidden_size=64, intermediate_size=128, moe_intermediate_size=96, num_hidden_layers=1,
-        num_attention_heads=2, num_key_value_heads=1, head_dim=32, num_experts=3, num_experts_per_tok=2,
+        vocab_size=67, hidden_size=64, intermediate_size=128, moe_intermediate_size=96, num_hidden_layers=n_layers,
+        num_attention_heads=2, num_key_value_heads=1, head_dim=32, num_experts=n_experts, num_experts_per_tok=2,
     )  # fmt: skip
 
 
@@ -396,9 +396,9 @@ def deepseek_fp8() -> Stored:
     return replace(found, config=config, left_out=("lm_head",))
 
 
-def gpt_oss_config() -> PreTrainedConfig:
+def gpt_oss_config(n_layers: int = 2) -> PreTrainedConfig:
     return GptOssConfig(
-        vocab_size=271, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+        vocab_size=271, hidden_size=64, intermediate_size=96, num_hidden_layers=n_layers, num_attention_heads=4,
         num_key_value_heads=2, head_dim=14, num_local_experts=5, num_experts_per_tok=2, sliding_window=5,
         tie_word_embeddings=False, eos_token_id=2, pad_token_id=0, max_position_embeddings=4096,
     )  # fmt: skip

@@ -44,14 +44,18 @@ class CodedModule(nn.Module):
 
     def gathered(self) -> FrozenWeight:
         """Return the weight, whose parts are gathered if they are cut over processes."""
-        return self.spec.bind({name: whole(part) for name, part in self.parts().items()})
+        return self.spec.bind(self._shaped({name: whole(part) for name, part in self.parts().items()}))
 
     def parts(self) -> dict[str, Tensor]:
         """Return the tensors of the storage format that have been set."""
         held = self._buffers
         if "weight" not in held:  # frozen parameters: see `freeze_parts`
             held = {**held, **self._parameters}
-        return {name: t for name in self.spec.part_layout() if (t := held.get(name)) is not None}
+        return self._shaped({name: t for name in self.spec.part_layout() if (t := held.get(name)) is not None})
+
+    def _shaped(self, parts: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Tensors in the shapes of the format, for modules whose `freeze_parts` takes others."""
+        return parts
 
     def freeze_parts(self) -> None:
         """Hold the tensors of the format as frozen parameters, which alone FSDP cuts; single numbers stay buffers."""

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from veneer.core.frozen import FrozenStack
 from veneer.model.coded import CodedModule
+from veneer.model.cut_weight import is_part
 from veneer.quant.spec import StorageSpec
 from veneer.quant.stack import DenseStack, StackSpec
 
@@ -49,6 +50,16 @@ class CodedStack(CodedModule):
         self.fill(cast(StorageSpec, spec), parts)
         self.carried = {key: tensor for key, tensor in tensors.items() if not spec.owns(key)}
 
+    def freeze_parts(self) -> None:
+        """Hold the tensors as frozen parameters that lie flat: processes have equal shares of any number of experts."""
+        super().freeze_parts()
+        for part in self._parameters.values():
+            cast(Tensor, part).data = cast(Tensor, part).flatten()
+
+    def _shaped(self, parts: dict[str, Tensor]) -> dict[str, Tensor]:
+        layout = self.spec.part_layout()
+        return {name: part if is_part(part) else part.view(layout[name][1]) for name, part in parts.items()}
+
     def extra_repr(self) -> str:
         return ", ".join(map(str, self.stack_spec.shape))
 
@@ -58,6 +69,9 @@ class CodedStack(CodedModule):
         front = own[: own.rfind(".") + 1]
         if not self.is_filled:
             destination[own] = self.weight
+            return
+        if is_part(self.weight):  # as FSDP2 has it: each process its own part
+            destination |= {prefix + name: part for name, part in self.parts().items()}
             return
         disk = self.stack_spec.to_disk(self.parts()) | self.carried
         destination |= {front + key: tensor for key, tensor in disk.items()}

@@ -8,7 +8,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from veneer.model.quant_linear import QuantLinear
+from veneer.model.coded import CodedModule
 
 
 def mesh(device: str, n: int, shard: int) -> DeviceMesh:
@@ -19,7 +19,7 @@ def mesh(device: str, n: int, shard: int) -> DeviceMesh:
 def cut_block(block: nn.Module, mesh: DeviceMesh, whole: set[nn.Parameter]) -> None:
     """Cut the weights of a block over a mesh, but for those that stay ``whole``."""
     for module in block.modules():
-        if isinstance(module, QuantLinear):
+        if isinstance(module, CodedModule):
             module.freeze_parts()
     fully_shard(block, mesh=mesh, ignored_params=whole, reshard_after_forward=True)
 

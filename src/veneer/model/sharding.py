@@ -19,8 +19,8 @@ from transformers import PreTrainedModel
 
 from veneer.errors import ConfigError, DescriptionError
 from veneer.model.blueprint.describe import blocks_of
+from veneer.model.coded import CodedModule
 from veneer.model.packed_linear import is_packed
-from veneer.model.quant_linear import QuantLinear
 
 Model = TypeVar("Model", bound=PreTrainedModel)
 FIRST_TORCH_WITH_CODES = (2, 12)  # whose FSDP2 takes frozen integers (pytorch#177844)
@@ -152,15 +152,15 @@ def _require_cuttable(model: nn.Module, blocks: nn.ModuleList, trained: set[nn.P
             "blocks of this base share weights with one another or with other modules, and such weights cannot be cut: "
             "train with strategy ddp"
         )
-    coded = any(isinstance(weight, QuantLinear) for weight in of_blocks)
+    coded = any(isinstance(weight, CodedModule) for weight in of_blocks)
     release = tuple(int(part) for part in torch.__version__.split(".")[:2])
     if coded and release < FIRST_TORCH_WITH_CODES:
         raise ConfigError(f"a quantized base is cut from torch 2.12 on, and this is {torch.__version__}: update torch")
 
 
 def _frozen(module: nn.Module, trained: set[nn.Parameter]) -> Counter[object]:
-    """Frozen weights below a module, and how often each is named; a quantized layer stands for its tensors."""
+    """Frozen weights below a module, and how often each is named; a module in codes stands for its tensors."""
     named = [each for _, each in module.named_modules(remove_duplicate=False)]
     plain = [weight for each in named for weight in each._parameters.values()]
-    layers = [each for each in named if isinstance(each, QuantLinear)]
-    return Counter([*layers, *(weight for weight in plain if weight is not None and weight not in trained)])
+    coded = [each for each in named if isinstance(each, CodedModule)]
+    return Counter([*coded, *(weight for weight in plain if weight is not None and weight not in trained)])

@@ -6,13 +6,13 @@ import json
 from pathlib import Path
 
 import torch
-from transformers import GPT2LMHeadModel, LlamaForCausalLM
+from transformers import GPT2LMHeadModel, LlamaForCausalLM, Qwen3MoeForCausalLM
 
 import cut_loading
 from cut_loading import ADAPTERS, CASES, INNER, N_BLOCKS, WIDTH
 from launch import together
 from models import gpt2_config, llama_config
-from quantized_folders import FORMATS, make_folder
+from quantized_folders import FORMATS, deepseek_config, deepseek_fp8, make_folder, make_gpt_oss, qwen3_moe_config
 
 N = 4
 N_VALUES = 4 * WIDTH**2 + 3 * WIDTH * INNER  # of a block
@@ -39,6 +39,12 @@ def test_an_adapter_that_reads_weights_is_the_same_on_a_base_that_is_cut(tmp_pat
     for name in {base for base, _ in ADAPTERS}:
         if name in FORMATS:
             make_folder(FORMATS[name], tmp_path / name)
+        elif name == "gpt-oss":
+            make_gpt_oss(tmp_path / name)
+        elif name == "deepseek fp8":
+            make_folder(deepseek_fp8(), tmp_path / name, config=deepseek_config())
+        elif name == "nf4 experts":
+            Qwen3MoeForCausalLM(qwen3_moe_config(2, 5)).save_pretrained(tmp_path / name / "coded")
         elif name == "gpt2":
             GPT2LMHeadModel(gpt2_config()).save_pretrained(tmp_path / name / "coded")
         else:

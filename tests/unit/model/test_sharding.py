@@ -31,6 +31,7 @@ CASES = [
     ("fp4", False, "full"),
     ("gptq", True, "selective"),
 ]
+EXPERTS = [("nf4 experts", True, "full"), ("fp8 experts", True, "none"), ("mxfp4 experts", False, "selective")]
 PRODUCT = list(itertools.product(("dense", "nf4", "fp4", "int8", "gptq"), (True, False), ("none", "full", "selective")))
 REST = [case for case in PRODUCT if case not in CASES]
 
@@ -39,8 +40,10 @@ REST = [case for case in PRODUCT if case not in CASES]
     ("n", "shard", "cases"),
     [
         (2, None, CASES),
+        (2, None, EXPERTS),
         (4, 2, CASES[1:3]),
         pytest.param(3, None, REST[::2], marks=pytest.mark.full),
+        pytest.param(3, None, EXPERTS, marks=pytest.mark.full),
         pytest.param(4, None, REST[1::2], marks=pytest.mark.full),
     ],
 )
@@ -53,11 +56,14 @@ def test_a_cut_base_trains_to_the_bits_of_a_whole_one(
             assert each["losses"][0] == each["losses"][1], case
             assert each["moved"] > 1e-3
             assert each["error"] < 1e-5, case  # of the gradients of one process with the rows of all
-            assert each["held"] == pytest.approx(1 / (shard or n), rel=0.02), case
+            held = each.get("stacks held", each["held"])  # beside stacks, biases of five experts are cut unevenly
+            assert held == pytest.approx(1 / (shard or n), rel=0.01 if case in EXPERTS else 0.02), case
             sent, whole = each["sent cut"], each["sent whole"]
             gathers, n_bytes = sent.pop("_allgather_base_")
             assert gathers == N_STEPS * N_BLOCKS * 2, case  # one a block forward, and one backward
-            assert n_bytes / gathers == pytest.approx(each["frozen"] / N_BLOCKS * (1 + 1 / (shard or n)), rel=0.02)
+            assert n_bytes / gathers == pytest.approx(
+                each["frozen"] / N_BLOCKS * (1 + 1 / (shard or n)), rel=0.05 if case in EXPERTS else 0.02
+            )
             assert sent["allreduce_"] == whole["allreduce_"], case  # what trains; nothing is scattered
             assert set(sent) <= {"allreduce_", "broadcast_", "allgather_"}, case
 
