@@ -56,7 +56,7 @@ _Processes = Annotated[
 ]
 On = Annotated[
     str | None,
-    unset("PLACE", "Train on Ray: ray, ray:N (N workers) or ray://host:port.", "--on"),
+    unset("PLACE", "Train on Ray: ray, ray:N (N workers), ray:M-N (M to N) or ray://host:port.", "--on"),
 ]
 _MAIN = "from veneer.cli.app import main; main()"
 

@@ -69,16 +69,18 @@ def devices(use_cpu: bool) -> Devices:
 
 
 def n_workers(place: Place, found: Devices) -> int:
-    """Return the number of workers to take. Raises ConfigError if there are fewer devices."""
+    """Return the number of workers to take now. Raises ConfigError if there are fewer devices."""
     if not found.n:
         raise ConfigError(f"the Ray cluster has no device ({found.kind}) for a worker: add a node that has one")
     n = place.n_workers or found.n
-    if not 1 <= n <= found.n:
+    least = place.least or n
+    if least > found.n:
+        asked = f"{least}-{n}" if place.least else f"{n}"
         raise ConfigError(
-            f"--on ray:{n} is more than the {found.n} devices ({found.kind}) of the Ray cluster: each worker takes "
+            f"--on ray:{asked} is more than the {found.n} devices ({found.kind}) of the Ray cluster: each worker takes "
             f"one. Take at most {found.n}, or add nodes to the cluster."
         )
-    return n
+    return min(n, found.n)
 
 
 def last_line(error: BaseException) -> str:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from veneer.errors import ConfigError
 
 ANSWER_SECONDS = 10.0
-_FORM = re.compile(r"ray(?::(?P<workers>[1-9]\d*)|(?P<address>://[^/\s]+:\d+))?")
+_FORM = re.compile(r"ray(?::(?:(?P<least>[1-9]\d*)-)?(?P<workers>[1-9]\d*)|(?P<address>://[^/\s]+:\d+))?")
 _HOST = re.compile(r"(?:ray://)?(?P<host>[^/\s]+):(?P<port>\d+)")
 
 
@@ -20,22 +20,27 @@ _HOST = re.compile(r"(?:ray://)?(?P<host>[^/\s]+):(?P<port>\d+)")
 class Place:
     """Ray cluster. ``address``: of its client server; None: RAY_ADDRESS, this machine's cluster, or a new one.
 
-    ``n_workers``: so many of its workers are taken; None: all.
+    ``n_workers``: so many of its workers are taken; None: all. ``least``: as few will do while there are no more.
     """
 
     address: str | None = None
     n_workers: int | None = None
+    least: int | None = None
 
 
 def place_of(text: str) -> Place:
-    """Return the cluster that ``ray``, ``ray:4`` or ``ray://host:port`` names. Raises ConfigError for other words."""
+    """Return the cluster that ``ray``, ``ray:4``, ``ray:2-4`` or ``ray://host:port`` names.
+
+    Raises ConfigError for other words.
+    """
     match = _FORM.fullmatch(text)
-    if match is None:
+    least, workers = (int(match[key]) if match and match[key] else None for key in ("least", "workers"))
+    if match is None or (least or 0) > (workers or 0):
         raise ConfigError(
-            f"--on {text} is no place to train on: it is ray, ray:N (N workers) or ray://host:port. Take one of them."
+            f"--on {text} is no place to train on: it is ray, ray:N (N workers), ray:M-N (M to N of them) or "
+            "ray://host:port. Take one of them."
         )
-    workers, address = match["workers"], match["address"]
-    return Place(None if address is None else f"ray{address}", None if workers is None else int(workers))
+    return Place(match["address"] and f"ray{match['address']}", workers, least)
 
 
 def require_ray(place: Place, environment: Mapping[str, str] = os.environ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import threading
@@ -27,6 +28,7 @@ from veneer.recipe.recipe import Recipe, load_recipe
 from veneer.recipe.values import read_values
 from veneer.store.bars import without_bars
 from veneer.train.checkpoint import write_json
+from veneer.train.going_on import tied_to_its_processes
 from veneer.train.interrupt import SIGNALS
 from veneer.train.record import record_of
 from veneer.train.run import run_recipe
@@ -78,13 +80,16 @@ def train_on(place: Place, loop: Loop, recipe: Recipe) -> dict[str, Any]:
     """Train a recipe in the workers of a Ray cluster, and return the content of ``run.json``.
 
     The run goes on from its last checkpoint whenever a worker dies. If any number of workers can deal its global batch,
-    it goes on with those that are left.
+    it goes on with those that are left; of a range of workers (``place.least``) all numbers must. It takes more when
+    they come.
 
-    Raises ConfigError for more workers than devices and for a layout that only a plan can choose. Raises the errors of
-    `run_recipe`, and TrainingError if workers die again and again. Raises DiskError if the output cannot be made.
+    Raises ConfigError for more workers than devices, for a range that the rows of the run cannot be dealt to, and for a
+    layout that only a plan can choose. Raises the errors of `run_recipe`, and TrainingError if workers die again and
+    again. Raises DiskError if the output cannot be made.
     """
     args, output = recipe.training_config(), Path(recipe.output)
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")  # dill, which hashes for datasets, reads what is printed
+    _require_elastic(place, recipe)
     with connected(place):
         found = devices(bool(args.use_cpu))
         n = n_workers(place, found)
@@ -96,7 +101,7 @@ def train_on(place: Place, loop: Loop, recipe: Recipe) -> dict[str, Any]:
             trainer = TorchTrainer(
                 _in_worker,
                 train_loop_config={**loop.model_dump(), _REFUSAL: str(folder / _REFUSAL)},
-                scaling_config=ScalingConfig(num_workers=_elastic(loop, n), use_gpu=found.kind == "GPU"),
+                scaling_config=ScalingConfig(num_workers=_workers(place, recipe, n), use_gpu=found.kind == "GPU"),
                 torch_config=TorchConfig(timeout_s=args.ddp_timeout),
                 run_config=RunConfig(
                     storage_path=str(folder), failure_config=FailureConfig(max_failures=MOST_FAILURES)
@@ -174,14 +179,34 @@ def _scratch(output: Path) -> Iterator[Path]:
                 output.rmdir()
 
 
-def _elastic(loop: Loop, n: int) -> int | tuple[int, int]:
-    """The number of workers, or the least and the most if the same rows can be dealt to any number between."""
-    values = read_values(Path(loop.recipe), loop.set)
-    part = values.get("distributed") or {}
-    any_number = "global_batch" in part and part.get("shard") is None
-    if n > 1 and any_number and not any(dealing_problems(values, k) for k in range(1, n)):
-        return 1, n
-    return n
+def _require_elastic(place: Place, recipe: Recipe) -> None:
+    """Raise ConfigError if a run whose number of workers may change would have other rows with another one."""
+    if place.least is None or place.n_workers is None:
+        return
+    problems = _problems(recipe, place.least, place.n_workers)
+    if problems:
+        raise ConfigError(
+            f"--on ray:{place.least}-{place.n_workers} changes the number of workers, and the steps of this run must "
+            f"have the same rows with each: {'; '.join(problems)}. Change that, or take --on ray:{place.n_workers}."
+        )
+
+
+def _workers(place: Place, recipe: Recipe, n: int) -> int | tuple[int, int]:
+    """The number of workers, or the least and the most."""
+    if place.least is not None:
+        return place.least, place.n_workers or n
+    return (1, n) if n > 1 and not _problems(recipe, 1, n) else n
+
+
+def _problems(recipe: Recipe, least: int, most: int) -> list[str]:
+    """The settings with which a run cannot have the same rows with each number of workers from least to most."""
+    found, part = tied_to_its_processes(recipe), recipe.distributed
+    if part.shard not in (None, 1):
+        found.append(f"distributed.shard {part.shard} does not divide each number")
+    unit = recipe.training_config().per_device_train_batch_size * math.lcm(*range(least, most + 1))
+    if part.global_batch is not None and part.global_batch % unit:
+        found.append(f"distributed.global_batch {part.global_batch} is not a multiple of {unit}")
+    return found
 
 
 def _print(line: str) -> None:

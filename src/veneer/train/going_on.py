@@ -62,13 +62,23 @@ def changes_since(before: Mapping[str, Any], recipe: Recipe, allow: bool) -> lis
 
 
 def _same_rows(before: Mapping[str, Any], recipe: Recipe) -> bool:
-    """True if the steps of a run have the same rows with any number of processes.
-
-    Rows that are streamed, dropped at the end of an epoch, or left over there in another task depend on it.
-    """
+    """True if the steps of a run have the same rows with any number of processes."""
     old, new = _global_batches(before, recipe)
-    dealt = recipe.data.streaming or recipe.training_config().dataloader_drop_last
-    return new is not None and old == new and recipe.task == "sft" and not dealt
+    return old == new and not tied_to_its_processes(recipe)
+
+
+def tied_to_its_processes(recipe: Recipe) -> list[str]:
+    """Return the settings for which the rows of a run's steps depend on the number of its processes.
+
+    Rows that are streamed, dropped at the end of an epoch, or left over there in another task do.
+    """
+    found = {
+        "no distributed.global_batch": recipe.distributed.global_batch is None,
+        "data.streaming": recipe.data.streaming,
+        "training.dataloader_drop_last": recipe.training_config().dataloader_drop_last,
+        f"task: {recipe.task}": recipe.task != "sft",
+    }
+    return [setting for setting, is_set in found.items() if is_set]
 
 
 def _global_batches(before: Mapping[str, Any], recipe: Recipe) -> tuple[int | None, int | None]:

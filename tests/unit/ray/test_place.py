@@ -17,9 +17,10 @@ from veneer.ray.place import Place, place_of, require_ray
 def test_the_words_for_a_cluster() -> None:
     assert place_of("ray") == Place()
     assert place_of("ray:4") == Place(n_workers=4)
+    assert place_of("ray:2-4") == Place(n_workers=4, least=2)
     assert place_of("ray://head:10001") == Place(address="ray://head:10001")
-    for word in ("rey", "ray:0", "ray:x", "ray://head", "ray:4:4", ""):
-        with pytest.raises(ConfigError, match="is no place to train on: it is ray, ray:N"):
+    for word in ("rey", "ray:0", "ray:x", "ray://head", "ray:4:4", "ray:4-2", "ray:0-2", "ray:2-", ""):
+        with pytest.raises(ConfigError, match=r"is no place to train on: it is ray, ray:N .*ray:M-N"):
             place_of(word)
 
 
