@@ -18,10 +18,14 @@ def subspace_overlap(first: Spectrum, second: Spectrum, i: int, j: int) -> float
     """
     for name, k, of in (("i", i, first), ("j", j, second)):
         if not 1 <= k <= of.vt.shape[0]:
-            raise ShapeError(f"{name}={k} directions are asked for, but the update has rank {of.vt.shape[0]}")
+            raise ShapeError(
+                f"{name}={k} directions are asked for, but the update has rank {of.vt.shape[0]}: ask for at most as "
+                "many"
+            )
     if first.vt.shape[1] != second.vt.shape[1]:
         raise ShapeError(
-            f"the adapters read inputs of {first.vt.shape[1]} and {second.vt.shape[1]} features: not the same layer"
+            f"the adapters read inputs of {first.vt.shape[1]} and {second.vt.shape[1]} features: not the same layer. "
+            "Compare layers of one shape"
         )
     product = first.vt[:i] @ second.vt[:j].to(first.vt.dtype).T
     return float(product.square().sum()) / min(i, j)

@@ -54,7 +54,7 @@ class Combination:
         if self.how in SPARSE and self.density is None:
             problems.append(f"how={self.how!r} needs a density in (0, 1]")
         if self.how not in SPARSE and self.density is not None:
-            problems.append(f"density has no meaning for how={self.how!r}; it belongs to {list(SPARSE)}")
+            problems.append(f"density has no meaning for how={self.how!r}; it belongs to {list(SPARSE)}. Leave it out")
         if self.density is not None and not 0 < self.density <= 1:
             problems.append(f"density={self.density} must lie in (0, 1]")
         if self.rank is not None and (self.rank < 1 or self.how in ("cat", "factorwise")):

@@ -29,7 +29,8 @@ def combined_scales(updates: Sequence[Update], weights: Sequence[float], how: st
     ins, outs = [u.record.input_scale for u in updates], [u.record.output_scale for u in updates]
     if any(x is not None for x in ins) and any(x is not None for x in outs):
         raise CompositionError(
-            "one adapter scales the input of this layer and another its output: their sum is not a scale"
+            "one adapter scales the input of this layer and another its output: their sum is not a scale. Combine "
+            "adapters that scale the same side"
         )
     return LinearDelta(input=_sum_of_changes(ins, weights), output=_sum_of_changes(outs, weights))
 

@@ -78,7 +78,9 @@ def merge_task_vectors(
     Raises CompositionError if there is not one finite weight for each of ``tuned``.
     """
     if len(tuned) != len(weights) or not all(map(math.isfinite, weights)):
-        raise CompositionError(f"{len(tuned)} tuned weights with weights {list(weights)}: give each one finite number")
+        raise CompositionError(
+            f"{len(tuned)} tuned weights are given with the weights {list(weights)}: give each one finite number"
+        )
     wide = torch.promote_types(base.dtype, torch.float32)
     vectors = (_sparsified(_difference(t, base, wide), plan, generator) for t in tuned)
     if plan.how in ("ties", "dare_ties"):
@@ -108,6 +110,7 @@ def _divisor(weights: Sequence[float]) -> float:
     total = math.fsum(weights)
     if abs(total) < 1e-8:
         raise CompositionError(
-            f"the weights {list(weights)} add up to zero, so they cannot be normalized: turn that off"
+            f"the weights {list(weights)} add up to zero, so they cannot be normalized: give others, or turn "
+            "normalization off"
         )
     return total

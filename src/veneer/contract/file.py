@@ -67,7 +67,10 @@ def problems_of(values: Mapping[str, object], known: Collection[str], peft_field
 
 def _problem(key: str, value: object, known: Collection[str], neutral: Mapping[str, object]) -> str:
     if key in neutral:
-        return f"{key}={value!r} asks for a feature of PEFT that is not supported here (allowed: {neutral[key]!r})"
+        return (
+            f"{key}={value!r} asks for a feature of PEFT that is not supported here (allowed: {neutral[key]!r}): set "
+            "it to that"
+        )
     close = nearest(key, {*known, *neutral}, n=1)
     return f"unknown key {key!r}" + (f" (nearest: {close[0]!r})" if close else "")
 

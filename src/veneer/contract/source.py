@@ -48,7 +48,10 @@ def from_keywords(kind: Callable[..., Options], values: Mapping[str, Any], as_it
     given = {key: value for key, value in values.items() if key not in as_it_is}
     unknown = sorted(set(given) - allowed)
     if unknown:
-        raise ConfigError(f"unknown arguments {unknown}; allowed besides the named ones: {sorted(allowed)}")
+        raise ConfigError(
+            f"unknown arguments {unknown}; allowed besides the named ones: {sorted(allowed)}. Leave the unknown ones "
+            "out"
+        )
     return kind(**given)
 
 
@@ -102,7 +105,10 @@ def _download(repo: str, subfolder: PurePosixPath, options: HubOptions) -> str:
             allow_patterns=[str(subfolder / name) for name in _FILES],
         )
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
-        raise FormatError(f"no adapter {repo!r}: no such folder, and not on the hub: {_reason(error)}") from error
+        raise FormatError(
+            f"no adapter {repo!r}: no such folder, and not on the hub: {_reason(error)}. Give the folder that "
+            "training saved, or a hub id"
+        ) from error
 
 
 def _reason(error: Exception) -> str:

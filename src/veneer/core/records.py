@@ -126,7 +126,10 @@ class LinearDelta:
         """
         pair = self.low_rank
         if pair is None or not self.is_low_rank:
-            raise CompositionError(f"a record with {self.told} has no factors: only a low-rank pair alone has some")
+            raise CompositionError(
+                f"a record with {self.told} has no factors: only a low-rank pair alone has some. Use added(), which "
+                "gives the whole change"
+            )
         pair = pair if dtype is None else pair.with_tensors([tensor.to(dtype) for tensor in pair.tensors])
         return pair.a, pair.plain_b * pair.scale
 
@@ -136,7 +139,9 @@ class LinearDelta:
         Raises CompositionError if there are none.
         """
         if not self.adds:
-            raise CompositionError("the record changes no weight, only a bias: there is nothing to combine")
+            raise CompositionError(
+                "the record changes no weight, only a bias: there is nothing to combine. Leave it out"
+            )
         wide = torch.promote_types(self.adds[0].tensors[0].dtype, torch.float32)
         return sum((term.dense(wide) for term in self.adds[1:]), self.adds[0].dense(wide))
 
@@ -165,7 +170,10 @@ class LinearDelta:
         Raises CompositionError if inputs or outputs are mapped: such an update is no sum.
         """
         if not self.only_adds:
-            raise CompositionError(f"a record with {self.told} cannot be weighed: only what is added to a layer can be")
+            raise CompositionError(
+                f"a record with {self.told} cannot be weighed: only changes that are added to a layer can be. Give it "
+                "the weight 1"
+            )
         bias = self.bias
         if bias is not None:
             bias = weight * bias if own_bias is None else own_bias + weight * (bias - own_bias)

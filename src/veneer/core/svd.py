@@ -20,7 +20,7 @@ def svd_of_factors(record: LinearDelta) -> tuple[Float[Tensor, "o r"], Float[Ten
     pair = record.low_rank
     if pair is None:
         raise CompositionError(
-            "the record has no low-rank part, so there is nothing to decompose: give one with low_rank"
+            "the record has no low-rank part, so there is nothing to decompose: give one with a pair"
         )
     wide = torch.promote_types(pair.a.dtype, torch.float32)
     q_b, r_b = torch.linalg.qr(pair.plain_b.to(wide))

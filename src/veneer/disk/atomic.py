@@ -52,7 +52,7 @@ def make_folder(folder: Path) -> list[Path]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise DiskError(f"{folder} cannot be made a folder: {error.strerror}") from error
+        raise DiskError(f"{folder} cannot be made a folder: {error.strerror}. Choose another place") from error
     return made
 
 

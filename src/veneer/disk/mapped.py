@@ -41,7 +41,8 @@ class MappedFile:
         if now != self._stamp:
             raise FormatError(
                 f"{self.path} was written to while its weights were in use (it had {self._stamp[0]:,} bytes, and has "
-                f"{now[0]:,}): what is computed now is wrong. Load the model again, and replace such files by a rename."
+                f"{now[0]:,}): results are wrong from now on. Load the model again, and replace such files by a "
+                "rename."
             )
 
     def _now(self) -> tuple[int, int]:

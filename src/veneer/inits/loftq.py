@@ -24,7 +24,10 @@ def lost(weight: Float[Tensor, "o i"], quantized: Float[Tensor, "o i"], r: int, 
     Raises ConfigError if the weight has fewer than r directions.
     """
     if r > min(weight.shape):
-        raise ConfigError(f"LoftQ: r={r} is more than a weight of shape {tuple(weight.shape)} can give")
+        raise ConfigError(
+            f"LoftQ: r={r} is more than the rank of a weight of shape {tuple(weight.shape)}: give at most "
+            f"{min(weight.shape)}"
+        )
     residual = weight.to(quantized.device, torch.float32) - quantized.to(torch.float32)
     u, s, vt = torch.linalg.svd(residual, full_matrices=False)
     return best_factors(u[:, :r], s[:r], vt[:r], scale)

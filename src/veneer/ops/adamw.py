@@ -54,8 +54,11 @@ def adamw_8bit_(
         if moment.codes.numel() != param.numel() or moment.absmax.numel() != n_blocks:
             raise ShapeError(
                 f"a parameter of {param.numel()} entries needs moments of as many codes and {n_blocks} block maxima, "
-                f"not {moment.codes.numel()} and {moment.absmax.numel()}"
+                f"not {moment.codes.numel()} and {moment.absmax.numel()}. Give the moments that were made for this "
+                "parameter"
             )
     if grad.shape != param.shape:
-        raise ShapeError(f"the gradient {tuple(grad.shape)} does not fit the parameter {tuple(param.shape)}")
+        raise ShapeError(
+            f"the gradient {tuple(grad.shape)} does not fit the parameter {tuple(param.shape)}: give one of its shape"
+        )
     implementation("adamw.adamw_8bit_", param.device, backend)(param, grad, moments, hyper)

@@ -51,7 +51,9 @@ def quantize_blockwise(
     run = implementation("blockwise.quantize_blockwise", x.device, backend)
     codes, absmax = run(x.detach().reshape(-1).contiguous(), code, block_size)
     if not bool(torch.isfinite(absmax).all()):
-        raise NonFiniteError(f"cannot quantize a tensor of shape {tuple(x.shape)}: it holds NaN or infinity")
+        raise NonFiniteError(
+            f"cannot quantize a tensor of shape {tuple(x.shape)}: it holds NaN or infinity. Give finite values"
+        )
     return codes.view(x.shape), absmax
 
 

@@ -186,7 +186,10 @@ def softmax_cross_entropy(
     assertion of the device, as in torch.
     """
     if logits.ndim != 2 or labels.shape != logits.shape[:1]:
-        raise ShapeError(f"logits (n, v) go with labels (n,); given {tuple(logits.shape)} and {tuple(labels.shape)}")
+        raise ShapeError(
+            f"logits (n, v) go with labels (n,); given {tuple(logits.shape)} and {tuple(labels.shape)}. Flatten the "
+            "batch first"
+        )
     _check_classes(labels, logits.shape[1])
     losses: Tensor = implementation(_OP, logits.device, backend)(logits, labels, softcap, write_grad)
     return losses

@@ -184,7 +184,7 @@ def _check_packed(packed: Tensor, absmax: Tensor, layout: FourBitLayout) -> None
 def _check_product(x: Tensor, packed: Tensor, absmax: Tensor, layout: FourBitLayout, width: int) -> None:
     _check_packed(packed, absmax, layout)
     if len(layout.shape) != 2:
-        raise ShapeError(f"a product needs a matrix, this 4-bit weight has shape {layout.shape}")
+        raise ShapeError(f"a product needs a matrix, this 4-bit weight has shape {layout.shape}: dequantize it first")
     if x.ndim < 1 or x.shape[-1] != width:
         raise ShapeError(f"the last axis of {tuple(x.shape)} must be {width} for a 4-bit weight {layout.shape}")
     _float(x.dtype)
@@ -194,6 +194,6 @@ def _raise_non_finite(w: Tensor) -> None:
     bad = (~torch.isfinite(w)).nonzero()
     where = tuple(bad[0].tolist())
     raise NonFiniteError(
-        f"cannot quantize a weight of shape {tuple(w.shape)}: {len(bad)} of its values are NaN or infinite, "
-        f"the first is {float(w[where])} at {where}"
+        f"cannot quantize a weight of shape {tuple(w.shape)}: {len(bad)} of its values are NaN or infinite, the first "
+        f"is {float(w[where])} at {where}. Save or fetch the weights again"
     )

@@ -31,8 +31,8 @@ def quantize_int8(
     bad = (~torch.isfinite(absmax)).nonzero()
     if len(bad):
         raise NonFiniteError(
-            f"cannot quantize a weight of shape {tuple(w.shape)}: {len(bad)} rows hold NaN or infinity, "
-            f"the first is row {int(bad[0])}"
+            f"cannot quantize a weight of shape {tuple(w.shape)}: {len(bad)} rows hold NaN or infinity, the first is "
+            f"row {int(bad[0])}. Save or fetch the weights again"
         )
     return codes, absmax
 

@@ -226,7 +226,10 @@ def paged_attention(
     """
     _check(store, layer, {"q": (q, (rows.n_rows, q.shape[1] if q.ndim == 3 else 0, store.head_dim))})
     if q.shape[1] == 0 or q.shape[1] % store.kv_heads:
-        raise ShapeError(f"{q.shape[1]} query heads cannot be shared out among {store.kv_heads} key heads")
+        raise ShapeError(
+            f"{q.shape[1]} query heads cannot be shared out among {store.kv_heads} key heads: their number must be a "
+            "multiple of these"
+        )
     scale = store.head_dim**-0.5 if options.scale is None else options.scale
     numbers = (scale, options.window or 0, options.softcap or 0.0)
     attend = implementation("paged_attention.attend", q.device, options.backend)
@@ -236,7 +239,9 @@ def paged_attention(
 
 def _check(store: PagedStore, layer: int, given: dict[str, tuple[Tensor, tuple[int, int, int]]]) -> None:
     if not 0 <= layer < store.n_layers:
-        raise ShapeError(f"layer {layer} is not among the {store.n_layers} of the pages")
+        raise ShapeError(
+            f"layer {layer} is not among the {store.n_layers} of the pages: give 0 to {store.n_layers - 1}"
+        )
     for name, (x, shape) in given.items():
         if tuple(x.shape) != shape or x.dtype != store.data.dtype or x.stride(2) != 1:
             raise ShapeError(

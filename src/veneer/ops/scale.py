@@ -51,7 +51,9 @@ def scale_columns_backward(
     None. Raises ShapeError if something does not fit dy.
     """
     if (scale is None) != (dz is None) or (scale is None and z is not None):
-        raise ShapeError("z and dz go with a scale: without one the gradient in z is dy, and nothing else is to find")
+        raise ShapeError(
+            "z and dz are given without a scale: the gradient in z is dy then. Give the scale, or leave both out"
+        )
     _check(dy, dy if dz is None else dz, scale, None)
     if z is not None and (z.shape != dy.shape or z.dtype != dy.dtype):
         raise ShapeError(f"dy is {tuple(dy.shape)} {dy.dtype}, and z {tuple(z.shape)} {z.dtype}: they must be alike")

@@ -178,7 +178,10 @@ class FourBitSpec:
         problems += _map_problems("weight.quant_map", tensors, code_table(layout.quant_type))
         problems += part_problems(parts, spec.part_layout())
         if problems:
-            raise FormatError(f"a 4-bit weight of shape {self.shape} cannot be read: {'; '.join(problems)}")
+            raise FormatError(
+                f"a 4-bit weight of shape {self.shape} cannot be read: {'; '.join(problems)}. Save or download the "
+                "checkpoint again"
+            )
         device = tensors["weight"].device
         return spec, {name: part.to(device).contiguous() for name, part in parts.items() if part is not None}
 
@@ -205,7 +208,10 @@ def _alone(part: Tensor) -> Tensor:
 def _read_state(tensors: Parts) -> dict[str, Any]:
     keys = [key for key in tensors if key.startswith(STATE_KEY)]
     if len(keys) != 1:
-        raise FormatError(f"a 4-bit weight needs exactly one tensor named {STATE_KEY}…, found {keys}")
+        raise FormatError(
+            f"a 4-bit weight needs exactly one tensor named {STATE_KEY}…, found {keys}: save or download the "
+            "checkpoint again"
+        )
     text = tensors[keys[0]]
     if text.dtype != torch.uint8 or text.dim() != 1:
         raise FormatError(
@@ -234,14 +240,14 @@ def _layout_of(state: dict[str, Any], shape: tuple[int, int]) -> tuple[FourBitLa
     if not isinstance(dtype, torch.dtype):
         raise FormatError(f"the quant_state names dtype {state['dtype']!r}, which is none of torch's: {_AGAIN}")
     if tuple(state["shape"]) != shape:
-        problems.append(f"it was stored for shape {tuple(state['shape'])}")
+        problems.append(f"it was stored for shape {tuple(state['shape'])}, and its layer is {shape}")
     double_quant = "nested_offset" in state
     if double_quant and state.get("nested_blocksize") != NESTED_BLOCK_SIZE:
         problems.append(f"nested_blocksize is {state.get('nested_blocksize')!r}, only {NESTED_BLOCK_SIZE} is in use")
     try:
         return FourBitLayout(shape, state["quant_type"], state["blocksize"], dtype), double_quant, problems
     except ConfigError as error:
-        raise FormatError(f"the quant_state describes a {error}") from error
+        raise FormatError(f"the quant_state describes a {error}: save or download the checkpoint again") from error
 
 
 def _as_bytes(packed: Tensor | None) -> Tensor | None:

@@ -90,7 +90,10 @@ class Fp8Spec:
         blocks = padded.view(padded.shape[0] // height, height, padded.shape[1] // width, width)
         absmax = blocks.abs().amax(dim=(1, 3))
         if not bool(absmax.isfinite().all()):
-            raise NonFiniteError(f"cannot quantize a weight of shape {self.shape}: it holds NaN or infinity")
+            raise NonFiniteError(
+                f"cannot quantize a weight of shape {self.shape}: it holds NaN or infinity. Save or fetch the weights "
+                "again"
+            )
         # the inverse of a larger one is below the smallest normal number
         forward = (largest / absmax).clamp(max=1.0 / torch.finfo(torch.float32).smallest_normal)
         forward = torch.where(absmax > 0, forward, torch.ones_like(absmax))

@@ -98,8 +98,8 @@ class GgmlSpec:
         """Return codes by ggml's own search. Raises ConfigError if the weight lies in a file, which keeps its own."""
         if self.source is not None:
             raise ConfigError(
-                f"a weight in the blocks of {self.source.path} cannot be quantized again in place: merge into 16 bits, "
-                "and write the result in blocks with `veneer export gguf`."
+                f"a weight in the blocks of {self.source.path} cannot be quantized again in place: merge into 16 "
+                "bits, and write the result with `veneer export gguf`."
             )
         if not self.reordered:
             return {"weight": quantize_ggml(weight, self.kind)}

@@ -87,7 +87,10 @@ class Int8Spec:
         if order is not None and order.tolist() not in (0, [0]):
             problems.append(f"weight_format is {order.tolist()}: only 0 (rows one after the other) can be read")
         if problems:
-            raise FormatError(f"an int8 weight of shape {self.shape} cannot be read: {'; '.join(problems)}")
+            raise FormatError(
+                f"an int8 weight of shape {self.shape} cannot be read: {'; '.join(problems)}. Save or download the "
+                "checkpoint again"
+            )
         return self, {name: tensors[name].contiguous() for name in self.part_layout()}
 
 

@@ -40,12 +40,16 @@ class Mxfp4Spec:
         """
         if self.shape[1] % BLOCK:
             raise ShapeError(
-                f"a weight of {self.shape[1]} inputs does not go into MXFP4, with blocks of {BLOCK}: merge into 16 bits"
+                f"a weight of {self.shape[1]} inputs cannot be quantized to MXFP4: its blocks of {BLOCK} must be "
+                "whole. Merge into 16 bits"
             )
         blocks = weight.float().view(self.shape[0], -1, BLOCK)
         absmax = blocks.abs().amax(dim=-1)
         if not bool(absmax.isfinite().all()):
-            raise NonFiniteError(f"cannot quantize a weight of shape {self.shape}: it holds NaN or infinity")
+            raise NonFiniteError(
+                f"cannot quantize a weight of shape {self.shape}: it holds NaN or infinity. Save or fetch the weights "
+                "again"
+            )
         exponent = torch.frexp(absmax).exponent - 1 - LARGEST_EXPONENT
         scale = (torch.where(absmax > 0, exponent, torch.zeros_like(exponent)) + BIAS).clamp(0, 254).to(torch.uint8)
         codes = encoded(blocks / powers(scale)[:, :, None]).view(self.shape)

@@ -48,12 +48,16 @@ class Nvfp4Spec:
         """
         if self.shape[1] % BLOCK:
             raise ShapeError(
-                f"a weight of {self.shape[1]} inputs does not go into NVFP4, with blocks of {BLOCK}: merge into 16 bits"
+                f"a weight of {self.shape[1]} inputs cannot be quantized to NVFP4: its blocks of {BLOCK} must be "
+                "whole. Merge into 16 bits"
             )
         blocks = weight.float().view(self.shape[0], -1, BLOCK)
         absmax = blocks.abs().amax(dim=-1)
         if not bool(absmax.isfinite().all()):
-            raise NonFiniteError(f"cannot quantize a weight of shape {self.shape}: it holds NaN or infinity")
+            raise NonFiniteError(
+                f"cannot quantize a weight of shape {self.shape}: it holds NaN or infinity. Save or fetch the weights "
+                "again"
+            )
         largest, smallest = torch.finfo(SCALE).max, torch.finfo(SCALE).smallest_normal
         held = self._number(absmax.max().detach())
         overall = held if self.divides else 1.0 / held

@@ -183,7 +183,10 @@ class StackSpec:
             made.append(parts)
         others = sorted({number for number, _ in held if number >= self.n_experts})
         if others:
-            problems.append(f"the model has {self.n_experts} experts, and the files have tensors of expert {others[0]}")
+            problems.append(
+                f"the model has {self.n_experts} experts, and the files have tensors of expert {others[0]}: correct "
+                "the number of experts in config.json, or fetch the files again"
+            )
         if not problems:
             layouts = [[piece.part_layout() for piece in each] for each in specs]
             problems += [f"experts 0 and {n} are stored in different formats" for n in _unlike(layouts)]

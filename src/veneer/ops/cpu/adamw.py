@@ -42,7 +42,10 @@ def adamw_8bit_(param: Tensor, grad: Tensor, moments: tuple[Moment8bit, Moment8b
         hyper.step,
     )
     if not finite:
-        raise NonFiniteError(f"a moment of a parameter of shape {tuple(param.shape)} became NaN or infinite")
+        raise NonFiniteError(
+            f"a moment of a parameter of shape {tuple(param.shape)} became NaN or infinite. Lower the learning rate, "
+            "or leave out the batch of this step"
+        )
     return None
 
 

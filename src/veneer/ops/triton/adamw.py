@@ -30,7 +30,10 @@ def adamw_8bit_(param: Tensor, grad: Tensor, moments: tuple[Moment8bit, Moment8b
     args = param, grad.contiguous(), *parts, *tables, broken, param.numel(), *_numbers(hyper)
     launch_exact(_kernel, grid, *args, ROWS=_ROWS, WIDTH=BLOCK_SIZE)
     if broken.item():
-        raise NonFiniteError(f"a moment of a parameter of shape {tuple(param.shape)} became NaN or infinite")
+        raise NonFiniteError(
+            f"a moment of a parameter of shape {tuple(param.shape)} became NaN or infinite. Lower the learning rate, "
+            "or leave out the batch of this step"
+        )
     return None
 
 
