@@ -84,8 +84,8 @@ def _pairs(folder: Path) -> dict[str, Pair]:
     wrong = next((path for path, record in updates.items() if not record.is_low_rank or record.bias is not None), None)
     if wrong is not None:
         raise CompositionError(
-            f"the adapter {folder} changes {wrong} by {updates[wrong].told}: Arrow mixes adapters that are low-rank "
-            "pairs and nothing else"
+            f"the adapter {folder} changes {wrong} by {updates[wrong].told}, and Arrow mixes low-rank pairs alone. "
+            "Leave it out"
         )
     return {path: record.low_rank.plain for path, record in updates.items() if record.low_rank is not None}
 

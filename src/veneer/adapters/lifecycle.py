@@ -160,7 +160,9 @@ def choose_task(state: AdapterState, name: str, task: int | None) -> None:
     require_unmerged(state, f"choose a task of {name!r}")
     n_tasks = state.configs[name].n_tasks
     if not n_tasks:
-        raise ConfigError(f"the adapter {name!r} ({state.configs[name].peft_type}) has no tasks: it acts on all rows")
+        raise ConfigError(
+            f"the adapter {name!r} ({state.configs[name].peft_type}) has no tasks: it acts on all rows. Leave task out"
+        )
     if task is not None and task not in range(n_tasks):
         raise ConfigError(f"task={task!r} is no task of the adapter {name!r}: it has the tasks 0 to {n_tasks - 1}")
     state.tasks = {other: own for other, own in state.tasks.items() if other != name}

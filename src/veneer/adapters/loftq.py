@@ -43,7 +43,8 @@ def replace_lora_weights_loftq(
     start = None if config is None else config.late_start
     if config is None or start is None or not start.is_product or start.settings is not None:
         raise ConfigError(
-            f"LoftQ starts the factors of plain LoRA; {adapter_name!r} is {type(config).__name__}: {config}"
+            f"{adapter_name!r} is a {type(config).__name__}, and LoftQ starts the factors of plain LoRA: attach a "
+            "LoraConfig without another start"
         )
     layers = {
         p: m for p, m in adapted_layers(model).items() if isinstance(m, QuantLinear) and adapter_name in m.adapters

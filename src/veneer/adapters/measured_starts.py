@@ -188,11 +188,15 @@ def _asked_for(model: PeftModel, name: str, kind: type[Settings]) -> tuple[LateS
     if start is None or not isinstance(start.settings, kind):
         raise ConfigError(
             f"{name!r} does not start from {kind.__name__}: it is {type(model.peft_config[name]).__name__} with "
-            f"init_lora_weights={getattr(model.peft_config[name], 'init_lora_weights', None)!r}"
+            f"init_lora_weights={getattr(model.peft_config[name], 'init_lora_weights', None)!r}. Give it to "
+            "LoraConfig(init_lora_weights=…), or leave this start out"
         )
     layers = {path: m for path, m in adapted_layers(model).items() if m.takes_rows and name in m.adapters}
     if not layers:
-        raise ConfigError(f"{kind.__name__} starts the factors of linear layers; {name!r} adapts none")
+        raise ConfigError(
+            f"{kind.__name__} starts the factors of linear layers; {name!r} adapts none. Name linear layers in "
+            "target_modules"
+        )
     return start, start.settings, layers
 
 

@@ -90,7 +90,10 @@ def _prefix(model: nn.Module, name: str) -> tuple[PrefixAdapters, PrefixMethod]:
             "start from. Leave the start as it is."
         )
     if config.has_network:
-        raise ConfigError(f"an MLP makes the prefix {name!r}: only one without prefix_projection can start from text")
+        raise ConfigError(
+            f"an MLP makes the prefix {name!r}: only one without prefix_projection can start from text. Attach one "
+            "with prefix_projection=False"
+        )
     return holder, config
 
 

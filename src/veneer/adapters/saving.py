@@ -69,7 +69,9 @@ def upload_of(values: Mapping[str, Any]) -> Upload:
 def require_safetensors(safe_serialization: bool) -> None:
     """Raise ConfigError if a pickle is requested."""
     if not safe_serialization:
-        raise ConfigError("safe_serialization=False asks for a pickle; adapters are written as safetensors only")
+        raise ConfigError(
+            "safe_serialization=False asks for a pickle; adapters are written as safetensors only. Leave it out"
+        )
 
 
 def save(model: nn.Module, state: AdapterState, folder: Path, what: Selection) -> None:

@@ -19,8 +19,8 @@ def require_something_to_train(model: nn.Module, args: tuple[Any, ...], kwargs: 
         return
     if kwargs.get("labels") is not None and not any(p.requires_grad for p in model.parameters()):
         raise TrainingError(
-            "every parameter of this model is frozen, so training would change nothing. Adapters are loaded frozen: "
-            "load them with is_trainable=True, or call model.set_requires_grad(adapter_name), before training"
+            "every parameter of this model is frozen, so training would change nothing. Adapters load frozen: load "
+            "them with is_trainable=True, or call model.set_requires_grad(adapter_name), before training"
         )
 
 

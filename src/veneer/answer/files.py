@@ -57,7 +57,10 @@ def adapters_of(rows: Sequence[Row], source: Path, default: Path | None) -> list
         beside = source.parent / named
         folder = beside if beside.is_dir() else Path(named).expanduser()
         if not folder.is_dir():
-            raise DataError(f"{source}: row {number}: no adapter {named!r}: there is no such folder")
+            raise DataError(
+                f"{source}: row {number}: no adapter {named!r}: there is no such folder. Give one that holds "
+                "adapter_config.json"
+            )
         found.append(folder)
     return found
 

@@ -77,9 +77,11 @@ def _words(labels: str) -> tuple[str, ...]:
     try:
         return tuple(line for line in file.read_text(encoding="utf-8").splitlines() if line.strip())
     except OSError as error:
-        raise ConfigError(f"--labels {file}: the file cannot be read ({error.strerror})") from error
+        raise ConfigError(
+            f"--labels {file}: the file cannot be read ({error.strerror}). Give a text file with one label a line"
+        ) from error
     except UnicodeDecodeError as error:
-        raise ConfigError(f"--labels {file} is not text in UTF-8: {error}") from error
+        raise ConfigError(f"--labels {file} is not text in UTF-8: {error}. Save it as UTF-8") from error
 
 
 def _measured(metric: Metric, args: EvalArguments) -> Measured:

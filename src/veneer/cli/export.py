@@ -92,7 +92,9 @@ def check(args: CheckArguments) -> None:
         facts, problems = facts | compared.facts, [*problems, *compared.problems]
     print_facts(facts)
     if problems:
-        raise FormatError(f"{args.file} is not as it should be: {'; '.join(problems)}")
+        raise FormatError(
+            f"{args.file} is not as it should be: {'; '.join(problems)}. Write it again with `veneer export gguf`"
+        )
 
 
 def _by_name(given: list[str]) -> list[tuple[str, str]]:

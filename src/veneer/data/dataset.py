@@ -25,7 +25,7 @@ def encode_all(dataset: AnyDataset, encoder: Encoder, name: str, n_processes: in
     Raises DataError, with the search criteria, if no row is left.
     """
     if isinstance(dataset, Dataset) and not len(dataset):
-        raise DataError(f"the {name} data has no rows")
+        raise DataError(f"the {name} data has no rows: give at least one")
     columns = columns_of(dataset)
     if isinstance(dataset, IterableDataset):
         encoded = dataset.map(encoder, with_indices=True, remove_columns=columns)
@@ -87,7 +87,7 @@ def columns_of(dataset: Dataset | IterableDataset) -> list[str]:
     """Return the names of the columns, streamed or not. Raises DataError if there are neither column names nor rows."""
     names = dataset.column_names or next(iter(dataset), None)
     if names is None:
-        raise DataError("the data has no rows")
+        raise DataError("the data has no rows: give at least one")
     return list(names)
 
 

@@ -21,7 +21,9 @@ def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     room: list[tuple[int, int]] = []  # (space left, bin), sorted
     for item in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
         if lengths[item] > capacity:
-            raise ConfigError(f"a sequence of {lengths[item]} tokens does not fit in a row of {capacity}")
+            raise ConfigError(
+                f"a sequence of {lengths[item]} tokens does not fit in a row of {capacity}: cut it, or raise max_length"
+            )
         at = bisect_left(room, (lengths[item], -1))
         space, chosen = room.pop(at) if at < len(room) else (capacity, len(bins))
         if chosen == len(bins):

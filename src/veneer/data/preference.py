@@ -47,7 +47,7 @@ def checked_rows(rows: Any, name: str, task: Task) -> Any:
         raise DataError(f"the {name} data must be a datasets.Dataset, not {type(rows).__name__}")
     if isinstance(rows, Dataset):
         if not len(rows):
-            raise DataError(f"the {name} data has no rows")
+            raise DataError(f"the {name} data has no rows: give at least one")
         require_columns(rows.column_names, name, task)
         problems = [f"row {n}: {told}" for n, row in enumerate(rows, start=1) if (told := row_problem(row, task))]
         raise_all(f"the {name} data", problems)

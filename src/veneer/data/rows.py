@@ -144,7 +144,7 @@ def load_rows(source: str | Path, reader: RowReader | PreferenceReader, limit: i
     raise_all(source, problems)
     require_one_form(forms)
     if not rows:
-        raise DataError(f"{source} holds no rows")
+        raise DataError(f"{source} holds no rows: give at least one")
     keys = dict.fromkeys(key for row in rows for key in row)  # Dataset reads those of the first row alone
     return Dataset.from_list([{key: row.get(key) for key in keys} for row in rows])
 
@@ -156,7 +156,7 @@ def stream_rows(source: str | Path, reader: RowReader) -> IterableDataset:
     """
     streamed = IterableDataset.from_generator(_read_one_by_one, gen_kwargs={"source": str(source), "reader": reader})
     if next(iter(streamed), None) is None:
-        raise DataError(f"{source} holds no rows")
+        raise DataError(f"{source} holds no rows: give at least one")
     return streamed
 
 
@@ -173,7 +173,10 @@ def _read_one_by_one(source: str, reader: RowReader) -> Iterator[Row]:
             raise DataError(f"{source}: row {number}: {error}") from error
         final = final or form_of(read)
         if form_of(read) != final:
-            raise DataError(f"{source}: row {number} is of the form {form_of(read)}, and those before it {final}")
+            raise DataError(
+                f"{source}: row {number} is of the form {form_of(read)}, and those before it {final}: bring all rows "
+                "into one form"
+            )
         yield read
     raise_all(source, problems)
 
@@ -182,7 +185,10 @@ def split_off(rows: Dataset, fraction: float, seed: int) -> tuple[Dataset, Datas
     """Return training rows and held-out rows, drawn by seed. Raises DataError if one of the two would be empty."""
     n_held_out = round(fraction * len(rows))
     if not 0 < n_held_out < len(rows):
-        raise DataError(f"a fraction of {fraction} of {len(rows)} rows leaves nothing to train on or to evaluate on")
+        raise DataError(
+            f"a fraction of {fraction} of {len(rows)} rows leaves no rows to train on, or none to evaluate on: choose "
+            "another, or give more rows"
+        )
     parts = rows.train_test_split(test_size=n_held_out, seed=seed)
     return parts["train"], parts["test"]
 
@@ -202,7 +208,10 @@ def _from_hub(source: str, streaming: bool) -> Iterable[Row]:
     try:
         return cast("Iterable[Row]", load_dataset(name, split=split or "train", streaming=streaming))
     except (DatasetNotFoundError, ConnectionError, FileNotFoundError, ValueError) as error:
-        raise DataError(f"{source!r} is no file, and as a data set of the hub it cannot be loaded: {error}") from error
+        raise DataError(
+            f"{source!r} is no file, and no data set of that name could be loaded from the hub ({error}). Give a "
+            "file, or a data set's name"
+        ) from error
 
 
 def _turn(turn: Any) -> Row:

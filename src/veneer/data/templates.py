@@ -13,7 +13,7 @@ class _Fields(string.Formatter):
     def get_field(self, field_name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         value, first = super().get_field(field_name, args, kwargs)
         if value is None:
-            raise DataError(f"the field {field_name!r}, which the template asks for, is empty (null)")
+            raise DataError(f"the field {field_name!r} of the template is empty (null): fill it, or leave the row out")
         return value, first
 
 
@@ -27,7 +27,9 @@ def fill_template(template: str, row: Mapping[str, Any]) -> str:
     except DataError:  # a ValueError too
         raise
     except KeyError as error:
-        raise DataError(f"the template {template!r} asks for the field {error}, and there are {sorted(row)}") from error
+        raise DataError(
+            f"the template {template!r} asks for the field {error}, and there are {sorted(row)}: name one of these"
+        ) from error
     except (IndexError, ValueError, AttributeError, TypeError) as error:
         raise ConfigError(
             f"the template {template!r} does not fit the columns {sorted(row)} ({type(error).__name__}: {error}); "

@@ -128,7 +128,7 @@ def regex_match(pattern: str, *, fold: bool = False) -> Judge:
     try:
         compiled = re.compile(pattern)
     except re.error as error:
-        raise ConfigError(f"pattern {pattern!r} is not a regular expression: {error}") from error
+        raise ConfigError(f"pattern {pattern!r} is not a regular expression ({error}): correct it") from error
     same = exact_match(fold=fold)
 
     def judge(given: str, answers: Sequence[str]) -> bool:
@@ -170,7 +170,10 @@ def _label_words(questions: Sequence[Question], labels: Sequence[str]) -> list[s
         require_few(words)
     unknown = sorted({answer.strip() for answer in answers} - set(words))
     if unknown:
-        raise DataError(f"the data holds answers that are none of the labels {words}: {unknown[:5]}")
+        raise DataError(
+            f"the data holds answers that are none of the labels {words}: {unknown[:5]}. Add them to the labels, or "
+            "leave these rows out"
+        )
     if len(words) < 2 or len(set(words)) < len(words) or not all(words):
         raise ConfigError(f"labels must be two or more different words, not {words}")
     return [lead + word for word in words]

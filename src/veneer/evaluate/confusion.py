@@ -21,7 +21,7 @@ class Confusion:
         place = {label: at for at, label in enumerate(labels)}
         unknown = sorted({*right, *predictions} - place.keys())
         if unknown:
-            raise DataError(f"{unknown[:5]} are none of the labels {list(labels)}")
+            raise DataError(f"{unknown[:5]} are none of the labels {list(labels)}: add them")
         counts = [[0] * len(labels) for _ in labels]
         for own, given in zip(right, predictions, strict=True):
             counts[place[own]][place[given]] += 1

@@ -139,7 +139,7 @@ def perplexity(
 def _tokens(tokenizer: Any, rows: Sequence[Mapping[str, Any]], whole_rows: bool) -> list[tuple[list[int], list[bool]]]:
     """Token ids of each row, and which of them are scored."""
     if not rows:
-        raise DataError("the data has no rows")
+        raise DataError("the data has no rows: give at least one")
     require_one_form((number, kind_of(list(row), "text")) for number, row in enumerate(rows, 1))
     kind = kind_of(list(rows[0]), "text")
     if kind == "text":  # bare: no end token is put behind it, which the text does not hold

@@ -51,7 +51,7 @@ class QuestionReader:
             except (DataError, ConfigError) as error:
                 raise DataError(f"row {number}: {error}") from error
         if not questions:
-            raise DataError("the data has no rows")
+            raise DataError("the data has no rows: give at least one")
         return questions
 
     def all_answers(self, rows: Iterable[Row]) -> list[str]:
@@ -108,7 +108,7 @@ class QuestionReader:
 
     def _chat(self, turns: Sequence[Mapping[str, Any]]) -> list[int]:
         if not turns:
-            raise DataError("no turn precedes the answer, so there is no question")
+            raise DataError("no turn precedes the answer, so there is no question. Begin with a user's turn")
         return render(self.tokenizer, turns, {"add_generation_prompt": True})
 
 
@@ -133,7 +133,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
         try:
             return [{"text": path.read_text(encoding="utf-8")}]
         except UnicodeDecodeError as error:
-            raise DataError(f"{path} is not text in UTF-8: {error}") from error
+            raise DataError(f"{path} is not text in UTF-8 ({error}): save it as UTF-8") from error
     problems: list[str] = []
     rows = [row for _, row in numbered_rows(path, problems)]
     raise_all(path, problems)
@@ -149,7 +149,7 @@ def read_prompts(path: Path) -> list[dict[str, Any]]:
     if path.suffix == ".txt":
         rows = [{"prompt": line} for line in rows[0]["text"].splitlines() if line.strip()]
     if not rows:
-        raise DataError(f"{path} holds no rows")
+        raise DataError(f"{path} holds no rows: give at least one")
     return rows
 
 
@@ -193,11 +193,11 @@ def as_templated(rows: Sequence[Row], prompt: str, answer_field: str | None) -> 
 def _answers_in(row: Row, field: str) -> tuple[str, ...]:
     """The answers in a field. Raises DataError where there is no such field, or nothing in it."""
     if field not in row:
-        raise DataError(f"no field {field!r}; it has {sorted(row)}")
+        raise DataError(f"no field {field!r}; it has {sorted(row)}. Name one of these")
     value = row[field]
     values = value if isinstance(value, list) else [value]
     if not values or any(one is None for one in values):
-        raise DataError(f"the field {field!r} holds no answer, but {value!r:.60}")
+        raise DataError(f"the field {field!r} holds no answer, but {value!r:.60}: give a text, or a list of texts")
     return tuple(str(one) for one in values)
 
 
@@ -205,5 +205,5 @@ def _content(turns: object) -> str:
     """The text of the last turn, which must be the assistant's."""
     last = turns[-1] if isinstance(turns, list) and turns else None
     if not isinstance(last, Mapping) or last.get("role") != "assistant" or not isinstance(last.get("content"), str):
-        raise DataError("its last turn is not the assistant's with a text, so there is no answer to compare with")
+        raise DataError("its last turn is not a text of the assistant: end it with the right answer")
     return str(last["content"])

@@ -91,7 +91,8 @@ class BaseWeights:
         same = slice(1 if name in self._resized else 0, None)
         if stored.shape[same] != self._shapes[name][same]:
             raise FormatError(
-                f"{stored.name} has the shape {stored.shape} in the files, the model needs {self._shapes[name]}"
+                f"{stored.name} has the shape {stored.shape} in the files, the model needs {self._shapes[name]}: give "
+                "the files of this base, or correct its config.json"
             )
         return dtype if dtype and stored.dtype.is_floating_point else stored.dtype, self._shapes[name]
 

@@ -86,4 +86,7 @@ def _require_alike(base: Checkpoint, tuned: Checkpoint, model: str) -> None:
     ]
     if problems:
         more = f"; and {len(problems) - 20} more" if len(problems) > 20 else ""
-        raise FormatError(f"{model} is not a fine-tuned form of the base: {'; '.join(problems[:20])}{more}")
+        raise FormatError(
+            f"{model} is not a fine-tuned form of the base: {'; '.join(problems[:20])}{more}. Give models "
+            "trained from it"
+        )

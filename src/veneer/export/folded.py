@@ -244,7 +244,10 @@ def _fold(path: str, module: Adapted, weights: BaseWeights, wide: bool) -> dict[
         own = {key: cast(Tensor, module._parameters[key]).detach() for key in weights.own(module)}
     added = sorted(set(values) - set(own))
     if added:
-        raise CompositionError(f"the adapter adds {added} to {path}, which the model's architecture has no place for")
+        raise CompositionError(
+            f"the adapter adds {added} to {path}, and the model's architecture has no place for it: keep the adapter "
+            "beside the model"
+        )
     return own | values
 
 

@@ -30,7 +30,9 @@ def local_folder(model: str | os.PathLike[str]) -> Path:
             patterns = ["*.safetensors", *(f"*{end}" for end in _COMPANIONS)]
             return Path(snapshot_download(place, allow_patterns=patterns))
     except OSError as error:
-        raise ConfigError(f"the base {place!r} cannot be downloaded: {error}") from error
+        raise ConfigError(
+            f"the base {place!r} cannot be downloaded ({error}): check its name and the network, or give a folder"
+        ) from error
 
 
 def model_config(folder: Path) -> Any:

@@ -152,7 +152,7 @@ class CheckArguments:
 
     def __post_init__(self) -> None:
         if not self.file.is_file():
-            raise ConfigError(f"no file {str(self.file)!r}")
+            raise ConfigError(f"no file {str(self.file)!r}. Give a .gguf file")
         if self.model is None and self.adapter is not None:
             raise ConfigError("--adapter is given without --model: add --model, the base that the file was made of")
 

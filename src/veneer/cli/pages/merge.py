@@ -34,7 +34,9 @@ class MergeArguments:
 
     def __post_init__(self) -> None:
         if not self.adapter.is_dir():
-            raise ConfigError(f"no adapter {str(self.adapter)!r}: there is no such folder")
+            raise ConfigError(
+                f"no adapter {str(self.adapter)!r}: there is no such folder. Give one that holds adapter_config.json"
+            )
 
 
 merge = verb(MergeArguments, "veneer.cli.merge", "merge")

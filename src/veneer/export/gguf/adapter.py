@@ -55,7 +55,9 @@ def export_lora(
     base is unknown.
     """
     if type.upper() not in TYPES:
-        raise ConfigError(f"type {type!r} is not for adapters: one is written in {' or '.join(TYPES)}")
+        raise ConfigError(
+            f"type {type!r} is not for adapters: one is written in {' or '.join(TYPES)}. Give one of these"
+        )
     named, family, config, stored = _read(adapter, base)
     found, problems = _tensors(stored, family, config)
     if problems:

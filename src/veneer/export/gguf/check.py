@@ -100,7 +100,9 @@ def _parts(path: Path) -> list[Path]:
         return [path]
     paths = part_paths(path.with_name(f"{found[1]}.gguf"), int(found[3]))
     if missing := [part.name for part in paths if not part.is_file()]:
-        raise FormatError(f"{path} is one part of {len(paths)}; missing: {', '.join(missing[:3])}")
+        raise FormatError(
+            f"{path} is one part of {len(paths)}; missing: {', '.join(missing[:3])}. Fetch or write all parts"
+        )
     return paths
 
 

@@ -87,7 +87,7 @@ def _windows(tokenizer: Any, text: Path, options: CollectOptions) -> list[Tensor
     try:
         content = text.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{text} cannot be read as text: {error}") from error
+        raise DataError(f"{text} cannot be read as text: {error}. Give a file in UTF-8") from error
     ids = tokenizer(content, add_special_tokens=False)["input_ids"]
     whole = tokenizer("a")["input_ids"]
     front = whole[:1] if tokenizer.bos_token_id is not None and whole[:1] == [tokenizer.bos_token_id] else []

@@ -30,8 +30,8 @@ def piece_ranks(source: SourceTokenizer, tokens: list[str]) -> dict[str, int]:
     problems = list(_problems(source.content, tokens)) or list(_merge_problems(source, ranks, set(merges)))
     if problems:
         raise FormatError(
-            f"the tokenizer in {source.folder} is one of pieces, for which the runtime does what SentencePiece does "
-            f"alone, and would cut texts otherwise without a word: {'; '.join(problems)}"
+            f"the tokenizer in {source.folder} would cut texts otherwise in the runtime, which knows SentencePiece's "
+            f"way alone: {'; '.join(problems)}. Serve the model with `veneer serve`"
         )
     return ranks
 

@@ -148,7 +148,10 @@ def family_of(config: Any) -> Family:
     found = by_model_type().get(config.model_type)
     if found is None:
         known = ", ".join(sorted(by_model_type()))
-        raise FormatError(f"models of the type {config.model_type!r} are not written as GGUF; known types: {known}")
+        raise FormatError(
+            f"models of the type {config.model_type!r} are not written as GGUF; known types: {known}. Serve the model "
+            "with `veneer serve`"
+        )
     return found
 
 
@@ -258,6 +261,6 @@ def _complete_head(family: Family, sources: dict[str, list[Source]], shapes: dic
     if _EMBEDDINGS not in sources and _HEAD in sources:  # a file may hold the head's name alone
         sources[_EMBEDDINGS], shapes[_EMBEDDINGS] = sources.pop(_HEAD), shapes.pop(_HEAD)
     if _EMBEDDINGS not in sources:
-        raise CompositionError("the checkpoint has no embeddings")
+        raise CompositionError("the checkpoint has no embeddings: give the folder of a whole model")
     if family.head == "must" and _HEAD not in sources:
         sources[_HEAD], shapes[_HEAD] = sources[_EMBEDDINGS], shapes[_EMBEDDINGS]

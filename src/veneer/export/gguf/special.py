@@ -41,7 +41,8 @@ def end_of_turn(source: SourceTokenizer) -> int | None:
     _, found, behind = text.partition(PROBE[1])
     if not found:
         raise FormatError(
-            f"the chat template in {source.folder} leaves answers out: a rendered conversation does not hold them"
+            f"the chat template in {source.folder} leaves answers out: a rendered conversation does not hold them. "
+            "Correct the template"
         )
     behind = behind.partition(PROBE[2])[0].lstrip()
     special = {entry["content"]: number for number, entry in source.added.items()}
@@ -65,8 +66,8 @@ def _flags(source: SourceTokenizer, bos: int | None, eos: int | None) -> Iterato
     if front not in ([], [bos]) or back not in ([], [eos]):
         names = [source.vocabulary.get(number) for number in (*front, *back)]
         raise FormatError(
-            f"the tokenizer in {source.folder} puts {names} around a text; GGUF files can say one BOS in front and one "
-            "EOS behind alone"
+            f"the tokenizer in {source.folder} puts {names} around a text; a GGUF file holds one BOS in front and one "
+            "EOS at the end. Serve the model with `veneer serve`"
         )
     yield _flag("add_bos_token", bool(front))
     yield _flag("add_eos_token", bool(back))

@@ -76,11 +76,13 @@ def read_tokenizer(folders: Sequence[Path]) -> SourceTokenizer:
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise FormatError(f"the tokenizer in {folder} cannot be read: {str(error).splitlines()[0]}") from error
+        raise FormatError(
+            f"the tokenizer in {folder} cannot be read: {str(error).splitlines()[0]}. Copy the base's there"
+        ) from error
     if not getattr(tokenizer, "is_fast", False):
         raise FormatError(
             f"the tokenizer in {folder} ({type(tokenizer).__name__}) has no tokenizer.json, and none can be made of "
-            "it: a GGUF file holds vocabularies of merges only"
+            "it: a GGUF file holds vocabularies of merges only. Serve the model with `veneer serve`"
         )
     return SourceTokenizer(folder, tokenizer, json.loads(tokenizer.backend_tokenizer.to_str()))
 

@@ -31,7 +31,7 @@ def vocabulary_pairs(source: SourceTokenizer, n_rows: int) -> list[Pair]:
     if model.get("type") != "BPE":
         raise FormatError(
             f"the tokenizer in {source.folder} is a {model.get('type')} model; GGUF files of decoders hold "
-            "vocabularies of merges (BPE)"
+            "vocabularies of merges (BPE). Serve the model with `veneer serve`"
         )
     tokens = _tokens(source, n_rows)
     return _byte_level(source, tokens) if is_byte_level(source.content) else _pieces(source, tokens)
@@ -56,7 +56,10 @@ def _tokens(source: SourceTokenizer, n_rows: int) -> list[str]:
     tokens = [known.get(number, _filler(number)) for number in range(n_rows)]
     twice = [token for token, n in Counter(tokens).items() if n > 1]
     if twice:
-        raise FormatError(f"the tokens {twice[:5]} stand for several ids each; the runtime would abort on them")
+        raise FormatError(
+            f"the tokens {twice[:5]} have several ids each, on which the runtime would abort: give each id its own "
+            "token"
+        )
     return tokens
 
 
@@ -64,7 +67,8 @@ def _byte_level(source: SourceTokenizer, tokens: list[str]) -> list[Pair]:
     normalizer = (source.content.get("normalizer") or {}).get("type")
     if normalizer not in _NORMALIZERS:
         raise FormatError(
-            f"the tokenizer in {source.folder} changes texts first ({normalizer}); GGUF files have no key for that"
+            f"the tokenizer in {source.folder} changes texts first ({normalizer}); GGUF files have no key for that. "
+            "Serve the model with `veneer serve`"
         )
     kinds = [_kind(source, number) for number in range(len(tokens))]
     texts = [_text(token, kind) for token, kind in zip(tokens, kinds, strict=True)]

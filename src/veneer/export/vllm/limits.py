@@ -68,7 +68,7 @@ def _reasons(path: str, record: LinearDelta, site: LinearSite, snapshot: Snapsho
     if site.kind == "convolution" or site.repeats > 1:
         yield "is a convolution or an attention of torch, where vLLM adapts linear layers alone"
     if text_name(path) is None:
-        yield "belongs to a tower of images or sound, whose updates vLLM leaves out without a word"
+        yield "belongs to a tower of images or sound, whose updates vLLM leaves out in silence"
     if name in CLASSIFIERS:
         yield "is a classifier, which both take whole or not at all"
     if name in MODEL_ENDS or site.kind == "embedding" or (snapshot is not None and path in snapshot.heads):
