@@ -134,7 +134,10 @@ class CPTConfig(PromptMethod):
             raise ConfigError("a context starts from the model's embeddings: load the base model before attaching")
         ids = tuple(self.cpt_token_ids or ())
         if max(ids) >= site.vocabulary:
-            raise ConfigError(f"cpt_token_ids holds {max(ids)}, and the model's ids end at {site.vocabulary - 1}")
+            raise ConfigError(
+                f"cpt_token_ids holds {max(ids)}, and the model's ids end at {site.vocabulary - 1}: take ids of the "
+                "model's tokenizer"
+            )
         context = site.embed(torch.tensor(ids)).float()
         return {"embedding": context, "delta": torch.zeros_like(context)} if self.has_network else {STORED: context}
 

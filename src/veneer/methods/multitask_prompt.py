@@ -146,5 +146,8 @@ def _read(path: Path, names: tuple[str, ...]) -> dict[str, Tensor]:
     header, problems = read_header(path)
     problems += [f"holds no {name}" for name in names if name not in header]
     if problems:
-        raise ConfigError(f"{path} is no adapter of source tasks: {'; '.join(problems)}")
+        raise ConfigError(
+            f"{path} is no adapter of source tasks: {'; '.join(problems)}. Give the file that such an adapter's "
+            "training saved"
+        )
     return {name: value.float() for name, value in read_all(path, header).items() if name in names}

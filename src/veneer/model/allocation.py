@@ -46,6 +46,6 @@ def _empty(name: str, shape: tuple[int, ...]) -> Tensor:
         return torch.empty(shape)
     except (RuntimeError, TypeError) as error:  # too much for this machine, or a size beyond 64 bits
         raise FormatError(
-            f"{name} of shape {shape} does not fit into memory: the config that asks for it is damaged, or was made "
-            "for a larger machine"
+            f"{name} of shape {shape} does not fit into memory: correct the sizes in config.json, or use a larger "
+            "machine"
         ) from error

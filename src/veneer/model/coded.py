@@ -67,7 +67,10 @@ class CodedModule(nn.Module):
     def fill(self, spec: StorageSpec, parts: dict[str, Tensor]) -> None:
         """Set the layer's weight. Raises FormatError if the spec is for another shape."""
         if spec.shape != self.spec.shape:
-            raise FormatError(f"a weight of shape {spec.shape} does not fit a layer {self.spec.shape}")
+            raise FormatError(
+                f"a weight of shape {spec.shape} does not fit a layer {self.spec.shape}: quantize the weight of this "
+                "layer"
+            )
         for name in self.spec.part_layout():
             del self._buffers[name]
         self.spec = spec

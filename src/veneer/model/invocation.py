@@ -160,7 +160,10 @@ def _input_ids(inputs: Inputs) -> Int[Tensor, "rows n"]:
     named = (kwargs.get("input_ids"), kwargs.get("inputs"), args[0] if args else None)
     ids = next((x for x in named if isinstance(x, Tensor) and x.ndim == 2 and not x.is_floating_point()), None)
     if ids is None:
-        raise ConfigError("an adapter with invocation tokens needs input_ids (rows, tokens), to find them there")
+        raise ConfigError(
+            "an adapter with invocation tokens needs input_ids (rows, tokens), to find them there. Give them in place "
+            "of inputs_embeds"
+        )
     return ids
 
 

@@ -156,7 +156,8 @@ class PromptAdapters(VirtualTokens):
             return None
         if unread:
             raise TargetError(
-                f"{type(module).__name__} did not look its ids up in its embeddings: a prompt has no place in it"
+                f"{type(module).__name__} did not look its ids up in its embeddings: a prompt has no place in it. Use "
+                "LoraConfig on this model"
             )
         kept = any(cast(PromptMethod, self.method(name)).keep_virtual_logits for name in front.names)
         n = 0 if kept or not length else front.width

@@ -69,8 +69,8 @@ class Routing:
         times, left = divmod(n_rows, len(self.names))
         if left or not times:
             raise ShapeError(
-                f"{what} sees {n_rows} rows and adapter_names names {len(self.names)}: it does not see the rows of the "
-                "batch one by one, so that they cannot take different adapters there"
+                f"{what} sees {n_rows} rows and adapter_names names {len(self.names)}: rows cannot take different "
+                "adapters there. Run the adapters one after another"
             )
         return tuple(name for name in self.names for _ in range(times))
 

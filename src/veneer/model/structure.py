@@ -109,7 +109,8 @@ def example_inputs(model: PreTrainedModel) -> dict[str, torch.Tensor]:
         return {name: torch.zeros(1, getattr(config, "num_channels", 3), height, width, device=device, dtype=dtype)}
     raise TargetError(
         f"{type(model).__name__} takes {name!r}: its sub-layers can be found for models that take input_ids or "
-        "pixel_values (with image_size in their config)"
+        "pixel_values (with image_size in their config). Use a method for linear layers, such as LoraConfig, on this "
+        "model"
     )
 
 

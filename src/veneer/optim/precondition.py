@@ -38,7 +38,9 @@ def precondition(optimizer: Optimizer, layers: Sequence[Factors], damping: float
 
     def before(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:  # args: itself first
         if any(given is not None for given in (*args[1:], *kwargs.values())):
-            raise ConfigError("step() has a closure, whose gradients would not be preconditioned: call it without one")
+            raise ConfigError(
+                "step() has a closure, and its gradients would not be preconditioned: call it without one"
+            )
         for each in layers:
             _change(each, damping)
 

@@ -35,4 +35,7 @@ def config_of(name: str) -> PreTrainedConfig:
         reason = str(error).strip().splitlines()[0]
         close = [] if Path(name).expanduser().exists() else nearest(Path(name).name.lower(), presets())
         meant = f"; the preset {close[0]} needs neither files nor network" if close else ""
-        raise FormatError(f"the config of {name} cannot be read: {reason}{meant}") from error
+        raise FormatError(
+            f"the config of {name} cannot be read: {reason}{meant}. Give a folder with config.json, a .gguf file, a "
+            "preset or a hub id"
+        ) from error

@@ -123,4 +123,6 @@ def _measured() -> int:
     try:
         return int(out.split()[-1])
     except (IndexError, ValueError) as error:
-        raise ConfigError(f"a process could not be measured: {told.strip()[-300:]}") from error
+        raise ConfigError(
+            f"a process could not be measured: {told.strip()[-300:]}. `veneer env` says what this installation lacks"
+        ) from error

@@ -112,7 +112,9 @@ def train_on(place: Place, loop: Loop, recipe: Recipe) -> dict[str, Any]:
                     trainer.fit()
             except TrainingFailedError as error:
                 _raise_refusal(folder)
-                raise TrainingError(f"the workers on Ray have failed: {last_line(error)}") from error
+                raise TrainingError(
+                    f"the workers on Ray have failed: {last_line(error)}. See to that, then go on with --resume"
+                ) from error
             _raise_refusal(folder)
     return cast("dict[str, Any]", record_of(output))
 

@@ -51,7 +51,7 @@ def metric_problems(values: Mapping[str, Any]) -> list[str]:
         try:
             re.compile(pattern)
         except re.error as error:
-            found.append(f"metric.pattern: {pattern!r} is not a regular expression ({error})")
+            found.append(f"metric.pattern: {pattern!r} is not a regular expression ({error}): correct it")
     if isinstance(data, dict) and data.get("eval") is None and not data.get("eval_fraction"):
         found.append("metric: is measured on held-out rows, and there are none: give data.eval or data.eval_fraction")
     return found

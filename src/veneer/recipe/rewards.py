@@ -95,7 +95,7 @@ def _module(place: str, folder: Path, name: str) -> Any:
             return importlib.import_module(place)
         path = next((p for p in (folder / place, Path(place)) if p.is_file()), None)
         if path is None:
-            raise ConfigError(f"{name!r}: there is no file {folder / place}")
+            raise ConfigError(f"{name!r}: there is no file {folder / place}. Give a path from the recipe's folder")
         return _run_file(path.resolve(), name)
     except ConfigError:
         raise
@@ -111,7 +111,7 @@ def _run_file(path: Path, name: str) -> Any:
     own = hashlib.blake2b(str(path).encode(), digest_size=8).hexdigest()
     spec = importlib.util.spec_from_file_location(f"veneer_rewards_{path.stem}_{own}", path)
     if spec is None or spec.loader is None:
-        raise ConfigError(f"{name!r}: {path} cannot be imported")
+        raise ConfigError(f"{name!r}: {path} cannot be imported. Give a file with Python code that ends in .py")
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # before it runs: dataclasses and pickle look there
     try:
@@ -145,7 +145,7 @@ def _value_problems(settings: Mapping[str, Any]) -> list[str]:
         try:
             re.compile(settings["pattern"])
         except (re.error, TypeError) as error:
-            found.append(f"pattern: {settings['pattern']!r} is no regular expression ({error})")
+            found.append(f"pattern: {settings['pattern']!r} is no regular expression ({error}): correct it")
     target = settings.get("target")
     if target is not None and (not isinstance(target, int) or isinstance(target, bool) or target < 1):
         found.append(f"target: {target!r} must be a number of tokens, at least 1")

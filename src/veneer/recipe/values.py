@@ -27,7 +27,10 @@ def read_values(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     try:
         values = _load_yaml(path.read_text(encoding="utf-8"), str(path))
     except OSError as error:
-        raise ConfigError(f"the recipe {path} cannot be read: {error.strerror}") from error
+        raise ConfigError(
+            f"the recipe {path} cannot be read: {error.strerror}. Give a file, or write one with `veneer train "
+            "--print-recipe`"
+        ) from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not YAML: {error}") from error
     if not isinstance(values, dict):

@@ -57,7 +57,7 @@ class CheckpointWriter:
             try:
                 self.staging = stack.enter_context(new_folder(self.target))
             except OSError as error:
-                raise DiskError(f"cannot write beside {self.target}: {error}") from error
+                raise DiskError(f"cannot write beside {self.target}: {error}. Choose another place") from error
             stack.callback(self._close)
             with self._disk_errors_told():
                 for shard in self._shards:

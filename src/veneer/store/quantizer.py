@@ -285,7 +285,7 @@ class VeneerQuantizer(HfQuantizer):  # type: ignore[misc]
         problems = self.problems + [f"{name} is not in the checkpoint" for name in _empty(model) if name not in noted]
         problems += self._unquantized_problem()
         if problems:
-            raise FormatError(f"the model cannot be loaded: {'; '.join(problems)}")
+            raise FormatError(f"the model cannot be loaded: {'; '.join(problems)}. Fetch or save it again")
 
     def _unquantized_problem(self) -> list[str]:
         if not self._unquantized:

@@ -132,8 +132,8 @@ def load_model(
     missing = sorted(set(report["missing_keys"]) - ({"score.weight"} if scores else set()))
     if missing:
         raise FormatError(
-            f"{source} lacks {len(missing)} tensors that {type(model).__name__} needs, such as {missing[0]!r}: "
-            f"it is not a whole {'model' if scores else 'causal language model'}"
+            f"{source} lacks {len(missing)} tensors that {type(model).__name__} needs, such as {missing[0]!r}: it is "
+            f"not a whole {'model' if scores else 'causal language model'}. Fetch or save it again"
         )
     fit_experts(model)
     return cast(PreTrainedModel, model if device is None else model.to(device)).eval()
@@ -171,7 +171,7 @@ def parse_dtype(dtype: str | torch.dtype) -> str | torch.dtype:
     if isinstance(dtype, torch.dtype) or dtype == "auto":
         return dtype
     if dtype not in DTYPES:
-        raise ConfigError(f"dtype {dtype!r} is unknown; allowed: auto, {', '.join(DTYPES)}")
+        raise ConfigError(f"dtype {dtype!r} is unknown; allowed: auto, {', '.join(DTYPES)}. Give one of these")
     return DTYPES[dtype]
 
 
@@ -216,7 +216,7 @@ def _on_hub(name: str) -> Path | str:
         return Path(cached).parent
     raise ConfigError(
         f"no model {name!r}: there is no such folder or file, `veneer fetch` knows {', '.join(sorted(KNOWN))}, and "
-        f"{ENDPOINT} cannot be reached"
+        f"{ENDPOINT} cannot be reached. Check the network, or give a folder"
     )
 
 

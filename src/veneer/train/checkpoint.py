@@ -82,7 +82,8 @@ def load_trained(model: nn.Module, folder: Path) -> None:
         saved = load_file(folder / TRAINED_FILE)
     except (OSError, SafetensorError) as error:
         raise TrainingError(
-            f"{folder} cannot be resumed from: {TRAINED_FILE} is missing or damaged ({error})"
+            f"{folder} cannot be resumed from: {TRAINED_FILE} is missing or damaged ({error}). Move it away to go on "
+            "from the one before it"
         ) from error
     present = {name: p for name, p in model.named_parameters() if p.requires_grad}
     problems = [f"{name} is trained but not in the checkpoint" for name in present.keys() - saved.keys()]
@@ -94,7 +95,9 @@ def load_trained(model: nn.Module, folder: Path) -> None:
     ]
     if problems:
         shown = "; ".join(sorted(problems)[:8]) + (f"; and {len(problems) - 8} more" if len(problems) > 8 else "")
-        raise TrainingError(f"{folder} holds another adapter than this run trains: {shown}")
+        raise TrainingError(
+            f"{folder} holds another adapter than this run trains: {shown}. Give its own settings, or start a new run"
+        )
     for name, parameter in present.items():
         parameter.copy_(saved[name])
 

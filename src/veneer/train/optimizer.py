@@ -98,7 +98,10 @@ def galore_groups(args: TrainingArguments, model: nn.Module) -> list[dict[str, A
     if wanted not in (None, "all-linear"):
         linear = tuple(path for path in linear if check_target_module_exists(wanted, path))
         if not linear:
-            raise ConfigError(f"optim_target_modules={wanted!r} matches no linear layer of the model")
+            raise ConfigError(
+                f"optim_target_modules={wanted!r} matches no linear layer of the model. Name layers of it, such as "
+                "q_proj"
+            )
     groups: dict[tuple[bool, float], list[Tensor]] = {}
     weights = {f"{path}.weight" for path in linear}
     for name, parameter in model.named_parameters():

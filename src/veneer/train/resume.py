@@ -76,7 +76,7 @@ class ResumableTrainer(Trainer):  # type: ignore[misc]
             return None
         folder = by_main(lambda: latest_checkpoint(run)) if resume is True else Path(resume)
         if not (folder / STATE_FILE).is_file():
-            raise TrainingError(f"{folder} is not a complete checkpoint: it holds no {STATE_FILE}")
+            raise TrainingError(f"{folder} is not a complete checkpoint: it holds no {STATE_FILE}. Give another folder")
         counted = read_progress(folder)
         before = counted.get("data_digest")
         if before is not None and before != self.data_digest and not self.other_data:

@@ -134,7 +134,10 @@ class SFTTrainer(RunTrainer, trl.SFTTrainer):  # type: ignore[misc]
         loss = self._normalized(counted, num_items_in_batch)
         self._count(counted, inputs)
         if self.model.training and not loss.requires_grad:
-            raise TrainingError("the loss depends on no trainable parameter: nothing would be trained")
+            raise TrainingError(
+                "the loss depends on no trainable parameter: nothing would be trained. Attach an adapter "
+                "(peft_config), or unfreeze the model"
+            )
         if not return_outputs:
             return loss
         with torch.no_grad():

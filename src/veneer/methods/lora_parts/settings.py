@@ -84,7 +84,10 @@ class LoraSettings(LinearMethod):
         if self.lora_bias and self.use_dora:
             found.append("lora_bias and use_dora exclude each other, as in PEFT: drop one of them")
         if self.use_dora and start is not None and start.fixed:
-            found.append(f"init_lora_weights={self.init_lora_weights!r} and use_dora exclude each other, as in PEFT")
+            found.append(
+                f"init_lora_weights={self.init_lora_weights!r} and use_dora exclude each other, as in PEFT: leave one "
+                "of them out"
+            )
         if self.ensure_weight_tying is True:
             found += self._problems_of_ties()
         found += _problems_of_rows(self.trainable_token_indices) + self._problems_of_parameters()
@@ -224,5 +227,8 @@ def _problems_of_rows(given: Collection[int] | Mapping[str, Collection[int]] | N
         if not rows or min(rows) < 0:
             found.append(f"{where}={rows!r} must hold whole numbers of at least 0, and at least one")
         elif len(set(rows)) < len(rows):
-            found.append(f"{where} holds {sorted({row for row in rows if list(rows).count(row) > 1})} more than once")
+            found.append(
+                f"{where} holds {sorted({row for row in rows if list(rows).count(row) > 1})} more than once: once is "
+                "enough"
+            )
     return found

@@ -29,7 +29,9 @@ from veneer.store.known import KNOWN, is_fetched, model_folder
 def require_adapter(adapter: Path) -> None:
     """Raise ConfigError if there is no such adapter, FormatError if its files are damaged."""
     if not adapter.is_dir():
-        raise ConfigError(f"no adapter {str(adapter)!r}: there is no such folder")
+        raise ConfigError(
+            f"no adapter {str(adapter)!r}: there is no such folder. Give one that holds adapter_config.json"
+        )
     read_config(adapter)
     read_headers(adapter)
 

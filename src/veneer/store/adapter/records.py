@@ -89,7 +89,9 @@ def _lowered(folder: Path, config: MethodConfig, site: Any, params: Mapping[str,
     except VeneerError:
         raise
     except (RuntimeError, ValueError) as error:  # of torch, for values or dtypes that a method does not expect
-        raise FormatError(f"the adapter {folder} ({config.peft_type}) cannot be read: {error}") from error
+        raise FormatError(
+            f"the adapter {folder} ({config.peft_type}) cannot be read: {error}. Save it again"
+        ) from error
 
 
 def read_updates(folder: Path, places: Mapping[str, Placed] | None = None) -> StoredAdapter:
@@ -103,13 +105,13 @@ def read_updates(folder: Path, places: Mapping[str, Placed] | None = None) -> St
     if not config.changes_weights:
         raise CompositionError(
             f"the adapter {folder} ({config.peft_type}) is no update of linear layers: it has no spectrum, and no sum "
-            "with others in an adapter"
+            "with others in an adapter. Merge it into its base if it changes weights, or leave it out"
         )
     stored = read_records(folder, places)
     if stored.others:
         raise CompositionError(
             f"the adapter {folder} holds {stored.others[0]} and {len(stored.others) - 1} more that are not low-rank "
-            "factors or a method's like of them: such an adapter can only be read with its base"
+            "factors, which need its base: merge it (veneer merge), or leave it out"
         )
     if not all(record.only_adds for record in stored.updates.values()):
         raise _needs_base(folder)
@@ -139,7 +141,9 @@ def _told_places(folder: Path, config: MethodConfig, tensors: Mapping[str, Tenso
     source = str(folder / WEIGHTS_FILE)
     places = config.places_in({key: tuple(value.shape) for key, value in tensors.items()}, source)
     if places == {} and config.samples and config.changes_weights and getattr(config, "target_modules", None) != ():
-        raise FormatError(f"{source} holds no parameters of a {config.peft_type} adapter, which {CONFIG_FILE} tells of")
+        raise FormatError(
+            f"{source} holds no parameters of a {config.peft_type} adapter, which {CONFIG_FILE} tells of. Save it again"
+        )
     if places is None:
         raise CompositionError(
             f"the file of the adapter {folder} ({config.peft_type}) does not tell the sizes of the layers that it "
@@ -151,7 +155,7 @@ def _told_places(folder: Path, config: MethodConfig, tensors: Mapping[str, Tenso
 def _parameters(folder: Path, tensors: Mapping[str, Tensor], placed: Placed) -> dict[str, Tensor]:
     missing = [key for key in placed.keys.values() if key not in tensors]
     if missing:
-        raise FormatError(f"{folder / WEIGHTS_FILE} lacks {', '.join(missing[:3])}")
+        raise FormatError(f"{folder / WEIGHTS_FILE} lacks {', '.join(missing[:3])}. Save it again")
     found = {name: tensors[key] for name, key in placed.keys.items()}
     dtypes = [value.dtype for value in found.values() if value.is_floating_point()]  # none if it has no parameters
     wide = functools.reduce(torch.promote_types, dtypes) if dtypes else None
@@ -160,7 +164,7 @@ def _parameters(folder: Path, tensors: Mapping[str, Tensor], placed: Placed) -> 
 
 def _require_none(folder: Path, problems: Sequence[str]) -> None:
     if problems:
-        raise FormatError(f"{folder / WEIGHTS_FILE}: {'; '.join(problems[:3])}")
+        raise FormatError(f"{folder / WEIGHTS_FILE}: {'; '.join(problems[:3])}. Save it again")
 
 
 def _require_shapes(
@@ -173,4 +177,4 @@ def _require_shapes(
         if tuple(params[path][name].shape) != tuple(shape)
     ]
     if wrong:
-        raise FormatError(f"{folder / WEIGHTS_FILE} does not fit {CONFIG_FILE}: {'; '.join(wrong[:3])}")
+        raise FormatError(f"{folder / WEIGHTS_FILE} does not fit {CONFIG_FILE}: {'; '.join(wrong[:3])}. Save it again")

@@ -141,7 +141,10 @@ def renamed(tensors: Mapping[str, Tensor], key_mapping: Mapping[str, str] | None
                 f"key_mapping={dict(key_mapping or {})!r} must map regular expressions: {error}"
             ) from error
         if new_key in found:
-            raise FormatError(f"key_mapping={dict(key_mapping or {})!r} gives two tensors the key {new_key!r}")
+            raise FormatError(
+                f"key_mapping={dict(key_mapping or {})!r} gives two tensors the key {new_key!r}. Give patterns that "
+                "keep keys apart"
+            )
         found[new_key] = value
     return found
 

@@ -176,7 +176,8 @@ def _family(path: Path, header: GgufHeader) -> Family:
     family = family_in_blocks(architecture, _pairs(header.values, architecture))
     if family is None:
         raise FormatError(
-            f"{path} is a file of the architecture {architecture!r}, whose layout no table here describes."
+            f"{path} is a file of the architecture {architecture!r}, which has no table here. Take the model's own "
+            "folder of safetensors instead"
         )
     return family
 

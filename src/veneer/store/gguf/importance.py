@@ -46,7 +46,7 @@ class Importance:
         if found.numel() != columns * n_experts:
             raise FormatError(
                 f"{self.path} holds {found.numel()} values for {name}, which has {columns * n_experts}: it was "
-                "collected on another model"
+                "collected on another model. Collect one on this model"
             )
         return found.view(n_experts, columns)
 
@@ -66,7 +66,9 @@ def read_importance(path: Path) -> Importance:
     Raises FormatError if the file has another format, is damaged, or holds a value that cannot be a mean square.
     """
     if not path.is_file():
-        raise FormatError(f"no importance matrix {str(path)!r}: there is no such file")
+        raise FormatError(
+            f"no importance matrix {str(path)!r}: there is no such file. Collect one with `veneer export importance`"
+        )
     with path.open("rb") as file:
         is_gguf = file.read(4) == b"GGUF"
     try:

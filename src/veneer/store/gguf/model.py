@@ -79,7 +79,8 @@ def read_facts(path: Path) -> GgufFacts:
     architecture = value_of(reader, "general.architecture")
     if architecture is None:
         raise FormatError(
-            f"{path} names no architecture (general.architecture); veneer reads GGUF files of whole models"
+            f"{path} names no architecture (general.architecture): veneer reads GGUF files of whole models. Convert "
+            "the model again"
         )
     ids = {name: value_of(reader, f"tokenizer.ggml.{field}") for name, field in _TOKEN_IDS.items()}
     return GgufFacts(
@@ -191,7 +192,9 @@ def _load(path: Path, facts: GgufFacts, on_progress: OnProgress) -> Any:
             path.parent, gguf_file=file, config=config, dtype=facts.dtype, output_loading_info=True, **options
         )
     if report["missing_keys"]:
-        raise FormatError(f"{path} lacks the tensors of {sorted(report['missing_keys'])}; it is not a whole model")
+        raise FormatError(
+            f"{path} lacks the tensors of {sorted(report['missing_keys'])}: it is not a whole model. Fetch it again"
+        )
     _require_placed(model, path, facts)
     _forget_file(model.config)
     return model
@@ -207,7 +210,7 @@ def _refusals_told(path: Path, facts: GgufFacts) -> Iterator[None]:
     except (ValueError, KeyError, RuntimeError, NotImplementedError, StrictDataclassError) as error:
         raise FormatError(
             f"{path} holds a model of the family {facts.contents.architecture!r} that transformers "
-            f"{transformers.__version__} cannot read: {error}"
+            f"{transformers.__version__} cannot read: {error}. Take the model's own folder of safetensors instead"
         ) from error
 
 

@@ -163,5 +163,5 @@ def places_in(model: Any, family: Family, config: Any, held: Mapping[str, GgufTe
         missing += names[:1] if places is None else []
         found |= dict.fromkeys(names, places or [])
     if missing:
-        raise FormatError(f"{path} lacks the tensors of {missing[:5]}; it is not a whole model")
+        raise FormatError(f"{path} lacks the tensors of {missing[:5]}: it is not a whole model. Fetch it again")
     return found

@@ -103,7 +103,8 @@ def pre_tokenizer_name(content: Mapping[str, Any]) -> str:
         )
     raise FormatError(
         f"the tokenizer cuts words in a way that has no name in GGUF files: {shown}. Under another name the runtime "
-        f"would cut them otherwise without a word. Known: {', '.join(each.name for each in TABLE)}"
+        "would cut them otherwise. Serve the model with `veneer serve`. Known: "
+        f"{', '.join(each.name for each in TABLE)}"
     )
 
 

@@ -15,7 +15,7 @@ def open_gguf(path: Path) -> GGUFReader:
     """Return the reader of a GGUF file. Raises FormatError if the file is not GGUF or is truncated."""
     with path.open("rb") as file:
         if file.read(4) != b"GGUF":
-            raise FormatError(f"{path} is not a GGUF file: it does not start with the bytes GGUF")
+            raise FormatError(f"{path} is not a GGUF file: it does not start with the bytes GGUF. Give a .gguf file")
     try:
         return GGUFReader(path)
     except (ValueError, IndexError, KeyError, OverflowError, struct.error) as error:

@@ -151,7 +151,10 @@ class PreferenceTrainer(RunTrainer):
             self._metrics["train"]["num_tokens"] = [self._total_train_tokens]
         loss: Tensor = found[0] if return_outputs else found
         if self.model.training and not loss.requires_grad:
-            raise TrainingError("the loss depends on no trainable parameter: nothing would be trained")
+            raise TrainingError(
+                "the loss depends on no trainable parameter: nothing would be trained. Attach an adapter "
+                "(peft_config), or unfreeze the model"
+            )
         loss = self.with_penalty(loss, shared=bool(self.loss_is_scaled_for_ga))
         return (loss, found[1]) if return_outputs else loss
 
