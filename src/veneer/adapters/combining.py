@@ -152,7 +152,7 @@ def _require_little_lost(
     possible = needed <= min(sides)
     advice = f"give rank {needed}, which loses at most {most:.0%}; or " if possible else ""
     raise CompositionError(
-        f"a part is more than a low-rank pair (DoRA, OFT, LoKr): its sum has full rank, and its parts' rank loses "
+        "a part is more than a low-rank pair (DoRA, OFT, LoKr). Its sum has full rank: the rank of its parts loses "
         f"{errors[worst]:.1%} of it on {worst}: {advice}merge each adapter into the base and add the models up "
         "(veneer merge, veneer merge-models), which loses nothing; or give a rank of your choice"
     )

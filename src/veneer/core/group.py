@@ -49,7 +49,7 @@ def starts_processes(asked: int | None, environment: Mapping[str, str] = os.envi
         return False
     if "WORLD_SIZE" in environment and asked != group_size(environment):
         raise ConfigError(
-            f"--processes {asked} is not the number of processes that a launcher has started here: "
+            f"--processes {asked} is not the number of processes that a launcher has started here, "
             f"{group_size(environment)}. Leave --processes out, or let the launcher start {asked}."
         )
     return asked > 1 and "WORLD_SIZE" not in environment

@@ -182,4 +182,6 @@ def _held(row: Mapping[str, Any], column: str) -> Any:
     try:
         return _own_keys(json.loads(value) if isinstance(value, str) else value)
     except ValueError as error:
-        raise DataError(f"column {column!r} is a string that is not JSON: {value!r:.60}") from error
+        raise DataError(
+            f"column {column!r} is a string that is not JSON: {value!r:.60}. Give an object, or its JSON"
+        ) from error

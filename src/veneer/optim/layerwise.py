@@ -46,8 +46,8 @@ class LayerwiseGaLoreAdamW(GaLoreAdamW):
         """Update a parameter of the group at ``index`` by its gradient, and free the gradient. Raises TrainingError."""
         if not torch.isfinite(cast(Tensor, param.grad)).all():
             raise TrainingError(
-                "a gradient is NaN or infinite: training stops before it reaches its weight, and the checkpoints "
-                "written before are as they were. Lower the learning rate, or use bf16 or fp32"
+                "a gradient is NaN or infinite: training stops before it reaches its weight, and earlier checkpoints "
+                "stay. Lower the learning rate, or use bf16 or fp32"
             )
         self._update(param, self.param_groups[index])  # loading a state replaces the groups
         param.grad = None

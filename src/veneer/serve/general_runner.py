@@ -117,7 +117,9 @@ class GeneralRunner(DrawingRunner):
             for name, (folder, _) in zip(names, mix.parts, strict=True):  # nobody else knows them by these names
                 told = told.replace(repr(name), f"in {folder}")
             folders = ", ".join(map(str, mix.folders))
-            raise CompositionError(f"the adapters in {folders} have no sum in a mix: {told}") from error
+            raise CompositionError(
+                f"the adapters in {folders} have no sum in a mix: {told}. Ask for them one at a time"
+            ) from error
         finally:
             for name in self.loaded.intersection(names):
                 self.model.delete_adapter(name)
@@ -205,7 +207,8 @@ class GeneralRunner(DrawingRunner):
             return {}
         if config.modules_to_save:
             raise CompositionError(
-                f"an adapter of virtual tokens with modules_to_save={list(config.modules_to_save)} cannot be served"
+                f"an adapter of virtual tokens with modules_to_save={list(config.modules_to_save)} cannot be served. "
+                "Generate with the model itself"
             )
         holder = next(h for h in virtual_tokens(self.model).values() if version in h.adapters)
         return holder.keys_and_values(version, self._in_base)

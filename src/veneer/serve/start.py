@@ -194,7 +194,7 @@ def start_engine(
     limit = context_length(loaded)
     longest = options.max_model_len or limit or 2048
     if limit is not None and longest > limit:
-        raise ConfigError(f"max_model_len={longest} is more than the model's context of {limit} tokens")
+        raise ConfigError(f"max_model_len={longest} is more than the model's context of {limit} tokens: lower it")
     own = program_alone or not isinstance(model, PreTrainedModel)
     interpreter, why_not = (
         (proved(loaded, longest, give_up=own), "")

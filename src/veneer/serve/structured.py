@@ -76,7 +76,10 @@ class Forms:
             tables = self._tables
         matcher = LLMatcher(tables, grammar, log_level=0)
         if matcher.is_error():
-            raise ConfigError(f"structured_outputs cannot be compiled: {matcher.get_error()}")
+            raise ConfigError(
+                f"structured_outputs cannot be compiled: {matcher.get_error()}. Correct the schema, regex, choice or "
+                "grammar"
+            )
         made = _Grammar(matcher, forces=longest_forced(grammar) <= _MOST_FORCED)
         if made.forces:  # the first time takes longest, and nobody waits here but who asks
             made.found_forced(matcher)
@@ -94,7 +97,9 @@ class Forms:
     @cached_property
     def _tables(self) -> LLTokenizer:
         if not isinstance(self._tokenizer, PreTrainedTokenizerFast) or not self._ending:
-            raise ConfigError("structured outputs need a fast tokenizer with an end token, which this model lacks")
+            raise ConfigError(
+                "structured outputs need a fast tokenizer with an end token, which this model lacks: ask without them"
+            )
         try:
             return from_tokenizer(self._tokenizer, n_vocab=self._vocabulary, eos_token=self._ending)
         except ValueError as error:
@@ -163,4 +168,4 @@ def grammar_of(asked: StructuredOutputsParams) -> str:
         text = schema if isinstance(schema, str) else "".join(json.JSONEncoder().iterencode(schema))
         return str(LLMatcher.grammar_from_json_schema(text))
     except (TypeError, ValueError, RecursionError) as error:
-        raise ConfigError(f"structured_outputs: json={schema!r} is not a JSON schema: {error}") from error
+        raise ConfigError(f"structured_outputs: json={schema!r} is not a JSON schema ({error}): correct it") from error

@@ -23,9 +23,9 @@ def require_not_merged(base: Path | str, adapter: Path) -> None:
     held = [entry["adapter"] for entry in merged if entry["blake2b"] == digest]
     if held:
         raise CompositionError(
-            f"{base} has {adapter} in it already (as {held[0]}, in its {FILE}): once more, its change would be "
-            "doubled. Take the base that it was trained on; to have it twice on purpose, combine it with weight 2 "
-            "(`veneer combine`) and fold that into the base that it was trained on"
+            f"{base} has {adapter} in it already (as {held[0]}, in its {FILE}), and a second merge would double its "
+            "change. Take the base that it was trained on; to double it on purpose, combine it with weight 2 (`veneer "
+            "combine`)"
         )
 
 

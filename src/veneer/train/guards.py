@@ -67,9 +67,9 @@ def require_finite(loss: float, step: int) -> None:
     """Raise DivergedError for a loss that is NaN or infinite, with its step (counted from one)."""
     if not math.isfinite(loss):
         raise DivergedError(
-            f"the loss is {loss} in step {step}: training stops here, and the checkpoints written before are as they "
-            "were. Lower the learning rate, clip gradients (max_grad_norm), use bf16 in place of fp16, or look at the "
-            "rows of that step"
+            f"the loss is {loss} in step {step}: training stops here, and earlier checkpoints stay. Lower the "
+            "learning rate, clip gradients (max_grad_norm), use bf16 in place of fp16, or look at the rows of that "
+            "step"
         )
 
 
@@ -89,6 +89,5 @@ class FiniteGradients(TrainerCallback):  # type: ignore[misc]
         if not torch.nn.utils.get_total_norm(gradients, norm_type=math.inf).isfinite():
             raise DivergedError(
                 f"a gradient is NaN or infinite in step {state.global_step + 1}: training stops before it reaches the "
-                "weights, and the checkpoints written before are as they were. Lower the learning rate, or use bf16 or "
-                "fp32"
+                "weights, and earlier checkpoints stay. Lower the learning rate, or use bf16 or fp32"
             )

@@ -88,7 +88,7 @@ def describe_checkpoint(source: FoldedCheckpoint, folder: Path) -> Described:
     if problems:
         raise FormatError(
             f"a GGUF file of the architecture {family.architecture!r} cannot say {folder} ({config.model_type}): "
-            + "; ".join(problems)
+            + f"{'; '.join(problems)}. Serve the model with `veneer serve`"
         )
     _complete_head(family, sources, shapes)
     shapes |= {name: tuple(factors.shape) for name, factors in said.factors.items()}

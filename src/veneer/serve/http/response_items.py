@@ -66,7 +66,9 @@ def _output(place: str, item: Mapping[str, Any], names: Mapping[str, str]) -> di
     _require_known(place, item, _OF_OUTPUT)
     id = _text(place, item, "call_id")
     if id not in names:
-        raise RefusedError(f"{place}.call_id={id!r} is of no function_call in front of it", f"{place}.call_id")
+        raise RefusedError(
+            f"{place}.call_id={id!r} is of no function_call in front of it: send the call first", f"{place}.call_id"
+        )
     content = _content(f"{place}.output", item.get("output"))
     return {"role": "tool", "tool_call_id": id, "name": names[id], "content": content}
 
