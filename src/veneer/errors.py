@@ -1,6 +1,21 @@
 """Tree of veneer's exceptions. Each message says what was given, what is allowed, and what to do."""
 
+from collections.abc import Iterable
 from dataclasses import FrozenInstanceError
+
+
+def listed(problems: Iterable[str], source: str = "", most: int | None = None) -> str:
+    """Return one message for the problems of ``source``: their count, then each once on a line of its own, indented.
+
+    A single problem stays on the line of its source. Beyond ``most`` lines, the rest is counted.
+    """
+    told = list(dict.fromkeys(problems))
+    head = f"{source}: " if source else ""
+    if len(told) == 1:
+        return head + told[0]
+    more = [f"and {len(told) - most} more"] if most is not None and len(told) > most else []
+    lines = [f"{len(told)} problems", *told[:most], *more]
+    return head + "\n".join(lines).replace("\n", "\n  ")
 
 
 class VeneerError(Exception):

@@ -18,7 +18,7 @@ from veneer.cli.measured import Measured
 from veneer.cli.pages.eval import EvalArguments
 from veneer.cli.subject import Subject, subject_of
 from veneer.core.progress import progress_bar
-from veneer.errors import ConfigError
+from veneer.errors import ConfigError, listed
 from veneer.evaluate.measurement import Result, measure_each
 from veneer.evaluate.metric import METRICS, Answers, Asked, Metric, RegexMatch, TokenPerplexity
 from veneer.evaluate.questions import QuestionReader
@@ -59,7 +59,7 @@ def metric_of(args: EvalArguments) -> Metric:
     if kind is TokenPerplexity and "answer_field" in chosen and "prompt" not in chosen:
         problems.append("--metric perplexity reads --answer-field together with --prompt")
     if problems:
-        raise ConfigError("; ".join(problems))
+        raise ConfigError(listed(problems))
     if predictions is not None:
         require_file("--predictions", predictions)
     own = {key: value for key, value in chosen.items() if key in reads}

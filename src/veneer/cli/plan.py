@@ -12,7 +12,7 @@ from veneer.cli.facts import AsJson
 from veneer.cli.pages.options import unset
 from veneer.cli.plan_options import ADVICE, FIT, OF_SEVERAL, SERVE, bytes_from, unread, wrong
 from veneer.core.progress import waits_told
-from veneer.errors import ConfigError
+from veneer.errors import ConfigError, listed
 from veneer.plan.presets import require_named
 from veneer.plan.start import start_measured
 from veneer.recipe.distributed_part import with_accumulation
@@ -134,7 +134,7 @@ def _require_read(what: str, modes: dict[str, bool], given: dict[str, Any]) -> N
         )
     found += wrong(given)
     if found:
-        raise ConfigError("; ".join(found))
+        raise ConfigError(listed(found))
 
 
 def _changes(given: dict[str, Any]) -> dict[str, Any]:

@@ -30,7 +30,7 @@ from veneer.core.sites import Site
 from veneer.core.tasks import TaskType
 from veneer.disk.atomic import write_atomically
 from veneer.disk.known_name import known_name
-from veneer.errors import ConfigError, FormatError
+from veneer.errors import ConfigError, FormatError, listed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -331,7 +331,7 @@ def from_values(given: Mapping[str, object], source: str) -> MethodConfig:
     known = {spec.name for spec in fields(method)}
     problems = problems_of(values, known, method.peft_fields)
     if problems:
-        raise FormatError(f"{source}: " + "; ".join(problems))
+        raise FormatError(listed(problems, source))
     try:
         return method.from_dict({key: value for key, value in values.items() if key in known})
     except (ConfigError, TypeError, AttributeError) as error:  # a value of a type that the checks cannot even compare

@@ -12,7 +12,7 @@ import pyarrow.lib
 import pyarrow.parquet
 
 from veneer.data.named_files import SUFFIXES, missing_told
-from veneer.errors import DataError
+from veneer.errors import DataError, listed
 
 Row = dict[str, Any]
 _SHOWN_PROBLEMS = 5
@@ -53,8 +53,7 @@ def raise_all(source: object, problems: list[str]) -> None:
         rows.setdefault(what, []).append(row.removeprefix("row "))
     told = [f"{_numbers(of)}: {what}" for what, of in rows.items()]
     if problems:
-        left = sum(len(of) for of in list(rows.values())[_SHOWN_PROBLEMS:])
-        raise DataError(f"{source}: " + "; ".join(told[:_SHOWN_PROBLEMS]) + (f"; and {left} more" if left else ""))
+        raise DataError(listed(told, str(source), _SHOWN_PROBLEMS))
 
 
 def _numbers(rows: list[str]) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from veneer.errors import ConfigError
+from veneer.errors import ConfigError, listed
 
 ADVISED = {"method": "lora", "r": 1, "target_modules": "all-linear"}  # the part ``adapter``, before its rank
 TASKS = ("instruction", "code", "math", "classification", "pretraining", "rl")
@@ -44,7 +44,7 @@ def advise(task: str, n_rows: int, tokens_a_row: int, parameters_a_rank: int) ->
         f"{name}={n} must be at least 1" for name, n in (("--rows", n_rows), ("--tokens", tokens_a_row)) if n < 1
     ]
     if problems:
-        raise ConfigError("; ".join(problems))
+        raise ConfigError(listed(problems))
     rank, reason, source, sure = _rank(task, n_rows * tokens_a_row, parameters_a_rank)
     return [
         Advice("adapter.method", "lora", "variants are within 1 to 2% once each has its own rate", _VARIANTS, "medium"),

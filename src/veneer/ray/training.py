@@ -20,7 +20,15 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedErr
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from veneer import errors
-from veneer.errors import ConfigError, DiskError, Interrupted, LostProcessError, TrainingError, VeneerError
+from veneer.errors import (
+    ConfigError,
+    DiskError,
+    Interrupted,
+    LostProcessError,
+    TrainingError,
+    VeneerError,
+    listed,
+)
 from veneer.ray.cluster import connected, devices, last_line, n_workers
 from veneer.ray.place import Place
 from veneer.recipe.distributed_part import dealing_problems
@@ -96,7 +104,7 @@ def train_on(place: Place, loop: Loop, recipe: Recipe) -> dict[str, Any]:
         recipe.distributed.copy_size(n, n)
         problems = dealing_problems(read_values(Path(loop.recipe), loop.set), n)
         if problems:
-            raise ConfigError("; ".join(problems))
+            raise ConfigError(listed(problems))
         with _scratch(output) as folder:
             trainer = TorchTrainer(
                 _in_worker,

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from veneer.core.group import group_size
-from veneer.errors import ConfigError
+from veneer.errors import ConfigError, listed
 from veneer.recipe.advice import value_problems
 from veneer.recipe.base_modules import target_problems
 from veneer.recipe.declared import UnreadableError
@@ -42,7 +42,7 @@ def refuse_early(
             found += target_problems(run)
     rows = [told for run in runs for told in _missing_rows(run)] if begins else []
     if found or (rows and not Path(str(values.get("output"))).exists()):
-        raise ConfigError(f"{name}: " + "; ".join(dict.fromkeys([*found, *rows])))
+        raise ConfigError(listed([*found, *rows], name))
 
 
 def _missing_rows(values: Mapping[str, Any]) -> list[str]:

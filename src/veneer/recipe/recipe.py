@@ -10,7 +10,7 @@ from torch import distributed
 
 from veneer.contract import MethodConfig
 from veneer.core.group import group_size
-from veneer.errors import ConfigError
+from veneer.errors import ConfigError, listed
 from veneer.recipe.adapter import FROM, method_of
 from veneer.recipe.advice import in_recipe_words, value_problems
 from veneer.recipe.distributed_part import ROWS_OF_A_PROCESS, dealing_problems
@@ -79,10 +79,18 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
 
 def parse_recipe(values: Mapping[str, Any], name: str = "recipe") -> Recipe:
     """Return a recipe from plain values. Raises ConfigError with all problems at once."""
+    recipe, problems = checked_recipe(values)
+    if recipe is None:
+        raise ConfigError(listed(problems, name))
+    return recipe
+
+
+def checked_recipe(values: Mapping[str, Any]) -> tuple[Recipe | None, list[str]]:
+    """Return a recipe from plain values, or None and all problems."""
     problems, odd = problems_of(values, imported()), value_problems(values)
     problems += dealing_problems(values, _n_processes())
     if problems:
-        raise ConfigError(f"{name}: " + "; ".join([*problems, *odd]))
+        return None, [*problems, *odd]
     recipe, problems = Recipe.model_validate(values), odd
     for build in (recipe.adapter_config, recipe.training_config, recipe.reward_functions):
         try:
@@ -91,9 +99,7 @@ def parse_recipe(values: Mapping[str, Any], name: str = "recipe") -> Recipe:
             problems.append(str(error))
         except LIBRARY_ERRORS as error:  # of transformers and TRL, about arguments
             problems.append(f"training: {in_recipe_words(str(error))}")
-    if problems:
-        raise ConfigError(f"{name}: " + "; ".join(dict.fromkeys(problems)))
-    return recipe
+    return None if problems else recipe, problems
 
 
 def changed(recipe: Recipe, changes: Mapping[str, Any]) -> Recipe:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from veneer.errors import ConfigError
+from veneer.errors import ConfigError, listed
 from veneer.recipe.keys import perhaps
 from veneer.recipe.tasks import task_problems
 from veneer.recipe.values import PLACES, beside, put
@@ -46,7 +46,7 @@ def members_of(values: Mapping[str, Any], source: Path) -> tuple[list[MemberValu
     part = values[PART]
     problems = [*_part_problems(part), *(told for told in task_problems(values) if told.startswith(PART))]
     if problems:
-        raise ConfigError(f"{source}: " + "; ".join(problems))
+        raise ConfigError(listed(problems, str(source)))
     changes = [_located(each, source) for each in _changes(part)]
     names = [str(each.pop("name")) if "name" in each else _name_of(each) for each in changes]
     problems = _key_problems(changes) + _name_problems(names)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import yaml
 from pydantic import BaseModel
@@ -20,6 +20,17 @@ PLACES = (
     ("model", "source"),
     ("adapter", "from"),
 )  # keys that may name a file
+_MEANT = {
+    "mapping values": "': ' has no place here. Quote the value, or correct the indentation",
+    "expected <block end>": "the indentation fits no line above. Align the keys of a part",
+    "expected ',' or": "a bracket is not closed. Close it",
+    "found unexpected end": "a quotation mark is not closed. Close it",
+    r"found character '\t'": "a tab is not allowed. Indent with spaces",
+    "found character": "no value begins with this sign. Quote the value",
+    "found undefined alias": "no anchor (&) has this name. Quote the value if it is text",
+    "could not determine": "a tag (!) is not allowed. Quote the value if it is text",
+    "but found another document": "a second document is not allowed. Keep one",
+}  # by the beginning of PyYAML's reason, which speaks of tokens and blocks
 
 
 def read_values(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
@@ -31,8 +42,8 @@ def read_values(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
             f"the recipe {path} cannot be read: {error.strerror}. Give a file, or write one with `veneer train "
             "--print-recipe`"
         ) from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not YAML: {error}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} is not text in UTF-8 ({error}): save it as UTF-8") from error
     if not isinstance(values, dict):
         raise ConfigError(f"{path} must hold keys and values; `veneer train --print-recipe` shows one")
     for part, key in PLACES:
@@ -81,12 +92,28 @@ class _UniqueKeys(yaml.SafeLoader):
 
 
 def _load_yaml(text: str, name: str) -> Any:
-    loader = _UniqueKeys(text)
-    loader.name = name
+    loader = None
     try:
+        loader = _UniqueKeys(text)
+        loader.name = name
         return loader.get_single_data()
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{name} is not YAML at {_where_and_why(error, text)}") from error
     finally:
-        loader.dispose()
+        if loader is not None:
+            loader.dispose()
+
+
+def _where_and_why(error: yaml.YAMLError, text: str) -> str:
+    """Line, column, reason and remedy of an error in one line."""
+    if isinstance(error, yaml.reader.ReaderError):  # of a character, in a text that PyYAML has not begun to read
+        before = text[: error.position].split("\n")
+        reason = f"the character U+{error.character:04X} is not allowed. Take it out"
+        return f"line {len(before)}, column {len(before[-1]) + 1}: {reason}"
+    marked = cast("yaml.MarkedYAMLError", error)  # all others are
+    mark, reason = cast("yaml.Mark", marked.problem_mark), str(marked.problem)
+    meant = next((told for begin, told in _MEANT.items() if reason.startswith(begin)), f"{reason}. Correct it")
+    return f"line {mark.line + 1}, column {mark.column + 1}: {meant}"
 
 
 def beside(path: Path, value: Any) -> Any:
@@ -103,8 +130,6 @@ def apply_override(values: dict[str, Any], override: str) -> None:
         put(values, key, text if _is_text(key, text) else _load_yaml(text, "the value"))
     except ConfigError as error:
         raise ConfigError(f"--set {override!r}: {error}") from error
-    except yaml.YAMLError as error:
-        raise ConfigError(f"--set {override!r}: the value is not YAML ({error})") from error
 
 
 def _is_text(key: str, text: str) -> bool:

@@ -12,7 +12,7 @@ from transformers import TrainingArguments
 from transformers.integrations import get_available_reporting_integrations
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
-from veneer.errors import ConfigError
+from veneer.errors import ConfigError, listed
 from veneer.recipe.keys import perhaps
 from veneer.recipe.ranges import RANGES, out_of_range
 from veneer.train.optimizer import optimizer_problems, require_known
@@ -69,7 +69,7 @@ class RunSettings(_Arguments):  # type: ignore[misc]
             problems.append("early_stopping_patience needs held-out rows and eval_strategy='steps' or 'epoch'")
         problems += [*_reporting_problems(self), *_device_problems(self), *self.problems()]
         if problems:
-            raise ConfigError(f"{type(self).__name__}: " + "; ".join(problems))
+            raise ConfigError(listed(problems, type(self).__name__))
 
     def problems(self) -> list[str]:
         """Return all problems of the settings of one trainer alone."""

@@ -9,7 +9,7 @@ from typing import Literal
 
 from veneer.adapters.card import tell_parent
 from veneer.disk.folder import new_folder
-from veneer.errors import ConfigError, DataError, DiskError
+from veneer.errors import ConfigError, DataError, DiskError, listed
 from veneer.recipe.adapter import FULL
 from veneer.recipe.parts import DataPart
 from veneer.recipe.recipe import Recipe
@@ -54,13 +54,13 @@ def require_free(recipe: Recipe, resume: Resume) -> None:
     try:
         require_fresh(Path(recipe.output), resume)
     except ConfigError as error:
-        raise ConfigError("; ".join([str(error), *recipe.data.missing_files])) from error
+        raise ConfigError(listed([str(error), *recipe.data.missing_files])) from error
 
 
 def require_data_files(part: DataPart) -> None:
     """Raise DataError with all files of rows that are named and do not exist."""
     if part.missing_files:
-        raise DataError("; ".join(part.missing_files))
+        raise DataError(listed(part.missing_files))
 
 
 def require_fresh(output: Path, resume: Resume) -> None:

@@ -1,4 +1,5 @@
 import json
+import re
 import subprocess
 import sys
 from contextlib import nullcontext
@@ -228,6 +229,27 @@ def test_other_words_of_the_field_are_known(written, key, meant):
 def test_files_that_are_no_recipe(written, content, message):
     with pytest.raises(ConfigError, match=message):
         load_recipe(written(content))
+
+
+@pytest.mark.parametrize(
+    ("content", "line", "column", "wrong"),
+    [
+        ("seed: 3\noutput: a: b", 2, 10, "': ' has no place here"),
+        ("data:\n   train: a\n  eval: b", 3, 3, "the indentation fits no line above"),
+        ("seed: 3\ndata: {train: a", 2, 16, "a bracket is not closed"),
+        ("output: 'a\nb", 2, 2, "a quotation mark is not closed"),
+        ("data:\n\ttrain: a", 2, 1, "a tab is not allowed"),
+        ("output: @a", 1, 9, "no value begins with this sign"),
+        ("output: *a", 1, 9, "no anchor"),
+        ("output: !a b", 1, 9, "a tag"),
+        ("seed: 3\n---\nseed: 4", 2, 1, "a second document"),
+        ("seed: 3\noutput: a\x07", 2, 10, "the character U\\+0007"),
+    ],
+)
+def test_yaml_errors_are_one_line_with_place_reason_and_remedy(written, content, line, column, wrong):
+    with pytest.raises(ConfigError) as error:
+        load_recipe(written(content))
+    assert re.fullmatch(rf".*\.yaml is not YAML at line {line}, column {column}: {wrong}.*\. .+", str(error.value))
 
 
 @pytest.mark.parametrize(

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from veneer.errors import ConfigError
+from veneer.errors import ConfigError, listed
 from veneer.recipe.adapter import FULL
 from veneer.recipe.optimizers import steps_in_backward
-from veneer.recipe.recipe import Recipe, parse_recipe
+from veneer.recipe.recipe import Recipe, checked_recipe
 from veneer.recipe.sweep_part import HOW, PART, REDUCTION, members_of
 
 # Settings that act on a whole model of its own.
@@ -50,14 +50,14 @@ def parse_sweep(values: Mapping[str, Any], source: Path) -> Sweep:
     given, problems = members_of(values, source)
     members = []
     for each in given:
-        try:
-            members.append(Member(each.name, each.changes, parse_recipe(each.values, PART)))
-        except ConfigError as error:
-            problems += str(error).removeprefix(f"{PART}: ").split("; ")
+        recipe, own = checked_recipe(each.values)
+        problems += own
+        if recipe is not None:
+            members.append(Member(each.name, each.changes, recipe))
     how = {key: values[PART][key] for key in HOW if key in values[PART]}
     problems += _member_problems(members, how.get("scheduler", "none"))
     if problems:
-        raise ConfigError(f"{source}: " + "; ".join(dict.fromkeys(problems)))
+        raise ConfigError(listed(problems, str(source)))
     return Sweep(tuple(members), Path(str(values["output"])), **how)
 
 
