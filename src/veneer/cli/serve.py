@@ -8,11 +8,10 @@ from pathlib import Path
 import typer
 
 from veneer.cli.pages.serve import GIB, ServeArguments, bytes_of, cache_bytes_of, speculative_of
-from veneer.contract.file import CONFIG_FILE, WEIGHTS_FILE
 from veneer.errors import CompositionError, ConfigError
 from veneer.ops.dispatch import kernel_isa
 from veneer.serve.http.app import make_app
-from veneer.serve.http.folder import is_adapter
+from veneer.serve.http.folder import is_adapter, why_incomplete
 from veneer.serve.http.key import ANYBODY, NOBODY
 from veneer.serve.http.key_file import Keys
 from veneer.serve.http.models import Catalogue
@@ -45,7 +44,7 @@ def serve(args: ServeArguments) -> None:
         kv_cache_memory_bytes=None if args.kv_gib is None else bytes_of("--kv-gib", args.kv_gib, GIB),
         disable_log_stats=False, served_model_name=args.served_model_name,
     )  # fmt: skip
-    for line in _in_base(args.model, args.adapters):
+    for line in _not_served(args.model, args.adapters):
         typer.echo(line, err=True)
     with quiet():
         engine = start_engine(args.model, options)
@@ -67,11 +66,13 @@ def serve(args: ServeArguments) -> None:
     run(app, args.host, args.port, args.drain_seconds, ssl_certfile=args.ssl_certfile, ssl_keyfile=args.ssl_keyfile)
 
 
-def _in_base(model: str, adapters: Path | None) -> Iterator[str]:
-    """A line for each adapter in the folder that was merged into the base, and so is refused when it is asked for."""
+def _not_served(model: str, adapters: Path | None) -> Iterator[str]:
+    """A line for each folder that lacks a file of an adapter, and for each adapter that was merged into the base."""
     place = resolve(model)
     for folder in sorted(adapters.iterdir()) if adapters is not None else ():
-        if all((folder / name).is_file() for name in (CONFIG_FILE, WEIGHTS_FILE)):
+        if (reason := why_incomplete(folder)) is not None:
+            yield f"not served: {folder} is no adapter: {reason}"
+        elif is_adapter(folder):
             try:
                 require_not_merged(place, folder)
             except CompositionError as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -95,6 +96,17 @@ def test_an_adapter_that_is_in_the_base_is_told_at_the_start(
     told = " ".join(result.stderr.split())
     assert told.startswith(f"not served: {tmp_path / 'merged'} has {tmp_path / 'served' / 'in_it'} in it already")
     assert "other in it" not in told
+
+
+def test_a_folder_that_lacks_a_file_of_an_adapter_is_told_at_the_start(
+    model_folder: Path, adapter_folder: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "served" / "half").mkdir(parents=True)
+    shutil.copy(adapter_folder / "adapter_config.json", tmp_path / "served" / "half")
+    options = ["--adapters", str(tmp_path / "served"), "--max-model-len", "132"]
+    result = CliRunner().invoke(app, ["serve", str(model_folder), *options])
+    lacks = "it holds adapter_config.json and no adapter_model.safetensors. Copy that there"
+    assert f"not served: {tmp_path / 'served' / 'half'} is no adapter: {lacks}" in " ".join(result.stderr.split())
 
 
 @pytest.mark.parametrize("size", [math.nan, math.inf, 0.0, -1.0, 1e-12, 1e300])

@@ -260,6 +260,25 @@ def test_adapters_are_listed_in_parts(server, served):
     shutil.rmtree(served / "wrong")
 
 
+def test_a_folder_that_lacks_a_file_is_told_where_it_is_missed(server, served):
+    (served / "half").mkdir()
+    (served / "half" / "adapter_config.json").write_text("{}")
+    with pytest.raises(urllib.error.HTTPError, match="404") as refused:
+        card(server, "half")
+    lacks = "it holds adapter_config.json and no adapter_model.safetensors"
+    assert f"no model 'half': its folder is no adapter, {lacks}" in json.load(refused.value)["error"]["message"]
+    end = time.monotonic() + 20
+    while True:
+        with urllib.request.urlopen(f"{server.url}/v1/adapters") as answer:
+            listed = json.load(answer)
+        if listed["incomplete"] or time.monotonic() > end:
+            break
+        time.sleep(0.05)
+    assert list(listed["incomplete"]) == ["half"]
+    assert lacks in listed["incomplete"]["half"]
+    shutil.rmtree(served / "half")
+
+
 def test_one_change_of_a_name_at_a_time(server, monkeypatch):
     begun, may_end = threading.Event(), threading.Event()
     folder = Roots.folder

@@ -98,6 +98,30 @@ def test_one_that_is_asked_for_is_there_and_gone_at_once(table, gone, tmp_path):
     assert (table.names, gone) == (("old",), ["new"])
 
 
+@pytest.mark.parametrize(
+    ("files", "lacks"),
+    [
+        ((CONFIG_FILE,), "it holds adapter_config.json and no adapter_model.safetensors. Copy that there"),
+        ((WEIGHTS_FILE,), "it holds adapter_model.safetensors and no adapter_config.json. Copy that there"),
+        ((CONFIG_FILE, "adapter_model.bin"), "its weights are a pickle (adapter_model.bin), which is not read"),
+    ],
+)
+def test_a_folder_with_some_files_of_an_adapter_is_told_until_it_is_whole(table, tmp_path, files, lacks):
+    half = tmp_path / "served" / "half"
+    half.mkdir()
+    for file in ("README.md", *files):
+        (half / file).touch()
+    (tmp_path / "served" / "other").mkdir()
+    assert not table.has("half")
+    assert lacks in table.why_not("half")
+    assert [table.why_not(name) for name in ("other", "old", "none", "tiny", "../served/half")] == [None] * 5
+    table.look()
+    assert {name: lacks in told for name, told in table.incomplete.items()} == {"half": True}
+    add(tmp_path / "served", "half")
+    assert table.has("half")
+    assert (table.incomplete, table.why_not("half")) == ({}, None)
+
+
 def test_one_that_comes_while_the_folder_is_listed_stays(table, gone, tmp_path, monkeypatch):
     listed = folder_file._entries
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import bisect
+import itertools
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
@@ -31,6 +32,7 @@ from veneer.serve.lora_request import LoRARequest
 _LONGEST_NAME = 256
 _DOWNLOADS = 2  # at once
 _MOST_LISTED = 1000
+_MOST_INCOMPLETE = 100
 Result = TypeVar("Result")
 
 
@@ -82,11 +84,15 @@ class AdapterCard(BaseModel):
 
 
 class AdapterList(BaseModel):
-    """Adapters in the order of their names; ``has_more`` is true if there are further ones behind them."""
+    """Adapters in the order of their names; ``has_more`` is true if there are further ones.
+
+    ``incomplete``: up to 100 folders that lack a file of an adapter, by name, with the reason.
+    """
 
     object: Literal["list"] = "list"
     data: list[AdapterCard]
     has_more: bool
+    incomplete: dict[str, str] = {}
 
 
 class Adapters:
@@ -133,7 +139,8 @@ class Adapters:
         names = await asyncio.to_thread(self._catalogue.names)
         first = bisect.bisect_right(names, after)
         told = await self._told(names[first : first + limit])
-        return _json(AdapterList(data=told, has_more=first + limit < len(names)))
+        incomplete = dict(itertools.islice(self._catalogue.incomplete().items(), _MOST_INCOMPLETE))
+        return _json(AdapterList(data=told, has_more=first + limit < len(names), incomplete=incomplete))
 
     async def one(self, name: str) -> Response:
         """Return an adapter."""

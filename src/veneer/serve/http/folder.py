@@ -11,6 +11,7 @@ from pathlib import Path
 
 from veneer.contract.file import CONFIG_FILE, WEIGHTS_FILE
 from veneer.serve.http.watcher import Watcher
+from veneer.store.adapter.files import PICKLE_FILE
 
 
 class AdapterFolder:
@@ -25,6 +26,7 @@ class AdapterFolder:
         self.folder, self._taken, self._on_gone = folder, frozenset(taken), on_gone
         self._there: set[str] = set()
         self._withdrawn: set[str] = set()  # of those, the ones that are not served
+        self._incomplete: dict[str, str] = {}  # of the others, those with a file of an adapter: the reasons
         self._sorted: tuple[str, ...] | None = None
         self._lock = threading.Lock()
         self._looking = threading.Lock()
@@ -46,6 +48,16 @@ class AdapterFolder:
             if self._sorted is None:
                 self._sorted = tuple(sorted(self._there - self._withdrawn))
             return self._sorted
+
+    @property
+    def incomplete(self) -> dict[str, str]:
+        """Folders with a file of an adapter that are none, by name, with the reason; as of the latest look."""
+        with self._lock:
+            return {name: reason for name, reason in self._incomplete.items() if name not in self._there}
+
+    def why_not(self, name: str) -> str | None:
+        """Look at one folder now; return the reason for which it is no adapter, as `incomplete` does."""
+        return why_incomplete(self.folder / name) if is_entry(name) and name not in self._taken else None
 
     def has(self, name: str) -> bool:
         """Look at one adapter now; return True if it is there, and served."""
@@ -74,11 +86,12 @@ class AdapterFolder:
     def look(self, everything: bool = True) -> None:
         """Find the adapters that came and went. Those in the table are looked at only if ``everything`` is."""
         with self._looking:
-            known = self._there.copy()
+            known, entries = self._there.copy(), _entries(self.folder) - self._taken
             there = {
-                name for name in _entries(self.folder) - self._taken
-                if (name in known and not everything) or is_adapter(self.folder / name)
+                name for name in entries if (name in known and not everything) or is_adapter(self.folder / name)
             }  # fmt: skip
+            reasons = {name: why_incomplete(self.folder / name) for name in sorted(entries - there)}
+            self._incomplete = {name: reason for name, reason in reasons.items() if reason is not None}
             came, went = there - known, known - there
             # One may have come since its folder was listed: two files say.
             self._change(came, {name for name in went if not is_adapter(self.folder / name)})
@@ -97,6 +110,18 @@ class AdapterFolder:
 def is_adapter(folder: Path) -> bool:
     """Return True if a folder has both files of an adapter now."""
     return all(os.path.isfile(folder / name) for name in (CONFIG_FILE, WEIGHTS_FILE))  # False for a name too long
+
+
+def why_incomplete(folder: Path) -> str | None:
+    """Return the reason for which a folder is no adapter now; None if it is one, or has no file of one."""
+    held = [name for name in (CONFIG_FILE, WEIGHTS_FILE, PICKLE_FILE) if os.path.isfile(folder / name)]
+    if not held or {CONFIG_FILE, WEIGHTS_FILE} <= set(held):
+        return None
+    if CONFIG_FILE not in held:
+        return f"it holds {held[0]} and no {CONFIG_FILE}. Copy that there"
+    if PICKLE_FILE in held:
+        return f"its weights are a pickle ({PICKLE_FILE}), which is not read. Save them as {WEIGHTS_FILE}"
+    return f"it holds {CONFIG_FILE} and no {WEIGHTS_FILE}. Copy that there"
 
 
 def is_entry(name: str) -> bool:

@@ -85,13 +85,19 @@ class Catalogue:
         self._folder.look()
         return {name: self._folder.folder / name for name in self._folder.names}
 
+    def incomplete(self) -> dict[str, str]:
+        """Return the folders that the caller sees which lack a file of an adapter, by name, with the reason."""
+        there = {} if self._folder is None else self._folder.incomplete
+        return {name: reason for name, reason in there.items() if self._sees(name)}
+
     def find(self, name: str | None) -> LoRARequest | None:
         """Return the adapter of a name; None for the base. Raises ModelNotFoundError."""
         if name is None or name in self._names:
             return None
         found = self._found(name)
         if found is None:
-            raise ModelNotFoundError(f"no model {name[:_LONGEST]!r}{_those_there(name, (*self._names, *self.names()))}")
+            there = _those_there(name, (*self._names, *self.names()))
+            raise ModelNotFoundError(f"no model {name[:_LONGEST]!r}{self._why_not(name)}{there}")
         return found
 
     def mix(self, weights: Mapping[str, float]) -> LoRARequest:
@@ -270,12 +276,18 @@ class Catalogue:
         with self._lock:
             return self._asked.setdefault(name, self.request(name, loaded))
 
+    def _why_not(self, name: str) -> str:
+        """The part of a message that says why a folder of this name is no adapter."""
+        reason = self._folder.why_not(name) if self._folder is not None and self._sees(name) else None
+        return "" if reason is None else f": its folder is no adapter, {reason}"
+
     def _parts(self, weights: Mapping[str, float]) -> list[tuple[LoRARequest, float]]:
         found = {name: self._found(name) for name in sorted(weights)}
         unknown = next((name for name in weights if found[name] is None), None)
         if unknown is not None:
             raise ModelNotFoundError(
-                f"no adapter {unknown[:_LONGEST]!r}{_those_there(unknown, self.names())}", "adapter"
+                f"no adapter {unknown[:_LONGEST]!r}{self._why_not(unknown)}{_those_there(unknown, self.names())}",
+                "adapter",
             )
         return [(part, weights[name]) for name, part in found.items() if part is not None]
 
