@@ -1,10 +1,13 @@
-"""Checks of arguments that several verbs take, made before the work starts: output paths, weights."""
+"""Checks of arguments that several verbs take, made before torch is imported: paths, weights."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from veneer.errors import ConfigError
+from veneer.data.named_files import missing_told
+from veneer.errors import ConfigError, DataError
+from veneer.plan.presets import require_weights
+from veneer.store.known import KNOWN, is_fetched
 
 
 def require_file(option: str, path: Path, ending: str = "") -> None:
@@ -42,3 +45,26 @@ def require_adapter(adapter: Path | None) -> None:
         raise ConfigError(
             f"no adapter {str(adapter)!r}: there is no such folder. Give one that holds adapter_config.json"
         )
+
+
+def require_rows(file: Path | None) -> None:
+    """Raise DataError for a file of rows that does not exist."""
+    if file is not None and not file.exists():
+        raise DataError(missing_told(file))
+
+
+def require_model(model: str) -> None:
+    """Raise ConfigError for a preset, which has no weights, and for a model that `require_place` refuses."""
+    require_weights(model)
+    require_place(model)
+
+
+def require_place(model: str) -> None:
+    """Raise ConfigError for a path that leads nowhere, and for a model that is to be fetched first."""
+    path = Path(model).expanduser()
+    if path.exists():
+        return
+    if path.is_absolute() or len(path.parts) > 2 or model.startswith("."):
+        raise ConfigError(f"no model {model!r}: there is no such folder or file. Give one, a fetched name, or a hub id")
+    if model in KNOWN and not is_fetched(model):
+        raise ConfigError(f"the model {model!r} is not in the cache yet: run `veneer fetch {model}`")

@@ -70,6 +70,17 @@ def test_what_needs_no_model_is_told_before_torch_is_imported() -> None:
         (["generate", "x"], "say what to answer"),
         (["serve", "x", "--host", "::"], "add --open"),
         (["export", "gguf", "x", "-o", "x"], "must end in .gguf"),
+        (["generate", "x", "-p", "x", "-a", "none"], "no adapter 'none': there is no such folder"),
+        (["generate", "x", "-i", "none.jsonl", "-o", "x.jsonl"], "there is no file none.jsonl"),
+        (["generate", "./none", "-p", "x"], "no model './none': there is no such folder or file"),
+        (["chat", "x", "-a", "none"], "no adapter 'none'"),
+        (["eval", "x", "-a", "none", "-d", "none.jsonl", "-m", "labels"], "no adapter 'none'"),
+        (["eval", "x", "-d", "none.jsonl", "-m", "labels"], "there is no file none.jsonl"),
+        (["eval", "--recipe", "none.yaml", "-m", "labels"], "the recipe none.yaml cannot be read"),
+        (["merge", "--base", "x", "--adapter", "none", "-o", "x"], "no adapter 'none'"),
+        (["inspect", "none"], "no adapter 'none'"),
+        (["combine", "none", "-o", "x"], "no adapter 'none'"),
+        (["intrinsic", "x", "-d", "none.jsonl", "-o", "x"], "there is no file none.jsonl"),
     ]
     for (command, told), (code, said) in zip(cases, told_early([command for command, _ in cases]), strict=True):
         assert code == 2, command

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from veneer.cli.arguments import require_adapter, require_model
 from veneer.cli.pages import options
 from veneer.cli.work import verb
-from veneer.plan.presets import require_weights
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +29,8 @@ class ChatArguments:
     dtype: options.Dtype = "auto"
 
     def __post_init__(self) -> None:
-        require_weights(self.model)
+        require_model(self.model)
+        require_adapter(self.adapter)
 
 
 chat = verb(ChatArguments, "veneer.cli.chat", "chat")

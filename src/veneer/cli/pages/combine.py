@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from veneer.cli.arguments import weights_of
+from veneer.cli.arguments import require_adapter, weights_of
 from veneer.cli.pages.options import unset
 from veneer.cli.work import verb
 from veneer.errors import ConfigError
@@ -45,6 +45,8 @@ class CombineArguments:
     base: _Base = None
 
     def __post_init__(self) -> None:
+        for adapter in self.adapters:
+            require_adapter(adapter)
         if self.output.exists() and any(self.output.iterdir() if self.output.is_dir() else [self.output]):
             raise ConfigError(f"{self.output} exists and is not empty: choose another folder, nothing is overwritten")
         weights_of(self.weights, len(self.adapters))

@@ -9,11 +9,12 @@ from typing import Annotated
 
 import typer
 
+from veneer.cli.arguments import require_adapter, require_model, require_rows
 from veneer.cli.facts import AsJson
 from veneer.cli.pages import options
 from veneer.cli.pages.options import unset
 from veneer.cli.work import verb
-from veneer.plan.presets import require_weights
+from veneer.recipe.values import read_values
 
 
 def _unescaped(text: str) -> str:
@@ -103,7 +104,12 @@ class EvalArguments:
 
     def __post_init__(self) -> None:
         if self.model is not None:
-            require_weights(self.model)
+            require_model(self.model)
+        for adapter in self.adapters:
+            require_adapter(adapter)
+        require_rows(self.data)
+        if self.recipe is not None:
+            read_values(self.recipe)
 
 
 eval_ = verb(EvalArguments, "veneer.cli.eval", "eval_")

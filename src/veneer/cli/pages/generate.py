@@ -8,11 +8,11 @@ from typing import Annotated
 
 import typer
 
+from veneer.cli.arguments import require_adapter, require_model, require_rows
 from veneer.cli.pages import options
 from veneer.cli.pages.options import unset
 from veneer.cli.work import verb
 from veneer.errors import ConfigError
-from veneer.plan.presets import require_weights
 
 _Prompt = Annotated[
     str | None,
@@ -74,7 +74,9 @@ class GenerateArguments:
             raise ConfigError("--output, --limit and --force belong to --input FILE: one answer goes to stdout")
         if self.input_ is not None and self.output is None:
             raise ConfigError("--input FILE is answered into a file: add --output FILE.jsonl")
-        require_weights(self.model)
+        require_model(self.model)
+        require_adapter(self.adapter)
+        require_rows(self.input_)
 
 
 generate = verb(GenerateArguments, "veneer.cli.generate", "generate")

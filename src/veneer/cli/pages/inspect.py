@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from veneer.cli.arguments import require_file
+from veneer.cli.arguments import require_adapter, require_file
 from veneer.cli.facts import AsJson
 from veneer.cli.pages.options import unset
 from veneer.cli.work import verb
@@ -37,6 +37,8 @@ class InspectArguments:
     as_json: AsJson = False
 
     def __post_init__(self) -> None:
+        for adapter in (self.adapter, self.other):
+            require_adapter(adapter)
         if self.png is not None:
             require_file("--png", self.png, ".png")
 

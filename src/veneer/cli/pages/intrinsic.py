@@ -8,11 +8,10 @@ from typing import Annotated
 
 import typer
 
-from veneer.cli.arguments import require_folder
+from veneer.cli.arguments import require_folder, require_model, require_rows
 from veneer.cli.pages import options
 from veneer.cli.pages.options import unset
 from veneer.cli.work import verb
-from veneer.plan.presets import require_weights
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +36,8 @@ class IntrinsicArguments:
 
     def __post_init__(self) -> None:
         require_folder("--output", self.output)
-        require_weights(self.model)
+        require_model(self.model)
+        require_rows(self.data)
 
 
 intrinsic = verb(IntrinsicArguments, "veneer.cli.intrinsic", "intrinsic")

@@ -8,9 +8,9 @@ from typing import Annotated
 
 import typer
 
+from veneer.cli.arguments import require_adapter, require_model
 from veneer.cli.pages.options import unset
 from veneer.cli.work import verb
-from veneer.errors import ConfigError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,10 +33,8 @@ class MergeArguments:
     force: Annotated[bool, typer.Option("--force", help="Replace what is in the output folder.")] = False
 
     def __post_init__(self) -> None:
-        if not self.adapter.is_dir():
-            raise ConfigError(
-                f"no adapter {str(self.adapter)!r}: there is no such folder. Give one that holds adapter_config.json"
-            )
+        require_model(self.base)
+        require_adapter(self.adapter)
 
 
 merge = verb(MergeArguments, "veneer.cli.merge", "merge")

@@ -13,6 +13,7 @@ from typing import Annotated
 
 import typer
 
+from veneer.cli.arguments import require_place
 from veneer.cli.pages import options
 from veneer.cli.pages.options import unset
 from veneer.cli.work import verb
@@ -22,7 +23,6 @@ from veneer.serve.draft import SpeculativeConfig
 from veneer.serve.http.key_file import read_keys
 from veneer.serve.http.listening import require_certificate, require_free
 from veneer.serve.http.server_limits import ServerLimits
-from veneer.store.known import KNOWN, is_fetched
 
 MIB, GIB = 2**20, 2**30
 _Open = Annotated[bool, typer.Option("--open", help="Let other machines in without keys: anybody may ask.")]
@@ -187,17 +187,6 @@ def require_one_of(option: str, given: str | None, allowed: Sequence[str | None]
     """Raise ConfigError for a value that an option does not have."""
     if given not in allowed:
         raise ConfigError(f"{option} {given} is unknown: give {', '.join(filter(None, allowed))}")
-
-
-def require_place(model: str) -> None:
-    """Raise ConfigError for a path that leads nowhere, and for a model that is to be fetched first."""
-    path = Path(model).expanduser()
-    if path.exists():
-        return
-    if path.is_absolute() or len(path.parts) > 2 or model.startswith("."):
-        raise ConfigError(f"no model {model!r}: there is no such folder or file. Give one, a fetched name, or a hub id")
-    if model in KNOWN and not is_fetched(model):
-        raise ConfigError(f"the model {model!r} is not in the cache yet: run `veneer fetch {model}`")
 
 
 def require_closed(host: str, open_: bool) -> None:
