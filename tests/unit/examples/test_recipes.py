@@ -30,6 +30,8 @@ ROWS: dict[str, Callable[[int], dict[str, Any]]] = {
     "classification": lambda i: {"text": f"text {i}", "label_text": ["World", "Sports"][i % 2]},
     "continued": lambda i: {"text": f"Once there were {i} mice."},
     "extraction": lambda i: {"messages": turns("as JSON", f"lunch at {i}", json.dumps({"start": i}))},
+    "ia3": lambda i: ROWS["extraction"](i),
+    "miss": lambda i: ROWS["extraction"](i),
     "preference": lambda i: {"prompt": f"and {i}?", "chosen": f"{i}, yes", "rejected": "no"},
     "text_to_sql": lambda i: {"question": f"how many {i}?", "context": "CREATE TABLE t (a)", "answer": f"SELECT {i}"},
 }
