@@ -221,7 +221,7 @@ def test_virtual_logits_that_are_kept_change_no_loss(tmp_path: Path, tokenizer: 
 
 def test_a_sweep_does_not_share_its_base_with_it() -> None:
     with pytest.raises(ConfigError, match="one: CPT has a loss of its own: train it alone"):
-        SharedBase(base()).add("one", ours())
+        SharedBase(base()).add("an", ours(), "one")
 
 
 @pytest.mark.parametrize(

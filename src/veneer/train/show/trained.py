@@ -21,9 +21,9 @@ def require_trainable(model: nn.Module) -> None:
 
 
 def describe_trained(model: nn.Module) -> str:
-    """Describe the trained modules, the number of their parameters and their precision.
+    """Describe the trained modules, the number of their parameters and their precision; several adapters by name.
 
-    For example: ``trains 3,240 of 61,240 parameters (5.29%, float32) in q_proj ×2, v_proj ×2``.
+    For example: ``trains 3,240 of 61,240 parameters (5.29%, float32) of the adapters a, b in q_proj ×2, v_proj ×2``.
     """
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     n_trained, n_all = count_parameters(model)
@@ -31,4 +31,7 @@ def describe_trained(model: nn.Module) -> str:
     endings = Counter(name.rpartition(".")[2] for name in modules)
     where = ", ".join(f"{ending} ×{count}" for ending, count in sorted(endings.items()))
     dtypes = ", ".join(sorted({str(p.dtype).removeprefix("torch.") for p in trained.values()}))
-    return f"trains {n_trained:,} of {n_all:,} parameters ({100 * n_trained / max(n_all, 1):.3g}%, {dtypes}) in {where}"
+    adapters = sorted({found[1] for name in trained if (found := re.search(r"\.(?:adapters|copies)\.([^.]+)\.", name))})
+    of = f" of the adapters {', '.join(adapters)}" if len(adapters) > 1 else ""
+    share = f"{100 * n_trained / max(n_all, 1):.3g}%"
+    return f"trains {n_trained:,} of {n_all:,} parameters ({share}, {dtypes}){of} in {where}"

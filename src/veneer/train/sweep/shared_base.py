@@ -47,12 +47,15 @@ class SharedBase:
         self.model: PeftModel = become_peft_model(model)
         self.state = self.model.adapter_state
 
-    def add(self, name: str, member: PeftModel) -> None:
-        """Add the adapter of a member's model, with the same parameters, so that gradients reach them."""
+    def add(self, name: str, member: PeftModel, title: str) -> None:
+        """Add the adapter of a member's model, with the same parameters, so that gradients reach them.
+
+        ``title`` is the member's own name. Raises ConfigError for an adapter with a loss of its own.
+        """
         (own,) = member.adapter_state.configs
         if member.adapter_state.configs[own].has_own_loss:
             raise ConfigError(
-                f"{name}: {member.adapter_state.configs[own].peft_type} has a loss of its own: train it alone"
+                f"{title}: {member.adapter_state.configs[own].peft_type} has a loss of its own: train it alone"
             )
         model = cast(PreTrainedModel, self.model)
         attach(model, member.adapter_state.configs[own], name, self.state, allocation=Allocation(values=False))

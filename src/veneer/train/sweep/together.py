@@ -97,12 +97,14 @@ class Together:
         self.base, self.tell, self.stop = base, tell, stop
         self.runs: dict[str, Coroutine[Ended]] = {}
         self.trainers: dict[str, MemberTrainer] = {}
+        self.titles: dict[str, str] = {}  # which need not be names of adapters
         self.ended: dict[str, Ended] = {}
 
     def start(self, name: str, job: Job) -> None:
         """Let a member make its trainer, with its own random numbers."""
         run = Coroutine(lambda: _run(job, self.base, self.stop))
         self.runs[name], self.trainers[name] = run, run.resume()
+        self.titles[name] = job.member.name
 
     def train(self) -> None:
         """Train all members to the ends of their jobs."""
@@ -112,7 +114,7 @@ class Together:
         with ExitStack() as stack:
             stack.callback(self._close)
             for name, trainer in self.trainers.items():
-                shared.add(name, cast(PeftModel, trainer.model))
+                shared.add(name, cast(PeftModel, trainer.model), self.titles[name])
             if args.gradient_checkpointing:
                 shared.checkpoint(args.gradient_checkpointing_kwargs or {"use_reentrant": False})
             stack.enter_context(fused(cast(PreTrainedModel, shared.model)) if args.fused == "auto" else nullcontext())
@@ -175,7 +177,7 @@ def train_together(jobs: Sequence[Job], tell: Tell, stop: Stop) -> list[Ended]:
     together = Together(load_base(first.model).to(first.training_config().device), tell, stop)
     for index, job in enumerate(jobs):
         together.start(f"member{index}", job)
-    tell(f"{len(jobs)} members train together")
+    tell(f"{len(jobs)} members train together: {', '.join(job.member.name for job in jobs)}")
     with stop.deferred():
         together.train()
     return [together.ended[f"member{index}"] for index in range(len(jobs))]

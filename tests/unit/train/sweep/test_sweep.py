@@ -259,7 +259,7 @@ def test_asha_stops_members_at_a_rung_and_those_that_go_on_are_the_runs_that_the
     own = dict(curve(whole["dead"], "eval_loss"))
     assert found["dead"]["results"]["eval_loss"] == pytest.approx(own[steps], rel=1e-5)  # it learns nothing
     assert "asha" in found["slow"]["reason"]
-    assert sum("4 members train together" in line for line in lines) == 1
+    assert sum("4 members train together: slow, fast, dead, quick" in line for line in lines) == 1
     assert sum("2 members train together" in line for line in lines) == 1
     assert together(values, part, resume=True) == found  # all of it is over
     results = {
