@@ -45,8 +45,8 @@ def pack(dataset: Dataset, capacity: int, *, split: bool = False) -> Dataset:
     rows = [row for row in rows if any(label != IGNORED for label in row[1])]
     if not rows:
         raise DataError(
-            f"no trained token is left in rows of {capacity} tokens, and nothing would be learned"
-            + (": the few that there are open a piece of a sequence that was cut; raise max_length" if split else "")
+            f"no trained token is left in rows of {capacity} tokens, and nothing would be learned. "
+            + ("Raise max_length: all trained tokens open a piece that was cut" if split else "Train more of each row")
         )
     bins = best_fit([len(ids) for ids, _ in rows], capacity)
     return Dataset.from_list(

@@ -223,7 +223,7 @@ def _turn(turn: Any) -> Row:
             raise DataError(f"a message is from {turn['from']!r}; known: {sorted(_SHAREGPT_ROLES)}")
         return {"role": role, "content": _text(turn, "value")}
     if not isinstance(turn.get("role"), str):
-        raise DataError(f"a message has no role: {dict(turn)!r:.60}")
+        raise DataError(f"a message has no role: {dict(turn)!r:.60}. Give it a role, such as user or assistant")
     if turn.get("content") is None and "tool_calls" in turn:
         return dict(turn)
     return {**turn, "content": _text(turn, "content")}

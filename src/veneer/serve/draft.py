@@ -85,7 +85,10 @@ class Text(Protocol):
 
 
 class Ngrams:
-    """Guesses by the text: what followed the last n-gram that equals its end; behind the end the same comes again."""
+    """Guesses by the text: the tokens behind the last n-gram that equals its end.
+
+    If the text ends before there are enough, they are repeated.
+    """
 
     def __init__(self, config: SpeculativeConfig) -> None:
         self._windows, self._most = config.windows, config.num_speculative_tokens or 1

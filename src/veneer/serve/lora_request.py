@@ -28,7 +28,7 @@ class LoRARequest:
 
     def __post_init__(self) -> None:
         if not isinstance(self.lora_name, str) or not self.lora_name:
-            raise ConfigError(f"LoRARequest: lora_name={self.lora_name!r} must be a name")
+            raise ConfigError(f"LoRARequest: lora_name={self.lora_name!r} must be a text of at least one character")
         if not isinstance(self.lora_int_id, int) or isinstance(self.lora_int_id, bool) or self.lora_int_id < 1:
             raise ConfigError(f"LoRARequest {self.lora_name!r}: lora_int_id={self.lora_int_id!r} must be 1 or more")
         if self.parts:

@@ -152,7 +152,7 @@ class VeneerQuantizer(HfQuantizer):  # type: ignore[misc]
         return device_map
 
     def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
-        """Return the dtype of the model: bfloat16 if a config without one was given that of the codes."""
+        """Return the dtype of the model: ``dtype``, or bfloat16 if that is the codes' own, of one byte."""
         return dtype if dtype.itemsize > 1 else torch.bfloat16
 
     def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs: Any) -> bool:

@@ -132,7 +132,10 @@ def require_known(optim: Any) -> None:
     """Raise ConfigError for the name of no optimizer, with the nearest name."""
     name, known = optim_name(optim), {*FACTORIES, *(each.value for each in OptimizerNames)}
     if name not in known:
-        raise ConfigError(f"optim={name!r} is no optimizer that there is{perhaps(name, known)}")
+        raise ConfigError(
+            f"optim={name!r} is unknown: give one of veneer's own ({', '.join(sorted(FACTORIES))}), or of transformers' "
+            f"OptimizerNames{perhaps(name, known)}"
+        )
 
 
 def optimizer_problems(args: TrainingArguments) -> list[str]:

@@ -33,7 +33,7 @@ def rows_of(lengths):
 
 def test_a_trained_token_that_opens_a_piece_leaves_nothing():
     row = {"input_ids": [5, 6, 7, 8, 9], "labels": [IGNORED, IGNORED, IGNORED, 8, IGNORED]}
-    with pytest.raises(DataError, match=r"no trained token is left in rows of 3 tokens.*raise max_length"):
+    with pytest.raises(DataError, match=r"no trained token is left in rows of 3 tokens.*Raise max_length"):
         pack(Dataset.from_list([row]), 3, split=True)
     assert len(pack(Dataset.from_list([row]), 4, split=True)) == 1
 

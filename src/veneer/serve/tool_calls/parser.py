@@ -103,7 +103,7 @@ class Parser:
         return self._n_calls > 0 and self._place is not _Place.ARGUMENTS
 
     def feed(self, text: str) -> list[Event]:
-        """Return what more text tells."""
+        """Read more text; return the events that it completes."""
         self._rest += text
         return self._read(final=False)
 
