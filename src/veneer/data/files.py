@@ -39,7 +39,7 @@ def numbered_rows(path: Path, problems: list[str]) -> Iterator[tuple[int, Row]]:
             else:
                 problems.append(f"row {number}: must be an object, not {type(row).__name__}")
     except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not text in UTF-8: {error}") from error
+        raise DataError(f"{path} is not text in UTF-8 ({error}): save it as UTF-8") from error
 
 
 def raise_all(source: object, problems: list[str]) -> None:

@@ -8,6 +8,6 @@ import os
 def stamp_of(told: os.stat_result) -> tuple[int, ...]:
     """Return the stamp of a file by its status.
 
-    It has the time of the last change, too. A file that got the inode, size and date of one that is gone differs in it.
+    It includes the time of the last change: a new file may have the inode, size and date of an earlier one.
     """
     return told.st_dev, told.st_ino, told.st_mtime_ns, told.st_ctime_ns, told.st_size

@@ -42,7 +42,10 @@ def connected(place: Place) -> Iterator[None]:
         with _handlers_kept():
             ray.init(place.address)
     except (OSError, RuntimeError, ValueError) as error:
-        raise ConfigError(f"Ray cannot be used at {place.address or 'this machine'}: {last_line(error)}") from error
+        raise ConfigError(
+            f"Ray cannot be used at {place.address or 'this machine'}: {last_line(error)}. See to that, or train "
+            "without --on"
+        ) from error
     try:
         yield
     finally:

@@ -156,10 +156,10 @@ class Engine:
         self._inbox.put(Forget(name, up_to))
 
     def preload(self, request: LoRARequest, *, pins: bool = False) -> Future[None]:
-        """Load an adapter beside the steps; its name then refers to it, and it is pinned if it ``pins``. From any
-        thread.
+        """Load an adapter beside the steps; return the result, which comes when it is loaded. From any thread.
 
-        The result comes when it is loaded. Raises what `Versions.of` raises; the result raises if it cannot be loaded.
+        Its name then refers to it. If ``pins``, it is pinned. Raises the errors of `Versions.of`; the result raises if
+        the adapter cannot be loaded.
         """
         preload = Preload(request, self.versions.of(request), pins)
         self._inbox.put(preload)

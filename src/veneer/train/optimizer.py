@@ -133,8 +133,8 @@ def require_known(optim: Any) -> None:
     name, known = optim_name(optim), {*FACTORIES, *(each.value for each in OptimizerNames)}
     if name not in known:
         raise ConfigError(
-            f"optim={name!r} is unknown: give one of veneer's own ({', '.join(sorted(FACTORIES))}), or of transformers' "
-            f"OptimizerNames{perhaps(name, known)}"
+            f"optim={name!r} is unknown: give one of veneer's own ({', '.join(sorted(FACTORIES))}), or of "
+            f"transformers' OptimizerNames{perhaps(name, known)}"
         )
 
 

@@ -19,7 +19,7 @@ class VllmArguments:
     """Write adapters as plain LoRA for vLLM and LoRAX, each into a folder of its name in --output.
 
     An update that is a low-rank pair stays exact, whatever its method. Any other change of weights is reduced to
-    --rank, and the table shows the relative error. What cannot be LoRA is refused with the reason.
+    --rank, and the table shows the relative error. An adapter that cannot be LoRA is refused with the reason.
 
     Example: veneer export vllm runs/a/adapter runs/b/adapter -o lora --rank 64
     """
