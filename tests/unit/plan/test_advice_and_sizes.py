@@ -44,7 +44,7 @@ def test_the_reasons_name_the_numbers_that_they_lead_to(task: str, n_rows: int) 
 
 
 def test_unknown_tasks_and_counts_are_told_at_once() -> None:
-    with pytest.raises(ConfigError, match=r"--task 'chat'.*--rows=0 must be at least 1"):
+    with pytest.raises(ConfigError, match=r"(?s)--task 'chat'.*--rows=0 must be at least 1"):
         advise("chat", 0, 1, 1)
 
 

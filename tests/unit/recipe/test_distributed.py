@@ -82,7 +82,7 @@ def test_a_plan_that_fits_changes_no_rows_of_a_step() -> None:
         (
             {"strategy": "fsdp"},
             {"training": {"ddp_find_unused_parameters": True, "ddp_broadcast_buffers": True}},
-            r"ddp_find_unused_parameters: DDP does not .*ddp_broadcast_buffers: DDP does not",
+            r"(?s)ddp_find_unused_parameters: DDP does not .*ddp_broadcast_buffers: DDP does not",
         ),
         ({"strategy": "fsdp"}, {"training": {"activation_offloading": "disk"}}, "activation_offloading: it reads"),
         (

@@ -402,7 +402,9 @@ def test_missing_files_are_told_with_what_else_is_wrong_as_a_run_begins(tmp_path
         "eval": 3,
         "more": [{"source": str(tmp_path / "b.csv"), "wieght": 2}, 7],
     }
-    with pytest.raises(ConfigError, match=r"data.eval: 3 does not fit.*data.train: there is no file .*a.jsonl.*b.csv"):
+    with pytest.raises(
+        ConfigError, match=r"(?s)data.eval: 3 does not fit.*data.train: there is no file .*a.jsonl.*b.csv"
+    ):
         refuse_early(values(data=data), begins=True)
     missing = values(data={"train": str(tmp_path / "a.jsonl")}, output=str(tmp_path / "run"))
     refuse_early(missing)
@@ -453,11 +455,13 @@ def test_a_wrong_recipe_is_told_without_importing_torch(written, base):
     result = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True)
     assert (result.returncode, result.stdout) == (2, "set()\n")
     assert result.stderr == (
-        f"error: {path}: modle: unknown key; the nearest is 'model'; adapter.rank: unknown key; the nearest is 'r'; "
-        "training.learning_rat: unknown key; the nearest is 'learning_rate'; "
-        "training.max_steps: 0 must be at least 1, or -1 to train num_train_epochs; "
-        f"adapter.target_modules: 'w_proj' matches no module of {base}; the nearest: v_proj, q_proj, k_proj; "
-        "data.train: there is no file rows.jsonl\n"
+        f"error: {path}: 6 problems\n"
+        "  modle: unknown key; the nearest is 'model'\n"
+        "  adapter.rank: unknown key; the nearest is 'r'\n"
+        "  training.learning_rat: unknown key; the nearest is 'learning_rate'\n"
+        "  training.max_steps: 0 must be at least 1, or -1 to train num_train_epochs\n"
+        f"  adapter.target_modules: 'w_proj' matches no module of {base}; the nearest: v_proj, q_proj, k_proj\n"
+        "  data.train: there is no file rows.jsonl\n"
     )
 
 

@@ -204,7 +204,7 @@ def test_rows_that_teach_nothing_are_told(make_model, tokenizer, settings, rows,
 def test_settings_that_cannot_be(make_model, tokenizer, settings, pairs):
     with pytest.raises(ConfigError, match="sync_ref_model=True would move the reference"):
         DPOConfig(**settings, sync_ref_model=True)
-    with pytest.raises(ConfigError, match=r"beta=-1 must be at least 0; .*max_length=1 leaves nothing"):
+    with pytest.raises(ConfigError, match=r"beta=-1 must be at least 0\n +.*max_length=1 leaves nothing"):
         DPOConfig(**settings, beta=-1, max_length=1)
     model = make_model()
     with pytest.raises(ConfigError, match="ref_model is the model in training"):
