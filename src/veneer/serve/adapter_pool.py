@@ -108,10 +108,10 @@ class AdapterPool:
         n_pinned = sum(entry.residency is Residency.RESIDENT for entry in self._pinned.entries.values())
         said = f"{len(self._resident)} adapters are loaded, {n_pinned} of them pinned"
         if self.n_resident is not None:
-            said += f", and there is room for {self.n_resident} in number (max_cpu_loras, max_loras)"
+            said += f", of at most {self.n_resident} (max_cpu_loras, max_loras)"
         if self.memory is not None:
-            said += f"; they take {self.memory.n_lent} bytes of the {self.memory.n_bytes} for keys, values and adapters"
-        return f"{said}: unpin adapters, or raise the limits"
+            said += f". They take {self.memory.n_lent} of the {self.memory.n_bytes} bytes for keys, values and adapters"
+        return f"{said}. Unpin adapters, or raise the limits"
 
     def version(self, id: str) -> AdapterVersion:
         """Return a version by its id."""

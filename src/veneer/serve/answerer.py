@@ -159,7 +159,7 @@ def engine_answerer(parts: Parts, drawing: Drawing, n_rows: int) -> EngineAnswer
         except UnsaidError as error:
             del engine
             unpack(parts.base)
-            return f"the adapter has {error}, which the engine's program has no place for"
+            return f"the adapter has {error}, which the engine's program does not support"
     return EngineAnswerer(engine, params, requests)
 
 

@@ -101,7 +101,7 @@ def read_effects(lookup: Lookup, program: Program, folder: Path) -> Effects:
             raise
         raise CompositionError(
             f"the adapter in {folder} acts from its invocation tokens on, and has {reason}, which the engine's program "
-            "has no place for: start the engine with general_runner=True"
+            "does not support: start the engine with general_runner=True"
         ) from reason
 
 

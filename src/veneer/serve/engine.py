@@ -213,7 +213,7 @@ class Engine:
             began = self.pool.is_absent(version.id) and self._load(self.pool.begin_load([version.id]))
             if not began and not self.pool.loading:
                 self._forget_names(version.id)
-                raise ConfigError(f"adapter {request.name!r} finds no place: {self.pool.told_places()}")
+                raise ConfigError(f"cannot load adapter {request.name!r}: {self.pool.told_places()}")
             self._inbox.wait()
             self._take_all()
             if not self.pool.is_known(version.id):

@@ -69,7 +69,7 @@ class Preloads:
 
     def no_place(self) -> ConfigError:
         """Return the error of an adapter that finds no place."""
-        return ConfigError(f"there is no place for the adapter: {self._pool.told_places()}")
+        return ConfigError(f"cannot load the adapter: {self._pool.told_places()}")
 
     def _name(self, preload: Preload) -> None:
         name = preload.request.name

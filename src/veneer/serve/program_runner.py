@@ -184,7 +184,7 @@ class ProgramRunner(DrawingRunner):
             self._lookup = Lookup(self.model)
             self.general.load(version, adapter.stored)
         _LOG.info(
-            "%s has %s, which the program has no place for: its requests take the general runner",
+            "%s has %s, which the program does not support: its requests take the general runner",
             ", ".join(map(str, folders)),
             adapter.reason,
         )
@@ -300,7 +300,7 @@ def _require_weights(model: PreTrainedModel, folder: Path) -> None:
     if gone:
         raise TargetError(
             f"the adapter in {folder} has a weight of its own at {gone[0]}, and other parts that the program of "
-            f"{type(model).__name__} has no place for: start with general_runner=True"
+            f"{type(model).__name__} does not support: start with general_runner=True"
         )
 
 

@@ -175,7 +175,7 @@ def test_an_adapter_that_the_program_cannot_say_and_a_model_without_a_program_ar
     parts = load_parts(str(tmp_path / "tied"), tmp_path / "adapter")
     found, name = engine_answering.answerer_of(parts)
     assert isinstance(found, ModelAnswerer)
-    assert "the adapter has parameters that stay tied, which the engine's program has no place for" in name
+    assert "the adapter has parameters that stay tied, which the engine's program does not support" in name
     assert found.answers(PROMPTS[:2], Answering(max_new_tokens=7), ignore_progress) == again(found, model)
     for module in parts.base.modules():
         assert not is_packed(module)

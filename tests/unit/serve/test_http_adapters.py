@@ -373,7 +373,7 @@ def test_there_is_a_place_or_the_reason_why_not(base_folder, adapters):
         if engine.has_work or engine.wait(9):
             engine.step()
     assert first.result() is None
-    with pytest.raises(ConfigError, match="no place for the adapter: 1 adapters are loaded, 1 of them pinned"):
+    with pytest.raises(ConfigError, match="cannot load the adapter: 1 adapters are loaded, 1 of them pinned"):
         second.result()
     engine.pool.unpin("lora")
     third = engine.preload(adapters["ia3"])

@@ -15,7 +15,7 @@ def test_a_pinned_adapter_that_leaves_no_place_is_told(base_folder, adapters):
     llm = LLM(base_folder, max_loras=1)
     llm.llm_engine.add_lora(adapters["ia3"])
     llm.llm_engine.pin_lora(adapters["ia3"].adapter_id)
-    with pytest.raises(ConfigError, match="1 of them pinned, and there is room for 1 in number"):
+    with pytest.raises(ConfigError, match="1 of them pinned, of at most 1"):
         llm.generate(["x"], lora_request=adapters["lora"], use_tqdm=False)
     answer = llm.generate(["x"], SamplingParams(max_tokens=9, ignore_eos=True), use_tqdm=False)
     assert len(answer[0].outputs[0].token_ids) == 9
@@ -33,8 +33,8 @@ def test_what_waits_for_a_pinned_place_is_told_while_others_run(base_folder, ada
     engine.submit(waiting)
     told = {output.request_id: output for output in engine.step()}
     assert engine.scheduler.running
-    assert "1 of them pinned, and there is room for 1 in number" in str(load.exception(0))
-    assert "1 of them pinned, and there is room for 1 in number" in str(told[waiting.id].error)
+    assert "1 of them pinned, of at most 1" in str(load.exception(0))
+    assert "1 of them pinned, of at most 1" in str(told[waiting.id].error)
     assert len(goes_on) == 1
 
 
@@ -53,5 +53,5 @@ def test_what_waits_for_bytes_that_are_pinned_is_told_while_others_run(base_fold
     engine.submit(waiting)
     engine.submit(behind)
     told = {output.request_id: output for output in engine.step()}
-    assert "there is no place for the adapter: 1 adapters are loaded, 1 of them pinned" in str(told[waiting.id].error)
+    assert "cannot load the adapter: 1 adapters are loaded, 1 of them pinned" in str(told[waiting.id].error)
     assert len(engine.scheduler.running) == 2
