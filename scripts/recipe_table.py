@@ -31,8 +31,8 @@ Made from the code by `scripts/recipe_table.py`, and held equal by a test. `vene
 usual ones with comments to edit; [training.md](training.md) explains what they do; `--set part.key=value` changes one
 for a run. An unknown key is an error that names the nearest one.
 
-`examples/recipes/` has whole recipes: one for each task ([the list](index.md)), `miss.yaml` for MiSS on a base in NF4, and
-`ia3.yaml` for IA3. `chat.yaml` trains DoRA on NF4.
+`examples/recipes/` has whole recipes: one for each task ([the list](index.md)), `miss.yaml` for MiSS on a base in NF4,
+and `ia3.yaml` for IA3. `chat.yaml` trains DoRA on NF4.
 """
 
 
