@@ -51,8 +51,8 @@ def spectrum(record: LinearDelta) -> Spectrum:
     """
     if not record.is_low_rank:
         raise CompositionError(
-            "the update is not a plain low-rank pair (LoRA, rsLoRA, VeRA), so it has no spectrum without its base. "
-            "Give one of these"
+            "the update is not a plain low-rank pair (LoRA, rsLoRA, VeRA), so it has no spectrum without its base "
+            "model. Give one of these"
         )
     return Spectrum(*svd_of_factors(record))
 

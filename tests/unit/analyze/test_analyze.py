@@ -66,7 +66,7 @@ def test_sign_conflict_counts_entries_that_both_change():
 
 
 def test_what_has_no_spectrum_or_does_not_fit_says_so():
-    with pytest.raises(CompositionError, match="without its base model"):
+    with pytest.raises(CompositionError, match="without its base"):
         spectrum(flat_record(out_scale=torch.ones(3)))
     with pytest.raises(ShapeError, match="rank 5"):
         subspace_overlap(spectrum(record(1)), spectrum(record(2)), 6, 1)

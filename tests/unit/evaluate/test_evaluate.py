@@ -224,9 +224,9 @@ def test_prompts_from_fields_and_lists_of_answers(tokenizer: Any) -> None:
         ({"prompt": "q", "answer_field": "b"}, {"a": "x"}, "no field 'b'"),
         ({"prompt": "q", "answer_field": "a"}, {"a": None}, "row 1: the field 'a' holds no answer, but None"),
         ({"prompt": "q", "answer_field": "a"}, {"a": []}, "holds no answer"),
-        ({"prompt": "{a}", "answer_field": "a"}, {"a": None}, "row 1: the field 'a', which the template asks for"),
-        ({}, {"messages": [{"role": "user", "content": "x"}]}, "not the assistant's"),
-        ({}, {"messages": []}, "not the assistant's"),
+        ({"prompt": "{a}", "answer_field": "a"}, {"a": None}, "row 1: the field 'a' of the template is empty"),
+        ({}, {"messages": [{"role": "user", "content": "x"}]}, "not a text of the assistant"),
+        ({}, {"messages": []}, "not a text of the assistant"),
         ({}, {"messages": [{"role": "assistant", "content": "x"}]}, "no turn precedes the answer"),
     ],
 )

@@ -116,7 +116,7 @@ def test_errors():
         scale_columns(z, torch.ones(4), None)
     with pytest.raises(ShapeError, match=r"\(3, 5\).*\(5, 3\)"):
         scale_columns(z, None, None, torch.zeros(5, 3))
-    with pytest.raises(ShapeError, match="go with a scale"):
+    with pytest.raises(ShapeError, match="given without a scale"):
         scale_columns_backward(z, z, None, None)
     with pytest.raises(ShapeError, match="must be alike"):
         scale_columns_backward(z, z.double(), torch.ones(5), z.clone())
