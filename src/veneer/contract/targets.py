@@ -156,7 +156,7 @@ def _no_match(role: str, pattern: str, test: Collection[str] | str, allowed: Seq
     other = next((n for n in index.all_names if matches_any(n, test)), None)
     if other is not None:
         return (
-            f"{role} module {pattern!r} matches only modules that no adapter fits, such as {other!r}. {index.endings}"
+            f"{role} module {pattern!r} matches only modules that cannot be adapted, such as {other!r}. {index.endings}"
         )
     hints = nearest_modules(pattern, allowed)
     near = f" (nearest: {', '.join(hints)})" if hints else f". {index.endings}"

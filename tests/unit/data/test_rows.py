@@ -203,7 +203,7 @@ def test_limit_and_split(jsonl):
     assert (len(train), len(held_out)) == (8, 3)
     assert sorted(int(t) for t in [*train["text"], *held_out["text"]]) == list(range(11))
     assert split_off(rows, 0.3, seed=2)[1]["text"] == held_out["text"] != split_off(rows, 0.3, seed=3)[1]["text"]
-    with pytest.raises(DataError, match="leaves nothing"):
+    with pytest.raises(DataError, match="leaves no rows to train on"):
         split_off(rows, 0.01, seed=2)
 
 
