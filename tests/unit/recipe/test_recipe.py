@@ -104,7 +104,7 @@ def test_every_problem_is_told_at_once_with_the_nearest_key():
         ({"training": {"optim": "adamw_8bit", "optim_args": "rank=3"}}, "means nothing to optim='adamw_8bit'"),
         (
             {"training": {"optim": "galore_adamw_layerwise", "max_grad_norm": 1, "gradient_accumulation_steps": 2}},
-            "(?s)where max_grad_norm=1.0 cannot be: it must be 0\n.*gradient_accumulation_steps=2 cannot be: it must be 1",
+            "(?s)max_grad_norm=1.0 cannot be: it must be 0\n.*gradient_accumulation_steps=2 cannot be: it must be 1",
         ),
         ({"adapter": {"r": 0}}, "r=0 must be a whole number"),
         ({"training": {"packing": True, "max_length": None}}, "packing=True needs max_length"),
