@@ -110,7 +110,7 @@ def test_what_loftq_cannot_start_says_why(quantized: Any, tmp_path: Path) -> Non
     with pytest.raises(ConfigError, match="plain LoRA"):
         replace_lora_weights_loftq(model)
     wide = get_peft_model(model.unload(), lora(targets, r=3, rank_pattern={targets[0]: 41}))
-    with pytest.raises(ConfigError, match=r"LoftQ: r=41 is more than a weight of shape"):
+    with pytest.raises(ConfigError, match=r"LoftQ: r=41 is more than the rank of a weight of shape"):
         replace_lora_weights_loftq(wide)
     plain = get_peft_model(wide.unload(), lora(targets))
     with pytest.raises(FormatError, match=r"neither model\.safetensors"):

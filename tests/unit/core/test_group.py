@@ -15,7 +15,7 @@ def test_processes_are_started_where_no_launcher_has_started_any() -> None:
     assert not starts_processes(None, {"WORLD_SIZE": "3"})
     assert not starts_processes(3, {"WORLD_SIZE": "3"})
     for here, asked in ((3, 2), (1, 2), (2, 1)):
-        with pytest.raises(ConfigError, match=rf"--processes {asked} is not the number .* here: {here}\. Leave"):
+        with pytest.raises(ConfigError, match=rf"--processes {asked} is not the number .* here, {here}\. Leave"):
             starts_processes(asked, {"WORLD_SIZE": str(here)})
 
 
