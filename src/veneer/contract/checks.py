@@ -23,8 +23,12 @@ class Checks:
     def effect(self, names: Sequence[str], sites: Sequence[LinearSite]) -> list[str]:
         """Return the settings of a new adapter that have no effect.
 
-        They match none of the adapted modules (by path), or need larger layers.
+        They match none of the adapted modules (by path).
         """
+        return []
+
+    def advice(self, sites: Sequence[LinearSite]) -> list[str]:
+        """Return a sentence for each setting of a new adapter that is accepted but is probably a slip."""
         return []
 
 

@@ -8,16 +8,19 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from veneer.contract import LinearMethod, Params, Shapes
 from veneer.contract.checks import Checks, GroupChecks
 from veneer.contract.family_targets import LOW_RANK
 from veneer.contract.targets import FamilyTargets
+from veneer.contract.training import Schedule, Training
 from veneer.core.orthogonal import cayley, neumann, skew_symmetric
 from veneer.core.records import LinearDelta
 from veneer.core.sites import LinearSite
@@ -32,10 +35,10 @@ class OFTConfig(LinearMethod):
 
     ``r`` is the number of blocks, ``oft_block_size`` their size: one of them is 0 and follows from the other. One that
     does not divide a layer's inputs becomes the nearest that does. ``block_share``: all blocks of a layer are one.
-    ``coft`` keeps each block within ``eps`` of the identity. An embedding's outputs are rotated, and a convolution's
-    patches.
+    ``coft`` keeps each block within ``eps`` of the identity: the update is that of the nearest block within, and each
+    step of a run moves the parameters there. An embedding's outputs are rotated, and a convolution's patches.
 
-    ``module_dropout`` and ``coft`` are read from files; training with them is refused.
+    ``module_dropout`` is read from files; training with it is refused.
 
     Departs: PEFT sums the patches that overlap in its forward pass at a kernel wider than 1, so that its model changes
     once it is merged. Here both are its merged model.
@@ -72,8 +75,6 @@ class OFTConfig(LinearMethod):
             found.append(
                 f"module_dropout={self.module_dropout!r} drops blocks in training, which is not supported: set it to 0"
             )
-        if self.coft and not self.inference_mode:
-            found.append("coft=True moves parameters in the forward pass, which is not supported in training: drop it")
         return found
 
     def blocks(self, site: LinearSite) -> tuple[int, int]:
@@ -91,16 +92,18 @@ class OFTConfig(LinearMethod):
 
     def init(self, site: LinearSite, generator: torch.Generator | None = None) -> dict[str, Tensor]:
         shape = self.shapes(site)["oft_R"]
-        return {"oft_R": torch.zeros(shape) if self.init_weights else 0.1 * torch.randn(shape, generator=generator)}
+        start = torch.zeros(shape) if self.init_weights else 0.1 * torch.randn(shape, generator=generator)
+        return {"oft_R": near_identity(start, self.eps) if self.coft else start}
 
     def disk_names(self, site: LinearSite) -> dict[str, str]:
         return {"oft_R": "oft_embedding_R.weight" if site.kind == "embedding" else "oft_R.weight"}
 
     def lower(self, site: LinearSite, params: Params) -> LinearDelta:
         n, size = self.blocks(site)
-        q = skew_symmetric(params["oft_R"], size)
-        if self.coft:
-            q = self._near_identity(q)
+        entries = params["oft_R"]
+        if self.coft:  # gradients are those at the nearest point, to which a step moves the parameters
+            entries = entries + (near_identity(entries, self.eps) - entries).detach()
+        q = skew_symmetric(entries, size)
         r = neumann(q, self.num_cayley_neumann_terms) if self.use_cayley_neumann else cayley(q)
         rotation = BlockRotation(r.mT.expand(n, size, size))
         return LinearDelta(output=rotation) if site.kind == "embedding" else LinearDelta(input=rotation)
@@ -109,11 +112,55 @@ class OFTConfig(LinearMethod):
     def checks(self) -> Checks:
         return GroupChecks()
 
-    def _near_identity(self, q: Tensor) -> Tensor:
-        """Blocks of a norm of at most eps / √n; longer ones are scaled down to it."""
-        eps = self.eps / math.sqrt(len(q))
-        norm = q.norm(dim=(1, 2), keepdim=True)
-        return torch.where(norm <= eps, q, eps * q / norm)
+    @property
+    def training(self) -> Training | None:
+        return ConstrainedTraining(self.eps) if self.coft else None
+
+
+def near_identity(entries: Float[Tensor, "n m"], eps: float) -> Float[Tensor, "n m"]:
+    """Return the entries above the diagonal of n skew-symmetric blocks, each block of a norm of at most ``eps / √n``.
+
+    Longer blocks are scaled down to it. The norm is Frobenius's, which counts each entry twice.
+    """
+    largest = eps / math.sqrt(len(entries))
+    norm = math.sqrt(2) * entries.norm(dim=1, keepdim=True)
+    return torch.where(norm <= largest, entries, largest * entries / norm)
+
+
+@dataclass(frozen=True)
+class ConstrainedTraining(Training):
+    """Projection of all blocks after each step."""
+
+    eps: float
+
+    def fields_for(self, n_steps: int) -> Mapping[str, object]:
+        return {}
+
+    def penalty(self, layers: Sequence[Params]) -> Tensor | None:
+        return None
+
+    def schedule(self, layers: Mapping[str, Params]) -> Schedule:
+        made = _Projection([params["oft_R"] for params in layers.values()], self.eps)
+        made.step(0)  # an adapter of PEFT's is written as its last step left it, without the projection
+        return made
+
+
+class _Projection(Schedule):
+    """Puts blocks that have left the ball around the identity back onto it."""
+
+    def __init__(self, layers: Sequence[Tensor], eps: float) -> None:
+        self.layers, self.eps = layers, eps
+
+    @torch.no_grad()
+    def step(self, step: int) -> None:
+        for entries in self.layers:
+            entries.copy_(near_identity(entries, self.eps))
+
+    def state(self) -> dict[str, Tensor]:
+        return {}
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Nothing: the next step depends on the parameters alone."""
 
 
 @functools.cache

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TypeVar
@@ -23,6 +24,7 @@ from veneer.model.token_rows import RowPlace, row_places
 from veneer.model.tying import followers_of, unused_tie
 
 C = TypeVar("C", bound=MethodConfig)
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,7 +157,7 @@ def _default_targets(snapshot: Snapshot, config: LinearMethod) -> Names:
 def _require_accepted(
     snapshot: Snapshot, config: LinearMethod, plan: Plan, sites: list[LinearSite], fresh: bool
 ) -> None:
-    """Raise TargetError with all that the method, or the model, refuses of this plan."""
+    """Raise TargetError with all that the method, or the model, refuses of this plan. Log what is probably a slip."""
     tied = snapshot.sites(snapshot.tied) if plan.followers else []
     wrong = [*config.checks.layers(sites), *config.checks.tied(tied), *_problems_of_invocation(snapshot, config, plan)]
     if fresh:
@@ -167,6 +169,8 @@ def _require_accepted(
         ]
     if wrong:
         raise TargetError("; ".join(wrong))
+    for odd in config.checks.advice(sites) if fresh else ():
+        log.warning("%s", odd)
 
 
 def _problems_of_invocation(snapshot: Snapshot, config: LinearMethod, plan: Plan) -> list[str]:

@@ -60,13 +60,17 @@ def test_a_saved_adapter_may_have_such_a_key(tiny: Any, ids: Tensor, tmp_path: P
     assert torch.equal(loaded(ids).logits, saved.eval()(ids).logits)
 
 
-def test_a_rank_above_both_widths_of_every_layer(tiny: Any) -> None:
-    model = tiny()
-    with pytest.raises(
-        TargetError, match=r"^rank 4001 is above both widths of every layer adapted, .*: give r=40 or less"
-    ):
-        get_peft_model(model, LoraConfig(r=4001))
-    assert not isinstance(model, PeftModel)
+def test_a_rank_above_both_widths_of_every_layer_is_taken_and_told(
+    tiny: Any, ids: Tensor, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = get_peft_model(tiny(), LoraConfig(r=401, init_lora_weights=False))
+    with torch.no_grad(), model.disable_adapter():
+        base = model.eval()(ids).logits
+    assert not torch.allclose(model(ids).logits, base)
+    assert [record.getMessage() for record in caplog.records] == [
+        "rank 401 is above both widths of every layer adapted, and their updates have rank 40 at most: r=40 reaches as "
+        "many (a small one, such as 16, is usual)"
+    ]
 
 
 def test_a_rank_above_the_narrower_width_is_taken(tiny: Any) -> None:

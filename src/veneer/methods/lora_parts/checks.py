@@ -21,7 +21,7 @@ class LoraChecks(Checks):
 
     def effect(self, names: Sequence[str], sites: Sequence[LinearSite]) -> list[str]:
         patterns = {"rank_pattern": self.config.rank_pattern, "alpha_pattern": self.config.alpha_pattern}
-        return unmatched(patterns, names) + self._too_large(sites)
+        return unmatched(patterns, names)
 
     def layers(self, sites: Sequence[LinearSite]) -> list[str]:
         """Return the problems at convolutions in groups: B consists of blocks, which variants and starts from the
@@ -55,15 +55,17 @@ class LoraChecks(Checks):
             if on and grouped
         ]
 
-    def _too_large(self, sites: Sequence[LinearSite]) -> list[str]:
-        """A rank above both widths of every layer is a slip; below that it may be a choice (heads are narrow)."""
+    def advice(self, sites: Sequence[LinearSite]) -> list[str]:
+        """Return a sentence if the rank is above both widths of every layer; below that it may be a choice, since
+        heads are narrow.
+        """
         ranks = [self.config.rank(site) for site in sites]
         if not ranks or min(ranks) <= max(max(site.in_features, site.out_features) for site in sites):
             return []
         largest = max(min(site.in_features, site.out_features) for site in sites)
         return [
             f"rank {min(ranks)} is above both widths of every layer adapted, and their updates have rank {largest} at "
-            f"most: give r={largest} or less (a small one, such as 16, is usual)"
+            f"most: r={largest} reaches as many (a small one, such as 16, is usual)"
         ]
 
     def tied(self, tied: Sequence[LinearSite]) -> list[str]:
