@@ -14,7 +14,6 @@ from rich.table import Table
 
 from veneer.cli import loading
 from veneer.cli.pages.intrinsic import IntrinsicArguments
-from veneer.errors import ConfigError
 from veneer.store.bars import quiet
 from veneer.train.intrinsic import Curve, Training, dimension_curve, draw_curve, task_of
 
@@ -24,7 +23,6 @@ def intrinsic(args: IntrinsicArguments) -> None:
     training = Training(
         steps=args.steps, learning_rate=args.learning_rate, structure_aware=args.structure_aware, seed=args.seed
     )
-    dimensions = _dimensions(args.dims)
     chosen = loading.choose(args.model, dtype="float32")
     batches, score = task_of(chosen.tokenizer, args.data, args.batch_size, args.held_out, args.seed)
     loaded = loading.joined(chosen.load())
@@ -34,22 +32,12 @@ def intrinsic(args: IntrinsicArguments) -> None:
         console.print(f"d = {'all' if d is None else d}: {value:.1%}")
 
     with quiet():
-        curve = dimension_curve(loaded.model, batches, score, dimensions, training, on_point=tell)
+        curve = dimension_curve(loaded.model, batches, score, args.dimensions, training, on_point=tell)
     args.output.mkdir(parents=True, exist_ok=True)
     facts: dict[str, Any] = {"model": args.model, "data": str(args.data), "training": asdict(training), **asdict(curve)}
     (args.output / "curve.json").write_text(json.dumps({**facts, "d90": curve.d90}, indent=2) + "\n", encoding="utf-8")
     draw_curve(curve, args.output / "curve.png")
     _show(curve, args.output)
-
-
-def _dimensions(dims: str) -> list[int]:
-    try:
-        found = [int(d) for d in dims.split(",")]
-    except ValueError as error:
-        raise ConfigError(f"--dims {dims!r} must be whole numbers with commas between them") from error
-    if min(found) < 1:
-        raise ConfigError(f"--dims {dims!r} must be 1 or more")
-    return found
 
 
 def _show(curve: Curve, output: Path) -> None:

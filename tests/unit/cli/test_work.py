@@ -81,6 +81,7 @@ def test_what_needs_no_model_is_told_before_torch_is_imported() -> None:
         (["inspect", "none"], "no adapter 'none'"),
         (["combine", "none", "-o", "x"], "no adapter 'none'"),
         (["intrinsic", "x", "-d", "none.jsonl", "-o", "x"], "there is no file none.jsonl"),
+        (["intrinsic", "x", "-d", "none.jsonl", "-o", "x", "--dims", "0,3"], "must be 1 or more"),
     ]
     for (command, told), (code, said) in zip(cases, told_early([command for command, _ in cases]), strict=True):
         assert code == 2, command

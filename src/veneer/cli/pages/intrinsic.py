@@ -12,6 +12,7 @@ from veneer.cli.arguments import require_folder, require_model, require_rows
 from veneer.cli.pages import options
 from veneer.cli.pages.options import unset
 from veneer.cli.work import verb
+from veneer.errors import ConfigError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +38,19 @@ class IntrinsicArguments:
     def __post_init__(self) -> None:
         require_folder("--output", self.output)
         require_model(self.model)
+        _ = self.dimensions
         require_rows(self.data)
+
+    @property
+    def dimensions(self) -> list[int]:
+        """Dimensions to try. Raises ConfigError unless all are whole numbers of at least 1."""
+        try:
+            found = [int(d) for d in self.dims.split(",")]
+        except ValueError as error:
+            raise ConfigError(f"--dims {self.dims!r} must be whole numbers with commas between them") from error
+        if min(found) < 1:
+            raise ConfigError(f"--dims {self.dims!r} must be 1 or more")
+        return found
 
 
 intrinsic = verb(IntrinsicArguments, "veneer.cli.intrinsic", "intrinsic")
