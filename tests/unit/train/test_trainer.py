@@ -414,7 +414,7 @@ def test_settings_that_do_not_go_together(tmp_path, changes, message):
 
 
 def test_all_problems_of_a_config_are_told_at_once(tmp_path):
-    with pytest.raises(ConfigError, match=r"wrapped.*needs max_length"):
+    with pytest.raises(ConfigError, match=r"(?s)wrapped.*needs max_length"):
         config(tmp_path, packing=True, packing_strategy="wrapped", max_length=None)
 
 
