@@ -1,12 +1,13 @@
 """A training step of the methods of linear layers, beside PEFT's and beside LoRA with as many trained numbers.
 
-    python bench/every_method.py [--only miss oft …] [--model smollm2-135m-instruct] [--rows 4] [--tokens 256]
-        [--repeats 3] [--tiny]
+    python bench/every_method.py [--only miss oft …] [--base dense|nf4] [--model smollm2-135m-instruct] [--rows 4]
+        [--tokens 256] [--repeats 3] [--tiny]
 
 PEFT makes an adapter on the seven projections and moves its parameters, so that nothing is neutral; veneer opens its
 folder. Losses of 64 tokens must agree before anything is timed. Then PEFT's step, ours and that of our LoRA of the rank
-that trains about as many numbers take turns. Prints a line a method as it is measured; a method whose two sides part
-has a line that says so. Exit status: 0 done, 1 one has parted or a goal is missed.
+that trains about as many numbers take turns. Prints a line a method as it is measured. A method whose two sides part,
+or that PEFT does not train on an NF4 base, has a line that says so. Exit status: 0 done, 1 one has parted or a goal is
+missed.
 
 Left out: AdaLoRA, whose masks move between steps; Poly, which needs tasks; Arrow, which needs saved adapters.
 """
@@ -91,7 +92,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         args.place = write_tiny(Path(name) / "model") if args.tiny else str(resolve(args.model))
         args.dtype = faster_dtype()
-        print(f"kernels: {description()}; torch {torch.__version__}; {args.dtype}, {args.rows} x {args.tokens} tokens")
+        where = f"{args.base} base, {args.dtype}, {args.rows} x {args.tokens} tokens"
+        print(f"kernels: {description()}; torch {torch.__version__}; {where}")
         print(f"{'':10}  {'trained':>10} {'PEFT, s':>8} {'veneer, s':>9}  of PEFT  of LoRA (rank)", flush=True)
         figures: dict[str, float] = {}
         for method in args.only:
@@ -114,6 +116,7 @@ def main() -> None:
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--base", choices=["dense", "nf4"], default="dense")
     parser.add_argument("--model", default="smollm2-135m-instruct")
     parser.add_argument("--rows", type=int, default=4)
     parser.add_argument("--tokens", type=int, default=256)
@@ -129,12 +132,12 @@ def measured(args: argparse.Namespace, method: Method, folder: Path) -> tuple[in
     Raises ValueError where losses part.
     """
     fields = {"target_modules": list(SEVEN), **method.fields}
-    peer = adapted_by("peer", base_of("peer", "dense", args.place, args.dtype), method.config, fields)
+    peer = adapted_by("peer", base_of("peer", args.base, args.place, args.dtype), method.config, fields)
     torch.manual_seed(1)
     for parameter in (p for p in peer.parameters() if p.requires_grad):
         parameter.data += MOVED * torch.randn_like(parameter)
     peer.save_pretrained(folder)
-    base = base_of("veneer", "dense", args.place, args.dtype)
+    base = base_of("veneer", args.base, args.place, args.dtype)
     ours = veneer.PeftModel.from_pretrained(base, folder, is_trainable=True).train()
     check = tokens_of(ours, 1, 64)
     with torch.no_grad():
@@ -159,8 +162,9 @@ def measured(args: argparse.Namespace, method: Method, folder: Path) -> tuple[in
 
 def lora_like(args: argparse.Namespace, trained: int) -> tuple[Any, int]:
     """Our LoRA, on fused blocks, of the rank from 1 to 64 that trains about as many numbers."""
-    base = base_of("veneer", "dense", args.place, args.dtype)
-    a_rank = sum(sum(m.weight.shape) for name, m in base.named_modules() if name.rpartition(".")[2] in SEVEN)
+    base = base_of("veneer", args.base, args.place, args.dtype)
+    adapted = (module for name, module in base.named_modules() if name.rpartition(".")[2] in SEVEN)
+    a_rank = sum(module.in_features + module.out_features for module in adapted)
     rank = min(max(round(trained / a_rank), 1), 64)
     lora = adapted_by("veneer", base, "LoraConfig", {"r": rank, "target_modules": list(SEVEN)})
     require_fused(lora)

@@ -15,10 +15,10 @@ def skew_symmetric(upper: Float[Tensor, "n k"], size: int) -> Float[Tensor, "n b
 
 
 def cayley(q: Float[Tensor, "*n b b"]) -> Float[Tensor, "*n b b"]:
-    """Return ``(I - Q) (I + Q)⁻¹``, which is orthogonal."""
-    wide = q.to(torch.promote_types(q.dtype, torch.float32))  # torch solves no systems in 16 bits
+    """Return ``(I - Q) (I + Q)⁻¹``, which is orthogonal, as ``2 (I + Q)⁻¹ - I``: an inverse's gradient is products."""
+    wide = q.to(torch.promote_types(q.dtype, torch.float32))  # torch inverts nothing in 16 bits
     identity = torch.eye(q.shape[-1], dtype=wide.dtype, device=q.device)
-    turned: Tensor = torch.linalg.solve(identity + wide, identity - wide, left=False)
+    turned: Tensor = 2 * torch.linalg.inv(identity + wide) - identity
     return turned.to(q.dtype)
 
 

@@ -25,7 +25,7 @@ from veneer.contract.targets import FamilyTargets
 from veneer.core.orthogonal import cayley
 from veneer.core.records import LinearDelta
 from veneer.core.sites import LinearSite
-from veneer.core.terms.rotation import Rotation
+from veneer.core.terms.rotation import BlockRotation, Rotation
 from veneer.core.terms.scale import Scale
 
 
@@ -120,9 +120,12 @@ class BOFTConfig(LinearMethod):
         skew = 0.5 * (params["boft_R"] - params["boft_R"].mT)
         m, _, size, _ = skew.shape
         blocks = cayley(skew)
-        order = orders(site.in_features, size, m, device=skew.device)
-        rotation = Butterfly(blocks, order).transposed()  # PEFT multiplies rows of inputs by it
-        return LinearDelta(input=rotation, output=Scale(params["boft_s"].flatten()))
+        if m == 1:
+            rotation: Rotation = BlockRotation(blocks[0])
+        else:
+            rotation = Butterfly(blocks, orders(site.in_features, size, m, device=skew.device))
+        # PEFT multiplies rows of inputs by it
+        return LinearDelta(input=rotation.transposed(), output=Scale(params["boft_s"].flatten()))
 
 
 @functools.lru_cache(maxsize=64)

@@ -42,10 +42,14 @@ class Circulant(Change):
         return torch.promote_types(self.kernel.dtype, torch.float32)  # there is no transform in 16 bits
 
     def dense(self, dtype: torch.dtype | None = None) -> Tensor:
-        kernel = self.kernel if dtype is None else self.kernel.to(dtype)
-        place = torch.arange(kernel.shape[2], device=kernel.device)
-        shifted = kernel[:, :, (place - place[:, None]) % kernel.shape[2]]
-        return shifted.transpose(1, 2).reshape(self.shape) * self.scale
+        b = self.kernel.shape[2]
+        kernel = self.kernel * self.scale
+        repeated = (kernel if dtype is None else kernel.to(dtype)).repeat(1, 1, 2 * b)
+        blocks = repeated[..., b:].unflatten(-1, (b, 2 * b - 1))[..., :b]  # at b + (2 b - 1) p + j: j - p
+        return blocks.transpose(1, 2).reshape(self.shape)
+
+    def is_made_for(self, n_rows: int) -> bool:
+        return n_rows >= min(self.shape)  # a matrix unit multiplies faster than rows are transformed
 
     def matmul(self, x: Tensor) -> Tensor:
         return self._product(x, self._spectrum().conj())

@@ -78,7 +78,7 @@ class HRAConfig(LinearMethod):
             a = torch.linalg.qr(u).Q.T
             return LinearDelta.pair(a.to(dtype), -2 * site.weight.matmul(a).to(dtype).T)
         a = (u / u.norm(dim=0)).T
-        inverse = torch.triu(a @ a.T, 1) + 0.5 * torch.eye(len(a), dtype=a.dtype, device=a.device)
-        b = -site.weight.matmul(a).to(a.dtype).T
-        b = torch.linalg.solve_triangular(inverse, b, upper=True, left=False)
+        identity = torch.eye(len(a), dtype=a.dtype, device=a.device)
+        t = torch.linalg.solve_triangular(torch.triu(a @ a.T, 1) + 0.5 * identity, identity, upper=True)
+        b = site.weight.matmul(a).to(a.dtype).T @ -t  # T first: it is small, and so is its gradient
         return LinearDelta.pair(a.to(dtype), b.to(dtype))

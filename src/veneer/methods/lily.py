@@ -50,14 +50,17 @@ class SequenceMixture(Mixture):
         return self.b.shape[1], self.a.shape[1]
 
     def matmul(self, x: Tensor) -> Tensor:
-        inner = linear(x, self.a.to(x.dtype))
-        chosen = linear(inner, self.router.to(x.dtype)).softmax(dim=-1)
+        inner, wide = linear(x, self.a.to(x.dtype)), torch.promote_types(x.dtype, self.router.dtype)
+        chosen = linear(inner.to(wide), self.router.to(wide)).softmax(dim=-1)
         if self.members is None:
             shares = chosen.mean(dim=-2, keepdim=True)
         else:
             shares = means(chosen.flatten(0, -2), self.members).view_as(chosen)
         weighed = (shares[..., None] * inner[..., None, :]).flatten(-2)
-        return linear(weighed, self.b.T.to(x.dtype)) * self.scale
+        return linear(weighed.to(x.dtype), self.b.T.to(x.dtype)) * self.scale
+
+    def rounded(self, dtype: torch.dtype) -> SequenceMixture:
+        return replace(self, a=self.a.to(dtype), b=self.b.to(dtype))  # the router chooses, so it is not rounded
 
     def on(self, rows: slice) -> SequenceMixture:
         return self if self.members is None else replace(self, members=self.members[rows])

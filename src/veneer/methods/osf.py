@@ -51,6 +51,9 @@ class Triplets(Change):
         a, b = self._factors(dtype or self.dtype)
         return b @ a
 
+    def is_made_for(self, n_rows: int) -> bool:
+        return n_rows >= min(self.shape)
+
     def matmul(self, x: Tensor) -> Tensor:
         a, b = self._factors(x.dtype)
         return (x @ a.T) @ b.T
@@ -60,8 +63,15 @@ class Triplets(Change):
         return (dy @ b) @ a
 
     def _factors(self, dtype: torch.dtype) -> tuple[Float[Tensor, "m i"], Float[Tensor, "o m"]]:
-        b = torch.cat([self.u * self.s, -self.u_start * self.s_start], dim=1)
-        return torch.cat([self.v, self.v_start]).to(dtype), b.to(dtype)
+        """In 16 bits of ``(U - U₀) diag(s) V + U₀ (diag(s) V - diag(s₀) V₀)``: rounding keeps small differences."""
+        if dtype.itemsize > 2:
+            b = torch.cat([self.u * self.s, -self.u_start * self.s_start], dim=1)
+            return torch.cat([self.v, self.v_start]).to(dtype), b.to(dtype)
+        a = torch.cat([self.v, self.s[:, None] * self.v - self.s_start[:, None] * self.v_start])
+        return a.to(dtype), torch.cat([(self.u - self.u_start) * self.s, self.u_start], dim=1).to(dtype)
+
+    def rounded(self, dtype: torch.dtype) -> Triplets:
+        return self  # its factors are
 
 
 @dataclass(frozen=True, kw_only=True)

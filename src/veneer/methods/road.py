@@ -19,6 +19,8 @@ from veneer.core.records import LinearDelta
 from veneer.core.sites import LinearSite
 from veneer.core.terms.rotation import Rotation
 
+_LARGEST_BLOCK = 128
+
 
 @dataclass(frozen=True, slots=True)
 class PairRotation(Rotation):
@@ -39,6 +41,13 @@ class PairRotation(Rotation):
         first, second = self._halves(x)
         quarter = torch.stack([-second, first], dim=-2).reshape(x.shape)
         return x * self.along + quarter * self.across
+
+    def blocks_of_map(self) -> Tensor | None:
+        if self.group > _LARGEST_BLOCK:
+            return None
+        (a, d), (b, c) = (x.view(-1, 2, self.group // 2).unbind(1) for x in (self.along, self.across))
+        entries = torch.diag_embed(torch.stack([torch.stack([a, -b]), torch.stack([c, d])]))
+        return entries.permute(2, 0, 3, 1, 4).reshape(-1, self.group, self.group)
 
     def transposed(self) -> PairRotation:
         swapped = torch.stack(self._halves(self.across)[::-1], dim=-2).reshape(-1)

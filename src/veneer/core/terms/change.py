@@ -20,7 +20,7 @@ class Change(Term, ABC):
 
     A subclass declares its tensors as fields and gives `shape` and `dense`, which computes ΔW from them under autograd.
     If it has no ``matmul`` of its own, ΔW is made for one product and again in the backward pass: no layer keeps o·i
-    numbers.
+    numbers. One that has says in `is_made_for` from how many rows on making ΔW is faster.
     """
 
     @property
@@ -48,6 +48,14 @@ class Change(Term, ABC):
     def apply(self, x: Float[Tensor, "*batch i"]) -> Float[Tensor, "*batch o"]:
         """Return ``ΔW x``, in the change's dtype."""
         return self.matmul(x.to(self.dtype))
+
+    def is_made_for(self, n_rows: int) -> bool:
+        """Return True if a product with so many rows takes the matrix of `dense`, and not ``matmul``."""
+        return type(self).matmul is Change.matmul
+
+    def rounded(self, dtype: torch.dtype) -> Change:
+        """Return the change with its floating-point tensors in ``dtype``."""
+        return self.with_tensors([x.to(dtype) if x.is_floating_point() else x for x in self.tensors])
 
     def on(self, rows: slice) -> Change:
         """Return the change as it acts on some tokens of a pass: the same for all, unless it depends on them."""
@@ -82,6 +90,12 @@ class _Derived(Change, ABC):
 
     def with_tensors(self, tensors: Sequence[Tensor]) -> Self:
         return replace(self, of=self.of.with_tensors(tensors))
+
+    def is_made_for(self, n_rows: int) -> bool:
+        return self.of.is_made_for(n_rows)
+
+    def rounded(self, dtype: torch.dtype) -> Self:
+        return replace(self, of=self.of.rounded(dtype))
 
     def on(self, rows: slice) -> Self:
         return replace(self, of=self.of.on(rows))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import NoReturn
+from typing import NoReturn, Self
 
 import torch
 from jaxtyping import Float
@@ -24,6 +24,10 @@ class Mixture(Change, ABC):
 
     @abstractmethod
     def matmul(self, x: Float[Tensor, "*batch i"]) -> Float[Tensor, "*batch o"]: ...
+
+    def rounded(self, dtype: torch.dtype) -> Self:
+        """Return the change itself, unless a subclass knows what chooses its matrices: that is not rounded."""
+        return self
 
     def dense(self, dtype: torch.dtype | None = None) -> NoReturn:
         raise CompositionError(

@@ -29,6 +29,12 @@ class Rotation(Term, ABC):
     def apply(self, x: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch n"]:
         """Return ``M x`` on the last axis, differentiable in x and the tensors, in the wider dtype of the two."""
 
+    def blocks_of_map(self) -> Float[Tensor, "k b b"] | None:
+        """Return the blocks on the diagonal of M if it has no other entries and they are small, differentiable in the
+        tensors; otherwise None.
+        """
+        return None
+
     @abstractmethod
     def transposed(self) -> Rotation:
         """Return the map ``Mᵀ``: the inverse of an orthogonal map."""
@@ -57,6 +63,9 @@ class BlockRotation(Rotation):
         dtype = torch.promote_types(x.dtype, self.blocks.dtype)
         parts = x.to(dtype).reshape(*x.shape[:-1], k, b)
         return torch.einsum("...kb,kcb->...kc", parts, self.blocks.to(dtype)).flatten(-2)
+
+    def blocks_of_map(self) -> Tensor:
+        return self.blocks
 
     def transposed(self) -> BlockRotation:
         return BlockRotation(self.blocks.mT)

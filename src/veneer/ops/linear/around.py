@@ -1,6 +1,7 @@
 """Terms before and after the products: a map of the input, a map of the output, and a bias.
 
-Scales and biases are never rounded to the dtype of the tensor that they act on (`ops.scale`).
+Scales and biases are never rounded to the dtype of the tensor that they act on (`ops.scale`). Of a rotation in blocks
+the difference from the identity is (`ops.linear.blocks`).
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ from torch import Tensor
 
 from veneer.core.records import Around
 from veneer.core.terms.rotation import Rotation
-from veneer.ops.linear.change import Gradients, added, added_up, term_backward
+from veneer.ops.linear.blocks import blocks_gradient, less_identity, turn
+from veneer.ops.linear.change import Gradients, added, added_up, gradients_in, leaves_of
 from veneer.ops.linear.layer import LinearLayer
 from veneer.ops.scale import scale_columns, scale_columns_backward
 
@@ -100,11 +102,17 @@ def finished_backward(
 
 def _map(z: Tensor, term: Around | None, bias: Tensor | None, out: Tensor) -> None:
     """``term(z) + bias`` into ``out``, which may be z."""
-    if isinstance(term, Rotation):
-        turned = term.apply(z)
-        out.copy_(turned if bias is None else turned + bias)
-    else:
+    if not isinstance(term, Rotation):
         scale_columns(z, None if term is None else term.vector, bias, out)
+        return
+    less = less_identity(term, z)
+    if less is None:
+        own = term.apply(z)
+        out.copy_(own if bias is None else own + bias)
+        return
+    turn(z, less, out)
+    if bias is not None:
+        out.add_(bias)
 
 
 def _map_backward(
@@ -115,13 +123,23 @@ def _map_backward(
         dscale, dbias = scale_columns_backward(dy, z, term.vector, dz, with_bias=with_bias)
         return (dscale,), dbias
     dbias = scale_columns_backward(dy, None, None, None, with_bias=True)[1] if with_bias else None
-    if z is None:  # nothing of the map is trained
+    return _turn_backward(dy, z, term, dz), dbias
+
+
+def _turn_backward(dy: Tensor, z: Tensor | None, term: Rotation, dz: Tensor) -> Gradients:
+    leaves = leaves_of(term)
+    with torch.enable_grad():
+        own = term.with_tensors(leaves)
+        less = less_identity(own, dy)
+        made = own.apply(z) if less is None and z is not None else less
+    gradients: Gradients = (None,) * len(leaves)
+    if z is not None and made is not None:
+        gradients = gradients_in(leaves, made, dy.to(made.dtype) if less is None else blocks_gradient(dy, z, less))
+    if less is None:
         dz.copy_(term.transposed().apply(dy))
-        return (None,) * len(term.tensors), dbias
-    own, gradients = term_backward(term, dy, z, True)
-    if own is not None:
-        dz.copy_(own)
-    return gradients, dbias
+    else:
+        turn(dy, less.detach().mT, dz)
+    return gradients
 
 
 def _reaches_all(layer: LinearLayer, n_rows: int) -> bool:

@@ -1,17 +1,22 @@
 """Changes of the weight other than a low-rank pair: their products added to outputs, and the backward pass.
 
-The backward pass computes a change again under autograd, so neither its matrix nor intermediate results are kept.
+Their tensors are rounded to x's dtype for the products, as those of a pair are. A change that `Change.is_made_for` the
+rows is one matrix for one product, made again in the backward pass. Of others the backward pass computes the product
+again under autograd. So neither a matrix nor intermediate results are kept.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from veneer.core.terms.change import Change
-from veneer.core.terms.rotation import Rotation
+from veneer.core.terms.term import Term
 from veneer.ops.linear.layer import LinearLayer
+from veneer.ops.matmul import add_matmul, matmul
 
 Gradients = tuple[Tensor | None, ...]
 """In the tensors of a term, in their order."""
@@ -21,7 +26,11 @@ def add_changes(z: Float[Tensor, "n o"], x: Float[Tensor, "n i"], layer: LinearL
     """Add ``ΔW x`` of each record's changes to the rows that take it, in place."""
     for k, rows in layer.spans(len(x)):
         for change in layer.records[k].changes:
-            z[rows].add_(change.on(rows).apply(x[rows]))
+            own, own_x = change.on(rows), x[rows]
+            if own.is_made_for(len(own_x)):
+                add_matmul(z[rows], own_x, own.dense(x.dtype).T)
+            else:
+                z[rows].add_(own.rounded(x.dtype).apply(own_x))
 
 
 def changes_backward(
@@ -34,29 +43,43 @@ def changes_backward(
     found: list[list[Gradients]] = [[()] * len(record.changes) for record in layer.records]
     for k, rows in layer.spans(len(x)):
         for place, change in enumerate(layer.records[k].changes):
-            own, gradients = term_backward(change.on(rows), dz[rows], x[rows], input_grad)
-            found[k][place] = added_up(found[k][place], gradients)
-            if dx is not None and own is not None:
-                dx[rows].add_(own)
+            own, given = change.on(rows), (dz[rows], x[rows], None if dx is None else dx[rows])
+            backward = _made_backward if own.is_made_for(len(x[rows])) else _product_backward
+            found[k][place] = added_up(found[k][place], backward(own, *given))
     return dx, found
 
 
-def term_backward(
-    term: Change | Rotation, dy: Float[Tensor, "n o"], x: Float[Tensor, "n i"], input_grad: bool
-) -> tuple[Tensor | None, Gradients]:
-    """Return the gradients of ``term.apply(x)`` in x (None if not asked for) and in the term's tensors, by
-    recomputation.
-    """
+def _made_backward(change: Change, dz: Tensor, x: Tensor, dx: Tensor | None) -> Gradients:
+    """Gradients in the tensors of a change by that in its matrix, ``dzᵀ x``; that in x is added to ``dx``."""
+    leaves = leaves_of(change)
     with torch.enable_grad():
-        tensors = [tensor.detach().requires_grad_(tensor.requires_grad) for tensor in term.tensors]
-        x = x.detach().requires_grad_(input_grad)
-        y = term.with_tensors(tensors).apply(x)
-    wanted = [tensor for tensor in (x, *tensors) if tensor.requires_grad]
-    if not wanted:
-        return None, (None,) * len(tensors)
-    found = iter(torch.autograd.grad(y, wanted, dy.to(y.dtype), allow_unused=True))
-    dx, *gradients = (next(found) if tensor.requires_grad else None for tensor in (x, *tensors))
-    return dx, tuple(gradients)
+        made = change.with_tensors(leaves).dense(x.dtype)
+    if dx is not None:
+        add_matmul(dx, dz, made.detach())
+    return gradients_in(leaves, made, matmul(dz.T, x, x.dtype)) if change.is_trained else (None,) * len(leaves)
+
+
+def _product_backward(change: Change, dz: Tensor, x: Tensor, dx: Tensor | None) -> Gradients:
+    """Gradients in the tensors of a change by its product; that in x is added to ``dx``."""
+    leaves, x = leaves_of(change), x.detach().requires_grad_(dx is not None)
+    with torch.enable_grad():
+        y = change.with_tensors(leaves).rounded(x.dtype).apply(x)
+    own, *gradients = gradients_in([x, *leaves], y, dz.to(y.dtype))
+    if dx is not None and own is not None:
+        dx.add_(own)
+    return tuple(gradients)
+
+
+def leaves_of(term: Term) -> list[Tensor]:
+    """Return the tensors of a term as leaves of a graph of their own."""
+    return [tensor.detach().requires_grad_(tensor.requires_grad) for tensor in term.tensors]
+
+
+def gradients_in(leaves: Sequence[Tensor], y: Tensor, dy: Tensor) -> Gradients:
+    """Return the gradients in leaves of the graph of y; None where none is asked for."""
+    wanted = [leaf for leaf in leaves if leaf.requires_grad]
+    found = iter(torch.autograd.grad(y, wanted, dy, allow_unused=True) if wanted else ())
+    return tuple(next(found) if leaf.requires_grad else None for leaf in leaves)
 
 
 def added_up(totals: Gradients, parts: Gradients) -> Gradients:

@@ -142,12 +142,12 @@ def backward(
     ``overwrite`` allows the outputs' gradients to be written over, ``owns_x`` x, as in `forward`. Rows of x that
     records map are copied even so, for the gradients of their maps; other rows are not.
     """
-    alone = owns_x and len(layers) == 1
+    alone = owns_x and len(layers) == 1 and _reads_input(layers[0])
     found = _Found(layers)
     dzs = [found.finish(place, dy, z, overwrite) for place, (dy, z) in enumerate(zip(dys, kept.products, strict=True))]
     reads = [operand(dz) for dz in dzs]
     mapped = {place: mapped_rows(x, layer, copies=alone) for place, layer in enumerate(layers) if layer.maps_input}
-    inputs = [mapped_input(x, layer, overwrite=alone) for layer in layers]
+    inputs = [mapped_input(x, layer, overwrite=alone) if _reads_input(layer) else x for layer in layers]
     into = [place if layer.maps_input else WHOLE for place, layer in enumerate(layers)]
     totals: dict[int, Tensor | None] = {}
     for places, u in zip(_together(layers), kept.us, strict=True):
@@ -172,6 +172,11 @@ def backward(
         if input_grad:
             totals[WHOLE] = added(totals.get(WHOLE), dx)
     return LinearGradients(totals.get(WHOLE), found.listed())
+
+
+def _reads_input(layer: LinearLayer) -> bool:
+    """True if a gradient follows from the mapped input: that of a change of the weight does."""
+    return layer.is_lowrank or layer.has_changes
 
 
 def takes_input_late(layer: LinearLayer) -> bool:
