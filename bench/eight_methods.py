@@ -5,6 +5,8 @@ training: a step of all eight adapters, each on a row of its own. Losses of two 
 serving: eight greedy requests at once. The tokens must be those of each request alone. Lily is not served; C3A stands
     in its place.
 
+LLaMA-Adapter, attention beside attention, takes whole rows, and aLoRA parts of them: no pass takes both.
+
     python bench/eight_methods.py [--parts training serving] [--model smollm2-135m-instruct] [--tokens 256]
         [--repeats 5] [--without NAME …] [--tiny]
 
@@ -46,8 +48,8 @@ GROUPS: Mapping[str, tuple[str, dict[str, Any]]] = {
     "vblora": ("VBLoRAConfig", {"r": 4, "num_vectors": 256, "vector_length": 32}),  # shared tensors
     "oft": ("OFTConfig", {"oft_block_size": 32}),  # a rotation
     "lokr": ("LoKrConfig", {"r": 8}),  # a change with a product of its own
-    "hira": ("HiraConfig", {"r": 16}),  # a change that is made
-    "adaption_prompt": ("AdaptionPromptConfig", {"adapter_len": 8, "adapter_layers": 30}),  # attention beside attention
+    "shira": ("ShiraConfig", {"r": 16}),  # a sparse change
+    "hira": ("HiraConfig", {"r": 16}),  # a change that follows from the weight
     "lily": ("LilyConfig", {"r": 16}),  # matrices that the tokens choose
     "alora": ("LoraConfig", {"r": 16, "alora_invocation_tokens": CALLED}),  # from some token on
 }
@@ -124,12 +126,7 @@ def member(config: tuple[str, dict[str, Any]]) -> Make:
     name, fields = config
 
     def make(base: Any) -> Any:
-        own = dict(fields)
-        if "adapter_layers" in own:
-            own["adapter_layers"] = min(own["adapter_layers"], base.config.num_hidden_layers)
-        else:
-            own |= LAYERS
-        model = adapted_by("veneer", base, name, own)
+        model = adapted_by("veneer", base, name, {**fields, **LAYERS})
         randomize(model)
         return model
 

@@ -1,8 +1,8 @@
 """Changes of the weight other than a low-rank pair: their products added to outputs, and the backward pass.
 
-Their tensors are rounded to x's dtype for the products, as those of a pair are. A change that `Change.is_made_for` the
-rows is one matrix for one product, made again in the backward pass. Of others the backward pass computes the product
-again under autograd. So neither a matrix nor intermediate results are kept.
+For `MANY_ROWS` their tensors are rounded to x's dtype for the products, as those of a pair are. A change that
+`Change.is_made_for` the rows is one matrix for one product, made again in the backward pass. Of others the backward
+pass computes the product again under autograd. So neither a matrix nor intermediate results are kept.
 """
 
 from __future__ import annotations
@@ -18,6 +18,9 @@ from veneer.core.terms.term import Term
 from veneer.ops.linear.layer import LinearLayer
 from veneer.ops.matmul import add_matmul, matmul
 
+MANY_ROWS = 64
+"""Fewer, such as a serving step has, are multiplied in the change's own dtype: rounding saves no time there."""
+
 Gradients = tuple[Tensor | None, ...]
 """In the tensors of a term, in their order."""
 
@@ -27,10 +30,10 @@ def add_changes(z: Float[Tensor, "n o"], x: Float[Tensor, "n i"], layer: LinearL
     for k, rows in layer.spans(len(x)):
         for change in layer.records[k].changes:
             own, own_x = change.on(rows), x[rows]
-            if own.is_made_for(len(own_x)):
+            if _is_made(own, own_x):
                 add_matmul(z[rows], own_x, own.dense(x.dtype).T)
             else:
-                z[rows].add_(own.rounded(x.dtype).apply(own_x))
+                z[rows].add_(_rounded(own, own_x).apply(own_x))
 
 
 def changes_backward(
@@ -44,7 +47,7 @@ def changes_backward(
     for k, rows in layer.spans(len(x)):
         for place, change in enumerate(layer.records[k].changes):
             own, given = change.on(rows), (dz[rows], x[rows], None if dx is None else dx[rows])
-            backward = _made_backward if own.is_made_for(len(x[rows])) else _product_backward
+            backward = _made_backward if _is_made(own, x[rows]) else _product_backward
             found[k][place] = added_up(found[k][place], backward(own, *given))
     return dx, found
 
@@ -63,11 +66,19 @@ def _product_backward(change: Change, dz: Tensor, x: Tensor, dx: Tensor | None) 
     """Gradients in the tensors of a change by its product; that in x is added to ``dx``."""
     leaves, x = leaves_of(change), x.detach().requires_grad_(dx is not None)
     with torch.enable_grad():
-        y = change.with_tensors(leaves).rounded(x.dtype).apply(x)
+        y = _rounded(change.with_tensors(leaves), x).apply(x)
     own, *gradients = gradients_in([x, *leaves], y, dz.to(y.dtype))
     if dx is not None and own is not None:
         dx.add_(own)
     return tuple(gradients)
+
+
+def _is_made(change: Change, x: Tensor) -> bool:
+    return len(x) >= MANY_ROWS and change.is_made_for(len(x))
+
+
+def _rounded(change: Change, x: Tensor) -> Change:
+    return change.rounded(x.dtype) if len(x) >= MANY_ROWS else change
 
 
 def leaves_of(term: Term) -> list[Tensor]:

@@ -17,12 +17,12 @@ from veneer.methods.osf import Triplets
 from veneer.methods.randlora import Draw, RandomBases, bases
 from veneer.methods.shira import Sparse
 from veneer.methods.waveft import Coefficients, padded
-from veneer.ops.linear.change import add_changes, changes_backward
+from veneer.ops.linear.change import MANY_ROWS, add_changes, changes_backward
 from veneer.ops.linear.layer import LinearLayer
 from veneer.quant.dense import DenseWeight
 
 OUT, IN = 21, 15
-ROWS = 23  # at least as many as the smaller width: some changes are made then
+ROWS = MANY_ROWS + 3  # and at least as many as the smaller width: some changes are made then
 FEW = 4
 
 
