@@ -27,7 +27,7 @@ class LinearLayer:
     run names, or none. A row may be many tokens. ``masks`` are the dropout masks on the input of each record's A;
     without any nothing is dropped.
 
-    A record's tensors may be wider than x (float32 with bf16). Pairs, and changes for many rows, are rounded to it for the
+    A record's tensors may be wider than x (float32 with bf16). Pairs, and changes for many rows, are rounded for the
     products, which accumulate in float32. Of a rotation in blocks the difference from the identity is rounded, and of
     other terms nothing. Gradients are in the tensors' own dtype.
     """
