@@ -42,10 +42,10 @@ class Circulant(Change):
         return torch.promote_types(self.kernel.dtype, torch.float32)  # there is no transform in 16 bits
 
     def dense(self, dtype: torch.dtype | None = None) -> Tensor:
-        b = self.kernel.shape[2]
+        m, n, b = self.kernel.shape
         kernel = self.kernel * self.scale
         repeated = (kernel if dtype is None else kernel.to(dtype)).repeat(1, 1, 2 * b)
-        blocks = repeated[..., b:].unflatten(-1, (b, 2 * b - 1))[..., :b]  # at b + (2 b - 1) p + j: j - p
+        blocks = repeated[..., b:].reshape(m, n, b, 2 * b - 1)[..., :b]  # of place b + (2 b - 1) p + j, modulo b
         return blocks.transpose(1, 2).reshape(self.shape)
 
     def is_made_for(self, n_rows: int) -> bool:

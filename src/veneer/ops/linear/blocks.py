@@ -53,4 +53,4 @@ def blocks_gradient(
 
 
 def _parts(x: Float[Tensor, "n d"], less: Float[Tensor, "k b b"]) -> Float[Tensor, "k n b"]:
-    return x.unflatten(1, less.shape[:2]).transpose(0, 1)
+    return x.view(len(x), *less.shape[:2]).transpose(0, 1)
