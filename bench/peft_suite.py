@@ -2,39 +2,42 @@
 
 ``python bench/peft_suite.py --tests DIR`` with ``DIR`` the folder ``tests`` of PEFT's source distribution
 (``pip download --no-deps --no-binary :all: peft==0.21.2``). Models of the hub are replaced by tiny random ones
-(``tiny_hub.py``). Only tests of methods that veneer has are run, and of them those count that pass on PEFT itself here.
-A test that asks for a name or an option that veneer has not, or for a part inside PEFT, counts as that; `translate`
-says which few words from inside are answered. The tests need pytest, ``parameterized`` and ``scipy``.
-``--only`` names test files; ``--show`` prints the failures by their messages.
+(``tiny_hub.py``). Every test that passes on PEFT itself here counts. Failures of the list in ``peft_departures.py``
+depart on purpose, and the share outside it is what the script says last. `translate` has the words from inside PEFT
+that veneer answers. The tests need pytest, ``pytest-timeout``, ``parameterized`` and ``scipy``.
+
+``--sample 0.07`` draws so large a part of the tests by their names, the same on both sides; shares then have an
+interval. ``--only`` names test files; ``--show`` prints the failures by their messages.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import importlib.abc
 import importlib.machinery
 import json
+import math
 import os
+import random
 import re
 import subprocess
 import sys
 import tempfile
 import types
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
+from peft_departures import ABSENT, DEPARTURES, departure_of
 from report import ends_as_interrupted
 
-FILES = (
-    "auto", "config", "custom_models", "decoder_models", "encoder_decoder_models", "feature_extraction_models",
-    "helpers", "initialization", "integrations", "lora_variants", "loraplus", "low_level_api", "mapping", "other",
-    "seq_classifier", "target_parameters", "token_classification_qa", "trainable_tokens", "tuners_utils", "vera",
-    "vision_models",
-)  # fmt: skip
+NEED_GPU = ("common_gpu", "gptqmodel", "gpu_examples", "stablediffusion", "torch_compile")  # or pipelines of images
 ELSEWHERE = ("diffusers", "cpm_kernels", "soundfile")  # what the tests import besides, and may be missing
+
+Ends = dict[str, tuple[str, str]]  # how each test ended, by its name: a kind, and the message of a failure
 
 
 class NotInVeneerError(Exception):
@@ -96,8 +99,11 @@ class Shim(types.ModuleType):
 
         if name in veneer.__all__:
             return getattr(veneer, name)
+        if (self.__name__, name) == ("peft.tuners", "lora"):  # a module, whichever file imports it first
+            return importlib.import_module("peft.tuners.lora")
         own = {"PromptLearningConfig": VirtualTokenMethod, "infer_device": lambda: "cpu", "__version__": "0.21.2"}
         own |= {"BaseTunerLayer": Adapted, "_get_submodules": submodules}
+        own |= {"LoraLayer": WithLora, "PEFT_TYPE_TO_PREFIX_MAPPING": OnePrefix()}
         own |= {"AuxiliaryTrainingWrapper": WithCopies, "ModulesToSaveWrapper": WithCopies}
         own |= {"TrainableTokensWrapper": WithRows}
         own |= {"is_transformers_ge_v5": True, "SAFETENSORS_WEIGHTS_NAME": "adapter_model.safetensors"}
@@ -140,6 +146,28 @@ class WithRows(metaclass=Auxiliary):
     """Modules of which adapters train rows."""
 
 
+class Lora(type):
+    """The type of the class that stands for a layer with LoRA."""
+
+    def __instancecheck__(cls, value: Any) -> bool:
+        from veneer import LoraConfig
+        from veneer.model.adapted import Adapted
+
+        configs = value.adapter_state.configs if isinstance(value, Adapted) else {}
+        return any(isinstance(configs[name], LoraConfig) for name in getattr(value, "adapters", {}) if name in configs)
+
+
+class WithLora(metaclass=Lora):
+    """Layers with LoRA."""
+
+
+class OnePrefix(dict[str, str]):
+    """What the names of every method's parameters have in common."""
+
+    def __missing__(self, method: str) -> str:
+        return "adapters."
+
+
 def submodules(model: Any, key: str) -> tuple[Any, Any, str]:
     """A module's parent, the module, and its name there."""
     parent, _, name = key.rpartition(".")
@@ -147,7 +175,7 @@ def submodules(model: Any, key: str) -> tuple[Any, Any, str]:
 
 
 def translate() -> None:
-    """Let veneer answer to four words from inside PEFT that nearly every test says."""
+    """Let veneer answer in words from inside PEFT, of which nearly every test says some."""
     from veneer.adapters.peft_model import PeftModel
     from veneer.methods import all_methods
     from veneer.model.adapted import Adapted
@@ -155,10 +183,60 @@ def translate() -> None:
     translated: Any = PeftModel
     wrapped: Any = Adapted
     wrapped._adapters = property(lambda module: set(module.copies))
+    wrapped._all_available_adapter_names = lambda module: [*module.adapters, *module.copies]
+    wrapped.merged = property(lambda module: bool(module.merged_adapters))
+    wrapped.set_adapter = activate  # of one layer in PEFT; tests set those of all layers in turn
+    wrapped.r = property(Ranks)
+    wrapped.get_delta_weight = change_of_weight
     translated.prefix = "adapters."  # what the names of an adapter's parameters have in common
+    translated.supports_lora_conversion = has_lora
     translated.prepare_model_for_gradient_checkpointing = lambda self, model: model  # nothing is left to do there
     for method in all_methods().values():
         method.peft_type = Word(method.peft_type)
+
+
+class Ranks(Mapping[str, int]):
+    """The rank of each adapter at a layer, as it is when it is asked for."""
+
+    def __init__(self, module: Any) -> None:
+        self.module = module
+
+    def __getitem__(self, name: str) -> int:
+        return int(self.module.method(name).rank(self.module.site((name,))))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(getattr(self.module, "adapters", ()))  # none once the last adapter has left the layer
+
+    def __len__(self) -> int:
+        return len(list(iter(self)))
+
+    def __contains__(self, name: object) -> bool:
+        return name in list(self)
+
+
+def activate(module: Any, names: str | list[str], **_: Any) -> None:
+    """Activate adapters in all layers of the module's model."""
+    module.adapter_state.active = (names,) if isinstance(names, str) else tuple(names)
+
+
+def change_of_weight(module: Any, name: str) -> Any:
+    """What an adapter adds to the weight of a layer."""
+    from veneer.combine.update import Update
+
+    site = module.site((name,))
+    return Update(module.record(name, site), site.weight).dense()
+
+
+def has_lora(model: Any, adapter_name: str = "default") -> bool:
+    """True if `convert_to_lora` takes an adapter."""
+    import veneer
+    from veneer.errors import VeneerError
+
+    try:
+        veneer.convert_to_lora(model, 1, adapter_name)
+    except VeneerError:
+        return False
+    return True
 
 
 class Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
@@ -179,21 +257,27 @@ class Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
 
 class Counting:
-    """A pytest plugin that leaves out the tests of other methods and keeps how each of the others ended."""
+    """A pytest plugin that draws a part of the tests and keeps how each of them ended."""
 
-    def __init__(self, keep: set[str] | None) -> None:
+    def __init__(self, fraction: float, seed: int) -> None:
         self.ended: dict[str, tuple[str, str]] = {}
-        self.keep = keep
+        self.fraction, self.seed = fraction, seed
 
     def pytest_collection_modifyitems(self, items: list[Any]) -> None:
-        """Keep the tests whose parameters name no method that veneer lacks, or, on PEFT, those kept before."""
+        """Keep the tests that are drawn; those whose parameters name a method that veneer lacks end here."""
         from tests import testing_utils
 
         testing_utils._HUB_MODEL_ACCESSES = Known()
-        if self.keep is None:
-            items[:] = [item for item in items if not foreign(getattr(item, "callspec", None))]
-        else:
-            items[:] = [item for item in items if item.nodeid in self.keep]
+        drawn = [item for item in items if self.draws(item.nodeid)]
+        for item in drawn:
+            missing = foreign(getattr(item, "callspec", None))
+            if missing:
+                self.ended[item.nodeid] = ("absent", missing)
+        items[:] = [item for item in drawn if item.nodeid not in self.ended]
+
+    def draws(self, name: str) -> bool:
+        """True for a fraction of all names, by a seed."""
+        return random.Random(f"{self.seed} {name}").random() < self.fraction
 
     def pytest_runtest_makereport(self, item: Any, call: Any) -> None:
         """Note a failure's class and message."""
@@ -221,16 +305,19 @@ class Known(dict[str, int]):
         return 1
 
 
-def foreign(callspec: Any) -> bool:
-    """Return True if a test's parameters hold a class that stands for another method."""
-    return callspec is not None and any(stands_in(value) for value in callspec.params.values())
+def foreign(callspec: Any) -> str:
+    """The name of the class in a test's parameters that stands for another method; "" if there is none."""
+    found = (stands_in(value) for value in callspec.params.values()) if callspec is not None else iter(())
+    return next((name for name in found if name), "")
 
 
-def stands_in(value: Any) -> bool:
-    """Return True if a value is, or holds, a stand-in."""
+def stands_in(value: Any) -> str:
+    """The name of the stand-in that a value is or holds; "" if it holds none."""
     if isinstance(value, (list, tuple)):
-        return any(stands_in(part) for part in value)
-    return AbsentType in (type(value), type(type(value)))
+        return next((name for name in map(stands_in, value) if name), "")
+    if AbsentType is type(value):
+        return str(value.__name__)
+    return type(value).__name__ if AbsentType is type(type(value)) else ""
 
 
 def run_inside(given: argparse.Namespace) -> None:
@@ -241,43 +328,93 @@ def run_inside(given: argparse.Namespace) -> None:
     sys.meta_path.insert(0, Finder(("peft", *missing) if given.under == "veneer" else missing))
     if given.under == "veneer":
         translate()
-    counting = Counting(set(json.loads(given.keep.read_text())) if given.keep else None)
-    files = [str(given.tests / f"test_{name}.py") for name in given.only or FILES]
+    counting = Counting(given.sample, given.seed)
+    files = [str(given.tests / f"test_{name}.py") for name in given.only or files_in(given.tests)]
     options = ["-q", "--no-header", "--tb=no", "-p", "no:cacheprovider", "-W", "ignore", "--timeout=120"]
     options += [f"--rootdir={given.tests.parent}", "-c", "/dev/null", "--continue-on-collection-errors", *given.pytest]
     pytest.main([*options, *files], plugins=[counting])
     given.result.write_text(json.dumps(counting.ended))
 
 
-def run_apart(given: argparse.Namespace, under: str, folder: Path, *more: str) -> dict[str, tuple[str, str]]:
+def files_in(tests: Path) -> list[str]:
+    """The names of the test files that need no GPU, without their "test_"."""
+    names = (path.stem.removeprefix("test_") for path in sorted(tests.glob("test_*.py")))
+    return [name for name in names if name not in NEED_GPU]
+
+
+def run_apart(given: argparse.Namespace, under: str, folder: Path) -> Ends:
     """The outcome of every test, by its name, from a run in a process of its own."""
     result = folder / f"{under}.json"
     command = [sys.executable, __file__, "--tests", str(given.tests), "--under", under, "--result", str(result)]
-    command += ["--cache", str(given.cache or folder / "hub"), *more, "--only", *given.only, "--pytest", *given.pytest]
+    command += ["--cache", str(given.cache or folder / "hub"), "--sample", str(given.sample), "--seed", str(given.seed)]
+    command += ["--only", *given.only, "--pytest", *given.pytest]
     subprocess.run(command, check=True, stdout=sys.stderr, cwd=folder)
     return {name: tuple(end) for name, end in json.loads(result.read_text()).items()}
 
 
-def told(ours: dict[str, tuple[str, str]], theirs: dict[str, tuple[str, str]]) -> Iterator[str]:
-    """The count by file, and in all."""
-    counted = {name: end for name, end in ours.items() if theirs.get(name, ("",))[0] == "passed"}
+def counted(ours: Ends, theirs: Ends) -> Ends:
+    """How each test that passes on PEFT ended on veneer; one that veneer's names kept from being made has failed."""
+    passing = sorted(name for name, end in theirs.items() if end[0] == "passed")
+    return {name: ours.get(name, ("absent", "the test is not made")) for name in passing}
+
+
+def told(ends: Ends) -> Iterator[str]:
+    """The count by file and in all, and the share outside the list of departures with its 95% interval."""
     table: dict[str, Counter[str]] = {}
-    for name, (kind, _) in counted.items():
+    for name, end in ends.items():
         file = name.split("::")[0].split("/")[-1]
-        state = kind if kind in ("passed", "absent", "skipped") else "failed"
         for row in (file, "in all"):
-            table.setdefault(row, Counter()).update([state])
-    yield "| tests of PEFT's that pass on PEFT here | pass | ask for an absent name | fail |\n| --- | --- | --- | --- |"
+            table.setdefault(row, Counter()).update([state_of(name, *end)])
+    yield "| tests of PEFT's that pass on PEFT here | pass | skip themselves | depart on purpose | fail |"
+    yield f"|{' --- |' * 5}"
     for row in sorted(table, key=lambda row: (row == "in all", row)):
         states = table[row]
-        yield f"| {row} ({states.total()}) | {states['passed']} | {states['absent']} | {states['failed']} |"
+        numbers = (states[state] for state in ("passed", "skipped", "departs", "failed"))
+        yield f"| {row} ({states.total()}) | {' | '.join(map(str, numbers))} |"
+    whole = table.get("in all", Counter())
+    n, passed = whole["passed"] + whole["failed"], whole["passed"]
+    if passed:
+        low, high = interval(passed, n)
+        yield f"outside the list {passed} of {n} pass: {passed / n:.1%} (of all tests {low:.1%} to {high:.1%})"
+        failed = (text for name, (kind, text) in ends.items() if state_of(name, kind, text) == "failed")
+        lacking = sum(bool(re.search(ABSENT, text)) for text in failed)
+        low, high = interval(passed, n - lacking)
+        share = passed / (n - lacking)
+        yield f"{lacking} ask for methods that veneer lacks; of the others {share:.1%} pass ({low:.1%} to {high:.1%})"
 
 
-def reasons(ours: dict[str, tuple[str, str]], theirs: dict[str, tuple[str, str]]) -> Iterator[str]:
-    """Failures by class and message, the most frequent first."""
+def state_of(name: str, kind: str, text: str) -> str:
+    """passed, skipped, departs, or failed."""
+    if kind in ("passed", "skipped"):
+        return kind
+    return "departs" if departure_of(name, f"{kind}: {text}") else "failed"
+
+
+def interval(passed: int, n: int) -> tuple[float, float]:
+    """The 95% interval of a share (Wilson 1927)."""
+    z, share = 1.96, passed / n
+    middle, root = share + z * z / (2 * n), z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    return (middle - root) / (1 + z * z / n), (middle + root) / (1 + z * z / n)
+
+
+def departures(ends: Ends) -> Iterator[str]:
+    """The list with the number of tests that each departure accounts for."""
+    found = Counter(departure_of(name, f"{kind}: {text}") for name, (kind, text) in failures(ends))
+    yield "| departure | tests | reason |\n| --- | ---: | --- |"
+    for departure in DEPARTURES:
+        yield f"| {departure.what} | {found[departure]} | {departure.reason} |"
+
+
+def failures(ends: Ends) -> Iterator[tuple[str, tuple[str, str]]]:
+    """The tests that neither pass nor skip themselves."""
+    return ((name, end) for name, end in ends.items() if end[0] not in ("passed", "skipped"))
+
+
+def reasons(ends: Ends) -> Iterator[str]:
+    """Failures outside the list by class and message, the most frequent first."""
     found: dict[tuple[str, str], list[str]] = {}
-    for name, (kind, text) in ours.items():
-        if theirs.get(name, ("",))[0] == "passed" and kind not in ("passed", "skipped"):
+    for name, (kind, text) in failures(ends):
+        if departure_of(name, f"{kind}: {text}") is None:
             found.setdefault((kind, re.sub(r"0x\w+|\d+", "#", text)[:160]), []).append(name)
     for (kind, text), names in sorted(found.items(), key=lambda item: -len(item[1])):
         yield f"{len(names):4d} {kind}: {text!r}\n       e.g. {names[0]}"
@@ -290,13 +427,16 @@ def main() -> None:
     parser.add_argument("--tests", required=True, type=lambda text: Path(text).resolve())
     parser.add_argument("--under", choices=("veneer", "peft"), help="run in this process, on one of them")
     parser.add_argument("--result", type=Path, help="where --under writes how each test ended")
-    parser.add_argument("--keep", type=Path, help="with --under: run only the tests that this result names")
+    parser.add_argument("--sample", type=float, default=1.0, metavar="FRACTION", help="draw a part of the tests")
+    parser.add_argument("--seed", type=int, default=0, help="of the draw")
     parser.add_argument("--cache", type=lambda text: Path(text).resolve(), help="where the tiny models are kept")
     parser.add_argument("--theirs", type=Path, help="keep PEFT's results in this file, and use it if it is there")
+    parser.add_argument("--ours", type=Path, help="the same for veneer's results")
     parser.add_argument("--only", nargs="*", default=[])
     parser.add_argument("--show", action="store_true")
     parser.add_argument("--pytest", nargs=argparse.REMAINDER, default=[])
     given = parser.parse_args()
+    (given.tests / "__init__.py").touch()  # the files import each other as a package, which the distribution leaves out
     if given.under:
         os.environ |= {"HF_HUB_CACHE": str(given.cache), "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
         sys.path.insert(0, str(given.tests.parent))
@@ -312,16 +452,21 @@ def run_both(given: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         tiny_hub.fill(given.cache or folder / "hub")
-        ours = run_apart(given, "veneer", folder)
-        if given.theirs and given.theirs.exists():
-            theirs = json.loads(given.theirs.read_text())
-        else:
-            theirs = run_apart(given, "peft", folder, "--keep", str(folder / "veneer.json"))
-            if given.theirs:
-                given.theirs.write_text(json.dumps(theirs))
-    print("\n".join(told(ours, theirs)))
+        theirs = kept_or_run(given, "peft", folder, given.theirs)
+        ends = counted(kept_or_run(given, "veneer", folder, given.ours), theirs)
+    print("\n".join((*told(ends), "", *departures(ends))))
     if given.show:
-        print("\n".join(reasons(ours, theirs)))
+        print("\n".join(reasons(ends)))
+
+
+def kept_or_run(given: argparse.Namespace, under: str, folder: Path, kept: Path | None) -> Ends:
+    """The results in a file, or, where there is none, those of a run, which the file then keeps."""
+    if kept is not None and kept.exists():
+        return {name: tuple(end) for name, end in json.loads(kept.read_text()).items()}
+    ends = run_apart(given, under, folder)
+    if kept is not None:
+        kept.write_text(json.dumps(ends))
+    return ends
 
 
 if __name__ == "__main__":

@@ -1,0 +1,142 @@
+"""Where veneer departs from PEFT on purpose, as PEFT's tests show it: a reason each, and how a failure is told."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Departure:
+    """A departure: its name, its reason, and patterns of the tests' names and of their failures."""
+
+    what: str
+    reason: str
+    tests: str = ""
+    says: str = ""
+
+
+ABSENT = r"(Adamss|Cartridge|Glora|Pvera|Supertuning)Config|'(monteclora|velora)_config'"
+"""Methods of PEFT's that veneer lacks, as a failure names them; they are not in the list."""
+
+LEFT_OUT = Departure(
+    "methods left out: Shadow, X-LoRA, Megatron's layers",
+    "Shadow is a network of its own; X-LoRA's needs two passes for each token, and Arrow mixes by token in one",
+    says=r"ShadowConfig|ShadowPEFT|XLORA|XLora|megatron",
+)
+DEPARTURES = (
+    LEFT_OUT,
+    Departure(
+        "`safe_serialization=False`",
+        "a pickle runs the code that it holds, so adapters are written as safetensors alone",
+        says="safe_serialization=False asks for a pickle",
+    ),
+    Departure(
+        "configs that are changed in place",
+        "configs are frozen and were checked when they were made: another is made with `dataclasses.replace`, and "
+        "attaching keeps a copy",
+        says=r"FrozenConfigError|unexpected keyword argument 'peft_type'|isinstance\(.*, set\)",
+    ),
+    Departure(
+        "`from_pretrained(config=…)` that attaches the very object",
+        "the same: `inference_mode` of the caller's object stays as it was",
+        tests="test_from_pretrained_config_construction",
+        says="^AssertionError: $",
+    ),
+    Departure(
+        "`FullyShardedDataParallel` around an adapted model",
+        "`shard_base` cuts the frozen weights, and adapters stay whole on every process",
+        tests="fsdp_wrapped",
+    ),
+    Departure(
+        "the words of an error",
+        "an error of the same kind is raised: it says what was given, what is allowed and what to do",
+        says=r"^AssertionError: Regex pattern did not match",
+    ),
+    Departure(
+        "a warning about what has no effect",
+        "nothing is said where nothing is wrong, and an error is raised where something is",
+        says=r"DID NOT WARN|where \[\] = WarningsRecorder",
+    ),
+    Departure(
+        "settings that match no module",
+        "a key of a pattern, or a tie, that means nothing is an error when the adapter is attached; PEFT may warn",
+        says=r"_pattern key '.*' matches none of the|no module shares the weight of the input embeddings",
+    ),
+    Departure(
+        "unknown keys in `adapter_config.json`",
+        "each is an error that names the nearest one: a key that is not understood changes the adapter's meaning",
+        says=r"FormatError: .*adapter_config\.json: (unknown key|peft_type=None)",
+    ),
+    Departure(
+        "several adapters with trained biases",
+        "each adapter has its own copies of biases, so that there is nothing to refuse",
+        tests="test_adding_multiple_adapters_with_bias_raises",
+        says="DID NOT RAISE|has no attribute 'peft_config'",
+    ),
+    Departure(
+        "an error that is not needed",
+        "prompts unload, and `generate` takes positional arguments",
+        tests=r"test_unload_adapter|test_generate_pos_args",
+        says="DID NOT RAISE",
+    ),
+    Departure(
+        "parameters on the meta device",
+        "`low_cpu_mem_usage` has no effect: parameters are made once, on the device of their layer",
+        tests="test_load_model_low_cpu_mem_usage",
+        says="PEFT_TYPE_TO_TUNER_MAPPING",
+    ),
+    Departure(
+        "an adapter that trains while it is inactive",
+        "a loaded adapter trains while it is active, and is frozen otherwise, so that no optimizer holds it",
+        tests="requires_grad_set_correctly",
+        says=r"^AssertionError: assert False",
+    ),
+    Departure(
+        "modules that keep their own attributes",
+        "a module stays of its class, changed in place: one without `in_features` gets none",
+        tests="test_in_features_out_features_exposed",
+        says="hasattr",
+    ),
+    Departure(
+        "layers of one model switched one by one",
+        "all layers read one state, so that no layer is on while another is off",
+        tests="test_disable_adapters_exiting_context_irregular_state",
+        says="enable_adapters",
+    ),
+    Departure(
+        "a model card without the base of a model that is not of transformers",
+        "the card names the base that the config names",
+        tests=r"test_custom_models.*::test_save_pretrained(_selected_adapters)?\[",
+        says="^AssertionError: $",
+    ),
+    Departure(
+        "`num_virtual_tokens` left out",
+        "it must be given: PEFT makes a config that no model can take",
+        says="missing # required|missing 1 required keyword-only argument: 'num_virtual_tokens'",
+    ),
+    Departure(
+        "PEFT's wrappers around the model and its modules, and the names of parameters that follow from them",
+        "veneer puts no wrapper around modules: `base_model`, `token_adapter` and the like are not there",
+        says=r"has no attribute '(model|prompt_encoder|token_adapter|peft_config|set_adapter|base_layer)'"
+        r"|where 'default' = |base_model\.model\.|isinstance\(Adapted|isinstance\([A-Z]\w+\(",
+    ),
+    Departure(
+        "`preprocess_loraga`, `preprocess_corda`",
+        "starts from data are made on the adapted model, with `initialize_lora_ga_weights` and the like",
+        says=r"^absent: '?preprocess_",
+    ),
+    Departure(
+        "PEFT's inner functions, tables and layer classes",
+        "they are no interface: veneer has other parts",
+        says=r"^absent: '?(\w*Layer|BufferDict|IncrementalPCA|DoraCaching|MontecloraSampler|_\w+|check_target\w+"
+        r"|INCLUDE_LINEAR\w+|\w+_MAPPING|[\w.]+cache_clear)"
+        r"|absent\.\w+'> has no attribute|_get_module_names|no deleter",
+    ),
+)
+
+
+def departure_of(name: str, failure: str) -> Departure | None:
+    """The departure that explains a test's failure ("class: message"); None if none does."""
+    matches = (d for d in DEPARTURES if re.search(d.tests, name) and re.search(d.says, failure, re.DOTALL))
+    return next(matches, None)
