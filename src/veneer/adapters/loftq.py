@@ -36,8 +36,8 @@ def replace_lora_weights_loftq(
     ``callback`` is called with the model and the path after each layer. If it returns False, that layer's factors are
     restored. The base is not changed.
 
-    Raises ConfigError if no layer is quantized or the adapter is not plain LoRA. Raises FormatError if the files do not
-    hold the weights.
+    Raises ConfigError if no layer is quantized, the adapter is not plain LoRA, or the files hold no more than the base
+    itself. Raises FormatError if the files do not hold the weights.
     """
     config = model.peft_config.get(adapter_name)
     start = None if config is None else config.late_start
@@ -58,7 +58,7 @@ def replace_lora_weights_loftq(
     weights = Checkpoint.open(Path(model_path or loaded_from))
     for path, layer in layers.items():
         held, before = tensors_of(layer.adapters[adapter_name]), {}
-        values = _factors(start, layer.site((adapter_name,)), _dense(weights, model, path, layer))
+        values = _factors(start, layer.site((adapter_name,)), _dense(weights, model, path, layer), path)
         for name, value in values.items():
             before[name] = held[name].clone()
             held[name].copy_(value)
@@ -67,8 +67,13 @@ def replace_lora_weights_loftq(
                 held[name].copy_(value)
 
 
-def _factors(start: LateStart, site: LinearSite, weight: Tensor) -> dict[str, Tensor]:
+def _factors(start: LateStart, site: LinearSite, weight: Tensor, path: str) -> dict[str, Tensor]:
     quantized = cast(FrozenWeight, site.weight).dense(torch.float32)
+    if weight.itemsize == 1 or torch.equal(weight.to(quantized), quantized):
+        raise ConfigError(
+            f"{path}: the files hold the quantized weight itself, from which LoftQ sees no error: give as model_path "
+            "the folder of the model in 16 bits, or leave LoftQ out"
+        )
     a, b = lost(weight, quantized, start.rank(site), start.scale(site))
     return {start.a: a, start.b: b}
 

@@ -16,12 +16,14 @@ from transformers import AutoModelForCausalLM
 
 from veneer import LLM, SamplingParams
 from veneer.adapters.auto import AutoPeftModelForCausalLM, make_room_for
+from veneer.adapters.loftq import replace_lora_weights_loftq
 from veneer.adapters.peft_model import get_peft_model
 from veneer.errors import ConfigError, FormatError
 from veneer.export.gguf.mix import MixOptions
 from veneer.export.gguf.model import GgufOptions, export_gguf
 from veneer.export.merged import MergeOptions, merge_checkpoint
 from veneer.methods.lora import LoraConfig
+from veneer.model.attach import adapted_layers
 from veneer.model.coded import CodedModule
 from veneer.model.coded_embedding import CodedEmbedding
 from veneer.model.coded_stack import CodedStack
@@ -210,6 +212,20 @@ def test_an_adapter_names_the_file_is_loaded_on_it_and_merges_into_16_bits(mixed
     torch.testing.assert_close(plain(ids).logits, logits, rtol=1e-4, atol=1e-4)
     plain.save_pretrained(tmp_path / "saved")
     assert "lm_head.weight" not in load_file(tmp_path / "saved" / "model.safetensors")
+
+
+def test_loftq_starts_from_the_16_bit_folder_and_refuses_the_file_itself(mixed: Path, tmp_path: Path) -> None:
+    base = load_model(mixed, dtype="float32")
+    model = get_peft_model(base, LoraConfig(r=5, lora_alpha=13, target_modules=["q_proj", "down_proj"]))
+    with pytest.raises(ConfigError, match="hold the quantized weight itself.*model_path the folder of the model in 16"):
+        replace_lora_weights_loftq(model)
+    replace_lora_weights_loftq(model, tmp_path / "model")
+    exact = load_file(tmp_path / "model" / "model.safetensors")
+    for path, layer in adapted_layers(model).items():
+        lost = exact[f"{path}.weight"].float() - layer.site(()).weight.dense()
+        u, s, vt = torch.linalg.svd(lost, full_matrices=False)
+        assert s[0] > 0
+        torch.testing.assert_close(layer.record("default").added(), (u[:, :5] * s[:5]) @ vt[:5], rtol=1e-3, atol=1e-6)
 
 
 def test_what_stays_in_the_file_is_not_saved_resized_or_trained_there(mixed: Path, tmp_path: Path) -> None:
