@@ -141,19 +141,27 @@ struct Floats : Bytes {  // of 8 bits: halves with fewer bits, whose exponent ma
 template <class T>
 using Decode = void (*)(const PanelMatrix& m, int64_t begin, int64_t end, int64_t from, int64_t to, T* out, int64_t own);
 
-// f(k, first block's codes of the sixteen inputs from k, head of their unit)
-template <class F>
-inline void each_group(const PanelMatrix& m, int64_t begin, int64_t from, int64_t to, int64_t group_bytes, const F& f) {
+// f(k, end, codes of the inputs from k, head of their unit) for the inputs [k, end) of each unit; of codes the panel's first.
+template <class Head, class F>
+inline void each_unit(const PanelMatrix& m, int64_t begin, int64_t from, int64_t to, int64_t group_bytes, const F& f) {
   const Panel panel = panel_of(m, begin);
   const char* first = coded_panel(m, begin);
-  UnitHead head;
-  for (int64_t k = from; k < to;) {
-    const int64_t unit = k / m.unit, end = (unit + 1) * m.unit, stop = end < to ? end : to;
+  Head head;
+  for (int64_t k = from, stop; k < to; k = stop) {
+    const int64_t unit = k / m.unit, end = (unit + 1) * m.unit;
+    stop = end < to ? end : to;
     const char* at = first + unit * panel.across * unit_bytes(m);
     head.load(m, at, panel.across);
-    at += panel.across * (head_bytes(m) + (k - unit * m.unit) / group * group_bytes);
-    for (; k < stop; k += group, at += panel.across * group_bytes) f(k, at, head);
+    f(k, stop, at + panel.across * (head_bytes(m) + (k - unit * m.unit) / group * group_bytes), head);
   }
+}
+// f(k, codes of the sixteen inputs from k, head of their unit)
+template <class F>
+inline void each_group(const PanelMatrix& m, int64_t begin, int64_t from, int64_t to, int64_t group_bytes, const F& f) {
+  const int64_t step = panel_of(m, begin).across * group_bytes;
+  each_unit<UnitHead>(m, begin, from, to, group_bytes, [&](int64_t k, int64_t stop, const char* at, const UnitHead& head) {
+    for (; k < stop; k += group, at += step) f(k, at, head);
+  });
 }
 
 // W: what values are rounded to. T: what they are stored as.
@@ -243,6 +251,103 @@ void decode_group_pairs(const PanelMatrix& m, int64_t begin, int64_t end, int64_
 }
 #endif
 
+#if defined(__AVX512FP16__)
+// Whole numbers of 4 bits whose scales and values are halves, by the CPU's own arithmetic of halves, which rounds as these formats do
+// and keeps subnormal numbers. Values of sixteen outputs are one register, of two inputs: side by side for T = bf16, else one
+// input behind the other.
+inline bool are_halves(const PanelMatrix& m) {
+  const bool whole = m.coding.numbers == Coding::signed4 || m.coding.numbers == Coding::unsigned4;
+  return whole && m.coding.scales == Coding::float16 && m.coding.rounding == Dtype::float16 && m.coding.formula != Coding::added;
+}
+
+struct HalfHead {  // as it is stored
+  const char *scale, *beside;
+  void load(const PanelMatrix&, const char* at, int64_t across) {
+    scale = at;
+    beside = at + across * 2;
+  }
+};
+
+// Where the lanes of a register find the codes of inputs 0, 2, 4, 6 or 1, 3, 5, 7 among those of sixteen outputs; a fourth of
+// it is their output, and one more is where the codes of the eight inputs behind them are.
+template <class T>
+inline __m512i code_places() {
+  alignas(64) uint16_t places[32];
+  for (int l = 0; l < 32; ++l) places[l] = static_cast<uint16_t>(sizeof(T) == 2 ? l / 2 * 4 + l % 2 * 2 : l % 16 * 4 + l / 16 * 2);
+  return _mm512_load_si512(places);
+}
+inline __m512h half_lanes_of(const char* outputs, __m512i places) {
+  const __m512i all = _mm512_castsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(outputs)));
+  return (__m512h)_mm512_permutexvar_epi16(_mm512_srli_epi16(places, 2), all);
+}
+
+// number - zero, where `raised` is a half: 1024 + number, or 1024 + 16 number in odd places.
+struct WholeDifference {  // exact
+  __m512h even, odd;
+  explicit WholeDifference(__m512h zero) : even(_mm512_set1_ph(-1024) - zero), odd(_mm512_set1_ph(-64) - zero) {}
+  __m512h of(__m512h raised, int place) const {
+    return place % 2 ? _mm512_fmadd_ph(raised, _mm512_set1_ph(_Float16(0x1p-4f)), odd) : raised + even;
+  }
+};
+struct RoundedDifference {
+  __m512h zero;
+  explicit RoundedDifference(__m512h zeros) : zero(zeros) {}
+  __m512h of(__m512h raised, int place) const {
+    const __m512h number = place % 2 ? _mm512_fmadd_ph(raised, _mm512_set1_ph(_Float16(0x1p-4f)), _mm512_set1_ph(-64))
+                                     : raised - _mm512_set1_ph(1024);
+    return number - zero;
+  }
+};
+
+// Eight pairs of inputs of sixteen outputs, as T in a right operand. They go by way of memory: the upper half of a register would
+// have to be moved down before it is widened.
+template <class W, class T>
+inline void widen(const char (&halves)[8][64], T* out, int64_t own, int64_t j) {
+  asm volatile("" : : "r"(halves) : "memory");
+#pragma GCC unroll 8
+  for (int p = 0; p < 8; ++p, out += 2 * own) {
+    const __m512 first = _mm512_cvtph_ps(_mm256_load_si256(reinterpret_cast<const __m256i*>(halves[p])));
+    const __m512 second = _mm512_cvtph_ps(_mm256_load_si256(reinterpret_cast<const __m256i*>(halves[p] + 32)));
+    if constexpr (sizeof(T) == 2) {
+      _mm512_storeu_si512(out + 2 * j, (__m512i)_mm512_cvtne2ps_pbh(second, first));
+    } else {
+      store(out + j, rounded<W>((lanes)first));
+      store(out + own + j, rounded<W>((lanes)second));
+    }
+  }
+}
+
+template <class Difference, class W, class T>
+void decode_halves(const PanelMatrix& m, int64_t begin, int64_t end, int64_t from, int64_t to, T* out, int64_t own) {
+  const Panel panel = panel_of(m, begin);
+  const int64_t outputs = (end - begin) * panel_block, first_output = panel.first, step = panel.across * FourBits::group_bytes;
+  const bool has_zeros = m.coding.formula != Coding::scaled;
+  const __m512h middle = _mm512_set1_ph(m.coding.numbers == Coding::signed4 ? 8 : 0);
+  const __m512i places = code_places<T>(), behind = _mm512_add_epi16(places, _mm512_set1_epi16(1));
+  each_unit<HalfHead>(m, begin, from, to, FourBits::group_bytes, [&](int64_t start, int64_t stop, const char* at, const HalfHead& head) {
+    for (int64_t j = 0; j < outputs; j += panel_block) {
+      const int64_t output = first_output + j;
+      const __m512h scale = half_lanes_of(head.scale + output * 2, places);
+      const Difference difference(has_zeros ? half_lanes_of(head.beside + output * 2, places) : middle);
+      const char* codes = at + output * FourBits::group_bytes;
+      for (int64_t k = start; k < stop; k += group, codes += step) {
+        const __m512i one = _mm512_loadu_si512(codes), two = _mm512_loadu_si512(codes + 64);
+        const __m512i words[2] = {_mm512_permutex2var_epi16(one, places, two), _mm512_permutex2var_epi16(one, behind, two)};
+        alignas(64) char halves[8][64];
+#pragma GCC unroll 8
+        for (int p = 0; p < 8; ++p) {
+          const __m512i shifted = p % 4 < 2 ? words[p / 4] : _mm512_srli_epi16(words[p / 4], 8);
+          const __m512i kept = _mm512_set1_epi16(p % 2 ? 0xf0 : 0xf), raise = _mm512_set1_epi16(0x6400);
+          const __m512h raised = (__m512h)_mm512_ternarylogic_epi32(shifted, kept, raise, 0xea);  // (shifted & kept) | raise
+          _mm512_store_si512(halves[p], (__m512i)(difference.of(raised, p) * scale));
+        }
+        widen<W>(halves, out + (k - from) * own, own, j);
+      }
+    }
+  });
+}
+#endif
+
 // T: float, or W.
 template <class Codes, class Formula, class W, class T>
 constexpr Decode<T> decoder_as() {
@@ -271,6 +376,12 @@ Decode<T> decoder_beside(const PanelMatrix& m) {
 
 template <class W, class T>
 Decode<T> decoder_of(const PanelMatrix& m) {
+#if defined(__AVX512FP16__)
+  if (are_halves(m)) {
+    if (m.coding.formula == Coding::apart) return decode_halves<RoundedDifference, W, T>;
+    return decode_halves<WholeDifference, W, T>;
+  }
+#endif
   switch (m.coding.numbers) {
     case Coding::e4m3:
     case Coding::e5m2: return decoder_rounding<W, T, Floats, Scaled>(m);

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float, Float32, Int
 from torch import Tensor
 
-from veneer.ops.matmul import matmul, operand
+from veneer.ops.matmul import add_matmul, matmul, operand
 from veneer.ops.scaled import ScaledCodes, decode_scaled, has_product, matmul_scaled
 from veneer.quant.product import CodedWeight
 
@@ -76,11 +76,11 @@ class BlockWeight(CodedWeight):
         return y
 
     def _transposed(self, dy: Float[Tensor, "n o"]) -> Float[Tensor, "n i"]:
-        """The sum over the tiles, in at least float32."""
-        exact = torch.promote_types(dy.dtype, torch.float32)
+        """The sum over the tiles, in at least float32; the product of a tile is rounded as a dense one is."""
+        wide, exact = operand(dy), torch.promote_types(dy.dtype, torch.float32)
         dx = dy.new_zeros(len(dy), self.shape[1], dtype=exact)
         for rows, tile in self.tiles():
-            dx.addmm_(dy[:, rows].to(exact), tile.to(exact))
+            add_matmul(dx, wide[:, rows], tile.to(wide.dtype))
         return dx.to(dy.dtype)
 
 

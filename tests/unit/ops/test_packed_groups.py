@@ -72,6 +72,7 @@ FORMATS = {
     **{kind: partial(ggml, kind) for kind in KINDS},
     **{f"whole {bits}": partial(grouped, bits, F16, torch.uint8) for bits in (1, 2, 3, 4, 5, 6, 8)},
     **{f"middle {bits}": partial(grouped, bits, BF16, None, 112) for bits in (2, 3, 4, 6, 8)},
+    "middle 4, float16": partial(grouped, 4, F16, None, 112),
     "bfloat16, zeros": partial(grouped, 4, BF16, torch.uint8, 16),
     "float32, zeros": partial(grouped, 4, F32, torch.uint8, 224),
     "hqq 4": partial(grouped, 4, F16, F16),
