@@ -217,7 +217,7 @@ def test_an_adapter_names_the_file_is_loaded_on_it_and_merges_into_16_bits(mixed
 def test_loftq_starts_from_the_16_bit_folder_and_refuses_the_file_itself(mixed: Path, tmp_path: Path) -> None:
     base = load_model(mixed, dtype="float32")
     model = get_peft_model(base, LoraConfig(r=5, lora_alpha=13, target_modules=["q_proj", "down_proj"]))
-    with pytest.raises(ConfigError, match="hold the quantized weight itself.*model_path the folder of the model in 16"):
+    with pytest.raises(ConfigError, match=r"hold the quantized weight itself.*model_path the folder"):
         replace_lora_weights_loftq(model)
     replace_lora_weights_loftq(model, tmp_path / "model")
     exact = load_file(tmp_path / "model" / "model.safetensors")
