@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from jaxtyping import Float
@@ -42,13 +42,12 @@ class Circulant(Change):
         return torch.promote_types(self.kernel.dtype, torch.float32)  # there is no transform in 16 bits
 
     def dense(self, dtype: torch.dtype | None = None) -> Tensor:
-        m, n, b = self.kernel.shape
-        kernel = self.kernel * self.scale
-        repeated = (kernel if dtype is None else kernel.to(dtype)).repeat(1, 1, 2 * b)
-        blocks = repeated[..., b:].reshape(m, n, b, 2 * b - 1)[..., :b]  # of place b + (2 b - 1) p + j, modulo b
-        return blocks.transpose(1, 2).reshape(self.shape)
+        dtype = dtype or self.kernel.dtype
+        scaled = self.kernel.to(torch.promote_types(self.kernel.dtype, dtype)) * self.scale
+        made: Tensor = _Blocks.apply(scaled.to(dtype))  # type: ignore[no-untyped-call]
+        return made.reshape(self.shape)
 
-    def is_made_for(self, n_rows: int) -> bool:
+    def is_made_for(self, n_rows: int, dtype: torch.dtype) -> bool:
         return n_rows >= min(self.shape)  # a matrix unit multiplies faster than rows are transformed
 
     def matmul(self, x: Tensor) -> Tensor:
@@ -66,6 +65,22 @@ class Circulant(Change):
         parts = torch.fft.rfft(x.reshape(*x.shape[:-1], -1, b))
         made: Tensor = torch.fft.irfft(torch.einsum("...nf,mnf->...mf", parts, spectrum), n=b)
         return made.flatten(-2) * self.scale
+
+
+class _Blocks(torch.autograd.Function):
+    """Kernels (m, n, b) to the rows of their blocks, (m, b, n, b)."""
+
+    @staticmethod
+    def forward(ctx: Any, kernel: Tensor) -> Tensor:
+        b, twice = kernel.shape[2], torch.cat([kernel, kernel], dim=2)
+        return torch.stack([twice[..., b - p : 2 * b - p] for p in range(b)], dim=1)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        """Sums along diagonals, which begin every 2 b + 1 numbers when rows are written twice."""
+        blocks = grads[0].transpose(1, 2)
+        b = blocks.shape[3]
+        return torch.cat([blocks, blocks], dim=3).flatten(2).unfold(2, b, 2 * b + 1).sum(dim=2)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -51,7 +51,7 @@ class Spectrum(Change):
         made: Tensor = torch.fft.ifft2(spectrum).real * self.scaling
         return made.to(dtype or self.values.dtype)
 
-    def is_made_for(self, n_rows: int) -> bool:
+    def is_made_for(self, n_rows: int, dtype: torch.dtype) -> bool:
         return n_rows >= min(self.shape)
 
     def matmul(self, x: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float
@@ -51,7 +51,7 @@ class Triplets(Change):
         a, b = self._factors(dtype or self.dtype)
         return b @ a
 
-    def is_made_for(self, n_rows: int) -> bool:
+    def is_made_for(self, n_rows: int, dtype: torch.dtype) -> bool:
         return n_rows >= min(self.shape)
 
     def matmul(self, x: Tensor) -> Tensor:
@@ -215,8 +215,20 @@ def projected(
 
     None: it is taken to the span of ``low``, their complement.
     """
-    moved = x - x.detach()  # zeros, that a gradient goes through
-    return x.detach() + (low @ (low.T @ moved) if high is None else moved - high @ (high.T @ moved))
+    made: Tensor = _Projected.apply(x, low, high)  # type: ignore[no-untyped-call]
+    return made
+
+
+class _Projected(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, low: Tensor, high: Tensor | None) -> Tensor:
+        ctx.low, ctx.high = low, high
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        low, high, g = ctx.low, ctx.high, grads[0]
+        return low @ (low.T @ g) if high is None else g - high @ (high.T @ g), None, None
 
 
 def _start(name: str) -> str:

@@ -117,7 +117,7 @@ class RandomBases(Change):
         product = b @ a
         return (product.T if self.is_turned else product) * self.scale
 
-    def is_made_for(self, n_rows: int) -> bool:
+    def is_made_for(self, n_rows: int, dtype: torch.dtype) -> bool:
         return n_rows >= min(self.shape)
 
     def matmul(self, x: Tensor) -> Tensor:

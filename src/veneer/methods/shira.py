@@ -27,7 +27,7 @@ from veneer.core.terms.change import Change
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sparse(Change):
-    """Change S (o, i) with ``values`` at ``rows`` and ``columns``, zero elsewhere."""
+    """Change S (o, i) with ``values`` at ``rows`` and ``columns``, zero elsewhere. No place is named twice."""
 
     values: Float[Tensor, " n"]
     rows: Int[Tensor, " n"]
@@ -39,8 +39,8 @@ class Sparse(Change):
         return self.size
 
     def dense(self, dtype: torch.dtype | None = None) -> Tensor:
-        values, (o, i) = self.values if dtype is None else self.values.to(dtype), self.size
-        return values.new_zeros(o * i).index_add(0, self.rows * i + self.columns, values).view(o, i)
+        values = self.values if dtype is None else self.values.to(dtype)
+        return values.new_zeros(self.size).index_put_((self.rows, self.columns), values)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,12 +99,16 @@ class ShiraConfig(LinearMethod):
 
 @dataclass(frozen=True)
 class _Places(Packing):
-    """Places in the file, which must lie in the weight."""
+    """Places in the file, which must lie in the weight, each once."""
 
     def problems(self, site: LinearSite, params: Params) -> list[str]:
-        size, places = (site.out_features, site.in_features), params["shira_indices"]
-        inside = all(int(each.min()) >= 0 and int(each.max()) < n for each, n in zip(places, size, strict=True))
-        return [] if inside else [f"shira_indices of {site.name} lie outside its {size[0]} x {size[1]} weights"]
+        size, places = (site.out_features, site.in_features), params["shira_indices"].long()
+        if any(int(each.min()) < 0 or int(each.max()) >= n for each, n in zip(places, size, strict=True)):
+            return [f"shira_indices of {site.name} lie outside its {size[0]} x {size[1]} weights"]
+        ordered = (places[0] * size[1] + places[1]).sort().values
+        if bool((ordered.diff() == 0).any()):
+            return [f"shira_indices of {site.name} name a weight twice: each may be listed once"]
+        return []
 
 
 @dataclass(frozen=True)

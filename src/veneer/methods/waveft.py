@@ -60,7 +60,7 @@ class Coefficients(Change):
             made = _back(_back(made, self.size[1], self.wavelet).T, self.size[0], self.wavelet).T
         return (made * self.scaling).to(dtype or self.values.dtype)
 
-    def is_made_for(self, n_rows: int) -> bool:
+    def is_made_for(self, n_rows: int, dtype: torch.dtype) -> bool:
         return n_rows >= min(self.shape)
 
     def matmul(self, x: Tensor) -> Tensor:

@@ -55,6 +55,10 @@ def test_places_outside_the_weight_are_refused(tmp_path):
         PeftModel.from_pretrained(base(), tmp_path)
     with pytest.raises(FormatError, match=words):
         read_records(tmp_path, placed_on(base(), read_config(tmp_path)))
+    tensors[key][:, 3] = tensors[key][:, 2]
+    save_file(tensors, file)
+    with pytest.raises(FormatError, match=r"shira_indices of .*q_proj name a weight twice: each may be listed once"):
+        PeftModel.from_pretrained(base(), tmp_path)
     save_file(tensors | {key: tensors[key].to(torch.int16)}, file)
     with pytest.raises(FormatError, match="dtype int16 where an adapter's values are in one of int32, int64, float32"):
         PeftModel.from_pretrained(base(), tmp_path)

@@ -49,7 +49,7 @@ class Change(Term, ABC):
         """Return ``ΔW x``, in the change's dtype."""
         return self.matmul(x.to(self.dtype))
 
-    def is_made_for(self, n_rows: int) -> bool:
+    def is_made_for(self, n_rows: int, dtype: torch.dtype) -> bool:
         """Return True if a product with so many rows takes the matrix of `dense`, and not ``matmul``."""
         return type(self).matmul is Change.matmul
 
@@ -91,8 +91,8 @@ class _Derived(Change, ABC):
     def with_tensors(self, tensors: Sequence[Tensor]) -> Self:
         return replace(self, of=self.of.with_tensors(tensors))
 
-    def is_made_for(self, n_rows: int) -> bool:
-        return self.of.is_made_for(n_rows)
+    def is_made_for(self, n_rows: int, dtype: torch.dtype) -> bool:
+        return self.of.is_made_for(n_rows, dtype)
 
     def rounded(self, dtype: torch.dtype) -> Self:
         return replace(self, of=self.of.rounded(dtype))

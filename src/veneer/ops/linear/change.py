@@ -8,6 +8,7 @@ pass computes the product again under autograd. So neither a matrix nor intermed
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
@@ -16,6 +17,7 @@ from torch import Tensor
 from veneer.core.terms.change import Change
 from veneer.core.terms.term import Term
 from veneer.ops.linear.layer import LinearLayer
+from veneer.ops.linear.weight import add_transposed
 from veneer.ops.matmul import add_matmul, matmul
 
 MANY_ROWS = 64
@@ -37,29 +39,67 @@ def add_changes(z: Float[Tensor, "n o"], x: Float[Tensor, "n i"], layer: LinearL
 
 
 def changes_backward(
-    dz: Float[Tensor, "n o"], x: Float[Tensor, "n i"], layer: LinearLayer, input_grad: bool
-) -> tuple[Tensor | None, list[list[Gradients]]]:
-    """Return the gradients of `add_changes` in x (None if not asked for), and in the tensors of each
-    record's changes.
+    dz: Float[Tensor, "n o"],
+    read: Float[Tensor, "n o"],
+    x: Float[Tensor, "n i"],
+    layer: LinearLayer,
+    dx: Float[Tensor, "n i"] | None,
+    input_grad: bool,
+) -> tuple[Float[Tensor, "n i"] | None, list[list[Gradients]]]:
+    """Return ``dx`` with the gradient in x of ``W x`` and of `add_changes` added (as it is if that is not asked for),
+    and the gradients in the tensors of each record's changes.
+
+    ``read`` is dz as `ops.matmul.operand` gives it.
     """
-    dx = torch.zeros_like(x) if input_grad else None
+    alone, weight = _only_change(layer), layer.weight
+    if alone is not None and isinstance(weight, Tensor) and _is_made(alone, x):
+        made = _Made.of(alone, x.dtype)
+        if input_grad:  # in one product: to round the sum moves this gradient no further than its own rounding does
+            dx = add_transposed(dx, dz, read, weight + made.matrix.detach())
+        return dx, [[made.gradients(dz, x)]]
+    if input_grad:
+        dx = add_transposed(dx, dz, read, layer.weight)
     found: list[list[Gradients]] = [[()] * len(record.changes) for record in layer.records]
     for k, rows in layer.spans(len(x)):
         for place, change in enumerate(layer.records[k].changes):
-            own, given = change.on(rows), (dz[rows], x[rows], None if dx is None else dx[rows])
+            own, given = change.on(rows), (dz[rows], x[rows], dx[rows] if input_grad and dx is not None else None)
             backward = _made_backward if _is_made(own, x[rows]) else _product_backward
             found[k][place] = added_up(found[k][place], backward(own, *given))
     return dx, found
 
 
+def _only_change(layer: LinearLayer) -> Change | None:
+    """The one change of all rows, if there is one and no other."""
+    changes = layer.record.changes if layer.runs is None else ()
+    return changes[0] if len(changes) == 1 else None
+
+
+@dataclass(frozen=True, slots=True)
+class _Made:
+    """A change as a matrix, with the graph that made it of ``leaves``."""
+
+    leaves: list[Tensor]
+    matrix: Tensor
+
+    @classmethod
+    def of(cls, change: Change, dtype: torch.dtype) -> _Made:
+        leaves = leaves_of(change)
+        with torch.enable_grad():
+            return cls(leaves, change.with_tensors(leaves).dense(dtype))
+
+    def gradients(self, dz: Tensor, x: Tensor) -> Gradients:
+        """Of the product with x, by the gradient ``dzᵀ x`` in the matrix."""
+        if not any(leaf.requires_grad for leaf in self.leaves):
+            return (None,) * len(self.leaves)
+        return gradients_in(self.leaves, self.matrix, matmul(dz.T, x, x.dtype))
+
+
 def _made_backward(change: Change, dz: Tensor, x: Tensor, dx: Tensor | None) -> Gradients:
-    """Gradients in the tensors of a change by that in its matrix, ``dzᵀ x``; that in x is added to ``dx``."""
-    leaves = leaves_of(change)
-    with torch.enable_grad():
-        made = change.with_tensors(leaves).dense(x.dtype)
+    """Gradients in the tensors of a change by its matrix; that in x is added to ``dx``."""
+    made = _Made.of(change, x.dtype)
     if dx is not None:
-        add_matmul(dx, dz, made.detach())
-    return gradients_in(leaves, made, matmul(dz.T, x, x.dtype)) if change.is_trained else (None,) * len(leaves)
+        add_matmul(dx, dz, made.matrix.detach())
+    return made.gradients(dz, x)
 
 
 def _product_backward(change: Change, dz: Tensor, x: Tensor, dx: Tensor | None) -> Gradients:
@@ -74,7 +114,7 @@ def _product_backward(change: Change, dz: Tensor, x: Tensor, dx: Tensor | None) 
 
 
 def _is_made(change: Change, x: Tensor) -> bool:
-    return len(x) >= MANY_ROWS and change.is_made_for(len(x))
+    return len(x) >= MANY_ROWS and change.is_made_for(len(x), x.dtype)
 
 
 def _rounded(change: Change, x: Tensor) -> Change:

@@ -31,7 +31,7 @@ from veneer.ops.linear.around import (
     mapped_rows,
 )
 from veneer.ops.linear.change import Gradients, add_changes, added, changes_backward
-from veneer.ops.linear.layer import LinearLayer, Weight, require_fit, tensors_of
+from veneer.ops.linear.layer import LinearLayer, require_fit, tensors_of
 from veneer.ops.linear.low_rank import (
     FactorGradients,
     add_low_rank,
@@ -40,8 +40,8 @@ from veneer.ops.linear.low_rank import (
     u_gradient,
     x_gradient,
 )
-from veneer.ops.matmul import add_matmul, matmul, operand
-from veneer.ops.traced import is_watched
+from veneer.ops.linear.weight import add_transposed, product
+from veneer.ops.matmul import operand
 
 WHOLE = -1
 """In place of a layer: the x that layers share."""
@@ -105,7 +105,7 @@ def forward(
     alone = owns_x and len(layers) == 1
     inputs = [mapped_input(x, layer, overwrite=alone) for layer in layers]
     reads = _operands(inputs)
-    zs = [_product(own, read, layer.weight) for own, read, layer in zip(inputs, reads, layers, strict=True)]
+    zs = [product(own, read, layer.weight) for own, read, layer in zip(inputs, reads, layers, strict=True)]
     us = tuple(
         add_low_rank(inputs[places[0]], reads[places[0]], [zs[i] for i in places], [layers[i] for i in places])
         for places in _together(layers)
@@ -160,12 +160,12 @@ def backward(
             totals[into[first]] = added(totals.get(into[first]), got.x)
     for place, (layer, dz, read) in enumerate(zip(layers, dzs, reads, strict=True)):
         wanted = input_grad or into[place] != WHOLE
+        dx = totals.get(into[place])
         if layer.has_changes:
-            dx, changes = changes_backward(dz, inputs[place], layer, wanted)
-            totals[into[place]] = added(totals.get(into[place]), dx)
+            totals[into[place]], changes = changes_backward(dz, read, inputs[place], layer, dx, wanted)
             found.add(place, changes=changes)
-        if wanted:
-            totals[into[place]] = _add_transposed(totals.get(into[place]), dz, read, layer.weight)
+        elif wanted:
+            totals[into[place]] = add_transposed(dx, dz, read, layer.weight)
     for place, rows in mapped.items():
         dx = cast(Tensor, totals[place])
         found.add(place, input=mapped_input_backward(dx, rows, layers[place]))
@@ -200,7 +200,7 @@ def backward_before_input(
     own, layers = [(dz, operand(dz))], [layer]
     du = u_gradient(own, kept.us[0], layers) if layer.is_lowrank else None
     dx = None if du is None else x_gradient(du, layers)
-    x = make_input(_add_transposed(dx, *own[0], layer.weight))
+    x = make_input(add_transposed(dx, *own[0], layer.weight))
     del dx
     if du is not None:
         found.add_factors([0], factor_gradients(own, du, x, kept.us[0], layers))
@@ -290,18 +290,3 @@ def _operands(inputs: Sequence[Tensor]) -> list[Tensor]:
     """Each as `matmul` reads it, widened once where it is the same."""
     read = {id(x): operand(x) for x in inputs}
     return [read[id(x)] for x in inputs]
-
-
-def _product(x: Tensor, read: Tensor, weight: Weight) -> Tensor:
-    if isinstance(weight, Tensor):
-        return matmul(read, weight.T, x.dtype)
-    y = weight.matmul(x)
-    # who watches (selective checkpointing) keeps what it sees, and this is written into
-    return y.clone() if is_watched() else y
-
-
-def _add_transposed(dx: Tensor | None, dy: Tensor, read: Tensor, weight: Weight) -> Tensor:
-    """``dx + Wᵀ dy``; a dense weight adds inside its product."""
-    if isinstance(weight, Tensor):
-        return matmul(read, weight, dy.dtype) if dx is None else add_matmul(dx, read, weight)
-    return weight.matmul_t(dy) if dx is None else dx.add_(weight.matmul_t(dy))

@@ -73,11 +73,11 @@ def change(name: str, dtype: torch.dtype = torch.float64) -> Change:
 
 
 def by_op(term: Change, x: Tensor, dy: Tensor) -> list[Tensor]:
-    layer = LinearLayer(weight=torch.empty(OUT, IN), records=(LinearDelta(adds=(term,)),))
+    layer = LinearLayer(weight=torch.zeros(OUT, IN), records=(LinearDelta(adds=(term,)),))
     with torch.no_grad():
         z = torch.zeros(len(x), OUT, dtype=x.dtype)
         add_changes(z, x, layer)
-        dx, [[gradients]] = changes_backward(dy, x, layer, True)
+        dx, [[gradients]] = changes_backward(dy, dy, x, layer, None, True)
     return [z, dx, *(g for g in gradients if g is not None)]
 
 
@@ -107,7 +107,7 @@ def test_16_bits_round_a_change_and_not_its_difference_from_large_numbers(name: 
 
 
 def test_only_changes_with_a_product_of_their_own_use_it() -> None:
-    asked = {name: [change(name).is_made_for(n) for n in (FEW, ROWS)] for name in CHANGES}
+    asked = {name: [change(name).is_made_for(n, torch.float32) for n in (FEW, ROWS)] for name in CHANGES}
     own, made, by_rows = [False, False], [True, True], [False, True]
     assert asked == {
         "Kronecker": own, "circulant": by_rows, "sparse": made, "spectrum": by_rows, "coefficients": by_rows,
@@ -118,7 +118,31 @@ def test_only_changes_with_a_product_of_their_own_use_it() -> None:
 
 def test_nothing_is_asked_of_a_change_that_is_not_trained() -> None:
     frozen = change("sparse").with_tensors([x.detach() for x in change("sparse").tensors])
-    layer = LinearLayer(weight=torch.empty(OUT, IN), records=(LinearDelta(adds=(frozen,)),))
-    dx, [[gradients]] = changes_backward(drawn(ROWS, OUT), drawn(ROWS, IN), layer, False)
+    layer = LinearLayer(weight=torch.zeros(OUT, IN), records=(LinearDelta(adds=(frozen,)),))
+    dy = drawn(ROWS, OUT)
+    dx, [[gradients]] = changes_backward(dy, dy, drawn(ROWS, IN), layer, None, False)
     assert dx is None
     assert gradients == (None, None, None)
+
+
+@pytest.mark.parametrize("n_rows", [FEW, ROWS])
+@pytest.mark.parametrize("name", CHANGES)
+def test_the_gradient_in_x_is_added_with_that_of_the_weight(name: str, n_rows: int) -> None:
+    term, x, dy, weight = change(name), drawn(n_rows, IN, seed=5), drawn(n_rows, OUT, seed=6), drawn(OUT, IN, seed=2)
+    layer = LinearLayer(weight=weight, records=(LinearDelta(adds=(term,)),))
+    dx, _ = changes_backward(dy, dy, x, layer, drawn(n_rows, IN, seed=1), True)
+    torch.testing.assert_close(dx, drawn(n_rows, IN, seed=1) + dy @ (weight + term.dense().detach()))
+
+
+@pytest.mark.parametrize("name", ["Kronecker", "circulant"])
+def test_written_gradients_are_those_of_differences(name: str) -> None:
+    term = change(name)
+    torch.autograd.gradcheck(lambda *tensors: term.with_tensors(tensors).dense(), term.tensors)
+
+
+def test_a_kronecker_product_is_made_where_a_matrix_unit_gains_more_than_it_saves() -> None:
+    for width, is_made in ((24, True), (64, False)):
+        term = Kronecker(w1=torch.empty(width, width), w2=torch.empty(width, width))
+        assert term.is_made_for(width**2, torch.bfloat16) == is_made
+        assert not term.is_made_for(width**2 - 1, torch.bfloat16)
+        assert not term.is_made_for(width**2, torch.float32)

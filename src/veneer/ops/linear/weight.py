@@ -1,0 +1,31 @@
+"""Products of a layer's frozen weight, dense or stored."""
+
+from __future__ import annotations
+
+from jaxtyping import Float
+from torch import Tensor
+
+from veneer.ops.linear.layer import Weight
+from veneer.ops.matmul import add_matmul, matmul
+from veneer.ops.traced import is_watched
+
+
+def product(x: Float[Tensor, "n i"], read: Float[Tensor, "n i"], weight: Weight) -> Float[Tensor, "n o"]:
+    """Return ``W x``. ``read`` is x as `ops.matmul.operand` gives it."""
+    if isinstance(weight, Tensor):
+        return matmul(read, weight.T, x.dtype)
+    y = weight.matmul(x)
+    # who watches (selective checkpointing) keeps what it sees, and this is written into
+    return y.clone() if is_watched() else y
+
+
+def add_transposed(
+    dx: Float[Tensor, "n i"] | None, dy: Float[Tensor, "n o"], read: Float[Tensor, "n o"], weight: Weight
+) -> Float[Tensor, "n i"]:
+    """Return ``dx + Wᵀ dy``, written into dx if it is given. ``read`` is dy as `ops.matmul.operand` gives it.
+
+    A dense weight adds inside its product.
+    """
+    if isinstance(weight, Tensor):
+        return matmul(read, weight, dy.dtype) if dx is None else add_matmul(dx, read, weight)
+    return weight.matmul_t(dy) if dx is None else dx.add_(weight.matmul_t(dy))
