@@ -74,7 +74,7 @@ def test_what_needs_no_model_is_told_before_torch_is_imported() -> None:
         (["generate", "x", "-i", "none.jsonl", "-o", "x.jsonl"], "there is no file none.jsonl"),
         (["generate", "./none", "-p", "x"], "no model './none': there is no such folder or file"),
         (["chat", "x", "-a", "none"], "no adapter 'none'"),
-        (["eval", "x", "-a", "none", "-d", "none.jsonl", "-m", "labels"], "no adapter 'none'"),
+        (["eval", "x", "-a", "none", "-d", __file__, "-m", "labels"], "no adapter 'none'"),
         (["eval", "x", "-d", "none.jsonl", "-m", "labels"], "there is no file none.jsonl"),
         (["eval", "--recipe", "none.yaml", "-m", "labels"], "the recipe none.yaml cannot be read"),
         (["merge", "--base", "x", "--adapter", "none", "-o", "x"], "no adapter 'none'"),

@@ -286,7 +286,8 @@ def test_a_hub_that_does_not_have_it(monkeypatch: pytest.MonkeyPatch, error: Exc
         raise error
 
     monkeypatch.setattr(adapter_source, "snapshot_download", download)
-    told = f"no adapter 'someone/adapters': no such folder, and not on the hub: {reason}"
+    told = f"no adapter 'someone/adapters': no such folder, and not on the hub: {reason}. "
+    told += "Give the folder that training saved, or a hub id"
     assert refused(Path("someone/adapters")) == told
 
 

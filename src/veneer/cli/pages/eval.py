@@ -103,13 +103,14 @@ class EvalArguments:
         return tuple(self.adapter or ())
 
     def __post_init__(self) -> None:
+        require_rows(self.data)
+        if self.recipe is not None:
+            read_values(self.recipe)
+            return  # model and adapters do not go with it
         if self.model is not None:
             require_model(self.model)
         for adapter in self.adapters:
             require_adapter(adapter)
-        require_rows(self.data)
-        if self.recipe is not None:
-            read_values(self.recipe)
 
 
 eval_ = verb(EvalArguments, "veneer.cli.eval", "eval_")
