@@ -65,7 +65,7 @@ def test_what_is_wrong_by_itself_is_told_before_torch_is_imported() -> None:
         (("plan", "llama-3-8b", "--length", "0", "--rank", "-1"), "--rank -1 must be at least 1 --length 0 must be"),
         (
             ("plan", "llama-3-8b", "--processes", "0", "--strategy", "zero"),
-            "--processes 0 must be at least 1; --strategy 'zero' must be one of auto, ddp, fsdp",
+            "--processes 0 must be at least 1 --strategy 'zero' must be one of auto, ddp, fsdp",
         ),
         (("plan", "llama-3-8b", "--advice", "--task", "maths"), "--task 'maths' must be .*the nearest is 'math'"),
         (("plan", "llama-3-8b", "--set", "model.quantization=nf5"), "model.quantization: 'nf5' does not fit"),
