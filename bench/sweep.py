@@ -83,7 +83,7 @@ def together(base: Any, makes: Sequence[Make]) -> Step:
     shared = SharedBase(twin(base))
     names = [f"member{index}" for index in range(len(models))]
     for name, model in zip(names, models, strict=True):
-        shared.add(name, model)
+        shared.add(name, model, name)
     fuse(shared.model)
     optimizers = [optimizer_of(model) for model in models]
 
