@@ -55,9 +55,10 @@ class GgufFacts:
     """Facts in the header of a GGUF file.
 
     ``dtype`` is that of the matrices if nothing is quantized, and bfloat16 otherwise. ``token_ids`` are the ids of the
-    special tokens by transformers' names.
+    special tokens by transformers' names. ``reader`` has read the header, which takes seconds if it holds a tokenizer.
     """
 
+    reader: GGUFReader
     contents: GgufContents
     dtype: torch.dtype
     token_ids: Mapping[str, int]
@@ -84,6 +85,7 @@ def read_facts(path: Path) -> GgufFacts:
         )
     ids = {name: value_of(reader, f"tokenizer.ggml.{field}") for name, field in _TOKEN_IDS.items()}
     return GgufFacts(
+        reader=reader,
         contents=_contents(reader, architecture),
         dtype=_dtype({tensor.tensor_type for tensor in reader.tensors}),
         token_ids={name: value for name, value in ids.items() if value is not None},
@@ -97,7 +99,11 @@ def header_config(path: Path) -> Any:
 
     Raises FormatError as `convert_gguf` does, except for missing tensors.
     """
-    facts, model = read_facts(path), None
+    return _config_of(path, read_facts(path))
+
+
+def _config_of(path: Path, facts: GgufFacts) -> Any:
+    model = None
     with _refusals_told(path, facts), without_bars():
         if _is_rebuilt(facts):
             _, config = rebuilt_config(facts.contents, facts.token_ids)
@@ -173,7 +179,7 @@ def describe_gguf(path: Path, folder: Path) -> None:
     Raises FormatError as `convert_gguf` does.
     """
     facts = read_facts(path)
-    config = header_config(path)
+    config = _config_of(path, facts)
     describe_into(folder, path, config, facts.dtype)
     if facts.has_tokenizer:
         _tokenizer(path, facts, config).save_pretrained(folder)
@@ -234,7 +240,7 @@ def _is_rebuilt(facts: GgufFacts) -> bool:
 
 def _rebuilt(path: Path, facts: GgufFacts, on_progress: OnProgress) -> Any:
     try:
-        return rebuilt_model(GGUFReader(path), facts.contents, facts.token_ids, facts.dtype, on_progress)
+        return rebuilt_model(facts.reader, facts.contents, facts.token_ids, facts.dtype, on_progress)
     except (FormatError, StrictDataclassError) as error:
         raise FormatError(f"{path}: {error}. Take the model's own folder of safetensors instead") from error
 
@@ -248,7 +254,7 @@ def _config(path: Path, facts: GgufFacts) -> Any:
 
 
 def _tokenizer(path: Path, facts: GgufFacts, config: Any) -> Any:
-    tokenizer = byte_level_tokenizer(GGUFReader(path))
+    tokenizer = byte_level_tokenizer(facts.reader)
     if tokenizer is None:
         tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=str(path.resolve()))
     tokenizer.model_max_length = getattr(config, "max_position_embeddings", None) or tokenizer.model_max_length
