@@ -71,7 +71,7 @@ class Triplets(Change):
         return a.to(dtype), torch.cat([(self.u - self.u_start) * self.s, self.u_start], dim=1).to(dtype)
 
     def rounded(self, dtype: torch.dtype) -> Triplets:
-        return self  # its factors are
+        return self  # rounded one by one, its factors would lose their differences
 
 
 @dataclass(frozen=True, kw_only=True)

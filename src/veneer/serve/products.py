@@ -203,8 +203,8 @@ class Linears:
     def _layer(self, i: int, owns: Sequence[Own | None], runs: AdapterRuns) -> LinearLayer:
         records = tuple(NOTHING if own is None else own.records[i] for own in owns)
         if all(record is NOTHING for record in records):
-            return LinearLayer(weight=self.weights[i], bias=self.biases[i])
-        return LinearLayer(weight=self.weights[i], bias=self.biases[i], records=records, runs=runs)
+            return LinearLayer(weight=self.weights[i], bias=self.biases[i], rows_alone=True)
+        return LinearLayer(weight=self.weights[i], bias=self.biases[i], records=records, runs=runs, rows_alone=True)
 
     def _put_whole(self, ys: list[Tensor], x: Tensor, owns: Sequence[Own | None], runs: AdapterRuns) -> None:
         for place, start, stop in runs.runs:

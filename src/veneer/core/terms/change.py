@@ -50,12 +50,16 @@ class Change(Term, ABC):
         return self.matmul(x.to(self.dtype))
 
     def is_made_for(self, n_rows: int, dtype: torch.dtype) -> bool:
-        """Return True if a product with so many rows takes the matrix of `dense`, and not ``matmul``."""
+        """Return True if a product with so many rows takes the matrix of `dense`, and not ``matmul``.
+
+        ``dtype`` is that in which matrices are multiplied.
+        """
         return type(self).matmul is Change.matmul
 
     def rounded(self, dtype: torch.dtype) -> Change:
-        """Return the change with its floating-point tensors in ``dtype``."""
-        return self.with_tensors([x.to(dtype) if x.is_floating_point() else x for x in self.tensors])
+        """Return the change with its floating-point tensors in ``dtype``; itself if it would lose by that."""
+        narrow = self.with_tensors([x.to(dtype) if x.is_floating_point() else x for x in self.tensors])
+        return narrow if narrow.dtype == dtype else self  # a transform stays in float32
 
     def on(self, rows: slice) -> Change:
         """Return the change as it acts on some tokens of a pass: the same for all, unless it depends on them."""

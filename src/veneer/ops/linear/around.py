@@ -28,7 +28,7 @@ def mapped_input(x: Float[Tensor, "n i"], layer: LinearLayer, *, overwrite: bool
     for k, rows in layer.spans(len(x)):
         term = layer.records[k].input
         if term is not None:
-            _map(x[rows], term, None, mapped[rows])
+            _map(x[rows], term, None, mapped[rows], layer)
         elif not overwrite:
             mapped[rows] = x[rows]
     return mapped
@@ -52,7 +52,7 @@ def mapped_input_backward(dy: Float[Tensor, "n i"], xs: Sequence[Tensor | None],
     for (k, rows), x in zip(layer.spans(len(dy)), xs, strict=True):
         term = layer.records[k].input
         if x is not None and term is not None:
-            gradients, _ = _map_backward(dy[rows], x, term, dy[rows])
+            gradients, _ = _map_backward(dy[rows], x, term, dy[rows], layer)
             found[k] = added_up(found[k], gradients)
     return found
 
@@ -70,7 +70,7 @@ def finished(z: Float[Tensor, "n o"], layer: LinearLayer) -> Float[Tensor, "n o"
     for k, start, stop in layer.runs_of(len(z)).with_gaps():
         record = None if k < 0 else layer.records[k]
         bias = layer.bias if record is None or record.bias is None else record.bias
-        _map(z[start:stop], None if record is None else record.output, bias, y[start:stop])
+        _map(z[start:stop], None if record is None else record.output, bias, y[start:stop], layer)
     return y
 
 
@@ -95,17 +95,17 @@ def finished_backward(
                 biases[k] = added(biases[k], scale_columns_backward(dy[rows], None, None, None, with_bias=True)[1])
             continue
         own_z = z[rows] if z is not None and term.is_trained else None
-        gradients, dbias = _map_backward(dy[rows], own_z, term, dz[rows], with_bias=trains_bias)
+        gradients, dbias = _map_backward(dy[rows], own_z, term, dz[rows], layer, with_bias=trains_bias)
         maps[k], biases[k] = added_up(maps[k], gradients), added(biases[k], dbias)
     return dz, maps, biases
 
 
-def _map(z: Tensor, term: Around | None, bias: Tensor | None, out: Tensor) -> None:
+def _map(z: Tensor, term: Around | None, bias: Tensor | None, out: Tensor, layer: LinearLayer) -> None:
     """``term(z) + bias`` into ``out``, which may be z."""
     if not isinstance(term, Rotation):
         scale_columns(z, None if term is None else term.vector, bias, out)
         return
-    less = less_identity(term, z)
+    less = less_identity(term, z.dtype) if layer.is_batch(len(z)) else None
     if less is None:
         own = term.apply(z)
         out.copy_(own if bias is None else own + bias)
@@ -116,21 +116,21 @@ def _map(z: Tensor, term: Around | None, bias: Tensor | None, out: Tensor) -> No
 
 
 def _map_backward(
-    dy: Tensor, z: Tensor | None, term: Around, dz: Tensor, *, with_bias: bool = False
+    dy: Tensor, z: Tensor | None, term: Around, dz: Tensor, layer: LinearLayer, *, with_bias: bool = False
 ) -> tuple[Gradients, Tensor | None]:
     """Gradients of `_map` in the term's tensors, if z is given, and in the bias. That in z goes into ``dz``."""
     if not isinstance(term, Rotation):
         dscale, dbias = scale_columns_backward(dy, z, term.vector, dz, with_bias=with_bias)
         return (dscale,), dbias
     dbias = scale_columns_backward(dy, None, None, None, with_bias=True)[1] if with_bias else None
-    return _turn_backward(dy, z, term, dz), dbias
+    return _turn_backward(dy, z, term, dz, layer), dbias
 
 
-def _turn_backward(dy: Tensor, z: Tensor | None, term: Rotation, dz: Tensor) -> Gradients:
+def _turn_backward(dy: Tensor, z: Tensor | None, term: Rotation, dz: Tensor, layer: LinearLayer) -> Gradients:
     leaves = leaves_of(term)
     with torch.enable_grad():
         own = term.with_tensors(leaves)
-        less = less_identity(own, dy)
+        less = less_identity(own, dy.dtype) if layer.is_batch(len(dy)) else None
         made = own.apply(z) if less is None and z is not None else less
     gradients: Gradients = (None,) * len(leaves)
     if z is not None and made is not None:

@@ -14,19 +14,16 @@ from veneer.core.terms.rotation import Rotation
 from veneer.ops.matmul import operand
 
 WIDTH = 64
-"""Of the joined blocks. Fewer rows are mapped as they are: the blocks take longer to make than the products."""
+"""Of the joined blocks."""
 
 
-def less_identity(term: Rotation, x: Float[Tensor, "n d"]) -> Float[Tensor, "k b b"] | None:
-    """Return the blocks of ``M - I`` in x's dtype, differentiable in the term's tensors.
-
-    None if M has other entries, or x few rows.
-    """
-    blocks = term.blocks_of_map() if len(x) >= WIDTH else None
+def less_identity(term: Rotation, dtype: torch.dtype) -> Float[Tensor, "k b b"] | None:
+    """Return the blocks of ``M - I`` in a dtype, differentiable in the term's tensors; None if M has other entries."""
+    blocks = term.blocks_of_map()
     if blocks is None:
         return None
     less = blocks - torch.eye(blocks.shape[-1], dtype=blocks.dtype, device=blocks.device)
-    return _joined(less).to(x.dtype)
+    return _joined(less).to(dtype)
 
 
 def _joined(blocks: Float[Tensor, "k b b"]) -> Float[Tensor, "_ _ _"]:

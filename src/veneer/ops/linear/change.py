@@ -1,8 +1,8 @@
 """Changes of the weight other than a low-rank pair: their products added to outputs, and the backward pass.
 
-For `MANY_ROWS` their tensors are rounded to x's dtype for the products, as those of a pair are. A change that
-`Change.is_made_for` the rows is one matrix for one product, made again in the backward pass. Of others the backward
-pass computes the product again under autograd. So neither a matrix nor intermediate results are kept.
+In a batch (`LinearLayer.is_batch`) their tensors are rounded to x's dtype for the products, as those of a pair are. A
+change that `Change.is_made_for` the rows is one matrix for one product, made again in the backward pass. Of others the
+backward pass computes the product again under autograd. So neither a matrix nor intermediate results are kept.
 """
 
 from __future__ import annotations
@@ -18,10 +18,7 @@ from veneer.core.terms.change import Change
 from veneer.core.terms.term import Term
 from veneer.ops.linear.layer import LinearLayer
 from veneer.ops.linear.weight import add_transposed
-from veneer.ops.matmul import add_matmul, matmul
-
-MANY_ROWS = 64
-"""Fewer, such as a serving step has, are multiplied in the change's own dtype: rounding saves no time there."""
+from veneer.ops.matmul import add_matmul, float32_is_faster, matmul
 
 Gradients = tuple[Tensor | None, ...]
 """In the tensors of a term, in their order."""
@@ -32,10 +29,10 @@ def add_changes(z: Float[Tensor, "n o"], x: Float[Tensor, "n i"], layer: LinearL
     for k, rows in layer.spans(len(x)):
         for change in layer.records[k].changes:
             own, own_x = change.on(rows), x[rows]
-            if _is_made(own, own_x):
+            if _is_made(own, own_x, layer):
                 add_matmul(z[rows], own_x, own.dense(x.dtype).T)
             else:
-                z[rows].add_(_rounded(own, own_x).apply(own_x))
+                z[rows].add_(_rounded(own, own_x, layer).apply(own_x))
 
 
 def changes_backward(
@@ -52,7 +49,7 @@ def changes_backward(
     ``read`` is dz as `ops.matmul.operand` gives it.
     """
     alone, weight = _only_change(layer), layer.weight
-    if alone is not None and isinstance(weight, Tensor) and _is_made(alone, x):
+    if alone is not None and isinstance(weight, Tensor) and _is_made(alone, x, layer):
         made = _Made.of(alone, x.dtype)
         if input_grad:  # in one product: to round the sum moves this gradient no further than its own rounding does
             dx = add_transposed(dx, dz, read, weight + made.matrix.detach())
@@ -63,8 +60,9 @@ def changes_backward(
     for k, rows in layer.spans(len(x)):
         for place, change in enumerate(layer.records[k].changes):
             own, given = change.on(rows), (dz[rows], x[rows], dx[rows] if input_grad and dx is not None else None)
-            backward = _made_backward if _is_made(own, x[rows]) else _product_backward
-            found[k][place] = added_up(found[k][place], backward(own, *given))
+            is_made = _is_made(own, x[rows], layer)
+            gradients = _made_backward(own, *given) if is_made else _product_backward(own, *given, layer)
+            found[k][place] = added_up(found[k][place], gradients)
     return dx, found
 
 
@@ -102,23 +100,24 @@ def _made_backward(change: Change, dz: Tensor, x: Tensor, dx: Tensor | None) -> 
     return made.gradients(dz, x)
 
 
-def _product_backward(change: Change, dz: Tensor, x: Tensor, dx: Tensor | None) -> Gradients:
+def _product_backward(change: Change, dz: Tensor, x: Tensor, dx: Tensor | None, layer: LinearLayer) -> Gradients:
     """Gradients in the tensors of a change by its product; that in x is added to ``dx``."""
     leaves, x = leaves_of(change), x.detach().requires_grad_(dx is not None)
     with torch.enable_grad():
-        y = _rounded(change.with_tensors(leaves), x).apply(x)
+        y = _rounded(change.with_tensors(leaves), x, layer).apply(x)
     own, *gradients = gradients_in([x, *leaves], y, dz.to(y.dtype))
     if dx is not None and own is not None:
         dx.add_(own)
     return tuple(gradients)
 
 
-def _is_made(change: Change, x: Tensor) -> bool:
-    return len(x) >= MANY_ROWS and change.is_made_for(len(x), x.dtype)
+def _is_made(change: Change, x: Tensor, layer: LinearLayer) -> bool:
+    dtype = torch.float32 if float32_is_faster() else x.dtype  # of the matrix product
+    return layer.is_batch(len(x)) and change.is_made_for(len(x), dtype)
 
 
-def _rounded(change: Change, x: Tensor) -> Change:
-    return change.rounded(x.dtype) if len(x) >= MANY_ROWS else change
+def _rounded(change: Change, x: Tensor, layer: LinearLayer) -> Change:
+    return change.rounded(x.dtype) if layer.is_batch(len(x)) else change
 
 
 def leaves_of(term: Term) -> list[Tensor]:

@@ -17,6 +17,8 @@ from veneer.ops.grouped_low_rank import AdapterRuns, Run
 
 Weight = Float[Tensor, "o i"] | FrozenWeight
 NOTHING = LinearDelta()
+MANY_ROWS = 64
+"""Fewer go through a term's own product, in its own dtype: to round it or to make a matrix of it saves no time."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,11 +27,12 @@ class LinearLayer:
 
     Without ``runs`` there is at most one record, which acts on all rows. With ``runs`` a row takes the record that its
     run names, or none. A row may be many tokens. ``masks`` are the dropout masks on the input of each record's A;
-    without any nothing is dropped.
+    without any nothing is dropped. With ``rows_alone`` a row is computed as it is alone, however many there are:
+    serving promises that.
 
-    A record's tensors may be wider than x (float32 with bf16). Pairs, and changes for many rows, are rounded for the
-    products, which accumulate in float32. Of a rotation in blocks the difference from the identity is rounded, and of
-    other terms nothing. Gradients are in the tensors' own dtype.
+    A record's tensors may be wider than x (float32 with bf16). Pairs are rounded for the products, which accumulate in
+    float32. So are changes of many rows, unless they would lose by it. Of a rotation in blocks the difference from the
+    identity is rounded, and of other terms nothing. Gradients are in the tensors' own dtype.
     """
 
     weight: Weight
@@ -37,6 +40,7 @@ class LinearLayer:
     records: tuple[LinearDelta, ...] = ()
     runs: AdapterRuns | None = None
     masks: tuple[Mask | None, ...] = ()
+    rows_alone: bool = False
 
     @property
     def record(self) -> LinearDelta:
@@ -62,6 +66,10 @@ class LinearLayer:
     def has_changes(self) -> bool:
         """True if a record changes the weight by more than a pair."""
         return any(record.changes for record in self.records)
+
+    def is_batch(self, n_rows: int) -> bool:
+        """Return True if a term of ``n_rows`` rows may be multiplied by other means than its own product."""
+        return n_rows >= MANY_ROWS and not self.rows_alone
 
     def runs_of(self, n_rows: int) -> AdapterRuns:
         """Return the runs of ``n_rows`` rows, for example tokens, by the record that they take."""

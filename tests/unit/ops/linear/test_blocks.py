@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -12,9 +14,9 @@ from veneer.methods.boft import Butterfly, orders
 from veneer.methods.road import PairRotation
 from veneer.ops.linear import blocks
 from veneer.ops.linear.around import finished, finished_backward, mapped_input, mapped_input_backward, mapped_rows
-from veneer.ops.linear.layer import LinearLayer
+from veneer.ops.linear.layer import MANY_ROWS, LinearLayer
 
-ROWS = blocks.WIDTH + 3
+ROWS = MANY_ROWS + 3
 
 
 def drawn(*shape: int, seed: int = 3) -> Tensor:
@@ -72,9 +74,15 @@ def test_blocks_are_those_of_the_map(name: str) -> None:
 
 
 def test_small_blocks_are_joined() -> None:
-    x = drawn(ROWS, 70)
-    assert blocks.less_identity(rotation("joined"), x).shape == (2, 35, 35)
-    assert blocks.less_identity(rotation("joined"), x[: blocks.WIDTH - 1]) is None
+    assert blocks.less_identity(rotation("joined"), torch.float64).shape == (2, 35, 35)
+
+
+@pytest.mark.parametrize("name", ["joined", "wide", "pairs"])
+def test_rows_that_are_served_are_mapped_as_few_are(name: str) -> None:
+    term, x = rotation(name, torch.float32), drawn(ROWS, rotation(name).width).bfloat16()
+    alone = replace(layer_of(input=term), rows_alone=True)
+    with torch.no_grad():
+        assert torch.equal(mapped_input(x, alone), torch.empty_like(x).copy_(term.apply(x)))
 
 
 def test_a_map_is_not_rounded_to_16_bits_itself() -> None:
