@@ -22,6 +22,11 @@ from veneer.model.linear import AdaptedSite
 from veneer.model.quant_linear import QuantLinear
 from veneer.store.checkpoint import Checkpoint
 
+_NO_ERROR = (
+    "the files hold the quantized weight itself, from which LoftQ sees no error: give as model_path the folder of the "
+    "model in 16 bits, or leave LoftQ out"
+)
+
 
 @torch.no_grad()
 def replace_lora_weights_loftq(
@@ -34,7 +39,8 @@ def replace_lora_weights_loftq(
 
     ``model_path``: the folder or file of the base in full precision; None: the folder the base was loaded from.
     ``callback`` is called with the model and the path after each layer. If it returns False, that layer's factors are
-    restored. The base is not changed.
+    restored. A layer that lost nothing starts without an update. The base is not changed, and an error leaves the
+    adapter as it was.
 
     Raises ConfigError if no layer is quantized, the adapter is not plain LoRA, or the files hold no more than the base
     itself. Raises FormatError if the files do not hold the weights.
@@ -56,10 +62,16 @@ def replace_lora_weights_loftq(
         )
     loaded_from = getattr(model.config, "name_or_path", None) or config.base_model_name_or_path or ""
     weights = Checkpoint.open(Path(model_path or loaded_from))
+    factors = {
+        path: _factors(start, layer.site((adapter_name,)), _dense(weights, model, path, layer), path)
+        for path, layer in layers.items()
+    }
+    if not any(factors.values()):
+        raise ConfigError(f"every layer of {adapter_name!r}: {_NO_ERROR}")
     for path, layer in layers.items():
         held, before = tensors_of(layer.adapters[adapter_name]), {}
-        values = _factors(start, layer.site((adapter_name,)), _dense(weights, model, path, layer), path)
-        for name, value in values.items():
+        # A stays random: if both were zero, neither would have a gradient.
+        for name, value in (factors[path] or {start.b: torch.zeros_like(held[start.b])}).items():
             before[name] = held[name].clone()
             held[name].copy_(value)
         if callback is not None and not callback(model, path):
@@ -68,12 +80,12 @@ def replace_lora_weights_loftq(
 
 
 def _factors(start: LateStart, site: LinearSite, weight: Tensor, path: str) -> dict[str, Tensor]:
+    """The factors by name; none if the weight is exactly the quantized one. Raises ConfigError if it is codes."""
+    if weight.itemsize == 1:
+        raise ConfigError(f"{path}: {_NO_ERROR}")
     quantized = cast(FrozenWeight, site.weight).dense(torch.float32)
-    if weight.itemsize == 1 or torch.equal(weight.to(quantized), quantized):
-        raise ConfigError(
-            f"{path}: the files hold the quantized weight itself, from which LoftQ sees no error: give as model_path "
-            "the folder of the model in 16 bits, or leave LoftQ out"
-        )
+    if torch.equal(weight.to(quantized), quantized):
+        return {}
     a, b = lost(weight, quantized, start.rank(site), start.scale(site))
     return {start.a: a, start.b: b}
 

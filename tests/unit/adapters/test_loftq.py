@@ -8,6 +8,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from veneer import BitsAndBytesConfig, LoraConfig, PeftModel, get_peft_model, replace_lora_weights_loftq
@@ -100,6 +101,51 @@ def test_a_callback_may_refuse_a_layer(quantized: Any) -> None:
     assert seen == list(adapted_layers(model))
     moved = {path: bool(layer.adapters["default"]["lora_B"].any()) for path, layer in adapted_layers(model).items()}
     assert moved == {path: path != first for path in seen}
+
+
+def test_a_layer_that_lost_nothing_starts_without_an_update(quantized: Any, tmp_path: Path) -> None:
+    base, coded, targets, _ = quantized
+    model = get_peft_model(coded, lora(targets, init_lora_weights=False))
+    layers = adapted_layers(model)
+    exact = next(iter(layers))
+    written = written_with_codes_of(base, model, [exact], tmp_path / "one")
+    before = layers[exact].adapters["default"]["lora_A"].clone()
+    replace_lora_weights_loftq(model, written)
+    assert {path: bool(layer.record("default").added().any()) for path, layer in layers.items()} == {
+        path: path != exact for path in layers
+    }
+    assert torch.equal(layers[exact].adapters["default"]["lora_A"], before)  # at zero, B would have no gradient
+
+
+def test_an_error_at_any_layer_leaves_the_adapter_as_it_was(quantized: Any, tmp_path: Path) -> None:
+    base, coded, targets, folder = quantized
+    model = get_peft_model(coded, lora(targets, init_lora_weights=False))
+    paths = list(adapted_layers(model))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    whole = load_file(folder / "model.safetensors")
+    [last] = [name for name in whole if f"{paths[-1]}.weight".endswith(name)]
+    no_last = {name: value for name, value in whole.items() if name != last}
+    for name, tensors in {"codes": {**no_last, last: whole[last].char()}, "less": no_last}.items():
+        (tmp_path / name).mkdir()
+        save_file(tensors, tmp_path / name / "model.safetensors")
+    wrong = {
+        written_with_codes_of(base, model, paths, tmp_path / "all"): r"every layer of 'default': the files hold",
+        tmp_path / "codes": rf"{paths[-1]}: the files hold the quantized weight itself.*model_path the folder",
+        tmp_path / "less": last.rpartition(".")[0],
+    }
+    for place, told in wrong.items():
+        with pytest.raises((ConfigError, FormatError), match=told):
+            replace_lora_weights_loftq(model, place)
+        assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def written_with_codes_of(base: PreTrainedModel, model: PeftModel, paths: list[str], folder: Path) -> Path:
+    """The folder of the base, in which the weights of some layers are exactly those that the codes stand for."""
+    for path in paths:
+        coded = adapted_layers(model)[path].site(()).weight.dense()
+        base.get_submodule(path).weight.data = (coded.T if "c_" in path else coded).contiguous()
+    base.save_pretrained(folder)
+    return folder
 
 
 def test_what_loftq_cannot_start_says_why(quantized: Any, tmp_path: Path) -> None:
