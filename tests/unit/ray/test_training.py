@@ -74,6 +74,8 @@ def test_any_number_of_workers_only_if_the_rows_can_be_dealt(tmp_path: Path) -> 
     assert workers(1, "global_batch: 12") == 1
     assert workers(3, "global_batch: 6") == 3  # not to two
     assert workers(3, "global_batch: 12, shard: 3") == 3
+    assert workers(3, "global_batch: 12, strategy: fsdp") == (1, 3)
+    assert workers(3, "global_batch: 12, strategy: hybrid") == 3  # two may be left on one machine
     assert workers(3, "global_batch: 12", ", dataloader_drop_last: true") == 3
     assert workers(3, "global_batch: 12", task="dpo") == 3
 
@@ -89,6 +91,7 @@ def test_a_range_of_workers_needs_rows_that_each_number_can_be_dealt(tmp_path: P
         ("", "no distributed.global_batch"),
         ("global_batch: 16", "distributed.global_batch 16 is not a multiple of 24"),
         ("global_batch: 24, shard: 2", "distributed.shard 2 does not divide each number"),
+        ("global_batch: 24, strategy: hybrid", "distributed.strategy hybrid needs several machines, .* may share one"),
     ):
         with pytest.raises(ConfigError, match=f"^--on ray:2-4 changes .*with each: {told}. Change that, or take"):
             _require_elastic(place, made(tmp_path, part))
