@@ -146,5 +146,5 @@ def _chooses(values: Mapping[str, Any]) -> bool:
 def _any_length(recipe: Recipe, values: Mapping[str, Any]) -> bool:
     """Return True where a longer run begins with the very steps of a shorter one."""
     config = recipe.adapter_config()
-    minds_length = config is not None and config.training is not None
+    minds_length = config is not None and config.training is not None and bool(config.training.fields_for(1))
     return not minds_length and values["training.lr_scheduler_type"] == "constant"

@@ -86,8 +86,12 @@ def test_a_longer_run_is_the_same_run_where_no_rate_depends_on_its_length():
     assert is_longer(*by_steps)
     assert not is_longer(*reversed(by_steps))
     assert is_longer(by_steps[0], recipe(training=short))
-    ada = {"method": "adalora", "target_modules": "all-linear", "total_step": 20, "tinit": 2, "tfinal": 3}
+    ada = {"method": "adalora", "target_modules": "all-linear", "tinit": 2, "tfinal": 1}  # total_step is the length
     assert keys(recipe(training=short, adapter=ada), recipe(training=long, adapter=ada)) == ["training.max_steps"]
+    coft = {"method": "oft", "target_modules": "all-linear", "coft": True}
+    for free in (coft, ada | {"total_step": 20}):
+        assert keys(recipe(training=short, adapter=free), recipe(training=long, adapter=free)) == []
+        assert is_longer(recipe(training=short, adapter=free), recipe(training=long, adapter=free))
 
 
 def test_the_same_place_by_another_name_is_no_change(tmp_path, monkeypatch):
