@@ -4,18 +4,19 @@ from collections.abc import Iterable
 from dataclasses import FrozenInstanceError
 
 
-def listed(problems: Iterable[str], source: str = "", most: int | None = None) -> str:
+def listed(problems: Iterable[str], source: str = "", most: int | None = None, remedy: str = "") -> str:
     """Return one message for the problems of ``source``: their count, then each once on a line of its own, indented.
 
-    A single problem stays on the line of its source. Beyond ``most`` lines, the rest is counted.
+    A single problem stays on the line of its source. Beyond ``most`` lines, the rest is counted. ``remedy``: a sentence
+    without its full stop, behind a single problem and else on the last line.
     """
     told = list(dict.fromkeys(problems))
     head = f"{source}: " if source else ""
     if len(told) == 1:
-        return head + told[0]
+        return head + told[0] + (f". {remedy}" if remedy else "")
     more = [f"and {len(told) - most} more"] if most is not None and len(told) > most else []
     lines = [f"{len(told)} problems", *told[:most], *more]
-    return head + "\n".join(lines).replace("\n", "\n  ")
+    return head + "\n".join(lines).replace("\n", "\n  ") + (f"\n{remedy}" if remedy else "")
 
 
 class VeneerError(Exception):

@@ -16,7 +16,7 @@ from veneer.contract import MethodConfig
 from veneer.core.sites import LinearSite
 from veneer.errors import ConfigError, FormatError, NoStorageError, TargetError
 from veneer.model.places import placed_on
-from veneer.store.adapter.fit import require_adapter, require_fit, require_fit_on, require_one_base
+from veneer.store.adapter.fit import require_fit, require_fit_on, require_one_base, require_undamaged
 from veneer.store.adapter.skeleton import without_storage
 
 from .test_other_methods import CONFIGS as OTHERS
@@ -144,4 +144,4 @@ def test_bases_of_other_names_are_returned(tmp_path: Path) -> None:
     told = [f"{tmp_path / 'a'} was trained on x/y", f"{tmp_path / 'b'} was trained on x/z"]
     assert require_one_base([tmp_path / "a", tmp_path / "b"]) == told
     with pytest.raises(ConfigError, match="there is no such folder"):
-        require_adapter(tmp_path / "c")
+        require_undamaged(tmp_path / "c")

@@ -251,3 +251,11 @@ def test_what_is_no_update_of_layers_says_so(tmp_path: Path) -> None:
     saved(make_base("llama"), veneer.BottleneckConfig(), tmp_path)
     with pytest.raises(CompositionError, match=r"\(BOTTLENECK\) is no update of linear layers"):
         read_updates(tmp_path)
+
+
+def test_updates_beside_whole_parameters_need_the_base(tmp_path: Path) -> None:
+    config = veneer.LoraConfig(r=3, target_modules=["q_proj"], modules_to_save=["lm_head", "norm"])
+    saved(make_base("llama"), config, tmp_path)
+    told = r"holds \S+ and 5 more besides low-rank factors: only its base can read them\. Merge it \(`veneer merge`\)"
+    with pytest.raises(CompositionError, match=told):
+        read_updates(tmp_path)

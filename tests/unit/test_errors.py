@@ -20,3 +20,11 @@ from veneer.errors import listed
 )
 def test_each_problem_has_a_line_of_its_own(problems: list[str], source: str, most: int | None, told: str) -> None:
     assert listed(problems, source, most) == told
+
+
+@pytest.mark.parametrize(
+    ("problems", "told"),
+    [(["a: 1", "a: 1"], "x: a: 1. Mend it"), (["a: 1", "b: 2"], "x: 2 problems\n  a: 1\n  b: 2\nMend it")],
+)
+def test_a_remedy_stands_behind_one_problem_and_below_several(problems: list[str], told: str) -> None:
+    assert listed(problems, "x", remedy="Mend it") == told

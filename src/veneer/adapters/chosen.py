@@ -16,7 +16,7 @@ from veneer.adapters.tokenizer import TOKENIZER_CONFIG, larger, read_tokenizer
 from veneer.contract.file import CONFIG_FILE
 from veneer.errors import ConfigError
 from veneer.store.adapter.config import read_config
-from veneer.store.adapter.fit import fitting, other_base, require_adapter, require_fit
+from veneer.store.adapter.fit import fitting, other_base, require_fit, require_undamaged
 from veneer.store.bars import quiet
 from veneer.store.merge_record import require_not_merged
 from veneer.store.quantization import BitsAndBytesConfig
@@ -92,13 +92,13 @@ def choose(model: str, adapters: Sequence[Path] = (), *, four_bit: bool = False,
     The tokenizer is the base's, or the adapter's if that has more tokens or another chat template. Adapters are not
     compared with a base on the hub.
 
-    Raises ConfigError and FormatError as `resolve` and `require_adapter` do. Raises FormatError for an adapter of
+    Raises ConfigError and FormatError as `resolve` and `require_undamaged` do. Raises FormatError for an adapter of
     another model, and CompositionError if the adapter is already merged into the base.
     """
     parse_dtype(dtype)
     source, folders = split(model, tuple(adapters))
     for number, folder in enumerate(folders):
-        require_adapter(folder)
+        require_undamaged(folder)
         if folder in folders[:number]:
             raise ConfigError(f"--adapter {folder} is given twice: once is enough")
     place = resolve(source) if folders else source

@@ -11,8 +11,9 @@ from typing import Any
 from veneer.adapters.chosen import Chosen, choose, split_one
 from veneer.answer.prompts import PromptReader, Row
 from veneer.disk.atomic import write_atomically
-from veneer.errors import DataError
+from veneer.errors import ConfigError, DataError
 from veneer.evaluate.questions import read_prompts
+from veneer.store.adapter.folder import require_adapter
 
 ADAPTER, ANSWER = "adapter", "answer"  # the fields that a row may have, and gets
 
@@ -56,11 +57,10 @@ def adapters_of(rows: Sequence[Row], source: Path, default: Path | None) -> list
             continue
         beside = source.parent / named
         folder = beside if beside.is_dir() else Path(named).expanduser()
-        if not folder.is_dir():
-            raise DataError(
-                f"{source}: row {number}: no adapter {named!r}: there is no such folder. Give one that holds "
-                "adapter_config.json"
-            )
+        try:
+            require_adapter(folder)
+        except ConfigError as error:
+            raise DataError(f"{source}: row {number}: {error}") from error
         found.append(folder)
     return found
 

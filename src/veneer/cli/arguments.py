@@ -39,14 +39,6 @@ def weights_of(weights: str | None, n: int) -> list[float]:
     return numbers
 
 
-def require_adapter(adapter: Path | None) -> None:
-    """Raise ConfigError for an adapter whose folder does not exist."""
-    if adapter is not None and not adapter.is_dir():
-        raise ConfigError(
-            f"no adapter {str(adapter)!r}: there is no such folder. Give one that holds adapter_config.json"
-        )
-
-
 def require_rows(file: Path | None) -> None:
     """Raise DataError for a file of rows that does not exist."""
     if file is not None and not file.exists():

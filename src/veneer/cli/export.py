@@ -13,7 +13,7 @@ from veneer.cli.loading import load
 from veneer.cli.pages.export import CheckArguments, GgufArguments, ImportanceArguments, LoraArguments, OllamaArguments
 from veneer.core.progress import progress_bar
 from veneer.core.units import size
-from veneer.errors import ConfigError, FormatError
+from veneer.errors import ConfigError, FormatError, listed
 from veneer.export.gguf.adapter import export_lora
 from veneer.export.gguf.check import check_file, compare_answers
 from veneer.export.gguf.collect import CollectOptions, collect_importance
@@ -93,7 +93,11 @@ def check(args: CheckArguments) -> None:
     print_facts(facts)
     if problems:
         raise FormatError(
-            f"{args.file} is not as it should be: {'; '.join(problems)}. Write it again with `veneer export gguf`"
+            listed(
+                problems,
+                f"{args.file} is not as it should be",
+                remedy="Convert the model again, with `veneer export gguf` or the converter that wrote the file",
+            )
         )
 
 

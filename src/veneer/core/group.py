@@ -47,10 +47,10 @@ def starts_processes(asked: int | None, environment: Mapping[str, str] = os.envi
     """
     if asked is None:
         return False
-    if "WORLD_SIZE" in environment and asked != group_size(environment):
+    if "WORLD_SIZE" in environment and asked != (here := group_size(environment)):
         raise ConfigError(
-            f"--processes {asked} is not the number of processes that a launcher has started here, "
-            f"{group_size(environment)}. Leave --processes out, or let the launcher start {asked}."
+            f"a launcher has started {here} process{'es' if here > 1 else ''} here, and --processes asks for {asked}: "
+            f"leave --processes out, or let the launcher start {asked}"
         )
     return asked > 1 and "WORLD_SIZE" not in environment
 

@@ -10,6 +10,8 @@ from datasets import Dataset
 from veneer.data.encoding import IGNORED
 from veneer.errors import ConfigError, DataError
 
+_TRAIN_MORE = "Train on more of each row, such as all of it: in a recipe by `data.train_on: everything`"
+
 
 def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     """Return indices in bins whose lengths sum to at most ``capacity``, by best-fit decreasing.
@@ -46,7 +48,7 @@ def pack(dataset: Dataset, capacity: int, *, split: bool = False) -> Dataset:
     if not rows:
         raise DataError(
             f"no trained token is left in rows of {capacity} tokens, and nothing would be learned. "
-            + ("Raise max_length: all trained tokens open a piece that was cut" if split else "Train more of each row")
+            + ("Raise max_length: all trained tokens open a piece that was cut" if split else _TRAIN_MORE)
         )
     bins = best_fit([len(ids) for ids, _ in rows], capacity)
     return Dataset.from_list(

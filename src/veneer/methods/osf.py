@@ -220,6 +220,8 @@ def projected(
 
 
 class _Projected(torch.autograd.Function):
+    """Identity whose gradient has no part in the span of ``high``, or, without ``high``, only its part in ``low``'s."""
+
     @staticmethod
     def forward(ctx: Any, x: Tensor, low: Tensor, high: Tensor | None) -> Tensor:
         ctx.low, ctx.high = low, high

@@ -76,8 +76,8 @@ def _load(op: str, backend: str, device: torch.device) -> Callable[..., Any]:
     reads = _DEVICES.get(backend, device.type)
     if reads != device.type and not (backend == "triton" and interprets_triton()):
         raise BackendError(
-            f"backend {backend!r} computes {op} on {reads} tensors; given tensors on {device.type}: move them to one "
-            "of these devices, or leave backend out"
+            f"backend {backend!r} computes {op} on {reads} tensors; given tensors on {device.type}: move them there, "
+            "or leave backend out"
         )
     return found
 

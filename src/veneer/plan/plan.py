@@ -78,7 +78,7 @@ def plan_recipe(
     if not isinstance(n_blocks, int) or n_blocks < 1:
         raise ConfigError(
             f"the config of {recipe.model.source} ({config.model_type}) has no num_hidden_layers to plan by: give a "
-            "model that has layers"
+            "model whose config has it, with at least one layer"
         )
     pattern = Pattern(n_blocks, 0, n_blocks) if whole else pattern_of(recipe, config, n_blocks)
     held_out = held_out_batch(recipe, batch) if evaluated else None

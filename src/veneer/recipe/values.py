@@ -22,15 +22,17 @@ PLACES = (
 )  # keys that may name a file
 _MEANT = {
     "mapping values": "': ' has no place here. Quote the value, or correct the indentation",
+    "expected <block end>, but found '<scalar>'": "text follows a closing quote or bracket. Take it out, or put "
+    "the whole value in quotes of the other kind",
     "expected <block end>": "the indentation fits no line above. Align the keys of a part",
-    "expected ',' or": "a bracket is not closed. Close it",
+    "expected ',' or": "a comma or a closing bracket is missing. Add it",
     "found unexpected end": "a quotation mark is not closed. Close it",
     r"found character '\t'": "a tab is not allowed. Indent with spaces",
     "found character": "no value begins with this sign. Quote the value",
     "found undefined alias": "no anchor (&) has this name. Quote the value if it is text",
     "could not determine": "a tag (!) is not allowed. Quote the value if it is text",
     "but found another document": "a second document is not allowed. Keep one",
-}  # by the beginning of PyYAML's reason, which speaks of tokens and blocks
+}  # by the beginning of PyYAML's reason, which speaks of tokens and blocks; the first that fits
 
 
 def read_values(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:

@@ -15,7 +15,8 @@ def test_processes_are_started_where_no_launcher_has_started_any() -> None:
     assert not starts_processes(None, {"WORLD_SIZE": "3"})
     assert not starts_processes(3, {"WORLD_SIZE": "3"})
     for here, asked in ((3, 2), (1, 2), (2, 1)):
-        with pytest.raises(ConfigError, match=rf"--processes {asked} is not the number .* here, {here}\. Leave"):
+        told = rf"has started {here} process(es)? here, and --processes asks for {asked}: leave"
+        with pytest.raises(ConfigError, match=told):
             starts_processes(asked, {"WORLD_SIZE": str(here)})
 
 

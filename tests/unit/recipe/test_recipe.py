@@ -236,7 +236,12 @@ def test_files_that_are_no_recipe(written, content, message):
     [
         ("seed: 3\noutput: a: b", 2, 10, "': ' has no place here"),
         ("data:\n   train: a\n  eval: b", 3, 3, "the indentation fits no line above"),
-        ("seed: 3\ndata: {train: a", 2, 16, "a bracket is not closed"),
+        ("output: 'don't'", 1, 14, "text follows a closing quote"),
+        ('data:\n  train: "a" b', 2, 14, "text follows a closing quote"),
+        ("data: {train: a} b", 1, 18, "text follows a closing quote or bracket"),
+        ("seed: 3\ndata: {train: a", 2, 16, "a comma or a closing bracket is missing"),
+        ("data: {train: a eval: b}", 1, 21, "a comma or a closing bracket is missing"),
+        ("data: {train: a]", 1, 16, "a comma or a closing bracket is missing"),
         ("output: 'a\nb", 2, 2, "a quotation mark is not closed"),
         ("data:\n\ttrain: a", 2, 1, "a tab is not allowed"),
         ("output: @a", 1, 9, "no value begins with this sign"),

@@ -188,10 +188,10 @@ def test_names_in_messages_are_those_that_a_key_sees(server):
     assert "b-vera" not in told
     assert told.endswith("nown: tiny, alias, a-lora, a-rs")
     told = ask(server, "a", "POST", "/v1/completions", {**ASK, "adapter": {"b-vera": 1}}).json["error"]["message"]
-    assert told.startswith("no adapter 'b-vera'; ")
+    assert told.startswith("no adapter 'b-vera'. ")
     assert told.endswith("nown: a-lora, a-rs")
     told = ask(server, "all", "POST", "/v1/completions", {**ASK, "model": "b-ver"}).json["error"]["message"]
-    assert "did you mean 'b-vera'?" in told
+    assert "Did you mean 'b-vera'?" in told
 
 
 def test_lists_have_what_a_key_sees(server):

@@ -60,7 +60,7 @@ def test_a_body_names_a_mix(server, base_folder, adapters):
 @pytest.mark.parametrize(
     ("body", "status", "said", "param"),
     [
-        ({"adapter": {"lora": 0.7, "nobody": 0.3}}, 404, "no adapter 'nobody'; known: dora, lora, ", "adapter"),
+        ({"adapter": {"lora": 0.7, "nobody": 0.3}}, 404, "no adapter 'nobody'. Known: dora, lora, ", "adapter"),
         ({"adapter": {"tiny": 1}}, 404, "no adapter 'tiny'", "adapter"),
         ({"adapter": {"lora": 0.7}, "model": "rslora"}, 400, "model='rslora' is an adapter", None),
         ({"adapter": {"lora": 0.7}, "model": "nobody"}, 404, "no model 'nobody'", "model"),
@@ -120,7 +120,7 @@ def test_the_catalogue_keeps_the_mixes_that_were_asked_for_last(adapters, tmp_pa
 def test_an_unknown_name_is_told_with_the_nearest_and_with_few_of_many(tmp_path):
     engine: Any = Forgetful()
     catalogue = Catalogue(engine, ["tiny"], "", tmp_path)
-    with pytest.raises(ConfigError, match=r"^no adapter 'x'; known: none$"):
+    with pytest.raises(ConfigError, match=r"^no adapter 'x'\. Known: none$"):
         catalogue.mix({"x": 0.7})
     for number in range(13):
         (tmp_path / f"tenant-{number:02}").mkdir()
@@ -131,7 +131,7 @@ def test_an_unknown_name_is_told_with_the_nearest_and_with_few_of_many(tmp_path)
         catalogue.find("tenant12")
     first = ", ".join(f"tenant-{number:02}" for number in range(9))
     assert str(told.value) == (
-        f"no model 'tenant12'; did you mean 'tenant-12'? Known: tiny, {first} and 4 more, see /v1/models"
+        f"no model 'tenant12'. Did you mean 'tenant-12'? Known: tiny, {first} and 4 more, see /v1/models"
     )
 
 

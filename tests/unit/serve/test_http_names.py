@@ -147,7 +147,7 @@ def test_a_request_looks_at_its_own_adapter_alone(tmp_path, monkeypatch):
     monkeypatch.setattr(folder_file, "is_adapter", lambda path: looked.append(path) or own(path))
     monkeypatch.setattr(folder_file.os, "listdir", lambda path: looked.append(path) or listed(path))
     numbers = [catalogue.find(name).adapter_id for name in ("tenant-07", "tenant-30", "tenant-07")]
-    with pytest.raises(ConfigError, match=r"known: tiny, tenant-00, .* and 22 more"):
+    with pytest.raises(ConfigError, match=r"Known: tiny, tenant-00, .* and 22 more"):
         catalogue.find("zz")
     assert numbers == [1, 2, 1]
     assert [path.name for path in looked] == ["tenant-07", "tenant-30", "tenant-07", "zz"]

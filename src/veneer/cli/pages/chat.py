@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from veneer.cli.arguments import require_adapter, require_model
+from veneer.cli.arguments import require_model
 from veneer.cli.pages import options
 from veneer.cli.work import verb
+from veneer.store.adapter.folder import require_adapter
 
 
 @dataclass(frozen=True, kw_only=True)

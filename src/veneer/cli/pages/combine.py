@@ -8,10 +8,11 @@ from typing import Annotated
 
 import typer
 
-from veneer.cli.arguments import require_adapter, weights_of
+from veneer.cli.arguments import weights_of
 from veneer.cli.pages.options import unset
 from veneer.cli.work import verb
 from veneer.errors import ConfigError
+from veneer.store.adapter.folder import require_adapter
 
 _Weights = Annotated[str | None, unset("X...", "One weight for each adapter, such as 0.7 -0.3. Default: 1 each.")]
 _How = Annotated[

@@ -9,12 +9,13 @@ from typing import Annotated
 
 import typer
 
-from veneer.cli.arguments import require_adapter, require_model, require_rows
+from veneer.cli.arguments import require_model, require_rows
 from veneer.cli.facts import AsJson
 from veneer.cli.pages import options
 from veneer.cli.pages.options import unset
 from veneer.cli.work import verb
 from veneer.recipe.values import read_values
+from veneer.store.adapter.folder import require_adapter
 
 
 def _unescaped(text: str) -> str:

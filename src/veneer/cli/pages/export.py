@@ -9,13 +9,14 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from veneer.cli.arguments import require_adapter, require_file, require_folder
+from veneer.cli.arguments import require_file, require_folder
 from veneer.cli.help import VerbCommand, first_sentence, print_page
 from veneer.cli.pages.export_as_lora import as_lora
 from veneer.cli.pages.export_vllm import vllm
 from veneer.cli.pages.options import Adapter, Force, Model, unset
 from veneer.cli.work import verb
 from veneer.errors import ConfigError
+from veneer.store.adapter.folder import require_adapter
 
 Output = Annotated[Path, unset("FILE", "The .gguf file to write.", "--output", "-o")]
 Type = Annotated[

@@ -8,10 +8,10 @@ from typing import Annotated
 
 import typer
 
-from veneer.cli.arguments import require_adapter
 from veneer.cli.pages.options import unset
 from veneer.cli.work import verb
 from veneer.errors import ConfigError
+from veneer.store.adapter.folder import require_adapter
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,10 +8,10 @@ from typing import Annotated
 
 import typer
 
-from veneer.cli.arguments import require_adapter
 from veneer.cli.pages.options import Force, unset
 from veneer.cli.work import verb
 from veneer.export.vllm.ranks import require_rank
+from veneer.store.adapter.folder import require_adapter
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,11 +8,12 @@ from typing import Annotated
 
 import typer
 
-from veneer.cli.arguments import require_adapter, require_model, require_rows
+from veneer.cli.arguments import require_model, require_rows
 from veneer.cli.pages import options
 from veneer.cli.pages.options import unset
 from veneer.cli.work import verb
 from veneer.errors import ConfigError
+from veneer.store.adapter.folder import require_adapter
 
 _Prompt = Annotated[
     str | None,

@@ -8,10 +8,11 @@ from typing import Annotated
 
 import typer
 
-from veneer.cli.arguments import require_adapter, require_file
+from veneer.cli.arguments import require_file
 from veneer.cli.facts import AsJson
 from veneer.cli.pages.options import unset
 from veneer.cli.work import verb
+from veneer.store.adapter.folder import require_adapter
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -38,19 +38,23 @@ class IntrinsicArguments:
     def __post_init__(self) -> None:
         require_folder("--output", self.output)
         require_model(self.model)
-        _ = self.dimensions
+        require_dimensions(self.dims)
         require_rows(self.data)
 
     @property
     def dimensions(self) -> list[int]:
-        """Dimensions to try. Raises ConfigError unless all are whole numbers of at least 1."""
-        try:
-            found = [int(d) for d in self.dims.split(",")]
-        except ValueError as error:
-            raise ConfigError(f"--dims {self.dims!r} must be whole numbers with commas between them") from error
-        if min(found) < 1:
-            raise ConfigError(f"--dims {self.dims!r} must be 1 or more")
-        return found
+        """Dimensions to try."""
+        return [int(d) for d in self.dims.split(",")]
+
+
+def require_dimensions(dims: str) -> None:
+    """Raise ConfigError unless ``--dims`` has whole numbers of at least 1, with commas between them."""
+    try:
+        smallest = min(int(d) for d in dims.split(","))
+    except ValueError as error:
+        raise ConfigError(f"--dims {dims!r} must be whole numbers with commas between them") from error
+    if smallest < 1:
+        raise ConfigError(f"--dims {dims!r} must be 1 or more")
 
 
 intrinsic = verb(IntrinsicArguments, "veneer.cli.intrinsic", "intrinsic")

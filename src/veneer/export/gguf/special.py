@@ -66,8 +66,8 @@ def _flags(source: SourceTokenizer, bos: int | None, eos: int | None) -> Iterato
     if front not in ([], [bos]) or back not in ([], [eos]):
         names = [source.vocabulary.get(number) for number in (*front, *back)]
         raise FormatError(
-            f"the tokenizer in {source.folder} puts {names} around a text; a GGUF file holds one BOS in front and one "
-            "EOS at the end. Serve the model with `veneer serve`"
+            f"the tokenizer in {source.folder} puts {names} around a text; a GGUF file holds at most one BOS in "
+            "front and one EOS at the end. Serve the model with `veneer serve`"
         )
     yield _flag("add_bos_token", bool(front))
     yield _flag("add_eos_token", bool(back))

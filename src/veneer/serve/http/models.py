@@ -324,6 +324,6 @@ class Catalogue:
 def _those_there(name: str, names: Sequence[str]) -> str:
     """The end of a message about an unknown name: the nearest where that is soon found, and the first of all."""
     close = nearest(name[:_LONGEST], names, n=1) if len(names) <= _COMPARED else []
-    there = f"did you mean {close[0]!r}? Known:" if close else "known:"
+    there = f"Did you mean {close[0]!r}? Known:" if close else "Known:"
     more = f" and {len(names) - _TOLD:,} more, see /v1/models" if len(names) > _TOLD else ""
-    return f"; {there} {', '.join(names[:_TOLD]) or 'none'}{more}"
+    return f". {there} {', '.join(names[:_TOLD]) or 'none'}{more}"

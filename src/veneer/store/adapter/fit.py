@@ -17,21 +17,19 @@ from veneer.contract.keys import copies_of, is_rows, is_shared, place_of, usual_
 from veneer.contract.known import Known
 from veneer.contract.places import Placed
 from veneer.core.sites import AttentionSite, LinearSite
-from veneer.errors import ConfigError, FormatError, NoStorageError, TargetError
+from veneer.errors import FormatError, NoStorageError, TargetError
 from veneer.model.places import placed_on
 from veneer.store.adapter.config import read_config
 from veneer.store.adapter.files import read_headers
+from veneer.store.adapter.folder import require_adapter
 from veneer.store.adapter.misfit import Shaped, misfit
 from veneer.store.adapter.skeleton import without_storage
 from veneer.store.known import KNOWN, is_fetched, model_folder
 
 
-def require_adapter(adapter: Path) -> None:
+def require_undamaged(adapter: Path) -> None:
     """Raise ConfigError if there is no such adapter, FormatError if its files are damaged."""
-    if not adapter.is_dir():
-        raise ConfigError(
-            f"no adapter {str(adapter)!r}: there is no such folder. Give one that holds adapter_config.json"
-        )
+    require_adapter(adapter)
     read_config(adapter)
     read_headers(adapter)
 
@@ -119,7 +117,7 @@ def require_one_base(adapters: Sequence[Path]) -> list[str]:
     differ in size. Sizes that a file does not hold are not compared.
     """
     for folder in adapters:
-        require_adapter(folder)
+        require_undamaged(folder)
     seen: dict[tuple[str, str], tuple[Path, int]] = {}
     for folder in adapters:
         for (path, unit), size in _sizes(folder).items():
