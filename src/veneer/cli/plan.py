@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any
@@ -99,15 +100,13 @@ def plan(
     elsewhere = card is not None or advice or serve
     begun = nullcontext() if elsewhere else start_measured()  # before torch is imported, which takes as long
     with waits_told("loading torch and transformers"), begun:
+        # Here, as they import torch: a wrong option is refused before.
         from veneer.cli.plan_answers import answer_advice, answer_fit, answer_plan, answer_serve, opened
         from veneer.plan.layout import Ranks
 
         recipe, config, machine = opened(values, what, card, timed=time)
-        for missing in recipe.data.missing_files if _is_recipe(what) else ():
-            typer.echo(f"rows that are not counted: {missing}", err=True)
-        note = None if advice or serve else machine.note(recipe.model, config)
-        if note is not None:
-            typer.echo(note, err=True)
+        missing = recipe.data.missing_files if _is_recipe(what) else ()
+        _tell_beside(missing, None if advice or serve else machine.note(recipe.model, config))
         if advice:
             answer_advice(recipe, config, (task or "instruction", rows or 10_000, tokens or 256), as_json)
         elif serve:
@@ -117,6 +116,14 @@ def plan(
         else:
             ranks = Ranks(processes or 1, bandwidth and bandwidth * 1e9)
             answer_plan(recipe, config, machine, ranks, rows=rows, as_json=as_json, png=png)
+
+
+def _tell_beside(missing: Iterable[str], note: str | None) -> None:
+    """Print files whose rows are not counted, and a note on the machine, beside the answer."""
+    for problem in missing:
+        typer.echo(f"rows that are not counted: {problem}", err=True)
+    if note is not None:
+        typer.echo(note, err=True)
 
 
 def _require_read(what: str, modes: dict[str, bool], given: dict[str, Any]) -> None:

@@ -97,6 +97,7 @@ def train(
     if starts:
         raise typer.Exit(_in_processes(context.find_root().obj, processes or 1, values))
     with waits_told("loading torch and transformers"):
+        # Here, as it imports torch: a wrong option or recipe is refused before.
         from veneer.cli.train_run import Asked, OnRay, carried_out, parsed
 
         wanted = parsed(values, recipe)
@@ -130,6 +131,7 @@ def _in_processes(args: Sequence[str], n: int, values: Mapping[str, Any]) -> int
     if PART in values:
         raise ConfigError(f"--processes {n}: the members of a sweep share one process. Leave --processes out.")
     with waits_told("loading torch"):
+        # Here, as it imports torch: a sweep is refused before.
         from veneer.train.launcher import launched, require_devices
 
         if not section(values, "training").get("use_cpu"):

@@ -69,7 +69,7 @@ class BaseCutter:
                 self._cut_block(block, trained)
         inside = {parameter for block in blocks for parameter in block.parameters()}
         whole = trained.union(parameter for parameter in model.parameters() if parameter not in inside)
-        from veneer.model.fsdp import join
+        from veneer.model.fsdp import join  # one process never needs FSDP2
 
         join(holder, self._mesh, whole)
 
@@ -89,7 +89,7 @@ class BaseCutter:
 
 def leave_apart(model: nn.Module) -> None:
     """Let DDP neither send nor reduce the weights that are cut."""
-    from veneer.model.fsdp import leave_to_fsdp
+    from veneer.model.fsdp import leave_to_fsdp  # one process never needs FSDP2
 
     leave_to_fsdp(model)
 
