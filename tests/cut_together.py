@@ -63,6 +63,7 @@ def _case(storage: str, is_fused: bool, checkpointing: str, shard: int | None) -
                 shard_base(model, shard)
                 assert any("lora_A" in key for key in model.state_dict())
                 found |= {"held": _block_bytes(model) / frozen, "frozen": frozen}
+                found["padding"] = _padding_bytes(model, shard or distributed.get_world_size())
                 found |= {"stacks held": _stack_bytes(model) / stacks} if stacks else {}
             joined = DistributedDataParallel(model, broadcast_buffers=False)
             gradients.append(_of_this_process(joined))
@@ -227,6 +228,14 @@ def _block_bytes(model: Any) -> int:
     blocks = model.model.layers
     frozen = [p for p in blocks.parameters() if not p.requires_grad]
     return sum(map(_held, [*frozen, *(b for b in blocks.buffers() if b.numel() > 1)]))
+
+
+def _padding_bytes(model: Any, shard: int) -> int:
+    """Bytes by which gathered weights of the blocks are longer, as each process sends as many rows of each."""
+    from torch.distributed.tensor import DTensor
+
+    cut = [p for p in model.model.layers.parameters() if isinstance(p, DTensor)]
+    return sum(-len(p) % shard * (p.numel() // len(p)) * p.itemsize for p in cut)
 
 
 def _stack_bytes(model: nn.Module) -> int:
