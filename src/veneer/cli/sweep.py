@@ -8,11 +8,20 @@ from typing import Annotated
 import typer
 
 from veneer.cli import train
+from veneer.cli.pages.options import unset
 from veneer.errors import ConfigError
 from veneer.recipe.sweep_part import PART
 from veneer.recipe.values import read_values
 
 _Recipe = Annotated[Path, typer.Argument(metavar="RECIPE", show_default=False, help="A YAML file with a sweep part.")]
+_On = Annotated[
+    str | None,
+    unset(
+        "PLACE",
+        "Train the members on Ray: ray, ray:N (N workers), ray:M-N (M to N) or ray://host:port.",
+        "--on",
+    ),
+]
 
 
 def sweep(
@@ -21,7 +30,7 @@ def sweep(
     overrides: train.Overrides = None,
     resume: train.MaybeResume = None,
     allow_changes: train.AllowChanges = False,
-    on: train.On = None,
+    on: _On = None,
 ) -> None:
     """Train the members of a sweep over one base, in this process or on the workers of a Ray cluster.
 

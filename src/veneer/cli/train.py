@@ -54,7 +54,7 @@ _Processes = Annotated[
     int | None,
     unset("N", "Train in N processes of this machine, a device each; they share every batch.", "--processes", min=1),
 ]
-On = Annotated[
+_On = Annotated[
     str | None,
     unset("PLACE", "Train on Ray: ray, ray:N (N workers), ray:M-N (M to N) or ray://host:port.", "--on"),
 ]
@@ -71,7 +71,7 @@ def train(
     allow_changes: AllowChanges = False,
     beyond_memory: _BeyondMemory = False,
     processes: _Processes = None,
-    on: On = None,
+    on: _On = None,
 ) -> None:
     """Train an adapter (or the whole model) from a recipe; several at once if it has a sweep part.
 

@@ -10,7 +10,7 @@ from typing import ClassVar
 from veneer.contract.config import MethodConfig
 from veneer.contract.known import Names as Names  # methods look for it here
 from veneer.core.module_names import matches_any, nearest_modules
-from veneer.errors import TargetError
+from veneer.errors import TargetError, listed
 
 ALL_LINEAR = "all-linear"
 FamilyTargets = Mapping[str, Mapping[str, Names]]
@@ -105,7 +105,7 @@ def select_targets(config: TargetedConfig, index: ModuleIndex) -> tuple[str, ...
     problems = _unmatched("target", patterns, index.adaptable, index) if patterns != ALL_LINEAR else []
     problems += _unmatched("excluded", config.exclude_modules or (), index.all_names, index)
     if problems:
-        raise TargetError("; ".join(problems))
+        raise TargetError(listed(problems))
     meant = (
         tuple(n for n in index.adaptable if matches_any(n, patterns)) if patterns != ALL_LINEAR else index.all_linear
     )

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from veneer.combine.sparsify import draw_of
 from veneer.combine.task_vectors import TaskVectors, merge_task_vectors
-from veneer.errors import CompositionError, FormatError
+from veneer.errors import CompositionError, FormatError, listed
 from veneer.export.model_folder import copy_companions, local_folder
 from veneer.store.checkpoint import Checkpoint
 from veneer.store.checkpoint_writer import DEFAULT_SHARD_BYTES, CheckpointWriter
@@ -85,8 +85,5 @@ def _require_alike(base: Checkpoint, tuned: Checkpoint, model: str) -> None:
         if name in tuned.tensors and tuned.tensors[name].shape != stored.shape
     ]
     if problems:
-        more = f"; and {len(problems) - 20} more" if len(problems) > 20 else ""
-        raise FormatError(
-            f"{model} is not a fine-tuned form of the base: {'; '.join(problems[:20])}{more}. Give models "
-            "trained from it"
-        )
+        told = f"{model} is not a fine-tuned form of the base"
+        raise FormatError(listed(problems, told, 20, "Give models trained from it"))

@@ -14,7 +14,7 @@ from veneer.contract.known import Known
 from veneer.contract.targets import ALL_LINEAR, Names, absent_layers, present_targets, select_targets
 from veneer.core.sites import LinearSite
 from veneer.disk.known_name import known_name
-from veneer.errors import TargetError
+from veneer.errors import TargetError, listed
 from veneer.model.blueprint.names import TASK_HEADS
 from veneer.model.blueprint.roles import names_for
 from veneer.model.copies import copied_parameters, whole_parameters
@@ -168,7 +168,7 @@ def _require_accepted(
             *absent_layers(config, snapshot.index(config)),
         ]
     if wrong:
-        raise TargetError("; ".join(wrong))
+        raise TargetError(listed(wrong))
     for odd in config.checks.advice(sites) if fresh else ():
         log.warning("%s", odd)
 

@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from veneer.core.frozen import FrozenWeight
-from veneer.errors import FormatError
+from veneer.errors import FormatError, listed
 from veneer.quant.dense import DenseWeight
 from veneer.quant.spec import Parts, StorageSpec
 
@@ -191,7 +191,7 @@ class StackSpec:
             layouts = [[piece.part_layout() for piece in each] for each in specs]
             problems += [f"experts 0 and {n} are stored in different formats" for n in _unlike(layouts)]
         if problems:
-            raise FormatError(_told(problems))
+            raise FormatError(listed(problems, most=PROBLEMS_TOLD))
         return replace(self, pieces=specs[0]), _stacked(made)
 
 
@@ -215,8 +215,3 @@ def _by_expert(tensors: Parts) -> dict[tuple[int, str], dict[str, Tensor]]:
 
 def _unlike(layouts: Sequence[object]) -> Iterator[int]:
     return (number for number, layout in enumerate(layouts) if layout != layouts[0])
-
-
-def _told(problems: Sequence[str]) -> str:
-    more = len(problems) - PROBLEMS_TOLD
-    return "; ".join(problems[:PROBLEMS_TOLD]) + (f"; and {more} more" if more > 0 else "")

@@ -65,8 +65,9 @@ def loop_of(config: Mapping[str, Any]) -> Loop:
     try:
         return Loop.model_validate(dict(config))
     except ValidationError as error:
-        told = "; ".join(f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors())
-        raise ConfigError(f"train_loop_config: {told}. Known keys: {', '.join(Loop.model_fields)}.") from error
+        told = [f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors()]
+        known = f"Known keys: {', '.join(Loop.model_fields)}"
+        raise ConfigError(listed(told, "train_loop_config", remedy=known)) from error
 
 
 def run_here(loop: Loop) -> dict[str, Any]:
@@ -196,8 +197,12 @@ def _require_elastic(place: Place, recipe: Recipe) -> None:
     problems = _problems(recipe, place.least, place.n_workers)
     if problems:
         raise ConfigError(
-            f"--on ray:{place.least}-{place.n_workers} changes the number of workers, and the steps of this run must "
-            f"have the same rows with each: {'; '.join(problems)}. Change that, or take --on ray:{place.n_workers}."
+            listed(
+                problems,
+                f"--on ray:{place.least}-{place.n_workers} changes the number of workers, and the steps of this run "
+                "must have the same rows with each",
+                remedy=f"Change that, or take --on ray:{place.n_workers}",
+            )
         )
 
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from veneer.errors import ConfigError, DataError
+from veneer.errors import ConfigError, DataError, listed
 from veneer.evaluate import accuracy
 from veneer.recipe.keys import perhaps
 
@@ -136,7 +136,7 @@ def _require_settings(name: str, function: Reward, settings: Mapping[str, Any]) 
         if not takes_all:
             problems += [f"it must take **row, for {_TOLD}"]
     if problems:
-        raise ConfigError(f"the reward function {name}: " + "; ".join(problems))
+        raise ConfigError(listed(problems, f"the reward function {name}"))
 
 
 def _value_problems(settings: Mapping[str, Any]) -> list[str]:

@@ -15,7 +15,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from veneer.core.field_types import check
-from veneer.errors import ConfigError, DescriptionError
+from veneer.errors import ConfigError, DescriptionError, listed
 from veneer.evaluate.scoring import context_length
 from veneer.model.paged import SlotStore, require_pageable
 from veneer.model.quantized_head import quantize_head
@@ -343,7 +343,7 @@ def _require_nothing_to_load(options: EngineOptions) -> None:
                 "or give the model's folder"
             )
     if said:
-        raise ConfigError("; ".join(said))
+        raise ConfigError(listed(said))
 
 
 def _with_template(tokenizer: Any, template: str | None) -> Any:

@@ -15,7 +15,8 @@ pytest.importorskip("ray", reason="Ray is not installed: pip install 'veneer[ray
 
 
 def test_settings_of_the_loop_are_checked() -> None:
-    with pytest.raises(ConfigError, match=r"train_loop_config: recipe: .*; sett: .*Known keys: recipe, set, folder"):
+    told = r"(?s)train_loop_config: 2 problems\n  recipe: .*\n  sett: .*\nKnown keys: recipe, set, folder"
+    with pytest.raises(ConfigError, match=told):
         train_loop({"sett": 3})
 
 

@@ -58,7 +58,8 @@ def test_settings_are_bound_and_refused():
     bound = reward_function("regex", {"pattern": "a+"})
     assert bound.__name__ == "regex"
     assert isinstance(bound, functools.partial)
-    with pytest.raises(ConfigError, match=r"math:fsum: wrong: it takes no such argument; it must take \*\*row"):
+    told = r"math:fsum: 2 problems\n  wrong: it takes no such argument\n  it must take \*\*row"
+    with pytest.raises(ConfigError, match=told):
         reward_function("math:fsum", {"wrong": 1})
 
 
