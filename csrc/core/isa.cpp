@@ -25,12 +25,17 @@ bool has_avx512_bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf
 #endif
 
 #ifdef VENEER_BUILT_AMX
-// Tiles need the CPU (leaf 7: bf16 products in bit 22, tiles in bit 24) and leave from the kernel, asked once a process. All CPUs
-// that have them compute on halves too (bit 23).
+// Tiles need the CPU (leaf 7: bf16 products in bit 22, tiles in bit 24) and leave from the kernel, asked once a process. Code that
+// computes on halves needs bit 23 too, which all CPUs with tiles have.
 bool tiles_usable() {
 #if defined(__linux__)
   unsigned a, b, c, d;
-  constexpr unsigned all = (1u << 22) | (1u << 23) | (1u << 24);
+  constexpr unsigned tiles = (1u << 22) | (1u << 24);
+#ifdef VENEER_BUILT_AVX512_FP16
+  constexpr unsigned all = tiles | (1u << 23);
+#else
+  constexpr unsigned all = tiles;
+#endif
   if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & all) != all) return false;
   constexpr long request_permission = 0x1023, tile_data = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
   return syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
