@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from veneer.core.frozen import FrozenWeight
 from veneer.errors import FormatError
-from veneer.model.cut_weight import whole
+from veneer.model.cut_weight import is_part, whole
 from veneer.quant.spec import StorageSpec
 
 
@@ -99,7 +99,12 @@ class CodedModule(nn.Module):
         bias = self._parameters.get("bias")
         if bias is not None:
             destination[f"{prefix}bias"] = bias if keep_vars else bias.detach()
-        disk = self.spec.to_disk(self.parts()) if self.is_filled else {"weight": self.weight}
+        if not self.is_filled:
+            disk = {"weight": self.weight}
+        elif is_part(self.weight):  # as FSDP2 has it: each process its own part
+            disk = self.parts()
+        else:
+            disk = self.spec.to_disk(self.parts())
         destination |= {prefix + key: tensor for key, tensor in (disk | self.carried).items()}
 
     def _load_from_state_dict(
