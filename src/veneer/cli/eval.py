@@ -86,7 +86,13 @@ def _words(labels: str) -> tuple[str, ...]:
 
 def _measured(metric: Metric, args: EvalArguments) -> Measured:
     subject = subject_of(args)
-    reader = QuestionReader(tokenizer=subject.tokenizer, prompt=args.prompt, answer_field=args.answer_field)
+    reader = QuestionReader(
+        tokenizer=subject.tokenizer,
+        prompt=args.prompt,
+        answer_field=args.answer_field,
+        chat=args.chat,
+        system=args.system,
+    )
     asked = metric.ask(reader, subject.rows, subject.whole)
     parts = subject.load()
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())

@@ -21,6 +21,9 @@ from veneer.export.vllm.ranks import holding
 from veneer.store.bars import quiet
 from veneer.store.named import folder_of
 
+_LOST = 0.2
+"""Of the norm of an update: a larger error is told as a loss."""
+
 
 def vllm(args: VllmArguments) -> None:
     """Write each adapter that can be LoRA, print a table, and refuse the others with their reasons."""
@@ -70,6 +73,11 @@ def _show(written: Mapping[str, VllmReport]) -> None:
     for name, report in written.items():
         if report.error:
             typer.echo(f"{name}: worst layer {report.worst_layer}")
+        if report.error > _LOST:
+            typer.echo(
+                f"{name} will answer otherwise than it was trained to: {report.error:.0%} of its change is lost. Raise "
+                "--rank, or merge it into its base (`veneer merge`)"
+            )
 
 
 def _next(written: Mapping[str, VllmReport], output: Path) -> str:

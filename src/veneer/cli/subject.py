@@ -96,13 +96,12 @@ def _said_by_recipes(args: EvalArguments) -> list[str]:
 
 
 def _as_trained(rows: Rows, args: EvalArguments) -> Rows:
-    """The rows in the forms of training. Raises ConfigError where a template makes the prompts already."""
+    """The rows in the forms of training; as they are if a template makes the prompts."""
     if args.prompt is None:
         beside = [option for option, value in (("--chat", args.chat), ("--system", args.system)) if value]
         advice = "--prompt 'Question: {question}' and --answer-field answer"
         advice += f", in place of {' and '.join(beside)}" if beside else ""
         return as_trained(rows, RowReader(chat=args.chat, system=args.system, advice=advice))
-    if args.chat or args.system is not None:
-        option = "--chat makes turns of its fields" if args.chat else "--system belongs to turns"
-        raise ConfigError(f"--prompt makes plain text of each row, and {option}: give one")
+    if args.system is not None and not args.chat:
+        raise ConfigError("--system belongs to a chat, and --prompt makes plain text of each row: add --chat")
     return rows

@@ -34,13 +34,16 @@ class Question:
 class QuestionReader:
     r"""Reader of rows in the forms of training data: messages (the last turn is the answer), or prompt and completion.
 
-    ``prompt`` makes a plain-text prompt from the fields of any row (``"Review: {text}\nSentiment:"``). ``answer_field``
-    names the field with the right answer, or a list of them; by default the row's own answer.
+    ``prompt`` makes a plain-text prompt from the fields of any row (``"Review: {text}\nSentiment:"``). With ``chat`` it
+    is a user's turn, behind the message ``system`` if there is one. ``answer_field`` names the field with the right
+    answer, or a list of them; by default the row's own answer.
     """
 
     tokenizer: PreTrainedTokenizerBase
     prompt: str | None = None
     answer_field: str | None = None
+    chat: bool = False
+    system: str | None = None
 
     def read(self, rows: Iterable[Row]) -> list[Question]:
         """Return the questions. Raises DataError that names the row."""
@@ -82,7 +85,7 @@ class QuestionReader:
         """Token ids, the answer that the row itself holds, and the plain text if it is that."""
         if self.prompt is not None:
             text = fill_template(self.prompt, row)
-            return self._plain(text), None, text
+            return (self._chat(self._turns(text)), None, None) if self.chat else (self._plain(text), None, text)
         if "prompt" in row and "completion" in row:
             prompt, completion = row["prompt"], row["completion"]
             if isinstance(prompt, str) and isinstance(completion, str):
@@ -95,6 +98,10 @@ class QuestionReader:
             f"it has the fields {sorted(row)}; needed are messages, or prompt and completion, or a prompt template "
             "(--prompt) with an answer field (--answer-field)"
         )
+
+    def _turns(self, text: str) -> list[Row]:
+        before = [] if self.system is None else [{"role": "system", "content": self.system}]
+        return [*before, {"role": "user", "content": text}]
 
     def _answers(self, row: Row, own: str | None) -> tuple[str, ...]:
         if self.answer_field is None:

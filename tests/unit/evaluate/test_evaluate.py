@@ -214,6 +214,14 @@ def test_prompts_from_fields_and_lists_of_answers(tokenizer: Any) -> None:
     assert list(question.prompt) == tokenizer("Q: why\nA:").input_ids
 
 
+def test_a_prompt_from_fields_is_a_turn_of_a_chat_as_in_training(tokenizer: Any) -> None:
+    reader = QuestionReader(tokenizer=tokenizer, prompt="{q}?", answer_field="a", chat=True, system="be brief")
+    rows = [{"q": "why", "a": "so"}]
+    turns = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "why?"}]
+    alike = QuestionReader(tokenizer=tokenizer).read([{"messages": [*turns, {"role": "assistant", "content": "so"}]}])
+    assert reader.read(rows) == alike
+
+
 @pytest.mark.parametrize(
     ("options", "row", "message"),
     [

@@ -28,7 +28,7 @@ class InspectArguments:
     ] = None
     base: Annotated[
         str | None,
-        unset("MODEL", "The base model; needed for DoRA and IA3 adapters."),
+        unset("MODEL", "The base model; needed for adapters that scale, rotate or read its weights (DoRA, IA3, OFT)."),
     ] = None
     top: Annotated[int, typer.Option(metavar="N", min=1, help="The number of leading directions to count.")] = 4
     png: Annotated[
