@@ -86,7 +86,7 @@ def test_a_text_that_ends_answers_may_be_a_line_break(
         (("-m", "labels", "--predictions", "."), "is a folder: give the file"),
         (("-m", "accuracy"), "'-m': 'accuracy' is not one of"),
         (("-m", "labels", "--system", "be brief"), "system is for conversations"),
-        (("-m", "labels", "--prompt", "{prompt}", "--system", "be brief"), "--system belongs to a chat, and --prompt makes plain text of each row: add --chat"),
+        (("-m", "labels", "--prompt", "{prompt}", "--system", "be brief"), "--system belongs to a chat, and --prompt"),
     ],
 )
 def test_options_that_do_not_fit_are_errors(

@@ -109,10 +109,10 @@ def read_updates(folder: Path, places: Mapping[str, Placed] | None = None) -> St
         )
     stored = read_records(folder, places)
     if stored.others:
-        more = f" and {len(stored.others) - 1} more" if len(stored.others) > 1 else ""
+        more = f" and {len(stored.others) - 1} more, which are" if len(stored.others) > 1 else ", which is"
         raise CompositionError(
-            f"the adapter {folder} holds {stored.others[0]}{more} besides low-rank factors: only its base can read "
-            "them. Merge it (`veneer merge`), or leave it out"
+            f"the adapter {folder} holds {stored.others[0]}{more} no pair of low-rank factors: only its base can "
+            "read that. Merge it (`veneer merge`), or leave it out"
         )
     if not all(record.only_adds for record in stored.updates.values()):
         raise _needs_base(folder)
