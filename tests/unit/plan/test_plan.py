@@ -176,7 +176,7 @@ def test_unknown_names_and_long_rows_are_told(recipe: Make, tmp_path: Path, monk
         config_of("meta/Llama-3-8B")
     with pytest.raises(FormatError, match=r"holds no config\.json") as raised:
         config_of(str(tmp_path))
-    assert "preset" not in str(raised.value)
+    assert "the preset" not in str(raised.value)
     with pytest.raises(ConfigError, match="max_length=65 is more than the 64 tokens"):
         plan_recipe(recipe(max_length=65))
 
