@@ -47,9 +47,6 @@ class Circulant(Change):
         made: Tensor = _Blocks.apply(scaled.to(dtype))  # type: ignore[no-untyped-call]
         return made.reshape(self.shape)
 
-    def is_made_for(self, n_rows: int, dtype: torch.dtype) -> bool:
-        return n_rows >= min(self.shape)  # a matrix unit multiplies faster than rows are transformed
-
     def matmul(self, x: Tensor) -> Tensor:
         return self._product(x, self._spectrum().conj())
 

@@ -51,9 +51,6 @@ class Spectrum(Change):
         made: Tensor = torch.fft.ifft2(spectrum).real * self.scaling
         return made.to(dtype or self.values.dtype)
 
-    def is_made_for(self, n_rows: int, dtype: torch.dtype) -> bool:
-        return n_rows >= min(self.shape)
-
     def matmul(self, x: Tensor) -> Tensor:
         taken = torch.fft.ifft(x)[..., self.columns] * self.values.to(self.dtype)
         spectrum = taken.new_zeros(*x.shape[:-1], self.size[0]).index_add(-1, self.rows, taken)

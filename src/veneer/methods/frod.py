@@ -54,9 +54,6 @@ class InBasis(Change):
         inner = flat.index_add(0, self.rows * n + self.columns, self.values.to(dtype)).view(n, n)
         return self.u.to(dtype) @ inner @ self.v.to(dtype).T
 
-    def is_made_for(self, n_rows: int, dtype: torch.dtype) -> bool:
-        return n_rows >= min(self.shape)
-
     def matmul(self, x: Tensor) -> Tensor:
         return self._through(x @ self.v.to(x.dtype), self.rows, self.columns) @ self.u.to(x.dtype).T
 

@@ -51,9 +51,6 @@ class Triplets(Change):
         a, b = self._factors(dtype or self.dtype)
         return b @ a
 
-    def is_made_for(self, n_rows: int, dtype: torch.dtype) -> bool:
-        return n_rows >= min(self.shape)
-
     def matmul(self, x: Tensor) -> Tensor:
         a, b = self._factors(x.dtype)
         return (x @ a.T) @ b.T

@@ -117,9 +117,6 @@ class RandomBases(Change):
         product = b @ a
         return (product.T if self.is_turned else product) * self.scale
 
-    def is_made_for(self, n_rows: int, dtype: torch.dtype) -> bool:
-        return n_rows >= min(self.shape)
-
     def matmul(self, x: Tensor) -> Tensor:
         a, b = self._factors(x.dtype)
         first, second = (b.T, a.T) if self.is_turned else (a, b)

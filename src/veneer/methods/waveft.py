@@ -60,9 +60,6 @@ class Coefficients(Change):
             made = _back(_back(made, self.size[1], self.wavelet).T, self.size[0], self.wavelet).T
         return (made * self.scaling).to(dtype or self.values.dtype)
 
-    def is_made_for(self, n_rows: int, dtype: torch.dtype) -> bool:
-        return n_rows >= min(self.shape)
-
     def matmul(self, x: Tensor) -> Tensor:
         parts = x if self.wavelet is None else _forth(x, self.wavelet)
         taken = parts[..., self.columns] * self.values.to(x.dtype)

@@ -20,7 +20,7 @@ class Change(Term, ABC):
 
     A subclass declares its tensors as fields and gives `shape` and `dense`, which computes ΔW from them under autograd.
     If it has no ``matmul`` of its own, ΔW is made for one product and again in the backward pass: no layer keeps o·i
-    numbers. One that has says in `is_made_for` from how many rows on making ΔW is faster.
+    numbers. One that has is made so too from some number of rows on, see `is_made_for`.
     """
 
     @property
@@ -52,9 +52,10 @@ class Change(Term, ABC):
     def is_made_for(self, n_rows: int, dtype: torch.dtype) -> bool:
         """Return True if a product with so many rows takes the matrix of `dense`, and not ``matmul``.
 
-        ``dtype`` is that in which matrices are multiplied.
+        ``dtype`` is that in which matrices are multiplied. From as many rows as the smaller width on, a matrix unit
+        multiplies faster than rows are transformed. A change without a ``matmul`` of its own always takes the matrix.
         """
-        return type(self).matmul is Change.matmul
+        return type(self).matmul is Change.matmul or n_rows >= min(self.shape)
 
     def rounded(self, dtype: torch.dtype) -> Change:
         """Return the change with its floating-point tensors in ``dtype``; itself if it would lose by that."""

@@ -25,6 +25,10 @@ class Mixture(Change, ABC):
     @abstractmethod
     def matmul(self, x: Float[Tensor, "*batch i"]) -> Float[Tensor, "*batch o"]: ...
 
+    def is_made_for(self, n_rows: int, dtype: torch.dtype) -> bool:
+        """Return False: there is no matrix."""
+        return False
+
     def rounded(self, dtype: torch.dtype) -> Self:
         """Return the change itself, unless a subclass knows what chooses its matrices: that is not rounded."""
         return self
