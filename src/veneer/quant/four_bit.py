@@ -179,8 +179,7 @@ class FourBitSpec:
         problems += part_problems(parts, spec.part_layout())
         if problems:
             raise FormatError(
-                f"a 4-bit weight of shape {self.shape} cannot be read: {'; '.join(problems)}. Save or download the "
-                "checkpoint again"
+                f"a 4-bit weight of shape {self.shape} cannot be read: {'; '.join(problems)}. {_AGAIN.capitalize()}"
             )
         device = tensors["weight"].device
         return spec, {name: part.to(device).contiguous() for name, part in parts.items() if part is not None}
@@ -208,10 +207,7 @@ def _alone(part: Tensor) -> Tensor:
 def _read_state(tensors: Parts) -> dict[str, Any]:
     keys = [key for key in tensors if key.startswith(STATE_KEY)]
     if len(keys) != 1:
-        raise FormatError(
-            f"a 4-bit weight needs exactly one tensor named {STATE_KEY}…, found {keys}: save or download the "
-            "checkpoint again"
-        )
+        raise FormatError(f"a 4-bit weight needs exactly one tensor named {STATE_KEY}…, found {keys}: {_AGAIN}")
     text = tensors[keys[0]]
     if text.dtype != torch.uint8 or text.dim() != 1:
         raise FormatError(
@@ -247,7 +243,7 @@ def _layout_of(state: dict[str, Any], shape: tuple[int, int]) -> tuple[FourBitLa
     try:
         return FourBitLayout(shape, state["quant_type"], state["blocksize"], dtype), double_quant, problems
     except ConfigError as error:
-        raise FormatError(f"the quant_state describes a {error}: save or download the checkpoint again") from error
+        raise FormatError(f"the quant_state describes a {error}: {_AGAIN}") from error
 
 
 def _as_bytes(packed: Tensor | None) -> Tensor | None:

@@ -12,10 +12,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from veneer.errors import NonFiniteError
 from veneer.ops.scaled import ScaledCodes, powers
 from veneer.quant.blocks import ScaledWeight
-from veneer.quant.spec import FLOATS, Parts, scale_problems, unreadable
+from veneer.quant.spec import FLOATS, Parts, not_finite, scale_problems, unreadable
 
 NAME = "fp8"
 BLOCK = (128, 128)
@@ -90,10 +89,7 @@ class Fp8Spec:
         blocks = padded.view(padded.shape[0] // height, height, padded.shape[1] // width, width)
         absmax = blocks.abs().amax(dim=(1, 3))
         if not bool(absmax.isfinite().all()):
-            raise NonFiniteError(
-                f"cannot quantize a weight of shape {self.shape}: it holds NaN or infinity. Save or fetch the weights "
-                "again"
-            )
+            raise not_finite(self.shape)
         # the inverse of a larger one is below the smallest normal number
         forward = (largest / absmax).clamp(max=1.0 / torch.finfo(torch.float32).smallest_normal)
         forward = torch.where(absmax > 0, forward, torch.ones_like(absmax))

@@ -8,11 +8,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from veneer.errors import NonFiniteError, ShapeError
+from veneer.errors import ShapeError
 from veneer.ops.bits import pack
 from veneer.ops.scaled import powers
 from veneer.quant.fp4_blocks import Fp4BlockWeight, encoded, stored_blocks
-from veneer.quant.spec import Parts, unreadable
+from veneer.quant.spec import Parts, not_finite, unreadable
 
 BLOCK = 32
 LARGEST_EXPONENT = 2  # of E2M1: 6 is 1.5 * 2 ** 2
@@ -46,10 +46,7 @@ class Mxfp4Spec:
         blocks = weight.float().view(self.shape[0], -1, BLOCK)
         absmax = blocks.abs().amax(dim=-1)
         if not bool(absmax.isfinite().all()):
-            raise NonFiniteError(
-                f"cannot quantize a weight of shape {self.shape}: it holds NaN or infinity. Save or fetch the weights "
-                "again"
-            )
+            raise not_finite(self.shape)
         exponent = torch.frexp(absmax).exponent - 1 - LARGEST_EXPONENT
         scale = (torch.where(absmax > 0, exponent, torch.zeros_like(exponent)) + BIAS).clamp(0, 254).to(torch.uint8)
         codes = encoded(blocks / powers(scale)[:, :, None]).view(self.shape)

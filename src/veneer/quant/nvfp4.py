@@ -11,10 +11,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from veneer.errors import NonFiniteError, ShapeError
+from veneer.errors import ShapeError
 from veneer.ops.bits import pack
 from veneer.quant.fp4_blocks import LARGEST, Fp4BlockWeight, encoded, stored_blocks
-from veneer.quant.spec import Parts, scale_problems, unreadable
+from veneer.quant.spec import Parts, not_finite, scale_problems, unreadable
 
 BLOCK = 16
 SCALE = torch.float8_e4m3fn
@@ -54,10 +54,7 @@ class Nvfp4Spec:
         blocks = weight.float().view(self.shape[0], -1, BLOCK)
         absmax = blocks.abs().amax(dim=-1)
         if not bool(absmax.isfinite().all()):
-            raise NonFiniteError(
-                f"cannot quantize a weight of shape {self.shape}: it holds NaN or infinity. Save or fetch the weights "
-                "again"
-            )
+            raise not_finite(self.shape)
         largest, smallest = torch.finfo(SCALE).max, torch.finfo(SCALE).smallest_normal
         held = self._number(absmax.max().detach())
         overall = held if self.divides else 1.0 / held

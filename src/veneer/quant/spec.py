@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from veneer.core.frozen import FrozenWeight
-from veneer.errors import FormatError
+from veneer.errors import FormatError, NonFiniteError
 
 Parts = Mapping[str, Tensor]
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -89,6 +89,13 @@ def scale_problems(
         return [f"{name} holds NaN or infinity"]
     n_wrong = int((values <= 0).sum())
     return [f"{name} holds {n_wrong} scales that are zero or negative"] if n_wrong else []
+
+
+def not_finite(shape: tuple[int, int]) -> NonFiniteError:
+    """Return the error for a weight that cannot be quantized, since a value is NaN or infinite."""
+    return NonFiniteError(
+        f"cannot quantize a weight of shape {shape}: it holds NaN or infinity. Save or fetch the weights again"
+    )
 
 
 def unreadable(
