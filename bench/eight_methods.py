@@ -17,17 +17,15 @@ from __future__ import annotations
 
 import argparse
 import tempfile
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers.utils import logging as transformers_logging
 
 from lora_step import adapted_by, agree, base_of
 from methods import tokens_of
-from report import add_keep, ends_as_interrupted, keep
+from report import add_keep, ends_as_interrupted, keep, quiet_libraries
 from serve_cold import prompt_of, require_equal
 from snippet9 import SEVEN, randomize
 from sweep import Make, alone, together
@@ -60,9 +58,7 @@ N_ROWS, N_SERVED = 8, 64
 def main() -> None:
     args = arguments()
     ends_as_interrupted()
-    warnings.filterwarnings("ignore")
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
+    quiet_libraries()
     args.dtype = faster_dtype()
     print(f"kernels: {description()}; torch {torch.__version__}; {args.dtype}", flush=True)
     figures: dict[str, float] = {}

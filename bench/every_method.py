@@ -17,18 +17,16 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers.utils import logging as transformers_logging
 
 import veneer
 from lora_step import TOLERANCE, adapted_by, base_of, loss_of, optimizer_of, require_fused, step
 from methods import tokens_of
-from report import add_keep, ends_as_interrupted, keep, working
+from report import add_keep, ends_as_interrupted, keep, quiet_libraries, working
 from snippet9 import SEVEN
 from tiny_model import write_tiny
 from turns import Timing, faster_dtype, in_turns, timed
@@ -85,9 +83,7 @@ METHODS = {
 def main() -> None:
     args = arguments()
     ends_as_interrupted()
-    warnings.filterwarnings("ignore")
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
+    quiet_libraries()
     missed = []
     with tempfile.TemporaryDirectory() as name:
         args.place = write_tiny(Path(name) / "model") if args.tiny else str(resolve(args.model))

@@ -14,15 +14,13 @@ from __future__ import annotations
 import argparse
 import subprocess
 import sys
-import warnings
 
 import torch
-from transformers.utils import logging as transformers_logging
 
 from every_method import METHODS
 from lora_step import SIDES, adapted_by, base_of, optimizer_of, step
 from methods import tokens_of
-from report import ends_as_interrupted, working
+from report import ends_as_interrupted, quiet_libraries, working
 from resident import high_water_mb
 from snippet9 import SEVEN
 from veneer.model.fused.decoder import fuse
@@ -77,8 +75,7 @@ def apart(args: argparse.Namespace, method: str, side: str) -> int:
 
 def peak(args: argparse.Namespace, method: str, side: str) -> float:
     """High water in MB of this process, once it has made an adapter and taken bare steps."""
-    warnings.filterwarnings("ignore")
-    transformers_logging.set_verbosity_error()
+    quiet_libraries()
     fields = {"target_modules": list(SEVEN), **METHODS[method].fields}
     if side == "veneer":
         fields = {key: value for key, value in fields.items() if key not in OWN_FIELDS}

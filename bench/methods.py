@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import argparse
 import tempfile
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -29,9 +28,9 @@ from typing import Any
 import torch
 from datasets import Dataset
 from torch import Tensor
-from transformers.utils import logging as transformers_logging
 
 from lora_step import SIDES, adapted_by, agree, base_of, loss_of, optimizer_of, require_fused, step
+from report import quiet_libraries
 from snippet9 import SEVEN, randomize
 from sweep import Make, alone, together
 from tiny_model import write_tiny
@@ -60,9 +59,7 @@ MEMBERS = ("lora", "rslora", "dora", "lora_bias", "ia3", "vera", "adalora", "bot
 
 def main() -> None:
     args = arguments()
-    warnings.filterwarnings("ignore")
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
+    quiet_libraries()
     args.dtype = getattr(torch, args.dtype) if args.dtype else faster_dtype()
     with tempfile.TemporaryDirectory() as folder:
         args.place = write_tiny(Path(folder)) if args.tiny else str(resolve(args.model))

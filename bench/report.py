@@ -13,11 +13,21 @@ import re
 import shlex
 import signal
 import sys
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 
 RESULTS = Path(__file__).with_name("results")
+
+
+def quiet_libraries() -> None:
+    """Silence warnings and transformers' advice and bars: a benchmark's output is its rows."""
+    from transformers.utils import logging  # not above: a script that prints no more than its help does without it
+
+    warnings.filterwarnings("ignore")
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
 
 
 class Rows:

@@ -15,16 +15,15 @@ from __future__ import annotations
 import argparse
 import logging
 import tempfile
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.utils import logging as transformers_logging
 
 from lora_step import adapted_by, agree, base_of, optimizer_of
+from report import quiet_libraries
 from tiny_model import write_tiny
 from train_sides import same_start
 from turns import Goal, Timing, faster_dtype, in_turns, show, timed
@@ -39,9 +38,7 @@ AS_IT_STANDS = "veneer, as it stands"
 
 def main() -> None:
     args = arguments()
-    warnings.filterwarnings("ignore")
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
+    quiet_libraries()
     logging.getLogger("veneer.model.activation_memory").setLevel(logging.INFO)
     logging.basicConfig(format="%(message)s")
     with tempfile.TemporaryDirectory() as folder:

@@ -22,17 +22,15 @@ import os
 import statistics
 import subprocess
 import sys
-import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from datasets import Dataset
 from transformers import AutoTokenizer
-from transformers.utils import logging as transformers_logging
 
 from lora_step import SIDES
-from report import add_keep, done, ends_as_interrupted, keep, working
+from report import add_keep, done, ends_as_interrupted, keep, quiet_libraries, working
 from resident import forget_high_water, high_water_mb
 from train_sides import BATCH, ROWS, Row, Side, cycled, packed_rows, products_of, same_start, side_of
 from turns import Timing, faster_dtype, median, product_time
@@ -52,9 +50,7 @@ class Peak:
 def main() -> None:
     args = arguments()
     ends_as_interrupted()
-    warnings.filterwarnings("ignore")
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
+    quiet_libraries()
     place = str(resolve(args.model))
     texts = read_chats(args.data, place)
     rows = packed_rows(texts, LENGTH)
