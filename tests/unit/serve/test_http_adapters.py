@@ -78,6 +78,11 @@ def card(server: Server, name: str, verb: str = "") -> dict[str, Any]:
         return json.load(answer)
 
 
+def listed(server: Server, query: str = "") -> dict[str, Any]:
+    with urllib.request.urlopen(f"{server.url}/v1/adapters{query}") as answer:
+        return json.load(answer)
+
+
 def text(server: Server, name: str, **more: Any) -> str:
     return server.client.completions.create(model=name, prompt=PROMPT, **GREEDY, **more).choices[0].text
 
@@ -251,10 +256,7 @@ def test_adapters_are_listed_in_parts(server, served):
     with pytest.raises(urllib.error.HTTPError, match="404"):
         card(server, "nobody")
     assert card(server, "wrong")["error"]
-    with urllib.request.urlopen(f"{server.url}/v1/adapters?limit=1") as answer:
-        first = json.load(answer)
-    with urllib.request.urlopen(f"{server.url}/v1/adapters?limit=7&after=vera") as answer:
-        rest = json.load(answer)
+    first, rest = listed(server, "?limit=1"), listed(server, "?limit=7&after=vera")
     assert ([each["id"] for each in first["data"]], first["has_more"]) == (["vera"], True)
     assert ([each["id"] for each in rest["data"]], rest["has_more"]) == (["wrong"], False)
     shutil.rmtree(served / "wrong")
@@ -267,15 +269,10 @@ def test_a_folder_that_lacks_a_file_is_told_where_it_is_missed(server, served):
         card(server, "half")
     lacks = "it holds adapter_config.json and no adapter_model.safetensors"
     assert f"no model 'half': its folder is no adapter, {lacks}" in json.load(refused.value)["error"]["message"]
-    end = time.monotonic() + 20
-    while True:
-        with urllib.request.urlopen(f"{server.url}/v1/adapters") as answer:
-            listed = json.load(answer)
-        if listed["incomplete"] or time.monotonic() > end:
-            break
-        time.sleep(0.05)
-    assert list(listed["incomplete"]) == ["half"]
-    assert lacks in listed["incomplete"]["half"]
+    server.wait(lambda: listed(server)["incomplete"])
+    incomplete = listed(server)["incomplete"]
+    assert list(incomplete) == ["half"]
+    assert lacks in incomplete["half"]
     shutil.rmtree(served / "half")
 
 
