@@ -142,7 +142,7 @@ def distinct(base: str, folder: Path, n: int) -> Path:
 @contextmanager
 def ray_serve() -> Iterator[None]:
     """Ray on this machine, with Serve on a port."""
-    ray.init(num_cpus=2, include_dashboard=False, object_store_memory=100 * 2**20, log_to_driver=False)
+    ray.init("local", num_cpus=2, include_dashboard=False, object_store_memory=100 * 2**20, log_to_driver=False)
     try:
         serve.start(http_options={"port": PORT})
         yield
