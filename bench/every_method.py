@@ -72,6 +72,7 @@ METHODS = {
     "lokr": Method("LoKrConfig", {"r": 8}, 1.3),
     "c3a": Method("C3AConfig", {"block_size": 64}, 1.3),
     "shira": Method("ShiraConfig", {"r": 16}, 1.3),
+    "supertuning": Method("SupertuningConfig", {"sparsity": 0.96, "r": 4}, 1.3),
     "fourierft": Method("FourierFTConfig", {"n_frequency": 1000}, None),
     "waveft": Method("WaveFTConfig", {"n_frequency": 1000}, None),
     "hira": Method("HiraConfig", {"r": 16}, None),

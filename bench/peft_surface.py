@@ -29,7 +29,7 @@ CONFIGS = (*CONFIGS, "BOFTConfig", "BeftConfig", "ShiraConfig", "RandLoraConfig"
 CONFIGS = (*CONFIGS, "LNTuningConfig", "TrainableTokensConfig", "DeftConfig", "MultitaskPromptTuningConfig")
 CONFIGS = (*CONFIGS, "AdaptionPromptConfig", "CPTConfig")
 CONFIGS = (*CONFIGS, "FrodConfig", "OSFConfig", "PeanutConfig", "TinyLoraConfig", "UniLoraConfig", "WaveFTConfig")
-CONFIGS = (*CONFIGS, "PolyConfig", "LilyConfig")
+CONFIGS = (*CONFIGS, "PolyConfig", "LilyConfig", "SupertuningConfig")
 CALLS = ("get_peft_model", "inject_adapter_in_model", "get_peft_model_state_dict", "set_peft_model_state_dict")
 CALLS = (*CALLS, "prepare_model_for_kbit_training", "get_layer_status", "get_model_status")
 METHODS = (
@@ -82,9 +82,7 @@ def main() -> None:
         for name, state, note in rows:
             print(f"| `{name}` | {state} | {note} |")
         print()
-    print(
-        "## Configs\n\nA field that is absent is read from a file where it has PEFT's default, and refused otherwise.\n"
-    )
+    print("## Configs\n\nA field that is absent is read from a file if it has PEFT's default, and refused otherwise.\n")
     print("| PEFT | its file with defaults | present | departs | absent |\n| --- | --- | --- | --- | --- |")
     for config in CONFIGS:
         print(f"| `{config}` | {read_back(config)} | {' | '.join(listed(fields(config)))} |")

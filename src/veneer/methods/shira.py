@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from jaxtyping import Float, Int
 from torch import Tensor
 
 from veneer.contract import LinearMethod, Params, Shapes
@@ -22,25 +21,7 @@ from veneer.contract.seeds import no_seeds
 from veneer.contract.targets import FamilyTargets
 from veneer.core.records import LinearDelta
 from veneer.core.sites import LinearSite
-from veneer.core.terms.change import Change
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Sparse(Change):
-    """Change S (o, i) with ``values`` at ``rows`` and ``columns``, zero elsewhere. No place is named twice."""
-
-    values: Float[Tensor, " n"]
-    rows: Int[Tensor, " n"]
-    columns: Int[Tensor, " n"]
-    size: tuple[int, int]
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        return self.size
-
-    def dense(self, dtype: torch.dtype | None = None) -> Tensor:
-        values = self.values if dtype is None else self.values.to(dtype)
-        return values.new_zeros(self.size).index_put_((self.rows, self.columns), values)
+from veneer.core.terms.sparse import Sparse, place_problems
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,7 +74,7 @@ class ShiraConfig(LinearMethod):
     def lower(self, site: LinearSite, params: Params) -> LinearDelta:
         size = site.out_features, site.in_features
         rows, columns = params["shira_indices"].long()
-        change = Sparse(values=params["shira_weight"], rows=rows, columns=columns, size=size)
+        change = Sparse(values=params["shira_weight"], places=rows * size[1] + columns, size=size)
         return LinearDelta(adds=(change,))
 
 
@@ -102,13 +83,10 @@ class _Places(Packing):
     """Places in the file, which must lie in the weight, each once."""
 
     def problems(self, site: LinearSite, params: Params) -> list[str]:
-        size, places = (site.out_features, site.in_features), params["shira_indices"].long()
-        if any(int(each.min()) < 0 or int(each.max()) >= n for each, n in zip(places, size, strict=True)):
-            return [f"shira_indices of {site.name} lie outside its {size[0]} x {size[1]} weights"]
-        ordered = (places[0] * size[1] + places[1]).sort().values
-        if bool((ordered.diff() == 0).any()):
-            return [f"shira_indices of {site.name} name a weight twice: each may be listed once"]
-        return []
+        o, i = size = site.out_features, site.in_features
+        rows, columns = params["shira_indices"].long()
+        inside = (rows >= 0) & (rows < o) & (columns >= 0) & (columns < i)
+        return place_problems(site.name, torch.where(inside, rows * i + columns, -1), size, "shira_indices")
 
 
 @dataclass(frozen=True)
