@@ -107,7 +107,7 @@ class MethodConfig(FrozenConfig):
 
     @property
     def dropout(self) -> float:
-        """Probability in training of zeroing an input of A, or an output of a bottleneck."""
+        """Probability in training of zeroing an input of what is added to a weight, or an output of a bottleneck."""
         return 0.0
 
     def written_key(self, key: str) -> str:

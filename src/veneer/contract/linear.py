@@ -47,8 +47,8 @@ class LinearMethod(TargetedConfig):
     @abstractmethod
     def lower(self, site: LinearSite, params: Params) -> LinearDelta: ...
 
-    def drawn(self, generator: torch.Generator | None = None) -> dict[str, Tensor]:
-        """Return the random numbers of one record in a training pass, on the CPU; ``lower`` then has them in
+    def drawn(self, site: LinearSite, generator: torch.Generator | None = None) -> dict[str, Tensor]:
+        """Return the random numbers of a site's record in a training pass, on the CPU; ``lower`` then has them in
         ``params``.
 
         Empty for a method that draws none. Without them ``lower`` returns the record of every other use.

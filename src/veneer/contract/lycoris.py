@@ -3,23 +3,40 @@
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from veneer.contract.checks import Checks, grouped
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from veneer.contract.checks import Checks
 from veneer.contract.family_targets import LOW_RANK
 from veneer.contract.linear import LinearMethod
+from veneer.contract.parameters import Params
 from veneer.contract.patterns import PatternChecks, below_one, broken, first_match, values_of
+from veneer.contract.rates import no_rates
 from veneer.contract.targets import FamilyTargets
+from veneer.core.records import LinearDelta
 from veneer.core.sites import LinearSite
+from veneer.core.terms.change import Change
+from veneer.core.terms.in_groups import in_groups
+from veneer.core.terms.pair import Pair
 
-_DROPS = "drops parts of the update in training, which is not supported: set it to 0"
+ROWS = "rows"
+"""Factors of the update's rows (o,) in a training pass that drops some of them."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LycorisMethod(LinearMethod):
-    """Rank and alpha with their patterns by module. Dropouts of the update are read from files, not trained with."""
+    """Rank and alpha with their patterns by module, and dropouts of the update in training.
+
+    A layer drops its whole update with probability ``module_dropout``, and each row of it with probability
+    ``rank_dropout``. ``use_effective_conv2d``: the factors of a convolution whose kernel has several positions are a
+    core (r, r, *window), and matrices for the channels in front of it and behind it.
+    """
 
     headline: ClassVar[tuple[str, ...]] = ("r", "alpha", "target_modules")
     kinds: ClassVar[frozenset[str]] = frozenset({"linear", "convolution"})
@@ -38,8 +55,7 @@ class LycorisMethod(LinearMethod):
 
     def problems(self) -> list[str]:
         found = super().problems() + broken(self._patterns) + below_one(values_of(self, "r", "rank_pattern"))
-        drops = {name: getattr(self, name) for name in ("rank_dropout", "module_dropout")}
-        return found + [f"{name}={p!r} {_DROPS}" for name, p in drops.items() if p and not self.inference_mode]
+        return found + no_rates(self, "rank_dropout", "module_dropout")
 
     @property
     def _patterns(self) -> dict[str, Mapping[str, float]]:
@@ -47,7 +63,7 @@ class LycorisMethod(LinearMethod):
 
     @property
     def checks(self) -> Checks:
-        return _Checks(self._patterns, self.use_effective_conv2d)
+        return PatternChecks(self._patterns)
 
     def rank(self, site: LinearSite) -> int:
         """Return the rank r at this site."""
@@ -57,14 +73,54 @@ class LycorisMethod(LinearMethod):
         """Return the factor of the update at this site, alpha / r."""
         return first_match(self.alpha_pattern, site.name, self.alpha) / self.rank(site)
 
+    @property
+    def samples(self) -> tuple[LinearSite, ...]:
+        """Sites of each form in a file: those with a core, if there are some, have most keys."""
+        wide = LinearSite(name="", in_features=2, out_features=1, kind="convolution", window=(2,))
+        return (*super().samples, *([wide] if self.use_effective_conv2d else []))
 
-@dataclass(frozen=True)
-class _Checks(PatternChecks):
-    effective: bool
+    @property
+    def scales_kept_rows(self) -> bool:
+        """True if ``rank_dropout`` divides the kept rows by their share."""
+        return True
 
-    def layers(self, sites: Sequence[LinearSite]) -> list[str]:
-        wide = [site.name for site in sites if math.prod(site.window) > 1] if self.effective else []
-        found = [
-            f"use_effective_conv2d=True is not supported at {name}, a convolution: set it to False" for name in wide
-        ]
-        return found + grouped(sites)
+    def drawn(self, site: LinearSite, generator: torch.Generator | None = None) -> dict[str, Tensor]:
+        """Return the factors of the update's rows; nothing if none can be dropped. PEFT draws as many numbers, in the
+        same order.
+        """
+        if not (self.rank_dropout or self.module_dropout):
+            return {}
+        is_kept = torch.rand(1, generator=generator) > self.module_dropout
+        if not (is_kept and self.rank_dropout):
+            return {ROWS: is_kept.float().expand(site.out_features)}
+        rows = (torch.rand(site.out_features, generator=generator) > self.rank_dropout).float()
+        return {ROWS: rows / rows.mean().clamp_min(1 / len(rows)) if self.scales_kept_rows else rows}
+
+    @abstractmethod
+    def update(self, site: LinearSite, params: Params) -> Pair | Change:
+        """Return the change of the weight (o, i), or of the blocks (o, i / groups) of a convolution in groups."""
+
+    def lower(self, site: LinearSite, params: Params) -> LinearDelta:
+        update = self.update(site, params)
+        if ROWS in params:
+            update = update.with_rows_times(params[ROWS])
+        return LinearDelta(adds=(in_groups(update, site.groups),))
+
+    def has_core(self, site: LinearSite) -> bool:
+        """Return True if the factors at a site are those of ``use_effective_conv2d``."""
+        return self.use_effective_conv2d and math.prod(site.window) > 1
+
+    def core(self, site: LinearSite) -> tuple[int, ...]:
+        """Return the shape (r, r, *window) of a core. PEFT's have two axes for the window of a line, too."""
+        r = self.rank(site)
+        return (r, r, *site.window, 1) if len(site.window) == 1 else (r, r, *site.window)
+
+
+def window_of(core: Sequence[int]) -> tuple[int, ...]:
+    """Return the window of a convolution whose core has this shape: of a line if the last axis is 1."""
+    return tuple(core[2:-1] if len(core) == 4 and core[3] == 1 else core[2:])
+
+
+def behind_core(core: Float[Tensor, "r r *window"], inner: Float[Tensor, "r channels"]) -> Float[Tensor, "r n"]:
+    """Return the rows over channels times positions of a core and the matrix ``inner`` behind it."""
+    return torch.einsum("ij...,jc->ic...", core, inner).flatten(1)

@@ -12,7 +12,6 @@ from torch import Tensor
 from veneer.core.autocast import without_autocast
 from veneer.core.frozen import FrozenWeight
 from veneer.core.records import Around, LinearDelta
-from veneer.core.terms.pair import Pair
 from veneer.core.terms.scale import Scale
 from veneer.errors import CompositionError
 
@@ -24,15 +23,15 @@ def apply_linear(
     x: Float[Tensor, "*batch i"],
     weight: FrozenWeight,
     bias: Float[Tensor, " o"] | None = None,
-    lowrank_input: Float[Tensor, "*batch i"] | None = None,
+    added_input: Float[Tensor, "*batch i"] | None = None,
 ) -> Float[Tensor, "*batch o"]:
     """Return the adapted layer's output, in the dtype of the base product.
 
-    ``lowrank_input`` replaces `entered` x as the input of A alone: dropout acts there. The record's terms are computed
-    in the record's dtype (float32 on a 16-bit base, unless autocast says otherwise). They are rounded once, at the end:
-    a scale of 1.005, itself rounded to 16 bits, would act as 1.0078.
+    ``added_input`` replaces `entered` x as the input of what is added to the weight: dropout acts there. The record's
+    terms are computed in the record's dtype (float32 on a 16-bit base, unless autocast says otherwise). They are
+    rounded once, at the end: a scale of 1.005, itself rounded to 16 bits, would act as 1.0078.
     """
-    return _apply(delta, [(delta, lowrank_input)], x, weight, bias)
+    return _apply(delta, [(delta, added_input)], x, weight, bias)
 
 
 def apply_linear_sum(
@@ -40,13 +39,13 @@ def apply_linear_sum(
     x: Float[Tensor, "*batch i"],
     weight: FrozenWeight,
     bias: Float[Tensor, " o"] | None,
-    lowrank_inputs: Sequence[Float[Tensor, "*batch i"] | None],
+    added_inputs: Sequence[Float[Tensor, "*batch i"] | None],
 ) -> Float[Tensor, "*batch o"]:
-    """Return `apply_linear` of the composed records (`compose_linear`), each A with an input of its own.
+    """Return `apply_linear` of the composed records (`compose_linear`), each with an input of its own.
 
     Raises CompositionError if they cannot act together.
     """
-    return _apply(compose_linear(deltas, bias), list(zip(deltas, lowrank_inputs, strict=True)), x, weight, bias)
+    return _apply(compose_linear(deltas, bias), list(zip(deltas, added_inputs, strict=True)), x, weight, bias)
 
 
 def _apply(
@@ -62,7 +61,7 @@ def _apply(
     for part, own_input in parts:
         source = base_input if own_input is None else own_input
         for term in part.adds:
-            y = y + term.apply(source if isinstance(term, Pair) else base_input)
+            y = y + term.apply(source)
     return _finished(whole, y, bias).to(base.dtype)
 
 

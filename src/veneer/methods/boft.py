@@ -21,7 +21,9 @@ from veneer.contract import LinearMethod, Params, Shapes
 from veneer.contract.checks import Checks, grouped
 from veneer.contract.family_targets import LOW_RANK
 from veneer.contract.patterns import below_one
+from veneer.contract.rates import no_rates
 from veneer.contract.targets import FamilyTargets
+from veneer.core.dropped_blocks import DROPPED, dropped_blocks, identity_at
 from veneer.core.orthogonal import cayley
 from veneer.core.records import LinearDelta
 from veneer.core.sites import LinearSite
@@ -61,8 +63,8 @@ class BOFTConfig(LinearMethod):
     """BOFT in PEFT's fields.
 
     ``boft_block_size`` is the size of the blocks and ``boft_block_num`` their number: one of them is 0 and follows from
-    the other. ``boft_n_butterfly_factor`` is the number m of factors. ``boft_dropout`` is read from files; training
-    with it is refused.
+    the other. ``boft_n_butterfly_factor`` is the number m of factors. ``boft_dropout``: share of the
+    blocks of one factor, drawn each time, that are the identity in a training pass.
 
     Departs: PEFT takes one factor, whatever m is, if it cannot compile its CUDA code. Here m factors are m factors.
     """
@@ -93,11 +95,7 @@ class BOFTConfig(LinearMethod):
             found.append(
                 f"boft_block_size={size!r} and boft_block_num={number!r}: one must be 0 and the other at least 1"
             )
-        if self.boft_dropout and not self.inference_mode:
-            found.append(
-                f"boft_dropout={self.boft_dropout!r} drops blocks in training, which is not supported: set it to 0"
-            )
-        return found
+        return found + no_rates(self, "boft_dropout")
 
     @property
     def checks(self) -> Checks:
@@ -116,10 +114,21 @@ class BOFTConfig(LinearMethod):
         drawn = [0.1 * torch.randn(shape, generator=generator) for shape in (blocks, scale)]
         return {"boft_R": drawn[0], "boft_s": 1 + drawn[1]}
 
+    def drawn(self, site: LinearSite, generator: torch.Generator | None = None) -> dict[str, Tensor]:
+        """Return which blocks are dropped, of all factors, drawn as PEFT draws it."""
+        if not self.boft_dropout:
+            return {}
+        m, n, _, _ = self.shapes(site)["boft_R"]
+        factor = torch.randint(0, m, (1,), generator=generator)
+        dropped = dropped_blocks(n, self.boft_dropout, generator)
+        return {DROPPED: (torch.arange(m) == factor)[:, None] & dropped}
+
     def lower(self, site: LinearSite, params: Params) -> LinearDelta:
         skew = 0.5 * (params["boft_R"] - params["boft_R"].mT)
         m, _, size, _ = skew.shape
         blocks = cayley(skew)
+        if DROPPED in params:
+            blocks = identity_at(params[DROPPED], blocks)
         if m == 1:
             rotation: Rotation = BlockRotation(blocks[0])
         else:

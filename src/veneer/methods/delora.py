@@ -19,6 +19,7 @@ from veneer.contract.checks import Checks
 from veneer.contract.family_targets import LOW_RANK
 from veneer.contract.packing import Packing
 from veneer.contract.patterns import PatternChecks, below_one, broken, first_match, values_of
+from veneer.contract.rates import no_rates
 from veneer.contract.targets import FamilyTargets
 from veneer.core.records import LinearDelta
 from veneer.core.sites import LinearSite
@@ -32,8 +33,8 @@ class DeloraConfig(LinearMethod):
     """DeLoRA in PEFT's fields.
 
     ``delora_lambda`` is the value at which λ starts. ``init_weights`` starts with B zero; False makes both factors
-    random. The norms w are kept in the file and never trained. ``module_dropout`` is read from files; training with it
-    is refused.
+    random. The norms w are kept in the file and never trained. ``module_dropout``: probability in training of zeroing
+    an input of A.
     """
 
     peft_type: ClassVar[str] = "DELORA"
@@ -54,12 +55,11 @@ class DeloraConfig(LinearMethod):
 
     def problems(self) -> list[str]:
         found = super().problems() + broken(self._patterns) + below_one(values_of(self, "r", "rank_pattern"))
-        if self.module_dropout and not self.inference_mode:
-            found.append(
-                f"module_dropout={self.module_dropout!r} drops inputs of the update in training, which is not "
-                "supported: set it to 0"
-            )
-        return found
+        return found + no_rates(self, "module_dropout")
+
+    @property
+    def dropout(self) -> float:
+        return self.module_dropout
 
     @property
     def _patterns(self) -> dict[str, Mapping[str, float]]:

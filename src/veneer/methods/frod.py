@@ -20,6 +20,7 @@ from veneer.contract.checks import Checks
 from veneer.contract.family_targets import LOW_RANK
 from veneer.contract.packing import Packing
 from veneer.contract.peft_fields import PeftFields
+from veneer.contract.rates import no_rates
 from veneer.contract.seeds import no_seeds
 from veneer.contract.shared import Shared
 from veneer.contract.targets import FamilyTargets
@@ -71,7 +72,7 @@ class FrodConfig(LinearMethod):
 
     ``sparse_rate`` is the share of the entries of S that are trained, at places drawn from ``projection_prng_key``.
     ``regularization_alpha`` steadies the decomposition. V and the places are in the file: ``save_projection=False`` is
-    not supported. ``frod_dropout`` is read from files; training with it is refused.
+    not supported. ``frod_dropout``: probability in training of zeroing an input of the change.
     """
 
     peft_type: ClassVar[str] = "FROD"
@@ -104,12 +105,11 @@ class FrodConfig(LinearMethod):
             found.append(f"regularization_alpha={self.regularization_alpha!r} must be above 0")
         if not self.save_projection:
             found.append("save_projection=False is not supported: V is in the file, so leave it at True")
-        if self.frod_dropout and not self.inference_mode:
-            found.append(
-                f"frod_dropout={self.frod_dropout!r} drops inputs of the change in training, which is not supported: "
-                "set it to 0"
-            )
-        return found
+        return found + no_rates(self, "frod_dropout")
+
+    @property
+    def dropout(self) -> float:
+        return self.frod_dropout
 
     @property
     def checks(self) -> Checks:

@@ -19,6 +19,7 @@ from veneer.contract.checks import Checks, GroupChecks
 from veneer.contract.family_targets import LOW_RANK
 from veneer.contract.patterns import below_one
 from veneer.contract.peft_fields import PeftFields
+from veneer.contract.rates import no_rates
 from veneer.contract.targets import FamilyTargets
 from veneer.core.frozen import FrozenWeight
 from veneer.core.records import LinearDelta
@@ -70,8 +71,8 @@ class HiraConfig(LinearMethod):
     """HiRA in PEFT's fields.
 
     ``init_weights``: True starts with B zero (at embeddings A). "gaussian" draws A from a normal distribution. False
-    makes both random, so that the start changes the model. ``hira_dropout`` is read from files. Training with it is
-    refused.
+    makes both random, so that the start changes the model. ``hira_dropout``: probability in training of zeroing an
+    input of the change, at embeddings of none.
     """
 
     peft_type: ClassVar[str] = "HIRA"
@@ -88,13 +89,11 @@ class HiraConfig(LinearMethod):
     init_weights: bool | Literal["gaussian"] | None = True
 
     def problems(self) -> list[str]:
-        found = super().problems() + below_one({"r": self.r})
-        if self.hira_dropout and not self.inference_mode:
-            found.append(
-                f"hira_dropout={self.hira_dropout!r} drops inputs of the change in training, which is not supported: "
-                "set it to 0"
-            )
-        return found
+        return super().problems() + below_one({"r": self.r}) + no_rates(self, "hira_dropout")
+
+    @property
+    def dropout(self) -> float:
+        return self.hira_dropout
 
     @property
     def checks(self) -> Checks:

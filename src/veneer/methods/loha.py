@@ -6,6 +6,7 @@ It is a pair of rank r². A's rows are all products of a row of A₁ and one of 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar
@@ -14,9 +15,9 @@ import torch
 from torch import Tensor
 
 from veneer.contract import Params, Shapes
-from veneer.contract.lycoris import LycorisMethod
-from veneer.core.records import LinearDelta
+from veneer.contract.lycoris import LycorisMethod, behind_core, window_of
 from veneer.core.sites import LinearSite
+from veneer.core.terms.pair import Pair
 from veneer.inits.uniform import kaiming_uniform
 
 
@@ -24,8 +25,7 @@ from veneer.inits.uniform import kaiming_uniform
 class LoHaConfig(LycorisMethod):
     """LoHa in PEFT's fields. ``init_weights`` starts with one factor zero; False makes all random.
 
-    ``rank_dropout`` and ``module_dropout`` are read from files; training with them is refused.
-    ``use_effective_conv2d``, another form of the factors of convolutions, is refused if there are some.
+    ``rank_dropout`` divides the rows that it keeps by their share.
     """
 
     peft_type: ClassVar[str] = "LOHA"
@@ -39,19 +39,33 @@ class LoHaConfig(LycorisMethod):
         return max((self.r, *self.rank_pattern.values())) ** 2
 
     def shapes(self, site: LinearSite) -> Shapes:
-        r = self.rank(site)
-        outer, inner = (site.out_features, r), (r, site.in_features)
-        return {"hada_w1_a": outer, "hada_w1_b": inner, "hada_w2_a": outer, "hada_w2_b": inner}
+        r, n = self.rank(site), site.in_features // site.groups
+        if self.has_core(site):
+            outer, inner = (r, site.out_features), (r, n // math.prod(site.window))
+            cores = {"hada_t1": self.core(site), "hada_t2": self.core(site)}
+        else:
+            outer, inner, cores = (site.out_features, r), (r, n), {}
+        return {"hada_w1_a": outer, "hada_w1_b": inner, "hada_w2_a": outer, "hada_w2_b": inner, **cores}
 
     def init(self, site: LinearSite, generator: torch.Generator | None = None) -> dict[str, Tensor]:
         start = {name: kaiming_uniform(shape, generator) for name, shape in self.shapes(site).items()}
         return start | ({"hada_w2_b": torch.zeros_like(start["hada_w2_b"])} if self.init_weights else {})
 
-    def lower(self, site: LinearSite, params: Params) -> LinearDelta:
-        b1, a1, b2, a2 = (params[name] for name in ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"))
+    def update(self, site: LinearSite, params: Params) -> Pair:
+        (b1, a1), (b2, a2) = (_factors(params, n) for n in "12")
         a = (a1[:, None] * a2[None]).flatten(0, 1)
         b = (b1[:, :, None] * b2[:, None]).flatten(1)
-        return LinearDelta.pair(a, b, self.scale(site))
+        return Pair(a=a, b=b, scale=self.scale(site))
 
     def site_of(self, site: LinearSite, shapes: Mapping[str, tuple[int, ...]]) -> LinearSite:
+        if "hada_t1" in shapes:
+            window = window_of(shapes["hada_t1"])
+            n = shapes["hada_w1_b"][1] * math.prod(window)
+            return replace(site, in_features=n, out_features=shapes["hada_w1_a"][1], window=window)
         return replace(site, in_features=shapes["hada_w1_b"][1], out_features=shapes["hada_w1_a"][0])
+
+
+def _factors(params: Params, n: str) -> tuple[Tensor, Tensor]:
+    """B (o, r) and A (r, i) of one of the two products."""
+    outer, inner = params[f"hada_w{n}_a"], params[f"hada_w{n}_b"]
+    return (outer.T, behind_core(params[f"hada_t{n}"], inner)) if f"hada_t{n}" in params else (outer, inner)

@@ -15,8 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from veneer.contract import Params, Shapes
-from veneer.contract.lycoris import LycorisMethod
-from veneer.core.records import LinearDelta
+from veneer.contract.lycoris import LycorisMethod, behind_core, window_of
 from veneer.core.sites import LinearSite
 from veneer.core.terms.change import Change
 from veneer.inits.uniform import kaiming_uniform
@@ -99,9 +98,7 @@ class LoKrConfig(LycorisMethod):
     ``decompose_factor`` is the wanted number of rows and of columns of W₁; -1 looks for widths near the square root.
     ``decompose_both``: W₁ may be a product of factors too. ``init_weights``: True starts with W₁ zero, "lycoris" with
     W₂ zero, False with both random. At a convolution the columns of W₂ are channels times positions.
-
-    ``rank_dropout``, ``rank_dropout_scale`` and ``module_dropout`` are read from files; training with the dropouts is
-    refused. ``use_effective_conv2d``, another form of the factors of convolutions, is refused if there are some.
+    ``rank_dropout_scale``: ``rank_dropout`` divides the rows that it keeps by their share.
     """
 
     peft_type: ClassVar[str] = "LOKR"
@@ -121,11 +118,13 @@ class LoKrConfig(LycorisMethod):
 
     def shapes(self, site: LinearSite) -> Shapes:
         r, n_positions = self.rank(site), math.prod(site.window)
-        widths = site.out_features, site.in_features // n_positions
+        widths = site.out_features, site.in_features // (n_positions * site.groups)
         (o1, o2), (i1, i2) = (factors_of(n, self.decompose_factor) for n in widths)
         first: Shapes = {"lokr_w1": (o1, i1)}
         if self.decompose_both and 2 * r < max(o1, i1):
             first = _factored("lokr_w1", o1, i1, r)
+        if 2 * r < max(o2, i2) and self.has_core(site):
+            return first | {"lokr_t2": self.core(site), "lokr_w2_a": (r, o2), "lokr_w2_b": (r, i2)}
         if 2 * r < max(o2, i2):
             return first | _factored("lokr_w2", o2, i2 * n_positions, r)
         return first | {"lokr_w2": (o2, i2, *site.window)}
@@ -135,18 +134,34 @@ class LoKrConfig(LycorisMethod):
         zero = {True: ("lokr_w1", "lokr_w1_a"), "lycoris": ("lokr_w2", "lokr_w2_b"), False: ()}[self.init_weights]
         return {name: torch.zeros_like(value) if name in zero else value for name, value in start.items()}
 
-    def lower(self, site: LinearSite, params: Params) -> LinearDelta:
-        w1, w2 = (_whole(name, params) for name in ("lokr_w1", "lokr_w2"))
-        w1 = w1 * self.scale(site)
+    @property
+    def scales_kept_rows(self) -> bool:
+        return self.rank_dropout_scale
+
+    def update(self, site: LinearSite, params: Params) -> Change:
+        w1 = _whole("lokr_w1", params) * self.scale(site)
+        if "lokr_t2" in params:
+            rows = behind_core(params["lokr_t2"], params["lokr_w2_b"])
+            return Kronecker(w1=w1, w2=params["lokr_w2_a"].T @ rows)
+        w2 = _whole("lokr_w2", params)
         shifted = w2.ndim == 3  # at a convolution of one dimension
-        return LinearDelta(adds=(ShiftedKronecker(w1=w1, w2=w2) if shifted else Kronecker(w1=w1, w2=w2.flatten(1)),))
+        return ShiftedKronecker(w1=w1, w2=w2) if shifted else Kronecker(w1=w1, w2=w2.flatten(1))
 
     @property
     def samples(self) -> tuple[LinearSite, ...]:
-        """Sites of each form in a file: whole factors, W₂ in two, and with ``decompose_both`` both in two."""
-        return tuple(LinearSite(name="", in_features=n, out_features=n) for n in (1, 2 * 524287, 2**20))
+        """Sites of each form in a file: whole factors, W₂ in two, with ``decompose_both`` both in two, and W₂ with a
+        core.
+        """
+        plain = tuple(LinearSite(name="", in_features=n, out_features=n) for n in (1, 2 * 524287, 2**20))
+        if not self.use_effective_conv2d:
+            return plain
+        return plain + tuple(
+            replace(site, in_features=2 * site.in_features, kind="convolution", window=(2,)) for site in plain[1:]
+        )
 
     def site_of(self, site: LinearSite, shapes: Mapping[str, tuple[int, ...]]) -> LinearSite | None:
+        if "lokr_t2" in shapes:
+            return self._site_with_core(site, shapes)
         rows = (shapes.get(f"{name}_a", shapes.get(name, ())) for name in ("lokr_w1", "lokr_w2"))
         columns = (shapes.get(f"{name}_b", shapes.get(name, ())) for name in ("lokr_w1", "lokr_w2"))
         out_features, in_features = math.prod(s[0] for s in rows), math.prod(math.prod(s[1:]) for s in columns)
@@ -156,6 +171,11 @@ class LoKrConfig(LycorisMethod):
             return replace(site, kind="convolution", window=window)
         # the factors of a convolution's W₂ do not tell its window
         return site if self.shapes(site) == dict(shapes) else None
+
+    def _site_with_core(self, site: LinearSite, shapes: Mapping[str, tuple[int, ...]]) -> LinearSite:
+        (o2, i2), window = (shapes[f"lokr_w2_{side}"][1] for side in "ab"), window_of(shapes["lokr_t2"])
+        o1, i1 = shapes["lokr_w1"] if "lokr_w1" in shapes else (shapes["lokr_w1_a"][0], shapes["lokr_w1_b"][1])
+        return replace(site, in_features=i1 * i2 * math.prod(window), out_features=o1 * o2, window=window)
 
 
 def factors_of(n: int, factor: int) -> tuple[int, int]:

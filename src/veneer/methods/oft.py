@@ -19,8 +19,10 @@ from torch import Tensor
 from veneer.contract import LinearMethod, Params, Shapes
 from veneer.contract.checks import Checks, GroupChecks
 from veneer.contract.family_targets import LOW_RANK
+from veneer.contract.rates import no_rates
 from veneer.contract.targets import FamilyTargets
 from veneer.contract.training import Schedule, Training
+from veneer.core.dropped_blocks import DROPPED, dropped_blocks, identity_at
 from veneer.core.orthogonal import cayley, neumann, skew_symmetric
 from veneer.core.records import LinearDelta
 from veneer.core.sites import LinearSite
@@ -38,10 +40,11 @@ class OFTConfig(LinearMethod):
     ``coft`` keeps each block within ``eps`` of the identity: the update is that of the nearest block within, and each
     step of a run moves the parameters there. An embedding's outputs are rotated, and a convolution's patches.
 
-    ``module_dropout`` is read from files; training with it is refused.
+    ``module_dropout``: share of a layer's blocks that are the identity in a training pass, rounded down to a whole
+    number of them. One block, or shared ones, are never dropped.
 
     Departs: PEFT sums the patches that overlap in its forward pass at a kernel wider than 1, so that its model changes
-    once it is merged. Here both are its merged model.
+    once it is merged. Here both are its merged model. ``module_dropout`` has no effect in PEFT.
     """
 
     peft_type: ClassVar[str] = "OFT"
@@ -71,11 +74,7 @@ class OFTConfig(LinearMethod):
             found.append(f"r={sizes[0]!r} and oft_block_size={sizes[1]!r}: one must be 0 and the other at least 1")
         if not 1 <= self.num_cayley_neumann_terms <= _MOST_TERMS:
             found.append(f"num_cayley_neumann_terms={self.num_cayley_neumann_terms!r} must lie in [1, {_MOST_TERMS}]")
-        if self.module_dropout and not self.inference_mode:
-            found.append(
-                f"module_dropout={self.module_dropout!r} drops blocks in training, which is not supported: set it to 0"
-            )
-        return found
+        return found + no_rates(self, "module_dropout")
 
     def blocks(self, site: LinearSite) -> tuple[int, int]:
         """Return the number of blocks at a site, and their size."""
@@ -98,6 +97,11 @@ class OFTConfig(LinearMethod):
     def disk_names(self, site: LinearSite) -> dict[str, str]:
         return {"oft_R": "oft_embedding_R.weight" if site.kind == "embedding" else "oft_R.weight"}
 
+    def drawn(self, site: LinearSite, generator: torch.Generator | None = None) -> dict[str, Tensor]:
+        """Return which blocks are dropped, drawn as PEFT draws it."""
+        n = 1 if self.block_share else self.blocks(site)[0]
+        return {DROPPED: dropped_blocks(n, self.module_dropout, generator)} if self.module_dropout and n > 1 else {}
+
     def lower(self, site: LinearSite, params: Params) -> LinearDelta:
         n, size = self.blocks(site)
         entries = params["oft_R"]
@@ -105,6 +109,8 @@ class OFTConfig(LinearMethod):
             entries = entries + (near_identity(entries, self.eps) - entries).detach()
         q = skew_symmetric(entries, size)
         r = neumann(q, self.num_cayley_neumann_terms) if self.use_cayley_neumann else cayley(q)
+        if DROPPED in params:
+            r = identity_at(params[DROPPED], r)
         rotation = BlockRotation(r.mT.expand(n, size, size))
         return LinearDelta(output=rotation) if site.kind == "embedding" else LinearDelta(input=rotation)
 

@@ -92,7 +92,7 @@ class PolyConfig(LinearMethod):
     def of_task(self, params: Params, task: int) -> Params:
         return {**params, _LOGITS: params[_LOGITS][task : task + 1]}
 
-    def drawn(self, generator: torch.Generator | None = None) -> dict[str, Tensor]:
+    def drawn(self, site: LinearSite, generator: torch.Generator | None = None) -> dict[str, Tensor]:
         """Return logistic noise on the logits of one task: their sigmoid is then a relaxed Bernoulli variable of
         temperature 1 (Maddison et al. 2017, arXiv:1611.00712). All rows of the task have it.
         """

@@ -22,6 +22,7 @@ from veneer.contract.family_targets import LOW_RANK
 from veneer.contract.known import Known
 from veneer.contract.patterns import below_one
 from veneer.contract.peft_fields import PeftFields
+from veneer.contract.rates import no_rates
 from veneer.contract.seeds import no_seeds
 from veneer.contract.shared import Shared
 from veneer.contract.targets import FamilyTargets
@@ -141,7 +142,7 @@ class RandLoraConfig(LinearMethod):
     ``r`` is the rank of one term. ``save_projection`` writes A and B too. If a file holds them, they are checked
     against ``projection_prng_key``. ``sparse`` and ``very_sparse`` draw A and B of -1, 0 and 1.
     ``projection_size`` (largest output, largest input of the adapted layers) is filled in when the adapter is attached.
-    ``randlora_dropout`` is read from files; training with it is refused.
+    ``randlora_dropout``: probability in training of zeroing an input of the change.
     """
 
     peft_type: ClassVar[str] = "RANDLORA"
@@ -168,12 +169,11 @@ class RandLoraConfig(LinearMethod):
     def problems(self) -> list[str]:
         found = super().problems() + below_one({"r": self.r})
         found += no_seeds({"projection_prng_key": self.projection_prng_key})
-        if self.randlora_dropout and not self.inference_mode:
-            found.append(
-                f"randlora_dropout={self.randlora_dropout!r} drops inputs of the change in training, which is not "
-                "supported: set it to 0"
-            )
-        return found
+        return found + no_rates(self, "randlora_dropout")
+
+    @property
+    def dropout(self) -> float:
+        return self.randlora_dropout
 
     def for_sites(self, sites: Sequence[LinearSite], known: Known) -> Self:
         largest = max(site.out_features for site in sites), max(site.in_features for site in sites)

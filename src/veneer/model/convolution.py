@@ -16,7 +16,10 @@ from veneer.core.groups import block_diagonal, column_blocks
 from veneer.core.linear import apply_projected, compose_linear, fold_linear
 from veneer.core.records import Around
 from veneer.core.sites import LinearSite
+from veneer.core.terms.change import Change
+from veneer.core.terms.in_groups import InGroups
 from veneer.core.terms.pair import Pair
+from veneer.core.terms.rotation import Rotation
 from veneer.core.terms.scale import Scale
 from veneer.errors import CompositionError
 from veneer.model.cut_weight import read_whole, whole
@@ -43,19 +46,22 @@ class AdaptedConvolution(AdaptedSite):
         if not names:
             return cast(Tensor, super().forward(x))
         site = self.site()
-        records = [self.record(name, site) for name in names]
+        records = [self.record_now(name, None, site) for name in names]
         whole = compose_linear(records, site.bias)
         base = self._product(x, cast(Tensor, self.effective("weight")).flatten(1), whole.input)
         products = []
         for name, record in zip(names, records, strict=True):
-            for term in record.adds:
-                if isinstance(term, Pair):
-                    dropped = self.dropped(x, name)
-                    source = (x if dropped is None else dropped).to(term.a.dtype)
-                    products.append(term.behind_a(self._product(source, term.a, whole.input)))
-                else:
-                    products.append(self._product(x.to(term.dtype), term.dense(term.dtype), whole.input))
+            dropped = self.dropped(x, name)
+            source = x if dropped is None else dropped
+            products += [self._added(source, term, whole.input) for term in record.adds]
         return apply_projected(whole, products, base, site.bias).movedim(-1, self._channels)
+
+    def _added(self, x: Tensor, term: Pair | Change, entry: Around | None) -> Tensor:
+        """The product of a change of the weight with every patch of x, the patches mapped by ``entry``."""
+        if isinstance(term, Pair):
+            return term.behind_a(self._product(x.to(term.a.dtype), term.a, entry))
+        matrix = term.blocks(term.dtype) if isinstance(term, InGroups) else term.dense(term.dtype)
+        return self._product(x.to(term.dtype), matrix, entry)
 
     def site(self, names: Sequence[str] | None = None) -> LinearSite:
         weight, bias = cast(Tensor, self.effective("weight", names)), self.effective("bias", names)
@@ -70,16 +76,18 @@ class AdaptedConvolution(AdaptedSite):
             return super().folded_weight(names, dtype)
         present = [name for name in names if name in self.adapters]
         record = self.composed(present, site)
-        if not record.only_scales:
+        rotates = any(isinstance(term, Rotation) for term in (record.input, record.output))
+        if rotates or not all(isinstance(term, InGroups) for term in record.adds):
             raise CompositionError(
                 f"adapter {present[0]!r} mixes the channels of {self.site_name}, a convolution in {site.groups} "
                 "groups: no kernel in groups can take that in. Keep the adapter beside the model."
             )
         kernel = cast(Tensor, self.effective("weight", names)).flatten(1)
         wide = kernel.to(torch.promote_types(kernel.dtype, torch.float32))
+        wide = sum((cast(InGroups, term).blocks(wide.dtype) for term in record.adds), wide)
         if record.input_scale is not None:
             wide = wide * column_blocks(record.input_scale, len(wide), site.groups)
-        folded, bias = fold_linear(replace(record, input=None), wide, site.bias, dtype)
+        folded, bias = fold_linear(replace(record, adds=(), input=None), wide, site.bias, dtype)
         return folded, None if record.bias is None else bias
 
     def stored(self, weight: Tensor) -> Tensor:

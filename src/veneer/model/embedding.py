@@ -7,7 +7,7 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
-from veneer.core.linear import apply_embedding
+from veneer.core.linear import apply_embedding, compose_linear
 from veneer.core.sites import LinearSite
 from veneer.core.token_rows import look_up_rows
 from veneer.model.blueprint.tables import own_multiplier
@@ -33,7 +33,8 @@ class AdaptedEmbedding(AdaptedSite):
         names = self.acting_here()
         if not names:
             return looked_up
-        delta = self.composed(names, self.site()).with_adds_times(multiplier)
+        site = self.site()
+        delta = compose_linear([self.record_now(name, None, site) for name in names]).with_adds_times(multiplier)
         return apply_embedding(delta, token_ids, looked_up, cast(Any, self).padding_idx)
 
     def site(self, names: Sequence[str] | None = None) -> LinearSite:

@@ -70,7 +70,7 @@ class AdaptedSite(Adapted):
         with without_autocast(next((x.device for x in params.values()), None) or device_of(self)):
             return method.lower(site, {**params, **given} if given else params)
 
-    def of_pass(self, name: str, shape: Sequence[int] | None) -> Params:
+    def of_pass(self, name: str, site: LinearSite, shape: Sequence[int] | None) -> Params:
         """Return what a record depends on in a forward pass now, beside its parameters.
 
         These are random numbers in training, new ones each time, and the sequences of an input of this shape (…, n).
@@ -80,7 +80,7 @@ class AdaptedSite(Adapted):
         found: dict[str, Tensor] = {}  # torch.compile calls no dict[str, Tensor]
         if self.training and state.drops:
             routing = state.routed()
-            found |= method.drawn(None if routing is None else routing.generators.get(name))
+            found |= method.drawn(site, None if routing is None else routing.generators.get(name))
         if method.by_sequence and (state.sequences is not None or shape is not None):
             found[MEMBERS] = self._members(state.sequences, shape)
         return {key: value.to(device_of(self)) for key, value in found.items()}
@@ -92,6 +92,13 @@ class AdaptedSite(Adapted):
         rows = tuple(shape or ())
         found = None if known is None else known.at(rows)
         return members_of_rows(rows, device_of(self)) if found is None else found
+
+    def record_now(
+        self, name: str, shape: Sequence[int] | None, site: LinearSite | None = None, task: int | None = None
+    ) -> LinearDelta:
+        """Return `record` in a forward pass, whose input has this ``shape`` (see `of_pass`)."""
+        site = site or self.site((name,))
+        return self.record(name, site, task=task, given=self.of_pass(name, site, shape))
 
     def method(self, name: str) -> LinearMethod:
         """Return the config of an adapter."""
@@ -277,14 +284,8 @@ class AdaptedLinear(AdaptedSite):
         """Return `record` of a forward pass, kept with the adapter's tensors while it consists of those tensors
         themselves.
         """
-        lower = functools.partial(self._record_now, name, shape, task=task)
+        lower = functools.partial(self.record_now, name, shape, task=task)
         return lowered(self.adapters[name], self.method(name), lower)
-
-    def _record_now(
-        self, name: str, shape: Sequence[int] | None, site: LinearSite | None = None, task: int | None = None
-    ) -> LinearDelta:
-        """The record in a forward pass."""
-        return self.record(name, site, task=task, given=self.of_pass(name, shape))
 
     def _together(
         self, names: Sequence[str], shape: Sequence[int] | None, task: int | None = None
@@ -299,7 +300,7 @@ class AdaptedLinear(AdaptedSite):
             record = self.kept_record(held[0], shape, task)
         else:
             site = self.site(names)
-            record = compose_linear([self._record_now(name, shape, site) for name in held], site.bias)
+            record = compose_linear([self.record_now(name, shape, site) for name in held], site.bias)
         return record if trained is None or record.bias is not None else replace(record, bias=trained)
 
     def needs_shape(self) -> bool:
@@ -345,7 +346,7 @@ class AdaptedLinear(AdaptedSite):
         """The record applied under autograd: for a compiler to follow, or where the weight is trained as well."""
         names, site = self.acting_here(), self.site()
         weight = cast(FrozenWeight, site.weight)
-        records = [self._record_now(name, x.shape[:-1], site) for name in names]
+        records = [self.record_now(name, x.shape[:-1], site) for name in names]
         read = entered(compose_linear(records, site.bias), x)
         return apply_linear_sum(records, x, weight, site.bias, [self.dropped(read, name) for name in names])
 

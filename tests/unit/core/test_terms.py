@@ -14,6 +14,7 @@ from veneer.core.linear import apply_linear, apply_projected, compose_linear, en
 from veneer.core.records import LinearDelta
 from veneer.core.sites import LinearSite
 from veneer.core.terms.change import Change, Transposed, Weighed
+from veneer.core.terms.in_groups import in_groups
 from veneer.core.terms.pair import Pair
 from veneer.core.terms.rotation import BlockRotation
 from veneer.core.terms.scale import Scale
@@ -174,3 +175,33 @@ def test_a_derived_change_computes_in_the_dtype_of_its_own() -> None:
     x = torch.randn(3, 11)
     torch.testing.assert_close(spectrum.weighed(0.5).apply(x), 0.5 * spectrum.apply(x))
     assert spectrum.weighed(0.5).dtype == spectrum.dtype == torch.float32
+
+
+@pytest.mark.parametrize("make", [change, pair])
+def test_rows_times_numbers_are_those_of_the_matrix(make):
+    term, factors = make(), normal(OUT)
+    scaled = term.with_rows_times(factors)
+    matrix = factors[:, None] * term.dense(torch.float64)
+    torch.testing.assert_close(scaled.dense(torch.float64), matrix)
+    torch.testing.assert_close(scaled.with_rows_times(factors).dense(torch.float64), factors[:, None] * matrix)
+    x = normal(3, IN)
+    torch.testing.assert_close(scaled.apply(x), x @ matrix.T)
+    torch.testing.assert_close(scaled.transposed().dense(torch.float64), matrix.T)
+
+
+def test_the_gradient_of_a_change_of_scaled_rows_is_that_of_its_matrix():
+    scaled, dy = change().with_rows_times(normal(OUT)), normal(3, OUT)
+    torch.testing.assert_close(scaled.matmul_t(dy), dy @ scaled.dense())
+
+
+@pytest.mark.parametrize("make", [change, pair])
+def test_a_change_in_groups_is_block_diagonal(make):
+    term = make()
+    grouped = in_groups(term, 7)
+    assert grouped.shape == (OUT, 7 * IN)
+    blocks = term.dense(torch.float64)
+    torch.testing.assert_close(grouped.dense(), torch.block_diag(*blocks.split(1)))
+    torch.testing.assert_close(grouped.weighed(0.3).blocks(torch.float64), 0.3 * blocks)
+    moved = grouped.with_tensors([2 * tensor for tensor in grouped.tensors])
+    assert not torch.equal(moved.dense(), grouped.dense())
+    assert in_groups(term, 1) is term

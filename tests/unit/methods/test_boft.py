@@ -9,7 +9,15 @@ import torch
 from peft.tuners.boft.layer import BOFTLayer
 from torch import nn
 
-from methods_in_peft import TARGETS, assert_convolutions_equal_peft, assert_equals_peft, base, every_base, site
+from methods_in_peft import (
+    TARGETS,
+    assert_convolutions_equal_peft,
+    assert_equals_peft,
+    assert_training_equals_peft,
+    base,
+    every_base,
+    site,
+)
 from veneer import BOFTConfig, get_peft_model
 from veneer.core.linear import fold_linear
 from veneer.errors import ConfigError, TargetError
@@ -53,13 +61,25 @@ def test_convolutions_equal_peft(tmp_path):
     )
 
 
+def test_training_with_dropout_equals_peft(tmp_path):
+    fields = {"boft_block_size": 3, "boft_dropout": 0.7}
+    assert_training_equals_peft("BOFTConfig", tmp_path, init_weights=False, **fields)
+
+
+def test_dropout_takes_blocks_of_one_factor():
+    config = BOFTConfig(boft_block_size=2, boft_n_butterfly_factor=3, boft_dropout=0.4, init_weights=False)
+    for seed in range(4):
+        dropped = config.drawn(site("q_proj", 7, 16), torch.Generator().manual_seed(seed))["dropped"]
+        assert dropped.sum(dim=1).sort().values.tolist() == [0, 0, 3]
+
+
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
         ({"boft_block_num": 2}, "boft_block_size=4 and boft_block_num=2: one must be 0 and the other at least 1"),
         ({"boft_block_size": 0}, "boft_block_size=0 and boft_block_num=0: one must be 0"),
         ({"boft_n_butterfly_factor": 0}, "boft_n_butterfly_factor=0 must be a whole number of at least 1"),
-        ({"boft_dropout": 0.1}, "boft_dropout=0.1 drops blocks in training, which is not supported: set it to 0"),
+        ({"boft_dropout": 1.0}, "boft_dropout=1.0 must lie in [0, 1)"),
     ],
 )
 def test_what_it_refuses(fields, words):

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from methods_in_peft import assert_equals_peft, every_base, site
+from methods_in_peft import assert_drops_inputs, assert_equals_peft, every_base, site
 from veneer import DeloraConfig
 from veneer.core.linear import fold_linear
 from veneer.errors import ConfigError
@@ -37,5 +37,9 @@ def test_it_equals_peft(on, tmp_path):
 def test_what_it_refuses():
     with pytest.raises(ConfigError, match="r=0 must be a whole number of at least 1"):
         DeloraConfig(r=0)
-    with pytest.raises(ConfigError, match=r"module_dropout=0.2 drops inputs .*: set it to 0"):
-        DeloraConfig(module_dropout=0.2)
+    with pytest.raises(ConfigError, match=r"module_dropout=1.0 must lie in \[0, 1\)"):
+        DeloraConfig(module_dropout=1.0)
+
+
+def test_dropout_zeroes_inputs_of_a():
+    assert_drops_inputs(DeloraConfig(r=3, target_modules=["0"], module_dropout=0.375, init_weights=False))

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from methods_in_peft import TARGETS, TOKENS, assert_equals_peft, base, every_base, site
+from methods_in_peft import TARGETS, TOKENS, assert_drops_inputs, assert_equals_peft, base, every_base, site
 from veneer import FrodConfig, PeftModel, PsoftConfig, get_peft_model
 from veneer.core.linear import fold_linear
 from veneer.errors import ConfigError, FormatError, TargetError
@@ -92,12 +92,16 @@ def test_kinds_and_blocks_are_named_as_in_peft():
     assert [block_of(p, 7) for p in ("a.layers.3.mlp.up", "encoder.layer.11.q", "head")] == [3, 11, 7]
 
 
+def test_dropout_zeroes_inputs_of_the_change():
+    assert_drops_inputs(FrodConfig(target_modules=["0"], frod_dropout=0.375, init_weights=False))
+
+
 def test_what_it_refuses(tmp_path):
     with pytest.raises(ConfigError) as caught:
         FrodConfig(sparse_rate=2.0, regularization_alpha=0.0, projection_prng_key=2**64, save_projection=False,
-                   frod_dropout=0.1)  # fmt: skip
+                   frod_dropout=1.0)  # fmt: skip
     for words in ("sparse_rate=2.0 must lie in", "regularization_alpha=0.0 must be above 0", "must be a seed",
-                  "save_projection=False is not supported", "frod_dropout=0.1 drops inputs"):  # fmt: skip
+                  "save_projection=False is not supported", "frod_dropout=1.0 must lie in [0, 1)"):  # fmt: skip
         assert words in str(caught.value)
     with pytest.raises(ConfigError, match="FRoD at q_proj needs the frozen weight"):
         FrodConfig().derived(site("q_proj", 7, 5), {})

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from methods_in_peft import assert_convolutions_equal_peft, assert_equals_peft, every_base, site
+from methods_in_peft import assert_convolutions_equal_peft, assert_drops_inputs, assert_equals_peft, every_base, site
 from veneer import HiraConfig, get_peft_model
 from veneer.core.linear import fold_linear
 from veneer.errors import ConfigError, TargetError
@@ -37,6 +37,13 @@ def test_convolutions_equal_peft(tmp_path):
     assert_convolutions_equal_peft("HiraConfig", tmp_path, r=3, init_weights=False)
 
 
+@pytest.mark.parametrize("names", [[], ["default"] * 67], ids=["all", "by rows"])
+def test_dropout_zeroes_inputs_of_the_change(names):
+    config = HiraConfig(r=3, target_modules=["0"], hira_dropout=0.375, init_weights=False)
+    assert_drops_inputs(config, names=names)
+    assert_drops_inputs(config, nn.Conv1d(67, 7, 1), names)
+
+
 @pytest.mark.parametrize("start", [True, "gaussian"])
 def test_a_start_is_the_base(start):
     for kind, shape in (("linear", (7, 5)), ("embedding", (7, 5))):
@@ -51,8 +58,8 @@ def test_a_start_is_the_base(start):
 def test_what_it_refuses():
     with pytest.raises(ConfigError, match="r=0 must be a whole number of at least 1"):
         HiraConfig(r=0)
-    with pytest.raises(ConfigError, match=r"hira_dropout=0.1 drops inputs of the change .*: set it to 0"):
-        HiraConfig(hira_dropout=0.1)
+    with pytest.raises(ConfigError, match=r"hira_dropout=1.0 must lie in \[0, 1\)"):
+        HiraConfig(hira_dropout=1.0)
     with pytest.raises(ConfigError, match="HiRA at q_proj needs the frozen weight"):
         HiraConfig(r=2).lower(site("q_proj", 7, 5), {"hira_A": torch.ones(2, 5), "hira_B": torch.ones(7, 2)})
     with pytest.raises(TargetError, match="0 is a convolution in 2 groups, which this method cannot change"):

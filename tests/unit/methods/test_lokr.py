@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import math
-from collections import OrderedDict
 from dataclasses import replace
 
 import pytest
 import torch
 from peft.tuners.lokr.layer import factorization
-from torch import nn
 
-from methods_in_peft import assert_convolutions_equal_peft, assert_equals_peft, site
-from veneer import LoKrConfig, get_peft_model
+from methods_in_peft import (
+    assert_convolutions_equal_peft,
+    assert_equals_peft,
+    assert_training_equals_peft,
+    convolutions,
+    lines,
+    lines_in_groups,
+    planes_in_groups,
+    site,
+)
+from veneer import LoKrConfig
 from veneer.core.linear import fold_linear
-from veneer.errors import ConfigError, TargetError
+from veneer.errors import ConfigError
 from veneer.methods.lokr import Kronecker, factors_of
 
 SETTINGS = {"r": 2, "alpha": 5.0}
@@ -67,11 +74,6 @@ def test_convolutions_equal_peft(fields, tmp_path):
     assert_convolutions_equal_peft("LoKrConfig", tmp_path, alpha=5, init_weights=False, **fields)
 
 
-def lines():
-    torch.manual_seed(3)
-    return nn.Sequential(OrderedDict(first=nn.Conv1d(5, 8, 3, padding=1), second=nn.Conv1d(8, 6, 1, stride=2)))
-
-
 @pytest.mark.parametrize("r", [1, 9])
 def test_convolutions_of_one_dimension_equal_peft(r, tmp_path):
     assert_convolutions_equal_peft("LoKrConfig", tmp_path, lines, (11,), r=r, alpha=5, init_weights=False)
@@ -88,12 +90,38 @@ def test_the_file_tells_a_convolution_where_it_holds_its_window():
     assert told(LoKrConfig(r=1), ())[0] is not None
 
 
-def test_other_convolutions_are_refused():
-    grouped, wide = nn.Sequential(nn.Conv2d(4, 6, 3, groups=2)), nn.Sequential(nn.Conv2d(4, 6, 3))
-    with pytest.raises(TargetError, match="0 is a convolution in 2 groups, which this method cannot change"):
-        get_peft_model(grouped, LoKrConfig(target_modules=["0"]))
-    with pytest.raises(TargetError, match="use_effective_conv2d=True is not supported at 0, a convolution"):
-        get_peft_model(wide, LoKrConfig(target_modules=["0"], use_effective_conv2d=True))
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"r": 1},
+        {"r": 9},
+        {"r": 1, "use_effective_conv2d": True},
+        {"r": 1, "use_effective_conv2d": True, "decompose_both": True, "decompose_factor": 5},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize(
+    "net", [(convolutions, (9, 8)), (lines, (11,)), (lines_in_groups, (11,)), (planes_in_groups, (9, 8))]
+)
+def test_groups_and_cores_equal_peft(fields, net, tmp_path):
+    assert_convolutions_equal_peft("LoKrConfig", tmp_path, *net, alpha=5, init_weights=False, **fields)
+
+
+@pytest.mark.parametrize("window", [(3,), (3, 2), (2, 3, 2)])
+@pytest.mark.parametrize("fields", [{}, {"decompose_both": True, "decompose_factor": 5}], ids=str)
+def test_the_file_tells_a_convolution_with_a_core(fields, window):
+    config = LoKrConfig(r=1, use_effective_conv2d=True, **fields)
+    place = replace(site("first", 30, 35 * math.prod(window)), kind="convolution", window=window)
+    sample = replace(site("first", 1, 1), kind="convolution")
+    shapes = config.shapes(place)
+    assert "lokr_t2" in shapes
+    assert config.site_of(sample, shapes) == place
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+def test_training_with_dropouts_equals_peft(scaled, tmp_path):
+    fields = {"rank_dropout": 0.5, "module_dropout": 0.3, "rank_dropout_scale": scaled}
+    assert_training_equals_peft("LoKrConfig", tmp_path, r=1, alpha=5, init_weights=False, **fields)
 
 
 def test_where_it_starts():
@@ -109,8 +137,8 @@ def test_where_it_starts():
         ({"r": 0}, "r=0 must be a whole number of at least 1"),
         ({"decompose_factor": 0}, "decompose_factor=0 must be at least 1, or -1"),
         ({"rank_pattern": {"(": 2}}, "'(' is not a regular expression"),
-        ({"rank_dropout": 0.1}, "rank_dropout=0.1 drops parts of the update in training"),
-        ({"module_dropout": 0.2}, "module_dropout=0.2 drops parts of the update in training"),
+        ({"rank_dropout": 1.0}, "rank_dropout=1.0 must lie in [0, 1)"),
+        ({"module_dropout": -0.2}, "module_dropout=-0.2 must lie in [0, 1)"),
         ({"init_weights": "other"}, "init_weights"),
     ],
 )

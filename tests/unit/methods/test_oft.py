@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from dataclasses import replace
 
 import peft
 import pytest
@@ -43,6 +44,7 @@ def test_a_skew_symmetric_matrix_is_filled_row_by_row():
 
 
 def test_the_series_goes_to_the_transform():
+    torch.manual_seed(2)
     q = skew_symmetric(0.1 * torch.randn(2, 6, dtype=torch.float64), 4)
     errors = [float((neumann(q, n) - cayley(-q)).norm()) for n in (2, 4, 8, 16)]
     assert errors == sorted(errors, reverse=True)
@@ -147,13 +149,41 @@ def test_training_with_constrained_blocks_is_peft_s() -> None:
     assert losses[0][4] != losses[0][0]
 
 
+@pytest.mark.parametrize(("kind", "share"), [("linear", 0.41), ("embedding", 0.6)])
+def test_dropout_leaves_some_blocks_where_they_are(kind, share):
+    place = replace(site("q_proj", 20, 20), kind=kind)
+    config = OFTConfig(oft_block_size=4, module_dropout=share, init_weights=False)
+    params = config.init(place)
+    drawn = config.drawn(place, torch.Generator().manual_seed(5))
+    side = "output" if kind == "embedding" else "input"
+    whole, dropped = (getattr(config.lower(place, params | given), side).blocks for given in ({}, drawn))
+    still = (dropped == torch.eye(4)).all(dim=(1, 2))
+    assert still.sum() == int(share * 5)
+    assert torch.equal(dropped[~still], whole[~still])
+
+
+@pytest.mark.parametrize("fields", [{"block_share": True, "oft_block_size": 4}, {"oft_block_size": 20}], ids=str)
+def test_dropout_needs_several_blocks(fields):
+    assert not OFTConfig(module_dropout=0.9, **fields).drawn(site("q_proj", 20, 20))
+
+
+def test_an_embedding_draws_its_dropped_blocks_in_training():
+    torch.manual_seed(2)
+    fields = {"oft_block_size": 4, "module_dropout": 0.6, "init_weights": False}
+    model = get_peft_model(nn.Sequential(nn.Embedding(7, 20)), OFTConfig(target_modules=["0"], **fields))
+    ids = torch.tensor([5])
+    assert torch.equal(model.eval()(ids), model(ids))
+    model.train()
+    assert len({tuple(model(ids).flatten().tolist()) for _ in range(8)}) > 2
+
+
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
         ({"r": 2}, "r=2 and oft_block_size=32: one must be 0"),
         ({"oft_block_size": 0}, "r=0 and oft_block_size=0: one must be 0"),
         ({"num_cayley_neumann_terms": 0}, "num_cayley_neumann_terms=0 must lie in "),
-        ({"module_dropout": 0.1}, "module_dropout=0.1 drops blocks in training"),
+        ({"module_dropout": 1.0}, "module_dropout=1.0 must lie in [0, 1)"),
     ],
 )
 def test_what_it_refuses(fields, words):

@@ -9,7 +9,7 @@ import weakref
 import pytest
 import torch
 
-from methods_in_peft import TARGETS, TOKENS, assert_equals_peft, base, every_base, site
+from methods_in_peft import TARGETS, TOKENS, assert_drops_inputs, assert_equals_peft, base, every_base, site
 from veneer import RandLoraConfig, get_peft_model
 from veneer.core.linear import fold_linear
 from veneer.errors import ConfigError
@@ -62,10 +62,14 @@ def test_bases_are_drawn_once_and_go_with_their_adapters(monkeypatch):
     assert not any(each() for each in held)
 
 
+def test_dropout_zeroes_inputs_of_the_change():
+    assert_drops_inputs(RandLoraConfig(r=3, target_modules=["0"], randlora_dropout=0.375, init_weights=False))
+
+
 def test_what_it_refuses():
     with pytest.raises(ConfigError, match="r=0 must be a whole number of at least 1"):
         RandLoraConfig(r=0)
     with pytest.raises(ConfigError, match=r"projection_prng_key=.* must be a seed of torch: a whole number from"):
         RandLoraConfig(projection_prng_key=2**64)
-    with pytest.raises(ConfigError, match=r"randlora_dropout=0.1 drops inputs .*: set it to 0"):
-        RandLoraConfig(randlora_dropout=0.1)
+    with pytest.raises(ConfigError, match=r"randlora_dropout=1.0 must lie in \[0, 1\)"):
+        RandLoraConfig(randlora_dropout=1.0)

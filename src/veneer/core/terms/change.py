@@ -74,6 +74,10 @@ class Change(Term, ABC):
         """Return the change times a number."""
         return Weighed(of=self, weight=weight)
 
+    def with_rows_times(self, factors: Float[Tensor, " o"]) -> Change:
+        """Return the change with each row of the matrix multiplied by a number."""
+        return RowsTimes(of=self, factors=factors)
+
     def transposed(self) -> Change:
         """Return the change of the transposed weight (i, o)."""
         return Transposed(of=self)
@@ -124,6 +128,28 @@ class Weighed(_Derived):
 
     def matmul_t(self, dy: Tensor) -> Tensor:
         return self.of.matmul_t(dy) * self.weight
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RowsTimes(_Derived):
+    """Change ``diag(factors) of``. The factors are constants."""
+
+    factors: Float[Tensor, " o"]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.of.shape
+
+    def dense(self, dtype: torch.dtype | None = None) -> Tensor:
+        matrix = self.of.dense(dtype)
+        return matrix * self.factors.to(matrix.dtype)[:, None]
+
+    def matmul(self, x: Tensor) -> Tensor:
+        y = self.of.matmul(x)
+        return y * self.factors.to(y.dtype)
+
+    def matmul_t(self, dy: Tensor) -> Tensor:
+        return self.of.matmul_t(dy * self.factors.to(dy.dtype))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -74,6 +74,11 @@ class Pair(Term):
         """Return the change times a number."""
         return replace(self, scale=self.scale * weight)
 
+    def with_rows_times(self, factors: Float[Tensor, " o"]) -> Pair:
+        """Return the change with each row of the matrix multiplied by a number."""
+        factors = factors.to(self.b.dtype)
+        return replace(self, b_scale=factors if self.b_scale is None else self.b_scale * factors)
+
     def transposed(self) -> Pair:
         """Return the change of the transposed weight (i, o)."""
         return Pair(a=self.plain_b.mT, b=self.a.mT, scale=self.scale)

@@ -14,8 +14,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from veneer.core.terms.change import Change
+from veneer.core.terms.change import Change, Weighed
 from veneer.core.terms.term import Term
+from veneer.ops.dropout import Mask
 from veneer.ops.linear.layer import LinearLayer
 from veneer.ops.linear.weight import add_transposed
 from veneer.ops.matmul import add_matmul, float32_is_faster, matmul
@@ -27,8 +28,9 @@ Gradients = tuple[Tensor | None, ...]
 def add_changes(z: Float[Tensor, "n o"], x: Float[Tensor, "n i"], layer: LinearLayer) -> None:
     """Add ``ΔW x`` of each record's changes to the rows that take it, in place."""
     for k, rows in layer.spans(len(x)):
+        mask, own_x = layer.mask_of(k), _dropped(x, layer, k, rows)
         for change in layer.records[k].changes:
-            own, own_x = change.on(rows), x[rows]
+            own = _kept(change.on(rows), mask)
             if _is_made(own, own_x, layer):
                 add_matmul(z[rows], own_x, own.dense(x.dtype).T)
             else:
@@ -48,7 +50,7 @@ def changes_backward(
 
     ``read`` is dz as `ops.matmul.operand` gives it.
     """
-    alone, weight = _only_change(layer), layer.weight
+    alone, weight = None if layer.masks else _only_change(layer), layer.weight
     if alone is not None and isinstance(weight, Tensor) and _is_made(alone, x, layer):
         made = _Made.of(alone, x.dtype)
         if input_grad:  # in one product: to round the sum moves this gradient no further than its own rounding does
@@ -58,12 +60,28 @@ def changes_backward(
         dx = add_transposed(dx, dz, read, layer.weight)
     found: list[list[Gradients]] = [[()] * len(record.changes) for record in layer.records]
     for k, rows in layer.spans(len(x)):
+        own_x, own_dx = _dropped(x, layer, k, rows), None if dx is None or not input_grad else dx[rows]
+        mask = layer.mask_of(k)
+        into = own_dx if mask is None or own_dx is None else torch.zeros_like(own_dx)
         for place, change in enumerate(layer.records[k].changes):
-            own, given = change.on(rows), (dz[rows], x[rows], dx[rows] if input_grad and dx is not None else None)
-            is_made = _is_made(own, x[rows], layer)
+            own = _kept(change.on(rows), mask)
+            is_made, given = _is_made(own, own_x, layer), (dz[rows], own_x, into)
             gradients = _made_backward(own, *given) if is_made else _product_backward(own, *given, layer)
             found[k][place] = added_up(found[k][place], gradients)
+        if mask is not None and own_dx is not None and into is not None:
+            own_dx.add_(mask.drop(into, rows))
     return dx, found
+
+
+def _dropped(x: Tensor, layer: LinearLayer, k: int, rows: slice) -> Tensor:
+    """Rows of x as the changes of record k read them: under its dropout, not scaled."""
+    mask = layer.mask_of(k)
+    return x[rows] if mask is None else mask.drop(x[rows], rows)
+
+
+def _kept(change: Change, mask: Mask | None) -> Change:
+    """The change with the scale of what its mask keeps, which x in 16 bits would round."""
+    return change if mask is None else Weighed(of=change, weight=mask.scale)
 
 
 def _only_change(layer: LinearLayer) -> Change | None:

@@ -26,9 +26,9 @@ class LinearLayer:
     """Frozen layer ``W (o, i)`` with its bias, and the records of adapters on it.
 
     Without ``runs`` there is at most one record, which acts on all rows. With ``runs`` a row takes the record that its
-    run names, or none. A row may be many tokens. ``masks`` are the dropout masks on the input of each record's A;
-    without any nothing is dropped. With ``rows_alone`` a row is computed as it is alone, however many there are:
-    serving promises that.
+    run names, or none. A row may be many tokens. ``masks`` are the dropout masks on the input of what each record
+    adds to the weight; without any nothing is dropped. With ``rows_alone`` a row is computed as it is alone, however
+    many there are: serving promises that.
 
     A record's tensors may be wider than x (float32 with bf16). Pairs are rounded for the products, which accumulate in
     float32. So are changes of many rows, unless they would lose by it. Of a rotation in blocks the difference from the
@@ -66,6 +66,10 @@ class LinearLayer:
     def has_changes(self) -> bool:
         """True if a record changes the weight by more than a pair."""
         return any(record.changes for record in self.records)
+
+    def mask_of(self, record: int) -> Mask | None:
+        """Return the dropout mask of one of the records, if there is any."""
+        return self.masks[record] if self.masks else None
 
     def is_batch(self, n_rows: int) -> bool:
         """Return True if a term of ``n_rows`` rows may be multiplied by other means than its own product."""

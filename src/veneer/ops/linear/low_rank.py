@@ -175,5 +175,5 @@ def _scaled_b(layer: LinearLayer, dtype: torch.dtype) -> Tensor:
 
 def _scale_of(layer: LinearLayer, k: int) -> float:
     """The scale of a record's pair, with that of what its mask keeps."""
-    mask, pair = layer.masks[k] if layer.masks else None, layer.records[k].low_rank
+    mask, pair = layer.mask_of(k), layer.records[k].low_rank
     return (1.0 if pair is None else pair.scale) * (1.0 if mask is None else mask.scale)

@@ -1,6 +1,6 @@
 """Formula of a record on frozen layers, forward and backward.
 
-``y = output(W x' + scale * b_scale * B (core * A drop(x')) + Σ ΔW x') + bias`` with ``x' = input(x)``.
+``y = output(W x' + scale * b_scale * B (core * A drop(x')) + Σ ΔW drop(x')) + bias`` with ``x' = input(x)``.
 
 `core.linear` is the specification of these kernels. Layers that read the same x (q, k, v; gate and up) go through one
 call: their A's are joined, so x is read once. The backward pass keeps x and the ``A x`` of all of them. It also keeps

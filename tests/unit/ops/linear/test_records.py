@@ -108,7 +108,7 @@ def by_formula(x: Tensor, layer: LinearLayer) -> Tensor:
         record = LinearDelta() if k < 0 else layer.records[k]
         mask = layer.masks[k] if layer.masks and k >= 0 else None
         own = None
-        if mask is not None and record.rank:
+        if mask is not None and record.adds:
             ids = mask.ids.view(len(x), LENGTH)[n]
             own = dropout(entered(record, x[n]), dataclasses.replace(mask, ids=ids))
         rows.append(apply_linear(record, x[n], weight, layer.bias, own))
