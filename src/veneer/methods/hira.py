@@ -21,24 +21,12 @@ from veneer.contract.patterns import below_one
 from veneer.contract.peft_fields import PeftFields
 from veneer.contract.rates import no_rates
 from veneer.contract.targets import FamilyTargets
-from veneer.core.frozen import FrozenWeight
 from veneer.core.records import LinearDelta
 from veneer.core.sites import LinearSite
+from veneer.core.terms.base import Base
 from veneer.core.terms.change import Change
 from veneer.errors import ConfigError
 from veneer.inits.uniform import kaiming_uniform
-
-
-class Base:
-    """Frozen weight of a layer as a record refers to it: not as a part, which would be counted, copied and packed."""
-
-    def __init__(self, weight: FrozenWeight) -> None:
-        self.weight = weight
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Base) and torch.equal(self.weight.dense(), other.weight.dense())
-
-    __hash__ = None  # type: ignore[assignment]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -2,26 +2,51 @@
 successor).
 
 Feature j of the inputs is added to entry ``j mod r``. So the update is a pair of rank r, whose A is the identity, tiled
-over the inputs, and whose B is Mᵀ.
+over the inputs, and whose B is Mᵀ. The variant "bat" multiplies blocks of the weight too: it is no small pair.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from veneer.contract import LinearMethod, Params, Shapes
 from veneer.contract.checks import Checks
 from veneer.contract.family_targets import LOW_RANK
 from veneer.contract.patterns import below_one
+from veneer.contract.rates import no_rates
 from veneer.contract.targets import FamilyTargets
 from veneer.core.records import LinearDelta
 from veneer.core.sites import LinearSite
+from veneer.core.terms.base import Base
+from veneer.core.terms.change import Change
+from veneer.errors import ConfigError
 from veneer.inits.uniform import kaiming_uniform
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BlockProduct(Change):
+    """Change ``(Wₖⱼ + I) Mₖ`` of the block Wₖⱼ (r, r) of the weight, in row k and column j of the blocks."""
+
+    blocks: Float[Tensor, "k r r"]
+    base: Base
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.base.weight.shape
+
+    def dense(self, dtype: torch.dtype | None = None) -> Tensor:
+        dtype = dtype or self.dtype
+        blocks = self.blocks.to(dtype)
+        n, r, _ = blocks.shape
+        products = self.base.weight.dense(dtype).reshape(n, -1, r) @ blocks
+        return (products.view(n, r, -1, r) + blocks[:, :, None]).reshape(self.shape)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +54,11 @@ class MissConfig(LinearMethod):
     """MiSS in PEFT's fields.
 
     ``init_weights``: True starts with M zero, False with M random. "mini" trains ``mini_r`` columns of M, which are
-    repeated over the outputs. "bat", an update that multiplies the weight, is not supported.
+    repeated over the outputs. "bat" starts with M zero and adds `BlockProduct`. ``miss_dropout``: probability in
+    training of zeroing an input of the update.
+
+    Departs: "bat" with ``miss_dropout`` drops nothing in PEFT. Several adapters with "bat" on one layer are summed;
+    PEFT lets each multiply the weight that those before it have changed.
     """
 
     peft_type: ClassVar[str] = "MISS"
@@ -46,25 +75,27 @@ class MissConfig(LinearMethod):
 
     def problems(self) -> list[str]:
         found = super().problems() + below_one({"r": self.r, "mini_r": self.mini_r})
-        if not 0 <= self.miss_dropout < 1:
-            found.append(f"miss_dropout={self.miss_dropout!r} must lie in [0, 1)")
-        if self.init_weights == "bat":
-            found.append("init_weights='bat' is not supported: use True, False or 'mini'")
-        return found
+        return found + no_rates(self, "miss_dropout")
 
     @property
     def checks(self) -> Checks:
         return _Checks(self)
 
     @property
+    def reads_weight(self) -> bool:
+        return self.init_weights == "bat"
+
+    @property
     def largest_rank(self) -> int:
-        return self.r
+        return 0 if self.init_weights == "bat" else self.r
 
     @property
     def dropout(self) -> float:
         return self.miss_dropout
 
     def shapes(self, site: LinearSite) -> Shapes:
+        if self.init_weights == "bat":
+            return {"miss_block": (site.out_features // self.r, self.r, self.r)}
         return {"miss_block": (self.r, self.mini_r if self.init_weights == "mini" else site.out_features)}
 
     def init(self, site: LinearSite, generator: torch.Generator | None = None) -> dict[str, Tensor]:
@@ -73,6 +104,14 @@ class MissConfig(LinearMethod):
 
     def lower(self, site: LinearSite, params: Params) -> LinearDelta:
         block = params["miss_block"]
+        if self.init_weights == "bat":
+            if site.weight is None:
+                raise ConfigError(
+                    f"MiSS with init_weights='bat' at {site.name} needs the frozen weight: load the base model before "
+                    "attaching"
+                )
+            block = block.view_as(block)  # no parameter, whose record would be kept with this weight
+            return LinearDelta(adds=(BlockProduct(blocks=block, base=Base(site.weight)),))
         r, n_columns = block.shape
         a = torch.eye(r, dtype=block.dtype, device=block.device).repeat(1, -(-site.in_features // r))
         return LinearDelta.pair(a[:, : site.in_features], block.T.repeat(site.out_features // n_columns, 1))
@@ -83,8 +122,17 @@ class _Checks(Checks):
     config: MissConfig
 
     def layers(self, sites: Sequence[LinearSite]) -> list[str]:
-        """Blocks are within the inputs, and ``mini_r`` columns are repeated to all outputs."""
-        r, mini_r = self.config.r, self.config.mini_r if self.config.init_weights == "mini" else 1
+        """Blocks are within the inputs, and fill them with "bat". ``mini_r`` columns are repeated to all outputs."""
+        r, start = self.config.r, self.config.init_weights
+        if start == "bat":
+            return [
+                f"r={r} does not divide the {site.in_features} inputs and {site.out_features} outputs of {site.name}, "
+                "which init_weights='bat' needs: give a divisor of "
+                f"{math.gcd(site.in_features, site.out_features)}"
+                for site in sites
+                if site.in_features % r or site.out_features % r
+            ]
+        mini_r = self.config.mini_r if start == "mini" else 1
         narrow = [
             f"r={r} is above the {site.in_features} inputs of {site.name}: give r={site.in_features} or less"
             for site in sites
