@@ -38,7 +38,7 @@ def variant_switches() -> list[str]:
 
 def of_own_tests(cls: type[MethodConfig], name: str, default: Any) -> Any:
     """What the method's own tests name for the laws: ``SETTINGS``, fields to run them with, ``PEFT_ERROR``,
-    ``PEFT_INPUTS``, ``WITHOUT_GRADIENT``, or ``PROJECTS``.
+    ``PEFT_INPUTS``, ``WITHOUT_GRADIENT``, ``SHAPES_FROM_WEIGHT``, or ``PROJECTS``.
     """
     path = UNIT_TESTS / f"test_{cls.__module__.rpartition('.')[2]}.py"
     if not path.exists():
@@ -107,6 +107,17 @@ def own_settings(method: str) -> dict[str, Any]:
     """The ``SETTINGS`` of a method by its name in recipes."""
     named = {cls.peft_type.lower(): cls for cls in all_methods().values()}
     return of_own_tests(named[method], "SETTINGS", {}) if method in named else {}
+
+
+@pytest.fixture
+def shapes_from_weight(request: pytest.FixtureRequest) -> bool:
+    """Whether the method, by its config or its name in recipes, has parameters of shapes that only a weight tells:
+    a plan then counts as many numbers.
+    """
+    named = {cls.peft_type.lower(): cls for cls in all_methods().values()}
+    given = request.node.callspec.params
+    cls = type(given["config"]) if "config" in given else named.get(given["method"])
+    return cls is not None and of_own_tests(cls, "SHAPES_FROM_WEIGHT", False)
 
 
 @pytest.fixture
