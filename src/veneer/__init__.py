@@ -13,6 +13,7 @@ for _name in ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY"):
 
 _HOMES = {
     "AdaLoraConfig": "veneer.methods.adalora",
+    "AdamssConfig": "veneer.methods.adamss",
     "AdaptionPromptConfig": "veneer.methods.adaption_prompt",
     "ArrowConfig": "veneer.methods.arrow",
     "AutoPeftModel": "veneer.adapters.auto",
@@ -78,6 +79,7 @@ _HOMES = {
     "PromptEncoderConfig": "veneer.methods.ptuning",
     "PromptTuningConfig": "veneer.methods.prompt",
     "PsoftConfig": "veneer.methods.psoft",
+    "PveraConfig": "veneer.methods.pvera",
     "RLOOConfig": "veneer.train.preference.config",
     "RLOOTrainer": "veneer.train.preference.rloo",
     "RandLoraConfig": "veneer.methods.randlora",
@@ -127,6 +129,7 @@ _HOMES = {
 
 __all__ = [  # noqa: RUF022 sorted as text is, capitals or not
     "AdaLoraConfig",
+    "AdamssConfig",
     "AdaptionPromptConfig",
     "ArrowConfig",
     "AutoPeftModel",
@@ -192,6 +195,7 @@ __all__ = [  # noqa: RUF022 sorted as text is, capitals or not
     "PromptEncoderConfig",
     "PromptTuningConfig",
     "PsoftConfig",
+    "PveraConfig",
     "RLOOConfig",
     "RLOOTrainer",
     "RandLoraConfig",

@@ -7,8 +7,6 @@ columns of A and the first rows of B. d starts at ``d_initial``, b at zero.
 
 from __future__ import annotations
 
-import functools
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import ClassVar, Literal, Self
@@ -25,6 +23,7 @@ from veneer.contract.shared import Shared
 from veneer.contract.targets import FamilyTargets
 from veneer.core.records import LinearDelta
 from veneer.core.sites import LinearSite
+from veneer.inits.projections import projections
 from veneer.ops.traced import is_tracing
 
 
@@ -85,7 +84,8 @@ class VeraConfig(LinearMethod):
         b, d = params["vera_lambda_b"], params["vera_lambda_d"]
         rows, columns = self.projection_size or (site.out_features, site.in_features)
         draw = projections.__wrapped__ if is_tracing() else projections  # a traced step makes tensors without values
-        big_a, big_b = draw(self.projection_prng_key, self.r, rows, columns, device=d.device, dtype=d.dtype)
+        shapes = (self.r, columns), (rows, self.r)
+        big_a, big_b = draw(self.projection_prng_key, *shapes, device=d.device, dtype=d.dtype)
         return LinearDelta.pair(big_a[:, : site.in_features], big_b[: site.out_features], core=d, b_scale=b)
 
     @property
@@ -96,29 +96,11 @@ class VeraConfig(LinearMethod):
     def _projections(self) -> dict[str, Tensor]:
         if self.projection_size is None:
             return {}
-        size = self.projection_size
-        a, b = projections(self.projection_prng_key, self.r, *size, device=torch.device("cpu"), dtype=torch.float32)
+        rows, columns = self.projection_size
+        shapes = (self.r, columns), (rows, self.r)
+        a, b = projections(self.projection_prng_key, *shapes, device=torch.device("cpu"), dtype=torch.float32)
         return {"vera_A": a, "vera_B": b}
 
     @property
     def dropout(self) -> float:
         return self.vera_dropout
-
-
-@functools.lru_cache(maxsize=8)
-def projections(
-    key: int, r: int, out_features: int, in_features: int, *, device: torch.device, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    """Return A (r, in_features) and B (out_features, r): Kaiming uniform with gain √2, drawn on the CPU in float32 from
-    ``key``.
-
-    All layers share one copy. Copies of the last eight configs and devices are kept. Do not write.
-    """
-    generator = torch.Generator().manual_seed(key)
-    drawn = []
-    with torch.inference_mode(False):  # they outlive the pass that asks first, and training must be able to keep them
-        for shape in ((r, in_features), (out_features, r)):
-            bound = math.sqrt(6 / shape[1])
-            empty = torch.empty(shape, dtype=torch.float32, device="cpu")
-            drawn.append(empty.uniform_(-bound, bound, generator=generator).to(device, dtype))
-    return drawn[0], drawn[1]

@@ -1,0 +1,27 @@
+"""Random A and B that all layers share, as VeRA and PVeRA have them."""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import torch
+from torch import Tensor
+
+
+@functools.lru_cache(maxsize=8)
+def projections(
+    key: int, a_shape: tuple[int, int], b_shape: tuple[int, int], *, device: torch.device, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Return A and B of these shapes: Kaiming uniform with gain √2, drawn on the CPU in float32 from ``key``.
+
+    All layers share one copy. Copies of the last eight configs and devices are kept. Do not write.
+    """
+    generator = torch.Generator().manual_seed(key)
+    drawn = []
+    with torch.inference_mode(False):  # they outlive the pass that asks first, and training must be able to keep them
+        for shape in (a_shape, b_shape):
+            bound = math.sqrt(6 / shape[1])
+            empty = torch.empty(shape, dtype=torch.float32, device="cpu")
+            drawn.append(empty.uniform_(-bound, bound, generator=generator).to(device, dtype))
+    return drawn[0], drawn[1]

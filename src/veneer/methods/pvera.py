@@ -1,0 +1,181 @@
+"""PVeRA: VeRA whose inner activations are drawn in training, ``W x + b ⊙ B (μ + ε exp(ρ / 2))`` (arXiv:2512.07703).
+
+μ and ρ, of r numbers each, are the halves of ``d ⊙ A x``, and ε is standard normal noise. Outside of training the inner
+activations are their mean μ: a low-rank pair, as VeRA's is.
+
+Departs: noise follows from a key that each layer draws in each pass from torch's generator, so that the backward pass
+has it again. PEFT draws the noise itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import ClassVar, Literal, Self
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+from torch.nn.functional import linear
+
+from veneer.contract import LinearMethod, Params, Shapes
+from veneer.contract.family_targets import LOW_RANK
+from veneer.contract.known import Known
+from veneer.contract.patterns import below_one
+from veneer.contract.peft_fields import PeftFields
+from veneer.contract.seeds import no_seeds
+from veneer.contract.shared import Shared
+from veneer.contract.targets import FamilyTargets
+from veneer.core.records import LinearDelta
+from veneer.core.sites import LinearSite
+from veneer.core.terms.mixture import Mixture
+from veneer.inits.projections import projections
+from veneer.ops.dropout import Mask, dropout
+from veneer.ops.traced import is_tracing
+
+_B, _D, _KEY = "pvera_lambda_b", "pvera_lambda_d", "key"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sampled(Mixture):
+    """Change whose inner activations are drawn: ``b_scale ⊙ B (μ + ε exp(ρ / 2))`` with ``(μ, ρ) = core ⊙ A x``.
+
+    ``key`` (), of int64, gives the noise ε, and the mask of a dropout with probability ``p`` on x. ``first`` is the
+    place of x's first row in the pass.
+    """
+
+    a: Float[Tensor, "2r i"]
+    core: Float[Tensor, " 2r"]
+    b: Float[Tensor, "o r"]
+    b_scale: Float[Tensor, " o"]
+    key: Int64[Tensor, ""]
+    p: float = 0.0
+    first: int = 0
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.b.shape[0], self.a.shape[1]
+
+    def matmul(self, x: Tensor) -> Tensor:
+        inner = linear(self._dropped(x), self.a.to(x.dtype)).to(self.core.dtype) * self.core
+        mean, log_variance = inner.chunk(2, dim=-1)
+        drawn = mean + self._noise(mean) * (0.5 * log_variance).exp()
+        return linear(drawn.to(x.dtype), self.b.to(x.dtype)) * self.b_scale.to(x.dtype)
+
+    def rounded(self, dtype: torch.dtype) -> Sampled:
+        return replace(self, a=self.a.to(dtype), b=self.b.to(dtype))  # the variance is an exponential: not rounded
+
+    def on(self, rows: slice) -> Sampled:
+        return replace(self, first=self.first + (rows.start or 0))
+
+    def _dropped(self, x: Tensor) -> Tensor:
+        if not self.p:
+            return x
+        n = x.shape[:-1].numel()
+        ids = torch.arange(self.first, self.first + n, device=x.device)
+        return dropout(x, Mask(self.p, int(self.key), ids))
+
+    def _noise(self, like: Tensor) -> Tensor:
+        if is_tracing() or torch.compiler.is_compiling():  # a graph is not computed again from a key
+            return torch.randn_like(like)
+        generator = torch.Generator().manual_seed(int(self.key) + self.first)
+        return torch.randn(like.shape, dtype=like.dtype, generator=generator, device="cpu").to(like.device)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PveraConfig(LinearMethod):
+    """PVeRA in PEFT's fields.
+
+    ``save_projection`` writes A and B too. If a file holds them, they are checked against ``projection_prng_key``.
+    ``projection_size`` (largest output, largest input of the adapted layers) is filled in when the adapter is attached.
+    ``sample_at_inference`` is not supported, nor is training with ``generator_seed``: noise follows torch's generator,
+    whose state checkpoints keep.
+    """
+
+    peft_type: ClassVar[str] = "PVERA"
+    headline: ClassVar[tuple[str, ...]] = ("r", "target_modules")
+    family_targets: ClassVar[FamilyTargets] = LOW_RANK
+    peft_fields: ClassVar[PeftFields] = PeftFields(quiet=("exclude_modules",))
+    usual_learning_rate: ClassVar[float] = 5e-3
+    inert: ClassVar[frozenset[str]] = frozenset(
+        {"r", "save_projection", "pvera_dropout", "d_initial", "fan_in_fan_out", "bias", "init_weights"}
+        | {"generator_seed", "projection_size"}
+    )
+
+    r: int = 256
+    projection_prng_key: int = 0
+    save_projection: bool = True
+    pvera_dropout: float = 0.0
+    d_initial: float = 0.1
+    fan_in_fan_out: bool = False
+    bias: Literal["none", "all", "pvera_only"] = "none"
+    init_weights: bool = True
+    sample_at_inference: bool = False
+    generator_seed: int | None = None
+    projection_size: tuple[int, int] | None = field(default=None, metadata={"on_disk": False})
+
+    def problems(self) -> list[str]:
+        found = super().problems() + below_one({"r": self.r})
+        found += no_seeds({"projection_prng_key": self.projection_prng_key})
+        if not 0 <= self.pvera_dropout < 1:
+            found.append(f"pvera_dropout={self.pvera_dropout!r} must lie in [0, 1)")
+        if self.sample_at_inference:
+            found.append(
+                "sample_at_inference=True is not supported: set it to False, for the mean of the activations outside "
+                "of training"
+            )
+        if self.generator_seed is not None and not self.inference_mode:
+            found.append(
+                f"generator_seed={self.generator_seed!r} asks for a generator at each layer, which no checkpoint "
+                "keeps: leave it out, and seed torch"
+            )
+        return found
+
+    @property
+    def largest_rank(self) -> int:
+        return self.r
+
+    def for_sites(self, sites: Sequence[LinearSite], known: Known) -> Self:
+        largest = max(site.out_features for site in sites), max(site.in_features for site in sites)
+        return replace(self, projection_size=largest)
+
+    def shapes(self, site: LinearSite) -> Shapes:
+        return {_B: (site.out_features,), _D: (2 * self.r,)}
+
+    def init(self, site: LinearSite, generator: torch.Generator | None = None) -> dict[str, Tensor]:
+        n = 2 * self.r
+        if not self.init_weights:  # as in PEFT's tests: not the base model at the start
+            return {_B: torch.ones(site.out_features), _D: torch.randn(n, generator=generator)}
+        return {_B: torch.zeros(site.out_features), _D: torch.full((n,), self.d_initial)}
+
+    def drawn(self, generator: torch.Generator | None = None) -> dict[str, Tensor]:
+        """Return the key of the noise of a layer in a training pass, of 62 bits."""
+        return {_KEY: torch.randint(2**62, (), generator=generator)}
+
+    def lower(self, site: LinearSite, params: Params) -> LinearDelta:
+        b_scale, core = params[_B], params[_D]
+        size = self.projection_size or (site.out_features, site.in_features)
+        big_a, big_b = self._projections(size, core.device, core.dtype)
+        a, b = big_a[:, : site.in_features], big_b[: site.out_features]
+        if _KEY not in params:
+            return LinearDelta.pair(a[: self.r], b, core=core[: self.r], b_scale=b_scale)
+        change = Sampled(a=a, core=core, b=b, b_scale=b_scale, key=params[_KEY], p=self.pvera_dropout)
+        return LinearDelta(adds=(change,))
+
+    @property
+    def shared(self) -> Shared | None:
+        source = f"projection_prng_key={self.projection_prng_key!r}"
+        return Shared(names=("pvera_A", "pvera_B"), draw=self._saved, source=source, is_saved=self.save_projection)
+
+    def _saved(self) -> dict[str, Tensor]:
+        if self.projection_size is None:
+            return {}
+        a, b = self._projections(self.projection_size, torch.device("cpu"), torch.float32)
+        return {"pvera_A": a, "pvera_B": b}
+
+    def _projections(
+        self, size: tuple[int, int], device: torch.device, dtype: torch.dtype
+    ) -> tuple[Float[Tensor, "2r i"], Float[Tensor, "o r"]]:
+        draw = projections.__wrapped__ if is_tracing() else projections  # a traced step makes tensors without values
+        shapes = (2 * self.r, size[1]), (size[0], self.r)
+        return draw(self.projection_prng_key, *shapes, device=device, dtype=dtype)
