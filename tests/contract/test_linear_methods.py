@@ -223,7 +223,7 @@ def test_every_parameter_is_trained(config, without_gradient, place, has_bias):
     params = trained(config, site)
     leaves = leaves_of(config, site, params)
     names = [name for name in params if name not in config.packing.fixed]
-    record = config.lower(site, {**params, **config.drawn(torch.Generator().manual_seed(5))})
+    record = config.lower(site, {**params, **config.drawn(site, torch.Generator().manual_seed(5))})
     y = apply_linear(record, inputs(TOKENS, IN), weight_of(site), site.bias)
     for name, gradient in zip(names, torch.autograd.grad(loss_of(y), leaves), strict=True):
         left = torch.eye(gradient.shape[-1]).expand_as(gradient) if name in without_gradient else None

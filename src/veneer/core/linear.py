@@ -61,7 +61,7 @@ def _apply(
     for part, own_input in parts:
         source = base_input if own_input is None else own_input
         for term in part.adds:
-            y = y + term.apply(source)
+            y = y + term.apply(source if term.takes_dropout else base_input)
     return _finished(whole, y, bias).to(base.dtype)
 
 

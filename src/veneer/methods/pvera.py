@@ -148,7 +148,7 @@ class PveraConfig(LinearMethod):
             return {_B: torch.ones(site.out_features), _D: torch.randn(n, generator=generator)}
         return {_B: torch.zeros(site.out_features), _D: torch.full((n,), self.d_initial)}
 
-    def drawn(self, generator: torch.Generator | None = None) -> dict[str, Tensor]:
+    def drawn(self, site: LinearSite, generator: torch.Generator | None = None) -> dict[str, Tensor]:
         """Return the key of the noise of a layer in a training pass, of 62 bits."""
         return {_KEY: torch.randint(2**62, (), generator=generator)}
 

@@ -6,6 +6,7 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from methods_in_peft import TARGETS, TOKENS, assert_equals_peft, base, every_base, near, site
 from veneer import PeftModel, SupertuningConfig, get_peft_model
@@ -99,9 +100,27 @@ def test_a_missing_base_is_told():
         own.lower(place, own.init(place))
 
 
-def test_a_pair_alone_has_dropout():
+@pytest.mark.parametrize("names", [(), ("default",) * 67], ids=["all rows", "by rows"])
+def test_dropout_acts_on_the_input_of_the_pair_alone(names):
+    torch.manual_seed(5)
+    layer = nn.Linear(67, 9)
+    own, x = config(r=3, lora_dropout=0.375, target_modules=["0"]), torch.eye(67)
+    plain = layer(x).detach()
+    model = get_peft_model(nn.Sequential(layer), own).train()
+    pair, sparse = (term.dense(torch.float32).detach().T for term in layer.kept_record("default").adds)
+    given = {"adapter_names": list(names)} if names else {}
+    x.requires_grad_()
+    y = model(x, **given)
+    found = (y - plain - sparse).detach()
+    kept = found.abs().sum(dim=1) > 1e-4
+    assert 0.4 < kept.float().mean() < 0.85
+    torch.testing.assert_close(found, pair * kept[:, None] / 0.625, atol=1e-5, rtol=1e-5)
+    (y * plain).sum().backward()
+    whole, part = plain @ (layer.weight.detach() + sparse.T), plain @ pair.T
+    mask = (x.grad - whole) / part > 0.8
+    torch.testing.assert_close(x.grad, whole + mask * part / 0.625, atol=1e-4, rtol=1e-4)
+    assert torch.equal(mask.diagonal(), kept)
     assert config(lora_dropout=0.5).dropout == 0
-    assert config(lora_dropout=0.5, r=2).dropout == 0.5
 
 
 def test_places_outside_the_weight_are_refused(tmp_path):

@@ -94,6 +94,10 @@ class _Derived(Change, ABC):
         return self.of.dtype
 
     @property
+    def takes_dropout(self) -> bool:
+        return self.of.takes_dropout
+
+    @property
     def tensors(self) -> tuple[Tensor, ...]:
         return self.of.tensors
 

@@ -22,6 +22,11 @@ class Sparse(Change):
     size: tuple[int, int]
 
     @property
+    def takes_dropout(self) -> bool:
+        """Return False: beside a pair it reads the whole input, as in PEFT."""
+        return False
+
+    @property
     def shape(self) -> tuple[int, int]:
         return self.size
 

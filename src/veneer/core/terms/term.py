@@ -30,6 +30,11 @@ class Term:
         return cast(Self, replace(cast(Any, self), **dict(zip(held, tensors, strict=True))))
 
     @property
+    def takes_dropout(self) -> bool:
+        """True if a dropout of the method acts on the input of the term."""
+        return True
+
+    @property
     def nbytes(self) -> int:
         """Bytes of the tensors."""
         return sum(tensor.nbytes for tensor in self.tensors)

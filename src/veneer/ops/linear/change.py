@@ -28,9 +28,9 @@ Gradients = tuple[Tensor | None, ...]
 def add_changes(z: Float[Tensor, "n o"], x: Float[Tensor, "n i"], layer: LinearLayer) -> None:
     """Add ``ΔW x`` of each record's changes to the rows that take it, in place."""
     for k, rows in layer.spans(len(x)):
-        mask, own_x = layer.mask_of(k), _dropped(x, layer, k, rows)
         for change in layer.records[k].changes:
-            own = _kept(change.on(rows), mask)
+            mask = _mask_of(change, layer, k)
+            own, own_x = _kept(change.on(rows), mask), _dropped(x, mask, rows)
             if _is_made(own, own_x, layer):
                 add_matmul(z[rows], own_x, own.dense(x.dtype).T)
             else:
@@ -60,22 +60,26 @@ def changes_backward(
         dx = add_transposed(dx, dz, read, layer.weight)
     found: list[list[Gradients]] = [[()] * len(record.changes) for record in layer.records]
     for k, rows in layer.spans(len(x)):
-        own_x, own_dx = _dropped(x, layer, k, rows), None if dx is None or not input_grad else dx[rows]
-        mask = layer.mask_of(k)
-        into = own_dx if mask is None or own_dx is None else torch.zeros_like(own_dx)
+        own_dx = None if dx is None or not input_grad else dx[rows]
         for place, change in enumerate(layer.records[k].changes):
-            own = _kept(change.on(rows), mask)
+            mask = _mask_of(change, layer, k)
+            own, own_x = _kept(change.on(rows), mask), _dropped(x, mask, rows)
+            into = own_dx if mask is None or own_dx is None else torch.zeros_like(own_dx)
             is_made, given = _is_made(own, own_x, layer), (dz[rows], own_x, into)
             gradients = _made_backward(own, *given) if is_made else _product_backward(own, *given, layer)
             found[k][place] = added_up(found[k][place], gradients)
-        if mask is not None and own_dx is not None and into is not None:
-            own_dx.add_(mask.drop(into, rows))
+            if mask is not None and own_dx is not None and into is not None:
+                own_dx.add_(mask.drop(into, rows))
     return dx, found
 
 
-def _dropped(x: Tensor, layer: LinearLayer, k: int, rows: slice) -> Tensor:
-    """Rows of x as the changes of record k read them: under its dropout, not scaled."""
-    mask = layer.mask_of(k)
+def _mask_of(change: Change, layer: LinearLayer, k: int) -> Mask | None:
+    """The dropout mask of record k, if the change takes it."""
+    return layer.mask_of(k) if change.takes_dropout else None
+
+
+def _dropped(x: Tensor, mask: Mask | None, rows: slice) -> Tensor:
+    """Rows of x under a dropout, not scaled."""
     return x[rows] if mask is None else mask.drop(x[rows], rows)
 
 
