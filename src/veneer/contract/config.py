@@ -14,7 +14,7 @@ from torch import Tensor
 
 from veneer.contract.discovery import concrete
 from veneer.contract.extras import Extras
-from veneer.contract.file import CONFIG_FILE, problems_of, read_fields, text_of
+from veneer.contract.file import CONFIG_FILE, problems_of, read_fields, read_values, text_of
 from veneer.contract.known import Known
 from veneer.contract.late_start import LateStart
 from veneer.contract.packing import Packing
@@ -283,6 +283,12 @@ class MethodConfig(FrozenConfig):
         FormatError if there is none or it is not understood.
         """
         return config_in(adapter_folder(pretrained_model_name_or_path, hub_options(hub)))
+
+    @classmethod
+    def from_json_file(cls, path_json_file: str | os.PathLike[str]) -> dict[str, object]:
+        """Return `to_dict` of the config in a file. Raises FormatError if there is none or it is not understood."""
+        path = Path(path_json_file)
+        return from_values(read_values(path), str(path)).to_dict()
 
     @classmethod
     def variants(cls) -> Mapping[str, str]:

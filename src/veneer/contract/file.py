@@ -38,8 +38,15 @@ def read_fields(folder: Path) -> dict[str, Any]:
         if (inside / CONFIG_FILE).is_file():
             advice = f"{inside} holds one, give that folder"
         raise FormatError(f"{folder} holds no {CONFIG_FILE}: it is not the folder of an adapter; {advice}")
+    return read_values(path)
+
+
+def read_values(path: Path) -> dict[str, Any]:
+    """Read a file like ``adapter_config.json``. Raises FormatError if there is none or it is damaged."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise FormatError(f"{path} cannot be read ({error.strerror}): give the path of an {CONFIG_FILE}") from error
     except UnicodeDecodeError as error:
         raise FormatError(f"{path} is not text in UTF-8 ({error}): {_AGAIN}") from error
     except ValueError as error:  # no JSON, or a number of more digits than Python reads

@@ -35,6 +35,7 @@ class TargetedConfig(MethodConfig):
     headline: ClassVar[tuple[str, ...]] = ("target_modules",)
     default_targets: ClassVar[tuple[str, ...]] = ("q", "v")  # names, or roles in a decoder (Hu et al. 2021, sec. 4.2)
     family_targets: ClassVar[FamilyTargets] = {}
+    takes_any_linear: ClassVar[bool] = False  # by default, in a model that has none of the default targets
 
     target_modules: Collection[str] | str | None = None
     exclude_modules: Collection[str] | str | None = None

@@ -26,6 +26,11 @@ class WholeMethod(TargetedConfig):
         """Indices of the rows to train; empty if the modules are trained whole."""
         return ()
 
+    @property
+    def draws_rows(self) -> bool:
+        """True if the rows start from random values, False if from those of their table."""
+        return False
+
     def shapes(self, site: Any) -> Shapes:
         return {}
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from veneer.contract import LinearMethod, Params, Shapes
+from veneer.contract.checks import Checks, GroupChecks
 from veneer.contract.family_targets import LOW_RANK
 from veneer.contract.patterns import below_one
 from veneer.contract.peft_fields import OF_LORA, PeftFields
@@ -41,6 +42,7 @@ class AdaLoraConfig(LinearMethod):
 
     peft_type: ClassVar[str] = "ADALORA"
     headline: ClassVar[tuple[str, ...]] = ("init_r", "target_r", "lora_alpha", "target_modules")
+    kinds: ClassVar[frozenset[str]] = frozenset({"linear", "convolution"})
     family_targets: ClassVar[FamilyTargets] = LOW_RANK
     outward: ClassVar[frozenset[str]] = frozenset({"lora_B"})
     inert: ClassVar[frozenset[str]] = frozenset(
@@ -102,6 +104,10 @@ class AdaLoraConfig(LinearMethod):
                 "budget to fall: make them smaller or total_step larger"
             )
         return found
+
+    @property
+    def checks(self) -> Checks:
+        return GroupChecks()
 
     def rank(self, site: LinearSite) -> int:
         """Return the number of triplets at a site: of those kept, if the config marks them."""

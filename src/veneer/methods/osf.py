@@ -83,6 +83,7 @@ class OSFConfig(LinearMethod):
     peft_type: ClassVar[str] = "OSF"
     headline: ClassVar[tuple[str, ...]] = ("effective_rank", "target_modules")
     default_targets: ClassVar[tuple[str, ...]] = ("q", "k", "v", "o", "gate", "up", "down")
+    takes_any_linear: ClassVar[bool] = True
     family_targets: ClassVar[FamilyTargets] = {
         **{key: {"target_modules": ("c_attn", "c_proj")} for key in ("gpt2", "gpt_bigcode")},
         **dict.fromkeys(("bloom", "gpt_neox", "falcon"), _JOINED),

@@ -16,7 +16,7 @@ class TrainableTokensConfig(WholeMethod):
     """Trainable tokens in PEFT's fields.
 
     ``token_indices`` are the rows of the tables that ``target_modules`` names; by default it is the input embeddings. A
-    tied head has the same rows. ``init_weights=False``, a random start, is read from files and refused in training.
+    tied head has the same rows. ``init_weights=False`` starts from random rows, so that the start changes the model.
     """
 
     peft_type: ClassVar[str] = "TRAINABLE_TOKENS"
@@ -36,13 +36,15 @@ class TrainableTokensConfig(WholeMethod):
             found.append("token_indices is empty: name the rows to train")
         if any(index < 0 for index in indices) or len(set(indices)) < len(indices):
             found.append(f"token_indices={indices!r} must be different numbers of at least 0")
-        if not self.init_weights and not self.inference_mode:
-            found.append("init_weights=False starts from random rows, which is not supported: drop it")
         return found
 
     @property
     def rows(self) -> tuple[int, ...]:
         return tuple(self.token_indices)
+
+    @property
+    def draws_rows(self) -> bool:
+        return not self.init_weights
 
     def written_key(self, key: str) -> str:
         return tokens_key(key)

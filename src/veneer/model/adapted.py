@@ -220,8 +220,9 @@ class Adapted(InPlace, Holder):
 
     @property
     def active_adapters(self) -> list[str]:
-        """Active adapters of the model, whether or not they have parameters here."""
-        return list(self.adapter_state.active)
+        """Active adapters of the model; at a module that no adapter adds to, those that train a copy of it."""
+        active = self.adapter_state.active
+        return [name for name in active if self.adapters or name in self.copies]
 
     @property
     def merged_adapters(self) -> list[str]:

@@ -12,6 +12,7 @@ from veneer.contract.extras import Extras
 from veneer.contract.keys import OUT_PROJECTION
 from veneer.contract.known import Known
 from veneer.contract.targets import ALL_LINEAR, Names, absent_layers, present_targets, select_targets
+from veneer.core.module_names import matches_any
 from veneer.core.sites import LinearSite
 from veneer.disk.known_name import known_name
 from veneer.errors import TargetError, listed
@@ -103,7 +104,7 @@ def plan_whole(snapshot: Snapshot, config: WholeMethod, fresh: bool) -> Plan:
             config = replace(config, target_modules=present_targets(config, index, defaults))
         wanted = dict.fromkeys(select_targets(config, index), config.rows)
     if config.rows:
-        extras = Extras(rows=wanted, rows_field="token_indices")
+        extras = Extras(rows=wanted, rows_field="token_indices", draws_rows=config.draws_rows)
         rows = row_places(snapshot.modules, snapshot.tied, extras, copied)
         return Plan(config=config, parameters={}, copied=copied, rows=rows)
     paths = [path for path in wanted if path is not None]
@@ -150,8 +151,12 @@ def targets_of(snapshot: Snapshot, config: LinearMethod) -> tuple[str, ...]:
 
 
 def _default_targets(snapshot: Snapshot, config: LinearMethod) -> Names:
-    names = left_out(snapshot, config)["target_modules"]
-    return names if isinstance(names, str) else present_targets(config, snapshot.index(config), names)
+    names, index = left_out(snapshot, config)["target_modules"], snapshot.index(config)
+    if isinstance(names, str):
+        return names
+    if config.takes_any_linear and not any(matches_any(path, names) for path in index.adaptable):
+        return shortest_names(snapshot.index(), index.all_linear)
+    return present_targets(config, index, names)
 
 
 def _require_accepted(

@@ -21,11 +21,15 @@ from veneer.model.packed_linear import PackedLinear
 
 @dataclass(frozen=True, slots=True)
 class RowPlace:
-    """Table with trained rows: its path, the rows, and the modules that read the same tensor (a tied head)."""
+    """Table with trained rows: its path, the rows, and the modules that read the same tensor (a tied head).
+
+    ``is_drawn``: the rows start from random values.
+    """
 
     path: str
     indices: tuple[int, ...]
     followers: tuple[str, ...] = ()
+    is_drawn: bool = False
 
 
 def row_places(
@@ -55,17 +59,17 @@ def row_places(
         )
     tied = ends if source in indices else ()
     if len({indices[path] for path in tied if path in indices}) != 1:
-        return tuple(RowPlace(path, rows) for path, rows in indices.items())
+        return tuple(RowPlace(path, rows, is_drawn=extras.draws_rows) for path, rows in indices.items())
     followers = tuple(path for path in tied if path != source)
     return tuple(
-        RowPlace(path, rows, followers if path == source else ())
+        RowPlace(path, rows, followers if path == source else (), extras.draws_rows)
         for path, rows in indices.items()
         if path not in followers
     )
 
 
 def add_rows(model: nn.Module, name: str, places: Sequence[RowPlace], values: bool, widen: bool) -> None:
-    """Give an adapter its rows, initialized to the table's own; ``values`` False leaves them uninitialized.
+    """Give an adapter its rows with their initial values; ``values`` False leaves them uninitialized.
 
     The modules are adapted already.
     """
@@ -75,7 +79,9 @@ def add_rows(model: nn.Module, name: str, places: Sequence[RowPlace], values: bo
         dtype = torch.promote_types(weight.dtype, torch.float32) if widen else weight.dtype
         index = torch.tensor(place.indices, device=weight.device)
         start = weight[index] if values else weight.new_empty(len(place.indices), weight.shape[1])
-        rows = TokenRows(place.indices, start.to(dtype))
+        if values and place.is_drawn:
+            start = torch.randn(start.shape)
+        rows = TokenRows(place.indices, start.to(weight.device, dtype))
         _holder(table, name).token_adapter = rows
         for path in place.followers:  # not registered there: it is trained, moved and saved in one place
             vars(_holder(cast(Adapted, model.get_submodule(path)), name))["token_adapter"] = rows

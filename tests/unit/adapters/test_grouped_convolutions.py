@@ -86,6 +86,22 @@ def test_groups_both_ways(n_dims: int, settings: Any, randomize: Any, tmp_path: 
     assert a["base_model.model.grouped.lora_B.weight"].shape == (9, 2, *[1] * n_dims)
 
 
+@pytest.mark.filterwarnings("ignore:LoRA adapter added to ConvNd layer with groups")
+@pytest.mark.parametrize("n_dims", [1, 2, 3])
+def test_dora_in_groups_is_pefts(n_dims: int, randomize: Any, tmp_path: Path) -> None:
+    x = inputs(n_dims)
+    ours = get_peft_model(Net(n_dims), replace(CONFIG, use_dora=True))
+    torch.testing.assert_close(ours(x), Net(n_dims)(x), rtol=1e-6, atol=1e-6)
+    randomize(ours)
+    ours.save_pretrained(tmp_path / "ours")
+    theirs = peft.PeftModel.from_pretrained(Net(n_dims), tmp_path / "ours", is_trainable=True)
+    assert not torch.allclose(ours(x), Net(n_dims)(x), atol=1e-3)
+    torch.testing.assert_close(ours(x), theirs(x))
+    same_gradients(ours, theirs, x)
+    with pytest.raises(CompositionError, match=r"mixes the channels of grouped, a convolution in 3 groups"):
+        ours.merge_adapter()
+
+
 @pytest.mark.parametrize(
     "settings",
     [{"dilation": 2, "padding": 2, "stride": 2}, {"padding": 1, "padding_mode": "circular"}],
@@ -116,12 +132,11 @@ def test_a_rank_that_the_groups_do_not_divide_is_refused_as_in_peft() -> None:
         peft.get_peft_model(Net(2), peft.LoraConfig(r=5, target_modules=["grouped"]))
 
 
-@pytest.mark.parametrize("settings", [{"use_dora": True}, {"init_lora_weights": "pissa"}], ids=str)
-def test_what_blocks_cannot_be_is_refused(settings: dict[str, Any]) -> None:
-    (name,) = settings
-    with pytest.raises(TargetError, match=rf"{name}=.* does not go with grouped, a convolution in 3 groups"):
-        get_peft_model(Net(2), LoraConfig(r=3, target_modules=["grouped", "plain"], **settings))
-    get_peft_model(Net(2), LoraConfig(r=3, target_modules=["plain"], **settings))
+def test_what_blocks_cannot_be_is_refused() -> None:
+    start = {"init_lora_weights": "pissa"}
+    with pytest.raises(TargetError, match=r"init_lora_weights='pissa' does not go with grouped, a convolution in 3 gr"):
+        get_peft_model(Net(2), LoraConfig(r=3, target_modules=["grouped", "plain"], **start))
+    get_peft_model(Net(2), LoraConfig(r=3, target_modules=["plain"], **start))
 
 
 def test_merging_is_refused_and_leaves_the_model_as_it_was(randomize: Any) -> None:

@@ -41,6 +41,14 @@ def test_a_module_says_what_acts_on_it(tiny: Any) -> None:
         both.disable_adapters = True
 
 
+def test_a_module_trained_whole_names_the_adapters_that_train_it(tiny: Any) -> None:
+    model = two(tiny)
+    assert model.active_adapters == ["default"]
+    assert model.lm_head.active_adapters == []
+    model.set_adapter(["default", "second"])
+    assert model.lm_head.active_adapters == ["second"]
+
+
 def test_adapters_are_switched_off_and_on(tiny: Any, ids: Tensor) -> None:
     model, plain = two(tiny), tiny()
     with torch.no_grad():

@@ -9,10 +9,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from methods_in_peft import assert_convolutions_equal_peft
 from models import llama_config
 from veneer.adapters import schedules
 from veneer.adapters.peft_model import PeftModel, get_peft_model
-from veneer.errors import ConfigError
+from veneer.errors import ConfigError, TargetError
 from veneer.methods.adalora import AdaLoraConfig, orthogonality
 from veneer.methods.lora import LoraConfig
 from veneer.model.attach import adapted_layers, live_parameters
@@ -181,3 +182,14 @@ def test_a_file_of_peft_that_holds_lora_s_own_rank_is_read(tmp_path: Path) -> No
     assert '"r": 16' in (tmp_path / "adapter_config.json").read_text()
     loaded = PeftModel.from_pretrained(base(), tmp_path)
     torch.testing.assert_close(loaded(IDS).logits, theirs(IDS).logits)
+
+
+def test_convolutions_equal_peft(tmp_path: Path) -> None:
+    assert_convolutions_equal_peft(
+        "AdaLoraConfig", tmp_path, init_r=3, lora_alpha=70, total_step=9, init_lora_weights=False
+    )
+
+
+def test_convolutions_in_groups_are_refused() -> None:
+    with pytest.raises(TargetError, match="0 is a convolution in 2 groups, which this method cannot change"):
+        get_peft_model(torch.nn.Sequential(torch.nn.Conv2d(4, 6, 3, groups=2)), AdaLoraConfig(target_modules=["0"]))

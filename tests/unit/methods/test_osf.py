@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import copy
+from collections import OrderedDict
 from dataclasses import replace
 
+import peft
 import pytest
 import torch
+from torch import nn
 
+import veneer
 from methods_in_peft import TARGETS, assert_equals_peft, base, every_base, site
 from veneer import OSFConfig, get_peft_model
 from veneer.core.linear import fold_linear
@@ -50,6 +55,16 @@ def test_gradients_are_orthogonal_to_what_stays(size):
 @pytest.mark.parametrize("fields", [{}, {"effective_rank": 0.7, "rank_pattern": {"v_p|4h": 5}}], ids=str)
 def test_it_equals_peft(fields, on, tmp_path):
     assert_equals_peft(OSFConfig, "OSFConfig", tmp_path, on, init_weights=False, **fields)
+
+
+def test_targets_left_out_are_all_linear_layers_of_a_model_without_the_usual_names():
+    net = nn.Sequential(OrderedDict(first=nn.Linear(5, 7), second=nn.Linear(7, 6)))
+    found = [
+        set(library.get_peft_model(copy.deepcopy(net), library.OSFConfig()).peft_config["default"].target_modules)
+        for library in (veneer, peft)
+    ]
+    assert found == [{"first", "second"}] * 2
+    assert "lm_head" not in get_peft_model(base(), OSFConfig()).peft_config["default"].target_modules
 
 
 def test_what_it_refuses():

@@ -64,12 +64,30 @@ def test_a_table_by_name():
     assert rows == ["lm_head.copies.default.token_adapter.trainable_tokens_delta"]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_random_rows_start_as_in_peft(dtype):
+    fields = {"token_indices": INDICES, "init_weights": False}
+    found, plain = [], base().to(dtype).model.embed_tokens.weight
+    for library in (veneer, peft):
+        torch.manual_seed(13)
+        model = library.get_peft_model(base().to(dtype), library.TrainableTokensConfig(**fields)).eval()
+        (rows,) = (p.detach() for p in model.parameters() if p.requires_grad)
+        found.append(rows.to(dtype))
+        with model.disable_adapter():
+            apart = model(TOKENS).logits
+        assert (model(TOKENS).logits - apart).norm() > 1e-2 * apart.norm()
+        model.merge_adapter()
+        model.unmerge_adapter()
+        assert torch.equal(model.get_input_embeddings().weight[:71], plain)
+    assert found[0].shape == (3, 24)
+    if dtype == torch.float32:
+        assert torch.equal(*found)
+
+
 def test_what_it_refuses():
     with pytest.raises(ConfigError, match="token_indices is empty: name the rows to train"):
         TrainableTokensConfig()
     with pytest.raises(ConfigError, match=r"token_indices=\[3, 3, -1\] must be different numbers of at least 0"):
         TrainableTokensConfig(token_indices=[3, 3, -1])
-    with pytest.raises(ConfigError, match="init_weights=False starts from random rows"):
-        TrainableTokensConfig(token_indices=[3], init_weights=False)
     with pytest.raises(TargetError, match=r"holds \[71\] for 'model.embed_tokens', which has rows 0 to 70"):
         get_peft_model(base(), TrainableTokensConfig(token_indices=[71]))

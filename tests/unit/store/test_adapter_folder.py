@@ -203,6 +203,17 @@ def test_neutral_values_of_peft_and_of_its_versions_are_read(folder: Path) -> No
     PeftModel.from_pretrained(base(), folder)
 
 
+def test_a_file_of_a_config_is_read_as_its_fields(tmp_path: Path) -> None:
+    config = LoraConfig(r=3, lora_alpha=7, target_modules=["v_proj", "q_proj"], alpha_pattern={"q_proj": 5})
+    config.save_pretrained(tmp_path)
+    file = tmp_path / "adapter_config.json"
+    assert LoraConfig.from_json_file(file) == config.to_dict()
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"runtime_config": {"ephemeral_gpu_offload": True}}))
+    assert LoraConfig.from_json_file(str(file)) == config.to_dict()
+    with pytest.raises(FormatError, match=r"nowhere.json cannot be read \(No such file or directory\): give the path"):
+        LoraConfig.from_json_file(tmp_path / "nowhere.json")
+
+
 @pytest.mark.parametrize("text", ["{", "[1]", "\x00"])
 def test_a_config_that_is_no_json_object(folder: Path, text: str) -> None:
     (folder / "adapter_config.json").write_text(text)

@@ -24,8 +24,8 @@ class LoraChecks(Checks):
         return unmatched(patterns, names)
 
     def layers(self, sites: Sequence[LinearSite]) -> list[str]:
-        """Return the problems at convolutions in groups: B consists of blocks, which variants and starts from the
-        weight do not give.
+        """Return the problems of factors that do not fit. B consists of blocks at convolutions in groups, which starts
+        from the weight do not give.
         """
         grouped = [site for site in sites if site.groups > 1]
         found = [
@@ -47,13 +47,12 @@ class LoraChecks(Checks):
             found += [f"use_qalora at {site.name}, which is no linear layer" for site in sites if site.kind != "linear"]
         if self.config.has_kasa:
             found += too_large(sites, [self.config.rank(site) for site in sites])
-        switches = {"use_dora": self.config.use_dora, "init_lora_weights": self.config.packing.fixed}
-        return found + [
-            f"{name}={getattr(self.config, name)!r} does not go with {grouped[0].name}, a convolution in "
-            f"{grouped[0].groups} groups: leave it out, or list the layer in exclude_modules"
-            for name, on in switches.items()
-            if on and grouped
-        ]
+        if grouped and self.config.packing.fixed:
+            found.append(
+                f"init_lora_weights={self.config.init_lora_weights!r} does not go with {grouped[0].name}, a "
+                f"convolution in {grouped[0].groups} groups: leave it out, or list the layer in exclude_modules"
+            )
+        return found
 
     def advice(self, sites: Sequence[LinearSite]) -> list[str]:
         """Return a sentence if the rank is above both widths of every layer; below that it may be a choice, since

@@ -5,6 +5,10 @@ outputs. The norms come from products with A and B; the matrix B A is never form
 
 Departs: in training with dropout, PEFT pushes the dropped input through W as well. Here, as in torchtune, dropout
 touches only the input of A.
+
+At a convolution in groups the norms are PEFT's, for the sake of its files: those of ``W + s X``. X is the product of A
+and of B, read as a matrix (o / groups, r), itself read as a matrix (o, i / groups) like W's blocks. The kernel has no
+such update.
 """
 
 from __future__ import annotations
@@ -15,6 +19,8 @@ import torch
 from torch import Tensor
 
 from veneer.contract import LinearMethod, Params, Shapes
+from veneer.core.frozen import FrozenWeight
+from veneer.core.groups import diagonal_blocks
 from veneer.core.linear import row_norms
 from veneer.core.records import LinearDelta
 from veneer.core.sites import LinearSite
@@ -54,4 +60,13 @@ def _norms(site: LinearSite, record: LinearDelta) -> Tensor:
     row_sq = site.row_sq()
     plain = record.low_rank.plain
     pair = Pair(a=plain.a.to(row_sq.device), b=plain.b.to(row_sq.device), scale=plain.scale)
+    if site.groups > 1:
+        return _norms_in_groups(site.weight, pair, site.groups)
     return row_norms(LinearDelta(adds=(pair,)), site.weight, row_sq)
+
+
+def _norms_in_groups(weight: FrozenWeight, pair: Pair, groups: int) -> Tensor:
+    own = diagonal_blocks(weight.dense(torch.promote_types(pair.b.dtype, torch.float32)), groups)
+    b = diagonal_blocks(pair.b, groups).reshape(-1, pair.rank)
+    norms: Tensor = (own + pair.scale * (b @ pair.a).view_as(own)).norm(dim=1)
+    return norms
