@@ -79,6 +79,7 @@ METHODS = {
     "waveft": Method("WaveFTConfig", {"n_frequency": 1000}, None),
     "hira": Method("HiraConfig", {"r": 16}, None),
     "peanut": Method("PeanutConfig", {"r": 16}, None),
+    "glora": Method("GloraConfig", {"r": 8}, None),
     "lily": Method("LilyConfig", {"r": 16}, None),
 }
 

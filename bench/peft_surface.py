@@ -30,6 +30,7 @@ CONFIGS = (*CONFIGS, "LNTuningConfig", "TrainableTokensConfig", "DeftConfig", "M
 CONFIGS = (*CONFIGS, "AdaptionPromptConfig", "CPTConfig")
 CONFIGS = (*CONFIGS, "FrodConfig", "OSFConfig", "PeanutConfig", "TinyLoraConfig", "UniLoraConfig", "WaveFTConfig")
 CONFIGS = (*CONFIGS, "PolyConfig", "LilyConfig", "SupertuningConfig", "AdamssConfig", "PveraConfig")
+CONFIGS = (*CONFIGS, "GloraConfig")
 CALLS = ("get_peft_model", "inject_adapter_in_model", "get_peft_model_state_dict", "set_peft_model_state_dict")
 CALLS = (*CALLS, "prepare_model_for_kbit_training", "get_layer_status", "get_model_status")
 METHODS = (

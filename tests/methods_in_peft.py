@@ -39,10 +39,21 @@ def neox() -> GPTNeoXForCausalLM:
     return GPTNeoXForCausalLM(GPTNeoXConfig(num_hidden_layers=2, **sizes)).eval()
 
 
+def biased() -> LlamaForCausalLM:
+    """With biases at q, k, v and o that are not zero, none in the feed-forward part, and attention that is not even."""
+    model = base()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "_proj" in name:
+                parameter.normal_(std=0.3)
+    return model
+
+
 BASES: dict[str, tuple[Callable[[], PreTrainedModel], list[str]]] = {
     "llama": (base, TARGETS),
     "neox": (neox, ["query_key_value", "dense_4h_to_h"]),
     "table": (base, ["embed_tokens", "q_proj"]),
+    "biased": (biased, TARGETS),
 }
 every_base = pytest.mark.parametrize("on", ["llama", "neox"])
 

@@ -20,7 +20,7 @@ class LinearSite:
     of ``window`` positions. For an embedding in_features is the size of the vocabulary, for a convolution channels
     times positions. In ``groups`` of channels, the outputs of a group depend on that group's inputs alone: W is zero
     elsewhere.
-    ``weight`` and ``bias`` are None in planning, before anything is loaded.
+    ``weight`` and ``bias`` are None in planning, before anything is loaded; ``has_bias`` is known then too.
     ``experts`` such maps may be stacked in one tensor (experts, o, i). The record then has that dimension as the first
     of ``a`` and ``b``, and ``weight`` is None.
     ``repeats``: how often a low-rank update is added (twice by PEFT at the output projection of torch's attention).
@@ -38,6 +38,11 @@ class LinearSite:
     row_sq: Callable[[], Float[Tensor, " o"]] | None = None
     experts: int = 1
     repeats: int = 1
+    has_bias: bool = False
+
+    def __post_init__(self) -> None:
+        if self.bias is not None:
+            object.__setattr__(self, "has_bias", True)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -45,7 +45,7 @@ class Kind:
 def shape_of_linear(path: str, module: nn.Module) -> LinearSite:
     """Return the site of a linear layer, described by its shape alone."""
     o, i = frozen_weight(module).shape
-    return LinearSite(name=path, in_features=i, out_features=o)
+    return LinearSite(name=path, in_features=i, out_features=o, has_bias=module._parameters.get("bias") is not None)
 
 
 def shape_of_embedding(path: str, module: nn.Module) -> LinearSite:

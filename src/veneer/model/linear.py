@@ -111,7 +111,8 @@ class AdaptedSite(Adapted):
         method, site = self.method(name), self.site((name,))
         dtype, device = self.parameter_dtype(allocation.widen), device_of(self)
         held = allocation.parameters(method, site, device, dtype, start)
-        for key in method.packing.fixed:  # a buffer: it moves and is saved with the adapter, and no optimizer sees it
+        fixed = [key for key in method.packing.fixed if key in held]
+        for key in fixed:  # a buffer: it moves and is saved with the adapter, and no optimizer sees it
             held.register_buffer(key, held.pop(key).detach())
         self.hold(name, held, keys)
 

@@ -101,7 +101,8 @@ def _on_base(adapter: Path, fields: Mapping[str, Any], method: MethodConfig, bas
     skeleton = without_storage(model_config(base), files)
     with fitting(adapter, str(base)):
         places = placed_on(skeleton, method)
-    starts = [k for p in places.values() for name in method.packing.fixed if (k := p.keys[name]) not in files]
+    fixed = (key for p in places.values() for name, key in p.keys.items() if name in method.packing.fixed)
+    starts = [key for key in fixed if key not in files]
     if method.reads_weight or starts:
         places = weighted(places)
     stored = read_records(adapter, places, _started(method, places) if starts else {})
@@ -117,7 +118,7 @@ def _started(method: MethodConfig, places: Mapping[str, Placed]) -> dict[str, Te
     found: dict[str, Tensor] = {}
     for placed in places.values():
         first = method.init(placed.site, torch.Generator().manual_seed(0))
-        found |= {placed.keys[name]: first[name] for name in method.packing.fixed}
+        found |= {placed.keys[name]: first[name] for name in method.packing.fixed if name in first}
     return found
 
 

@@ -7,12 +7,13 @@ import torch
 from torch import Tensor
 
 from veneer.core.records import LinearDelta
+from veneer.core.terms.base import Base
 from veneer.core.terms.change import Change
+from veneer.core.terms.hadamard import Hadamard
 from veneer.core.terms.sparse import Sparse
 from veneer.methods.c3a import Circulant
 from veneer.methods.fourierft import Spectrum
 from veneer.methods.frod import InBasis
-from veneer.methods.hira import Base, Hadamard
 from veneer.methods.lokr import Kronecker
 from veneer.methods.osf import Triplets
 from veneer.methods.randlora import Draw, RandomBases, bases
