@@ -1,11 +1,14 @@
 """A GGUF file as a base, in its blocks and as a dense copy: time until the first step, of a step, and peak memory.
 
     python bench/gguf_file.py model.Q4_K_M.gguf [--rows 4] [--tokens 256] [--rounds 3]
+    python bench/gguf_file.py model.Q4_K_M.gguf --first [--rounds 3]
     python bench/gguf_file.py model.Q4_K_M.gguf --enlarge big.gguf
 
 Each side is a process of its own, in turns; medians are printed. The first losses are compared. A step is LoRA of rank
 16 on all linear layers. Memory is the growth of the process's high-water mark of resident memory over what it was after
-the imports, without the pages of the file that were mapped. ``--enlarge`` writes a Llama of 1.5 billion random weights,
+the imports, without the pages of the file that were mapped. ``--first`` times the opening of a file that the cache
+does not know, until its first step can begin: with the file's pages in memory, and on the disk alone, beside the time
+that the disk takes to read the file. ``--enlarge`` writes a Llama of 1.5 billion random weights,
 types and tokenizer as in the file.
 """
 
@@ -13,9 +16,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -30,16 +35,20 @@ LARGER |= {"attention.head_count_kv": 8, "rope.dimension_count": 64}
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("file", type=Path)
+    parser.add_argument("--first", action="store_true")
     parser.add_argument("--enlarge", type=Path, metavar="OUT")
     parser.add_argument("--sides", nargs="+", choices=SIDES, default=SIDES)
     parser.add_argument("--rows", type=int, default=4)
     parser.add_argument("--tokens", type=int, default=256)
     parser.add_argument("--steps", type=int, default=3, help="timed steps of a process, behind the first one")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--dropped", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.enlarge:
         enlarge(args.file, args.enlarge)
+    elif args.first and not args.side:
+        first_openings(args)
     elif args.side:
         measure(args)
     else:
@@ -66,8 +75,48 @@ def compare(args: argparse.Namespace) -> None:
         )
 
 
+def first_openings(args: argparse.Namespace) -> None:
+    """Open the file in processes whose cache is empty, with its pages in memory and without."""
+    places = ("pages in memory", "pages on the disk")
+    found: dict[str, list[dict[str, float]]] = {place: [] for place in places}
+    reading = []
+    command = [sys.executable, *sys.argv, "--side", "blocks"]
+    for turn in range(args.rounds):
+        reading.append(seconds_to_read(args.file))
+        for place in places:
+            working(f"round {turn}, {place}")
+            with tempfile.TemporaryDirectory() as cache:
+                environment = {**os.environ, "VENEER_CACHE": cache}
+                side = command + ["--dropped"] * (place == places[1])
+                result = subprocess.run(side, check=True, stdout=subprocess.PIPE, text=True, env=environment)
+            found[place].append(json.loads(result.stdout.splitlines()[-1]))
+    rows = Rows(places, ("open s", "CPU s", "disk s"))
+    for place, runs in found.items():
+        opened, cpu = (statistics.median(run[name] for run in runs) for name in ("opened", "cpu"))
+        rows.add(place, f"{opened:.2f}", f"{cpu:.2f}", f"{statistics.median(reading):.2f}")
+    rate = args.file.stat().st_size / 1e6 / statistics.median(reading)
+    print(f"the disk gives {rate:.0f} MB/s")
+
+
+def drop_pages(file: Path) -> None:
+    """Take a file's pages out of memory."""
+    with file.open("rb") as held:
+        os.fsync(held.fileno())
+        os.posix_fadvise(held.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def seconds_to_read(file: Path) -> float:
+    """The time in which the disk gives a file; its pages are in memory afterwards."""
+    drop_pages(file)
+    start = time.perf_counter()
+    with file.open("rb", buffering=0) as held:
+        while held.read(1 << 22):
+            pass
+    return time.perf_counter() - start
+
+
 def measure(args: argparse.Namespace) -> None:
-    """Open the file and take some steps in this process, and print what they took."""
+    """Open the file and take some steps in this process, and print what they took; only open it for ``--first``."""
     import torch
 
     from lora_step import adapted, optimizer_of, step
@@ -76,10 +125,15 @@ def measure(args: argparse.Namespace) -> None:
 
     torch.manual_seed(0)
     before = high_water_mb()
-    start = time.perf_counter()
+    if args.dropped:
+        drop_pages(args.file)
+    start, cpu = time.perf_counter(), time.process_time()
     model = adapted("veneer", load_model(args.file, dtype=torch.float32, gguf=args.side))
     optimizer = optimizer_of(model)
-    opened = time.perf_counter() - start
+    opened, cpu = time.perf_counter() - start, time.process_time() - cpu
+    if args.first:
+        print(json.dumps({"opened": opened, "cpu": cpu}))
+        return
     kept = sum(t.nbytes for t in {t.data_ptr(): t for t in (*model.parameters(), *model.buffers())}.values())
     ids = torch.randint(1000, (args.rows, args.tokens), generator=torch.Generator().manual_seed(1))
     loss = step("veneer", model, optimizer, ids)

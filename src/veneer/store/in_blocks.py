@@ -97,7 +97,7 @@ class GgufQuantizer(VeneerQuantizer):
     def _rows(self, parameter: GgufParameter, tensor: GgufTensor) -> Tensor:
         """The blocks of a tensor, row by row, where they lie in the file."""
         if tensor.name not in self.mapped:
-            stored = parameter.stored(tensor)
+            stored = tensor.stored(parameter.path)
             self.mapped[tensor.name] = self.source.tensor(stored.start, stored.nbytes).view(stored.shape)
         return self.mapped[tensor.name]
 

@@ -20,7 +20,7 @@ from veneer.store.gguf.family import Family
 from veneer.store.gguf.fields import FACTOR_TENSORS
 from veneer.store.gguf.header import GgufHeader, read_header
 from veneer.store.gguf.parameters import GgufParameter, Places, placed_parameters, places_in
-from veneer.store.gguf.registry import by_architecture, rebuilt_family
+from veneer.store.gguf.registry import laid_out_family
 
 DESCRIPTION = "blocks.json"
 """In the folder of a file: its path and stamp, the dtype of a dense copy, and the tensors of each parameter."""
@@ -121,7 +121,7 @@ def why_not_in_blocks(path: Path) -> str | None:
         return ""
     if (header.values.get("split.count") or 1) > 1:
         return "it is one of several parts"
-    if family_in_blocks(architecture, _pairs(header.values, architecture)) is None:
+    if laid_out_family(architecture, own_pairs(header.values, architecture)) is None:
         return f"no table describes the layout of {architecture}'s files"
     return None
 
@@ -159,12 +159,6 @@ def parameters_of(model: Any, path: Path, dtype: torch.dtype) -> dict[str, GgufP
     return placed_parameters(path, places, _shapes(model), tensors, family=family, config=config, dtype=dtype)
 
 
-def family_in_blocks(architecture: str, pairs: Mapping[str, Any]) -> Family | None:
-    """Return the family whose table has the whole layout of a file's tensors."""
-    family = rebuilt_family(architecture, pairs) or by_architecture().get(architecture)
-    return family if family is not None and family.model_types else None
-
-
 def model_without_storage(config: Any) -> Any:
     """Return the causal language model of a config on the meta device."""
     with without_bars(), torch.device("meta"):
@@ -173,7 +167,7 @@ def model_without_storage(config: Any) -> Any:
 
 def _family(path: Path, header: GgufHeader) -> Family:
     architecture = str(header.values.get("general.architecture"))
-    family = family_in_blocks(architecture, _pairs(header.values, architecture))
+    family = laid_out_family(architecture, own_pairs(header.values, architecture))
     if family is None:
         raise FormatError(
             f"{path} is a file of the architecture {architecture!r}, which has no table here. Take the model's own "
@@ -186,7 +180,7 @@ def _shapes(model: Any) -> dict[str, tuple[int, ...]]:
     return {name: tuple(each.shape) for name, each in model.named_parameters(remove_duplicate=False)}
 
 
-def _pairs(values: Mapping[str, Any], architecture: str) -> dict[str, Any]:
-    """The architecture's own keys, without its name."""
+def own_pairs(values: Mapping[str, Any], architecture: str) -> dict[str, Any]:
+    """Return the values of the architecture's own keys, without its name."""
     prefix = f"{architecture}."
     return {key.removeprefix(prefix): value for key, value in values.items() if key.startswith(prefix)}

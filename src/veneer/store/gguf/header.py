@@ -1,4 +1,4 @@
-"""Header of a GGUF file: its keys, and its tensors by name, shape and type. Weights and vocabulary are not kept."""
+"""Header of a GGUF file: its keys, and its tensors by name, shape and type; the vocabulary too if it is asked for."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
 
+from veneer.disk.safetensors import StoredTensor
 from veneer.errors import FormatError
 
 _NUMBERS = {
@@ -51,6 +53,12 @@ class GgufTensor:
     n_bytes: int
     start: int
 
+    def stored(self, path: Path) -> StoredTensor:
+        """Return its bytes in the file, by its rows (n, bytes)."""
+        n_rows = math.prod(self.shape[:-1])
+        shape = (n_rows, self.n_bytes // max(1, n_rows))
+        return StoredTensor(self.name, path, torch.uint8, shape, self.start, self.n_bytes)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GgufHeader:
@@ -61,8 +69,8 @@ class GgufHeader:
     n_bytes: int
 
 
-def read_header(path: Path) -> GgufHeader:
-    """Return the header of a GGUF file (llama.cpp's format, versions 2 and 3).
+def read_header(path: Path, *, whole: bool = False) -> GgufHeader:
+    """Return the header of a GGUF file (llama.cpp's format, versions 2 and 3); long arrays only if it is ``whole``.
 
     Raises FormatError if the file is not GGUF, damaged or truncated.
     """
@@ -71,7 +79,7 @@ def read_header(path: Path) -> GgufHeader:
             raise FormatError(f"{path} is not a GGUF file: it does not start with the bytes GGUF. Give a .gguf file")
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as view:
             try:
-                return _header(_Cursor(view), path)
+                return _header(_Cursor(view, math.inf if whole else _KEPT), path)
             except (struct.error, ValueError, OverflowError, RecursionError) as error:
                 raise FormatError(
                     f"{path} is a damaged GGUF file, perhaps cut short ({len(view):,} bytes): {error}. Download it "
@@ -104,8 +112,8 @@ def _alignment(values: Mapping[str, Any]) -> int:
 class _Cursor:
     """Reads one value after the other. Raises struct.error and ValueError beyond the end of the file."""
 
-    def __init__(self, view: mmap.mmap) -> None:
-        self.view, self.at = view, 4
+    def __init__(self, view: mmap.mmap, most: float) -> None:
+        self.view, self.at, self.most = view, 4, most  # values of an array that is kept
 
     def number(self, kind: str) -> Any:
         (value,) = struct.unpack_from(f"<{kind}", self.view, self.at)
@@ -141,17 +149,25 @@ class _Cursor:
         if depth == _DEEPEST:
             raise ValueError(f"arrays nest deeper than {_DEEPEST}")
         kind, n = GGUFValueType(self.number("I")), self.number("Q")
-        if kind in _NUMBERS and n > _KEPT:
-            self.at += self.fitting(n, struct.calcsize(f"<{_NUMBERS[kind]}")) * struct.calcsize(f"<{_NUMBERS[kind]}")
-            return Long(n)
-        if kind == GGUFValueType.STRING and n > _KEPT:
-            self._skip_texts(self.fitting(n, 8))
-            return Long(n)
+        if kind in _NUMBERS:
+            return self._numbers(_NUMBERS[kind], n)
+        if kind == GGUFValueType.STRING:
+            return self._texts(self.fitting(n, 8))
         return [self.value(kind, depth + 1) for _ in range(self.fitting(n))]
 
-    def _skip_texts(self, n: int) -> None:
+    def _numbers(self, kind: str, n: int) -> Any:
+        start, width = self.at, struct.calcsize(f"<{kind}")
+        self.at += self.fitting(n, width) * width
+        return Long(n) if n > self.most else list(struct.unpack_from(f"<{n}{kind}", self.view, start))
+
+    def _texts(self, n: int) -> Any:
         length = struct.Struct("<Q").unpack_from
-        at, view = self.at, self.view
+        at, view, kept = self.at, self.view, n <= self.most
+        found = []
         for _ in range(n):
-            at += 8 + length(view, at)[0]
+            end = at + 8 + length(view, at)[0]
+            if kept:
+                found.append(view[at + 8 : end].decode(errors="replace"))
+            at = end
         self.at = at
+        return found if kept else Long(n)

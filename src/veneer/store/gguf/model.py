@@ -16,9 +16,8 @@ from typing import Any
 
 import torch
 import transformers
-from gguf import GGMLQuantizationType, GGUFReader
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 
 from veneer.core.progress import progress_bar
 from veneer.core.units import size
@@ -28,20 +27,18 @@ from veneer.disk.digest import sha256_of
 from veneer.disk.folder import build_once
 from veneer.disk.known_name import CONVERTED, MANIFEST
 from veneer.errors import FormatError
+from veneer.ops.ggml import dequantize_ggml
 from veneer.store.bars import without_bars
-from veneer.store.gguf.blocks import describe_into, why_not_in_blocks
+from veneer.store.gguf.blocks import describe_into, model_without_storage, own_pairs, why_not_in_blocks
 from veneer.store.gguf.byte_level import byte_level_tokenizer
 from veneer.store.gguf.config import GgufContents, mended_config, unplaced_tensors
 from veneer.store.gguf.fields import FACTOR_TENSORS
-from veneer.store.gguf.reader import open_gguf, value_of
+from veneer.store.gguf.header import GgufHeader, read_header
+from veneer.store.gguf.reader import open_gguf
 from veneer.store.gguf.rebuilt import rebuilt_config, rebuilt_model
-from veneer.store.gguf.registry import rebuilt_family
+from veneer.store.gguf.registry import laid_out_family, rebuilt_family
 
-_PLAIN = {
-    GGMLQuantizationType.F32: torch.float32,
-    GGMLQuantizationType.F16: torch.float16,
-    GGMLQuantizationType.BF16: torch.bfloat16,
-}
+_PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 CONVERSION = 3
 """Goes up when files are converted in another way: folders of an earlier one are left alone."""
 OnProgress = Callable[[int, int], None]
@@ -55,10 +52,10 @@ class GgufFacts:
     """Facts in the header of a GGUF file.
 
     ``dtype`` is that of the matrices if nothing is quantized, and bfloat16 otherwise. ``token_ids`` are the ids of the
-    special tokens by transformers' names. ``reader`` has read the header, which takes seconds if it holds a tokenizer.
+    special tokens by transformers' names. ``values`` are those of all keys, the vocabulary's too.
     """
 
-    reader: GGUFReader
+    values: Mapping[str, Any]
     contents: GgufContents
     dtype: torch.dtype
     token_ids: Mapping[str, int]
@@ -71,26 +68,27 @@ def read_facts(path: Path) -> GgufFacts:
 
     Raises FormatError if the file is not GGUF, is truncated, or holds an adapter instead of a model.
     """
-    reader = open_gguf(path)
-    if value_of(reader, "general.type") == "adapter":
+    header = read_header(path, whole=True)
+    values = header.values
+    if values.get("general.type") == "adapter":
         raise FormatError(
             f"{path} holds an adapter: veneer reads GGUF files of whole models. Run it in llama.cpp: llama-server "
             f"-m base.gguf --lora {path.name}."
         )
-    architecture = value_of(reader, "general.architecture")
+    architecture = values.get("general.architecture")
     if architecture is None:
         raise FormatError(
             f"{path} names no architecture (general.architecture): veneer reads GGUF files of whole models. Convert "
             "the model again"
         )
-    ids = {name: value_of(reader, f"tokenizer.ggml.{field}") for name, field in _TOKEN_IDS.items()}
+    ids = {name: values.get(f"tokenizer.ggml.{field}") for name, field in _TOKEN_IDS.items()}
     return GgufFacts(
-        reader=reader,
-        contents=_contents(reader, architecture),
-        dtype=_dtype({tensor.tensor_type for tensor in reader.tensors}),
+        values=values,
+        contents=_contents(path, header, architecture),
+        dtype=_dtype({tensor.type for tensor in header.tensors}),
         token_ids={name: value for name, value in ids.items() if value is not None},
-        has_tokenizer=reader.get_field("tokenizer.ggml.tokens") is not None,
-        pre_tokenizer=value_of(reader, "tokenizer.ggml.pre"),
+        has_tokenizer="tokenizer.ggml.tokens" in values,
+        pre_tokenizer=values.get("tokenizer.ggml.pre"),
     )
 
 
@@ -104,13 +102,10 @@ def header_config(path: Path) -> Any:
 
 def _config_of(path: Path, facts: GgufFacts) -> Any:
     model = None
-    with _refusals_told(path, facts), without_bars():
-        if _is_rebuilt(facts):
-            _, config = rebuilt_config(facts.contents, facts.token_ids)
-        else:
-            config = mended_config(_config(path, facts), facts.contents)
-            with torch.device("meta"):
-                model = AutoModelForCausalLM.from_config(config)
+    with _refusals_told(path, facts):
+        config = _own_config(path, facts)
+        if not _is_rebuilt(facts):
+            model = model_without_storage(config)
     if model is not None:
         _require_placed(model, path, facts)
     config.dtype = facts.dtype
@@ -193,7 +188,7 @@ def _load(path: Path, facts: GgufFacts, on_progress: OnProgress) -> Any:
     if _is_rebuilt(facts):
         return _rebuilt(path, facts, on_progress)
     with _refusals_told(path, facts):
-        config = mended_config(_config(path, facts), facts.contents)
+        config = _own_config(path, facts)
         model, report = transformers.AutoModelForCausalLM.from_pretrained(
             path.parent, gguf_file=file, config=config, dtype=facts.dtype, output_loading_info=True, **options
         )
@@ -240,46 +235,43 @@ def _is_rebuilt(facts: GgufFacts) -> bool:
 
 def _rebuilt(path: Path, facts: GgufFacts, on_progress: OnProgress) -> Any:
     try:
-        return rebuilt_model(facts.reader, facts.contents, facts.token_ids, facts.dtype, on_progress)
+        return rebuilt_model(open_gguf(path), facts.contents, facts.token_ids, facts.dtype, on_progress)
     except (FormatError, StrictDataclassError) as error:
         raise FormatError(f"{path}: {error}. Take the model's own folder of safetensors instead") from error
 
 
-def _config(path: Path, facts: GgufFacts) -> Any:
-    """The config that transformers makes of the file, with the ids of the special tokens."""
+def _own_config(path: Path, facts: GgufFacts) -> Any:
+    """The config of the file's model: by its family's table, or as transformers reads the file."""
+    if laid_out_family(facts.contents.architecture, facts.contents.pairs) is not None:
+        return rebuilt_config(facts.contents, facts.token_ids)[1]
     config = AutoConfig.from_pretrained(path.parent, gguf_file=str(path.resolve()))
     for name, value in facts.token_ids.items():
         setattr(config, name, value)
-    return config
+    return mended_config(config, facts.contents)
 
 
 def _tokenizer(path: Path, facts: GgufFacts, config: Any) -> Any:
-    tokenizer = byte_level_tokenizer(facts.reader)
+    tokenizer = byte_level_tokenizer(facts.values)
     if tokenizer is None:
         tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=str(path.resolve()))
     tokenizer.model_max_length = getattr(config, "max_position_embeddings", None) or tokenizer.model_max_length
     return tokenizer
 
 
-def _contents(reader: GGUFReader, architecture: str) -> GgufContents:
-    prefix = f"{architecture}."
+def _contents(path: Path, header: GgufHeader, architecture: str) -> GgufContents:
     return GgufContents(
         architecture=architecture,
-        pairs={
-            name.removeprefix(prefix): field.contents()
-            for name, field in reader.fields.items()
-            if name.startswith(prefix)
-        },
-        shapes={tensor.name: tuple(map(int, reversed(tensor.shape))) for tensor in reader.tensors},
+        pairs=own_pairs(header.values, architecture),
+        shapes={tensor.name: tensor.shape for tensor in header.tensors},
         factors={
-            tensor.name: torch.tensor(tensor.data, dtype=torch.float32)
-            for tensor in reader.tensors
+            tensor.name: dequantize_ggml(tensor.stored(path).read(), tensor.type).reshape(-1)
+            for tensor in header.tensors
             if tensor.name in FACTOR_TENSORS
         },
     )
 
 
-def _dtype(stored: set[GGMLQuantizationType]) -> torch.dtype:
+def _dtype(stored: set[str]) -> torch.dtype:
     if not stored <= set(_PLAIN):
         return torch.bfloat16
     half = {_PLAIN[kind] for kind in stored} - {torch.float32}  # norms are float32 beside half-precision matrices

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from veneer.disk.safetensors import StoredTensor
 from veneer.errors import FormatError
 from veneer.ops.ggml import dequantize_ggml
 from veneer.ops.ggml_types import GGML_TYPES
@@ -89,15 +88,9 @@ class GgufParameter:
         else:
             yield from torch.split(self.read(), max(1, n_values * self.shape[0] // math.prod(self.shape)))
 
-    def stored(self, tensor: GgufTensor) -> StoredTensor:
-        """Return the bytes of one of the tensors, by its rows (n, bytes)."""
-        n_rows = math.prod(tensor.shape[:-1])
-        shape = (n_rows, tensor.n_bytes // max(1, n_rows))
-        return StoredTensor(tensor.name, self.path, torch.uint8, shape, tensor.start, tensor.n_bytes)
-
     def _rows(self, tensor: GgufTensor, n_values: float) -> Iterator[Tensor]:
         """The values of a tensor, some of its first axis at a time, in the file's order."""
-        stored, less = self.stored(tensor), self._less(tensor)
+        stored, less = tensor.stored(self.path), self._less(tensor)
         n_bytes = min(stored.nbytes, n_values * stored.shape[1] // tensor.shape[-1])
         if len(tensor.shape) > 2:
             n_bytes = stored.nbytes

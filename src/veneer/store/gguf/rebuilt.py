@@ -1,4 +1,4 @@
-"""Models of GGUF files that transformers does not read, built from the families' tables: the inverse of the export."""
+"""Models and configs of GGUF files, built from the families' tables: the inverse of the export."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from veneer.store.gguf.config import GgufContents, mended_config
 from veneer.store.gguf.family import Family
 from veneer.store.gguf.fields import FACTOR_TENSORS
 from veneer.store.gguf.names import leaf_of, places_of
-from veneer.store.gguf.registry import rebuilt_family
+from veneer.store.gguf.registry import laid_out_family
 
 
 def rebuilt_model(
@@ -44,10 +44,8 @@ def rebuilt_model(
 
 
 def rebuilt_config(contents: GgufContents, ids: Mapping[str, int]) -> tuple[Family, Any]:
-    """Return the family of a file that transformers does not read, and the model's config. Raises as
-    `rebuilt_model`.
-    """
-    family = rebuilt_family(contents.architecture, contents.pairs)
+    """Return the family of a file by `laid_out_family`, and the model's config. Raises as `rebuilt_model`."""
+    family = laid_out_family(contents.architecture, contents.pairs)
     if family is None:
         raise FormatError(f"no table describes files of the architecture {contents.architecture!r}")
     made = AutoConfig.for_model(
@@ -55,6 +53,9 @@ def rebuilt_config(contents: GgufContents, ids: Mapping[str, int]) -> tuple[Fami
     )
     for name, value in ids.items():
         setattr(made, name, value)
+    for name, computed in family.only.items():
+        if getattr(made, name) not in computed:
+            setattr(made, name, computed[0])
     made.tie_word_embeddings = "output.weight" not in contents.shapes
     return family, mended_config(made, contents, family)
 

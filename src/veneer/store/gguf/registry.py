@@ -30,6 +30,14 @@ def rebuilt_family(architecture: str, keys: Mapping[str, Any]) -> Family | None:
     return next(iter([*marked, *(each for each in families if each.marked_by is None)]), None)
 
 
+def laid_out_family(architecture: str, keys: Mapping[str, Any]) -> Family | None:
+    """Return the family whose table has the whole layout of a file's tensors, by architecture and the keys after its
+    prefix.
+    """
+    family = rebuilt_family(architecture, keys) or by_architecture().get(architecture)
+    return family if family is not None and family.model_types else None
+
+
 def by_model_type() -> Mapping[str, Family]:
     """Return the families with support for writing, by transformers' model type."""
     return {name: family for family in _families() for name in family.model_types}

@@ -50,7 +50,10 @@ def test_it_is_what_ggufs_reader_reads(tmp_path: Path, alignment: int) -> None:
         own = header.values[key]
         assert own == Long(701) if isinstance(own, Long) else own == value, key
     assert header.values["tokenizer.ggml.tokens"] == header.values["tokenizer.ggml.scores"] == Long(701)
-    assert header.values["last"] == -9
+    whole = read_header(path, whole=True).values
+    assert {key: whole[key] for key in theirs} == theirs
+    assert whole["tokenizer.ggml.tokens"] == WORDS
+    assert header.values["last"] == whole["last"] == -9
     found = {t.name: (t.shape, t.type, t.n_bytes) for t in header.tensors}
     assert found == {
         t.name: (tuple(map(int, reversed(t.shape))), t.tensor_type.name, t.n_bytes) for t in reader.tensors
