@@ -249,3 +249,31 @@ def assert_drops_inputs(config: Any, layer: nn.Module | None = None, names: Sequ
     kept = found.abs().sum(dim=1) > 0.01
     assert 0.4 < kept.float().mean() < 0.85
     torch.testing.assert_close(found, change * kept[:, None] / 0.625, atol=1e-5, rtol=1e-5)
+
+
+def assert_two_act_as_in_peft(theirs: str, folder: Path, **fields: Any) -> None:
+    """Two adapters of a method that maps features act together as in PEFT, with gradients in both, and merge so."""
+    torch.manual_seed(11)
+    reference = peft.get_peft_model(base(), getattr(peft, theirs)(target_modules=TARGETS, **fields))
+    reference.add_adapter("other", getattr(peft, theirs)(target_modules=TARGETS, **fields))
+    reference.save_pretrained(folder)
+    model = veneer.PeftModel.from_pretrained(base(), folder, is_trainable=True)
+    model.load_adapter(folder / "other", "other", is_trainable=True)
+    logits, grads = [], []
+    for each in (model, reference):
+        (each if each is model else each.base_model).set_adapter(["default", "other"])
+        found, own = step(each.eval())
+        logits.append(found)
+        grads.append(own)
+    near(*logits)
+    assert (base()(TOKENS).logits - logits[1]).norm() > 1e-3 * logits[1].norm()
+    keys = load_file(folder / "adapter_model.safetensors")
+    for name in ("default", "other"):
+        held = named_live_parameters(model, name)
+        expected = _by_key(
+            {key.replace(f".{name}", ""): grad for key, grad in grads[1].items() if f".{name}" in key}, keys
+        )
+        for key in keys:
+            near(held[key][1].grad, expected[key])
+    model.merge_adapter()
+    near(model(TOKENS).logits.detach(), logits[1])

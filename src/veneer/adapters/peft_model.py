@@ -382,6 +382,7 @@ def get_peft_model(
     model: nn.Module,
     peft_config: MethodConfig,
     adapter_name: str = "default",
+    mixed: bool = False,
     *,
     autocast_adapter_dtype: bool = True,
     revision: str | None = None,
@@ -391,7 +392,8 @@ def get_peft_model(
 
     Initial values are drawn from torch's global generator: ``torch.manual_seed`` makes them reproducible. On a 16-bit
     base the adapter is float32 unless ``autocast_adapter_dtype`` is False. ``revision`` is stored in the config.
-    ``low_cpu_mem_usage`` has no effect: parameters are made only once.
+    ``mixed`` and ``low_cpu_mem_usage`` have no effect: every model takes adapters of all methods, and parameters are
+    made only once.
 
     Raises TargetError and AdapterNameError; the model is then unchanged.
     """

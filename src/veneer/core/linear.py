@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterable, Iterator, Sequence
 
 import torch
@@ -11,7 +10,8 @@ from torch import Tensor
 
 from veneer.core.autocast import without_autocast
 from veneer.core.frozen import FrozenWeight
-from veneer.core.records import Around, LinearDelta
+from veneer.core.records import LinearDelta
+from veneer.core.terms.in_order import in_order
 from veneer.core.terms.scale import Scale
 from veneer.errors import CompositionError
 
@@ -198,25 +198,26 @@ def _of_rows(delta: LinearDelta, rows: slice) -> LinearDelta:
 def compose_linear(deltas: Sequence[LinearDelta], bias: Float[Tensor, " o"] | None = None) -> LinearDelta:
     """Return one record that acts as all of them together on one layer with the bias given.
 
-    Changes of the weight are summed. Pairs are concatenated along the rank, which is their exact sum. Scales (IA3)
-    multiply if all records are pure scales. Any other scale or rotation acts alone.
+    Changes of the weight are summed. Pairs are concatenated along the rank, which is their exact sum. Records that only
+    scale and rotate act one after the other: each on the layer that those before it have made. So the last one's map of
+    inputs comes first. A record that adds to the weight has no sum with these.
 
     Raises CompositionError if the sum is not a LinearDelta.
     """
     if len(deltas) == 1:
         return deltas[0]
     around = [d for d in deltas if not d.only_adds]
-    if around and any(not d.only_scales or (d.bias is not None and d.output is None) for d in deltas):
+    if around and any(d.adds or (d.bias is not None and d.output is None) for d in deltas):
         raise CompositionError(
             f"{len(deltas)} adapters are active on one layer and {len(around)} of them scale or rotate its inputs or "
-            "outputs (DoRA, IA3, OFT); such an update has no sum with others. Activate one of them at a time, merge "
-            "one first, or combine them with add_weighted_adapter."
+            "outputs (DoRA, IA3, OFT); such an update has no sum with one that adds to the layer. Activate one of them "
+            "at a time, merge one first, or combine them with add_weighted_adapter."
         )
     return LinearDelta(
         adds=tuple(term for d in deltas for term in d.adds),
-        input=_product([d.input for d in deltas]),
-        output=_product([d.output for d in deltas]),
-        bias=_sum_of_biases(deltas, bias, multiply=bool(around)),
+        input=in_order([d.input for d in reversed(deltas) if d.input is not None]),
+        output=in_order([d.output for d in deltas if d.output is not None]),
+        bias=_mapped_bias(deltas, bias) if around else _sum_of_biases(deltas, bias),
     )
 
 
@@ -239,18 +240,19 @@ def row_norms(delta: LinearDelta, weight: FrozenWeight, weight_row_sq: Float[Ten
     return total.clamp_min(0).sqrt()
 
 
-def _product(terms: Sequence[Around | None]) -> Scale | None:
-    """Scales one after another; compose_linear has refused everything else."""
-    scales = [term for term in terms if isinstance(term, Scale)]
-    return functools.reduce(lambda first, then: then.after(first), scales) if scales else None
+def _mapped_bias(deltas: Sequence[LinearDelta], bias: Tensor | None) -> Tensor | None:
+    """The layer's bias under the maps of outputs of those records that have one of their own; None if none has."""
+    maps = [d.output for d in deltas if d.bias is not None and d.output is not None]
+    if bias is None or not maps:
+        return None
+    for each in maps:
+        bias = each.apply(bias)
+    return bias
 
 
-def _sum_of_biases(deltas: Sequence[LinearDelta], bias: Tensor | None, multiply: bool) -> Tensor | None:
-    """The layer's bias with every record's change to it applied: scales multiply, differences add up."""
+def _sum_of_biases(deltas: Sequence[LinearDelta], bias: Tensor | None) -> Tensor | None:
+    """The layer's bias with every record's change to it added."""
     if all(d.bias is None for d in deltas):
         return None
-    if multiply:
-        scales = _product([d.output for d in deltas if d.bias is not None])
-        return None if bias is None or scales is None else bias * scales.vector
     own = torch.zeros(()) if bias is None else bias
     return own + sum((d.bias - own for d in deltas if d.bias is not None), torch.zeros((), device=own.device))

@@ -154,9 +154,26 @@ def test_what_has_no_factors_or_sum_says_so():
         LinearDelta(input=ROTATIONS["input"]()).weighed(0.3)
     with pytest.raises(CompositionError, match="changes no weight, only a bias"):
         LinearDelta(bias=normal(OUT)).added()
-    for other in (LinearDelta(adds=(pair(),)), LinearDelta(input=Scale(normal(IN)))):
-        with pytest.raises(CompositionError, match="scale or rotate its inputs or outputs"):
-            compose_linear([LinearDelta(input=ROTATIONS["input"]()), other])
+    with pytest.raises(CompositionError, match="scale or rotate its inputs or outputs"):
+        compose_linear([LinearDelta(input=ROTATIONS["input"]()), LinearDelta(adds=(pair(),))])
+
+
+def test_maps_act_one_after_the_other_each_on_the_layer_made_so_far():
+    w, c, x = normal(OUT, IN), normal(OUT), normal(3, IN)
+    first = LinearDelta(input=BlockRotation(normal(1, IN, IN)), output=Scale(normal(OUT)))
+    turn = BlockRotation(normal(1, OUT, OUT))
+    second = LinearDelta(input=Scale(normal(IN)), output=turn, bias=turn.apply(c))
+    third = LinearDelta(input=BlockRotation(normal(1, IN, IN)))
+    made, _ = fold_linear(third, fold_linear(second, fold_linear(first, w)[0])[0])
+    whole = compose_linear([first, second, third], c)
+    torch.testing.assert_close(fold_linear(whole, w, c)[0], made)
+    torch.testing.assert_close(whole.bias, turn.apply(c))
+    torch.testing.assert_close(apply_linear(whole, x, DenseWeight(w), c), x @ made.T + turn.apply(c))
+    moved = whole.input.with_tensors([2 * tensor for tensor in whole.input.tensors])
+    torch.testing.assert_close(moved.apply(x), 8 * whole.input.apply(x))
+    y, dy = normal(3, OUT), normal(3, OUT)
+    torch.testing.assert_close((whole.output.apply(y) * dy).sum(), (y * whole.output.transposed().apply(dy)).sum())
+    assert compose_linear([third, first], None).bias is None
 
 
 def test_what_is_added_has_a_sum_of_any_weights():

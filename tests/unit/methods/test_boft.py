@@ -14,6 +14,7 @@ from methods_in_peft import (
     assert_convolutions_equal_peft,
     assert_equals_peft,
     assert_training_equals_peft,
+    assert_two_act_as_in_peft,
     base,
     every_base,
     site,
@@ -48,6 +49,10 @@ def test_factors_are_those_of_pefts_matrices(width, size, m):
 @pytest.mark.parametrize("fields", [{}, {"boft_block_size": 0, "boft_block_num": 2}], ids=str)
 def test_it_equals_peft(fields, on, tmp_path):
     assert_equals_peft(BOFTConfig, "BOFTConfig", tmp_path, on, init_weights=False, **fields)
+
+
+def test_two_adapters_act_as_in_peft(tmp_path):
+    assert_two_act_as_in_peft("BOFTConfig", tmp_path, init_weights=False)
 
 
 def squares():

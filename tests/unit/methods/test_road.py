@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from methods_in_peft import TARGETS, assert_equals_peft, base, every_base, site
+from methods_in_peft import TARGETS, assert_equals_peft, assert_two_act_as_in_peft, base, every_base, site
 from veneer import RoadConfig, get_peft_model
 from veneer.core.linear import fold_linear
 from veneer.errors import ConfigError, TargetError
@@ -35,6 +35,10 @@ def test_pairs_of_outputs_are_rotated_and_scaled():
 @pytest.mark.parametrize("variant", ["road_1", "road_2", "road_4"])
 def test_it_equals_peft(variant, on, tmp_path):
     assert_equals_peft(RoadConfig, "RoadConfig", tmp_path, on, variant=variant, group_size=4, init_weights=False)
+
+
+def test_two_adapters_act_as_in_peft(tmp_path):
+    assert_two_act_as_in_peft("RoadConfig", tmp_path, init_weights=False, group_size=4, variant="road_4")
 
 
 def test_what_it_refuses():

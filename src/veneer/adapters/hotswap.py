@@ -1,0 +1,36 @@
+"""Exchange of a loaded adapter for a saved one, under PEFT's name."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from veneer.adapters.merging import require_known
+from veneer.adapters.peft_model import PeftModel
+from veneer.errors import ConfigError, FormatError
+
+_NEW = "the exchanged one"
+
+
+def hotswap_adapter(
+    model: PeftModel, model_name_or_path: str | os.PathLike[str], adapter_name: str, **hub: Any
+) -> None:
+    """Put a saved adapter in the place of a loaded one, which keeps its name, and stays active and trained if it was.
+
+    If settings and shapes are the same, values are written into the parameters, and a compiled model stays compiled.
+    Otherwise the saved adapter is attached in the other's place. ``hub``: see `PeftModel.from_pretrained`.
+
+    Raises AdapterNameError if there is none of that name or it is merged, and FormatError or TargetError if the saved
+    one cannot be attached. The loaded adapter then stays.
+    """
+    state = model.adapter_state
+    require_known(state, (adapter_name,))
+    try:
+        model.load_adapter(model_name_or_path, adapter_name, **hub)
+        return
+    except (ConfigError, FormatError):  # other settings or shapes; a damaged file is refused below too
+        model.load_adapter(model_name_or_path, _NEW, adapter_name in state.trainable, **hub)
+    active = tuple(state.active)
+    model.delete_adapter(adapter_name)
+    model.rename_adapter(_NEW, adapter_name)
+    model.set_adapter(list(active))
