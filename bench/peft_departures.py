@@ -76,15 +76,34 @@ DEPARTURES = (
     ),
     Departure(
         "an error that is not needed",
-        "prompts unload, and `generate` takes positional arguments",
-        tests=r"test_unload_adapter|test_generate_pos_args",
-        says="DID NOT RAISE",
+        "prompts unload, `generate` takes positional arguments, prefixes train with checkpointing, adapters with VeRA "
+        "have projections of their own, `lora_bias` goes with every start, and sums are of whole updates of any ranks",
+        tests=r"test_unload_adapter|test_generate_pos_args|different_prng_raises|mixing_save_projection_raises"
+        r"|lora_with_bias_incompatible_arguments|test_weighted_combination_of_adapters"
+        r"|test_prompt_learning_with_gradient_checkpointing\[PrefixTuning",
+        says="DID NOT RAISE|^ConnectionError: .*english_quotes",  # the error would have come before the data
     ),
     Departure(
         "parameters on the meta device",
         "`low_cpu_mem_usage` has no effect: parameters are made once, on the device of their layer",
         tests="test_load_model_low_cpu_mem_usage",
         says="PEFT_TYPE_TO_TUNER_MAPPING",
+    ),
+    Departure(
+        "adapters that train the same row of a table, active together",
+        "neither row is the sum of both: PEFT takes the last one's",
+        says=r"each train row \d+ of",
+    ),
+    Departure(
+        "a prefix on a model without a cache of keys and values",
+        "it is refused when it is attached, and not in the first forward pass",
+        says="is not a decoder with a cache of keys and values",
+    ),
+    Departure(
+        "AdaLoRA's pull towards orthogonality in the loss of an evaluation",
+        "that loss is the model's; the pull is part of training",
+        tests=r"test_forward_with_labels\[AdaLora",
+        says="^AssertionError",
     ),
     Departure(
         "an adapter that trains while it is inactive",
@@ -111,6 +130,11 @@ DEPARTURES = (
         says="^AssertionError: $",
     ),
     Departure(
+        "a field without effect: OSF's `target_svd_config`",
+        "PEFT takes it and reads it nowhere; files that hold it are read",
+        says=r"unexpected keyword argument 'target_svd_config'",
+    ),
+    Departure(
         "`num_virtual_tokens` left out",
         "it must be given: PEFT makes a config that no model can take",
         says="missing # required|missing 1 required keyword-only argument: 'num_virtual_tokens'",
@@ -122,9 +146,16 @@ DEPARTURES = (
         r"|where 'default' = |base_model\.model\.|isinstance\(Adapted|isinstance\([A-Z]\w+\(",
     ),
     Departure(
+        "the names of modules and of parameters that are trained, as their paths in the model",
+        "they follow from PEFT's wrappers: copies of whole modules are called so here, and magnitudes are parameters",
+        tests=r"test_only_params_are_updated\[.*(modules_to_save|LNTuning|FRoD)|test_layer_names_large"
+        r"|test_dora_save_and_load_remapping|TestLowLevelFunctional::test_inject_adapter_in_model",
+        says=r"^AssertionError",
+    ),
+    Departure(
         "`preprocess_loraga`, `preprocess_corda`",
         "starts from data are made on the adapted model, with `initialize_lora_ga_weights` and the like",
-        says=r"^absent: '?preprocess_",
+        says=r"^absent: '?preprocess_|unexpected keyword argument 'cache_file'",
     ),
     Departure(
         "PEFT's inner functions, tables and layer classes",

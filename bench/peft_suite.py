@@ -102,6 +102,7 @@ class Shim(types.ModuleType):
         if (self.__name__, name) == ("peft.tuners", "lora"):  # a module, whichever file imports it first
             return importlib.import_module("peft.tuners.lora")
         own = {"PromptLearningConfig": VirtualTokenMethod, "infer_device": lambda: "cpu", "__version__": "0.21.2"}
+        own |= {"PeftMixedModel": veneer.PeftModel}  # every model takes adapters of all methods
         own |= {"BaseTunerLayer": Adapted, "_get_submodules": submodules}
         own |= {"LoraLayer": WithLora, "PEFT_TYPE_TO_PREFIX_MAPPING": OnePrefix()}
         own |= {"AuxiliaryTrainingWrapper": WithCopies, "ModulesToSaveWrapper": WithCopies}

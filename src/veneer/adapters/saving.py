@@ -82,7 +82,8 @@ def save(model: nn.Module, state: AdapterState, folder: Path, what: Selection) -
     for name in what.names:
         tensors = adapter_tensors(model, state, name, what.save_embedding_layers, what.state_dict)
         save_adapter(model, state, name, subfolder(folder, name), tensors)
-    write_card(folder, state.configs[what.names[0]], what.tags)
+    of_base = getattr(model, "model_tags", None) or ()
+    write_card(folder, state.configs[what.names[0]], (*what.tags, *of_base))
     if _TRAINER_CHECKPOINT.fullmatch(folder.name):
         _keep_for_training(model, state, folder, what.names)
 

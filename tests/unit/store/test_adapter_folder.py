@@ -354,6 +354,14 @@ def test_the_model_card_keeps_what_was_written(tmp_path: Path) -> None:
     assert "My own words." in (tmp_path / "README.md").read_text()
 
 
+def test_the_model_card_has_the_tags_of_the_base(tmp_path: Path) -> None:
+    model = base()
+    model.add_model_tags(["law", "french"])
+    get_peft_model(model, LoraConfig(r=3)).save_pretrained(tmp_path)
+    tags = huggingface_hub.ModelCard.load(tmp_path / "README.md").data.tags
+    assert set(tags) == {"law", "french", "lora", "transformers", "veneer"}
+
+
 def test_a_trainer_that_pushes_gets_its_card(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     sent: list[str] = []
 
