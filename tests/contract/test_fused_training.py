@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GPTNeoXConfig, LlamaConfig, PreTrainedConfig
 
 import veneer
-from veneer import BottleneckConfig, PeftModel
+from veneer import BottleneckConfig, MontecloraConfig, PeftModel
 from veneer.contract import LinearMethod
 from veneer.errors import ConfigError
 from veneer.model.fused import block
@@ -163,3 +163,20 @@ def test_rows_of_every_method_in_one_batch(
             assert_near(found.pop(key), value, key, rounded=1e-7 * largest)
     assert not found
     assert_near(losses[-1:], of_base, "base")
+
+
+@pytest.mark.parametrize(
+    "own",
+    [{"velora_config": {"num_groups": 5}}, {"monteclora_config": {"num_samples": 3, "sample_scaler": 0.2}}],
+    ids=["velora", "monteclora"],
+)
+def test_what_lora_does_in_training_alone(
+    own: dict[str, Any], halves: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Noise is drawn by layer, since both paths call the layers in orders of their own."""
+    drawn = MontecloraConfig.drawn
+    by_layer = lambda self, site, r, _: drawn(self, site, r, torch.Generator().manual_seed(len(site.name)))  # noqa: E731
+    monkeypatch.setattr(MontecloraConfig, "drawn", by_layer)
+    for rate in (0.0, 0.3):
+        config = veneer.LoraConfig(r=3, lora_alpha=5, target_modules="all-linear", lora_dropout=rate, **own)
+        assert_trains_fused(adapted(make_base(), {"default": config}), halves)

@@ -33,8 +33,6 @@ OF_LORA = PeftFields(  # PEFT's config of AdaLoRA has them too
         "lora_ga_config": None,
         "megatron_config": None,
         "megatron_core": "megatron.core",
-        "monteclora_config": None,
-        "velora_config": None,
     },
     unread=("megatron_core",),
 )

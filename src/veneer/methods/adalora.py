@@ -55,6 +55,8 @@ class AdaLoraConfig(LinearMethod):
             "qalora_group_size": 16,
             "use_bdlora": None,
             "kasa_config": None,
+            "monteclora_config": None,
+            "velora_config": None,
             "use_qalora": False,
             "alora_invocation_tokens": None,
             "alpha_pattern": {},

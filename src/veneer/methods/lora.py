@@ -30,14 +30,16 @@ from veneer.core.records import LinearDelta
 from veneer.core.sites import LinearSite
 from veneer.core.stacks import stack, unstack
 from veneer.core.terms.pair import Pair
-from veneer.methods.lora_parts import kasa
+from veneer.methods.lora_parts import kasa, monteclora, velora
 from veneer.methods.lora_parts.blocks import drawn_blocks
 from veneer.methods.lora_parts.checks import LoraChecks
 from veneer.methods.lora_parts.kasa import KasaConfig, KasaTraining
 from veneer.methods.lora_parts.late_start import LoraLateStart
+from veneer.methods.lora_parts.monteclora import MontecloraConfig, MontecloraTraining
 from veneer.methods.lora_parts.raised import fields_of, parameters_of
 from veneer.methods.lora_parts.settings import LoraSettings
 from veneer.methods.lora_parts.taken_off import joined, packing_of, turned
+from veneer.methods.lora_parts.velora import VeloraConfig
 from veneer.methods.variants import all_variants
 
 _VARIANTS = all_variants()  # once, here: torch.compile cannot follow an import in the forward pass
@@ -66,6 +68,7 @@ class LoraConfig(LoraSettings):
     ``use_bdlora``: A or B of the layers that a `BdLoraConfig` names are block-diagonal.
     ``use_qalora``: A reads the means of ``qalora_group_size`` inputs (Xu et al. 2023, arXiv:2309.14717).
     ``kasa_config``: the r least singular triplets of the weight are taken off, and a diagonal stands between A and B.
+    ``velora_config``: A has the gradient of compressed inputs. ``monteclora_config``: A has noise in training.
     ``alora_invocation_tokens``: the adapter acts on a sequence from the last occurrence of these token ids on
     (Greenewald et al. 2025, arXiv:2504.12397). Before them the keys and values are the base's.
 
@@ -101,6 +104,10 @@ class LoraConfig(LoraSettings):
             shapes |= {"lora_A_start": shapes["lora_A"], "lora_B_start": shapes["lora_B"]}
         if self.has_kasa:
             shapes[kasa.DIAGONAL] = (r,)
+        if isinstance(self.velora_config, VeloraConfig):
+            shapes[velora.EMBED] = (self.velora_config.width(site),)
+        if isinstance(self.monteclora_config, MontecloraConfig):
+            shapes |= self.monteclora_config.shapes(r)
         for variant in self._variants("shapes"):
             shapes |= variant.shapes(self, site)
         return shapes
@@ -118,11 +125,22 @@ class LoraConfig(LoraSettings):
             params |= {"lora_A_start": params["lora_A"].clone(), "lora_B_start": params["lora_B"].clone()}
         if self.has_kasa:
             params[kasa.DIAGONAL] = torch.randn(self.rank(site), generator=generator)
+        if isinstance(self.velora_config, VeloraConfig):
+            params[velora.EMBED] = self.velora_config.init(site, generator)
+        if isinstance(self.monteclora_config, MontecloraConfig):
+            params |= self.monteclora_config.init(self.rank(site), generator)
         for variant in self._variants("init"):
             params |= variant.init(self, site, params)
         return params
 
+    def drawn(self, site: LinearSite, generator: torch.Generator | None = None) -> dict[str, Tensor]:
+        if isinstance(self.monteclora_config, MontecloraConfig):
+            return self.monteclora_config.drawn(site, self.rank(site), generator)
+        return {velora.IN_TRAINING: torch.ones(())} if self.velora_config is not None else {}
+
     def lower(self, site: LinearSite, params: Params) -> LinearDelta:
+        if isinstance(self.monteclora_config, MontecloraConfig):
+            params = self.monteclora_config.perturbed(params)
         a, b = (factor.flatten(1) for factor in joined(params))
         if site.experts > 1:
             a, b = unstack(a, b, site.experts)
@@ -132,6 +150,9 @@ class LoraConfig(LoraSettings):
             a = a.repeat_interleave(self.pooled, dim=1) * (site.in_features / self.pooled**2)
         if self.has_kasa:
             return kasa.taken_off(site, params, Pair(a=a, b=b, scale=self.scale(site)))
+        if isinstance(self.velora_config, VeloraConfig) and velora.IN_TRAINING in params:
+            pair = Pair(a=a, b=b, scale=self.scale(site))
+            return LinearDelta(adds=(self.velora_config.compressed(pair, params[velora.EMBED]),))
         record = LinearDelta.pair(a, b, self.scale(site))
         for variant in self._variants("lower"):
             record = variant.lower(self, site, params, record)
@@ -141,7 +162,7 @@ class LoraConfig(LoraSettings):
         return kasa.least_parts(site, self.rank(site)) if self.has_kasa else {}
 
     def disk_names(self, site: LinearSite) -> dict[str, str]:
-        names = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight"}
+        names = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight", **monteclora.DISK_NAMES}
         if site.kind == "embedding":
             names = {"lora_A": "lora_embedding_A", "lora_B": "lora_embedding_B"}
         for variant in self._variants("DISK_NAMES"):
@@ -150,7 +171,8 @@ class LoraConfig(LoraSettings):
 
     @property
     def packing(self) -> Packing:
-        return packing_of(self)
+        plain, held = packing_of(self), () if self.monteclora_config is None else monteclora.HELD
+        return replace(plain, fixed=(*plain.fixed, *held, *([] if self.velora_config is None else [velora.EMBED])))
 
     @property
     def checks(self) -> Checks:
@@ -182,6 +204,8 @@ class LoraConfig(LoraSettings):
 
     @property
     def training(self) -> Training | None:
+        if isinstance(self.monteclora_config, MontecloraConfig):
+            return MontecloraTraining(self.monteclora_config)
         return KasaTraining(self.kasa_config) if isinstance(self.kasa_config, KasaConfig) else None
 
     def site_of(self, site: LinearSite, shapes: Mapping[str, tuple[int, ...]]) -> LinearSite:

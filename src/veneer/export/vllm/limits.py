@@ -14,8 +14,8 @@ from veneer.store.gguf.names import text_name
 
 _CHANGING = (  # fields of PEFT's LoRA that one of the two refuses, or does not read, if they are on
     "alora_invocation_tokens", "alpha_pattern", "arrow_config", "kasa_config", "layer_replication", "lora_bias",
-    "modules_to_save", "rank_pattern", "target_parameters", "trainable_token_indices", "use_bdlora", "use_dora",
-    "use_qalora", "use_rslora",
+    "modules_to_save", "monteclora_config", "rank_pattern", "target_parameters", "trainable_token_indices",
+    "use_bdlora", "use_dora", "use_qalora", "use_rslora", "velora_config",
 )  # fmt: skip
 _PLAIN_STARTS = (True, False, "gaussian", "eva", "orthogonal")
 

@@ -45,6 +45,12 @@ class LoraChecks(Checks):
         ]
         if self.config.use_qalora:
             found += [f"use_qalora at {site.name}, which is no linear layer" for site in sites if site.kind != "linear"]
+        found += [
+            f"{name} at {site.name}, which is no linear layer"
+            for name in ("velora_config", "monteclora_config")
+            for site in sites
+            if getattr(self.config, name) is not None and site.kind != "linear"
+        ]
         if self.config.has_kasa:
             found += too_large(sites, [self.config.rank(site) for site in sites])
         if grouped and self.config.packing.fixed:

@@ -16,6 +16,8 @@ from veneer.inits.eva import EvaConfig
 from veneer.inits.lora_ga import LoraGAConfig
 from veneer.methods.lora_parts.blocks import BdLoraConfig
 from veneer.methods.lora_parts.kasa import KasaConfig
+from veneer.methods.lora_parts.monteclora import MontecloraConfig
+from veneer.methods.lora_parts.velora import VeloraConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +37,8 @@ class LoraSettings(LinearMethod):
             "lora_ga_config",
             "fan_in_fan_out",
             "lora_bias",
+            "velora_config",
+            "monteclora_config",
         }
         | {"target_parameters", "ensure_weight_tying"}
     )
@@ -61,17 +65,15 @@ class LoraSettings(LinearMethod):
     use_qalora: bool = False
     qalora_group_size: int = 16
     kasa_config: KasaConfig | Mapping[str, object] | None = None
+    velora_config: VeloraConfig | Mapping[str, object] | None = None
+    monteclora_config: MontecloraConfig | Mapping[str, object] | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, kind in _FROM_DATA.values():
+        for name, kind in (*_FROM_DATA.values(), *_PARTS.items()):
             given = getattr(self, name)
             if isinstance(given, Mapping):  # as files hold it
                 object.__setattr__(self, name, kind.from_dict(given))
-        if isinstance(self.use_bdlora, Mapping):
-            object.__setattr__(self, "use_bdlora", BdLoraConfig.from_dict(self.use_bdlora))
-        if isinstance(self.kasa_config, Mapping):
-            object.__setattr__(self, "kasa_config", KasaConfig.from_dict(self.kasa_config))
 
     def problems(self) -> list[str]:
         found = super().problems() + self._problems_of_sizes()
@@ -91,7 +93,8 @@ class LoraSettings(LinearMethod):
         if self.ensure_weight_tying is True:
             found += self._problems_of_ties()
         found += _problems_of_rows(self.trainable_token_indices) + self._problems_of_parameters()
-        return found + self._problems_of_invocation() + self._problems_of_small_factors()
+        found += self._problems_of_invocation() + self._problems_of_small_factors()
+        return found + self._problems_of_training_passes()
 
     def _problems_of_small_factors(self) -> list[str]:
         """Factors in blocks, of pooled inputs, or with a diagonal between them are drawn, and no variant but rsLoRA
@@ -108,6 +111,23 @@ class LoraSettings(LinearMethod):
         return found + [
             f"{name}={value!r} does not go with {on}: leave it out" for name, value in given.items() if value
         ]
+
+    def _problems_of_training_passes(self) -> list[str]:
+        """What changes A, or its gradient, in training goes with plain factors alone, as in PEFT."""
+        on, *others = [*(name for name in _IN_TRAINING if getattr(self, name) is not None), ""]
+        whole = {name: getattr(self, name) for name in (*_NOT_IN_SMALL, "use_qalora")}
+        parts = {name: getattr(self, name) for name in ("use_bdlora", "kasa_config", *filter(None, others))}
+        given = [(name, value) for name, value in whole.items() if value]
+        given += [(name, value) for name, value in parts.items() if value is not None]
+        found = [f"{name}={value!r} does not go with {on}: leave it out" for name, value in given if on]
+        velora = self.velora_config  # a mapping as files hold it, or the settings
+        init_type = velora.get("init_type") if isinstance(velora, Mapping) else getattr(velora, "init_type", None)
+        if init_type == "batch_average_once" and not self.inference_mode:
+            found.append(
+                "velora_config.init_type='batch_average_once' keeps the mean of a first batch, which is not supported "
+                "in training: give 'batch_average' or 'random'"
+            )
+        return found
 
     def _problems_of_invocation(self) -> list[str]:
         """An adapter that acts from its tokens on has nothing that acts on whole sequences."""
@@ -212,6 +232,13 @@ _FROM_DATA: Mapping[str, tuple[str, type[EvaConfig | CordaConfig | LoraGAConfig]
     "lora_ga": ("lora_ga_config", LoraGAConfig),
 }
 """The field and the settings of each start that needs a pass over data."""
+_PARTS: Mapping[str, type[BdLoraConfig | KasaConfig | VeloraConfig | MontecloraConfig]] = {
+    "use_bdlora": BdLoraConfig,
+    "kasa_config": KasaConfig,
+    "velora_config": VeloraConfig,
+    "monteclora_config": MontecloraConfig,
+}
+_IN_TRAINING = ("velora_config", "monteclora_config")
 _NOT_IN_SMALL = ("use_dora", "lora_bias", "target_parameters", "ensure_weight_tying", "alora_invocation_tokens")
 _ON_WHOLE_SEQUENCES = (
     "use_dora", "lora_bias", "target_parameters", "trainable_token_indices", "modules_to_save", "ensure_weight_tying",

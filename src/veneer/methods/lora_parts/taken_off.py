@@ -12,6 +12,8 @@ from veneer.contract import Params
 from veneer.contract.packing import Packing
 from veneer.methods.lora_parts.settings import LoraSettings
 
+_STARTS = ("lora_A_start", "lora_B_start")
+
 
 def joined(params: Params) -> tuple[Tensor, Tensor]:
     """Return A and B. If the start is subtracted they are ``[A; A₀]`` and ``[B, -B₀]``, with product ``B A
@@ -45,7 +47,7 @@ def packing_of(config: LoraSettings) -> Packing:
             "rank_pattern": {key: 2 * r for key, r in config.rank_pattern.items()},
             "alpha_pattern": {key: grow * alpha for key, alpha in config.alpha_pattern.items()},
         },
-        fixed=("lora_A_start", "lora_B_start"),
+        fixed=_STARTS,
     )
 
 
@@ -55,7 +57,7 @@ class TakenOff(Packing):
 
     def pack(self, params: Params) -> dict[str, Tensor]:
         a, b = joined(params)
-        rest = {name: value for name, value in params.items() if name not in self.fixed}
+        rest = {name: value for name, value in params.items() if name not in _STARTS}
         return {**rest, "lora_A": a, "lora_B": b}
 
     def unpack(self, packed: Params) -> dict[str, Tensor]:

@@ -1,0 +1,143 @@
+"""MonteCLoRA: in training A has noise, the mean of n samples by weights that are drawn too (Sengupta et al. 2024,
+arXiv:2411.04358, section 4).
+
+A becomes ``A + s (Σₖ wₖ Zₖ diag(σ))ᵀ``, Zₖ (i, r) of standard normal numbers. ``σ² = exp(2 v) u`` with the diagonal u
+of a Wishart matrix, and w is a softmax of normal numbers around log α, ``α = exp(p)``. v and p are trained with A and
+B. Outside of training there is no noise: the update is LoRA's.
+
+Departs: each pass draws its numbers from torch's generator. PEFT holds ``buffer_size`` draws at each layer. The terms
+of the loss have draws of their own, of the same distribution.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from veneer.contract.parameters import Params, Shapes
+from veneer.core.field_types import check, settings_of
+from veneer.core.sites import LinearSite
+
+STD, WEIGHTS = "monteclora_std", "monteclora_weights"
+HELD = ("monteclora_variance", "monteclora_drawn_weights")  # of a last pass: kept for PEFT, and never read
+DISK_NAMES = {
+    STD: "lora_monteclora_sampler.std_prior",
+    WEIGHTS: "lora_monteclora_sampler.expert_weights_prior",
+    HELD[0]: "lora_monteclora_sampler.gaussian_var_prior",
+    HELD[1]: "lora_monteclora_sampler.expert_weights",
+}
+_Z, _U, _Y = "monteclora_z", "monteclora_u", "monteclora_y"
+_LEAST_VARIANCE, _LEAST = 1e-3, 1e-6  # PEFT's
+
+
+@dataclass(frozen=True)
+class MontecloraConfig:
+    """Settings of MonteCLoRA, in PEFT's fields.
+
+    ``num_samples`` is n, ``sample_scaler`` the scale s of the noise. ``kl_loss_weight`` weighs the divergences from the
+    priors, of which ``dirichlet_prior`` is one. ``use_entropy`` adds the squares of w. ``buffer_size`` is kept for PEFT
+    and changes nothing.
+    """
+
+    num_samples: int = 8
+    use_entropy: bool = False
+    dirichlet_prior: float = 0.1
+    sample_scaler: float = 1e-4
+    kl_loss_weight: float = 1e-5
+    buffer_size: int = 150
+
+    def __post_init__(self) -> None:
+        check(self, self._problems)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, object]) -> MontecloraConfig:
+        """Return the settings from a file's fields. Raises ConfigError for unknown ones."""
+        return settings_of(cls, values)
+
+    def _problems(self) -> list[str]:
+        counts = {"num_samples": self.num_samples, "buffer_size": self.buffer_size}
+        found = [f"{name}={n!r} must be a whole number of at least 1" for name, n in counts.items() if n < 1]
+        if self.dirichlet_prior <= 0:
+            found.append(f"dirichlet_prior={self.dirichlet_prior!r} must be above 0")
+        return found
+
+    def shapes(self, r: int) -> Shapes:
+        """Return the shapes of the parameters at a site beside A and B of rank r."""
+        n = self.num_samples
+        return {STD: (r,), WEIGHTS: (n,), HELD[0]: (r, r), HELD[1]: (n,)}
+
+    def init(self, r: int, generator: torch.Generator | None) -> dict[str, Tensor]:
+        """Return initial values: v and p uniform in [0, 1)."""
+        n = self.num_samples
+        start = {STD: torch.rand(r, generator=generator), WEIGHTS: torch.rand(n, generator=generator)}
+        return {**start, HELD[0]: torch.eye(r), HELD[1]: torch.full((n,), 1 / n)}
+
+    def drawn(self, site: LinearSite, r: int, generator: torch.Generator | None) -> dict[str, Tensor]:
+        """Return the random numbers of one pass at a site."""
+        z = torch.randn(self.num_samples, site.in_features, r, generator=generator)
+        return {_Z: z, **self._drawn_around(r, generator)}
+
+    def perturbed(self, params: Params) -> dict[str, Tensor]:
+        """Return the parameters of a site with noise on A, if random numbers are among them."""
+        if _Z not in params:
+            return dict(params)
+        z = torch.einsum("k,kij->ij", self._weights(params), params[_Z].to(params[WEIGHTS].dtype))
+        noise = self.sample_scaler * z * self._variances(params).sqrt()
+        return {**params, "lora_A": params["lora_A"] + noise.T}
+
+    def penalty(self, params: Params) -> Tensor:
+        """Return what a site adds to the loss, a number: divergences and squares of w."""
+        params = {**params, **self._drawn_around(len(params[STD]), None)}
+        found: Tensor = self.kl_loss_weight * self._divergence(params)
+        return found + self._weights(params).square().sum() if self.use_entropy else found
+
+    def _drawn_around(self, r: int, generator: torch.Generator | None) -> dict[str, Tensor]:
+        """The diagonal of a Wishart matrix of r degrees of freedom, and what w is made of."""
+        return {
+            _U: torch.randn(r, r, generator=generator).square().sum(1),
+            _Y: torch.randn(self.num_samples, generator=generator),
+        }
+
+    def _variances(self, params: Params) -> Float[Tensor, " r"]:
+        v = params[STD]
+        return ((2 * v).exp() * params[_U].to(v.device, v.dtype)).clamp_min(_LEAST_VARIANCE)
+
+    def _weights(self, params: Params) -> Float[Tensor, " n"]:
+        """Softmax of normal numbers that approximate a Dirichlet distribution in the logarithm."""
+        p, n = params[WEIGHTS], self.num_samples
+        alpha = p.exp().clamp_min(_LEAST)
+        variance = (1 - 2 / n) / alpha + (1 / alpha).sum() / n**2
+        deviation = (variance.clamp_min(_LEAST) + _LEAST).sqrt()
+        mean = alpha.log() - alpha.log().mean()
+        return (mean + deviation * params[_Y].to(p.device, p.dtype)).softmax(-1)
+
+    def _divergence(self, params: Params) -> Tensor:
+        """Divergences of the weights, of the variances, and of the noise from their priors, as PEFT has them."""
+        alpha, v, variance = params[WEIGHTS].exp(), params[STD], self._variances(params)
+        prior, r = torch.full_like(alpha, self.dirichlet_prior), len(v)
+        of_weights = torch.lgamma(alpha.sum()) - torch.lgamma(prior.sum())
+        of_weights = of_weights + (torch.lgamma(alpha) - torch.lgamma(prior)).sum()
+        of_weights = of_weights + ((alpha - prior) * (torch.digamma(alpha) - torch.digamma(alpha.sum()))).sum()
+        of_variances = 0.5 * (r * ((2 * v).exp() - 2 * v).sum() - r**2)
+        of_noise = 0.5 * self.num_samples * ((variance - variance.log()).sum() - r)
+        return of_weights + of_variances + of_noise
+
+
+@dataclass(frozen=True)
+class MontecloraTraining:
+    """MonteCLoRA's part in a run: what it adds to the loss, the mean over layers."""
+
+    config: MontecloraConfig
+
+    def fields_for(self, n_steps: int) -> Mapping[str, object]:
+        return {}
+
+    def penalty(self, layers: Sequence[Params]) -> Tensor | None:
+        return torch.stack([self.config.penalty(params) for params in layers]).mean() if layers else None
+
+    def schedule(self, layers: Mapping[str, Params]) -> None:
+        return None
