@@ -66,7 +66,7 @@ DEPARTURES = (
     Departure(
         "unknown keys in `adapter_config.json`",
         "each is an error that names the nearest one: a key that is not understood changes the adapter's meaning",
-        says=r"FormatError: .*adapter_config\.json: (unknown key|peft_type=None)",
+        says=r"FormatError: .*adapter_config\.json: (\d+ problems\s+)?(unknown key|peft_type=None)",
     ),
     Departure(
         "several adapters with trained biases",

@@ -74,7 +74,8 @@ def main() -> None:
     """Print the page."""
     print(f"# PEFT {peft.__version__} beside veneer\n")
     print(INTRODUCTION)
-    for what, ignored in {"Loading": adapter_source.AS_IT_IS, "Saving": saving.AS_IT_IS}.items():
+    ignored_by = {"Attaching": ["mixed"], "Loading": adapter_source.AS_IT_IS, "Saving": saving.AS_IT_IS}
+    for what, ignored in ignored_by.items():
         print(f"- {what}: {', '.join(f'`{argument}`' for argument in ignored)}.")
     print(f"\n{NOTES}")
     for title, found in {"Functions": functions(), "The adapted model": methods()}.items():
