@@ -189,11 +189,20 @@ def translate() -> None:
     wrapped.set_adapter = activate  # of one layer in PEFT; tests set those of all layers in turn
     wrapped.r = property(Ranks)
     wrapped.get_delta_weight = change_of_weight
+    translated.named_parameters = named_as_in_peft
     translated.prefix = "adapters."  # what the names of an adapter's parameters have in common
     translated.supports_lora_conversion = has_lora
     translated.prepare_model_for_gradient_checkpointing = lambda self, model: model  # nothing is left to do there
     for method in all_methods().values():
         method.peft_type = Word(method.peft_type)
+
+
+def named_as_in_peft(model: Any, *arguments: Any, **named: Any) -> Iterator[tuple[str, Any]]:
+    """The parameters by their names, with PEFT's word for copies of modules that adapters train whole."""
+    from torch import nn
+
+    for name, parameter in nn.Module.named_parameters(model, *arguments, **named):
+        yield name.replace(".copies.", ".modules_to_save."), parameter
 
 
 class Ranks(Mapping[str, int]):
