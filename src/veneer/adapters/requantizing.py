@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,6 +21,8 @@ from veneer.model.linear import AdaptedSite, wide
 from veneer.model.parameters import AdaptedParameters
 from veneer.model.quant_linear import QuantLinear
 from veneer.model.state import AdapterState
+
+IN_16_BITS = "Without requantize=True the result is 16-bit and loses next to nothing"
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,13 +44,38 @@ def survival(
     path: str, before: Float[Tensor, "*e o i"], wanted: Float[Tensor, "*e o i"], after: Float[Tensor, "*e o i"]
 ) -> Survival:
     """Return the share of the update ``wanted - before`` in ``after - before``. A zero update survives whole."""
-    update, change = wanted - before, after - before
-    square, dot = update.square().sum(), (update * change).sum()
-    if square == 0:
-        return Survival(path, 0.0, 1.0, 1.0)
-    length = change.norm()
-    share = float(dot / (square.sqrt() * length)) if length > 0 else 0.0
-    return Survival(path, float(square.sqrt() / before.norm()), share, float(dot / square))
+    sums = SurvivalSums()
+    sums.add(before, wanted, after)
+    return sums.survival(path)
+
+
+@dataclass(slots=True)
+class SurvivalSums:
+    """Sums over the values of a weight that comes in parts: squares of the weight, of the update and of the change, and
+    the product of the last two.
+    """
+
+    weight: float = 0.0
+    update: float = 0.0
+    change: float = 0.0
+    dot: float = 0.0
+
+    def add(
+        self, before: Float[Tensor, "*e o i"], wanted: Float[Tensor, "*e o i"], after: Float[Tensor, "*e o i"]
+    ) -> None:
+        """Add a part of the weight."""
+        update, change = wanted - before, after - before
+        self.weight += float(before.square().sum())
+        self.update += float(update.square().sum())
+        self.change += float(change.square().sum())
+        self.dot += float((update * change).sum())
+
+    def survival(self, path: str) -> Survival:
+        """Return what survives of the update of the whole weight."""
+        if self.update == 0:
+            return Survival(path, 0.0, 1.0, 1.0)
+        share = self.dot / math.sqrt(self.update * self.change) if self.change > 0 else 0.0
+        return Survival(path, math.sqrt(self.update / self.weight), share, self.dot / self.update)
 
 
 @torch.no_grad()
@@ -73,8 +101,8 @@ def merge_requantized(
     return [found for _, found in made.values()]
 
 
-def describe(report: Sequence[Survival]) -> str:
-    """Return the report as text: the median, the worst, and advice."""
+def describe(report: Sequence[Survival], advice: str = IN_16_BITS) -> str:
+    """Return the report as text: the median, the worst, and ``advice`` if little is left."""
     middle = statistics.median(s.share for s in report)
     worst = min(report, key=lambda s: s.share)
     size = statistics.median(s.relative_size for s in report)
@@ -83,9 +111,7 @@ def describe(report: Sequence[Survival]) -> str:
         f"{middle:.0%} of it survives (median cosine between the update and the change), "
         f"{worst.share:.0%} in {worst.path}"
     )
-    if middle < 0.9:
-        text += ". Without requantize=True the result is 16-bit and loses next to nothing"
-    return text
+    return f"{text}. {advice}" if middle < 0.9 else text
 
 
 def _new_codes(model: nn.Module, names: tuple[str, ...]) -> dict[str, tuple[dict[str, Tensor], Survival]]:

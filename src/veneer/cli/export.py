@@ -7,6 +7,7 @@ from typing import Any
 import typer
 
 from veneer.adapters.chosen import split_one
+from veneer.adapters.requantizing import describe
 from veneer.cli.facts import print_facts
 from veneer.cli.gguf_plan import print_plan, tell_notes
 from veneer.cli.loading import load
@@ -23,6 +24,8 @@ from veneer.export.gguf.modelfile import MODELFILE, export_ollama
 from veneer.export.gguf.summary import summary
 from veneer.store.bars import quiet
 from veneer.store.gguf.writer import parts_of
+
+BESIDE = "To keep all of it, leave the adapter beside its base: `veneer export lora` writes it for llama.cpp's --lora"
 
 
 def gguf(args: GgufArguments) -> None:
@@ -48,6 +51,8 @@ def gguf(args: GgufArguments) -> None:
     merged = f", {report.n_modules} modules changed by the adapter" if adapter else ""
     parts = f"{report.paths[0]} and {len(report.paths) - 1} more parts" if len(report.paths) > 1 else str(args.output)
     typer.echo(f"{parts}: {summary(report.plan.specs)}, {size(report.n_bytes)}{merged}")
+    if report.survival:
+        typer.echo(f"note: {describe(report.survival, BESIDE)}", err=True)
 
 
 def ollama(args: OllamaArguments) -> None:

@@ -110,6 +110,10 @@ class FoldedCheckpoint:
                     return
         yield from in_blocks(self.read(name))
 
+    def changes(self, name: str) -> bool:
+        """Return True if a tensor of ``specs`` belongs to a module that the adapter changes."""
+        return name in self._plan.owners
+
     def model_name(self, name: str) -> str | None:
         """Return the model's own name for a tensor of ``specs``; None if it is not a parameter."""
         return self._weights.model_name(name)

@@ -10,15 +10,18 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from veneer.adapters.requantizing import Survival
 from veneer.errors import NonFiniteError
 from veneer.export.folded import FoldedCheckpoint
 from veneer.export.gguf.metadata import name_of
 from veneer.export.gguf.mix import MixOptions, mix_of
 from veneer.export.gguf.plan import Plan, assembled_blocks, describe_checkpoint, family_of, plan_file
+from veneer.export.gguf.survival import FileSurvival
 from veneer.export.gguf.tokenizer import read_tokenizer
 from veneer.export.merged import floating_dtype
 from veneer.export.model_folder import local_folder, model_config
 from veneer.ops.ggml import FLOATS, quantize_ggml
+from veneer.store.gguf.blocks import described_file
 from veneer.store.gguf.importance import read_importance
 from veneer.store.gguf.writer import GgufFileWriter, TensorSpec
 
@@ -45,12 +48,16 @@ class GgufOptions:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GgufReport:
-    """Files written, their bytes, their plan, and the modules changed by the adapter."""
+    """Files written, their bytes, their plan, and the modules changed by the adapter.
+
+    ``survival`` tells what is left of its update in the tensors that lie in blocks in the base's file too.
+    """
 
     paths: tuple[Path, ...]
     n_bytes: int
     plan: Plan
     n_modules: int
+    survival: tuple[Survival, ...] = ()
 
 
 class GgufExport:
@@ -92,16 +99,29 @@ class GgufExport:
             max_part_bytes=self._options.max_part_bytes,
             overwrite=self._options.overwrite,
         )
+        held = described_file(self.folder)
+        compared = FileSurvival(held.path) if held else None
         with writer:
             for done, spec in enumerate(plan.specs):  # nothing here may hold on to a tensor while the next is made
-                writer.write(spec.name, encoded(spec, self._blocks(spec.name), self._weights_of(spec)))
+                pairs = coded_rows(spec, self._blocks(spec.name), self._weights_of(spec))
+                watch = compared if compared and self._is_changed(spec.name) and compared.takes(spec) else None
+                writer.write(spec.name, watch.watched(spec, pairs) if watch else (packed for _, packed in pairs))
                 on_progress(done + 1, len(plan.specs))
-        return GgufReport(paths=tuple(writer.paths), n_bytes=writer.nbytes, plan=plan, n_modules=self._source.n_modules)
+        return GgufReport(
+            paths=tuple(writer.paths),
+            n_bytes=writer.nbytes,
+            plan=plan,
+            n_modules=self._source.n_modules,
+            survival=compared.found() if compared else (),
+        )
 
     @property
     def adds_bos(self) -> bool:
         """True if the runtime starts every text with a BOS."""
         return any(pair.key == "tokenizer.ggml.add_bos_token" and pair.value for pair in self.plan.pairs)
+
+    def _is_changed(self, name: str) -> bool:
+        return any(self._source.changes(source.name) for source in self.plan.sources.get(name, ()))
 
     def _blocks(self, name: str) -> Iterator[Tensor]:
         """A tensor of the file, rows after rows."""
@@ -136,8 +156,15 @@ def export_gguf(
     return GgufExport(base, adapter, options).write(output, on_progress)
 
 
-def encoded(spec: TensorSpec, blocks: Iterable[Tensor], importance: Tensor | None = None) -> Iterator[Tensor]:
-    """Yield the bytes of a tensor in its type, in pieces of whole rows.
+def encoded(spec: TensorSpec, blocks: Iterable[Tensor]) -> Iterator[Tensor]:
+    """Yield the bytes of a tensor in its type, in pieces of whole rows, as `coded_rows` makes them."""
+    return (packed for _, packed in coded_rows(spec, blocks))
+
+
+def coded_rows(
+    spec: TensorSpec, blocks: Iterable[Tensor], importance: Tensor | None = None
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield rows (k, columns) of a tensor and their bytes in its type.
 
     The tensor comes in blocks of rows (k, columns) or of experts (k, rows, columns), or is a vector. ``importance`` is
     (experts, columns).
@@ -151,7 +178,7 @@ def encoded(spec: TensorSpec, blocks: Iterable[Tensor], importance: Tensor | Non
                 weights = None if importance is None else importance[expert].contiguous()
                 expert += block.ndim == 3
                 for piece in torch.split(rows, max(1, PIECE_VALUES // columns)):
-                    yield quantize_ggml(piece, spec.kind, weights)
+                    yield piece, quantize_ggml(piece, spec.kind, weights)
                     first += len(piece)
     except NonFiniteError as error:
         raise NonFiniteError(f"tensor {spec.name}, from its row {first} on: {error}") from error

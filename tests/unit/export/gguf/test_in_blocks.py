@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
 
 from veneer import LLM, SamplingParams
 from veneer.adapters.auto import AutoPeftModelForCausalLM, make_room_for
 from veneer.adapters.loftq import replace_lora_weights_loftq
 from veneer.adapters.peft_model import get_peft_model
+from veneer.cli.app import app
 from veneer.errors import ConfigError, FormatError
 from veneer.export.gguf.mix import MixOptions
 from veneer.export.gguf.model import GgufOptions, export_gguf
@@ -29,6 +32,7 @@ from veneer.model.coded_embedding import CodedEmbedding
 from veneer.model.coded_stack import CodedStack
 from veneer.model.fused.decoder import fuse, unfuse
 from veneer.model.packed_linear import unpack
+from veneer.ops.ggml import quantize_ggml
 from veneer.ops.packed_codes import PackedCodes
 from veneer.store.checkpoint import Checkpoint
 from veneer.store.gguf.blocks import described_file, why_not_in_blocks
@@ -326,3 +330,39 @@ def test_shapes_that_do_not_fit_are_refused(mixed: Path, tmp_path: Path) -> None
         FormatError, match=r"gate_proj\.weight is \(768, 256\), and blk\.0\.ffn_gate\.weight \(512, 256\)"
     ):
         load_model(other)
+
+
+def test_a_file_made_of_a_file_and_an_adapter_tells_what_is_left_of_the_update(mixed: Path, tmp_path: Path) -> None:
+    """Blocks are read by gguf's own decoder; they are those of the exact sum, quantized afresh."""
+    torch.manual_seed(5)
+    config = LoraConfig(r=3, lora_alpha=7, target_modules=["q_proj", "down_proj"])
+    adapted = get_peft_model(load_model(mixed, dtype="float32"), config)
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_B" in name:
+                parameter.add_(torch.randn_like(parameter) * 0.02)
+    adapted.save_pretrained(tmp_path / "adapter")
+    layers = adapted_layers(adapted).items()
+    exact = {path: layer.folded_weight(("default",), torch.float32)[0].detach() for path, layer in layers}
+    options = GgufOptions(type="Q4_K_M", dtype="float32")
+    report = export_gguf(mixed, tmp_path / "y.gguf", options, adapter=tmp_path / "adapter")
+    before, after = ({t.name: t for t in gguf.GGUFReader(path).tensors} for path in (mixed, tmp_path / "y.gguf"))
+    told = {found.path: found for found in report.survival}
+    assert told.keys() == {f"blk.{n}.{leaf}.weight" for n in range(2) for leaf in ("attn_q", "ffn_down")}
+    for n in range(2):
+        wanted = exact[f"model.layers.{n}.mlp.down_proj"]
+        name = f"blk.{n}.ffn_down.weight"
+        first, last = (torch.tensor(gguf.quants.dequantize(t[name].data, t[name].tensor_type)) for t in (before, after))
+        afresh = quantize_ggml(wanted, after[name].tensor_type.name).numpy()
+        assert np.array_equal(after[name].data.reshape(-1), afresh.reshape(-1))
+        update, change = (wanted - first).double(), (last - first).double()
+        cosine = float((update * change).sum() / (update.norm() * change.norm()))
+        assert 0 < told[name].share < 1
+        assert told[name].share == pytest.approx(cosine, rel=1e-4)
+        assert told[name].gain == pytest.approx(cosine * float(change.norm() / update.norm()), rel=1e-4)
+        assert told[name].relative_size == pytest.approx(float(update.norm() / first.double().norm()), rel=1e-4)
+    order = ("export", "gguf", mixed, "-a", tmp_path / "adapter", "-o", tmp_path / "z.gguf", "-t", "Q4_K_M")
+    shown = CliRunner().invoke(app, [str(each) for each in order])
+    assert "re-quantized 4 layers after merging an update of" in shown.stderr
+    assert "veneer export lora" in shown.stderr
+    assert export_gguf(mixed, tmp_path / "z.gguf", replace(options, overwrite=True)).survival == ()
