@@ -160,7 +160,8 @@ class AdamssConfig(LinearMethod):
         order = (params if _ORDER in params else self.derived(site, params))[_ORDER]
         v, clusters = params[_V], range(self.n_clusters(site))
         a = torch.cat([params[_a(k)] for k in clusters]) @ v
-        b = torch.block_diag(*(params[_b(k)] for k in clusters))[order.to(v.device)]  # type: ignore[no-untyped-call]
+        diagonal: Tensor = torch.block_diag(*(params[_b(k)] for k in clusters))  # type: ignore[no-untyped-call]
+        b = diagonal.index_select(0, order.to(v.device))
         record = LinearDelta.pair(a[:, : site.in_features], b)
         if v.shape[1] == site.in_features:
             return record

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from veneer.contract import MethodConfig, Params
+from veneer.contract import MethodConfig, Params, Shapes
 from veneer.core.autocast import without_autocast
 from veneer.core.sites import Site
 from veneer.errors import FormatError
@@ -31,13 +31,17 @@ class Allocation:
 
         ``start``: their initial values, if those of several sites were computed together.
         """
-        shapes, values = method.shapes(site), start
+        values = start
         if values is None:
             with without_autocast(device):
-                values = method.init(site) if self.values else {name: _empty(name, s) for name, s in shapes.items()}
+                values = method.init(site) if self.values else _empties(method.shapes(site))
         kept, whole = torch.promote_types(dtype, torch.float32) if self.widen else dtype, method.packing.whole
         made = {name: value.to(device, whole.get(name, kept)) for name, value in values.items()}
         return nn.ParameterDict({name: nn.Parameter(value, name not in whole) for name, value in made.items()})
+
+
+def _empties(shapes: Shapes) -> Params:
+    return {name: _empty(name, shape) for name, shape in shapes.items()}
 
 
 def _empty(name: str, shape: tuple[int, ...]) -> Tensor:
