@@ -118,7 +118,7 @@ class AdamssConfig(LinearMethod):
 
     def shapes(self, site: LinearSite) -> Shapes:
         stored = {name: tuple(shape) for name, shape in (self.stored or {}).get(site.name, {}).items()}
-        o, n, width = site.out_features, self.n_clusters(site), site.in_features + (site.bias is not None)
+        o, n, width = site.out_features, self.n_clusters(site), site.in_features + site.has_bias
         if _has_values(site):
             parts = self._parts(site)
             r, sizes = parts.v.shape[0], [(len(rows), rank) for rows, rank in zip(parts.rows, parts.ranks, strict=True)]
@@ -249,7 +249,7 @@ def _fit(stored: Mapping[str, tuple[int, ...]], site: LinearSite) -> bool:
         return False
     ranks = all(stored[_a(k)] == (stored[_b(k)][1], r) for k in range(n))
     rows = sum(stored[_b(k)][0] for k in range(n))
-    return ranks and rows == site.out_features and width - site.in_features in (0, 1)
+    return ranks and rows == site.out_features and width == site.in_features + site.has_bias
 
 
 def _a(k: int) -> str:
