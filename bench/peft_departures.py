@@ -16,9 +16,6 @@ class Departure:
     says: str = ""
 
 
-ABSENT = r"CartridgeConfig"
-"""Methods of PEFT's that veneer lacks, as a failure names them; they are not in the list."""
-
 LEFT_OUT = Departure(
     "methods left out: Shadow, X-LoRA, Megatron's layers",
     "Shadow is a network of its own; X-LoRA's needs two passes for each token, and Arrow mixes by token in one",

@@ -31,7 +31,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from peft_departures import ABSENT, DEPARTURES, departure_of
+from peft_departures import DEPARTURES, departure_of
 from report import ends_as_interrupted
 
 NEED_GPU = ("common_gpu", "gptqmodel", "gpu_examples", "stablediffusion", "torch_compile")  # or pipelines of images
@@ -386,11 +386,6 @@ def told(ends: Ends) -> Iterator[str]:
     if passed:
         low, high = interval(passed, n)
         yield f"outside the list {passed} of {n} pass: {passed / n:.1%} (of all tests {low:.1%} to {high:.1%})"
-        failed = (text for name, (kind, text) in ends.items() if state_of(name, kind, text) == "failed")
-        lacking = sum(bool(re.search(ABSENT, text)) for text in failed)
-        low, high = interval(passed, n - lacking)
-        share = passed / (n - lacking)
-        yield f"{lacking} ask for methods that veneer lacks; of the others {share:.1%} pass ({low:.1%} to {high:.1%})"
 
 
 def state_of(name: str, kind: str, text: str) -> str:

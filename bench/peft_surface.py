@@ -30,7 +30,7 @@ CONFIGS = (*CONFIGS, "LNTuningConfig", "TrainableTokensConfig", "DeftConfig", "M
 CONFIGS = (*CONFIGS, "AdaptionPromptConfig", "CPTConfig")
 CONFIGS = (*CONFIGS, "FrodConfig", "OSFConfig", "PeanutConfig", "TinyLoraConfig", "UniLoraConfig", "WaveFTConfig")
 CONFIGS = (*CONFIGS, "PolyConfig", "LilyConfig", "SupertuningConfig", "AdamssConfig", "PveraConfig")
-CONFIGS = (*CONFIGS, "GloraConfig")
+CONFIGS = (*CONFIGS, "GloraConfig", "CartridgeConfig")
 CALLS = ("get_peft_model", "inject_adapter_in_model", "get_peft_model_state_dict", "set_peft_model_state_dict")
 CALLS = (*CALLS, "prepare_model_for_kbit_training", "get_layer_status", "get_model_status")
 METHODS = (
@@ -111,7 +111,7 @@ def listed(rows: Iterable[Row]) -> list[str]:
 def read_back(config: str) -> str:
     """Return True if veneer reads the file that PEFT writes for a config with its defaults."""
     given = {"total_step": 100} if config == "AdaLoraConfig" else {}
-    given |= {"num_virtual_tokens": 3} if "Pr" in config and "Adaption" not in config else {}
+    given |= {"num_virtual_tokens": 3} if ("Pr" in config and "Adaption" not in config) or "Cart" in config else {}
     given |= {"task_type": "CAUSAL_LM"} if config == "CPTConfig" else {}
     given |= {"adapter_len": 3, "adapter_layers": 2} if config == "AdaptionPromptConfig" else {}
     given |= {"token_indices": [3]} if config == "TrainableTokensConfig" else {}

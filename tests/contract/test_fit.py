@@ -62,7 +62,7 @@ def test_of_every_linear_method(base: str, config: MethodConfig, tmp_path: Path)
 def test_of_every_other_method(base: str, other: MethodConfig, tmp_path: Path) -> None:
     """What stands in front of the input is the same for any depth."""
     saved(make_base(base), other, tmp_path)
-    has_depth = other.virtual_tokens == 0 or other.peft_type == "PREFIX_TUNING"
+    has_depth = other.virtual_tokens == 0 or other.peft_type in ("PREFIX_TUNING", "CARTRIDGE")
     has_depth = has_depth and other.peft_type != "TRAINABLE_TOKENS"
     assert_the_law(base, tmp_path, has_depth=has_depth)
 

@@ -1,4 +1,4 @@
-"""Prefixes initialised from text: the keys and values that the base model computes for it.
+"""Prefixes and cartridges initialised from text: the keys and values that the base model computes for it.
 
 The prefix then acts as if the text preceded the input. Source: Li & Liang 2021, arXiv:2101.00190, section 7.4.
 """
@@ -74,15 +74,18 @@ def initialize_kv_prefix_from_past_key_values(
         k, v = (part[0, :, :n].transpose(0, 1) for part in (layer.keys, layer.values))
         records.append(PrefixDelta(k=k, v=v))
     flat = flatten_prefix(records)
-    (parameter,) = holder.adapters[name].parameters()
-    parameter.copy_(flat)
+    values = holder.unpacked(name, config.stored(holder.site, {"prompt_embeddings": flat}))
+    for key, (_, tensor) in holder.live_tensors(name, CHILD).items():
+        tensor.copy_(values[key])
     return flat
 
 
 def _prefix(model: nn.Module, name: str) -> tuple[PrefixAdapters, PrefixMethod]:
     holder = getattr(model, CHILD, None)
     if holder is None or not holder.holds(name):
-        raise ConfigError(f"{name!r} is no prefix adapter of this model: attach one with PrefixTuningConfig first")
+        raise ConfigError(
+            f"{name!r} is no prefix adapter of this model: attach one with PrefixTuningConfig or CartridgeConfig first"
+        )
     config = cast(PrefixMethod, holder.method(name))
     if holder.site[0].cross:
         raise ConfigError(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -61,6 +61,10 @@ class PrefixAdapters(VirtualTokens):
     def keys_and_values(self, name: str, run: Callable[[Tensor], KeysAndValues]) -> KeysAndValues:
         dtype, records = self.dtype, zip(self.layers, self.records(name), strict=True)
         return {layer: (record.k.to(dtype), record.v.to(dtype)) for layer, record in records}
+
+    def unpacked(self, name: str, written: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        keys, params = self.disk_keys(name), self.method(name).packing.unpack(written)
+        return {keys[own]: value for own, value in params.items() if own in keys}
 
     def records(self, name: str) -> tuple[PrefixDelta, ...]:
         """Return the records of adapter ``name``, layer by layer."""
@@ -141,6 +145,8 @@ def put_prefix_on(snapshot: Snapshot, name: str, state: AdapterState, plan: Plan
     config = plan.config.for_sites((holder.site,), Known())
     state.configs[name] = config
     held = allocation.parameters(config, holder.site, model.device, model.dtype)
+    for key in config.packing.fixed:  # a buffer, as in a layer
+        held.register_buffer(key, held.pop(key).detach())
     holder.hold(name, held, placed(config, holder.site).keys)
 
 
