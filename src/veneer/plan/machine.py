@@ -30,8 +30,10 @@ from veneer.ops.adamw import BLOCK_SIZE, AdamWStep, Moment8bit, adamw_8bit_
 from veneer.ops.attention import AttentionOptions, attention_backward, attention_forward
 from veneer.ops.dispatch import kernel_isa
 from veneer.ops.four_bit import FourBitLayout, dequantize_4bit, quantize_4bit
+from veneer.ops.scaled import ScaledCodes, decode_scaled
 from veneer.plan.overhead import byte_seconds, op_seconds, watched_seconds
 from veneer.plan.work import Product, Work
+from veneer.quant.blocks import TILE_VALUES
 
 LARGEST = 4096
 """Products are measured with sides up to this; larger ones run at the same rate."""
@@ -113,11 +115,12 @@ class Rates:
         general = work.n_general * self.op(general=True) if work.n_general else 0.0
         watched = work.n_watched * self.watched() if work.n_watched else 0.0
         updated_8bit = work.updated_8bit * self.updated_8bit() if work.updated_8bit else 0.0
+        tiles = work.decoded_tiles * self.decoded_tiles() if work.decoded_tiles else 0.0
         on_disk = {"waiting on disk": work.on_disk * self.on_disk()} if work.on_disk else {}
         return on_disk | {
             "products": sum(self.product(product) * n for product, n in work.products.items()),
             "attention": work.attention * self.attention() + torch_attention,
-            "decoding": work.decoded * self.decoded(),
+            "decoding": work.decoded * self.decoded() + tiles,
             "calls": fused + general + watched,
             "updates": work.updated * self.large_op_byte() + updated_8bit,
         }
@@ -134,6 +137,10 @@ class Rates:
     def decoded(self) -> float:
         """Return the seconds to decode one value of 4 bits."""
         return self._once("decoded", _decoded_seconds)
+
+    def decoded_tiles(self) -> float:
+        """Return the seconds to decode one value of a tile of blocks, and to cast it to 16 bits."""
+        return self._once("decoded in tiles", _decoded_tiles_seconds)
 
     def updated_8bit(self) -> float:
         """Return the seconds a value that AdamW with 8-bit moments updates."""
@@ -250,6 +257,14 @@ def _decoded_seconds() -> float:
     packed, absmax = quantize_4bit(w, "nf4")
     layout = FourBitLayout((1024, 1024), "nf4", 64, torch.bfloat16)
     return _timed(lambda: dequantize_4bit(packed, absmax, layout)) / w.numel()
+
+
+def _decoded_tiles_seconds() -> float:
+    o, i, group = TILE_VALUES // 1024, 1024, 64
+    codes = torch.arange(o * i // 2, dtype=torch.int32).to(torch.uint8).view(o, -1)
+    scales = torch.full((o, i // group), 0.01, dtype=torch.float16)
+    weight = ScaledCodes(codes, scales, i, group, bits=4)
+    return _timed(lambda: decode_scaled(weight, slice(0, o)).to(torch.bfloat16)) / (o * i)
 
 
 def _updated_8bit_seconds() -> float:

@@ -66,7 +66,8 @@ class Work:
 
     Attention is in FLOPs, by the kernel and, for each length of a row, by torch. ``moved`` and ``updated`` are bytes.
     ``updated`` are those of the optimizer, whose tensors are large if the whole model is trained: they go at the rate
-    of memory. ``updated_8bit`` is in values. ``on_disk`` is bytes that wait in a file from the forward pass to the
+    of memory. ``updated_8bit`` is in values. So are ``decoded``, by a kernel that writes what a product reads, and
+    ``decoded_tiles``, in float32 and then cast. ``on_disk`` is bytes that wait in a file from the forward pass to the
     backward pass. ``n_ops`` counts the ops of torch's dispatcher, and ``n_watched`` those that selective checkpointing
     intercepts. ``n_general`` counts those of the model's own code, not of a fused block.
     """
@@ -75,6 +76,7 @@ class Work:
     attention: float = 0.0
     torch_attention: Counter[int] = field(default_factory=Counter)
     decoded: float = 0.0
+    decoded_tiles: float = 0.0
     moved: float = 0.0
     updated: float = 0.0
     updated_8bit: float = 0.0
@@ -90,6 +92,7 @@ class Work:
             self.attention + times * other.attention,
             _plus(self.torch_attention, other.torch_attention, times),
             self.decoded + times * other.decoded,
+            self.decoded_tiles + times * other.decoded_tiles,
             self.moved + times * other.moved,
             self.updated + times * other.updated,
             self.updated_8bit + times * other.updated_8bit,
@@ -121,6 +124,7 @@ class CountWork(SilentMode):  # type: ignore[no-untyped-call]
         super().__init__()  # type: ignore[no-untyped-call]
         self.passes, self.update, self.on = [Work()], Work(), False
         self._now = self.passes[0]
+        self._tile = 0
         self.watched, self.updating, self.general = False, False, False
         self.general_outside, self.general_blocks = False, dict[str, bool]()
 
@@ -169,10 +173,11 @@ class CountWork(SilentMode):  # type: ignore[no-untyped-call]
             # The rate of decoding has the writing of its output in it, which was counted where that was made.
             itemsize = 4 if dtype == DTYPES[torch.float32] else 2
             self._moves(-KERNEL_TOUCHES * n * itemsize)
-        elif name == "ggml_decode":
-            self._now.decoded += arguments[3] * arguments[4]
-        elif name == "scaled_decode":
-            self._now.decoded += arguments[1] * arguments[2]
+        elif name in ("ggml_decode", "scaled_decode"):
+            n = arguments[3] * arguments[4] if name == "ggml_decode" else arguments[1] * arguments[2]
+            self._now.decoded_tiles += n
+            self._tile = n  # of the cast that follows: the rate of tiles has it and the writing in it
+            self._moves(-KERNEL_TOUCHES * 4 * n)
         elif name == "adamw_8bit":
             self._now.updated_8bit += arguments[4]
         elif name in ("attention_forward", "attention_backward"):
@@ -206,6 +211,8 @@ class CountWork(SilentMode):  # type: ignore[no-untyped-call]
             self._now.torch_attention[t] += (10 if "backward" in name else 4) * b * h * t * t * d / 2
         elif name.startswith(("empty", "new_empty")):
             self._moves(KERNEL_TOUCHES * _bytes(out))
+        elif name == "_to_copy" and args[0].numel() == self._tile:
+            self._tile = 0
         elif name == "embedding":
             self._moves(2 * _bytes(out))  # of the table it reads the rows that it writes
         elif name not in _SILENT:
