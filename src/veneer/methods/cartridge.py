@@ -42,7 +42,7 @@ class CartridgeConfig(PrefixMethod):
 
     def problems(self) -> list[str]:
         found = super().problems()
-        if not 0 <= self.num_frozen_tokens < max(1, self.num_virtual_tokens):
+        if not 0 <= self.num_frozen_tokens < (self.num_virtual_tokens or 1):
             found.append(
                 f"num_frozen_tokens={self.num_frozen_tokens!r} must be at least 0 and below "
                 f"num_virtual_tokens={self.num_virtual_tokens!r}: some token must be trained"
