@@ -79,6 +79,8 @@ METHODS = {
     "waveft": Method("WaveFTConfig", {"n_frequency": 1000}, None),
     "hira": Method("HiraConfig", {"r": 16}, None),
     "peanut": Method("PeanutConfig", {"r": 16}, None),
+    "velora": Method("LoraConfig", {"r": 16, "velora_config": {}}, None),
+    "monteclora": Method("LoraConfig", {"r": 16, "monteclora_config": {"buffer_size": 2}}, None),
     "glora": Method("GloraConfig", {"r": 8}, None),
     "lily": Method("LilyConfig", {"r": 16}, None),
 }
