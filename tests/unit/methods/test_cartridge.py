@@ -96,6 +96,30 @@ def test_gradient_checkpointing_changes_nothing():
     near(found[1], found[0])
 
 
+def test_cartridges_are_joined_as_in_peft(tmp_path):
+    for name, n in (("a", 3), ("b", 4)):
+        config = CartridgeConfig(task_type="CAUSAL_LM", num_virtual_tokens=n, num_frozen_tokens=n - 2)
+        get_peft_model(base(), config).save_pretrained(tmp_path / name)
+    both = [tmp_path / "a", tmp_path / "b"]
+    veneer.compose_cartridge_adapters(both, output_path=tmp_path / "ours")
+    peft.compose_cartridge_adapters(both, output_path=tmp_path / "peft")
+    ours, theirs = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("ours", "peft"))
+    assert torch.equal(ours["prompt_embeddings"], theirs["prompt_embeddings"])
+    config = CartridgeConfig.from_pretrained(tmp_path / "ours")
+    assert config == CartridgeConfig.from_pretrained(tmp_path / "peft")
+    assert (config.num_virtual_tokens, config.num_frozen_tokens) == (7, 1)
+    lora = get_peft_model(base(), veneer.LoraConfig(target_modules=["q_proj"]))
+    lora.save_pretrained(tmp_path / "lora")
+    with pytest.raises(ConfigError, match="lora is no cartridge, but LORA: leave it out"):
+        veneer.compose_cartridge_adapters([*both, tmp_path / "lora"], output_path=tmp_path / "out")
+    with pytest.raises(ConfigError, match="adapter_paths names 1 cartridges: give at least two"):
+        veneer.compose_cartridge_adapters(both[:1], output_path=tmp_path / "out")
+    fields = (tmp_path / "b" / "adapter_config.json").read_text().replace('"num_layers": 2', '"num_layers": 3')
+    (tmp_path / "b" / "adapter_config.json").write_text(fields)
+    with pytest.raises(ConfigError, match="the cartridges differ in num_layers: give those of one base"):
+        veneer.compose_cartridge_adapters(both, output_path=tmp_path / "out")
+
+
 def test_what_it_refuses():
     with pytest.raises(ConfigError, match=r"num_frozen_tokens=5 must be at least 0 and below num_virtual_tokens=5"):
         CartridgeConfig(**FIELDS, num_frozen_tokens=5)

@@ -1,0 +1,54 @@
+"""Cartridges joined to one: the tokens of each stand behind those of the one before (Eyuboglu et al. 2025,
+arXiv:2506.06266).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from veneer.contract.config import config_in
+from veneer.contract.file import CONFIG_FILE, WEIGHTS_FILE
+from veneer.contract.source import adapter_folder
+from veneer.disk.atomic import write_together
+from veneer.disk.safetensors import tensors_to_bytes
+from veneer.errors import ConfigError, listed
+from veneer.methods.cartridge import STORED, CartridgeConfig
+from veneer.store.adapter.files import read_tensors
+
+_OF_BASE = ("task_type", "token_dim", "num_layers", "num_attention_heads", "num_transformer_submodules")
+
+
+def compose_cartridge_adapters(
+    adapter_paths: Sequence[str | os.PathLike[str]], *, output_path: str | os.PathLike[str]
+) -> None:
+    """Write a cartridge with the tokens of several, in their order. The first one's settings are kept.
+
+    ``adapter_paths`` are folders or hub ids. Raises ConfigError, with every problem, if there are fewer than two, if
+    one is no cartridge, or if their bases differ in shape.
+    """
+    folders = [adapter_folder(path) for path in adapter_paths]
+    configs = [config_in(folder) for folder in folders]
+    cartridges = [config for config in configs if isinstance(config, CartridgeConfig)]
+    problems = [
+        f"{folder} is no cartridge, but {config.peft_type}: leave it out"
+        for folder, config in zip(folders, configs, strict=True)
+        if not isinstance(config, CartridgeConfig)
+    ]
+    if len(folders) < 2:
+        problems.append(f"adapter_paths names {len(folders)} cartridges: give at least two")
+    problems += [
+        f"the cartridges differ in {name}: give those of one base"
+        for name in _OF_BASE
+        if len({getattr(config, name) for config in cartridges}) > 1
+    ]
+    if problems:
+        raise ConfigError(listed(problems))
+    tokens = torch.cat([read_tensors(folder)[STORED] for folder in folders])
+    whole = replace(cartridges[0], num_virtual_tokens=len(tokens))
+    files = {WEIGHTS_FILE: tensors_to_bytes({STORED: tokens}), CONFIG_FILE: whole.to_json().encode()}
+    write_together(Path(output_path), files)
