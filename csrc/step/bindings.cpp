@@ -42,6 +42,15 @@ Pairs pairs_at(const int64_t* numbers, const int64_t* end, int64_t start = 0) {
   return {at(0), {numbers + 7, end}, numbers[1] != 0, numbers[1] == 3, Activation(numbers[4]), at(2), at(3), at(5), at(6)};
 }
 
+// Of each term its role, kind, four sizes, and addresses of values and index.
+constexpr int term_numbers = 8;
+std::vector<TermAt> terms_at(const int64_t* numbers, const int64_t* end, int64_t start) {
+  std::vector<TermAt> found;
+  for (const int64_t* t = numbers; t < end; t += term_numbers)
+    found.push_back({Role(t[0]), TermKind(t[1]), {t[2], t[3], t[4], t[5]}, place(t[6], start), place(t[7], start)});
+  return found;
+}
+
 // The instructions of a program, and the memory that a pass through them takes. One pass at a time.
 class StepProgram {
  public:
@@ -92,7 +101,8 @@ class StepProgram {
   void add_activation(int activation, int64_t d, int source, int target) { add<ActivationInstruction>(Activation(activation), d, source, target); }
 
   // What versions change at products, as one of them does whose block is at `start`: of each change its instruction, pairs, and of
-  // each layer the addresses of in_scale, out_scale and bias in float, bias, panels of a weight of its own, and pairs.
+  // each layer the addresses of in_scale, out_scale and bias in float, bias, panels of a weight of its own, how many terms there
+  // are, terms and pairs.
   void add_layout(size_t layout, int64_t start, const std::vector<std::tuple<size_t, Numbers, std::vector<Numbers>>>& changes) {
     auto made = std::make_unique<BlockLayout>();
     made->changes.resize(instructions_.size());
@@ -101,7 +111,8 @@ class StepProgram {
       change->pairs = pairs_at(pairs.data(), pairs.data() + pairs.size(), start);
       for (const Numbers& l : layers) {
         const auto at = [&](int i) { return place(l[i], start); };
-        change->layers.push_back({at(0), at(1), at(2), at(3), at(4), pairs_at(l.data() + 5, l.data() + l.size(), start)});
+        const int64_t *terms = l.data() + 6, *pairs = terms + term_numbers * l[5];
+        change->layers.push_back({at(0), at(1), at(2), at(3), at(4), terms_at(terms, pairs, start), pairs_at(pairs, l.data() + l.size(), start)});
       }
       made->changes.at(instruction) = std::move(change);
     }

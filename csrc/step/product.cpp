@@ -29,6 +29,12 @@ void scale_rows(const Pass& pass, const Rows& z, int64_t n, int64_t d, const flo
 
 }  // namespace
 
+void TermAt::apply(const Pass& pass, const char* block, int64_t n, const Rows& x, const Rows& y) const {
+  const Term term{kind, {sizes[0], sizes[1], sizes[2], sizes[3]}, values.in<float>(block), index.in<int32_t>(block)};
+  void* scratch = pass.scratch.at_least(terms_kernels().scratch_bytes(term));
+  terms_kernels().apply({term, n, pass.dtype, x, y, role == Role::add, scratch});
+}
+
 // Of each layer what it reads and what it writes. `onto`: what is added before the rounding, without data nothing is.
 // `joint`: the outputs lie side by side and all layers read the same.
 struct ProductInstruction::Operands {
@@ -130,17 +136,22 @@ void ProductInstruction::run_mixed(const Pass& pass, Operands at) const {
 
 void ProductInstruction::lay_input(const Pass& pass, char* memory, size_t i, Operands& at) const {
   const Rows x = pass.registers[source_], own{memory, layers_[i].weight.i};
-  std::vector<const float*> scales;
-  bool scaled = false;
-  for (const VersionRun& run : at.apart) {
+  const auto mapped = [&](const VersionRun& run) -> const LayerChange* {
     const LayerChange* change = change_of(pass, run.version, i);
-    scales.push_back(change == nullptr ? nullptr : change->in_scale.in<float>(pass.blocks[run.version].data));
-    scaled = scaled || scales.back() != nullptr;
-  }
-  if (!scaled) return;
+    return change == nullptr || !change->maps_input() ? nullptr : change;
+  };
+  bool any = false;
+  for (const VersionRun& run : at.apart) any = any || mapped(run) != nullptr;
+  if (!any) return;
   copy_rows(pass, x, own, 0, pass.n, own.stride);
-  for (size_t r = 0; r < scales.size(); ++r)
-    scale_rows(pass, pass.from_row(own, at.apart[r].start), at.apart[r].stop - at.apart[r].start, own.stride, scales[r], nullptr);
+  for (const VersionRun& run : at.apart) {
+    const LayerChange* change = mapped(run);
+    if (change == nullptr) continue;
+    const char* block = pass.blocks[run.version].data;
+    const Rows rows = pass.from_row(own, run.start);
+    scale_rows(pass, rows, run.stop - run.start, own.stride, change->in_scale.in<float>(block), nullptr);
+    change->apply(Role::input, pass, block, run.stop - run.start, rows, rows);
+  }
   at.x[i] = own;
   at.joint = false;
 }
@@ -171,6 +182,8 @@ void ProductInstruction::change_rows(const Pass& pass, const Operands& at, const
       segment.add(own.pairs, block, 0, n);
       add_pairs(pass, segment, x, layers_[i].weight.i, &y, {heights_[i]});
     }
+    own.apply(Role::add, pass, block, n, x, y);
+    own.apply(Role::output, pass, block, n, y, y);
     const std::vector<float>& base = layers_[i].wide_bias;
     const float* bias = own.wide_bias.at != 0 ? own.wide_bias.in<float>(block) : base.empty() ? nullptr : base.data();
     scale_rows(pass, y, n, heights_[i], own.out_scale.in<float>(block), bias);

@@ -12,6 +12,7 @@
 #include "glu/glu.h"
 #include "paged_attention/paged_attention.h"
 #include "pairs/pairs.h"
+#include "terms/terms.h"
 
 namespace veneer {
 
@@ -219,12 +220,34 @@ using Bottlenecks = OfVersions<Bottleneck>;
 // Changes the rows of versions that have a bottleneck: y (n, d), and x what the half read.
 void change_halves(const Pass& pass, const Bottlenecks& bottlenecks, int64_t d, const Rows& x, const Rows& y);
 
+// A term of versions, in front of a layer, behind it or beside its weight.
+enum class Role : int { input = 0, output = 1, add = 2 };
+struct TermAt {
+  Role role;
+  TermKind kind;
+  int64_t sizes[4];
+  Place values, index;
+
+  void apply(const Pass& pass, const char* block, int64_t n, const Rows& x, const Rows& y) const;
+};
+
 // The change that versions make at one layer.
 struct LayerChange {
   Place in_scale, out_scale, wide_bias;
   Place bias;   // instead of the layer's, of the rows' dtype, for `whole`
   Place whole;  // panels instead of the layer's own
-  Pairs pairs;  // that read the scaled input
+  std::vector<TermAt> terms;
+  Pairs pairs;  // that read the mapped input
+
+  bool maps_input() const {
+    for (const TermAt& term : terms)
+      if (term.role == Role::input) return true;
+    return in_scale.at != 0;
+  }
+  void apply(Role role, const Pass& pass, const char* block, int64_t n, const Rows& x, const Rows& y) const {
+    for (const TermAt& term : terms)
+      if (term.role == role) term.apply(pass, block, n, x, y);
+  }
 };
 
 // The changes that versions make at the layers of a product. `pairs` are at all of them at once.

@@ -23,6 +23,7 @@ from veneer.contract.targets import FamilyTargets
 from veneer.core.records import LinearDelta
 from veneer.core.sites import LinearSite
 from veneer.core.terms.change import Change
+from veneer.core.terms.form import Form
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,6 +53,10 @@ class Circulant(Change):
 
     def matmul_t(self, dy: Tensor) -> Tensor:
         return self._product(dy, self._spectrum().transpose(0, 1))
+
+    def form(self) -> Form:
+        m, n, b = self.kernel.shape
+        return Form("circulant", (m, n, b), self.kernel * self.scale)
 
     def _spectrum(self) -> Tensor:
         spectrum: Tensor = torch.fft.rfft(self.kernel.to(self.dtype))

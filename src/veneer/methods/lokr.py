@@ -18,6 +18,7 @@ from veneer.contract import Params, Shapes
 from veneer.contract.lycoris import LycorisMethod, behind_core, window_of
 from veneer.core.sites import LinearSite
 from veneer.core.terms.change import Change
+from veneer.core.terms.form import Form
 from veneer.inits.uniform import kaiming_uniform
 
 MATRIX_UNIT = 24  # times as many multiplications it does in a second, by measurement
@@ -52,6 +53,9 @@ class Kronecker(Change):
 
     def matmul_t(self, dy: Tensor) -> Tensor:
         return Kronecker(w1=self.w1.T, w2=self.w2.T).matmul(dy)
+
+    def form(self) -> Form:
+        return Form("kronecker", (*self.w1.shape, *self.w2.shape), self.w1, self.w2)
 
 
 class _Made(torch.autograd.Function):

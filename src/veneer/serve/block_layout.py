@@ -23,6 +23,7 @@ from veneer.ops.cpu.step import LayerChange
 from veneer.ops.linear.layer import NOTHING
 from veneer.ops.packed import PackedWeight
 from veneer.ops.pairs import Middle, PackedPairs
+from veneer.ops.terms import LayerTerms, PackedTerm
 from veneer.serve.form import form_of, name_of, of_form
 from veneer.serve.held import bytes_of, mapped
 from veneer.serve.products import Own
@@ -182,7 +183,7 @@ def _record(*values: Any) -> LinearDelta:
 _KINDS: dict[str, Callable[..., object]] = {
     **{
         name_of(kind): _maker(kind)
-        for kind in (GroupChange, Own, Scale, PackedPairs, LayerChange, PackedWeight, Middle)
+        for kind in (GroupChange, Own, Scale, PackedPairs, LayerChange, PackedWeight, Middle, LayerTerms, PackedTerm)
     },
     name_of(LinearDelta): _record,
 }

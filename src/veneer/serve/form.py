@@ -52,4 +52,4 @@ def name_of(kind: type) -> str:
 
 
 _SEQUENCES: dict[str, Callable[[list[Any]], object]] = {name_of(list): list, name_of(tuple): tuple}
-_DTYPES = {str(dtype): dtype for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64)}
+_DTYPES = {str(dtype): dtype for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int32)}

@@ -15,6 +15,7 @@ from veneer.ops.dispatch import kernel_isa
 from veneer.ops.grouped_low_rank import AdapterRuns
 from veneer.ops.packed import ROWS
 from veneer.ops.pairs import Factor, Segments
+from veneer.ops.terms import LayerTerms
 from veneer.serve.block import Block, Blocks
 from veneer.serve.block_layout import GroupChange
 from veneer.serve.bottleneck import Bottleneck
@@ -109,7 +110,7 @@ class Interpreter:
     def fits(self, block: Block) -> bool:
         """Return True if a block has changes for the groups of layers of this program."""
         return len(block.layout.changes) == len(self._linears) and all(
-            change is None or linears.fits(change.own)
+            change is None or _fits(linears, change, block)
             for linears, change in zip(self._linears, block.layout.changes, strict=True)
         )
 
@@ -203,3 +204,15 @@ class Interpreter:
             case Add():
                 return Added(instruction)
         raise TypeError(f"no such instruction: {instruction}")
+
+
+def _fits(linears: Linears, bare: GroupChange, block: Block) -> bool:
+    """Return True if changes fit layers. Places in sparse terms are values, which a damaged file may have wrong."""
+    if not bare.own.terms and not any(_step_terms(bare)):
+        return linears.fits(bare.own)
+    change = block.change(linears.number)
+    return change is not None and linears.fits(change.own) and linears.takes(_step_terms(change) or change.own.terms)
+
+
+def _step_terms(change: GroupChange) -> list[LayerTerms | None]:
+    return [layer.terms for layer in change.step or ()]

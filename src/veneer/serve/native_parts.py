@@ -80,6 +80,7 @@ def _changes(own: Own, dtype: torch.dtype) -> Iterator[LayerChange | None]:
             own_bias=bias if whole is not None else None,
             whole=whole,
             pair=own.apart[i] if own.apart else None,
+            terms=own.terms[i] if own.terms else None,
         )
 
 

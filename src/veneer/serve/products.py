@@ -6,7 +6,7 @@ Rows of several versions are computed together. If a version replaces a weight, 
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import NamedTuple, Protocol, cast
@@ -28,6 +28,7 @@ from veneer.ops.linear.layer import NOTHING, LinearLayer, Weight
 from veneer.ops.linear.op import forward
 from veneer.ops.packed import PackedWeight, over_rows
 from veneer.ops.pairs import PackedPairs, Pair, PairsPacker, Segment, Segments, add_pairs
+from veneer.ops.terms import LayerTerms, apply_term
 from veneer.quant.dense import DenseWeight
 from veneer.serve.effects import Effects
 
@@ -50,19 +51,21 @@ class Packing:
 class Own:
     """Changes of one version at a group of layers: its records, and the ``whole`` weights that replace the layers'.
 
-    ``pairs`` are the low-rank parts of all layers packed together. If a layer scales its input, ``apart`` has those of
-    each layer instead. Packed parts are removed from the records.
+    ``pairs`` are the low-rank parts of all layers packed together. If a layer maps its input, ``apart`` has those of
+    each layer instead. ``terms`` are others of each layer; empty if there are none. Packed parts are removed from the
+    records.
     """
 
     records: tuple[LinearDelta, ...]
     whole: Mapping[int, Tensor | PackedWeight]
     pairs: PackedPairs | None = None
     apart: tuple[PackedPairs | None, ...] = ()
+    terms: tuple[LayerTerms | None, ...] = ()
 
     @property
     def only_adds(self) -> bool:
         """True if it does nothing but add low-rank parts to the layers' outputs."""
-        return not self.whole and not self.apart and all(record is NOTHING for record in self.records)
+        return not (self.whole or self.apart or self.terms) and all(record is NOTHING for record in self.records)
 
 
 class Owns(Protocol):
@@ -110,7 +113,15 @@ class Linears:
         if self.group is None or len(own.records) != len(self.paths):
             return False
         sizes, pairs = tuple(weight.shape[0] for weight in self.weights), own.pairs
-        return pairs is None or (pairs.out_features, pairs.in_features) == (sizes, self.weights[0].shape[1])
+        if pairs is not None and (pairs.out_features, pairs.in_features) != (sizes, self.weights[0].shape[1]):
+            return False
+        return not own.terms or self.takes(own.terms)
+
+    def takes(self, terms: Sequence[LayerTerms | None]) -> bool:
+        """Return True if packed terms are of the layers' number and sizes, and sound."""
+        return len(terms) == len(self.weights) and all(
+            each is None or each.fits(*weight.shape) for each, weight in zip(terms, self.weights, strict=True)
+        )
 
     def own(self, version: str) -> Own | None:
         """Return the changes of a version here; None if there are none."""
@@ -174,9 +185,15 @@ class Linears:
         return list(torch.split(y, group.heights, dim=1))
 
     def _by_records(self, x: Tensor, owns: Sequence[Own | None], runs: AdapterRuns, group: PackedGroup) -> list[Tensor]:
-        """The layers with records that scale, or have biases, or share their factors, or weights in their place."""
+        """The layers with records that scale, or have biases or terms, or share their factors, or weights in their
+        place.
+        """
         layers = [self._layer(i, owns, runs) for i in range(len(self.paths))]
         inputs = [mapped_input(x, layer) for layer in layers]
+        for i, rows, terms in _terms(owns, runs):
+            if terms.input is not None:
+                inputs[i] = inputs[i].clone() if inputs[i] is x else inputs[i]
+                apply_term(terms.input, inputs[i][rows], inputs[i][rows], add=False)
         ys = [part.matmul(own) for part, own in zip(group.parts, inputs, strict=True)]
         add_pairs(x, self._segments(owns, runs), ys)
         for place, start, stop in runs.runs:
@@ -185,6 +202,11 @@ class Linears:
                 self._add_apart(own, slice(start, stop), inputs, ys)
         for y, own_x, layer in zip(ys, inputs, layers, strict=True):
             add_changes(y, own_x, layer)
+        for i, rows, terms in _terms(owns, runs):
+            for term in terms.adds:
+                apply_term(term, inputs[i][rows], ys[i][rows], add=True)
+            if terms.output is not None:
+                apply_term(terms.output, ys[i][rows], ys[i][rows], add=False)
         ys = [finished(y, layer) for y, layer in zip(ys, layers, strict=True)]
         self._put_whole(ys, x, owns, runs)
         return ys
@@ -221,7 +243,14 @@ class Linears:
         """With its low-rank parts packed."""
         pairs = [_pair(record) for record in own.records]
         whole = {i: self._packed_weight(cast(Tensor, w)) for i, w in own.whole.items()}
-        left = replace(own, records=tuple(_without_pair(record) for record in own.records), whole=whole)
+        taken = [LayerTerms.taken(_without_pair(record)) for record in own.records]
+        terms = tuple(each for each, _ in taken)
+        left = replace(
+            own,
+            records=tuple(NOTHING if record.changes_nothing else record for _, record in taken),
+            whole=whole,
+            terms=terms if any(terms) else (),
+        )
         if not any(pairs):
             return left
         sizes = [weight.shape[0] for weight in self.weights]
@@ -285,6 +314,15 @@ def _place(x: Tensor) -> tuple[object, ...]:
 def _without_pair(record: LinearDelta) -> LinearDelta:
     left = record.without_pair()
     return NOTHING if left.changes_nothing else left
+
+
+def _terms(owns: Sequence[Own | None], runs: AdapterRuns) -> Iterator[tuple[int, slice, LayerTerms]]:
+    """Yield the number of each layer with packed terms, the rows that take them, and the terms."""
+    for place, start, stop in runs.runs:
+        own = owns[place]
+        for i, terms in enumerate(() if own is None else own.terms):
+            if terms is not None:
+                yield i, slice(start, stop), terms
 
 
 def _segments(owns: Sequence[Own | None], runs: AdapterRuns) -> list[Segment]:

@@ -16,6 +16,7 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 from veneer import (
     AdaLoraConfig,
     BottleneckConfig,
+    C3AConfig,
     FourierFTConfig,
     HRAConfig,
     IA3Config,
@@ -28,6 +29,7 @@ from veneer import (
     PrefixTuningConfig,
     PromptEncoderConfig,
     PromptTuningConfig,
+    ShiraConfig,
     VeraConfig,
     get_peft_model,
 )
@@ -77,6 +79,8 @@ METHODS: dict[str, Callable[[], Any]] = {
     "hra": lambda: HRAConfig(r=4, target_modules=["v_proj", "up_proj"]),
     "oft": lambda: OFTConfig(oft_block_size=4, target_modules=["q_proj", "o_proj", "down_proj"]),
     "lokr": lambda: LoKrConfig(r=2, alpha=5, target_modules=["v_proj", "gate_proj"]),
+    "shira": lambda: ShiraConfig(r=3, target_modules=["k_proj", "down_proj"]),
+    "c3a": lambda: C3AConfig(block_size=4, target_modules=["q_proj", "up_proj"]),
     "fourierft": lambda: FourierFTConfig(n_frequency=40, target_modules=["q_proj", "down_proj"]),
     "bottleneck": lambda: BottleneckConfig(reduction_factor=5),
     "prefix": lambda: PrefixTuningConfig(num_virtual_tokens=3),

@@ -37,7 +37,8 @@ from .conftest import make_model, save_adapter
 from .test_program import LEFT
 
 CPU, BLOCK = torch.device("cpu"), 16
-ALONE = ("lora", "dora", "ia3", "lora_bias", "adalora", "vera", "bottleneck", "saved", "head")
+TERMS = ("oft", "lokr", "shira", "c3a")
+ALONE = ("lora", "dora", "ia3", "lora_bias", "adalora", "vera", "bottleneck", "saved", "head", *TERMS)
 
 
 @pytest.fixture(params=kernels().isas())

@@ -18,12 +18,16 @@ from veneer import (
     GloraConfig,
     HiraConfig,
     LilyConfig,
+    LoKrConfig,
     LoRARequest,
     MissConfig,
+    OFTConfig,
     PeftModel,
     PolyConfig,
     RoadConfig,
     SamplingParams,
+    ShiraConfig,
+    SupertuningConfig,
 )
 from veneer.errors import CompositionError
 
@@ -37,6 +41,10 @@ ADAPTERS: dict[str, Any] = {
     "change that reads the weight": HiraConfig(r=9, target_modules=["embed_tokens", "v_proj", "down_proj"]),
     "pair and change that read the weight": GloraConfig(r=9, target_modules=["q_proj", "v_proj", "down_proj"]),
     "prefix with frozen tokens": CartridgeConfig(num_virtual_tokens=4, num_frozen_tokens=1, task_type="CAUSAL_LM"),
+    "sparse change": ShiraConfig(r=3, target_modules=["q_proj", "down_proj"]),
+    "Kronecker product and pair": LoKrConfig(r=2, target_modules=["v_proj", "gate_proj"]),
+    "sparse change and pair": SupertuningConfig(r=2, target_modules=["q_proj", "up_proj"]),
+    "rotation of inputs": OFTConfig(oft_block_size=4, r=0, target_modules=["q_proj", "v_proj", "down_proj"]),
     "rotation and scale": BOFTConfig(target_modules=["q_proj", "down_proj"]),
     "rotation of outputs": RoadConfig(variant="road_4", group_size=4, target_modules=["q_proj", "gate_proj"]),
     "mixture by token": ArrowConfig(top_k=2, n_experts=3, r=5, target_modules=["q_proj", "down_proj"]),

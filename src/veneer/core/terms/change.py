@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from veneer.core.terms.form import Form
 from veneer.core.terms.term import Term
 
 
@@ -132,6 +133,10 @@ class Weighed(_Derived):
 
     def matmul_t(self, dy: Tensor) -> Tensor:
         return self.of.matmul_t(dy) * self.weight
+
+    def form(self) -> Form | None:
+        form = self.of.form()
+        return None if form is None else form.weighed(self.weight)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

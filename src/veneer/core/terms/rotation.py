@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from veneer.core.terms.form import Form
 from veneer.core.terms.term import Term
 
 
@@ -34,6 +35,10 @@ class Rotation(Term, ABC):
         tensors; otherwise None.
         """
         return None
+
+    def form(self) -> Form | None:
+        blocks = self.blocks_of_map()
+        return None if blocks is None else Form("blocks", (len(blocks), blocks.shape[-1]), blocks)
 
     @abstractmethod
     def transposed(self) -> Rotation:

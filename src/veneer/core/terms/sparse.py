@@ -9,6 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from veneer.core.terms.change import Change
+from veneer.core.terms.form import Form
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,6 +35,9 @@ class Sparse(Change):
         values = self.values if dtype is None else self.values.to(dtype)
         o, i = self.size
         return values.new_zeros(o * i).index_put_((self.places,), values).view(o, i)
+
+    def form(self) -> Form:
+        return Form("sparse", self.size, self.values, places=self.places)
 
 
 def place_problems(name: str, places: Int[Tensor, " n"], size: tuple[int, int], what: str) -> list[str]:

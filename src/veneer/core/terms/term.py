@@ -9,6 +9,8 @@ from typing import Any, Self, cast
 
 from torch import Tensor
 
+from veneer.core.terms.form import Form
+
 
 @dataclass(frozen=True, slots=True)
 class Term:
@@ -28,6 +30,10 @@ class Term:
         """Return the term with these in place of its `tensors`."""
         held = [name for name in field_names(cast(Hashable, type(self))) if isinstance(getattr(self, name), Tensor)]
         return cast(Self, replace(cast(Any, self), **dict(zip(held, tensors, strict=True))))
+
+    def form(self) -> Form | None:
+        """Return the term as kernels for single rows know it; None if they do not."""
+        return None
 
     @property
     def takes_dropout(self) -> bool:

@@ -24,6 +24,9 @@ from veneer.ops.packed import BLOCK, PackedWeight
 from veneer.ops.packed_codes import PackedCodes
 from veneer.ops.paged_attention import PagedRows, PagedStore
 from veneer.ops.pairs import PackedPairs
+from veneer.ops.terms import TERM_KINDS, LayerTerms, PackedTerm
+
+_ADD = 2  # role of a term that is added, behind those of the input and the output
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,9 +83,9 @@ class StepAttention:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerChange:
-    """Change that a version makes to one layer: scales and bias in float32, a replaced weight, a pair.
+    """Change that a version makes to one layer: scales and bias in float32, a replaced weight, a pair, terms.
 
-    ``whole`` replaces the weight. The pair reads the scaled input. ``own_bias`` is the bias in the rows' dtype.
+    ``whole`` replaces the weight. The pair reads the mapped input. ``own_bias`` is the bias in the rows' dtype.
     """
 
     in_scale: Tensor | None = None
@@ -91,6 +94,7 @@ class LayerChange:
     own_bias: Tensor | None = None
     whole: PackedWeight | None = None
     pair: PackedPairs | None = None
+    terms: LayerTerms | None = None
 
 
 class ProductChange(NamedTuple):
@@ -321,8 +325,23 @@ def _change(change: LayerChange) -> list[int]:
         _at(change.bias),
         _at(change.own_bias),
         0 if whole is None else address(whole.panels),
+        *_terms(change.terms),
         *_pairs(change.pair),
     ]
+
+
+def _terms(terms: LayerTerms | None) -> list[int]:
+    """How many terms there are, and the numbers of each: role, kind, four sizes, addresses."""
+    if terms is None:
+        return [0]
+    maps = [(role, term) for role, term in enumerate((terms.input, terms.output)) if term is not None]
+    found = [*maps, *((_ADD, term) for term in terms.adds)]
+    return [len(found), *(number for role, term in found for number in _term(role, term))]
+
+
+def _term(role: int, term: PackedTerm) -> list[int]:
+    sizes = [*term.sizes, 0, 0, 0, 0][:4]
+    return [role, TERM_KINDS.index(term.kind), *sizes, address(term.values), _at(term.index)]
 
 
 def _pairs(pairs: PackedPairs | None) -> list[int]:

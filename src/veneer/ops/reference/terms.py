@@ -1,0 +1,33 @@
+"""Packed terms in plain torch, as matrices: the specification."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from veneer.ops.terms import PackedTerm
+
+
+def apply(term: PackedTerm, x: Tensor, y: Tensor, add: bool) -> None:
+    mapped = x.float() @ dense(term).T
+    y.copy_(y.float() + mapped if add else mapped)
+
+
+def dense(term: PackedTerm) -> Tensor:
+    """Return the matrix (o, i) in float32."""
+    sizes, values, index = term.sizes, term.values, term.index
+    if term.kind == "blocks":
+        return torch.block_diag(*values[..., : sizes[1]].mT)
+    if term.kind == "sparse" and index is not None:
+        o, i = sizes
+        starts, columns = index[: o + 1], index[o + 1 :]
+        rows = torch.repeat_interleave(torch.arange(o, device=values.device), (starts[1:] - starts[:-1]).long())
+        return values.new_zeros(o, i).index_put_((rows, columns.long()), values)
+    if term.kind == "kronecker":
+        o1, i1, o2, i2 = sizes
+        first = values[: o1 * i1].view(o1, i1)
+        second = values[o1 * i1 + -(o1 * i1) % 16 :].view(i2, -1)[:, :o2].T
+        return torch.kron(first, second.contiguous())
+    m, n, b = sizes
+    places = (torch.arange(b)[:, None] - torch.arange(b)) % b  # row p, column j: at p - j, counted backwards
+    return values[..., :b][..., places.to(values.device)].transpose(1, 2).reshape(m * b, n * b)

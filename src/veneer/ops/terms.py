@@ -1,0 +1,173 @@
+"""Terms of a record other than pairs and scales for rows that are served: linear maps of each row by itself.
+
+A row's result does not depend on the other rows. Products and sums are in float32, and a result is rounded once to the
+rows' dtype.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn import functional
+
+from veneer.core.records import LinearDelta
+from veneer.core.terms.form import Form
+from veneer.core.terms.rotation import Rotation
+from veneer.errors import ShapeError
+from veneer.ops.dispatch import implementation
+
+TERM_KINDS = ("blocks", "sparse", "kronecker", "circulant")
+"""In the order of csrc/terms."""
+PADDING = 16
+"""Rows of values are padded with zeros to a multiple of this."""
+
+
+@dataclass(frozen=True, slots=True)
+class PackedTerm:
+    """A `Form` as the kernels read it: float32 values padded as csrc/terms/terms.h says, and int32 places."""
+
+    kind: str
+    sizes: tuple[int, ...]
+    values: Tensor
+    index: Tensor | None = None
+
+    @classmethod
+    def pack(cls, form: Form) -> PackedTerm:
+        """Return the packed form."""
+        values, index = _PACKED[form.kind](form)
+        return cls(form.kind, form.sizes, values.contiguous(), index)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Shape (o, i)."""
+        sizes = self.sizes
+        if self.kind == "blocks":
+            return sizes[0] * sizes[1], sizes[0] * sizes[1]
+        if self.kind == "sparse":
+            return sizes[0], sizes[1]
+        if self.kind == "kronecker":
+            return sizes[0] * sizes[2], sizes[1] * sizes[3]
+        return sizes[0] * sizes[2], sizes[1] * sizes[2]
+
+    @property
+    def is_sound(self) -> bool:
+        """True if kernels stay within the memory of the values and places: of a file that may be damaged too."""
+        if self.kind not in _N_SIZES or len(self.sizes) != _N_SIZES[self.kind] or min(self.sizes) < 1:
+            return False
+        if self.kind == "sparse":
+            return self.index is not None and _is_within(self.index, len(self.values), *self.sizes)
+        return self.index is None and self.values.numel() == _LENGTHS[self.kind](*self.sizes)
+
+
+@dataclass(frozen=True, slots=True)
+class LayerTerms:
+    """Packed terms of a record: a map of the inputs, one of the outputs, and changes of the weight."""
+
+    input: PackedTerm | None = None
+    output: PackedTerm | None = None
+    adds: tuple[PackedTerm, ...] = ()
+
+    def fits(self, o: int, i: int) -> bool:
+        """Return True if all are sound and of the sizes of a layer (o, i)."""
+        maps = ((self.input, (i, i)), (self.output, (o, o)), *((term, (o, i)) for term in self.adds))
+        return all(term is None or (term.is_sound and term.shape == shape) for term, shape in maps)
+
+    @classmethod
+    def taken(cls, record: LinearDelta) -> tuple[LayerTerms | None, LinearDelta]:
+        """Return the packed terms of a record, None if there are none, and the record without them."""
+        input_term, output_term = _map_of(record.input), _map_of(record.output)
+        forms = [(term, term.form()) for term in record.changes]
+        adds = tuple(PackedTerm.pack(form) for _, form in forms if form is not None)
+        if input_term is None and output_term is None and not adds:
+            return None, record
+        pair = () if record.low_rank is None else (record.low_rank,)
+        left = replace(
+            record,
+            adds=(*pair, *(term for term, form in forms if form is None)),
+            input=None if input_term is not None else record.input,
+            output=None if output_term is not None else record.output,
+        )
+        return cls(input_term, output_term, adds), left
+
+
+def apply_term(
+    term: PackedTerm, x: Float[Tensor, "n i"], out: Float[Tensor, "n o"], *, add: bool, backend: str | None = None
+) -> None:
+    """Write ``M x`` into ``out``, or add it. If the term has blocks, out may be x.
+
+    Raises ShapeError if something does not fit.
+    """
+    if x.shape != (len(out), term.shape[1]) or out.shape[1] != term.shape[0] or x.dtype != out.dtype:
+        raise ShapeError(
+            f"a term of shape {term.shape} maps rows of {term.shape[1]} values to rows of {term.shape[0]} in the same "
+            f"dtype; given {tuple(x.shape)} {x.dtype} and {tuple(out.shape)} {out.dtype}"
+        )
+    if len(x):
+        implementation("terms.apply", x.device, backend)(term, x, out, add)
+
+
+def _map_of(term: object) -> PackedTerm | None:
+    form = term.form() if isinstance(term, Rotation) else None
+    return None if form is None else PackedTerm.pack(form)
+
+
+def _padded(x: Tensor) -> Tensor:
+    """Float32 values with zeros behind the last axis."""
+    x = x.detach().to(torch.float32)
+    return functional.pad(x, (0, -x.shape[-1] % PADDING))
+
+
+def _blocks(form: Form) -> tuple[Tensor, None]:
+    return _padded(form.values.mT), None
+
+
+def _sparse(form: Form) -> tuple[Tensor, Tensor]:
+    o, i = form.sizes
+    places, order = (form.values.new_empty(0) if form.places is None else form.places.detach()).sort()
+    starts = torch.searchsorted(places, torch.arange(0, (o + 1) * i, i, device=places.device))
+    return form.values.detach()[order].float(), torch.cat([starts, places % i]).to(torch.int32)
+
+
+def _kronecker(form: Form) -> tuple[Tensor, None]:
+    if form.second is None:
+        raise ShapeError("a Kronecker product has two factors; given one")
+    return torch.cat([_padded(form.values.reshape(-1)), _padded(form.second.T).reshape(-1)]), None
+
+
+def _circulant(form: Form) -> tuple[Tensor, None]:
+    b = form.sizes[2]
+    backwards = -torch.arange(2 * b, device=form.values.device) % b
+    return functional.pad(_padded(form.values[..., backwards]), (0, PADDING)), None  # a register may begin at any place
+
+
+_PACKED: dict[str, Callable[[Form], tuple[Tensor, Tensor | None]]] = {
+    "blocks": _blocks,
+    "sparse": _sparse,
+    "kronecker": _kronecker,
+    "circulant": _circulant,
+}
+
+
+def _is_within(index: Tensor, n_values: int, o: int, i: int) -> bool:
+    """Return True if starts of o rows rise from 0 to the number of values, and columns are within i."""
+    if len(index) != o + 1 + n_values:
+        return False
+    starts, columns = index[: o + 1], index[o + 1 :]
+    rising = int(starts[0]) == 0 and int(starts[-1]) == n_values and bool((starts.diff() >= 0).all())
+    return rising and bool(((columns >= 0) & (columns < i)).all())
+
+
+def _up(n: int) -> int:
+    return n + -n % PADDING
+
+
+_LENGTHS: dict[str, Callable[..., int]] = {
+    "blocks": lambda k, b: k * b * _up(b),
+    "kronecker": lambda o1, i1, o2, i2: _up(o1 * i1) + i2 * _up(o2),
+    "circulant": lambda m, n, b: m * n * (_up(2 * b) + PADDING),
+}
+_N_SIZES = {"blocks": 2, "sparse": 2, "kronecker": 4, "circulant": 3}
