@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from veneer.core.groups import block_diagonal
 from veneer.ops.terms import PackedTerm
 
 
@@ -17,7 +18,8 @@ def dense(term: PackedTerm) -> Tensor:
     """Return the matrix (o, i) in float32."""
     sizes, values, index = term.sizes, term.values, term.index
     if term.kind == "blocks":
-        return torch.block_diag(*values[..., : sizes[1]].mT)
+        k, b = sizes
+        return block_diagonal(values[..., :b].mT.reshape(k * b, b), k)
     if term.kind == "sparse" and index is not None:
         o, i = sizes
         starts, columns = index[: o + 1], index[o + 1 :]
