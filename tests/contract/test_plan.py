@@ -24,6 +24,7 @@ NEEDED: dict[str, dict[str, Any]] = {
     "multitask_prompt_tuning": {"num_virtual_tokens": 7, "num_tasks": 3, "num_ranks": 2},
     "p_tuning": {"num_virtual_tokens": 7, "encoder_hidden_size": 11},
     "adaption_prompt": {"adapter_len": 7, "adapter_layers": 1},
+    "cartridge": {"num_virtual_tokens": 7, "num_frozen_tokens": 2},
     "cpt": {"cpt_token_ids": [5, 61, 2], "cpt_tokens_type_mask": [1, 2, 4]},
     "adalora": {"total_step": 12},
     "trainable_tokens": {"token_indices": [3, 5]},

@@ -62,7 +62,7 @@ class SequenceMixture(Mixture):
     def rounded(self, dtype: torch.dtype) -> SequenceMixture:
         return replace(self, a=self.a.to(dtype), b=self.b.to(dtype))  # the router chooses, so it is not rounded
 
-    def on(self, rows: slice) -> SequenceMixture:
+    def on(self, rows: slice, n_before: int) -> SequenceMixture:
         return self if self.members is None else replace(self, members=self.members[rows])
 
 

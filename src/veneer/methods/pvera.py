@@ -3,8 +3,9 @@
 μ and ρ, of r numbers each, are the halves of ``d ⊙ A x``, and ε is standard normal noise. Outside of training the inner
 activations are their mean μ: a low-rank pair, as VeRA's is.
 
-Departs: noise follows from a key that each layer draws in each pass from torch's generator, so that the backward pass
-has it again. PEFT draws the noise itself.
+Departs: noise follows from a key that each layer draws in each pass from torch's generator, and from the place of a
+token among those of its adapter. The backward pass has it again, and the other adapters of a batch do not change it.
+PEFT draws the noise itself.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from veneer.ops.dropout import Mask, dropout
 from veneer.ops.traced import is_tracing
 
 _B, _D, _KEY = "pvera_lambda_b", "pvera_lambda_d", "key"
+_BLOCK = 64  # rows whose noise is drawn together, even if fewer are there: numbers depend on how many are drawn
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,7 +43,7 @@ class Sampled(Mixture):
     """Change whose inner activations are drawn: ``b_scale ⊙ B (μ + ε exp(ρ / 2))`` with ``(μ, ρ) = core ⊙ A x``.
 
     ``key`` (), of int64, gives the noise ε, and the mask of a dropout with probability ``p`` on x. ``first`` is the
-    place of x's first row in the pass.
+    place of x's first row among the rows of the adapter in the pass.
     """
 
     a: Float[Tensor, "2r i"]
@@ -65,8 +67,8 @@ class Sampled(Mixture):
     def rounded(self, dtype: torch.dtype) -> Sampled:
         return replace(self, a=self.a.to(dtype), b=self.b.to(dtype))  # the variance is an exponential: not rounded
 
-    def on(self, rows: slice) -> Sampled:
-        return replace(self, first=self.first + (rows.start or 0))
+    def on(self, rows: slice, n_before: int) -> Sampled:
+        return replace(self, first=self.first + n_before)
 
     def _dropped(self, x: Tensor) -> Tensor:
         if not self.p:
@@ -78,8 +80,13 @@ class Sampled(Mixture):
     def _noise(self, like: Tensor) -> Tensor:
         if is_tracing() or torch.compiler.is_compiling():  # a graph is not computed again from a key
             return torch.randn_like(like)
-        generator = torch.Generator().manual_seed(int(self.key) + self.first)
-        return torch.randn(like.shape, dtype=like.dtype, generator=generator, device="cpu").to(like.device)
+        n, r = like.shape[:-1].numel(), like.shape[-1]
+        begin, skipped = divmod(self.first, _BLOCK)
+        blocks = [
+            torch.randn(_BLOCK, r, dtype=like.dtype, generator=torch.Generator().manual_seed(int(self.key) + place))
+            for place in range(begin, (self.first + n) // _BLOCK + 1)
+        ]
+        return torch.cat(blocks)[skipped : skipped + n].to(like.device).view(like.shape)
 
 
 @dataclass(frozen=True, kw_only=True)

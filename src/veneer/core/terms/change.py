@@ -63,8 +63,11 @@ class Change(Term, ABC):
         narrow = self.with_tensors([x.to(dtype) if x.is_floating_point() else x for x in self.tensors])
         return narrow if narrow.dtype == dtype else self  # a transform stays in float32
 
-    def on(self, rows: slice) -> Change:
-        """Return the change as it acts on some tokens of a pass: the same for all, unless it depends on them."""
+    def on(self, rows: slice, n_before: int) -> Change:
+        """Return the change as it acts on some tokens of a pass: the same for all, unless it depends on them.
+
+        ``n_before``: how many tokens before them have the change.
+        """
         return self
 
     def look_up(self, index: Tensor, padding_idx: int | None = None) -> Float[Tensor, "*batch o"]:
@@ -111,8 +114,8 @@ class _Derived(Change, ABC):
     def rounded(self, dtype: torch.dtype) -> Self:
         return replace(self, of=self.of.rounded(dtype))
 
-    def on(self, rows: slice) -> Self:
-        return replace(self, of=self.of.on(rows))
+    def on(self, rows: slice, n_before: int) -> Self:
+        return replace(self, of=self.of.on(rows, n_before))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -7,7 +7,7 @@ backward pass computes the product again under autograd. So neither a matrix nor
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -27,10 +27,10 @@ Gradients = tuple[Tensor | None, ...]
 
 def add_changes(z: Float[Tensor, "n o"], x: Float[Tensor, "n i"], layer: LinearLayer) -> None:
     """Add ``ΔW x`` of each record's changes to the rows that take it, in place."""
-    for k, rows in layer.spans(len(x)):
+    for k, rows, n_before in _spans(layer, len(x)):
         for change in layer.records[k].changes:
             mask = _mask_of(change, layer, k)
-            own, own_x = _kept(change.on(rows), mask), _dropped(x, mask, rows)
+            own, own_x = _kept(change.on(rows, n_before), mask), _dropped(x, mask, rows)
             if _is_made(own, own_x, layer):
                 add_matmul(z[rows], own_x, own.dense(x.dtype).T)
             else:
@@ -59,11 +59,11 @@ def changes_backward(
     if input_grad:
         dx = add_transposed(dx, dz, read, layer.weight)
     found: list[list[Gradients]] = [[()] * len(record.changes) for record in layer.records]
-    for k, rows in layer.spans(len(x)):
+    for k, rows, n_before in _spans(layer, len(x)):
         own_dx = None if dx is None or not input_grad else dx[rows]
         for place, change in enumerate(layer.records[k].changes):
             mask = _mask_of(change, layer, k)
-            own, own_x = _kept(change.on(rows), mask), _dropped(x, mask, rows)
+            own, own_x = _kept(change.on(rows, n_before), mask), _dropped(x, mask, rows)
             into = own_dx if mask is None or own_dx is None else torch.zeros_like(own_dx)
             is_made, given = _is_made(own, own_x, layer), (dz[rows], own_x, into)
             gradients = _made_backward(own, *given) if is_made else _product_backward(own, *given, layer)
@@ -71,6 +71,14 @@ def changes_backward(
             if mask is not None and own_dx is not None and into is not None:
                 own_dx.add_(mask.drop(into, rows))
     return dx, found
+
+
+def _spans(layer: LinearLayer, n_rows: int) -> Iterator[tuple[int, slice, int]]:
+    """The runs of `LinearLayer.spans`, and how many rows before each one take its record."""
+    n_before = [0] * len(layer.records)
+    for k, rows in layer.spans(n_rows):
+        yield k, rows, n_before[k]
+        n_before[k] += rows.stop - rows.start
 
 
 def _mask_of(change: Change, layer: LinearLayer, k: int) -> Mask | None:
