@@ -120,7 +120,7 @@ def gptq(bits: int, group: int, layout: str, shuffled: bool) -> Stored:
 
     config = {"quant_method": "gptq", "bits": bits, "group_size": group, "desc_act": shuffled, "sym": False}
     config |= {"checkpoint_format": layout, "damp_percent": 0.1, "dynamic": {r"-:.*\.1\.self_attn\.k_proj": {}}}
-    return Stored(config, encode, ("lm_head", "1.self_attn.k_proj"))
+    return Stored(config, encode, ("lm_head", ".1.self_attn.k_proj"))
 
 
 def awq(group: int) -> Stored:

@@ -53,7 +53,7 @@ def whole(stored: Stored) -> Stored:
     left_out = {
         key: ["lm_head"] for key in ("modules_to_not_convert", "ignore", "skip_modules") if key in stored.config
     }
-    return replace(stored, config=stored.config | left_out, left_out=("lm_head", "1.self_attn.k_proj"))
+    return replace(stored, config=stored.config | left_out, left_out=("lm_head", ".1.self_attn.k_proj"))
 
 
 MADE: dict[str, Callable[[Path], None]] = {
