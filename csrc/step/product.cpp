@@ -29,8 +29,14 @@ void scale_rows(const Pass& pass, const Rows& z, int64_t n, int64_t d, const flo
 
 }  // namespace
 
-void TermAt::apply(const Pass& pass, const char* block, int64_t n, const Rows& x, const Rows& y) const {
+void TermAt::apply(const Pass& pass, const char* block, int64_t n, const Rows& x, const Rows& y, const PanelMatrix& weight) const {
   const Term term{kind, {sizes[0], sizes[1], sizes[2], sizes[3]}, values.in<float>(block), index.in<int32_t>(block)};
+  if (kind == TermKind::hadamard) {
+    const int64_t outputs = (weight.o + 15) / 16 * 16;
+    char* panels = pass.threads.of(0).rows.at_least(outputs * weight.depth * pass.bytes());
+    terms_kernels().make(term, weight, panels);
+    return multiply_rows(pass, dense_like(weight, panels), x, y, y, n);
+  }
   void* scratch = pass.scratch.at_least(terms_kernels().scratch_bytes(term));
   terms_kernels().apply({term, n, pass.dtype, x, y, role == Role::add, scratch});
 }
@@ -150,7 +156,7 @@ void ProductInstruction::lay_input(const Pass& pass, char* memory, size_t i, Ope
     const char* block = pass.blocks[run.version].data;
     const Rows rows = pass.from_row(own, run.start);
     scale_rows(pass, rows, run.stop - run.start, own.stride, change->in_scale.in<float>(block), nullptr);
-    change->apply(Role::input, pass, block, run.stop - run.start, rows, rows);
+    change->apply(Role::input, pass, block, run.stop - run.start, rows, rows, layers_[i].weight);
   }
   at.x[i] = own;
   at.joint = false;
@@ -182,8 +188,8 @@ void ProductInstruction::change_rows(const Pass& pass, const Operands& at, const
       segment.add(own.pairs, block, 0, n);
       add_pairs(pass, segment, x, layers_[i].weight.i, &y, {heights_[i]});
     }
-    own.apply(Role::add, pass, block, n, x, y);
-    own.apply(Role::output, pass, block, n, y, y);
+    own.apply(Role::add, pass, block, n, x, y, layers_[i].weight);
+    own.apply(Role::output, pass, block, n, y, y, layers_[i].weight);
     const std::vector<float>& base = layers_[i].wide_bias;
     const float* bias = own.wide_bias.at != 0 ? own.wide_bias.in<float>(block) : base.empty() ? nullptr : base.data();
     scale_rows(pass, y, n, heights_[i], own.out_scale.in<float>(block), bias);

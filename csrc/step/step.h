@@ -228,7 +228,7 @@ struct TermAt {
   int64_t sizes[4];
   Place values, index;
 
-  void apply(const Pass& pass, const char* block, int64_t n, const Rows& x, const Rows& y) const;
+  void apply(const Pass& pass, const char* block, int64_t n, const Rows& x, const Rows& y, const PanelMatrix& weight) const;
 };
 
 // The change that versions make at one layer.
@@ -244,9 +244,9 @@ struct LayerChange {
       if (term.role == Role::input) return true;
     return in_scale.at != 0;
   }
-  void apply(Role role, const Pass& pass, const char* block, int64_t n, const Rows& x, const Rows& y) const {
+  void apply(Role role, const Pass& pass, const char* block, int64_t n, const Rows& x, const Rows& y, const PanelMatrix& weight) const {
     for (const TermAt& term : terms)
-      if (term.role == role) term.apply(pass, block, n, x, y);
+      if (term.role == role) term.apply(pass, block, n, x, y, weight);
   }
 };
 

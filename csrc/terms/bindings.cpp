@@ -23,6 +23,13 @@ void bind_terms(nb::module_& m) {
         terms_kernels().apply({term, n, Dtype(dtype), rows_at(x, x_stride), rows_at(y, y_stride), add, scratch});
       },
       nb::call_guard<nb::gil_scoped_release>());
+  m.def(
+      "terms_make",
+      [](const std::vector<int64_t>& sizes, uintptr_t values, int dtype, int64_t depth, uintptr_t weight, uintptr_t panels) {
+        const Term term{TermKind::hadamard, {sizes[0], sizes[1], sizes[2], 0}, reinterpret_cast<const float*>(values), nullptr};
+        terms_kernels().make(term, {sizes[0], sizes[1], depth, Dtype(dtype), reinterpret_cast<void*>(weight)}, reinterpret_cast<void*>(panels));
+      },
+      nb::call_guard<nb::gil_scoped_release>());
 }
 
 }  // namespace veneer

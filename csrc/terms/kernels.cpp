@@ -89,6 +89,7 @@ Units units_of(const Term& t) {
     case TermKind::sparse: return {s[0], t.index[s[0]] / s[0] + 1, width};
     case TermKind::kronecker: return {1, (s[1] * s[3] + s[0] * s[1]) * padded(s[2]), 1};
     case TermKind::circulant: return {s[0], s[1] * s[2] * padded(s[2]), most_rows};
+    case TermKind::hadamard: break;  // a product with panels that `make` makes
   }
   return {0, 1, 1};
 }
@@ -100,6 +101,7 @@ int64_t in_features(const Term& t) {
     case TermKind::sparse: return s[1];
     case TermKind::kronecker: return s[1] * s[3];
     case TermKind::circulant: return s[1] * s[2];
+    case TermKind::hadamard: return s[1];
   }
   return 0;
 }
@@ -184,6 +186,7 @@ void run_unit(const Term& t, int64_t unit, const Part<T>& part, float* x) {
     case TermKind::sparse: return sparse_row(t, unit, part, x);
     case TermKind::kronecker: return kronecker(t, part, x, x + padded(in_features(t)));
     case TermKind::circulant: return circulant(t, unit, part, x);
+    case TermKind::hadamard: return;
   }
 }
 
@@ -218,9 +221,61 @@ void apply(const TermCall& call) {
   }
 }
 
+constexpr int64_t pairs_at_once = 2;  // of inputs, whose sums are made together
+
+// Some columns of the product of two factors: of inputs [0, n) from `a` on, `stride` values apart, at as many outputs as a register has.
+template <int64_t n>
+void entries(const float* a, int64_t stride, const float* b, int64_t r, lanes (&sums)[n]) {
+  for (int64_t k = 0; k < r; ++k) {
+    const lanes right = load(b + k * panel_block);
+    for (int64_t j = 0; j < n; ++j) sums[j] += a[k * stride + j] * right;
+  }
+}
+
+void put_products(const float* w, int64_t across, const lanes* sums, int64_t n, float* out) {
+  for (int64_t j = 0; j < n; ++j) store(out + j * across, load(w + j * across) * sums[j]);
+}
+
+// Neighbours in i lie side by side, the first in the low half of 32 bits.
+void put_products(const bf16* w, int64_t across, const lanes* sums, int64_t n, bf16* out) {
+  for (int64_t j = 0; j < n; j += 2) {
+    bit_lanes both;
+    std::memcpy(&both, w + j * across, sizeof both);
+    const bit_lanes low = bf16_bits((lanes)(both << 16) * sums[j]), high = bf16_bits((lanes)(both & 0xffff0000u) * sums[j + 1]);
+    both = low | (high << 16);
+    std::memcpy(out + j * across, &both, sizeof both);
+  }
+}
+
+template <class T>
+void make_typed(const Term& t, const PanelMatrix& w, T* out) {
+  const int64_t r = t.sizes[2], stride = (t.sizes[1] + 31) / 32 * 32, across_of_one = sizeof(T) == 2 ? 2 : 1;
+  const float *a = t.values, *b = a + r * stride;
+  const T* values = static_cast<const T*>(w.values);
+  parallel_for(blocks_of(w.o), 1 + grain / (w.depth * r + 1), [=](int64_t begin, int64_t end) {
+    for (int64_t block = begin; block < end; ++block) {
+      const Panel p = panel_of(w, block);
+      for (int64_t k = 0; k < w.depth; k += 2 * pairs_at_once) {
+        const int64_t left = w.depth - k, n = left < 2 * pairs_at_once ? left : 2 * pairs_at_once;
+        for (int64_t c = 0; c < panel_block; c += width) {
+          lanes sums[2 * pairs_at_once] = {};
+          entries(a + k, stride, b + block * r * panel_block + c, r, sums);
+          const int64_t at = p.start + k * p.across + (p.first + c) * across_of_one;
+          put_products(values + at, p.across, sums, n, out + at);
+        }
+      }
+    }
+  });
+}
+
+void make(const Term& term, const PanelMatrix& weight, void* panels) {
+  if (weight.dtype == Dtype::float32) return make_typed(term, weight, static_cast<float*>(panels));
+  make_typed(term, weight, static_cast<bf16*>(panels));
+}
+
 }  // namespace
 
-const TermKernels terms = {scratch_bytes, apply};
+const TermKernels terms = {scratch_bytes, apply, make};
 
 }  // namespace VENEER_ISA
 }  // namespace veneer

@@ -19,8 +19,9 @@ from veneer.core.terms.form import Form
 from veneer.core.terms.rotation import Rotation
 from veneer.errors import ShapeError
 from veneer.ops.dispatch import implementation
+from veneer.ops.packed import BLOCK, DEPTH_UNIT, PackedWeight, packed_depth
 
-TERM_KINDS = ("blocks", "sparse", "kronecker", "circulant")
+TERM_KINDS = ("blocks", "sparse", "kronecker", "circulant", "hadamard")
 """In the order of csrc/terms."""
 PADDING = 16
 """Rows of values are padded with zeros to a multiple of this."""
@@ -47,7 +48,7 @@ class PackedTerm:
         sizes = self.sizes
         if self.kind == "blocks":
             return sizes[0] * sizes[1], sizes[0] * sizes[1]
-        if self.kind == "sparse":
+        if self.kind in ("sparse", "hadamard"):
             return sizes[0], sizes[1]
         if self.kind == "kronecker":
             return sizes[0] * sizes[2], sizes[1] * sizes[3]
@@ -77,10 +78,17 @@ class LayerTerms:
         return all(term is None or (term.is_sound and term.shape == shape) for term, shape in maps)
 
     @classmethod
-    def taken(cls, record: LinearDelta) -> tuple[LayerTerms | None, LinearDelta]:
-        """Return the packed terms of a record, None if there are none, and the record without them."""
+    def taken(cls, record: LinearDelta, *, reads_weight: bool) -> tuple[LayerTerms | None, LinearDelta]:
+        """Return the packed terms of a record, None if there are none, and the record without them.
+
+        ``reads_weight``: True also takes those that read the layer's weight.
+        """
         input_term, output_term = _map_of(record.input), _map_of(record.output)
-        forms = [(term, term.form()) for term in record.changes]
+        found = ((term, term.form()) for term in record.changes)
+        forms = [
+            (term, None if form is None or (form.kind == "hadamard" and not reads_weight) else form)
+            for term, form in found
+        ]
         adds = tuple(PackedTerm.pack(form) for _, form in forms if form is not None)
         if input_term is None and output_term is None and not adds:
             return None, record
@@ -108,6 +116,17 @@ def apply_term(
         )
     if len(x):
         implementation("terms.apply", x.device, backend)(term, x, out, add)
+
+
+def times_weight(term: PackedTerm, weight: PackedWeight, *, backend: str | None = None) -> PackedWeight:
+    """Return ``W ⊙ (B A)`` of a hadamard term, rounded to W's dtype. Raises ShapeError if W is of another shape."""
+    if term.kind != "hadamard" or term.shape != weight.shape:
+        raise ShapeError(
+            f"a hadamard term multiplies a weight of its own shape; given a {term.kind} term of {term.shape} and a "
+            f"weight of {weight.shape}"
+        )
+    panels: Tensor = implementation("terms.make", weight.panels.device, backend)(term, weight)
+    return PackedWeight(panels, weight.shape)
 
 
 def _map_of(term: object) -> PackedTerm | None:
@@ -144,11 +163,20 @@ def _circulant(form: Form) -> tuple[Tensor, None]:
     return functional.pad(_padded(form.values[..., backwards]), (0, PADDING)), None  # a register may begin at any place
 
 
+def _hadamard(form: Form) -> tuple[Tensor, None]:
+    if form.second is None:
+        raise ShapeError("a Hadamard product has two factors; given one")
+    a = functional.pad(form.values.detach().float(), (0, -form.sizes[1] % DEPTH_UNIT))
+    b = functional.pad(form.second.detach().float(), (0, 0, 0, -form.sizes[0] % BLOCK))
+    return torch.cat([a.reshape(-1), b.view(-1, BLOCK, b.shape[1]).mT.reshape(-1)]), None
+
+
 _PACKED: dict[str, Callable[[Form], tuple[Tensor, Tensor | None]]] = {
     "blocks": _blocks,
     "sparse": _sparse,
     "kronecker": _kronecker,
     "circulant": _circulant,
+    "hadamard": _hadamard,
 }
 
 
@@ -169,5 +197,6 @@ _LENGTHS: dict[str, Callable[..., int]] = {
     "blocks": lambda k, b: k * b * _up(b),
     "kronecker": lambda o1, i1, o2, i2: _up(o1 * i1) + i2 * _up(o2),
     "circulant": lambda m, n, b: m * n * (_up(2 * b) + PADDING),
+    "hadamard": lambda o, i, r: r * (packed_depth(i, torch.bfloat16) + _up(o)),
 }
-_N_SIZES = {"blocks": 2, "sparse": 2, "kronecker": 4, "circulant": 3}
+_N_SIZES = {"blocks": 2, "sparse": 2, "kronecker": 4, "circulant": 3, "hadamard": 3}

@@ -28,7 +28,7 @@ from veneer.ops.linear.layer import NOTHING, LinearLayer, Weight
 from veneer.ops.linear.op import forward
 from veneer.ops.packed import PackedWeight, over_rows
 from veneer.ops.pairs import PackedPairs, Pair, PairsPacker, Segment, Segments, add_pairs
-from veneer.ops.terms import LayerTerms, apply_term
+from veneer.ops.terms import LayerTerms, PackedTerm, apply_term, times_weight
 from veneer.quant.dense import DenseWeight
 from veneer.serve.effects import Effects
 
@@ -204,7 +204,7 @@ class Linears:
             add_changes(y, own_x, layer)
         for i, rows, terms in _terms(owns, runs):
             for term in terms.adds:
-                apply_term(term, inputs[i][rows], ys[i][rows], add=True)
+                _add_term(term, group.parts[i], inputs[i][rows], ys[i][rows])
             if terms.output is not None:
                 apply_term(terms.output, ys[i][rows], ys[i][rows], add=False)
         ys = [finished(y, layer) for y, layer in zip(ys, layers, strict=True)]
@@ -243,7 +243,11 @@ class Linears:
         """With its low-rank parts packed."""
         pairs = [_pair(record) for record in own.records]
         whole = {i: self._packed_weight(cast(Tensor, w)) for i, w in own.whole.items()}
-        taken = [LayerTerms.taken(_without_pair(record)) for record in own.records]
+        parts = cast(PackedGroup, self.group).parts
+        taken = [
+            LayerTerms.taken(_without_pair(record), reads_weight=isinstance(part, PackedWeight))
+            for record, part in zip(own.records, parts, strict=True)
+        ]
         terms = tuple(each for each, _ in taken)
         left = replace(
             own,
@@ -323,6 +327,13 @@ def _terms(owns: Sequence[Own | None], runs: AdapterRuns) -> Iterator[tuple[int,
         for i, terms in enumerate(() if own is None else own.terms):
             if terms is not None:
                 yield i, slice(start, stop), terms
+
+
+def _add_term(term: PackedTerm, weight: object, x: Tensor, y: Tensor) -> None:
+    if term.kind == "hadamard" and isinstance(weight, PackedWeight):
+        times_weight(term, weight).matmul(x, onto=y, out=y)
+    else:
+        apply_term(term, x, y, add=True)
 
 
 def _segments(owns: Sequence[Own | None], runs: AdapterRuns) -> list[Segment]:

@@ -5,14 +5,18 @@ from dataclasses import replace
 import pytest
 import torch
 
+from veneer.core.terms.base import Base
+from veneer.core.terms.hadamard import Hadamard
 from veneer.core.terms.rotation import BlockRotation
 from veneer.core.terms.sparse import Sparse
 from veneer.errors import ShapeError
 from veneer.methods.c3a import Circulant
 from veneer.methods.lokr import Kronecker
 from veneer.methods.road import PairRotation
+from veneer.ops.packed import PackedWeight
 from veneer.ops.reference.terms import dense
-from veneer.ops.terms import PackedTerm, apply_term
+from veneer.ops.terms import PackedTerm, apply_term, times_weight
+from veneer.quant.dense import DenseWeight
 
 OP = "terms.apply"
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -125,3 +129,22 @@ def damaged():
 @pytest.mark.parametrize("term", list(damaged()))
 def test_what_would_leave_its_memory_is_not_sound(term):
     assert not term.is_sound
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("o", "i", "r"), [(1, 1, 1), (77, 53, 5), (129, 96, 16), (64, 31, 3)])
+def test_a_weight_is_multiplied_entry_by_entry(o, i, r, dtype, backend):
+    weight, a, b = drawn(o, i).to(dtype), drawn(r, i, seed=1), drawn(o, r, seed=2)
+    term = PackedTerm.pack(Hadamard(a=a, b=b, base=Base(DenseWeight(weight))).form())
+    made = times_weight(term, PackedWeight.pack(weight), backend=backend)
+    exact = weight.double() * (b.double() @ a.double())
+    size = weight.double().abs() * (b.double().abs() @ a.double().abs())
+    assert ((made.dense().double() - exact).abs() <= 1e-6 * size + torch.finfo(dtype).eps * exact.abs()).all()
+    assert torch.equal(PackedWeight.pack(made.dense()).panels, made.panels)  # zeros beyond the weight
+    assert term.is_sound
+
+
+def test_a_weight_of_another_shape_is_refused():
+    term = PackedTerm.pack(Hadamard(a=drawn(2, 5), b=drawn(7, 2), base=Base(DenseWeight(drawn(7, 5)))).form())
+    with pytest.raises(ShapeError, match="multiplies a weight of its own shape"):
+        times_weight(term, PackedWeight.pack(drawn(5, 7)))

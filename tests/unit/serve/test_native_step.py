@@ -37,7 +37,7 @@ from .conftest import make_model, save_adapter
 from .test_program import LEFT
 
 CPU, BLOCK = torch.device("cpu"), 16
-TERMS = ("oft", "lokr", "shira", "c3a")
+TERMS = ("oft", "lokr", "shira", "c3a", "hira")
 ALONE = ("lora", "dora", "ia3", "lora_bias", "adalora", "vera", "bottleneck", "saved", "head", *TERMS)
 
 

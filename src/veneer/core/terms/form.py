@@ -18,9 +18,10 @@ class Form:
     | sparse | o, i | (n,), at the ``places`` (n,), counted row by row |
     | kronecker | o₁, i₁, o₂, i₂ | (o₁, i₁), and ``second`` (o₂, i₂): the factors |
     | circulant | m, n, b | (m, n, b): kernels, as `methods.c3a.Circulant` has them |
+    | hadamard | o, i, r | A (r, i), and ``second`` B (o, r): ``W ⊙ (B A)`` with the layer's frozen weight W |
     """
 
-    kind: Literal["blocks", "sparse", "kronecker", "circulant"]
+    kind: Literal["blocks", "sparse", "kronecker", "circulant", "hadamard"]
     sizes: tuple[int, ...]
     values: Tensor
     second: Tensor | None = None

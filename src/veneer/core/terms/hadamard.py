@@ -10,6 +10,7 @@ from torch import Tensor
 
 from veneer.core.terms.base import Base
 from veneer.core.terms.change import Change
+from veneer.core.terms.form import Form
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,6 +28,9 @@ class Hadamard(Change):
     def dense(self, dtype: torch.dtype | None = None) -> Tensor:
         dtype = dtype or self.dtype
         return (self.b.to(dtype) @ self.a.to(dtype)) * self.base.weight.dense(dtype)
+
+    def form(self) -> Form:
+        return Form("hadamard", (*self.shape, len(self.a)), self.a, self.b)
 
     def weighed(self, weight: float) -> Hadamard:
         return replace(self, b=self.b * weight)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from veneer.ops.cpu.module import DTYPES, kernels
 from veneer.ops.memory import address
+from veneer.ops.packed import ROWS, PackedWeight
 from veneer.ops.reference import terms as reference
 from veneer.ops.rows import put_back, with_rows
 from veneer.ops.terms import TERM_KINDS, PackedTerm
@@ -27,3 +29,17 @@ def apply(term: PackedTerm, x: Tensor, y: Tensor, add: bool) -> None:
         add,
     )
     put_back(written, y)
+
+
+def make(term: PackedTerm, weight: PackedWeight) -> Tensor:
+    if weight.dtype not in ROWS:
+        return reference.make(term, weight)
+    panels = torch.empty_like(weight.panels)
+    kernels().terms_make(
+        list(term.sizes),
+        address(term.values),
+        DTYPES[weight.dtype],
+        weight.depth,
+        *map(address, (weight.panels, panels)),
+    )
+    return panels

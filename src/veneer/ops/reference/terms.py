@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from veneer.core.groups import block_diagonal
+from veneer.ops.packed import DEPTH_UNIT, PackedWeight
 from veneer.ops.terms import PackedTerm
 
 
@@ -33,3 +34,12 @@ def dense(term: PackedTerm) -> Tensor:
     m, n, b = sizes
     places = (torch.arange(b)[:, None] - torch.arange(b)) % b  # row p, column j: at p - j, counted backwards
     return values[..., :b][..., places.to(values.device)].transpose(1, 2).reshape(m * b, n * b)
+
+
+def make(term: PackedTerm, weight: PackedWeight) -> Tensor:
+    """Return the panels of ``W ⊙ (B A)``."""
+    o, i, r = term.sizes
+    depth = i + -i % DEPTH_UNIT
+    a, b = term.values[: r * depth].view(r, depth)[:, :i], term.values[r * depth :].view(-1, r, 16)
+    factors = b.mT.reshape(-1, r)[:o] @ a
+    return PackedWeight.pack((weight.dense().float() * factors).to(weight.dtype)).panels
