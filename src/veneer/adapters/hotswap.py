@@ -7,7 +7,7 @@ from typing import Any
 
 from veneer.adapters.merging import require_known
 from veneer.adapters.peft_model import PeftModel
-from veneer.errors import ConfigError, FormatError
+from veneer.errors import CompositionError, ConfigError, FormatError
 
 _NEW = "the exchanged one"
 
@@ -20,17 +20,25 @@ def hotswap_adapter(
     If settings and shapes are the same, values are written into the parameters, and a compiled model stays compiled.
     Otherwise the saved adapter is attached in the other's place. ``hub``: see `PeftModel.from_pretrained`.
 
-    Raises AdapterNameError if there is none of that name or it is merged, and FormatError or TargetError if the saved
-    one cannot be attached. The loaded adapter then stays.
+    Raises AdapterNameError if there is none of that name or it is merged, FormatError or TargetError if the saved one
+    cannot be attached, and CompositionError if it cannot act with the other active ones. The loaded adapter then stays.
     """
     state = model.adapter_state
     require_known(state, (adapter_name,))
+    order, in_training = list(state.configs), [module for module in model.modules() if module.training]
     try:
         model.load_adapter(model_name_or_path, adapter_name, **hub)
         return
     except (ConfigError, FormatError):  # other settings or shapes; a damaged file is refused below too
         model.load_adapter(model_name_or_path, _NEW, adapter_name in state.trainable, **hub)
-    active = tuple(state.active)
+    for module in in_training:
+        module.training = True  # loading an adapter that is frozen ends it
+    if adapter_name in state.active:
+        try:
+            model.set_adapter([_NEW if name == adapter_name else name for name in state.active])
+        except CompositionError:
+            model.delete_adapter(_NEW)
+            raise
     model.delete_adapter(adapter_name)
     model.rename_adapter(_NEW, adapter_name)
-    model.set_adapter(list(active))
+    state.configs = {name: state.configs[name] for name in order}

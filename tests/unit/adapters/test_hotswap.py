@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from veneer import IA3Config, LoraConfig, get_peft_model, hotswap_adapter
-from veneer.errors import AdapterNameError, FormatError
+from veneer import IA3Config, LoraConfig, OFTConfig, get_peft_model, hotswap_adapter
+from veneer.errors import AdapterNameError, CompositionError, FormatError
 
 SAME = LoraConfig(r=3, lora_alpha=7, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
 OTHERS = {
@@ -18,6 +18,7 @@ OTHERS = {
     "rank": LoraConfig(r=5, lora_alpha=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False),
     "layers": LoraConfig(r=3, lora_alpha=7, target_modules=["down_proj"], init_lora_weights=False),
     "method": IA3Config(init_ia3_weights=False),
+    "rotation": OFTConfig(oft_block_size=4, target_modules=["q_proj"], init_weights=False),
 }
 
 
@@ -56,10 +57,35 @@ def test_others_stay_as_they_are(tiny: Any, ids: Tensor, saved: Path) -> None:
     model.add_adapter("second", OTHERS["layers"])
     model.set_adapter(["default", "second"])
     hotswap_adapter(model, saved / "rank", "default")
-    assert model.active_adapters == ["default", "second"]
+    assert list(model.peft_config) == model.active_adapters == ["default", "second"]
     model.set_adapter("second")
     hotswap_adapter(model, saved / "values", "default")
     assert model.active_adapters == ["second"]
+
+
+def test_an_adapter_that_cannot_act_with_the_others_leaves_the_one_before(tiny: Any, ids: Tensor, saved: Path) -> None:
+    model = get_peft_model(tiny(), SAME)
+    model.add_adapter("second", OTHERS["rank"])
+    model.set_adapter(["default", "second"])
+    before, trained = answer(model, ids), [key for key, p in model.named_parameters() if p.requires_grad]
+    with pytest.raises(CompositionError):
+        hotswap_adapter(model, saved / "rotation", "default")
+    assert list(model.peft_config) == model.active_adapters == ["default", "second"]
+    assert [key for key, p in model.named_parameters() if p.requires_grad] == trained
+    assert torch.equal(answer(model, ids), before)
+
+
+def test_a_frozen_adapter_s_exchange_leaves_the_model_in_training(tiny: Any, saved: Path) -> None:
+    model = get_peft_model(tiny(), SAME)
+    model.load_adapter(saved / "values", "frozen")
+    model.set_adapter(["default", "frozen"])
+    model.train()
+    model.lm_head.eval()
+    hotswap_adapter(model, saved / "rank", "frozen")
+    assert model.training
+    assert model.model.layers[0].self_attn.q_proj.training
+    assert not model.lm_head.training
+    assert model.adapter_state.trainable == {"default"}
 
 
 def test_a_failed_exchange_leaves_the_adapter(tiny: Any, ids: Tensor, saved: Path) -> None:

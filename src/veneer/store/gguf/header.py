@@ -166,8 +166,10 @@ class _Cursor:
         found = []
         for _ in range(n):
             end = at + 8 + length(view, at)[0]
+            if end > len(view):
+                raise ValueError(f"it tells of a text up to byte {end:,}")
             if kept:
-                found.append(view[at + 8 : end].decode(errors="replace"))
+                found.append(view[at + 8 : end].decode())  # strictly: two damaged tokens would be one otherwise
             at = end
         self.at = at
         return found if kept else Long(n)
