@@ -75,7 +75,8 @@ class SurvivalSums:
         if self.update == 0:
             return Survival(path, 0.0, 1.0, 1.0)
         share = self.dot / math.sqrt(self.update * self.change) if self.change > 0 else 0.0
-        return Survival(path, math.sqrt(self.update / self.weight), share, self.dot / self.update)
+        relative = math.sqrt(self.update / self.weight) if self.weight > 0 else math.inf
+        return Survival(path, relative, share, self.dot / self.update)
 
 
 @torch.no_grad()

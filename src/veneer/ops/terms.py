@@ -59,8 +59,12 @@ class PackedTerm:
         """True if kernels stay within the memory of the values and places: of a file that may be damaged too."""
         if self.kind not in _N_SIZES or len(self.sizes) != _N_SIZES[self.kind] or min(self.sizes) < 1:
             return False
+        if self.values.dtype != torch.float32 or not self.values.is_contiguous():
+            return False
         if self.kind == "sparse":
-            return self.index is not None and _is_within(self.index, len(self.values), *self.sizes)
+            if self.index is None or self.index.dtype != torch.int32 or self.values.ndim != 1 or self.index.ndim != 1:
+                return False
+            return self.index.is_contiguous() and _is_within(self.index, len(self.values), *self.sizes)
         return self.index is None and self.values.numel() == _LENGTHS[self.kind](*self.sizes)
 
 
@@ -146,7 +150,9 @@ def _blocks(form: Form) -> tuple[Tensor, None]:
 
 def _sparse(form: Form) -> tuple[Tensor, Tensor]:
     o, i = form.sizes
-    places, order = (form.values.new_empty(0) if form.places is None else form.places.detach()).sort()
+    if form.places is None:
+        raise ShapeError("a sparse matrix has a place for each value; given none")
+    places, order = form.places.detach().sort()
     starts = torch.searchsorted(places, torch.arange(0, (o + 1) * i, i, device=places.device))
     return form.values.detach()[order].float(), torch.cat([starts, places % i]).to(torch.int32)
 

@@ -92,7 +92,7 @@ class Linears:
         ready: Ready = MappingProxyType({}),
     ) -> None:
         self.versions, self.number, self._ready = versions, number, ready
-        self.paths = tuple(linear.path for linear in linears)
+        self.paths, self.device = tuple(linear.path for linear in linears), model.device
         modules = [model.get_submodule(path) for path in self.paths]
         self.group = packed.get(self.paths)
         self.weights = [_weight(frozen_weight(module)) for module in modules]
@@ -243,18 +243,7 @@ class Linears:
         """With its low-rank parts packed."""
         pairs = [_pair(record) for record in own.records]
         whole = {i: self._packed_weight(cast(Tensor, w)) for i, w in own.whole.items()}
-        parts = cast(PackedGroup, self.group).parts
-        taken = [
-            LayerTerms.taken(_without_pair(record), reads_weight=isinstance(part, PackedWeight))
-            for record, part in zip(own.records, parts, strict=True)
-        ]
-        terms = tuple(each for each, _ in taken)
-        left = replace(
-            own,
-            records=tuple(NOTHING if record.changes_nothing else record for _, record in taken),
-            whole=whole,
-            terms=terms if any(terms) else (),
-        )
+        left = self._with_terms(replace(own, records=tuple(map(_without_pair, own.records)), whole=whole))
         if not any(pairs):
             return left
         sizes = [weight.shape[0] for weight in self.weights]
@@ -263,6 +252,19 @@ class Linears:
             apart = tuple(None if pair is None else self._pack([pair], [o], packing) for pair, o in each)
             return replace(left, apart=apart)
         return replace(left, pairs=self._pack(pairs, sizes, packing))
+
+    def _with_terms(self, own: Own) -> Own:
+        """With packed terms in the place of those of its records that kernels know; they are kernels of the CPU."""
+        if self.device.type != "cpu":
+            return own
+        parts = cast(PackedGroup, self.group).parts
+        taken = [
+            LayerTerms.taken(record, reads_weight=isinstance(part, PackedWeight))
+            for record, part in zip(own.records, parts, strict=True)
+        ]
+        terms = tuple(each for each, _ in taken)
+        records = tuple(NOTHING if record.changes_nothing else record for _, record in taken)
+        return replace(own, records=records, terms=terms) if any(terms) else own
 
     def _packed_weight(self, weight: Tensor) -> Tensor | PackedWeight:
         return weight if not weight.is_cpu else PackedWeight.pack(weight)

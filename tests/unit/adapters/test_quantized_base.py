@@ -215,6 +215,7 @@ def test_survival() -> None:
     assert found.gain == pytest.approx(1.0)
     assert survival("a", before, wanted, before).share == 0
     assert survival("a", before, before, before).share == 1
+    assert survival("a", torch.zeros(1, 3), wanted, wanted).relative_size == float("inf")
 
 
 def test_requantizing_that_fails_changes_nothing(folders: dict[str, Path], ids: Tensor) -> None:

@@ -116,6 +116,9 @@ def damaged():
         return replace(scattered, index=index)
 
     yield replace(circulant, kind="other")
+    yield replace(circulant, values=circulant.values.half())
+    yield replace(scattered, index=scattered.index.long())
+    yield replace(scattered, values=scattered.values[:, None])
     yield replace(circulant, kind="blocks")
     yield replace(circulant, sizes=(3, 3, 32))
     yield replace(circulant, sizes=(3, -2, -32))

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from veneer.core.groups import block_diagonal
-from veneer.ops.packed import DEPTH_UNIT, PackedWeight
-from veneer.ops.terms import PackedTerm
+from veneer.errors import ShapeError
+from veneer.ops.packed import BLOCK, DEPTH_UNIT, PackedWeight
+from veneer.ops.terms import PADDING, PackedTerm
 
 
 def apply(term: PackedTerm, x: Tensor, y: Tensor, add: bool) -> None:
@@ -29,8 +30,10 @@ def dense(term: PackedTerm) -> Tensor:
     if term.kind == "kronecker":
         o1, i1, o2, i2 = sizes
         first = values[: o1 * i1].view(o1, i1)
-        second = values[o1 * i1 + -(o1 * i1) % 16 :].view(i2, -1)[:, :o2].T
+        second = values[o1 * i1 + -(o1 * i1) % PADDING :].view(i2, -1)[:, :o2].T
         return torch.kron(first, second.contiguous())
+    if term.kind != "circulant":
+        raise ShapeError(f"a {term.kind} term is no matrix by itself: `times_weight` makes one of it")
     m, n, b = sizes
     places = (torch.arange(b)[:, None] - torch.arange(b)) % b  # row p, column j: at p - j, counted backwards
     return values[..., :b][..., places.to(values.device)].transpose(1, 2).reshape(m * b, n * b)
@@ -40,6 +43,6 @@ def make(term: PackedTerm, weight: PackedWeight) -> Tensor:
     """Return the panels of ``W ⊙ (B A)``."""
     o, i, r = term.sizes
     depth = i + -i % DEPTH_UNIT
-    a, b = term.values[: r * depth].view(r, depth)[:, :i], term.values[r * depth :].view(-1, r, 16)
+    a, b = term.values[: r * depth].view(r, depth)[:, :i], term.values[r * depth :].view(-1, r, BLOCK)
     factors = b.mT.reshape(-1, r)[:o] @ a
     return PackedWeight.pack((weight.dense().float() * factors).to(weight.dtype)).panels
