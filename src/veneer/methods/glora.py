@@ -29,6 +29,7 @@ from veneer.errors import ConfigError
 from veneer.inits.uniform import kaiming_uniform
 
 _STD = 0.02  # PEFT's, of a number that starts away from zero
+_OF_BIAS = ("glora_C_X", "glora_D_X", "glora_E_X")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,18 +131,20 @@ class GloraConfig(LinearMethod):
     ) -> tuple[Float[Tensor, "o r"], Float[Tensor, "r i"]]:
         """A matrix in factors; one with the same number along a row is of rank 1."""
         if self.config_A_B == "lora":
-            return params[f"glora_{path}_Xd"], params[f"glora_{path}_Xu"]
+            b, a = params[f"glora_{path}_Xd"], params[f"glora_{path}_Xu"]
+            return b.view_as(b), a.view_as(a)  # no parameters, whose record would be kept with this weight
         x = params[f"glora_{path}_X"]
         return x * x.new_ones(site.out_features, 1), x.new_ones(1, site.in_features)
 
     def _bias(self, site: LinearSite, params: Params) -> Float[Tensor, " o"] | None:
-        own = site.bias
-        if own is None:
+        if not any(name.startswith(_OF_BIAS) for name in params):
             return None
-        bias = own
+        if site.bias is None:
+            raise ConfigError(f"GLoRA at {site.name} needs the frozen bias: load the base model before attaching")
+        bias = own = site.bias
         if "glora_D_X" in params:
             bias = own + own * params["glora_D_X"] + params["glora_E_X"]
         c = params["glora_C_Xd"] @ params["glora_C_Xu"] if "glora_C_Xd" in params else params.get("glora_C_X")
         if c is not None and site.weight is not None:
             bias = bias + site.weight.matmul(c.T)[0].to(c.dtype)
-        return None if bias is own else bias
+        return bias

@@ -6,9 +6,10 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch import nn
 
 from methods_in_peft import assert_equals_peft, site
-from veneer import GloraConfig
+from veneer import GloraConfig, get_peft_model
 from veneer.core.linear import fold_linear
 from veneer.errors import ConfigError
 from veneer.quant.dense import DenseWeight
@@ -76,6 +77,18 @@ def test_a_layer_without_a_bias_has_zeros_in_place_of_c_d_and_e(tmp_path):
     assert GloraConfig(config_A_B="none", config_C="none").reads_weight is False
 
 
+def test_a_changed_weight_of_the_base_is_the_one_that_is_read():
+    torch.manual_seed(2)
+    layer, x = nn.Linear(5, 7, bias=False), torch.randn(3, 5)
+    model = get_peft_model(nn.Sequential(layer), GloraConfig(r=2, target_modules=["0"], init_weights=False)).eval()
+    w, found = layer.weight.detach(), layer.adapters["default"]
+    before = model(x).detach()
+    layer.weight = nn.Parameter(2 * w, requires_grad=False)
+    a, b = (found[f"glora_{path}_Xd"] @ found[f"glora_{path}_Xu"] for path in "AB")
+    torch.testing.assert_close(model(x), x @ (2 * w + 2 * w * a + b).T)
+    assert not torch.allclose(model(x), before)
+
+
 def test_what_it_refuses():
     with pytest.raises(ConfigError, match="r=0 must be a whole number of at least 1"):
         GloraConfig(r=0)
@@ -83,3 +96,6 @@ def test_what_it_refuses():
         GloraConfig(config_C="constant")
     with pytest.raises(ConfigError, match="GLoRA at q_proj needs the frozen weight"):
         GloraConfig(r=2).lower(site("q_proj", 7, 5), {})
+    config, place = GloraConfig(**KINDS["D and E"]), replace(site("q_proj", 7, 5), has_bias=True)
+    with pytest.raises(ConfigError, match="GLoRA at q_proj needs the frozen bias: load the base model"):
+        config.lower(place, config.init(place))
