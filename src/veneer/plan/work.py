@@ -176,7 +176,7 @@ class CountWork(SilentMode):  # type: ignore[no-untyped-call]
         elif name in ("ggml_decode", "scaled_decode"):
             n = arguments[3] * arguments[4] if name == "ggml_decode" else arguments[1] * arguments[2]
             self._now.decoded_tiles += n
-            self._tile = n  # of the cast that follows: the rate of tiles has it and the writing in it
+            self._tile = n  # of the cast that follows it directly: the rate of tiles has it and the writing in it
             self._moves(-KERNEL_TOUCHES * 4 * n)
         elif name == "adamw_8bit":
             self._now.updated_8bit += arguments[4]
@@ -192,6 +192,7 @@ class CountWork(SilentMode):  # type: ignore[no-untyped-call]
 
     def _count(self, func: Any, args: Any, out: Any) -> None:
         name = _name_of(func)
+        tile, self._tile = self._tile, self._tile if name in _SILENT else 0
         self._calls()
         self._now.n_watched += 2 * self.watched
         if func in _PRODUCTS:
@@ -211,11 +212,9 @@ class CountWork(SilentMode):  # type: ignore[no-untyped-call]
             self._now.torch_attention[t] += (10 if "backward" in name else 4) * b * h * t * t * d / 2
         elif name.startswith(("empty", "new_empty")):
             self._moves(KERNEL_TOUCHES * _bytes(out))
-        elif name == "_to_copy" and args[0].numel() == self._tile:
-            self._tile = 0
         elif name == "embedding":
             self._moves(2 * _bytes(out))  # of the table it reads the rows that it writes
-        elif name not in _SILENT:
+        elif name not in _SILENT and (name != "_to_copy" or args[0].numel() != tile):
             given = _bytes(args)
             self._moves(given + (given if out is None else _bytes(out)))
 

@@ -9,7 +9,7 @@ from typing import Any
 import peft
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import veneer
@@ -118,6 +118,28 @@ def test_cartridges_are_joined_as_in_peft(tmp_path):
     (tmp_path / "b" / "adapter_config.json").write_text(fields)
     with pytest.raises(ConfigError, match="the cartridges differ in num_layers: give those of one base"):
         veneer.compose_cartridge_adapters(both, output_path=tmp_path / "out")
+
+
+def test_files_that_do_not_hold_their_tokens_are_told_together(tmp_path):
+    folders = [tmp_path / name for name in "abcd"]
+    for folder in folders:
+        get_peft_model(base(), CartridgeConfig(**FIELDS)).save_pretrained(folder)
+    tokens = load_file(folders[0] / "adapter_model.safetensors")["prompt_embeddings"]
+    contents = [
+        {"other": tokens},
+        {"prompt_embeddings": tokens[:3].clone()},
+        {"prompt_embeddings": tokens[:, :7].clone()},
+    ]
+    for folder, content in zip(folders, contents, strict=False):
+        save_file(content, folder / "adapter_model.safetensors")
+    with pytest.raises(ConfigError) as caught:
+        veneer.compose_cartridge_adapters(folders, output_path=tmp_path / "out")
+    told = str(caught.value)
+    assert f"{folders[0]} holds no matrix prompt_embeddings: save it again" in told
+    assert f"{folders[1]} holds 3 tokens, and its config tells of 5: save it again" in told
+    assert "the cartridges differ in width [7, 48]: give those of one base" in told
+    assert told.count("save it again") == 2
+    assert not (tmp_path / "out").exists()
 
 
 def test_what_it_refuses():

@@ -80,6 +80,14 @@ def test_what_decoding_writes_and_a_table_s_other_rows_are_not_moved() -> None:
             tile.to(torch.float16)
         only = counted.passes[0]
         assert (only.decoded, only.decoded_tiles, only.moved) == (0, 15, 15 * (4 + 2))  # of the second cast
+        counted = CountWork()
+        counted.on = True
+        with counted:
+            tile = torch.empty(3, 5)
+            counted.kernel(name, arguments)
+            tile.add_(1.0)
+            torch.ones(5, 3).to(torch.bfloat16)
+        assert counted.passes[0].moved == 15 * (4 + 4) + 15 * 4 + 15 * (4 + 2)  # of no tile: added, made, cast
     counted, ids, table = CountWork(), torch.tensor([2, 5, 2]), torch.ones(997, 7)
     counted.on = True
     with counted:

@@ -55,7 +55,7 @@ def rebuilt_config(contents: GgufContents, ids: Mapping[str, int]) -> tuple[Fami
         setattr(made, name, value)
     for name, computed in family.only.items():
         if getattr(made, name) not in computed:
-            setattr(made, name, computed[0])
+            setattr(made, name, computed[0])  # no key holds it: the library's default is not what the runtime computes
     made.tie_word_embeddings = "output.weight" not in contents.shapes
     return family, mended_config(made, contents, family)
 
