@@ -28,7 +28,7 @@ class Packing:
     whole: Mapping[str, torch.dtype] = field(default_factory=dict)
 
     def problems(self, site: Any, params: Params) -> list[str]:
-        """Return the problems of whole numbers read from a file that their shapes and dtypes do not show."""
+        """Return the problems of values read from a file that their shapes and dtypes do not show."""
         return []
 
     def pack(self, params: Params) -> dict[str, Tensor]:

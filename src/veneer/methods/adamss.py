@@ -34,6 +34,7 @@ from veneer.ops.traced import is_tracing
 _V, _ORDER = "adamss_newB", "order"
 _TRAINED = ("adamss_A", "adamss_B")
 _KMEANS_SEED, _KMEANS_STEPS = 123456789, 10  # PEFT's
+_LEAST_ALIKE = 0.25  # another weight has about 1 / i, this one with codes of 4 bits above 0.3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,11 +42,14 @@ class AdamssConfig(LinearMethod):
     """AdaMSS in PEFT's fields.
 
     ``r`` singular vectors are taken, their rows fall into ``num_subspaces`` clusters, and each has a pair of rank
-    ``subspace_rank`` at most. ``use_dynamic_rank`` takes as many as the cluster has singular values above
-    ``svd_threshold`` times its largest. ``random_seed`` is that of the decomposition. The clusters are in no file: they
-    are found again in the base's weights. ``init_weights``: "orthogonal" starts B at zero; None (False is the same)
-    draws it. ``use_asa`` freezes clusters in training until the ``asa_target_subspaces`` most important are left.
-    ``stored`` (the shapes of a file's parameters) is filled in when one is read.
+    ``subspace_rank`` at most. ``use_dynamic_rank`` takes as many as the cluster has singular values whose square is
+    above ``svd_threshold`` times the largest's. ``random_seed`` is that of the decomposition. The clusters are in no
+    file: they are found again in the base's weights, whose V must be that of the file. ``init_weights``: "orthogonal"
+    starts B at zero; None (False is the same) draws it. ``use_asa`` freezes clusters in training until the
+    ``asa_target_subspaces`` most important are left. ``stored`` (the shapes of a file's parameters) is filled in when
+    one is read.
+
+    Departs: the rank of a pair is r if ``subspace_rank`` is above it. PEFT's forward pass fails there.
     """
 
     peft_type: ClassVar[str] = "ADAMSS"
@@ -91,7 +95,7 @@ class AdamssConfig(LinearMethod):
 
     @property
     def largest_rank(self) -> int:
-        return self.num_subspaces * self.subspace_rank
+        return self.num_subspaces * min(self.subspace_rank, self.r)
 
     @property
     def reads_weight(self) -> bool:
@@ -99,7 +103,7 @@ class AdamssConfig(LinearMethod):
 
     @property
     def packing(self) -> Packing:
-        return Packing(fixed=(_V,))
+        return _Vectors(fixed=(_V,), config=self)
 
     @property
     def training(self) -> SubspaceTraining | None:
@@ -127,7 +131,8 @@ class AdamssConfig(LinearMethod):
         else:  # of a plan, before weights have values: clusters of one size
             ends = [o * (k + 1) // n for k in range(n)]
             lengths = [end - start for start, end in zip([0, *ends], ends, strict=False)]
-            r, sizes = min(self.r, o, width), [(length, min(length, self.subspace_rank)) for length in lengths]
+            r = min(self.r, o, width)
+            sizes = [(length, min(length, r, self.subspace_rank)) for length in lengths]
         found: Shapes = {_V: (r, width)}
         found |= {_a(k): (rank, r) for k, (_, rank) in enumerate(sizes)}
         return found | {_b(k): size for k, size in enumerate(sizes)}
@@ -168,24 +173,49 @@ class AdamssConfig(LinearMethod):
         added = b @ a[:, -1]
         return replace(record, bias=added if site.bias is None else site.bias + added)
 
-    def _parts(self, site: LinearSite) -> Parts:
+    def decomposed(self, site: LinearSite) -> tuple[Float[Tensor, "o r"], Float[Tensor, " r"], Float[Tensor, "r i"]]:
+        """Return the first left singular vectors, singular values and right singular vectors of a site's weight."""
         w = cast(FrozenWeight, site.weight).dense(torch.float32).detach()
         if site.bias is not None:
             w = torch.cat([w, site.bias.detach().to(w.device, w.dtype)[:, None]], dim=1)
         device = w.device
         with torch.random.fork_rng(devices=[] if device.type == "cpu" else [device], device_type=device.type):
             torch.manual_seed(self.random_seed)
-            u, _, v = torch.svd_lowrank(w, q=min(self.r, *w.shape), niter=2)
+            u, s, v = torch.svd_lowrank(w, q=min(self.r, *w.shape), niter=2)
+        return u, s, v.T
+
+    def _parts(self, site: LinearSite) -> Parts:
+        u, _, v = self.decomposed(site)
         rows = clustered(u, self.n_clusters(site), site.name)
-        return Parts(u, v.T, rows, [self._rank(u[each]) for each in rows])
+        return Parts(u, v, rows, [self._rank(u[each]) for each in rows])
 
     def _rank(self, u: Float[Tensor, "n r"]) -> int:
         """The rank of a cluster with these rows."""
-        most = min(len(u), self.subspace_rank)
+        most = min(len(u), u.shape[1], self.subspace_rank)
         if not self.use_dynamic_rank:
             return most
         values = torch.linalg.svdvals(u) ** 2
         return max(1, min(most, int((values > self.svd_threshold * values[0]).sum())))
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Vectors(Packing):
+    """V in the file, which must be that of the base: clusters of another weight are others, if as large by chance."""
+
+    config: AdamssConfig
+
+    def problems(self, site: LinearSite, params: Params) -> list[str]:
+        if _V not in params or not _has_values(site):
+            return []
+        _, s, own = self.config.decomposed(site)
+        cosines = (params[_V].to(own) * own).sum(dim=1)
+        alike = float((s * cosines).square().sum() / s.square().sum())
+        if not alike < _LEAST_ALIKE:
+            return []
+        return [
+            f"{_V} of {site.name} has {alike:.0%} in common with the singular vectors of this base's weight: load the "
+            "adapter on the base that it was trained on"
+        ]
 
 
 @dataclass(frozen=True)

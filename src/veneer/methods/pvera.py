@@ -24,6 +24,7 @@ from veneer.contract.family_targets import LOW_RANK
 from veneer.contract.known import Known
 from veneer.contract.patterns import below_one
 from veneer.contract.peft_fields import PeftFields
+from veneer.contract.rates import no_rates
 from veneer.contract.seeds import no_seeds
 from veneer.contract.shared import Shared
 from veneer.contract.targets import FamilyTargets
@@ -123,9 +124,7 @@ class PveraConfig(LinearMethod):
 
     def problems(self) -> list[str]:
         found = super().problems() + below_one({"r": self.r})
-        found += no_seeds({"projection_prng_key": self.projection_prng_key})
-        if not 0 <= self.pvera_dropout < 1:
-            found.append(f"pvera_dropout={self.pvera_dropout!r} must lie in [0, 1)")
+        found += no_seeds({"projection_prng_key": self.projection_prng_key}) + no_rates(self, "pvera_dropout")
         if self.sample_at_inference:
             found.append(
                 "sample_at_inference=True is not supported: set it to False, for the mean of the activations outside "

@@ -20,6 +20,7 @@ from veneer.contract.family_targets import LOW_RANK
 from veneer.contract.packing import Packing
 from veneer.contract.patterns import below_one
 from veneer.contract.peft_fields import PeftFields
+from veneer.contract.rates import no_rates
 from veneer.contract.targets import FamilyTargets
 from veneer.core.records import LinearDelta
 from veneer.core.sites import LinearSite
@@ -29,6 +30,7 @@ from veneer.errors import ConfigError
 from veneer.inits.uniform import kaiming_uniform
 from veneer.ops.traced import is_tracing
 
+_MOST = 2**31  # weights of a layer that int32, PEFT's dtype of places, can number
 _VALUES, _PLACES, _A, _B = (f"supertuning_{name}" for name in ("values", "indices", "lora_A", "lora_B"))
 
 
@@ -59,12 +61,9 @@ class SupertuningConfig(LinearMethod):
 
     def problems(self) -> list[str]:
         found = super().problems() + ([] if self.r is None else below_one({"r": self.r}))
-        if not 0 <= self.sparsity < 1:
-            found.append(f"sparsity={self.sparsity!r} must lie in [0, 1)")
+        found += no_rates(self, "sparsity", "lora_dropout")
         if self.r is None and self.lora_alpha is not None:
             found.append(f"lora_alpha={self.lora_alpha!r} is given without r: give the rank too, or leave it out")
-        if not 0 <= self.lora_dropout < 1:
-            found.append(f"lora_dropout={self.lora_dropout!r} must lie in [0, 1)")
         return found
 
     @property
@@ -113,11 +112,6 @@ class SupertuningConfig(LinearMethod):
     def derived(self, site: LinearSite, params: Params) -> dict[str, Tensor]:
         if self.save_precomputed_indices:
             return {}
-        if site.weight is None:
-            raise ConfigError(
-                f"Super-Tuning at {site.name} finds its places in the frozen weight, which the file does not hold: "
-                "load the base model before attaching"
-            )
         return {_PLACES: self._places(site)}
 
     def lower(self, site: LinearSite, params: Params) -> LinearDelta:
@@ -137,8 +131,13 @@ class SupertuningConfig(LinearMethod):
     def _places(self, site: LinearSite) -> Int[Tensor, " n"]:
         """Places of the weights that are trained, in the order in which torch finds them, as in PEFT."""
         n = self.count(site)
-        if is_tracing() or site.weight is None:  # of a plan, before weights have values
+        if is_tracing():  # of a plan, before weights have values
             return torch.arange(n, dtype=torch.int32)
+        if site.weight is None:
+            raise ConfigError(
+                f"Super-Tuning at {site.name} finds its places in the frozen weight, which the file does not hold: "
+                "load the base model before attaching"
+            )
         magnitudes = site.weight.dense().detach().abs().flatten()
         return magnitudes.topk(n, largest=self.select_top).indices.int().cpu()
 
@@ -157,9 +156,14 @@ class _Checks(Checks):
     config: SupertuningConfig
 
     def layers(self, sites: Sequence[LinearSite]) -> list[str]:
-        """Some weights are trained at each layer."""
+        """Some weights are trained at each layer, and int32 numbers all of them."""
         counts = {site.name: site.out_features * site.in_features for site in sites}
-        return [
+        found = [
+            f"the places of the {n} weights of {name} are numbered in int32: leave out layers of more than {_MOST}"
+            for name, n in counts.items()
+            if n > _MOST
+        ]
+        return found + [
             f"sparsity={self.config.sparsity} leaves none of the {counts[site.name]} weights of {site.name} to train: "
             f"give at most {math.floor(1e6 * (1 - 1 / counts[site.name])) / 1e6}"
             for site in sites

@@ -145,11 +145,8 @@ class AdaptedSite(Adapted):
         return {keys[own]: value for own, value in self.method(name).packing.unpack(packed).items()}
 
     def value_problems(self, name: str, written: Mapping[str, Tensor]) -> list[str]:
-        packing = self.method(name).packing
-        if not packing.whole:
-            return []
         packed = {own: written[key] for own, key in self.disk_keys(name).items() if key in written}
-        return packing.problems(self.site((name,)), packed)
+        return self.method(name).packing.problems(self.site((name,)), packed)
 
     def own_weight(self) -> Tensor | None:
         """Return the module's own parameter that holds the map, if there is one."""

@@ -16,7 +16,7 @@ from methods_in_peft import TARGETS, TOKENS, assert_equals_peft, base, every_bas
 from veneer import AdamssConfig, PeftModel, get_peft_model
 from veneer.core.linear import fold_linear
 from veneer.core.sites import LinearSite
-from veneer.errors import ConfigError
+from veneer.errors import ConfigError, FormatError
 from veneer.methods.adamss import SubspaceSchedule, clustered
 from veneer.model.attach import live_parameters
 from veneer.quant.dense import DenseWeight
@@ -130,6 +130,30 @@ def test_a_generator_gives_the_start():
     own = AdamssConfig(**FIELDS)
     first, again = (own.init(place, torch.Generator().manual_seed(7)) for _ in range(2))
     assert all(torch.equal(value, again[name]) for name, value in first.items())
+
+
+@pytest.mark.parametrize("fields", [{"r": 2, "subspace_rank": 3}, {"r": 100, "subspace_rank": 6}])
+def test_a_cluster_has_no_more_rank_than_there_are_singular_vectors(fields):
+    torch.manual_seed(4)
+    place = LinearSite(name="q_proj", in_features=5, out_features=19, weight=DenseWeight(torch.randn(19, 5)))
+    own, r = AdamssConfig(num_subspaces=2, init_weights=None, **fields), min(fields["r"], 5)
+    params = own.init(place)
+    assert {name: tuple(value.shape) for name, value in params.items()} == own.shapes(place)
+    assert own.lower(place, params).rank == 2 * r
+    planned = own.shapes(LinearSite(name="q_proj", in_features=5, out_features=19))
+    assert planned["adamss_A_1"] == (r, r) == own.shapes(place)["adamss_A_1"]
+    assert AdamssConfig(num_subspaces=2, r=2, subspace_rank=3).largest_rank == 4
+
+
+def test_a_file_of_another_weight_with_clusters_of_the_same_sizes_is_refused(tmp_path):
+    get_peft_model(base(), AdamssConfig(**FIELDS, target_modules=["v_proj"])).save_pretrained(tmp_path)
+    other = base()
+    for layer in other.model.layers:  # rows stay in their clusters
+        layer.self_attn.v_proj.weight.data = layer.self_attn.v_proj.weight.data.flip(1).contiguous()
+    words = r"adamss_newB of model.layers.1.self_attn.v_proj has \d+% in common with the singular vectors of this base"
+    with pytest.raises(FormatError, match=words):
+        PeftModel.from_pretrained(other, tmp_path)
+    PeftModel.from_pretrained(base(), tmp_path)
 
 
 def test_what_it_refuses(monkeypatch):

@@ -98,6 +98,8 @@ def test_a_missing_base_is_told():
     own, place = config(save_precomputed_indices=False), site("q_proj", 7, 5)
     with pytest.raises(ConfigError, match="finds its places in the frozen weight, which the file does not hold"):
         own.lower(place, own.init(place))
+    with pytest.raises(ConfigError, match="Super-Tuning at q_proj finds its places in the frozen weight"):
+        config().init(place)
 
 
 @pytest.mark.parametrize("names", [(), ("default",) * 67], ids=["all rows", "by rows"])
@@ -147,4 +149,7 @@ def test_what_it_refuses():
     words = r"sparsity=0.9999 leaves none of the 576 weights of .*q_proj to train: give at most 0.998263"
     with pytest.raises(TargetError, match=words):
         get_peft_model(base(), SupertuningConfig(sparsity=0.9999, target_modules=TARGETS))
+    large = [site("embed_tokens", 2**16, 2**15), site("lm_head", 2**16 + 1, 2**15)]
+    (problem,) = config().checks.layers(large)
+    assert problem.startswith("the places of the 2147516416 weights of lm_head are numbered in int32: leave out layers")
     assert SupertuningConfig(sparsity=0.998263).count(site("q_proj", 24, 24)) == 1
