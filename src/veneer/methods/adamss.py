@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import ClassVar, Literal, Self, cast
+from typing import ClassVar, Literal, Self
 
 import torch
 from jaxtyping import Float, Int
@@ -20,12 +20,12 @@ from torch import Tensor
 from veneer.contract import LinearMethod, Params, Shapes
 from veneer.contract.family_targets import LOW_RANK
 from veneer.contract.known import Known
+from veneer.contract.needed import needed_weight
 from veneer.contract.packing import Packing
 from veneer.contract.patterns import below_one
 from veneer.contract.peft_fields import PeftFields
 from veneer.contract.seeds import no_seeds
 from veneer.contract.targets import FamilyTargets
-from veneer.core.frozen import FrozenWeight
 from veneer.core.records import LinearDelta
 from veneer.core.sites import LinearSite
 from veneer.errors import ConfigError
@@ -157,8 +157,6 @@ class AdamssConfig(LinearMethod):
         """Return the place of each row of the weight among the rows of all clusters, one after another."""
         if is_tracing():  # of a plan, before weights have values
             return {_ORDER: torch.arange(site.out_features)}
-        if site.weight is None:
-            raise ConfigError(f"AdaMSS at {site.name} needs the frozen weight: load the base model before attaching")
         return {_ORDER: torch.cat(self._parts(site).rows).argsort()}
 
     def lower(self, site: LinearSite, params: Params) -> LinearDelta:
@@ -175,7 +173,7 @@ class AdamssConfig(LinearMethod):
 
     def decomposed(self, site: LinearSite) -> tuple[Float[Tensor, "o r"], Float[Tensor, " r"], Float[Tensor, "r i"]]:
         """Return the first left singular vectors, singular values and right singular vectors of a site's weight."""
-        w = cast(FrozenWeight, site.weight).dense(torch.float32).detach()
+        w = needed_weight(site, "AdaMSS").dense(torch.float32).detach()
         if site.bias is not None:
             w = torch.cat([w, site.bias.detach().to(w.device, w.dtype)[:, None]], dim=1)
         device = w.device

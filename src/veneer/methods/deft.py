@@ -15,11 +15,11 @@ from torch import Tensor
 
 from veneer.contract import LinearMethod, Params, Shapes
 from veneer.contract.family_targets import LOW_RANK
+from veneer.contract.needed import needed_weight
 from veneer.contract.patterns import below_one
 from veneer.contract.targets import FamilyTargets
 from veneer.core.records import LinearDelta
 from veneer.core.sites import LinearSite
-from veneer.errors import ConfigError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,11 +89,10 @@ class DeftConfig(LinearMethod):
         return {**found, "deft_R": right.T @ kept / self._scale(shapes["deft_P"][1])}
 
     def lower(self, site: LinearSite, params: Params) -> LinearDelta:
-        if site.weight is None:
-            raise ConfigError(f"DEFT at {site.name} needs the frozen weight: load the base model before attaching")
+        weight = needed_weight(site, "DEFT")
         p = params["deft_P"]
         q, right = self._sides(p.to(torch.promote_types(p.dtype, torch.float32)))  # torch factors nothing in 16 bits
-        taken = site.weight.matmul_t(right.T).to(p.dtype)
+        taken = weight.matmul_t(right.T).to(p.dtype)
         put = 0 if self.para else self._scale(p.shape[1]) * params["deft_R"]
         return LinearDelta.pair(put - taken, q.to(p.dtype))
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from veneer.contract import LinearMethod, Params, Shapes
 from veneer.contract.checks import Checks
 from veneer.contract.family_targets import LOW_RANK
+from veneer.contract.needed import needed_weight
 from veneer.contract.packing import Packing
 from veneer.contract.peft_fields import PeftFields
 from veneer.contract.rates import no_rates
@@ -27,7 +28,6 @@ from veneer.contract.targets import FamilyTargets
 from veneer.core.records import LinearDelta
 from veneer.core.sites import LinearSite
 from veneer.core.terms.change import Change
-from veneer.errors import ConfigError
 from veneer.ops.traced import is_tracing
 
 _LEAST_NORM = 1e-12  # PEFT's, of a column of U that is divided by its norm
@@ -159,9 +159,7 @@ class FrodConfig(LinearMethod):
     def derived(self, site: LinearSite, params: Params) -> dict[str, Tensor]:
         if is_tracing():  # of a plan, before weights have values
             return {"U": torch.empty(site.out_features, site.in_features), "l0": torch.empty(site.in_features)}
-        if site.weight is None:
-            raise ConfigError(f"FRoD at {site.name} needs the frozen weight: load the base model before attaching")
-        u, norms = _in_basis(site.weight.dense(torch.float64), params["frod_V"])
+        u, norms = _in_basis(needed_weight(site, "FRoD").dense(torch.float64), params["frod_V"])
         return {"U": u, "l0": norms}
 
     def lower(self, site: LinearSite, params: Params) -> LinearDelta:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from veneer.contract import LinearMethod, Params, Shapes
 from veneer.contract.family_targets import LOW_RANK
+from veneer.contract.needed import needed_weight
 from veneer.contract.packing import Packing
 from veneer.contract.patterns import below_one
 from veneer.contract.peft_fields import PeftFields
@@ -99,8 +100,8 @@ class GloraConfig(LinearMethod):
         return found
 
     def lower(self, site: LinearSite, params: Params) -> LinearDelta:
-        if self.reads_weight and site.weight is None:
-            raise ConfigError(f"GLoRA at {site.name} needs the frozen weight: load the base model before attaching")
+        if self.reads_weight:
+            needed_weight(site, "GLoRA")
         return LinearDelta(adds=self._adds(site, params), bias=self._bias(site, params))
 
     def _kinds(self, site: LinearSite) -> dict[str, str]:

@@ -16,6 +16,7 @@ from torch import Tensor
 from veneer.contract import LinearMethod, Params, Shapes
 from veneer.contract.checks import Checks, GroupChecks
 from veneer.contract.family_targets import LOW_RANK
+from veneer.contract.needed import needed_weight
 from veneer.contract.patterns import below_one
 from veneer.contract.peft_fields import PeftFields
 from veneer.contract.rates import no_rates
@@ -24,7 +25,6 @@ from veneer.core.records import LinearDelta
 from veneer.core.sites import LinearSite
 from veneer.core.terms.base import Base
 from veneer.core.terms.hadamard import Hadamard
-from veneer.errors import ConfigError
 from veneer.inits.uniform import kaiming_uniform
 
 
@@ -85,8 +85,6 @@ class HiraConfig(LinearMethod):
         return {f"hira_{factor}": f"hira{infix}_{factor}" for factor in "AB"}
 
     def lower(self, site: LinearSite, params: Params) -> LinearDelta:
-        if site.weight is None:
-            raise ConfigError(f"HiRA at {site.name} needs the frozen weight: load the base model before attaching")
         a, b = (params[name] for name in ("hira_A", "hira_B"))
         a, b = a.view(len(a), -1), b.view(len(b), -1)  # no parameters, whose record would be kept with this weight
-        return LinearDelta(adds=(Hadamard(a=a, b=b, base=Base(site.weight)),))
+        return LinearDelta(adds=(Hadamard(a=a, b=b, base=Base(needed_weight(site, "HiRA"))),))

@@ -15,11 +15,11 @@ from torch import Tensor
 from veneer.contract import LinearMethod, Params, Shapes
 from veneer.contract.checks import Checks, GroupChecks
 from veneer.contract.family_targets import LOW_RANK
+from veneer.contract.needed import needed_weight
 from veneer.contract.patterns import below_one
 from veneer.contract.targets import FamilyTargets
 from veneer.core.records import LinearDelta
 from veneer.core.sites import LinearSite
-from veneer.errors import ConfigError
 from veneer.inits.uniform import kaiming_uniform
 
 
@@ -69,16 +69,15 @@ class HRAConfig(LinearMethod):
         return {"hra_u": kaiming_uniform((site.in_features, self.r // 2), generator).repeat_interleave(2, dim=1)}
 
     def lower(self, site: LinearSite, params: Params) -> LinearDelta:
-        if site.weight is None:
-            raise ConfigError(f"HRA at {site.name} needs the frozen weight: load the base model before attaching")
+        weight = needed_weight(site, "HRA")
         u = params["hra_u"]
         dtype = u.dtype
         u = u.to(torch.promote_types(dtype, torch.float32))  # torch solves no systems in 16 bits
         if self.apply_GS:
             a = torch.linalg.qr(u).Q.T
-            return LinearDelta.pair(a.to(dtype), -2 * site.weight.matmul(a).to(dtype).T)
+            return LinearDelta.pair(a.to(dtype), -2 * weight.matmul(a).to(dtype).T)
         a = (u / u.norm(dim=0)).T
         identity = torch.eye(len(a), dtype=a.dtype, device=a.device)
         t = torch.linalg.solve_triangular(torch.triu(a @ a.T, 1) + 0.5 * identity, identity, upper=True)
-        b = site.weight.matmul(a).to(a.dtype).T @ -t  # T first: it is small, and so is its gradient
+        b = weight.matmul(a).to(a.dtype).T @ -t  # T first: it is small, and so is its gradient
         return LinearDelta.pair(a.to(dtype), b.to(dtype))

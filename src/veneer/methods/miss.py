@@ -19,6 +19,7 @@ from torch import Tensor
 from veneer.contract import LinearMethod, Params, Shapes
 from veneer.contract.checks import Checks
 from veneer.contract.family_targets import LOW_RANK
+from veneer.contract.needed import needed_weight
 from veneer.contract.patterns import below_one
 from veneer.contract.rates import no_rates
 from veneer.contract.targets import FamilyTargets
@@ -26,7 +27,6 @@ from veneer.core.records import LinearDelta
 from veneer.core.sites import LinearSite
 from veneer.core.terms.base import Base
 from veneer.core.terms.change import Change
-from veneer.errors import ConfigError
 from veneer.inits.uniform import kaiming_uniform
 
 
@@ -105,13 +105,9 @@ class MissConfig(LinearMethod):
     def lower(self, site: LinearSite, params: Params) -> LinearDelta:
         block = params["miss_block"]
         if self.init_weights == "bat":
-            if site.weight is None:
-                raise ConfigError(
-                    f"MiSS with init_weights='bat' at {site.name} needs the frozen weight: load the base model before "
-                    "attaching"
-                )
+            weight = needed_weight(site, "MiSS with init_weights='bat'")
             block = block.view_as(block)  # no parameter, whose record would be kept with this weight
-            return LinearDelta(adds=(BlockProduct(blocks=block, base=Base(site.weight)),))
+            return LinearDelta(adds=(BlockProduct(blocks=block, base=Base(weight)),))
         r, n_columns = block.shape
         a = torch.eye(r, dtype=block.dtype, device=block.device).repeat(1, -(-site.in_features // r))
         return LinearDelta.pair(a[:, : site.in_features], block.T.repeat(site.out_features // n_columns, 1))

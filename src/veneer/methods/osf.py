@@ -18,6 +18,7 @@ from torch import Tensor
 
 from veneer.contract import LinearMethod, Params, Shapes
 from veneer.contract.checks import Checks
+from veneer.contract.needed import needed_weight
 from veneer.contract.patterns import broken
 from veneer.contract.peft_fields import PeftFields
 from veneer.contract.targets import FamilyTargets
@@ -25,7 +26,6 @@ from veneer.core.frozen import FrozenWeight
 from veneer.core.records import LinearDelta
 from veneer.core.sites import LinearSite
 from veneer.core.terms.change import Change
-from veneer.errors import ConfigError
 from veneer.ops.traced import is_tracing
 
 _JOINED = {"target_modules": ("query_key_value", "dense_4h_to_h")}
@@ -152,10 +152,8 @@ class OSFConfig(LinearMethod):
         if is_tracing():
             found = {name: torch.zeros(shape) for name, shape in self.shapes(site).items()}
             found |= {"U_high": torch.zeros(o, kept), "V_high": torch.zeros(kept, i)}
-        elif site.weight is None:
-            raise ConfigError(f"OSF at {site.name} needs the frozen weight: load the base model before attaching")
         else:
-            found = divided(site.weight, kept)
+            found = divided(needed_weight(site, "OSF"), kept)
         needed = [*_LOW, *(["U_high"] if o > i else ["V_high"] if i > o else [])]
         return {_start(name): found[name] for name in needed}
 

@@ -17,12 +17,12 @@ from torch.nn import functional
 
 from veneer.contract import LinearMethod, Params, Shapes
 from veneer.contract.family_targets import LOW_RANK
+from veneer.contract.needed import needed_weight
 from veneer.contract.patterns import below_one
 from veneer.contract.targets import FamilyTargets
 from veneer.core.records import LinearDelta
 from veneer.core.residual import ACTIVATIONS
 from veneer.core.sites import LinearSite
-from veneer.errors import ConfigError
 from veneer.inits.uniform import kaiming_uniform
 
 _FUNCTIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
@@ -80,9 +80,7 @@ class PeanutConfig(LinearMethod):
         return found | ({"peanut_B": torch.zeros_like(found["peanut_B"])} if self.init_weights else {})
 
     def lower(self, site: LinearSite, params: Params) -> LinearDelta:
-        if site.weight is None:
-            raise ConfigError(f"PEANuT at {site.name} needs the frozen weight: load the base model before attaching")
-        projected = site.weight.matmul_t(params["peanut_A"]).to(params["peanut_A"].dtype)
+        projected = needed_weight(site, "PEANuT").matmul_t(params["peanut_A"]).to(params["peanut_A"].dtype)
         return LinearDelta.pair(self._network(projected, params), params["peanut_B"], scale=self.scaling)
 
     @property

@@ -18,13 +18,13 @@ from torch import Tensor
 from veneer.contract import LinearMethod, Params, Shapes
 from veneer.contract.checks import Checks
 from veneer.contract.family_targets import LOW_RANK
+from veneer.contract.needed import needed_weight
 from veneer.contract.patterns import below_one
 from veneer.contract.seeds import no_seeds
 from veneer.contract.targets import FamilyTargets
 from veneer.core.orthogonal import cayley, neumann, skew_symmetric
 from veneer.core.records import LinearDelta
 from veneer.core.sites import LinearSite
-from veneer.errors import ConfigError
 from veneer.ops.traced import is_tracing
 
 
@@ -109,9 +109,7 @@ class PsoftConfig(LinearMethod):
     def derived(self, site: LinearSite, params: Params) -> dict[str, Tensor]:
         if is_tracing():  # of a plan, before weights have values
             return {"A": torch.empty(self.r, site.in_features), "B": torch.empty(site.out_features, self.r)}
-        if site.weight is None:
-            raise ConfigError(f"PSOFT at {site.name} needs the frozen weight: load the base model before attaching")
-        u, s, v = self._largest_parts(site.weight.dense(torch.float32).detach())
+        u, s, v = self._largest_parts(needed_weight(site, "PSOFT").dense(torch.float32).detach())
         s = s * self.r / self.psoft_alpha
         if self.ab_svd_init == "psoft_init":
             return {"A": v.contiguous(), "B": u * s}

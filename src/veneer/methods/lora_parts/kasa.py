@@ -12,12 +12,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from veneer.contract.needed import needed_weight
 from veneer.contract.parameters import Params
 from veneer.core.field_types import check, settings_of
 from veneer.core.records import LinearDelta
 from veneer.core.sites import LinearSite
 from veneer.core.terms.pair import Pair
-from veneer.errors import ConfigError
 from veneer.ops.traced import is_tracing
 
 DIAGONAL = "lora_diag"
@@ -61,9 +61,7 @@ def least_parts(site: LinearSite, r: int) -> dict[str, Tensor]:
     """Return the pair whose product is the sum of the r least singular triplets of the weight, in float32."""
     if is_tracing():  # of a plan, before weights have values
         return {"least_A": torch.zeros(r, site.in_features), "least_B": torch.zeros(site.out_features, r)}
-    if site.weight is None:
-        raise ConfigError(f"KaSA at {site.name} needs the frozen weight: load the base model before attaching")
-    u, s, v = torch.linalg.svd(site.weight.dense(torch.float32).detach(), full_matrices=False)
+    u, s, v = torch.linalg.svd(needed_weight(site, "KaSA").dense(torch.float32).detach(), full_matrices=False)
     return {"least_A": v[-r:].clone(), "least_B": (u[:, -r:] * s[-r:]).contiguous()}
 
 

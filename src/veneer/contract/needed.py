@@ -1,0 +1,14 @@
+"""Frozen weight that a method's update depends on."""
+
+from __future__ import annotations
+
+from veneer.core.frozen import FrozenWeight
+from veneer.core.sites import LinearSite
+from veneer.errors import ConfigError
+
+
+def needed_weight(site: LinearSite, who: str) -> FrozenWeight:
+    """Return the frozen weight of a site for a method of this name. Raises ConfigError if it is not loaded."""
+    if site.weight is None:
+        raise ConfigError(f"{who} at {site.name} needs the frozen weight: load the base model before attaching")
+    return site.weight
