@@ -6,7 +6,7 @@
 
 #include "core/isa.h"
 #include "core/numeric.h"
-#include "core/panels.h"
+#include "core/panel_layout.h"
 #include "core/rows.h"
 
 namespace veneer {

@@ -33,6 +33,7 @@ from veneer.ops.packed_codes import PackedCodes
 from veneer.ops.paged_attention import PagedRows, PagedStore, SequenceRows
 from veneer.ops.pairs import PackedPairs, Pair, Segment, Segments
 from veneer.ops.scaled import ScaledCodes
+from veneer.ops.terms import PackedTerm
 
 N, D, OUT, R, HEADS = 6, 64, 128, 2, 2
 
@@ -89,6 +90,11 @@ def cases():
     angles = torch.randn(1, N, 4)
     yield "sample.likeliest", (x,)
     yield "scale.forward", (x, w, w.clone(), y)
+    yield "terms.apply", (PackedTerm("blocks", (D // 16, 16), torch.randn(D // 16, 16, 16)), x, y, True)
+    places = torch.cat([torch.arange(D + 1), torch.arange(D)]).int()
+    yield "terms.apply", (PackedTerm("sparse", (D, D), w.clone(), places), x, y, False)
+    factors = torch.randn(R * (D + OUT))
+    yield "terms.make", (PackedTerm("hadamard", (OUT, D, R), factors), PackedWeight.pack(torch.randn(OUT, D)))
     yield "scale.backward", (x, y, w, x.clone(), True)
     yield "rotary.rotate", (torch.randn(2, HEADS, N, 8), angles, angles.clone(), False, True)
     yield from serving_cases(x, w, wide)

@@ -44,7 +44,10 @@ CONVERSION = 3
 OnProgress = Callable[[int, int], None]
 log = logging.getLogger(__name__)
 _COUNT = re.compile(r"\b(\d+)/(\d+) \[")
-_TOKEN_IDS = {"bos_token_id": "bos_token_id", "eos_token_id": "eos_token_id", "pad_token_id": "padding_token_id"}
+_TOKEN_IDS = {
+    "bos_token_id": "bos_token_id", "eos_token_id": "eos_token_id", "pad_token_id": "padding_token_id",
+    "unk_token_id": "unknown_token_id",
+}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
