@@ -8,8 +8,9 @@ import math
 import torch
 from torch import Tensor
 
+from veneer.ops.traced import is_tracing
 
-@functools.lru_cache(maxsize=8)
+
 def projections(
     key: int, a_shape: tuple[int, int], b_shape: tuple[int, int], *, device: torch.device, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
@@ -17,6 +18,14 @@ def projections(
 
     All layers share one copy. Copies of the last eight configs and devices are kept. Do not write.
     """
+    draw = _kept.__wrapped__ if is_tracing() else _kept  # a traced step makes tensors without values
+    return draw(key, a_shape, b_shape, device=device, dtype=dtype)
+
+
+@functools.lru_cache(maxsize=8)
+def _kept(
+    key: int, a_shape: tuple[int, int], b_shape: tuple[int, int], *, device: torch.device, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(key)
     drawn = []
     with torch.inference_mode(False):  # they outlive the pass that asks first, and training must be able to keep them

@@ -10,24 +10,18 @@ PEFT draws the noise itself.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
-from typing import ClassVar, Literal, Self
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal
 
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 from torch.nn.functional import linear
 
-from veneer.contract import LinearMethod, Params, Shapes
-from veneer.contract.family_targets import LOW_RANK
-from veneer.contract.known import Known
-from veneer.contract.patterns import below_one
+from veneer.contract import Params, Shapes
 from veneer.contract.peft_fields import PeftFields
-from veneer.contract.rates import no_rates
-from veneer.contract.seeds import no_seeds
+from veneer.contract.projected import ProjectedMethod
 from veneer.contract.shared import Shared
-from veneer.contract.targets import FamilyTargets
 from veneer.core.records import LinearDelta
 from veneer.core.sites import LinearSite
 from veneer.core.terms.mixture import Mixture
@@ -91,7 +85,7 @@ class Sampled(Mixture):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PveraConfig(LinearMethod):
+class PveraConfig(ProjectedMethod):
     """PVeRA in PEFT's fields.
 
     ``save_projection`` writes A and B too. If a file holds them, they are checked against ``projection_prng_key``.
@@ -101,30 +95,17 @@ class PveraConfig(LinearMethod):
     """
 
     peft_type: ClassVar[str] = "PVERA"
-    headline: ClassVar[tuple[str, ...]] = ("r", "target_modules")
-    family_targets: ClassVar[FamilyTargets] = LOW_RANK
+    rate: ClassVar[str] = "pvera_dropout"
     peft_fields: ClassVar[PeftFields] = PeftFields(quiet=("exclude_modules",))
-    usual_learning_rate: ClassVar[float] = 5e-3
-    inert: ClassVar[frozenset[str]] = frozenset(
-        {"r", "save_projection", "pvera_dropout", "d_initial", "fan_in_fan_out", "bias", "init_weights"}
-        | {"generator_seed", "projection_size"}
-    )
+    inert: ClassVar[frozenset[str]] = frozenset({"pvera_dropout", "generator_seed"})
 
-    r: int = 256
-    projection_prng_key: int = 0
-    save_projection: bool = True
     pvera_dropout: float = 0.0
-    d_initial: float = 0.1
-    fan_in_fan_out: bool = False
     bias: Literal["none", "all", "pvera_only"] = "none"
-    init_weights: bool = True
     sample_at_inference: bool = False
     generator_seed: int | None = None
-    projection_size: tuple[int, int] | None = field(default=None, metadata={"on_disk": False})
 
     def problems(self) -> list[str]:
-        found = super().problems() + below_one({"r": self.r})
-        found += no_seeds({"projection_prng_key": self.projection_prng_key}) + no_rates(self, "pvera_dropout")
+        found = super().problems()
         if self.sample_at_inference:
             found.append(
                 "sample_at_inference=True is not supported: set it to False, for the mean of the activations outside "
@@ -136,14 +117,6 @@ class PveraConfig(LinearMethod):
                 "keeps: leave it out, and seed torch"
             )
         return found
-
-    @property
-    def largest_rank(self) -> int:
-        return self.r
-
-    def for_sites(self, sites: Sequence[LinearSite], known: Known) -> Self:
-        largest = max(site.out_features for site in sites), max(site.in_features for site in sites)
-        return replace(self, projection_size=largest)
 
     def shapes(self, site: LinearSite) -> Shapes:
         return {_B: (site.out_features,), _D: (2 * self.r,)}
@@ -182,6 +155,5 @@ class PveraConfig(LinearMethod):
     def _projections(
         self, size: tuple[int, int], device: torch.device, dtype: torch.dtype
     ) -> tuple[Float[Tensor, "2r i"], Float[Tensor, "o r"]]:
-        draw = projections.__wrapped__ if is_tracing() else projections  # a traced step makes tensors without values
-        shapes = (2 * self.r, size[1]), (size[0], self.r)
-        return draw(self.projection_prng_key, *shapes, device=device, dtype=dtype)
+        rows, columns = size
+        return projections(self.projection_prng_key, (2 * self.r, columns), (rows, self.r), device=device, dtype=dtype)

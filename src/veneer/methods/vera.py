@@ -7,28 +7,23 @@ columns of A and the first rows of B. d starts at ``d_initial``, b at zero.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
-from typing import ClassVar, Literal, Self
+from dataclasses import dataclass
+from typing import ClassVar, Literal
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
-from veneer.contract import LinearMethod, Params, Shapes
-from veneer.contract.family_targets import LOW_RANK
-from veneer.contract.known import Known
-from veneer.contract.patterns import below_one
-from veneer.contract.seeds import no_seeds
+from veneer.contract import Params, Shapes
+from veneer.contract.projected import ProjectedMethod
 from veneer.contract.shared import Shared
-from veneer.contract.targets import FamilyTargets
 from veneer.core.records import LinearDelta
 from veneer.core.sites import LinearSite
 from veneer.inits.projections import projections
-from veneer.ops.traced import is_tracing
 
 
 @dataclass(frozen=True, kw_only=True)
-class VeraConfig(LinearMethod):
+class VeraConfig(ProjectedMethod):
     """VeRA in PEFT's fields.
 
     ``save_projection`` writes A and B too. If a file holds them, they are checked against ``projection_prng_key``.
@@ -36,40 +31,11 @@ class VeraConfig(LinearMethod):
     """
 
     peft_type: ClassVar[str] = "VERA"
-    headline: ClassVar[tuple[str, ...]] = ("r", "target_modules")
-    family_targets: ClassVar[FamilyTargets] = LOW_RANK
-    usual_learning_rate: ClassVar[float] = 5e-3
-    inert: ClassVar[frozenset[str]] = frozenset(
-        {"r", "save_projection", "vera_dropout", "d_initial", "fan_in_fan_out", "bias", "init_weights"}
-        | {"projection_size"}  # follows from the layers
-    )
+    rate: ClassVar[str] = "vera_dropout"
+    inert: ClassVar[frozenset[str]] = frozenset({"vera_dropout"})
 
-    r: int = 256
-    projection_prng_key: int = 0
-    save_projection: bool = True
     vera_dropout: float = 0.0
-    d_initial: float = 0.1
-    fan_in_fan_out: bool = False
     bias: Literal["none", "all", "vera_only"] = "none"
-    init_weights: bool = True
-    projection_size: tuple[int, int] | None = field(default=None, metadata={"on_disk": False})
-
-    def problems(self) -> list[str]:
-        found = super().problems() + below_one({"r": self.r})
-        found += no_seeds({"projection_prng_key": self.projection_prng_key})
-        if not 0 <= self.vera_dropout < 1:
-            found.append(f"vera_dropout={self.vera_dropout!r} must lie in [0, 1)")
-        if self.d_initial == 0:
-            found.append(f"d_initial={self.d_initial!r} must be a finite number other than 0")
-        return found
-
-    @property
-    def largest_rank(self) -> int:
-        return self.r
-
-    def for_sites(self, sites: Sequence[LinearSite], known: Known) -> Self:
-        largest = max(site.out_features for site in sites), max(site.in_features for site in sites)
-        return replace(self, projection_size=largest)
 
     def shapes(self, site: LinearSite) -> Shapes:
         return {"vera_lambda_b": (site.out_features,), "vera_lambda_d": (self.r,)}
@@ -82,24 +48,26 @@ class VeraConfig(LinearMethod):
 
     def lower(self, site: LinearSite, params: Params) -> LinearDelta:
         b, d = params["vera_lambda_b"], params["vera_lambda_d"]
-        rows, columns = self.projection_size or (site.out_features, site.in_features)
-        draw = projections.__wrapped__ if is_tracing() else projections  # a traced step makes tensors without values
-        shapes = (self.r, columns), (rows, self.r)
-        big_a, big_b = draw(self.projection_prng_key, *shapes, device=d.device, dtype=d.dtype)
+        size = self.projection_size or (site.out_features, site.in_features)
+        big_a, big_b = self._projections(size, d.device, d.dtype)
         return LinearDelta.pair(big_a[:, : site.in_features], big_b[: site.out_features], core=d, b_scale=b)
 
     @property
     def shared(self) -> Shared | None:
         source = f"projection_prng_key={self.projection_prng_key!r}"
-        return Shared(names=("vera_A", "vera_B"), draw=self._projections, source=source, is_saved=self.save_projection)
+        return Shared(names=("vera_A", "vera_B"), draw=self._saved, source=source, is_saved=self.save_projection)
 
-    def _projections(self) -> dict[str, Tensor]:
+    def _saved(self) -> dict[str, Tensor]:
         if self.projection_size is None:
             return {}
-        rows, columns = self.projection_size
-        shapes = (self.r, columns), (rows, self.r)
-        a, b = projections(self.projection_prng_key, *shapes, device=torch.device("cpu"), dtype=torch.float32)
+        a, b = self._projections(self.projection_size, torch.device("cpu"), torch.float32)
         return {"vera_A": a, "vera_B": b}
+
+    def _projections(
+        self, size: tuple[int, int], device: torch.device, dtype: torch.dtype
+    ) -> tuple[Float[Tensor, "r i"], Float[Tensor, "o r"]]:
+        rows, columns = size
+        return projections(self.projection_prng_key, (self.r, columns), (rows, self.r), device=device, dtype=dtype)
 
     @property
     def dropout(self) -> float:

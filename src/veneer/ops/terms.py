@@ -78,8 +78,11 @@ class LayerTerms:
 
     def fits(self, o: int, i: int) -> bool:
         """Return True if all are sound and of the sizes of a layer (o, i)."""
-        maps = ((self.input, (i, i)), (self.output, (o, o)), *((term, (o, i)) for term in self.adds))
-        return all(term is None or (term.is_sound and term.shape == shape) for term, shape in maps)
+        maps = [(term, (n, n)) for term, n in ((self.input, i), (self.output, o)) if term is not None]
+        in_place = all(term.kind == "blocks" for term, _ in maps) and all(term.kind != "blocks" for term in self.adds)
+        return in_place and all(
+            term.is_sound and term.shape == shape for term, shape in [*maps, *((term, (o, i)) for term in self.adds)]
+        )
 
     @classmethod
     def taken(cls, record: LinearDelta, *, reads_weight: bool) -> tuple[LayerTerms | None, LinearDelta]:

@@ -113,7 +113,7 @@ class LoraSettings(LinearMethod):
         ]
 
     def _problems_of_training_passes(self) -> list[str]:
-        """What changes A, or its gradient, in training goes with plain factors alone, as in PEFT."""
+        """Options that change A, or its gradient, in training go with plain factors alone, as in PEFT."""
         on, *others = [*(name for name in _IN_TRAINING if getattr(self, name) is not None), ""]
         whole = {name: getattr(self, name) for name in (*_NOT_IN_SMALL, "use_qalora")}
         parts = {name: getattr(self, name) for name in ("use_bdlora", "kasa_config", *filter(None, others))}
