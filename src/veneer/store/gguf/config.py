@@ -129,8 +129,16 @@ def _head_dim(pairs: Mapping[str, Any], family: Family) -> int:
     return next((width for width in widths if width is not None), usual)
 
 
+def _fill_left_out(values: dict[str, Any], family: Family, pairs: Mapping[str, Any]) -> None:
+    """Numbers that llama.cpp takes where a file leaves them out. A class has made its own of its default sizes."""
+    taken = {"num_key_value_heads": pairs["attention.head_count"], "head_dim": _head_dim(pairs, family)}
+    own = {entry.path for entry in family.fields}
+    values |= {name: number for name, number in taken.items() if name in own & values.keys()}
+
+
 def _fill(values: dict[str, Any], family: Family, contents: GgufContents) -> None:
     pairs = contents.pairs
+    _fill_left_out(values, family, pairs)
     for entry in family.fields:
         if entry.key in pairs:
             _set(values, entry.path, None if pairs[entry.key] == entry.off else pairs[entry.key])

@@ -38,7 +38,8 @@ SHAPE = (
     Field("embedding_length", "hidden_size"),
     Field("attention.head_count", "num_attention_heads"),
 )
-GROUPED = (*SHAPE, Field("attention.head_count_kv", "num_key_value_heads"))
+HEADS_KEPT = "attention.head_count_kv"
+GROUPED = (*SHAPE, Field(HEADS_KEPT, "num_key_value_heads"))
 FEED_FORWARD = Field("feed_forward_length", "intermediate_size")
 KEY_WIDTH = Field("attention.key_length", "head_dim")
 VALUE_WIDTH = Field("attention.value_length", "head_dim")

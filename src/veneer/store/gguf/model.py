@@ -32,7 +32,7 @@ from veneer.store.bars import without_bars
 from veneer.store.gguf.blocks import describe_into, model_without_storage, own_pairs, why_not_in_blocks
 from veneer.store.gguf.byte_level import byte_level_tokenizer
 from veneer.store.gguf.config import GgufContents, mended_config, unplaced_tensors
-from veneer.store.gguf.fields import FACTOR_TENSORS
+from veneer.store.gguf.fields import FACTOR_TENSORS, HEADS_KEPT
 from veneer.store.gguf.header import GgufHeader, read_header
 from veneer.store.gguf.reader import open_gguf
 from veneer.store.gguf.rebuilt import rebuilt_config, rebuilt_model
@@ -233,7 +233,15 @@ def _require_placed(model: Any, path: Path, facts: GgufFacts) -> None:
 
 
 def _is_rebuilt(facts: GgufFacts) -> bool:
-    return rebuilt_family(facts.contents.architecture, facts.contents.pairs) is not None
+    """Return True for files that transformers does not read, or not right.
+
+    It leaves q and k of a Llama in ggml's order if the file names no number of kept heads.
+    """
+    architecture, pairs = facts.contents.architecture, facts.contents.pairs
+    if rebuilt_family(architecture, pairs) is not None:
+        return True
+    family = laid_out_family(architecture, pairs)
+    return family is not None and HEADS_KEPT not in pairs and HEADS_KEPT in {entry.key for entry in family.fields}
 
 
 def _rebuilt(path: Path, facts: GgufFacts, on_progress: OnProgress) -> Any:

@@ -106,6 +106,20 @@ def test_the_loaded_model_computes_what_the_written_one_does(
     assert_same_logits(model, converted(family, model))
 
 
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+def test_widths_and_heads_that_a_file_leaves_out_follow_from_those_it_has(
+    converted: Callable[..., Any], family: str
+) -> None:
+    """Older files, SmolLM2's among them, hold no width of a head."""
+
+    def left_out(writer: GGUFWriter) -> None:
+        for name in ("attention.key_length", "attention.value_length", "attention.head_count_kv"):
+            writer.kv_data[0].pop(f"{family}.{name}", None)
+
+    model = tiny(family, **{**DECODER, "num_key_value_heads": HEADS, "head_dim": WIDTH // HEADS})
+    assert_same_logits(model, converted(family, model, left_out))
+
+
 def test_llama_3_s_scaling_comes_back_as_its_parameters(converted: Callable[..., Any]) -> None:
     scaling = {**LLAMA3, "factor": 32.0, "rope_theta": 500_000.0, "original_max_position_embeddings": 8192}
     model = tiny("llama", **DECODER, head_dim=64, rope_parameters=scaling)
