@@ -19,7 +19,7 @@ def goals(*words: str) -> subprocess.CompletedProcess[str]:
 def test_every_command_reads_files_that_exist(subject: str) -> None:
     lines = goals(subject, "--list", "--gguf", "F", "--model", "M", "--peft-tests", "T", "--task", "A", "B").stdout
     named = [word for word in lines.split() if word.startswith("tests/") or word.endswith(".py")]
-    assert len(named) > 10
+    assert len(named) > 5
     assert not [word for word in named if not (ROOT / word).exists()]
 
 
