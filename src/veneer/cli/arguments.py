@@ -7,7 +7,7 @@ from pathlib import Path
 from veneer.data.named_files import missing_told
 from veneer.errors import ConfigError, DataError
 from veneer.plan.presets import require_weights
-from veneer.store.known import KNOWN, is_fetched
+from veneer.store.hub import require_found
 
 
 def require_file(option: str, path: Path, ending: str = "") -> None:
@@ -45,18 +45,9 @@ def require_rows(file: Path | None) -> None:
         raise DataError(missing_told(file))
 
 
-def require_model(model: str) -> None:
-    """Raise ConfigError for a preset, which has no weights, and for a model that `require_place` refuses."""
-    require_weights(model)
-    require_place(model)
-
-
-def require_place(model: str) -> None:
-    """Raise ConfigError for a path that leads nowhere, and for a model that is to be fetched first."""
-    path = Path(model).expanduser()
-    if path.exists():
-        return
-    if path.is_absolute() or len(path.parts) > 2 or model.startswith("."):
-        raise ConfigError(f"no model {model!r}: there is no such folder or file. Give one, a fetched name, or a hub id")
-    if model in KNOWN and not is_fetched(model):
-        raise ConfigError(f"the model {model!r} is not in the cache yet: run `veneer fetch {model}`")
+def require_model(*models: str | None) -> None:
+    """Raise ConfigError for a preset, which has no weights, and for a model that is nowhere. None is allowed."""
+    for model in models:
+        if model is not None:
+            require_weights(model)
+            require_found(model)

@@ -38,7 +38,7 @@ def generate(args: GenerateArguments) -> None:
     ids = encode_prompt(chosen.tokenizer, text, system=args.system, raw=args.raw)
     if not ids:
         raise ConfigError("the prompt is empty: give at least one token")
-    answerer = loading.answerer_of(chosen.load(), drawing)
+    answerer = loading.answerer_of(loading.loaded(chosen), drawing)
     answer = answerer.stream(ids, args.max_new_tokens)
     if not answer.strip() and not args.raw and answerer.tokenizer.chat_template is not None:
         typer.echo(
@@ -59,7 +59,7 @@ def _require_places(source: Path, output: Path, force: bool) -> None:
 def _answer_all(
     chosen: Chosen, asked: list[Asked], output: Path, drawing: Drawing, batch_size: int, max_new_tokens: int
 ) -> None:
-    answerer = loading.answerer_of(chosen.load(), drawing, batch_size)
+    answerer = loading.answerer_of(loading.loaded(chosen), drawing, batch_size)
     folders = [each.adapter for each in asked] if chosen.adapters else []
     with quiet(), progress_bar("answering") as on_progress:
         prompts, answering = [each.ids for each in asked], Answering(max_new_tokens=max_new_tokens)

@@ -25,7 +25,7 @@ def intrinsic(args: IntrinsicArguments) -> None:
     )
     chosen = loading.choose(args.model, dtype="float32")
     batches, score = task_of(chosen.tokenizer, args.data, args.batch_size, args.held_out, args.seed)
-    loaded = loading.joined(chosen.load())
+    loaded = loading.joined(loading.loaded(chosen))
     console = Console(stderr=True)
 
     def tell(d: int | None, value: float) -> None:

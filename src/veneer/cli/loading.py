@@ -12,6 +12,7 @@ from veneer.adapters.chosen import Chosen, Loaded, Parts
 from veneer.adapters.chosen import choose as choose_quietly
 from veneer.answer.answerer import Answerer, Drawing
 from veneer.answer.model import ModelAnswerer
+from veneer.core.progress import waits_told
 from veneer.plan.presets import require_weights
 from veneer.serve.answerer import answerer_of as quiet_answerer_of
 from veneer.store.adapter.fit import require_one_base
@@ -24,7 +25,9 @@ def choose(model: str, adapters: Sequence[Path] = (), **how: Any) -> Chosen:
     Raises ConfigError for a preset, which has no weights.
     """
     require_weights(model)
-    return told(choose_quietly(model, adapters, **how))
+    with waits_told(f"reading {model}"):
+        chosen = choose_quietly(model, adapters, **how)
+    return told(chosen)
 
 
 def told(chosen: Chosen) -> Chosen:
@@ -34,27 +37,33 @@ def told(chosen: Chosen) -> Chosen:
     return chosen
 
 
+def loaded(chosen: Chosen) -> Parts:
+    """Return the parts of a choice, loaded."""
+    with waits_told(f"loading {chosen.source}"):
+        return chosen.load()
+
+
 def load_parts(model: str, adapter: Path | None = None, **how: Any) -> Parts:
     """Return a model and an adapter, if one is given, checked and loaded."""
-    return choose(model, adapter_list(adapter), **how).load()
+    return loaded(choose(model, adapter_list(adapter), **how))
 
 
 def load(model: str, adapter: Path | None = None, **how: Any) -> Loaded:
     """Return a model with its adapter on it."""
-    parts = load_parts(model, adapter, **how)
-    with quiet():
-        return joined(parts)
+    return joined(load_parts(model, adapter, **how))
 
 
 def joined(parts: Parts) -> Loaded:
     """Join the parts, and print a note if float32 would be faster."""
     _tell_of_float32(parts)
-    return parts.joined()
+    with quiet(), waits_told("attaching the adapter"):
+        return parts.joined()
 
 
 def answerer_of(parts: Parts, drawing: Drawing | None = None, n_rows: int = 1) -> Answerer:
     """Return the result of `serve.answerer.answerer_of`, and print the answerer's name."""
-    answerer, name = quiet_answerer_of(parts, drawing, n_rows)
+    with waits_told("packing the weights"):
+        answerer, name = quiet_answerer_of(parts, drawing, n_rows)
     typer.echo(f"answers: {name}", err=True)
     if isinstance(answerer, ModelAnswerer):
         _tell_of_float32(parts)

@@ -14,11 +14,12 @@ from veneer.cli.pages.options import unset
 from veneer.cli.plan_options import ADVICE, FIT, OF_SEVERAL, SERVE, bytes_from, unread, wrong
 from veneer.core.progress import waits_told
 from veneer.errors import ConfigError, listed
-from veneer.plan.presets import require_named
+from veneer.plan.presets import hub_id_of, require_named
 from veneer.plan.start import start_measured
 from veneer.recipe.distributed_part import with_accumulation
 from veneer.recipe.early import refuse_early
 from veneer.recipe.values import apply_override, put, read_values, section
+from veneer.store.hub import require_found
 
 _What = Annotated[
     str,
@@ -97,6 +98,9 @@ def plan(
     budget = None if fit is None else bytes_from(fit, "--fit")
     room = None if memory is None else bytes_from(memory, "--memory")
     values = _values(what, overrides or [], method, _changes(given), processes or 1)
+    source = section(values, "model").get("source")
+    if isinstance(source, str) and hub_id_of(source) is None:
+        require_found(source)
     elsewhere = card is not None or advice or serve
     begun = nullcontext() if elsewhere else start_measured()  # before torch is imported, which takes as long
     with waits_told("loading torch and transformers"), begun:

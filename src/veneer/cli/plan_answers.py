@@ -14,7 +14,7 @@ from rich.padding import Padding
 from rich.text import Text
 from transformers import PreTrainedConfig
 
-from veneer.core.progress import waiting_for
+from veneer.core.progress import waiting_for, waiting_over
 from veneer.core.units import size
 from veneer.errors import ConfigError
 from veneer.plan.advice import ADVISED, advise
@@ -61,6 +61,7 @@ def answer_plan(
         facts["rank"] = rank_facts(plan, machine, ranks, facts.get("time", {}).get("seconds_a_step"))
     if png is not None:
         draw(plan, png)
+    waiting_over()
     if as_json:
         typer.echo(json.dumps(facts, indent=2))
         return
@@ -80,6 +81,7 @@ def answer_fit(
     best = as_yaml(loadable(changed(recipe, found[0].changes)))
     if write is not None:
         write.write_text(best, encoding="utf-8")
+    waiting_over()
     if as_json:
         settings = [
             {"changes": dict(f.changes), "bytes": f.n_bytes, "seconds_a_token": f.seconds_a_token} for f in found
@@ -101,6 +103,7 @@ def answer_serve(recipe: Recipe, config: PreTrainedConfig, memory: int, as_json:
         raise ConfigError("--serve counts adapters beside a base, and method full has none: choose another method")
     found = serving_of(config, recipe.model, adapter, memory, count_trained(recipe, config))
     facts = {**asdict(found), "memory": memory, "adapters": found.adapters(0), "tokens": found.tokens(0)}
+    waiting_over()
     if as_json:
         typer.echo(json.dumps(facts, indent=2))
         return
@@ -116,6 +119,7 @@ def answer_serve(recipe: Recipe, config: PreTrainedConfig, memory: int, as_json:
 def answer_advice(recipe: Recipe, config: PreTrainedConfig, given: tuple[str, int, int], as_json: bool) -> None:
     """Print the advised settings. ``given``: task, rows, and trained tokens of a row."""
     found = advise(*given, count_trained(changed(recipe, {"adapter": ADVISED}), config))
+    waiting_over()
     if as_json:
         typer.echo(json.dumps([asdict(each) for each in found], indent=2))
         return

@@ -8,6 +8,7 @@ from pathlib import Path
 import typer
 
 from veneer.cli.pages.serve import GIB, ServeArguments, bytes_of, cache_bytes_of, speculative_of
+from veneer.core.progress import waits_told
 from veneer.errors import CompositionError, ConfigError
 from veneer.ops.dispatch import kernel_isa
 from veneer.serve.http.app import make_app
@@ -46,7 +47,7 @@ def serve(args: ServeArguments) -> None:
     )  # fmt: skip
     for line in _not_served(args.model, args.adapters):
         typer.echo(line, err=True)
-    with quiet():
+    with quiet(), waits_told(f"loading {args.model}"):
         engine = start_engine(args.model, options)
     if engine.settings.why_general:
         typer.echo(f"slow: transformers' own code computes everything ({engine.settings.why_general})", err=True)

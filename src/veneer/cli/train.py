@@ -22,6 +22,7 @@ from veneer.recipe.early import refuse_early
 from veneer.recipe.known import declared_methods
 from veneer.recipe.sweep_part import PART
 from veneer.recipe.values import read_values, section
+from veneer.store.hub import require_found
 
 _Recipe = Annotated[
     Path | None, typer.Argument(metavar="RECIPE", show_default=False, help="A YAML file; see --print-recipe.")
@@ -94,6 +95,7 @@ def train(
     source = section(values, "model").get("source")
     if isinstance(source, str):
         require_weights(source, "model.source")
+        require_found(source)
     if starts:
         raise typer.Exit(_in_processes(context.find_root().obj, processes or 1, values))
     with waits_told("loading torch and transformers"):

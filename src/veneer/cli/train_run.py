@@ -167,9 +167,10 @@ class _Sharing(NamedTuple):
 
 def _planned(recipe: Recipe, sharing: _Sharing, beyond_memory: bool, console: Console) -> _Planned:
     """The plan of a run, told in one line. Raises ConfigError where memory will not do."""
+    notes = Console(stderr=True, soft_wrap=True, quiet=console.quiet)
 
     def tell(line: str) -> None:
-        console.print(line, style="dim", highlight=False)
+        notes.print(line, style="dim", highlight=False)
 
     with waits_told("planning"):
         facts, line = planned_facts(recipe, tell, sharing.n_processes, sharing.copy_sizes)

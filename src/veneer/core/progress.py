@@ -1,4 +1,4 @@
-"""Progress on stderr: bars if it is a terminal that can draw them, plain lines otherwise; and long waits by name."""
+"""Progress on stderr: bars and spinners if it is a terminal that can draw them, plain lines otherwise."""
 
 from __future__ import annotations
 
@@ -7,16 +7,17 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 
 from rich.console import Console
-from rich.progress import Progress, ProgressColumn
+from rich.markup import escape
+from rich.progress import Progress, ProgressColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 LINE_SECONDS = 10.0  # between two plain lines
-QUIET_SECONDS = 4.0  # of a wait that nobody needs to be told of
+QUIET_SECONDS = 1.0  # of a wait before its first plain line
 Tell = Callable[[int, int], None]
-_WAIT: ContextVar[_Wait | None] = ContextVar("_WAIT", default=None)
+_WAIT: ContextVar[_Spinner | _Lines | None] = ContextVar("_WAIT", default=None)
 
 
 def draws_bars(console: Console) -> bool:
@@ -28,30 +29,35 @@ def draws_bars(console: Console) -> bool:
 def progress_bar(title: str, *columns: ProgressColumn, opens_with: str | None = None) -> Iterator[Tell]:
     """Show a bar while the block runs. The block moves it by the function that it gets: steps done, and their total.
 
-    The bar appears with the first step, so that another may come and go before it. If no bar can be drawn, a line
-    reports the steps every ``LINE_SECONDS``. A shorter block prints nothing but ``opens_with``, if given. Of several
-    processes, which torchrun numbers, the first one prints.
+    The bar appears with the first step, so that another may come and go before it; until then it is a wait for
+    ``title``. If no bar can be drawn, a line reports the steps every ``LINE_SECONDS``. A block of less than
+    ``QUIET_SECONDS`` prints nothing but ``opens_with``, if given, which replaces the wait. Of several processes, which
+    torchrun numbers, the first one prints.
     """
     # this file and no other: what takes long may have sys.stderr redirected
-    console = Console(file=sys.stderr, highlight=False, quiet=os.environ.get("RANK", "0") != "0")
-    if not draws_bars(console):
-        if opens_with is not None:
-            _say(console, opens_with)
-        yield _lines(title, console)
-        return
-    progress = Progress(*columns, console=console, transient=True)
-    task = progress.add_task(title, total=None)
+    console = _stderr()
     if opens_with is not None:
-        progress.start()
+        waiting_over()
+    with waits_told(title) if opens_with is None else nullcontext():
+        if not draws_bars(console):
+            if opens_with is not None:
+                _say(console, opens_with)
+            yield _lines(title, console)
+            return
+        progress = Progress(*columns, console=console, transient=True)
+        task = progress.add_task(title, total=None)
+        if opens_with is not None:
+            progress.start()
 
-    def tell(done: int, total: int) -> None:
-        progress.start()
-        progress.update(task, completed=done, total=total)
+        def tell(done: int, total: int) -> None:
+            waiting_over()
+            progress.start()
+            progress.update(task, completed=done, total=total)
 
-    try:
-        yield tell
-    finally:
-        progress.stop()
+        try:
+            yield tell
+        finally:
+            progress.stop()
 
 
 def _lines(title: str, console: Console) -> Tell:
@@ -59,6 +65,7 @@ def _lines(title: str, console: Console) -> Tell:
 
     def tell(done: int, total: int) -> None:
         nonlocal told
+        waiting_over()
         if time.monotonic() - told >= LINE_SECONDS:
             told = time.monotonic()
             _say(console, f"{title} {done}/{total}")
@@ -72,13 +79,21 @@ def _say(console: Console, line: str) -> None:
 
 @contextmanager
 def waits_told(what: str) -> Iterator[None]:
-    """Report a wait for ``what`` on stderr, from the fifth second on, while the block runs. `waiting_for` names the
-    next.
+    """Report a wait for ``what`` on stderr while the block runs: by a spinner, or by lines after ``QUIET_SECONDS``.
 
-    Of several processes, which torchrun numbers, the first one prints.
+    `waiting_for` names the next work, and `waiting_over` ends the report before the block ends. A wait inside of
+    another names that one's work. Of several processes, which torchrun numbers, the first one prints.
     """
-    console = Console(file=sys.stderr, highlight=False, quiet=os.environ.get("RANK", "0") != "0")
-    wait = _Wait(what, console)
+    outer = _WAIT.get()
+    if outer is not None:
+        before, outer.what = outer.what, what
+        try:
+            yield
+        finally:
+            outer.what = before
+        return
+    console = _stderr()
+    wait = _Spinner(what, console) if draws_bars(console) and not console.quiet else _Lines(what, console)
     token = _WAIT.set(wait)
     try:
         yield
@@ -94,7 +109,39 @@ def waiting_for(what: str) -> None:
         wait.what = what
 
 
-class _Wait:
+def waiting_over() -> None:
+    """End the report of a wait, if there is one: from here on others print, or a bar is drawn."""
+    wait = _WAIT.get()
+    if wait is not None:
+        wait.end()
+
+
+class _Spinner:
+    """A line that turns while it is waited, and that vanishes. Other lines on stderr go above it."""
+
+    def __init__(self, what: str, console: Console) -> None:
+        columns = SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()
+        # stdout is left alone: a pipe may read it
+        self._progress = Progress(*columns, console=console, transient=True, redirect_stdout=False)
+        self._task, self._what = self._progress.add_task(escape(what), total=None), what
+        self._progress.start()
+
+    @property
+    def what(self) -> str:
+        """Work that is waited for."""
+        return self._what
+
+    @what.setter
+    def what(self, what: str) -> None:
+        self._what = what
+        self._progress.update(self._task, description=escape(what))
+
+    def end(self) -> None:
+        """Remove the line."""
+        self._progress.stop()
+
+
+class _Lines:
     """A thread that prints what is waited for, and for how long so far."""
 
     def __init__(self, what: str, console: Console) -> None:
@@ -112,3 +159,8 @@ class _Wait:
         while not self._over.wait(pause):
             _say(self._console, f"{self.what} ({time.monotonic() - began:.0f} s so far)")
             pause = LINE_SECONDS
+
+
+def _stderr() -> Console:
+    """The console of stderr; quiet in all but the first of several processes."""
+    return Console(file=sys.stderr, highlight=False, quiet=os.environ.get("RANK", "0") != "0")

@@ -10,6 +10,8 @@ from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 from transformers.utils import logging
 
+from veneer.core.progress import waiting_over
+
 
 @contextmanager
 def without_bars() -> Iterator[None]:
@@ -44,6 +46,7 @@ def downloads_shown(name: str) -> Iterator[None]:
     if isinstance(try_to_load_from_cache(name, "config.json"), str):  # no more than a missing file or two
         yield
         return
+    waiting_over()
     if not sys.stderr.isatty():
         print(f"downloading {name} from the hub", file=sys.stderr)
         yield

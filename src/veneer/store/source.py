@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 import os
-import re
-import urllib.error
-import urllib.request
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from huggingface_hub import get_token, try_to_load_from_cache
-from huggingface_hub.constants import ENDPOINT
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -34,8 +28,8 @@ from veneer.store.block_by_block import EachBlock, blocks_handed_on
 from veneer.store.checkpoint import Checkpoint
 from veneer.store.gguf.blocks import described_file
 from veneer.store.gguf.model import converted_folder, folder_of_file
+from veneer.store.hub import on_hub
 from veneer.store.in_blocks import load_in_blocks
-from veneer.store.known import KNOWN
 from veneer.store.named import folder_of
 from veneer.store.quantizer import watch_loading
 from veneer.store.stored_quantization import stored_quantization
@@ -49,8 +43,6 @@ DTYPES = {
     "fp16": torch.float16,
 }
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
-_HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
-_HUB_SECONDS = 5
 
 
 def resolve(source: str | os.PathLike[str]) -> Path | str:
@@ -72,14 +64,7 @@ def resolve(source: str | os.PathLike[str]) -> Path | str:
     folder = folder_of(name)
     if folder is not None:
         return folder
-    name = known_name(name)
-    close = difflib.get_close_matches(name.lower(), KNOWN, n=1, cutoff=0.75)
-    if close or not _HUB_ID.fullmatch(name) or path.suffix == ".gguf":
-        hint = (
-            f"did you mean {close[0]!r}?" if close else f"names that `veneer fetch` knows: {', '.join(sorted(KNOWN))}"
-        )
-        raise ConfigError(f"no model {name!r}: there is no such folder or file; {hint}")
-    return _on_hub(name)
+    return on_hub(known_name(name))
 
 
 def load_model(
@@ -205,37 +190,6 @@ def _meant(path: Path) -> str:
     if (best / "config.json").is_file():
         return f"give {best}, which is one"
     return f"{best} is an adapter; give it in place of a model, or, where a base is asked for, beside its base"
-
-
-def _on_hub(name: str) -> Path | str:
-    """The id where the hub answers, else what its cache holds: asking through its client takes a minute to fail."""
-    if _hub_answers():
-        return name
-    cached = try_to_load_from_cache(name, "config.json")
-    if isinstance(cached, str):
-        return Path(cached).parent
-    raise ConfigError(
-        f"no model {name!r}: there is no such folder or file, `veneer fetch` knows {', '.join(sorted(KNOWN))}, and "
-        f"{ENDPOINT} cannot be reached. Check the network, or give a folder"
-    )
-
-
-def require_hub() -> None:
-    """Raise ConfigError if a push is impossible: the hub does not answer, or nobody is logged in."""
-    if not _hub_answers():
-        raise ConfigError(f"push_to_hub: {ENDPOINT} cannot be reached: leave it out, and push the saved folder later")
-    if get_token() is None:
-        raise ConfigError("push_to_hub: nobody is logged in: run `hf auth login`, or leave it out")
-
-
-def _hub_answers() -> bool:
-    try:
-        urllib.request.urlopen(urllib.request.Request(ENDPOINT, method="HEAD"), timeout=_HUB_SECONDS).close()
-    except urllib.error.HTTPError:
-        return True
-    except OSError:
-        return False
-    return True
 
 
 def _not_loaded(source: str | os.PathLike[str], place: Path | str, error: OSError) -> ConfigError | FormatError:

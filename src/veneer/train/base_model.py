@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from veneer.core.progress import waits_told
 from veneer.errors import ConfigError
 from veneer.model.give_back import give_back
 from veneer.model.prepare import prepare_model_for_kbit_training, widen
@@ -35,9 +36,10 @@ def load_base(
 
     each_block = None if cutter is None else take
     gguf = part.gguf if frozen else "dense"
-    model = load_model(
-        part.source, dtype=part.dtype, quantization=config, scores=scores, gguf=gguf, each_block=each_block
-    )
+    with waits_told(f"loading {part.source}"):
+        model = load_model(
+            part.source, dtype=part.dtype, quantization=config, scores=scores, gguf=gguf, each_block=each_block
+        )
     if config is not None or getattr(model, "is_quantized", False):
         model = made_ready(model, part)
     if cutter is not None:

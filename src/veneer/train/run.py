@@ -12,7 +12,7 @@ from veneer.errors import Interrupted
 from veneer.model.memory import high_water
 from veneer.recipe.adapter import FULL
 from veneer.recipe.recipe import Recipe
-from veneer.store.source import require_hub
+from veneer.store.hub import require_hub
 from veneer.train.callbacks import Begun, LastEvaluation
 from veneer.train.checkpoint import checkpoint_folder, latest_checkpoint
 from veneer.train.facts import describe_run

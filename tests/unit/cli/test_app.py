@@ -50,7 +50,9 @@ def test_an_interrupt_exits_with_130() -> None:
     assert "Traceback" not in result.output
 
 
-def test_an_interrupt_may_say_what_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupt_may_say_what_is_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, known_machine: None
+) -> None:
     def interrupted_after(checkpoints: list[str]) -> Callable[..., None]:
         def run(recipe: Recipe, **_: object) -> None:
             for checkpoint in checkpoints:
@@ -63,6 +65,8 @@ def test_an_interrupt_may_say_what_is_left(tmp_path: Path, monkeypatch: pytest.M
     recipe = tmp_path / "recipe.yaml"
     rows = tmp_path / "rows.jsonl"
     rows.touch()
+    (tmp_path / "m").mkdir()
+    monkeypatch.chdir(tmp_path)
     recipe.write_text(f"{{model: {{source: m}}, data: {{train: {rows}}}, output: {tmp_path / 'run'}}}")
     monkeypatch.setattr("veneer.cli.train_run.run_recipe", interrupted_after([]))
     result = RUNNER.invoke(app, ["train", str(recipe)])

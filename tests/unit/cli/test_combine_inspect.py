@@ -233,7 +233,7 @@ def test_adapters_of_two_bases_and_what_is_none_are_told_before_a_model_is_loade
         (("combine", adapter_folder, of_another_base, *based, *out), "does not fit the model"),
         (("combine", adapter_folder, "--weights", "1 2", *out), "give one for each"),
         (("intrinsic", model_folder, "-d", nowhere, *out), "there is no file"),
-        (("intrinsic", nowhere, "-d", nowhere, *out), "no such folder or file"),
+        (("intrinsic", nowhere, "-d", __file__, *out), "no such folder or file"),
         (("intrinsic", model_folder, "-d", nowhere, "--dims", "0,3", *out), "must be 1 or more"),
     ]
     for command, message in cases:

@@ -6,6 +6,7 @@ import json
 import re
 import socket
 from collections.abc import Callable
+from email.message import Message
 from pathlib import Path
 
 import peft
@@ -165,7 +166,7 @@ def test_what_is_wrong_is_one_message(veneer: Veneer, tmp_path: Path, adapter_fo
 
 
 def test_a_hub_id_is_not_downloaded(veneer: Veneer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("veneer.store.source._hub_answers", lambda: True)
+    monkeypatch.setattr("veneer.store.hub._asked", lambda address: Message())
     result = veneer("info", "org/model")
     assert (result.exit_code, "download it first" in result.stderr) == (2, True)
 

@@ -86,3 +86,20 @@ def test_what_needs_no_model_is_told_before_torch_is_imported() -> None:
     for (command, told), (code, said) in zip(cases, told_early([command for command, _ in cases]), strict=True):
         assert code == 2, command
         assert told in said
+
+
+def test_a_misspelt_model_is_told_before_torch_is_imported() -> None:
+    name = "smollm2-135m-instuct"
+    commands = [
+        ["generate", name, "-p", "x"],
+        ["chat", name],
+        ["serve", name],
+        ["info", name],
+        ["eval", name, "-d", __file__, "-m", "labels"],
+        ["export", "gguf", name, "-o", "x.gguf"],
+        ["export", "ollama", name, "-o", "x"],
+        ["export", "importance", name, "-d", __file__, "-o", "x.gguf"],
+        ["merge-models", name, "x", "-o", "x"],
+    ]
+    told = f"error: no model '{name}': there is no such folder or file; did you mean 'smollm2-135m-instruct'?"
+    assert told_early(commands) == [(2, told)] * len(commands)

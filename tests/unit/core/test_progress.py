@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import sys
 import time
 
 import pytest
@@ -48,7 +49,9 @@ def test_a_bar_comes_and_goes_before_one_that_was_opened_first(monkeypatch: pyte
             inner(3, 7)
         outer(5, 7)
     shown = screen.getvalue()
-    assert 0 <= shown.index("converting") < shown.rindex("converting") < shown.index("exporting")
+    assert 0 <= shown.index("converting") < shown.rindex("converting") < shown.rindex("exporting")
+    assert shown.count("━") > 0
+    assert shown.rindex("converting") < shown.rindex("━")
 
 
 def test_a_wait_is_told_with_what_is_waited_for_now(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -63,6 +66,38 @@ def test_a_wait_is_told_with_what_is_waited_for_now(monkeypatch: pytest.MonkeyPa
     told = screen.getvalue()
     progress.waiting_for("nothing")
     assert screen.getvalue() == told
+
+
+def test_a_terminal_shows_a_wait_at_once_and_erases_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    screen, piped = io.StringIO(), io.StringIO()
+    monkeypatch.setattr(screen, "isatty", lambda: True, raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr("sys.stderr", screen)
+    monkeypatch.setattr("sys.stdout", piped)
+    with progress.waits_told("loading [a]"):
+        assert "loading [a]" in screen.getvalue()
+        print("an answer")
+        print("a note", file=sys.stderr)
+        with progress.waits_told("packing"):
+            pass
+        progress.waiting_over()
+        over = screen.getvalue()
+        progress.waiting_for("nothing")
+    assert (piped.getvalue(), screen.getvalue()) == ("an answer\n", over)
+    assert "a note\n" in over
+    assert over.endswith("\x1b[2K")
+
+
+def test_a_wait_inside_of_another_is_named_while_it_lasts(monkeypatch: pytest.MonkeyPatch) -> None:
+    screen = io.StringIO()
+    monkeypatch.setattr("sys.stderr", screen)
+    monkeypatch.setattr(progress, "QUIET_SECONDS", 0.01)
+    monkeypatch.setattr(progress, "LINE_SECONDS", 0.01)
+    with progress.waits_told("loading"):
+        with progress.waits_told("packing"):
+            appears("packing (", screen)
+        screen.truncate(0)
+        appears("loading (", screen)
 
 
 def test_a_short_wait_is_not_told(capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,6 +6,7 @@ import resource
 import sys
 import urllib.error
 from collections.abc import Callable
+from contextlib import nullcontext
 from email.message import Message
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from veneer.disk.safetensors import header_bytes
 from veneer.errors import ConfigError, FormatError, OutOfMemoryError
+from veneer.store import hub as hub_module
 from veneer.store import source as source_module
 from veneer.store.bars import without_bars
 from veneer.store.source import load_model, load_tokenizer, parse_dtype, resolve
@@ -42,9 +44,9 @@ def hub(monkeypatch: pytest.MonkeyPatch, error: OSError | None) -> None:
     def answer(*args: object, **options: object) -> Any:
         if error is not None:
             raise error
-        return open("/dev/null", "rb")
+        return nullcontext(Mock(headers=Message()))
 
-    monkeypatch.setattr(source_module.urllib.request, "urlopen", answer)
+    monkeypatch.setattr(hub_module.urllib.request, "urlopen", answer)
 
 
 def test_a_folder_loads_in_its_dtype_or_the_one_asked_for(folder: Path) -> None:
@@ -166,6 +168,30 @@ def test_a_hub_id_is_kept_where_the_hub_answers(monkeypatch: pytest.MonkeyPatch)
     assert resolve("gpt2") == "gpt2"
 
 
+def test_an_id_that_the_hub_does_not_have_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    headers = Message()
+    headers["X-Error-Code"] = "RepoNotFound"
+    hub(monkeypatch, urllib.error.HTTPError("u", 401, "unauthorized", headers, None))
+    with pytest.raises(ConfigError, match=r"no model 'org/modle': .* has no such model, or it is private"):
+        resolve("org/modle")
+
+
+def test_a_misspelt_path_gets_the_nearest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub(monkeypatch, urllib.error.URLError("no route"))
+    (tmp_path / "runs" / "first" / "adapter").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    for name, near in (
+        ("runs/frist/adapter", "runs/first/adapter"),
+        ("runs/frist", "runs/first"),
+        ("./rnus/first/adaptor", "runs/first"),
+        ("rums", "runs"),
+    ):
+        with pytest.raises(ConfigError, match=f"no model '{name}': .*; did you mean '{near}'\\?"):
+            resolve(name)
+    with pytest.raises(ConfigError, match=r"no such folder or file; `veneer fetch` knows"):
+        resolve("no/such/folder")
+
+
 def test_a_hub_that_cannot_be_reached_is_a_quick_error(monkeypatch: pytest.MonkeyPatch) -> None:
     hub(monkeypatch, urllib.error.URLError("no route"))
     with pytest.raises(ConfigError, match="cannot be reached"):
@@ -174,7 +200,7 @@ def test_a_hub_that_cannot_be_reached_is_a_quick_error(monkeypatch: pytest.Monke
 
 def test_without_the_hub_its_cache_serves(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
     hub(monkeypatch, urllib.error.URLError("no route"))
-    monkeypatch.setattr(source_module, "try_to_load_from_cache", lambda name, file: str(folder / file))
+    monkeypatch.setattr(hub_module, "try_to_load_from_cache", lambda name, file: str(folder / file))
     assert resolve("org/model") == folder
 
 

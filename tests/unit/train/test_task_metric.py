@@ -120,7 +120,7 @@ def test_odd_settings_are_told(values, caplog, make_model, tmp_path):
 
 
 def test_pushing_offline_is_told_before_anything_is_loaded(values, monkeypatch):
-    monkeypatch.setattr("veneer.store.source._hub_answers", lambda: False)
+    monkeypatch.setattr("veneer.store.hub._asked", lambda address: None)
     values["training"]["push_to_hub"] = True
     with pytest.raises(ConfigError, match=r"push_to_hub: .* cannot be reached"):
         run_recipe(parse_recipe(values))

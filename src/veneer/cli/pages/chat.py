@@ -30,8 +30,8 @@ class ChatArguments:
     dtype: options.Dtype = "auto"
 
     def __post_init__(self) -> None:
-        require_model(self.model)
         require_adapter(self.adapter)
+        require_model(self.model)
 
 
 chat = verb(ChatArguments, "veneer.cli.chat", "chat")

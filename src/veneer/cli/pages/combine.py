@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from veneer.cli.arguments import weights_of
+from veneer.cli.arguments import require_model, weights_of
 from veneer.cli.pages.options import unset
 from veneer.cli.work import verb
 from veneer.errors import ConfigError
@@ -51,6 +51,7 @@ class CombineArguments:
         if self.output.exists() and any(self.output.iterdir() if self.output.is_dir() else [self.output]):
             raise ConfigError(f"{self.output} exists and is not empty: choose another folder, nothing is overwritten")
         weights_of(self.weights, len(self.adapters))
+        require_model(self.base)
 
 
 combine = verb(CombineArguments, "veneer.cli.combine", "combine")

@@ -108,10 +108,9 @@ class EvalArguments:
         if self.recipe is not None:
             read_values(self.recipe)
             return  # model and adapters do not go with it
-        if self.model is not None:
-            require_model(self.model)
         for adapter in self.adapters:
             require_adapter(adapter)
+        require_model(self.model)
 
 
 eval_ = verb(EvalArguments, "veneer.cli.eval", "eval_")

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from veneer.cli.arguments import require_file, require_folder
+from veneer.cli.arguments import require_file, require_folder, require_model, require_rows
 from veneer.cli.help import VerbCommand, first_sentence, print_page
 from veneer.cli.pages.export_as_lora import as_lora
 from veneer.cli.pages.export_vllm import vllm
@@ -65,6 +65,7 @@ class GgufArguments:
     def __post_init__(self) -> None:
         require_file("--output", self.output, ".gguf")
         require_adapter(self.adapter)
+        require_model(self.model)
 
 
 gguf = verb(GgufArguments, "veneer.cli.export", "gguf")
@@ -87,6 +88,7 @@ class OllamaArguments:
     def __post_init__(self) -> None:
         require_folder("--output", self.output)
         require_adapter(self.adapter)
+        require_model(self.model)
 
 
 ollama = verb(OllamaArguments, "veneer.cli.export", "ollama")
@@ -113,6 +115,7 @@ class LoraArguments:
     def __post_init__(self) -> None:
         require_file("--output", self.output, ".gguf")
         require_adapter(self.adapter)
+        require_model(self.base)
 
 
 lora = verb(LoraArguments, "veneer.cli.export", "lora")
@@ -135,6 +138,9 @@ class ImportanceArguments:
 
     def __post_init__(self) -> None:
         require_file("--output", self.output, ".gguf")
+        require_adapter(self.adapter)
+        require_rows(self.data)
+        require_model(self.model)
 
 
 importance = verb(ImportanceArguments, "veneer.cli.export", "importance")
@@ -156,6 +162,8 @@ class CheckArguments:
             raise ConfigError(f"no file {str(self.file)!r}. Give a .gguf file")
         if self.model is None and self.adapter is not None:
             raise ConfigError("--adapter is given without --model: add --model, the base that the file was made of")
+        require_adapter(self.adapter)
+        require_model(self.model)
 
 
 check = verb(CheckArguments, "veneer.cli.export", "check")

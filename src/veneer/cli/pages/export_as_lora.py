@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from veneer.cli.arguments import require_model
 from veneer.cli.pages.options import unset
 from veneer.cli.work import verb
 from veneer.errors import ConfigError
@@ -33,6 +34,7 @@ class AsLoraArguments:
         require_adapter(self.adapter)
         if self.output.exists() and any(self.output.iterdir() if self.output.is_dir() else [self.output]):
             raise ConfigError(f"{self.output} exists and is not empty: choose another folder, nothing is overwritten")
+        require_model(self.base)
 
 
 as_lora = verb(AsLoraArguments, "veneer.cli.export_as_lora", "as_lora")

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from veneer.cli.arguments import require_model
 from veneer.cli.pages.options import Force, unset
 from veneer.cli.work import verb
 from veneer.export.vllm.ranks import require_rank
@@ -37,6 +38,7 @@ class VllmArguments:
         require_rank(self.rank)
         for adapter in self.adapters:
             require_adapter(adapter)
+        require_model(self.base)
 
 
 vllm = verb(VllmArguments, "veneer.cli.export_vllm", "vllm")

@@ -75,9 +75,9 @@ class GenerateArguments:
             raise ConfigError("--output, --limit and --force belong to --input FILE: one answer goes to stdout")
         if self.input_ is not None and self.output is None:
             raise ConfigError("--input FILE is answered into a file: add --output FILE.jsonl")
-        require_model(self.model)
         require_adapter(self.adapter)
         require_rows(self.input_)
+        require_model(self.model)
 
 
 generate = verb(GenerateArguments, "veneer.cli.generate", "generate")

@@ -9,6 +9,7 @@ import typer
 
 from veneer.cli.facts import AsJson
 from veneer.cli.work import verb
+from veneer.store.hub import require_found
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,6 +25,9 @@ class InfoArguments:
         str, typer.Argument(metavar="ADAPTER|MODEL|RUN", show_default=False, help="A folder, a .gguf file or a name.")
     ]
     as_json: AsJson = False
+
+    def __post_init__(self) -> None:
+        require_found(self.what)
 
 
 info = verb(InfoArguments, "veneer.cli.info", "info")

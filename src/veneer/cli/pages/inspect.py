@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from veneer.cli.arguments import require_file
+from veneer.cli.arguments import require_file, require_model
 from veneer.cli.facts import AsJson
 from veneer.cli.pages.options import unset
 from veneer.cli.work import verb
@@ -42,6 +42,7 @@ class InspectArguments:
             require_adapter(adapter)
         if self.png is not None:
             require_file("--png", self.png, ".png")
+        require_model(self.base)
 
 
 inspect = verb(InspectArguments, "veneer.cli.inspect", "inspect")

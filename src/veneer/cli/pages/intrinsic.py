@@ -37,9 +37,9 @@ class IntrinsicArguments:
 
     def __post_init__(self) -> None:
         require_folder("--output", self.output)
-        require_model(self.model)
         require_dimensions(self.dims)
         require_rows(self.data)
+        require_model(self.model)
 
     @property
     def dimensions(self) -> list[int]:

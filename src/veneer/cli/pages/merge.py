@@ -34,8 +34,8 @@ class MergeArguments:
     force: Annotated[bool, typer.Option("--force", help="Replace what is in the output folder.")] = False
 
     def __post_init__(self) -> None:
-        require_model(self.base)
         require_adapter(self.adapter)
+        require_model(self.base)
 
 
 merge = verb(MergeArguments, "veneer.cli.merge", "merge")

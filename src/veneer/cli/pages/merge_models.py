@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from veneer.cli.arguments import require_model, weights_of
 from veneer.cli.pages.options import unset
 from veneer.cli.work import verb
 
@@ -38,6 +39,10 @@ class MergeModelsArguments:
     vote: _Vote = "total"
     seed: Annotated[int, typer.Option(metavar="N", help="Of the draw that dare_* makes.")] = 0
     force: Annotated[bool, typer.Option("--force", help="Replace what is in the output folder.")] = False
+
+    def __post_init__(self) -> None:
+        weights_of(self.weights, len(self.models))
+        require_model(self.base, *self.models)
 
 
 merge_models = verb(MergeModelsArguments, "veneer.cli.merge_models", "merge_models")

@@ -13,12 +13,11 @@ from typing import Annotated
 
 import typer
 
-from veneer.cli.arguments import require_place
+from veneer.cli.arguments import require_model
 from veneer.cli.pages import options
 from veneer.cli.pages.options import unset
 from veneer.cli.work import verb
 from veneer.errors import ConfigError
-from veneer.plan.presets import require_weights
 from veneer.serve.draft import SpeculativeConfig
 from veneer.serve.http.key_file import read_keys
 from veneer.serve.http.listening import require_certificate, require_free
@@ -120,13 +119,12 @@ class ServeArguments:
             read_keys(self.keys)
         require_one_of("--dtype", self.dtype, ("auto", "float32", "bfloat16", "float16"))
         require_one_of("--quantize-head", self.quantize_head, (None, "int8"))
-        require_weights(self.model)
         speculative_of(self.speculative_config)
         _ = self.limits
         if self.kv_gib is not None:
             bytes_of("--kv-gib", self.kv_gib, GIB)
         cache_bytes_of(self.adapter_cache_gib, self.adapter_cache)
-        require_place(self.model)
+        require_model(self.model)
 
     @property
     def folders(self) -> list[Path]:

@@ -1,0 +1,93 @@
+"""Models by names that no folder or file has: on the Hugging Face hub, in its cache, or nowhere.
+
+Read without torch, so that a wrong name is reported before seconds of imports.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+import urllib.error
+import urllib.request
+from email.message import Message
+from pathlib import Path
+
+from huggingface_hub import get_token, try_to_load_from_cache
+from huggingface_hub.constants import ENDPOINT
+
+from veneer.disk.known_name import known_name
+from veneer.disk.near import near_paths
+from veneer.errors import ConfigError
+from veneer.store.known import KNOWN, is_fetched
+
+_HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
+_SECONDS = 5
+_CLOSE = 0.75
+
+
+def require_found(model: str) -> None:
+    """Raise ConfigError for a model that is no folder, no file, no fetched model, and neither on the hub nor cached."""
+    name = known_name(model)
+    if Path(model).expanduser().exists() or "@sha256:" in name:
+        return
+    if name not in KNOWN:
+        on_hub(name)
+    elif not is_fetched(name):
+        raise ConfigError(f"the model {name!r} is not in the cache yet: run `veneer fetch {name}`")
+
+
+def on_hub(name: str) -> Path | str:
+    """Return the id of a model if the hub has it, else the folder of it in the hub's cache.
+
+    The hub's own client would ask for a minute before it fails. Raises ConfigError, with the nearest names, for a name
+    that cannot be an id, and for an id that is unknown or cannot be asked for.
+    """
+    if difflib.get_close_matches(name.lower(), KNOWN, n=1, cutoff=_CLOSE):
+        raise ConfigError(_no_model(name))
+    if not _HUB_ID.fullmatch(name) or Path(name).suffix == ".gguf":
+        raise ConfigError(_no_model(name))
+    answer = _asked(f"{ENDPOINT}/{name}/resolve/main/config.json")
+    if answer is not None and answer.get("X-Error-Code") == "RepoNotFound":
+        raise ConfigError(_no_model(name, f"{ENDPOINT} has no such model, or it is private (hf auth login)"))
+    if answer is not None:
+        return name
+    cached = try_to_load_from_cache(name, "config.json")
+    if isinstance(cached, str):
+        return Path(cached).parent
+    raise ConfigError(_no_model(name, f"{ENDPOINT} cannot be reached"))
+
+
+def require_hub() -> None:
+    """Raise ConfigError if a push is impossible: the hub does not answer, or nobody is logged in."""
+    if _asked(ENDPOINT) is None:
+        raise ConfigError(f"push_to_hub: {ENDPOINT} cannot be reached: leave it out, and push the saved folder later")
+    if get_token() is None:
+        raise ConfigError("push_to_hub: nobody is logged in: run `hf auth login`, or leave it out")
+
+
+def _no_model(name: str, of_hub: str = "") -> str:
+    """The message for a model that is nowhere: the nearest names, or those that `veneer fetch` knows."""
+    near = [*difflib.get_close_matches(name.lower(), KNOWN, n=1, cutoff=_CLOSE), *near_paths(Path(name).expanduser())]
+    hint = (
+        f"did you mean {' or '.join(map(repr, near))}?" if near else f"`veneer fetch` knows {', '.join(sorted(KNOWN))}"
+    )
+    said = f", and {of_hub}" if of_hub else ""
+    return f"no model {name!r}: there is no such folder or file{said}; {hint}"
+
+
+def _asked(address: str) -> Message | None:
+    """The headers of the hub's answer, whatever it is; None if there is none."""
+    request = urllib.request.Request(address, method="HEAD", headers=_authorization())
+    try:
+        with urllib.request.urlopen(request, timeout=_SECONDS) as answer:
+            headers: Message = answer.headers
+            return headers
+    except urllib.error.HTTPError as error:
+        return error.headers
+    except OSError:
+        return None
+
+
+def _authorization() -> dict[str, str]:
+    token = get_token()
+    return {} if token is None else {"Authorization": f"Bearer {token}"}
