@@ -17,6 +17,7 @@ from torch import Tensor
 from veneer.contract import LinearMethod, Params, Shapes
 from veneer.contract.checks import Checks
 from veneer.contract.family_targets import LOW_RANK
+from veneer.contract.needed import needed_weight
 from veneer.contract.packing import Packing
 from veneer.contract.patterns import below_one
 from veneer.contract.peft_fields import PeftFields
@@ -26,7 +27,6 @@ from veneer.core.records import LinearDelta
 from veneer.core.sites import LinearSite
 from veneer.core.terms.pair import Pair
 from veneer.core.terms.sparse import Sparse, place_problems
-from veneer.errors import ConfigError
 from veneer.inits.uniform import kaiming_uniform
 from veneer.ops.traced import is_tracing
 
@@ -133,12 +133,7 @@ class SupertuningConfig(LinearMethod):
         n = self.count(site)
         if is_tracing():  # of a plan, before weights have values
             return torch.arange(n, dtype=torch.int32)
-        if site.weight is None:
-            raise ConfigError(
-                f"Super-Tuning at {site.name} finds its places in the frozen weight, which the file does not hold: "
-                "load the base model before attaching"
-            )
-        magnitudes = site.weight.dense().detach().abs().flatten()
+        magnitudes = needed_weight(site, "Super-Tuning").dense().detach().abs().flatten()
         return magnitudes.topk(n, largest=self.select_top).indices.int().cpu()
 
 

@@ -89,5 +89,5 @@ def test_a_start_from_the_weight_needs_one_that_is_large_enough(start):
     config = LoraConfig(r=12, init_lora_weights=start)
     with pytest.raises(ConfigError, match=r"q_proj: r=12 is more than the weight of shape \(13, 11\) can give"):
         config.init(SITE)
-    with pytest.raises(ConfigError, match="at q_proj starts from the frozen weight: load the base model"):
+    with pytest.raises(ConfigError, match="at q_proj needs the frozen weight: load the base model"):
         config.init(dataclasses.replace(SITE, weight=None))

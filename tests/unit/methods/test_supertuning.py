@@ -96,9 +96,9 @@ def test_places_that_the_file_leaves_out_follow_the_base(tmp_path):
 
 def test_a_missing_base_is_told():
     own, place = config(save_precomputed_indices=False), site("q_proj", 7, 5)
-    with pytest.raises(ConfigError, match="finds its places in the frozen weight, which the file does not hold"):
+    with pytest.raises(ConfigError, match="Super-Tuning at q_proj needs the frozen weight: load the base model"):
         own.lower(place, own.init(place))
-    with pytest.raises(ConfigError, match="Super-Tuning at q_proj finds its places in the frozen weight"):
+    with pytest.raises(ConfigError, match="Super-Tuning at q_proj needs the frozen weight"):
         config().init(place)
 
 

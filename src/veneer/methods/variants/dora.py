@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from veneer.contract import LinearMethod, Params, Shapes
+from veneer.contract.needed import needed_weight, told_missing
 from veneer.core.frozen import FrozenWeight
 from veneer.core.groups import diagonal_blocks
 from veneer.core.linear import row_norms
@@ -55,14 +56,15 @@ def lower(config: LinearMethod, site: LinearSite, params: Params, record: Linear
 @torch.no_grad()
 def _norms(site: LinearSite, record: LinearDelta) -> Tensor:
     """Row norms on the weight's device."""
-    if site.weight is None or site.row_sq is None or record.low_rank is None:
-        raise ConfigError(f"DoRA at {site.name} needs the frozen weight: load the base model before attaching")
+    weight = needed_weight(site, "DoRA")
+    if site.row_sq is None or record.low_rank is None:  # a weight comes with its norms, and LoRA's record is a pair
+        raise ConfigError(told_missing(site, "DoRA"))
     row_sq = site.row_sq()
     plain = record.low_rank.plain
     pair = Pair(a=plain.a.to(row_sq.device), b=plain.b.to(row_sq.device), scale=plain.scale)
     if site.groups > 1:
-        return _norms_in_groups(site.weight, pair, site.groups)
-    return row_norms(LinearDelta(adds=(pair,)), site.weight, row_sq)
+        return _norms_in_groups(weight, pair, site.groups)
+    return row_norms(LinearDelta(adds=(pair,)), weight, row_sq)
 
 
 def _norms_in_groups(weight: FrozenWeight, pair: Pair, groups: int) -> Tensor:
