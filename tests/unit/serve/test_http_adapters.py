@@ -498,3 +498,11 @@ def test_a_folder_whose_name_is_no_text_is_not_served(adapters, tmp_path):
     for name in ("a", os.fsdecode(b"\xff")):
         shutil.copytree(adapters["lora"].path, tmp_path / name)
     assert AdapterFolder(tmp_path, (), lambda names: None).names == ("a",)
+
+
+def test_an_adapter_without_low_rank_parts_has_no_rank(server, served, adapters):
+    shutil.copytree(adapters["ia3"].path, served / "still")
+    told = card(server, "still")
+    assert (told["method"], told["rank"], told["residency"]) == ("IA3", None, "absent")
+    assert text(server, "still")
+    assert (card(server, "still")["rank"], card(server, "still")["residency"]) == (None, "resident")

@@ -62,7 +62,7 @@ class UnloadBody(Strict):
 
 
 class AdapterCard(BaseModel):
-    """Adapter: the place that it comes from, its method and largest rank, its size in memory, and its use.
+    """Adapter: the place that it comes from, its method, its largest rank (null without low-rank parts), size and use.
 
     ``requests`` and the ``hits`` among them, which found it loaded, are those since its content got the name.
     ``error``: its files cannot be read. ``warning``: it may be of another base than this.
@@ -249,7 +249,7 @@ class Adapters:
         if state is not None:
             version = state.version
             return card.model_copy(update={
-                "method": version.kind, "rank": version.rank, "bytes": state.n_bytes, "pinned": state.pinned,
+                "method": version.kind, "rank": version.rank or None, "bytes": state.n_bytes, "pinned": state.pinned,
                 "residency": state.residency.value, "requests": state.n_requests, "hits": state.n_hits,
                 "warning": version.warning or None,
             })  # fmt: skip
@@ -259,7 +259,7 @@ class Adapters:
             version = self._engine.versions.unread(self._catalogue.folder(name))
         except (FormatError, CompositionError) as error:
             return card.model_copy(update={"error": str(error)})
-        told = {"method": version.kind, "rank": version.rank, "bytes": version.n_bytes}
+        told = {"method": version.kind, "rank": version.rank or None, "bytes": version.n_bytes}
         return card.model_copy(update={**told, "warning": version.warning or None})
 
 
