@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -25,6 +25,8 @@ class LinearSite:
     of ``a`` and ``b``, and ``weight`` is None.
     ``repeats``: how often a low-rank update is added (twice by PEFT at the output projection of torch's attention).
     ``row_sq`` returns the squared norms of the rows of the weight. The holder of the site computes them once.
+    ``found`` keeps what a method has found in the weight until it derives its factors. The holder of the site keeps it,
+    and drops it if the weight changes.
     """
 
     name: str
@@ -39,6 +41,7 @@ class LinearSite:
     experts: int = 1
     repeats: int = 1
     has_bias: bool = False
+    found: dict[Hashable, Any] = field(default_factory=dict, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.bias is not None:

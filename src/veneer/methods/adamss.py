@@ -8,7 +8,7 @@ theirs, and a bias.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import ClassVar, Literal, Self
@@ -125,7 +125,7 @@ class AdamssConfig(LinearMethod):
         o, n, width = site.out_features, self.n_clusters(site), site.in_features + site.has_bias
         if _has_values(site):
             parts = self._parts(site)
-            r, sizes = parts.v.shape[0], [(len(rows), rank) for rows, rank in zip(parts.rows, parts.ranks, strict=True)]
+            r, sizes = len(parts.v), [(len(rows), rank) for rows, rank in zip(parts.rows, parts.ranks, strict=True)]
         elif _fit(stored, site):
             return stored
         else:  # of a plan, before weights have values: clusters of one size
@@ -144,11 +144,11 @@ class AdamssConfig(LinearMethod):
     def init(self, site: LinearSite, generator: torch.Generator | None = None) -> dict[str, Tensor]:
         if not _has_values(site):
             return {name: torch.zeros(shape) for name, shape in self.shapes(site).items()}
-        parts = self._parts(site)
-        found = {_V: parts.v.cpu().contiguous()}
+        u, parts = self._decomposed(site)
+        found = {_V: parts.v.cpu()}
         with _drawing(generator):  # in PEFT's order
             for k, (rows, rank) in enumerate(zip(parts.rows, parts.ranks, strict=True)):
-                found[_a(k)] = _start(parts.u[rows], rank).cpu()
+                found[_a(k)] = _start(u[rows], rank).cpu()
                 shape = len(rows), rank
                 found[_b(k)] = torch.zeros(shape) if self.init_weights else 0.01 * torch.randn(shape)
         return found
@@ -157,7 +157,9 @@ class AdamssConfig(LinearMethod):
         """Return the place of each row of the weight among the rows of all clusters, one after another."""
         if is_tracing():  # of a plan, before weights have values
             return {_ORDER: torch.arange(site.out_features)}
-        return {_ORDER: torch.cat(self._parts(site).rows).argsort()}
+        order = torch.cat(self._parts(site).rows).argsort()
+        site.found.clear()  # nobody asks again
+        return {_ORDER: order}
 
     def lower(self, site: LinearSite, params: Params) -> LinearDelta:
         order = (params if _ORDER in params else self.derived(site, params))[_ORDER]
@@ -180,12 +182,24 @@ class AdamssConfig(LinearMethod):
         with torch.random.fork_rng(devices=[] if device.type == "cpu" else [device], device_type=device.type):
             torch.manual_seed(self.random_seed)
             u, s, v = torch.svd_lowrank(w, q=min(self.r, *w.shape), niter=2)
-        return u, s, v.T
+        return u, s, v.T.contiguous()
 
     def _parts(self, site: LinearSite) -> Parts:
-        u, _, v = self.decomposed(site)
+        """The parts of a site's weight. The site keeps them until `derived` is asked, as decomposing takes long."""
+        return site.found.get(self._key) or self._decomposed(site)[1]
+
+    def _decomposed(self, site: LinearSite) -> tuple[Float[Tensor, "o r"], Parts]:
+        """The left singular vectors of a site's weight, and the parts that are kept."""
+        u, s, v = self.decomposed(site)
         rows = clustered(u, self.n_clusters(site), site.name)
-        return Parts(u, v, rows, [self._rank(u[each]) for each in rows])
+        site.found[self._key] = Parts(s, v, rows, [self._rank(u[each]) for each in rows])
+        return u, site.found[self._key]
+
+    @property
+    def _key(self) -> Hashable:
+        """What the parts of a weight depend on."""
+        ranks = self.subspace_rank, self.use_dynamic_rank, self.svd_threshold
+        return type(self), self.r, self.num_subspaces, self.random_seed, ranks
 
     def _rank(self, u: Float[Tensor, "n r"]) -> int:
         """The rank of a cluster with these rows."""
@@ -205,9 +219,9 @@ class _Vectors(Packing):
     def problems(self, site: LinearSite, params: Params) -> list[str]:
         if _V not in params or not _has_values(site):
             return []
-        _, s, own = self.config.decomposed(site)
-        cosines = (params[_V].to(own) * own).sum(dim=1)
-        alike = float((s * cosines).square().sum() / s.square().sum())
+        parts = self.config._parts(site)
+        cosines = (params[_V].to(parts.v) * parts.v).sum(dim=1)
+        alike = float((parts.s * cosines).square().sum() / parts.s.square().sum())
         if not alike < _LEAST_ALIKE:
             return []
         return [
@@ -218,9 +232,9 @@ class _Vectors(Packing):
 
 @dataclass(frozen=True)
 class Parts:
-    """Singular vectors ``u`` (o, r) and ``v`` (r, i) of a weight, with the ``rows`` of its clusters and their ranks."""
+    """Singular values and right singular vectors of a weight, the ``rows`` of its clusters and their ranks."""
 
-    u: Float[Tensor, "o r"]
+    s: Float[Tensor, " r"]
     v: Float[Tensor, "r i"]
     rows: list[Int[Tensor, " n"]]
     ranks: list[int]

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, cast
 
 import torch
@@ -59,13 +59,15 @@ class TiedFactors(nn.Module):
 class Kept:
     """Values computed at one adapted module and kept there; unloading the last adapter drops them together.
 
-    ``row_sq``: squared norms of the weight's rows, (o,). ``merged_weight``: the weight with adapters folded in, in
-    addition to codes that cannot hold it. ``read``: the parameters as one forward pass reads them; None outside a pass.
-    ``attention``: the attention whose output projection the module is. ``on_load``: the hook that derives
-    factors again, once another weight has been loaded. None of it is registered in the module.
+    ``row_sq``: squared norms of the weight's rows, (o,). ``found``: that of the module's site. ``merged_weight``: the
+    weight with adapters folded in, in addition to codes that cannot hold it. ``read``: the parameters as one forward
+    pass reads them; None outside a pass. ``attention``: the attention whose output projection the module is.
+    ``on_load``: the hook that derives factors again, once another weight has been loaded. None of it is registered in
+    the module.
     """
 
     row_sq: Tensor | None = None
+    found: dict[Hashable, Any] = field(default_factory=dict)
     merged_weight: Tensor | None = None
     read: dict[str, Tensor | None] | None = None
     attention: nn.Module | None = None

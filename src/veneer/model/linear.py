@@ -235,6 +235,7 @@ class AdaptedSite(Adapted):
 
     def forget(self) -> None:
         self.kept.row_sq = None
+        self.kept.found.clear()
 
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
         self.forget()
@@ -359,6 +360,7 @@ class AdaptedLinear(AdaptedSite):
             weight=weight,
             bias=bias,
             row_sq=self._row_sq,
+            found=self.kept.found,
         )
 
     def _read_whole(self, weight: FrozenWeight) -> FrozenWeight:

@@ -156,6 +156,25 @@ def test_a_file_of_another_weight_with_clusters_of_the_same_sizes_is_refused(tmp
     PeftModel.from_pretrained(base(), tmp_path)
 
 
+def test_a_weight_is_decomposed_once_at_the_start_and_once_at_a_load(tmp_path, monkeypatch):
+    n, own = [0], AdamssConfig.decomposed
+
+    def counted(config, site):
+        n[0] += 1
+        return own(config, site)
+
+    monkeypatch.setattr(AdamssConfig, "decomposed", counted)
+    started = get_peft_model(base(), AdamssConfig(**FIELDS, target_modules=["v_proj"]))
+    n_layers = len(started.model.layers)
+    assert n == [n_layers]
+    started.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(base(), tmp_path)
+    assert n == [2 * n_layers]
+    assert torch.equal(loaded(TOKENS).logits, started(TOKENS).logits)
+    loaded.model.layers[0].self_attn.v_proj.load_state_dict(loaded.model.layers[0].self_attn.v_proj.state_dict())
+    assert n == [2 * n_layers + 1]  # another weight may have other clusters
+
+
 def test_what_it_refuses(monkeypatch):
     asa = {"use_asa": True}
     for fields, words in (
