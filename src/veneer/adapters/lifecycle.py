@@ -14,6 +14,7 @@ from veneer.errors import AdapterNameError, CompositionError, ConfigError
 from veneer.model.adapted import own_tensors
 from veneer.model.allocation import Allocation
 from veneer.model.attach import adapted_layers, adapted_modules, adapted_places, attach, check_name, detach
+from veneer.model.copies import saved_paths
 from veneer.model.state import AdapterState
 from veneer.model.token_rows import require_rows_agree
 from veneer.store.adapter.tensors import Leniency, holds_network, load_weights
@@ -59,7 +60,7 @@ def load(model: nn.Module, state: AdapterState, folder: Path, name: str, options
     """
     require_unmerged(state, f"load {name!r}")
     if name in state.configs:
-        _require_same_settings(state.configs[name].packed(), options.config, name)
+        _require_same_settings(model, state.configs[name].packed(), options.config, name)
         left = load_weights(model, state, name, folder, options.leniency)
         if options.is_trainable:
             make_trainable(model, state, (name,), True)
@@ -190,13 +191,16 @@ def remove_all(model: nn.Module, state: AdapterState) -> None:
         state.watch.remove()
 
 
-def _require_same_settings(own: MethodConfig, stored: MethodConfig, name: str) -> None:
-    """Raise ConfigError where the values of ``stored`` would mean something else under ``own``."""
+def _require_same_settings(model: nn.Module, own: MethodConfig, stored: MethodConfig, name: str) -> None:
+    """Raise ConfigError where the values of ``stored`` would mean something else under ``own``, or train elsewhere."""
     if type(own) is not type(stored):
         raise ConfigError(
             f"adapter {name!r} is a {own.peft_type}, the files hold a {stored.peft_type}: load them by another name"
         )
     differ = own.differing(stored)
+    paths = [path for path, _ in model.named_modules()]
+    whole = [saved_paths(paths, config.modules_to_save or ()) for config in (own, stored)]
+    differ += ["modules_to_save"] if whole[0] != whole[1] else []
     if differ:
         given = ", ".join(f"{key}={getattr(own, key)!r} here, {getattr(stored, key)!r} there" for key in differ)
         raise ConfigError(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -86,10 +86,15 @@ def _saved_modules(modules: Mapping[str, nn.Module], config: MethodConfig) -> It
                 f"modules_to_save names {name!r}, which matches no module of the model"
                 + (f" (nearest: {', '.join(hints)})" if hints else "")
             )
-    roots = [path for path in modules if any(_is(path, name) for name in wanted)]
+    roots = saved_paths(modules, wanted)
     for path, module in modules.items():
         if any(path == root or path.startswith(f"{root}.") for root in roots):
             yield path, module
+
+
+def saved_paths(paths: Iterable[str], names: Collection[str]) -> list[str]:
+    """Return the paths of the modules that ``modules_to_save`` names."""
+    return [path for path in paths if any(_is(path, name) for name in names)]
 
 
 def _is(path: str, name: str) -> bool:

@@ -26,9 +26,11 @@ VERA = VeraConfig(r=5, target_modules=["q_proj"], projection_prng_key=2, save_pr
         (BottleneckConfig(), {"non_linearity": "tanh"}),
         (BottleneckConfig(), {"placement": "parallel"}),
         (LoraConfig(r=3, target_modules=["q_proj"]), {"lora_alpha": 5}),
+        (LoraConfig(r=3, target_modules=["q_proj"], modules_to_save=["lm_head"]), {"modules_to_save": None}),
+        (LoraConfig(r=3, target_modules=["q_proj"]), {"modules_to_save": ["embed_tokens"]}),
         (IA3Config(target_modules=["k_proj", "up_proj"], feedforward_modules=[]), {"feedforward_modules": ["up_proj"]}),
     ],
-    ids=["rows", "draw", "non-linearity", "placement", "alpha", "side"],
+    ids=["rows", "draw", "non-linearity", "placement", "alpha", "head", "embeddings", "side"],
 )
 def test_other_settings_under_the_same_name_are_refused(
     stored: MethodConfig, changes: dict[str, object], tmp_path: Path
@@ -62,10 +64,14 @@ def test_every_field_that_is_not_compared_is_one_of_the_method(method: type[Meth
     [
         (ROWS, {"lora_dropout": 0.3, "base_model_name_or_path": "x", "revision": "y"}),
         (VERA, {"vera_dropout": 0.3, "d_initial": 0.7}),
+        (
+            LoraConfig(r=3, target_modules=["q_proj"], modules_to_save=["lm_head"]),
+            {"modules_to_save": ["head", "lm_head"]},  # the same modules
+        ),
         (BottleneckConfig(), {"dropout": 0.2, "init_weights": "mam_adapter"}),
         (AdaLoraConfig(target_modules=["q_proj"], init_r=5, target_r=2), {"beta1": 0.5, "total_step": 31}),
     ],
-    ids=["rows", "vera", "bottleneck", "adalora"],
+    ids=["rows", "vera", "head", "bottleneck", "adalora"],
 )
 def test_settings_that_act_in_training_alone_may_differ(
     stored: MethodConfig, changes: dict[str, object], tmp_path: Path
