@@ -14,10 +14,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemaini
 from veneer.adapters.chosen import Parts
 from veneer.cli import loading
 from veneer.cli.arguments import require_file
-from veneer.cli.measured import Measured
+from veneer.cli.measured import Column, Measured
 from veneer.cli.pages.eval import EvalArguments
-from veneer.cli.subject import Subject, subject_of
-from veneer.core.progress import progress_bar
+from veneer.cli.subject import Subject, subjects_of
+from veneer.core.progress import progress_bar, waits_told
 from veneer.errors import ConfigError, listed
 from veneer.evaluate.measurement import Result, measure_each
 from veneer.evaluate.metric import METRICS, Answers, Asked, Metric, RegexMatch, TokenPerplexity
@@ -85,7 +85,24 @@ def _words(labels: str) -> tuple[str, ...]:
 
 
 def _measured(metric: Metric, args: EvalArguments) -> Measured:
-    subject = subject_of(args)
+    subjects = subjects_of(args)
+    asked = [_asked(metric, subject, args) for subject in subjects]  # all are checked before one is loaded
+    seconds, columns = 0.0, list[Column]()
+    for subject, questions in zip(subjects, asked, strict=True):
+        with waits_told(f"loading {subject.facts['model']}"):
+            parts = subject.load()
+        bars = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        started = time.perf_counter()
+        with quiet(), progress_bar(metric.name, *bars) as on_progress:
+            results = _results(questions, subject, parts, args.batch_size, on_progress)
+        seconds += time.perf_counter() - started
+        del parts  # before the next is loaded
+        named = zip(subject.names, results, strict=True)
+        columns += [Column(name, result, questions, subject.tokenizer) for name, result in named]
+    return Measured(metric.name, columns, _facts(subjects), round(seconds, 3))
+
+
+def _asked(metric: Metric, subject: Subject, args: EvalArguments) -> Asked:
     reader = QuestionReader(
         tokenizer=subject.tokenizer,
         prompt=args.prompt,
@@ -93,13 +110,16 @@ def _measured(metric: Metric, args: EvalArguments) -> Measured:
         chat=args.chat,
         system=args.system,
     )
-    asked = metric.ask(reader, subject.rows, subject.whole)
-    parts = subject.load()
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    started = time.perf_counter()
-    with quiet(), progress_bar(metric.name, *columns) as on_progress:
-        results = _results(asked, subject, parts, args.batch_size, on_progress)
-    return Measured(metric.name, subject, asked, results, round(time.perf_counter() - started, 3))
+    return metric.ask(reader, subject.rows, subject.whole)
+
+
+def _facts(subjects: Sequence[Subject]) -> dict[str, str | None]:
+    """The facts of all subjects, each value once."""
+    found = {}
+    for name in subjects[0].facts:
+        values = dict.fromkeys(subject.facts[name] for subject in subjects)
+        found[name] = None if None in values else ", ".join(values)
+    return found
 
 
 def _results(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from veneer.cli.facts import print_facts
-from veneer.cli.subject import Subject
+from veneer.cli.subject import BASE
 from veneer.evaluate.accuracy import Accuracy
 from veneer.evaluate.confusion import Confusion
 from veneer.evaluate.measurement import Result, compare, numbers_of, predictions_of
@@ -22,21 +22,42 @@ from veneer.evaluate.metric import Asked
 from veneer.evaluate.perplexity import Perplexity
 from veneer.evaluate.statistics import Difference
 
-_BASE = "(base)"
 _MOST = 12  # lines of what was confused, where that is no table
+_MOST_OF_SEVERAL = 5  # where several results are shown
+_MOST_CLASSES = 20  # with a line of their own
+_REST = "all classes and what each was taken for: --json; row by row: --predictions FILE"
 _GAP = 3  # between two columns
 _SHORT = 16  # of a label that is folded no further for a table beside it
 
 
 @dataclass(frozen=True)
+class Column:
+    """Result under the name of an adapter, a model or the base, with the questions that led to it."""
+
+    name: str
+    result: Result
+    asked: Asked
+    tokenizer: Any
+
+    @property
+    def adapter(self) -> str | None:
+        """Name of the adapter; None for the base."""
+        return None if self.name == BASE else self.name
+
+
+@dataclass(frozen=True)
 class Measured:
-    """Results of a metric, one for each column of its subject."""
+    """Results of a metric, and the facts of what was measured."""
 
     metric: str
-    subject: Subject
-    asked: Asked
-    results: Sequence[Result]
+    columns: Sequence[Column]
+    about: Mapping[str, str | None]
     seconds: float
+
+    @property
+    def results(self) -> list[Result]:
+        """Result of each column."""
+        return [column.result for column in self.columns]
 
     @property
     def is_share(self) -> bool:
@@ -46,7 +67,7 @@ class Measured:
     @property
     def names(self) -> list[str]:
         """Columns by name."""
-        return [_BASE if folder is None else str(folder) for folder in self.subject.columns]
+        return [column.name for column in self.columns]
 
     def differences(self) -> list[Difference]:
         """Compare each further column with the first, row by row."""
@@ -55,11 +76,11 @@ class Measured:
 
     def facts(self) -> dict[str, Any]:
         """Return all facts, for JSON; with several columns under ``results``, in their order."""
-        head = {**self.subject.facts, "metric": self.metric}
+        head = {**self.about, "metric": self.metric}
         told = [numbers_of(result) for result in self.results]
         if len(told) == 1:
             return {**head, **told[0], "seconds": self.seconds}
-        named = [{"adapter": None if n == _BASE else n, **each} for n, each in zip(self.names, told, strict=True)]
+        named = [{"adapter": c.adapter, **each} for c, each in zip(self.columns, told, strict=True)]
         compared = [
             {"first": self.names[0], "second": name, **asdict(each)}
             for name, each in zip(self.names[1:], self.differences(), strict=True)
@@ -68,17 +89,19 @@ class Measured:
 
     def show(self) -> None:
         """Print the results as tables."""
-        facts = {name: value for name, value in self.subject.facts.items() if value is not None}
+        facts = {name: value for name, value in self.about.items() if value is not None}
         if len(self.results) == 1:
             print_facts({**facts, **self._shown(self.results[0]), "seconds": f"{self.seconds:,.4g}"})
         else:
             facts.pop("adapter", None)
             print_facts({**facts, "metric": self.metric, "seconds": f"{self.seconds:,.4g}"})
             self._show_side_by_side()
-        for name, result in zip(self.names, self.results, strict=True):
-            confusion = getattr(result, "confusion", None)
+        confusions = [(column, getattr(column.result, "confusion", None)) for column in self.columns]
+        for column, confusion in confusions:
             if confusion is not None:
-                _show_classes(confusion, name if len(self.results) > 1 else "")
+                _show_classes(confusion, column.name if len(confusions) > 1 else "")
+        if confusions[0][1] is not None and (len(confusions) > 1 or len(confusions[0][1].labels) > _MOST_CLASSES):
+            Console().print(_REST, style="dim", highlight=False)
 
     def _shown(self, result: Result) -> dict[str, str]:
         if not self.is_share:
@@ -90,7 +113,7 @@ class Measured:
                 "rows": f"{one.n_rows:,}",
             }
         share = cast(Accuracy, result)
-        labels = {} if share.confusion is None else {"labels": ", ".join(share.confusion.labels)}
+        labels = {} if share.confusion is None else {"labels": _first_of(share.confusion.labels)}
         low, high = share.interval
         return {
             f"accuracy ({self.metric})": f"{share.value:.1%} (95%: {low:.1%} to {high:.1%})",
@@ -125,25 +148,36 @@ class Measured:
     def write_predictions(self, path: Path) -> None:
         """Write one JSON object for each row and column: prompt, right answers, prediction, and its correctness."""
         with path.open("w", encoding="utf-8") as file:
-            for name, result in zip(self.names, self.results, strict=True):
-                column = {"adapter": None if name == _BASE else name} if len(self.results) > 1 else {}
-                for row in predictions_of(self.asked, result, self.subject.tokenizer):
-                    row = {"row": row["row"], **column, **row}
+            for column in self.columns:
+                named = {"adapter": column.adapter} if len(self.columns) > 1 else {}
+                for row in predictions_of(column.asked, column.result, column.tokenizer):
+                    row = {"row": row["row"], **named, **row}
                     file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
 def _show_classes(confusion: Confusion, name: str) -> None:
-    """A row for each class: how many there are, and how many were taken for it; below, for which they were taken."""
+    """A row for each class: how many there are, and how many were taken for it; below, for which they were taken.
+
+    Of many classes those with the most wrong rows, and of one of several columns (with a ``name``) the commonest
+    confusions alone.
+    """
     console = Console()
-    table = _table(" ".join(filter(None, ("by class", name and f"({name})"))), "class")
+    if name:
+        console.print(Text(f"most confused ({name})", style="bold"))
+        _show_most_confused(confusion, _MOST_OF_SEVERAL)
+        return
+    labels = confusion.labels
+    shown = sorted(range(len(labels)), key=lambda at: confusion.n_right(at) - confusion.n_rows(at))[:_MOST_CLASSES]
+    few = len(labels) <= _MOST_CLASSES
+    table = _table("by class" if few else f"the {_MOST_CLASSES} of {len(labels)} classes with most wrong rows", "class")
     for column in ("rows", "right", "recall", "predicted", "precision"):
         table.add_column(column, justify="right", no_wrap=True)
-    for at, label in enumerate(confusion.labels):
+    for at in range(len(labels)) if few else shown:
         n, given, right = confusion.n_rows(at), confusion.n_predicted(at), confusion.n_right(at)
-        table.add_row(label, str(n), str(right), _ratio(right, n), str(given), _ratio(right, given))
+        table.add_row(labels[at], str(n), str(right), _ratio(right, n), str(given), _ratio(right, given))
     console.print(table)
-    if not _show_taken_for(confusion, console):
-        _show_most_confused(confusion)
+    if not few or not _show_taken_for(confusion, console):
+        _show_most_confused(confusion, _MOST)
 
 
 def _show_taken_for(confusion: Confusion, console: Console) -> bool:
@@ -171,15 +205,22 @@ def _table(title: str, first: str) -> Table:
     return table
 
 
-def _show_most_confused(confusion: Confusion) -> None:
+def _show_most_confused(confusion: Confusion, most: int) -> None:
     pairs = [
         (n, own, given)
         for own, row in zip(confusion.labels, confusion.counts, strict=True)
         for given, n in zip(confusion.labels, row, strict=True)
         if own != given and n
     ]
-    for n, own, given in sorted(pairs, key=lambda pair: -pair[0])[:_MOST]:
+    for n, own, given in sorted(pairs, key=lambda pair: -pair[0])[:most]:
         Console().print(f"{n} of {own!r} taken for {given!r}", highlight=False, markup=False)
+    if len(pairs) > most:
+        Console().print(f"and {len(pairs) - most:,} rarer ones", highlight=False)
+
+
+def _first_of(labels: Sequence[str]) -> str:
+    more = len(labels) - _MOST_CLASSES
+    return ", ".join(labels[:_MOST_CLASSES]) + (f" and {more} more" if more > 0 else "")
 
 
 def _ratio(part: int, whole: int) -> str:

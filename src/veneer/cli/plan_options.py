@@ -69,7 +69,8 @@ def unread(asked: Mapping[str, bool], given: Mapping[str, Any]) -> list[str]:
         if chosen and PLAN in readers:
             found.append(f"{option} is not read by {chosen[0]}: leave it out")
         else:
-            found.append(f"{option} is read by {readers[0]} alone: add {readers[0]}, or leave it out")
+            also = f". The settings of a run that fit into it: --fit {value}" if option == "--memory" else ""
+            found.append(f"{option} is read by {readers[0]} alone: add {readers[0]}, or leave it out{also}")
     return found
 
 

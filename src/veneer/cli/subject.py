@@ -1,4 +1,4 @@
-"""Subject of ``veneer eval``: rows, their tokenizer, and a model with adapters, loaded when needed."""
+"""Subjects of ``veneer eval``: rows, their tokenizer, and a model with adapters, loaded when needed."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from veneer.evaluate.questions import as_trained, read_rows
 from veneer.train.outcome import held_out_rows, saved_by, trained_parts, trained_recipe, trained_tokenizer
 
 Rows = Sequence[Mapping[str, Any]]
+BASE = "(base)"
 
 
 @dataclass(kw_only=True)
@@ -38,12 +39,47 @@ class Subject:
         """Adapter, or None for the base alone, for each result."""
         return [*([None] if self.with_base or not self.adapters else []), *self.adapters]
 
+    @property
+    def names(self) -> list[str]:
+        """Columns by name."""
+        alone = BASE if self.adapters else str(self.facts["adapter"] or self.facts["model"])
+        return [alone if folder is None else str(folder) for folder in self.columns]
 
-def subject_of(args: EvalArguments) -> Subject:
-    """Return the subject that the arguments name, fully checked, with no weight loaded."""
-    if args.with_base and not args.adapters and args.recipe is None and not _is_adapter(args.model):
+
+def subjects_of(args: EvalArguments) -> list[Subject]:
+    """Return the subject that the arguments name, or that of each recipe, fully checked, with no weight loaded.
+
+    Raises ConfigError for recipes whose rows have other answers, or that ask for perplexity over other tokens.
+    """
+    if args.with_base and not args.adapters and not args.recipes and not _is_adapter(args.model):
         raise ConfigError("--with-base sets the base beside adapters, and none is given: add --adapter FOLDER")
-    return _of_model(args) if args.recipe is None else _of_recipe(args, args.recipe)
+    if not args.recipes:
+        return [_of_model(args)]
+    beside = _said_by_recipes(args)
+    if beside:
+        raise ConfigError(f"--recipe says it already, so leave out {', '.join(beside)}")
+    subjects = [_of_recipe(path, args) for path in args.recipes]
+    _require_comparable(subjects, args)
+    subjects[0].with_base = args.with_base
+    whole = [row for subject in subjects for row in subject.whole]
+    for subject in subjects:
+        subject.whole = whole  # labels to choose from are the same for all
+    return subjects
+
+
+def _require_comparable(subjects: Sequence[Subject], args: EvalArguments) -> None:
+    first, *others = subjects
+    for path, other in zip(args.recipes[1:], others, strict=True):
+        two = f"--recipe {args.recipes[0]} and {path}"
+        if [_answer(row) for row in first.rows] != [_answer(row) for row in other.rows]:
+            raise ConfigError(f"{two} hold out rows with other answers: give --data FILE, to measure both on its rows")
+        if args.metric == "perplexity" and first.tokenizer.get_vocab() != other.tokenizer.get_vocab():
+            raise ConfigError(f"{two} have other tokens, whose perplexities do not compare: choose another metric")
+
+
+def _answer(row: Mapping[str, Any]) -> object:
+    """The right answer of a row in a form of training."""
+    return row["messages"][-1] if "messages" in row else row.get("completion", row.get("text"))
 
 
 def _is_adapter(model: str | None) -> bool:
@@ -67,10 +103,7 @@ def _of_model(args: EvalArguments) -> Subject:
     )
 
 
-def _of_recipe(args: EvalArguments, path: Path) -> Subject:
-    beside = _said_by_recipes(args)
-    if beside:
-        raise ConfigError(f"--recipe says it already, so leave out {', '.join(beside)}")
+def _of_recipe(path: Path, args: EvalArguments) -> Subject:
     recipe = trained_recipe(path)
     saved = saved_by(recipe)
     tokenizer = trained_tokenizer(recipe)
@@ -82,7 +115,7 @@ def _of_recipe(args: EvalArguments, path: Path) -> Subject:
         tokenizer=tokenizer,
         load=lambda: trained_parts(recipe, tokenizer),
         adapters=() if recipe.method == "full" else (saved,),
-        with_base=args.with_base,
+        with_base=False,
         facts={"model": recipe.model.source, "adapter": str(saved), "data": str(where)},
     )
 

@@ -18,6 +18,7 @@ from veneer.plan.trace import ACTIVATIONS, LOGITS, SCRATCH
 from veneer.recipe.optimizers import steps_in_backward
 from veneer.recipe.recipe import Recipe, changed
 
+CHECKPOINTS = "gradient_checkpointing"
 CHECKPOINTING: tuple[bool | str, ...] = (False, "selective", True)
 FORMATS = ("none", "nf4")
 SPARE = 0.05
@@ -101,11 +102,7 @@ def _ways(recipe: Recipe) -> Iterator[dict[str, Any]]:
     for kind, way in itertools.product(formats, CHECKPOINTING):
         yield {
             **({"model.quantization": kind} if kind != recipe.model.quantization else {}),
-            **(
-                {"training.gradient_checkpointing": way}
-                if way != recipe.training.get("gradient_checkpointing", False)
-                else {}
-            ),
+            **({f"training.{CHECKPOINTS}": way} if way != recipe.training.get(CHECKPOINTS, False) else {}),
         }
 
 

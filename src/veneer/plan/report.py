@@ -18,7 +18,7 @@ from transformers import PreTrainedConfig
 from veneer.core.units import count, duration, size
 from veneer.model.memory import available_bytes
 from veneer.plan.cards import Card, card_of
-from veneer.plan.fit import Fit
+from veneer.plan.fit import CHECKPOINTS, Fit
 from veneer.plan.machine import Rates, free_here, is_measured
 from veneer.plan.model import base_quantization
 from veneer.plan.plan import PHASES, Plan, plan_recipe
@@ -214,17 +214,38 @@ def _own(time: Mapping[str, Any], batch: Batch) -> str:
     return f"its own rows ({count(batch.n_rows, 'row')} of {length:,} tokens on average, by {n} that were encoded)"
 
 
-def fit_table(found: Sequence[Fit], budget: int, machine: Machine) -> Table:
-    """Return a table of settings that fit, best first, with tokens a second if the machine knows seconds."""
-    table = Table("", "settings", box=None, padding=(0, 1), title=f"within {size(budget)}", caption=machine.told)
-    for name in ("memory", "cost a token", *(["tokens/s"] if machine.knows_seconds else [])):
-        table.add_column(name, justify="right")
+def fit_table(recipe: Recipe, found: Sequence[Fit], budget: int, machine: Machine) -> Table:
+    """Return a table of settings that fit, best first, with tokens a second if the machine knows seconds.
+
+    Each key that one of them changes has a column, with the recipe's own value if another leaves it.
+    """
+    keys = list(dict.fromkeys(key for fit in found for key in fit.changes))
+    own = {key: _given(recipe, key) for key in keys}
+    table = Table("", box=None, padding=(0, 1, 0, 0), title=f"within {size(budget)}", caption=machine.told)
+    heads = [key.partition(".")[2].replace("_", "_\n") for key in keys]  # narrow enough for 80 columns
+    for name in (*heads, "memory", "cost a\ntoken", *(["tokens/s"] if machine.knows_seconds else [])):
+        table.add_column(name, justify="right", no_wrap=True)
     for number, fit in enumerate(found, 1):
-        settings = ", ".join(f"{key.partition('.')[2]}={value}" for key, value in fit.changes.items())
         rate = [_rate(1 / fit.seconds_a_token)] if machine.knows_seconds else []
         cost = f"{fit.seconds_a_token / found[0].seconds_a_token:.2f} x"
-        table.add_row(str(number), settings, size(fit.n_bytes), cost, *rate)
+        values = [str({**own, **fit.changes}[key]) for key in keys]
+        table.add_row(str(number), *values, size(fit.n_bytes), cost, *rate)
     return table
+
+
+def told_changes(recipe: Recipe, fit: Fit) -> str:
+    """Return a line with the keys of a recipe that a fit changes, their values there and here."""
+    changes = [(key, _given(recipe, key), value) for key, value in fit.changes.items()]
+    told = [f"{key} from {before} to {value}" for key, before, value in changes if before != value]
+    return f"the first changes {', '.join(told)}" if told else "the first is the recipe as it is"
+
+
+def _given(recipe: Recipe, key: str) -> object:
+    """The value of a key in a recipe, or its default there."""
+    part, _, name = key.partition(".")
+    if part != "training":
+        return getattr(getattr(recipe, part), name)
+    return recipe.training.get(name, False if name == CHECKPOINTS else getattr(recipe.training_config(), name))
 
 
 def _rate(a_second: float) -> str:

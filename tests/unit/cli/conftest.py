@@ -17,10 +17,12 @@ from chat_models import model_folder as model_folder
 from chat_models import tiny_model as tiny_model
 from veneer import IA3Config, get_peft_model
 from veneer.cli.app import app
+from veneer.core import progress
 
 _EARLY = """
 import contextlib, io, json, sys
 from veneer.cli.app import app
+from veneer.core import progress
 
 for command in json.loads(sys.argv[1]):
     code, told = 0, io.StringIO()
@@ -56,6 +58,7 @@ def veneer(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, known_machine: None)
     """Runs a command in a wide terminal with a cache of its own."""
     monkeypatch.setenv("VENEER_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("COLUMNS", "300")
+    monkeypatch.setattr(progress, "QUIET_SECONDS", 60.0)  # what is printed does not depend on the machine's load
 
     def run(*arguments: object, input: str | None = None) -> Result:
         return CliRunner().invoke(app, [str(argument) for argument in arguments], input=input)

@@ -151,6 +151,53 @@ def test_a_model_trained_whole_is_taken_itself_and_a_quantized_base_as_it_was(
     assert found["value"] != dense["value"]
 
 
+def test_two_recipes_are_compared_on_the_same_rows(
+    veneer: Veneer, model_folder: Path, adapter_folder: Path, recipe: Path, tmp_path: Path
+) -> None:
+    with_adapter(recipe, adapter_folder)
+    other = tmp_path / "other.yaml"
+    other.write_text(recipe.read_text())
+    change(other, output=str(tmp_path / "whole"), adapter={"method": "full"})
+    (tmp_path / "whole").mkdir()
+    (tmp_path / "whole" / "model").symlink_to(model_folder)
+    both = measured(veneer("eval", "--recipe", recipe, "--recipe", other, "--with-base", *PERPLEXITY))
+    saved = [str(tmp_path / "run" / "adapter"), str(tmp_path / "whole" / "model")]
+    assert [each["adapter"] for each in both["results"]] == [None, *saved]
+    base, adapted, whole = both["results"]
+    assert base["value"] == whole["value"] != adapted["value"]  # the model was never trained
+    alone = measured(veneer("eval", "--recipe", recipe, *PERPLEXITY))
+    assert adapted["value"] == pytest.approx(alone["value"], rel=1e-4)
+    assert [each["second"] for each in both["differences"]] == saved
+    assert both["differences"][1]["interval"] == [0, 0]
+    labels = ("-m", "labels", "--predictions", tmp_path / "p.jsonl")
+    shown = veneer("eval", "--recipe", recipe, "--recipe", other, *labels)
+    assert shown.exit_code == 0, shown.output
+    assert f"minus {saved[0]} (exact McNemar" in shown.stdout
+    rows = [json.loads(line) for line in (tmp_path / "p.jsonl").read_text().splitlines()]
+    assert [row["adapter"] for row in rows] == [each for each in saved for _ in range(5)]
+
+
+def test_recipes_of_other_rows_are_refused_before_a_model_is_loaded(
+    veneer: Veneer, adapter_folder: Path, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with_adapter(recipe, adapter_folder)
+    other = tmp_path / "other.yaml"
+    other.write_text(recipe.read_text())
+    change(other, seed=4)
+    command = ("eval", "--recipe", recipe, "--recipe", other)
+    data = lines(tmp_path / "other.jsonl", [{"thing": "x", "colour": "y"}, {"thing": "z", "colour": "w"}])
+    assert len(measured(veneer(*command, "-d", data, *PERPLEXITY))["results"]) == 2
+
+    def loads(*_: Any, **__: Any) -> Any:
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr("veneer.cli.subject.trained_parts", loads)
+    refused = veneer(*command, *PERPLEXITY)
+    assert (refused.exit_code, "rows with other answers: give --data FILE" in refused.stderr) == (2, True)
+    refused = veneer("eval", "--recipe", recipe, "--recipe", "nowhere.yaml", *PERPLEXITY)
+    assert (refused.exit_code, "the recipe nowhere.yaml cannot be read" in refused.stderr) == (2, True)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

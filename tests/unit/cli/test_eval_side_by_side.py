@@ -147,7 +147,7 @@ def test_a_confusion_table_is_readable_at_80_columns(
 ) -> None:  # fmt: skip
     monkeypatch.setenv("COLUMNS", "80")
     given = [labels[0] if len(labels) < 17 else labels[-1]] * 1003
-    _show_classes(Confusion.of(labels, [labels[0]] * 1003, given), "runs/a")
+    _show_classes(Confusion.of(labels, [labels[0]] * 1003, given), "")
     shown = capsys.readouterr().out
     lines = [" ".join(line.split()) for line in shown.splitlines()]
     assert "…" not in shown
@@ -155,6 +155,38 @@ def test_a_confusion_table_is_readable_at_80_columns(
     assert "class rows right recall predicted precision" in lines
     assert all(any(line.startswith(each) for line in lines) for each in (head, row) if each is not None)
     assert (head is None) == ("what each class was taken for" not in shown)
+
+
+def test_many_classes_are_cut_to_those_with_most_wrong_rows(capsys: pytest.CaptureFixture[str]) -> None:
+    labels = [f"label-{n:02}" for n in range(67)]
+    right = [label for n, label in enumerate(labels) for _ in range(n + 1)]  # the last class is the largest
+    confusion = Confusion.of(labels, right, [labels[0]] * len(right))
+    _show_classes(confusion, "")
+    shown = capsys.readouterr().out
+    assert len(shown.splitlines()) < 45
+    assert "the 20 of 67 classes with most wrong rows" in shown
+    assert ("label-66" in shown, "label-45" in shown) == (True, False)
+    assert "67 of 'label-66' taken for 'label-00'\n" in shown
+    assert shown.endswith("and 54 rarer ones\n")
+    _show_classes(confusion, "runs/a")
+    assert capsys.readouterr().out.splitlines()[0] == "most confused (runs/a)"
+
+
+def test_where_the_rest_of_the_classes_is_is_told(
+    veneer: Veneer, model_folder: Path, adapter_folder: Path, data: Path, tmp_path: Path
+) -> None:
+    rest = "all classes and what each was taken for: --json"
+    command = ("eval", model_folder, "-m", "labels", "-d")
+    both = veneer(*command, data, "-a", adapter_folder, "--with-base").stdout
+    assert both.count("most confused (") == 2
+    assert "by class" not in both
+    assert rest in both
+    assert rest not in veneer(*command, data).stdout
+    rows = [{"prompt": f"text {i}:", "completion": f" {i}"} for i in range(23)]
+    (tmp_path / "many.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    many = veneer(*command, tmp_path / "many.jsonl").stdout
+    assert rest in many
+    assert "and 3 more" in many
 
 
 def test_intervals_stand_on_one_line(

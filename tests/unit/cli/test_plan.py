@@ -27,7 +27,7 @@ from .conftest import told_early
     ("options", "told"),
     [
         (["--fit", "4GB", "--serve"], ["--fit and --serve answer questions of their own"]),
-        (["--memory", "4GB"], ["--memory is read by --serve alone"]),
+        (["--memory", "4GB"], ["--memory is read by --serve alone", "that fit into it: --fit 4GB"]),
         (["--write", "best.yaml"], ["--write is read by --fit alone"]),
         (["--advice", "--png", "p.png", "--processes", "3"], ["--png is not read by --advice", "--processes is not"]),
         (["--advice", "--rows", "0", "--tokens", "-3"], ["--rows 0 must be at least 1", "--tokens -3 must be"]),
@@ -94,6 +94,25 @@ def test_settings_that_fit_say_where_their_numbers_come_from(
     assert rate in said if rate else "tokens/s" not in said
     facts = json.loads(veneer("plan", "smollm2-135m", "--fit", "900MB", "--json", *options).stdout)
     assert told in facts["source"]
+
+
+def test_settings_that_fit_show_every_key_that_one_of_them_changes(
+    veneer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batch, steps = "training.per_device_train_batch_size", "training.gradient_accumulation_steps"
+    found = [
+        Fit({"model.quantization": "nf4", batch: 2, steps: 4}, None, 7, 0.3),  # type: ignore[arg-type]
+        Fit({"training.gradient_checkpointing": True, batch: 8, steps: 1}, None, 7, 0.3),  # type: ignore[arg-type]
+    ]
+    monkeypatch.setattr(plan_answers, "fits", lambda *_: found)
+    monkeypatch.setenv("COLUMNS", "80")
+    shown = veneer("plan", "smollm2-135m", "--fit", "900MB", "--no-time", "--batch", "8").stdout
+    rows = [line.split() for line in shown.splitlines() if re.match(r" *[12] ", line)]
+    assert [row[:5] for row in rows] == [["1", "nf4", "2", "4", "False"], ["2", "none", "8", "1", "True"]]
+    assert f"the first changes model.quantization from none to nf4, {batch} from 8 to 2, {steps} from 1 to 4\n" in shown
+    found[0] = Fit({batch: 8}, None, 7, 0.3)  # type: ignore[arg-type]
+    shown = veneer("plan", "smollm2-135m", "--fit", "900MB", "--no-time", "--batch", "8").stdout
+    assert "the first is the recipe as it is\n" in shown
 
 
 def test_a_plan_by_a_data_sheet_says_so_and_names_the_rank(veneer: Any) -> None:

@@ -33,10 +33,11 @@ class Metric(StrEnum):
 
 
 _Recipe = Annotated[
-    Path | None,
+    list[Path] | None,
     unset(
         "FILE",
-        "In place of MODEL: what this recipe trained, on its held-out rows (or on --data, read as it reads).",
+        "In place of MODEL: what this recipe trained, on its held-out rows (or on --data, read as it reads). "
+        "Again: another run beside it.",
         "--recipe",
     ),
 ]
@@ -67,8 +68,8 @@ _WholeRows = Annotated[bool, typer.Option("--whole-rows", show_default=False, he
 class EvalArguments:
     """Measure a model, with or without an adapter, on data in a training format (chat, or prompt and completion).
 
-    Several adapters (-a again) are measured side by side, with paired differences. --recipe takes the model, adapter
-    and data from the recipe of a finished run.
+    Two runs are compared row by row, with intervals: adapters of one base (-a again, --with-base), or what recipes
+    trained (--recipe again). --recipe takes the model, adapter and data from the recipe of a finished run.
 
     Example: veneer eval runs/first/adapter -d heldout.jsonl -m exact-match
     """
@@ -103,11 +104,17 @@ class EvalArguments:
         """Adapters that are given."""
         return tuple(self.adapter or ())
 
+    @property
+    def recipes(self) -> tuple[Path, ...]:
+        """Recipes that are given."""
+        return tuple(self.recipe or ())
+
     def __post_init__(self) -> None:
         require_rows(self.data)
-        if self.recipe is not None:
-            read_values(self.recipe)
-            return  # model and adapters do not go with it
+        for recipe in self.recipes:
+            read_values(recipe)
+        if self.recipes:
+            return  # model and adapters do not go with them
         for adapter in self.adapters:
             require_adapter(adapter)
         require_model(self.model)
