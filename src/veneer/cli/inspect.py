@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -17,18 +19,25 @@ from veneer.analyze.spectrum import Spectrum, spectrum, spectrum_of_dense
 from veneer.cli import loading
 from veneer.cli.pages.inspect import InspectArguments
 from veneer.combine.update import Update
+from veneer.core.progress import progress_bar, waits_told
+from veneer.core.records import LinearDelta
+from veneer.errors import CompositionError
 from veneer.model.attach import adapted_layers
+from veneer.store.adapter.config import read_config
 from veneer.store.adapter.records import read_updates
 from veneer.store.adapter.skeleton import places_in_base
 
 
 def inspect(args: InspectArguments) -> None:
     """Print or draw the updates of one adapter, or of two."""
-    loading.require_of_one_base([args.adapter] if args.other is None else [args.adapter, args.other], args.base)
-    first = _spectra(args.adapter, args.base)
+    folders = [args.adapter] if args.other is None else [args.adapter, args.other]
+    loading.require_of_one_base(folders, args.base)
+    spectra = _spectra(_updates(folders, args.base))
+    first = spectra[args.adapter]
     lines = describe(first, args.top)
-    second = None if args.other is None else _spectra(args.other, args.base)
-    pairs = [] if second is None else compare(first, second, args.top)
+    second = None if args.other is None else spectra[args.other]
+    with waits_told("comparing the adapters"):
+        pairs = [] if second is None else compare(first, second, args.top)
     if args.png is not None:
         drawn = {str(args.adapter): lines}
         if second is not None:
@@ -43,13 +52,40 @@ def inspect(args: InspectArguments) -> None:
         console.print(_pairs(pairs, args.top))
 
 
-def _spectra(folder: Path, base: str | None) -> dict[str, Spectrum]:
+def _updates(folders: Sequence[Path], base: str | None) -> dict[Path, dict[str, LinearDelta | Update]]:
+    """The updates of each adapter by layer: from its file alone, or on a base, which is loaded once.
+
+    Raises CompositionError for any of them that has none, before the base is loaded.
+    """
     if base is None:
-        return {path: spectrum(record) for path, record in read_updates(folder, places_in_base(folder)).updates.items()}
-    loaded = loading.load(base, folder, dtype="float32")
-    name, layers = loaded.names[folder], adapted_layers(loaded.model)
-    updates = {path: Update(layer.record(name), layer.site().weight) for path, layer in layers.items()}
-    return {path: spectrum_of_dense(update.dense().detach()) for path, update in updates.items()}
+        return {folder: dict(read_updates(folder, places_in_base(folder)).updates) for folder in folders}
+    for folder in folders:
+        config = read_config(folder)
+        if not config.changes_weights:
+            raise CompositionError(
+                f"the adapter {folder} ({config.peft_type}) changes no weights, so it has no spectrum: give another"
+            )
+    loaded = loading.joined(loading.loaded(loading.choose(base, list(dict.fromkeys(folders)), dtype="float32")))
+    found: dict[Path, dict[str, LinearDelta | Update]] = {}
+    for folder in folders:
+        name = loaded.names[folder]
+        layers = {path: layer for path, layer in adapted_layers(loaded.model).items() if name in layer.adapters}
+        found[folder] = {path: Update(layer.record(name), layer.site().weight) for path, layer in layers.items()}
+    return found
+
+
+def _spectra(updates: Mapping[Path, Mapping[str, LinearDelta | Update]]) -> dict[Path, dict[str, Spectrum]]:
+    n, found = sum(map(len, updates.values())), dict[Path, dict[str, Spectrum]]()
+    with progress_bar("decomposing updates") as on_progress:
+        done = itertools.count(1)
+        for folder, of in updates.items():
+            found[folder] = {}
+            for path, update in of.items():
+                found[folder][path] = (
+                    spectrum_of_dense(update.dense().detach()) if isinstance(update, Update) else spectrum(update)
+                )
+                on_progress(next(done), n)
+    return found
 
 
 def _layers(lines: list[LayerReport], top: int) -> Table:

@@ -13,7 +13,8 @@ from matplotlib.image import imread
 from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM
 
-from veneer import LoraConfig, PeftModel, get_peft_model
+from veneer import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
+from veneer.adapters import chosen
 
 from .conftest import tiny_model
 
@@ -176,6 +177,25 @@ def test_inspect_tells_norms_and_overlaps_and_draws(veneer, model_folder, adapte
     with_base = veneer("inspect", adapter_folder, "--base", model_folder, "--json")
     other = next(x for x in json.loads(with_base.output)["layers"] if x["path"] == path)
     assert other["norm"] == pytest.approx(first["norm"], rel=1e-4)
+
+
+def test_inspect_loads_a_base_once_and_refuses_what_has_no_update_before(
+    veneer, model_folder: Path, adapter_folder: Path, decomposed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loads, own = [], chosen.load_model
+    monkeypatch.setattr(chosen, "load_model", lambda *args, **how: loads.append(args) or own(*args, **how))
+    base = ("--base", model_folder, "--json")
+    both = json.loads(veneer("inspect", adapter_folder, decomposed, *base).output)
+    assert len(loads) == 1
+    assert both["layers"] == json.loads(veneer("inspect", adapter_folder, *base).output)["layers"]
+    assert both["pairs"]
+    loads.clear()
+    prompt = get_peft_model(tiny_model(), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=5))
+    prompt.save_pretrained(tmp_path / "prompt")
+    for given in ((tmp_path / "prompt",), (adapter_folder, tmp_path / "prompt")):
+        refused = veneer("inspect", *given, *base)
+        assert (refused.exit_code, "(PROMPT_TUNING) changes no weights" in refused.stderr) == (2, True), refused.output
+    assert not loads
 
 
 def test_a_config_that_lies_about_the_rank(veneer, adapter_folder: Path, second: Path, tmp_path: Path) -> None:
