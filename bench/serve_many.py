@@ -10,7 +10,8 @@ fair    Clients with one request at a time, alone, and beside one that asks for 
 memory  Adapters of rank 8 on q and v are loaded under load: bytes of the process beside those that the engine counts,
         an adapter, and the longest pause of Python's collector.
 gaps    Prompts of 2,000 tokens arrive while 16 answers are read as they grow: the gaps of these, p99 over the median,
-        and the tokens a second of all beside those of an engine that gives prompts all the time that they want.
+        and the tokens a second of the whole load beside those of an engine that gives prompts all the time that they
+        want. Told too are the tokens a second until the last prompt is answered, when the two have not done the same.
 many    As many requests at once as ``--many``, each for an adapter of its own, of rank 16 on all layers: what a step
         takes beyond one of the base, beside the time in which the adapters' bytes are read from memory.
 zipf    ``--zipf`` adapters of rank 8 on q and v, asked for by Zipf's law: all loaded, and with room for a tenth of
@@ -32,6 +33,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -273,61 +275,76 @@ def memory(args: Any, model: str, scratch: Path) -> dict[str, float]:
     return {"memory": more, "pause": max(found, default=0.0)}
 
 
+@dataclass(frozen=True, slots=True)
+class Watched:
+    """Seconds between two tokens of an answer while long prompts are read, and tokens a second, read and drawn: until
+    the last of those prompts is answered, and of all requests.
+    """
+
+    gaps: list[float]
+    rate: float
+    whole_rate: float
+
+
 def gaps(args: Any, model: str, scratch: Path) -> dict[str, float]:
     long = 300 if args.tiny else LONG
     llm = engine_of(model, max_num_seqs=SEATS, max_model_len=512 if args.tiny else 2048)
-    found = {False: list[tuple[list[float], float]](), True: list[tuple[list[float], float]]()}
+    found = {False: list[Watched](), True: list[Watched]()}
     for turn in range(args.repeats):
-        for paced in found:
+        for paced in found if turn % 2 else reversed(found):
             working(f"long prompts, turn {turn + 1} of {args.repeats}")
             llm.engine.scheduler.pace = Pace() if paced else Pace(stretch=1e9)
             found[paced].append(streams(llm, args.prompts, long))
-    table = Rows(["a step takes as long as it wants"], ["p50 ms", "p99 ms", "p99/p50", "tok/s"])
-    ratios, rates = {}, {}
+    table = Rows(["a step takes as long as it wants"], ["p50 ms", "p99 ms", "p99/p50", "tok/s", "of all"])
+    ratios = {}
     for paced, told in ((False, "a step takes as long as it wants"), (True, "a step keeps its pace")):
-        all_gaps = [gap for each, _ in found[paced] for gap in each]
+        all_gaps = [gap for each in found[paced] for gap in each.gaps]
         p50, p99 = statistics.median(all_gaps), statistics.quantiles(all_gaps, n=100)[98]
-        ratios[paced], rates[paced] = p99 / p50, statistics.median(rate for _, rate in found[paced])
-        table.add(told, f"{1e3 * p50:.0f}", f"{1e3 * p99:.0f}", f"{ratios[paced]:.1f}", f"{rates[paced]:.0f}")
-    share = rates[True] / rates[False]
+        ratios[paced] = p99 / p50
+        rates = [statistics.median(getattr(each, name) for each in found[paced]) for name in ("rate", "whole_rate")]
+        table.add(told, f"{1e3 * p50:.0f}", f"{1e3 * p99:.0f}", f"{p99 / p50:.1f}", *(f"{rate:.0f}" for rate in rates))
+    turns = list(zip(found[True], found[False], strict=True))
+    share = statistics.median(own.whole_rate / free.whole_rate for own, free in turns)
+    early = statistics.median(own.rate / free.rate for own, free in turns)
     print(
-        f"p99 {ratios[True]:.1f} times the median (goal at most {GAPS}), at {share:.2f} of the tokens (goal {TOKENS})\n"
+        f"p99 {ratios[True]:.1f} times the median (goal at most {GAPS}), at {share:.2f} of the tokens (goal {TOKENS});"
     )
-    return {"gaps": ratios[True], "tokens": share}
+    print(f"{early:.2f} of them until the last long prompt is answered, of which the slower engine draws more\n")
+    return {"gaps": ratios[True], "tokens": share, "tokens until the last prompt": early}
 
 
-def streams(llm: LLM, n_prompts: int, n_long: int) -> tuple[list[float], float]:
-    """The gaps of 16 answers, which others replace when they end, while long prompts arrive, each of which draws four
-    tokens; and all tokens, read and drawn, a second.
+def streams(llm: LLM, n_prompts: int, n_long: int) -> Watched:
+    """Answers of 48 tokens, 16 at a time, while long prompts arrive, each of which draws four tokens. All of it is the
+    same for every engine: a prompt arrives when so many tokens of answers have been drawn.
     """
     draw, n_each, last, found = random.Random(0), 48, dict[str, float](), list[float]()
-    long, flying, n_tokens, n_asked = set[str](), set[str](), 0, 0
-    start = time.perf_counter()
-    arrivals = sorted(draw.randrange(8, 24 * n_prompts) for _ in range(n_prompts))
-    number = 0
-    while arrivals or long:
-        while len(flying) < STREAMS:
+    long, flying, n_tokens, n_drawn, n_asked = set[str](), set[str](), 0, 0, 0
+    n_answers = STREAMS * (n_prompts // 2 + 1)  # the last prompts are read about as long as answers are drawn
+    arrivals = sorted(STREAMS * draw.randrange(8, 24 * n_prompts) for _ in range(n_prompts))
+    start, rate = time.perf_counter(), 0.0
+    while n_asked < n_answers or flying or arrivals or long:
+        while len(flying) < STREAMS and n_asked < n_answers:
             flying.add(ask(llm, prompt_of(n_asked), n_each))
             n_asked, n_tokens = n_asked + 1, n_tokens + 32
-        while arrivals and arrivals[0] <= number:
+        while arrivals and arrivals[0] <= n_drawn:
             arrivals.pop(0)
-            long.add(ask(llm, prompt_of(1000 + n_asked + number, n_long), 4, client="long"))
+            long.add(ask(llm, prompt_of(1000 + len(arrivals), n_long), 4, client="long"))
             n_tokens += n_long
-        number += 1
         outputs = llm.engine.step()
         now = time.perf_counter()
         for output in outputs:
             id, n = output.request_id, len(output.outputs[0].token_ids)
             n_tokens += n
             if id in flying and n:
-                if id in last:
+                n_drawn += n
+                if id in last and not rate:
                     found.append(now - last[id])
                 last[id] = now
             if output.finished:
                 flying.discard(id), long.discard(id)
-    seconds = time.perf_counter() - start
-    llm.engine.drop(list(flying))
-    return found, n_tokens / seconds
+        if not (arrivals or long or rate):
+            rate = n_tokens / (now - start)
+    return Watched(found, rate, n_tokens / (time.perf_counter() - start))
 
 
 def require_equal(llm: LLM, adapters: Sequence[LoRARequest]) -> None:
