@@ -268,8 +268,8 @@ def require_equal(
 def require_rounding(args: argparse.Namespace, pairs: Sequence[Parted], gaps: Sequence[float], apart: float) -> None:
     """SystemExit if tokens are further apart than transformers' bfloat16 moves two logits where these answers part.
 
-    Hundreds of adapters move hidden states further than one model's own, and what bfloat16 rounds grows with them. Two
-    engines that round in other places than transformers may each move a difference as far as it does.
+    The more requests there are, the rarer are the roundings among them. Engines round in other places than transformers
+    does, and no less: each may move a difference as far.
     """
     moved = max(abs(preference(args.place, *pair, torch.bfloat16) - gap) for pair, gap in zip(pairs, gaps, strict=True))
     print(f"  transformers' own bfloat16 moves these differences by up to {moved:.2f}", flush=True)
