@@ -1,9 +1,9 @@
 """Training steps and products on bases as people have them, beside NF4.
 
-A step is LoRA of rank 16 on all linear layers, on SmolLM2 whose linear layers are stored in each format; its first loss
-is compared with that on the decoded dense weights before anything is timed. Products are those of one layer of each
-shape of the model, with 1024 rows; with a few, by weights packed as they are served and by weights as they are stored.
-All formats take turns.
+A step is LoRA of rank 16 on all linear layers, on SmolLM2 whose linear layers are stored in each format. Its blocks must
+run fused, and its first loss is compared with that on the decoded dense weights, before anything is timed. Products are
+those of one layer of each shape of the model, with 1024 rows; with a few, by weights packed as they are served and by
+weights as they are stored. All formats take turns.
 
     python bench/formats.py [--parts products few step] [--model smollm2-135m-instruct] [--dtype float32|bfloat16]
         [--formats NF4 Q8_0 …] [--rows 4] [--tokens 256] [--repeats 5]
@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_step import adapted, base_of, loss_of, optimizer_of, step
+from lora_step import adapted, base_of, loss_of, optimizer_of, require_fused, step
 from turns import Goal, Timing, faster_dtype, in_turns, show, timed
 from veneer.model.quant_linear import QuantLinear
 from veneer.ops.bits import pack
@@ -197,6 +197,7 @@ def steps(args: argparse.Namespace) -> None:
     ways: dict[str, Callable[[], Timing]] = {}
     for name in args.formats:
         model, kinds = stored(name, args)
+        require_fused(model)
         ids = tokens(model, args)
         same_loss(name, model, ids[:1, :64])
         print(f"{name}: {', '.join(f'{n} {kind}' for kind, n in kinds.items())}", flush=True)

@@ -1,10 +1,10 @@
-// Weights in codes, packed: of 4 or 8 bits, their scales among them in one stream. A product is, to the bit, that of the
+// Weights in codes, packed: of 2 to 8 bits, their scales among them in one stream. A product is, to the bit, that of the
 // dense packed matrix of the values that the codes stand for: they come out of the codes in registers, for a few rows, or
 // panel by panel into cache. Here are NF4, FP4 and int8; the others are in grouped.h.
 //
 // A panel of `across` outputs is, for each unit of inputs, a scale of each output, in most formulas a second number of each,
 // and then the codes of the unit. In 4 bits: [unit / 16][across][2] words of 32 bits, the even and the odd ones of sixteen
-// inputs, the first in the lowest bits. In 8 bits: [unit / 2][across][2]. Inputs are filled up with zeros to whole units; a
+// inputs, the first in the lowest bits. In 8 bits: [unit / 2][across][2]. In 2 and 3 bits as planes.h has it. Inputs are filled up with zeros to whole units; a
 // unit is a multiple of 16.
 #pragma once
 
@@ -25,6 +25,10 @@ inline int64_t code_bits(const PanelMatrix& m) {
     case Coding::unsigned8:
     case Coding::e4m3:
     case Coding::e5m2: return 8;
+    case Coding::signed2:
+    case Coding::unsigned2: return 2;
+    case Coding::signed3:
+    case Coding::unsigned3: return 3;
     default: return 4;
   }
 }

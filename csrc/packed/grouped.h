@@ -1,70 +1,17 @@
-// Weights in codes of other formats, packed as coded.h describes: numbers of 4 or 8 bits with a scale, and perhaps an offset or
+// Weights in codes of other formats, packed as coded.h describes: numbers of 2, 3, 4 or 8 bits with a scale, and perhaps an offset or
 // a zero, for each unit of inputs of an output. Values are those of the format's own library, to the bit. A piece of a panel
 // is decoded into the first-level cache and multiplied there by a few rows, or a whole panel by many.
 #pragma once
 
-#include "packed/coded.h"
+#include "packed/groups.h"
+#include "packed/planes.h"
 
 namespace veneer {
 namespace {
 
 constexpr int64_t piece_inputs = 64;  // that are decoded together for a few rows: 16 KB of a whole panel
-constexpr int64_t panel_outputs = panel_block * panel_blocks;
 
 inline bool is_grouped(const PanelMatrix& m) { return m.coding.numbers >= Coding::signed4; }
-
-// ---- scales -------------------------------------------------------------------------------------------------------------
-
-inline void widen_scales(Coding::Scales stored, const char* at, int64_t n, float* out) {
-  const auto each = [&](const auto* from) {
-    for (int64_t j = 0; j < n; j += width) store(out + j, load(from + j));
-  };
-  switch (stored) {
-    case Coding::bfloat16: return each(reinterpret_cast<const bf16*>(at));
-    case Coding::float16: return each(reinterpret_cast<const fp16*>(at));
-    case Coding::e8m0: {
-      const uint8_t* bytes = reinterpret_cast<const uint8_t*>(at);
-#pragma omp simd
-      for (int64_t j = 0; j < n; ++j) out[j] = bit_cast<float>(static_cast<uint32_t>(bytes[j]) << 23);
-      return;
-    }
-    default: std::memcpy(out, at, static_cast<size_t>(n) * sizeof(float));
-  }
-}
-
-// The scales of a unit, for all outputs of a panel, and what stands beside them.
-struct UnitHead {
-  alignas(64) float scale[panel_outputs], beside[panel_outputs];
-
-  void load(const PanelMatrix& m, const char* at, int64_t across) {
-    widen_scales(m.coding.scales, at, across, scale);
-    if (m.coding.numbers == Coding::e4m3) {  // whose numbers are read as halves, 2^-8 as large
-#pragma omp simd
-      for (int64_t j = 0; j < across; ++j) scale[j] *= 0x1p8f;
-    }
-    if (m.coding.formula == Coding::scaled) return;
-    widen_scales(m.coding.scales, at + across * scale_bytes(m.coding.scales), across, beside);
-    if (m.coding.formula == Coding::less_zero) {  // a zero of 8 bits times a scale of 16 is exact, and so is the sum
-#pragma omp simd
-      for (int64_t j = 0; j < across; ++j) beside[j] = -(beside[j] * scale[j]);
-    }
-  }
-};
-
-// ---- formulas -------------------------------------------------------------------------------------------------------------
-
-template <class Round>
-struct Scaled {
-  static lanes of(lanes number, lanes scale, lanes) { return rounded<Round>(number * scale); }
-};
-template <class Round>
-struct Added {  // the products are exact in all formats: so it does not matter whether they are rounded
-  static lanes of(lanes number, lanes scale, lanes beside) { return rounded<Round>(multiply_add(number, scale, beside)); }
-};
-template <class Round>
-struct Apart {
-  static lanes of(lanes number, lanes scale, lanes beside) { return rounded<Round>(rounded<Round>(number - beside) * scale); }
-};
 
 // ---- numbers: those of inputs 2 m and 2 m + 1 of sixteen ------------------------------------------------------------------
 
@@ -134,36 +81,6 @@ struct Floats : Bytes {  // of 8 bits: halves with fewer bits, whose exponent ma
   }
 };
 
-// ---- decoding -------------------------------------------------------------------------------------------------------------
-
-// Inputs [from, to) of blocks [begin, end) of one panel, as a right operand whose rows are `own` outputs wide. from: a multiple
-// of 16; to: too, or the last input.
-template <class T>
-using Decode = void (*)(const PanelMatrix& m, int64_t begin, int64_t end, int64_t from, int64_t to, T* out, int64_t own);
-
-// f(k, end, codes of the inputs from k, head of their unit) for the inputs [k, end) of each unit; of codes the panel's first.
-template <class Head, class F>
-inline void each_unit(const PanelMatrix& m, int64_t begin, int64_t from, int64_t to, int64_t group_bytes, const F& f) {
-  const Panel panel = panel_of(m, begin);
-  const char* first = coded_panel(m, begin);
-  Head head;
-  for (int64_t k = from, stop; k < to; k = stop) {
-    const int64_t unit = k / m.unit, end = (unit + 1) * m.unit;
-    stop = end < to ? end : to;
-    const char* at = first + unit * panel.across * unit_bytes(m);
-    head.load(m, at, panel.across);
-    f(k, stop, at + panel.across * (head_bytes(m) + (k - unit * m.unit) / group * group_bytes), head);
-  }
-}
-// f(k, codes of the sixteen inputs from k, head of their unit)
-template <class F>
-inline void each_group(const PanelMatrix& m, int64_t begin, int64_t from, int64_t to, int64_t group_bytes, const F& f) {
-  const int64_t step = panel_of(m, begin).across * group_bytes;
-  each_unit<UnitHead>(m, begin, from, to, group_bytes, [&](int64_t k, int64_t stop, const char* at, const UnitHead& head) {
-    for (; k < stop; k += group, at += step) f(k, at, head);
-  });
-}
-
 // W: what values are rounded to. T: what they are stored as.
 template <class Codes, class Formula, class W, class T>
 void decode_group_lanes(const PanelMatrix& m, int64_t begin, int64_t end, int64_t from, int64_t to, T* out, int64_t own) {
@@ -223,22 +140,22 @@ inline void pair_numbers(const Floats& t, const char* codes, int64_t across, int
 constexpr int64_t output_stride(const Tabled&) { return 8; }
 constexpr int64_t output_stride(const Bytes&) { return 2; }
 
-template <class Codes, class Formula>
-void decode_group_pairs(const PanelMatrix& m, int64_t begin, int64_t end, int64_t from, int64_t to, bf16* out, int64_t own) {
+template <class Codes, class Formula, class T>
+void decode_group_pairs(const PanelMatrix& m, int64_t begin, int64_t end, int64_t from, int64_t to, T* out, int64_t own) {
   const Panel panel = panel_of(m, begin);
   const int64_t outputs = (end - begin) * panel_block, first_output = panel.first, across = panel.across;
   const Codes codes(m);
   each_group(m, begin, from, to, Codes::group_bytes, [&](int64_t k, const char* at, const UnitHead& head) {
-    bf16* row = out + (k - from) * own;
     for (int64_t j = 0; j < outputs; j += panel_block) {
       const PairedHead paired(head, first_output + j);
       const char* here = at + (first_output + j) * output_stride(codes);
+      PairSink<T> sink(out, own, k - from, j);
       const auto pair = [&](int p) __attribute__((always_inline)) {
         lanes low, high;
         pair_numbers(codes, here, across, p, low, high);
         const lanes first = Formula::of(low, (lanes)paired.scale.low, (lanes)paired.beside.low);
         const lanes second = Formula::of(high, (lanes)paired.scale.high, (lanes)paired.beside.high);
-        _mm512_storeu_si512(row + 2 * p * own + 2 * j, (__m512i)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first));
+        sink.put(p, (__m512i)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first));
       };
       if (to - k >= group) {
 #pragma GCC unroll 8
@@ -246,6 +163,7 @@ void decode_group_pairs(const PanelMatrix& m, int64_t begin, int64_t end, int64_
       } else {
         for (int p = 0; k + 2 * p < to; ++p) pair(p);
       }
+      sink.finish();
     }
   });
 }
@@ -348,12 +266,25 @@ void decode_halves(const PanelMatrix& m, int64_t begin, int64_t end, int64_t fro
 }
 #endif
 
-// T: float, or W.
+#if defined(__AVX512BF16__)
+template <class Codes, class Formula>
+struct PairsOf {
+  template <class T>
+  static constexpr Decode<T> decoder = decode_group_pairs<Codes, Formula, T>;
+};
+template <class Formula, bool has_third>
+struct PairsOf<Planes<has_third>, Formula> {
+  template <class T>
+  static constexpr Decode<T> decoder = decode_planes<Formula, has_third, T>;
+};
+#endif
+
+// T: float, or W, or RowSums.
 template <class Codes, class Formula, class W, class T>
 constexpr Decode<T> decoder_as() {
   if constexpr (sizeof(T) == 4) return decode_group_lanes<Codes, Formula, W, T>;
 #if defined(__AVX512BF16__)
-  else return decode_group_pairs<Codes, Formula>;
+  else return PairsOf<Codes, Formula>::template decoder<T>;
 #else
   else return decode_group_lanes<Codes, Formula, float, T>;  // storing rounds
 #endif
@@ -387,6 +318,10 @@ Decode<T> decoder_of(const PanelMatrix& m) {
     case Coding::e5m2: return decoder_rounding<W, T, Floats, Scaled>(m);
     case Coding::signed8: return decoder_rounding<W, T, Whole<true>, Scaled>(m);
     case Coding::unsigned8: return decoder_beside<W, T, Whole<false>>(m);
+    case Coding::signed2: return decoder_rounding<W, T, Planes<false>, Scaled>(m);
+    case Coding::signed3: return decoder_rounding<W, T, Planes<true>, Scaled>(m);
+    case Coding::unsigned2: return decoder_beside<W, T, Planes<false>>(m);
+    case Coding::unsigned3: return decoder_beside<W, T, Planes<true>>(m);
     default: break;
   }
   if (m.coding.formula != Coding::scaled) return decoder_beside<W, T, Tabled>(m);
@@ -438,6 +373,16 @@ struct PieceProduct {
     for (int64_t t = 0; t < heights; ++t) rows_from(n * t / heights, n * (t + 1) / heights - n * t / heights);
   }
 };
+
+#if defined(__AVX512BF16__)
+// Some blocks of one panel times one row of x, whose values go from the codes into the sums.
+template <class Sink>
+void multiply_row(const PanelMatrix& m, Decode<RowSums> multiply, const bf16* x, int64_t begin, int64_t end, const Sink& sink) {
+  RowSums row{x};
+  multiply(m, begin, end, 0, m.i, &row, 0);
+  for (int64_t block = begin; block < end; ++block) sink(0, block, &row.sums[block - begin]);
+}
+#endif
 
 constexpr int64_t most_by_pieces = 4 * most_rows;  // rows of x
 

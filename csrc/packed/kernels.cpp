@@ -411,8 +411,11 @@ void grouped_few(const PackedProduct& call, const Operand& x, int64_t begin, int
   const Finish finish{call, 0};
 #if defined(__AVX512BF16__) && !defined(__AMX_BF16__)
   if constexpr (sizeof(W) == 2)
-    if (reads_pairs(call))
-      return multiply_pieces<PairEngine>(m, decoder_of<W, W>(m), static_cast<const bf16*>(x.data), x.stride, call.n, begin, end, finish);
+    if (reads_pairs(call)) {
+      const bf16* rows = static_cast<const bf16*>(x.data);
+      if (call.n == 1) return multiply_row(m, decoder_of<W, RowSums>(m), rows, begin, end, finish);
+      return multiply_pieces<PairEngine>(m, decoder_of<W, W>(m), rows, x.stride, call.n, begin, end, finish);
+    }
 #endif
   multiply_pieces<FloatEngine<float>>(m, decoder_of<W, float>(m), static_cast<const float*>(x.data), x.stride, call.n, begin, end, finish);
 }

@@ -11,8 +11,27 @@ from torch import Tensor
 
 from veneer.ops.scaled import powers
 
-NUMBERS = ("signed4", "unsigned4", "iq4", "e2m1", "signed8", "unsigned8", "e4m3", "e5m2")
-"""Code: ``code - 8``, ``code``, ggml's table, a 4-bit float, a byte with and without a sign, 8-bit floats."""
+NUMBERS = (
+    "signed4",
+    "unsigned4",
+    "iq4",
+    "e2m1",
+    "signed8",
+    "unsigned8",
+    "e4m3",
+    "e5m2",
+    "signed2",
+    "unsigned2",
+    "signed3",
+    "unsigned3",
+)
+"""As csrc/core/panel_layout.h counts them: ``code - 8``, ``code``, ggml's table, a 4-bit float, a byte with and without
+a sign, 8-bit floats; ``code - 2`` and ``code`` of 2 bits, ``code - 4`` and ``code`` of 3 bits."""
+BITS = dict.fromkeys(NUMBERS, 8) | {"signed4": 4, "unsigned4": 4, "iq4": 4, "e2m1": 4}
+BITS |= {"signed2": 2, "unsigned2": 2, "signed3": 3, "unsigned3": 3}
+"""Bits of a code."""
+MIDDLES = {"signed2": 2, "signed3": 4, "signed4": 8}
+"""Codes of zero, where it is not 0."""
 SCALES = (torch.float32, torch.bfloat16, torch.float16, torch.uint8)
 """Dtypes of scales, as csrc/core/panels.h counts them; a byte is E8M0's power of two."""
 FORMULAS = ("scaled", "added", "less_zero", "apart")

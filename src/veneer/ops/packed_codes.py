@@ -11,7 +11,7 @@ from jaxtyping import Float, Float32, Int8, UInt8
 from torch import Tensor
 
 from veneer.errors import ShapeError
-from veneer.ops.code_groups import FORMULAS, NUMBERS, SCALES, UNIT, CodeGroups
+from veneer.ops.code_groups import BITS, FORMULAS, NUMBERS, SCALES, UNIT, CodeGroups
 from veneer.ops.dispatch import implementation
 from veneer.ops.four_bit import FourBitLayout
 from veneer.ops.packed import BLOCK, BLOCKS, ROWS, check_product
@@ -19,8 +19,6 @@ from veneer.ops.packed import BLOCK, BLOCKS, ROWS, check_product
 CODINGS = ("dense", "nf4", "fp4", "int8", *NUMBERS)
 """As csrc/core/panels.h counts them."""
 GROUP = UNIT
-BYTES = ("int8", "signed8", "unsigned8", "e4m3", "e5m2")
-"""Codings with a code a byte."""
 _ROUNDING = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 SMALLEST, LARGEST = 1e-30, 1e30
 """Magnitudes of scales between which a CPU's own rounding to bfloat16, which flushes subnormal numbers, is exact."""
@@ -123,7 +121,7 @@ class PackedCodes:
     @property
     def bits(self) -> int:
         """Bits of a code."""
-        return 8 if self.coding in BYTES else 4
+        return 8 if self.coding == "int8" else BITS.get(self.coding, 4)
 
     @property
     def head_bytes(self) -> int:
@@ -191,7 +189,7 @@ def fits_int8(codes: Tensor, absmax: Tensor, dtype: torch.dtype) -> bool:
 def fits_groups(groups: CodeGroups, dtype: torch.dtype) -> bool:
     """Return True if `PackedCodes.pack_groups` accepts a matrix."""
     i, n = groups.codes.shape[1], groups.scales.shape[1]
-    whole = i % GROUP == 0 or groups.numbers in BYTES
+    whole = i % GROUP == 0 or BITS[groups.numbers] == 8
     even = n == 1 or (i % n == 0 and i // n % GROUP == 0)
     return groups.codes.numel() > 0 and dtype in ROWS and whole and even and all(map(_ordinary, groups.heads()))
 

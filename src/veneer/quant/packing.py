@@ -9,7 +9,7 @@ from torch import Tensor
 
 from veneer.errors import ShapeError
 from veneer.ops.bits import pack, unpack
-from veneer.ops.code_groups import CodeGroups, even_groups
+from veneer.ops.code_groups import MIDDLES, CodeGroups, even_groups
 from veneer.ops.packed import BLOCK, BLOCKS
 from veneer.ops.packed_codes import PackedCodes, fits_4bit, fits_int8
 from veneer.ops.scaled import ScaledCodes, powers
@@ -93,10 +93,10 @@ def _groups_of(weight: BlockWeight) -> Callable[[slice], CodeGroups] | None:
 
 
 def _form(w: ScaledCodes) -> tuple[str, str]:
-    """Numbers and formula of `CodeGroups`: whole numbers in 4 or 8 bits, with a sign where there are no zeros."""
+    """Numbers and formula of `CodeGroups`: whole numbers, with a sign where there are no zeros."""
     if w.coding != "whole":
         return w.coding, "scaled"
-    width = 4 if w.bits <= 4 else 8
+    width = _width(w)
     if w.zeros is None:
         return f"signed{width}", "scaled"
     exact = w.zeros.dtype == torch.uint8 and w.scales.dtype.itemsize == 2
@@ -104,10 +104,16 @@ def _form(w: ScaledCodes) -> tuple[str, str]:
 
 
 def _raised(w: ScaledCodes) -> int:
-    """Number added to a code: without zeros ``2 ** (bits - 1)`` stands for 0, which is 8 or, in a byte, 0."""
+    """Number added to a code: without zeros ``2 ** (bits - 1)`` stands for 0, which is in the middle or, in a byte, 0."""
     if w.coding != "whole" or w.zeros is not None:
         return 0
-    return (8 if w.bits <= 4 else 256) - (1 << w.bits - 1)
+    width = _width(w)
+    return (MIDDLES[f"signed{width}"] if width < 8 else 256) - (1 << w.bits - 1)
+
+
+def _width(w: ScaledCodes) -> int:
+    """Bits in which whole numbers are packed."""
+    return next(width for width in (2, 3, 4, 8) if w.bits <= width)
 
 
 def _by_row(x: Tensor, w: ScaledCodes) -> Tensor:

@@ -44,13 +44,13 @@ def _q8_0(packed: Packed) -> CodeGroups:
 def _q2_k(packed: Packed) -> CodeGroups:
     scales, d = packed[:, :16].int(), read_halves(packed[:, 80:])
     levels = unpack_bits(packed[:, 16:80], 32, 2)
-    return _added(levels, "unsigned4", d[:, :1] * (scales & 15), -(d[:, 1:] * (scales >> 4)))
+    return _added(levels, "unsigned2", d[:, :1] * (scales & 15), -(d[:, 1:] * (scales >> 4)))
 
 
 def _q3_k(packed: Packed) -> CodeGroups:
     levels = unpack_bits(packed[:, 32:96], 32, 2) | unpack_bits(packed[:, :32], 32, 1) << 2
     steps = read_halves(packed[:, 108:]) * (unpack_q3_scales(packed[:, 96:108]) - 32)
-    return _scaled(levels + 4, "signed4", steps)
+    return _scaled(levels, "signed3", steps)
 
 
 def _q4_k(packed: Packed) -> CodeGroups:

@@ -9,7 +9,7 @@ from jaxtyping import Float, Float32
 from torch import Tensor
 from torch.nn import functional
 
-from veneer.ops.code_groups import NUMBERS, CodeGroups
+from veneer.ops.code_groups import MIDDLES, NUMBERS, UNIT, CodeGroups
 from veneer.ops.four_bit_codes import code_table
 from veneer.ops.packed import BLOCK, BLOCKS
 from veneer.ops.reference.ggml_non_linear import VALUES
@@ -67,10 +67,17 @@ def _panels(made: PackedCodes, codes: Tensor, heads: list[Tensor]) -> Tensor:
     """Codes (o, i), one a byte, and scales (o, units), in panels."""
     filled = _filled(functional.pad(codes, (0, made.depth - codes.shape[1])))
     units = filled.view(len(filled), made.depth // made.unit, made.unit)
-    stored = _bytes_in_pairs(units) if made.bits == 8 else _nibbles_in_words(units)
     parts = [torch.split(_filled(head), PANEL) for head in heads]
-    panels = zip(*parts, torch.split(stored, PANEL), strict=True)
-    return torch.cat([_joined([h.T for h in head], panel.permute(1, 2, 0)) for *head, panel in panels])
+    panels = zip(*parts, torch.split(units, PANEL), strict=True)
+    return torch.cat([_joined([h.T for h in head], _stored(panel, made.bits)) for *head, panel in panels])
+
+
+def _stored(units: Tensor, bits: int) -> Tensor:
+    """Codes (outputs, units, unit) of a panel as they lie there, unit by unit."""
+    if bits < 4:
+        return _planes(units, bits)
+    words = _bytes_in_pairs(units) if bits == 8 else _nibbles_in_words(units)
+    return _bytes(words.permute(1, 2, 0))
 
 
 def _nibbles_in_words(units: Tensor) -> Tensor:
@@ -86,6 +93,29 @@ def _bytes_in_pairs(units: Tensor) -> Tensor:
     return units.contiguous().view(torch.int16)
 
 
+def _planes(units: Tensor, bits: int) -> Tensor:
+    """Of each sixteen codes the lower two bits in a word of each output; then the third bits of all outputs."""
+    o, n, width = units.shape
+    pairs = units.to(torch.int64).view(o, n, width // UNIT, 8, 2)  # (.., inputs 2 m and 2 m + 1)
+    low = ((pairs & 3) << _places(2, 16)).sum(dim=(3, 4)).permute(1, 2, 0)  # (n, groups, o)
+    found = [_bytes(_words(low).flatten(0, 1)).view(n, width // UNIT, -1)]
+    if bits == 3:
+        blocks = (pairs >> 2).view(o // BLOCK, BLOCK, n, width // UNIT, 8, 2).permute(2, 3, 0, 4, 1, 5)
+        thirds = (blocks << 2 * torch.arange(BLOCK)[:, None] << torch.arange(2)).sum(dim=(4, 5))
+        found.append(_bytes(_words(thirds).flatten(0, 1)).view(n, width // UNIT, -1))
+    return torch.cat(found, dim=2).flatten(1)
+
+
+def _places(apart: int, odd: int) -> Tensor:
+    """Bits at which the codes of inputs 2 m and 2 m + 1 begin in a word, (8, 2)."""
+    return apart * torch.arange(8)[:, None] + odd * torch.arange(2)
+
+
+def _words(x: Tensor) -> Tensor:
+    """Whole numbers below 2 ** 32 as the words that have their bits."""
+    return torch.where(x < 1 << 31, x, x - (1 << 32)).to(torch.int32)
+
+
 def _filled(rows: Tensor) -> Tensor:
     """Outputs filled up with zeros to whole blocks."""
     return torch.cat([rows, rows.new_zeros(-len(rows) % BLOCK, *rows.shape[1:])])
@@ -93,7 +123,7 @@ def _filled(rows: Tensor) -> Tensor:
 
 def _joined(heads: list[Tensor], codes: Tensor) -> Tensor:
     """Scales and codes of each unit, one behind the other."""
-    return torch.cat([_bytes(part) for part in (*heads, codes)], dim=1).flatten()
+    return torch.cat([*map(_bytes, heads), codes], dim=1).flatten()
 
 
 def _bytes(x: Tensor) -> Tensor:
@@ -119,9 +149,22 @@ def _rows(weight: PackedCodes) -> tuple[Tensor, list[Float32[Tensor, "o units"]]
 def _codes_of(codes: Tensor, across: int, weight: PackedCodes) -> Tensor:
     if weight.bits == 8:
         return codes.view(-1, across, 2).transpose(0, 1).reshape(across, -1)
+    if weight.bits < 4:
+        return _codes_of_planes(codes, across, weight.bits)
     words = codes.view(torch.int32).view(-1, across, 2).transpose(0, 1)
     shifts = 4 * torch.arange(8, device=codes.device)
     return (words[:, :, None] >> shifts[:, None] & 15).reshape(across, -1).to(torch.uint8)
+
+
+def _codes_of_planes(codes: Tensor, across: int, bits: int) -> Tensor:
+    groups = codes.view(-1, across * 2 * bits)
+    low = groups[:, : 4 * across].contiguous().view(torch.int32)  # (groups, across)
+    found = low[:, :, None, None] >> _places(2, 16) & 3
+    if bits == 3:
+        thirds = groups[:, 4 * across :].contiguous().view(torch.int32).view(len(groups), -1, 1, 8, 1)
+        one = thirds >> (2 * torch.arange(BLOCK)[:, None, None] + torch.arange(2)) & 1
+        found |= one.reshape(found.shape) << 2
+    return found.transpose(0, 1).reshape(across, -1).to(torch.uint8)
 
 
 def _numbers(coding: str, codes: Tensor) -> Float32[Tensor, "o i"]:
@@ -133,4 +176,4 @@ def _numbers(coding: str, codes: Tensor) -> Float32[Tensor, "o i"]:
     if coding in ("nf4", "fp4", "iq4"):
         table = torch.tensor(VALUES, dtype=torch.float32) if coding == "iq4" else code_table(coding)
         return table.to(codes.device)[codes.int()]
-    return codes.view(torch.int8).float() if coding == "signed8" else codes.float() - (8 if coding == "signed4" else 0)
+    return codes.view(torch.int8).float() if coding == "signed8" else codes.float() - MIDDLES.get(coding, 0)
