@@ -1,7 +1,7 @@
 """Training steps and products on bases as people have them, beside NF4.
 
-A step is LoRA of rank 16 on all linear layers, on SmolLM2 whose linear layers are stored in each format. Its blocks must
-run fused, and its first loss is compared with that on the decoded dense weights, before anything is timed. Products are
+A step is LoRA of rank 16 on all linear layers, on SmolLM2 whose linear layers are stored in each format. Before it is
+timed its blocks must run fused, and its first loss is compared with that on the decoded dense weights. Products are
 those of one layer of each shape of the model, with 1024 rows; with a few, by weights packed as they are served and by
 weights as they are stored. All formats take turns.
 

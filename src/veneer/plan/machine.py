@@ -28,11 +28,16 @@ from veneer.model.memory import available_bytes
 from veneer.model.offload import PageFile
 from veneer.ops.adamw import BLOCK_SIZE, AdamWStep, Moment8bit, adamw_8bit_
 from veneer.ops.attention import AttentionOptions, attention_backward, attention_forward
+from veneer.ops.bits import n_bytes
+from veneer.ops.cpu.module import DTYPES
+from veneer.ops.cpu.scaled import STORED
 from veneer.ops.dispatch import kernel_isa
 from veneer.ops.four_bit import FourBitLayout, dequantize_4bit, quantize_4bit
-from veneer.ops.scaled import ScaledCodes, decode_scaled
+from veneer.ops.ggml import dequantize_ggml, quantize_ggml
+from veneer.ops.ggml_types import GGML_TYPES
+from veneer.ops.scaled import CODINGS, ScaledCodes, decode_scaled
 from veneer.plan.overhead import byte_seconds, op_seconds, watched_seconds
-from veneer.plan.work import Product, Work
+from veneer.plan.work import Codec, Product, Work
 from veneer.quant.blocks import TILE_VALUES
 
 LARGEST = 4096
@@ -115,7 +120,7 @@ class Rates:
         general = work.n_general * self.op(general=True) if work.n_general else 0.0
         watched = work.n_watched * self.watched() if work.n_watched else 0.0
         updated_8bit = work.updated_8bit * self.updated_8bit() if work.updated_8bit else 0.0
-        tiles = work.decoded_tiles * self.decoded_tiles() if work.decoded_tiles else 0.0
+        tiles = sum(n * self.decoded_tiles(codec) for codec, n in work.decoded_tiles.items())
         on_disk = {"waiting on disk": work.on_disk * self.on_disk()} if work.on_disk else {}
         return on_disk | {
             "products": sum(self.product(product) * n for product, n in work.products.items()),
@@ -138,9 +143,9 @@ class Rates:
         """Return the seconds to decode one value of 4 bits."""
         return self._once("decoded", _decoded_seconds)
 
-    def decoded_tiles(self) -> float:
+    def decoded_tiles(self, codec: Codec) -> float:
         """Return the seconds to decode one value of a tile of blocks, and to cast it to 16 bits."""
-        return self._once("decoded in tiles", _decoded_tiles_seconds)
+        return self._once(f"decoded in tiles, {codec}", lambda: _decoded_tiles_seconds(codec))
 
     def updated_8bit(self) -> float:
         """Return the seconds a value that AdamW with 8-bit moments updates."""
@@ -259,12 +264,35 @@ def _decoded_seconds() -> float:
     return _timed(lambda: dequantize_4bit(packed, absmax, layout)) / w.numel()
 
 
-def _decoded_tiles_seconds() -> float:
-    o, i, group = TILE_VALUES // 1024, 1024, 64
-    codes = torch.arange(o * i // 2, dtype=torch.int32).to(torch.uint8).view(o, -1)
-    scales = torch.full((o, i // group), 0.01, dtype=torch.float16)
-    weight = ScaledCodes(codes, scales, i, group, bits=4)
-    return _timed(lambda: decode_scaled(weight, slice(0, o)).to(torch.bfloat16)) / (o * i)
+def _decoded_tiles_seconds(codec: Codec) -> float:
+    o, i = TILE_VALUES // 1024, 1024
+    decode = _ggml_tile(o, i, *codec.numbers) if codec.kernel == "ggml_decode" else _scaled_tile(o, i, *codec.numbers)
+    return _timed(lambda: decode().to(torch.bfloat16)) / (o * i)
+
+
+def _ggml_tile(o: int, i: int, number: int) -> Callable[[], Tensor]:
+    kind = next(kind.name for kind in GGML_TYPES.values() if kind.number == number)
+    packed = quantize_ggml(torch.linspace(-1, 1, o * i).view(o, i), kind)
+    return lambda: dequantize_ggml(packed, kind)
+
+
+def _scaled_tile(
+    o: int, i: int, bits: int, coding: int, scales: int, zeros: int, group: int, rounding: int
+) -> Callable[[], Tensor]:
+    stored, rounded = ({number: dtype for dtype, number in kinds.items()} for kinds in (STORED, DTYPES))
+    codes = torch.arange(o * n_bytes(i, bits), dtype=torch.int32).to(torch.uint8).view(o, -1)
+    shape = (o, -(-i // group))
+    weight = ScaledCodes(
+        codes,
+        torch.full(shape, 0.5).to(stored[scales]),
+        i,
+        group,
+        CODINGS[coding],
+        bits,
+        zeros=torch.full(shape, 1.0).to(stored[zeros]) if zeros else None,
+        rounding=rounded[rounding],
+    )
+    return lambda: decode_scaled(weight, slice(0, o))
 
 
 def _updated_8bit_seconds() -> float:

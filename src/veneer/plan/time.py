@@ -44,7 +44,7 @@ def seconds_on(work: Work, card: Card) -> Seconds:
     """Return the seconds by a card's data sheet."""
     kinds = {
         "products": work.flops / (EFFICIENCY * card.flops),
-        "elementwise": (work.moved + 0.5 * (work.decoded + work.decoded_tiles)) / card.bandwidth,
+        "elementwise": (work.moved + 0.5 * (work.decoded + work.decoded_tiles.total())) / card.bandwidth,
         "updates": (work.updated + UPDATED_8BIT_BYTES * work.updated_8bit) / card.bandwidth,
         "calls": work.n_ops * LAUNCH,
     }

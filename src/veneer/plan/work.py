@@ -60,6 +60,30 @@ class Product:
         return 2.0 * self.batch * self.m * self.k * self.n
 
 
+@dataclass(frozen=True, slots=True)
+class Codec:
+    """Kernel that decodes a tile of a weight in blocks, and numbers that it is given of the codes.
+
+    Of ``ggml_decode`` the type's number; of ``scaled_decode`` the bits, the coding, how scales and zeros are stored (0
+    without zeros), the inputs of a group and the rounding.
+    """
+
+    kernel: str
+    numbers: tuple[int, ...]
+
+    @classmethod
+    def of(cls, name: str, arguments: tuple[Any, ...]) -> tuple[Codec, int]:
+        """Return the codec of a call, and how many values it decodes."""
+        if name == "ggml_decode":
+            _, _, _, n_rows, columns, number, _ = arguments
+            return cls(name, (number,)), n_rows * columns
+        _, n_rows, columns, _, _, _, _, bits, coding, _, scales, _, zeros, _, _, _, _, group, rounding = arguments
+        return cls(name, (bits, coding, scales, zeros, group, rounding)), n_rows * columns
+
+    def __str__(self) -> str:
+        return " ".join(map(str, (self.kernel, *self.numbers)))
+
+
 @dataclass(slots=True)
 class Work:
     """Sums over a step, or a part of one.
@@ -67,16 +91,16 @@ class Work:
     Attention is in FLOPs, by the kernel and, for each length of a row, by torch. ``moved`` and ``updated`` are bytes.
     ``updated`` are those of the optimizer, whose tensors are large if the whole model is trained: they go at the rate
     of memory. ``updated_8bit`` is in values. So are ``decoded``, by a kernel that writes what a product reads, and
-    ``decoded_tiles``, in float32 and then cast. ``on_disk`` is bytes that wait in a file from the forward pass to the
-    backward pass. ``n_ops`` counts the ops of torch's dispatcher, and ``n_watched`` those that selective checkpointing
-    intercepts. ``n_general`` counts those of the model's own code, not of a fused block.
+    ``decoded_tiles`` by their codec, in float32 and then cast. ``on_disk`` is bytes that wait in a file from the
+    forward pass to the backward pass. ``n_ops`` counts the ops of torch's dispatcher, and ``n_watched`` those that
+    selective checkpointing intercepts. ``n_general`` counts those of the model's own code, not of a fused block.
     """
 
     products: Counter[Product] = field(default_factory=Counter)
     attention: float = 0.0
     torch_attention: Counter[int] = field(default_factory=Counter)
     decoded: float = 0.0
-    decoded_tiles: float = 0.0
+    decoded_tiles: Counter[Codec] = field(default_factory=Counter)
     moved: float = 0.0
     updated: float = 0.0
     updated_8bit: float = 0.0
@@ -92,7 +116,7 @@ class Work:
             self.attention + times * other.attention,
             _plus(self.torch_attention, other.torch_attention, times),
             self.decoded + times * other.decoded,
-            self.decoded_tiles + times * other.decoded_tiles,
+            _plus(self.decoded_tiles, other.decoded_tiles, times),
             self.moved + times * other.moved,
             self.updated + times * other.updated,
             self.updated_8bit + times * other.updated_8bit,
@@ -174,8 +198,8 @@ class CountWork(SilentMode):  # type: ignore[no-untyped-call]
             itemsize = 4 if dtype == DTYPES[torch.float32] else 2
             self._moves(-KERNEL_TOUCHES * n * itemsize)
         elif name in ("ggml_decode", "scaled_decode"):
-            n = arguments[3] * arguments[4] if name == "ggml_decode" else arguments[1] * arguments[2]
-            self._now.decoded_tiles += n
+            codec, n = Codec.of(name, arguments)
+            self._now.decoded_tiles[codec] += n
             self._tile = n  # of the cast that follows it directly: the rate of tiles has it and the writing in it
             self._moves(-KERNEL_TOUCHES * 4 * n)
         elif name == "adamw_8bit":

@@ -104,7 +104,7 @@ def _form(w: ScaledCodes) -> tuple[str, str]:
 
 
 def _raised(w: ScaledCodes) -> int:
-    """Number added to a code: without zeros ``2 ** (bits - 1)`` stands for 0, which is in the middle or, in a byte, 0."""
+    """Number added to a code: without zeros ``2 ** (bits - 1)`` stands for 0, which is the middle or, in a byte, 0."""
     if w.coding != "whole" or w.zeros is not None:
         return 0
     width = _width(w)

@@ -8,7 +8,7 @@ import pytest
 
 from veneer.plan.cards import Card
 from veneer.plan.time import seconds_on
-from veneer.plan.work import Product, Work
+from veneer.plan.work import Codec, Product, Work
 
 
 def test_a_data_sheet_gives_products_bytes_updates_and_calls_their_time() -> None:
@@ -20,7 +20,7 @@ def test_a_data_sheet_gives_products_bytes_updates_and_calls_their_time() -> Non
         torch_attention=Counter({64: 19}),
         moved=21.0,
         decoded=9.0,
-        decoded_tiles=5.0,
+        decoded_tiles=Counter({Codec("ggml_decode", (12,)): 2, Codec("ggml_decode", (14,)): 3}),
         updated=35.0,
         updated_8bit=7.0,
         n_ops=13,

@@ -20,15 +20,18 @@ from veneer.plan.machine import Rates
 from veneer.plan.measure import measured_model
 from veneer.plan.plan import batch_of, plan_recipe
 from veneer.plan.trace import make_optimizer, prepare, run_steps, trace
-from veneer.plan.work import CountWork, Product, Work
+from veneer.plan.work import Codec, CountWork, Product, Work
 
+Q4_K, GPTQ = Codec("ggml_decode", (12,)), Codec("scaled_decode", (4, 0, 2, 5, 64, 2))
 WORK = Work(
     Counter({Product(3, 5, 7, "bfloat16"): 2}), attention=11.0, torch_attention=Counter({130: 13}), decoded=17.0,
-    decoded_tiles=43.0, moved=19.0, updated=23.0, updated_8bit=29.0, on_disk=41.0, n_ops=31, n_watched=37, n_general=5,
+    decoded_tiles=Counter({Q4_K: 43, GPTQ: 47}), moved=19.0, updated=23.0, updated_8bit=29.0,
+    on_disk=41.0, n_ops=31, n_watched=37, n_general=5,
 )  # fmt: skip
 RATES = {
     "product 3 5 7 bfloat16": 2.0, "attention": 3.0, "attention of torch, 128 tokens": 5.0, "decoded": 7.0,
-    "decoded in tiles": 37.0, "byte of a large op": 11.0,
+    "decoded in tiles, ggml_decode 12": 37.0, "decoded in tiles, scaled_decode 4 0 2 5 64 2": 41.0,
+    "byte of a large op": 11.0,
     "byte of elementwise work": 13.0, "updated in 8 bits": 17.0, "op of a step, fused path": 19.0,
     "op of a step, general path": 23.0, "op watched in a step": 29.0,
     "byte that waits on disk": 31.0,
@@ -50,7 +53,7 @@ def test_every_kind_of_work_has_its_rate_and_an_op_that_of_its_path(tmp_path: Pa
     assert rates.parts(WORK) == {
         "products": 2 * 2.0,
         "attention": 11 * 3.0 + 13 * 5.0,
-        "decoding": 17 * 7.0 + 43 * 37.0,
+        "decoding": 17 * 7.0 + 43 * 37.0 + 47 * 41.0,
         "calls": 26 * 19.0 + 5 * 23.0 + 37 * 29.0,
         "updates": 23 * 11.0 + 29 * 17.0,
         "waiting on disk": 41 * 31.0,
@@ -70,7 +73,10 @@ def test_what_decoding_writes_and_a_table_s_other_rows_are_not_moved() -> None:
             torch.empty(3, 5, dtype=torch.bfloat16)
         counted.kernel(name, arguments)
         assert (counted.passes[0].decoded, counted.passes[0].moved) == (15, 0)
-    for name, arguments in (("ggml_decode", (0, 0, 0, 3, 5)), ("scaled_decode", (0, 3, 5))):
+    for codec, name, arguments in (
+        (Q4_K, "ggml_decode", (0, 0, 0, 3, 5, 12, 0)),
+        (GPTQ, "scaled_decode", (0, 3, 5, 0, 0, 0, 3, 4, 0, 0, 2, 0, 5, 8.0, 0, False, 1, 64, 2)),
+    ):
         counted = CountWork()
         counted.on = True
         with counted:
@@ -79,7 +85,7 @@ def test_what_decoding_writes_and_a_table_s_other_rows_are_not_moved() -> None:
             tile.to(torch.bfloat16)
             tile.to(torch.float16)
         only = counted.passes[0]
-        assert (only.decoded, only.decoded_tiles, only.moved) == (0, 15, 15 * (4 + 2))  # of the second cast
+        assert (only.decoded, only.decoded_tiles, only.moved) == (0, {codec: 15}, 15 * (4 + 2))  # of the second cast
         counted = CountWork()
         counted.on = True
         with counted:
