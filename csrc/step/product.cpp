@@ -34,7 +34,7 @@ void TermAt::apply(const Pass& pass, const char* block, int64_t n, const Rows& x
   if (kind == TermKind::hadamard) {
     const int64_t outputs = (weight.o + 15) / 16 * 16;
     char* panels = pass.threads.of(0).rows.at_least(outputs * weight.depth * pass.bytes());
-    terms_kernels().make(term, weight, panels);
+    terms_kernels().make(term, weight, panels, pass.scratch.at_least(terms_kernels().make_bytes(term)));
     return multiply_rows(pass, dense_like(weight, panels), x, y, y, n);
   }
   void* scratch = pass.scratch.at_least(terms_kernels().scratch_bytes(term));

@@ -1,81 +1,20 @@
 #include "terms/terms.h"
 
-#include "core/lanes.h"
 #include "core/parallel.h"
+#include "terms/many.h"
+#include "terms/sums.h"
 
 namespace veneer {
 namespace VENEER_ISA {
 namespace {
 
-constexpr int64_t padding = 16;
 constexpr int64_t grain = 1 << 13;  // multiplications
 
-template <int64_t n>
-struct Number {
-  static constexpr int64_t value = n;
-};
-
-int64_t padded(int64_t n) { return (n + padding - 1) / padding * padding; }
-
-// Rows that are mapped at once, so that a value of the term is read once for all of them. A row's sums are the same in any company.
-#if defined(__AVX512F__)
-constexpr int64_t most_rows = 4;
-#else
-constexpr int64_t most_rows = 2;
-#endif
-
-// Of each of R rows x (`apart` values apart) sum_j x[j] times the registers at w + j * stride; of even and of odd j.
-template <int64_t R, int64_t C>
-void tile(const float* x, int64_t apart, int64_t n, const float* w, int64_t stride, lanes (*sums)[R][C]) {
-  const auto step = [=](int64_t j, lanes (&to)[R][C]) {
-    for (int64_t c = 0; c < C; ++c) {
-      const lanes right = load(w + j * stride + c * width);
-      for (int64_t r = 0; r < R; ++r) to[r][c] += x[r * apart + j] * right;
-    }
-  };
-  int64_t j = 0;
-  for (; j + 2 <= n; j += 2) {
-    step(j, sums[0]);
-    step(j + 1, sums[1]);
-  }
-  if (j < n) step(j, sums[0]);
-}
-
-// The same over `parts` stretches of x and of w, with f(row, first column, values, sum) for each sum.
-struct Stretches {
-  int64_t n, x_step, w_step;
-};
-template <int64_t R, int64_t C, class F>
-void sums_of(const float* x, int64_t apart, int64_t n, const float* w, int64_t stride, int64_t columns, const Stretches& parts, const F& f) {
-  lanes sums[2][R][C] = {};
-  for (int64_t p = 0; p < parts.n; ++p) tile<R, C>(x + p * parts.x_step, apart, n, w + p * parts.w_step, stride, sums);
-  for (int64_t r = 0; r < R; ++r)
-    for (int64_t c = 0; c * width < columns; ++c) {
-      const int64_t left = columns - c * width;
-      f(r, c * width, left < width ? left : width, sums[0][r][c] + sums[1][r][c]);
-    }
-}
-
-// f(row, column, values, sum) for all columns of `rows` rows.
-template <class F>
-void each_sum(const float* x, int64_t apart, int64_t rows, int64_t n, const float* w, int64_t stride, int64_t columns, const Stretches& parts,
-              const F& f) {
-  for (int64_t c = 0; c < columns; c += 2 * width) {
-    const int64_t left = columns - c;
-    const auto part = [&](int64_t first, auto size) {
-      const auto put_at = [&](int64_t r, int64_t column, int64_t m, lanes sum) { f(first + r, c + column, m, sum); };
-      const float* from = x + first * apart;
-      if (left > width) sums_of<size.value, 2>(from, apart, n, w + c, stride, left < 2 * width ? left : 2 * width, parts, put_at);
-      else sums_of<size.value, 1>(from, apart, n, w + c, stride, left, parts, put_at);
-    };
-    int64_t r = 0;
-    for (; r + most_rows <= rows; r += most_rows) part(r, Number<most_rows>{});
-    for (; r < rows; ++r) part(r, Number<1>{});
-  }
-}
-
 template <class T>
-void put_sum(T* y, lanes x, int64_t n, bool add) { put(y, add ? take(y, n) + x : x, n); }
+void put_sum(T* y, lanes x, int64_t n, bool add) {
+  if (n == width) store(y, add ? load(y) + x : x);
+  else put_first(y, add ? take_first(y, n) + x : x, n);
+}
 
 // Units of rows that are computed by themselves, the multiplications of one, and how many rows are mapped at once.
 struct Units {
@@ -118,7 +57,11 @@ struct Part {
   // Columns [start, start + d) of the rows, in float, `apart` values apart.
   void widen(int64_t start, int64_t d, float* memory, int64_t apart) const {
     for (int64_t r = 0; r < n; ++r)
-      each_register(d, [&](int64_t c, int64_t m) { put(memory + r * apart + c, take(from(r) + start + c, m), m); });
+      each_register(d, [&](int64_t c, int64_t m) {
+        const T* values = from(r) + start + c;
+        if (m == width) store(memory + r * apart + c, load(values));
+        else put_first(memory + r * apart + c, take_first(values, m), m);
+      });
   }
 };
 
@@ -221,16 +164,26 @@ void apply(const TermCall& call) {
   }
 }
 
-constexpr int64_t pairs_at_once = 2;  // of inputs, whose sums are made together
+// ---- the frozen weight times the product of two factors, entry by entry
 
-// Some columns of the product of two factors: of inputs [0, n) from `a` on, `stride` values apart, at as many outputs as a register has.
-template <int64_t n>
-void entries(const float* a, int64_t stride, const float* b, int64_t r, lanes (&sums)[n]) {
-  for (int64_t k = 0; k < r; ++k) {
-    const lanes right = load(b + k * panel_block);
-    for (int64_t j = 0; j < n; ++j) sums[j] += a[k * stride + j] * right;
+constexpr int64_t pairs_at_once = 4;  // of inputs, whose sums are made together
+constexpr int64_t inputs_at_once = 2 * pairs_at_once;
+
+int64_t padded_inputs(const Term& t) { return (t.sizes[1] + 31) / 32 * 32; }
+
+// Factors in float: of a bfloat16 weight rounded to bfloat16, as training rounds them.
+struct Floats {
+  const float *a, *b;
+  int64_t r, stride;
+
+  // Of inputs [k, k + inputs_at_once) the entries at the outputs of a register of a block.
+  void entries(int64_t k, int64_t block, int64_t c, lanes (&sums)[inputs_at_once]) const {
+    for (int64_t l = 0; l < r; ++l) {
+      const lanes right = load(b + (block * r + l) * panel_block + c);
+      for (int64_t j = 0; j < inputs_at_once; ++j) sums[j] += a[l * stride + k + j] * right;
+    }
   }
-}
+};
 
 void put_products(const float* w, int64_t across, const lanes* sums, int64_t n, float* out) {
   for (int64_t j = 0; j < n; ++j) store(out + j * across, load(w + j * across) * sums[j]);
@@ -241,25 +194,30 @@ void put_products(const bf16* w, int64_t across, const lanes* sums, int64_t n, b
   for (int64_t j = 0; j < n; j += 2) {
     bit_lanes both;
     std::memcpy(&both, w + j * across, sizeof both);
-    const bit_lanes low = bf16_bits((lanes)(both << 16) * sums[j]), high = bf16_bits((lanes)(both & 0xffff0000u) * sums[j + 1]);
-    both = low | (high << 16);
+    const lanes first = (lanes)(both << 16) * sums[j], second = (lanes)(both & 0xffff0000u) * sums[j + 1];
+#if defined(__AVX512BF16__)
+    const __m512i low = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)first));
+    const __m512i high = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)second));
+    both = (bit_lanes)_mm512_or_si512(low, _mm512_slli_epi32(high, 16));
+#else
+    both = bf16_bits(first) | (bf16_bits(second) << 16);
+#endif
     std::memcpy(out + j * across, &both, sizeof both);
   }
 }
 
-template <class T>
-void make_typed(const Term& t, const PanelMatrix& w, T* out) {
-  const int64_t r = t.sizes[2], stride = (t.sizes[1] + 31) / 32 * 32, across_of_one = sizeof(T) == 2 ? 2 : 1;
-  const float *a = t.values, *b = a + r * stride;
+template <class T, class Factors>
+void make_typed(const Factors& factors, const PanelMatrix& w, T* out) {
+  const int64_t across_of_one = sizeof(T) == 2 ? 2 : 1;
   const T* values = static_cast<const T*>(w.values);
-  parallel_for(blocks_of(w.o), 1 + grain / (w.depth * r + 1), [=](int64_t begin, int64_t end) {
+  parallel_for(blocks_of(w.o), 1 + grain / (w.depth * factors.r + 1), [=](int64_t begin, int64_t end) {
     for (int64_t block = begin; block < end; ++block) {
       const Panel p = panel_of(w, block);
-      for (int64_t k = 0; k < w.depth; k += 2 * pairs_at_once) {
-        const int64_t left = w.depth - k, n = left < 2 * pairs_at_once ? left : 2 * pairs_at_once;
+      for (int64_t k = 0; k < w.depth; k += inputs_at_once) {
+        const int64_t left = w.depth - k, n = left < inputs_at_once ? left : inputs_at_once;
         for (int64_t c = 0; c < panel_block; c += width) {
-          lanes sums[2 * pairs_at_once] = {};
-          entries(a + k, stride, b + block * r * panel_block + c, r, sums);
+          lanes sums[inputs_at_once] = {};
+          factors.entries(k, block, c, sums);
           const int64_t at = p.start + k * p.across + (p.first + c) * across_of_one;
           put_products(values + at, p.across, sums, n, out + at);
         }
@@ -268,14 +226,124 @@ void make_typed(const Term& t, const PanelMatrix& w, T* out) {
   });
 }
 
-void make(const Term& term, const PanelMatrix& weight, void* panels) {
-  if (weight.dtype == Dtype::float32) return make_typed(term, weight, static_cast<float*>(panels));
-  make_typed(term, weight, static_cast<bf16*>(panels));
+#if defined(__AVX512BF16__)
+// Factors in bfloat16, neighbours in rank side by side: a (r / 2, inputs, 2) and b (blocks, r / 2, 16, 2).
+struct Pairs {
+  const bf16 *a, *b;
+  int64_t r, stride;
+
+  void entries(int64_t k, int64_t block, int64_t, lanes (&sums)[inputs_at_once]) const {
+    for (int64_t l = 0; l < r / 2; ++l) {
+      const __m512bh right = (__m512bh)_mm512_loadu_si512(b + (block * (r / 2) + l) * 2 * panel_block);
+      for (int64_t j = 0; j < inputs_at_once; ++j) {
+        int32_t pair;
+        std::memcpy(&pair, a + (l * stride + k + j) * 2, sizeof pair);
+        sums[j] = (lanes)_mm512_dpbf16_ps((__m512)sums[j], (__m512bh)_mm512_set1_epi32(pair), right);
+      }
+    }
+  }
+};
+
+// `n` values, a multiple of a register, of two rows side by side; the second may be null, which is zeros.
+void put_pair(const float* first, const float* second, int64_t n, bf16* to) {
+  for (int64_t c = 0; c < n; c += width) {
+    const __m512i low = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)load(first + c)));
+    const lanes beside = second == nullptr ? lanes{} : load(second + c);
+    const __m512i high = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)beside));
+    _mm512_storeu_si512(to + 2 * c, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+  }
+}
+
+void make_rounded(const Term& t, const PanelMatrix& w, bf16* out, void* scratch) {
+  const int64_t r = t.sizes[2], stride = padded_inputs(t), even = (r + 1) / 2 * 2, blocks = blocks_of(w.o);
+  const float *a = t.values, *b = a + r * stride;
+  bf16 *a_pairs = static_cast<bf16*>(scratch), *b_pairs = a_pairs + even * stride;
+  for (int64_t l = 0; l < r; l += 2) put_pair(a + l * stride, l + 1 < r ? a + (l + 1) * stride : nullptr, stride, a_pairs + l * stride);
+  for (int64_t block = 0; block < blocks; ++block)
+    for (int64_t l = 0; l < r; l += 2) {
+      const float* from = b + (block * r + l) * panel_block;
+      put_pair(from, l + 1 < r ? from + panel_block : nullptr, panel_block, b_pairs + (block * even + l) * panel_block);
+    }
+  make_typed<bf16>(Pairs{a_pairs, b_pairs, even, stride}, w, out);
+}
+#else
+void make_rounded(const Term& t, const PanelMatrix& w, bf16* out, void* scratch) {
+  const int64_t r = t.sizes[2], stride = padded_inputs(t), n = r * (stride + blocks_of(w.o) * panel_block);
+  float* rounded = static_cast<float*>(scratch);
+  for (int64_t k = 0; k < n; ++k) rounded[k] = to_float(from_float<bf16>(t.values[k]));
+  make_typed<bf16>(Floats{rounded, rounded + r * stride, r, stride}, w, out);
+}
+#endif
+
+int64_t make_bytes(const Term& t) {
+  return (t.sizes[2] + 1) * (padded_inputs(t) + padded(t.sizes[0])) * static_cast<int64_t>(sizeof(float));
+}
+
+void make(const Term& term, const PanelMatrix& weight, void* panels, void* scratch) {
+  const int64_t r = term.sizes[2], stride = padded_inputs(term);
+  if (weight.dtype == Dtype::bfloat16) return make_rounded(term, weight, static_cast<bf16*>(panels), scratch);
+  make_typed<float>(Floats{term.values, term.values + r * stride, r, stride}, weight, static_cast<float*>(panels));
+}
+
+// ---- forms, which are packed here: for the rows of a training step that costs next to nothing
+
+bool is_packed(const FormAt& f) { return f.kind == TermKind::blocks || f.kind == TermKind::kronecker; }
+
+// The matrix (rows, columns) with each row padded; or its transpose.
+void pad_rows(const float* from, int64_t rows, int64_t columns, bool transposed, float* to) {
+  const int64_t n = transposed ? columns : rows, m = transposed ? rows : columns, wide = padded(m);
+  for (int64_t r = 0; r < n; ++r)
+    for (int64_t c = 0; c < wide; ++c) to[r * wide + c] = c >= m ? 0.0f : transposed ? from[c * columns + r] : from[r * columns + c];
+}
+
+int64_t packed_floats(const FormAt& f) {
+  const int64_t* s = f.sizes;
+  if (f.kind == TermKind::blocks) return s[0] * s[1] * padded(s[1]);
+  const int64_t wider = s[2] > s[3] ? s[2] : s[3];
+  return padded(s[0] * s[1]) + wider * padded(wider);
+}
+
+Term packed(const FormAt& f, bool transposed, float* to) {
+  const int64_t* s = f.sizes;
+  if (f.kind == TermKind::blocks) {
+    for (int64_t k = 0; k < s[0]; ++k) pad_rows(f.values + k * s[1] * s[1], s[1], s[1], !transposed, to + k * s[1] * padded(s[1]));
+    return {f.kind, {s[0], s[1], 0, 0}, to, nullptr};
+  }
+  const int64_t o1 = s[transposed ? 1 : 0], i1 = s[transposed ? 0 : 1];
+  for (int64_t p = 0; p < o1; ++p)
+    for (int64_t j = 0; j < i1; ++j) to[p * i1 + j] = transposed ? f.values[j * o1 + p] : f.values[p * i1 + j];
+  pad_rows(f.second, s[2], s[3], !transposed, to + padded(o1 * i1));
+  return {f.kind, {o1, i1, s[transposed ? 3 : 2], s[transposed ? 2 : 3]}, to, nullptr};
+}
+
+int64_t map_bytes(const FormAt& f) {
+  constexpr int64_t apart = 64, float_bytes = sizeof(float);
+  if (!is_packed(f)) return 2 * f.n_places * 4 + max_threads() * sparse_strip_floats(f) * float_bytes + 3 * apart;
+  const int64_t* s = f.sizes;  // the wider of both directions
+  const Term there{f.kind, {s[0], s[1], s[2], s[3]}, nullptr, nullptr}, back{f.kind, {s[1], s[0], s[3], s[2]}, nullptr, nullptr};
+  const int64_t a = scratch_bytes(there), b = f.kind == TermKind::blocks ? a : scratch_bytes(back);
+  return packed_floats(f) * float_bytes + apart + (a > b ? a : b);
+}
+
+template <class T>
+void map_typed(const MapCall& call) {
+  if (!is_packed(call.form)) return map_sparse<T>(call);
+  Scratch scratch{static_cast<char*>(call.scratch)};
+  const Term term = packed(call.form, call.transposed, scratch.take<float>(packed_floats(call.form)));
+  apply_typed<T>(term, call.n, call.x, call.y, call.add, reinterpret_cast<float*>(scratch.next));
+}
+
+void map(const MapCall& call) {
+  switch (call.dtype) {
+    case Dtype::float32: return map_typed<float>(call);
+    case Dtype::bfloat16: return map_typed<bf16>(call);
+    case Dtype::float16: return map_typed<fp16>(call);
+  }
 }
 
 }  // namespace
 
-const TermKernels terms = {scratch_bytes, apply, make};
+const TermKernels terms = {scratch_bytes, apply, make_bytes, make, map_bytes, map, gradient_bytes, gradients};
 
 }  // namespace VENEER_ISA
 }  // namespace veneer

@@ -1,5 +1,6 @@
-// Terms of a record other than pairs and scales, for rows that are served: a linear map of each row by itself, computed in
-// float. The specification is veneer/ops/reference/terms.py.
+// Terms of a record other than pairs and scales: linear maps of rows, computed in float. Packed ones map rows that are served,
+// each by itself; forms map the many rows of a training step, and have gradients. The specification is
+// veneer/ops/reference/terms.py.
 #pragma once
 
 #include <cstdint>
@@ -36,11 +37,48 @@ struct TermCall {
   void* scratch;
 };
 
+// Numbers of a map with blocks, of a sparse one or of a Kronecker product, as `core.terms.form.Form` has them, all contiguous.
+// Places of a sparse matrix may come in any order, each once.
+struct FormAt {
+  TermKind kind;
+  int64_t sizes[4];
+  const float *values, *second;
+  const int64_t* places;
+  int64_t n_places;
+};
+
+// y = M x, or y += M x, n rows, with M or its transpose. y may be x where there are blocks, and else not.
+struct MapCall {
+  const FormAt& form;
+  bool transposed;
+  int64_t n;
+  Dtype dtype;
+  Rows x, y;
+  bool add;
+  void* scratch;
+};
+
+// Gradients in the form's numbers, of y = M x, from that in y.
+struct MapGradients {
+  const FormAt& form;
+  int64_t n;
+  Dtype dtype;
+  Rows dy, x;
+  float *values, *second;
+  void* scratch;
+};
+
 struct TermKernels {
   int64_t (*scratch_bytes)(const Term& term);
   void (*apply)(const TermCall& call);
-  // Panels of ``W ⊙ (B A)`` for a hadamard term, from those of a weight in float32 or bfloat16 that is not in codes.
-  void (*make)(const Term& term, const PanelMatrix& weight, void* panels);
+  // Panels of ``W ⊙ (B A)`` for a hadamard term, from those of a weight in float32 or bfloat16 that is not in codes. Beside
+  // bfloat16 the factors are rounded to it, and their products summed in float.
+  int64_t (*make_bytes)(const Term& term);
+  void (*make)(const Term& term, const PanelMatrix& weight, void* panels, void* scratch);
+  int64_t (*map_bytes)(const FormAt& form);
+  void (*map)(const MapCall& call);
+  int64_t (*gradient_bytes)(const FormAt& form, int64_t n);
+  void (*gradients)(const MapGradients& call);
 };
 
 VENEER_KERNELS(TermKernels, terms)

@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor, Replicate, init_device_mesh
 from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils import _pytree as tree
 
+from veneer.core.terms.form import Form
 from veneer.errors import TensorError
 from veneer.ops.adamw import AdamWStep, Moment8bit
 from veneer.ops.blockwise import dynamic_map
@@ -93,6 +94,10 @@ def cases():
     yield "terms.apply", (PackedTerm("blocks", (D // 16, 16), torch.randn(D // 16, 16, 16)), x, y, True)
     places = torch.cat([torch.arange(D + 1), torch.arange(D)]).int()
     yield "terms.apply", (PackedTerm("sparse", (D, D), w.clone(), places), x, y, False)
+    form = Form("kronecker", (4, 4, 16, 16), torch.randn(4, 4), torch.randn(16, 16))
+    for each in (form, Form("sparse", (D, D), w.clone(), places=torch.arange(D))):
+        yield "terms.map_rows", (each, x, y, False, False)
+        yield "terms.gradients", (each, y, x)
     factors = torch.randn(R * (D + OUT))
     yield "terms.make", (PackedTerm("hadamard", (OUT, D, R), factors), PackedWeight.pack(torch.randn(OUT, D)))
     yield "scale.backward", (x, y, w, x.clone(), True)
@@ -137,6 +142,12 @@ def moment(x):
 
 
 tree.register_pytree_node(PackedWeight, lambda p: ([p.panels], p.shape), lambda t, shape: PackedWeight(t[0], shape))
+tree.register_pytree_node(
+    PackedTerm, lambda t: ([t.values, t.index], t), lambda t, term: replace(term, values=t[0], index=t[1])
+)
+tree.register_pytree_node(
+    Form, lambda f: ([f.values, f.second, f.places], f), lambda t, f: replace(f, values=t[0], second=t[1], places=t[2])
+)
 tree.register_pytree_node(PackedCodes, lambda p: ([p.panels], p), lambda t, p: replace(p, panels=t[0]))
 tree.register_pytree_node(
     ScaledCodes,

@@ -1,10 +1,11 @@
-"""Packed terms by csrc/terms."""
+"""Packed terms, and forms of many rows, by csrc/terms."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+from veneer.core.terms.form import Form
 from veneer.ops.cpu.module import DTYPES, kernels
 from veneer.ops.memory import address
 from veneer.ops.packed import ROWS, PackedWeight
@@ -43,3 +44,41 @@ def make(term: PackedTerm, weight: PackedWeight) -> Tensor:
         *map(address, (weight.panels, panels)),
     )
     return panels
+
+
+def map_rows(form: Form, x: Tensor, y: Tensor, add: bool, transposed: bool) -> None:
+    if x.dtype not in DTYPES:
+        reference.map_rows(form, x, y, add, transposed)
+        return
+    held, rows, written = _numbers(form), with_rows(x), with_rows(y)  # until the kernel is done: each may be a copy
+    places = (number for each in (rows, written) for number in (address(each), each.stride(0)))
+    kernels().terms_map(_form_at(form, held), transposed, len(x), DTYPES[x.dtype], *places, add)
+    put_back(written, y)
+
+
+def gradients(form: Form, dy: Tensor, x: Tensor) -> tuple[Tensor, Tensor | None]:
+    if x.dtype not in DTYPES:
+        return reference.gradients(form, dy, x)
+    held, dy, x = _numbers(form), with_rows(dy), with_rows(x)
+    values, second = torch.empty_like(held[0]), None if held[1] is None else torch.empty_like(held[1])
+    places = (number for each in (dy, x) for number in (address(each), each.stride(0)))
+    written = address(values), 0 if second is None else address(second)
+    kernels().terms_gradients(_form_at(form, held), len(x), DTYPES[x.dtype], *places, *written)
+    return values, second
+
+
+def _numbers(form: Form) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Values, second factor and places as kernels read them."""
+    second = None if form.second is None else _floats(form.second)
+    return _floats(form.values), second, None if form.places is None else form.places.long().contiguous()
+
+
+def _floats(x: Tensor) -> Tensor:
+    return x.detach().float().contiguous()
+
+
+def _form_at(form: Form, held: tuple[Tensor, Tensor | None, Tensor | None]) -> list[int]:
+    """The numbers of ``form_at`` in csrc/terms/bindings.cpp."""
+    sizes = (*form.sizes, 0, 0)[:4]
+    n_places = 0 if held[2] is None else len(held[2])
+    return [TERM_KINDS.index(form.kind), *sizes, *(0 if t is None else address(t) for t in held), n_places]

@@ -1,7 +1,8 @@
 """Terms before and after the products: a map of the input, a map of the output, and a bias.
 
-Scales and biases are never rounded to the dtype of the tensor that they act on (`ops.scale`). Of a rotation in blocks
-the difference from the identity is (`ops.linear.blocks`).
+Scales and biases are never rounded to the dtype of the tensor that they act on (`ops.scale`), and neither is a rotation
+in blocks that kernels map rows by (`ops.forms`). Of another one in blocks the difference from the identity is
+(`ops.linear.blocks`).
 """
 
 from __future__ import annotations
@@ -14,8 +15,18 @@ from torch import Tensor
 
 from veneer.core.records import Around
 from veneer.core.terms.rotation import Rotation
+from veneer.ops.forms import map_rows
 from veneer.ops.linear.blocks import blocks_gradient, less_identity, turn
-from veneer.ops.linear.change import Gradients, added, added_up, gradients_in, leaves_of
+from veneer.ops.linear.change import (
+    Gradients,
+    added,
+    added_up,
+    form_of,
+    gradients_by_form,
+    gradients_in,
+    leaves_of,
+    with_leaves,
+)
 from veneer.ops.linear.layer import LinearLayer
 from veneer.ops.scale import scale_columns, scale_columns_backward
 
@@ -105,12 +116,16 @@ def _map(z: Tensor, term: Around | None, bias: Tensor | None, out: Tensor, layer
     if not isinstance(term, Rotation):
         scale_columns(z, None if term is None else term.vector, bias, out)
         return
-    less = less_identity(term, z.dtype) if layer.is_batch(len(z)) else None
-    if less is None:
+    form = form_of(term, z, layer)
+    less = less_identity(term, z.dtype) if form is None and layer.is_batch(len(z)) else None
+    if form is not None:
+        map_rows(form, z, out, add=False)
+    elif less is not None:
+        turn(z, less, out)
+    else:
         own = term.apply(z)
         out.copy_(own if bias is None else own + bias)
         return
-    turn(z, less, out)
     if bias is not None:
         out.add_(bias)
 
@@ -127,6 +142,11 @@ def _map_backward(
 
 
 def _turn_backward(dy: Tensor, z: Tensor | None, term: Rotation, dz: Tensor, layer: LinearLayer) -> Gradients:
+    if form_of(term, dy, layer) is not None:
+        leaves, form = with_leaves(term)
+        found = (None,) * len(leaves) if z is None else gradients_by_form(leaves, form, dy, z)
+        map_rows(form, dy, dz, add=False, transposed=True)
+        return found
     leaves = leaves_of(term)
     with torch.enable_grad():
         own = term.with_tensors(leaves)

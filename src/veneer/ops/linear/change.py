@@ -1,25 +1,31 @@
 """Changes of the weight other than a low-rank pair: their products added to outputs, and the backward pass.
 
-In a batch (`LinearLayer.is_batch`) their tensors are rounded to x's dtype for the products, as those of a pair are. A
-change that `Change.is_made_for` the rows is one matrix for one product, made again in the backward pass. Of others the
-backward pass computes the product again under autograd. So neither a matrix nor intermediate results are kept.
+In a batch (`LinearLayer.is_batch`) a change with a form that kernels know maps rows in float32 (`ops.forms`). The
+tensors of others are rounded to x's dtype for the products, as those of a pair are. A change that `Change.is_made_for`
+the rows is one matrix for one product, made again in the backward pass. Of others the backward pass computes the
+product again under autograd. So neither a matrix nor intermediate results are kept.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from veneer.core.terms.change import Change, Weighed
+from veneer.core.terms.form import Form
 from veneer.core.terms.term import Term
+from veneer.ops.dispatch import kernel_isa
 from veneer.ops.dropout import Mask
+from veneer.ops.forms import form_gradients, has_kernel, map_rows
 from veneer.ops.linear.layer import LinearLayer
 from veneer.ops.linear.weight import add_transposed
 from veneer.ops.matmul import add_matmul, float32_is_faster, matmul
+from veneer.ops.traced import traced_isa
 
 Gradients = tuple[Tensor | None, ...]
 """In the tensors of a term, in their order."""
@@ -31,7 +37,10 @@ def add_changes(z: Float[Tensor, "n o"], x: Float[Tensor, "n i"], layer: LinearL
         for change in layer.records[k].changes:
             mask = _mask_of(change, layer, k)
             own, own_x = _kept(change.on(rows, n_before), mask), _dropped(x, mask, rows)
-            if _is_made(own, own_x, layer):
+            form = form_of(own, own_x, layer)
+            if form is not None:
+                map_rows(form, own_x, z[rows], add=True)
+            elif _is_made(own, own_x, layer):
                 add_matmul(z[rows], own_x, own.dense(x.dtype).T)
             else:
                 z[rows].add_(_rounded(own, own_x, layer).apply(own_x))
@@ -65,8 +74,13 @@ def changes_backward(
             mask = _mask_of(change, layer, k)
             own, own_x = _kept(change.on(rows, n_before), mask), _dropped(x, mask, rows)
             into = own_dx if mask is None or own_dx is None else torch.zeros_like(own_dx)
-            is_made, given = _is_made(own, own_x, layer), (dz[rows], own_x, into)
-            gradients = _made_backward(own, *given) if is_made else _product_backward(own, *given, layer)
+            given = dz[rows], own_x, into
+            if form_of(own, own_x, layer) is not None:
+                gradients = _form_backward(own, *given)
+            elif _is_made(own, own_x, layer):
+                gradients = _made_backward(own, *given)
+            else:
+                gradients = _product_backward(own, *given, layer)
             found[k][place] = added_up(found[k][place], gradients)
             if mask is not None and own_dx is not None and into is not None:
                 own_dx.add_(mask.drop(into, rows))
@@ -130,6 +144,14 @@ def _made_backward(change: Change, dz: Tensor, x: Tensor, dx: Tensor | None) -> 
     return made.gradients(dz, x)
 
 
+def _form_backward(change: Change, dz: Tensor, x: Tensor, dx: Tensor | None) -> Gradients:
+    """Gradients in the tensors of a change by its form; that in x is added to ``dx``."""
+    leaves, form = with_leaves(change)
+    if dx is not None:
+        map_rows(form, dz, dx, add=True, transposed=True)
+    return gradients_by_form(leaves, form, dz, x)
+
+
 def _product_backward(change: Change, dz: Tensor, x: Tensor, dx: Tensor | None, layer: LinearLayer) -> Gradients:
     """Gradients in the tensors of a change by its product; that in x is added to ``dx``."""
     leaves, x = leaves_of(change), x.detach().requires_grad_(dx is not None)
@@ -142,12 +164,39 @@ def _product_backward(change: Change, dz: Tensor, x: Tensor, dx: Tensor | None, 
 
 
 def _is_made(change: Change, x: Tensor, layer: LinearLayer) -> bool:
+    """True if the change is one matrix for rows such as x, which no kernel maps by its form."""
     dtype = torch.float32 if float32_is_faster() else x.dtype  # of the matrix product
-    return layer.is_batch(len(x)) and change.is_made_for(len(x), dtype)
+    by_matrix = layer.is_batch(len(x)) and change.is_made_for(len(x), dtype)
+    return by_matrix and form_of(change, x, layer) is None
 
 
 def _rounded(change: Change, x: Tensor, layer: LinearLayer) -> Change:
     return change.rounded(x.dtype) if layer.is_batch(len(x)) else change
+
+
+def form_of(term: Term, x: Tensor, layer: LinearLayer) -> Form | None:
+    """Return the form by which a kernel maps rows such as x in a batch; None if there is no such kernel."""
+    form = term.form() if layer.is_batch(len(x)) else None
+    return form if form is not None and has_kernel(form, x, traced_isa() or kernel_isa()) else None
+
+
+def with_leaves(term: Term) -> tuple[list[Tensor], Form]:
+    """Return the tensors of a term as leaves, and its form as a graph of them."""
+    leaves = leaves_of(term)
+    with torch.enable_grad():
+        return leaves, cast(Form, term.with_tensors(leaves).form())
+
+
+def gradients_by_form(leaves: Sequence[Tensor], form: Form, dy: Tensor, x: Tensor) -> Gradients:
+    """Return the gradients in `with_leaves` of the map of rows x; None where none is asked for."""
+    numbers = [t for t in (form.values, form.second) if t is not None and t.requires_grad]
+    if not numbers:
+        return (None,) * len(leaves)
+    found = dict(zip((id(form.values), id(form.second)), form_gradients(form, dy, x), strict=True))
+    given = [cast(Tensor, found[id(t)]).to(t.dtype) for t in numbers]
+    wanted = [leaf for leaf in leaves if leaf.requires_grad]
+    taken = iter(torch.autograd.grad(numbers, wanted, given, allow_unused=True))
+    return tuple(next(taken) if leaf.requires_grad else None for leaf in leaves)
 
 
 def leaves_of(term: Term) -> list[Tensor]:

@@ -53,6 +53,11 @@ class LinearLayer:
         return any(record.input is not None for record in self.records)
 
     @property
+    def adds_to_mapped(self) -> bool:
+        """True if a record adds to the weight that reads an input which it maps. Others read x itself."""
+        return any(record.input is not None and record.adds for record in self.records)
+
+    @property
     def goes_by_rows(self) -> bool:
         """True if rows have their own records or masks: their low-rank part is `ops.grouped_low_rank`."""
         return self.runs is not None or bool(self.masks)

@@ -30,7 +30,7 @@ from veneer.ops.linear.around import (
     mapped_input_backward,
     mapped_rows,
 )
-from veneer.ops.linear.change import Gradients, add_changes, added, changes_backward
+from veneer.ops.linear.change import Gradients, add_changes, changes_backward
 from veneer.ops.linear.layer import LinearLayer, require_fit, tensors_of
 from veneer.ops.linear.low_rank import (
     FactorGradients,
@@ -104,13 +104,19 @@ def forward(
     """
     alone = owns_x and len(layers) == 1
     inputs = [mapped_input(x, layer, overwrite=alone) for layer in layers]
-    reads = _operands(inputs)
-    zs = [product(own, read, layer.weight) for own, read, layer in zip(inputs, reads, layers, strict=True)]
+    read_by_adds = [own if layer.adds_to_mapped else x for own, layer in zip(inputs, layers, strict=True)]
+    reads = _operands([*inputs, *read_by_adds])
+    zs = [product(own, read, layer.weight) for own, read, layer in zip(inputs, reads, layers, strict=False)]
     us = tuple(
-        add_low_rank(inputs[places[0]], reads[places[0]], [zs[i] for i in places], [layers[i] for i in places])
+        add_low_rank(
+            read_by_adds[places[0]],
+            reads[len(layers) + places[0]],
+            [zs[i] for i in places],
+            [layers[i] for i in places],
+        )
         for places in _together(layers)
     )
-    for z, own, layer in zip(zs, inputs, layers, strict=True):
+    for z, own, layer in zip(zs, read_by_adds, layers, strict=True):
         if layer.has_changes:
             add_changes(z, own, layer)
     kept = Kept(us, tuple(z if keeps_product(layer) else None for z, layer in zip(zs, layers, strict=True)))
@@ -139,25 +145,26 @@ def backward(
 ) -> LinearGradients:
     """Return the gradients of `forward` from the outputs' gradients, x, and the tensors that it kept.
 
-    ``overwrite`` allows the outputs' gradients to be written over, ``owns_x`` x, as in `forward`. Rows of x that
-    records map are copied even so, for the gradients of their maps; other rows are not.
+    ``overwrite`` allows the outputs' gradients to be written over, ``owns_x`` x, as in `forward`. x is mapped again if
+    the gradient of what a record adds to the weight reads it so. Rows that are written over are copied for the
+    gradients of their maps.
     """
-    alone = owns_x and len(layers) == 1 and _reads_input(layers[0])
+    alone = owns_x and len(layers) == 1 and layers[0].adds_to_mapped
     found = _Found(layers)
     dzs = [found.finish(place, dy, z, overwrite) for place, (dy, z) in enumerate(zip(dys, kept.products, strict=True))]
     reads = [operand(dz) for dz in dzs]
     mapped = {place: mapped_rows(x, layer, copies=alone) for place, layer in enumerate(layers) if layer.maps_input}
-    inputs = [mapped_input(x, layer, overwrite=alone) if _reads_input(layer) else x for layer in layers]
+    inputs = [mapped_input(x, layer, overwrite=alone) if layer.adds_to_mapped else x for layer in layers]
     into = [place if layer.maps_input else WHOLE for place, layer in enumerate(layers)]
     totals: dict[int, Tensor | None] = {}
     for places, u in zip(_together(layers), kept.us, strict=True):
         first = places[0]
-        wanted = input_grad or into[first] != WHOLE
+        to = into[first] if layers[first].adds_to_mapped else WHOLE
         own = [(dzs[i], reads[i]) for i in places]
-        got = low_rank_backward(own, inputs[first], u, [layers[i] for i in places], wanted)
+        got = low_rank_backward(own, inputs[first], u, [layers[i] for i in places], input_grad or to != WHOLE)
         found.add_factors(places, got.factors)
         if got.x is not None:
-            totals[into[first]] = added(totals.get(into[first]), got.x)
+            totals[to] = _summed(totals.get(to), got.x)
     for place, (layer, dz, read) in enumerate(zip(layers, dzs, reads, strict=True)):
         wanted = input_grad or into[place] != WHOLE
         dx = totals.get(into[place])
@@ -170,13 +177,8 @@ def backward(
         dx = cast(Tensor, totals[place])
         found.add(place, input=mapped_input_backward(dx, rows, layers[place]))
         if input_grad:
-            totals[WHOLE] = added(totals.get(WHOLE), dx)
+            totals[WHOLE] = _summed(totals.get(WHOLE), dx)
     return LinearGradients(totals.get(WHOLE), found.listed())
-
-
-def _reads_input(layer: LinearLayer) -> bool:
-    """True if a gradient follows from the mapped input: that of a change of the weight does."""
-    return layer.is_lowrank or layer.has_changes
 
 
 def takes_input_late(layer: LinearLayer) -> bool:
@@ -279,11 +281,16 @@ class _Linears(torch.autograd.Function):
 
 
 def _together(layers: Sequence[LinearLayer]) -> list[list[int]]:
-    """The layers whose low-rank parts are one call: those that read x itself. One that maps it is alone."""
+    """The layers whose low-rank parts are one call: their pairs read x itself. One whose pairs do not is alone."""
     adapted = [i for i, layer in enumerate(layers) if layer.is_lowrank]
-    sharing = [i for i in adapted if not layers[i].maps_input]
+    sharing = [i for i in adapted if not layers[i].adds_to_mapped]
     groups = [[i for i in sharing if layers[i].goes_by_rows == by_rows] for by_rows in (False, True)]
-    return [group for group in groups if group] + [[i] for i in adapted if layers[i].maps_input]
+    return [group for group in groups if group] + [[i] for i in adapted if layers[i].adds_to_mapped]
+
+
+def _summed(total: Tensor | None, part: Tensor) -> Tensor:
+    """The sum of two gradients that nobody else reads, in the memory of the first."""
+    return part if total is None else total.add_(part)
 
 
 def _operands(inputs: Sequence[Tensor]) -> list[Tensor]:

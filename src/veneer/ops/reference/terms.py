@@ -1,11 +1,14 @@
-"""Packed terms in plain torch, as matrices: the specification."""
+"""Packed terms and forms in plain torch, as matrices: the specification."""
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from veneer.core.groups import block_diagonal
+from veneer.core.terms.form import Form
 from veneer.errors import ShapeError
 from veneer.ops.packed import BLOCK, DEPTH_UNIT, PackedWeight
 from veneer.ops.terms import PADDING, PackedTerm
@@ -40,9 +43,40 @@ def dense(term: PackedTerm) -> Tensor:
 
 
 def make(term: PackedTerm, weight: PackedWeight) -> Tensor:
-    """Return the panels of ``W ⊙ (B A)``."""
+    """Return the panels of ``W ⊙ (B A)``. Beside a bfloat16 weight the factors are rounded to it, as in training."""
     o, i, r = term.sizes
-    depth = i + -i % DEPTH_UNIT
-    a, b = term.values[: r * depth].view(r, depth)[:, :i], term.values[r * depth :].view(-1, r, BLOCK)
+    depth, values = i + -i % DEPTH_UNIT, term.values
+    if weight.dtype == torch.bfloat16:
+        values = values.bfloat16().float()
+    a, b = values[: r * depth].view(r, depth)[:, :i], values[r * depth :].view(-1, r, BLOCK)
     factors = b.mT.reshape(-1, r)[:o] @ a
     return PackedWeight.pack((weight.dense().float() * factors).to(weight.dtype)).panels
+
+
+def map_rows(form: Form, x: Tensor, y: Tensor, add: bool, transposed: bool) -> None:
+    wide = torch.promote_types(x.dtype, torch.float32)
+    matrix = matrix_of(form).detach().to(wide)
+    mapped = x.to(wide) @ (matrix if transposed else matrix.T)
+    y.copy_(y.to(wide) + mapped if add else mapped)
+
+
+def gradients(form: Form, dy: Tensor, x: Tensor) -> tuple[Tensor, Tensor | None]:
+    wide = torch.promote_types(x.dtype, torch.float32)
+    leaves = [t.detach().to(wide).requires_grad_() for t in (form.values, form.second) if t is not None]
+    with torch.enable_grad():
+        matrix = matrix_of(replace(form, values=leaves[0], second=leaves[1] if len(leaves) > 1 else None))
+        found = torch.autograd.grad(matrix, leaves, dy.to(wide).T @ x.to(wide))
+    return found[0], found[1] if len(found) > 1 else None
+
+
+def matrix_of(form: Form) -> Tensor:
+    """Return the matrix (o, i) of a form, differentiable in its numbers."""
+    values, second, places = form.values, form.second, form.places
+    if form.kind == "blocks":
+        return block_diagonal(values.flatten(0, 1), len(values))
+    if form.kind == "sparse" and places is not None:
+        o, i = form.sizes
+        return values.new_zeros(o * i).index_put((places.long(),), values).view(o, i)
+    if form.kind == "kronecker" and second is not None:
+        return torch.kron(values, second)
+    raise ShapeError(f"a {form.kind} form of {form.sizes} is not one that has gradients")

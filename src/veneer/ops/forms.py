@@ -1,0 +1,87 @@
+"""Linear maps in a `Form` for the many rows of a training step, with gradients in the form's numbers.
+
+Kernels read the form as it is. Products and sums are in float32, and a result is rounded once to the rows' dtype.
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from veneer.core.terms.form import Form
+from veneer.errors import ShapeError
+from veneer.ops.dispatch import backends, implementation
+
+KINDS = ("blocks", "sparse", "kronecker")
+LARGEST_BLOCK = 64
+"""Larger blocks are faster as batched products in 16 bits."""
+MOST_PLACES = 1 / 8
+"""Share of a weight's places from which on a matrix product is faster."""
+MATRIX_ROWS = 512
+"""Rows from which on tiles (AMX) multiply by the matrix of a Kronecker product faster."""
+
+
+def shape_of(form: Form) -> tuple[int, int]:
+    """Return the shape (o, i) of a form of `KINDS`."""
+    sizes = form.sizes
+    if form.kind == "blocks":
+        return sizes[0] * sizes[1], sizes[0] * sizes[1]
+    return (sizes[0], sizes[1]) if form.kind == "sparse" else (sizes[0] * sizes[2], sizes[1] * sizes[3])
+
+
+def has_kernel(form: Form, x: Tensor, isa: str) -> bool:
+    """Return True if a kernel maps rows such as x by this form, and nothing else does so faster.
+
+    ``isa`` is the instruction set of the kernels. Numbers in float64 are not rounded: they have no kernel.
+    """
+    if form.kind not in KINDS or not x.is_cpu or "cpu" not in backends("terms.map_rows"):
+        return False
+    if torch.promote_types(form.values.dtype, x.dtype) == torch.float64:
+        return False
+    if form.kind == "blocks":
+        return form.sizes[1] <= LARGEST_BLOCK
+    if form.kind == "sparse":
+        return len(form.values) <= MOST_PLACES * form.sizes[0] * form.sizes[1]
+    return isa != "amx" or len(x) < MATRIX_ROWS
+
+
+def map_rows(
+    form: Form,
+    x: Float[Tensor, "n i"],
+    out: Float[Tensor, "n o"],
+    *,
+    add: bool,
+    transposed: bool = False,
+    backend: str | None = None,
+) -> None:
+    """Write ``M x`` into ``out``, or add it; with ``transposed`` by Mᵀ. If the form has blocks, out may be x.
+
+    Raises ShapeError if something does not fit.
+    """
+    o, i = shape_of(form)[:: -1 if transposed else 1]
+    if x.shape != (len(out), i) or out.shape[1] != o or x.dtype != out.dtype:
+        raise ShapeError(
+            f"a map of shape {(o, i)} takes rows of {i} values to rows of {o} in the same dtype; given "
+            f"{tuple(x.shape)} {x.dtype} and {tuple(out.shape)} {out.dtype}"
+        )
+    if len(x):
+        implementation("terms.map_rows", x.device, backend)(form, x, out, add, transposed)
+
+
+def form_gradients(
+    form: Form, dy: Float[Tensor, "n o"], x: Float[Tensor, "n i"], *, backend: str | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """Return the gradients of `map_rows` in the form's ``values`` and ``second``, in float32; None if it has no second.
+
+    Raises ShapeError if something does not fit.
+    """
+    o, i = shape_of(form)
+    if dy.shape != (len(x), o) or x.shape[1] != i or x.dtype != dy.dtype:
+        raise ShapeError(
+            f"gradients in a map of shape {(o, i)} follow from rows of {o} and {i} values in the same dtype; given "
+            f"{tuple(dy.shape)} {dy.dtype} and {tuple(x.shape)} {x.dtype}"
+        )
+    kernel = implementation("terms.gradients", x.device, backend)
+    values, second = kernel(form, dy, x)
+    return values, second

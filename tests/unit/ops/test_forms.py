@@ -1,0 +1,95 @@
+"""Forms of many rows: maps and gradients are those of the matrix, in either direction, whatever the number of rows."""
+
+import pytest
+import torch
+
+from veneer.core.terms.form import Form
+from veneer.errors import ShapeError
+from veneer.ops.forms import MATRIX_ROWS, MOST_PLACES, form_gradients, has_kernel, map_rows, shape_of
+from veneer.ops.reference.terms import matrix_of
+
+OP = "terms.map_rows"
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+N_ROWS = [1, 67, 293]  # within a register, beyond a piece, beyond what is turned at once
+
+
+def drawn(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed + sum(shape)))
+
+
+def places(o, i, n):
+    return torch.randperm(o * i, generator=torch.Generator().manual_seed(o))[:n]
+
+
+FORMS = {
+    "blocks of 32": Form("blocks", (5, 32), drawn(5, 32, 32)),
+    "blocks of 7": Form("blocks", (9, 7), drawn(9, 7, 7)),
+    "sparse": Form("sparse", (37, 53), drawn(300), places=places(37, 53, 300).sort().values),
+    "sparse, in any order": Form("sparse", (37, 53), drawn(300), places=places(37, 53, 300)),
+    "sparse, empty rows": Form("sparse", (41, 11), drawn(6), places=places(41, 11, 6)),
+    "kronecker": Form("kronecker", (5, 7, 24, 19), drawn(5, 7), drawn(24, 19)),
+    "kronecker of ones": Form("kronecker", (1, 1, 3, 17), drawn(1, 1), drawn(3, 17)),
+}
+
+
+@pytest.mark.parametrize("n", N_ROWS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("add", [True, False])
+@pytest.mark.parametrize("name", FORMS)
+def test_rows_are_mapped_by_the_matrix(name, add, transposed, dtype, n, backend):
+    form = FORMS[name]
+    matrix = matrix_of(form).double()
+    matrix = matrix.T if transposed else matrix
+    x, y = drawn(n, matrix.shape[1]).to(dtype), drawn(n, matrix.shape[0], seed=2).to(dtype)
+    expected = x.double() @ matrix.T + (y.double() if add else 0)
+    size = x.double().abs() @ matrix.abs().T + y.double().abs()
+    map_rows(form, x, y, add=add, transposed=transposed, backend=backend)
+    assert ((y.double() - expected).abs() <= 2e-6 * size + torch.finfo(dtype).eps * expected.abs()).all()
+
+
+@pytest.mark.parametrize("n", N_ROWS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", FORMS)
+def test_gradients_are_those_of_the_matrix(name, dtype, n, backend):
+    form = FORMS[name]
+    o, i = shape_of(form)
+    x, dy = drawn(n, i).to(dtype), drawn(n, o, seed=4).to(dtype)
+    leaves = [t.double().requires_grad_() for t in (form.values, form.second) if t is not None]
+    wide = Form(form.kind, form.sizes, leaves[0], *leaves[1:], places=form.places)
+    wanted = torch.autograd.grad(matrix_of(wide), leaves, dy.double().T @ x.double())
+    got = [g for g in form_gradients(form, dy, x, backend=backend) if g is not None]
+    for own, exact in zip(got, wanted, strict=True):
+        torch.testing.assert_close(own.double(), exact, rtol=1e-5, atol=3e-6 * n**0.5 * exact.abs().max().item())
+
+
+def test_rows_between_other_columns_are_mapped_where_they_lie(backend):
+    form, wide = FORMS["blocks of 32"], drawn(65, 171)
+    x = wide[:, 5:165]
+    expected, beside = x @ matrix_of(form).T, wide[:, 165:].clone()
+    map_rows(form, x, x, add=False, backend=backend)
+    torch.testing.assert_close(x, expected, rtol=1e-5, atol=1e-5)
+    assert torch.equal(wide[:, 165:], beside)
+
+
+def test_rows_of_another_size_or_dtype_are_refused():
+    form, x, y = FORMS["kronecker"], torch.ones(2, 133), torch.ones(2, 120)
+    for given in ((x[:, :5], y), (x, y[:, :5]), (x.bfloat16(), y)):
+        with pytest.raises(ShapeError, match="rows of 133 values to rows of 120 in the same dtype"):
+            map_rows(form, *given, add=True)
+        with pytest.raises(ShapeError, match="rows of 120 and 133 values in the same dtype"):
+            form_gradients(form, given[1], given[0])
+
+
+def test_what_is_faster_as_a_matrix_has_no_kernel():
+    def asked(form, n=64, dtype=torch.bfloat16, isa="avx512_bf16"):
+        return has_kernel(form, torch.ones(n, 1, dtype=dtype), isa)
+
+    small, large = (Form("blocks", (2, b), torch.ones(2, b, b)) for b in (64, 65))
+    n = int(MOST_PLACES * 40 * 32)
+    few, many = (Form("sparse", (40, 32), torch.ones(k), places=torch.arange(k)) for k in (n, n + 1))
+    kronecker = FORMS["kronecker"]
+    assert [asked(form) for form in (small, large, few, many, kronecker)] == [True, False, True, False, True]
+    assert [asked(kronecker, rows, isa="amx") for rows in (MATRIX_ROWS - 1, MATRIX_ROWS)] == [True, False]
+    assert not asked(small, dtype=torch.float64)
+    assert not asked(Form("circulant", (2, 2, 3), torch.ones(2, 2, 3)))
