@@ -210,17 +210,16 @@ template <class T, class Factors>
 void make_typed(const Factors& factors, const PanelMatrix& w, T* out) {
   const int64_t across_of_one = sizeof(T) == 2 ? 2 : 1;
   const T* values = static_cast<const T*>(w.values);
-  parallel_for(blocks_of(w.o), 1 + grain / (w.depth * factors.r + 1), [=](int64_t begin, int64_t end) {
-    for (int64_t block = begin; block < end; ++block) {
-      const Panel p = panel_of(w, block);
-      for (int64_t k = 0; k < w.depth; k += inputs_at_once) {
-        const int64_t left = w.depth - k, n = left < inputs_at_once ? left : inputs_at_once;
-        for (int64_t c = 0; c < panel_block; c += width) {
-          lanes sums[inputs_at_once] = {};
-          factors.entries(k, block, c, sums);
-          const int64_t at = p.start + k * p.across + (p.first + c) * across_of_one;
-          put_products(values + at, p.across, sums, n, out + at);
-        }
+  const int64_t steps = (w.depth + inputs_at_once - 1) / inputs_at_once, panels = (blocks_of(w.o) + panel_blocks - 1) / panel_blocks;
+  parallel_for(panels * steps, 1 + grain / (inputs_at_once * panel_blocks * factors.r), [=](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {  // in the order of memory
+      const int64_t first = i / steps * panel_blocks, k = i % steps * inputs_at_once, left = w.depth - k;
+      const Panel p = panel_of(w, first);
+      for (int64_t j = 0; j < p.across; j += width) {
+        lanes sums[inputs_at_once] = {};
+        factors.entries(k, first + j / panel_block, j % panel_block, sums);
+        const int64_t at = p.start + k * p.across + j * across_of_one;
+        put_products(values + at, p.across, sums, left < inputs_at_once ? left : inputs_at_once, out + at);
       }
     }
   });
