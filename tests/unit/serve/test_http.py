@@ -299,6 +299,20 @@ def test_adapters_come_change_and_go(server, folder, tmp_path):
     server.wait(lambda: len(server.engine.runner.loaded) < n_loaded)
 
 
+def test_an_adapter_that_goes_while_it_is_asked_for_is_not_there(server, folder, tmp_path, monkeypatch):
+    config = LoraConfig(r=3, target_modules="all-linear")
+    shutil.copytree(save_adapter(tmp_path / "one", config, seed=21), folder / "going")
+    find = server.engine.versions.of
+
+    def find_late(request: Any) -> Any:
+        shutil.rmtree(folder / "going", ignore_errors=True)
+        return find(request)
+
+    monkeypatch.setattr(server.engine.versions, "of", find_late)
+    with pytest.raises(openai.NotFoundError, match="no model 'going'"):
+        server.client.completions.create(model="going", prompt=PROMPT, max_tokens=3)
+
+
 def test_a_client_that_goes_away_ends_its_request(server):
     for stream in (True, False):
         body = json.dumps({"prompt": "x", "max_tokens": 120, "ignore_eos": True, "stream": stream}).encode()

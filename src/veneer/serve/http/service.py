@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 
-from veneer.errors import ConfigError
+from veneer.errors import ConfigError, FormatError
 from veneer.serve.asked import Asked
 from veneer.serve.calls import Calls
 from veneer.serve.engine import Engine
@@ -93,10 +93,15 @@ class Service:
     ) -> list[Asked]:
         """Return checked requests of the caller's key for prompts, each as text and ids. Raises VeneerError."""
         key = self.catalogue.caller
-        found = [
-            self.engine.asked(text, ids, params, adapter, cache_salt=cache_salt, client=key.name, weight=key.weight)
-            for text, ids in prompts
-        ]
+        try:
+            found = [
+                self.engine.asked(text, ids, params, adapter, cache_salt=cache_salt, client=key.name, weight=key.weight)
+                for text, ids in prompts
+            ]
+        except FormatError:
+            if adapter is not None and not adapter.parts:
+                self.catalogue.find(adapter.name)  # its files were there when it was found, and may have gone since
+            raise
         self.engine.backlog.require_room(found)  # while there is a status to say it with
         return found
 
