@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from pathlib import Path
 
-_ALIKE = 0.7
+_ALIKE = 0.6
 _MOST = 1000  # entries of a folder that are compared
 
 
