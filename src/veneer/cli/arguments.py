@@ -10,21 +10,31 @@ from veneer.plan.presets import require_weights
 from veneer.store.hub import require_found
 
 
-def require_file(option: str, path: Path, ending: str = "") -> None:
-    """Raise ConfigError if no file can be written at ``path``, or if it lacks the suffix."""
+def require_file(option: str, path: Path, ending: str = "", *, replaces: bool = True) -> None:
+    """Raise ConfigError if no file can be written at ``path``, or if it lacks the suffix.
+
+    Unless the verb ``replaces`` it, a file that is there is refused too.
+    """
     if path.suffix != ending and ending:
         raise ConfigError(f"{option} {path} must end in {ending}")
     if path.is_dir():
         raise ConfigError(f"{option} {path} is a folder: give the file to write")
     if not path.parent.is_dir():
         raise ConfigError(f"{option} {path}: there is no folder {path.parent}; make it, or choose another place")
+    if path.exists() and not replaces:
+        raise ConfigError(f"{option} {path} is there already: choose another name, or overwrite it (--force)")
 
 
-def require_folder(option: str, path: Path) -> None:
-    """Raise ConfigError if ``path`` cannot become a folder because a file is in the way."""
+def require_folder(option: str, path: Path, *, replaces: bool = True) -> None:
+    """Raise ConfigError if ``path`` cannot become a folder because a file is in the way.
+
+    Unless the verb ``replaces`` it, a folder that holds anything is refused too.
+    """
     for part in (path, *path.parents):
         if part.exists() and not part.is_dir():
             raise ConfigError(f"{option} {path}: {part} is a file, not a folder; choose another place")
+    if not replaces and path.is_dir() and any(path.iterdir()):
+        raise ConfigError(f"{option} {path} is not empty: choose another folder, or overwrite it (--force)")
 
 
 def weights_of(weights: str | None, n: int) -> list[float]:

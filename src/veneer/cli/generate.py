@@ -12,7 +12,6 @@ from veneer.answer.answerer import Drawing
 from veneer.answer.files import Asked, read_asked, write_answers
 from veneer.answer.prompts import PromptReader, encode_prompt
 from veneer.cli import loading
-from veneer.cli.arguments import require_file
 from veneer.cli.pages.generate import GenerateArguments
 from veneer.core.progress import progress_bar
 from veneer.errors import ConfigError
@@ -24,7 +23,6 @@ def generate(args: GenerateArguments) -> None:
     """Answer a prompt on stdout, or a file of prompts into another file."""
     drawing = Drawing(temperature=args.temperature, top_p=args.top_p, top_k=args.top_k, seed=args.seed)
     if args.input_ is not None and args.output is not None:
-        _require_places(args.input_, args.output, args.force)
         reader = PromptReader(prompt=args.prompt, system=args.system, raw=args.raw)
         chosen, asked = read_asked(
             args.input_, args.model, args.adapter, reader, args.limit, four_bit=args.load_in_4bit, dtype=args.dtype
@@ -45,15 +43,6 @@ def generate(args: GenerateArguments) -> None:
             "the answer is empty; the prompt was asked as a chat turn: for a model trained on plain prompts use --raw",
             err=True,
         )
-
-
-def _require_places(source: Path, output: Path, force: bool) -> None:
-    """Raise ConfigError if the output cannot be written, or holds what nobody asked to replace."""
-    require_file("--output", output, ".jsonl")
-    if output.exists() and source.exists() and output.samefile(source):
-        raise ConfigError(f"--output {output} is the input: choose another file")
-    if output.exists() and not force:
-        raise ConfigError(f"--output {output} exists: choose another file, or replace it with --force")
 
 
 def _answer_all(

@@ -163,7 +163,7 @@ def _show_classes(confusion: Confusion, name: str) -> None:
     """
     console = Console()
     if name:
-        console.print(Text(f"most confused ({name})", style="bold"))
+        console.print(Text(f"most confused: {name}", style="bold"))
         _show_most_confused(confusion, _MOST_OF_SEVERAL)
         return
     labels = confusion.labels

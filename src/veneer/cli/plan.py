@@ -95,6 +95,8 @@ def plan(
         "--task": task, "--png": png, "--no-time": None if time else True,
     }  # fmt: skip
     _require_read(what, {FIT: fit is not None, SERVE: serve, ADVICE: advice}, given)
+    if write is not None and write.exists():
+        raise ConfigError(f"{write} is there already: choose another name, or remove it")
     budget = None if fit is None else bytes_from(fit, "--fit")
     room = None if memory is None else bytes_from(memory, "--memory")
     values = _values(what, overrides or [], method, _changes(given), processes or 1)

@@ -74,8 +74,6 @@ def answer_fit(
     recipe: Recipe, config: PreTrainedConfig, budget: int, machine: Machine, *, write: Path | None, as_json: bool
 ) -> None:
     """Print the settings that fit a budget of bytes, and write the best recipe. Raises ConfigError."""
-    if write is not None and write.exists():
-        raise ConfigError(f"{write} is there already: choose another name, or remove it")
     _tell_measuring(machine)
     found = fits(recipe, config, budget, machine.bytes_of, machine.cost)
     best = as_yaml(loadable(changed(recipe, found[0].changes)))

@@ -169,7 +169,7 @@ def test_many_classes_are_cut_to_those_with_most_wrong_rows(capsys: pytest.Captu
     assert "67 of 'label-66' taken for 'label-00'\n" in shown
     assert shown.endswith("and 54 rarer ones\n")
     _show_classes(confusion, "runs/a")
-    assert capsys.readouterr().out.splitlines()[0] == "most confused (runs/a)"
+    assert capsys.readouterr().out.splitlines()[0] == "most confused: runs/a"
 
 
 def test_where_the_rest_of_the_classes_is_is_told(
@@ -178,7 +178,7 @@ def test_where_the_rest_of_the_classes_is_is_told(
     rest = "all classes and what each was taken for: --json"
     command = ("eval", model_folder, "-m", "labels", "-d")
     both = veneer(*command, data, "-a", adapter_folder, "--with-base").stdout
-    assert both.count("most confused (") == 2
+    assert both.count("most confused: ") == 2
     assert "by class" not in both
     assert rest in both
     assert rest not in veneer(*command, data).stdout

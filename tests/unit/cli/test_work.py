@@ -7,6 +7,7 @@ import inspect
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from pathlib import Path
 from types import ModuleType
 from typing import Any, get_type_hints
 
@@ -103,3 +104,27 @@ def test_a_misspelt_model_is_told_before_torch_is_imported() -> None:
     ]
     told = f"error: no model '{name}': there is no such folder or file; did you mean 'smollm2-135m-instruct'?"
     assert told_early(commands) == [(2, told)] * len(commands)
+
+
+def test_what_is_not_overwritten_is_told_before_torch_is_imported(tmp_path: Path) -> None:
+    for name in ("a.gguf", "a.jsonl", "a.yaml", "full/x"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    file, folder, adapter = str(tmp_path / "a.gguf"), str(tmp_path / "full"), str(tmp_path)
+    rows = str(tmp_path / "a.jsonl")
+    cases = [
+        (["export", "gguf", "x", "-o", file], "is there already: choose another name, or overwrite it (--force)"),
+        (["export", "lora", adapter, "-o", file], "is there already"),
+        (["export", "importance", "x", "-d", file, "-o", file], "is there already"),
+        (["export", "ollama", "x", "-o", folder], "is not empty: choose another folder, or overwrite it (--force)"),
+        (["merge", "--base", "x", "--adapter", adapter, "-o", folder], "is not empty"),
+        (["merge-models", "x", "x", "-o", folder], "is not empty"),
+        (["generate", "x", "-i", file, "-o", rows], "exists: choose another file, or replace it with --force"),
+        (["generate", "x", "-i", rows, "-o", rows, "--force"], "is the input: choose another file"),
+        (["plan", "smollm2-135m", "--fit", "2GB", "--write", str(tmp_path / "a.yaml")], "is there already"),
+        (["merge", "--force", "--base", "x", "--adapter", adapter, "-o", folder], "no model 'x'"),
+        (["export", "gguf", "x", "-o", file, "--dry-run"], "no model 'x'"),
+    ]
+    for (command, told), (code, said) in zip(cases, told_early([command for command, _ in cases]), strict=True):
+        assert code == 2, command
+        assert told in said, command

@@ -63,7 +63,9 @@ class GgufArguments:
     force: Force = False
 
     def __post_init__(self) -> None:
-        require_file("--output", self.output, ".gguf")
+        # parts of a split file have other names
+        kept = not self.force and not self.dry_run and self.split_size is None
+        require_file("--output", self.output, ".gguf", replaces=not kept)
         require_adapter(self.adapter)
         require_model(self.model)
 
@@ -86,7 +88,7 @@ class OllamaArguments:
     force: Force = False
 
     def __post_init__(self) -> None:
-        require_folder("--output", self.output)
+        require_folder("--output", self.output, replaces=self.force)
         require_adapter(self.adapter)
         require_model(self.model)
 
@@ -113,7 +115,7 @@ class LoraArguments:
     force: Force = False
 
     def __post_init__(self) -> None:
-        require_file("--output", self.output, ".gguf")
+        require_file("--output", self.output, ".gguf", replaces=self.force)
         require_adapter(self.adapter)
         require_model(self.base)
 
@@ -137,7 +139,7 @@ class ImportanceArguments:
     force: Force = False
 
     def __post_init__(self) -> None:
-        require_file("--output", self.output, ".gguf")
+        require_file("--output", self.output, ".gguf", replaces=self.force)
         require_adapter(self.adapter)
         require_rows(self.data)
         require_model(self.model)

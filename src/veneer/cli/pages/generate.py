@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from veneer.cli.arguments import require_model, require_rows
+from veneer.cli.arguments import require_file, require_model, require_rows
 from veneer.cli.pages import options
 from veneer.cli.pages.options import unset
 from veneer.cli.work import verb
@@ -75,9 +75,20 @@ class GenerateArguments:
             raise ConfigError("--output, --limit and --force belong to --input FILE: one answer goes to stdout")
         if self.input_ is not None and self.output is None:
             raise ConfigError("--input FILE is answered into a file: add --output FILE.jsonl")
+        if self.input_ is not None and self.output is not None:
+            _require_places(self.input_, self.output, self.force)
         require_adapter(self.adapter)
         require_rows(self.input_)
         require_model(self.model)
+
+
+def _require_places(source: Path, output: Path, force: bool) -> None:
+    """Raise ConfigError if the output cannot be written, or holds what nobody asked to replace."""
+    require_file("--output", output, ".jsonl")
+    if output.exists() and source.exists() and output.samefile(source):
+        raise ConfigError(f"--output {output} is the input: choose another file")
+    if output.exists() and not force:
+        raise ConfigError(f"--output {output} exists: choose another file, or replace it with --force")
 
 
 generate = verb(GenerateArguments, "veneer.cli.generate", "generate")

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from veneer.cli.arguments import require_model
+from veneer.cli.arguments import require_folder, require_model
 from veneer.cli.pages.options import unset
 from veneer.cli.work import verb
 from veneer.store.adapter.folder import require_adapter
@@ -34,6 +34,7 @@ class MergeArguments:
     force: Annotated[bool, typer.Option("--force", help="Replace what is in the output folder.")] = False
 
     def __post_init__(self) -> None:
+        require_folder("--output", self.output, replaces=self.force)
         require_adapter(self.adapter)
         require_model(self.base)
 

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from veneer.cli.arguments import require_model, weights_of
+from veneer.cli.arguments import require_folder, require_model, weights_of
 from veneer.cli.pages.options import unset
 from veneer.cli.work import verb
 
@@ -41,6 +41,7 @@ class MergeModelsArguments:
     force: Annotated[bool, typer.Option("--force", help="Replace what is in the output folder.")] = False
 
     def __post_init__(self) -> None:
+        require_folder("--output", self.output, replaces=self.force)
         weights_of(self.weights, len(self.models))
         require_model(self.base, *self.models)
 
