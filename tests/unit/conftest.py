@@ -10,6 +10,7 @@ import transformers
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from models import word_tokenizer
+from veneer.store.hub import on_hub
 
 WORDS = (
     "the", "a", "cat", "dog", "bird", "sat", "ran", "flew", "on", "under", "over", "mat", "tree", "house", "and",
@@ -44,6 +45,11 @@ CONFIGS = {
     "opt": lambda: transformers.OPTConfig(**SMALL, ffn_dim=44, word_embed_proj_dim=24),
     "bloom": lambda: transformers.BloomConfig(n_layer=2, n_head=3, hidden_size=24, vocab_size=VOCABULARY),
 }
+
+
+@pytest.fixture(autouse=True)
+def _nothing_was_found_on_the_hub() -> None:
+    on_hub.cache_clear()
 
 
 @pytest.fixture

@@ -3,39 +3,43 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Callable
+from itertools import islice
 from pathlib import Path
 
 _ALIKE = 0.6
 _MOST = 1000  # entries of a folder that are compared
 
 
-def near_paths(path: Path, n: int = 2) -> list[str]:
-    """Return up to ``n`` existing paths that look most like a missing one, as it is written.
+def near_paths(path: Path, n: int = 2, *, folders: bool = False) -> list[str]:
+    """Return up to ``n`` existing paths (with ``folders``: of folders) that look most like a missing one, as written.
 
     Only its first missing part is replaced, by a name beside it. What follows is kept as far as it exists there.
     """
+    exists = Path.is_dir if folders else Path.exists
     parts = path.parts
     for at, part in enumerate(parts):
         parent = Path(*parts[:at])
-        if (parent / part).exists():
+        if exists(parent / part):
             continue
-        names = _names(parent)
+        names = [name for name in _names(parent) if exists(parent / name)]
         near = difflib.get_close_matches(part, names, n=n, cutoff=_ALIKE)
-        return [str(_followed(parent / name, parts[at + 1 :])) for name in near]
+        return [str(_followed(parent / name, parts[at + 1 :], exists)) for name in near]
     return []
 
 
 def _names(folder: Path) -> list[str]:
     """The names in a folder without hidden ones; none if it cannot be read."""
     try:
-        return sorted(entry.name for entry, _ in zip(folder.iterdir(), range(_MOST), strict=False))
+        entries = (entry.name for entry in folder.iterdir() if not entry.name.startswith("."))
+        return sorted(islice(entries, _MOST))
     except OSError:
         return []
 
 
-def _followed(path: Path, parts: tuple[str, ...]) -> Path:
+def _followed(path: Path, parts: tuple[str, ...], exists: Callable[[Path], bool]) -> Path:
     for part in parts:
-        if not (path / part).exists():
+        if not exists(path / part):
             break
         path /= part
     return path

@@ -6,13 +6,15 @@ Read without torch, so that a wrong name is reported before seconds of imports.
 from __future__ import annotations
 
 import difflib
+import functools
 import re
 import urllib.error
 import urllib.request
 from email.message import Message
 from pathlib import Path
+from typing import Any
 
-from huggingface_hub import get_token, try_to_load_from_cache
+from huggingface_hub import get_token, is_offline_mode, try_to_load_from_cache
 from huggingface_hub.constants import ENDPOINT
 
 from veneer.disk.known_name import known_name
@@ -20,7 +22,7 @@ from veneer.disk.near import near_paths
 from veneer.errors import ConfigError
 from veneer.store.known import KNOWN, is_fetched
 
-_HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
+_HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)
 _SECONDS = 5
 _CLOSE = 0.75
 
@@ -36,13 +38,15 @@ def require_found(model: str) -> None:
         raise ConfigError(f"the model {name!r} is not in the cache yet: run `veneer fetch {name}`")
 
 
+@functools.cache
 def on_hub(name: str) -> Path | str:
     """Return the id of a model if the hub has it, else the folder of it in the hub's cache.
 
-    The hub's own client would ask for a minute before it fails. Raises ConfigError, with the nearest names, for a name
-    that cannot be an id, and for an id that is unknown or cannot be asked for.
+    The hub's own client would ask for a minute before it fails. A model that was found is not asked for again in this
+    process. With HF_HUB_OFFLINE the hub is not asked. Raises ConfigError, with the nearest names, for a name that
+    cannot be an id, and for an id that is unknown or cannot be asked for.
     """
-    if difflib.get_close_matches(name.lower(), KNOWN, n=1, cutoff=_CLOSE):
+    if "/" not in name and difflib.get_close_matches(name.lower(), KNOWN, n=1, cutoff=_CLOSE):
         raise ConfigError(_no_model(name))
     if not _HUB_ID.fullmatch(name) or Path(name).suffix == ".gguf":
         raise ConfigError(_no_model(name))
@@ -54,13 +58,13 @@ def on_hub(name: str) -> Path | str:
     cached = try_to_load_from_cache(name, "config.json")
     if isinstance(cached, str):
         return Path(cached).parent
-    raise ConfigError(_no_model(name, f"{ENDPOINT} cannot be reached"))
+    raise ConfigError(_no_model(name, f"{_silence()}, and its cache lacks it"))
 
 
 def require_hub() -> None:
     """Raise ConfigError if a push is impossible: the hub does not answer, or nobody is logged in."""
     if _asked(ENDPOINT) is None:
-        raise ConfigError(f"push_to_hub: {ENDPOINT} cannot be reached: leave it out, and push the saved folder later")
+        raise ConfigError(f"push_to_hub: {_silence()}: leave it out, and push the saved folder later")
     if get_token() is None:
         raise ConfigError("push_to_hub: nobody is logged in: run `hf auth login`, or leave it out")
 
@@ -75,17 +79,32 @@ def _no_model(name: str, of_hub: str = "") -> str:
     return f"no model {name!r}: there is no such folder or file{said}; {hint}"
 
 
+class _RedirectsAreAnswers(urllib.request.HTTPRedirectHandler):
+    """Follows no redirect: urllib would send the token to whatever host it names."""
+
+    def redirect_request(self, *args: Any) -> None:
+        """Return no other request, so that the redirect is raised as an HTTPError."""
+
+
 def _asked(address: str) -> Message | None:
-    """The headers of the hub's answer, whatever it is; None if there is none."""
+    """The headers of the hub's answer, whatever it is; None if there is none, or nobody may ask."""
+    if is_offline_mode():
+        return None
     request = urllib.request.Request(address, method="HEAD", headers=_authorization())
+    opener = urllib.request.build_opener(_RedirectsAreAnswers)
     try:
-        with urllib.request.urlopen(request, timeout=_SECONDS) as answer:
+        with opener.open(request, timeout=_SECONDS) as answer:
             headers: Message = answer.headers
             return headers
     except urllib.error.HTTPError as error:
         return error.headers
     except OSError:
         return None
+
+
+def _silence() -> str:
+    """The reason why the hub answers nothing."""
+    return f"HF_HUB_OFFLINE keeps {ENDPOINT} from being asked" if is_offline_mode() else f"{ENDPOINT} cannot be reached"
 
 
 def _authorization() -> dict[str, str]:

@@ -46,7 +46,7 @@ def hub(monkeypatch: pytest.MonkeyPatch, error: OSError | None) -> None:
             raise error
         return nullcontext(Mock(headers=Message()))
 
-    monkeypatch.setattr(hub_module.urllib.request, "urlopen", answer)
+    monkeypatch.setattr(hub_module.urllib.request.OpenerDirector, "open", answer)
 
 
 def test_a_folder_loads_in_its_dtype_or_the_one_asked_for(folder: Path) -> None:

@@ -11,7 +11,7 @@ from veneer.errors import ConfigError
 def require_adapter(adapter: Path | None) -> None:
     """Raise ConfigError for an adapter whose folder does not exist. None is no adapter, and allowed."""
     if adapter is not None and not adapter.is_dir():
-        near = near_paths(adapter)
+        near = near_paths(adapter, folders=True)
         meant = (
             f"; did you mean {' or '.join(map(repr, near))}?" if near else ". Give one that holds adapter_config.json"
         )
