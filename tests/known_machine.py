@@ -10,8 +10,9 @@ from typing import Any
 
 
 def know_the_machine(replace: Callable[[Any, str, Any], None] = setattr) -> None:
-    from veneer.plan import start
+    from veneer.plan import report, start
     from veneer.plan.machine import Rates
 
     replace(Rates, "_once", lambda rates, key, measure: 1e-9)
+    replace(report, "is_measured", lambda: True)
     replace(start, "_known", lambda: 300_000_000)

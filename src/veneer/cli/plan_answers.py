@@ -24,7 +24,7 @@ from veneer.plan.layout import Ranks, rank_facts, told_ranks
 from veneer.plan.plan import as_json as as_plain
 from veneer.plan.plan import count_trained, plan_recipe
 from veneer.plan.processes import copy_sizes
-from veneer.plan.report import MEASURING, Machine, as_yaml, draw, fit_table, shown, told_changes
+from veneer.plan.report import MEASURING, Machine, as_yaml, changes_line, draw, fit_table, shown
 from veneer.plan.serving import serving_of
 from veneer.recipe.recipe import Recipe, changed, parse_recipe
 
@@ -89,7 +89,7 @@ def answer_fit(
         )
         return
     _console().print(fit_table(recipe, found, budget, machine))
-    typer.echo(told_changes(recipe, found[0]))
+    typer.echo(changes_line(recipe, found[0]))
     typer.echo(best if write is None else f"written: {write}")
 
 

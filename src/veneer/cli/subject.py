@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ Rows = Sequence[Mapping[str, Any]]
 BASE = "(base)"
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Subject:
     """Rows to ask about, and ``whole``, all rows of which they are the first. ``load`` loads the model.
 
@@ -60,11 +60,14 @@ def subjects_of(args: EvalArguments) -> list[Subject]:
         raise ConfigError(f"--recipe says it already, so leave out {', '.join(beside)}")
     subjects = [_of_recipe(path, args) for path in args.recipes]
     _require_comparable(subjects, args)
-    subjects[0].with_base = args.with_base
-    whole = [row for subject in subjects for row in subject.whole]
-    for subject in subjects:
-        subject.whole = whole  # labels to choose from are the same for all
-    return subjects
+    if args.with_base and not subjects[0].adapters:
+        raise ConfigError(
+            f"--with-base sets the base beside an adapter, and --recipe {args.recipes[0]} trains all weights: give "
+            "first a recipe with an adapter, or leave --with-base out"
+        )
+    whole = [row for subject in subjects for row in subject.whole]  # labels to choose from are the same for all
+    first, *others = (replace(subject, whole=whole) for subject in subjects)
+    return [replace(first, with_base=args.with_base), *others]
 
 
 def _require_comparable(subjects: Sequence[Subject], args: EvalArguments) -> None:

@@ -10,10 +10,10 @@ from veneer.errors import ConfigError
 def needed_weight(site: LinearSite, who: str) -> FrozenWeight:
     """Return the frozen weight of a site for a method of this name. Raises ConfigError if it is not loaded."""
     if site.weight is None:
-        raise ConfigError(told_missing(site, who))
+        raise ConfigError(missing_weight(site, who))
     return site.weight
 
 
-def told_missing(site: LinearSite, who: str) -> str:
+def missing_weight(site: LinearSite, who: str) -> str:
     """Return the message for a method of this name at a site whose frozen weight is not loaded."""
     return f"{who} at {site.name} needs the frozen weight: load the base model before attaching"

@@ -22,7 +22,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from veneer.contract.needed import told_missing
+from veneer.contract.needed import missing_weight
 from veneer.core.frozen import FrozenWeight
 from veneer.core.sites import LinearSite
 from veneer.errors import ConfigError
@@ -69,7 +69,7 @@ def weight_problems(site: LinearSite, r: int, who: str) -> list[str]:
             "leave init_lora_weights at True"
         ]
     if site.weight is None:
-        return [told_missing(site, who)]
+        return [missing_weight(site, who)]
     if r > min(site.weight.shape):
         return [f"{who} at {site.name}: r={r} is more than the weight of shape {site.weight.shape} can give"]
     return []

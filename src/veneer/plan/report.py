@@ -233,7 +233,7 @@ def fit_table(recipe: Recipe, found: Sequence[Fit], budget: int, machine: Machin
     return table
 
 
-def told_changes(recipe: Recipe, fit: Fit) -> str:
+def changes_line(recipe: Recipe, fit: Fit) -> str:
     """Return a line with the keys of a recipe that a fit changes, their values there and here."""
     changes = [(key, _given(recipe, key), value) for key, value in fit.changes.items()]
     told = [f"{key} from {before} to {value}" for key, before, value in changes if before != value]

@@ -17,6 +17,12 @@ from veneer.serve.tool_calls.parser import Parser
 from veneer.serve.tool_calls.read import with_tokens
 
 
+class _ToolCalls(StructuredOutputsParams):
+    """Form of an answer that may or must call: made of ``tools``, and of a schema for an answer that is no call."""
+
+    sent_as = "tools (or a schema beside them)"
+
+
 @dataclass(frozen=True)
 class Calls:
     """Functions that an answer may or must call, and the format in which the model writes calls."""
@@ -48,7 +54,7 @@ class Calls:
             return replace(params, skip_special_tokens=skips)
         otherwise = None if form is None else ({"type": "object"} if form.json is None else form.json)
         grammar = grammar_of(self.tools, self.format, otherwise)
-        form = StructuredOutputsParams(grammar=grammar)
+        form = _ToolCalls(grammar=grammar)
         return replace(params, skip_special_tokens=skips, structured_outputs=form)
 
     def parser(self) -> Parser:

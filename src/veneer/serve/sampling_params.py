@@ -29,8 +29,10 @@ class StructuredOutputsParams(metaclass=Keywords):
     """Form that the text of an answer must have, given in exactly one way.
 
     It is a JSON schema (a dict, or its text), a regular expression, a list of choices, a grammar (Lark, or GBNF), or
-    any JSON object.
+    any JSON object. ``sent_as`` is the field of a request that asks for it, which errors name.
     """
+
+    sent_as: ClassVar[str] = "structured_outputs"
 
     json: str | Mapping[str, Any] | None = None
     regex: str | None = None
@@ -48,6 +50,12 @@ class StructuredOutputsParams(metaclass=Keywords):
         choices = () if self.choice is None else self.choice
         if isinstance(choices, str) or not all(isinstance(each, str) and each for each in choices):
             raise ConfigError(f"StructuredOutputsParams: choice={self.choice!r} must be a list of strings, none empty")
+
+
+class ResponseFormat(StructuredOutputsParams):
+    """Form that ``response_format`` of a request asks for."""
+
+    sent_as = "response_format"
 
 
 @dataclass(kw_only=True)

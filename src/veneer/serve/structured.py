@@ -65,20 +65,19 @@ class Forms:
         text = grammar_of(asked)
         grammar = self._grammars.get(text)
         if grammar is None or grammar.failed:
-            grammar = self._compiled(text)
+            grammar = self._compiled(text, asked.sent_as)
             self._grammars.put(text, grammar)
             while sum(map(len, self._grammars)) > _KEPT_TEXT:
                 self._grammars.drop_first()
         return TextForm(grammar, grammar.matcher, self._vocabulary, self._ending)
 
-    def _compiled(self, grammar: str) -> _Grammar:
+    def _compiled(self, grammar: str, sent_as: str) -> _Grammar:
         with self._building:  # of the tables one is enough
             tables = self._tables
         matcher = LLMatcher(tables, grammar, log_level=0)
         if matcher.is_error():
             raise ConfigError(
-                f"structured_outputs cannot be compiled: {matcher.get_error()}. Correct the schema, regex, choice or "
-                "grammar"
+                f"{sent_as} cannot be compiled: {matcher.get_error()}. Correct the schema, regex, choice or grammar"
             )
         made = _Grammar(matcher, forces=longest_forced(grammar) <= _MOST_FORCED)
         if made.forces:  # the first time takes longest, and nobody waits here but who asks
@@ -168,4 +167,4 @@ def grammar_of(asked: StructuredOutputsParams) -> str:
         text = schema if isinstance(schema, str) else "".join(json.JSONEncoder().iterencode(schema))
         return str(LLMatcher.grammar_from_json_schema(text))
     except (TypeError, ValueError, RecursionError) as error:
-        raise ConfigError(f"structured_outputs: json={schema!r} is not a JSON schema ({error}): correct it") from error
+        raise ConfigError(f"{asked.sent_as}: json={schema!r} is not a JSON schema ({error}): correct it") from error

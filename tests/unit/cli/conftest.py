@@ -22,7 +22,6 @@ from veneer.core import progress
 _EARLY = """
 import contextlib, io, json, sys
 from veneer.cli.app import app
-from veneer.core import progress
 
 for command in json.loads(sys.argv[1]):
     code, told = 0, io.StringIO()

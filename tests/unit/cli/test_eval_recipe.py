@@ -147,6 +147,8 @@ def test_a_model_trained_whole_is_taken_itself_and_a_quantized_base_as_it_was(
     (tmp_path / "run" / "model").symlink_to(model_folder)
     values = change(recipe, model={"source": str(model_folder)}, adapter={"method": "full"})
     found = measured(veneer("eval", "--recipe", recipe, *PERPLEXITY))
+    refused = veneer("eval", "--recipe", recipe, "--with-base", *PERPLEXITY)
+    assert (refused.exit_code, "trains all weights: give first a recipe" in refused.stderr) == (2, True), refused.output
     assert found["adapter"] == f"{values['output']}/model"
     assert found["value"] != dense["value"]
 

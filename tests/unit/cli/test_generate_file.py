@@ -51,7 +51,10 @@ def test_rows_are_answered_as_alone(
     assert [row["answer"] for row in found] == wanted
     assert wanted[0] != one(veneer, model_folder, "-p", "one", "-a", adapter_folder)
     again = veneer("generate", model_folder, "--input", source, "-o", output)
-    assert (again.exit_code, "exists: choose another file, or replace it with --force" in again.stderr) == (2, True)
+    assert (again.exit_code, "is there already: choose another name, or overwrite it (--force)" in again.stderr) == (
+        2,
+        True,
+    )
 
 
 def test_templates_lines_and_a_default_adapter(

@@ -31,6 +31,7 @@ from .conftest import save_adapter
 
 PROMPT = "the cat sat"
 TURN = {"role": "user", "content": "x"}
+NO_SCHEMA = {"type": "json_schema", "json_schema": {"name": "s", "schema": {"type": "x"}}}
 
 
 class Server:
@@ -346,7 +347,8 @@ def test_a_client_that_goes_away_ends_its_request(server):
         ("completions", {"prompt": "x" * 127}, "maximum context length is 127", None),
         ("completions", {"prompt": [999]}, "no token ids", None),
         ("completions", {"prompt": "x", "echo": True, "logprobs": 1}, "echo together with logprobs", None),
-        ("completions", {"prompt": "x", "structured_outputs": {"regex": "("}}, "cannot be compiled", None),
+        ("completions", {"prompt": "x", "structured_outputs": {"regex": "("}}, "structured_outputs cannot be", None),
+        ("completions", {"prompt": "x", "response_format": NO_SCHEMA}, "response_format cannot be compiled", None),
         ("completions", {"prompt": "x", "structured_outputs": {"yaml": "("}}, "no field 'yaml'", None),
         ("completions", {"prompt": "x", "response_format": {"type": "xml"}}, "response_format.type='xml'", None),
         ("completions", {"prompt": "x", "response_format": {"type": "json_schema"}}, "json_schema.schema", None),

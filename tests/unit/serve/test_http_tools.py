@@ -188,7 +188,7 @@ def tool(**function) -> dict:
         ({"tools": TOOLS, "tool_choice": "required", "stop": "x"}, "which stop could cut", None),
         (
             {"tools": [tool(parameters={"properties": {"a": {"type": "x"}}})], "tool_choice": "required"},
-            "cannot be compiled", None,
+            "tools (or a schema beside them) cannot be compiled", None,
         ),
         (
             {"tools": TOOLS, "chat_template": "{% for m in messages %}{{ m.content }}{% endfor %}"},

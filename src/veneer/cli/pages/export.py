@@ -16,6 +16,7 @@ from veneer.cli.pages.export_vllm import vllm
 from veneer.cli.pages.options import Adapter, Force, Model, unset
 from veneer.cli.work import verb
 from veneer.errors import ConfigError
+from veneer.export.gguf.mixes import adapter_mix_of, mix_of
 from veneer.store.adapter.folder import require_adapter
 
 Output = Annotated[Path, unset("FILE", "The .gguf file to write.", "--output", "-o")]
@@ -63,9 +64,9 @@ class GgufArguments:
     force: Force = False
 
     def __post_init__(self) -> None:
-        # parts of a split file have other names
-        kept = not self.force and not self.dry_run and self.split_size is None
-        require_file("--output", self.output, ".gguf", replaces=not kept)
+        written = not self.dry_run and self.split_size is None  # parts of a split file have other names
+        require_file("--output", self.output, ".gguf", replaces=self.force or not written)
+        mix_of(self.type_)
         require_adapter(self.adapter)
         require_model(self.model)
 
@@ -89,6 +90,7 @@ class OllamaArguments:
 
     def __post_init__(self) -> None:
         require_folder("--output", self.output, replaces=self.force)
+        mix_of(self.type_)
         require_adapter(self.adapter)
         require_model(self.model)
 
@@ -116,6 +118,7 @@ class LoraArguments:
 
     def __post_init__(self) -> None:
         require_file("--output", self.output, ".gguf", replaces=self.force)
+        adapter_mix_of(self.type_)
         require_adapter(self.adapter)
         require_model(self.base)
 

@@ -84,11 +84,9 @@ class GenerateArguments:
 
 def _require_places(source: Path, output: Path, force: bool) -> None:
     """Raise ConfigError if the output cannot be written, or holds what nobody asked to replace."""
-    require_file("--output", output, ".jsonl")
     if output.exists() and source.exists() and output.samefile(source):
         raise ConfigError(f"--output {output} is the input: choose another file")
-    if output.exists() and not force:
-        raise ConfigError(f"--output {output} exists: choose another file, or replace it with --force")
+    require_file("--output", output, ".jsonl", replaces=force)
 
 
 generate = verb(GenerateArguments, "veneer.cli.generate", "generate")

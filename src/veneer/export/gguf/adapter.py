@@ -16,7 +16,8 @@ from veneer.core.records import LinearDelta
 from veneer.errors import CompositionError, ConfigError
 from veneer.export.adapter_on_base import changed_tensors, with_weights
 from veneer.export.gguf.metadata import name_of
-from veneer.export.gguf.mix import mix_of, quantize_order
+from veneer.export.gguf.mix import quantize_order
+from veneer.export.gguf.mixes import adapter_mix_of
 from veneer.export.gguf.model import encoded
 from veneer.export.gguf.plan import family_of, laid_out_rows
 from veneer.export.model_folder import local_folder, model_config
@@ -30,7 +31,6 @@ from veneer.store.gguf.keys import Pair
 from veneer.store.gguf.names import gguf_name, text_name
 from veneer.store.gguf.writer import GgufFileWriter, TensorSpec
 
-TYPES = ("F32", "F16")
 _EMBEDDINGS, _HEAD = "token_embd.weight", "output.weight"
 
 
@@ -54,17 +54,13 @@ def export_lora(
     low-rank updates, DoRA, biases, whole modules, and embeddings and heads on tied bases. Raises ConfigError if the
     base is unknown.
     """
-    if type.upper() not in TYPES:
-        raise ConfigError(
-            f"type {type!r} is not for adapters: one is written in {' or '.join(TYPES)}. Give one of these"
-        )
+    kind = adapter_mix_of(type)
     named, family, config, stored = _read(adapter, base)
     found, problems = _tensors(stored, family, config)
     if problems:
         raise CompositionError(
             f"a GGUF file cannot hold the adapter {adapter}: {'; '.join(problems)}. {_way(named, adapter)}"
         )
-    kind = mix_of(type)
     specs = [TensorSpec(name, kind.default, tuple(found[name].shape)) for name in quantize_order(list(found))]
     pairs = _pairs(adapter, family, named, kind.number) + _invocation(stored.config)
     writer = GgufFileWriter(output, pairs, specs, overwrite=overwrite)

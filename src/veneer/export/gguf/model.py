@@ -14,7 +14,8 @@ from veneer.adapters.requantizing import Survival
 from veneer.errors import NonFiniteError
 from veneer.export.folded import FoldedCheckpoint
 from veneer.export.gguf.metadata import name_of
-from veneer.export.gguf.mix import MixOptions, mix_of
+from veneer.export.gguf.mix import MixOptions
+from veneer.export.gguf.mixes import mix_of
 from veneer.export.gguf.plan import Plan, assembled_blocks, describe_checkpoint, family_of, plan_file
 from veneer.export.gguf.survival import FileSurvival
 from veneer.export.gguf.tokenizer import read_tokenizer

@@ -15,7 +15,8 @@ from transformers import AutoConfig
 from veneer.errors import CompositionError, ConfigError, FormatError
 from veneer.export.folded import FoldedCheckpoint
 from veneer.export.gguf.metadata import file_pairs, general_pairs
-from veneer.export.gguf.mix import Mix, MixOptions, ModelFacts, chosen_types
+from veneer.export.gguf.mix import MixOptions, ModelFacts, chosen_types
+from veneer.export.gguf.mixes import Mix
 from veneer.export.gguf.special import special_pairs
 from veneer.export.gguf.tokenizer import SourceTokenizer
 from veneer.export.gguf.tokens import vocabulary_pairs

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from veneer.contract import LinearMethod, Params, Shapes
-from veneer.contract.needed import needed_weight, told_missing
+from veneer.contract.needed import needed_weight
 from veneer.core.frozen import FrozenWeight
 from veneer.core.groups import diagonal_blocks
 from veneer.core.linear import row_norms
@@ -27,7 +27,6 @@ from veneer.core.records import LinearDelta
 from veneer.core.sites import LinearSite
 from veneer.core.terms.pair import Pair
 from veneer.core.terms.scale import Scale
-from veneer.errors import ConfigError
 
 SWITCH = "use_dora"
 READS_WEIGHT = True
@@ -57,8 +56,8 @@ def lower(config: LinearMethod, site: LinearSite, params: Params, record: Linear
 def _norms(site: LinearSite, record: LinearDelta) -> Tensor:
     """Row norms on the weight's device."""
     weight = needed_weight(site, "DoRA")
-    if site.row_sq is None or record.low_rank is None:  # a weight comes with its norms, and LoRA's record is a pair
-        raise ConfigError(told_missing(site, "DoRA"))
+    assert site.row_sq is not None  # a site with a weight has its norms
+    assert record.low_rank is not None  # LoRA's record is a pair
     row_sq = site.row_sq()
     plain = record.low_rank.plain
     pair = Pair(a=plain.a.to(row_sq.device), b=plain.b.to(row_sq.device), scale=plain.scale)

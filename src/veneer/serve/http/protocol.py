@@ -13,7 +13,13 @@ from veneer.serve.calls import Calls, calls_of
 from veneer.serve.conversation import TEMPLATE_ARGUMENTS, Conversation
 from veneer.serve.http.errors import RefusedError
 from veneer.serve.prompts import PromptReader
-from veneer.serve.sampling_params import MAX_LOGPROBS, RequestOutputKind, SamplingParams, StructuredOutputsParams
+from veneer.serve.sampling_params import (
+    MAX_LOGPROBS,
+    RequestOutputKind,
+    ResponseFormat,
+    SamplingParams,
+    StructuredOutputsParams,
+)
 from veneer.serve.tool_calls.functions import Function, Tools
 from veneer.serve.tool_calls.messages import with_calls
 
@@ -183,13 +189,13 @@ class Body(Drawn):
         if self.structured_outputs is not None:
             return StructuredOutputsParams(**self.structured_outputs)
         if kind == "json_object":
-            return StructuredOutputsParams(json_object=True)
+            return ResponseFormat(json_object=True)
         if kind == "text":
             return None
         schema = asked.get("json_schema")
         if not isinstance(schema, Mapping) or not isinstance(schema.get("schema"), Mapping):
             raise ConfigError("response_format of the type json_schema needs json_schema.schema, a mapping")
-        return StructuredOutputsParams(json=schema["schema"])
+        return ResponseFormat(json=schema["schema"])
 
 
 class CompletionBody(Body):

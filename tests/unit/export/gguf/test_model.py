@@ -319,5 +319,5 @@ def test_the_command_writes_splits_and_tells(tmp_path: Path) -> None:
     assert run(*order, "--force").exit_code == 0
     wrong = run(*order, "--force", "--split-size", "many")
     assert "--split-size 'many' must be a whole number of M or G" in wrong.stderr
-    assert "must be REGEX=TYPE" in run(*order, "--tensor-type", "ffn_down").stderr
+    assert "must be REGEX=TYPE" in run(*order, "--force", "--tensor-type", "ffn_down").stderr
     assert sorted(os.listdir(tmp_path)) == ["adapter", "base", "x.gguf"]
