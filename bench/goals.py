@@ -4,12 +4,13 @@ bases: adapters on models as they are stored (GGUF, FP8, MXFP4, NVFP4, GPTQ, AWQ
 methods: every method of PEFT beside PEFT.
 
 Each goal is a command of its own; `--list` prints them. The output of each goes to a file in ``--logs``. Prints a
-line a goal with its seconds and its end. Exit status: 0 all have ended well, 1 not.
+line a goal with its seconds and its end. Exit status: 0 all goals that ran have ended well, 1 not.
 
     python bench/goals.py bases|methods [--only NAME …] [--gguf model.Q4_K_M.gguf] [--model FOLDER] [--peft-tests DIR]
         [--task TRAIN.jsonl EVAL.jsonl] [--logs FOLDER] [--list]
 
-Goals whose files are not given are left out, and named. Run it on a quiet machine: a subject takes some hours.
+Goals whose files are not given are left out, and named: they do not change the exit status. Run it on a quiet machine:
+a subject takes some hours.
 """
 
 from __future__ import annotations

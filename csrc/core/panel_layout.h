@@ -12,10 +12,13 @@ namespace veneer {
 // multiple of 32 also of AMX tiles, as it lies. Beyond i there are zeros.
 // In codes (packed/coded.h) it is another layout, whose values are rounded to `dtype`.
 
-// What the codes of a matrix stand for, in the order of veneer.ops.packed_codes: its numbers, how their scales are stored, the
-// formula that makes values of them, and what these are rounded to.
+// Meaning of the codes of a matrix, in the order of veneer.ops.packed_codes: its numbers, how their scales are stored, the
+// formula that makes values of them, and the dtype that these are rounded to.
 struct Coding {
-  enum Numbers : int { none = 0, nf4, fp4, int8, signed4, unsigned4, iq4, e2m1, signed8, unsigned8, e4m3, e5m2, signed2, unsigned2, signed3, unsigned3 };
+  enum Numbers : int {
+    none = 0, nf4, fp4, int8, signed4, unsigned4, iq4, e2m1, signed8, unsigned8, e4m3, e5m2,
+    signed2, unsigned2, signed3, unsigned3
+  };
   enum Scales : int { float32 = 0, bfloat16, float16, e8m0 };
   // number * scale; number * scale + beside; (number - beside) * scale, for whole numbers; and the same with the difference
   // rounded too.

@@ -4,8 +4,8 @@
 //
 // A panel of `across` outputs is, for each unit of inputs, a scale of each output, in most formulas a second number of each,
 // and then the codes of the unit. In 4 bits: [unit / 16][across][2] words of 32 bits, the even and the odd ones of sixteen
-// inputs, the first in the lowest bits. In 8 bits: [unit / 2][across][2]. In 2 and 3 bits as planes.h has it. Inputs are filled up with zeros to whole units; a
-// unit is a multiple of 16.
+// inputs, the first in the lowest bits. In 8 bits: [unit / 2][across][2]. In 2 and 3 bits as planes.h has it. Inputs are
+// filled up with zeros to whole units; a unit is a multiple of 16.
 #pragma once
 
 #include "core/panels.h"

@@ -1,4 +1,4 @@
-// What weights in groups have in common: the scales of a unit, the formulas of their values, and the walk over units.
+// Parts that all weights in groups share: the scales of a unit, the formulas of their values, and the walk over units.
 #pragma once
 
 #include "packed/coded.h"
@@ -27,7 +27,7 @@ inline void widen_scales(Coding::Scales stored, const char* at, int64_t n, float
   }
 }
 
-// The scales of a unit, for all outputs of a panel, and what stands beside them.
+// The scales of a unit, for all outputs of a panel, and the numbers beside them.
 struct UnitHead {
   alignas(64) float scale[panel_outputs], beside[panel_outputs];
 

@@ -1,7 +1,6 @@
-// Numbers of 2 and 3 bits. Of sixteen inputs of an output, a word of 32 bits holds the lower two bits of each: those of the
-// even inputs in its low half, the first in the lowest bits, and those of the odd ones in the other. Behind the words of all
-// outputs come the third bits, for sixteen outputs together: eight words, of which word m has inputs 2 m and 2 m + 1 of each
-// output side by side.
+// Numbers of 2 and 3 bits. A word of 32 bits holds the lower two bits of sixteen inputs of an output. Its low half has the
+// even inputs, the first in the lowest bits, and its high half the odd ones. The third bits come behind the words of all
+// outputs, for sixteen outputs together. They are eight words: word m has inputs 2 m and 2 m + 1 of each output side by side.
 #pragma once
 
 #include "packed/groups.h"

@@ -43,7 +43,8 @@ void bind_terms(nb::module_& m) {
       [](const std::vector<int64_t>& sizes, uintptr_t values, int dtype, int64_t depth, uintptr_t weight, uintptr_t panels) {
         const Term term{TermKind::hadamard, {sizes[0], sizes[1], sizes[2], 0}, reinterpret_cast<const float*>(values), nullptr};
         void* scratch = memory_of(terms_kernels().make_bytes(term));
-        terms_kernels().make(term, {sizes[0], sizes[1], depth, Dtype(dtype), reinterpret_cast<void*>(weight)}, reinterpret_cast<void*>(panels), scratch);
+        terms_kernels().make(term, {sizes[0], sizes[1], depth, Dtype(dtype), reinterpret_cast<void*>(weight)},
+                             reinterpret_cast<void*>(panels), scratch);
       },
       nb::call_guard<nb::gil_scoped_release>());
   m.def(

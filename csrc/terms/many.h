@@ -1,5 +1,5 @@
 // Forms of the many rows of a training step: sparse maps of them, and gradients in the numbers of each form.
-// What is summed over rows is summed in pieces of a fixed size, in their order: no result depends on the number of threads.
+// Sums over rows are taken in pieces of a fixed size, in their order: no result depends on the number of threads.
 // Internal to kernels.cpp, for the reason that numeric.h gives.
 #pragma once
 
@@ -13,7 +13,7 @@ namespace {
 
 constexpr int64_t strip = 4 * width;    // rows that a sparse matrix maps at once
 constexpr int64_t piece_rows = 64;      // of a sum over rows
-constexpr int64_t turned_rows = 128;    // of which a value of a sparse matrix has its gradient at once: they stay in a core's own cache
+constexpr int64_t turned_rows = 128;    // that a sparse matrix's gradients read at once: they stay in a core's own cache
 constexpr int64_t grouped = 8;          // rows whose inner results of a Kronecker product are kept
 
 // `n` rows from the first on, turned: `to` has for each feature their values, `apart` values apart; zeros beyond n.
@@ -24,7 +24,11 @@ void turned(const Rows& x, int64_t first, int64_t n, int64_t features, int64_t a
       const int64_t m = features - c < width ? features - c : width;
       lanes square[width];
       for (int64_t j = 0; j < width; ++j)
-        square[j] = r + j >= n ? lanes{} : m == width ? load(row_of<const T>(x, first + r + j) + c) : take_first(row_of<const T>(x, first + r + j) + c, m);
+        if (r + j >= n) square[j] = lanes{};
+        else {
+          const T* row = row_of<const T>(x, first + r + j) + c;
+          square[j] = m == width ? load(row) : take_first(row, m);
+        }
       turn(square);
       for (int64_t j = 0; j < m; ++j) store(to + (c + j) * apart + r, square[j]);
     }

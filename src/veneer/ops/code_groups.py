@@ -33,9 +33,9 @@ BITS |= {"signed2": 2, "unsigned2": 2, "signed3": 3, "unsigned3": 3}
 MIDDLES = {"signed2": 2, "signed3": 4, "signed4": 8}
 """Codes of zero, where it is not 0."""
 SCALES = (torch.float32, torch.bfloat16, torch.float16, torch.uint8)
-"""Dtypes of scales, as csrc/core/panels.h counts them; a byte is E8M0's power of two."""
+"""Dtypes of scales, as csrc/core/panel_layout.h counts them; a byte is E8M0's power of two."""
 FORMULAS = ("scaled", "added", "less_zero", "apart")
-"""As csrc/core/panels.h counts them."""
+"""As csrc/core/panel_layout.h counts them."""
 UNIT = 16
 """Inputs whose codes are neighbours: a group is a multiple of it."""
 

@@ -37,7 +37,8 @@ from veneer.ops.ggml import dequantize_ggml, quantize_ggml
 from veneer.ops.ggml_types import GGML_TYPES
 from veneer.ops.scaled import CODINGS, ScaledCodes, decode_scaled
 from veneer.plan.overhead import byte_seconds, op_seconds, watched_seconds
-from veneer.plan.work import Codec, Product, Work
+from veneer.plan.products import Product
+from veneer.plan.work import Codec, Work
 from veneer.quant.blocks import TILE_VALUES
 
 LARGEST = 4096
@@ -277,11 +278,21 @@ def _ggml_tile(o: int, i: int, number: int) -> Callable[[], Tensor]:
 
 
 def _scaled_tile(
-    o: int, i: int, bits: int, coding: int, scales: int, zeros: int, group: int, rounding: int
+    o: int,
+    i: int,
+    bits: int,
+    coding: int,
+    scales: int,
+    zeros: int,
+    divides: int,
+    height: int,
+    group: int,
+    rounding: int,
 ) -> Callable[[], Tensor]:
+    """Scales in E4M3 are NVFP4's, and one number multiplies or divides all of them."""
     stored, rounded = ({number: dtype for dtype, number in kinds.items()} for kinds in (STORED, DTYPES))
     codes = torch.arange(o * n_bytes(i, bits), dtype=torch.int32).to(torch.uint8).view(o, -1)
-    shape = (o, -(-i // group))
+    shape = (-(-o // height), -(-i // group))
     weight = ScaledCodes(
         codes,
         torch.full(shape, 0.5).to(stored[scales]),
@@ -289,7 +300,10 @@ def _scaled_tile(
         group,
         CODINGS[coding],
         bits,
-        zeros=torch.full(shape, 1.0).to(stored[zeros]) if zeros else None,
+        height,
+        zeros=torch.full(shape, 1.0).to(stored[zeros]) if zeros in stored else None,
+        overall=torch.tensor(1.0) if divides or stored[scales] == torch.float8_e4m3fn else None,
+        divides=bool(divides),
         rounding=rounded[rounding],
     )
     return lambda: decode_scaled(weight, slice(0, o))

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from veneer.ops.cpu.module import DTYPES
 from veneer.ops.traced import SilentMode, tensors_in
+from veneer.plan.products import Product, kernel_products
 
 _aten = torch.ops.aten
 _PRODUCTS = {_aten.mm.default: 0, _aten.bmm.default: 0, _aten.addmm.default: 1, _aten.baddbmm.default: 1}
@@ -45,27 +46,11 @@ KERNEL_TOUCHES = 3
 
 
 @dataclass(frozen=True, slots=True)
-class Product:
-    """Matrix product ``(m, k) · (k, n)``, ``batch`` of them."""
-
-    m: int
-    k: int
-    n: int
-    dtype: str
-    batch: int = 1
-
-    @property
-    def flops(self) -> float:
-        """FLOPs, two for each multiply-add."""
-        return 2.0 * self.batch * self.m * self.k * self.n
-
-
-@dataclass(frozen=True, slots=True)
 class Codec:
     """Kernel that decodes a tile of a weight in blocks, and numbers that it is given of the codes.
 
-    Of ``ggml_decode`` the type's number; of ``scaled_decode`` the bits, the coding, how scales and zeros are stored (0
-    without zeros), the inputs of a group and the rounding.
+    Of ``ggml_decode`` the type's number; of ``scaled_decode`` the bits, the coding, how scales and zeros are stored (-1
+    without zeros), whether a number divides all scales, the outputs and inputs of a group, and the rounding.
     """
 
     kernel: str
@@ -77,8 +62,8 @@ class Codec:
         if name == "ggml_decode":
             _, _, _, n_rows, columns, number, _ = arguments
             return cls(name, (number,)), n_rows * columns
-        _, n_rows, columns, _, _, _, _, bits, coding, _, scales, _, zeros, _, _, _, _, group, rounding = arguments
-        return cls(name, (bits, coding, scales, zeros, group, rounding)), n_rows * columns
+        _, n_rows, columns, _, _, _, _, bits, coding, _, scales, _, zeros, _, _, divides, *groups, rounding = arguments
+        return cls(name, (bits, coding, scales, zeros, int(divides), *groups, rounding)), n_rows * columns
 
     def __str__(self) -> str:
         return " ".join(map(str, (self.kernel, *self.numbers)))
@@ -208,6 +193,8 @@ class CountWork(SilentMode):  # type: ignore[no-untyped-call]
             bounds, heads, _, head_dim = arguments[:4]
             seen = sum((end - start) ** 2 for start, end in itertools.pairwise(bounds)) / 2
             self._now.attention += (4 if name.endswith("forward") else 10) * seen * heads * head_dim
+        else:
+            self._now.products.update(kernel_products(name, arguments))
 
     def see(self, func: Any, args: tuple[Any, ...], out: Any) -> None:
         """Count an op."""

@@ -5,7 +5,16 @@ import torch
 
 from veneer.core.terms.form import Form
 from veneer.errors import ShapeError
-from veneer.ops.forms import MATRIX_ROWS, MOST_PLACES, form_gradients, has_kernel, map_rows, shape_of
+from veneer.ops.forms import (
+    LEAST_SAVED,
+    MATRIX_ROWS,
+    MOST_OF_SECOND,
+    MOST_PLACES,
+    form_gradients,
+    has_kernel,
+    map_rows,
+    shape_of,
+)
 from veneer.ops.reference.terms import matrix_of
 
 OP = "terms.map_rows"
@@ -88,8 +97,16 @@ def test_what_is_faster_as_a_matrix_has_no_kernel():
     small, large = (Form("blocks", (2, b), torch.ones(2, b, b)) for b in (64, 65))
     n = int(MOST_PLACES * 40 * 32)
     few, many = (Form("sparse", (40, 32), torch.ones(k), places=torch.arange(k)) for k in (n, n + 1))
-    kronecker = FORMS["kronecker"]
+    kronecker = Form("kronecker", (12, 12, 5, 12), torch.ones(12, 12), torch.ones(5, 12))
     assert [asked(form) for form in (small, large, few, many, kronecker)] == [True, False, True, False, True]
     assert [asked(kronecker, rows, isa="amx") for rows in (MATRIX_ROWS - 1, MATRIX_ROWS)] == [True, False]
     assert not asked(small, dtype=torch.float64)
+    side = 2 * LEAST_SAVED  # of factors of which the product saves so many
+    for sizes, has in (
+        ((side, 3, 5, side), True), ((side - 1, 3, 5, side), False), ((side, 3, 5, side - 1), False),
+        ((1, 1, 64, 64), False), ((4, 4, 64, 64), False), ((64, 64, 1, 1), False),
+        ((side, 3, MOST_OF_SECOND // 64, 64), True), ((side, 3, MOST_OF_SECOND // 64 + 1, 64), False),
+    ):  # fmt: skip
+        o1, i1, o2, i2 = sizes
+        assert asked(Form("kronecker", sizes, torch.ones(o1, i1), torch.ones(o2, i2))) == has, sizes
     assert not asked(Form("circulant", (2, 2, 3), torch.ones(2, 2, 3)))

@@ -140,6 +140,9 @@ def test_a_weight_is_multiplied_entry_by_entry(o, i, r, dtype, backend):
     weight, a, b = drawn(o, i).to(dtype), drawn(r, i, seed=1), drawn(o, r, seed=2)
     term = PackedTerm.pack(Hadamard(a=a, b=b, base=Base(DenseWeight(weight))).form())
     made = times_weight(term, PackedWeight.pack(weight), backend=backend)
+    unrounded, plain = weight.double() * (b.double() @ a.double()), weight * (b.to(dtype) @ a.to(dtype))
+    error, plain_error = (abs(each.double() - unrounded).max() for each in (made.dense(), plain))
+    assert error <= 2 * plain_error + 1e-6 * unrounded.abs().max()
     if dtype == torch.bfloat16:
         a, b = a.bfloat16(), b.bfloat16()
     exact = weight.double() * (b.double() @ a.double())

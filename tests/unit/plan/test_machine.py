@@ -10,10 +10,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from veneer.ops.scaled import ScaledCodes, decode_scaled
+from veneer.ops.traced import tracing
 from veneer.plan import machine
 from veneer.plan.machine import Rates
 from veneer.plan.time import ROUGH, seconds_here
-from veneer.plan.work import Work
+from veneer.plan.work import CountWork, Work
 
 
 def test_products_are_measured_on_what_no_cache_holds(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -76,3 +78,28 @@ def test_a_rate_measured_while_others_use_the_cores_is_told_and_measured_anew(
     busy = True
     assert Rates.here().known == {"decoded": 3.0, "attention": 5.0}
     assert not Rates.here().rough
+
+
+@pytest.mark.parametrize("weight", [
+    ScaledCodes(torch.zeros(6, 48, dtype=torch.uint8), torch.ones(6, 3), 48, 16, zeros=torch.ones(6, 3)),
+    ScaledCodes(torch.zeros(6, 24, dtype=torch.uint8), torch.ones(6, 3), 48, 16, bits=4),
+    ScaledCodes(torch.zeros(6, 48, dtype=torch.uint8), torch.ones(2, 3), 48, 16, "e4m3", height=4),
+    ScaledCodes(
+        torch.zeros(6, 24, dtype=torch.uint8), torch.ones(6, 3).to(torch.float8_e4m3fn), 48, 16, "e2m1", 4,
+        overall=torch.tensor(2.0), divides=True, rounding=torch.bfloat16,
+    ),
+])  # fmt: skip
+def test_a_tile_that_is_timed_is_coded_as_the_weight(weight: ScaledCodes, monkeypatch: pytest.MonkeyPatch) -> None:
+    counted, timed = CountWork(), []
+    counted.on = True
+    with tracing(counted.kernel):
+        decode_scaled(weight, slice(0, 6), backend="cpu")
+    (codec,) = counted.passes[0].decoded_tiles
+    monkeypatch.setattr(machine, "decode_scaled", lambda tile, rows: timed.append(tile))
+    machine._scaled_tile(8, 96, *codec.numbers)()
+
+    def facts(w: ScaledCodes) -> tuple[object, ...]:
+        beside = [None if t is None else t.dtype for t in (w.scales, w.zeros, w.overall)]
+        return w.bits, w.coding, w.group, w.height, w.divides, w.rounding, beside
+
+    assert facts(timed[0]) == facts(weight)

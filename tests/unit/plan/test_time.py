@@ -7,8 +7,9 @@ from collections import Counter
 import pytest
 
 from veneer.plan.cards import Card
+from veneer.plan.products import Product
 from veneer.plan.time import seconds_on
-from veneer.plan.work import Codec, Product, Work
+from veneer.plan.work import Codec, Work
 
 
 def test_a_data_sheet_gives_products_bytes_updates_and_calls_their_time() -> None:

@@ -19,10 +19,11 @@ from veneer.plan.live import LiveBytes
 from veneer.plan.machine import Rates
 from veneer.plan.measure import measured_model
 from veneer.plan.plan import batch_of, plan_recipe
+from veneer.plan.products import Product
 from veneer.plan.trace import make_optimizer, prepare, run_steps, trace
-from veneer.plan.work import Codec, CountWork, Product, Work
+from veneer.plan.work import Codec, CountWork, Work
 
-Q4_K, GPTQ = Codec("ggml_decode", (12,)), Codec("scaled_decode", (4, 0, 2, 5, 64, 2))
+Q4_K, GPTQ = Codec("ggml_decode", (12,)), Codec("scaled_decode", (4, 0, 2, 5, 0, 1, 64, 2))
 WORK = Work(
     Counter({Product(3, 5, 7, "bfloat16"): 2}), attention=11.0, torch_attention=Counter({130: 13}), decoded=17.0,
     decoded_tiles=Counter({Q4_K: 43, GPTQ: 47}), moved=19.0, updated=23.0, updated_8bit=29.0,
@@ -30,7 +31,7 @@ WORK = Work(
 )  # fmt: skip
 RATES = {
     "product 3 5 7 bfloat16": 2.0, "attention": 3.0, "attention of torch, 128 tokens": 5.0, "decoded": 7.0,
-    "decoded in tiles, ggml_decode 12": 37.0, "decoded in tiles, scaled_decode 4 0 2 5 64 2": 41.0,
+    "decoded in tiles, ggml_decode 12": 37.0, "decoded in tiles, scaled_decode 4 0 2 5 0 1 64 2": 41.0,
     "byte of a large op": 11.0,
     "byte of elementwise work": 13.0, "updated in 8 bits": 17.0, "op of a step, fused path": 19.0,
     "op of a step, general path": 23.0, "op watched in a step": 29.0,

@@ -1,4 +1,4 @@
-"""Form of a term: its numbers in one of a few arrangements, for kernels that map rows one by one."""
+"""Form of a term: its numbers in one of a few arrangements, for kernels that map rows."""
 
 from __future__ import annotations
 

@@ -32,7 +32,7 @@ class Term:
         return cast(Self, replace(cast(Any, self), **dict(zip(held, tensors, strict=True))))
 
     def form(self) -> Form | None:
-        """Return the term as kernels for single rows know it; None if they do not."""
+        """Return the term as kernels that map rows know it; None if they do not."""
         return None
 
     @property

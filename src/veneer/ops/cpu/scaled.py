@@ -12,7 +12,7 @@ from veneer.ops.reference import scaled as reference
 from veneer.ops.scaled import CODINGS, ScaledCodes
 
 STORED = {**DTYPES, torch.float8_e8m0fnu: 3, torch.float8_e4m3fn: 4, torch.uint8: 5}
-"""As csrc/coded/coded.h counts how scales and zeros are stored."""
+"""As csrc/coded/coded.h counts how scales and zeros are stored; -1 stands for no zeros."""
 
 
 def decode(w: ScaledCodes, index: slice | Int[Tensor, " k"]) -> Float32[Tensor, "k columns"]:
@@ -45,7 +45,7 @@ def _matrix(w: ScaledCodes) -> tuple[int | float | bool, ...]:
         address(w.scales),
         STORED[torch.float8_e8m0fnu if power else w.scales.dtype],
         0 if w.zeros is None else address(w.zeros),
-        0 if w.zeros is None else STORED[w.zeros.dtype],
+        -1 if w.zeros is None else STORED[w.zeros.dtype],
         zero,
         0 if w.overall is None else address(w.overall),
         w.divides,

@@ -31,8 +31,9 @@ class LinearLayer:
     many there are: serving promises that.
 
     A record's tensors may be wider than x (float32 with bf16). Pairs are rounded for the products, which accumulate in
-    float32. So are changes of many rows, unless they would lose by it. Of a rotation in blocks the difference from the
-    identity is rounded, and of other terms nothing. Gradients are in the tensors' own dtype.
+    float32. Kernels map many rows by a form in float32 (`ops.forms`). If there is no such kernel, changes of many rows
+    are rounded unless they would lose by it, and of a rotation in blocks the difference from the identity is. Of other
+    terms nothing is rounded. Gradients are in the tensors' own dtype.
     """
 
     weight: Weight

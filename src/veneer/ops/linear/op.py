@@ -105,12 +105,13 @@ def forward(
     alone = owns_x and len(layers) == 1
     inputs = [mapped_input(x, layer, overwrite=alone) for layer in layers]
     read_by_adds = [own if layer.adds_to_mapped else x for own, layer in zip(inputs, layers, strict=True)]
-    reads = _operands([*inputs, *read_by_adds])
-    zs = [product(own, read, layer.weight) for own, read, layer in zip(inputs, reads, layers, strict=False)]
+    by_pairs = [own for own, layer in zip(read_by_adds, layers, strict=True) if layer.is_lowrank]
+    reads = _operands([*inputs, *by_pairs])
+    zs = [product(own, reads[id(own)], layer.weight) for own, layer in zip(inputs, layers, strict=True)]
     us = tuple(
         add_low_rank(
             read_by_adds[places[0]],
-            reads[len(layers) + places[0]],
+            reads[id(read_by_adds[places[0]])],
             [zs[i] for i in places],
             [layers[i] for i in places],
         )
@@ -293,7 +294,7 @@ def _summed(total: Tensor | None, part: Tensor) -> Tensor:
     return part if total is None else total.add_(part)
 
 
-def _operands(inputs: Sequence[Tensor]) -> list[Tensor]:
-    """Each as `matmul` reads it, widened once where it is the same."""
-    read = {id(x): operand(x) for x in inputs}
-    return [read[id(x)] for x in inputs]
+def _operands(inputs: Sequence[Tensor]) -> dict[int, Tensor]:
+    """Each as `matmul` reads it, by its identity: it is widened once, however many layers read it."""
+    distinct = {id(x): x for x in inputs}
+    return {key: operand(x) for key, x in distinct.items()}

@@ -50,6 +50,7 @@ def triplets() -> Triplets:
 BASES = bases(Draw(seed=11, r=4, small=IN, large=OUT))
 CHANGES = {
     "Kronecker": lambda: Kronecker(w1=drawn(3, 5), w2=drawn(7, 3)),
+    "Kronecker by rows": lambda: Kronecker(w1=drawn(OUT, 1), w2=drawn(1, IN)),  # a kernel maps many rows by its form
     "circulant": lambda: Circulant(kernel=drawn(7, 5, 3), scale=0.3),
     "sparse": lambda: Sparse(values=drawn(31), places=flat(31), size=(OUT, IN)),
     "spectrum": lambda: Spectrum(values=drawn(31), **places(31), size=(OUT, IN), scaling=3.0),
@@ -127,7 +128,8 @@ def test_only_changes_with_a_product_of_their_own_use_it() -> None:
     asked = {name: [change(name).is_made_for(n, torch.float32) for n in (FEW, ROWS)] for name in CHANGES}
     own, made, by_rows = [False, False], [True, True], [False, True]
     assert asked == {
-        "Kronecker": own, "circulant": by_rows, "sparse": made, "spectrum": by_rows, "coefficients": by_rows,
+        "Kronecker": own, "Kronecker by rows": own, "circulant": by_rows, "sparse": made, "spectrum": by_rows,
+        "coefficients": by_rows,
         "Hadamard": made, "random bases": by_rows, "in a basis": by_rows, "triplets": by_rows, "weighed": made,
         "transposed": own,
     }  # fmt: skip

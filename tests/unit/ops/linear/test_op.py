@@ -9,6 +9,7 @@ from veneer.core.records import LinearDelta
 from veneer.core.terms.rotation import BlockRotation
 from veneer.errors import ShapeError
 from veneer.ops.grouped_low_rank import AdapterRuns
+from veneer.ops.linear import op
 from veneer.ops.linear.layer import LinearLayer
 from veneer.ops.linear.op import linear, linears
 from veneer.quant.dense import DenseWeight
@@ -86,6 +87,19 @@ def test_float64_gradcheck_of_one_layer():
     assert torch.autograd.gradcheck(
         lambda x, a, b: linear(x, LinearLayer(weight=w, bias=bias, records=(flat_record(a=a, b=b, scale=1.7),))), leaves
     )
+
+
+def test_an_input_is_widened_once_and_only_if_a_product_reads_it(monkeypatch):
+    widened = []
+    monkeypatch.setattr(op, "operand", lambda x: widened.append(x) or x)
+    x, pair = torch.ones(3, 6), flat_record(a=torch.ones(2, 6), b=torch.ones(7, 2), scale=1.0)
+    rotation = LinearDelta(input=BlockRotation(torch.ones(2, 3, 3)))
+    layers = [LinearLayer(weight=torch.ones(7, 6), records=(record,)) for record in (pair, pair, rotation)]
+    op.forward(x, layers)
+    assert [own is x for own in widened] == [True, False]
+    widened.clear()
+    op.forward(x, layers[2:])
+    assert [own is x for own in widened] == [False]
 
 
 def test_input_without_gradient():

@@ -9,9 +9,10 @@ from torch import Tensor
 from flat_records import flat_record
 from veneer.core.linear import apply_linear
 from veneer.core.records import LinearDelta
+from veneer.core.terms.rotation import BlockRotation
 from veneer.ops.grouped_low_rank import AdapterRuns, Run
 from veneer.ops.linear.layer import LinearLayer
-from veneer.ops.linear.op import linears
+from veneer.ops.linear.op import _together, linears
 from veneer.quant.dense import DenseWeight
 
 OUTS = (31, 17, 23)
@@ -85,3 +86,57 @@ def test_against_every_row_by_itself(dtype: torch.dtype) -> None:
     for own, torchs, truth in zip(ours, plain, exact, strict=True):
         error = (own.double() - truth).abs().max()
         assert error <= 2 * (torchs.double() - truth).abs().max() + 1e-12
+
+
+TURNED_RECORD = (0, 1, None, 0)  # of each row: a pair, a rotation (on the second layer with a pair), and nothing
+
+
+def turned_records(layer: int, tensors: list[Tensor]) -> tuple[LinearDelta, ...]:
+    """Of one layer: a pair, and a rotation of inputs. The third layer has no rotation."""
+    a, b, blocks, own_a, own_b = tensors
+    pair = flat_record(a=a, b=b, scale=1.7)
+    adds = flat_record(a=own_a, b=own_b, scale=0.3).adds if layer == 1 else ()
+    return pair, LinearDelta() if layer == 2 else LinearDelta(adds=adds, input=BlockRotation(blocks))
+
+
+def turned_gradients(
+    length: int, dtype: torch.dtype, adapter_dtype: torch.dtype, *, by_rows: bool
+) -> tuple[list[LinearLayer], list[Tensor]]:
+    """Layers, and their outputs and gradients: all rows at once, or by the record's formula row by row."""
+    generator = torch.Generator().manual_seed(4)
+
+    def drawn(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).bfloat16().float() * 0.25  # 16 bits hold it
+
+    x, weights = drawn(4, length, 28).to(dtype).requires_grad_(), [drawn(o, 28).to(dtype) for o in OUTS]
+    dys = [drawn(4, length, o).to(dtype) for o in OUTS]
+    sizes = [((5, 28), (o, 5), (4, 7, 7), (3, 28), (o, 3)) for o in OUTS]
+    tensors = [[drawn(*shape).to(adapter_dtype).requires_grad_() for shape in each] for each in sizes]
+    records = [turned_records(layer, each) for layer, each in enumerate(tensors)]
+    runs = AdapterRuns((Run(0, 0, 1), Run(1, 1, 2), Run(0, 3, 4)), 4)
+    layers = [LinearLayer(weight=w, records=own, runs=runs) for w, own in zip(weights, records, strict=True)]
+    if by_rows:
+        ys = [
+            torch.stack([
+                apply_linear(LinearDelta() if k is None else own[k], row, DenseWeight(w))
+                for row, k in zip(x, TURNED_RECORD, strict=True)
+            ])
+            for w, own in zip(weights, records, strict=True)
+        ]  # fmt: skip
+    else:
+        ys = list(linears(x, layers))
+    leaves = [t for own in records for record in own for t in record.tensors]
+    return layers, [*(y.detach() for y in ys), *torch.autograd.grad(ys, [x, *leaves], dys)]
+
+
+@pytest.mark.parametrize("length", [7, 67])  # kernels map the rows of a batch
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_rotation_of_some_rows_beside_pairs_of_others(dtype: torch.dtype, length: int) -> None:
+    layers, ours = turned_gradients(length, dtype, torch.float32, by_rows=False)
+    assert [layer.adds_to_mapped for layer in layers] == [False, True, False]
+    assert _together(layers) == [[0, 2], [1]]  # two layers' pairs read x, in one call
+    _, plain = turned_gradients(length, dtype, dtype, by_rows=True)
+    _, exact = turned_gradients(length, torch.float64, torch.float64, by_rows=True)
+    for own, torchs, truth in zip(ours, plain, exact, strict=True):
+        error = (own.double() - truth).abs().max()
+        assert error <= 2 * (torchs.double() - truth).abs().max() + 1e-6 * truth.abs().max()

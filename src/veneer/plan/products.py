@@ -1,0 +1,76 @@
+"""Matrix products by shape, and those that kernels compute, by the arguments of their calls."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from veneer.ops.cpu.module import DTYPES
+from veneer.ops.terms import TERM_KINDS
+
+
+@dataclass(frozen=True, slots=True)
+class Product:
+    """Matrix product ``(m, k) · (k, n)``, ``batch`` of them."""
+
+    m: int
+    k: int
+    n: int
+    dtype: str
+    batch: int = 1
+
+    @property
+    def flops(self) -> float:
+        """FLOPs, two for each multiply-add."""
+        return 2.0 * self.batch * self.m * self.k * self.n
+
+
+def kernel_products(name: str, arguments: tuple[Any, ...]) -> list[Product]:
+    """Return the products of a call of a kernel that maps rows by forms or by pairs; none of other kernels."""
+    if name == "terms_map":
+        form, _, n = arguments[:3]
+        return list(_of_form(form, n))
+    if name == "terms_gradients":
+        form, n = arguments[:2]
+        return list(_of_form(form, n)) * (2 if TERM_KINDS[form[0]] == "kronecker" else 1)  # one for each factor
+    if name in ("grouped_low_rank_forward", "grouped_low_rank_backward"):
+        return list(_of_pairs(arguments, backward=name.endswith("backward")))
+    return []
+
+
+def _of_form(form: Sequence[int], n: int) -> Iterator[Product]:
+    """Of n rows in float32, by the numbers of ``form_at`` in csrc/terms/bindings.cpp.
+
+    Those of a sparse matrix count as a product of as many multiplications, at whose rate they are taken to run.
+    """
+    kind, sizes, n_places = TERM_KINDS[form[0]], form[1:5], form[-1]
+    if kind == "blocks":
+        k, b = sizes[:2]
+        yield Product(n, b, b, "float32", k)
+    elif kind == "sparse":
+        yield Product(n, max(1, round(n_places / sizes[0])), sizes[0], "float32")
+    elif kind == "kronecker":
+        o1, i1, o2, i2 = sizes
+        yield Product(n * i1, i2, o2, "float32")
+        yield Product(n * o2, i1, o1, "float32")
+
+
+def _of_pairs(arguments: tuple[Any, ...], *, backward: bool) -> Iterator[Product]:
+    """By the struct ``Given`` of csrc/grouped_low_rank/bindings.cpp, run by run.
+
+    The backward pass has the gradient in x too. A traced call does not tell if that is asked for.
+    """
+    dtypes, i, outs, pairs, _, _, runs = arguments[:7]
+    dtype = next(str(kind).removeprefix("torch.") for kind, number in DTYPES.items() if number == dtypes[0])
+    n_adapters = len(pairs) // 3 // len(outs)
+    for k, start, stop in zip(runs[::3], runs[1::3], runs[2::3], strict=True):
+        n = stop - start
+        ranks = [pairs[3 * (layer * n_adapters + k) + 2] for layer in range(len(outs))]
+        if not any(ranks):
+            continue
+        yield Product(n, i, sum(ranks), dtype)
+        yield from (Product(n, r, o, dtype) for r, o in zip(ranks, outs, strict=True) if r)
+        if backward:
+            yield Product(sum(ranks), n, i, dtype)
+            yield from (Product(o, n, r, dtype) for r, o in zip(ranks, outs, strict=True) if r)

@@ -1,0 +1,71 @@
+"""Products of kernels: those of the matrices that their forms and pairs stand for, in either pass."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+import torch
+
+from veneer.core.terms.form import Form
+from veneer.ops.forms import form_gradients, map_rows, shape_of
+from veneer.ops.grouped_low_rank import AdapterRuns, LowRankGroup, Run, add_grouped_low_rank, grouped_low_rank_backward
+from veneer.ops.traced import tracing
+from veneer.plan.products import Product
+from veneer.plan.work import CountWork
+
+N = 67
+BLOCKS = Form("blocks", (5, 32), torch.ones(5, 32, 32))
+SPARSE = Form("sparse", (37, 53), torch.ones(299), places=torch.arange(299))
+KRONECKER = Form("kronecker", (5, 7, 24, 19), torch.ones(5, 7), torch.ones(24, 19))
+FORMS = {
+    "blocks": (BLOCKS, [Product(N, 32, 32, "float32", 5)], 1),
+    "sparse": (SPARSE, [Product(N, 8, 37, "float32")], 1),  # 299 values of 37 outputs
+    "kronecker": (KRONECKER, [Product(7 * N, 19, 24, "float32"), Product(24 * N, 7, 5, "float32")], 2),
+}
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("kind", FORMS)
+def test_forms_count_as_products_in_float32(kind: str, transposed: bool) -> None:
+    form, products, n_factors = FORMS[kind]
+    o, i = shape_of(form)
+    counted = CountWork()
+    counted.on = True
+    with tracing(counted.kernel):
+        x, dy = torch.ones(N, i, dtype=torch.bfloat16), torch.ones(N, o, dtype=torch.bfloat16)
+        map_rows(form, *((dy, x) if transposed else (x, dy)), add=True, transposed=transposed, backend="cpu")
+    assert counted.passes[0].products == Counter(products)
+    counted = CountWork()
+    counted.on = True
+    with tracing(counted.kernel):
+        form_gradients(form, dy, x, backend="cpu")
+    assert counted.passes[0].products == Counter(products * n_factors)
+
+
+def test_pairs_count_by_the_runs_that_take_them() -> None:
+    counted = CountWork()
+    counted.on = True
+    rows = AdapterRuns((Run(0, 0, 11), Run(1, 11, 16), Run(2, 16, 19)), 23)  # four rows have no adapter
+    with tracing(counted.kernel):
+        x, ys = torch.ones(23, 29), [torch.ones(23, o) for o in (31, 17)]
+        groups = [
+            LowRankGroup(
+                tuple(torch.ones(r, 29) if r else None for r in ranks),
+                tuple(torch.ones(o, r) if r else None for r in ranks),
+                (1.0, 1.0, 1.0),
+            )
+            for o, ranks in ((31, (5, 0, 0)), (17, (2, 3, 0)))
+        ]
+        u = add_grouped_low_rank(x, groups, rows, ys, backend="cpu")
+    forward = [
+        Product(11, 29, 7, "float32"), Product(11, 5, 31, "float32"), Product(11, 2, 17, "float32"),
+        Product(5, 29, 3, "float32"), Product(5, 3, 17, "float32"),
+    ]  # fmt: skip
+    assert counted.passes[0].products == Counter(forward)
+    counted = CountWork()
+    counted.on = True
+    with tracing(counted.kernel):
+        grouped_low_rank_backward(ys, x, u, groups, rows, backend="cpu")
+    products = counted.passes[0].products
+    assert sum(p.flops * n for p, n in products.items()) == 2 * sum(p.flops for p in forward)
