@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -25,8 +25,8 @@ class LinearSite:
     of ``a`` and ``b``, and ``weight`` is None.
     ``repeats``: how often a low-rank update is added (twice by PEFT at the output projection of torch's attention).
     ``row_sq`` returns the squared norms of the rows of the weight. The holder of the site computes them once.
-    ``found`` keeps what a method has found in the weight until it derives its factors. The holder of the site keeps it,
-    and drops it if the weight changes.
+    ``found`` is a cache of what methods find in the weight, each by a key of its own. A method drops its entry when it
+    derives its factors. The holder of the site keeps the cache, and empties it if the weight changes.
     """
 
     name: str
@@ -41,7 +41,7 @@ class LinearSite:
     experts: int = 1
     repeats: int = 1
     has_bias: bool = False
-    found: dict[Hashable, Any] = field(default_factory=dict, compare=False, repr=False)
+    found: dict[Hashable, object] = field(default_factory=dict, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.bias is not None:

@@ -158,7 +158,7 @@ class AdamssConfig(LinearMethod):
         if is_tracing():  # of a plan, before weights have values
             return {_ORDER: torch.arange(site.out_features)}
         order = torch.cat(self._parts(site).rows).argsort()
-        site.found.clear()  # nobody asks again
+        site.found.pop(self._key, None)  # it is not asked for again
         return {_ORDER: order}
 
     def lower(self, site: LinearSite, params: Params) -> LinearDelta:
@@ -186,14 +186,16 @@ class AdamssConfig(LinearMethod):
 
     def _parts(self, site: LinearSite) -> Parts:
         """The parts of a site's weight. The site keeps them until `derived` is asked, as decomposing takes long."""
-        return site.found.get(self._key) or self._decomposed(site)[1]
+        kept = site.found.get(self._key)
+        return kept if isinstance(kept, Parts) else self._decomposed(site)[1]
 
     def _decomposed(self, site: LinearSite) -> tuple[Float[Tensor, "o r"], Parts]:
-        """The left singular vectors of a site's weight, and the parts that are kept."""
+        """The left singular vectors of a site's weight, and its parts, which the site keeps."""
         u, s, v = self.decomposed(site)
         rows = clustered(u, self.n_clusters(site), site.name)
-        site.found[self._key] = Parts(s, v, rows, [self._rank(u[each]) for each in rows])
-        return u, site.found[self._key]
+        parts = Parts(s, v, rows, [self._rank(u[each]) for each in rows])
+        site.found[self._key] = parts
+        return u, parts
 
     @property
     def _key(self) -> Hashable:

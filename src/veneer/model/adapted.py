@@ -67,7 +67,7 @@ class Kept:
     """
 
     row_sq: Tensor | None = None
-    found: dict[Hashable, Any] = field(default_factory=dict)
+    found: dict[Hashable, object] = field(default_factory=dict)
     merged_weight: Tensor | None = None
     read: dict[str, Tensor | None] | None = None
     attention: nn.Module | None = None

@@ -175,6 +175,15 @@ def test_a_weight_is_decomposed_once_at_the_start_and_once_at_a_load(tmp_path, m
     assert n == [2 * n_layers + 1]  # another weight may have other clusters
 
 
+def test_an_adapter_drops_its_own_parts_of_a_weight_alone():
+    place = LinearSite(name="q_proj", in_features=5, out_features=11, weight=DenseWeight(torch.randn(11, 5)))
+    first, second = (AdamssConfig(r=r, num_subspaces=3) for r in (3, 4))
+    params = first.init(place)
+    kept = second._parts(place)
+    first.derived(place, params)
+    assert list(place.found.values()) == [kept]
+
+
 def test_what_it_refuses(monkeypatch):
     asa = {"use_asa": True}
     for fields, words in (
