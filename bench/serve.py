@@ -7,7 +7,7 @@ The load: 64 new tokens for each of 32 prompts of 32 tokens, SmolLM2-135M in bfl
 faster for them), adapters of rank 16 on all linear layers. veneer, transformers' `generate` and PEFT's mixed batch run
 in this environment; vLLM, OpenVINO GenAI and llama.cpp (cyllama) where a Python that has them is given. Before anything
 is timed, answers are compared: where two engines part, the two tokens must be nearly as likely by transformers in
-float32. They may be 0.35 apart in logits, or as far as transformers' own bfloat16 moves such a difference in that run.
+float32. They may be 0.35 apart in logits, or as far as transformers' own bfloat16 moves their difference at that place.
 Prints output tokens a second, ratios, and veneer's share of the bound measured in the run.
 """
 
@@ -261,20 +261,22 @@ def require_equal(
         apart = max(map(abs, gaps), default=0.0)
         print(f"{load.title}: {len(asked) - len(parted)} of {len(asked)} answers of {peer} are veneer's", end="")
         print(f"; the others part at logits {apart:.2f} apart at most" if gaps else "", flush=True)
-        if apart > NEAR and "4 bits" not in load.title:
-            require_rounding(args, pairs, gaps, apart)
+        if "4 bits" not in load.title:
+            require_rounding(args, pairs, gaps)
 
 
-def require_rounding(args: argparse.Namespace, pairs: Sequence[Parted], gaps: Sequence[float], apart: float) -> None:
-    """SystemExit if tokens are further apart than transformers' bfloat16 moves two logits where these answers part.
+def require_rounding(args: argparse.Namespace, pairs: Sequence[Parted], gaps: Sequence[float]) -> None:
+    """SystemExit if two tokens are further apart than `NEAR` and than transformers' bfloat16 moves them at that place.
 
     The more requests there are, the rarer are the roundings among them. Engines round in other places than transformers
     does, and no less: each may move a difference as far.
     """
-    moved = max(abs(preference(args.place, *pair, torch.bfloat16) - gap) for pair, gap in zip(pairs, gaps, strict=True))
-    print(f"  transformers' own bfloat16 moves these differences by up to {moved:.2f}", flush=True)
-    if apart > moved:
-        raise SystemExit(f"that is more than rounding turns round ({NEAR}, {moved:.2f}): no times are given")
+    far = [(pair, abs(gap), gap) for pair, gap in zip(pairs, gaps, strict=True) if abs(gap) > NEAR]
+    for pair, apart, gap in far:
+        moved = abs(preference(args.place, *pair, torch.bfloat16) - gap)
+        print(f"  {apart:.2f} apart: transformers' own bfloat16 moves this difference by {moved:.2f}", flush=True)
+        if apart > moved:
+            raise SystemExit(f"that is more than rounding turns round ({NEAR}, {moved:.2f}): no times are given")
 
 
 def preference(

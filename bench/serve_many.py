@@ -310,7 +310,7 @@ def gaps(args: Any, model: str, scratch: Path) -> dict[str, float]:
         f"p99 {ratios[True]:.1f} times the median (goal at most {GAPS}), at {share:.2f} of the tokens (goal {TOKENS});"
     )
     print(f"{early:.2f} of them until the last long prompt is answered, of which the slower engine draws more\n")
-    return {"gaps": ratios[True], "tokens": share, "tokens until the last prompt": early}
+    return {"gaps": ratios[True], "tokens of the whole load": share, "tokens until the last prompt": early}
 
 
 def streams(llm: LLM, n_prompts: int, n_long: int) -> Watched:
