@@ -13,6 +13,7 @@ from veneer.core.frozen import FrozenWeight
 from veneer.core.records import LinearDelta
 from veneer.core.terms.in_order import in_order
 from veneer.core.terms.scale import Scale
+from veneer.core.terms.term import RowsProduct
 from veneer.errors import CompositionError
 
 BLOCK_VALUES = 1 << 18
@@ -100,12 +101,13 @@ def apply_embedding(
     token_ids: Int[Tensor, "*batch"],
     looked_up: Float[Tensor, "*batch o"],
     padding_idx: int | None = None,
+    linear: RowsProduct = torch.nn.functional.linear,
 ) -> Float[Tensor, "*batch o"]:
     """Return the adapted embedding's output, given the output of the frozen table.
 
     It is `apply_linear` on one-hot rows, computed by look-up. A table that multiplies its output (Gemma's) needs a
     record that is multiplied likewise (`LinearDelta.with_adds_times`). As in torch's embedding, the column of a change
-    at the token ``padding_idx`` gets no gradient.
+    at the token ``padding_idx`` gets no gradient. ``linear`` multiplies rows by a factor of a term.
 
     Raises CompositionError for a record that rotates its inputs: a row would be a mix of other rows.
     """
@@ -115,7 +117,7 @@ def apply_embedding(
         )
     y = looked_up
     for term in delta.adds:
-        y = y + term.look_up(token_ids, padding_idx)
+        y = y + term.look_up(token_ids, padding_idx, linear)
     if delta.input_scale is not None:
         y = y * delta.input_scale[token_ids][..., None]
     if delta.output is not None:

@@ -10,6 +10,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from veneer.core.terms.term import RowsProduct
+
 
 def put_rows(
     table: Float[Tensor, "n_tokens d"], index: Int[Tensor, " n"], rows: Float[Tensor, "n d"]
@@ -43,10 +45,12 @@ def project_rows(
     index: Int[Tensor, " n"],
     rows: Float[Tensor, "n d"],
     bias: Float[Tensor, " n_tokens"] | None = None,
+    linear: RowsProduct = torch.nn.functional.linear,
 ) -> Float[Tensor, "*batch n_tokens"]:
     """Return the output of a head whose weight is `put_rows`, given the output with its own weight.
 
-    The gradient of the rows is a product of their own size. The gradient of the whole table is never formed.
+    ``linear`` multiplies x by the rows, whose gradient is a product of their own size. The gradient of the whole table
+    is never formed.
     """
-    own = torch.nn.functional.linear(x, rows.to(x.dtype), None if bias is None else bias[index])
+    own = linear(x, rows.to(x.dtype), None if bias is None else bias[index])
     return y.index_copy(-1, index, own.to(y.dtype))

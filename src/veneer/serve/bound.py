@@ -26,6 +26,7 @@ from veneer.ops.activation import activation_forward
 from veneer.ops.glu import ACTIVATIONS as GATED
 from veneer.ops.glu import glu_forward
 from veneer.ops.grouped_low_rank import AdapterRuns
+from veneer.ops.packed import ROWS, PackedWeight, over_rows
 from veneer.ops.rotary import rotate
 from veneer.ops.sample import likeliest
 from veneer.serve.bottleneck import Bottleneck
@@ -116,11 +117,18 @@ class Embedding:
                 h[rows] = look_up_rows(ids[rows], h[rows], index, self._scaled(values.to(h.dtype)))
             if effects.table is not None:
                 record = effects.table.with_adds_times(self.own_multiplier)
-                h[rows] = apply_embedding(record, ids[rows], h[rows])
+                h[rows] = apply_embedding(record, ids[rows], h[rows], linear=_each_alone)
         return h
 
     def _scaled(self, rows: Tensor) -> Tensor:
         return rows if self.own_multiplier == 1 else rows * self.own_multiplier
+
+
+def _each_alone(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Rows (n, i) times a weight (o, i). torch's product of a row may depend on how many rows there are."""
+    if not x.is_cpu or x.dtype not in ROWS:
+        return functional.linear(x, weight, bias)
+    return PackedWeight.pack(weight).matmul(x, onto=over_rows(bias, len(x)))
 
 
 class HeadsOf:
@@ -344,7 +352,8 @@ class LogitsOf:
         for number, start, stop in runs.runs:
             own = self.effects[versions[number]].rows.get(self.head.linear.path)
             if own is not None:
-                y[start:stop] = project_rows(x[start:stop], y[start:stop], *own, self.linears.biases[0])
+                bias = self.linears.biases[0]
+                y[start:stop] = project_rows(x[start:stop], y[start:stop], *own, bias, _each_alone)
         return y.float() * self.head.scale if self.head.scale != 1 else y
 
     def hidden(self, h: Tensor, rows: Tensor, runs: AdapterRuns, versions: tuple[str, ...]) -> Tensor:

@@ -91,6 +91,12 @@ METHODS: dict[str, Callable[[], Any]] = {
     "ptuning": lambda: PromptEncoderConfig(num_virtual_tokens=2, encoder_hidden_size=11),
     "saved": lambda: LoraConfig(r=2, lora_alpha=5, target_modules=["v_proj"], modules_to_save=["lm_head", "norm"]),
     "head": lambda: LoraConfig(r=2, lora_alpha=5, target_modules=["lm_head", "embed_tokens"]),
+    "tokens": lambda: LoraConfig(
+        r=2,
+        lora_alpha=5,
+        target_modules=["v_proj"],
+        trainable_token_indices={"embed_tokens": [5, 88, 213], "lm_head": [44, 70]},
+    ),
 }
 
 

@@ -28,7 +28,7 @@ from veneer.serve.program_runner import ProgramAdapter, ProgramRunner, proved
 from .conftest import METHODS, make_model, save_adapter
 
 PROMPT = [5, 99, 41, 7, 18, 61]
-BESIDE = {"saved", "head", "bottleneck", "prefix", "prompt", "multitask", "ptuning"}
+BESIDE = {"saved", "head", "tokens", "bottleneck", "prefix", "prompt", "multitask", "ptuning"}
 UNSAID = {"fourierft"}  # its change is an object of its own
 
 

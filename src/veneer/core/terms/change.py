@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from veneer.core.terms.form import Form
-from veneer.core.terms.term import Term
+from veneer.core.terms.term import RowsProduct, Term
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,8 +70,13 @@ class Change(Term, ABC):
         """
         return self
 
-    def look_up(self, index: Tensor, padding_idx: int | None = None) -> Float[Tensor, "*batch o"]:
-        """Return the columns of the change at token ids. The column at ``padding_idx`` gets no gradient."""
+    def look_up(
+        self, index: Tensor, padding_idx: int | None = None, linear: RowsProduct = torch.nn.functional.linear
+    ) -> Float[Tensor, "*batch o"]:
+        """Return the columns of the change at token ids. The column at ``padding_idx`` gets no gradient.
+
+        ``linear`` multiplies rows by a factor of the change, if it is read by its factors.
+        """
         return torch.nn.functional.embedding(index, self.dense().T, padding_idx)
 
     def weighed(self, weight: float) -> Change:

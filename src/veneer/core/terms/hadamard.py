@@ -11,6 +11,7 @@ from torch import Tensor
 from veneer.core.terms.base import Base
 from veneer.core.terms.change import Change
 from veneer.core.terms.form import Form
+from veneer.core.terms.term import RowsProduct
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,7 +36,9 @@ class Hadamard(Change):
     def weighed(self, weight: float) -> Hadamard:
         return replace(self, b=self.b * weight)
 
-    def look_up(self, index: Tensor, padding_idx: int | None = None) -> Tensor:
+    def look_up(
+        self, index: Tensor, padding_idx: int | None = None, linear: RowsProduct = torch.nn.functional.linear
+    ) -> Tensor:
         columns = torch.nn.functional.embedding(index, self.a.T, padding_idx)
         rows = torch.nn.functional.embedding(index, self.base.weight.dense().T)
-        return torch.nn.functional.linear(columns, self.b) * rows.to(self.dtype)
+        return linear(columns, self.b) * rows.to(self.dtype)

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from veneer.core.terms.term import Term
+from veneer.core.terms.term import RowsProduct, Term
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,15 +56,19 @@ class Pair(Term):
         """Return the product with x, in the pair's dtype. Rank first: the matrix ``B A`` is never formed."""
         return self.behind_a(torch.nn.functional.linear(x.to(self.a.dtype), self.a))
 
-    def behind_a(self, inner: Float[Tensor, "*batch r"]) -> Float[Tensor, "*batch o"]:
-        """Return ``scale * b_scale * B (core * inner)``, with ``inner`` = A x."""
+    def behind_a(
+        self, inner: Float[Tensor, "*batch r"], linear: RowsProduct = torch.nn.functional.linear
+    ) -> Float[Tensor, "*batch o"]:
+        """Return ``scale * b_scale * B (core * inner)``, with ``inner`` = A x. ``linear`` multiplies by B."""
         scaled = inner if self.core is None else inner * self.core
-        y = torch.nn.functional.linear(scaled, self.b) * self.scale
+        y = linear(scaled, self.b) * self.scale
         return y if self.b_scale is None else y * self.b_scale
 
-    def look_up(self, index: Tensor, padding_idx: int | None = None) -> Float[Tensor, "*batch o"]:
+    def look_up(
+        self, index: Tensor, padding_idx: int | None = None, linear: RowsProduct = torch.nn.functional.linear
+    ) -> Float[Tensor, "*batch o"]:
         """Return the columns of the change at token ids. The column of A at ``padding_idx`` gets no gradient."""
-        return self.behind_a(torch.nn.functional.embedding(index, self.a.T, padding_idx))
+        return self.behind_a(torch.nn.functional.embedding(index, self.a.T, padding_idx), linear)
 
     def dense(self, dtype: torch.dtype) -> Float[Tensor, "*experts o i"]:
         """Return the change as a matrix."""

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Self, cast
 
 from torch import Tensor
 
 from veneer.core.terms.form import Form
+
+RowsProduct = Callable[..., Tensor]
+"""Product of rows (*batch, i) with a weight (o, i), and a bias if there is one, as `torch.nn.functional.linear`."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ import pytest
 from gguf import GGUFReader, LlamaFileType
 
 from veneer.export.gguf.collect import CollectOptions, collect_importance
-from veneer.export.gguf.mix import MIXES
+from veneer.export.gguf.mixes import MIXES
 from veneer.export.gguf.model import GgufExport, GgufOptions, export_gguf
 from veneer.store.gguf.importance import Importance, read_importance
 
