@@ -9,6 +9,7 @@ So is the dispatch of traced tensors and of those on the meta device left out: i
 import gc
 import os
 import re
+import signal
 import sys
 from pathlib import Path
 
@@ -19,6 +20,8 @@ from sampling import mark_full, without_repeats
 from shapes import check_shapes
 
 os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # a shell starts jobs in the background so: tests interrupt runs
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 OPS = Path(__file__).parents[1] / "src" / "veneer" / "ops"
 CHECKED = [
