@@ -174,7 +174,9 @@ struct KroneckerSizes {
 template <int64_t R, int64_t C>
 void inner_tile(const float* a, const float* b, int64_t stride, int64_t groups, int64_t a_step, int64_t b_step, float* c, int64_t k) {
   lanes sums[R][C];
+#pragma GCC unroll 4
   for (int64_t r = 0; r < R; ++r)
+#pragma GCC unroll 2
     for (int64_t s = 0; s < C; ++s) sums[r][s] = load(c + (r * k + s) * width);
   for (int64_t g = 0; g < groups; ++g)
     for (int64_t l = 0; l < stride; l += width)
@@ -182,7 +184,9 @@ void inner_tile(const float* a, const float* b, int64_t stride, int64_t groups, 
         const lanes right = load(b + g * b_step + s * stride + l);
         for (int64_t r = 0; r < R; ++r) sums[r][s] += load(a + g * a_step + r * stride + l) * right;
       }
+#pragma GCC unroll 4
   for (int64_t r = 0; r < R; ++r)
+#pragma GCC unroll 2
     for (int64_t s = 0; s < C; ++s) store(c + (r * k + s) * width, sums[r][s]);
 }
 

@@ -23,35 +23,41 @@ constexpr int64_t most_rows = 4;
 constexpr int64_t most_rows = 2;
 #endif
 
-// Of each of R rows x (`apart` values apart) sum_j x[j] times the registers at w + j * stride; of even and of odd j.
-template <int64_t R, int64_t C>
-void tile(const float* x, int64_t apart, int64_t n, const float* w, int64_t stride, lanes (*sums)[R][C]) {
-  const auto step = [=](int64_t j, lanes (&to)[R][C]) {
-    for (int64_t c = 0; c < C; ++c) {
-      const lanes right = load(w + j * stride + c * width);
-      for (int64_t r = 0; r < R; ++r) to[r][c] += x[r * apart + j] * right;
-    }
-  };
-  int64_t j = 0;
-  for (; j + 2 <= n; j += 2) {
-    step(j, sums[0]);
-    step(j + 1, sums[1]);
-  }
-  if (j < n) step(j, sums[0]);
-}
-
-// The same over `parts` stretches of x and of w, with f(row, first column, values, sum) for each sum.
+// Stretches of x and of w, and how far apart they are.
 struct Stretches {
   int64_t n, x_step, w_step;
 };
+
+// f(row, first column, values, sum) for each of R rows x (`apart` values apart): sum_j x[j] times the registers at w + j * stride,
+// over all stretches; sums of even and of odd j are added at the end. The sums are local and their loops unrolled: compilers store
+// sums behind a pointer after each addition, as x and w could point to them, and keep arrays of longer loops in memory.
 template <int64_t R, int64_t C, class F>
 void sums_of(const float* x, int64_t apart, int64_t n, const float* w, int64_t stride, int64_t columns, const Stretches& parts, const F& f) {
-  lanes sums[2][R][C] = {};
-  for (int64_t p = 0; p < parts.n; ++p) tile<R, C>(x + p * parts.x_step, apart, n, w + p * parts.w_step, stride, sums);
+  lanes even[R][C], odd[R][C];
+#pragma GCC unroll 4
   for (int64_t r = 0; r < R; ++r)
-    for (int64_t c = 0; c * width < columns; ++c) {
+#pragma GCC unroll 2
+    for (int64_t c = 0; c < C; ++c) even[r][c] = odd[r][c] = lanes{};
+  const auto step = [=](const float* x, const float* w, lanes (&to)[R][C]) __attribute__((always_inline)) {
+    for (int64_t c = 0; c < C; ++c) {
+      const lanes right = load(w + c * width);
+      for (int64_t r = 0; r < R; ++r) to[r][c] += x[r * apart] * right;
+    }
+  };
+  for (int64_t p = 0; p < parts.n; ++p, x += parts.x_step, w += parts.w_step) {
+    int64_t j = 0;
+    for (; j + 2 <= n; j += 2) {
+      step(x + j, w + j * stride, even);
+      step(x + j + 1, w + (j + 1) * stride, odd);
+    }
+    if (j < n) step(x + j, w + j * stride, even);
+  }
+#pragma GCC unroll 4
+  for (int64_t r = 0; r < R; ++r)
+#pragma GCC unroll 2
+    for (int64_t c = 0; c < C; ++c) {
       const int64_t left = columns - c * width;
-      f(r, c * width, left < width ? left : width, sums[0][r][c] + sums[1][r][c]);
+      if (left > 0) f(r, c * width, left < width ? left : width, even[r][c] + odd[r][c]);
     }
 }
 
