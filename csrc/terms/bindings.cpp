@@ -66,6 +66,24 @@ void bind_terms(nb::module_& m) {
                                    reinterpret_cast<float*>(second), scratch});
       },
       nb::call_guard<nb::gil_scoped_release>());
+  m.def(
+      "terms_entries",
+      [](const std::vector<int64_t>& form, int dtype, uintptr_t weight, int64_t weight_stride, uintptr_t out) {
+        const FormAt f = form_at(form);
+        void* scratch = memory_of(terms_kernels().entries_bytes(f));
+        terms_kernels().entries({f, Dtype(dtype), rows_at(weight, weight_stride), reinterpret_cast<void*>(out), scratch});
+      },
+      nb::call_guard<nb::gil_scoped_release>());
+  m.def(
+      "terms_entry_gradients",
+      [](const std::vector<int64_t>& form, int dtype, uintptr_t weight, int64_t weight_stride, uintptr_t gradient, int64_t gradient_stride,
+         uintptr_t values, uintptr_t second) {
+        const FormAt f = form_at(form);
+        void* scratch = memory_of(terms_kernels().entry_gradient_bytes(f));
+        terms_kernels().entry_gradients({f, Dtype(dtype), rows_at(weight, weight_stride), rows_at(gradient, gradient_stride),
+                                         reinterpret_cast<float*>(values), reinterpret_cast<float*>(second), scratch});
+      },
+      nb::call_guard<nb::gil_scoped_release>());
 }
 
 }  // namespace veneer

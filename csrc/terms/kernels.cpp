@@ -1,6 +1,7 @@
 #include "terms/terms.h"
 
 #include "core/parallel.h"
+#include "terms/entries.h"
 #include "terms/many.h"
 #include "terms/sums.h"
 
@@ -342,7 +343,8 @@ void map(const MapCall& call) {
 
 }  // namespace
 
-const TermKernels terms = {scratch_bytes, apply, make_bytes, make, map_bytes, map, gradient_bytes, gradients};
+const TermKernels terms = {scratch_bytes, apply,     make_bytes,    make,    map_bytes,            map,
+                           gradient_bytes, gradients, entries_bytes, entries, entry_gradient_bytes, entry_gradients};
 
 }  // namespace VENEER_ISA
 }  // namespace veneer

@@ -37,7 +37,8 @@ struct TermCall {
   void* scratch;
 };
 
-// Numbers of a map with blocks, of a sparse one or of a Kronecker product, as `core.terms.form.Form` has them, all contiguous.
+// Numbers of a map with blocks, of a sparse one, of a Kronecker product or of factors that multiply a weight, as
+// `core.terms.form.Form` has them, all contiguous.
 // Places of a sparse matrix may come in any order, each once.
 struct FormAt {
   TermKind kind;
@@ -68,6 +69,23 @@ struct MapGradients {
   void* scratch;
 };
 
+// Of a form that multiplies a weight entry by entry: ``W ⊙ (B A)`` row by row without gaps, computed in float and rounded once.
+struct EntriesCall {
+  const FormAt& form;
+  Dtype dtype;
+  Rows weight;
+  void *out, *scratch;
+};
+
+// Gradients in A (`values`) and B (`second`), from that in `EntriesCall`'s result.
+struct EntryGradients {
+  const FormAt& form;
+  Dtype dtype;
+  Rows weight, gradient;
+  float *values, *second;
+  void* scratch;
+};
+
 struct TermKernels {
   int64_t (*scratch_bytes)(const Term& term);
   void (*apply)(const TermCall& call);
@@ -79,6 +97,10 @@ struct TermKernels {
   void (*map)(const MapCall& call);
   int64_t (*gradient_bytes)(const FormAt& form, int64_t n);
   void (*gradients)(const MapGradients& call);
+  int64_t (*entries_bytes)(const FormAt& form);
+  void (*entries)(const EntriesCall& call);
+  int64_t (*entry_gradient_bytes)(const FormAt& form);
+  void (*entry_gradients)(const EntryGradients& call);
 };
 
 VENEER_KERNELS(TermKernels, terms)

@@ -25,21 +25,20 @@ from veneer.contract.targets import FamilyTargets
 from veneer.core.records import LinearDelta
 from veneer.core.sequences import MEMBERS, means
 from veneer.core.sites import LinearSite
-from veneer.core.terms.mixture import Mixture
+from veneer.core.terms.mixture import LowRankMixture
 from veneer.inits.uniform import kaiming_uniform
 
 _A, _B, _ROUTER = "lily_A", "lily_B", "lily_router"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class SequenceMixture(Mixture):
+class SequenceMixture(LowRankMixture):
     """Change ``scale · Σₑ πₑ Bₑ A``, π the mean over a sequence of ``softmax(router A x)``.
 
     ``b`` holds the experts (r, o) one below the other. ``members`` are those of `core.sequences.Sequences`. Without
     them the last axis but one of the input is a sequence.
     """
 
-    a: Float[Tensor, "r i"]
     router: Float[Tensor, "e r"]
     b: Float[Tensor, "er o"]
     scale: float
@@ -49,18 +48,15 @@ class SequenceMixture(Mixture):
     def shape(self) -> tuple[int, int]:
         return self.b.shape[1], self.a.shape[1]
 
-    def matmul(self, x: Tensor) -> Tensor:
-        inner, wide = linear(x, self.a.to(x.dtype)), torch.promote_types(x.dtype, self.router.dtype)
+    def outward(self, inner: Tensor) -> tuple[Tensor, Tensor]:
+        wide = torch.promote_types(inner.dtype, self.router.dtype)  # the router chooses, so it is not rounded
         chosen = linear(inner.to(wide), self.router.to(wide)).softmax(dim=-1)
         if self.members is None:
             shares = chosen.mean(dim=-2, keepdim=True)
         else:
             shares = means(chosen.flatten(0, -2), self.members).view_as(chosen)
-        weighed = (shares[..., None] * inner[..., None, :]).flatten(-2)
-        return linear(weighed.to(x.dtype), self.b.T.to(x.dtype)) * self.scale
-
-    def rounded(self, dtype: torch.dtype) -> SequenceMixture:
-        return replace(self, a=self.a.to(dtype), b=self.b.to(dtype))  # the router chooses, so it is not rounded
+        weighed = ((self.scale * shares)[..., None] * inner[..., None, :]).flatten(-2)
+        return weighed.to(inner.dtype), self.b.to(inner.dtype)
 
     def on(self, rows: slice, n_before: int) -> SequenceMixture:
         return self if self.members is None else replace(self, members=self.members[rows])

@@ -1,5 +1,7 @@
 """Linear maps in a `Form` for the many rows of a training step, with gradients in the form's numbers.
 
+A form that multiplies a frozen weight entry by entry is made as a matrix (`entries`).
+
 Kernels read the form as it is. Products and sums are in float32, and a result is rounded once to the rows' dtype.
 """
 
@@ -100,3 +102,44 @@ def form_gradients(
     kernel = implementation("terms.gradients", x.device, backend)
     values, second = kernel(form, dy, x)
     return values, second
+
+
+def has_entries(form: Form | None, dtype: torch.dtype) -> bool:
+    """Return True if a kernel makes the matrix of this form in a dtype."""
+    if form is None or form.base is None or "cpu" not in backends("terms.entries"):
+        return False
+    return form.values.is_cpu and torch.promote_types(form.values.dtype, dtype) != torch.float64
+
+
+def entries(form: Form, dtype: torch.dtype, *, backend: str | None = None) -> Float[Tensor, "o i"]:
+    """Return ``W ⊙ (B A)`` of a hadamard form, computed in float32 from W in a dtype and rounded once to it.
+
+    Raises ShapeError if W is of another shape.
+    """
+    weight = _weight_of(form, dtype)
+    made: Tensor = implementation("terms.entries", weight.device, backend)(form, weight)
+    return made
+
+
+def entry_gradients(
+    form: Form, gradient: Float[Tensor, "o i"], *, backend: str | None = None
+) -> tuple[Float[Tensor, "r i"], Float[Tensor, "o r"]]:
+    """Return the gradients in A and B, in float32, from that in `entries`.
+
+    Raises ShapeError if something does not fit.
+    """
+    weight = _weight_of(form, gradient.dtype)
+    if gradient.shape != weight.shape:
+        raise ShapeError(f"the gradient in a matrix {tuple(weight.shape)} has its shape; given {tuple(gradient.shape)}")
+    a, b = implementation("terms.entry_gradients", weight.device, backend)(form, weight, gradient)
+    return a, b
+
+
+def _weight_of(form: Form, dtype: torch.dtype) -> Tensor:
+    weight = None if form.base is None else form.base.weight.dense(dtype)
+    if weight is None or tuple(weight.shape) != form.sizes[:2]:
+        raise ShapeError(
+            f"a form of {form.sizes} multiplies a weight of its own shape; given "
+            f"{'none' if weight is None else tuple(weight.shape)}"
+        )
+    return weight

@@ -27,13 +27,18 @@ class Product:
 
 
 def kernel_products(name: str, arguments: tuple[Any, ...]) -> list[Product]:
-    """Return the products of a call of a kernel that maps rows by forms or by pairs; none of other kernels."""
+    """Return the products of a call of a kernel that maps rows by forms or by pairs, or makes a matrix of a form; none
+    of other kernels.
+    """
     if name == "terms_map":
         form, _, n = arguments[:3]
         return list(_of_form(form, n))
     if name == "terms_gradients":
         form, n = arguments[:2]
         return list(_of_form(form, n)) * (2 if TERM_KINDS[form[0]] == "kronecker" else 1)  # one for each factor
+    if name in ("terms_entries", "terms_entry_gradients"):
+        o, i, r = arguments[0][1:4]
+        return [Product(o, r, i, "float32")] * (2 if name == "terms_entry_gradients" else 1)
     if name in ("grouped_low_rank_forward", "grouped_low_rank_backward"):
         return list(_of_pairs(arguments, backward=name.endswith("backward")))
     return []

@@ -98,6 +98,9 @@ def cases():
     for each in (form, Form("sparse", (D, D), w.clone(), places=torch.arange(D))):
         yield "terms.map_rows", (each, x, y, False, False)
         yield "terms.gradients", (each, y, x)
+    multiplies = Form("hadamard", (N, D, R), torch.randn(R, D), torch.randn(N, R))
+    yield "terms.entries", (multiplies, x)
+    yield "terms.entry_gradients", (multiplies, x, y)
     factors = torch.randn(R * (D + OUT))
     yield "terms.make", (PackedTerm("hadamard", (OUT, D, R), factors), PackedWeight.pack(torch.randn(OUT, D)))
     yield "scale.backward", (x, y, w, x.clone(), True)

@@ -1,8 +1,11 @@
 """Forms of many rows: maps and gradients are those of the matrix, in either direction, whatever the number of rows."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
+from veneer.core.terms.base import Base
 from veneer.core.terms.form import Form
 from veneer.errors import ShapeError
 from veneer.ops.forms import (
@@ -10,12 +13,16 @@ from veneer.ops.forms import (
     MATRIX_ROWS,
     MOST_OF_SECOND,
     MOST_PLACES,
+    entries,
+    entry_gradients,
     form_gradients,
+    has_entries,
     has_kernel,
     map_rows,
     shape_of,
 )
 from veneer.ops.reference.terms import matrix_of
+from veneer.quant.dense import DenseWeight
 
 OP = "terms.map_rows"
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -110,3 +117,59 @@ def test_what_is_faster_as_a_matrix_has_no_kernel():
         o1, i1, o2, i2 = sizes
         assert asked(Form("kronecker", sizes, torch.ones(o1, i1), torch.ones(o2, i2))) == has, sizes
     assert not asked(Form("circulant", (2, 2, 3), torch.ones(2, 2, 3)))
+
+
+def hadamard(o, i, r, dtype):
+    weight = drawn(o, i, seed=7).to(dtype)
+    return Form("hadamard", (o, i, r), drawn(r, i), drawn(o, r, seed=1), base=Base(DenseWeight(weight))), weight
+
+
+SIZES = [(1, 1, 1), (77, 53, 5), (129, 96, 16), (17, 31, 3)]  # beyond a piece of rows, and short ends of registers
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("o", "i", "r"), SIZES)
+def test_entries_are_those_of_the_weight_times_the_factors(o, i, r, dtype, backend):
+    form, weight = hadamard(o, i, r, dtype)
+    exact = weight.double() * (form.second.double() @ form.values.double())
+    size = weight.double().abs() * (form.second.double().abs() @ form.values.double().abs())
+    made = entries(form, dtype, backend=backend)
+    assert made.dtype == dtype
+    kind = torch.finfo(dtype)
+    assert ((made.double() - exact).abs() <= 1e-6 * size + kind.eps * exact.abs().clamp_min(kind.smallest_normal)).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("o", "i", "r"), SIZES)
+def test_gradients_of_entries_are_those_of_autograd(o, i, r, dtype, backend):
+    form, weight = hadamard(o, i, r, dtype)
+    gradient = drawn(o, i, seed=8).to(dtype)
+    leaves = [t.double().requires_grad_() for t in (form.values, form.second)]
+    exact = torch.autograd.grad(weight.double() * (leaves[1] @ leaves[0]), leaves, gradient.double())
+    for got, wanted in zip(entry_gradients(form, gradient, backend=backend), exact, strict=True):
+        torch.testing.assert_close(got.double(), wanted, rtol=1e-5, atol=3e-6 * wanted.abs().max().item())
+
+
+def test_entries_of_a_weight_between_other_columns(backend):
+    form, _ = hadamard(5, 19, 2, torch.float32)
+    wide = drawn(5, 40)
+    form = replace(form, base=Base(DenseWeight(wide[:, 3:22])))
+    torch.testing.assert_close(
+        entries(form, torch.float32, backend=backend), wide[:, 3:22] * (form.second @ form.values)
+    )
+
+
+def test_entries_of_another_shape_are_refused():
+    form, _ = hadamard(7, 5, 2, torch.float32)
+    with pytest.raises(ShapeError, match=r"\(7, 4, 2\) multiplies a weight of its own shape; given \(7, 5\)"):
+        entries(replace(form, sizes=(7, 4, 2)), torch.float32)
+    with pytest.raises(ShapeError, match="given none"):
+        entries(replace(form, base=None), torch.float32)
+    with pytest.raises(ShapeError, match=r"matrix \(7, 5\) has its shape; given \(5, 7\)"):
+        entry_gradients(form, torch.ones(5, 7))
+
+
+def test_only_forms_that_multiply_a_weight_have_entries():
+    form, _ = hadamard(7, 5, 2, torch.float32)
+    assert [has_entries(form, dtype) for dtype in (*DTYPES, torch.float64)] == [True, True, True, False]
+    assert not has_entries(FORMS["sparse"], torch.float32)

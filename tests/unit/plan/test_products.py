@@ -7,12 +7,14 @@ from collections import Counter
 import pytest
 import torch
 
+from veneer.core.terms.base import Base
 from veneer.core.terms.form import Form
-from veneer.ops.forms import form_gradients, map_rows, shape_of
+from veneer.ops.forms import entries, entry_gradients, form_gradients, map_rows, shape_of
 from veneer.ops.grouped_low_rank import AdapterRuns, LowRankGroup, Run, add_grouped_low_rank, grouped_low_rank_backward
 from veneer.ops.traced import tracing
 from veneer.plan.products import Product
 from veneer.plan.work import CountWork
+from veneer.quant.dense import DenseWeight
 
 N = 67
 BLOCKS = Form("blocks", (5, 32), torch.ones(5, 32, 32))
@@ -41,6 +43,16 @@ def test_forms_count_as_products_in_float32(kind: str, transposed: bool) -> None
     with tracing(counted.kernel):
         form_gradients(form, dy, x, backend="cpu")
     assert counted.passes[0].products == Counter(products * n_factors)
+
+
+def test_a_matrix_of_a_form_counts_as_the_product_of_its_factors() -> None:
+    base, factors = Base(DenseWeight(torch.ones(37, 53))), (torch.ones(5, 53), torch.ones(37, 5))
+    form, counted = Form("hadamard", (37, 53, 5), *factors, base=base), CountWork()
+    counted.on = True
+    with tracing(counted.kernel):
+        entries(form, torch.float32, backend="cpu")
+        entry_gradients(form, torch.ones(37, 53), backend="cpu")
+    assert counted.passes[0].products == {Product(37, 5, 53, "float32"): 3}
 
 
 def test_pairs_count_by_the_runs_that_take_them() -> None:

@@ -7,6 +7,8 @@ from typing import Literal
 
 from torch import Tensor
 
+from veneer.core.terms.base import Base
+
 
 @dataclass(frozen=True, slots=True)
 class Form:
@@ -18,7 +20,7 @@ class Form:
     | sparse | o, i | (n,), at the ``places`` (n,), counted row by row |
     | kronecker | o₁, i₁, o₂, i₂ | (o₁, i₁), and ``second`` (o₂, i₂): the factors |
     | circulant | m, n, b | (m, n, b): kernels, as `methods.c3a.Circulant` has them |
-    | hadamard | o, i, r | A (r, i), and ``second`` B (o, r): ``W ⊙ (B A)`` with the layer's frozen weight W |
+    | hadamard | o, i, r | A (r, i), and ``second`` B (o, r): ``W ⊙ (B A)`` with W the frozen weight ``base`` |
     """
 
     kind: Literal["blocks", "sparse", "kronecker", "circulant", "hadamard"]
@@ -26,6 +28,7 @@ class Form:
     values: Tensor
     second: Tensor | None = None
     places: Tensor | None = None
+    base: Base | None = None
 
     def weighed(self, weight: float) -> Form:
         """Return the map times a number."""

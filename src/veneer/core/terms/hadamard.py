@@ -31,7 +31,7 @@ class Hadamard(Change):
         return (self.b.to(dtype) @ self.a.to(dtype)) * self.base.weight.dense(dtype)
 
     def form(self) -> Form:
-        return Form("hadamard", (*self.shape, len(self.a)), self.a, self.b)
+        return Form("hadamard", (*self.shape, len(self.a)), self.a, self.b, base=self.base)
 
     def weighed(self, weight: float) -> Hadamard:
         return replace(self, b=self.b * weight)

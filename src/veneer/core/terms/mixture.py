@@ -41,3 +41,18 @@ class Mixture(Change, ABC):
 
     def matmul_t(self, dy: Float[Tensor, "*batch o"]) -> NoReturn:
         self.dense()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LowRankMixture(Mixture):
+    """Mixture of pairs that share A: ``ΔW x = B v``, with v and B made of the ``A x`` of all tokens."""
+
+    a: Float[Tensor, "r i"]
+
+    @abstractmethod
+    def outward(self, inner: Float[Tensor, "*batch r"]) -> tuple[Float[Tensor, "*batch k"], Float[Tensor, "k o"]]:
+        """Return v and Bᵀ in the dtype of ``inner``, which is ``A x``."""
+
+    def matmul(self, x: Float[Tensor, "*batch i"]) -> Float[Tensor, "*batch o"]:
+        inner, b = self.outward(torch.nn.functional.linear(x, self.a.to(x.dtype)))
+        return inner @ b

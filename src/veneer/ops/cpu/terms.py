@@ -67,6 +67,25 @@ def gradients(form: Form, dy: Tensor, x: Tensor) -> tuple[Tensor, Tensor | None]
     return values, second
 
 
+def entries(form: Form, weight: Tensor) -> Tensor:
+    if weight.dtype not in DTYPES:
+        return reference.entries(form, weight)
+    held, rows = _numbers(form), with_rows(weight)
+    out = torch.empty(weight.shape, dtype=weight.dtype)
+    kernels().terms_entries(_form_at(form, held), DTYPES[weight.dtype], address(rows), rows.stride(0), address(out))
+    return out
+
+
+def entry_gradients(form: Form, weight: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
+    if gradient.dtype not in DTYPES:
+        return reference.entry_gradients(form, weight, gradient)
+    held, rows = _numbers(form), [with_rows(x) for x in (weight, gradient)]
+    found = tuple(torch.empty_like(t) for t in held[:2] if t is not None)
+    places = (number for each in rows for number in (address(each), each.stride(0)))
+    kernels().terms_entry_gradients(_form_at(form, held), DTYPES[gradient.dtype], *places, *map(address, found))
+    return found[0], found[1]
+
+
 def _numbers(form: Form) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Values, second factor and places as kernels read them."""
     second = None if form.second is None else _floats(form.second)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from veneer.core.records import Around
 from veneer.core.terms.rotation import Rotation
-from veneer.ops.forms import map_rows
+from veneer.ops.forms import form_gradients, map_rows
 from veneer.ops.linear.blocks import blocks_gradient, less_identity, turn
 from veneer.ops.linear.change import (
     Gradients,
@@ -144,7 +144,9 @@ def _map_backward(
 def _turn_backward(dy: Tensor, z: Tensor | None, term: Rotation, dz: Tensor, layer: LinearLayer) -> Gradients:
     if form_of(term, dy, layer) is not None:
         leaves, form = with_leaves(term)
-        found = (None,) * len(leaves) if z is None else gradients_by_form(leaves, form, dy, z)
+        found: Gradients = (None,) * len(leaves)
+        if z is not None:
+            found = gradients_by_form(leaves, form, lambda form: form_gradients(form, dy, z))
         map_rows(form, dy, dz, add=False, transposed=True)
         return found
     leaves = leaves_of(term)

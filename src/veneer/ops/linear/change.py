@@ -2,13 +2,14 @@
 
 In a batch (`LinearLayer.is_batch`) a change with a form that kernels know maps rows in float32 (`ops.forms`). The
 tensors of others are rounded to x's dtype for the products, as those of a pair are. A change that `Change.is_made_for`
-the rows is one matrix for one product, made again in the backward pass. Of others the backward pass computes the
-product again under autograd. So neither a matrix nor intermediate results are kept.
+the rows is one matrix for one product, made again in the backward pass: by a kernel if it multiplies the frozen weight.
+Of a `LowRankMixture` the backward pass computes again what lies between A and B, and of other changes the product under
+autograd. So neither a matrix nor intermediate results are kept.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -18,10 +19,11 @@ from torch import Tensor
 
 from veneer.core.terms.change import Change, Weighed
 from veneer.core.terms.form import Form
+from veneer.core.terms.mixture import LowRankMixture
 from veneer.core.terms.term import Term
 from veneer.ops.dispatch import kernel_isa
 from veneer.ops.dropout import Mask
-from veneer.ops.forms import form_gradients, has_kernel, map_rows
+from veneer.ops.forms import entries, entry_gradients, form_gradients, has_entries, has_kernel, map_rows
 from veneer.ops.linear.layer import LinearLayer
 from veneer.ops.linear.weight import add_transposed
 from veneer.ops.matmul import add_matmul, float32_is_faster, matmul
@@ -41,7 +43,9 @@ def add_changes(z: Float[Tensor, "n o"], x: Float[Tensor, "n i"], layer: LinearL
             if form is not None:
                 map_rows(form, own_x, z[rows], add=True)
             elif _is_made(own, own_x, layer):
-                add_matmul(z[rows], own_x, own.dense(x.dtype).T)
+                add_matmul(z[rows], own_x, _matrix(own, x.dtype)[0].T)
+            elif isinstance(own, LowRankMixture) and layer.is_batch(len(own_x)):
+                add_matmul(z[rows], *own.outward(matmul(own_x, own.a.to(x.dtype).T, x.dtype)))
             else:
                 z[rows].add_(_rounded(own, own_x, layer).apply(own_x))
 
@@ -79,6 +83,8 @@ def changes_backward(
                 gradients = _form_backward(own, *given)
             elif _is_made(own, own_x, layer):
                 gradients = _made_backward(own, *given)
+            elif isinstance(own, LowRankMixture) and layer.is_batch(len(own_x)):
+                gradients = _mixture_backward(own, *given)
             else:
                 gradients = _product_backward(own, *given, layer)
             found[k][place] = added_up(found[k][place], gradients)
@@ -118,22 +124,34 @@ def _only_change(layer: LinearLayer) -> Change | None:
 
 @dataclass(frozen=True, slots=True)
 class _Made:
-    """A change as a matrix, with the graph that made it of ``leaves``."""
+    """A change as a matrix, with the graph that made it, or its form, of ``leaves``."""
 
     leaves: list[Tensor]
     matrix: Tensor
+    form: Form | None
 
     @classmethod
     def of(cls, change: Change, dtype: torch.dtype) -> _Made:
         leaves = leaves_of(change)
         with torch.enable_grad():
-            return cls(leaves, change.with_tensors(leaves).dense(dtype))
+            return cls(leaves, *_matrix(change.with_tensors(leaves), dtype))
 
     def gradients(self, dz: Tensor, x: Tensor) -> Gradients:
         """Of the product with x, by the gradient ``dzᵀ x`` in the matrix."""
         if not any(leaf.requires_grad for leaf in self.leaves):
             return (None,) * len(self.leaves)
-        return gradients_in(self.leaves, self.matrix, matmul(dz.T, x, x.dtype))
+        gradient = matmul(dz.T, x, x.dtype)
+        if self.form is None:
+            return gradients_in(self.leaves, self.matrix, gradient)
+        return gradients_by_form(self.leaves, self.form, lambda form: entry_gradients(form, gradient))
+
+
+def _matrix(change: Change, dtype: torch.dtype) -> tuple[Tensor, Form | None]:
+    """The matrix of a change: made by a kernel from the form, which is returned too, or in torch."""
+    form = change.form()
+    if form is not None and has_entries(form, dtype):
+        return entries(form, dtype), form
+    return change.dense(dtype), None
 
 
 def _made_backward(change: Change, dz: Tensor, x: Tensor, dx: Tensor | None) -> Gradients:
@@ -149,7 +167,24 @@ def _form_backward(change: Change, dz: Tensor, x: Tensor, dx: Tensor | None) -> 
     leaves, form = with_leaves(change)
     if dx is not None:
         map_rows(form, dz, dx, add=True, transposed=True)
-    return gradients_by_form(leaves, form, dz, x)
+    return gradients_by_form(leaves, form, lambda form: form_gradients(form, dz, x))
+
+
+def _mixture_backward(change: LowRankMixture, dz: Tensor, x: Tensor, dx: Tensor | None) -> Gradients:
+    """Gradients in the tensors of a mixture; that in x is added to ``dx``. Only what follows A is made again."""
+    a, leaves = change.a.detach().to(x.dtype), leaves_of(change)
+    inner = matmul(x, a.T, x.dtype).requires_grad_()
+    with torch.enable_grad():
+        v, b = change.with_tensors(leaves).outward(inner)
+    found = [(v, matmul(dz, b.detach().T, x.dtype))]
+    if b.requires_grad:
+        found.append((b, matmul(v.detach().T, dz, x.dtype)))
+    own, *gradients = gradients_in([inner, *leaves], *zip(*found, strict=True))
+    dinner = cast(Tensor, own)
+    if dx is not None:
+        add_matmul(dx, dinner, a)
+    da = matmul(dinner.T, x, x.dtype).to(change.a.dtype) if change.a.requires_grad else None
+    return tuple(da if leaf is leaves[0] else gradient for leaf, gradient in zip(leaves, gradients, strict=True))
 
 
 def _product_backward(change: Change, dz: Tensor, x: Tensor, dx: Tensor | None, layer: LinearLayer) -> Gradients:
@@ -187,15 +222,19 @@ def with_leaves(term: Term) -> tuple[list[Tensor], Form]:
         return leaves, cast(Form, term.with_tensors(leaves).form())
 
 
-def gradients_by_form(leaves: Sequence[Tensor], form: Form, dy: Tensor, x: Tensor) -> Gradients:
-    """Return the gradients in `with_leaves` of the map of rows x; None where none is asked for."""
-    numbers = [t for t in (form.values, form.second) if t is not None and t.requires_grad]
-    if not numbers:
+def gradients_by_form(
+    leaves: Sequence[Tensor], form: Form, numbers: Callable[[Form], tuple[Tensor, Tensor | None]]
+) -> Gradients:
+    """Return the gradients in `with_leaves`, given those in the form's ``values`` and ``second``; None where none is
+    asked for.
+    """
+    trained = [t for t in (form.values, form.second) if t is not None and t.requires_grad]
+    if not trained:
         return (None,) * len(leaves)
-    found = dict(zip((id(form.values), id(form.second)), form_gradients(form, dy, x), strict=True))
-    given = [cast(Tensor, found[id(t)]).to(t.dtype) for t in numbers]
+    found = dict(zip((id(form.values), id(form.second)), numbers(form), strict=True))
+    given = [cast(Tensor, found[id(t)]).to(t.dtype) for t in trained]
     wanted = [leaf for leaf in leaves if leaf.requires_grad]
-    taken = iter(torch.autograd.grad(numbers, wanted, given, allow_unused=True))
+    taken = iter(torch.autograd.grad(trained, wanted, given, allow_unused=True))
     return tuple(next(taken) if leaf.requires_grad else None for leaf in leaves)
 
 
@@ -204,7 +243,7 @@ def leaves_of(term: Term) -> list[Tensor]:
     return [tensor.detach().requires_grad_(tensor.requires_grad) for tensor in term.tensors]
 
 
-def gradients_in(leaves: Sequence[Tensor], y: Tensor, dy: Tensor) -> Gradients:
+def gradients_in(leaves: Sequence[Tensor], y: Tensor | Sequence[Tensor], dy: Tensor | Sequence[Tensor]) -> Gradients:
     """Return the gradients in leaves of the graph of y; None where none is asked for."""
     wanted = [leaf for leaf in leaves if leaf.requires_grad]
     found = iter(torch.autograd.grad(y, wanted, dy, allow_unused=True) if wanted else ())

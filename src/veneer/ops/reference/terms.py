@@ -80,3 +80,24 @@ def matrix_of(form: Form) -> Tensor:
     if form.kind == "kronecker" and second is not None:
         return torch.kron(values, second)
     raise ShapeError(f"a {form.kind} form of {form.sizes} is not one that has gradients")
+
+
+def entries(form: Form, weight: Tensor) -> Tensor:
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    return (_factors(form, wide) * weight.to(wide)).detach().to(weight.dtype)
+
+
+def entry_gradients(form: Form, weight: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
+    wide = torch.promote_types(gradient.dtype, torch.float32)
+    leaves = [t.detach().to(wide).requires_grad_() for t in (form.values, form.second) if t is not None]
+    with torch.enable_grad():
+        made = _factors(replace(form, values=leaves[0], second=leaves[1]), wide)
+        a, b = torch.autograd.grad(made, leaves, gradient.to(wide) * weight.to(wide))
+    return a, b
+
+
+def _factors(form: Form, dtype: torch.dtype) -> Tensor:
+    """The product of the factors of a hadamard form."""
+    if form.kind != "hadamard" or form.second is None:
+        raise ShapeError(f"a {form.kind} form of {form.sizes} multiplies no weight")
+    return form.second.to(dtype) @ form.values.to(dtype)

@@ -14,6 +14,7 @@ from veneer.core.terms.sparse import Sparse
 from veneer.methods.c3a import Circulant
 from veneer.methods.fourierft import Spectrum
 from veneer.methods.frod import InBasis
+from veneer.methods.lily import SequenceMixture
 from veneer.methods.lokr import Kronecker
 from veneer.methods.osf import Triplets
 from veneer.methods.randlora import Draw, RandomBases, bases
@@ -165,3 +166,20 @@ def test_a_kronecker_product_is_made_where_a_matrix_unit_gains_more_than_it_save
         assert term.is_made_for(width**2, torch.bfloat16) == is_made
         assert not term.is_made_for(width**2 - 1, torch.bfloat16)
         assert not term.is_made_for(width**2, torch.float32)
+
+
+@pytest.mark.parametrize("trained", [("a", "router", "b"), ("router",), ("a",), ("b",)])
+@pytest.mark.parametrize("n_rows", [FEW, ROWS])
+def test_a_mixture_is_its_own_product_and_gradients_are_those_of_autograd(
+    n_rows: int, trained: tuple[str, ...]
+) -> None:
+    members = torch.zeros(n_rows, 3, dtype=torch.float64)
+    members[: n_rows // 2, 0] = members[n_rows // 2 : -1, 2] = 1  # two sequences, and a token of none
+    made = {"a": drawn(4, IN), "router": drawn(2, 4, seed=2), "b": drawn(8, OUT)}
+    made = {name: value.requires_grad_(name in trained) for name, value in made.items()}
+    term, x, dy = SequenceMixture(**made, scale=0.7, members=members), drawn(n_rows, IN, seed=5), drawn(n_rows, OUT)
+    leaf = x.clone().requires_grad_()
+    y = term.matmul(leaf)
+    wanted = [y.detach(), *torch.autograd.grad(y, [leaf, *(made[name] for name in trained)], dy)]
+    for got, exact in zip(by_op(term, x, dy), wanted, strict=True):
+        torch.testing.assert_close(got, exact, rtol=1e-9, atol=1e-9)
