@@ -8,6 +8,9 @@ from dataclasses import dataclass
 
 from veneer.analyze.overlap import sign_conflict, subspace_overlap
 from veneer.analyze.spectrum import Spectrum
+from veneer.model.blueprint.names import ELSEWHERE
+
+_IN_BLOCK = tuple(dict.fromkeys(name for names in ELSEWHERE.values() for name in names))
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,21 +37,22 @@ class PairReport:
 
 
 def describe(spectra: Mapping[str, Spectrum], top: int) -> list[LayerReport]:
-    """Return one line for each module path. ``top``: the number of directions in ``energy``."""
+    """Return one line for each module path, in the order of `split_path` and of a block's layers.
+
+    ``top``: the number of directions in ``energy``.
+    """
     lines = []
-    for path, spectrum in spectra.items():
+    for path in sorted(spectra, key=_place):
+        found = spectra[path]
         layer, module = split_path(path)
-        rank = int((spectrum.s > spectrum.s.max() * 1e-6).sum()) if spectrum.norm else 0
-        lines.append(
-            LayerReport(path, layer, module, spectrum.norm, spectrum.effective_rank, rank, spectrum.energy(top))
-        )
+        lines.append(LayerReport(path, layer, module, found.norm, found.effective_rank, found.rank, found.energy(top)))
     return lines
 
 
 def compare(first: Mapping[str, Spectrum], second: Mapping[str, Spectrum], top: int) -> list[PairReport]:
     """Return one line for each module that both change. ``chance`` is the overlap of random directions."""
     lines = []
-    for path in first:
+    for path in sorted(first, key=_place):
         if path in second:
             a, b = first[path], second[path]
             i, j = min(top, len(a.s)), min(top, len(b.s))
@@ -61,3 +65,10 @@ def split_path(path: str) -> tuple[int | None, str]:
     """Split ``model.layers.3.mlp.up_proj`` into (3, "mlp.up_proj"). A path without a number has no block."""
     match = re.search(r"\.(\d+)\.", path)
     return (int(match.group(1)), path[match.end() :]) if match else (None, path)
+
+
+def _place(path: str) -> tuple[int, int, str]:
+    """Key of the model's order, which a file of sorted keys has not: by block, then by role, then by name."""
+    layer, module = split_path(path)
+    ends = (i for i, name in enumerate(_IN_BLOCK) if f".{module}".endswith(f".{name}"))
+    return -1 if layer is None else layer, next(ends, len(_IN_BLOCK)), module

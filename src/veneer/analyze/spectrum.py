@@ -27,6 +27,14 @@ class Spectrum:
         return float(self.s.norm())
 
     @property
+    def rank(self) -> int:
+        """Number of singular values above the rounding of the decomposition: the largest, times their number and eps.
+
+        Source: Golub and Van Loan 2013, "Matrix Computations", sec. 5.4.1 (numerical rank).
+        """
+        return int((self.s > self.s[:1] * len(self.s) * torch.finfo(self.s.dtype).eps).sum())
+
+    @property
     def effective_rank(self) -> float:
         """Exponential of the entropy of the normalised singular values, between 1 and r; 0 for a zero update.
 

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+import torch
 import typer
 from rich import box
 from rich.console import Console
@@ -70,10 +71,15 @@ def _updates(folders: Sequence[Path], base: str | None) -> dict[Path, dict[str, 
     for folder in folders:
         name = loaded.names[folder]
         layers = {path: layer for path, layer in adapted_layers(loaded.model).items() if name in layer.adapters}
-        found[folder] = {path: Update(layer.record(name), layer.site().weight) for path, layer in layers.items()}
+        records = {path: layer.record(name) for path, layer in layers.items()}
+        found[folder] = {  # a pair is decomposed by its factors, which show its rank exactly
+            path: record if record.is_low_rank else Update(record, layers[path].site().weight)
+            for path, record in records.items()
+        }
     return found
 
 
+@torch.no_grad()
 def _spectra(updates: Mapping[Path, Mapping[str, LinearDelta | Update]]) -> dict[Path, dict[str, Spectrum]]:
     n, found = sum(map(len, updates.values())), dict[Path, dict[str, Spectrum]]()
     with progress_bar("decomposing updates") as on_progress:
@@ -82,7 +88,7 @@ def _spectra(updates: Mapping[Path, Mapping[str, LinearDelta | Update]]) -> dict
             found[folder] = {}
             for path, update in of.items():
                 found[folder][path] = (
-                    spectrum_of_dense(update.dense().detach()) if isinstance(update, Update) else spectrum(update)
+                    spectrum_of_dense(update.dense()) if isinstance(update, Update) else spectrum(update)
                 )
                 on_progress(next(done), n)
     return found

@@ -7,6 +7,7 @@ import torch
 
 from flat_records import flat_record
 from veneer.analyze.overlap import overlap_table, sign_conflict, subspace_overlap
+from veneer.analyze.report import compare, describe
 from veneer.analyze.spectrum import spectrum, spectrum_of_dense
 from veneer.core.records import LinearDelta
 from veneer.errors import CompositionError, ShapeError
@@ -39,10 +40,27 @@ def test_effective_rank_of_flat_single_and_empty_spectra(values, rank):
     assert spectrum_of_dense(torch.diag(torch.tensor(values))).effective_rank == pytest.approx(rank)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_rank_counts_no_rounding(dtype):
+    g = torch.Generator().manual_seed(3)
+    b, a = torch.randn(211, 7, generator=g, dtype=dtype), torch.randn(7, 307, generator=g, dtype=dtype)
+    assert spectrum_of_dense(b @ a).rank == spectrum(LinearDelta.pair(a, b, 1.3)).rank == 7
+    assert spectrum_of_dense(torch.zeros(3, 5, dtype=dtype)).rank == 0
+
+
 def test_effective_rank_of_a_known_spectrum():
     p = (0.75, 0.25)
     entropy = -sum(x * math.log(x) for x in p)
     assert spectrum_of_dense(torch.diag(torch.tensor([6.0, 2.0]))).effective_rank == pytest.approx(math.exp(entropy))
+
+
+def test_lines_are_in_the_order_of_a_model():
+    found = spectrum(record(0))
+    order = ["model.embed_tokens", "layers.2.attn.q_proj", "layers.2.attn.k_proj", "layers.2.attn.o_proj"]
+    order += ["layers.2.mlp.gate_proj", "layers.2.mlp.up_proj", "layers.2.mlp.down_proj", "layers.10.attn.q_proj"]
+    spectra = dict.fromkeys(sorted(order), found)
+    assert [line.path for line in describe(spectra, 2)] == order
+    assert [line.path for line in compare(spectra, spectra, 2)] == order
 
 
 def test_overlap_of_the_same_disjoint_and_nested_directions():

@@ -175,8 +175,9 @@ def test_inspect_tells_norms_and_overlaps_and_draws(veneer, model_folder, adapte
         wrong = veneer("inspect", adapter_folder, "--png", tmp_path / place)
         assert (wrong.exit_code, message in wrong.stderr) == (2, True), wrong.output
     with_base = veneer("inspect", adapter_folder, "--base", model_folder, "--json")
-    other = next(x for x in json.loads(with_base.output)["layers"] if x["path"] == path)
-    assert other["norm"] == pytest.approx(first["norm"], rel=1e-4)
+    lines = json.loads(with_base.output)["layers"]
+    assert next(x for x in lines if x["path"] == path)["norm"] == pytest.approx(first["norm"], rel=1e-4)
+    assert [(x["path"], x["rank"]) for x in lines] == [(x["path"], x["rank"]) for x in told["layers"]]
 
 
 def test_inspect_loads_a_base_once_and_refuses_what_has_no_update_before(
