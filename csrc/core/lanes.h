@@ -21,7 +21,7 @@ typedef int32_t int_lanes __attribute__((vector_size(width * 4)));
 typedef uint32_t bit_lanes __attribute__((vector_size(width * 4)));
 typedef uint16_t half_lanes __attribute__((vector_size(width * 2)));
 
-inline lanes splat(float x) { return lanes{} + x; }
+inline lanes splat(float x) { return x - lanes{}; }  // which compilers leave out; they keep 0 + x, for -0
 
 inline lanes load(const float* p) { lanes x; std::memcpy(&x, p, sizeof x); return x; }
 inline lanes load(const bf16* p) {
@@ -75,15 +75,17 @@ inline lanes from_half(half_lanes bits) {
   return out;
 #endif
 }
-// Rounded to the nearest half, ties to even.
+// Rounded to the nearest half, ties to even. Without conversions: a number whose unit is that of the half is added and taken away.
 inline lanes half_rounded(lanes x) {
 #if defined(__AVX512F__)
   return (lanes)_mm512_cvtph_ps(_mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 #elif defined(__F16C__)
   return (lanes)_mm256_cvtph_ps(_mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 #else
-  for (int64_t i = 0; i < width; ++i) x[i] = to_float(from_float<fp16>(x[i]));
-  return x;
+  const bit_lanes bits = (bit_lanes)x;
+  const lanes power = (lanes)(bits & 0x7f800000u), large = 0x1.8p13f * (power > 0x1p-14f ? power : splat(0x1p-14f));
+  const lanes rounded = (lanes)((bit_lanes)((x + large) - large) | (bits & 0x80000000u));
+  return (lanes)(bits & 0x7fffffffu) >= 65520.0f ? x * __builtin_inff() : rounded;
 #endif
 }
 

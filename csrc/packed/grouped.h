@@ -5,30 +5,22 @@
 
 #include "packed/groups.h"
 #include "packed/planes.h"
+#include "packed/tables.h"
 
 namespace veneer {
 namespace {
 
-constexpr int64_t piece_inputs = 64;  // that are decoded together for a few rows: 16 KB of a whole panel
+template <class W>
+constexpr int64_t piece_inputs = 256 / sizeof(W);  // that are decoded together for a few rows: 16 KB of a whole panel
 
 inline bool is_grouped(const PanelMatrix& m) { return m.coding.numbers >= Coding::signed4; }
 
 // ---- numbers: those of inputs 2 m and 2 m + 1 of sixteen ------------------------------------------------------------------
 
-constexpr float number_tables[4][16] = {
-    {-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7},
-    {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15},
-    {-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113},
-    {0.0f, 0.5f, 1.0f, 1.5f, 2.0f, 3.0f, 4.0f, 6.0f, -0.0f, -0.5f, -1.0f, -1.5f, -2.0f, -3.0f, -4.0f, -6.0f},
-};
-inline const float* table_of(const PanelMatrix& m) {
-  const int first = Coding::signed4, at = m.coding.numbers - first;
-  return number_tables[at < 4 ? at : 0];
-}
-
 typedef int16_t half_int_lanes __attribute__((vector_size(width * 2)));
 
 struct Tabled {  // 4 bits, from a table
+  using Half = PlainHalf;
   static constexpr int64_t group_bytes = FourBits::group_bytes;
   CodeTable table;
   FourBits codes;
@@ -59,6 +51,7 @@ struct Bytes {  // 8 bits, two inputs of an output side by side
 
 template <bool is_signed>
 struct Whole : Bytes {
+  using Half = PlainHalf;
   explicit Whole(const PanelMatrix&) {}
   void numbers(int m, lanes& first, lanes& second) const {
     const bit_lanes words = __builtin_convertvector(pairs(m), bit_lanes);
@@ -70,6 +63,7 @@ struct Whole : Bytes {
 };
 
 struct Floats : Bytes {  // of 8 bits: halves with fewer bits, whose exponent may be one shorter
+  using Half = fp16;
   int shift;
   uint16_t kept;
 
@@ -169,15 +163,17 @@ void decode_group_pairs(const PanelMatrix& m, int64_t begin, int64_t end, int64_
 }
 #endif
 
-#if defined(__AVX512FP16__)
-// Whole numbers of 4 bits whose scales and values are halves, by the CPU's own arithmetic of halves, which rounds as these formats do
-// and keeps subnormal numbers. Values of sixteen outputs are one register, of two inputs: side by side for T = bf16, else one
-// input behind the other.
+#if defined(__AVX512BF16__)
+// Whole numbers of 4 bits whose scales and values are halves.
 inline bool are_halves(const PanelMatrix& m) {
   const bool whole = m.coding.numbers == Coding::signed4 || m.coding.numbers == Coding::unsigned4;
   return whole && m.coding.scales == Coding::float16 && m.coding.rounding == Dtype::float16 && m.coding.formula != Coding::added;
 }
+#endif
 
+#if defined(__AVX512FP16__)
+// They are decoded by the CPU's own arithmetic of halves, which rounds as these formats do and keeps subnormal numbers. Values of
+// sixteen outputs are one register, of two inputs: side by side for T = bf16, else one input behind the other.
 struct HalfHead {  // as it is stored
   const char *scale, *beside;
   void load(const PanelMatrix&, const char* at, int64_t across) {
@@ -293,7 +289,7 @@ constexpr Decode<T> decoder_as() {
 template <class W, class T, class Codes, template <class> class Formula>
 Decode<T> decoder_rounding(const PanelMatrix& m) {
   switch (m.coding.rounding) {
-    case Dtype::float16: return decoder_as<Codes, Formula<fp16>, W, T>();
+    case Dtype::float16: return decoder_as<Codes, Formula<typename Codes::Half>, W, T>();
     case Dtype::bfloat16: return decoder_as<Codes, Formula<bf16>, W, T>();
     default: return decoder_as<Codes, Formula<float>, W, T>();
   }
@@ -312,6 +308,9 @@ Decode<T> decoder_of(const PanelMatrix& m) {
     if (m.coding.formula == Coding::apart) return decode_halves<RoundedDifference, W, T>;
     return decode_halves<WholeDifference, W, T>;
   }
+#elif defined(__AVX512BF16__)
+  if constexpr (sizeof(T) != 4)
+    if (are_halves(m) && m.unit >= least_tabled) return tables_of<T>(m);
 #endif
   switch (m.coding.numbers) {
     case Coding::e4m3:
@@ -390,11 +389,12 @@ constexpr int64_t most_by_pieces = 4 * most_rows;  // rows of x
 template <class Engine, class Sink>
 void multiply_pieces(const PanelMatrix& m, Decode<typename Engine::W> decode, const typename Engine::X* x, int64_t stride, int64_t n,
                      int64_t begin, int64_t end, const Sink& sink) {
-  alignas(64) typename Engine::W weights[piece_inputs * panel_outputs] = {};
+  constexpr int64_t inputs = piece_inputs<typename Engine::W>;
+  alignas(64) typename Engine::W weights[inputs * panel_outputs] = {};
   alignas(64) float sums[most_by_pieces * panel_outputs];
   std::memset(sums, 0, static_cast<size_t>(n * panel_outputs) * sizeof(float));
-  for (int64_t k = 0; k < m.i; k += piece_inputs) {
-    const int64_t stop = k + piece_inputs < m.i ? k + piece_inputs : m.i;
+  for (int64_t k = 0; k < m.i; k += inputs) {
+    const int64_t stop = k + inputs < m.i ? k + inputs : m.i;
     decode(m, begin, end, k, stop, weights, panel_outputs);
     PieceProduct<Engine>{weights, x + k, stride, stop - k, sums}.all(n);
   }

@@ -8,6 +8,19 @@ namespace {
 
 constexpr int64_t panel_outputs = panel_block * panel_blocks;
 
+// ---- numbers of 4 bits ----------------------------------------------------------------------------------------------------
+
+constexpr float number_tables[4][16] = {
+    {-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7},
+    {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15},
+    {-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113},
+    {0.0f, 0.5f, 1.0f, 1.5f, 2.0f, 3.0f, 4.0f, 6.0f, -0.0f, -0.5f, -1.0f, -1.5f, -2.0f, -3.0f, -4.0f, -6.0f},
+};
+inline const float* table_of(const PanelMatrix& m) {
+  const int first = Coding::signed4, at = m.coding.numbers - first;
+  return number_tables[at < 4 ? at : 0];
+}
+
 // ---- scales -------------------------------------------------------------------------------------------------------------
 
 inline void widen_scales(Coding::Scales stored, const char* at, int64_t n, float* out) {
@@ -48,6 +61,16 @@ struct UnitHead {
 
 // ---- formulas -------------------------------------------------------------------------------------------------------------
 
+// Halves made of whole numbers and halves, whose rounding only cuts off bits: below the normal numbers all are exact, and a matrix
+// that may have infinite ones is not packed. So two subtractions take the place of two conversions (Veltkamp 1968; Dekker 1971,
+// 10.1007/BF01397083). Ties go to even: tests/unit/ops/test_packed_halves.py has every scale and every zero.
+struct PlainHalf {};
+template <>
+inline lanes rounded<PlainHalf>(lanes x) {
+  const lanes large = x * 8193.0f;  // 2^13 + 1
+  return large - (large - x);
+}
+
 template <class Round>
 struct Scaled {
   static lanes of(lanes number, lanes scale, lanes) { return rounded<Round>(number * scale); }
@@ -59,6 +82,10 @@ struct Added {  // the products are exact in all formats: so it does not matter 
 template <class Round>
 struct Apart {
   static lanes of(lanes number, lanes scale, lanes beside) { return rounded<Round>(rounded<Round>(number - beside) * scale); }
+};
+template <>
+struct Apart<PlainHalf> {  // a difference may be so small that its product with a scale is subnormal
+  static lanes of(lanes number, lanes scale, lanes beside) { return rounded<fp16>(rounded<PlainHalf>(number - beside) * scale); }
 };
 
 // ---- decoding -------------------------------------------------------------------------------------------------------------

@@ -79,9 +79,10 @@ template <class T>
 void dequantize_blocks(const PanelMatrix& m, int64_t begin, int64_t end, T* rows) {
   const Decode<float> decode = decoder_of<T, float>(m);
   const int64_t first = begin * panel_block, stop = end * panel_block < m.o ? end * panel_block : m.o;
-  alignas(64) float piece[piece_inputs * panel_outputs];
-  for (int64_t k = 0; k < m.i; k += piece_inputs) {
-    const int64_t n = m.i - k < piece_inputs ? m.i - k : piece_inputs;
+  constexpr int64_t inputs = piece_inputs<float>;
+  alignas(64) float piece[inputs * panel_outputs];
+  for (int64_t k = 0; k < m.i; k += inputs) {
+    const int64_t n = m.i - k < inputs ? m.i - k : inputs;
     decode(m, begin, end, k, k + n, piece, panel_outputs);
     for (int64_t r = first; r < stop; ++r)
       for (int64_t j = 0; j < n; ++j) rows[r * m.i + k + j] = from_float<T>(piece[j * panel_outputs + r - first]);

@@ -16,6 +16,7 @@ constexpr int64_t third_bytes = 32;  // of sixteen outputs
 template <bool has_third>
 struct Planes {
   static constexpr int64_t group_bytes = has_third ? 6 : 4;
+  using Half = PlainHalf;
   const float middle;
   bit_lanes words, places;
   const char* thirds;

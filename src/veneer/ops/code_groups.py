@@ -38,6 +38,7 @@ FORMULAS = ("scaled", "added", "less_zero", "apart")
 """As csrc/core/panel_layout.h counts them."""
 UNIT = 16
 """Inputs whose codes are neighbours: a group is a multiple of it."""
+_LARGEST_HALF = 65504.0
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -66,6 +67,24 @@ class CodeGroups:
         """Inputs of a group; of a single one, filled up to a multiple of 16."""
         i, groups = self.codes.shape[1], self.scales.shape[1]
         return i // groups if groups > 1 else i + -i % UNIT
+
+    @property
+    def halves_fit(self) -> bool:
+        """True if the kernels round to halves as the format does.
+
+        They ask that whole numbers have halves as scales, and never become infinite. Halves below the normal ones are
+        exact then, as whole numbers times halves are.
+        """
+        if self.rounding != torch.float16 or self.numbers in ("e4m3", "e5m2"):
+            return True
+        whole = self.numbers.startswith(("signed", "unsigned"))
+        if not whole or self.scales.dtype != torch.float16 or self.formula == "added":
+            return False
+        reach = torch.tensor(float(1 << BITS[self.numbers]))
+        if self.beside is not None:
+            reach = reach + self.beside.float().abs()
+        sizes = reach * self.scales.float().abs()
+        return bool((reach <= _LARGEST_HALF).all() and (self.formula == "apart" or (sizes <= _LARGEST_HALF).all()))
 
     def heads(self) -> list[Float32[Tensor, "o groups"]]:
         """Return the scales, and what is beside them, in float32."""

@@ -97,8 +97,8 @@ class PackedCodes:
             if not fits_groups(groups, dtype) or rows % (BLOCKS * BLOCK):
                 raise ShapeError(
                     f"codes in groups are packed whose width is a multiple of {GROUP}, for float32 or bfloat16, with "
-                    f"scales from {SMALLEST} to {LARGEST}, {BLOCKS * BLOCK} rows or a multiple at a time; given "
-                    f"{tuple(groups.codes.shape)} behind {rows} rows for {dtype}"
+                    f"scales from {SMALLEST} to {LARGEST} and finite halves, {BLOCKS * BLOCK} rows or a multiple at a "
+                    f"time; given {tuple(groups.codes.shape)} behind {rows} rows for {dtype}"
                 )
             made = _of_groups(groups, dtype)
             panels.append(implementation("packed_codes.pack_groups", groups.codes.device, "reference")(made, groups))
@@ -191,7 +191,8 @@ def fits_groups(groups: CodeGroups, dtype: torch.dtype) -> bool:
     i, n = groups.codes.shape[1], groups.scales.shape[1]
     whole = i % GROUP == 0 or BITS[groups.numbers] == 8
     even = n == 1 or (i % n == 0 and i // n % GROUP == 0)
-    return groups.codes.numel() > 0 and dtype in ROWS and whole and even and all(map(_ordinary, groups.heads()))
+    fits = groups.codes.numel() > 0 and dtype in ROWS and whole and even and all(map(_ordinary, groups.heads()))
+    return fits and groups.halves_fit
 
 
 def _of_groups(groups: CodeGroups, dtype: torch.dtype) -> PackedCodes:

@@ -28,7 +28,8 @@ def packed_codes(weight: CodedWeight, dtype: torch.dtype) -> PackedCodes | None:
     """Return packed codes of a weight, for values rounded to ``dtype``; None if they have no packed form.
 
     A doubly quantized absmax is expanded to float32. There is no packed form of codes in an order of columns (GPTQ's
-    ``g_idx``), of groups that are no multiple of 16 inputs, and of scales beyond 1e±30.
+    ``g_idx``), of groups that are no multiple of 16 inputs, of scales beyond 1e±30, and of whole numbers that may be
+    infinite as halves.
     """
     if isinstance(weight, FourBitWeight):
         absmax = weight.scales()
