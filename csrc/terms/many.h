@@ -13,12 +13,12 @@ namespace {
 
 constexpr int64_t strip = 4 * width;    // rows that a sparse matrix maps at once
 constexpr int64_t piece_rows = 64;      // of a sum over rows
-constexpr int64_t turned_rows = 128;    // that a sparse matrix's gradients read at once: they stay in a core's own cache
+constexpr int64_t turned_bytes = 512;   // of a feature's rows that a sparse matrix's gradients read at once: all stay in a core's own cache
 constexpr int64_t grouped = 8;          // rows whose inner results of a Kronecker product are kept
 
 // `n` rows from the first on, turned: `to` has for each feature their values, `apart` values apart; zeros beyond n.
-template <class T>
-void turned(const Rows& x, int64_t first, int64_t n, int64_t features, int64_t apart, float* to) {
+template <class T, class To>
+void turned(const Rows& x, int64_t first, int64_t n, int64_t features, int64_t apart, To* to) {
   for (int64_t r = 0; r < apart; r += width)
     for (int64_t c = 0; c < features; c += width) {
       const int64_t m = features - c < width ? features - c : width;
@@ -54,8 +54,9 @@ void put_turned(const float* from, int64_t apart, int64_t first, int64_t n, int6
 // Rows and columns of places, which are counted row by row.
 void split_places(const FormAt& f, int32_t* rows, int32_t* columns) {
   const int64_t i = f.sizes[1];
+  int64_t row = 0;
   for (int64_t k = 0; k < f.n_places; ++k) {
-    const int64_t row = f.places[k] / i;
+    if (f.places[k] < row * i || f.places[k] >= (row + 1) * i) row = f.places[k] / i;  // few divisions, if places are in order
     rows[k] = static_cast<int32_t>(row);
     columns[k] = static_cast<int32_t>(f.places[k] - row * i);
   }
@@ -98,13 +99,34 @@ void map_sparse(const MapCall& call) {
   });
 }
 
+// In what values of T are multiplied: pairs of bfloat16 are, and lose nothing, if the CPU has an instruction for it.
+template <class T>
+struct Multiplied {
+  using Value = float;
+};
+
+inline lanes add_products(lanes sums, const float* a, const float* b) { return sums + load(a) * load(b); }
+
+#if defined(__AVX512BF16__)
+template <>
+struct Multiplied<bf16> {
+  using Value = bf16;
+};
+
+inline lanes add_products(lanes sums, const bf16* a, const bf16* b) {
+  return (lanes)_mm512_dpbf16_ps((__m512)sums, (__m512bh)_mm512_loadu_si512(a), (__m512bh)_mm512_loadu_si512(b));
+}
+#endif
+
 template <class T>
 void sparse_gradients(const MapGradients& call) {
+  using Value = typename Multiplied<T>::Value;
+  constexpr int64_t turned_rows = turned_bytes / sizeof(Value), at_once = width * sizeof(float) / sizeof(Value);
   const FormAt& f = call.form;
   const int64_t o = f.sizes[0], i = f.sizes[1];
   Scratch scratch{static_cast<char*>(call.scratch)};
   int32_t *rows = scratch.take<int32_t>(f.n_places), *columns = scratch.take<int32_t>(f.n_places);
-  float *x = scratch.take<float>(i * turned_rows), *dy = scratch.take<float>(o * turned_rows);
+  Value *x = scratch.take<Value>(i * turned_rows), *dy = scratch.take<Value>(o * turned_rows);
   split_places(f, rows, columns);
   std::memset(call.values, 0, f.n_places * sizeof(float));
   for (int64_t first = 0; first < call.n; first += turned_rows) {
@@ -115,10 +137,10 @@ void sparse_gradients(const MapGradients& call) {
     });
     parallel_for(f.n_places, 1 + (1 << 14) / turned_rows, [&](int64_t begin, int64_t end) {
       for (int64_t k = begin; k < end; ++k) {
-        const float *a = dy + rows[k] * turned_rows, *b = x + columns[k] * turned_rows;
+        const Value *a = dy + rows[k] * turned_rows, *b = x + columns[k] * turned_rows;
         lanes sums[4] = {};
-        for (int64_t r = 0; r < n; r += 4 * width)
-          for (int64_t s = 0; s < 4; ++s) sums[s] += load(a + r + s * width) * load(b + r + s * width);
+        for (int64_t r = 0; r < n; r += 4 * at_once)
+          for (int64_t s = 0; s < 4; ++s) sums[s] = add_products(sums[s], a + r + s * at_once, b + r + s * at_once);
         call.values[k] += sum((sums[0] + sums[1]) + (sums[2] + sums[3]));
       }
     });
@@ -261,7 +283,7 @@ int64_t gradient_bytes(const FormAt& f, int64_t n) {
   constexpr int64_t apart = 64, float_bytes = sizeof(float);
   switch (f.kind) {
     case TermKind::blocks: return max_threads() * (2 * piece_rows + f.sizes[1]) * padded(f.sizes[1]) * float_bytes;
-    case TermKind::sparse: return 2 * f.n_places * 4 + (f.sizes[0] + f.sizes[1]) * turned_rows * float_bytes + 4 * apart;
+    case TermKind::sparse: return 2 * f.n_places * 4 + (f.sizes[0] + f.sizes[1]) * turned_bytes + 4 * apart;
     case TermKind::kronecker: {
       const KroneckerSizes s(f);
       return (s.packed() + (n + piece_rows - 1) / piece_rows * s.of_piece() + max_threads() * s.of_thread()) * float_bytes + 4 * apart;
