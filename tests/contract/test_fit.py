@@ -106,6 +106,21 @@ def test_the_error_names_both_sizes_and_the_base_to_give(tmp_path: Path) -> None
         require_fit(tmp_path / "adapter", tmp_path / "other")
 
 
+def test_no_size_is_guessed_from_shapes_that_tell_none(tmp_path: Path) -> None:
+    """OFT's matrices are as wide as a block has free numbers, and so tell no layer's width; its base does."""
+    base = make_base("llama")
+    saved(base, veneer.OFTConfig(oft_block_size=4, target_modules=["q_proj"]), tmp_path)
+    small = shape_of.__wrapped__("llama", num_hidden_layers=1)
+    with pytest.raises(FormatError, match="it was trained for 2 layers, this model has 1; give the base") as refused:
+        require_fit_on(tmp_path, small)
+    assert "width" not in str(refused.value)
+    base.config.save_pretrained(tmp_path / "base")
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": str(tmp_path / "base")}))
+    with pytest.raises(FormatError, match="for 2 layers of width 28, this model has 1 of 28"):
+        require_fit_on(tmp_path, small)
+
+
 def test_a_model_that_only_a_pass_would_show_is_not_judged(tmp_path: Path) -> None:
     """Its description is not tested by values: without storage its sub-layers are unknown."""
     config = veneer.BottleneckConfig(reduction_factor=4)

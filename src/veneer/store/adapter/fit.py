@@ -70,8 +70,7 @@ def require_fit_on(adapter: Path, model: PreTrainedModel) -> None:
         if tuple(given[key].shape) != tuple(own.shape)
     ]
     if problems:
-        sizes = expected or {key: parameter for key, parameter in model.named_parameters() if parameter.dim() == 2}
-        raise misfit(str(adapter / WEIGHTS_FILE), type(model).__name__, problems, given, sizes)
+        raise misfit(str(adapter / WEIGHTS_FILE), model, problems, config, given)
 
 
 def _expected(config: MethodConfig, places: Mapping[str, Placed], given: Mapping[str, Shaped]) -> dict[str, Shaped]:

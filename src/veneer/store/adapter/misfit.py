@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Protocol
+from contextlib import suppress
+from typing import Any, NamedTuple, Protocol
 
+from transformers import AutoConfig
+
+from veneer.contract import MethodConfig
+from veneer.core.sites import LinearSite
 from veneer.errors import FormatError
+from veneer.store.adapter.skeleton import config_of_base
 
-_SHOWN = 5  # of the tensors of one kind that do not fit
+_SHOWN = 5  # of the tensors of one kind that do not fit; one if the two sizes are the reason
 
 
 class Shaped(Protocol):
@@ -18,41 +24,65 @@ class Shaped(Protocol):
     def shape(self) -> Sequence[int]: ...
 
 
+class _Size(NamedTuple):
+    """Number of blocks, and their width; 0 if unknown."""
+
+    layers: int
+    width: int
+
+
 def misfit(
-    source: str, model: str, problems: Sequence[str], given: Mapping[str, Shaped], expected: Mapping[str, Shaped]
+    source: str, model: Any, problems: Sequence[str], config: MethodConfig, given: Mapping[str, Shaped]
 ) -> FormatError:
     """Return the error for tensors of ``source`` that do not fit a ``model``: the first problems of each kind.
 
-    Each problem begins with the name of its kind. ``given`` and ``expected``, by key, supply the two sizes.
+    Each problem begins with the name of its kind. ``config`` and ``given``, by key, are the adapter's.
     """
-    told = "\n  ".join(_shortened(problems))
-    return FormatError(f"{source} does not fit {model}{_other_size(given, expected)}:\n  {told}")
+    sizes = _other_size(config, given, model)
+    told = "\n  ".join(_shortened(problems, 1 if sizes else _SHOWN))
+    return FormatError(f"{source} does not fit {type(model).__name__}{sizes}:\n  {told}")
 
 
-def _shortened(problems: Sequence[str]) -> list[str]:
+def _shortened(problems: Sequence[str], shown: int) -> list[str]:
     """The first few of each kind, and how many more."""
     kinds: dict[str, list[str]] = {}
     for problem in problems:
         kinds.setdefault(problem.split(maxsplit=1)[0], []).append(problem)
     told = []
     for of in kinds.values():
-        told += of[:_SHOWN] + ([f"and {len(of) - _SHOWN} more of these"] if len(of) > _SHOWN else [])
+        told += of[:shown]
+        if len(of) > shown:
+            told[-1] += f", and {len(of) - shown} more of these"
     return told
 
 
-def _other_size(given: Mapping[str, Shaped], expected: Mapping[str, Shaped]) -> str:
-    """The two sizes, in words, where an adapter was trained for a model of another size; empty otherwise."""
-    (layers, width), (own_layers, own_width) = _size(given), _size(expected)
-    if not (layers and own_layers and width and own_width) or (layers, width) == (own_layers, own_width):
+def _other_size(config: MethodConfig, given: Mapping[str, Shaped], model: Any) -> str:
+    """The two sizes, in words, if an adapter was trained for a model of another size; empty otherwise."""
+    own, base = _size(getattr(model, "config", None)), config_of_base(config.base_model_name_or_path, config.revision)
+    trained = _reached(config, given) if base is None else _size(AutoConfig.from_pretrained(base.parent))
+    other_width = trained.width and trained.width != own.width
+    # an adapter may leave blocks out, so that the fewer layers of its own tensors mean nothing
+    other_depth = trained.layers > own.layers or (base is not None and trained.layers < own.layers)
+    if not (own.layers and own.width and trained.layers and (other_width or other_depth)):
         return ""
+    before, here = (f" of width {trained.width}", f" of {own.width}") if trained.width else ("", "")
     return (
-        f": it was trained for {layers} layers of width {width}, this model has {own_layers} of {own_width}; "
+        f": it was trained for {trained.layers} layers{before}, this model has {own.layers}{here}; "
         "give the base that it was trained on"
     )
 
 
-def _size(tensors: Mapping[str, Shaped]) -> tuple[int, int]:
-    """The number of blocks that these tensors reach, and the commonest width of matrices; 0 where unknown."""
-    numbers = [int(found[1]) for key in tensors if (found := re.search(r"\.(\d+)\.", key))]
-    widths = [max(value.shape) for value in tensors.values() if len(value.shape) == 2]
-    return max(numbers, default=-1) + 1, max(sorted(set(widths)), key=widths.count, default=0)
+def _size(config: Any) -> _Size:
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    return _Size(getattr(text, "num_hidden_layers", 0), getattr(text, "hidden_size", 0))
+
+
+def _reached(config: MethodConfig, given: Mapping[str, Shaped]) -> _Size:
+    """The number of blocks that tensors reach, and the commonest width of their layers' inputs if shapes tell it."""
+    numbers = [int(found[1]) for key in given if (found := re.search(r"\.(\d+)\.", key))]
+    places = None
+    with suppress(FormatError):  # a damaged file: its problems are listed
+        places = config.places_in({key: tuple(value.shape) for key, value in given.items()}, "")
+    sites = [placed.site for placed in (places or {}).values()]
+    widths = [site.in_features for site in sites if isinstance(site, LinearSite) and site.kind == "linear"]
+    return _Size(max(numbers, default=-1) + 1, max(sorted(set(widths)), key=widths.count, default=0))

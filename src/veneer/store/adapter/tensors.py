@@ -212,7 +212,7 @@ def assign(
     Raises FormatError that counts all missing, unexpected, wrong-shaped and non-finite tensors and names the first of
     each kind.
     """
-    tensors = once_each(tensors)
+    tensors, config = once_each(tensors), state.configs[name]
     expected = _expected(model, state, name, None if mismatched else tensors)
     left: list[str] = []
     if mismatched:
@@ -221,7 +221,7 @@ def assign(
         tensors |= {key: expected.parameters[key] for key in left if key in expected.parameters}
     problems = _problems(model, state, name, tensors, expected)
     if problems:
-        raise misfit(source, type(model).__name__, problems, tensors, expected.parameters)
+        raise misfit(source, model, problems, config, tensors)
     values = unpacked_tensors(model, name, tensors)
     for key, value in live_parameters(model, state, name).items():
         value.copy_(values[key])
