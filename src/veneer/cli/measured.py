@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -26,7 +27,8 @@ _MOST = 12  # lines of what was confused, where that is no table
 _MOST_OF_SEVERAL = 5  # where several results are shown
 _MOST_CLASSES = 20  # with a line of their own
 _REST = "all classes and what each was taken for: --json; row by row: --predictions FILE"
-_GAP = 3  # between two columns
+_GAP = 2  # between two columns
+_EDGES = 3  # of a table, and the space after its first column
 _SHORT = 16  # of a label that is folded no further for a table beside it
 
 
@@ -123,27 +125,25 @@ class Measured:
 
     def _show_side_by_side(self) -> None:
         what = "accuracy" if self.is_share else "perplexity"
-        table = _table(f"{what}, {self.results[0].n_rows:,} rows", "adapter")
-        for name in (what, "95%" if self.is_share else "nats per token"):
-            table.add_column(name, justify="right", no_wrap=True)
+        rows = []
         for name, result in zip(self.names, self.results, strict=True):
             if self.is_share:
                 low, high = cast(Accuracy, result).interval
-                table.add_row(name, f"{result.value:.1%}", f"{low:.1%} to {high:.1%}")
+                rows.append((name, f"{result.value:.1%}", f"{low:.1%} to {high:.1%}"))
             else:
-                table.add_row(name, f"{result.value:,.4f}", f"{cast(Perplexity, result).nats_per_token:.4f}")
-        Console().print(table)
+                rows.append((name, f"{result.value:,.4f}", f"{cast(Perplexity, result).nats_per_token:.4f}"))
+        heads = ("adapter", what, "95%" if self.is_share else "nats per token")
+        _show_named(f"{what}, {self.results[0].n_rows:,} rows", heads, rows)
         differences = self.differences()
-        shown = _table(f"minus {self.names[0]} ({differences[0].test})", "adapter")
-        alone = ("only first\nright", "only this\nright") if self.is_share else ()
-        for name in ("points" if self.is_share else "nats per token", "95%", "p", *alone):
-            shown.add_column(name, justify="right", no_wrap=True)
+        alone = ("only\nfirst\nright", "only\nthis\nright") if self.is_share else ()
+        compared = []
         for name, each in zip(self.names[1:], differences, strict=True):
             counts = (str(each.only_first), str(each.only_second)) if self.is_share else ()
             written = _points if self.is_share else _nats
             span = " to ".join(map(written, each.interval))
-            shown.add_row(name, written(each.value), span, _p_value(each.p_value), *counts)
-        Console().print(shown)
+            compared.append((name, written(each.value), span, _p_value(each.p_value), *counts))
+        heads = ("adapter", "points" if self.is_share else "nats per token", "95%", "p", *alone)
+        _show_named(f"minus {self.names[0]} ({differences[0].test})", heads, compared)
 
     def write_predictions(self, path: Path) -> None:
         """Write one JSON object for each row and column: prompt, right answers, prediction, and its correctness."""
@@ -163,7 +163,8 @@ def _show_classes(confusion: Confusion, name: str) -> None:
     """
     console = Console()
     if name:
-        console.print(Text(f"most confused: {name}", style="bold"))
+        if _confused(confusion):
+            console.print(Text(f"most confused: {name}", style="bold"))
         _show_most_confused(confusion, _MOST_OF_SEVERAL)
         return
     labels = confusion.labels
@@ -200,18 +201,46 @@ def _show_taken_for(confusion: Confusion, console: Console) -> bool:
 
 def _table(title: str, first: str) -> Table:
     """A table whose first column, of names, gives way where a row is too long."""
-    table = Table(box=box.SIMPLE, title=Text(title))
+    table = Table(box=box.SIMPLE, padding=(0, _GAP - 1, 0, 0), title=Text(title))
     table.add_column(first, overflow="fold")
     return table
 
 
-def _show_most_confused(confusion: Confusion, most: int) -> None:
-    pairs = [
+def _show_named(title: str, heads: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """A table of numbers by name. Where a name's line is too long, it is broken after a slash if it has one."""
+    console, table = Console(), _table(title, heads[0])
+    for head in heads[1:]:
+        table.add_column(head, justify="right", no_wrap=True)
+    taken = sum(
+        max(len(line) for cell in column for line in cell.splitlines()) + _GAP
+        for column in list(zip(heads, *rows, strict=True))[1:]
+    )
+    for name, *cells in rows:
+        table.add_row(Text(_broken(name, console.width - taken - _EDGES)), *cells)
+    console.print(table)
+
+
+def _broken(path: str, width: int) -> str:
+    lines = [""]
+    for part in re.findall(r"[^/]*/+|[^/]+", path):
+        if lines[-1] and len(lines[-1]) + len(part) > width:
+            lines.append("")
+        lines[-1] += part
+    return "\n".join(lines)
+
+
+def _confused(confusion: Confusion) -> list[tuple[int, str, str]]:
+    """How many rows of a class were taken for another one, for every two of which there are any."""
+    return [
         (n, own, given)
         for own, row in zip(confusion.labels, confusion.counts, strict=True)
         for given, n in zip(confusion.labels, row, strict=True)
         if own != given and n
     ]
+
+
+def _show_most_confused(confusion: Confusion, most: int) -> None:
+    pairs = _confused(confusion)
     for n, own, given in sorted(pairs, key=lambda pair: -pair[0])[:most]:
         Console().print(f"{n} of {own!r} taken for {given!r}", highlight=False, markup=False)
     if len(pairs) > most:

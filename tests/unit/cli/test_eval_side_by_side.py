@@ -16,7 +16,7 @@ from typer.testing import Result
 
 from models import byte_tokenizer
 from veneer import IA3Config, LoraConfig, PromptTuningConfig, get_peft_model
-from veneer.cli.measured import _show_classes
+from veneer.cli.measured import _show_classes, _show_named
 from veneer.evaluate.confusion import Confusion
 
 from .conftest import fill
@@ -170,6 +170,22 @@ def test_many_classes_are_cut_to_those_with_most_wrong_rows(capsys: pytest.Captu
     assert shown.endswith("and 54 rarer ones\n")
     _show_classes(confusion, "runs/a")
     assert capsys.readouterr().out.splitlines()[0] == "most confused: runs/a"
+    _show_classes(Confusion.of(labels, right, right), "runs/a")
+    assert capsys.readouterr().out == ""
+
+
+def test_paths_are_broken_at_slashes_alone(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    row = ("-12.3", "-14.5 to -10.1", "<0.001", "131", "7")
+    heads = ("adapter", "points", "95%", "p", "only\nfirst\nright", "only\nthis\nright")
+    paths = ("runs/lora/adapter", "runs/a/" + "folders/" * 5 + "adapter", "x" * 90)
+    _show_named("minus the base", heads, [(path, *row) for path in paths])
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 80
+    cells = [line.split()[0] for line in lines if line.strip()]
+    assert paths[0] in cells
+    assert "".join(cells).count(paths[1]) == 1
+    assert [cell for cell in cells if "folders" in cell and not cell.endswith(("/", "adapter"))] == []
 
 
 def test_where_the_rest_of_the_classes_is_is_told(
