@@ -14,13 +14,16 @@ from typing import Any, NamedTuple
 import datasets
 from rich.console import Console
 
+from veneer.contract.source import adapter_folder
 from veneer.core.group import n_on_this_machine
 from veneer.core.progress import draws_bars, waits_told
 from veneer.core.units import duration, size
 from veneer.plan.before import planned_facts, require_room, with_shard
 from veneer.ray.place import Place
+from veneer.recipe.adapter import FROM
 from veneer.recipe.recipe import Recipe, parse_recipe
 from veneer.recipe.sweep_part import PART
+from veneer.store.adapter.fit import require_undamaged
 from veneer.store.bars import without_bars
 from veneer.train.checkpoint import checkpoints
 from veneer.train.output import (
@@ -37,6 +40,7 @@ from veneer.train.recipe_trainer import require_not_in_base
 from veneer.train.run import run_recipe
 from veneer.train.samples import samples_of
 from veneer.train.show.sample import shown_sample
+from veneer.train.sources import require_readable
 from veneer.train.sweep.recipe import Sweep, parse_sweep
 from veneer.train.sweep.report import PAGE, SWEEP_FILE, outcomes, table, write_report
 from veneer.train.sweep.sweep import run_sweep
@@ -116,8 +120,8 @@ def _show_sample(recipe: Recipe, console: Console) -> None:
 
 def _require_startable(recipe: Recipe, resume: Resume) -> None:
     """Before a plan: raise TrainingError where there is no checkpoint to go on from, ConfigError where a new run would
-    be mixed up with one that is there, DataError where files of rows are not there, and CompositionError where the
-    adapter that is trained on is in the base already.
+    be mixed up with one that is there, DataError where files of rows are not there or begin with a row that cannot be
+    read, FormatError where the adapter that is trained on is damaged, and CompositionError where it is in the base.
     """
     if continues(Path(recipe.output), resume):
         require_begun(recipe)
@@ -125,6 +129,10 @@ def _require_startable(recipe: Recipe, resume: Resume) -> None:
     if Path(recipe.output).exists():
         require_free(recipe, resume)
     require_data_files(recipe.data)
+    if recipe.task == "sft":
+        require_readable(recipe.data)
+    if FROM in recipe.adapter:
+        require_undamaged(adapter_folder(recipe.adapter[FROM]))
     require_not_in_base(recipe)
 
 

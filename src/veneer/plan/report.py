@@ -175,8 +175,7 @@ def shown(plan: Plan, facts: dict[str, Any]) -> Group:
     if "time" in facts:
         time = facts["time"]
         rate = _rate(time["tokens_a_second"])
-        rows = f" of {_own(time, batch)}" if "rows" in time else ""
-        told = f"{time['seconds_a_step']:.2f} s a micro-batch{rows}, {rate} tokens/s ({time['source']})"
+        told = f"{time['seconds_a_step']:.2f} s a micro-batch {_rows(time, batch)}, {rate} tokens/s ({time['source']})"
         lines.append(Text(told + (f"; {duration(time['hours'] * 3600)} for the run" if "hours" in time else "")))
     return Group(*lines)
 
@@ -200,18 +199,19 @@ def told(plan: Plan, facts: dict[str, Any]) -> str:
     time = facts.get("time")
     beside = "" if plan.recipe.metric is None else "; answers for its metric are not planned"
     return f"planned: {size(facts['process']['bytes'])} at most (in {plan.peak_phase}{beside})" + (
-        f", and about {time['seconds_a_step']:.2g} s a micro-batch "
-        f"{f'of {_own(time, plan.batch)}' if 'rows' in time else 'where its rows are full'}"
+        f", and about {time['seconds_a_step']:.2g} s a micro-batch {_rows(time, plan.batch)}"
         f"{f' ({ROUGH})' if time['source'] == ROUGH else ''}"
         if time
         else ""
     )
 
 
-def _own(time: Mapping[str, Any], batch: Batch) -> str:
+def _rows(time: Mapping[str, Any], batch: Batch) -> str:
     """The rows that seconds are of, in words."""
+    if "rows" not in time:
+        return "where its rows are full"
     length, n = time["rows"]["length"], time["rows"]["encoded"]
-    return f"its own rows ({count(batch.n_rows, 'row')} of {length:,} tokens on average, by {n} that were encoded)"
+    return f"of its own rows ({count(batch.n_rows, 'row')} of {length:,} tokens on average, by {n} that were encoded)"
 
 
 def fit_table(recipe: Recipe, found: Sequence[Fit], budget: int, machine: Machine) -> Table:

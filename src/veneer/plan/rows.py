@@ -39,8 +39,8 @@ def own_rows(recipe: Recipe, full: Batch) -> OwnRows | None:
     reports the reason.
     """
     args, source = recipe.training_config(), recipe.model.source
-    has_tokenizer = hub_id_of(source) is None and Path(source).suffix != ".gguf"  # a file would be converted for it
-    if recipe.task != "sft" or full.packed or args.padding_free or recipe.data.more or not has_tokenizer:
+    is_here = hub_id_of(source) is None
+    if recipe.task != "sft" or full.packed or args.padding_free or recipe.data.more or not is_here:
         return None
     try:
         lengths = _lengths(recipe, full.length)

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
-from veneer.data.rows import RowReader
+from pathlib import Path
+
+from veneer.data.files import numbered_rows
+from veneer.data.named_files import names_a_file
+from veneer.data.rows import RowReader, load_rows
 from veneer.data.sources import Source
+from veneer.errors import ConfigError, DataError
 from veneer.recipe.parts import DataPart
 
 
@@ -21,3 +26,18 @@ def sources_of(part: DataPart) -> list[Source]:
         )
         found.append(Source(name=each.source, reader=reader, weight=each.weight, count=each.count))
     return found
+
+
+def require_readable(part: DataPart) -> None:
+    """Raise DataError with the unusable rows of a file whose first row cannot be read. Hub data sets are not asked."""
+    sources = sources_of(part)
+    held_out = [] if part.eval is None else [Source(name=part.eval, reader=sources[0].reader)]
+    for source in (*sources, *held_out):
+        if not names_a_file(source.name):
+            continue
+        try:
+            for _, row in numbered_rows(Path(source.name), []):
+                source.reader.read(row, source.reader.form(row))
+                break
+        except (ConfigError, DataError):
+            load_rows(source.name, source.reader, part.limit)

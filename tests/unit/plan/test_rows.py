@@ -77,6 +77,14 @@ def test_of_a_large_file_some_rows_at_its_front_are_encoded(recipe: Make, monkey
     assert (found.batch.length, found.n_rows) == (7, 3)
 
 
+def test_rows_for_a_gguf_base_are_encoded_too(recipe: Make) -> None:
+    values = recipe(per_device_train_batch_size=1).model_dump(exclude_unset=True)
+    values["model"]["source"] = "base.gguf"
+    found = of(parse_recipe(values))
+    assert found is not None
+    assert found.n_rows == 4
+
+
 @pytest.mark.parametrize("change", ["packed", "missing", "no rows", "hub", "preset", "broken"])
 def test_rows_that_fill_their_batch_or_cannot_be_read_count_as_full(change: str, recipe: Make, tmp_path: Path) -> None:
     values = recipe().model_dump(exclude_unset=True)
