@@ -152,11 +152,12 @@ def test_adapters_of_bases_of_two_widths(own: MethodConfig, tmp_path: Path) -> N
 
 
 def test_bases_of_other_names_are_returned(tmp_path: Path) -> None:
-    for name, base in (("a", "x/y"), ("b", "x/z")):
+    for name, base in (("a", "x/y"), ("b", "x/z"), ("same", "me/Y-GGUF")):
         saved(make_base("llama"), veneer.LoraConfig(r=3, target_modules=["q_proj"]), tmp_path / name)
         path = tmp_path / name / "adapter_config.json"
         path.write_text(json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": base}))
     told = [f"{tmp_path / 'a'} was trained on x/y", f"{tmp_path / 'b'} was trained on x/z"]
     assert require_one_base([tmp_path / "a", tmp_path / "b"]) == told
+    assert require_one_base([tmp_path / "a", tmp_path / "same"]) == []
     with pytest.raises(ConfigError, match="there is no such folder"):
         require_undamaged(tmp_path / "c")

@@ -16,7 +16,7 @@ from veneer.adapters.tokenizer import TOKENIZER_CONFIG, larger, read_tokenizer
 from veneer.contract.file import CONFIG_FILE
 from veneer.errors import ConfigError
 from veneer.store.adapter.config import read_config
-from veneer.store.adapter.fit import fitting, other_base, require_fit, require_undamaged
+from veneer.store.adapter.fit import base_warnings, fitting, require_fit, require_undamaged
 from veneer.store.bars import quiet
 from veneer.store.merge_record import require_not_merged
 from veneer.store.quantization import BitsAndBytesConfig
@@ -65,14 +65,17 @@ class Parts:
 
 @dataclass(frozen=True, kw_only=True)
 class Chosen:
-    """Base and adapters that fit it by shape, before any weight of the base is loaded. ``notes`` are for the user."""
+    """Base and adapters that fit it by shape, before any weight of the base is loaded.
+
+    ``warnings``: adapters that name another base.
+    """
 
     source: str
     adapters: tuple[Path, ...]
     tokenizer: Any
     four_bit: bool
     dtype: str
-    notes: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
 
     def load(self) -> Parts:
         """Load the parts. Raises the errors of `load_model`."""
@@ -89,8 +92,8 @@ class Chosen:
 def choose(model: str, adapters: Sequence[Path] = (), *, four_bit: bool = False, dtype: str = "auto") -> Chosen:
     """Return a base and adapters by name, after checking that they exist and that their shapes fit.
 
-    The tokenizer is the base's, or the adapter's if that has more tokens or another chat template. Adapters are not
-    compared with a base on the hub.
+    The tokenizer is the base's, or the adapter's if that has more tokens or another chat template. The shapes of a base
+    on the hub are not compared.
 
     Raises ConfigError and FormatError as `resolve` and `require_undamaged` do. Raises FormatError for an adapter of
     another model, and CompositionError if the adapter is already merged into the base.
@@ -104,21 +107,15 @@ def choose(model: str, adapters: Sequence[Path] = (), *, four_bit: bool = False,
     place = resolve(source) if folders else source
     for folder in folders:
         require_not_merged(place, folder)
-    notes: list[str] = []
     with quiet():
         tokenizer = tokenizer_with(load_tokenizer(source), folders)
         if isinstance(place, Path):
-            notes = [note for folder in folders for note in _checked(folder, place, len(tokenizer), source)]
+            for folder in folders:
+                require_fit(folder, place, len(tokenizer), source)
+    warnings = tuple(base_warnings(folders, source, place))
     return Chosen(
-        source=source, adapters=folders, tokenizer=tokenizer, four_bit=four_bit, dtype=dtype, notes=tuple(notes)
+        source=source, adapters=folders, tokenizer=tokenizer, four_bit=four_bit, dtype=dtype, warnings=warnings
     )
-
-
-def _checked(adapter: Path, base: Path, n_tokens: int, source: str) -> list[str]:
-    """Notes on an adapter that fits a base. Raises FormatError for one that does not."""
-    require_fit(adapter, base, n_tokens, source)
-    named = other_base(adapter, base)
-    return [] if named is None else [f"the adapter {adapter} was trained on {named}, and the model is {source}"]
 
 
 def split_one(model: str, adapter: Path | None) -> tuple[str, Path | None]:

@@ -8,6 +8,7 @@ import typer
 
 from veneer.adapters.chosen import split_one
 from veneer.adapters.requantizing import describe
+from veneer.cli.bases import compare_bases
 from veneer.cli.facts import print_facts
 from veneer.cli.gguf_plan import print_plan, tell_notes
 from veneer.cli.loading import load
@@ -31,6 +32,7 @@ BESIDE = "To keep all of it, leave the adapter beside its base: `veneer export l
 def gguf(args: GgufArguments) -> None:
     """Write a GGUF file, or print its plan."""
     base, adapter = split_one(args.model, args.adapter)
+    compare_bases(adapter, base)
     mix = MixOptions(
         pure=args.pure, output=args.output_type, embedding=args.embedding_type, by_name=_by_name(args.tensor_type or [])
     )
@@ -58,6 +60,7 @@ def gguf(args: GgufArguments) -> None:
 def ollama(args: OllamaArguments) -> None:
     """Write a folder for ``ollama create``."""
     base, adapter = split_one(args.model, args.adapter)
+    compare_bases(adapter, base)
     options = GgufOptions(type=args.type_, overwrite=args.force, importance=args.importance)
     with quiet(), progress_bar("exporting") as on_progress:
         report = export_ollama(base, args.output, options, adapter=adapter, on_progress=on_progress)
@@ -71,6 +74,7 @@ def ollama(args: OllamaArguments) -> None:
 
 def lora(args: LoraArguments) -> None:
     """Write an adapter as a GGUF file."""
+    compare_bases(args.adapter, args.base)
     with quiet():
         report = export_lora(args.adapter, args.output, base=args.base, type=args.type_, overwrite=args.force)
     typer.echo(f"{args.output}: {report.n_modules} modules, {size(report.n_bytes)}")

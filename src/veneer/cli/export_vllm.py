@@ -11,6 +11,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from veneer.cli.bases import compare_bases
 from veneer.cli.pages.export_vllm import VllmArguments
 from veneer.core.progress import progress_bar
 from veneer.core.units import size
@@ -33,6 +34,7 @@ def vllm(args: VllmArguments) -> None:
     refused: dict[str, str] = {}
     for name, adapter in folders.items():
         try:
+            compare_bases(adapter, args.base)
             with quiet(), progress_bar(f"exporting {name}") as on_progress:
                 written[name] = export_vllm(adapter, args.output / name, options, on_progress)
         except (CompositionError, ConfigError, FormatError) as error:

@@ -32,7 +32,7 @@ from veneer.store.adapter.skeleton import places_in_base
 def inspect(args: InspectArguments) -> None:
     """Print or draw the updates of one adapter, or of two."""
     folders = [args.adapter] if args.other is None else [args.adapter, args.other]
-    loading.require_of_one_base(folders, args.base)
+    loading.require_of_one_base(folders, args.base, "a comparison")
     spectra = _spectra(_updates(folders, args.base))
     first = spectra[args.adapter]
     lines = describe(first, args.top)

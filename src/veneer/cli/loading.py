@@ -1,4 +1,4 @@
-"""Loading shared by several verbs: load the model that the arguments name, and print notes on stderr."""
+"""Loading shared by several verbs: load the model that the arguments name, and print warnings on stderr."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from veneer.adapters.chosen import Chosen, Loaded, Parts
 from veneer.adapters.chosen import choose as choose_quietly
 from veneer.answer.answerer import Answerer, Drawing
 from veneer.answer.model import ModelAnswerer
+from veneer.cli.bases import warn
 from veneer.core.progress import waits_told
 from veneer.plan.presets import require_weights
 from veneer.serve.answerer import answerer_of as quiet_answerer_of
@@ -20,7 +21,7 @@ from veneer.store.bars import quiet
 
 
 def choose(model: str, adapters: Sequence[Path] = (), **how: Any) -> Chosen:
-    """Return the result of `adapters.chosen.choose`, and print its notes.
+    """Return the result of `adapters.chosen.choose`, and print its warnings.
 
     Raises ConfigError for a preset, which has no weights.
     """
@@ -31,9 +32,8 @@ def choose(model: str, adapters: Sequence[Path] = (), **how: Any) -> Chosen:
 
 
 def told(chosen: Chosen) -> Chosen:
-    """Print the notes of a choice, and return it."""
-    for note in chosen.notes:
-        typer.echo(f"note: {note}", err=True)
+    """Print the warnings of a choice, and return it."""
+    warn(chosen.warnings)
     return chosen
 
 
@@ -75,17 +75,18 @@ def adapter_list(adapter: Path | None) -> list[Path]:
     return [] if adapter is None else [adapter]
 
 
-def require_of_one_base(adapters: Sequence[Path], base: str | None) -> None:
+def require_of_one_base(adapters: Sequence[Path], base: str | None, use: str) -> None:
     """Raise ConfigError or FormatError if one of these is not an adapter, or if their bases differ from each other or
-    ``base``.
+    ``base`` in size.
 
-    Bases of equal shapes and different names give a note on stderr. No weight is loaded.
+    Bases of equal sizes whose names may mean two models give a warning on stderr. ``use`` names the subject of the
+    warning. No weight is loaded.
     """
     named = require_one_base(adapters) if base is None else []
     if base is not None:
         choose(base, list(dict.fromkeys(adapters)))
     if named:
-        typer.echo(f"note: {', '.join(named)}: what is said of them together holds where these are one base", err=True)
+        warn([f"{', '.join(named)}: {use} is meaningless unless these names mean one model"])
 
 
 def _tell_of_float32(parts: Parts) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import typer
 
+from veneer.cli.bases import compare_bases
 from veneer.cli.pages.merge import MergeArguments
 from veneer.core.progress import progress_bar
 from veneer.core.units import size
@@ -13,6 +14,7 @@ from veneer.store.bars import quiet
 
 def merge(args: MergeArguments) -> None:
     """Write the merged model, and print its contents."""
+    compare_bases(args.adapter, args.base)
     with quiet(), progress_bar("merging") as on_progress:
         report = merge_checkpoint(
             args.base, args.adapter, args.output, MergeOptions(dtype=args.dtype, overwrite=args.force), on_progress

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -33,6 +34,7 @@ from veneer.model.embedding import input_embeddings
 from veneer.model.state import AdapterState
 from veneer.store.adapter.config import read_config
 from veneer.store.adapter.files import read_headers
+from veneer.store.adapter.fit import fitting
 from veneer.store.adapter.skeleton import without_storage
 from veneer.store.adapter.tensors import assign
 from veneer.store.merge_record import require_not_merged
@@ -46,14 +48,20 @@ class FoldedCheckpoint:
     ``specs`` are dtype and shape of every tensor of the result, by its name in files. ``untied``: tied embeddings have
     become two tensors. ``prefix`` is that of the names in the model without its head. ``n_modules`` counts the modules
     that the adapter changes. ``dtype`` is that of the result's floating tensors; None keeps the base's. ``wide``:
-    merged weights are float32 sums, never rounded to the base's dtype.
+    merged weights are float32 sums, never rounded to the base's dtype. ``called``: the base's name in errors.
 
     Raises FormatError if the files are damaged or do not fit each other. Raises CompositionError for adapters that
     cannot be merged or are already in the base.
     """
 
     def __init__(
-        self, folder: Path, adapter: Path | None, dtype: torch.dtype | None = None, *, wide: bool = False
+        self,
+        folder: Path,
+        adapter: Path | None,
+        dtype: torch.dtype | None = None,
+        *,
+        wide: bool = False,
+        called: str | os.PathLike[str] | None = None,
     ) -> None:
         self._folder, self._wide = folder, wide
         config = _foldable(adapter) if adapter else None
@@ -70,7 +78,8 @@ class FoldedCheckpoint:
             left_out = _came_along(stored, skeleton, self._weights)
             tensors = {key: tensor.read() for key, tensor in stored.items() if key not in left_out}
             source = str(adapter / WEIGHTS_FILE)
-            _attach(skeleton, AdapterState(), config, tensors, source=source, weights=self._weights)
+            with fitting(adapter, os.fspath(called or folder)):
+                _attach(skeleton, AdapterState(), config, tensors, source=source, weights=self._weights)
             self._changed = {path: m for path, m in adapted_modules(skeleton).items() if m.holds(NAME)}
         self._plan = _plan(self._weights, self._changed, dtype)
         self._pending: dict[tuple[str, str], Tensor] = {}  # what folding a module made besides, until it is due

@@ -56,7 +56,7 @@ def merge_checkpoint(
     """
     options = options or MergeOptions()
     folder = local_folder(base)
-    source = FoldedCheckpoint(folder, adapter, floating_dtype(options.dtype))
+    source = FoldedCheckpoint(folder, adapter, floating_dtype(options.dtype), called=base)
     with CheckpointWriter(
         output, source.specs, max_shard_bytes=options.max_shard_bytes, overwrite=options.overwrite
     ) as writer:

@@ -142,7 +142,9 @@ def engine_answerer(parts: Parts, drawing: Drawing, n_rows: int) -> EngineAnswer
         options = EngineOptions(
             tokenizer=parts.tokenizer, seed=seed, max_num_seqs=n_rows, max_num_batched_tokens=max(512, n_rows)
         )
-        engine = start_engine(parts.base, options, program_alone=True, contexts_cached=1)  # others need the memory
+        engine = start_engine(  # one context, for others need the memory
+            parts.base, options, program_alone=True, contexts_cached=1, compares_bases=False
+        )
     except (ConfigError, DescriptionError) as error:
         unpack(parts.base)  # where it was what comes behind the program that failed
         return str(error)

@@ -29,7 +29,8 @@ class EngineSettings:
     one. ``max_lora_rank`` is the highest rank of an adapter (None: any). ``value_bytes`` is the size of a value of a
     loaded adapter (None: as it is stored). ``why_general`` is the reason why transformers' own code computes everything
     ("": it does not). ``base`` is the model's folder, if it has one. Adapters that were merged into it are refused.
-    ``base_names`` are the name that was asked for and the model's other names. Adapters of another base have a warning.
+    ``base_names`` are the name that was asked for and the model's other names. Adapters of another base have a warning;
+    without names none has.
     ``chat_template`` is used for all adapters, in place of their own. If ``keeps_stats``, times and counts are kept.
     If ``prefix_caching``, requests share pages. ``speculative`` is the way in which next tokens are guessed (None: only
     those are that a form forces).

@@ -25,7 +25,6 @@ from veneer.serve.loader import Finished, Loader
 from veneer.serve.lora_request import LoRARequest
 from veneer.serve.messages import Abort, Act, Forget
 from veneer.serve.metrics import Metric
-from veneer.serve.named_base import ServedBase
 from veneer.serve.outputs import RequestOutput
 from veneer.serve.plan import Plan, Sampled
 from veneer.serve.pool import Pool
@@ -38,6 +37,7 @@ from veneer.serve.sampling_params import SamplingParams
 from veneer.serve.scheduler import Scheduler
 from veneer.serve.stats import Stats
 from veneer.serve.versions import Versions
+from veneer.store.named_base import GivenBase
 
 _LOG = logging.getLogger(__name__)
 _LONGEST_NAME = 256  # of a client
@@ -57,7 +57,7 @@ class Engine:
         self.runner, self.scheduler, self.pool = runner, scheduler, scheduler.pool
         self.tokenizer, self.settings = tokenizer, settings
         self.readers = Readers(PromptReader(tokenizer, scheduler.limits.max_model_len), settings.chat_template)
-        served = ServedBase("".join(settings.base_names[:1]), settings.base_names[1:], settings.base)
+        served = GivenBase("".join(settings.base_names[:1]), settings.base_names[1:], settings.base)
         self.versions = Versions(settings.max_lora_rank, settings.value_bytes, settings.base, served)
         self.backlog = Backlog(scheduler.limits, scheduler.waiting)
         self._rules = Rules(tokenizer, settings)

@@ -177,6 +177,7 @@ def start_engine(
     *,
     program_alone: bool = False,
     contexts_cached: int | None = None,
+    compares_bases: bool = True,
 ) -> Engine:
     """Return an engine that answers. ``model`` is an input of `load_model`, or a loaded model if its tokenizer is
     given.
@@ -187,6 +188,8 @@ def start_engine(
 
     ``contexts_cached``: pages that no request holds are kept for so many times the longest sequence. None: they take up
     to the whole budget if ``kv_cache_memory_bytes`` is given, otherwise a quarter of the free memory.
+
+    ``compares_bases``: adapters that name another base give a warning. False if the caller has compared them.
 
     Raises ConfigError, FormatError, and TargetError for a model that cannot be served.
     """
@@ -221,7 +224,7 @@ def start_engine(
         value_bytes=None if interpreter is None else loaded.dtype.itemsize,
         why_general=why_not,
         base=_folder_of(loaded),
-        base_names=tuple(dict.fromkeys(name for name in _names(model, loaded, options) if name)),
+        base_names=tuple(dict.fromkeys(filter(None, _names(model, loaded, options)))) if compares_bases else (),
         chat_template=options.chat_template,
         keeps_stats=not options.disable_log_stats,
         prefix_caching=options.enable_prefix_caching is not False,

@@ -17,10 +17,10 @@ from veneer.errors import CompositionError, ConfigError, FormatError
 from veneer.serve.adapter_version import AdapterVersion
 from veneer.serve.latest import Latest
 from veneer.serve.lora_request import LoRARequest
-from veneer.serve.named_base import ServedBase
 from veneer.store.adapter.config import read_config
 from veneer.store.adapter.files import read_headers
 from veneer.store.merge_record import merged_adapters, require_not_merged
+from veneer.store.named_base import GivenBase
 
 _LOG = logging.getLogger(__name__)
 _KEPT = 1 << 16  # folders, about a kilobyte each
@@ -40,10 +40,10 @@ class Versions:
         max_rank: int | None = None,
         value_bytes: int | None = None,
         base: Path | None = None,
-        served: ServedBase | None = None,
+        served: GivenBase | None = None,
     ) -> None:
         self._max_rank, self._value_bytes, self._base = max_rank, value_bytes, base
-        self._served = served or ServedBase()
+        self._served = served or GivenBase()
         self.n_warned = 0
         if base is not None:
             merged_adapters(base)

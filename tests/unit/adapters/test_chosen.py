@@ -1,4 +1,4 @@
-"""A base and adapters by name: the base that an adapter names, notes, tokenizers that adapters bring along."""
+"""A base and adapters by name: the base that an adapter names, warnings, tokenizers that adapters bring along."""
 
 from __future__ import annotations
 
@@ -23,13 +23,16 @@ def test_an_adapter_stands_for_its_base_and_itself(model_folder: Path, adapter_f
         split(str(adapter_folder), (adapter_folder,))
 
 
-def test_a_base_of_equal_shapes_and_another_place_is_noted(
+def test_a_base_of_equal_shapes_and_other_files_is_warned_of(
     model_folder: Path, adapter_folder: Path, tmp_path: Path
 ) -> None:
-    other = shutil.copytree(model_folder, tmp_path / "other")
-    assert choose(str(model_folder), [adapter_folder]).notes == ()
-    note = f"the adapter {adapter_folder} was trained on {model_folder}, and the model is {other}"
-    assert choose(str(other), [adapter_folder]).notes == (note,)
+    copy, other = (shutil.copytree(model_folder, tmp_path / name) for name in ("copy", "other"))
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 3e-5}))
+    assert choose(str(model_folder), [adapter_folder]).warnings == ()
+    assert choose(str(copy), [adapter_folder]).warnings == ()
+    (said,) = choose(str(other), [adapter_folder]).warnings
+    assert said.startswith(f"{adapter_folder}: the adapter names the base {model_folder}, and this is {other}: ")
 
 
 def test_the_parts_are_joined_under_names_of_their_folders(model_folder: Path, adapter_folder: Path) -> None:

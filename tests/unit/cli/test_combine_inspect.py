@@ -267,13 +267,16 @@ def test_bases_of_equal_shapes_and_other_names_are_told(veneer, adapter_folder, 
     shutil.copytree(second, renamed)
     config = json.loads((renamed / "adapter_config.json").read_text())
     (renamed / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": "someone/else"}))
-    for command in (("inspect", adapter_folder, renamed), ("combine", adapter_folder, renamed, "-o", tmp_path / "sum")):
+    for use, command in (
+        ("a comparison", ("inspect", adapter_folder, renamed)),
+        ("their sum", ("combine", adapter_folder, renamed, "-o", tmp_path / "sum")),
+    ):
         result = veneer(*command)
         assert result.exit_code == 0, result.output
         told = " ".join(result.stderr.split())
         assert (
-            f"note: {adapter_folder} was trained on {config['base_model_name_or_path']}, {renamed} was trained on"
-            in told
+            f"warning: {adapter_folder} was trained on {config['base_model_name_or_path']}, {renamed} was trained on "
+            f"someone/else: {use} is meaningless unless these names mean one model" in told
         )
-        assert "what is said of them together holds where these are one base" in told
-    assert "note" not in veneer("inspect", adapter_folder, second).stderr
+    assert json.loads((tmp_path / "sum" / "adapter_config.json").read_text())["base_model_name_or_path"] is None
+    assert "warning" not in veneer("inspect", adapter_folder, second).stderr

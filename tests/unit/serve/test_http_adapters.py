@@ -338,7 +338,7 @@ def test_an_adapter_that_names_another_base_is_told(server, root, adapters, capl
     shutil.copytree(adapters["rslora"].path, root / "foreign")
     file = root / "foreign" / "adapter_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"base_model_name_or_path": str(root)}))
-    said = f"the adapter names the base {root}, and this is {server.engine.settings.base}: its answers are wrong"
+    said = f"the adapter names the base {root}, and this is {server.engine.settings.base}: the result is wrong"
     status, told = change(server, "load", lora_name="far", lora_path="foreign")
     assert (status, told.startswith(f"Success: LoRA adapter 'far' added successfully. Warning: {said}")) == (200, True)
     assert f"{root / 'foreign'}: {said}" in caplog.text

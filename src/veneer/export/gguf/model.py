@@ -78,7 +78,7 @@ class GgufExport:
         family_of(model_config(folder).get_text_config())  # before a tensor is looked for: what it is comes first
         dtype = floating_dtype(options.dtype)
         self._wide = dtype == torch.float32 or (dtype is None and mix.default == "F32")
-        self._source = FoldedCheckpoint(folder, adapter, dtype, wide=self._wide)
+        self._source = FoldedCheckpoint(folder, adapter, dtype, wide=self._wide, called=base)
         described = describe_checkpoint(self._source, folder)
         self.tokenizer = read_tokenizer([adapter, folder] if adapter else [folder])
         name = options.name or name_of(adapter or base)

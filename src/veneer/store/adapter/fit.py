@@ -24,7 +24,7 @@ from veneer.store.adapter.files import read_headers
 from veneer.store.adapter.folder import require_adapter
 from veneer.store.adapter.misfit import Shaped, misfit
 from veneer.store.adapter.skeleton import without_storage
-from veneer.store.known import KNOWN, is_fetched, model_folder
+from veneer.store.named_base import GivenBase, is_one_model
 
 
 def require_undamaged(adapter: Path) -> None:
@@ -110,7 +110,7 @@ def _whole_parameters(model: nn.Module, given: Mapping[str, Shaped]) -> dict[str
 
 
 def require_one_base(adapters: Sequence[Path]) -> list[str]:
-    """Return the bases that adapters name, if these differ, as "FOLDER was trained on NAME".
+    """Return the bases that adapters name, if these may be different models, as "FOLDER was trained on NAME".
 
     Raises ConfigError and FormatError if a folder is not an adapter. Raises FormatError if the layers of two adapters
     differ in size. Sizes that a file does not hold are not compared.
@@ -128,8 +128,10 @@ def require_one_base(adapters: Sequence[Path]) -> list[str]:
                     f"which was trained on {named[0]}, and {size} in {folder}, which was trained on {named[1]}"
                 )
     bases = {name: folder for folder in reversed(adapters) if (name := base_named_by(folder)) is not None}
-    named = [f"{folder} was trained on {name}" for name, folder in reversed(bases.items())]
-    return named if len(named) > 1 else []
+    first, *others = reversed(bases) if bases else ("",)
+    if all(is_one_model(first, name) for name in others):
+        return []
+    return [f"{folder} was trained on {name}" for name, folder in reversed(bases.items())]
 
 
 def _sizes(adapter: Path) -> dict[tuple[str, str], int]:
@@ -158,13 +160,15 @@ def base_named_by(adapter: Path) -> str | None:
     return read_config(adapter).base_model_name_or_path or None
 
 
-def other_base(adapter: Path, base: Path) -> str | None:
-    """Return the base that an adapter names, if it is on this machine and differs from ``base``."""
-    named = base_named_by(adapter)
-    if named is None:
-        return None
-    folder = model_folder(named) if named in KNOWN and is_fetched(named) else Path(named).expanduser()
-    return None if not folder.is_dir() or folder.resolve() == base.resolve() else named
+def base_warnings(adapters: Sequence[Path], base: str, place: Path | str) -> list[str]:
+    """Return a warning for each adapter that names another base, as far as names and files tell.
+
+    ``base`` is the name that was given, ``place`` its folder or its id on the hub. A model has many names, so that this
+    is no error.
+    """
+    given = GivenBase(base, (str(place),), place if isinstance(place, Path) else None)
+    said = [(folder, given.warning(base_named_by(folder))) for folder in adapters]
+    return [f"{folder}: {warning}" for folder, warning in said if warning]
 
 
 @contextmanager
@@ -175,9 +179,7 @@ def fitting(adapter: Path, base: str) -> Iterator[None]:
     except (FormatError, TargetError) as error:
         known = base_named_by(adapter)
         other = known is not None and Path(known).expanduser() != Path(base).expanduser()
-        advice = (
-            f"it was trained on {known}: give {known} as the model, or the adapter's folder alone. " if other else ""
-        )
+        advice = f"it was trained on {known}: give {known} as the model. " if other else ""
         raise FormatError(f"the adapter {adapter} does not fit the model {base}: {advice}{error}") from error
 
 

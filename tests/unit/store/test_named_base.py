@@ -1,4 +1,4 @@
-"""The base that an adapter names, and the one that is served: the same, another one, or nobody knows."""
+"""The base that an adapter names, and the one that is given: the same, another one, or nobody knows."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from veneer.serve.named_base import ServedBase
+from veneer.store.named_base import GivenBase
 
 SMALL, LARGE = "SmolLM2-135M-Instruct.Q4_1.gguf@sha256:" + "0f" * 32, "Qwen3-0.6B-Q8_0.gguf@sha256:" + "1e" * 32
 
@@ -28,7 +28,7 @@ SMALL, LARGE = "SmolLM2-135M-Instruct.Q4_1.gguf@sha256:" + "0f" * 32, "Qwen3-0.6
     ],
 )
 def test_names_of_one_model_and_unknown_places_are_no_reason_to_doubt(root: str, named: str | None) -> None:
-    assert ServedBase(root).warning(named) == ""
+    assert GivenBase(root).warning(named) == ""
 
 
 @pytest.mark.parametrize(
@@ -41,14 +41,14 @@ def test_names_of_one_model_and_unknown_places_are_no_reason_to_doubt(root: str,
     ],
 )
 def test_names_of_two_models_are(root: str, named: str) -> None:
-    said = f"the adapter names the base {named}, and this is {root}: its answers are wrong if these are two models"
-    assert ServedBase(root).warning(named).startswith(said)
-    assert ServedBase(root, ["me/" + named.rpartition("/")[2]]).warning(named) == ""
+    said = f"the adapter names the base {named}, and this is {root}: the result is wrong if these are two models"
+    assert GivenBase(root).warning(named).startswith(said)
+    assert GivenBase(root, ["me/" + named.rpartition("/")[2]]).warning(named) == ""
 
 
 def test_long_names_take_no_time() -> None:
-    assert ServedBase("Qwen/Qwen3-0.6B").warning("x-q4" + "_q4" * 83 + "!") == ""  # not a name of a model
-    assert ServedBase("Qwen/Qwen3-0.6B").warning("x" * 257) == ""
+    assert GivenBase("Qwen/Qwen3-0.6B").warning("x-q4" + "_q4" * 83 + "!") == ""  # not a name of a model
+    assert GivenBase("Qwen/Qwen3-0.6B").warning("x" * 257) == ""
 
 
 def test_folders_are_compared_by_what_they_hold(tmp_path: Path) -> None:
@@ -59,7 +59,7 @@ def test_folders_are_compared_by_what_they_hold(tmp_path: Path) -> None:
     shutil.copytree(own, copy)
     shutil.copytree(own, other)
     (other / "model.safetensors").write_bytes(b"1234567")
-    served = ServedBase(str(own), folder=own)
+    served = GivenBase(str(own), folder=own)
     assert [bool(served.warning(str(each))) for each in (own, copy, other)] == [False, False, True]
     (other / "gone.safetensors").symlink_to(tmp_path / "nowhere")
     assert served.warning(str(other)) == ""  # nobody can tell

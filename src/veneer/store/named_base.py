@@ -1,4 +1,4 @@
-"""Base that is served, compared with the base that an adapter names. No torch."""
+"""Base that is given for an adapter, compared with the base that the adapter names. No torch."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Collection
 from pathlib import Path
 
 from veneer.disk.known_name import known_name
+from veneer.store.known import KNOWN, is_fetched, model_folder
 
 _MODEL_CONFIG = "config.json"
 _HASHED = re.compile(r"(.+)@sha256:([0-9a-f]{64})")  # known names of GGUF files
@@ -19,11 +20,11 @@ _FORM = re.compile(
 _LONGEST = 256  # characters of a name that is compared
 
 
-class ServedBase:
-    """Base that is served: the model ``root`` as it was asked for, other ``names`` that it has, and its ``folder``.
+class GivenBase:
+    """Base that is given: the model ``root`` as it was asked for, other ``names`` that it has, and its ``folder``.
 
     Names differ clearly only if both are names of models. Of a folder nobody knows which model it holds, unless the
-    adapter names another folder of this machine.
+    adapter names another folder of this machine, or a fetched model.
     """
 
     def __init__(self, root: str = "", names: Collection[str] = (), folder: Path | None = None) -> None:
@@ -35,16 +36,33 @@ class ServedBase:
         if not named or len(named) > _LONGEST or not self._root or not self._differs(named):
             return ""
         return (
-            f"the adapter names the base {named}, and this is {self._root}: its answers are wrong if these are two "
-            "models. Serve it on its own base"
+            f"the adapter names the base {named}, and this is {self._root}: the result is wrong if these are two "
+            "models. Use the adapter with its own base"
         )
 
     def _differs(self, named: str) -> bool:
         if _model(named) in self._names:
             return False
+        here = _folder_of(named)
+        if here is not None and self._folder is not None:
+            return not _is_copy(here, self._folder)
         if os.path.isdir(named):
-            return self._folder is not None and not _is_copy(Path(named), self._folder)
+            return False
         return _is_name(named) and _is_name(self._root)
+
+
+def is_one_model(one: str, other: str) -> bool:
+    """Return True if two names mean the same model, as far as names tell and the files of two folders."""
+    if _model(known_name(one)) == _model(known_name(other)):
+        return True
+    here, there = _folder_of(one), _folder_of(other)
+    return here is not None and there is not None and _is_copy(here, there)
+
+
+def _folder_of(named: str) -> Path | None:
+    """The folder of a model that is on this machine by its path or by its name in `KNOWN`."""
+    folder = model_folder(named) if named in KNOWN and is_fetched(named) else Path(os.path.expanduser(named))
+    return folder if os.path.isdir(folder) else None
 
 
 def _is_name(name: str) -> bool:
