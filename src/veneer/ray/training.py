@@ -20,6 +20,7 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedErr
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from veneer import errors
+from veneer.core.refusals import allowed
 from veneer.errors import (
     ConfigError,
     DiskError,
@@ -65,7 +66,7 @@ def loop_of(config: Mapping[str, Any]) -> Loop:
     try:
         return Loop.model_validate(dict(config))
     except ValidationError as error:
-        told = [f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors()]
+        told = [f"{'.'.join(map(str, each['loc']))}: {allowed([each])}" for each in error.errors()]
         known = f"Known keys: {', '.join(Loop.model_fields)}"
         raise ConfigError(listed(told, "train_loop_config", remedy=known)) from error
 

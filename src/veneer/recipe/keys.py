@@ -13,6 +13,7 @@ from pydantic import TypeAdapter, ValidationError
 from pydantic.errors import PydanticSchemaGenerationError
 
 from veneer.core.nearest import nearest
+from veneer.core.refusals import allowed
 
 
 @dataclass(frozen=True)
@@ -53,8 +54,7 @@ def typed(
         try:
             found[key] = _converted(value, keys.types[key])
         except ValidationError as error:
-            reasons = dict.fromkeys(each["msg"] for each in error.errors())
-            problems.append(f"{prefix}{key}: {value!r} does not fit ({' or '.join(reasons)})")
+            problems.append(f"{prefix}{key}: {value!r} does not fit: it {allowed(error.errors())}")
         except PydanticSchemaGenerationError:
             found[key] = value  # a type that pydantic does not know; the config checks it itself
     return found

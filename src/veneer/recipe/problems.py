@@ -7,6 +7,7 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
+from veneer.core.refusals import allowed
 from veneer.recipe.adapter import FULL, adapter_problems, method_of
 from veneer.recipe.advice import belongs, meant_quantization
 from veneer.recipe.distributed_part import DistributedPart, layout_problems
@@ -83,7 +84,7 @@ def _training_problems(values: Mapping[str, Any], known: Known) -> list[str]:
     found += others.values()
     own = {key: value for key, value in rest.items() if key not in others}
     read = typed(known.settings(task), own, found, "training.", _from_elsewhere)
-    return found + [f"training.{key}: {read[key]!r} must be {allowed}" for key, allowed in out_of_range(read).items()]
+    return found + [f"training.{key}: {read[key]!r} must be {wanted}" for key, wanted in out_of_range(read).items()]
 
 
 def _from_elsewhere(key: str) -> str:
@@ -127,6 +128,6 @@ def _told(error: dict[str, Any]) -> str:
         part, key = "" if len(error["loc"]) != 2 else str(error["loc"][0]), str(error["loc"][-1])
         return f"{path}: unknown key{belongs(key, part) or perhaps(key, known)}"
     if error["type"] == "missing":
-        return f"{path}: is missing"
+        return f"{path}: {allowed([error])}"
     meant = meant_quantization(error["input"]) if path == "model.quantization" else ""
-    return f"{path}: {error['input']!r} does not fit ({error['msg']}){meant}"
+    return f"{path}: {error['input']!r} does not fit: it {allowed([error])}{meant}"

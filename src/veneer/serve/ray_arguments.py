@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from veneer.core.refusals import allowed
 from veneer.errors import ConfigError
 from veneer.serve.http.server_limits import ServerLimits
 from veneer.serve.start import EngineOptions
@@ -48,7 +49,7 @@ def arguments_of(args: Mapping[str, Any]) -> RayArguments:
     try:
         given = RayArguments.model_validate(args)
     except ValidationError as error:
-        said = [f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}" for problem in error.errors()]
+        said = [f"{'.'.join(map(str, problem['loc']))}: {allowed([problem])}" for problem in error.errors()]
         raise ConfigError(
             f"{'; '.join(said)}. Known: {', '.join(RayArguments.model_fields)}; as limits: "
             f"{', '.join(ServerLimits.__dataclass_fields__)}"

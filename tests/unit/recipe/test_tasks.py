@@ -40,7 +40,7 @@ def test_every_task_has_a_trainer_and_settings_of_its_own(task):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"task": "dop"}, r"task: 'dop' does not fit \(Input should be 'sft', 'dpo', 'kto', 'reward', "),
+        ({"task": "dop"}, r"task: 'dop' does not fit: it must be 'sft', 'dpo', 'kto', 'reward', "),
         ({"task": "sft", "training": {"beta": 0.2}}, "beta: belongs to task dpo, kto, grpo, rloo, and the task here"),
         ({"training": {"num_generations": 4}}, "num_generations: belongs to task grpo, rloo, and the task"),
         ({"training": {"bta": 0.2}}, "training.bta: unknown key; the nearest is 'beta'"),

@@ -339,10 +339,12 @@ def test_a_client_that_goes_away_ends_its_request(server):
         ("completions", {"messages": [TURN]}, "'messages'; did you mean 'prompt'", "messages"),
         ("chat/completions", {"prompt": "x"}, "'prompt'; did you mean 'messages'", "prompt"),
         ("chat/completions", {"messages": [TURN], "max_output_tokens": 3}, "mean 'max_completion_tokens'", None),
-        ("completions", {}, "prompt: Field required", "prompt"),
+        ("completions", {}, "prompt: is missing", "prompt"),
+        ("completions", [1], "the body: must be an object (keys with values)", None),
+        ("chat/completions", {"messages": [TURN], "max_completion_tokens": "x"}, "must be a whole number", None),
         ("completions", b"{bad", "the body is not JSON: Expecting property name", None),
         ("completions", b'{"prompt": ', "at character 11", None),
-        ("completions", {"prompt": "x", "temperature": 3}, "temperature=3.0 must be between 0 and 2", None),
+        ("completions", {"prompt": "x", "temperature": 3}, "temperature=3.0 must be between 0 and 2", "temperature"),
         ("completions", {"prompt": ""}, "prompt is empty", None),
         ("completions", {"prompt": "x" * 127}, "maximum context length is 127", None),
         ("completions", {"prompt": [999]}, "no token ids", None),
@@ -371,12 +373,18 @@ def test_what_is_wrong_is_told(server, route, body, said, param):
     ("route", "code", "kind"),
     [("/v1/completionz", 404, "NotFoundError"), ("/v1/models", 405, "MethodNotAllowedError")],
 )
-def test_a_route_that_is_not_there_is_told_with_those_that_are(server, route, code, kind):
+def test_a_route_that_is_not_there_is_told_with_the_next_step(server, route, code, kind):
     status, answer = server.post(route, {"prompt": "x"})
     assert status == code
     assert (answer["error"]["type"], answer["error"]["code"], answer["error"]["param"]) == (kind, code, None)
+    step = "did you mean '/v1/completions'?" if code == 404 else "use GET"
+    assert answer["error"]["message"] == f"no route 'POST {route}'; {step}"
+
+
+def test_a_route_that_is_near_to_none_is_told_with_all_of_them(server):
+    status, answer = server.post("/nothing/like/it", {"prompt": "x"})
     said, _, routes = answer["error"]["message"].partition("; there are ")
-    assert said == f"no route 'POST {route}'" + ("; did you mean '/v1/completions'?" if code == 404 else "")
+    assert (status, said) == (404, "no route 'POST /nothing/like/it'")
     known = routes.split(", ")
     assert known == sorted(set(known), key=lambda each: each.split()[::-1])
     there = {"GET /", "GET /health", "GET /metrics", "POST /v1/chat/completions", "GET /v1/models/{id}"}

@@ -200,7 +200,7 @@ def test_text_and_calls_are_blocks_in_their_order():
 @pytest.mark.parametrize(
     ("body", "said"),
     [
-        ({"max_tokens": None}, "max_tokens: Input should be a valid integer"),
+        ({"max_tokens": None}, "max_tokens: must be a whole number"),
         ({"messages": []}, "messages is empty: give at least one"),
         ({"messages": [{"role": "boss", "content": "x"}]}, "messages.0.role='boss' is unknown: give one of user,"),
         ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "messages.0.content.0.type='image' is not"),
@@ -232,7 +232,7 @@ def test_errors_are_those_of_the_client(server, client, monkeypatch):
     with pytest.raises(anthropic.NotFoundError, match="no model 'nobody'") as missing:
         client.messages.create(**ASKED | {"model": "nobody"}, messages=[TURN])
     assert missing.value.body["error"]["type"] == "not_found_error"
-    with pytest.raises(anthropic.APIStatusError, match="no route 'GET /v1/messages'"):
+    with pytest.raises(anthropic.APIStatusError, match="no route 'GET /v1/messages'; use POST"):
         client.get("/v1/messages", cast_to=object)
     monkeypatch.setattr(server.engine.runner, "run", lambda plan: _raise())
     with pytest.raises(anthropic.BadRequestError, match="broken on purpose"):

@@ -119,8 +119,8 @@ def test_special_tokens_are_added_or_not(server, monkeypatch):
         ("tokenize", {"prompt": "x", "model": "other"}, 404, "no model 'other'"),
         ("detokenize", {"tokens": [97, -1, 999]}, 400, "tokens holds [-1, 999], which are no token ids: those are 0"),
         ("detokenize", {"tokens": [97] * 128}, 400, "tokens holds 128 ids, and at most 127 are taken"),
-        ("detokenize", {"tokens": ["x"]}, 400, "tokens.0: Input should be a valid integer"),
-        ("detokenize", {}, 400, "tokens: Field required"),
+        ("detokenize", {"tokens": ["x"]}, 400, "tokens.0: must be a whole number"),
+        ("detokenize", {}, 400, "tokens: is missing"),
         ("detokenize", {"tokens": [97], "model": "other"}, 404, "no model 'other'"),
     ],
 )

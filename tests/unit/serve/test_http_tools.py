@@ -176,7 +176,7 @@ def tool(**function) -> dict:
 @pytest.mark.parametrize(
     ("given", "said", "param"),
     [
-        ({"tools": [{"type": "function"}]}, "tools.0.function: Field required", "tools.0.function"),
+        ({"tools": [{"type": "function"}]}, "tools.0.function: is missing", "tools.0.function"),
         ({"tools": [{"type": "retrieval"}]}, "tools.0.type", "tools.0.type"),
         ({"tools": [TOOLS[1] | {"extra": 1}]}, "unknown field 'tools.0.extra'", "tools.0.extra"),
         ({"tools": [tool(name="a b")]}, "'a b' is invalid: 1 to 64", "tools"),

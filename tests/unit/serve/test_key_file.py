@@ -51,14 +51,14 @@ def test_a_key_is_found_by_its_digest(tmp_path):
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        ("a: 1", "Input should be a valid list"),
-        ("[1]", "entry 1: Input should be a valid dictionary"),
+        ("a: 1", "is no list of keys: must be a list"),
+        ("[1]", "entry 1: must be an object (keys with values)"),
         (f"[{{name: a, sha256: {'a' * 63}}}]", "entry 1: sha256: String should match pattern"),
         (f"[{{name: a, sha256: {'A' * 64}}}]", "entry 1: sha256"),
-        (f"[{{name: '', sha256: {'a' * 64}}}]", "entry 1: name: String should have at least 1 character"),
-        (f"[{{name: a, sha256: {'a' * 64}, scopes: [root]}}]", "entry 1: scopes: Input should be 'infer' or 'admin'"),
-        (f"[{{name: a, sha256: {'a' * 64}, scopes: []}}]", "entry 1: scopes: List should have at least 1 item"),
-        (f"[{{name: a, sha256: {'a' * 64}, weigth: 2}}]", "entry 1: weigth: Extra inputs are not permitted"),
+        (f"[{{name: '', sha256: {'a' * 64}}}]", "entry 1: name: must be text of at least 1 character"),
+        (f"[{{name: a, sha256: {'a' * 64}, scopes: [root]}}]", "entry 1: scopes: must be 'infer' or 'admin'"),
+        (f"[{{name: a, sha256: {'a' * 64}, scopes: []}}]", "entry 1: scopes: must be a list of at least 1 entry"),
+        (f"[{{name: a, sha256: {'a' * 64}, weigth: 2}}]", "entry 1: weigth: is unknown"),
         (f"[{{name: a, sha256: {'a' * 64}, weight: 0}}]", "entry 1: weight"),
         (f"[{{name: a, sha256: {'a' * 64}, weight: .nan}}]", "entry 1: weight"),
         (f"[{{name: a, sha256: {'a' * 64}, max_tokens: 0}}]", "entry 1: max_tokens"),
@@ -109,7 +109,7 @@ def test_the_file_is_read_again_when_it_changes_and_a_bad_one_keeps_the_old(tmp_
         assert keys.find("carol") is not None
     said = [record.getMessage() for record in caplog.records if record.levelno == logging.ERROR]
     assert len(said) == 3
-    assert "entry 1: sha256: Field required" in said[0]
+    assert "entry 1: sha256: is missing" in said[0]
     assert "cannot be read" in said[1]
     assert "is empty" in said[2]
     assert all(each.endswith("The keys that were read before stay in use") for each in said)

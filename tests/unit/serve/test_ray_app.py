@@ -27,10 +27,10 @@ def test_arguments_are_those_of_a_command_line_or_of_a_file():
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"replicas": 0}, "replicas: Input should be greater than or equal to 1"),
-        ({"adapter": "x"}, "adapter: Extra inputs are not permitted. Known: model, adapters, keys"),
+        ({"replicas": 0}, "replicas: must be at least 1"),
+        ({"adapter": "x"}, "adapter: is unknown. Known: model, adapters, keys"),
         ({"limits": {"choice": 3}}, "limits.choice: Unexpected keyword argument.* as limits: body_bytes, choices"),
-        ({"limits": {"in_flight": "many"}}, "limits.in_flight: Input should be a valid integer"),
+        ({"limits": {"in_flight": "many"}}, "limits.in_flight: must be a whole number"),
         ({"limits": {"choices": 0}}, "choices=0 must be at least 1"),
         ({"engine_kwargs": {"max_lora": 3}}, "did you mean 'max_loras'"),
         ({"engine_kwargs": {"max_loras": 0}}, "max_loras=0 must be at least 1"),

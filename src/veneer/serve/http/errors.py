@@ -12,7 +12,9 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
+from starlette.routing import Match
 
+from veneer.core.refusals import allowed
 from veneer.errors import ConfigError, QueueFullError, ServingError, VeneerError
 from veneer.serve.http.request_record import HEADER, current_record
 
@@ -148,15 +150,27 @@ async def on_defect(request: Request, error: Exception) -> JSONResponse:
 
 
 async def on_unknown_route(request: Request, error: Exception) -> JSONResponse:
-    """Return the response to an unknown path, or to a method that its path does not accept; it lists the routes."""
+    """Return the response to an unknown path, or to a method that its path does not accept.
+
+    It names the methods of the path, or the nearest path, or all routes.
+    """
     status = error.status_code if isinstance(error, HTTPException) else 500
-    asked, known = f"{request.method} {request.url.path}", _routes(request.app)
-    routes = ", ".join(f"{method} {path}" for path, method in known)
-    places = [path for path, _ in known] if status == 404 else []
-    close = difflib.get_close_matches(request.url.path[:_LONGEST_NAME], places, n=1)
-    meant = f"; did you mean {close[0]!r}?" if close else ""
-    message = f"no route {asked!r}{meant}; there are {routes}" if status in (404, 405) else str(error)
+    told = {404: _near_route, 405: _methods}.get(status)
+    message = f"no route '{request.method} {request.url.path}'; {told(request)}" if told else str(error)
     return JSONResponse(_body(message, status), status, getattr(error, "headers", None))
+
+
+def _methods(request: Request) -> str:
+    there = [route for route in request.app.routes if route.matches(request.scope)[0] is Match.PARTIAL]
+    return f"use {' or '.join(sorted({method for route in there for method in route.methods} - {'HEAD'}))}"
+
+
+def _near_route(request: Request) -> str:
+    known = _routes(request.app)
+    close = difflib.get_close_matches(request.url.path[:_LONGEST_NAME], [path for path, _ in known], n=1)
+    if close:
+        return f"did you mean {close[0]!r}?"
+    return f"there are {', '.join(f'{method} {path}' for path, method in known)}"
 
 
 def _routes(app: FastAPI) -> list[tuple[str, str]]:
@@ -192,7 +206,7 @@ def _said(problem: dict[str, Any]) -> str:
         close = [name for names in _MEANT if place in names for name in names if name in known]
         close = close or difflib.get_close_matches(place, known, n=1)  # cut before: it takes seconds for megabytes
         return f"unknown field {place!r}" + (f"; did you mean {close[0]!r}?" if close else "")
-    return f"{place or 'the body'}: {problem['msg']}"
+    return f"{place or 'the body'}: {allowed([problem])}"
 
 
 def _place(problem: dict[str, Any]) -> str:

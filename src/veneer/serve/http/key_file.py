@@ -14,6 +14,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails
 
+from veneer.core.refusals import allowed
 from veneer.disk.stamp import stamp_of
 from veneer.errors import ConfigError
 from veneer.serve.http.key import Key
@@ -131,7 +132,7 @@ def entries_of(path: Path, content: bytes) -> list[KeyEntry]:
 
 def _told(problem: ErrorDetails) -> str:
     entry, *field = problem["loc"] or ("",)
-    return ": ".join([*([f"entry {int(entry) + 1}"] if entry != "" else []), *map(str, field[:1]), problem["msg"]])
+    return ": ".join([*([f"entry {int(entry) + 1}"] if entry != "" else []), *map(str, field[:1]), allowed([problem])])
 
 
 def _wrong(path: Path, problems: Sequence[str]) -> ConfigError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -29,6 +30,7 @@ _SAME = (
     *("include_stop_str_in_output", "logit_bias", "allowed_token_ids", "bad_words"),
 )
 """Fields that SamplingParams has under the same name."""
+_FIELD = re.compile(r"\b(\w+)=")  # what an error of SamplingParams is about
 _MOST_NAMES = 1024  # entries of a mapping whose values are checked one by one
 _MOST_UNKNOWN = 10  # fields that are told
 T = TypeVar("T")
@@ -112,7 +114,9 @@ ToolChoice = Annotated[
 def few(given: Any) -> Any:
     """Return a mapping unchanged. Raises PydanticCustomError for one with too many entries."""
     if isinstance(given, Mapping) and len(given) > _MOST_NAMES:
-        raise PydanticCustomError("too_long", f"{len(given)} entries are too many, at most {_MOST_NAMES} are taken")
+        raise PydanticCustomError(
+            "too_many_entries", f"{len(given)} entries are too many, at most {_MOST_NAMES} are taken"
+        )
     return given
 
 
@@ -173,13 +177,18 @@ class Body(Drawn):
         return max(self.n, 1)
 
     def params(self, defaults: Mapping[str, Any], max_tokens: int | None, logprobs: int | None) -> SamplingParams:
-        """Return the sampling parameters of the body; missing ones are the model's defaults. Raises ConfigError."""
+        """Return the sampling parameters of the body; missing ones are the model's defaults.
+
+        Raises ConfigError; RefusedError if it is about a field of the body.
+        """
         given = {name: value for name in _SAME if (value := getattr(self, name)) is not None}
         kind = RequestOutputKind.DELTA if self.stream else RequestOutputKind.FINAL_ONLY
-        return SamplingParams(
-            **{**defaults, **given}
-            | {"max_tokens": max_tokens, "logprobs": logprobs, "output_kind": kind, "structured_outputs": self._form()}
-        )
+        own = {"max_tokens": max_tokens, "logprobs": logprobs, "output_kind": kind, "structured_outputs": self._form()}
+        try:
+            return SamplingParams(**{**defaults, **given} | own)
+        except ConfigError as error:
+            names = _FIELD.findall(str(error))
+            raise RefusedError(str(error), next((n for n in names if n in self.model_fields_set), None)) from error
 
     def _form(self) -> StructuredOutputsParams | None:
         asked = self.response_format or {}

@@ -1,0 +1,50 @@
+"""Reasons why pydantic refuses a value, in plain English."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+_MUST_BE = {
+    "a whole number": ("int_type", "int_parsing", "int_from_float", "int_parsing_size"),
+    "a number": ("float_type", "float_parsing"),
+    "a finite number": ("finite_number",),
+    "true or false": ("bool_type", "bool_parsing"),
+    "text": ("string_type", "string_sub_type"),
+    "a list": ("list_type", "tuple_type", "set_type", "iterable_type"),
+    "an object (keys with values)": (
+        "dict_type",
+        "mapping_type",
+        "model_type",
+        "model_attributes_type",
+        "dataclass_type",
+    ),
+    "{expected}": ("literal_error", "enum"),
+    "null": ("none_required",),
+    "at least {ge}": ("greater_than_equal",),
+    "more than {gt}": ("greater_than",),
+    "at most {le}": ("less_than_equal",),
+    "less than {lt}": ("less_than",),
+    "text of at least {min_length:,} characters": ("string_too_short",),
+    "text of at most {max_length:,} characters": ("string_too_long",),
+    "a list of at least {min_length:,} entries": ("too_short",),
+    "a list of at most {max_length:,} entries": ("too_long",),
+}
+_BY_TYPE = {kind: words for words, kinds in _MUST_BE.items() for kind in kinds}
+_IS = {"missing": "is missing", "extra_forbidden": "is unknown"}
+
+
+def allowed(problems: Iterable[Mapping[str, Any]]) -> str:
+    """Return ``"must be A or B"`` for the ``errors()`` about one value: each is what one type of a union allows.
+
+    If one of them is of a kind without words here, all keep pydantic's.
+    """
+    found = list(problems)
+    if all(problem["type"] in _BY_TYPE for problem in found):
+        return f"must be {' or '.join(dict.fromkeys(_filled(problem) for problem in found))}"
+    return " or ".join(dict.fromkeys(_IS.get(problem["type"], problem["msg"]) for problem in found))
+
+
+def _filled(problem: Mapping[str, Any]) -> str:
+    words = _BY_TYPE[problem["type"]].format(**problem.get("ctx", {}))
+    return words.replace(" 1 characters", " 1 character").replace(" 1 entries", " 1 entry")
