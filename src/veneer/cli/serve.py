@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import typer
 
 from veneer.cli.pages.serve import GIB, ServeArguments, bytes_of, cache_bytes_of, speculative_of
 from veneer.core.progress import waits_told
-from veneer.errors import CompositionError, ConfigError
+from veneer.errors import CompositionError, ConfigError, FormatError
 from veneer.ops.dispatch import kernel_isa
 from veneer.serve.http.app import make_app
 from veneer.serve.http.folder import is_adapter, why_incomplete
@@ -20,11 +21,14 @@ from veneer.serve.http.request_record import log_requests
 from veneer.serve.http.roots import Roots
 from veneer.serve.http.server import run
 from veneer.serve.start import EngineOptions, start_engine
+from veneer.serve.versions import Versions
 from veneer.store.bars import quiet
 from veneer.store.merge_record import require_not_merged
+from veneer.store.named_base import GivenBase
 from veneer.store.source import resolve
 
 _TOLD = 10  # adapters that are named when the server starts
+_SECONDS = 1.0  # in which their configs and headers are read then
 
 
 def serve(args: ServeArguments) -> None:
@@ -45,7 +49,9 @@ def serve(args: ServeArguments) -> None:
         kv_cache_memory_bytes=None if args.kv_gib is None else bytes_of("--kv-gib", args.kv_gib, GIB),
         disable_log_stats=False, served_model_name=args.served_model_name,
     )  # fmt: skip
-    for line in _not_served(args.model, args.adapters):
+    refused = set()
+    for adapter, line in _faults(args):
+        refused.add(adapter)
         typer.echo(line, err=True)
     with quiet(), waits_told(f"loading {args.model}"):
         engine = start_engine(args.model, options)
@@ -56,7 +62,7 @@ def serve(args: ServeArguments) -> None:
     catalogue = Catalogue(
         engine, [args.served_model_name or args.model], args.model, args.adapters, ANYBODY if keys is None else NOBODY
     )
-    names = list(catalogue.adapters())
+    names = [name for name in catalogue.adapters() if name not in refused]
     more = f" and {len(names) - _TOLD:,} more" if len(names) > _TOLD else ""
     told = f"{', '.join(names[:_TOLD]) or 'none yet'}{more}"
     scheme = "http" if args.ssl_certfile is None else "https"
@@ -67,14 +73,27 @@ def serve(args: ServeArguments) -> None:
     run(app, args.host, args.port, args.drain_seconds, ssl_certfile=args.ssl_certfile, ssl_keyfile=args.ssl_keyfile)
 
 
-def _not_served(model: str, adapters: Path | None) -> Iterator[str]:
-    """A line for each folder that lacks a file of an adapter, and for each adapter that was merged into the base."""
-    place = resolve(model)
-    for folder in sorted(adapters.iterdir()) if adapters is not None else ():
+def _faults(args: ServeArguments) -> Iterator[tuple[str | None, str]]:
+    """Name of each adapter that cannot be served, and a line about it; None and a warning for one of another base.
+
+    Config and header are read, as ``/v1/adapters`` does, for at most `_SECONDS`. All folders are looked at for a
+    missing file, and for an adapter that was merged into the base.
+    """
+    place = resolve(args.model)
+    names = [str(place), *filter(None, [args.served_model_name])]
+    versions = Versions(served=GivenBase(args.model, names, place if isinstance(place, Path) else None))
+    end, n_left = time.monotonic() + _SECONDS, 0
+    for folder in sorted(args.adapters.iterdir()) if args.adapters is not None else ():
         if (reason := why_incomplete(folder)) is not None:
-            yield f"not served: {folder} is no adapter: {reason}"
+            yield folder.name, f"not served: {folder} is no adapter: {reason}"
         elif is_adapter(folder):
             try:
                 require_not_merged(place, folder)
-            except CompositionError as error:
-                yield f"not served: {error}"
+                if time.monotonic() > end:
+                    n_left += 1
+                elif warning := versions.unread(folder).warning:
+                    yield None, f"warning: {folder}: {warning}"
+            except (CompositionError, FormatError) as error:
+                yield folder.name, f"not served: {error}"
+    if n_left:
+        yield None, f"not read yet: {n_left:,} of the adapters, whose faults GET /v1/adapters tells"

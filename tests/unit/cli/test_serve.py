@@ -109,6 +109,25 @@ def test_a_folder_that_lacks_a_file_of_an_adapter_is_told_at_the_start(
     assert f"not served: {tmp_path / 'served' / 'half'} is no adapter: {lacks}" in " ".join(result.stderr.split())
 
 
+def test_adapters_that_are_damaged_or_of_another_base_are_told_at_the_start(
+    model_folder: Path, adapter_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    served = tmp_path / "served"
+    for name in ("cut", "far", "sound"):
+        shutil.copytree(adapter_folder, served / name)
+    weights, config = served / "cut" / "adapter_model.safetensors", served / "far" / "adapter_config.json"
+    weights.write_bytes(weights.read_bytes()[:-7])
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"base_model_name_or_path": str(served)}))
+    options = ["serve", str(model_folder), "--adapters", str(served), "--max-model-len", "132"]
+    told = " ".join(CliRunner().invoke(app, options).stderr.split())
+    assert f"not served: {weights} is damaged or was cut off" in told
+    assert f"warning: {served / 'far'}: the adapter names the base {served}, and this is {model_folder}: " in told
+    assert str(served / "sound") not in told
+    monkeypatch.setattr("veneer.cli.serve._SECONDS", -1.0)  # thousands of adapters do not hold up the start
+    told = " ".join(CliRunner().invoke(app, options).stderr.split())
+    assert "not read yet: 3 of the adapters, whose faults GET /v1/adapters tells" in told
+
+
 @pytest.mark.parametrize("size", [math.nan, math.inf, 0.0, -1.0, 1e-12, 1e300])
 def test_the_size_of_packed_adapters_is_one(size: float) -> None:
     with pytest.raises(ConfigError, match=r"--adapter-cache-gib .* is no size: give a number of GiB above 0"):
