@@ -24,7 +24,8 @@ from veneer.model.prefix import PrefixAdapters
 from veneer.model.prompt import PromptAdapters
 from veneer.model.residual import ResidualAdapters
 from veneer.store.adapter.config import read_config
-from veneer.store.adapter.records import Record, read_records, read_updates
+from veneer.store.adapter.folder import NEEDS_BASE
+from veneer.store.adapter.records import NeedsBaseError, Record, read_records, read_updates
 from veneer.store.adapter.skeleton import places_in_base, without_storage
 
 from .test_other_methods import CONFIGS as OTHERS
@@ -184,8 +185,9 @@ def test_what_a_file_tells_by_itself_is_the_same_but_for_the_bias(config: Method
             read_updates(tmp_path)
         return
     tells_no_sizes = getattr(type(config), "site_of", None) is LinearMethod.site_of
-    if getattr(read_config(tmp_path), "reads_weight", False) or tells_no_sizes:
-        with pytest.raises(CompositionError, match="give the base too"):
+    needs_base = config.peft_type in NEEDS_BASE
+    if needs_base or getattr(read_config(tmp_path), "reads_weight", False) or tells_no_sizes:
+        with pytest.raises(NeedsBaseError, match="give the base too"):
             read_updates(tmp_path)
         return
     got = read_updates(tmp_path).updates

@@ -29,8 +29,10 @@ from veneer.model.holder import tensors_of
 from veneer.model.linear import AdaptedSite
 from veneer.model.snapshot import shortest_names
 from veneer.model.state import AdapterState
-from veneer.store.adapter.records import StoredAdapter, read_updates, write_records
+from veneer.store.adapter.config import read_config
+from veneer.store.adapter.records import NeedsBaseError, StoredAdapter, read_records, read_updates, write_records
 from veneer.store.adapter.skeleton import places_in_base
+from veneer.store.named_base import is_one_model
 
 _SVD_SUFFIX = "_svd"
 
@@ -242,9 +244,39 @@ def combine_folders(
     return Report(errors)
 
 
+def require_rank(folders: Sequence[Path], plan: Combination) -> None:
+    """Raise CompositionError for a sum without a given rank that has full rank, by config and files.
+
+    This is so if one of the adapters rotates or scales inputs or outputs (OFT, BOFT, RoAd, IA3), unless all of them
+    only scale. No base is read. DoRA and others that read its weights are left to `add_weighted`.
+    """
+    if plan.how != "linear" or plan.rank is not None:
+        return
+    of = {folder: _told_updates(folder) for folder in folders}
+    around = [folder for folder, records in of.items() if not all(record.only_adds for record in records)]
+    scaling = [folder for folder in around if all(record.only_scales for record in of[folder])]
+    if around and len(scaling) < len(folders):
+        raise CompositionError(
+            f"the adapter {around[0]} ({read_config(around[0]).peft_type}) rotates or scales inputs or outputs, so "
+            "that its sum has full rank: give the rank of the result (--rank N), and its error is printed; or merge "
+            "each adapter into the base and add the models up (veneer merge, veneer merge-models), which loses nothing"
+        )
+
+
+def _told_updates(folder: Path) -> tuple[LinearDelta, ...]:
+    """The updates that an adapter's file tells; none of one that depends on its base."""
+    if read_config(folder).reads_weight:
+        return ()
+    try:
+        return tuple(read_records(folder, places_in_base(folder)).updates.values())
+    except NeedsBaseError:
+        return ()
+
+
 def _common_base(stored: Sequence[StoredAdapter]) -> str | None:
-    bases = {adapter.config.base_model_name_or_path for adapter in stored}
-    return bases.pop() if len(bases) == 1 else None
+    """The name of the base, the first of several that mean one model; None if they may mean two."""
+    first, *others = (adapter.config.base_model_name_or_path or "" for adapter in stored)
+    return first if first and all(other and is_one_model(first, other) for other in others) else None
 
 
 def _require_same_shapes(

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from veneer.data.named_files import missing_told
-from veneer.errors import ConfigError, DataError
+from veneer.errors import CompositionError, ConfigError, DataError
 from veneer.plan.presets import require_weights
+from veneer.store.adapter.folder import NEEDS_BASE, needs_base
 from veneer.store.hub import require_found
 
 
@@ -61,3 +65,33 @@ def require_model(*models: str | None) -> None:
         if model is not None:
             require_weights(model)
             require_found(model)
+
+
+def require_bases(adapters: Sequence[Path], base: str | None) -> None:
+    """Raise CompositionError for an adapter that needs its base, if none is given and none that is named is found."""
+    configs = {} if base is not None else {adapter: _fields(adapter) for adapter in adapters}
+    needy = [folder for folder, of in configs.items() if of.get("peft_type") in NEEDS_BASE or of.get("use_dora")]
+    named = dict.fromkeys(of.get("base_model_name_or_path") for of in configs.values())
+    if needy and not any(map(_is_found, named)):
+        lacking = ", ".join(map(str, filter(None, named)))
+        more = f". The base that is named, {lacking}, is not found" if lacking else ". No config names it"
+        raise CompositionError(needs_base(needy[0]) + more)
+
+
+def _fields(adapter: Path) -> dict[str, Any]:
+    """The config of an adapter; nothing if it cannot be read, which is told when it is parsed."""
+    try:
+        fields = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return fields if isinstance(fields, dict) else {}
+
+
+def _is_found(model: object) -> bool:
+    if not isinstance(model, str) or not model:
+        return False
+    try:
+        require_found(model)
+    except ConfigError:
+        return False
+    return True

@@ -8,13 +8,14 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from veneer.adapters.combining import Report, add_weighted, combine_folders
+from veneer.adapters.combining import Report, add_weighted, combine_folders, require_rank
 from veneer.adapters.peft_model import PeftModel
 from veneer.cli import loading
 from veneer.cli.arguments import weights_of
 from veneer.cli.pages.combine import CombineArguments
 from veneer.combine import Combination
 from veneer.core.progress import Tell, progress_bar
+from veneer.store.adapter.records import NeedsBaseError
 
 _MOST_LOST = 0.1  # of a layer's update, where nobody chose a rank
 
@@ -25,12 +26,23 @@ def combine(args: CombineArguments) -> None:
     loading.require_of_one_base(args.adapters, args.base, "their sum")
     plan = Combination(how=args.how, rank=args.rank, density=args.density, seed=args.seed)  # type: ignore[arg-type]
     with progress_bar("combining") as on_progress:
-        report = (
-            combine_folders(args.adapters, numbers, plan, args.output, on_progress=on_progress)
-            if args.base is None
-            else _on_base(args.adapters, numbers, plan, args.output, args.base, on_progress)
-        )
+        report = _combined(args, numbers, plan, on_progress)
     _show(report, args.output)
+
+
+def _combined(args: CombineArguments, weights: list[float], plan: Combination, on_progress: Tell) -> Report:
+    """Combine by files alone if they suffice and no base is given, otherwise on the base."""
+    base = args.base
+    if base is None:
+        try:
+            return combine_folders(args.adapters, weights, plan, args.output, on_progress=on_progress)
+        except NeedsBaseError as error:
+            require_rank(args.adapters, plan)
+            base = loading.own_base(args.adapters, error)
+            loading.require_of_one_base(args.adapters, base, "their sum")
+    else:
+        require_rank(args.adapters, plan)
+    return _on_base(args.adapters, weights, plan, args.output, base, on_progress)
 
 
 def _on_base(

@@ -7,6 +7,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 import typer
@@ -25,7 +26,7 @@ from veneer.core.records import LinearDelta
 from veneer.errors import CompositionError
 from veneer.model.attach import adapted_layers
 from veneer.store.adapter.config import read_config
-from veneer.store.adapter.records import read_updates
+from veneer.store.adapter.records import NeedsBaseError, read_updates
 from veneer.store.adapter.skeleton import places_in_base
 
 
@@ -35,20 +36,18 @@ def inspect(args: InspectArguments) -> None:
     loading.require_of_one_base(folders, args.base, "a comparison")
     spectra = _spectra(_updates(folders, args.base))
     first = spectra[args.adapter]
-    lines = describe(first, args.top)
+    told = {folder: describe(of, args.top) for folder, of in spectra.items()}
     second = None if args.other is None else spectra[args.other]
     with waits_told("comparing the adapters"):
         pairs = [] if second is None else compare(first, second, args.top)
     if args.png is not None:
-        drawn = {str(args.adapter): lines}
-        if second is not None:
-            drawn[str(args.other)] = describe(second, args.top)
-        draw_norms(drawn, args.png)
+        draw_norms({str(folder): lines for folder, lines in told.items()}, args.png)
     if args.as_json:
-        typer.echo(json.dumps({"layers": [asdict(x) for x in lines], "pairs": [asdict(x) for x in pairs]}, indent=2))
+        typer.echo(json.dumps(_facts(told, args, pairs), indent=2))
         return
     console = Console()
-    console.print(_layers(lines, args.top))
+    for folder, lines in told.items():
+        console.print(_layers(folder, lines, args.top))
     if args.other is not None:
         console.print(_pairs(pairs, args.top))
 
@@ -56,10 +55,14 @@ def inspect(args: InspectArguments) -> None:
 def _updates(folders: Sequence[Path], base: str | None) -> dict[Path, dict[str, LinearDelta | Update]]:
     """The updates of each adapter by layer: from its file alone, or on a base, which is loaded once.
 
-    Raises CompositionError for any of them that has none, before the base is loaded.
+    Without ``base``, it is the one that the adapters name, if one of them depends on it. Raises CompositionError for
+    any of them that has no update, before the base is loaded.
     """
     if base is None:
-        return {folder: dict(read_updates(folder, places_in_base(folder)).updates) for folder in folders}
+        try:
+            return {folder: dict(read_updates(folder, places_in_base(folder)).updates) for folder in folders}
+        except NeedsBaseError as error:
+            base = loading.own_base(folders, error)
     for folder in folders:
         config = read_config(folder)
         if not config.changes_weights:
@@ -94,9 +97,17 @@ def _spectra(updates: Mapping[Path, Mapping[str, LinearDelta | Update]]) -> dict
     return found
 
 
-def _layers(lines: list[LayerReport], top: int) -> Table:
+def _facts(
+    told: Mapping[Path, list[LayerReport]], args: InspectArguments, pairs: list[PairReport]
+) -> dict[str, list[dict[str, Any]]]:
+    """The figures of each layer, of the first adapter, of the other, and of both."""
+    of = {"layers": told[args.adapter], "other_layers": [] if args.other is None else told[args.other]}
+    return {**{name: [asdict(x) for x in lines] for name, lines in of.items()}, "pairs": [asdict(x) for x in pairs]}
+
+
+def _layers(adapter: Path, lines: list[LayerReport], top: int) -> Table:
     """One row a kind of module, over its layers: a table that fits a terminal however deep the model is."""
-    title = "updates by module, mean over layers (least-most)"
+    title = f"{adapter}: updates by module, mean over layers (least-most)"
     table = Table(box=box.SIMPLE, padding=(0, 1, 0, 0), title=title)
     whole = ("module", "norm", "effective rank")  # the headings of the others may break
     for name in ("module", "layers", "norm", "effective rank", "of rank", f"energy in top {top}"):

@@ -16,8 +16,10 @@ from veneer.cli.bases import warn
 from veneer.core.progress import waits_told
 from veneer.plan.presets import require_weights
 from veneer.serve.answerer import answerer_of as quiet_answerer_of
-from veneer.store.adapter.fit import require_one_base
+from veneer.store.adapter.fit import base_named_by, require_one_base
+from veneer.store.adapter.records import NeedsBaseError
 from veneer.store.bars import quiet
+from veneer.store.named_base import is_one_model
 
 
 def choose(model: str, adapters: Sequence[Path] = (), **how: Any) -> Chosen:
@@ -87,6 +89,15 @@ def require_of_one_base(adapters: Sequence[Path], base: str | None, use: str) ->
         choose(base, list(dict.fromkeys(adapters)))
     if named:
         warn([f"{', '.join(named)}: {use} is meaningless unless these names mean one model"])
+
+
+def own_base(adapters: Sequence[Path], needed: NeedsBaseError) -> str:
+    """Return the base that adapters name, and print it. Raises ``needed`` unless they name one model."""
+    first, *others = dict.fromkeys(filter(None, map(base_named_by, adapters))) or ("",)
+    if not first or not all(is_one_model(first, other) for other in others):
+        raise needed
+    typer.echo(f"base: {first}, as the adapters name it", err=True)
+    return first
 
 
 def _tell_of_float32(parts: Parts) -> None:

@@ -13,10 +13,11 @@ from matplotlib.image import imread
 from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM
 
-from veneer import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
+from veneer import LoraConfig, OFTConfig, PeftModel, PromptTuningConfig, get_peft_model
 from veneer.adapters import chosen
+from veneer.contract import MethodConfig
 
-from .conftest import tiny_model
+from .conftest import tiny_model, told_early
 
 IDS = torch.tensor([[5, 71, 33, 140, 9, 250]])
 
@@ -37,7 +38,12 @@ def decomposed(model_folder: Path) -> Path:
     return saved(model_folder, "decomposed", config)
 
 
-def saved(model_folder: Path, name: str, config: LoraConfig) -> Path:
+@pytest.fixture(scope="session")
+def rotated(model_folder: Path) -> Path:
+    return saved(model_folder, "rotated", OFTConfig(oft_block_size=4, target_modules=["q_proj"], init_weights=False))
+
+
+def saved(model_folder: Path, name: str, config: MethodConfig) -> Path:
     torch.manual_seed(23)
     model = get_peft_model(LlamaForCausalLM.from_pretrained(model_folder), config)
     model.save_pretrained(model_folder.parent / name)
@@ -135,9 +141,49 @@ def test_nothing_is_overwritten_and_what_needs_its_base_says_so(
     before = kept.read_bytes()
     assert "nothing is overwritten" in veneer("combine", adapter_folder, "-o", second).output
     assert kept.read_bytes() == before
-    for needy in (decomposed, other_adapter):
-        assert "give the base too" in veneer("combine", adapter_folder, needy, "-o", tmp_path / "x").output
-        assert "give the base too (--base MODEL)" in veneer("inspect", needy).output
+    nowhere = shutil.copytree(decomposed, tmp_path / "nowhere")
+    config = nowhere / "adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"base_model_name_or_path": str(tmp_path / "gone")}))
+    for needy, why in ((nowhere, f"{tmp_path / 'gone'}, is not found"), (other_adapter, "No config names it")):
+        needs = f"the adapter {needy} scales or reads the weights of its base: give the base too (--base MODEL). "
+        (code, told), (_, other) = told_early(
+            [["inspect", str(needy)], ["combine", str(needy), str(needy), "-o", str(tmp_path / "x")]]
+        )
+        assert (code, needs in told, why in told, needs in other) == (2, True, True, True), told
+
+
+def test_the_base_that_adapters_name_is_used_where_one_needs_it(
+    veneer, model_folder: Path, adapter_folder: Path, decomposed: Path, rotated: Path, tmp_path: Path
+) -> None:
+    said = f"base: {model_folder}, as the adapters name it"
+    for other in (decomposed, rotated):
+        own, given = (
+            veneer("inspect", adapter_folder, other, "--json", *base) for base in ((), ("--base", model_folder))
+        )
+        assert (own.exit_code, said in " ".join(own.stderr.split())) == (0, True), own.output
+        assert json.loads(own.stdout) == json.loads(given.stdout)
+        assert said not in given.stderr
+    told = veneer("inspect", adapter_folder, rotated).output
+    assert all(f"{folder}: updates by module" in told for folder in (adapter_folder, rotated))
+    sums = []
+    for name, base in (("own", ()), ("given", ("--base", model_folder))):
+        result = veneer("combine", adapter_folder, rotated, "--rank", 4, "-o", tmp_path / name, *base)
+        assert (result.exit_code, said in " ".join(result.stderr.split())) == (0, not base), result.output
+        sums.append((tmp_path / name / "adapter_model.safetensors").read_bytes())
+    assert sums[0] == sums[1]
+
+
+def test_a_sum_with_a_rotation_needs_a_rank_and_no_model_is_loaded_to_say_so(
+    veneer, model_folder: Path, adapter_folder: Path, rotated: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def loads(*_, **__):
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr("veneer.adapters.chosen.load_model", loads)
+    for base in ((), ("--base", model_folder)):
+        result = veneer("combine", adapter_folder, rotated, "-o", tmp_path / "sum", *base)
+        said = f"the adapter {rotated} (OFT) rotates or scales inputs or outputs, so that its sum has full rank: give"
+        assert (result.exit_code, said in " ".join(result.stderr.split())) == (2, True), result.output
 
 
 def test_damaged_and_strange_tensors_are_told(veneer, adapter_folder, tmp_path):

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from veneer.cli.arguments import require_model, weights_of
+from veneer.cli.arguments import require_bases, require_model, weights_of
 from veneer.cli.pages.options import unset
 from veneer.cli.work import verb
 from veneer.errors import ConfigError
@@ -21,7 +21,7 @@ _How = Annotated[
 ]
 _Base = Annotated[
     str | None,
-    unset("MODEL", "The base model; needed for DoRA and IA3 adapters, for others where their base is not here."),
+    unset("MODEL", "Base model of adapters that depend on it (DoRA, IA3, OFT). Default: the one that they name."),
 ]
 
 
@@ -52,6 +52,7 @@ class CombineArguments:
             raise ConfigError(f"{self.output} exists and is not empty: choose another folder, nothing is overwritten")
         weights_of(self.weights, len(self.adapters))
         require_model(self.base)
+        require_bases(self.adapters, self.base)
 
 
 combine = verb(CombineArguments, "veneer.cli.combine", "combine")

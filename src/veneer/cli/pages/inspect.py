@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from veneer.cli.arguments import require_file, require_model
+from veneer.cli.arguments import require_bases, require_file, require_model
 from veneer.cli.facts import AsJson
 from veneer.cli.pages.options import unset
 from veneer.cli.work import verb
@@ -28,7 +28,7 @@ class InspectArguments:
     ] = None
     base: Annotated[
         str | None,
-        unset("MODEL", "The base model; needed for adapters that scale, rotate or read its weights (DoRA, IA3, OFT)."),
+        unset("MODEL", "Base model of adapters that depend on it (DoRA, IA3, OFT). Default: the one that they name."),
     ] = None
     top: Annotated[int, typer.Option(metavar="N", min=1, help="The number of leading directions to count.")] = 4
     png: Annotated[
@@ -43,6 +43,7 @@ class InspectArguments:
         if self.png is not None:
             require_file("--png", self.png, ".png")
         require_model(self.base)
+        require_bases([self.adapter] if self.other is None else [self.adapter, self.other], self.base)
 
 
 inspect = verb(InspectArguments, "veneer.cli.inspect", "inspect")

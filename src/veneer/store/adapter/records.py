@@ -24,7 +24,12 @@ from veneer.disk.safetensors import tensors_to_bytes
 from veneer.errors import CompositionError, FormatError, VeneerError
 from veneer.store.adapter.config import read_config
 from veneer.store.adapter.files import read_tensors, unusable
+from veneer.store.adapter.folder import needs_base
 from veneer.store.adapter.tensors import once_each
+
+
+class NeedsBaseError(CompositionError):
+    """Adapter whose updates cannot be told without its base."""
 
 
 @dataclass(frozen=True)
@@ -60,8 +65,8 @@ def read_records(
     `model.places.placed_on`). None: places from the file alone; a record's ``bias`` is then the difference to the
     layer's own. ``lacking``: tensors by key that count if the file does not hold them.
 
-    Raises CompositionError if a weight is needed, or if neither the caller nor the file gives the places. Raises
-    FormatError for a damaged folder.
+    Raises CompositionError if a weight is needed, and NeedsBaseError if neither the caller nor the file gives the
+    places. Raises FormatError for a damaged folder.
     """
     config, tensors = read_config(folder), {**(lacking or {}), **once_each(read_tensors(folder))}
     if places is None:
@@ -97,11 +102,12 @@ def _lowered(folder: Path, config: MethodConfig, site: Any, params: Mapping[str,
 def read_updates(folder: Path, places: Mapping[str, Placed] | None = None) -> StoredAdapter:
     """Return the records of an adapter that consists of updates of linear layers, valid on any base.
 
-    Raises CompositionError for any other adapter, and the errors of `read_records`.
+    Raises NeedsBaseError for one that depends on its base, CompositionError for any other, and the errors of
+    `read_records`.
     """
     config = read_config(folder)
     if config.reads_weight:
-        raise _needs_base(folder)
+        raise NeedsBaseError(needs_base(folder))
     if not config.changes_weights:
         raise CompositionError(
             f"the adapter {folder} ({config.peft_type}) is no update of linear layers: it has no spectrum, and no sum "
@@ -115,7 +121,7 @@ def read_updates(folder: Path, places: Mapping[str, Placed] | None = None) -> St
             "read that. Merge it (`veneer merge`), or leave it out"
         )
     if not all(record.only_adds for record in stored.updates.values()):
-        raise _needs_base(folder)
+        raise NeedsBaseError(needs_base(folder))
     return stored
 
 
@@ -132,12 +138,6 @@ def write_records(
     write_together(folder, {WEIGHTS_FILE: tensors_to_bytes(tensors), CONFIG_FILE: written})
 
 
-def _needs_base(folder: Path) -> CompositionError:
-    return CompositionError(
-        f"the adapter {folder} scales or reads the weights of its base: give the base too (--base MODEL)"
-    )
-
-
 def _told_places(folder: Path, config: MethodConfig, tensors: Mapping[str, Tensor]) -> dict[str, Placed]:
     source = str(folder / WEIGHTS_FILE)
     places = config.places_in({key: tuple(value.shape) for key, value in tensors.items()}, source)
@@ -146,7 +146,7 @@ def _told_places(folder: Path, config: MethodConfig, tensors: Mapping[str, Tenso
             f"{source} holds no parameters of a {config.peft_type} adapter, which {CONFIG_FILE} tells of. Save it again"
         )
     if places is None:
-        raise CompositionError(
+        raise NeedsBaseError(
             f"the file of the adapter {folder} ({config.peft_type}) does not tell the sizes of the layers that it "
             "changes: give the base too (--base MODEL)"
         )
