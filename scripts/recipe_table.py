@@ -144,20 +144,34 @@ def _named(methods: Mapping[str, NamedMethod]) -> list[str]:
 
 
 def _config_rows(config: Any, said: Mapping[str, str]) -> Iterator[str]:
-    hints = typing.get_type_hints(config)
+    hints, documented = typing.get_type_hints(config), documented_fields(config)
     aside = {"base_model_name_or_path", "revision", "inference_mode", "task_type"}
     for spec in dataclasses.fields(config):
         if spec.name in aside or not spec.metadata.get("on_disk", True):
             continue
         default = _default(spec)
         usual = config.usual_fields.get(spec.name, default)
-        meaning = said.get(f"adapter.{spec.name}", "")
+        meaning = documented.get(spec.name) or said.get(f"adapter.{spec.name}", "")
         yield _row(
             spec.name,
             told(hints[spec.name]),
             _value(usual) if usual is not dataclasses.MISSING else "must be given",
             meaning,
         )
+
+
+def documented_fields(config: type) -> dict[str, str]:
+    """The first sentence that opens with each field's name, in the docstrings of a config and its bases."""
+    found: dict[str, str] = {}
+    for cls in config.__mro__:
+        text = " ".join((inspect.cleandoc(vars(cls).get("__doc__") or "")).split())
+        for sentence in re.split(r"(?<=\.) (?=[A-Z`])", text):
+            opened = re.match(r"``\w+``(?:(?:, | and )``\w+``)*", sentence)
+            names = re.findall(r"\w+", opened[0].replace(" and ", " ")) if opened else []
+            alone = f"``{names[0]}``: " if len(names) == 1 else ""
+            for name in names:
+                found.setdefault(name, sentence.removeprefix(alone).rstrip(".").replace("``", "`"))
+    return found
 
 
 def _training(said: Mapping[str, str]) -> list[str]:

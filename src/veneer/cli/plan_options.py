@@ -43,6 +43,7 @@ READ_BY = {
 
 
 COUNTS = ("--rows", "--tokens", "--processes", "--shard", "--rank", "--length", "--batch")
+_NAMES = {"--rank": "--rank (--r)"}  # of options with two
 OF_SEVERAL = ("--strategy", "--shard", "--bandwidth")
 
 
@@ -77,7 +78,9 @@ def unread(asked: Mapping[str, bool], given: Mapping[str, Any]) -> list[str]:
 def wrong(given: Mapping[str, Any]) -> list[str]:
     """Return the problems of ``given`` options with invalid values."""
     found = [
-        f"{name} {given[name]} must be at least 1" for name in COUNTS if given[name] is not None and given[name] < 1
+        f"{_NAMES.get(name, name)} {given[name]} must be at least 1"
+        for name in COUNTS
+        if given[name] is not None and given[name] < 1
     ]
     if given["--bandwidth"] is not None and not given["--bandwidth"] > 0:
         found.append(f"--bandwidth {given['--bandwidth']} must be above 0")

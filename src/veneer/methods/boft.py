@@ -30,6 +30,8 @@ from veneer.core.sites import LinearSite
 from veneer.core.terms.rotation import BlockRotation, Rotation
 from veneer.core.terms.scale import Scale
 
+_SIZES = ("boft_block_size", "boft_block_num")  # of which one is given
+
 
 @dataclass(frozen=True, slots=True)
 class Butterfly(Rotation):
@@ -87,6 +89,10 @@ class BOFTConfig(LinearMethod):
     fan_in_fan_out: bool = False
     bias: Literal["none", "all", "boft_only"] = "none"
     init_weights: bool = True
+
+    def told(self) -> dict[str, object]:
+        """Return the settings that are shown to people, without the one that is 0: it follows from the other."""
+        return {name: value for name, value in super().told().items() if value != 0 or name not in _SIZES}
 
     def problems(self) -> list[str]:
         found = super().problems() + below_one({"boft_n_butterfly_factor": self.boft_n_butterfly_factor})

@@ -28,6 +28,7 @@ from veneer.core.records import LinearDelta
 from veneer.core.sites import LinearSite
 from veneer.core.terms.rotation import BlockRotation
 
+_SIZES = ("r", "oft_block_size")  # of which one is given
 _MOST_TERMS = 100  # of a Neumann series; a handful are enough
 
 
@@ -66,6 +67,10 @@ class OFTConfig(LinearMethod):
     block_share: bool = False
     use_cayley_neumann: bool = True
     num_cayley_neumann_terms: int = 5
+
+    def told(self) -> dict[str, object]:
+        """Return the settings that are shown to people, without the one that is 0: it follows from the other."""
+        return {name: value for name, value in super().told().items() if value != 0 or name not in _SIZES}
 
     def problems(self) -> list[str]:
         found = super().problems()

@@ -199,19 +199,20 @@ def told(plan: Plan, facts: dict[str, Any]) -> str:
     time = facts.get("time")
     beside = "" if plan.recipe.metric is None else "; answers for its metric are not planned"
     return f"planned: {size(facts['process']['bytes'])} at most (in {plan.peak_phase}{beside})" + (
-        f", and about {time['seconds_a_step']:.2g} s a micro-batch {_rows(time, plan.batch)}"
-        f"{f' ({ROUGH})' if time['source'] == ROUGH else ''}"
+        f", and about {time['seconds_a_step']:.2g} s a micro-batch "
+        + _rows(time, plan.batch, [ROUGH] if time["source"] == ROUGH else ())
         if time
         else ""
     )
 
 
-def _rows(time: Mapping[str, Any], batch: Batch) -> str:
-    """The rows that seconds are of, in words."""
+def _rows(time: Mapping[str, Any], batch: Batch, aside: Sequence[str] = ()) -> str:
+    """The rows that seconds are of, in words, with ``aside`` in one bracket."""
     if "rows" not in time:
-        return "where its rows are full"
+        return "where its rows are full" + "".join(f" ({each})" for each in aside)
     length, n = time["rows"]["length"], time["rows"]["encoded"]
-    return f"of its own rows ({count(batch.n_rows, 'row')} of {length:,} tokens on average, by {n} that were encoded)"
+    told = f"{count(batch.n_rows, 'row')} of {length:,} tokens on average, by {n} that were encoded"
+    return f"of its own rows ({'; '.join([told, *aside])})"
 
 
 def fit_table(recipe: Recipe, found: Sequence[Fit], budget: int, machine: Machine) -> Table:

@@ -14,7 +14,7 @@ import pytest
 from transformers import LlamaForCausalLM, RobertaConfig, RobertaForSequenceClassification
 from typer.testing import Result
 
-from veneer import IA3Config, LoraConfig, PromptTuningConfig, VeraConfig, get_peft_model
+from veneer import BOFTConfig, IA3Config, LoraConfig, OFTConfig, PromptTuningConfig, VeraConfig, get_peft_model
 from veneer.contract import MethodConfig
 from veneer.model.blueprint.tensor_parts import part_of
 
@@ -89,6 +89,9 @@ def test_biases_that_peft_writes_by_its_wrappers_names_are_no_more_modules(venee
         (VeraConfig(r=5, target_modules=["q_proj", "k_proj"], d_initial=0.3), "r d_initial"),
         (IA3Config(target_modules=["k_proj", "up_proj"], feedforward_modules=["up_proj"]), "feedforward_modules"),
         (PromptTuningConfig(num_virtual_tokens=3), "num_virtual_tokens"),
+        (OFTConfig(oft_block_size=4, target_modules=["q_proj"]), "oft_block_size"),
+        (OFTConfig(r=2, oft_block_size=0, target_modules=["q_proj"]), "r"),
+        (BOFTConfig(boft_block_size=4, target_modules=["q_proj"]), "boft_block_size boft_n_butterfly_factor"),
     ],
 )
 def test_the_model_card_shows_the_same_settings(
@@ -99,6 +102,7 @@ def test_the_model_card_shows_the_same_settings(
     facts = section(veneer("info", tmp_path))
     assert set(shown.split()) <= set(card)
     assert {name: facts[name] for name in card} == card
+    assert "0" not in card.values()  # of two settings of which one tells the other
     assert not {"bias", "use_rslora", "inference_mode", "base_model_name_or_path"} & set(card)
 
 
@@ -157,6 +161,8 @@ def test_what_is_wrong_is_one_message(veneer: Veneer, tmp_path: Path, adapter_fo
     (tmp_path / "bare" / "config.json").write_bytes((model_folder / "config.json").read_bytes())
     cases = {
         tmp_path / "nowhere": "no such folder or file",
+        tmp_path / "half" / "nowhere": "it holds adapter_config.json",
+        tmp_path / "hlf": f"no such folder or file in {tmp_path}; did you mean '{tmp_path / 'half'}'?",
         tmp_path / "half": "adapter_model.safetensors",
         tmp_path / "bare": "model.safetensors",
     }

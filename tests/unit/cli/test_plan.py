@@ -62,7 +62,10 @@ def test_what_is_wrong_by_itself_is_told_before_torch_is_imported() -> None:
         ),
         (("plan", "llama-3-8b", "--card", "rtx-409"), "error: --card 'rtx-409' must be one of .*nearest is 'rtx-4090'"),
         (("plan", "llama-3-8b", "--card", "a100"), "error: --card 'a100' means a100-40gb or a100-80gb: give one"),
-        (("plan", "llama-3-8b", "--length", "0", "--rank", "-1"), "--rank -1 must be at least 1 --length 0 must be"),
+        (
+            ("plan", "llama-3-8b", "--length", "0", "--rank", "-1"),
+            r"--rank \(--r\) -1 must be at least 1 --length 0 must be",
+        ),
         (
             ("plan", "llama-3-8b", "--processes", "0", "--strategy", "zero"),
             "--processes 0 must be at least 1 --strategy 'zero' must be one of auto, ddp, fsdp",

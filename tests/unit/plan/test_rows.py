@@ -17,6 +17,7 @@ from veneer.plan.plan import plan_recipe
 from veneer.plan.report import Machine, shown, told
 from veneer.plan.rows import OwnRows, own_rows
 from veneer.plan.step import Batch
+from veneer.plan.time import ROUGH
 from veneer.recipe.recipe import Recipe, parse_recipe
 
 LENGTHS = (4, 9, 30, 12)
@@ -108,6 +109,8 @@ def test_a_plan_is_timed_by_them_and_says_so(recipe: Make) -> None:
     assert facts["process"]["bytes"] == here.bytes_of(plan)  # memory is that of full rows
     words = "of its own rows (1 row of 13 tokens on average, by 4 that were encoded)"
     assert words in told(plan, facts)
+    rough = {**facts, "time": {**facts["time"], "source": ROUGH}}
+    assert f"{words.removesuffix(')')}; {ROUGH})" in told(plan, rough)
     page = io.StringIO()
     Console(width=500, file=page).print(shown(plan, facts))
     assert words in page.getvalue()

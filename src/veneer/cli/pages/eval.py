@@ -43,7 +43,8 @@ _Recipe = Annotated[
 ]
 _Labels = Annotated[str | None, unset("WORDS", "labels: words with commas or a file of lines; else the data's.")]
 _Prompt = Annotated[
-    str | None, unset("TEXT", "Prompt made of a row's fields: 'Review: {text}\\nMood:'.", parser=_unescaped)
+    str | None,
+    unset("TEXT", "Prompt made of a row's fields: 'Review: {text}\\nMood:'.", "--prompt", "-p", parser=_unescaped),
 ]
 _IgnoreCase = Annotated[
     bool, typer.Option("--ignore-case", show_default=False, help="Case and white space do not count.")

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from veneer.cli.facts import AsJson
 from veneer.cli.work import verb
+from veneer.disk.near import near_paths
+from veneer.errors import ConfigError
 from veneer.store.hub import require_found
+
+_SHOWN = 12  # names in a folder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +32,20 @@ class InfoArguments:
     as_json: AsJson = False
 
     def __post_init__(self) -> None:
-        require_found(self.what)
+        try:
+            require_found(self.what)
+        except ConfigError as error:
+            raise _no_folder(self.what) or error from error
+
+
+def _no_folder(what: str) -> ConfigError | None:
+    """The error for a path in a folder that is there: a run or an adapter was meant, and not a model of the hub."""
+    path = Path(what).expanduser()
+    if "/" not in what or not path.parent.is_dir() or path.exists():
+        return None
+    near, there = near_paths(path), sorted(each.name for each in path.parent.iterdir())[:_SHOWN]
+    hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"it holds {', '.join(there) or 'nothing'}"
+    return ConfigError(f"no run, adapter or model {what!r}: there is no such folder or file in {path.parent}; {hint}")
 
 
 info = verb(InfoArguments, "veneer.cli.info", "info")
