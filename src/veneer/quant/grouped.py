@@ -47,9 +47,8 @@ class GroupedWeight(ScaledWeight):
             return ScaledWeight.multiply(self, x, transposed)
         in_order = replace(self, order=None)
         if not transposed:
-            return in_order.multiply(x.index_select(-1, self.order), False)
-        y = in_order.multiply(x, True)
-        return torch.empty_like(y).index_copy_(-1, self.order.long(), y)
+            return in_order.multiply(_columns(x, self.order), False)
+        return _columns(in_order.multiply(x, True), torch.argsort(self.order))
 
     @property
     def scaled(self) -> ScaledCodes:
@@ -149,6 +148,11 @@ def order_of(g_idx: Tensor, group: int, n_groups: int) -> tuple[Int32[Tensor, " 
         return None, [f"g_idx puts {int(counts[first])} inputs into group {first}, and a group has {group}"]
     order = torch.argsort(index, stable=True).to(torch.int32)
     return (None, []) if bool((index.diff() >= 0).all()) else (order, [])
+
+
+def _columns(x: Tensor, order: Tensor) -> Tensor:
+    """``x[..., order]``: torch selects columns by a gather in a half or a third of the time of an index_select."""
+    return x.gather(-1, order.long().expand_as(x))
 
 
 def ordered_codes(codes: UInt8[Tensor, "o bytes"], bits: int, order: Tensor) -> UInt8[Tensor, "o bytes"]:
