@@ -135,7 +135,7 @@ def load_rows(source: str | Path, reader: RowReader | PreferenceReader, limit: i
     for number, row in _numbered(source, problems):
         if limit is not None and len(rows) >= limit:
             break
-        form = form or reader.form(row)
+        form = form or _form_in(source, reader, row)
         try:
             rows.append(reader.read(row, form))
             forms.append((number, form_of(rows[-1])))
@@ -147,6 +147,14 @@ def load_rows(source: str | Path, reader: RowReader | PreferenceReader, limit: i
         raise DataError(f"{source} holds no rows: give at least one")
     keys = dict.fromkeys(key for row in rows for key in row)  # Dataset reads those of the first row alone
     return Dataset.from_list([{key: row.get(key) for key in keys} for row in rows])
+
+
+def _form_in(source: str | Path, reader: RowReader | PreferenceReader, row: Mapping[str, Any]) -> str:
+    """The form of a source's rows. Raises DataError that names the source."""
+    try:
+        return reader.form(row)
+    except DataError as error:
+        raise DataError(f"{source}: {error}") from error
 
 
 def stream_rows(source: str | Path, reader: RowReader) -> IterableDataset:
@@ -166,7 +174,7 @@ def _read_one_by_one(source: str, reader: RowReader) -> Iterator[Row]:
     form = final = None
     for number, row in rows:
         raise_all(source, problems)
-        form = form or reader.form(row)
+        form = form or _form_in(source, reader, row)
         try:
             read = reader.read(row, form)
         except DataError as error:

@@ -29,15 +29,22 @@ def sources_of(part: DataPart) -> list[Source]:
 
 
 def require_readable(part: DataPart) -> None:
-    """Raise DataError with the unusable rows of a file whose first row cannot be read. Hub data sets are not asked."""
+    """Raise DataError with the unusable rows of a file that holds none or begins with one. The hub is not asked."""
     sources = sources_of(part)
-    held_out = [] if part.eval is None else [Source(name=part.eval, reader=sources[0].reader)]
-    for source in (*sources, *held_out):
-        if not names_a_file(source.name):
-            continue
-        try:
-            for _, row in numbered_rows(Path(source.name), []):
-                source.reader.read(row, source.reader.form(row))
-                break
-        except (ConfigError, DataError):
-            load_rows(source.name, source.reader, part.limit)
+    files = [(source, part.limit) for source in sources]
+    files += [] if part.eval is None else [(Source(name=part.eval, reader=sources[0].reader), part.eval_limit)]
+    for source, limit in files:
+        if names_a_file(source.name) and not _begins_well(source):
+            load_rows(source.name, source.reader, limit)
+
+
+def _begins_well(source: Source) -> bool:
+    """Whether the first row of a file can be read."""
+    problems: list[str] = []
+    try:
+        for _, row in numbered_rows(Path(source.name), problems):
+            source.reader.read(row, source.reader.form(row))
+            return not problems
+    except (ConfigError, DataError):
+        pass
+    return False

@@ -32,4 +32,32 @@ def test_held_out_rows_are_looked_at_and_data_sets_of_the_hub_are_not(tmp_path: 
     other.write_text('{"text": "no ticket"}\n')
     with pytest.raises(DataError, match=r"other\.jsonl"):
         require_readable(part(tmp_path, prompt="{ticket}", eval=str(other)))
+    other.write_text('{"ticket": "a", "queue": "b"}\n')
+    more = DataPart(
+        train=str(other), prompt="{ticket}", completion="{queue}", more=[{"source": str(tmp_path / "x.jsonl")}]
+    )
+    (tmp_path / "x.jsonl").write_text('{"subject": "no ticket"}\n')
+    with pytest.raises(DataError, match=r"x\.jsonl.*'ticket'"):
+        require_readable(more)
     require_readable(DataPart(train="somebody/rows", prompt="{tickt}", completion="{queue}"))
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ('{"ticket": \n{"ticket": "a", "queue": "b"}\n', "row 1"),
+        ('["a"]\n{"ticket": "a", "queue": "b"}\n', "row 1: must be an object"),
+        ("", "holds no rows"),
+    ],
+)
+def test_a_file_that_begins_with_no_row_is_refused(tmp_path: Path, text: str, told: str) -> None:
+    wanted = part(tmp_path, prompt="{ticket}")
+    (tmp_path / "rows.jsonl").write_text(text)
+    with pytest.raises(DataError, match=told):
+        require_readable(wanted)
+
+
+def test_columns_of_no_form_name_their_file(tmp_path: Path) -> None:
+    (tmp_path / "odd.jsonl").write_text('{"ticket": "a"}\n')
+    with pytest.raises(DataError, match=r"odd\.jsonl: rows have the columns \['ticket'\]"):
+        require_readable(DataPart(train=str(tmp_path / "odd.jsonl")))
