@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import datasets
 from rich.console import Console
 
+from veneer.cli.bases import compare_bases
 from veneer.contract.source import adapter_folder
 from veneer.core.group import n_on_this_machine
 from veneer.core.progress import draws_bars, waits_told
@@ -23,7 +24,6 @@ from veneer.ray.place import Place
 from veneer.recipe.adapter import FROM
 from veneer.recipe.recipe import Recipe, parse_recipe
 from veneer.recipe.sweep_part import PART
-from veneer.store.adapter.fit import require_undamaged
 from veneer.store.bars import without_bars
 from veneer.train.checkpoint import checkpoints
 from veneer.train.output import (
@@ -132,7 +132,7 @@ def _require_startable(recipe: Recipe, resume: Resume) -> None:
     if recipe.task == "sft":
         require_readable(recipe.data)
     if FROM in recipe.adapter:
-        require_undamaged(adapter_folder(recipe.adapter[FROM]))
+        compare_bases(adapter_folder(recipe.adapter[FROM]), recipe.model.source)
     require_not_in_base(recipe)
 
 

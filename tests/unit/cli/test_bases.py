@@ -42,8 +42,11 @@ def test_an_adapter_that_names_another_base_has_one_warning_in_every_verb(
     )
 
     def commands(adapter: Path) -> list[tuple[object, ...]]:
-        out = tmp_path / f"of_{adapter.name}"
+        out, recipe = tmp_path / f"of_{adapter.name}", tmp_path / f"{adapter.name}.yaml"
+        parts = {"model": {"source": fetched}, "data": {"train": str(rows)}, "adapter": {"from": str(adapter)}}
+        recipe.write_text(json.dumps(parts | {"training": {"max_steps": 1}, "output": str(out / "run")}))
         return [
+            ("train", recipe),
             ("merge", "--base", fetched, "--adapter", adapter, "-o", out / "merged"),
             ("export", "gguf", fetched, "--adapter", adapter, "-o", tmp_path / f"{adapter.name}.gguf", "--type", "F16"),
             ("export", "lora", adapter, "--base", fetched, "-o", tmp_path / f"{adapter.name}_lora.gguf"),
