@@ -41,22 +41,20 @@ class GivenBase:
         )
 
     def _differs(self, named: str) -> bool:
-        if _model(named) in self._names:
-            return False
-        here = _folder_of(named)
-        if here is not None and self._folder is not None:
+        here, is_one_name = _folder_of(named), _model(named) in self._names
+        if here is not None and self._folder is not None and not (is_one_name and here.name != self._folder.name):
             return not _is_copy(here, self._folder)
-        if os.path.isdir(named):
+        if is_one_name or os.path.isdir(named):
             return False
         return _is_name(named) and _is_name(self._root)
 
 
 def is_one_model(one: str, other: str) -> bool:
     """Return True if two names mean the same model, as far as names tell and the files of two folders."""
-    if _model(known_name(one)) == _model(known_name(other)):
-        return True
-    here, there = _folder_of(one), _folder_of(other)
-    return here is not None and there is not None and _is_copy(here, there)
+    here, there, is_one_name = _folder_of(one), _folder_of(other), _model(known_name(one)) == _model(known_name(other))
+    if here is None or there is None or (is_one_name and here.name != there.name):  # one model in two formats
+        return is_one_name
+    return _is_copy(here, there)
 
 
 def _folder_of(named: str) -> Path | None:

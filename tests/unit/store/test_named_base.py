@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from veneer.store.named_base import GivenBase
+from veneer.store.named_base import GivenBase, is_one_model
 
 SMALL, LARGE = "SmolLM2-135M-Instruct.Q4_1.gguf@sha256:" + "0f" * 32, "Qwen3-0.6B-Q8_0.gguf@sha256:" + "1e" * 32
 
@@ -63,3 +63,17 @@ def test_folders_are_compared_by_what_they_hold(tmp_path: Path) -> None:
     assert [bool(served.warning(str(each))) for each in (own, copy, other)] == [False, False, True]
     (other / "gone.safetensors").symlink_to(tmp_path / "nowhere")
     assert served.warning(str(other)) == ""  # nobody can tell
+
+
+def test_folders_of_one_name_are_compared_too_and_formats_of_one_model_are_not(tmp_path: Path) -> None:
+    own, other, coded = (tmp_path / name for name in ("a/base", "b/base", "a/base-4bit"))
+    for folder, config in ((own, '{"model_type": "llama"}'), (other, '{"model_type": "qwen2"}'), (coded, "{}")):
+        folder.mkdir(parents=True)
+        (folder / "config.json").write_text(config)
+    served = GivenBase(str(own), folder=own)
+    for folder, is_one in ((own, True), (other, False), (coded, True)):
+        assert is_one_model(str(own), str(folder)) == is_one
+        assert (served.warning(str(folder)) == "") == is_one
+    shutil.copy(own / "config.json", other)
+    assert is_one_model(str(own), str(other))
+    assert served.warning(str(other)) == ""
