@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Sequence
 from pathlib import Path
 
 import typer
@@ -27,7 +27,7 @@ from veneer.store.merge_record import require_not_merged
 from veneer.store.named_base import GivenBase
 from veneer.store.source import resolve
 
-_TOLD = 10  # adapters that are named when the server starts
+_TOLD = 10  # adapters that are named when the server starts, and faults of each kind
 _SECONDS = 1.0  # in which their configs and headers are read then
 
 
@@ -49,10 +49,11 @@ def serve(args: ServeArguments) -> None:
         kv_cache_memory_bytes=None if args.kv_gib is None else bytes_of("--kv-gib", args.kv_gib, GIB),
         disable_log_stats=False, served_model_name=args.served_model_name,
     )  # fmt: skip
-    refused = set()
-    for adapter, line in _faults(args):
-        refused.add(adapter)
-        typer.echo(line, err=True)
+    refused, warnings, n_left = _faults(args)
+    _tell(list(refused.values()), "not served")
+    _tell(warnings, "warning")
+    if n_left:
+        typer.echo(f"not read yet: {n_left:,} of the adapters, whose faults GET /v1/adapters tells", err=True)
     with quiet(), waits_told(f"loading {args.model}"):
         engine = start_engine(args.model, options)
     if engine.settings.why_general:
@@ -73,8 +74,16 @@ def serve(args: ServeArguments) -> None:
     run(app, args.host, args.port, args.drain_seconds, ssl_certfile=args.ssl_certfile, ssl_keyfile=args.ssl_keyfile)
 
 
-def _faults(args: ServeArguments) -> Iterator[tuple[str | None, str]]:
-    """Name of each adapter that cannot be served, and a line about it; None and a warning for one of another base.
+def _tell(faults: Sequence[str], kind: str) -> None:
+    """Print the first faults of a kind, and how many more there are."""
+    for fault in faults[:_TOLD]:
+        typer.echo(f"{kind}: {fault}", err=True)
+    if len(faults) > _TOLD:
+        typer.echo(f"{kind}: {len(faults) - _TOLD:,} more, see GET /v1/adapters", err=True)
+
+
+def _faults(args: ServeArguments) -> tuple[dict[str, str], list[str], int]:
+    """Reasons for which adapters cannot be served, by name; warnings about other bases; number of adapters not read.
 
     Config and header are read, as ``/v1/adapters`` does, for at most `_SECONDS`. All folders are looked at for a
     missing file, and for an adapter that was merged into the base.
@@ -82,18 +91,18 @@ def _faults(args: ServeArguments) -> Iterator[tuple[str | None, str]]:
     place = resolve(args.model)
     names = [str(place), *filter(None, [args.served_model_name])]
     versions = Versions(served=GivenBase(args.model, names, place if isinstance(place, Path) else None))
+    refused, warnings = dict[str, str](), list[str]()
     end, n_left = time.monotonic() + _SECONDS, 0
     for folder in sorted(args.adapters.iterdir()) if args.adapters is not None else ():
         if (reason := why_incomplete(folder)) is not None:
-            yield folder.name, f"not served: {folder} is no adapter: {reason}"
+            refused[folder.name] = f"{folder} is no adapter: {reason}"
         elif is_adapter(folder):
             try:
                 require_not_merged(place, folder)
                 if time.monotonic() > end:
                     n_left += 1
                 elif warning := versions.unread(folder).warning:
-                    yield None, f"warning: {folder}: {warning}"
+                    warnings.append(f"{folder}: {warning}")
             except (CompositionError, FormatError) as error:
-                yield folder.name, f"not served: {error}"
-    if n_left:
-        yield None, f"not read yet: {n_left:,} of the adapters, whose faults GET /v1/adapters tells"
+                refused[folder.name] = str(error)
+    return refused, warnings, n_left

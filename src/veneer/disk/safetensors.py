@@ -94,11 +94,16 @@ class StoredTensor:
 
 
 def read_header(path: Path) -> tuple[dict[str, StoredTensor], list[str]]:
-    """Return the tensors of a file in the order of their bytes, and all its problems, without the file's name."""
+    """Return the tensors of a file in the order of their bytes, and all its problems, without the file's name.
+
+    Raises FormatError if this user may not read it, or if it is gone.
+    """
     try:
         header, data_start, data_bytes = read_table(path)
     except FormatError as error:
         return {}, [str(error)]
+    except OSError as error:
+        raise FormatError(f"{path} cannot be read ({error.strerror}): give a file that this user may read") from error
     problems: list[str] = []
     tensors: list[StoredTensor] = []
     for name, entry in header.items():

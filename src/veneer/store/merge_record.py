@@ -16,7 +16,7 @@ FILE = "merged_adapters.json"
 def require_not_merged(base: Path | str, adapter: Path) -> None:
     """Raise CompositionError if a base's record lists an adapter with these weights. A base on the hub is not checked.
 
-    Raises FormatError as `merged_adapters` does.
+    Raises FormatError as `merged_adapters` does, and if the adapter's weights cannot be read.
     """
     merged = merged_adapters(base) if isinstance(base, Path) else []
     digest = _digest(adapter) if merged else None
@@ -52,5 +52,9 @@ def merged_adapters(folder: Path) -> list[dict[str, Any]]:
 
 
 def _digest(adapter: Path) -> str:
-    with (adapter / WEIGHTS_FILE).open("rb") as file:
-        return hashlib.file_digest(file, "blake2b").hexdigest()
+    path = adapter / WEIGHTS_FILE
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "blake2b").hexdigest()
+    except OSError as error:
+        raise FormatError(f"{path} cannot be read ({error.strerror}): give a file that this user may read") from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -13,6 +14,7 @@ import sys
 import time
 import urllib.request
 from pathlib import Path
+from typing import Any
 
 import pytest
 import uvicorn
@@ -123,9 +125,38 @@ def test_adapters_that_are_damaged_or_of_another_base_are_told_at_the_start(
     assert f"not served: {weights} is damaged or was cut off" in told
     assert f"warning: {served / 'far'}: the adapter names the base {served}, and this is {model_folder}: " in told
     assert str(served / "sound") not in told
+    for name in ("cut2", "far2"):
+        shutil.copytree(served / name[:3], served / name)
+    monkeypatch.setattr("veneer.cli.serve._TOLD", 1)
+    told = " ".join(CliRunner().invoke(app, options).stderr.split())
+    assert told.count("not served: ") == told.count("warning: ") == 2
+    assert "not served: 1 more, see GET /v1/adapters" in told
+    assert "warning: 1 more, see GET /v1/adapters" in told
+    for name in ("cut2", "far2"):
+        shutil.rmtree(served / name)
     monkeypatch.setattr("veneer.cli.serve._SECONDS", -1.0)  # thousands of adapters do not hold up the start
     told = " ".join(CliRunner().invoke(app, options).stderr.split())
     assert "not read yet: 3 of the adapters, whose faults GET /v1/adapters tells" in told
+
+
+def test_an_adapter_that_this_user_may_not_read_is_told_at_the_start(
+    model_folder: Path, adapter_folder: Path, other_adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    merge_checkpoint(model_folder, adapter_folder, tmp_path / "merged")
+    weights = shutil.copytree(other_adapter, tmp_path / "served" / "locked") / "adapter_model.safetensors"
+    opens = Path.open
+
+    def locked(path: Path, *how: Any, **more: Any) -> Any:
+        if path == weights:
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return opens(path, *how, **more)
+
+    monkeypatch.setattr(Path, "open", locked)
+    for base in (model_folder, tmp_path / "merged"):
+        options = ["--adapters", str(tmp_path / "served"), "--max-model-len", "132"]
+        told = " ".join(CliRunner().invoke(app, ["serve", str(base), *options]).stderr.split())
+        assert told.startswith(f"not served: {weights} cannot be read (Permission denied): give a file that")
+        assert "context of 131" in told  # the start went on
 
 
 @pytest.mark.parametrize("size", [math.nan, math.inf, 0.0, -1.0, 1e-12, 1e300])
