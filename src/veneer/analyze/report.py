@@ -8,9 +8,10 @@ from dataclasses import dataclass
 
 from veneer.analyze.overlap import sign_conflict, subspace_overlap
 from veneer.analyze.spectrum import Spectrum
-from veneer.model.blueprint.names import ELSEWHERE
+from veneer.model.blueprint.names import ELSEWHERE, TASK_HEADS
 
 _IN_BLOCK = tuple(dict.fromkeys(name for names in ELSEWHERE.values() for name in names))
+_HEADS = frozenset(("lm_head", "embed_out", *(name for names in TASK_HEADS.values() for name in names)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,8 +68,13 @@ def split_path(path: str) -> tuple[int | None, str]:
     return (int(match.group(1)), path[match.end() :]) if match else (None, path)
 
 
-def _place(path: str) -> tuple[int, int, str]:
-    """Key of the model's order, which a file of sorted keys has not: by block, then by role, then by name."""
+def _place(path: str) -> tuple[bool, bool, bool, str, int, int, str]:
+    """Key of the model's order, which a file of sorted keys has not: embeddings, blocks, heads.
+
+    Blocks are sorted by stack (decoders last), then by number. Layers of a block are sorted by role, then by name.
+    """
     layer, module = split_path(path)
+    stack = path.removesuffix(module).removesuffix(f"{layer}.")
     ends = (i for i, name in enumerate(_IN_BLOCK) if f".{module}".endswith(f".{name}"))
-    return -1 if layer is None else layer, next(ends, len(_IN_BLOCK)), module
+    head = layer is None and not _HEADS.isdisjoint(path.split("."))
+    return head, layer is not None, "decoder" in stack, stack, layer or 0, next(ends, len(_IN_BLOCK)), module

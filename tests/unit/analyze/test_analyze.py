@@ -58,9 +58,11 @@ def test_lines_are_in_the_order_of_a_model():
     found = spectrum(record(0))
     order = ["model.embed_tokens", "layers.2.attn.q_proj", "layers.2.attn.k_proj", "layers.2.attn.o_proj"]
     order += ["layers.2.mlp.gate_proj", "layers.2.mlp.up_proj", "layers.2.mlp.down_proj", "layers.10.attn.q_proj"]
-    spectra = dict.fromkeys(sorted(order), found)
-    assert [line.path for line in describe(spectra, 2)] == order
-    assert [line.path for line in compare(spectra, spectra, 2)] == order
+    two_stacks = ["shared", "encoder.block.0.o", "encoder.block.1.q", "decoder.block.0.o", "decoder.block.1.q"]
+    for each in ([*order, "lm_head"], [*two_stacks, "classifier"]):
+        spectra = dict.fromkeys(sorted(each), found)
+        assert [line.path for line in describe(spectra, 2)] == each
+        assert [line.path for line in compare(spectra, spectra, 2)] == each
 
 
 def test_overlap_of_the_same_disjoint_and_nested_directions():
