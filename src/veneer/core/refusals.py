@@ -10,7 +10,7 @@ _MUST_BE = {
     "a number": ("float_type", "float_parsing"),
     "a finite number": ("finite_number",),
     "true or false": ("bool_type", "bool_parsing"),
-    "text": ("string_type", "string_sub_type"),
+    "text": ("string_type", "string_sub_type", "invalid_key"),
     "a list": ("list_type", "tuple_type", "set_type", "iterable_type"),
     "an object (keys with values)": (
         "dict_type",
@@ -43,6 +43,12 @@ def allowed(problems: Iterable[Mapping[str, Any]]) -> str:
     if all(problem["type"] in _BY_TYPE for problem in found):
         return f"must be {' or '.join(dict.fromkeys(_filled(problem) for problem in found))}"
     return " or ".join(dict.fromkeys(_IS.get(problem["type"], problem["msg"]) for problem in found))
+
+
+def unfit(value: Any, problems: Iterable[Mapping[str, Any]]) -> str:
+    """Return ``"3 does not fit: it must be text"`` for the ``errors()`` about one value; pydantic's words in brackets."""
+    reason = allowed(problems)
+    return f"{value!r} does not fit{f': it {reason}' if reason.startswith(('must ', 'is ')) else f' ({reason})'}"
 
 
 def _filled(problem: Mapping[str, Any]) -> str:

@@ -13,7 +13,7 @@ from pydantic import TypeAdapter, ValidationError
 from pydantic.errors import PydanticSchemaGenerationError
 
 from veneer.core.nearest import nearest
-from veneer.core.refusals import allowed
+from veneer.core.refusals import unfit
 
 
 @dataclass(frozen=True)
@@ -54,10 +54,32 @@ def typed(
         try:
             found[key] = _converted(value, keys.types[key])
         except ValidationError as error:
-            problems.append(f"{prefix}{key}: {value!r} does not fit: it {allowed(error.errors())}")
+            problems += _misfits(f"{prefix}{key}", value, error)
         except PydanticSchemaGenerationError:
             found[key] = value  # a type that pydantic does not know; the config checks it itself
     return found
+
+
+def _misfits(key: str, value: Any, error: ValidationError) -> list[str]:
+    """A problem for each place within a value that is refused. If there is none, the value itself is.
+
+    A part of a union that refuses the whole value is not told then: another part takes it, but for those places.
+    """
+    found: dict[tuple[Any, ...], list[Any]] = {}
+    for each in error.errors():
+        found.setdefault(_place(value, each["loc"]), []).append(each)
+    inner = {place: of for place, of in found.items() if place} or found
+    return [f"{'.'.join(map(str, (key, *place)))}: {unfit(of[0]['input'], of)}" for place, of in inner.items()]
+
+
+def _place(value: Any, loc: Iterable[Any]) -> tuple[Any, ...]:
+    """The keys and indices of pydantic's ``loc`` that lead into a value; its other entries name parts of a union."""
+    found: list[Any] = []
+    for part in loc:
+        if part in value if isinstance(value, Mapping) else isinstance(value, list | tuple) and isinstance(part, int):
+            value = value[part]
+            found.append(part)
+    return tuple(found)
 
 
 _WORDS_OF_YAML = {False: ("no", "off"), True: ("yes", "on")}

@@ -7,7 +7,7 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from veneer.core.refusals import allowed
+from veneer.core.refusals import allowed, unfit
 from veneer.recipe.adapter import FULL, adapter_problems, method_of
 from veneer.recipe.advice import belongs, meant_quantization
 from veneer.recipe.distributed_part import DistributedPart, layout_problems
@@ -130,4 +130,4 @@ def _told(error: dict[str, Any]) -> str:
     if error["type"] == "missing":
         return f"{path}: {allowed([error])}"
     meant = meant_quantization(error["input"]) if path == "model.quantization" else ""
-    return f"{path}: {error['input']!r} does not fit: it {allowed([error])}{meant}"
+    return f"{path}: {unfit(error['input'], [error])}{meant}"

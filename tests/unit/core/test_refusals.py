@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 import pytest
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
-from veneer.core.refusals import allowed
+from veneer.core.refusals import allowed, unfit
 
 
 class Kind(Enum):
@@ -31,6 +31,7 @@ class Part(BaseModel):
         (Annotated[float, Field(allow_inf_nan=False)], float("inf"), "must be a finite number"),
         (bool, "maybe", "must be true or false"),
         (str, 3, "must be text"),
+        (Part, {1: 3, "size": 3}, "must be text"),
         (list[int], 3, "must be a list"),
         (dict[str, int], 3, "must be an object (keys with values)"),
         (Part, [1], "must be an object (keys with values)"),
@@ -54,3 +55,16 @@ def test_of_every_kind(hint: Any, value: object, words: str) -> None:
     with pytest.raises(ValidationError) as refused:
         TypeAdapter(hint).validate_python(value)
     assert allowed(refused.value.errors()) == words
+
+
+@pytest.mark.parametrize(
+    ("hint", "words"),
+    [
+        (int, "'b' does not fit: it must be a whole number"),
+        (Annotated[str, Field(pattern="^a$")], "'b' does not fit (String should match pattern '^a$')"),
+    ],
+)
+def test_of_a_value(hint: Any, words: str) -> None:
+    with pytest.raises(ValidationError) as refused:
+        TypeAdapter(hint).validate_python("b")
+    assert unfit("b", refused.value.errors()) == words
