@@ -99,7 +99,7 @@ void map_sparse(const MapCall& call) {
   });
 }
 
-// In what values of T are multiplied: pairs of bfloat16 are, and lose nothing, if the CPU has an instruction for it.
+// Type in which values of T are multiplied. bfloat16: in pairs if the CPU has them, exact but for subnormal numbers.
 template <class T>
 struct Multiplied {
   using Value = float;
