@@ -72,8 +72,9 @@ class CodeGroups:
     def halves_fit(self) -> bool:
         """True if the kernels round to halves as the format does.
 
-        They ask that whole numbers have halves as scales, and never become infinite. Halves below the normal ones are
-        exact then, as whole numbers times halves are.
+        They do so for whole numbers that have halves as scales and never become infinite. Halves below the normal ones
+        are exact then, as whole numbers times halves are. Tables of values (e2m1, iq4), other scales and the formula
+        "added" are refused. All numbers fit where nothing is rounded to halves, and those of 8-bit floats fit always.
         """
         if self.rounding != torch.float16 or self.numbers in ("e4m3", "e5m2"):
             return True
