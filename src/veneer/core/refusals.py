@@ -46,7 +46,7 @@ def allowed(problems: Iterable[Mapping[str, Any]]) -> str:
 
 
 def unfit(value: Any, problems: Iterable[Mapping[str, Any]]) -> str:
-    """Return ``"3 does not fit: it must be text"`` for the ``errors()`` about one value; pydantic's words in brackets."""
+    """Return ``"3 does not fit: it must be text"`` for the ``errors()`` about a value; other words are in brackets."""
     reason = allowed(problems)
     return f"{value!r} does not fit{f': it {reason}' if reason.startswith(('must ', 'is ')) else f' ({reason})'}"
 
