@@ -8,13 +8,15 @@
 namespace veneer {
 namespace {
 
-constexpr int64_t entry_rows = 16;  // of the weight at once: their entries stay in a core's own cache
+constexpr int64_t entry_rows = 16;   // of the weight at once: their entries stay in a core's own cache
+constexpr int64_t most_pieces = 16;  // of a gradient in A, each of which is kept until all are summed
 
 struct EntrySizes {
-  int64_t o, i, r, wide;
+  int64_t o, i, r, wide, piece;  // piece: its rows
 
-  explicit EntrySizes(const FormAt& f) : o(f.sizes[0]), i(f.sizes[1]), r(f.sizes[2]), wide(padded(i)) {}
-  int64_t pieces() const { return (o + piece_rows - 1) / piece_rows; }
+  explicit EntrySizes(const FormAt& f)
+      : o(f.sizes[0]), i(f.sizes[1]), r(f.sizes[2]), wide(padded(i)), piece(up_to((o + most_pieces - 1) / most_pieces, piece_rows)) {}
+  int64_t pieces() const { return (o + piece - 1) / piece; }
   int64_t of_thread() const { return entry_rows * (wide + r * width); }
 };
 
@@ -52,7 +54,7 @@ void entry_gradients_typed(const EntryGradients& call) {
   parallel_for_indexed(s.pieces(), [&](int thread, int64_t begin, int64_t end) {
     float *product = memory + thread * s.of_thread(), *sums = product + entry_rows * s.wide;
     std::memset(found + begin * s.r * s.wide, 0, (end - begin) * s.r * s.wide * sizeof(float));
-    for (int64_t row = begin * piece_rows; row < end * piece_rows && row < s.o; row += entry_rows) {
+    for (int64_t row = begin * s.piece; row < end * s.piece && row < s.o; row += entry_rows) {
       const int64_t n = s.o - row < entry_rows ? s.o - row : entry_rows;
       widen<T>(call.gradient, row, n, 0, s.i, s.wide, product);
       for (int64_t r = 0; r < n; ++r)
@@ -61,7 +63,7 @@ void entry_gradients_typed(const EntryGradients& call) {
           float* to = product + r * s.wide + c;
           store(to, load(to) * (m == width ? load(w) : take_first(w, m)));
         });
-      add_outer(b + row * s.r, s.r, product, s.wide, n, s.r, s.wide, found + row / piece_rows * s.r * s.wide, s.wide);
+      add_outer(b + row * s.r, s.r, product, s.wide, n, s.r, s.wide, found + row / s.piece * s.r * s.wide, s.wide);
       std::memset(sums, 0, n * s.r * width * sizeof(float));
       add_inner(product, n, a, s.r, s.wide, 1, sums);
       for (int64_t k = 0; k < n * s.r; ++k) call.second[row * s.r + k] = sum(load(sums + k * width));

@@ -124,7 +124,7 @@ def hadamard(o, i, r, dtype):
     return Form("hadamard", (o, i, r), drawn(r, i), drawn(o, r, seed=1), base=Base(DenseWeight(weight))), weight
 
 
-SIZES = [(1, 1, 1), (77, 53, 5), (129, 96, 16), (17, 31, 3)]  # beyond a piece of rows, and short ends of registers
+SIZES = [(1, 1, 1), (77, 53, 5), (129, 96, 16), (17, 31, 3), (1100, 21, 3)]  # beyond a piece, and 16 pieces
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
