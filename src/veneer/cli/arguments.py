@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from veneer.data.named_files import missing_told
 from veneer.errors import CompositionError, ConfigError, DataError
@@ -71,25 +70,28 @@ def require_bases(adapters: Sequence[Path], base: str | None) -> None:
     """Raise CompositionError for an adapter that needs its base, if none is given and none that is named is found."""
     configs = {} if base is not None else {adapter: _fields(adapter) for adapter in adapters}
     needy = [folder for folder, of in configs.items() if of.get("peft_type") in NEEDS_BASE or of.get("use_dora")]
-    named = dict.fromkeys(of.get("base_model_name_or_path") for of in configs.values())
-    if needy and not any(map(_is_found, named)):
-        lacking = ", ".join(map(str, filter(None, named)))
+    named = dict.fromkeys(str(of.get("base_model_name_or_path") or "") for of in configs.values())
+    if needy and not any(map(is_found, filter(None, named))):
+        lacking = ", ".join(filter(None, named))
         more = f". The base that is named, {lacking}, is not found" if lacking else ". No config names it"
         raise CompositionError(needs_base(needy[0]) + more)
 
 
-def _fields(adapter: Path) -> dict[str, Any]:
-    """The config of an adapter; nothing if it cannot be read, which is told when it is parsed."""
+def _fields(adapter: Path) -> dict[str, str | bool]:
+    """Texts and truth values of an adapter's config; none if it cannot be read.
+
+    Other values are not looked at here: whoever parses the config refuses those that are wrong.
+    """
     try:
         fields = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return {}
-    return fields if isinstance(fields, dict) else {}
+    values = fields.items() if isinstance(fields, dict) else ()
+    return {key: value for key, value in values if isinstance(value, str | bool)}
 
 
-def _is_found(model: object) -> bool:
-    if not isinstance(model, str) or not model:
-        return False
+def is_found(model: str) -> bool:
+    """Return True for a model that `require_found` accepts."""
     try:
         require_found(model)
     except ConfigError:

@@ -12,6 +12,7 @@ from veneer.adapters.chosen import Chosen, Loaded, Parts
 from veneer.adapters.chosen import choose as choose_quietly
 from veneer.answer.answerer import Answerer, Drawing
 from veneer.answer.model import ModelAnswerer
+from veneer.cli.arguments import is_found
 from veneer.cli.bases import warn
 from veneer.core.progress import waits_told
 from veneer.plan.presets import require_weights
@@ -92,12 +93,16 @@ def require_of_one_base(adapters: Sequence[Path], base: str | None, use: str) ->
 
 
 def own_base(adapters: Sequence[Path], needed: NeedsBaseError) -> str:
-    """Return the base that adapters name, and print it. Raises ``needed`` unless they name one model."""
+    """Return the base that adapters name, and print it. Raises ``needed`` unless they name one model.
+
+    Of several names, the first that is found is taken.
+    """
     first, *others = dict.fromkeys(filter(None, map(base_named_by, adapters))) or ("",)
     if not first or not all(is_one_model(first, other) for other in others):
         raise needed
-    typer.echo(f"base: {first}, as the adapters name it", err=True)
-    return first
+    base = next(filter(is_found, (first, *others)), first)
+    typer.echo(f"base: {base}, as the adapters name it", err=True)
+    return base
 
 
 def _tell_of_float32(parts: Parts) -> None:

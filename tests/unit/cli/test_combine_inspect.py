@@ -173,6 +173,27 @@ def test_the_base_that_adapters_name_is_used_where_one_needs_it(
     assert sums[0] == sums[1]
 
 
+def test_the_base_that_is_found_is_taken_of_equal_names(
+    veneer, model_folder: Path, decomposed: Path, tmp_path: Path
+) -> None:
+    elsewhere = shutil.copytree(decomposed, tmp_path / "elsewhere")
+    config, gone = elsewhere / "adapter_config.json", tmp_path / model_folder.name
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"base_model_name_or_path": str(gone)}))
+    told = veneer("inspect", elsewhere, decomposed)
+    assert told.exit_code == 0, told.output
+    assert f"base: {model_folder}, as the adapters name it" in " ".join(told.stderr.split())
+
+
+def test_a_config_of_lists_where_texts_are_meant_is_told(veneer, decomposed: Path, tmp_path: Path) -> None:
+    for field in ("base_model_name_or_path", "peft_type"):
+        strange = shutil.copytree(decomposed, tmp_path / field)
+        config = strange / "adapter_config.json"
+        config.write_text(json.dumps(json.loads(config.read_text()) | {field: []}))
+        for command in (("inspect", strange), ("combine", strange, decomposed, "-o", tmp_path / "sum")):
+            told = veneer(*command)
+            assert (told.exit_code, field in told.stderr) == (2, True), told.output
+
+
 def test_a_sum_with_a_rotation_needs_a_rank_and_no_model_is_loaded_to_say_so(
     veneer, model_folder: Path, adapter_folder: Path, rotated: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
