@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import veneer
@@ -119,6 +120,23 @@ def test_no_size_is_guessed_from_shapes_that_tell_none(tmp_path: Path) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": str(tmp_path / "base")}))
     with pytest.raises(FormatError, match="for 2 layers of width 28, this model has 1 of 28"):
         require_fit_on(tmp_path, small)
+
+
+@pytest.mark.parametrize("base_config", [None, '{"model_type": "nothing"}', "{"])
+def test_a_missing_tensor_is_no_sign_of_another_size(base_config: str | None, tmp_path: Path) -> None:
+    """down_proj's input is not the model's width. A config of the base that cannot be loaded says nothing."""
+    saved(make_base("llama"), veneer.LoraConfig(r=3, target_modules=["down_proj"]), tmp_path)
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": str(tmp_path / "base")}))
+    if base_config is not None:
+        (tmp_path / "base").mkdir()
+        (tmp_path / "base" / "config.json").write_text(base_config)
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    kept = {key: tensor for key, tensor in tensors.items() if ".0." not in key}
+    save_file(kept, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(FormatError, match="does not fit LlamaForCausalLM:\n") as refused:
+        require_fit_on(tmp_path, shape_of("llama"))
+    assert str(refused.value).count("missing: ") == 2
 
 
 def test_a_model_that_only_a_pass_would_show_is_not_judged(tmp_path: Path) -> None:

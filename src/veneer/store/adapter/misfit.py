@@ -12,8 +12,10 @@ from transformers import AutoConfig
 from veneer.contract import MethodConfig
 from veneer.core.sites import LinearSite
 from veneer.errors import FormatError
+from veneer.model.blueprint.names import ELSEWHERE
 from veneer.store.adapter.skeleton import config_of_base
 
+_READERS = {name for role in ("q", "k", "v", "qkv", "gate", "up") for name in ELSEWHERE[role]}  # of the hidden state
 _SHOWN = 5  # of the tensors of one kind that do not fit; one if the two sizes are the reason
 
 
@@ -58,8 +60,8 @@ def _shortened(problems: Sequence[str], shown: int) -> list[str]:
 
 def _other_size(config: MethodConfig, given: Mapping[str, Shaped], model: Any) -> str:
     """The two sizes, in words, if an adapter was trained for a model of another size; empty otherwise."""
-    own, base = _size(getattr(model, "config", None)), config_of_base(config.base_model_name_or_path, config.revision)
-    trained = _reached(config, given) if base is None else _size(AutoConfig.from_pretrained(base.parent))
+    own, base = _size(getattr(model, "config", None)), _size_of_base(config)
+    trained = _reached(config, given) if base is None else base
     other_width = trained.width and trained.width != own.width
     # an adapter may leave blocks out, so that the fewer layers of its own tensors mean nothing
     other_depth = trained.layers > own.layers or (base is not None and trained.layers < own.layers)
@@ -72,17 +74,25 @@ def _other_size(config: MethodConfig, given: Mapping[str, Shaped], model: Any) -
     )
 
 
+def _size_of_base(config: MethodConfig) -> _Size | None:
+    """The size of the base that the adapter names, if its config is on this machine and can be loaded."""
+    with suppress(OSError, ValueError, KeyError):
+        path = config_of_base(config.base_model_name_or_path, config.revision)
+        return None if path is None else _size(AutoConfig.from_pretrained(path.parent))
+    return None
+
+
 def _size(config: Any) -> _Size:
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     return _Size(getattr(text, "num_hidden_layers", 0), getattr(text, "hidden_size", 0))
 
 
 def _reached(config: MethodConfig, given: Mapping[str, Shaped]) -> _Size:
-    """The number of blocks that tensors reach, and the commonest width of their layers' inputs if shapes tell it."""
+    """The number of blocks that tensors reach, and the commonest input of their layers that read the hidden state."""
     numbers = [int(found[1]) for key in given if (found := re.search(r"\.(\d+)\.", key))]
     places = None
     with suppress(FormatError):  # a damaged file: its problems are listed
         places = config.places_in({key: tuple(value.shape) for key, value in given.items()}, "")
-    sites = [placed.site for placed in (places or {}).values()]
+    sites = [placed.site for path, placed in (places or {}).items() if path.rpartition(".")[2] in _READERS]
     widths = [site.in_features for site in sites if isinstance(site, LinearSite) and site.kind == "linear"]
     return _Size(max(numbers, default=-1) + 1, max(sorted(set(widths)), key=widths.count, default=0))
