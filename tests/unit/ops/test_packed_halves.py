@@ -1,4 +1,4 @@
-"""Packed whole numbers whose values are rounded to halves: to the bit, for every half as a scale and as a zero."""
+"""Packed whole numbers rounded to halves: equal but for the sign of zero, for every half as a scale and as a zero."""
 
 from __future__ import annotations
 
