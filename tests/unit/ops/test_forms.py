@@ -150,6 +150,19 @@ def test_gradients_of_entries_are_those_of_autograd(o, i, r, dtype, backend):
         torch.testing.assert_close(got.double(), wanted, rtol=1e-5, atol=3e-6 * wanted.abs().max().item())
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_entries_and_their_gradients_do_not_depend_on_the_number_of_threads(dtype):
+    form, weight = hadamard(129, 96, 16, dtype)
+    before, made = torch.get_num_threads(), []
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            made.append([entries(form, dtype), *entry_gradients(form, weight)])
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(one, three) for one, three in zip(*made, strict=True))
+
+
 def test_entries_of_a_weight_between_other_columns(backend):
     form, _ = hadamard(5, 19, 2, torch.float32)
     wide = drawn(5, 40)
