@@ -61,8 +61,8 @@ struct UnitHead {
 
 // ---- formulas -------------------------------------------------------------------------------------------------------------
 
-// Halves made of whole numbers and halves, whose rounding only cuts off bits: below the normal numbers all are exact, and a matrix
-// that may have infinite ones is not packed. So two subtractions take the place of two conversions (Veltkamp 1968; Dekker 1971,
+// Halves made of whole numbers and halves, whose rounding only cuts off bits. Below the normal numbers all are exact. A matrix that
+// may have infinite ones is not packed. So two subtractions take the place of two conversions (Veltkamp 1968; Dekker 1971,
 // 10.1007/BF01397083). Ties go to even: tests/unit/ops/test_packed_halves.py has every scale and every zero.
 struct PlainHalf {};
 template <>

@@ -11,7 +11,7 @@ namespace {
 constexpr int64_t least_tabled = 32;  // inputs of a unit: of fewer, making each value is as quick
 
 // Sixteen values in bf16 of each of sixteen outputs, their lower and their upper bytes. Register q has outputs q, 4 + q, 8 + q
-// and 12 + q, which is where four registers of dwords are turned into rows of sixteen outputs.
+// and 12 + q. Four registers of dwords are turned into rows of sixteen outputs in that order.
 struct ValueBytes {
   __m512i lower[4], upper[4];
 
@@ -41,8 +41,8 @@ inline void turn_dwords(__m512i (&rows)[4]) {
   rows[3] = _mm512_unpackhi_epi64(c, d);
 }
 
-// Where the bytes of outputs 0, 1, 4, 5, … lie among the codes of sixteen: an even and an odd one in turns, which become
-// neighbours. Those of outputs 2, 3, 6, 7, … lie 16 behind them.
+// Places of the bytes of outputs 0, 1, 4, 5, … among the codes of sixteen. Even and odd outputs take turns, and become
+// neighbours. Bytes of outputs 2, 3, 6, 7, … lie 16 behind them.
 inline __m512i byte_places() {
   alignas(64) uint8_t places[64];
   for (int l = 0; l < 64; ++l) places[l] = static_cast<uint8_t>(l / 16 * 32 + l % 16 / 8 * 8 + l % 8 / 2 + l % 2 * 4);

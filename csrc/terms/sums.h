@@ -28,9 +28,10 @@ struct Stretches {
   int64_t n, x_step, w_step;
 };
 
-// f(row, first column, values, sum) for each of R rows x (`apart` values apart): sum_j x[j] times the registers at w + j * stride,
-// over all stretches; sums of even and of odd j are added at the end. The sums are local and their loops unrolled: compilers store
-// sums behind a pointer after each addition, as x and w could point to them, and keep arrays of longer loops in memory.
+// Calls f(row, first column, values, sum) for each of R rows x, which are `apart` values apart. A sum is that of x[j] times the
+// registers at w + j * stride over all j and stretches. Sums of even and of odd j are added at the end. The sums are local and
+// their loops unrolled. Compilers store sums behind a pointer after each addition, as x and w could point to them. They keep
+// arrays of longer loops in memory.
 template <int64_t R, int64_t C, class F>
 void sums_of(const float* x, int64_t apart, int64_t n, const float* w, int64_t stride, int64_t columns, const Stretches& parts, const F& f) {
   lanes even[R][C], odd[R][C];

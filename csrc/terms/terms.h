@@ -37,9 +37,8 @@ struct TermCall {
   void* scratch;
 };
 
-// Numbers of a map with blocks, of a sparse one, of a Kronecker product or of factors that multiply a weight, as
-// `core.terms.form.Form` has them, all contiguous.
-// Places of a sparse matrix may come in any order, each once.
+// Numbers of a `core.terms.form.Form`, all contiguous: of a map with blocks, a sparse one, a Kronecker product, or factors
+// that multiply a weight. Places of a sparse matrix may come in any order, each once.
 struct FormAt {
   TermKind kind;
   int64_t sizes[4];

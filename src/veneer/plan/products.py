@@ -27,8 +27,9 @@ class Product:
 
 
 def kernel_products(name: str, arguments: tuple[Any, ...]) -> list[Product]:
-    """Return the products of a call of a kernel that maps rows by forms or by pairs, or makes a matrix of a form; none
-    of other kernels.
+    """Return the products of a call of a kernel that maps rows by forms or pairs, or makes a matrix of a form.
+
+    Other kernels have none.
     """
     if name == "terms_map":
         form, _, n = arguments[:3]
