@@ -161,16 +161,19 @@ def _config_rows(config: Any, said: Mapping[str, str]) -> Iterator[str]:
 
 
 def documented_fields(config: type) -> dict[str, str]:
-    """The first sentence that opens with each field's name, in the docstrings of a config and its bases."""
+    """The first sentence that opens with each field's name, in the docstrings of a config and its bases.
+
+    A sentence about several fields is told at the first, and the others refer to it.
+    """
     found: dict[str, str] = {}
     for cls in config.__mro__:
         text = " ".join((inspect.cleandoc(vars(cls).get("__doc__") or "")).split())
         for sentence in re.split(r"(?<=\.) (?=[A-Z`])", text):
             opened = re.match(r"``\w+``(?:(?:, | and )``\w+``)*", sentence)
             names = re.findall(r"\w+", opened[0].replace(" and ", " ")) if opened else []
-            alone = f"``{names[0]}``: " if len(names) == 1 else ""
+            meaning = re.sub(r"^``\w+``(?:: | is | are )", "", sentence).rstrip(".").replace("``", "`")
             for name in names:
-                found.setdefault(name, sentence.removeprefix(alone).rstrip(".").replace("``", "`"))
+                found.setdefault(name, f"see `{names[0]}`" if found.get(names[0]) == meaning else meaning)
     return found
 
 

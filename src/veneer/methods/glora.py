@@ -37,10 +37,10 @@ _OF_BIAS = ("glora_C_X", "glora_D_X", "glora_E_X")
 class GloraConfig(LinearMethod):
     """GLoRA in PEFT's fields.
 
-    ``config_A_B``, ``config_C`` and ``config_D_E`` say what A and B, C, and D and E are: "lora" is a product of rank r,
-    "vector" has a number for each output (C: each input), "constant" is one number, and "none" leaves them out. C, D
-    and E act on layers that have a bias. ``init_weights`` starts all of them at zero. False draws them, so that the
-    start changes the model.
+    ``config_A_B``, ``config_C`` and ``config_D_E`` choose what A and B, C, and D and E are. "lora" is a product of rank
+    r, "vector" a number for each output (C: each input). "constant" is one number, and "none" leaves them out. C, D and
+    E act on layers that have a bias. ``init_weights`` starts all of them at zero. False draws them, so that the start
+    changes the model.
     """
 
     peft_type: ClassVar[str] = "GLORA"

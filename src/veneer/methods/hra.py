@@ -25,7 +25,7 @@ from veneer.inits.uniform import kaiming_uniform
 
 @dataclass(frozen=True, kw_only=True)
 class HRAConfig(LinearMethod):
-    """HRA in PEFT's fields.
+    """HRA in PEFT's fields. ``r`` is the number of reflections.
 
     ``apply_GS`` makes the vectors orthogonal, one after the other (Gram and Schmidt). With ``init_weights`` and an even
     ``r`` they start as equal pairs, whose reflections cancel.

@@ -35,8 +35,8 @@ NETWORK = {
 class PrefixTuningConfig(PrefixMethod):
     """Prefix tuning in PEFT's fields.
 
-    ``num_virtual_tokens`` is n. ``prefix_projection``: an MLP with ``encoder_hidden_size`` inner units (None: as wide
-    as one layer's keys) makes the prefix in training. ``init_weights``: None (normal) or "zero".
+    ``num_virtual_tokens`` is n, the number of pairs. ``prefix_projection``: an MLP with ``encoder_hidden_size`` inner
+    units (None: as wide as one layer's keys) makes the prefix in training. ``init_weights``: None (normal) or "zero".
     """
 
     peft_type: ClassVar[str] = "PREFIX_TUNING"
