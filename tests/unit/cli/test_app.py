@@ -63,7 +63,7 @@ def test_an_interrupt_may_say_what_is_left(tmp_path: Path, monkeypatch: pytest.M
 
     recipe = tmp_path / "recipe.yaml"
     rows = tmp_path / "rows.jsonl"
-    rows.touch()
+    rows.write_text('{"text": "a"}\n')
     (tmp_path / "m").mkdir()
     recipe.write_text(f"{{model: {{source: {tmp_path / 'm'}}}, data: {{train: {rows}}}, output: {tmp_path / 'run'}}}")
     monkeypatch.setattr("veneer.cli.train_run.run_recipe", interrupted_after([]))
