@@ -39,7 +39,7 @@ def require_readable(part: DataPart) -> None:
 
 
 def _begins_well(source: Source) -> bool:
-    """Whether the first row of a file can be read."""
+    """True if the first row of a file can be read."""
     problems: list[str] = []
     try:
         for _, row in numbered_rows(Path(source.name), problems):
