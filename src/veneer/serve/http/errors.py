@@ -20,8 +20,8 @@ from veneer.serve.http.request_record import HEADER, current_record
 
 _TYPES = {
     400: "BadRequestError", 401: "AuthenticationError", 403: "PermissionDeniedError", 404: "NotFoundError",
-    405: "MethodNotAllowedError", 409: "ConflictError", 413: "ContentTooLargeError", 429: "RateLimitError",
-    500: "InternalServerError", 503: "ServiceUnavailableError",
+    405: "MethodNotAllowedError", 408: "RequestTimeoutError", 409: "ConflictError", 413: "ContentTooLargeError",
+    429: "RateLimitError", 431: "HeadersTooLargeError", 500: "InternalServerError", 503: "ServiceUnavailableError",
 }  # fmt: skip
 _ANTHROPICS = {
     401: "authentication_error", 403: "permission_error", 404: "not_found_error", 413: "request_too_large",
@@ -80,6 +80,18 @@ class BodyTooLargeError(RefusedError):
     status = 413
 
 
+class HeadTooLargeError(RefusedError):
+    """Request whose address and headers are too large."""
+
+    status = 431
+
+
+class TooSlowError(RefusedError):
+    """Request whose headers or body did not come in time."""
+
+    status = 408
+
+
 class RetryLaterError(RefusedError):
     """Refusal of a request that the client should send again after ``retry_seconds``."""
 
@@ -92,6 +104,12 @@ class TooManyRequestsError(RetryLaterError):
     """Request beyond the server's limit in flight."""
 
     status = 429
+
+
+class BusyError(RetryLaterError):
+    """Request for which the server has no place now."""
+
+    status = 503
 
 
 def message_error(error: VeneerError) -> dict[str, Any]:

@@ -11,12 +11,13 @@ from typing import Any
 import uvicorn
 from fastapi import FastAPI
 
+from veneer.serve.http.connection import ConnectionLimits, Connections, allow_files, made
 from veneer.serve.http.listening import require_free
 
 _LOG = logging.getLogger("uvicorn.error")  # of the server, whose lines go to stderr
 _CUT_OFF_SECONDS = 2.0  # for a client to read what is left; cut off later than that
 _GRACE_SECONDS = 3
-_IDLE_SECONDS = 75  # of a connection: longer than the 60 s of usual proxies, which must close it first
+_TICKS = 10  # of 0.1 s, after which connections are looked at
 
 
 def run(app: FastAPI, host: str, port: int, drain_seconds: float, **how: Any) -> None:
@@ -24,6 +25,7 @@ def run(app: FastAPI, host: str, port: int, drain_seconds: float, **how: Any) ->
 
     Raises ConfigError if the port was taken in the meantime.
     """
+    allow_files()
     try:
         Server(app, drain_seconds, host=host, port=port, **how).run()
     except SystemExit:
@@ -36,12 +38,17 @@ class Server(uvicorn.Server):
     """Uvicorn server of an application of `make_app`.
 
     SIGTERM drains it: new requests are refused, and those in flight have ``drain_seconds`` to end. A second signal, and
-    SIGINT, stop it at once. Requests in flight end when it stops.
+    SIGINT, stop it at once. Requests in flight end when it stops. Connections are within ``limits``.
     """
 
-    def __init__(self, app: FastAPI, drain_seconds: float = 0.0, **options: Any) -> None:
+    def __init__(
+        self, app: FastAPI, drain_seconds: float = 0.0, limits: ConnectionLimits | None = None, **options: Any
+    ) -> None:
+        self.connections = Connections(limits)
+        kind: Any = made(self.connections)
         config = uvicorn.Config(
-            app, log_level="warning", timeout_graceful_shutdown=_GRACE_SECONDS, timeout_keep_alive=_IDLE_SECONDS,
+            app, log_level="warning", timeout_graceful_shutdown=_GRACE_SECONDS, http=kind, ws="none",
+            timeout_keep_alive=self.connections.limits.idle_seconds,  # type: ignore[arg-type]  # it takes fractions
             **options,
         )  # fmt: skip
         super().__init__(config)
@@ -56,7 +63,9 @@ class Server(uvicorn.Server):
             super().handle_exit(sig, frame)
 
     async def on_tick(self, counter: int) -> bool:
-        """Stop once the server is drained."""
+        """Stop once the server is drained, and close connections whose time is over."""
+        if counter % _TICKS == 0:
+            self.connections.check()
         if self._lifecycle.is_draining and not self._has_told:
             self._has_told = True
             if self._lifecycle.n_in_flight:

@@ -1,0 +1,346 @@
+"""Connection of a client: bytes are counted before they are parsed, and whatever is awaited has a time limit."""
+
+from __future__ import annotations
+
+import asyncio
+import enum
+import json
+import math
+import resource
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from starlette.types import Message, Receive, Scope, Send
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+
+from veneer.serve.http.errors import (
+    BusyError,
+    HeadTooLargeError,
+    RefusedError,
+    RetryLaterError,
+    TooSlowError,
+    error_body,
+)
+
+_FILES = 256  # descriptors that connections leave to adapters, libraries and logs
+_MOST = 1 << 13  # connections, however many files may be open
+_MOST_FILES = 1 << 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConnectionLimits:
+    """Limits of one connection, and the number of all.
+
+    ``head_bytes`` and ``headers``: the request line with its headers, and their number. ``head_seconds``: the time for
+    them. ``body_seconds``: the time for a body, and a second more for each ``body_rate`` bytes that have arrived.
+    ``unread_seconds``: the time in which a client reads nothing of an answer. ``linger_seconds``: the time in which a
+    refused client may read why. ``idle_seconds``: between two requests. ``connections``: at most so many at once; None:
+    as many as the process may open files, less a reserve.
+    """
+
+    head_bytes: int = 1 << 16
+    headers: int = 128
+    head_seconds: float = 30.0
+    body_seconds: float = 30.0
+    body_rate: int = 1 << 14
+    unread_seconds: float = 60.0
+    linger_seconds: float = 5.0
+    idle_seconds: float = 75.0
+    connections: int | None = None
+
+
+class Connections:
+    """Open connections of a server.
+
+    If there are too many, the one that has owed the rest of a request for the longest time is closed, or else the one
+    that has been idle for the longest time. If all wait for answers, the new client is told to ask again.
+    """
+
+    def __init__(self, limits: ConnectionLimits | None = None) -> None:
+        self.limits = limits or ConnectionLimits()
+        self.most = self.limits.connections or _most_connections()
+        self.n_evicted = 0
+        self._open: set[Connection] = set()
+        self._owing: dict[Connection, None] = {}  # the one that has owed longest comes first
+        self._idle: dict[Connection, None] = {}
+
+    def __len__(self) -> int:
+        return len(self._open)
+
+    def add(self, connection: Connection) -> bool:
+        """Count a new connection; False if there is no place for it."""
+        if len(self._open) >= self.most and not self._evict():
+            return False
+        self._open.add(connection)
+        self._owing[connection] = None
+        return True
+
+    def owes(self, connection: Connection) -> None:
+        """Note that the rest of a request is awaited."""
+        self._idle.pop(connection, None)
+        self._owing[connection] = None
+
+    def rests(self, connection: Connection) -> None:
+        """Note that the next request is awaited."""
+        self._owing.pop(connection, None)
+        self._idle[connection] = None
+
+    def works(self, connection: Connection) -> None:
+        """Note that an answer is awaited."""
+        self._owing.pop(connection, None)
+        self._idle.pop(connection, None)
+
+    def remove(self, connection: Connection) -> None:
+        """Forget a connection that is closed."""
+        self.works(connection)
+        self._open.discard(connection)
+
+    def check(self) -> None:
+        """Close the connections whose time is over."""
+        for connection in list(self._open):
+            connection.check()
+
+    def _evict(self) -> bool:
+        for kind in (self._owing, self._idle):
+            if kind:
+                connection = next(iter(kind))
+                self.remove(connection)
+                self.n_evicted += 1
+                connection.transport.abort()
+                return True
+        return False
+
+
+class _Reads(enum.Enum):
+    """Part of a request that is read."""
+
+    NOTHING = 0
+    HEAD = 1
+    BODY = 2
+    REFUSED = 3
+
+
+class Connection(HttpToolsProtocol):
+    """Uvicorn's connection within `ConnectionLimits`. HTTP/1.0 gets bodies without chunks."""
+
+    def __init__(self, *args: Any, connections: Connections, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._connections, self._limits = connections, connections.limits
+        self._app = self.app
+        self._reads, self._since = _Reads.HEAD, self.loop.time()
+        self._n_silent = 0  # bytes since the last that were a head or a part of a body
+        self._n_headers = self._n_body = 0
+        self._is_heard = self._has_begun = False
+        self._unread_since = self._closing_since = math.inf
+        self._why: RefusedError | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Begin to wait for a request."""
+        super().connection_made(transport)
+        if not self._connections.add(self):
+            most = self._connections.most
+            self._reads = _Reads.REFUSED
+            transport.write(
+                _refusal(BusyError(f"this server has {most} connections, and all wait for answers: try again"))
+            )
+            transport.close()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Forget the connection."""
+        self._connections.remove(self)
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        """Parse bytes; of a head no more than it may have."""
+        self._has_begun = True
+        while data and self._reads is not _Reads.REFUSED and self.parser is not None:
+            room = self._limits.head_bytes + 1 - self._n_silent
+            if self._reads is _Reads.BODY or len(data) <= room:
+                piece, data = data, b""
+            else:
+                piece, data = data[:room], data[room:]
+            self._is_heard = False
+            super().data_received(piece)
+            self._n_silent = 0 if self._is_heard else self._n_silent + len(piece)
+            if self._n_silent > self._limits.head_bytes:
+                self._refuse(
+                    HeadTooLargeError(
+                        f"the request's address and headers have more than {self._limits.head_bytes} bytes: send less"
+                    )
+                )
+
+    def on_message_begin(self) -> None:
+        """Begin the head of a request."""
+        super().on_message_begin()
+        self._begin(_Reads.HEAD)
+        self._n_headers = 0
+        if self._is_free:
+            self._connections.owes(self)
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """Take a header; those behind a body are counted, and mean nothing."""
+        self._n_headers += 1
+        if self._n_headers > self._limits.headers:
+            self._why = HeadTooLargeError(f"the request has more than {self._limits.headers} headers: send fewer")
+            raise self._why  # ends the parser
+        if self._reads is _Reads.HEAD:
+            super().on_header(name, value)
+
+    def on_headers_complete(self) -> None:
+        """Ask the application."""
+        self._begin(_Reads.BODY)
+        self._n_body, self._is_heard = 0, True
+        self.app = self._app if self.parser.get_http_version() == "1.1" else self._answer_without_chunks
+        super().on_headers_complete()
+
+    def on_chunk_header(self) -> None:
+        """Note that a part of a body begins."""
+        self._is_heard = True
+
+    def on_body(self, body: bytes) -> None:
+        """Take a part of the body."""
+        self._n_body += len(body)
+        self._is_heard = True
+        super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        """Wait for the answer."""
+        self._begin(_Reads.NOTHING)
+        self._is_heard = True
+        if self._is_free:  # answered before its body had come
+            self._connections.rests(self)
+        else:
+            self._connections.works(self)
+        super().on_message_complete()
+
+    def on_response_complete(self) -> None:
+        """Wait for the next request."""
+        super().on_response_complete()
+        if not self.transport.is_closing() and self._is_free:
+            if self._reads is _Reads.NOTHING:
+                self._begin(_Reads.NOTHING)
+                self._connections.rests(self)
+            else:
+                self._connections.owes(self)
+
+    def send_400_response(self, msg: str) -> None:
+        """Refuse what the parser does not take."""
+        self._refuse(self._why or RefusedError("this is no valid HTTP request: send another"))
+
+    def pause_writing(self) -> None:
+        """Note since when the client reads nothing."""
+        self._unread_since = self.loop.time()
+        super().pause_writing()
+
+    def resume_writing(self) -> None:
+        """Note that the client reads."""
+        self._unread_since = math.inf
+        super().resume_writing()
+
+    def check(self) -> None:
+        """Close the connection if its client takes too long."""
+        now = self.loop.time()
+        if self.transport.is_closing():
+            self._closing_since = min(self._closing_since, now)
+        if now > min(self._unread_since + self._limits.unread_seconds, self._closing_since + self._limits.head_seconds):
+            self.transport.abort()
+        elif self.flow.read_paused:
+            self._since = now  # it is not the client that makes this wait
+        elif now > self._since + self._seconds:
+            self._end()
+
+    @property
+    def _seconds(self) -> float:
+        """Time for what is read."""
+        match self._reads:
+            case _Reads.REFUSED:
+                return self._limits.linger_seconds
+            case _Reads.HEAD:
+                return self._limits.head_seconds
+            case _Reads.BODY:
+                return self._limits.body_seconds + self._n_body / self._limits.body_rate
+        return self._limits.idle_seconds if self._is_free else math.inf
+
+    @property
+    def _is_free(self) -> bool:
+        """True if no answer is awaited."""
+        return (self.cycle is None or self.cycle.response_complete) and not self.pipeline
+
+    def _begin(self, reads: _Reads) -> None:
+        self._reads, self._since = reads, self.loop.time()
+
+    def _end(self) -> None:
+        """End a connection whose time is over: with an answer to a request that has begun."""
+        if self._reads is _Reads.REFUSED:
+            self.transport.abort()
+        elif self._reads is _Reads.NOTHING or not self._has_begun:
+            self.transport.close()
+        else:
+            part = "headers" if self._reads is _Reads.HEAD else "body"
+            seconds = self._seconds
+            self._refuse(TooSlowError(f"the request's {part} did not come within {seconds:.3g} s: send it again"))
+
+    def _refuse(self, error: RefusedError) -> None:
+        """Answer, and close once the client has read it; if the request has an answer, close at once."""
+        is_free, cycle = self._is_free, self.cycle
+        is_answered = self._reads is _Reads.BODY if is_free else cycle.response_started or bool(self.pipeline)
+        self._begin(_Reads.REFUSED)
+        if is_answered:
+            self.transport.abort()
+            return
+        if not is_free:  # the application waits for the rest of a body
+            cycle.disconnected = True
+            cycle.message_event.set()
+        self._unset_keepalive_if_required()
+        self._connections.owes(self)
+        self.transport.write(_refusal(error))
+        if self.transport.can_write_eof():
+            self.transport.write_eof()
+        else:
+            self.transport.close()
+
+    async def _answer_without_chunks(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer a client of HTTP/1.0: the end of a body without a length is that of the connection."""
+        cycle: Any = getattr(send, "__self__")  # noqa: B009 - a method of the cycle, as uvicorn gives it
+        is_open = False
+
+        async def told(message: Message) -> None:
+            nonlocal is_open
+            if message["type"] == "http.response.start":
+                is_open = not any(name.lower() == b"content-length" for name, _ in message.get("headers", ()))
+                cycle.chunked_encoding = False if is_open else None
+            elif is_open:
+                cycle.expected_content_length = len(message.get("body", b""))
+            await send(message)
+
+        await self._app(scope, receive, told)
+
+
+def _refusal(error: RefusedError) -> bytes:
+    body = json.dumps(error_body(error)).encode()
+    headers: Iterable[tuple[str, object]] = [
+        ("content-type", "application/json"), ("content-length", len(body)), ("connection", "close"),
+        *([("retry-after", math.ceil(error.retry_seconds))] if isinstance(error, RetryLaterError) else ()),
+    ]  # fmt: skip
+    told = "".join(f"{name}: {value}\r\n" for name, value in headers)
+    return STATUS_LINE[error.status] + told.encode() + b"\r\n" + body
+
+
+def allow_files() -> None:
+    """Let this process open as many files as the system allows it, which often is more than at its start."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = _MOST_FILES if hard == resource.RLIM_INFINITY else min(hard, _MOST_FILES)
+    if soft != resource.RLIM_INFINITY and soft < most:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+
+
+def _most_connections() -> int:
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    n_files = _MOST_FILES if soft == resource.RLIM_INFINITY else soft
+    return max(1, min(_MOST, n_files - min(_FILES, n_files // 2)))
+
+
+def made(connections: Connections) -> Callable[..., Connection]:
+    """Return the function that makes a server's connections."""
+    return lambda *args, **options: Connection(*args, connections=connections, **options)
