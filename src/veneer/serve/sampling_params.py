@@ -7,13 +7,14 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
-from veneer.core.field_types import check
+from veneer.core.field_types import check, fits
 from veneer.errors import ConfigError
 from veneer.serve.keywords import Keywords
 
 GREEDY_BELOW = 1e-5  # a temperature under it takes the likeliest token, as in vLLM
 MAX_LOGPROBS = 20
 _BIAS = 100.0
+_TOLD = 100  # characters of a value in a message
 
 
 class RequestOutputKind(enum.Enum):
@@ -47,9 +48,14 @@ class StructuredOutputsParams(metaclass=Keywords):
         wrong = [n for n in ("regex", "grammar") if not isinstance(getattr(self, n), (str, type(None)))]
         if wrong or not isinstance(self.json, (str, Mapping, type(None))):
             raise ConfigError(f"StructuredOutputsParams: {wrong or ['json']} must be text (json: or a mapping)")
-        choices = () if self.choice is None else self.choice
-        if isinstance(choices, str) or not all(isinstance(each, str) and each for each in choices):
-            raise ConfigError(f"StructuredOutputsParams: choice={self.choice!r} must be a list of strings, none empty")
+        if self.choice is not None and not (fits(self.choice, Collection[str]) and self.choice and all(self.choice)):
+            raise ConfigError(
+                f"StructuredOutputsParams: choice={self.choice!r:.{_TOLD}} must be a list of strings, none empty"
+            )
+        if not isinstance(self.json_object, bool | None):
+            raise ConfigError(
+                f"StructuredOutputsParams: json_object={self.json_object!r:.{_TOLD}} must be True or None"
+            )
 
 
 class ResponseFormat(StructuredOutputsParams):

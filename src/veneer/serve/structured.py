@@ -30,6 +30,8 @@ _KEPT = 64  # compiled grammars
 _KEPT_TEXT = 1 << 22  # characters of the grammars that are kept, all together
 _MOST_FORCED = 10_000  # characters of a text that a grammar may force, for its forced tokens to be asked for
 _KNOWN_FORCED = 256  # tokens that are kept of those that were found
+_TOLD = 100  # characters of a schema in a message
+_SHOWN = 800  # characters of a reason of llguidance
 _SLOW = 0.002  # seconds; a grammar whose forced tokens took longer is asked no more: all requests wait meanwhile
 
 
@@ -77,7 +79,8 @@ class Forms:
         matcher = LLMatcher(tables, grammar, log_level=0)
         if matcher.is_error():
             raise ConfigError(
-                f"{sent_as} cannot be compiled: {matcher.get_error()}. Correct the schema, regex, choice or grammar"
+                f"{sent_as} cannot be compiled: {_shown(matcher.get_error())}. Correct the schema, regex, choice or "
+                "grammar"
             )
         made = _Grammar(matcher, forces=longest_forced(grammar) <= _MOST_FORCED)
         if made.forces:  # the first time takes longest, and nobody waits here but who asks
@@ -154,17 +157,55 @@ class TextForm:
 
 
 def grammar_of(asked: StructuredOutputsParams) -> str:
-    """Return the grammar of structured outputs, in llguidance's form. Raises ConfigError for text that is no JSON."""
-    if asked.choice is not None:
-        return str(LLMatcher.grammar_from_lark("start: " + " | ".join(json.dumps(each) for each in asked.choice)))
-    if asked.regex is not None:
-        return str(LLMatcher.grammar_from_regex(asked.regex))
-    if asked.grammar is not None:
-        return str(LLMatcher.grammar_from_lark(any_to_lark(asked.grammar)))
+    """Return the grammar of structured outputs, in llguidance's form.
+
+    Raises ConfigError for text that is no JSON, no grammar of Lark or GBNF, or holds half of a surrogate pair.
+    """
+    if asked.json is not None or asked.json_object:
+        return _of_schema(asked)
+    field = next(name for name in ("choice", "regex", "grammar") if getattr(asked, name) is not None)
+    try:
+        text = _of_text(asked)
+        text.encode()
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(
+            f"{asked.sent_as}: the {field} cannot be compiled: {_shown(str(error))}. Correct it"
+        ) from error
+    return text
+
+
+def _of_schema(asked: StructuredOutputsParams) -> str:
     schema = {"type": "object"} if asked.json is None else asked.json
     try:
         # Piece by piece: other threads run between two of them.
         text = schema if isinstance(schema, str) else "".join(json.JSONEncoder().iterencode(schema))
         return str(LLMatcher.grammar_from_json_schema(text))
     except (TypeError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{asked.sent_as}: json={schema!r} is not a JSON schema ({error}): correct it") from error
+        told = f"{asked.sent_as}: json={schema!r:.{_TOLD}} is not a JSON schema ({_shown(str(error))}): correct it"
+        raise ConfigError(told) from error
+
+
+def _of_text(asked: StructuredOutputsParams) -> str:
+    """The grammar of choices, a regular expression or a grammar. Raises ValueError and RecursionError."""
+    if asked.choice is not None:
+        return str(LLMatcher.grammar_from_lark("start: " + " | ".join(json.dumps(each) for each in asked.choice)))
+    if asked.regex is not None:
+        return str(LLMatcher.grammar_from_regex(asked.regex))
+    return str(LLMatcher.grammar_from_lark(_lark(asked.grammar or "")))
+
+
+def _lark(grammar: str) -> str:
+    """A grammar in Lark's syntax. Raises ValueError for one that is none of Lark or GBNF."""
+    try:
+        return str(any_to_lark(grammar))
+    except Exception as error:
+        raise ValueError(str(error)) from error
+
+
+def _shown(reason: str) -> str:
+    """A reason of llguidance, which may quote a whole grammar: the ends of each long line, and of it all."""
+    return _ends("\n".join(_ends(line, _SHOWN // 4) for line in reason.splitlines()), _SHOWN)
+
+
+def _ends(text: str, most: int) -> str:
+    return text if len(text) <= most else f"{text[: most // 2]} … {text[-most // 2 :]}"

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import random
+import re
+
 import pytest
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
@@ -10,6 +13,8 @@ from veneer.errors import ConfigError
 from veneer.serve.forced_text import longest_forced
 from veneer.serve.sampling_params import StructuredOutputsParams
 from veneer.serve.structured import Forms, TextForm, grammar_of
+
+from .random_forms import random_form
 
 
 @pytest.fixture
@@ -101,3 +106,55 @@ def test_a_tokenizer_of_whole_words_is_told():
     words = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"yes": 0, "</s>": 1}, "yes")))
     with pytest.raises(ConfigError, match=r"not one that llguidance reads.*without structured outputs"):
         Forms(words, 2, [1]).form(StructuredOutputsParams(choice=["yes"]))
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        ({"regex": "("}, "unclosed group"),
+        ({"regex": "\ud800"}, "surrogates not allowed"),
+        ({"grammar": "start: ("}, "cannot be compiled"),
+        ({"grammar": 'root ::= "a'}, "the grammar cannot be compiled: Unexpected end of input at line 1"),
+        ({"grammar": "root ::= ("}, "Expected ')' at line 1"),
+        ({"grammar": "root ::= thing"}, "Rule 'thing' not found"),
+        ({"grammar": 'a ::= "b"'}, "No 'root' rule found"),
+        ({"grammar": "nothing like it"}, "Expected ::= at line 1"),
+        ({"grammar": "root ::= " + "(" * 3000}, "the grammar cannot be compiled: maximum recursion depth"),
+        ({"grammar": 'start: "\ud800"'}, "surrogates not allowed"),
+        ({"grammar": "root ::= (" + "a" * 9000}, "Expected ')' at line 1"),
+        ({"regex": "(" + "a" * 9000}, "unclosed group"),
+        ({"json": {"type": "x" * 9000}}, "cannot be compiled: Invalid type: xxx"),
+        ({"json": {"type": "x"}}, "cannot be compiled"),
+        ({"json": {"const": float("nan")}}, "cannot be compiled"),
+        ({"json": "{"}, "cannot be compiled"),
+        ({"json": {"const": {1, 2}}}, "is not a JSON schema"),
+        ({"choice": ["\ud800"]}, "cannot be compiled"),
+        ({"choice": []}, "must be a list of strings, none empty"),
+        ({"choice": {"a": 1}}, "must be a list of strings, none empty"),
+        ({"choice": 5}, "must be a list of strings, none empty"),
+        ({"choice": ["a", ""]}, "must be a list of strings, none empty"),
+        ({"json_object": "yes"}, "json_object='yes' must be True or None"),
+    ],
+)  # fmt: skip
+def test_a_form_that_cannot_be_compiled_is_told_with_llguidances_words(forms, asked, said):
+    with pytest.raises(ConfigError, match=re.escape(said)) as raised:
+        form_of(forms, **asked)
+    assert len(str(raised.value)) < 1000
+
+
+def test_random_forms_are_compiled_or_refused(forms):
+    draw, n_made = random.Random(38), 0
+    for _ in range(1000):
+        asked = random_form(draw)
+        try:
+            form = form_of(forms, **asked)
+        except ConfigError:
+            continue
+        n_made += 1
+        for _ in range(4):
+            form.forced()
+            words = form.allowed()
+            allowed = [id for id in range(263) if int(words[id // 32]) >> id % 32 & 1]
+            if allowed:
+                form.take(draw.choice(allowed))
+    assert 100 < n_made < 500
