@@ -330,8 +330,8 @@ class Scheduler:
         """The version in the batch that takes no more requests, so that another gets its place; None where that has one
         already, or where no version that may go is in the batch.
 
-        It is the one that ends first. As nobody enters it, and the others are no shorter, the wait is at most as long
-        as its longest request.
+        It is the one that ends first. Nobody enters it, and the others are no shorter. The wait is at most as long as
+        its longest request, unless bytes lack or a request gives up its pages. In either case no later request enters.
         """
         resident = self.pool.is_resident(version)
         if not resident and self.pool.will_load(version):

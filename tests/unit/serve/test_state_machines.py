@@ -230,11 +230,11 @@ class Serving(RuleBasedStateMachine):
         while (version := self.scheduler.begin_load()) is not None:
             assert version in {r.version for r in self.scheduler.waiting}
         oldest = self.scheduler.running[0] if self.scheduler.running else None
-        before = self.longest_wait()
+        before, preempted = self.longest_wait(), self.scheduler.n_preemptions
         plan = self.scheduler.plan()
         self.make_way()
         self.check(plan, oldest)
-        self.check_wait(before, self.longest_wait())
+        self.check_wait(before, self.longest_wait(), preempted)
         self.with_memory |= {page for s in plan.sequences for page in s.pages}
         sampled = self.arena.run(plan)
         self.check_read(plan)
@@ -303,8 +303,14 @@ class Serving(RuleBasedStateMachine):
         left = [max(r.n_to_come for r in self.scheduler.running if r.version == version) for version in going]
         return (request.id, self.scheduler.waiting.key(request)), min(left, default=None)
 
-    def check_wait(self, before, after):
-        """Who has no place is overtaken, and does not wait longer for that."""
+    def check_wait(self, before, after, preempted):
+        """Who has no place is overtaken, and does not wait longer for that.
+
+        In a step that takes pages from a request nobody enters.
+        """
+        if self.scheduler.n_preemptions > preempted:
+            assert not self.scheduler.admitted
+            return
         if before is None or after is None or None in (before[1], after[1]) or before[0] != after[0]:
             return
         assert after[1] <= before[1]
