@@ -90,6 +90,11 @@ class PromptReader:
             )
         return self.templates[0]
 
+    def text(self, ids: Sequence[int]) -> str:
+        """Return the text of ids, special tokens too; ids that the tokenizer lacks have none."""
+        known = [id for id in ids if 0 <= id < len(self.tokenizer)]
+        return str(self.tokenizer.decode(known, clean_up_tokenization_spaces=False))
+
     def ids(self, text: str, *, add_special_tokens: bool) -> list[int]:
         """Return the ids of a text. Raises ConfigError for a text that is too long whatever its tokens are."""
         return self._ids(text, add_special_tokens=add_special_tokens)

@@ -44,9 +44,10 @@ class Server:
         limits: ServerLimits | None = None,
         names: Sequence[str] = ("tiny", "alias"),
         keys: Keys | None = None,
+        options: EngineOptions | None = None,
         **how: Any,
     ) -> None:
-        self.engine = start_engine(base, EngineOptions(disable_log_stats=False))
+        self.engine = start_engine(base, options or EngineOptions(disable_log_stats=False))
         catalogue = Catalogue(self.engine, names, str(base), adapters, ANYBODY if keys is None else NOBODY)
         app = make_app(self.engine, catalogue, limits, keys=keys, **how)
         self.socket = socket.create_server(("127.0.0.1", 0))
@@ -348,7 +349,7 @@ def test_a_client_that_goes_away_ends_its_request(server):
         ("completions", {"prompt": ""}, "prompt is empty", None),
         ("completions", {"prompt": "x" * 127}, "maximum context length is 127", None),
         ("completions", {"prompt": [999]}, "no token ids", None),
-        ("completions", {"prompt": "x", "echo": True, "logprobs": 1}, "echo together with logprobs", None),
+        ("completions", {"prompt": "x", "max_tokens": 0}, "asks for nothing without echo: set echo=true", "max_tokens"),
         ("completions", {"prompt": "x", "structured_outputs": {"regex": "("}}, "structured_outputs cannot be", None),
         ("completions", {"prompt": "x", "response_format": NO_SCHEMA}, "response_format cannot be compiled", None),
         ("completions", {"prompt": "x", "structured_outputs": {"yaml": "("}}, "no field 'yaml'", None),

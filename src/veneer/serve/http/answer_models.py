@@ -51,12 +51,12 @@ class Choice(Answer):
 
 
 class TextScores(Answer):
-    """Log-probabilities of a text's tokens."""
+    """Log-probabilities of a text's tokens. The first of a prompt has none."""
 
     text_offset: list[int]
-    token_logprobs: list[float]
+    token_logprobs: list[float | None]
     tokens: list[str]
-    top_logprobs: list[dict[str, float]]
+    top_logprobs: list[dict[str, float] | None]
 
 
 class TextChoice(Choice):

@@ -8,7 +8,7 @@ import time
 import uuid
 from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
 from contextlib import AbstractContextManager, aclosing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -22,10 +22,12 @@ from veneer.serve.async_engine import AsyncEngine
 from veneer.serve.http.errors import error_body
 from veneer.serve.http.protocol import StreamOptions
 from veneer.serve.http.request_record import GONE
-from veneer.serve.outputs import CompletionOutput, RequestOutput
+from veneer.serve.outputs import CompletionOutput, RequestOutput, TokenLogprobs
 
 _UNBUFFERED = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # a proxy passes each event on as it comes
 _ENCODE = json.JSONEncoder(ensure_ascii=False).encode
+PromptScores = Sequence[TokenLogprobs | None] | None
+"""Log-probabilities of a prompt, if they are asked for."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,15 +35,18 @@ class Shape:
     """Shape of a route's answers: the prefix of ids, the objects' names, and functions that make choices.
 
     ``choice`` and ``delta`` make a choice from an answer and its index, whole or in a stream. ``opening`` makes the
-    first event of a stream for each choice.
+    first event of a stream for each choice. Unless ``tells_answers``, answers are empty. If ``lists_prompt``, the
+    log-probabilities of a prompt stand beside its first choice.
     """
 
     id: str
     whole: str
     chunk: str
-    choice: Callable[[CompletionOutput, int, Asked], dict[str, Any]]
-    delta: Callable[[CompletionOutput, int, Asked], dict[str, Any]]
+    choice: Callable[[CompletionOutput, int, Asked, PromptScores], dict[str, Any]]
+    delta: Callable[[CompletionOutput, int, Asked, PromptScores], dict[str, Any]]
     opening: Callable[[int, Asked], dict[str, Any] | None]
+    lists_prompt: bool = True
+    tells_answers: bool = True
 
 
 @dataclass(frozen=True)
@@ -61,6 +66,10 @@ class Answering:
     def index(self, output: RequestOutput, answer: CompletionOutput) -> int:
         """Return the index of an answer among the choices, which are in the order of the prompts."""
         return self._places[output.request_id] * self.asked[0].params.n + answer.index
+
+    def answers(self, output: RequestOutput) -> list[CompletionOutput]:
+        """Return the answers of an output as they are told."""
+        return output.outputs if self.shape.tells_answers else [_emptied(answer) for answer in output.outputs]
 
     @cached_property
     def _places(self) -> dict[str, int]:
@@ -132,13 +141,13 @@ async def _choices(engine: AsyncEngine, answering: Answering) -> str:
         async for output in outputs:
             if output.error is not None:
                 raise output.error
-            for answer in output.outputs:
+            scores = output.prompt_logprobs
+            for answer in answering.answers(output):
                 index = answering.index(output, answer)
-                choices[index] = answering.shape.choice(answer, index, by_id[output.request_id])
+                choices[index] = answering.shape.choice(answer, index, by_id[output.request_id], scores)
                 n_answered += len(answer.token_ids)
             n_cached += output.num_cached_tokens
-            scores = output.prompt_logprobs
-            if scores is not None:
+            if scores is not None and answering.shape.lists_prompt:
                 choices[answering.index(output, output.outputs[0])]["prompt_logprobs"] = _plain(scores)
     found = [choices[index] for index in sorted(choices)]
     whole = {"choices": found, "usage": answering.usage(n_answered, n_cached)}
@@ -170,10 +179,11 @@ async def _events(engine: AsyncEngine, answering: Answering, options: StreamOpti
                     failed = output.error
                     if failed is not None:
                         break
-                    n_answered += sum(len(answer.token_ids) for answer in output.outputs)
+                    answers, asked = answering.answers(output), by_id[output.request_id]
+                    n_answered += sum(len(answer.token_ids) for answer in answers)
                     n_cached[output.request_id] = output.num_cached_tokens
-                    for answer in output.outputs:
-                        choice = shape.delta(answer, answering.index(output, answer), by_id[output.request_id])
+                    for answer in answers:
+                        choice = shape.delta(answer, answering.index(output, answer), asked, output.prompt_logprobs)
                         events.append(event([choice], options.continuous_usage_stats))
                 yield "".join(events).encode()
                 if failed is not None:
@@ -188,6 +198,12 @@ async def _events(engine: AsyncEngine, answering: Answering, options: StreamOpti
 async def _left(request: Request) -> None:
     while (await request.receive())["type"] != "http.disconnect":
         pass
+
+
+def _emptied(answer: CompletionOutput) -> CompletionOutput:
+    """An answer without its one token."""
+    logprobs: list[TokenLogprobs] | None = None if answer.logprobs is None else []
+    return replace(answer, text="", token_ids=[], logprobs=logprobs, finish_reason="length", stop_reason=None)
 
 
 def _plain(scores: Sequence[Any]) -> list[Any]:

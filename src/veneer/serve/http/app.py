@@ -101,7 +101,7 @@ class Api(Service):
 
     async def complete(self, request: Request, body: CompletionBody) -> Response:
         """Return completions of prompts."""
-        return await self._answer(request, body, lambda calls: completions.shape(body.echo))
+        return await self._answer(request, body, lambda calls: completions.shape(body))
 
     async def converse(self, request: Request, body: ChatBody) -> Response:
         """Return the next turn of a conversation."""

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from veneer.serve.asked import Asked
 from veneer.serve.calls import Calls
-from veneer.serve.http.answers import Shape
+from veneer.serve.http.answers import PromptScores, Shape
 from veneer.serve.outputs import CompletionOutput, Logprob
 from veneer.serve.tool_calls.parser import Arguments, Begun, Event, Parser, Text
 
 
-def _choice(answer: CompletionOutput, index: int, asked: Asked) -> dict[str, Any]:
+def _choice(answer: CompletionOutput, index: int, asked: Asked, scores: PromptScores) -> dict[str, Any]:
     return {"index": index, "message": {"role": "assistant", "content": answer.text}} | _rest(answer, asked)
 
 
-def _delta(answer: CompletionOutput, index: int, asked: Asked) -> dict[str, Any]:
+def _delta(answer: CompletionOutput, index: int, asked: Asked, scores: PromptScores) -> dict[str, Any]:
     return {"index": index, "delta": {"content": answer.text} if answer.text else {}} | _rest(answer, asked)
 
 
@@ -50,9 +51,9 @@ def shape(calls: Calls | None = None) -> Shape:
 
     It reads the deltas of each choice in their order.
     """
-    names = {"id": "chatcmpl", "whole": "chat.completion", "chunk": "chat.completion.chunk"}
+    shaped = partial(Shape, id="chatcmpl", whole="chat.completion", chunk="chat.completion.chunk", opening=_opening)
     if calls is None:
-        return Shape(**names, choice=_choice, delta=_delta, opening=_opening)
+        return shaped(choice=_choice, delta=_delta)
     parsers: dict[int, Parser] = {}  # of choices that are streamed
 
     def parsed(parser: Parser, answer: CompletionOutput, asked: Asked) -> tuple[list[Event], dict[str, Any]]:
@@ -63,13 +64,13 @@ def shape(calls: Calls | None = None) -> Shape:
             rest["finish_reason"] = "tool_calls"
         return events, rest
 
-    def choice(answer: CompletionOutput, index: int, asked: Asked) -> dict[str, Any]:
+    def choice(answer: CompletionOutput, index: int, asked: Asked, scores: PromptScores) -> dict[str, Any]:
         events, rest = parsed(calls.parser(), answer, asked)
         made = [{k: v for k, v in call.items() if k != "index"} for call in _calls(events)]
         message = {"role": "assistant", "content": _text(events) or (None if made else "")}
         return {"index": index, "message": message | ({"tool_calls": made} if made else {})} | rest
 
-    def delta(answer: CompletionOutput, index: int, asked: Asked) -> dict[str, Any]:
+    def delta(answer: CompletionOutput, index: int, asked: Asked, scores: PromptScores) -> dict[str, Any]:
         if index not in parsers:
             parsers[index] = calls.parser()
         events, rest = parsed(parsers[index], answer, asked)
@@ -77,7 +78,7 @@ def shape(calls: Calls | None = None) -> Shape:
         shown = ({"content": text} if text else {}) | ({"tool_calls": made} if made else {})
         return {"index": index, "delta": shown} | rest
 
-    return Shape(**names, choice=choice, delta=delta, opening=_opening)
+    return shaped(choice=choice, delta=delta)
 
 
 def _text(events: Sequence[Event]) -> str:

@@ -2,31 +2,45 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from veneer.serve.asked import Asked
-from veneer.serve.http.answers import Shape
-from veneer.serve.outputs import CompletionOutput
+from veneer.serve.detokenizer import Detokenizer
+from veneer.serve.http.answers import PromptScores, Shape
+from veneer.serve.http.protocol import CompletionBody
+from veneer.serve.outputs import CompletionOutput, TokenLogprobs
+
+_Lists = dict[str, list[Any]]
 
 
-def shape(echo: bool) -> Shape:
-    """Return the shape of the text completions of one call; ``echo`` puts the prompt in front."""
+def shape(body: CompletionBody) -> Shape:
+    """Return the shape of the text completions that a body asks for; ``echo`` puts the prompt in front."""
     offsets = dict[int, int]()  # of the text that a stream has told, by choice
 
-    def choice(answer: CompletionOutput, index: int, asked: Asked) -> dict[str, Any]:
-        front = (asked.prompt or "") if echo else ""
-        return _choice(answer, index, front + answer.text, 0)[0]
+    def choice(answer: CompletionOutput, index: int, asked: Asked, scores: PromptScores) -> dict[str, Any]:
+        front = (asked.prompt or "") if body.echo else ""
+        made, _ = _choice(answer, index, front + answer.text, len(front))
+        if body.scores_prompt:
+            of_prompt = _of_prompt(asked, front, scores or [None])
+            made["logprobs"] = {name: of_prompt[name] + each for name, each in made["logprobs"].items()}
+        return made
 
-    def delta(answer: CompletionOutput, index: int, asked: Asked) -> dict[str, Any]:
+    def delta(answer: CompletionOutput, index: int, asked: Asked, scores: PromptScores) -> dict[str, Any]:
+        if body.scores_prompt:  # it comes at once
+            return choice(answer, index, asked, scores)
         made, offsets[index] = _choice(answer, index, answer.text, offsets.get(index, 0))
         return made
 
     def opening(index: int, asked: Asked) -> dict[str, Any] | None:
-        return {"index": index, "text": asked.prompt, "logprobs": None, "finish_reason": None} if echo else None
+        if not body.echo or body.scores_prompt:
+            return None
+        return {"index": index, "text": asked.prompt, "logprobs": None, "finish_reason": None}
 
     return Shape(
-        id="cmpl", whole="text_completion", chunk="text_completion", choice=choice, delta=delta, opening=opening
-    )
+        id="cmpl", whole="text_completion", chunk="text_completion", choice=choice, delta=delta, opening=opening,
+        lists_prompt=body.prompt_logprobs is not None, tells_answers=body.max_tokens != 0,
+    )  # fmt: skip
 
 
 def _choice(answer: CompletionOutput, index: int, text: str, offset: int) -> tuple[dict[str, Any], int]:
@@ -38,15 +52,51 @@ def _choice(answer: CompletionOutput, index: int, text: str, offset: int) -> tup
     }, offset  # fmt: skip
 
 
-def _logprobs(answer: CompletionOutput, offset: int) -> tuple[dict[str, Any] | None, int]:
+def _logprobs(answer: CompletionOutput, offset: int) -> tuple[_Lists | None, int]:
     if answer.logprobs is None:
         return None, offset
-    found: dict[str, list[Any]] = {"text_offset": [], "token_logprobs": [], "tokens": [], "top_logprobs": []}
+    found = _lists()
     for token, each in zip(answer.token_ids, answer.logprobs, strict=True):
         text = each[token].decoded_token or ""
-        found["text_offset"].append(offset)
-        found["token_logprobs"].append(each[token].logprob)
-        found["tokens"].append(text)
-        found["top_logprobs"].append({p.decoded_token: p.logprob for p in each.values()})
+        _append(found, offset, text, token, each)
         offset += len(text)
     return found, offset
+
+
+def _of_prompt(asked: Asked, text: str, scores: Sequence[TokenLogprobs | None]) -> _Lists:
+    """The lists of a prompt's tokens, the first of which has no log-probability."""
+    found = _lists()
+    offsets = _offsets(asked, text)
+    for offset, token, each in zip(offsets, asked.prompt_ids, scores, strict=True):
+        told = str(asked.reader.tokenizer.decode([token])) if each is None else each[token].decoded_token or ""
+        _append(found, offset, told, token, each)
+    return found
+
+
+def _offsets(asked: Asked, text: str) -> Iterator[int]:
+    """The place of each of a prompt's tokens in its text; one that is not in the text is where the next begins."""
+    reader, at = Detokenizer(asked.reader.tokenizer, (), skip_special_tokens=False), 0
+    for token in asked.prompt_ids:
+        yield at
+        piece = reader.add(token)
+        at += next((len(each) for each in (piece, piece.lstrip()) if text.startswith(each, at)), 0)
+
+
+def _lists() -> _Lists:
+    return {"text_offset": [], "token_logprobs": [], "tokens": [], "top_logprobs": []}
+
+
+def _append(found: _Lists, offset: int, text: str, token: int, scores: TokenLogprobs | None) -> None:
+    found["text_offset"].append(offset)
+    found["tokens"].append(text)
+    found["token_logprobs"].append(None if scores is None else scores[token].logprob)
+    found["top_logprobs"].append(None if scores is None else _likeliest(scores))
+
+
+def _likeliest(scores: TokenLogprobs) -> dict[str, float]:
+    """Log-probabilities by text: of tokens with the same text that of the likeliest."""
+    found = dict[str, float]()
+    for each in scores.values():
+        text = each.decoded_token or ""
+        found[text] = max(each.logprob, found.get(text, each.logprob))
+    return found

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, FailFast, Field, Tag, model_validator
@@ -208,12 +209,21 @@ class Body(Drawn):
 
 
 class CompletionBody(Body):
-    """Body of ``/v1/completions``. ``logprobs`` is the number listed in addition to the chosen token's."""
+    """Body of ``/v1/completions``. ``logprobs`` is the number listed in addition to the chosen token's.
+
+    With ``echo`` it is that of the prompt's tokens too, unless ``prompt_logprobs`` is another. ``max_tokens`` may be 0
+    then.
+    """
 
     prompt: str | Several[str] | Several[int] | Several[Several[int]]
     max_tokens: int | None = 16
     logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
     echo: bool = False
+
+    @property
+    def scores_prompt(self) -> bool:
+        """True if log-probabilities of the prompt's tokens stand in front of those of the answer, which comes whole."""
+        return self.echo and self.logprobs is not None
 
     @property
     def n_choices(self) -> int:
@@ -222,16 +232,23 @@ class CompletionBody(Body):
 
     def read(self, reader: PromptReader, calls: Calls | None = None) -> list[tuple[str | None, list[int]]]:
         """Return the prompts, each as text and ids. Raises ConfigError."""
-        return [reader.read(prompt) for prompt in prompts_of(self.prompt)]
+        found = [reader.read(prompt) for prompt in prompts_of(self.prompt)]
+        return [(reader.text(ids) if text is None and self.echo else text, ids) for text, ids in found]
 
     def calls(self, reader: PromptReader) -> None:
         """Return no calls: text has none."""
 
     def to_params(self, defaults: Mapping[str, Any]) -> SamplingParams:
-        """Return the sampling parameters of the body. Raises ConfigError."""
-        if self.echo and self.logprobs is not None:
-            raise ConfigError("echo together with logprobs is not offered: ask for prompt_logprobs")
-        return self.params(defaults, self.max_tokens, self.logprobs)
+        """Return the sampling parameters of the body. Raises ConfigError; RefusedError for no tokens of no prompt."""
+        if self.max_tokens == 0 and not self.echo:
+            raise RefusedError(
+                "max_tokens=0 asks for nothing without echo: set echo=true, or ask for a token", "max_tokens"
+            )
+        params = self.params(defaults, 1 if self.max_tokens == 0 else self.max_tokens, self.logprobs)
+        if not self.scores_prompt:
+            return params
+        most = self.logprobs if self.prompt_logprobs is None else self.prompt_logprobs
+        return replace(params, prompt_logprobs=most, output_kind=RequestOutputKind.FINAL_ONLY)
 
 
 class ChatBody(Body):
