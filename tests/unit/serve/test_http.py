@@ -421,9 +421,39 @@ def test_a_body_under_another_content_type_is_told(server):
     assert "given application/x-www-form-urlencoded" in told
 
 
-def test_fields_without_effect_are_accepted(server):
-    body = {"prompt": "x", "user": "me", "metadata": {"a": "b"}, "store": False, "service_tier": "auto"}
-    assert server.post("/v1/completions", body)[0] == 200
+HINTS = {
+    "user": "me", "metadata": {"a": "b"}, "store": False, "service_tier": "auto", "safety_identifier": "s",
+    "prompt_cache_key": "k", "prompt_cache_retention": "24h", "prompt_cache_options": {"ttl": "1h"},
+}  # fmt: skip
+OF_CHAT = {"reasoning_effort": "low", "verbosity": "low", "prediction": {"type": "content", "content": "x"}}
+OF_RESPONSES = {"reasoning": {"effort": "low", "summary": "auto"}, "text": {"verbosity": "low"}}
+OF_MESSAGES = {
+    "metadata": {"user_id": "u"}, "service_tier": "auto", "speed": "fast", "output_config": {"effort": "low"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("route", "asked", "hints"),
+    [
+        ("completions", {"prompt": "x", "max_tokens": 1}, HINTS),
+        ("chat/completions", {"messages": [TURN], "max_tokens": 1}, HINTS | OF_CHAT),
+        ("responses", {"input": "x", "max_output_tokens": 1}, HINTS | OF_RESPONSES),
+        ("messages", {"messages": [TURN], "max_tokens": 1}, OF_MESSAGES),
+    ],
+)
+@pytest.mark.parametrize("stream", [False, True])
+def test_hints_are_taken_and_named_in_a_header(server, route, asked, hints, stream):
+    def told(body) -> tuple[str, set[str]]:
+        with urllib.request.urlopen(
+            server.asked(f"/v1/{route}", body | {"temperature": 0, "stream": stream})
+        ) as answer:
+            assert answer.read()
+            return answer.headers.get("X-Ignored-Fields", "")
+
+    assert told(asked) == ""
+    names = set(hints) - ({"user", "metadata"} if route == "responses" else set())
+    parts = {"text": "text.verbosity", "output_config": "output_config.effort"}
+    assert set(told(asked | hints).split(", ")) == {parts.get(name, name) for name in names}
 
 
 def test_an_engine_that_breaks_down_says_so(base_folder, folder):

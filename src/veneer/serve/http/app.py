@@ -32,7 +32,7 @@ from veneer.serve.http.metrics import add_metrics
 from veneer.serve.http.models import Catalogue
 from veneer.serve.http.page import add_page
 from veneer.serve.http.protocol import ChatBody, CompletionBody, StreamOptions
-from veneer.serve.http.request_record import RequestRecords
+from veneer.serve.http.request_record import RequestRecords, current_record
 from veneer.serve.http.responses import Responses
 from veneer.serve.http.roots import Roots
 from veneer.serve.http.server_limits import ServerLimits
@@ -119,6 +119,7 @@ class Api(Service):
     async def _answer(
         self, request: Request, body: CompletionBody | ChatBody, shape: Callable[[Calls | None], Shape]
     ) -> Response:
+        current_record().ignored = body.ignored
         with ExitStack() as taken:  # left when the answer has ended, or when there is none
             taken.enter_context(self.admitted(body.n_choices))
             # On another thread: a template, a tokenizer, a grammar and files take their time, and everybody waits here.

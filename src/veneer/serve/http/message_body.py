@@ -134,13 +134,20 @@ class CountTokensBody(Named):
 class MessagesBody(CountTokensBody, Drawn):
     """Body of ``/v1/messages``, and in addition vLLM's fields for drawing.
 
-    ``metadata`` and ``service_tier`` are accepted and ignored.
+    ``metadata``, ``service_tier`` and ``speed`` are accepted and ignored.
     """
 
     max_tokens: int = Field(ge=1)
     stop_sequences: Several[str] | None = None
     metadata: dict[str, Any] | None = None
     service_tier: str | None = None
+    speed: str | None = None
+
+    @property
+    def ignored(self) -> list[str]:
+        """Fields of the body that change nothing."""
+        own = [name for name in ("metadata", "service_tier", "speed") if getattr(self, name) is not None]
+        return own + ["output_config.effort"] * bool(self.output_config and self.output_config.effort)
 
     def chat(self, **more: Any) -> ChatBody:
         """Return the chat completion that is asked for. Raises RefusedError for blocks that are not read."""

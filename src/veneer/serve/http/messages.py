@@ -13,6 +13,7 @@ from veneer.serve.http.answer_models import MessageAnswer
 from veneer.serve.http.documented import MessageErrorBody, documented
 from veneer.serve.http.message_body import CountTokensBody, MessagesBody
 from veneer.serve.http.message_writer import MessageWriter
+from veneer.serve.http.request_record import current_record
 from veneer.serve.http.service import Service
 from veneer.serve.http.writing import written
 
@@ -36,6 +37,7 @@ class Messages:
 
     async def answer(self, request: Request, body: MessagesBody) -> Response:
         """Return the model's next message of a conversation."""
+        current_record().ignored = body.ignored
         writer = partial(MessageWriter, body.model or self._service.catalogue.base)
         return await written(self._service, request, body.chat, writer, stream=body.stream)
 

@@ -73,8 +73,9 @@ def prompts_of(given: Any) -> list[Any]:
 
 
 class StreamOptions(Strict):
-    """Options of a stream: its contents besides the answer."""
+    """Options of a stream: its contents besides the answer. Events are never padded."""
 
+    include_obfuscation: bool | None = None
     include_usage: bool = False
     continuous_usage_stats: bool = False
 
@@ -131,6 +132,24 @@ class Named(Strict):
     adapter: Few[str] | None = None
 
 
+class Hinted(Strict):
+    """Hints of OpenAI's: fields under which a model's answer stays the same. They are taken, and named as ignored."""
+
+    user: str | None = None
+    metadata: dict[str, Any] | None = None
+    store: bool | None = None
+    service_tier: str | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+    prompt_cache_retention: str | None = None
+    prompt_cache_options: dict[str, Any] | None = None
+
+    @property
+    def ignored(self) -> list[str]:
+        """Fields of the body that change nothing."""
+        return [name for name in Hinted.model_fields if getattr(self, name) is not None]
+
+
 class Drawn(Named):
     """Fields of all routes that draw tokens. Requests of one ``cache_salt`` alone share keys and values."""
 
@@ -153,11 +172,8 @@ class Drawn(Named):
     stream: bool = False
 
 
-class Body(Drawn):
-    """Fields of completions and chat completions.
-
-    ``user``, ``metadata``, ``store`` and ``service_tier`` are accepted and ignored.
-    """
+class Body(Drawn, Hinted):
+    """Fields of completions and chat completions."""
 
     n: int = 1
     max_tokens: int | None = None
@@ -167,10 +183,6 @@ class Body(Drawn):
     prompt_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
     response_format: dict[str, Any] | None = None
     stream_options: StreamOptions | None = None
-    user: str | None = None
-    metadata: dict[str, Any] | None = None
-    store: bool | None = None
-    service_tier: str | None = None
 
     @property
     def n_choices(self) -> int:
@@ -265,6 +277,16 @@ class ChatBody(Body):
     continue_final_message: bool = False
     chat_template: str | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+    reasoning_effort: str | None = None
+    verbosity: str | None = None
+    prediction: dict[str, Any] | None = None
+    modalities: list[Literal["text"]] | None = None
+
+    @property
+    def ignored(self) -> list[str]:
+        """Fields of the body that change nothing: a model is asked as it is, and needs no prediction to be quick."""
+        own = ("reasoning_effort", "verbosity", "prediction")
+        return [*super().ignored, *(name for name in own if getattr(self, name) is not None)]
 
     def to_params(self, defaults: Mapping[str, Any]) -> SamplingParams:
         """Return the sampling parameters of the body. Raises ConfigError."""

@@ -26,6 +26,7 @@ from veneer.serve.outputs import RequestOutput
 
 GONE = 499  # nobody reads the answer: the client has closed the connection
 HEADER = "X-Request-Id"
+IGNORED = "X-Ignored-Fields"
 LOG = logging.getLogger(__name__)
 _ID = re.compile(r"[A-Za-z0-9._:/+=@~-]{1,128}")
 # Asked for by probes, routers and open pages every few seconds: no line while all is well.
@@ -57,6 +58,8 @@ class RequestRecord:
     """Tokens of each prompt that were in the prefix cache."""
     reasons: set[str] = field(default_factory=set)
     """Finish reasons of the answers that have ended."""
+    ignored: list[str] = field(default_factory=list)
+    """Fields of the body that change nothing. The response names them."""
 
     def ask(self, asked: Sequence[Asked]) -> None:
         """Count prompts that are given to the engine."""
@@ -86,13 +89,18 @@ class RequestRecord:
             "time": datetime.now(UTC).isoformat(timespec="milliseconds"), "id": self.id, "method": scope["method"],
             "route": scope["path"][:_LONGEST_PATH] if route is None else route.path, "model": self.model,
             "client": self.client, "peer": peer and peer[0], "status": self.status,
-            "finish_reasons": sorted(self.reasons),
+            "finish_reasons": sorted(self.reasons), "ignored": self.ignored,
             "tokens_in": self.n_prompt, "tokens_out": sum(self.drawn.values()),
             "tokens_cached": sum(self.cached.values()),
             "seconds_waited": self._since(self.scheduled), "seconds_to_first_token": self._since(self.first),
             "seconds": self._since(time.perf_counter()),
         }  # fmt: skip
         return json.dumps(told)
+
+    def headers(self) -> list[tuple[bytes, bytes]]:
+        """Return the headers of the response."""
+        told = {HEADER: self.id} | ({IGNORED: ", ".join(self.ignored)} if self.ignored else {})
+        return [(name.lower().encode(), value.encode()) for name, value in told.items()]
 
     def _since(self, then: float) -> float | None:
         return round(then - self.began, 6) if then else None
@@ -118,7 +126,7 @@ class RequestRecords:
             nonlocal sent
             if message["type"] == "http.response.start":
                 sent = message["status"]
-                message["headers"] = [*message.get("headers", ()), (HEADER.lower().encode(), record.id.encode())]
+                message["headers"] = [*message.get("headers", ()), *record.headers()]
             elif not message.get("more_body", False):
                 record.status = sent
             await send(message)

@@ -9,7 +9,7 @@ from pydantic import Discriminator, Field, Tag, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
 
 from veneer.serve.http.errors import RefusedError
-from veneer.serve.http.protocol import ChatBody, Drawn, FunctionBody, NamedTool, Several, Strict, ToolBody
+from veneer.serve.http.protocol import ChatBody, Drawn, FunctionBody, Hinted, NamedTool, Several, Strict, ToolBody
 from veneer.serve.http.response_items import messages_of
 from veneer.serve.sampling_params import MAX_LOGPROBS
 
@@ -19,7 +19,6 @@ _REFUSED = {
     "prompt": "no prompt is stored: send instructions and input",
     "background": "no response is stored: wait for it, or read its stream",
     "truncation": "no input is cut: shorten it, and leave the field out or send 'disabled'",
-    "reasoning": "models are asked as they are: leave the field out",
 }
 _ALLOWED = {"background": False, "truncation": "disabled"}
 _LOGPROBS = "message.output_text.logprobs"
@@ -31,6 +30,15 @@ class TextOptions(Strict):
     """Form of the text: ``format`` is of the type text, json_object, or json_schema with its ``schema``."""
 
     format: dict[str, Any] | None = None
+    verbosity: str | None = None
+
+
+class Reasoning(Strict):
+    """Hints on reasoning. A model is asked as it is, so that they change nothing."""
+
+    effort: str | None = None
+    summary: str | None = None
+    generate_summary: str | None = None
 
 
 class ResponseStreamOptions(Strict):
@@ -66,12 +74,10 @@ ResponseChoice = Annotated[
 ]
 
 
-class ResponsesBody(Drawn):
+class ResponsesBody(Drawn, Hinted):
     """Body of ``/v1/responses``, and in addition vLLM's fields for drawing.
 
-    Nothing is stored, also if ``store`` is true or left out. ``service_tier``, ``user``, ``safety_identifier``,
-    ``prompt_cache_key`` and ``prompt_cache_retention`` are accepted and ignored. Fields of the type null are those of
-    stored responses.
+    Nothing is stored, also if ``store`` is true or left out. Fields of the type null are those of stored responses.
     """
 
     input: str | Several[dict[str, Any]]
@@ -86,18 +92,12 @@ class ResponsesBody(Drawn):
     metadata: dict[str, str] | None = Field(None, max_length=16)
     stream_options: ResponseStreamOptions | None = None
     chat_template_kwargs: dict[str, Any] | None = None
-    store: bool | None = None
-    service_tier: str | None = None
-    user: str | None = None
-    safety_identifier: str | None = None
-    prompt_cache_key: str | None = None
-    prompt_cache_retention: str | None = None
+    reasoning: Reasoning | None = None
     background: Literal[False] | None = None
     truncation: Literal["disabled"] | None = None
     previous_response_id: None = None
     conversation: None = None
     prompt: None = None
-    reasoning: None = None
 
     @field_validator(*_REFUSED, mode="before")
     @classmethod
@@ -106,6 +106,14 @@ class ResponsesBody(Drawn):
         if given is not None and given != _ALLOWED.get(name):
             raise PydanticCustomError("refused", _REFUSED[name])
         return given
+
+    @property
+    def ignored(self) -> list[str]:
+        """Fields of the body that change nothing; the answer repeats the user and the metadata."""
+        own = ["reasoning"] * (self.reasoning is not None) + ["text.verbosity"] * bool(
+            self.text and self.text.verbosity
+        )
+        return [*(name for name in super().ignored if name not in ("user", "metadata")), *own]
 
     @property
     def scores(self) -> bool:

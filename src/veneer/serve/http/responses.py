@@ -9,6 +9,7 @@ from fastapi.responses import Response
 
 from veneer.serve.http.answer_models import ResponseAnswer
 from veneer.serve.http.documented import documented
+from veneer.serve.http.request_record import current_record
 from veneer.serve.http.response_body import ResponsesBody
 from veneer.serve.http.response_writer import ResponseWriter
 from veneer.serve.http.service import Service
@@ -27,5 +28,6 @@ class Responses:
 
     async def respond(self, request: Request, body: ResponsesBody) -> Response:
         """Return the model's response to an input."""
+        current_record().ignored = body.ignored
         writer = partial(ResponseWriter, body, body.model or self._service.catalogue.base)
         return await written(self._service, request, body.chat, writer, stream=body.stream)
