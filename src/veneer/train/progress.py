@@ -8,7 +8,10 @@ from typing import Any
 
 @dataclass
 class Progress:
-    """Losses in nats for each trained token, summed over optimizer steps; ``window`` begins at the last log line."""
+    """Losses in nats for each trained token, summed over optimizer steps; ``window`` begins at the last log line.
+
+    ``seconds`` are those of the training before the checkpoint that this process resumed from.
+    """
 
     loss: float = 0.0
     window_loss: float = 0.0
@@ -16,6 +19,7 @@ class Progress:
     window_right: int = 0
     window_trained: int = 0
     n_tokens: int = 0
+    seconds: float = 0.0
 
     def add_loss(self, loss: float) -> None:
         """Count the loss of one micro-batch, already divided by the trained tokens of its whole step."""
@@ -28,10 +32,13 @@ class Progress:
         self.window_trained += n_trained
         self.window_right += n_right
 
+    def loss_of_window(self, step: int) -> float:
+        """Return the mean loss of the steps since the last log line, up to ``step``."""
+        return self.window_loss / max(step - self.window_from_step, 1)
+
     def close_window(self, step: int) -> dict[str, float]:
         """Return the values of a log line, and start the next window."""
-        steps = max(step - self.window_from_step, 1)
-        values = {"loss": self.window_loss / steps}
+        values = {"loss": self.loss_of_window(step)}
         if self.n_tokens:
             values["mean_token_accuracy"] = self.window_right / max(self.window_trained, 1)
             values["num_tokens"] = float(self.n_tokens)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -64,6 +65,7 @@ class ResumableTrainer(Trainer):  # type: ignore[misc]
     schedule: AdapterSchedule
     order: Any = None  # a sampler of the training rows with an order for each epoch
     epoch: tuple[int, int] = (0, 0)  # the one in progress, and the steps before it
+    began: float = 0.0  # of this process's training, by the clock of `time.perf_counter`
     other_data: bool = False  # whether a checkpoint may have been trained on other data
     other_settings: bool = False  # whether it was trained with other settings, which count from here on
 
@@ -89,6 +91,10 @@ class ResumableTrainer(Trainer):  # type: ignore[misc]
         self.epoch = (counted.get("epoch", 0), counted.get("steps_before_epoch", 0))
         self.restore_counters(counted, folder)
         return str(folder)
+
+    def seconds_trained(self) -> float:
+        """Return the seconds of the whole training up to now, with those before the checkpoint it resumed from."""
+        return self.progress.seconds + time.perf_counter() - self.began
 
     def counters(self) -> dict[str, Any]:
         """Return the counters of a checkpoint other than the losses of `Progress`, as JSON."""
@@ -224,7 +230,8 @@ class ResumableTrainer(Trainer):  # type: ignore[misc]
             self._save_optimizer_and_scheduler(str(folder))
             self._save_scaler(str(folder))
         place = {"epoch": self.epoch[0], "steps_before_epoch": self.epoch[1], "data_digest": self.data_digest}
-        write_json(folder / PROGRESS_FILE, {**self.progress.as_dict(), **self.counters(), **place})
+        counted = {**self.progress.as_dict(), "seconds": self.seconds_trained()}
+        write_json(folder / PROGRESS_FILE, {**counted, **self.counters(), **place})
         for callback in [*self.callback_handler.callbacks, self.control]:
             if isinstance(callback, ExportableState):
                 kept = self.state.stateful_callbacks.get(type(callback).__name__)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -139,10 +138,9 @@ def _trained(recipe: Recipe, trainer: RunTrainer, resume: bool, stop: Stop) -> d
     trainer.add_callback(StopAfterStep(stop))
     last = LastEvaluation()
     trainer.add_callback(last)
-    began = time.perf_counter()
     with stop.deferred():
         trained = trainer.train(resume_from_checkpoint=resume or None)
-        seconds = time.perf_counter() - began
+        seconds = trainer.seconds_trained()
         save_trained(recipe, trainer, saved)
     results = {
         "train_loss": trained.training_loss,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -112,7 +113,7 @@ class RunTrainer(ResumableTrainer):
         if is_cut(self.model):
             require_settings_of_cut_base(_reentrant(self.args), self.args)
         self._offload = self._offloading()
-        self._display = show_run(self, lambda: self.n_tokens_read)
+        self._display = show_run(self, lambda: self.n_tokens_read, lambda step: self.progress.loss_of_window(step))
         self.schedule = AdapterSchedule()
         for callback in (self.schedule, EpochEnds(self), *callbacks_of(self.args)):
             self.add_callback(callback)
@@ -148,6 +149,7 @@ class RunTrainer(ResumableTrainer):
         if _reentrant(self.args):
             # Reentrant checkpointing gives no gradient to a block whose input needs none: all of them, under adapters.
             self.model.enable_input_require_grads()
+        self.began = time.perf_counter()
         try:
             kept = blocks_mapped if is_cut(self.model) else freed_memory_kept
             with self.fusing(), kept() if self.args.device.type == "cpu" else nullcontext():

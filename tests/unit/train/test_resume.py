@@ -1,3 +1,4 @@
+import json
 import shutil
 
 import pytest
@@ -9,7 +10,7 @@ from veneer import LoraConfig
 from veneer.data.sampler import EpochSampler
 from veneer.errors import ConfigError, TrainingError
 from veneer.optim import AdamW8bit, PagedAdamW8bit
-from veneer.train.checkpoint import checkpoints, drop_old, latest_checkpoint, read_progress
+from veneer.train.checkpoint import PROGRESS_FILE, checkpoints, drop_old, latest_checkpoint, read_progress
 from veneer.train.config import SFTConfig
 from veneer.train.optimizer import FACTORIES
 from veneer.train.trainer import SFTTrainer
@@ -75,6 +76,17 @@ def test_a_resumed_run_logs_and_ends_as_the_whole_one(tmp_path, start, whole):
             again.model.named_parameters(), first.model.named_parameters(), strict=True
         ):
             assert torch.equal(ours, expected), (step, name)
+
+
+def test_the_time_of_a_resumed_run_is_that_of_the_whole(tmp_path, start):
+    start(save_steps=4).train()
+    folder = tmp_path / "run" / "checkpoint-4"
+    counted = json.loads((folder / PROGRESS_FILE).read_text())
+    assert 0 < counted["seconds"] < 600
+    (folder / PROGRESS_FILE).write_text(json.dumps({**counted, "seconds": 5000.0}))
+    again = start(save_strategy="no")
+    again.train(resume_from_checkpoint=str(folder))
+    assert 5000 < again.seconds_trained() < 5600
 
 
 @pytest.mark.parametrize("kept", [{"gradient_checkpointing": "selective"}, {"activation_offloading": "disk"}])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from typing import Any
 
 from rich.console import Console
@@ -12,7 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from veneer.core.progress import draws_bars
+from veneer.core.progress import draws_bars, waits_told
 from veneer.core.units import duration
 
 # Of the many values of preferences and rewards those to go by; all are in the log.
@@ -22,6 +23,8 @@ _OF_REWARDS = {
     "accuracy": "accuracy",
     "rewards/margins": "margin",
 }
+PAUSE_SECONDS = 5.0  # between two plain lines, where steps are logged less often
+_PAUSE_SHARE = 0.01  # of the run's whole time, where that is longer: a log of days stays short
 _NOT_SHOWN = ("_runtime", "_per_second", "_preparation_time")
 
 
@@ -31,18 +34,28 @@ class RunDisplay(TrainerCallback):  # type: ignore[misc]
     In a terminal it is a bar. If stderr is a file, a pipe or a dumb terminal, or if ``bar`` is false, each log step is
     one plain line. Tokens a second are those of the optimizer steps: evaluating and saving do not count. ``name`` of
     one run among several begins its lines.
+
+    ``loss`` returns the mean loss since the last log step, given the step. With it a plain line comes at least every
+    `PAUSE_SECONDS`, or every hundredth of the run if that is longer, and one while the first step is computed.
     """
 
     def __init__(
-        self, n_tokens: Callable[[], int], *, bar: bool = True, console: Console | None = None, name: str = ""
+        self,
+        n_tokens: Callable[[], int],
+        *,
+        loss: Callable[[int], float] | None = None,
+        bar: bool = True,
+        console: Console | None = None,
+        name: str = "",
     ) -> None:
-        self._n_tokens, self._prefix = n_tokens, f"{name}: " if name else ""
+        self._n_tokens, self._loss, self._prefix = n_tokens, loss, f"{name}: " if name else ""
         self._console = console or Console(stderr=True, highlight=False)
         self._draws = bar and draws_bars(self._console)
         self._bar: Progress | None = None
         self._task = TaskID(0)
         self._trains = False
-        self._step_began = self._busy = 0.0
+        self._step_began = self._busy = self._said = 0.0
+        self._waits = ExitStack()
         self._counted: int | None = None
         self._predicted = 0
 
@@ -50,8 +63,11 @@ class RunDisplay(TrainerCallback):  # type: ignore[misc]
         """Open the bar of the steps."""
         self._trains, self._busy, self._counted = True, 0.0, None
         self._began, self._first_step = time.perf_counter(), state.global_step
+        self._said = self._began
         if state.is_world_process_zero:
             self._open("training", state.max_steps, state.global_step)
+        if self._says_between(state):
+            self._waits.enter_context(waits_told("computing the first step"))
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Start the step's clock."""
@@ -60,10 +76,16 @@ class RunDisplay(TrainerCallback):  # type: ignore[misc]
             self._counted = self._n_tokens()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Stop the step's clock, and move the bar."""
-        self._busy += time.perf_counter() - self._step_began
+        """Stop the step's clock, and move the bar, or print a line if there was none for long."""
+        now = time.perf_counter()
+        self._busy += now - self._step_began
+        self._waits.close()
         if self._bar is not None:
             self._bar.update(self._task, completed=state.global_step)
+        elif self._says_between(state) and not control.should_log and now - self._said >= self._pause(state, now):
+            loss = f"loss {self._loss(state.global_step):.4f}" if self._loss is not None else ""
+            self._say(f"step {state.global_step}/{state.max_steps}  {loss}  {self._left(state, now)} left")
+            self._said = now
 
     def on_prediction_step(self, args: Any, state: Any, control: Any, eval_dataloader: Any = None, **_: Any) -> None:
         """Move the bar of the held-out batches."""
@@ -95,7 +117,8 @@ class RunDisplay(TrainerCallback):  # type: ignore[misc]
             if self._bar is not None:
                 self._bar.update(self._task, values=values)
             else:
-                self._say(f"step {state.global_step}/{state.max_steps}  {values}  {self._left(state)} left")
+                self._said = time.perf_counter()
+                self._say(f"step {state.global_step}/{state.max_steps}  {values}  {self._left(state, self._said)} left")
         held_out = _held_out(logs)
         if held_out:
             at = f"step {state.global_step}/{state.max_steps}" if self._trains else "after training"
@@ -108,6 +131,7 @@ class RunDisplay(TrainerCallback):  # type: ignore[misc]
     def close(self) -> None:
         """Restore the terminal, however the run ended."""
         self._trains = False
+        self._waits.close()
         self._evaluated()
         if self._bar is not None:
             self._bar.stop()
@@ -153,17 +177,31 @@ class RunDisplay(TrainerCallback):  # type: ignore[misc]
         busy, self._busy = self._busy, 0.0
         return (self._counted - counted) / busy if busy else 0.0
 
-    def _left(self, state: Any) -> str:
-        done = max(state.global_step - self._first_step, 1)
-        return duration((time.perf_counter() - self._began) / done * (state.max_steps - state.global_step))
+    def _left(self, state: Any, now: float) -> str:
+        return duration(self._step_seconds(state, now) * (state.max_steps - state.global_step))
+
+    def _step_seconds(self, state: Any, now: float) -> float:
+        return (now - self._began) / max(state.global_step - self._first_step, 1)
+
+    def _pause(self, state: Any, now: float) -> float:
+        """Seconds from one plain line to the next."""
+        return max(PAUSE_SECONDS, _PAUSE_SHARE * self._step_seconds(state, now) * state.max_steps)
+
+    def _says_between(self, state: Any) -> bool:
+        """Return True if plain lines are printed between the log steps."""
+        return self._loss is not None and self._bar is None and bool(state.is_world_process_zero)
 
 
-def show_run(trainer: Trainer, n_tokens: Callable[[], int]) -> RunDisplay | None:
+def show_run(
+    trainer: Trainer, n_tokens: Callable[[], int], loss: Callable[[int], float] | None = None
+) -> RunDisplay | None:
     """Replace transformers' bars and dicts by a `RunDisplay`; in a notebook, which has its own table, by nothing."""
     shown = [kind for kind in (ProgressCallback, PrinterCallback) if trainer.pop_callback(kind) is not None]
     if not shown:
         return None
-    display = RunDisplay(n_tokens, bar=shown[0] is ProgressCallback)  # PrinterCallback stands for disable_tqdm
+    display = RunDisplay(
+        n_tokens, loss=loss, bar=shown[0] is ProgressCallback
+    )  # PrinterCallback stands for disable_tqdm
     trainer.add_callback(display)
     return display
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+import time
 import types
 from typing import Any
 
@@ -91,6 +92,56 @@ def test_a_resumed_run_counts_from_where_it_goes_on() -> None:
     assert file.getvalue().startswith("step 103/107  loss 2.3457  lr 3.00e-04  22 tokens/s  5 s left\n")
 
 
+@pytest.mark.usefixtures("clock")
+@pytest.mark.parametrize(
+    ("max_steps", "told"),
+    [
+        (13, ["step 5/13  loss 0.5000  8 s left", "step 10/13  loss 1.0000  3 s left"]),  # a step takes a second here
+        (700, ["step 7/700  loss 0.7000  11 min 33 s left"]),  # lines are a hundredth of the run apart
+    ],
+)
+def test_a_file_gets_lines_between_log_steps_far_apart(max_steps: int, told: list[str]) -> None:
+    file = io.StringIO()
+    display = RunDisplay(lambda: 0, loss=lambda step: step / 10, console=Console(file=file, width=20))
+    state: Any = types.SimpleNamespace(global_step=0, max_steps=max_steps, is_world_process_zero=True)
+    display.on_train_begin(ARGS, state, ARGS)
+    for step in range(1, 14):
+        display.on_step_begin(ARGS, state, ARGS)
+        state.global_step = step
+        display.on_step_end(ARGS, state, types.SimpleNamespace(should_log=False))
+    display.close()
+    assert file.getvalue().splitlines() == told
+
+
+@pytest.mark.usefixtures("clock")
+def test_a_step_that_is_logged_has_one_line() -> None:
+    file = io.StringIO()
+    display = RunDisplay(lambda: 0, loss=lambda step: 0.25, console=Console(file=file, width=20))
+    state: Any = types.SimpleNamespace(global_step=0, max_steps=13, is_world_process_zero=True)
+    display.on_train_begin(ARGS, state, ARGS)
+    for step in range(1, 14):
+        display.on_step_begin(ARGS, state, ARGS)
+        state.global_step = step
+        display.on_step_end(ARGS, state, types.SimpleNamespace(should_log=step == 7))
+        if step == 7:
+            display.on_log(ARGS, state, ARGS, logs={"loss": 1.0})
+    assert [line.split()[1] for line in file.getvalue().splitlines()] == ["5/13", "7/13", "12/13"]
+
+
+def test_a_long_first_step_is_told(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("veneer.core.progress.QUIET_SECONDS", 0.01)
+    display = RunDisplay(lambda: 0, loss=lambda step: 0.25)
+    state: Any = types.SimpleNamespace(global_step=0, max_steps=7, is_world_process_zero=True)
+    display.on_train_begin(ARGS, state, ARGS)
+    told = ""
+    while "first step" not in told:
+        told += capsys.readouterr().err
+        time.sleep(0.01)
+    display.on_step_begin(ARGS, state, ARGS)
+    display.on_step_end(ARGS, state, types.SimpleNamespace(should_log=True))
+    assert "computing the first step (0 s so far)" in told
+
+
 def test_a_terminal_gets_one_bar_of_its_width() -> None:
     console, file = terminal()
     run_on(console).whole()
@@ -142,7 +193,9 @@ def test_other_processes_are_silent() -> None:
 @pytest.mark.parametrize(("theirs", "bar"), [(ProgressCallback, True), (PrinterCallback, False)])
 def test_it_takes_the_place_of_transformers_display(theirs: type, bar: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[bool] = []
-    monkeypatch.setattr("veneer.train.show.display.RunDisplay", lambda n_tokens, *, bar: made.append(bar) or "display")
+    monkeypatch.setattr(
+        "veneer.train.show.display.RunDisplay", lambda n_tokens, *, loss, bar: made.append(bar) or "display"
+    )
     trainer: Any = types.SimpleNamespace(
         pop_callback=lambda kind: object() if kind is theirs else None,
         add_callback=lambda callback: made.append(callback),
