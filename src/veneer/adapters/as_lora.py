@@ -19,8 +19,7 @@ from veneer.adapters.card import write_card
 from veneer.adapters.combining import require_layers_alone
 from veneer.adapters.merging import require_known
 from veneer.combine.adapter import raised
-from veneer.combine.plain import Plain, plain_of, whole_error
-from veneer.combine.truncate import rank_within
+from veneer.combine.plain import Plain, plain_of, plain_within, whole_error
 from veneer.combine.update import Update
 from veneer.contract.config import for_use
 from veneer.contract.file import CONFIG_FILE, WEIGHTS_FILE
@@ -125,7 +124,7 @@ def as_lora(model: nn.Module, rank: Rank, name: str, *, progressbar: bool = Fals
     require_layers_alone(model, state, (name,))
     found, sites, paths = dict[str, Plain](), dict[str, LinearSite](), dict[str, str]()
     layers = {path: layer for path, layer in adapted_layers(model).items() if name in layer.adapters}
-    with progress_bar("converting to LoRA") if progressbar else nullcontext(_say_nothing) as on_progress:
+    with progress_bar("converting to LoRA, layer") if progressbar else nullcontext(_say_nothing) as on_progress:
         for done, (path, layer) in enumerate(layers.items(), start=1):
             sites[path], paths[path] = layer.site((name,)), layer.disk_path(name, path)
             found[path] = _plain(path, Update(layer.record(name, sites[path]), sites[path].weight), rank)
@@ -165,7 +164,7 @@ def _plain(path: str, update: Update, rank: Rank) -> Plain:
         )
     if rank is None or isinstance(rank, int):
         return plain_of(update, rank)
-    return plain_of(update, rank_within(update.dense(), math.sqrt(1 - rank)))
+    return plain_within(update, math.sqrt(1 - rank))
 
 
 def _error_of_logits(model: nn.Module, found: AsLora, name: str, input_ids: Int[Tensor, "batch tokens"]) -> float:

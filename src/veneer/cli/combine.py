@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import typer
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -13,7 +14,7 @@ from veneer.adapters.peft_model import PeftModel
 from veneer.cli import loading
 from veneer.cli.arguments import weights_of
 from veneer.cli.pages.combine import CombineArguments
-from veneer.combine import Combination
+from veneer.combine import SPARSE, Combination
 from veneer.core.progress import Tell, progress_bar
 from veneer.store.adapter.records import NeedsBaseError
 
@@ -25,7 +26,9 @@ def combine(args: CombineArguments) -> None:
     numbers = weights_of(args.weights, len(args.adapters))
     loading.require_of_one_base(args.adapters, args.base, "their sum")
     plan = Combination(how=args.how, rank=args.rank, density=args.density, seed=args.seed)  # type: ignore[arg-type]
-    with progress_bar("combining") as on_progress:
+    if plan.how in SPARSE:
+        typer.echo(f"{plan.how} combines whole updates: it decomposes one matrix for each layer", err=True)
+    with progress_bar("combining layer") as on_progress:
         report = _combined(args, numbers, plan, on_progress)
     _show(report, args.output)
 

@@ -25,6 +25,8 @@ def as_lora(args: AsLoraArguments) -> None:
     vocabulary = int(cast(Any, model.config).get_text_config().vocab_size)
     tokens = torch.randint(vocabulary, _TOKENS, generator=torch.Generator().manual_seed(0))
     ids = tokens.to(model.device)
+    if args.rank is not None:
+        typer.echo("an update that is no low-rank pair is decomposed, one matrix for each layer", err=True)
     found = save_as_lora(args.output, model, args.rank, model.active_adapter, progressbar=True, input_ids=ids)
     ranks = [layer.rank for layer in found.layers.values()]
     told = f"{args.output}: LoRA of rank {max(ranks)} on {len(ranks)} layers"

@@ -10,9 +10,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from veneer.combine.truncate import truncate_dense, truncate_factors
+from veneer.combine.truncate import rank_of_energy, truncate_dense, truncate_factors, truncate_within
 from veneer.combine.update import Update
 from veneer.core.records import LinearDelta
+from veneer.core.svd import svd_of_factors
 from veneer.errors import CompositionError
 
 
@@ -54,6 +55,20 @@ def plain_of(update: Update, rank: int | None) -> Plain:
         kept, error = truncate_dense(whole, min(rank, *whole.shape))
     a, b = kept.factors(torch.float32)
     return Plain(a=a, b=b, norm=norm, error=error)
+
+
+def plain_within(update: Update, error: float) -> Plain:
+    """Return the factors of the smallest rank that limits the relative Frobenius error of an update to this value.
+
+    Raises CompositionError if it needs a weight that is missing.
+    """
+    if update.is_lowrank:
+        a, b = update.record.factors(torch.float64)
+        return plain_of(update, rank_of_energy(svd_of_factors(LinearDelta.pair(a, b))[1].square(), error))
+    whole = update.dense()
+    kept, lost = truncate_within(whole, error)
+    a, b = kept.factors(torch.float32)
+    return Plain(a=a, b=b, norm=float(whole.double().norm()), error=lost)
 
 
 def padded(layer: Plain, rank: int) -> tuple[Float[Tensor, "r i"], Float[Tensor, "o r"]]:

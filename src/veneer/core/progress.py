@@ -14,6 +14,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import Progress, ProgressColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
 
+from veneer.core.units import duration
+
 LINE_SECONDS = 10.0  # between two plain lines
 QUIET_SECONDS = 1.0  # of a wait before its first plain line
 Tell = Callable[[int, int], None]
@@ -61,14 +63,19 @@ def progress_bar(title: str, *columns: ProgressColumn, opens_with: str | None = 
 
 
 def _lines(title: str, console: Console) -> Tell:
-    told = time.monotonic()
+    began = told = time.monotonic()
+    first: int | None = None  # the steps done when the first one was reported, from which the time left follows
 
     def tell(done: int, total: int) -> None:
-        nonlocal told
+        nonlocal began, told, first
         waiting_over()
-        if time.monotonic() - told >= LINE_SECONDS:
-            told = time.monotonic()
-            _say(console, f"{title} {done}/{total}")
+        now = time.monotonic()
+        if first is None:
+            first, began = done, now
+        if now - told >= LINE_SECONDS:
+            told = now
+            left = f", {duration((now - began) / (done - first) * (total - done))} left" if done > first else ""
+            _say(console, f"{title} {done}/{total}{left}")
 
     return tell
 

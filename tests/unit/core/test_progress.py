@@ -21,7 +21,7 @@ def test_a_pipe_gets_a_plain_line_every_ten_seconds(
         for done in range(1, 9):
             now += 3.0
             on_progress(done, 8)
-    assert capsys.readouterr().err == "perplexity 4/8\nperplexity 8/8\n"
+    assert capsys.readouterr().err == "perplexity 4/8, 12 s left\nperplexity 8/8, 0 s left\n"
 
 
 def test_what_is_quick_prints_its_opening_alone(capsys: pytest.CaptureFixture[str]) -> None:
