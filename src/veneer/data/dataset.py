@@ -13,6 +13,7 @@ from datasets import Dataset, IterableDataset, concatenate_datasets
 from veneer.data.encoded_cache import encoded_once
 from veneer.data.encoding import IGNORED, TASK, Encoder, Kind
 from veneer.data.packing import pack
+from veneer.data.unused import tell_unused
 from veneer.errors import ConfigError, DataError
 
 log = logging.getLogger(__name__)
@@ -27,6 +28,7 @@ def encode_all(dataset: AnyDataset, encoder: Encoder, name: str, n_processes: in
     if isinstance(dataset, Dataset) and not len(dataset):
         raise DataError(f"the {name} data has no rows: give at least one")
     columns = columns_of(dataset)
+    tell_unused(f"the {name} data", encoder.unread(columns))
     if isinstance(dataset, IterableDataset):
         encoded = dataset.map(encoder, with_indices=True, remove_columns=columns)
         return encoded.filter(has_trained_token)

@@ -68,6 +68,16 @@ class Encoder:
         encoded = {"input_ids": ids, "labels": [IGNORED, *labels[1:]] if labels else []}
         return encoded | task
 
+    def unread(self, columns: Sequence[str]) -> list[str]:
+        """Return the columns that nothing reads. Those that a tokenizer adds are not counted."""
+        read = {
+            "tokens": ("input_ids", "labels", "assistant_masks", "completion_mask", "attention_mask", "token_type_ids"),
+            "prompt-completion": ("prompt", "completion", "tools", "chat_template_kwargs"),
+            "messages": ("messages", "tools", "chat_template_kwargs"),
+            "text": (self.text_field,),
+        }[self.kind]
+        return [column for column in columns if column not in (*read, TASK)]
+
     def _read(self, row: Mapping[str, Any]) -> tuple[list[int], list[bool]]:
         readers: dict[Kind, Callable[[Mapping[str, Any]], tuple[list[int], list[bool]]]] = {
             "tokens": self._tokens,

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from datasets import Dataset, IterableDataset
 
 from veneer.data.files import raise_all
-from veneer.data.templates import fill_template
+from veneer.data.templates import fields_of, fill_template
 from veneer.errors import DataError
 
 Task = Literal["dpo", "kto", "reward", "grpo", "rloo"]
@@ -28,6 +28,7 @@ _COLUMNS: Mapping[str, tuple[frozenset[str], ...]] = {
     "grpo": (frozenset({"prompt"}),),
     "rloo": (frozenset({"prompt"}),),
 }
+_BESIDE = ("tools", "chat_template_kwargs", "margin", "ref_chosen_logps", "ref_rejected_logps")  # TRL's
 _READ = ("prompt", "chosen", "rejected", "completion", "label")
 
 
@@ -120,6 +121,13 @@ class PreferenceReader:
         """Return the name of the form. Raises DataError if the columns are not those of the task."""
         require_columns([*columns, *(["prompt"] if self.prompt else [])], "rows'", self.task)
         return self.task
+
+    def unread(self, columns: Iterable[str], form: str) -> list[str]:
+        """Return the columns that nothing reads: none of a task with reward functions, which take all of them."""
+        if form in ("grpo", "rloo"):
+            return []
+        read = {*_READ, *_BESIDE, *fields_of(self.prompt or "")}
+        return [name for name in columns if name not in read and not name.endswith("_ids")]
 
     def read(self, row: Mapping[str, Any], form: str) -> dict[str, Any]:
         """Return one row with its task's columns. Raises DataError for an unusable one."""

@@ -15,9 +15,11 @@ from veneer.data.encoding import TASK, task_of
 from veneer.data.files import Row, numbered_rows, raise_all, require_one_form
 from veneer.data.named_files import names_a_file
 from veneer.data.preference import PreferenceReader
-from veneer.data.templates import fill_template
+from veneer.data.templates import fields_of, fill_template
+from veneer.data.unused import tell_unused
 from veneer.errors import ConfigError, DataError
 
+_OF_TEMPLATES = ("tools", "chat_template_kwargs")
 FORMS = ("messages", "prompt-completion", "text", "alpaca", "template")
 _SHAREGPT_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 
@@ -57,6 +59,17 @@ class RowReader:
             "conversations), prompt and completion, instruction and output (with or without input), text. For others, "
             f"say how to read them: {self.advice}"
         )
+
+    def unread(self, columns: Iterable[str], form: str) -> list[str]:
+        """Return the columns that nothing reads in rows of a form."""
+        read = {
+            "messages": {"messages", "conversations", *_OF_TEMPLATES},
+            "prompt-completion": {"prompt", "completion", *_OF_TEMPLATES},
+            "alpaca": {"instruction", "input", "output", "response"},
+            "text": {"text"},
+            "template": fields_of(self.prompt or "") | fields_of(self.completion or ""),
+        }
+        return [column for column in columns if column not in (*read[form], TASK)]
 
     def read(self, row: Mapping[str, Any], form: str) -> Row:
         """Return one row in its final form, with its task if it has one. Raises DataError if a value is missing or of
@@ -132,10 +145,12 @@ def load_rows(source: str | Path, reader: RowReader | PreferenceReader, limit: i
     problems: list[str] = []
     form = None
     forms: list[tuple[int, str]] = []
+    columns: dict[str, None] = {}
     for number, row in _numbered(source, problems):
         if limit is not None and len(rows) >= limit:
             break
         form = form or _form_in(source, reader, row)
+        columns |= dict.fromkeys(row)
         try:
             rows.append(reader.read(row, form))
             forms.append((number, form_of(rows[-1])))
@@ -145,6 +160,7 @@ def load_rows(source: str | Path, reader: RowReader | PreferenceReader, limit: i
     require_one_form(forms)
     if not rows:
         raise DataError(f"{source} holds no rows: give at least one")
+    tell_unused(str(source), reader.unread(columns, form or ""), _advice(form or ""))
     keys = dict.fromkeys(key for row in rows for key in row)  # Dataset reads those of the first row alone
     return Dataset.from_list([{key: row.get(key) for key in keys} for row in rows])
 
@@ -157,6 +173,13 @@ def _form_in(source: str | Path, reader: RowReader | PreferenceReader, row: Mapp
         raise DataError(f"{source}: {error}") from error
 
 
+def _advice(form: str) -> str:
+    """The end of the warning of unused columns."""
+    if form != "text":
+        return ""
+    return ". The rows are plain text (the column text); data.prompt and data.completion name other columns"
+
+
 def stream_rows(source: str | Path, reader: RowReader) -> IterableDataset:
     """Yield the rows of `load_rows` one by one, for sets larger than memory. The first unusable row raises.
 
@@ -165,6 +188,9 @@ def stream_rows(source: str | Path, reader: RowReader) -> IterableDataset:
     streamed = IterableDataset.from_generator(_read_one_by_one, gen_kwargs={"source": str(source), "reader": reader})
     if next(iter(streamed), None) is None:
         raise DataError(f"{source} holds no rows: give at least one")
+    _, first = next(_numbered(source, [], streaming=True))
+    form = _form_in(source, reader, first)
+    tell_unused(str(source), reader.unread(first, form), _advice(form))
     return streamed
 
 
@@ -240,9 +266,7 @@ def _turn(turn: Any) -> Row:
 def _template_options(row: Mapping[str, Any]) -> Row:
     """The options of a row for its chat template, as JSON: a table would give every row the keys of all of them."""
     return {
-        key: given if isinstance(given, str) else json.dumps(given)
-        for key in ("tools", "chat_template_kwargs")
-        if (given := row.get(key))
+        key: given if isinstance(given, str) else json.dumps(given) for key in _OF_TEMPLATES if (given := row.get(key))
     }
 
 

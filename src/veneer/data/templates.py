@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import string
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -15,6 +16,15 @@ class _Fields(string.Formatter):
         if value is None:
             raise DataError(f"the field {field_name!r} of the template is empty (null): fill it, or leave the row out")
         return value, first
+
+
+def fields_of(template: str) -> set[str]:
+    """Return the columns that a template names; none if it cannot be parsed, which `fill_template` refuses."""
+    try:
+        names = [name for _, name, _, _ in string.Formatter().parse(template) if name]
+    except ValueError:
+        return set()
+    return {re.split(r"[.\[]", name, maxsplit=1)[0] for name in names}
 
 
 def fill_template(template: str, row: Mapping[str, Any]) -> str:

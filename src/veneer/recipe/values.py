@@ -124,11 +124,18 @@ def beside(path: Path, value: Any) -> Any:
 
 
 def apply_override(values: dict[str, Any], override: str) -> None:
-    """Set one ``key=value`` in the values of a recipe. Raises ConfigError."""
+    """Set one ``key=value`` in the values of a recipe, or remove a key by ``~key``. Raises ConfigError."""
     key, equals, text = override.partition("=")
-    if not equals or not key:
-        raise ConfigError(f"--set {override!r} must have the form key=value, such as training.learning_rate=1e-4")
+    removes = override.startswith("~") and not equals
+    if not key.strip("~") or not (equals or removes):
+        raise ConfigError(
+            f"--set {override!r} must have the form key=value, such as training.learning_rate=1e-4, or ~key, which "
+            "removes a key"
+        )
     try:
+        if removes:
+            take_out(values, override[1:])
+            return
         put(values, key, text if _is_text(key, text) else _load_yaml(text, "the value"))
     except ConfigError as error:
         raise ConfigError(f"--set {override!r}: {error}") from error
@@ -152,6 +159,18 @@ def put(values: dict[str, Any], key: str, value: Any) -> None:
         if not isinstance(section, dict):
             raise ConfigError(f"{parent} is a value, not a section: set {parent} itself, or write it as a section")
     section[last] = value
+
+
+def take_out(values: dict[str, Any], key: str) -> None:
+    """Remove ``part.key`` from the values of a recipe. Raises ConfigError if it is not there."""
+    *parents, last = key.split(".")
+    part: Any = values
+    for parent in parents:
+        part = part.get(parent) if isinstance(part, dict) else None
+    if not isinstance(part, dict) or last not in part:
+        there = ", ".join(str(name) for name in part) if isinstance(part, dict) else ""
+        raise ConfigError(f"{key} is not in the recipe" + (f"; here are {there}" if there else ""))
+    del part[last]
 
 
 def section(values: Mapping[str, Any], name: str) -> dict[str, Any]:

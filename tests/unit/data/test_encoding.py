@@ -200,6 +200,13 @@ def test_a_prompt_that_fills_max_length_is_told(tokenizer):
         encode_all(rows, encoder, "train")
 
 
+@pytest.mark.parametrize(("columns", "told"), [({"label": [1]}, "the train data: not used: column label"), ({}, "")])
+def test_columns_that_no_encoder_reads_are_told(tokenizer, caplog, columns, told):
+    rows = Dataset.from_dict({"text": ["the cat sat"], **columns})
+    encode_all(rows, Encoder(tokenizer=tokenizer, kind="text"), "train")
+    assert [record.getMessage() for record in caplog.records] == ([told] if told else [])
+
+
 def test_rows_without_a_trained_token_are_left_out_and_counted(tokenizer, caplog):
     rows = Dataset.from_list([{"messages": CHAT}, {"messages": CHAT[:1]}])
     kept = encode_all(rows, Encoder(tokenizer=tokenizer, kind="messages", assistant_only=True), "train")

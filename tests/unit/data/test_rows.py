@@ -7,7 +7,9 @@ from datasets import Dataset
 
 from veneer.data.chat import render
 from veneer.data.encoding import Encoder
-from veneer.data.rows import RowReader, load_rows, split_off
+from veneer.data.preference import PreferenceReader
+from veneer.data.rows import RowReader, load_rows, split_off, stream_rows
+from veneer.data.templates import fields_of
 from veneer.errors import ConfigError, DataError
 
 PAIR = {"messages": [{"role": "user", "content": "what"}, {"role": "assistant", "content": "yes"}]}
@@ -225,3 +227,34 @@ def test_rows_of_two_forms_are_refused_by_number(jsonl):
     mixed = [{"prompt": "a", "completion": "b"}, {"prompt": turns[0], "completion": turns[1]}]
     with pytest.raises(DataError, match="row 2 is of the form messages, and row 1 of the form prompt-completion"):
         load_rows(jsonl(*mixed), RowReader())
+
+
+@pytest.mark.parametrize(
+    ("row", "reader", "unused"),
+    [
+        ({"text": "yes", "label": 1}, RowReader(), "not used: column label. The rows are plain text"),
+        ({**PAIR, "id": 3, "tools": [], "source": "x"}, RowReader(), "not used: columns id, source"),
+        ({"q": {"en": "what"}, "a": 4, "b": 5}, RowReader(prompt="{q[en]}", completion="{a}"), "not used: column b"),
+        ({"prompt": "p", "chosen": "a", "rejected": "b", "n": 1}, PreferenceReader(task="dpo"), "not used: column n"),
+        ({"text": "yes", "task_ids": 1}, RowReader(), None),
+        ({"q": "what", "chosen": "a", "rejected": "b"}, PreferenceReader(task="dpo", prompt="{q}"), None),
+        ({"prompt": "what", "answer": "4"}, PreferenceReader(task="grpo"), None),
+    ],
+)
+def test_columns_that_nothing_reads_are_told(jsonl, caplog, row, reader, unused):
+    path = jsonl(row, row)
+    load_rows(path, reader)
+    told = [record.getMessage() for record in caplog.records]
+    assert len(told) == (unused is not None)
+    assert all(line.startswith(f"{path}: {unused}") for line in told)
+
+
+def test_streamed_rows_tell_of_unused_columns_too(jsonl, caplog):
+    rows = stream_rows(jsonl({"text": "yes", "label": 1}, {"text": "no", "label": 0}), RowReader())
+    assert [row["text"] for row in rows] == ["yes", "no"]
+    assert caplog.text.count("not used: column label") == 1
+
+
+def test_a_template_names_its_columns():
+    assert fields_of("{a} {b.c} {d[0]:>3} {{e}} {}") == {"a", "b", "d"}
+    assert fields_of("{") == set()

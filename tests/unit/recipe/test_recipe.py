@@ -187,6 +187,11 @@ def test_files_beside_the_recipe_are_found_and_overrides_are_taken_as_given(writ
     ("override", "message"),
     [
         ("output", "must have the form key=value"),
+        ("~", "or ~key, which removes a key"),
+        ("~output=3", "~output"),
+        ("~data.eval", "data.eval is not in the recipe; here are train"),
+        ("~training.max_steps", "training.max_steps is not in the recipe"),
+        ("~output.x", "output.x is not in the recipe"),
         ("output.x=1", "output is a value, not a section"),
         ("seed=[1", "the value is not YAML"),
     ],
@@ -194,6 +199,13 @@ def test_files_beside_the_recipe_are_found_and_overrides_are_taken_as_given(writ
 def test_overrides_that_cannot_be_read(written, override, message):
     with pytest.raises(ConfigError, match=message):
         load_recipe(written(values()), [override])
+
+
+def test_a_key_is_removed_as_if_the_file_did_not_have_it(written):
+    given = written(values(adapter={"method": "lora", "r": 3}, training={"max_steps": 5}))
+    recipe = load_recipe(given, ["~adapter.r", "~training", "seed=7", "~seed"])
+    assert recipe.adapter_config().r == LoraConfig().r
+    assert (recipe.training_config().max_steps, recipe.seed) == (-1, recipe_with().seed)
 
 
 @pytest.mark.parametrize(
