@@ -11,7 +11,7 @@ unexport PYTHONDONTWRITEBYTECODE
 
 help:
 	@echo "make setup   only set up: $(BIN)/veneer (VENEER_ISAS=all: kernels for every instruction set, not for this machine's alone)"
-	@echo "make demo    set up, fetch a small model, fine-tune it, show what changed (two cores: three to ten minutes, and five to ten for the set-up)"
+	@echo "make demo    set up, fetch a small model, fine-tune it, show what changed (two cores: two to seven minutes, and five to ten for the set-up)"
 	@echo "make test    set up, then the test suite; of the largest products of parameters a sample"
 	@echo "make test-all  set up, then every case of the test suite, as CI does"
 	@echo "make check   lint, types, layers"

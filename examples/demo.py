@@ -26,7 +26,6 @@ from transformers.utils import logging as transformers_logging
 
 import veneer
 from veneer.core.units import duration
-from veneer.store.fetch import fetch
 
 DATA = Path(__file__).parent / "calendar"
 PM = re.compile(r"\d ?pm\b")
@@ -53,7 +52,7 @@ def main() -> None:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it is not used here, only found by transformers
     torch.manual_seed(0)
     began = time.perf_counter()
-    tokenizer, base = load_in_4bit(fetch("smollm2-135m-instruct"))
+    tokenizer, base = load_in_4bit(veneer.fetch("smollm2-135m-instruct"))
     train, held_out = (
         load_dataset("json", data_files=str(DATA / f), split="train") for f in ("train.jsonl", "heldout.jsonl")
     )

@@ -29,7 +29,7 @@ _INTRO = """# Recipe keys
 
 Made from the code by `scripts/recipe_table.py`, and held equal by a test. `veneer train --print-recipe` prints the
 usual ones with comments to edit; [training.md](training.md) explains what they do; `--set part.key=value` changes one
-for a run. An unknown key is an error that names the nearest one.
+for a run, `--set ~part.key` removes it. An unknown key is an error that names the nearest one.
 
 `examples/recipes/` has whole recipes: one for each task ([the list](index.md)), `miss.yaml` for MiSS on a base in NF4,
 and `ia3.yaml` for IA3. `chat.yaml` trains DoRA on NF4.

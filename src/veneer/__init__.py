@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import logging
 import os
 from typing import Any
 
@@ -110,6 +111,7 @@ _HOMES = {
     "create_arrow_model": "veneer.adapters.arrow",
     "create_lorafa_optimizer": "veneer.adapters.optimizers",
     "create_riemannian_optimizer": "veneer.adapters.optimizers",
+    "fetch": "veneer.store.fetch",
     "get_base_model_state_dict": "veneer.adapters.base_state",
     "get_eva_state_dict": "veneer.adapters.eva",
     "get_layer_status": "veneer.adapters.status",
@@ -232,6 +234,7 @@ __all__ = [  # noqa: RUF022 sorted as text is, capitals or not
     "create_arrow_model",
     "create_lorafa_optimizer",
     "create_riemannian_optimizer",
+    "fetch",
     "get_base_model_state_dict",
     "get_eva_state_dict",
     "get_layer_status",
@@ -260,7 +263,17 @@ def __getattr__(name: str) -> Any:
     """Import a public name when it is first asked for: ``import veneer`` stays fast."""
     if name not in _HOMES:
         raise AttributeError(f"module 'veneer' has no attribute {name!r}")
-    return getattr(importlib.import_module(_HOMES[name]), name)
+    # bitsandbytes, which TRL's imports bring along, tells there of a kernel from the hub that nothing here uses.
+    log = logging.getLogger("bitsandbytes.backends.cpu.ops")
+    log.addFilter(_is_of_use)
+    try:
+        return getattr(importlib.import_module(_HOMES[name]), name)
+    finally:
+        log.removeFilter(_is_of_use)
+
+
+def _is_of_use(record: logging.LogRecord) -> bool:
+    return not record.msg.startswith("Failed to load CPU gemm_4bit_forward")
 
 
 def __dir__() -> list[str]:

@@ -29,7 +29,9 @@ _Recipe = Annotated[
 ]
 Overrides = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Change one key, such as training.learning_rate=1e-4."),
+    typer.Option(
+        "--set", metavar="KEY=VALUE", help="Change one key, such as training.learning_rate=1e-4; ~KEY removes one."
+    ),
 ]
 _PrintRecipe = Annotated[bool, typer.Option("--print-recipe", help="Print a recipe with comments and leave.")]
 _ShowSample = Annotated[

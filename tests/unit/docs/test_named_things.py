@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import typer
 
+from veneer import IA3Config, LoraConfig, OFTConfig, PromptTuningConfig
 from veneer.cli.app import app
 
 ROOT = Path(__file__).parents[3]
@@ -97,3 +98,21 @@ def anchors(page: Path) -> set[str]:
     """As GitHub makes them of headings."""
     heads = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", head.lower()).strip().replace(" ", "-") for head in heads}
+
+
+def test_the_front_page_names_the_usual_learning_rates() -> None:
+    rates = {}
+    for line in (ROOT / "README.md").read_text(encoding="utf-8").splitlines():
+        cells = [cell.strip() for cell in line.split("|")[1:-1]]
+        if len(cells) == 4 and cells[0].startswith("**"):
+            names = re.findall(r"\*\*(.+?)\*\*", cells[0])
+            given = [float(rate) for rate in cells[3].split(";")]
+            rates |= dict(zip(names, given * (len(names) // len(given)), strict=True))
+    configs = {
+        "LoRA": LoraConfig,
+        "DoRA": LoraConfig,
+        "OFT": OFTConfig,
+        "IA3": IA3Config,
+        "prompt tuning": PromptTuningConfig,
+    }
+    assert rates == {name: config.usual_learning_rate for name, config in configs.items()}

@@ -62,7 +62,7 @@ class RunDisplay(TrainerCallback):  # type: ignore[misc]
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Open the bar of the steps."""
         self._trains, self._busy, self._counted = True, 0.0, None
-        self._began, self._first_step = time.perf_counter(), state.global_step
+        self._began, self._first_step = time.perf_counter(), int(state.global_step)
         self._said = self._began
         if state.is_world_process_zero:
             self._open("training", state.max_steps, state.global_step)
@@ -181,11 +181,11 @@ class RunDisplay(TrainerCallback):  # type: ignore[misc]
         return duration(self._step_seconds(state, now) * (state.max_steps - state.global_step))
 
     def _step_seconds(self, state: Any, now: float) -> float:
-        return (now - self._began) / max(state.global_step - self._first_step, 1)
+        return (now - self._began) / max(int(state.global_step) - self._first_step, 1)
 
     def _pause(self, state: Any, now: float) -> float:
         """Seconds from one plain line to the next."""
-        return max(PAUSE_SECONDS, _PAUSE_SHARE * self._step_seconds(state, now) * state.max_steps)
+        return max(PAUSE_SECONDS, _PAUSE_SHARE * self._step_seconds(state, now) * int(state.max_steps))
 
     def _says_between(self, state: Any) -> bool:
         """Return True if plain lines are printed between the log steps."""
