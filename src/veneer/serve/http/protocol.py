@@ -14,6 +14,7 @@ from veneer.errors import ConfigError
 from veneer.serve.calls import Calls, calls_of
 from veneer.serve.conversation import TEMPLATE_ARGUMENTS, Conversation
 from veneer.serve.http.errors import RefusedError
+from veneer.serve.http.field_limits import problem_of
 from veneer.serve.prompts import PromptReader
 from veneer.serve.sampling_params import (
     MAX_LOGPROBS,
@@ -47,7 +48,7 @@ Several = Annotated[list[T], _First()]
 
 
 class Strict(BaseModel):
-    """Body whose unknown fields are errors that name the known ones."""
+    """Body whose unknown fields are errors that name the known ones, and so are fields beyond their limits."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -59,7 +60,19 @@ class Strict(BaseModel):
             raise ValidationError.from_exception_data(
                 cls.__name__, [_extra(name, list(cls.model_fields)) for name in unknown[:_MOST_UNKNOWN]]
             )
+        large = _too_large(given) if isinstance(given, Mapping) else []
+        if large:
+            raise ValidationError.from_exception_data(cls.__name__, large)
         return given
+
+
+def _too_large(given: Mapping[str, Any]) -> list[InitErrorDetails]:
+    found = [(name, problem_of(name, value)) for name, value in given.items()]
+    return [
+        InitErrorDetails(type=PydanticCustomError("too_large", "{said}", {"said": said}), loc=(name,), input=None)
+        for name, said in found
+        if said is not None
+    ]
 
 
 def _extra(name: str, known: list[str]) -> InitErrorDetails:

@@ -1,0 +1,109 @@
+"""Limits of the fields of bodies, by name: entries, values and characters. A field that is not named has the least."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+_LISTS = (list, tuple, dict)
+_MANY = 32
+
+
+@dataclass(frozen=True, kw_only=True)
+class FieldLimit:
+    """Limit of one field.
+
+    ``entries``: of a list or an object itself. ``values``: of all lists and objects in it, together. ``characters``: of
+    all texts in it, names too; None if the limit of the body holds, and that of the model's context. ``levels``: lists
+    and objects in one another.
+    """
+
+    entries: int = 1024
+    values: int = 1024
+    characters: int | None = 4096
+    levels: int = 16
+
+    def problem(self, value: Any) -> str | None:
+        """Return the reason why a JSON value is too large, and what is allowed; None if it is not."""
+        if isinstance(value, str):
+            return self._too_long(len(value))
+        if not isinstance(value, _LISTS):
+            return None
+        if len(value) > self.entries:
+            return f"{len(value)} entries are too many, at most {self.entries} are taken"
+        return self._problem_within(value)
+
+    def _problem_within(self, value: Any) -> str | None:
+        layer, n_values, n_characters = [value], 0, 0
+        for _ in range(self.levels):
+            inner = list[Any]()
+            for each in layer:
+                n_values += len(each)
+                if n_values > self.values:
+                    return f"more than {self.values} values in its lists and objects are too many: send fewer"
+                n_characters += _n_characters(each, inner)
+            if (said := self._too_long(n_characters)) is not None:
+                return said
+            if not inner:
+                return None
+            layer = inner
+        return f"more than {self.levels} lists and objects in one another are too deep: flatten it"
+
+    def _too_long(self, n: int) -> str | None:
+        if self.characters is None or n <= self.characters:
+            return None
+        return f"{n} characters are too many, at most {self.characters} are taken"
+
+
+def _n_characters(given: Any, inner: list[Any]) -> int:
+    """The characters of the texts in a list or an object; lists and objects in it are added to ``inner``."""
+    n, values = 0, given
+    if isinstance(given, dict):
+        n, values = sum(len(name) for name in given if isinstance(name, str)), given.values()
+    if len(given) > _MANY and {str, *_LISTS}.isdisjoint(map(type, values)):  # token ids
+        return n
+    for each in values:
+        if isinstance(each, str):
+            n += len(each)
+        elif isinstance(each, _LISTS):
+            inner.append(each)
+    return n
+
+
+_IDS = FieldLimit(entries=1 << 20, values=1 << 20, characters=None)
+_TALK = FieldLimit(entries=1 << 12, values=1 << 16, characters=None, levels=64)
+_FORM = FieldLimit(values=1 << 13, characters=1 << 16, levels=64)
+_STOP = FieldLimit(entries=64, characters=1 << 14)
+
+FIELD_LIMITS: Mapping[str, FieldLimit] = {
+    "prompt": _IDS, "input": FieldLimit(entries=1 << 20, values=1 << 20, characters=None, levels=64), "tokens": _IDS,
+    "messages": _TALK, "system": _TALK, "instructions": _TALK,
+    "text": FieldLimit(values=1 << 13, characters=None, levels=64),
+    "structured_outputs": _FORM, "response_format": _FORM, "output_config": _FORM, "format": _FORM,
+    "tools": FieldLimit(entries=128, values=1 << 14, characters=1 << 19, levels=64),
+    "function": FieldLimit(values=1 << 13, characters=1 << 18, levels=64),
+    "parameters": FieldLimit(values=1 << 13, characters=1 << 17, levels=64),
+    "input_schema": FieldLimit(values=1 << 13, characters=1 << 17, levels=64),
+    "description": FieldLimit(characters=1 << 16),
+    "stop": _STOP, "stop_sequences": _STOP,
+    "stop_token_ids": FieldLimit(), "allowed_token_ids": FieldLimit(entries=1 << 18, values=1 << 18),
+    "bad_words": FieldLimit(characters=1 << 16), "logit_bias": FieldLimit(characters=1 << 16),
+    "chat_template": FieldLimit(characters=1 << 17),
+    "chat_template_kwargs": FieldLimit(values=1 << 13, characters=1 << 17, levels=32),
+    "adapter": FieldLimit(characters=1 << 16), "metadata": FieldLimit(characters=1 << 16),
+    **dict.fromkeys(("cache_salt", "lora_name", "lora_path"), FieldLimit(characters=None)),  # shorter, by their readers
+    "prediction": FieldLimit(entries=16, values=1 << 10, characters=None),
+}  # fmt: skip
+"""Limits that differ from those of any other field."""
+_OTHER = FieldLimit()
+
+
+def limit_of(name: str) -> FieldLimit:
+    """Return the limit of a field."""
+    return FIELD_LIMITS.get(name, _OTHER)
+
+
+def problem_of(name: str, value: Any) -> str | None:
+    """Return the reason why the value of a field is too large; None if it is not."""
+    return limit_of(name).problem(value)
