@@ -14,5 +14,6 @@ def know_the_machine(replace: Callable[[Any, str, Any], None] = setattr) -> None
     from veneer.plan.machine import Rates
 
     replace(Rates, "_once", lambda rates, key, measure: 1e-9)
-    replace(report, "is_measured", lambda: True)
-    replace(start, "_known", lambda: 300_000_000)
+    replace(Rates, "is_new", False)
+    replace(start, "known_start", lambda: 300_000_000)
+    replace(report, "known_start", lambda: 300_000_000)

@@ -39,6 +39,10 @@ class NoStorageError(TargetError):
     """Model without storage, when a pass through it is needed to find the places of an adapter."""
 
 
+class UnmeasuredError(VeneerError):
+    """Rate of this machine that is needed for seconds, and that was not measured."""
+
+
 class DescriptionError(VeneerError, ValueError):
     """Model that is no decoder that can be described."""
 

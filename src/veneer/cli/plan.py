@@ -55,7 +55,7 @@ _Task = Annotated[
         help="With --advice: instruction, code, math, classification, pretraining or rl.",
     ),
 ]
-_Time = Annotated[bool, typer.Option("--time/--no-time", help="Seconds too; rates are measured once and kept.")]
+_Time = Annotated[bool, typer.Option("--time/--no-time", help="Seconds too; rates are measured once, and kept.")]
 
 
 def plan(

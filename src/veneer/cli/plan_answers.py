@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from transformers import PreTrainedConfig
 
 from veneer.core.progress import waiting_for, waiting_over
 from veneer.core.units import size
-from veneer.errors import ConfigError
+from veneer.errors import ConfigError, UnmeasuredError
 from veneer.plan.advice import ADVISED, advise
 from veneer.plan.architecture import config_of
 from veneer.plan.fit import fits, loadable
@@ -75,7 +75,12 @@ def answer_fit(
 ) -> None:
     """Print the settings that fit a budget of bytes, and write the best recipe. Raises ConfigError."""
     _tell_measuring(machine)
-    found = fits(recipe, config, budget, machine.bytes_of, machine.cost)
+    try:
+        found = fits(recipe, config, budget, machine.bytes_of, machine.cost)
+    except UnmeasuredError as error:
+        Console(stderr=True, highlight=False).print(f"no seconds: {error}", style="dim", soft_wrap=True)
+        machine = replace(machine, timed=False)
+        found = fits(recipe, config, budget, machine.bytes_of, machine.cost)
     best = as_yaml(loadable(changed(recipe, found[0].changes)))
     if write is not None:
         write.write_text(best, encoding="utf-8")

@@ -53,6 +53,10 @@ MaybeResume = Annotated[
         help="Continue from the last checkpoint, bit for bit; auto: begin, continue, or say that the run is finished.",
     ),
 ]
+_Time = Annotated[
+    bool,
+    typer.Option("--time/--no-time", help="Plan seconds too, if earlier runs or a plan tell this machine's rates."),
+]
 _Processes = Annotated[
     int | None,
     unset("N", "Train in N processes of this machine, a device each; they share every batch.", "--processes", min=1),
@@ -73,6 +77,7 @@ def train(
     resume: MaybeResume = None,
     allow_changes: AllowChanges = False,
     beyond_memory: _BeyondMemory = False,
+    time: _Time = True,
     processes: _Processes = None,
     on: _On = None,
 ) -> None:
@@ -110,6 +115,7 @@ def train(
         resume=resume if resume == "auto" else resume == "last",
         allow_changes=allow_changes,
         beyond_memory=beyond_memory,
+        timed=time,
         on=None if place is None else OnRay(place, recipe, overrides or []),
     )
     carried_out(wanted, asked)

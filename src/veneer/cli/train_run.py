@@ -19,7 +19,7 @@ from veneer.contract.source import adapter_folder
 from veneer.core.group import n_on_this_machine
 from veneer.core.progress import draws_bars, waits_told
 from veneer.core.units import duration, size
-from veneer.plan.before import planned_facts, require_room, with_shard
+from veneer.plan.before import planned_facts, remember_run, require_room, with_shard
 from veneer.ray.place import Place
 from veneer.recipe.adapter import FROM
 from veneer.recipe.recipe import Recipe, parse_recipe
@@ -64,6 +64,7 @@ class Asked:
     resume: Resume
     allow_changes: bool
     beyond_memory: bool
+    timed: bool
     on: OnRay | None = None
 
 
@@ -160,7 +161,7 @@ def _prepared(recipe: Recipe, asked: Asked, console: Console) -> _Planned | None
                 return None
             sizes = recipe.distributed.copy_sizes(n, here) if n > 1 else []
             sharing = here if n > 1 and args.device.type == "cpu" else 1
-            return _planned(recipe, _Sharing(n, sharing, sizes), asked.beyond_memory, console)
+            return _planned(recipe, _Sharing(n, sharing, sizes), asked, console)
 
         return by_main(prepare)
 
@@ -173,7 +174,7 @@ class _Sharing(NamedTuple):
     copy_sizes: list[int]
 
 
-def _planned(recipe: Recipe, sharing: _Sharing, beyond_memory: bool, console: Console) -> _Planned:
+def _planned(recipe: Recipe, sharing: _Sharing, asked: Asked, console: Console) -> _Planned:
     """The plan of a run, told in one line. Raises ConfigError where memory will not do."""
     notes = Console(stderr=True, soft_wrap=True, quiet=console.quiet)
 
@@ -181,14 +182,14 @@ def _planned(recipe: Recipe, sharing: _Sharing, beyond_memory: bool, console: Co
         notes.print(line, style="dim", highlight=False)
 
     with waits_told("planning"):
-        facts, line = planned_facts(recipe, tell, sharing.n_processes, sharing.copy_sizes)
+        facts, line = planned_facts(recipe, tell, sharing.n_processes, sharing.copy_sizes, timed=asked.timed)
     if facts is not None:
         facts = with_shard(facts, sharing.n_here)
         console.print(line, highlight=False)
         if facts.get("shard", 1) > 1:
             each = size(facts["process"]["bytes"])
             console.print(f"a copy of the base is cut over {facts['shard']} processes: {each} each", highlight=False)
-        if not beyond_memory:
+        if not asked.beyond_memory:
             require_room(facts, sharing.n_here)
     return _Planned(facts, line)
 
@@ -216,6 +217,8 @@ def _train_one(recipe: Recipe, asked: Asked, planned: _Planned | None, console: 
             going_on = "checkpoints are kept, and the same command with --resume goes on from the last one."
             error.args = (f"{going_on} {usable(recipe, kept[-1])}",)
         raise
+    if planned is not None and planned.facts is not None and is_main() and n_processes() == 1:
+        remember_run(planned.facts, record)
     _tell_results(recipe, record, console)
 
 

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
 from typing import Any
 
 from veneer.core.units import size
 from veneer.errors import ConfigError, VeneerError
 from veneer.model.heap import trim
+from veneer.plan.observed import remember
 from veneer.plan.plan import as_json, plan_recipe
 from veneer.plan.processes import cut_over, first_that_fits
-from veneer.plan.report import MEASURING, Machine, told
-from veneer.plan.start import start_measured
+from veneer.plan.report import Machine, told
 from veneer.recipe.recipe import Recipe
 
 TOLD = (VeneerError, OSError, NotImplementedError)
@@ -23,19 +22,22 @@ UNEXPECTED = (AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 
 
 def planned_facts(
-    recipe: Recipe, tell: Callable[[str], None], n_processes: int = 1, shards: Sequence[int] = ()
+    recipe: Recipe,
+    tell: Callable[[str], None],
+    n_processes: int = 1,
+    shards: Sequence[int] = (),
+    *,
+    timed: bool = True,
 ) -> tuple[dict[str, Any] | None, str]:
     """Return the facts of `veneer plan --json` for a recipe, and one line; no facts if it cannot be planned.
 
     ``shards``: numbers of the ``n_processes`` that may share one copy of the base; each has its bytes in the facts.
-    ``tell`` takes a line if rates must be measured first, which is slow, and one if float32 would be faster.
+    ``tell`` takes a line if float32 would be faster. Nothing is measured: seconds are told if rates, or earlier runs,
+    are known, and if ``timed``.
     """
     try:
-        machine = Machine.of_run(recipe.training_config())
-        if machine.measures:
-            tell(MEASURING)
-        with start_measured() if machine.gpu is None else nullcontext():
-            plan = plan_recipe(recipe, isa=machine.isa)
+        machine = Machine.of_run(recipe.training_config(), timed=timed)
+        plan = plan_recipe(recipe, isa=machine.isa)
         note = machine.note(recipe.model, plan.config)
         if note is not None:
             tell(note)
@@ -48,7 +50,7 @@ def planned_facts(
         known = isinstance(error, TOLD) and reason
         return None, f"not planned: {reason}" if known else f"not planned: {kind}{': ' if reason else ''}{reason}"
     finally:
-        trim()  # what rates were measured on would lie beside the run
+        trim()  # what the plan was traced with would lie beside the run
     return facts, told(plan, facts)
 
 
@@ -74,3 +76,10 @@ def require_room(facts: Mapping[str, Any], n_processes: int = 1) -> None:
             f"this run is planned to take {together}, and {size(free)} may be taken here: `veneer plan RECIPE --fit "
             f"{free / n_processes / 1e9:.0f}GB` finds settings that fit, and --beyond-memory trains anyway"
         )
+
+
+def remember_run(facts: Mapping[str, Any], record: Mapping[str, Any]) -> None:
+    """Keep the seconds of a run's micro-batches for the plans of later runs on this processor."""
+    found = record["results"].get("micro_batch")
+    if found is not None and record["results"].get("device") == "cpu":
+        remember(facts, found)

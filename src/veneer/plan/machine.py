@@ -36,6 +36,8 @@ from veneer.ops.four_bit import FourBitLayout, dequantize_4bit, quantize_4bit
 from veneer.ops.ggml import dequantize_ggml, quantize_ggml
 from veneer.ops.ggml_types import GGML_TYPES
 from veneer.ops.scaled import CODINGS, ScaledCodes, decode_scaled
+from veneer.plan.budget import Budget
+from veneer.plan.others import Others
 from veneer.plan.overhead import byte_seconds, op_seconds, watched_seconds
 from veneer.plan.products import Product
 from veneer.plan.work import Codec, Work
@@ -49,6 +51,12 @@ COLD_BYTES, COOL_BYTES, MOST_COPIES = 128 << 20, 32 << 20, 256
 STRETCH, MEASURED, LONGEST_MEASURED = 5e-4, 0.1, 1.0
 """Seconds: of a stretch of runs at least, of five stretches or more, and of fewer, which is what there is where others
 use the cores: threads spin where they wait for each other, and a product may take a hundred times as long.
+"""
+ROUGH_SHARE = 0.75
+"""Of the cores: a rate is rough if others left less while it was measured."""
+EXACT_SIDE = 16
+"""Largest side of a product that is measured as it is; larger ones are measured at the nearest 2ⁿ or 3·2ⁿ, so that rows
+of other lengths seldom need further measurements.
 """
 SHORTEST_ROW, LONGEST_ROW = 32, 1024
 """Of the lengths at which torch's attention is measured, powers of two."""
@@ -64,39 +72,48 @@ def processor() -> str:
 
 @dataclass(slots=True)
 class Rates:
-    """Measured seconds on this machine, each measured at its first use.
+    """Measured seconds on this machine, each measured at its first use, while there is ``budget``.
 
-    ``known`` holds the values in the file. ``rough`` names those that were measured while others used the cores; they
-    are measured again once the cores are free.
+    ``known`` holds the values in the file. ``rough`` has the share of the cores that others left during a measurement,
+    for those that others disturbed. They are measured again once the cores are free.
     """
 
     path: Path
     known: dict[str, float] = field(default_factory=dict)
-    rough: set[str] = field(default_factory=set)
+    rough: dict[str, float] = field(default_factory=dict)
+    budget: Budget = field(default_factory=Budget)
 
     @classmethod
-    def here(cls) -> Rates:
+    def here(cls, budget: Budget | None = None) -> Rates:
         """Return the rates of this processor, from the cache folder."""
-        digest = hashlib.sha256(processor().encode()).hexdigest()[:12]
-        path = cache_dir() / "plan" / f"rates-3-{digest}.json"  # 3: older ones were measured otherwise
+        path, budget = kept_file("rates-4"), budget or Budget()  # 4: older ones were measured otherwise
         try:
             stored = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError):
-            return cls(path)
-        rough = set(stored.get("rough", ()))
-        left_out = set() if is_busy() else rough
-        known = {key: float(value) for key, value in stored["seconds"].items() if key not in left_out}
-        return cls(path, known, rough - left_out)
+            return cls(path, budget=budget)
+        rough = {key: float(share) for key, share in stored.get("rough", {}).items()}
+        keeps = is_busy() or not budget.is_open
+        known = {key: float(value) for key, value in stored["seconds"].items() if keeps or key not in rough}
+        return cls(path, known, rough if keeps else {}, budget)
+
+    @property
+    def is_new(self) -> bool:
+        """True if nothing is known of this machine."""
+        return not self.known
+
+    def at_best(self) -> Rates:
+        """Return the rates as they would be if others had slowed the rough ones by all that they took of the cores."""
+        return Rates(self.path, {key: value * self.rough.get(key, 1.0) for key, value in self.known.items()})
 
     def save(self) -> None:
         """Write the measured rates to their file."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        stored = {"processor": processor(), "seconds": self.known, "rough": sorted(self.rough)}
+        stored = {"processor": processor(), "seconds": self.known, "rough": self.rough}
         write_atomically(self.path, json.dumps(stored, indent=1).encode())
 
     def product(self, product: Product) -> float:
-        """Return the seconds of a matrix product, from the rate of its shape, cut down to `LARGEST`."""
-        m, k, n = min(product.m, ROWS), min(product.k, LARGEST), min(product.n, LARGEST)
+        """Return the seconds of a matrix product, from the rate of a shape near its own, cut down to `LARGEST`."""
+        m, k, n = (_side(side, most) for side, most in ((product.m, ROWS), (product.k, LARGEST), (product.n, LARGEST)))
         seconds = self._once(f"product {m} {k} {n} {product.dtype}", lambda: _product_seconds(m, k, n, product.dtype))
         return seconds * product.flops / (2.0 * m * k * n)
 
@@ -169,17 +186,23 @@ class Rates:
 
     def _once(self, key: str, measure: Callable[[], float]) -> float:
         if key not in self.known:
-            waiting_for(f"measuring this machine, once: {key}")
-            self.known[key] = measure()
-            if is_busy():
-                self.rough.add(key)
-            self.save()  # at once: a run that is broken off leaves the next one less to measure
+            self.budget.begin()
+            waiting_for(f"measuring this machine, once, at most {self.budget.seconds:.0f} s: {key}")
+            others = Others()
+            try:
+                self.known[key] = measure()
+            except KeyboardInterrupt as error:
+                raise self.budget.interrupted() from error
+            share = others.free_share()
+            if is_busy() or share < ROUGH_SHARE:
+                self.rough[key] = share
+            self.save()  # at once: a plan that is broken off leaves the next one less to measure
         return self.known[key]
 
 
-def is_measured() -> bool:
-    """Return whether rates of this machine are stored, so that a plan with seconds need not measure them."""
-    return bool(Rates.here().known)
+def kept_file(name: str) -> Path:
+    """Return the file in the cache for measurements of this name on this processor."""
+    return cache_dir() / "plan" / f"{name}-{hashlib.sha256(processor().encode()).hexdigest()[:12]}.json"
 
 
 def is_busy() -> bool:
@@ -194,6 +217,14 @@ def is_busy() -> bool:
 def free_here() -> int:
     """Return the bytes still available to a process on this machine."""
     return available_bytes(torch.device("cpu"))
+
+
+def _side(n: int, most: int) -> int:
+    """The side of the product that is measured for one of ``n``."""
+    if n <= EXACT_SIDE:
+        return n
+    power = 1 << (min(n, most).bit_length() - 1)
+    return min((power, power * 3 // 2, power * 2), key=lambda side: abs(math.log(side / min(n, most))))
 
 
 def _path(general: bool) -> str:

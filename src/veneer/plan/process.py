@@ -38,15 +38,15 @@ class Process:
         return self.start + self.tensors + self.allocator + self.tokenizer + self.rows
 
 
-def process_of(plan: Plan) -> Process:
+def process_of(plan: Plan, start: int | None = None) -> Process:
     """Return the process of a plan on this machine, in its largest phase.
 
-    The memory at its start is measured once for an installation.
+    ``start``: the memory at its start; by default it is measured once for an installation.
     """
     lost = {phase: _lost(plan, peak) for phase, peak in plan.phases.items()}
     phase = max(lost, key=lambda name: plan.phases[name].n_bytes + lost[name])
     return Process(
-        start=start_bytes(),
+        start=start_bytes() if start is None else start,
         tensors=plan.phases[phase].n_bytes,
         allocator=ALLOCATOR_BYTES + lost[phase],
         tokenizer=WORD_BYTES * plan.config.get_text_config().vocab_size,

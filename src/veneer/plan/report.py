@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +16,20 @@ from rich.text import Text
 from transformers import PreTrainedConfig
 
 from veneer.core.units import count, duration, size
-from veneer.model.memory import available_bytes
+from veneer.errors import UnmeasuredError
+from veneer.model.memory import available_bytes, high_water
+from veneer.plan.budget import Budget
 from veneer.plan.cards import Card, card_of
 from veneer.plan.fit import CHECKPOINTS, Fit
-from veneer.plan.machine import Rates, free_here, is_measured
+from veneer.plan.machine import Rates, free_here
 from veneer.plan.model import base_quantization
-from veneer.plan.plan import PHASES, Plan, plan_recipe
+from veneer.plan.observed import Observed, flops_a_second, observed
+from veneer.plan.plan import PHASES, Plan, as_json, plan_recipe
 from veneer.plan.process import process_of
-from veneer.plan.rows import own_rows
+from veneer.plan.rows import OwnRows, own_rows
+from veneer.plan.start import known_start
 from veneer.plan.step import Batch
-from veneer.plan.time import ROUGH, Seconds, seconds_here, seconds_on
+from veneer.plan.time import ROUGH, Seconds, seconds_by, seconds_here, seconds_like, seconds_on
 from veneer.recipe.parts import ModelPart
 from veneer.recipe.recipe import Recipe
 from veneer.store.source import float32_note
@@ -33,7 +37,9 @@ from veneer.train.config import SFTConfig
 
 CONTEXT_BYTES = 500_000_000
 """CUDA's context and libraries (300 to 600 MB by card and driver)."""
-MEASURING = "measuring this machine, once: some ten seconds, more where others use it"
+MEASURING = "measuring this machine, once: at most some 20 s (--no-time plans memory alone; Ctrl-C goes on without)"
+RUN_BYTES = 30_000_000
+"""That the first steps add to a process in which all is imported and a plan is made: 24 MB were measured."""
 FRAGMENTS = 1.05
 """Reserved over allocated with rows of one length (5 to 15% is reported)."""
 WIDTH = 32
@@ -41,11 +47,17 @@ WIDTH = 32
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """Machine of a plan: this one, its GPU, or a card by its data sheet; ``timed`` if seconds are asked for."""
+    """Machine of a plan: this one, its GPU, or a card by its data sheet; ``timed`` if seconds are asked for.
+
+    ``budget`` is the time for measurements of its rates. A plan of a run has none, and ``starts_here``: this process
+    will train.
+    """
 
     card: Card | None
     timed: bool
     gpu: torch.device | None = None
+    budget: Budget = field(default_factory=Budget, compare=False)
+    starts_here: bool = False
 
     @classmethod
     def of(cls, name: str | None, *, timed: bool) -> Machine:
@@ -53,10 +65,10 @@ class Machine:
         return cls(None if name is None else card_of(name), timed)
 
     @classmethod
-    def of_run(cls, args: SFTConfig) -> Machine:
-        """Return the machine of a run: the GPU of its rank, whose rates are not measured, or this processor."""
+    def of_run(cls, args: SFTConfig, *, timed: bool) -> Machine:
+        """Return the machine of a run, which measures nothing: the GPU of its rank, or this processor."""
         if args.use_cpu or not torch.cuda.is_available():
-            return cls(None, timed=True)
+            return cls(None, timed, budget=Budget(0), starts_here=True)
         return cls(None, timed=False, gpu=torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))))
 
     @property
@@ -67,7 +79,7 @@ class Machine:
     @property
     def measures(self) -> bool:
         """True if a plan will measure this machine's rates, which is slow and happens once."""
-        return self.card is None and self.timed and not is_measured()
+        return self.card is None and self.timed and self.budget.is_open and Rates.here().is_new
 
     def note(self, part: ModelPart, config: PreTrainedConfig) -> str | None:
         """Return a note that the base trains faster in float32 here.
@@ -99,11 +111,13 @@ class Machine:
             return int(plan.peak.n_bytes * FRAGMENTS)  # asking the driver has made the context: it is not free already
         if self.card is not None:
             return int(plan.peak.n_bytes * FRAGMENTS) + CONTEXT_BYTES
-        return process_of(plan).n_bytes
+        return process_of(plan, start_of_this() if self.starts_here else None).n_bytes
 
     def seconds(self, plan: Plan) -> Seconds:
-        """Return the seconds of one micro-batch."""
-        return seconds_here(plan.work, Rates.here()) if self.card is None else seconds_on(plan.work, self.card)
+        """Return the seconds of one micro-batch. Raises UnmeasuredError if there is no time to measure a rate."""
+        if self.card is not None:
+            return seconds_on(plan.work, self.card)
+        return seconds_here(plan.work, Rates.here(self.budget))
 
     @property
     def knows_seconds(self) -> bool:
@@ -124,21 +138,54 @@ class Machine:
         if self.card is not None:
             found["process"]["source"] = self.card.told
         if self.timed:
-            own = own_rows(plan.recipe, plan.batch)
-            timed = plan if own is None or own.batch == plan.batch else self._replanned(plan, own.batch)
-            seconds = self.seconds(timed)
-            found["time"] = {
-                **({} if own is None else {"rows": {"encoded": own.n_rows, "length": own.batch.length}}),
-                "seconds_a_step": seconds.step,
-                "tokens_a_second": timed.n_tokens / seconds.step,
-                "kinds": dict(seconds.kinds),
-                "source": seconds.source,
-            }
-            if n_rows is not None:
-                args = plan.recipe.training_config()
-                n_steps = n_rows / args.per_device_train_batch_size * args.num_train_epochs
-                found["time"]["hours"] = seconds.step * n_steps / 3600
+            try:
+                found["time"] = self._time(plan, n_rows)
+            except UnmeasuredError as error:
+                found["no_time"] = str(error)
         return found
+
+    def _time(self, plan: Plan, n_rows: int | None) -> dict[str, Any]:
+        """The seconds of a micro-batch as plain numbers."""
+        told = as_json(plan)
+        run, rates = (observed(told), flops_a_second(told)) if self.card is None else (None, None)
+        if run is None and rates is None and self.card is None and Rates.here(self.budget).is_new:
+            self.budget.begin()  # refused before rows are read, where nothing may be measured
+        own = own_rows(plan.recipe, plan.batch)
+        batch = plan.batch if own is None else own.batch
+        seconds = self._seconds_of(plan, own, run, rates)
+        found = {
+            **({} if own is None else {"rows": {"encoded": own.n_rows, "length": batch.length}}),
+            "seconds_a_step": seconds.step,
+            **({} if seconds.between is None else {"between": list(seconds.between)}),
+            "tokens_a_second": batch.n_rows * batch.length / seconds.step,
+            "kinds": dict(seconds.kinds),
+            "source": seconds.source,
+        }
+        if n_rows is not None:
+            args = plan.recipe.training_config()
+            n_steps = n_rows / args.per_device_train_batch_size * args.num_train_epochs
+            found["hours"] = seconds.step * n_steps / 3600
+        return found
+
+    def _seconds_of(
+        self, plan: Plan, own: OwnRows | None, run: Observed | None, rates: tuple[float, float] | None
+    ) -> Seconds:
+        """Those of a run of these settings, else by measured rates, else by runs of other settings."""
+        if run is not None:
+            return seconds_by(run, None if own is None else own.tokens)
+        timed = plan if own is None or own.batch == plan.batch else self._replanned(plan, own.batch)
+        try:
+            return self.seconds(timed)
+        except UnmeasuredError:
+            if rates is None:
+                raise
+            share = 1.0 if own is None else own.tokens / plan.n_tokens
+            return seconds_like(plan.work.flops * share, rates)
+
+
+def start_of_this() -> int:
+    """Return the bytes of this process at the start of its training, once a plan is made in it."""
+    return known_start() or (high_water() or 0) + RUN_BYTES
 
 
 def _stored(plan: Plan) -> str:
@@ -175,8 +222,10 @@ def shown(plan: Plan, facts: dict[str, Any]) -> Group:
     if "time" in facts:
         time = facts["time"]
         rate = _rate(time["tokens_a_second"])
-        told = f"{time['seconds_a_step']:.2f} s a micro-batch {_rows(time, batch)}, {rate} tokens/s ({time['source']})"
+        told = f"{_seconds(time)} a micro-batch {_rows(time, batch)}, {rate} tokens/s ({time['source']})"
         lines.append(Text(told + (f"; {duration(time['hours'] * 3600)} for the run" if "hours" in time else "")))
+    elif "no_time" in facts:
+        lines.append(Text(f"no seconds: {facts['no_time']}", style="yellow"))
     return Group(*lines)
 
 
@@ -199,11 +248,17 @@ def told(plan: Plan, facts: dict[str, Any]) -> str:
     time = facts.get("time")
     beside = "" if plan.recipe.metric is None else "; answers for its metric are not planned"
     return f"planned: {size(facts['process']['bytes'])} at most (in {plan.peak_phase}{beside})" + (
-        f", and about {time['seconds_a_step']:.2g} s a micro-batch "
-        + _rows(time, plan.batch, [ROUGH] if time["source"] == ROUGH else ())
+        f", and about {_seconds(time)} a micro-batch "
+        + _rows(time, plan.batch, [time["source"]] if "between" in time or time["source"] == ROUGH else ())
         if time
         else ""
     )
+
+
+def _seconds(time: Mapping[str, Any]) -> str:
+    """The seconds of a micro-batch, or their range."""
+    low, high = time.get("between", (None, time["seconds_a_step"]))
+    return f"{high:.2g} s" if low is None else f"{low:.2g} to {high:.2g} s"
 
 
 def _rows(time: Mapping[str, Any], batch: Batch, aside: Sequence[str] = ()) -> str:

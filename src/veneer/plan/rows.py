@@ -26,10 +26,14 @@ MOST_READ, MOST_ENCODED = 4000, 200
 
 @dataclass(frozen=True, slots=True)
 class OwnRows:
-    """Average micro-batch of the recipe's rows, padding included, and the number of rows that were encoded."""
+    """Average micro-batch of the recipe's rows, padding included, and the number of rows that were encoded.
+
+    ``tokens``: those of the micro-batch without padding.
+    """
 
     batch: Batch
     n_rows: int
+    tokens: float
 
 
 def own_rows(recipe: Recipe, full: Batch) -> OwnRows | None:
@@ -53,7 +57,8 @@ def own_rows(recipe: Recipe, full: Batch) -> OwnRows | None:
     multiple = args.pad_to_multiple_of or 1
     batches = [order[start : start + full.n_rows] for start in range(0, len(order), full.n_rows)]
     widths = [-(-max(rows) // multiple) * multiple for rows in batches]
-    return OwnRows(replace(full, length=round(sum(widths) / len(widths))), len(lengths))
+    tokens = sum(lengths) / len(lengths) * full.n_rows
+    return OwnRows(replace(full, length=round(sum(widths) / len(widths))), len(lengths), tokens)
 
 
 def _lengths(recipe: Recipe, longest: int) -> list[int]:

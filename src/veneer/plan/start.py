@@ -39,7 +39,7 @@ def start_bytes() -> int:
 
     Raises ConfigError if it cannot be measured.
     """
-    known = _known()
+    known = known_start()
     if known is None:
         waiting_for("measuring what a process starts with, once")
         known = _measured()
@@ -54,7 +54,7 @@ def start_measured() -> Iterator[None]:
 
     The process ends with the block, even if its result was never read.
     """
-    if _known() is not None:
+    if known_start() is not None:
         yield
         return
     _beginning()
@@ -66,7 +66,8 @@ def start_measured() -> Iterator[None]:
             _beginning.cache_clear()
 
 
-def _known() -> int | None:
+def known_start() -> int | None:
+    """Return `start_bytes` if they were measured before; None otherwise."""
     try:
         return int(json.loads(_file().read_text(encoding="utf-8"))["bytes"])
     except (OSError, ValueError, LookupError, TypeError):

@@ -6,16 +6,21 @@ bytes that wait on disk / its rate + a cost for each op. Published rooflines lan
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from veneer.plan.cards import EFFICIENCY, Card
 from veneer.plan.machine import Rates
+from veneer.plan.observed import Observed
 from veneer.plan.work import Work
 
 LAUNCH = 1e-5
 """Seconds of a kernel's launch on a GPU."""
-ROUGH = "measured while others used this machine, and so perhaps far too slow"
+ROUGH = "measured while others used this machine"
+STEPS = "steps of earlier runs"
+WIDE = 0.8
+"""A range is told if its low end is below so much of its high end."""
 UPDATED_8BIT_BYTES = 16
 """Bytes that AdamW with moments in 8 bits moves for a value: it is read and written and its gradient read, in float32;
 its two codes are read and written."""
@@ -23,10 +28,11 @@ its two codes are read and written."""
 
 @dataclass(frozen=True, slots=True)
 class Seconds:
-    """Seconds of one micro-batch, forward to update, by kind of work."""
+    """Seconds of one micro-batch, forward to update, by kind of work; ``between``: their range, if it is wide."""
 
     kinds: Mapping[str, float]
     source: str
+    between: tuple[float, float] | None = None
 
     @property
     def step(self) -> float:
@@ -35,9 +41,31 @@ class Seconds:
 
 
 def seconds_here(work: Work, rates: Rates) -> Seconds:
-    """Return the seconds by the rates of this machine; missing rates are measured now and stored."""
-    kinds = rates.parts(work) | {"elementwise": work.moved * rates.moved()}
-    return Seconds(kinds, ROUGH if rates.rough else "measured on this machine")
+    """Return the seconds by the rates of this machine; missing rates are measured now and stored.
+
+    Raises UnmeasuredError if one is missing and may not be measured.
+    """
+    kinds = _kinds(work, rates)
+    found = Seconds(kinds, ROUGH if rates.rough else "measured on this machine")
+    least = sum(_kinds(work, rates.at_best()).values())
+    return replace(found, between=(least, found.step)) if least < WIDE * found.step else found
+
+
+def seconds_by(run: Observed, tokens: float | None) -> Seconds:
+    """Return the seconds of a micro-batch of so many tokens by an earlier run of the same settings."""
+    low, middle, high = run.of_tokens(tokens)
+    between = (low, high) if low < WIDE * high else None
+    return Seconds({STEPS: middle}, "as an earlier run of these settings took", between)
+
+
+def seconds_like(flops: float, rates: tuple[float, float]) -> Seconds:
+    """Return the seconds of so many FLOPs by the least and the most FLOPs a second of earlier runs."""
+    low, high = flops / rates[1], flops / rates[0]
+    return Seconds({STEPS: math.sqrt(low * high)}, "by earlier runs of other settings", (low, high))
+
+
+def _kinds(work: Work, rates: Rates) -> dict[str, float]:
+    return rates.parts(work) | {"elementwise": work.moved * rates.moved()}
 
 
 def seconds_on(work: Work, card: Card) -> Seconds:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -66,3 +67,38 @@ class LastEvaluation(TrainerCallback):  # type: ignore[misc]
         """
         others = args.load_best_model_at_end and state.best_global_step not in (None, state.global_step)
         return None if others or self._step != state.global_step else self._metrics
+
+
+class StepClock(TrainerCallback):  # type: ignore[misc]
+    """Callback that times the optimizer steps. ``n_tokens`` returns the tokens read so far, padding left out."""
+
+    def __init__(self, n_tokens: Callable[[], int]) -> None:
+        self._n_tokens, self._device = n_tokens, ""
+        self._began, self._read = 0.0, 0
+        self._seconds: list[float] = []
+        self._tokens: list[float] = []
+
+    def on_step_begin(self, args: RunSettings, state: Any, control: Any, **_: Any) -> None:
+        """Start the clock, in Trainer's event."""
+        self._began, self._read, self._device = time.perf_counter(), self._n_tokens(), args.device.type
+
+    def on_step_end(self, args: RunSettings, state: Any, control: Any, **_: Any) -> None:
+        """Stop the clock, in Trainer's event."""
+        n = args.gradient_accumulation_steps
+        self._seconds.append((time.perf_counter() - self._began) / n)
+        self._tokens.append((self._n_tokens() - self._read) / n)
+
+    def results(self) -> dict[str, Any]:
+        """Return the device, quartiles of the seconds of a micro-batch and its mean tokens; nothing without a step.
+
+        The first step, which makes what later ones use again, counts if it is the only one.
+        """
+        if not self._seconds:
+            return {}
+        late = slice(1 if len(self._seconds) > 1 else 0, None)
+        seconds, tokens = sorted(self._seconds[late]), self._tokens[late]
+        quartiles = [seconds[round(share * (len(seconds) - 1))] for share in (0.25, 0.5, 0.75)]
+        return {
+            "device": self._device,
+            "micro_batch": {"seconds": quartiles, "tokens": sum(tokens) / len(tokens)},
+        }

@@ -12,7 +12,7 @@ from veneer.model.memory import high_water
 from veneer.recipe.adapter import FULL
 from veneer.recipe.recipe import Recipe
 from veneer.store.hub import require_hub
-from veneer.train.callbacks import Begun, LastEvaluation
+from veneer.train.callbacks import Begun, LastEvaluation, StepClock
 from veneer.train.checkpoint import checkpoint_folder, latest_checkpoint
 from veneer.train.facts import describe_run
 from veneer.train.going_on import PROCESSES, GoingOn, changes_since, is_complete, with_data
@@ -138,6 +138,8 @@ def _trained(recipe: Recipe, trainer: RunTrainer, resume: bool, stop: Stop) -> d
     trainer.add_callback(StopAfterStep(stop))
     last = LastEvaluation()
     trainer.add_callback(last)
+    clock = StepClock(lambda: trainer.n_tokens_read)
+    trainer.add_callback(clock)
     with stop.deferred():
         trained = trainer.train(resume_from_checkpoint=resume or None)
         seconds = trainer.seconds_trained()
@@ -147,6 +149,7 @@ def _trained(recipe: Recipe, trainer: RunTrainer, resume: bool, stop: Stop) -> d
         "steps": trained.global_step,
         "stopped_early": trained.global_step < trainer.state.max_steps,
         "seconds": seconds,
+        **clock.results(),
     }
     stop.check()
     if trainer.eval_dataset is not None:

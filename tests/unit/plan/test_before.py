@@ -13,7 +13,8 @@ from transformers import LlamaForCausalLM
 
 from veneer.adapters.peft_model import PeftModel, get_peft_model
 from veneer.contract import MethodConfig
-from veneer.errors import ConfigError
+from veneer.errors import ConfigError, UnmeasuredError
+from veneer.model.memory import high_water
 from veneer.ops import matmul
 from veneer.plan import before, machine, report, start
 from veneer.plan.architecture import config_of
@@ -24,10 +25,19 @@ from veneer.recipe.recipe import parse_recipe
 def known_rates(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Nothing is measured: every rate is known, and what a process starts with."""
     monkeypatch.setattr(machine.Rates, "_once", lambda rates, key, measure: 1e-9)
+    monkeypatch.setattr(machine.Rates, "is_new", False)
     monkeypatch.setattr(matmul, "float32_is_faster", lambda: False)
     monkeypatch.setenv("VENEER_CACHE", str(tmp_path))
     start._file().parent.mkdir(parents=True)
     start._file().write_text('{"bytes": 300000000}')
+
+
+def forbidden(*_: object, **__: object) -> float:
+    raise AssertionError("nothing is measured or read here")
+
+
+def unmeasured(rates: machine.Rates, key: str, measure: Any) -> float:
+    raise UnmeasuredError(key)
 
 
 def test_a_plan_is_told_in_one_line_with_its_facts(recipe: Make) -> None:
@@ -45,15 +55,58 @@ def test_a_metric_of_its_own_is_told_not_to_be_planned(recipe: Make) -> None:
     assert "; answers for its metric are not planned)" in line
 
 
-def test_what_is_measured_first_is_told(recipe: Make) -> None:
+def test_a_run_measures_nothing_and_is_planned_by_memory_alone(
+    recipe: Make, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.undo()
+    monkeypatch.setenv("VENEER_CACHE", str(tmp_path))
+    monkeypatch.setattr(matmul, "float32_is_faster", lambda: False)
+    monkeypatch.setattr(machine.Rates, "is_new", True)
+    monkeypatch.setattr(report, "known_start", lambda: None)
+    monkeypatch.setattr(start, "_beginning", forbidden)
+    for kind in ("_product_seconds", "_large_op_seconds", "op_seconds", "byte_seconds"):
+        monkeypatch.setattr(machine, kind, forbidden)
+    monkeypatch.setattr(report, "own_rows", forbidden)
     told: list[str] = []
-    before.planned_facts(recipe(), told.append)
-    assert told == [report.MEASURING]
-    rates = machine.Rates.here()
-    rates.known["decoded"] = 1e-9
-    rates.save()
-    before.planned_facts(recipe(), told.append)
-    assert len(told) == 1
+    facts, line = before.planned_facts(recipe(), told.append)
+    assert facts is not None, line
+    assert told == []
+    assert "time" not in facts
+    assert "this machine was not measured" in facts["no_time"]
+    assert " a micro-batch" not in line
+    held = high_water()
+    assert held is not None
+    assert 0 < facts["process"]["bytes"] - facts["peak"]["bytes"] - held < 1e8
+
+
+def test_without_time_no_row_is_read(recipe: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(report, "own_rows", forbidden)
+    facts, line = before.planned_facts(recipe(), print, timed=False)
+    assert facts is not None, line
+    assert not {"time", "no_time"} & facts.keys()
+
+
+def test_a_run_tells_the_seconds_of_the_next_one(recipe: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine.Rates, "_once", unmeasured)
+    facts, _ = before.planned_facts(recipe(), print)
+    assert facts is not None
+    assert "time" not in facts
+    ran = {"device": "cpu", "micro_batch": {"seconds": [2.0, 3.0, 7.0], "tokens": 0.0}}
+    before.remember_run(facts, {"results": ran})
+    again, line = before.planned_facts(recipe(), print)
+    assert again is not None
+    assert again["time"]["seconds_a_step"] == 3.0
+    assert "about 2 to 7 s a micro-batch" in line
+    other, line = before.planned_facts(recipe({"method": "lora", "r": 7}), print)
+    assert other is not None
+    assert other["time"]["source"] == "by earlier runs of other settings"
+    low, high = other["time"]["between"]
+    assert low < 3.0 < high
+    before.remember_run(facts, {"results": {**ran, "device": "cuda"}})
+    before.remember_run(facts, {"results": {}})
+    last, _ = before.planned_facts(recipe(), print)
+    assert last is not None
+    assert last["time"] == again["time"]
 
 
 @pytest.mark.parametrize(
@@ -144,9 +197,9 @@ def test_a_run_on_a_gpu_is_held_to_its_memory_and_measures_nothing(
     monkeypatch.setattr(start, "_beginning", measured)
     with monkeypatch.context() as patch:
         patch.setattr(torch.cuda, "is_available", lambda: True)
-        on_gpu = report.Machine.of_run(SimpleNamespace(use_cpu=False))  # type: ignore[arg-type]
-        assert report.Machine.of_run(SimpleNamespace(use_cpu=True)).gpu is None  # type: ignore[arg-type]
-    monkeypatch.setattr(report.Machine, "of_run", lambda _: on_gpu)
+        on_gpu = report.Machine.of_run(SimpleNamespace(use_cpu=False), timed=True)  # type: ignore[arg-type]
+        assert report.Machine.of_run(SimpleNamespace(use_cpu=True), timed=True).gpu is None  # type: ignore[arg-type]
+    monkeypatch.setattr(report.Machine, "of_run", lambda _, timed: on_gpu)
     monkeypatch.setattr(machine.Rates, "_once", measured)
     monkeypatch.setattr(report, "available_bytes", lambda device: 7_000_003 if device.type == "cuda" else 1)
     facts, _ = before.planned_facts(recipe(), print)

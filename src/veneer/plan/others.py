@@ -1,0 +1,40 @@
+"""Use of the cores by other processes."""
+
+from __future__ import annotations
+
+import os
+import time
+from typing import NamedTuple
+
+import psutil
+
+LEAST_SHARE = 0.05
+
+
+class _Looked(NamedTuple):
+    """Seconds so far: by the clock, and of cores, used by all processes and by this one."""
+
+    clock: float
+    all: float
+    own: float
+
+
+class Others:
+    """Other processes, and the share of the cores that they leave from here on."""
+
+    def __init__(self) -> None:
+        self._first = _looked()
+
+    def free_share(self) -> float:
+        """Return the share of all cores that others have left since this object was made, at least `LEAST_SHARE`."""
+        clock, used, own = (now - then for now, then in zip(_looked(), self._first, strict=True))
+        cores = clock * (os.cpu_count() or 1)
+        return min(1.0, max(LEAST_SHARE, 1.0 - (used - own) / cores)) if cores > 0 else 1.0
+
+
+def _looked() -> _Looked:
+    times = psutil.cpu_times()
+    idle = times.idle + getattr(times, "iowait", 0.0)
+    guests = getattr(times, "guest", 0.0) + getattr(times, "guest_nice", 0.0)  # which are in user and nice as well
+    own = os.times()
+    return _Looked(time.monotonic(), sum(times) - idle - guests, own.user + own.system)
