@@ -62,8 +62,9 @@ async def texts(port: int, model: str, load: dict[str, Any]) -> list[str]:
 async def _text(port: int, body: dict[str, Any]) -> str:
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     data = json.dumps(body).encode()
-    head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(data)}"
-    writer.write(head.encode() + b"\r\nConnection: close\r\n\r\n" + data)
+    fields = ["POST /v1/completions HTTP/1.1", "Host: localhost", "Content-Type: application/json", "Connection: close"]
+    head = "\r\n".join([*fields, f"Content-Length: {len(data)}", "", ""])
+    writer.write(head.encode() + data)
     found = []
     async for line in reader:
         if line.startswith(b"data: {"):

@@ -70,7 +70,9 @@ def serve(args: ServeArguments) -> None:
     typer.echo(f"base {catalogue.base}; adapters: {told}; {scheme}://{args.host}:{args.port}/v1", err=True)
     if args.log_requests:
         log_requests()
-    app = make_app(engine, catalogue, args.limits, keys=keys, roots=roots, metrics_prefix=args.metrics_prefix)
+    app = make_app(
+        engine, catalogue, args.limits, keys=keys, is_open=args.open_, roots=roots, metrics_prefix=args.metrics_prefix
+    )
     run(app, args.host, args.port, args.drain_seconds, ssl_certfile=args.ssl_certfile, ssl_keyfile=args.ssl_keyfile)
 
 

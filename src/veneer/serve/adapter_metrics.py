@@ -19,6 +19,8 @@ _COUNTED: dict[str, Callable[[AdapterCount], float]] = {
     "adapter_load_seconds": lambda count: count.load_seconds,
     "adapter_evictions": lambda count: count.n_evictions,
 }
+LISTS = ("running_lora_adapters", "waiting_lora_adapters")
+"""Labels of vLLM's gauge that hold names, joined by commas."""
 
 
 def adapter_metrics(scheduler: Scheduler) -> list[Metric]:
@@ -50,8 +52,7 @@ def _of_names(scheduler: Scheduler) -> Gauge:
     pool, most = scheduler.pool, scheduler.limits.max_seqs
     labels = {
         "max_lora": str(min(pool.n_acting or most, most)),
-        "running_lora_adapters": _joined(pool, pool.acting),
-        "waiting_lora_adapters": _joined(pool, scheduler.waiting.versions),
+        **dict(zip(LISTS, (_joined(pool, pool.acting), _joined(pool, scheduler.waiting.versions)), strict=True)),
     }
     return Gauge(name="vllm:lora_requests_info", labels=labels, value=time.time())
 

@@ -146,9 +146,11 @@ class AsyncEngine:
         return coming.result()
 
     def require_whole(self) -> None:
-        """Raise ServingError with the reason if the engine has failed."""
+        """Raise ServingError if the engine has failed, with the kind of the error: its text may be about anybody."""
         if self.failure is not None:
-            raise ServingError(f"the engine has broken down: {self.failure!r}") from self.failure
+            raise ServingError(
+                f"the engine has broken down: {type(self.failure).__name__}. Its log has the rest"
+            ) from self.failure
 
     def _require_running(self) -> None:
         self.require_whole()

@@ -54,7 +54,9 @@ class EngineReplica:
         keys = None if given.keys is None else Keys(given.keys)
         otherwise = ANYBODY if keys is None else NOBODY
         catalogue = Catalogue(engine, [given.base], given.model, given.adapters, otherwise)
-        self._app = make_app(engine, catalogue, given.limits, keys=keys, metrics_prefix=given.metrics_prefix)
+        self._app = make_app(
+            engine, catalogue, given.limits, keys=keys, is_open=True, metrics_prefix=given.metrics_prefix
+        )
         self._collector = EngineCollector(engine, given.base, given.metrics_prefix, _id())
         if given.log_requests:
             log_requests()

@@ -318,7 +318,7 @@ def test_an_adapter_that_goes_while_it_is_asked_for_is_not_there(server, folder,
 def test_a_client_that_goes_away_ends_its_request(server):
     for stream in (True, False):
         body = json.dumps({"prompt": "x", "max_tokens": 120, "ignore_eos": True, "stream": stream}).encode()
-        fields = ["POST /v1/completions HTTP/1.1", "Host: x", "Content-Type: application/json"]
+        fields = ["POST /v1/completions HTTP/1.1", "Host: localhost", "Content-Type: application/json"]
         head = "\r\n".join([*fields, f"Content-Length: {len(body)}", "", ""])
         gone = []
         for _ in range(3):
@@ -468,12 +468,13 @@ def test_an_engine_that_breaks_down_says_so(base_folder, folder):
     try:
         status, answer = server.post("/v1/completions", {"prompt": "x"})
         assert (status, answer["error"]["type"]) == (500, "InternalServerError")
-        assert "a defect" in answer["error"]["message"]
+        kind = "the engine has broken down: RuntimeError. Its log has the rest"
+        assert answer["error"]["message"] == kind  # the text may name another client's adapter
         for route, code in (("/health", 500), ("/ready", 503)):
             with pytest.raises(urllib.error.HTTPError) as told:
                 urllib.request.urlopen(f"{server.url}{route}")
             assert told.value.code == code
-            assert "RuntimeError('a defect')" in json.load(told.value)["error"]["message"]
+            assert json.load(told.value)["error"]["message"].startswith(kind)
     finally:
         threading.excepthook = kept
         server.stop()
@@ -526,7 +527,7 @@ def test_a_client_that_does_not_read_is_cut_off_when_the_server_stops(base_folde
 
     server.app.get("/much")(lambda: StreamingResponse(much()))
     with socket.create_connection(("127.0.0.1", server.port)) as connection:
-        connection.sendall(b"GET /much HTTP/1.1\r\nHost: x\r\n\r\n")
+        connection.sendall(b"GET /much HTTP/1.1\r\nHost: localhost\r\n\r\n")
         assert connection.recv(7)
         server.stop()
     assert capfd.readouterr().err == ""

@@ -230,6 +230,33 @@ def test_a_mix_with_a_hidden_part_is_hidden(server):
     ask(server, "all", "POST", "/v1/unload_lora_adapter", {"lora_name": "a-mixed"})
 
 
+def test_a_change_of_a_hidden_name_is_not_told(server, monkeypatch):
+    begun, may_end = threading.Event(), threading.Event()
+    folder = Roots.folder
+
+    def slow(self: Roots, given: str, hides: Any) -> Path:
+        begun.set()
+        assert may_end.wait(60)
+        return folder(self, given, hides)
+
+    def statuses(key: str) -> list[int]:
+        load = {"lora_name": "b-secret", "lora_path": "a-lora"}
+        bodies = {"load": load, "unload": {"lora_name": "b-secret"}}
+        return [ask(server, key, "POST", f"/v1/{way}_lora_adapter", body).status for way, body in bodies.items()]
+
+    assert statuses("admin-of-a") == [403, 404]
+    monkeypatch.setattr(Roots, "folder", slow)
+    load = {"lora_name": "b-secret", "lora_path": "b-lora"}
+    loading = threading.Thread(target=ask, args=(server, "all", "POST", "/v1/load_lora_adapter", load))
+    loading.start()
+    assert begun.wait(60)
+    assert statuses("admin-of-a") == [403, 404]
+    assert statuses("all") == [409, 409]
+    may_end.set()
+    loading.join()
+    assert ask(server, "all", "POST", "/v1/unload_lora_adapter", {"lora_name": "b-secret"}).status == 200
+
+
 def test_a_key_is_a_client_with_its_weight(server, monkeypatch):
     seen = []
     submit = server.engine.submit
@@ -288,34 +315,89 @@ def test_a_key_has_limits_of_its_own(server, monkeypatch):
     assert ask(server, "b", "POST", "/v1/completions", {**ASK, "n": 3, "temperature": 1}).status == 200
 
 
-@pytest.mark.parametrize(("client", "path", "status"), [
-    ("127.0.0.1", "/metrics", 200), ("10.0.0.7", "/metrics", 403), ("10.0.0.7", "/v1/load_lora_adapter", 403),
-    ("127.0.0.1", "/v1/load_lora_adapter", 200), ("10.0.0.7", "/v1/completions", 200), ("10.0.0.7", "/health", 200),
+@pytest.mark.parametrize(("client", "path", "status", "closed"), [
+    ("127.0.0.1", "/metrics", 200, 200), ("10.0.0.7", "/metrics", 403, 403),
+    ("127.0.0.1", "/v1/load_lora_adapter", 200, 200), ("10.0.0.7", "/v1/load_lora_adapter", 403, 403),
+    ("127.0.0.1", "/v1/completions", 200, 200), ("10.0.0.7", "/v1/completions", 200, 403),
+    ("10.0.0.7", "/v1/messages", 200, 403), ("10.0.0.7", "/health", 200, 200),
 ])  # fmt: skip
-def test_without_keys_others_may_infer(client, path, status):
+def test_without_keys_others_may_infer_of_an_open_server(client, path, status, closed):
     assert status_of(client, path) == status
+    assert status_of(client, path, is_open=False) == closed
 
 
 @pytest.mark.parametrize(
     ("headers", "status"),
     [
-        ({"host": "localhost:8000"}, 200),
-        ({"host": "[::1]:8000", "origin": "http://[::1]:8000"}, 200),
+        ({}, 200), ({"host": "localhost:8000"}, 200), ({"host": "localhost"}, 200), ({"host": "127.0.0.1:8000"}, 200),
+        ({"host": "0.0.0.0:8000"}, 200), ({"host": "[::1]:8000", "origin": "http://[::1]:8000"}, 200),
+        ({"host": "localhost:8000", "x-request-id": "7", "user-agent": "curl"}, 200),
         ({"host": "127.0.0.1:8000", "origin": "https://evil.example"}, 403),
         ({"host": "127.0.0.1:8000", "origin": "http://127.0.0.1:8001"}, 403),
-        ({"host": "127.0.0.1:8000", "origin": "null"}, 403),
-        ({"host": "evil.example:8000"}, 403),
-        ({"host": "evil.example", "origin": "http://evil.example"}, 403),
-        ({"host": "[::1"}, 403),
+        ({"host": "127.0.0.1:8000", "origin": "null"}, 403), ({"host": "127.0.0.1:8000", "origin": "http://[::1"}, 403),
+        ({"host": "evil.example:8000"}, 403), ({"host": "evil.example", "origin": "http://evil.example"}, 403),
+        ({"host": "[::1"}, 403), ({"host": "localhost.evil.example"}, 403), ({"host": "127.0.0.1.evil.example"}, 403),
+        ({"host": "evil.example@localhost", "origin": "http://evil.example"}, 403),
+        ({"host": "203.0.113.5"}, 403), ({"host": "models.example.org"}, 403),
     ],
-)
-def test_without_keys_no_page_of_another_site_has_what_this_machine_has(headers, status):
-    assert status_of("127.0.0.1", "/v1/load_lora_adapter", headers) == status
-    assert status_of("127.0.0.1", "/v1/completions", headers) == 200
+)  # fmt: skip
+@pytest.mark.parametrize("path", ["/v1/load_lora_adapter", "/v1/completions", "/v1/messages", "/tokenize"])
+def test_without_keys_no_name_or_page_of_another_site_has_what_this_machine_has(headers, status, path):
+    assert status_of("127.0.0.1", path, headers, is_open=False) == status
+    assert status_of("127.0.0.1", path, headers) == (status if path == "/v1/load_lora_adapter" else 200)
 
 
-def status_of(client: str, path: str, headers: dict[str, str] | None = None) -> int:
-    """The status that a server without keys gives a client's request, whose key sees everything if it is admitted."""
+@pytest.mark.parametrize(
+    "header",
+    [
+        "forwarded", "via", "x-forwarded-for", "x-forwarded-proto", "x-forwarded-host", "x-forwarded", "x-real-ip",
+        "x-client-ip", "x-envoy-external-address", "cf-connecting-ip", "true-client-ip",
+    ],
+)  # fmt: skip
+def test_without_keys_a_proxy_on_this_machine_is_not_this_machine(header):
+    headers = {"host": "127.0.0.1:8000", header: "127.0.0.1"}
+    for path in ("/v1/load_lora_adapter", "/metrics", "/v1/completions"):
+        assert status_of("127.0.0.1", path, headers, is_open=False) == 403
+        assert status_of("127.0.0.1", path, headers) == (200 if path == "/v1/completions" else 403)
+
+
+def test_without_keys_http_1_0_infers_alone():
+    """nginx asks so unless it is told otherwise, with no header that tells it."""
+    for is_open in (True, False):
+        statuses = [
+            status_of("127.0.0.1", path, {"host": "127.0.0.1:8000"}, is_open=is_open, version="1.0")
+            for path in ("/metrics", "/v1/load_lora_adapter", "/v1/completions")
+        ]
+        assert statuses == [403, 403, 200]
+
+
+def test_what_is_refused_without_keys_is_told(tmp_path):
+    sent = answered("127.0.0.1", "/v1/models", {"host": "evil.example"}, is_open=False)
+    told = json.loads(sent[1]["body"])["error"]
+    assert (told["type"], told["code"]) == ("PermissionDeniedError", 403)
+    assert told["message"] == (
+        "this server has no keys and answers this machine alone, and the request names the server 'evil.example', not "
+        "localhost. Start it with --keys FILE, or with --open if anybody may ask"
+    )
+    sent = answered("127.0.0.1", "/metrics", {"via": "1.1 x"}, is_open=True)
+    assert json.loads(sent[1]["body"])["error"]["message"] == (
+        "POST '/metrics' needs a key with the scope admin: without keys, this machine alone has it, and the request "
+        "comes through a proxy, which the header via tells. Start the server with --keys"
+    )
+
+
+def status_of(
+    client: str, path: str, headers: dict[str, str] | None = None, is_open: bool = True, version: str = "1.1"
+) -> int:
+    """The status that a server without keys gives a client's request."""
+    sent = answered(client, path, headers, is_open, version)
+    return sent[0]["status"] if sent else 200
+
+
+def answered(
+    client: str, path: str, headers: dict[str, str] | None = None, is_open: bool = True, version: str = "1.1"
+) -> list[Any]:
+    """The messages of a refusal; the key of a request that is admitted sees everything."""
     sent, seen = list[Any](), list[Any]()
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
@@ -325,12 +407,40 @@ def status_of(client: str, path: str, headers: dict[str, str] | None = None) -> 
         sent.append(message)
 
     given = [(name.encode(), value.encode()) for name, value in (headers or {}).items()]
-    scope = {"type": "http", "method": "POST", "path": path, "headers": given, "client": (client, 7)}
-    handled = Access(app, None)(scope, None, send)  # type: ignore[arg-type]
+    scope = {
+        "type": "http", "method": "POST", "path": path, "headers": given, "client": (client, 7), "http_version": version
+    }  # fmt: skip
+    handled = Access(app, None, is_open)(scope, None, send)  # type: ignore[arg-type]
     with pytest.raises(StopIteration):
         handled.send(None)
     assert seen == ([] if sent else [True])
-    return sent[0]["status"] if sent else 200
+    return sent
+
+
+def test_over_a_socket_a_foreign_host_gets_nothing(base_folder, served):
+    running = Server(base_folder, served)
+    try:
+        for path in ("/v1/models", "/v1/adapters", "/metrics", "/openapi.json", "/nowhere"):
+            refused = ask(running, None, "GET", path, Host="evil.example")
+            assert (refused.status, "a-lora" in refused.text, str(served) in refused.text) == (403, False, False)
+            assert ask(running, None, "GET", path).status == (404 if path == "/nowhere" else 200)
+        assert ask(running, None, "GET", "/docs").status == 404
+    finally:
+        running.stop()
+
+
+def test_metrics_name_the_adapters_that_a_key_sees_alone(server):
+    for key in ("a", "b"):
+        names = [f"{key}-lora", "b-vera" if key == "b" else "a-rs"]
+        for name in names:
+            assert ask(server, key, "POST", "/v1/completions", {**ASK, "model": name}).status == 200
+    limited, everything = (ask(server, key, "GET", "/metrics").text for key in ("admin-of-a", "all"))
+    assert 'adapter="b-vera"' in everything
+    assert 'adapter="a-rs"' in limited
+    assert "b-" not in limited
+    assert "process_resident_memory_bytes" in limited
+    assert limited.count('adapter="a-lora"') == everything.count('adapter="a-lora"') > 5
+    assert limited.count('adapter="other"') == everything.count('adapter="other"') > 5
 
 
 @pytest.fixture(scope="module")

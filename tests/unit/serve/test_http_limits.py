@@ -150,7 +150,12 @@ def test_no_more_of_a_body_is_read_than_a_multiple_of_the_limit(told, n_read, sa
 
 def test_a_client_that_goes_away_within_its_body_is_no_error(server, capfd):
     with socket.create_connection(("127.0.0.1", server.port)) as connection:
-        fields = ["POST /v1/completions HTTP/1.1", "Host: x", "Content-Type: application/json", "Content-Length: 99"]
+        fields = [
+            "POST /v1/completions HTTP/1.1",
+            "Host: localhost",
+            "Content-Type: application/json",
+            "Content-Length: 99",
+        ]
         connection.sendall("\r\n".join([*fields, "", '{"prompt": ']).encode())
     assert server.client.completions.create(model="tiny", prompt=PROMPT, max_tokens=1).choices
     assert capfd.readouterr().err == ""

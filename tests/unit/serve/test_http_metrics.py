@@ -9,11 +9,13 @@ from typing import Any
 
 import pytest
 from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.metrics_core import GaugeMetricFamily
 from prometheus_client.parser import text_string_to_metric_families as parsed
 
 from veneer import LLM, SamplingParams
 from veneer.serve.adapter_counts import OTHER, AdapterCounts
-from veneer.serve.http.metrics import EngineCollector
+from veneer.serve.http.key import Key
+from veneer.serve.http.metrics import EngineCollector, text_of
 from veneer.serve.metrics import Counter, Gauge
 
 from .test_http import PROMPT, Server
@@ -132,3 +134,12 @@ def test_names_beyond_the_first_are_counted_together():
     counts.forget(OTHER)
     counts.of("c").n_loads += 11
     assert {name: count.n_loads for name, count in counts.all().items()} == {OTHER: 7, "b": 2, "c": 11}
+
+
+def test_lists_of_names_are_those_that_a_key_sees():
+    gauge = GaugeMetricFamily("g", "d", labels=["max_lora", "running_lora_adapters", "waiting_lora_adapters"])
+    gauge.add_metric(["3", "alice-1,bob-secret", "bob-secret"], 7.0)
+    for pattern, lists in (("*", ("alice-1,bob-secret", "bob-secret")), ("alice-*", ("alice-1", "")), ("x", ("", ""))):
+        text = text_of([[gauge], [gauge]], Key(adapters=(pattern,))).decode()
+        [family] = parsed(text)
+        assert [tuple(sample.labels.values()) for sample in family.samples] == [("3", *lists)] * 2

@@ -163,7 +163,7 @@ def test_changes_of_an_adapter_name_it_in_the_log_and_probes_are_left_out(server
 def test_a_client_that_leaves_is_told_in_the_log(server, caplog, stream):
     caplog.set_level(logging.INFO, LOG.name)
     body = json.dumps({"prompt": "x", "max_tokens": 120, "ignore_eos": True, "stream": stream}).encode()
-    fields = ["POST /v1/completions HTTP/1.1", "Host: x", "Content-Type: application/json"]
+    fields = ["POST /v1/completions HTTP/1.1", "Host: localhost", "Content-Type: application/json"]
     head = "\r\n".join([*fields, f"Content-Length: {len(body)}", "", ""])
     with socket.create_connection(("127.0.0.1", server.port)) as connection:
         connection.sendall(head.encode() + body)
@@ -176,7 +176,7 @@ def test_a_client_that_leaves_is_told_in_the_log(server, caplog, stream):
 def test_the_events_of_a_step_are_one_write(server, monkeypatch):
     monkeypatch.setattr("veneer.serve.async_engine._BEHIND", 1000)  # a busy machine reads late: they are joined
     body = json.dumps(STREAM | {"prompt": [PROMPT, "another"], "n": 2, "temperature": 1, "seed": 2}).encode()
-    fields = ["POST /v1/completions HTTP/1.1", "Host: x", "Content-Type: application/json", "Connection: close"]
+    fields = ["POST /v1/completions HTTP/1.1", "Host: localhost", "Content-Type: application/json", "Connection: close"]
     asked = "\r\n".join([*fields, f"Content-Length: {len(body)}", "", ""]).encode() + body
     with socket.create_connection(("127.0.0.1", server.port)) as connection:
         connection.sendall(asked)
@@ -213,6 +213,10 @@ def test_a_server_is_ready_while_it_takes_requests(monkeypatch):
         life.require_ready()
     engine.is_running = True
     life.require_ready()
+    engine.failure = OSError("/srv/adapters/bob-secret is gone")
+    with pytest.raises(NotReadyError, match=r"broken down: OSError\. Its log has the rest\. Restart"):
+        life.require_ready()
+    engine.failure = None
     life.n_in_flight = 1
     assert (life.is_draining, life.is_drained) == (False, False)
     life.drain(7.5)

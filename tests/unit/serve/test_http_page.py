@@ -115,6 +115,11 @@ def test_the_door_tells_a_refused_key_from_a_missing_one(script):
     assert 'refused ? "This key is unknown here" : "This server asks for a key"' in script
 
 
+def test_a_refusal_of_the_models_is_told_and_that_of_the_metrics_is_not(script):
+    """Without keys a server refuses who comes by another name than localhost."""
+    assert "if (state.names.length && (error.status === 403 || error.status === 404))" in script
+
+
 def test_the_key_is_kept_for_the_tab_alone(script):
     assert "sessionStorage" in script
     assert "localStorage" not in script

@@ -145,8 +145,8 @@ def test_scopes_of_routes(method, path, scopes):
 
 
 def test_who_is_on_this_machine():
-    near = [access._is_near({"client": client}) for client in (("127.0.0.1", 7), ("::1", 7), ("127.8.0.3", 1), None)]
-    far = [access._is_near({"client": client}) for client in (("10.0.0.3", 7), ("::2", 7), ("localhost", 7), ("", 0))]
+    near = [access._is_near(client) for client in (("127.0.0.1", 7), ("::1", 7), ("127.8.0.3", 1), None)]
+    far = [access._is_near(client) for client in (("10.0.0.3", 7), ("::2", 7), ("localhost", 7), ("", 0))]
     assert (near, far) == ([True] * 4, [False] * 4)
 
 

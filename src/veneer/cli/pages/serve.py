@@ -24,7 +24,9 @@ from veneer.serve.http.listening import require_certificate, require_free
 from veneer.serve.http.server_limits import ServerLimits
 
 MIB, GIB = 2**20, 2**30
-_Open = Annotated[bool, typer.Option("--open", help="Let other machines in without keys: anybody may ask.")]
+_Open = Annotated[
+    bool, typer.Option("--open", help="Answer other machines and proxies too, without keys: anybody may ask.")
+]
 _AdapterRoots = Annotated[
     list[Path] | None, unset("FOLDER", "Let admins load adapters from below this folder too; may be given again.")
 ]

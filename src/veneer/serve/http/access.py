@@ -17,18 +17,25 @@ from veneer.serve.http.request_record import current_record
 _OPEN = frozenset({"/", "/health", "/ready", "/version"})
 _ADMINS = ("/metrics", "/v1/load_lora_adapter", "/v1/unload_lora_adapter")
 _LISTS = ("/v1/models", "/v1/adapters")  # of what a key sees; whatever changes an adapter is an admin's
+_OF_PROXIES = frozenset({
+    "forwarded", "via", "x-real-ip", "x-client-ip", "x-cluster-client-ip", "x-original-host",
+    "x-original-forwarded-for", "true-client-ip", "cf-connecting-ip", "fastly-client-ip",
+})  # fmt: skip
+_OLD = "the request is one of HTTP/1.0, as proxies send them"  # and old clients, which may infer
+_LONGEST_HOST = 100  # characters that are told
 _VISITOR = replace(ANYBODY, scopes=frozenset({INFER}))
 
 
 class Access:
     """Middleware that finds the key of each request, which is then `CALLER`, and refuses what the key may not do.
 
-    Without ``keys``, this machine may do everything, and others may infer. A web page of another site is one of those
-    others in this machine's browser: it reaches the server across sites, or by a name that points here.
+    Without ``keys``, this machine may do everything. If ``is_open``, others may infer, otherwise they are refused.
+    Others are also clients of a proxy on this machine, and web pages of other sites in this machine's browser, which
+    reach the server across sites or by a name that points here.
     """
 
-    def __init__(self, app: ASGIApp, keys: Keys | None) -> None:
-        self._app, self._keys = app, keys
+    def __init__(self, app: ASGIApp, keys: Keys | None, is_open: bool = False) -> None:
+        self._app, self._keys, self._is_open = app, keys, is_open
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
@@ -54,19 +61,16 @@ class Access:
         key = self._key(scope)
         current_record().client = key.name  # of a refused request too
         if key.scopes.isdisjoint(needed):
+            told = "" if self._keys is not None else f": without keys, this machine alone has it, and {_why_far(scope)}"
             raise ForbiddenError(
                 f"{scope['method']} {scope['path']!r} needs a key with the scope {ADMIN if ADMIN in needed else INFER}"
-                + (
-                    ""
-                    if self._keys is not None
-                    else ": without keys, only this machine has it, by an address or localhost. Start with --keys"
-                )
+                + (told and f"{told}. Start the server with --keys")
             )
         return key
 
     def _key(self, scope: Scope) -> Key:
         if self._keys is None:
-            return ANYBODY if _is_near(scope) and not _is_for_another_site(Headers(scope=scope)) else _VISITOR
+            return self._key_of_place(scope)
         token = _token(Headers(scope=scope))
         if not token:
             raise UnauthorizedError(
@@ -76,6 +80,18 @@ class Access:
         if found is None:
             raise UnauthorizedError("the key is unknown here: ask who runs this server for one")
         return found
+
+    def _key_of_place(self, scope: Scope) -> Key:
+        """The key of a client without one: where it is decides."""
+        reason = _why_far(scope)
+        if not reason:
+            return ANYBODY
+        if not self._is_open and reason != _OLD:
+            raise ForbiddenError(
+                f"this server has no keys and answers this machine alone, and {reason}. Start it with --keys FILE, or "
+                "with --open if anybody may ask"
+            )
+        return _VISITOR
 
 
 def _token(headers: Headers) -> str:
@@ -102,22 +118,47 @@ def _is_below(path: str, places: tuple[str, ...]) -> bool:
     return any(path == place or path.startswith(f"{place}/") for place in places)
 
 
-def _is_near(scope: Scope) -> bool:
-    """True for a client on this machine; one through a socket file has no address."""
-    client = scope.get("client")
+def _why_far(scope: Scope) -> str:
+    """The sign by which a request is not one of this machine; empty if it has none."""
+    headers = Headers(scope=scope)
+    host = headers.get("host", "")
+    if not _is_near(scope.get("client")):
+        return "the request comes from another one"
+    if (sign := next(filter(_is_of_proxy, headers), None)) is not None:
+        return f"the request comes through a proxy, which the header {sign} tells"
+    if not _is_local(host):
+        return f"the request names the server {host[:_LONGEST_HOST]!r}, not localhost"
+    if _is_of_another_site(headers.get("origin"), host):
+        return "the request comes from a web page of another site"
+    return _OLD if scope.get("http_version") == "1.0" else ""
+
+
+def _is_near(client: tuple[str, int] | None) -> bool:
+    """True for the address of a client on this machine; one through a socket file has none."""
     try:
         return client is None or ipaddress.ip_address(client[0]).is_loopback
     except ValueError:
         return False
 
 
-def _is_for_another_site(headers: Headers) -> bool:
-    """True for a request by a name other than localhost, and for one of a page that another site sent."""
-    host, origin = headers.get("host", ""), headers.get("origin")
+def _is_of_proxy(header: str) -> bool:
+    return header in _OF_PROXIES or header.startswith(("x-forwarded", "x-envoy-"))
+
+
+def _is_local(host: str) -> bool:
+    """True for a host of this machine; another name may be one that a page of another site points here."""
     try:
         name = urlsplit(f"//{host}").hostname or "localhost"
-        if name != "localhost":
-            ipaddress.ip_address(name)
+        if name == "localhost":
+            return True
+        address = ipaddress.ip_address(name)
+    except ValueError:
+        return False
+    return address.is_loopback or address.is_unspecified
+
+
+def _is_of_another_site(origin: str | None, host: str) -> bool:
+    try:
         return origin is not None and urlsplit(origin).netloc != host
     except ValueError:
         return True

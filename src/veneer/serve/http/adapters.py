@@ -165,7 +165,8 @@ class Adapters:
 
     @contextmanager
     def _changes(self, name: str) -> Iterator[None]:
-        if name in self._changing:
+        others = name in self._changing
+        if others and self._catalogue.caller.sees(name):  # what it does not see is refused in other words
             raise ConflictError(
                 f"the LoRA adapter {name!r} is being loaded or unloaded: ask again when that has ended", "lora_name"
             )
@@ -173,7 +174,8 @@ class Adapters:
         try:
             yield
         finally:
-            self._changing.discard(name)
+            if not others:
+                self._changing.discard(name)
 
     def _adapter(self, name: str) -> LoRARequest:
         found = self._catalogue.find(name)

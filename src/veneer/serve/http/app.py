@@ -46,21 +46,23 @@ def make_app(
     limits: ServerLimits | None = None,
     *,
     keys: Keys | None = None,
+    is_open: bool = False,
     roots: Roots | None = None,
     metrics_prefix: str = "veneer",
 ) -> FastAPI:
     """Return the application with all routes over an engine, which steps on its own thread.
 
-    With ``keys`` each client needs one. Adapters are loaded over HTTP from ``roots`` alone.
+    With ``keys`` each client needs one. Without them this machine alone may ask, or anybody if ``is_open``. Adapters
+    are loaded over HTTP from ``roots`` alone.
     """
     limits = limits or ServerLimits()
     api = Api(engine, catalogue, limits, keys)
-    app = FastAPI(title="veneer", lifespan=api.lifespan)
+    app = FastAPI(title="veneer", lifespan=api.lifespan, docs_url=None, redoc_url=None)  # those run others' scripts
     app.router.route_class = BodyRoute
     lifecycle = Lifecycle(api.running)
     app.add_middleware(BodyLimit, most=limits.body_bytes)
     app.add_middleware(Gate, lifecycle=lifecycle)
-    app.add_middleware(Access, keys=keys)
+    app.add_middleware(Access, keys=keys, is_open=is_open)
     app.add_middleware(RequestRecords)  # outside all others
     app.state.engine, app.state.lifecycle = api.running, lifecycle
     app.add_exception_handler(VeneerError, on_veneer_error)

@@ -25,7 +25,7 @@ from veneer.serve.http.errors import (
     on_defect,
     on_veneer_error,
 )
-from veneer.serve.http.key import ADMIN
+from veneer.serve.http.key import ADMIN, CALLER
 from veneer.serve.http.key_file import Keys
 from veneer.serve.http.limits import BodyLimit
 from veneer.serve.http.metrics import CONTENT_TYPE, text_of
@@ -66,7 +66,8 @@ def make_ingress(
     """Return the application in front of replicas of `make_app`'s. ``base``: the names of the base.
 
     Keys hold here as they do there. ``/health`` is this process's, and ``/metrics`` has the metrics of all replicas. A
-    route that would change the adapters of one replica alone is refused. A replica answers all other routes.
+    route that would change the adapters of one replica alone is refused. A replica answers all other routes. Without
+    keys, anybody may ask.
     """
 
     @asynccontextmanager
@@ -83,11 +84,11 @@ def make_ingress(
 
     async def metrics() -> Response:
         """Return the metrics of all replicas, told apart by the label ``engine``."""
-        return Response(text_of(await replicas.metrics()), headers={"Content-Type": CONTENT_TYPE})
+        return Response(text_of(await replicas.metrics(), CALLER.get()), headers={"Content-Type": CONTENT_TYPE})
 
     app = FastAPI(title="veneer", lifespan=lifespan, openapi_url=None)  # the replicas have the documentation
     app.add_middleware(BodyLimit, most=(limits or ServerLimits()).body_bytes)
-    app.add_middleware(Access, keys=keys)
+    app.add_middleware(Access, keys=keys, is_open=True)  # the address is that of Ray's proxies
     app.add_middleware(RequestRecords)  # outside all others
     app.add_exception_handler(VeneerError, on_veneer_error)
     app.add_exception_handler(Exception, on_defect)

@@ -55,7 +55,8 @@ class Lifecycle:
         """Raise NotReadyError unless the engine runs and requests are taken; its message says why."""
         self.require_open()
         if self._engine.failure is not None:
-            raise NotReadyError(f"the engine has broken down: {self._engine.failure!r}. Restart this server.")
+            kind = type(self._engine.failure).__name__
+            raise NotReadyError(f"the engine has broken down: {kind}. Its log has the rest. Restart this server.")
         if not self._engine.is_running:
             raise NotReadyError("the engine does not run yet: ask again later")
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from fastapi import FastAPI
 from fastapi.responses import PlainTextResponse, Response
@@ -15,8 +15,12 @@ from prometheus_client.metrics_core import (
 )
 from prometheus_client.metrics_core import Metric as Family
 from prometheus_client.registry import Collector
+from prometheus_client.samples import Sample
 
+from veneer.serve.adapter_counts import OTHER
+from veneer.serve.adapter_metrics import LISTS
 from veneer.serve.engine import Engine
+from veneer.serve.http.key import CALLER, Key
 from veneer.serve.metrics import Counter, Gauge, Histogram, Metric
 
 _HELP = {
@@ -66,13 +70,12 @@ def add_metrics(app: FastAPI, engine: Engine, model: str, prefix: str) -> None:
 
     The engine must keep statistics.
     """
-    registry = CollectorRegistry()
-    registry.register(EngineCollector(engine, model, prefix))
-    ProcessCollector(registry=registry)
+    engines, process = EngineCollector(engine, model, prefix), ProcessCollector(registry=None)
 
     def metrics() -> Response:  # no coroutine: it runs on a thread beside the loop
-        """Return the metrics in the text format of Prometheus."""
-        return Response(generate_latest(registry), headers={"Content-Type": CONTENT_TYPE})
+        """Return the metrics in the text format of Prometheus; of adapters, those that the key may see."""
+        told = text_of([engines.collect(), process.collect()], CALLER.get())
+        return Response(told, headers={"Content-Type": CONTENT_TYPE})
 
     app.get("/metrics", response_class=PlainTextResponse)(metrics)
 
@@ -96,15 +99,29 @@ class EngineCollector(Collector):
         return families.values()
 
 
-def text_of(metrics: Sequence[Iterable[Family]]) -> bytes:
-    """Return the metrics of several engines in the text format of Prometheus, those of one name together."""
+def text_of(metrics: Sequence[Iterable[Family]], key: Key) -> bytes:
+    """Return metrics in the text format of Prometheus, those of one name together, without adapters hidden from a key.
+
+    Adapters without series of their own are counted together, hidden ones too.
+    """
     families: dict[str, Family] = {}
     for family in (family for each in metrics for family in each):
         known = families.setdefault(family.name, Family(family.name, family.documentation, family.type))
-        known.samples += family.samples
+        known.samples += family.samples if key.sees_all else _visible(family.samples, key)
     registry = CollectorRegistry()
     registry.register(_Collected(families.values()))
     return generate_latest(registry)
+
+
+def _visible(samples: Iterable[Sample], key: Key) -> list[Sample]:
+    """The samples without those of hidden adapters, and without their names."""
+    seen = [each for each in samples if each.labels.get("adapter", OTHER) == OTHER or key.sees(each.labels["adapter"])]
+    return [each._replace(labels=_named(each.labels, key)) for each in seen]
+
+
+def _named(labels: Mapping[str, str], key: Key) -> dict[str, str]:
+    listed = {name: names for name, names in labels.items() if name in LISTS}
+    return {**labels, **{name: ",".join(filter(key.sees, names.split(","))) for name, names in listed.items()}}
 
 
 class _Collected(Collector):
