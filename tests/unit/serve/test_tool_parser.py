@@ -63,11 +63,11 @@ def test_messages_and_streams_are_equal(name):
     asked = Asked(id="1", prompt=None, prompt_ids=(), params=SamplingParams(), reader=None)  # type: ignore[arg-type]
     for front, made, back in CASES:
         text = front + written(tokenizer(name), made) + back
-        whole = shape(calls).choice(CompletionOutput(0, text, [], finish_reason="stop"), 0, asked)
+        whole = shape(calls).choice(CompletionOutput(0, text, [], finish_reason="stop"), 0, asked, None)
         streamed, content, found = shape(calls), "", []
         for at in range(0, len(text), 3):
             reason = "stop" if at + 3 >= len(text) else None
-            delta = streamed.delta(CompletionOutput(0, text[at : at + 3], [], finish_reason=reason), 0, asked)
+            delta = streamed.delta(CompletionOutput(0, text[at : at + 3], [], finish_reason=reason), 0, asked, None)
             content += delta["delta"].get("content", "")
             for call in delta["delta"].get("tool_calls", []):
                 assert call["index"] <= len(found)
@@ -221,8 +221,8 @@ def test_a_stop_string_within_a_call_is_no_call_that_was_asked_for():
     asked = Asked(id="1", prompt=None, prompt_ids=(), params=SamplingParams(), reader=None)  # type: ignore[arg-type]
     made = shape(Calls(Tools([Function(name="weather")]), PLAIN))
     cut = CompletionOutput(0, '{"name": "weather", "arguments": {"a', [], finish_reason="stop", stop_reason="b")
-    choice = made.choice(cut, 0, asked)
+    choice = made.choice(cut, 0, asked, None)
     assert choice["finish_reason"] == "stop"
     assert choice["message"]["tool_calls"][0]["function"]["arguments"] == '{"a'
-    text = made.choice(CompletionOutput(0, "", [], finish_reason="stop"), 0, asked)
+    text = made.choice(CompletionOutput(0, "", [], finish_reason="stop"), 0, asked, None)
     assert text["message"] == {"role": "assistant", "content": ""}
