@@ -11,7 +11,7 @@ from veneer.serve.prompts import PromptReader
 from veneer.serve.sampling_params import SamplingParams, StructuredOutputsParams
 from veneer.serve.tool_calls.format import CallFormat
 from veneer.serve.tool_calls.functions import Tools
-from veneer.serve.tool_calls.grammar import grammar_of
+from veneer.serve.tool_calls.grammar import grammar_in_text, grammar_of
 from veneer.serve.tool_calls.known import PLAIN
 from veneer.serve.tool_calls.parser import Parser
 from veneer.serve.tool_calls.read import with_tokens
@@ -51,7 +51,8 @@ class Calls:
             )
         skips = params.skip_special_tokens and not self.format.skips
         if form is None and not self.tools.forced:
-            return replace(params, skip_special_tokens=skips)
+            free = None if not self.tools.strict else _ToolCalls(grammar=grammar_in_text(self.tools, self.format))
+            return replace(params, skip_special_tokens=skips, structured_outputs=free)
         otherwise = None if form is None else ({"type": "object"} if form.json is None else form.json)
         grammar = grammar_of(self.tools, self.format, otherwise)
         form = _ToolCalls(grammar=grammar)

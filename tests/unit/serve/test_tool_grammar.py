@@ -150,3 +150,51 @@ def test_strings_of_fields_end_at_their_end():
 def test_what_contradicts_calls_is_told(mode, given, said):
     with pytest.raises(ConfigError, match=said):
         Calls(Tools(FUNCTIONS, mode), PLAIN).constrained(SamplingParams(**given))
+
+
+def taken(forms: Forms, tokenizer: Any, grammar: str, text: str) -> int:
+    """The number of characters of a text that a grammar allows; one more if it may end there."""
+    form = forms.form(StructuredOutputsParams(grammar=grammar)).begun()
+    for n, token in enumerate([*tokenizer(text, add_special_tokens=False)["input_ids"], END]):
+        if not form.allowed().tolist()[token // 32] >> (token % 32) & 1:
+            return n
+        form.take(token)
+    return n + 1
+
+
+CALLS = {
+    "brackets": ("[[set <- ", {'{"on":true}]]': True, '{"on":1}]]': 6}),
+    "list": (
+        '<|calls|>[{"id": "abcdefghi", "tool": "set", "input": ',
+        {'{"on": true}}]<|/calls|>': True, '{"on": 1}': 7},
+    ),
+    "fields": ('<invoke fn="set">', {'\n  <arg k="on">true</arg>\n</invoke>': True, '\n  <arg k="off': 12}),
+    "plain": ('{"name":"set" ,\n"arguments": ', {'{"on": false}}': True, '{"off"': 3}),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_calls_of_strict_functions_fit_their_schemas_wherever_they_stand_in_a_text(name):
+    tokenizer = tokenizer_of(TEMPLATES.get(name, TEMPLATES["list"]))
+    format = with_tokens(PLAIN, tokenizer) if name == "plain" else format_of(tokenizer)
+    forms = Forms(tokenizer, VOCAB, [END])
+    tools = Tools(
+        [Function(name="now"), Function(name=FUNCTIONS[2].name, parameters=FUNCTIONS[2].parameters, strict=True)]
+    )
+    [asked] = [Calls(tools, format).constrained(SamplingParams()).structured_outputs]
+    front, ways = CALLS[name]
+    for before in ("", "Some text, {braces} [[ and é.\n"):
+        for arguments, right in ways.items():
+            for behind in ("", " More, { [[ and so on."):
+                text = before + front + arguments + behind
+                n = taken(forms, tokenizer, asked.grammar, text)
+                n_ids = len(tokenizer(text, add_special_tokens=False)["input_ids"])
+                n_front = len(tokenizer(before + front, add_special_tokens=False)["input_ids"])
+                assert n == (n_ids + 1 if right is True else n_front + right), text
+    for text in ("", "no call", "[[sets <- {", '{"name": "sets", "arguments": 7'):
+        assert (
+            taken(forms, tokenizer, asked.grammar, text)
+            == len(tokenizer(text, add_special_tokens=False)["input_ids"]) + 1
+        )
+    free = Calls(Tools(FUNCTIONS), format).constrained(SamplingParams())
+    assert free.structured_outputs is None

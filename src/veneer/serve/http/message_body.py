@@ -17,7 +17,7 @@ _SAME = tuple(name for name in Drawn.model_fields if name != "stop")
 
 
 class MessageTool(Strict):
-    """Function that the model may call, and its client runs. ``cache_control`` and ``strict`` mean nothing."""
+    """Function that the model may call, and its client runs. ``cache_control`` means nothing."""
 
     name: str
     description: str | None = None
@@ -28,7 +28,9 @@ class MessageTool(Strict):
 
     def chat(self) -> ToolBody:
         """Return the tool as a chat completion has it."""
-        function = FunctionBody(name=self.name, description=self.description, parameters=self.input_schema)
+        function = FunctionBody(
+            name=self.name, description=self.description, parameters=self.input_schema, strict=self.strict
+        )
         return ToolBody(type="function", function=function)
 
 

@@ -94,7 +94,7 @@ class StreamOptions(Strict):
 
 
 class FunctionBody(Strict):
-    """Function that a model may call. ``strict`` means nothing: forced calls fit their schemas anyway."""
+    """Function that a model may call. If one is ``strict``, the arguments of all calls fit their schemas."""
 
     name: str
     description: str | None = None
@@ -332,7 +332,10 @@ class ChatBody(Body):
     def _tools(self) -> Tools | None:
         given, choice = self.tools or (), self.tool_choice
         told = [tool.function for tool in given]
-        functions = [Function(name=f.name, description=f.description, parameters=f.parameters) for f in told]
+        functions = [
+            Function(name=f.name, description=f.description, parameters=f.parameters, strict=bool(f.strict))
+            for f in told
+        ]
         named = choice.function.name if isinstance(choice, NamedTool) else None
         mode = choice if isinstance(choice, str) else "auto"
         tools = Tools(functions, mode, named, parallel=self.parallel_tool_calls is not False)

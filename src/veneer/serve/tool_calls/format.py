@@ -35,8 +35,8 @@ class CallFormat:
     ``between`` is None if an answer has one call at most. ``fields`` is None if arguments are a JSON object, whose
     ``separators`` of items and keys are those of `json.dumps`, or None if they are others.
     ``added``: the ids of tokens that the tokenizer keeps whole, by their text, as far as literals contain them.
-    ``skips``: one of them is a special token, and so no part of an answer's text otherwise; ``hidden`` are the other
-    special tokens then. ``content`` and ``as_text`` tell how the template reads calls that were made: the content
+    ``special`` are those of them that are special tokens, and so no part of an answer's text otherwise; ``hidden`` are
+    the other special tokens then. ``content`` and ``as_text`` tell how the template reads calls that were made: the content
     beside them if there is none, and arguments as text instead of a mapping.
     """
 
@@ -46,10 +46,15 @@ class CallFormat:
     fields: Fields | None = None
     separators: tuple[str, str] | None = (", ", ": ")
     added: Mapping[str, int] = field(default_factory=dict)
-    skips: bool = False
+    special: Collection[str] = ()
     hidden: Collection[str] = ()
     content: str | None = ""
     as_text: bool = False
+
+    @property
+    def skips(self) -> bool:
+        """True if special tokens are part of calls."""
+        return bool(self.special)
 
     @property
     def literals(self) -> list[str]:

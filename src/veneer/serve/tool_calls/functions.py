@@ -21,12 +21,13 @@ Mode = Literal["none", "auto", "required"]
 class Function:
     """Function that a model may call. ``parameters`` is the JSON schema of its arguments; without one it has none.
 
-    Raises ConfigError for a name that is none, and for a schema that is not of an object.
+    If it is ``strict``, arguments always fit the schema. Raises ConfigError for a name that is none, and for a schema that is not of an object.
     """
 
     name: str
     description: str | None = None
     parameters: Mapping[str, Any] | None = None
+    strict: bool = False
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not _NAME.fullmatch(self.name):
@@ -95,6 +96,11 @@ class Tools:
     def forced(self) -> bool:
         """True if the answer must be a call."""
         return self.mode == "required" or self.named is not None
+
+    @property
+    def strict(self) -> bool:
+        """True if the arguments of all calls fit their schemas, though an answer need not call."""
+        return not self.forced and any(function.strict for function in self.functions)
 
     @property
     def callable(self) -> list[Function]:

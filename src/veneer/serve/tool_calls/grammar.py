@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from veneer.errors import ConfigError
 from veneer.serve.tool_calls.arguments import kinds_of
 from veneer.serve.tool_calls.format import CallFormat, Fields
 from veneer.serve.tool_calls.functions import Function, Tools
-from veneer.serve.tool_calls.match import Parts, Slot
+from veneer.serve.tool_calls.match import Parts, Slot, pattern_of
 
 MOST_CALLS = 16
 """Calls of an answer whose form is forced, at most."""
@@ -23,6 +23,7 @@ _NOT_IN_FIELDS = (*_COMBINED, "patternProperties", "minProperties", "propertyNam
 _NOT_IN_STRINGS = (*_COMBINED, "pattern", "format", "minLength", "maxLength")
 """Parts of a schema that arguments written one by one, and their strings, cannot be held to."""
 _NOTHING = '""'
+_ID_IN_TEXT, _BLANK, _SLASH = "[a-zA-Z0-9_-]*", r"\s+", r"\/"
 _ID = "/[a-zA-Z0-9]{9}/"
 
 
@@ -34,14 +35,34 @@ def grammar_of(tools: Tools, format: CallFormat, otherwise: str | Mapping[str, A
     format cannot hold.
     """
     grammar = _Grammar(format)
+    calls = _calls(grammar, tools, format, grammar.front)
+    return _with_otherwise(grammar, f"start: {calls}", otherwise)
+
+
+def grammar_in_text(tools: Tools, format: CallFormat) -> str:
+    """Return the Lark grammar of a text in which the arguments of every call fit the function's schema.
+
+    There may be no call. A call begins as a parser sees it. Raises as `grammar_of` does.
+    """
+    grammar = _Grammar(format)
+    calls = _calls(grammar, tools, format, grammar.front_in_text)
+    grammar.rules += ["text: TEXT", "TEXT: /(?s:.*)/"]
+    return "\n".join([f"start: ({calls}){'*' if tools.parallel else '?'} text", *grammar.rules, ""])
+
+
+def _calls(grammar: _Grammar, tools: Tools, format: CallFormat, front: Callable[[Parts, str, str], str]) -> str:
+    """Calls from the front of the first on."""
     rules = [(f"a{i}", function) for i, function in enumerate(tools.callable)]
     for rule, function in rules:
         grammar.add_arguments(rule, function)
-    start = _either([grammar.front(format.before, function.name, rule) for rule, function in rules])
+    made = _either([front(format.before, function.name, rule) for rule, function in rules])
     if tools.parallel and format.between is not None:
         later = _either([grammar.front(format.between, function.name, rule) for rule, function in rules])
-        start += f" {later}{{0,{MOST_CALLS - 1}}}"
-    start = f"start: {start} {grammar.line(*format.after)}"
+        made += f" {later}{{0,{MOST_CALLS - 1}}}"
+    return f"{made} {grammar.line(*format.after)}"
+
+
+def _with_otherwise(grammar: _Grammar, start: str, otherwise: str | Mapping[str, Any] | None) -> str:
     if otherwise is not None:
         start += " | answer"
         grammar.rules.append(f"answer: %json {otherwise if isinstance(otherwise, str) else json.dumps(otherwise)}")
@@ -60,6 +81,22 @@ class _Grammar:
     def front(self, parts: Parts, name: str, rule: str) -> str:
         """Return a call's front and its arguments."""
         return f"{self.line(*(name if part is Slot.NAME else part for part in parts))} {rule}"
+
+    def front_in_text(self, parts: Parts, name: str, rule: str) -> str:
+        """Return text up to the end of a call's front, and the call's arguments.
+
+        A special token in front is no text. Other fronts are found in the text, with any white space that may be there.
+        """
+        first = parts[0].lstrip() if isinstance(parts[0], str) else parts[0]
+        if isinstance(first, str) and first.startswith(tuple(self._format.special)):
+            return f"TEXT {self.front((first, *parts[1:]), name, rule)}"
+        pattern, blank = "", ""
+        for part in (first, *parts[1:]):
+            slot = _ID_IN_TEXT if part is Slot.ID else re.escape(name)
+            pattern += blank + (pattern_of(part) if isinstance(part, str) else slot)
+            blank = _BLANK if isinstance(part, str) and part[-1:].isspace() else ""
+        self.rules.append(f"{rule}_front[lazy]: /(?s:.*){pattern.replace('/', _SLASH)}/")
+        return f"{rule}_front {f'(/{_BLANK}/)? ' if self._format.fields is None else ''}{rule}"
 
     def line(self, *parts: str | Slot) -> str:
         """Return literals and slots one behind another."""

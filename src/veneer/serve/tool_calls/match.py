@@ -73,7 +73,7 @@ class Beginnings:
         firsts = [parts[0] for parts in ways]
         texts = {*others, *(name for name in names if Slot.NAME in firsts)}
         literals = [first for first in firsts if isinstance(first, str)]
-        patterns = [*map(re.escape, texts), *map(_pattern, literals)]
+        patterns = [*map(re.escape, texts), *map(pattern_of, literals)]
         begins = "".join(sorted({text.lstrip()[0] for text in (*texts, *literals)}))
         self._whole, self._first = re.compile("|".join(patterns)), re.compile(f"[{re.escape(begins)}]")
         self._longest = max(len(text) * (_BLANKS + 1) for text in (*texts, *literals))
@@ -113,8 +113,8 @@ def _steps(literal: str) -> tuple[tuple[str, bool], ...]:
     return tuple(steps)
 
 
-def _pattern(literal: str) -> str:
-    """The regular expression of a literal."""
+def pattern_of(literal: str) -> str:
+    """Return the regular expression of a literal, with the white space that may be in it."""
     blanks = rf"\s{{0,{_BLANKS}}}"
     return "".join(blanks * blank_before + re.escape(each) for each, blank_before in _steps(literal))
 

@@ -52,8 +52,8 @@ def with_tokens(found: CallFormat, tokenizer: Any) -> CallFormat:
     added = {text: int(id) for text, id in tokenizer.get_added_vocab().items() if any(text in each for each in texts)}
     special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
     special |= set(tokenizer.all_special_tokens)
-    skips = not special.isdisjoint(added)
-    return replace(found, added=added, skips=skips, hidden=tuple(sorted(special - added.keys())) if skips else ())
+    own = tuple(sorted(special & added.keys()))
+    return replace(found, added=added, special=own, hidden=tuple(sorted(special - added.keys())) if own else ())
 
 
 def _calls(n: int, as_text: bool) -> list[dict[str, Any]]:
