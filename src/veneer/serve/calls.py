@@ -25,10 +25,14 @@ class _ToolCalls(StructuredOutputsParams):
 
 @dataclass(frozen=True)
 class Calls:
-    """Functions that an answer may or must call, and the format in which the model writes calls."""
+    """Functions that an answer may or must call, and the format in which the model writes calls.
+
+    ``in_words``: the chat template shows no format, so that functions and calls are told in words.
+    """
 
     tools: Tools
     format: CallFormat
+    in_words: bool = False
 
     @property
     def shown(self) -> list[dict[str, Any]]:
@@ -67,17 +71,12 @@ class Calls:
 def calls_of(tools: Tools, reader: PromptReader, template: str | None = None, *, hides: bool = True) -> Calls:
     """Return the calls of a request whose conversation a reader reads, with its own template if one is given.
 
-    ``hides``: special tokens that are no part of calls are no part of the text either. Raises ConfigError if calls are
-    not forced and nothing tells their format.
+    ``hides``: special tokens that are no part of calls are no part of the text either. Raises as
+    `PromptReader.call_format` does.
     """
     found = reader.call_format(template)
-    if found is None and not tools.forced:
-        raise ConfigError(
-            "this model's chat template shows no format of tool calls, so that calls in its answers could not be told "
-            'from text: send tool_choice="required" or name a function, which is answered with JSON, or leave tools out'
-        )
     format = with_tokens(PLAIN, reader.tokenizer) if found is None else found
-    return Calls(tools, format if hides else replace(format, hidden=()))
+    return Calls(tools, format if hides else replace(format, hidden=()), in_words=found is None)
 
 
 def _require_uncut(params: SamplingParams) -> None:

@@ -58,6 +58,11 @@ def _require_known_roles(turns: Sequence[Mapping[str, Any]], template: str) -> N
 
 
 def _turn(number: int, message: Mapping[str, Any]) -> dict[str, Any]:
+    return {**message, "content": text_of(number, message)}
+
+
+def text_of(number: int, message: Mapping[str, Any]) -> str | None:
+    """Return the content of a message as one text; None if it has none. Raises ConfigError with its number."""
     if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
         raise ConfigError(f"messages[{number}]={message!r:.100} is no message: give a role and a content")
     content = message.get("content")
@@ -65,9 +70,9 @@ def _turn(number: int, message: Mapping[str, Any]) -> dict[str, Any]:
         wrong = [part for part in content if not isinstance(part, Mapping) or not isinstance(part.get("text"), str)]
         if wrong:
             raise ConfigError(f"messages[{number}]: only parts of the type text are read, not {wrong[0]!r:.100}")
-        content = "\n".join(part["text"] for part in content)
-    elif content is not None and not isinstance(content, str):
+        return "\n".join(part["text"] for part in content)
+    if content is not None and not isinstance(content, str):
         raise ConfigError(
             f"messages[{number}].content={content!r:.100} is no text: give a string, or parts of the type text"
         )
-    return {**message, "content": content}
+    return content

@@ -11,7 +11,9 @@ from transformers import PreTrainedTokenizerFast
 from veneer.errors import ConfigError, FormatError
 from veneer.serve.conversation import Conversation, chat_text
 from veneer.serve.latest import Latest
+from veneer.serve.tool_calls.described import as_text, description_of
 from veneer.serve.tool_calls.format import CallFormat
+from veneer.serve.tool_calls.functions import Function
 from veneer.serve.tool_calls.read import format_of
 
 _FORMATS = 8  # of calls, by chat templates
@@ -64,6 +66,24 @@ class PromptReader:
         """
         text = chat_text(self.tokenizer, messages, {**how, "chat_template": self._template(how.get("chat_template"))})
         return text, self._ids(text, add_special_tokens=False)
+
+    def chat_in_words(
+        self, messages: Conversation, how: Mapping[str, Any], functions: Sequence[Function]
+    ) -> tuple[str, list[int]]:
+        """Return the prompt of a conversation whose tools the chat template does not show.
+
+        Functions are described in the system's message; in the user's, if the template refuses or drops the system's.
+        Raises as `chat` does.
+        """
+        description = description_of(functions)
+        try:
+            found = self.chat(as_text(messages, description, "system"), how)
+            if description in found[0]:
+                return found
+        except ConfigError:
+            if not description:
+                raise
+        return self.chat(as_text(messages, description, "user"), how)
 
     def call_format(self, template: str | None = None) -> CallFormat | None:
         """Return the format of tool calls in the chat template that `chat` uses; None if it shows none.

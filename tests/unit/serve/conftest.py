@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -150,6 +152,16 @@ def adapters(tmp_path_factory: pytest.TempPathFactory) -> dict[str, LoRARequest]
 def tokenizer() -> PreTrainedTokenizerFast:
     """See `byte_tokenizer`."""
     return byte_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def long_folder(base_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny Llama with a context that has room for descriptions of tools."""
+    folder = tmp_path_factory.mktemp("long") / "base"
+    shutil.copytree(base_folder, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 2048}))
+    return folder
 
 
 @pytest.fixture(scope="session")

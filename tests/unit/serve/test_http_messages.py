@@ -33,6 +33,13 @@ RESULT = {"type": "tool_result", "tool_use_id": "c1", "content": "4"}
 
 
 @pytest.fixture(scope="module")
+def tooled(long_folder) -> Iterator[Server]:
+    running = Server(long_folder, long_folder / "none")
+    yield running
+    running.stop()
+
+
+@pytest.fixture(scope="module")
 def server(base_folder, adapters, tmp_path_factory) -> Iterator[Server]:
     folder = tmp_path_factory.mktemp("served")
     shutil.copytree(adapters["lora"].path, folder / "lora")
@@ -90,8 +97,9 @@ def test_a_last_turn_of_the_assistant_is_continued(server, client):
     assert client.messages.count_tokens(model="lora", messages=turns).input_tokens == len("user: x\nassistant: so")
 
 
-def test_a_call_is_a_block_and_its_result_is_read(client):
-    """Forced calls are JSON on a template that shows no format."""
+def test_a_call_is_a_block_and_its_result_is_read(tooled):
+    """Calls are JSON, and tools are described, on a template that shows no format."""
+    client = anthropic.Anthropic(base_url=tooled.url, api_key="none", max_retries=0)
     asked: Any = {
         "model": "tiny", "max_tokens": 99, "messages": [TURN], "tools": [TOOL],
         "tool_choice": {"type": "tool", "name": "add", "disable_parallel_tool_use": True},
@@ -111,16 +119,20 @@ def test_a_call_is_a_block_and_its_result_is_read(client):
         TURN, {"role": "assistant", "content": [call.to_dict()]},
         {"role": "user", "content": [RESULT | {"tool_use_id": call.id}, {"type": "text", "text": "so"}]},
     ]  # fmt: skip
-    answer = client.messages.create(**ASKED, messages=turns)
-    told = "user: x\nassistant: \ntool: 4\nuser: so\nassistant: "
+    answer = client.messages.create(model="tiny", max_tokens=9, messages=turns)
+    said = '{"name": "add", "arguments": {"a": 17}}'
+    told = f"user: x\nassistant: {said}\nuser: Result of add: 4\nso\nassistant: "
     assert answer.usage.input_tokens + answer.usage.cache_read_input_tokens == len(told)
-    assert client.messages.count_tokens(model="lora", messages=turns).input_tokens == len(told)
+    assert client.messages.count_tokens(model="tiny", messages=turns).input_tokens == len(told)
+    again = client.messages.create(model="tiny", max_tokens=9, messages=turns, tools=[TOOL])
+    described = client.messages.count_tokens(model="tiny", messages=turns, tools=[TOOL]).input_tokens
+    assert again.usage.input_tokens + again.usage.cache_read_input_tokens == described > len(told) + 200
 
 
-def test_answers_are_what_is_documented(server):
+def test_answers_are_what_is_documented(server, tooled):
     server.documented("/v1/messages", BODY | {"messages": [TURN], "stop_sequences": ["e"]})
     forced = {"model": "tiny", "max_tokens": 99, "messages": [TURN], "tools": [TOOL], "tool_choice": {"type": "any"}}
-    assert server.documented("/v1/messages", forced)["content"][0]["type"] == "tool_use"
+    assert tooled.documented("/v1/messages", forced)["content"][0]["type"] == "tool_use"
 
 
 def test_json_of_a_schema(client):
@@ -215,7 +227,6 @@ def test_text_and_calls_are_blocks_in_their_order():
         ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "content.0.text=None is not text: give a"),
         ({"thinking": {"type": "enabled", "budget_tokens": 1024}}, "thinking: type='enabled' is not offered"),
         ({"tools": [{"type": "web_search_20250305", "name": "web_search"}]}, "tools.0"),
-        ({"tools": [TOOL]}, "shows no format of tool calls"),
         ({"tools": [TOOL], "tool_choice": {"type": "tool", "name": "ad"}}, "did you mean 'add'"),
         ({"output_config": {"format": {"type": "xml"}}}, "output_config.format must be"),
         ({"stop_sequence": ["x"]}, "unknown field 'stop_sequence'; did you mean 'stop_sequences'?"),

@@ -9,6 +9,7 @@ import pytest
 import transformers
 from transformers import AutoModelForCausalLM
 
+from veneer.serve.http.protocol import ChatBody
 from veneer.serve.http.server_limits import ServerLimits
 
 from .conftest import SHAPE
@@ -190,10 +191,6 @@ def tool(**function) -> dict:
             {"tools": [tool(parameters={"properties": {"a": {"type": "x"}}})], "tool_choice": "required"},
             "tools (or a schema beside them) cannot be compiled", None,
         ),
-        (
-            {"tools": TOOLS, "chat_template": "{% for m in messages %}{{ m.content }}{% endfor %}"},
-            "shows no format of tool calls", "tools",
-        ),
     ],
 )  # fmt: skip
 def test_what_is_wrong_is_told(server, given, said, param):
@@ -203,12 +200,57 @@ def test_what_is_wrong_is_told(server, given, said, param):
     assert answer["error"]["param"] == param
 
 
+BARE = "{% for m in messages %}{{ m.role + ': ' + m.content + '\\n' }}{% endfor %}"
+
+
 def test_a_template_without_a_format_is_forced_to_json(server):
-    template = "{% for m in messages %}{{ m.content }}{% endfor %}"
-    body = {"messages": [TURN], "tools": TOOLS, "max_tokens": 700, "chat_template": template}
+    body = {"messages": [TURN], "tools": TOOLS, "max_tokens": 700, "chat_template": BARE}
     status, answer = server.post("/v1/chat/completions", body | {"tool_choice": "required"})
     assert status == 200
     status, _ = server.post("/v1/chat/completions", body | {"tool_choice": "none", "max_tokens": 1})
     assert status == 200
     calls = answer["choices"][0]["message"]["tool_calls"]
     assert all(fits(call["function"]["name"], call["function"]["arguments"]) for call in calls)
+
+
+def test_calls_of_a_template_without_a_format_are_read_in_a_text(server):
+    calls = ChatBody(messages=[TURN], tools=TOOLS, chat_template=BARE).calls(server.engine.readers.base)
+    events = calls.parser().feed('Let me see.\n```json\n{"name": "now", "arguments": {}}\n```')
+    assert [type(event).__name__ for event in events] == ["Text", "Begun", "Arguments", "Ended", "Text"]
+
+
+CALL = {"id": "c1", "type": "function", "function": {"name": "now", "arguments": '{"a": 1}'}}
+TURNS = [
+    {"role": "system", "content": "Be brief."}, TURN,
+    {"role": "assistant", "content": [{"type": "text", "text": "Wait."}], "tool_calls": [CALL, CALL | {"id": "c2"}]},
+    {"role": "tool", "tool_call_id": "c1", "content": "noon"},
+    {"role": "tool", "tool_call_id": "c2", "content": [{"type": "text", "text": "one"}]},
+    {"role": "user", "content": "y"},
+]  # fmt: skip
+SAID = 'assistant: Wait.\n{"name": "now", "arguments": {"a": 1}}\n{"name": "now", "arguments": {"a": 1}}\n'
+RESULTS = "user: Result of now: noon\nResult of now: one\ny\n"
+REFUSES = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+DROPS = BARE.replace("%}{{", "if m.role != 'system' %}{{", 1)
+
+
+@pytest.mark.parametrize("template", [BARE, REFUSES + BARE, DROPS])
+def test_functions_calls_and_results_are_words_for_a_template_without_them(server, template):
+    reader = server.engine.readers.base
+    turns = TURNS[1:] if template != BARE else TURNS
+    body = ChatBody(messages=turns, tools=TOOLS, chat_template=template)
+    [(text, _)] = body.read(reader, body.calls(reader))
+    front, _, rest = text.partition("assistant: ")
+    assert "assistant: " + rest == SAID + RESULTS
+    assert front.startswith("system: Be brief.\n\nYou may call" if template == BARE else "user: You may call")
+    assert front.endswith("user: x\n" if template == BARE else "\n\nx\n")
+    assert [json.loads(line) for line in front.splitlines() if line.startswith('{"name": "weather"')] == [
+        TOOLS[0]["function"]
+    ]
+    [(text, _)] = ChatBody(messages=turns, chat_template=template).read(reader)
+    assert text.endswith("user: x\n" + SAID + RESULTS)
+    assert "You may call" not in text
+
+
+def test_no_messages_are_told_beside_tools(server):
+    status, answer = server.post("/v1/chat/completions", {"messages": [], "tools": TOOLS, "chat_template": BARE})
+    assert (status, "messages is empty" in answer["error"]["message"]) == (400, True)

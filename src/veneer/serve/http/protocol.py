@@ -314,9 +314,14 @@ class ChatBody(Body):
     def read(self, reader: PromptReader, calls: Calls | None = None) -> list[tuple[str | None, list[int]]]:
         """Return the conversation as one prompt, with the functions that may be called. Raises ConfigError."""
         messages: Conversation = self.messages
-        how = self._template()
-        if any(message.get("tool_calls") for message in messages):
-            messages = with_calls(messages, reader.call_format(self.chat_template))
+        how, format = self._template(), None
+        has_calls = any(message.get("tool_calls") for message in messages)
+        if has_calls:
+            format = reader.call_format(self.chat_template)
+        if (has_calls and format is None) if calls is None else calls.in_words:
+            return [reader.chat_in_words(messages, how, () if calls is None else calls.tools.functions)]
+        if has_calls:
+            messages = with_calls(messages, format)
         return [reader.chat(messages, how if calls is None else {**how, "tools": calls.shown})]
 
     def calls(self, reader: PromptReader) -> Calls | None:

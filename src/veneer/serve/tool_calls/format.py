@@ -36,8 +36,8 @@ class CallFormat:
     ``separators`` of items and keys are those of `json.dumps`, or None if they are others.
     ``added``: the ids of tokens that the tokenizer keeps whole, by their text, as far as literals contain them.
     ``special`` are those of them that are special tokens, and so no part of an answer's text otherwise; ``hidden`` are
-    the other special tokens then. ``content`` and ``as_text`` tell how the template reads calls that were made: the content
-    beside them if there is none, and arguments as text instead of a mapping.
+    the other special tokens then. ``content`` and ``as_text`` tell how the template reads calls that were made: the
+    content beside them if there is none, and arguments as text instead of a mapping.
     """
 
     before: Parts

@@ -21,7 +21,8 @@ Mode = Literal["none", "auto", "required"]
 class Function:
     """Function that a model may call. ``parameters`` is the JSON schema of its arguments; without one it has none.
 
-    If it is ``strict``, arguments always fit the schema. Raises ConfigError for a name that is none, and for a schema that is not of an object.
+    If it is ``strict``, arguments always fit the schema. Raises ConfigError for a name that is none, and for a schema
+    that is not of an object.
     """
 
     name: str

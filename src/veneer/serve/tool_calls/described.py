@@ -1,0 +1,68 @@
+"""Tools for a chat template that shows none: functions are described in words, and calls and results are plain text."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+from veneer.serve.conversation import Conversation, text_of
+from veneer.serve.tool_calls.functions import Function
+from veneer.serve.tool_calls.messages import with_calls
+
+_HEAD = """You may call these functions, each with its JSON schema:
+"""
+_TAIL = """
+To call one, write its name and its arguments as JSON, on a line of its own:
+{"name": "NAME", "arguments": {"ARGUMENT": "VALUE"}}
+Several calls are several lines. The next message has the results."""
+Place = Literal["system", "user"]
+Turn = dict[str, Any]
+
+
+def description_of(functions: Sequence[Function]) -> str:
+    """Return the words that tell a model its functions, and the format `veneer.serve.tool_calls.known.PLAIN`."""
+    told = [json.dumps(function.shown()["function"], ensure_ascii=False) for function in functions]
+    return "\n".join([_HEAD.strip(), *told, _TAIL]) if told else ""
+
+
+def as_text(messages: Conversation, description: str, place: Place) -> list[Turn]:
+    """Return messages in which calls and results are text, with a description in front.
+
+    It stands in the system's message or, at the place "user", in the user's first one. Results are turns of the user.
+    Neighbouring results, and a user's message behind them, are one turn. Raises ConfigError.
+    """
+    names: dict[str, str] = {}  # of functions, by call
+    found: list[Turn] = []
+    for number, message in enumerate(with_calls(messages, None)):
+        turn, is_result = _turn(number, message, names)
+        if found and turn["role"] == found[-1]["role"] == "user" and (is_result or found[-1].get("is_result")):
+            found[-1] = {**turn, "content": f"{found[-1]['content']}\n{turn['content']}", "is_result": True}
+        else:
+            found.append({**turn, "is_result": is_result})
+    return _described([{k: v for k, v in turn.items() if k != "is_result"} for turn in found], description, place)
+
+
+def _turn(number: int, message: Mapping[str, Any], names: dict[str, str]) -> tuple[Turn, bool]:
+    """The turn of a message, and whether it is a result."""
+    content = text_of(number, message) or ""
+    if message.get("tool_calls"):
+        calls = [call["function"] for call in message["tool_calls"]]
+        names |= {str(call.get("id")): call["function"]["name"] for call in message["tool_calls"]}
+        lines = [json.dumps({"name": f["name"], "arguments": f["arguments"]}, ensure_ascii=False) for f in calls]
+        return {"role": message["role"], "content": "\n".join([*filter(None, [content]), *lines])}, False
+    if message["role"] == "tool":
+        name = names.get(str(message.get("tool_call_id")), message.get("name"))
+        front = f"Result of {name}:" if name else "Result:"
+        return {"role": "user", "content": f"{front} {content}"}, True
+    return {**message, "content": content}, False
+
+
+def _described(turns: list[Turn], description: str, place: Place) -> list[Turn]:
+    if not description or not turns:  # no turns are refused
+        return turns
+    number = next((i for i, turn in enumerate(turns) if turn["role"] == place), None)
+    if number is None:
+        return [{"role": place, "content": description}, *turns]
+    front = [turns[number]["content"], description] if place == "system" else [description, turns[number]["content"]]
+    return [*turns[:number], {**turns[number], "content": "\n\n".join(filter(None, front))}, *turns[number + 1 :]]
