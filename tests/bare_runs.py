@@ -19,7 +19,7 @@ def plan_nothing(replace: Replace = setattr) -> None:
     """Let a run begin without a plan, as one that cannot be planned."""
     from veneer.cli import train_run
 
-    replace(train_run, "planned_facts", lambda recipe, tell, *_: (None, "not planned: left out by the test"))
+    replace(train_run, "planned_facts", lambda recipe, tell, *_, **__: (None, "not planned: left out by the test"))
 
 
 def draw_nothing(replace: Replace = setattr) -> None:
