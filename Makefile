@@ -6,7 +6,9 @@ BIN := $(VENV)/bin
 # Packages are installed without bytecode: what is imported for the first time must be able to leave some.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: setup demo test test-all check docs format clean
+CUDA_TRITONS = 3.4.0 3.5.1 3.6.0 3.7.0 3.7.1 3.8.0 3.9.0
+
+.PHONY: setup demo test test-all gpu-compile check docs format clean
 .DEFAULT_GOAL := help
 
 help:
@@ -14,6 +16,7 @@ help:
 	@echo "make demo    set up, fetch a small model, fine-tune it, show what changed (two cores: two to seven minutes, and five to ten for the set-up)"
 	@echo "make test    set up, then the test suite; of the largest products of parameters a sample"
 	@echo "make test-all  set up, then every case of the test suite, as CI does"
+	@echo "make gpu-compile  compile every form of every Triton kernel by each Triton that torch pins, for six capabilities: an hour on two cores"
 	@echo "make check   lint, types, layers"
 	@echo "make docs    the site: build/site/index.html"
 	@echo "make format  rewrite the code in the house's format"
@@ -45,6 +48,9 @@ test: SELECTED = -m "not full"
 test test-all: setup
 	$(BIN)/veneer fetch smollm2-135m-instruct
 	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 2 --dist worksteal $(SELECTED)  # threads that wait do not spin beside the other process
+
+gpu-compile: setup
+	$(BIN)/python scripts/compile_triton.py --triton $(CUDA_TRITONS) --capability 8.0 8.6 8.9 9.0 10.0 12.0
 
 check: setup
 	VENV=$(VENV) scripts/check

@@ -129,7 +129,7 @@ def _quantize_kernel(x, midpoints, codes, packed, absmax, n, BLOCKS: tl.constexp
     most = tl.where(unsure == 0.0, most, float("nan"))
     # The last, shorter block divides where the others multiply by the reciprocal; see the reference.
     short = (row + 1) * HALF * 2 > n
-    held = tl.maximum(most, _LEAST)
+    held = tl.maximum(most, tl.full([BLOCKS], _LEAST, tl.float32))  # the constant alone is a double up to Triton 3.8
     tl.store(absmax + row, tl.where(short, held, most), mask=row * HALF * 2 < n)
     inverse = tl.div_rn(tl.full([BLOCKS], 1.0, tl.float32), held)[:, None]
     held = tl.broadcast_to(held[:, None], [BLOCKS, HALF])
