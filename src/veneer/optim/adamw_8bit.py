@@ -39,9 +39,7 @@ class AdamW8bit(LeanAdamW):
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
 
     def _update(self, param: Tensor, group: dict[str, Any]) -> None:
-        if not self.state[param]:
-            self.state[param] = self._new_state(param)
-        state = self.state[param]
+        state = self._state_of(param)
         hyper = next_step(state, group)
         grad = cast(Tensor, param.grad)
         if "state1" in state:
@@ -49,6 +47,12 @@ class AdamW8bit(LeanAdamW):
             adamw_8bit_(param, grad, moments, hyper)
         else:
             _step_float32(param, grad, state, hyper)
+
+    def _state_of(self, param: Tensor) -> dict[str, Any]:
+        """Return the parameter's state, made before its first step."""
+        if not self.state[param]:
+            self.state[param] = self._new_state(param)
+        return cast(dict[str, Any], self.state[param])
 
     def _new_state(self, param: Tensor) -> dict[str, Any]:
         if param.numel() < self.min_8bit_size:

@@ -85,7 +85,7 @@ class PagedAdamW8bit(AdamW8bit):
 
     def _to_device(self, param: Tensor) -> dict[str, Tensor]:
         """For a CUDA parameter, swap its pinned state for copies on the device; the pinned tensors are returned."""
-        state = self.state[param]
+        state = self._state_of(param)
         if param.device.type != "cuda" or "state1" not in state or state["state1"].device.type == "cuda":
             return {}
         pinned = {k: v for k, v in state.items() if torch.is_tensor(v)}

@@ -8,7 +8,9 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from launch import program
+from stand_in import OnDevice, stand_in
 from veneer.errors import TrainingError
+from veneer.optim import AdamW8bit
 from veneer.optim.paged import PagedAdamW8bit, map_tensor
 
 LIMIT_MIB = 125
@@ -85,3 +87,25 @@ def test_a_state_that_is_still_on_its_way_to_the_host_is_waited_for(monkeypatch)
             optimizer.state[param] = {"step": 3}
         optimizer.state_dict()
     assert sorted(map(str, waited)) == ["cuda:0", "cuda:1"]
+
+
+def test_moments_wait_on_the_host_and_meet_the_parameter_on_its_device():
+    """Three steps give what they give without paging, from the first on."""
+    pytest.importorskip("triton", reason="needs the package triton")
+    values, gradients = torch.randn(521), torch.randn(3, 521)
+    expected = values.clone()
+    plain = AdamW8bit([expected], lr=0.03, min_8bit_size=2)
+    with stand_in({"adamw"}) as crossings:
+        param = OnDevice(values.clone())
+        optimizer = PagedAdamW8bit([param], lr=0.03, min_8bit_size=2, paged_from=2)
+        sent = []
+        for gradient in gradients:
+            expected.grad, param.grad = gradient, OnDevice(gradient)
+            plain.step()
+            before = crossings.sent
+            optimizer.step()
+            sent.append(crossings.sent - before)
+        moments = [x for x in optimizer.state[param].values() if isinstance(x, torch.Tensor)]
+    torch.testing.assert_close(param.host, expected)
+    assert [x.device.type for x in moments] == ["cpu"] * 4
+    assert sent[1:] == [4, 4]

@@ -8,6 +8,7 @@ import pytest
 from torch import Tensor
 
 from interpreter import mended_interpreter
+from stand_in import DEVICE, Crossings, put_on_device, stand_in
 from veneer import LLM, LoRARequest, SamplingParams
 from veneer.serve import program_runner
 from veneer.serve.held import mapped
@@ -17,7 +18,6 @@ from veneer.serve.program_runner import ProgramRunner
 from veneer.serve.sampling_params import StructuredOutputsParams
 
 from .conftest import byte_tokenizer, make_model
-from .stand_in import DEVICE, Crossings, put_on_device, stand_in
 
 PROMPTS = [[7 * i * i % 251 + 1 for i in range(1, n + 1)] for n in (5, 9, 2, 3)]
 OPTIONS = {"kv_cache_memory_bytes": 1 << 22, "max_num_batched_tokens": 23, "enable_prefix_caching": False}

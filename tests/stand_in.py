@@ -1,13 +1,13 @@
 """A device that is not there: tensors in host memory that claim to be on a GPU, and a count of what crosses.
 
-An operation on tensors of the host and of the device fails, as it does on a GPU, but for scalars. Triton's kernels of
-serving run in its interpreter.
+An operation or a kernel on tensors of the host and of the device fails, as it does on a GPU, but for scalars. Triton's
+kernels of serving run in its interpreter, and those of other families that a test names.
 """
 
 from __future__ import annotations
 
 import pkgutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from importlib import import_module
 from typing import Any
@@ -28,7 +28,7 @@ _MAKES = {
     getattr(torch, name)
     for name in ("arange", "empty", "empty_like", "full", "full_like", "ones", "ones_like", "zeros", "zeros_like")
 }
-_SERVING = {"pairs", "paged_attention", "sample"}
+SERVING = {"pairs", "paged_attention", "sample"}
 _READS = {torch.tensor, torch.as_tensor}  # values of the host
 
 
@@ -63,7 +63,8 @@ class OnDevice(Tensor):
         return self.host.tolist()
 
     def item(self) -> Any:
-        return self.tolist()
+        Crossings.now.read += 1
+        return self.host.item()
 
     def __int__(self) -> int:
         return int(self.tolist())
@@ -143,6 +144,7 @@ class _Machine(TorchFunctionMode):
             return _copied(*args[:2])
         if func in (Tensor.__getitem__, Tensor.__setitem__) and isinstance(args[0], OnDevice):
             return _indexed(func, *args)
+        kwargs.pop("pin_memory", None)  # only where there is a GPU
         named = kwargs.get("device")
         if named is None or torch.device(named).type != "cuda":
             return func(*args, **kwargs)
@@ -195,26 +197,28 @@ def _is_apart(x: Tensor) -> bool:
 
 
 @contextmanager
-def stand_in() -> Iterator[Crossings]:
-    """In this context there is a device, of which the interpreter of Triton computes the kernels."""
+def stand_in(families: Collection[str] = SERVING) -> Iterator[Crossings]:
+    """In this context there is a device, of which the interpreter of Triton computes these families of kernels."""
     with pytest.MonkeyPatch.context() as patch, _Machine():
-        for found in pkgutil.iter_modules(veneer.ops.triton.__path__):
-            module = import_module(f"veneer.ops.triton.{found.name}")
+        names = [found.name for found in pkgutil.iter_modules(veneer.ops.triton.__path__)]
+        for module in [import_module(f"veneer.ops.triton.{name}") for name in names]:  # all, before one is patched
             if hasattr(module, "launch"):
                 patch.setattr(module, "launch", _on_host(module.launch))
         find = dispatch._find
-        patch.setattr(dispatch, "_find", lambda op, backend: find(op, _backend(op, backend)))
+        patch.setattr(dispatch, "_find", lambda op, backend: find(op, _backend(op, backend, families)))
         Crossings.now = Crossings()
         yield Crossings.now
 
 
-def _backend(op: str, backend: str) -> str:
-    """The back end that is taken: torch's own code for the ops that training has too, which are much faster so."""
-    return "reference" if backend == "triton" and op.partition(".")[0] not in _SERVING else backend
+def _backend(op: str, backend: str, families: Collection[str]) -> str:
+    """The back end that is taken: torch's own code for the other families, which are much faster so."""
+    return "reference" if backend == "triton" and op.partition(".")[0] not in families else backend
 
 
 def _on_host(launch: Any) -> Any:
     def launched(kernel: Any, grid: Any, *args: Any, **options: Any) -> None:
+        if apart := [tuple(x.shape) for x in args if isinstance(x, Tensor) and not isinstance(x, OnDevice)]:
+            raise AssertionError(f"{kernel} reads tensors of the host, {apart}")
         launch(kernel, grid, *map(_plain, args), **options)
 
     return launched
