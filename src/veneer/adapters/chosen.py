@@ -15,6 +15,7 @@ from veneer.adapters.peft_model import PeftModel
 from veneer.adapters.tokenizer import TOKENIZER_CONFIG, larger, read_tokenizer
 from veneer.contract.file import CONFIG_FILE
 from veneer.errors import ConfigError
+from veneer.model.default_device import default_device
 from veneer.store.adapter.config import read_config
 from veneer.store.adapter.fit import base_warnings, fitting, require_fit, require_undamaged
 from veneer.store.bars import quiet
@@ -76,11 +77,13 @@ class Chosen:
     four_bit: bool
     dtype: str
     warnings: tuple[str, ...] = ()
+    device: str | None = None
 
     def load(self) -> Parts:
-        """Load the parts. Raises the errors of `load_model`."""
+        """Load the parts, on the default device if none was chosen. Raises the errors of `load_model`."""
+        device, quantization = self.device or default_device(), _nf4() if self.four_bit else None
         with quiet():
-            base = load_model(self.source, dtype=self.dtype, quantization=_nf4() if self.four_bit else None)
+            base = load_model(self.source, dtype=self.dtype, quantization=quantization, device=device)
             if self.adapters:
                 make_room_for(self.tokenizer, base)
         any_dtype = self.dtype == "auto" and not self.four_bit
@@ -89,7 +92,14 @@ class Chosen:
         )
 
 
-def choose(model: str, adapters: Sequence[Path] = (), *, four_bit: bool = False, dtype: str = "auto") -> Chosen:
+def choose(
+    model: str,
+    adapters: Sequence[Path] = (),
+    *,
+    four_bit: bool = False,
+    dtype: str = "auto",
+    device: str | None = None,
+) -> Chosen:
     """Return a base and adapters by name, after checking that they exist and that their shapes fit.
 
     The tokenizer is the base's, or the adapter's if that has more tokens or another chat template. The shapes of a base
@@ -114,7 +124,13 @@ def choose(model: str, adapters: Sequence[Path] = (), *, four_bit: bool = False,
                 require_fit(folder, place, len(tokenizer), source)
     warnings = tuple(base_warnings(folders, source, place))
     return Chosen(
-        source=source, adapters=folders, tokenizer=tokenizer, four_bit=four_bit, dtype=dtype, warnings=warnings
+        source=source,
+        adapters=folders,
+        tokenizer=tokenizer,
+        four_bit=four_bit,
+        dtype=dtype,
+        warnings=warnings,
+        device=device,
     )
 
 

@@ -14,6 +14,7 @@ from veneer.methods.lora import LoraConfig
 from veneer.model.activation_memory import checkpoint_as_needed
 from veneer.model.blueprint.names import LLAMA_LAYERS
 from veneer.model.checkpointing import checkpoint_fully, checkpoint_selectively
+from veneer.model.default_device import default_device
 from veneer.model.fused.decoder import fuse, unfuse
 from veneer.store.named import file_of
 from veneer.store.quantization import BitsAndBytesConfig
@@ -34,8 +35,8 @@ class FastLanguageModel:
         load_in_8bit: bool = False,
         gguf: Literal["blocks", "dense"] = "blocks",
     ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-        """Return a base model and its tokenizer, which truncates at ``max_seq_length`` tokens (None: the model's own
-        limit).
+        """Return a base model on the current GPU, if there is one, and its tokenizer. It truncates at
+        ``max_seq_length`` tokens (None: the model's own limit).
 
         ``model_name`` is a folder, a GGUF file, a fetched model, or a hub id. With dtype None the dtype on disk is
         kept. A GGUF file's matrices stay in its blocks, whatever ``load_in_4bit``; with ``gguf="dense"`` they are
@@ -50,7 +51,8 @@ class FastLanguageModel:
             )
         elif load_in_8bit:
             quantization = BitsAndBytesConfig(load_in_8bit=True)
-        model = load_model(model_name, dtype="auto" if dtype is None else dtype, quantization=quantization, gguf=gguf)
+        kept = "auto" if dtype is None else dtype
+        model = load_model(model_name, dtype=kept, quantization=quantization, gguf=gguf, device=default_device())
         tokenizer = load_tokenizer(model_name)
         limit = int(model.config.get_text_config().max_position_embeddings)
         if max_seq_length is not None and not 1 <= max_seq_length <= limit:

@@ -52,7 +52,7 @@ def _on_base(
     adapters: list[Path], weights: list[float], plan: Combination, output: Path, base: str, on_progress: Tell
 ) -> Report:
     names = [f"part{i}" for i in range(len(adapters))]
-    adapted = PeftModel.from_pretrained(loading.load(base, dtype="float32").model, adapters[0], names[0])
+    adapted = PeftModel.from_pretrained(loading.load(base, dtype="float32", device="cpu").model, adapters[0], names[0])
     for name, folder in zip(names[1:], adapters[1:], strict=True):
         adapted.load_adapter(folder, name)
     parts = list(zip(names, weights, strict=True))

@@ -91,6 +91,7 @@ def _measured(metric: Metric, args: EvalArguments) -> Measured:
     for subject, questions in zip(subjects, asked, strict=True):
         with waits_told(f"loading {subject.facts['model']}"):
             parts = subject.load()
+        loading.tell_of_device(parts)
         bars = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         started = time.perf_counter()
         with quiet(), progress_bar(metric.name, *bars) as on_progress:

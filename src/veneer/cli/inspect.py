@@ -69,7 +69,8 @@ def _updates(folders: Sequence[Path], base: str | None) -> dict[Path, dict[str, 
             raise CompositionError(
                 f"the adapter {folder} ({config.peft_type}) changes no weights, so it has no spectrum: give another"
             )
-    loaded = loading.joined(loading.loaded(loading.choose(base, list(dict.fromkeys(folders)), dtype="float32")))
+    chosen = loading.choose(base, list(dict.fromkeys(folders)), dtype="float32", device="cpu")
+    loaded = loading.joined(loading.loaded(chosen))
     found: dict[Path, dict[str, LinearDelta | Update]] = {}
     for folder in folders:
         name = loaded.names[folder]

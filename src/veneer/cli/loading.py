@@ -15,6 +15,7 @@ from veneer.answer.model import ModelAnswerer
 from veneer.cli.arguments import is_found
 from veneer.cli.bases import warn
 from veneer.core.progress import waits_told
+from veneer.model.default_device import told_device
 from veneer.plan.presets import require_weights
 from veneer.serve.answerer import answerer_of as quiet_answerer_of
 from veneer.store.adapter.fit import base_named_by, require_one_base
@@ -43,7 +44,15 @@ def told(chosen: Chosen) -> Chosen:
 def loaded(chosen: Chosen) -> Parts:
     """Return the parts of a choice, loaded."""
     with waits_told(f"loading {chosen.source}"):
-        return chosen.load()
+        parts = chosen.load()
+    tell_of_device(parts)
+    return parts
+
+
+def tell_of_device(parts: Parts) -> None:
+    """Print the GPU that a base is on; nothing if it is on the CPU."""
+    if parts.base.device.type != "cpu":
+        typer.echo(f"device: {told_device(parts.base.device)}", err=True)
 
 
 def load_parts(model: str, adapter: Path | None = None, **how: Any) -> Parts:

@@ -11,6 +11,7 @@ import typer
 from veneer.cli.pages.serve import GIB, ServeArguments, bytes_of, cache_bytes_of, speculative_of
 from veneer.core.progress import waits_told
 from veneer.errors import CompositionError, ConfigError, FormatError
+from veneer.model.default_device import default_device, told_device
 from veneer.ops.dispatch import kernel_isa
 from veneer.serve.http.app import make_app
 from veneer.serve.http.folder import is_adapter, why_incomplete
@@ -56,6 +57,8 @@ def serve(args: ServeArguments) -> None:
         typer.echo(f"not read yet: {n_left:,} of the adapters, whose faults GET /v1/adapters tells", err=True)
     with quiet(), waits_told(f"loading {args.model}"):
         engine = start_engine(args.model, options)
+    if (device := default_device()).type != "cpu":
+        typer.echo(f"device: {told_device(device)}", err=True)
     if engine.settings.why_general:
         typer.echo(f"slow: transformers' own code computes everything ({engine.settings.why_general})", err=True)
     if not kernel_isa():

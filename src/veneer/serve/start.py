@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from veneer.core.field_types import check
 from veneer.errors import ConfigError, DescriptionError, listed
 from veneer.evaluate.scoring import context_length
+from veneer.model.default_device import default_device
 from veneer.model.paged import SlotStore, require_pageable
 from veneer.model.quantized_head import quantize_head
 from veneer.ops.dispatch import kernel_isa
@@ -325,8 +326,7 @@ def _load(model: Any, options: EngineOptions) -> tuple[PreTrainedModel, Any]:
         _require_nothing_to_load(options)
         return model, _with_template(named, options.chat_template)
     quantization = _nf4() if options.quantization == "bitsandbytes" else None
-    device = "cuda" if torch.cuda.is_available() else None
-    loaded = load_model(model, dtype=options.dtype, quantization=quantization, device=device)
+    loaded = load_model(model, dtype=options.dtype, quantization=quantization, device=default_device())
     if options.quantize_head is not None:
         quantize_head(loaded)
     tokenizer = named if isinstance(named, PreTrainedTokenizerBase) else load_tokenizer(named or model)

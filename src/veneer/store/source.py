@@ -82,7 +82,8 @@ def load_model(
     A score is one number; the head is new if the files hold none. ``dtype`` ``"auto"`` keeps the checkpoint's.
     ``quantization`` is a `BitsAndBytesConfig`, not needed for a model that was saved quantized. The matrices of a GGUF
     file stay in their blocks, mapped; ``gguf="dense"`` or a ``quantization`` makes a dense copy in the cache first.
-    ``each_block`` takes the blocks while the model is loaded, each once its weights are there.
+    ``each_block`` takes the blocks while the model is loaded, each once its weights are there. With a CUDA ``device``
+    each weight goes there as it is read (blocks of a GGUF file: at the end), so that host memory never holds the model.
 
     Raises the errors of `resolve`, FormatError if weights are damaged or missing, and ConfigError for an unknown dtype.
     Raises OutOfMemoryError if the process may not allocate the memory.
@@ -97,6 +98,7 @@ def load_model(
     options: dict[str, Any] = {} if quantization is None else {"quantization_config": quantization}
     kind = AutoModelForSequenceClassification if scores else AutoModelForCausalLM
     options |= {"num_labels": 1} if scores else {}
+    options |= _straight_to(device)
     if each_block is not None:
         watch_loading()
     try:
@@ -121,7 +123,17 @@ def load_model(
             f"not a whole {'model' if scores else 'causal language model'}. Fetch or save it again"
         )
     fit_experts(model)
+    if quantization is None:
+        model.__dict__.pop("hf_device_map", None)  # a mark of models that no trainer may move
     return cast(PreTrainedModel, model if device is None else model.to(device)).eval()
+
+
+def _straight_to(device: str | torch.device | None) -> dict[str, Any]:
+    """The option of transformers by which weights are read straight to a GPU; none for other devices."""
+    wanted = torch.device("cpu" if device is None else device)
+    if wanted.type != "cuda":
+        return {}
+    return {"device_map": {"": torch.cuda.current_device() if wanted.index is None else wanted.index}}
 
 
 def _told_memory(source: str | os.PathLike[str], place: Path | str) -> str:

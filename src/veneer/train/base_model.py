@@ -6,7 +6,7 @@ from typing import Any, cast
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, TrainingArguments
 
 from veneer.core.progress import waits_told
 from veneer.errors import ConfigError
@@ -19,12 +19,17 @@ from veneer.store.source import load_model
 
 
 def load_base(
-    part: ModelPart, *, scores: bool = False, frozen: bool = True, cutter: BaseCutter | None = None
+    part: ModelPart,
+    *,
+    scores: bool = False,
+    frozen: bool = True,
+    cutter: BaseCutter | None = None,
+    device: torch.device | None = None,
 ) -> PreTrainedModel:
     """Return the base model of a recipe, quantized and prepared if it asks for that.
 
     With ``scores`` its head gives each sequence one number. A base that is not ``frozen`` is dense. ``cutter`` cuts its
-    blocks over processes as they are loaded.
+    blocks over processes as they are loaded; otherwise the base is loaded on ``device`` (None: as `load_model` does).
     """
     config = quantization_of(part)
 
@@ -38,7 +43,13 @@ def load_base(
     gguf = part.gguf if frozen else "dense"
     with waits_told(f"loading {part.source}"):
         model = load_model(
-            part.source, dtype=part.dtype, quantization=config, scores=scores, gguf=gguf, each_block=each_block
+            part.source,
+            dtype=part.dtype,
+            quantization=config,
+            device=device if cutter is None else None,
+            scores=scores,
+            gguf=gguf,
+            each_block=each_block,
         )
     if config is not None or getattr(model, "is_quantized", False):
         model = made_ready(model, part)
@@ -54,6 +65,11 @@ def load_base(
             raise ConfigError(f"model.attention: {part.attention} does not go with {part.source}: {reason}") from error
     give_back(model)  # experts are joined of what the file holds, whose pages would count beside them
     return model
+
+
+def device_of(args: TrainingArguments) -> torch.device | None:
+    """Return the GPU of a run, where its base is loaded; None if the base waits in host memory for the trainer."""
+    return args.device if args.device.type == "cuda" and not (args.deepspeed or args.fsdp) else None
 
 
 def made_ready(model: PreTrainedModel, part: ModelPart) -> PreTrainedModel:

@@ -115,6 +115,8 @@ def dimension_curve(
     fit the model, TrainingError if a loss is not finite.
     """
     start = {name: p.detach() for name, p in model.named_parameters()}
+    device = _device_of(start)
+    batches = [{name: each.to(device) for name, each in batch.items()} for batch in batches]
     wanted = sorted(set(dimensions))
     for d in wanted:
         _space(start, d, training)  # what does not fit is told before anything is trained
@@ -141,7 +143,12 @@ def _scored(
 
 
 def _space(start: Mapping[str, Tensor], d: int, training: Training) -> Subspace:
-    return Subspace(start, d, structure_aware=training.structure_aware, seed=training.seed)
+    made = Subspace(start, d, structure_aware=training.structure_aware, seed=training.seed)
+    return made.to(_device_of(start))
+
+
+def _device_of(weights: Mapping[str, Tensor]) -> torch.device:
+    return next(iter(weights.values())).device
 
 
 def _train(model: nn.Module, space: Subspace | _Whole, batches: Sequence[Batch], training: Training) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 from veneer.adapters.chosen import Parts, tokenizer_with
 from veneer.errors import ConfigError
+from veneer.model.default_device import default_device
 from veneer.recipe.recipe import Recipe, parse_recipe
 from veneer.recipe.sweep_part import PART
 from veneer.recipe.values import read_values
@@ -61,7 +62,10 @@ def trained_tokenizer(recipe: Recipe) -> Any:
 def trained_parts(recipe: Recipe, tokenizer: Any) -> Parts:
     """Return the base in the recipe's storage with the trained adapter, or the model that was trained whole."""
     saved, source = saved_by(recipe), recipe.model.source
+    device = default_device()
     with quiet():
         if recipe.method == "full":
-            return Parts(base=load_model(str(saved), dtype=recipe.model.dtype), tokenizer=tokenizer, source=str(saved))
-        return Parts(base=load_base(recipe.model), tokenizer=tokenizer, source=source, adapters=(saved,))
+            base = load_model(str(saved), dtype=recipe.model.dtype, device=device)
+            return Parts(base=base, tokenizer=tokenizer, source=str(saved))
+        base = load_base(recipe.model, device=device)
+        return Parts(base=base, tokenizer=tokenizer, source=source, adapters=(saved,))

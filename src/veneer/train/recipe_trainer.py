@@ -34,7 +34,7 @@ from veneer.recipe.recipe import Recipe
 from veneer.recipe.tasks import trainer_of
 from veneer.store.merge_record import require_not_merged
 from veneer.store.source import load_tokenizer, resolve
-from veneer.train.base_model import load_base
+from veneer.train.base_model import device_of, load_base
 from veneer.train.library_errors import refusals_told
 from veneer.train.preference.reward import for_scores
 from veneer.train.processes import n_processes
@@ -65,7 +65,8 @@ def make_trainer(
     if recipe.metric is not None:
         metric = TaskMetric.of(recipe.metric, tokenizer, list(rows.eval or ()), _known(rows.train))
     cutter, frozen = _cutter(recipe) if model is None else None, recipe.method != "full"
-    base = load_base(recipe.model, frozen=frozen, cutter=cutter) if model is None else model
+    device = device_of(args)
+    base = load_base(recipe.model, frozen=frozen, cutter=cutter, device=device) if model is None else model
     given = _with_adapter(recipe, base)
     with refusals_told():
         trainer = kind(
@@ -88,7 +89,8 @@ def _make_task_trainer(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Ru
     rewards = {"reward_funcs": recipe.reward_functions()[0]} if recipe.rewards else {}
     set_seed(recipe.seed)  # a new head is drawn
     frozen, cutter = recipe.method != "full", _cutter(recipe)
-    base = load_base(recipe.model, scores=recipe.task == "reward", frozen=frozen, cutter=cutter)
+    scores, device = recipe.task == "reward", device_of(args)
+    base = load_base(recipe.model, scores=scores, frozen=frozen, cutter=cutter, device=device)
     given = _with_adapter(recipe, base)
     with refusals_told():
         trainer: RunTrainer = trainer_of(recipe.task)(

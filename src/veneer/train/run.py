@@ -8,6 +8,7 @@ from typing import Any
 
 from veneer.core.group import n_on_this_machine
 from veneer.errors import Interrupted
+from veneer.model.default_device import told_device
 from veneer.model.memory import high_water
 from veneer.recipe.adapter import FULL
 from veneer.recipe.recipe import Recipe
@@ -101,6 +102,8 @@ def carry_out(
     A run that breaks off leaves its status, its step, its ``reason`` and its log in ``run.json``. One that is refused
     before it trains leaves that file unchanged.
     """
+    if trainer.args.device.type != "cpu":
+        tell(f"device: {told_device(trainer.args.device)}")
     tell(trainer.describe())
     record = describe_run(recipe, trainer) | ({} if planned is None else {"plan": dict(planned)})
     require_alike({key: record[key] for key in ("recipe", "data", "parent", "n_trained")})

@@ -297,3 +297,19 @@ def test_memory_that_is_not_given_is_told_and_other_errors_are_not_hidden(
         monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", Mock(side_effect=error))
         with pytest.raises(kind, match=told):
             load_model(folder)
+
+
+def test_weights_are_read_straight_to_a_gpu(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The folder's loader is told the device: nothing is made in host memory and moved."""
+    found, stop = [], RuntimeError("told")
+
+    def told(*_: Any, **options: Any) -> Any:
+        found.append(options.get("device_map"))
+        raise stop
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", told)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    for device in ("cuda", torch.device("cuda", 1), "cpu", None):
+        with pytest.raises(RuntimeError, match="told"):
+            load_model(folder, device=device)
+    assert found == [{"": 3}, {"": 1}, None, None]

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from veneer.adapters.peft_model import PeftModel
 from veneer.errors import ConfigError, DivergedError, Interrupted, Paused
 from veneer.model.fused.decoder import fused
-from veneer.train.base_model import load_base
+from veneer.train.base_model import device_of, load_base
 from veneer.train.going_on import GoingOn
 from veneer.train.interrupt import Stop
 from veneer.train.loss import Scoring, TokenLoss
@@ -174,7 +174,8 @@ def train_together(jobs: Sequence[Job], tell: Tell, stop: Stop) -> list[Ended]:
     A member whose loss is not finite leaves; the others train on. A signal ends all of them after a step.
     """
     first = jobs[0].member.recipe
-    together = Together(load_base(first.model).to(first.training_config().device), tell, stop)
+    args = first.training_config()
+    together = Together(load_base(first.model, device=device_of(args)).to(args.device), tell, stop)
     for index, job in enumerate(jobs):
         together.start(f"member{index}", job)
     tell(f"{len(jobs)} members train together: {', '.join(job.member.name for job in jobs)}")
