@@ -16,6 +16,9 @@ from veneer.errors import BackendError
 
 BACKENDS = ("triton", "cpu", "reference")
 _DEVICES = {"triton": "cuda", "cpu": "cpu"}
+_PRODUCTS = ("attention", "grouped_low_rank", "pairs", "paged_attention")  # families whose kernels multiply tiles
+_TENSOR_CORES = (8, 0)  # the first compute capability of which Triton uses them
+_CODES = ("ggml", "scaled", "packed_codes")  # families of weights in codes
 
 log = logging.getLogger(__name__)
 
@@ -25,7 +28,7 @@ def implementation(op: str, device: torch.device, backend: str | None = None) ->
     named.
 
     Raises BackendError if a back end asked for by name is not available. If the reference replaces a kernel, the reason
-    is logged once.
+    is logged once, on a GPU as a warning with its cost.
     """
     if backend is not None:
         return _load(op, backend, device)
@@ -41,6 +44,25 @@ def implementation(op: str, device: torch.device, backend: str | None = None) ->
 def backends(op: str) -> tuple[str, ...]:
     """Return the back ends that can compute ``"family.name"`` in this installation, fastest first."""
     return tuple(b for b in BACKENDS if _find(op, b)[0] is not None)
+
+
+def lacks(op: str, backend: str) -> str:
+    """Return the reason why a back end cannot compute ``"family.name"`` here; empty if it can."""
+    return _find(op, backend)[1]
+
+
+@functools.cache
+def slow_products() -> str:
+    """Return the reason why Triton's products are refused on this machine's GPUs in favour of torch's; empty if they
+    are not.
+    """
+    if not torch.cuda.is_available() or interprets_triton():
+        return ""
+    found = (torch.cuda.get_device_capability(n) for n in range(torch.cuda.device_count()))
+    oldest = min(found, default=_TENSOR_CORES)
+    if oldest >= _TENSOR_CORES:
+        return ""
+    return "Triton uses tensor cores from compute capability 8.0 on, and a GPU here has {}.{}".format(*oldest)
 
 
 def availability() -> dict[str, str]:
@@ -85,7 +107,7 @@ def _load(op: str, backend: str, device: torch.device) -> Callable[..., Any]:
 @functools.cache
 def _find(op: str, backend: str) -> tuple[Callable[..., Any] | None, str]:
     family, _, name = op.partition(".")
-    missing = _missing(backend)
+    missing = _missing(backend) or (slow_products() if backend == "triton" and family in _PRODUCTS else "")
     if missing:
         return None, missing
     module = _module(backend, family)
@@ -111,4 +133,11 @@ def _missing(backend: str) -> str:
 
 @functools.cache
 def _log_fallback(op: str, backend: str, reason: str) -> None:
-    log.info("%s runs on the torch reference: %s back end: %s", op, backend, reason)
+    if _DEVICES[backend] == "cpu":
+        log.info("%s runs on the torch reference: %s back end: %s", op, backend, reason)
+        return
+    cost = "about 50 times" if op.partition(".")[0] in _CODES else "several times"
+    log.warning(
+        "%s runs on the torch reference on the GPU, which takes %s as long as a kernel (estimated): %s back end: %s",
+        op, cost, backend, reason,
+    )  # fmt: skip

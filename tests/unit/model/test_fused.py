@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
+import importlib
 import inspect
 import itertools
 import logging
@@ -148,6 +150,29 @@ def test_on_the_kernels_of_cuda(
     batch = {"attention_mask": mask} if is_padded else {}
     with mended_interpreter():
         assert_all_fused(adapted(quantized(model, "nf4") if family == "llama" else model), batch, halves)
+
+
+def test_a_kernel_that_triton_refuses_leaves_the_general_path(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    errors = pytest.importorskip("triton.errors", reason="needs the package triton")
+    launching = importlib.import_module("veneer.ops.triton.norm")
+    monkeypatch.setattr(dispatch, "_DEVICES", {"triton": "cpu"})
+    monkeypatch.setattr(decoder, "KERNELS", {"cpu": "triton"})
+
+    def refuse(self: Any, *args: Any, **options: Any) -> None:
+        raise errors.TritonError("at 3:9:\n  held = most\nExpected dtype ['fp32'] but got fp64")
+
+    monkeypatch.setattr(
+        type(launching._forward_kernel), "__getitem__", lambda self, grid: functools.partial(refuse, self)
+    )
+    model = base("llama")
+    expected = model(IDS).logits
+    assert not fuse(model)
+    assert torch.equal(model(IDS).logits, expected)
+    (record,) = caplog.records
+    assert "LlamaForCausalLM runs the general path, not the fused one" in record.message
+    assert "refuses the kernel _forward_kernel: Expected dtype ['fp32'] but got fp64. Install" in record.message
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2", "phi", "phi3", "neox", "gpt2"])

@@ -27,7 +27,7 @@ from veneer.model.inplace import InPlace, change_class, restore_class
 from veneer.model.quant_linear import computing_dtypes
 from veneer.model.sharding import gathered
 from veneer.model.structure import evaluation
-from veneer.ops.dispatch import backends
+from veneer.ops.dispatch import lacks
 
 log = logging.getLogger(__name__)
 
@@ -186,14 +186,23 @@ def _leave_all_out(blocks: Sequence[FusedBlock]) -> bool:
     return all(block.fused_shape.attention is None and block.fused_shape.mlp is None for block in blocks)
 
 
+def _no_kernels(device: str) -> str | None:
+    """The reason why blocks have no kernels on a kind of device; None if they have."""
+    if device not in KERNELS:
+        return f"there are no kernels for {device}"
+    missing = lacks("attention.attention_forward", KERNELS[device])
+    return f"there are no kernels for {device}: {missing}" if missing else None
+
+
 def _change_blocks(model: PreTrainedModel, described: blueprint.Decoder) -> str | None:
     """Change the classes of the blocks and of the module that holds them; or say why they do not fit."""
     decoder = model.base_model
     holder, layers = blocks_of(model)
     if holder is not decoder:
         return f"it has 0 lists of layers in its {type(decoder).__name__} itself, where one is expected"
-    if KERNELS.get(model.device.type) not in backends("attention.attention_forward"):
-        return f"there are no kernels for {model.device.type}"
+    reason = _no_kernels(model.device.type)
+    if reason is not None:
+        return reason
     shapes = [block_shape(block) for block in described.blocks]
     problem = next((shape for shape in shapes if isinstance(shape, str)), None)
     if problem is not None:

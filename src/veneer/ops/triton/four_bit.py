@@ -14,6 +14,7 @@ import triton.language as tl
 from jaxtyping import Float, Float32, UInt8
 from torch import Tensor
 
+from veneer.ops.dispatch import slow_products
 from veneer.ops.four_bit import FourBitLayout
 from veneer.ops.four_bit_codes import code_table
 from veneer.ops.reference.four_bit import SMALLEST_ABSMAX, thresholds
@@ -86,7 +87,7 @@ def matmul_t_4bit(
 
 def _is_few(x: Tensor, layout: FourBitLayout) -> bool:
     """Return True if a kernel multiplies so many rows straight from the codes: the weight's rows start with a byte."""
-    return 0 < len(x) <= _FEW_ROWS and layout.shape[1] % 2 == 0
+    return 0 < len(x) <= _FEW_ROWS and layout.shape[1] % 2 == 0 and not slow_products()
 
 
 @cache

@@ -8,6 +8,7 @@ import triton.language as tl
 from jaxtyping import Float, Float32, Int8
 from torch import Tensor
 
+from veneer.ops.dispatch import slow_products
 from veneer.ops.reference.int8 import INVERSE_127
 from veneer.ops.triton.launch import block, launch, launch_exact, warps
 
@@ -40,7 +41,7 @@ def dequantize_int8(
 def matmul_int8(
     x: Float[Tensor, "rows i"], codes: Int8[Tensor, "o i"], absmax: Float32[Tensor, " o"]
 ) -> Float[Tensor, "rows o"]:
-    if not 0 < len(x) <= _FEW_ROWS:
+    if not 0 < len(x) <= _FEW_ROWS or slow_products():
         return x @ dequantize_int8(codes, absmax, x.dtype).T
     o, i = codes.shape
     return _product(x, (codes, absmax), o, i, transposed=False)
@@ -49,7 +50,7 @@ def matmul_int8(
 def matmul_t_int8(
     dy: Float[Tensor, "rows o"], codes: Int8[Tensor, "o i"], absmax: Float32[Tensor, " o"]
 ) -> Float[Tensor, "rows i"]:
-    if not 0 < len(dy) <= _FEW_ROWS:
+    if not 0 < len(dy) <= _FEW_ROWS or slow_products():
         return dy @ dequantize_int8(codes, absmax, dy.dtype)
     o, i = codes.shape
     return _product(dy, (codes, absmax), i, o, transposed=True)

@@ -7,7 +7,9 @@ from typing import Any
 import torch
 import triton
 from torch import Tensor
+from triton.errors import TritonError
 
+from veneer.errors import BackendError
 from veneer.ops.memory import address
 
 SERVED = (torch.float32, torch.bfloat16, torch.float16)
@@ -22,7 +24,8 @@ def is_served(*tensors: Tensor) -> bool:
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
     """Run a kernel on the device of its first argument, a tensor; an empty grid runs nothing.
 
-    Raises TensorError if an argument is a tensor without plain values in that device's memory.
+    Raises TensorError if an argument is a tensor without plain values in that device's memory, and BackendError if
+    Triton refuses the kernel.
     """
     if 0 in grid:
         return
@@ -32,7 +35,19 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> No
             address(x, device)
     options.setdefault("enable_fp_fusion", True)
     with torch.cuda.device_of(args[0]):
-        kernel[grid](*args, **options)
+        try:
+            kernel[grid](*args, **options)
+        except TritonError as error:
+            raise BackendError(_refusal(kernel, error)) from error
+
+
+def _refusal(kernel: Any, error: TritonError) -> str:
+    name, said = getattr(kernel, "__name__", kernel), str(error).strip().splitlines()
+    return (
+        f"Triton {triton.__version__} refuses the kernel {name}: {said[-1] if said else type(error).__name__}. Install "
+        "a Triton from 3.4 to 3.9, which compile it for compute capability 8.0 and newer, or uninstall triton: torch "
+        "computes then"
+    )
 
 
 def launch_exact(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
