@@ -15,10 +15,11 @@ import torch
 
 import veneer.quant
 from veneer.contract import LinearMethod, MethodConfig
+from veneer.contract.settings import Settings
 from veneer.core.frozen import FrozenWeight
 from veneer.errors import ConfigError
 from veneer.methods import all_methods
-from veneer.methods.variants import all_variants
+from veneer.methods.variants import VARIANTS
 
 OTHERS = "down_proj|v_proj|c_attn|query_key_value"  # these have a rank and an alpha of their own
 BREAK_NEUTRALITY = {
@@ -33,7 +34,8 @@ STARTS_FROM_THE_WEIGHT = ("pissa", "pissa_niter_2", "olora")
 
 
 def variant_switches() -> list[str]:
-    return [module.SWITCH for module in all_variants()]
+    """Switches of variants that fit layers of every width."""
+    return [kind.switch for kind in VARIANTS if kind.is_product and not issubclass(kind, Settings)]
 
 
 def of_own_tests(cls: type[MethodConfig], name: str, default: Any) -> Any:

@@ -23,17 +23,20 @@ class Schedule(Protocol):
         """Resume from the tensors of `state`."""
 
 
-class Training(Protocol):
-    """Actions of a method in a training run."""
+class Training:
+    """Actions of a method in a training run. By default there are none."""
 
     def fields_for(self, n_steps: int) -> Mapping[str, object]:
         """Return the fields of the config that follow from the length of the run."""
+        return {}
 
     def penalty(self, layers: Sequence[Params]) -> Tensor | None:
         """Return a weighted term of the loss, from the parameters of all layers; None if there is none."""
+        return None
 
     def schedule(self, layers: Mapping[str, Params]) -> Schedule | None:
         """Return the schedule that acts on the parameters of all layers (by path) after each optimizer step.
 
         None if there is none.
         """
+        return None

@@ -15,11 +15,10 @@ from collections.abc import Callable, Collection, Mapping, Sequence, Set
 from dataclasses import MISSING, Field, fields
 from numbers import Integral, Real
 from types import UnionType
-from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from veneer.errors import ConfigError, VeneerError
 
-T = TypeVar("T")
 _QUOTED = re.compile(r"""(?<!\w)(['"])(\\.|(?!\1)[^\\])*\1""")  # a value: what stands in it is no field's name
 _EXACT = 2**53  # whole numbers up to here are floats too; torch computes with none beyond 64 bits
 _ONE_AND_MANY = {
@@ -50,15 +49,6 @@ def check(config: Any, problems: Callable[[], list[str]], error: type[VeneerErro
     if found:
         owner = getattr(kind, "given_to", "") or kind.__name__  # see `serve.keywords`
         raise error(f"{owner}: " + "; ".join(found))
-
-
-def settings_of(kind: type[T], values: Mapping[str, object]) -> T:
-    """Return a dataclass of settings from a file's fields. Raises ConfigError for unknown ones."""
-    known = [spec.name for spec in fields(cast(Any, kind))]
-    unknown = sorted(set(values) - set(known))
-    if unknown:
-        raise ConfigError(f"{kind.__name__}: unknown keys {unknown}; there are {known}")
-    return kind(**values)
 
 
 def plain(value: Any) -> Any:

@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from veneer.core.field_types import check, settings_of
+from veneer.contract.settings import Settings
 from veneer.core.sites import LinearSite
 from veneer.inits import Factors, Start, dense_weight
 from veneer.inits.lowrank import kaiming
@@ -35,7 +35,7 @@ def find(name: bool | str) -> Start | None:
 
 
 @dataclass(frozen=True)
-class CordaConfig:
+class CordaConfig(Settings):
     """Settings of CorDA, in PEFT's field.
 
     ``corda_method``: "ipm" takes the r largest singular values, for the task that the data shows, "kpm" the r smallest,
@@ -44,16 +44,13 @@ class CordaConfig:
 
     corda_method: Literal["ipm", "kpm"] = "ipm"
 
-    def __post_init__(self) -> None:
-        check(self, list)
-
     @classmethod
     def from_dict(cls, values: Mapping[str, object]) -> CordaConfig:
         """Return the settings from a file's fields, without those of PEFT's pass.
 
         Raises ConfigError for unknown ones.
         """
-        return settings_of(cls, {name: value for name, value in values.items() if name not in _OF_THE_PASS})
+        return super().from_dict({name: value for name, value in values.items() if name not in _OF_THE_PASS})
 
 
 def covariance(rows: Float[Tensor, "*batch i"]) -> Float[Tensor, "i i"]:

@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from veneer.core.field_types import check, settings_of
+from veneer.contract.settings import Settings
 from veneer.inits import Start
 from veneer.inits.lowrank import kaiming
 from veneer.inits.pissa import leading_triplets
@@ -33,7 +33,7 @@ def find(name: bool | str) -> Start | None:
 
 
 @dataclass(frozen=True)
-class EvaConfig:
+class EvaConfig(Settings):
     """Settings of EVA, in PEFT's fields.
 
     ``rho``: no layer gets more than ``rho · r`` ranks; 1 leaves all ranks unchanged. ``tau``: a direction has converged
@@ -49,17 +49,9 @@ class EvaConfig:
     whiten: bool = False
     adjust_scaling_factors: bool = True
 
-    def __post_init__(self) -> None:
-        check(self, self._problems)
-
-    def _problems(self) -> list[str]:
+    def problems(self) -> list[str]:
         found = [] if self.rho >= 1 else [f"rho={self.rho!r} must be a finite number of at least 1"]
         return found if 0 <= self.tau <= 1 else [*found, f"tau={self.tau!r} must lie in [0, 1]"]
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, object]) -> EvaConfig:
-        """Return the settings from a file's fields. Raises ConfigError for unknown ones."""
-        return settings_of(cls, values)
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,6 @@ the exact norm of the weight (PEFT: a randomized one).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -17,7 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from veneer.core.field_types import check, settings_of
+from veneer.contract.settings import Settings
 from veneer.core.sites import LinearSite
 from veneer.errors import ConfigError
 from veneer.inits import Factors, Start, dense_weight
@@ -34,7 +33,7 @@ def find(name: bool | str) -> Start | None:
 
 
 @dataclass(frozen=True)
-class LoraGAConfig:
+class LoraGAConfig(Settings):
     """Settings of LoRA-GA, in PEFT's fields.
 
     ``direction``: those of the gradient's 2 r leading triplets that A and B take. "ArB2r" gives A the first r and B the
@@ -47,13 +46,8 @@ class LoraGAConfig:
     scale: Literal["stable", "weight_svd", "gd_scale", "unit"] = "stable"
     stable_gamma: float = 16
 
-    def __post_init__(self) -> None:
-        check(self, lambda: [] if self.stable_gamma > 0 else [f"stable_gamma={self.stable_gamma!r} must be above 0"])
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, object]) -> LoraGAConfig:
-        """Return the settings from a file's fields. Raises ConfigError for unknown ones."""
-        return settings_of(cls, values)
+    def problems(self) -> list[str]:
+        return [] if self.stable_gamma > 0 else [f"stable_gamma={self.stable_gamma!r} must be above 0"]
 
 
 def of_gradient(

@@ -21,6 +21,7 @@ from veneer.contract.family_targets import LOW_RANK
 from veneer.contract.patterns import below_one
 from veneer.contract.peft_fields import OF_LORA, PeftFields
 from veneer.contract.targets import FamilyTargets
+from veneer.contract.training import Training
 from veneer.core.records import LinearDelta
 from veneer.core.sites import LinearSite
 from veneer.errors import ConfigError
@@ -149,7 +150,7 @@ class AdaLoraConfig(LinearMethod):
 
 
 @dataclass(frozen=True)
-class BudgetedTraining:
+class BudgetedTraining(Training):
     """AdaLoRA's part in a run: the pull towards orthogonality, and a budget that falls."""
 
     config: AdaLoraConfig

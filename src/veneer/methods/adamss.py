@@ -26,6 +26,7 @@ from veneer.contract.patterns import below_one
 from veneer.contract.peft_fields import PeftFields
 from veneer.contract.seeds import no_seeds
 from veneer.contract.targets import FamilyTargets
+from veneer.contract.training import Training
 from veneer.core.records import LinearDelta
 from veneer.core.sites import LinearSite
 from veneer.errors import ConfigError
@@ -305,16 +306,10 @@ def _b(k: int) -> str:
 
 
 @dataclass(frozen=True)
-class SubspaceTraining:
+class SubspaceTraining(Training):
     """AdaMSS's part in a run with ``use_asa``: clusters are frozen one after another."""
 
     config: AdamssConfig
-
-    def fields_for(self, n_steps: int) -> Mapping[str, object]:
-        return {}
-
-    def penalty(self, layers: Sequence[Params]) -> Tensor | None:
-        return None
 
     def schedule(self, layers: Mapping[str, Params]) -> SubspaceSchedule:
         return SubspaceSchedule(self.config, layers)

@@ -12,7 +12,7 @@ It takes none of them if the greatest type of the context is no multiple of 4.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -181,12 +181,6 @@ class _CPTTraining(Training):
     """Projection after each step."""
 
     config: CPTConfig
-
-    def fields_for(self, n_steps: int) -> Mapping[str, object]:
-        return {}
-
-    def penalty(self, layers: Sequence[Params]) -> Tensor | None:
-        return None
 
     def schedule(self, layers: Mapping[str, Params]) -> Schedule | None:
         found = [params["delta"] for params in layers.values() if "delta" in params]

@@ -9,7 +9,6 @@ import functools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from types import ModuleType
 from typing import ClassVar
 
 import torch
@@ -23,26 +22,19 @@ from veneer.contract.late_start import LateStart
 from veneer.contract.packing import Packing
 from veneer.contract.peft_fields import OF_LORA, PeftFields
 from veneer.contract.raised import Raised
+from veneer.contract.settings import Settings
 from veneer.contract.targets import FamilyTargets
 from veneer.contract.training import Training
 from veneer.core.groups import block_diagonal, diagonal_blocks
 from veneer.core.records import LinearDelta
 from veneer.core.sites import LinearSite
 from veneer.core.stacks import stack, unstack
-from veneer.core.terms.pair import Pair
-from veneer.methods.lora_parts import kasa, monteclora, velora
-from veneer.methods.lora_parts.blocks import drawn_blocks
 from veneer.methods.lora_parts.checks import LoraChecks
-from veneer.methods.lora_parts.kasa import KasaConfig, KasaTraining
 from veneer.methods.lora_parts.late_start import LoraLateStart
-from veneer.methods.lora_parts.monteclora import MontecloraConfig, MontecloraTraining
 from veneer.methods.lora_parts.raised import fields_of, parameters_of
 from veneer.methods.lora_parts.settings import LoraSettings
 from veneer.methods.lora_parts.taken_off import joined, packing_of, turned
-from veneer.methods.lora_parts.velora import VeloraConfig
-from veneer.methods.variants import all_variants
-
-_VARIANTS = all_variants()  # once, here: torch.compile cannot follow an import in the forward pass
+from veneer.methods.variants import VARIANTS, variants_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +70,7 @@ class LoraConfig(LoraSettings):
     peft_type: ClassVar[str] = "LORA"
     headline: ClassVar[tuple[str, ...]] = ("r", "lora_alpha", "target_modules")
     kinds: ClassVar[frozenset[str]] = frozenset({"linear", "embedding", "convolution", "attention"})
-    outward: ClassVar[frozenset[str]] = frozenset({"lora_B"}.union(*(getattr(v, "OUTWARD", ()) for v in _VARIANTS)))
+    outward: ClassVar[frozenset[str]] = frozenset({"lora_B"}.union(*(kind.outward for kind in VARIANTS)))
     family_targets: ClassVar[FamilyTargets] = LOW_RANK
     peft_fields: ClassVar[PeftFields] = OF_LORA
     usual_fields: ClassVar[Mapping[str, object]] = {"target_modules": "all-linear"}
@@ -89,90 +81,62 @@ class LoraConfig(LoraSettings):
         """
         r = self.rank(site)
         scale = self.alpha(site) / r
-        for variant in self._variants("scale"):
-            scale = variant.scale(r, scale)
+        for variant in variants_of(self):
+            scale = variant.scaled(scale, r)
         return scale * site.repeats
 
     def shapes(self, site: LinearSite) -> Shapes:
-        r = self.rank(site)
-        rows = r * site.experts
-        n_a, n_b = self.blocks(site)
-        channels, point = site.in_features // math.prod(site.window), (1,) * len(site.window)
-        channels, b_shape = channels // n_a // self.pooled, (site.out_features, rows // site.groups // n_b, *point)
-        shapes: Shapes = {"lora_A": (rows, channels, *site.window), "lora_B": b_shape}
+        shapes = self._factors(site)
         if self.start.taken_off:
             shapes |= {"lora_A_start": shapes["lora_A"], "lora_B_start": shapes["lora_B"]}
-        if self.has_kasa:
-            shapes[kasa.DIAGONAL] = (r,)
-        if isinstance(self.velora_config, VeloraConfig):
-            shapes[velora.EMBED] = (self.velora_config.width(site),)
-        if isinstance(self.monteclora_config, MontecloraConfig):
-            shapes |= self.monteclora_config.shapes(r)
-        for variant in self._variants("shapes"):
-            shapes |= variant.shapes(self, site)
+        for variant in variants_of(self):
+            shapes |= variant.shapes(self, site, shapes)
         return shapes
 
     def init(self, site: LinearSite, generator: torch.Generator | None = None) -> dict[str, Tensor]:
-        start, (n_a, n_b) = self.start, self.blocks(site)
-        read = replace(site, in_features=site.in_features // self.pooled)
+        start, read, shapes = self.start, self._read(site), self._factors(site)
         drawn = [start.factors(read, self.rank(site), self.scale(site), generator) for _ in range(site.experts)]
         a, b = drawn[0] if site.experts == 1 else stack(drawn)
-        shapes = self.shapes(site)
-        a = drawn_blocks(shapes["lora_A"], generator) if n_a > 1 else a
-        b = diagonal_blocks(b, site.groups * n_b)
+        b = diagonal_blocks(b, site.groups)
         params = {"lora_A": a.reshape(shapes["lora_A"]), "lora_B": b.reshape(shapes["lora_B"])}
         if start.taken_off:
             params |= {"lora_A_start": params["lora_A"].clone(), "lora_B_start": params["lora_B"].clone()}
-        if self.has_kasa:
-            params[kasa.DIAGONAL] = torch.randn(self.rank(site), generator=generator)
-        if isinstance(self.velora_config, VeloraConfig):
-            params[velora.EMBED] = self.velora_config.init(site, generator)
-        if isinstance(self.monteclora_config, MontecloraConfig):
-            params |= self.monteclora_config.init(self.rank(site), generator)
-        for variant in self._variants("init"):
-            params |= variant.init(self, site, params)
+        for variant in variants_of(self):
+            params |= variant.init(self, site, params, generator)
         return params
 
     def drawn(self, site: LinearSite, generator: torch.Generator | None = None) -> dict[str, Tensor]:
-        if isinstance(self.monteclora_config, MontecloraConfig):
-            return self.monteclora_config.drawn(site, self.rank(site), generator)
-        return {velora.IN_TRAINING: torch.ones(())} if self.velora_config is not None else {}
+        return {name: value for v in variants_of(self) for name, value in v.drawn(self, site, generator).items()}
 
     def lower(self, site: LinearSite, params: Params) -> LinearDelta:
-        if isinstance(self.monteclora_config, MontecloraConfig):
-            params = self.monteclora_config.perturbed(params)
+        for variant in variants_of(self):
+            params = variant.of_pass(params)
         a, b = (factor.flatten(1) for factor in joined(params))
         if site.experts > 1:
             a, b = unstack(a, b, site.experts)
-        n_a, n_b = self.blocks(site)
-        a, b = block_diagonal(a, n_a), block_diagonal(b, site.groups * n_b)
-        if self.use_qalora:  # PEFT's scale of a mean of inputs
-            a = a.repeat_interleave(self.pooled, dim=1) * (site.in_features / self.pooled**2)
-        if self.has_kasa:
-            return kasa.taken_off(site, params, Pair(a=a, b=b, scale=self.scale(site)))
-        if isinstance(self.velora_config, VeloraConfig) and velora.IN_TRAINING in params:
-            pair = Pair(a=a, b=b, scale=self.scale(site))
-            return LinearDelta(adds=(self.velora_config.compressed(pair, params[velora.EMBED]),))
+        b = block_diagonal(b, site.groups)
+        for variant in variants_of(self):
+            a, b = variant.factors(self, site, a, b)
         record = LinearDelta.pair(a, b, self.scale(site))
-        for variant in self._variants("lower"):
+        for variant in variants_of(self):
             record = variant.lower(self, site, params, record)
         return record
 
     def derived(self, site: LinearSite, params: Params) -> dict[str, Tensor]:
-        return kasa.least_parts(site, self.rank(site)) if self.has_kasa else {}
+        return {name: value for v in variants_of(self) for name, value in v.derived(self, site).items()}
 
     def disk_names(self, site: LinearSite) -> dict[str, str]:
-        names = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight", **monteclora.DISK_NAMES}
+        names = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight"}
         if site.kind == "embedding":
             names = {"lora_A": "lora_embedding_A", "lora_B": "lora_embedding_B"}
-        for variant in self._variants("DISK_NAMES"):
-            names |= variant.DISK_NAMES
+        for variant in variants_of(self):
+            names |= variant.disk_names
         return {name: names.get(name, name) for name in self.shapes(site)}
 
     @property
     def packing(self) -> Packing:
-        plain, held = packing_of(self), () if self.monteclora_config is None else monteclora.HELD
-        return replace(plain, fixed=(*plain.fixed, *held, *([] if self.velora_config is None else [velora.EMBED])))
+        plain = packing_of(self)
+        return replace(plain, fixed=(*plain.fixed, *(name for v in variants_of(self) for name in v.fixed)))
 
     @property
     def checks(self) -> Checks:
@@ -200,23 +164,22 @@ class LoraConfig(LoraSettings):
 
     @property
     def reads_weight(self) -> bool:
-        return self.has_kasa or bool(self._variants("READS_WEIGHT"))
+        return any(v.reads_weight for v in variants_of(self))
 
     @property
     def training(self) -> Training | None:
-        if isinstance(self.monteclora_config, MontecloraConfig):
-            return MontecloraTraining(self.monteclora_config)
-        return KasaTraining(self.kasa_config) if isinstance(self.kasa_config, KasaConfig) else None
+        return next(filter(None, (v.training() for v in variants_of(self))), None)
 
     def site_of(self, site: LinearSite, shapes: Mapping[str, tuple[int, ...]]) -> LinearSite:
         a, b = shapes["lora_A"], shapes["lora_B"]
-        inputs = math.prod(a[1:]) * self.blocks(site)[0] * self.pooled
+        inputs = math.prod(a[1:]) * math.prod(v.width(self, site) for v in variants_of(self))
         site = replace(site, in_features=inputs, out_features=b[0])
         return site if len(a) == 2 else replace(site, kind="convolution", window=a[2:], groups=max(1, a[0] // b[1]))
 
     @classmethod
     def variants(cls) -> Mapping[str, str]:
-        return {v.__name__.rpartition(".")[2]: v.SWITCH for v in _VARIANTS}
+        plain = [kind for kind in VARIANTS if not issubclass(kind, Settings)]
+        return {kind.__module__.rpartition(".")[2]: kind.switch for kind in plain}
 
     @classmethod
     def raised(cls, records: Mapping[str, LinearDelta], targets: Sequence[str]) -> Raised | None:
@@ -238,9 +201,20 @@ class LoraConfig(LoraSettings):
             b="lora_B",
             taken_off=("lora_A_start", "lora_B_start") if self.start.taken_off else (),
             settings=self.data_start,
-            is_product=not (self.reads_weight or self.start.taken_off or self.has_small_factors),
+            is_product=not (self.reads_weight or self.start.taken_off) and all(v.is_product for v in variants_of(self)),
         )
 
-    def _variants(self, what: str) -> list[ModuleType]:
-        """The variants that are on and offer this."""
-        return [v for v in _VARIANTS if getattr(self, v.SWITCH) and hasattr(v, what)]
+    def _read(self, site: LinearSite) -> LinearSite:
+        """The site as A reads it."""
+        for variant in variants_of(self):
+            site = variant.read_site(self, site)
+        return site
+
+    def _factors(self, site: LinearSite) -> Shapes:
+        """Shapes of A and B, before variants change them."""
+        rows, read, point = self.rank(site) * site.experts, self._read(site), (1,) * len(site.window)
+        channels = read.in_features // math.prod(site.window)
+        return {
+            "lora_A": (rows, channels, *site.window),
+            "lora_B": (site.out_features, rows // site.groups, *point),
+        }

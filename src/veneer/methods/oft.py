@@ -144,12 +144,6 @@ class ConstrainedTraining(Training):
 
     eps: float
 
-    def fields_for(self, n_steps: int) -> Mapping[str, object]:
-        return {}
-
-    def penalty(self, layers: Sequence[Params]) -> Tensor | None:
-        return None
-
     def schedule(self, layers: Mapping[str, Params]) -> Schedule:
         made = _Projection([params["oft_R"] for params in layers.values()], self.eps)
         made.step(0)  # an adapter of PEFT's is written as its last step left it, without the projection

@@ -53,9 +53,9 @@ def declared_methods() -> Mapping[str, KnownMethod]:
             presets |= dict.fromkeys(literal(module, "PRESETS", {}), replace(method, is_own=False))
     variants = {}
     for module in _modules(_VARIANTS):
-        switch = literal(module, "SWITCH")
+        _, switch = next(classes_with(module, "switch"))
         for method in found.values():
-            if switch in method.keys.types:
+            if method.keys.types.get(switch) is bool:  # others are turned on by settings
                 variants[module.rpartition(".")[2]] = replace(method, switches={switch: True}, is_own=False)
     return found | variants | presets
 

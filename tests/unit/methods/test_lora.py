@@ -90,7 +90,7 @@ def test_a_config_keeps_its_own_copy_of_a_pattern():
         ({"init_lora_weights": "pisa"}, "init_lora_weights='pisa' must be one of"),
         ({"init_lora_weights": 1}, "init_lora_weights=1 must be True, False or a string"),
         ({"use_dora": "yes"}, "use_dora='yes' must be True or False"),
-        ({"use_dora": True, "lora_bias": True}, "lora_bias and use_dora exclude each other"),
+        ({"use_dora": True, "lora_bias": True}, "lora_bias=True does not go with use_dora: leave it out"),
     ],
 )
 def test_a_config_says_what_is_wrong(values, words):

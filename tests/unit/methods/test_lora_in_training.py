@@ -16,7 +16,7 @@ from methods_in_peft import TARGETS, TOKENS, assert_equals_peft, biased, near, s
 from veneer import LoraConfig, MontecloraConfig, PeftModel, VeloraConfig, get_peft_model
 from veneer.core.linear import apply_linear
 from veneer.errors import ConfigError, TargetError
-from veneer.methods.lora_parts import monteclora, velora
+from veneer.methods.variants import monteclora, velora
 from veneer.quant.dense import DenseWeight
 
 FIELDS: dict[str, Any] = {"r": 3, "lora_alpha": 7, "rank_pattern": {"v_proj": 2}, "target_modules": TARGETS}
@@ -71,7 +71,7 @@ def test_five_steps_have_pefts_losses(name, tmp_path, monkeypatch):
     theirs, ours = both(name, tmp_path)
     held = samples(theirs)
 
-    def drawn(self: MontecloraConfig, place: Any, r: int, generator: Any) -> dict[str, Tensor]:
+    def drawn(self: MontecloraConfig, config: Any, place: Any, generator: Any) -> dict[str, Tensor]:
         one = next(held[place.name])
         return {
             "monteclora_z": one["z_mvn"],
@@ -127,7 +127,7 @@ def test_noise_is_that_of_the_samples():
     own = MontecloraConfig(num_samples=3, sample_scaler=0.5)
     config = LoraConfig(r=2, lora_alpha=2, monteclora_config=own)
     place = site("q_proj", 7, 5)
-    params = {"lora_A": torch.randn(2, 5), "lora_B": torch.randn(7, 2), **own.init(2, None)}
+    params = {"lora_A": torch.randn(2, 5), "lora_B": torch.randn(7, 2), **own.init(config, place, {}, None)}
     drawn = config.drawn(place, torch.Generator().manual_seed(3))
     again = config.drawn(place, torch.Generator().manual_seed(3))
     assert all(torch.equal(again[key], value) for key, value in drawn.items())
@@ -167,7 +167,8 @@ def test_a_training_step_adds_pefts_terms_to_the_loss(tmp_path, monkeypatch):
 
 def test_a_start_draws_what_peft_draws():
     place = site("q_proj", 7, 8)
-    e = VeloraConfig(num_groups=3, init_type="random").init(place, torch.Generator().manual_seed(5))
+    own = VeloraConfig(num_groups=3, init_type="random")
+    e = own.init(LoraConfig(velora_config=own), place, {}, torch.Generator().manual_seed(5))[velora.EMBED]
     drawn = torch.randn(3, generator=torch.Generator().manual_seed(5))
     torch.testing.assert_close(e, drawn / drawn.norm())
     assert torch.equal(velora.unit(torch.zeros(4)), torch.full((4,), 0.5))

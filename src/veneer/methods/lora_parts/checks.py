@@ -8,9 +8,8 @@ from dataclasses import dataclass
 from veneer.contract.checks import Checks
 from veneer.contract.patterns import unmatched
 from veneer.core.sites import LinearSite
-from veneer.methods.lora_parts.blocks import BdLoraConfig
-from veneer.methods.lora_parts.kasa import too_large
 from veneer.methods.lora_parts.settings import LoraSettings
+from veneer.methods.variants import variants_of
 
 
 @dataclass(frozen=True)
@@ -34,25 +33,7 @@ class LoraChecks(Checks):
             for site in grouped
             if self.config.rank(site) % site.groups
         ]
-        blocks = self.config.use_bdlora
-        if isinstance(blocks, BdLoraConfig):
-            found += [said for site in sites for said in blocks.problems_at(site, self.config.rank(site))]
-        size = self.config.pooled
-        found += [
-            f"qalora_group_size={size} at {site.name}: give a divisor of its {site.in_features} inputs"
-            for site in sites
-            if site.in_features % size
-        ]
-        if self.config.use_qalora:
-            found += [f"use_qalora at {site.name}, which is no linear layer" for site in sites if site.kind != "linear"]
-        found += [
-            f"{name} at {site.name}, which is no linear layer"
-            for name in ("velora_config", "monteclora_config")
-            for site in sites
-            if getattr(self.config, name) is not None and site.kind != "linear"
-        ]
-        if self.config.has_kasa:
-            found += too_large(sites, [self.config.rank(site) for site in sites])
+        found += [said for v in variants_of(self.config) for said in v.refusals_at(self.config, sites)]
         if grouped and self.config.packing.fixed:
             found.append(
                 f"init_lora_weights={self.config.init_lora_weights!r} does not go with {grouped[0].name}, a "

@@ -1,23 +1,133 @@
-"""Variants of LoRA, one file each: functions on its record. Dropping a file here adds a variant.
-
-Each file names in ``SWITCH`` the field of `LoraConfig` that turns it on, and offers any of
-
-- ``scale(r, scale_so_far)``: another scale;
-- ``shapes(config, site)``, ``init(config, site, factors)`` and ``DISK_NAMES`` for parameters that it adds;
-- ``lower(config, site, params, record)``: the record after the variant;
-- ``OUTWARD``: those of its parameters that are on the side of the output (see `LinearMethod.outward`);
-- ``READS_WEIGHT``: True if its ``lower`` needs the frozen weight.
-"""
+"""Variants of LoRA, one file each: a class of functions on its parameters and record. Dropping a file here adds one."""
 
 from __future__ import annotations
 
-import functools
 import importlib
+import inspect
 import pkgutil
-from types import ModuleType
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from veneer.contract.parameters import Params, Shapes
+from veneer.contract.training import Training
+from veneer.core.records import LinearDelta
+from veneer.core.sites import LinearSite
 
 
-@functools.cache
-def all_variants() -> tuple[ModuleType, ...]:
-    """Return the modules of this folder."""
-    return tuple(importlib.import_module(info.name) for info in pkgutil.iter_modules(__path__, f"{__name__}."))
+class Variant:
+    """Variant that the field ``switch`` of a `LoraConfig` turns on: by True, or by settings, which are the variant.
+
+    ``excludes`` are fields that do not go with it, ``whole`` those that need A and B of plain LoRA. With ``own_start``
+    no named ``init_lora_weights`` does. ``fixed`` parameters are never trained, ``outward`` ones lie on the side of the
+    output (see `LinearMethod.outward`). The update has ``ranks`` times the rank, and is no product B A of any factors
+    unless ``is_product``. ``reads_weight``: `lower` needs the frozen weight. ``inert``: adapters that differ in the
+    switch mean the same update.
+    """
+
+    switch: ClassVar[str]
+    whole: ClassVar[tuple[str, ...]] = (
+        "use_dora", "lora_bias", "target_parameters", "ensure_weight_tying", "alora_invocation_tokens",
+    )  # fmt: skip
+    excludes: ClassVar[tuple[str, ...]] = ()
+    own_start: ClassVar[bool] = False
+    disk_names: ClassVar[Mapping[str, str]] = {}
+    fixed: ClassVar[tuple[str, ...]] = ()
+    outward: ClassVar[tuple[str, ...]] = ()
+    ranks: ClassVar[int] = 1
+    is_product: ClassVar[bool] = True
+    reads_weight: ClassVar[bool] = False
+    inert: ClassVar[bool] = False
+
+    def refusals(self, config: Any) -> list[str]:
+        """Return the problems of a `LoraConfig` with this variant, other than ``excludes``."""
+        return []
+
+    def refusals_at(self, config: Any, sites: Sequence[LinearSite]) -> list[str]:
+        """Return the problems of layers that the config adapts."""
+        return []
+
+    def scaled(self, scale: float, r: int) -> float:
+        """Return the scale for this rank, given alpha / r."""
+        return scale
+
+    def read_site(self, config: Any, site: LinearSite) -> LinearSite:
+        """Return the site as A reads it."""
+        return site
+
+    def width(self, config: Any, site: LinearSite) -> int:
+        """Return the number of inputs to a column of A."""
+        return 1
+
+    def shapes(self, config: Any, site: LinearSite, shapes: Shapes) -> Shapes:
+        """Return the shapes of parameters that it adds or changes, given those so far."""
+        return {}
+
+    def init(
+        self, config: Any, site: LinearSite, params: Params, generator: torch.Generator | None
+    ) -> dict[str, Tensor]:
+        """Return initial values of the parameters that it adds or changes, given those so far."""
+        return {}
+
+    def drawn(self, config: Any, site: LinearSite, generator: torch.Generator | None) -> dict[str, Tensor]:
+        """Return the random numbers of a training pass."""
+        return {}
+
+    def derived(self, config: Any, site: LinearSite) -> dict[str, Tensor]:
+        """Return tensors that follow from the weight."""
+        return {}
+
+    def of_pass(self, params: Params) -> Params:
+        """Return the parameters as a pass uses them."""
+        return params
+
+    def factors(self, config: Any, site: LinearSite, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        """Return A (r, i) and B (o, r) as plain LoRA has them, from its own."""
+        return a, b
+
+    def lower(self, config: Any, site: LinearSite, params: Params, record: LinearDelta) -> LinearDelta:
+        """Return the record after the variant."""
+        return record
+
+    def training(self) -> Training | None:
+        """Return its part in a run, if it has one."""
+        return None
+
+
+def excluded(config: object, names: Sequence[str], why: str) -> list[str]:
+    """Return a sentence for each of these fields that is set."""
+    given = {name: getattr(config, name) for name in names}
+    return [f"{name}={value!r} does not go with {why}" for name, value in given.items() if value]
+
+
+def not_linear(switch: str, sites: Sequence[LinearSite]) -> list[str]:
+    """Return a problem for each layer that is not linear."""
+    return [f"{switch} at {site.name}, which is no linear layer" for site in sites if site.kind != "linear"]
+
+
+def all_variants() -> tuple[type[Variant], ...]:
+    """Return the variants of this folder, one a file."""
+    files = [importlib.import_module(info.name) for info in pkgutil.iter_modules(__path__, f"{__name__}.")]
+    kinds = [kind for file in files for _, kind in inspect.getmembers(file, inspect.isclass)]
+    return tuple(k for k in kinds if issubclass(k, Variant) and k is not Variant and k.__module__.startswith(__name__))
+
+
+VARIANTS = all_variants()  # once, here: torch.compile cannot follow an import in the forward pass
+
+
+def variants_of(config: object) -> list[Variant]:
+    """Return the variants that a config turns on."""
+    given = [(kind, getattr(config, kind.switch)) for kind in VARIANTS]
+    return [kind() if value is True else value for kind, value in given if value not in (None, False)]
+
+
+def refusals(config: Any) -> list[str]:
+    """Return a sentence for each field that does not go with a variant, and the other problems of variants."""
+    on, found = variants_of(config), list[str]()
+    for each in on:
+        found += excluded(config, each.excludes, f"{each.switch}: leave it out")
+        if each.own_start and config.init_lora_weights not in (True, False):
+            found += excluded(config, ["init_lora_weights"], f"{each.switch}: leave it out")
+    return found + [said for each in on for said in each.refusals(config)]

@@ -14,12 +14,13 @@ such update.
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from veneer.contract import LinearMethod, Params, Shapes
 from veneer.contract.needed import needed_weight
+from veneer.contract.parameters import Params, Shapes
 from veneer.core.frozen import FrozenWeight
 from veneer.core.groups import diagonal_blocks
 from veneer.core.linear import row_norms
@@ -27,29 +28,40 @@ from veneer.core.records import LinearDelta
 from veneer.core.sites import LinearSite
 from veneer.core.terms.pair import Pair
 from veneer.core.terms.scale import Scale
-
-SWITCH = "use_dora"
-READS_WEIGHT = True
+from veneer.methods.variants import Variant
 
 
-def shapes(config: LinearMethod, site: LinearSite) -> Shapes:
-    """Return the shape of the magnitude, one per output row; a convolution's has the dimensions of its output."""
-    of_convolution = (1, site.out_features, *[1] * len(site.window))
-    return {"lora_magnitude_vector": of_convolution if site.window else (site.out_features,)}
+class Dora(Variant):
+    """DoRA."""
 
+    switch = "use_dora"
+    excludes = ("lora_bias",)
+    reads_weight = True
 
-def init(config: LinearMethod, site: LinearSite, factors: Params) -> dict[str, Tensor]:
-    """Return the row norms of the frozen weight with the initial factors, so that the start changes nothing."""
-    start = config.lower(site, {**factors, "lora_magnitude_vector": torch.ones(site.out_features)})
-    return {name: _norms(site, start).float().cpu().view(shape) for name, shape in shapes(config, site).items()}
+    def refusals(self, config: Any) -> list[str]:
+        start = config.init_lora_weights
+        fixed = config.start is not None and config.start.fixed
+        return (
+            [f"init_lora_weights={start!r} and use_dora exclude each other, as in PEFT: leave one out"] if fixed else []
+        )
 
+    def shapes(self, config: Any, site: LinearSite, shapes: Shapes) -> Shapes:
+        of_convolution = (1, site.out_features, *[1] * len(site.window))
+        return {"lora_magnitude_vector": of_convolution if site.window else (site.out_features,)}
 
-def lower(config: LinearMethod, site: LinearSite, params: Params, record: LinearDelta) -> LinearDelta:
-    """Return LoRA's record with its outputs scaled by ``m / norm``."""
-    magnitude = params["lora_magnitude_vector"].flatten()
-    # A row of zeros has no direction and magnitude 0: it stays zero instead of becoming 0 / 0.
-    norms = _norms(site, record).to(magnitude.device).clamp_min(torch.finfo(magnitude.dtype).tiny)
-    return replace(record, output=Scale(magnitude / norms))
+    def init(
+        self, config: Any, site: LinearSite, params: Params, generator: torch.Generator | None
+    ) -> dict[str, Tensor]:
+        """Return the row norms of the weight with the initial factors, so that the start changes nothing."""
+        start = config.lower(site, {**params, "lora_magnitude_vector": torch.ones(site.out_features)})
+        shapes = self.shapes(config, site, {})
+        return {name: _norms(site, start).float().cpu().view(shape) for name, shape in shapes.items()}
+
+    def lower(self, config: Any, site: LinearSite, params: Params, record: LinearDelta) -> LinearDelta:
+        magnitude = params["lora_magnitude_vector"].flatten()
+        # A row of zeros has no direction and magnitude 0: it stays zero instead of becoming 0 / 0.
+        norms = _norms(site, record).to(magnitude.device).clamp_min(torch.finfo(magnitude.dtype).tiny)
+        return replace(record, output=Scale(magnitude / norms))
 
 
 @torch.no_grad()

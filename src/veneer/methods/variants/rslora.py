@@ -7,9 +7,13 @@ from __future__ import annotations
 
 import math
 
-SWITCH = "use_rslora"
+from veneer.methods.variants import Variant
 
 
-def scale(r: int, scale_so_far: float) -> float:
-    """Return the scale alpha / √r, given alpha / r."""
-    return scale_so_far * math.sqrt(r)
+class RsLora(Variant):
+    """rsLoRA."""
+
+    switch = "use_rslora"
+
+    def scaled(self, scale: float, r: int) -> float:
+        return scale * math.sqrt(r)

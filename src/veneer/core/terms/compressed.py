@@ -1,18 +1,9 @@
-"""VeLoRA: the gradient of A from inputs in compressed form, a number for each group of features (Miles et al. 2024,
-arXiv:2405.17991, section 3).
-
-A group x_g of g inputs becomes ``x_g · e`` with a unit vector e that all groups share, and ``s (x_g · e) e`` again for
-the gradient. Forward passes, and gradients in everything else, are LoRA's.
-
-Departs: e is the mean of the pass itself with ``init_type="batch_average"``. That in a file is kept for PEFT, which
-writes the one of its last pass. Layers keep one x for all that read it, also where it is compressed for A.
-"""
+"""Low-rank change whose A has the gradient of compressed inputs (VeLoRA, Miles et al. 2024, arXiv:2405.17991)."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -20,55 +11,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear, pad
 
-from veneer.core.field_types import check, settings_of
-from veneer.core.sites import LinearSite
 from veneer.core.terms.change import Change
-from veneer.core.terms.pair import Pair
-
-EMBED = "lora_velora_embed"
-IN_TRAINING = "velora_in_training"
-
-
-@dataclass(frozen=True)
-class VeloraConfig:
-    """Settings of VeLoRA, in PEFT's fields.
-
-    ``num_groups`` groups of features are compressed, and ``scale`` is s. ``init_type`` names e: the mean of each pass
-    ("batch_average") or a random vector ("random"). "batch_average_once" is read from files. Training with it is
-    refused, since e would be that of a first batch.
-    """
-
-    num_groups: int = 64
-    scale: float = 1.0
-    init_type: Literal["batch_average", "batch_average_once", "random"] = "batch_average"
-
-    def __post_init__(self) -> None:
-        check(self, self._problems)
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, object]) -> VeloraConfig:
-        """Return the settings from a file's fields. Raises ConfigError for unknown ones."""
-        return settings_of(cls, values)
-
-    def _problems(self) -> list[str]:
-        found = [] if self.num_groups > 0 else [f"num_groups={self.num_groups!r} must be a whole number of at least 1"]
-        return found + ([] if self.scale > 0 else [f"scale={self.scale!r} must be above 0"])
-
-    def width(self, site: LinearSite) -> int:
-        """Return the number of features in a group. Zeros fill the last one up."""
-        return -(-site.in_features // self.num_groups)
-
-    def init(self, site: LinearSite, generator: torch.Generator | None) -> Float[Tensor, " g"]:
-        """Return the initial e: random, or zeros where it is a mean."""
-        width = self.width(site)
-        return unit(torch.randn(width, generator=generator)) if self.init_type == "random" else torch.zeros(width)
-
-    def compressed(self, pair: Pair, embed: Float[Tensor, " g"]) -> Compressed:
-        """Return the change of a training pass that has the product of a pair."""
-        is_mean = self.init_type != "random"
-        return Compressed(
-            a=pair.a, b=pair.b, embed=embed, times=pair.scale, groups=self.num_groups, scale=self.scale, is_mean=is_mean
-        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

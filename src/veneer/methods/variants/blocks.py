@@ -5,38 +5,39 @@ et al. 2025, arXiv:2510.23346, section 3).
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from veneer.core.field_types import check, settings_of
+from veneer.contract.parameters import Params, Shapes
+from veneer.contract.settings import Settings
+from veneer.core.groups import block_diagonal, diagonal_blocks
 from veneer.core.sites import LinearSite
+from veneer.methods.variants import Variant
 
 
 @dataclass(frozen=True)
-class BdLoraConfig:
+class BdLoraConfig(Settings, Variant):
     """Settings of BD-LoRA, in PEFT's fields.
 
     ``target_modules_bd_a`` and ``target_modules_bd_b`` name the layers whose A, or B, consists of ``nblocks`` blocks:
     those with one of these in the last name of their path. ``match_strict`` refuses layers that have neither.
     """
 
+    switch = "use_bdlora"
+    excludes = (*Variant.whole, "use_qalora", "kasa_config")
+    own_start = True
+    is_product = False
+
     target_modules_bd_a: Collection[str] | None = None
     target_modules_bd_b: Collection[str] | None = None
     nblocks: int = 1
     match_strict: bool = True
 
-    def __post_init__(self) -> None:
-        check(self, self._problems)
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, object]) -> BdLoraConfig:
-        """Return the settings from a file's fields. Raises ConfigError for unknown ones."""
-        return settings_of(cls, values)
-
-    def _problems(self) -> list[str]:
+    def problems(self) -> list[str]:
         found = [f"nblocks={self.nblocks!r} must be a whole number of at least 1"] if self.nblocks < 1 else []
         both = sorted({*(self.target_modules_bd_a or ())} & {*(self.target_modules_bd_b or ())})
         return found + ([f"target_modules_bd_a and target_modules_bd_b share {both}: leave one out"] if both else [])
@@ -71,8 +72,28 @@ class BdLoraConfig:
     def _names(self, site: LinearSite, patterns: Collection[str] | None) -> bool:
         return any(pattern in site.name.rpartition(".")[2] for pattern in patterns or ())
 
+    def refusals_at(self, config: Any, sites: Sequence[LinearSite]) -> list[str]:
+        return [said for site in sites for said in self.problems_at(site, config.rank(site))]
 
-def drawn_blocks(shape: Sequence[int], generator: torch.Generator | None) -> Tensor:
-    """Return the blocks of A, uniform in ±√(6 / columns), as PEFT draws them."""
-    bound = math.sqrt(6 / shape[1])
-    return torch.empty(*shape).uniform_(-bound, bound, generator=generator)
+    def width(self, config: Any, site: LinearSite) -> int:
+        return self.blocks(site)[0]
+
+    def shapes(self, config: Any, site: LinearSite, shapes: Shapes) -> Shapes:
+        (rows, inputs, *window), (outputs, columns, *point) = shapes["lora_A"], shapes["lora_B"]
+        n_a, n_b = self.blocks(site)
+        return {"lora_A": (rows, inputs // n_a, *window), "lora_B": (outputs, columns // n_b, *point)}
+
+    def init(
+        self, config: Any, site: LinearSite, params: Params, generator: torch.Generator | None
+    ) -> dict[str, Tensor]:
+        """Return A in blocks, uniform in ±√(6 / columns) as PEFT draws them, and the blocks of B."""
+        n_a, n_b = self.blocks(site)
+        a, columns = params["lora_A"], params["lora_A"].shape[1] // n_a
+        if n_a > 1:
+            bound = math.sqrt(6 / columns)
+            a = torch.empty(len(a), columns).uniform_(-bound, bound, generator=generator)
+        return {"lora_A": a, "lora_B": diagonal_blocks(params["lora_B"], n_b)}
+
+    def factors(self, config: Any, site: LinearSite, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        n_a, n_b = self.blocks(site)
+        return block_diagonal(a, n_a), block_diagonal(b, n_b)

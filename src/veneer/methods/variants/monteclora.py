@@ -11,37 +11,45 @@ of the loss have draws of their own, of the same distribution.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from veneer.contract.parameters import Params, Shapes
-from veneer.core.field_types import check, settings_of
+from veneer.contract.settings import Settings
+from veneer.contract.training import Training
 from veneer.core.sites import LinearSite
+from veneer.methods.variants import Variant, not_linear
 
 STD, WEIGHTS = "monteclora_std", "monteclora_weights"
-HELD = ("monteclora_variance", "monteclora_drawn_weights")  # of a last pass: kept for PEFT, and never read
-DISK_NAMES = {
+_HELD = ("monteclora_variance", "monteclora_drawn_weights")  # of a last pass: kept for PEFT, and never read
+_DISK_NAMES = {
     STD: "lora_monteclora_sampler.std_prior",
     WEIGHTS: "lora_monteclora_sampler.expert_weights_prior",
-    HELD[0]: "lora_monteclora_sampler.gaussian_var_prior",
-    HELD[1]: "lora_monteclora_sampler.expert_weights",
+    _HELD[0]: "lora_monteclora_sampler.gaussian_var_prior",
+    _HELD[1]: "lora_monteclora_sampler.expert_weights",
 }
 _Z, _U, _Y = "monteclora_z", "monteclora_u", "monteclora_y"
 _LEAST_VARIANCE, _LEAST = 1e-3, 1e-6  # PEFT's
 
 
 @dataclass(frozen=True)
-class MontecloraConfig:
+class MontecloraConfig(Settings, Variant):
     """Settings of MonteCLoRA, in PEFT's fields.
 
     ``num_samples`` is n, ``sample_scaler`` the scale s of the noise. ``kl_loss_weight`` weighs the divergences from the
     priors, of which ``dirichlet_prior`` is one. ``use_entropy`` adds the squares of w. ``buffer_size`` is kept for PEFT
     and changes nothing.
     """
+
+    switch = "monteclora_config"
+    excludes = (*Variant.whole, "use_qalora", "use_bdlora", "kasa_config")
+    disk_names, fixed = _DISK_NAMES, _HELD
+    inert = True
 
     num_samples: int = 8
     use_entropy: bool = False
@@ -50,41 +58,37 @@ class MontecloraConfig:
     kl_loss_weight: float = 1e-5
     buffer_size: int = 150
 
-    def __post_init__(self) -> None:
-        check(self, self._problems)
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, object]) -> MontecloraConfig:
-        """Return the settings from a file's fields. Raises ConfigError for unknown ones."""
-        return settings_of(cls, values)
-
-    def _problems(self) -> list[str]:
+    def problems(self) -> list[str]:
         counts = {"num_samples": self.num_samples, "buffer_size": self.buffer_size}
         found = [f"{name}={n!r} must be a whole number of at least 1" for name, n in counts.items() if n < 1]
         if self.dirichlet_prior <= 0:
             found.append(f"dirichlet_prior={self.dirichlet_prior!r} must be above 0")
         return found
 
-    def shapes(self, r: int) -> Shapes:
-        """Return the shapes of the parameters at a site beside A and B of rank r."""
-        n = self.num_samples
-        return {STD: (r,), WEIGHTS: (n,), HELD[0]: (r, r), HELD[1]: (n,)}
+    def refusals_at(self, config: Any, sites: Sequence[LinearSite]) -> list[str]:
+        return not_linear(self.switch, sites)
 
-    def init(self, r: int, generator: torch.Generator | None) -> dict[str, Tensor]:
-        """Return initial values: v and p uniform in [0, 1)."""
-        n = self.num_samples
+    def shapes(self, config: Any, site: LinearSite, shapes: Shapes) -> Shapes:
+        r, n = config.rank(site), self.num_samples
+        return {STD: (r,), WEIGHTS: (n,), _HELD[0]: (r, r), _HELD[1]: (n,)}
+
+    def init(
+        self, config: Any, site: LinearSite, params: Params, generator: torch.Generator | None
+    ) -> dict[str, Tensor]:
+        """Return v and p uniform in [0, 1)."""
+        r, n = config.rank(site), self.num_samples
         start = {STD: torch.rand(r, generator=generator), WEIGHTS: torch.rand(n, generator=generator)}
-        return {**start, HELD[0]: torch.eye(r), HELD[1]: torch.full((n,), 1 / n)}
+        return {**start, _HELD[0]: torch.eye(r), _HELD[1]: torch.full((n,), 1 / n)}
 
-    def drawn(self, site: LinearSite, r: int, generator: torch.Generator | None) -> dict[str, Tensor]:
-        """Return the random numbers of one pass at a site."""
+    def drawn(self, config: Any, site: LinearSite, generator: torch.Generator | None) -> dict[str, Tensor]:
+        r = config.rank(site)
         z = torch.randn(self.num_samples, site.in_features, r, generator=generator)
         return {_Z: z, **self._drawn_around(r, generator)}
 
-    def perturbed(self, params: Params) -> dict[str, Tensor]:
-        """Return the parameters of a site with noise on A, if random numbers are among them."""
+    def of_pass(self, params: Params) -> Params:
+        """Return the parameters with noise on A, if random numbers are among them."""
         if _Z not in params:
-            return dict(params)
+            return params
         z = torch.einsum("k,kij->ij", self._weights(params), params[_Z].to(params[WEIGHTS].dtype))
         noise = self.sample_scaler * z * self._variances(params).sqrt()
         return {**params, "lora_A": params["lora_A"] + noise.T}
@@ -96,7 +100,7 @@ class MontecloraConfig:
         return found + self._weights(params).square().sum() if self.use_entropy else found
 
     def _drawn_around(self, r: int, generator: torch.Generator | None) -> dict[str, Tensor]:
-        """The diagonal of a Wishart matrix of r degrees of freedom, and what w is made of."""
+        """The diagonal of a Wishart matrix of r degrees of freedom, and the numbers behind w."""
         return {
             _U: torch.randn(r, r, generator=generator).square().sum(1),
             _Y: torch.randn(self.num_samples, generator=generator),
@@ -126,18 +130,15 @@ class MontecloraConfig:
         of_noise = 0.5 * self.num_samples * ((variance - variance.log()).sum() - r)
         return of_weights + of_variances + of_noise
 
+    def training(self) -> Training:
+        return MontecloraTraining(self)
+
 
 @dataclass(frozen=True)
-class MontecloraTraining:
+class MontecloraTraining(Training):
     """MonteCLoRA's part in a run: what it adds to the loss, the mean over layers."""
 
     config: MontecloraConfig
 
-    def fields_for(self, n_steps: int) -> Mapping[str, object]:
-        return {}
-
     def penalty(self, layers: Sequence[Params]) -> Tensor | None:
         return torch.stack([self.config.penalty(params) for params in layers]).mean() if layers else None
-
-    def schedule(self, layers: Mapping[str, Params]) -> None:
-        return None

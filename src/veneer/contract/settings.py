@@ -1,0 +1,31 @@
+"""Group of settings within a config, in the fields of its file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Self
+
+from veneer.core.field_types import check
+from veneer.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Base class of such groups: fields are checked when one is made. Raises ConfigError with all problems."""
+
+    def __post_init__(self) -> None:
+        check(self, self.problems)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, object]) -> Self:
+        """Return the settings from a file's fields. Raises ConfigError for unknown ones."""
+        known = [spec.name for spec in fields(cls)]
+        unknown = sorted(set(values) - set(known))
+        if unknown:
+            raise ConfigError(f"{cls.__name__}: unknown keys {unknown}; there are {known}")
+        return cls(**values)
+
+    def problems(self) -> list[str]:
+        """Return all problems of values that have the right types."""
+        return []

@@ -1,0 +1,96 @@
+"""VeLoRA: the gradient of A from inputs in compressed form, a number for each group of features (Miles et al. 2024,
+arXiv:2405.17991, section 3).
+
+A group x_g of g inputs becomes ``x_g · e`` with a unit vector e that all groups share, and ``s (x_g · e) e`` again for
+the gradient. Forward passes, and gradients in everything else, are LoRA's.
+
+Departs: e is the mean of the pass itself with ``init_type="batch_average"``. That in a file is kept for PEFT, which
+writes the one of its last pass. Layers keep one x for all that read it, also where it is compressed for A.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor
+
+from veneer.contract.parameters import Params, Shapes
+from veneer.contract.settings import Settings
+from veneer.core.records import LinearDelta
+from veneer.core.sites import LinearSite
+from veneer.core.terms.compressed import Compressed, unit
+from veneer.core.terms.pair import Pair
+from veneer.methods.variants import Variant, not_linear
+
+EMBED = "lora_velora_embed"
+IN_TRAINING = "velora_in_training"
+
+
+@dataclass(frozen=True)
+class VeloraConfig(Settings, Variant):
+    """Settings of VeLoRA, in PEFT's fields.
+
+    ``num_groups`` groups of features are compressed, and ``scale`` is s. ``init_type`` names e: the mean of each pass
+    ("batch_average") or a random vector ("random"). "batch_average_once" is read from files. Training with it is
+    refused, since e would be that of a first batch.
+    """
+
+    switch = "velora_config"
+    excludes = (*Variant.whole, "use_qalora", "use_bdlora", "kasa_config", "monteclora_config")
+    fixed = (EMBED,)
+    inert = True
+
+    num_groups: int = 64
+    scale: float = 1.0
+    init_type: Literal["batch_average", "batch_average_once", "random"] = "batch_average"
+
+    def problems(self) -> list[str]:
+        found = [] if self.num_groups > 0 else [f"num_groups={self.num_groups!r} must be a whole number of at least 1"]
+        return found + ([] if self.scale > 0 else [f"scale={self.scale!r} must be above 0"])
+
+    def width_of_group(self, site: LinearSite) -> int:
+        """Return the number of features in a group. Zeros fill the last one up."""
+        return -(-site.in_features // self.num_groups)
+
+    def refusals(self, config: Any) -> list[str]:
+        if self.init_type != "batch_average_once" or config.inference_mode:
+            return []
+        return [
+            "velora_config.init_type='batch_average_once' keeps the mean of a first batch, which is not supported in "
+            "training: give 'batch_average' or 'random'"
+        ]
+
+    def refusals_at(self, config: Any, sites: Sequence[LinearSite]) -> list[str]:
+        return not_linear(self.switch, sites)
+
+    def shapes(self, config: Any, site: LinearSite, shapes: Shapes) -> Shapes:
+        return {EMBED: (self.width_of_group(site),)}
+
+    def init(
+        self, config: Any, site: LinearSite, params: Params, generator: torch.Generator | None
+    ) -> dict[str, Tensor]:
+        """Return e: random, or zeros where it is a mean."""
+        width = self.width_of_group(site)
+        is_random = self.init_type == "random"
+        return {EMBED: unit(torch.randn(width, generator=generator)) if is_random else torch.zeros(width)}
+
+    def drawn(self, config: Any, site: LinearSite, generator: torch.Generator | None) -> dict[str, Tensor]:
+        return {IN_TRAINING: torch.ones(())}
+
+    def lower(self, config: Any, site: LinearSite, params: Params, record: LinearDelta) -> LinearDelta:
+        if IN_TRAINING not in params:
+            return record
+        pair = cast(Pair, record.low_rank)
+        change = Compressed(
+            a=pair.a,
+            b=pair.b,
+            embed=params[EMBED],
+            times=pair.scale,
+            groups=self.num_groups,
+            scale=self.scale,
+            is_mean=self.init_type != "random",
+        )
+        return LinearDelta(adds=(change,))
