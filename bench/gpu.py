@@ -24,6 +24,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -165,6 +166,9 @@ def _seconds(call: Callable[[], object], device: torch.device) -> float:
 
 def steps(device: torch.device, args: argparse.Namespace) -> list[str]:
     """Training steps; returns what does not hold."""
+    lacking = [name for name in ("peft", "bitsandbytes") if find_spec(name) is None]
+    if lacking:
+        return [f"no training steps: their peer needs {' and '.join(lacking)}"]
     wrong = []
     table = Table("base", "side", "ms a step", "ratio", "MB", "losses", title="LoRA steps, r = 16 on all linear layers")
     with tempfile.TemporaryDirectory() as folder:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
+from typing import Any
 
-import bitsandbytes as bnb
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -24,6 +24,11 @@ from veneer.ops.paged_attention import DTYPES, PagedRows, PagedStore, append, pa
 from veneer.ops.pairs import PackedPairs, Pair, Segment, Segments, add_pairs
 from veneer.ops.rotary import rotary
 from veneer.ops.sample import RowRule, draw
+
+try:
+    import bitsandbytes as bnb
+except ImportError:  # a rented machine may lack it: the peer of codecs is the reference then
+    bnb = None
 
 Function = Callable[..., Tensor | tuple[Tensor, ...]]
 
@@ -213,28 +218,45 @@ def _packed_attention(make: Maker) -> Case:
     return Case(name="attention, packed, window", inputs=_qkv(make), ours=ours, peer=peer)
 
 
+def _peer(theirs: Function, reference: Function) -> dict[str, Any]:
+    """The peer of a codec, by the fields of `Case`: bitsandbytes, or the reference where it is not installed."""
+    if bnb is None:
+        return {"peer": reference, "peer_name": "the reference"}
+    return {"peer": theirs, "peer_name": "bitsandbytes"}
+
+
+def _their_state(absmax: Tensor, w: Tensor) -> Any:
+    if bnb is None:
+        return None
+    state = bnb.functional.QuantState(absmax, w.shape, bnb.functional.get_4bit_type("nf4", device=w.device), 64, "nf4")
+    state.dtype = w.dtype
+    return state
+
+
 def _four_bit(make: Maker) -> Iterator[Case]:
     s, how = make.sizes, {"backend": make.backend}
     w = make.frozen(s.inner, s.width)
     packed, absmax = quantize_4bit(w, "nf4", **how)
     layout = FourBitLayout(tuple(w.shape), "nf4", 64, make.dtype)
-    state = bnb.functional.QuantState(absmax, w.shape, bnb.functional.get_4bit_type("nf4", device=w.device), 64, "nf4")
-    state.dtype = make.dtype
-    theirs = packed.view(-1, 1)
+    state, theirs = _their_state(absmax, w), packed.view(-1, 1)
     yield Case(
         name="NF4 quantize",
         inputs=[w],
         ours=lambda w: quantize_4bit(w, "nf4", **how),
-        peer=lambda w: bnb.functional.quantize_4bit(w, quant_type="nf4")[0],
-        peer_name="bitsandbytes",
+        **_peer(
+            lambda w: bnb.functional.quantize_4bit(w, quant_type="nf4")[0],
+            lambda w: quantize_4bit(w, "nf4", backend="reference")[0],
+        ),
         exact=lambda: quantize_4bit(w.cpu(), "nf4", backend="reference"),
     )
     yield Case(
         name="NF4 dequantize",
         inputs=[packed],
         ours=lambda p: dequantize_4bit(p, absmax, layout, **how),
-        peer=lambda p: bnb.functional.dequantize_4bit(p.view(-1, 1), state),
-        peer_name="bitsandbytes",
+        **_peer(
+            lambda p: bnb.functional.dequantize_4bit(p.view(-1, 1), state),
+            lambda p: dequantize_4bit(p, absmax, layout, backend="reference"),
+        ),
         exact=lambda: (dequantize_4bit(packed.cpu(), absmax.cpu(), layout, backend="reference"),),
     )
     values = dequantize_4bit(packed, absmax, layout, dtype=torch.float32, **how).double()
@@ -244,8 +266,10 @@ def _four_bit(make: Maker) -> Iterator[Case]:
             name=f"NF4 product, {rows} rows" + (", with its gradient" if x.requires_grad else ""),
             inputs=[x],
             ours=lambda x: matmul_4bit(x, packed, absmax, layout, **how),
-            peer=lambda x: bnb.matmul_4bit(x, theirs.t(), state),
-            peer_name="bitsandbytes",
+            **_peer(
+                lambda x: bnb.matmul_4bit(x, theirs.t(), state),
+                lambda x: matmul_4bit(x, packed, absmax, layout, backend="reference"),
+            ),
             truth=lambda x: x @ values.T,
         )
 
@@ -259,8 +283,10 @@ def _int8(make: Maker) -> Iterator[Case]:
         name="int8 quantize",
         inputs=[w],
         ours=lambda w: quantize_int8(w, **how),
-        peer=lambda w: bnb.functional.int8_vectorwise_quant(w.half())[:2],
-        peer_name="bitsandbytes",
+        **_peer(
+            lambda w: bnb.functional.int8_vectorwise_quant(w.half())[:2],
+            lambda w: quantize_int8(w, backend="reference"),
+        ),
         exact=lambda: quantize_int8(w.cpu(), backend="reference"),
     )
     exact = codes.double() * absmax.double()[:, None] / 127
@@ -287,11 +313,15 @@ def _blockwise(make: Maker) -> Case:
         codes, absmax = quantize_blockwise(x.cpu(), code.cpu(), backend="reference")
         return codes, absmax, dequantize_blockwise(codes, absmax, code.cpu(), backend="reference")
 
-    def peer(x: Tensor) -> Tensor:
+    def theirs(x: Tensor) -> Tensor:
         codes, state = bnb.functional.quantize_blockwise(x, code=code, blocksize=256)
         return bnb.functional.dequantize_blockwise(codes, state)
 
-    return Case(name="8-bit blocks, both ways", inputs=[x], ours=ours, peer=peer, peer_name="bitsandbytes", exact=exact)
+    def reference(x: Tensor) -> Tensor:
+        codes, absmax = quantize_blockwise(x, code, backend="reference")
+        return dequantize_blockwise(codes, absmax, code, backend="reference")
+
+    return Case(name="8-bit blocks, both ways", inputs=[x], ours=ours, exact=exact, **_peer(theirs, reference))
 
 
 def _grouped(make: Maker) -> Case:

@@ -7,10 +7,10 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import peft
 import torch
 import transformers
 from torch import Tensor
@@ -53,6 +53,8 @@ def batches(place: Path, device: torch.device, tiny: bool) -> list[Tensor]:
 
 def compare(base: str, place: Path, device: torch.device, tiny: bool) -> dict[str, Result]:
     """Both sides over a "dense" or an "nf4" base, from the same factors. SystemExit where veneer does not run fused."""
+    import peft  # not above: a rented machine may lack it
+
     rows = batches(place, device, tiny)
     start = None
     results = {}
@@ -97,14 +99,15 @@ def peak_bytes(device: torch.device) -> Iterator[Callable[[], int]]:
 
 def optimizers(device: torch.device, tiny: bool) -> Iterator[tuple[str, Callable[[], Any], int]]:
     """Of each AdamW: its name, a step over a matrix and many factors, and its parameters' count."""
-    import bitsandbytes as bnb
-
     shapes = [(67, 71)] * 2 if tiny else [(4096, 4096)] + [(16, 2048)] * 200
     kinds: dict[str, Callable[[list[Tensor]], torch.optim.Optimizer]] = {
         "torch AdamW, fused": lambda parameters: torch.optim.AdamW(parameters, lr=1e-3, fused=True),
         "veneer AdamW8bit": lambda parameters: AdamW8bit(parameters, lr=1e-3),
-        "bitsandbytes AdamW8bit": lambda parameters: bnb.optim.AdamW8bit(parameters, lr=1e-3),
     }
+    if find_spec("bitsandbytes") is not None:
+        import bitsandbytes as bnb
+
+        kinds["bitsandbytes AdamW8bit"] = lambda parameters: bnb.optim.AdamW8bit(parameters, lr=1e-3)
     for name, build in kinds.items():
         parameters = [torch.nn.Parameter(torch.randn(shape, device=device)) for shape in shapes]
         for parameter in parameters:

@@ -54,9 +54,19 @@ def compress_absmax(absmax: Float32[Tensor, " n"]) -> CompressedAbsmax:
 
 def expand_absmax(compressed: CompressedAbsmax, *, backend: str | None = None) -> Float32[Tensor, " n"]:
     """Return absmax in float32, up to its 8-bit rounding error. Raises ShapeError if sizes do not fit."""
-    code = dynamic_map().to(compressed.codes.device)
+    code = _table(compressed.codes.device)
     values = dequantize_blockwise(compressed.codes, compressed.scale, code, BLOCK_SIZE, backend=backend)
     return values + compressed.offset
+
+
+def _table(device: torch.device) -> Float32[Tensor, "256"]:
+    return _table_on_gpu(device) if device.type == "cuda" else dynamic_map().to(device)
+
+
+@cache
+def _table_on_gpu(device: torch.device) -> Float32[Tensor, "256"]:
+    """The table on a GPU, sent once: every product with a double-quantized weight reads it."""
+    return dynamic_map().to(device)
 
 
 @cache

@@ -15,6 +15,8 @@ from veneer.quant.product import CodedWeight
 
 TILE_VALUES = 1 << 20
 """Values that are decoded at a time: 4 MB in float32. With a quarter of them 1024 rows took 1.3x the time."""
+GPU_TILE_VALUES = 1 << 26
+"""On a GPU, where each tile costs several launches: 256 MB in float32, the largest matrix of a block of an 8B model."""
 FEW_ROWS = 16
 """Rows of x that a kernel multiplies while it decodes; for more, tiles are decoded once for all of them."""
 
@@ -61,17 +63,17 @@ class BlockWeight(CodedWeight):
             out[rows] = tile
         return torch.empty(self.shape, dtype=dtype or self.dtype) if out is None else out
 
-    def tiles(self) -> Iterator[tuple[slice, Float32[Tensor, "k i"]]]:
-        """Yield the decoded rows in order, with their places, about `TILE_VALUES` values at a time."""
+    def tiles(self, n_values: int | None = None) -> Iterator[tuple[slice, Float32[Tensor, "k i"]]]:
+        """Yield the decoded rows in order, with their places, about ``n_values`` (None: `TILE_VALUES`) at a time."""
         o, i = self.shape
-        step = max(1, TILE_VALUES // max(1, i))
+        step = max(1, (n_values or TILE_VALUES) // max(1, i))
         for start in range(0, o, step):
             rows = slice(start, min(start + step, o))
             yield rows, self.rows(rows)
 
     def _product_of_rows(self, x: Float[Tensor, "n i"]) -> Float[Tensor, "n o"]:
         y, wide = x.new_empty(len(x), self.shape[0]), operand(x)
-        for rows, tile in self.tiles():
+        for rows, tile in self.tiles(tile_values(x.device)):
             matmul(wide, tile.to(wide.dtype).T, x.dtype, out=y[:, rows])
         return y
 
@@ -79,9 +81,14 @@ class BlockWeight(CodedWeight):
         """The sum over the tiles, in at least float32; the product of a tile is rounded as a dense one is."""
         wide, exact = operand(dy), torch.promote_types(dy.dtype, torch.float32)
         dx = dy.new_zeros(len(dy), self.shape[1], dtype=exact)
-        for rows, tile in self.tiles():
+        for rows, tile in self.tiles(tile_values(dy.device)):
             add_matmul(dx, wide[:, rows], tile.to(wide.dtype))
         return dx.to(dy.dtype)
+
+
+def tile_values(device: torch.device) -> int:
+    """Return how many values of a weight are decoded at a time for a product on a device."""
+    return GPU_TILE_VALUES if device.type == "cuda" else TILE_VALUES
 
 
 class ScaledWeight(BlockWeight):

@@ -4,7 +4,9 @@ import bitsandbytes.functional as bnb
 import pytest
 import torch
 
+from stand_in import OnDevice, stand_in
 from veneer.errors import ConfigError, NonFiniteError, ShapeError
+from veneer.ops import double_quant
 from veneer.ops.blockwise import dequantize_blockwise, dynamic_map, quantize_blockwise
 from veneer.ops.double_quant import compress_absmax, expand_absmax
 
@@ -92,3 +94,16 @@ def test_arguments_that_do_not_fit_are_refused(backend):
         dequantize_blockwise(torch.zeros(3, dtype=torch.uint8), torch.ones(1), code, dtype=torch.int8)
     with pytest.raises(ShapeError, match="vector of float32"):
         compress_absmax(torch.ones(2, 2))
+
+
+def test_the_table_of_maxima_is_sent_to_a_gpu_once():
+    double_quant._table_on_gpu.cache_clear()
+    absmax = torch.rand(521, generator=torch.Generator().manual_seed(5))
+    packed = compress_absmax(absmax)
+    with stand_in() as crossings:
+        held = double_quant.CompressedAbsmax(*(OnDevice(part) for part in (packed.codes, packed.scale, packed.offset)))
+        first, second = expand_absmax(held), expand_absmax(held)
+    double_quant._table_on_gpu.cache_clear()
+    assert crossings.sent == 1
+    assert torch.equal(first.host, expand_absmax(packed, backend="reference"))
+    assert torch.equal(second.host, first.host)

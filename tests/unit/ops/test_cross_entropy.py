@@ -5,6 +5,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional
 
+from stand_in import DEVICE, OnDevice, stand_in
 from veneer.errors import ConfigError, ShapeError
 from veneer.ops import cross_entropy, matmul
 from veneer.ops.cross_entropy import (
@@ -197,3 +198,25 @@ def test_a_head_that_is_widened_by_parts_gives_the_same_in_less_memory(n, monkey
     assert loss == pytest.approx(whole_loss, rel=1e-6)
     assert (gradient - whole_gradient).norm() <= 2**-8 * whole_gradient.norm()
     assert whole_bytes - n_bytes > 4 * 29 * 1990
+
+
+def test_a_gpu_takes_a_thousand_rows_of_a_large_vocabulary_at_a_time():
+    """In whole tiles; what is asked for is kept, and the CPU's chunks are those of its cache."""
+    cuda, cpu = torch.device("cuda"), torch.device("cpu")
+    assert cross_entropy.chunk_rows(128_256 * 2, cuda) == 1024
+    assert cross_entropy.chunk_rows(6_007 * 2, cuda) == 2560
+    assert cross_entropy.chunk_rows(128_256 * 2, cpu) == 130
+    assert cross_entropy.chunk_rows(128_256 * 2, cuda, HeadOptions(chunk_bytes=1 << 20)) == 4
+
+
+def test_details_on_a_gpu_take_many_rows_at_a_time():
+    logits = torch.randn(301, 37, generator=torch.Generator().manual_seed(3))
+    labels = torch.arange(301) % 37
+    expected = cross_entropy._Details(labels, logits.device, True)
+    expected(slice(0, 301), logits.clone())  # it shifts float32 logits in place
+    with stand_in():
+        found = cross_entropy._Details(labels, DEVICE, True)
+        found._rows = OnDevice(found._rows)
+        found(slice(0, 301), OnDevice(logits.clone()))
+    for name in ("entropy", "mean_logits", "log_sum_sq_probs"):
+        torch.testing.assert_close(getattr(found, name).host, getattr(expected, name))

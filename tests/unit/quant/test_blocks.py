@@ -150,3 +150,11 @@ def test_a_mapped_file_is_read_in_place_and_its_change_is_told(tmp_path: Path) -
     path.write_bytes(b"cut")
     with pytest.raises(FormatError, match=r"was written to while its weights were in use"):
         second.require_unchanged()
+
+
+def test_a_gpu_decodes_a_matrix_of_a_block_as_one_tile() -> None:
+    n_values = blocks.tile_values(torch.device("cuda"))
+    assert 14336 * 4096 <= n_values < 128_256 * 4096  # a head would take 2 GB in float32
+    matrix = shuffled("Q4_K", 4099)
+    assert [rows for rows, _ in matrix.tiles(n_values)] == [slice(0, 4099)]
+    assert len(list(matrix.tiles(blocks.tile_values(torch.device("cpu"))))) == 3

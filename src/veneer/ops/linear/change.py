@@ -200,7 +200,7 @@ def _product_backward(change: Change, dz: Tensor, x: Tensor, dx: Tensor | None, 
 
 def _is_made(change: Change, x: Tensor, layer: LinearLayer) -> bool:
     """True if the change is one matrix for rows such as x, which no kernel maps by its form."""
-    dtype = torch.float32 if float32_is_faster() else x.dtype  # of the matrix product
+    dtype = torch.float32 if x.device.type != "cuda" and float32_is_faster() else x.dtype  # of the matrix product
     by_matrix = layer.is_batch(len(x)) and change.is_made_for(len(x), dtype)
     return by_matrix and form_of(change, x, layer) is None
 
