@@ -12,7 +12,7 @@ import torch
 
 from veneer.adapters.auto import make_room_for
 from veneer.adapters.peft_model import PeftModel
-from veneer.adapters.tokenizer import TOKENIZER_CONFIG, larger, read_tokenizer
+from veneer.adapters.tokenizer import TOKENIZER_CONFIG, larger, read_tokenizer, template_in
 from veneer.contract.file import CONFIG_FILE
 from veneer.errors import ConfigError
 from veneer.model.default_device import default_device
@@ -161,8 +161,8 @@ def split(model: str, adapters: tuple[Path, ...]) -> tuple[str, tuple[Path, ...]
 def tokenizer_with(tokenizer: Any, adapters: Sequence[Path]) -> Any:
     """Return the base's tokenizer, or the adapters' if theirs has more tokens.
 
-    An adapter's chat template replaces the base's. Raises ConfigError if the adapters differ in vocabulary size or chat
-    template.
+    An adapter's chat template replaces the base's, also one without a tokenizer beside it. Raises ConfigError if the
+    adapters differ in vocabulary size or chat template.
     """
     found = {}
     for folder in adapters:
@@ -170,7 +170,7 @@ def tokenizer_with(tokenizer: Any, adapters: Sequence[Path]) -> Any:
             own = read_tokenizer(folder)
             found[folder] = _with_template(larger(tokenizer, own), own.chat_template)
         else:
-            found[folder] = tokenizer
+            found[folder] = _with_template(tokenizer, template_in(folder))
     ways = {(len(each), each.chat_template) for each in found.values()}
     if len(ways) > 1:
         raise ConfigError(

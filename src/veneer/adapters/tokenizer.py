@@ -10,7 +10,8 @@ from transformers import AutoTokenizer
 from veneer.errors import FormatError
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
-TOKENIZER_FILES = (TOKENIZER_CONFIG, "tokenizer.json", "chat_template.jinja")
+_TEMPLATE = "chat_template.jinja"
+TOKENIZER_FILES = (TOKENIZER_CONFIG, "tokenizer.json", _TEMPLATE)
 
 
 def read_tokenizer(folder: Path) -> Any:
@@ -22,6 +23,20 @@ def read_tokenizer(folder: Path) -> Any:
         raise FormatError(
             f"the tokenizer in the adapter's folder {folder} cannot be read: {reason}. Save it again, or remove "
             f"{', '.join(TOKENIZER_FILES)} there to use the base's"
+        ) from error
+
+
+def template_in(folder: Path) -> str | None:
+    """Return the chat template in a file of its own in an adapter's folder; None if there is no such file.
+
+    Raises FormatError if it cannot be read.
+    """
+    path = folder / _TEMPLATE
+    try:
+        return path.read_text(encoding="utf-8") if path.is_file() else None
+    except (OSError, UnicodeDecodeError) as error:
+        raise FormatError(
+            f"the chat template {path} cannot be read: {error}. Save it again, or remove it to use the base's"
         ) from error
 
 

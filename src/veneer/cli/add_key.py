@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
+import os
 import secrets
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +29,6 @@ def add_key(args: AddKeyArguments) -> None:
     """Add an entry to the file, and print the key."""
     if not args.file.parent.is_dir():
         raise ConfigError(f"--file {args.file} is in no folder: {args.file.parent} must be there. Make it first")
-    if args.file.exists() and any(entry.name == args.name for entry in read_entries(args.file)):
-        raise ConfigError(
-            f"{args.file} has a key of the name {args.name!r} already: take its entry out, or give another"
-        )
     token = _PREFIX + secrets.token_urlsafe(_BYTES)
     given = {
         "scopes": args.scope, "adapters": args.sees, "weight": args.weight, "max_requests": args.max_requests,
@@ -36,12 +36,31 @@ def add_key(args: AddKeyArguments) -> None:
     }  # fmt: skip
     entry: dict[str, Any] = {"name": args.name, "sha256": hashlib.sha256(token.encode()).hexdigest()}
     entry |= {name: value for name, value in given.items() if value is not None}
-    content = _with(args.file, entry)
-    entries_of(args.file, content)
-    mode = stat.S_IMODE(args.file.stat().st_mode) if args.file.exists() else 0o600
-    write_atomically(args.file, content)
-    args.file.chmod(mode)  # a server of another user may read it by its group
+    with _alone_in(args.file.parent):
+        _add(args.file, entry)
     typer.echo(token)
+
+
+def _add(file: Path, entry: dict[str, Any]) -> None:
+    if file.exists() and any(known.name == entry["name"] for known in read_entries(file)):
+        raise ConfigError(
+            f"{file} has a key of the name {entry['name']!r} already: take its entry out, or give another"
+        )
+    content = _with(file, entry)
+    entries_of(file, content)
+    mode = stat.S_IMODE(file.stat().st_mode) if file.exists() else 0o600
+    write_atomically(file, content, mode)  # a server of another user may read it by its group
+
+
+@contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """Wait until no other process adds a key in a folder, and keep others out."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _with(file: Path, entry: dict[str, Any]) -> bytes:

@@ -11,18 +11,20 @@ from pathlib import Path
 from veneer.errors import DiskError
 
 
-def write_atomically(path: Path, content: bytes) -> None:
+def write_atomically(path: Path, content: bytes, mode: int | None = None) -> None:
     """Replace a file's content. A crash or a full disk during the write leaves the old file unchanged.
 
-    Raises DiskError if the content cannot be written.
+    The file never has wider permissions than ``mode``, by default those that the umask leaves. Raises DiskError if the
+    content cannot be written.
     """
-    write_together(path.parent, {path.name: content})
+    write_together(path.parent, {path.name: content}, mode)
 
 
-def write_together(folder: Path, contents: Mapping[str, bytes]) -> None:
+def write_together(folder: Path, contents: Mapping[str, bytes], mode: int | None = None) -> None:
     """Write files of a folder by name: all are on disk before the first is renamed into place.
 
-    If one cannot be written, the old files are unchanged, and new folders are removed. Raises DiskError.
+    ``mode`` are the permissions of the files, by default those that the umask leaves. If one cannot be written, the old
+    files are unchanged, and new folders are removed. Raises DiskError.
     """
     made = make_folder(folder)
     temporary: dict[str, Path] = {}
@@ -30,7 +32,7 @@ def write_together(folder: Path, contents: Mapping[str, bytes]) -> None:
     try:
         for name, content in contents.items():
             temporary[name] = _beside(folder / name)
-            _write_through(temporary[name], content)
+            _write_through(temporary[name], content, mode)
         for name, path in temporary.items():
             path.replace(folder / name)
     except BaseException as error:
@@ -62,12 +64,12 @@ def _beside(path: Path) -> Path:
     return Path(name)
 
 
-def _write_through(path: Path, content: bytes) -> None:
+def _write_through(path: Path, content: bytes, mode: int | None) -> None:
     with path.open("wb") as file:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
-    path.chmod(0o666 & ~_umask())
+    path.chmod(0o666 & ~_umask() if mode is None else mode)
 
 
 def _umask() -> int:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from veneer.adapters.tokenizer import TOKENIZER_FILES, larger, read_tokenizer
+from veneer.adapters.tokenizer import TOKENIZER_FILES, larger, read_tokenizer, template_in
 from veneer.contract.source import adapter_folder
 from veneer.disk.stamp import stamp_of
 from veneer.errors import ConfigError, FormatError
@@ -27,8 +27,9 @@ class Readers:
     """Prompt readers of adapters, by request. Files are read again if they have changed. Any thread may call it.
 
     An adapter's own tokenizer is used if it has more tokens than the base's. Otherwise its chat template and its end
-    token are used with the base's. A ``template`` is used for all of them, in place of their own. If an adapter's
-    files cannot be read, the base's tokenizer reads its prompts, and its conversations are refused.
+    token are used with the base's; so is a chat template in a file alone. A ``template`` is used for all
+    of them, in place of their own. If an adapter's files cannot be read, the base's tokenizer reads its prompts, and
+    its conversations are refused.
     """
 
     def __init__(self, base: PromptReader, template: str | None = None) -> None:
@@ -46,7 +47,7 @@ class Readers:
             return _joined(request, [self.of(part) for part, _ in request.parts])
         folder = self._folder(request.lora_path)
         stamps = tuple(_stamp(folder / name) for name in TOKENIZER_FILES)
-        if None in stamps[:2]:  # without a chat template there is the base's
+        if None in stamps[:2] and stamps[2] is None:  # without a chat template there is the base's
             return self.base
         known = self._keys.get(folder)
         if known is None or known[0] != stamps:
@@ -75,6 +76,9 @@ class Readers:
     def _read(self, folder: Path) -> PromptReader:
         base = self.base.tokenizer
         try:
+            if not all((folder / name).is_file() for name in TOKENIZER_FILES[:2]):
+                template = self._template or template_in(folder)
+                return PromptReader(base, self.base.most, () if template is None else (template,))
             own = read_tokenizer(folder)
         except FormatError as error:
             _LOG.warning("%s. Until then the base's reads its plain prompts", error)

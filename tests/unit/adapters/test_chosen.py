@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 from chat_models import adapter_folder as adapter_folder
 from chat_models import model_folder as model_folder
 from veneer.adapters.chosen import choose, split, split_one, tokenizer_with
-from veneer.errors import ConfigError
+from veneer.errors import ConfigError, FormatError
 
 
 def test_an_adapter_stands_for_its_base_and_itself(model_folder: Path, adapter_folder: Path) -> None:
@@ -56,4 +56,16 @@ def test_adapters_that_want_other_prompts_are_taken_one_at_a_time(
     assert tokenizer_with(base, [folder]).chat_template == own.chat_template
     with pytest.raises(ConfigError, match="take one at a time"):
         tokenizer_with(base, [adapter_folder, folder])
+
     assert json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"] == str(model_folder)
+
+
+def test_a_template_in_a_file_alone_is_the_adapters(model_folder: Path, adapter_folder: Path, tmp_path: Path) -> None:
+    base, folder = AutoTokenizer.from_pretrained(model_folder), shutil.copytree(adapter_folder, tmp_path / "told")
+    before = base.chat_template
+    (folder / "chat_template.jinja").write_text("{{ messages }}!")
+    assert tokenizer_with(base, [folder]).chat_template == "{{ messages }}!"
+    assert base.chat_template == before
+    (folder / "chat_template.jinja").write_bytes(b"\xff")
+    with pytest.raises(FormatError, match="remove it to use the base's"):
+        tokenizer_with(base, [folder])

@@ -66,7 +66,7 @@ def test_a_body_names_a_mix(server, base_folder, adapters):
         ({"adapter": {"lora": 0.7}, "model": "nobody"}, 404, "no model 'nobody'", "model"),
         ({"adapter": {}}, 400, "there are no parts", None),
         ({"adapter": {"lora": "much"}}, 400, "adapter.lora: must be a number", "adapter.lora"),
-        ({"adapter": {"lora": float("inf")}}, 400, "the weight inf of 'lora' must be a finite number", None),
+        ({"adapter": {"lora": float("inf")}}, 400, "Infinity is no number of JSON", None),
         ({"adapter": "lora"}, 400, "adapter: must be an object (keys with values)", "adapter"),
         ({"adapter": {"lora": 0.7, "dora": 0.3}}, 400, "dora scales the inputs or outputs", None),
         ({"adapter": {"lora": 0.7, "prefix": 0.3}}, 400, "prefix has virtual tokens", None),
@@ -78,6 +78,11 @@ def test_what_is_wrong_with_a_mix_is_told(server, body, status, said, param):
     assert (found, answer["error"]["param"]) == (status, param)
     assert said in answer["error"]["message"]
     server.wait(lambda: server.is_idle)
+
+
+def test_a_weight_beyond_all_floats_is_told(server):
+    status, answer = server.post("/v1/completions", b'{"prompt": "x", "adapter": {"lora": 1e999}}')
+    assert (status, "the weight inf of 'lora' must be a finite number" in answer["error"]["message"]) == (400, True)
 
 
 def test_a_mix_that_has_no_sum_ends_its_stream_with_the_reason(server):

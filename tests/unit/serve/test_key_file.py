@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,9 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+from veneer.cli import add_key
 from veneer.cli.app import app
+from veneer.cli.pages.add_key import AddKeyArguments
 from veneer.errors import ConfigError
 from veneer.serve import in_flight
 from veneer.serve.http import access
@@ -228,3 +232,57 @@ def test_a_key_is_added_to_an_empty_file_and_to_none_in_a_missing_folder(tmp_pat
     assert missing.exit_code == 2
     assert "is in no folder" in " ".join(missing.output.split())
     assert not (tmp_path / "none").exists()
+
+
+def test_a_file_that_everybody_may_write_or_replace_is_refused(tmp_path, caplog):
+    folder = tmp_path / "keys"
+    folder.mkdir()
+    file = write(folder / "keys.json", {"name": "alice"})
+    file.chmod(0o664)
+    keys = Keys(file)
+    file.chmod(0o666)
+    with pytest.raises(
+        ConfigError, match=r"may be written by everybody, who can add keys: run `chmod o-w .*keys.json`"
+    ):
+        read_keys(file)
+    with caplog.at_level(logging.ERROR, "uvicorn.error"):
+        write(file, {"name": "mallory"})
+        keys.look()
+    assert (keys.find("alice") is None, keys.find("mallory") is None) == (False, True)
+    assert "may be written by everybody" in caplog.text
+    file.chmod(0o600)
+    folder.chmod(0o777)
+    with pytest.raises(ConfigError, match=r"may be replaced by everybody, .* run `chmod o-w .*/keys`"):
+        read_keys(file)
+    folder.chmod(0o1777)
+    assert len(read_keys(file)) == 1
+
+
+def test_a_new_file_is_its_owners_alone_from_the_first_moment(tmp_path, monkeypatch):
+    file, seen = tmp_path / "keys.yaml", []
+    replace = Path.replace
+
+    def watched(self: Path, target: Path) -> Path:
+        seen.append(self.stat().st_mode & 0o777)
+        return replace(self, target)
+
+    monkeypatch.setattr(Path, "replace", watched)
+    monkeypatch.setattr(
+        Path, "chmod", lambda self, mode: pytest.fail("opened") if mode & 0o077 else os.chmod(self, mode)
+    )
+    assert CliRunner().invoke(app, ["add-key", "alice", "--file", str(file)]).exit_code == 0
+    assert (seen, file.stat().st_mode & 0o777) == ([0o600], 0o600)
+
+
+def test_keys_that_are_added_at_once_are_all_kept(tmp_path, monkeypatch):
+    file = tmp_path / "keys.yaml"
+    written = add_key.write_atomically
+    monkeypatch.setattr(add_key, "write_atomically", lambda *given: time.sleep(0.05) or written(*given))
+    threads = [
+        threading.Thread(target=add_key.add_key, args=(AddKeyArguments(name=f"k{n}", file=file),)) for n in range(6)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(key.name or "" for _, key in read_keys(file)) == [f"k{n}" for n in range(6)]

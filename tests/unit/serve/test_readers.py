@@ -149,6 +149,24 @@ def test_a_template_that_is_replaced_is_used_from_the_next_request_on(adapters, 
     assert readers.of(request).chat([TURN], {})[0] == "[x]"
 
 
+def test_a_template_in_a_file_alone_is_the_adapters(adapters, tmp_path):
+    """transformers writes chat templates there, and tokenizer_config.json without them."""
+    folder = shutil.copytree(adapters["ia3"].path, tmp_path / "one")
+    base = byte_tokenizer()
+    readers, request = Readers(PromptReader(base, MOST)), LoRARequest("one", 1, str(folder))
+    assert readers.of(request) is readers.base
+    (folder / "chat_template.jinja").write_text(OTHER)
+    assert readers.of(request).chat([TURN], {})[0] == "[x]"
+    assert readers.of(request).tokenizer is base
+    assert Readers(PromptReader(base, MOST), OWN).of(request).chat([TURN], {})[0] == "<x>"
+    (folder / "chat_template.jinja").write_bytes(b"\xff")
+    with pytest.raises(FormatError, match=r"the chat template .*jinja cannot be read: .* Save it again, or remove it"):
+        readers.of(request).chat([TURN], {})
+    assert readers.of(request).ids("x", add_special_tokens=True) == [120]
+    (folder / "chat_template.jinja").unlink()
+    assert readers.of(request) is readers.base
+
+
 def test_adapters_of_equal_files_share_a_reader_and_the_last_ones_are_kept(adapters, tmp_path, monkeypatch):
     monkeypatch.setattr("veneer.serve.readers._KEPT", 2)
     readers = Readers(PromptReader(byte_tokenizer(), MOST))

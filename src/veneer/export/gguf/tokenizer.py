@@ -12,6 +12,7 @@ from typing import Any
 from jinja2.exceptions import TemplateError
 from transformers import AutoTokenizer
 
+from veneer.adapters.tokenizer import template_in
 from veneer.errors import FormatError
 
 _FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json")
@@ -66,8 +67,9 @@ class SourceTokenizer:
 
 
 def read_tokenizer(folders: Sequence[Path]) -> SourceTokenizer:
-    """Return the tokenizer of the first folder that has one. Raises FormatError if none has, or if it is
-    not a fast one.
+    """Return the tokenizer of the first folder that has one, with the chat template of the first that has one.
+
+    Raises FormatError if no folder has a tokenizer, or if it is not a fast one.
     """
     folder = next((each for each in folders if any((each / name).is_file() for name in _FILES)), None)
     if folder is None:
@@ -84,6 +86,8 @@ def read_tokenizer(folders: Sequence[Path]) -> SourceTokenizer:
             f"the tokenizer in {folder} ({type(tokenizer).__name__}) has no tokenizer.json, and none can be made of "
             "it: a GGUF file holds vocabularies of merges only. Serve the model with `veneer serve`"
         )
+    alone = next(filter(None, map(template_in, folders[: folders.index(folder)])), None)
+    tokenizer.chat_template = alone or tokenizer.chat_template
     return SourceTokenizer(folder, tokenizer, json.loads(tokenizer.backend_tokenizer.to_str()))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections import Counter
 from collections.abc import Callable, Coroutine
 from typing import Any
 
@@ -12,15 +13,19 @@ from fastapi.responses import Response
 from fastapi.routing import APIRoute
 
 _SMALL = 2**16  # bytes, which are parsed in a millisecond
+_MOST_DIGITS = 40  # of a whole number: fields have 64 bits, schemas may have more
+_LONGEST_NAME = 100  # characters of a key in a message
+NOWHERE = -1
+"""Place of a fault that has none."""
 
 
 class BodyRequest(Request):
     """Request whose body is parsed on another thread if it is large."""
 
     async def json(self) -> Any:
-        """Return the body. Raises JSONDecodeError."""
+        """Return the body. Raises JSONDecodeError as `parsed` does."""
         body = await self.body()
-        return json.loads(body) if len(body) <= _SMALL else await asyncio.to_thread(parsed, body)
+        return parsed(body) if len(body) <= _SMALL else await asyncio.to_thread(parsed, body)
 
 
 class BodyRoute(APIRoute):
@@ -37,17 +42,37 @@ class BodyRoute(APIRoute):
 
 
 def parsed(body: bytes) -> Any:
-    """Return a JSON text as `json.loads` does, and let other threads run meanwhile. Raises JSONDecodeError.
+    """Return a JSON text as `json.loads` does, and let other threads run meanwhile.
 
     The parser is one call, which keeps the interpreter to itself until it calls a function of Python: here for each
-    object and each whole number.
+    object and each whole number. Raises JSONDecodeError, also for what JSON has not (NaN, other encodings), and for
+    what readers understand in several ways (a key twice, numbers of many digits).
     """
-    return json.loads(body, object_hook=_object, parse_int=_int)
+    try:
+        return json.loads(body, object_pairs_hook=_object, parse_int=_int, parse_constant=_constant)
+    except RecursionError as error:
+        raise _wrong("its lists and objects are nested too deeply") from error
+    except UnicodeDecodeError as error:
+        raise _wrong("it is not UTF-8") from error
 
 
-def _object(given: dict[str, Any]) -> dict[str, Any]:
-    return given
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        twice = next(name for name, n in Counter(name for name, _ in pairs).items() if n > 1)
+        raise _wrong(f"an object has the key {twice[:_LONGEST_NAME]!r} twice")
+    return made
 
 
 def _int(text: str) -> int:
+    if len(text) > _MOST_DIGITS:
+        raise _wrong(f"a number has {len(text)} digits, and at most {_MOST_DIGITS} are read")
     return int(text)
+
+
+def _constant(text: str) -> Any:
+    raise _wrong(f"{text} is no number of JSON")
+
+
+def _wrong(reason: str) -> json.JSONDecodeError:
+    return json.JSONDecodeError(reason, "", NOWHERE)

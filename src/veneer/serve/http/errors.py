@@ -218,7 +218,8 @@ def _said_of_header(request: Request) -> str:
 def _said(problem: dict[str, Any]) -> str:
     place = _place(problem)
     if problem["type"] == _NO_JSON:
-        return f"the body is not JSON: {problem['ctx']['error']}, at character {problem['loc'][1]}"
+        place = problem["loc"][1]
+        return f"the body is not JSON: {problem['ctx']['error']}" + (f", at character {place}" if place >= 0 else "")
     if problem["type"] == "extra_forbidden":
         known = list(problem.get("ctx", {}).get("known", ()))
         close = [name for names in _MEANT if place in names for name in names if name in known]

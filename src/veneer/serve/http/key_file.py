@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 import logging
+import stat
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -95,9 +96,11 @@ class Keys:
 def read_keys(path: Path) -> Sequence[tuple[bytes, Key]]:
     """Return the keys of a file with their digests. Raises ConfigError with all that is wrong with it, or for no key.
 
-    An empty file is more often one that is being written than a wish that nobody may ask.
+    It is wrong that everybody may write or replace it: who does gives keys to anybody. An empty file is more often one
+    that is being written than a wish that nobody may ask.
     """
     entries = read_entries(path)
+    _require_guarded(path)
     if not entries:
         raise ConfigError(
             f"--keys {path} is empty: it needs at least one key. Add one with `veneer add-key NAME --file {path}`"
@@ -105,12 +108,27 @@ def read_keys(path: Path) -> Sequence[tuple[bytes, Key]]:
     return [(bytes.fromhex(entry.sha256), entry.key()) for entry in entries]
 
 
+def _require_guarded(path: Path) -> None:
+    """Raise ConfigError for a file that everybody may write, or replace in its folder."""
+    try:
+        file, folder = (place.stat().st_mode for place in (path, path.resolve().parent))
+    except OSError as error:
+        raise _unread(path, error) from error
+    if file & stat.S_IWOTH:
+        raise ConfigError(f"--keys {path} may be written by everybody, who can add keys: run `chmod o-w {path}`")
+    if folder & stat.S_IWOTH and not folder & stat.S_ISVTX:
+        raise ConfigError(
+            f"--keys {path} may be replaced by everybody, since everybody may write its folder: run "
+            f"`chmod o-w {path.resolve().parent}`"
+        )
+
+
 def read_entries(path: Path) -> list[KeyEntry]:
     """Return the entries of a file, which may have none. Raises ConfigError with all that is wrong with it."""
     try:
         entries = entries_of(path, path.read_bytes())
     except OSError as error:
-        raise ConfigError(f"--keys {path} cannot be read: {error.strerror}. Give a file of keys") from error
+        raise _unread(path, error) from error
     counts = Counter((field, getattr(entry, field)) for entry in entries for field in ("name", "sha256"))
     problems = [f"{field} {value!r} is given {n} times" for (field, value), n in counts.items() if n > 1]
     if problems:
@@ -133,6 +151,10 @@ def entries_of(path: Path, content: bytes) -> list[KeyEntry]:
 def _told(problem: ErrorDetails) -> str:
     entry, *field = problem["loc"] or ("",)
     return ": ".join([*([f"entry {int(entry) + 1}"] if entry != "" else []), *map(str, field[:1]), allowed([problem])])
+
+
+def _unread(path: Path, error: OSError) -> ConfigError:
+    return ConfigError(f"--keys {path} cannot be read: {error.strerror}. Give a file of keys")
 
 
 def _wrong(path: Path, problems: Sequence[str]) -> ConfigError:

@@ -33,6 +33,7 @@ _SAME = (
 )
 """Fields that SamplingParams has under the same name."""
 _FIELD = re.compile(r"\b(\w+)=")  # what an error of SamplingParams is about
+_ID = re.compile(r"-?[0-9]{1,18}")
 _MOST_NAMES = 1024  # entries of a mapping whose values are checked one by one
 _MOST_UNKNOWN = 10  # fields that are told
 T = TypeVar("T")
@@ -48,9 +49,12 @@ Several = Annotated[list[T], _First()]
 
 
 class Strict(BaseModel):
-    """Body whose unknown fields are errors that name the known ones, and so are fields beyond their limits."""
+    """Body whose unknown fields are errors that name the known ones, and so are fields beyond their limits.
 
-    model_config = ConfigDict(extra="forbid")
+    No text or truth value is a number.
+    """
+
+    model_config = ConfigDict(extra="forbid", strict=True)
 
     @model_validator(mode="before")
     @classmethod
@@ -135,7 +139,13 @@ def few(given: Any) -> Any:
     return given
 
 
+def _id(given: Any) -> Any:
+    """A token id of a mapping, whose keys are text in JSON."""
+    return int(given) if isinstance(given, str) and _ID.fullmatch(given) else given
+
+
 Few = Annotated[dict[T, float], BeforeValidator(few)]
+TokenId = Annotated[int, BeforeValidator(_id)]
 
 
 class Named(Strict):
@@ -179,7 +189,7 @@ class Drawn(Named):
     ignore_eos: bool = False
     min_tokens: int = 0
     skip_special_tokens: bool = True
-    logit_bias: Few[int] | None = None
+    logit_bias: Few[TokenId] | None = None
     structured_outputs: dict[str, Any] | None = None
     cache_salt: str | None = None
     stream: bool = False
@@ -256,8 +266,10 @@ class CompletionBody(Body):
         return len(prompts_of(self.prompt)) * super().n_choices
 
     def read(self, reader: PromptReader, calls: Calls | None = None) -> list[tuple[str | None, list[int]]]:
-        """Return the prompts, each as text and ids. Raises ConfigError."""
+        """Return the prompts, each as text and ids. Raises ConfigError; RefusedError if there is none."""
         found = [reader.read(prompt) for prompt in prompts_of(self.prompt)]
+        if not found:
+            raise RefusedError("prompt is empty: give text, token ids, or a list of either", "prompt")
         return [(reader.text(ids) if text is None and self.echo else text, ids) for text, ids in found]
 
     def calls(self, reader: PromptReader) -> None:
