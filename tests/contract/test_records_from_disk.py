@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
@@ -147,6 +148,16 @@ def test_of_experts_in_one_tensor(tmp_path: Path) -> None:
     config = veneer.LoraConfig(r=3, target_modules=[], target_parameters=targets, init_lora_weights=False)
     assert_the_law("mixtral", config, tmp_path)
     with pytest.raises(CompositionError, match="does not tell the sizes"):
+        read_records(tmp_path)
+
+
+def test_shapes_that_a_base_does_not_have_are_told_of_the_base(tmp_path: Path) -> None:
+    saved(make_base("llama"), veneer.LoraConfig(r=3, target_modules=["q_proj"]), tmp_path)
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "r": 7}))
+    with pytest.raises(FormatError, match=r"does not fit the base: .* where its config on this base needs \(7, "):
+        read_records(tmp_path, placed_on(make_base("llama"), read_config(tmp_path)))
+    with pytest.raises(FormatError, match=r"does not fit adapter_config.json: .* where the config says \(7, "):
         read_records(tmp_path)
 
 

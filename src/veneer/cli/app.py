@@ -22,6 +22,7 @@ from typer.core import TyperGroup
 
 from veneer.cli import plan, sweep, train
 from veneer.cli.help import VerbCommand, first_sentence, print_page
+from veneer.cli.messages import log_on_stderr
 from veneer.cli.pages import (
     add_key,
     chat,
@@ -65,6 +66,7 @@ class VerbGroup(TyperGroup):
         """Run the verb."""
         # Where it and PEFT are installed, transformers imports it, and it warns of kernels that nothing here uses.
         logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+        log_on_stderr()
         with _messages():
             return super().invoke(ctx)
 

@@ -68,11 +68,14 @@ def _show(report: Report, output: Path) -> None:
     if report.worst == 0:
         console.print(f"exact on all {len(report.errors)} layers, written to {output}")
         return
-    table = Table(box=box.SIMPLE, title="relative error of the layers that lost most")
+    console.print("the sum is cut to a rank; the relative error of the layers that lost most:")
+    table = Table(box=box.SIMPLE)
     table.add_column("layer")
     table.add_column("error", justify="right")
     for path, error in sorted(report.errors.items(), key=lambda item: -item[1])[:5]:
         table.add_row(path, f"{error:.1%}")
     console.print(table)
     mean = sum(report.errors.values()) / len(report.errors)
-    console.print(f"mean {mean:.1%} over {len(report.errors)} layers; a higher --rank loses less. Written to {output}")
+    console.print(
+        f"the mean is {mean:.1%} over {len(report.errors)} layers; a higher --rank loses less. Written to {output}"
+    )

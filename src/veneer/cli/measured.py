@@ -143,7 +143,7 @@ class Measured:
             span = " to ".join(map(written, each.interval))
             compared.append((name, written(each.value), span, _p_value(each.p_value), *counts))
         heads = ("adapter", "points" if self.is_share else "nats per token", "95%", "p", *alone)
-        _show_named(f"minus {self.names[0]} ({differences[0].test})", heads, compared)
+        _show_named(f"difference from {self.names[0]} ({differences[0].test})", heads, compared)
 
     def write_predictions(self, path: Path) -> None:
         """Write one JSON object for each row and column: prompt, right answers, prediction, and its correctness."""

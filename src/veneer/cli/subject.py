@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -53,6 +54,12 @@ def subjects_of(args: EvalArguments) -> list[Subject]:
     """
     if args.with_base and not args.adapters and not args.recipes and not _is_adapter(args.model):
         raise ConfigError("--with-base sets the base beside adapters, and none is given: add --adapter FOLDER")
+    for option, given in (("--adapter", args.adapters), ("--recipe", args.recipes)):
+        twice = [each for each, n in Counter(given).items() if n > 1]
+        if twice:
+            raise ConfigError(
+                f"{option} {twice[0]} is given twice, and a run does not differ from itself: leave one out"
+            )
     if not args.recipes:
         return [_of_model(args)]
     beside = _said_by_recipes(args)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from veneer.cli.bases import compare_bases
 from veneer.contract.source import adapter_folder
 from veneer.core.group import n_on_this_machine
 from veneer.core.progress import draws_bars, waits_told
-from veneer.core.units import duration, size
+from veneer.core.units import count, duration, size
 from veneer.plan.before import planned_facts, remember_run, require_room, with_shard
 from veneer.ray.place import Place
 from veneer.recipe.adapter import FROM
@@ -75,8 +74,8 @@ def parsed(values: Mapping[str, Any], path: Path) -> Recipe | Sweep:
 
 def carried_out(wanted: Recipe | Sweep, asked: Asked) -> None:
     """Plan and train a recipe, or train a sweep, and print the outcome. Raises the errors of `run_recipe`."""
-    level = logging.WARNING if is_main() else logging.ERROR  # what the others would say is the same
-    logging.basicConfig(level=level, format="%(levelname)s: %(message)s", stream=sys.stderr)
+    if not is_main():
+        logging.getLogger().setLevel(logging.ERROR)  # what the others would say is the same
     console = Console(soft_wrap=True, quiet=not is_main())
     with without_bars(), _rows_counted_in_terminals():
         if asked.show_sample:
@@ -239,7 +238,7 @@ def _tell_results(recipe: Recipe, record: Mapping[str, Any], console: Console) -
     told += [f"held-out accuracy {results[key]:.1%}" for key in _ACCURACIES if key in results]
     told += [f"held-out reward {results['eval_reward']:.4f}"] if "eval_reward" in results else []
     console.print(
-        f"{', '.join(told)} after {results['steps']} steps in {duration(results['seconds'])}", highlight=False
+        f"{', '.join(told)} after {count(results['steps'], 'step')} in {duration(results['seconds'])}", highlight=False
     )
     console.print(
         f"saved in {record['saved']}; the run is written down in {Path(recipe.output) / 'run.json'}", highlight=False

@@ -216,7 +216,9 @@ def shown(plan: Plan, facts: dict[str, Any]) -> Group:
     ]
     process = facts["process"]
     sheet = f" ({process['source']})" if "source" in process else ""
-    lines.append(Text(f"\nprocess {size(process['bytes'])}; {size(process['free'])} may be taken{sheet}"))
+    lines.append(
+        Text(f"\nthe whole process takes {size(process['bytes'])}; {size(process['free'])} may be taken{sheet}")
+    )
     if process["bytes"] > process["free"]:
         lines.append(Text("it does not fit: `veneer plan … --fit SIZE` lists settings that do", style="yellow"))
     if "time" in facts:

@@ -20,6 +20,7 @@ from veneer.train.record import record_of, require_over
 from veneer.train.run_trainer import RunTrainer
 
 ADAPTER, MODEL = "adapter", "model"  # the folders that a run saves
+_SHOWN = 3  # other files
 Resume = bool | Literal["auto"]
 
 
@@ -47,6 +48,15 @@ def taken_back(output: Path, made: bool) -> Iterator[None]:
             with suppress(OSError):  # something was put into it
                 output.rmdir()
         raise
+
+
+def other_files(output: Path) -> str | None:
+    """Return a note on the files of a folder that is no run's yet; None if there are none."""
+    names = sorted(path.name for path in output.iterdir()) if record_of(output) is None else []
+    if not names:
+        return None
+    shown = ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
+    return f"{output} holds other files, which stay as they are: {shown}"
 
 
 def require_free(recipe: Recipe, resume: Resume) -> None:
@@ -82,6 +92,8 @@ def require_fresh(output: Path, resume: Resume) -> None:
         return
     saved = [name for name in (ADAPTER, MODEL) if (output / name).exists()]
     further = "; adapter.from trains its adapter on, in another output" if saved[:1] == [ADAPTER] else ""
+    if record is not None and record["status"] == "finished" and saved:
+        raise ConfigError(f"{output} holds a finished run: choose another output (--set output=…){further}")
     if holds_checkpoints(output):
         raise ConfigError(
             f"{output} holds the checkpoints of a run: continue it with --resume, or choose another output "

@@ -23,6 +23,7 @@ from veneer.train.output import (
     MODEL,
     Resume,
     continues,
+    other_files,
     require_free,
     save_trained,
     taken_back,
@@ -73,6 +74,9 @@ def run_recipe(
         if before is not None and not goes_on:
             tell(f"{output}: {told_life(before)}; it wrote no checkpoint, so the run begins again")
             before = None
+        others = by_main(lambda: None if goes_on or made else other_files(output))
+        if others is not None:
+            tell(others)
         found = changes_since(before, recipe, allow_changes) if before is not None else []
         if before is not None and is_complete(before, recipe):
             tell(f"{output} holds this run, already finished: nothing is changed")

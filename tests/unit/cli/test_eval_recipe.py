@@ -174,7 +174,7 @@ def test_two_recipes_are_compared_on_the_same_rows(
     labels = ("-m", "labels", "--predictions", tmp_path / "p.jsonl")
     shown = veneer("eval", "--recipe", recipe, "--recipe", other, *labels)
     assert shown.exit_code == 0, shown.output
-    assert f"minus {saved[0]} (exact McNemar" in shown.stdout
+    assert f"difference from {saved[0]} (exact McNemar" in shown.stdout
     rows = [json.loads(line) for line in (tmp_path / "p.jsonl").read_text().splitlines()]
     assert [row["adapter"] for row in rows] == [each for each in saved for _ in range(5)]
 
@@ -209,6 +209,7 @@ def test_recipes_of_other_rows_are_refused_before_a_model_is_loaded(
         (("--recipe", "RECIPE", "--prompt", "x", "-a", "y"), "leave out --adapter, --prompt"),
         (("--recipe", "RECIPE"), "has saved nothing yet"),
         (("--recipe", "nowhere.yaml"), "cannot be read"),
+        (("--recipe", "RECIPE", "--recipe", "RECIPE"), "is given twice, and a run does not differ from itself"),
     ],
 )
 def test_what_does_not_go_with_a_recipe(
@@ -244,3 +245,11 @@ def test_answers_of_a_recipe_are_those_of_transformers(
     assert "(a test asks for it)" in veneer(*command, recipe.parent / "b.jsonl").stderr
     assert (recipe.parent / "a.jsonl").read_text() == (recipe.parent / "b.jsonl").read_text()
     assert quantization != "none" or told.stderr == "answers: veneer's engine\n"
+
+
+def test_an_adapter_beside_itself_is_refused(
+    veneer: Veneer, model_folder: Path, adapter_folder: Path, tmp_path: Path
+) -> None:
+    data = lines(tmp_path / "rows.jsonl", [{"text": "the cat sat"}])
+    refused = veneer("eval", model_folder, "-a", adapter_folder, "-a", adapter_folder, "-d", data, *PERPLEXITY)
+    assert (refused.exit_code, f"--adapter {adapter_folder} is given twice" in refused.stderr) == (2, True)

@@ -179,7 +179,7 @@ def test_paths_are_broken_at_slashes_alone(monkeypatch: pytest.MonkeyPatch, caps
     row = ("-12.3", "-14.5 to -10.1", "<0.001", "131", "7")
     heads = ("adapter", "points", "95%", "p", "only\nfirst\nright", "only\nthis\nright")
     paths = ("runs/lora/adapter", "runs/a/" + "folders/" * 5 + "adapter", "x" * 90)
-    _show_named("minus the base", heads, [(path, *row) for path in paths])
+    _show_named("difference from the base", heads, [(path, *row) for path in paths])
     lines = capsys.readouterr().out.splitlines()
     assert max(map(len, lines)) <= 80
     cells = [line.split()[0] for line in lines if line.strip()]

@@ -40,6 +40,24 @@ def test_what_a_run_saved_is_not_written_over(tmp_path, saved):
     require_fresh(tmp_path / "run", resume=True)
 
 
+def test_a_finished_run_is_told_as_such(tmp_path):
+    (tmp_path / "run" / "checkpoint-7").mkdir(parents=True)
+    (tmp_path / "run" / "adapter").mkdir()
+    (tmp_path / "run" / "run.json").write_text(json.dumps({"status": "finished", "recipe": {}}))
+    with pytest.raises(ConfigError, match=r"holds a finished run: choose another output .*adapter.from trains"):
+        require_fresh(tmp_path / "run", resume=False)
+
+
+def test_other_files_in_the_output_are_told(tmp_path):
+    assert output.other_files(tmp_path) is None
+    for name in ("d.txt", "a.txt", "c.txt", "b.txt"):
+        (tmp_path / name).write_text("")
+    told = f"{tmp_path} holds other files, which stay as they are: a.txt, b.txt, c.txt and 1 more"
+    assert output.other_files(tmp_path) == told
+    (tmp_path / "run.json").write_text(json.dumps({"status": "failed", "recipe": {}}))
+    assert output.other_files(tmp_path) is None
+
+
 @pytest.mark.parametrize("saved", ["adapter", "model", None])
 def test_a_run_with_checkpoints_leads_to_resume_and_its_adapter_to_another_output(tmp_path, saved):
     (tmp_path / "run" / "checkpoint-7").mkdir(parents=True)

@@ -488,3 +488,16 @@ def test_a_tokenizer_without_special_tokens_needs_one_named(tmp_path, tokenizer,
     trainer = trainer_of(make_model(), tokenizer, config(tmp_path, eos_token="<end>"))
     trainer.train()
     assert trainer.data_collator.pad_token_id == tokenizer.convert_tokens_to_ids("<end>")
+
+
+def test_trls_own_trainer_trains_an_adapted_model_and_takes_configs_of_peft_alone(tmp_path, tokenizer, make_model):
+    settings = {key: value for key, value in vars(config(tmp_path)).items() if key in ("output_dir", "max_steps")}
+    args = trl.SFTConfig(**settings, use_cpu=True, bf16=False, report_to="none", save_strategy="no", max_length=32)
+    common = {"args": args, "train_dataset": text_data(), "processing_class": tokenizer}
+    with pytest.raises((TypeError, ValueError), match=r"must be a `peft.PeftConfig` instance"):
+        trl.SFTTrainer(make_model(), peft_config=LoraConfig(**LORA), **common)
+    model = get_peft_model(make_model(), LoraConfig(**LORA))
+    before = {name: p.clone() for name, p in model.named_parameters() if p.requires_grad}
+    trl.SFTTrainer(model, **common).train()
+    assert before
+    assert all(not torch.equal(p, before[name]) for name, p in model.named_parameters() if name in before)

@@ -68,6 +68,7 @@ def read_records(
     Raises CompositionError if a weight is needed, and NeedsBaseError if neither the caller nor the file gives the
     places. Raises FormatError for a damaged folder.
     """
+    in_base = places is not None
     config, tensors = read_config(folder), {**(lacking or {}), **once_each(read_tensors(folder))}
     if places is None:
         places = _told_places(folder, config, tensors)
@@ -79,7 +80,7 @@ def read_records(
     if places:
         shapes = {path: {name: tuple(x.shape) for name, x in own.items()} for path, own in params.items()}
         config = config.for_sites([placed.site for placed in places.values()], Known(shapes=shapes))
-    _require_shapes(folder, config, places, params)
+    _require_shapes(folder, config, places, params, in_base=in_base)
     _require_none(folder, [p for path, own in params.items() for p in config.packing.problems(places[path].site, own)])
     shared = () if config.shared is None else config.shared.names
     taken = {key for placed in places.values() for key in placed.keys.values()}
@@ -169,13 +170,21 @@ def _require_none(folder: Path, problems: Sequence[str]) -> None:
 
 
 def _require_shapes(
-    folder: Path, config: MethodConfig, places: Mapping[str, Placed], params: Mapping[str, Mapping[str, Tensor]]
+    folder: Path,
+    config: MethodConfig,
+    places: Mapping[str, Placed],
+    params: Mapping[str, Mapping[str, Tensor]],
+    *,
+    in_base: bool,
 ) -> None:
+    """Raise FormatError for other shapes than the config means, on the layers of the base or of the file itself."""
+    says = "its config on this base needs" if in_base else "the config says"
     wrong = [
-        f"{placed.keys[name]} is {tuple(params[path][name].shape)} where the config says {shape}"
+        f"{placed.keys[name]} is {tuple(params[path][name].shape)} where {says} {shape}"
         for path, placed in places.items()
         for name, shape in config.shapes(placed.site).items()
         if tuple(params[path][name].shape) != tuple(shape)
     ]
     if wrong:
-        raise FormatError(f"{folder / WEIGHTS_FILE} does not fit {CONFIG_FILE}: {'; '.join(wrong[:3])}. Save it again")
+        told, mend = ("the base", "Give its own base, or save it again") if in_base else (CONFIG_FILE, "Save it again")
+        raise FormatError(f"{folder / WEIGHTS_FILE} does not fit {told}: {'; '.join(wrong[:3])}. {mend}")

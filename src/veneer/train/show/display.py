@@ -98,6 +98,9 @@ class RunDisplay(TrainerCallback):  # type: ignore[misc]
                 self._open("held out", total, 0)
             if self._bar is not None:
                 self._bar.update(self._task, completed=self._predicted)
+            elif self._loss is not None and (now := time.perf_counter()) - self._said >= PAUSE_SECONDS:
+                self._said = now
+                self._say(f"held out {self._predicted}/{total or '?'}")
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Remove the bar of the held-out batches."""

@@ -128,6 +128,18 @@ def test_a_step_that_is_logged_has_one_line() -> None:
     assert [line.split()[1] for line in file.getvalue().splitlines()] == ["5/13", "7/13", "12/13"]
 
 
+@pytest.mark.usefixtures("clock")
+def test_a_file_gets_lines_during_a_long_evaluation() -> None:
+    file = io.StringIO()
+    display = RunDisplay(lambda: 0, loss=lambda step: 0.25, console=Console(file=file, width=20))
+    state: Any = types.SimpleNamespace(global_step=3, max_steps=13, is_world_process_zero=True)
+    display.on_train_begin(ARGS, state, ARGS)
+    for _ in range(23):
+        display.on_prediction_step(ARGS, state, ARGS, eval_dataloader=range(23))
+    display.close()
+    assert file.getvalue().splitlines() == ["held out 10/23", "held out 20/23"]
+
+
 def test_a_long_first_step_is_told(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr("veneer.core.progress.QUIET_SECONDS", 0.01)
     display = RunDisplay(lambda: 0, loss=lambda step: 0.25)
