@@ -150,5 +150,10 @@ class SamplingParams(metaclass=Keywords):
             ("logprobs", count, self.logprobs is None or -1 <= self.logprobs <= MAX_LOGPROBS),
             ("prompt_logprobs", count, self.prompt_logprobs is None or -1 <= self.prompt_logprobs <= MAX_LOGPROBS),
             ("allowed_token_ids", "not empty, or None", allowed is None or bool(allowed)),
-            ("bad_words", "words, none of them empty", all(bad or ())),
+            ("bad_words", "words, none of them empty or half of a surrogate pair", all(map(_is_word, bad or ()))),
         ]
+
+
+def _is_word(text: str) -> bool:
+    """True for a text that is not empty and that a tokenizer reads."""
+    return bool(text) and not any("\ud800" <= letter <= "\udfff" for letter in text)

@@ -106,6 +106,7 @@ def test_whole_numbers_pass_as_numbers_and_ids_as_keys(server):
         (b'{"prompt": "x", "max_tokens": 01}', "the body is not JSON"),
         (b'{"prompt": "x", "max_tokens": -0}', "max_tokens=0"),
         (b'{"prompt": "\\ud800"}', "surrogate"),
+        (b'{"prompt": "x", "bad_words": ["a\\udfff"]}', "none of them empty or half of a surrogate pair"),
         (b"", "the body"), (b"null", "the body"), (b'"x"', "the body"), (b"\xef\xbb\xbf[]", "the body"),
     ],
 )  # fmt: skip
