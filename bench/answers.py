@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 
 from paired import Pair, alternate
+from same import require_heard
 from veneer import LoraConfig, get_peft_model
 from veneer.adapters.chosen import choose
 from veneer.answer.answerer import Answerer, Drawing
@@ -36,10 +37,14 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=int, default=value)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    base: list[str] = []
     with tempfile.TemporaryDirectory() as folder, quiet():
         for name, dora in (("base", None), ("lora", False), ("dora", True)):
             adapter = None if dora is None else saved(Path(folder) / name, dora)
-            compare(name, adapter, args)
+            found = compare(name, adapter, args)
+            base = found if adapter is None else base
+            if adapter is not None:
+                require_heard(name, found, base)
 
 
 def saved(folder: Path, dora: bool) -> Path:
@@ -54,7 +59,8 @@ def saved(folder: Path, dora: bool) -> Path:
     return folder
 
 
-def compare(name: str, adapter: Path | None, args: argparse.Namespace) -> None:
+def compare(name: str, adapter: Path | None, args: argparse.Namespace) -> list[str]:
+    """Print the times of a load; return the answers, which both sides give in float32."""
     chosen = choose(MODEL, [] if adapter is None else [adapter], dtype=args.dtype)
     theirs = ModelAnswerer(chosen.load().joined(), Drawing(), args.prompts)
     parts = chosen.load()
@@ -74,7 +80,8 @@ def compare(name: str, adapter: Path | None, args: argparse.Namespace) -> None:
     def run(answerer: Answerer) -> list[str]:
         return answerer.answers(prompts, Answering(max_new_tokens=args.tokens), ignore_progress)
 
-    n_equal = sum(a == b for a, b in zip(run(theirs), run(ours), strict=True))
+    answers = run(theirs)
+    n_equal = sum(a == b for a, b in zip(answers, run(ours), strict=True))
     if args.dtype == "float32" and n_equal < args.prompts:
         raise SystemExit(f"{name}: only {n_equal} of {args.prompts} answers are equal in float32")
     pair = Pair(name, lambda: run(theirs), lambda: run(ours), 0, 0)
@@ -84,6 +91,7 @@ def compare(name: str, adapter: Path | None, args: argparse.Namespace) -> None:
         f"the engine starts in {start:.2f} s; {n_equal} of {args.prompts} answers equal",
         flush=True,
     )
+    return answers
 
 
 if __name__ == "__main__":

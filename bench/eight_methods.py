@@ -1,7 +1,7 @@
 """Eight rows of eight methods in one pass, one from each group of methods, beside eight rows of LoRA of rank 16.
 
-training: a step of all eight adapters, each on a row of its own. Losses of two steps must be those of each adapter
-    alone.
+training: a step of all eight adapters, each on a row of its own. Losses of two steps and the gradients of the first
+    must be those of each adapter alone.
 serving: eight greedy requests at once. The tokens must be those of each request alone. Lily is not served; C3A stands
     in its place.
 
@@ -26,9 +26,10 @@ import torch
 from lora_step import adapted_by, agree, base_of
 from methods import tokens_of
 from report import add_keep, ends_as_interrupted, keep, quiet_libraries
+from same import stir
 from serve_cold import prompt_of, require_equal
-from snippet9 import SEVEN, randomize
-from sweep import Make, alone, together
+from snippet9 import SEVEN
+from sweep import Make, alone, same_gradients, together
 from tiny_model import write_tiny
 from turns import Goal, Timing, faster_dtype, in_turns, show, timed
 from veneer import LLM, LoRARequest, SamplingParams
@@ -93,6 +94,8 @@ def training(args: argparse.Namespace) -> float:
         for number in (1, 2):
             check = ids[:, : min(args.tokens, 64)]
             agree(f"{title}: losses of step {number}, alone and together", one_by_one(check), at_once(check))
+            if number == 1:
+                same_gradients(title, one_by_one, at_once)
         ways[title] = lambda at_once=at_once: timed(lambda: at_once(ids))
     return shown(f"training, {N_ROWS} x {args.tokens} tokens", ways, args)
 
@@ -118,13 +121,14 @@ def kinds(args: argparse.Namespace, groups: Mapping[str, tuple[str, dict[str, An
 
 
 def member(config: tuple[str, dict[str, Any]]) -> Make:
-    """An adapter in which nothing is neutral."""
+    """An adapter that changes the logits."""
     name, fields = config
 
     def make(base: Any) -> Any:
         model = adapted_by("veneer", base, name, {**fields, **LAYERS})
-        randomize(model)
-        return model
+        ids = tokens_of(model, 1, 32)
+        ids[:, 4 : 4 + len(CALLED)] = torch.tensor(CALLED)
+        return stir(model, ids)
 
     return make
 

@@ -1,9 +1,9 @@
 """Training steps and products on bases as people have them, beside NF4.
 
 A step is LoRA of rank 16 on all linear layers, on SmolLM2 whose linear layers are stored in each format. Before it is
-timed its blocks must run fused, and its first loss is compared with that on the decoded dense weights. Products are
-those of one layer of each shape of the model, with 1024 rows; with a few, by weights packed as they are served and by
-weights as they are stored. All formats take turns.
+timed its blocks must run fused. Logits, gradients and losses are compared with those on the decoded weights.
+Products are those of one layer of each shape of the model, with 1024 rows; with a few, by weights packed as they are
+served and by weights as they are stored. All formats take turns.
 
     python bench/formats.py [--parts products few step] [--model smollm2-135m-instruct] [--dtype float32|bfloat16]
         [--formats NF4 Q8_0 …] [--rows 4] [--tokens 256] [--repeats 5]
@@ -20,7 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_step import adapted, base_of, loss_of, optimizer_of, require_fused, step
+from lora_step import adapted, base_of, optimizer_of, require_fused, step
+from same import course, require_same, stir
 from turns import Goal, Timing, faster_dtype, in_turns, show, timed
 from veneer.model.quant_linear import QuantLinear
 from veneer.ops.bits import pack
@@ -199,7 +200,7 @@ def steps(args: argparse.Namespace) -> None:
         model, kinds = stored(name, args)
         require_fused(model)
         ids = tokens(model, args)
-        same_loss(name, model, ids[:1, :64])
+        same_on_decoded(name, model, ids[:1, :64], args)
         print(f"{name}: {', '.join(f'{n} {kind}' for kind, n in kinds.items())}", flush=True)
         optimizer = optimizer_of(model)
         ways[name] = partial(timed, partial(step, "veneer", model, optimizer, ids))
@@ -207,18 +208,18 @@ def steps(args: argparse.Namespace) -> None:
     show(f"a step of {args.rows} x {args.tokens} tokens", in_turns(ways, args.repeats), BESIDE, goals)
 
 
-def stored(name: str, args: argparse.Namespace) -> tuple[Any, Counter[str]]:
-    """The model with its linear layers in a format, adapted; and how many layers are in which kind of it."""
+def stored(name: str, args: argparse.Namespace, *, decoded: bool = False) -> tuple[Any, Counter[str]]:
+    """The model with its linear layers in a format, or decoded from it, adapted; how many are in which kind of it."""
     base, kinds = base_of("veneer", "dense", args.place, args.dtype), Counter[str]()
     for path, layer in list(base.model.named_modules()):
         if isinstance(layer, nn.Linear):
             spec, parts = FORMATS[name](layer.weight.detach())
             coded = QuantLinear(spec, layer.bias)
             coded.fill(spec, parts)
-            base.model.set_submodule(path, coded)
+            base.model.set_submodule(path, coded.to_dense(args.dtype) if decoded else coded)
             kinds[getattr(spec, "kind", None) if isinstance(spec, GgmlSpec) else type(spec).__name__] += 1
     torch.manual_seed(1)
-    return adapted("veneer", base), kinds
+    return stir(adapted("veneer", base)), kinds
 
 
 def tokens(model: Any, args: argparse.Namespace) -> Tensor:
@@ -226,18 +227,11 @@ def tokens(model: Any, args: argparse.Namespace) -> Tensor:
     return torch.randint(model.config.vocab_size, (args.rows, args.tokens), generator=generator)
 
 
-@torch.no_grad()
-def same_loss(name: str, model: Any, ids: Tensor) -> None:
-    """SystemExit if the loss is not that of the decoded dense weights."""
-    own = loss_of("veneer", model, ids).item()
-    coded = [(path, layer) for path, layer in model.named_modules() if isinstance(layer, QuantLinear)]
-    for path, layer in coded:
-        model.set_submodule(path, layer.to_dense(layer.spec.dtype))
-    exact = loss_of("veneer", model, ids).item()
-    for path, layer in coded:
-        model.set_submodule(path, layer)
-    print(f"{name}: loss {own:.6f}, on the decoded weights {exact:.6f}", flush=True)
-    if not abs(own - exact) <= (1e-5 if model.dtype == torch.float32 else 5e-3) * abs(exact):
+def same_on_decoded(name: str, model: Any, ids: Tensor, args: argparse.Namespace) -> None:
+    """SystemExit if the model computes something else than on the decoded dense weights."""
+    own, exact = (course("veneer", each, ids) for each in (model, stored(name, args, decoded=True)[0]))
+    require_same(name, exact, own)
+    if not abs(own.losses[0] - exact.losses[0]) <= (1e-5 if model.dtype == torch.float32 else 5e-3) * exact.losses[0]:
         raise SystemExit("the losses part: nothing to time")
 
 

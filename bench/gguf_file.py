@@ -4,12 +4,12 @@
     python bench/gguf_file.py model.Q4_K_M.gguf --first [--rounds 3]
     python bench/gguf_file.py model.Q4_K_M.gguf --enlarge big.gguf
 
-Each side is a process of its own, in turns; medians are printed. The first losses are compared. A step is LoRA of rank
-16 on all linear layers. Memory is the growth of the process's high-water mark of resident memory over what it was after
-the imports, without the pages of the file that were mapped. ``--first`` times the opening of a file that the cache
-does not know, until its first step can begin: with the file's pages in memory, and on the disk alone, beside the time
-that the disk takes to read the file. ``--enlarge`` writes a Llama of 1.5 billion random weights,
-types and tokenizer as in the file.
+Each side is a process of its own, in turns; medians are printed. Logits, gradients and losses are compared. A step is
+LoRA of rank 16 on all linear layers. Memory is the growth of the process's high-water mark of resident memory over what
+it was after the imports, without the pages of the file that were mapped. ``--first`` times the opening of a file that
+the cache does not know, until its first step can begin: with the file's pages in memory, and on the disk alone, beside
+the time that the disk takes to read the file. ``--enlarge`` writes a Llama of 1.5 billion random weights, types and
+tokenizer as in the file.
 """
 
 from __future__ import annotations
@@ -56,6 +56,7 @@ def main() -> None:
 
 
 def compare(args: argparse.Namespace) -> None:
+    same_course(args)
     found: dict[str, list[dict[str, float]]] = {side: [] for side in args.sides}
     for turn in range(args.rounds):
         for side in args.sides:
@@ -73,6 +74,22 @@ def compare(args: argparse.Namespace) -> None:
         rows.add(
             side, f"{median['opened']:.2f}", f"{median['step']:.3f}", f"{median['peak']:.0f}", f"{median['kept']:.0f}"
         )
+
+
+def same_course(args: argparse.Namespace) -> None:
+    """SystemExit if the model computes something else in its blocks than in a dense copy."""
+    import torch
+
+    from lora_step import adapted
+    from same import course, require_same, stir
+    from veneer.store.source import load_model
+
+    ids = torch.randint(1000, (1, 64), generator=torch.Generator().manual_seed(1))
+    courses = []
+    for side in SIDES:
+        torch.manual_seed(0)
+        courses.append(course("veneer", stir(adapted("veneer", load_model(args.file, gguf=side))), ids))
+    require_same("blocks and a dense copy", courses[1], courses[0])
 
 
 def first_openings(args: argparse.Namespace) -> None:

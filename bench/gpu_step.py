@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 import veneer
 from lora_step import SIDES, adapted, base_of, optimizer_of, require_fused, step
+from same import course, require_same, saved, stir
 from veneer.optim import AdamW8bit
 
 TOLERANCE = 0.02  # between the losses of both sides, in any step
@@ -52,21 +53,30 @@ def batches(place: Path, device: torch.device, tiny: bool) -> list[Tensor]:
 
 
 def compare(base: str, place: Path, device: torch.device, tiny: bool) -> dict[str, Result]:
-    """Both sides over a "dense" or an "nf4" base, from the same factors. SystemExit where veneer does not run fused."""
+    """Both sides over a "dense" or an "nf4" base, from the same factors. SystemExit where they do not compute the same
+    from factors that change the logits, or where veneer does not run fused.
+    """
     import peft  # not above: a rented machine may lack it
 
     rows = batches(place, device, tiny)
-    start = None
-    results = {}
+    start: dict[str, Tensor] = {}
+    moved: dict[str, Tensor] = {}
+    results, courses = {}, []
     for side in SIDES:
         loaded = base_of(side, base, str(place), device_map={"": device})
         torch.manual_seed(2)
         model = adapted(side, loaded)
-        if start is None:
-            start = {k: v.clone() for k, v in peft.get_peft_model_state_dict(model).items()}
+        put = peft.set_peft_model_state_dict if side == "peer" else veneer.set_peft_model_state_dict
+        if side == "peer":
+            start = saved(model)
+            moved = saved(stir(model))
         else:
-            veneer.set_peft_model_state_dict(model, start)
             require_fused(model)
+            put(model, moved)
+        courses.append(course(side, model, rows[0][:1, :64]))
+        put(model, start)
+        if side == SIDES[-1]:
+            require_same(f"{base} base", *courses)
         results[side] = _train(side, model, rows)
         del model, loaded
         if device.type == "cuda":

@@ -3,12 +3,13 @@
 Three parts, each after a check that both sides compute the same:
 
 dropout: the article's settings (r = 16, alpha = 32, the seven projections, dropout 0.05) in veneer, in PEFT, in
-    veneer's SFTTrainer and in TRL's, beside the same without dropout. Losses must be equal in evaluation mode, and the
-    logits of training passes must vary as much on both sides. Goal: at most 1.05 of the time without dropout.
-methods: DoRA and IA3 over a dense and an NF4 base, PEFT's beside ours. Losses of two steps must agree. Goals: 1.15
-    (DoRA) and 1.0 (IA3) of our LoRA step.
-mixed: eight rows of eight methods in one pass, beside eight rows of LoRA. Every member's loss must be that of the
-    member alone. Goal: at most 1.15.
+    veneer's SFTTrainer and in TRL's, beside the same without dropout. Logits, gradients and losses must be equal in
+    evaluation mode, and the logits of training passes must vary as much on both sides. Goal: at most 1.05 of the time
+    without dropout.
+methods: DoRA and IA3 over a dense and an NF4 base, PEFT's beside ours. Logits, gradients and losses of three steps must
+    agree. Goals: 1.15 (DoRA) and 1.0 (IA3) of our LoRA step.
+mixed: eight rows of eight methods in one pass, beside eight rows of LoRA. Every member's losses and gradients must be
+    those of the member alone. Goal: at most 1.15.
 
     python bench/methods.py [--parts dropout methods mixed] [--model smollm2-135m-instruct] [--dtype float32|bfloat16]
         [--bases dense nf4] [--rows 4] [--tokens 256] [--repeats 5] [--members lora rslora …] [--tiny]
@@ -29,10 +30,11 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 
-from lora_step import SIDES, adapted_by, agree, base_of, loss_of, optimizer_of, require_fused, step
-from report import quiet_libraries
-from snippet9 import SEVEN, randomize
-from sweep import Make, alone, together
+from lora_step import SIDES, adapted_by, agree, base_of, optimizer_of, require_fused, step
+from report import add_keep, keep, quiet_libraries
+from same import course, require_same, stir
+from snippet9 import SEVEN
+from sweep import Make, alone, same_gradients, together
 from tiny_model import write_tiny
 from train_sides import BATCH, Row, same_start, side_of
 from turns import Goal, Timing, faster_dtype, in_turns, show, timed
@@ -63,8 +65,10 @@ def main() -> None:
     args.dtype = getattr(torch, args.dtype) if args.dtype else faster_dtype()
     with tempfile.TemporaryDirectory() as folder:
         args.place = write_tiny(Path(folder)) if args.tiny else str(resolve(args.model))
+        figures: dict[str, float] = {}
         for part in args.parts:
-            PARTS[part](args)
+            figures |= PARTS[part](args)
+    keep(args.keep, figures)
 
 
 def arguments() -> argparse.Namespace:
@@ -78,6 +82,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=5, help="timed steps a side, behind one that is not counted")
     parser.add_argument("--members", nargs="+", choices=METHODS, default=list(MEMBERS), help="methods of a mixed step")
     parser.add_argument("--tiny", action="store_true", help="a tiny random model: a run through, no measurement")
+    add_keep(parser)
     return parser.parse_args()
 
 
@@ -92,12 +97,12 @@ def where(args: argparse.Namespace, base: str, n_rows: int) -> str:
 # Dropout.
 
 
-def dropout(args: argparse.Namespace) -> None:
+def dropout(args: argparse.Namespace) -> dict[str, float]:
     """The article's settings, with dropout and without."""
     models = {}
     for rate in (ARTICLE["lora_dropout"], 0.0):
         peer, ours = pair_of("dense", args, "LoraConfig", {**ARTICLE, "lora_dropout": rate})
-        same_in_evaluation(peer, ours, tokens_of(ours, 2, min(args.tokens, 64)))
+        same_in_evaluation(f"dropout {rate}", peer, ours, tokens_of(ours, 2, min(args.tokens, 64)))
         if rate:
             same_variation(peer, ours, tokens_of(ours, 1, 8).expand(16, -1))
         for side, model in (("PEFT", peer), ("veneer", ours)):
@@ -111,7 +116,13 @@ def dropout(args: argparse.Namespace) -> None:
         f"veneer's SFTTrainer, dropout {rate}": Goal(f"TRL's SFTTrainer, dropout {rate}", 1.0),
     }
     title = f"the article's settings: {where(args, 'dense', args.rows)} (trainers: {BATCH} rows)"
-    show(title, in_turns(ways, args.repeats), "veneer, dropout 0.0", goals)
+    return shown(title, in_turns(ways, args.repeats), "veneer, dropout 0.0", goals)
+
+
+def shown(title: str, timings: dict[str, Timing], beside: str, goals: dict[str, Goal]) -> dict[str, float]:
+    """Print a table; the time of each way with a goal, of that of the way that the goal names."""
+    show(title, timings, beside, goals)
+    return {name: timings[name].wall / timings[goal.name].wall for name, goal in goals.items()}
 
 
 def trainers(args: argparse.Namespace) -> dict[str, Callable[[], Timing]]:
@@ -124,13 +135,12 @@ def trainers(args: argparse.Namespace) -> dict[str, Callable[[], Timing]]:
     return {name: lambda side=side: side.timed(rows) for name, side in zip(names, sides, strict=True)}
 
 
-def same_in_evaluation(peer: Any, ours: Any, ids: Tensor) -> None:
-    """SystemExit where losses part in evaluation mode."""
-    with torch.no_grad():
-        theirs, own = (loss_of(side, model.eval(), ids).item() for side, model in sides_of(peer, ours))
+def same_in_evaluation(what: str, peer: Any, ours: Any, ids: Tensor) -> None:
+    """SystemExit where the sides part in evaluation mode, which has no dropout."""
+    theirs, own = (course(side, model.eval(), ids) for side, model in sides_of(peer, ours))
     for model in (peer, ours):
         model.train()
-    agree("losses in evaluation mode", [theirs], [own])
+    require_same(what, theirs, own)
 
 
 def same_variation(peer: Any, ours: Any, ids: Tensor, n_passes: int = 24) -> None:
@@ -157,36 +167,33 @@ def same_variation(peer: Any, ours: Any, ids: Tensor, n_passes: int = 24) -> Non
 # DoRA and IA3.
 
 
-def methods(args: argparse.Namespace) -> None:
+def methods(args: argparse.Namespace) -> dict[str, float]:
     """DoRA's and IA3's steps beside LoRA's, ours and PEFT's."""
+    figures: dict[str, float] = {}
     for base in args.bases:
         ways: dict[str, Callable[[], Timing]] = {}
         for title, name in (("LoRA", "lora"), ("DoRA", "dora"), ("IA3", "ia3")):
             peer, ours = pair_of(base, args, *METHODS[name])
             check = tokens_of(ours, 2, min(args.tokens, 64))
-            agree(f"{title}, {base}: losses of two steps", *(two_steps(*side, check) for side in sides_of(peer, ours)))
+            same_in_evaluation(f"{title}, {base}", peer, ours, check)
             for side, model in reversed(sides_of(peer, ours)):
                 ids = tokens_of(ours, args.rows, args.tokens)
                 ways[f"{NAMES[side]}, {title}"] = stepper(side, model, ids)
         goals = {"veneer, DoRA": Goal("veneer, LoRA", 1.15), "veneer, IA3": Goal("veneer, LoRA", 1.0)}
-        show(f"methods: {where(args, base, args.rows)}", in_turns(ways, args.repeats), "veneer, LoRA", goals)
+        title = f"methods: {where(args, base, args.rows)}"
+        taken = shown(title, in_turns(ways, args.repeats), "veneer, LoRA", goals)
+        figures |= {f"{name}, {base}": ratio for name, ratio in taken.items()}
+    return figures
 
 
 def sides_of(peer: Any, ours: Any) -> list[tuple[str, Any]]:
     return list(zip(SIDES, (peer, ours), strict=True))
 
 
-def two_steps(side: str, model: Any, ids: Tensor) -> list[float]:
-    """Losses on the same rows, at a rate at which the first step shows in the second."""
-    optimizer = optimizer_of(model, rate=2e-3)
-    return [step(side, model, optimizer, ids) for _ in range(2)]
-
-
 def pair_of(base: str, args: argparse.Namespace, config: str, settings: dict[str, Any]) -> tuple[Any, Any]:
-    """PEFT's model and ours, of the same start, in which nothing is neutral."""
+    """PEFT's model and ours, of the same start, which changes the logits."""
     peer, ours = (adapted_by(side, base_of(side, base, args.place, args.dtype), config, settings) for side in SIDES)
-    randomize(peer)
-    same_start(ours, peer)
+    same_start(ours, stir(peer))
     require_fused(ours)
     return peer, ours
 
@@ -199,7 +206,7 @@ def stepper(side: str, model: Any, ids: Tensor) -> Callable[[], Timing]:
 # Mixed batches.
 
 
-def mixed(args: argparse.Namespace) -> None:
+def mixed(args: argparse.Namespace) -> dict[str, float]:
     """Rows of as many methods in one pass, beside rows of LoRA."""
     base = base_of("veneer", "dense", args.place, args.dtype)
     kinds = {"one method a row": args.members, "LoRA in every row": ["lora"] * len(args.members)}
@@ -211,24 +218,28 @@ def mixed(args: argparse.Namespace) -> None:
         one_by_one, at_once = alone(base, makes), together(base, makes)
         for number in (1, 2):
             agree(f"{title}: losses of step {number}, alone and together", one_by_one(check), at_once(check))
+            if number == 1:
+                same_gradients(title, one_by_one, at_once)
         ways[title] = lambda at_once=at_once: timed(lambda: at_once(ids))
     goals = {"one method a row": Goal("LoRA in every row", 1.15)}
     title = f"mixed: {where(args, 'dense', len(args.members))}: {', '.join(args.members)}"
-    show(title, in_turns(ways, args.repeats), "LoRA in every row", goals)
+    return shown(title, in_turns(ways, args.repeats), "LoRA in every row", goals)
 
 
 def member(name: str) -> Make:
-    """An adapter of a method in which nothing is neutral."""
+    """An adapter of a method that changes the logits."""
 
     def make(base: Any) -> Any:
-        model = adapted_by("veneer", base, *METHODS[name])
-        randomize(model)
-        return model
+        return stir(adapted_by("veneer", base, *METHODS[name]))
 
     return make
 
 
-PARTS: dict[str, Callable[[argparse.Namespace], None]] = {"dropout": dropout, "methods": methods, "mixed": mixed}
+PARTS: dict[str, Callable[[argparse.Namespace], dict[str, float]]] = {
+    "dropout": dropout,
+    "methods": methods,
+    "mixed": mixed,
+}
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
-from report import ends_as_interrupted
+from report import add_keep, ends_as_interrupted, keep
 
 PATHS = ("auto", "off")
 CHECKPOINTING: tuple[bool | str, ...] = (False, "selective", True)
@@ -231,15 +231,15 @@ def apart(part: str, number: int, options: argparse.Namespace) -> dict[str, floa
     return dict(json.loads(out.stdout.splitlines()[-1]))
 
 
-def row(number: int, options: argparse.Namespace) -> tuple[str, bool]:
-    """The row of one setting, and whether all in it is as near as it must be."""
+def row(number: int, options: argparse.Namespace) -> tuple[str, bool, float]:
+    """The row of one setting, whether all in it is as near as it must be, and how far the process's memory is off."""
     apart("planned", number, options)  # a run that measured rates first would hold more
     run, count = trained(number, options), apart("counted", number, options)
     live, process = run["live"] / count["live"] - 1, run["process"] / run["held"] - 1
     found = [str(number), name_of(number)]
     found += [f"{run['live'] / 1e6:.1f}", f"{count['live'] / 1e6:.1f}", f"{live:+.2%}"]
     found += [f"{run['process'] / 1e6:.0f}", f"{run['held'] / 1e6:.0f}", f"{process:+.1%}"]
-    return f"| {' | '.join(found)} |", abs(live) <= 0.01 and abs(process) <= 0.05
+    return f"| {' | '.join(found)} |", abs(live) <= 0.01 and abs(process) <= 0.05, process
 
 
 def name_of(number: int) -> str:
@@ -247,8 +247,8 @@ def name_of(number: int) -> str:
     return ", ".join(str(value) for value in settings()[number].values())
 
 
-def times(options: argparse.Namespace) -> Iterator[tuple[str, bool]]:
-    """The rows of seconds, and whether each is as near as it must be: medians of several rounds."""
+def times(options: argparse.Namespace) -> Iterator[tuple[str, bool, float]]:
+    """The rows of seconds, whether each is as near as it must be, and how far it is off: medians of several rounds."""
     from veneer.plan.machine import Rates
 
     plans, runs = defaultdict(list), defaultdict(list)
@@ -265,7 +265,7 @@ def times(options: argparse.Namespace) -> Iterator[tuple[str, bool]]:
         least = min(run["least"] for run in runs[number])
         found = [str(number), name_of(number), f"{said:.3f}"]
         found += [text for took in (median, least) for text in (f"{took:.3f}", f"{said / took - 1:+.1%}")]
-        yield f"| {' | '.join(found)} |", abs(said / median - 1) <= 0.15
+        yield f"| {' | '.join(found)} |", abs(said / median - 1) <= 0.15, said / median - 1
 
 
 @contextmanager
@@ -292,6 +292,7 @@ def main() -> int:
     parser.add_argument("--part", choices=PARTS)
     parser.add_argument("--time", action="store_true")
     parser.add_argument("--rounds", type=int, choices=range(1, 100), metavar="N", default=3)
+    add_keep(parser)
     options = parser.parse_args()
     if options.part is not None:
         recipe = recipe_of(settings()[options.only[0]], options.model, options.rows, options.length)
@@ -301,13 +302,14 @@ def main() -> int:
         "live MB, planned", "counted", "off", "process MB, planned", "veneer train", "off",
     )  # fmt: skip
     print(f"| | setting | {' | '.join(heads)} |\n{'| --- ' * (2 + len(heads))}|", flush=True)
-    good = True
+    good, most = True, 0.0
     with tempfile.TemporaryDirectory() as folder:
         if options.model.startswith("random-"):
             options.model = random_model(options.model.removeprefix("random-"), Path(folder))
-        for told, near in times(options) if options.time else (row(number, options) for number in options.only):
+        for told, near, off in times(options) if options.time else (row(number, options) for number in options.only):
             print(told, flush=True)
-            good = good and near
+            good, most = good and near, max(most, abs(off))
+    keep(options.keep, {"seconds" if options.time else "memory": most})
     return int(not good)
 
 

@@ -4,8 +4,9 @@
     python bench/preference.py step PAIRS.jsonl                  time and memory of a step, both sides in turns
     python bench/preference.py learn PAIRS.jsonl HELD_OUT.jsonl  accuracy before and after
 
-A pair is a row's own completion and that of another row. Each measurement of a step is a process of its own; losses of
-both sides are compared first (same start, dropout off).
+A pair is a row's own completion and that of another row. Each measurement of a step is a process of its own. Three
+steps of both sides are compared first, from the same factors, which change the logits, and without dropout: losses, and
+gradients of the first step.
 """
 
 from __future__ import annotations
@@ -22,8 +23,6 @@ from pathlib import Path
 from typing import Any
 
 from report import add_keep, done, ends_as_interrupted, keep, working
-
-TOLERANCE = 0.02
 
 
 def main() -> None:
@@ -88,6 +87,33 @@ def trainer_of(options: argparse.Namespace, side: str, **changes: Any) -> Any:
     )
 
 
+def checked(options: argparse.Namespace, side: str, start: dict[str, Any]) -> tuple[list[float], dict[str, Any]]:
+    """Losses of three steps from some factors and the gradients of the first; ``start`` is filled if it is empty."""
+    from same import saved, stir
+    from train_sides import Gradients
+
+    quiet = argparse.Namespace(**vars(options) | {"dropout": 0.0, "steps": 3, "learning_rate": 1e-3})
+    trainer, first = trainer_of(quiet, side), Gradients()
+    if start:
+        importlib.import_module("veneer").set_peft_model_state_dict(trainer.model, start)
+    else:
+        start |= saved(stir(trainer.model))
+    trainer.add_callback(first)
+    trainer.train()
+    return [line["loss"] for line in trainer.state.log_history if "loss" in line], first.found
+
+
+def require_same(options: argparse.Namespace) -> None:
+    """SystemExit where gradients or losses of both sides part."""
+    from lora_step import agree
+    from same import require_same_gradients
+
+    start: dict[str, Any] = {}
+    (theirs, expected), (own, found) = (checked(options, side, start) for side in ("peer", "veneer"))
+    require_same_gradients("DPO", expected, found)
+    agree("DPO: losses of three steps", theirs, own)
+
+
 def one_side(options: argparse.Namespace) -> None:
     """Train some steps and print their seconds, losses and the growth of peak memory, as JSON."""
     from transformers import TrainerCallback
@@ -134,14 +160,13 @@ def measured(options: argparse.Namespace, side: str, dropout: float) -> dict[str
 
 
 def compare(options: argparse.Namespace) -> None:
-    """Print medians of both sides, taken in turns. SystemExit where the first losses part."""
+    """Print medians of both sides, taken in turns. SystemExit where they do not compute the same."""
+    require_same(options)
     times, cpu, memory = ({side: list[float]() for side in ("peer", "veneer")} for _ in range(3))
     for turn in range(options.repeats):
         for side in times:
             working(f"turn {turn + 1} of {options.repeats}, {side}")
             found = measured(options, side, options.dropout)
-            if abs(found["losses"][0] - 0.693147) > TOLERANCE:
-                raise SystemExit(f"{side}: the first loss is {found['losses'][0]}, not ln 2")
             times[side].append(statistics.median(found["seconds"]))
             cpu[side].append(statistics.median(found["cpu"]))
             memory[side].append(found["mb"])

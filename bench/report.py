@@ -1,7 +1,7 @@
 """The output of a benchmark: rows printed as they are measured, progress on stderr, and results that are kept.
 
-``--keep CLAIM`` writes the figures of a run into ``bench/results/CLAIM.json``. `scripts/benchmark_table.py` makes the
-table of docs/benchmarks.md from these files.
+``--keep CLAIM`` writes the figures of a run into ``bench/results/CLAIM.json``, with its command, commit and machine.
+`scripts/benchmark_table.py` makes the table of docs/benchmarks.md from these files.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import platform
 import re
 import shlex
 import signal
+import subprocess
 import sys
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
@@ -68,12 +69,28 @@ def _leave(number: int, frame: FrameType | None) -> None:
 
 
 def add_keep(parser: argparse.ArgumentParser) -> None:
-    """Add the option ``--keep``."""
-    parser.add_argument("--keep", metavar="CLAIM", help="write the figures into bench/results/CLAIM.json")
+    """Add the option ``--keep``, which is refused at once where no commit has the code that is measured."""
+    told = "write the figures into bench/results/CLAIM.json; the code must be committed"
+    parser.add_argument("--keep", metavar="CLAIM", type=_committed, help=told)
+
+
+def _committed(claim: str) -> str:
+    changed = _git("status", "--porcelain", "--", "src", "csrc", "bench", ":!bench/results")
+    if changed:
+        raise argparse.ArgumentTypeError(f"files differ from the commit: {changed.splitlines()[0]}. Commit them first.")
+    return claim
+
+
+def _git(*words: str) -> str:
+    """What git says of this repository. SystemExit outside of one: a kept result names its commit."""
+    done = subprocess.run(["git", "-C", str(RESULTS.parent), *words], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"--keep needs the repository with its history: {done.stderr.strip()}")
+    return done.stdout.strip()
 
 
 def keep(claim: str | None, figures: Mapping[str, float], folder: Path = RESULTS) -> None:
-    """Put the figures of a run into a claim's file, with the machine and the command; nothing if ``claim`` is None.
+    """Put the figures of a run into a claim's file, with machine, command and commit; nothing if ``claim`` is None.
 
     SystemExit if there is no such claim, or if its sentence needs a figure that is not given.
     """
@@ -88,8 +105,15 @@ def keep(claim: str | None, figures: Mapping[str, float], folder: Path = RESULTS
         sentence(written["figure"], figures)
     except KeyError as error:
         raise SystemExit(f"--keep {claim}: the run has no figure {error}. It has {', '.join(figures)}.") from error
-    written |= {"figures": dict(figures), "machine": machine(), "command": f"python {shlex.join(sys.argv)}"}
+    written |= {"figures": dict(figures), "machine": machine(), "command": command(sys.argv)}
+    written["commit"] = _git("rev-parse", "--short=10", "HEAD")
     file.write_text(json.dumps(written, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def command(words: Sequence[str]) -> str:
+    """The command of a run. Of a file elsewhere its name and folder are told, not where they lie."""
+    told = ["/".join(Path(word).parts[-2:]) if word.startswith("/") else word for word in words]
+    return f"python {shlex.join(told)}"
 
 
 def sentence(template: str, figures: Mapping[str, float]) -> str:

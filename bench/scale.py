@@ -31,6 +31,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from gpu_step import random_llama
 from report import Rows, ends_as_interrupted, working
+from same import stir
 from veneer import BitsAndBytesConfig, LoraConfig, get_peft_model, shard_base
 from veneer.model.checkpointing import checkpoint_fully
 from veneer.model.fused.decoder import fuse
@@ -112,7 +113,7 @@ class Side:
         quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4") if base == "nf4" else None
         model: Any = load_model(args.rank_of, quantization=quantization, device=device).requires_grad_(False)
         torch.manual_seed(2)
-        model = get_peft_model(model, LoraConfig(r=16, lora_alpha=32, target_modules="all-linear")).train()
+        model = stir(get_peft_model(model, LoraConfig(r=16, lora_alpha=32, target_modules="all-linear"))).train()
         checkpoint_fully(model)
         if not fuse(model):
             raise SystemExit("the model does not run fused")

@@ -37,8 +37,8 @@ from lora_step import adapted_by
 from methods import LORA, MEMBERS, METHODS
 from paired import Rates, measure_rates
 from report import add_keep, done, ends_as_interrupted, keep, working
+from same import require_heard, stir
 from serve_side import ANSWER, Names, Prompts
-from snippet9 import randomize
 from tiny_model import write_tiny
 from veneer.ops.cpu.module import description
 from veneer.store.source import resolve
@@ -192,8 +192,7 @@ def make_adapters(args: argparse.Namespace, folder: Path) -> dict[str, str]:
         torch.manual_seed(number)
         kind, settings = METHODS[method] if method != "lora" else ("LoraConfig", LORA)
         model = adapted_by("veneer", base, kind, settings)
-        randomize(model)
-        model.save_pretrained(folder / name)
+        stir(model).save_pretrained(folder / name)
         found[name] = str(folder / name)
     return found
 
@@ -253,6 +252,9 @@ def require_equal(
     """Print how many answers of each peer are veneer's. SystemExit where one parts at tokens that are no near tie."""
     asked = prompts[: len(load.names)]
     own = engines[load.veneer].ask(asked, load.names, args.new_tokens)["tokens"]
+    if any(load.names):
+        alone = engines[load.veneer].ask(asked, [None] * len(asked), args.new_tokens)["tokens"]
+        require_heard(load.title, own, alone)
     for peer in present(load, engines)[1:]:
         theirs = engines[peer].ask(asked, load.names, args.new_tokens)["tokens"]
         parted = [row for row in range(len(asked)) if own[row] != theirs[row]]

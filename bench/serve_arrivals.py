@@ -24,7 +24,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +33,8 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from lora_step import adapted
 from report import add_keep, done, ends_as_interrupted, keep, working
+from same import require_heard, stir
 from serve import NEAR, Engine, preference, running
-from snippet9 import randomize
 from tiny_model import write_tiny
 from veneer.ops.cpu.module import description
 from veneer.store.source import resolve
@@ -148,8 +148,7 @@ def make_adapters(args: argparse.Namespace, folder: Path) -> dict[str, str]:
         torch.manual_seed(number)
         rank = RANKS[number // len(TARGETS) % len(RANKS)]
         model = adapted("veneer", base, r=rank, lora_alpha=2 * rank, target_modules=TARGETS[number % len(TARGETS)])
-        randomize(model)
-        model.save_pretrained(folder / f"lora{number}")
+        stir(model).save_pretrained(folder / f"lora{number}")
         found[f"lora{number}"] = str(folder / f"lora{number}")
     return found
 
@@ -195,6 +194,9 @@ def require_equal(
 ) -> None:
     """Print how many answers are equal. SystemExit where two part as rounding does not make them."""
     crowd = {engine.title: ask(engine, requests, [0.0] * len(requests))["tokens"] for engine in engines}
+    plain = ask(engines[0], [replace(request, adapter=None) for request in requests], [0.0] * len(requests))["tokens"]
+    adapted = [row for row, request in enumerate(requests) if request.adapter]
+    require_heard("requests", *([found[row] for row in adapted] for found in (crowd[engines[0].title], plain)))
     for engine in engines:
         alone = [ask(engine, [request], [0.0])["tokens"][0] for request in requests[:ALONE]]
         compare(f"{engine.title} alone and in the crowd", alone, crowd[engine.title], requests, adapters, args)

@@ -29,6 +29,7 @@ import torch
 from transformers import PretrainedConfig
 
 from report import Rows, add_keep, ends_as_interrupted, keep, working
+from same import require_heard
 from serve import SIDE, Engine, running
 from serve_cold import write_adapters
 from serve_side import Names, Prompts
@@ -142,6 +143,9 @@ def converse(engines: dict[str, Engine], names: Names, draw: Draw, args: argpars
                 found[title].turns.append(engine.ask(asked, names, 1)["seconds"])
             if title != PEER:
                 answers[title] = engine.ask(asked, names, args.answer_tokens)["tokens"]
+                if not turn and any(names):
+                    plain = engine.ask(asked, [None] * len(names), args.answer_tokens)["tokens"]
+                    require_heard(title, answers[title], plain)
             else:  # its answers go into its cache too, as those of the conversation
                 engine.ask([prompt + own for prompt, own in zip(asked, answers[CACHED], strict=True)], names, 1)
         if answers[CACHED] != answers[PLAIN]:

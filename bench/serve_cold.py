@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 
 from report import add_keep, done, keep, working
+from same import require_heard
 from tiny_model import write_tiny
 from veneer import LLM, LoraConfig, LoRARequest, SamplingParams, get_peft_model
 from veneer.serve.outputs import RequestOutput
@@ -129,9 +130,11 @@ def compare(model: str, adapters: Sequence[LoRARequest], n_requests: int, repeat
 
 
 def require_equal(llm: LLM, adapters: Sequence[LoRARequest]) -> None:
-    """Stop unless answers in one batch are those of each adapter alone."""
+    """Stop unless answers in one batch are those of each adapter alone, and not those of the base."""
     params = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
     together = llm.generate([prompt_of(i) for i in range(len(adapters))], params, lora_request=adapters, use_tqdm=False)
+    plain = llm.generate([prompt_of(i) for i in range(len(adapters))], params, use_tqdm=False)
+    require_heard("adapters", *([each.outputs[0].token_ids for each in outputs] for outputs in (together, plain)))
     for i, adapter in enumerate(adapters):
         [alone] = llm.generate([prompt_of(i)], params, lora_request=adapter, use_tqdm=False)
         if alone.outputs[0].token_ids != together[i].outputs[0].token_ids:

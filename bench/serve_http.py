@@ -32,6 +32,7 @@ from transformers import AutoTokenizer, PretrainedConfig
 
 from engine import go_on, process_group
 from report import Rows, add_keep, ends_as_interrupted, keep, working
+from same import require_heard
 from serve import Engine, make_adapters, running
 from serve_side import Prompts
 from tiny_model import write_tiny
@@ -120,9 +121,9 @@ def prompts_of(args: argparse.Namespace, number: int) -> Prompts:
     return [[draw.randrange(3, size) for _ in range(args.prompt_tokens)] for _ in range(args.streams)]
 
 
-def ask(args: argparse.Namespace, engine: Engine, case: str, number: int) -> dict[str, Any]:
-    settings, adapted = CASES[case]
-    names = [f"lora{row % args.adapters}" if adapted else None for row in range(args.streams)]
+def ask(args: argparse.Namespace, engine: Engine, case: str, number: int, *, adapted: bool = True) -> dict[str, Any]:
+    settings, has_adapters = CASES[case]
+    names = [f"lora{row % args.adapters}" if adapted and has_adapters else None for row in range(args.streams)]
     load = {"prompts": prompts_of(args, number), "adapters": names, "n_tokens": args.new_tokens, "settings": settings}
     return engine.send(load)
 
@@ -131,6 +132,8 @@ def require_equal(args: argparse.Namespace, case: str, title: str, llm: Engine, 
     """SystemExit if veneer's server gives another text than its engine; of vLLM the number is printed."""
     working(f"{case}: texts of {title}'s engine and server")
     tokens, found = (ask(args, side, case, 0) for side in (llm, server))
+    if CASES[case][1]:
+        require_heard(case, tokens["tokens"], ask(args, llm, case, 0, adapted=False)["tokens"])
     tokenizer = AutoTokenizer.from_pretrained(args.place)
     wanted = [tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in tokens["tokens"]]
     texts = [text.strip() for text in found["texts"]]  # some tokenizers drop the space in front of a text

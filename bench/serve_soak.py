@@ -44,8 +44,8 @@ from transformers import AutoModelForCausalLM
 from lora_step import adapted_by
 from methods import MEMBERS, METHODS
 from report import Rows, add_keep, ends_as_interrupted, keep, working
+from same import stir
 from serve_http_side import answers_at, free_port
-from snippet9 import randomize
 from tiny_model import write_tiny
 from veneer.store.source import resolve
 
@@ -153,8 +153,7 @@ def write_adapters(args: argparse.Namespace, folder: Path) -> None:
             settings = settings | {"r": (4, 8, 11, 16)[number // len(MEMBERS) % 4]}
         torch.manual_seed(number)
         model = adapted_by("veneer", base, kind, settings)
-        randomize(model)
-        model.save_pretrained(folder / f"a{number:03}-{method}")
+        stir(model).save_pretrained(folder / f"a{number:03}-{method}")
         base = model.unload()
 
 

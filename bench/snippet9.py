@@ -3,8 +3,9 @@
 The snippet is ``FastLanguageModel.from_pretrained(name, max_seq_length, load_in_4bit=True)`` and ``.get_peft_model``
 with rank 16, alpha 32, no dropout and the seven projections; everything else stands at its default. PEFT's side loads
 the base in the same 4-bit form (bitsandbytes, or not at all with --base dense) and does not recompute. Both start from
-the same factors and train on the same rows: losses are compared before anything is timed. Beside the snippet stand its
-model without recomputation and with recomputation of whole blocks (True), which says what the default chose.
+the same factors, which change the logits: logits, gradients and losses are compared before anything is timed. Beside
+the snippet stand its model without recomputation and with recomputation of whole blocks (True), which says what the
+default chose.
 
     python bench/snippet9.py [--model smollm2-135m-instruct] [--base nf4|dense] [--dtype float32|bfloat16]
         [--rows 4] [--tokens 256] [--repeats 5] [--tiny]
@@ -22,8 +23,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_step import adapted_by, agree, base_of, optimizer_of
+from lora_step import adapted_by, base_of, optimizer_of
 from report import quiet_libraries
+from same import course, require_same, stir
 from tiny_model import write_tiny
 from train_sides import same_start
 from turns import Goal, Timing, faster_dtype, in_turns, show, timed
@@ -32,7 +34,6 @@ from veneer.store.source import resolve
 
 SEVEN = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 SETTINGS = {"r": 16, "lora_alpha": 32, "target_modules": list(SEVEN), "lora_dropout": 0}
-CHECKED_STEPS = 3
 AS_IT_STANDS = "veneer, as it stands"
 
 
@@ -61,7 +62,7 @@ def arguments() -> argparse.Namespace:
 def measure(place: str, args: argparse.Namespace) -> None:
     dtype = getattr(torch, args.dtype) if args.dtype else faster_dtype()
     peer = adapted_by("peer", base_of("peer", args.base, place, dtype, **double(args.base)), "LoraConfig", SETTINGS)
-    randomize(peer)
+    stir(peer)
     models = {"PEFT": peer} | {
         name: snippet(place, args.base, dtype, options)
         for name, options in (
@@ -72,14 +73,12 @@ def measure(place: str, args: argparse.Namespace) -> None:
     }
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(0, peer.config.vocab_size, (args.rows, args.tokens), generator=generator)
-    steps = {}
+    theirs = course("peer", peer, ids)
     for name, model in models.items():
         if model is not peer:
             same_start(model, peer)
-        steps[name] = stepper(model, ids)
-    losses = {name: [step() for _ in range(CHECKED_STEPS)] for name, step in steps.items()}
-    for name in losses:
-        agree(f"losses of PEFT and of {name}", losses["PEFT"], losses[name])
+            require_same(f"PEFT and {name}", theirs, course("peer", model, ids))  # by the model's own loss, as timed
+    steps = {name: stepper(model, ids) for name, model in models.items()}
     ways: dict[str, Callable[[], Timing]] = {name: lambda step=step: timed(step) for name, step in steps.items()}
     taken = in_turns(ways, args.repeats)
     title = f"snippet 9: {args.rows} x {args.tokens} tokens, {args.base} base, {str(dtype).removeprefix('torch.')}"
@@ -98,14 +97,6 @@ def snippet(place: str, base: str, dtype: torch.dtype, options: dict[str, Any]) 
         model_name=place, max_seq_length=512, load_in_4bit=base == "nf4", dtype=dtype
     )
     return FastLanguageModel.get_peft_model(model, **{**SETTINGS, **options})
-
-
-def randomize(model: Any) -> None:
-    """Factors that change the output, B included."""
-    generator = torch.Generator().manual_seed(2)
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data.add_(0.02 * torch.randn(parameter.shape, generator=generator).to(parameter.dtype))
 
 
 def stepper(model: Any, ids: Tensor) -> Callable[[], float]:

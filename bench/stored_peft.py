@@ -1,8 +1,8 @@
 """A LoRA step on bases in GPTQ and HQQ, 4 bits: veneer beside PEFT on the layers of gptqmodel and hqq.
 
 Both sides hold the same codes, made of SmolLM2's linear layers by rounding to the nearest in groups of 64, and compute
-in bfloat16. First losses are compared before anything is timed; sides take turns. gptqmodel (with optimum) and hqq are
-wanted only for the formats that are asked for.
+in bfloat16. Logits, gradients and losses are compared before anything is timed; sides take turns. gptqmodel (with
+optimum) and hqq are wanted only for the formats that are asked for.
 
     python bench/stored_peft.py [--formats GPTQ HQQ] [--model smollm2-135m-instruct] [--rows 4] [--tokens 256]
 """
@@ -18,8 +18,10 @@ import torch
 from torch import nn
 
 from formats import GROUP, grouped
-from lora_step import adapted, agree, base_of, loss_of, optimizer_of, require_fused, step
+from lora_step import adapted, base_of, optimizer_of, require_fused, step
 from report import quiet_libraries
+from same import course, require_same, stir
+from train_sides import same_start
 from turns import Goal, in_turns, show, timed
 from veneer.model.quant_linear import QuantLinear
 from veneer.quant.gptq import GptqSpec
@@ -46,9 +48,9 @@ def main() -> None:
     for name in args.formats:
         models = {side: stored(name, side, place) for side in SIDES}
         ids = torch.randint(models["veneer"].config.vocab_size, (args.rows, args.tokens))
-        with torch.no_grad():
-            losses = {side: loss_of(side, model, ids).item() for side, model in models.items()}
-        agree(f"{name}: loss of PEFT on {PACKAGES[name]} and of veneer", [losses["peer"]], [losses["veneer"]])
+        same_start(models["veneer"], stir(models["peer"]))
+        courses = (course(side, model, ids[:1, :64]) for side, model in models.items())
+        require_same(f"{name}: PEFT on {PACKAGES[name]} and veneer", *courses)
         ways |= {
             f"{name}, {side}": partial(timed, partial(step, side, model, optimizer_of(model), ids))
             for side, model in models.items()

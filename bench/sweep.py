@@ -1,7 +1,8 @@
 """Eight LoRA adapters of different ranks trained in one pass, against eight runs one after another, both veneer's.
 
 Each adapter trains on rows of its own. First every adapter is trained for some steps in both ways, from the same start,
-and the losses are compared; only then the steps (forward, backward, AdamW for all eight) are timed, in turns.
+at which it changes the logits. Losses, and the gradients of the first step, are compared; only then the steps (forward,
+backward, AdamW for all eight) are timed, in turns.
 
     python bench/sweep.py --data FILE.jsonl [--model smollm2-135m-instruct] [--base dense|nf4] [--lengths 64,128,256]
 
@@ -16,6 +17,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,7 @@ from transformers import AutoTokenizer
 
 from lora_step import adapted, base_of, optimizer_of, require_fused, step
 from report import add_keep, done, keep, working
+from same import gradients, require_same_gradients, stir
 from veneer.adapters.peft_model import PeftModel
 from veneer.model.fused.decoder import fuse
 from veneer.store.source import resolve
@@ -34,9 +37,19 @@ from veneer.train.sweep.shared_base import Part, SharedBase, twin
 RANKS = (2, 4, 8, 8, 16, 16, 32, 64)
 TOLERANCE = 0.02
 Losses = list[float]
-Step = Callable[[Tensor], Losses]
 Make = Callable[[Any], PeftModel]
 """An adapter on a base."""
+
+
+@dataclass(frozen=True, slots=True)
+class Way:
+    """A step of all members, each with a row of its own; ``models`` hold the gradients of the last one."""
+
+    models: list[PeftModel]
+    step: Callable[[Tensor], Losses]
+
+    def __call__(self, rows: Tensor) -> Losses:
+        return self.step(rows)
 
 
 def read_tokens(data: Path, tokenizer: Any, n_tokens: int) -> Tensor:
@@ -50,8 +63,8 @@ def read_tokens(data: Path, tokenizer: Any, n_tokens: int) -> Tensor:
 
 
 def lora(rank: int) -> Make:
-    """LoRA on all linear layers."""
-    return lambda base: adapted("veneer", base, r=rank, lora_alpha=2 * rank)
+    """LoRA on all linear layers, which changes the logits."""
+    return lambda base: stir(adapted("veneer", base, r=rank, lora_alpha=2 * rank))
 
 
 def members(base: Any, makes: Sequence[Make]) -> list[PeftModel]:
@@ -63,7 +76,7 @@ def members(base: Any, makes: Sequence[Make]) -> list[PeftModel]:
     return found
 
 
-def alone(base: Any, makes: Sequence[Make]) -> Step:
+def alone(base: Any, makes: Sequence[Make]) -> Way:
     """Member after member, each with a forward and a backward pass of its own."""
     models = members(base, makes)
     for model in models:
@@ -74,10 +87,10 @@ def alone(base: Any, makes: Sequence[Make]) -> Step:
         turns = zip(models, optimizers, rows, strict=True)
         return [step("veneer", model, optimizer, row[None]) for model, optimizer, row in turns]
 
-    return one_by_one
+    return Way(models, one_by_one)
 
 
-def together(base: Any, makes: Sequence[Make]) -> Step:
+def together(base: Any, makes: Sequence[Make]) -> Way:
     """All members by one pass over the base."""
     models = members(base, makes)
     shared = SharedBase(twin(base))
@@ -98,10 +111,16 @@ def together(base: Any, makes: Sequence[Make]) -> Step:
             optimizer.step()
         return [loss.item() for loss in losses]
 
-    return at_once
+    return Way(models, at_once)
 
 
-def timed(way: Step, rows: Tensor) -> float:
+def same_gradients(what: str, one: Way, many: Way) -> None:
+    """SystemExit where a member's gradients are others in the two ways."""
+    for number, pair in enumerate(zip(one.models, many.models, strict=True)):
+        require_same_gradients(f"{what}, member {number}", *map(gradients, pair))
+
+
+def timed(way: Way, rows: Tensor) -> float:
     began = time.perf_counter()
     way(rows)
     return time.perf_counter() - began
@@ -144,11 +163,13 @@ def main() -> None:
     keep(args.keep, figures)
 
 
-def compare(ways: dict[str, Step], batches: Tensor) -> None:
-    """Train both ways on the same rows. Leaves where the losses part."""
+def compare(ways: dict[str, Way], batches: Tensor) -> None:
+    """Train both ways on the same rows. SystemExit where gradients of the first step or losses part."""
     worst = 0.0
     for number, rows in enumerate(batches):
         own, shared = (way(rows) for way in ways.values())
+        if number == 0:
+            same_gradients("alone and together", *ways.values())
         worst = max(worst, *(abs(a - b) for a, b in zip(own, shared, strict=True)))
         print(
             f"step {number}: losses {own[0]:.4f} … {own[-1]:.4f} (alone) {shared[0]:.4f} … {shared[-1]:.4f} (together)"

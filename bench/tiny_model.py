@@ -15,7 +15,7 @@ def write_tiny(folder: Path) -> str:
     """Write both into a folder, and give its name."""
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=N_TOKENS, hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4,
+        vocab_size=N_TOKENS, hidden_size=128, intermediate_size=192, num_hidden_layers=3, num_attention_heads=4,
         num_key_value_heads=2, max_position_embeddings=512, bos_token_id=0, eos_token_id=0,
     )  # fmt: skip
     LlamaForCausalLM(config).save_pretrained(folder)

@@ -1,8 +1,9 @@
 """A LoRA training step (r = 16 on all linear layers, 4 x 512 tokens, bfloat16) against the peers, in turns.
 
 Four rows: a loop of its own over a dense and over an NF4 base, and ``trainer.train()`` on packed rows without and with
-gradient checkpointing. For each row, both sides first train on the same rows for --steps steps and their losses are
-compared; only where they agree are times given. Between the timed steps the machine's rate of products is taken (bf16
+gradient checkpointing. For each row, both sides first take steps from factors that change the logits, whose losses and
+gradients are compared. Then they train on the same rows for --steps steps and their losses are compared; only where
+they agree are times given. Between the timed steps the machine's rate of products is taken (bf16
 or float32, the faster), and with it the time that the products of one step need at least. Memory is the high-water mark
 of a process of its own that loads the model and trains two steps.
 
@@ -29,9 +30,10 @@ import torch
 from datasets import Dataset
 from transformers import AutoTokenizer
 
-from lora_step import SIDES
+from lora_step import SIDES, agree
 from report import add_keep, done, ends_as_interrupted, keep, quiet_libraries, working
 from resident import forget_high_water, high_water_mb
+from same import require_same_gradients, saved, stir
 from train_sides import BATCH, ROWS, Row, Side, cycled, packed_rows, products_of, same_start, side_of
 from turns import Timing, faster_dtype, median, product_time
 from veneer.store.source import resolve
@@ -99,7 +101,7 @@ def measure(name: str, place: str, rows: tuple[Dataset, Dataset], args: argparse
     row, (check, full) = row_of(name, args), rows
     print(f"\n{name}: veneer against {row.peer}", flush=True)
     peer, ours = (side_of(side, row, place) for side in SIDES)
-    same_start(ours.model, peer.model)
+    same_steps(name, peer, ours, cycled(check, 3 * BATCH))
     compare_losses(peer, ours, cycled(check, args.steps * BATCH))
     peaks = {side: peak_of(name, side) for side in SIDES}
     times: dict[str, list[Timing]] = {side: [] for side in SIDES}
@@ -115,6 +117,19 @@ def measure(name: str, place: str, rows: tuple[Dataset, Dataset], args: argparse
     n_products = statistics.median(products_of(row, ours.model, batch) for batch in batches[1:])
     done()
     return report({side: taken[1:] for side, taken in times.items()}, peaks, n_products, products)
+
+
+def same_steps(name: str, peer: Side, ours: Side, rows: Dataset) -> None:
+    """Leave both sides at one start. SystemExit where, from a start that changes the logits, they part."""
+    from peft import set_peft_model_state_dict
+
+    start = saved(peer.model)
+    same_start(ours.model, stir(peer.model))
+    (theirs, expected), (own, found) = (side.checked(rows) for side in (peer, ours))
+    require_same_gradients(name, expected, found)
+    agree(f"{name}: losses", theirs, own)
+    set_peft_model_state_dict(peer.model, start)
+    same_start(ours.model, peer.model)
 
 
 def compare_losses(peer: Side, ours: Side, rows: Dataset) -> None:

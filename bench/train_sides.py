@@ -15,6 +15,7 @@ from transformers import PrinterCallback, TrainerCallback
 
 import veneer
 from lora_step import RATE, adapted, base_of, optimizer_of, require_fused, step
+from same import course, gradients
 from turns import Timing, timed
 from veneer.train.show.display import RunDisplay
 
@@ -47,11 +48,15 @@ ROWS = {
 
 @dataclass(frozen=True, slots=True)
 class Side:
-    """``losses`` trains over rows of a packed set, one loss a step; ``timed`` runs one warm step over some of them."""
+    """``losses`` trains over rows of a packed set, one loss a step; ``timed`` runs one warm step over some of them.
+
+    ``checked`` trains too, and returns the losses and the gradients of the first step, by the keys of the saved file.
+    """
 
     model: Any
     losses: Callable[[Dataset], list[float]]
     timed: Callable[[Dataset], Timing]
+    checked: Callable[[Dataset], tuple[list[float], dict[str, Tensor]]]
 
 
 def side_of(name: str, row: Row, place: str) -> Side:
@@ -76,7 +81,11 @@ def _step_side(name: str, model: Any) -> Side:
     def last(rows: Dataset) -> Timing:
         return timed(lambda: step(name, model, optimizer, _batches(rows)[-1]))
 
-    return Side(model, lambda rows: [step(name, model, optimizer, ids) for ids in _batches(rows)], last)
+    def checked(rows: Dataset) -> tuple[list[float], dict[str, Tensor]]:
+        found = course(name, model, _batches(rows)[0])
+        return found.losses, found.gradients
+
+    return Side(model, lambda rows: [step(name, model, optimizer, ids) for ids in _batches(rows)], last, checked)
 
 
 def _batches(rows: Dataset) -> list[Tensor]:
@@ -84,6 +93,16 @@ def _batches(rows: Dataset) -> list[Tensor]:
     length = max(len(ids) for ids in rows["input_ids"])
     flat = torch.tensor([token for ids in rows["input_ids"] for token in ids])
     return list(flat[: len(flat) // (BATCH * length) * BATCH * length].view(-1, BATCH, length))
+
+
+class Gradients(TrainerCallback):
+    """The gradients of a trainer's first step, by the keys of the saved file; none is clipped."""
+
+    def __init__(self) -> None:
+        self.found: dict[str, Tensor] = {}
+
+    def on_pre_optimizer_step(self, *args: Any, model: Any, **kwargs: Any) -> None:
+        self.found = self.found or gradients(model)
 
 
 class _Watch(TrainerCallback):
@@ -108,7 +127,7 @@ def _trainer_side(name: str, row: Row, model: Any, place: str) -> Side:
     library = veneer if name == "veneer" else trl
     tokenizer = transformers.AutoTokenizer.from_pretrained(place)
 
-    def run(rows: Dataset) -> _Watch:
+    def run(rows: Dataset, *more: TrainerCallback) -> _Watch:
         watch = _Watch()
         with tempfile.TemporaryDirectory() as folder:
             settings = library.SFTConfig(
@@ -119,7 +138,7 @@ def _trainer_side(name: str, row: Row, model: Any, place: str) -> Side:
                 logging_steps=1, save_strategy="no", report_to="none", disable_tqdm=True,
             )  # fmt: skip
             trainer = library.SFTTrainer(
-                model=model, args=settings, train_dataset=rows, processing_class=tokenizer, callbacks=[watch]
+                model=model, args=settings, train_dataset=rows, processing_class=tokenizer, callbacks=[watch, *more]
             )
             for shown in (PrinterCallback, RunDisplay):
                 trainer.remove_callback(shown)
@@ -130,7 +149,11 @@ def _trainer_side(name: str, row: Row, model: Any, place: str) -> Side:
         ends = run(rows).ends[-2:]
         return ends[1].since(ends[0])
 
-    return Side(model, lambda rows: run(rows).losses, second)
+    def checked(rows: Dataset) -> tuple[list[float], dict[str, Tensor]]:
+        first = Gradients()
+        return run(rows, first).losses, first.found
+
+    return Side(model, lambda rows: run(rows).losses, second, checked)
 
 
 def timed_tokens(row: Row, rows: Dataset) -> tuple[int, int]:

@@ -12,6 +12,7 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "benchmarks.md"
+TYPED = "typed before `--keep`, unknown"
 START, END = "<!-- results -->\n", "<!-- end of results -->\n"
 sys.path.insert(0, str(ROOT / "bench"))
 
@@ -26,12 +27,13 @@ def lines() -> Iterator[str]:
     """The lines of the table."""
     from report import sentence
 
-    yield "| claim | measured | peer | machine | command |"
-    yield "| --- | --- | --- | --- | --- |"
+    yield "| claim | measured | peer | machine | command | commit |"
+    yield "| --- | --- | --- | --- | --- | --- |"
     for result in results():
         claim = f"[{result['claim']}](benchmarks/{result['page']})"
         figure = sentence(result["figure"], result["figures"])
-        yield f"| {claim} | {figure} | {result['peer']} | {result['machine']} | `{result['command']}` |"
+        measured = f"| {claim} | {figure} | {result['peer']} | {result['machine']} | `{result['command']}` |"
+        yield f"{measured} {result['commit'] or TYPED} |"
 
 
 def page(text: str) -> str:

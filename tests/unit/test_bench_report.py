@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import signal
@@ -43,13 +44,32 @@ def test_a_sentence_names_its_figures(report):
 def test_a_kept_result_has_its_machine_and_command(report, tmp_path, monkeypatch):
     file = tmp_path / "step.json"
     file.write_text(json.dumps({"claim": "a step", "figure": "{time|.2f}x", "figures": {"time": 1.0}, "machine": "-"}))
-    monkeypatch.setattr(sys, "argv", ["bench/train.py", "--rows", "dense", "--keep", "step"])
+    monkeypatch.setattr(sys, "argv", ["bench/train.py", "--data", "/a/b/gsm8k/train.jsonl", "--keep", "step"])
+    monkeypatch.setattr(report, "_git", lambda *words: "0123456789")
     report.keep("step", {"time": 2.25, "memory": 0.4}, tmp_path)
     kept = json.loads(file.read_text())
     assert kept["figures"] == {"time": 2.25, "memory": 0.4}
     assert kept["claim"] == "a step"
-    assert kept["command"] == "python bench/train.py --rows dense --keep step"
+    assert kept["command"] == "python bench/train.py --data gsm8k/train.jsonl --keep step"
+    assert kept["commit"] == "0123456789"
     assert "threads" in kept["machine"]
+
+
+def test_code_that_no_commit_has_keeps_nothing(report, monkeypatch, capsys):
+    parser = argparse.ArgumentParser()
+    report.add_keep(parser)
+    monkeypatch.setattr(report, "_git", lambda *words: "")
+    assert parser.parse_args(["--keep", "step"]).keep == "step"
+    monkeypatch.setattr(report, "_git", lambda *words: " M src/veneer/a.py")
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--keep", "step"])
+    assert "src/veneer/a.py. Commit them first." in capsys.readouterr().err
+
+
+def test_outside_a_repository_nothing_is_kept(report, monkeypatch, tmp_path):
+    monkeypatch.setattr(report, "RESULTS", tmp_path / "bench" / "results")
+    with pytest.raises(SystemExit, match="needs the repository"):
+        report._git("rev-parse", "HEAD")
 
 
 def test_a_result_that_cannot_be_kept_is_refused(report, tmp_path):

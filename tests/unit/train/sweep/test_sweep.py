@@ -128,7 +128,7 @@ def test_plain_members_run_on_fused_blocks(values: dict[str, Any], monkeypatch: 
 
 
 @pytest.mark.parametrize("adapter", [{"method": "ia3"}, {"method": "lora", "r": 3}])
-def test_a_sweep_of_one_is_the_run_to_the_last_bits(values: dict[str, Any], adapter: dict[str, Any]) -> None:
+def test_a_sweep_of_one_is_the_run_up_to_rounding(values: dict[str, Any], adapter: dict[str, Any]) -> None:
     values["training"]["fused"] = "off"
     changes = {"name": "only", "adapter": adapter}
     own, shared = alone(values, changes), together(values, {"members": [changes]})["only"]

@@ -1,0 +1,211 @@
+"""Each script of bench/ that compares two sides stops where one ignores the adapter or has a wrong backward pass."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+import veneer
+from veneer.errors import VeneerError
+from veneer.train.sweep import shared_base
+
+Fault = Callable[[Any], Any]
+Script = Callable[[str], ModuleType]
+Started = Callable[..., None]
+PARTED = re.compile(r"part by|gradients of|does not require grad|no trainable parameter")
+STOPS = (SystemExit, RuntimeError, VeneerError)
+"""A backward pass without any adapter stops by itself."""
+QUICK = ("--tiny", "--tokens", 12, "--repeats", 1)
+
+
+def spoil(
+    monkeypatch: pytest.MonkeyPatch, module: ModuleType, name: str, fault: Fault, only: str | None = None
+) -> None:
+    """Let a function of a module that makes models make spoilt ones, those of veneer's side alone."""
+    right = getattr(module, name)
+
+    def spoilt(*args: Any, **options: Any) -> Any:
+        model = right(*args, **options)
+        return fault(model) if only is None or only in args else model
+
+    monkeypatch.setattr(module, name, spoilt)
+
+
+@pytest.mark.parametrize("method", ["lora", "oft", "vera", "shira", "lily"])
+def test_every_method(
+    method: str, script: Script, started: Started, fault: Fault, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    spoil(monkeypatch, veneer.PeftModel, "from_pretrained", fault)
+    with pytest.raises(SystemExit, match=f"parted: {method}"):
+        started(script("every_method"), *QUICK, "--rows", 1, "--only", method)
+    assert "PartedError" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("part", "only"), [("methods", "veneer"), ("dropout", "veneer")])
+def test_methods(
+    part: str, only: str, script: Script, started: Started, fault: Fault, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = script("methods")
+    spoil(monkeypatch, module, "adapted_by", fault, only)
+    with pytest.raises(script("same").PartedError, match=r"part by|gradients of"):
+        started(module, *QUICK, "--rows", 2, "--dtype", "float32", "--parts", part, "--bases", "dense")
+
+
+def test_the_snippet(script: Script, started: Started, fault: Fault, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = script("snippet9")
+    spoil(monkeypatch, module, "snippet", fault)
+    with pytest.raises(script("same").PartedError, match="part by"):
+        started(module, *QUICK, "--rows", 2, "--dtype", "float32", "--base", "dense")
+
+
+def spoil_members(monkeypatch: pytest.MonkeyPatch, module: ModuleType, fault: Fault) -> None:
+    """Spoil the second member of a shared pass, which reads its adapter by the name of the row."""
+    if fault.__name__ == "ignore_adapter":
+        right_names = shared_base.checked
+        names_without = lambda names: ("__base__" if name == "member1" else name for name in names)  # noqa: E731
+        monkeypatch.setattr(
+            shared_base,
+            "checked",
+            lambda model, state, names, inputs: right_names(model, state, tuple(names_without(names)), inputs),
+        )
+        return
+    right = module.together
+
+    def spoilt(base: Any, makes: Any) -> Any:
+        way = right(base, makes)
+        fault(way.models[1])
+        return way
+
+    monkeypatch.setattr(module, "together", spoilt)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("methods", (*QUICK, "--rows", 2, "--dtype", "float32", "--parts", "mixed")),
+        ("eight_methods", (*QUICK, "--parts", "training")),
+        ("sweep", ("--data", "DATA", "--model", "TINY", "--lengths", "8", "--steps", 1, "--rounds", 1)),
+    ],
+)
+def test_members_in_one_pass(
+    name: str, options: tuple[object, ...], script: Script, started: Started, fault: Fault,
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
+) -> None:  # fmt: skip
+    module = script(name)
+    spoil_members(monkeypatch, module, fault)
+    (tmp_path / "rows").write_text(json.dumps({"text": " ".join(f"w{i}" for i in range(1, 120))}))
+    files = {"DATA": tmp_path / "rows", "TINY": script("tiny_model").write_tiny(tmp_path / "model")}
+    with pytest.raises(STOPS, match=PARTED):
+        started(module, *(files.get(str(option), option) for option in options))
+
+
+@pytest.mark.parametrize("row", ["dense", "trainer"])
+def test_train(
+    row: str, script: Script, started: Started, fault: Fault, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    spoil(monkeypatch, script("train_sides"), "adapted", fault, "veneer")
+    chat = {"messages": [{"role": "user", "content": " ".join(f"w{i}" for i in range(1, 40))}]}
+    (tmp_path / "chats").write_text("\n".join([json.dumps(chat)] * 200))
+    place = script("tiny_model").write_tiny(tmp_path / "model")
+    options = ("--model", place, "--rows", row, "--dtype", "float32", "--steps", 2, "--check-length", 32)
+    with pytest.raises(STOPS, match=PARTED):
+        started(script("train"), "--data", tmp_path / "chats", *options)
+
+
+def test_preference(
+    script: Script, started: Started, fault: Fault, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    module = script("preference")
+    right = module.trainer_of
+
+    def spoilt(options: Any, side: str, **changes: Any) -> Any:
+        trainer = right(options, side, **changes)
+        if side == "veneer":
+            fault(trainer.model)
+        return trainer
+
+    monkeypatch.setattr(module, "trainer_of", spoilt)
+    words = [" ".join(f"w{(i * k) % 211}" for i in range(1, 9)) for k in (3, 5, 7)]
+    pair = dict(zip(("prompt", "chosen", "rejected"), words, strict=True))
+    (tmp_path / "pairs").write_text("\n".join([json.dumps(pair)] * 12))
+    place = script("tiny_model").write_tiny(tmp_path / "model")
+    with pytest.raises(STOPS, match=PARTED):
+        started(module, "step", tmp_path / "pairs", "--model", place, "--pairs", 2)
+
+
+def decoded(right: Callable[[str, Any], Any], side: str, linear: Any) -> Any:
+    """A layer in a format; the peer's has the decoded weight."""
+    layer = right("veneer", linear)
+    return layer if side == "veneer" else layer.to_dense(torch.bfloat16)
+
+
+@pytest.mark.parametrize("name", ["GPTQ", "HQQ"])
+def test_stored(
+    name: str, script: Script, started: Started, fault: Fault, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    module = script("stored_peft")
+    monkeypatch.setitem(module.LAYERS, name, partial(decoded, module.LAYERS[name]))
+    spoil(monkeypatch, module, "adapted", fault, "veneer")
+    place = script("tiny_model").write_tiny(tmp_path / "model")
+    with pytest.raises(script("same").PartedError, match="part by"):
+        started(module, "--formats", name, "--model", place, "--rows", 1, "--tokens", 12, "--repeats", 1)
+
+
+def test_formats(
+    script: Script, started: Started, fault: Fault, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    module, turns = script("formats"), []
+    right = module.course
+
+    def spoilt(side: str, model: Any, ids: Any) -> Any:
+        turns.append(model)
+        return right(side, fault(model) if len(turns) == 2 else model, ids)
+
+    monkeypatch.setattr(module, "course", spoilt)
+    place = script("tiny_model").write_tiny(tmp_path / "model")
+    with pytest.raises(script("same").PartedError, match=r"part by|changes the logits"):
+        started(module, "--parts", "step", "--formats", "Q8_0", "--model", place, "--dtype", "float32", "--tokens", 12)
+
+
+def test_a_step_on_a_gpu(script: Script, fault: Fault, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    module = script("gpu_step")
+    spoil(monkeypatch, module, "adapted", fault, "veneer")
+    module.random_llama(tmp_path, tiny=True)
+    with pytest.raises(script("same").PartedError, match="part by"):
+        module.compare("dense", tmp_path, torch.device("cpu"), tiny=True)
+
+
+def test_answers_in_a_batch(script: Script, started: Started, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = script("serve_cold")
+    right = module.LLM.generate
+    without = lambda self, *args, lora_request=None, **more: right(self, *args, **more)  # noqa: E731
+    monkeypatch.setattr(module.LLM, "generate", without)
+    monkeypatch.setattr(module, "ROOM", 2)
+    with pytest.raises(script("same").PartedError, match="answers under adapters are the base's"):
+        started(module, "--tiny", "--adapters", 3, "--repeats", 1, "--requests", 4)
+
+
+def test_answers_that_are_mostly_the_bases_tell_nothing(script: Script) -> None:
+    same = script("same")
+    same.require_heard("half", [[1], [2]], [[1], [3]])
+    with pytest.raises(same.PartedError, match="2 of 3 answers"):
+        same.require_heard("most", [[1], [2], [3]], [[1], [2], [4]])
+
+
+def test_a_model_deaf_to_its_adapter_is_told(script: Script, tmp_path: Path) -> None:
+    same, step = script("same"), script("lora_step")
+    model = step.adapted("veneer", step.base_of("veneer", "dense", script("tiny_model").write_tiny(tmp_path)))
+    parameters = list(model.parameters())
+    model.disable_adapter_layers()
+    model.parameters = lambda: parameters
+    with pytest.raises(same.PartedError, match="no move of the adapter"):
+        same.stir(model)
