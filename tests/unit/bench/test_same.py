@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -184,14 +185,28 @@ def test_a_step_on_a_gpu(script: Script, fault: Fault, monkeypatch: pytest.Monke
         module.compare("dense", tmp_path, torch.device("cpu"), tiny=True)
 
 
-def test_answers_in_a_batch(script: Script, started: Started, monkeypatch: pytest.MonkeyPatch) -> None:
+@dataclass
+class Engine:
+    """Answers are the token that a prompt begins with, and the adapter's number if it is heard."""
+
+    hears: bool
+
+    def generate(self, prompts: Any, params: Any, lora_request: Any = None, use_tqdm: bool = True) -> list[Any]:
+        asked = lora_request if isinstance(lora_request, list) else [lora_request] * len(prompts)
+        numbers = [0 if adapter is None or not self.hears else adapter.lora_int_id for adapter in asked]
+        tokens = zip(prompts, numbers, strict=True)
+        return [SimpleNamespace(outputs=[SimpleNamespace(token_ids=[prompt[0], n])]) for prompt, n in tokens]
+
+
+@pytest.mark.parametrize("hears", [True, False])
+def test_answers_in_a_batch(hears: bool, script: Script) -> None:
     module = script("serve_cold")
-    right = module.LLM.generate
-    without = lambda self, *args, lora_request=None, **more: right(self, *args, **more)  # noqa: E731
-    monkeypatch.setattr(module.LLM, "generate", without)
-    monkeypatch.setattr(module, "ROOM", 2)
-    with pytest.raises(script("same").PartedError, match="answers under adapters are the base's"):
-        started(module, "--tiny", "--adapters", 3, "--repeats", 1, "--requests", 4)
+    adapters = [module.LoRARequest(f"a{n}", n, f"folder{n}") for n in (1, 2, 3)]
+    if hears:
+        module.require_equal(Engine(hears), adapters)
+        return
+    with pytest.raises(script("same").PartedError, match="3 of 3 answers under adapters are the base's"):
+        module.require_equal(Engine(hears), adapters)
 
 
 def test_answers_that_are_mostly_the_bases_tell_nothing(script: Script) -> None:
