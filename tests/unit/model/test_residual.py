@@ -107,11 +107,19 @@ def randomized(model: nn.Module, name: str = "default", seed: int = 3) -> None:
             parameter.data = 0.3 * torch.randn(parameter.shape, generator=generator)
 
 
-def by_hand(family: str, adapted: nn.Module, config: BottleneckConfig, act: Callable[[Tensor], Tensor]) -> nn.Module:
-    plain = base(family)
+def by_hand(
+    family: str,
+    adapted: nn.Module,
+    config: BottleneckConfig,
+    act: Callable[[Tensor], Tensor],
+    name: str = "default",
+    plain: nn.Module | None = None,
+) -> nn.Module:
+    """The bottlenecks of adapter ``name`` written out around the modules of ``plain``, or of a new base."""
+    plain = plain or base(family)
     for holder in residual_adapters(adapted).values():
         output, read = (path.format(holder.site.layer) for path in FAMILIES[family][1][holder.site.sublayer])
-        params = {key: value.detach() for key, value in holder.adapters["default"].named_parameters()}
+        params = {key: value.detach() for key, value in holder.adapters[name].named_parameters()}
         wrapped = ByHand(plain.get_submodule(output), params, act, config.scaling)
         if config.placement == "parallel":
             plain.get_submodule(read).register_forward_pre_hook(
@@ -215,8 +223,13 @@ def test_two_adapters_on_one_sublayer_act_one_after_the_other():
     randomized(model, "first", seed=1)
     randomized(model, "second", seed=2)
     one = model(ids).last_hidden_state
+    relu = nn.functional.relu
+    expected = base("llama")
+    for name, config in model.peft_config.items():  # the second reads what the first gives
+        expected = by_hand("llama", model, config, relu, name, expected)
     model.set_adapter(["first", "second"])
     both = model(ids).last_hidden_state
+    torch.testing.assert_close(both, expected(ids).last_hidden_state, rtol=1e-5, atol=1e-5)
     assert not torch.allclose(one, both, atol=1e-3)
     model.delete_adapter("second")
     assert torch.equal(model(ids).last_hidden_state, one)

@@ -160,6 +160,23 @@ def test_a_traced_step_of_dora_has_the_ops_of_a_real_one(recipe: Make, checkpoin
     assert traced.n_general == counted.of_one(1).n_general == 0
 
 
+def test_attention_of_fused_blocks_is_counted_once_a_pass(recipe: Make) -> None:
+    """A causal row of t tokens has t * t / 2 pairs, in each head two products forward and five backward."""
+    work = plan_recipe(recipe({"method": "lora", "r": 5}, per_device_train_batch_size=3, max_length=23)).work
+    pairs, blocks, heads, head_dim = 3 * 23 * 23 / 2, 2, 3, 16
+    assert work.attention == (2 + 5) * 2 * pairs * blocks * heads * head_dim
+    assert not work.torch_attention
+
+
+def test_a_packed_row_attends_within_its_pieces() -> None:
+    counted, bounds = CountWork(), (0, 7, 18)
+    counted.on = True
+    for name, n_products in (("attention_forward", 2), ("attention_backward", 5)):
+        before = counted.passes[0].attention
+        counted.kernel(name, (bounds, 3, 1, 8))
+        assert counted.passes[0].attention - before == n_products * 2 * 3 * 8 * (7**2 + 11**2) / 2
+
+
 def test_invocation_tokens_begin_the_rows_that_are_traced(recipe: Make) -> None:
     """The adapter then acts on all tokens, and keeps at least what LoRA keeps."""
     found = []
