@@ -4,6 +4,9 @@ Configs are left out: what a user may pass is checked by the configs themselves,
 Triton's kernels are left out too: Triton reads their source, and no other decorator may stand between.
 They run in Triton's interpreter, on any machine.
 So is the dispatch of traced tensors and of those on the meta device left out: it declares no shapes.
+
+A red run can be repeated: each test draws from torch's generator by a seed of its own name. Hypothesis keeps what it
+found in ``.hypothesis`` and prints it; with ``CI`` set it draws the same examples in each run.
 """
 
 import gc
@@ -12,8 +15,11 @@ import re
 import signal
 import sys
 from pathlib import Path
+from zlib import crc32
 
 import pytest
+import torch
+from hypothesis import HealthCheck, settings
 
 from known_machine import know_the_machine
 from sampling import mark_full, without_repeats
@@ -42,6 +48,34 @@ CHECKED = [
 check_shapes([f"veneer.{name}" for name in CHECKED])
 
 SHARED = 100_000  # objects: imported modules and collected tests alone are several times as many
+
+
+settings.register_profile(
+    "veneer",
+    deadline=None,  # neither of them is about the code: both depend on what else the machine does
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
+    print_blob=True,
+    derandomize="CI" in os.environ,
+)
+settings.load_profile("veneer")
+
+
+@pytest.hookimpl(tryfirst=True)  # before fixtures
+def pytest_runtest_setup(item):
+    torch.default_generator.manual_seed(crc32(item.nodeid.encode()))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_fixture_setup(fixturedef):
+    """Let a shared fixture draw by its own name: another test may ask for it first."""
+    if fixturedef.scope == "function":
+        return (yield)
+    state = torch.get_rng_state()
+    torch.default_generator.manual_seed(crc32(f"{fixturedef.baseid}::{fixturedef.argname}".encode()))
+    try:
+        return (yield)
+    finally:
+        torch.set_rng_state(state)
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m looks at the marks

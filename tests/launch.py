@@ -18,12 +18,13 @@ from multiprocessing.context import ForkServerContext
 from multiprocessing.forkserver import ensure_running
 from pathlib import Path
 
+from patience import PATIENCE
+
 PRELOADED = [
     "veneer.cli.app", "veneer.cli.train_run", "veneer.cli.serve", "veneer.recipe.adapter", "veneer.train.trainer",
     "veneer.train.preference.dpo", "veneer.train.preference.grpo", "veneer.train.preference.reward",
     "transformers.models.llama.modeling_llama", "datasets", "psutil", "prepared",
 ]  # fmt: skip
-LONGEST = 280.0  # seconds that a program may take; a test may take 300
 
 
 def forkserver() -> ForkServerContext:
@@ -69,18 +70,18 @@ def together(target: Callable[..., None], folder: Path, n: int, *arguments: obje
     for process in processes:
         process.start()
     for process in processes:
-        process.join(250)
+        process.join(PATIENCE)
     codes = [process.exitcode for process in processes]
     said = [path.read_text() for path in sorted(folder.glob("*.err"))]
-    assert codes == [0] * n, f"exit codes {codes}, None: still running after 250 s; {said}"
+    assert codes == [0] * n, f"exit codes {codes}, None: still running after {PATIENCE:g} s; {said}"
 
 
 def program(code: str | Path, *arguments: object) -> subprocess.CompletedProcess[str]:
-    """Run what `started` starts to its end. A program that takes longer than `LONGEST` is killed."""
+    """Run what `started` starts to its end. A program that takes longer than `PATIENCE` is killed."""
     with tempfile.TemporaryDirectory() as folder:
         stdout, stderr = Path(folder, "stdout"), Path(folder, "stderr")
         process = started(code, *arguments, stdout=stdout, stderr=stderr)
-        process.join(LONGEST)
+        process.join(PATIENCE)
         if process.exitcode is None:
             process.kill()
             process.join()

@@ -1,4 +1,4 @@
-"""Peak of a process's memory by what it holds, without what the allocator keeps for later."""
+"""Memory of a process by what it holds, and its peak without what the allocator keeps for later."""
 
 import ctypes
 
@@ -11,6 +11,12 @@ def give_back_what_is_freed() -> None:
     """
     m_mmap_threshold = -3
     ctypes.CDLL(None).mallopt(m_mmap_threshold, 1 << 17)
+
+
+def own_bytes() -> int:
+    """Return the bytes that this program has written, in memory or swapped out: other programs do not change them."""
+    with open("/proc/self/status", encoding="ascii") as status:
+        return 1024 * sum(int(line.split()[1]) for line in status if line.startswith(("RssAnon", "VmSwap")))
 
 
 def high_water() -> int:

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 from bare_runs import draw_nothing, plan_nothing, plan_once
 from launch import forked
 from models import llama_config, word_tokenizer
+from patience import PATIENCE
 
 WORDS = [f"w{i}" for i in range(53)]
 
@@ -41,7 +42,7 @@ class Run:
     def ended(self) -> list[int]:
         """Wait for all processes; their exit codes."""
         for process in self.processes:
-            process.join(250)
+            process.join(PATIENCE)
         return [process.exitcode for process in self.processes]
 
 

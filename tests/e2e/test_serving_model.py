@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from launch import forked
+from patience import PATIENCE
 from veneer import (
     LLM,
     BottleneckConfig,
@@ -140,13 +141,13 @@ def test_the_command_serves_the_openai_client(adapters: Path, tmp_path: Path) ->
     finally:
         assert process.pid is not None
         os.kill(process.pid, signal.SIGINT)
-        process.join(60)
+        process.join(PATIENCE)
     assert process.exitcode == 130
     assert "Traceback" not in (tmp_path / "log").read_text()
 
 
 def _wait_for(url: str, process: Process) -> None:
-    end = time.monotonic() + 200
+    end = time.monotonic() + PATIENCE
     while time.monotonic() < end and process.is_alive():
         try:
             urllib.request.urlopen(url, timeout=5).close()

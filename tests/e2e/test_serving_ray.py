@@ -20,7 +20,7 @@ from veneer import LoraConfig, get_peft_model
 
 pytest.importorskip("ray", reason="Ray is not installed: pip install 'veneer[ray]'")
 
-pytestmark = [pytest.mark.full, pytest.mark.timeout(280)]
+pytestmark = [pytest.mark.full]
 WORDS = [f"w{n}" for n in range(65)]
 
 

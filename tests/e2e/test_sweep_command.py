@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from launch import forked
 from models import llama_config, word_tokenizer
+from patience import PATIENCE
 from veneer.train.checkpoint import checkpoints
 
 WORDS = [f"w{i}" for i in range(23)]
@@ -62,7 +63,7 @@ def start(project: Path, output: str, *options: str) -> tuple[Process, Path]:
 
 
 def finish(process: Process, log: Path, code: int = 0) -> str:
-    process.join(250)
+    process.join(PATIENCE)
     assert process.exitcode == code, log.read_text()
     return log.read_text()
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 pytest.importorskip("ray", reason="Ray is not installed: pip install 'veneer[ray]'")
 
-pytestmark = [pytest.mark.full, pytest.mark.timeout(500)]
+pytestmark = [pytest.mark.full]
 N_STEPS = 7
 OPTIONS = (
     f"training.max_steps={N_STEPS}", "training.save_strategy=steps", "training.save_steps=1", "training.use_cpu=true",

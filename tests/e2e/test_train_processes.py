@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 from collectives import quantized_run
 from launch import program
+from patience import PATIENCE
 
 if TYPE_CHECKING:
     from conftest import TinyProject
@@ -147,7 +148,7 @@ def test_a_quantized_base_is_not_sent_with_every_step(tiny_project: TinyProject,
         for file, environment in zip(files, tiny_project.environments(2), strict=True)
     ]
     for process in processes:
-        process.join(250)
+        process.join(PATIENCE)
     assert [process.exitcode for process in processes] == [0, 0]
     for file in files:
         told = json.loads(file.read_text())

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 pytest.importorskip("ray", reason="Ray is not installed: pip install 'veneer[ray]'")
 
-pytestmark = [pytest.mark.full, pytest.mark.timeout(500)]
+pytestmark = [pytest.mark.full]
 RATES = {"dead": 0.0, "fast": 0.05, "quick": 0.03, "slow": 1e-6}
 
 

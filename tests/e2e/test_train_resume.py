@@ -10,6 +10,7 @@ from multiprocessing import Process
 from pathlib import Path
 
 from launch import started
+from patience import PATIENCE
 from veneer.train.checkpoint import checkpoints
 
 STEPS = 17
@@ -21,7 +22,7 @@ def start(folder: Path, *options: str) -> Process:
 
 
 def finish(process: Process, folder: Path) -> None:
-    process.join(200)
+    process.join(PATIENCE)
     assert process.exitcode == 0, folder.with_suffix(".log").read_text()
 
 

@@ -8,10 +8,11 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
+
+from patience import PATIENCE, wait_until
 
 BENCH = Path(__file__).parents[2] / "bench"
 
@@ -103,13 +104,12 @@ def test_a_halted_engine_ends_with_its_benchmark(number):
         assert bench.stdout is not None
         engine = int(bench.stdout.readline())
         bench.send_signal(number)
-        bench.wait(30)
-    for _ in range(300):
-        if not _is_alive(engine):
-            return
-        time.sleep(0.1)
-    os.killpg(engine, signal.SIGKILL)
-    raise AssertionError(f"the engine outlived its benchmark, which {number.name} ended")
+        bench.wait(PATIENCE)
+    try:
+        wait_until(lambda: not _is_alive(engine))
+    finally:
+        if _is_alive(engine):
+            os.killpg(engine, signal.SIGKILL)
 
 
 def _is_alive(pid: int) -> bool:

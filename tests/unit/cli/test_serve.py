@@ -21,6 +21,7 @@ import uvicorn
 from typer.testing import CliRunner
 
 from launch import forked
+from patience import PATIENCE
 from veneer.cli.app import app
 from veneer.cli.pages.serve import cache_bytes_of, require_closed, speculative_of
 from veneer.errors import ConfigError
@@ -232,7 +233,7 @@ def test_an_interrupt_ends_it_with_its_code(model_folder: Path, tmp_path: Path) 
             time.sleep(0.1)
         assert process.pid is not None
         os.kill(process.pid, signal.SIGINT)
-        process.join(60)
+        process.join(PATIENCE)
     finally:
         process.kill()
     assert (process.exitcode, log.read_text().partition("/v1\n")[2]) == (130, "interrupted\n")

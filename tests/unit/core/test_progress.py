@@ -5,10 +5,10 @@ from __future__ import annotations
 import contextlib
 import io
 import sys
-import time
 
 import pytest
 
+from patience import wait_until
 from veneer.core import progress
 
 
@@ -108,8 +108,4 @@ def test_a_short_wait_is_not_told(capsys: pytest.CaptureFixture[str]) -> None:
 
 def appears(line: str, screen: io.StringIO) -> None:
     """Wait until a screen shows a line."""
-    for _ in range(3000):
-        if line in screen.getvalue():
-            return
-        time.sleep(0.01)
-    raise AssertionError(f"{line!r} does not appear in {screen.getvalue()!r}")
+    wait_until(lambda: line in screen.getvalue())

@@ -12,6 +12,7 @@ from datasets import Dataset
 
 from launch import forkserver
 from models import byte_tokenizer
+from patience import PATIENCE
 from veneer.data.encoded_cache import FOLDER, encoded_once
 from veneer.data.encoding import Encoder
 
@@ -52,7 +53,7 @@ def test_one_process_encodes_for_two(tmp_path: Path) -> None:
     wait_until_begun(tmp_path)
     second = started(tmp_path, "second", 0.0)
     for process in (first, second):
-        process.join(120)
+        process.join(PATIENCE)
         assert process.exitcode == 0
     told = [(tmp_path / name).read_text().split() for name in ("first", "second")]
     assert [count for count, _ in told] == ["1", "0"]
@@ -66,7 +67,7 @@ def test_the_second_encodes_where_the_first_is_killed(tmp_path: Path) -> None:
     second = started(tmp_path, "second", 0.0)
     time.sleep(0.3)
     first.kill()
-    second.join(120)
+    second.join(PATIENCE)
     assert second.exitcode == 0
     assert (tmp_path / "second").read_text().startswith("1 ")
     assert [path.is_dir() for path in (tmp_path / "cache" / FOLDER).iterdir() if path.suffix != ".lock"] == [True]

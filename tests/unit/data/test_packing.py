@@ -39,7 +39,7 @@ def test_a_trained_token_that_opens_a_piece_leaves_nothing():
 
 
 @given(st.lists(st.integers(1, 17), max_size=40))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_best_fit_places_everything_once_within_capacity(lengths):
     bins = best_fit(lengths, 17)
     assert sorted(i for members in bins for i in members) == list(range(len(lengths)))

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from safetensors import SafetensorError
 
+from patience import PATIENCE
 from veneer.disk.folder import build_once, drop_folder, drop_leftovers, new_folder
 from veneer.errors import DiskError
 
@@ -119,7 +120,7 @@ def test_a_full_disk_is_told_in_whatever_words(tmp_path: Path, error: Exception)
 
 def test_processes_that_race_build_once(tmp_path: Path) -> None:
     racers = [subprocess.Popen([sys.executable, "-c", RACER, str(tmp_path)]) for _ in range(3)]
-    assert [racer.wait(60) for racer in racers] == [0, 0, 0]
+    assert [racer.wait(PATIENCE) for racer in racers] == [0, 0, 0]
     assert (tmp_path / "log").read_text() == "built\n"
 
 

@@ -20,7 +20,8 @@ pytestmark = pytest.mark.skipif(
 COMMON = """
 import contextlib, resource
 from concurrent.futures import ThreadPoolExecutor
-import psutil, torch
+import torch
+from peak_memory import own_bytes
 from veneer.model.heap import freed_memory_kept, freed_memory_returned, kept_bytes
 from veneer.model.memory import available_bytes
 
@@ -40,16 +41,14 @@ def given_back():
     faults()
     return faults() > 0.9 * N_PAGES
 
-def resident():
-    return psutil.Process().memory_info().rss
 """
 CASES = {
     "a block is taken again and goes at the end": """
 assert given_back()
 with freed_memory_kept():
     assert kept()
-    held = resident()
-assert held - resident() > 0.9 * 4096 * N_PAGES
+    held = own_bytes()
+assert held - own_bytes() > 0.9 * 4096 * N_PAGES
 assert given_back()
 """,
     "within another nothing goes": """
@@ -64,10 +63,10 @@ with freed_memory_returned():
     assert given_back()
 with freed_memory_kept():
     assert kept()
-    held = resident()
+    held = own_bytes()
     with contextlib.suppress(KeyError), freed_memory_returned():
         with freed_memory_returned():
-            assert held - resident() > 0.9 * 4096 * N_PAGES
+            assert held - own_bytes() > 0.9 * 4096 * N_PAGES
             assert given_back()
         assert given_back()
         raise KeyError("evaluation")

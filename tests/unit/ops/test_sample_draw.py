@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from veneer.errors import ShapeError
@@ -21,7 +21,7 @@ from veneer.ops.sample import NONE_ALLOWED, NOT_FINITE, Draws, Ints, RowRule, bi
 OP = "sample.draw"
 VOCABULARIES = [1, 7, 64, 263, 4099, 49_155]
 KINDS = ["plain", "ties", "equal", "peak", "holes"]
-quickly = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+quickly = settings(max_examples=60)
 
 
 def logits_of(seed: int, n: int, d: int, kind: str) -> torch.Tensor:

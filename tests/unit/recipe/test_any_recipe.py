@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from veneer.errors import VeneerError
@@ -99,19 +99,14 @@ def values(tmp_path: Path, make_model: Callable[..., Any], tokenizer: Any) -> di
     }
 
 
-SETTINGS = {
-    "deadline": None, "derandomize": True, "suppress_health_check": [HealthCheck.function_scoped_fixture],
-}  # fmt: skip
-
-
-@settings(max_examples=300, **SETTINGS)
+@settings(max_examples=300, derandomize=True)
 @given(changes())
 def test_any_recipe_is_read_or_refused(values: dict[str, Any], changes: dict[str, Any]) -> None:
     with suppress(VeneerError):
         parse_recipe(changed(values, changes))
 
 
-@settings(max_examples=60, **SETTINGS)
+@settings(max_examples=60, derandomize=True)
 @given(changes())
 def test_any_recipe_that_is_read_runs_or_is_refused(values: dict[str, Any], changes: dict[str, Any]) -> None:
     assume(changes.keys().isdisjoint({".training", ".data"}))
@@ -138,7 +133,7 @@ def test_any_recipe_of_another_task_runs_or_is_refused(values: dict[str, Any], t
     recipe = {**values, "task": task, "training": training, **({"rewards": ["exact-match"]} if task == "grpo" else {})}
     run_recipe(parse_recipe(recipe))
 
-    @settings(max_examples=12, **SETTINGS)
+    @settings(max_examples=12, derandomize=True)
     @given(changes(task))
     def runs_or_is_refused(changes: dict[str, Any]) -> None:
         assume(changes.keys().isdisjoint({".training", ".data"}))

@@ -20,6 +20,7 @@ from transformers import LlamaForCausalLM, TextStreamer
 from chat_models import adapter_folder as adapter_folder
 from chat_models import fill, tiny_model
 from chat_models import model_folder as model_folder
+from patience import PATIENCE
 from veneer import IA3Config, LoraConfig, PromptTuningConfig, get_peft_model
 from veneer.adapters.chosen import Parts, choose
 from veneer.answer.answerer import Answerer, Drawing
@@ -103,7 +104,7 @@ def test_nobody_spins_while_an_adapter_is_read(
     expected = answerer.answers(PROMPTS[:1], answering, ignore_progress)
     engine.remove_adapter(1)
     read, step, may, steps = engine.runner.read, engine.step, threading.Event(), list[int]()
-    monkeypatch.setattr(engine.runner, "read", lambda folder: (may.wait(30), read(folder))[1])
+    monkeypatch.setattr(engine.runner, "read", lambda folder: (may.wait(PATIENCE), read(folder))[1])
     monkeypatch.setattr(engine, "step", lambda: (steps.append(1), step())[1])
     threading.Timer(0.3, may.set).start()
     assert answerer.answers(PROMPTS[:1], answering, ignore_progress) == expected

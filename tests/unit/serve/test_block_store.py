@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 
+from patience import PATIENCE
 from veneer import LLM, LoraConfig, LoRARequest, RandLoraConfig, SamplingParams
 from veneer.errors import ConfigError, DescriptionError
 from veneer.methods.randlora import Draw, bases
@@ -420,7 +421,7 @@ def test_a_slow_disk_delays_no_answer(base_folder, adapters, tmp_path, monkeypat
     [expected] = answers(LLM(base_folder), [adapters["lora"]])
     cache, may, keep = tmp_path / "cache", threading.Event(), ProgramRunner.keep
     with monkeypatch.context() as patched:
-        patched.setattr(ProgramRunner, "keep", lambda *given: (may.wait(30), keep(*given))[1])
+        patched.setattr(ProgramRunner, "keep", lambda *given: (may.wait(PATIENCE), keep(*given))[1])
         llm = LLM(base_folder, adapter_cache_dir=cache)
         params = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
         [output] = llm.generate([PROMPT], params, lora_request=adapters["lora"], use_tqdm=False)

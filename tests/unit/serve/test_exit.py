@@ -6,6 +6,7 @@ import weakref
 from pathlib import Path
 from typing import Any, cast
 
+from patience import PATIENCE
 from veneer.serve.async_engine import AsyncEngine
 from veneer.serve.collector import Collector
 
@@ -30,7 +31,7 @@ async def main(running):
 
 llm, other = (LLM(make_model(), tokenizer=byte_tokenizer()) for _ in range(2))
 asyncio.run(main(AsyncEngine(llm.engine)))
-threading.Thread(target=lambda held: time.sleep(300), args=(other,), daemon=True).start()
+threading.Thread(target=lambda held: time.sleep(9999), args=(other,), daemon=True).start()
 print("the end")
 """
 
@@ -38,7 +39,7 @@ print("the end")
 def test_a_program_ends_without_a_word():
     """One engine steps on its thread, which nobody stops; another is held by a thread that nobody ends."""
     done = subprocess.run(
-        [sys.executable, "-c", PROGRAM], cwd=ROOT, capture_output=True, text=True, timeout=120, check=False
+        [sys.executable, "-c", PROGRAM], cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE, check=False
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, "the end\n", "")
 

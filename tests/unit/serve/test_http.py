@@ -9,7 +9,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ import openai
 import pytest
 from fastapi.responses import StreamingResponse
 
+from patience import wait_until
 from veneer import LLM, LoraConfig, SamplingParams
 from veneer.serve.http import answer_models
 from veneer.serve.http import server as http_server
@@ -59,11 +60,8 @@ class Server:
         self.url = f"http://127.0.0.1:{self.port}"
         self.client = openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0)
 
-    def wait(self, reached: Any, seconds: float = 60) -> None:
-        end = time.monotonic() + seconds
-        while not reached():
-            assert time.monotonic() < end
-            time.sleep(0.01)
+    def wait(self, reached: Callable[[], object]) -> None:
+        wait_until(reached)
 
     @property
     def is_idle(self) -> bool:

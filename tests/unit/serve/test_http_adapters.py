@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from patience import PATIENCE
 from veneer import LLM, LoraConfig, LoRARequest, SamplingParams
 from veneer.contract import source
 from veneer.errors import ConfigError, FormatError
@@ -282,7 +283,7 @@ def test_one_change_of_a_name_at_a_time(server, monkeypatch):
 
     def slow(self: Roots, given: str, hides: Any) -> Path:
         begun.set()
-        assert may_end.wait(60)
+        assert may_end.wait(PATIENCE)
         return folder(self, given, hides)
 
     monkeypatch.setattr(Roots, "folder", slow)
@@ -291,7 +292,7 @@ def test_one_change_of_a_name_at_a_time(server, monkeypatch):
         target=lambda: found.append(change(server, "load", lora_name="x", lora_path="deep/lora"))
     )
     loading.start()
-    assert begun.wait(60)
+    assert begun.wait(PATIENCE)
     assert change(server, "load", lora_name="x", lora_path="deep/ia3")[0] == 409
     assert change(server, "unload", lora_name="x")[0] == 409
     may_end.set()
@@ -367,7 +368,7 @@ def test_there_is_a_place_or_the_reason_why_not(base_folder, adapters):
     engine = llm.engine
     first, second = engine.preload(adapters["lora"], pins=True), engine.preload(adapters["ia3"])
     while not (first.done() and second.done()):
-        if engine.has_work or engine.wait(9):
+        if engine.has_work or engine.wait(PATIENCE):
             engine.step()
     assert first.result() is None
     with pytest.raises(ConfigError, match="cannot load the adapter: 1 adapters are loaded, 1 of them pinned"):
@@ -375,7 +376,7 @@ def test_there_is_a_place_or_the_reason_why_not(base_folder, adapters):
     engine.pool.unpin("lora")
     third = engine.preload(adapters["ia3"])
     while not third.done():
-        if engine.has_work or engine.wait(9):
+        if engine.has_work or engine.wait(PATIENCE):
             engine.step()
     assert third.result() is None
     assert engine.pool.resident == [engine.pool.names["ia3"].id]
@@ -455,7 +456,7 @@ def test_a_request_on_its_way_does_not_bring_a_dropped_name_back(base_folder, ll
         engine.submit(asked)
         outputs = list[Any]()
         while not (outputs and outputs[-1].finished):
-            if engine.has_work or engine.wait(9):
+            if engine.has_work or engine.wait(PATIENCE):
                 outputs += engine.step()
         return outputs[-1].outputs[0].text
 
@@ -470,7 +471,7 @@ def test_a_name_that_is_dropped_while_it_is_loaded_stays_dropped(base_folder, ad
     told = engine.preload(LoRARequest("gone", 7, adapters["vera"].path), pins=True)
     engine.forget("gone", 7)
     while not told.done():
-        if engine.has_work or engine.wait(9):
+        if engine.has_work or engine.wait(PATIENCE):
             engine.step()
     engine.step()
     assert (told.result(), engine.pool.names, dict(engine.runner.loaded)) == (None, {}, {})

@@ -21,6 +21,7 @@ from typing import Any
 import pytest
 from fastapi import FastAPI
 
+from patience import PATIENCE
 from veneer.errors import ConfigError
 from veneer.serve.http import server as http_server
 from veneer.serve.http.access import Access, scopes_of
@@ -466,10 +467,10 @@ def test_https(certificate):
         thread.start()
         trusted = ssl.create_default_context(cafile=certificate[0])
         port = listening.getsockname()[1]
-        with urllib.request.urlopen(f"https://127.0.0.1:{port}/", context=trusted, timeout=60) as answer:
+        with urllib.request.urlopen(f"https://127.0.0.1:{port}/", context=trusted, timeout=PATIENCE) as answer:
             assert answer.read() == b'"fine"'
         with pytest.raises(urllib.error.URLError, match="certificate verify failed"):
-            urllib.request.urlopen(f"https://127.0.0.1:{port}/", timeout=60)
+            urllib.request.urlopen(f"https://127.0.0.1:{port}/", timeout=PATIENCE)
         running.should_exit = True
         thread.join()
 

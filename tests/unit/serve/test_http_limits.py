@@ -15,6 +15,7 @@ from typing import Any
 import openai
 import pytest
 
+from patience import PATIENCE
 from veneer.contract.file import CONFIG_FILE, WEIGHTS_FILE
 from veneer.errors import ConfigError
 from veneer.serve import prompts
@@ -221,7 +222,7 @@ def test_no_template_tokenizer_or_grammar_holds_the_loop(trusting, monkeypatch):
     def slow(run: Any) -> Any:
         def waits(*args: Any, **options: Any) -> Any:
             begun.set()
-            assert may_end.wait(60)
+            assert may_end.wait(PATIENCE)
             return run(*args, **options)
 
         return waits
@@ -235,7 +236,7 @@ def test_no_template_tokenizer_or_grammar_holds_the_loop(trusting, monkeypatch):
                 target=lambda found=found: found.append(trusting.post("/v1/chat/completions", body)[0])
             )
             asking.start()
-            assert begun.wait(60)
+            assert begun.wait(PATIENCE)
             assert trusting.client.models.list().data
             assert found == []
             may_end.set()

@@ -7,12 +7,13 @@ import json
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
 
+from patience import PATIENCE, wait_until
 from veneer.contract.file import CONFIG_FILE, WEIGHTS_FILE
 from veneer.errors import ConfigError
 from veneer.serve.http import folder as folder_file
@@ -27,13 +28,6 @@ def add(folder: Path, name: str) -> None:
     (folder / name).mkdir(parents=True, exist_ok=True)
     for file in (CONFIG_FILE, WEIGHTS_FILE):
         (folder / name / file).touch()
-
-
-def wait(reached: Callable[[], bool]) -> None:
-    end = time.monotonic() + 20
-    while not reached():
-        assert time.monotonic() < end
-        time.sleep(0.01)
 
 
 @pytest.fixture
@@ -64,10 +58,10 @@ def test_adapters_that_nobody_asks_for_come_and_go(table, gone, tmp_path, monkey
     time.sleep(0.3 if tells else 0)  # until the system watches
     for name in ("new", "tiny"):
         (tmp_path / "other" / name).rename(tmp_path / "served" / name)
-    wait(lambda: table.names == ("new", "old"))
+    wait_until(lambda: table.names == ("new", "old"))
     assert gone == []
     shutil.rmtree(tmp_path / "served" / "old")
-    wait(lambda: table.names == ("new",))
+    wait_until(lambda: table.names == ("new",))
     assert gone == ["old"]
 
 
@@ -75,9 +69,9 @@ def test_another_folder_of_the_same_name_is_watched(table, gone, tmp_path, monke
     monkeypatch.setattr(watcher, "_SECONDS", 0.1)
     table.start()
     shutil.rmtree(tmp_path / "served")
-    wait(lambda: table.names == () and gone == ["old"])
+    wait_until(lambda: table.names == () and gone == ["old"])
     add(tmp_path / "served", "new")
-    wait(lambda: table.names == ("new",))
+    wait_until(lambda: table.names == ("new",))
 
 
 def test_a_file_that_is_missing_is_seen_without_a_word_of_the_system(table, tmp_path):
@@ -219,5 +213,5 @@ def test_the_folder_is_looked_at_by_one_thread_at_a_time(adapters, tmp_path):
     assert catalogue.find("gone") is not None
     shutil.rmtree(tmp_path / "gone")
     assert catalogue.adapters() == {}
-    engine.others[0].join(9)
+    engine.others[0].join(PATIENCE)
     assert not engine.others[0].is_alive()

@@ -20,6 +20,7 @@ from typing import Any
 import pytest
 
 from launch import started
+from patience import PATIENCE
 from veneer.serve.http import lifecycle
 from veneer.serve.http.lifecycle import Lifecycle, NotReadyError
 from veneer.serve.http.request_record import GONE, LOG
@@ -62,7 +63,7 @@ class Asking:
     """A request whose answer is read piece by piece."""
 
     def __init__(self, port: int, route: str, body: Any = None, **headers: str) -> None:
-        self.connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+        self.connection = http.client.HTTPConnection("127.0.0.1", port, timeout=PATIENCE)
         data = None if body is None else json.dumps(body)
         self.connection.request(
             "GET" if body is None else "POST", route, data, {"Content-Type": "application/json", **headers}
@@ -238,7 +239,7 @@ def test_what_has_not_ended_when_the_time_is_over_ends_with_an_error(base_folder
     stream = Asking(server.port, "/v1/completions", STREAM)
     server.app.state.lifecycle.drain(0.4)
     assert "is being stopped" in stream.events()[-1]["error"]["message"]
-    server.thread.join(60)
+    server.thread.join(PATIENCE)
     said = capfd.readouterr().err
     assert "stopping: 1 in flight have 0 s to end; a second signal ends them at once" in said
     assert "stopping: 1 in flight ended with an error that says so" in said
@@ -253,7 +254,7 @@ def test_a_second_signal_ends_all(base_folder, tmp_path):
         assert server.thread.is_alive()
         server.server.handle_exit(signal.SIGTERM, None)
     assert "is being stopped" in stream.events()[-1]["error"]["message"]
-    server.thread.join(60)
+    server.thread.join(PATIENCE)
     assert not server.thread.is_alive()
 
 
@@ -278,7 +279,7 @@ def test_a_process_that_is_told_to_stop_ends_its_streams(base_folder, tmp_path):
         assert refused.id
         assert Asking(port, "/metrics").answer.status == 400  # this engine keeps none
         *_, last = stream.events()
-        process.join(60)
+        process.join(PATIENCE)
     finally:
         process.kill()
     assert last["choices"][0]["finish_reason"] == "length"
@@ -288,7 +289,7 @@ def test_a_process_that_is_told_to_stop_ends_its_streams(base_folder, tmp_path):
 
 def _wait_for_status(port: int, wanted: int, log: Path) -> None:
     """Wait until ``/ready`` has a status."""
-    end, found = time.monotonic() + 100, 0
+    end, found = time.monotonic() + PATIENCE, 0
     while found != wanted:
         assert time.monotonic() < end, log.read_text()
         try:

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 
+from patience import PATIENCE
 from veneer import LLM, IA3Config, LoraConfig, LoRARequest, SamplingParams
 from veneer.errors import ConfigError, FormatError, ServingError
 from veneer.model.places import places_of
@@ -43,7 +44,7 @@ class SlowReader:
     def __call__(self, folder: Any) -> Any:
         self.begun.set()
         self.thread_counts.append(torch.get_num_threads())
-        assert self.may.wait(30)
+        assert self.may.wait(PATIENCE)
         if self.fails is not None:
             raise self.fails
         return self.read(folder)
@@ -160,14 +161,14 @@ def test_an_error_that_is_a_fault_breaks_the_step_and_not_the_pool(llm, adapters
 def test_aborted_and_dropped_while_it_is_read(llm, adapters, reader):
     [id] = ask(llm, adapters["lora"])
     llm.engine.step()
-    assert reader.begun.wait(10)
+    assert reader.begun.wait(PATIENCE)
     llm.engine.forget(adapters["lora"].name)
     llm.engine.abort(id)
     [output] = step_until_told(llm, 1).values()
     assert output.outputs[0].finish_reason == "abort"
     assert len(llm.engine.pool.loading) == 1
     reader.may.set()
-    assert llm.engine.wait(30)
+    assert llm.engine.wait(PATIENCE)
     llm.engine.step()
     assert (llm.engine.pool.known, llm.engine.runner.loaded) == (set(), set())
     assert llm.engine.scheduler.pages.n_lent == 0
@@ -178,9 +179,9 @@ def test_aborted_by_the_last_that_waits_it_is_loaded_for_the_next(llm, adapters,
     llm.engine.step()
     llm.engine.abort(id)
     reader.may.set()
-    assert reader.begun.wait(10)
+    assert reader.begun.wait(PATIENCE)
     while llm.engine.pool.loading:
-        llm.engine.wait(30)
+        llm.engine.wait(PATIENCE)
         llm.engine.step()
     assert len(llm.engine.runner.loaded) == 1
 
@@ -191,7 +192,7 @@ def test_replaced_while_it_is_read(llm, reader, tmp_path):
     request = LoRARequest("a", 50, str(folder))
     [old] = ask(llm, request)
     llm.engine.step()
-    assert reader.begun.wait(10)
+    assert reader.begun.wait(PATIENCE)
     save_adapter(folder, LoraConfig(r=3, target_modules=["q_proj"]), seed=2)
     [new] = ask(llm, request)
     reader.may.set()
@@ -263,11 +264,11 @@ def test_the_loader_has_a_thread_while_it_reads_and_stops_where_it_is():
 
     def slow() -> str:
         begun.set()
-        assert may.wait(30)
+        assert may.wait(PATIENCE)
         return "slow"
 
     loader.submit("a", slow), loader.submit("b", lambda: "never")
-    assert begun.wait(10)
+    assert begun.wait(PATIENCE)
     threading.Timer(0.1, may.set).start()
     loader.stop()
     assert [(each.id, each.result) for each in told] == [("a", "slow")]
@@ -284,7 +285,7 @@ def test_what_is_put_off_waits_for_all_loads_up_to_a_bound(caplog):
     may = threading.Event()
 
     def read(number: int) -> str:
-        assert may.wait(30)
+        assert may.wait(PATIENCE)
         loader.later(lambda: order.append(f"kept {number}"))
         if number == 0:
             loader.later(lambda: order.append(str(1 // 0)))
@@ -295,7 +296,7 @@ def test_what_is_put_off_waits_for_all_loads_up_to_a_bound(caplog):
     thread = loader._thread
     assert thread is not None
     may.set()
-    thread.join(30)
+    thread.join(PATIENCE)
     assert order[:8] == [f"told {number}" for number in range(8)]
     assert [each for each in order if each.startswith("kept")] == [f"kept {number}" for number in range(n)]
     assert [each for each in order if each.startswith("told")] == [f"told {number}" for number in range(n)]
@@ -319,7 +320,7 @@ def test_the_loader_gives_way_where_it_may(monkeypatch, own, wanted):
     monkeypatch.setattr("os.setpriority", forbidden)
     loader = Loader[str](told.put)
     loader.submit("a", lambda: "read")
-    assert told.wait(10)
+    assert told.wait(PATIENCE)
     loader.stop()
     ended = told.take()
     assert ended is not None
@@ -350,9 +351,9 @@ def test_loads_without_a_thread_are_told_as_failed(monkeypatch, where):
 
 
 def _next(told: Inbox[Finished[str]]) -> Finished[str]:
-    assert told.wait(10)
+    assert told.wait(PATIENCE)
     while (ended := told.take()) is None:
-        assert told.wait(10)
+        assert told.wait(PATIENCE)
     return ended
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
+from patience import PATIENCE
 from veneer import LLM, LoRARequest, SamplingParams
 from veneer.errors import ConfigError, FormatError
 from veneer.serve.prompts import PromptReader
@@ -215,14 +216,14 @@ def test_a_tokenizer_is_read_while_others_answer(adapters, tmp_path, monkeypatch
 
     def waits(path: Path) -> Any:
         begun.set()
-        assert may_end.wait(60)
+        assert may_end.wait(PATIENCE)
         return own(path)
 
     monkeypatch.setattr(AutoTokenizer, "from_pretrained", waits)
     with ThreadPoolExecutor() as pool:
         try:
             first = pool.submit(readers.of, slow)
-            assert begun.wait(60)
+            assert begun.wait(PATIENCE)
             second = pool.submit(readers.of, slow)
             assert pool.submit(readers.of, known).result(30) is kept
         finally:

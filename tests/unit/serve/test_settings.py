@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from veneer import LLM, SamplingParams, StructuredOutputsParams
@@ -19,7 +19,7 @@ from veneer.serve import bound, sampler, structured
 from .conftest import VOCAB, byte_tokenizer, make_model
 
 PROMPTS = [list(b"the cat sat"), list(b"on"), list(b"a mat, and the cat")]
-slowly = settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+slowly = settings(max_examples=20)
 
 
 @pytest.fixture(scope="module")

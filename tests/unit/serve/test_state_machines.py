@@ -12,7 +12,7 @@ from dataclasses import replace
 from itertools import groupby
 
 import pytest
-from hypothesis import HealthCheck, settings
+from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
@@ -29,7 +29,7 @@ from veneer.serve.scheduler import Limits, Scheduler
 EOS, STOP = 5, 7
 FRONTS = {"a": 0, "b": 3, "c": 5, "d": 0}
 BYTES = {"a": 0, "b": 23, "c": 61, "d": 37}
-QUICK = settings(max_examples=60, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck))
+QUICK = settings(max_examples=60, stateful_step_count=40)
 
 
 def drawn_after(version: str | None, tokens: tuple[int, ...]) -> int:

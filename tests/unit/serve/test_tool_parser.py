@@ -94,7 +94,7 @@ PIECES = st.sampled_from(
 
 
 @given(st.sampled_from(sorted(TEMPLATES)), st.lists(PIECES, max_size=12), st.data())
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_what_is_read_does_not_depend_on_cuts(name, pieces, data):
     text = "".join(pieces)
     cuts = data.draw(st.lists(st.integers(0, len(text)), max_size=8))

@@ -213,7 +213,7 @@ def test_a_sum_that_overflows_is_no_damage() -> None:
     assert is_finite(torch.full((70_001,), 6e4).half())
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(data=st.data())
 def test_any_change_of_a_header_byte_is_an_error_or_harmless(
     tmp_path_factory: pytest.TempPathFactory, data: st.DataObject

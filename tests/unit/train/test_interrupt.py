@@ -8,6 +8,7 @@ import time
 import pytest
 
 from launch import started
+from patience import PATIENCE
 from veneer.errors import Interrupted
 from veneer.train.interrupt import listening
 
@@ -44,7 +45,7 @@ def test_the_second_signal_ends_the_process_at_once(tmp_path, number, code):
                 assert process.is_alive(), told
                 time.sleep(0.01)
             os.kill(process.pid, number)
-        process.join(60)
+        process.join(PATIENCE)
         assert process.exitcode == code
     finally:
         process.kill()

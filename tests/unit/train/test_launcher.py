@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch.distributed.elastic.multiprocessing import api
 
+from patience import PATIENCE
 from veneer.errors import ConfigError
 from veneer.train import launcher
 from veneer.train.launcher import launched, require_devices
@@ -95,7 +96,7 @@ def test_a_signal_while_processes_are_started_ends_those_that_are(monkeypatch: p
 
     monkeypatch.setattr(api, "get_subprocess_handler", interrupted)
     assert run("time.sleep(100)") == 143
-    assert [each.proc.wait(9) for each in started] == [-signal.SIGKILL]
+    assert [each.proc.wait(PATIENCE) for each in started] == [-signal.SIGKILL]
 
 
 def test_processes_share_the_cores_that_this_one_may_use(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,20 @@
+"""How long a test waits for what must come: longer than it takes on any machine, whatever else runs there.
+
+No test fails since the machine is busy. A wait ends as soon as it may; the limit only tells a wait for something that
+never comes, and is below the time that a test may take (``timeout`` in pyproject.toml).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+PATIENCE = 600.0  # seconds
+
+
+def wait_until(reached: Callable[[], object]) -> None:
+    """Return when ``reached()`` is true; AssertionError after `PATIENCE`."""
+    end = time.monotonic() + PATIENCE
+    while not reached():
+        assert time.monotonic() < end, f"not reached within {PATIENCE:g} s"
+        time.sleep(0.01)
