@@ -8,12 +8,17 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Departure:
-    """A departure: its name, its reason, and patterns of the tests' names and of their failures."""
+    """A departure: its name, its reason, and patterns of the tests' names, of their failures and of the failing lines.
+
+    ``at`` is searched in a line of PEFT's tests, "testing_common.py:142 check_modelcard": a fault that fails elsewhere
+    is none of the departure.
+    """
 
     what: str
     reason: str
     tests: str = ""
     says: str = ""
+    at: str = ""
 
 
 LEFT_OUT = Departure(
@@ -164,7 +169,11 @@ DEPARTURES = (
 )
 
 
-def departure_of(name: str, failure: str) -> Departure | None:
-    """The departure that explains a test's failure ("class: message"); None if none does."""
-    matches = (d for d in DEPARTURES if re.search(d.tests, name) and re.search(d.says, failure, re.DOTALL))
+def departure_of(name: str, failure: str, line: str) -> Departure | None:
+    """The departure that explains a test's failure ("class: message") at a line; None if none does."""
+    matches = (
+        d
+        for d in DEPARTURES
+        if re.search(d.tests, name) and re.search(d.says, failure, re.DOTALL) and re.search(d.at, line)
+    )
     return next(matches, None)

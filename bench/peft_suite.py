@@ -37,7 +37,8 @@ from report import ends_as_interrupted
 NEED_GPU = ("common_gpu", "gptqmodel", "gpu_examples", "stablediffusion", "torch_compile")  # or pipelines of images
 ELSEWHERE = ("diffusers", "cpm_kernels", "soundfile")  # what the tests import besides, and may be missing
 
-Ends = dict[str, tuple[str, str]]  # how each test ended, by its name: a kind, and the message of a failure
+End = tuple[str, str, str]  # of a test: a kind, and of a failure the message and the line of PEFT's tests that failed
+Ends = dict[str, End]  # by the test's name
 
 
 class NotInVeneerError(Exception):
@@ -270,7 +271,7 @@ class Counting:
     """A pytest plugin that draws a part of the tests and keeps how each of them ended."""
 
     def __init__(self, fraction: float, seed: int) -> None:
-        self.ended: dict[str, tuple[str, str]] = {}
+        self.ended: Ends = {}
         self.fraction, self.seed = fraction, seed
 
     def pytest_collection_modifyitems(self, items: list[Any]) -> None:
@@ -282,7 +283,7 @@ class Counting:
         for item in drawn:
             missing = foreign(getattr(item, "callspec", None))
             if missing:
-                self.ended[item.nodeid] = ("absent", missing)
+                self.ended[item.nodeid] = ("absent", missing, "")
         items[:] = [item for item in drawn if item.nodeid not in self.ended]
 
     def draws(self, name: str) -> bool:
@@ -290,19 +291,25 @@ class Counting:
         return random.Random(f"{self.seed} {name}").random() < self.fraction
 
     def pytest_runtest_makereport(self, item: Any, call: Any) -> None:
-        """Note a failure's class and message."""
+        """Note a failure's class and message, and where it is."""
         if call.excinfo is not None:
             kind, text = call.excinfo.typename, str(call.excinfo.value)
             asks = kind == "NotInVeneerError" or (kind == "TypeError" and "unexpected keyword argument" in text)
             kind = "skipped" if kind == "Skipped" else "absent" if asks else kind
-            self.ended[item.nodeid] = (kind, text)
+            self.ended[item.nodeid] = (kind, text, failing_line(call.excinfo.traceback))
         elif call.when == "call":
-            self.ended.setdefault(item.nodeid, ("passed", ""))
+            self.ended.setdefault(item.nodeid, ("passed", "", ""))
 
     def pytest_collectreport(self, report: Any) -> None:
         """Note a file that could not be read."""
         if report.failed:
-            self.ended[report.nodeid] = ("collection", str(report.longrepr)[-600:])
+            self.ended[report.nodeid] = ("collection", str(report.longrepr)[-600:], "")
+
+
+def failing_line(traceback: Any) -> str:
+    """The last line of a traceback that lies in PEFT's tests, as "testing_common.py:142 check_modelcard"."""
+    own = [entry for entry in traceback if Path(entry.path).parent.name == "tests"]
+    return f"{Path(own[-1].path).name}:{own[-1].lineno + 1} {own[-1].name}" if own else ""
 
 
 class Known(dict[str, int]):
@@ -365,7 +372,7 @@ def run_apart(given: argparse.Namespace, under: str, folder: Path) -> Ends:
 def counted(ours: Ends, theirs: Ends) -> Ends:
     """How each test that passes on PEFT ended on veneer; one that veneer's names kept from being made has failed."""
     passing = sorted(name for name, end in theirs.items() if end[0] == "passed")
-    return {name: ours.get(name, ("absent", "the test is not made")) for name in passing}
+    return {name: ours.get(name, ("absent", "the test is not made", "")) for name in passing}
 
 
 def told(ends: Ends) -> Iterator[str]:
@@ -388,11 +395,11 @@ def told(ends: Ends) -> Iterator[str]:
         yield f"outside the list {passed} of {n} pass: {passed / n:.1%} (of all tests {low:.1%} to {high:.1%})"
 
 
-def state_of(name: str, kind: str, text: str) -> str:
+def state_of(name: str, kind: str, text: str, line: str) -> str:
     """passed, skipped, departs, or failed."""
     if kind in ("passed", "skipped"):
         return kind
-    return "departs" if departure_of(name, f"{kind}: {text}") else "failed"
+    return "departs" if departure_of(name, f"{kind}: {text}", line) else "failed"
 
 
 def interval(passed: int, n: int) -> tuple[float, float]:
@@ -404,25 +411,25 @@ def interval(passed: int, n: int) -> tuple[float, float]:
 
 def departures(ends: Ends) -> Iterator[str]:
     """The list with the number of tests that each departure accounts for."""
-    found = Counter(departure_of(name, f"{kind}: {text}") for name, (kind, text) in failures(ends))
+    found = Counter(departure_of(name, f"{kind}: {text}", line) for name, (kind, text, line) in failures(ends))
     yield "| departure | tests | reason |\n| --- | ---: | --- |"
     for departure in DEPARTURES:
         yield f"| {departure.what} | {found[departure]} | {departure.reason} |"
 
 
-def failures(ends: Ends) -> Iterator[tuple[str, tuple[str, str]]]:
+def failures(ends: Ends) -> Iterator[tuple[str, End]]:
     """The tests that neither pass nor skip themselves."""
     return ((name, end) for name, end in ends.items() if end[0] not in ("passed", "skipped"))
 
 
 def reasons(ends: Ends) -> Iterator[str]:
-    """Failures outside the list by class and message, the most frequent first."""
-    found: dict[tuple[str, str], list[str]] = {}
-    for name, (kind, text) in failures(ends):
-        if departure_of(name, f"{kind}: {text}") is None:
-            found.setdefault((kind, re.sub(r"0x\w+|\d+", "#", text)[:160]), []).append(name)
-    for (kind, text), names in sorted(found.items(), key=lambda item: -len(item[1])):
-        yield f"{len(names):4d} {kind}: {text!r}\n       e.g. {names[0]}"
+    """Failures outside the list by class, message and line, the most frequent first."""
+    found: dict[End, list[str]] = {}
+    for name, (kind, text, line) in failures(ends):
+        if departure_of(name, f"{kind}: {text}", line) is None:
+            found.setdefault((kind, re.sub(r"0x\w+|\d+", "#", text)[:160], line), []).append(name)
+    for (kind, text, line), names in sorted(found.items(), key=lambda item: -len(item[1])):
+        yield f"{len(names):4d} {kind}: {text!r}\n       {line}, e.g. {names[0]}"
 
 
 def main() -> None:
