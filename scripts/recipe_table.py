@@ -19,7 +19,7 @@ from pydantic.fields import FieldInfo
 
 from veneer.recipe.adapter import FULL
 from veneer.recipe.methods import NamedMethod, method_names, named_methods
-from veneer.recipe.problems import ELSEWHERE
+from veneer.recipe.problems import ELSEWHERE, NOWHERE
 from veneer.recipe.recipe import Recipe, _defaults
 from veneer.train.config import SFTConfig
 
@@ -187,7 +187,7 @@ def _training(said: Mapping[str, str]) -> list[str]:
     for spec in sorted(
         dataclasses.fields(SFTConfig), key=lambda spec: (f"training.{spec.name}" not in said, spec.name)
     ):
-        if spec.name in ELSEWHERE or not spec.init:
+        if spec.name in ELSEWHERE | NOWHERE or not spec.init:
             continue
         meaning = said.get(f"training.{spec.name}") or _first_sentence(spec.metadata.get("help", ""))
         default = _value(own.get(spec.name, _default(spec)))

@@ -29,6 +29,18 @@ ELSEWHERE = {
     "reward_weights": "in rewards, as weight of each function",
 }
 
+NOWHERE = {
+    "trust_remote_code": "no code that lies beside a model is run",
+    "label_names": "a task's rows name their labels",
+    "length_column_name": "lengths are counted from the rows",
+    "logging_nan_inf_filter": "a run ends at the first loss that is not finite",
+    "debug": "a run ends at the first loss or gradient that is not finite",
+    "dataset_kwargs": "data says how rows become tokens",
+    "do_train": "veneer train trains",
+    "do_predict": "veneer generate answers",
+}
+"""Fields of the trainers' configs that would change nothing in a run, and the reason of each."""
+
 
 def problems_of(values: Mapping[str, Any], known: Known) -> list[str]:
     """Return all problems that the values and the keys of methods and trainers reveal."""
@@ -79,7 +91,8 @@ def _adapter_problems(values: Mapping[str, Any], known: Known) -> list[str]:
 def _training_problems(values: Mapping[str, Any], known: Known) -> list[str]:
     given, task = section(values, "training"), task_of(values)
     found = [f"training.{key}: say it {where}" for key, where in ELSEWHERE.items() if key in given]
-    rest = {key: value for key, value in given.items() if key not in ELSEWHERE}
+    found += [f"training.{key}: has no effect: {reason}; drop it" for key, reason in NOWHERE.items() if key in given]
+    rest = {key: value for key, value in given.items() if key not in ELSEWHERE | NOWHERE}
     others = training_problems(task, rest, known.settings)
     found += others.values()
     own = {key: value for key, value in rest.items() if key not in others}

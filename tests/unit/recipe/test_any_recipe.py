@@ -28,7 +28,7 @@ LEFT_OUT = {
     *("max_steps", "push_to_hub", "hub_model_id", "deepspeed", "fsdp", "fsdp_config", "torch_compile"),
     *("dataloader_num_workers", "dataset_num_proc", "use_cpu", "disable_tqdm", "logging_dir", "output_dir", "seed"),
     *("torch_compile_backend", "torch_compile_mode", "ddp_backend", "ddp_timeout", "local_rank", "data_seed"),
-    *("accelerator_config", "parallelism_config", "debug", "dataset_kwargs", "full_determinism"),
+    *("accelerator_config", "parallelism_config", "full_determinism"),
     *("auto_find_batch_size", "max_completion_length", "num_iterations", "steps_per_generation"),
     "generation_batch_size",
 }  # fmt: skip

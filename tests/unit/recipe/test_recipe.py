@@ -15,6 +15,7 @@ from veneer.methods.lora import LoraConfig
 from veneer.recipe.commented import commented_recipe
 from veneer.recipe.early import refuse_early
 from veneer.recipe.methods import method_names
+from veneer.recipe.problems import NOWHERE
 from veneer.recipe.recipe import load_recipe, parse_recipe
 from veneer.train.sweep.recipe import parse_sweep
 
@@ -316,6 +317,17 @@ def test_a_recipe_that_is_not_there(tmp_path):
 def test_a_key_that_cannot_take_effect_is_refused(changes, told):
     with pytest.raises(ConfigError, match=told):
         parse_recipe(values(**changes))
+
+
+@pytest.mark.parametrize("task", ["sft", "dpo"])
+def test_fields_of_trainers_that_change_nothing_are_refused_by_name(task):
+    """Whatever their value: ``trust_remote_code`` would look like a switch of security."""
+    given = dict.fromkeys(NOWHERE, False)
+    with pytest.raises(ConfigError) as caught:
+        parse_recipe(values(task=task, training=given))
+    for key, reason in NOWHERE.items():
+        assert f"training.{key}: has no effect: {reason}; drop it" in str(caught.value)
+    assert "unknown key" not in str(caught.value)
 
 
 USUAL = {"adapter": {"method": "lora", "r": 4}, "training": {"max_steps": 9, "learning_rate": 1e-4}}
