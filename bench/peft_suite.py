@@ -3,8 +3,9 @@
 ``python bench/peft_suite.py --tests DIR`` with ``DIR`` the folder ``tests`` of PEFT's source distribution
 (``pip download --no-deps --no-binary :all: peft==0.21.2``). Models of the hub are replaced by tiny random ones
 (``tiny_hub.py``). Every test that passes on PEFT itself here counts. Failures of the list in ``peft_departures.py``
-depart on purpose, and the share outside it is what the script says last. `translate` has the words from inside PEFT
-that veneer answers. The tests need pytest, ``pytest-timeout``, ``parameterized`` and ``scipy``.
+depart on purpose, each at its line of PEFT's tests. The last line has the share outside the list and that of all.
+`translate` has the words from inside PEFT that veneer answers. The tests need pytest, ``pytest-timeout``,
+``parameterized`` and ``scipy``.
 
 ``--sample 0.07`` draws so large a part of the tests by their names, the same on both sides; shares then have an
 interval. ``--only`` names test files; ``--show`` prints the failures by their messages.
@@ -376,7 +377,7 @@ def counted(ours: Ends, theirs: Ends) -> Ends:
 
 
 def told(ends: Ends) -> Iterator[str]:
-    """The count by file and in all, and the share outside the list of departures with its 95% interval."""
+    """The count by file and in all; the share outside the list of departures with its 95% interval, and that of all."""
     table: dict[str, Counter[str]] = {}
     for name, end in ends.items():
         file = name.split("::")[0].split("/")[-1]
@@ -392,7 +393,11 @@ def told(ends: Ends) -> Iterator[str]:
     n, passed = whole["passed"] + whole["failed"], whole["passed"]
     if passed:
         low, high = interval(passed, n)
-        yield f"outside the list {passed} of {n} pass: {passed / n:.1%} (of all tests {low:.1%} to {high:.1%})"
+        yield (
+            f"{passed} of {n} outside the list of departures pass: {passed / n:.1%} "
+            f"(95% interval {low:.1%} to {high:.1%}); "
+            f"of all {len(ends)} tests that pass on PEFT {passed} pass: {passed / len(ends):.1%}"
+        )
 
 
 def state_of(name: str, kind: str, text: str, line: str) -> str:

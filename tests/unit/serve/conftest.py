@@ -140,7 +140,7 @@ def save_adapter(folder: Path, config: Any, family: str = "llama", seed: int = 5
 
 @pytest.fixture(scope="session")
 def adapters(tmp_path_factory: pytest.TempPathFactory) -> dict[str, LoRARequest]:
-    """One adapter of every method, by the method's name."""
+    """One adapter of each of `METHODS`, by its name; tests/contract/test_served.py has every method."""
     folder = tmp_path_factory.mktemp("adapters")
     return {
         name: LoRARequest(name, number, str(save_adapter(folder / name, config(), seed=number)))
