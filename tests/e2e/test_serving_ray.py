@@ -16,6 +16,7 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 from models import llama_config, word_tokenizer
+from patience import PATIENCE
 from veneer import LoraConfig, get_peft_model
 
 pytest.importorskip("ray", reason="Ray is not installed: pip install 'veneer[ray]'")
@@ -97,7 +98,7 @@ def test_two_replicas(served: str) -> None:
     with urllib.request.urlopen(request) as answer:
         answer.readline()
     aborted = f'veneer:request_success_total{{engine="{home}",finished_reason="abort",model_name="tiny"}} 1.0'
-    end_of_patience = time.monotonic() + 20
+    end_of_patience = time.monotonic() + PATIENCE
     while aborted not in ask(served, "/metrics")[2]:  # the client has left
         assert time.monotonic() < end_of_patience
     with urllib.request.urlopen(request) as answer:

@@ -15,6 +15,7 @@ import pytest
 from fastapi import FastAPI, Request
 from fastapi.responses import PlainTextResponse, StreamingResponse
 
+from patience import PATIENCE, wait_until
 from veneer.serve.http import connection
 from veneer.serve.http.connection import ConnectionLimits
 from veneer.serve.http.lifecycle import Lifecycle
@@ -41,7 +42,7 @@ def application() -> FastAPI:
         return {"n": len(await request.body()), "trailer": request.headers.get("x-trailer")}
 
     def waits() -> PlainTextResponse:
-        app.state.may_end.wait(60)
+        app.state.may_end.wait(PATIENCE)
         return PlainTextResponse("waited")
 
     async def stream(n: int) -> StreamingResponse:
@@ -69,10 +70,7 @@ class Running:
         self.wait(lambda: self.server.started)
 
     def wait(self, reached: Callable[[], bool]) -> None:
-        end = time.monotonic() + 60
-        while not reached():
-            assert time.monotonic() < end
-            time.sleep(0.01)
+        wait_until(reached)
 
     def open(self, sent: bytes = b"") -> socket.socket:
         made = socket.create_connection(self.socket.getsockname(), timeout=60)

@@ -237,7 +237,7 @@ def test_a_change_of_a_hidden_name_is_not_told(server, monkeypatch):
 
     def slow(self: Roots, given: str, hides: Any) -> Path:
         begun.set()
-        assert may_end.wait(60)
+        assert may_end.wait(PATIENCE)
         return folder(self, given, hides)
 
     def statuses(key: str) -> list[int]:
@@ -250,7 +250,7 @@ def test_a_change_of_a_hidden_name_is_not_told(server, monkeypatch):
     load = {"lora_name": "b-secret", "lora_path": "b-lora"}
     loading = threading.Thread(target=ask, args=(server, "all", "POST", "/v1/load_lora_adapter", load))
     loading.start()
-    assert begun.wait(60)
+    assert begun.wait(PATIENCE)
     assert statuses("admin-of-a") == [403, 404]
     assert statuses("all") == [409, 409]
     may_end.set()
