@@ -10,22 +10,58 @@ from jinja2.exceptions import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from veneer.errors import ConfigError
+from veneer.serve.plain_template import is_plain
+from veneer.serve.sandbox import Sandbox, SandboxError
 from veneer.serve.time_limit import within
 
 _ROLES = ("assistant", "developer", "system", "tool", "user")  # others only if the template names them
 _SECONDS = 5.0  # a template takes milliseconds; one that never ends would hold its thread, and fill the memory
 _LONGEST_ROLE = 64  # characters that are told
+_MOST_TEXT = 1 << 24  # characters of a text that a process sends back
 Conversation = Sequence[Mapping[str, Any]]
 
 TEMPLATE_ARGUMENTS = frozenset(inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters)
 """Arguments of `apply_chat_template` itself; all others go to the template."""
 
 
-def chat_text(tokenizer: Any, messages: Conversation, how: Mapping[str, Any]) -> str:
+class Rendering:
+    """Rendering of chat templates. With ``sandbox``, of those alone in this process that its model brings and that are
+    plain.
+    """
+
+    def __init__(self, model_tokenizer: Any) -> None:
+        self._tokenizer = model_tokenizer
+        self._plain: dict[str, bool] = {}
+        self.sandbox: Sandbox | None = None
+
+    def text(self, tokenizer: Any, turns: Sequence[Mapping[str, Any]], how: Mapping[str, Any]) -> str:
+        """Return the text of messages. Raises TimeoutError, SandboxError, and errors of the template."""
+        template = str(tokenizer.get_chat_template(how.get("chat_template"), how.get("tools")))
+        if self.sandbox is None or self._is_harmless(template):
+            return within(_SECONDS, lambda: str(tokenizer.apply_chat_template(turns, tokenize=False, **how)))
+        more = tokenizer.special_tokens_map | {name: value for name, value in how.items() if name != "chat_template"}
+        told = [{name: value for name, value in turn.items() if value is not None} for turn in turns]
+        answer = self.sandbox.ask(template, {"messages": told, "how": more, "most": _MOST_TEXT})
+        if "refused" in answer:
+            raise ValueError(answer["refused"])
+        return str(answer["text"])
+
+    def _is_harmless(self, template: str) -> bool:
+        own = self._tokenizer.chat_template
+        if template not in (own.values() if isinstance(own, dict) else (own,)):
+            return False
+        if template not in self._plain:
+            self._plain[template] = is_plain(template)
+        return self._plain[template]
+
+
+def chat_text(
+    tokenizer: Any, messages: Conversation, how: Mapping[str, Any], rendering: Rendering | None = None
+) -> str:
     """Return the text that a chat template renders from messages; ``how`` are arguments of `apply_chat_template`.
 
     Raises ConfigError if there is no template, if it refuses the messages or takes seconds, for an unknown role, and
-    for a content that is no text.
+    for a content that is no text. SandboxError: a process was ended by the template.
     """
     template = tokenizer.chat_template if how.get("chat_template") is None else how["chat_template"]
     if template is None:
@@ -37,7 +73,11 @@ def chat_text(tokenizer: Any, messages: Conversation, how: Mapping[str, Any]) ->
     if how.get("add_generation_prompt") and how.get("continue_final_message"):
         raise ConfigError("add_generation_prompt and continue_final_message exclude each other: set one to False")
     try:
-        return within(_SECONDS, lambda: str(tokenizer.apply_chat_template(turns, tokenize=False, **how)))
+        return (rendering or Rendering(tokenizer)).text(tokenizer, turns, how)
+    except SandboxError as error:
+        raise SandboxError(
+            f"the chat template is not run to its end: {error}. Shorten the messages, or mend the template"
+        ) from error
     except TimeoutError as error:
         raise ConfigError(
             f"the chat template takes {error}, and so it is stopped: shorten the messages, or mend the template"

@@ -34,6 +34,7 @@ from veneer.serve.readers import Readers
 from veneer.serve.request import Request, Status
 from veneer.serve.runner import Runner
 from veneer.serve.sampling_params import SamplingParams
+from veneer.serve.sandbox import Sandbox
 from veneer.serve.scheduler import Scheduler
 from veneer.serve.stats import Stats
 from veneer.serve.versions import Versions
@@ -89,6 +90,10 @@ class Engine:
     def prepare_forms(self) -> None:
         """Make the first structured answer as fast as the next ones. Any thread may call it."""
         self._rules.forms.prepare()
+
+    def confine(self, templates: Sandbox, grammars: Sandbox) -> None:
+        """Run chat templates and grammars that others bring in processes of their own."""
+        self.readers.base.rendering.sandbox, self._rules.forms.sandbox = templates, grammars
 
     def close(self) -> None:
         """Begin no more reads, and wait for the current one and for what is kept on disk. No step may follow."""

@@ -9,7 +9,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerFast
 
 from veneer.errors import ConfigError, FormatError
-from veneer.serve.conversation import Conversation, chat_text
+from veneer.serve.conversation import Conversation, Rendering, chat_text
 from veneer.serve.latest import Latest
 from veneer.serve.tool_calls.described import as_text, description_of
 from veneer.serve.tool_calls.format import CallFormat
@@ -26,8 +26,8 @@ class PromptReader:
 
     ``templates`` are the chat templates to use in place of the tokenizer's; `chat` refuses more than one. ``ends`` are
     tokens that end an answer, in addition to the model's. ``no_chat`` is the reason why `chat` refuses conversations
-    without a template of their own; "" if it does not. A text that is too long for any tokens is refused before
-    tokenization, which takes seconds for megabytes.
+    without a template of their own; "" if it does not. ``rendering`` is that of the model's own reader. A text that is
+    too long for any tokens is refused before tokenization, which takes seconds for megabytes.
     """
 
     def __init__(
@@ -37,9 +37,11 @@ class PromptReader:
         templates: Sequence[str] = (),
         ends: Collection[int] = frozenset(),
         no_chat: str = "",
+        rendering: Rendering | None = None,
     ) -> None:
         self.tokenizer, self.most, self.no_chat = tokenizer, most, no_chat
         self.templates, self.ends = tuple(templates), frozenset(ends)
+        self.rendering = rendering or Rendering(tokenizer)
         self._formats: Latest[str, tuple[CallFormat | None]] = Latest(_FORMATS)
 
     def read(self, prompt: Prompt) -> tuple[str | None, list[int]]:
@@ -64,7 +66,8 @@ class PromptReader:
 
         Raises as `chat_text` and `read` do, and FormatError if the adapter's template cannot be read.
         """
-        text = chat_text(self.tokenizer, messages, {**how, "chat_template": self._template(how.get("chat_template"))})
+        how = {**how, "chat_template": self._template(how.get("chat_template"))}
+        text = chat_text(self.tokenizer, messages, how, self.rendering)
         return text, self._ids(text, add_special_tokens=False)
 
     def chat_in_words(
@@ -93,7 +96,7 @@ class PromptReader:
         used = self._template(template)
         found = self._formats.get(used or "")
         if found is None:
-            found = (format_of(self.tokenizer, used),)
+            found = (format_of(self.tokenizer, used, self.rendering),)
             self._formats.put(used or "", found)
         return found[0]
 

@@ -83,11 +83,12 @@ class Readers:
         except FormatError as error:
             _LOG.warning("%s. Until then the base's reads its plain prompts", error)
             if self._template is not None:
-                return PromptReader(base, self.base.most, (self._template,))
-            return PromptReader(base, self.base.most, no_chat=str(error))
+                return PromptReader(base, self.base.most, (self._template,), rendering=self.base.rendering)
+            return PromptReader(base, self.base.most, no_chat=str(error), rendering=self.base.rendering)
         template = self._template or _template_of(own)
         ends = set() if own.eos_token_id is None else {int(own.eos_token_id)}
-        return PromptReader(larger(base, own), self.base.most, () if template is None else (template,), ends)
+        templates = () if template is None else (template,)
+        return PromptReader(larger(base, own), self.base.most, templates, ends, rendering=self.base.rendering)
 
 
 def _joined(mix: LoRARequest, readers: Sequence[PromptReader]) -> PromptReader:
@@ -102,7 +103,7 @@ def _joined(mix: LoRARequest, readers: Sequence[PromptReader]) -> PromptReader:
     own = dict.fromkeys(template for each in templates for template in each if template is not None)
     ends = frozenset[int]().union(*(reader.ends for reader in readers))
     no_chat = next((reader.no_chat for reader in readers if reader.no_chat), "")
-    return PromptReader(tokenizer, readers[0].most, tuple(own), ends, no_chat)
+    return PromptReader(tokenizer, readers[0].most, tuple(own), ends, no_chat, readers[0].rendering)
 
 
 def _template_of(tokenizer: Any) -> str | None:

@@ -24,6 +24,7 @@ from veneer.ops.sample import WORD, bit_mask
 from veneer.serve.forced_text import longest_forced
 from veneer.serve.latest import Latest
 from veneer.serve.sampling_params import StructuredOutputsParams
+from veneer.serve.sandbox import Sandbox, SandboxError
 
 _LOG = logging.getLogger(__name__)
 _KEPT = 64  # compiled grammars
@@ -32,6 +33,7 @@ _MOST_FORCED = 10_000  # characters of a text that a grammar may force, for its 
 _KNOWN_FORCED = 256  # tokens that are kept of those that were found
 _TOLD = 100  # characters of a schema in a message
 _SHOWN = 800  # characters of a reason of llguidance
+_SLOW_MASK = 0.5  # seconds of computing for one token; a grammar that takes longer is given up
 _SLOW = 0.002  # seconds; a grammar whose forced tokens took longer is asked no more: all requests wait meanwhile
 
 
@@ -61,6 +63,8 @@ class Forms:
         self._tokenizer, self._vocabulary, self._ending = tokenizer, vocabulary, sorted(ending)
         self._grammars: Latest[str, _Grammar] = Latest(_KEPT)
         self._building = threading.Lock()
+        self.sandbox: Sandbox | None = None
+        """Process in which grammars are compiled first, which may end it; None if those of this program are trusted."""
 
     def form(self, asked: StructuredOutputsParams) -> TextForm:
         """Return a form in its start state. Raises ConfigError with llguidance's reason if it cannot be compiled."""
@@ -76,11 +80,15 @@ class Forms:
     def _compiled(self, grammar: str, sent_as: str) -> _Grammar:
         with self._building:  # of the tables one is enough
             tables = self._tables
+        if self.sandbox is not None:
+            _try_out(grammar, sent_as, self.sandbox)
         matcher = LLMatcher(tables, grammar, log_level=0)
         if matcher.is_error():
+            raise _not_compiled(sent_as, matcher.get_error())
+        if _mask_seconds(matcher, torch.zeros(-(-self._vocabulary // WORD), dtype=torch.int32)) > _SLOW_MASK:
             raise ConfigError(
-                f"{sent_as} cannot be compiled: {_shown(matcher.get_error())}. Correct the schema, regex, choice or "
-                "grammar"
+                f"{sent_as} takes more than {_SLOW_MASK:g} s for the first token. Simplify the schema, regex, choice "
+                "or grammar"
             )
         made = _Grammar(matcher, forces=longest_forced(grammar) <= _MOST_FORCED)
         if made.forces:  # the first time takes longest, and nobody waits here but who asks
@@ -117,6 +125,7 @@ class TextForm:
     def __init__(self, grammar: _Grammar, matcher: LLMatcher, vocabulary: int, ending: Sequence[int]) -> None:
         self._grammar, self._matcher, self._vocabulary, self._ending = grammar, matcher, vocabulary, list(ending)
         self._words: Tensor | None = None
+        self._is_over = False  # given up, since all answers wait while it takes long
         self._coming = list[int]()  # forced tokens that were found and not taken yet, the last one first
 
     def begun(self) -> TextForm:
@@ -126,18 +135,19 @@ class TextForm:
     def allowed(self) -> Tensor:
         """Return the bit mask of the tokens that may come next, valid until it is asked for again.
 
-        End tokens are allowed if the text may or must end. Nothing is allowed if llguidance gave the grammar up, as one
-        that takes too much memory.
+        End tokens are allowed if the text may or must end. Nothing is allowed if the grammar is given up, as one that
+        takes too much memory or time.
         """
-        if self._matcher.is_error():
+        if self._is_over or self._matcher.is_error():
             self._grammar.failed = True
             return bit_mask([], self._vocabulary)
         if self._matcher.is_stopped():
             return bit_mask(self._ending, self._vocabulary)
         if self._words is None:
             self._words = torch.zeros(-(-self._vocabulary // WORD), dtype=torch.int32)
-        self._matcher.unsafe_compute_mask_ptr(address(self._words), self._words.nbytes)
-        return self._words
+        if _mask_seconds(self._matcher, self._words) > _SLOW_MASK:
+            self._is_over, self._grammar.failed = True, True
+        return self.allowed() if self._is_over else self._words
 
     def forced(self) -> list[int]:
         """Return the tokens of a text that must come next, as the tokenizer parts it; a model may part it otherwise.
@@ -154,6 +164,28 @@ class TextForm:
             self._matcher.consume_token(token)
         if self._coming and self._coming.pop() != token:
             self._coming.clear()
+
+
+def _mask_seconds(matcher: LLMatcher, words: Tensor) -> float:
+    """Write the bit mask of the next tokens, and return the seconds of computing that it took."""
+    began = time.thread_time()
+    matcher.unsafe_compute_mask_ptr(address(words), words.nbytes)
+    return time.thread_time() - began
+
+
+def _try_out(grammar: str, sent_as: str, sandbox: Sandbox) -> None:
+    try:
+        answer = sandbox.ask(grammar, {})
+    except SandboxError as error:
+        raise ConfigError(
+            f"{sent_as} cannot be compiled: {error}. Simplify the schema, regex, choice or grammar"
+        ) from error
+    if "refused" in answer:
+        raise _not_compiled(sent_as, answer["refused"])
+
+
+def _not_compiled(sent_as: str, reason: str) -> ConfigError:
+    return ConfigError(f"{sent_as} cannot be compiled: {_shown(reason)}. Correct the schema, regex, choice or grammar")
 
 
 def grammar_of(asked: StructuredOutputsParams) -> str:

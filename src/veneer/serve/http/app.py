@@ -59,12 +59,13 @@ def make_app(
     api = Api(engine, catalogue, limits, keys)
     app = FastAPI(title="veneer", lifespan=api.lifespan, docs_url=None, redoc_url=None)  # those run others' scripts
     app.router.route_class = BodyRoute
-    lifecycle = Lifecycle(api.running)
+    lifecycle = Lifecycle(api.running, api.lanes)
     app.add_middleware(BodyLimit, most=limits.body_bytes)
     app.add_middleware(Gate, lifecycle=lifecycle)
     app.add_middleware(Access, keys=keys, is_open=is_open)
     app.add_middleware(RequestRecords)  # outside all others
     app.state.engine, app.state.lifecycle = api.running, lifecycle
+    app.state.lanes, app.state.sandboxes = api.lanes, api.sandboxes
     app.add_exception_handler(VeneerError, on_veneer_error)
     app.add_exception_handler(RequestValidationError, on_invalid_body)
     app.add_exception_handler(HTTPException, on_unknown_route)
@@ -80,7 +81,7 @@ def make_app(
     Tokens(api).add_to(app)
     Adapters(api.running, catalogue, roots or Roots()).add_to(app)
     add_lifecycle(app, lifecycle, api.running)
-    add_metrics(app, engine, catalogue.base, metrics_prefix)
+    add_metrics(app, engine, catalogue.base, metrics_prefix, api.lanes)
     add_page(app)
     return app
 
@@ -92,6 +93,7 @@ class Api(Service):
     async def lifespan(self, app: FastAPI) -> AsyncIterator[None]:
         """Run the engine as long as the application runs."""
         await asyncio.to_thread(self.running.engine.prepare_forms)
+        self.running.engine.confine(*self.sandboxes)
         self.running.start()
         watched: list[Catalogue | Keys] = [self.catalogue, *([] if self.keys is None else [self.keys])]
         for each in watched:
@@ -100,6 +102,8 @@ class Api(Service):
         for each in watched:
             await asyncio.to_thread(each.stop)
         await asyncio.to_thread(self.running.stop)
+        for sandbox in self.sandboxes:
+            sandbox.close()
 
     async def complete(self, request: Request, body: CompletionBody) -> Response:
         """Return completions of prompts."""
@@ -125,7 +129,7 @@ class Api(Service):
         with ExitStack() as taken:  # left when the answer has ended, or when there is none
             taken.enter_context(self.admitted(body.n_choices))
             # On another thread: a template, a tokenizer, a grammar and files take their time, and everybody waits here.
-            asked, calls = await asyncio.to_thread(self.ask, body)
+            asked, calls = await self.read(body, lambda: self.ask(body))
             taken.enter_context(self.tokens(asked))
             answering = Answering(asked, body.model or self.catalogue.base, shape(calls))
             if body.stream:

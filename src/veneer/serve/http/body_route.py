@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 from collections import Counter
 from collections.abc import Callable, Coroutine
@@ -20,12 +19,14 @@ NOWHERE = -1
 
 
 class BodyRequest(Request):
-    """Request whose body is parsed on another thread if it is large."""
+    """Request whose body is parsed on a thread of the application's lane of prompts if it is large."""
 
     async def json(self) -> Any:
         """Return the body. Raises JSONDecodeError as `parsed` does."""
         body = await self.body()
-        return parsed(body) if len(body) <= _SMALL else await asyncio.to_thread(parsed, body)
+        if len(body) <= _SMALL:
+            return parsed(body)
+        return await self.app.state.lanes.prompts.run(lambda: parsed(body))
 
 
 class BodyRoute(APIRoute):

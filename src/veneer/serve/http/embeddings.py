@@ -84,7 +84,7 @@ class Embeddings:
     async def embed(self, request: Request, body: EmbeddingsBody) -> Response:
         """Return the embeddings of texts or token ids."""
         with self._service.admitted(len(prompts_of(body.input))):
-            asked = await asyncio.to_thread(self._ask, body)
+            asked = await self._service.read(body, lambda: self._ask(body))
             with self._service.tokens(asked):
                 return await unless_left(request, self._found(body, asked))
 

@@ -5,14 +5,17 @@ from __future__ import annotations
 import importlib.metadata
 import math
 from time import monotonic
+from typing import Literal
 
 from fastapi import FastAPI
 from fastapi.responses import Response
+from pydantic import BaseModel
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from veneer.serve.async_engine import AsyncEngine
-from veneer.serve.http.documented import empty
+from veneer.serve.http.documented import documented, empty
 from veneer.serve.http.errors import RetryLaterError, error_response
+from veneer.serve.http.lanes import Lanes
 
 _ALWAYS = frozenset({"/health", "/ready", "/version", "/metrics"})  # answered while the server drains
 
@@ -23,11 +26,18 @@ class NotReadyError(RetryLaterError):
     status = 503
 
 
+class Readiness(BaseModel):
+    """Answer of a server that takes requests. ``stuck``: threads whose work takes longer than it may, by lane."""
+
+    ready: Literal[True] = True
+    stuck: dict[str, int]
+
+
 class Lifecycle:
     """State of a server. From `drain` on, requests in flight may end, and new ones are refused."""
 
-    def __init__(self, engine: AsyncEngine) -> None:
-        self._engine = engine
+    def __init__(self, engine: AsyncEngine, lanes: Lanes | None = None) -> None:
+        self._engine, self._lanes = engine, lanes or Lanes()
         self.n_in_flight = 0
         self._drained_at = math.inf
 
@@ -59,6 +69,14 @@ class Lifecycle:
             raise NotReadyError(f"the engine has broken down: {kind}. Its log has the rest. Restart this server.")
         if not self._engine.is_running:
             raise NotReadyError("the engine does not run yet: ask again later")
+        if self._lanes.prompts.is_blocked:
+            n = self._lanes.prompts.n_stuck
+            raise NotReadyError(f"all {n} threads that read prompts are stuck: restart this server if that lasts")
+
+    @property
+    def stuck(self) -> dict[str, int]:
+        """Number of threads of each lane whose work takes longer than it may."""
+        return self._lanes.stuck
 
 
 class Gate:
@@ -92,15 +110,15 @@ def add_lifecycle(app: FastAPI, lifecycle: Lifecycle, engine: AsyncEngine) -> No
         engine.require_whole()
         return Response()
 
-    async def ready() -> Response:
-        """Return 200 while requests are taken; else 503 with the reason: starting, stopping, or broken down."""
+    async def ready() -> Readiness:
+        """Return 200 while requests are taken; else 503 with the reason: starting, stopping, broken down, or stuck."""
         lifecycle.require_ready()
-        return Response()
+        return Readiness(stuck=lifecycle.stuck)
 
     async def version() -> dict[str, str]:
         """Return the version of veneer."""
         return {"version": importlib.metadata.version("veneer")}
 
     app.get("/health", **empty(500))(health)
-    app.get("/ready", **empty(503))(ready)
+    app.get("/ready", **documented(Readiness, body=False))(ready)
     app.get("/version")(version)

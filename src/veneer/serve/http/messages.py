@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from functools import partial
 
 from fastapi import FastAPI, Request
@@ -39,12 +38,12 @@ class Messages:
         """Return the model's next message of a conversation."""
         current_record().ignored = body.ignored
         writer = partial(MessageWriter, body.model or self._service.catalogue.base)
-        return await written(self._service, request, body.chat, writer, stream=body.stream)
+        return await written(self._service, request, body, writer)
 
     async def count(self, body: CountTokensBody) -> MessageTokens:
         """Return the number of tokens of a conversation."""
         with self._service.admitted(1):
-            return await asyncio.to_thread(self._counted, body)
+            return await self._service.read(body, lambda: self._counted(body))
 
     def _counted(self, body: CountTokensBody) -> MessageTokens:
         chat, reader = body.chat(), self._service.reader(body)

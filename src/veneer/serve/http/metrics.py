@@ -21,6 +21,7 @@ from veneer.serve.adapter_counts import OTHER
 from veneer.serve.adapter_metrics import LISTS
 from veneer.serve.engine import Engine
 from veneer.serve.http.key import CALLER, Key
+from veneer.serve.http.lanes import LaneCollector, Lanes
 from veneer.serve.metrics import Counter, Gauge, Histogram, Metric
 
 _HELP = {
@@ -65,16 +66,17 @@ CONTENT_TYPE = CONTENT_TYPE_PLAIN_0_0_4
 """Never OpenMetrics: prometheus-client writes its names with underscores for colons, unless it is told not to."""
 
 
-def add_metrics(app: FastAPI, engine: Engine, model: str, prefix: str) -> None:
+def add_metrics(app: FastAPI, engine: Engine, model: str, prefix: str, lanes: Lanes) -> None:
     """Add ``/metrics``, whose names begin with ``prefix`` and a colon; ``model`` is the label ``model_name``.
 
     The engine must keep statistics.
     """
     engines, process = EngineCollector(engine, model, prefix), ProcessCollector(registry=None)
+    threads = LaneCollector(lanes, model, prefix)
 
     def metrics() -> Response:  # no coroutine: it runs on a thread beside the loop
         """Return the metrics in the text format of Prometheus; of adapters, those that the key may see."""
-        told = text_of([engines.collect(), process.collect()], CALLER.get())
+        told = text_of([engines.collect(), threads.collect(), process.collect()], CALLER.get())
         return Response(told, headers={"Content-Type": CONTENT_TYPE})
 
     app.get("/metrics", response_class=PlainTextResponse)(metrics)

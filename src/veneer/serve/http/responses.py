@@ -30,4 +30,4 @@ class Responses:
         """Return the model's response to an input."""
         current_record().ignored = body.ignored
         writer = partial(ResponseWriter, body, body.model or self._service.catalogue.base)
-        return await written(self._service, request, body.chat, writer, stream=body.stream)
+        return await written(self._service, request, body, writer)

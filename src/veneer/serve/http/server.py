@@ -26,6 +26,8 @@ def run(app: FastAPI, host: str, port: int, drain_seconds: float, **how: Any) ->
     Raises ConfigError if the port was taken in the meantime.
     """
     allow_files()
+    for sandbox in app.state.sandboxes:
+        sandbox.warm()
     try:
         Server(app, drain_seconds, host=host, port=port, **how).run()
     except SystemExit:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from typing import TypeVar
 
 from veneer.errors import ConfigError, FormatError
 from veneer.serve.asked import Asked
@@ -11,6 +12,7 @@ from veneer.serve.calls import Calls
 from veneer.serve.engine import Engine
 from veneer.serve.http.errors import RefusedError, TooManyRequestsError
 from veneer.serve.http.key_file import Keys
+from veneer.serve.http.lanes import Lanes
 from veneer.serve.http.models import Catalogue
 from veneer.serve.http.protocol import ChatBody, CompletionBody, Named
 from veneer.serve.http.quota import Quotas
@@ -20,6 +22,9 @@ from veneer.serve.in_flight import InFlight
 from veneer.serve.lora_request import LoRARequest
 from veneer.serve.prompts import PromptReader
 from veneer.serve.sampling_params import SamplingParams
+from veneer.serve.sandbox import Sandbox
+
+Result = TypeVar("Result")
 
 
 class Service:
@@ -27,8 +32,13 @@ class Service:
 
     def __init__(self, engine: Engine, catalogue: Catalogue, limits: ServerLimits, keys: Keys | None = None) -> None:
         self.engine, self.catalogue, self.limits, self.running = engine, catalogue, limits, RecordedEngine(engine)
-        self.keys, self._quotas = keys, Quotas()
+        self.keys, self._quotas, self.lanes = keys, Quotas(), Lanes()
+        self.sandboxes = Sandbox("templates"), Sandbox("grammars")
         self._choices = InFlight()  # of requests from their admission until their answers end
+
+    async def read(self, body: object, work: Callable[[], Result]) -> Result:
+        """Return the result of work that reads a body, on a thread of its lane. Raises as `Lane.run` does."""
+        return await self.lanes.of(body).run(work)
 
     @contextmanager
     def admitted(self, n: int) -> Iterator[None]:

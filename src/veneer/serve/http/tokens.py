@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from typing import Any
 
 from fastapi import FastAPI
@@ -91,12 +90,12 @@ class Tokens:
         """Return the tokens of a text, or of a conversation as the chat template writes it."""
         self._service.require_trusted(body.chat_template)
         with self._service.admitted(1):
-            return await asyncio.to_thread(self._tokenized, body)
+            return await self._service.read(body, lambda: self._tokenized(body))
 
     async def detokenize(self, body: DetokenizeBody) -> Response:
         """Return the text of tokens."""
         with self._service.admitted(1):
-            return await asyncio.to_thread(self._detokenized, body)
+            return await self._service.read(body, lambda: self._detokenized(body))
 
     def _tokenized(self, body: TokenizeBody) -> Response:
         reader = self._service.reader(body)

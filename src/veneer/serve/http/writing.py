@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 from collections.abc import AsyncGenerator, Callable, Iterator
 from contextlib import ExitStack, aclosing
@@ -40,24 +39,31 @@ class Writer(Protocol):
         """Return the answer as it is now."""
 
 
+class Written(Protocol):
+    """Body that asks for a chat completion in other words."""
+
+    stream: bool
+
+    def chat(self) -> ChatBody:
+        """Return the chat completion."""
+
+
 async def written(
     service: Service,
     request: Request,
-    chat: Callable[[], ChatBody],
+    body: Written,
     writer: Callable[[Asked, Calls | None], Writer],
-    *,
-    stream: bool,
 ) -> Response:
     """Return the answer to a chat completion as its writer writes it. If the client disconnects, its request ends.
 
-    Raises VeneerError for any error that is visible before it runs; ``chat`` is not called on the loop.
+    Raises VeneerError for any error that is visible before it runs.
     """
     with ExitStack() as taken:  # left when the answer has ended, or when there is none
         taken.enter_context(service.admitted(1))
-        [asked], calls = await asyncio.to_thread(lambda: service.ask(chat()))
+        [asked], calls = await service.read(body, lambda: service.ask(body.chat()))
         taken.enter_context(service.tokens([asked]))
         made = writer(asked, calls)
-        if stream:
+        if body.stream:
             return EventStream(_encoded(service, asked, made), taken.pop_all())
         return await unless_left(request, _whole(service, asked, made))
 

@@ -10,7 +10,8 @@ from itertools import pairwise, product
 from typing import Any
 
 from veneer.errors import ConfigError
-from veneer.serve.conversation import chat_text
+from veneer.serve.conversation import Rendering, chat_text
+from veneer.serve.sandbox import SandboxError
 from veneer.serve.tool_calls.format import CallFormat, Fields, joined
 from veneer.serve.tool_calls.known import known_format
 from veneer.serve.tool_calls.match import Part, Parts, Slot
@@ -26,22 +27,23 @@ _Mark = tuple[int, int, Slot | None]
 """Place of a slot in a rendered turn; None for the arguments."""
 
 
-def format_of(tokenizer: Any, template: str | None = None) -> CallFormat | None:
+def format_of(tokenizer: Any, template: str | None = None, rendering: Rendering | None = None) -> CallFormat | None:
     """Return the format of calls in a tokenizer's chat template, or in another; None if neither it nor a table tells.
 
     Renders the template a few times, which takes its time.
     """
     how: dict[str, Any] = {} if template is None else {"chat_template": template}
+    rendered_by = (tokenizer, rendering or Rendering(tokenizer))
     for as_text, content in product((False, True), ("", None)):
-        plain = _rendered(tokenizer, how, _SAID, ())
-        turns = {n: _turn(plain, _rendered(tokenizer, how, content, _calls(n, as_text))) for n in (2, 1)}
+        plain = _rendered(rendered_by, how, _SAID, ())
+        turns = {n: _turn(plain, _rendered(rendered_by, how, content, _calls(n, as_text))) for n in (2, 1)}
         for n, turn in turns.items():
             found = None if turn is None else _parts(turn, n)
             if found is not None:
                 return with_tokens(replace(found, content=content, as_text=as_text), tokenizer)
         if not as_text and any(turn is not None and _is_written_otherwise(turn) for turn in turns.values()):
             return None
-    asked = _rendered(tokenizer, how, None, None)
+    asked = _rendered(rendered_by, how, None, None)
     found = None if asked is None else known_format(asked)
     return None if found is None else with_tokens(found, tokenizer)
 
@@ -64,7 +66,7 @@ def _calls(n: int, as_text: bool) -> list[dict[str, Any]]:
 
 
 def _rendered(
-    tokenizer: Any, how: Mapping[str, Any], content: str | None, calls: Sequence[Mapping[str, Any]] | None
+    by: tuple[Any, Rendering], how: Mapping[str, Any], content: str | None, calls: Sequence[Mapping[str, Any]] | None
 ) -> str | None:
     """A question, and its answer unless ``calls`` is None; None if the template refuses them."""
     answer: dict[str, Any] = {"role": "assistant", "content": content}
@@ -74,8 +76,12 @@ def _rendered(
     properties = {key: {"type": "string"} for key in _ARGUMENTS[0]}
     function = {"name": _NAMES[0], "description": "", "parameters": {"type": "object", "properties": properties}}
     tools = [{"type": "function", "function": function}]
+    tokenizer, rendering = by
+    how = {**how, "tools": tools, "add_generation_prompt": calls is None}
     try:
-        return chat_text(tokenizer, messages, {**how, "tools": tools, "add_generation_prompt": calls is None})
+        return chat_text(tokenizer, messages, how, rendering)
+    except SandboxError:  # of a program that would be ended again and again
+        raise
     except ConfigError:
         return None
 
