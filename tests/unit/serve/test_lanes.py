@@ -144,6 +144,13 @@ def test_a_server_whose_threads_of_prompts_are_stuck_is_not_ready(server, monkey
     assert ready(server)[0] == 200
 
 
+def test_a_large_body_that_is_not_read_in_time_is_told_to_come_again(server, monkeypatch):
+    monkeypatch.setattr(server.app.state.lanes.bodies, "n_threads", 0)
+    status, told = server.post("/v1/completions", {"prompt": "x" * 70_000})
+    assert (status, "all 0 threads that read bodies are busy" in told["error"]["message"]) == (503, True)
+    assert server.post("/v1/completions", {"prompt": "x", "max_tokens": 1})[0] == 200
+
+
 def test_a_template_of_one_long_call_is_an_error_of_who_asked(server, monkeypatch):
     monkeypatch.setattr(server.app.state.sandboxes[0], "seconds", 1.5)
     body = {"messages": [TURN], "chat_template": "{% set x = 7 ** 30000000 %}", "max_tokens": 1}

@@ -10,6 +10,9 @@ from typing import Any
 from fastapi import Request
 from fastapi.responses import Response
 from fastapi.routing import APIRoute
+from starlette.exceptions import HTTPException
+
+from veneer.serve.http.errors import RefusedError
 
 _SMALL = 2**16  # bytes, which are parsed in a millisecond
 _MOST_DIGITS = 40  # of a whole number: fields have 64 bits, schemas may have more
@@ -19,14 +22,17 @@ NOWHERE = -1
 
 
 class BodyRequest(Request):
-    """Request whose body is parsed on a thread of the application's lane of prompts if it is large."""
+    """Request whose body is parsed on a thread of the application's lane of bodies if it is large."""
 
     async def json(self) -> Any:
         """Return the body. Raises JSONDecodeError as `parsed` does."""
         body = await self.body()
         if len(body) <= _SMALL:
             return parsed(body)
-        return await self.app.state.lanes.prompts.run(lambda: parsed(body))
+        try:
+            return await self.app.state.lanes.bodies.run(lambda: parsed(body))
+        except RefusedError as error:  # FastAPI knows no other error of a body
+            raise HTTPException(error.status, str(error)) from error
 
 
 class BodyRoute(APIRoute):

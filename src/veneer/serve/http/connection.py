@@ -107,7 +107,7 @@ class Connections:
                 connection = next(iter(kind))
                 self.remove(connection)
                 self.n_evicted += 1
-                connection.transport.abort()
+                connection.abort()
                 return True
         return False
 
@@ -134,6 +134,7 @@ class Connection(HttpToolsProtocol):
         self._is_heard = self._has_begun = False
         self._unread_since = self._closing_since = math.inf
         self._why: RefusedError | None = None
+        self._cycles = list[Any]()  # uvicorn's name of requests with their answers: those that are not answered
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Begin to wait for a request."""
@@ -193,6 +194,7 @@ class Connection(HttpToolsProtocol):
         self._n_body, self._is_heard = 0, True
         self.app = self._app if self.parser.get_http_version() == "1.1" else self._answer_without_chunks
         super().on_headers_complete()
+        self._cycles.append(self.cycle)
 
     def on_chunk_header(self) -> None:
         """Note that a part of a body begins."""
@@ -217,6 +219,7 @@ class Connection(HttpToolsProtocol):
     def on_response_complete(self) -> None:
         """Wait for the next request."""
         super().on_response_complete()
+        self._cycles = [cycle for cycle in self._cycles if not cycle.response_complete]
         if not self.transport.is_closing() and self._is_free:
             if self._reads is _Reads.NOTHING:
                 self._begin(_Reads.NOTHING)
@@ -244,11 +247,22 @@ class Connection(HttpToolsProtocol):
         if self.transport.is_closing():
             self._closing_since = min(self._closing_since, now)
         if now > min(self._unread_since + self._limits.unread_seconds, self._closing_since + self._limits.head_seconds):
-            self.transport.abort()
+            self.abort()
         elif self.flow.read_paused:
             self._since = now  # it is not the client that makes this wait
         elif now > self._since + self._seconds:
             self._end()
+
+    def abort(self) -> None:
+        """Close at once."""
+        self._leave()
+        self.transport.abort()
+
+    def _leave(self) -> None:
+        """Let the application know that nobody reads its answers any more."""
+        for cycle in self._cycles:
+            cycle.disconnected = True
+            cycle.message_event.set()
 
     @property
     def _seconds(self) -> float:
@@ -265,7 +279,7 @@ class Connection(HttpToolsProtocol):
     @property
     def _is_free(self) -> bool:
         """True if no answer is awaited."""
-        return (self.cycle is None or self.cycle.response_complete) and not self.pipeline
+        return not self._cycles
 
     def _begin(self, reads: _Reads) -> None:
         self._reads, self._since = reads, self.loop.time()
@@ -273,7 +287,7 @@ class Connection(HttpToolsProtocol):
     def _end(self) -> None:
         """End a connection whose time is over: with an answer to a request that has begun."""
         if self._reads is _Reads.REFUSED:
-            self.transport.abort()
+            self.abort()
         elif self._reads is _Reads.NOTHING or not self._has_begun:
             self.transport.close()
         else:
@@ -283,15 +297,15 @@ class Connection(HttpToolsProtocol):
 
     def _refuse(self, error: RefusedError) -> None:
         """Answer, and close once the client has read it; if the request has an answer, close at once."""
-        is_free, cycle = self._is_free, self.cycle
-        is_answered = self._reads is _Reads.BODY if is_free else cycle.response_started or bool(self.pipeline)
+        if self._reads is _Reads.REFUSED:
+            return
+        waiting = self._cycles
+        is_answered = len(waiting) > 1 or waiting[0].response_started if waiting else self._reads is _Reads.BODY
         self._begin(_Reads.REFUSED)
         if is_answered:
-            self.transport.abort()
+            self.abort()
             return
-        if not is_free:  # the application waits for the rest of a body
-            cycle.disconnected = True
-            cycle.message_event.set()
+        self._leave()
         self._unset_keepalive_if_required()
         self._connections.owes(self)
         self.transport.write(_refusal(error))

@@ -17,7 +17,7 @@ from veneer.serve.http.errors import BusyError, RefusedError
 
 Result = TypeVar("Result")
 _SECONDS = 60.0
-_THREADS = {"prompts": 6, "forms": 4}
+_THREADS = {"bodies": 2, "prompts": 6, "forms": 4}
 _FORMS = ("structured_outputs", "response_format", "output_config", "text", "tools")  # fields that make grammars
 
 
@@ -94,10 +94,14 @@ class Lane:
 
 
 class Lanes:
-    """Lanes of a server: prompts, and those with a form, whose grammars take longest. Nothing else waits for them."""
+    """Lanes of a server: JSON of large bodies, prompts, and those with a form, whose grammars take longest.
+
+    Nothing else waits for them.
+    """
 
     def __init__(self) -> None:
-        self.prompts, self.forms = (Lane(name, n) for name, n in _THREADS.items())
+        self.all = tuple(Lane(name, n) for name, n in _THREADS.items())
+        self.bodies, self.prompts, self.forms = self.all
 
     def of(self, body: object) -> Lane:
         """Return the lane that reads a body."""
@@ -107,7 +111,7 @@ class Lanes:
     @property
     def stuck(self) -> dict[str, int]:
         """Number of stuck threads of each lane that has any."""
-        return {lane.name: lane.n_stuck for lane in (self.prompts, self.forms) if lane.n_stuck}
+        return {lane.name: lane.n_stuck for lane in self.all if lane.n_stuck}
 
 
 class LaneCollector(Collector):
@@ -120,6 +124,6 @@ class LaneCollector(Collector):
         """Return the metric."""
         told = "Threads that read a prompt, a template or a form for longer than they may."
         family = GaugeMetricFamily(self._name, told, labels=["model_name", "engine", "lane"])
-        for lane in (self._lanes.prompts, self._lanes.forms):
+        for lane in self._lanes.all:
             family.add_metric([*self._labels, lane.name], lane.n_stuck)
         return [family]
