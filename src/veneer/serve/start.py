@@ -70,6 +70,7 @@ _ONLY: dict[str, tuple[Collection[object], str]] = {
 
 _CACHED_SHARE = 4
 _ADAPTERS_SHARE = 4  # of the room on a device whose pages take their memory at once
+_STEP_TOKENS, _GPU_STEP_TOKENS = 512, 2048  # a GPU computes many rows in the time of few
 _COUNTS = (
     *("kv_cache_memory_bytes", "max_model_len", "max_num_seqs", "max_num_batched_tokens", "block_size"),
     *("max_loras", "max_lora_rank", "max_waiting_requests", "max_waiting_tokens", "adapter_cache_bytes"),
@@ -117,7 +118,7 @@ class EngineOptions(metaclass=Keywords):
     hf_overrides: object = None
     max_model_len: int | None = None
     max_num_seqs: int = 128
-    max_num_batched_tokens: int = 512
+    max_num_batched_tokens: int | None = None
     enable_prefix_caching: bool | None = None
     block_size: int = 16
     kv_cache_dtype: str = "auto"
@@ -210,7 +211,7 @@ def start_engine(
     if options.max_model_len is None:
         longest = min(longest, pages.n_pages * pages.block)
     limits = Limits(
-        max_seqs=options.max_num_seqs, max_batched_tokens=options.max_num_batched_tokens, max_model_len=longest,
+        max_seqs=options.max_num_seqs, max_batched_tokens=_step_tokens(options, loaded), max_model_len=longest,
         max_waiting=options.max_waiting_requests, max_waiting_tokens=options.max_waiting_tokens,
     )  # fmt: skip
     pool = AdapterPool(options.max_cpu_loras or options.max_loras, options.max_loras, pages)
@@ -306,6 +307,13 @@ def _names(given: object, model: PreTrainedModel, options: EngineOptions) -> lis
     asked = own if isinstance(given, PreTrainedModel) else str(given)
     named = options.served_model_name or ()
     return [asked, own, *([named] if isinstance(named, str) else named)]
+
+
+def _step_tokens(options: EngineOptions, model: PreTrainedModel) -> int:
+    """Return how many tokens a step takes at most: by default 512, and 2,048 on a GPU."""
+    if options.max_num_batched_tokens is not None:
+        return options.max_num_batched_tokens
+    return _GPU_STEP_TOKENS if model.device.type == "cuda" else _STEP_TOKENS
 
 
 def ending_ids(model: PreTrainedModel, tokenizer: Any) -> list[int]:

@@ -128,3 +128,9 @@ def test_draws_of_every_kind_come_back_by_one_read(device: Crossings, adapters: 
     steps = counted(llm, device, monkeypatch)
     assert answers(llm, asked, rows) == expected
     assert set(steps) == {(2, 1)}
+
+
+def test_a_step_takes_more_tokens_on_a_device(device: Crossings) -> None:
+    for on_device, most in ((False, 512), (True, 2048)):
+        assert engine_on(on_device, max_num_batched_tokens=None).engine.scheduler.limits.max_batched_tokens == most
+    assert engine_on(True).engine.scheduler.limits.max_batched_tokens == OPTIONS["max_num_batched_tokens"]

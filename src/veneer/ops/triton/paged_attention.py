@@ -16,6 +16,7 @@ from veneer.ops.triton.attention import scored
 from veneer.ops.triton.launch import block, launch
 
 _MOST_FEATURES = 256
+_OF_A_STEP = ["pages", "first_page", "first_row", "positions", "n"]  # sizes and places that vary are no variants
 
 
 def append(store: PagedStore, layer: int, k: Tensor, v: Tensor, rows: PagedRows) -> None:
@@ -109,7 +110,7 @@ def _value_at(slots, features, PADDED: tl.constexpr, PAIR: tl.constexpr):
     return (slots // PAIR) * (PADDED * PAIR) + features * PAIR + slots % PAIR
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_OF_A_STEP)
 def _append_kernel(
     data,
     page_values,
@@ -150,7 +151,7 @@ def _append_kernel(
     tl.store(own + _value_at(slot + 1, features, PADDED, PAIR), tl.zeros_like(x), mask=there)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_OF_A_STEP)
 def _attend_kernel(
     data,
     page_values,

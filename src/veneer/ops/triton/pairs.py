@@ -86,7 +86,7 @@ def _rows_in_a(segment, OUTS: tl.constexpr, PAIR: tl.constexpr):
     return tl.where(tl.load(segment + _FORM) == _SHARED, _filled(tl.load(segment + _RANKS), PAIR), total)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n"])  # a batch of another size is no variant
 def _shrink_kernel(
     x,
     x_row,
@@ -180,7 +180,7 @@ def _behind(y, segment, places, inside):
     return y
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n"])  # a batch of another size is no variant
 def _expand_kernel(
     inner,
     n,
