@@ -98,7 +98,7 @@ def test_what_a_run_without_checkpoints_saved_is_not_written_over(project: Path)
     saved = (project / "run" / "adapter" / "adapter_model.safetensors").read_bytes()
     code, output = train(project, *short, "--set", "seed=5")
     assert code == 2
-    assert "holds the adapter that a run saved" in " ".join(output.split())
+    assert "holds a finished run: choose another output" in " ".join(output.split())
     assert (project / "run" / "adapter" / "adapter_model.safetensors").read_bytes() == saved
 
 

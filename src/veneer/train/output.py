@@ -93,7 +93,8 @@ def require_fresh(output: Path, resume: Resume) -> None:
     saved = [name for name in (ADAPTER, MODEL) if (output / name).exists()]
     further = "; adapter.from trains its adapter on, in another output" if saved[:1] == [ADAPTER] else ""
     if record is not None and record["status"] == "finished" and saved:
-        raise ConfigError(f"{output} holds a finished run: choose another output (--set output=…){further}")
+        longer = ", or go on to more steps with --resume" if holds_checkpoints(output) else ""
+        raise ConfigError(f"{output} holds a finished run: choose another output (--set output=…){longer}{further}")
     if holds_checkpoints(output):
         raise ConfigError(
             f"{output} holds the checkpoints of a run: continue it with --resume, or choose another output "

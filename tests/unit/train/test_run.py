@@ -44,7 +44,9 @@ def test_a_finished_run_is_told_as_such(tmp_path):
     (tmp_path / "run" / "checkpoint-7").mkdir(parents=True)
     (tmp_path / "run" / "adapter").mkdir()
     (tmp_path / "run" / "run.json").write_text(json.dumps({"status": "finished", "recipe": {}}))
-    with pytest.raises(ConfigError, match=r"holds a finished run: choose another output .*adapter.from trains"):
+    with pytest.raises(
+        ConfigError, match=r"a finished run: choose another output .* more steps with --resume; adapter.from trains"
+    ):
         require_fresh(tmp_path / "run", resume=False)
 
 
