@@ -42,6 +42,11 @@ METHODS = (
     "supports_lora_conversion", "subtract_mutated_init", "disable_adapter_layers", "enable_adapter_layers",
 )  # fmt: skip
 EXTRA = ("self", "cls", "kwargs", "args")
+NO_CHOICE = {
+    ("VBLoRAConfig", "save_only_topk_weights"): "`True` is refused",
+    ("PromptEncoderConfig", "encoder_dropout"): "every value but 0 is refused",
+}
+"""Fields that have one value."""
 STATES = ("present", "departs", "absent")
 HUB = (*adapter_source.HubOptions.__dataclass_fields__, *adapter_source.AS_IT_IS)
 UPLOAD = (*saving.Upload.__dataclass_fields__, *saving.AS_IT_IS, "repo_id")
@@ -164,7 +169,8 @@ def fields(config: str) -> Iterator[Row]:
     """Every field of a config of PEFT's, less those that PEFT fills in itself."""
     for field in dataclasses.fields(getattr(peft, config)):
         if field.name not in ("peft_type", "auto_mapping", "peft_version"):
-            yield field.name, *state_of(getattr(veneer, config), field)
+            known = NO_CHOICE.get((config, field.name))
+            yield field.name, *(("departs", known) if known else state_of(getattr(veneer, config), field))
 
 
 def state_of(ours: Any, field: dataclasses.Field[Any]) -> tuple[str, str]:
