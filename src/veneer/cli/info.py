@@ -1,4 +1,4 @@
-"""Implementation of ``veneer info``."""
+"""Implementation of ``veneer info`` of an adapter or a model."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from typing import Any
 import typer
 
 from veneer.cli.facts import print_facts
-from veneer.cli.info_run import run_section
 from veneer.cli.pages.info import InfoArguments
 from veneer.contract.file import CONFIG_FILE
 from veneer.core.units import size
@@ -22,7 +21,6 @@ from veneer.store.gguf.blocks import why_not_in_blocks
 from veneer.store.gguf.facts import gguf_facts, gguf_section
 from veneer.store.gguf.header import GgufHeader, read_header
 from veneer.store.source import resolve
-from veneer.train.record import life_of, record_of
 
 Section = dict[str, str]
 _SHOWN = 12  # of the values of a list
@@ -39,7 +37,7 @@ _MODEL_FIELDS = {
 
 
 def info(args: InfoArguments) -> None:
-    """Print facts about an adapter, a model or a run."""
+    """Print facts about an adapter or a model."""
     facts, section = _facts(args.what)
     if args.as_json:
         typer.echo(json.dumps(facts, indent=2, default=str))
@@ -50,9 +48,6 @@ def info(args: InfoArguments) -> None:
 def _facts(what: str) -> tuple[dict[str, Any], Section]:
     """All that is known of what is meant, and the rows of the table."""
     folder = Path(what).expanduser()
-    if (folder / "run.json").is_file():
-        record = record_of(folder) or {}
-        return {**record, "life": life_of(record)}, {"run": str(folder), **run_section(record)}
     if folder.suffix == ".gguf" and folder.is_file():
         header = read_header(folder)
         return gguf_facts(header), gguf_section(folder, header) | _as_base(folder, header)

@@ -1,11 +1,29 @@
-"""``veneer info`` of a run's output: its status, from its ``run.json``."""
+"""``veneer info`` of a run's output: its status, from its ``run.json``; torch is not imported."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from veneer.train.record import told_life
+import typer
+
+from veneer.cli.facts import print_facts
+from veneer.train.record import life_of, record_of, told_life
+
+if TYPE_CHECKING:
+    from veneer.cli.pages.info import InfoArguments
+
+
+def info(args: InfoArguments) -> None:
+    """Print facts about a run."""
+    folder = Path(args.what).expanduser()
+    record = record_of(folder) or {}
+    if args.as_json:
+        typer.echo(json.dumps({**record, "life": life_of(record)}, indent=2, default=str))
+        return
+    print_facts({"run": str(folder), **run_section(record)})
 
 
 def run_section(record: Mapping[str, Any]) -> dict[str, str]:

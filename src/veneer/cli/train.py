@@ -23,6 +23,7 @@ from veneer.recipe.known import declared_methods
 from veneer.recipe.sweep_part import PART
 from veneer.recipe.values import read_values, section
 from veneer.store.hub import require_found
+from veneer.train.place import refuse_place
 
 _Recipe = Annotated[
     Path | None, typer.Argument(metavar="RECIPE", show_default=False, help="A YAML file; see --print-recipe.")
@@ -99,6 +100,8 @@ def train(
     # A member of a sweep trains in one process, wherever it is.
     on_ray = None if place is None or PART in values else place.n_workers
     refuse_early(values, str(recipe), begins=resume != "last", n_processes=processes if starts else on_ray)
+    if PART not in values and not show_sample:
+        refuse_place(values, resume if resume == "auto" else resume == "last")
     source = section(values, "model").get("source")
     if isinstance(source, str):
         require_weights(source, "model.source")

@@ -26,14 +26,13 @@ from veneer.recipe.sweep_part import PART
 from veneer.store.bars import without_bars
 from veneer.train.checkpoint import checkpoints
 from veneer.train.output import (
-    Resume,
-    continues,
     is_over,
     require_begun,
     require_data_files,
     require_free,
     usable,
 )
+from veneer.train.place import Resume, continues
 from veneer.train.processes import by_main, is_main, meet, n_processes, part, together
 from veneer.train.recipe_trainer import require_not_in_base
 from veneer.train.run import run_recipe

@@ -11,17 +11,17 @@ from typing import Any
 from veneer.core.progress import waits_told
 
 
-def verb(arguments: type, place: str, name: str) -> Callable[..., None]:
+def verb(arguments: type, place: str | Callable[[Any], str], name: str) -> Callable[..., None]:
     """Return the verb with the fields of a dataclass as its arguments, and the help that is its docstring.
 
     The dataclass checks them as it is made. Then the function of this ``name`` in the module ``place`` is imported and
-    takes it.
+    takes it. The module may depend on the arguments.
     """
 
     def run(**given: Any) -> None:
         args = arguments(**given)
         with waits_told("loading torch and transformers"):
-            work = importlib.import_module(place)
+            work = importlib.import_module(place if isinstance(place, str) else place(args))
         getattr(work, name)(args)
 
     hints = typing.get_type_hints(arguments, include_extras=True)

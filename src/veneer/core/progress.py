@@ -16,7 +16,7 @@ from rich.progress import Progress, ProgressColumn, SpinnerColumn, TextColumn, T
 
 from veneer.core.units import duration
 
-LINE_SECONDS = 10.0  # between two plain lines
+LINE_SECONDS = 5.0  # between two plain lines
 QUIET_SECONDS = 1.0  # of a wait before its first plain line
 Tell = Callable[[int, int], None]
 _WAIT: ContextVar[_Spinner | _Lines | None] = ContextVar("_WAIT", default=None)

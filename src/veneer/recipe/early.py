@@ -40,12 +40,12 @@ def refuse_early(
             found += [*problems_of(run, declared()), *value_problems(run)]
         with suppress(UnreadableError):
             found += target_problems(run)
-    rows = [told for run in runs for told in _missing_rows(run)] if begins else []
+    rows = [told for run in runs for told in missing_rows(run)] if begins else []
     if found or (rows and not Path(str(values.get("output"))).exists()):
         raise ConfigError(listed([*found, *rows], name))
 
 
-def _missing_rows(values: Mapping[str, Any]) -> list[str]:
+def missing_rows(values: Mapping[str, Any]) -> list[str]:
     """Return the problems of files of rows that are not there, whatever else is wrong with ``data``."""
     data = section(values, "data")
     train, held_out = (data[key] if isinstance(data.get(key), str) else None for key in ("train", "eval"))

@@ -5,31 +5,21 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Literal
 
 from veneer.adapters.card import tell_parent
 from veneer.disk.folder import new_folder
-from veneer.errors import ConfigError, DataError, DiskError, listed
+from veneer.errors import ConfigError, DataError, listed
 from veneer.recipe.adapter import FULL
 from veneer.recipe.parts import DataPart
 from veneer.recipe.recipe import Recipe
-from veneer.train.checkpoint import checkpoints, holds_checkpoints, latest_checkpoint
+from veneer.train.checkpoint import latest_checkpoint
 from veneer.train.going_on import is_complete, parent_of
+from veneer.train.place import ADAPTER, MODEL, Resume, require_fresh
 from veneer.train.processes import by_main, is_main
-from veneer.train.record import record_of, require_over
+from veneer.train.record import record_of
 from veneer.train.run_trainer import RunTrainer
 
-ADAPTER, MODEL = "adapter", "model"  # the folders that a run saves
 _SHOWN = 3  # other files
-Resume = bool | Literal["auto"]
-
-
-def continues(output: Path, resume: Resume) -> bool:
-    """Return True if a run is to continue: with ``auto``, if its output holds a checkpoint or a finished run."""
-    if resume != "auto":
-        return resume
-    record = record_of(output)
-    return bool(checkpoints(output)) or (record is not None and record["status"] == "finished")
 
 
 def is_over(recipe: Recipe) -> bool:
@@ -71,40 +61,6 @@ def require_data_files(part: DataPart) -> None:
     """Raise DataError with all files of rows that are named and do not exist."""
     if part.missing_files:
         raise DataError(listed(part.missing_files))
-
-
-def require_fresh(output: Path, resume: Resume) -> None:
-    """Make the output folder, or raise if a run cannot use it.
-
-    With ``auto`` a run that broke off before its first checkpoint may begin again.
-
-    Raises ConfigError if a process trains in it, or if a new run would be mixed up with another or overwrite its
-    results. Raises DiskError if the folder cannot be made.
-    """
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise DiskError(f"the output folder {output} cannot be made ({error.strerror}): choose another") from error
-    record = record_of(output)
-    if record is not None:
-        require_over(record, output)
-    if continues(output, resume) or (resume and record is not None):
-        return
-    saved = [name for name in (ADAPTER, MODEL) if (output / name).exists()]
-    further = "; adapter.from trains its adapter on, in another output" if saved[:1] == [ADAPTER] else ""
-    if record is not None and record["status"] == "finished" and saved:
-        longer = ", or go on to more steps with --resume" if holds_checkpoints(output) else ""
-        raise ConfigError(f"{output} holds a finished run: choose another output (--set output=…){longer}{further}")
-    if holds_checkpoints(output):
-        raise ConfigError(
-            f"{output} holds the checkpoints of a run: continue it with --resume, or choose another output "
-            f"(--set output=…){further}"
-        )
-    if saved:
-        raise ConfigError(
-            f"{output} holds the {saved[0]} that a run saved: choose another output (--set output=…), or move it "
-            f"away{further}"
-        )
 
 
 def require_begun(recipe: Recipe) -> None:

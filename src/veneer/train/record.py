@@ -1,4 +1,7 @@
-"""Record of a run, ``run.json``, and the state of the run that follows from it during training and after."""
+"""Record of a run, ``run.json``, and the state of the run that follows from it during training and after.
+
+Torch is not imported here: `veneer info` reads records, and a run is refused by them before that import.
+"""
 
 from __future__ import annotations
 
@@ -6,16 +9,13 @@ import json
 import os
 import signal
 import socket
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import psutil
 
-from veneer.errors import ConfigError, DiskError, DivergedError, FormatError, Interrupted, Paused, VeneerError
-from veneer.train.checkpoint import write_json
-from veneer.train.processes import is_main
+from veneer.errors import ConfigError, DivergedError, FormatError, Interrupted, Paused, VeneerError
 
 RUN_FILE = "run.json"
 _CLOCK_SECONDS = 2.0  # how far two readings of one start time may lie apart
@@ -84,41 +84,6 @@ def told_life(record: Mapping[str, Any]) -> str:
         "gone": f"broken off without a word: it says running, but {where} is gone",
         "elsewhere": f"running, as it says, by {where}; from here that cannot be seen",
     }[life_of(record)]
-
-
-class Written:
-    """Record of a run in its ``run.json``, which the main process alone writes.
-
-    ``changed`` returns the changes of a resumed run with their steps, given the step that it resumes from.
-    """
-
-    def __init__(
-        self, output: Path, record: dict[str, Any], changed: Callable[[int], list[dict[str, Any]]] | None = None
-    ) -> None:
-        self.record, self._path, self._changed, self._begun = record, output / RUN_FILE, changed, False
-
-    def begin(self, step: int) -> None:
-        """Record that training begins after ``step``: from here on the file describes this run."""
-        found = [] if self._changed is None else self._changed(step)
-        if found:
-            self.record["changes"] = found
-        self._begun = True
-        self._write({**self.record, "status": "running"})
-
-    def finish(self, results: Mapping[str, Any]) -> None:
-        """Record that the run has finished."""
-        self.record |= results
-        self._write(self.record)
-
-    def end(self, how: Mapping[str, Any]) -> None:
-        """Record that the run has broken off, if it ever began."""
-        if self._begun:
-            with suppress(DiskError):  # where the disk is full, the error that says so is the one to tell
-                self._write({**self.record, **how})
-
-    def _write(self, values: Mapping[str, Any]) -> None:
-        if is_main():
-            write_json(self._path, values)
 
 
 def ending_of(error: BaseException) -> str:

@@ -24,20 +24,18 @@ from veneer.errors import TrainingError
 from veneer.train.checkpoint import (
     PROGRESS_FILE,
     STATE_FILE,
-    TRAINED_FILE,
     checkpoint_folder,
     drop_old,
     drop_partial,
     latest_checkpoint,
-    load_trained,
     read_progress,
-    save_trained,
     write_json,
 )
 from veneer.train.processes import by_main, gathered
 from veneer.train.progress import Progress
 from veneer.train.pushing import failures_to_push_told
 from veneer.train.schedule import AdapterSchedule, save_schedules
+from veneer.train.trained_values import TRAINED_FILE, load_trained, save_trained
 
 
 class EpochEnds(TrainerCallback):  # type: ignore[misc]

@@ -19,21 +19,19 @@ from veneer.train.facts import describe_run
 from veneer.train.going_on import PROCESSES, GoingOn, changes_since, is_complete, with_data
 from veneer.train.interrupt import Stop, StopAfterStep, listening
 from veneer.train.output import (
-    ADAPTER,
-    MODEL,
-    Resume,
-    continues,
     other_files,
     require_free,
     save_trained,
     taken_back,
     usable,
 )
+from veneer.train.place import ADAPTER, MODEL, Resume, continues
 from veneer.train.processes import by_main, is_main, n_processes, require_alike, together
 from veneer.train.recipe_trainer import make_trainer
-from veneer.train.record import Written, ending_of, life_of, reason_of, record_of, told_life
+from veneer.train.record import ending_of, life_of, reason_of, record_of, told_life
 from veneer.train.run_trainer import RunTrainer
 from veneer.train.show.report import draw_loss
+from veneer.train.written import Written
 
 Tell = Callable[[str], None]
 

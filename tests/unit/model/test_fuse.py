@@ -30,9 +30,25 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from veneer.model.blueprint.family import Family
 from veneer.model.blueprint.names import Names
+from veneer.model.fused import decoder
 from veneer.model.fused.decoder import fuse
 
 from .conftest import NEOX, PARTIAL, SIZES, WIDE, base
+
+
+@pytest.mark.parametrize(("most", "n_threads"), [(10**9, 1), (0, 3)])
+def test_a_small_model_is_checked_by_one_thread(most: int, n_threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+    calls = decoder._calls
+    monkeypatch.setattr(decoder, "FEW_PARAMETERS", most)
+    monkeypatch.setattr(decoder, "_calls", lambda *given: seen.append(torch.get_num_threads()) or calls(*given))
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        assert fuse(base(Qwen3Config(**SIZES)))
+        assert (seen, torch.get_num_threads()) == ([n_threads], 3)
+    finally:
+        torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("known", [True, False])

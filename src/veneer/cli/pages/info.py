@@ -48,4 +48,10 @@ def _no_folder(what: str) -> ConfigError | None:
     return ConfigError(f"no run, adapter or model {what!r}: there is no such folder or file in {path.parent}; {hint}")
 
 
-info = verb(InfoArguments, "veneer.cli.info", "info")
+def _place(args: InfoArguments) -> str:
+    """The module that tells of what is meant: that of runs imports no torch."""
+    is_run = (Path(args.what).expanduser() / "run.json").is_file()
+    return "veneer.cli.info_run" if is_run else "veneer.cli.info"
+
+
+info = verb(InfoArguments, _place, "info")

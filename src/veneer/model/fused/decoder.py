@@ -36,6 +36,7 @@ TOLERANCES = {torch.float64: 1e-6, torch.float32: 1e-3, torch.bfloat16: 4e-2, to
 KERNELS = {"cpu": "cpu", "cuda": "triton"}
 EXTRAS = (*SPECIAL, "token_type_ids")
 SIZE = (2, 11)  # sequences and tokens that a block is checked with
+FEW_PARAMETERS = 1_000_000_000  # up to which one thread checks a model in a second or two
 SHORT_WINDOW = 5  # tokens: what a sliding window hides then shows
 NOTHING_FITS = "every part of its blocks is hooked, trained, or computes in another dtype than the stream"
 # What parts of familiar names and another shape, type or use make Python, torch (RuntimeError) and the kernels raise.
@@ -175,11 +176,25 @@ def _fuse(model: PreTrainedModel) -> str | None:
     decoder, layers = model.base_model, blocks_of(model)[1]
     blocks = [cast(FusedBlock, block) for block in layers]
     exact = torch.autocast(model.device.type, enabled=False)
-    with evaluation(model), _base_alone(model), _short_windows(model), torch.no_grad(), exact:
+    with evaluation(model), _base_alone(model), _short_windows(model), torch.no_grad(), exact, _few_threads(model):
         problem = _differing(model, blocks)
         ids = torch.arange(3, device=model.device)[None]
         cast(FusedDecoder, decoder).ends_with_head = is_plain_head(described.head) and ends_with_head(model, ids)
     return NOTHING_FITS if _leave_all_out(blocks) else problem
+
+
+@contextmanager
+def _few_threads(model: nn.Module) -> Iterator[None]:
+    """For a while one thread computes, if the model is small: its products over so few tokens take microseconds, and
+    several threads wait for each other. Where others use the cores that took 50 s of one whole check in place of 8.
+    """
+    before = torch.get_num_threads()
+    if sum(parameter.numel() for parameter in model.parameters()) <= FEW_PARAMETERS:
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _leave_all_out(blocks: Sequence[FusedBlock]) -> bool:

@@ -7,12 +7,12 @@ import os
 import platform
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 PACKAGES = ("veneer", "torch", "transformers", "trl", "accelerate", "datasets", "safetensors", "numpy")
 _WIDEST = 80  # characters of a title
@@ -41,6 +41,11 @@ def draw_loss(history: Sequence[Mapping[str, Any]], path: Path) -> None:
 
 def loss_figure(history: Sequence[Mapping[str, Any]], title: str) -> Figure:
     """Return the picture of `draw_loss`."""
+    # Here, as it takes a second to import: no run waits for its picture before the first step.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
     figure = Figure(figsize=(7, 4), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()

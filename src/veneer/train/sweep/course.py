@@ -12,7 +12,7 @@ from typing import Any, cast
 from veneer.errors import ConfigError, FormatError, TrainingError
 from veneer.train.checkpoint import checkpoints, write_json
 from veneer.train.going_on import GoingOn, changes_since, is_complete
-from veneer.train.output import Resume, require_fresh
+from veneer.train.place import Resume, require_fresh
 from veneer.train.record import RUN_FILE, record_of
 from veneer.train.sweep.asha import Standing, divisor, n_rungs, promotions
 from veneer.train.sweep.packs import next_pack

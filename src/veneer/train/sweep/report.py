@@ -6,16 +6,17 @@ import html
 import io
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from rich.table import Table
 
 from veneer.core.ticks import ticks_at
 from veneer.train.checkpoint import write_json
 from veneer.train.sweep.course import STOPPED
 from veneer.train.sweep.recipe import Sweep
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 SWEEP_FILE, PICTURE, PAGE = "sweep.json", "pareto.png", "pareto.html"
 _WIDEST = 120  # characters of a name below the picture
@@ -116,6 +117,10 @@ def pareto_figure(found: Sequence[Outcome]) -> Figure:
 
     Points have numbers, in the order of the table; the names are printed below the picture.
     """
+    # Here, as it takes a second to import: no run waits for it before the first step.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
     ended = sorted((each for each in found if each.loss is not None), key=lambda each: cast(float, each.loss))
     figure = Figure(figsize=(8, 5 + 0.2 * len(ended)), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
