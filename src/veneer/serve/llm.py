@@ -11,6 +11,7 @@ from typing import Any, Literal, NamedTuple
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
+from veneer.core.progress import waits_told
 from veneer.errors import ConfigError, VeneerError
 from veneer.serve.asked import READS, Asked
 from veneer.serve.conversation import Conversation
@@ -43,7 +44,9 @@ class LLM:
 
     def __init__(self, model: str | os.PathLike[str] | PreTrainedModel, **options: Any) -> None:
         self.options: EngineOptions = EngineOptions(**options)
-        self.engine = start_engine(model, self.options)
+        named = type(model).__name__ if isinstance(model, PreTrainedModel) else model
+        with waits_told(f"loading {named}"):
+            self.engine = start_engine(model, self.options)
         self.llm_engine = Adapters(self.engine)
         self._waiting: list[str] = []
         self._done: dict[str, RequestOutput] = {}

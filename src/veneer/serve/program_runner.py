@@ -21,6 +21,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from veneer.adapters.peft_model import PeftModel
+from veneer.core.progress import waiting_for
 from veneer.core.records import PromptDelta
 from veneer.errors import DescriptionError, TargetError
 from veneer.model.blueprint.describe import describe
@@ -321,12 +322,14 @@ def proved(model: PreTrainedModel, n_positions: int, *, give_up: bool = False) -
     ids = {
         first: (torch.arange(n, device=model.device) * 7 + 3 * first) % program.embedding.n_tokens for first in starts
     }
+    waiting_for("computing two short sequences by the model's own code, to compare")
     own = {first: _own_logits(model, ids[first], first) for first in starts}
     allowed = TOLERANCE.get(model.dtype, TOLERANCE[torch.float32])
     if decoder.listed and model.dtype.itemsize == 2:
         allowed *= _LISTED  # their descriptions are tested by values; this looks for what is far off
     # Weights are given up before the proof, so that no second model is in memory.
     interpreter = Interpreter(model, program, _packed(model, program, give_up=give_up))
+    waiting_for("comparing the program with the model's own code")
     problem = next(
         (p for first in starts if (p := _problem(interpreter, ids[first], first, own[first], allowed))), None
     )
@@ -359,8 +362,9 @@ _LONGEST_WINDOW = 512  # that the proof looks beyond: for longer ones it would t
 def _packed(model: PreTrainedModel, program: Program, *, give_up: bool) -> dict[tuple[str, ...], PackedGroup]:
     """The weights of every product that can be packed. One group after the other: no second model is in memory."""
     products = [each.linears for each in program.instructions if isinstance(each, Product)]
-    found = {}
-    for linears in (*products, (program.head.linear,)):
+    found, groups = {}, [*products, (program.head.linear,)]
+    for number, linears in enumerate(groups, start=1):
+        waiting_for(f"packing the base: {number} of {len(groups)} products")
         paths = tuple(linear.path for linear in linears)
         group = pack_group(model, paths, give_up=give_up)
         if group is not None:

@@ -7,6 +7,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from veneer.adapters.card import tell_parent
+from veneer.data.files import numbered_rows
 from veneer.disk.folder import new_folder
 from veneer.errors import ConfigError, DataError, listed
 from veneer.recipe.adapter import FULL
@@ -98,9 +99,21 @@ def usable(recipe: Recipe, checkpoint: Path) -> str:
     base, kind = recipe.model.source, MODEL if recipe.method == FULL else ADAPTER
     if recipe.task == "reward":
         return f"The {kind} in {checkpoint} loads as that of a finished run does"
+    plain = _is_plain(recipe.data)
+    verb, raw = ("generate", " --raw -p TEXT") if plain else ("chat", "")
     commands = {
-        MODEL: (f"veneer chat {checkpoint}", f"veneer serve {checkpoint}"),
-        ADAPTER: (f"veneer chat {base} --adapter {checkpoint}", f"veneer serve {base} --adapters {checkpoint.parent}"),
-    }
+        MODEL: (f"veneer {verb} {checkpoint}{raw}", f"veneer serve {checkpoint}"),
+        ADAPTER: (
+            f"veneer {verb} {base} --adapter {checkpoint}{raw}", f"veneer serve {base} --adapters {checkpoint.parent}",
+        ),
+    }  # fmt: skip
     told = ", ".join(f"`{command}`" for command in (*commands[kind], f"veneer eval {checkpoint} -d FILE"))
     return f"The {kind} in {checkpoint} can be used now: {told}"
+
+
+def _is_plain(data: DataPart) -> bool:
+    """True if a run trains on plain prompts or texts: neither ``data.chat`` nor the first row makes a conversation."""
+    if data.chat or not Path(data.train).is_file():
+        return False
+    _, row = next(numbered_rows(Path(data.train), []), (0, {}))
+    return "messages" not in row and all(isinstance(row.get(key, ""), str) for key in ("prompt", "chosen"))

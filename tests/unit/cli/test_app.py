@@ -74,10 +74,13 @@ def test_an_interrupt_may_say_what_is_left(tmp_path: Path, monkeypatch: pytest.M
     kept, base = tmp_path / "run" / "checkpoint-5", tmp_path / "m"
     assert result.stderr == (
         "interrupted: checkpoints are kept, and the same command with --resume goes on from the last one. "
-        f"The adapter in {kept} can be used now: `veneer chat {base} --adapter {kept}`, "
+        f"The adapter in {kept} can be used now: `veneer generate {base} --adapter {kept} --raw -p TEXT`, "
         f"`veneer serve {base} --adapters {tmp_path / 'run'}`, `veneer eval {kept} -d FILE`\n"
     )
     assert result.exit_code == 130
+    rows.write_text('{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n')
+    result = RUNNER.invoke(app, ["train", str(recipe), "--set", f"output={tmp_path / 'next'}"])
+    assert f"`veneer chat {base} --adapter {tmp_path / 'next' / 'checkpoint-5'}`" in result.stderr
 
 
 def test_a_closed_pipe_is_no_traceback() -> None:

@@ -124,3 +124,13 @@ def test_the_key_is_kept_for_the_tab_alone(script):
     assert "sessionStorage" in script
     assert "localStorage" not in script
     assert "cookie" not in script
+
+
+def test_every_model_can_be_asked_in_plain_text(page, script):
+    """Adapters that were trained on plain prompts answer these alone."""
+    [box] = [attributes for attributes, _ in page.of("input") if attributes["id"] == "plain"]
+    assert box["type"] == "checkbox"
+    assert 'is_plain: $("plain").checked' in script
+    assert '...(asked.is_plain ? ["v1/completions", asked.plain] : ["v1/chat/completions", asked.chat])' in script
+    assert "if (asked.is_plain || error.status !== 400" in script
+    assert 'plain: $("plain").checked, ...Object' in script

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -100,3 +101,21 @@ def test_the_file_of_a_started_model_is_not_resident(tie, adapters, tokenizer, t
     prompts = [PROMPTS[i % len(PROMPTS)] for i in range(len(names))]
     each = [generated(model, p, adapter_names=[name]) for p, name in zip(prompts, names, strict=True)]
     assert answers(llm, prompts, [adapters[name] for name in names]) == each
+
+
+def test_each_part_of_a_start_is_named_while_it_is_waited_for(base_folder, monkeypatch):
+    named, waits = list[str](), list[str]()
+
+    @contextmanager
+    def waited(what: str):
+        waits.append(what)
+        yield
+
+    monkeypatch.setattr("veneer.serve.program_runner.waiting_for", named.append)
+    monkeypatch.setattr("veneer.serve.llm.waits_told", waited)
+    LLM(base_folder)
+    assert waits == [f"loading {base_folder}"]
+    assert "by the model's own code" in named[0]
+    n = len(named) - 2
+    assert named[1:-1] == [f"packing the base: {i} of {n} products" for i in range(1, n + 1)]
+    assert named[-1].startswith("comparing the program")
