@@ -21,9 +21,9 @@ from same import require_heard
 from veneer import LoraConfig, get_peft_model
 from veneer.adapters.chosen import choose
 from veneer.answer.answerer import Answerer, Drawing
+from veneer.answer.engine import engine_answerer
 from veneer.answer.model import ModelAnswerer
 from veneer.evaluate.scoring import Answering, ignore_progress
-from veneer.serve.answerer import engine_answerer
 from veneer.store.bars import quiet
 from veneer.store.source import load_model
 

@@ -27,9 +27,9 @@ import torch
 
 from lora_step import adapted, base_of, loss_of, optimizer_of, require_fused
 from resident import forget_high_water, high_water_mb
-from veneer.model.activation_memory import checkpoint_as_needed
-from veneer.model.checkpointing import checkpoint_selectively
-from veneer.model.offload import ActivationOffload
+from veneer.model.fused.activation_memory import checkpoint_as_needed
+from veneer.model.memory.checkpointing import checkpoint_selectively
+from veneer.model.memory.offload import ActivationOffload
 from veneer.store.source import resolve
 
 WAYS = ("none", "full", "selective", "as needed", "offload to disk", "selective and disk")

@@ -17,11 +17,11 @@ from rich.table import Table
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 import veneer
-from veneer.core.sites import ResidualSite
-from veneer.export.gguf.mix import ModelFacts, chosen_types, mix_of
+from veneer.export.gguf.mix import MixFacts, chosen_types, mix_of
 from veneer.export.gguf.plan import family_of
 from veneer.methods.bottleneck import BottleneckConfig
 from veneer.quant import nf4
+from veneer.records.sites import ResidualSite
 from veneer.store.gguf.names import places_of
 
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
@@ -92,7 +92,7 @@ def gguf_bits(model: Any, kind: str) -> float:
         for name, parameter in model.named_parameters()
         for target, _ in places_of(family, config, name, model.base_model_prefix)
     }
-    facts = ModelFacts(
+    facts = MixFacts(
         architecture=family.architecture,
         n_layers=config.num_hidden_layers,
         n_heads=config.num_attention_heads,

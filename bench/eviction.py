@@ -18,17 +18,17 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from report import Rows
-from veneer.serve.adapter_pool import AdapterPool
-from veneer.serve.adapter_version import AdapterVersion
-from veneer.serve.pages import Pages
-from veneer.serve.prefix_cache import key_of, root_of
-from veneer.serve.worth import Worth
+from veneer.serve.schedule.adapter_pool import AdapterPool
+from veneer.serve.schedule.adapter_version import AdapterVersion
+from veneer.serve.schedule.eviction import Eviction
+from veneer.serve.schedule.pages import Pages
+from veneer.serve.schedule.prefix_cache import key_of, root_of
 
 BLOCK, PAGE_BYTES = 16, 368_640
 N_ADAPTERS, N_HEADERS = 500, 3  # the base has as many headers as ten adapters
 
 
-class Recency(Worth):
+class Recency(Eviction):
     """Least recently used: what is used now is worth more than all before."""
 
     def __init__(self, token_seconds: float) -> None:
@@ -85,7 +85,7 @@ class Cost:
     seconds: float = 0.0
 
 
-def run(requests: Sequence[Request], worth: Worth, n_bytes: int) -> Cost:
+def run(requests: Sequence[Request], worth: Eviction, n_bytes: int) -> Cost:
     """The cost of all requests, one after the other."""
     pages = Pages(n_bytes // PAGE_BYTES, BLOCK, page_bytes=PAGE_BYTES, n_bytes=n_bytes, worth=worth)
     pool, cost = AdapterPool(memory=pages), Cost()
@@ -136,7 +136,7 @@ def main() -> None:
     parser.add_argument("--gib", type=float, default=1.0)
     parser.add_argument("--token-ms", type=float, default=2.0)
     args = parser.parse_args()
-    policies = {"least recently used": Recency, "worth": Worth}
+    policies = {"least recently used": Recency, "worth": Eviction}
     traces = {f"Zipf {a}{', drifting' * d}": (a, bool(d)) for a in (0.8, 1.0, 1.2) for d in (0, 1)}
     rows = Rows((f"{t}, {p}" for t in traces for p in policies), ["tokens read", "loads", "s/request", "of LRU"])
     for title, (exponent, drifts) in traces.items():

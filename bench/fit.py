@@ -23,7 +23,7 @@ from typing import Any
 from plan import N_UPDATES, whole_path, write_rows
 from report import ends_as_interrupted
 from veneer.cli.plan_options import bytes_from
-from veneer.core.units import size
+from veneer.plain.units import size
 
 
 def values_of(options: argparse.Namespace) -> dict[str, Any]:
@@ -48,7 +48,7 @@ def carry_out(options: argparse.Namespace) -> int:
     import veneer.plan.trace
     import veneer.train.run  # noqa: F401  what a run imports is there before the limit
     from veneer.cli.app import app
-    from veneer.model.memory import high_water
+    from veneer.model.memory.available import high_water
     from veneer.plan.report import as_yaml
     from veneer.recipe.recipe import changed, parse_recipe
 

@@ -21,7 +21,7 @@ from veneer.ops.grouped_low_rank import grouped_low_rank
 from veneer.ops.int8 import dequantize_int8, matmul_int8, quantize_int8
 from veneer.ops.norm import layer_norm, rms_norm
 from veneer.ops.paged_attention import DTYPES, PagedRows, PagedStore, append, paged_attention
-from veneer.ops.pairs import PackedPairs, Pair, Segment, Segments, add_pairs
+from veneer.ops.pairs import FactorPair, PackedPairs, Segment, Segments, add_pairs
 from veneer.ops.rotary import rotary
 from veneer.ops.sample import RowRule, draw
 
@@ -359,7 +359,7 @@ def _pairs_of_versions(make: Maker) -> Case:
     outs = (s.width, s.kv_heads * s.head_dim, s.kv_heads * s.head_dim)
     factors = [[(make.frozen(16, s.width), make.frozen(o, 16)) for o in outs] for _ in range(n_versions)]
     packed = [
-        PackedPairs.pack([Pair(a, b, 0.5) for a, b in each], outs, dtype=make.dtype, backend="reference")
+        PackedPairs.pack([FactorPair(a, b, 0.5) for a, b in each], outs, dtype=make.dtype, backend="reference")
         for each in factors
     ]
     segments = Segments.of([Segment(pairs, 2 * k, 2 * k + 2) for k, pairs in enumerate(packed)])

@@ -97,7 +97,7 @@ class Shim(types.ModuleType):
     def __getattr__(self, name: str) -> Any:
         import veneer
         from veneer.contract import VirtualTokenMethod
-        from veneer.model.adapted import Adapted
+        from veneer.model.adapted.site import Adapted
 
         if name in veneer.__all__:
             return getattr(veneer, name)
@@ -132,7 +132,7 @@ class Auxiliary(type):
     """The type of the classes that stand for PEFT's wrappers around modules that adapters train besides."""
 
     def __instancecheck__(cls, value: Any) -> bool:
-        from veneer.model.adapted import Adapted
+        from veneer.model.adapted.site import Adapted
 
         return isinstance(value, Adapted) and any(cls.counts(copy) for copy in value.copies.values())
 
@@ -154,7 +154,7 @@ class Lora(type):
 
     def __instancecheck__(cls, value: Any) -> bool:
         from veneer import LoraConfig
-        from veneer.model.adapted import Adapted
+        from veneer.model.adapted.site import Adapted
 
         configs = value.adapter_state.configs if isinstance(value, Adapted) else {}
         return any(isinstance(configs[name], LoraConfig) for name in getattr(value, "adapters", {}) if name in configs)
@@ -181,7 +181,7 @@ def translate() -> None:
     """Let veneer answer in words from inside PEFT, of which nearly every test says some."""
     from veneer.adapters.peft_model import PeftModel
     from veneer.methods import all_methods
-    from veneer.model.adapted import Adapted
+    from veneer.model.adapted.site import Adapted
 
     translated: Any = PeftModel
     wrapped: Any = Adapted

@@ -190,9 +190,9 @@ def carried_out(
 
     import torch
 
-    from veneer.model.heap import freed_memory_kept
-    from veneer.model.memory import high_water
-    from veneer.model.offload import ActivationOffload
+    from veneer.model.memory.available import high_water
+    from veneer.model.memory.heap import freed_memory_kept
+    from veneer.model.memory.offload import ActivationOffload
     from veneer.plan.measure import measured_model
     from veneer.plan.plan import batch_of
     from veneer.plan.step import Step, as_accelerate

@@ -189,14 +189,14 @@ def learn(options: argparse.Namespace) -> None:
     def accuracies() -> tuple[float, float]:
         import torch
 
-        from veneer.train.preference.scores import ScoredModel, Scoring
+        from veneer.train.preference.scores import PreferenceScoring, ScoredModel
 
         with torch.no_grad():
             found, total = 0, 0
             for batch in trainer.get_eval_dataloader():
                 labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, -100)
                 inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
-                own = ScoredModel(trainer.model, Scoring(details=False))(
+                own = ScoredModel(trainer.model, PreferenceScoring(details=False))(
                     **inputs, labels=labels, fused_lm_head=True
                 ).log_probs.sum(dim=1)
                 chosen, rejected = own.chunk(2)

@@ -33,8 +33,8 @@ from gpu_step import random_llama
 from report import Rows, ends_as_interrupted, working
 from same import stir
 from veneer import BitsAndBytesConfig, LoraConfig, get_peft_model, shard_base
-from veneer.model.checkpointing import checkpoint_fully
 from veneer.model.fused.decoder import fuse
+from veneer.model.memory.checkpointing import checkpoint_fully
 from veneer.store.source import load_model
 from veneer.train.gradients import average, leave_apart
 from veneer.train.launcher import launched

@@ -27,7 +27,7 @@ Stream = Callable[[list[int], "str | None", int], AsyncIterator[Sequence[int]]]
 async def veneer(job: dict[str, Any]) -> Stream:
     import veneer as library
     from veneer.serve.async_engine import AsyncEngine
-    from veneer.serve.sampling_params import RequestOutputKind
+    from veneer.serve.schedule.sampling_params import RequestOutputKind
 
     engine = library.LLM(job["model"], dtype=job["dtype"], enable_prefix_caching=False).engine
     adapters = lora_requests(library.LoRARequest, job)

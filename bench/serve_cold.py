@@ -25,8 +25,8 @@ from report import add_keep, done, keep, working
 from same import require_heard
 from tiny_model import write_tiny
 from veneer import LLM, LoraConfig, LoRARequest, SamplingParams, get_peft_model
-from veneer.serve.outputs import RequestOutput
-from veneer.serve.sampling_params import RequestOutputKind
+from veneer.serve.schedule.outputs import RequestOutput
+from veneer.serve.schedule.sampling_params import RequestOutputKind
 from veneer.store.source import load_model
 
 ROOM, RANK, PROMPT, TOKENS, AT_ONCE = 16, 16, 32, 64, 32

@@ -27,9 +27,9 @@ from methods import MEMBERS, METHODS
 from report import Rows, add_keep, ends_as_interrupted, keep, working
 from veneer import LLM, LoRARequest, SamplingParams
 from veneer.ops.cpu.module import description
-from veneer.serve.draft import Draft
-from veneer.serve.outputs import RequestOutput
-from veneer.serve.sampling_params import StructuredOutputsParams
+from veneer.serve.schedule.outputs import RequestOutput
+from veneer.serve.schedule.sampling_params import StructuredOutputsParams
+from veneer.serve.schedule.speculation import Draft
 from veneer.store.source import resolve
 
 TEXT = Path(__file__).parents[1] / "docs" / "design.md"

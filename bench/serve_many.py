@@ -44,8 +44,8 @@ from safetensors.torch import load_file, save_file
 from report import Rows, add_keep, ends_as_interrupted, keep, working
 from tiny_model import write_tiny
 from veneer import LLM, LoraConfig, LoRARequest, SamplingParams, get_peft_model
-from veneer.serve.pace import Pace
-from veneer.serve.sampling_params import RequestOutputKind
+from veneer.serve.schedule.prefill_budget import PrefillBudget
+from veneer.serve.schedule.sampling_params import RequestOutputKind
 from veneer.store.source import load_model
 
 STEP, PAUSE, MEMORY, FIRST, GAPS, TOKENS = 1.1, 5e-3, 16e3, 2.0, 3.0, 0.95  # the goals
@@ -293,7 +293,7 @@ def gaps(args: Any, model: str, scratch: Path) -> dict[str, float]:
     for turn in range(args.repeats):
         for paced in found if turn % 2 else reversed(found):
             working(f"long prompts, turn {turn + 1} of {args.repeats}")
-            llm.engine.scheduler.pace = Pace() if paced else Pace(stretch=1e9)
+            llm.engine.scheduler.pace = PrefillBudget() if paced else PrefillBudget(stretch=1e9)
             found[paced].append(streams(llm, args.prompts, long))
     table = Rows(["a step takes as long as it wants"], ["p50 ms", "p99 ms", "p99/p50", "tok/s", "of all"])
     ratios = {}

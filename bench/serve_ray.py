@@ -38,8 +38,8 @@ from ray.serve.request_router import PendingRequest, RequestRouter, RunningRepli
 from report import Rows, add_keep, done, ends_as_interrupted, keep, working
 from tiny_model import write_tiny
 from veneer import LoraConfig, get_peft_model
-from veneer.serve.ray_arguments import arguments_of
-from veneer.serve.ray_deployments import ROUTER, application
+from veneer.ray.serving.arguments import arguments_of
+from veneer.ray.serving.deployments import ROUTER, application
 from veneer.store.source import load_model
 
 PORT = 8642

@@ -19,8 +19,8 @@ from paired import Pair
 from training_ops import require_equal
 from veneer.ops.packed import PackedWeight
 from veneer.ops.paged_attention import PagedRows, PagedStore, SequenceRows, append, paged_attention
+from veneer.ops.pairs import FactorPair as Factors
 from veneer.ops.pairs import PackedPairs, Segment, Segments, add_pairs
-from veneer.ops.pairs import Pair as Factors
 
 LAYERS, D, INNER, VOCAB, HEADS, KV_HEADS, HEAD_DIM, RANK, BLOCK = 30, 576, 1536, 49152, 9, 3, 64, 16, 16
 # Inputs and outputs of the layers that share an input: q, k, v; o; gate, up; down.

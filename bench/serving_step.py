@@ -19,14 +19,14 @@ from torch import Tensor
 
 from paired import Rates, best_ms, measure_rates
 from report import Rows, working
-from veneer.core.records import LinearDelta
-from veneer.model.paged import Stretch
+from veneer.model.batch.paged import Stretch
 from veneer.ops.cpu.module import description
-from veneer.serve.effects import Effects
-from veneer.serve.interpreter import Interpreter
-from veneer.serve.kv_cache import make_cache
-from veneer.serve.program_runner import proved
-from veneer.serve.step import Piece, Step, step_of
+from veneer.records.deltas import LinearDelta
+from veneer.serve.program.effects import Effects
+from veneer.serve.program.interpreter import Interpreter
+from veneer.serve.program.kv_cache import make_cache
+from veneer.serve.program.step import PassRows, Piece, step_of
+from veneer.serve.runners.program_runner import proved
 from veneer.store.source import load_model
 
 BLOCK, RANK, LONGEST = 16, 16, 2048
@@ -112,7 +112,7 @@ class Load:
             }
         )
 
-    def step(self, n_adapters: int, *, picks: bool = True) -> Step:
+    def step(self, n_adapters: int, *, picks: bool = True) -> PassRows:
         """The rows; of n adapters each has as many as the others, side by side. ``picks``: tokens, and no logits."""
         versions = [str(row * n_adapters // self.rows) if n_adapters else None for row in range(self.rows)]
         asked: tuple[tuple[int, ...], bool] = ((), True) if picks else ((0,), False)

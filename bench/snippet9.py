@@ -40,7 +40,7 @@ AS_IT_STANDS = "veneer, as it stands"
 def main() -> None:
     args = arguments()
     quiet_libraries()
-    logging.getLogger("veneer.model.activation_memory").setLevel(logging.INFO)
+    logging.getLogger("veneer.model.fused.activation_memory").setLevel(logging.INFO)
     logging.basicConfig(format="%(message)s")
     with tempfile.TemporaryDirectory() as folder:
         place = write_tiny(Path(folder)) if args.tiny else str(resolve(args.model))

@@ -23,7 +23,7 @@ from report import quiet_libraries
 from same import course, require_same, stir
 from train_sides import same_start
 from turns import Goal, in_turns, show, timed
-from veneer.model.quant_linear import QuantLinear
+from veneer.model.coded.quant_linear import QuantLinear
 from veneer.quant.gptq import GptqSpec
 from veneer.quant.hqq import HqqSpec
 from veneer.store.source import resolve

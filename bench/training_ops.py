@@ -9,7 +9,6 @@ from torch import Tensor
 from torch.nn import functional
 
 from paired import Pair
-from veneer.core.records import LinearDelta
 from veneer.ops.attention import AttentionOptions, attention
 from veneer.ops.cross_entropy import linear_cross_entropy
 from veneer.ops.dropout import drop, keep_scale
@@ -18,6 +17,7 @@ from veneer.ops.linear.layer import LinearLayer
 from veneer.ops.linear.op import linears
 from veneer.ops.norm import rms_norm
 from veneer.ops.rotary import rotary
+from veneer.records.deltas import LinearDelta
 
 BATCH, T, D, INNER, VOCAB, HEADS, KV_HEADS, HEAD_DIM, RANK = 4, 512, 576, 1536, 49152, 9, 3, 64, 16
 # Products alone: half of attention's scores, which are causal (forward two products, backward four at the least); the

@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from transformers.utils import logging as transformers_logging
 
 import veneer
-from veneer.core.units import duration
+from veneer.plain.units import duration
 
 DATA = Path(__file__).parent / "calendar"
 PM = re.compile(r"\d ?pm\b")

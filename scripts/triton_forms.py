@@ -38,7 +38,7 @@ from veneer.ops.adamw import AdamWStep, Moment8bit
 from veneer.ops.four_bit import FourBitLayout
 from veneer.ops.grouped_low_rank import AdapterRuns, LowRankGroup, Run
 from veneer.ops.paged_attention import PagedRows, PagedStore
-from veneer.ops.pairs import PackedPairs, Pair, Segment, Segments
+from veneer.ops.pairs import FactorPair, PackedPairs, Segment, Segments
 from veneer.ops.sample import RowRule, bit_mask
 from veneer.ops.triton import (
     adamw,
@@ -196,7 +196,7 @@ def _pair_cases(dtype: torch.dtype, quick: bool) -> Iterator[Case]:
     """Layers that share x, at ranks within and beyond a tile; from values of the factors' dtype and of the other."""
     outs = (1536, 192, 192)
     for rank, n, x_dtype in ((16, 4, dtype),) if quick else ((16, 4, dtype), (64, 500, dtype), (8, 4, torch.float32)):
-        pairs = [Pair(torch.zeros(rank, 576), torch.zeros(o, rank), 1.0, activation="gelu_tanh") for o in outs]
+        pairs = [FactorPair(torch.zeros(rank, 576), torch.zeros(o, rank), 1.0, activation="gelu_tanh") for o in outs]
         segments = Segments.of([Segment(PackedPairs.pack(pairs, outs, dtype=dtype), 0, n)])
         x, ys = torch.empty(n, 576, dtype=x_dtype), [torch.empty(n, o, dtype=dtype) for o in outs]
         yield f"pairs {rank} {n} rows", lambda a=(x, segments, ys): pairs_of_versions.add(*a)

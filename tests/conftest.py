@@ -31,12 +31,8 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # a shell starts jobs in 
 
 OPS = Path(__file__).parents[1] / "src" / "veneer" / "ops"
 CHECKED = [
-    "core.frozen",
-    "core.linear",
-    "core.records",
-    "core.sites",
-    *(f"core.terms.{term}" for term in ("pair", "rotation", "scale")),
-    "core.token_rows",
+    *(f"records.{name}" for name in ("deltas", "frozen", "linear", "sites", "token_rows")),
+    *(f"records.terms.{term}" for term in ("pair", "rotation", "scale")),
     *(
         f"ops.{path.stem}"
         for path in sorted(OPS.iterdir())

@@ -18,7 +18,7 @@ from peak_memory import give_back_what_is_freed, high_water
 from veneer import LoraConfig, get_peft_model, shard_base
 from veneer.contract import MethodConfig
 from veneer.model.fused.decoder import fuse
-from veneer.model.sharding import BaseCutter, is_cut, leave_apart
+from veneer.model.sharded.sharding import BaseCutter, is_cut, leave_apart
 from veneer.recipe.methods import adapter_config
 from veneer.recipe.parts import ModelPart
 from veneer.train.base_model import load_base

@@ -81,7 +81,7 @@ def _case(storage: str, is_fused: bool, checkpointing: str, shard: int | None) -
 
 def _adapted(storage: str, checkpointing: str) -> Any:
     from veneer import LoraConfig, get_peft_model
-    from veneer.model.checkpointing import checkpoint_fully, checkpoint_selectively
+    from veneer.model.memory.checkpointing import checkpoint_fully, checkpoint_selectively
 
     torch.manual_seed(3)
     if storage in MIXTURES:
@@ -113,8 +113,8 @@ def _mixture(storage: str) -> Any:
     from transformers import AutoModelForCausalLM
 
     from quantized_folders import gpt_oss_config, qwen3_moe_config
-    from veneer.model.coded_stack import CodedStack, map_shape
-    from veneer.model.experts import put_in_codes
+    from veneer.model.adapted.experts import put_in_codes
+    from veneer.model.coded.stack import CodedStack, map_shape
 
     is_gpt_oss = storage == "mxfp4 experts"
     model = AutoModelForCausalLM.from_config(gpt_oss_config(N_BLOCKS) if is_gpt_oss else qwen3_moe_config(N_BLOCKS, 5))
@@ -150,7 +150,7 @@ def _stack(storage: str, name: str, shape: tuple[int, int, int]) -> tuple[Any, d
 
 def _coded(storage: str, module: nn.Linear) -> nn.Module:
     from veneer import BitsAndBytesConfig
-    from veneer.model.quant_linear import QuantLinear
+    from veneer.model.coded.quant_linear import QuantLinear
 
     config, shape = BitsAndBytesConfig(**FORMATS[storage]), (module.out_features, module.in_features)
     return QuantLinear.from_dense(module, cast(Any, config.spec_of("", shape, module.weight.dtype)))
@@ -159,7 +159,7 @@ def _coded(storage: str, module: nn.Linear) -> nn.Module:
 def _packed(path: str, module: nn.Linear) -> nn.Module:
     """A layer of random codes as GPTQ's files hold them."""
     from quantized_folders import gptq
-    from veneer.model.quant_linear import QuantLinear
+    from veneer.model.coded.quant_linear import QuantLinear
     from veneer.store.stored_quantization import StoredQuantization
 
     stored, shape = gptq(4, 24, "gptq", shuffled=False), (module.out_features, module.in_features)
@@ -240,7 +240,7 @@ def _padding_bytes(model: Any, shard: int) -> int:
 
 def _stack_bytes(model: nn.Module) -> int:
     """Bytes of experts in codes that this process holds."""
-    from veneer.model.coded_stack import CodedStack
+    from veneer.model.coded.stack import CodedStack
 
     return sum(
         _held(part) for each in model.modules() if isinstance(each, CodedStack) for part in each.parts().values()

@@ -15,8 +15,8 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from collectives import Sent
 from veneer import shard_base
-from veneer.model import fsdp
-from veneer.model.fsdp import mesh
+from veneer.model.sharded import fsdp
+from veneer.model.sharded.fsdp import mesh
 from veneer.ops.traced import silenced
 from veneer.plan.model import meta_base, with_adapter
 from veneer.plan.trace import prepare

@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-from veneer.core.records import LinearDelta
-from veneer.core.terms.scale import Scale
+from veneer.records.deltas import LinearDelta
+from veneer.records.terms.scale import Scale
 
 FIELDS = ("a", "core", "b", "b_scale", "in_scale", "out_scale", "bias")
 """The fields, in the order in which a record lists its tensors."""

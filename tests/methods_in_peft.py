@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 import veneer
-from veneer.core.sites import LinearSite
-from veneer.model.attach import named_live_parameters
+from veneer.model.attach.attach import named_live_parameters
+from veneer.records.sites import LinearSite
 
 TARGETS = ["q_proj", "v_proj", "down_proj"]
 TOKENS = torch.tensor([[5, 61, 2, 33, 17], [8, 8, 40, 1, 66]])

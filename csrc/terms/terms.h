@@ -37,7 +37,7 @@ struct TermCall {
   void* scratch;
 };
 
-// Numbers of a `core.terms.form.Form`, all contiguous: of a map with blocks, a sparse one, a Kronecker product, or factors
+// Numbers of a `records.terms.form.Form`, all contiguous: of a map with blocks, a sparse one, a Kronecker product, or factors
 // that multiply a weight. Places of a sparse matrix may come in any order, each once.
 struct FormAt {
   TermKind kind;

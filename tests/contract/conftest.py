@@ -16,10 +16,10 @@ import torch
 import veneer.quant
 from veneer.contract import LinearMethod, MethodConfig
 from veneer.contract.settings import Settings
-from veneer.core.frozen import FrozenWeight
 from veneer.errors import ConfigError
 from veneer.methods import all_methods
 from veneer.methods.variants import VARIANTS
+from veneer.records.frozen import FrozenWeight
 
 OTHERS = "down_proj|v_proj|c_attn|query_key_value"  # these have a rank and an alpha of their own
 BREAK_NEUTRALITY = {

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PreTrain
 
 import veneer
 from veneer.model.fused.decoder import fused
-from veneer.model.places import placed_on
+from veneer.model.placed.places import placed_on
 from veneer.store.adapter.records import read_records
 
 HEAD = """
@@ -19,9 +19,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 from veneer.contract import LinearMethod
-from veneer.core.records import LinearDelta
-from veneer.core.terms.change import Change
-from veneer.core.terms.rotation import Rotation
+from veneer.records.deltas import LinearDelta
+from veneer.records.terms.change import Change
+from veneer.records.terms.rotation import Rotation
 """
 CIRCULANT = (
     HEAD

@@ -17,9 +17,9 @@ import veneer
 from veneer import BottleneckConfig, MontecloraConfig, PeftModel
 from veneer.contract import LinearMethod
 from veneer.errors import ConfigError
+from veneer.model.adapted.routing import BASE, Routing
 from veneer.model.fused import block
 from veneer.model.fused.decoder import fused
-from veneer.model.routing import BASE, Routing
 
 N_LAYERS = 2
 LLAMA = LlamaConfig(

@@ -14,18 +14,18 @@ from torch import nn
 import veneer
 from gradients import has_exact_gradients
 from veneer.contract import LinearMethod
-from veneer.core.frozen import FrozenWeight
-from veneer.core.linear import apply_embedding, apply_linear, fold_linear
-from veneer.core.records import LinearDelta
-from veneer.core.sites import LinearSite
-from veneer.core.terms.rotation import Rotation
 from veneer.errors import CompositionError
 from veneer.methods.variants import dora
-from veneer.model.attach import adapted_layers
+from veneer.model.attach.attach import adapted_layers
 from veneer.ops.grouped_low_rank import AdapterRuns
 from veneer.ops.linear.layer import LinearLayer
 from veneer.ops.linear.op import linear
 from veneer.quant.dense import DenseWeight
+from veneer.records.deltas import LinearDelta
+from veneer.records.frozen import FrozenWeight
+from veneer.records.linear import apply_embedding, apply_linear, fold_linear
+from veneer.records.sites import LinearSite
+from veneer.records.terms.rotation import Rotation
 
 OUT, IN, TOKENS = 14, 6, 3  # blocks of 2 divide both, and no larger ones do
 

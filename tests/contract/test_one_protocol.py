@@ -25,14 +25,15 @@ from veneer.contract import (
     WholeMethod,
 )
 from veneer.contract.known import Known
-from veneer.core.linear import apply_linear, fold_linear
-from veneer.core.records import LinearDelta
-from veneer.core.sites import AttendingSite, InputSite, LinearSite, ResidualSite
 from veneer.errors import TargetError
 from veneer.methods import all_methods
-from veneer.model import holder, places
-from veneer.model.attach import adapted_places
-from veneer.model.places import placed_on
+from veneer.model.adapted import holder
+from veneer.model.attach.attach import adapted_places
+from veneer.model.placed import places
+from veneer.model.placed.places import placed_on
+from veneer.records.deltas import LinearDelta
+from veneer.records.linear import apply_linear, fold_linear
+from veneer.records.sites import AttendingSite, InputSite, LinearSite, ResidualSite
 
 from .conftest import CONFIGS as LINEAR
 from .test_other_methods import CONFIGS as OTHERS

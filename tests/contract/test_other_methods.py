@@ -17,7 +17,7 @@ from models import gpt2_config
 from veneer.contract import LinearMethod, MethodConfig, PrefixMethod, VirtualTokenMethod
 from veneer.errors import CompositionError
 from veneer.methods import all_methods
-from veneer.model.attach import live_parameters, stored_tensors
+from veneer.model.attach.attach import live_parameters, stored_tensors
 
 # Settings that make a method another one; any that a method does not have is left out.
 SETTINGS: dict[str, dict[str, Any]] = {

@@ -15,15 +15,15 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, MixtralC
 
 import veneer
 from veneer.contract import LinearMethod, MethodConfig
-from veneer.core.records import LinearDelta
 from veneer.errors import CompositionError, FormatError
-from veneer.model.attach import adapted_layers, adapted_places
-from veneer.model.attended import AttendedPrompts
-from veneer.model.parameters import AdaptedParameters
-from veneer.model.places import placed_on
-from veneer.model.prefix import PrefixAdapters
-from veneer.model.prompt import PromptAdapters
-from veneer.model.residual import ResidualAdapters
+from veneer.model.adapted.parameters import AdaptedParameters
+from veneer.model.attach.attach import adapted_layers, adapted_places
+from veneer.model.placed.attended import AttendedPrompts
+from veneer.model.placed.places import placed_on
+from veneer.model.placed.prefix import PrefixAdapters
+from veneer.model.placed.prompt import PromptAdapters
+from veneer.model.placed.residual import ResidualAdapters
+from veneer.records.deltas import LinearDelta
 from veneer.store.adapter.config import read_config
 from veneer.store.adapter.folder import NEEDS_BASE
 from veneer.store.adapter.records import NeedsBaseError, Record, read_records, read_updates

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 import veneer
 from veneer.cli.app import app
-from veneer.model.attach import outward_parameters
+from veneer.model.attach.attach import outward_parameters
 from veneer.optim import lora_plus_groups
 from veneer.recipe.adapter import adapter_problems
 from veneer.recipe.methods import adapter_config, imported

@@ -31,7 +31,7 @@ def served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     import ray
     from ray import serve
 
-    from veneer.serve.ray_app import app
+    from veneer.ray.serving.app import app
 
     monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
     base = tmp_path / "base"

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from safetensors.torch import load_file
 
-from veneer.ray.place import Place
+from veneer.ray.place import RayCluster
 from veneer.recipe.recipe import load_recipe
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ def test_a_run_goes_on_with_the_workers_that_are_left(cluster: Any, tiny_project
     threading.Thread(target=take_down, daemon=True).start()
     path = tiny_project.folder / "recipe.yaml"
     loop = Loop(recipe=str(path), set=OPTIONS, folder=os.getcwd())
-    record = train_on(Place(n_workers=4, least=2), loop, load_recipe(path, OPTIONS))
+    record = train_on(RayCluster(n_workers=4, least=2), loop, load_recipe(path, OPTIONS))
 
     assert began == [4]
     assert (record["status"], record["n_processes"], record["results"]["steps"]) == ("finished", 2, N_STEPS)

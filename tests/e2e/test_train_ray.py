@@ -15,7 +15,7 @@ import torch
 import yaml
 
 from veneer.errors import ConfigError
-from veneer.ray.place import Place
+from veneer.ray.place import RayCluster
 from veneer.recipe.recipe import load_recipe
 from veneer.recipe.values import read_values
 from veneer.train.checkpoint import checkpoints
@@ -74,8 +74,8 @@ def test_asha_over_two_packs_trains_each_pack_as_one_process_does(cluster: None,
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        run_sweep(ours, tell=broken_off, engine=on_ray(Place()))
-    records = run_sweep(ours, resume="auto", tell=lines.append, engine=on_ray(Place()))
+        run_sweep(ours, tell=broken_off, engine=on_ray(RayCluster()))
+    records = run_sweep(ours, resume="auto", tell=lines.append, engine=on_ray(RayCluster()))
     assert "dead, fast: to a worker" in lines
     assert "quick, slow: to a worker" in lines
     assert [record["status"] for record in records] == ["stopped", "finished", "finished", "stopped"]
@@ -120,7 +120,7 @@ def test_a_run_goes_on_by_itself_when_a_worker_is_killed(cluster: None, tiny_pro
 
     killer = threading.Thread(target=kill, daemon=True)
     killer.start()
-    record = train_on(Place(n_workers=2), loop, recipe)
+    record = train_on(RayCluster(n_workers=2), loop, recipe)
     assert killed
     assert record["process"]["pid"] != killed[0]
     assert (record["status"], record["n_processes"]) == ("finished", 2)
@@ -129,4 +129,4 @@ def test_a_run_goes_on_by_itself_when_a_worker_is_killed(cluster: None, tiny_pro
     assert not list((tiny_project.folder / "run").glob(".ray-*"))
 
     with pytest.raises(ConfigError, match=r"--on ray:5 is more than the 2 devices \(CPU\)"):
-        train_on(Place(n_workers=5), loop, recipe)
+        train_on(RayCluster(n_workers=5), loop, recipe)

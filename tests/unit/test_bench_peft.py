@@ -39,7 +39,7 @@ def test_the_failing_line_is_the_last_one_in_the_tests_of_peft(suite):
     traceback = [
         entry("/peft/tests/test_custom_models.py", 11, "test_save_pretrained"),
         entry("/peft/tests/testing_common.py", 141, "check_modelcard"),
-        entry("/veneer/model/adapted.py", 7, "forward"),
+        entry("/veneer/model/adapted/site.py", 7, "forward"),
     ]
     assert suite.failing_line(traceback) == LINE
     assert suite.failing_line(traceback[2:]) == ""

@@ -13,7 +13,7 @@ MANY_LENGTHS = """
 import ctypes
 import torch
 import veneer
-from veneer.model.heap import _MallocInfo
+from veneer.model.memory.heap import _MallocInfo
 
 def in_use():
     ask = ctypes.CDLL(None).mallinfo2

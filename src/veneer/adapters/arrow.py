@@ -12,12 +12,12 @@ from torch import nn
 
 from veneer.adapters.peft_model import PeftModel, get_peft_model
 from veneer.contract.source import adapter_folder, hub_options
-from veneer.core.terms.pair import Pair
 from veneer.errors import CompositionError, ConfigError
 from veneer.methods.arrow import ArrowConfig, of_experts
-from veneer.model.adapted import factors_of
-from veneer.model.attach import adapted_layers, module_index
-from veneer.model.snapshot import shortest_names
+from veneer.model.adapted.site import factors_of
+from veneer.model.attach.attach import adapted_layers, module_index
+from veneer.model.snapshot.snapshot import shortest_names
+from veneer.records.terms.pair import Pair
 from veneer.store.adapter.records import read_updates
 from veneer.store.adapter.skeleton import places_in_base
 

@@ -24,17 +24,17 @@ from veneer.combine.update import Update
 from veneer.contract.config import for_use
 from veneer.contract.file import CONFIG_FILE, WEIGHTS_FILE
 from veneer.contract.places import placed
-from veneer.core.progress import progress_bar
-from veneer.core.records import LinearDelta
-from veneer.core.sites import LinearSite
 from veneer.disk.atomic import write_together
 from veneer.disk.safetensors import tensors_to_bytes
 from veneer.errors import AdapterNameError, CompositionError, ConfigError
 from veneer.methods.lora import LoraConfig
-from veneer.model.allocation import Allocation
-from veneer.model.attach import adapted_layers, detach, module_index
-from veneer.model.snapshot import shortest_names
-from veneer.model.state import AdapterState
+from veneer.model.adapted.allocation import Allocation
+from veneer.model.adapted.state import AdapterState
+from veneer.model.attach.attach import adapted_layers, detach, module_index
+from veneer.model.snapshot.snapshot import shortest_names
+from veneer.plain.progress import progress_bar
+from veneer.records.deltas import LinearDelta
+from veneer.records.sites import LinearSite
 from veneer.store.adapter.tensors import assign
 
 Rank = int | float | None

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _IncompatibleKeys
 
 from veneer.errors import AdapterNameError, FormatError
-from veneer.model.attach import adapted_places
-from veneer.model.state import AdapterState
+from veneer.model.adapted.state import AdapterState
+from veneer.model.attach.attach import adapted_places
 
 
 def get_base_model_state_dict(model: nn.Module) -> dict[str, Tensor]:

@@ -15,7 +15,7 @@ from veneer.adapters.peft_model import PeftModel
 from veneer.adapters.tokenizer import TOKENIZER_CONFIG, larger, read_tokenizer, template_in
 from veneer.contract.file import CONFIG_FILE
 from veneer.errors import ConfigError
-from veneer.model.default_device import default_device
+from veneer.model.memory.default_device import default_device
 from veneer.store.adapter.config import read_config
 from veneer.store.adapter.fit import base_warnings, fitting, require_fit, require_undamaged
 from veneer.store.bars import quiet
@@ -25,7 +25,7 @@ from veneer.store.source import float32_note, load_model, load_tokenizer, parse_
 
 
 @dataclass(frozen=True)
-class Loaded:
+class LoadedModel:
     """Model that is ready to answer. ``names``: the adapter names on the model, by folder."""
 
     model: Any
@@ -34,7 +34,7 @@ class Loaded:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Parts:
+class ModelParts:
     """Parts of a model for answering: the base at ``source``, its tokenizer, and adapters for it.
 
     ``takes_any_dtype``: True if the user chose no precision.
@@ -58,10 +58,10 @@ class Parts:
         """
         return float32_note(self.base.dtype, self.base.device.type, setting) if self.takes_any_dtype else None
 
-    def joined(self) -> Loaded:
+    def joined(self) -> LoadedModel:
         """Attach all adapters to the base, with the first active. Raises FormatError if one does not fit."""
         names = {folder: f"adapter{number}" for number, folder in enumerate(self.adapters)}
-        return Loaded(_with_adapters(self.base, names, self.source), self.tokenizer, names)
+        return LoadedModel(_with_adapters(self.base, names, self.source), self.tokenizer, names)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +79,7 @@ class Chosen:
     warnings: tuple[str, ...] = ()
     device: str | None = None
 
-    def load(self) -> Parts:
+    def load(self) -> ModelParts:
         """Load the parts, on the default device if none was chosen. Raises the errors of `load_model`."""
         device, quantization = self.device or default_device(), _nf4() if self.four_bit else None
         with quiet():
@@ -87,7 +87,7 @@ class Chosen:
             if self.adapters:
                 make_room_for(self.tokenizer, base)
         any_dtype = self.dtype == "auto" and not self.four_bit
-        return Parts(
+        return ModelParts(
             base=base, tokenizer=self.tokenizer, source=self.source, adapters=self.adapters, takes_any_dtype=any_dtype
         )
 

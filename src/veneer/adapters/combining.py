@@ -19,16 +19,16 @@ from veneer.combine.choose import rank_needed
 from veneer.combine.scales import only_scales
 from veneer.combine.update import Update
 from veneer.contract.places import placed
-from veneer.core.field_types import fits, misfits
-from veneer.core.records import LinearDelta
-from veneer.core.sites import LinearSite
 from veneer.errors import CompositionError
-from veneer.model.allocation import Allocation
-from veneer.model.attach import adapted_layers, adapted_places, module_index
-from veneer.model.holder import tensors_of
-from veneer.model.linear import AdaptedSite
-from veneer.model.snapshot import shortest_names
-from veneer.model.state import AdapterState
+from veneer.model.adapted.allocation import Allocation
+from veneer.model.adapted.holder import tensors_of
+from veneer.model.adapted.linear import AdaptedSite
+from veneer.model.adapted.state import AdapterState
+from veneer.model.attach.attach import adapted_layers, adapted_places, module_index
+from veneer.model.snapshot.snapshot import shortest_names
+from veneer.plain.field_types import fits, misfits
+from veneer.records.deltas import LinearDelta
+from veneer.records.sites import LinearSite
 from veneer.store.adapter.config import read_config
 from veneer.store.adapter.records import NeedsBaseError, StoredAdapter, read_records, read_updates, write_records
 from veneer.store.adapter.skeleton import places_in_base

@@ -15,10 +15,10 @@ from veneer.adapters.peft_model import PeftModel
 from veneer.contract.late_start import LateStart
 from veneer.errors import AdapterNameError, ConfigError, DataError, NonFiniteError, ShapeError
 from veneer.inits.eva import Directions, EvaConfig, shared_ranks, updated
-from veneer.model.adapted import restore
-from veneer.model.attach import adapted_layers
-from veneer.model.linear import AdaptedSite, device_of
-from veneer.model.structure import evaluation
+from veneer.model.adapted.linear import AdaptedSite, device_of
+from veneer.model.adapted.site import restore
+from veneer.model.attach.attach import adapted_layers
+from veneer.model.placed.structure import evaluation
 
 MAX_PASSES = 50
 Batch = Mapping[str, Any]

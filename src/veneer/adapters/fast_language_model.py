@@ -11,11 +11,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from veneer.adapters.peft_model import PeftModel, get_peft_model
 from veneer.errors import ConfigError
 from veneer.methods.lora import LoraConfig
-from veneer.model.activation_memory import checkpoint_as_needed
 from veneer.model.blueprint.names import LLAMA_LAYERS
-from veneer.model.checkpointing import checkpoint_fully, checkpoint_selectively
-from veneer.model.default_device import default_device
+from veneer.model.fused.activation_memory import checkpoint_as_needed
 from veneer.model.fused.decoder import fuse, unfuse
+from veneer.model.memory.checkpointing import checkpoint_fully, checkpoint_selectively
+from veneer.model.memory.default_device import default_device
 from veneer.store.named import file_of
 from veneer.store.quantization import BitsAndBytesConfig
 from veneer.store.source import load_model, load_tokenizer
@@ -79,8 +79,8 @@ class FastLanguageModel:
         """Add LoRA to a model, seeded by ``random_state``, with blocks fused if they fit. The model is ready to train.
 
         ``use_gradient_checkpointing``: "unsloth" keeps a pass's activations if memory suffices, and checkpoints if not
-        (`model.activation_memory`). True always recomputes blocks in the backward pass, "selective" recomputes only
-        their cheap operations, and False keeps everything.
+        (`model.fused.activation_memory`). True always recomputes blocks in the backward pass, "selective" recomputes
+        only their cheap operations, and False keeps everything.
         """
         config = LoraConfig(
             task_type="CAUSAL_LM",

@@ -15,8 +15,8 @@ from veneer.adapters.peft_model import PeftModel
 from veneer.contract import MethodConfig
 from veneer.contract.source import adapter_folder, hub_options
 from veneer.errors import AdapterNameError, ConfigError
-from veneer.model.allocation import Allocation
-from veneer.model.state import AdapterState
+from veneer.model.adapted.allocation import Allocation
+from veneer.model.adapted.state import AdapterState
 from veneer.store.adapter.files import read_tensors
 from veneer.store.adapter.tensors import SaveEmbeddings, adapter_tensors, assign, renamed
 

@@ -11,12 +11,12 @@ from veneer.adapters.merging import require_known
 from veneer.adapters.training import let_gradients_through_checkpoints, require_something_to_train
 from veneer.contract import MethodConfig
 from veneer.errors import AdapterNameError, CompositionError, ConfigError
-from veneer.model.adapted import own_tensors
-from veneer.model.allocation import Allocation
-from veneer.model.attach import adapted_layers, adapted_modules, adapted_places, attach, check_name, detach
-from veneer.model.copies import saved_paths
-from veneer.model.state import AdapterState
-from veneer.model.token_rows import require_rows_agree
+from veneer.model.adapted.allocation import Allocation
+from veneer.model.adapted.copies import saved_paths
+from veneer.model.adapted.site import own_tensors
+from veneer.model.adapted.state import AdapterState
+from veneer.model.adapted.token_rows import require_rows_agree
+from veneer.model.attach.attach import adapted_layers, adapted_modules, adapted_places, attach, check_name, detach
 from veneer.store.adapter.tensors import Leniency, holds_network, load_weights
 
 

@@ -12,14 +12,14 @@ from torch import Tensor, nn
 
 from veneer.adapters.peft_model import PeftModel
 from veneer.contract.late_start import LateStart
-from veneer.core.frozen import FrozenWeight
-from veneer.core.sites import LinearSite
 from veneer.errors import ConfigError
 from veneer.inits.loftq import lost
-from veneer.model.attach import adapted_layers
-from veneer.model.holder import tensors_of
-from veneer.model.linear import AdaptedSite
-from veneer.model.quant_linear import QuantLinear
+from veneer.model.adapted.holder import tensors_of
+from veneer.model.adapted.linear import AdaptedSite
+from veneer.model.attach.attach import adapted_layers
+from veneer.model.coded.quant_linear import QuantLinear
+from veneer.records.frozen import FrozenWeight
+from veneer.records.sites import LinearSite
 from veneer.store.checkpoint import Checkpoint
 
 _NO_ERROR = (

@@ -13,15 +13,15 @@ from torch import Tensor, nn
 from veneer.adapters.merging import require_known
 from veneer.adapters.peft_model import PeftModel
 from veneer.contract.late_start import LateStart
-from veneer.core.sites import LinearSite
 from veneer.errors import AdapterNameError, ConfigError, DataError, NonFiniteError
 from veneer.inits import Factors, weight_problems
 from veneer.inits.corda import CordaConfig, covariance, of_covariance
 from veneer.inits.lora_ga import LoraGAConfig, of_gradient, rank_problems
-from veneer.model.attach import adapted_layers
-from veneer.model.holder import tensors_of
-from veneer.model.linear import AdaptedSite
-from veneer.model.structure import evaluation, modes_kept
+from veneer.model.adapted.holder import tensors_of
+from veneer.model.adapted.linear import AdaptedSite
+from veneer.model.attach.attach import adapted_layers
+from veneer.model.placed.structure import evaluation, modes_kept
+from veneer.records.sites import LinearSite
 
 Settings = TypeVar("Settings")
 NAMES_TOLD = 4  # of layers with one problem

@@ -13,15 +13,15 @@ from transformers import PreTrainedModel
 
 from veneer.contract import MethodConfig
 from veneer.errors import AdapterNameError, CompositionError
-from veneer.model.adapted import Adapted
-from veneer.model.attach import adapted_modules, adapted_places
-from veneer.model.coded_stack import CodedStack
-from veneer.model.embedding import input_embeddings
-from veneer.model.made_dense import make_dense
-from veneer.model.quant_linear import QuantLinear
-from veneer.model.sharding import require_whole
-from veneer.model.state import AdapterState
-from veneer.model.token_rows import require_rows_agree
+from veneer.model.adapted.embedding import input_embeddings
+from veneer.model.adapted.site import Adapted
+from veneer.model.adapted.state import AdapterState
+from veneer.model.adapted.token_rows import require_rows_agree
+from veneer.model.attach.attach import adapted_modules, adapted_places
+from veneer.model.coded.quant_linear import QuantLinear
+from veneer.model.coded.stack import CodedStack
+from veneer.model.sharded.made_dense import make_dense
+from veneer.model.sharded.sharding import require_whole
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from veneer.contract import MethodConfig
 from veneer.errors import ConfigError
-from veneer.model.attach import adapted_layers
+from veneer.model.attach.attach import adapted_layers
 from veneer.optim.precondition import Factors, precondition
 
 _DAMPING_OF_LORA_FA = 1e-8

@@ -9,9 +9,9 @@ from torch import nn
 from veneer.adapters import status
 from veneer.contract import MethodConfig
 from veneer.errors import ConfigError
-from veneer.model.attach import adapted_layers
+from veneer.model.adapted.state import AdapterState
+from veneer.model.attach.attach import adapted_layers
 from veneer.model.inplace import InPlace
-from veneer.model.state import AdapterState
 
 
 class AdapterOverview(InPlace, nn.Module):

@@ -21,14 +21,14 @@ from veneer.adapters.placement import DeviceMap, require_same_place
 from veneer.contract import MethodConfig
 from veneer.contract.keys import is_adapters
 from veneer.contract.source import adapter_folder, hub_options
-from veneer.core.field_types import plain
 from veneer.errors import ConfigError
-from veneer.model.allocation import Allocation
+from veneer.model.adapted.allocation import Allocation
+from veneer.model.adapted.state import AdapterState
+from veneer.model.batch.invocation import from_invocation, generating
+from veneer.model.batch.mixed import TaskIds, mixed_batch
+from veneer.model.batch.sequences import by_sequence, with_sequences
 from veneer.model.inplace import change_class, restore_class
-from veneer.model.invocation import from_invocation, generating
-from veneer.model.mixed import TaskIds, mixed_batch
-from veneer.model.sequences import by_sequence, with_sequences
-from veneer.model.state import AdapterState
+from veneer.plain.field_types import plain
 from veneer.store.adapter.config import read_config
 from veneer.store.adapter.tensors import Leniency, SaveEmbeddings
 from veneer.store.adapter.tensors import assign as assign_adapter

@@ -13,12 +13,12 @@ from transformers import Cache, DynamicCache, PreTrainedTokenizerBase
 
 from veneer.adapters.peft_model import PeftModel
 from veneer.contract import PrefixMethod
-from veneer.core.prefix import flatten_prefix
-from veneer.core.records import PrefixDelta
 from veneer.errors import ConfigError
-from veneer.model.prefix import CHILD, PrefixAdapters
-from veneer.model.structure import evaluation
-from veneer.model.virtual_tokens import cache_name
+from veneer.model.placed.prefix import CHILD, PrefixAdapters
+from veneer.model.placed.structure import evaluation
+from veneer.model.placed.virtual_tokens import cache_name
+from veneer.records.deltas import PrefixDelta
+from veneer.records.prefix import flatten_prefix
 
 
 @torch.no_grad()

@@ -14,13 +14,13 @@ from torch import Tensor, nn
 
 from veneer.adapters import merging
 from veneer.errors import ConfigError
-from veneer.model.attach import adapted_layers, adapted_stacks
-from veneer.model.coded import CodedModule
-from veneer.model.coded_stack import coded_stacks
-from veneer.model.linear import AdaptedSite, wide
-from veneer.model.parameters import AdaptedParameters
-from veneer.model.quant_linear import QuantLinear
-from veneer.model.state import AdapterState
+from veneer.model.adapted.linear import AdaptedSite, wide
+from veneer.model.adapted.parameters import AdaptedParameters
+from veneer.model.adapted.state import AdapterState
+from veneer.model.attach.attach import adapted_layers, adapted_stacks
+from veneer.model.coded.module import CodedModule
+from veneer.model.coded.quant_linear import QuantLinear
+from veneer.model.coded.stack import coded_stacks
 
 IN_16_BITS = "Without requantize=True the result is 16-bit and loses next to nothing"
 

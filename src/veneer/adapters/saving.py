@@ -20,7 +20,7 @@ from veneer.contract.source import from_keywords
 from veneer.disk.atomic import write_atomically
 from veneer.disk.safetensors import tensors_to_bytes
 from veneer.errors import ConfigError, FormatError
-from veneer.model.state import AdapterState
+from veneer.model.adapted.state import AdapterState
 from veneer.store.adapter.files import NETWORK_FILE, read_tensors
 from veneer.store.adapter.tensors import SaveEmbeddings, adapter_tensors, has_network, save_adapter, save_network
 

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from veneer.contract import Params
 from veneer.contract.training import Training
-from veneer.model.attach import adapted_places
-from veneer.model.holder import tensors_of
-from veneer.model.state import AdapterState
+from veneer.model.adapted.holder import tensors_of
+from veneer.model.adapted.state import AdapterState
+from veneer.model.attach.attach import adapted_places
 
 _JOINT = "::"  # in no adapter's name
 

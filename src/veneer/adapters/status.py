@@ -10,11 +10,11 @@ from typing import Literal
 from torch import Tensor, nn
 
 from veneer.errors import ConfigError
-from veneer.model.attach import adapted_places
-from veneer.model.holder import Holder
+from veneer.model.adapted.holder import Holder
+from veneer.model.adapted.state import AdapterState
+from veneer.model.attach.attach import adapted_places
+from veneer.model.coded.frozen_weight import frozen_weight
 from veneer.model.inplace import InPlace, base_of
-from veneer.model.linear import frozen_weight
-from veneer.model.state import AdapterState
 
 Mixed = bool | Literal["irregular"]
 

@@ -14,8 +14,8 @@ from torch import nn
 from veneer.adapters.peft_model import PeftModel, get_peft_model
 from veneer.contract import MethodConfig
 from veneer.contract.source import of_hub
-from veneer.core.tasks import TaskType
 from veneer.errors import ConfigError
+from veneer.plain.tasks import TaskType
 
 
 class ByTask(type):

@@ -8,9 +8,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from veneer.core.records import LinearDelta
-from veneer.core.svd import svd_of_factors
 from veneer.errors import CompositionError
+from veneer.records.deltas import LinearDelta
+from veneer.records.svd import svd_of_factors
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from veneer.adapters.chosen import Chosen, choose, split_one
-from veneer.answer.prompts import PromptReader, Row
+from veneer.answer.prompts import PromptRows, Row
 from veneer.disk.atomic import write_atomically
 from veneer.errors import ConfigError, DataError
 from veneer.evaluate.questions import read_prompts
@@ -19,7 +19,7 @@ ADAPTER, ANSWER = "adapter", "answer"  # the fields that a row may have, and get
 
 
 @dataclass(frozen=True)
-class Asked:
+class PromptRow:
     """Row with its prompt, and the adapter for its answer (None: the base alone)."""
 
     row: Row
@@ -28,8 +28,8 @@ class Asked:
 
 
 def read_asked(
-    source: Path, model: str, default: Path | None, reader: PromptReader, limit: int | None, **how: Any
-) -> tuple[Chosen, list[Asked]]:
+    source: Path, model: str, default: Path | None, reader: PromptRows, limit: int | None, **how: Any
+) -> tuple[Chosen, list[PromptRow]]:
     """Return the prompts of a file, and the model with all adapters that they name; nothing is loaded yet.
 
     ``default`` is the adapter of rows that name none; ``how`` are the keywords of `choose`. Raises DataError that names
@@ -66,19 +66,19 @@ def adapters_of(rows: Sequence[Row], source: Path, default: Path | None) -> list
 
 
 def asked_of(
-    rows: Sequence[Row], adapters: Sequence[Path | None], tokenizer: Any, reader: PromptReader, source: Path
-) -> list[Asked]:
+    rows: Sequence[Row], adapters: Sequence[Path | None], tokenizer: Any, reader: PromptRows, source: Path
+) -> list[PromptRow]:
     """Return the prompts of the rows as token ids. Raises DataError that names the row, ConfigError for settings."""
     found = []
     for number, (row, adapter) in enumerate(zip(rows, adapters, strict=True), 1):
         try:
-            found.append(Asked(row, reader.read(row, tokenizer), adapter))
+            found.append(PromptRow(row, reader.read(row, tokenizer), adapter))
         except DataError as error:
             raise DataError(f"{source}: row {number}: {error}") from error
     return found
 
 
-def write_answers(output: Path, asked: Sequence[Asked], answers: Sequence[str]) -> None:
+def write_answers(output: Path, asked: Sequence[PromptRow], answers: Sequence[str]) -> None:
     """Write the rows, each with its ``answer``. The file appears once it is complete."""
     lines = [
         json.dumps({**each.row, ANSWER: answer}, ensure_ascii=False)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import TextStreamer
 
-from veneer.adapters.chosen import Loaded
+from veneer.adapters.chosen import LoadedModel
 from veneer.answer.answerer import Answerer, Asked, Drawing, tokens_behind
 from veneer.evaluate.scoring import (
     Answering,
@@ -21,14 +21,14 @@ from veneer.evaluate.scoring import (
     generated_answers,
     greedy,
 )
-from veneer.model.routing import BASE
+from veneer.model.adapted.routing import BASE
 from veneer.store.bars import quiet
 
 
 class ModelAnswerer(Answerer):
     """`Answerer` by transformers' ``generate``. ``n_rows``: the most prompts in one batch."""
 
-    def __init__(self, loaded: Loaded, drawing: Drawing, n_rows: int) -> None:
+    def __init__(self, loaded: LoadedModel, drawing: Drawing, n_rows: int) -> None:
         self.model, self.tokenizer, self._names = loaded.model, loaded.tokenizer, loaded.names
         self.default = next(iter(loaded.names), None)
         self._drawing, self._n_rows = drawing, n_rows

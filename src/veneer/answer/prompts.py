@@ -44,7 +44,7 @@ def encode_prompt(tokenizer: Any, prompt: str, *, system: str | None = None, raw
 
 
 @dataclass(frozen=True, kw_only=True)
-class PromptReader:
+class PromptRows:
     """Reader of rows (``messages``, or ``prompt``) as prompts. ``prompt``: a template over a row's fields."""
 
     prompt: str | None = None

@@ -6,7 +6,7 @@ import re
 
 from rich.console import Console
 
-from veneer.adapters.chosen import Parts
+from veneer.adapters.chosen import ModelParts
 from veneer.answer.answerer import Drawing
 from veneer.answer.prompts import Message, encode_chat
 from veneer.cli import loading
@@ -47,7 +47,7 @@ def chat(args: ChatArguments) -> None:
             console.print(f"{error}, or /new forgets the conversation (the question is forgotten)", style="yellow")
 
 
-def _open(parts: Parts, system: str | None) -> None:
+def _open(parts: ModelParts, system: str | None) -> None:
     """The first lines, on stderr: who answers, and how to command."""
     adapter = "" if parts.adapter is None else f" with {parts.adapter}"
     _say(f"{parts.source}{adapter}{'' if system is None else f', told: {system}'}")

@@ -15,7 +15,7 @@ from veneer.cli import loading
 from veneer.cli.arguments import weights_of
 from veneer.cli.pages.combine import CombineArguments
 from veneer.combine import SPARSE, Combination
-from veneer.core.progress import Tell, progress_bar
+from veneer.plain.progress import Tell, progress_bar
 from veneer.store.adapter.records import NeedsBaseError
 
 _MOST_LOST = 0.1  # of a layer's update, where nobody chose a rank

@@ -13,10 +13,10 @@ import typer
 
 from veneer.cli.facts import print_facts
 from veneer.cli.pages.env import EnvArguments
-from veneer.core.units import count
 from veneer.disk.cache import cache_dir
 from veneer.ops.dispatch import availability, kernel_build
 from veneer.ops.matmul import float32_is_faster
+from veneer.plain.units import count
 
 PACKAGES = ("torch", "transformers", "trl", "accelerate", "datasets", "safetensors", "gguf", "numpy")
 _CPU_FLAGS = ("avx2", "fma", "avx512f", "avx512_bf16", "amx_bf16", "amx_int8", "asimd", "bf16")

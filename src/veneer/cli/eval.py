@@ -11,19 +11,19 @@ from pathlib import Path
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 
-from veneer.adapters.chosen import Parts
+from veneer.adapters.chosen import ModelParts
 from veneer.cli import loading
 from veneer.cli.arguments import require_file
 from veneer.cli.measured import Column, Measured
 from veneer.cli.pages.eval import EvalArguments
 from veneer.cli.subject import Subject, subjects_of
-from veneer.core.progress import progress_bar, waits_told
 from veneer.errors import ConfigError, listed
 from veneer.evaluate.measurement import Result, measure_each
 from veneer.evaluate.metric import METRICS, Answers, Asked, Metric, RegexMatch, TokenPerplexity
 from veneer.evaluate.questions import QuestionReader
 from veneer.evaluate.scoring import Batching, OnProgress
-from veneer.model.routing import BASE
+from veneer.model.adapted.routing import BASE
+from veneer.plain.progress import progress_bar, waits_told
 from veneer.store.bars import quiet
 
 _OF_ROWS = ("prompt", "answer_field")  # read with every metric
@@ -124,7 +124,7 @@ def _facts(subjects: Sequence[Subject]) -> dict[str, str | None]:
 
 
 def _results(
-    asked: Asked, subject: Subject, parts: Parts, batch_size: int, on_progress: OnProgress
+    asked: Asked, subject: Subject, parts: ModelParts, batch_size: int, on_progress: OnProgress
 ) -> Sequence[Result]:
     """A result for each column of the subject: an adapter, or the base without one."""
     columns = subject.columns

@@ -13,8 +13,6 @@ from veneer.cli.facts import print_facts
 from veneer.cli.gguf_plan import print_plan, tell_notes
 from veneer.cli.loading import load
 from veneer.cli.pages.export import CheckArguments, GgufArguments, ImportanceArguments, LoraArguments, OllamaArguments
-from veneer.core.progress import progress_bar
-from veneer.core.units import size
 from veneer.errors import ConfigError, FormatError, listed
 from veneer.export.gguf.adapter import export_lora
 from veneer.export.gguf.check import check_file, compare_answers
@@ -23,6 +21,8 @@ from veneer.export.gguf.mix import MixOptions
 from veneer.export.gguf.model import GgufExport, GgufOptions
 from veneer.export.gguf.modelfile import MODELFILE, export_ollama
 from veneer.export.gguf.summary import summary
+from veneer.plain.progress import progress_bar
+from veneer.plain.units import size
 from veneer.store.bars import quiet
 from veneer.store.gguf.writer import parts_of
 

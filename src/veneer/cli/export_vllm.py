@@ -13,12 +13,12 @@ from rich.table import Table
 
 from veneer.cli.bases import compare_bases
 from veneer.cli.pages.export_vllm import VllmArguments
-from veneer.core.progress import progress_bar
-from veneer.core.units import size
 from veneer.errors import CompositionError, ConfigError, FormatError
 from veneer.export.gguf.metadata import name_of
 from veneer.export.vllm.adapter import VllmOptions, VllmReport, export_vllm
 from veneer.export.vllm.ranks import holding
+from veneer.plain.progress import progress_bar
+from veneer.plain.units import size
 from veneer.store.bars import quiet
 from veneer.store.named import folder_of
 

@@ -9,13 +9,13 @@ import typer
 
 from veneer.adapters.chosen import Chosen
 from veneer.answer.answerer import Drawing
-from veneer.answer.files import Asked, read_asked, write_answers
-from veneer.answer.prompts import PromptReader, encode_prompt
+from veneer.answer.files import PromptRow, read_asked, write_answers
+from veneer.answer.prompts import PromptRows, encode_prompt
 from veneer.cli import loading
 from veneer.cli.pages.generate import GenerateArguments
-from veneer.core.progress import progress_bar
 from veneer.errors import ConfigError
 from veneer.evaluate.scoring import Answering
+from veneer.plain.progress import progress_bar
 from veneer.store.bars import quiet
 
 
@@ -23,7 +23,7 @@ def generate(args: GenerateArguments) -> None:
     """Answer a prompt on stdout, or a file of prompts into another file."""
     drawing = Drawing(temperature=args.temperature, top_p=args.top_p, top_k=args.top_k, seed=args.seed)
     if args.input_ is not None and args.output is not None:
-        reader = PromptReader(prompt=args.prompt, system=args.system, raw=args.raw)
+        reader = PromptRows(prompt=args.prompt, system=args.system, raw=args.raw)
         chosen, asked = read_asked(
             args.input_, args.model, args.adapter, reader, args.limit, four_bit=args.load_in_4bit, dtype=args.dtype
         )
@@ -46,7 +46,7 @@ def generate(args: GenerateArguments) -> None:
 
 
 def _answer_all(
-    chosen: Chosen, asked: list[Asked], output: Path, drawing: Drawing, batch_size: int, max_new_tokens: int
+    chosen: Chosen, asked: list[PromptRow], output: Path, drawing: Drawing, batch_size: int, max_new_tokens: int
 ) -> None:
     answerer = loading.answerer_of(loading.loaded(chosen), drawing, batch_size)
     folders = [each.adapter for each in asked] if chosen.adapters else []

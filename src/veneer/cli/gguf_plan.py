@@ -7,14 +7,14 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from veneer.core.units import size
-from veneer.export.gguf.plan import Plan
+from veneer.export.gguf.plan import FilePlan
 from veneer.export.gguf.summary import layers_of, ranges, rows, summary
+from veneer.plain.units import size
 
 _SHOWN = 3  # of the tensors that were left out
 
 
-def print_plan(plan: Plan, n_parts: int) -> None:
+def print_plan(plan: FilePlan, n_parts: int) -> None:
     """Print the planned file on stdout: first its totals, then its tensors."""
     parts = f" in {n_parts} parts" if n_parts > 1 else ""
     typer.echo(f"{summary(plan.specs)}, {size(plan.nbytes)}{parts}; nothing was written")
@@ -29,7 +29,7 @@ def print_plan(plan: Plan, n_parts: int) -> None:
     tell_notes(plan)
 
 
-def tell_notes(plan: Plan) -> None:
+def tell_notes(plan: FilePlan) -> None:
     """Print notes for the file's user, and the omitted parts of the checkpoint, on stderr."""
     for note in plan.notes:
         typer.echo(f"note: {note}", err=True)

@@ -12,8 +12,8 @@ import typer
 from veneer.cli.facts import print_facts
 from veneer.cli.pages.info import InfoArguments
 from veneer.contract.file import CONFIG_FILE
-from veneer.core.units import size
 from veneer.errors import ConfigError
+from veneer.plain.units import size
 from veneer.recipe.methods import name_of
 from veneer.store.bars import quiet
 from veneer.store.facts import AdapterFacts, ModelFacts, adapter_facts, model_facts

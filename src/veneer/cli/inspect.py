@@ -21,10 +21,10 @@ from veneer.analyze.spectrum import Spectrum, spectrum, spectrum_of_dense
 from veneer.cli import loading
 from veneer.cli.pages.inspect import InspectArguments
 from veneer.combine.update import Update
-from veneer.core.progress import progress_bar, waits_told
-from veneer.core.records import LinearDelta
 from veneer.errors import CompositionError
-from veneer.model.attach import adapted_layers
+from veneer.model.attach.attach import adapted_layers
+from veneer.plain.progress import progress_bar, waits_told
+from veneer.records.deltas import LinearDelta
 from veneer.store.adapter.config import read_config
 from veneer.store.adapter.records import NeedsBaseError, read_updates
 from veneer.store.adapter.skeleton import places_in_base

@@ -15,12 +15,12 @@ from rich.table import Table
 from veneer.cli import loading
 from veneer.cli.pages.intrinsic import IntrinsicArguments
 from veneer.store.bars import quiet
-from veneer.train.intrinsic import Curve, Training, dimension_curve, draw_curve, task_of
+from veneer.train.intrinsic import Curve, PointTraining, dimension_curve, draw_curve, task_of
 
 
 def intrinsic(args: IntrinsicArguments) -> None:
     """Train, draw the curve and write it."""
-    training = Training(
+    training = PointTraining(
         steps=args.steps, learning_rate=args.learning_rate, structure_aware=args.structure_aware, seed=args.seed
     )
     chosen = loading.choose(args.model, dtype="float32")

@@ -8,16 +8,16 @@ from typing import Any
 
 import typer
 
-from veneer.adapters.chosen import Chosen, Loaded, Parts
+from veneer.adapters.chosen import Chosen, LoadedModel, ModelParts
 from veneer.adapters.chosen import choose as choose_quietly
 from veneer.answer.answerer import Answerer, Drawing
+from veneer.answer.engine import answerer_of as quiet_answerer_of
 from veneer.answer.model import ModelAnswerer
 from veneer.cli.arguments import is_found
 from veneer.cli.bases import warn
-from veneer.core.progress import waits_told
-from veneer.model.default_device import told_device
+from veneer.model.memory.default_device import told_device
+from veneer.plain.progress import waits_told
 from veneer.plan.presets import require_weights
-from veneer.serve.answerer import answerer_of as quiet_answerer_of
 from veneer.store.adapter.fit import base_named_by, require_one_base
 from veneer.store.adapter.records import NeedsBaseError
 from veneer.store.bars import quiet
@@ -41,7 +41,7 @@ def told(chosen: Chosen) -> Chosen:
     return chosen
 
 
-def loaded(chosen: Chosen) -> Parts:
+def loaded(chosen: Chosen) -> ModelParts:
     """Return the parts of a choice, loaded."""
     with waits_told(f"loading {chosen.source}"):
         parts = chosen.load()
@@ -49,31 +49,31 @@ def loaded(chosen: Chosen) -> Parts:
     return parts
 
 
-def tell_of_device(parts: Parts) -> None:
+def tell_of_device(parts: ModelParts) -> None:
     """Print the GPU that a base is on; nothing if it is on the CPU."""
     if parts.base.device.type != "cpu":
         typer.echo(f"device: {told_device(parts.base.device)}", err=True)
 
 
-def load_parts(model: str, adapter: Path | None = None, **how: Any) -> Parts:
+def load_parts(model: str, adapter: Path | None = None, **how: Any) -> ModelParts:
     """Return a model and an adapter, if one is given, checked and loaded."""
     return loaded(choose(model, adapter_list(adapter), **how))
 
 
-def load(model: str, adapter: Path | None = None, **how: Any) -> Loaded:
+def load(model: str, adapter: Path | None = None, **how: Any) -> LoadedModel:
     """Return a model with its adapter on it."""
     return joined(load_parts(model, adapter, **how))
 
 
-def joined(parts: Parts) -> Loaded:
+def joined(parts: ModelParts) -> LoadedModel:
     """Join the parts, and print a note if float32 would be faster."""
     _tell_of_float32(parts)
     with quiet(), waits_told("attaching the adapter"):
         return parts.joined()
 
 
-def answerer_of(parts: Parts, drawing: Drawing | None = None, n_rows: int = 1) -> Answerer:
-    """Return the result of `serve.answerer.answerer_of`, and print the answerer's name."""
+def answerer_of(parts: ModelParts, drawing: Drawing | None = None, n_rows: int = 1) -> Answerer:
+    """Return the result of `answer.engine.answerer_of`, and print the answerer's name."""
     with waits_told("packing the weights"):
         answerer, name = quiet_answerer_of(parts, drawing, n_rows)
     typer.echo(f"answers: {name}", err=True)
@@ -114,7 +114,7 @@ def own_base(adapters: Sequence[Path], needed: NeedsBaseError) -> str:
     return base
 
 
-def _tell_of_float32(parts: Parts) -> None:
+def _tell_of_float32(parts: ModelParts) -> None:
     note = parts.float32_note("--dtype float32")
     if note is not None:
         typer.echo(note, err=True)

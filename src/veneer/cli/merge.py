@@ -6,9 +6,9 @@ import typer
 
 from veneer.cli.bases import compare_bases
 from veneer.cli.pages.merge import MergeArguments
-from veneer.core.progress import progress_bar
-from veneer.core.units import size
 from veneer.export.merged import MergeOptions, merge_checkpoint
+from veneer.plain.progress import progress_bar
+from veneer.plain.units import size
 from veneer.store.bars import quiet
 
 

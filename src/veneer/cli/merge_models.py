@@ -7,9 +7,9 @@ import typer
 from veneer.cli.arguments import weights_of
 from veneer.cli.pages.merge_models import MergeModelsArguments
 from veneer.combine.task_vectors import TaskVectors
-from veneer.core.progress import progress_bar
-from veneer.core.units import size
 from veneer.export.combined import CombineOptions, combine_checkpoints
+from veneer.plain.progress import progress_bar
+from veneer.plain.units import size
 
 
 def merge_models(args: MergeModelsArguments) -> None:

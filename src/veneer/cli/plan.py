@@ -12,8 +12,8 @@ import typer
 from veneer.cli.facts import AsJson
 from veneer.cli.pages.options import unset
 from veneer.cli.plan_options import ADVICE, FIT, OF_SEVERAL, SERVE, bytes_from, unread, wrong
-from veneer.core.progress import waits_told
 from veneer.errors import ConfigError, listed
+from veneer.plain.progress import waits_told
 from veneer.plan.presets import hub_id_of, require_named
 from veneer.plan.start import start_measured
 from veneer.recipe.distributed_part import with_accumulation

@@ -14,9 +14,9 @@ from rich.padding import Padding
 from rich.text import Text
 from transformers import PreTrainedConfig
 
-from veneer.core.progress import waiting_for, waiting_over
-from veneer.core.units import size
 from veneer.errors import ConfigError, UnmeasuredError
+from veneer.plain.progress import waiting_for, waiting_over
+from veneer.plain.units import size
 from veneer.plan.advice import ADVISED, advise
 from veneer.plan.architecture import config_of
 from veneer.plan.fit import fits, loadable

@@ -9,10 +9,11 @@ from pathlib import Path
 import typer
 
 from veneer.cli.pages.serve import GIB, ServeArguments, bytes_of, cache_bytes_of, speculative_of
-from veneer.core.progress import waits_told
 from veneer.errors import CompositionError, ConfigError, FormatError
-from veneer.model.default_device import default_device, told_device
+from veneer.model.memory.default_device import default_device, told_device
 from veneer.ops.dispatch import kernel_isa
+from veneer.plain.progress import waits_told
+from veneer.serve.adapters.versions import Versions
 from veneer.serve.http.app import make_app
 from veneer.serve.http.folder import is_adapter, why_incomplete
 from veneer.serve.http.key import ANYBODY, NOBODY
@@ -22,7 +23,6 @@ from veneer.serve.http.request_record import log_requests
 from veneer.serve.http.roots import Roots
 from veneer.serve.http.server import run
 from veneer.serve.start import EngineOptions, start_engine
-from veneer.serve.versions import Versions
 from veneer.store.bars import quiet
 from veneer.store.merge_record import require_not_merged
 from veneer.store.named_base import GivenBase

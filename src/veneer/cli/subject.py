@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from veneer.adapters.chosen import Parts, split
+from veneer.adapters.chosen import ModelParts, split
 from veneer.cli import loading
 from veneer.cli.pages.eval import EvalArguments
 from veneer.data.rows import RowReader
@@ -30,7 +30,7 @@ class Subject:
     rows: Rows
     whole: Rows
     tokenizer: Any
-    load: Callable[[], Parts]
+    load: Callable[[], ModelParts]
     adapters: tuple[Path, ...]
     with_base: bool
     facts: dict[str, Any]

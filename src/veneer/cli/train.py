@@ -11,11 +11,11 @@ from typing import Annotated, Any, Literal
 import typer
 
 from veneer.cli.pages.options import unset
-from veneer.core.group import group_size, join_slurm, starts_processes
-from veneer.core.progress import waits_told
 from veneer.errors import ConfigError
+from veneer.plain.group import group_size, join_slurm, starts_processes
+from veneer.plain.progress import waits_told
 from veneer.plan.presets import require_weights
-from veneer.ray.place import Place, place_of, require_ray
+from veneer.ray.place import RayCluster, place_of, require_ray
 from veneer.recipe.adapter import names_of
 from veneer.recipe.commented import commented_recipe
 from veneer.recipe.early import refuse_early
@@ -110,10 +110,10 @@ def train(
         raise typer.Exit(_in_processes(context.find_root().obj, processes or 1, values))
     with waits_told("loading torch and transformers"):
         # Here, as it imports torch: a wrong option or recipe is refused before.
-        from veneer.cli.train_run import Asked, OnRay, carried_out, parsed
+        from veneer.cli.train_run import OnRay, TrainOptions, carried_out, parsed
 
         wanted = parsed(values, recipe)
-    asked = Asked(
+    asked = TrainOptions(
         show_sample=show_sample,
         resume=resume if resume == "auto" else resume == "last",
         allow_changes=allow_changes,
@@ -124,7 +124,7 @@ def train(
     carried_out(wanted, asked)
 
 
-def _place(on: str | None, values: Mapping[str, Any], processes: int | None) -> Place | None:
+def _place(on: str | None, values: Mapping[str, Any], processes: int | None) -> RayCluster | None:
     """The Ray cluster to train on, if any. Raises ConfigError if it cannot be used."""
     by_recipe = section(values, PART).get("engine") == "ray"
     if on is None and not by_recipe:

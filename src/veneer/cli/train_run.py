@@ -15,11 +15,11 @@ from rich.console import Console
 
 from veneer.cli.bases import compare_bases
 from veneer.contract.source import adapter_folder
-from veneer.core.group import n_on_this_machine
-from veneer.core.progress import draws_bars, waits_told
-from veneer.core.units import count, duration, size
+from veneer.plain.group import n_on_this_machine
+from veneer.plain.progress import draws_bars, waits_told
+from veneer.plain.units import count, duration, size
 from veneer.plan.before import planned_facts, remember_run, require_room, with_shard
-from veneer.ray.place import Place
+from veneer.ray.place import RayCluster
 from veneer.recipe.adapter import FROM
 from veneer.recipe.recipe import Recipe, parse_recipe
 from veneer.recipe.sweep_part import PART
@@ -49,13 +49,13 @@ _ACCURACIES = ("eval_rewards/accuracies", "eval_accuracy")  # of DPO, of reward 
 class OnRay(NamedTuple):
     """Ray cluster to train on, and the file and the changes of the recipe, which its workers read."""
 
-    place: Place
+    place: RayCluster
     recipe: Path
     overrides: Sequence[str]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Asked:
+class TrainOptions:
     """Options of the command."""
 
     show_sample: bool
@@ -71,7 +71,7 @@ def parsed(values: Mapping[str, Any], path: Path) -> Recipe | Sweep:
     return parse_sweep(values, path) if PART in values else parse_recipe(values, str(path))
 
 
-def carried_out(wanted: Recipe | Sweep, asked: Asked) -> None:
+def carried_out(wanted: Recipe | Sweep, asked: TrainOptions) -> None:
     """Plan and train a recipe, or train a sweep, and print the outcome. Raises the errors of `run_recipe`."""
     if not is_main():
         logging.getLogger().setLevel(logging.ERROR)  # what the others would say is the same
@@ -142,7 +142,7 @@ class _Planned(NamedTuple):
     line: str
 
 
-def _prepared(recipe: Recipe, asked: Asked, console: Console) -> _Planned | None:
+def _prepared(recipe: Recipe, asked: TrainOptions, console: Console) -> _Planned | None:
     """Check that a run can start, and plan it, in the first of its processes; no plan of one that is over.
 
     The others wait, and raise the errors of the first.
@@ -172,7 +172,7 @@ class _Sharing(NamedTuple):
     copy_sizes: list[int]
 
 
-def _planned(recipe: Recipe, sharing: _Sharing, asked: Asked, console: Console) -> _Planned:
+def _planned(recipe: Recipe, sharing: _Sharing, asked: TrainOptions, console: Console) -> _Planned:
     """The plan of a run, told in one line. Raises ConfigError where memory will not do."""
     notes = Console(stderr=True, soft_wrap=True, quiet=console.quiet)
 
@@ -192,7 +192,7 @@ def _planned(recipe: Recipe, sharing: _Sharing, asked: Asked, console: Console) 
     return _Planned(facts, line)
 
 
-def _train_one(recipe: Recipe, asked: Asked, planned: _Planned | None, console: Console) -> None:
+def _train_one(recipe: Recipe, asked: TrainOptions, planned: _Planned | None, console: Console) -> None:
     # A run that cannot be planned is mostly refused for the same reason: only one that begins says so.
     untold = [planned.line] if planned is not None and planned.facts is None else []
 
@@ -220,7 +220,7 @@ def _train_one(recipe: Recipe, asked: Asked, planned: _Planned | None, console: 
     _tell_results(recipe, record, console)
 
 
-def _train_on_ray(recipe: Recipe, asked: Asked, on: OnRay, console: Console) -> None:
+def _train_on_ray(recipe: Recipe, asked: TrainOptions, on: OnRay, console: Console) -> None:
     """Train in the workers of a cluster, which plan nothing: their memory is not seen from here."""
     _require_startable(recipe, asked.resume)
     with waits_told("loading Ray"):
@@ -244,7 +244,7 @@ def _tell_results(recipe: Recipe, record: Mapping[str, Any], console: Console) -
     )
 
 
-def _train_sweep(sweep: Sweep, asked: Asked, console: Console) -> None:
+def _train_sweep(sweep: Sweep, asked: TrainOptions, console: Console) -> None:
     engine = None
     if asked.on is not None:
         with waits_told("loading Ray"):

@@ -8,7 +8,7 @@ import typing
 from collections.abc import Callable
 from typing import Any
 
-from veneer.core.progress import waits_told
+from veneer.plain.progress import waits_told
 
 
 def verb(arguments: type, place: str | Callable[[Any], str], name: str) -> Callable[..., None]:

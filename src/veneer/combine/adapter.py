@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from veneer.contract import LinearMethod
 from veneer.contract.discovery import concrete
 from veneer.contract.raised import Raised
-from veneer.core.records import LinearDelta
 from veneer.errors import CompositionError
+from veneer.records.deltas import LinearDelta
 
 
 def raised(records: Mapping[str, LinearDelta], targets: Sequence[str]) -> Raised:

@@ -15,9 +15,9 @@ from veneer.combine.sparsify import draw_of, drop_and_rescale, largest
 from veneer.combine.ties import Vote, elect_and_merge
 from veneer.combine.truncate import rank_within, truncate_dense, truncate_factors
 from veneer.combine.update import Update, concatenated
-from veneer.core.field_types import check, fits
-from veneer.core.records import LinearDelta
 from veneer.errors import CompositionError
+from veneer.plain.field_types import check, fits
+from veneer.records.deltas import LinearDelta
 
 Way = Literal["linear", "cat", "svd", "factorwise", "ties", "dare_linear", "dare_ties", "magnitude_prune"]
 WAYS: tuple[str, ...] = get_args(Way)

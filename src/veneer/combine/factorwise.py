@@ -12,8 +12,8 @@ from collections.abc import Sequence
 import torch
 
 from veneer.combine.update import Update
-from veneer.core.records import LinearDelta
 from veneer.errors import CompositionError
+from veneer.records.deltas import LinearDelta
 
 
 def factorwise(updates: Sequence[Update], weights: Sequence[float]) -> LinearDelta:

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from veneer.combine.truncate import rank_of_energy, truncate_dense, truncate_factors, truncate_within
 from veneer.combine.update import Update
-from veneer.core.records import LinearDelta
-from veneer.core.svd import svd_of_factors
 from veneer.errors import CompositionError
+from veneer.records.deltas import LinearDelta
+from veneer.records.svd import svd_of_factors
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -12,9 +12,9 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from veneer.combine.update import Update
-from veneer.core.records import LinearDelta
-from veneer.core.terms.scale import Scale
 from veneer.errors import CompositionError
+from veneer.records.deltas import LinearDelta
+from veneer.records.terms.scale import Scale
 
 
 def only_scales(updates: Sequence[Update]) -> bool:

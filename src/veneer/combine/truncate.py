@@ -7,9 +7,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from veneer.combine.leading import LEAST_COLUMNS, leading
-from veneer.core.records import LinearDelta
-from veneer.core.svd import svd_of_factors
 from veneer.errors import CompositionError
+from veneer.records.deltas import LinearDelta
+from veneer.records.svd import svd_of_factors
 
 _LEAST = torch.finfo(torch.float64).tiny  # of a singular value that is divided by: an update of zeros stays one
 

@@ -9,10 +9,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from veneer.core.frozen import FrozenWeight
-from veneer.core.linear import fold_linear
-from veneer.core.records import LinearDelta
 from veneer.errors import CompositionError
+from veneer.records.deltas import LinearDelta
+from veneer.records.frozen import FrozenWeight
+from veneer.records.linear import fold_linear
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,8 +13,8 @@ from veneer.contract.config import MethodConfig
 from veneer.contract.keys import Place
 from veneer.contract.parameters import Params, Shapes
 from veneer.contract.places import Placed, ShapesByKey, damaged, module_places
-from veneer.core.records import AttendedDelta
-from veneer.core.sites import AttendingSite
+from veneer.records.deltas import AttendedDelta
+from veneer.records.sites import AttendingSite
 
 _LAYER = re.compile(r"(?:^|.*?\.)(\d+)\.")
 _SAMPLE = AttendingSite(name="", layer=0, features=1024)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from veneer.core.sites import LinearSite
+from veneer.records.sites import LinearSite
 
 
 class Checks:

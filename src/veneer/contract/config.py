@@ -24,13 +24,13 @@ from veneer.contract.places import Placed, ShapesByKey
 from veneer.contract.shared import Shared
 from veneer.contract.source import adapter_folder, hub_options
 from veneer.contract.training import Training
-from veneer.core.field_types import check
-from veneer.core.frozen_config import FrozenConfig
-from veneer.core.sites import Site
-from veneer.core.tasks import TaskType
 from veneer.disk.atomic import write_atomically
 from veneer.disk.known_name import known_name
 from veneer.errors import ConfigError, FormatError, listed
+from veneer.plain.field_types import check
+from veneer.plain.frozen_config import FrozenConfig
+from veneer.plain.tasks import TaskType
+from veneer.records.sites import Site
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +41,7 @@ class MethodConfig(FrozenConfig):
     input. All methods answer alike, so that no caller asks of which kind a method is.
 
     ``peft_type`` names the format on disk. ``modules_to_save`` are modules trained whole and kept with the adapter.
-    Values are checked against the types of the fields, see `core.field_types`. Lists and sets are kept as tuples (sets
+    Values are checked against the types of the fields, see `plain.field_types`. Lists and sets are kept as tuples (sets
     sorted), mappings as copies, so that a config is immutable.
 
     ``inert`` names fields that do not change the update that the same tensors mean. They act in training alone, or

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from veneer.contract.peft_fields import COMMON, PeftFields
-from veneer.core.nearest import nearest
 from veneer.errors import FormatError
+from veneer.plain.nearest import nearest
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"  # beside it

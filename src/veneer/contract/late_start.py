@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from veneer.core.sites import LinearSite
+from veneer.records.sites import LinearSite
 
 
 @dataclass(frozen=True, kw_only=True)

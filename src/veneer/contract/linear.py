@@ -17,8 +17,8 @@ from veneer.contract.parameters import Params, Shapes
 from veneer.contract.places import REPEATS, Placed, ShapesByKey, module_places
 from veneer.contract.raised import Raised
 from veneer.contract.targets import TargetedConfig
-from veneer.core.records import LinearDelta
-from veneer.core.sites import LinearSite
+from veneer.records.deltas import LinearDelta
+from veneer.records.sites import LinearSite
 
 _SAMPLES = (
     LinearSite(name="", in_features=1, out_features=1),

@@ -19,11 +19,11 @@ from veneer.contract.parameters import Params
 from veneer.contract.patterns import PatternChecks, below_one, broken, first_match, values_of
 from veneer.contract.rates import no_rates
 from veneer.contract.targets import FamilyTargets
-from veneer.core.records import LinearDelta
-from veneer.core.sites import LinearSite
-from veneer.core.terms.change import Change
-from veneer.core.terms.in_groups import in_groups
-from veneer.core.terms.pair import Pair
+from veneer.records.deltas import LinearDelta
+from veneer.records.sites import LinearSite
+from veneer.records.terms.change import Change
+from veneer.records.terms.in_groups import in_groups
+from veneer.records.terms.pair import Pair
 
 ROWS = "rows"
 """Factors of the update's rows (o,) in a training pass that drops some of them."""

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from veneer.core.frozen import FrozenWeight
-from veneer.core.sites import LinearSite
 from veneer.errors import ConfigError
+from veneer.records.frozen import FrozenWeight
+from veneer.records.sites import LinearSite
 
 
 def needed_weight(site: LinearSite, who: str) -> FrozenWeight:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from veneer.core.records import AttendedDelta, LinearDelta, PrefixDelta, PromptDelta, ResidualDelta
+from veneer.records.deltas import AttendedDelta, LinearDelta, PrefixDelta, PromptDelta, ResidualDelta
 
 Shapes = dict[str, tuple[int, ...]]
 Params = Mapping[str, Tensor]

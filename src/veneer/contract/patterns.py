@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from veneer.contract.checks import Checks
-from veneer.core.sites import LinearSite
+from veneer.records.sites import LinearSite
 
 T = TypeVar("T")
 

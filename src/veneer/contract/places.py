@@ -18,8 +18,8 @@ from veneer.contract.keys import (
 )
 from veneer.contract.parameters import Shapes
 from veneer.contract.shared import Shared
-from veneer.core.sites import Site
 from veneer.errors import FormatError
+from veneer.records.sites import Site
 
 REPEATS = 2  # how often PEFT adds the update of an attention's output projection that is adapted with the attention
 INPUT = "input"  # the name of the one place of virtual tokens

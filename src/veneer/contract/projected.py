@@ -13,7 +13,7 @@ from veneer.contract.patterns import below_one
 from veneer.contract.rates import no_rates
 from veneer.contract.seeds import no_seeds
 from veneer.contract.targets import FamilyTargets
-from veneer.core.sites import LinearSite
+from veneer.records.sites import LinearSite
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from veneer.contract.targets import TargetedConfig
-from veneer.core.records import LinearDelta
-from veneer.core.sites import LinearSite
+from veneer.records.deltas import LinearDelta
+from veneer.records.sites import LinearSite
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,8 @@ from veneer.contract.config import MethodConfig
 from veneer.contract.keys import SUBLAYER, Place
 from veneer.contract.parameters import Params, Shapes
 from veneer.contract.places import Placed, ShapesByKey, module_places
-from veneer.core.records import ResidualDelta
-from veneer.core.sites import ResidualSite
+from veneer.records.deltas import ResidualDelta
+from veneer.records.sites import ResidualSite
 
 _NAME = re.compile(rf"(?:.*\.)?(\d+)\.{SUBLAYER}(attention|cross_attention|mlp)")
 _SAMPLE = ResidualSite(name="", layer=0, sublayer="mlp", features=1024)

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Self
 
-from veneer.core.field_types import check
 from veneer.errors import ConfigError
+from veneer.plain.field_types import check
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ from typing import ClassVar
 
 from veneer.contract.config import MethodConfig
 from veneer.contract.known import Names as Names  # methods look for it here
-from veneer.core.module_names import matches_any, nearest_modules
 from veneer.errors import TargetError, listed
+from veneer.plain.module_names import matches_any, nearest_modules
 
 ALL_LINEAR = "all-linear"
 FamilyTargets = Mapping[str, Mapping[str, Names]]

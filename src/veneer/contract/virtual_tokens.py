@@ -14,9 +14,9 @@ from veneer.contract.config import MethodConfig
 from veneer.contract.known import Known
 from veneer.contract.parameters import Params, Shapes
 from veneer.contract.places import INPUT, Placed, ShapesByKey, damaged, placed, require_sizes
-from veneer.core.records import PrefixDelta, PromptDelta
-from veneer.core.sites import AttentionSite, InputSite
-from veneer.core.tasks import TaskType
+from veneer.plain.tasks import TaskType
+from veneer.records.deltas import PrefixDelta, PromptDelta
+from veneer.records.sites import AttentionSite, InputSite
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,7 +11,7 @@ from torch import Tensor
 from veneer.contract.parameters import Params, Shapes
 from veneer.contract.places import Placed, ShapesByKey
 from veneer.contract.targets import TargetedConfig
-from veneer.core.records import LinearDelta
+from veneer.records.deltas import LinearDelta
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -55,7 +55,7 @@ def answer_accuracy(questions: Sequence[Question], predictions: Sequence[str], j
 
 
 @dataclass(frozen=True, slots=True)
-class Choice:
+class ScoredChoice:
     """Questions as a choice among ``labels``: each question is paired with every label, as sequences to score."""
 
     questions: Sequence[Question]
@@ -63,7 +63,7 @@ class Choice:
     items: tuple[Scored, ...]
 
     @classmethod
-    def of(cls, tokenizer: Any, questions: Sequence[Question], labels: Sequence[str] = ()) -> Choice:
+    def of(cls, tokenizer: Any, questions: Sequence[Question], labels: Sequence[str] = ()) -> ScoredChoice:
         """Return the choice. ``labels`` default to the answers in the data.
 
         Raises DataError if a right answer is not among them, ConfigError if nothing precedes a label.
@@ -107,7 +107,7 @@ def label_accuracy(
 
     Raises as `Choice.of` does.
     """
-    choice = Choice.of(tokenizer, questions, labels)
+    choice = ScoredChoice.of(tokenizer, questions, labels)
     return choice.judged(log_probabilities(model, choice.items, batching, on_progress))
 
 

@@ -7,7 +7,7 @@ from contextlib import nullcontext
 from typing import Any, cast
 
 from veneer.errors import ShapeError
-from veneer.evaluate.accuracy import Accuracy, Choice
+from veneer.evaluate.accuracy import Accuracy, ScoredChoice
 from veneer.evaluate.metric import Answers, Asked, Metric, Passages, metric_named
 from veneer.evaluate.perplexity import Perplexity
 from veneer.evaluate.questions import QuestionReader
@@ -122,7 +122,7 @@ def predictions_of(asked: Asked, result: Result, tokenizer: Any) -> Iterator[dic
     """
     if not isinstance(result, Accuracy):
         raise ShapeError("a perplexity has no predictions: measure an accuracy")
-    questions = cast("Answers | Choice", asked).questions
+    questions = cast("Answers | ScoredChoice", asked).questions
     rows = zip(questions, result.predictions, result.right, strict=True)
     for number, (question, given, right) in enumerate(rows, start=1):
         text = tokenizer.decode(list(question.prompt)) if question.text is None else question.text

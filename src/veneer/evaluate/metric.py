@@ -10,8 +10,8 @@ from typing import Any, ClassVar, Protocol
 from veneer.errors import ConfigError
 from veneer.evaluate.accuracy import (
     Accuracy,
-    Choice,
     Judge,
+    ScoredChoice,
     answer_accuracy,
     exact_match,
     regex_match,
@@ -51,7 +51,7 @@ class Passages:
         return Texts.of(self.tokenizer, self.rows, windows, whole_rows=self.metric.whole_rows)
 
 
-Asked = Answers | Choice | Passages
+Asked = Answers | ScoredChoice | Passages
 
 
 class Metric(Protocol):
@@ -138,12 +138,12 @@ class LabelChoice:
 
     labels: tuple[str, ...] = ()
 
-    def ask(self, reader: QuestionReader, rows: Rows, whole: Rows = ()) -> Choice:
+    def ask(self, reader: QuestionReader, rows: Rows, whole: Rows = ()) -> ScoredChoice:
         questions, words = reader.read(rows), self.labels
         if not words:
             words = tuple(reader.all_answers(whole or rows))
             require_few(words)
-        return Choice.of(reader.tokenizer, questions, words)
+        return ScoredChoice.of(reader.tokenizer, questions, words)
 
 
 METRICS: Mapping[str, type[Any]] = MappingProxyType(

@@ -12,9 +12,9 @@ from jaxtyping import Float32
 from torch import Tensor
 
 from veneer.errors import CompositionError, ConfigError
-from veneer.model.routing import BASE
-from veneer.model.structure import evaluation
-from veneer.model.virtual_tokens import virtual_tokens
+from veneer.model.adapted.routing import BASE
+from veneer.model.placed.structure import evaluation
+from veneer.model.placed.virtual_tokens import virtual_tokens
 
 OnProgress = Callable[[int, int], None]
 

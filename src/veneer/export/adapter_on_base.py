@@ -11,13 +11,13 @@ from typing import cast
 from transformers import PreTrainedModel
 
 from veneer.contract.places import Placed
-from veneer.core.frozen import FrozenWeight
-from veneer.core.linear import BLOCK_VALUES
-from veneer.core.sites import LinearSite
 from veneer.export.base_weights import BaseWeights, WeightInFile, is_copy
 from veneer.export.folded import filled
-from veneer.model.linear import row_squares
-from veneer.model.snapshot import look_at
+from veneer.model.adapted.linear import row_squares
+from veneer.model.snapshot.snapshot import look_at
+from veneer.records.frozen import FrozenWeight
+from veneer.records.linear import BLOCK_VALUES
+from veneer.records.sites import LinearSite
 from veneer.store.adapter.files import read_headers
 from veneer.store.adapter.records import StoredAdapter
 from veneer.store.checkpoint import Checkpoint

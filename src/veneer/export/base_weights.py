@@ -13,12 +13,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from veneer.core.frozen import FrozenWeight
-from veneer.core.linear import BLOCK_VALUES
 from veneer.disk.safetensors import StoredTensor
 from veneer.errors import FormatError
-from veneer.model.coded_stack import as_maps, map_shape
-from veneer.model.renamed import listed_experts, renamer
+from veneer.model.coded.renamed import listed_experts, renamer
+from veneer.model.coded.stack import as_maps, map_shape
+from veneer.records.frozen import FrozenWeight
+from veneer.records.linear import BLOCK_VALUES
 from veneer.store.checkpoint import Checkpoint
 from veneer.store.stored_quantization import stored_quantization
 

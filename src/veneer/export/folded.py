@@ -27,11 +27,11 @@ from veneer.disk.safetensors import StoredTensor
 from veneer.errors import CompositionError
 from veneer.export.base_weights import BaseWeights, Spec, in_blocks, is_copy
 from veneer.export.model_folder import model_config
-from veneer.model.adapted import Adapted, forget_weight
-from veneer.model.allocation import Allocation
-from veneer.model.attach import adapted_modules, attach, live_parameters
-from veneer.model.embedding import input_embeddings
-from veneer.model.state import AdapterState
+from veneer.model.adapted.allocation import Allocation
+from veneer.model.adapted.embedding import input_embeddings
+from veneer.model.adapted.site import Adapted, forget_weight
+from veneer.model.adapted.state import AdapterState
+from veneer.model.attach.attach import adapted_modules, attach, live_parameters
 from veneer.store.adapter.config import read_config
 from veneer.store.adapter.files import read_headers
 from veneer.store.adapter.fit import fitting

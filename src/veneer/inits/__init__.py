@@ -23,9 +23,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from veneer.contract.needed import missing_weight
-from veneer.core.frozen import FrozenWeight
-from veneer.core.sites import LinearSite
 from veneer.errors import ConfigError
+from veneer.records.frozen import FrozenWeight
+from veneer.records.sites import LinearSite
 
 Factors = tuple[Float[Tensor, "r i"], Float[Tensor, "o r"]]
 

@@ -17,10 +17,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from veneer.contract.settings import Settings
-from veneer.core.sites import LinearSite
 from veneer.inits import Factors, Start, dense_weight
 from veneer.inits.lowrank import kaiming
 from veneer.inits.pissa import best_factors
+from veneer.records.sites import LinearSite
 
 NAMES = ("'corda'",)
 _OF_THE_PASS = (  # PEFT's settings of its pass over data, which leave nothing in an adapter

@@ -17,11 +17,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from veneer.contract.settings import Settings
-from veneer.core.sites import LinearSite
 from veneer.errors import ConfigError
 from veneer.inits import Factors, Start, dense_weight
 from veneer.inits.lowrank import kaiming
 from veneer.inits.pissa import leading_triplets
+from veneer.records.sites import LinearSite
 
 NAMES = ("'lora_ga'",)
 _POWER_ITERATIONS = 4

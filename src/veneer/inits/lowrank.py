@@ -6,8 +6,8 @@ import math
 
 import torch
 
-from veneer.core.sites import LinearSite
 from veneer.inits import Factors, Start
+from veneer.records.sites import LinearSite
 
 NAMES = ("True", "'gaussian'", "False")
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import torch
 
-from veneer.core.sites import LinearSite
 from veneer.inits import Factors, Start, dense_weight
+from veneer.records.sites import LinearSite
 
 NAMES = ("'mica'",)
 

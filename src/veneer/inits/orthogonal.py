@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import torch
 
-from veneer.core.sites import LinearSite
 from veneer.errors import ConfigError
 from veneer.inits import Factors, Start
+from veneer.records.sites import LinearSite
 
 NAMES = ("'orthogonal'",)
 _SIZE = 0.1  # of the entries, as PEFT has it

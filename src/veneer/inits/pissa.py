@@ -16,8 +16,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from veneer.core.sites import LinearSite
 from veneer.inits import Factors, Start, dense_weight
+from veneer.records.sites import LinearSite
 
 NAMES = ("'pissa'", "'pissa_niter_4'")
 

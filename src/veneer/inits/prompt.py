@@ -6,8 +6,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from veneer.core.sites import InputSite
 from veneer.errors import ConfigError
+from veneer.records.sites import InputSite
 
 _SAMPLED = 4096  # tokens that the scale of the embeddings is measured on
 

@@ -22,9 +22,9 @@ from veneer.contract.patterns import below_one
 from veneer.contract.peft_fields import OF_LORA, PeftFields
 from veneer.contract.targets import FamilyTargets
 from veneer.contract.training import Training
-from veneer.core.records import LinearDelta
-from veneer.core.sites import LinearSite
 from veneer.errors import ConfigError
+from veneer.records.deltas import LinearDelta
+from veneer.records.sites import LinearSite
 
 RANK_OFFSET = 1e-5  # PEFT divides by the rank plus this
 

@@ -27,10 +27,10 @@ from veneer.contract.peft_fields import PeftFields
 from veneer.contract.seeds import no_seeds
 from veneer.contract.targets import FamilyTargets
 from veneer.contract.training import Training
-from veneer.core.records import LinearDelta
-from veneer.core.sites import LinearSite
 from veneer.errors import ConfigError
 from veneer.ops.traced import is_tracing
+from veneer.records.deltas import LinearDelta
+from veneer.records.sites import LinearSite
 
 _V, _ORDER = "adamss_newB", "order"
 _TRAINED = ("adamss_A", "adamss_B")
@@ -185,16 +185,16 @@ class AdamssConfig(LinearMethod):
             u, s, v = torch.svd_lowrank(w, q=min(self.r, *w.shape), niter=2)
         return u, s, v.T.contiguous()
 
-    def _parts(self, site: LinearSite) -> Parts:
+    def _parts(self, site: LinearSite) -> WeightParts:
         """The parts of a site's weight. The site keeps them until `derived` is asked, as decomposing takes long."""
         kept = site.found.get(self._key)
-        return kept if isinstance(kept, Parts) else self._decomposed(site)[1]
+        return kept if isinstance(kept, WeightParts) else self._decomposed(site)[1]
 
-    def _decomposed(self, site: LinearSite) -> tuple[Float[Tensor, "o r"], Parts]:
+    def _decomposed(self, site: LinearSite) -> tuple[Float[Tensor, "o r"], WeightParts]:
         """The left singular vectors of a site's weight, and its parts, which the site keeps."""
         u, s, v = self.decomposed(site)
         rows = clustered(u, self.n_clusters(site), site.name)
-        parts = Parts(s, v, rows, [self._rank(u[each]) for each in rows])
+        parts = WeightParts(s, v, rows, [self._rank(u[each]) for each in rows])
         site.found[self._key] = parts
         return u, parts
 
@@ -234,7 +234,7 @@ class _Vectors(Packing):
 
 
 @dataclass(frozen=True)
-class Parts:
+class WeightParts:
     """Singular values and right singular vectors of a weight, the ``rows`` of its clusters and their ranks."""
 
     s: Float[Tensor, " r"]

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from veneer.contract import AttentionMethod, Params, Shapes
-from veneer.core.records import AttendedDelta
-from veneer.core.sites import AttendingSite
+from veneer.records.deltas import AttendedDelta
+from veneer.records.sites import AttendingSite
 
 PROMPT, GATE = "adaption_prompt", "adaption_gate"
 

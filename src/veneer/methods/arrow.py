@@ -18,10 +18,10 @@ from torch.nn.functional import linear
 from veneer.contract import LinearMethod, Params, Shapes
 from veneer.contract.packing import Packing
 from veneer.contract.patterns import below_one
-from veneer.core.records import LinearDelta
-from veneer.core.sites import LinearSite
-from veneer.core.terms.mixture import Mixture
 from veneer.inits.uniform import kaiming_uniform
+from veneer.records.deltas import LinearDelta
+from veneer.records.sites import LinearSite
+from veneer.records.terms.mixture import Mixture
 
 _A, _B, _SCALES, _PROTOTYPES = "arrow_A", "arrow_B", "arrow_scales", "arrow_prototypes"
 _ITERATIONS, _LEAST = 15, 1e-8  # PEFT's

@@ -23,12 +23,12 @@ from veneer.contract.family_targets import LOW_RANK
 from veneer.contract.patterns import below_one
 from veneer.contract.rates import no_rates
 from veneer.contract.targets import FamilyTargets
-from veneer.core.dropped_blocks import DROPPED, dropped_blocks, identity_at
-from veneer.core.orthogonal import cayley
-from veneer.core.records import LinearDelta
-from veneer.core.sites import LinearSite
-from veneer.core.terms.rotation import BlockRotation, Rotation
-from veneer.core.terms.scale import Scale
+from veneer.records.deltas import LinearDelta
+from veneer.records.dropped_blocks import DROPPED, dropped_blocks, identity_at
+from veneer.records.orthogonal import cayley
+from veneer.records.sites import LinearSite
+from veneer.records.terms.rotation import BlockRotation, Rotation
+from veneer.records.terms.scale import Scale
 
 _SIZES = ("boft_block_size", "boft_block_num")  # of which one is given
 

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from veneer.contract import Params, ResidualMethod, Shapes
-from veneer.core.records import ResidualDelta
-from veneer.core.residual import ACTIVATIONS, bottleneck_width
-from veneer.core.sites import ResidualSite
 from veneer.inits import bottleneck
+from veneer.records.deltas import ResidualDelta
+from veneer.records.residual import ACTIVATIONS, bottleneck_width
+from veneer.records.sites import ResidualSite
 
 PRESETS: Mapping[str, dict[str, Any]] = {
     "houlsby": {"after_attention": True, "non_linearity": "swish"},

@@ -20,10 +20,10 @@ from veneer.contract.family_targets import LOW_RANK
 from veneer.contract.patterns import PatternChecks, below_one, broken, first_match, values_of
 from veneer.contract.peft_fields import PeftFields
 from veneer.contract.targets import FamilyTargets
-from veneer.core.records import LinearDelta
-from veneer.core.sites import LinearSite
-from veneer.core.terms.change import Change
-from veneer.core.terms.form import Form
+from veneer.records.deltas import LinearDelta
+from veneer.records.sites import LinearSite
+from veneer.records.terms.change import Change
+from veneer.records.terms.form import Form
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from veneer.contract import Params, PrefixMethod, Shapes
 from veneer.contract.packing import Packing
-from veneer.core.prefix import prefix_width, unflatten_prefix
-from veneer.core.records import PrefixDelta
-from veneer.core.sites import AttentionSite
+from veneer.records.deltas import PrefixDelta
+from veneer.records.prefix import prefix_width, unflatten_prefix
+from veneer.records.sites import AttentionSite
 
 STORED = "prompt_embeddings"
 _FROZEN, _TRAINED = "frozen", "trained"

@@ -22,11 +22,11 @@ from torch import Tensor
 from veneer.contract import Params, PromptMethod, Shapes
 from veneer.contract.packing import Packing
 from veneer.contract.training import Schedule, Training
-from veneer.core.field_types import fits, plain
-from veneer.core.prompt import UNTRAINED
-from veneer.core.records import PromptDelta
-from veneer.core.sites import InputSite
 from veneer.errors import ConfigError
+from veneer.plain.field_types import fits, plain
+from veneer.records.deltas import PromptDelta
+from veneer.records.prompt import UNTRAINED
+from veneer.records.sites import InputSite
 
 STORED = "prompt_embeddings"
 NETWORK = {"embedding": "prompt_encoder.embedding.weight", "delta": "prompt_encoder.delta_embedding.weight"}

@@ -21,9 +21,9 @@ from veneer.contract.packing import Packing
 from veneer.contract.patterns import PatternChecks, below_one, broken, first_match, values_of
 from veneer.contract.rates import no_rates
 from veneer.contract.targets import FamilyTargets
-from veneer.core.records import LinearDelta
-from veneer.core.sites import LinearSite
 from veneer.inits.uniform import kaiming_uniform
+from veneer.records.deltas import LinearDelta
+from veneer.records.sites import LinearSite
 
 _LEAST_NORM = 1e-4  # PEFT's, of a column or row that is divided by its norm
 

@@ -21,13 +21,13 @@ from veneer.contract.family_targets import LOW_RANK
 from veneer.contract.patterns import PatternChecks, below_one, broken, first_match, values_of
 from veneer.contract.seeds import no_seeds
 from veneer.contract.targets import FamilyTargets
-from veneer.core.records import LinearDelta
-from veneer.core.sites import LinearSite
-from veneer.core.terms.change import Change
+from veneer.records.deltas import LinearDelta
+from veneer.records.sites import LinearSite
+from veneer.records.terms.change import Change
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Spectrum(Change):
+class FourierChange(Change):
     """Change ``scaling · Re(F⁻¹(S))``; S (o, i) has ``values`` at ``rows`` and ``columns`` and is zero elsewhere."""
 
     values: Float[Tensor, " n"]
@@ -111,7 +111,9 @@ class FourierFTConfig(LinearMethod):
     def lower(self, site: LinearSite, params: Params) -> LinearDelta:
         values, size = params["fourierft_spectrum"], (site.out_features, site.in_features)
         rows, columns = places(self.random_loc_seed, *size, len(values), device=values.device)
-        return LinearDelta(adds=(Spectrum(values=values, rows=rows, columns=columns, size=size, scaling=self.scaling),))
+        return LinearDelta(
+            adds=(FourierChange(values=values, rows=rows, columns=columns, size=size, scaling=self.scaling),)
+        )
 
 
 @dataclass(frozen=True)

@@ -25,10 +25,10 @@ from veneer.contract.rates import no_rates
 from veneer.contract.seeds import no_seeds
 from veneer.contract.shared import Shared
 from veneer.contract.targets import FamilyTargets
-from veneer.core.records import LinearDelta
-from veneer.core.sites import LinearSite
-from veneer.core.terms.change import Change
 from veneer.ops.traced import is_tracing
+from veneer.records.deltas import LinearDelta
+from veneer.records.sites import LinearSite
+from veneer.records.terms.change import Change
 
 _LEAST_NORM = 1e-12  # PEFT's, of a column of U that is divided by its norm
 _SHARED = ("frod_V", "frod_s_indices", "frod_s_size")

@@ -20,14 +20,14 @@ from veneer.contract.packing import Packing
 from veneer.contract.patterns import below_one
 from veneer.contract.peft_fields import PeftFields
 from veneer.contract.targets import FamilyTargets
-from veneer.core.records import LinearDelta
-from veneer.core.sites import LinearSite
-from veneer.core.terms.base import Base
-from veneer.core.terms.change import Change
-from veneer.core.terms.hadamard import Hadamard
-from veneer.core.terms.pair import Pair
 from veneer.errors import ConfigError
 from veneer.inits.uniform import kaiming_uniform
+from veneer.records.deltas import LinearDelta
+from veneer.records.sites import LinearSite
+from veneer.records.terms.base import Base
+from veneer.records.terms.change import Change
+from veneer.records.terms.hadamard import Hadamard
+from veneer.records.terms.pair import Pair
 
 _STD = 0.02  # PEFT's, of a number that starts away from zero
 _OF_BIAS = ("glora_C_X", "glora_D_X", "glora_E_X")

@@ -20,9 +20,9 @@ from veneer.contract.family_targets import LOW_RANK
 from veneer.contract.patterns import below_one
 from veneer.contract.peft_fields import PeftFields
 from veneer.contract.targets import FamilyTargets
-from veneer.core.records import LinearDelta
-from veneer.core.sites import LinearSite
 from veneer.inits.uniform import kaiming_uniform
+from veneer.records.deltas import LinearDelta
+from veneer.records.sites import LinearSite
 
 
 @dataclass(frozen=True, kw_only=True)

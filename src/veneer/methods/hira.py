@@ -21,11 +21,11 @@ from veneer.contract.patterns import below_one
 from veneer.contract.peft_fields import PeftFields
 from veneer.contract.rates import no_rates
 from veneer.contract.targets import FamilyTargets
-from veneer.core.records import LinearDelta
-from veneer.core.sites import LinearSite
-from veneer.core.terms.base import Base
-from veneer.core.terms.hadamard import Hadamard
 from veneer.inits.uniform import kaiming_uniform
+from veneer.records.deltas import LinearDelta
+from veneer.records.sites import LinearSite
+from veneer.records.terms.base import Base
+from veneer.records.terms.hadamard import Hadamard
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,11 +21,11 @@ from veneer.contract.known import Known
 from veneer.contract.peft_fields import PeftFields
 from veneer.contract.raised import Raised
 from veneer.contract.targets import FamilyTargets, Names
-from veneer.core.module_names import matches_any
-from veneer.core.records import LinearDelta
-from veneer.core.sites import LinearSite
-from veneer.core.terms.scale import Scale
 from veneer.errors import CompositionError
+from veneer.plain.module_names import matches_any
+from veneer.records.deltas import LinearDelta
+from veneer.records.sites import LinearSite
+from veneer.records.terms.scale import Scale
 
 
 @dataclass(frozen=True, kw_only=True)

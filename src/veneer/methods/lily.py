@@ -22,11 +22,11 @@ from veneer.contract.known import Known
 from veneer.contract.patterns import below_one
 from veneer.contract.shared import Shared
 from veneer.contract.targets import FamilyTargets
-from veneer.core.records import LinearDelta
-from veneer.core.sequences import MEMBERS, means
-from veneer.core.sites import LinearSite
-from veneer.core.terms.mixture import LowRankMixture
 from veneer.inits.uniform import kaiming_uniform
+from veneer.records.deltas import LinearDelta
+from veneer.records.sequences import MEMBERS, means
+from veneer.records.sites import LinearSite
+from veneer.records.terms.mixture import LowRankMixture
 
 _A, _B, _ROUTER = "lily_A", "lily_B", "lily_router"
 
@@ -35,7 +35,7 @@ _A, _B, _ROUTER = "lily_A", "lily_B", "lily_router"
 class SequenceMixture(LowRankMixture):
     """Change ``scale · Σₑ πₑ Bₑ A``, π the mean over a sequence of ``softmax(router A x)``.
 
-    ``b`` holds the experts (r, o) one below the other. ``members`` are those of `core.sequences.Sequences`. Without
+    ``b`` holds the experts (r, o) one below the other. ``members`` are those of `records.sequences.Sequences`. Without
     them the last axis but one of the input is a sequence.
     """
 

@@ -10,7 +10,7 @@ from veneer.contract.keys import place_of, tuned_key
 from veneer.contract.peft_fields import PeftFields
 from veneer.contract.targets import FamilyTargets
 from veneer.contract.whole import WholeMethod
-from veneer.core.module_names import matches_any
+from veneer.plain.module_names import matches_any
 
 _BEFORE_AND_AFTER = ("input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm")
 

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from veneer.contract import Params, Shapes
 from veneer.contract.lycoris import LycorisMethod, behind_core, window_of
-from veneer.core.sites import LinearSite
-from veneer.core.terms.pair import Pair
 from veneer.inits.uniform import kaiming_uniform
+from veneer.records.sites import LinearSite
+from veneer.records.terms.pair import Pair
 
 
 @dataclass(frozen=True, kw_only=True)

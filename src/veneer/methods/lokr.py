@@ -16,10 +16,10 @@ from torch import Tensor
 
 from veneer.contract import Params, Shapes
 from veneer.contract.lycoris import LycorisMethod, behind_core, window_of
-from veneer.core.sites import LinearSite
-from veneer.core.terms.change import Change
-from veneer.core.terms.form import Form
 from veneer.inits.uniform import kaiming_uniform
+from veneer.records.sites import LinearSite
+from veneer.records.terms.change import Change
+from veneer.records.terms.form import Form
 
 MATRIX_UNIT = 24  # times as many multiplications it does in a second, by measurement
 

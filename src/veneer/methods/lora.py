@@ -25,16 +25,16 @@ from veneer.contract.raised import Raised
 from veneer.contract.settings import Settings
 from veneer.contract.targets import FamilyTargets
 from veneer.contract.training import Training
-from veneer.core.groups import block_diagonal, diagonal_blocks
-from veneer.core.records import LinearDelta
-from veneer.core.sites import LinearSite
-from veneer.core.stacks import stack, unstack
 from veneer.methods.lora_parts.checks import LoraChecks
 from veneer.methods.lora_parts.late_start import LoraLateStart
 from veneer.methods.lora_parts.raised import fields_of, parameters_of
 from veneer.methods.lora_parts.settings import LoraSettings
 from veneer.methods.lora_parts.taken_off import joined, packing_of, turned
 from veneer.methods.variants import VARIANTS, variants_of
+from veneer.records.channel_groups import block_diagonal, diagonal_blocks
+from veneer.records.deltas import LinearDelta
+from veneer.records.sites import LinearSite
+from veneer.records.stacks import stack, unstack
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,11 +20,11 @@ from veneer.contract import Params, Shapes
 from veneer.contract.embedded_prompt import EmbeddedPrompt
 from veneer.contract.packing import Packing
 from veneer.contract.tasks import unnamed_task
-from veneer.core.records import PromptDelta
-from veneer.core.sites import InputSite
 from veneer.disk.safetensors import read_all, read_header
 from veneer.errors import ConfigError
 from veneer.inits import prompt
+from veneer.records.deltas import PromptDelta
+from veneer.records.sites import InputSite
 
 SHARED, COLUMNS, ROWS = "prompt_embeddings", "prefix_task_cols", "prefix_task_rows"
 OF_SOURCE = ("AVERAGE_SOURCE_TASKS", "EXACT_SOURCE_TASK", "ONLY_SOURCE_SHARED")

@@ -22,11 +22,11 @@ from veneer.contract.family_targets import LOW_RANK
 from veneer.contract.rates import no_rates
 from veneer.contract.targets import FamilyTargets
 from veneer.contract.training import Schedule, Training
-from veneer.core.dropped_blocks import DROPPED, dropped_blocks, identity_at
-from veneer.core.orthogonal import cayley, neumann, skew_symmetric
-from veneer.core.records import LinearDelta
-from veneer.core.sites import LinearSite
-from veneer.core.terms.rotation import BlockRotation
+from veneer.records.deltas import LinearDelta
+from veneer.records.dropped_blocks import DROPPED, dropped_blocks, identity_at
+from veneer.records.orthogonal import cayley, neumann, skew_symmetric
+from veneer.records.sites import LinearSite
+from veneer.records.terms.rotation import BlockRotation
 
 _SIZES = ("r", "oft_block_size")  # of which one is given
 _MOST_TERMS = 100  # of a Neumann series; a handful are enough

@@ -22,11 +22,11 @@ from veneer.contract.needed import needed_weight
 from veneer.contract.patterns import broken
 from veneer.contract.peft_fields import PeftFields
 from veneer.contract.targets import FamilyTargets
-from veneer.core.frozen import FrozenWeight
-from veneer.core.records import LinearDelta
-from veneer.core.sites import LinearSite
-from veneer.core.terms.change import Change
 from veneer.ops.traced import is_tracing
+from veneer.records.deltas import LinearDelta
+from veneer.records.frozen import FrozenWeight
+from veneer.records.sites import LinearSite
+from veneer.records.terms.change import Change
 
 _JOINED = {"target_modules": ("query_key_value", "dense_4h_to_h")}
 _LOW = ("U_low", "S_low", "V_low")

@@ -23,9 +23,9 @@ from veneer.contract.patterns import below_one
 from veneer.contract.peft_fields import PeftFields
 from veneer.contract.targets import FamilyTargets
 from veneer.contract.tasks import unnamed_task
-from veneer.core.records import LinearDelta
-from veneer.core.sites import LinearSite
 from veneer.inits.uniform import kaiming_uniform
+from veneer.records.deltas import LinearDelta
+from veneer.records.sites import LinearSite
 
 _A, _B, _LOGITS, _NOISE = "poly_lora_A", "poly_lora_B", "module_logits", "noise"
 _LEAST = 1e-12  # PEFT adds it to the sum of a split's weights

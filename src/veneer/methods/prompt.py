@@ -14,9 +14,9 @@ from torch import Tensor
 
 from veneer.contract import Params, Shapes
 from veneer.contract.embedded_prompt import EmbeddedPrompt
-from veneer.core.records import PromptDelta
-from veneer.core.sites import InputSite
 from veneer.inits import prompt
+from veneer.records.deltas import PromptDelta
+from veneer.records.sites import InputSite
 
 STORED = "prompt_embeddings"
 

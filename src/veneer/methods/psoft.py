@@ -22,10 +22,10 @@ from veneer.contract.needed import needed_weight
 from veneer.contract.patterns import below_one
 from veneer.contract.seeds import no_seeds
 from veneer.contract.targets import FamilyTargets
-from veneer.core.orthogonal import cayley, neumann, skew_symmetric
-from veneer.core.records import LinearDelta
-from veneer.core.sites import LinearSite
 from veneer.ops.traced import is_tracing
+from veneer.records.deltas import LinearDelta
+from veneer.records.orthogonal import cayley, neumann, skew_symmetric
+from veneer.records.sites import LinearSite
 
 
 @dataclass(frozen=True, kw_only=True)

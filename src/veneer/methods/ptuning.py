@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from veneer.contract import Params, PromptMethod, Shapes
-from veneer.core.records import PromptDelta
-from veneer.core.sites import InputSite
+from veneer.records.deltas import PromptDelta
+from veneer.records.sites import InputSite
 
 STORED = "prompt_embeddings"
 MOST = {"encoder_hidden_size": 2**20, "encoder_num_layers": 1000}  # the layers are made before a file is compared

@@ -22,19 +22,19 @@ from veneer.contract import Params, Shapes
 from veneer.contract.peft_fields import PeftFields
 from veneer.contract.projected import ProjectedMethod
 from veneer.contract.shared import Shared
-from veneer.core.records import LinearDelta
-from veneer.core.sites import LinearSite
-from veneer.core.terms.mixture import Mixture
 from veneer.inits.projections import projections
 from veneer.ops.dropout import Mask, dropout
 from veneer.ops.traced import is_tracing
+from veneer.records.deltas import LinearDelta
+from veneer.records.sites import LinearSite
+from veneer.records.terms.mixture import Mixture
 
 _B, _D, _KEY = "pvera_lambda_b", "pvera_lambda_d", "key"
 _BLOCK = 64  # rows whose noise is drawn together, even if fewer are there: numbers depend on how many are drawn
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Sampled(Mixture):
+class SampledMixture(Mixture):
     """Change whose inner activations are drawn: ``b_scale ⊙ B (μ + ε exp(ρ / 2))`` with ``(μ, ρ) = core ⊙ A x``.
 
     ``key`` (), of int64, gives the noise ε, and the mask of a dropout with probability ``p`` on x. ``first`` is the
@@ -59,10 +59,10 @@ class Sampled(Mixture):
         drawn = mean + self._noise(mean) * (0.5 * log_variance).exp()
         return linear(drawn.to(x.dtype), self.b.to(x.dtype)) * self.b_scale.to(x.dtype)
 
-    def rounded(self, dtype: torch.dtype) -> Sampled:
+    def rounded(self, dtype: torch.dtype) -> SampledMixture:
         return replace(self, a=self.a.to(dtype), b=self.b.to(dtype))  # the variance is an exponential: not rounded
 
-    def on(self, rows: slice, n_before: int) -> Sampled:
+    def on(self, rows: slice, n_before: int) -> SampledMixture:
         return replace(self, first=self.first + n_before)
 
     def _dropped(self, x: Tensor) -> Tensor:
@@ -138,7 +138,7 @@ class PveraConfig(ProjectedMethod):
         a, b = big_a[:, : site.in_features], big_b[: site.out_features]
         if _KEY not in params:
             return LinearDelta.pair(a[: self.r], b, core=core[: self.r], b_scale=b_scale)
-        change = Sampled(a=a, core=core, b=b, b_scale=b_scale, key=params[_KEY], p=self.pvera_dropout)
+        change = SampledMixture(a=a, core=core, b=b, b_scale=b_scale, key=params[_KEY], p=self.pvera_dropout)
         return LinearDelta(adds=(change,))
 
     @property

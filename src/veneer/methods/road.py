@@ -15,9 +15,9 @@ from veneer.contract.checks import Checks
 from veneer.contract.family_targets import LOW_RANK
 from veneer.contract.peft_fields import PeftFields
 from veneer.contract.targets import FamilyTargets
-from veneer.core.records import LinearDelta
-from veneer.core.sites import LinearSite
-from veneer.core.terms.rotation import Rotation
+from veneer.records.deltas import LinearDelta
+from veneer.records.sites import LinearSite
+from veneer.records.terms.rotation import Rotation
 
 _LARGEST_BLOCK = 128
 

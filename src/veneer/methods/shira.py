@@ -19,9 +19,9 @@ from veneer.contract.patterns import below_one
 from veneer.contract.peft_fields import PeftFields
 from veneer.contract.seeds import no_seeds
 from veneer.contract.targets import FamilyTargets
-from veneer.core.records import LinearDelta
-from veneer.core.sites import LinearSite
-from veneer.core.terms.sparse import Sparse, place_problems
+from veneer.records.deltas import LinearDelta
+from veneer.records.sites import LinearSite
+from veneer.records.terms.sparse import Sparse, place_problems
 
 
 @dataclass(frozen=True, kw_only=True)

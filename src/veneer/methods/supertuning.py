@@ -23,12 +23,12 @@ from veneer.contract.patterns import below_one
 from veneer.contract.peft_fields import PeftFields
 from veneer.contract.rates import no_rates
 from veneer.contract.targets import FamilyTargets
-from veneer.core.records import LinearDelta
-from veneer.core.sites import LinearSite
-from veneer.core.terms.pair import Pair
-from veneer.core.terms.sparse import Sparse, place_problems
 from veneer.inits.uniform import kaiming_uniform
 from veneer.ops.traced import is_tracing
+from veneer.records.deltas import LinearDelta
+from veneer.records.sites import LinearSite
+from veneer.records.terms.pair import Pair
+from veneer.records.terms.sparse import Sparse, place_problems
 
 _MOST = 2**31  # weights of a layer that int32, PEFT's dtype of places, can number
 _VALUES, _PLACES, _A, _B = (f"supertuning_{name}" for name in ("values", "indices", "lora_A", "lora_B"))

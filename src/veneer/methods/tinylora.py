@@ -25,9 +25,9 @@ from veneer.contract.places import Placed, ShapesByKey
 from veneer.contract.seeds import no_seeds
 from veneer.contract.shared import Shared
 from veneer.contract.targets import FamilyTargets
-from veneer.core.records import LinearDelta
-from veneer.core.sites import LinearSite
 from veneer.ops.traced import is_tracing
+from veneer.records.deltas import LinearDelta
+from veneer.records.sites import LinearSite
 
 
 @dataclass(frozen=True, kw_only=True)

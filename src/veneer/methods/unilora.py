@@ -25,14 +25,14 @@ from veneer.contract.peft_fields import PeftFields
 from veneer.contract.places import Placed, ShapesByKey
 from veneer.contract.shared import Shared
 from veneer.contract.targets import FamilyTargets
-from veneer.core.records import LinearDelta
-from veneer.core.sites import LinearSite
 from veneer.ops.traced import is_tracing
+from veneer.records.deltas import LinearDelta
+from veneer.records.sites import LinearSite
 
 _THETA = "unilora_theta_d"
 
 
-class Choice:
+class EntryChoice:
     """Number of θ that each entry of all layers' factors is, and its scale. Do not write.
 
     Adapters of one seed and one size share the object. It goes when the last of them goes.
@@ -50,7 +50,7 @@ class Choice:
         return self._on[device]
 
 
-_ALIVE: WeakValueDictionary[tuple[int, int, int], Choice] = WeakValueDictionary()
+_ALIVE: WeakValueDictionary[tuple[int, int, int], EntryChoice] = WeakValueDictionary()
 
 
 def balanced(seed: int, length: int, count: int) -> Int[Tensor, " count"]:
@@ -182,12 +182,12 @@ class UniLoraConfig(LinearMethod):
         index, scale = self._held(count).on(device)
         return index[start : start + n], scale
 
-    def _held(self, count: int) -> Choice:
+    def _held(self, count: int) -> EntryChoice:
         """The choice for so many entries, which this config holds from now on."""
-        kept: dict[int, Choice] = vars(self).setdefault("_kept", {})
+        kept: dict[int, EntryChoice] = vars(self).setdefault("_kept", {})
         if count not in kept:
             key = self.proj_seed, self.theta_d_length, count
-            kept[count] = _ALIVE.get(key) or _ALIVE.setdefault(key, Choice(*key))
+            kept[count] = _ALIVE.get(key) or _ALIVE.setdefault(key, EntryChoice(*key))
         return kept[count]
 
 

@@ -21,8 +21,8 @@ from veneer.contract.family_targets import LOW_RANK
 from veneer.contract.patterns import below_one
 from veneer.contract.shared import Shared
 from veneer.contract.targets import FamilyTargets
-from veneer.core.records import LinearDelta
-from veneer.core.sites import LinearSite
+from veneer.records.deltas import LinearDelta
+from veneer.records.sites import LinearSite
 
 _ALL = {"target_modules": ("q", "k", "v", "out", "up", "down")}
 _BANK = "vblora_vector_bank"

@@ -17,9 +17,9 @@ from torch import Tensor
 from veneer.contract import Params, Shapes
 from veneer.contract.projected import ProjectedMethod
 from veneer.contract.shared import Shared
-from veneer.core.records import LinearDelta
-from veneer.core.sites import LinearSite
 from veneer.inits.projections import projections
+from veneer.records.deltas import LinearDelta
+from veneer.records.sites import LinearSite
 
 
 @dataclass(frozen=True, kw_only=True)

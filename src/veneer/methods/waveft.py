@@ -23,10 +23,10 @@ from veneer.contract.known import Known
 from veneer.contract.patterns import PatternChecks, below_one, broken, first_match, values_of
 from veneer.contract.seeds import no_seeds
 from veneer.contract.targets import FamilyTargets
-from veneer.core.records import LinearDelta
-from veneer.core.sites import LinearSite
-from veneer.core.terms.change import Change
-from veneer.core.wavelets import LOW, filters
+from veneer.records.deltas import LinearDelta
+from veneer.records.sites import LinearSite
+from veneer.records.terms.change import Change
+from veneer.records.wavelets import LOW, filters
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""Weights that are cut over processes (`model.sharding`), read before their block runs and gathers them.
+"""Weights that are cut over processes (`model.sharded.sharding`), read before their block runs and gathers them.
 
 Each read gathers one weight, and all processes that share it read together: they attach the same adapter.
 """
@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from veneer.core.frozen import FrozenWeight
+from veneer.records.frozen import FrozenWeight
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,10 +11,10 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from veneer.core.frozen import FrozenWeight
 from veneer.errors import ConfigError, ShapeError
 from veneer.ops.dispatch import implementation
 from veneer.ops.matmul import add_matmul, matmul, operand, widens
+from veneer.records.frozen import FrozenWeight
 
 _OP = "cross_entropy.softmax_cross_entropy"
 # Of logits at a time: rows enough for the products to run at full rate, few enough to stay in cache.
@@ -115,7 +115,7 @@ def linear_cross_entropy_rows(
 
 
 @dataclass(frozen=True, slots=True)
-class TokenScores:
+class LabelScores:
     """Scores of each row's label: ``log_probs`` in nats, and further details if asked for.
 
     ``entropy`` is of the prediction. The others are the logarithm of the sum of its squared probabilities, the mean
@@ -137,20 +137,20 @@ def linear_token_scores(
     *,
     details: bool = True,
     collision: bool = False,
-) -> TokenScores:
+) -> LabelScores:
     """Return the log-probability of each row's label under a frozen head.
 
-    Its gradient in hidden is computed as in `linear_cross_entropy`. ``details`` asks for the rest of `TokenScores`,
+    Its gradient in hidden is computed as in `linear_cross_entropy`. ``details`` asks for the rest of `LabelScores`,
     constants under autograd. ``collision`` asks for the squared probabilities among them. Raises ShapeError as
     `linear_cross_entropy` does.
     """
     weight = weight.detach() if isinstance(weight, Tensor) else weight
     options = HeadOptions(count_hits=details)
     if not details:
-        return TokenScores(-_RowCrossEntropy.apply(hidden, weight, labels, bias, options)[0])  # type: ignore[no-untyped-call]
+        return LabelScores(-_RowCrossEntropy.apply(hidden, weight, labels, bias, options)[0])  # type: ignore[no-untyped-call]
     seen = _Details(labels, hidden.device, collision)
     losses, hits = _RowCrossEntropy.apply(hidden, weight, labels, bias, replace(options, observe=seen))  # type: ignore[no-untyped-call]
-    return TokenScores(-losses, seen.entropy, seen.log_sum_sq_probs, seen.mean_logits, hits)
+    return LabelScores(-losses, seen.entropy, seen.log_sum_sq_probs, seen.mean_logits, hits)
 
 
 class _Details:

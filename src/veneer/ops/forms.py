@@ -11,9 +11,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from veneer.core.terms.form import Form
 from veneer.errors import ShapeError
 from veneer.ops.dispatch import backends, implementation
+from veneer.records.terms.form import Form
 
 KINDS = ("blocks", "sparse", "kronecker")
 LARGEST_BLOCK = 64

@@ -1,8 +1,8 @@
 """Low-rank adapters and bottlenecks of many versions in one batch, for serving: packed once, each at its own rank.
 
-``y[n] += scale_k B_k A_k x[n]`` for the rows of version k, with more terms between the products if a `Pair` has them.
-This is the product of a mixed batch (SGMV, Chen et al. 2023, arXiv 2310.18547). `veneer.ops.grouped_low_rank` computes
-it for training, which changes the factors and packs them on every call.
+``y[n] += scale_k B_k A_k x[n]`` for the rows of version k, with more terms between the products if a `FactorPair` has
+them. This is the product of a mixed batch (SGMV, Chen et al. 2023, arXiv 2310.18547). `veneer.ops.grouped_low_rank`
+computes it for training, which changes the factors and packs them on every call.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ DTYPES = (torch.float32, torch.bfloat16)
 ACTIVATIONS = (*KINDS, "tanh", "sigmoid", "leaky_relu", "identity")
 
 
-class Pair(NamedTuple):
+class FactorPair(NamedTuple):
     """Pair of factors, ``b_scale * scale * b @ act(core * (a @ x) + a_bias) + b_bias`` with a (r, i) and b (o, r).
 
     ``core`` and ``b_scale`` are VeRA's vectors. ``a_bias``, ``b_bias`` and ``activation`` (one of `ACTIVATIONS`) belong
@@ -91,7 +91,7 @@ class PackedPairs:
     @classmethod
     def pack(
         cls,
-        pairs: Sequence[Pair | None],
+        pairs: Sequence[FactorPair | None],
         out_features: Sequence[int],
         *,
         dtype: torch.dtype = torch.bfloat16,
@@ -107,7 +107,7 @@ class PackedPairs:
         packer.run()
         return packed
 
-    def with_vectors(self, pairs: Sequence[Pair | None]) -> PackedPairs:
+    def with_vectors(self, pairs: Sequence[FactorPair | None]) -> PackedPairs:
         """Return pairs with the same factors and other vectors; the factors are stored once."""
         return replace(self, middle=_middle(pairs, self.out_features, self.dtype) or self.middle)
 
@@ -147,7 +147,7 @@ class PairsPacker:
         self._backend = backend
         self._factors: list[Factor] = []
 
-    def add(self, pairs: Sequence[Pair | None], out_features: Sequence[int], dtype: torch.dtype) -> PackedPairs:
+    def add(self, pairs: Sequence[FactorPair | None], out_features: Sequence[int], dtype: torch.dtype) -> PackedPairs:
         """Return pairs as `PackedPairs.pack` does; their factors are written by `run`.
 
         Raises ShapeError if pairs and layers do not fit, or if there is no pair at all. Raises ConfigError for an
@@ -274,7 +274,7 @@ def _place(x: Tensor) -> tuple[object, ...]:
     return x.data_ptr(), x.shape, x.stride(), x.dtype
 
 
-def _middle(pairs: Sequence[Pair | None], out_features: Sequence[int], dtype: torch.dtype) -> Middle | None:
+def _middle(pairs: Sequence[FactorPair | None], out_features: Sequence[int], dtype: torch.dtype) -> Middle | None:
     """The vectors between and behind the products of all layers; None where there are none."""
     present = [pair for pair in pairs if pair is not None]
     if all(pair.is_plain for pair in present):
@@ -302,10 +302,10 @@ def _joined(vectors: Sequence[Tensor | None], places: Sequence[int], neutral: fl
     return found
 
 
-_NONE = Pair(torch.empty(0, 0), torch.empty(0, 0), 1.0)
+_NONE = FactorPair(torch.empty(0, 0), torch.empty(0, 0), 1.0)
 
 
-def _check_pairs(pairs: Sequence[Pair | None], out_features: Sequence[int], dtype: torch.dtype) -> None:
+def _check_pairs(pairs: Sequence[FactorPair | None], out_features: Sequence[int], dtype: torch.dtype) -> None:
     given = [None if pair is None else (tuple(pair.a.shape), tuple(pair.b.shape)) for pair in pairs]
     widths = {a[1] for a, _ in filter(None, given) if len(a) == 2}
     fits = len(pairs) == len(out_features) and len(widths) == 1

@@ -14,12 +14,12 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional
 
-from veneer.core.records import LinearDelta
-from veneer.core.terms.form import Form
-from veneer.core.terms.rotation import Rotation
 from veneer.errors import ShapeError
 from veneer.ops.dispatch import implementation
 from veneer.ops.packed import BLOCK, DEPTH_UNIT, PackedWeight, packed_depth
+from veneer.records.deltas import LinearDelta
+from veneer.records.terms.form import Form
+from veneer.records.terms.rotation import Rotation
 
 TERM_KINDS = ("blocks", "sparse", "kronecker", "circulant", "hadamard")
 """In the order of csrc/terms."""

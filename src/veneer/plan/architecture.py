@@ -6,8 +6,8 @@ from pathlib import Path
 
 from transformers import AutoConfig, PreTrainedConfig
 
-from veneer.core.nearest import nearest
 from veneer.errors import FormatError
+from veneer.plain.nearest import nearest
 from veneer.plan.presets import presets, require_named
 from veneer.store.gguf.model import header_config
 from veneer.store.source import resolve

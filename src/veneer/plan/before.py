@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from veneer.core.units import size
 from veneer.errors import ConfigError, VeneerError
-from veneer.model.heap import trim
+from veneer.model.memory.heap import trim
+from veneer.plain.units import size
 from veneer.plan.observed import remember
 from veneer.plan.plan import as_json, plan_recipe
 from veneer.plan.processes import cut_over, first_that_fits

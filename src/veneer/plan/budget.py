@@ -12,7 +12,7 @@ MOST_SECONDS = 20.0
 
 
 @dataclass(slots=True)
-class Budget:
+class MeasuringTime:
     """Seconds in which measurements may begin, counted from the first; none with ``seconds`` 0."""
 
     seconds: float = MOST_SECONDS

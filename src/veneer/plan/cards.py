@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from veneer.core.nearest import nearest
 from veneer.errors import ConfigError
+from veneer.plain.nearest import nearest
 
 EFFICIENCY = 0.5
 """Of a card's data sheet, what products of a training step commonly reach (0.4 to 0.6 is reported)."""

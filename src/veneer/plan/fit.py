@@ -9,9 +9,9 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-from veneer.core.progress import waiting_for
-from veneer.core.units import size
 from veneer.errors import ConfigError
+from veneer.plain.progress import waiting_for
+from veneer.plain.units import size
 from veneer.plan.plan import Plan, plan_recipe
 from veneer.plan.presets import hub_id_of
 from veneer.plan.trace import ACTIVATIONS, LOGITS, SCRATCH

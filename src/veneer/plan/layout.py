@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from veneer.core.units import size
+from veneer.plain.units import size
 from veneer.plan.plan import Plan
 from veneer.plan.processes import copy_sizes, cut_over, first_that_fits
 from veneer.plan.report import Machine

@@ -14,7 +14,7 @@ from veneer.recipe.adapter import FROM
 from veneer.recipe.recipe import Recipe
 from veneer.train.loss import token_loss
 from veneer.train.preference.reference import Reference
-from veneer.train.preference.scores import ScoredModel, Scoring
+from veneer.train.preference.scores import PreferenceScoring, ScoredModel
 
 Loss = Callable[[PreTrainedModel, dict[str, Tensor]], Tensor]
 
@@ -48,7 +48,7 @@ def reference_of(recipe: Recipe, model: PreTrainedModel) -> Reference | None:
     """
     if recipe.task == "sft":
         return None
-    return Reference(model, Scoring(details=False), fresh=FROM not in recipe.adapter)
+    return Reference(model, PreferenceScoring(details=False), fresh=FROM not in recipe.adapter)
 
 
 def loss_of(task: str, reference: Reference | None, args: Any) -> Loss:
@@ -71,7 +71,7 @@ def pairs(model: PreTrainedModel, reference: Reference | None, inputs: dict[str,
 
     Rafailov et al. 2023, arXiv:2305.18290, eq. 7.
     """
-    scored = ScoredModel(model, Scoring(collision=bool(args.use_weighting)))(**inputs, fused_lm_head=True)
+    scored = ScoredModel(model, PreferenceScoring(collision=bool(args.use_weighting)))(**inputs, fused_lm_head=True)
     ratio = scored.log_probs.sum(dim=1) - _referred(reference, inputs)
     chosen, rejected = ratio.chunk(2)
     return -nn.functional.logsigmoid(args.beta * (chosen - rejected)).mean()
@@ -82,7 +82,7 @@ def labelled(model: PreTrainedModel, reference: Reference | None, inputs: dict[s
 
     It includes both passes of the KL term if the loss has one.
     """
-    scored, divergence = ScoredModel(model, Scoring()), torch.zeros(())
+    scored, divergence = ScoredModel(model, PreferenceScoring()), torch.zeros(())
     if args.loss_type == "kto":
         with torch.no_grad():
             divergence = scored(**inputs, fused_lm_head=True).log_probs.sum(dim=1)

@@ -1,6 +1,6 @@
 """Machine that a plan is made on: its rates, measured and kept in the cache, and its memory.
 
-The memory is the amount still available to the process (`model.memory`: control groups too).
+The memory is the amount still available to the process (`model.memory.available`: control groups too).
 """
 
 from __future__ import annotations
@@ -21,11 +21,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from veneer.core.progress import waiting_for
 from veneer.disk.atomic import write_atomically
 from veneer.disk.cache import cache_dir
-from veneer.model.memory import available_bytes
-from veneer.model.offload import PageFile
+from veneer.model.memory.available import available_bytes
+from veneer.model.memory.offload import PageFile
 from veneer.ops.adamw import BLOCK_SIZE, AdamWStep, Moment8bit, adamw_8bit_
 from veneer.ops.attention import AttentionOptions, attention_backward, attention_forward
 from veneer.ops.bits import n_bytes
@@ -36,10 +35,11 @@ from veneer.ops.four_bit import FourBitLayout, dequantize_4bit, quantize_4bit
 from veneer.ops.ggml import dequantize_ggml, quantize_ggml
 from veneer.ops.ggml_types import GGML_TYPES
 from veneer.ops.scaled import CODINGS, ScaledCodes, decode_scaled
-from veneer.plan.budget import Budget
+from veneer.plain.progress import waiting_for
+from veneer.plan.budget import MeasuringTime
 from veneer.plan.others import Others
 from veneer.plan.overhead import byte_seconds, op_seconds, watched_seconds
-from veneer.plan.products import Product
+from veneer.plan.products import MatrixProduct
 from veneer.plan.work import Codec, Work
 from veneer.quant.blocks import TILE_VALUES
 
@@ -81,12 +81,12 @@ class Rates:
     path: Path
     known: dict[str, float] = field(default_factory=dict)
     rough: dict[str, float] = field(default_factory=dict)
-    budget: Budget = field(default_factory=Budget)
+    budget: MeasuringTime = field(default_factory=MeasuringTime)
 
     @classmethod
-    def here(cls, budget: Budget | None = None) -> Rates:
+    def here(cls, budget: MeasuringTime | None = None) -> Rates:
         """Return the rates of this processor, from the cache folder."""
-        path, budget = kept_file("rates-4"), budget or Budget()  # 4: older ones were measured otherwise
+        path, budget = kept_file("rates-4"), budget or MeasuringTime()  # 4: older ones were measured otherwise
         try:
             stored = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError):
@@ -111,7 +111,7 @@ class Rates:
         stored = {"processor": processor(), "seconds": self.known, "rough": self.rough}
         write_atomically(self.path, json.dumps(stored, indent=1).encode())
 
-    def product(self, product: Product) -> float:
+    def product(self, product: MatrixProduct) -> float:
         """Return the seconds of a matrix product, from the rate of a shape near its own, cut down to `LARGEST`."""
         m, k, n = (_side(side, most) for side, most in ((product.m, ROWS), (product.k, LARGEST), (product.n, LARGEST)))
         seconds = self._once(f"product {m} {k} {n} {product.dtype}", lambda: _product_seconds(m, k, n, product.dtype))

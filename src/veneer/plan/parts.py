@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from veneer.model.checkpointing import is_selective
 from veneer.model.fused.block import FusedBlock, halves_now, keywords_of
 from veneer.model.fused.decoder import is_fused
+from veneer.model.memory.checkpointing import is_selective
 from veneer.optim.layerwise import LayerwiseGaLoreAdamW
 from veneer.plan.step import blocks
 from veneer.plan.work import CountWork

@@ -11,8 +11,8 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, cast
 
-from veneer.core.nearest import nearest
 from veneer.errors import ConfigError
+from veneer.plain.nearest import nearest
 from veneer.store.known import KNOWN, is_fetched
 
 

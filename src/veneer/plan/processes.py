@@ -20,7 +20,8 @@ def rank_peak(plan: Plan, n_processes: int, shard: int) -> Peak:
     """Return the peak of one rank, each with a micro-batch of its own. Sharding may move the peak to another phase.
 
     All keep the gradients a second time, while they are averaged. With ``shard`` above 1 the frozen weights of blocks
-    are cut, and one block at a time is gathered; whatever trains, embeddings and head stay whole (`model.sharding`).
+    are cut, and one block at a time is gathered; whatever trains, embeddings and head stay whole
+    (`model.sharded.sharding`).
     """
     return cut_over(plan, n_processes, shard).peak
 

@@ -11,7 +11,7 @@ from veneer.ops.terms import TERM_KINDS
 
 
 @dataclass(frozen=True, slots=True)
-class Product:
+class MatrixProduct:
     """Matrix product ``(m, k) · (k, n)``, ``batch`` of them."""
 
     m: int
@@ -26,7 +26,7 @@ class Product:
         return 2.0 * self.batch * self.m * self.k * self.n
 
 
-def kernel_products(name: str, arguments: tuple[Any, ...]) -> list[Product]:
+def kernel_products(name: str, arguments: tuple[Any, ...]) -> list[MatrixProduct]:
     """Return the products of a call of a kernel that maps rows by forms or pairs, or makes a matrix of a form.
 
     Other kernels have none.
@@ -39,13 +39,13 @@ def kernel_products(name: str, arguments: tuple[Any, ...]) -> list[Product]:
         return list(_of_form(form, n)) * (2 if TERM_KINDS[form[0]] == "kronecker" else 1)  # one for each factor
     if name in ("terms_entries", "terms_entry_gradients"):
         o, i, r = arguments[0][1:4]
-        return [Product(o, r, i, "float32")] * (2 if name == "terms_entry_gradients" else 1)
+        return [MatrixProduct(o, r, i, "float32")] * (2 if name == "terms_entry_gradients" else 1)
     if name in ("grouped_low_rank_forward", "grouped_low_rank_backward"):
         return list(_of_pairs(arguments, backward=name.endswith("backward")))
     return []
 
 
-def _of_form(form: Sequence[int], n: int) -> Iterator[Product]:
+def _of_form(form: Sequence[int], n: int) -> Iterator[MatrixProduct]:
     """Of n rows in float32, by the numbers of ``form_at`` in csrc/terms/bindings.cpp.
 
     Those of a sparse matrix count as a product of as many multiplications, at whose rate they are taken to run.
@@ -53,16 +53,16 @@ def _of_form(form: Sequence[int], n: int) -> Iterator[Product]:
     kind, sizes, n_places = TERM_KINDS[form[0]], form[1:5], form[-1]
     if kind == "blocks":
         k, b = sizes[:2]
-        yield Product(n, b, b, "float32", k)
+        yield MatrixProduct(n, b, b, "float32", k)
     elif kind == "sparse":
-        yield Product(n, max(1, round(n_places / sizes[0])), sizes[0], "float32")
+        yield MatrixProduct(n, max(1, round(n_places / sizes[0])), sizes[0], "float32")
     elif kind == "kronecker":
         o1, i1, o2, i2 = sizes
-        yield Product(n * i1, i2, o2, "float32")
-        yield Product(n * o2, i1, o1, "float32")
+        yield MatrixProduct(n * i1, i2, o2, "float32")
+        yield MatrixProduct(n * o2, i1, o1, "float32")
 
 
-def _of_pairs(arguments: tuple[Any, ...], *, backward: bool) -> Iterator[Product]:
+def _of_pairs(arguments: tuple[Any, ...], *, backward: bool) -> Iterator[MatrixProduct]:
     """By the struct ``Given`` of csrc/grouped_low_rank/bindings.cpp, run by run.
 
     The backward pass has the gradient in x too. A traced call does not tell if that is asked for.
@@ -75,8 +75,8 @@ def _of_pairs(arguments: tuple[Any, ...], *, backward: bool) -> Iterator[Product
         ranks = [pairs[3 * (layer * n_adapters + k) + 2] for layer in range(len(outs))]
         if not any(ranks):
             continue
-        yield Product(n, i, sum(ranks), dtype)
-        yield from (Product(n, r, o, dtype) for r, o in zip(ranks, outs, strict=True) if r)
+        yield MatrixProduct(n, i, sum(ranks), dtype)
+        yield from (MatrixProduct(n, r, o, dtype) for r, o in zip(ranks, outs, strict=True) if r)
         if backward:
-            yield Product(sum(ranks), n, i, dtype)
-            yield from (Product(o, n, r, dtype) for r, o in zip(ranks, outs, strict=True) if r)
+            yield MatrixProduct(sum(ranks), n, i, dtype)
+            yield from (MatrixProduct(o, n, r, dtype) for r, o in zip(ranks, outs, strict=True) if r)

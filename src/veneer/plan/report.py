@@ -15,10 +15,10 @@ from rich.table import Table
 from rich.text import Text
 from transformers import PreTrainedConfig
 
-from veneer.core.units import count, duration, size
 from veneer.errors import UnmeasuredError
-from veneer.model.memory import available_bytes, high_water
-from veneer.plan.budget import Budget
+from veneer.model.memory.available import available_bytes, high_water
+from veneer.plain.units import count, duration, size
+from veneer.plan.budget import MeasuringTime
 from veneer.plan.cards import Card, card_of
 from veneer.plan.fit import CHECKPOINTS, Fit
 from veneer.plan.machine import Rates, free_here
@@ -56,7 +56,7 @@ class Machine:
     card: Card | None
     timed: bool
     gpu: torch.device | None = None
-    budget: Budget = field(default_factory=Budget, compare=False)
+    budget: MeasuringTime = field(default_factory=MeasuringTime, compare=False)
     starts_here: bool = False
 
     @classmethod
@@ -68,7 +68,7 @@ class Machine:
     def of_run(cls, args: SFTConfig, *, timed: bool) -> Machine:
         """Return the machine of a run, which measures nothing: the GPU of its rank, or this processor."""
         if args.use_cpu or not torch.cuda.is_available():
-            return cls(None, timed, budget=Budget(0), starts_here=True)
+            return cls(None, timed, budget=MeasuringTime(0), starts_here=True)
         return cls(None, timed=False, gpu=torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))))
 
     @property

@@ -8,10 +8,10 @@ import torch
 from transformers import PreTrainedConfig
 
 from veneer.contract import MethodConfig
-from veneer.core.units import size
 from veneer.errors import ConfigError
 from veneer.model.blueprint.describe import describe
 from veneer.model.blueprint.parts import Attention
+from veneer.plain.units import size
 from veneer.plan.model import meta_base
 from veneer.recipe.parts import ModelPart
 from veneer.serve.start import EngineOptions

@@ -9,7 +9,7 @@ from pathlib import Path
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from veneer.model.memory import high_water
+from veneer.model.memory.available import high_water
 from veneer.plan.plan import plan_recipe
 from veneer.recipe.recipe import Recipe, parse_recipe
 from veneer.train.run import run_recipe

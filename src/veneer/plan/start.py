@@ -18,10 +18,10 @@ from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 
-from veneer.core.progress import waiting_for
 from veneer.disk.atomic import write_atomically
 from veneer.disk.cache import cache_dir
 from veneer.errors import ConfigError, DiskError
+from veneer.plain.progress import waiting_for
 
 _COMMAND = (sys.executable, "-P", "-m", "veneer.plan.small_run")
 """Modules in the folder that a user works in are none of the process's (-P)."""

@@ -12,7 +12,7 @@ PASSES = 2
 
 
 @dataclass(frozen=True, slots=True)
-class Traffic:
+class GroupTraffic:
     """Bytes of one optimizer step: of the blocks that are gathered whole, and of the gradients that are summed."""
 
     gathered: int
@@ -36,11 +36,11 @@ class Traffic:
         return self.gathers + self.gradients
 
 
-def traffic_of(plan: Plan, n_processes: int, shard: int) -> Traffic:
+def traffic_of(plan: Plan, n_processes: int, shard: int) -> GroupTraffic:
     """Return the traffic of a step of ``n_processes``, of which ``shard`` share one copy of the base."""
     n_batches = plan.recipe.training_config().gradient_accumulation_steps
     gathered = PASSES * n_batches * block_bytes(plan) if shard > 1 else 0
-    return Traffic(gathered, plan.phases["optimizer"].kinds.get(GRADIENTS, 0), n_processes, shard)
+    return GroupTraffic(gathered, plan.phases["optimizer"].kinds.get(GRADIENTS, 0), n_processes, shard)
 
 
 def block_bytes(plan: Plan) -> int:

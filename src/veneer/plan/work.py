@@ -15,7 +15,7 @@ from torch import Tensor
 
 from veneer.ops.cpu.module import DTYPES
 from veneer.ops.traced import SilentMode, tensors_in
-from veneer.plan.products import Product, kernel_products
+from veneer.plan.products import MatrixProduct, kernel_products
 
 _aten = torch.ops.aten
 _PRODUCTS = {_aten.mm.default: 0, _aten.bmm.default: 0, _aten.addmm.default: 1, _aten.baddbmm.default: 1}
@@ -81,7 +81,7 @@ class Work:
     selective checkpointing intercepts. ``n_general`` counts those of the model's own code, not of a fused block.
     """
 
-    products: Counter[Product] = field(default_factory=Counter)
+    products: Counter[MatrixProduct] = field(default_factory=Counter)
     attention: float = 0.0
     torch_attention: Counter[int] = field(default_factory=Counter)
     decoded: float = 0.0
@@ -173,7 +173,7 @@ class CountWork(SilentMode):  # type: ignore[no-untyped-call]
         elif name == "four_bit_multiply":
             _, _, _, _, o, i, _, rows, transposed, _ = arguments
             m, k, n = (rows, o, i) if transposed else (rows, i, o)
-            self._now.products[Product(m, k, n, "bfloat16")] += 1
+            self._now.products[MatrixProduct(m, k, n, "bfloat16")] += 1
             self._now.decoded += o * i
         elif name in ("four_bit_dequantize", "int8_dequantize"):
             four = name.startswith("four")
@@ -210,12 +210,12 @@ class CountWork(SilentMode):  # type: ignore[no-untyped-call]
             a, b = args[_PRODUCTS[func]], args[_PRODUCTS[func] + 1]
             batch = a.shape[0] if a.ndim == 3 else 1
             dtype = str(a.dtype).removeprefix("torch.")
-            self._now.products[Product(a.shape[-2], a.shape[-1], b.shape[-1], dtype, batch)] += 1
+            self._now.products[MatrixProduct(a.shape[-2], a.shape[-1], b.shape[-1], dtype, batch)] += 1
         elif name.startswith("veneer::"):  # of a base, where checkpointing watches the dispatcher
             x, n = args[0], out.shape[-1]
             is_coded = name != "veneer::multiply_dense"
             dtype = "bfloat16" if is_coded else "float32"  # a dense weight is multiplied there if it is widened
-            self._now.products[Product(x.numel() // x.shape[-1], x.shape[-1], n, dtype)] += 1
+            self._now.products[MatrixProduct(x.numel() // x.shape[-1], x.shape[-1], n, dtype)] += 1
             self._now.decoded += is_coded * x.shape[-1] * n
         elif name.startswith("_scaled_dot_product"):
             q = args[1] if "backward" in name else args[0]

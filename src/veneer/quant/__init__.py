@@ -1,1 +1,1 @@
-"""Storage formats of a frozen weight: one file for each format, each a `core.frozen.FrozenWeight`."""
+"""Storage formats of a frozen weight: one file for each format, each a `records.frozen.FrozenWeight`."""

@@ -8,9 +8,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from veneer.core.autocast import autocast_dtype
 from veneer.ops.matmul import matmul, widens
 from veneer.ops.product import recorded_product, visible
+from veneer.plain.autocast import autocast_dtype
 
 
 @dataclass(frozen=True, slots=True)

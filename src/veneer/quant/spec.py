@@ -9,8 +9,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from veneer.core.frozen import FrozenWeight
 from veneer.errors import FormatError, NonFiniteError
+from veneer.records.frozen import FrozenWeight
 
 Parts = Mapping[str, Tensor]
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)

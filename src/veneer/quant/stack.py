@@ -13,10 +13,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from veneer.core.frozen import FrozenWeight
 from veneer.errors import FormatError, listed
 from veneer.quant.dense import DenseWeight
 from veneer.quant.spec import Parts, StorageSpec
+from veneer.records.frozen import FrozenWeight
 
 PROBLEMS_TOLD = 4  # of experts with one problem each
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import ray
 
 from veneer.errors import ConfigError
-from veneer.ray.place import Place
+from veneer.ray.place import RayCluster
 from veneer.train.interrupt import SIGNALS
 
 
@@ -29,7 +29,7 @@ class Devices(NamedTuple):
 
 
 @contextmanager
-def connected(place: Place) -> Iterator[None]:
+def connected(place: RayCluster) -> Iterator[None]:
     """Connect this process to a cluster for the length of the block, unless it is connected.
 
     Raises ConfigError for a cluster that refuses, such as one of another version of Ray.
@@ -71,7 +71,7 @@ def devices(use_cpu: bool) -> Devices:
     return Devices(kind, int(found.get(kind, 0)))
 
 
-def n_workers(place: Place, found: Devices) -> int:
+def n_workers(place: RayCluster, found: Devices) -> int:
     """Return the number of workers to take now. Raises ConfigError if there are fewer devices."""
     if not found.n:
         raise ConfigError(f"the Ray cluster has no device ({found.kind}) for a worker: add a node that has one")

@@ -13,20 +13,20 @@ import ray
 from ray.exceptions import RayError, RayTaskError
 
 from veneer.ray.cluster import Devices, connected, devices, n_workers
-from veneer.ray.place import Place
+from veneer.ray.place import RayCluster
 from veneer.ray.room import n_places
 from veneer.store.bars import without_bars
 from veneer.train.interrupt import Stop, listening
 from veneer.train.run import Tell
 from veneer.train.sweep.recipe import Member, Sweep
 from veneer.train.sweep.sweep import Workers
-from veneer.train.sweep.together import Ended, Job, train_together
+from veneer.train.sweep.together import Job, JobEnd, train_together
 
 _POLL_SECONDS = 0.5
 _GRACE_SECONDS = 60.0  # for packs to end their steps and write checkpoints after a signal
 
 
-def on_ray(place: Place) -> Callable[[Sweep, Tell, Stop], AbstractContextManager[Workers]]:
+def on_ray(place: RayCluster) -> Callable[[Sweep, Tell, Stop], AbstractContextManager[Workers]]:
     """Return the engine of `run_sweep` whose workers are those of a Ray cluster.
 
     Raises ConfigError, when it is used, if the cluster has fewer devices than ``place`` takes.
@@ -63,7 +63,7 @@ class _RayWorkers:
         self._tell(f"{', '.join(job.member.name for job in jobs)}: to a worker")
         self._under_way[self._pack.remote(jobs, os.getcwd())] = jobs
 
-    def wait(self) -> tuple[Sequence[Job], Sequence[Ended] | str]:
+    def wait(self) -> tuple[Sequence[Job], Sequence[JobEnd] | str]:
         with self._stop.deferred():
             ready: list[Any] = []
             while not ready and self._stop.signal is None:
@@ -103,7 +103,7 @@ def _room(members: Sequence[Member], n: int, folder: str) -> tuple[int, str]:
     return n_places(members, min(n, os.cpu_count() or 1))
 
 
-def _train_pack(jobs: Sequence[Job], folder: str) -> list[Ended]:
+def _train_pack(jobs: Sequence[Job], folder: str) -> list[JobEnd]:
     """Train a pack in a worker, where a signal that ends it leaves checkpoints."""
     os.chdir(folder)
     datasets.disable_progress_bars()

@@ -17,7 +17,7 @@ _HOST = re.compile(r"(?:ray://)?(?P<host>[^/\s]+):(?P<port>\d+)")
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class RayCluster:
     """Ray cluster. ``address``: of its client server; None: RAY_ADDRESS, this machine's cluster, or a new one.
 
     ``n_workers``: so many of its workers are taken; None: all. ``least``: as few will do while there are no more.
@@ -28,7 +28,7 @@ class Place:
     least: int | None = None
 
 
-def place_of(text: str) -> Place:
+def place_of(text: str) -> RayCluster:
     """Return the cluster that ``ray``, ``ray:4``, ``ray:2-4`` or ``ray://host:port`` names.
 
     Raises ConfigError for other words.
@@ -40,10 +40,10 @@ def place_of(text: str) -> Place:
             f"--on {text} is no place to train on: it is ray, ray:N (N workers), ray:M-N (M to N of them) or "
             "ray://host:port. Take one of them."
         )
-    return Place(match["address"] and f"ray{match['address']}", workers, least)
+    return RayCluster(match["address"] and f"ray{match['address']}", workers, least)
 
 
-def require_ray(place: Place, environment: Mapping[str, str] = os.environ) -> None:
+def require_ray(place: RayCluster, environment: Mapping[str, str] = os.environ) -> None:
     """Raise ConfigError if Ray is not installed, or if the cluster's address does not answer within 10 seconds."""
     if importlib.util.find_spec("ray") is None:
         raise ConfigError("Ray is not installed: pip install 'veneer[ray]'")

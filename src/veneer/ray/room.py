@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from veneer.model.memory import available_bytes
+from veneer.model.memory.available import available_bytes
 from veneer.plan.before import TOLD, UNEXPECTED
 from veneer.plan.plan import Plan, plan_recipe
 from veneer.plan.report import FRAGMENTS

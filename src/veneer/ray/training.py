@@ -20,7 +20,6 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedErr
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from veneer import errors
-from veneer.core.refusals import allowed
 from veneer.errors import (
     ConfigError,
     DiskError,
@@ -30,8 +29,9 @@ from veneer.errors import (
     VeneerError,
     listed,
 )
+from veneer.plain.refusals import allowed
 from veneer.ray.cluster import connected, devices, last_line, n_workers
-from veneer.ray.place import Place
+from veneer.ray.place import RayCluster
 from veneer.recipe.distributed_part import dealing_problems
 from veneer.recipe.recipe import Recipe, load_recipe
 from veneer.recipe.values import read_values
@@ -86,7 +86,7 @@ def run_here(loop: Loop) -> dict[str, Any]:
     return record
 
 
-def train_on(place: Place, loop: Loop, recipe: Recipe) -> dict[str, Any]:
+def train_on(place: RayCluster, loop: Loop, recipe: Recipe) -> dict[str, Any]:
     """Train a recipe in the workers of a Ray cluster, and return the content of ``run.json``.
 
     The run goes on from its last checkpoint whenever a worker dies. If any number of workers can deal its global batch,
@@ -191,7 +191,7 @@ def _scratch(output: Path) -> Iterator[Path]:
                 output.rmdir()
 
 
-def _require_elastic(place: Place, recipe: Recipe) -> None:
+def _require_elastic(place: RayCluster, recipe: Recipe) -> None:
     """Raise ConfigError if a run whose number of workers may change would have other rows with another one."""
     if place.least is None or place.n_workers is None:
         return
@@ -207,7 +207,7 @@ def _require_elastic(place: Place, recipe: Recipe) -> None:
         )
 
 
-def _workers(place: Place, recipe: Recipe, n: int) -> int | tuple[int, int]:
+def _workers(place: RayCluster, recipe: Recipe, n: int) -> int | tuple[int, int]:
     """The number of workers, or the least and the most."""
     if place.least is not None:
         return place.least, place.n_workers or n

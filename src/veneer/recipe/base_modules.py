@@ -8,9 +8,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from veneer.core.module_names import matches_any, nearest_modules
 from veneer.disk.safetensors_header import read_table
 from veneer.errors import FormatError
+from veneer.plain.module_names import matches_any, nearest_modules
 from veneer.recipe.adapter import FULL, method_of
 from veneer.recipe.declared import file_of
 from veneer.recipe.known import declared_methods

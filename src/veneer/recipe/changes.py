@@ -55,7 +55,7 @@ _HIDDEN = ("eos_token", "pad_token")  # `to_dict` hides what may be secret
 
 
 @dataclass(frozen=True, slots=True)
-class Change:
+class ChangedSetting:
     """One setting whose value has changed."""
 
     key: str
@@ -66,7 +66,7 @@ class Change:
         return f"{self.key}: {self.before} before, {self.now} now"
 
 
-def changes(before: Recipe, now: Recipe, places: Mapping[str, str] | None = None) -> list[Change]:
+def changes(before: Recipe, now: Recipe, places: Mapping[str, str] | None = None) -> list[ChangedSetting]:
     """Return every changed setting that the weights depend on, with defaults filled in.
 
     ``places``: the places of the sources of ``before`` at the time of its run, from `places_of`. The same place under
@@ -80,7 +80,7 @@ def changes(before: Recipe, now: Recipe, places: Mapping[str, str] | None = None
     harmless = HARMLESS | metric | (frozenset() if chooses else WITHOUT_CHOICE)
     harmless |= LENGTH if _any_length(before, old) and _any_length(now, new) else frozenset()
     return [
-        Change(key, old.get(key), new.get(key))
+        ChangedSetting(key, old.get(key), new.get(key))
         for key in sorted({*old, *new} - harmless)
         if old.get(key) != new.get(key)
     ]
@@ -122,7 +122,7 @@ def places_of(recipe: Recipe) -> dict[str, str]:
     return {key: str(Path(name).resolve()) if Path(name).exists() else name for key, name in named.items() if name}
 
 
-def refuse(found: Iterable[Change], output: Path) -> None:
+def refuse(found: Iterable[ChangedSetting], output: Path) -> None:
     """Raise ConfigError with all changes, if there are any."""
     told = "; ".join(map(str, found))
     if told:

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from veneer.recipe.keys import Keys
+from veneer.recipe.keys import AllowedKeys
 
 _KNOWN = {**vars(builtins), **{name: getattr(typing, name) for name in typing.__all__}}
 _KNOWN |= {name: getattr(collections.abc, name) for name in collections.abc.__all__}
@@ -23,7 +23,7 @@ class UnreadableError(LookupError):
 
 
 @functools.cache
-def declared_keys(module: str, name: str) -> Keys:
+def declared_keys(module: str, name: str) -> AllowedKeys:
     """Return the init fields of a dataclass with their types, those of base classes included.
 
     A type that the source alone does not determine is `Any`. Raises UnreadableError.
@@ -35,7 +35,7 @@ def declared_keys(module: str, name: str) -> Keys:
     for spec in _fields(node):
         types[spec.name] = _type(home, spec.annotation)
         required = required | {spec.name} if spec.required else required - {spec.name}
-    return Keys(types, frozenset(required))
+    return AllowedKeys(types, frozenset(required))
 
 
 class _Field(typing.NamedTuple):
@@ -59,7 +59,7 @@ def _fields(node: ast.ClassDef) -> Iterator[_Field]:
             yield _Field(each.target.id, each.annotation, default is None)
 
 
-def _bases(module: str, node: ast.ClassDef) -> list[Keys]:
+def _bases(module: str, node: ast.ClassDef) -> list[AllowedKeys]:
     """Return the keys of the base classes that are declared in source."""
     found = []
     for base in node.bases:

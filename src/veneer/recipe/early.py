@@ -7,8 +7,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from veneer.core.group import group_size
 from veneer.errors import ConfigError, listed
+from veneer.plain.group import group_size
 from veneer.recipe.advice import value_problems
 from veneer.recipe.base_modules import target_problems
 from veneer.recipe.declared import UnreadableError

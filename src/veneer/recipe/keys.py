@@ -12,12 +12,12 @@ from typing import Any, Literal
 from pydantic import TypeAdapter, ValidationError
 from pydantic.errors import PydanticSchemaGenerationError
 
-from veneer.core.nearest import nearest
-from veneer.core.refusals import unfit
+from veneer.plain.nearest import nearest
+from veneer.plain.refusals import unfit
 
 
 @dataclass(frozen=True)
-class Keys:
+class AllowedKeys:
     """Keys that a part may hold: the type of each, and the required ones."""
 
     types: Mapping[str, Any]
@@ -25,15 +25,15 @@ class Keys:
 
 
 @functools.cache
-def keys_of(cls: type) -> Keys:
+def keys_of(cls: type) -> AllowedKeys:
     """Return the keys that are fields of a dataclass."""
     hints, own = typing.get_type_hints(cls), [spec for spec in fields(cls) if spec.init]
     needed = (spec.name for spec in own if spec.default is MISSING and spec.default_factory is MISSING)
-    return Keys({spec.name: hints[spec.name] for spec in own}, frozenset(needed))
+    return AllowedKeys({spec.name: hints[spec.name] for spec in own}, frozenset(needed))
 
 
 def typed(
-    keys: Keys,
+    keys: AllowedKeys,
     given: Mapping[str, Any],
     problems: list[str],
     prefix: str = "",
@@ -102,7 +102,7 @@ def _choices(hint: Any) -> list[Any]:
     return [word for part in typing.get_args(hint) for word in _choices(part)]
 
 
-def missing(keys: Keys, given: Mapping[str, Any], prefix: str = "") -> list[str]:
+def missing(keys: AllowedKeys, given: Mapping[str, Any], prefix: str = "") -> list[str]:
     """Return a problem for every required key that is missing."""
     return [f"{prefix}{key}: is missing" for key in keys.types if key in keys.required and key not in given]
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 from veneer.recipe.declared import classes_with, declared_keys, file_of, literal
-from veneer.recipe.keys import Keys
+from veneer.recipe.keys import AllowedKeys
 from veneer.recipe.tasks import Task, home_of_settings
 
 _METHODS = "veneer.methods"
@@ -21,25 +21,25 @@ class KnownMethod:
     ``is_own``: the name is that of the config, and not of a variant or preset.
     """
 
-    keys: Keys
+    keys: AllowedKeys
     switches: Mapping[str, bool] = field(default_factory=dict)
     is_own: bool = True
 
 
 @dataclass(frozen=True)
-class Known:
+class KnownKeys:
     """Keys of each method by its name, and of each task's trainer."""
 
     methods: Mapping[str, KnownMethod]
-    settings: Callable[[Task], Keys]
+    settings: Callable[[Task], AllowedKeys]
 
 
-def declared() -> Known:
+def declared() -> KnownKeys:
     """Return the keys of all methods and trainers, read from source: torch and transformers are not imported.
 
     Raises UnreadableError if the source of a package is not installed.
     """
-    return Known(declared_methods(), lambda task: declared_keys(*home_of_settings(task)))
+    return KnownKeys(declared_methods(), lambda task: declared_keys(*home_of_settings(task)))
 
 
 @functools.cache

@@ -16,7 +16,7 @@ from veneer.errors import ConfigError, FormatError
 from veneer.methods import all_methods
 from veneer.recipe.adapter import FROM, FULL, differs_in_writing, fields_of, method_of, names_of
 from veneer.recipe.keys import keys_of, typed
-from veneer.recipe.known import Known, KnownMethod
+from veneer.recipe.known import KnownKeys, KnownMethod
 from veneer.recipe.tasks import settings_of
 from veneer.store.adapter.config import read_config
 
@@ -41,13 +41,13 @@ def named_methods() -> dict[str, NamedMethod]:
     return found
 
 
-def imported() -> Known:
+def imported() -> KnownKeys:
     """Return the keys of all methods and trainers, as their imported classes have them."""
     methods = {
         name: KnownMethod(keys_of(each.config), each.switches, is_own=name == each.config.peft_type.lower())
         for name, each in named_methods().items()
     }
-    return Known(methods, lambda task: keys_of(settings_of(task)))
+    return KnownKeys(methods, lambda task: keys_of(settings_of(task)))
 
 
 def method_names() -> list[str]:

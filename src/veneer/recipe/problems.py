@@ -7,12 +7,12 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from veneer.core.refusals import allowed, unfit
+from veneer.plain.refusals import allowed, unfit
 from veneer.recipe.adapter import FULL, adapter_problems, method_of
 from veneer.recipe.advice import belongs, meant_quantization
 from veneer.recipe.distributed_part import DistributedPart, layout_problems
 from veneer.recipe.keys import perhaps, typed
-from veneer.recipe.known import Known
+from veneer.recipe.known import KnownKeys
 from veneer.recipe.metric_part import MetricPart, metric_problems
 from veneer.recipe.parts import DataPart, ModelPart, Written
 from veneer.recipe.ranges import out_of_range
@@ -42,7 +42,7 @@ NOWHERE = {
 """Fields of the trainers' configs that would change nothing in a run, and the reason of each."""
 
 
-def problems_of(values: Mapping[str, Any], known: Known) -> list[str]:
+def problems_of(values: Mapping[str, Any], known: KnownKeys) -> list[str]:
     """Return all problems that the values and the keys of methods and trainers reveal."""
     return [*_shape_problems(values), *_adapter_problems(values, known), *_training_problems(values, known)]
 
@@ -79,7 +79,7 @@ def _model_problems(values: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _adapter_problems(values: Mapping[str, Any], known: Known) -> list[str]:
+def _adapter_problems(values: Mapping[str, Any], known: KnownKeys) -> list[str]:
     given = section(values, "adapter")
     found = adapter_problems(given, known.methods)
     quantization = section(values, "model").get("quantization", "none")
@@ -88,7 +88,7 @@ def _adapter_problems(values: Mapping[str, Any], known: Known) -> list[str]:
     return found
 
 
-def _training_problems(values: Mapping[str, Any], known: Known) -> list[str]:
+def _training_problems(values: Mapping[str, Any], known: KnownKeys) -> list[str]:
     given, task = section(values, "training"), task_of(values)
     found = [f"training.{key}: say it {where}" for key, where in ELSEWHERE.items() if key in given]
     found += [f"training.{key}: has no effect: {reason}; drop it" for key, reason in NOWHERE.items() if key in given]

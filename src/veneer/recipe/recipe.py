@@ -9,8 +9,8 @@ from typing import Any
 from torch import distributed
 
 from veneer.contract import MethodConfig
-from veneer.core.group import group_size
 from veneer.errors import ConfigError, listed
+from veneer.plain.group import group_size
 from veneer.recipe.adapter import FROM, method_of
 from veneer.recipe.advice import in_recipe_words, value_problems
 from veneer.recipe.distributed_part import ROWS_OF_A_PROCESS, dealing_problems

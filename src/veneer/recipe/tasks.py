@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import veneer
-from veneer.recipe.keys import Keys
+from veneer.recipe.keys import AllowedKeys
 
 Task = Literal["sft", "dpo", "kto", "reward", "grpo", "rloo"]
 TASKS: tuple[Task, ...] = get_args(Task)
@@ -83,7 +83,7 @@ def task_problems(values: Mapping[str, Any]) -> Iterator[str]:
         yield f"sweep: {_belongs(['sft'], task)}; run the recipe once for each value (--set key=value --set output=…)"
 
 
-def training_problems(task: Task, given: Mapping[str, Any], settings: Callable[[Task], Keys]) -> dict[str, str]:
+def training_problems(task: Task, given: Mapping[str, Any], settings: Callable[[Task], AllowedKeys]) -> dict[str, str]:
     """Return the problems of keys of ``training`` that only ``settings`` of other tasks have, by key."""
     strange = [key for key in given if key not in settings(task).types]
     others = {key: [name for name in TASKS if key in settings(name).types] for key in strange}

@@ -5,10 +5,10 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable
 
-from veneer.serve.adapter_counts import MOST_NAMES, OTHER, AdapterCount
-from veneer.serve.adapter_pool import AdapterPool
-from veneer.serve.metrics import Counter, Gauge, Metric
-from veneer.serve.scheduler import Scheduler
+from veneer.serve.metrics import Counter, Gauge, MetricSeries
+from veneer.serve.schedule.adapter_counts import MOST_NAMES, OTHER, AdapterCount
+from veneer.serve.schedule.adapter_pool import AdapterPool
+from veneer.serve.schedule.scheduler import Scheduler
 
 _COUNTED: dict[str, Callable[[AdapterCount], float]] = {
     "adapter_requests": lambda count: count.n_requests,
@@ -23,7 +23,7 @@ LISTS = ("running_lora_adapters", "waiting_lora_adapters")
 """Labels of vLLM's gauge that hold names, joined by commas."""
 
 
-def adapter_metrics(scheduler: Scheduler) -> list[Metric]:
+def adapter_metrics(scheduler: Scheduler) -> list[MetricSeries]:
     """Return the metrics of a scheduler's adapters. Any thread may call it.
 
     The bytes of equal adapters under two names are shown under both.
@@ -34,7 +34,7 @@ def adapter_metrics(scheduler: Scheduler) -> list[Metric]:
         place = name if name in counts else OTHER
         n_loaded[place] += 1
         n_bytes[place] += size
-    series: list[Metric] = [_of_names(scheduler)]
+    series: list[MetricSeries] = [_of_names(scheduler)]
     for metric, value_of in _COUNTED.items():
         series += [
             Counter(name=f"vllm:{metric}", labels={"adapter": name}, value=value_of(count))

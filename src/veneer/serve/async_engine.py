@@ -12,10 +12,10 @@ from contextlib import aclosing
 from typing import Any, TypeVar
 
 from veneer.errors import ServingError
-from veneer.serve.asked import Asked
 from veneer.serve.engine import Engine
-from veneer.serve.outputs import RequestOutput
-from veneer.serve.sampling_params import RequestOutputKind
+from veneer.serve.requests.checked import CheckedRequest
+from veneer.serve.schedule.outputs import RequestOutput
+from veneer.serve.schedule.sampling_params import RequestOutputKind
 
 Result = TypeVar("Result")
 _IDLE_SECONDS = 0.5  # how soon a stop is noticed while there is nothing to do
@@ -25,7 +25,7 @@ _BEHIND = 64  # outputs that wait for a reader, each on its own
 class _News:
     """Outputs that a reader has not taken. If it falls behind, later ones are added to those that wait for it."""
 
-    def __init__(self, asked: Sequence[Asked]) -> None:
+    def __init__(self, asked: Sequence[CheckedRequest]) -> None:
         self._are_deltas = all(each.params.output_kind is RequestOutputKind.DELTA for each in asked)
         self._outputs: list[RequestOutput] = []
         self._last: dict[str, RequestOutput] = {}
@@ -98,14 +98,14 @@ class AsyncEngine:
         self._wake_all()
         return len(self._news)
 
-    async def outputs(self, asked: Sequence[Asked]) -> AsyncGenerator[RequestOutput, None]:
+    async def outputs(self, asked: Sequence[CheckedRequest]) -> AsyncGenerator[RequestOutput, None]:
         """Yield the outputs of requests one by one; otherwise as `batches`."""
         async with aclosing(self.batches(asked)) as batches:
             async for batch in batches:
                 for output in batch:
                     yield output
 
-    async def batches(self, asked: Sequence[Asked]) -> AsyncGenerator[list[RequestOutput], None]:
+    async def batches(self, asked: Sequence[CheckedRequest]) -> AsyncGenerator[list[RequestOutput], None]:
         """Yield the outputs of requests as they come, all that are there together.
 
         Unfinished requests are aborted when the generator is closed. Raises ServingError if the engine has failed, and

@@ -13,37 +13,37 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from veneer.errors import AdapterNameError, ConfigError, FormatError, VeneerError
-from veneer.serve.adapter_version import AdapterVersion
-from veneer.serve.answer import Answer, decoded
-from veneer.serve.answer_group import AnswerGroup
-from veneer.serve.asked import Asked, EngineSettings, Rules
-from veneer.serve.backlog import Backlog
-from veneer.serve.collector import Collector
+from veneer.plain.lru import LruCache
+from veneer.serve.adapters.loader import Finished, Loader
+from veneer.serve.adapters.versions import Versions
+from veneer.serve.gc_freeze import GcFreeze
 from veneer.serve.inbox import Inbox
-from veneer.serve.latest import Latest
-from veneer.serve.loader import Finished, Loader
-from veneer.serve.lora_request import LoRARequest
 from veneer.serve.messages import Abort, Act, Forget
-from veneer.serve.metrics import Metric
-from veneer.serve.outputs import RequestOutput
-from veneer.serve.plan import Plan, Sampled
-from veneer.serve.pool import Pool
-from veneer.serve.preloads import Preload, Preloads
-from veneer.serve.prompts import PromptReader
-from veneer.serve.readers import Readers
-from veneer.serve.request import Request, Status
-from veneer.serve.runner import Runner
-from veneer.serve.sampling_params import SamplingParams
-from veneer.serve.sandbox import Sandbox
-from veneer.serve.scheduler import Scheduler
+from veneer.serve.metrics import MetricSeries
+from veneer.serve.requests.admission import Admission
+from veneer.serve.requests.answer import Answer, decoded
+from veneer.serve.requests.answer_group import AnswerGroup
+from veneer.serve.requests.checked import CheckedRequest, EngineSettings, Rules
+from veneer.serve.requests.pooling import Pooling
+from veneer.serve.requests.prompts import PromptReader
+from veneer.serve.requests.readers import Readers
+from veneer.serve.runners.runner import Runner
+from veneer.serve.sandbox.sandbox import Sandbox
+from veneer.serve.schedule.adapter_version import AdapterVersion
+from veneer.serve.schedule.lora_request import LoRARequest
+from veneer.serve.schedule.outputs import RequestOutput
+from veneer.serve.schedule.preloads import Preload, Preloads
+from veneer.serve.schedule.request import Request, Status
+from veneer.serve.schedule.sampling_params import SamplingParams
+from veneer.serve.schedule.scheduler import Scheduler
+from veneer.serve.schedule.step_plan import Sampled, StepPlan
 from veneer.serve.stats import Stats
-from veneer.serve.versions import Versions
 from veneer.store.named_base import GivenBase
 
 _LOG = logging.getLogger(__name__)
 _LONGEST_NAME = 256  # of a client
 _DROPPED = 1 << 16  # names that were dropped and are remembered, for requests on their way
-_Message = Asked | Abort | Forget | Act | Preload | Finished[Any]
+_Message = CheckedRequest | Abort | Forget | Act | Preload | Finished[Any]
 Result = TypeVar("Result")
 
 
@@ -60,10 +60,10 @@ class Engine:
         self.readers = Readers(PromptReader(tokenizer, scheduler.limits.max_model_len), settings.chat_template)
         served = GivenBase("".join(settings.base_names[:1]), settings.base_names[1:], settings.base)
         self.versions = Versions(settings.max_lora_rank, settings.value_bytes, settings.base, served)
-        self.backlog = Backlog(scheduler.limits, scheduler.waiting)
+        self.backlog = Admission(scheduler.limits, scheduler.waiting)
         self._rules = Rules(tokenizer, settings)
         self._stats = Stats() if settings.keeps_stats else None
-        self.collector = Collector()
+        self.collector = GcFreeze()
         self._inbox: Inbox[_Message] = Inbox()
         self._loader: Loader[Any] = Loader(self._inbox.put)
         self._waits_for_load = False
@@ -74,7 +74,7 @@ class Engine:
         self._n_ended = 0  # answers, since the last step
         self._numbers, self._keys = itertools.count(), itertools.count()
         self._adapters: dict[str, LoRARequest] = {}
-        self._dropped: Latest[str, int] = Latest(_DROPPED)  # numbers of requests by names that were dropped
+        self._dropped: LruCache[str, int] = LruCache(_DROPPED)  # numbers of requests by names that were dropped
         self._preloads = Preloads(self.pool, self._adapters, self._dropped)
 
     @property
@@ -110,7 +110,7 @@ class Engine:
         weight: float = 1.0,
         priority: int = 0,
         cache_salt: str | None = None,
-    ) -> Asked:
+    ) -> CheckedRequest:
         """Return a checked request; any error that is visible before it runs is raised here.
 
         Its ``client`` is its adapter if None is given, and receives in proportion to its ``weight``. It shares pages
@@ -125,7 +125,7 @@ class Engine:
         room = self.scheduler.require_room(len(prompt_ids), n_front, n_bytes)
         reader = self.readers.of(lora_request)
         constraints = self._rules.constraints(prompt_ids, params, cache_salt, reader)
-        return Asked(
+        return CheckedRequest(
             id=str(next(self._numbers)),
             prompt=prompt, prompt_ids=tuple(prompt_ids), params=params, reader=reader, constraints=constraints,
             lora_request=lora_request, version=version, room=room, priority=priority, cache_salt=cache_salt,
@@ -133,12 +133,12 @@ class Engine:
             client=("adapter", lora_request.name if lora_request else "") if client is None else ("client", client),
         )  # fmt: skip
 
-    def submit(self, asked: Asked) -> None:
+    def submit(self, asked: CheckedRequest) -> None:
         """Accept a request at the next step. From any thread. Raises QueueFullError if too many wait."""
         self.backlog.submit(asked)
         self._inbox.put(asked)
 
-    def metrics(self) -> list[Metric]:
+    def metrics(self) -> list[MetricSeries]:
         """Return counts and times since the start, in vLLM's names. Raises ConfigError if they are not kept."""
         if self._stats is None:
             raise ConfigError("disable_log_stats=True keeps no metrics: start with disable_log_stats=False")
@@ -279,7 +279,7 @@ class Engine:
                 message.run()
             case Preload():
                 self._preloads.add(message)
-            case Asked():
+            case CheckedRequest():
                 if message.version is not None and message.lora_request is not None:
                     is_dropped = message.lora_request.adapter_id <= (self._dropped.get(message.lora_request.name) or 0)
                     self.pool.know(message.version) if is_dropped else self._bind(message.lora_request, message.version)
@@ -289,8 +289,8 @@ class Engine:
         self.pool.bind(request.name, version)
         self._adapters[request.name] = request
 
-    def _begin(self, asked: Asked) -> None:
-        pool = None if asked.pooling is None else Pool(asked.pooling)
+    def _begin(self, asked: CheckedRequest) -> None:
+        pool = None if asked.pooling is None else Pooling(asked.pooling)
         group = self._groups[asked.id] = AnswerGroup(asked, [], list(asked.prompt_ids), pool=pool)
         number, adapter = next(self._keys), asked.lora_request
         count = None if adapter is None else self.pool.count(adapter.name)
@@ -399,7 +399,7 @@ class Engine:
         self.pool.tidy()
         self._make_way()
 
-    def _run(self, plan: Plan) -> Sampled:
+    def _run(self, plan: StepPlan) -> Sampled:
         start = time.perf_counter()
         try:
             sampled = self.runner.run(plan)
@@ -413,7 +413,7 @@ class Engine:
         worth.token_seconds = pace.row_seconds or worth.token_seconds
         return sampled
 
-    def _commit(self, plan: Plan, sampled: Sampled) -> None:
+    def _commit(self, plan: StepPlan, sampled: Sampled) -> None:
         for request in self.scheduler.commit(plan, sampled):
             group, answer = self._answers[request.id]
             self._touch(request)

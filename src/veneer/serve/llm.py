@@ -11,18 +11,18 @@ from typing import Any, Literal, NamedTuple
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from veneer.core.progress import waits_told
 from veneer.errors import ConfigError, VeneerError
-from veneer.serve.asked import READS, Asked
-from veneer.serve.conversation import Conversation
+from veneer.plain.progress import waits_told
 from veneer.serve.engine import Engine
-from veneer.serve.lora_request import LoRARequest
-from veneer.serve.metrics import Metric
-from veneer.serve.outputs import EmbeddingOutput, EmbeddingRequestOutput, RequestOutput
-from veneer.serve.pooling_params import PoolingParams
-from veneer.serve.prompts import Prompt, PromptReader
-from veneer.serve.sampling_params import RequestOutputKind, SamplingParams
+from veneer.serve.metrics import MetricSeries
+from veneer.serve.requests.checked import READS, CheckedRequest
+from veneer.serve.requests.prompts import Prompt, PromptReader
+from veneer.serve.schedule.lora_request import LoRARequest
+from veneer.serve.schedule.outputs import EmbeddingOutput, EmbeddingRequestOutput, RequestOutput
+from veneer.serve.schedule.pooling_params import PoolingParams
+from veneer.serve.schedule.sampling_params import RequestOutputKind, SamplingParams
 from veneer.serve.start import EngineOptions, start_engine
+from veneer.serve.tool_calls.conversation import Conversation
 
 _Read = Callable[[PromptReader, Any], tuple[str | None, list[int]]]
 
@@ -47,7 +47,7 @@ class LLM:
         named = type(model).__name__ if isinstance(model, PreTrainedModel) else model
         with waits_told(f"loading {named}"):
             self.engine = start_engine(model, self.options)
-        self.llm_engine = Adapters(self.engine)
+        self.llm_engine = LoadedAdapters(self.engine)
         self._waiting: list[str] = []
         self._done: dict[str, RequestOutput] = {}
 
@@ -175,7 +175,7 @@ class LLM:
         """Return the model's tokenizer."""
         return self.engine.tokenizer
 
-    def get_metrics(self) -> list[Metric]:
+    def get_metrics(self) -> list[MetricSeries]:
         """Return counts and times since the start. Raises ConfigError unless ``disable_log_stats=False``."""
         return self.engine.metrics()
 
@@ -186,7 +186,7 @@ class LLM:
 
     def _asked(
         self, prompts: Sequence[Any], params: Any, adapters: Any, order: _Order, read: _Read = PromptReader.read
-    ) -> list[Asked]:
+    ) -> list[CheckedRequest]:
         each_params = _for_each(params or self.get_default_sampling_params(), len(prompts), "sampling_params")
         each_adapter = _for_each(adapters, len(prompts), "lora_request")
         priority = 0 if order.priority is None else order.priority
@@ -209,7 +209,7 @@ class LLM:
         adapter: LoRARequest | None,
         place: _Order,
         read: _Read,
-    ) -> Asked:
+    ) -> CheckedRequest:
         if not isinstance(params, SamplingParams):
             raise ConfigError(f"sampling_params={params!r} must be a SamplingParams")
         if adapter is not None and not isinstance(adapter, LoRARequest):
@@ -224,14 +224,16 @@ class LLM:
         asked.params.output_kind = RequestOutputKind.FINAL_ONLY
         return asked
 
-    def _complete(self, asked: Sequence[Asked], use_tqdm: bool) -> list[RequestOutput]:
+    def _complete(self, asked: Sequence[CheckedRequest], use_tqdm: bool) -> list[RequestOutput]:
         outputs = self._run([each.id for each in asked], use_tqdm, deque(asked))
         for output in outputs:
             if output.error is not None:
                 raise output.error
         return outputs
 
-    def _run(self, ids: Sequence[str], use_tqdm: bool, left_over: deque[Asked] | None = None) -> list[RequestOutput]:
+    def _run(
+        self, ids: Sequence[str], use_tqdm: bool, left_over: deque[CheckedRequest] | None = None
+    ) -> list[RequestOutput]:
         """The answers to requests. Those in ``left_over`` are submitted here, as soon as there is room for them."""
         left = set(ids) - set(self._done)
         try:
@@ -253,7 +255,7 @@ class LLM:
         return [self._done.pop(id) for id in ids]
 
 
-class Adapters:
+class LoadedAdapters:
     """Adapters of an `LLM` by name and number, as vLLM's ``llm.llm_engine`` has them."""
 
     def __init__(self, engine: Engine) -> None:

@@ -9,7 +9,7 @@ from itertools import accumulate
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Metric:
+class MetricSeries:
     """Metric by name; ``labels`` tell metrics of one name apart."""
 
     name: str
@@ -17,21 +17,21 @@ class Metric:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Counter(Metric):
+class Counter(MetricSeries):
     """Count since the start, or a sum of seconds, which only grows."""
 
     value: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Gauge(Metric):
+class Gauge(MetricSeries):
     """Present value."""
 
     value: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Histogram(Metric):
+class Histogram(MetricSeries):
     """Distribution since the start: ``buckets`` are the numbers of values up to a bound, ``+Inf`` the last."""
 
     count: int

@@ -1,24 +1,5 @@
-"""Several replicas of a server on Ray Serve: ``serve run veneer.serve.ray_app:app model=MODEL replicas=2``."""
+"""Name that Ray Serve's configs of earlier versions import: ``veneer.serve.ray_app:app``."""
 
-from __future__ import annotations
+from veneer.ray.serving.app import app
 
-from typing import TYPE_CHECKING, Any
-
-from veneer.errors import ConfigError
-from veneer.serve.ray_arguments import arguments_of
-
-if TYPE_CHECKING:
-    from ray.serve import Application
-
-
-def app(args: dict[str, Any]) -> Application:
-    """Return the application for Ray Serve, by the fields of `RayArguments`.
-
-    Raises ConfigError for wrong arguments, and if Ray is not installed.
-    """
-    given = arguments_of(args)
-    try:
-        from veneer.serve.ray_deployments import ROUTER, application
-    except ModuleNotFoundError as error:
-        raise ConfigError("Ray Serve is not installed: pip install 'veneer[ray]'") from error
-    return application(given, ROUTER)
+__all__ = ["app"]

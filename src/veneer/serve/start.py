@@ -14,27 +14,27 @@ import psutil
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from veneer.core.field_types import check
 from veneer.errors import ConfigError, DescriptionError, listed
 from veneer.evaluate.scoring import context_length
-from veneer.model.default_device import default_device
-from veneer.model.paged import SlotStore, require_pageable
-from veneer.model.quantized_head import quantize_head
+from veneer.model.batch.paged import SlotStore, require_pageable
+from veneer.model.coded.quantized_head import quantize_head
+from veneer.model.memory.default_device import default_device
 from veneer.ops.dispatch import kernel_isa
 from veneer.ops.paged_attention import UNIT
-from veneer.serve.adapter_pool import AdapterPool
-from veneer.serve.asked import EngineSettings
-from veneer.serve.block_store import BlockStore
-from veneer.serve.draft import SpeculativeConfig
+from veneer.plain.field_types import check
+from veneer.serve.adapters.block_store import BlockStore
 from veneer.serve.engine import Engine
-from veneer.serve.general_runner import GeneralRunner
-from veneer.serve.interpreter import Interpreter
-from veneer.serve.keywords import Keywords
-from veneer.serve.kv_cache import numbers_per_position
-from veneer.serve.pages import Pages
-from veneer.serve.program_runner import ProgramRunner, proved
-from veneer.serve.runner import Runner
-from veneer.serve.scheduler import Limits, Scheduler
+from veneer.serve.program.interpreter import Interpreter
+from veneer.serve.program.kv_cache import numbers_per_position
+from veneer.serve.requests.checked import EngineSettings
+from veneer.serve.runners.general_runner import GeneralRunner
+from veneer.serve.runners.program_runner import ProgramRunner, proved
+from veneer.serve.runners.runner import Runner
+from veneer.serve.schedule.adapter_pool import AdapterPool
+from veneer.serve.schedule.keywords import Keywords
+from veneer.serve.schedule.pages import Pages
+from veneer.serve.schedule.scheduler import Limits, Scheduler
+from veneer.serve.schedule.speculation import SpeculativeConfig
 from veneer.store.quantization import BitsAndBytesConfig
 from veneer.store.source import load_model, load_tokenizer
 

@@ -7,13 +7,13 @@ from collections import Counter as Counts
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from veneer.serve.adapter_counts import AdapterCount
 from veneer.serve.adapter_metrics import adapter_metrics
-from veneer.serve.metrics import Counter, Distribution, Gauge, Metric
-from veneer.serve.outputs import RequestStats
-from veneer.serve.plan import Plan, Sampled
-from veneer.serve.request import Request
-from veneer.serve.scheduler import Scheduler
+from veneer.serve.metrics import Counter, Distribution, Gauge, MetricSeries
+from veneer.serve.schedule.adapter_counts import AdapterCount
+from veneer.serve.schedule.outputs import RequestStats
+from veneer.serve.schedule.request import Request
+from veneer.serve.schedule.scheduler import Scheduler
+from veneer.serve.schedule.step_plan import Sampled, StepPlan
 
 _SECONDS = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0)
 _LONG = (0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0, 120.0, 240.0, 480.0, 960.0)
@@ -65,7 +65,7 @@ class Stats:
                 self._n_sought += len(request.prompt) if request.root is not None else 0
                 self._n_cached += request.n_cached or 0
 
-    def commit(self, plan: Plan, sampled: Sampled) -> None:
+    def commit(self, plan: StepPlan, sampled: Sampled) -> None:
         """Note the tokens that a step has drawn."""
         now = time.perf_counter()
         self._steps.add(sum(len(sequence.tokens) for sequence in plan.sequences))
@@ -108,7 +108,7 @@ class Stats:
             num_accepted_tokens=sum(request.draft.n_right for request in requests if request.draft is not None),
         )
 
-    def metrics(self, scheduler: Scheduler, n_refused: int) -> list[Metric]:
+    def metrics(self, scheduler: Scheduler, n_refused: int) -> list[MetricSeries]:
         """Return the metrics, in vLLM's names where it has them. Any thread may call it."""
         pages, pool = scheduler.pages, scheduler.pool
         gauges = {

@@ -10,7 +10,7 @@ from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 from transformers.utils import logging
 
-from veneer.core.progress import waiting_over
+from veneer.plain.progress import waiting_over
 
 
 @contextmanager

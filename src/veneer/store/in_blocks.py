@@ -20,11 +20,11 @@ from transformers.quantizers import auto
 
 from veneer.disk.mapped import MappedFile
 from veneer.errors import ConfigError, FormatError
-from veneer.model.coded import CodedModule
-from veneer.model.coded_embedding import CodedEmbedding
-from veneer.model.coded_stack import CodedStack
-from veneer.model.experts import put_in_codes
-from veneer.model.quant_linear import QuantLinear
+from veneer.model.adapted.experts import put_in_codes
+from veneer.model.coded.embedding import CodedEmbedding
+from veneer.model.coded.module import CodedModule
+from veneer.model.coded.quant_linear import QuantLinear
+from veneer.model.coded.stack import CodedStack
 from veneer.quant.ggml import GgmlSpec
 from veneer.quant.stack import StackSpec
 from veneer.store.gguf.blocks import BlockFile

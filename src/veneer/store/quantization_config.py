@@ -11,10 +11,10 @@ from transformers import PreTrainedModel
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from veneer.core.frozen import FrozenStack, FrozenWeight
 from veneer.errors import FormatError
 from veneer.quant.spec import StorageSpec
 from veneer.quant.stack import StackSpec
+from veneer.records.frozen import FrozenStack, FrozenWeight
 from veneer.store.checkpoint import Stored
 
 _Spec = TypeVar("_Spec", StorageSpec, StackSpec)

@@ -22,13 +22,13 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 
 from veneer.disk.safetensors import DTYPE_NAMES
 from veneer.errors import CompositionError, ConfigError, FormatError, NonFiniteError
-from veneer.model.attach import adapted_modules
-from veneer.model.coded import CodedModule
-from veneer.model.coded_stack import CodedStack, as_maps, coded_stacks
-from veneer.model.experts import CodedExperts, put_in_codes
-from veneer.model.made_dense import make_dense
-from veneer.model.quant_linear import QuantLinear
-from veneer.model.renamed import converter, renamer
+from veneer.model.adapted.experts import CodedExperts, put_in_codes
+from veneer.model.attach.attach import adapted_modules
+from veneer.model.coded.module import CodedModule
+from veneer.model.coded.quant_linear import QuantLinear
+from veneer.model.coded.renamed import converter, renamer
+from veneer.model.coded.stack import CodedStack, as_maps, coded_stacks
+from veneer.model.sharded.made_dense import make_dense
 from veneer.store.block_by_block import Unread, load_in_turn, unread
 from veneer.store.checkpoint import Checkpoint, Stored, is_finite
 from veneer.store.quantization_config import QuantizationConfig, held_quantized, not_run_in_codes

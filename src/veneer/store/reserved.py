@@ -9,8 +9,8 @@ from contextlib import contextmanager
 from io import FileIO
 from pathlib import Path
 
-from veneer.core.units import size
 from veneer.errors import DiskError
+from veneer.plain.units import size
 
 UNCHANGED = "Nothing was changed: make room or choose another disk, and run it again."
 

@@ -17,12 +17,12 @@ from transformers import (
 )
 
 from veneer.contract.file import CONFIG_FILE as ADAPTER_CONFIG
-from veneer.core.units import size
 from veneer.disk.known_name import known_name
 from veneer.errors import ConfigError, FormatError, OutOfMemoryError
-from veneer.model.experts import fit_experts
-from veneer.model.memory import address_limit, no_memory
+from veneer.model.adapted.experts import fit_experts
+from veneer.model.memory.available import address_limit, no_memory
 from veneer.ops import matmul
+from veneer.plain.units import size
 from veneer.store.bars import bars_in_terminals_alone, downloads_shown
 from veneer.store.block_by_block import EachBlock, blocks_handed_on
 from veneer.store.checkpoint import Checkpoint

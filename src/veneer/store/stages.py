@@ -10,9 +10,9 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
-from veneer.core.progress import LINE_SECONDS, draws_bars
-from veneer.core.units import duration, size
 from veneer.disk.wheel import Progress as OnProgress
+from veneer.plain.progress import LINE_SECONDS, draws_bars
+from veneer.plain.units import duration, size
 
 _BYTES = "download"  # the stage that counts bytes
 

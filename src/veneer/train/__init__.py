@@ -1,1 +1,1 @@
-"""Supervised fine-tuning: the trainer, recipes, sweeps."""
+"""Training: supervised fine-tuning, preference and rewards, sweeps, resume."""

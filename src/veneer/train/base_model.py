@@ -8,11 +8,11 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, TrainingArguments
 
-from veneer.core.progress import waits_told
 from veneer.errors import ConfigError
-from veneer.model.give_back import give_back
-from veneer.model.prepare import prepare_model_for_kbit_training, widen
-from veneer.model.sharding import BaseCutter
+from veneer.model.attach.prepare import prepare_model_for_kbit_training, widen
+from veneer.model.memory.give_back import give_back
+from veneer.model.sharded.sharding import BaseCutter
+from veneer.plain.progress import waits_told
 from veneer.recipe.parts import ModelPart
 from veneer.store.quantization import BitsAndBytesConfig
 from veneer.store.source import load_model

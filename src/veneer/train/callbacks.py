@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 from transformers import EarlyStoppingCallback, TrainerCallback, TrainerState, TrainingArguments
 
-from veneer.model.checkpointing import checkpoint_selectively
+from veneer.model.memory.checkpointing import checkpoint_selectively
 from veneer.train.config import RunSettings
 from veneer.train.guards import FiniteGradients
 from veneer.train.loss import model_of
@@ -35,7 +35,7 @@ class SelectiveCheckpointing(TrainerCallback):  # type: ignore[misc]
         checkpoint_selectively(model_of(model), (args.gradient_checkpointing_kwargs or {}).get("every_n_layers", 1))
 
 
-class Begun(TrainerCallback):  # type: ignore[misc]
+class BeginReport(TrainerCallback):  # type: ignore[misc]
     """Callback that reports the step at which training begins, once no check of the checkpoint can fail any more."""
 
     def __init__(self, begin: Callable[[int], None]) -> None:

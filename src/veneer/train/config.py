@@ -31,9 +31,9 @@ class RunSettings(_Arguments):  # type: ignore[misc]
     """Settings that every trainer of veneer adds to TRL's, and the checks of settings that exclude each other.
 
     ``fused``: "auto" trains on veneer's kernels if the model fits them (`model.fused`), "off" never.
-    ``gradient_checkpointing``: False, True, or "selective" (`model.checkpointing`). TRL's key "selective" in
+    ``gradient_checkpointing``: False, True, or "selective" (`model.memory.checkpointing`). TRL's key "selective" in
     ``gradient_checkpointing_kwargs`` means the same.
-    ``activation_offloading``: "host" (or True) for CUDA, "disk" for a file in ``output_dir`` (`model.offload`).
+    ``activation_offloading``: "host" (or True) for CUDA, "disk" for a file in ``output_dir`` (`model.memory.offload`).
     ``lora_plus``: ratio of the learning rate of the factor B to that of A (LoRA+); None is one rate for both.
     ``early_stopping_patience``: number of evaluations without a better ``metric_for_best_model`` after which training
     stops; None never stops early. The default metric is the held-out loss.

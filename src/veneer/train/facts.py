@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, is_dataclass
 from typing import Any
 
-from veneer.core.group import n_on_this_machine
+from veneer.plain.group import n_on_this_machine
 from veneer.recipe.changes import places_of
 from veneer.recipe.recipe import Recipe
 from veneer.train.going_on import files_of, parent_of

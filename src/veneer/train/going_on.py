@@ -12,7 +12,7 @@ from veneer.contract.file import WEIGHTS_FILE
 from veneer.contract.source import adapter_folder
 from veneer.errors import ConfigError
 from veneer.recipe.adapter import FROM
-from veneer.recipe.changes import Change, changes, is_longer, refuse
+from veneer.recipe.changes import ChangedSetting, changes, is_longer, refuse
 from veneer.recipe.parts import DataPart
 from veneer.recipe.recipe import Recipe
 from veneer.train.processes import n_processes
@@ -26,7 +26,7 @@ class GoingOn:
     """Resumed run: its record, the settings that have changed since, and the permission to change them."""
 
     before: Mapping[str, Any] | None = None
-    changes: Sequence[Change] = ()
+    changes: Sequence[ChangedSetting] = ()
     allow_changes: bool = False
 
     def recorded(self, step: int) -> list[dict[str, Any]]:
@@ -35,7 +35,7 @@ class GoingOn:
         return [*earlier, *({"step": step, **asdict(each)} for each in self.changes)]
 
 
-def changes_since(before: Mapping[str, Any], recipe: Recipe, allow: bool) -> list[Change]:
+def changes_since(before: Mapping[str, Any], recipe: Recipe, allow: bool) -> list[ChangedSetting]:
     """Return the settings that differ from those of a record. Raises ConfigError with all of them unless they may
     differ.
     """
@@ -49,12 +49,12 @@ def changes_since(before: Mapping[str, Any], recipe: Recipe, allow: bool) -> lis
         ) from error
     count, batches = before.get("n_processes", 1), _global_batches(before, recipe)
     if count != n_processes():
-        found.append(Change(PROCESSES, count, n_processes()))
+        found.append(ChangedSetting(PROCESSES, count, n_processes()))
         if batches[0] not in (None, batches[1]):  # divided by another number, they may give the same accumulation
-            found.append(Change("distributed.global_batch", *batches))
+            found.append(ChangedSetting("distributed.global_batch", *batches))
     old, new = before.get("parent"), parent_of(recipe)
     if old is not None and new is not None and old["blake2b"] != new["blake2b"]:
-        found.append(Change("adapter.from", f"an adapter with the hash {old['blake2b']}", new["blake2b"]))
+        found.append(ChangedSetting("adapter.from", f"an adapter with the hash {old['blake2b']}", new["blake2b"]))
     refused = [each for each in found if each.key != PROCESSES or not _same_rows(before, recipe)]
     if not allow and refused:
         refuse([*refused, *_other_files(before, recipe)], Path(recipe.output))
@@ -104,7 +104,7 @@ def with_data(going_on: GoingOn, record: Mapping[str, Any]) -> GoingOn:
     if old is None:
         return going_on
     found = [
-        Change(f"data.{part}", _told_rows(old[part]), _told_rows(new[part]))
+        ChangedSetting(f"data.{part}", _told_rows(old[part]), _told_rows(new[part]))
         for part in ("train", "eval")
         if (old[part] or {}).get("blake2b") != (new[part] or {}).get("blake2b")
     ]
@@ -119,10 +119,10 @@ def _told_rows(rows: Mapping[str, Any] | None) -> str:
     return "no rows" if rows is None else f"{rows['rows']:,} rows with the hash {rows['blake2b']}"
 
 
-def _other_files(before: Mapping[str, Any], recipe: Recipe) -> list[Change]:
+def _other_files(before: Mapping[str, Any], recipe: Recipe) -> list[ChangedSetting]:
     """Files of rows that hold something else than they did."""
     old, new = before.get("files", {}), files_of(recipe.data)
-    return [Change(key, old[key], new[key]) for key in sorted(old.keys() & new.keys()) if old[key] != new[key]]
+    return [ChangedSetting(key, old[key], new[key]) for key in sorted(old.keys() & new.keys()) if old[key] != new[key]]
 
 
 def files_of(part: DataPart) -> dict[str, str]:

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from veneer.analyze.subspace import Subspace
-from veneer.core.ticks import ticks_at
 from veneer.data.collating import Collator
 from veneer.data.encoding import Encoder, kind_of
 from veneer.data.rows import RowReader, load_rows, split_off
@@ -24,7 +23,8 @@ from veneer.errors import ConfigError, TrainingError
 from veneer.evaluate.metric import LabelChoice
 from veneer.evaluate.questions import QuestionReader
 from veneer.evaluate.scoring import log_probabilities
-from veneer.model.structure import modes_kept
+from veneer.model.placed.structure import modes_kept
+from veneer.plain.ticks import ticks_at
 from veneer.train.loss import token_loss
 
 Batch = Mapping[str, Tensor]
@@ -32,7 +32,7 @@ SHARE = 0.9  # the paper's d90: nine tenths of what training all weights reaches
 
 
 @dataclass(frozen=True, kw_only=True)
-class Training:
+class PointTraining:
     """Training of each point: Adam, ``steps`` batches in turn, a learning rate that falls linearly to zero."""
 
     steps: int = 100
@@ -105,7 +105,7 @@ def dimension_curve(
     batches: Sequence[Batch],
     score: Callable[[Any], float],
     dimensions: Sequence[int],
-    training: Training,
+    training: PointTraining,
     *,
     on_point: Callable[[int | None, float], None] = lambda d, score: None,
 ) -> Curve:
@@ -135,14 +135,14 @@ def _scored(
     space: Subspace | _Whole,
     batches: Sequence[Batch],
     score: Callable[[Any], float],
-    training: Training,
+    training: PointTraining,
 ) -> float:
     _train(model, space, batches, training)
     with torch.no_grad(), _weights_in(model, space.weights()):
         return score(model)
 
 
-def _space(start: Mapping[str, Tensor], d: int, training: Training) -> Subspace:
+def _space(start: Mapping[str, Tensor], d: int, training: PointTraining) -> Subspace:
     made = Subspace(start, d, structure_aware=training.structure_aware, seed=training.seed)
     return made.to(_device_of(start))
 
@@ -151,13 +151,13 @@ def _device_of(weights: Mapping[str, Tensor]) -> torch.device:
     return next(iter(weights.values())).device
 
 
-def _train(model: nn.Module, space: Subspace | _Whole, batches: Sequence[Batch], training: Training) -> None:
+def _train(model: nn.Module, space: Subspace | _Whole, batches: Sequence[Batch], training: PointTraining) -> None:
     with modes_kept(model):
         model.train()
         _train_steps(_Loss(model), space, batches, training)
 
 
-def _train_steps(loss_of: _Loss, space: Subspace | _Whole, batches: Sequence[Batch], training: Training) -> None:
+def _train_steps(loss_of: _Loss, space: Subspace | _Whole, batches: Sequence[Batch], training: PointTraining) -> None:
     optimizer = torch.optim.Adam([p for p in space.parameters() if p.requires_grad], lr=training.learning_rate)
     for step in range(training.steps):
         for group in optimizer.param_groups:

@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from veneer.data.encoding import IGNORED
 from veneer.model.fused.decoder import fused_head
-from veneer.model.fused.head import Head, hidden_as_logits
+from veneer.model.fused.head import FrozenHead, hidden_as_logits
 from veneer.ops.cross_entropy import HeadOptions, linear_cross_entropy_and_hits, linear_cross_entropy_rows
 
 
@@ -119,7 +119,7 @@ def _scored(logits: Tensor, labels: Tensor, scoring: Scoring, aux: Tensor | None
     return TokenLoss(each.sum(), trained.sum(), n_right, aux)
 
 
-def _loss_in_chunks(model: nn.Module, head: Head, inputs: dict[str, Any]) -> TokenLoss:
+def _loss_in_chunks(model: nn.Module, head: FrozenHead, inputs: dict[str, Any]) -> TokenLoss:
     """The same loss of a fused model, without the logits of all tokens in memory."""
     hidden, head, labels, aux = hidden_states(model, head, inputs)
     options = HeadOptions(num_items=1.0)
@@ -128,7 +128,7 @@ def _loss_in_chunks(model: nn.Module, head: Head, inputs: dict[str, Any]) -> Tok
 
 
 def _row_losses_in_chunks(
-    model: nn.Module, head: Head, inputs: dict[str, Any], shares: Sequence[Share]
+    model: nn.Module, head: FrozenHead, inputs: dict[str, Any], shares: Sequence[Share]
 ) -> list[TokenLoss]:
     hidden, head, labels, _ = hidden_states(model, head, inputs)
     losses, hits = linear_cross_entropy_rows(hidden, head.weight, labels, head.bias)
@@ -137,7 +137,9 @@ def _row_losses_in_chunks(
     return [TokenLoss(losses[s.rows].sum(), trained[s.rows].sum(), hits[s.rows].sum(), None) for s in shares]
 
 
-def hidden_states(model: nn.Module, head: Head, inputs: dict[str, Any]) -> tuple[Tensor, Head, Tensor, Tensor | None]:
+def hidden_states(
+    model: nn.Module, head: FrozenHead, inputs: dict[str, Any]
+) -> tuple[Tensor, FrozenHead, Tensor, Tensor | None]:
     """Return hidden states (b * (t - 1), d), the head in its compute dtype, the labels, and the router's
     loss, if any.
     """
@@ -152,7 +154,7 @@ def hidden_states(model: nn.Module, head: Head, inputs: dict[str, Any]) -> tuple
     return hidden.to(dtype), head, labels.to(hidden.device), getattr(out, "aux_loss", None)
 
 
-def head_of_fused(model: nn.Module) -> Head | None:
+def head_of_fused(model: nn.Module) -> FrozenHead | None:
     """Return the head of a fused model, alone or in the wrapper that joins the gradients of processes.
 
     No other wrapper's forward pass runs the same modules that it holds.

@@ -13,7 +13,7 @@ from transformers.trainer_utils import check_target_module_exists
 from transformers.training_args import OptimizerNames
 
 from veneer.errors import ConfigError
-from veneer.model.attach import embedding_parameters, module_index, outward_parameters
+from veneer.model.attach.attach import embedding_parameters, module_index, outward_parameters
 from veneer.optim import AdamW8bit, GaLoreAdamW, LayerwiseGaLoreAdamW, PagedAdamW8bit, lora_plus_groups
 from veneer.optim.galore import GaLoreProjection
 from veneer.recipe.keys import perhaps

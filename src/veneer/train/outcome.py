@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from veneer.adapters.chosen import Parts, tokenizer_with
+from veneer.adapters.chosen import ModelParts, tokenizer_with
 from veneer.errors import ConfigError
-from veneer.model.default_device import default_device
+from veneer.model.memory.default_device import default_device
 from veneer.recipe.recipe import Recipe, parse_recipe
 from veneer.recipe.sweep_part import PART
 from veneer.recipe.values import read_values
@@ -59,13 +59,13 @@ def trained_tokenizer(recipe: Recipe) -> Any:
         return tokenizer_with(load_tokenizer(recipe.model.source), [saved_by(recipe)])
 
 
-def trained_parts(recipe: Recipe, tokenizer: Any) -> Parts:
+def trained_parts(recipe: Recipe, tokenizer: Any) -> ModelParts:
     """Return the base in the recipe's storage with the trained adapter, or the model that was trained whole."""
     saved, source = saved_by(recipe), recipe.model.source
     device = default_device()
     with quiet():
         if recipe.method == "full":
             base = load_model(str(saved), dtype=recipe.model.dtype, device=device)
-            return Parts(base=base, tokenizer=tokenizer, source=str(saved))
+            return ModelParts(base=base, tokenizer=tokenizer, source=str(saved))
         base = load_base(recipe.model, device=device)
-        return Parts(base=base, tokenizer=tokenizer, source=source, adapters=(saved,))
+        return ModelParts(base=base, tokenizer=tokenizer, source=source, adapters=(saved,))

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from veneer.data.collating import Layout
 from veneer.errors import ConfigError
-from veneer.model.invocation import PACKED, acting_tokens
-from veneer.model.quant_linear import computing_dtypes
-from veneer.model.structure import evaluation
+from veneer.model.batch.invocation import PACKED, acting_tokens
+from veneer.model.coded.quant_linear import computing_dtypes
+from veneer.model.placed.structure import evaluation
 
 log = logging.getLogger(__name__)
 

@@ -12,8 +12,8 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import distributed
 
-from veneer.core.group import group_size
 from veneer.errors import ConfigError, Interrupted, LostProcessError, TrainingError, VeneerError
+from veneer.plain.group import group_size
 
 T = TypeVar("T")
 _WORD = "veneer/ended"  # in the store that the processes share

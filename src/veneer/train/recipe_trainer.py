@@ -17,16 +17,16 @@ from veneer.adapters.peft_model import PeftModel
 from veneer.contract import MethodConfig
 from veneer.contract.source import adapter_folder
 from veneer.contract.targets import select_targets
-from veneer.core.group import n_on_this_machine
-from veneer.core.tasks import TaskType
 from veneer.data.chat import with_template
 from veneer.data.dataset import columns_of
 from veneer.data.encoding import kind_of
 from veneer.errors import ConfigError
-from veneer.model.attach import adapted_modules, module_index
+from veneer.model.attach.attach import adapted_modules, module_index
 from veneer.model.fused.decoder import fuse
-from veneer.model.heap import blocks_mapped
-from veneer.model.sharding import BaseCutter, is_cut, leave_apart, shard_base
+from veneer.model.memory.heap import blocks_mapped
+from veneer.model.sharded.sharding import BaseCutter, is_cut, leave_apart, shard_base
+from veneer.plain.group import n_on_this_machine
+from veneer.plain.tasks import TaskType
 from veneer.recipe.adapter import FROM, differs_in_writing
 from veneer.recipe.advice import odd_rate
 from veneer.recipe.methods import not_that_adapter, usual_learning_rate

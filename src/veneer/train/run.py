@@ -6,14 +6,14 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from veneer.core.group import n_on_this_machine
 from veneer.errors import Interrupted
-from veneer.model.default_device import told_device
-from veneer.model.memory import high_water
+from veneer.model.memory.available import high_water
+from veneer.model.memory.default_device import told_device
+from veneer.plain.group import n_on_this_machine
 from veneer.recipe.adapter import FULL
 from veneer.recipe.recipe import Recipe
 from veneer.store.hub import require_hub
-from veneer.train.callbacks import Begun, LastEvaluation, StepClock
+from veneer.train.callbacks import BeginReport, LastEvaluation, StepClock
 from veneer.train.checkpoint import checkpoint_folder, latest_checkpoint
 from veneer.train.facts import describe_run
 from veneer.train.going_on import PROCESSES, GoingOn, changes_since, is_complete, with_data
@@ -31,7 +31,7 @@ from veneer.train.recipe_trainer import make_trainer
 from veneer.train.record import ending_of, life_of, reason_of, record_of, told_life
 from veneer.train.run_trainer import RunTrainer
 from veneer.train.show.report import draw_loss
-from veneer.train.written import Written
+from veneer.train.written import WrittenRecord
 
 Tell = Callable[[str], None]
 
@@ -113,11 +113,11 @@ def carry_out(
         going_on = with_data(going_on, record)
         trainer.other_data = going_on.allow_changes
         trainer.other_settings = any(each.key != PROCESSES for each in going_on.changes)
-    written = Written(Path(recipe.output), record, None if going_on is None else going_on.recorded)
+    written = WrittenRecord(Path(recipe.output), record, None if going_on is None else going_on.recorded)
     if going_on is None:
         written.begin(0)
     else:
-        trainer.add_callback(Begun(written.begin))
+        trainer.add_callback(BeginReport(written.begin))
     try:
         with together():
             results = _trained(recipe, trainer, going_on is not None, stop or Stop())

@@ -23,9 +23,9 @@ from veneer.adapters.schedules import penalty
 from veneer.contract import MethodConfig
 from veneer.data.sampler import EpochSampler
 from veneer.model.fused.decoder import fused
-from veneer.model.heap import blocks_mapped, freed_memory_kept, freed_memory_returned
-from veneer.model.offload import ActivationOffload
-from veneer.model.sharding import is_cut
+from veneer.model.memory.heap import blocks_mapped, freed_memory_kept, freed_memory_returned
+from veneer.model.memory.offload import ActivationOffload
+from veneer.model.sharded.sharding import is_cut
 from veneer.optim import LayerwiseGaLoreAdamW
 from veneer.train.callbacks import callbacks_of
 from veneer.train.config import RunSettings

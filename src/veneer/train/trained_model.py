@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from veneer.adapters.peft_model import PeftModel, get_peft_model
 from veneer.contract import MethodConfig
 from veneer.errors import ConfigError
-from veneer.model.experts import fit_experts
+from veneer.model.adapted.experts import fit_experts
 from veneer.store.stored_quantization import with_stored
 from veneer.train.config import RunSettings
 

@@ -25,7 +25,7 @@ from veneer.data.dataset import columns_of, digest, encode_all, filled, pack_all
 from veneer.data.encoding import IGNORED, TASK, Encoder, kind_of
 from veneer.data.sampler import FilledSampler
 from veneer.errors import ConfigError, TrainingError
-from veneer.model.heap import freed_memory_returned
+from veneer.model.memory.heap import freed_memory_returned
 from veneer.train.config import SFTConfig, as_settings
 from veneer.train.loss import TokenLoss, has_own_loss, model_loss, token_loss
 from veneer.train.packing_layout import packing_layout

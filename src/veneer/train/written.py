@@ -13,7 +13,7 @@ from veneer.train.processes import is_main
 from veneer.train.record import RUN_FILE
 
 
-class Written:
+class WrittenRecord:
     """Record of a run in its ``run.json``, which the main process alone writes.
 
     ``changed`` returns the changes of a resumed run with their steps, given the step that it resumes from.

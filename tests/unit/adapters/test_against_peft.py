@@ -15,7 +15,7 @@ from torch import Tensor
 
 from models import llama_config
 from veneer import IA3Config, LoraConfig, PeftModel, get_peft_model
-from veneer.model.attach import live_parameters
+from veneer.model.attach.attach import live_parameters
 
 from .conftest import close, logits
 

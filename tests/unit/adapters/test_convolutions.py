@@ -27,8 +27,8 @@ from veneer import LoraConfig, PeftModel, get_peft_model
 from veneer.adapters.combining import combine_folders
 from veneer.combine import Combination
 from veneer.errors import CompositionError, TargetError
-from veneer.model.attach import live_parameters
-from veneer.model.convolution import AdaptedConvolution
+from veneer.model.adapted.convolution import AdaptedConvolution
+from veneer.model.attach.attach import live_parameters
 
 TIGHT = {"rtol": 2e-5, "atol": 2e-6}
 _WIDTHS = {"hidden_size": 24, "intermediate_size": 29, "num_hidden_layers": 2, "num_attention_heads": 3}
@@ -250,8 +250,8 @@ class Layers(nn.Module):
 
 def adapted_layer(dtype: torch.dtype = torch.float64, **settings: Any) -> tuple[AdaptedConvolution, Tensor]:
     """A convolution in float64 with LoRA, and the kernel that closed form says it has."""
-    from veneer.model.attach import attach
-    from veneer.model.state import AdapterState
+    from veneer.model.adapted.state import AdapterState
+    from veneer.model.attach.attach import attach
 
     torch.manual_seed(3)
     model = Layers(**settings).to(dtype)

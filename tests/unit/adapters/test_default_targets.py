@@ -31,9 +31,9 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING as CAUSAL
 from veneer import IA3Config, LoraConfig, PeftModel, get_peft_model
 from veneer.contract import LinearMethod
 from veneer.contract.targets import matches_any
-from veneer.model.places import plan_of
-from veneer.model.plan import Plan
-from veneer.model.snapshot import look_at
+from veneer.model.placed.places import plan_of
+from veneer.model.snapshot.plan import AttachPlan
+from veneer.model.snapshot.snapshot import look_at
 
 from .conftest import close, logits
 
@@ -65,11 +65,11 @@ def on_meta(config: PreTrainedConfig) -> PreTrainedModel:
         return kinds[type(config)](config)
 
 
-def meant(model: PreTrainedModel, config: LinearMethod) -> Plan:
+def meant(model: PreTrainedModel, config: LinearMethod) -> AttachPlan:
     return plan_of(look_at(model), config, fresh=True)
 
 
-def scaled_inputs(model: PreTrainedModel, plan: Plan) -> set[str]:
+def scaled_inputs(model: PreTrainedModel, plan: AttachPlan) -> set[str]:
     assert isinstance(plan.config, IA3Config)
     sites = look_at(model).sites(plan.targets)
     return {s.name for s in sites if plan.config.shapes(s)["ia3_l"][0] == 1}

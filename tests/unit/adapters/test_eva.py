@@ -24,7 +24,7 @@ from veneer import (
     initialize_lora_eva_weights,
 )
 from veneer.errors import AdapterNameError, ConfigError, DataError, NonFiniteError, ShapeError
-from veneer.model.attach import adapted_layers
+from veneer.model.attach.attach import adapted_layers
 
 TARGETS = {
     "llama": ["q_proj", "k_proj", "o_proj", "gate_proj", "down_proj"],

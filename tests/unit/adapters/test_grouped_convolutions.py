@@ -16,7 +16,7 @@ from veneer import LoraConfig, PeftModel, get_peft_model
 from veneer.adapters.combining import combine_folders
 from veneer.combine import Combination
 from veneer.errors import CompositionError, TargetError
-from veneer.model.attach import live_parameters
+from veneer.model.attach.attach import live_parameters
 from veneer.store.adapter.records import read_records
 
 SIZES = {1: (31,), 2: (13, 11), 3: (7, 5, 6)}

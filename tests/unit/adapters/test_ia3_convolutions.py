@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from veneer import IA3Config, PeftModel, get_peft_model
-from veneer.model.attach import live_parameters
+from veneer.model.attach.attach import live_parameters
 
 SIZES = {1: (31,), 2: (13, 11), 3: (7, 5, 6)}
 LAYERS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from veneer import BitsAndBytesConfig, LoraConfig, PeftModel, get_peft_model, replace_lora_weights_loftq
 from veneer.errors import ConfigError, FormatError
-from veneer.model.attach import adapted_layers
+from veneer.model.attach.attach import adapted_layers
 
 NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
 TARGETS = {"llama": ["q_proj", "up_proj"], "gpt2": ["c_attn", "mlp.c_proj"]}

@@ -17,12 +17,12 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 import veneer
 from methods_in_peft import TARGETS, TOKENS, base, near
 from veneer import CordaConfig, LoraConfig, LoraGAConfig, PeftModel
-from veneer.core.sites import LinearSite
 from veneer.errors import AdapterNameError, ConfigError, DataError, NonFiniteError
 from veneer.inits.corda import of_covariance
 from veneer.inits.lora_ga import of_gradient
-from veneer.model.attach import adapted_layers
+from veneer.model.attach.attach import adapted_layers
 from veneer.quant.dense import DenseWeight
+from veneer.records.sites import LinearSite
 
 R, ALPHA = 3, 5
 BATCHES = [torch.randint(0, 71, (1, 23), generator=torch.Generator().manual_seed(seed)) for seed in range(5)]

@@ -18,7 +18,7 @@ from veneer import IA3Config, LoraConfig, PeftModel, get_peft_model
 from veneer.adapters.combining import combine_folders
 from veneer.combine import Combination
 from veneer.errors import CompositionError, TargetError
-from veneer.model.attach import live_parameters
+from veneer.model.attach.attach import live_parameters
 
 
 class Net(nn.Module):

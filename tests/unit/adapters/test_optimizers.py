@@ -20,7 +20,7 @@ from veneer import (
     get_peft_model,
 )
 from veneer.errors import ConfigError
-from veneer.model.attach import named_live_parameters
+from veneer.model.attach.attach import named_live_parameters
 
 SETTINGS: dict[str, Any] = {"r": 3, "lora_alpha": 7, "target_modules": TARGETS, "init_lora_weights": False}
 

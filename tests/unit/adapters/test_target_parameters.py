@@ -22,10 +22,10 @@ from transformers import (
 
 from flat_records import flat_record
 from veneer import LoraConfig, PeftModel, get_peft_model
-from veneer.core.stacks import stack, unstack
 from veneer.errors import CompositionError, ConfigError, TargetError
-from veneer.model.attach import live_parameters
-from veneer.model.parameters import AdaptedParameters, runs_by_convention
+from veneer.model.adapted.parameters import AdaptedParameters, runs_by_convention
+from veneer.model.attach.attach import live_parameters
+from veneer.records.stacks import stack, unstack
 
 from .conftest import close
 
@@ -177,7 +177,7 @@ def test_experts_run_one_by_one_give_what_the_folded_stack_gives(implementation:
     assert len(experts) == 2
     assert all(runs_by_convention(m) for m in experts)
     one_by_one = logits(model)
-    monkeypatch.setattr("veneer.model.parameters.runs_by_convention", lambda module: False)
+    monkeypatch.setattr("veneer.model.adapted.parameters.runs_by_convention", lambda module: False)
     model.set_experts_implementation(implementation)
     torch.testing.assert_close(logits(model), one_by_one, rtol=1e-10, atol=1e-10)
 

@@ -15,7 +15,7 @@ from torch import Tensor
 import veneer
 from veneer import PeftModel, get_peft_model
 from veneer.errors import FormatError
-from veneer.model.attach import live_parameters
+from veneer.model.attach.attach import live_parameters
 from veneer.model.inplace import InPlace
 
 TIGHT = {"rtol": 5e-5, "atol": 5e-6}

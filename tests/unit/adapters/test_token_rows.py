@@ -15,7 +15,7 @@ from transformers import T5Config, T5ForConditionalGeneration
 
 from veneer import LoraConfig, PeftModel, get_peft_model
 from veneer.errors import CompositionError, ConfigError, TargetError
-from veneer.model.attach import live_parameters
+from veneer.model.attach.attach import live_parameters
 
 from .conftest import close, logits
 

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, T5Config, T5ForConditionalGenerat
 
 from veneer import LoraConfig, PeftModel, get_peft_model
 from veneer.errors import ConfigError, FormatError, TargetError
-from veneer.model.attach import live_parameters
+from veneer.model.attach.attach import live_parameters
 
 from .conftest import close, logits
 

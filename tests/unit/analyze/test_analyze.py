@@ -9,8 +9,8 @@ from flat_records import flat_record
 from veneer.analyze.overlap import overlap_table, sign_conflict, subspace_overlap
 from veneer.analyze.report import compare, describe
 from veneer.analyze.spectrum import spectrum, spectrum_of_dense
-from veneer.core.records import LinearDelta
 from veneer.errors import CompositionError, ShapeError
+from veneer.records.deltas import LinearDelta
 
 
 def record(seed: int, r: int = 5, o: int = 13, i: int = 19, scale: float = 1.3) -> LinearDelta:

@@ -10,7 +10,7 @@ import pytest
 
 from models import byte_tokenizer
 from veneer.answer.files import adapters_of, asked_of, write_answers
-from veneer.answer.prompts import PromptReader, encode_chat, encode_prompt
+from veneer.answer.prompts import PromptRows, encode_chat, encode_prompt
 from veneer.errors import ConfigError, DataError
 
 TOKENIZER = byte_tokenizer()
@@ -34,12 +34,12 @@ def test_a_row_names_its_adapter_or_none_and_others_take_the_default(
 
 
 def test_a_prompt_is_a_turn_a_conversation_or_a_text() -> None:
-    chat = PromptReader(system="be")
+    chat = PromptRows(system="be")
     assert text(chat.read({"prompt": "hi"}, TOKENIZER)) == "<|system|>be<|end|><|user|>hi<|end|><|assistant|>"
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "known"}]
     for row in ({"messages": turns}, {"prompt": turns}):
-        assert text(PromptReader().read(row, TOKENIZER)) == "<|user|>a<|end|><|assistant|>"
-    assert text(PromptReader(prompt="Of {n}?", raw=True).read({"n": 7, "messages": turns}, TOKENIZER)) == "Of 7?"
+        assert text(PromptRows().read(row, TOKENIZER)) == "<|user|>a<|end|><|assistant|>"
+    assert text(PromptRows(prompt="Of {n}?", raw=True).read({"n": 7, "messages": turns}, TOKENIZER)) == "Of 7?"
 
 
 @pytest.mark.parametrize(
@@ -51,7 +51,7 @@ def test_a_prompt_is_a_turn_a_conversation_or_a_text() -> None:
 )
 def test_a_row_that_asks_nothing_is_named(row: dict[str, Any], message: str) -> None:
     with pytest.raises(DataError, match=message):
-        asked_of([row], [None], TOKENIZER, PromptReader(), Path("ask.jsonl"))
+        asked_of([row], [None], TOKENIZER, PromptRows(), Path("ask.jsonl"))
 
 
 def test_a_tokenizer_without_a_template_takes_plain_text_alone() -> None:
@@ -66,7 +66,7 @@ def test_a_tokenizer_without_a_template_takes_plain_text_alone() -> None:
 
 def test_answers_are_written_beside_the_rows_fields(tmp_path: Path) -> None:
     rows = [{"prompt": "ä", "id": 3}, {"prompt": "b"}]
-    asked = asked_of(rows, [None, None], TOKENIZER, PromptReader(raw=True), Path("ask.jsonl"))
+    asked = asked_of(rows, [None, None], TOKENIZER, PromptRows(raw=True), Path("ask.jsonl"))
     write_answers(tmp_path / "out.jsonl", asked, ["é", "x"])
     lines = (tmp_path / "out.jsonl").read_text(encoding="utf-8").splitlines()
     assert [json.loads(line) for line in lines] == [{**rows[0], "answer": "é"}, {**rows[1], "answer": "x"}]

@@ -17,7 +17,7 @@ from chat_models import model_folder as model_folder
 from chat_models import tiny_model as tiny_model
 from veneer import IA3Config, get_peft_model
 from veneer.cli.app import app
-from veneer.core import progress
+from veneer.plain import progress
 
 _EARLY = """
 import contextlib, io, json, sys

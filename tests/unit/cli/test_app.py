@@ -16,8 +16,8 @@ from typer.testing import CliRunner
 
 from veneer.cli import app as app_module
 from veneer.cli.app import VerbGroup, app
-from veneer.core.units import count
 from veneer.errors import ConfigError
+from veneer.plain.units import count
 from veneer.recipe.recipe import Recipe
 
 RUNNER = CliRunner()

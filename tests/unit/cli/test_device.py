@@ -14,7 +14,7 @@ from typer.testing import Result
 
 from veneer import LLM, FastLanguageModel
 from veneer.errors import ServingError
-from veneer.model.default_device import default_device
+from veneer.model.memory.default_device import default_device
 from veneer.recipe.recipe import Recipe, parse_recipe
 from veneer.train import outcome
 from veneer.train.recipe_trainer import make_trainer

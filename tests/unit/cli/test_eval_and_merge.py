@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM
 from typer.testing import Result
 
 from veneer import PeftModel
+from veneer.answer.engine import EngineAnswerer
 from veneer.evaluate.scoring import Answering
-from veneer.serve.answerer import EngineAnswerer
 
 Veneer = Callable[..., Result]
 

@@ -241,7 +241,7 @@ def test_answers_of_a_recipe_are_those_of_transformers(
     told = veneer(*command, recipe.parent / "a.jsonl")
     assert told.exit_code == 0, told.output
     assert "answers:" in told.stderr
-    monkeypatch.setattr("veneer.serve.answerer._slow", lambda base: "a test asks for it")
+    monkeypatch.setattr("veneer.answer.engine._slow", lambda base: "a test asks for it")
     assert "(a test asks for it)" in veneer(*command, recipe.parent / "b.jsonl").stderr
     assert (recipe.parent / "a.jsonl").read_text() == (recipe.parent / "b.jsonl").read_text()
     assert quantization != "none" or told.stderr == "answers: veneer's engine\n"

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LM
 from typer.testing import Result
 
 from veneer import LoraConfig, PeftModel, PrefixTuningConfig, PromptTuningConfig, get_peft_model
-from veneer.adapters.chosen import Parts
+from veneer.adapters.chosen import ModelParts
 from veneer.cli import loading
 from veneer.errors import ConfigError
 
@@ -326,7 +326,7 @@ def test_a_model_without_a_chat_template_cannot_chat(veneer: Veneer, model_folde
 def test_a_base_in_4_bits_answers_like_its_dequantized_weights(
     veneer: Veneer, model_folder: Path, adapter_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    seen: list[Parts] = []
+    seen: list[ModelParts] = []
     own = loading.answerer_of
     monkeypatch.setattr(loading, "answerer_of", lambda parts, *rest: seen.append(parts) or own(parts, *rest))
     short = ("--max-new-tokens", 3)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from typer.testing import Result
 
-from veneer.serve import answerer as engine_answering
+from veneer.answer import engine as engine_answering
 
 Veneer = Callable[..., Result]
 

@@ -14,8 +14,8 @@ from matplotlib.figure import Figure
 from tests.pictures import check_picture
 
 from veneer.cli import plan_answers
-from veneer.core.units import size
 from veneer.errors import ConfigError
+from veneer.plain.units import size
 from veneer.plan.architecture import config_of
 from veneer.plan.fit import Fit
 from veneer.plan.presets import hub_id_of, presets, require_weights

@@ -15,7 +15,7 @@ import pytest
 
 from veneer.cli.app import app
 from veneer.cli.pages import export
-from veneer.cli.pages.eval import Metric
+from veneer.cli.pages.eval import MetricName
 from veneer.cli.work import verb
 from veneer.evaluate.metric import METRICS
 
@@ -39,7 +39,7 @@ def test_the_work_takes_what_the_page_takes(name: str) -> None:
 
 
 def test_the_page_of_eval_names_the_metrics() -> None:
-    assert [str(metric) for metric in Metric] == list(METRICS)
+    assert [str(metric) for metric in MetricName] == list(METRICS)
 
 
 @dataclass(frozen=True, kw_only=True)

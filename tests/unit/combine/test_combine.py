@@ -13,11 +13,11 @@ from veneer.combine import Combination, combine
 from veneer.combine.sparsify import draw_of, drop_and_rescale, largest
 from veneer.combine.ties import elect_and_merge
 from veneer.combine.update import Update
-from veneer.core.linear import fold_linear
-from veneer.core.records import LinearDelta
-from veneer.core.terms.scale import Scale
 from veneer.errors import CompositionError
 from veneer.quant.dense import DenseWeight
+from veneer.records.deltas import LinearDelta
+from veneer.records.linear import fold_linear
+from veneer.records.terms.scale import Scale
 
 O, I = 13, 17  # noqa: E741
 WEIGHTS = (0.7, -0.4, 1.3)

@@ -9,10 +9,10 @@ from veneer.combine.leading import leading
 from veneer.combine.plain import plain_of, plain_within
 from veneer.combine.truncate import rank_within, truncate_dense
 from veneer.combine.update import Update
-from veneer.core.records import LinearDelta
-from veneer.core.terms.scale import Scale
 from veneer.errors import CompositionError
 from veneer.quant.dense import DenseWeight
+from veneer.records.deltas import LinearDelta
+from veneer.records.terms.scale import Scale
 
 
 @pytest.mark.parametrize("shape", [(37, 19), (19, 37), (23, 23)])

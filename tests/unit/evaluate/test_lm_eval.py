@@ -11,7 +11,7 @@ from transformers import LlamaForCausalLM
 
 from models import byte_tokenizer, llama_config
 from veneer import LoraConfig, get_peft_model
-from veneer.evaluate.accuracy import Choice, label_accuracy
+from veneer.evaluate.accuracy import ScoredChoice, label_accuracy
 from veneer.evaluate.questions import QuestionReader
 from veneer.evaluate.scoring import log_probabilities
 
@@ -55,7 +55,7 @@ def test_it_runs_on_an_adapted_model_unchanged(tmp_path: Path, monkeypatch: pyte
     completed = [{"prompt": row["prompt"], "completion": (" bad", " good")[row["label"]]} for row in rows]
     own = label_accuracy(model, tokenizer, QuestionReader(tokenizer=tokenizer).read(completed))
     assert found["results"]["tiny_choice"]["acc,none"] == pytest.approx(own.value)
-    asked = Choice.of(tokenizer, QuestionReader(tokenizer=tokenizer).read(completed), ("bad", "good")).items
+    asked = ScoredChoice.of(tokenizer, QuestionReader(tokenizer=tokenizer).read(completed), ("bad", "good")).items
     told = [resp[0][0] for sample in found["samples"]["tiny_choice"] for resp in sample["resps"]]
     sums = [float(values.sum()) for values in log_probabilities(model, asked)]
     assert told == pytest.approx(sums, rel=1e-3)

@@ -13,7 +13,7 @@ import typer
 import yaml
 
 from veneer.cli.app import app
-from veneer.core.group import join_slurm
+from veneer.plain.group import join_slurm
 from veneer.recipe.distributed_part import with_accumulation
 from veneer.recipe.early import refuse_early
 from veneer.recipe.values import read_values

@@ -6,11 +6,11 @@ import math
 import pytest
 import torch
 
-from veneer.core.linear import apply_linear, fold_linear
-from veneer.core.sites import LinearSite
 from veneer.errors import ConfigError
 from veneer.methods.lora import LoraConfig
 from veneer.quant.dense import DenseWeight
+from veneer.records.linear import apply_linear, fold_linear
+from veneer.records.sites import LinearSite
 
 OUT, IN, R = 13, 11, 3
 W = torch.randn(OUT, IN, generator=torch.Generator().manual_seed(29), dtype=torch.float64)

@@ -16,7 +16,7 @@ from veneer.adapters.peft_model import PeftModel, get_peft_model
 from veneer.errors import ConfigError, TargetError
 from veneer.methods.adalora import AdaLoraConfig, orthogonality
 from veneer.methods.lora import LoraConfig
-from veneer.model.attach import adapted_layers, live_parameters
+from veneer.model.attach.attach import adapted_layers, live_parameters
 
 IDS = torch.tensor([[5, 8, 13, 21, 34, 55]])
 FIELDS = {

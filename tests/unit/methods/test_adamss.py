@@ -14,12 +14,12 @@ from torch import nn
 
 from methods_in_peft import TARGETS, TOKENS, assert_equals_peft, base, every_base, near
 from veneer import AdamssConfig, PeftModel, get_peft_model
-from veneer.core.linear import fold_linear
-from veneer.core.sites import LinearSite
 from veneer.errors import ConfigError, FormatError
 from veneer.methods.adamss import SubspaceSchedule, clustered
-from veneer.model.attach import live_parameters
+from veneer.model.attach.attach import live_parameters
 from veneer.quant.dense import DenseWeight
+from veneer.records.linear import fold_linear
+from veneer.records.sites import LinearSite
 
 SETTINGS = {"r": 4, "num_subspaces": 3}
 SHAPES_FROM_WEIGHT = True  # those of its clusters

@@ -23,9 +23,9 @@ from transformers import (
 import veneer
 from gradients import has_exact_gradients
 from methods_in_peft import TOKENS, near
-from veneer.core.attended import attended_change, turned
 from veneer.errors import CompositionError, ConfigError, FormatError, TargetError
-from veneer.model.attach import adapted_layers, live_parameters
+from veneer.model.attach.attach import adapted_layers, live_parameters
+from veneer.records.attended import attended_change, turned
 from veneer.store.adapter.records import read_records
 
 N = 3

@@ -12,11 +12,11 @@ from torch import Tensor
 
 from methods_in_peft import TARGETS, TOKENS, base, near, site
 from veneer import ArrowConfig, LoraConfig, PeftModel, convert_to_lora, create_arrow_model, get_peft_model
-from veneer.core.linear import apply_linear
 from veneer.errors import CompositionError, ConfigError
 from veneer.methods.arrow import amplified
-from veneer.model.attach import adapted_layers
+from veneer.model.attach.attach import adapted_layers
 from veneer.quant.dense import DenseWeight
+from veneer.records.linear import apply_linear
 
 SETTINGS = {"n_experts": 3, "rng_seed": 5}
 FIELDS = {"top_k": 2, "router_temperature": 0.3, "rng_seed": 5}

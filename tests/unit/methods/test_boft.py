@@ -20,8 +20,8 @@ from methods_in_peft import (
     site,
 )
 from veneer import BOFTConfig, get_peft_model
-from veneer.core.linear import fold_linear
 from veneer.errors import ConfigError, TargetError
+from veneer.records.linear import fold_linear
 
 SETTINGS = {"boft_block_size": 2}
 WITHOUT_GRADIENT = ("boft_R",)  # its skew-symmetric part has no diagonal

@@ -10,8 +10,8 @@ from peft.tuners.c3a import layer
 
 from methods_in_peft import TARGETS, assert_equals_peft, base, every_base, site
 from veneer import C3AConfig, get_peft_model
-from veneer.core.linear import fold_linear
 from veneer.errors import ConfigError, TargetError
+from veneer.records.linear import fold_linear
 
 SETTINGS = {"block_size": 2}
 PEFT_ERROR = 1e-6  # it transforms in float32

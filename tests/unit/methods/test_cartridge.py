@@ -16,7 +16,7 @@ import veneer
 from methods_in_peft import TOKENS, base, near
 from veneer import CartridgeConfig, PeftModel, get_peft_model, initialize_kv_prefix_from_past_key_values
 from veneer.errors import ConfigError
-from veneer.model.attach import live_parameters, stored_tensors
+from veneer.model.attach.attach import live_parameters, stored_tensors
 
 N, FIRST = 5, 2
 FIELDS: dict[str, Any] = {"task_type": "CAUSAL_LM", "num_virtual_tokens": N}

@@ -16,10 +16,10 @@ from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 import veneer
 from methods_in_peft import TOKENS, base, near
-from veneer.core.prompt import weighed_loss
 from veneer.errors import ConfigError
 from veneer.methods.cpt import within
-from veneer.model.attach import live_parameters, stored_tensors
+from veneer.model.attach.attach import live_parameters, stored_tensors
+from veneer.records.prompt import weighed_loss
 from veneer.train.config import SFTConfig
 from veneer.train.sweep.shared_base import SharedBase
 from veneer.train.trainer import SFTTrainer

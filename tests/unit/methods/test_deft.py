@@ -9,9 +9,9 @@ import torch
 
 from methods_in_peft import assert_equals_peft, every_base, site
 from veneer import DeftConfig
-from veneer.core.linear import fold_linear
 from veneer.errors import ConfigError
 from veneer.quant.dense import DenseWeight
+from veneer.records.linear import fold_linear
 
 SETTINGS = {"alpha": 5.0}
 PEFT_ERROR = 1e-5  # it computes in float32

@@ -9,9 +9,9 @@ import torch
 
 from methods_in_peft import assert_drops_inputs, assert_equals_peft, every_base, site
 from veneer import DeloraConfig
-from veneer.core.linear import fold_linear
 from veneer.errors import ConfigError
 from veneer.quant.dense import DenseWeight
+from veneer.records.linear import fold_linear
 
 SETTINGS = {"delora_lambda": 2.0}
 

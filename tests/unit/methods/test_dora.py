@@ -9,11 +9,11 @@ import torch
 from torch import nn
 
 from veneer import get_peft_model
-from veneer.core.linear import apply_linear, fold_linear
-from veneer.core.sites import LinearSite
 from veneer.errors import ConfigError
 from veneer.methods.lora import LoraConfig
 from veneer.quant.dense import DenseWeight
+from veneer.records.linear import apply_linear, fold_linear
+from veneer.records.sites import LinearSite
 
 OUT, IN, R, ALPHA = 7, 5, 3, 4.0
 generator = torch.Generator().manual_seed(23)

@@ -9,8 +9,8 @@ import torch
 
 from methods_in_peft import TARGETS, assert_equals_peft, base, site
 from veneer import FourierFTConfig, get_peft_model
-from veneer.core.linear import fold_linear
 from veneer.errors import ConfigError, TargetError
+from veneer.records.linear import fold_linear
 
 SETTINGS = {"n_frequency": 11, "scaling": 3.0}
 PEFT_ERROR = 1e-6  # it transforms in float32

@@ -12,10 +12,10 @@ from safetensors.torch import load_file, save_file
 
 from methods_in_peft import TARGETS, TOKENS, assert_drops_inputs, assert_equals_peft, base, every_base, site
 from veneer import FrodConfig, PeftModel, PsoftConfig, get_peft_model
-from veneer.core.linear import fold_linear
 from veneer.errors import ConfigError, FormatError, TargetError
 from veneer.methods.frod import block_of, kind_of
 from veneer.quant.dense import DenseWeight
+from veneer.records.linear import fold_linear
 
 SETTINGS = {"sparse_rate": 0.2}
 PEFT_ERROR = 1e-4  # its U and V are in float32, and it multiplies them out

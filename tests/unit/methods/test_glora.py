@@ -10,9 +10,9 @@ from torch import nn
 
 from methods_in_peft import assert_equals_peft, site
 from veneer import GloraConfig, get_peft_model
-from veneer.core.linear import fold_linear
 from veneer.errors import ConfigError
 from veneer.quant.dense import DenseWeight
+from veneer.records.linear import fold_linear
 
 SETTINGS = {"config_D_E": "vector"}  # a number that all outputs share changes nothing in front of a LayerNorm
 ZEROS = [f"glora_{path}.zeros" for path in "ABCDE"]

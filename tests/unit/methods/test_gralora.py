@@ -7,8 +7,8 @@ import torch
 
 from methods_in_peft import TARGETS, assert_equals_peft, base, every_base, site
 from veneer import GraloraConfig, get_peft_model
-from veneer.core.linear import fold_linear
 from veneer.errors import ConfigError, TargetError
+from veneer.records.linear import fold_linear
 
 SETTINGS = {"r": 4, "alpha": 6.0, "hybrid_r": 3}
 

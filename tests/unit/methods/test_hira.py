@@ -10,9 +10,9 @@ from torch import nn
 
 from methods_in_peft import assert_convolutions_equal_peft, assert_drops_inputs, assert_equals_peft, every_base, site
 from veneer import HiraConfig, get_peft_model
-from veneer.core.linear import fold_linear
 from veneer.errors import ConfigError, TargetError
 from veneer.quant.dense import DenseWeight
+from veneer.records.linear import fold_linear
 
 SETTINGS = {"r": 20, "target_modules": "all-linear"}  # the change of small weights is small
 

@@ -10,10 +10,10 @@ from torch import nn
 
 from methods_in_peft import assert_convolutions_equal_peft, assert_equals_peft, site
 from veneer import HRAConfig, get_peft_model
-from veneer.core.linear import fold_linear
-from veneer.core.sites import LinearSite
 from veneer.errors import ConfigError, TargetError
 from veneer.quant.dense import DenseWeight
+from veneer.records.linear import fold_linear
+from veneer.records.sites import LinearSite
 
 SETTINGS = {"r": 4}
 

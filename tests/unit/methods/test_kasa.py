@@ -11,9 +11,9 @@ import torch
 
 from methods_in_peft import TARGETS, TOKENS, assert_equals_peft, base, near, site
 from veneer import KasaConfig, LoraConfig, get_peft_model, save_as_lora
-from veneer.core.linear import fold_linear
 from veneer.errors import ConfigError, TargetError
 from veneer.quant.dense import DenseWeight
+from veneer.records.linear import fold_linear
 
 
 def test_the_least_triplets_are_taken_off():

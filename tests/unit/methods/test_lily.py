@@ -13,10 +13,10 @@ from torch import Tensor
 
 from methods_in_peft import BASES, TARGETS, TOKENS, base, every_base, near, site
 from veneer import LilyConfig, LoraConfig, PeftModel, PromptTuningConfig, convert_to_lora, get_peft_model
-from veneer.core.linear import apply_linear
 from veneer.errors import CompositionError, ConfigError, FormatError
-from veneer.model.attach import named_live_parameters
+from veneer.model.attach.attach import named_live_parameters
 from veneer.quant.dense import DenseWeight
+from veneer.records.linear import apply_linear
 
 SETTINGS = {"num_B": 3}
 FIELDS = {"r": 3, "num_B": 4, "scaling": 1.7, "init_weights": False}

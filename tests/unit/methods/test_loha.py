@@ -19,8 +19,8 @@ from methods_in_peft import (
     site,
 )
 from veneer import LoHaConfig, get_peft_model
-from veneer.core.linear import fold_linear
 from veneer.errors import ConfigError
+from veneer.records.linear import fold_linear
 
 SETTINGS = {"r": 3, "alpha": 5.0}
 

@@ -20,9 +20,9 @@ from methods_in_peft import (
     site,
 )
 from veneer import LoKrConfig
-from veneer.core.linear import fold_linear
 from veneer.errors import ConfigError
 from veneer.methods.lokr import Kronecker, factors_of
+from veneer.records.linear import fold_linear
 
 SETTINGS = {"r": 2, "alpha": 5.0}
 

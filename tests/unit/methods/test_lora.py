@@ -5,10 +5,10 @@ import math
 import pytest
 import torch
 
-from veneer.core.linear import fold_linear
-from veneer.core.sites import LinearSite
 from veneer.errors import ConfigError
 from veneer.methods.lora import LoraConfig
+from veneer.records.linear import fold_linear
+from veneer.records.sites import LinearSite
 
 A, B = torch.arange(15.0).reshape(3, 5) / 7, torch.arange(21.0).reshape(7, 3) / 11 - 1
 W, C = torch.linspace(-1, 1, 35).reshape(7, 5), torch.linspace(0.5, 2, 7)

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 import veneer
 from methods_in_peft import TARGETS, TOKENS, assert_equals_peft, biased, near, site
 from veneer import LoraConfig, MontecloraConfig, PeftModel, VeloraConfig, get_peft_model
-from veneer.core.linear import apply_linear
 from veneer.errors import ConfigError, TargetError
 from veneer.methods.variants import monteclora, velora
 from veneer.quant.dense import DenseWeight
+from veneer.records.linear import apply_linear
 
 FIELDS: dict[str, Any] = {"r": 3, "lora_alpha": 7, "rank_pattern": {"v_proj": 2}, "target_modules": TARGETS}
 KEPT = ["velora_embed", "std_prior", "expert_weights_prior", "gaussian_var_prior", "expert_weights"]

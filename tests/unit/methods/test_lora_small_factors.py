@@ -15,9 +15,9 @@ from torch import nn
 
 from methods_in_peft import TARGETS, TOKENS, assert_equals_peft, base, near, site
 from veneer import BdLoraConfig, LoraConfig, PeftModel, get_peft_model
-from veneer.core.linear import apply_linear, fold_linear
 from veneer.errors import ConfigError, TargetError
 from veneer.quant.dense import DenseWeight
+from veneer.records.linear import apply_linear, fold_linear
 
 BLOCKS = {"target_modules_bd_a": ["down"], "target_modules_bd_b": ["q_proj"], "nblocks": 2, "match_strict": False}
 

@@ -9,9 +9,9 @@ import torch
 
 from methods_in_peft import TARGETS, assert_drops_inputs, assert_equals_peft, base, every_base, site
 from veneer import MissConfig, get_peft_model
-from veneer.core.linear import fold_linear
 from veneer.errors import ConfigError, TargetError
 from veneer.quant.dense import DenseWeight
+from veneer.records.linear import fold_linear
 
 SETTINGS = {"r": 4}
 

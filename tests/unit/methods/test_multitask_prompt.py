@@ -16,13 +16,13 @@ from torch import Tensor
 
 import veneer
 from methods_in_peft import TOKENS, base, near
-from veneer.core.sites import InputSite
 from veneer.data.collating import Collator
 from veneer.data.dataset import digest, encode_all, pack_all
 from veneer.data.encoding import Encoder
 from veneer.data.rows import RowReader, load_rows, stream_rows
 from veneer.errors import CompositionError, ConfigError, DataError, ShapeError
-from veneer.model.attach import live_parameters
+from veneer.model.attach.attach import live_parameters
+from veneer.records.sites import InputSite
 from veneer.store.adapter.records import read_records
 from veneer.train.config import SFTConfig
 from veneer.train.trainer import SFTTrainer

@@ -22,10 +22,10 @@ from methods_in_peft import (
     step,
 )
 from veneer import OFTConfig, get_peft_model
-from veneer.core.linear import fold_linear
-from veneer.core.orthogonal import cayley, neumann, skew_symmetric
 from veneer.errors import ConfigError, TargetError
 from veneer.methods.oft import nearest_divisor
+from veneer.records.linear import fold_linear
+from veneer.records.orthogonal import cayley, neumann, skew_symmetric
 
 SETTINGS = {"r": 0, "oft_block_size": 4, "num_cayley_neumann_terms": 4}
 

@@ -14,9 +14,9 @@ from torch import nn
 import veneer
 from methods_in_peft import TARGETS, assert_equals_peft, base, every_base, site
 from veneer import OSFConfig, get_peft_model
-from veneer.core.linear import fold_linear
 from veneer.errors import ConfigError, TargetError
 from veneer.quant.dense import DenseWeight
+from veneer.records.linear import fold_linear
 
 SETTINGS = {"effective_rank": 0.7}
 PEFT_ERROR = 1e-4  # its triplets are in float32

@@ -9,9 +9,9 @@ import torch
 
 from methods_in_peft import assert_equals_peft, site
 from veneer import PeanutConfig
-from veneer.core.linear import fold_linear
 from veneer.errors import ConfigError
 from veneer.quant.dense import DenseWeight
+from veneer.records.linear import fold_linear
 
 SETTINGS = {"depth": 1, "act_fn": "silu", "scaling": 3.0}
 

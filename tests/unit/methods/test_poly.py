@@ -12,8 +12,8 @@ from torch import Tensor
 
 from methods_in_peft import TARGETS, TOKENS, assert_equals_peft, base, every_base, near, site
 from veneer import LoraConfig, PeftModel, PolyConfig, convert_to_lora, get_peft_model, save_as_lora
-from veneer.core.linear import fold_linear
 from veneer.errors import AdapterNameError, CompositionError, ConfigError, ShapeError, TargetError
+from veneer.records.linear import fold_linear
 from veneer.store.adapter.records import read_records
 
 SETTINGS = {"n_skills": 3, "n_splits": 2, "task_type": "CAUSAL_LM"}  # PEFT's model of no task takes no task_ids

@@ -9,9 +9,9 @@ import torch
 
 from methods_in_peft import TARGETS, assert_equals_peft, base, site
 from veneer import PsoftConfig, get_peft_model
-from veneer.core.linear import fold_linear
 from veneer.errors import ConfigError, TargetError
 from veneer.quant.dense import DenseWeight
+from veneer.records.linear import fold_linear
 
 SETTINGS = {"psoft_alpha": 3.0, "r": 4}
 PEFT_ERROR = 1e-5  # its A and B are in float32

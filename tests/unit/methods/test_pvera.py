@@ -12,20 +12,20 @@ from torch import nn
 
 from methods_in_peft import BASES, TARGETS, TOKENS, assert_equals_peft, base, every_base, near, site, step
 from veneer import LoraConfig, PeftModel, PveraConfig, get_peft_model
-from veneer.core.linear import apply_linear
-from veneer.core.records import LinearDelta
 from veneer.errors import ConfigError, FormatError
-from veneer.methods.pvera import Sampled
+from veneer.methods.pvera import SampledMixture
 from veneer.quant.dense import DenseWeight
+from veneer.records.deltas import LinearDelta
+from veneer.records.linear import apply_linear
 
 FIELDS = {"r": 6, "init_weights": False}
 
 
-def sampled(n: int = 5, **fields: object) -> Sampled:
+def sampled(n: int = 5, **fields: object) -> SampledMixture:
     torch.manual_seed(3)
     a, b, core = torch.randn(8, 7), torch.randn(n, 4), torch.randn(8)
     values = {"a": a, "b": b, "core": core, "b_scale": torch.randn(n), "key": torch.tensor(91)}
-    return Sampled(**{key: x.double() if x.is_floating_point() else x for key, x in values.items()}, **fields)
+    return SampledMixture(**{key: x.double() if x.is_floating_point() else x for key, x in values.items()}, **fields)
 
 
 def noise(key: int, n: int, r: int, dtype: torch.dtype) -> torch.Tensor:

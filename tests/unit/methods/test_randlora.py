@@ -11,9 +11,9 @@ import torch
 
 from methods_in_peft import TARGETS, TOKENS, assert_drops_inputs, assert_equals_peft, base, every_base, site
 from veneer import RandLoraConfig, get_peft_model
-from veneer.core.linear import fold_linear
 from veneer.errors import ConfigError
 from veneer.methods.randlora import Draw, bases
+from veneer.records.linear import fold_linear
 
 SETTINGS = {"randlora_alpha": 4.0}
 

@@ -9,8 +9,8 @@ import torch
 
 from methods_in_peft import TARGETS, assert_equals_peft, assert_two_act_as_in_peft, base, every_base, site
 from veneer import RoadConfig, get_peft_model
-from veneer.core.linear import fold_linear
 from veneer.errors import ConfigError, TargetError
+from veneer.records.linear import fold_linear
 
 SETTINGS = {"variant": "road_2", "group_size": 2}
 

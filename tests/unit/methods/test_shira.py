@@ -11,9 +11,9 @@ from torch import nn
 
 from methods_in_peft import TARGETS, assert_equals_peft, base, every_base, site
 from veneer import PeftModel, ShiraConfig, get_peft_model
-from veneer.core.linear import fold_linear
 from veneer.errors import ConfigError, FormatError, TargetError
-from veneer.model.places import placed_on
+from veneer.model.placed.places import placed_on
+from veneer.records.linear import fold_linear
 from veneer.store.adapter.config import read_config
 from veneer.store.adapter.records import read_records
 

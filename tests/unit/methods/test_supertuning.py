@@ -10,9 +10,9 @@ from torch import nn
 
 from methods_in_peft import TARGETS, TOKENS, assert_equals_peft, base, every_base, near, site
 from veneer import PeftModel, SupertuningConfig, get_peft_model
-from veneer.core.linear import fold_linear
 from veneer.errors import ConfigError, FormatError, TargetError
 from veneer.methods.supertuning import _A, _B, _PLACES, _VALUES
+from veneer.records.linear import fold_linear
 
 SETTINGS = {"sparsity": 0.7}
 PEFT_ERROR = 1e-5  # PEFT holds the parameters in float32

@@ -10,9 +10,9 @@ import torch
 
 from methods_in_peft import TARGETS, assert_equals_peft, base, site
 from veneer import TinyLoraConfig, get_peft_model
-from veneer.core.linear import fold_linear
 from veneer.errors import ConfigError
 from veneer.quant.dense import DenseWeight
+from veneer.records.linear import fold_linear
 
 SETTINGS = {"u": 211}  # that logits show
 PEFT_ERROR = 1e-5  # its A and B are made in float32

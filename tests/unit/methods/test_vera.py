@@ -14,11 +14,11 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from models import llama_config
 from veneer.adapters.peft_model import PeftModel, get_peft_model
-from veneer.core.sites import LinearSite
 from veneer.errors import ConfigError, FormatError
 from veneer.methods.vera import VeraConfig
-from veneer.model.attach import live_parameters
+from veneer.model.attach.attach import live_parameters
 from veneer.ops.traced import Traced, tracing
+from veneer.records.sites import LinearSite
 
 IDS = torch.tensor([[5, 8, 13, 21, 34]])
 FIELDS = {"r": 7, "d_initial": 0.3, "projection_prng_key": 11, "target_modules": ["q_proj", "down_proj", "k_proj"]}

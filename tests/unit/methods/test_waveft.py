@@ -7,8 +7,8 @@ import torch
 
 from methods_in_peft import TARGETS, assert_equals_peft, base, site
 from veneer import WaveFTConfig, get_peft_model
-from veneer.core.wavelets import LOW, filters
 from veneer.errors import ConfigError, TargetError
+from veneer.records.wavelets import LOW, filters
 
 SETTINGS = {"n_frequency": 11, "scaling": 3.0, "wavelet_family": "db2"}
 

@@ -19,7 +19,6 @@ from torch.distributed.tensor import DTensor, Replicate, init_device_mesh
 from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils import _pytree as tree
 
-from veneer.core.terms.form import Form
 from veneer.errors import TensorError
 from veneer.ops.adamw import AdamWStep, Moment8bit
 from veneer.ops.blockwise import dynamic_map
@@ -32,9 +31,10 @@ from veneer.ops.int8 import quantize_int8
 from veneer.ops.packed import PackedWeight
 from veneer.ops.packed_codes import PackedCodes
 from veneer.ops.paged_attention import PagedRows, PagedStore, SequenceRows
-from veneer.ops.pairs import PackedPairs, Pair, Segment, Segments
+from veneer.ops.pairs import FactorPair, PackedPairs, Segment, Segments
 from veneer.ops.scaled import ScaledCodes
 from veneer.ops.terms import PackedTerm
+from veneer.records.terms.form import Form
 
 N, D, OUT, R, HEADS = 6, 64, 128, 2, 2
 
@@ -127,7 +127,7 @@ def serving_cases(x, w, wide):
     step = PagedRows.of([SequenceRows([1], 3, N)], store)
     yield "paged_attention.append", (store, 0, heads, heads.clone(), Plain(step))
     yield "paged_attention.attend", (store, 0, heads, Plain(step), *numbers)
-    pairs = PackedPairs.pack([Pair(torch.randn(R, D), torch.randn(OUT, R), 0.5)], [OUT], dtype=torch.float32)
+    pairs = PackedPairs.pack([FactorPair(torch.randn(R, D), torch.randn(OUT, R), 0.5)], [OUT], dtype=torch.float32)
     yield "pairs.add", (x, Plain(Segments.of([Segment(pairs, 0, N)])), [wide])
     yield "step.add_norm", (w,)
     yield "step.add_product", (flat_panels,)

@@ -5,8 +5,6 @@ from dataclasses import replace
 import pytest
 import torch
 
-from veneer.core.terms.base import Base
-from veneer.core.terms.form import Form
 from veneer.errors import ShapeError
 from veneer.ops.forms import (
     LEAST_SAVED,
@@ -23,6 +21,8 @@ from veneer.ops.forms import (
 )
 from veneer.ops.reference.terms import matrix_of
 from veneer.quant.dense import DenseWeight
+from veneer.records.terms.base import Base
+from veneer.records.terms.form import Form
 
 OP = "terms.map_rows"
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

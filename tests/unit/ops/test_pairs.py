@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from veneer.errors import ConfigError, ShapeError
-from veneer.ops.pairs import ACTIVATIONS, PackedPairs, Pair, PairsPacker, Segment, Segments, add_pairs
+from veneer.ops.pairs import ACTIVATIONS, FactorPair, PackedPairs, PairsPacker, Segment, Segments, add_pairs
 from veneer.ops.reference.pairs import activated, unpacked
 
 OP = "pairs.add"
@@ -22,7 +22,10 @@ def draw(*shape, seed=0):
 def versions(i, dtype, outs=OUTS):
     """Factors as their owner has them, and packed."""
     plain = [
-        [Pair(draw(r, i, seed=k), draw(o, r, seed=k), 0.3 + k) if r else None for r, o in zip(ranks, outs, strict=True)]
+        [
+            FactorPair(draw(r, i, seed=k), draw(o, r, seed=k), 0.3 + k) if r else None
+            for r, o in zip(ranks, outs, strict=True)
+        ]
         for k, ranks in enumerate(RANKS)
     ]
     return plain, [PackedPairs.pack(pairs, outs, dtype=dtype) for pairs in plain]
@@ -57,7 +60,7 @@ def test_many_groups_are_packed_at_once_from_any_dtype(dtype, stored, backend):
     packer, found, exact = PairsPacker(backend), [], []
     for i, outs in ((67, OUTS), (48, (35,)), (32, (16, 64))):
         pairs = [
-            Pair(draw(i, r).to(stored).T, draw(o + 3, r).to(stored)[3:], 0.3 + r) if r else None
+            FactorPair(draw(i, r).to(stored).T, draw(o + 3, r).to(stored)[3:], 0.3 + r) if r else None
             for r, o in zip((9, 0, 17), outs, strict=False)
         ]
         exact.append(pairs)
@@ -82,7 +85,7 @@ def sizes_of(dtype):
 
 
 def test_a_version_takes_the_bytes_of_its_own_ranks():
-    narrow, wide = (PackedPairs.pack([Pair(draw(r, 64), draw(160, r), 1.0)], [160]) for r in (16, 64))
+    narrow, wide = (PackedPairs.pack([FactorPair(draw(r, 64), draw(160, r), 1.0)], [160]) for r in (16, 64))
     assert (narrow.nbytes, wide.nbytes) == (2 * 16 * (64 + 160), 2 * 64 * (64 + 160))
 
 
@@ -148,7 +151,7 @@ def full(i, outs, dtype, activation, *, shared):
     ranks = (7,) * len(outs) if shared else (7, 0, 18)[: len(outs)]
     a = draw(7, i)
     pairs = [
-        Pair(
+        FactorPair(
             a if shared else draw(r, i, seed=k), draw(o, r, seed=k), 0.3 + k,
             core=draw(r, seed=k), b_scale=draw(o, seed=k), a_bias=draw(r, seed=9 + k), b_bias=draw(o, seed=9 + k),
             activation=activation,
@@ -200,7 +203,7 @@ def test_each_activation_on_few_numbers(activation, backend):
 def test_versions_of_every_kind_in_one_call(dtype, activation, backend):
     """Depths beyond a part, ranks beyond a tile, an a that layers share, vectors, and rows of no version."""
     i, outs = 1100, (83, 5, 131)
-    plain = [Pair(draw(r, i), draw(o, r), 0.3) if r else None for r, o in zip((33, 0, 70), outs, strict=True)]
+    plain = [FactorPair(draw(r, i), draw(o, r), 0.3) if r else None for r, o in zip((33, 0, 70), outs, strict=True)]
     given = [(plain, PackedPairs.pack(plain, outs, dtype=dtype))]
     given += [full(i, outs, dtype, activation, shared=shared) for shared in (True, False)]
     x, ys = draw(47, i).to(dtype), [draw(47, o).to(dtype) for o in outs]
@@ -252,20 +255,20 @@ def test_no_segment_and_an_empty_one_change_nothing(backend):
 def test_what_does_not_fit_is_refused():
     a, b = draw(3, 7), draw(5, 3)
     for pairs, outs in (
-        ([Pair(a, b, 1.0)], [6]),
-        ([Pair(a, b, 1.0)], [5, 5]),
+        ([FactorPair(a, b, 1.0)], [6]),
+        ([FactorPair(a, b, 1.0)], [5, 5]),
         ([None], [5]),
-        ([Pair(a, b.T, 1.0)], [5]),
+        ([FactorPair(a, b.T, 1.0)], [5]),
     ):
         with pytest.raises(ShapeError, match=r"packed pairs are a \(r, i\) and b \(o, r\)"):
             PackedPairs.pack(pairs, outs)
     with pytest.raises(ShapeError, match=r"core and a_bias have the rank's 3 values"):
-        PackedPairs.pack([Pair(a, b, 1.0, b_scale=draw(3))], [5])
+        PackedPairs.pack([FactorPair(a, b, 1.0, b_scale=draw(3))], [5])
     with pytest.raises(ConfigError, match=r"one activation of .*leaky_relu.*given \['softmax'\]"):
-        PackedPairs.pack([Pair(a, b, 1.0, activation="softmax")], [5])
+        PackedPairs.pack([FactorPair(a, b, 1.0, activation="softmax")], [5])
     with pytest.raises(ShapeError, match="float16"):
-        PackedPairs.pack([Pair(a, b, 1.0)], [5], dtype=torch.float16)
-    packed = PackedPairs.pack([Pair(a, b, 1.0)], [5])
+        PackedPairs.pack([FactorPair(a, b, 1.0)], [5], dtype=torch.float16)
+    packed = PackedPairs.pack([FactorPair(a, b, 1.0)], [5])
     x, y = draw(2, 7), draw(2, 5)
     with pytest.raises(ShapeError, match=r"x must be \(n, 7\).*float16"):
         add_pairs(x.half(), [Segment(packed, 0, 1)], [y])
@@ -277,7 +280,7 @@ def test_what_does_not_fit_is_refused():
         add_pairs(x, [Segment(packed, 1, 3)], [y])
     with pytest.raises(ShapeError, match=r"x must be \(n, 7\).*given \(2, 6\)"):
         add_pairs(x[:, 1:], [Segment(packed, 0, 1)], [y])
-    other = PackedPairs.pack([Pair(a, b, 1.0)], [5], dtype=torch.float32)
+    other = PackedPairs.pack([FactorPair(a, b, 1.0)], [5], dtype=torch.float32)
     for wrong in ([Segment(packed, 0, 1), Segment(other, 1, 2)], [Segment(packed, 2, 1)], []):
         with pytest.raises(ShapeError, match="segments are one or more"):
             Segments.of(wrong)

@@ -5,10 +5,6 @@ from dataclasses import replace
 import pytest
 import torch
 
-from veneer.core.terms.base import Base
-from veneer.core.terms.hadamard import Hadamard
-from veneer.core.terms.rotation import BlockRotation
-from veneer.core.terms.sparse import Sparse
 from veneer.errors import ShapeError
 from veneer.methods.c3a import Circulant
 from veneer.methods.lokr import Kronecker
@@ -17,6 +13,10 @@ from veneer.ops.packed import PackedWeight
 from veneer.ops.reference.terms import dense
 from veneer.ops.terms import PackedTerm, apply_term, times_weight
 from veneer.quant.dense import DenseWeight
+from veneer.records.terms.base import Base
+from veneer.records.terms.hadamard import Hadamard
+from veneer.records.terms.rotation import BlockRotation
+from veneer.records.terms.sparse import Sparse
 
 OP = "terms.apply"
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

@@ -6,7 +6,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from veneer import LoraConfig, get_peft_model
 from veneer.errors import ConfigError
-from veneer.model.attach import embedding_parameters
+from veneer.model.attach.attach import embedding_parameters
 from veneer.optim import lora_plus_groups
 
 NAMES = {

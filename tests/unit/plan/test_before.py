@@ -14,7 +14,7 @@ from transformers import LlamaForCausalLM
 from veneer.adapters.peft_model import PeftModel, get_peft_model
 from veneer.contract import MethodConfig
 from veneer.errors import ConfigError, UnmeasuredError
-from veneer.model.memory import high_water
+from veneer.model.memory.available import high_water
 from veneer.ops import matmul
 from veneer.plan import before, machine, report, start
 from veneer.plan.architecture import config_of

@@ -16,9 +16,9 @@ from veneer.errors import UnmeasuredError
 from veneer.ops.scaled import ScaledCodes, decode_scaled
 from veneer.ops.traced import tracing
 from veneer.plan import budget, machine, others
-from veneer.plan.budget import Budget
+from veneer.plan.budget import MeasuringTime
 from veneer.plan.machine import Rates
-from veneer.plan.products import Product
+from veneer.plan.products import MatrixProduct
 from veneer.plan.time import ROUGH, seconds_here
 from veneer.plan.work import CountWork, Work
 
@@ -84,7 +84,7 @@ def test_a_rate_measured_while_others_use_the_cores_is_told_as_a_range_and_measu
     assert (found.source, found.step, found.between) == (ROUGH, 12.0, (5 + 7 / 4, 12.0))
     busy, share = False, 1.0
     assert Rates.here().known == {"attention": 5.0}
-    assert Rates.here(Budget(0)).known == {"decoded": 7.0, "attention": 5.0}  # nothing would be measured instead
+    assert Rates.here(MeasuringTime(0)).known == {"decoded": 7.0, "attention": 5.0}  # nothing would be measured instead
     assert Rates.here()._once("decoded", lambda: 3.0) == 3.0
     busy = True
     assert Rates.here().known == {"decoded": 3.0, "attention": 5.0}
@@ -95,7 +95,7 @@ def test_a_rate_measured_while_others_use_the_cores_is_told_as_a_range_and_measu
 def test_measurements_have_a_bound(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     now = 100.0
     monkeypatch.setattr(budget, "time", SimpleNamespace(monotonic=lambda: now))
-    rates = Rates(tmp_path / "rates.json", budget=Budget(20.0))
+    rates = Rates(tmp_path / "rates.json", budget=MeasuringTime(20.0))
     assert rates._once("attention", lambda: 5.0) == 5.0
     now = 119.0
     assert rates._once("decoded", lambda: 7.0) == 7.0
@@ -104,7 +104,7 @@ def test_measurements_have_a_bound(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
         rates._once("updated in 8 bits", lambda: 7.0)
     assert rates._once("decoded", lambda: 0.0) == 7.0  # known
     with pytest.raises(UnmeasuredError, match="this machine was not measured"):
-        Rates(tmp_path / "rates.json", budget=Budget(0))._once("decoded", lambda: 7.0)
+        Rates(tmp_path / "rates.json", budget=MeasuringTime(0))._once("decoded", lambda: 7.0)
 
 
 def test_a_measurement_can_be_interrupted(tmp_path: Path) -> None:
@@ -131,11 +131,11 @@ def test_rows_of_other_lengths_are_products_that_were_measured(monkeypatch: pyte
     monkeypatch.setattr(machine, "_product_seconds", product_seconds)
     rates = Rates(tmp_path / "rates.json")
     for n_tokens in range(450, 600, 7):
-        for each in (Product(n_tokens, 576, 8, "float32"), Product(8, n_tokens, 1536, "float32")):
+        for each in (MatrixProduct(n_tokens, 576, 8, "float32"), MatrixProduct(8, n_tokens, 1536, "float32")):
             shape = (512, 512, 8) if each.m > 8 else (8, 512, 1536)
             assert rates.product(each) == pytest.approx(each.flops / (2 * math.prod(shape)))
     assert measured == [(512, 512, 8), (8, 512, 1536)]
-    rates.product(Product(7, 5, 100_000, "float32"))
+    rates.product(MatrixProduct(7, 5, 100_000, "float32"))
     assert measured[-1] == (7, 5, 4096)
 
 

@@ -7,23 +7,23 @@ from collections import Counter
 import pytest
 import torch
 
-from veneer.core.terms.base import Base
-from veneer.core.terms.form import Form
 from veneer.ops.forms import entries, entry_gradients, form_gradients, map_rows, shape_of
 from veneer.ops.grouped_low_rank import AdapterRuns, LowRankGroup, Run, add_grouped_low_rank, grouped_low_rank_backward
 from veneer.ops.traced import tracing
-from veneer.plan.products import Product
+from veneer.plan.products import MatrixProduct
 from veneer.plan.work import CountWork
 from veneer.quant.dense import DenseWeight
+from veneer.records.terms.base import Base
+from veneer.records.terms.form import Form
 
 N = 67
 BLOCKS = Form("blocks", (5, 32), torch.ones(5, 32, 32))
 SPARSE = Form("sparse", (37, 53), torch.ones(299), places=torch.arange(299))
 KRONECKER = Form("kronecker", (5, 7, 24, 19), torch.ones(5, 7), torch.ones(24, 19))
 FORMS = {
-    "blocks": (BLOCKS, [Product(N, 32, 32, "float32", 5)], 1),
-    "sparse": (SPARSE, [Product(N, 8, 37, "float32")], 1),  # 299 values of 37 outputs
-    "kronecker": (KRONECKER, [Product(7 * N, 19, 24, "float32"), Product(24 * N, 7, 5, "float32")], 2),
+    "blocks": (BLOCKS, [MatrixProduct(N, 32, 32, "float32", 5)], 1),
+    "sparse": (SPARSE, [MatrixProduct(N, 8, 37, "float32")], 1),  # 299 values of 37 outputs
+    "kronecker": (KRONECKER, [MatrixProduct(7 * N, 19, 24, "float32"), MatrixProduct(24 * N, 7, 5, "float32")], 2),
 }
 
 
@@ -52,7 +52,7 @@ def test_a_matrix_of_a_form_counts_as_the_product_of_its_factors() -> None:
     with tracing(counted.kernel):
         entries(form, torch.float32, backend="cpu")
         entry_gradients(form, torch.ones(37, 53), backend="cpu")
-    assert counted.passes[0].products == {Product(37, 5, 53, "float32"): 3}
+    assert counted.passes[0].products == {MatrixProduct(37, 5, 53, "float32"): 3}
 
 
 def test_pairs_count_by_the_runs_that_take_them() -> None:
@@ -71,8 +71,8 @@ def test_pairs_count_by_the_runs_that_take_them() -> None:
         ]
         u = add_grouped_low_rank(x, groups, rows, ys, backend="cpu")
     forward = [
-        Product(11, 29, 7, "float32"), Product(11, 5, 31, "float32"), Product(11, 2, 17, "float32"),
-        Product(5, 29, 3, "float32"), Product(5, 3, 17, "float32"),
+        MatrixProduct(11, 29, 7, "float32"), MatrixProduct(11, 5, 31, "float32"), MatrixProduct(11, 2, 17, "float32"),
+        MatrixProduct(5, 29, 3, "float32"), MatrixProduct(5, 3, 17, "float32"),
     ]  # fmt: skip
     assert counted.passes[0].products == Counter(forward)
     counted = CountWork()

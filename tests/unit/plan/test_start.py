@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from veneer.errors import ConfigError
-from veneer.model.memory import high_water
+from veneer.model.memory.available import high_water
 from veneer.plan import small_run, start
 from veneer.plan.start import start_bytes, start_measured
 
@@ -138,7 +138,7 @@ def test_the_small_run_is_planned_and_then_trained(
 def test_what_starts_has_planned_and_trained_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "29999"}.items():
         monkeypatch.setenv(name, value)
-    code = "import veneer.train.run; from veneer.model.memory import high_water as most; print(most())"
+    code = "import veneer.train.run; from veneer.model.memory.available import high_water as most; print(most())"
     bare = int(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
     assert bare + 10_000_000 < start_bytes() < bare + 200_000_000
 
@@ -146,6 +146,6 @@ def test_what_starts_has_planned_and_trained_alone(monkeypatch: pytest.MonkeyPat
 @pytest.mark.skipif(sys.platform != "linux", reason="needs /proc/self/status")
 def test_a_process_that_starts_is_measured_without_what_began_it() -> None:
     held = bytearray(b"x" * 400_000_000)
-    run = [sys.executable, "-c", "from veneer.model.memory import high_water; print(high_water())"]
+    run = [sys.executable, "-c", "from veneer.model.memory.available import high_water; print(high_water())"]
     own = int(subprocess.run(run, capture_output=True, text=True, check=True).stdout)
     assert 10_000_000 < own < len(held) < (high_water() or 0)

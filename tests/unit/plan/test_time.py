@@ -7,14 +7,14 @@ from collections import Counter
 import pytest
 
 from veneer.plan.cards import Card
-from veneer.plan.products import Product
+from veneer.plan.products import MatrixProduct
 from veneer.plan.time import seconds_on
 from veneer.plan.work import Codec, Work
 
 
 def test_a_data_sheet_gives_products_bytes_updates_and_calls_their_time() -> None:
     card = Card(n_bytes=3e9, bandwidth=7e9, flops=5e9, source="a sheet")
-    products = Counter({Product(3, 5, 7, "bfloat16"): 11})
+    products = Counter({MatrixProduct(3, 5, 7, "bfloat16"): 11})
     work = Work(
         products,
         attention=17.0,

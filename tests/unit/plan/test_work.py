@@ -13,19 +13,19 @@ import torch
 from tests.models import llama_config
 from tests.unit.plan.conftest import Make
 
-from veneer.model.offload import ActivationOffload, PageFile
+from veneer.model.memory.offload import ActivationOffload, PageFile
 from veneer.ops.cpu.module import DTYPES
 from veneer.plan.live import LiveBytes
 from veneer.plan.machine import Rates
 from veneer.plan.measure import measured_model
 from veneer.plan.plan import batch_of, plan_recipe
-from veneer.plan.products import Product
+from veneer.plan.products import MatrixProduct
 from veneer.plan.trace import make_optimizer, prepare, run_steps, trace
 from veneer.plan.work import Codec, CountWork, Work
 
 Q4_K, GPTQ = Codec("ggml_decode", (12,)), Codec("scaled_decode", (4, 0, 2, 5, 0, 1, 64, 2))
 WORK = Work(
-    Counter({Product(3, 5, 7, "bfloat16"): 2}), attention=11.0, torch_attention=Counter({130: 13}), decoded=17.0,
+    Counter({MatrixProduct(3, 5, 7, "bfloat16"): 2}), attention=11.0, torch_attention=Counter({130: 13}), decoded=17.0,
     decoded_tiles=Counter({Q4_K: 43, GPTQ: 47}), moved=19.0, updated=23.0, updated_8bit=29.0,
     on_disk=41.0, n_ops=31, n_watched=37, n_general=5,
 )  # fmt: skip

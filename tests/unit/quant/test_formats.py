@@ -11,10 +11,10 @@ from torch import Tensor
 
 from gradients import has_exact_gradients
 from launch import program
-from veneer.core.frozen import FrozenWeight
 from veneer.errors import NonFiniteError
 from veneer.quant import fp4, fp8, int8, nf4
 from veneer.quant.dense import DenseWeight
+from veneer.records.frozen import FrozenWeight
 
 Quantize = Callable[..., FrozenWeight]
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 
-from veneer.core.frozen import FrozenStack, FrozenWeight
 from veneer.errors import FormatError
 from veneer.ops.four_bit import FourBitLayout
 from veneer.quant.four_bit import FourBitSpec
@@ -14,6 +13,7 @@ from veneer.quant.int8 import Int8Spec
 from veneer.quant.mxfp4_stack import Mxfp4StackSpec
 from veneer.quant.nvfp4 import Nvfp4Spec
 from veneer.quant.stack import DenseStack, StackSpec
+from veneer.records.frozen import FrozenStack, FrozenWeight
 
 SHAPES = (19, 64), (23, 64)
 SPECS = {

@@ -11,14 +11,14 @@ from typer.testing import CliRunner
 
 from veneer.cli.app import app
 from veneer.errors import ConfigError
-from veneer.ray.place import Place, place_of, require_ray
+from veneer.ray.place import RayCluster, place_of, require_ray
 
 
 def test_the_words_for_a_cluster() -> None:
-    assert place_of("ray") == Place()
-    assert place_of("ray:4") == Place(n_workers=4)
-    assert place_of("ray:2-4") == Place(n_workers=4, least=2)
-    assert place_of("ray://head:10001") == Place(address="ray://head:10001")
+    assert place_of("ray") == RayCluster()
+    assert place_of("ray:4") == RayCluster(n_workers=4)
+    assert place_of("ray:2-4") == RayCluster(n_workers=4, least=2)
+    assert place_of("ray://head:10001") == RayCluster(address="ray://head:10001")
     for word in ("rey", "ray:0", "ray:x", "ray://head", "ray:4:4", "ray:4-2", "ray:0-2", "ray:2-", ""):
         with pytest.raises(ConfigError, match=r"is no place to train on: it is ray, ray:N .*ray:M-N"):
             place_of(word)
@@ -34,12 +34,12 @@ def silent() -> str:
 def test_an_address_must_answer(silent: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: object())  # as if Ray were installed
     with pytest.raises(ConfigError, match=f"no Ray cluster answers at ray://{silent} within 10 s"):
-        require_ray(Place(f"ray://{silent}"), {})
+        require_ray(RayCluster(f"ray://{silent}"), {})
     with pytest.raises(ConfigError, match=f"no Ray cluster answers at {silent}"):
-        require_ray(Place(), {"RAY_ADDRESS": silent})
-    require_ray(Place(), {"RAY_ADDRESS": "auto"})
+        require_ray(RayCluster(), {"RAY_ADDRESS": silent})
+    require_ray(RayCluster(), {"RAY_ADDRESS": "auto"})
     with socket.create_server(("127.0.0.1", 0)) as listening:
-        require_ray(Place(f"ray://127.0.0.1:{listening.getsockname()[1]}"), {"RAY_ADDRESS": silent})
+        require_ray(RayCluster(f"ray://127.0.0.1:{listening.getsockname()[1]}"), {"RAY_ADDRESS": silent})
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import pytest
 
 from veneer.errors import ConfigError, DataError, LostProcessError
 from veneer.ray import train_loop
-from veneer.ray.place import Place
+from veneer.ray.place import RayCluster
 from veneer.recipe.recipe import Recipe, load_recipe
 
 pytest.importorskip("ray", reason="Ray is not installed: pip install 'veneer[ray]'")
@@ -23,15 +23,15 @@ def test_settings_of_the_loop_are_checked() -> None:
 def test_a_cluster_has_a_device_for_each_worker() -> None:
     from veneer.ray.cluster import Devices, n_workers
 
-    assert n_workers(Place(), Devices("CPU", 3)) == 3
+    assert n_workers(RayCluster(), Devices("CPU", 3)) == 3
     with pytest.raises(ConfigError, match=r"ray:4 is more than the 3 devices \(CPU\)"):
-        n_workers(Place(n_workers=4), Devices("CPU", 3))
-    assert n_workers(Place(n_workers=4, least=2), Devices("CPU", 3)) == 3
-    assert n_workers(Place(n_workers=4, least=2), Devices("CPU", 5)) == 4
+        n_workers(RayCluster(n_workers=4), Devices("CPU", 3))
+    assert n_workers(RayCluster(n_workers=4, least=2), Devices("CPU", 3)) == 3
+    assert n_workers(RayCluster(n_workers=4, least=2), Devices("CPU", 5)) == 4
     with pytest.raises(ConfigError, match=r"ray:2-4 is more than the 1 devices \(CPU\)"):
-        n_workers(Place(n_workers=4, least=2), Devices("CPU", 1))
+        n_workers(RayCluster(n_workers=4, least=2), Devices("CPU", 1))
     with pytest.raises(ConfigError, match=r"the Ray cluster has no device \(CPU\) for a worker"):
-        n_workers(Place(), Devices("CPU", 0))
+        n_workers(RayCluster(), Devices("CPU", 0))
 
 
 def test_an_error_that_stays_is_told_and_one_of_another_process_begins_the_workers_again(
@@ -68,7 +68,7 @@ def test_any_number_of_workers_only_if_the_rows_can_be_dealt(tmp_path: Path) -> 
     from veneer.ray.training import _workers
 
     def workers(n: int, *parts: str, **further: str) -> int | tuple[int, int]:
-        return _workers(Place(), made(tmp_path, *parts, **further), n)
+        return _workers(RayCluster(), made(tmp_path, *parts, **further), n)
 
     assert workers(3, "") == 3
     assert workers(3, "global_batch: 12") == (1, 3)
@@ -84,7 +84,7 @@ def test_any_number_of_workers_only_if_the_rows_can_be_dealt(tmp_path: Path) -> 
 def test_a_range_of_workers_needs_rows_that_each_number_can_be_dealt(tmp_path: Path) -> None:
     from veneer.ray.training import _require_elastic, _workers
 
-    place = Place(n_workers=4, least=2)
+    place = RayCluster(n_workers=4, least=2)
     good = made(tmp_path, "global_batch: 24")
     _require_elastic(place, good)
     assert _workers(place, good, 3) == (2, 4)

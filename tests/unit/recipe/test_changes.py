@@ -6,7 +6,16 @@ from pathlib import Path
 import pytest
 
 from veneer.errors import ConfigError
-from veneer.recipe.changes import HARMLESS, LENGTH, WITHOUT_CHOICE, Change, changes, is_longer, places_of, refuse
+from veneer.recipe.changes import (
+    HARMLESS,
+    LENGTH,
+    WITHOUT_CHOICE,
+    ChangedSetting,
+    changes,
+    is_longer,
+    places_of,
+    refuse,
+)
 from veneer.recipe.parts import DataPart, ModelPart
 from veneer.recipe.recipe import Recipe, parse_recipe
 from veneer.recipe.values import put
@@ -60,7 +69,7 @@ def test_a_default_that_is_written_out_is_no_change():
 def test_the_default_rate_of_another_method_is_a_change_too():
     found = {change.key: change for change in changes(recipe(), recipe(adapter={"method": "full"}))}
     assert found["training.learning_rate"].now == 2e-5
-    assert found["adapter.method"] == Change("adapter.method", "lora", "full")
+    assert found["adapter.method"] == ChangedSetting("adapter.method", "lora", "full")
 
 
 def test_when_it_is_evaluated_and_saved_counts_where_evaluations_choose():
@@ -117,4 +126,4 @@ def test_every_key_that_is_called_harmless_exists():
 def test_all_changes_are_refused_together():
     refuse([], Path("run"))
     with pytest.raises(ConfigError, match=r"a: 1 before, 2 now; b: x before, y now\. .*--allow-changes"):
-        refuse([Change("a", 1, 2), Change("b", "x", "y")], Path("run"))
+        refuse([ChangedSetting("a", 1, 2), ChangedSetting("b", "x", "y")], Path("run"))

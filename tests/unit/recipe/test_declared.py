@@ -12,7 +12,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 import pytest
 
 from veneer.recipe.declared import UnreadableError, classes_with, declared_keys, file_of, literal
-from veneer.recipe.keys import Keys
+from veneer.recipe.keys import AllowedKeys
 from veneer.recipe.known import declared
 from veneer.recipe.methods import imported
 from veneer.recipe.tasks import TASKS, Task
@@ -29,7 +29,7 @@ def simple(kind: Any) -> Any:
     return Any if dataclasses.is_dataclass(kind) else kind
 
 
-def told(keys: Keys) -> dict[str, str]:
+def told(keys: AllowedKeys) -> dict[str, str]:
     return {key: str(simple(kind)) for key, kind in keys.types.items()}
 
 

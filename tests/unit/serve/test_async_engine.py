@@ -7,8 +7,8 @@ from contextlib import aclosing
 
 from veneer import LLM, SamplingParams
 from veneer.serve.async_engine import AsyncEngine
-from veneer.serve.outputs import RequestOutput
-from veneer.serve.sampling_params import RequestOutputKind
+from veneer.serve.schedule.outputs import RequestOutput
+from veneer.serve.schedule.sampling_params import RequestOutputKind
 
 SETTINGS = {"n": 2, "temperature": 1.0, "seed": 3, "max_tokens": 100, "ignore_eos": True, "logprobs": 1}
 

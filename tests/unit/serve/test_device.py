@@ -10,12 +10,12 @@ from torch import Tensor
 from interpreter import mended_interpreter
 from stand_in import DEVICE, Crossings, put_on_device, stand_in
 from veneer import LLM, LoRARequest, SamplingParams
-from veneer.serve import program_runner
-from veneer.serve.held import mapped
-from veneer.serve.kv_cache import PageCache
-from veneer.serve.loader import Finished, Loader, _result
-from veneer.serve.program_runner import ProgramRunner
-from veneer.serve.sampling_params import StructuredOutputsParams
+from veneer.plain.tensor_tree import mapped
+from veneer.serve.adapters.loader import Finished, Loader, _result
+from veneer.serve.program.kv_cache import PageCache
+from veneer.serve.runners import program_runner
+from veneer.serve.runners.program_runner import ProgramRunner
+from veneer.serve.schedule.sampling_params import StructuredOutputsParams
 
 from .conftest import byte_tokenizer, make_model
 

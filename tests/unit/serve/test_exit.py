@@ -8,7 +8,7 @@ from typing import Any, cast
 
 from patience import PATIENCE
 from veneer.serve.async_engine import AsyncEngine
-from veneer.serve.collector import Collector
+from veneer.serve.gc_freeze import GcFreeze
 
 ROOT = Path(__file__).resolve().parents[3]
 PROGRAM = """
@@ -46,7 +46,7 @@ def test_a_program_ends_without_a_word():
 
 def test_an_engine_that_was_never_started_goes_with_its_last_holder():
     class Engine:
-        closed, collector = False, Collector()
+        closed, collector = False, GcFreeze()
 
         def close(self) -> None:
             self.closed = True

@@ -9,8 +9,8 @@ import torch
 
 from veneer import LLM, LoraConfig, LoRARequest, PeftModel, SamplingParams
 from veneer.errors import CompositionError
-from veneer.serve.effects import UnsaidError
-from veneer.serve.versions import Versions
+from veneer.serve.adapters.versions import Versions
+from veneer.serve.program.effects import UnsaidError
 
 from .conftest import byte_tokenizer, make_model, save_adapter
 
@@ -65,7 +65,7 @@ def test_one_that_the_program_has_no_place_for_is_refused(tmp_path: Path, monkey
     def unsaid(*given: object) -> None:
         raise UnsaidError("an update of q_proj")
 
-    monkeypatch.setattr("veneer.serve.effects._put", unsaid)
+    monkeypatch.setattr("veneer.serve.program.effects._put", unsaid)
     config = LoraConfig(r=3, target_modules=["q_proj"], alora_invocation_tokens=TOKENS)
     request = LoRARequest("alora", 1, str(save_adapter(tmp_path / "alora", config)))
     llm = LLM(make_model(), tokenizer=byte_tokenizer())

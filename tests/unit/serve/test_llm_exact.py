@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from veneer import LLM, AdaptionPromptConfig, LoRARequest, PeftModel, SamplingParams, get_peft_model
-from veneer.serve.general_runner import GeneralRunner
-from veneer.serve.program_runner import ProgramRunner
+from veneer.serve.runners.general_runner import GeneralRunner
+from veneer.serve.runners.program_runner import ProgramRunner
 
 from .conftest import END, FAMILIES, METHODS, make_model
 

@@ -12,7 +12,7 @@ from transformers import BloomConfig, BloomForCausalLM
 
 from veneer import LLM, PeftModel, SamplingParams
 from veneer.errors import ConfigError, FormatError, TargetError
-from veneer.model.give_back import SMAPS
+from veneer.model.memory.give_back import SMAPS
 
 from .conftest import METHODS, VOCAB, make_model
 from .test_llm_exact import PROMPTS, answers, generated
@@ -111,7 +111,7 @@ def test_each_part_of_a_start_is_named_while_it_is_waited_for(base_folder, monke
         waits.append(what)
         yield
 
-    monkeypatch.setattr("veneer.serve.program_runner.waiting_for", named.append)
+    monkeypatch.setattr("veneer.serve.runners.program_runner.waiting_for", named.append)
     monkeypatch.setattr("veneer.serve.llm.waits_told", waited)
     LLM(base_folder)
     assert waits == [f"loading {base_folder}"]

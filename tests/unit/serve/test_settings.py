@@ -14,7 +14,9 @@ from hypothesis import strategies as st
 from veneer import LLM, SamplingParams, StructuredOutputsParams
 from veneer.errors import ConfigError, NonFiniteError
 from veneer.ops.sample import draw
-from veneer.serve import bound, sampler, structured
+from veneer.serve.program import bound
+from veneer.serve.requests import structured
+from veneer.serve.runners import sampler
 
 from .conftest import VOCAB, byte_tokenizer, make_model
 
@@ -143,7 +145,7 @@ def test_a_grammar_is_compiled_once_by_whoever_asks(llm, monkeypatch):
     thread.start()
     thread.join()
     assert counted.threads == ["asks"]
-    monkeypatch.setattr("veneer.serve.asked._word_ids", None)  # words have been tokenized by then
+    monkeypatch.setattr("veneer.serve.requests.checked._word_ids", None)  # words have been tokenized by then
     llm.engine.submit(request[0])
     while llm.engine.has_work:
         outputs = llm.engine.step()

@@ -19,7 +19,7 @@ from veneer import (
     SamplingParams,
     VeraConfig,
 )
-from veneer.serve.outputs import CompletionOutput
+from veneer.serve.schedule.outputs import CompletionOutput
 
 from ..model.blueprint.families import model_of
 from .conftest import make_model, save_adapter

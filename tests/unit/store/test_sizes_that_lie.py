@@ -30,7 +30,7 @@ from veneer import (
 from veneer.contract import MethodConfig
 from veneer.errors import FormatError
 from veneer.methods import vera
-from veneer.serve.versions import Versions
+from veneer.serve.adapters.versions import Versions
 from veneer.store.adapter.records import read_records
 from veneer.store.adapter.skeleton import places_in_base
 

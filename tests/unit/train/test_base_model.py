@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import MixtralConfig, MixtralForCausalLM
 
-from veneer.model.give_back import SMAPS
+from veneer.model.memory.give_back import SMAPS
 from veneer.recipe.parts import ModelPart
 from veneer.train.base_model import load_base
 

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from pictures import check_picture, ticks_of
-from veneer.core.ticks import short
 from veneer.errors import ConfigError, TrainingError
-from veneer.train.intrinsic import Curve, Training, curve_figure, dimension_curve, draw_curve
+from veneer.plain.ticks import short
+from veneer.train.intrinsic import Curve, PointTraining, curve_figure, dimension_curve, draw_curve
 
 PROMPTS = torch.tensor([[7, 9], [11, 13], [17, 19], [23, 29]])
 ANSWERS = torch.tensor([31, 37, 31, 37])
@@ -27,7 +27,7 @@ def test_more_dimensions_learn_what_one_cannot_and_the_model_stays(make_model):
     model = make_model().train()
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     told = []
-    training = Training(steps=25, learning_rate=0.02, seed=1)
+    training = PointTraining(steps=25, learning_rate=0.02, seed=1)
     curve = dimension_curve(model, batches(), right, [200, 1], training, on_point=lambda d, s: told.append((d, s)))
     assert curve.full == 1.0
     assert curve.scores[200] == 1.0
@@ -41,7 +41,7 @@ def test_more_dimensions_learn_what_one_cannot_and_the_model_stays(make_model):
 
 
 def test_structure_aware_subspaces_train(make_model):
-    training = Training(steps=25, learning_rate=0.02, structure_aware=True)
+    training = PointTraining(steps=25, learning_rate=0.02, structure_aware=True)
     assert dimension_curve(make_model(), batches(), right, [200], training).scores[200] == 1.0
 
 
@@ -65,9 +65,9 @@ def test_the_picture_has_a_tick_for_every_dimension_and_keeps_its_frame(dims):
 
 def test_what_cannot_be_trained_is_told(make_model):
     with pytest.raises(ConfigError, match="must be above zero"):
-        Training(steps=0)
+        PointTraining(steps=0)
     model = make_model().train()
     model.base_model.eval()
     with pytest.raises(TrainingError, match="choose a lower learning rate"):
-        dimension_curve(model, batches(), right, [50], Training(steps=30, learning_rate=1e30))
+        dimension_curve(model, batches(), right, [50], PointTraining(steps=30, learning_rate=1e30))
     assert (model.training, model.base_model.training) == (True, False)

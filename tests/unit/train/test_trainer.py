@@ -10,8 +10,8 @@ from transformers import TrainerCallback, TrainingArguments
 
 from veneer import LoraConfig, get_peft_model
 from veneer.errors import ConfigError, DataError, TrainingError
-from veneer.model.checkpointing import is_selective
-from veneer.model.offload import ActivationOffload, PageFile
+from veneer.model.memory.checkpointing import is_selective
+from veneer.model.memory.offload import ActivationOffload, PageFile
 from veneer.train import loss
 from veneer.train import run_trainer as trainer_module
 from veneer.train.config import SFTConfig

@@ -23,7 +23,7 @@ def _unescaped(text: str) -> str:
     return text.replace("\\n", "\n").replace("\\t", "\t")
 
 
-class Metric(StrEnum):
+class MetricName(StrEnum):
     """Metrics by name."""
 
     PERPLEXITY = "perplexity"
@@ -75,7 +75,7 @@ class EvalArguments:
     Example: veneer eval runs/first/adapter -d heldout.jsonl -m exact-match
     """
 
-    metric: Annotated[Metric, unset("NAME", f"{', '.join(Metric)}.", "--metric", "-m")]
+    metric: Annotated[MetricName, unset("NAME", f"{', '.join(MetricName)}.", "--metric", "-m")]
     model: options.MaybeModel = None
     data: Annotated[Path | None, unset("FILE", "Rows: .jsonl, .json, .csv, .parquet or .txt.", "--data", "-d")] = None
     recipe: _Recipe = None

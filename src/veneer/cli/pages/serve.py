@@ -18,10 +18,10 @@ from veneer.cli.pages import options
 from veneer.cli.pages.options import unset
 from veneer.cli.work import verb
 from veneer.errors import ConfigError
-from veneer.serve.draft import SpeculativeConfig
 from veneer.serve.http.key_file import read_keys
 from veneer.serve.http.listening import require_certificate, require_free
 from veneer.serve.http.server_limits import ServerLimits
+from veneer.serve.schedule.speculation import SpeculativeConfig
 
 MIB, GIB = 2**20, 2**30
 _Open = Annotated[

@@ -12,7 +12,6 @@ from gguf import GGUFValueType
 from torch import Tensor
 
 from veneer.contract import MethodConfig
-from veneer.core.records import LinearDelta
 from veneer.errors import CompositionError, ConfigError
 from veneer.export.adapter_on_base import changed_tensors, with_weights
 from veneer.export.gguf.metadata import name_of
@@ -21,13 +20,14 @@ from veneer.export.gguf.mixes import adapter_mix_of
 from veneer.export.gguf.model import encoded
 from veneer.export.gguf.plan import family_of, laid_out_rows
 from veneer.export.model_folder import local_folder, model_config
-from veneer.model.places import placed_on
+from veneer.model.placed.places import placed_on
+from veneer.records.deltas import LinearDelta
 from veneer.store.adapter.config import read_config
 from veneer.store.adapter.files import read_headers
 from veneer.store.adapter.records import StoredAdapter, read_records
 from veneer.store.adapter.skeleton import without_storage
-from veneer.store.gguf.family import Family
-from veneer.store.gguf.keys import Pair
+from veneer.store.gguf.family import GgufFamily
+from veneer.store.gguf.keys import KeyValue
 from veneer.store.gguf.names import gguf_name, text_name
 from veneer.store.gguf.writer import GgufFileWriter, TensorSpec
 
@@ -70,7 +70,7 @@ def export_lora(
     return LoraReport(n_modules=len(found) // 2, n_bytes=writer.nbytes)
 
 
-def _read(adapter: Path, base: str | None) -> tuple[str, Family, Any, StoredAdapter]:
+def _read(adapter: Path, base: str | None) -> tuple[str, GgufFamily, Any, StoredAdapter]:
     method = read_config(adapter)
     named = base or method.base_model_name_or_path
     if not named:
@@ -99,7 +99,7 @@ def _way(base: str, adapter: Path) -> str:
     return f"Merge it instead: veneer export gguf {base} --adapter {adapter} -o FILE"
 
 
-def _tensors(stored: StoredAdapter, family: Family, config: Any) -> tuple[dict[str, Tensor], list[str]]:
+def _tensors(stored: StoredAdapter, family: GgufFamily, config: Any) -> tuple[dict[str, Tensor], list[str]]:
     found: dict[str, Tensor] = {}
     refused: dict[str, list[str]] = {}
     for path, record in stored.updates.items():
@@ -136,29 +136,29 @@ def _reasons(name: str | None, record: LinearDelta, config: Any) -> Iterator[str
         yield "is tied (embeddings and head are one), on which llama.cpp aborts at the first token"
 
 
-def _factors(name: str, record: LinearDelta, family: Family, config: Any) -> Iterator[tuple[str, Tensor]]:
+def _factors(name: str, record: LinearDelta, family: GgufFamily, config: Any) -> Iterator[tuple[str, Tensor]]:
     """A, and B with everything that scales folded in; for embeddings, A turned."""
     a, b = record.factors(torch.float32)
     yield f"{name}.lora_a", (a.T if name == _EMBEDDINGS else a).contiguous()
     yield f"{name}.lora_b", laid_out_rows(family, config, name, b).contiguous()
 
 
-def _invocation(method: MethodConfig) -> list[Pair]:
+def _invocation(method: MethodConfig) -> list[KeyValue]:
     """The tokens from which on llama.cpp applies the adapter."""
     tokens, number = list(method.invocation_tokens), GGUFValueType.UINT32
-    return [Pair("adapter.alora.invocation_tokens", tokens, GGUFValueType.ARRAY, number)] if tokens else []
+    return [KeyValue("adapter.alora.invocation_tokens", tokens, GGUFValueType.ARRAY, number)] if tokens else []
 
 
-def _pairs(adapter: Path, family: Family, base: str, number: int) -> list[Pair]:
+def _pairs(adapter: Path, family: GgufFamily, base: str, number: int) -> list[KeyValue]:
     text = GGUFValueType.STRING
     return [
-        Pair("general.architecture", family.architecture, text),
-        Pair("general.type", "adapter", text),
-        Pair("adapter.type", "lora", text),
-        Pair("general.name", name_of(adapter), text),
-        Pair("general.base_model.count", 1, GGUFValueType.UINT32),
-        Pair("general.base_model.0.name", Path(base).name, text),
-        Pair("adapter.lora.alpha", 0.0, GGUFValueType.FLOAT32),  # none: the scale that is asked for, alone
-        Pair("general.quantization_version", 2, GGUFValueType.UINT32),
-        Pair("general.file_type", number, GGUFValueType.UINT32),
+        KeyValue("general.architecture", family.architecture, text),
+        KeyValue("general.type", "adapter", text),
+        KeyValue("adapter.type", "lora", text),
+        KeyValue("general.name", name_of(adapter), text),
+        KeyValue("general.base_model.count", 1, GGUFValueType.UINT32),
+        KeyValue("general.base_model.0.name", Path(base).name, text),
+        KeyValue("adapter.lora.alpha", 0.0, GGUFValueType.FLOAT32),  # none: the scale that is asked for, alone
+        KeyValue("general.quantization_version", 2, GGUFValueType.UINT32),
+        KeyValue("general.file_type", number, GGUFValueType.UINT32),
     ]

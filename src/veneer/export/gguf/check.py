@@ -16,9 +16,9 @@ import numpy as np
 import torch
 from gguf import GGUFReader
 
-from veneer.core.units import size
 from veneer.errors import FormatError
 from veneer.export.gguf.tokenizer import PROBE, probe_chat
+from veneer.plain.units import size
 from veneer.store.gguf.model import read_facts
 from veneer.store.gguf.reader import open_gguf, value_of
 from veneer.store.gguf.writer import part_paths

@@ -17,12 +17,12 @@ from transformers.pytorch_utils import Conv1D
 
 from veneer.errors import DataError
 from veneer.export.gguf.plan import family_of
+from veneer.model.adapted.experts import project
+from veneer.model.adapted.parameters import acting_record
 from veneer.model.blueprint.names import STACKS
-from veneer.model.coded_stack import CodedStack
-from veneer.model.experts import project
-from veneer.model.parameters import acting_record
+from veneer.model.coded.stack import CodedStack
 from veneer.quant.stack import DenseStack
-from veneer.store.gguf.family import Family
+from veneer.store.gguf.family import GgufFamily
 from veneer.store.gguf.importance import write_importance
 from veneer.store.gguf.names import gguf_name, places_of, text_name
 
@@ -102,7 +102,7 @@ def _windows(tokenizer: Any, text: Path, options: CollectOptions) -> list[Tensor
 
 
 @contextmanager
-def _watched(model: Any, family: Family, sums: _Sums) -> Iterator[None]:
+def _watched(model: Any, family: GgufFamily, sums: _Sums) -> Iterator[None]:
     """Inside the block every linear layer, and every expert, adds its inputs to the sums."""
     head, config = model.get_output_embeddings(), model.config.get_text_config()
     handles = []
@@ -129,7 +129,7 @@ def _adder(name: str, sums: _Sums) -> Callable[[nn.Module, tuple[Tensor, ...]], 
     return add
 
 
-def _places(family: Family, config: Any, path: str, prefix: str) -> list[str]:
+def _places(family: GgufFamily, config: Any, path: str, prefix: str) -> list[str]:
     """The names of the matrices that a parameter of experts becomes."""
     text = text_name(path)
     return [name for name, _ in places_of(family, config, text, prefix)] if text else []

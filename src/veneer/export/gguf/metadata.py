@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 from gguf import GGUFValueType, size_label
 
-from veneer.store.gguf.keys import Pair
+from veneer.store.gguf.keys import KeyValue
 
 _SAMPLING = {
     "top_k": ("top_k", GGUFValueType.INT32),
@@ -33,23 +33,23 @@ def name_of(model: str | os.PathLike[str]) -> str:
     return name.removesuffix(".gguf")
 
 
-def general_pairs(folder: Path, name: str, architecture: str, shapes: Mapping[str, tuple[int, ...]]) -> list[Pair]:
+def general_pairs(folder: Path, name: str, architecture: str, shapes: Mapping[str, tuple[int, ...]]) -> list[KeyValue]:
     """Return architecture, sampling (``generation_config.json``), name, size, and the model card's facts as pairs."""
     return [
-        Pair("general.architecture", architecture, GGUFValueType.STRING),
-        Pair("general.type", "model", GGUFValueType.STRING),
+        KeyValue("general.architecture", architecture, GGUFValueType.STRING),
+        KeyValue("general.type", "model", GGUFValueType.STRING),
         *_sampling(folder),
-        Pair("general.name", name, GGUFValueType.STRING),
-        Pair("general.size_label", _size(shapes), GGUFValueType.STRING),
+        KeyValue("general.name", name, GGUFValueType.STRING),
+        KeyValue("general.size_label", _size(shapes), GGUFValueType.STRING),
         *_card(folder),
     ]
 
 
-def file_pairs(number: int) -> list[Pair]:
+def file_pairs(number: int) -> list[KeyValue]:
     """Return the file's last pairs, which describe its quantization."""
     return [
-        Pair("general.quantization_version", 2, GGUFValueType.UINT32),
-        Pair("general.file_type", number, GGUFValueType.UINT32),
+        KeyValue("general.quantization_version", 2, GGUFValueType.UINT32),
+        KeyValue("general.file_type", number, GGUFValueType.UINT32),
     ]
 
 
@@ -67,10 +67,10 @@ def sampling_settings(folder: Path) -> dict[str, Any]:
     return {name: content[name] for name in _SAMPLING if isinstance(content.get(name), int | float)}
 
 
-def _sampling(folder: Path) -> Iterator[Pair]:
+def _sampling(folder: Path) -> Iterator[KeyValue]:
     for name, value in sampling_settings(folder).items():
         key, kind = _SAMPLING[name]
-        yield Pair(f"general.sampling.{key}", int(value) if kind == GGUFValueType.INT32 else float(value), kind)
+        yield KeyValue(f"general.sampling.{key}", int(value) if kind == GGUFValueType.INT32 else float(value), kind)
 
 
 def _size(shapes: Mapping[str, tuple[int, ...]]) -> str:
@@ -89,15 +89,15 @@ def _size(shapes: Mapping[str, tuple[int, ...]]) -> str:
     return size_label(total, shared, experts, n_experts)
 
 
-def _card(folder: Path) -> Iterator[Pair]:
+def _card(folder: Path) -> Iterator[KeyValue]:
     """Licence, tags and languages of the model card."""
     found = _front_matter(folder / "README.md")
     if isinstance(found.get("license"), str):
-        yield Pair("general.license", found["license"], GGUFValueType.STRING)
+        yield KeyValue("general.license", found["license"], GGUFValueType.STRING)
     for name, key in _CARD_LISTS.items():
         values = [found[name]] if isinstance(found.get(name), str) else found.get(name) or []
         if isinstance(values, list) and values and all(isinstance(value, str) for value in values):
-            yield Pair(f"general.{key}", values, GGUFValueType.ARRAY, GGUFValueType.STRING)
+            yield KeyValue(f"general.{key}", values, GGUFValueType.ARRAY, GGUFValueType.STRING)
 
 
 def _front_matter(card: Path) -> dict[str, Any]:

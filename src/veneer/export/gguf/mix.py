@@ -39,7 +39,7 @@ class MixOptions:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ModelFacts:
+class MixFacts:
     """Facts of a model that the rules read in addition to the names and shapes of its tensors."""
 
     architecture: str
@@ -63,7 +63,7 @@ def quantize_order(names: Sequence[str]) -> list[str]:
 
 
 def chosen_types(
-    shapes: Shapes, mix: Mix, facts: ModelFacts, options: MixOptions | None = None, *, weighed: bool = False
+    shapes: Shapes, mix: Mix, facts: MixFacts, options: MixOptions | None = None, *, weighed: bool = False
 ) -> list[TensorSpec]:
     """Return the type and shape of every tensor, in the file's order. ``weighed``: an importance matrix is used.
 
@@ -100,7 +100,7 @@ def _is_matrix(name: str, shape: tuple[int, ...]) -> bool:
 class _Rules:
     """The mix's type of every matrix; the counts of tensors of one kind go up in the file's order."""
 
-    def __init__(self, mix: Mix, facts: ModelFacts, weighed: bool, shapes: Shapes) -> None:
+    def __init__(self, mix: Mix, facts: MixFacts, weighed: bool, shapes: Shapes) -> None:
         self._mix, self._facts, self._weighed, self._shapes = mix, facts, weighed, shapes
         self._n_values = sum(_role(name) in _VALUES for name in shapes if _is_matrix(name, shapes[name]))
 

@@ -16,7 +16,7 @@ from veneer.export.folded import FoldedCheckpoint
 from veneer.export.gguf.metadata import name_of
 from veneer.export.gguf.mix import MixOptions
 from veneer.export.gguf.mixes import mix_of
-from veneer.export.gguf.plan import Plan, assembled_blocks, describe_checkpoint, family_of, plan_file
+from veneer.export.gguf.plan import FilePlan, assembled_blocks, describe_checkpoint, family_of, plan_file
 from veneer.export.gguf.survival import FileSurvival
 from veneer.export.gguf.tokenizer import read_tokenizer
 from veneer.export.merged import floating_dtype
@@ -56,7 +56,7 @@ class GgufReport:
 
     paths: tuple[Path, ...]
     n_bytes: int
-    plan: Plan
+    plan: FilePlan
     n_modules: int
     survival: tuple[Survival, ...] = ()
 

@@ -15,14 +15,14 @@ from transformers import AutoConfig
 from veneer.errors import CompositionError, ConfigError, FormatError
 from veneer.export.folded import FoldedCheckpoint
 from veneer.export.gguf.metadata import file_pairs, general_pairs
-from veneer.export.gguf.mix import MixOptions, ModelFacts, chosen_types
+from veneer.export.gguf.mix import MixFacts, MixOptions, chosen_types
 from veneer.export.gguf.mixes import Mix
 from veneer.export.gguf.special import special_pairs
 from veneer.export.gguf.tokenizer import SourceTokenizer
 from veneer.export.gguf.tokens import vocabulary_pairs
-from veneer.store.gguf.family import Family
+from veneer.store.gguf.family import GgufFamily
 from veneer.store.gguf.importance import Importance
-from veneer.store.gguf.keys import Pair, Said, said_of
+from veneer.store.gguf.keys import KeyValue, Said, said_of
 from veneer.store.gguf.names import leaf_of, places_of, text_name
 from veneer.store.gguf.registry import by_model_type
 from veneer.store.gguf.writer import TensorSpec, file_nbytes
@@ -36,7 +36,7 @@ _HEAD_UNREAD = (
 
 
 @dataclass(frozen=True, slots=True)
-class Source:
+class TensorSource:
     """Tensor of the checkpoint, and the part of it to use."""
 
     name: str
@@ -44,18 +44,18 @@ class Source:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Plan:
+class FilePlan:
     """Plan of a file: ``specs`` in the file's order, and ``sources`` of each by its name, several if they are stacked.
 
     ``factors`` are tensors computed from the config. ``left_out`` are tensors of the checkpoint that no model uses.
     ``notes`` are for the file's user.
     """
 
-    family: Family
+    family: GgufFamily
     config: Any
-    pairs: Sequence[Pair]
+    pairs: Sequence[KeyValue]
     specs: Sequence[TensorSpec]
-    sources: Mapping[str, Sequence[Source]]
+    sources: Mapping[str, Sequence[TensorSource]]
     factors: Mapping[str, Tensor]
     left_out: Sequence[str]
     notes: Sequence[str] = ()
@@ -70,10 +70,10 @@ class Plan:
 class Described:
     """Checkpoint's family and config, its GGUF form, and the sources of the file's tensors."""
 
-    family: Family
+    family: GgufFamily
     config: Any
     said: Said
-    sources: Mapping[str, list[Source]]
+    sources: Mapping[str, list[TensorSource]]
     shapes: Mapping[str, tuple[int, ...]]
     left_out: list[str]
 
@@ -105,7 +105,7 @@ def plan_file(
     folder: Path,
     name: str,
     importance: Importance | None = None,
-) -> Plan:
+) -> FilePlan:
     """Return the plan of a checkpoint's file.
 
     Raises FormatError if the format cannot hold the tokenizer, ConfigError if the mix needs an importance matrix.
@@ -121,7 +121,7 @@ def plan_file(
         *file_pairs(mix.number),
         *(importance.pairs() if importance else ()),
     ]
-    return Plan(
+    return FilePlan(
         family=described.family,
         config=described.config,
         pairs=pairs,
@@ -133,9 +133,9 @@ def plan_file(
     )
 
 
-def _facts(described: Described) -> ModelFacts:
+def _facts(described: Described) -> MixFacts:
     config = described.config
-    return ModelFacts(
+    return MixFacts(
         architecture=described.family.architecture,
         n_layers=config.num_hidden_layers,
         n_heads=config.num_attention_heads,
@@ -144,7 +144,7 @@ def _facts(described: Described) -> ModelFacts:
     )
 
 
-def family_of(config: Any) -> Family:
+def family_of(config: Any) -> GgufFamily:
     """Return the family of a config. Raises FormatError if it does not support writing."""
     found = by_model_type().get(config.model_type)
     if found is None:
@@ -156,7 +156,7 @@ def family_of(config: Any) -> Family:
     return found
 
 
-def laid_out(family: Family, config: Any, name: str, tensor: Tensor) -> Tensor:
+def laid_out(family: GgufFamily, config: Any, name: str, tensor: Tensor) -> Tensor:
     """Return a model's tensor, given in torch's layout, in the file's layout."""
     leaf = leaf_of(name)
     if leaf in family.turned:
@@ -164,14 +164,14 @@ def laid_out(family: Family, config: Any, name: str, tensor: Tensor) -> Tensor:
     return _valued(family, leaf, family.rows(leaf, tensor, config))
 
 
-def _valued(family: Family, leaf: str, tensor: Tensor) -> Tensor:
+def _valued(family: GgufFamily, leaf: str, tensor: Tensor) -> Tensor:
     """A tensor whose rows lie as in the file, with the values that stand there."""
     if family.plus_one and leaf.endswith("norm.weight"):
         return (tensor if tensor.dtype == torch.float16 else tensor.float()) + 1
     return tensor
 
 
-def laid_out_rows(family: Family, config: Any, name: str, tensor: Tensor) -> Tensor:
+def laid_out_rows(family: GgufFamily, config: Any, name: str, tensor: Tensor) -> Tensor:
     """Return rows (o, …) of an update to a tensor of the file, in the file's order."""
     return family.rows(leaf_of(name), tensor, config)
 
@@ -182,9 +182,9 @@ def _config(source: FoldedCheckpoint) -> Any:
 
 
 def _placed(
-    source: FoldedCheckpoint, family: Family, config: Any
-) -> tuple[dict[str, list[Source]], list[str], list[str]]:
-    sources: dict[str, list[Source]] = {}
+    source: FoldedCheckpoint, family: GgufFamily, config: Any
+) -> tuple[dict[str, list[TensorSource]], list[str], list[str]]:
+    sources: dict[str, list[TensorSource]] = {}
     left_out, problems = [], []
     for stored in source.specs:
         name = text_name(source.model_name(stored))
@@ -195,12 +195,12 @@ def _placed(
         if not found:
             problems.append(_HEAD_UNREAD if name == "lm_head.weight" else f"there is no name for the tensor {name}")
         for target, part in found:
-            sources.setdefault(target, []).append(Source(stored, part))
+            sources.setdefault(target, []).append(TensorSource(stored, part))
     return sources, left_out, problems
 
 
 def _shape(
-    source: FoldedCheckpoint, found: Sequence[Source], family: Family, config: Any, name: str
+    source: FoldedCheckpoint, found: Sequence[TensorSource], family: GgufFamily, config: Any, name: str
 ) -> tuple[int, ...]:
     return tuple(assembled(family, config, name, found, lambda stored: _empty(source.specs[stored][1])).shape)
 
@@ -210,7 +210,7 @@ def _empty(shape: tuple[int, ...]) -> Tensor:
 
 
 def assembled(
-    family: Family, config: Any, name: str, sources: Sequence[Source], read: Callable[[str], Tensor]
+    family: GgufFamily, config: Any, name: str, sources: Sequence[TensorSource], read: Callable[[str], Tensor]
 ) -> Tensor:
     """Return a tensor of the file, assembled from its sources."""
     parts = [each.part(read(each.name)) for each in sources]
@@ -219,7 +219,7 @@ def assembled(
 
 
 def assembled_blocks(
-    plan: Plan, name: str, read: Callable[[str], Tensor], blocks: Callable[[str], Iterator[Tensor]]
+    plan: FilePlan, name: str, read: Callable[[str], Tensor], blocks: Callable[[str], Iterator[Tensor]]
 ) -> Iterator[Tensor]:
     """Yield the tensor of `assembled` in blocks of rows, or expert by expert. ``blocks`` gives the rows of a source.
 
@@ -257,7 +257,9 @@ def _gathered(blocks: Iterator[Tensor], shape: tuple[int, ...], places: Tensor |
     return out
 
 
-def _complete_head(family: Family, sources: dict[str, list[Source]], shapes: dict[str, tuple[int, ...]]) -> None:
+def _complete_head(
+    family: GgufFamily, sources: dict[str, list[TensorSource]], shapes: dict[str, tuple[int, ...]]
+) -> None:
     """Tied tensors under the names that the runtime wants."""
     if _EMBEDDINGS not in sources and _HEAD in sources:  # a file may hold the head's name alone
         sources[_EMBEDDINGS], shapes[_EMBEDDINGS] = sources.pop(_HEAD), shapes.pop(_HEAD)

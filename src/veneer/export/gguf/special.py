@@ -10,14 +10,14 @@ from gguf import GGUFValueType
 from veneer.errors import FormatError
 from veneer.export.gguf.tokenizer import PROBE, SourceTokenizer, probe_chat
 from veneer.export.gguf.tokens import PREFIX, is_byte_level
-from veneer.store.gguf.keys import Pair
+from veneer.store.gguf.keys import KeyValue
 
 _IDS = {
     "bos": "bos", "eos": "eos", "unk": "unknown", "sep": "separator", "pad": "padding", "cls": "cls", "mask": "mask",
 }  # fmt: skip
 
 
-def special_pairs(source: SourceTokenizer, config: Any) -> list[Pair]:
+def special_pairs(source: SourceTokenizer, config: Any) -> list[KeyValue]:
     """Return ids, flags and templates as pairs. ``config`` has the ids that the tokenizer does not name.
 
     Raises FormatError for a template that does not render, and for tokens around a text that no flag can express.
@@ -58,7 +58,7 @@ def _id(source: SourceTokenizer, config: Any, name: str) -> int | None:
     return found if isinstance(found, int) and found in source.vocabulary else None
 
 
-def _flags(source: SourceTokenizer, bos: int | None, eos: int | None) -> Iterator[Pair]:
+def _flags(source: SourceTokenizer, bos: int | None, eos: int | None) -> Iterator[KeyValue]:
     plain = source.tokenizer("a", add_special_tokens=False)["input_ids"]
     whole = source.tokenizer("a")["input_ids"]
     at = next((i for i in range(len(whole)) if whole[i : i + len(plain)] == plain), 0)
@@ -75,20 +75,20 @@ def _flags(source: SourceTokenizer, bos: int | None, eos: int | None) -> Iterato
         yield _flag("add_space_prefix", source.vocabulary[plain[0]].startswith("▁"))
 
 
-def _templates(source: SourceTokenizer) -> Iterator[Pair]:
+def _templates(source: SourceTokenizer) -> Iterator[KeyValue]:
     if source.template is not None:
-        yield Pair("tokenizer.chat_template", source.template, GGUFValueType.STRING)
+        yield KeyValue("tokenizer.chat_template", source.template, GGUFValueType.STRING)
     others = source.named_templates
     if others:
-        names = Pair("tokenizer.chat_templates", list(others), GGUFValueType.ARRAY, GGUFValueType.STRING)
+        names = KeyValue("tokenizer.chat_templates", list(others), GGUFValueType.ARRAY, GGUFValueType.STRING)
         yield names
     for name, text in others.items():
-        yield Pair(f"tokenizer.chat_template.{name}", text, GGUFValueType.STRING)
+        yield KeyValue(f"tokenizer.chat_template.{name}", text, GGUFValueType.STRING)
 
 
-def _number(name: str, value: int) -> Pair:
-    return Pair(PREFIX + name, value, GGUFValueType.UINT32)
+def _number(name: str, value: int) -> KeyValue:
+    return KeyValue(PREFIX + name, value, GGUFValueType.UINT32)
 
 
-def _flag(name: str, value: bool) -> Pair:
-    return Pair(PREFIX + name, value, GGUFValueType.BOOL)
+def _flag(name: str, value: bool) -> KeyValue:
+    return KeyValue(PREFIX + name, value, GGUFValueType.BOOL)

@@ -12,7 +12,7 @@ from gguf import GGUFValueType, TokenType
 from veneer.errors import FormatError
 from veneer.export.gguf.pieces import BYTES, SPACE, piece_ranks
 from veneer.export.gguf.tokenizer import SourceTokenizer
-from veneer.store.gguf.keys import Pair
+from veneer.store.gguf.keys import KeyValue
 from veneer.store.gguf.pre_tokenizer import pre_tokenizer_name
 
 PREFIX = "tokenizer.ggml."
@@ -21,7 +21,7 @@ _NORMALIZERS = (None, "NFC")  # the runtime has none; NFC changes no text that i
 ADDED_SCORE, PADDED_SCORE = -1000.0, -10000.0
 
 
-def vocabulary_pairs(source: SourceTokenizer, n_rows: int) -> list[Pair]:
+def vocabulary_pairs(source: SourceTokenizer, n_rows: int) -> list[KeyValue]:
     """Return the vocabulary as pairs, padded to the rows of the embeddings.
 
     Raises FormatError for a vocabulary longer than the embeddings, tokenizers without merges, and anything that no key
@@ -63,7 +63,7 @@ def _tokens(source: SourceTokenizer, n_rows: int) -> list[str]:
     return tokens
 
 
-def _byte_level(source: SourceTokenizer, tokens: list[str]) -> list[Pair]:
+def _byte_level(source: SourceTokenizer, tokens: list[str]) -> list[KeyValue]:
     normalizer = (source.content.get("normalizer") or {}).get("type")
     if normalizer not in _NORMALIZERS:
         raise FormatError(
@@ -77,12 +77,12 @@ def _byte_level(source: SourceTokenizer, tokens: list[str]) -> list[Pair]:
         _string("model", "gpt2"),
         _string("pre", pre_tokenizer_name(source.content)),
         _strings("tokens", texts),
-        Pair(PREFIX + "token_type", kinds, GGUFValueType.ARRAY, GGUFValueType.INT32),
+        KeyValue(PREFIX + "token_type", kinds, GGUFValueType.ARRAY, GGUFValueType.INT32),
     ]
     return [*pairs, _strings("merges", merges)] if merges else pairs
 
 
-def _pieces(source: SourceTokenizer, tokens: list[str]) -> list[Pair]:
+def _pieces(source: SourceTokenizer, tokens: list[str]) -> list[KeyValue]:
     """Pieces with scores: the runtime merges the pair with the best score first, so a merge's rank is its score."""
     ranks = piece_ranks(source, tokens)
     kinds = [_kind(source, number) for number in range(len(tokens))]
@@ -92,8 +92,8 @@ def _pieces(source: SourceTokenizer, tokens: list[str]) -> list[Pair]:
         _string("model", "llama"),
         _string("pre", "default"),
         _strings("tokens", texts),
-        Pair(PREFIX + "scores", scores, GGUFValueType.ARRAY, GGUFValueType.FLOAT32),
-        Pair(PREFIX + "token_type", kinds, GGUFValueType.ARRAY, GGUFValueType.INT32),
+        KeyValue(PREFIX + "scores", scores, GGUFValueType.ARRAY, GGUFValueType.FLOAT32),
+        KeyValue(PREFIX + "token_type", kinds, GGUFValueType.ARRAY, GGUFValueType.INT32),
     ]
 
 
@@ -135,9 +135,9 @@ def _joined(merge: str | list[str]) -> str:
     return merge if isinstance(merge, str) else " ".join(part.replace(" ", "Ġ") for part in merge)
 
 
-def _string(name: str, value: str) -> Pair:
-    return Pair(PREFIX + name, value, GGUFValueType.STRING)
+def _string(name: str, value: str) -> KeyValue:
+    return KeyValue(PREFIX + name, value, GGUFValueType.STRING)
 
 
-def _strings(name: str, values: list[str]) -> Pair:
-    return Pair(PREFIX + name, values, GGUFValueType.ARRAY, GGUFValueType.STRING)
+def _strings(name: str, values: list[str]) -> KeyValue:
+    return KeyValue(PREFIX + name, values, GGUFValueType.ARRAY, GGUFValueType.STRING)

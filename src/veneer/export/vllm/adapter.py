@@ -15,16 +15,16 @@ from veneer.combine.plain import Plain, padded, plain_of, whole_error
 from veneer.combine.update import Update
 from veneer.contract.file import CONFIG_FILE, WEIGHTS_FILE
 from veneer.contract.places import placed
-from veneer.core.progress import Tell
-from veneer.core.sites import LinearSite
 from veneer.disk.folder import new_folder
 from veneer.disk.safetensors import tensors_to_bytes
 from veneer.errors import ConfigError, FormatError
 from veneer.export.model_folder import copy_companions
 from veneer.export.vllm.limits import config_of, is_plain, refusals
 from veneer.export.vllm.ranks import RANKS, holding, require_rank
-from veneer.export.vllm.source import Source, refused
+from veneer.export.vllm.source import AdapterSource, refused
 from veneer.methods.lora import LoraConfig
+from veneer.plain.progress import Tell
+from veneer.records.sites import LinearSite
 from veneer.store.adapter.records import StoredAdapter
 
 
@@ -82,7 +82,7 @@ def export_vllm(
     """
     options = options or VllmOptions()
     _require_free(adapter, output, options.overwrite)
-    source = Source.read(adapter, options.base)
+    source = AdapterSource.read(adapter, options.base)
     problems = refusals(source.stored, source.snapshot, options.ends)
     problems = problems or _ranks_missing(source.stored, options.rank)
     if problems:
@@ -120,7 +120,7 @@ def _ranks_missing(stored: StoredAdapter, rank: int | None) -> list[str]:
     return [f"its rank {most} is above vLLM's {RANKS[-1]}: give the rank to write (--rank N)"] * (most > RANKS[-1])
 
 
-def _is_as_it_is(source: Source, rank: int | None) -> bool:
+def _is_as_it_is(source: AdapterSource, rank: int | None) -> bool:
     r = source.fields.get("r", 0)
     return is_plain(source.fields) and not source.stored.others and r <= (rank or RANKS[-1])
 
@@ -134,7 +134,7 @@ def _layers(stored: StoredAdapter, rank: int | None, on_progress: Tell) -> dict[
 
 
 def _tensors(
-    source: Source, layers: Mapping[str, Plain], filled: Mapping[str, LinearSite], rank: int
+    source: AdapterSource, layers: Mapping[str, Plain], filled: Mapping[str, LinearSite], rank: int
 ) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     for path, layer in layers.items():

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, cast
 
-from veneer.core.records import LinearDelta
-from veneer.core.sites import LinearSite
 from veneer.model.blueprint.names import CLASSIFIERS, MODEL_ENDS
-from veneer.model.snapshot import Snapshot
+from veneer.model.snapshot.snapshot import Snapshot
+from veneer.records.deltas import LinearDelta
+from veneer.records.sites import LinearSite
 from veneer.store.adapter.records import StoredAdapter
 from veneer.store.gguf.names import text_name
 

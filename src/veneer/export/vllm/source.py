@@ -14,14 +14,14 @@ from torch import Tensor
 from veneer.contract import MethodConfig
 from veneer.contract.file import read_fields
 from veneer.contract.places import Placed
-from veneer.core.sites import LinearSite
 from veneer.errors import CompositionError
 from veneer.export.adapter_on_base import changed_tensors, with_weights
 from veneer.export.model_folder import local_folder, model_config
 from veneer.export.vllm.limits import is_plain
 from veneer.inits import find_start
-from veneer.model.places import placed_on
-from veneer.model.snapshot import Snapshot, look_at, shortest_names
+from veneer.model.placed.places import placed_on
+from veneer.model.snapshot.snapshot import Snapshot, look_at, shortest_names
+from veneer.records.sites import LinearSite
 from veneer.store.adapter.config import read_config
 from veneer.store.adapter.files import read_headers
 from veneer.store.adapter.fit import fitting
@@ -32,7 +32,7 @@ _BLOCK = re.compile(r"\.\d+\.")
 
 
 @dataclass(frozen=True, slots=True)
-class Source:
+class AdapterSource:
     """Adapter as it was read: the fields of its config, its records, and a snapshot of its base, if that is known."""
 
     fields: Mapping[str, Any]
@@ -41,7 +41,7 @@ class Source:
     snapshot: Snapshot | None
 
     @classmethod
-    def read(cls, adapter: Path, given: str | None) -> Source:
+    def read(cls, adapter: Path, given: str | None) -> AdapterSource:
         """Read an adapter folder. ``given``: the base's name; None takes the one that the adapter names.
 
         Raises CompositionError if it changes no weights, or depends on a base that is not on this machine.
@@ -93,7 +93,7 @@ def _without_base(adapter: Path, method: MethodConfig) -> StoredAdapter:
     return stored
 
 
-def _on_base(adapter: Path, fields: Mapping[str, Any], method: MethodConfig, base: Path, named: str) -> Source:
+def _on_base(adapter: Path, fields: Mapping[str, Any], method: MethodConfig, base: Path, named: str) -> AdapterSource:
     def weighted(places: Mapping[str, Placed]) -> dict[str, Placed]:
         return with_weights(places, skeleton, base if any(base.glob("*.safetensors")) else local_folder(named))
 
@@ -110,7 +110,7 @@ def _on_base(adapter: Path, fields: Mapping[str, Any], method: MethodConfig, bas
         stored = replace(stored, places=weighted(stored.places))
     if stored.others and any(base.glob("*.safetensors")):
         stored = replace(stored, others=tuple(changed_tensors(stored, adapter, base)))
-    return Source(fields, method, stored, look_at(skeleton))
+    return AdapterSource(fields, method, stored, look_at(skeleton))
 
 
 def _started(method: MethodConfig, places: Mapping[str, Placed]) -> dict[str, Tensor]:

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 from veneer.contract.checks import Checks
 from veneer.contract.patterns import unmatched
-from veneer.core.sites import LinearSite
 from veneer.methods.lora_parts.settings import LoraSettings
 from veneer.methods.variants import variants_of
+from veneer.records.sites import LinearSite
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from veneer.contract.late_start import LateStart
-from veneer.core.sites import LinearSite
 from veneer.methods.lora_parts.settings import LoraSettings
+from veneer.records.sites import LinearSite
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from veneer.core.records import LinearDelta
-from veneer.core.sites import LinearSite
+from veneer.records.deltas import LinearDelta
+from veneer.records.sites import LinearSite
 
 
 def fields_of(records: Mapping[str, LinearDelta]) -> dict[str, Any] | None:

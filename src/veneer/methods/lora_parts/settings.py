@@ -11,7 +11,6 @@ from typing import ClassVar, Literal, cast
 from veneer.contract import LinearMethod
 from veneer.contract.patterns import below_one, broken, first_match, values_of
 from veneer.contract.settings import Settings
-from veneer.core.sites import LinearSite
 from veneer.inits import Start, find_start, start_names
 from veneer.inits.corda import CordaConfig
 from veneer.inits.eva import EvaConfig
@@ -21,6 +20,7 @@ from veneer.methods.variants.blocks import BdLoraConfig
 from veneer.methods.variants.kasa import KasaConfig
 from veneer.methods.variants.monteclora import MontecloraConfig
 from veneer.methods.variants.velora import VeloraConfig
+from veneer.records.sites import LinearSite
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from veneer.contract.parameters import Params, Shapes
 from veneer.contract.training import Training
-from veneer.core.records import LinearDelta
-from veneer.core.sites import LinearSite
+from veneer.records.deltas import LinearDelta
+from veneer.records.sites import LinearSite
 
 
 class Variant:

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from veneer.contract.parameters import Params, Shapes
 from veneer.contract.settings import Settings
-from veneer.core.groups import block_diagonal, diagonal_blocks
-from veneer.core.sites import LinearSite
 from veneer.methods.variants import Variant
+from veneer.records.channel_groups import block_diagonal, diagonal_blocks
+from veneer.records.sites import LinearSite
 
 
 @dataclass(frozen=True)

@@ -21,14 +21,14 @@ from torch import Tensor
 
 from veneer.contract.needed import needed_weight
 from veneer.contract.parameters import Params, Shapes
-from veneer.core.frozen import FrozenWeight
-from veneer.core.groups import diagonal_blocks
-from veneer.core.linear import row_norms
-from veneer.core.records import LinearDelta
-from veneer.core.sites import LinearSite
-from veneer.core.terms.pair import Pair
-from veneer.core.terms.scale import Scale
 from veneer.methods.variants import Variant
+from veneer.records.channel_groups import diagonal_blocks
+from veneer.records.deltas import LinearDelta
+from veneer.records.frozen import FrozenWeight
+from veneer.records.linear import row_norms
+from veneer.records.sites import LinearSite
+from veneer.records.terms.pair import Pair
+from veneer.records.terms.scale import Scale
 
 
 class Dora(Variant):

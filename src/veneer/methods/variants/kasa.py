@@ -17,11 +17,11 @@ from veneer.contract.needed import needed_weight
 from veneer.contract.parameters import Params, Shapes
 from veneer.contract.settings import Settings
 from veneer.contract.training import Training
-from veneer.core.records import LinearDelta
-from veneer.core.sites import LinearSite
-from veneer.core.terms.pair import Pair
 from veneer.methods.variants import Variant, excluded, not_linear
 from veneer.ops.traced import is_tracing
+from veneer.records.deltas import LinearDelta
+from veneer.records.sites import LinearSite
+from veneer.records.terms.pair import Pair
 
 DIAGONAL = "lora_diag"
 

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from veneer.contract.parameters import Params, Shapes
-from veneer.core.records import LinearDelta
-from veneer.core.sites import LinearSite
-from veneer.core.terms.pair import Pair
 from veneer.methods.variants import Variant
+from veneer.records.deltas import LinearDelta
+from veneer.records.sites import LinearSite
+from veneer.records.terms.pair import Pair
 
 
 class LoraBias(Variant):

@@ -22,8 +22,8 @@ from torch import Tensor
 from veneer.contract.parameters import Params, Shapes
 from veneer.contract.settings import Settings
 from veneer.contract.training import Training
-from veneer.core.sites import LinearSite
 from veneer.methods.variants import Variant, not_linear
+from veneer.records.sites import LinearSite
 
 STD, WEIGHTS = "monteclora_std", "monteclora_weights"
 _HELD = ("monteclora_variance", "monteclora_drawn_weights")  # of a last pass: kept for PEFT, and never read

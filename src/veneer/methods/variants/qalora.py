@@ -10,8 +10,8 @@ from typing import Any
 
 from torch import Tensor
 
-from veneer.core.sites import LinearSite
 from veneer.methods.variants import Variant, not_linear
+from veneer.records.sites import LinearSite
 
 
 class QaLora(Variant):

@@ -19,11 +19,11 @@ from torch import Tensor
 
 from veneer.contract.parameters import Params, Shapes
 from veneer.contract.settings import Settings
-from veneer.core.records import LinearDelta
-from veneer.core.sites import LinearSite
-from veneer.core.terms.compressed import Compressed, unit
-from veneer.core.terms.pair import Pair
 from veneer.methods.variants import Variant, not_linear
+from veneer.records.deltas import LinearDelta
+from veneer.records.sites import LinearSite
+from veneer.records.terms.compressed import Compressed, unit
+from veneer.records.terms.pair import Pair
 
 EMBED = "lora_velora_embed"
 IN_TRAINING = "velora_in_training"

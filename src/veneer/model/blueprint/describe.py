@@ -15,10 +15,10 @@ from veneer.model.blueprint.linears import is_linear, read_linear
 from veneer.model.blueprint.norms import read_norm
 from veneer.model.blueprint.parts import Strange
 from veneer.model.blueprint.read_block import read_block
-from veneer.model.blueprint.source import Source, first, undescribed
+from veneer.model.blueprint.source import BlockSource, first, undescribed
 from veneer.model.blueprint.tables import own_multiplier
-from veneer.model.coded import CodedModule
-from veneer.model.coded_embedding import CodedEmbedding, table_shape
+from veneer.model.coded.embedding import CodedEmbedding, table_shape
+from veneer.model.coded.module import CodedModule
 
 
 def describe_config(config: PreTrainedConfig) -> Decoder:
@@ -50,7 +50,7 @@ def describe(model: PreTrainedModel) -> Decoder:
     Raises DescriptionError if the model is not a decoder with one list of blocks between embeddings and a head.
     """
     holder, layers = blocks_of(model)
-    source = Source.of(model)
+    source = BlockSource.of(model)
     embeddings = model.get_input_embeddings()
     if not isinstance(embeddings, nn.Embedding | CodedEmbedding):
         raise DescriptionError(f"{type(model).__name__} has no table of input embeddings")
@@ -85,14 +85,14 @@ def blocks_of(model: PreTrainedModel) -> tuple[nn.Module, nn.ModuleList]:
     return lists[0]
 
 
-def _beside_embeddings(source: Source, holder: nn.Module) -> tuple[nn.Module | None, nn.Module | None]:
+def _beside_embeddings(source: BlockSource, holder: nn.Module) -> tuple[nn.Module | None, nn.Module | None]:
     """The table of positions and the norm behind the embeddings."""
     found = (first(holder, names) for names in (source.names.positions, source.names.embedding_norm))
     positions, norm = (None if name is None else cast(nn.Module, getattr(holder, name)) for name in found)
     return positions, norm
 
 
-def _embedding(source: Source, table: Any, positions: Any, norm: nn.Module | None) -> Embedding:
+def _embedding(source: BlockSource, table: Any, positions: Any, norm: nn.Module | None) -> Embedding:
     n_tokens, width = table_shape(table)
     own = own_multiplier(table)
     multiplier = own * float(getattr(source.config, "embedding_multiplier", 1.0))
@@ -111,7 +111,7 @@ def _embedding(source: Source, table: Any, positions: Any, norm: nn.Module | Non
     )
 
 
-def _head(source: Source, head: nn.Module | None, table: nn.Module) -> Head | None:
+def _head(source: BlockSource, head: nn.Module | None, table: nn.Module) -> Head | None:
     if head is None or not is_linear(head):
         return None
     config: Any = source.config
@@ -129,13 +129,13 @@ def _head(source: Source, head: nn.Module | None, table: nn.Module) -> Head | No
     )
 
 
-def _no_table(source: Source, positions: nn.Module | None) -> Iterator[Strange]:
+def _no_table(source: BlockSource, positions: nn.Module | None) -> Iterator[Strange]:
     if positions is not None:
         yield Strange(path=source.path(positions), reason="its positions are computed, not looked up in a table")
 
 
 def _strange(
-    source: Source, holder: nn.Module, known: list[nn.Module | None], norm: Any, norm_module: nn.Module | None
+    source: BlockSource, holder: nn.Module, known: list[nn.Module | None], norm: Any, norm_module: nn.Module | None
 ) -> Iterator[Strange]:
     """The modules outside the blocks that are not described."""
     reason = source.family.strange(source.config)

@@ -8,11 +8,11 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from veneer.model.blueprint.parts import Linear, Role
-from veneer.model.blueprint.source import Source
-from veneer.model.inplace import base_of
-from veneer.model.linear import AdaptedLinear, frozen_weight
-from veneer.model.packed_linear import PackedLinear, PackedQuantLinear
-from veneer.model.quant_linear import QuantLinear
+from veneer.model.blueprint.source import BlockSource
+from veneer.model.coded.frozen_weight import frozen_weight
+from veneer.model.coded.packed_linear import PackedLinear, PackedQuantLinear
+from veneer.model.coded.quant_linear import QuantLinear
+from veneer.model.inplace import InPlace, base_of
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -20,7 +20,7 @@ def is_linear(module: nn.Module) -> bool:
     return _own_class(module) in (nn.Linear, Conv1D, QuantLinear, PackedLinear, PackedQuantLinear)
 
 
-def read_linear(source: Source, module: nn.Module, role: Role) -> Linear:
+def read_linear(source: BlockSource, module: nn.Module, role: Role) -> Linear:
     """Return the description of a linear layer; the module must satisfy `is_linear`."""
     n_out, n_in = frozen_weight(module).shape
     return Linear(
@@ -34,4 +34,4 @@ def read_linear(source: Source, module: nn.Module, role: Role) -> Linear:
 
 
 def _own_class(module: nn.Module) -> type[nn.Module]:
-    return base_of(type(module)) if isinstance(module, AdaptedLinear) else type(module)
+    return base_of(type(module)) if isinstance(module, InPlace) else type(module)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from veneer.model.blueprint.parts import Norm, NormKind
-from veneer.model.blueprint.source import Source
+from veneer.model.blueprint.source import BlockSource
 from veneer.model.inplace import InPlace, base_of
 
 EPSILONS = ("variance_epsilon", "eps", "epsilon")
@@ -45,7 +45,7 @@ def norm_form(module: nn.Module, eps: float) -> Form | None:
     return nearest if error[nearest] <= 1e-3 else None
 
 
-def read_norm(source: Source, module: nn.Module | None) -> Norm | None:
+def read_norm(source: BlockSource, module: nn.Module | None) -> Norm | None:
     """Return the description of a norm; None if there is none, or if the module is something else."""
     if module is None:
         return None

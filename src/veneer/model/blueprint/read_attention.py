@@ -12,7 +12,7 @@ from veneer.model.blueprint.linears import is_linear, read_linear
 from veneer.model.blueprint.norms import read_norm
 from veneer.model.blueprint.parts import Attention, Linear, Norm, Role, Strange
 from veneer.model.blueprint.read_rotary import read_rotary, read_temperature, rotates
-from veneer.model.blueprint.source import Source, first, has_all, undescribed
+from veneer.model.blueprint.source import BlockSource, first, has_all, undescribed
 
 FULL, SLIDING = "full_attention", "sliding_attention"  # transformers' names in `config.layer_types`
 Q_K_V: tuple[Role, ...] = ("q", "k", "v")
@@ -34,7 +34,7 @@ def layer_type_of(attention: nn.Module) -> str | None:
     return None if types is None or index is None else cast(str, types[index])
 
 
-def read_attention(source: Source, module: nn.Module, layer: int) -> Attention | Strange:
+def read_attention(source: BlockSource, module: nn.Module, layer: int) -> Attention | Strange:
     """Return the attention of block number ``layer``."""
     path = source.path(module)
 
@@ -78,7 +78,7 @@ def read_attention(source: Source, module: nn.Module, layer: int) -> Attention |
     )
 
 
-def _projections(source: Source, module: nn.Module) -> tuple[tuple[Linear, ...], Linear, HeadOrder] | str:
+def _projections(source: BlockSource, module: nn.Module) -> tuple[tuple[Linear, ...], Linear, HeadOrder] | str:
     names, out = source.names, _out(source, module)
     apart = next((each for each in names.q_k_v if has_all(module, each)), None)
     joined = next((each for each in names.joined if has_all(module, each[:1])), None)
@@ -94,18 +94,18 @@ def _projections(source: Source, module: nn.Module) -> tuple[tuple[Linear, ...],
     return qkv, read_linear(source, out, "o"), order
 
 
-def _out(source: Source, module: nn.Module) -> nn.Module | None:
+def _out(source: BlockSource, module: nn.Module) -> nn.Module | None:
     name = first(module, source.names.out)
     return None if name is None else cast(nn.Module, getattr(module, name))
 
 
-def _names_of(source: Source, module: nn.Module, qkv: tuple[Linear, ...]) -> list[str]:
+def _names_of(source: BlockSource, module: nn.Module, qkv: tuple[Linear, ...]) -> list[str]:
     start = len(source.path(module)) + 1
     return [linear.path[start:] for linear in qkv]
 
 
 def _heads(
-    source: Source, module: nn.Module, qkv: tuple[Linear, ...], out: Linear, order: HeadOrder
+    source: BlockSource, module: nn.Module, qkv: tuple[Linear, ...], out: Linear, order: HeadOrder
 ) -> HeadLayout | None:
     name = first(module, source.names.head_dim)
     if name is None:
@@ -123,11 +123,11 @@ def _heads(
     return HeadLayout(order, n_heads, n_kv_heads, head_dim)
 
 
-def _norm_names(source: Source, module: nn.Module) -> tuple[str, ...]:
+def _norm_names(source: BlockSource, module: nn.Module) -> tuple[str, ...]:
     return next((names for names in source.names.head_norms if first(module, names[:1]) is not None), ())
 
 
-def _head_norms(source: Source, module: nn.Module, heads: HeadLayout) -> tuple[Norm | None, Norm | None] | str:
+def _head_norms(source: BlockSource, module: nn.Module, heads: HeadLayout) -> tuple[Norm | None, Norm | None] | str:
     """The norms of q and k; in words where they are none, or over something else than one head or all of them."""
     names = _norm_names(source, module)
     if not names:

@@ -12,13 +12,13 @@ from veneer.model.blueprint.norms import read_norm
 from veneer.model.blueprint.parts import Attention, Experts, FeedForward, Norm, Strange
 from veneer.model.blueprint.read_attention import FULL, SLIDING, layer_type_of, read_attention
 from veneer.model.blueprint.read_feed_forward import read_feed_forward
-from veneer.model.blueprint.source import Source, first, has_all, undescribed
+from veneer.model.blueprint.source import BlockSource, first, has_all, undescribed
 
 PARALLEL = ("use_parallel_residual", "parallel_attn")  # config keys
 UNKNOWN = BlockNorms(attention=None, feed_forward=None)
 
 
-def read_block(source: Source, block: nn.Module, layer: int) -> Block:
+def read_block(source: BlockSource, block: nn.Module, layer: int) -> Block:
     """Return the description of block number ``layer``. Its ``strange`` names the parts that do not fit."""
     path, names = source.path(block), source.names
     attention_name, holder_name = first(block, names.attention), first(block, names.feed_forward)
@@ -59,7 +59,7 @@ def _fits(block: nn.Module, names: NormNames) -> bool:
     return bool(names.all) and has_all(block, names.all)
 
 
-def _norms(source: Source, block: Any, names: NormNames) -> BlockNorms | None:
+def _norms(source: BlockSource, block: Any, names: NormNames) -> BlockNorms | None:
     """The norms under these names; None where one of them is something else."""
     found = {name: read_norm(source, getattr(block, name)) for name in names.all}
     if any(norm is None for norm in found.values()):
@@ -80,14 +80,14 @@ def _children(block: nn.Module, names: tuple[str, ...]) -> list[nn.Module]:
     return [getattr(block, name) for name in names if hasattr(block, name)]
 
 
-def _parallel(source: Source, norms: BlockNorms) -> bool:
+def _parallel(source: BlockSource, norms: BlockNorms) -> bool:
     """One norm in front of both halves, or the config says so."""
     one = norms.attention is not None and norms.attention == norms.feed_forward
     return one or any(bool(getattr(source.config, key, False)) for key in PARALLEL)
 
 
 def _attention_sublayer(
-    source: Source, block: nn.Module, attention: Attention | Strange, norms: BlockNorms
+    source: BlockSource, block: nn.Module, attention: Attention | Strange, norms: BlockNorms
 ) -> Sublayer | None:
     if isinstance(attention, Strange):
         return None
@@ -99,7 +99,7 @@ def _attention_sublayer(
 
 
 def _feed_forward_sublayer(
-    source: Source, block: nn.Module, part: FeedForward | Experts | Strange, norms: BlockNorms, in_block: bool
+    source: BlockSource, block: nn.Module, part: FeedForward | Experts | Strange, norms: BlockNorms, in_block: bool
 ) -> Sublayer | None:
     if isinstance(part, Strange):
         return None
@@ -110,7 +110,7 @@ def _feed_forward_sublayer(
     return Sublayer(input_path=part.path, output_path=dropout or post or part.path)
 
 
-def _dropout(source: Source, block: nn.Module, names: tuple[str, ...]) -> str | None:
+def _dropout(source: BlockSource, block: nn.Module, names: tuple[str, ...]) -> str | None:
     """The path of the dropout behind a half, where it is a module of that half's own."""
     found = (getattr(block, name) for name in names if has_all(block, (name,)))
     return next((source.path(module) for module in found), None)

@@ -10,12 +10,14 @@ from torch import Tensor, nn
 from veneer.model.blueprint.linears import is_linear, read_linear
 from veneer.model.blueprint.names import EXPERTS, SHARED, STACKS, InnerNames
 from veneer.model.blueprint.parts import Experts, FeedForward, Linear, Role, Stack, Strange
-from veneer.model.blueprint.source import Source, first, has_all, undescribed
-from veneer.model.coded_stack import map_shape, parameter_names
+from veneer.model.blueprint.source import BlockSource, first, has_all, undescribed
+from veneer.model.coded.stack import map_shape, parameter_names
 from veneer.ops.activation import KINDS, activation_forward
 
 
-def read_feed_forward(source: Source, module: nn.Module, *, in_block: bool = False) -> FeedForward | Experts | Strange:
+def read_feed_forward(
+    source: BlockSource, module: nn.Module, *, in_block: bool = False
+) -> FeedForward | Experts | Strange:
     """Return the description of the feed-forward part ``module``.
 
     ``in_block``: its layers are children of the block, and ``module`` is the block.
@@ -34,7 +36,7 @@ def read_feed_forward(source: Source, module: nn.Module, *, in_block: bool = Fal
     return rest or found
 
 
-def _plain(source: Source, module: nn.Module, names: InnerNames) -> FeedForward | str:
+def _plain(source: BlockSource, module: nn.Module, names: InnerNames) -> FeedForward | str:
     act = first(module, source.names.activation)
     if not all(is_linear(getattr(module, name)) for name in names.all):
         return "its layers are no plain linear layers"
@@ -62,7 +64,7 @@ def activation_of(act: Any) -> str | None:
     return next((kind for kind in KINDS if torch.allclose(given, activation_forward(x, kind), atol=1e-6)), None)
 
 
-def _experts(source: Source, module: nn.Module) -> Experts | Strange:
+def _experts(source: BlockSource, module: nn.Module) -> Experts | Strange:
     path = source.path(module)
     experts, router = (getattr(module, name) for name in EXPERTS)
     stacks = _stacks(source, experts)
@@ -90,7 +92,7 @@ def _experts(source: Source, module: nn.Module) -> Experts | Strange:
     )
 
 
-def _stacks(source: Source, experts: nn.Module) -> tuple[Stack, Stack] | None:
+def _stacks(source: BlockSource, experts: nn.Module) -> tuple[Stack, Stack] | None:
     """Gate and up of all experts, and what lies behind; None where they are not stacked in one parameter each."""
     if not all(name in parameter_names(experts) for name in STACKS):
         return None
@@ -107,7 +109,7 @@ def _modules(module: nn.Module, names: tuple[str, ...]) -> list[nn.Module | None
     return [getattr(module, name, None) for name in names]
 
 
-def _shared(source: Source, module: nn.Module) -> FeedForward | Strange | None:
+def _shared(source: BlockSource, module: nn.Module) -> FeedForward | Strange | None:
     shared = getattr(module, SHARED[0], None)
     if shared is None:
         return None
@@ -115,6 +117,6 @@ def _shared(source: Source, module: nn.Module) -> FeedForward | Strange | None:
     return found if not isinstance(found, Experts) else Strange(path=found.path, reason="experts within experts")
 
 
-def _shared_gate(source: Source, module: nn.Module) -> Linear | None:
+def _shared_gate(source: BlockSource, module: nn.Module) -> Linear | None:
     gate = getattr(module, SHARED[1], None)
     return None if gate is None else read_linear(source, gate, "shared_gate")

@@ -18,7 +18,7 @@ from veneer.model.blueprint.rotary import (
     Scaling,
     YarnScaling,
 )
-from veneer.model.blueprint.source import Source
+from veneer.model.blueprint.source import BlockSource
 
 KNOWN = {
     "default": (),
@@ -35,7 +35,7 @@ EVERYWHERE = ("rope_theta", "rope_type", "type", "partial_rotary_factor", "max_p
 TEMPERATURE = "llama_4_scaling_beta"
 
 
-def read_rotary(source: Source, layer_type: str | None, head_dim: int) -> Rotary | str | None:
+def read_rotary(source: BlockSource, layer_type: str | None, head_dim: int) -> Rotary | str | None:
     """Return the rotation of a layer of this type; None if it does not rotate, or in words the unknown part."""
     config = source.config
     given = getattr(config, "rope_parameters", None)
@@ -70,7 +70,7 @@ def read_rotary(source: Source, layer_type: str | None, head_dim: int) -> Rotary
 _ANY = {key for keys in KNOWN.values() for key in keys}  # what the type default leaves unused
 
 
-def _from_rotary_dim(source: Source, head_dim: int) -> Rotary | None:
+def _from_rotary_dim(source: BlockSource, head_dim: int) -> Rotary | None:
     """GPT-J's way: no parameters but the number of rotated dimensions, of all where it is None."""
     if not hasattr(source.config, "rotary_dim"):
         return None
@@ -82,7 +82,7 @@ def _from_rotary_dim(source: Source, head_dim: int) -> Rotary | None:
     )
 
 
-def _dim(source: Source, layer_type: str | None) -> int | None:
+def _dim(source: BlockSource, layer_type: str | None) -> int | None:
     """The number of dimensions that turn, by the shape of the model's own table of frequencies."""
     for module in source.model.base_model.modules():
         if "rotary" in type(module).__name__.lower():
@@ -139,7 +139,7 @@ def _mscale(factor: float, mscale: float) -> float:
     return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
 
 
-def read_temperature(source: Source) -> Temperature | None:
+def read_temperature(source: BlockSource) -> Temperature | None:
     """Return the growth of queries with position; None in families that have none."""
     given = getattr(source.config, "rope_parameters", None) or {}
     if not source.family.scales_queries or not given.get(TEMPERATURE):
@@ -149,6 +149,6 @@ def read_temperature(source: Source) -> Temperature | None:
     )
 
 
-def rotates(source: Source, attention: nn.Module, layer: int) -> bool:
+def rotates(source: BlockSource, attention: nn.Module, layer: int) -> bool:
     """Return True if a layer rotates; some models leave the rotation out in every fourth layer (SmolLM3)."""
     return bool(getattr(attention, "use_rope", True)) and source.family.rotates(source.config, layer)

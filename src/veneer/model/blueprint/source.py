@@ -18,7 +18,7 @@ OURS = (".adapters.", ".copies.")  # what adapters bring is no part of the model
 
 
 @dataclass(frozen=True, slots=True)
-class Source:
+class BlockSource:
     """Transformers model on any device; values are never read, so that meta tensors suffice."""
 
     model: PreTrainedModel
@@ -28,7 +28,7 @@ class Source:
     norm_forms: dict[Any, Any] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, model: PreTrainedModel) -> Source:
+    def of(cls, model: PreTrainedModel) -> BlockSource:
         """Return the source for a model."""
         config = model.config.get_text_config(decoder=True)
         paths = {id(module): path for path, module in model.named_modules()}
@@ -59,7 +59,7 @@ def has_all(module: nn.Module, names: Collection[str]) -> bool:
     return all(isinstance(getattr(module, name, None), nn.Module) for name in names)
 
 
-def undescribed(source: Source, module: nn.Module, known: Collection[nn.Module | None]) -> Iterator[Strange]:
+def undescribed(source: BlockSource, module: nn.Module, known: Collection[nn.Module | None]) -> Iterator[Strange]:
     """Yield a `Strange` part for the parameters of ``module`` outside its ``known`` modules, if there are any."""
     inside = {path for path, part in module.named_modules() if any(part is each for each in known)}
     rest = sorted(

@@ -50,7 +50,7 @@ class AttentionHalf:
 
 
 @dataclass(frozen=True, slots=True)
-class Positions:
+class RotationTables:
     """Half tables of the rotation, (b or 1, t, half), None if nothing is rotated, and the bounds of the sequences.
 
     The bounds are positions in the flattened batch.
@@ -61,7 +61,7 @@ class Positions:
     cu_seqlens: Int[Tensor, " n_sequences_plus_1"]
 
 
-def attention_half(x: Float[Tensor, "b t d"], half: AttentionHalf, positions: Positions) -> Float[Tensor, "b t d"]:
+def attention_half(x: Float[Tensor, "b t d"], half: AttentionHalf, positions: RotationTables) -> Float[Tensor, "b t d"]:
     """Return the stream after the attention half; only its addition to the stream, if the half does not ``sum``."""
     y: Tensor = _AttentionHalf.apply(x, half, positions, *half.tensors)  # type: ignore[no-untyped-call]
     return y
@@ -69,7 +69,7 @@ def attention_half(x: Float[Tensor, "b t d"], half: AttentionHalf, positions: Po
 
 class _AttentionHalf(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, half: AttentionHalf, positions: Positions, *tensors: Tensor | None) -> Tensor:
+    def forward(ctx: Any, x: Tensor, half: AttentionHalf, positions: RotationTables, *tensors: Tensor | None) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):
             flat = x.reshape(-1, x.shape[-1])
             normed, statistics = half.norm.forward(flat)
@@ -96,7 +96,7 @@ class _AttentionHalf(torch.autograd.Function):
         half, positions, n_inner_tensors = ctx.half, ctx.positions, len(tensors_of(ctx.half.qkv))
         x, statistics, attended, lse, *rest = ctx.saved_tensors
         of_qkv, of_out, *kept_heads, kept_out = parted(rest, ctx.sizes)
-        kept_qkv, kept_attended = op.Kept.of(of_qkv, half.qkv), op.Kept.of(of_out, [half.out])
+        kept_qkv, kept_attended = op.SavedForBackward.of(of_qkv, half.qkv), op.SavedForBackward.of(of_out, [half.out])
         wanted = ctx.needs_input_grad[0] or any(ctx.needs_input_grad[3 : 3 + n_inner_tensors])
         with torch.autocast(x.device.type, enabled=False):
             flat, dy = x.reshape(-1, x.shape[-1]), grads[0].reshape(-1, x.shape[-1])
@@ -132,7 +132,9 @@ class _Heads:
     k_kept: tuple[Tensor, ...]
 
 
-def _heads(normed: Tensor, half: AttentionHalf, size: torch.Size, positions: Positions) -> tuple[_Heads, op.Kept]:
+def _heads(
+    normed: Tensor, half: AttentionHalf, size: torch.Size, positions: RotationTables
+) -> tuple[_Heads, op.SavedForBackward]:
     """Projected, normed and rotated; and what the way back through the projections needs."""
     raw, kept = op.forward(normed, half.qkv)
     q, k, v = half.heads.split(raw)
@@ -142,7 +144,7 @@ def _heads(normed: Tensor, half: AttentionHalf, size: torch.Size, positions: Pos
 
 
 def _turned(
-    heads: Tensor, norm: Norm | None, size: torch.Size, positions: Positions
+    heads: Tensor, norm: Norm | None, size: torch.Size, positions: RotationTables
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """Heads (n, heads, d) normed and rotated, and what the way back needs. Without a norm they are overwritten."""
     kept: tuple[Tensor, ...] = ()
@@ -154,13 +156,13 @@ def _turned(
 
 
 def _turned_back(
-    grad: Tensor, norm: Norm | None, kept: tuple[Tensor, ...], size: torch.Size, positions: Positions
+    grad: Tensor, norm: Norm | None, kept: tuple[Tensor, ...], size: torch.Size, positions: RotationTables
 ) -> Tensor:
     _rotate(grad, size, positions, inverse=True)
     return grad if norm is None else norm.backward(grad, *kept)
 
 
-def _rotate(heads: Tensor, size: torch.Size, positions: Positions, *, inverse: bool = False) -> None:
+def _rotate(heads: Tensor, size: torch.Size, positions: RotationTables, *, inverse: bool = False) -> None:
     """In place."""
     if positions.cos is not None and positions.sin is not None:
         view = heads.view(size[0], size[1], *heads.shape[1:]).transpose(1, 2)

@@ -11,15 +11,15 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from veneer.model.checkpointing import is_selective
-from veneer.model.fused.attention import AttentionHalf, Positions, attention_half
+from veneer.model.fused.attention import AttentionHalf, RotationTables, attention_half
 from veneer.model.fused.layout import LayoutMask
 from veneer.model.fused.mlp import MlpHalf, mlp_half
 from veneer.model.fused.parts import Norm, bottlenecks, computed_in, is_plain, layer_of, norm_of, with_masks
 from veneer.model.fused.shape import AttentionParts, BlockShape, MlpParts, window_of
 from veneer.model.inplace import InPlace, base_of
-from veneer.model.residual import ResidualAdapters
-from veneer.model.structure import SublayerKind
+from veneer.model.memory.checkpointing import is_selective
+from veneer.model.placed.residual import ResidualAdapters
+from veneer.model.placed.structure import SublayerKind
 from veneer.ops.linear.layer import LinearLayer
 
 CACHES = ("cache", "past_key_values", "past_key_value", "layer_past")
@@ -219,12 +219,12 @@ def _through(block: nn.Module, norm: str | None, change: Tensor) -> Tensor:
     return change if norm is None else cast(Tensor, getattr(block, norm)(change))
 
 
-def _positions(tables: tuple[Tensor, Tensor] | None, mask: LayoutMask) -> Positions:
+def _positions(tables: tuple[Tensor, Tensor] | None, mask: LayoutMask) -> RotationTables:
     """transformers' tables hold every angle twice; a model whose embeddings hold the positions has none."""
     if tables is None:
-        return Positions(None, None, mask.cu_seqlens)
+        return RotationTables(None, None, mask.cu_seqlens)
     cos, sin = (t[..., : t.shape[-1] // 2] for t in tables)
-    return Positions(cos, sin, mask.cu_seqlens)
+    return RotationTables(cos, sin, mask.cu_seqlens)
 
 
 @functools.cache

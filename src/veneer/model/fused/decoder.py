@@ -16,17 +16,17 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from veneer.errors import DescriptionError
+from veneer.model.adapted.holder import Holder
 from veneer.model.blueprint import decoder as blueprint
 from veneer.model.blueprint.describe import blocks_of, describe
+from veneer.model.coded.quant_linear import computing_dtypes
 from veneer.model.fused.block import CACHES, SPECIAL, FusedBlock, halves_of, own_attention
-from veneer.model.fused.head import Head, ends_with_head, head_of, is_plain_head
+from veneer.model.fused.head import FrozenHead, ends_with_head, head_of, is_plain_head
 from veneer.model.fused.layout import LayoutMask, layout_mask
 from veneer.model.fused.shape import BlockShape, block_shape
-from veneer.model.holder import Holder
 from veneer.model.inplace import InPlace, change_class, restore_class
-from veneer.model.quant_linear import computing_dtypes
-from veneer.model.sharding import gathered
-from veneer.model.structure import evaluation
+from veneer.model.placed.structure import evaluation
+from veneer.model.sharded.sharding import gathered
 from veneer.ops.dispatch import lacks
 
 log = logging.getLogger(__name__)
@@ -147,7 +147,7 @@ def is_fused(model: nn.Module) -> bool:
     return any(isinstance(module, FusedDecoder) for module in model.modules())
 
 
-def fused_head(model: nn.Module) -> Head | None:
+def fused_head(model: nn.Module) -> FrozenHead | None:
     """Return the head, if a fused model's loss can be computed from hidden states; None otherwise."""
     decoder = getattr(model, "base_model", None)
     return head_of(model) if isinstance(decoder, FusedDecoder) and decoder.ends_with_head else None

@@ -11,17 +11,17 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from veneer.core.frozen import FrozenWeight
 from veneer.model.blueprint import decoder as blueprint
+from veneer.model.coded.frozen_weight import frozen_weight
+from veneer.model.coded.quant_linear import QuantLinear
 from veneer.model.fused.parts import is_plain
 from veneer.model.inplace import InPlace, change_class, restore_class
-from veneer.model.linear import frozen_weight
-from veneer.model.quant_linear import QuantLinear
 from veneer.quant.dense import DenseWeight
+from veneer.records.frozen import FrozenWeight
 
 
 @dataclass(frozen=True, slots=True)
-class Head:
+class FrozenHead:
     """Frozen head without an adapter: the layer's weight as W (v, d), and its bias."""
 
     weight: Tensor | FrozenWeight
@@ -47,7 +47,7 @@ class _Passing(InPlace, nn.Module):
         return hidden
 
 
-def head_of(model: nn.Module) -> Head | None:
+def head_of(model: nn.Module) -> FrozenHead | None:
     """Return the head of a model whose logits are exactly its output.
 
     None if it is adapted, trained or hooked, or if it computes more.
@@ -59,7 +59,7 @@ def head_of(model: nn.Module) -> Head | None:
     weight, bias = frozen_weight(module), module.bias
     if any(t is not None and t.requires_grad for t in (bias, getattr(weight, "tensor", None))):
         return None
-    return Head(weight.tensor if isinstance(weight, DenseWeight) else weight, bias)
+    return FrozenHead(weight.tensor if isinstance(weight, DenseWeight) else weight, bias)
 
 
 def is_plain_head(head: blueprint.Head | None) -> bool:

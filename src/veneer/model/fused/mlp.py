@@ -67,7 +67,7 @@ class MlpHalf:
         return [inner[0] if self.recomputes else torch.cat([dgate, dup], dim=-1)], hidden
 
     def down_backward(
-        self, dout: Tensor, inner: Sequence[Tensor], kept: op.Kept, input_grad: bool
+        self, dout: Tensor, inner: Sequence[Tensor], kept: op.SavedForBackward, input_grad: bool
     ) -> tuple[list[Tensor] | None, tuple[Tensor | None, ...]]:
         """Return the gradients in ``inner`` (None if not asked for), and in the records of the down projection.
 
@@ -126,7 +126,10 @@ class _MlpHalf(torch.autograd.Function):
         half, n_inner_tensors = ctx.half, len(tensors_of(ctx.half.gate_up))
         x, statistics, *rest = ctx.saved_tensors
         inner_kept, down_kept, inner, kept_out = parted(rest, ctx.sizes)
-        kept_inner, kept_down = op.Kept.of(inner_kept, half.gate_up), op.Kept.of(down_kept, [half.down])
+        kept_inner, kept_down = (
+            op.SavedForBackward.of(inner_kept, half.gate_up),
+            op.SavedForBackward.of(down_kept, [half.down]),
+        )
         dstream = grads[0] if ctx.streams else None
         wanted = ctx.needs_input_grad[0] or any(ctx.needs_input_grad[3 : 3 + n_inner_tensors])
         with torch.autocast(x.device.type, enabled=False):

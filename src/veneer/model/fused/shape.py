@@ -38,7 +38,7 @@ class MlpParts:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class NormNames:
+class HalfNorms:
     """Norms before the halves, and those after them. ``mlp`` may be ``attention``: one norm for both."""
 
     attention: str
@@ -57,7 +57,7 @@ class BlockShape:
 
     attention_name: str
     mlp_name: str
-    norms: NormNames
+    norms: HalfNorms
     kind: NormKind
     parallel: bool
     attention: AttentionParts | None
@@ -82,7 +82,7 @@ def block_shape(block: Block) -> BlockShape | str:
     return BlockShape(
         attention_name=block.attention.path[before:],
         mlp_name=block.feed_forward.path[before:],
-        norms=NormNames(
+        norms=HalfNorms(
             attention=norms.attention.path[before:],
             mlp=norms.feed_forward.path[before:],
             attention_post=norms.attention_post.path[before:] if norms.attention_post else None,

@@ -11,9 +11,9 @@ from typing import Any, NoReturn
 
 import torch
 
-from veneer.core.units import count
 from veneer.errors import OutdatedKernelsError
 from veneer.ops.traced import silent_kernels
+from veneer.plain.units import count
 
 log = logging.getLogger(__name__)
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from veneer.core.terms.form import Form
 from veneer.ops.cpu.module import DTYPES, kernels
 from veneer.ops.memory import address
 from veneer.ops.packed import ROWS, PackedWeight
 from veneer.ops.reference import terms as reference
 from veneer.ops.rows import put_back, with_rows
 from veneer.ops.terms import TERM_KINDS, PackedTerm
+from veneer.records.terms.form import Form
 
 
 def apply(term: PackedTerm, x: Tensor, y: Tensor, add: bool) -> None:

@@ -1,1 +1,1 @@
-"""Op of `core.records.LinearDelta`: frozen linear layers and the records that act on them, forward and backward."""
+"""Op of `records.deltas.LinearDelta`: frozen linear layers and the records that act on them, forward and backward."""

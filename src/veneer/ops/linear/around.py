@@ -13,8 +13,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from veneer.core.records import Around
-from veneer.core.terms.rotation import Rotation
 from veneer.ops.forms import form_gradients, map_rows
 from veneer.ops.linear.blocks import blocks_gradient, less_identity, turn
 from veneer.ops.linear.change import (
@@ -29,6 +27,8 @@ from veneer.ops.linear.change import (
 )
 from veneer.ops.linear.layer import LinearLayer
 from veneer.ops.scale import scale_columns, scale_columns_backward
+from veneer.records.deltas import Around
+from veneer.records.terms.rotation import Rotation
 
 
 def mapped_input(x: Float[Tensor, "n i"], layer: LinearLayer, *, overwrite: bool = False) -> Float[Tensor, "n i"]:

@@ -10,8 +10,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from veneer.core.terms.rotation import Rotation
 from veneer.ops.matmul import operand
+from veneer.records.terms.rotation import Rotation
 
 WIDTH = 64
 """Of the joined blocks."""

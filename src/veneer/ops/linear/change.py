@@ -17,10 +17,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from veneer.core.terms.change import Change, Weighed
-from veneer.core.terms.form import Form
-from veneer.core.terms.mixture import LowRankMixture
-from veneer.core.terms.term import Term
 from veneer.ops.dispatch import kernel_isa
 from veneer.ops.dropout import Mask
 from veneer.ops.forms import entries, entry_gradients, form_gradients, has_entries, has_kernel, map_rows
@@ -28,6 +24,10 @@ from veneer.ops.linear.layer import LinearLayer
 from veneer.ops.linear.weight import add_transposed
 from veneer.ops.matmul import add_matmul, float32_is_faster, matmul
 from veneer.ops.traced import traced_isa
+from veneer.records.terms.change import Change, Weighed
+from veneer.records.terms.form import Form
+from veneer.records.terms.mixture import LowRankMixture
+from veneer.records.terms.term import Term
 
 Gradients = tuple[Tensor | None, ...]
 """In the tensors of a term, in their order."""

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from jaxtyping import Float
 from torch import Tensor
 
-from veneer.core.frozen import FrozenWeight
-from veneer.core.records import LinearDelta
-from veneer.core.terms.scale import Scale
 from veneer.errors import ShapeError
 from veneer.ops.dropout import Mask
 from veneer.ops.grouped_low_rank import AdapterRuns, Run
+from veneer.records.deltas import LinearDelta
+from veneer.records.frozen import FrozenWeight
+from veneer.records.terms.scale import Scale
 
 Weight = Float[Tensor, "o i"] | FrozenWeight
 NOTHING = LinearDelta()

@@ -15,10 +15,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from veneer.core.terms.pair import Pair
 from veneer.ops.grouped_low_rank import LowRankGroup, add_grouped_low_rank, grouped_low_rank_backward
 from veneer.ops.linear.layer import LinearLayer
 from veneer.ops.matmul import add_matmul, matmul
+from veneer.records.terms.pair import Pair
 
 FactorGradients = dict[str, Tensor | None]
 """In the tensors of one pair, by their fields."""

@@ -2,10 +2,10 @@
 
 ``y = output(W x' + scale * b_scale * B (core * A drop(x')) + Σ ΔW drop(x')) + bias`` with ``x' = input(x)``.
 
-`core.linear` is the specification of these kernels. Layers that read the same x (q, k, v; gate and up) go through one
-call: their A's are joined, so x is read once. The backward pass keeps x and the ``A x`` of all of them. It also keeps
-the product in front of a trained map of outputs, since recomputing it would cost the layer's largest product again.
-Masks, mapped inputs and changes of the weight are recomputed.
+`records.linear` is the specification of these kernels. Layers that read the same x (q, k, v; gate and up) go through
+one call: their A's are joined, so x is read once. The backward pass keeps x and the ``A x`` of all of them. It also
+keeps the product in front of a trained map of outputs, since recomputing it would cost the layer's largest product
+again. Masks, mapped inputs and changes of the weight are recomputed.
 """
 
 from __future__ import annotations
@@ -19,9 +19,6 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from veneer.core.records import LinearDelta
-from veneer.core.terms.pair import Pair
-from veneer.core.terms.term import field_names
 from veneer.ops.linear.around import (
     finished,
     finished_backward,
@@ -42,13 +39,16 @@ from veneer.ops.linear.low_rank import (
 )
 from veneer.ops.linear.weight import add_transposed, product
 from veneer.ops.matmul import operand
+from veneer.records.deltas import LinearDelta
+from veneer.records.terms.pair import Pair
+from veneer.records.terms.term import field_names
 
 WHOLE = -1
 """In place of a layer: the x that layers share."""
 
 
 @dataclass(frozen=True, slots=True)
-class Kept:
+class SavedForBackward:
     """Tensors that `backward` reads besides x: A-products, and each layer's product in front of a trained map."""
 
     us: tuple[Tensor, ...]
@@ -59,12 +59,12 @@ class Kept:
         """Kept tensors in one tuple, for autograd to save."""
         return (*self.us, *self.products)
 
-    def without_products(self) -> Kept:
+    def without_products(self) -> SavedForBackward:
         """Return the same without the products, which are then recomputed."""
-        return Kept(self.us, (None,) * len(self.products))
+        return SavedForBackward(self.us, (None,) * len(self.products))
 
     @classmethod
-    def of(cls, tensors: Sequence[Tensor | None], layers: Sequence[LinearLayer]) -> Kept:
+    def of(cls, tensors: Sequence[Tensor | None], layers: Sequence[LinearLayer]) -> SavedForBackward:
         """Return the inverse of `tensors`, for these layers."""
         n_us = len(tensors) - len(layers)
         return cls(tuple(cast("Sequence[Tensor]", tensors[:n_us])), tuple(tensors[n_us:]))
@@ -97,7 +97,7 @@ def linears(x: Float[Tensor, "*batch i"], layers: Sequence[LinearLayer]) -> tupl
 
 def forward(
     x: Float[Tensor, "n i"], layers: Sequence[LinearLayer], *, owns_x: bool = False
-) -> tuple[tuple[Float[Tensor, "n _"], ...], Kept]:
+) -> tuple[tuple[Float[Tensor, "n _"], ...], SavedForBackward]:
     """Return the outputs, and the tensors that `backward` reads.
 
     ``owns_x`` allows x to be written over. A layer that maps it does so if no other reads x, and makes no copy.
@@ -120,12 +120,12 @@ def forward(
     for z, own, layer in zip(zs, read_by_adds, layers, strict=True):
         if layer.has_changes:
             add_changes(z, own, layer)
-    kept = Kept(us, tuple(z if keeps_product(layer) else None for z, layer in zip(zs, layers, strict=True)))
+    kept = SavedForBackward(us, tuple(z if keeps_product(layer) else None for z, layer in zip(zs, layers, strict=True)))
     return tuple(finished(z, layer) for z, layer in zip(zs, layers, strict=True)), kept
 
 
 def outputs(
-    kept_ys: Sequence[Tensor | None], kept: Kept, layers: Sequence[LinearLayer]
+    kept_ys: Sequence[Tensor | None], kept: SavedForBackward, layers: Sequence[LinearLayer]
 ) -> tuple[Float[Tensor, "n _"], ...]:
     """Return all outputs: the kept ones, and those recomputed from kept products."""
     return tuple(
@@ -137,7 +137,7 @@ def outputs(
 def backward(
     dys: Sequence[Float[Tensor, "n _"]],
     x: Float[Tensor, "n i"],
-    kept: Kept,
+    kept: SavedForBackward,
     layers: Sequence[LinearLayer],
     *,
     input_grad: bool = True,
@@ -189,7 +189,7 @@ def takes_input_late(layer: LinearLayer) -> bool:
 
 def backward_before_input(
     dy: Float[Tensor, "n o"],
-    kept: Kept,
+    kept: SavedForBackward,
     layer: LinearLayer,
     make_input: Callable[[Float[Tensor, "n i"]], Float[Tensor, "n i"]],
 ) -> tuple[Tensor | None, ...]:
@@ -276,7 +276,7 @@ class _Linears(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *dys: Tensor) -> tuple[Tensor | None, ...]:
         x, *tensors = ctx.saved_tensors
-        kept = Kept.of(tensors, ctx.layers)
+        kept = SavedForBackward.of(tensors, ctx.layers)
         found = backward(dys, x, kept, ctx.layers, input_grad=ctx.needs_input_grad[0])
         return found.x, None, *found.records
 

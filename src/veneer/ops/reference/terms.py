@@ -7,11 +7,11 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from veneer.core.groups import block_diagonal
-from veneer.core.terms.form import Form
 from veneer.errors import ShapeError
 from veneer.ops.packed import BLOCK, DEPTH_UNIT, PackedWeight
 from veneer.ops.terms import PADDING, PackedTerm
+from veneer.records.channel_groups import block_diagonal
+from veneer.records.terms.form import Form
 
 
 def apply(term: PackedTerm, x: Tensor, y: Tensor, add: bool) -> None:

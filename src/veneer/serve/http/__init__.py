@@ -1,1 +1,1 @@
-"""Server: OpenAI's routes over the engine."""
+"""Server: routes of OpenAI's and Anthropic's clients, keys, metrics, and adapters that come and go."""

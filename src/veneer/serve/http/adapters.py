@@ -19,7 +19,6 @@ from pydantic_core import PydanticCustomError
 
 from veneer.contract.source import hub_folder
 from veneer.errors import CompositionError, FormatError, ServingError, VeneerError
-from veneer.serve.adapter_version import AdapterState
 from veneer.serve.async_engine import AsyncEngine
 from veneer.serve.http.documented import documented
 from veneer.serve.http.errors import ConflictError, ForbiddenError, ModelNotFoundError, RefusedError
@@ -27,7 +26,8 @@ from veneer.serve.http.models import MIX, Catalogue, Loaded
 from veneer.serve.http.protocol import Few, Strict
 from veneer.serve.http.request_record import current_record
 from veneer.serve.http.roots import Roots
-from veneer.serve.lora_request import LoRARequest
+from veneer.serve.schedule.adapter_version import AdapterUsage
+from veneer.serve.schedule.lora_request import LoRARequest
 
 _LONGEST_NAME = 256
 _DOWNLOADS = 2  # at once
@@ -95,7 +95,7 @@ class AdapterList(BaseModel):
     incomplete: dict[str, str] = {}
 
 
-class Adapters:
+class AdapterRoutes:
     """Routes for the adapters of a catalogue, which ``running`` computes. They are loaded from ``roots`` alone."""
 
     def __init__(self, running: AsyncEngine, catalogue: Catalogue, roots: Roots) -> None:
@@ -243,7 +243,7 @@ class Adapters:
             return ""
         return "" if version is None else version.id
 
-    def _card(self, name: str, state: AdapterState | None) -> AdapterCard:
+    def _card(self, name: str, state: AdapterUsage | None) -> AdapterCard:
         loaded = self._catalogue.loaded(name)
         card = AdapterCard(
             id=name, source="folder" if loaded is None else loaded.source, root=self._catalogue.place(name)

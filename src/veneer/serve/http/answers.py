@@ -17,12 +17,12 @@ from fastapi.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from veneer.errors import VeneerError
-from veneer.serve.asked import Asked
 from veneer.serve.async_engine import AsyncEngine
 from veneer.serve.http.errors import error_body
 from veneer.serve.http.protocol import StreamOptions
 from veneer.serve.http.request_record import GONE
-from veneer.serve.outputs import CompletionOutput, RequestOutput, TokenLogprobs
+from veneer.serve.requests.checked import CheckedRequest
+from veneer.serve.schedule.outputs import CompletionOutput, RequestOutput, TokenLogprobs
 
 _UNBUFFERED = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # a proxy passes each event on as it comes
 _ENCODE = json.JSONEncoder(ensure_ascii=False).encode
@@ -42,18 +42,18 @@ class Shape:
     id: str
     whole: str
     chunk: str
-    choice: Callable[[CompletionOutput, int, Asked, PromptScores], dict[str, Any]]
-    delta: Callable[[CompletionOutput, int, Asked, PromptScores], dict[str, Any]]
-    opening: Callable[[int, Asked], dict[str, Any] | None]
+    choice: Callable[[CompletionOutput, int, CheckedRequest, PromptScores], dict[str, Any]]
+    delta: Callable[[CompletionOutput, int, CheckedRequest, PromptScores], dict[str, Any]]
+    opening: Callable[[int, CheckedRequest], dict[str, Any] | None]
     lists_prompt: bool = True
     tells_answers: bool = True
 
 
 @dataclass(frozen=True)
-class Answering:
+class AnswerCall:
     """Requests of one call, the name of their model, and the shape of the response."""
 
-    asked: Sequence[Asked]
+    asked: Sequence[CheckedRequest]
     model: str
     shape: Shape
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
@@ -84,7 +84,7 @@ class Answering:
         }  # fmt: skip
 
 
-async def whole_answer(engine: AsyncEngine, request: Request, answering: Answering) -> Response:
+async def whole_answer(engine: AsyncEngine, request: Request, answering: AnswerCall) -> Response:
     """Return all choices at once; if the client disconnects first, its requests end.
 
     Raises the error of a request that fails.
@@ -109,7 +109,7 @@ async def unless_left(request: Request, found: Coroutine[Any, Any, str]) -> Resp
 
 
 def stream_of(
-    engine: AsyncEngine, answering: Answering, options: StreamOptions, taken: AbstractContextManager[object]
+    engine: AsyncEngine, answering: AnswerCall, options: StreamOptions, taken: AbstractContextManager[object]
 ) -> StreamingResponse:
     """Return the choices as server-sent events; if the client disconnects, its requests end.
 
@@ -134,7 +134,7 @@ class EventStream(StreamingResponse):
                 await super().__call__(scope, receive, send)
 
 
-async def _choices(engine: AsyncEngine, answering: Answering) -> str:
+async def _choices(engine: AsyncEngine, answering: AnswerCall) -> str:
     choices, n_answered, n_cached = {}, 0, 0
     by_id = {asked.id: asked for asked in answering.asked}
     async with aclosing(engine.outputs(answering.asked)) as outputs:
@@ -154,7 +154,7 @@ async def _choices(engine: AsyncEngine, answering: Answering) -> str:
     return json.dumps(answering.head(answering.shape.whole) | whole, ensure_ascii=False)
 
 
-async def _events(engine: AsyncEngine, answering: Answering, options: StreamOptions) -> AsyncGenerator[bytes, None]:
+async def _events(engine: AsyncEngine, answering: AnswerCall, options: StreamOptions) -> AsyncGenerator[bytes, None]:
     """The events of a stream: those that come together are one write."""
     head, shape = answering.head(answering.shape.chunk), answering.shape
     front = f"data: {_ENCODE(head)[:-1]}, "  # which all events have in common

@@ -13,13 +13,12 @@ from fastapi.responses import Response
 from starlette.exceptions import HTTPException
 
 from veneer.errors import VeneerError
-from veneer.serve.calls import Calls
 from veneer.serve.engine import Engine
 from veneer.serve.http import chat, completions
 from veneer.serve.http.access import Access
-from veneer.serve.http.adapters import Adapters
+from veneer.serve.http.adapters import AdapterRoutes
 from veneer.serve.http.answer_models import ChatCompletions, Completions, ModelCard, ModelList
-from veneer.serve.http.answers import Answering, Shape, stream_of, whole_answer
+from veneer.serve.http.answers import AnswerCall, Shape, stream_of, whole_answer
 from veneer.serve.http.body_route import BodyRoute
 from veneer.serve.http.documented import documented
 from veneer.serve.http.embeddings import Embeddings
@@ -38,6 +37,7 @@ from veneer.serve.http.roots import Roots
 from veneer.serve.http.server_limits import ServerLimits
 from veneer.serve.http.service import Service
 from veneer.serve.http.tokens import Tokens
+from veneer.serve.requests.calls import Calls
 
 
 def make_app(
@@ -79,7 +79,7 @@ def make_app(
     Messages(api).add_to(app)
     Embeddings(api).add_to(app)
     Tokens(api).add_to(app)
-    Adapters(api.running, catalogue, roots or Roots()).add_to(app)
+    AdapterRoutes(api.running, catalogue, roots or Roots()).add_to(app)
     add_lifecycle(app, lifecycle, api.running)
     add_metrics(app, engine, catalogue.base, metrics_prefix, api.lanes)
     add_page(app)
@@ -131,7 +131,7 @@ class Api(Service):
             # On another thread: a template, a tokenizer, a grammar and files take their time, and everybody waits here.
             asked, calls = await self.read(body, lambda: self.ask(body))
             taken.enter_context(self.tokens(asked))
-            answering = Answering(asked, body.model or self.catalogue.base, shape(calls))
+            answering = AnswerCall(asked, body.model or self.catalogue.base, shape(calls))
             if body.stream:
                 return stream_of(self.running, answering, body.stream_options or StreamOptions(), taken.pop_all())
             return await whole_answer(self.running, request, answering)

@@ -6,26 +6,26 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-from veneer.serve.asked import Asked
-from veneer.serve.calls import Calls
 from veneer.serve.http.answers import PromptScores, Shape
-from veneer.serve.outputs import CompletionOutput, Logprob
+from veneer.serve.requests.calls import Calls
+from veneer.serve.requests.checked import CheckedRequest
+from veneer.serve.schedule.outputs import CompletionOutput, Logprob
 from veneer.serve.tool_calls.parser import Arguments, Begun, Event, Parser, Text
 
 
-def _choice(answer: CompletionOutput, index: int, asked: Asked, scores: PromptScores) -> dict[str, Any]:
+def _choice(answer: CompletionOutput, index: int, asked: CheckedRequest, scores: PromptScores) -> dict[str, Any]:
     return {"index": index, "message": {"role": "assistant", "content": answer.text}} | _rest(answer, asked)
 
 
-def _delta(answer: CompletionOutput, index: int, asked: Asked, scores: PromptScores) -> dict[str, Any]:
+def _delta(answer: CompletionOutput, index: int, asked: CheckedRequest, scores: PromptScores) -> dict[str, Any]:
     return {"index": index, "delta": {"content": answer.text} if answer.text else {}} | _rest(answer, asked)
 
 
-def _opening(index: int, asked: Asked) -> dict[str, Any]:
+def _opening(index: int, asked: CheckedRequest) -> dict[str, Any]:
     return {"index": index, "delta": {"role": "assistant", "content": ""}, "logprobs": None, "finish_reason": None}
 
 
-def _rest(answer: CompletionOutput, asked: Asked) -> dict[str, Any]:
+def _rest(answer: CompletionOutput, asked: CheckedRequest) -> dict[str, Any]:
     reasons = {"finish_reason": answer.finish_reason, "stop_reason": answer.stop_reason}
     return {
         "logprobs": None if answer.logprobs is None else {"content": logprobs_of(answer, asked.params.logprobs or 0)}
@@ -56,7 +56,7 @@ def shape(calls: Calls | None = None) -> Shape:
         return shaped(choice=_choice, delta=_delta)
     parsers: dict[int, Parser] = {}  # of choices that are streamed
 
-    def parsed(parser: Parser, answer: CompletionOutput, asked: Asked) -> tuple[list[Event], dict[str, Any]]:
+    def parsed(parser: Parser, answer: CompletionOutput, asked: CheckedRequest) -> tuple[list[Event], dict[str, Any]]:
         events = parser.feed(answer.text)
         events += parser.finish() if answer.finished() else []
         rest = _rest(answer, asked)
@@ -64,13 +64,13 @@ def shape(calls: Calls | None = None) -> Shape:
             rest["finish_reason"] = "tool_calls"
         return events, rest
 
-    def choice(answer: CompletionOutput, index: int, asked: Asked, scores: PromptScores) -> dict[str, Any]:
+    def choice(answer: CompletionOutput, index: int, asked: CheckedRequest, scores: PromptScores) -> dict[str, Any]:
         events, rest = parsed(calls.parser(), answer, asked)
         made = [{k: v for k, v in call.items() if k != "index"} for call in _calls(events)]
         message = {"role": "assistant", "content": _text(events) or (None if made else "")}
         return {"index": index, "message": message | ({"tool_calls": made} if made else {})} | rest
 
-    def delta(answer: CompletionOutput, index: int, asked: Asked, scores: PromptScores) -> dict[str, Any]:
+    def delta(answer: CompletionOutput, index: int, asked: CheckedRequest, scores: PromptScores) -> dict[str, Any]:
         if index not in parsers:
             parsers[index] = calls.parser()
         events, rest = parsed(parsers[index], answer, asked)

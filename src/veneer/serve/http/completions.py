@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from veneer.serve.asked import Asked
-from veneer.serve.detokenizer import Detokenizer
 from veneer.serve.http.answers import PromptScores, Shape
 from veneer.serve.http.protocol import CompletionBody
-from veneer.serve.outputs import CompletionOutput, TokenLogprobs
+from veneer.serve.requests.checked import CheckedRequest
+from veneer.serve.requests.detokenizer import Detokenizer
+from veneer.serve.schedule.outputs import CompletionOutput, TokenLogprobs
 
 _Lists = dict[str, list[Any]]
 
@@ -18,7 +18,7 @@ def shape(body: CompletionBody) -> Shape:
     """Return the shape of the text completions that a body asks for; ``echo`` puts the prompt in front."""
     offsets = dict[int, int]()  # of the text that a stream has told, by choice
 
-    def choice(answer: CompletionOutput, index: int, asked: Asked, scores: PromptScores) -> dict[str, Any]:
+    def choice(answer: CompletionOutput, index: int, asked: CheckedRequest, scores: PromptScores) -> dict[str, Any]:
         front = (asked.prompt or "") if body.echo else ""
         made, _ = _choice(answer, index, front + answer.text, len(front))
         if body.scores_prompt:
@@ -26,13 +26,13 @@ def shape(body: CompletionBody) -> Shape:
             made["logprobs"] = {name: of_prompt[name] + each for name, each in made["logprobs"].items()}
         return made
 
-    def delta(answer: CompletionOutput, index: int, asked: Asked, scores: PromptScores) -> dict[str, Any]:
+    def delta(answer: CompletionOutput, index: int, asked: CheckedRequest, scores: PromptScores) -> dict[str, Any]:
         if body.scores_prompt:  # it comes at once
             return choice(answer, index, asked, scores)
         made, offsets[index] = _choice(answer, index, answer.text, offsets.get(index, 0))
         return made
 
-    def opening(index: int, asked: Asked) -> dict[str, Any] | None:
+    def opening(index: int, asked: CheckedRequest) -> dict[str, Any] | None:
         if not body.echo or body.scores_prompt:
             return None
         return {"index": index, "text": asked.prompt, "logprobs": None, "finish_reason": None}
@@ -63,7 +63,7 @@ def _logprobs(answer: CompletionOutput, offset: int) -> tuple[_Lists | None, int
     return found, offset
 
 
-def _of_prompt(asked: Asked, text: str, scores: Sequence[TokenLogprobs | None]) -> _Lists:
+def _of_prompt(asked: CheckedRequest, text: str, scores: Sequence[TokenLogprobs | None]) -> _Lists:
     """The lists of a prompt's tokens, the first of which has no log-probability."""
     found = _lists()
     offsets = _offsets(asked, text)
@@ -73,7 +73,7 @@ def _of_prompt(asked: Asked, text: str, scores: Sequence[TokenLogprobs | None]) 
     return found
 
 
-def _offsets(asked: Asked, text: str) -> Iterator[int]:
+def _offsets(asked: CheckedRequest, text: str) -> Iterator[int]:
     """The place of each of a prompt's tokens in its text; one that is not in the text is where the next begins."""
     reader, at = Detokenizer(asked.reader.tokenizer, (), skip_special_tokens=False), 0
     for token in asked.prompt_ids:

@@ -15,13 +15,13 @@ from fastapi.responses import Response
 from pydantic import BaseModel, Field, field_validator
 from pydantic_core import PydanticCustomError
 
-from veneer.serve.asked import READS, Asked
 from veneer.serve.http.answers import unless_left
 from veneer.serve.http.documented import documented
 from veneer.serve.http.errors import RefusedError
 from veneer.serve.http.protocol import Named, Several, prompts_of
 from veneer.serve.http.service import Service
-from veneer.serve.pooling_params import Pooling, PoolingParams
+from veneer.serve.requests.checked import READS, CheckedRequest
+from veneer.serve.schedule.pooling_params import Pooling, PoolingParams
 
 
 class EmbeddingsBody(Named):
@@ -88,7 +88,7 @@ class Embeddings:
             with self._service.tokens(asked):
                 return await unless_left(request, self._found(body, asked))
 
-    def _ask(self, body: EmbeddingsBody) -> list[Asked]:
+    def _ask(self, body: EmbeddingsBody) -> list[CheckedRequest]:
         adapter = self._service.adapter(body)
         reader, pooling = (
             self._service.engine.readers.of(adapter),
@@ -101,7 +101,7 @@ class Embeddings:
             replace(asked, pooling=pooling) for asked in self._service.asked(prompts, READS, adapter, body.cache_salt)
         ]
 
-    async def _found(self, body: EmbeddingsBody, asked: Sequence[Asked]) -> str:
+    async def _found(self, body: EmbeddingsBody, asked: Sequence[CheckedRequest]) -> str:
         """The answer as JSON, which is written on another thread. Raises the error of a request that fails."""
         found: dict[str, list[float]] = {}
         async with aclosing(self._service.running.outputs(asked)) as outputs:

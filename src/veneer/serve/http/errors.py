@@ -14,8 +14,8 @@ from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 from starlette.routing import Match
 
-from veneer.core.refusals import allowed
 from veneer.errors import ConfigError, QueueFullError, ServingError, VeneerError
+from veneer.plain.refusals import allowed
 from veneer.serve.http.request_record import HEADER, current_record
 
 _TYPES = {

@@ -15,9 +15,9 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails
 
-from veneer.core.refusals import allowed
 from veneer.disk.stamp import stamp_of
 from veneer.errors import ConfigError
+from veneer.plain.refusals import allowed
 from veneer.serve.http.key import Key
 from veneer.serve.http.watcher import Watcher
 

@@ -9,18 +9,18 @@ from typing import Any
 from pydantic_core import from_json
 
 from veneer.errors import VeneerError
-from veneer.serve.asked import Asked
-from veneer.serve.calls import Calls
 from veneer.serve.http.errors import message_error
 from veneer.serve.http.writing import Event, parts_of
-from veneer.serve.outputs import CompletionOutput, RequestOutput
+from veneer.serve.requests.calls import Calls
+from veneer.serve.requests.checked import CheckedRequest
+from veneer.serve.schedule.outputs import CompletionOutput, RequestOutput
 from veneer.serve.tool_calls.parser import Arguments, Begun, Ended, Text
 
 
 class MessageWriter:
     """`Writer` of the message that answers a checked request: blocks of text and calls, one at a time."""
 
-    def __init__(self, model: str, asked: Asked, calls: Calls | None) -> None:
+    def __init__(self, model: str, asked: CheckedRequest, calls: Calls | None) -> None:
         self._head = {"id": f"msg_{uuid.uuid4().hex}", "type": "message", "role": "assistant", "model": model}
         self._asked = asked
         self._parser = None if calls is None else calls.parser()

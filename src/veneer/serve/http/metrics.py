@@ -17,12 +17,12 @@ from prometheus_client.metrics_core import Metric as Family
 from prometheus_client.registry import Collector
 from prometheus_client.samples import Sample
 
-from veneer.serve.adapter_counts import OTHER
 from veneer.serve.adapter_metrics import LISTS
 from veneer.serve.engine import Engine
 from veneer.serve.http.key import CALLER, Key
 from veneer.serve.http.lanes import LaneCollector, Lanes
-from veneer.serve.metrics import Counter, Gauge, Histogram, Metric
+from veneer.serve.metrics import Counter, Gauge, Histogram, MetricSeries
+from veneer.serve.schedule.adapter_counts import OTHER
 
 _HELP = {
     "num_requests_running": "Answers in the batch.",
@@ -141,7 +141,7 @@ def _encodable(name: str) -> str:
     return name.encode(errors="replace").decode()
 
 
-def _family(metric: Metric, name: str, told: str, labels: list[str]) -> Family:
+def _family(metric: MetricSeries, name: str, told: str, labels: list[str]) -> Family:
     match metric:
         case Counter():
             return CounterMetricFamily(name, told, labels=labels)
@@ -150,7 +150,7 @@ def _family(metric: Metric, name: str, told: str, labels: list[str]) -> Family:
     return HistogramMetricFamily(name, told, labels=labels)
 
 
-def _add(family: Family, metric: Metric, labels: list[str]) -> None:
+def _add(family: Family, metric: MetricSeries, labels: list[str]) -> None:
     match family, metric:
         case HistogramMetricFamily(), Histogram():
             family.add_metric(labels, list(metric.buckets.items()), metric.sum)

@@ -12,13 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from veneer.core.nearest import nearest
+from veneer.plain.lru import LruCache
+from veneer.plain.nearest import nearest
 from veneer.serve.engine import Engine
 from veneer.serve.http.errors import ModelNotFoundError
 from veneer.serve.http.folder import AdapterFolder, is_adapter, is_entry
 from veneer.serve.http.key import ANYBODY, CALLER, Key
-from veneer.serve.latest import Latest
-from veneer.serve.lora_request import LoRARequest
+from veneer.serve.schedule.lora_request import LoRARequest
 
 _MIXES = 64  # clients may think of any number of weights
 _VIEWS = 64  # lists of names that keys see
@@ -64,8 +64,8 @@ class Catalogue:
         self._created = int(time.time())
         self._all: tuple[tuple[str, ...], int, tuple[str, ...]] = ((), 0, ())
         self._n_changes = 0  # of those that were loaded
-        self._views: Latest[tuple[str, ...], tuple[tuple[str, ...], tuple[str, ...]]] = Latest(_VIEWS)
-        self._listed: Latest[tuple[str, ...], tuple[tuple[str, ...], int, bytes]] = Latest(_VIEWS)
+        self._views: LruCache[tuple[str, ...], tuple[tuple[str, ...], tuple[str, ...]]] = LruCache(_VIEWS)
+        self._listed: LruCache[tuple[str, ...], tuple[tuple[str, ...], int, bytes]] = LruCache(_VIEWS)
         self._folder = None if adapters is None else AdapterFolder(adapters, self._names, self._forget)
 
     def start(self) -> None:

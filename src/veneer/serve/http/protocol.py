@@ -11,18 +11,18 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Fail
 from pydantic_core import InitErrorDetails, PydanticCustomError, ValidationError
 
 from veneer.errors import ConfigError
-from veneer.serve.calls import Calls, calls_of
-from veneer.serve.conversation import TEMPLATE_ARGUMENTS, Conversation
 from veneer.serve.http.errors import RefusedError
 from veneer.serve.http.field_limits import problem_of
-from veneer.serve.prompts import PromptReader
-from veneer.serve.sampling_params import (
+from veneer.serve.requests.calls import Calls, calls_of
+from veneer.serve.requests.prompts import PromptReader
+from veneer.serve.schedule.sampling_params import (
     MAX_LOGPROBS,
     RequestOutputKind,
     ResponseFormat,
     SamplingParams,
     StructuredOutputsParams,
 )
+from veneer.serve.tool_calls.conversation import TEMPLATE_ARGUMENTS, Conversation
 from veneer.serve.tool_calls.functions import Function, Tools
 from veneer.serve.tool_calls.messages import with_calls
 

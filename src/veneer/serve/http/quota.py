@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 from veneer.serve.http.errors import RefusedError, TooManyRequestsError
 from veneer.serve.http.key import Key
-from veneer.serve.in_flight import InFlight
+from veneer.serve.schedule.in_flight import InFlight
 
 _SHORTER = "send max_tokens (max_completion_tokens, max_output_tokens) in the request, or a shorter prompt"
 

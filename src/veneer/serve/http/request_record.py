@@ -20,9 +20,9 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from veneer.errors import ServingError
-from veneer.serve.asked import Asked
 from veneer.serve.async_engine import AsyncEngine
-from veneer.serve.outputs import RequestOutput
+from veneer.serve.requests.checked import CheckedRequest
+from veneer.serve.schedule.outputs import RequestOutput
 
 GONE = 499  # nobody reads the answer: the client has closed the connection
 HEADER = "X-Request-Id"
@@ -61,7 +61,7 @@ class RequestRecord:
     ignored: list[str] = field(default_factory=list)
     """Fields of the body that change nothing. The response names them."""
 
-    def ask(self, asked: Sequence[Asked]) -> None:
+    def ask(self, asked: Sequence[CheckedRequest]) -> None:
         """Count prompts that are given to the engine."""
         self.n_prompt += sum(len(each.prompt_ids) for each in asked)
 
@@ -145,7 +145,7 @@ class RequestRecords:
 class RecordedEngine(AsyncEngine):
     """Engine that counts what it answers in the record of the request, so that no route can forget it."""
 
-    async def batches(self, asked: Sequence[Asked]) -> AsyncGenerator[list[RequestOutput], None]:
+    async def batches(self, asked: Sequence[CheckedRequest]) -> AsyncGenerator[list[RequestOutput], None]:
         """Yield the outputs of requests as `AsyncEngine.batches` does."""
         record, left = current_record(), {each.id for each in asked}
         record.ask(asked)

@@ -11,7 +11,7 @@ from pydantic_core import PydanticCustomError
 from veneer.serve.http.errors import RefusedError
 from veneer.serve.http.protocol import ChatBody, Drawn, FunctionBody, Hinted, NamedTool, Several, Strict, ToolBody
 from veneer.serve.http.response_items import messages_of
-from veneer.serve.sampling_params import MAX_LOGPROBS
+from veneer.serve.schedule.sampling_params import MAX_LOGPROBS
 
 _REFUSED = {
     "previous_response_id": "no response is stored: send the earlier turns in input",

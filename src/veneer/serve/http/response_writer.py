@@ -8,13 +8,13 @@ from collections.abc import Iterator
 from typing import Any
 
 from veneer.errors import VeneerError
-from veneer.serve.asked import Asked
-from veneer.serve.calls import Calls
 from veneer.serve.http.chat import logprobs_of
 from veneer.serve.http.errors import status_of
 from veneer.serve.http.response_body import ResponsesBody
 from veneer.serve.http.writing import Event, parts_of
-from veneer.serve.outputs import CompletionOutput, RequestOutput
+from veneer.serve.requests.calls import Calls
+from veneer.serve.requests.checked import CheckedRequest
+from veneer.serve.schedule.outputs import CompletionOutput, RequestOutput
 from veneer.serve.tool_calls.parser import Arguments, Begun, Ended, Text
 
 _CODES = {400: "invalid_prompt", 429: "rate_limit_exceeded"}
@@ -24,7 +24,7 @@ _KEPT = ("instructions", "max_output_tokens", "top_logprobs", "user")
 class ResponseWriter:
     """`Writer` of the response to a checked request: items of its output, a message or a call each, one at a time."""
 
-    def __init__(self, body: ResponsesBody, model: str, asked: Asked, calls: Calls | None) -> None:
+    def __init__(self, body: ResponsesBody, model: str, asked: CheckedRequest, calls: Calls | None) -> None:
         self._scored, self._asked = body.scores, asked
         told = body.model_dump(include={"tools", "tool_choice"})
         self._head = {

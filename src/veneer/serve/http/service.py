@@ -7,8 +7,6 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import TypeVar
 
 from veneer.errors import ConfigError, FormatError
-from veneer.serve.asked import Asked
-from veneer.serve.calls import Calls
 from veneer.serve.engine import Engine
 from veneer.serve.http.errors import RefusedError, TooManyRequestsError
 from veneer.serve.http.key_file import Keys
@@ -18,11 +16,13 @@ from veneer.serve.http.protocol import ChatBody, CompletionBody, Named
 from veneer.serve.http.quota import Quotas
 from veneer.serve.http.request_record import RecordedEngine, current_record
 from veneer.serve.http.server_limits import ServerLimits
-from veneer.serve.in_flight import InFlight
-from veneer.serve.lora_request import LoRARequest
-from veneer.serve.prompts import PromptReader
-from veneer.serve.sampling_params import SamplingParams
-from veneer.serve.sandbox import Sandbox
+from veneer.serve.requests.calls import Calls
+from veneer.serve.requests.checked import CheckedRequest
+from veneer.serve.requests.prompts import PromptReader
+from veneer.serve.sandbox.sandbox import Sandbox
+from veneer.serve.schedule.in_flight import InFlight
+from veneer.serve.schedule.lora_request import LoRARequest
+from veneer.serve.schedule.sampling_params import SamplingParams
 
 Result = TypeVar("Result")
 
@@ -64,7 +64,7 @@ class Service:
         with self._quotas.choices(self.catalogue.caller, n), self._choices.counted(n):
             yield
 
-    def tokens(self, asked: Sequence[Asked]) -> AbstractContextManager[None]:
+    def tokens(self, asked: Sequence[CheckedRequest]) -> AbstractContextManager[None]:
         """Return a block in which tokens count as in flight: those of prompts, and of answers as long as they may be.
 
         Raises as `admitted` does.
@@ -80,7 +80,7 @@ class Service:
                 "chat_template",
             )
 
-    def ask(self, body: CompletionBody | ChatBody) -> tuple[list[Asked], Calls | None]:
+    def ask(self, body: CompletionBody | ChatBody) -> tuple[list[CheckedRequest], Calls | None]:
         """Return the checked requests of a body, and the calls that answers may have; None if they may have none.
 
         Not on the loop: templates, tokens and grammars take their time. Raises VeneerError for any error that is
@@ -100,7 +100,7 @@ class Service:
         params: SamplingParams,
         adapter: LoRARequest | None,
         cache_salt: str | None,
-    ) -> list[Asked]:
+    ) -> list[CheckedRequest]:
         """Return checked requests of the caller's key for prompts, each as text and ids. Raises VeneerError."""
         key = self.catalogue.caller
         try:

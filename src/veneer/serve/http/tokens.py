@@ -13,7 +13,7 @@ from veneer.errors import ConfigError
 from veneer.serve.http.documented import documented
 from veneer.serve.http.protocol import ChatBody, Named, Several, ToolBody
 from veneer.serve.http.service import Service
-from veneer.serve.prompts import PromptReader
+from veneer.serve.requests.prompts import PromptReader
 
 _OF_CHAT = ("add_generation_prompt", "continue_final_message", "chat_template", "chat_template_kwargs", "tools")
 

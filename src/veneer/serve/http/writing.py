@@ -11,12 +11,12 @@ from fastapi import Request
 from fastapi.responses import Response
 
 from veneer.errors import VeneerError
-from veneer.serve.asked import Asked
-from veneer.serve.calls import Calls
 from veneer.serve.http.answers import EventStream, unless_left
 from veneer.serve.http.protocol import ChatBody
 from veneer.serve.http.service import Service
-from veneer.serve.outputs import CompletionOutput, RequestOutput
+from veneer.serve.requests.calls import Calls
+from veneer.serve.requests.checked import CheckedRequest
+from veneer.serve.schedule.outputs import CompletionOutput, RequestOutput
 from veneer.serve.tool_calls.parser import Event as Part
 from veneer.serve.tool_calls.parser import Parser, Text
 
@@ -39,7 +39,7 @@ class Writer(Protocol):
         """Return the answer as it is now."""
 
 
-class Written(Protocol):
+class AnswerPiece(Protocol):
     """Body that asks for a chat completion in other words."""
 
     stream: bool
@@ -51,8 +51,8 @@ class Written(Protocol):
 async def written(
     service: Service,
     request: Request,
-    body: Written,
-    writer: Callable[[Asked, Calls | None], Writer],
+    body: AnswerPiece,
+    writer: Callable[[CheckedRequest, Calls | None], Writer],
 ) -> Response:
     """Return the answer to a chat completion as its writer writes it. If the client disconnects, its request ends.
 
@@ -75,7 +75,7 @@ def parts_of(answer: CompletionOutput, parser: Parser | None) -> list[Part]:
     return parser.feed(answer.text) + (parser.finish() if answer.finished() else [])
 
 
-async def _whole(service: Service, asked: Asked, writer: Writer) -> str:
+async def _whole(service: Service, asked: CheckedRequest, writer: Writer) -> str:
     async with aclosing(_outputs(service, asked)) as outputs:
         async for output in outputs:
             for _ in writer.take(output):
@@ -83,7 +83,7 @@ async def _whole(service: Service, asked: Asked, writer: Writer) -> str:
     return json.dumps(writer.whole(), ensure_ascii=False)
 
 
-async def _encoded(service: Service, asked: Asked, writer: Writer) -> AsyncGenerator[bytes, None]:
+async def _encoded(service: Service, asked: CheckedRequest, writer: Writer) -> AsyncGenerator[bytes, None]:
     try:
         yield _sent(writer.begin())
         async with aclosing(_outputs(service, asked)) as outputs:
@@ -95,7 +95,7 @@ async def _encoded(service: Service, asked: Asked, writer: Writer) -> AsyncGener
         yield _sent(writer.fail(error))
 
 
-async def _outputs(service: Service, asked: Asked) -> AsyncGenerator[RequestOutput, None]:
+async def _outputs(service: Service, asked: CheckedRequest) -> AsyncGenerator[RequestOutput, None]:
     """The outputs of a request. Raises its error if it fails."""
     async with aclosing(service.running.outputs([asked])) as outputs:
         async for output in outputs:

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-from veneer.serve.conversation import Conversation, text_of
+from veneer.serve.tool_calls.conversation import Conversation, text_of
 from veneer.serve.tool_calls.functions import Function
 from veneer.serve.tool_calls.messages import with_calls
 

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from veneer.core.nearest import nearest
 from veneer.errors import ConfigError
+from veneer.plain.nearest import nearest
 
 MOST_FUNCTIONS = 128
 _DEEPEST = 64  # levels of a schema

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from veneer.errors import ConfigError
-from veneer.serve.conversation import Conversation
+from veneer.serve.tool_calls.conversation import Conversation
 from veneer.serve.tool_calls.format import CallFormat
 
 

@@ -10,8 +10,8 @@ from itertools import pairwise, product
 from typing import Any
 
 from veneer.errors import ConfigError
-from veneer.serve.conversation import Rendering, chat_text
-from veneer.serve.sandbox import SandboxError
+from veneer.serve.sandbox.sandbox import SandboxError
+from veneer.serve.tool_calls.conversation import Rendering, chat_text
 from veneer.serve.tool_calls.format import CallFormat, Fields, joined
 from veneer.serve.tool_calls.known import known_format
 from veneer.serve.tool_calls.match import Part, Parts, Slot

@@ -16,9 +16,9 @@ from veneer.contract.file import WEIGHTS_FILE
 from veneer.contract.keys import copies_of, is_rows, is_shared, place_of, usual_key
 from veneer.contract.known import Known
 from veneer.contract.places import Placed
-from veneer.core.sites import AttentionSite, LinearSite
 from veneer.errors import FormatError, NoStorageError, TargetError
-from veneer.model.places import placed_on
+from veneer.model.placed.places import placed_on
+from veneer.records.sites import AttentionSite, LinearSite
 from veneer.store.adapter.config import read_config
 from veneer.store.adapter.files import read_headers
 from veneer.store.adapter.folder import require_adapter

@@ -10,9 +10,9 @@ from typing import Any, NamedTuple, Protocol
 from transformers import AutoConfig
 
 from veneer.contract import MethodConfig
-from veneer.core.sites import LinearSite
 from veneer.errors import FormatError
 from veneer.model.blueprint.names import ELSEWHERE
+from veneer.records.sites import LinearSite
 from veneer.store.adapter.skeleton import config_of_base
 
 _READERS = {name for role in ("q", "k", "v", "qkv", "gate", "up") for name in ELSEWHERE[role]}  # of the hidden state

@@ -18,10 +18,10 @@ from veneer.contract.keys import is_shared
 from veneer.contract.known import Known
 from veneer.contract.parameters import Record
 from veneer.contract.places import Placed
-from veneer.core.records import LinearDelta
 from veneer.disk.atomic import write_together
 from veneer.disk.safetensors import tensors_to_bytes
 from veneer.errors import CompositionError, FormatError, VeneerError
+from veneer.records.deltas import LinearDelta
 from veneer.store.adapter.config import read_config
 from veneer.store.adapter.files import read_tensors, unusable
 from veneer.store.adapter.folder import needs_base
@@ -62,8 +62,8 @@ def read_records(
     If the method reads the base's weights, which are on ``device``, so are the records; all others are in host memory.
 
     ``places`` are its places in the base; the sites hold weights if the method reads them (see
-    `model.places.placed_on`). None: places from the file alone; a record's ``bias`` is then the difference to the
-    layer's own. ``lacking``: tensors by key that count if the file does not hold them.
+    `model.placed.places.placed_on`). None: places from the file alone; a record's ``bias`` is then the difference to
+    the layer's own. ``lacking``: tensors by key that count if the file does not hold them.
 
     Raises CompositionError if a weight is needed, and NeedsBaseError if neither the caller nor the file gives the
     places. Raises FormatError for a damaged folder.

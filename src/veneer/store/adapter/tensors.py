@@ -30,8 +30,10 @@ from veneer.contract.shared import Shared
 from veneer.disk.atomic import write_atomically, write_together
 from veneer.disk.safetensors import tensors_to_bytes
 from veneer.errors import ConfigError, FormatError
-from veneer.model.adapted import add_copy, own_parameter
-from veneer.model.attach import (
+from veneer.model.adapted.embedding import input_embeddings
+from veneer.model.adapted.site import add_copy, own_parameter
+from veneer.model.adapted.state import AdapterState
+from veneer.model.attach.attach import (
     adapt_path,
     adapted_modules,
     adapted_places,
@@ -46,9 +48,7 @@ from veneer.model.attach import (
     value_problems,
 )
 from veneer.model.blueprint.names import MODEL_ENDS
-from veneer.model.embedding import input_embeddings
 from veneer.model.inplace import InPlace, base_of
-from veneer.model.state import AdapterState
 from veneer.store.adapter.files import NETWORK_FILE, read_tensors, unusable
 from veneer.store.adapter.misfit import misfit
 from veneer.store.adapter.skeleton import config_of_base

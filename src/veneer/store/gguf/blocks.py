@@ -16,7 +16,7 @@ from veneer.disk.atomic import write_atomically
 from veneer.errors import FormatError
 from veneer.ops.ggml_types import GGML_TYPES
 from veneer.store.bars import without_bars
-from veneer.store.gguf.family import Family
+from veneer.store.gguf.family import GgufFamily
 from veneer.store.gguf.fields import FACTOR_TENSORS
 from veneer.store.gguf.header import GgufHeader, read_header
 from veneer.store.gguf.parameters import GgufParameter, Places, placed_parameters, places_in
@@ -165,7 +165,7 @@ def model_without_storage(config: Any) -> Any:
         return AutoModelForCausalLM.from_config(config)
 
 
-def _family(path: Path, header: GgufHeader) -> Family:
+def _family(path: Path, header: GgufHeader) -> GgufFamily:
     architecture = str(header.values.get("general.architecture"))
     family = laid_out_family(architecture, own_pairs(header.values, architecture))
     if family is None:

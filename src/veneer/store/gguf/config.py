@@ -13,7 +13,7 @@ from torch import Tensor
 
 from veneer.errors import FormatError
 from veneer.store.gguf import rope as gguf_rope
-from veneer.store.gguf.family import Family
+from veneer.store.gguf.family import GgufFamily
 from veneer.store.gguf.fields import FACTOR_TENSORS, NEUTRAL, ROTARY_WIDTH, SCALING, SILENT, WINDOW_PATTERN
 from veneer.store.gguf.registry import by_architecture
 
@@ -32,7 +32,7 @@ class GgufContents:
     factors: Mapping[str, Tensor]
 
 
-def mended_config(config: Any, contents: GgufContents, family: Family | None = None) -> Any:
+def mended_config(config: Any, contents: GgufContents, family: GgufFamily | None = None) -> Any:
     """Return a config that computes the file's model, made from the one that transformers reads.
 
     ``family``: None means the family that transformers reads for the file's architecture.
@@ -68,7 +68,7 @@ def unplaced_tensors(model: Any, contents: GgufContents) -> list[str]:
     )
 
 
-def _renamed(family: Family, names: Mapping[str, str]) -> Family:
+def _renamed(family: GgufFamily, names: Mapping[str, str]) -> GgufFamily:
     """The family with the names that the config's file has for its paths (``n_embd`` for ``hidden_size``)."""
     return replace(
         family, fields=tuple(replace(entry, path=names.get(entry.path, entry.path)) for entry in family.fields)
@@ -91,7 +91,7 @@ def _unknown_scaling(contents: GgufContents) -> Iterator[str]:
     yield from (f"the tensor {name}" for name in contents.factors)
 
 
-def _problems(family: Family, contents: GgufContents) -> Iterator[str]:
+def _problems(family: GgufFamily, contents: GgufContents) -> Iterator[str]:
     pairs = contents.pairs
     for key, value in pairs.items():
         if key in family.fixed:
@@ -105,7 +105,7 @@ def _problems(family: Family, contents: GgufContents) -> Iterator[str]:
         yield from (f"the tensor {name}" for name in contents.factors)
 
 
-def _is_told(key: str, family: Family) -> bool:
+def _is_told(key: str, family: GgufFamily) -> bool:
     """Return True if the config tells what the key does, or nothing depends on it."""
     told = SILENT | family.silent | {entry.key for entry in family.fields}
     if family.rotary is not None:
@@ -113,14 +113,14 @@ def _is_told(key: str, family: Family) -> bool:
     return key in told or (key == WINDOW_PATTERN and family.windows)
 
 
-def _width_problems(key: str, value: Any, family: Family, pairs: Mapping[str, Any]) -> Iterator[str]:
+def _width_problems(key: str, value: Any, family: GgufFamily, pairs: Mapping[str, Any]) -> Iterator[str]:
     head = _head_dim(pairs, family)
     partial = key == ROTARY_WIDTH and family.partial_rotary and isinstance(value, int) and value < head
     if value != head and not partial:
         yield f"{key} {value}, where a head is {head} wide"
 
 
-def _head_dim(pairs: Mapping[str, Any], family: Family) -> int:
+def _head_dim(pairs: Mapping[str, Any], family: GgufFamily) -> int:
     own = "head_dim" in {entry.path for entry in family.fields}
     usual: int = pairs["embedding_length"] // pairs["attention.head_count"]
     if not own:
@@ -129,14 +129,14 @@ def _head_dim(pairs: Mapping[str, Any], family: Family) -> int:
     return next((width for width in widths if width is not None), usual)
 
 
-def _fill_left_out(values: dict[str, Any], family: Family, pairs: Mapping[str, Any]) -> None:
+def _fill_left_out(values: dict[str, Any], family: GgufFamily, pairs: Mapping[str, Any]) -> None:
     """Numbers that llama.cpp takes where a file leaves them out. A class has made its own of its default sizes."""
     taken = {"num_key_value_heads": pairs["attention.head_count"], "head_dim": _head_dim(pairs, family)}
     own = {entry.path for entry in family.fields}
     values |= {name: number for name, number in taken.items() if name in own & values.keys()}
 
 
-def _fill(values: dict[str, Any], family: Family, contents: GgufContents) -> None:
+def _fill(values: dict[str, Any], family: GgufFamily, contents: GgufContents) -> None:
     pairs = contents.pairs
     _fill_left_out(values, family, pairs)
     for entry in family.fields:
@@ -159,7 +159,7 @@ def _fill(values: dict[str, Any], family: Family, contents: GgufContents) -> Non
         _fill_rotary(values, family, contents)
 
 
-def _fill_rotary(values: dict[str, Any], family: Family, contents: GgufContents) -> None:
+def _fill_rotary(values: dict[str, Any], family: GgufFamily, contents: GgufContents) -> None:
     pairs = contents.pairs
     head = _head_dim(pairs, family)
     width = pairs.get(ROTARY_WIDTH, head)

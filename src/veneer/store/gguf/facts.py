@@ -11,7 +11,7 @@ from typing import Any
 
 from gguf import LlamaFileType
 
-from veneer.core.units import size
+from veneer.plain.units import size
 from veneer.store.gguf.header import GgufHeader, GgufTensor
 
 Section = dict[str, str]

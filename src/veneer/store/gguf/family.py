@@ -31,7 +31,7 @@ def no_parts(name: str) -> Iterable[tuple[str, Callable[[Tensor], Tensor]]]:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Family:
+class GgufFamily:
     """Keys of one architecture's files (``general.architecture``) for the model's config, and the layout of its
     tensors.
 

@@ -16,7 +16,7 @@ from gguf import GGUFReader, GGUFValueType
 from torch import Tensor
 
 from veneer.errors import FormatError
-from veneer.store.gguf.keys import Pair
+from veneer.store.gguf.keys import KeyValue
 from veneer.store.gguf.reader import value_of
 from veneer.store.gguf.writer import GgufFileWriter, TensorSpec
 
@@ -50,13 +50,13 @@ class Importance:
             )
         return found.view(n_experts, columns)
 
-    def pairs(self) -> list[Pair]:
+    def pairs(self) -> list[KeyValue]:
         """Return the pairs in which llama-quantize records the importance matrix."""
         return [
-            Pair("quantize.imatrix.file", _cut(self.path.name), GGUFValueType.STRING),
-            Pair("quantize.imatrix.dataset", _cut(self.data_set), GGUFValueType.STRING),
-            Pair("quantize.imatrix.entries_count", len(self.means), GGUFValueType.INT32),
-            Pair("quantize.imatrix.chunks_count", self.n_chunks, GGUFValueType.INT32),
+            KeyValue("quantize.imatrix.file", _cut(self.path.name), GGUFValueType.STRING),
+            KeyValue("quantize.imatrix.dataset", _cut(self.data_set), GGUFValueType.STRING),
+            KeyValue("quantize.imatrix.entries_count", len(self.means), GGUFValueType.INT32),
+            KeyValue("quantize.imatrix.chunks_count", self.n_chunks, GGUFValueType.INT32),
         ]
 
 
@@ -99,10 +99,10 @@ def write_importance(
     """
     text, number = GGUFValueType.STRING, GGUFValueType.UINT32
     pairs = [
-        Pair("general.type", "imatrix", text),
-        Pair("imatrix.datasets", list(data_sets), GGUFValueType.ARRAY, text),
-        Pair("imatrix.chunk_count", n_chunks, number),
-        Pair("imatrix.chunk_size", chunk_size, number),
+        KeyValue("general.type", "imatrix", text),
+        KeyValue("imatrix.datasets", list(data_sets), GGUFValueType.ARRAY, text),
+        KeyValue("imatrix.chunk_count", n_chunks, number),
+        KeyValue("imatrix.chunk_size", chunk_size, number),
     ]
     tensors: dict[str, Tensor] = {}
     for name in sorted(sums):

@@ -9,7 +9,7 @@ from typing import Any
 from gguf import GGUFValueType
 from torch import Tensor
 
-from veneer.store.gguf.family import Family
+from veneer.store.gguf.family import GgufFamily
 from veneer.store.gguf.fields import LENGTH, ROTARY_WIDTH, WINDOW_PATTERN, Field
 from veneer.store.gguf.rope import Scaling, said_scaling
 
@@ -21,7 +21,7 @@ _KINDS = {int: GGUFValueType.UINT32, float: GGUFValueType.FLOAT32, bool: GGUFVal
 
 
 @dataclass(frozen=True, slots=True)
-class Pair:
+class KeyValue:
     """Key and value; ``item`` is the type of an array's values."""
 
     key: str
@@ -34,13 +34,13 @@ class Pair:
 class Said:
     """Config in GGUF form: pairs, tensors of rotary factors by name, problems, and notes for the file's user."""
 
-    pairs: tuple[Pair, ...]
+    pairs: tuple[KeyValue, ...]
     factors: Mapping[str, Tensor]
     problems: tuple[str, ...]
     notes: tuple[str, ...] = ()
 
 
-def said_of(family: Family, config: Any) -> Said:
+def said_of(family: GgufFamily, config: Any) -> Said:
     """Return the GGUF form of a transformers config, without writing anything."""
     scaling = _scaling(family, config)
     problems = (*_unsaid(family, config), *family.refuses(config), *_query_problems(family, config), *scaling.problems)
@@ -70,45 +70,45 @@ def head_width(config: Any) -> int:
     return given or config.hidden_size // config.num_attention_heads
 
 
-def rotary_width(family: Family, config: Any) -> int:
+def rotary_width(family: GgufFamily, config: Any) -> int:
     """Return the number of values in a head that rotate."""
     parameters = value_of(Field("", family.rotary or ""), config) or {}
     return int(head_width(config) * (parameters.get("partial_rotary_factor") or 1.0))
 
 
-def _field_pairs(family: Family, config: Any) -> Iterator[Pair]:
+def _field_pairs(family: GgufFamily, config: Any) -> Iterator[KeyValue]:
     once = {entry.key: entry for entry in reversed(family.fields)}  # a key may fill two fields
     for entry in reversed(once.values()):
         value = value_of(entry, config)
         if value is not None:
-            yield Pair(entry.key, entry.kind(value), _KINDS[entry.kind])
+            yield KeyValue(entry.key, entry.kind(value), _KINDS[entry.kind])
 
 
-def _rotary_pairs(family: Family, config: Any, scaling: Scaling) -> Iterator[Pair]:
+def _rotary_pairs(family: GgufFamily, config: Any, scaling: Scaling) -> Iterator[KeyValue]:
     for key, value in scaling.pairs.items():
         kind = GGUFValueType.STRING if isinstance(value, str) else _KINDS[type(value)]
-        yield Pair(key, value, kind)
+        yield KeyValue(key, value, kind)
     if family.rotary_width:
-        yield Pair(ROTARY_WIDTH, rotary_width(family, config), GGUFValueType.UINT32)
+        yield KeyValue(ROTARY_WIDTH, rotary_width(family, config), GGUFValueType.UINT32)
 
 
-def _window_pairs(family: Family, config: Any) -> Iterator[Pair]:
+def _window_pairs(family: GgufFamily, config: Any) -> Iterator[KeyValue]:
     """The layers with windows, where the runtime would take others."""
     if family.window_step is None:
         return
     slides = [kind == "sliding_attention" for kind in config.layer_types]
     step = family.window_step
     if not step or slides != [(layer + 1) % step != 0 for layer in range(len(slides))]:
-        yield Pair(WINDOW_PATTERN, slides, GGUFValueType.ARRAY, GGUFValueType.BOOL)
+        yield KeyValue(WINDOW_PATTERN, slides, GGUFValueType.ARRAY, GGUFValueType.BOOL)
 
 
-def _window_of_all(family: Family, config: Any) -> int | None:
+def _window_of_all(family: GgufFamily, config: Any) -> int | None:
     """The window of every layer, where the runtime has none and texts could be longer."""
     window: int | None = getattr(config, "sliding_window", None) if family.cut_to_window else None
     return window if window and window < config.max_position_embeddings else None
 
 
-def _scaling(family: Family, config: Any) -> Scaling:
+def _scaling(family: GgufFamily, config: Any) -> Scaling:
     if family.rotary is None:
         return Scaling()
     parameters = value_of(Field("", family.rotary), config) or {}
@@ -124,7 +124,7 @@ def _scaling(family: Family, config: Any) -> Scaling:
     return Scaling(found.pairs, found.factors, tuple(problems))
 
 
-def _unsaid(family: Family, config: Any) -> Iterator[str]:
+def _unsaid(family: GgufFamily, config: Any) -> Iterator[str]:
     for name, allowed in family.only.items():
         value = getattr(config, name, allowed[0])
         if value not in allowed:
@@ -132,7 +132,7 @@ def _unsaid(family: Family, config: Any) -> Iterator[str]:
             yield f"{name} {value!r} has no key: the runtime computes {wanted}"
 
 
-def _query_problems(family: Family, config: Any) -> Iterator[str]:
+def _query_problems(family: GgufFamily, config: Any) -> Iterator[str]:
     """Queries are scaled by the root of a number that no key holds."""
     if family.query_width_layers is None:
         return

@@ -19,8 +19,6 @@ import transformers
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoTokenizer
 
-from veneer.core.progress import progress_bar
-from veneer.core.units import size
 from veneer.disk.atomic import write_atomically
 from veneer.disk.cache import cache_dir
 from veneer.disk.digest import sha256_of
@@ -28,6 +26,8 @@ from veneer.disk.folder import build_once
 from veneer.disk.known_name import CONVERTED, MANIFEST
 from veneer.errors import FormatError
 from veneer.ops.ggml import dequantize_ggml
+from veneer.plain.progress import progress_bar
+from veneer.plain.units import size
 from veneer.store.bars import without_bars
 from veneer.store.gguf.blocks import describe_into, model_without_storage, own_pairs, why_not_in_blocks
 from veneer.store.gguf.byte_level import byte_level_tokenizer

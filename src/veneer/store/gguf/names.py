@@ -9,12 +9,12 @@ from typing import Any
 import gguf
 from torch import Tensor
 
-from veneer.store.gguf.family import Family
+from veneer.store.gguf.family import GgufFamily
 
 _TOWERS = ("vision_tower", "vision_model", "multi_modal_projector", "audio_tower", "embed_vision")
 
 
-def gguf_name(family: Family, config: Any, name: str, prefix: str = "model") -> str | None:
+def gguf_name(family: GgufFamily, config: Any, name: str, prefix: str = "model") -> str | None:
     """Return llama.cpp's name for a parameter of a model; None if it has none.
 
     ``prefix`` is that of the names in the model without its head, which files may omit.
@@ -34,7 +34,7 @@ def _name_map(architecture: str, n_layers: int) -> gguf.TensorNameMap:
     return gguf.get_tensor_name_map(key, n_layers)
 
 
-def places_of(family: Family, config: Any, name: str, prefix: str) -> list[tuple[str, Callable[[Tensor], Tensor]]]:
+def places_of(family: GgufFamily, config: Any, name: str, prefix: str) -> list[tuple[str, Callable[[Tensor], Tensor]]]:
     """Return the file's tensors for a parameter, and the part of it that each holds; [] if there are none."""
     parts = list(family.parts(name))
     if parts:

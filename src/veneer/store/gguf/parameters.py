@@ -15,7 +15,7 @@ from torch import Tensor
 from veneer.errors import FormatError
 from veneer.ops.ggml import dequantize_ggml
 from veneer.ops.ggml_types import GGML_TYPES
-from veneer.store.gguf.family import Family
+from veneer.store.gguf.family import GgufFamily
 from veneer.store.gguf.header import GgufTensor
 from veneer.store.gguf.names import leaf_of, places_of
 
@@ -36,7 +36,7 @@ class GgufParameter:
     dtype: torch.dtype
     shape: tuple[int, ...]
     tensors: tuple[GgufTensor, ...]
-    family: Family
+    family: GgufFamily
     config: Any
 
     @property
@@ -111,7 +111,7 @@ def placed_parameters(
     shapes: Mapping[str, tuple[int, ...]],
     tensors: Mapping[str, GgufTensor],
     *,
-    family: Family,
+    family: GgufFamily,
     config: Any,
     dtype: torch.dtype,
 ) -> dict[str, GgufParameter]:
@@ -140,7 +140,7 @@ def _undivided(tensor: GgufTensor) -> str:
     )
 
 
-def places_in(model: Any, family: Family, config: Any, held: Mapping[str, GgufTensor], path: Path) -> Places:
+def places_in(model: Any, family: GgufFamily, config: Any, held: Mapping[str, GgufTensor], path: Path) -> Places:
     """Return the places of a model's parameters; tied ones have that of the one that the file holds.
 
     Raises FormatError for parameters that the file lacks.

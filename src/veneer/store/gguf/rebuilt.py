@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from veneer.errors import FormatError
 from veneer.store.gguf.config import GgufContents, mended_config
-from veneer.store.gguf.family import Family
+from veneer.store.gguf.family import GgufFamily
 from veneer.store.gguf.fields import FACTOR_TENSORS
 from veneer.store.gguf.names import leaf_of, places_of
 from veneer.store.gguf.registry import laid_out_family
@@ -43,7 +43,7 @@ def rebuilt_model(
     return model
 
 
-def rebuilt_config(contents: GgufContents, ids: Mapping[str, int]) -> tuple[Family, Any]:
+def rebuilt_config(contents: GgufContents, ids: Mapping[str, int]) -> tuple[GgufFamily, Any]:
     """Return the family of a file by `laid_out_family`, and the model's config. Raises as `rebuilt_model`."""
     family = laid_out_family(contents.architecture, contents.pairs)
     if family is None:
@@ -61,7 +61,7 @@ def rebuilt_config(contents: GgufContents, ids: Mapping[str, int]) -> tuple[Fami
 
 
 def _fill(
-    model: Any, family: Family, config: Any, stored: Mapping[str, Any], on_progress: Callable[[int, int], None]
+    model: Any, family: GgufFamily, config: Any, stored: Mapping[str, Any], on_progress: Callable[[int, int], None]
 ) -> set[str]:
     """Give every parameter its values; returns the names of the tensors that were read."""
     used: set[str] = set()
@@ -89,6 +89,6 @@ def _values(tensor: Any) -> Tensor:
     return torch.from_numpy(gguf.quants.dequantize(tensor.data, tensor.tensor_type).copy())
 
 
-def _in_order(family: Family, config: Any, name: str, tensor: Tensor) -> Tensor:
+def _in_order(family: GgufFamily, config: Any, name: str, tensor: Tensor) -> Tensor:
     """The rows as transformers has them."""
     return tensor[family.places_of_rows(leaf_of(name), len(tensor), config)]

@@ -27,7 +27,7 @@ from torch import Tensor
 from veneer.errors import FormatError
 from veneer.ops.ggml import row_bytes
 from veneer.ops.ggml_types import GGML_TYPES
-from veneer.store.gguf.keys import Pair
+from veneer.store.gguf.keys import KeyValue
 from veneer.store.reserved import UNCHANGED, disk_errors_told, reserve, write_at
 
 ALIGNMENT = 32
@@ -64,7 +64,7 @@ class GgufFileWriter:
     def __init__(
         self,
         target: Path,
-        pairs: Sequence[Pair],
+        pairs: Sequence[KeyValue],
         specs: Sequence[TensorSpec],
         *,
         max_part_bytes: int | None = None,
@@ -201,7 +201,7 @@ def _sets(target: Path) -> list[Path]:
     return [path for path in found if path.is_file()]
 
 
-def file_nbytes(pairs: Iterable[Pair], specs: Sequence[TensorSpec]) -> int:
+def file_nbytes(pairs: Iterable[KeyValue], specs: Sequence[TensorSpec]) -> int:
     """Return the size in bytes of a file in one part."""
     infos = sum(8 + len(spec.name.encode()) + 4 + 8 * len(spec.shape) + 4 + 8 for spec in specs)
     return _padded(24 + _pairs_nbytes(pairs) + infos) + sum(_padded(spec.nbytes) for spec in specs)
@@ -233,7 +233,7 @@ def _drop_leftovers(paths: Sequence[Path]) -> None:
                 leftover.unlink(missing_ok=True)
 
 
-def _pairs_nbytes(pairs: Iterable[Pair]) -> int:
+def _pairs_nbytes(pairs: Iterable[KeyValue]) -> int:
     """The bytes of pairs in a file."""
     header = GGUFWriter(None, "")
     return sum(

@@ -21,7 +21,7 @@ from veneer.errors import ConfigError, DataError
 from veneer.train.config import RunSettings
 from veneer.train.preference.reference import Reference
 from veneer.train.preference.rewards import checked_reward
-from veneer.train.preference.scores import ScoredModel, Scoring
+from veneer.train.preference.scores import PreferenceScoring, ScoredModel
 from veneer.train.preference.trainer import PreferenceTrainer
 from veneer.train.run_trainer import Ready
 
@@ -93,7 +93,7 @@ class GeneratingTrainer(PreferenceTrainer):
             )
         self.beta = self.args.beta
         if self.beta:
-            scoring = Scoring(self.temperature, details=False)
+            scoring = PreferenceScoring(self.temperature, details=False)
             self.ref_model = Reference(self.model, scoring, fresh=peft_config is not None)
         self.surround()
 
@@ -112,7 +112,9 @@ class GeneratingTrainer(PreferenceTrainer):
     ) -> Any:
         if not isinstance(model, Reference):
             learns = compute_entropy and bool(getattr(self, "_entropy_bonus_enabled", False))
-            model = ScoredModel(model, Scoring(self.temperature, details=compute_entropy, entropy_learns=learns))
+            model = ScoredModel(
+                model, PreferenceScoring(self.temperature, details=compute_entropy, entropy_learns=learns)
+            )
         return super()._get_per_token_logps_and_entropies(model, *args, compute_entropy=compute_entropy, **options)
 
     def _get_train_sampler(self, dataset: Dataset | None = None) -> Sampler[int]:

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from veneer.adapters.lifecycle import holders
 from veneer.adapters.peft_model import PeftModel
 from veneer.errors import ConfigError
-from veneer.train.preference.scores import ScoredModel, Scoring
+from veneer.train.preference.scores import PreferenceScoring, ScoredModel
 
 _START = "start of training"  # no name that an adapter may have
 
@@ -28,7 +28,7 @@ class Reference(nn.Module):
     Raises ConfigError if several adapters that were trained before are active together.
     """
 
-    def __init__(self, model: PreTrainedModel, scoring: Scoring, *, fresh: bool) -> None:
+    def __init__(self, model: PreTrainedModel, scoring: PreferenceScoring, *, fresh: bool) -> None:
         super().__init__()
         self.scoring = scoring
         adapted = isinstance(model, PeftModel)

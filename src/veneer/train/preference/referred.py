@@ -17,7 +17,7 @@ from veneer.data.preference import Task, checked_rows
 from veneer.errors import ConfigError
 from veneer.train.config import RunSettings
 from veneer.train.preference.reference import Placeholder, Reference
-from veneer.train.preference.scores import ScoredModel, Scoring
+from veneer.train.preference.scores import PreferenceScoring, ScoredModel
 from veneer.train.preference.trainer import PreferenceTrainer
 from veneer.train.run_trainer import Ready
 
@@ -77,9 +77,9 @@ class ReferredTrainer(PreferenceTrainer):
         self.refer(ref_model, fresh=peft_config is not None)
         self.surround()
 
-    def scoring(self) -> Scoring:
+    def scoring(self) -> PreferenceScoring:
         """Return the scoring of the tokens of the model in training."""
-        return Scoring(collision=bool(getattr(self.args, "use_weighting", False)))
+        return PreferenceScoring(collision=bool(getattr(self.args, "use_weighting", False)))
 
     @contextmanager
     def building(self, ready: Ready) -> Iterator[None]:
@@ -102,7 +102,7 @@ class ReferredTrainer(PreferenceTrainer):
     def refer(self, ref_model: PreTrainedModel | None, *, fresh: bool) -> None:
         """Set the reference, and let it score the rows once if ``precompute_ref_log_probs`` asks for it."""
         if ref_model is None:
-            self.ref_model = Reference(self.model, Scoring(details=False), fresh=fresh)
+            self.ref_model = Reference(self.model, PreferenceScoring(details=False), fresh=fresh)
         if not self.args.precompute_ref_log_probs:
             return
         self.precompute_ref_logps = True

@@ -12,9 +12,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 
 from veneer.adapters.peft_model import PeftModel
 from veneer.contract import MethodConfig
-from veneer.core.tasks import TaskType
 from veneer.data.preference import checked_rows
 from veneer.errors import ConfigError
+from veneer.plain.tasks import TaskType
 from veneer.train.config import RunSettings
 from veneer.train.preference.config import RewardConfig
 from veneer.train.preference.trainer import PreferenceTrainer

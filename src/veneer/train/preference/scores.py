@@ -10,8 +10,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from veneer.data.encoding import IGNORED
-from veneer.model.fused.head import Head
-from veneer.ops.cross_entropy import TokenScores as HeadScores
+from veneer.model.fused.head import FrozenHead
+from veneer.ops.cross_entropy import LabelScores as HeadScores
 from veneer.ops.cross_entropy import linear_token_scores
 from veneer.train.loss import head_of_fused, hidden_states, kept_logits
 
@@ -34,7 +34,7 @@ class TokenScores:
 
 
 @dataclass(frozen=True, slots=True)
-class Scoring:
+class PreferenceScoring:
     """Scoring of tokens: logits are divided by ``temperature``; ``details`` adds more than the log-probabilities.
 
     ``collision`` adds the sum of squared probabilities. With ``entropy_learns`` a gradient flows through the entropy,
@@ -53,7 +53,7 @@ class ScoredModel:
     ``model(…, labels=labels, fused_lm_head=True)`` gives `TokenScores`; any other call is the model's own.
     """
 
-    def __init__(self, model: nn.Module, scoring: Scoring) -> None:
+    def __init__(self, model: nn.Module, scoring: PreferenceScoring) -> None:
         self.model, self.scoring = model, scoring
 
     def __call__(self, *, labels: Tensor | None = None, fused_lm_head: bool = False, **inputs: Any) -> Any:
@@ -62,7 +62,7 @@ class ScoredModel:
         return token_scores(self.model, {**inputs, "labels": labels}, self.scoring)
 
 
-def token_scores(model: nn.Module, inputs: dict[str, Any], scoring: Scoring) -> TokenScores:
+def token_scores(model: nn.Module, inputs: dict[str, Any], scoring: PreferenceScoring) -> TokenScores:
     """Score the tokens of ``inputs["labels"]`` (b, t), shifted by one; labels of -100 do not count.
 
     A fused model's hidden states go through the head chunk by chunk. Otherwise logits are computed at the positions at
@@ -79,7 +79,9 @@ def token_scores(model: nn.Module, inputs: dict[str, Any], scoring: Scoring) -> 
     return _spread(_scored(wide, labels[:, kept].to(wide.device), scoring.details), labels, kept, aux)
 
 
-def _scored_in_chunks(model: nn.Module, head: Head, inputs: dict[str, Any], scoring: Scoring) -> TokenScores:
+def _scored_in_chunks(
+    model: nn.Module, head: FrozenHead, inputs: dict[str, Any], scoring: PreferenceScoring
+) -> TokenScores:
     shape = inputs["labels"][:, 1:].shape
     hidden, head, labels, aux = hidden_states(model, head, inputs)
     if scoring.temperature != 1:

@@ -13,8 +13,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from veneer.core.progress import draws_bars, waits_told
-from veneer.core.units import duration
+from veneer.plain.progress import draws_bars, waits_told
+from veneer.plain.units import duration
 
 # Of the many values of preferences and rewards those to go by; all are in the log.
 _OF_REWARDS = {

@@ -17,7 +17,7 @@ from veneer.train.record import RUN_FILE, record_of
 from veneer.train.sweep.asha import Standing, divisor, n_rungs, promotions
 from veneer.train.sweep.packs import next_pack
 from veneer.train.sweep.recipe import Member, Sweep
-from veneer.train.sweep.together import Ended, Job
+from veneer.train.sweep.together import Job, JobEnd
 
 RUNGS_FILE, STOPPED = "rungs.json", "stopped"
 _MOST_LOST = 3  # workers that may die under a member before the sweep gives up
@@ -53,7 +53,7 @@ class Course:
         self._under_way |= set(names)
         return [self._job(name) for name in names]
 
-    def note(self, jobs: Sequence[Job], ended: Sequence[Ended]) -> None:
+    def note(self, jobs: Sequence[Job], ended: Sequence[JobEnd]) -> None:
         """Record the ends of a pack's jobs, and let the members train on that are good enough."""
         for job, each in zip(jobs, ended, strict=True):
             name = job.member.name

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from rich.table import Table
 
-from veneer.core.ticks import ticks_at
+from veneer.plain.ticks import ticks_at
 from veneer.train.checkpoint import write_json
 from veneer.train.sweep.course import STOPPED
 from veneer.train.sweep.recipe import Sweep

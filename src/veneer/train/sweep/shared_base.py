@@ -14,9 +14,9 @@ from transformers import PreTrainedModel
 from veneer.adapters.peft_model import PeftModel, become_peft_model
 from veneer.data.encoding import IGNORED
 from veneer.errors import ConfigError
-from veneer.model.allocation import Allocation
-from veneer.model.attach import adapted_places, attach, detach
-from veneer.model.mixed import checked, routed
+from veneer.model.adapted.allocation import Allocation
+from veneer.model.attach.attach import adapted_places, attach, detach
+from veneer.model.batch.mixed import checked, routed
 from veneer.train.loss import Scoring, Share, TokenLoss, token_losses
 
 Batch = dict[str, Tensor]

@@ -15,7 +15,7 @@ from veneer.train.processes import n_processes
 from veneer.train.run import Tell
 from veneer.train.sweep.course import Course
 from veneer.train.sweep.recipe import Sweep
-from veneer.train.sweep.together import Ended, Job, told, train_together
+from veneer.train.sweep.together import Job, JobEnd, told, train_together
 
 
 class Workers(Protocol):
@@ -27,7 +27,7 @@ class Workers(Protocol):
     def begin(self, jobs: Sequence[Job]) -> None:
         """Let an idle worker train a pack."""
 
-    def wait(self) -> tuple[Sequence[Job], Sequence[Ended] | str]:
+    def wait(self) -> tuple[Sequence[Job], Sequence[JobEnd] | str]:
         """Wait for the next pack that ends; return its jobs, with their ends, or the reason why its worker died."""
 
 
@@ -68,7 +68,7 @@ def run_sweep(
             require_data_files(member.recipe.data)
     course = Course(sweep, resume, allow_changes)
     for name, record in course.records.items():
-        tell(f"{name}: {told(Ended(record))}, before")
+        tell(f"{name}: {told(JobEnd(record))}, before")
     if any(each.trains for each in course.standings.values()):
         with listening() as stop, (engine or _this_process)(sweep, tell, stop) as workers:
             _train(course, workers, stop)
@@ -110,5 +110,5 @@ class _ThisProcess:
     def begin(self, jobs: Sequence[Job]) -> None:
         self._jobs = jobs
 
-    def wait(self) -> tuple[Sequence[Job], Sequence[Ended]]:
+    def wait(self) -> tuple[Sequence[Job], Sequence[JobEnd]]:
         return self._jobs, train_together(self._jobs, self._tell, self._stop)

@@ -35,7 +35,7 @@ from veneer.train.undone import unwrap_forward
 
 
 @dataclass(frozen=True, slots=True)
-class Forward:
+class LossRequest:
     """Request of a member for the loss of a micro-batch."""
 
     inputs: dict[str, Tensor]
@@ -62,7 +62,7 @@ class Job:
 
 
 @dataclass(frozen=True, slots=True)
-class Ended:
+class JobEnd:
     """End of a job: the content of ``run.json``, and the loss of a run that is paused."""
 
     record: dict[str, Any]
@@ -77,7 +77,7 @@ class MemberTrainer(SFTTrainer):
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         inputs = self._prepare_inputs(inputs)
         scoring = Scoring(self.args.label_smoothing_factor, self.args.loss_type == "dft")
-        counted: TokenLoss = ask(Forward(inputs, scoring))
+        counted: TokenLoss = ask(LossRequest(inputs, scoring))
         self._shared = counted
         try:
             loss = super().training_step(model, inputs, num_items_in_batch)
@@ -95,10 +95,10 @@ class Together:
 
     def __init__(self, base: PreTrainedModel, tell: Tell, stop: Stop) -> None:
         self.base, self.tell, self.stop = base, tell, stop
-        self.runs: dict[str, Coroutine[Ended]] = {}
+        self.runs: dict[str, Coroutine[JobEnd]] = {}
         self.trainers: dict[str, MemberTrainer] = {}
         self.titles: dict[str, str] = {}  # which need not be names of adapters
-        self.ended: dict[str, Ended] = {}
+        self.ended: dict[str, JobEnd] = {}
 
     def start(self, name: str, job: Job) -> None:
         """Let a member make its trainer, with its own random numbers."""
@@ -139,7 +139,7 @@ class Together:
             asked = self._resume(shared, dict.fromkeys(asked))
 
     def _losses(
-        self, shared: SharedBase, asked: Mapping[str, Forward]
+        self, shared: SharedBase, asked: Mapping[str, LossRequest]
     ) -> tuple[dict[str, Tensor], dict[str, TokenLoss]]:
         """The members' losses, and each as a leaf for the member to go on from."""
         parts = {}
@@ -168,7 +168,7 @@ class Together:
         return asked
 
 
-def train_together(jobs: Sequence[Job], tell: Tell, stop: Stop) -> list[Ended]:
+def train_together(jobs: Sequence[Job], tell: Tell, stop: Stop) -> list[JobEnd]:
     """Train members over one base, and return the end of each, in their order.
 
     A member whose loss is not finite leaves; the others train on. A signal ends all of them after a step.
@@ -184,7 +184,7 @@ def train_together(jobs: Sequence[Job], tell: Tell, stop: Stop) -> list[Ended]:
     return [together.ended[f"member{index}"] for index in range(len(jobs))]
 
 
-def told(ended: Ended) -> str:
+def told(ended: JobEnd) -> str:
     """Return the end of a member's job, in a few words."""
     record = ended.record
     if ended.loss is not None:
@@ -201,7 +201,7 @@ def told(ended: Ended) -> str:
     return f"{status} after {results['steps']} steps, {loss}"
 
 
-def _run(job: Job, base: PreTrainedModel, stop: Stop) -> Ended:
+def _run(job: Job, base: PreTrainedModel, stop: Stop) -> JobEnd:
     """The run of one member, up to the end of its job."""
     recipe, output = job.member.recipe, Path(job.member.recipe.output)
     trainer = cast(MemberTrainer, make_trainer(recipe, twin(base), MemberTrainer))
@@ -216,9 +216,9 @@ def _run(job: Job, base: PreTrainedModel, stop: Stop) -> Ended:
     ask(trainer)
     loss = None
     try:
-        return Ended(carry_out(recipe, trainer, going_on=job.going_on, stop=stop))
+        return JobEnd(carry_out(recipe, trainer, going_on=job.going_on, stop=stop))
     except Paused as pause:
         loss = pause.loss
     except (DivergedError, Interrupted):
         pass
-    return Ended(cast("dict[str, Any]", record_of(output)), loss)  # where it is written down
+    return JobEnd(cast("dict[str, Any]", record_of(output)), loss)  # where it is written down

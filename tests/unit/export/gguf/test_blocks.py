@@ -10,11 +10,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from veneer.adapters.peft_model import get_peft_model
-from veneer.core import linear
 from veneer.disk.safetensors import StoredTensor
 from veneer.export import base_weights
 from veneer.export.folded import FoldedCheckpoint
 from veneer.methods.lora import LoraConfig
+from veneer.records import linear
 
 from .tiny import VOCAB, WIDTH, tiny_folder
 

@@ -8,13 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from veneer.core.records import LinearDelta
-from veneer.core.terms.rotation import BlockRotation, Rotation
 from veneer.methods.boft import Butterfly, orders
 from veneer.methods.road import PairRotation
 from veneer.ops.linear import blocks
 from veneer.ops.linear.around import finished, finished_backward, mapped_input, mapped_input_backward, mapped_rows
 from veneer.ops.linear.layer import MANY_ROWS, LinearLayer
+from veneer.records.deltas import LinearDelta
+from veneer.records.terms.rotation import BlockRotation, Rotation
 
 ROWS = MANY_ROWS + 3
 

@@ -6,13 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from veneer.core.records import LinearDelta
-from veneer.core.terms.base import Base
-from veneer.core.terms.change import Change
-from veneer.core.terms.hadamard import Hadamard
-from veneer.core.terms.sparse import Sparse
 from veneer.methods.c3a import Circulant
-from veneer.methods.fourierft import Spectrum
+from veneer.methods.fourierft import FourierChange
 from veneer.methods.frod import InBasis
 from veneer.methods.lily import SequenceMixture
 from veneer.methods.lokr import Kronecker
@@ -22,6 +17,11 @@ from veneer.methods.waveft import Coefficients, padded
 from veneer.ops.linear.change import add_changes, changes_backward
 from veneer.ops.linear.layer import MANY_ROWS, LinearLayer
 from veneer.quant.dense import DenseWeight
+from veneer.records.deltas import LinearDelta
+from veneer.records.terms.base import Base
+from veneer.records.terms.change import Change
+from veneer.records.terms.hadamard import Hadamard
+from veneer.records.terms.sparse import Sparse
 
 OUT, IN = 21, 15
 ROWS = MANY_ROWS + 3  # and at least as many as the smaller width: some changes are made then
@@ -54,7 +54,7 @@ CHANGES = {
     "Kronecker by rows": lambda: Kronecker(w1=drawn(OUT, 1), w2=drawn(1, IN)),  # a kernel maps many rows by its form
     "circulant": lambda: Circulant(kernel=drawn(7, 5, 3), scale=0.3),
     "sparse": lambda: Sparse(values=drawn(31), places=flat(31), size=(OUT, IN)),
-    "spectrum": lambda: Spectrum(values=drawn(31), **places(31), size=(OUT, IN), scaling=3.0),
+    "spectrum": lambda: FourierChange(values=drawn(31), **places(31), size=(OUT, IN), scaling=3.0),
     "coefficients": lambda: Coefficients(
         values=drawn(31),
         **places(31, padded(OUT, "db2"), padded(IN, "db2")),

@@ -4,15 +4,15 @@ import pytest
 import torch
 
 from flat_records import flat_record
-from veneer.core.linear import apply_linear
-from veneer.core.records import LinearDelta
-from veneer.core.terms.rotation import BlockRotation
 from veneer.errors import ShapeError
 from veneer.ops.grouped_low_rank import AdapterRuns
 from veneer.ops.linear import op
 from veneer.ops.linear.layer import LinearLayer
 from veneer.ops.linear.op import linear, linears
 from veneer.quant.dense import DenseWeight
+from veneer.records.deltas import LinearDelta
+from veneer.records.linear import apply_linear
+from veneer.records.terms.rotation import BlockRotation
 
 
 def of(**fields):

@@ -11,16 +11,16 @@ from torch import Tensor
 
 from flat_records import FIELDS, flat_record, with_tensors
 from gradients import has_exact_gradients
-from veneer.core.linear import apply_linear, entered
-from veneer.core.records import LinearDelta
-from veneer.core.terms.change import Change, Weighed
-from veneer.core.terms.rotation import BlockRotation
 from veneer.ops.dropout import Mask, dropout
 from veneer.ops.grouped_low_rank import AdapterRuns, Run
 from veneer.ops.linear import op
 from veneer.ops.linear.layer import LinearLayer, tensors_of
 from veneer.quant import int8, nf4
 from veneer.quant.dense import DenseWeight
+from veneer.records.deltas import LinearDelta
+from veneer.records.linear import apply_linear, entered
+from veneer.records.terms.change import Change, Weighed
+from veneer.records.terms.rotation import BlockRotation
 
 OUT, IN, LENGTH = 23, 29, 7
 KINDS: dict[str, tuple[str, ...]] = {

@@ -7,13 +7,13 @@ import torch
 from torch import Tensor
 
 from flat_records import flat_record
-from veneer.core.linear import apply_linear
-from veneer.core.records import LinearDelta
-from veneer.core.terms.rotation import BlockRotation
 from veneer.ops.grouped_low_rank import AdapterRuns, Run
 from veneer.ops.linear.layer import LinearLayer
 from veneer.ops.linear.op import _together, linears
 from veneer.quant.dense import DenseWeight
+from veneer.records.deltas import LinearDelta
+from veneer.records.linear import apply_linear
+from veneer.records.terms.rotation import BlockRotation
 
 OUTS = (31, 17, 23)
 RANKS = ((5, 0, 3), (0, 0, 0), (2, 7, 0))  # of three adapters on each layer; the middle layer has none

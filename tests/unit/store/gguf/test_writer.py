@@ -13,14 +13,14 @@ import torch
 from gguf import GGUFReader, GGUFValueType
 
 from veneer.errors import DiskError, FormatError
-from veneer.store.gguf.keys import Pair
+from veneer.store.gguf.keys import KeyValue
 from veneer.store.gguf.writer import GgufFileWriter, TensorSpec, file_nbytes
 
 PAIRS = [
-    Pair("general.architecture", "llama", GGUFValueType.STRING),
-    Pair("llama.block_count", 3, GGUFValueType.UINT32),
-    Pair("llama.names", ["a", "", "ü"], GGUFValueType.ARRAY, GGUFValueType.STRING),
-    Pair("llama.empty", "", GGUFValueType.STRING),
+    KeyValue("general.architecture", "llama", GGUFValueType.STRING),
+    KeyValue("llama.block_count", 3, GGUFValueType.UINT32),
+    KeyValue("llama.names", ["a", "", "ü"], GGUFValueType.ARRAY, GGUFValueType.STRING),
+    KeyValue("llama.empty", "", GGUFValueType.STRING),
 ]
 SPECS = [TensorSpec("a.weight", "F32", (3, 7)), TensorSpec("b.weight", "Q8_0", (5, 64)), TensorSpec("c", "F16", (11,))]
 VALUES = {

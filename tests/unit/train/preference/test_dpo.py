@@ -28,7 +28,7 @@ from veneer import (
 )
 from veneer.errors import ConfigError, DataError
 from veneer.train.preference.reference import Reference
-from veneer.train.preference.scores import ScoredModel, Scoring
+from veneer.train.preference.scores import PreferenceScoring, ScoredModel
 
 from .conftest import LORA
 
@@ -90,7 +90,9 @@ def test_what_starts_with_a_change_is_held_against_the_model_without_it(make_mod
     batch = trainer.data_collator([trainer.train_dataset[i] for i in range(3)])
     labels = batch["input_ids"].masked_fill(batch.pop("completion_mask") == 0, -100)
     found = trainer.ref_model(**batch, labels=labels, fused_lm_head=True).log_probs
-    plain = ScoredModel(make_model(), Scoring(details=False))(**batch, labels=labels, fused_lm_head=True).log_probs
+    plain = ScoredModel(make_model(), PreferenceScoring(details=False))(
+        **batch, labels=labels, fused_lm_head=True
+    ).log_probs
     torch.testing.assert_close(found, plain)
     trainer.train()
     assert len(lines(trainer)) == 2

@@ -141,7 +141,7 @@ def test_a_file_gets_lines_during_a_long_evaluation() -> None:
 
 
 def test_a_long_first_step_is_told(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr("veneer.core.progress.QUIET_SECONDS", 0.01)
+    monkeypatch.setattr("veneer.plain.progress.QUIET_SECONDS", 0.01)
     display = RunDisplay(lambda: 0, loss=lambda step: 0.25)
     state: Any = types.SimpleNamespace(global_step=0, max_steps=7, is_world_process_zero=True)
     display.on_train_begin(ARGS, state, ARGS)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from veneer.store.gguf.family import Family
+from veneer.store.gguf.family import GgufFamily
 from veneer.store.gguf.fields import LAYER_NORM, LENGTH, SHAPE, Field
 
-FAMILY = Family(
+FAMILY = GgufFamily(
     architecture="bloom",
     fields=(
         *(entry for entry in SHAPE if entry is not LENGTH),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from veneer.store.gguf.family import Family
+from veneer.store.gguf.family import GgufFamily
 from veneer.store.gguf.fields import (
     ATTENTION_BIAS,
     BASE,
@@ -15,7 +15,7 @@ from veneer.store.gguf.fields import (
     WINDOW,
 )
 
-FAMILY = Family(
+FAMILY = GgufFamily(
     architecture="gemma2",
     model_types=("gemma2",),
     fields=(*GROUPED, FEED_FORWARD, BASE, RMS, KEY_WIDTH, VALUE_WIDTH, *CAPS, WINDOW),

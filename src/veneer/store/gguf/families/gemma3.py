@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from veneer.store.gguf.family import Family
+from veneer.store.gguf.family import GgufFamily
 from veneer.store.gguf.fields import ATTENTION_BIAS, BASE, CAPS, DECODER, WINDOW, Field
 
-FAMILY = Family(
+FAMILY = GgufFamily(
     architecture="gemma3",
     model_types=("gemma3_text",),
     fields=(

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from veneer.store.gguf.family import Family
+from veneer.store.gguf.family import GgufFamily
 from veneer.store.gguf.fields import LAYER_NORM, SHAPE, Field
 
-FAMILY = Family(
+FAMILY = GgufFamily(
     architecture="gpt2",
     model_types=("gpt2",),
     fields=(

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from veneer.store.gguf.family import Family
+from veneer.store.gguf.family import GgufFamily
 from veneer.store.gguf.fields import BASE, FEED_FORWARD, LAYER_NORM, SHAPE, Field
 from veneer.store.gguf.layout import by_role
 
-FAMILY = Family(
+FAMILY = GgufFamily(
     architecture="gptneox",
     reads=False,
     model_types=("gpt_neox",),

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from veneer.store.gguf.family import Family
+from veneer.store.gguf.family import GgufFamily
 from veneer.store.gguf.fields import BASE, FEED_FORWARD, GROUPED, RMS, VOCABULARY, Field
 from veneer.store.gguf.layout import neighbours
 
-FAMILY = Family(
+FAMILY = GgufFamily(
     architecture="granite",
     reads=False,
     model_types=("granite",),

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from veneer.store.gguf.family import Family
+from veneer.store.gguf.family import GgufFamily
 from veneer.store.gguf.fields import ATTENTION_BIAS, DECODER, VOCABULARY
 from veneer.store.gguf.layout import neighbours
 
-FAMILY = Family(
+FAMILY = GgufFamily(
     architecture="llama",
     model_types=("llama", "mistral"),
     fields=(VOCABULARY, *DECODER),

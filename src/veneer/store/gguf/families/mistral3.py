@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from veneer.store.gguf.family import Family
+from veneer.store.gguf.family import GgufFamily
 from veneer.store.gguf.fields import DECODER, SCALING, VOCABULARY, Field
 from veneer.store.gguf.layout import neighbours
 
@@ -16,7 +16,7 @@ def _problems(config: Any) -> Iterator[str]:
         yield f"YaRN's mscale {mscale} has no key: the runtime computes 1.0"
 
 
-FAMILY = Family(
+FAMILY = GgufFamily(
     architecture="mistral3",
     reads=False,
     model_types=("ministral3",),

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from veneer.store.gguf.family import Family
+from veneer.store.gguf.family import GgufFamily
 from veneer.store.gguf.fields import DECODER, STACKED, VOCABULARY, Field
 from veneer.store.gguf.layout import experts, neighbours
 
-FAMILY = Family(
+FAMILY = GgufFamily(
     architecture="llama",
     reads=False,
     marked_by="expert_count",

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from veneer.store.gguf.family import Family
+from veneer.store.gguf.family import GgufFamily
 from veneer.store.gguf.fields import ATTENTION_BIAS, BASE, FEED_FORWARD, GROUPED, KEY_WIDTH, LAYER_NORM, Field
 
-FAMILY = Family(
+FAMILY = GgufFamily(
     architecture="nemotron",
     fields=(*GROUPED, FEED_FORWARD, KEY_WIDTH, BASE, Field(LAYER_NORM, "norm_eps", kind=float)),
     partial_rotary=True,

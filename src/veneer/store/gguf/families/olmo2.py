@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from veneer.store.gguf.family import Family
+from veneer.store.gguf.family import GgufFamily
 from veneer.store.gguf.fields import BASE, FEED_FORWARD, GROUPED, RMS
 
-FAMILY = Family(
+FAMILY = GgufFamily(
     architecture="olmo2",
     reads=False,
     model_types=("olmo2",),

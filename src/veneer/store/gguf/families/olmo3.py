@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from veneer.store.gguf.family import Family
+from veneer.store.gguf.family import GgufFamily
 from veneer.store.gguf.fields import FEED_FORWARD, GROUPED, RMS, WINDOW, Field
 
 
@@ -15,7 +15,7 @@ def _problems(config: Any) -> Iterator[str]:
         yield f"rope_theta {sliding} of the layers with windows beside {full}: one base has a key"
 
 
-FAMILY = Family(
+FAMILY = GgufFamily(
     architecture="olmo2",
     reads=False,
     marked_by="attention.sliding_window",

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from veneer.store.gguf.family import Family
+from veneer.store.gguf.family import GgufFamily
 from veneer.store.gguf.fields import DECODER, ORIGINAL_LENGTH, WINDOW, Field
 
-FAMILY = Family(
+FAMILY = GgufFamily(
     architecture="phi3",
     model_types=("phi3",),
     fields=(*DECODER, WINDOW, Field(ORIGINAL_LENGTH, "original_max_position_embeddings")),

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from veneer.store.gguf.family import Family
+from veneer.store.gguf.family import GgufFamily
 from veneer.store.gguf.fields import DECODER
 from veneer.store.gguf.layout import no_windows
 
-FAMILY = Family(
+FAMILY = GgufFamily(
     architecture="qwen2",
     model_types=("qwen2",),
     fields=DECODER,

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from veneer.store.gguf.family import Family
+from veneer.store.gguf.family import GgufFamily
 from veneer.store.gguf.fields import DECODER, EXPERTS, STACKED, Field
 from veneer.store.gguf.layout import experts, experts_everywhere, shared_gate
 
-FAMILY = Family(
+FAMILY = GgufFamily(
     architecture="qwen2moe",
     model_types=("qwen2_moe",),
     fields=(*DECODER, *EXPERTS, Field("expert_shared_feed_forward_length", "shared_expert_intermediate_size")),

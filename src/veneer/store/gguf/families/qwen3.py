@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from veneer.store.gguf.family import Family
+from veneer.store.gguf.family import GgufFamily
 from veneer.store.gguf.fields import ATTENTION_BIAS, DECODER
 from veneer.store.gguf.layout import no_windows
 
-FAMILY = Family(
+FAMILY = GgufFamily(
     architecture="qwen3",
     model_types=("qwen3",),
     fields=DECODER,

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from veneer.store.gguf.family import Family
+from veneer.store.gguf.family import GgufFamily
 from veneer.store.gguf.fields import ATTENTION_BIAS, DECODER, EXPERTS, STACKED
 from veneer.store.gguf.layout import experts, experts_everywhere
 
-FAMILY = Family(
+FAMILY = GgufFamily(
     architecture="qwen3moe",
     model_types=("qwen3_moe",),
     fields=(*DECODER, *EXPERTS),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from veneer.store.gguf.family import Family
+from veneer.store.gguf.family import GgufFamily
 from veneer.store.gguf.fields import DECODER, VOCABULARY
 from veneer.store.gguf.layout import neighbours, no_windows
 
@@ -19,7 +19,7 @@ def _problems(config: Any) -> Iterator[str]:
         yield f"no_rope_layers {config.no_rope_layers} has no key: the runtime leaves every fourth layer unrotated"
 
 
-FAMILY = Family(
+FAMILY = GgufFamily(
     architecture="smollm3",
     reads=False,
     model_types=("smollm3",),

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 
 from torch import Tensor
 
-from veneer.store.gguf.family import Family
+from veneer.store.gguf.family import GgufFamily
 from veneer.store.gguf.fields import BASE, FEED_FORWARD, GROUPED, LAYER_NORM, Field
 
 
@@ -17,7 +17,7 @@ def _head_norms(name: str) -> Iterator[tuple[str, Callable[[Tensor], Tensor]]]:
         yield f"attn_{found[1]}_norm.weight", lambda tensor: tensor
 
 
-FAMILY = Family(
+FAMILY = GgufFamily(
     architecture="stablelm",
     model_types=("stablelm",),
     fields=(

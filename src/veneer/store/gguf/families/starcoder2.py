@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from veneer.store.gguf.family import Family
+from veneer.store.gguf.family import GgufFamily
 from veneer.store.gguf.fields import BASE, FEED_FORWARD, GROUPED, KEY_WIDTH, LAYER_NORM, Field
 
-FAMILY = Family(
+FAMILY = GgufFamily(
     architecture="starcoder2",
     fields=(*GROUPED, FEED_FORWARD, KEY_WIDTH, BASE, Field(LAYER_NORM, "norm_epsilon", kind=float)),
     biases={"attn_q.bias": "use_bias"},

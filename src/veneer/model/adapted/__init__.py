@@ -1,0 +1,1 @@
+"""Modules with adapters, changed in place, and the state that they share."""

@@ -1,0 +1,200 @@
+"""Convolutions with adapters, in place: a kernel is the linear layer (o, channels · window) applied to patches."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, cast
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from veneer.errors import CompositionError
+from veneer.model.adapted.linear import AdaptedSite
+from veneer.model.cut_weight import read_whole, whole
+from veneer.model.inplace import InPlace, base_of
+from veneer.quant.dense import DenseWeight
+from veneer.records.channel_groups import block_diagonal, column_blocks
+from veneer.records.deltas import Around
+from veneer.records.frozen import FrozenWeight
+from veneer.records.linear import apply_projected, compose_linear, fold_linear
+from veneer.records.sites import LinearSite
+from veneer.records.terms.change import Change
+from veneer.records.terms.in_groups import InGroups
+from veneer.records.terms.pair import Pair
+from veneer.records.terms.rotation import Rotation
+from veneer.records.terms.scale import Scale
+
+_CONVOLUTIONS = {nn.Conv1d: nn.functional.conv1d, nn.Conv2d: nn.functional.conv2d, nn.Conv3d: nn.functional.conv3d}
+
+
+class AdaptedConvolution(AdaptedSite):
+    """Mixin in front of a convolution's class.
+
+    A is a convolution like the layer itself, with r output channels. It reads all channels, even if the layer's are in
+    groups. B acts on channels alone.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        routing = self.adapter_state.routed()
+        held = [] if routing is None else [name for name in routing.adapters if self.holds(name)]
+        if routing is not None and held:
+            return self.by_rows(routing, held, (x,), {})
+        names = self.acting_here()
+        if not names:
+            return cast(Tensor, super().forward(x))
+        site = self.site()
+        records = [self.record_now(name, None, site) for name in names]
+        whole = compose_linear(records, site.bias)
+        base = self._product(x, cast(Tensor, self.effective("weight")).flatten(1), whole.input)
+        products = []
+        for name, record in zip(names, records, strict=True):
+            dropped = self.dropped(x, name)
+            source = x if dropped is None else dropped
+            products += [self._added(source, term, whole.input) for term in record.adds]
+        return apply_projected(whole, products, base, site.bias).movedim(-1, self._channels)
+
+    def _added(self, x: Tensor, term: Pair | Change, entry: Around | None) -> Tensor:
+        """The product of a change of the weight with every patch of x, the patches mapped by ``entry``."""
+        if isinstance(term, Pair):
+            return term.behind_a(self._product(x.to(term.a.dtype), term.a, entry))
+        matrix = term.blocks(term.dtype) if isinstance(term, InGroups) else term.dense(term.dtype)
+        return self._product(x.to(term.dtype), matrix, entry)
+
+    def site(self, names: Sequence[str] | None = None) -> LinearSite:
+        weight, bias = cast(Tensor, self.effective("weight", names)), self.effective("bias", names)
+        shape = shape_of_convolution(self.site_name, self)
+        own = _as_matrix(weight, shape.groups)
+        matrix = read_whole(own, weight, lambda: _as_matrix(whole(weight), shape.groups))
+        return replace(shape, weight=matrix, bias=bias, row_sq=self._row_sq)
+
+    def folded_weight(self, names: Sequence[str], dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+        site = self.site(names)
+        if site.groups == 1:
+            return super().folded_weight(names, dtype)
+        present = [name for name in names if name in self.adapters]
+        record = self.composed(present, site)
+        rotates = any(isinstance(term, Rotation) for term in (record.input, record.output))
+        if rotates or not all(isinstance(term, InGroups) for term in record.adds):
+            raise CompositionError(
+                f"adapter {present[0]!r} mixes the channels of {self.site_name}, a convolution in {site.groups} "
+                "groups: no kernel in groups can take that in. Keep the adapter beside the model."
+            )
+        kernel = cast(Tensor, self.effective("weight", names)).flatten(1)
+        wide = kernel.to(torch.promote_types(kernel.dtype, torch.float32))
+        wide = sum((cast(InGroups, term).blocks(wide.dtype) for term in record.adds), wide)
+        if record.input_scale is not None:
+            wide = wide * column_blocks(record.input_scale, len(wide), site.groups)
+        folded, bias = fold_linear(replace(record, adds=(), input=None), wide, site.bias, dtype)
+        return folded, None if record.bias is None else bias
+
+    def stored(self, weight: Tensor) -> Tensor:
+        return weight.reshape(self._kernel_shape)
+
+    @property
+    def _kernel_shape(self) -> tuple[int, ...]:
+        return tuple(cast(Tensor, self._parameters["weight"]).shape)
+
+    @property
+    def _channels(self) -> int:
+        """The dimension of the channels, counted from the end: there may be no batch in front."""
+        return 1 - len(self._kernel_shape)
+
+    def _product(self, x: Tensor, matrix: Tensor, entry: Around | None) -> Tensor:
+        """A matrix (n, channels · window), or the kernel's blocks (n, channels / groups · window), times every patch of
+        x that the layer's own kernel sees, the patches mapped by ``entry``: (…, n).
+        """
+        window, groups = self._kernel_shape[2:], cast(Any, self).groups
+        channels = matrix.shape[1] // math.prod(window)
+        in_groups = groups if channels == self._kernel_shape[1] else 1
+        if entry is not None:
+            matrix = self._behind(entry, matrix, in_groups)
+        kernel = matrix.reshape(-1, channels, *window)
+        own = groups == in_groups
+        y = cast(Any, self)._conv_forward(x, kernel, None) if own else _without_groups(self, x, kernel)
+        return cast(Tensor, y).movedim(self._channels, -1)
+
+    def _behind(self, entry: Around, matrix: Tensor, groups: int) -> Tensor:
+        """The matrix of the product with patches that ``entry`` maps, in the matrix's dtype."""
+        wide = matrix.to(torch.promote_types(matrix.dtype, torch.float32))
+        if groups == 1:
+            return entry.fold_input(wide).to(matrix.dtype)
+        if not isinstance(entry, Scale):
+            raise CompositionError(
+                f"{self.site_name} is a convolution in {groups} groups of channels, which an adapter that rotates its "
+                "inputs cannot change: list it in exclude_modules"
+            )
+        return (wide * column_blocks(entry.vector, len(matrix), groups)).to(matrix.dtype)
+
+
+@dataclass(frozen=True, slots=True)
+class BlockDiagonalWeight:
+    """Kernel of a grouped convolution as the matrix (o, channels · window), mostly zeros.
+
+    It is computed only when it is read.
+    """
+
+    blocks: Float[Tensor, "o k"]
+    groups: int
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.blocks.shape[0], self.blocks.shape[1] * self.groups
+
+    @property
+    def nbytes(self) -> int:
+        return self.blocks.nbytes
+
+    def matmul(self, x: Float[Tensor, "*batch i"]) -> Float[Tensor, "*batch o"]:
+        return DenseWeight(self.dense()).matmul(x)
+
+    def matmul_t(self, dy: Float[Tensor, "*batch o"]) -> Float[Tensor, "*batch i"]:
+        return DenseWeight(self.dense()).matmul_t(dy)
+
+    def dense(self, dtype: torch.dtype | None = None) -> Float[Tensor, "o i"]:
+        return block_diagonal(self.blocks if dtype is None else self.blocks.to(dtype), self.groups)
+
+
+def is_convolution(module: nn.Module) -> bool:
+    """Return True if a module is a convolution of torch with a kernel of its own.
+
+    A class that overrides forward (to standardize the kernel, say) is another map.
+    """
+    own = base_of(type(module)) if isinstance(module, InPlace) else type(module)
+    plain = any(issubclass(own, cls) and own.forward is cls.forward for cls in _CONVOLUTIONS)
+    return plain and module._parameters.get("weight") is not None
+
+
+def shape_of_convolution(path: str, module: nn.Module) -> LinearSite:
+    """Return the site of a convolution, described by its shape alone."""
+    conv = cast(nn.Conv2d, module)
+    return LinearSite(
+        name=path,
+        in_features=conv.in_channels * math.prod(conv.kernel_size),
+        out_features=conv.out_channels,
+        kind="convolution",
+        window=tuple(conv.kernel_size),
+        groups=conv.groups,
+    )
+
+
+def weight_of_convolution(module: nn.Module) -> FrozenWeight:
+    """Return the kernel as the matrix (o, channels · window)."""
+    return _as_matrix(cast(Tensor, module._parameters["weight"]), cast(Any, module).groups)
+
+
+def _as_matrix(weight: Tensor, groups: int) -> FrozenWeight:
+    kernel = weight.flatten(1)
+    return DenseWeight(kernel) if groups == 1 else BlockDiagonalWeight(kernel, groups)
+
+
+def _without_groups(module: nn.Module, x: Tensor, kernel: Tensor) -> Tensor:
+    """The output of the layer's convolution with a kernel that sees all channels."""
+    conv = cast(Any, module)
+    convolve = next(function for cls, function in _CONVOLUTIONS.items() if isinstance(module, cls))
+    padding = conv.padding
+    if conv.padding_mode != "zeros":
+        x, padding = nn.functional.pad(x, conv._reversed_padding_repeated_twice, mode=conv.padding_mode), 0
+    return convolve(x, kernel, None, conv.stride, padding, conv.dilation)

@@ -1,0 +1,163 @@
+"""Experts of a mixture: run one by one where adapters or codes are, and where torch groups no products."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from veneer.errors import FormatError
+from veneer.model.blueprint.names import STACKS, UNGATED_STACKS
+from veneer.model.coded.stack import ORDER, CodedStack, as_maps, coded_stacks, stack_of
+from veneer.model.inplace import InPlace, change_class
+from veneer.ops.traced import Traced
+from veneer.records.deltas import LinearDelta
+from veneer.records.frozen import FrozenStack
+from veneer.records.linear import apply_linear
+
+log = logging.getLogger(__name__)
+
+ROW_BYTES = 16
+STACK_NAMES = ("gate_up_proj", "up_proj", "down_proj")
+"""The names under which transformers keeps the weights of all experts of a layer in one parameter (n, o, i)."""
+
+
+class CodedExperts(InPlace):
+    """Mixin in front of experts that follow transformers' convention, whose stacks are in codes."""
+
+    name_prefix = "Coded"
+
+    def forward(self, *args: Any) -> Any:
+        module = cast(nn.Module, self)
+        if not coded_stacks(module):  # made dense again
+            return cast(Any, super()).forward(*args)
+        return run_experts(module, *args)
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        own = {k.removeprefix(prefix): v for k, v in state_dict.items() if k.startswith(prefix)}
+        known: set[str] = set()
+        for name, stack in coded_stacks(cast(nn.Module, self)).items():
+            held = {key: t for key, t in own.items() if stack.stack_spec.owns(key) or key in stack.carried}
+            known |= {prefix + key for key in held}
+            if not held:
+                missing_keys.append(prefix + name)
+                continue
+            try:
+                device = torch.device("cpu") if stack.weight.is_meta else stack.weight.device
+                stack.take({key: tensor.to(device, copy=True) for key, tensor in held.items()})
+            except FormatError as error:
+                error_msgs.append(f"{prefix}{name}: {error}")
+        rest = {key: value for key, value in state_dict.items() if key not in known}
+        cast(Any, super())._load_from_state_dict(
+            rest, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+
+
+def runs_by_convention(module: nn.Module) -> bool:
+    """Return True if these are experts whose forward transformers itself replaces by a general one."""
+    described = ("has_gate", "has_bias", "is_transposed", "has_post_expert_norm")
+    return all(hasattr(module, name) for name in described) and not getattr(module, "_is_expert_parallel", True)
+
+
+def stacks_by_convention(module: nn.Module) -> tuple[str, str]:
+    """Return the names of the stacks of such experts: in front of the activation, and behind it."""
+    return STACKS if cast(Any, module).has_gate else UNGATED_STACKS
+
+
+def run_experts(
+    module: nn.Module, x: Tensor, chosen: Tensor, weights: Tensor, records: Mapping[str, LinearDelta] | None = None
+) -> Tensor:
+    """Return the experts' output for tokens x (n, d), expert ids ``chosen`` (n, k) and their ``weights`` (n, k).
+
+    ``records`` are the changes of stacks, by name. The experts follow transformers' convention and are run one by one.
+    """
+    experts, changes = cast(Any, module), records or {}
+    inner, down = stacks_by_convention(module)
+    stacks = {name: stack_of(module, name) for name in (inner, down)}
+    y = torch.zeros_like(x, dtype=torch.promote_types(x.dtype, weights.dtype))
+    for number, token, place in _sent(chosen, stacks[down].shape[0]):
+        hidden = project(module, inner, x[token], number, stacks[inner], changes.get(inner))
+        through = experts._apply_gate(hidden) if experts.has_gate else experts.act_fn(hidden)
+        out = project(module, down, through, number, stacks[down], changes.get(down))
+        out = experts.post_expert_norm(out) if experts.has_post_expert_norm else out
+        y = y.index_add(0, token, (out * weights[token, place, None]).to(y.dtype))
+    return y.to(x.dtype)
+
+
+def project(
+    module: nn.Module, name: str, x: Tensor, number: int, stack: FrozenStack, change: LinearDelta | None
+) -> Tensor:
+    """Return one expert's map of its tokens x (n, i) by a stack of the module, changed by an adapter's record."""
+    bias = module._parameters.get(f"{name}_bias")
+    record = LinearDelta() if change is None else change.of_expert(number)
+    return apply_linear(record, x, stack.expert(number), None if bias is None else bias[number])
+
+
+def _sent(chosen: Tensor, n_experts: int) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """The experts that are chosen, each with its tokens and their places among the choices.
+
+    Tensors without values choose all experts equally often.
+    """
+    if isinstance(chosen, Traced):
+        pairs = torch.arange(chosen.numel())
+        for number, own in enumerate(torch.tensor_split(pairs, n_experts)):
+            yield number, own // chosen.shape[1], own % chosen.shape[1]
+        return
+    for number in torch.unique(chosen).tolist():
+        yield number, *torch.where(chosen == number)
+
+
+def put_in_codes(experts: nn.Module, name: str, stack: CodedStack) -> None:
+    """Put a stack in codes in place of one of the experts' parameters."""
+    vars(experts).setdefault(ORDER, tuple(experts._parameters))
+    del experts._parameters[name]
+    experts._modules[name] = stack
+    cast(Any, experts)._is_hf_initialized = True  # transformers would draw values for a parameter of this name
+    if not isinstance(experts, CodedExperts):
+        change_class(experts, CodedExperts)
+
+
+def put_dense(experts: nn.Module, name: str, weights: Tensor) -> None:
+    """Put dense weights (experts, o, i) in place of one of the experts' stacks in codes."""
+    del experts._modules[name]
+    experts._parameters[name] = nn.Parameter(as_maps(experts, weights).contiguous(), requires_grad=False)
+
+
+def fit_experts(model: nn.Module) -> None:
+    """Run experts one by one if grouped products do not support their widths; transformers has both ways.
+
+    torch groups products only if the size of every row is a multiple of 16 bytes, and raises otherwise in the first
+    forward pass. Experts that run one by one are logged.
+    """
+    config: Any = getattr(model, "config", None)
+    if not isinstance(model, PreTrainedModel) or "grouped_mm" not in model.get_experts_implementation().values():
+        return
+    widths = sorted(
+        {
+            n
+            for name, weight in model.named_parameters()
+            if weight.ndim == 3 and name.rpartition(".")[2] in STACK_NAMES
+            for n in weight.shape[1:]
+            if n * weight.element_size() % ROW_BYTES
+        }
+    )
+    if widths:
+        model.set_experts_implementation("eager")
+        log.warning(
+            "%s: experts run one by one, which takes longer: grouped products take rows of a multiple of %d bytes, and "
+            "theirs hold %s numbers",
+            config.model_type, ROW_BYTES, " and ".join(map(str, widths)),
+        )  # fmt: skip

@@ -1,0 +1,97 @@
+"""Common interface of modules that hold adapters' tensors: adapted modules, bottlenecks and virtual tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import ClassVar, cast
+
+from torch import Tensor, nn
+
+from veneer.model.adapted.state import AdapterState
+
+_KEYS = "_disk_keys"  # an attribute of what a holder holds
+
+
+class Holder(nn.Module):
+    """Module of a model that holds tensors of adapters, by their names.
+
+    ``adapters[name]`` holds the tensors that a method adds here. ``folds``: whether a merge folds all of them into
+    weights.
+    """
+
+    folds: ClassVar[bool] = False
+
+    adapter_state: AdapterState
+    adapters: nn.ModuleDict
+
+    @property
+    def holdings(self) -> tuple[nn.ModuleDict, ...]:
+        """Module dicts of everything held here, each by adapter name."""
+        return (self.adapters,)
+
+    def holds(self, name: str) -> bool:
+        """Return True if an adapter has tensors here."""
+        return any(name in held for held in self.holdings)
+
+    def owns(self, name: str) -> bool:
+        """Return True if the method has parameters here that no other module shares."""
+        return name in self.adapters
+
+    def trains_whole(self, name: str) -> bool:
+        """Return True if an adapter has whole parameters or rows of the module here."""
+        return False
+
+    def is_update(self, name: str) -> bool:
+        """Return True if an adapter has nothing here but an update of one linear layer."""
+        return False
+
+    def hold(self, name: str, held: nn.Module, keys: Mapping[str, str]) -> None:
+        """Give an adapter its tensors here. ``keys`` are those of the file, by the names in ``held``."""
+        vars(held)[_KEYS] = keys  # with the tensors, which may get another name or leave
+        self.adapters[name] = held
+
+    def disk_keys(self, name: str) -> Mapping[str, str]:
+        """Return the key of each of the method's parameters in PEFT's file."""
+        return cast("Mapping[str, str]", vars(self.adapters[name])[_KEYS])
+
+    def live_tensors(self, name: str, path: str) -> dict[str, tuple[str, Tensor]]:
+        """Return every tensor of an adapter here by its key on disk, with its name in the model's ``state_dict``."""
+        if name not in self.adapters:
+            return {}
+        keys, held = self.disk_keys(name), tensors_of(self.adapters[name]).items()
+        return {keys[own]: (f"{path}.adapters.{name}.{own}", value) for own, value in held if own in keys}
+
+    def packed(self, name: str, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the method's tensors in their written form, by their keys on disk.
+
+        ``values`` are its own tensors, by their keys.
+        """
+        return {key: values[key] for key in self.disk_keys(name).values()}
+
+    def unpacked(self, name: str, written: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the inverse of `packed`; nothing if the two forms are the same."""
+        return {}
+
+    def value_problems(self, name: str, written: Mapping[str, Tensor]) -> list[str]:
+        """Return the problems of written values that their shapes and dtypes do not show."""
+        return []
+
+    def derive(self, name: str) -> None:
+        """Compute what follows from the weight and the method's parameters here, see `MethodConfig.derived`."""
+
+    def take_off(self, model: nn.Module, path: str, name: str) -> None:
+        """Drop an adapter's tensors here. A holder that then is empty leaves the model as before."""
+        for held in self.holdings:
+            if name in held:
+                del held[name]
+        if not any(self.holdings):
+            self.leave(model, path)
+
+    def leave(self, model: nn.Module, path: str) -> None:
+        """Remove the holder itself from the model, with its hooks."""
+        raise NotImplementedError
+
+
+def tensors_of(holder: nn.Module) -> dict[str, Tensor]:
+    """Return the parameters and buffers of a module by name."""
+    return {**dict(holder.named_parameters()), **dict(holder.named_buffers())}

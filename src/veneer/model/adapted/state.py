@@ -1,0 +1,105 @@
+"""State of a model's adapters: one object, shared by every adapted module of the model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from torch import Tensor
+from torch.utils.hooks import RemovableHandle
+
+from veneer.contract import MethodConfig
+from veneer.contract.training import Schedule
+from veneer.model.adapted.routing import Routing
+from veneer.records.sequences import Sequences
+
+
+@dataclass
+class AdapterState:
+    """State of a model's adapters: ``configs`` by name, the ``active`` names in order, the names ``merged``.
+
+    ``disabled``: all adapters are switched off. ``untied``: merging made the input embeddings and the head differ, so
+    that the config no longer ties them. ``watch``: the hook that watches training steps. ``routing``: the adapter of
+    each row, in a mixed batch. ``starts``: the first token of each prompt that its adapter acts on, in a generation.
+    ``sequences``: those of the pass, if an adapter depends on them. ``tasks``: the task of an adapter that acts where
+    rows name none, by its name. ``trainable``: the names of those that train while they are active. ``schedules``:
+    actions on adapters after each optimizer step, by name, once training has begun. ``drops``: adapters apply the
+    dropout of their configs in training, and draw random numbers; False switches it off temporarily.
+    """
+
+    configs: dict[str, MethodConfig] = field(default_factory=dict)
+    active: tuple[str, ...] = ()
+    disabled: bool = False
+    merged: tuple[str, ...] = ()
+    untied: bool = False
+    watch: RemovableHandle | None = None
+    routing: Routing | None = None
+    starts: tuple[int, ...] | None = None
+    sequences: Sequences | None = None
+    tasks: dict[str, int] = field(default_factory=dict)
+    trainable: set[str] = field(default_factory=set)
+    schedules: dict[str, Schedule] = field(default_factory=dict)
+    drops: bool = True
+
+    def acting(self) -> tuple[str, ...]:
+        """Return the names whose records change the forward pass now, on all rows alike; none in a mixed batch."""
+        return () if self.disabled or self.merged or self.routing else self.active
+
+    def routed(self) -> Routing | None:
+        """Return the adapter of each row now; None if all rows use the acting ones."""
+        return None if self.disabled else self.routing
+
+    @contextmanager
+    def base_alone(self) -> Iterator[None]:
+        """Context in which no adapter acts."""
+        before, self.disabled = self.disabled, True
+        try:
+            yield
+        finally:
+            self.disabled = before
+
+    @contextmanager
+    def without_dropout(self) -> Iterator[None]:
+        """Context in which no adapter has dropout, whatever its config."""
+        before, self.drops = self.drops, False
+        try:
+            yield
+        finally:
+            self.drops = before
+
+    @contextmanager
+    def route(self, routing: Routing | None) -> Iterator[None]:
+        """Context in which each row uses the adapter that it names; None: all rows use the active ones."""
+        before, self.routing = self.routing, routing
+        try:
+            yield
+        finally:
+            self.routing = before
+
+    @contextmanager
+    def knowing(self, sequences: Sequences | None) -> Iterator[None]:
+        """Context of a pass over these sequences."""
+        before, self.sequences = self.sequences, sequences
+        try:
+            yield
+        finally:
+            self.sequences = before
+
+    @contextmanager
+    def only(self, names: tuple[str, ...], *, task: int | None = None, rows: Tensor | None = None) -> Iterator[None]:
+        """Context in which only these adapters act, on all rows alike, also where they are switched off.
+
+        ``task``: that of the adapters that have several, in place of the one chosen for them. ``rows``: those of the
+        pass that its input holds.
+        """
+        before = self.active, self.disabled, self.tasks
+        known = self.sequences if self.sequences is None or rows is None else self.sequences.of_rows(rows)
+        with self.route(None), self.knowing(known):
+            self.active, self.disabled = names, False
+            if task is not None:
+                self.tasks = {**self.tasks, **dict.fromkeys(names, task)}
+            try:
+                yield
+            finally:
+                self.active, self.disabled, self.tasks = before

@@ -1,0 +1,1 @@
+"""Attaching of adapters to a model, and its preparation."""

@@ -1,0 +1,225 @@
+"""Finding the sites of a transformers model and putting adapters on them, in place."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import cast
+
+from torch import Tensor, nn
+
+from veneer.contract import LinearMethod, MethodConfig
+from veneer.contract.keys import parameter_key, shared_key
+from veneer.contract.targets import ModuleIndex
+from veneer.errors import AdapterNameError
+from veneer.model.adapted.allocation import Allocation
+from veneer.model.adapted.copies import add_copies
+from veneer.model.adapted.embedding import AdaptedEmbedding
+from veneer.model.adapted.holder import Holder
+from veneer.model.adapted.kinds import adapt_module
+from veneer.model.adapted.linear import AdaptedSite
+from veneer.model.adapted.parameters import AdaptedParameters
+from veneer.model.adapted.site import Adapted, TiedFactors
+from veneer.model.adapted.state import AdapterState
+from veneer.model.adapted.token_rows import add_rows
+from veneer.model.placed.places import plan_of, put_on
+from veneer.model.snapshot.plan import AttachPlan
+from veneer.model.snapshot.snapshot import Snapshot, look_at
+
+
+def module_index(model: nn.Module, method: LinearMethod | None = None) -> ModuleIndex:
+    """Return the module paths of a model, and those that a method (None: any) can adapt.
+
+    These are linear layers, and other kinds that the method supports. ``"all-linear"`` selects linear layers alone,
+    without the output head.
+    """
+    return look_at(model).index(method)
+
+
+def attach(
+    model: nn.Module, config: MethodConfig, name: str, state: AdapterState, allocation: Allocation | None = None
+) -> None:
+    """Add one adapter's parameters at all of its config's targets, all or nothing.
+
+    They are drawn from torch's global generator. Raises AdapterNameError and TargetError.
+    """
+    check_name(name, state)
+    allocation = allocation or Allocation()
+    snapshot = look_at(model)
+    plan = plan_of(snapshot, config, fresh=allocation.values)
+    state.configs[name] = plan.config
+    try:
+        _put_on(snapshot, name, state, plan, allocation)
+    except BaseException:
+        detach(model, state, name)
+        raise
+
+
+def _put_on(snapshot: Snapshot, name: str, state: AdapterState, plan: AttachPlan, allocation: Allocation) -> None:
+    model = snapshot.model
+    for path in plan.modules:
+        adapt_path(model, path, state)
+    add_copies(model, name, plan.copied, allocation.widen)
+    add_rows(model, name, plan.rows, values=allocation.values, widen=allocation.widen)
+    put_on(snapshot, name, state, plan, allocation)
+
+
+def adapt_path(model: nn.Module, path: str, state: AdapterState) -> Adapted:
+    """Return the module at a path, adapted according to its kind."""
+    return adapt_module(path, model.get_submodule(path), state)
+
+
+def check_name(name: str, state: AdapterState) -> None:
+    """Raise AdapterNameError if a name is taken, or cannot name a module and a folder."""
+    if name in state.configs:
+        raise AdapterNameError(
+            f"an adapter named {name!r} is there already; loaded: {sorted(state.configs)}. "
+            "Choose another name or delete it first."
+        )
+    allowed = isinstance(name, str) and name and all(c.isalnum() or c in "_- " for c in name)
+    if not allowed or hasattr(nn.ModuleDict, name):
+        raise AdapterNameError(
+            f"adapter name {name!r} is not allowed: use letters, digits, '_' and '-' (it names modules and a folder), "
+            "and none of the names that torch's ModuleDict uses itself"
+        )
+
+
+def detach(model: nn.Module, state: AdapterState, name: str) -> None:
+    """Remove one adapter; its modules are then as before."""
+    del state.configs[name]
+    state.schedules.pop(name, None)
+    state.tasks.pop(name, None)
+    state.trainable.discard(name)
+    state.active = tuple(n for n in state.active if n != name)
+    for path, place in adapted_places(model).items():
+        place.take_off(model, path, name)
+
+
+def live_parameters(model: nn.Module, state: AdapterState, name: str) -> dict[str, Tensor]:
+    """Return every tensor of one adapter, of any kind of method, by its key on disk: the parameters
+    themselves, not copies.
+    """
+    return {key: tensor for key, (_, tensor) in named_live_parameters(model, name).items()}
+
+
+def named_live_parameters(model: nn.Module, name: str) -> dict[str, tuple[str, Tensor]]:
+    """Return `live_parameters`, each with its name in the model's own ``state_dict``."""
+    places = adapted_places(model).items()
+    return {key: tensor for path, place in places for key, tensor in place.live_tensors(name, path).items()}
+
+
+def stored_tensors(
+    model: nn.Module, state: AdapterState, name: str, values: Mapping[str, Tensor] | None = None
+) -> dict[str, Tensor]:
+    """Return the tensors of a plain save of one adapter, by their keys on disk: its parameters, packed if the method
+    packs.
+
+    ``values`` replace `live_parameters`.
+    """
+    config = state.configs[name]
+    found = {config.written_key(key): value for key, value in packed_tensors(model, state, name, values).items()}
+    if config.shared is None or not config.shared.is_saved:
+        return found
+    drawn = shared_tensors(config)
+    return found | drawn | {key: drawn[own] for key, own in shared_again(model, config, name).items()}
+
+
+def packed_tensors(
+    model: nn.Module, state: AdapterState, name: str, values: Mapping[str, Tensor] | None = None
+) -> dict[str, Tensor]:
+    """Return `stored_tensors` without those that all layers share, which are drawn."""
+    found = live_parameters(model, state, name) if values is None else dict(values)
+    for place in adapted_places(model).values():
+        if place.owns(name):
+            packed = place.packed(name, found)
+            for key in place.disk_keys(name).values():
+                del found[key]
+            found |= packed
+    return found | repeated_tensors(model, name, found)
+
+
+def shared_tensors(config: MethodConfig) -> dict[str, Tensor]:
+    """Return the tensors that the layers of an adapter share, by their keys on disk; empty if there are none."""
+    return {} if config.shared is None else {shared_key(key): value for key, value in config.shared.draw().items()}
+
+
+def shared_again(model: nn.Module, config: MethodConfig, name: str) -> dict[str, str]:
+    """Return the keys at layers under which PEFT writes shared tensors again, with the keys of those tensors."""
+    if config.shared is None or not config.shared.is_repeated:
+        return {}
+    paths = [layer.disk_path(name, path) for path, layer in adapted_layers(model).items() if name in layer.adapters]
+    return {parameter_key(path, own): shared_key(own) for path in paths for own in config.shared.names}
+
+
+def unpacked_tensors(model: nn.Module, name: str, written: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the inverse of `stored_tensors`: a value for each of `live_parameters`."""
+    found = dict(written)
+    for place in adapted_places(model).values():
+        if place.owns(name):
+            found |= place.unpacked(name, written)
+    return found
+
+
+def value_problems(model: nn.Module, name: str, written: Mapping[str, Tensor]) -> list[str]:
+    """Return the problems of written values that their shapes and dtypes do not show, see `Packing.problems`."""
+    return [
+        problem
+        for place in adapted_places(model).values()
+        if place.owns(name)
+        for problem in place.value_problems(name, written)
+    ]
+
+
+def repeated_tensors(model: nn.Module, name: str, written: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors that PEFT writes a second time for modules that share an adapter with the embeddings."""
+    found: dict[str, Tensor] = {}
+    for layer in adapted_layers(model).values():
+        held = dict(layer.adapters.items()).get(name)
+        if isinstance(held, TiedFactors):
+            source = cast(AdaptedSite, model.get_submodule(held.source))
+            keys, theirs = layer.disk_keys(name), source.disk_keys(name)
+            if all(key in written for key in theirs.values()):
+                seen = held.seen({own: written[key] for own, key in theirs.items()})
+                found |= {keys[own]: value for own, value in seen.items()}
+    return found
+
+
+def adapted_places(model: nn.Module) -> dict[str, Holder]:
+    """Return every module that holds adapters, of any kind of method, by path."""
+    return {path: module for path, module in model.named_modules() if isinstance(module, Holder)}
+
+
+def adapted_modules(model: nn.Module) -> dict[str, Adapted]:
+    """Return every adapted module by path, including those of which an adapter only trains parameters whole."""
+    return {name: m for name, m in model.named_modules() if isinstance(m, Adapted)}
+
+
+def adapted_layers(model: nn.Module) -> dict[str, AdaptedSite]:
+    """Return the modules that methods act on, by path."""
+    return {name: m for name, m in adapted_modules(model).items() if isinstance(m, AdaptedSite) and m.adapters}
+
+
+def adapted_stacks(model: nn.Module) -> dict[str, AdaptedParameters]:
+    """Return the modules of whose parameters, such as stacked experts, some are adapted, by path."""
+    return {name: m for name, m in adapted_modules(model).items() if isinstance(m, AdaptedParameters)}
+
+
+def outward_parameters(model: nn.Module) -> set[str]:
+    """Return the names of all adapters' parameters on the output side, such as LoRA's B."""
+    return {
+        f"{path}.adapters.{name}.{key}"
+        for path, module in adapted_modules(model).items()
+        for name, held in module.adapters.items()
+        for key, _ in held.named_parameters()
+        if key.rpartition(".")[2] in cast(LinearMethod, module.adapter_state.configs[name]).outward
+    }
+
+
+def embedding_parameters(model: nn.Module) -> set[str]:
+    """Return the names of the parameters that adapters have at tables of embeddings."""
+    return {
+        f"{path}.adapters.{name}.{key}"
+        for path, module in adapted_modules(model).items()
+        if isinstance(module, AdaptedEmbedding)
+        for name, held in module.adapters.items()
+        for key, _ in held.named_parameters()
+    }

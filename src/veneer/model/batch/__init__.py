@@ -1,0 +1,1 @@
+"""Batches with more structure than rows: mixed adapters, invocations, sequences, pages."""

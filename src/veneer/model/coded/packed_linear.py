@@ -1,0 +1,210 @@
+"""Linear layers that keep their weight only packed: serving replaces the layers of a model that it owns."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from veneer.model.coded.frozen_weight import frozen_weight
+from veneer.model.coded.quant_linear import QuantLinear
+from veneer.ops.dispatch import backends
+from veneer.ops.packed import BLOCK, BLOCKS, ROWS, PackedWeight
+from veneer.ops.packed_codes import PackedCodes
+from veneer.quant.blocks import BlockWeight
+from veneer.quant.dense import DenseWeight
+from veneer.quant.ggml import GgmlWeight
+from veneer.quant.packed import PackedCoded, PackedDense
+from veneer.quant.packing import packed_codes, unpacked_codes
+from veneer.quant.product import CodedWeight
+from veneer.records.frozen import FrozenWeight
+
+Packed = PackedWeight | PackedCodes
+
+PANEL = BLOCK * BLOCKS
+"""Outputs of a whole panel: weights joined at its multiples are parts of one packed weight."""
+
+
+class _Packed(nn.Module):
+    """Linear layer ``y = W x + bias`` whose weight is only packed, in the place of another."""
+
+    bias: nn.Parameter | None
+    packed_weight: PackedDense | PackedCoded
+
+    def frozen_format(self) -> FrozenWeight:
+        """Return the layer's packed weight."""
+        return self.packed_weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.packed_weight.matmul(x)
+        return y if self.bias is None else y + self.bias.to(y.dtype)
+
+    def original(self) -> nn.Module:
+        """Return the replaced layer, with its values."""
+        raise NotImplementedError
+
+
+class PackedLinear(_Packed):
+    """Linear layer ``y = W x + bias`` with W packed, in the place of a layer whose weight loses its values.
+
+    ``source`` is that layer's class, ``like`` its weight without values. Adapters are added to it in place. No name
+    here may be one of `AdaptedSite`, whose `packed` and `unpacked` it would hide.
+    """
+
+    def __init__(self, module: nn.Module, packed: PackedWeight) -> None:
+        super().__init__()
+        own = cast(nn.Parameter, module._parameters["weight"])
+        self.like = torch.empty_like(own, device="meta")
+        self.bias = module._parameters.get("bias")
+        self._stands_for = (module,)  # in a tuple, for it is no part of the model meanwhile
+        module._parameters["weight"] = nn.Parameter(self.like, requires_grad=own.requires_grad)
+        self.source, self.packed_weight = type(module), PackedDense(packed)
+        self.out_features, self.in_features = packed.shape
+
+    @property
+    def is_transposed(self) -> bool:
+        """True if the replaced layer stores Wᵀ (GPT-2's)."""
+        return issubclass(self.source, Conv1D)
+
+    @property
+    def weight(self) -> Tensor:
+        """Weight in the layout of the replaced layer: unpacked, a copy."""
+        dense = self.packed_weight.dense()
+        return dense.T if self.is_transposed else dense
+
+    def original(self) -> nn.Module:
+        [module] = self._stands_for
+        learns = cast(Tensor, module._parameters["weight"]).requires_grad
+        module._parameters["weight"] = nn.Parameter(self.weight.contiguous(), requires_grad=learns)
+        return module
+
+
+class PackedQuantLinear(_Packed):
+    """Linear layer ``y = W x + bias`` with the codes of W packed, in the place of a quantized layer that loses them.
+
+    ggml's blocks stay where they are: they hold the scales too, and are usually pages of a mapped file.
+    """
+
+    packed_weight: PackedCoded
+
+    def __init__(self, module: QuantLinear, packed: PackedCodes) -> None:
+        super().__init__()
+        self.bias = module.bias
+        self._stands_for = (module,)
+        if not isinstance(module.bound(), GgmlWeight):
+            module.weight = torch.empty_like(module.weight, device="meta")
+        self.is_transposed, self.packed_weight = module.is_transposed, PackedCoded(packed)
+        self.out_features, self.in_features = packed.shape
+
+    def original(self) -> QuantLinear:
+        [module] = self._stands_for
+        codes = unpacked_codes(cast(CodedWeight, module.bound()), self.packed_weight.packed)
+        if codes is not None:
+            module.weight = codes.view(module.weight.dtype).view(module.weight.shape)
+        return module
+
+
+@dataclass(frozen=True, slots=True)
+class PlainProduct:
+    """Frozen weight in its own layout, with the product of a packed one, for rows of a dtype on another device."""
+
+    weight: FrozenWeight
+    dtype: torch.dtype
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Shape (o, i)."""
+        return self.weight.shape
+
+    def matmul(self, x: Tensor, *, onto: Tensor | None = None, out: Tensor | None = None) -> Tensor:
+        """Return ``onto + W x``, written into ``out`` if given."""
+        y = self.weight.matmul(x)
+        y = y if onto is None else y + onto
+        return y if out is None else out.copy_(y)
+
+
+class PackedGroup:
+    """Layers that read the same x: their weights concatenated if they fill whole panels, and each alone."""
+
+    def __init__(self, parts: Sequence[Packed] | Sequence[PlainProduct]) -> None:
+        self.heights = [part.shape[0] for part in parts]
+        packed = [part for part in parts if not isinstance(part, PlainProduct)]
+        joins = len(packed) > 1 and all(height % PANEL == 0 for height in self.heights)
+        self.whole = _joined(packed) if joins and len({_kind(part) for part in packed}) == 1 else None
+        each = cast("Sequence[Packed]", parts)  # the step in C++, which reads their panels, is of the CPU alone
+        self.parts = list(each) if self.whole is None else _parts(self.whole, self.heights)
+
+
+def _kind(packed: Packed) -> tuple[torch.dtype, int, int]:
+    coding, unit = (packed.coding_number, packed.unit) if isinstance(packed, PackedCodes) else (0, 0)
+    return packed.dtype, coding, unit
+
+
+def _joined(parts: Sequence[Packed]) -> Packed:
+    shape = (sum(part.shape[0] for part in parts), parts[0].shape[1])
+    return replace(parts[0], panels=torch.cat([part.panels for part in parts]), shape=shape)
+
+
+def _parts(whole: Packed, heights: Sequence[int]) -> list[Packed]:
+    row = whole.panels.numel() // whole.shape[0]
+    panels = torch.split(whole.panels, [height * row for height in heights])
+    return [replace(whole, panels=part, shape=(o, whole.shape[1])) for part, o in zip(panels, heights, strict=True)]
+
+
+def pack_group(model: PreTrainedModel, paths: Sequence[str], *, give_up: bool) -> PackedGroup | None:
+    """Return the packed weights of some layers; None if they differ in kind or dtype, or if that dtype cannot be
+    packed. On another device they stay as they are, and the group is None if it has no kernel for pairs.
+
+    ``give_up``: the layers become `PackedLinear` or `PackedQuantLinear`, and their own storage is freed, except for a
+    weight that is also a table of embeddings.
+    """
+    modules = [model.get_submodule(path) for path in paths]
+    if model.device.type != "cpu":
+        plain = [PlainProduct(frozen_weight(module), model.dtype) for module in modules]
+        return PackedGroup(plain) if model.dtype in ROWS and "triton" in backends("pairs.add") else None
+    parts = [_packed(frozen_weight(module), model.dtype) for module in modules]
+    found = [part for part in parts if part is not None]
+    if len(found) < len(modules) or len({part.dtype for part in found}) > 1:
+        return None
+    group = PackedGroup(found)
+    table = model.get_input_embeddings()._parameters.get("weight")
+    for path, module, part in zip(paths, modules, group.parts, strict=True) if give_up else ():
+        if isinstance(module, QuantLinear):
+            if isinstance(part, PackedCodes):
+                model.set_submodule(path, PackedQuantLinear(module, part))
+        elif isinstance(part, PackedWeight) and module._parameters["weight"] is not table:
+            model.set_submodule(path, PackedLinear(module, part))
+    return group
+
+
+def _packed(weight: FrozenWeight, dtype: torch.dtype) -> Packed | None:
+    """A weight for rows of ``dtype``; None where it is not packed.
+
+    Codes have no packed form if their width is no multiple of 16: the values that they stand for are packed instead.
+    A narrow `BlockWeight` then stays as it is, since it is decoded in tiles.
+    """
+    if isinstance(weight, DenseWeight):
+        dense = weight.dense()
+        return PackedWeight.pack(dense) if dense.dtype in ROWS else None
+    if not isinstance(weight, CodedWeight) or dtype not in ROWS or weight.compute_dtype not in (None, dtype):
+        return None
+    packed = packed_codes(weight, dtype)
+    stays = isinstance(weight, BlockWeight) and weight.is_narrow
+    return PackedWeight.pack(weight.dense(dtype)) if packed is None and not stays else packed
+
+
+def unpack(model: PreTrainedModel) -> None:
+    """Restore the own weights of a model's layers that gave them up, bit for bit."""
+    for path, module in list(model.named_modules()):
+        if isinstance(module, _Packed):
+            model.set_submodule(path, module.original())
+
+
+def is_packed(module: nn.Module) -> bool:
+    """Return True if a layer has only a packed weight."""
+    return isinstance(module, _Packed)

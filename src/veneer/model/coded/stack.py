@@ -1,0 +1,120 @@
+"""Weights of a layer's experts in codes, in place of the one parameter that held them all."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from veneer.model.coded.module import CodedModule
+from veneer.model.cut_weight import is_part
+from veneer.quant.spec import StorageSpec
+from veneer.quant.stack import DenseStack, StackSpec
+from veneer.records.frozen import FrozenStack
+
+ORDER = "parameter_order"
+"""Attribute of experts in codes: the names of their parameters in the order of the class, which files rely on."""
+
+
+class CodedStack(CodedModule):
+    """Weights W (experts, o, i) in the storage format of ``spec``; a child of the experts, named as their parameter.
+
+    ``merged`` are the weights with adapters folded in, beside codes that cannot hold them.
+    """
+
+    def __init__(self, spec: StackSpec) -> None:
+        super().__init__(cast(StorageSpec, spec))
+        self.merged: Tensor | None = None
+
+    @property
+    def stack_spec(self) -> StackSpec:
+        """The specification of the weights."""
+        return cast(StackSpec, self.spec)
+
+    def stack(self) -> FrozenStack:
+        """Return the weights that act."""
+        return self.coded() if self.merged is None else DenseStack(self.merged)
+
+    def coded(self) -> FrozenStack:
+        """Return the weights in codes."""
+        return self.stack_spec.bind(self.parts())
+
+    def take(self, tensors: Mapping[str, Tensor]) -> None:
+        """Set the weights from tensors by their names below the path of the experts.
+
+        Raises FormatError that lists every misfit.
+        """
+        spec, parts = self.stack_spec.from_disk(tensors)
+        self.fill(cast(StorageSpec, spec), parts)
+        self.carried = {key: tensor for key, tensor in tensors.items() if not spec.owns(key)}
+
+    def freeze_parts(self) -> None:
+        """Hold the tensors as frozen parameters that lie flat: processes have equal shares of any number of experts."""
+        super().freeze_parts()
+        for part in self._parameters.values():
+            cast(Tensor, part).data = cast(Tensor, part).flatten()
+
+    def _shaped(self, parts: dict[str, Tensor]) -> dict[str, Tensor]:
+        layout = self.spec.part_layout()
+        return {name: part if is_part(part) else part.view(layout[name][1]) for name, part in parts.items()}
+
+    def extra_repr(self) -> str:
+        return ", ".join(map(str, self.stack_spec.shape))
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        """The keys of the format lie below the path of the experts."""
+        own = prefix.removesuffix(".")
+        front = own[: own.rfind(".") + 1]
+        if not self.is_filled:
+            destination[own] = self.weight
+            return
+        if is_part(self.weight):  # as FSDP2 has it: each process its own part
+            destination |= {prefix + name: part for name, part in self.parts().items()}
+            return
+        disk = self.stack_spec.to_disk(self.parts()) | self.carried
+        destination |= {front + key: tensor for key, tensor in disk.items()}
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        """Nothing: the experts, below whose path the keys lie, hand them to `take`."""
+
+
+def parameter_names(module: nn.Module) -> tuple[str, ...]:
+    """Return the names of a module's own parameters in its order, stacks in codes among them."""
+    return tuple(vars(module).get(ORDER, module._parameters))
+
+
+def coded_stacks(module: nn.Module) -> dict[str, CodedStack]:
+    """Return a module's stacks in codes, by the names of the parameters that they stand for."""
+    return {name: child for name, child in module._modules.items() if isinstance(child, CodedStack)}
+
+
+def stack_of(module: nn.Module, name: str) -> FrozenStack:
+    """Return the weights (experts, o, i) of one of the module's stacks, dense or in codes."""
+    child = module._modules.get(name)
+    if isinstance(child, CodedStack):
+        return child.stack()
+    return DenseStack(as_maps(module, cast(Tensor, module._parameters[name])))
+
+
+def as_maps(module: nn.Module, value: Tensor) -> Tensor:
+    """Return a parameter as (…, o, i), or the inverse: transposed if the module keeps stacks as (experts, i, o)."""
+    return value.mT if value.ndim == 3 and getattr(module, "is_transposed", False) else value
+
+
+def map_shape(module: nn.Module, name: str) -> tuple[int, ...]:
+    """Return the shape of one of the module's parameters as (o, i) or (experts, o, i)."""
+    child = module._modules.get(name)
+    if isinstance(child, CodedStack):
+        return child.stack_spec.shape
+    return tuple(as_maps(module, cast(Tensor, module._parameters[name])).shape)
+
+
+def place_of(module: nn.Module, name: str) -> tuple[torch.device, torch.dtype]:
+    """Return device and dtype of one of the module's parameters; for codes the dtype of what they stand for."""
+    child = module._modules.get(name)
+    if isinstance(child, CodedStack):
+        return child.weight.device, child.stack_spec.dtype
+    value = cast(Tensor, module._parameters[name])
+    return value.device, value.dtype

@@ -1,0 +1,153 @@
+"""Activations kept if memory suffices, computed again if it does not: decided before every forward pass.
+
+The trace of a fused model shows before the first pass how many bytes its blocks save for the backward pass
+(`model.fused.saved_bytes`). In models that are not fused, or not traced, they are counted on the second block of the
+first pass, which is kept. On a CPU there are three ways: all is kept; checkpointed selectively; each block computed
+again. On a GPU there are two: all is kept, or each block is computed again from an input that waits in the host's
+memory. The latter is the idea of Unsloth's "unsloth" checkpointing. No way changes a gradient.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from veneer.model.fused.layout import LayoutMask
+from veneer.model.fused.saved_bytes import SavedBytes, traced_bytes, weights_of
+from veneer.model.memory.available import available_bytes
+from veneer.model.memory.checkpointing import checkpoint_fully, selective_contexts
+from veneer.model.memory.offload import ActivationOffload
+
+log = logging.getLogger(__name__)
+
+Way = Literal["kept", "selective", "recomputed"]
+SHARE = 0.5
+"""Of the memory that is free, what activations may take: the rest is for what else a step needs, and for others."""
+SELECTIVE_SHARE = 0.5
+"""Of what blocks keep, what selective checkpointing keeps at most (0.49 on fused blocks, bench/checkpointing.py)."""
+_REASONS: dict[Way, str] = {
+    "kept": "are kept",
+    "selective": "are checkpointed selectively",
+    "recomputed": "are computed again, block by block",
+}
+
+
+def checkpoint_as_needed(model: nn.Module) -> None:
+    """Switch gradient checkpointing on for a transformers model, keeping the activations that memory suffices for.
+
+    The model's own `gradient_checkpointing_disable` ends it. Every change of the choice is logged.
+    """
+    checkpoint_fully(model)
+    blocks: list[Any] = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
+    config = getattr(model, "config", None)
+    vocabulary = getattr(config, "vocab_size", None) or 0
+    plan = ActivationPlan(len(blocks), vocabulary, functools.partial(traced_bytes, model))
+    for index, block in enumerate(blocks):
+        block._gradient_checkpointing_func = BlockActivations(plan, block, index)
+
+
+class ActivationPlan:
+    """Way of keeping the activations of the current pass, one for all blocks of a model.
+
+    ``n_logits`` is the size of the vocabulary: float32 logits and their gradients are held in addition to the
+    activations. ``traced`` returns for hidden states the bytes a token that a block keeps; None if only a run can show
+    it.
+    """
+
+    def __init__(
+        self, n_blocks: int, n_logits: int, traced: Callable[[Tensor], float | None] = lambda hidden: None
+    ) -> None:
+        self.n_blocks, self.n_logits, self._traced = n_blocks, n_logits, traced
+        self.way: Way = "kept"
+        self.block_bytes: float | None = None  # a token, of one block
+        self._logged: Way | None = None
+        self._most_kept = 0  # tokens of the largest pass that was kept
+
+    def begin(self, hidden: Tensor, *, fused: bool = False) -> None:
+        """Choose a way for a pass over hidden states (…, width), ``fused`` or not.
+
+        Everything is kept until the bytes that a block keeps are known.
+        """
+        if self.block_bytes is None and fused:
+            self.block_bytes = self._traced(hidden)
+        if self.block_bytes is None:
+            return
+        n_tokens = hidden.numel() // hidden.shape[-1]
+        blocks = n_tokens * self.block_bytes * self.n_blocks
+        logits = n_tokens * self.n_logits * 2.0 * torch.float32.itemsize
+        free = available_bytes(hidden.device)
+        # Part of a pass that was kept the allocator may hold already: it is not free, and need not be.
+        room = free if n_tokens <= self._most_kept else SHARE * free
+        if blocks + logits <= room:
+            self.way, self._most_kept = "kept", max(n_tokens, self._most_kept)
+        else:
+            halved = hidden.device.type == "cpu" and SELECTIVE_SHARE * blocks + logits <= room
+            self.way, self._most_kept = "selective" if halved else "recomputed", 0
+        if self.way != self._logged:
+            log.info(
+                "activations %s: a pass of %s tokens would keep about %.2f GB, and %.2f GB are free",
+                _REASONS[self.way], f"{n_tokens:,}", (blocks + logits) / 1e9, free / 1e9,
+            )  # fmt: skip
+            self._logged = self.way
+
+    @contextmanager
+    def measuring(self, block: nn.Module, hidden: Tensor) -> Iterator[None]:
+        """Context in which a block runs, and the bytes that it keeps besides its weights are counted."""
+        saved = SavedBytes()
+        with saved:
+            yield
+        self.block_bytes = saved.without(weights_of(block)) * hidden.shape[-1] / hidden.numel()
+        self.begin(hidden)
+
+
+class BlockActivations:
+    """Function that transformers calls for one block in place of `torch.utils.checkpoint.checkpoint`."""
+
+    def __init__(self, plan: ActivationPlan, block: nn.Module, index: int) -> None:
+        self.plan, self.block, self.index = plan, block, index
+        self._again = False
+
+    @property
+    def is_selective(self) -> bool:
+        """True if the block checkpoints itself selectively now. The first block does not: a pass begins there."""
+        return self.plan.way == "selective" and self.index > 0 and not self._again
+
+    def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """The block's output, its activations kept or not as the plan says."""
+        if torch.compiler.is_compiling():  # a graph holds one way
+            return checkpoint(function, *args, use_reentrant=False, **kwargs)
+        hidden: Tensor = args[0] if args else kwargs["hidden_states"]
+        if self.index == 0:
+            given = (*args, *kwargs.values(), *getattr(function, "keywords", {}).values())  # bound by transformers
+            self.plan.begin(hidden, fused=any(isinstance(argument, LayoutMask) for argument in given))
+        if self.plan.block_bytes is None:
+            with self.plan.measuring(self.block, hidden) if self.index == 1 else nullcontext():
+                return function(*args, **kwargs)
+        if self.plan.way == "kept":
+            return function(*args, **kwargs)
+        if self.is_selective:
+            return checkpoint(function, *args, use_reentrant=False, context_fn=selective_contexts, **kwargs)
+        place: Any = ActivationOffload(nn.Module(), "host") if hidden.is_cuda else nullcontext()
+        with place:
+            return checkpoint(self._recomputed(function), *args, use_reentrant=False, **kwargs)
+
+    def _recomputed(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """The function, which finds the block as it is now when it runs again, whatever a later pass has chosen."""
+
+        @functools.wraps(function)
+        def run(*args: Any, **kwargs: Any) -> Any:
+            before, self._again = self._again, True
+            try:
+                return function(*args, **kwargs)
+            finally:
+                self._again = before
+
+        return run

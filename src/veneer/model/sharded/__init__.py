@@ -1,0 +1,1 @@
+"""Weights that are cut over processes, and made whole or dense again."""

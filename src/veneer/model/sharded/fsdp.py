@@ -1,0 +1,35 @@
+"""Blocks of a decoder handed to torch's FSDP2, and kept from DDP."""
+
+from __future__ import annotations
+
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+from veneer.model.coded.module import CodedModule
+
+
+def mesh(device: str, n: int, shard: int) -> DeviceMesh:
+    """Return the processes that share a copy with this one: neighbours, which are on one machine where those fit."""
+    return init_device_mesh(device, (n // shard, shard), mesh_dim_names=("copy", "shard"))["shard"]
+
+
+def cut_block(block: nn.Module, mesh: DeviceMesh, whole: set[nn.Parameter]) -> None:
+    """Cut the weights of a block over a mesh, but for those that stay ``whole``."""
+    for module in block.modules():
+        if isinstance(module, CodedModule):
+            module.freeze_parts()
+    fully_shard(block, mesh=mesh, ignored_params=whole, reshard_after_forward=True)
+
+
+def join(holder: nn.Module, mesh: DeviceMesh, whole: set[nn.Parameter]) -> None:
+    """Let the module that holds the blocks that are cut run them; nothing of its own is cut."""
+    fully_shard(holder, mesh=mesh, ignored_params=whole, reshard_after_forward=True)  # one order to prefetch in
+
+
+def leave_to_fsdp(model: nn.Module) -> None:
+    """Let DDP neither send nor reduce the weights that are cut."""
+    names = [name for name, parameter in model.named_parameters() if isinstance(parameter, DTensor)]
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, names)  # type: ignore[no-untyped-call]

@@ -1,0 +1,166 @@
+"""Frozen weights of a decoder's blocks, cut over processes by torch's FSDP2. Whatever trains stays whole.
+
+A block's weights are gathered when it runs, forward and backward, and cut again after it. They have no gradients, so
+nothing is reduced. Trained weights are plain tensors, averaged by those who average them without sharding
+(pytorch#157917): optimizers, clipping and checkpoints never see a part. Quantized weights are gathered as their codes.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch
+from torch import distributed, nn
+from transformers import PreTrainedModel
+
+from veneer.errors import ConfigError, DescriptionError
+from veneer.model.blueprint.describe import blocks_of
+from veneer.model.coded.module import CodedModule
+from veneer.model.coded.packed_linear import is_packed
+
+Model = TypeVar("Model", bound=PreTrainedModel)
+FIRST_TORCH_WITH_CODES = (2, 12)  # whose FSDP2 takes frozen integers (pytorch#177844)
+
+
+def shard_base(model: Model, shard: int | None = None, *, device: str | None = None) -> Model:
+    """Cut the frozen weights of a model's blocks, in place, so that ``shard`` processes share one copy.
+
+    None: all processes share one; 1 leaves the model as it is. Attach the adapter before, and wrap the model in
+    ``DistributedDataParallel(model, broadcast_buffers=False)`` after: it averages what trains and leaves the rest.
+    ``device``: the kind that the parts move to, such as ``cuda``; by default they stay where the weights are.
+
+    Raises ConfigError if ``shard`` does not divide the processes, or if the model cannot be cut.
+    """
+    n = _n_processes()
+    shard = n if shard is None else shard
+    if shard < 1 or n % shard:
+        raise ConfigError(f"shard {shard} must divide the {n} processes: each copy of the base is cut over as many")
+    if shard == 1:
+        return model
+    _, blocks = _parts(model)
+    cutter = BaseCutter(shard, device or next(blocks.parameters()).device.type)
+    cutter.cut(model)
+    leave_apart(model)
+    return model
+
+
+class BaseCutter:
+    """Cuts a base over processes of which ``shard`` share one copy, whole or block by block while it is loaded.
+
+    A base that is cut while it is loaded gets its adapter afterwards, and then `leave_apart`.
+    """
+
+    def __init__(self, shard: int, device: str) -> None:
+        self._shard, self.device = shard, device
+        self._mesh: Any = None  # made once: each has groups of its own
+
+    def cut(self, model: PreTrainedModel) -> None:
+        """Cut the blocks that are not cut yet. Raises ConfigError if the model cannot be cut."""
+        holder, blocks = _parts(model)
+        trained = {parameter for parameter in model.parameters() if parameter.requires_grad}
+        if self._mesh is None:
+            _require_cuttable(model, blocks, trained)
+        for block in blocks:
+            if not is_cut(block):
+                self._cut_block(block, trained)
+        inside = {parameter for block in blocks for parameter in block.parameters()}
+        whole = trained.union(parameter for parameter in model.parameters() if parameter not in inside)
+        from veneer.model.sharded.fsdp import join  # one process never needs FSDP2
+
+        join(holder, self._mesh, whole)
+
+    def take(self, model: PreTrainedModel, block: nn.Module) -> None:
+        """Cut a block of a model that is being loaded, whose weights are there and will not be trained."""
+        if self._mesh is None:
+            _require_cuttable(model, _parts(model)[1], set())
+        self._cut_block(block.requires_grad_(False), set())
+
+    def _cut_block(self, block: nn.Module, whole: set[nn.Parameter]) -> None:
+        from veneer.model.sharded.fsdp import cut_block, mesh  # one process never needs FSDP2
+
+        if self._mesh is None:
+            self._mesh = mesh(self.device, _n_processes(), self._shard)
+        cut_block(block, self._mesh, whole)
+
+
+def leave_apart(model: nn.Module) -> None:
+    """Let DDP neither send nor reduce the weights that are cut."""
+    from veneer.model.sharded.fsdp import leave_to_fsdp  # one process never needs FSDP2
+
+    leave_to_fsdp(model)
+
+
+@contextmanager
+def gathered(block: nn.Module) -> Iterator[None]:
+    """Context in which all weights of a block are whole. All processes that share a copy enter it together."""
+    if not is_cut(block):
+        yield
+        return
+    block.unshard()  # type: ignore[operator]
+    try:
+        yield
+    finally:
+        block.reshard()  # type: ignore[operator]
+
+
+def _n_processes() -> int:
+    return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
+
+
+def is_cut(model: nn.Module) -> bool:
+    """Return True if FSDP2 has cut weights of the model."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")  # nothing is cut where nobody has imported it
+    return fsdp is not None and any(isinstance(module, fsdp.FSDPModule) for module in model.modules())
+
+
+def require_whole(model: nn.Module, work: str) -> None:
+    """Raise ConfigError if the base is cut, for ``work`` that needs all of it."""
+    if is_cut(model):
+        raise ConfigError(
+            f"{work} needs a whole base, and the blocks of this one are cut over processes: save the adapter, and run "
+            "`veneer merge` (or load the two) in one process"
+        )
+
+
+def _parts(model: PreTrainedModel) -> tuple[nn.Module, nn.ModuleList]:
+    try:
+        return blocks_of(model)
+    except DescriptionError as error:
+        raise ConfigError(f"the base cannot be cut over processes: {error}. Train with strategy ddp") from error
+
+
+def _require_cuttable(model: nn.Module, blocks: nn.ModuleList, trained: set[nn.Parameter]) -> None:
+    """Raise ConfigError for a model that is cut already or trains all of a block, for shared weights, an old torch."""
+    if is_cut(model):
+        raise ConfigError("the base is cut over processes already: load it anew to cut it otherwise")
+    if any(map(is_packed, blocks.modules())):
+        raise ConfigError(
+            "weights of the blocks are packed, as serving keeps them, and packed ones cannot be cut: load the base for "
+            "training, or unpack it"
+        )
+    frozen = [_frozen(block, trained) for block in blocks]
+    if not any(frozen):
+        raise ConfigError("no weight of the blocks is frozen, and only frozen ones are cut: train with strategy ddp")
+    of_blocks, everywhere = sum(frozen, Counter[object]()), _frozen(model, trained)
+    in_several = any(count > 1 for count in Counter(weight for each in frozen for weight in each).values())
+    if in_several or any(everywhere[weight] > count for weight, count in of_blocks.items()):
+        raise ConfigError(
+            "blocks of this base share weights with one another or with other modules, and such weights cannot be cut: "
+            "train with strategy ddp"
+        )
+    coded = any(isinstance(weight, CodedModule) for weight in of_blocks)
+    release = tuple(int(part) for part in torch.__version__.split(".")[:2])
+    if coded and release < FIRST_TORCH_WITH_CODES:
+        raise ConfigError(f"a quantized base is cut from torch 2.12 on, and this is {torch.__version__}: update torch")
+
+
+def _frozen(module: nn.Module, trained: set[nn.Parameter]) -> Counter[object]:
+    """Frozen weights below a module, and how often each is named; a module in codes stands for its tensors."""
+    named = [each for _, each in module.named_modules(remove_duplicate=False)]
+    plain = [weight for each in named for weight in each._parameters.values()]
+    coded = [each for each in named if isinstance(each, CodedModule)]
+    return Counter([*coded, *(weight for weight in plain if weight is not None and weight not in trained)])

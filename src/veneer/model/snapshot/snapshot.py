@@ -1,0 +1,95 @@
+"""Snapshot of a model: its modules by path, their kinds, and those that share one weight."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from veneer.contract import LinearMethod
+from veneer.contract.targets import ModuleIndex
+from veneer.model.adapted.embedding import input_embeddings
+from veneer.model.adapted.kinds import Kind, kind_of
+from veneer.model.adapted.site import own_parameter
+from veneer.model.blueprint.names import CLASSIFIERS
+from veneer.plain.module_names import matches_any
+from veneer.records.sites import LinearSite
+
+_HOLDERS = {"adapters", "copies"}
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """Facts of a ``model``, read once.
+
+    ``modules`` of the base by path, without those that adapters added; ``kinds`` of those that can be adapted.
+    ``tied``: the input embeddings, then the modules that share their weight. ``heads``: the output head and
+    classification heads. ``model_type`` is that of transformers, ``base_name`` the source from which the model was
+    loaded.
+    """
+
+    model: nn.Module
+    modules: Mapping[str, nn.Module]
+    kinds: Mapping[str, Kind]
+    tied: tuple[str, ...]
+    heads: tuple[str, ...]
+    model_type: str
+    base_name: str
+
+    def sites(self, paths: Sequence[str]) -> list[LinearSite]:
+        """Return the sites of the modules that can be adapted, described by their shapes alone."""
+        return [self.kinds[path].site(path, self.modules[path]) for path in paths]
+
+    def wholes(self) -> ModuleIndex:
+        """Return the module paths, and those of modules that hold parameters."""
+        own = tuple(path for path, module in self.modules.items() if module._parameters)
+        return ModuleIndex(all_names=tuple(self.modules), adaptable=own, all_linear=(), called="Modules with weights")
+
+    def index(self, method: LinearMethod | None = None) -> ModuleIndex:
+        """Return the module paths, and those that a method (None: any) can adapt."""
+        known = {path for path, kind in self.kinds.items() if method is None or kind.name in method.kinds}
+        linear = (path for path, kind in self.kinds.items() if kind.name == "linear")
+        return ModuleIndex(
+            all_names=tuple(self.modules),
+            adaptable=tuple(path for path in self.modules if path in known),
+            all_linear=tuple(path for path in linear if path not in self.heads),
+        )
+
+
+def look_at(model: nn.Module) -> Snapshot:
+    """Return a snapshot of a model, with or without adapters on it."""
+    modules = {path: m for path, m in model.named_modules() if path and not _HOLDERS & set(path.split(".")[1:])}
+    kinds = {path: kind for path, module in modules.items() if (kind := kind_of(module)) is not None}
+    whole = model if isinstance(model, PreTrainedModel) else None
+    head = None if whole is None else whole.get_output_embeddings()
+    config: Any = getattr(model, "config", None)
+    return Snapshot(
+        model=model,
+        modules=modules,
+        kinds=kinds,
+        tied=() if whole is None else _tied(modules, input_embeddings(whole)),
+        heads=tuple(path for path, module in modules.items() if module is head or path in CLASSIFIERS),
+        model_type=str(getattr(config, "model_type", "")),
+        base_name=str(getattr(config, "name_or_path", "")),
+    )
+
+
+def shortest_names(index: ModuleIndex, chosen: tuple[str, ...]) -> tuple[str, ...]:
+    """Return the last parts of the paths if they match exactly these modules, otherwise the paths."""
+    endings = tuple(sorted({path.rpartition(".")[2] for path in chosen}))
+    meant = {name for name in index.all_names if matches_any(name, endings)}
+    return endings if meant == set(chosen) else chosen
+
+
+def _tied(modules: Mapping[str, nn.Module], table: nn.Module | None) -> tuple[str, ...]:
+    if table is None:
+        return ()
+    weight = own_parameter(table, "weight")
+    first = (path for path, module in modules.items() if module is table)
+    sharing = (
+        path for path, module in modules.items() if weight is not None and own_parameter(module, "weight") is weight
+    )
+    return tuple(dict.fromkeys((*first, *sharing)))

@@ -1,0 +1,173 @@
+"""Progress on stderr: bars and spinners if it is a terminal that can draw them, plain lines otherwise."""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from contextvars import ContextVar
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import Progress, ProgressColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+from veneer.plain.units import duration
+
+LINE_SECONDS = 5.0  # between two plain lines
+QUIET_SECONDS = 1.0  # of a wait before its first plain line
+Tell = Callable[[int, int], None]
+_WAIT: ContextVar[_Spinner | _Lines | None] = ContextVar("_WAIT", default=None)
+
+
+def draws_bars(console: Console) -> bool:
+    """Return True if the console is a terminal that can redraw a line: no file, no pipe, no dumb terminal."""
+    return console.is_terminal and not console.is_dumb_terminal
+
+
+@contextmanager
+def progress_bar(title: str, *columns: ProgressColumn, opens_with: str | None = None) -> Iterator[Tell]:
+    """Show a bar while the block runs. The block moves it by the function that it gets: steps done, and their total.
+
+    The bar appears with the first step, so that another may come and go before it; until then it is a wait for
+    ``title``. If no bar can be drawn, a line reports the steps every ``LINE_SECONDS``. A block of less than
+    ``QUIET_SECONDS`` prints nothing but ``opens_with``, if given, which replaces the wait. Of several processes, which
+    torchrun numbers, the first one prints.
+    """
+    # this file and no other: what takes long may have sys.stderr redirected
+    console = _stderr()
+    if opens_with is not None:
+        waiting_over()
+    with waits_told(title) if opens_with is None else nullcontext():
+        if not draws_bars(console):
+            if opens_with is not None:
+                _say(console, opens_with)
+            yield _lines(title, console)
+            return
+        progress = Progress(*columns, console=console, transient=True)
+        task = progress.add_task(title, total=None)
+        if opens_with is not None:
+            progress.start()
+
+        def tell(done: int, total: int) -> None:
+            waiting_over()
+            progress.start()
+            progress.update(task, completed=done, total=total)
+
+        try:
+            yield tell
+        finally:
+            progress.stop()
+
+
+def _lines(title: str, console: Console) -> Tell:
+    began = told = time.monotonic()
+    first: int | None = None  # the steps done when the first one was reported, from which the time left follows
+
+    def tell(done: int, total: int) -> None:
+        nonlocal began, told, first
+        waiting_over()
+        now = time.monotonic()
+        if first is None:
+            first, began = done, now
+        if now - told >= LINE_SECONDS:
+            told = now
+            left = f", {duration((now - began) / (done - first) * (total - done))} left" if done > first else ""
+            _say(console, f"{title} {done}/{total}{left}")
+
+    return tell
+
+
+def _say(console: Console, line: str) -> None:
+    console.print(line, soft_wrap=True, markup=False)
+
+
+@contextmanager
+def waits_told(what: str) -> Iterator[None]:
+    """Report a wait for ``what`` on stderr while the block runs: by a spinner, or by lines after ``QUIET_SECONDS``.
+
+    `waiting_for` names the next work, and `waiting_over` ends the report before the block ends. A wait inside of
+    another names that one's work. Of several processes, which torchrun numbers, the first one prints.
+    """
+    outer = _WAIT.get()
+    if outer is not None:
+        before, outer.what = outer.what, what
+        try:
+            yield
+        finally:
+            outer.what = before
+        return
+    console = _stderr()
+    wait = _Spinner(what, console) if draws_bars(console) and not console.quiet else _Lines(what, console)
+    token = _WAIT.set(wait)
+    try:
+        yield
+    finally:
+        _WAIT.reset(token)
+        wait.end()
+
+
+def waiting_for(what: str) -> None:
+    """Name the work that runs from here on. Outside of `waits_told` it is not printed."""
+    wait = _WAIT.get()
+    if wait is not None:
+        wait.what = what
+
+
+def waiting_over() -> None:
+    """End the report of a wait, if there is one: from here on others print, or a bar is drawn."""
+    wait = _WAIT.get()
+    if wait is not None:
+        wait.end()
+
+
+class _Spinner:
+    """A line that turns while it is waited, and that vanishes. Other lines on stderr go above it."""
+
+    def __init__(self, what: str, console: Console) -> None:
+        columns = SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()
+        # stdout is left alone: a pipe may read it
+        self._progress = Progress(*columns, console=console, transient=True, redirect_stdout=False)
+        self._task, self._what = self._progress.add_task(escape(what), total=None), what
+        self._progress.start()
+
+    @property
+    def what(self) -> str:
+        """Work that is waited for."""
+        return self._what
+
+    @what.setter
+    def what(self, what: str) -> None:
+        self._what = what
+        self._progress.update(self._task, description=escape(what))
+
+    def end(self) -> None:
+        """Remove the line."""
+        self._progress.stop()
+
+
+class _Lines:
+    """A thread that prints what is waited for, and for how long so far."""
+
+    def __init__(self, what: str, console: Console) -> None:
+        self.what, self._console, self._over = what, console, threading.Event()
+        self._thread = threading.Thread(target=self._tell, daemon=True)
+        self._thread.start()
+
+    def end(self) -> None:
+        """Nothing is printed behind this."""
+        self._over.set()
+        self._thread.join()
+
+    def _tell(self) -> None:
+        began, pause = time.monotonic(), QUIET_SECONDS
+        while not self._over.wait(pause):
+            _say(self._console, f"{self.what} ({time.monotonic() - began:.0f} s so far)")
+            pause = LINE_SECONDS
+
+
+def _stderr() -> Console:
+    """The console of stderr; quiet in all but the first of several processes."""
+    return Console(file=sys.stderr, highlight=False, quiet=os.environ.get("RANK", "0") != "0")

@@ -1,0 +1,40 @@
+"""Ray Serve's choice of a replica, by the homes of the adapter that a request names."""
+
+from __future__ import annotations
+
+from ray.serve.request_router import PendingRequest, RequestRouter, RunningReplica
+
+from veneer.ray.serving.rendezvous import Traffic, order
+from veneer.serve.http.call import Call
+
+
+class AdapterRouter(RequestRouter):  # type: ignore[misc]
+    """Router that sends a request where its adapter is. One for the base goes to the least loaded replica.
+
+    Loads are Ray's: the requests that a replica has of all ingresses, as it last said, and those sent since.
+    """
+
+    def initialize_state(self) -> None:
+        """Begin without any traffic."""
+        self._traffic = Traffic()
+
+    async def choose_replicas(
+        self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
+    ) -> list[list[RunningReplica]]:
+        """Return the replicas for a request, best first, each a rank of its own."""
+        replicas = {replica.replica_id.unique_id: replica for replica in candidate_replicas}
+        queues = self.replica_queue_len_cache
+        loads = {id: queues.get(replica.replica_id) or 0 for id, replica in replicas.items()}
+        name = _name_of(pending_request)
+        if name is None:
+            return [[replicas[id]] for id in order("", loads, len(loads))]
+        if pending_request is not None and not pending_request.routing_context.should_backoff:  # its first try
+            pending_request.routing_context.should_backoff = True
+            self._traffic.add(name)
+        return [[replicas[id]] for id in order(name, loads, self._traffic.n_homes(name, len(loads)))]
+
+
+def _name_of(pending: PendingRequest | None) -> str | None:
+    """The name that a request is sent by; None for the base, and for what Ray asks itself."""
+    call = pending.args[0] if pending is not None and pending.args else None
+    return call.name if isinstance(call, Call) else None

@@ -1,0 +1,260 @@
+"""Formula of `records.LinearDelta`: applied, folded and composed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from veneer.errors import CompositionError
+from veneer.plain.autocast import without_autocast
+from veneer.records.deltas import LinearDelta
+from veneer.records.frozen import FrozenWeight
+from veneer.records.terms.in_order import in_order
+from veneer.records.terms.scale import Scale
+from veneer.records.terms.term import RowsProduct
+
+BLOCK_VALUES = 1 << 18
+
+
+def apply_linear(
+    delta: LinearDelta,
+    x: Float[Tensor, "*batch i"],
+    weight: FrozenWeight,
+    bias: Float[Tensor, " o"] | None = None,
+    added_input: Float[Tensor, "*batch i"] | None = None,
+) -> Float[Tensor, "*batch o"]:
+    """Return the adapted layer's output, in the dtype of the base product.
+
+    ``added_input`` replaces `entered` x as the input of what is added to the weight: dropout acts there. The record's
+    terms are computed in the record's dtype (float32 on a 16-bit base, unless autocast says otherwise). They are
+    rounded once, at the end: a scale of 1.005, itself rounded to 16 bits, would act as 1.0078.
+    """
+    return _apply(delta, [(delta, added_input)], x, weight, bias)
+
+
+def apply_linear_sum(
+    deltas: Sequence[LinearDelta],
+    x: Float[Tensor, "*batch i"],
+    weight: FrozenWeight,
+    bias: Float[Tensor, " o"] | None,
+    added_inputs: Sequence[Float[Tensor, "*batch i"] | None],
+) -> Float[Tensor, "*batch o"]:
+    """Return `apply_linear` of the composed records (`compose_linear`), each with an input of its own.
+
+    Raises CompositionError if they cannot act together.
+    """
+    return _apply(compose_linear(deltas, bias), list(zip(deltas, added_inputs, strict=True)), x, weight, bias)
+
+
+def _apply(
+    whole: LinearDelta,
+    parts: Sequence[tuple[LinearDelta, Tensor | None]],
+    x: Tensor,
+    weight: FrozenWeight,
+    bias: Tensor | None,
+) -> Tensor:
+    """The base product with the terms of ``parts`` added and everything else taken from ``whole``, rounded once."""
+    base_input = entered(whole, x)
+    y = base = weight.matmul(base_input)
+    for part, own_input in parts:
+        source = base_input if own_input is None else own_input
+        for term in part.adds:
+            y = y + term.apply(source if term.takes_dropout else base_input)
+    return _finished(whole, y, bias).to(base.dtype)
+
+
+def apply_projected(
+    whole: LinearDelta,
+    products: Sequence[Float[Tensor, "*batch o"]],
+    base: Float[Tensor, "*batch o"],
+    bias: Float[Tensor, " o"] | None = None,
+) -> Float[Tensor, "*batch o"]:
+    """Return `apply_linear_sum`, given the ``products`` of the changes of the weight, and W x as ``base``.
+
+    ``whole`` is `compose_linear` of the records. Convolutions are applied so, without laying out their patches.
+    """
+    return _finished(whole, sum(products, base), bias).to(base.dtype)
+
+
+def entered(delta: LinearDelta, x: Float[Tensor, "*batch i"]) -> Float[Tensor, "*batch i"]:
+    """Return the input of the weight, in x's dtype. The term itself is never rounded to that dtype."""
+    if delta.input is None:
+        return x
+    with without_autocast(x.device):
+        return delta.input.apply(x).to(x.dtype)
+
+
+def _finished(whole: LinearDelta, y: Tensor, bias: Tensor | None) -> Tensor:
+    """The map of the outputs and then the bias."""
+    if whole.output is not None:
+        with without_autocast(y.device):
+            y = whole.output.apply(y)
+    offset = bias if whole.bias is None else whole.bias
+    return y if offset is None else y + offset
+
+
+def apply_embedding(
+    delta: LinearDelta,
+    token_ids: Int[Tensor, "*batch"],
+    looked_up: Float[Tensor, "*batch o"],
+    padding_idx: int | None = None,
+    linear: RowsProduct = torch.nn.functional.linear,
+) -> Float[Tensor, "*batch o"]:
+    """Return the adapted embedding's output, given the output of the frozen table.
+
+    It is `apply_linear` on one-hot rows, computed by look-up. A table that multiplies its output (Gemma's) needs a
+    record that is multiplied likewise (`LinearDelta.with_adds_times`). As in torch's embedding, the column of a change
+    at the token ``padding_idx`` gets no gradient. ``linear`` multiplies rows by a factor of a term.
+
+    Raises CompositionError for a record that rotates its inputs: a row would be a mix of other rows.
+    """
+    if delta.input is not None and delta.input_scale is None:
+        raise CompositionError(
+            "the adapter rotates the inputs of an embedding, which are tokens: adapt linear layers with it"
+        )
+    y = looked_up
+    for term in delta.adds:
+        y = y + term.look_up(token_ids, padding_idx, linear)
+    if delta.input_scale is not None:
+        y = y * delta.input_scale[token_ids][..., None]
+    if delta.output is not None:
+        y = delta.output.apply(y)
+    return (y if delta.bias is None else y + delta.bias).to(looked_up.dtype)
+
+
+def fold_linear(
+    delta: LinearDelta,
+    weight: Float[Tensor, "*experts o i"],
+    bias: Float[Tensor, " o"] | None = None,
+    dtype: torch.dtype | None = None,
+) -> tuple[Float[Tensor, "*experts o i"], Float[Tensor, " o"] | None]:
+    """Return ``output (W + Σ adds) input`` and the bias, in ``dtype`` (None: W's).
+
+    It is computed in at least float32, and outside of autograd a block of rows at a time. Pairs and scales need no
+    matrix as large as W but the result. A change is made whole, and a rotation of outputs needs all rows.
+    """
+    dtype = dtype or weight.dtype
+    if torch.is_grad_enabled() or weight.numel() <= BLOCK_VALUES:
+        folded = _fold(delta, weight).to(dtype)
+    else:
+        folded = torch.empty_like(weight, dtype=dtype)
+        places = row_blocks(weight)
+        for rows, block in zip(places, fold_blocks(delta, (weight[rows] for rows in places), dtype), strict=True):
+            folded[rows] = block
+    new_bias = bias if delta.bias is None else delta.bias
+    return folded, None if new_bias is None else new_bias.to(dtype)
+
+
+def fold_blocks(
+    delta: LinearDelta, weight: Iterable[Float[Tensor, "k *rest"]], dtype: torch.dtype
+) -> Iterator[Float[Tensor, "k *rest"]]:
+    """Yield the weight of `fold_linear` block by block, from blocks of rows (or experts) given in order.
+
+    No block is kept unless outputs are rotated.
+    """
+    if delta.output is not None and delta.output_scale is None:
+        blocks = list(weight)
+        yield from torch.split(_fold(delta, torch.cat(blocks)).to(dtype), [len(block) for block in blocks])
+        return
+    first, made = 0, list[Tensor]()
+    for block in weight:
+        rows = slice(first, first + len(block))
+        wide = torch.promote_types(block.dtype, torch.float32)
+        made = made or [change.dense(wide) for change in delta.changes]
+        yield _fold(_of_rows(delta, rows), block, [change[rows] for change in made]).to(dtype)
+        first = rows.stop
+
+
+def row_blocks(weight: Float[Tensor, "n *rest"]) -> list[slice]:
+    """Return slices of the rows of a weight (of stacked weights: the experts), of about `BLOCK_VALUES` values each."""
+    n_rows = max(1, BLOCK_VALUES // max(1, weight[0].numel()))
+    return [slice(start, start + n_rows) for start in range(0, weight.shape[0], n_rows)]
+
+
+def _fold(delta: LinearDelta, weight: Tensor, made: Sequence[Tensor] = ()) -> Tensor:
+    """``made`` are changes as matrices, beside those of the record."""
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    folded = weight.to(wide)
+    for term in delta.adds:
+        folded = folded + term.dense(wide)
+    for matrix in made:
+        folded = folded + matrix
+    if delta.input is not None:
+        folded = delta.input.fold_input(folded)
+    return folded if delta.output is None else delta.output.fold_output(folded)
+
+
+def _of_rows(delta: LinearDelta, rows: slice) -> LinearDelta:
+    """The pair and scales of a record for some rows of the weight, or for some of its experts."""
+    pair, output = delta.low_rank, delta.output
+    return LinearDelta(
+        adds=() if pair is None else (pair.of_rows(rows),),
+        input=delta.input,
+        output=output.of_rows(rows) if isinstance(output, Scale) else None,
+    )
+
+
+def compose_linear(deltas: Sequence[LinearDelta], bias: Float[Tensor, " o"] | None = None) -> LinearDelta:
+    """Return one record that acts as all of them together on one layer with the bias given.
+
+    Changes of the weight are summed. Pairs are concatenated along the rank, which is their exact sum. Records that only
+    scale and rotate act one after the other: each on the layer that those before it have made. So the last one's map of
+    inputs comes first. A record that adds to the weight has no sum with these.
+
+    Raises CompositionError if the sum is not a LinearDelta.
+    """
+    if len(deltas) == 1:
+        return deltas[0]
+    around = [d for d in deltas if not d.only_adds]
+    if around and any(d.adds or (d.bias is not None and d.output is None) for d in deltas):
+        raise CompositionError(
+            f"{len(deltas)} adapters are active on one layer and {len(around)} of them scale or rotate its inputs or "
+            "outputs (DoRA, IA3, OFT); such an update has no sum with one that adds to the layer. Activate one of them "
+            "at a time, merge one first, or combine them with add_weighted_adapter."
+        )
+    return LinearDelta(
+        adds=tuple(term for d in deltas for term in d.adds),
+        input=in_order([d.input for d in reversed(deltas) if d.input is not None]),
+        output=in_order([d.output for d in deltas if d.output is not None]),
+        bias=_mapped_bias(deltas, bias) if around else _sum_of_biases(deltas, bias),
+    )
+
+
+def row_norms(delta: LinearDelta, weight: FrozenWeight, weight_row_sq: Float[Tensor, " o"]) -> Float[Tensor, " o"]:
+    """Return the Euclidean norms of the rows of ``W + scale B A``, given those of W squared, without forming ``B A``.
+
+    For each row w of W and b of B:
+
+    ``|w + s b A|² = |w|² + 2 s b·(A w) + s² b (A Aᵀ) bᵀ``
+
+    This takes a product of W with r rows and one of size (o, r, r).
+    """
+    pair = delta.low_rank
+    if pair is None:
+        return weight_row_sq.sqrt()
+    a, b = pair.a, pair.plain_b
+    cross = (weight.matmul(a).to(b.dtype).T * b).sum(dim=1)
+    square = ((b @ (a @ a.T)) * b).sum(dim=1)
+    total = weight_row_sq.to(b.dtype) + 2 * pair.scale * cross + pair.scale**2 * square
+    return total.clamp_min(0).sqrt()
+
+
+def _mapped_bias(deltas: Sequence[LinearDelta], bias: Tensor | None) -> Tensor | None:
+    """The layer's bias under the maps of outputs of those records that have one of their own; None if none has."""
+    maps = [d.output for d in deltas if d.bias is not None and d.output is not None]
+    if bias is None or not maps:
+        return None
+    for each in maps:
+        bias = each.apply(bias)
+    return bias
+
+
+def _sum_of_biases(deltas: Sequence[LinearDelta], bias: Tensor | None) -> Tensor | None:
+    """The layer's bias with every record's change to it added."""
+    if all(d.bias is None for d in deltas):
+        return None
+    own = torch.zeros(()) if bias is None else bias
+    return own + sum((d.bias - own for d in deltas if d.bias is not None), torch.zeros((), device=own.device))

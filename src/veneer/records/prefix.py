@@ -1,0 +1,36 @@
+"""Formula of PrefixDeltas, one for each attention layer, and their form on disk."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from veneer.records.deltas import PrefixDelta
+from veneer.records.sites import AttentionSite
+
+
+def unflatten_prefix(flat: Float[Tensor, "n width"], sites: Sequence[AttentionSite]) -> tuple[PrefixDelta, ...]:
+    """Return the records of one matrix with a row for each virtual token: keys of layer 0, its values, keys of layer 1,
+    …
+    """
+    sizes = [site.kv_heads * site.head_dim for site in sites for _ in range(2)]
+    chunks = torch.split(flat, sizes, dim=1)
+    return tuple(
+        PrefixDelta(
+            k=keys.reshape(-1, site.kv_heads, site.head_dim), v=values.reshape(-1, site.kv_heads, site.head_dim)
+        )
+        for site, keys, values in zip(sites, chunks[0::2], chunks[1::2], strict=True)
+    )
+
+
+def flatten_prefix(records: Sequence[PrefixDelta]) -> Float[Tensor, "n width"]:
+    """Return the matrix of the records: the inverse of `unflatten_prefix`."""
+    return torch.cat([part.flatten(1) for record in records for part in (record.k, record.v)], dim=1)
+
+
+def prefix_width(sites: Sequence[AttentionSite]) -> int:
+    """Return the count of numbers in one virtual token: ``Σ 2 kv_heads head_dim`` over the layers."""
+    return sum(2 * site.kv_heads * site.head_dim for site in sites)

@@ -1,0 +1,174 @@
+"""Layouts of adapter files: if two files differ in values alone, the second is read and packed by a table.
+
+Reading an adapter of a new layout examines every tensor: its place, its shape, its packing. All of that follows from
+its config and the header of its file. A file may hold nothing but low-rank factors, as LoRA's does. The next one of
+the same config and header then takes a few calls for each megabyte.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from io import FileIO
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from veneer.contract.file import CONFIG_FILE, WEIGHTS_FILE
+from veneer.disk.safetensors_header import MAX_HEADER_BYTES, PREFIX_BYTES
+from veneer.ops.pairs import Factor, pack_factors
+from veneer.plain.lru import LruCache
+from veneer.serve.program.block import VersionBlock
+from veneer.serve.program.block_layout import BlockLayout
+from veneer.serve.program.products import OwnChanges
+from veneer.store.checkpoint import is_finite
+
+_KEPT = 512  # layouts
+_AT_ONCE = 1 << 20  # bytes of a file: they are looked at and packed while they lie in a core's cache
+
+Head = tuple[str, bytes]
+"""The config of an adapter, and all that stands in its file in front of the values."""
+_UNREAD = ("base_model_name_or_path", "revision", "lora_dropout", "peft_version")  # settings that change no layout
+
+
+class Layouts:
+    """Layouts of adapters that have been read, limited to those used last. For any thread."""
+
+    def __init__(self) -> None:
+        self._known: LruCache[Head, _Layout] = LruCache(_KEPT)
+        self._memory: dict[torch.dtype, Tensor] = {}  # values are read into it, those of all layouts
+        self._lock = threading.Lock()  # of that memory
+
+    def read(self, folder: Path) -> VersionBlock | None:
+        """Return an adapter's block; None if its layout is new, or if something is wrong that a full read reports."""
+        if self._known:
+            with suppress(OSError, ValueError), _opened(folder) as (head, file), self._lock:
+                layout = self._known.get(head)
+                return None if layout is None else layout.read(file)
+        return None
+
+    def learn(self, folder: Path, block: VersionBlock, factors: Sequence[Factor]) -> None:
+        """Store the layout of an adapter packed from ``factors``, if reading by its table gives the same values."""
+        with self._lock:
+            layout = _layout_of(block, factors, self._memory)
+        if layout is None:
+            return
+        with suppress(OSError, ValueError), _opened(folder) as (head, file), self._lock:
+            again = layout.read(file)
+            if again is None or not torch.equal(block.memory, again.memory):
+                return  # its files were replaced meanwhile
+            self._known.put(head, layout)
+
+
+@contextmanager
+def _opened(folder: Path) -> Iterator[tuple[Head, FileIO]]:
+    """An adapter's head, and its file at the first value. Raises ValueError for a config that is no JSON."""
+    config = _config_of(json.loads((folder / CONFIG_FILE).read_bytes()))
+    with (folder / WEIGHTS_FILE).open("rb", buffering=0) as file:
+        prefix = file.read(PREFIX_BYTES)
+        n = int.from_bytes(prefix, "little")
+        yield (config, prefix + (file.read(n) if n <= MAX_HEADER_BYTES else b"")), file
+
+
+def _config_of(read: Any) -> str:
+    """A config without what changes no layout, as text; PEFT writes the modules of a set in any order. Patterns keep
+    theirs: the first that is found counts.
+
+    Raises ValueError for what is no config.
+    """
+    if not isinstance(read, dict):
+        raise ValueError("no mapping")
+    fields = sorted((name, value) for name, value in read.items() if name not in _UNREAD)
+    return json.dumps({name: sorted(map(str, v)) if isinstance(v, list) else v for name, v in fields})
+
+
+@dataclass(frozen=True, slots=True)
+class _Stretch:
+    """Neighbours in a file: the memory that their values are read into, and each with the bytes of its panels."""
+
+    values: Tensor
+    factors: list[tuple[Factor, slice]]
+
+
+@dataclass(frozen=True, slots=True)
+class _Layout:
+    """A file's stretches, and the layout of the block that is made of it, whose values are of one dtype."""
+
+    stretches: list[_Stretch]
+    block: BlockLayout
+    dtype: torch.dtype
+
+    def read(self, file: FileIO) -> VersionBlock | None:
+        """The values that follow, packed; None where there are fewer or more of them, or not all are finite."""
+        block = VersionBlock(self.block, self.block.room())
+        room = block.memory.view(self.dtype)
+        for stretch in self.stretches:
+            n_read = file.readinto(stretch.values.view(torch.uint8).numpy().data)
+            if n_read != stretch.values.nbytes or not is_finite(stretch.values):
+                return None
+            pack_factors([factor._replace(panels=room[place]) for factor, place in stretch.factors])
+        return None if file.read(1) else block
+
+
+def _layout_of(block: VersionBlock, factors: Sequence[Factor], memory: dict[torch.dtype, Tensor]) -> _Layout | None:
+    """The layout of the file that these factors are parts of; None where they are not all that is in it, or some of the
+    changes are more than their pairs. Values are read into ``memory``, which is made larger if it is too small.
+    """
+    ordered = sorted(factors, key=lambda factor: factor.rows.storage_offset())
+    changes = [change.own for change in block.layout.changes if change is not None]
+    one_dtype = len({factor.panels.dtype for factor in factors}) == 1
+    if not one_dtype or not _fill_one_memory([factor.rows for factor in ordered]) or not all(map(_is_plain, changes)):
+        return None
+    parts = list(_parts(ordered))
+    rows, longest = ordered[0].rows, max(sum(factor.rows.numel() for factor in part) for part in parts)
+    if rows.dtype not in memory or len(memory[rows.dtype]) < longest:
+        memory[rows.dtype] = rows.new_empty(max(longest, _AT_ONCE // rows.itemsize))
+    stretches = [_stretch(part, memory[rows.dtype], block.memory.data_ptr()) for part in parts]
+    return _Layout(stretches, block.layout, ordered[0].panels.dtype)
+
+
+def _is_plain(own: OwnChanges) -> bool:
+    return own.only_adds and own.pairs is not None and own.pairs.middle is None
+
+
+def _fill_one_memory(tensors: Sequence[Tensor]) -> bool:
+    """Return True for tensors of one dtype that lie one behind the other in a piece of memory, and leave none of it."""
+    if not tensors:
+        return False
+    first, memory = tensors[0], tensors[0].untyped_storage()
+    ends = accumulate((x.numel() for x in tensors), initial=0)
+    return sum(x.nbytes for x in tensors) == memory.nbytes() and all(
+        x.dtype == first.dtype and x.is_contiguous() and x.storage_offset() == end
+        and x.untyped_storage().data_ptr() == memory.data_ptr()
+        for x, end in zip(tensors, ends, strict=False)
+    )  # fmt: skip
+
+
+def _parts(ordered: Sequence[Factor]) -> Iterator[list[Factor]]:
+    """Neighbours that are read together."""
+    part, n_bytes = list[Factor](), 0
+    for factor in ordered:
+        if part and n_bytes + factor.rows.nbytes > _AT_ONCE:
+            yield part
+            part, n_bytes = [], 0
+        part.append(factor)
+        n_bytes += factor.rows.nbytes
+    yield part
+
+
+def _stretch(factors: Sequence[Factor], memory: Tensor, block: int) -> _Stretch:
+    """``block``: the address of the block in which the factors are packed."""
+    found, at = list[tuple[Factor, slice]](), 0
+    for factor in factors:
+        n, panels = factor.rows.numel(), factor.panels
+        rows = memory[at : at + n].view(factor.rows.shape)
+        start = (panels.data_ptr() - block) // panels.itemsize
+        found.append((factor._replace(rows=rows, panels=rows), slice(start, start + panels.numel())))
+        at += n
+    return _Stretch(memory[:at], found)

@@ -1,0 +1,189 @@
+"""Versions of adapters: the current contents of folders, identified by a hash."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import math
+import stat
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from veneer.contract.file import CONFIG_FILE, WEIGHTS_FILE
+from veneer.contract.source import adapter_folder
+from veneer.disk.stamp import stamp_of
+from veneer.errors import CompositionError, ConfigError, FormatError
+from veneer.plain.lru import LruCache
+from veneer.serve.schedule.adapter_version import AdapterVersion
+from veneer.serve.schedule.lora_request import LoRARequest
+from veneer.store.adapter.config import read_config
+from veneer.store.adapter.files import read_headers
+from veneer.store.merge_record import merged_adapters, require_not_merged
+from veneer.store.named_base import GivenBase
+
+_LOG = logging.getLogger(__name__)
+_KEPT = 1 << 16  # folders, about a kilobyte each
+_Stamp = tuple[tuple[int, ...], ...]
+
+
+class Versions:
+    """Versions by folder; a folder is read again only if it has changed (by device, inode, times and size).
+
+    ``max_rank`` refuses adapters of a higher rank; None takes any. ``value_bytes`` is the size of a value of a loaded
+    adapter; None: as it is stored. Adapters that were merged into ``base``, the model's folder, are refused. Raises
+    FormatError if its list of them cannot be read. Adapters that name another base than ``served`` have a warning.
+    """
+
+    def __init__(
+        self,
+        max_rank: int | None = None,
+        value_bytes: int | None = None,
+        base: Path | None = None,
+        served: GivenBase | None = None,
+    ) -> None:
+        self._max_rank, self._value_bytes, self._base = max_rank, value_bytes, base
+        self._served = served or GivenBase()
+        self.n_warned = 0
+        if base is not None:
+            merged_adapters(base)
+        self._seen: LruCache[str, tuple[_Stamp, AdapterVersion]] = LruCache(_KEPT)
+        self._stamped: LruCache[_Stamp, AdapterVersion] = LruCache(_KEPT)  # links are the files that they lead to
+
+    def of(self, request: LoRARequest) -> AdapterVersion:
+        """Return the version at a request's path, or that of its mix.
+
+        Raises FormatError if there is none, ConfigError for too high a rank, and CompositionError if it is in the base
+        already. A mix raises the errors of each part, and CompositionError for one that acts from its invocation tokens
+        on.
+        """
+        if request.parts:
+            return _mix([(self.of(part), weight) for part, weight in request.parts])
+        folder = adapter_folder(request.lora_path)
+        version = self._read(folder)
+        if self._max_rank is not None and version.rank > self._max_rank:
+            raise ConfigError(
+                f"adapter {request.lora_name!r} has rank {version.rank} and max_lora_rank is {self._max_rank}: raise "
+                "it, or leave it out, for ranks need no limit here"
+            )
+        return version
+
+    def seen(self, folder: Path) -> AdapterVersion | None:
+        """Return the version that was found last in a folder, whose files are not looked at."""
+        known = self._seen.get(str(folder))
+        return None if known is None else known[1]
+
+    def known(self, folder: Path) -> AdapterVersion | None:
+        """Return the version in a folder if it was read before, there or by another path; None if its files are new.
+
+        Raises FormatError if there is no adapter.
+        """
+        stamp = _stamp(folder)
+        seen = self._seen.get(str(folder))
+        return seen[1] if seen is not None and seen[0] == stamp else self._stamped.get(stamp)
+
+    def require_unchanged(self, version: AdapterVersion) -> None:
+        """Raise FormatError if the files no longer have the version's content."""
+        if version.parts:
+            for part, _ in version.parts:
+                self.require_unchanged(part)
+        elif self._read(Path(version.folder)).id != version.id:
+            raise FormatError(f"the adapter in {version.folder} was replaced while it was waited for: ask again")
+
+    def _read(self, folder: Path) -> AdapterVersion:
+        stamp, key = _stamp(folder), str(folder)
+        known = self._seen.get(key)
+        if known is not None and known[0] == stamp:
+            return known[1]
+        same = self._stamped.get(stamp)
+        version = self._hashed(folder) if same is None else replace(same, folder=key)
+        self._seen.put(key, (stamp, version))
+        self._stamped.put(stamp, version)
+        if version.warning:
+            self.n_warned += 1
+            _LOG.warning("%s: %s", folder, version.warning)
+        return version
+
+    def _hashed(self, folder: Path) -> AdapterVersion:
+        if self._base is not None:
+            require_not_merged(self._base, folder)
+        digest = hashlib.sha256()
+        for name in (CONFIG_FILE, WEIGHTS_FILE):
+            with (folder / name).open("rb") as file:
+                digest.update(hashlib.file_digest(file, "sha256").digest())
+        return replace(self.unread(folder), id=f"v{digest.hexdigest()[:32]}")
+
+    def unread(self, folder: Path) -> AdapterVersion:
+        """Return what the config and the header of an adapter say, without an ``id``, which needs all of its content.
+
+        Raises FormatError, and CompositionError for an adapter that a request cannot ask for.
+        """
+        config = read_config(folder)
+        if config.by_sequence:
+            raise CompositionError(
+                f"the adapter in {folder} ({config.peft_type}) depends on the whole of a sequence, which the engine "
+                "computes in parts: generate with the model itself"
+            )
+        if config.n_tasks > 1:
+            raise CompositionError(
+                f"the adapter in {folder} has {config.n_tasks} tasks, and a request names none: write the task that is "
+                "served as plain LoRA (veneer export as-lora --task N) if it changes weights"
+            )
+        return AdapterVersion(
+            id="",
+            folder=str(folder),
+            kind=config.peft_type,
+            rank=config.largest_rank,
+            n_front=config.virtual_tokens,
+            invocation=config.invocation_tokens,
+            n_bytes=stored_bytes(folder, self._value_bytes),
+            warning=self._served.warning(config.base_model_name_or_path),
+        )
+
+
+def _mix(parts: Sequence[tuple[AdapterVersion, float]]) -> AdapterVersion:
+    """The version of a weighted sum: named by what is in it, whatever the order, equal files counted together."""
+    versions, weights = dict[str, AdapterVersion](), dict[str, float]()
+    for version, weight in parts:
+        if version.invocation:
+            raise CompositionError(
+                f"the adapter in {version.folder} acts from its invocation tokens on, so it has no sum with others: "
+                "ask for this adapter by itself"
+            )
+        versions[version.id] = version
+        weights[version.id] = weights.get(version.id, 0.0) + weight
+    ids = sorted(versions)
+    digest = hashlib.sha256(repr([(id, weights[id]) for id in ids]).encode())
+    return AdapterVersion(
+        id=f"v{digest.hexdigest()[:32]}",
+        kind="mix",
+        rank=sum(version.rank for version in versions.values()),
+        n_front=sum(version.n_front for version in versions.values()),
+        n_bytes=sum(version.n_bytes for version in versions.values()),
+        warning="; ".join(dict.fromkeys(version.warning for version in versions.values() if version.warning)),
+        parts=tuple((versions[id], weights[id]) for id in ids),
+    )
+
+
+def stored_bytes(folder: Path, value_bytes: int | None = None) -> int:
+    """Return the bytes of an adapter's tensors, as they are stored or with so many bytes a value, from its header.
+
+    Raises FormatError as `read_headers` does.
+    """
+    tensors = read_headers(folder).values()
+    return sum(t.nbytes if value_bytes is None else value_bytes * math.prod(t.shape) for t in tensors)
+
+
+def _stamp(folder: Path) -> _Stamp:
+    found = []
+    for name in (CONFIG_FILE, WEIGHTS_FILE):
+        try:
+            told = (folder / name).stat()
+            if not stat.S_ISREG(told.st_mode):  # a folder of that name, or a pipe, which would be waited for
+                raise FileNotFoundError(name)
+        except OSError as error:
+            raise FormatError(
+                f"{folder} holds no {name}, so it is not an adapter: give the folder it was saved to"
+            ) from error
+        found.append(stamp_of(told))
+    return tuple(found)

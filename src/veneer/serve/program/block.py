@@ -1,0 +1,81 @@
+"""Block of memory with all that a version changes at linear layers, in a layout that equal versions share.
+
+The step in C++ takes a block in by its address and its layout. Objects of single groups of layers are made only when
+torch needs them.
+"""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from veneer.ops.pairs import Factor
+from veneer.plain.lru import LruCache
+from veneer.serve.program.block_layout import BlockLayout, GroupChange, Laying, part
+from veneer.serve.program.products import OwnChanges
+
+
+@dataclass(slots=True, eq=False)
+class VersionBlock:
+    """Changes of one version at all groups of layers."""
+
+    layout: BlockLayout
+    memory: Tensor
+    _made: dict[int, OwnChanges] = field(default_factory=dict, init=False)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its pages, and of the tensors beside them."""
+        return self.memory.nbytes + -self.memory.nbytes % mmap.PAGESIZE + self.layout.n_beside
+
+    def __iter__(self) -> Iterator[OwnChanges | None]:
+        """Yield the changes at each group."""
+        return (self.own(group) for group in range(len(self.layout.changes)))
+
+    def own(self, group: int) -> OwnChanges | None:
+        """Return the changes at a group; None if there are none."""
+        made = self._made.get(group)
+        if made is None and (change := self.change(group)) is not None:
+            made = self._made[group] = change.own
+        return made
+
+    def change(self, group: int) -> GroupChange | None:
+        """Return the changes at a group with those that the step takes; None if there are none."""
+        return None if self.layout.changes[group] is None else self.layout.change(group, self.memory)
+
+
+class Blocks:
+    """Maker of blocks. It keeps the layouts that were used last, so that equal ones are one. For any thread."""
+
+    def __init__(self, most: int) -> None:
+        self._layouts: LruCache[bytes, BlockLayout] = LruCache(most)
+
+    def layout(self, key: bytes) -> BlockLayout | None:
+        """Return the layout of a key, if it is known."""
+        return self._layouts.get(key)
+
+    def shared(self, layout: BlockLayout) -> BlockLayout:
+        """Return a layout, or the equal one that is known."""
+        if not layout.text:
+            return layout
+        known = self._layouts.get(layout.key) or layout
+        self._layouts.put(layout.key, known)
+        return known
+
+    def block(
+        self, changes: Sequence[GroupChange | None], factors: Sequence[Factor]
+    ) -> tuple[VersionBlock, list[Factor]]:
+        """Return the block of a version, and the factors that were packed for it with their places in the block.
+
+        Factors on another device have none: they stay beside it.
+        """
+        laying = Laying(changes)
+        layout = self.shared(laying.layout)
+        block = VersionBlock(layout, layout.room())
+        for x, offset in laying.placed:
+            part(block.memory, offset, x).copy_(x.detach())
+        placed = [f for f in factors if f.panels.is_cpu]
+        return block, [f._replace(panels=part(block.memory, laying.offset_of(f.panels), f.panels)) for f in placed]

@@ -1,0 +1,199 @@
+"""Layout of a block: all that a version changes at linear layers but for the values, and where each tensor lies.
+
+Adapters that differ in values alone have equal layouts. A text says all of a layout, so that it may lie beside a block
+in a file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import mmap
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields, is_dataclass
+from typing import Any, cast, get_type_hints
+
+import torch
+from torch import Tensor
+
+from veneer.ops.cpu.step import LayerChange
+from veneer.ops.linear.layer import NOTHING
+from veneer.ops.packed import PackedWeight
+from veneer.ops.pairs import Middle, PackedPairs
+from veneer.ops.terms import LayerTerms, PackedTerm
+from veneer.plain.field_types import fits
+from veneer.plain.tensor_tree import bytes_of, mapped
+from veneer.records.deltas import LinearDelta
+from veneer.records.terms.scale import Scale
+from veneer.serve.program.form import form_of, name_of, of_form
+from veneer.serve.program.products import OwnChanges
+
+_ALIGNMENT = 64  # bytes, a line of a core's cache; the first one is left free, so that no tensor's offset is 0
+_BESIDE = -1
+_ODD = (ValueError, TypeError, LookupError, AttributeError, StopIteration, RuntimeError, ArithmeticError)
+"""Errors of a text that is no layout: it may be any JSON, of any depth, with numbers of any size."""
+
+
+@dataclass(frozen=True, slots=True)
+class GroupChange:
+    """Changes of one version at a group of layers, and those of each layer besides its pairs as the step takes them.
+
+    ``step`` is empty if there are only pairs. It is None if the step does not support one of them.
+    """
+
+    own: OwnChanges
+    step: tuple[LayerChange, ...] | None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class BlockLayout:
+    """Changes without values, and for each group the offsets of its tensors in the order of `mapped`, in bytes.
+
+    A tensor without an offset is the one in ``changes``. Such a layout belongs to one version. ``n_bytes`` are those of
+    a block, ``n_beside`` those of tensors without an offset. ``text`` is empty if it could not say all;
+    ``key`` is its SHA-256.
+    """
+
+    changes: tuple[GroupChange | None, ...]
+    offsets: tuple[tuple[int, ...], ...]
+    n_bytes: int
+    n_beside: int = 0
+    text: bytes = b""
+    key: bytes = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "key", hashlib.sha256(self.text).digest())
+
+    @classmethod
+    def parse(cls, text: bytes) -> BlockLayout:
+        """Return the layout that a text says. Raises ValueError if it says none."""
+        try:
+            layout = cls._parsed(text)
+            memory = torch.empty(layout.n_bytes, dtype=torch.uint8, device="meta")
+            for group in range(len(layout.changes)):
+                layout.change(group, memory)
+        except _ODD as error:
+            raise ValueError(f"its layout says no block: {error}") from error
+        return layout
+
+    @classmethod
+    def _parsed(cls, text: bytes) -> BlockLayout:
+        """The layout of a text whose parts are of the kinds that a layout has."""
+        form, offsets, n_bytes = json.loads(text)
+        changes = [of_form(each, _KINDS) for each in form]
+        layout = cls(cast(Any, tuple(changes)), tuple(map(tuple, offsets)), n_bytes, 0, text)
+        hints = get_type_hints(cls)
+        known = all(fits(getattr(layout, name), hints[name]) for name in ("changes", "offsets", "n_bytes"))
+        if not known or len(changes) != len(offsets):
+            raise ValueError("there are parts that no layout has")
+        if [form_of(change) for change in changes] != form:
+            raise ValueError("there are parts beyond those of a layout")
+        if any(_BESIDE in each for each in layout.offsets):
+            raise ValueError("there is a tensor beside the block")
+        return layout
+
+    def room(self) -> Tensor:
+        """Return zeros for a block, in pages of their own, which the system has back when nothing refers to them."""
+        if not self.n_bytes:
+            return torch.empty(0, dtype=torch.uint8)
+        return torch.frombuffer(mmap.mmap(-1, self.n_bytes), dtype=torch.uint8)
+
+    def change(self, group: int, memory: Tensor) -> GroupChange | None:
+        """Return the changes of a block at a group; None if there are none."""
+        offsets = iter(self.offsets[group])
+
+        def placed(x: Tensor) -> Tensor:
+            offset = next(offsets)
+            return x if offset == _BESIDE else part(memory, offset, x)
+
+        change = mapped(self.changes[group], placed)
+        if next(offsets, None) is not None:
+            raise ValueError("there are offsets of no tensor")
+        return change
+
+
+class Laying:
+    """Tensors of a version that get places one behind the other; each memory gets one."""
+
+    def __init__(self, changes: Sequence[GroupChange | None]) -> None:
+        self.placed: list[tuple[Tensor, int]] = []
+        self._n_bytes, self._seen = _ALIGNMENT, dict[tuple[object, ...], int]()
+        self._offsets: list[list[int]] = []
+        bare = tuple(self._bare(change) for change in changes)
+        offsets, n_bytes = tuple(map(tuple, self._offsets)), self._n_bytes if self.placed else 0
+        n_beside = bytes_of(bare)  # of tensors without an offset, and of what parts hold that are no tensors
+        is_whole = not n_beside and not any(_BESIDE in each for each in offsets)
+        text = json.dumps(([form_of(change) for change in bare], offsets, n_bytes)).encode() if is_whole else b""
+        self.layout = BlockLayout(bare, offsets, n_bytes, n_beside, text)
+
+    def offset_of(self, x: Tensor) -> int:
+        """Return the offset of a tensor that has a place, or is part of one that has."""
+        memory = x.new_empty(0).set_(x.untyped_storage())
+        return self._seen[_place(memory)] + int(x.storage_offset()) * x.itemsize
+
+    def _bare(self, change: GroupChange | None) -> GroupChange | None:
+        self._offsets.append([])
+        return mapped(change, self._put)
+
+    def _put(self, x: Tensor) -> Tensor:
+        if not (x.layout == torch.strided and x.is_cpu and x.is_contiguous()):
+            self._offsets[-1].append(_BESIDE)
+            return x
+        place = _place(x)
+        if place not in self._seen:
+            self._seen[place] = self._n_bytes
+            self.placed.append((x, self._n_bytes))
+            self._n_bytes += x.nbytes + -x.nbytes % _ALIGNMENT
+        self._offsets[-1].append(self._seen[place])
+        return torch.empty_like(x, device="meta", requires_grad=False)
+
+
+def part(memory: Tensor, offset: int, like: Tensor) -> Tensor:
+    """Return the tensor at an offset of a block that is ``like`` another. Raises ValueError if it is not within it."""
+    if offset % like.itemsize or not 0 < offset <= len(memory) - like.nbytes:
+        raise ValueError(f"{like.nbytes} bytes at {offset} are not within a block of {len(memory)}")
+    return memory[offset : offset + like.nbytes].view(like.dtype).view(like.shape)
+
+
+def _place(x: Tensor) -> tuple[object, ...]:
+    return x.data_ptr(), x.shape, x.dtype
+
+
+def _maker(kind: Any) -> Callable[..., object]:
+    """A maker of objects of a kind from the values of its fields. It raises ValueError for values of other types."""
+    hints = get_type_hints(kind)
+    names = [each.name for each in fields(kind)] if is_dataclass(kind) else list(kind._fields)
+
+    def made(*values: Any) -> object:
+        given = dict(zip(names, values, strict=True))
+        wrong = [name for name, value in given.items() if not fits(value, hints[name])]
+        if wrong:
+            raise ValueError(f"there is a {kind.__name__} whose {wrong[0]} is of another type")
+        return kind(**given)
+
+    return made
+
+
+def _record(*values: Any) -> LinearDelta:
+    """A record; the one that changes nothing is known by identity."""
+    record = cast(LinearDelta, _maker(LinearDelta)(*values))
+    return NOTHING if record.changes_nothing else record
+
+
+_KINDS: dict[str, Callable[..., object]] = {
+    **{
+        name_of(kind): _maker(kind)
+        for kind in (
+            GroupChange,
+            OwnChanges,
+            Scale,
+            PackedPairs,
+            LayerChange,
+            PackedWeight,
+            Middle,
+            LayerTerms,
+            PackedTerm,
+        )
+    },
+    name_of(LinearDelta): _record,
+}

@@ -1,0 +1,212 @@
+"""Effects of an adapter at the instructions of a program, read from its folder; no model is modified.
+
+The general runner is the one that refuses invalid folders. If a part of an adapter has no place in the program,
+`UnsaidError` reports it, and the general runner serves the adapter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import cast
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from veneer.contract import MethodConfig
+from veneer.contract.keys import copy_key, rows_key, weight_keys
+from veneer.contract.places import Placed
+from veneer.errors import CompositionError, VeneerError
+from veneer.model.adapted.copies import own_parameters
+from veneer.model.coded.packed_linear import PackedLinear
+from veneer.model.placed.places import places_of, plan_of
+from veneer.model.snapshot.plan import AttachPlan
+from veneer.model.snapshot.snapshot import look_at
+from veneer.plain.lru import LruCache
+from veneer.plain.tensor_tree import in_own_memory
+from veneer.records.deltas import LinearDelta, PrefixDelta, PromptDelta, ResidualDelta
+from veneer.serve.program.program import Program
+from veneer.store.adapter.config import read_config
+from veneer.store.adapter.files import read_tensors
+from veneer.store.adapter.records import StoredAdapter, read_records
+from veneer.store.adapter.tensors import once_each
+
+TokenRows = tuple[Tensor, Tensor]
+_KEPT = 512  # configs whose places are kept
+
+
+class UnsaidError(VeneerError):
+    """Error for a part of an adapter that the program cannot express."""
+
+
+@dataclass(slots=True)
+class Effects:
+    """Records of an adapter by path, the ``table`` record of the embeddings, and its replacements of base parameters.
+
+    ``whole`` are parameters by path and name, W (o, i) if they are a layer's weight. ``rows`` are the index (n,) and
+    values (n, width) of single rows of the embeddings and the head. ``front``: a prefix's records, or a prompt's.
+    """
+
+    linear: dict[str, LinearDelta] = field(default_factory=dict)
+    table: LinearDelta | None = None
+    residual: dict[str, ResidualDelta] = field(default_factory=dict)
+    whole: dict[tuple[str, str], Tensor] = field(default_factory=dict)
+    rows: dict[str, TokenRows] = field(default_factory=dict)
+    front: tuple[PrefixDelta, ...] | PromptDelta | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Places:
+    config: MethodConfig
+    plan: AttachPlan
+    placed: Mapping[str, Placed]
+
+
+class Lookup:
+    """Places of adapters on a ``model``, looked up once for adapters of equal configs: most differ in values alone.
+
+    It is valid while no other adapter is attached to the model or detached from it.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+        self._seen: LruCache[str, _Places] = LruCache(_KEPT)  # by all that a config says
+
+    def of(self, config: MethodConfig) -> _Places:
+        """Return the places for a config. Raises TargetError if the model has none."""
+        key = repr(config)
+        found = self._seen.get(key)
+        if found is None or found.config != config:
+            snapshot = look_at(self.model)
+            plan = plan_of(snapshot, config, fresh=False)
+            found = _Places(config, plan, places_of(snapshot, plan))
+            self._seen.put(key, found)
+        return found
+
+
+def read_effects(lookup: Lookup, program: Program, folder: Path) -> Effects:
+    """Return the effects of a saved adapter.
+
+    Raises FormatError and TargetError as loading does, and `UnsaidError`. For an adapter that acts from its invocation
+    tokens on, the latter is a CompositionError: its tokens before are in pages of the program's layout.
+    """
+    config = read_config(folder)
+    try:
+        return _read_effects(lookup, program, folder, config)
+    except UnsaidError as reason:
+        if not config.invocation_tokens:
+            raise
+        raise CompositionError(
+            f"the adapter in {folder} acts from its invocation tokens on, and has {reason}, which the engine's program "
+            "does not support: start the engine with general_runner=True"
+        ) from reason
+
+
+def _read_effects(lookup: Lookup, program: Program, folder: Path, config: MethodConfig) -> Effects:
+    places = lookup.of(config)
+    stored = read_records(folder, places.placed, device=lookup.model.device)
+    found = Effects()
+    for path, record in stored.records.items():
+        _put(found, program, path, record)
+    plan = places.plan
+    if config.virtual_tokens:
+        if stored.others or config.modules_to_save:
+            raise UnsaidError(f"virtual tokens with {', '.join(stored.others[:3]) or config.modules_to_save}")
+        return found
+    if stored.others or plan.copied or plan.rows:
+        _put_others(found, lookup.model, program, stored, _Others(config, plan, once_each(read_tensors(folder))))
+    return found
+
+
+def _put(found: Effects, program: Program, path: str, record: object) -> None:
+    """A record in its place."""
+    if isinstance(record, LinearDelta) and path in program.linears:
+        found.linear[path] = _with_own_vectors(record)
+    elif isinstance(record, LinearDelta) and path == program.embedding.path:
+        found.table = in_own_memory(record)
+    elif isinstance(record, ResidualDelta) and path in program.sites:
+        found.residual[path] = record
+    elif isinstance(record, PromptDelta | tuple):
+        found.front = in_own_memory(record)
+    else:
+        raise UnsaidError(f"an update of {path}")
+
+
+def _with_own_vectors(record: LinearDelta) -> LinearDelta:
+    """A record of which all stays but the pair, when that has been packed and the file it was read from is let go."""
+    left = record.without_pair()
+    if left.changes_nothing:
+        return record
+    pair = () if record.low_rank is None else (record.low_rank,)
+    left = in_own_memory(left)
+    return replace(left, adds=(*pair, *left.adds))
+
+
+@dataclass(frozen=True, slots=True)
+class _Others:
+    config: MethodConfig
+    plan: AttachPlan
+    tensors: Mapping[str, Tensor]
+
+
+def _put_others(
+    found: Effects, model: PreTrainedModel, program: Program, stored: StoredAdapter, others: _Others
+) -> None:
+    """Whole parameters and single rows in their places; all of the file must have one."""
+    plan, tensors, left = others.plan, others.tensors, set(stored.others)
+    if others.config.extras.keeps_tie:
+        raise UnsaidError("parameters that stay tied")
+    for path, names in plan.copied.items():
+        for name in names:
+            key = copy_key(path, name, adapted=path in stored.records)
+            _put_whole(found, model, program, (path, name), tensors.get(key))
+            left.discard(key)
+    for place in plan.rows:
+        keys = [rows_key(path) for path in (place.path, *place.followers)]
+        _put_rows(found, program, (place.path, *place.followers), place.indices, tensors.get(keys[0]))
+        left -= set(keys)
+    for path in (program.embedding.path, program.head.linear.path):
+        for key in left & set(weight_keys(path)):
+            own = cast(Tensor, model.get_submodule(path).weight)
+            if tensors[key].shape != own.shape or not torch.equal(tensors[key].to(own.device, own.dtype), own):
+                _put_whole(found, model, program, (path, "weight"), tensors[key])
+            left.discard(key)
+    if left:
+        raise UnsaidError(f"{sorted(left)[0]} in its file")
+
+
+def _put_whole(
+    found: Effects, model: PreTrainedModel, program: Program, place: tuple[str, str], value: Tensor | None
+) -> None:
+    """A parameter of the adapter's own. A layer's bias is a record's."""
+    path, name = place
+    module = model.get_submodule(path)
+    own = dict(own_parameters(module)).get(name)
+    known = path in program.linears or path in program.norms or place == (program.embedding.path, "weight")
+    if value is None or own is None or value.shape != own.shape or not known:
+        raise UnsaidError(f"{path}.{name} of its own")
+    value = in_own_memory(value.to(model.device, own.dtype))
+    record = found.linear.get(path, LinearDelta())
+    if path in program.linears and name == "bias":
+        if record.bias is not None:
+            raise UnsaidError(f"two changes of the bias of {path}")
+        found.linear[path] = replace(record, bias=value)
+    elif path in program.linears and not record.only_scales:
+        raise UnsaidError(f"an update of {path}, whose weight is its own too")
+    else:
+        transposed = isinstance(module, Conv1D) or (isinstance(module, PackedLinear) and module.is_transposed)
+        found.whole[place] = value.T if transposed and name == "weight" else value
+
+
+def _put_rows(
+    found: Effects, program: Program, paths: tuple[str, ...], indices: tuple[int, ...], values: Tensor | None
+) -> None:
+    known = {program.embedding.path, program.head.linear.path}
+    shape = (len(indices), program.embedding.width)
+    if values is None or not set(paths) <= known or tuple(values.shape) != shape:
+        raise UnsaidError(f"rows of {paths[0]}")
+    for path in paths:
+        found.rows[path] = (torch.tensor(indices), in_own_memory(values))

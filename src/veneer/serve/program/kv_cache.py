@@ -1,0 +1,163 @@
+"""Keys and values of a program's layers in pages: appended to and attended to by the rows of a step.
+
+Two caches share one interface: pages of the kernels, and slots in plain torch if the kernels do not support a program.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from veneer.model.batch.paged import KeysValues, PagedStep, SeenKeys, SlotStore, Stretch, attend
+from veneer.model.blueprint.parts import Attention
+from veneer.ops import paged_attention as kernel
+from veneer.ops.attention import AttentionOptions
+from veneer.ops.dispatch import backends
+from veneer.serve.program.program import Program
+
+
+class KVCache(Protocol):
+    """Pages of all layers."""
+
+    def rows(self, stretches: Sequence[Stretch]) -> Any:
+        """Return the pages' positions of new tokens, and the keys that they attend to, for all layers of a step.
+
+        Their numbers are in host memory.
+        """
+
+    def append(self, layer: int, keys: Tensor, values: Tensor, rows: Any) -> None:
+        """Write the keys and values (n, kv_heads, width) of a step's rows into their positions in the pages."""
+
+    def attend(self, layer: int, queries: Tensor, rows: Any, part: Attention) -> Tensor:
+        """Return attention of queries (n, heads, width) to their sequences, as (n, heads · width).
+
+        The rows' own keys have been appended before.
+        """
+
+    def slots(self) -> SlotStore:
+        """Return the same pages in the layout of transformers' own code.
+
+        A page is used in one of the two layouts at a time.
+        """
+
+    def discard(self, pages: Sequence[int]) -> None:
+        """Free the memory of unused pages, if possible."""
+
+
+def make_cache(program: Program, n_pages: int, block: int, dtype: torch.dtype, device: torch.device) -> KVCache:
+    """Return empty pages for a program, which take memory when they are written to."""
+    heads = _heads_in_pages(program, block, dtype, device)
+    if heads is None:
+        return SlotCache(SlotStore(n_pages, block))
+    shape = (len(program.attentions), *heads)
+    return PageCache(kernel.PagedStore.zeros(n_pages, block, shape, dtype=dtype, device=device))
+
+
+def numbers_per_position(program: Program, block: int, dtype: torch.dtype, device: torch.device) -> int:
+    """Return the number of values that a token's keys and values take in `make_cache`, with the padding of heads."""
+    heads = _heads_in_pages(program, block, dtype, device)
+    if heads is None:
+        return program.numbers_per_position
+    return 2 * len(program.attentions) * heads[0] * kernel.padded(heads[1])
+
+
+def _heads_in_pages(program: Program, block: int, dtype: torch.dtype, device: torch.device) -> tuple[int, int] | None:
+    """Key heads of a layer and values of a head, where the kernels' pages take the program's."""
+    heads = {(part.heads.n_kv_heads, part.heads.head_dim) for part in program.attentions}
+    computed = device.type == "cpu" or "triton" in backends("paged_attention.attend")
+    fits = len(heads) == 1 and block % kernel.UNIT == 0 and dtype in kernel.DTYPES and computed
+    return heads.pop() if fits else None
+
+
+@dataclass(frozen=True, slots=True)
+class PageCache:
+    """Cache in the kernels' pages. ``tables`` are those of the last step."""
+
+    store: kernel.PagedStore
+    tables: kernel.PageTables = field(default_factory=kernel.PageTables)
+
+    def rows(self, stretches: Sequence[Stretch]) -> kernel.PagedRows:
+        return kernel.PagedRows.of(stretches, self.store, self.tables)
+
+    def append(self, layer: int, keys: Tensor, values: Tensor, rows: kernel.PagedRows) -> None:
+        kernel.append(self.store, layer, keys, values, rows)
+
+    def attend(self, layer: int, queries: Tensor, rows: kernel.PagedRows, part: Attention) -> Tensor:
+        options = AttentionOptions(scale=part.scale, window=part.window, softcap=part.softcap)
+        return kernel.paged_attention(self.store, layer, queries, rows, options).flatten(1)
+
+    def slots(self) -> SlotStore:
+        return SlotsInPages(self.store)
+
+    def discard(self, pages: Sequence[int]) -> None:
+        self.store.discard(pages)
+
+
+class SlotsInPages(SlotStore):
+    """Slots in the kernels' pages: for each layer all keys of a page, then all values."""
+
+    def __init__(self, store: kernel.PagedStore) -> None:
+        super().__init__(store.n_pages, store.block)
+        shape = (2 * store.n_layers, store.block, store.kv_heads, store.head_dim)
+        parts = store.data[:, : math.prod(shape)].view(store.n_pages, *shape).unbind(1)
+        self.layers = {layer: (parts[2 * layer], parts[2 * layer + 1]) for layer in range(store.n_layers)}
+
+    def write(self, layer: int, slots: Tensor, keys: Tensor, values: Tensor) -> None:
+        for kept, new in zip(self.layers[layer], (keys, values), strict=True):
+            kept[slots // self.block, slots % self.block] = new.to(kept.dtype)
+
+    def read(self, layer: int, slots: Tensor) -> KeysValues:
+        keys, values = self.layers[layer]
+        places = (slots // self.block, slots % self.block)
+        return keys[places], values[places]
+
+
+@dataclass(frozen=True, slots=True)
+class SlotRows:
+    """Rows of a pass by slots; ``seen`` are the keys that they attend to, by window, computed on first use."""
+
+    step: PagedStep
+    seen: dict[int | None, SeenKeys] = field(default_factory=dict)
+
+    def within(self, window: int | None) -> SeenKeys:
+        """Return the keys that a token attends to: its own and earlier ones, of the last ``window`` positions."""
+        if window not in self.seen:
+            self.seen[window] = SeenKeys(lambda _batch, _head, query, key: _near(query, key, window))
+        return self.seen[window]
+
+
+@dataclass(frozen=True, slots=True)
+class SlotCache:
+    """Cache in plain torch: any page size, any dtype, any device, any mixture of heads."""
+
+    store: SlotStore
+
+    def rows(self, stretches: Sequence[Stretch]) -> SlotRows:
+        return SlotRows(PagedStep.of(self.store, stretches, torch.device("cpu")))
+
+    def append(self, layer: int, keys: Tensor, values: Tensor, rows: SlotRows) -> None:
+        self.store.write(layer, rows.step.slots, keys, values)
+
+    def attend(self, layer: int, queries: Tensor, rows: SlotRows, part: Attention) -> Tensor:
+        out, seen = torch.empty_like(queries), rows.within(part.window)
+        for number, group in enumerate(rows.step.groups):
+            keys, values = (x.transpose(1, 2) for x in self.store.read(layer, group.slots))
+            own = queries[group.rows].transpose(1, 2) * part.scale
+            mixed = attend(own, keys, values, seen.of(number, group)[:, None], part.softcap, None)
+            out[group.rows] = mixed.transpose(1, 2)
+        return out.flatten(1)
+
+    def slots(self) -> SlotStore:
+        return self.store
+
+    def discard(self, pages: Sequence[int]) -> None:
+        """Do nothing: memory of plain tensors cannot be freed page by page."""
+
+
+def _near(query: Tensor, key: Tensor, window: int | None) -> Tensor:
+    return key <= query if window is None else key > query - window

@@ -1,0 +1,364 @@
+"""Linear layers that read the same x, with the changes of adapter versions: on packed weights, or on any others.
+
+Rows of several versions are computed together. If a version replaces a weight, its rows are computed again separately.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
+from typing import NamedTuple, Protocol, cast
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from transformers import PreTrainedModel
+
+from veneer.model.blueprint.parts import Linear
+from veneer.model.coded.frozen_weight import frozen_weight
+from veneer.model.coded.packed_linear import PackedGroup
+from veneer.ops.grouped_low_rank import AdapterRuns, Run
+from veneer.ops.linear.around import finished, mapped_input
+from veneer.ops.linear.change import add_changes
+from veneer.ops.linear.layer import NOTHING, LinearLayer, Weight
+from veneer.ops.linear.op import forward
+from veneer.ops.packed import PackedWeight, over_rows
+from veneer.ops.pairs import FactorPair, PackedPairs, PairsPacker, Segment, Segments, add_pairs
+from veneer.ops.terms import LayerTerms, PackedTerm, apply_term, times_weight
+from veneer.quant.dense import DenseWeight
+from veneer.records.deltas import LinearDelta
+from veneer.records.frozen import FrozenWeight
+from veneer.serve.program.effects import Effects
+
+Packed = Mapping[tuple[str, ...], PackedGroup]
+"""Packed weights by the paths of the layers that read the same x."""
+
+
+@dataclass(frozen=True, slots=True)
+class VersionPacking:
+    """State of packing one version: its groups of layers are added one by one, then the ``packer`` runs.
+
+    ``shared`` are the factors that several groups share, keyed by their unpacked tensors.
+    """
+
+    packer: PairsPacker = field(default_factory=PairsPacker)
+    shared: dict[tuple[object, ...], PackedPairs] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class OwnChanges:
+    """Changes of one version at a group of layers: its records, and the ``whole`` weights that replace the layers'.
+
+    ``pairs`` are the low-rank parts of all layers packed together. If a layer maps its input, ``apart`` has those of
+    each layer instead. ``terms`` are others of each layer; empty if there are none. Packed parts are removed from the
+    records.
+    """
+
+    records: tuple[LinearDelta, ...]
+    whole: Mapping[int, Tensor | PackedWeight]
+    pairs: PackedPairs | None = None
+    apart: tuple[PackedPairs | None, ...] = ()
+    terms: tuple[LayerTerms | None, ...] = ()
+
+    @property
+    def only_adds(self) -> bool:
+        """True if it does nothing but add low-rank parts to the layers' outputs."""
+        return not (self.whole or self.apart or self.terms) and all(record is NOTHING for record in self.records)
+
+
+class Owns(Protocol):
+    """Changes of one version at all groups of layers."""
+
+    def own(self, group: int) -> OwnChanges | None:
+        """Return the changes at a group, given by its number; None if there are none."""
+
+
+Ready = Mapping[tuple[int, AdapterRuns], Segments]
+"""Segments of the rows of a step by the number of a group and its runs, if their numbers are not to be sent again."""
+
+
+class Linears:
+    """Linear layers at some paths: the group ``number`` of those at which ``versions`` have their changes."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        linears: Sequence[Linear],
+        packed: Packed,
+        versions: Mapping[str, Owns],
+        number: int = 0,
+        ready: Ready = MappingProxyType({}),
+    ) -> None:
+        self.versions, self.number, self._ready = versions, number, ready
+        self.paths, self.device = tuple(linear.path for linear in linears), model.device
+        modules = [model.get_submodule(path) for path in self.paths]
+        self.group = packed.get(self.paths)
+        self.weights = [_weight(frozen_weight(module)) for module in modules]
+        self.biases = [cast("Tensor | None", module._parameters.get("bias")) for module in modules]
+        self.bias = _joined(self.biases, [linear.out_features for linear in linears])
+
+    def packed(self, effects: Effects, packing: VersionPacking) -> OwnChanges | None:
+        """Return the packed change of a version, on any thread; None if it changes nothing here."""
+        records = tuple(effects.linear.get(path, NOTHING) for path in self.paths)
+        whole = {i: w for i, path in enumerate(self.paths) if (w := effects.whole.get((path, "weight"))) is not None}
+        if not whole and all(record is NOTHING for record in records):
+            return None
+        own = OwnChanges(records, whole)
+        return own if self.group is None else self._packed(own, packing)
+
+    def fits(self, own: OwnChanges) -> bool:
+        """Return True if packed changes have the layers' number and sizes."""
+        if self.group is None or len(own.records) != len(self.paths):
+            return False
+        sizes, pairs = tuple(weight.shape[0] for weight in self.weights), own.pairs
+        if pairs is not None and (pairs.out_features, pairs.in_features) != (sizes, self.weights[0].shape[1]):
+            return False
+        return not own.terms or self.takes(own.terms)
+
+    def takes(self, terms: Sequence[LayerTerms | None]) -> bool:
+        """Return True if packed terms are of the layers' number and sizes, and sound."""
+        return len(terms) == len(self.weights) and all(
+            each is None or each.fits(*weight.shape) for each, weight in zip(terms, self.weights, strict=True)
+        )
+
+    def own(self, version: str) -> OwnChanges | None:
+        """Return the changes of a version here; None if there are none."""
+        changes = self.versions.get(version)
+        return None if changes is None else changes.own(self.number)
+
+    def __call__(self, x: Tensor, versions: tuple[str, ...], runs: AdapterRuns) -> list[Tensor]:
+        """The output of each layer."""
+        owns = [self.own(version) for version in versions]
+        group = self.group
+        if group is None:
+            return self._by_op(x, owns, runs)
+        apart = tuple(own is not None and not own.only_adds for own in owns)
+        if not any(apart):
+            return self._sums(x, owns, runs, group)
+        if not x.is_cpu:  # where to divide rows takes numbers of the host
+            return self._by_records(x, owns, runs, group)
+        # A row is computed in one way, whatever the others need.
+        plain, others = divided(runs, apart)
+        if not len(plain.rows):
+            return self._by_records(x, owns, runs, group)
+        ys = [x.new_empty(len(x), height) for height in group.heights]
+        for part, compute in ((plain, self._sums), (others, self._by_records)):
+            for y, given in zip(ys, compute(x[part.rows], owns, part.runs, group), strict=True):
+                y[part.rows] = given
+        return ys
+
+    def onto(self, h: Tensor, x: Tensor, versions: tuple[str, ...], runs: AdapterRuns) -> Tensor:
+        """Return the sum of ``h`` and the single layer's output, for versions for which `adds` holds."""
+        y = cast(PackedGroup, self.group).parts[0].matmul(x, onto=h)
+        add_pairs(x, self._segments([self.own(version) for version in versions], runs), [y])
+        return y
+
+    def segments(self, versions: tuple[str, ...], runs: AdapterRuns) -> Segments | None:
+        """Return the segments of some rows; None if their versions have no pairs here."""
+        found = _segments([self.own(version) for version in versions], runs)
+        return Segments.of(found) if found else None
+
+    def _segments(self, owns: Sequence[OwnChanges | None], runs: AdapterRuns) -> Segments | list[Segment]:
+        return self._ready.get((self.number, runs)) or _segments(owns, runs)
+
+    def adds(self, version: str | None = None) -> bool:
+        """Return True if `onto` can compute a version's rows (None: the base's)."""
+        if self.group is None or self.bias is not None:
+            return False
+        own = None if version is None else self.own(version)
+        return own is None or own.only_adds
+
+    def _sums(
+        self, x: Tensor, owns: Sequence[OwnChanges | None], runs: AdapterRuns, group: PackedGroup
+    ) -> list[Tensor]:
+        """The layers, and low-rank parts added."""
+        ys = self._products(x, group)
+        add_pairs(x, self._segments(owns, runs), ys)
+        return ys
+
+    def _products(self, x: Tensor, group: PackedGroup) -> list[Tensor]:
+        """The layers alone."""
+        if group.whole is None:
+            each = zip(group.parts, self.biases, strict=True)
+            return [part.matmul(x, onto=over_rows(bias, len(x))) for part, bias in each]
+        y = group.whole.matmul(x, onto=over_rows(self.bias, len(x)))
+        return list(torch.split(y, group.heights, dim=1))
+
+    def _by_records(
+        self, x: Tensor, owns: Sequence[OwnChanges | None], runs: AdapterRuns, group: PackedGroup
+    ) -> list[Tensor]:
+        """The layers with records that scale, or have biases or terms, or share their factors, or weights in their
+        place.
+        """
+        layers = [self._layer(i, owns, runs) for i in range(len(self.paths))]
+        inputs = [mapped_input(x, layer) for layer in layers]
+        for i, rows, terms in _terms(owns, runs):
+            if terms.input is not None:
+                inputs[i] = inputs[i].clone() if inputs[i] is x else inputs[i]
+                apply_term(terms.input, inputs[i][rows], inputs[i][rows], add=False)
+        ys = [part.matmul(own) for part, own in zip(group.parts, inputs, strict=True)]
+        add_pairs(x, self._segments(owns, runs), ys)
+        for place, start, stop in runs.runs:
+            own = owns[place]
+            if own is not None:
+                self._add_apart(own, slice(start, stop), inputs, ys)
+        for y, own_x, layer in zip(ys, inputs, layers, strict=True):
+            add_changes(y, own_x, layer)
+        for i, rows, terms in _terms(owns, runs):
+            for term in terms.adds:
+                _add_term(term, group.parts[i], inputs[i][rows], ys[i][rows])
+            if terms.output is not None:
+                apply_term(terms.output, ys[i][rows], ys[i][rows], add=False)
+        ys = [finished(y, layer) for y, layer in zip(ys, layers, strict=True)]
+        self._put_whole(ys, x, owns, runs)
+        return ys
+
+    def _add_apart(self, own: OwnChanges, rows: slice, inputs: Sequence[Tensor], ys: Sequence[Tensor]) -> None:
+        for x, y, pairs in zip(inputs, ys, own.apart, strict=False):
+            if pairs is not None:
+                add_pairs(x[rows], [Segment(pairs, 0, rows.stop - rows.start)], [y[rows]])
+
+    def _by_op(self, x: Tensor, owns: Sequence[OwnChanges | None], runs: AdapterRuns) -> list[Tensor]:
+        """By the op of training: weights in any format."""
+        ys = list(forward(x, [self._layer(i, owns, runs) for i in range(len(self.paths))])[0])
+        self._put_whole(ys, x, owns, runs)
+        return ys
+
+    def _layer(self, i: int, owns: Sequence[OwnChanges | None], runs: AdapterRuns) -> LinearLayer:
+        records = tuple(NOTHING if own is None else own.records[i] for own in owns)
+        if all(record is NOTHING for record in records):
+            return LinearLayer(weight=self.weights[i], bias=self.biases[i], rows_alone=True)
+        return LinearLayer(weight=self.weights[i], bias=self.biases[i], records=records, runs=runs, rows_alone=True)
+
+    def _put_whole(self, ys: list[Tensor], x: Tensor, owns: Sequence[OwnChanges | None], runs: AdapterRuns) -> None:
+        for place, start, stop in runs.runs:
+            own = owns[place]
+            for i, weight in own.whole.items() if own is not None else ():
+                bias = self.biases[i] if own is None or own.records[i].bias is None else own.records[i].bias
+                own_x = x[start:stop]
+                if isinstance(weight, PackedWeight):
+                    weight.matmul(own_x, onto=over_rows(bias, len(own_x)), out=ys[i][start:stop])
+                else:
+                    ys[i][start:stop] = functional.linear(own_x, weight, bias)
+
+    def _packed(self, own: OwnChanges, packing: VersionPacking) -> OwnChanges:
+        """With its low-rank parts packed."""
+        pairs = [_pair(record) for record in own.records]
+        whole = {i: self._packed_weight(cast(Tensor, w)) for i, w in own.whole.items()}
+        left = self._with_terms(replace(own, records=tuple(map(_without_pair, own.records)), whole=whole))
+        if not any(pairs):
+            return left
+        sizes = [weight.shape[0] for weight in self.weights]
+        if any(record.input is not None for record in own.records):
+            each = zip(pairs, sizes, strict=True)
+            apart = tuple(None if pair is None else self._pack([pair], [o], packing) for pair, o in each)
+            return replace(left, apart=apart)
+        return replace(left, pairs=self._pack(pairs, sizes, packing))
+
+    def _with_terms(self, own: OwnChanges) -> OwnChanges:
+        """With packed terms in the place of those of its records that kernels know; they are kernels of the CPU."""
+        if self.device.type != "cpu":
+            return own
+        parts = cast(PackedGroup, self.group).parts
+        taken = [
+            LayerTerms.taken(record, reads_weight=isinstance(part, PackedWeight))
+            for record, part in zip(own.records, parts, strict=True)
+        ]
+        terms = tuple(each for each, _ in taken)
+        records = tuple(NOTHING if record.changes_nothing else record for _, record in taken)
+        return replace(own, records=records, terms=terms) if any(terms) else own
+
+    def _packed_weight(self, weight: Tensor) -> Tensor | PackedWeight:
+        return weight if not weight.is_cpu else PackedWeight.pack(weight)
+
+    def _pack(self, pairs: Sequence[FactorPair | None], sizes: Sequence[int], packing: VersionPacking) -> PackedPairs:
+        if all(pair is None or pair.is_plain for pair in pairs):
+            return packing.packer.add(pairs, sizes, self._dtype())
+        key = tuple(None if pair is None else (*_place(pair.a), *_place(pair.b), pair.scale) for pair in pairs)
+        like = packing.shared.get(key)
+        if like is not None:
+            return like.with_vectors(pairs)
+        return packing.shared.setdefault(key, packing.packer.add(pairs, sizes, self._dtype()))
+
+    def _dtype(self) -> torch.dtype:
+        return cast(PackedGroup, self.group).parts[0].dtype
+
+
+class RowPart(NamedTuple):
+    """Some rows of a pass, and their runs."""
+
+    rows: Tensor
+    runs: AdapterRuns
+
+
+@functools.lru_cache(maxsize=64)
+def divided(runs: AdapterRuns, apart: tuple[bool, ...]) -> tuple[RowPart, RowPart]:
+    """Return the rows of a pass in two parts: those of the base and of versions not ``apart``, and the others."""
+    rows: tuple[list[int], list[int]] = ([], [])
+    found: tuple[list[Run], list[Run]] = ([], [])
+    for place, start, stop in runs.with_gaps():
+        side = int(place >= 0 and apart[place])
+        if place >= 0:
+            found[side].append(Run(place, len(rows[side]), len(rows[side]) + stop - start))
+        rows[side].extend(range(start, stop))
+    plain, others = (
+        RowPart(torch.tensor(r, dtype=torch.long), AdapterRuns(tuple(f), len(r)))
+        for r, f in zip(rows, found, strict=True)
+    )
+    return plain, others
+
+
+def _pair(record: LinearDelta) -> FactorPair | None:
+    pair = record.low_rank
+    if pair is None or not pair.rank:
+        return None
+    return FactorPair(pair.a, pair.b, pair.scale, core=pair.core, b_scale=pair.b_scale)
+
+
+def _place(x: Tensor) -> tuple[object, ...]:
+    """The memory of a tensor."""
+    return x.data_ptr(), x.shape, x.stride(), x.dtype
+
+
+def _without_pair(record: LinearDelta) -> LinearDelta:
+    left = record.without_pair()
+    return NOTHING if left.changes_nothing else left
+
+
+def _terms(owns: Sequence[OwnChanges | None], runs: AdapterRuns) -> Iterator[tuple[int, slice, LayerTerms]]:
+    """Yield the number of each layer with packed terms, the rows that take them, and the terms."""
+    for place, start, stop in runs.runs:
+        own = owns[place]
+        for i, terms in enumerate(() if own is None else own.terms):
+            if terms is not None:
+                yield i, slice(start, stop), terms
+
+
+def _add_term(term: PackedTerm, weight: object, x: Tensor, y: Tensor) -> None:
+    if term.kind == "hadamard" and isinstance(weight, PackedWeight):
+        times_weight(term, weight).matmul(x, onto=y, out=y)
+    else:
+        apply_term(term, x, y, add=True)
+
+
+def _segments(owns: Sequence[OwnChanges | None], runs: AdapterRuns) -> list[Segment]:
+    found = []
+    for place, start, stop in runs.runs:
+        own = owns[place]
+        if own is not None and own.pairs is not None:
+            found.append(Segment(own.pairs, start, stop))
+    return found
+
+
+def _joined(biases: Sequence[Tensor | None], sizes: Sequence[int]) -> Tensor | None:
+    there = next((bias for bias in biases if bias is not None), None)
+    if there is None:
+        return None
+    return torch.cat([there.new_zeros(n) if bias is None else bias for bias, n in zip(biases, sizes, strict=True)])
+
+
+def _weight(weight: FrozenWeight) -> Weight:
+    """A dense weight as the tensor that it is, the model's own."""
+    return weight.dense() if isinstance(weight, DenseWeight) else weight

@@ -1,0 +1,130 @@
+"""Rows of one pass of a program: tokens of many sequences, each with its adapter version."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import groupby
+from operator import itemgetter
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from veneer.model.batch.paged import Stretch
+from veneer.ops.grouped_low_rank import AdapterRuns, Run
+from veneer.ops.memory import whole_numbers
+from veneer.ops.pairs import Segments
+from veneer.plain.tensor_tree import Held, in_one_copy
+from veneer.serve.program.kv_cache import KVCache
+
+
+class Piece(NamedTuple):
+    """New tokens of one sequence: their places in pages, and their adapter version; pieces of a version are adjacent.
+
+    ``version`` is None for the base. ``kept`` are the tokens, counted from the piece's first, whose logits are wanted.
+    ``n_picked``: the likeliest tokens after so many last ones are wanted, and not their logits. ``read`` are the tokens
+    whose hidden states are wanted.
+    """
+
+    stretch: Stretch
+    version: str | None = None
+    kept: Sequence[int] = ()
+    n_picked: int = 0
+    read: Sequence[int] = ()
+
+
+@dataclass(slots=True)
+class PassRows:
+    """Rows of one pass: ``positions`` (n,) for embeddings and rotations, and ``rows``, the ``cache``'s data for them.
+
+    ``versions`` are the adapters that occur, ``runs`` the rows of each. ``kept`` and ``kept_runs`` are the same for the
+    rows whose logits are wanted. ``picked`` and ``picked_runs`` are those for the likeliest token, which ``tokens``
+    receives; it is -1 if a logit is not finite. ``read`` and ``read_runs`` are those whose hidden states are wanted.
+    ``written``, if it is a list, receives the keys and values of every layer. ``segments`` are the low-rank pairs of
+    the rows that have been laid out before the pass, see `Interpreter.segments`.
+    """
+
+    cache: KVCache
+    rows: Any
+    positions: Tensor
+    versions: tuple[str, ...]
+    runs: AdapterRuns
+    kept: Tensor
+    kept_runs: AdapterRuns
+    picked: Tensor
+    picked_runs: AdapterRuns
+    tokens: Tensor
+    read: Tensor
+    read_runs: AdapterRuns
+    written: list[tuple[Tensor, Tensor]] | None = None
+    segments: Mapping[tuple[int, AdapterRuns], Segments] = field(default_factory=dict)
+    _turns: dict[Any, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+    def turns(self, tables: tuple[Tensor, Tensor], rotation: Any) -> tuple[Tensor, Tensor]:
+        """Return the cos and sin of the rows (1, n, half), by the tables of a rotation."""
+        if rotation not in self._turns:
+            cos, sin = (table[self.positions][None] for table in tables)
+            self._turns[rotation] = (cos, sin)
+        return self._turns[rotation]
+
+
+def step_of(pieces: Sequence[Piece], cache: KVCache, device: torch.device, first_position: int = 0) -> PassRows:
+    """Return the rows of these pieces on a device, in order. ``first_position`` is the first of each sequence."""
+    return sent(step_on_host(pieces, cache, first_position), device, ())[0]
+
+
+def sent(step: PassRows, device: torch.device, beside: Held) -> tuple[PassRows, Held]:
+    """Return a step and tensors beside it on a device, brought there by one copy of all their whole numbers."""
+    if device.type == "cpu":
+        return step, beside
+    own: dict[str, Any] = {name: getattr(step, name) for name in ("positions", "kept", "picked", "tokens", "read")}
+    tables = [each.table for each in step.segments.values()]
+    own, rows, tables, beside = in_one_copy((own, step.rows, tables, beside), device)
+    there = zip(step.segments.items(), tables, strict=True)
+    segments = {key: replace(each, table=table) for (key, each), table in there}
+    return replace(step, rows=rows, segments=segments, **own), beside
+
+
+def step_on_host(pieces: Sequence[Piece], cache: KVCache, first_position: int = 0) -> PassRows:
+    """Return the rows of these pieces as `step_of` does, with their numbers in host memory."""
+    positions, kept, picked, read, at = list[int](), list[int](), list[int](), list[int](), 0
+    for (_, start, n), _, rows, n_picked, states in pieces:
+        positions.extend(range(start + first_position, start + first_position + n))
+        kept.extend(at + row for row in rows)
+        read.extend(at + row for row in states)
+        at += n
+        picked.extend(range(at - n_picked, at))
+    named = [piece.version for piece in pieces]
+    versions = tuple(dict.fromkeys(version for version in named if version is not None))
+    numbers = whole_numbers([*positions, *kept, *picked, *([-1] * len(picked)), *read])
+    counts = [at, len(kept), len(picked), len(picked), len(read)]
+    of_rows, of_kept, of_picked, tokens, of_read = torch.split(numbers, counts)
+    return PassRows(
+        cache=cache,
+        rows=cache.rows([piece.stretch for piece in pieces]),
+        positions=of_rows,
+        versions=versions,
+        runs=_runs(named, [piece.stretch.n for piece in pieces], versions),
+        kept=of_kept,
+        kept_runs=_runs(named, [len(piece.kept) for piece in pieces], versions),
+        picked=of_picked,
+        picked_runs=_runs(named, [piece.n_picked for piece in pieces], versions),
+        tokens=tokens,
+        read=of_read,
+        read_runs=_runs(named, [len(piece.read) for piece in pieces], versions),
+    )
+
+
+def _runs(named: Sequence[str | None], counts: Sequence[int], versions: tuple[str, ...]) -> AdapterRuns:
+    """The runs of so many rows of each version that is ``named``, neighbours of one version together."""
+    n_rows = sum(counts)
+    if not versions or not n_rows:
+        return AdapterRuns((), n_rows)
+    places, found, at = {version: place for place, version in enumerate(versions)}, list[Run](), 0
+    for version, group in groupby(zip(named, counts, strict=True), itemgetter(0)):
+        n = sum(count for _, count in group)
+        if version is not None and n:
+            found.append(Run(places[version], at, at + n))
+        at += n
+    return AdapterRuns(tuple(found), n_rows)

@@ -1,0 +1,180 @@
+"""Checked prompt, and the rules that generate its answers."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from veneer.errors import ConfigError
+from veneer.plain.invocation import acts_from
+from veneer.serve.requests.prompts import PromptReader
+from veneer.serve.requests.structured import Forms, TextForm
+from veneer.serve.runners.sampler import DrawRule, Seen
+from veneer.serve.schedule.adapter_version import AdapterVersion
+from veneer.serve.schedule.lora_request import LoRARequest
+from veneer.serve.schedule.pooling_params import PoolingParams
+from veneer.serve.schedule.prefix_cache import require_salt, root_of
+from veneer.serve.schedule.request import Request, StopRule
+from veneer.serve.schedule.sampling_params import RequestOutputKind, SamplingParams
+from veneer.serve.schedule.speculation import Draft, SpeculativeConfig
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineSettings:
+    """Settings of the model (ids, end ids, sampling defaults) and of the engine (seed, limits of adapters).
+
+    ``vocabulary`` is the number of ids. ``ending`` are the ids that end an answer. ``seed`` is used for draws without
+    one. ``max_lora_rank`` is the highest rank of an adapter (None: any). ``value_bytes`` is the size of a value of a
+    loaded adapter (None: as it is stored). ``why_general`` is the reason why transformers' own code computes everything
+    ("": it does not). ``base`` is the model's folder, if it has one. Adapters that were merged into it are refused.
+    ``base_names`` are the name that was asked for and the model's other names. Adapters of another base have a warning;
+    without names none has.
+    ``chat_template`` is used for all adapters, in place of their own. If ``keeps_stats``, times and counts are kept.
+    If ``prefix_caching``, requests share pages. ``speculative`` is the way in which next tokens are guessed (None: only
+    those are that a form forces).
+    """
+
+    vocabulary: int
+    ending: frozenset[int]
+    generation_defaults: Mapping[str, Any] = field(default_factory=dict)
+    seed: int = 0
+    max_lora_rank: int | None = None
+    value_bytes: int | None = None
+    why_general: str = ""
+    base: Path | None = None
+    base_names: tuple[str, ...] = ()
+    chat_template: str | None = None
+    keeps_stats: bool = False
+    prefix_caching: bool = True
+    speculative: SpeculativeConfig | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Constraints:
+    """Form that an answer must have, in its start state, ids of words that it may not have, and those of the prompt.
+
+    The prompt's are needed for a repetition penalty alone.
+    """
+
+    form: TextForm | None = None
+    bad_words: tuple[tuple[int, ...], ...] = ()
+    seen: Seen | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckedRequest:
+    """Checked prompt, with everything that its answers need.
+
+    ``client``, its ``weight`` and ``priority`` are a `Request`'s. Pages are shared only under an equal ``cache_salt``.
+    ``constraints`` are those of each answer. With ``pooling`` it draws no tokens, and its answer is an embedding.
+    """
+
+    id: str
+    prompt: str | None
+    prompt_ids: tuple[int, ...]
+    params: SamplingParams
+    reader: PromptReader
+    lora_request: LoRARequest | None = None
+    version: AdapterVersion | None = None
+    room: int = 1
+    client: Hashable = ""
+    weight: float = 1.0
+    priority: int = 0
+    cache_salt: str | None = None
+    constraints: Constraints = field(default_factory=Constraints)
+    pooling: PoolingParams | None = None
+
+    @property
+    def most_tokens(self) -> int:
+        """Number of tokens of the prompt and of the answers, each as long as it may be."""
+        longest = 0 if self.pooling is not None else min(self.params.max_tokens or self.room, self.room)
+        return self.params.n * (len(self.prompt_ids) + longest)
+
+
+READS = SamplingParams(temperature=0, max_tokens=1, detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY)
+"""Parameters of requests with ``pooling``, of which nothing is drawn."""
+
+
+class Rules:
+    """Rules of stopping and drawing derived from sampling parameters, for a model and its tokenizer."""
+
+    def __init__(self, tokenizer: Any, settings: EngineSettings) -> None:
+        self.settings = settings
+        self.forms = Forms(tokenizer, settings.vocabulary, sorted(settings.ending))
+
+    def constraints(
+        self, prompt_ids: Sequence[int], params: SamplingParams, cache_salt: str | None, reader: PromptReader
+    ) -> Constraints:
+        """Return the constraints of answers; grammars are compiled and words tokenized here, in the caller's thread.
+
+        Raises ConfigError for invalid ids or an invalid salt, and for a form that cannot be compiled.
+        """
+        require_salt(cache_salt)
+        self._require_ids("the prompt", prompt_ids)
+        for name in ("stop_token_ids", "allowed_token_ids", "logit_bias"):
+            self._require_ids(name, getattr(params, name) or ())
+        words = [ids for word in params.bad_words or () for ids in _word_ids(reader.tokenizer, word)]
+        form = None if params.structured_outputs is None else self.forms.form(params.structured_outputs)
+        return Constraints(form, tuple(words), Seen.of(prompt_ids) if params.repetition_penalty != 1 else None)
+
+    def _require_ids(self, what: str, ids: Any) -> None:
+        wrong = [
+            i for i in ids if not isinstance(i, int) or isinstance(i, bool) or not 0 <= i < self.settings.vocabulary
+        ]
+        if wrong:
+            raise ConfigError(
+                f"{what} holds {wrong[:5]}, which are no token ids: those are 0 to {self.settings.vocabulary - 1}"
+            )
+
+    def request(self, asked: CheckedRequest, index: int) -> Request:
+        """Return the request of one of a prompt's answers."""
+        params, version = asked.params, asked.version.id if asked.version else None
+        first = acts_from(asked.prompt_ids, asked.version.invocation if asked.version else ())
+        owner = root_of(f"{version} from {first}", asked.cache_salt) if first else b""
+        every_state = asked.pooling is not None and asked.pooling.pooling == "mean"
+        rule = StopRule(
+            max_tokens=min(params.max_tokens or asked.room, asked.room),
+            min_tokens=params.min_tokens,
+            eos_ids=frozenset() if params.ignore_eos else self.settings.ending | asked.reader.ends,
+            stop_ids=frozenset(params.stop_token_ids or ()),
+        )
+        return Request(
+            id=f"{asked.id}#{index}", prompt=asked.prompt_ids, rule=rule,
+            version=version, n_front=asked.version.n_front if asked.version else 0, acts_from=first,
+            scores_prompt=every_state or (params.prompt_logprobs is not None and index == 0), client=asked.client,
+            weight=asked.weight, reads_only=asked.pooling is not None,
+            priority=asked.priority, streams=params.output_kind is not RequestOutputKind.FINAL_ONLY,
+            root=root_of(None if first else version, asked.cache_salt) if self.settings.prefix_caching else None,
+            owner=owner,  # before it acts, the values are those of the base
+        )  # fmt: skip
+
+    def draw_rule(self, asked: CheckedRequest, request: Request, number: tuple[int, int]) -> DrawRule:
+        """Return the rule for drawing a request's tokens.
+
+        ``number`` is the prompt's index among all prompts, and the answer's index among the prompt's answers.
+        """
+        params = asked.params
+        key = (
+            (self.settings.seed, (number[0] << 32) + number[1] + 1)
+            if params.seed is None
+            else (params.seed, -number[1])
+        )
+        form, seen = asked.constraints.form, asked.constraints.seen
+        return DrawRule(
+            params=params, key=key, ending=self.settings.ending | asked.reader.ends | request.rule.stop_ids,
+            bad_words=asked.constraints.bad_words, form=None if form is None else form.begun(),
+            seen=None if seen is None else seen.begun(),
+        )  # fmt: skip
+
+    def draft(self, rule: DrawRule) -> Draft | None:
+        """Return the guesses for an answer that is drawn by a rule; None if there can be none."""
+        forced = None if rule.form is None else rule.form.forced
+        return Draft(self.settings.speculative, forced) if self.settings.speculative or forced else None
+
+
+def _word_ids(tokenizer: Any, word: str) -> list[tuple[int, ...]]:
+    """The ids of a word at the start of a text and behind a space."""
+    found = [tuple(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in (word, f" {word.lstrip()}")]
+    return [ids for ids in dict.fromkeys(found) if ids]

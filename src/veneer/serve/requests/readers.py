@@ -1,0 +1,132 @@
+"""Prompt reader of each adapter: training saves a tokenizer and a chat template with its weights."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from veneer.adapters.tokenizer import TOKENIZER_FILES, larger, read_tokenizer, template_in
+from veneer.contract.source import adapter_folder
+from veneer.disk.stamp import stamp_of
+from veneer.errors import ConfigError, FormatError
+from veneer.plain.lru import LruCache
+from veneer.serve.requests.prompts import PromptReader
+from veneer.serve.schedule.lora_request import LoRARequest
+
+_LOG = logging.getLogger(__name__)
+_KEPT = 64  # readers; adapters of equal files share one
+_FOLDERS = 1 << 16  # whose files are remembered, about half a kilobyte each
+_Stamps = tuple[tuple[int, ...] | None, ...]
+
+
+class Readers:
+    """Prompt readers of adapters, by request. Files are read again if they have changed. Any thread may call it.
+
+    An adapter's own tokenizer is used if it has more tokens than the base's. Otherwise its chat template and its end
+    token are used with the base's; so is a chat template in a file alone. A ``template`` is used for all
+    of them, in place of their own. If an adapter's files cannot be read, the base's tokenizer reads its prompts, and
+    its conversations are refused.
+    """
+
+    def __init__(self, base: PromptReader, template: str | None = None) -> None:
+        self.base, self._template = base, template
+        self._fetched: dict[str, Path] = {}  # from the hub
+        self._keys: LruCache[Path, tuple[_Stamps, str]] = LruCache(_FOLDERS)
+        self._readers: LruCache[str, PromptReader] = LruCache(_KEPT)
+        self._lock = threading.Lock()
+
+    def of(self, request: LoRARequest | None) -> PromptReader:
+        """Return the reader of an adapter, or of a mix. Raises ConfigError for a mix of different tokens."""
+        if request is None:
+            return self.base
+        if request.parts:
+            return _joined(request, [self.of(part) for part, _ in request.parts])
+        folder = self._folder(request.lora_path)
+        stamps = tuple(_stamp(folder / name) for name in TOKENIZER_FILES)
+        if None in stamps[:2] and stamps[2] is None:  # without a chat template there is the base's
+            return self.base
+        known = self._keys.get(folder)
+        if known is None or known[0] != stamps:
+            known = (stamps, _digest(folder))
+            self._keys.put(folder, known)
+        return self._readers.get(known[1]) or self._added(folder, *known)
+
+    def _added(self, folder: Path, stamps: _Stamps, key: str) -> PromptReader:
+        """Read an adapter's files while others ask for theirs. A failure is kept too, for this folder alone."""
+        made = self._read(folder)
+        if made.no_chat:
+            key = f"{key.partition(' ')[0]} {folder}"
+            self._keys.put(folder, (stamps, key))
+        with self._lock:  # of those that read equal files at once one is kept
+            reader = self._readers.get(key) or made
+            self._readers.put(key, reader)
+            return reader
+
+    def _folder(self, path: str) -> Path:
+        if Path(path).is_dir():
+            return Path(path)
+        if path not in self._fetched:
+            self._fetched[path] = adapter_folder(path)
+        return self._fetched[path]
+
+    def _read(self, folder: Path) -> PromptReader:
+        base = self.base.tokenizer
+        try:
+            if not all((folder / name).is_file() for name in TOKENIZER_FILES[:2]):
+                template = self._template or template_in(folder)
+                return PromptReader(base, self.base.most, () if template is None else (template,))
+            own = read_tokenizer(folder)
+        except FormatError as error:
+            _LOG.warning("%s. Until then the base's reads its plain prompts", error)
+            if self._template is not None:
+                return PromptReader(base, self.base.most, (self._template,), rendering=self.base.rendering)
+            return PromptReader(base, self.base.most, no_chat=str(error), rendering=self.base.rendering)
+        template = self._template or _template_of(own)
+        ends = set() if own.eos_token_id is None else {int(own.eos_token_id)}
+        templates = () if template is None else (template,)
+        return PromptReader(larger(base, own), self.base.most, templates, ends, rendering=self.base.rendering)
+
+
+def _joined(mix: LoRARequest, readers: Sequence[PromptReader]) -> PromptReader:
+    """The reader of a mix."""
+    tokenizer = max((reader.tokenizer for reader in readers), key=len)
+    others = [reader for reader in readers if reader.tokenizer.get_added_vocab() != tokenizer.get_added_vocab()]
+    if others:
+        raise ConfigError(
+            f"the adapters of {mix.lora_name!r} were trained with other tokens than one another: ask for one at a time"
+        )
+    templates = [reader.templates or (_template_of(reader.tokenizer),) for reader in readers]
+    own = dict.fromkeys(template for each in templates for template in each if template is not None)
+    ends = frozenset[int]().union(*(reader.ends for reader in readers))
+    no_chat = next((reader.no_chat for reader in readers if reader.no_chat), "")
+    return PromptReader(tokenizer, readers[0].most, tuple(own), ends, no_chat, readers[0].rendering)
+
+
+def _template_of(tokenizer: Any) -> str | None:
+    """The chat template of a tokenizer; of several the default."""
+    own = tokenizer.chat_template
+    return own.get("default") if isinstance(own, dict) else own
+
+
+def _stamp(path: Path) -> tuple[int, ...] | None:
+    try:
+        told = path.stat()
+    except OSError:
+        return None
+    return stamp_of(told)
+
+
+def _digest(folder: Path) -> str:
+    digest = hashlib.sha256()
+    for name in TOKENIZER_FILES:
+        path = folder / name
+        try:
+            content = path.read_bytes() if path.is_file() else b""
+        except OSError as error:  # names the path, and so equals no other folder's
+            content = str(error).encode()
+        digest.update(hashlib.sha256(content).digest())
+    return digest.hexdigest()

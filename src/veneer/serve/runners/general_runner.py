@@ -1,0 +1,233 @@
+"""Runner of plans by transformers' own forward pass: for every model whose attention can be paged, and every method.
+
+One token is one batch row, and a row takes the adapter that it names. This runner is the exact one, not the fast one;
+the fast ones are checked against it.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from veneer.adapters.peft_model import become_peft_model
+from veneer.errors import CompositionError, VeneerError
+from veneer.model.adapted.routing import BASE, Routing
+from veneer.model.batch.mixed import checked, routed
+from veneer.model.batch.paged import KeysValues, PagedModel, PagedStep, SlotStore, Stretch
+from veneer.model.placed.virtual_tokens import inner_model, virtual_tokens
+from veneer.serve.adapters.mix import Parts
+from veneer.serve.adapters.versions import stored_bytes
+from veneer.serve.runners.runner import Computed, DrawingRunner, by_request, read, wanted
+from veneer.serve.schedule.step_plan import PlannedSequence, StepPlan
+
+_LOG = logging.getLogger(__name__)
+Front = dict[int, KeysValues]  # keys and values of virtual tokens by layer, (n, kv_heads, width) each
+
+
+@dataclass(frozen=True, slots=True)
+class StoredFolder:
+    """Adapter that has not been read: the bytes of its tensors as they are stored."""
+
+    folder: Path
+    n_bytes: int
+
+    @property
+    def folders(self) -> tuple[Path, ...]:
+        """Folder of the adapter, as the only one."""
+        return (self.folder,)
+
+
+@dataclass(frozen=True, slots=True)
+class StoredMix:
+    """Adapters with their weights, none of which has been read: the bytes of their tensors as they are stored."""
+
+    parts: Parts
+    n_bytes: int
+
+    @property
+    def folders(self) -> tuple[Path, ...]:
+        """Folders of its parts."""
+        return tuple(folder for folder, _ in self.parts)
+
+
+def stored_mix(parts: Parts) -> StoredMix:
+    """Return a mix of the adapters in folders, which may have to be read later.
+
+    Raises FormatError as `stored_bytes` does.
+    """
+    return StoredMix(parts, sum(stored_bytes(folder) for folder, _ in parts))
+
+
+class GeneralRunner(DrawingRunner):
+    """`Runner` on the model itself, which becomes a `PeftModel`; between plans its attention is its own."""
+
+    def __init__(self, model: PreTrainedModel, store: SlotStore) -> None:
+        super().__init__()
+        self.model = become_peft_model(model.eval())
+        self.paged, self.store = PagedModel(model), store
+        self.fronts: dict[str, Front] = {}
+
+    def read(self, folder: Path) -> StoredFolder:
+        """Return the size of an adapter from its files alone: the model itself loads it between plans."""
+        return StoredFolder(folder, stored_bytes(folder))
+
+    def read_mix(self, parts: Parts) -> StoredMix:
+        """Return the sizes of adapters, as `read` does."""
+        return stored_mix(parts)
+
+    def kept(self, version: str) -> None:
+        """Return None: the model itself loads adapters, from their own files."""
+
+    def keep(self, version: str, adapter: StoredFolder | StoredMix) -> None:
+        """Keep nothing."""
+
+    def load(self, version: str, adapter: StoredFolder | StoredMix) -> None:
+        told = ", ".join(map(str, adapter.folders))
+        _LOG.info("%s is loaded into the model itself: all wait for it", told)
+        if isinstance(adapter, StoredMix):
+            self._load_mix(version, adapter)
+        else:
+            self.model.load_adapter(adapter.folder, version)
+        try:
+            checked(self.model, self.model.adapter_state, (version,), ((), {}))
+            front = self._front(version)
+        except VeneerError:
+            self.model.delete_adapter(version)
+            raise
+        if front:
+            self.fronts[version] = front
+
+    def _load_mix(self, version: str, mix: StoredMix) -> None:
+        """Load the parts of a mix, add up, and let them go."""
+        names = [f"{version}_{number}" for number in range(len(mix.parts))]
+        try:
+            for name, (folder, _) in zip(names, mix.parts, strict=True):
+                self.model.load_adapter(folder, name)
+            self.model.add_weighted_adapter(names, [weight for _, weight in mix.parts], version, "cat")
+        except CompositionError as error:
+            told = str(error)
+            for name, (folder, _) in zip(names, mix.parts, strict=True):  # nobody else knows them by these names
+                told = told.replace(repr(name), f"in {folder}")
+            folders = ", ".join(map(str, mix.folders))
+            raise CompositionError(
+                f"the adapters in {folders} have no sum in a mix: {told}. Ask for them one at a time"
+            ) from error
+        finally:
+            for name in self.loaded.intersection(names):
+                self.model.delete_adapter(name)
+
+    def unload(self, version: str) -> None:
+        if version in self.loaded:
+            self.model.delete_adapter(version)
+        self.fronts.pop(version, None)
+
+    def discard(self, pages: Sequence[int]) -> None:
+        """Do nothing: memory of plain tensors cannot be freed page by page."""
+
+    def compute(self, plan: StepPlan, greedy: Collection[str]) -> Computed:
+        n_wanted = sum(len(wanted(s)) for s in plan.sequences)
+        logits, states = self._outputs(plan)
+        n_read = sum(len(read(s)) for s in plan.sequences)
+        return Computed([logits[:n_wanted]], {}, by_request(plan.sequences, states[n_wanted : n_wanted + n_read]))
+
+    def _outputs(self, plan: StepPlan) -> tuple[Tensor, Tensor]:
+        """Return logits and hidden states: of the wanted tokens in the plan's order, and then of those that are read.
+        There is one row if there are none.
+        """
+        device, sequences = self.base.device, plan.sequences
+        for sequence in sequences:
+            if sequence.n_front_there < sequence.n_front:
+                self._put_front(sequence)
+        step = PagedStep.of(self.store, [Stretch(s.pages, s.start, len(s.tokens)) for s in sequences], device)
+        ids = torch.tensor([token for s in sequences for token in s.tokens], device=device)
+        names = [self._route(s.version) for s in sequences for _ in s.tokens]
+        rows = [*_rows_of(sequences, wanted), *_rows_of(sequences, read)]
+        kept = torch.tensor(rows, dtype=torch.long, device=device)
+        with self._routed(names), self._head_for(kept, names) as states:
+            logits = cast(Tensor, self.paged.run(step, ids).logits[:, 0])
+        return logits, states[0][:, 0]
+
+    @property
+    def loaded(self) -> frozenset[str]:
+        return frozenset(self.model.peft_config)
+
+    @property
+    def base(self) -> PreTrainedModel:
+        """Model without the adapters' wrapper, as transformers' own class."""
+        return cast(PreTrainedModel, self.model)
+
+    def _route(self, version: str | None) -> str:
+        """The name that a version's rows take: virtual tokens come from pages, their rows are the base's."""
+        return BASE if version is None or version in self.fronts else version
+
+    @contextmanager
+    def _routed(self, names: Sequence[str]) -> Iterator[None]:
+        with routed(self.model, self.model.adapter_state, Routing(tuple(names), is_by_token=True)):
+            yield
+
+    @contextmanager
+    def _head_for(self, rows: Tensor, names: Sequence[str]) -> Iterator[list[Tensor]]:
+        """Inside the block the head sees these rows alone; where there are none, the first. Their hidden states are
+        then in the list.
+        """
+        rows, states = rows if len(rows) else rows.new_zeros(1), list[Tensor]()
+        state, inner = self.model.adapter_state, inner_model(self.base)
+
+        def narrow(module: Any, args: Any, output: Any) -> Any:
+            output.last_hidden_state = output.last_hidden_state[rows]
+            states.append(output.last_hidden_state)
+            state.routing = Routing(tuple(names[row] for row in rows.tolist()), is_by_token=True)
+            return output
+
+        handle = inner.register_forward_hook(narrow)
+        try:
+            yield states
+        finally:
+            handle.remove()
+
+    def _put_front(self, sequence: PlannedSequence) -> None:
+        first = sequence.n_front_there
+        slots = torch.tensor(self.store.slots(sequence.pages, first, sequence.n_front), device=self.base.device)
+        for layer, (keys, values) in self.fronts.get(sequence.version or "", {}).items():
+            self.store.write(layer, slots, keys[first:], values[first:])
+
+    @torch.no_grad()
+    def _front(self, version: str) -> Front:
+        """The keys and values of an adapter's virtual tokens: a prefix's own, or what a prompt leaves in the base."""
+        config = self.model.peft_config[version]
+        if not config.virtual_tokens:
+            return {}
+        if config.modules_to_save:
+            raise CompositionError(
+                f"an adapter of virtual tokens with modules_to_save={list(config.modules_to_save)} cannot be served. "
+                "Generate with the model itself"
+            )
+        holder = next(h for h in virtual_tokens(self.model).values() if version in h.adapters)
+        return holder.keys_and_values(version, self._in_base)
+
+    def _in_base(self, embeddings: Tensor) -> Front:
+        """The keys and values that tokens leave in the base."""
+        n = len(embeddings)
+        store = SlotStore(1, n)
+        step = PagedStep.of(store, [Stretch((0,), 0, n)], self.base.device)
+        with self._routed([BASE] * n):
+            self.paged.run(step, embeddings.to(self.base.dtype))
+        return store.layers
+
+
+def _rows_of(sequences: Sequence[PlannedSequence], tokens: Callable[[PlannedSequence], list[int]]) -> list[int]:
+    """The rows of those tokens of each sequence."""
+    found: list[int] = []
+    first = 0
+    for sequence in sequences:
+        found.extend(first + at for at in tokens(sequence))
+        first += len(sequence.tokens)
+    return found

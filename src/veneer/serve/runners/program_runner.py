@@ -1,0 +1,398 @@
+"""Runner of plans by the model's program: the fast runner, with the general one for parts outside the program.
+
+The program is verified on the model when the runner is made. An adapter with a part that has no place in it is loaded
+into the general runner, on the same weights and the same pages. Its requests are run there, in the same steps.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Collection, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from veneer.adapters.peft_model import PeftModel
+from veneer.errors import DescriptionError, TargetError
+from veneer.model.batch.paged import TOLERANCE, KeysValues, Stretch, require_pageable
+from veneer.model.blueprint.describe import describe
+from veneer.model.coded.packed_linear import PackedGroup, is_packed, pack_group, unpack
+from veneer.model.memory.give_back import give_back
+from veneer.model.placed.places import plan_of
+from veneer.model.placed.structure import evaluation
+from veneer.model.snapshot.snapshot import look_at
+from veneer.ops.memory import whole_numbers
+from veneer.ops.paged_attention import UNIT
+from veneer.ops.pairs import Factor
+from veneer.plain.progress import waiting_for
+from veneer.plain.tensor_tree import bytes_of, moved
+from veneer.records.deltas import PromptDelta
+from veneer.serve.adapters.block_store import BlockStore
+from veneer.serve.adapters.layouts import Layouts
+from veneer.serve.adapters.mix import Parts, read_mix
+from veneer.serve.adapters.versions import stored_bytes
+from veneer.serve.program.block import VersionBlock
+from veneer.serve.program.effects import Effects, Lookup, UnsaidError, read_effects
+from veneer.serve.program.interpreter import Interpreter, PackedEffects
+from veneer.serve.program.kv_cache import make_cache
+from veneer.serve.program.program import Product, Program, compile_program
+from veneer.serve.program.step import Piece, sent, step_of, step_on_host
+from veneer.serve.runners.general_runner import GeneralRunner, StoredFolder, StoredMix, stored_mix
+from veneer.serve.runners.runner import Computed, DrawingRunner, by_request, read, wanted
+from veneer.serve.schedule.step_plan import PlannedSequence, StepPlan
+from veneer.store.adapter.config import read_config
+
+_LOG = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class ProgramAdapter:
+    """Adapter packed for the program; ``prefix`` are the keys and values of a prefix, by layer.
+
+    ``n_bytes`` is the size of all its tensors, counted on the thread that reads, so that the step does not wait for it.
+    """
+
+    packed: PackedEffects
+    prefix: list[KeysValues]
+    n_bytes: int
+
+    @property
+    def is_block(self) -> bool:
+        """True if it is nothing but its block."""
+        return self.packed.effects == Effects() and not self.packed.bottlenecks and not self.prefix
+
+
+@dataclass(frozen=True, slots=True)
+class GeneralAdapter:
+    """Adapter for the general runner, with the reason."""
+
+    stored: StoredFolder | StoredMix
+    reason: str
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes of its tensors, as they are stored."""
+        return self.stored.n_bytes
+
+
+class ProgramRunner(DrawingRunner):
+    """`Runner` of a model's program.
+
+    Passes and reading exclude each other once the model itself has adapters, and not before. ``alone``: there is no
+    general runner, so that `read` raises `UnsaidError` for parts without a place in the program. ``store`` keeps the
+    blocks of adapters that are nothing else.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        interpreter: Interpreter,
+        n_pages: int,
+        block: int,
+        *,
+        alone: bool = False,
+        store: BlockStore | None = None,
+    ) -> None:
+        super().__init__()
+        self.alone, self.store = alone, store
+        self.model, self.interpreter, self.block = model.eval(), interpreter, block
+        self.device = model.device  # asked once: a model looks for its first parameter
+        self.cache = make_cache(interpreter.program, n_pages, block, model.dtype, self.device)
+        self.fronts: dict[str, list[KeysValues]] = {}
+        self.general: GeneralRunner | None = None
+        self._lookup, self._layouts = Lookup(self.model), Layouts()
+        self._modules = threading.Lock()  # the general runner changes them, and reading looks at them
+
+    @property
+    def loaded(self) -> frozenset[str]:
+        others = frozenset[str]() if self.general is None else self.general.loaded
+        return frozenset(self.interpreter.effects) | others
+
+    def read(self, folder: Path) -> ProgramAdapter | GeneralAdapter:
+        known = self._layouts.read(folder)
+        if known is not None:
+            return self._of_block(known)
+        effects = partial(read_effects, folder=folder)
+        learn = partial(self._layouts.learn, folder)
+        return self._read(effects, lambda: StoredFolder(folder, stored_bytes(folder)), learn)
+
+    def kept(self, version: str) -> ProgramAdapter | None:
+        block = None if self.store is None else self.store.find(version)
+        return None if block is None or not self.interpreter.fits(block) else self._of_block(block)
+
+    def keep(self, version: str, adapter: ProgramAdapter | GeneralAdapter) -> None:
+        if self.store is not None and isinstance(adapter, ProgramAdapter) and adapter.is_block:
+            block = adapter.packed.linears
+            self.store.keep(version, block if self.device.type == "cpu" else moved(block, torch.device("cpu")))
+
+    def read_mix(self, parts: Parts) -> ProgramAdapter | GeneralAdapter:
+        return self._read(partial(read_mix, parts=parts), lambda: stored_mix(parts))
+
+    def _read(
+        self,
+        effects_on: Callable[[Lookup, Program], Effects],
+        stored: Callable[[], StoredFolder | StoredMix],
+        learn: Callable[[VersionBlock, list[Factor]], None] = lambda block, factors: None,
+    ) -> ProgramAdapter | GeneralAdapter:
+        """Effects packed, whose block and factors `learn` is given; where the program has no place for them, what the
+        general runner is to load.
+        """
+        with self._modules:
+            try:
+                effects = effects_on(self._lookup, self.interpreter.program)
+            except UnsaidError as reason:
+                if self.alone:
+                    raise
+                return GeneralAdapter(stored(), str(reason))
+        packed, factors = self.interpreter.packed_of(effects)
+        learn(packed.linears, factors)
+        return self._placed(packed, self._prefix(effects))
+
+    def _of_block(self, block: VersionBlock) -> ProgramAdapter:
+        return self._placed(PackedEffects(Effects(), block, {}), [])
+
+    def _placed(self, packed: PackedEffects, prefix: list[KeysValues]) -> ProgramAdapter:
+        """An adapter on the model's device."""
+        packed = packed if self.device.type == "cpu" else moved(packed, self.device)
+        n_bytes = packed.linears.nbytes + bytes_of((packed.bottlenecks, packed.effects, prefix))
+        return ProgramAdapter(packed, prefix, n_bytes)
+
+    def load(self, version: str, adapter: ProgramAdapter | GeneralAdapter) -> None:
+        if isinstance(adapter, GeneralAdapter):
+            self._load_general(version, adapter)
+            return
+        front = adapter.prefix or self._front_of_prompt(adapter.packed.effects)
+        if front:
+            self.fronts[version] = front
+        self.interpreter.take(version, adapter.packed)
+
+    def _load_general(self, version: str, adapter: GeneralAdapter) -> None:
+        folders = adapter.stored.folders
+        with self._modules:
+            if self.general is None:
+                require_pageable(self.model)
+                self.general = GeneralRunner(self.model, self.cache.slots())
+            for folder in folders:
+                _require_weights(self.model, folder)
+            self._lookup = Lookup(self.model)
+            self.general.load(version, adapter.stored)
+        _LOG.info(
+            "%s has %s, which the program does not support: its requests take the general runner",
+            ", ".join(map(str, folders)),
+            adapter.reason,
+        )
+
+    def unload(self, version: str) -> None:
+        by_program = version in self.interpreter.effects
+        self.interpreter.drop(version)  # in any case: it may have been interrupted while it was taken in
+        if self.general is not None and not by_program:
+            with self._modules:
+                self._lookup = Lookup(self.model)
+                self.general.unload(version)
+        self.fronts.pop(version, None)
+
+    def discard(self, pages: Sequence[int]) -> None:
+        self.cache.discard(pages)
+
+    def compute(self, plan: StepPlan, greedy: Collection[str]) -> Computed:
+        if self.device.type != "cpu" and any(s.request_id not in greedy and wanted(s) for s in plan.sequences):
+            greedy = ()  # then all tokens come back by one read
+        # Reading a prefix runs the model itself once, which must not see what a pass through it has set.
+        with self._modules if self.general is not None or isinstance(self.model, PeftModel) else nullcontext():
+            general = frozenset[str]() if self.general is None else self.general.loaded
+            others = tuple(s for s in plan.sequences if s.version in general)
+            if not others or self.general is None:
+                return self._by_program(plan.sequences, greedy)
+            return self._by_both(self.general, plan, others)
+
+    def _by_both(self, runner: GeneralRunner, plan: StepPlan, others: tuple[PlannedSequence, ...]) -> Computed:
+        """Logits and hidden states, those of ``others`` by the general runner."""
+        general = runner.loaded
+        own = tuple(s for s in plan.sequences if s.version not in general)
+        by_program = self._by_program(own, ()) if own else Computed((), {}, {})
+        own_logits = list(by_program.blocks)
+        [given], _, hidden = runner.compute(StepPlan(others), ())
+        given = given.float()
+        out = given.new_empty(sum(len(wanted(s)) for s in plan.sequences), given.shape[-1])
+        bounds, at = [], 0
+        for sequence in plan.sequences:
+            bounds.append(range(at, at + len(wanted(sequence))))
+            at += len(wanted(sequence))
+        mine = [i for s, rows in zip(plan.sequences, bounds, strict=True) if s.version not in general for i in rows]
+        theirs = [i for s, rows in zip(plan.sequences, bounds, strict=True) if s.version in general for i in rows]
+        out[theirs] = given
+        if own_logits:
+            out[mine] = torch.cat(own_logits).float()
+        return Computed([out], {}, by_program.hidden | hidden)
+
+    def _by_program(self, sequences: Sequence[PlannedSequence], greedy: Collection[str]) -> Computed:
+        pieces = [_piece(sequence, greedy) for sequence in sequences]
+        fronts = [self._front_rows(s) for s in sequences if s.n_front_there < s.n_front and s.version in self.fronts]
+        ids = whole_numbers([token for s in sequences for token in s.tokens])
+        step = step_on_host(pieces, self.cache)
+        step.segments = self.interpreter.segments(step)
+        step, (ids, fronts) = sent(step, self.device, (ids, fronts))
+        for front in fronts:
+            self._put_front(*front)
+        logits = self.interpreter.rows(step, ids)
+        tokens = step.tokens.tolist() if len(step.tokens) else []
+        if -1 in tokens:  # a logit is not finite: the sampler is to see all of them
+            return self._by_program(sequences, ())
+        found = iter(tokens)
+        picked = {s.request_id: list(islice(found, p.n_picked)) for s, p in zip(sequences, pieces, strict=True)}
+        likeliest = {id: tokens for id, tokens in picked.items() if tokens}
+        hidden = by_request(sequences, logits.hidden().cpu()) if len(step.read) else {}
+        return Computed(logits.blocks(), likeliest, hidden)
+
+    def _front_rows(self, sequence: PlannedSequence) -> tuple[str | None, int, Any]:
+        """The version of a sequence, its first virtual token that is not there, and the places from that on."""
+        first = sequence.n_front_there
+        stretch = Stretch(sequence.pages, first, sequence.n_front - first)
+        return sequence.version, first, self.cache.rows([stretch])
+
+    def _put_front(self, version: str | None, first: int, rows: Any) -> None:
+        for layer, (keys, values) in enumerate(self.fronts[version or ""]):
+            self.cache.append(layer, keys[first:], values[first:], rows)
+
+    def _prefix(self, effects: Effects) -> list[KeysValues]:
+        """A prefix's own keys and values, by layer."""
+        if effects.front is None or isinstance(effects.front, PromptDelta):
+            return []
+        own = [(record.k, record.v) for record in effects.front]
+        effects.front = None
+        return [(k.to(self.device, self.model.dtype), v.to(self.device, self.model.dtype)) for k, v in own]
+
+    def _front_of_prompt(self, effects: Effects) -> list[KeysValues]:
+        """The keys and values that a prompt leaves, by layer."""
+        front, dtype, device = effects.front, self.model.dtype, self.device
+        if not isinstance(front, PromptDelta):
+            return []
+        given = front.embeddings.to(device, dtype)
+        cache = make_cache(self.interpreter.program, 1, _page_of(len(given)), dtype, device)
+        step = step_of([Piece(Stretch((0,), 0, len(given)))], cache, device)
+        step.written = []
+        self.interpreter.run(step, given)
+        return step.written
+
+
+def _piece(sequence: PlannedSequence, greedy: Collection[str]) -> Piece:
+    stretch, picks = Stretch(sequence.pages, sequence.start, len(sequence.tokens)), sequence.request_id in greedy
+    kept, n_picked = ((), 1 + sequence.n_drafted) if picks else (wanted(sequence), 0)
+    return Piece(stretch, sequence.version, kept, n_picked, read(sequence))
+
+
+def _page_of(n: int) -> int:
+    """A size of page that holds n tokens."""
+    return -(-n // UNIT) * UNIT
+
+
+def _require_weights(model: PreTrainedModel, folder: Path) -> None:
+    """Raise TargetError for an adapter that trains whole weights which the model has packed alone."""
+    copied = plan_of(look_at(model), read_config(folder), fresh=False).copied
+    gone = [path for path, names in copied.items() if "weight" in names and is_packed(model.get_submodule(path))]
+    if gone:
+        raise TargetError(
+            f"the adapter in {folder} has a weight of its own at {gone[0]}, and other parts that the program of "
+            f"{type(model).__name__} does not support: start with general_runner=True"
+        )
+
+
+def proved(model: PreTrainedModel, n_positions: int, *, give_up: bool = False) -> Interpreter:
+    """Return the program of a model on packed weights, verified on two short sequences.
+
+    They are at the start and the end of the context; each runs whole and in two chunks. ``give_up``: the model's own
+    weights are freed for the packed ones.
+
+    Raises DescriptionError with the part that has no instruction, or with the difference of the logits from the model's
+    own. The model then has its weights.
+    """
+    decoder = describe(model)
+    program = compile_program(decoder, n_positions)
+    windows = [part.window for part in program.attentions if part.window is not None]
+    n = min(max([13, *(window + 5 for window in windows if window <= _LONGEST_WINDOW)]), n_positions)
+    starts = dict.fromkeys((0, n_positions - n))
+    ids = {
+        first: (torch.arange(n, device=model.device) * 7 + 3 * first) % program.embedding.n_tokens for first in starts
+    }
+    waiting_for("computing two short sequences by the model's own code, to compare")
+    own = {first: _own_logits(model, ids[first], first) for first in starts}
+    allowed = TOLERANCE.get(model.dtype, TOLERANCE[torch.float32])
+    if decoder.listed and model.dtype.itemsize == 2:
+        allowed *= _LISTED  # their descriptions are tested by values; this looks for what is far off
+    # Weights are given up before the proof, so that no second model is in memory.
+    interpreter = Interpreter(model, program, _packed(model, program, give_up=give_up))
+    waiting_for("comparing the program with the model's own code")
+    problem = next(
+        (p for first in starts if (p := _problem(interpreter, ids[first], first, own[first], allowed))), None
+    )
+    if problem is not None:
+        if give_up:
+            unpack(model)
+        raise DescriptionError(problem)
+    if give_up:
+        give_back(model)
+    return interpreter
+
+
+def _problem(interpreter: Interpreter, ids: Tensor, first: int, own: Tensor, allowed: float) -> str | None:
+    """By how much a sequence's logits differ from the model's ``own``; None where they do not."""
+    n = len(ids)
+    for cuts in ((n,), (n - 4, 4)):
+        error = _difference(_in_chunks(interpreter, ids, cuts, first), own)
+        if not error <= allowed:
+            return (
+                f"its logits at positions {first} to {first + n - 1} are {error:.1e} away from the model's own "
+                f"(allowed {allowed:.0e})"
+            )
+    return None
+
+
+_LISTED = 3
+_LONGEST_WINDOW = 512  # that the proof looks beyond: for longer ones it would take too long
+
+
+def _packed(model: PreTrainedModel, program: Program, *, give_up: bool) -> dict[tuple[str, ...], PackedGroup]:
+    """The weights of every product that can be packed. One group after the other: no second model is in memory."""
+    products = [each.linears for each in program.instructions if isinstance(each, Product)]
+    found, groups = {}, [*products, (program.head.linear,)]
+    for number, linears in enumerate(groups, start=1):
+        waiting_for(f"packing the base: {number} of {len(groups)} products")
+        paths = tuple(linear.path for linear in linears)
+        group = pack_group(model, paths, give_up=give_up)
+        if group is not None:
+            found[paths] = group
+    return found
+
+
+def _difference(found: Tensor, own: Tensor) -> float:
+    """The distance of rows of logits from others, as a share of these: the largest of the medians of five rows each.
+
+    A single row tells little in 16 bits: that of the first token, which all attend to, is off by a fifth from float32
+    in the model's own pass.
+    """
+    each = (found - own).norm(dim=1) / own.norm(dim=1).clamp_min(1e-30)
+    return max(float(rows.median()) for rows in each.split(5))
+
+
+def _own_logits(model: PreTrainedModel, ids: Tensor, first: int) -> Tensor:
+    positions = torch.arange(first, first + len(ids), device=model.device)[None]
+    with evaluation(model), torch.no_grad():
+        logits: Tensor = model(input_ids=ids[None], position_ids=positions, use_cache=False).logits[0]
+    return logits.float()
+
+
+def _in_chunks(interpreter: Interpreter, ids: Tensor, cuts: Sequence[int], first_position: int) -> Tensor:
+    cache, found, at = make_cache(interpreter.program, 1, _page_of(len(ids)), interpreter.dtype, ids.device), [], 0
+    for n in cuts:
+        piece = Piece(Stretch((0,), at, n), None, range(n))
+        found.append(interpreter.run(step_of([piece], cache, ids.device, first_position), ids[at : at + n]))
+        at += n
+    return torch.cat(found)

@@ -1,0 +1,156 @@
+"""Computation of plans: the runners' interface, and their common part, the drawing of tokens from logits."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Iterable, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from veneer.serve.adapters.mix import Parts
+from veneer.serve.runners.sampler import DrawRule, Row, Sampler, not_finite
+from veneer.serve.schedule.step_plan import DrawnToken, PlannedSequence, Sampled, StepPlan
+
+
+class ReadAdapter(Protocol):
+    """Adapter read by a runner, which takes ``n_bytes`` when it is loaded."""
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes of memory."""
+
+
+class Runner(Protocol):
+    """Computation of plans.
+
+    Adapters are read at any time, and loaded and unloaded between plans, under the ids of their versions.
+    """
+
+    def read(self, folder: Path) -> Any:
+        """Read an adapter as a `ReadAdapter` for `load`; on any thread. Raises VeneerError if it does not fit."""
+
+    def read_mix(self, parts: Parts) -> Any:
+        """Read adapters as `read` does, as their weighted sum. Raises CompositionError if they have none."""
+
+    def kept(self, version: str) -> Any:
+        """Return a version as `read` does, if it was kept on disk; None otherwise. On the thread that reads."""
+
+    def keep(self, version: str, adapter: Any) -> None:
+        """Keep what was read for a version on disk, if that is possible and asked for. On the thread that reads."""
+
+    def load(self, version: str, adapter: Any) -> None:
+        """Load an adapter that was read. Raises VeneerError if it does not fit, and is then unchanged."""
+
+    def unload(self, version: str) -> None:
+        """Unload an adapter, if it is loaded."""
+
+    def discard(self, pages: Sequence[int]) -> None:
+        """Free the memory of pages that are not held."""
+
+    @property
+    def loaded(self) -> frozenset[str]:
+        """Versions that are loaded."""
+
+    def begin(self, request_id: str, rule: DrawRule) -> None:
+        """Begin a request whose tokens are drawn by a rule."""
+
+    def end(self, request_id: str) -> None:
+        """End a request."""
+
+    def run(self, plan: StepPlan) -> Sampled:
+        """Compute a plan, and draw. The same plan run again gives the same results."""
+
+    def take(self, request_id: str, token: int) -> None:
+        """Append a drawn token to the request's answer."""
+
+
+class Computed(NamedTuple):
+    """Result of a pass: blocks of logits, and by request the likeliest tokens and the hidden states (n, width)."""
+
+    blocks: Iterable[Tensor]
+    tokens: dict[str, list[int]]
+    hidden: dict[str, Tensor]
+
+
+class DrawingRunner(ABC):
+    """Part of a `Runner` that does not depend on the model."""
+
+    def __init__(self) -> None:
+        self.sampler = Sampler()
+
+    @abstractmethod
+    def compute(self, plan: StepPlan, greedy: Collection[str]) -> Computed:
+        """Return the likeliest tokens of some ``greedy`` requests, blocks of logits for all other `wanted` tokens, and
+        the hidden states of `read` tokens.
+
+        Likeliest tokens are those before each drafted token and after the last.
+
+        The logits are those after the tokens, in the plan's order. They may be computed when a block is asked for.
+        """
+
+    def begin(self, request_id: str, rule: DrawRule) -> None:
+        self.sampler.begin(request_id, rule)
+
+    def end(self, request_id: str) -> None:
+        self.sampler.end(request_id)
+
+    def take(self, request_id: str, token: int) -> None:
+        self.sampler.take(request_id, token)
+
+    def run(self, plan: StepPlan) -> Sampled:
+        blocks, tokens, hidden = self.compute(plan, self.sampler.greedy(plan))
+        sampled = Sampled(hidden=hidden)
+        for id in [id for id, states in hidden.items() if not states.isfinite().all()]:
+            del hidden[id]
+            sampled.failed[id] = not_finite("hidden states", id)
+        for s in plan.sequences:
+            if s.request_id in tokens:
+                sampled.drawn[s.request_id] = [
+                    DrawnToken(token) for token in _as_drafted(s.drafted, tokens[s.request_id])
+                ]
+        rows = iter([row for s in plan.sequences if s.request_id not in tokens for row in _rows(s)])
+        for logits in blocks:
+            self.sampler.fill(sampled, list(islice(rows, len(logits))), logits)
+        return sampled
+
+
+def wanted(sequence: PlannedSequence) -> list[int]:
+    """Return the tokens of a sequence whose logits are needed, counted from its first in the plan."""
+    return [] if sequence.reads_only else _asked_for(sequence)
+
+
+def read(sequence: PlannedSequence) -> list[int]:
+    """Return the tokens of a sequence whose hidden states are needed, counted from its first in the plan."""
+    return _asked_for(sequence) if sequence.reads_only else []
+
+
+def by_request(sequences: Sequence[PlannedSequence], hidden: Tensor) -> dict[str, Tensor]:
+    """Return the hidden states of all `read` tokens (n, width) by request."""
+    counts = {s.request_id: len(read(s)) for s in sequences}
+    parts = torch.split(hidden, list(counts.values())) if counts else ()
+    return {id: part for id, part in zip(counts, parts, strict=True) if len(part)}
+
+
+def _asked_for(sequence: PlannedSequence) -> list[int]:
+    scored = range(sequence.first_scored, sequence.first_scored + len(sequence.targets))
+    n = len(sequence.tokens)
+    return [*scored, *(range(n - 1 - sequence.n_drafted, n) if sequence.samples else ())]
+
+
+def _rows(sequence: PlannedSequence) -> list[Row]:
+    """The rows of logits that `wanted` asks for."""
+    id, drafted = sequence.request_id, sequence.drafted
+    if sequence.reads_only:
+        return []
+    drawn = [Row(id, after=drafted[:n]) for n in range(1 + len(drafted))] if sequence.samples else []
+    return [*(Row(id, target) for target in sequence.targets), *drawn]
+
+
+def _as_drafted(drafted: Sequence[int], tokens: Sequence[int]) -> Sequence[int]:
+    """The tokens that are as drafted, and the one after them."""
+    wrong = (n for n, (guess, token) in enumerate(zip(drafted, tokens, strict=False), start=1) if guess != token)
+    return tokens[: next(wrong, len(tokens))]

@@ -1,0 +1,1 @@
+"""Decisions of serving, without torch: who is computed next, on which pages, with which adapters in memory."""

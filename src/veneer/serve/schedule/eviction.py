@@ -1,0 +1,24 @@
+"""Worth of what memory holds, by which the next to go out is chosen: cached pages and idle adapters alike. No torch.
+
+It is Greedy-Dual-Size with Frequency (Cherkasova 1998, HPL-98-69R1): uses times the seconds to make it again, over its
+bytes, plus the age at its last use. The age is the worth of what went out last. So an entry that was used often once,
+and no more, goes out at last.
+"""
+
+from __future__ import annotations
+
+
+class Eviction:
+    """Age of a memory. ``token_seconds`` is the time to compute a token of a prompt, as far as it is known."""
+
+    def __init__(self, token_seconds: float = 2e-3) -> None:
+        self.token_seconds = token_seconds
+        self.age = 0.0
+
+    def of(self, n_uses: int, seconds: float, n_bytes: int) -> float:
+        """Return the worth of an entry that is used now, for the ``n_uses``-th time."""
+        return self.age + n_uses * seconds / max(1, n_bytes)
+
+    def went(self, worth: float) -> None:
+        """Advance the age: an entry of this worth has gone out."""
+        self.age = max(self.age, worth)

@@ -1,0 +1,273 @@
+"""Pages of keys and values, their holders, and the bytes that they share with adapters.
+
+No torch: pages are numbers, and the runner has their memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+
+from veneer.errors import ConfigError
+from veneer.serve.schedule.eviction import Eviction
+from veneer.serve.schedule.prefix_cache import PrefixCache, Tail
+
+
+class Pages:
+    """Pages and the page tables of their holders: ``n_pages`` of ``block`` positions and ``page_bytes`` bytes each.
+
+    A page takes memory when it is first held, and keeps it for the next holder until others need the bytes. Bytes of
+    ``n_bytes`` (None: the size of all pages) that pages do not take can be `lend` to others. A full page that was
+    published under a key may be in several tables, and is cached when it is in none; ``most_cached`` pages at most are
+    (None: all). Invariants:
+    - A page is free, cached, or in tables; in more than one only if it is published.
+    - A table holds exactly as many pages as its positions need, those of a draft while it is tried.
+    - Who holds a published block holds those before it, under their keys.
+    - `grow` and `lend` fail only if pages or bytes are too few, and then change nothing.
+    - Pages with memory and lent bytes take at most ``n_bytes``.
+    - When all holders have released, all bytes are given back and the cache is reset, every page is free.
+    """
+
+    def __init__(
+        self,
+        n_pages: int,
+        block: int,
+        *,
+        page_bytes: int = 1,
+        n_bytes: int | None = None,
+        worth: Eviction | None = None,
+        most_cached: int | None = None,
+    ) -> None:
+        if n_pages < 1 or block < 1:
+            raise ConfigError(f"{n_pages} pages of {block} positions: there must be at least one of each")
+        self.n_pages, self.block, self.page_bytes = n_pages, block, page_bytes
+        self.n_bytes = n_pages * page_bytes if n_bytes is None else n_bytes
+        self.n_lent = 0
+        self.shed: list[int] = []
+        """Free pages whose memory others got: the runner is to give it back to the system."""
+        self._fresh = list(range(n_pages - 1, -1, -1))  # free, without memory
+        self._kept: list[int] = []  # free, with the memory that it had
+        self._tables: dict[Hashable, list[int]] = {}
+        self._told: dict[Hashable, tuple[int, ...]] = {}  # tables that have not changed since they were asked for
+        self._n_tables: dict[int, int] = {}  # of each page that is in one
+        self.worth, self._most_cached = worth or Eviction(), n_pages if most_cached is None else most_cached
+        self._cache = PrefixCache(self.worth, block, page_bytes)
+
+    @property
+    def n_held(self) -> int:
+        """Number of held pages."""
+        return len(self._n_tables)
+
+    @property
+    def n_cached(self) -> int:
+        """Number of pages that nobody holds and that can be found by their keys."""
+        return self._cache.n_idle
+
+    @property
+    def n_free(self) -> int:
+        """Number of pages that can be held without bytes being given back."""
+        return len(self._kept) + min(len(self._fresh), self._unused // self.page_bytes)
+
+    @property
+    def free_bytes(self) -> int:
+        """Bytes that can be lent without anything going out."""
+        return self._unused + len(self._kept) * self.page_bytes
+
+    @property
+    def lendable(self) -> int:
+        """Bytes that can be lent if all cached pages go out."""
+        return self.free_bytes + self.n_cached * self.page_bytes
+
+    @property
+    def least(self) -> float | None:
+        """Worth of the next cached page to go out; None if there is none."""
+        return self._cache.least()
+
+    @property
+    def lacks_bytes(self) -> bool:
+        """True if there would be more free pages if bytes were given back."""
+        return len(self._fresh) * self.page_bytes > self._unused
+
+    def needed(self, n_positions: int) -> int:
+        """Return the number of pages that ``n_positions`` need."""
+        return -(-n_positions // self.block)
+
+    def capacity(self, n_lent: int) -> int:
+        """Return the number of positions that one holder can have while so many bytes are lent."""
+        return min(self.n_pages, max(0, self.n_bytes - n_lent) // self.page_bytes) * self.block
+
+    def covers(self, holder: Hashable, n_positions: int) -> bool:
+        """Return True if a holder's table covers so many positions."""
+        return len(self._tables.get(holder, ())) * self.block >= n_positions
+
+    def lacking(self, holder: Hashable, n_positions: int, keys: Sequence[bytes] = ()) -> int | None:
+        """Return the bytes that others must give back before `grow` succeeds; None if no bytes would help.
+
+        ``keys``: those of the blocks that the holder will `share` first.
+        """
+        shared = sum(page in self._n_tables for page in self._cache.found(keys))  # cached ones are counted below
+        missing = self.needed(n_positions) - len(self._tables.get(holder, ())) - shared
+        with_memory = len(self._kept) + self.n_cached
+        if missing > with_memory + len(self._fresh):
+            return None
+        return max(0, (missing - with_memory) * self.page_bytes - self._unused)
+
+    def has_free(self, holder: Hashable, n_positions: int) -> bool:
+        """Return True if `grow` succeeds without a cached page going out."""
+        return self.needed(n_positions) - len(self._tables.get(holder, ())) <= self.n_free
+
+    def grow(self, holder: Hashable, n_positions: int) -> bool:
+        """Extend a holder's table to ``n_positions`` from the start; cached pages go out if none are free.
+
+        Returns False if pages are too few; nothing changes then.
+        """
+        table = self._tables.get(holder, [])
+        missing = self.needed(n_positions) - len(table)
+        if missing > self.n_free + self.n_cached:
+            return False
+        for _ in range(missing):
+            table.append(self._free_page())
+            self._n_tables[table[-1]] = 1
+        if missing:
+            self._change(holder)
+        if table:
+            self._tables[holder] = table
+        return True
+
+    def shrink(self, holder: Hashable, n_positions: int) -> None:
+        """Take the pages behind ``n_positions`` from a holder; they are not published."""
+        table = self._tables.get(holder, [])
+        for page in reversed(table[self.needed(n_positions) :]):
+            table.pop()
+            self._leave(page)
+            self._change(holder)
+
+    def table(self, holder: Hashable) -> tuple[int, ...]:
+        """Return a holder's pages, in the order of its positions; the same tuple until they change."""
+        if holder not in self._told and holder in self._tables:
+            self._told[holder] = tuple(self._tables[holder])
+        return self._told.get(holder, ())
+
+    def n_found(self, keys: Sequence[bytes]) -> int:
+        """Return the number of first keys whose pages are there."""
+        return len(self._cache.found(keys))
+
+    def share(self, holder: Hashable, keys: Sequence[bytes]) -> int:
+        """Begin a holder's table with the pages of the first keys, up to one that is missing; return their number."""
+        pages = self._cache.found(keys)
+        if pages:
+            self._change(holder)
+            self._tables[holder] = pages
+        for page in pages:
+            self._enter(page)
+        return len(pages)
+
+    def count_use(self, holder: Hashable) -> None:
+        """Count that a holder uses the pages that it shares."""
+        self._cache.use([page for page in self._tables.get(holder, ()) if page in self._cache])
+
+    def publish(self, holder: Hashable, keys: Sequence[bytes], first: int) -> None:
+        """Let others find a holder's full pages from number ``first`` on, by the ``keys`` of all its full pages.
+
+        A page whose key another one has is freed, and that one is held in its place. Pages behind one that is not
+        published, as after `reset`, are not either.
+        """
+        table = self._tables.get(holder, [])
+        for i in range(first, len(keys)):
+            if i and self._cache.page(keys[i - 1]) != table[i - 1]:
+                return
+            page = self._cache.page(keys[i])
+            if page is None:
+                self._cache.add(keys[i], table[i], keys[i - 1] if i else None)
+            elif page != table[i]:
+                self._leave(table[i])
+                self._enter(page)
+                self._change(holder)
+                table[i] = page
+
+    def reset(self) -> None:
+        """Forget all keys: nothing that was computed so far is found again."""
+        self._kept.extend(self._cache.clear())
+
+    def evict(self) -> None:
+        """Let the cached page of the least worth go out; it is free then."""
+        self._kept.append(self._cache.evict())
+
+    def take_tail(self, holder: Hashable, wanted: Tail) -> int:
+        """Give a holder the page behind its full ones in which its sequence was continued, to write on in it.
+
+        Returns the number of positions that are as wanted, in part at least; 0 if there is no such page.
+        """
+        found = self._cache.take_tail(wanted)
+        if found is None:
+            return 0
+        page, n = found
+        self._tables.setdefault(holder, []).append(page)
+        self._n_tables[page] = 1
+        self._change(holder)
+        return n
+
+    def release(self, holder: Hashable, tail: Tail | None = None) -> None:
+        """Let go of a holder's pages: published ones stay cached, and so does the ``tail``; the others are free.
+
+        A tail behind a page that is not published, as after `reset`, is not kept.
+        """
+        self._change(holder)
+        table = self._tables.pop(holder, [])
+        if tail is not None and (not tail.n_full or self._cache.page(tail.parent) == table[tail.n_full - 1]):
+            page = table.pop(tail.n_full)
+            del self._n_tables[page]
+            replaced = self._cache.keep_tail(tail, page)
+            self._kept += [] if replaced is None else [replaced]
+        for page in reversed(table):
+            self._leave(page)
+        while self.n_cached > self._most_cached:
+            self.evict()
+
+    def lend(self, n_bytes: int) -> bool:
+        """Lend bytes to others, taking the memory of free pages, and then of cached ones, if needed.
+
+        Returns False if bytes are too few; nothing changes then.
+        """
+        if n_bytes > self.lendable:
+            return False
+        while n_bytes > self._unused:
+            if not self._kept:
+                self.evict()
+            self.shed.append(self._kept.pop(0))
+            self._fresh.append(self.shed[-1])
+        self.n_lent += n_bytes
+        return True
+
+    def give_back(self, n_bytes: int) -> None:
+        """Take lent bytes back."""
+        self.n_lent -= n_bytes
+
+    @property
+    def _unused(self) -> int:
+        """Bytes that neither pages nor others have."""
+        return self.n_bytes - self.n_lent - (self.n_held + self.n_cached + len(self._kept)) * self.page_bytes
+
+    def _free_page(self) -> int:
+        if not self.n_free:
+            self.evict()
+        return (self._kept or self._fresh).pop()
+
+    def _change(self, holder: Hashable) -> None:
+        self._told.pop(holder, None)
+
+    def _enter(self, page: int) -> None:
+        """One table more has a published page."""
+        self._n_tables[page] = self._n_tables.get(page, 0) + 1
+        if self._n_tables[page] == 1:
+            self._cache.hold(page)
+
+    def _leave(self, page: int) -> None:
+        """One table fewer has a page."""
+        self._n_tables[page] -= 1
+        if self._n_tables[page]:
+            return
+        del self._n_tables[page]
+        if page in self._cache:
+            self._cache.idle(page)
+        else:
+            self._kept.append(page)

@@ -1,0 +1,65 @@
+"""Pace of a step: how many rows of prompts it reads while others stream, by the times of earlier steps. No torch."""
+
+from __future__ import annotations
+
+from collections import deque
+from statistics import median
+
+_STRETCH = 2.5  # how many times as long as decoding alone a step may take: three times is a gap that is noticed
+_LEAST = 16  # rows of prompts that a step reads nevertheless
+_EACH = 2  # and at least so many for each request: thrice as many rows take at most three times as long
+_ALONE, _SEEN = 3, 7  # steps that decode alone, and those that read, whose median counts
+_GROWN = 1.5  # times the rows for which it is known how long decoding takes, until that is seen again
+_MIXED = 16  # steps with prompts one after the other, until one without shows again how long decoding takes
+
+
+class PrefillBudget:
+    """Measured times of steps, as part of the scheduler's state: what it allows changes by `observe` alone.
+
+    A step that reads prompts opens a gap in everybody's answers. If somebody watches an answer grow, it takes at most
+    ``stretch`` times as long as decoding alone.
+    """
+
+    def __init__(self, stretch: float = _STRETCH) -> None:
+        self._stretch = stretch
+        self._alone: deque[tuple[int, float]] = deque(maxlen=_ALONE)  # rows and seconds of steps that decode alone
+        self._row: deque[float] = deque(maxlen=_SEEN)  # seconds of a row of a prompt
+        self._n_mixed = 0
+
+    def observe(self, n_decoding: int, n_read: int, seconds: float) -> None:
+        """Take in how long a step took that computed so many rows of answers and of prompts."""
+        if n_decoding and not n_read:
+            self._alone.append((n_decoding, seconds))
+            self._n_mixed = 0
+        elif n_read:
+            alone = self._seconds_alone(n_decoding) if n_decoding and self._alone else 0.0
+            self._row.append(max(seconds - alone, 0.1 * seconds) / n_read)
+            self._n_mixed += n_decoding > 0
+
+    @property
+    def row_seconds(self) -> float | None:
+        """Seconds to read a token of a prompt; None before the first was read."""
+        return median(self._row) if self._row else None
+
+    def rows(self, n_decoding: int, n_requests: int, most: int) -> int:
+        """Return the number of rows of prompts that a step may read beside rows that decode, at most ``most``.
+
+        It is 0 if it must be seen first how long decoding takes. Otherwise it is at least twice ``n_requests``, those
+        that would decode if their prompts were read. Were it the rows that do decode, a batch that shrinks while
+        prompts wait would read ever less, and stay small.
+        """
+        if not self._alone or self._n_mixed >= _MIXED or n_decoding > _GROWN * self._alone[-1][0]:
+            return 0
+        least = min(max(_LEAST, _EACH * n_requests), most)
+        if not self._row:
+            return least
+        seconds = (self._stretch - 1) * self._seconds_alone(n_decoding)
+        return min(max(int(seconds / median(self._row)), least), most)
+
+    def _seconds_alone(self, n: int) -> float:
+        """The least time that n rows may take to decode: fewer than were seen cost less, more cost no less.
+
+        Steps of far fewer rows do not count if there are others: the end of a batch says little of the next one.
+        """
+        like = [each for each in self._alone if n <= _GROWN * each[0]] or self._alone
+        return median(seconds * min(1.0, n / n_seen) for n_seen, seconds in like)

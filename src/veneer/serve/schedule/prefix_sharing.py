@@ -1,0 +1,137 @@
+"""Pages that requests share: what one has computed, the next does not compute, and what one is computing it waits for.
+
+No torch. Invariants:
+- The last token of a request is always computed, and so is every prompt token whose successor is to be scored.
+- A page is written by its only holder, before it is published. Who continues a sequence takes its last page over.
+- A request waits only for one that is in the batch.
+"""
+
+from __future__ import annotations
+
+from itertools import takewhile
+
+from veneer.serve.schedule.pages import Pages
+from veneer.serve.schedule.prefix_cache import Tail
+from veneer.serve.schedule.request import Request
+
+
+class PrefixSharing:
+    """Blocks of the requests in the batch, by their keys. A request without a ``root`` shares nothing."""
+
+    def __init__(self, pages: Pages) -> None:
+        self.pages = pages
+        self._computing: dict[bytes, Request] = {}  # full blocks of known tokens, by who will publish them
+        self._parked: dict[bytes, dict[Request, None]] = {}  # who waits for a block
+        self._awaited: dict[Request, bytes] = {}
+
+    @property
+    def n_parked(self) -> int:
+        """Number of requests that wait for a block."""
+        return len(self._awaited)
+
+    def park(self, request: Request) -> bool:
+        """Let a request wait if the first block that it lacks is being computed for another; return True if it does.
+
+        It waits for all blocks that it has in common with the other.
+        """
+        keys = self.usable(request)
+        lacking = keys[self.pages.n_found(keys) :]
+        writer = self._computing.get(lacking[0]) if lacking else None
+        if writer is None:
+            return False
+        *_, last = takewhile(lambda key: self._computing.get(key) is writer, lacking)
+        self._parked.setdefault(last, {})[request] = None
+        self._awaited[request] = last
+        return True
+
+    def unpark(self, request: Request) -> bool:
+        """Let a request wait no longer; return False if it did not."""
+        key = self._awaited.pop(request, None)
+        if key is None:
+            return False
+        del self._parked[key][request]
+        if not self._parked[key]:
+            del self._parked[key]
+        return True
+
+    def take(self, request: Request) -> None:
+        """Give a waiting request the pages that are there for it, and the one in which its sequence ended before."""
+        block, last = self.pages.block, self._limit(request)
+        first = self.pages.share(request.id, self.usable(request)) * block
+        if request.root is not None and first < last:
+            tail = self._tail(request, first, min(first + block, last))
+            self._put(request, first + self.pages.take_tail(request.id, tail))
+        else:
+            self._put(request, first)
+
+    def give_up(self, request: Request) -> None:
+        """Take all pages from a request, and keep what others, or itself, can find of them."""
+        last = request.n_front_there + request.n_computed
+        first = last // self.pages.block * self.pages.block
+        keeps = request.root is not None and first < last and request.finish_reason != "error"
+        self.pages.release(request.id, self._tail(request, first, last) if keeps else None)
+        self._put(request, 0)
+
+    def begin(self, request: Request) -> None:
+        """Begin to compute what a request lacks, now that it is in the batch."""
+        if request.n_cached is None:
+            request.n_cached = request.n_computed
+        if request.root is not None:
+            self.pages.count_use(request.id)
+            keys = request.keys(request.n_positions // self.pages.block, self.pages.block)
+            for key in keys[self.pages.n_found(keys) :]:
+                self._computing.setdefault(key, request)
+
+    def publish(self, request: Request) -> list[Request]:
+        """Let others find the blocks that a request has filled since the last time; return those that waited for them.
+
+        They wait no longer.
+        """
+        n = (request.n_front + request.n_computed) // self.pages.block
+        if request.root is None or n <= request.n_published:
+            return []
+        keys, first = request.keys(n, self.pages.block), request.n_published
+        self.pages.publish(request.id, keys, first)
+        request.n_published = n
+        return self._freed(request, keys[first:])
+
+    def leave(self, request: Request) -> list[Request]:
+        """Take the pages of a request that leaves the batch; return those that waited for it, and wait no longer."""
+        freed = self._freed(request, request.known_keys[request.n_published :])
+        self.give_up(request)
+        return freed
+
+    def _limit(self, request: Request) -> int:
+        """The number of positions that need not be computed, if they are there."""
+        if request.scores_prompt and request.n_scored < len(request.prompt) - 1:
+            return request.n_front + request.n_scored
+        return request.n_positions - 1
+
+    def usable(self, request: Request) -> list[bytes]:
+        """Return the keys of the blocks that a request need not compute, if they are there."""
+        block = self.pages.block
+        return [] if request.root is None else request.keys(self._limit(request) // block, block)
+
+    def _tail(self, request: Request, first: int, last: int) -> Tail:
+        """The positions of a request from ``first``, where a page begins, to ``last``."""
+        n_front, n_full = request.n_front, first // self.pages.block
+        parent = request.keys(n_full, self.pages.block)[-1] if n_full else request.root or b""
+        n_virtual, end = max(0, min(n_front, last) - first), max(0, last - n_front)
+        tokens = request.tokens(max(0, first - n_front), end)
+        return Tail(parent, n_full, n_virtual, tokens, request.owner_of(end))
+
+    def _put(self, request: Request, n_positions: int) -> None:
+        request.n_front_there = min(n_positions, request.n_front)
+        request.n_computed = n_positions - request.n_front_there
+        request.n_published = n_positions // self.pages.block
+
+    def _freed(self, request: Request, keys: list[bytes]) -> list[Request]:
+        """Return the requests that waited for blocks no longer being computed for this one."""
+        freed = list[Request]()
+        for key in keys:
+            if self._computing.get(key) is request:
+                del self._computing[key]
+                freed += self._parked.pop(key, ())
+        for each in freed:
+            del self._awaited[each]
+        return freed

@@ -1,0 +1,171 @@
+"""State of one answer in progress: its computed and drawn tokens, and its end. No torch."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Hashable
+from dataclasses import dataclass, field
+from itertools import takewhile
+
+from veneer.serve.schedule.outputs import FinishReason
+from veneer.serve.schedule.prefix_cache import key_of
+from veneer.serve.schedule.speculation import Draft
+
+
+class Status(enum.Enum):
+    """State of a request: waiting (not begun, or preempted), in the batch, or ended."""
+
+    WAITING = "waiting"
+    RUNNING = "running"
+    DONE = "done"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StopRule:
+    """End of an answer: at one of ``eos_ids`` or ``stop_ids``, once it has ``min_tokens``, or at ``max_tokens``."""
+
+    max_tokens: int
+    min_tokens: int = 0
+    eos_ids: frozenset[int] = frozenset()
+    stop_ids: frozenset[int] = frozenset()
+
+    def ends(self, n_tokens: int, token: int) -> FinishReason | None:
+        """Return the reason why an answer of ``n_tokens`` ends with ``token``; None if it continues."""
+        if n_tokens >= self.min_tokens and (token in self.eos_ids or token in self.stop_ids):
+            return "stop"
+        return "length" if n_tokens >= self.max_tokens else None
+
+
+@dataclass(eq=False, slots=True, kw_only=True)
+class Request:
+    """State of one answer.
+
+    ``version`` is the adapter's. ``n_front`` is the number of its virtual tokens, which precede the prompt. A lower
+    ``priority`` is more urgent. Within one priority, the ``client`` that has received least for its ``weight`` comes
+    first. If ``streams``, the answer is shown while it grows. ``acts_from`` is the first token that the adapter acts
+    on. If it is not the first of all, ``owner`` goes into the keys of blocks from there on, and ``root`` is the base's.
+    ``n_computed`` counts the tokens whose keys and values are in pages. If ``scores_prompt``, log-probabilities of the
+    prompt are asked for, and ``n_scored`` of them are computed. ``root`` is the key in front of its first block (None:
+    it shares no pages). ``n_front_there`` counts the virtual tokens in pages. ``n_published`` counts the blocks that
+    others can find. ``n_cached`` counts the prompt tokens that were in pages when it began. ``known_keys`` are the keys
+    of its first blocks, as far as they were asked for. ``draft`` guesses its next tokens. If ``reads_only``, it draws
+    nothing and ends behind its prompt. With ``scores_prompt`` too, the states of all tokens are asked for.
+    """
+
+    id: str
+    prompt: tuple[int, ...]
+    rule: StopRule
+    version: str | None = None
+    n_front: int = 0
+    acts_from: int = 0
+    scores_prompt: bool = False
+    client: Hashable = ""
+    weight: float = 1.0
+    priority: int = 0
+    streams: bool = False
+    root: bytes | None = None
+    owner: bytes = b""
+    draft: Draft | None = None
+    reads_only: bool = False
+    output: list[int] = field(default_factory=list)
+    n_computed: int = 0
+    n_front_there: int = 0
+    n_published: int = 0
+    n_cached: int | None = None
+    n_scored: int = 0
+    n_preempted: int = 0
+    arrival: int = 0
+    status: Status = Status.WAITING
+    finish_reason: FinishReason | None = None
+    stop_token: int | None = None
+    error: Exception | None = None
+    known_keys: list[bytes] = field(default_factory=list)
+
+    @property
+    def n_positions(self) -> int:
+        """Number of positions known so far: the virtual tokens', the prompt's and the drawn ones'."""
+        return self.n_front + self.n_tokens
+
+    @property
+    def n_tokens(self) -> int:
+        """Number of tokens known so far: the prompt's and the drawn ones."""
+        return len(self.prompt) + len(self.output)
+
+    @property
+    def n_left(self) -> int:
+        """Number of tokens whose keys and values are still to be computed; 1 during decoding."""
+        return self.n_tokens - self.n_computed
+
+    @property
+    def n_alike(self) -> int:
+        """Number of the next tokens that may be computed at once: the adapter acts on all of them, or on none."""
+        n_before = self.acts_from - self.n_computed
+        return min(self.n_left, n_before) if n_before > 0 else self.n_left
+
+    @property
+    def acting(self) -> str | None:
+        """Version that acts on the next token; None for the base."""
+        return None if self.n_computed < self.acts_from else self.version
+
+    @property
+    def n_to_come(self) -> int:
+        """Number of tokens to compute, at most, until it ends."""
+        return len(self.prompt) + self.rule.max_tokens - self.n_computed
+
+    def stretch(self, n: int) -> tuple[int, ...]:
+        """Return the next ``n`` tokens to compute."""
+        return self.tokens(self.n_computed, self.n_computed + n)
+
+    def keys(self, n: int, block: int) -> list[bytes]:
+        """Return the keys of the first ``n`` blocks, whose tokens are known. The request must have a root."""
+        parent = self.known_keys[-1] if self.known_keys else self.root or b""
+        for i in range(len(self.known_keys), n):
+            first, last = (max(0, at * block - self.n_front) for at in (i, i + 1))
+            parent = key_of(parent, self.tokens(first, last), self.owner_of(last))
+            self.known_keys.append(parent)
+        return self.known_keys[:n]
+
+    def owner_of(self, last: int) -> bytes:
+        """Return the owner in the key of a page whose tokens end before ``last``: none if all are the base's."""
+        return self.owner if last > self.acts_from else b""
+
+    def tokens(self, first: int, last: int) -> tuple[int, ...]:
+        """Return the tokens from ``first`` on, those before ``last``."""
+        n_prompt = len(self.prompt)
+        if first >= n_prompt:  # it decodes, as it mostly does
+            return tuple(self.output[first - n_prompt : last - n_prompt])
+        return self.prompt[first:last] + tuple(self.output[max(0, first - n_prompt) : max(0, last - n_prompt)])
+
+    def drafted(self, most: int, share: float) -> tuple[int, ...]:
+        """Return at most ``most`` guessed tokens to try next, if a ``share`` of such guesses was right.
+
+        The answer goes on behind each of them.
+        """
+        most = min(most, self.rule.max_tokens - len(self.output) - 1)
+        if self.draft is None or most < 1:
+            return ()
+        ends = self.rule.eos_ids | self.rule.stop_ids
+        return tuple(takewhile(lambda token: token not in ends, self.draft.tokens(self, most, share)))
+
+    def unscored(self, n: int) -> tuple[int, tuple[int, ...]]:
+        """Return the index of the first of the next ``n`` tokens whose successor is unscored, and all such successors.
+
+        Successors are prompt tokens whose log-probabilities are asked for. Without `scores_prompt` there are none.
+        """
+        skipped = max(0, self.n_scored - self.n_computed)
+        if not self.scores_prompt:
+            return 0, ()
+        return skipped, self.prompt[self.n_computed + 1 + skipped : self.n_computed + 1 + n]
+
+    def draw(self, token: int) -> None:
+        """Append a drawn token, and end the request if the token ends the answer."""
+        self.output.append(token)
+        reason = self.rule.ends(len(self.output), token)
+        if reason == "stop" and token not in self.rule.eos_ids:
+            self.stop_token = token
+        if reason is not None:
+            self.end(reason)
+
+    def end(self, reason: FinishReason, error: Exception | None = None) -> None:
+        """End the request, with a reason and an error if there is one."""
+        self.status, self.finish_reason, self.error = Status.DONE, reason, error

@@ -1,0 +1,78 @@
+"""Plan of a step, and its results: numbers alone. No torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from veneer.errors import VeneerError
+from veneer.serve.schedule.outputs import TokenLogprobs
+
+
+class PlannedSequence(NamedTuple):
+    """Stretch of one request's tokens.
+
+    ``tokens`` are the ids to compute, at the positions ``start``, ``start + 1``, …; ``pages`` hold the positions,
+    ``block`` in each. The ``n_front`` positions before the first token of a sequence hold the adapter's virtual tokens.
+    The first ``n_front_there`` of them are in the pages already, and the rest are to be written now. ``samples``: a
+    token is drawn after the last one. The last ``n_drafted`` tokens are guesses: a token is drawn before each of them
+    too, as long as those before it were drawn. ``targets`` are the tokens whose log-probabilities are asked for; they
+    follow the tokens from ``first_scored`` on. ``reads_only``: no token is drawn or scored, and hidden states
+    are asked for instead. ``version`` is that of the adapter which acts on all of the tokens, None for the base.
+    """
+
+    request_id: str
+    version: str | None
+    tokens: tuple[int, ...]
+    start: int
+    n_front: int
+    n_front_there: int
+    pages: tuple[int, ...]
+    samples: bool
+    first_scored: int = 0
+    targets: tuple[int, ...] = ()
+    n_drafted: int = 0
+    reads_only: bool = False
+
+    @property
+    def drafted(self) -> tuple[int, ...]:
+        """Guesses among the tokens."""
+        return self.tokens[len(self.tokens) - self.n_drafted :]
+
+    @property
+    def decodes(self) -> bool:
+        """True if it reads nothing of a prompt."""
+        return self.samples and len(self.tokens) == 1 + self.n_drafted
+
+
+@dataclass(frozen=True, slots=True)
+class StepPlan:
+    """Sequences of a step, grouped by adapter version, the base's first."""
+
+    sequences: tuple[PlannedSequence, ...] = ()
+
+    @property
+    def n_tokens(self) -> int:
+        """Number of rows of the step."""
+        return sum(len(sequence.tokens) for sequence in self.sequences)
+
+
+class DrawnToken(NamedTuple):
+    """Drawn token, with the requested log-probabilities, its own first."""
+
+    token: int
+    logprobs: TokenLogprobs | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    """Results of a step, by request: the drawn tokens or the error, and log-probabilities of prompt tokens.
+
+    ``hidden`` has the hidden states (n, width) of requests that only read.
+    Of a draft, the tokens that were drawn as guessed come first, and the one after them is last.
+    """
+
+    drawn: dict[str, list[DrawnToken]] = field(default_factory=dict)
+    prompt_logprobs: dict[str, list[TokenLogprobs]] = field(default_factory=dict)
+    failed: dict[str, VeneerError] = field(default_factory=dict)
+    hidden: dict[str, Any] = field(default_factory=dict)

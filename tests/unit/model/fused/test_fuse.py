@@ -1,0 +1,174 @@
+"""The models that `fuse` takes; it leaves the others alone and says why."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from typing import Any
+
+import pytest
+import torch
+from tests.unit.model.conftest import NEOX, PARTIAL, SIZES, WIDE, base
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    BloomConfig,
+    CohereConfig,
+    Glm4MoeLiteConfig,
+    GPTNeoXJapaneseConfig,
+    GptOssConfig,
+    GraniteConfig,
+    Ministral3Config,
+    MoshiConfig,
+    Olmo2Config,
+    OlmoConfig,
+    OlmoeConfig,
+    OPTConfig,
+    Qwen3Config,
+    StableLmConfig,
+)
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+
+from veneer.model.blueprint.family import Family
+from veneer.model.blueprint.names import Names
+from veneer.model.fused import decoder
+from veneer.model.fused.decoder import fuse
+
+
+@pytest.mark.parametrize(("most", "n_threads"), [(10**9, 1), (0, 3)])
+def test_a_small_model_is_checked_by_one_thread(most: int, n_threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+    calls = decoder._calls
+    monkeypatch.setattr(decoder, "FEW_PARAMETERS", most)
+    monkeypatch.setattr(decoder, "_calls", lambda *given: seen.append(torch.get_num_threads()) or calls(*given))
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        assert fuse(base(Qwen3Config(**SIZES)))
+        assert (seen, torch.get_num_threads()) == ([n_threads], 3)
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_a_window_longer_than_the_check_is_seen(known: bool, caplog: pytest.LogCaptureFixture) -> None:
+    model = base(Qwen3Config(use_sliding_window=known, sliding_window=41, max_window_layers=1, **SIZES))
+    lying = model.model.layers[1].self_attn
+    lying.config, lying.sliding_window = copy.copy(lying.config), None if known else 41
+    lying.config.layer_types = None
+    with caplog.at_level(logging.WARNING, logger="veneer"):
+        assert not fuse(model)
+    assert "differs by" in caplog.text
+    assert (model.config.sliding_window, lying.sliding_window) == ((41, None) if known else (None, 41))
+
+
+@pytest.mark.parametrize("described", [True, False])
+@pytest.mark.parametrize(
+    ("dtype", "scale", "reason"), [(torch.float32, 0.25, "differs by"), (torch.bfloat16, 0.02, "more with positions")]
+)
+def test_queries_scaled_by_position_run_the_general_path(
+    dtype: torch.dtype,
+    scale: float,
+    reason: str,
+    described: bool,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """1 in the first 32 positions; small weights hide the rest in bfloat16's rounding."""
+    if not described:  # values see it too
+        monkeypatch.setattr("veneer.model.blueprint.read_attention.read_temperature", lambda source: None)
+    with caplog.at_level(logging.WARNING, logger="veneer"):
+        assert not fuse(ministral(32, dtype, scale))
+    assert ("more with positions than to rotate" if described else reason) in caplog.text
+
+
+def test_queries_that_grow_beyond_the_context_alone_are_fused() -> None:
+    assert fuse(ministral(SIZES["max_position_embeddings"], torch.float32, 0.25))
+
+
+def ministral(original: int, dtype: torch.dtype, scale: float) -> Any:
+    rope = {"llama_4_scaling_beta": 0.3, "original_max_position_embeddings": original, "rope_type": "default"}
+    torch.manual_seed(3)
+    config = Ministral3Config(
+        initializer_range=scale, rope_parameters={"rope_theta": 1e4, **rope}, pad_token_id=0, **SIZES
+    )
+    return AutoModelForCausalLM.from_config(config, dtype=dtype)
+
+
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        (GraniteConfig(residual_multiplier=0.3, attention_multiplier=0.2, **SIZES), "residual_multiplier=0.3"),
+        (GPTNeoXJapaneseConfig(intermediate_multiple_size=1, **NEOX), "has no attribute 'config'"),
+        (
+            GptOssConfig(
+                num_local_experts=3, num_experts_per_tok=2, pad_token_id=0, **{**WIDE, "intermediate_size": 60}
+            ),
+            "it holds sinks",
+        ),
+        (MoshiConfig(ffn_dim=58, audio_vocab_size=89, pad_token_id=0, **SIZES), "feed-forward part of known form"),
+        (Qwen3Config(layer_types=["full_attention", "chunked_attention"], **SIZES), "of type chunked_attention"),
+        (OlmoConfig(**WIDE), "of one kind"),
+        (OlmoeConfig(num_experts=3, num_experts_per_tok=2, **WIDE), "of kinds that the kernels do not know"),
+        (StableLmConfig(clip_qkv=0.7, **WIDE, **PARTIAL), "clips queries, keys and values"),
+        (Olmo2Config(**WIDE), "no norms in front of them"),
+        (CohereConfig(**WIDE), "rotates neighbouring numbers"),
+        (BloomConfig(hidden_size=42, n_layer=2, n_head=3, vocab_size=97), "falls with distance (ALiBi)"),
+        (Glm4MoeLiteConfig(**{**WIDE, "q_lora_rank": 21}), "no q, k, v and o projections"),
+        (
+            OPTConfig(hidden_size=42, ffn_dim=58, num_hidden_layers=2, num_attention_heads=3, vocab_size=97),
+            "lists of layers",
+        ),
+    ],
+)
+def test_a_model_that_fits_no_pattern_is_left_alone(config: Any, reason: str, caplog: pytest.LogCaptureFixture) -> None:
+    torch.manual_seed(3)
+    model = AutoModelForCausalLM.from_config(config)
+    classes = [type(m) for m in model.modules()]
+    with caplog.at_level(logging.WARNING, logger="veneer"):
+        assert not fuse(model)
+    assert [type(m) for m in model.modules()] == classes
+    assert len(caplog.messages) == 1
+    assert "general path" in caplog.text
+    assert reason in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("family", "spoil", "reason"),
+    [
+        ("llama", lambda model: setattr(model.model.layers[1].mlp, "up_proj", nn.Linear(13, 58)), "RuntimeError"),
+        ("qwen3", lambda model: model.config.layer_types.pop(), "IndexError"),
+        ("gemma2", lambda model: setattr(model.model.layers[1].self_attn, "attn_logit_softcapping", -3), "softcap=-3"),
+    ],
+)
+def test_a_model_that_cannot_be_looked_at_is_left_alone(
+    family: str, spoil: Any, reason: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = base(family)
+    spoil(model)
+    classes = [type(m) for m in model.modules()]
+    with caplog.at_level(logging.WARNING, logger="veneer"):
+        assert not fuse(model)
+    assert [type(m) for m in model.modules()] == classes
+    assert reason in caplog.text
+
+
+def test_the_feed_forward_half_is_found_by_the_name_that_the_description_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Renamed(LlamaDecoderLayer):
+        @property
+        def mlp(self) -> nn.Module:  # for the model's own code
+            feed: nn.Module = self.feed
+            return feed
+
+    model = base("llama").eval()
+    for block in model.model.layers:
+        block.add_module("feed", block._modules.pop("mlp"))
+        block.__class__ = Renamed
+    ids = torch.arange(2 * 9).view(2, 9)
+    expected = model(input_ids=ids, use_cache=False).logits
+    family = Family(model_types=("llama",), names=Names(feed_forward=("feed",)))
+    monkeypatch.setattr("veneer.model.blueprint.source.family_of", lambda model_type: family)
+    assert fuse(model)
+    assert all(block.fused_shape.mlp is not None for block in model.model.layers)
+    assert {block.fused_shape.mlp_name for block in model.model.layers} == {"feed"}
+    assert torch.allclose(model(input_ids=ids, use_cache=False).logits, expected, atol=1e-4)
