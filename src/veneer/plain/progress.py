@@ -32,15 +32,15 @@ def progress_bar(title: str, *columns: ProgressColumn, opens_with: str | None = 
     """Show a bar while the block runs. The block moves it by the function that it gets: steps done, and their total.
 
     The bar appears with the first step, so that another may come and go before it; until then it is a wait for
-    ``title``. If no bar can be drawn, a line reports the steps every ``LINE_SECONDS``. A block of less than
-    ``QUIET_SECONDS`` prints nothing but ``opens_with``, if given, which replaces the wait. Of several processes, which
-    torchrun numbers, the first one prints.
+    ``title``. A wait around the block pauses for the bar. If no bar can be drawn, a line reports the steps every
+    ``LINE_SECONDS``. A block of less than ``QUIET_SECONDS`` prints nothing but ``opens_with``, if given, which replaces
+    the wait. Of several processes, which torchrun numbers, the first one prints.
     """
     # this file and no other: what takes long may have sys.stderr redirected
     console = _stderr()
-    if opens_with is not None:
-        waiting_over()
-    with waits_told(title) if opens_with is None else nullcontext():
+    with _paused_by_steps(), waits_told(title) if opens_with is None else nullcontext():
+        if opens_with is not None:
+            _pause()
         if not draws_bars(console):
             if opens_with is not None:
                 _say(console, opens_with)
@@ -52,7 +52,7 @@ def progress_bar(title: str, *columns: ProgressColumn, opens_with: str | None = 
             progress.start()
 
         def tell(done: int, total: int) -> None:
-            waiting_over()
+            _pause()
             progress.start()
             progress.update(task, completed=done, total=total)
 
@@ -68,7 +68,7 @@ def _lines(title: str, console: Console) -> Tell:
 
     def tell(done: int, total: int) -> None:
         nonlocal began, told, first
-        waiting_over()
+        _pause()
         now = time.monotonic()
         if first is None:
             first, began = done, now
@@ -123,6 +123,24 @@ def waiting_over() -> None:
         wait.end()
 
 
+def _pause() -> None:
+    wait = _WAIT.get()
+    if wait is not None:
+        wait.pause()
+
+
+@contextmanager
+def _paused_by_steps() -> Iterator[None]:
+    """Let a wait around the block go on behind it, if the block has paused it."""
+    outer = _WAIT.get()
+    goes_on = outer is not None and not outer.paused
+    try:
+        yield
+    finally:
+        if outer is not None and goes_on:
+            outer.go_on()
+
+
 class _Spinner:
     """A line that turns while it is waited, and that vanishes. Other lines on stderr go above it."""
 
@@ -130,7 +148,8 @@ class _Spinner:
         columns = SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()
         # stdout is left alone: a pipe may read it
         self._progress = Progress(*columns, console=console, transient=True, redirect_stdout=False)
-        self._task, self._what = self._progress.add_task(escape(what), total=None), what
+        self._task, self._what, self._over = self._progress.add_task(escape(what), total=None), what, False
+        self.paused = False
         self._progress.start()
 
     @property
@@ -143,8 +162,20 @@ class _Spinner:
         self._what = what
         self._progress.update(self._task, description=escape(what))
 
+    def pause(self) -> None:
+        """Remove the line until `go_on`."""
+        self.paused = True
+        self._progress.stop()
+
+    def go_on(self) -> None:
+        """Show the line again, if the wait is not over."""
+        self.paused = False
+        if not self._over:
+            self._progress.start()
+
     def end(self) -> None:
         """Remove the line."""
+        self._over = True
         self._progress.stop()
 
 
@@ -153,8 +184,17 @@ class _Lines:
 
     def __init__(self, what: str, console: Console) -> None:
         self.what, self._console, self._over = what, console, threading.Event()
+        self.paused = False
         self._thread = threading.Thread(target=self._tell, daemon=True)
         self._thread.start()
+
+    def pause(self) -> None:
+        """Print nothing until `go_on`."""
+        self.paused = True
+
+    def go_on(self) -> None:
+        """Print again."""
+        self.paused = False
 
     def end(self) -> None:
         """Nothing is printed behind this."""
@@ -164,7 +204,8 @@ class _Lines:
     def _tell(self) -> None:
         began, pause = time.monotonic(), QUIET_SECONDS
         while not self._over.wait(pause):
-            _say(self._console, f"{self.what} ({time.monotonic() - began:.0f} s so far)")
+            if not self.paused:
+                _say(self._console, f"{self.what} ({time.monotonic() - began:.0f} s so far)")
             pause = LINE_SECONDS
 
 

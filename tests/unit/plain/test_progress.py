@@ -110,3 +110,24 @@ def test_a_short_wait_is_not_told(capsys: pytest.CaptureFixture[str]) -> None:
 def appears(line: str, screen: io.StringIO) -> None:
     """Wait until a screen shows a line."""
     wait_until(lambda: line in screen.getvalue())
+
+
+def test_a_wait_goes_on_behind_a_bar_in_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(progress, "QUIET_SECONDS", 0.01)
+    monkeypatch.setattr(progress, "LINE_SECONDS", 0.01)
+    screen = io.StringIO()
+    monkeypatch.setattr("sys.stderr", screen)
+    with progress.waits_told("loading"):
+        wait_until(lambda: "loading" in screen.getvalue())
+        with progress.progress_bar("converting", opens_with="converting x.gguf, once") as on_progress:
+            on_progress(1, 2)
+            told = screen.getvalue().count("loading")
+            with progress.progress_bar("inner", opens_with="inner"):
+                pass
+            assert screen.getvalue().count("loading") <= told + 1  # a line that was on its way
+        wait_until(lambda: screen.getvalue().count("loading") > told + 1)
+        progress.waiting_over()
+        told = screen.getvalue()
+        with progress.progress_bar("again", opens_with="again"):
+            pass
+    assert screen.getvalue() == told + "again\n"
