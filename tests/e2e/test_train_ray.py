@@ -19,9 +19,9 @@ from veneer.ray.place import RayCluster
 from veneer.recipe.recipe import load_recipe
 from veneer.recipe.values import read_values
 from veneer.train.checkpoint import checkpoints
-from veneer.train.going_on import GoingOn
 from veneer.train.interrupt import Stop
-from veneer.train.record import record_of
+from veneer.train.record.going_on import GoingOn
+from veneer.train.record.record import record_of
 from veneer.train.sweep.asha import divisor
 from veneer.train.sweep.recipe import Sweep, parse_sweep
 from veneer.train.sweep.report import outcomes

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from veneer.cli.facts import print_facts
-from veneer.train.record import life_of, record_of, told_life
+from veneer.train.record.record import life_of, record_of, told_life
 
 if TYPE_CHECKING:
     from veneer.cli.pages.info import InfoArguments

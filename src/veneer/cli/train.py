@@ -23,7 +23,7 @@ from veneer.recipe.known import declared_methods
 from veneer.recipe.sweep_part import PART
 from veneer.recipe.values import read_values, section
 from veneer.store.hub import require_found
-from veneer.train.place import refuse_place
+from veneer.train.record.place import refuse_place
 
 _Recipe = Annotated[
     Path | None, typer.Argument(metavar="RECIPE", show_default=False, help="A YAML file; see --print-recipe.")

@@ -32,9 +32,9 @@ from veneer.train.output import (
     require_free,
     usable,
 )
-from veneer.train.place import Resume, continues
 from veneer.train.processes import by_main, is_main, meet, n_processes, part, together
 from veneer.train.recipe_trainer import require_not_in_base
+from veneer.train.record.place import Resume, continues
 from veneer.train.run import run_recipe
 from veneer.train.samples import samples_of
 from veneer.train.show.sample import shown_sample

@@ -37,9 +37,9 @@ from veneer.recipe.recipe import Recipe, load_recipe
 from veneer.recipe.values import read_values
 from veneer.store.bars import without_bars
 from veneer.train.checkpoint import write_json
-from veneer.train.going_on import tied_to_its_processes
 from veneer.train.interrupt import SIGNALS
-from veneer.train.record import record_of
+from veneer.train.record.going_on import tied_to_its_processes
+from veneer.train.record.record import record_of
 from veneer.train.run import run_recipe
 
 MOST_FAILURES = 3  # deaths of workers after which the run is given up

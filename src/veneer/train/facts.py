@@ -8,9 +8,9 @@ from typing import Any
 from veneer.plain.group import n_on_this_machine
 from veneer.recipe.changes import places_of
 from veneer.recipe.recipe import Recipe
-from veneer.train.going_on import files_of, parent_of
 from veneer.train.processes import n_processes
-from veneer.train.record import this_process
+from veneer.train.record.going_on import files_of, parent_of
+from veneer.train.record.record import this_process
 from veneer.train.run_trainer import RunTrainer
 from veneer.train.show.report import environment
 

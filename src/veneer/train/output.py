@@ -14,10 +14,10 @@ from veneer.recipe.adapter import FULL
 from veneer.recipe.parts import DataPart
 from veneer.recipe.recipe import Recipe
 from veneer.train.checkpoint import latest_checkpoint
-from veneer.train.going_on import is_complete, parent_of
-from veneer.train.place import ADAPTER, MODEL, Resume, require_fresh
 from veneer.train.processes import by_main, is_main
-from veneer.train.record import record_of
+from veneer.train.record.going_on import is_complete, parent_of
+from veneer.train.record.place import ADAPTER, MODEL, Resume, require_fresh
+from veneer.train.record.record import record_of
 from veneer.train.run_trainer import RunTrainer
 
 _SHOWN = 3  # other files

@@ -16,7 +16,6 @@ from veneer.store.hub import require_hub
 from veneer.train.callbacks import BeginReport, LastEvaluation, StepClock
 from veneer.train.checkpoint import checkpoint_folder, latest_checkpoint
 from veneer.train.facts import describe_run
-from veneer.train.going_on import PROCESSES, GoingOn, changes_since, is_complete, with_data
 from veneer.train.interrupt import Stop, StopAfterStep, listening
 from veneer.train.output import (
     other_files,
@@ -25,13 +24,14 @@ from veneer.train.output import (
     taken_back,
     usable,
 )
-from veneer.train.place import ADAPTER, MODEL, Resume, continues
 from veneer.train.processes import by_main, is_main, n_processes, require_alike, together
 from veneer.train.recipe_trainer import make_trainer
-from veneer.train.record import ending_of, life_of, reason_of, record_of, told_life
+from veneer.train.record.going_on import PROCESSES, GoingOn, changes_since, is_complete, with_data
+from veneer.train.record.place import ADAPTER, MODEL, Resume, continues
+from veneer.train.record.record import ending_of, life_of, reason_of, record_of, told_life
+from veneer.train.record.written import WrittenRecord
 from veneer.train.run_trainer import RunTrainer
 from veneer.train.show.report import draw_loss
-from veneer.train.written import WrittenRecord
 
 Tell = Callable[[str], None]
 

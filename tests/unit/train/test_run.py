@@ -9,8 +9,8 @@ import pytest
 from veneer.errors import ConfigError, DataError, DivergedError
 from veneer.recipe.recipe import parse_recipe
 from veneer.train import output
-from veneer.train.place import require_fresh
 from veneer.train.recipe_trainer import make_trainer
+from veneer.train.record.place import require_fresh
 from veneer.train.run import carry_out
 from veneer.train.samples import samples_of
 

@@ -11,9 +11,9 @@ from typing import Any, cast
 
 from veneer.errors import ConfigError, FormatError, TrainingError
 from veneer.train.checkpoint import checkpoints, write_json
-from veneer.train.going_on import GoingOn, changes_since, is_complete
-from veneer.train.place import Resume, require_fresh
-from veneer.train.record import RUN_FILE, record_of
+from veneer.train.record.going_on import GoingOn, changes_since, is_complete
+from veneer.train.record.place import Resume, require_fresh
+from veneer.train.record.record import RUN_FILE, record_of
 from veneer.train.sweep.asha import Standing, divisor, n_rungs, promotions
 from veneer.train.sweep.packs import next_pack
 from veneer.train.sweep.recipe import Member, Sweep

@@ -10,8 +10,8 @@ from typing import Any, Protocol
 from veneer.errors import ConfigError
 from veneer.train.interrupt import Stop, listening
 from veneer.train.output import require_data_files
-from veneer.train.place import Resume, continues
 from veneer.train.processes import n_processes
+from veneer.train.record.place import Resume, continues
 from veneer.train.run import Tell
 from veneer.train.sweep.course import Course
 from veneer.train.sweep.recipe import Sweep

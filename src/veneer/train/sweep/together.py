@@ -19,11 +19,11 @@ from veneer.adapters.peft_model import PeftModel
 from veneer.errors import ConfigError, DivergedError, Interrupted, Paused
 from veneer.model.fused.decoder import fused
 from veneer.train.base_model import device_of, load_base
-from veneer.train.going_on import GoingOn
 from veneer.train.interrupt import Stop
 from veneer.train.loss import Scoring, TokenLoss
 from veneer.train.recipe_trainer import make_trainer
-from veneer.train.record import record_of
+from veneer.train.record.going_on import GoingOn
+from veneer.train.record.record import record_of
 from veneer.train.run import Tell, carry_out
 from veneer.train.show.display import RunDisplay
 from veneer.train.sweep.coroutines import Coroutine, ask

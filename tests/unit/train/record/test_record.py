@@ -10,7 +10,7 @@ import psutil
 import pytest
 
 from veneer.errors import ConfigError, FormatError
-from veneer.train.record import life_of, record_of, require_over, this_process, told_life
+from veneer.train.record.record import life_of, record_of, require_over, this_process, told_life
 
 
 def running(**process):

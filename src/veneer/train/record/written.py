@@ -10,7 +10,7 @@ from typing import Any
 from veneer.errors import DiskError
 from veneer.train.checkpoint import write_json
 from veneer.train.processes import is_main
-from veneer.train.record import RUN_FILE
+from veneer.train.record.record import RUN_FILE
 
 
 class WrittenRecord:

@@ -14,7 +14,7 @@ from typing import Any, Literal
 from veneer.errors import ConfigError, DataError, DiskError, listed
 from veneer.recipe.early import missing_rows
 from veneer.train.checkpoint import checkpoints, holds_checkpoints
-from veneer.train.record import record_of, require_over
+from veneer.train.record.record import record_of, require_over
 
 ADAPTER, MODEL = "adapter", "model"  # the folders that a run saves
 Resume = bool | Literal["auto"]

@@ -8,7 +8,7 @@ import pytest
 
 from veneer.errors import ConfigError
 from veneer.recipe.recipe import Recipe, parse_recipe
-from veneer.train.going_on import changes_since
+from veneer.train.record.going_on import changes_since
 
 
 def recipe(global_batch: int, **training: Any) -> Recipe:
@@ -34,7 +34,7 @@ def test_another_number_of_processes_goes_on_with_the_same_rows_alone(
     old, new = (recipe(each, **training) for each in batches)
     before = {"recipe": old.model_dump(), "n_processes": 4}
     monkeypatch.setattr("veneer.recipe.recipe._n_processes", lambda: 8)
-    monkeypatch.setattr("veneer.train.going_on.n_processes", lambda: 8)
+    monkeypatch.setattr("veneer.train.record.going_on.n_processes", lambda: 8)
     if refused is not None:
         with pytest.raises(ConfigError, match=refused):
             changes_since(before, new, allow=False)

@@ -16,7 +16,7 @@ from veneer.recipe.changes import ChangedSetting, changes, is_longer, refuse
 from veneer.recipe.parts import DataPart
 from veneer.recipe.recipe import Recipe
 from veneer.train.processes import n_processes
-from veneer.train.record import RUN_FILE
+from veneer.train.record.record import RUN_FILE
 
 PROCESSES = "processes"
 
