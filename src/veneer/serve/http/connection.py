@@ -22,10 +22,12 @@ from veneer.serve.http.errors import (
     TooSlowError,
     error_body,
 )
+from veneer.serve.schedule.return_places import ReturnPlaces
 
 _FILES = 256  # descriptors that connections leave to adapters, libraries and logs
 _MOST = 1 << 13  # connections, however many files may be open
 _MOST_FILES = 1 << 16
+_TURN = 15.0  # seconds in which all connections are thought to have their answers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +66,7 @@ class Connections:
         self._open: set[Connection] = set()
         self._owing: dict[Connection, None] = {}  # the one that has owed longest comes first
         self._idle: dict[Connection, None] = {}
+        self._places = ReturnPlaces()
 
     def __len__(self) -> int:
         return len(self._open)
@@ -95,6 +98,14 @@ class Connections:
         """Forget a connection that is closed."""
         self.works(connection)
         self._open.discard(connection)
+
+    def refusal(self) -> BusyError:
+        """Return the error for a connection that has no place, with the seconds until one may be free."""
+        seconds = self._places.seconds(1, self.most, lambda ahead: 1 + _TURN * ahead / self.most)
+        return BusyError(
+            f"this server has {self.most} connections, and all wait for answers: ask again in {math.ceil(seconds)} s",
+            retry_seconds=seconds,
+        )
 
     def check(self) -> None:
         """Close the connections whose time is over."""
@@ -140,11 +151,8 @@ class Connection(HttpToolsProtocol):
         """Begin to wait for a request."""
         super().connection_made(transport)
         if not self._connections.add(self):
-            most = self._connections.most
             self._reads = _Reads.REFUSED
-            transport.write(
-                _refusal(BusyError(f"this server has {most} connections, and all wait for answers: try again"))
-            )
+            transport.write(_refusal(self._connections.refusal()))
             transport.close()
 
     def connection_lost(self, exc: Exception | None) -> None:

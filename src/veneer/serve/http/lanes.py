@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import math
 import queue
 import threading
 from collections.abc import Callable, Iterable
@@ -14,6 +15,7 @@ from prometheus_client.metrics_core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from veneer.serve.http.errors import BusyError, RefusedError
+from veneer.serve.schedule.return_places import ReturnPlaces
 
 Result = TypeVar("Result")
 _SECONDS = 60.0
@@ -29,6 +31,7 @@ class Lane:
         self._queue: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._stuck: set[Future[object]] = set()
         self._threads: list[threading.Thread] = []
+        self._places = ReturnPlaces()
 
     @property
     def n_stuck(self) -> int:
@@ -86,10 +89,12 @@ class Lane:
         coming.add_done_callback(lambda ended: None if ended.cancelled() else ended.exception())
 
     def _busy(self) -> BusyError:
+        n, longest = self.n_threads, self._seconds
+        seconds = self._places.seconds(1, n, lambda ahead: longest + longest * ahead / max(n, 1))
         return BusyError(
-            f"all {self.n_threads} threads that read {self.name} are busy, {self.n_stuck} of them for longer than "
-            f"{self._seconds:g} s: ask again",
-            retry_seconds=self._seconds,
+            f"all {n} threads that read {self.name} are busy, {self.n_stuck} of them for longer than "
+            f"{longest:g} s: ask again in {math.ceil(seconds)} s",
+            retry_seconds=seconds,
         )
 
 

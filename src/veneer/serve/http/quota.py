@@ -49,7 +49,7 @@ def _counted(
         raise RefusedError(f"{n} {what} are asked for, and this key may have {most} in flight (its {field}): {advice}")
     use = uses.setdefault(name, InFlight())
     if use.n + n > most:
-        seconds = use.seconds(use.n + n - most)
+        seconds = use.refused(n, most)
         raise TooManyRequestsError(
             f"{use.n} {what} of this key are in flight, and it may have {most} (its {field}): ask again in "
             f"{seconds:.0f} s",

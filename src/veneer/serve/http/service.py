@@ -54,7 +54,7 @@ class Service:
                 "n",
             )
         if taken + n > most.in_flight:
-            seconds = self._choices.seconds(taken + n - most.in_flight)
+            seconds = self._choices.refused(n, most.in_flight)
             self.engine.backlog.note_refusal()
             raise TooManyRequestsError(
                 f"{taken} choices wait or are being answered, and this server takes {most.in_flight} "

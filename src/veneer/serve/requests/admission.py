@@ -10,6 +10,7 @@ from veneer.errors import ConfigError, QueueFullError
 from veneer.serve.requests.checked import CheckedRequest
 from veneer.serve.schedule.end_rate import EndRate
 from veneer.serve.schedule.queues import Queues
+from veneer.serve.schedule.return_places import ReturnPlaces
 from veneer.serve.schedule.scheduler import Limits
 
 
@@ -20,6 +21,7 @@ class Admission:
         self._limits, self._waiting = limits, waiting
         self._n, self._n_tokens = 0, 0  # on their way
         self._lock = threading.RLock()
+        self._places = ReturnPlaces()
         self.n_refused = 0
         """Number of refusals since the start."""
         self.rate = EndRate()
@@ -45,7 +47,7 @@ class Admission:
         if not self.has_room(asked):
             n, n_tokens = self._n + len(self._waiting), self._n_tokens + self._waiting.n_tokens
             self.note_refusal()
-            seconds = self.rate.seconds(self._n_over(asked))
+            seconds = self._return_seconds(asked, n)
             raise QueueFullError(
                 f"{n} requests with {n_tokens} tokens wait, and at most {self._limits.max_waiting} with "
                 f"{self._limits.max_waiting_tokens} may: ask again in {seconds:.0f} s",
@@ -71,6 +73,12 @@ class Admission:
     def _count(self, asked: CheckedRequest, sign: int) -> None:
         n, n_tokens = _size([asked])
         self._n, self._n_tokens = self._n + sign * n, self._n_tokens + sign * n_tokens
+
+    def _return_seconds(self, asked: Sequence[CheckedRequest], n_waiting: int) -> float:
+        """The seconds after which refused requests have room, behind those that were refused before."""
+        over = self._n_over(asked)
+        with self._lock:
+            return self._places.seconds(_size(asked)[0], n_waiting, lambda ahead: self.rate.seconds(over + ahead))
 
     def _n_over(self, asked: Sequence[CheckedRequest]) -> int:
         """The number of answers that must leave before these have room, if each has as many tokens as the mean."""

@@ -11,6 +11,7 @@ from itertools import accumulate
 from time import monotonic
 
 from veneer.serve.schedule.end_rate import LATEST, SOONEST
+from veneer.serve.schedule.return_places import ReturnPlaces
 
 _NOTED = 64  # durations of the last that ended
 _LONGER = 1.5  # a request that lasts longer than all of these is thought to last so many times as long as it has
@@ -27,6 +28,7 @@ class InFlight:
         """Sum of the amounts in flight."""
         self._began: dict[object, tuple[float, int]] = {}
         self._lasted: deque[float] = deque(maxlen=_NOTED)
+        self._places = ReturnPlaces()
 
     @contextmanager
     def counted(self, n: int) -> Iterator[None]:
@@ -41,15 +43,26 @@ class InFlight:
             self.n -= n
             self._lasted.append(monotonic() - began)
 
+    def refused(self, n: int, most: int) -> int:
+        """Return the seconds after which a client returns whose ``n`` would be more than ``most``, 1 to 600.
+
+        Those of clients that were refused before come first.
+        """
+        over = self.n + n - most
+        return math.ceil(self._places.seconds(n, self.n, lambda ahead: self.seconds(over + ahead)))
+
     def seconds(self, n: int) -> int:
-        """Return the seconds in which ``n`` of the amounts in flight will have ended, 1 to 600."""
+        """Return the seconds in which ``n`` of the amounts in flight will have ended, 1 to 600.
+
+        If ``n`` is more than that, others are thought to follow that last as long.
+        """
         now = monotonic()
         ends = sorted((self._remaining(now - began), amount) for began, amount in self._began.values())
-        enough = [
-            after for (after, _), ended in zip(ends, accumulate(each for _, each in ends), strict=True) if ended >= n
-        ]
-        after = enough[0] if enough else ends[-1][0] if ends else 0.0
-        return math.ceil(min(max(after, SOONEST), LATEST))
+        turns, rest = divmod(n - 1, max(self.n, 1))
+        ended = accumulate(amount for _, amount in ends)
+        first = next((after for (after, _), so_many in zip(ends, ended, strict=True) if so_many > rest), 0.0)
+        turn = max(ends[-1][0], SOONEST) if ends else 0.0
+        return math.ceil(min(max(turns * turn + first, SOONEST), LATEST))
 
     def _remaining(self, age: float) -> float:
         longer = [lasted for lasted in self._lasted if lasted > age]

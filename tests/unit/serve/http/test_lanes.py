@@ -68,6 +68,9 @@ def test_work_that_cannot_begin_in_time_is_told_to_come_again():
         with pytest.raises(BusyError) as told:
             await lane.run(lambda: ran.append(1))
         assert (told.value.status, told.value.retry_seconds) == (503, 0.3)
+        with pytest.raises(BusyError, match="ask again in 1 s") as behind:
+            await lane.run(lambda: ran.append(2))
+        assert behind.value.retry_seconds == 0.6
         with pytest.raises(RefusedError):
             await first
         may_end.set()

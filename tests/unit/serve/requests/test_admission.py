@@ -61,7 +61,8 @@ class Queue:
 
 def test_the_time_to_ask_again_is_that_in_which_as_many_ended(monkeypatch):
     clock = SimpleNamespace(now=0.0)
-    monkeypatch.setattr("veneer.serve.schedule.end_rate.monotonic", lambda: clock.now)
+    for room in ("end_rate", "return_places"):
+        monkeypatch.setattr(f"veneer.serve.schedule.{room}.monotonic", lambda: clock.now)
     waiting: Any = Queue()
     backlog = Admission(Limits(max_waiting=9), waiting)
     asked: Any = type("Asked", (), {"params": SamplingParams(n=4, temperature=1), "prompt_ids": (1, 2)})()
@@ -79,10 +80,12 @@ def test_the_time_to_ask_again_is_that_in_which_as_many_ended(monkeypatch):
         backlog.rate.note(n, has_work)
     with pytest.raises(QueueFullError, match="ask again in 12 s"):  # 4 are too many, and 10 ended in 28 busy seconds
         backlog.require_room([asked])
+    with pytest.raises(QueueFullError, match="ask again in 23 s"):  # behind the 4 of the other
+        backlog.require_room([asked])
     clock.now = 1038.0
     assert backlog.rate.seconds(2) == 8  # 10 in 38
     backlog.note_refusal()
-    assert backlog.n_refused == 3
+    assert backlog.n_refused == 4
     few_tokens = Admission(Limits(max_waiting=99, max_waiting_tokens=95), waiting)
     few_tokens.rate.note(0, True)
     for clock.now, n in ((1100.0, 62), (1110.0, 3)):

@@ -13,7 +13,8 @@ from veneer.serve.schedule.in_flight import InFlight
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     clock = SimpleNamespace(now=50.0)
-    monkeypatch.setattr("veneer.serve.schedule.in_flight.monotonic", lambda: clock.now)
+    for room in ("in_flight", "return_places"):
+        monkeypatch.setattr(f"veneer.serve.schedule.{room}.monotonic", lambda: clock.now)
     return clock
 
 
@@ -57,3 +58,26 @@ def test_the_first_request_and_nothing_in_flight_say_a_second(clock):
     assert flight.seconds(1) == 1
     with flight.counted(1):
         assert flight.seconds(1) == 1
+
+
+def test_refused_clients_are_told_seconds_at_which_each_has_a_place(clock):
+    flight = InFlight()
+    lasts(flight, clock, 21, 21, 21)
+    with ExitStack() as stack:
+        for _ in range(3):
+            stack.enter_context(flight.counted(2))
+            clock.now += 5
+        # Two places are free in 6, 11 and 16 s, and then again a turn of 16 s later.
+        assert [flight.refused(1, 6) for _ in range(8)] == [6, 6, 11, 11, 16, 16, 22, 22]
+        assert [flight.refused(1, 6) for _ in range(17)][-2:] == [16 * 4, 6]
+        clock.now += 10_000
+        assert flight.refused(1, 6) == 600
+
+
+def test_clients_that_return_when_they_were_told_have_the_first_place_again(clock):
+    flight = InFlight()
+    lasts(flight, clock, 8)
+    with flight.counted(3):
+        told = [flight.refused(1, 3) for _ in range(2)]
+        clock.now += 3
+        assert (told, flight.refused(1, 3)) == ([8, 8], 5)
