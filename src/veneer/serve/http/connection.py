@@ -7,10 +7,12 @@ import enum
 import json
 import math
 import resource
+import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from httptools import HttpParserUpgrade
 from starlette.types import Message, Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
@@ -36,9 +38,9 @@ class ConnectionLimits:
 
     ``head_bytes`` and ``headers``: the request line with its headers, and their number. ``head_seconds``: the time for
     them. ``body_seconds``: the time for a body, and a second more for each ``body_rate`` bytes that have arrived.
-    ``unread_seconds``: the time in which a client reads nothing of an answer. ``linger_seconds``: the time in which a
-    refused client may read why. ``idle_seconds``: between two requests. ``connections``: at most so many at once; None:
-    as many as the process may open files, less a reserve.
+    ``unread_seconds``: the time to read what is sent, and a second more for each ``body_rate`` bytes that were read.
+    ``linger_seconds``: the time in which a refused client may read why. ``idle_seconds``: between two requests.
+    ``connections``: at most so many at once; None: as many as the process may open files, less a reserve.
     """
 
     head_bytes: int = 1 << 16
@@ -142,9 +144,10 @@ class Connection(HttpToolsProtocol):
         self._reads, self._since = _Reads.HEAD, self.loop.time()
         self._n_silent = 0  # bytes since the last that were a head or a part of a body
         self._n_headers = self._n_body = 0
-        self._is_heard = self._has_begun = False
-        self._unread_since = self._closing_since = math.inf
+        self._is_heard = self._has_begun = self._is_early = False
+        self._unread: tuple[float, int] | None = None  # since when, and how many bytes then
         self._why: RefusedError | None = None
+        self._piece = self._plain_head = b""  # bytes that are parsed, and a head without its wish for another protocol
         self._cycles = list[Any]()  # uvicorn's name of requests with their answers: those that are not answered
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
@@ -169,8 +172,10 @@ class Connection(HttpToolsProtocol):
                 piece, data = data, b""
             else:
                 piece, data = data[:room], data[room:]
-            self._is_heard = False
+            self._is_heard, self._piece = False, piece
             super().data_received(piece)
+            if self._plain_head:
+                data, self._plain_head = self._plain_head + self._piece + data, b""
             self._n_silent = 0 if self._is_heard else self._n_silent + len(piece)
             if self._n_silent > self._limits.head_bytes:
                 self._refuse(
@@ -197,9 +202,12 @@ class Connection(HttpToolsProtocol):
             super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
-        """Ask the application."""
+        """Ask the application; not if the client wishes for another protocol, since then it is parsed again."""
+        if self.parser.should_upgrade() and self.parser.get_method() != b"CONNECT":
+            self._is_heard, self._plain_head = True, self._head_without_upgrade()
+            return
         self._begin(_Reads.BODY)
-        self._n_body, self._is_heard = 0, True
+        self._n_body, self._is_heard, self._is_early = 0, True, False
         self.app = self._app if self.parser.get_http_version() == "1.1" else self._answer_without_chunks
         super().on_headers_complete()
         self._cycles.append(self.cycle)
@@ -216,13 +224,29 @@ class Connection(HttpToolsProtocol):
 
     def on_message_complete(self) -> None:
         """Wait for the answer."""
+        if self._plain_head:
+            return
         self._begin(_Reads.NOTHING)
-        self._is_heard = True
+        self._is_heard, self._is_early = True, False
         if self._is_free:  # answered before its body had come
             self._connections.rests(self)
         else:
             self._connections.works(self)
         super().on_message_complete()
+
+    def _head_without_upgrade(self) -> bytes:
+        line = b"%s %s HTTP/%s" % (self.parser.get_method(), self.url, self.parser.get_http_version().encode())
+        lines = [b"%s: %s" % header for header in self.headers if header[0] != b"upgrade"]
+        return b"\r\n".join([line, *lines, b"", b""])
+
+    def _unsupported_upgrade_warning(self) -> None:
+        """Keep the bytes behind a head that wishes for another protocol: the parser takes no body of it.
+
+        Java's client wishes for HTTP/2 in each request, and none is spoken here.
+        """
+        stopped = sys.exception()
+        if isinstance(stopped, HttpParserUpgrade):
+            self._piece = self._piece[stopped.args[0] :]
 
     def on_response_complete(self) -> None:
         """Wait for the next request."""
@@ -233,6 +257,7 @@ class Connection(HttpToolsProtocol):
                 self._begin(_Reads.NOTHING)
                 self._connections.rests(self)
             else:
+                self._is_early = True
                 self._connections.owes(self)
 
     def send_400_response(self, msg: str) -> None:
@@ -240,21 +265,21 @@ class Connection(HttpToolsProtocol):
         self._refuse(self._why or RefusedError("this is no valid HTTP request: send another"))
 
     def pause_writing(self) -> None:
-        """Note since when the client reads nothing."""
-        self._unread_since = self.loop.time()
+        """Note since when the client has bytes to read."""
+        self._unread = self.loop.time(), self.transport.get_write_buffer_size()
         super().pause_writing()
 
     def resume_writing(self) -> None:
-        """Note that the client reads."""
-        self._unread_since = math.inf
+        """Note that the client has read them."""
+        self._unread = None
         super().resume_writing()
 
     def check(self) -> None:
         """Close the connection if its client takes too long."""
         now = self.loop.time()
-        if self.transport.is_closing():
-            self._closing_since = min(self._closing_since, now)
-        if now > min(self._unread_since + self._limits.unread_seconds, self._closing_since + self._limits.head_seconds):
+        if self.transport.is_closing() and self._unread is None:
+            self._unread = now, self.transport.get_write_buffer_size()
+        if self._is_unread(now):
             self.abort()
         elif self.flow.read_paused:
             self._since = now  # it is not the client that makes this wait
@@ -271,6 +296,14 @@ class Connection(HttpToolsProtocol):
         for cycle in self._cycles:
             cycle.disconnected = True
             cycle.message_event.set()
+
+    def _is_unread(self, now: float) -> bool:
+        """True if the client takes too long to read."""
+        if self._unread is None:
+            return False
+        since, n = self._unread
+        n_read = n - self.transport.get_write_buffer_size()
+        return now > since + self._limits.unread_seconds + n_read / self._limits.body_rate
 
     @property
     def _seconds(self) -> float:
@@ -308,7 +341,7 @@ class Connection(HttpToolsProtocol):
         if self._reads is _Reads.REFUSED:
             return
         waiting = self._cycles
-        is_answered = len(waiting) > 1 or waiting[0].response_started if waiting else self._reads is _Reads.BODY
+        is_answered = len(waiting) > 1 or waiting[0].response_started if waiting else self._is_early
         self._begin(_Reads.REFUSED)
         if is_answered:
             self.abort()

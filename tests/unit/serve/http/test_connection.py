@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
+import math
 import resource
 import socket
 import threading
@@ -11,15 +13,18 @@ import time
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
+import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.responses import PlainTextResponse, StreamingResponse
 from starlette.requests import ClientDisconnect
+from uvicorn.server import ServerState
 
 from patience import PATIENCE, wait_until
 from veneer.serve.http import connection
-from veneer.serve.http.connection import ConnectionLimits
+from veneer.serve.http.connection import ConnectionLimits, Connections, made
 from veneer.serve.http.lifecycle import Lifecycle
 from veneer.serve.http.limits import BodyLimit
 from veneer.serve.http.server import Server
@@ -198,6 +203,24 @@ def test_what_is_no_body_is_counted_within_it(patient, rest_of_it):
     assert told(answer)[0] == 431
 
 
+@pytest.mark.parametrize("line", [b"CONNECT x:80", b"GET http://[", b"GET /\xc3\xa9"])
+def test_an_address_that_is_none_is_refused(patient, line):
+    assert told(patient.ask(line + b" HTTP/1.1\r\nHost: x\r\n\r\n"))[0] == 400
+
+
+@pytest.mark.parametrize("protocol", [b"h2c", b"websocket"])
+def test_requests_that_wish_for_another_protocol_are_answered_in_this_one(patient, protocol, capfd):
+    wish = b"Connection: Upgrade, HTTP2-Settings\r\nHTTP2-Settings: AAMAAABk\r\nUpgrade: " + protocol + b"\r\n"
+    one = POST + wish + b"Content-Length: 70003\r\n\r\n"
+    chunked = POST + wish + b"Transfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n0\r\n\r\n"
+    with patient.open(one + b"y" * 70_000) as client:
+        time.sleep(0.1)
+        client.sendall(b"yyy" + chunked * 2 + HEAD + wish + b"\r\n" + closing(HEAD))
+        answer = rest(client)
+    assert [answer.count(each) for each in (OK, b'{"n":70003,', b'{"n":3,', b"\r\n\r\nwell")] == [5, 1, 2, 2]
+    assert capfd.readouterr().err == ""
+
+
 def test_bytes_between_requests_are_counted(patient):
     with patient.open(HEAD + b"\r\n") as client:
         assert client.recv(1 << 16).startswith(OK)
@@ -287,6 +310,28 @@ def test_a_client_that_does_not_read_is_disconnected(strict):
     with strict.open(b"GET /stream?n=4000 HTTP/1.1\r\nHost: x\r\n\r\n") as client:
         client.recv(1)
         strict.wait(lambda: not len(strict.server.connections))
+
+
+@pytest.mark.parametrize("closes", [False, True])
+def test_an_answer_has_more_time_the_more_of_it_is_read(closes):
+    clock, transport = SimpleNamespace(now=100.0), Mock(spec=asyncio.Transport)
+    limits = ConnectionLimits(unread_seconds=60, body_rate=1000, head_seconds=math.inf)
+    loop: Any = SimpleNamespace(time=lambda: clock.now)
+    reading = made(Connections(limits))(uvicorn.Config(application()), ServerState(), {}, loop)
+    transport.get_extra_info.return_value = None
+    transport.is_closing.return_value = closes
+    transport.get_write_buffer_size.return_value = 30_000
+    reading.connection_made(transport)
+    if not closes:
+        reading.pause_writing()
+    reading.check()
+    clock.now += 61
+    transport.get_write_buffer_size.return_value = 20_000
+    reading.check()
+    assert not transport.abort.called
+    clock.now += 9.5
+    reading.check()
+    assert transport.abort.called
 
 
 def test_clients_that_say_nothing_make_room_for_others(patient):
