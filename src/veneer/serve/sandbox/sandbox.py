@@ -37,8 +37,8 @@ class Sandbox:
     """Up to two processes that run programs of one kind.
 
     Each answer takes ``seconds`` of computing at most, four times as long by the clock, and ``most_bytes``.
-    They start when they are needed, or by `warm`. A program that was ended once is known: of those one runs at a time.
-    Any thread may ask.
+    They start when they are needed, or by `warm`. A program that was ended is known until it answers: of those one runs
+    at a time. Any thread may ask.
     """
 
     def __init__(self, kind: Kind, seconds: float = 5.0, most_bytes: int = 1 << 29) -> None:
@@ -59,7 +59,9 @@ class Sandbox:
         if not self._slow_lock.acquire(blocking=False):
             raise self._full("a program that is as slow as this one is")
         try:
-            return self._asked(program, about)
+            answer = self._asked(program, about)
+            self._slow.put(program, False)  # it was slow about something else
+            return answer
         finally:
             self._slow_lock.release()
 
@@ -81,15 +83,7 @@ class Sandbox:
         if not self._places.acquire(timeout=_WAIT_SECONDS):
             raise self._full("all processes are")
         try:
-            with self._lock:
-                process = self._free.pop() if self._free else None
-            process = process or _Process(self._kind, self.seconds, self.most_bytes)
-            answer = process.ask({"program": program, **about})
-            if answer is None or self._is_closed:
-                process.end()
-            else:
-                with self._lock:
-                    self._free.append(process)
+            answer = self._answer({"program": program, **about})
         finally:
             self._places.release()
         if answer is None:
@@ -101,6 +95,28 @@ class Sandbox:
                 "is stopped"
             )
         return answer
+
+    def _answer(self, asked: Mapping[str, Any]) -> dict[str, Any] | None:
+        process, answer = self._taken(), None
+        try:
+            answer = process.ask(asked)
+        finally:
+            with self._lock:
+                is_kept = answer is not None and not self._is_closed
+                self._free += [process] * is_kept
+            if not is_kept:
+                process.end()
+        return answer
+
+    def _taken(self) -> _Process:
+        """A free process, or a new one; those that were ended from outside are none."""
+        with self._lock:
+            over = [process for process in self._free if process.is_over]
+            self._free = [process for process in self._free if process not in over]
+            found = self._free.pop() if self._free else None
+        for process in over:
+            process.end()
+        return found or _Process(self._kind, self.seconds, self.most_bytes)
 
     def _full(self, busy: str) -> QueueFullError:
         return QueueFullError(f"{busy} running, and no place is free for {self._kind}: ask again", self.seconds)
@@ -128,6 +144,11 @@ class _Process:
             return read(answers)
         except BrokenPipeError:
             return None
+
+    @property
+    def is_over(self) -> bool:
+        """True if the process has ended."""
+        return self._process.poll() is not None
 
     def end(self) -> None:
         """End the process."""

@@ -110,10 +110,31 @@ def test_a_process_that_was_ended_from_outside_is_replaced():
     sandbox._free[0]._process.kill()
     sandbox._free[0]._process.wait()
     grammar = str(LLMatcher.grammar_from_regex("a"))
-    with pytest.raises(SandboxError):
-        sandbox.ask(grammar, {})
     assert sandbox.ask(grammar, {}) == {}
     sandbox.close()
+
+
+def test_a_program_that_was_slow_about_one_conversation_is_not_about_others(templates):
+    power = "{{ (7 ** messages[0].n) % 10 }}"
+    about = [{**ABOUT, "messages": [{"n": n}]} for n in (30_000_000, 2)]
+    with pytest.raises(SandboxError):
+        templates.ask(power, about[0])
+    assert templates.ask(power, about[1]) == {"text": "9"}
+    with templates._slow_lock:
+        assert templates.ask(power, about[1]) == {"text": "9"}
+
+
+def test_a_process_is_ended_if_it_cannot_be_asked_or_the_sandbox_is_closed():
+    sandbox = Sandbox("grammars")
+    sandbox.warm()
+    [first] = sandbox._free
+    with pytest.raises(TypeError):
+        sandbox.ask("x", {"about": object()})
+    assert first.is_over
+    grammar = str(LLMatcher.grammar_from_regex("a"))
+    sandbox.close()
+    assert sandbox.ask(grammar, {}) == {}
+    assert sandbox._free == []
 
 
 def test_a_grammar_that_ends_its_process_is_refused(grammars):
