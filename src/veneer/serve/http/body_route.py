@@ -12,7 +12,7 @@ from fastapi.responses import Response
 from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 
-from veneer.serve.http.errors import RefusedError
+from veneer.serve.http.errors import RefusedError, retry_header
 
 _SMALL = 2**16  # bytes, which are parsed in a millisecond
 _MOST_DIGITS = 40  # of a whole number: fields have 64 bits, schemas may have more
@@ -32,7 +32,7 @@ class BodyRequest(Request):
         try:
             return await self.app.state.lanes.bodies.run(lambda: parsed(body))
         except RefusedError as error:  # FastAPI knows no other error of a body
-            raise HTTPException(error.status, str(error)) from error
+            raise HTTPException(error.status, str(error), retry_header(error)) from error
 
 
 class BodyRoute(APIRoute):

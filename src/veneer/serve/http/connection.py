@@ -20,9 +20,9 @@ from veneer.serve.http.errors import (
     BusyError,
     HeadTooLargeError,
     RefusedError,
-    RetryLaterError,
     TooSlowError,
     error_body,
+    retry_header,
 )
 from veneer.serve.schedule.return_places import ReturnPlaces
 
@@ -376,7 +376,7 @@ def _refusal(error: RefusedError) -> bytes:
     body = json.dumps(error_body(error)).encode()
     headers: Iterable[tuple[str, object]] = [
         ("content-type", "application/json"), ("content-length", len(body)), ("connection", "close"),
-        *([("retry-after", math.ceil(error.retry_seconds))] if isinstance(error, RetryLaterError) else ()),
+        *retry_header(error).items(),
     ]  # fmt: skip
     told = "".join(f"{name}: {value}\r\n" for name, value in headers)
     return STATUS_LINE[error.status] + told.encode() + b"\r\n" + body

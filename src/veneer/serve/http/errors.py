@@ -150,10 +150,14 @@ def status_of(error: VeneerError) -> int:
 
 def error_response(error: VeneerError, headers: Mapping[str, str] | None = None) -> JSONResponse:
     """Return the response to a request that cannot be served; it says when to ask again if the error does."""
-    told = dict(headers or {})
-    if isinstance(error, RetryLaterError | QueueFullError):
-        told["Retry-After"] = str(math.ceil(error.retry_seconds))
-    return JSONResponse(error_body(error), status_of(error), told)
+    return JSONResponse(error_body(error), status_of(error), {**(headers or {}), **retry_header(error)})
+
+
+def retry_header(error: VeneerError) -> dict[str, str]:
+    """Return the header that says when to ask again; none if the error does not say it."""
+    if not isinstance(error, RetryLaterError | QueueFullError):
+        return {}
+    return {"Retry-After": str(math.ceil(error.retry_seconds))}
 
 
 async def on_veneer_error(request: Request, error: Exception) -> JSONResponse:

@@ -362,7 +362,7 @@ def test_a_client_beyond_those_that_wait_for_answers_is_told_to_come_again(stric
     strict.wait(lambda: len(strict.server.server_state.tasks) == 7)
     answer = strict.ask(closing(HEAD))
     status, message = told(answer)
-    assert (status, b"retry-after: 1\r\n" in answer) == (503, True)
+    assert (status, b"Retry-After: 1\r\n" in answer) == (503, True)
     assert message.endswith("7 connections, and all wait for answers: ask again in 1 s")
     assert told(strict.ask(closing(HEAD)))[1].endswith("ask again in 4 s")  # its place is behind the other's
     strict.app.state.may_end.set()

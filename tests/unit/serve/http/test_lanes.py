@@ -149,8 +149,13 @@ def test_a_server_whose_threads_of_prompts_are_stuck_is_not_ready(server, monkey
 
 def test_a_large_body_that_is_not_read_in_time_is_told_to_come_again(server, monkeypatch):
     monkeypatch.setattr(server.app.state.lanes.bodies, "n_threads", 0)
-    status, told = server.post("/v1/completions", {"prompt": "x" * 70_000})
-    assert (status, "all 0 threads that read bodies are busy" in told["error"]["message"]) == (503, True)
+    sent = urllib.request.Request(
+        f"{server.url}/v1/completions", b'{"prompt": "%s"}' % (b"x" * 70_000), {"Content-Type": "application/json"}
+    )
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        urllib.request.urlopen(sent)
+    assert (refused.value.code, refused.value.headers["Retry-After"]) == (503, "60")
+    assert "all 0 threads that read bodies are busy" in json.load(refused.value)["error"]["message"]
     assert server.post("/v1/completions", {"prompt": "x", "max_tokens": 1})[0] == 200
 
 
