@@ -63,7 +63,7 @@ def compare(first: Mapping[str, Spectrum], second: Mapping[str, Spectrum], top: 
 
 
 def split_path(path: str) -> tuple[int | None, str]:
-    """Split ``model.placed.layers.3.mlp.up_proj`` into (3, "mlp.up_proj"). A path without a number has no block."""
+    """Split ``model.layers.3.mlp.up_proj`` into (3, "mlp.up_proj"). A path without a number has no block."""
     match = re.search(r"\.(\d+)\.", path)
     return (int(match.group(1)), path[match.end() :]) if match else (None, path)
 

@@ -1,4 +1,4 @@
-"""Warnings on stderr: each text once, in the form of the commands' own."""
+"""Warnings and errors on stderr, in the form of the commands' own: each text of a warning once."""
 
 from __future__ import annotations
 
@@ -6,20 +6,26 @@ import logging
 import os
 import sys
 
+from veneer.plain.lru import LruCache
+
+_MOST_TEXTS = 1000  # that are known at once: a server runs for months
+
 
 class Once(logging.Filter):
-    """Filter that drops a record if one with its text has passed before."""
+    """Filter that drops a warning if one with its text has passed before. Errors all pass."""
 
     def __init__(self) -> None:
         super().__init__()
-        self._passed: set[str] = set()
+        self._passed: LruCache[str, bool] = LruCache(_MOST_TEXTS)
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """Return True for the first record of a text."""
+        """Return True for an error, and for the first warning of a text."""
+        if record.levelno >= logging.ERROR:
+            return True
         text = record.getMessage()
-        new = text not in self._passed
-        self._passed.add(text)
-        return new
+        is_new = self._passed.get(text) is None
+        self._passed.put(text, True)
+        return is_new
 
 
 class _Named(logging.Formatter):

@@ -1,4 +1,4 @@
-"""Formula of `records.AttendedDelta`: attention to a prompt, apart from that to the sequence."""
+"""Formula of `records.deltas.AttendedDelta`: attention to a prompt, apart from that to the sequence."""
 
 from __future__ import annotations
 

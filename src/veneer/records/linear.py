@@ -1,4 +1,4 @@
-"""Formula of `records.LinearDelta`: applied, folded and composed."""
+"""Formula of `records.deltas.LinearDelta`: applied, folded and composed."""
 
 from __future__ import annotations
 

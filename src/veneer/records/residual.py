@@ -1,4 +1,4 @@
-"""Formula of `records.ResidualDelta`, applied."""
+"""Formula of `records.deltas.ResidualDelta`, applied."""
 
 from __future__ import annotations
 

@@ -9,7 +9,8 @@ from contextlib import contextmanager
 
 import pytest
 
-from veneer.cli.messages import log_on_stderr
+from veneer.cli import messages
+from veneer.cli.messages import Once, log_on_stderr
 
 
 @contextmanager
@@ -25,9 +26,10 @@ def bare_root(*handlers: logging.Handler) -> Iterator[logging.Logger]:
 
 
 @pytest.mark.parametrize(
-    ("rank", "told"), [("0", "warning: torn 3\nwarning: torn 4\nerror: gone\n"), ("1", "error: gone\n")]
+    ("rank", "told"),
+    [("0", "warning: torn 3\nwarning: torn 4\nerror: gone\nerror: gone\n"), ("1", "error: gone\nerror: gone\n")],
 )
-def test_a_text_is_printed_once(monkeypatch: pytest.MonkeyPatch, rank: str, told: str) -> None:
+def test_a_warning_is_printed_once_and_every_error(monkeypatch: pytest.MonkeyPatch, rank: str, told: str) -> None:
     stderr = io.StringIO()
     monkeypatch.setattr("sys.stderr", stderr)
     monkeypatch.setenv("RANK", rank)
@@ -37,8 +39,17 @@ def test_a_text_is_printed_once(monkeypatch: pytest.MonkeyPatch, rank: str, told
         for name in ("a", "b"):
             for value in (3, 3, 4):
                 logging.getLogger(name).warning("torn %d", value)
-        logging.getLogger("a").error("gone")
+        for _ in range(2):
+            logging.getLogger("a").error("gone")
     assert stderr.getvalue() == told
+
+
+def test_few_texts_are_known_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(messages, "_MOST_TEXTS", 2)
+    once = Once()
+    texts = ["a", "b", "a", "c", "b", "a"]
+    records = [logging.LogRecord("n", logging.WARNING, "", 0, text, None, None) for text in texts]
+    assert [once.filter(record) for record in records] == [True, True, False, True, True, True]
 
 
 def test_handlers_of_the_program_stay() -> None:
