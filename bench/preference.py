@@ -106,11 +106,11 @@ def checked(options: argparse.Namespace, side: str, start: dict[str, Any]) -> tu
 def require_same(options: argparse.Namespace) -> None:
     """SystemExit where gradients or losses of both sides part."""
     from lora_step import agree
-    from same import require_same_gradients
+    from same import SHARE, require_same_gradients
 
     start: dict[str, Any] = {}
     (theirs, expected), (own, found) = (checked(options, side, start) for side in ("peer", "veneer"))
-    require_same_gradients("DPO", expected, found)
+    require_same_gradients("DPO", expected, found, SHARE)
     agree("DPO: losses of three steps", theirs, own)
 
 

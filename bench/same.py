@@ -19,11 +19,10 @@ from lora_step import agree, loss_of, optimizer_of
 
 TELLS = 0.2  # least change of the logits by the adapter, of the norm of the base's
 SHARE = 0.3  # sides may part by this share of the change, and of a gradient: 16 bits take up to half of it
+EXACT_SHARE = 0.01  # in float32, where tiny models part by 0.0001 at most
 RATE, STEPS = 2e-3, 3
-FLOOR, FEW = (
-    0.1,
-    8,
-)  # a gradient counts as at least this share of the median of its kind; of so few numbers, as all of it
+# A gradient counts as at least FLOOR of the median of its kind; one of fewer than FEW numbers as all of it.
+FLOOR, FEW = 0.1, 8
 
 
 class PartedError(SystemExit):
@@ -32,12 +31,16 @@ class PartedError(SystemExit):
 
 @dataclass(frozen=True, slots=True)
 class Course:
-    """Centred logits with the adapter and without it, losses of some steps, and the gradients of the first."""
+    """Centred logits with the adapter and without it, losses of some steps, and the gradients of the first.
+
+    ``share``: how far sides may part.
+    """
 
     logits: Tensor
     base: Tensor
     losses: list[float]
     gradients: dict[str, Tensor]
+    share: float
 
 
 @torch.no_grad()
@@ -77,7 +80,12 @@ def course(side: str, model: Any, ids: Tensor) -> Course:
         for p, start in zip(trained, starts, strict=True):
             p.copy_(start)
     optimizer.zero_grad()
-    return Course(adapted, base, losses, found)
+    return Course(adapted, base, losses, found, share_of(model))
+
+
+def share_of(model: Any) -> float:
+    """How far another side may be from this one."""
+    return EXACT_SHARE if model.dtype == torch.float32 else SHARE
 
 
 def logits(model: Any, ids: Tensor) -> Tensor:
@@ -117,30 +125,29 @@ def require_same(what: str, theirs: Course, own: Course) -> None:
     change = (theirs.logits - theirs.base).norm()
     if not change >= TELLS / 2 * theirs.base.norm():
         raise PartedError(f"{what}: the adapter changes the logits by {change / theirs.base.norm():.1%}: move it more")
-    require_small(f"{what}: logits, of what the adapter adds", float((own.logits - theirs.logits).norm() / change))
-    require_same_gradients(what, theirs.gradients, own.gradients)
+    apart, share = float((own.logits - theirs.logits).norm() / change), max(theirs.share, own.share)
+    require_small(f"{what}: logits, of what the adapter adds", apart, share)
+    require_same_gradients(what, theirs.gradients, own.gradients, share)
     agree(f"{what}: losses of {STEPS} steps", theirs.losses, own.losses)
 
 
-def require_same_gradients(what: str, theirs: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None:
+def require_same_gradients(what: str, theirs: Mapping[str, Tensor], own: Mapping[str, Tensor], share: float) -> None:
     """PartedError where one gradient is another, or is missing."""
     if theirs.keys() != own.keys() or not theirs:
         raise PartedError(f"{what}: the sides part: gradients of {sorted(theirs.keys() ^ own.keys())[:3]} on one alone")
     medians = {kind: statistics.median(norms) for kind, norms in by_kind(theirs).items()}
     apart = {
-        name: float((own[name].float() - value.float()).norm())
-        / (
-            max(float(value.float().norm()), floor_of(value) * medians[kind_of(name)]) or 1.0
-        )  # none on their side: none on ours either
+        name: float((own[name].float() - value.float()).norm()) / counted(value, medians[kind_of(name)])
         for name, value in theirs.items()
     }
     worst = max(apart, key=lambda name: apart[name])
-    require_small(f"{what}: gradients, at most ({worst})", apart[worst])
+    require_small(f"{what}: gradients, at most ({worst})", apart[worst], share)
 
 
-def floor_of(value: Tensor) -> float:
-    """Sums of both signs may leave few numbers that are rounding alone."""
-    return FLOOR if value.numel() >= FEW else 1.0
+def counted(value: Tensor, median: float) -> float:
+    """The norm that a gradient counts as: sums of both signs may leave few numbers that are rounding alone."""
+    floor = FLOOR if value.numel() >= FEW else 1.0
+    return max(float(value.float().norm()), floor * median) or 1.0  # none on their side: none on ours either
 
 
 def by_kind(tensors: Mapping[str, Tensor]) -> dict[str, list[float]]:
@@ -155,10 +162,10 @@ def kind_of(name: str) -> str:
     return name.removesuffix(".weight").rpartition(".")[2]
 
 
-def require_small(what: str, apart: float) -> None:
+def require_small(what: str, apart: float, share: float) -> None:
     print(f"{what}: apart by {apart:.2%}", flush=True)
-    if not apart <= SHARE:
-        raise PartedError(f"{what}: they part by {apart:.0%}, at most {SHARE:.0%} is rounding: no times are given")
+    if not apart <= share:
+        raise PartedError(f"{what}: they part by {apart:.0%}, at most {share:.0%} is rounding: no times are given")
 
 
 def require_heard(what: str, adapted: Iterable[object], base: Iterable[object]) -> None:

@@ -27,7 +27,7 @@ from transformers import AutoTokenizer
 
 from lora_step import adapted, base_of, optimizer_of, require_fused, step
 from report import add_keep, done, keep, working
-from same import gradients, require_same_gradients, stir
+from same import gradients, require_same_gradients, share_of, stir
 from veneer.adapters.peft_model import PeftModel
 from veneer.model.fused.decoder import fuse
 from veneer.store.source import resolve
@@ -117,7 +117,7 @@ def together(base: Any, makes: Sequence[Make]) -> Way:
 def same_gradients(what: str, one: Way, many: Way) -> None:
     """SystemExit where a member's gradients are others in the two ways."""
     for number, pair in enumerate(zip(one.models, many.models, strict=True)):
-        require_same_gradients(f"{what}, member {number}", *map(gradients, pair))
+        require_same_gradients(f"{what}, member {number}", *map(gradients, pair), share_of(pair[0]))
 
 
 def timed(way: Way, rows: Tensor) -> float:

@@ -33,7 +33,7 @@ from transformers import AutoTokenizer
 from lora_step import SIDES, agree
 from report import add_keep, done, ends_as_interrupted, keep, quiet_libraries, working
 from resident import forget_high_water, high_water_mb
-from same import require_same_gradients, saved, stir
+from same import require_same_gradients, saved, share_of, stir
 from train_sides import BATCH, ROWS, Row, Side, cycled, packed_rows, products_of, same_start, side_of
 from turns import Timing, faster_dtype, median, product_time
 from veneer.store.source import resolve
@@ -126,7 +126,7 @@ def same_steps(name: str, peer: Side, ours: Side, rows: Dataset) -> None:
     start = saved(peer.model)
     same_start(ours.model, stir(peer.model))
     (theirs, expected), (own, found) = (side.checked(rows) for side in (peer, ours))
-    require_same_gradients(name, expected, found)
+    require_same_gradients(name, expected, found, share_of(peer.model))
     agree(f"{name}: losses", theirs, own)
     set_peft_model_state_dict(peer.model, start)
     same_start(ours.model, peer.model)

@@ -29,7 +29,7 @@ def leading(matrix: Float[Tensor, "m n"], rank: int) -> tuple[Float[Tensor, " r"
     returned = matrix.T @ images
     while True:
         energy, small = torch.linalg.eigh(images.T @ images)  # in ascending order
-        energy, small = energy.flip(0)[:rank], small.flip(1)[:, :rank]
+        energy, small = energy.flip(0)[:rank].clamp(min=0.0), small.flip(1)[:, :rank]
         vectors = basis @ small
         residual = (returned @ small - vectors * energy).norm(dim=0)
         if bool((residual <= torch.maximum(_RELATIVE * energy, _ABSOLUTE * energy[0])).all()):

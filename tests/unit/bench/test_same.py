@@ -60,6 +60,28 @@ def test_methods(
         started(module, *QUICK, "--rows", 2, "--dtype", "float32", "--parts", part, "--bases", "dense")
 
 
+def test_in_float32_a_gradient_is_not_a_tenth_off(
+    script: Script, started: Started, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stretch(model: Any) -> Any:
+        trained = [p for p in model.parameters() if p.requires_grad]
+        trained[-1].register_hook(lambda gradient: 1.1 * gradient)
+        return model
+
+    module = script("methods")
+    spoil(monkeypatch, module, "adapted_by", stretch, "veneer")
+    with pytest.raises(script("same").PartedError, match=r"gradients, at most .* part by 10%"):
+        started(module, *QUICK, "--rows", 2, "--dtype", "float32", "--parts", "methods", "--bases", "dense")
+
+
+def test_pefts_c3a_gets_the_gradient_of_its_forward_pass(script: Script) -> None:
+    convolution = pytest.importorskip("peft.tuners.c3a.utils").BlockCircularConvolution
+    x, w = (torch.randn(size, dtype=torch.float64, requires_grad=True) for size in ((2, 5, 14), (3, 2, 7)))
+    with script("every_method").c3a_mended():
+        assert torch.autograd.gradcheck(convolution.apply, (x, w))
+    assert not torch.autograd.gradcheck(convolution.apply, (x, w), raise_exception=False)
+
+
 def test_the_snippet(script: Script, started: Started, fault: Fault, monkeypatch: pytest.MonkeyPatch) -> None:
     module = script("snippet9")
     spoil(monkeypatch, module, "snippet", fault)

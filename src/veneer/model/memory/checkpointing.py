@@ -75,9 +75,8 @@ def is_selective(block: nn.Module) -> bool:
         function = function.__wrapped__
     if isinstance(function, partial):
         return function.keywords.get("context_fn") is selective_contexts
-    return bool(
-        getattr(function, "is_selective", False)
-    )  # decided anew for each pass (`model.fused.activation_memory`)
+    # Decided anew for each pass (`model.fused.activation_memory`).
+    return bool(getattr(function, "is_selective", False))
 
 
 def _policy(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:

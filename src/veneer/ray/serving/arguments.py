@@ -15,9 +15,10 @@ from veneer.serve.start import EngineOptions
 
 
 class RayArguments(BaseModel):
-    """Arguments of `ray.serving.app.app`; paths are those of every node. ``cpus``: the cores, and so the threads, of a replica.
+    """Arguments of `ray.serving.app.app`; paths are those of every node.
 
-    ``limits`` are those of each replica. ``engine_kwargs`` are fields of `EngineOptions`.
+    ``cpus``: the cores, and so the threads, of a replica. ``limits`` are those of each replica. ``engine_kwargs`` are
+    fields of `EngineOptions`.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)

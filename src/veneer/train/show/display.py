@@ -202,9 +202,8 @@ def show_run(
     shown = [kind for kind in (ProgressCallback, PrinterCallback) if trainer.pop_callback(kind) is not None]
     if not shown:
         return None
-    display = RunDisplay(
-        n_tokens, loss=loss, bar=shown[0] is ProgressCallback
-    )  # PrinterCallback stands for disable_tqdm
+    bar = shown[0] is ProgressCallback  # PrinterCallback stands for disable_tqdm
+    display = RunDisplay(n_tokens, loss=loss, bar=bar)
     trainer.add_callback(display)
     return display
 
