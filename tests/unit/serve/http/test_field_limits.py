@@ -21,7 +21,7 @@ from veneer.serve.start import EngineOptions, start_engine
 
 from .test_server import TURN
 
-PAGE = Path(__file__).parents[3] / "docs" / "serving.md"
+PAGE = Path(__file__).parents[4] / "docs" / "serving.md"
 OF_THE_BODY = {"prompt", "input", "tokens", "messages", "system", "instructions", "text", "prediction"} | {
     "cache_salt", "lora_name", "lora_path",
 }  # fmt: skip
