@@ -175,7 +175,7 @@ def test_what_lora_does_in_training_alone(
 ) -> None:
     """Noise is drawn by layer, since both paths call the layers in orders of their own."""
     drawn = MontecloraConfig.drawn
-    by_layer = lambda self, site, r, _: drawn(self, site, r, torch.Generator().manual_seed(len(site.name)))  # noqa: E731
+    by_layer = lambda self, config, site, _: drawn(self, config, site, torch.Generator().manual_seed(len(site.name)))  # noqa: E731
     monkeypatch.setattr(MontecloraConfig, "drawn", by_layer)
     for rate in (0.0, 0.3):
         config = veneer.LoraConfig(r=3, lora_alpha=5, target_modules="all-linear", lora_dropout=rate, **own)

@@ -20,6 +20,7 @@ from veneer.recipe.recipe import parse_recipe
 
 NEEDED: dict[str, dict[str, Any]] = {
     "prefix_tuning": {"num_virtual_tokens": 7},
+    "qalora": {"qalora_group_size": 4, "target_modules": ["q_proj", "o_proj"]},
     "prompt_tuning": {"num_virtual_tokens": 7},
     "multitask_prompt_tuning": {"num_virtual_tokens": 7, "num_tasks": 3, "num_ranks": 2},
     "p_tuning": {"num_virtual_tokens": 7, "encoder_hidden_size": 11},
