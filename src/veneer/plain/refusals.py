@@ -51,6 +51,27 @@ def unfit(value: Any, problems: Iterable[Mapping[str, Any]]) -> str:
     return f"{value!r} does not fit{f': it {reason}' if reason.startswith(('must ', 'is ')) else f' ({reason})'}"
 
 
+def by_place(value: Any, problems: Iterable[Mapping[str, Any]]) -> dict[tuple[Any, ...], list[Mapping[str, Any]]]:
+    """Return the ``errors()`` about a value by the place within it that they refuse, a tuple of keys and indices.
+
+    Parts of a union that refuse the whole value are left out if another part refuses places within it alone.
+    """
+    found: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
+    for each in problems:
+        found.setdefault(place_in(value, each["loc"]), []).append(each)
+    return {place: of for place, of in found.items() if place} or found
+
+
+def place_in(value: Any, loc: Iterable[Any]) -> tuple[Any, ...]:
+    """Return the keys and indices of pydantic's ``loc`` that lead into a value; others name parts of a union."""
+    found: list[Any] = []
+    for part in loc:
+        if part in value if isinstance(value, Mapping) else isinstance(value, list | tuple) and isinstance(part, int):
+            value = value[part]
+            found.append(part)
+    return tuple(found)
+
+
 def _filled(problem: Mapping[str, Any]) -> str:
     words = _BY_TYPE[problem["type"]].format(**problem.get("ctx", {}))
     return words.replace(" 1 characters", " 1 character").replace(" 1 entries", " 1 entry")

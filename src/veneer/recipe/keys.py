@@ -13,7 +13,7 @@ from pydantic import TypeAdapter, ValidationError
 from pydantic.errors import PydanticSchemaGenerationError
 
 from veneer.plain.nearest import nearest
-from veneer.plain.refusals import unfit
+from veneer.plain.refusals import by_place, unfit
 
 
 @dataclass(frozen=True)
@@ -61,25 +61,11 @@ def typed(
 
 
 def _misfits(key: str, value: Any, error: ValidationError) -> list[str]:
-    """A problem for each place within a value that is refused. If there is none, the value itself is.
-
-    A part of a union that refuses the whole value is not told then: another part takes it, but for those places.
-    """
-    found: dict[tuple[Any, ...], list[Any]] = {}
-    for each in error.errors():
-        found.setdefault(_place(value, each["loc"]), []).append(each)
-    inner = {place: of for place, of in found.items() if place} or found
-    return [f"{'.'.join(map(str, (key, *place)))}: {unfit(of[0]['input'], of)}" for place, of in inner.items()]
-
-
-def _place(value: Any, loc: Iterable[Any]) -> tuple[Any, ...]:
-    """The keys and indices of pydantic's ``loc`` that lead into a value; its other entries name parts of a union."""
-    found: list[Any] = []
-    for part in loc:
-        if part in value if isinstance(value, Mapping) else isinstance(value, list | tuple) and isinstance(part, int):
-            value = value[part]
-            found.append(part)
-    return tuple(found)
+    """A problem for each place within a value that is refused. If there is none, the value itself is."""
+    return [
+        f"{'.'.join(map(str, (key, *place)))}: {unfit(of[0]['input'], of)}"
+        for place, of in by_place(value, error.errors()).items()
+    ]
 
 
 _WORDS_OF_YAML = {False: ("no", "off"), True: ("yes", "on")}

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 from fastapi import FastAPI, Request
@@ -15,7 +16,7 @@ from starlette.exceptions import HTTPException
 from starlette.routing import Match
 
 from veneer.errors import ConfigError, QueueFullError, ServingError, VeneerError
-from veneer.plain.refusals import allowed
+from veneer.plain.refusals import allowed, place_in
 from veneer.serve.http.request_record import HEADER, current_record
 
 _TYPES = {
@@ -34,6 +35,8 @@ _MEANT = (  # fields that other routes and servers have under another name
 )  # fmt: skip
 _NO_JSON = "json_invalid"
 _TOLD = 10  # problems of one body in a message
+_SHOWN = 60  # characters of a value that is told
+_WHOLE = (_NO_JSON, "missing", "extra_forbidden")  # about an object as a whole
 _LONGEST_NAME = 100  # characters of a field's name in a message
 
 
@@ -202,12 +205,24 @@ def _routes(app: FastAPI) -> list[tuple[str, str]]:
 
 async def on_invalid_body(request: Request, error: Exception) -> JSONResponse:
     """Return the response to a body that does not fit the route: all errors, and the first field."""
-    problems = error.errors() if isinstance(error, RequestValidationError) else []
+    problems, body = (error.errors(), error.body) if isinstance(error, RequestValidationError) else ([], None)
     unread = any(not _place(problem) and problem["type"] != _NO_JSON for problem in problems)
-    more = f"; and {len(problems) - _TOLD:,} more" if len(problems) > _TOLD else ""
-    said = (_said_of_header(request) if unread else "") or "; ".join(map(_said, problems[:_TOLD])) + more
-    first = next((_place(problem) or None for problem in problems), None)
-    return JSONResponse(error_body(ConfigError(said), first), 400)
+    told = _by_field(problems, body)
+    more = f"; and {len(told) - _TOLD:,} more" if len(told) > _TOLD else ""
+    said = "; ".join(_said(place, of) for place, of in [*told.items()][:_TOLD]) + more
+    said = (_said_of_header(request) if unread else "") or said
+    return JSONResponse(error_body(ConfigError(said), next(iter(told), "") or None), 400)
+
+
+def _by_field(problems: Sequence[dict[str, Any]], body: Any) -> dict[str, list[dict[str, Any]]]:
+    """The problems by their fields. Parts of a union name no fields, and are left out if another part fits but for
+    places within the value.
+    """
+    found: dict[str, list[dict[str, Any]]] = {}
+    for problem in problems:
+        found.setdefault(_place(problem, body), []).append(problem)
+    within = {place[:dot] for place in found for dot in range(len(place)) if place[dot] == "."}
+    return {place: of for place, of in found.items() if place not in within or any(p["type"] in _WHOLE for p in of)}
 
 
 def _said_of_header(request: Request) -> str:
@@ -219,20 +234,31 @@ def _said_of_header(request: Request) -> str:
     return f"the body is JSON, which the header Content-Type: application/json has to say; given {given or 'none'}"
 
 
-def _said(problem: dict[str, Any]) -> str:
-    place = _place(problem)
+def _said(place: str, problems: Sequence[dict[str, Any]]) -> str:
+    problem = problems[0]
     if problem["type"] == _NO_JSON:
-        place = problem["loc"][1]
-        return f"the body is not JSON: {problem['ctx']['error']}" + (f", at character {place}" if place >= 0 else "")
+        at = problem["loc"][1]
+        return f"the body is not JSON: {problem['ctx']['error']}" + (f", at character {at}" if at >= 0 else "")
     if problem["type"] == "extra_forbidden":
         known = list(problem.get("ctx", {}).get("known", ()))
         close = [name for names in _MEANT if place in names for name in names if name in known]
         close = close or difflib.get_close_matches(place, known, n=1)  # cut before: it takes seconds for megabytes
         return f"unknown field {place!r}" + (f"; did you mean {close[0]!r}?" if close else "")
-    return f"{place or 'the body'}: {allowed([problem])}"
+    shown = "" if problem["type"] in _WHOLE or "too_" in problem["type"] else _given(problem["input"])
+    return f"{place or 'the body'}: {allowed(problems)}{shown}"
 
 
-def _place(problem: dict[str, Any]) -> str:
-    """The field that a problem is about; empty for the body as a whole."""
+def _given(value: object) -> str:
+    """The value that was given, where it is short."""
+    if isinstance(value, dict | list):
+        return "; given an object" if isinstance(value, dict) else "; given a list"
+    shown = json.dumps(value, default=str) if not isinstance(value, str) or len(value) <= _SHOWN else ""
+    return f"; given {shown}" if 0 < len(shown) <= _SHOWN else ""
+
+
+def _place(problem: dict[str, Any], body: Any = None) -> str:
+    """The field that a problem is about; empty for the body as a whole. With the body, parts of unions are left out."""
     parts = () if problem["type"] == _NO_JSON else problem["loc"][1:]
+    if body is not None and problem["loc"][0] == "body" and problem["type"] not in _WHOLE:
+        parts = place_in(body, parts)
     return ".".join(str(part)[:_LONGEST_NAME] for part in parts)

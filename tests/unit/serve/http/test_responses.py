@@ -292,7 +292,7 @@ def test_events_have_names(server):
         ({"tools": [{"type": "web_search"}]}, "tools.0.type: must be 'function'", "tools.0.name"),
         ({"tools": [TOOL | {"async": True}]}, "unknown field 'tools.0.async'", "tools.0.async"),
         ({"tools": [TOOL], "tool_choice": {"type": "function", "name": "ad"}}, "did you mean 'add'", "tools"),
-        ({"tools": [TOOL], "tool_choice": {"type": "allowed_tools"}}, "'function'", "tool_choice.function.type"),
+        ({"tools": [TOOL], "tool_choice": {"type": "allowed_tools"}}, "'function'", "tool_choice.type"),
         ({"max_output_tokens": 0}, "must be at least 1", "max_output_tokens"),
         ({"max_tokens": 5}, "unknown field 'max_tokens'; did you mean 'max_output_tokens'", "max_tokens"),
         ({"messages": []}, "unknown field 'messages'; did you mean 'input'", "messages"),
