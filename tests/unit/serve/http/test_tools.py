@@ -183,7 +183,7 @@ def tool(**function) -> dict:
         ({"tools": [tool(name="a b")]}, "'a b' is invalid: 1 to 64", "tools"),
         ({"tools": [TOOLS[1], TOOLS[1]]}, "two tools have the name 'now'", "tools"),
         ({"tools": [tool(parameters={"type": "array"})]}, "type 'array'", "tools"),
-        ({"tools": TOOLS, "tool_choice": "sometimes"}, "'none', 'auto' or 'required'", "tool_choice.mode"),
+        ({"tools": TOOLS, "tool_choice": "sometimes"}, "'none', 'auto' or 'required'", "tool_choice"),
         ({"tools": TOOLS, "tool_choice": tool(name="wether")}, "did you mean 'weather'", "tools"),
         ({"tool_choice": "required"}, "tools is empty", "tools"),
         ({"tools": TOOLS, "tool_choice": "required", "stop": "x"}, "which stop could cut", None),
