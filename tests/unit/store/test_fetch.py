@@ -69,7 +69,7 @@ def test_stderr_shows_the_stages_and_nothing_for_what_is_there(wheel: Path, caps
     assert capsys.readouterr().err == ""
 
 
-def test_a_pipe_gets_a_line_every_ten_seconds(
+def test_a_pipe_gets_a_line_every_five_seconds(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     now = 100.0
@@ -85,7 +85,8 @@ def test_a_pipe_gets_a_line_every_ten_seconds(
         tell("convert", 13, 13)
     lines = [
         "download 0.0 kB of 2.8 MB",
-        "download 1.2 MB of 2.8 MB",
+        "download 0.8 MB of 2.8 MB",
+        "download 1.6 MB of 2.8 MB",
         "download 2.4 MB of 2.8 MB",
         "download done in 28 s",
         "convert",

@@ -28,8 +28,7 @@ from veneer.serve.program.bound import LogitsOf
 from veneer.serve.program.effects import Effects, Lookup, read_effects
 from veneer.serve.program.interpreter import Interpreter
 from veneer.serve.program.kv_cache import make_cache
-from veneer.serve.program.native import NativeStep
-from veneer.serve.program.native import NativeStretch as NativeStretch
+from veneer.serve.program.native import NativeStep, NativeStretch
 from veneer.serve.program.program import STREAM
 from veneer.serve.program.step import PassRows, Piece, step_of
 from veneer.serve.runners.program_runner import proved
@@ -123,7 +122,7 @@ def test_many_sequences_are_shared_out_among_threads(family, threads, dtype):
 def test_a_decoder_is_one_call(family):
     interpreter = proved(make_model(family), 100)
     whole = interpreter._instructions(step_with(interpreter, None))
-    assert [type(each).__name__ for each in whole] == ["Stretch", "LogitsOf"]
+    assert [type(each).__name__ for each in whole] == ["NativeStretch", "LogitsOf"]
 
 
 def loaded(dtype: torch.dtype, folders: dict[str, Path], family: str = "llama") -> Interpreter:
@@ -165,7 +164,7 @@ def test_what_is_done_by_instruction(tmp_path):
     config = LoraConfig(r=2, target_modules=["v_proj", "embed_tokens"])
     interpreter = loaded(torch.float32, {"table": save_adapter(tmp_path / "table", config)})
     kinds = [type(each).__name__ for each in interpreter._instructions(step_with(interpreter, None, "table"))]
-    assert kinds == ["Embedding", "Stretch", "LogitsOf"]
+    assert kinds == ["BoundEmbedding", "NativeStretch", "LogitsOf"]
     fast, slow = pair_of(interpreter)
     chunks = ((0, 0, 5, None), (1, 0, 3, "table"))
     assert torch.equal(fast.step(*chunks), slow.step(*chunks))
@@ -353,7 +352,7 @@ def test_likeliest_tokens_beside_versions(adapters):
         assert torch.equal(tokens, picked_of(fast, *chunks).tokens)
         fast.native = native
     known = step_with(fast, None, "lora")
-    assert [type(each).__name__ for each in fast._instructions(known)] == ["Stretch", "LogitsOf"]
+    assert [type(each).__name__ for each in fast._instructions(known)] == ["NativeStretch", "LogitsOf"]
     assert "Picked" in [type(each).__name__ for each in fast._instructions(step_with(fast, "head"))]
 
 

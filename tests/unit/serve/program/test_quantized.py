@@ -66,7 +66,7 @@ def loaded(folder: Path, kind: str, dtype: torch.dtype, adapters: dict[str, LoRA
 def test_one_call_in_codes(folder, kind, dtype):
     interpreter = proved(quantized(folder, kind, dtype), 100)
     instructions = interpreter._instructions(step_with(interpreter, None))
-    assert [type(each).__name__ for each in instructions] == ["Stretch", "LogitsOf"]
+    assert [type(each).__name__ for each in instructions] == ["NativeStretch", "LogitsOf"]
     groups = [linears.group for linears in interpreter._linears]
     weights = [part for group in groups[:-1] if group is not None for part in group.parts]
     assert len(weights) == 14
