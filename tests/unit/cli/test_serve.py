@@ -14,6 +14,7 @@ import sys
 import time
 import urllib.request
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -97,7 +98,8 @@ def test_an_adapter_that_is_in_the_base_is_told_at_the_start(
     options = ["--adapters", str(tmp_path / "served"), "--max-model-len", "132"]
     result = CliRunner().invoke(app, ["serve", str(tmp_path / "merged"), *options])
     told = " ".join(result.stderr.split())
-    assert told.startswith(f"not served: {tmp_path / 'merged'} has {tmp_path / 'served' / 'in_it'} in it already")
+    # a busy machine tells first what it waits for
+    assert f"not served: {tmp_path / 'merged'} has {tmp_path / 'served' / 'in_it'} in it already" in told
     assert "other in it" not in told
 
 
@@ -156,7 +158,7 @@ def test_an_adapter_that_this_user_may_not_read_is_told_at_the_start(
     for base in (model_folder, tmp_path / "merged"):
         options = ["--adapters", str(tmp_path / "served"), "--max-model-len", "132"]
         told = " ".join(CliRunner().invoke(app, ["serve", str(base), *options]).stderr.split())
-        assert told.startswith(f"not served: {weights} cannot be read (Permission denied): give a file that")
+        assert f"not served: {weights} cannot be read (Permission denied): give a file that" in told
         assert "context of 131" in told  # the start went on
 
 
@@ -213,15 +215,16 @@ def test_a_port_that_is_taken_while_the_model_is_loaded_is_told(monkeypatch: pyt
     def leaves(self: object) -> None:
         raise SystemExit(3)
 
+    app: Any = SimpleNamespace(state=SimpleNamespace(sandboxes=()))
     monkeypatch.setattr(server.Server, "__init__", lambda *args, **options: None)
     monkeypatch.setattr(uvicorn.Server, "run", leaves)
     with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(ConfigError, match="is taken on"):
-        server.run(None, "127.0.0.1", taken.getsockname()[1], 0.0)  # type: ignore[arg-type]
+        server.run(app, "127.0.0.1", taken.getsockname()[1], 0.0)
     with pytest.raises(SystemExit):
-        server.run(None, "127.0.0.1", 0, 0.0)  # type: ignore[arg-type]
+        server.run(app, "127.0.0.1", 0, 0.0)
     monkeypatch.setattr(uvicorn.Server, "run", lambda self: None)
     with pytest.raises(KeyboardInterrupt):
-        server.run(None, "127.0.0.1", 0, 0.0)  # type: ignore[arg-type]
+        server.run(app, "127.0.0.1", 0, 0.0)
 
 
 def test_an_interrupt_ends_it_with_its_code(model_folder: Path, tmp_path: Path) -> None:

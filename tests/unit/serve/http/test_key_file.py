@@ -166,7 +166,8 @@ def test_a_quota_is_taken_and_given_back():
         pass
 
 
-def test_a_key_is_told_when_enough_of_its_choices_will_have_ended(monkeypatch):
+@pytest.mark.parametrize(("n", "seconds"), [(3, 37), (4, 60)])
+def test_a_key_is_told_when_enough_of_its_choices_will_have_ended(monkeypatch, n, seconds):
     now = 100.0
     monkeypatch.setattr(in_flight, "monotonic", lambda: now)
     quotas, key = Quotas(), Key(name="alice", max_requests=5)
@@ -176,10 +177,8 @@ def test_a_key_is_told_when_enough_of_its_choices_will_have_ended(monkeypatch):
         now += 900
     with quotas.choices(key, 3):
         now += 23
-        with quotas.choices(key, 2):
-            for n, seconds in ((3, 37), (4, 60)):
-                with pytest.raises(TooManyRequestsError, match=f"ask again in {seconds} s"):
-                    quotas.choices(key, n).__enter__()
+        with quotas.choices(key, 2), pytest.raises(TooManyRequestsError, match=f"ask again in {seconds} s"):
+            quotas.choices(key, n).__enter__()
 
 
 def test_tokens_count_apart_from_choices():
