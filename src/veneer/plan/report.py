@@ -170,7 +170,7 @@ class Machine:
     def _seconds_of(
         self, plan: Plan, own: OwnRows | None, run: Observed | None, rates: tuple[float, float] | None
     ) -> Seconds:
-        """Those of a run of these settings, else by measured rates, else by runs of other settings."""
+        """Seconds of a run of these settings, else by measured rates, else by runs of other settings."""
         if run is not None:
             return seconds_by(run, None if own is None else own.tokens)
         timed = plan if own is None or own.batch == plan.batch else self._replanned(plan, own.batch)
