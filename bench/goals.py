@@ -6,7 +6,7 @@ methods: every method of PEFT beside PEFT.
 Each goal is a command of its own; `--list` prints them. The output of each goes to a file in ``--logs``. Prints a
 line a goal with its seconds and its end. Exit status: 0 all goals that ran have ended well, 1 not.
 
-    python bench/goals.py bases|methods [--only NAME …] [--gguf model.Q4_K_M.gguf] [--model FOLDER] [--peft-tests DIR]
+    python -m bench.goals bases|methods [--only NAME …] [--gguf model.Q4_K_M.gguf] [--model FOLDER] [--peft-tests DIR]
         [--task TRAIN.jsonl EVAL.jsonl] [--logs FOLDER] [--list]
 
 Goals whose files are not given are left out, and named: they do not change the exit status. Run it on a quiet machine:
@@ -22,9 +22,9 @@ import sys
 import time
 from pathlib import Path
 
-from report import Rows, working
+from bench.report import Rows, working
 
-HERE = Path(__file__).parent
+ROOT = Path(__file__).parents[1]
 SUBJECTS = {
     "bases": {
         "decoded values": "pytest tests/golden/test_quantized.py tests/unit/quant tests/unit/ops/test_ggml.py",
@@ -32,25 +32,25 @@ SUBJECTS = {
         "experts in codes": "pytest tests/unit/store/test_coded_experts.py",
         "bad files": "pytest tests/unit/store/gguf tests/unit/store/test_quantized_folders.py",
         "in llama.cpp": "pytest tests/unit/export/gguf tests/e2e/test_gguf_adapter_page.py",
-        "a step": "formats.py --parts step",
-        "one row and sixteen": "formats.py --parts few",
-        "GGUF beside its dense copy": "gguf_file.py {gguf}",
-        "the first opening": "gguf_file.py {gguf} --first",
-        "planned bytes": "plan.py",
-        "planned seconds": "plan.py --time",
-        "beside PEFT": "stored_peft.py",
-        "merged and quantized": "requantize.py {model} --formats",
-        "where to train": "trained_where.py {model} --task {task}",
+        "a step": "training.formats --parts step",
+        "one row and sixteen": "training.formats --parts few",
+        "GGUF beside its dense copy": "files.gguf_file {gguf}",
+        "the first opening": "files.gguf_file {gguf} --first",
+        "planned bytes": "training.plan",
+        "planned seconds": "training.plan --time",
+        "beside PEFT": "training.stored_peft",
+        "merged and quantized": "files.requantize {model} --formats",
+        "where to train": "files.trained_where {model} --task {task}",
     },
     "methods": {
         "equal to PEFT": "pytest tests/unit/methods tests/unit/inits tests/contract",
         "plain LoRA out": "pytest tests/unit/adapters/test_as_lora.py",
-        "a step": "every_method.py",
-        "a step on NF4": "every_method.py --base nf4",
-        "peak memory": "every_peak.py",
-        "planned bytes": "plan.py",
-        "eight methods in one pass": "eight_methods.py",
-        "PEFT's tests": "peft_suite.py --tests {peft_tests}",
+        "a step": "training.every_method",
+        "a step on NF4": "training.every_method --base nf4",
+        "peak memory": "training.every_peak",
+        "planned bytes": "training.plan",
+        "eight methods in one pass": "training.eight_methods",
+        "PEFT's tests": "training.peft_suite --tests {peft_tests}",
     },
 }
 
@@ -74,7 +74,7 @@ def main() -> int:
         working(f"{name}: {shlex.join(line)}")
         start = time.monotonic()
         with log.open("w") as out:
-            status = subprocess.run(line, stdout=out, stderr=subprocess.STDOUT, cwd=HERE.parent, check=False).returncode
+            status = subprocess.run(line, stdout=out, stderr=subprocess.STDOUT, cwd=ROOT, check=False).returncode
         failed |= status != 0
         rows.add(name, f"{time.monotonic() - start:.0f}", "well" if status == 0 else f"status {status}", str(log))
     return int(failed)
@@ -83,7 +83,7 @@ def main() -> int:
 def command(line: str, given: dict[str, list[Path] | Path | None]) -> list[str] | None:
     """Return the words of a goal's command, or None if a file that it reads is not given."""
     program, *words = line.split()
-    found = [sys.executable, *(["-m", program] if program == "pytest" else [str(HERE / program)])]
+    found = [sys.executable, "-m", program if program == "pytest" else f"bench.{program}"]
     for word in words:
         if not word.startswith("{"):
             found.append(word)

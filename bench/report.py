@@ -19,7 +19,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 
-RESULTS = Path(__file__).with_name("results")
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "bench" / "results"
 
 
 def quiet_libraries() -> None:
@@ -83,7 +84,7 @@ def _committed(claim: str) -> str:
 
 def _git(*words: str) -> str:
     """What git says of this repository. SystemExit outside of one: a kept result names its commit."""
-    done = subprocess.run(["git", "-C", str(RESULTS.parent), *words], capture_output=True, text=True, check=False)
+    done = subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(f"--keep needs the repository with its history: {done.stderr.strip()}")
     return done.stdout.strip()
@@ -111,9 +112,10 @@ def keep(claim: str | None, figures: Mapping[str, float], folder: Path = RESULTS
 
 
 def command(words: Sequence[str]) -> str:
-    """The command of a run. Of a file elsewhere its name and folder are told, not where they lie."""
-    told = ["/".join(Path(word).parts[-2:]) if word.startswith("/") else word for word in words]
-    return f"python {shlex.join(told)}"
+    """The command of a run, from its script and arguments. Of a file elsewhere only its folder and name are told."""
+    module = ".".join(Path(words[0]).relative_to(ROOT).with_suffix("").parts)
+    told = ["/".join(Path(word).parts[-2:]) if word.startswith("/") else word for word in words[1:]]
+    return f"python -m {shlex.join([module, *told])}"
 
 
 def sentence(template: str, figures: Mapping[str, float]) -> str:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 import veneer
-from lora_step import agree, loss_of, optimizer_of
+from bench.lora_step import agree, loss_of, optimizer_of
 
 TELLS = 0.2  # least change of the logits by the adapter, of the norm of the base's
 SHARE = 0.3  # sides may part by this share of the change, and of a gradient: 16 bits take up to half of it

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from report import done, working
+from bench.report import done, working
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "benchmarks.md"
 TYPED = "typed before `--keep`, unknown"
 START, END = "<!-- results -->\n", "<!-- end of results -->\n"
-sys.path.insert(0, str(ROOT / "bench"))
+sys.path.insert(0, str(ROOT))
 
 
 def results() -> list[dict[str, Any]]:
@@ -25,7 +25,7 @@ def results() -> list[dict[str, Any]]:
 
 def lines() -> Iterator[str]:
     """The lines of the table."""
-    from report import sentence
+    from bench.report import sentence
 
     yield "| claim | measured | peer | machine | command | commit |"
     yield "| --- | --- | --- | --- | --- | --- |"

@@ -89,6 +89,11 @@ def program(code: str | Path, *arguments: object) -> subprocess.CompletedProcess
         return subprocess.CompletedProcess([str(code)], process.exitcode, stdout.read_text(), stderr.read_text())
 
 
+def module(name: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+    """Run ``python -m NAME ARGUMENTS`` as `program` does."""
+    return program(f"import runpy; runpy.run_module({name!r}, run_name='__main__', alter_sys=True)", *arguments)
+
+
 def _command(arguments: list[str], log: str, environment: dict[str, str], slow: bool) -> None:
     _require_preloaded()
     os.environ.update(environment)

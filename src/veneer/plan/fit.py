@@ -22,7 +22,7 @@ CHECKPOINTS = "gradient_checkpointing"
 CHECKPOINTING: tuple[bool | str, ...] = (False, "selective", True)
 FORMATS = ("none", "nf4")
 SPARE = 0.05
-"""Of what is planned, to be left free: plans of a process are as exact as that (bench/plan.py, bench/fit.py)."""
+"""Of what is planned, to be left free: plans are as exact as that (bench/training/plan.py and fit.py beside it)."""
 
 
 @dataclass(frozen=True, slots=True)

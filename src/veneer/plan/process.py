@@ -14,7 +14,7 @@ from veneer.plan.trace import GRADIENTS, STATE
 from veneer.recipe.parts import DataPart
 
 ALLOCATOR_BYTES = 20_000_000
-"""Scratch of kernels and heap that is kept but not used, beside live tensors (bench/plan.py; glibc)."""
+"""Scratch of kernels and heap that is kept but not used, beside live tensors (bench/training/plan.py; glibc)."""
 MOVING_SHARE, TRAINED_SHARE = 0.02, 0.2
 """Of what comes and goes; and of gradients and optimizer state, between which freed memory does not fit again."""
 WORD_BYTES, ROWS_SHARE = 500, 5.5

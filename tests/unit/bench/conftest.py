@@ -12,14 +12,19 @@ from typing import Any
 import pytest
 import torch
 
-BENCH = Path(__file__).parents[3] / "bench"
+ROOT = Path(__file__).parents[3]
 Fault = Callable[[Any], Any]
 
 
 @pytest.fixture
-def script(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], ModuleType]:
-    monkeypatch.syspath_prepend(BENCH)
-    return import_module
+def script() -> Callable[[str], ModuleType]:
+    """Import a script by its name alone."""
+
+    def imported(name: str) -> ModuleType:
+        (path,) = (ROOT / "bench").rglob(f"{name}.py")
+        return import_module(".".join(path.relative_to(ROOT).with_suffix("").parts))
+
+    return imported
 
 
 @pytest.fixture

@@ -71,8 +71,8 @@ def test_options_of_commands(page: Path) -> None:
 
 @pages
 def test_options_of_scripts(page: Path) -> None:
-    for script, rest in commands(page, r"bench/(\w+)\.py\b"):
-        sources = [ROOT / "bench" / f"{name}.py" for name in (script, "op_tables")]
+    for script, rest in commands(page, r"python -m bench\.([\w.]+)"):
+        sources = [ROOT / "bench" / f"{name.replace('.', '/')}.py" for name in (script, "kernels.op_tables")]
         taken = "".join(source.read_text() for source in sources)
         assert {name for name in OPTION.findall(rest) if f'"{name}"' not in taken} == set(), script
 

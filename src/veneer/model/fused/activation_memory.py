@@ -32,7 +32,7 @@ Way = Literal["kept", "selective", "recomputed"]
 SHARE = 0.5
 """Of the memory that is free, what activations may take: the rest is for what else a step needs, and for others."""
 SELECTIVE_SHARE = 0.5
-"""Of what blocks keep, what selective checkpointing keeps at most (0.49 on fused blocks, bench/checkpointing.py)."""
+"""Of what blocks keep, what selective checkpointing keeps at most (fused: 0.49, bench/training/checkpointing.py)."""
 _REASONS: dict[Way, str] = {
     "kept": "are kept",
     "selective": "are checkpointed selectively",

@@ -1,0 +1,195 @@
+"""More adapters than there is room for: 64 adapters at random, 16 of them loaded at a time, beside 16 that stay.
+
+Requests are greedy, a number of them at once, the next when one ends. Before anything is timed, answers are compared
+with those of each adapter alone, on both engines. Then three loads take turns, each as often as asked: requests for 16
+adapters that are loaded; for 64 with room for 16; and for the same 16 while every step or so one more adapter is read
+that none of them names. Told are tokens a second and, of requests that decode, the gaps between their tokens: medians.
+
+    python -m bench.serving.serve_cold MODEL [--tiny] [--requests 96] [--repeats 3] [--threads 2]
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import statistics
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from bench.report import add_keep, done, keep, working
+from bench.same import require_heard
+from bench.tiny_model import write_tiny
+from veneer import LLM, LoraConfig, LoRARequest, SamplingParams, get_peft_model
+from veneer.serve.schedule.outputs import RequestOutput
+from veneer.serve.schedule.sampling_params import RequestOutputKind
+from veneer.store.source import load_model
+
+ROOM, RANK, PROMPT, TOKENS, AT_ONCE = 16, 16, 32, 64, 32
+THROUGHPUT, GAP = 0.7, 2.0  # the goals: of 16 resident, and of the p99 of gaps without loads
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """Tokens a second, and the seconds between two tokens of a request behind its first."""
+
+    rate: float
+    gaps: list[float]
+    n_loads: int
+
+    def gap(self, percent: int) -> float:
+        return statistics.quantiles(self.gaps, n=100)[percent - 1]
+
+
+@dataclass(frozen=True, slots=True)
+class Runs:
+    """A load, several times."""
+
+    runs: list[Run]
+
+    @property
+    def rate(self) -> float:
+        return statistics.median(run.rate for run in self.runs)
+
+    @property
+    def n_loads(self) -> float:
+        return statistics.median(run.n_loads for run in self.runs)
+
+    def gap(self, percent: int) -> float:
+        return statistics.median(run.gap(percent) for run in self.runs)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", nargs="?", default="smollm2-135m-instruct")
+    parser.add_argument("--tiny", action="store_true", help="a tiny random model: its times mean nothing")
+    parser.add_argument("--requests", type=int, default=96)
+    parser.add_argument("--adapters", type=int, default=64)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=2)
+    add_keep(parser)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    with tempfile.TemporaryDirectory() as scratch:
+        model = write_tiny(Path(scratch) / "base") if args.tiny else args.model
+        adapters = write_adapters(model, Path(scratch), args.adapters)
+        keep(args.keep, compare(model, adapters, args.requests, args.repeats))
+
+
+def write_adapters(model: str, folder: Path, n: int) -> list[LoRARequest]:
+    """Adapters of rank 16 on all linear layers, away from their start."""
+    config = LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules="all-linear")
+    adapted, made = get_peft_model(load_model(model, dtype=torch.bfloat16), config), []
+    parameters = [p for p in adapted.parameters() if p.requires_grad]
+    for number in range(n):
+        torch.manual_seed(number)
+        with torch.no_grad():
+            for parameter in parameters:
+                parameter.normal_(std=0.02)
+        adapted.save_pretrained(folder / str(number))
+        made.append(LoRARequest(f"a{number}", number + 1, str(folder / str(number))))
+    return made
+
+
+def compare(model: str, adapters: Sequence[LoRARequest], n_requests: int, repeats: int) -> dict[str, float]:
+    """Print the three loads, medians of ``repeats`` turns, and return the two ratios that have goals."""
+    options = {"dtype": "bfloat16", "max_model_len": PROMPT + TOKENS, "max_num_seqs": AT_ONCE}
+    options["enable_prefix_caching"] = False
+    engines = [LLM(model, max_cpu_loras=n, max_loras=n, **options) for n in (ROOM, ROOM + 2)]
+    draw = random.Random(0)
+    few, many = ([draw.choice(each) for _ in range(n_requests)] for each in (adapters[:ROOM], adapters))
+    require_equal(engines[0], many[:8])
+    for adapter in adapters[:ROOM]:
+        for llm in engines:
+            llm.llm_engine.add_lora(adapter)
+    for adapter in adapters[:ROOM]:
+        engines[1].llm_engine.pin_lora(adapter.adapter_id)
+    require_equal(engines[1], few[:8])
+    turns = []
+    for turn in range(repeats):
+        working(f"turn {turn + 1} of {repeats}")
+        turns.append((run(engines[1], few), run(engines[1], few, adapters[ROOM:]), run(engines[0], many)))
+    done()
+    resident, beside, cold = (Runs(list(runs)) for runs in zip(*turns, strict=True))
+    print(f"\n{'':28} {'tok/s':>8} {'loads':>6} {'gap p50 ms':>11} {'p99 ms':>8}")
+    for name, each in {
+        f"{ROOM} resident": resident,
+        f"{ROOM} resident, others loaded": beside,
+        f"{len(adapters)} at random, room for {ROOM}": cold,
+    }.items():
+        gaps = (1e3 * each.gap(50), 1e3 * each.gap(99))
+        print(f"{name:28} {each.rate:8.1f} {each.n_loads:6.0f} {gaps[0]:11.1f} {gaps[1]:8.1f}")
+    rate, gap = cold.rate / resident.rate, beside.gap(99) / resident.gap(99)
+    print(f"\nthroughput: {rate:.2f} of {ROOM} resident (goal {THROUGHPUT})")
+    print(f"p99 of gaps while others load: {gap:.2f} times that without (goal at most {GAP})")
+    return {"throughput": rate, "gap": gap}
+
+
+def require_equal(llm: LLM, adapters: Sequence[LoRARequest]) -> None:
+    """Stop unless answers in one batch are those of each adapter alone, and not those of the base."""
+    params = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
+    together = llm.generate([prompt_of(i) for i in range(len(adapters))], params, lora_request=adapters, use_tqdm=False)
+    plain = llm.generate([prompt_of(i) for i in range(len(adapters))], params, use_tqdm=False)
+    require_heard("adapters", *([each.outputs[0].token_ids for each in outputs] for outputs in (together, plain)))
+    for i, adapter in enumerate(adapters):
+        [alone] = llm.generate([prompt_of(i)], params, lora_request=adapter, use_tqdm=False)
+        if alone.outputs[0].token_ids != together[i].outputs[0].token_ids:
+            raise SystemExit(f"{adapter.name} answers otherwise in a batch")
+
+
+def prompt_of(number: int) -> list[int]:
+    return [(number * 31 + i * 7) % 200 + 1 for i in range(PROMPT)]
+
+
+def run(llm: LLM, asked: Sequence[LoRARequest], loaded_beside: Sequence[LoRARequest] = ()) -> Run:
+    """All requests, AT_ONCE at a time; beside them, requests of one token for adapters that are not there."""
+    engine, left, others = llm.engine, list(enumerate(asked)), list(loaded_beside)
+    params = SamplingParams(temperature=0, max_tokens=TOKENS, ignore_eos=True, output_kind=RequestOutputKind.DELTA)
+    one = SamplingParams(temperature=0, max_tokens=1, ignore_eos=True)
+    last, gaps, n_tokens, n_loads = dict[str, float](), list[float](), 0, 0
+    flying, strangers, load = set[str](), set[str](), engine.runner.load
+
+    def counted(version: str, adapter: object) -> None:
+        nonlocal n_loads
+        n_loads += 1
+        load(version, adapter)
+
+    def submit(prompt: list[int], params: SamplingParams, adapter: LoRARequest) -> str:
+        request = engine.asked(None, prompt, params, adapter)
+        engine.submit(request)
+        return request.id
+
+    engine.runner.load = counted  # type: ignore[method-assign]
+    start = time.perf_counter()
+    while left or flying:
+        while left and len(flying) < AT_ONCE - 1:
+            number, adapter = left.pop(0)
+            flying.add(submit(prompt_of(number), params, adapter))
+        if others and not strangers:
+            strangers.add(submit(prompt_of(0)[:1], one, others.pop(0)))
+        if not engine.has_work:
+            engine.wait()
+        outputs: list[RequestOutput] = engine.step()
+        now = time.perf_counter()
+        for output in outputs:
+            id, n = output.request_id, len(output.outputs[0].token_ids)
+            if id in strangers:
+                strangers.discard(id)
+                continue
+            if n and id in last:
+                gaps.append(now - last[id])
+            last[id] = now
+            n_tokens += n
+            if output.finished:
+                flying.discard(id)
+    rate = n_tokens / (time.perf_counter() - start)
+    engine.runner.load = load  # type: ignore[method-assign]
+    return Run(rate, gaps, n_loads)
+
+
+if __name__ == "__main__":
+    main()
