@@ -12,7 +12,7 @@ SOURCE = Path(__file__).parents[2] / "src" / "veneer"
 # the reward functions that a recipe names; the work of a verb, which its page of help does without.
 WALKS = {"__init__.py", "inits/__init__.py", "methods/__init__.py", "methods/variants/__init__.py", "ops/dispatch.py"}
 WALKS |= {"ops/cpu/module.py", "model/blueprint/registry.py", "store/gguf/registry.py", "recipe/rewards.py"}
-WALKS |= {"cli/work.py"}
+WALKS |= {"cli/work.py", "contract/__init__.py"}
 
 
 def imports_from_strings(source: str) -> list[int]:

@@ -10,7 +10,7 @@ from veneer.data.named_files import missing_told
 from veneer.errors import CompositionError, ConfigError, DataError
 from veneer.plan.presets import require_weights
 from veneer.store.adapter.folder import NEEDS_BASE, needs_base
-from veneer.store.hub import require_found
+from veneer.store.found import require_found
 
 
 def require_file(option: str, path: Path, ending: str = "", *, replaces: bool = True) -> None:

@@ -1,26 +1,28 @@
-"""Implementation of ``veneer info`` of an adapter or a model."""
+"""Implementation of ``veneer info`` of an adapter or a model; torch stays out if headers and plain configs tell all."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
 from veneer.cli.facts import print_facts
-from veneer.cli.pages.info import InfoArguments
-from veneer.contract.file import CONFIG_FILE
+from veneer.contract.file import CONFIG_FILE, WEIGHTS_FILE
+from veneer.disk.safetensors_header import read_entries
 from veneer.errors import ConfigError
+from veneer.plain.progress import waits_told
 from veneer.plain.units import size
-from veneer.recipe.methods import name_of
-from veneer.store.bars import quiet
-from veneer.store.facts import AdapterFacts, ModelFacts, adapter_facts, model_facts
-from veneer.store.gguf.blocks import why_not_in_blocks
-from veneer.store.gguf.facts import gguf_facts, gguf_section
-from veneer.store.gguf.header import GgufHeader, read_header
-from veneer.store.source import resolve
+from veneer.recipe.declared_config import declared_config, modules_named
+from veneer.store.counted import ModelFacts, dtypes_of, n_values_of, plain_facts
+from veneer.store.found import folder_here
+
+if TYPE_CHECKING:
+    from veneer.cli.pages.info import InfoArguments
+    from veneer.store.gguf.header import GgufHeader
 
 Section = dict[str, str]
 _SHOWN = 12  # of the values of a list
@@ -36,28 +38,68 @@ _MODEL_FIELDS = {
 }
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdapterFacts:
+    """Facts about an adapter: its config, and the contents of its file."""
+
+    method: str
+    config: Mapping[str, Any]
+    n_parameters: int
+    n_bytes: int
+    dtypes: tuple[str, ...]
+    modules: tuple[str, ...]
+
+
 def info(args: InfoArguments) -> None:
     """Print facts about an adapter or a model."""
-    facts, section = _facts(args.what)
+    facts, section = _facts(args.what, as_json=args.as_json)
     if args.as_json:
         typer.echo(json.dumps(facts, indent=2, default=str))
         return
     print_facts(section)
 
 
-def _facts(what: str) -> tuple[dict[str, Any], Section]:
-    """All that is known of what is meant, and the rows of the table."""
+def _facts(what: str, *, as_json: bool) -> tuple[dict[str, Any], Section]:
+    """All that is known of what is meant, and the rows of the table.
+
+    JSON holds every field of transformers' config, so that its class is loaded.
+    """
     folder = Path(what).expanduser()
     if folder.suffix == ".gguf" and folder.is_file():
-        header = read_header(folder)
-        return gguf_facts(header), gguf_section(folder, header) | _as_base(folder, header)
-    place, facts = _find(what)
-    section = _section(place, facts)
-    return {**({"method": section["method"]} if "method" in section else {}), **asdict(facts)}, section
+        return _gguf(folder)
+    if (folder / CONFIG_FILE).is_file() and not (folder / "config.json").is_file():
+        return _adapter(folder)
+    here = folder_here(what)
+    plain = None if here is None or as_json else plain_facts(here)
+    if here is not None and plain is not None:
+        return asdict(plain), _model(here, plain)
+    with waits_told("loading torch and transformers"):
+        # Here, as it imports both.
+        from veneer.store.bars import quiet
+        from veneer.store.facts import model_facts
+        from veneer.store.source import resolve
+
+        with quiet():
+            place = resolve(what)
+            if not isinstance(place, Path):
+                raise ConfigError(f"{what!r} is on the hub; info reads what is on this machine: download it first")
+            facts = model_facts(place)
+    return asdict(facts), _model(place, facts)
+
+
+def _gguf(path: Path) -> tuple[dict[str, Any], Section]:
+    # Here, as they import numpy, which folders do not need.
+    from veneer.store.gguf.facts import gguf_facts, gguf_section
+    from veneer.store.gguf.header import read_header
+
+    header = read_header(path)
+    return gguf_facts(header), gguf_section(path, header) | _as_base(path, header)
 
 
 def _as_base(path: Path, header: GgufHeader) -> Section:
     """How the weights of a model's file are used."""
+    from veneer.store.gguf.in_place import why_not_in_blocks
+
     if header.values.get("general.type", "model") != "model":
         return {}
     reason = why_not_in_blocks(path)
@@ -65,33 +107,57 @@ def _as_base(path: Path, header: GgufHeader) -> Section:
     return {"as a base": "its blocks stay in the file" if reason is None else copied}
 
 
-def _find(what: str) -> tuple[Path, AdapterFacts | ModelFacts]:
-    """Find the folder that is meant, and read the facts in it."""
-    folder = Path(what).expanduser()
-    if (folder / CONFIG_FILE).is_file() and not (folder / "config.json").is_file():
-        return folder, adapter_facts(folder)
-    with quiet():
-        place = resolve(what)
-        if not isinstance(place, Path):
-            raise ConfigError(f"{what!r} is on the hub; info reads what is on this machine: download it first")
-        return place, model_facts(place)
+def _adapter(folder: Path) -> tuple[dict[str, Any], Section]:
+    """The facts of an adapter folder, by the source of its method if that tells them, and by its class otherwise.
+
+    Raises FormatError if it is not an adapter or is damaged.
+    """
+    declared = declared_config(folder)
+    tensors, problems = read_entries(folder / WEIGHTS_FILE) if (folder / WEIGHTS_FILE).is_file() else ({}, [""])
+    modules = None if declared is None or problems else modules_named(declared, tensors)
+    if declared is None or modules is None:
+        return _checked_adapter(folder)
+    facts = AdapterFacts(
+        method=declared.method,
+        config=declared.values,
+        n_parameters=n_values_of(tensors.values()),
+        n_bytes=(folder / WEIGHTS_FILE).stat().st_size,
+        dtypes=dtypes_of(tensors.values()),
+        modules=modules,
+    )
+    return asdict(facts), _adapter_section(folder, facts, declared.told)
 
 
-def _section(place: Path, facts: AdapterFacts | ModelFacts) -> Section:
-    return _adapter(place, facts) if isinstance(facts, AdapterFacts) else _model(place, facts)
+def _checked_adapter(folder: Path) -> tuple[dict[str, Any], Section]:
+    with waits_told("loading torch and transformers"):
+        # Here, as they import torch.
+        from veneer.contract.places import modules_in
+        from veneer.recipe.methods import name_of
+        from veneer.store.adapter.config import read_config
+        from veneer.store.adapter.files import read_headers
+
+    config, tensors = read_config(folder), read_headers(folder)
+    facts = AdapterFacts(
+        method=name_of(config),
+        config=asdict(config),
+        n_parameters=n_values_of(tensors.values()),
+        n_bytes=(folder / WEIGHTS_FILE).stat().st_size,
+        dtypes=dtypes_of(tensors.values()),
+        modules=tuple(modules_in(config, tensors)),
+    )
+    return asdict(facts), _adapter_section(folder, facts, config.told())
 
 
-def _adapter(folder: Path, facts: AdapterFacts) -> Section:
-    config = facts.config
+def _adapter_section(folder: Path, facts: AdapterFacts, told: Mapping[str, object]) -> Section:
     last = sorted({module.rpartition(".")[2] for module in facts.modules})
     return {
         "adapter": str(folder),
-        "method": name_of(config),
-        **{name: _text(value) for name, value in config.told().items()},
+        "method": facts.method,
+        **{name: _text(value) for name, value in told.items()},
         **({"modules": f"{len(facts.modules)} ({', '.join(last)})"} if last else {}),
         "parameters": f"{facts.n_parameters:,}",
         "size": f"{size(facts.n_bytes)} ({', '.join(facts.dtypes)})",
-        "base": config.base_model_name_or_path or "not recorded",
+        "base": facts.config["base_model_name_or_path"] or "not recorded",
     }
 
 

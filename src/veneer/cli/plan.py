@@ -19,7 +19,7 @@ from veneer.plan.start import start_measured
 from veneer.recipe.distributed_part import with_accumulation
 from veneer.recipe.early import refuse_early
 from veneer.recipe.values import apply_override, put, read_values, section
-from veneer.store.hub import require_found
+from veneer.store.found import require_found
 
 _What = Annotated[
     str,

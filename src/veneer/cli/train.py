@@ -22,7 +22,7 @@ from veneer.recipe.early import refuse_early
 from veneer.recipe.known import declared_methods
 from veneer.recipe.sweep_part import PART
 from veneer.recipe.values import read_values, section
-from veneer.store.hub import require_found
+from veneer.store.found import require_found
 from veneer.train.record.place import refuse_place
 
 _Recipe = Annotated[

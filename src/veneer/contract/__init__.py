@@ -41,14 +41,34 @@ Laws, run on every method by ``tests/contract``:
 - the records read from the file are those of the adapter on its model, bit for bit.
 """
 
-from veneer.contract.beside_attention import AttentionMethod
-from veneer.contract.config import MethodConfig
-from veneer.contract.linear import LinearMethod
-from veneer.contract.parameters import Params, Shapes
-from veneer.contract.residual import ResidualMethod
-from veneer.contract.targets import TargetedConfig
-from veneer.contract.virtual_tokens import PrefixMethod, PromptMethod, VirtualTokenMethod
-from veneer.contract.whole import WholeMethod
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from veneer.contract.beside_attention import AttentionMethod
+    from veneer.contract.config import MethodConfig
+    from veneer.contract.linear import LinearMethod
+    from veneer.contract.parameters import Params, Shapes
+    from veneer.contract.residual import ResidualMethod
+    from veneer.contract.targets import TargetedConfig
+    from veneer.contract.virtual_tokens import PrefixMethod, PromptMethod, VirtualTokenMethod
+    from veneer.contract.whole import WholeMethod
+
+_HOMES = {
+    "AttentionMethod": "beside_attention",
+    "LinearMethod": "linear",
+    "MethodConfig": "config",
+    "Params": "parameters",
+    "PrefixMethod": "virtual_tokens",
+    "PromptMethod": "virtual_tokens",
+    "ResidualMethod": "residual",
+    "Shapes": "parameters",
+    "TargetedConfig": "targets",
+    "VirtualTokenMethod": "virtual_tokens",
+    "WholeMethod": "whole",
+}
 
 __all__ = [
     "AttentionMethod",
@@ -63,3 +83,10 @@ __all__ = [
     "VirtualTokenMethod",
     "WholeMethod",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Import a name when it is first asked for: keys and files of adapters are read without torch."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)

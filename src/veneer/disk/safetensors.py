@@ -19,30 +19,10 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from veneer.disk.safetensors_header import read_table
+from veneer.disk.safetensors_header import DTYPES_OF_HEADERS, TensorEntry, read_entries
 from veneer.errors import FormatError
 
-MAX_DIMENSIONS = 64  # torch's
-
-DTYPES: dict[str, torch.dtype] = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "F8_E8M0": torch.float8_e8m0fnu,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U64": torch.uint64,
-    "U32": torch.uint32,
-    "U16": torch.uint16,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-    "C64": torch.complex64,
-}
+DTYPES: dict[str, torch.dtype] = {code: getattr(torch, name) for code, (name, _) in DTYPES_OF_HEADERS.items()}
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
@@ -98,24 +78,13 @@ def read_header(path: Path) -> tuple[dict[str, StoredTensor], list[str]]:
 
     Raises FormatError if this user may not read it, or if it is gone.
     """
-    try:
-        header, data_start, data_bytes = read_table(path)
-    except FormatError as error:
-        return {}, [str(error)]
-    except OSError as error:
-        raise FormatError(f"{path} cannot be read ({error.strerror}): give a file that this user may read") from error
-    problems: list[str] = []
-    tensors: list[StoredTensor] = []
-    for name, entry in header.items():
-        if name == "__metadata__":
-            continue
-        tensor = _entry(path, name, entry, data_start)
-        if isinstance(tensor, str):
-            problems.append(tensor)
-        else:
-            tensors.append(tensor)
-    tensors.sort(key=lambda t: (t.start, t.nbytes))
-    return {t.name: t for t in tensors}, problems or _layout_problems(tensors, data_start, data_bytes)
+    entries, problems = read_entries(path)
+    return {name: _stored(entry) for name, entry in entries.items()}, problems
+
+
+def _stored(entry: TensorEntry) -> StoredTensor:
+    dtype: torch.dtype = getattr(torch, entry.dtype)
+    return StoredTensor(entry.name, entry.path, dtype, entry.shape, entry.start, entry.nbytes)
 
 
 def read_all(path: Path, tensors: Mapping[str, StoredTensor]) -> dict[str, Tensor]:
@@ -159,47 +128,3 @@ def tensors_to_bytes(tensors: Mapping[str, Tensor]) -> bytes:
     """Return a safetensors file as bytes. Its tensors are contiguous copies on the CPU that share no memory."""
     copies = {key: value.detach().cpu().contiguous().clone() for key, value in tensors.items()}
     return cast(bytes, save(copies, {"format": "pt"}))
-
-
-def _entry(path: Path, name: str, entry: object, data_start: int) -> StoredTensor | str:
-    """One tensor of a header, or what is wrong with it."""
-    if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= entry.keys():
-        return f"tensor {name!r} lacks one of dtype, shape, data_offsets"
-    dtype, shape, offsets = DTYPES.get(str(entry["dtype"])), entry["shape"], entry["data_offsets"]
-    if dtype is None:
-        return f"tensor {name!r} has dtype {entry['dtype']!r}; known are {', '.join(DTYPES)}"
-    if not _whole_numbers(shape):
-        return f"tensor {name!r} has shape {shape!r}"
-    if len(shape) > MAX_DIMENSIONS:
-        return f"tensor {name!r} has {len(shape)} dimensions; {MAX_DIMENSIONS} is the most"
-    if not _whole_numbers(offsets) or len(offsets) != 2 or offsets[1] < offsets[0]:
-        return f"tensor {name!r} has data_offsets {offsets!r}"
-    nbytes = math.prod(shape) * dtype.itemsize
-    if offsets[1] - offsets[0] != nbytes:
-        return (
-            f"tensor {name!r} of shape {shape} in {entry['dtype']} takes {nbytes} bytes, its data_offsets are {offsets}"
-        )
-    return StoredTensor(name, path, dtype, tuple(shape), data_start + offsets[0], nbytes)
-
-
-def _whole_numbers(values: object) -> bool:
-    return isinstance(values, list) and all(isinstance(v, int) and not isinstance(v, bool) and v >= 0 for v in values)
-
-
-def _layout_problems(tensors: list[StoredTensor], data_start: int, data_bytes: int) -> list[str]:
-    """Overlaps, gaps, and data that the file does not hold."""
-    problems = []
-    end = data_start
-    for tensor in tensors:
-        if tensor.start != end:
-            what = (
-                "overlaps the one before it"
-                if tensor.start < end
-                else f"leaves a gap of {tensor.start - end} bytes before it"
-            )
-            problems.append(f"tensor {tensor.name!r} {what}")
-        end = max(end, tensor.start + tensor.nbytes)
-    if end - data_start != data_bytes:
-        what = "truncated" if end - data_start > data_bytes else "with bytes that no tensor claims"
-        problems.append(f"it holds {data_start + data_bytes:,} bytes where its header tells of {end:,}: {what}")
-    return problems

@@ -20,7 +20,8 @@ from veneer.ops.traced import Traced
 from veneer.recipe.adapter import FROM
 from veneer.recipe.parts import ModelPart
 from veneer.recipe.recipe import Recipe
-from veneer.store.gguf.blocks import parameters_of, why_not_in_blocks
+from veneer.store.gguf.blocks import parameters_of
+from veneer.store.gguf.in_place import why_not_in_blocks
 from veneer.store.in_blocks import put_in_blocks
 from veneer.store.named import file_of
 from veneer.store.quantization_config import QuantizationConfig

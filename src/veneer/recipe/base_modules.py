@@ -15,7 +15,7 @@ from veneer.recipe.adapter import FULL, method_of
 from veneer.recipe.declared import file_of
 from veneer.recipe.known import declared_methods
 from veneer.recipe.values import section
-from veneer.store.known import KNOWN, is_fetched, model_folder
+from veneer.store.found import folder_here
 
 _INDEX, _FILE = "model.safetensors.index.json", "model.safetensors"
 _MADE = re.compile(r"head|embed|score|classifier")  # may be tied or new, and so in no file
@@ -30,7 +30,7 @@ def target_problems(values: Mapping[str, Any]) -> list[str]:
     if not _reads_targets(values):
         return []
     targets, source = section(values, "adapter").get("target_modules"), section(values, "model").get("source")
-    folder = _folder_of(source) if isinstance(source, str) else None
+    folder = folder_here(source) if isinstance(source, str) else None
     names = () if folder is None else module_names(folder)
     listed = targets if isinstance(targets, list) else []
     meant = [target for target in listed if isinstance(target, str) and not _MADE.search(target)]
@@ -68,11 +68,3 @@ def _reads_targets(values: Mapping[str, Any]) -> bool:
     method = method_of(section(values, "adapter"))
     known = declared_methods()
     return method != FULL and (method not in known or "target_modules" in known[method].keys.types)
-
-
-def _folder_of(source: str) -> Path | None:
-    """Return the folder of a base that is here."""
-    path = Path(source).expanduser()
-    if path.is_dir():
-        return path
-    return model_folder(source) if source in KNOWN and is_fetched(source) else None

@@ -9,6 +9,7 @@ import functools
 import importlib.util
 import typing
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import MISSING
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,6 +17,11 @@ from veneer.recipe.keys import AllowedKeys
 
 _KNOWN = {**vars(builtins), **{name: getattr(typing, name) for name in typing.__all__}}
 _KNOWN |= {name: getattr(collections.abc, name) for name in collections.abc.__all__}
+
+
+UNCLEAR = object()
+"""Default of a field that its source alone does not tell."""
+_CONTRACT = "veneer.contract.config"  # its functions are those that others replace
 
 
 class UnreadableError(LookupError):
@@ -38,10 +44,40 @@ def declared_keys(module: str, name: str) -> AllowedKeys:
     return AllowedKeys(types, frozenset(required))
 
 
+@functools.cache
+def declared_defaults(module: str, name: str) -> dict[str, Any]:
+    """Return the init fields of a dataclass with their defaults, in the order of the class.
+
+    A default that is no literal is `UNCLEAR`, that of a field without one is MISSING.
+    Raises UnreadableError.
+    """
+    home, node = _class_of(module, name)
+    found: dict[str, Any] = {}
+    for base in reversed(_homes_of_bases(home, node)):
+        found |= declared_defaults(*base)
+    return found | {spec.name: MISSING if spec.required else _literal_default(spec.default) for spec in _fields(node)}
+
+
+def class_value(module: str, name: str, attribute: str) -> ast.expr | None:
+    """Return the expression that a class, or the nearest of its bases, assigns to an attribute; None if none does.
+
+    A function of this name in a class on the way raises UnreadableError.
+    """
+    home, node = _class_of(module, name)
+    for each in node.body:
+        if isinstance(each, ast.FunctionDef) and each.name == attribute and home != _CONTRACT:
+            raise UnreadableError(f"{home}.{name}.{attribute}")
+        if isinstance(each, ast.Assign | ast.AnnAssign) and _target(each) == attribute:
+            return each.value
+    values = (class_value(*base, attribute) for base in _homes_of_bases(home, node))
+    return next((value for value in values if value is not None), None)
+
+
 class _Field(typing.NamedTuple):
     name: str
     annotation: ast.expr
     required: bool
+    default: ast.expr | None = None
 
 
 def _fields(node: ast.ClassDef) -> Iterator[_Field]:
@@ -56,15 +92,36 @@ def _fields(node: ast.ClassDef) -> Iterator[_Field]:
             options = {keyword.arg: keyword.value for keyword in default.keywords}
             default = options.get("default", options.get("default_factory"))
         if "init" not in options or ast.unparse(options["init"]) != "False":
-            yield _Field(each.target.id, each.annotation, default is None)
+            yield _Field(each.target.id, each.annotation, default is None, each.value)
+
+
+def _literal_default(written: ast.expr | None) -> Any:
+    """The value that a field of a class is given there, by itself or by ``field(default…)``."""
+    if isinstance(written, ast.Call):
+        options = {keyword.arg: keyword.value for keyword in written.keywords}
+        factory = options.get("default_factory")
+        made: dict[str, Any] = {"dict": {}, "list": []}
+        if factory is not None:
+            return made.get(ast.unparse(factory), UNCLEAR)
+        written = options.get("default")
+    try:
+        return UNCLEAR if written is None else ast.literal_eval(written)
+    except ValueError:
+        return UNCLEAR
 
 
 def _bases(module: str, node: ast.ClassDef) -> list[AllowedKeys]:
     """Return the keys of the base classes that are declared in source."""
+    return [declared_keys(*base) for base in _homes_of_bases(module, node)]
+
+
+def _homes_of_bases(module: str, node: ast.ClassDef) -> list[tuple[str, str]]:
+    """Return module and name of each base class that is declared in source."""
     found = []
     for base in node.bases:
         try:
-            found.append(declared_keys(*_home(module, base)))
+            home, name = _home(module, base)
+            found.append((_class_of(home, name)[0], name))
         except UnreadableError:  # of the standard library or of an extension: no dataclass
             continue
     return found

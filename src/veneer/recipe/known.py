@@ -46,18 +46,28 @@ def declared() -> KnownKeys:
 def declared_methods() -> Mapping[str, KnownMethod]:
     """Return the keys of the methods, variants and presets in `veneer.methods`, read from source."""
     found, presets = dict[str, KnownMethod](), dict[str, KnownMethod]()
-    for module in _modules(_METHODS):
+    for module in method_modules():
         for name, peft_type in classes_with(module, "peft_type"):
             method = KnownMethod(declared_keys(module, name))
             found[peft_type.lower()] = method
             presets |= dict.fromkeys(literal(module, "PRESETS", {}), replace(method, is_own=False))
     variants = {}
-    for module in _modules(_VARIANTS):
-        _, switch = next(classes_with(module, "switch"))
+    for name, switch in variant_switches().items():
         for method in found.values():
             if method.keys.types.get(switch) is bool:  # others are turned on by settings
-                variants[module.rpartition(".")[2]] = replace(method, switches={switch: True}, is_own=False)
+                variants[name] = replace(method, switches={switch: True}, is_own=False)
     return found | variants | presets
+
+
+@functools.cache
+def variant_switches() -> Mapping[str, str]:
+    """Return the field that turns on each variant of LoRA, by the variant's name."""
+    return {module.rpartition(".")[2]: next(classes_with(module, "switch"))[1] for module in _modules(_VARIANTS)}
+
+
+def method_modules() -> Iterator[str]:
+    """Return the modules in `veneer.methods`, found without importing one."""
+    return _modules(_METHODS)
 
 
 def _modules(package: str) -> Iterator[str]:

@@ -5,21 +5,19 @@ A checkpoint is checked as a whole before anything is read from it, and only the
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Protocol, Self
 
 import torch
 from torch import Tensor
 
-from veneer.disk.safetensors import StoredTensor, read_header
+from veneer.disk.safetensors import read_header
 from veneer.errors import FormatError
+from veneer.store.checkpoint_files import raise_problems, tensors_in, tensors_of
 from veneer.store.gguf.blocks import described_file
 
-INDEX_NAME = "model.safetensors.index.json"
-SINGLE_NAME = "model.safetensors"
 FINITE_CHUNK_VALUES = 1 << 20
 
 
@@ -63,43 +61,12 @@ class Checkpoint:
         file = described_file(path)
         if file is not None:
             return cls(file.tensors)
-        if path.is_file():
-            return cls.from_files([path])
-        index = path / INDEX_NAME
-        if index.is_file():
-            return cls._from_index(index)
-        if (path / SINGLE_NAME).is_file():
-            return cls.from_files([path / SINGLE_NAME])
-        raise FormatError(
-            f"{path} holds neither {SINGLE_NAME} nor {INDEX_NAME}: give the folder of a model saved as safetensors"
-        )
+        return cls(tensors_in(path, read_header))
 
     @classmethod
     def from_files(cls, files: Iterable[str | Path]) -> Self:
         """Return the checkpoint made of these files. Raises FormatError as `open` does."""
-        paths = [Path(file) for file in files]
-        tensors, problems = _read_headers(paths)
-        _raise(problems, paths[0].parent if paths else None)
-        return cls(tensors)
-
-    @classmethod
-    def _from_index(cls, index: Path) -> Self:
-        weight_map, problems = _read_index(index)
-        files = sorted(set(weight_map.values()))
-        outside = [f for f in files if not _is_inside(f)]
-        problems += [f"{index.name} names {f!r}, which leaves the folder" for f in outside]
-        present = [index.parent / f for f in files if f not in outside and (index.parent / f).is_file()]
-        missing = [f for f in files if f not in outside and not (index.parent / f).is_file()]
-        problems += [f"shard {f!r} is missing" for f in missing]
-        tensors, found = _read_headers(present)
-        problems += found
-        unread = {index.parent / f for f in outside + missing} | ({index.parent / f for f in files} if found else set())
-        for name, file in weight_map.items():
-            held_by = tensors[name].path if name in tensors else None
-            if index.parent / file not in unread and held_by != index.parent / file:
-                problems.append(f"tensor {name!r} is not in {file!r}, where {index.name} says it is")
-        _raise(problems, index.parent)
-        return cls(tensors)
+        return cls(tensors_of([Path(file) for file in files], read_header))
 
     @property
     def nbytes(self) -> int:
@@ -136,7 +103,7 @@ class Checkpoint:
             else:
                 not_finite.append(f"tensor {name!r} holds values that are not finite")
             del tensor
-        _raise(not_finite)
+        raise_problems(not_finite)
 
 
 def _finite(name: str, tensor: Tensor) -> Tensor:
@@ -156,43 +123,3 @@ def is_finite(tensor: Tensor) -> bool:
     # finite values can have a sum that overflows, and torch neither sums nor tests 8-bit floats
     parts = torch.split(tensor.reshape(-1), FINITE_CHUNK_VALUES)
     return all(bool((part.to(torch.bfloat16) if part.dtype.itemsize == 1 else part).isfinite().all()) for part in parts)
-
-
-def _read_headers(files: list[Path]) -> tuple[dict[str, StoredTensor], list[str]]:
-    tensors: dict[str, StoredTensor] = {}
-    problems: list[str] = []
-    for file in files:
-        if not file.is_file():
-            problems.append(f"{file} does not exist")
-            continue
-        found, wrong = read_header(file)
-        problems += [f"{file.name}: {problem}" for problem in wrong]
-        problems += [f"tensor {n!r} is in {tensors[n].path.name} and in {file.name}" for n in found if n in tensors]
-        tensors |= found
-    return tensors, problems
-
-
-def _read_index(index: Path) -> tuple[dict[str, str], list[str]]:
-    try:
-        content = json.loads(index.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise FormatError(f"{index} is not JSON ({error}): save or download it again") from error
-    weight_map = content.get("weight_map") if isinstance(content, dict) else None
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise FormatError(f"{index} has no weight_map from tensor names to files: save or download it again")
-    wrong = [name for name, file in weight_map.items() if not isinstance(file, str)]
-    return {n: f for n, f in weight_map.items() if n not in wrong}, [
-        f"{index.name} maps {n!r} to something that is no file name" for n in wrong
-    ]
-
-
-def _is_inside(file: str) -> bool:
-    """Return True if a file name from an index stays in the folder. Links are followed: the hub's cache has them."""
-    parts = PurePosixPath(file.replace("\\", "/"))
-    return not parts.is_absolute() and ".." not in parts.parts and ":" not in file
-
-
-def _raise(problems: list[str], folder: Path | None = None) -> None:
-    if problems:
-        where, advice = (f" in {folder}", "; save or fetch it again") if folder else ("", "")
-        raise FormatError(f"the checkpoint{where} cannot be used: {'; '.join(problems)}{advice}")

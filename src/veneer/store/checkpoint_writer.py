@@ -20,7 +20,7 @@ from veneer.contract.file import CONFIG_FILE
 from veneer.disk.folder import new_folder
 from veneer.disk.safetensors import header_bytes
 from veneer.errors import DiskError, FormatError
-from veneer.store.checkpoint import INDEX_NAME, SINGLE_NAME
+from veneer.store.checkpoint_files import INDEX_NAME, SINGLE_NAME
 from veneer.store.reserved import UNCHANGED, disk_errors_told, reserve, write_at
 
 Specs = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]

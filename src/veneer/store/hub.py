@@ -1,7 +1,4 @@
-"""Models by names that no folder or file has: on the Hugging Face hub, in its cache, or nowhere.
-
-Read without torch, so that a wrong name is reported before seconds of imports.
-"""
+"""Models on the Hugging Face hub, in its cache, or nowhere. Asked without torch."""
 
 from __future__ import annotations
 
@@ -17,25 +14,13 @@ from typing import Any
 from huggingface_hub import get_token, is_offline_mode, try_to_load_from_cache
 from huggingface_hub.constants import ENDPOINT
 
-from veneer.disk.known_name import known_name
 from veneer.disk.near import near_paths
 from veneer.errors import ConfigError
-from veneer.store.known import KNOWN, is_fetched
+from veneer.store.known import KNOWN
 
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)
 _SECONDS = 5
 _CLOSE = 0.75
-
-
-def require_found(model: str) -> None:
-    """Raise ConfigError for a model that is no folder, no file, no fetched model, and neither on the hub nor cached."""
-    name = known_name(model)
-    if Path(model).expanduser().exists() or "@sha256:" in name:
-        return
-    if name not in KNOWN:
-        on_hub(name)
-    elif not is_fetched(name):
-        raise ConfigError(f"the model {name!r} is not in the cache yet: run `veneer fetch {name}`")
 
 
 @functools.cache

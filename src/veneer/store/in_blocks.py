@@ -31,6 +31,7 @@ from veneer.store.gguf.blocks import BlockFile
 from veneer.store.gguf.header import GgufTensor
 from veneer.store.gguf.names import leaf_of
 from veneer.store.gguf.parameters import GgufParameter
+from veneer.store.gguf.rows import stored_rows
 from veneer.store.quantization_config import QuantizationConfig
 from veneer.store.quantizer import Deferred, VeneerQuantizer, watch_loading
 from veneer.store.stacks_in_files import stacks_of
@@ -97,7 +98,7 @@ class GgufQuantizer(VeneerQuantizer):
     def _rows(self, parameter: GgufParameter, tensor: GgufTensor) -> Tensor:
         """The blocks of a tensor, row by row, where they lie in the file."""
         if tensor.name not in self.mapped:
-            stored = tensor.stored(parameter.path)
+            stored = stored_rows(tensor, parameter.path)
             self.mapped[tensor.name] = self.source.tensor(stored.start, stored.nbytes).view(stored.shape)
         return self.mapped[tensor.name]
 

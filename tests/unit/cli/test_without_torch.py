@@ -7,6 +7,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+import gguf
+import numpy as np
 import yaml
 
 from .conftest import told_early
@@ -44,6 +46,25 @@ def test_a_run_is_shown_and_a_wrong_output_is_told_before_torch_is_imported(tmp_
     for (command, status, said), (code, told) in zip(cases, told_early([each[0] for each in cases]), strict=True):
         assert (code, said in told) == (status, True), (command, told)
     assert not (tmp_path / "new").exists()
+
+
+def test_facts_of_folders_and_files_are_read_before_torch_is_imported(
+    model_folder: Path, adapter_folder: Path, tmp_path: Path
+) -> None:
+    writer = gguf.GGUFWriter(tmp_path / "x.gguf", "llama")
+    writer.add_tensor("blk.0.attn_q.weight", np.zeros((3, 18), np.uint8), raw_dtype=gguf.GGMLQuantizationType.Q4_0)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    cases = [
+        (("info", str(adapter_folder)), "method lora r 3 lora_alpha 7 target_modules q_proj, up_proj modules 4"),
+        (("info", str(adapter_folder), "--json"), '"modules": [ "model.layers.0.mlp.up_proj"'),
+        (("info", str(model_folder)), "head width 16 rotary theta 10,000"),
+        (("info", str(tmp_path / "x.gguf")), "as a base its blocks stay in the file"),
+    ]
+    for (command, said), (code, told) in zip(cases, told_early([each[0] for each in cases]), strict=True):
+        assert (code, said in told) == (0, True), (command, told)
 
 
 def test_a_folder_that_may_not_be_written_to_holds_no_run(tmp_path: Path) -> None:

@@ -12,7 +12,8 @@ import pytest
 
 from veneer.errors import ConfigError
 from veneer.store import hub as hub_module
-from veneer.store.hub import on_hub, require_found, require_hub
+from veneer.store.found import require_found
+from veneer.store.hub import on_hub, require_hub
 
 
 @dataclass

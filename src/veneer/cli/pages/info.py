@@ -12,7 +12,7 @@ from veneer.cli.facts import AsJson
 from veneer.cli.work import verb
 from veneer.disk.near import near_paths
 from veneer.errors import ConfigError
-from veneer.store.hub import require_found
+from veneer.store.found import require_found
 
 _SHOWN = 12  # names in a folder
 

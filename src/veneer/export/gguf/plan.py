@@ -25,6 +25,7 @@ from veneer.store.gguf.importance import Importance
 from veneer.store.gguf.keys import KeyValue, Said, said_of
 from veneer.store.gguf.names import leaf_of, places_of, text_name
 from veneer.store.gguf.registry import by_model_type
+from veneer.store.gguf.rows import places_of_rows
 from veneer.store.gguf.writer import TensorSpec, file_nbytes
 
 _BUFFERS = ("rotary_emb.inv_freq", "attn.bias", "attn.masked_bias", "attention.bias", "attention.masked_bias")
@@ -235,7 +236,7 @@ def assembled_blocks(
         parts = (each.part(read(each.name))[None] for each in sources)
     else:
         parts = (sources[0].part(block) for block in blocks(sources[0].name))
-        places = family.places_of_rows(leaf, shape[0], plan.config)
+        places = places_of_rows(family, leaf, shape[0], plan.config)
         if leaf in family.turned or not torch.equal(places, torch.arange(shape[0])):
             parts = iter((_gathered(parts, shape, None if leaf in family.turned else places),))
     for part in parts:

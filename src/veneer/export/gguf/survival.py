@@ -12,6 +12,7 @@ from veneer.disk.mapped import MappedFile
 from veneer.ops.ggml import dequantize_ggml
 from veneer.ops.ggml_types import GGML_TYPES
 from veneer.store.gguf.header import read_header
+from veneer.store.gguf.rows import stored_rows
 from veneer.store.gguf.writer import TensorSpec
 
 
@@ -32,7 +33,7 @@ class FileSurvival:
     def watched(self, spec: TensorSpec, pairs: Iterable[tuple[Tensor, Tensor]]) -> Iterator[Tensor]:
         """Yield the bytes of a tensor, of pairs of merged rows (k, columns) and their bytes in order."""
         tensor, sums, first = self._tensors[spec.name], SurvivalSums(), 0
-        stored = tensor.stored(self._source.path)
+        stored = stored_rows(tensor, self._source.path)
         blocks = self._source.tensor(stored.start, stored.nbytes).view(stored.shape)
         for rows, packed in pairs:
             before = dequantize_ggml(blocks[first : first + len(rows)], tensor.type)

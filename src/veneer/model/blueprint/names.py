@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from veneer.model.blueprint.heads import HeadOrder
-from veneer.model.blueprint.parts import Role, TensorPart
+from veneer.model.blueprint.parts import Role
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -134,12 +134,3 @@ TASK_HEADS = {"SEQ_CLS": CLASSIFIERS, "TOKEN_CLS": CLASSIFIERS, "QUESTION_ANS": 
 MODEL_ENDS = ("embed_tokens", "lm_head")
 # Unsloth's default targets: every layer of a block of Llama's.
 LLAMA_LAYERS = (*COMMON.q_k_v[0], COMMON.out[0], *COMMON.inner[0].all)
-
-# Which part of a model a tensor is of, by its name, where there is no description: the first pattern that is found.
-KINDS: tuple[tuple[TensorPart, str], ...] = (
-    ("output head", r"(^|\.)(lm_head|embed_out|score|classifier)\."),
-    ("embeddings", r"(^|\.)(embed|wte|wpe|word_embeddings|embed_tokens|tok_embeddings)"),
-    ("norms", r"(norm|(^|\.)ln_?\w*)\.?\w*\.(weight|bias)$"),
-    ("attention", r"attn|attention"),
-    ("feed-forward", r"mlp|feed_forward|ffn|experts|fc[12]\."),
-)

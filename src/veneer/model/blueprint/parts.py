@@ -14,7 +14,6 @@ from veneer.model.blueprint.rotary import Rotary
 
 Role = Literal["q", "k", "v", "qkv", "o", "gate", "up", "gate_up", "down", "router", "shared_gate", "head"]
 NormKind = Literal["rms", "layer"]
-TensorPart = Literal["embeddings", "attention", "feed-forward", "norms", "output head", "other"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import re
-
 from veneer.model.blueprint.decoder import Decoder
-from veneer.model.blueprint.names import KINDS
-from veneer.model.blueprint.parts import Strange, TensorPart
+from veneer.model.blueprint.part_names import TensorPart, part_by_name
+from veneer.model.blueprint.parts import Strange
 
 
 def part_of(name: str, decoder: Decoder | None = None) -> TensorPart:
@@ -20,7 +18,7 @@ def part_of(name: str, decoder: Decoder | None = None) -> TensorPart:
             found = [(len(place), part) for place, part in _places(decoder) if path.startswith(f"{place}.")]
             if found:
                 return max(found)[1]
-    return next((part for part, pattern in KINDS if re.search(pattern, name)), "other")
+    return part_by_name(name)
 
 
 def _places(decoder: Decoder) -> list[tuple[str, TensorPart]]:

@@ -14,11 +14,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from veneer.disk.atomic import write_atomically
 from veneer.errors import FormatError
-from veneer.ops.ggml_types import GGML_TYPES
 from veneer.store.bars import without_bars
 from veneer.store.gguf.family import GgufFamily
 from veneer.store.gguf.fields import FACTOR_TENSORS
-from veneer.store.gguf.header import GgufHeader, read_header
+from veneer.store.gguf.header import GgufHeader, own_pairs, read_header
 from veneer.store.gguf.parameters import GgufParameter, Places, placed_parameters, places_in
 from veneer.store.gguf.registry import laid_out_family
 
@@ -106,26 +105,6 @@ def write_description(folder: Path, path: Path, dtype: torch.dtype, places: Plac
     write_atomically(folder / DESCRIPTION, (json.dumps(held, indent=1) + "\n").encode())
 
 
-def why_not_in_blocks(path: Path) -> str | None:
-    """Return the reason for which a file is decoded into a dense copy; None if its blocks can stay as they lie.
-
-    A file without quantized matrices has no reason: "".
-    """
-    header = read_header(path)
-    architecture = str(header.values.get("general.architecture"))
-    kinds = {tensor.type for tensor in header.tensors}
-    unread = sorted(kinds - GGML_TYPES.keys())
-    if unread:
-        return f"it holds matrices in {', '.join(unread)}, which are not multiplied in their blocks"
-    if not any(GGML_TYPES[kind].block > 1 for kind in kinds):
-        return ""
-    if (header.values.get("split.count") or 1) > 1:
-        return "it is one of several parts"
-    if laid_out_family(architecture, own_pairs(header.values, architecture)) is None:
-        return f"no table describes the layout of {architecture}'s files"
-    return None
-
-
 def describe_into(folder: Path, path: Path, config: Any, dtype: torch.dtype) -> None:
     """Write config and description of a file's model into ``folder``.
 
@@ -178,9 +157,3 @@ def _family(path: Path, header: GgufHeader) -> GgufFamily:
 
 def _shapes(model: Any) -> dict[str, tuple[int, ...]]:
     return {name: tuple(each.shape) for name, each in model.named_parameters(remove_duplicate=False)}
-
-
-def own_pairs(values: Mapping[str, Any], architecture: str) -> dict[str, Any]:
-    """Return the values of the architecture's own keys, without its name."""
-    prefix = f"{architecture}."
-    return {key.removeprefix(prefix): value for key, value in values.items() if key.startswith(prefix)}

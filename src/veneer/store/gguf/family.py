@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, Literal
 
 from veneer.store.gguf.fields import Field
 
-Rows = Callable[[str, Tensor, Any], Tensor]
-Parts = Callable[[str], Iterable[tuple[str, Callable[[Tensor], Tensor]]]]
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    Rows = Callable[[str, Tensor, Any], Tensor]
+    Parts = Callable[[str], Iterable[tuple[str, Callable[[Tensor], Tensor]]]]
 
 
 def as_they_are(leaf: str, tensor: Tensor, config: Any) -> Tensor:
@@ -86,7 +86,3 @@ class GgufFamily:
     plus_one: bool = False
     parts: Parts = no_parts
     head: Literal["may", "must", "never"] = "may"
-
-    def places_of_rows(self, leaf: str, n_rows: int, config: Any) -> Tensor:
-        """Return for each row of a parameter its place in the file's tensor."""
-        return torch.argsort(self.rows(leaf, torch.arange(n_rows, device="cpu")[:, None], config).reshape(-1))

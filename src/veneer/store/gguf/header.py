@@ -10,10 +10,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
 
-from veneer.disk.safetensors import StoredTensor
 from veneer.errors import FormatError
 
 _NUMBERS = {
@@ -52,12 +50,6 @@ class GgufTensor:
     type: str
     n_bytes: int
     start: int
-
-    def stored(self, path: Path) -> StoredTensor:
-        """Return its bytes in the file, by its rows (n, bytes)."""
-        n_rows = math.prod(self.shape[:-1])
-        shape = (n_rows, self.n_bytes // max(1, n_rows))
-        return StoredTensor(self.name, path, torch.uint8, shape, self.start, self.n_bytes)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -173,3 +165,9 @@ class _Cursor:
             at = end
         self.at = at
         return found if kept else Long(n)
+
+
+def own_pairs(values: Mapping[str, Any], architecture: str) -> dict[str, Any]:
+    """Return the values of the architecture's own keys, without its name."""
+    prefix = f"{architecture}."
+    return {key.removeprefix(prefix): value for key, value in values.items() if key.startswith(prefix)}

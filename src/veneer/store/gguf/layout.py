@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
-from veneer.model.blueprint.names import EXPERT_LAYERS, EXPERTS, STACKS
-
-Part = tuple[str, Callable[[Tensor], Tensor]]
+    Part = tuple[str, Callable[[Tensor], Tensor]]
 
 
 def neighbours(leaf: str, tensor: Tensor, config: Any) -> Tensor:
@@ -40,6 +39,9 @@ def experts(name: str) -> Iterator[Part]:
 
     Gate and up are in one parameter, or each expert has its own tensor.
     """
+    # Here, as it imports torch: the families are known without it.
+    from veneer.model.blueprint.names import EXPERT_LAYERS, EXPERTS, STACKS
+
     of_experts, (gate_up, down) = EXPERTS[0], STACKS
     if name.endswith(f".{of_experts}.{gate_up}"):
         yield "ffn_gate_exps.weight", lambda tensor: tensor.chunk(2, 1)[0]

@@ -29,14 +29,16 @@ from veneer.ops.ggml import dequantize_ggml
 from veneer.plain.progress import progress_bar
 from veneer.plain.units import size
 from veneer.store.bars import without_bars
-from veneer.store.gguf.blocks import describe_into, model_without_storage, own_pairs, why_not_in_blocks
+from veneer.store.gguf.blocks import describe_into, model_without_storage
 from veneer.store.gguf.byte_level import byte_level_tokenizer
 from veneer.store.gguf.config import GgufContents, mended_config, unplaced_tensors
 from veneer.store.gguf.fields import FACTOR_TENSORS, HEADS_KEPT
-from veneer.store.gguf.header import GgufHeader, read_header
+from veneer.store.gguf.header import GgufHeader, own_pairs, read_header
+from veneer.store.gguf.in_place import why_not_in_blocks
 from veneer.store.gguf.reader import open_gguf
 from veneer.store.gguf.rebuilt import rebuilt_config, rebuilt_model
 from veneer.store.gguf.registry import laid_out_family, rebuilt_family
+from veneer.store.gguf.rows import stored_rows
 
 _PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 CONVERSION = 3
@@ -275,7 +277,7 @@ def _contents(path: Path, header: GgufHeader, architecture: str) -> GgufContents
         pairs=own_pairs(header.values, architecture),
         shapes={tensor.name: tensor.shape for tensor in header.tensors},
         factors={
-            tensor.name: dequantize_ggml(tensor.stored(path).read(), tensor.type).reshape(-1)
+            tensor.name: dequantize_ggml(stored_rows(tensor, path).read(), tensor.type).reshape(-1)
             for tensor in header.tensors
             if tensor.name in FACTOR_TENSORS
         },

@@ -18,6 +18,7 @@ from veneer.ops.ggml_types import GGML_TYPES
 from veneer.store.gguf.family import GgufFamily
 from veneer.store.gguf.header import GgufTensor
 from veneer.store.gguf.names import leaf_of, places_of
+from veneer.store.gguf.rows import places_of_rows, stored_rows
 
 Places = dict[str, list[str]]
 """The tensors of a file by the names of the model's parameters; several where a parameter is made of several."""
@@ -62,7 +63,7 @@ class GgufParameter:
     def order(self) -> Tensor | None:
         """Place in the file of each row of a matrix; None if all are where they are in the model."""
         [tensor, *_] = self.tensors
-        places = self.family.places_of_rows(leaf_of(tensor.name), tensor.shape[0], self.config)
+        places = places_of_rows(self.family, leaf_of(tensor.name), tensor.shape[0], self.config)
         return None if torch.equal(places, torch.arange(len(places), device="cpu")) else places
 
     @property
@@ -90,7 +91,7 @@ class GgufParameter:
 
     def _rows(self, tensor: GgufTensor, n_values: float) -> Iterator[Tensor]:
         """The values of a tensor, some of its first axis at a time, in the file's order."""
-        stored, less = tensor.stored(self.path), self._less(tensor)
+        stored, less = stored_rows(tensor, self.path), self._less(tensor)
         n_bytes = min(stored.nbytes, n_values * stored.shape[1] // tensor.shape[-1])
         if len(tensor.shape) > 2:
             n_bytes = stored.nbytes

@@ -17,6 +17,7 @@ from veneer.store.gguf.family import GgufFamily
 from veneer.store.gguf.fields import FACTOR_TENSORS
 from veneer.store.gguf.names import leaf_of, places_of
 from veneer.store.gguf.registry import laid_out_family
+from veneer.store.gguf.rows import places_of_rows
 
 
 def rebuilt_model(
@@ -91,4 +92,4 @@ def _values(tensor: Any) -> Tensor:
 
 def _in_order(family: GgufFamily, config: Any, name: str, tensor: Tensor) -> Tensor:
     """The rows as transformers has them."""
-    return tensor[family.places_of_rows(leaf_of(name), len(tensor), config)]
+    return tensor[places_of_rows(family, leaf_of(name), len(tensor), config)]

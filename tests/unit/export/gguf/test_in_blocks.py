@@ -35,7 +35,8 @@ from veneer.model.fused.decoder import fuse, unfuse
 from veneer.ops.ggml import quantize_ggml
 from veneer.ops.packed_codes import PackedCodes
 from veneer.store.checkpoint import Checkpoint
-from veneer.store.gguf.blocks import described_file, why_not_in_blocks
+from veneer.store.gguf.blocks import described_file
+from veneer.store.gguf.in_place import why_not_in_blocks
 from veneer.store.gguf.model import convert_gguf
 from veneer.store.source import load_model, load_tokenizer, resolve
 

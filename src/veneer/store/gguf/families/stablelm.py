@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
-
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from veneer.store.gguf.family import GgufFamily
 from veneer.store.gguf.fields import BASE, FEED_FORWARD, GROUPED, LAYER_NORM, Field
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def _head_norms(name: str) -> Iterator[tuple[str, Callable[[Tensor], Tensor]]]:
