@@ -27,6 +27,7 @@ from veneer.model.adapted.state import AdapterState
 from veneer.model.batch.invocation import from_invocation, generating
 from veneer.model.batch.mixed import TaskIds, mixed_batch
 from veneer.model.batch.sequences import by_sequence, with_sequences
+from veneer.model.fused.head import deferred_logits
 from veneer.model.inplace import change_class, restore_class
 from veneer.plain.field_types import plain
 from veneer.store.adapter.config import read_config
@@ -438,11 +439,19 @@ def _with_names(plain: Callable[..., Any]) -> Callable[..., Any]:
         **kwargs: Any,
     ) -> Any:
         if adapter_names is None and task_ids is None:
-            return plain(self, *args, **kwargs)
+            return _plainly(plain, self, args, kwargs)
         with mixed_batch(self, self.adapter_state, adapter_names, (args, kwargs), task_ids):
-            return plain(self, *args, **kwargs)
+            return _plainly(plain, self, args, kwargs)
 
     return forward
+
+
+def _plainly(plain: Callable[..., Any], model: PeftModel, args: Any, kwargs: dict[str, Any]) -> Any:
+    """The model's own forward pass. Under a frozen head its loss is computed without the logits of all tokens."""
+    if kwargs.get("labels") is None or torch.compiler.is_compiling():
+        return plain(model, *args, **kwargs)
+    with deferred_logits(model):
+        return plain(model, *args, **kwargs)
 
 
 def load_into_active(model: PeftModel, tensors: Mapping[str, torch.Tensor]) -> None:

@@ -29,12 +29,14 @@ _GPU_ROWS, _GPU_TILE, _GPU_DETAIL_ROWS = 1024, 256, 256
 class HeadOptions:
     """Settings that turn logits into a loss.
 
-    Rows with ``ignore_index`` do not count. ``softcap`` is Gemma 2's c of ``c * tanh(logits / c)``. ``num_items``
-    divides the sum (None: the number of rows that count). ``chunk_bytes`` of logits are held at a time (None: 32 MiB,
-    and on a GPU at least 1,024 rows). ``observe`` is called with each chunk of logits.
+    Rows with ``ignore_index`` do not count. The head's outputs are multiplied by ``scale`` (Cohere, Granite), then
+    capped: ``softcap`` is Gemma 2's c of ``c * tanh(logits / c)``. ``num_items`` divides the sum (None: the number of
+    rows that count). ``chunk_bytes`` of logits are held at a time (None: 32 MiB, and on a GPU at least 1,024 rows).
+    ``observe`` is called with each chunk of logits.
     """
 
     ignore_index: int = -100
+    scale: float = 1.0
     softcap: float | None = None
     num_items: Tensor | float | None = None
     chunk_bytes: int | None = None
@@ -134,18 +136,19 @@ def linear_token_scores(
     weight: Float[Tensor, "v d"] | FrozenWeight,
     labels: Int[Tensor, " n"],
     bias: Float[Tensor, " v"] | None = None,
+    options: HeadOptions = HeadOptions(),
     *,
     details: bool = True,
     collision: bool = False,
 ) -> LabelScores:
     """Return the log-probability of each row's label under a frozen head.
 
-    Its gradient in hidden is computed as in `linear_cross_entropy`. ``details`` asks for the rest of `LabelScores`,
-    constants under autograd. ``collision`` asks for the squared probabilities among them. Raises ShapeError as
-    `linear_cross_entropy` does.
+    Its gradient in hidden is computed as in `linear_cross_entropy`, by the ``scale`` and ``softcap`` of ``options``.
+    ``details`` asks for the rest of `LabelScores`, constants under autograd. ``collision`` asks for the squared
+    probabilities among them. Raises ShapeError as `linear_cross_entropy` does.
     """
     weight = weight.detach() if isinstance(weight, Tensor) else weight
-    options = HeadOptions(count_hits=details)
+    options = replace(options, count_hits=details)
     if not details:
         return LabelScores(-_RowCrossEntropy.apply(hidden, weight, labels, bias, options)[0])  # type: ignore[no-untyped-call]
     seen = _Details(labels, hidden.device, collision)
@@ -301,16 +304,23 @@ def _chunked(
     for start in range(0, n, chunk):
         rows = slice(start, min(n, start + chunk))
         logits = _logits(hidden[rows], weight, bias, buffer)
+        logits = logits if options.scale == 1 else logits.mul_(options.scale)
         if options.count_hits:
             hits[rows] = logits.argmax(dim=-1) == labels[rows]
         if options.observe is not None:
-            options.observe(rows, logits)
+            options.observe(rows, logits if options.softcap is None else _capped(logits, options.softcap))
         losses[rows] = kernel(logits, labels[rows], options.softcap, any(wanted))
+        if any(wanted) and options.scale != 1:
+            logits.mul_(options.scale)
         if dhidden is not None:
             _project_back(logits, weight, dhidden[rows])
         if dweight is not None:
             dweight += matmul(logits.T, hidden[rows], wide)
     return (losses, hits), dhidden, dweight
+
+
+def _capped(logits: Tensor, softcap: float) -> Tensor:
+    return (logits / softcap).tanh_().mul_(softcap)
 
 
 def chunk_rows(row_bytes: int, device: torch.device, options: HeadOptions = HeadOptions()) -> int:

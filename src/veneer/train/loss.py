@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from veneer.data.encoding import IGNORED
-from veneer.model.fused.decoder import fused_head
-from veneer.model.fused.head import FrozenHead, hidden_as_logits
-from veneer.ops.cross_entropy import HeadOptions, linear_cross_entropy_and_hits, linear_cross_entropy_rows
+from veneer.model.fused.deferred import DeferredLogits
+from veneer.model.fused.head import deferred_logits
+from veneer.ops.cross_entropy import linear_cross_entropy_and_hits, linear_cross_entropy_rows
 
 
 @dataclass(frozen=True)
@@ -34,17 +34,18 @@ def token_loss(
 ) -> TokenLoss:
     """Return the summed cross-entropy in float32 of ``inputs["labels"]``, shifted by one.
 
-    Only hidden states that predict a trained token go through the output head, if the model supports it.
+    Only hidden states that predict a trained token go through the output head, chunk by chunk if it is frozen.
     ``weigh_by_probability`` is dynamic fine-tuning: each token's loss times its own probability, held constant (Wu et
     al. 2025, arXiv:2508.05629, eq. 9).
     """
     labels: Tensor = inputs["labels"][:, 1:]
-    head = None if label_smoothing or weigh_by_probability else head_of_fused(model)
-    if head is not None:
-        return _loss_in_chunks(model, head, inputs)
+    scoring = Scoring(label_smoothing, weigh_by_probability)
+    found = next_tokens(model, inputs) if scoring == Scoring() else None
+    if found is not None:
+        return _loss_in_chunks(found)
     kept = (labels != IGNORED).any(dim=0).nonzero().flatten()
     logits, aux = kept_logits(model, inputs, kept)
-    return _scored(logits, labels[:, kept], Scoring(label_smoothing, weigh_by_probability), aux)
+    return _scored(logits, labels[:, kept], scoring, aux)
 
 
 def has_own_loss(model: nn.Module) -> bool:
@@ -83,17 +84,17 @@ class Share:
 def token_losses(model: nn.Module, inputs: dict[str, Any], shares: Sequence[Share]) -> list[TokenLoss]:
     """Return `token_loss` of every share of one batch, from one pass."""
     labels: Tensor = inputs["labels"][:, 1:]
-    head = None if any(share.scoring != Scoring() for share in shares) else fused_head(model)
-    if head is not None:
-        return _row_losses_in_chunks(model, head, inputs, shares)
+    found = next_tokens(model, inputs) if all(share.scoring == Scoring() for share in shares) else None
+    if found is not None:
+        return _row_losses_in_chunks(found, labels.shape, shares)
     kept = (labels != IGNORED).any(dim=0).nonzero().flatten()
     logits, _ = kept_logits(model, inputs, kept)
-    found = []
+    losses = []
     for share in shares:
         own = (labels[share.rows] != IGNORED).any(dim=0)[kept]
         part = logits[share.rows][:, own.to(logits.device)]
-        found.append(_scored(part, labels[share.rows][:, kept[own]], share.scoring, None))
-    return found
+        losses.append(_scored(part, labels[share.rows][:, kept[own]], share.scoring, None))
+    return losses
 
 
 def kept_logits(model: nn.Module, inputs: dict[str, Any], kept: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -119,48 +120,50 @@ def _scored(logits: Tensor, labels: Tensor, scoring: Scoring, aux: Tensor | None
     return TokenLoss(each.sum(), trained.sum(), n_right, aux)
 
 
-def _loss_in_chunks(model: nn.Module, head: FrozenHead, inputs: dict[str, Any]) -> TokenLoss:
-    """The same loss of a fused model, without the logits of all tokens in memory."""
-    hidden, head, labels, aux = hidden_states(model, head, inputs)
-    options = HeadOptions(num_items=1.0)
-    total, hits = linear_cross_entropy_and_hits(hidden, head.weight, labels, head.bias, options)
-    return TokenLoss(total, (labels != IGNORED).sum(), hits, aux)
+@dataclass(frozen=True, slots=True)
+class NextTokens:
+    """Logits that predict the next tokens of a batch (b, t), their labels, and the router's loss, if any.
 
-
-def _row_losses_in_chunks(
-    model: nn.Module, head: FrozenHead, inputs: dict[str, Any], shares: Sequence[Share]
-) -> list[TokenLoss]:
-    hidden, head, labels, _ = hidden_states(model, head, inputs)
-    losses, hits = linear_cross_entropy_rows(hidden, head.weight, labels, head.bias)
-    n_rows = inputs["labels"].shape[0]
-    losses, hits, trained = (t.view(n_rows, -1) for t in (losses, hits, labels != IGNORED))
-    return [TokenLoss(losses[s.rows].sum(), trained[s.rows].sum(), hits[s.rows].sum(), None) for s in shares]
-
-
-def hidden_states(
-    model: nn.Module, head: FrozenHead, inputs: dict[str, Any]
-) -> tuple[Tensor, FrozenHead, Tensor, Tensor | None]:
-    """Return hidden states (b * (t - 1), d), the head in its compute dtype, the labels, and the router's
-    loss, if any.
+    The logits are not made unless the model's own code reads them.
     """
-    labels: Tensor = inputs["labels"][:, 1:].flatten()
-    rest = {key: value for key, value in inputs.items() if key != "labels"}
-    with hidden_as_logits(model_of(model)) as passed:
-        out = model(**rest, use_cache=False)
-    hidden = out.logits[:, :-1].flatten(0, 1)
-    dtype = cast(torch.dtype, passed.dtype)
-    if isinstance(head.weight, Tensor):
-        head = replace(head, weight=head.weight.to(dtype))
-    return hidden.to(dtype), head, labels.to(hidden.device), getattr(out, "aux_loss", None)
+
+    logits: Float[Tensor, "n v"]
+    labels: Int[Tensor, " n"]
+    aux: Float[Tensor, ""] | None
 
 
-def head_of_fused(model: nn.Module) -> FrozenHead | None:
-    """Return the head of a fused model, alone or in the wrapper that joins the gradients of processes.
+def next_tokens(model: nn.Module, inputs: dict[str, Any]) -> NextTokens | None:
+    """Return the logits of a pass over a batch, (b * (t - 1), v); None if its head is trained or adapted.
 
-    No other wrapper's forward pass runs the same modules that it holds.
+    No wrapper but that which joins the gradients of processes runs the same modules that it holds.
     """
     inner = model.module if isinstance(model, DistributedDataParallel) else model
-    return fused_head(inner) if model_of(inner) is inner else None
+    rest = {key: value for key, value in inputs.items() if key != "labels"}
+    with deferred_logits(inner) as defers:
+        if not defers:
+            return None
+        out = model(**rest, use_cache=False)
+    logits = out.logits[:, :-1].flatten(0, 1)
+    return NextTokens(logits, inputs["labels"][:, 1:].flatten().to(logits.device), getattr(out, "aux_loss", None))
+
+
+def _loss_in_chunks(found: NextTokens) -> TokenLoss:
+    if not isinstance(found.logits, DeferredLogits):
+        return _scored(found.logits[None], found.labels, Scoring(), found.aux)
+    hidden, weight, bias, options = found.logits.operands(num_items=1.0)
+    total, hits = linear_cross_entropy_and_hits(hidden, weight, found.labels, bias, options)
+    return TokenLoss(total, (found.labels != IGNORED).sum(), hits, found.aux)
+
+
+def _row_losses_in_chunks(found: NextTokens, shape: Sequence[int], shares: Sequence[Share]) -> list[TokenLoss]:
+    labels = found.labels.view(*shape)
+    if not isinstance(found.logits, DeferredLogits):
+        logits = found.logits.view(*shape, -1)
+        return [_scored(logits[share.rows], labels[share.rows], Scoring(), None) for share in shares]
+    hidden, weight, bias, options = found.logits.operands()
+    losses, hits = linear_cross_entropy_rows(hidden, weight, found.labels, bias, options)
+    losses, hits, trained = losses.view(*shape), hits.view(*shape), labels != IGNORED
+    return [TokenLoss(losses[s.rows].sum(), trained[s.rows].sum(), hits[s.rows].sum(), None) for s in shares]
 
 
 def model_of(model: nn.Module) -> nn.Module:

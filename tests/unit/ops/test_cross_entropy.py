@@ -31,8 +31,8 @@ def draw(n=23, d=29, v=211, ignored=True):
     return hidden, weight, torch.randn(v, generator=generator), labels
 
 
-def plain(hidden, weight, bias, labels, softcap, num_items):
-    logits = functional.linear(hidden, weight, bias)
+def plain(hidden, weight, bias, labels, softcap, num_items, scale=1.0):
+    logits = functional.linear(hidden, weight, bias) * scale
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
@@ -46,18 +46,20 @@ def results(function, hidden, weight, bias, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("softcap", [None, 3.0])
+@pytest.mark.parametrize(("softcap", "scale"), [(None, 1.0), (3.0, 1.0), (3.0, 0.37), (None, 1.9)])
 @pytest.mark.parametrize("num_items", [None, 37])
 @pytest.mark.parametrize("with_bias", [False, True])
-def test_loss_and_gradients_over_chunks(with_bias, num_items, softcap, dtype, backend):
+def test_loss_and_gradients_over_chunks(with_bias, num_items, softcap, scale, dtype, backend):
     hidden, weight, bias, labels = draw()
     hidden, weight, bias = hidden.to(dtype), weight.to(dtype), bias.to(dtype) if with_bias else None
     options = HeadOptions(
-        softcap=softcap, num_items=num_items, chunk_bytes=5 * 211 * hidden.element_size(), backend=backend
+        scale=scale, softcap=softcap, num_items=num_items, chunk_bytes=5 * 211 * hidden.element_size(), backend=backend
     )
     ours = results(lambda h, w, b: linear_cross_entropy(h, w, labels, b, options), hidden, weight, bias, dtype)
-    theirs = results(lambda h, w, b: plain(h, w, b, labels, softcap, num_items), hidden, weight, bias, dtype)
-    exact = results(lambda h, w, b: plain(h, w, b, labels, softcap, num_items), hidden, weight, bias, torch.float64)
+    theirs = results(lambda h, w, b: plain(h, w, b, labels, softcap, num_items, scale), hidden, weight, bias, dtype)
+    exact = results(
+        lambda h, w, b: plain(h, w, b, labels, softcap, num_items, scale), hidden, weight, bias, torch.float64
+    )
     for name, got, other, truth in zip(("loss", "dhidden", "dweight"), ours, theirs, exact, strict=True):
         assert got.dtype == other.dtype
         allowed = 2 * (other.double() - truth).abs().max() + 2e-6 * truth.abs().max()

@@ -21,7 +21,6 @@ from veneer.model.blueprint import decoder as blueprint
 from veneer.model.blueprint.describe import blocks_of, describe
 from veneer.model.coded.quant_linear import computing_dtypes
 from veneer.model.fused.block import CACHES, SPECIAL, FusedBlock, halves_of, own_attention
-from veneer.model.fused.head import FrozenHead, ends_with_head, head_of, is_plain_head
 from veneer.model.fused.layout import LayoutMask, layout_mask
 from veneer.model.fused.shape import BlockShape, block_shape
 from veneer.model.inplace import InPlace, change_class, restore_class
@@ -44,12 +43,7 @@ STRANGE = (AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 
 
 class FusedDecoder(InPlace, nn.Module):
-    """Mixin in front of the class of the module that holds the blocks. It passes them the layout of the sequences.
-
-    ``ends_with_head``: the model's logits are exactly the output of its head.
-    """
-
-    ends_with_head: bool
+    """Mixin in front of the class of the module that holds the blocks. It passes them the layout of the sequences."""
 
     @classmethod
     def own_body(cls, base: type[nn.Module]) -> dict[str, Any]:
@@ -125,11 +119,9 @@ def fuse_as_described(model: PreTrainedModel) -> str | None:
     with evaluation(model), _base_alone(model):
         for block in blocks:
             _leave_out_unfit(block, getattr(block, block.fused_shape.norms.attention).weight.dtype)
-        plain = is_plain_head(described.head) and head_of(model) is not None
     if _leave_all_out(blocks):
         unfuse(model)
         return NOTHING_FITS
-    cast(FusedDecoder, model.base_model).ends_with_head = plain
     return None
 
 
@@ -139,18 +131,11 @@ def unfuse(model: nn.Module) -> None:
         if isinstance(module, (FusedBlock, FusedDecoder)):
             restore_class(module)
             module.__dict__.pop("fused_shape", None)
-            module.__dict__.pop("ends_with_head", None)
 
 
 def is_fused(model: nn.Module) -> bool:
     """Return True if `fuse` has replaced the model's blocks."""
     return any(isinstance(module, FusedDecoder) for module in model.modules())
-
-
-def fused_head(model: nn.Module) -> FrozenHead | None:
-    """Return the head, if a fused model's loss can be computed from hidden states; None otherwise."""
-    decoder = getattr(model, "base_model", None)
-    return head_of(model) if isinstance(decoder, FusedDecoder) and decoder.ends_with_head else None
 
 
 @contextmanager
@@ -173,13 +158,10 @@ def _fuse(model: PreTrainedModel) -> str | None:
     reason = _change_blocks(model, described)
     if reason is not None:
         return reason
-    decoder, layers = model.base_model, blocks_of(model)[1]
-    blocks = [cast(FusedBlock, block) for block in layers]
+    blocks = [cast(FusedBlock, block) for block in blocks_of(model)[1]]
     exact = torch.autocast(model.device.type, enabled=False)
     with evaluation(model), _base_alone(model), _short_windows(model), torch.no_grad(), exact, _few_threads(model):
         problem = _differing(model, blocks)
-        ids = torch.arange(3, device=model.device)[None]
-        cast(FusedDecoder, decoder).ends_with_head = is_plain_head(described.head) and ends_with_head(model, ids)
     return NOTHING_FITS if _leave_all_out(blocks) else problem
 
 
@@ -226,7 +208,6 @@ def _change_blocks(model: PreTrainedModel, described: blueprint.Decoder) -> str 
         change_class(block, FusedBlock)
         cast(FusedBlock, block).fused_shape = cast(BlockShape, shape)
     change_class(decoder, FusedDecoder)
-    cast(FusedDecoder, decoder).ends_with_head = False
     return None
 
 

@@ -1,95 +1,69 @@
-"""Forward pass without the output head, so that the loss is computed from hidden states, chunk by chunk."""
+"""Forward pass whose head defers its logits, so that losses are computed from hidden states, chunk by chunk."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from veneer.model.blueprint import decoder as blueprint
 from veneer.model.coded.frozen_weight import frozen_weight
 from veneer.model.coded.quant_linear import QuantLinear
+from veneer.model.cut_weight import is_part
+from veneer.model.fused.deferred import DeferredLogits, FrozenHead, Pending
 from veneer.model.fused.parts import is_plain
-from veneer.model.inplace import InPlace, change_class, restore_class
+from veneer.model.inplace import InPlace, base_of, change_class, restore_class
 from veneer.quant.dense import DenseWeight
-from veneer.records.frozen import FrozenWeight
 
 
-@dataclass(frozen=True, slots=True)
-class FrozenHead:
-    """Frozen head without an adapter: the layer's weight as W (v, d), and its bias."""
+class _Deferring(InPlace, nn.Module):
+    """Mixin in front of the head's class for one forward pass: its logits are deferred."""
 
-    weight: Tensor | FrozenWeight
-    bias: Tensor | None
-
-
-@dataclass(slots=True)
-class Passed:
-    """Dtype in which the head would have computed, known once it was skipped: its weight's, or autocast's."""
-
-    dtype: torch.dtype | None = None
-
-
-class _Passing(InPlace, nn.Module):
-    """Mixin in front of the head's class for one forward pass: hidden states come out where logits would."""
-
-    passed: Passed
+    frozen_head: FrozenHead
 
     def forward(self, hidden: Tensor) -> Tensor:
         weight, device = cast(Tensor, self.weight), hidden.device.type
-        own = weight.dtype if weight.is_floating_point() else hidden.dtype
-        self.passed.dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else own
-        return hidden
+        computed = weight.dtype if weight.is_floating_point() else hidden.dtype
+        autocast = torch.is_autocast_enabled(device)
+        computed = torch.get_autocast_dtype(device) if autocast else computed
+        project = functools.partial(_project, self, base_of(type(self)), torch.autocast(device, computed, autocast))
+        return DeferredLogits.of(hidden, Pending(self.frozen_head, project, computed, computed))
+
+
+def _project(module: nn.Module, cls: Any, autocast: torch.autocast, hidden: Tensor) -> Tensor:
+    """The head's own product, under the autocast of the pass that deferred it."""
+    with autocast:
+        return cast(Tensor, cls.forward(module, hidden))
 
 
 def head_of(model: nn.Module) -> FrozenHead | None:
-    """Return the head of a model whose logits are exactly its output.
-
-    None if it is adapted, trained or hooked, or if it computes more.
-    """
+    """Return the head of a model; None if it is adapted, trained, cut over processes or hooked."""
     head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
     if type(head) not in (nn.Linear, QuantLinear) or not is_plain(cast(nn.Module, head)):
         return None
     module = cast(Any, head)
     weight, bias = frozen_weight(module), module.bias
-    if any(t is not None and t.requires_grad for t in (bias, getattr(weight, "tensor", None))):
+    if any(t is not None and (t.requires_grad or is_part(t)) for t in (bias, getattr(weight, "tensor", None))):
         return None
     return FrozenHead(weight.tensor if isinstance(weight, DenseWeight) else weight, bias)
 
 
-def is_plain_head(head: blueprint.Head | None) -> bool:
-    """Return True if the description of a head has no cap and no scale."""
-    return head is not None and head.softcap is None and head.scale == 1
-
-
 @contextmanager
-def hidden_as_logits(model: nn.Module) -> Iterator[Passed]:
-    """Context in which ``logits`` of the model's output are the hidden states before its head."""
-    head = cast(PreTrainedModel, model).get_output_embeddings()
-    change_class(head, _Passing)
-    passed = cast(_Passing, head).__dict__["passed"] = Passed()
+def deferred_logits(model: nn.Module) -> Iterator[bool]:
+    """Context in which the logits of a model's output are `DeferredLogits` if its head is frozen: True, or False."""
+    head = head_of(model)
+    if head is None:
+        yield False
+        return
+    module = cast(PreTrainedModel, model).get_output_embeddings()
+    change_class(module, _Deferring)
+    vars(module)["frozen_head"] = head
     try:
-        yield passed
+        yield True
     finally:
-        restore_class(head)
-        del cast(_Passing, head).__dict__["passed"]
-
-
-@torch.no_grad()
-def ends_with_head(model: PreTrainedModel, ids: Tensor) -> bool:
-    """Return True if the logits are the output of the head and nothing else: no cap, no scale."""
-    if head_of(model) is None:
-        return False
-    kept: list[Tensor] = []
-    with hidden_as_logits(model):
-        hook = cast(nn.Module, model.get_output_embeddings()).register_forward_hook(lambda m, a, y: kept.append(y))
-        try:
-            logits = model(input_ids=ids, use_cache=False).logits
-        finally:
-            hook.remove()
-    return len(kept) == 1 and kept[0].shape == logits.shape and bool((kept[0] == logits).all())
+        restore_class(module)
+        del vars(module)["frozen_head"]

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, cast
 
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from veneer.data.encoding import IGNORED
-from veneer.model.fused.head import FrozenHead
+from veneer.model.fused.deferred import DeferredLogits
 from veneer.ops.cross_entropy import LabelScores as HeadScores
 from veneer.ops.cross_entropy import linear_token_scores
-from veneer.train.loss import head_of_fused, hidden_states, kept_logits
+from veneer.train.loss import NextTokens, kept_logits, next_tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,13 +65,13 @@ class ScoredModel:
 def token_scores(model: nn.Module, inputs: dict[str, Any], scoring: PreferenceScoring) -> TokenScores:
     """Score the tokens of ``inputs["labels"]`` (b, t), shifted by one; labels of -100 do not count.
 
-    A fused model's hidden states go through the head chunk by chunk. Otherwise logits are computed at the positions at
-    which any label counts.
+    Hidden states go through a frozen head chunk by chunk. Otherwise logits are computed at the positions at which any
+    label counts.
     """
     inputs = {key: value for key, value in inputs.items() if key != "use_cache"}
-    head = None if scoring.entropy_learns else head_of_fused(model)
-    if head is not None:
-        return _scored_in_chunks(model, head, inputs, scoring)
+    found = None if scoring.entropy_learns else next_tokens(model, inputs)
+    if found is not None:
+        return _scored_in_chunks(found, inputs["labels"][:, 1:].shape, scoring)
     labels: Int[Tensor, "b t"] = inputs["labels"][:, 1:]
     kept = (labels != IGNORED).any(dim=0).nonzero().flatten()
     logits, aux = kept_logits(model, inputs, kept)
@@ -79,23 +79,19 @@ def token_scores(model: nn.Module, inputs: dict[str, Any], scoring: PreferenceSc
     return _spread(_scored(wide, labels[:, kept].to(wide.device), scoring.details), labels, kept, aux)
 
 
-def _scored_in_chunks(
-    model: nn.Module, head: FrozenHead, inputs: dict[str, Any], scoring: PreferenceScoring
-) -> TokenScores:
-    shape = inputs["labels"][:, 1:].shape
-    hidden, head, labels, aux = hidden_states(model, head, inputs)
-    if scoring.temperature != 1:
-        hidden = hidden / scoring.temperature
-        if head.bias is not None:
-            head = replace(head, bias=head.bias / scoring.temperature)
-    found = linear_token_scores(
-        hidden, head.weight, labels, head.bias, details=scoring.details, collision=scoring.collision
+def _scored_in_chunks(found: NextTokens, shape: Sequence[int], scoring: PreferenceScoring) -> TokenScores:
+    logits = found.logits if scoring.temperature == 1 else found.logits / scoring.temperature
+    if not isinstance(logits, DeferredLogits):
+        return _told(_scored(logits.float(), found.labels, scoring.details), shape, found.aux)
+    hidden, weight, bias, options = logits.operands()
+    scores = linear_token_scores(
+        hidden, weight, found.labels, bias, options, details=scoring.details, collision=scoring.collision
     )
-    return _told(found, shape, aux)
+    return _told(scores, shape, found.aux)
 
 
 def _scored(logits: Tensor, labels: Tensor, details: bool) -> HeadScores:
-    """The scores of logits (b, k, v), by the definitions."""
+    """The scores of logits (…, v), by the definitions."""
     counted = labels != IGNORED
     log_p = logits.log_softmax(dim=-1)
     own = log_p.gather(-1, labels.clamp(min=0)[..., None])[..., 0]
