@@ -15,25 +15,29 @@ class _OutOfTime(BaseException):
 
 
 class _Alarm:
-    """Raises _OutOfTime in the thread that made it, until it is off."""
+    """Raises _OutOfTime in the thread that made it, at most once and not after `off`."""
 
     def __init__(self) -> None:
         self._thread, self._lock, self._is_off = threading.get_ident(), threading.Lock(), False
+        self.has_rung = False
 
     def ring(self) -> None:
         with self._lock:
             if not self._is_off:
-                self._raise(_OutOfTime)
+                self.has_rung = True
+                ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(self._thread), ctypes.py_object(_OutOfTime))
 
     def off(self) -> None:
-        """Stop it; an exception that has not arrived is taken back."""
+        """Stop it. An exception that is still on its way arrives here, and is dropped.
+
+        It is not taken back by PyThreadState_SetAsyncExc(thread, NULL): in CPython 3.11 every instruction of the process
+        then looks for an exception that never comes, and the first call under `sys.setprofile` does not end.
+        """
         with self._lock:
             self._is_off = True
-            self._raise(None)
-
-    def _raise(self, error: type[BaseException] | None) -> None:
-        given = ctypes.py_object() if error is None else ctypes.py_object(error)
-        ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(self._thread), given)
+        if self.has_rung:
+            for _ in range(2):  # a jump backward looks for exceptions of other threads
+                pass
 
 
 def within(seconds: float, action: Callable[[], T]) -> T:
@@ -48,9 +52,12 @@ def within(seconds: float, action: Callable[[], T]) -> T:
     try:
         try:
             timer.start()
-            return action()
+            result = action()
         finally:
             timer.cancel()
             alarm.off()
+        if not alarm.has_rung:
+            return result
     except _OutOfTime:
-        raise TimeoutError(f"longer than {seconds:g} s") from None
+        pass
+    raise TimeoutError(f"longer than {seconds:g} s")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 import threading
 import time
@@ -80,6 +81,28 @@ def test_other_threads_go_on():
         within(0.01, lambda: counted(10**12))
     other.join()
     assert found == [counted(300_000)]
+
+
+PROFILED = """
+import sys
+from veneer.serve.sandbox.time_limit import within
+within(60.0, lambda: None)
+try:
+    within(0.01, lambda: [None for _ in iter(int, 1)])
+except TimeoutError:
+    pass
+calls = []
+sys.setprofile(lambda frame, event, arg: calls.append(event))
+(lambda: None)()
+sys.setprofile(None)
+print("call" in calls)
+"""
+
+
+def test_no_flag_is_left_for_which_the_interpreter_looks_at_every_call():
+    """In CPython 3.11 a profiled call does not end while the flag of an asynchronous exception is set."""
+    found = subprocess.run([sys.executable, "-c", PROFILED], capture_output=True, text=True, timeout=120, check=True)
+    assert found.stdout == "True\n"
 
 
 def test_a_template_that_never_ends_is_the_error_of_who_asked(tokenizer, monkeypatch):
