@@ -30,8 +30,8 @@ class _Alarm:
     def off(self) -> None:
         """Stop it. An exception that is still on its way arrives here, and is dropped.
 
-        It is not taken back by PyThreadState_SetAsyncExc(thread, NULL): in CPython 3.11 every instruction of the process
-        then looks for an exception that never comes, and the first call under `sys.setprofile` does not end.
+        PyThreadState_SetAsyncExc(thread, NULL) would leave a flag set in CPython 3.11: each call of the process would
+        look for an exception that never comes, and the first one under `sys.setprofile` would not end.
         """
         with self._lock:
             self._is_off = True
