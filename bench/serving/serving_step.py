@@ -21,12 +21,13 @@ from torch import Tensor
 from bench.paired import Rates, best_ms, measure_rates
 from bench.report import Rows, working
 from veneer.model.batch.paged import Stretch
+from veneer.model.program.rows import PassRows
+from veneer.model.program.version import Effects
 from veneer.ops.cpu.module import description
 from veneer.records.deltas import LinearDelta
-from veneer.serve.program.effects import Effects
 from veneer.serve.program.interpreter import Interpreter
 from veneer.serve.program.kv_cache import make_cache
-from veneer.serve.program.step import PassRows, Piece, step_of
+from veneer.serve.program.step import Piece, step_of
 from veneer.serve.runners.program_runner import proved
 from veneer.store.source import load_model
 
@@ -164,10 +165,9 @@ class Load:
         for _ in range(repeats):
             self.run(n_adapters, native=True)
         seconds, found = self.native.program.seconds(), dict[str, float]()
-        for part, bound in zip(self.native.parts, self.interpreter._bound, strict=True):
-            if part is not None:
-                named = "IntoStreamOf" if part.site else type(bound).__name__
-                found[named] = found.get(named, 0.0) + 1e3 * sum(seconds[i] for i in part.place) / repeats
+        for part in self.native.known:
+            named = type(part.bound.operation).__name__
+            found[named] = found.get(named, 0.0) + 1e3 * sum(seconds[i] for i in part.place) / repeats
         return found
 
     def planning_ms(self) -> float:

@@ -23,7 +23,7 @@ from veneer.errors import TensorError
 from veneer.ops.adamw import AdamWStep, Moment8bit
 from veneer.ops.blockwise import dynamic_map
 from veneer.ops.cpu.module import kernels
-from veneer.ops.cpu.step import StepLayer, StepNorm, StepProgram
+from veneer.ops.cpu.step import StepNorm, StepProgram, layer_parts, norm_parts
 from veneer.ops.dispatch import backends, implementation
 from veneer.ops.four_bit import FourBitLayout, quantize_4bit
 from veneer.ops.grouped_low_rank import AdapterRuns, LowRankGroup, Run
@@ -163,11 +163,11 @@ tree.register_pytree_node(LowRankGroup, lambda g: ([*g.a, *g.b], g), lambda ab, 
 
 
 def add_norm(weight):
-    StepProgram(torch.float32).add_norm(StepNorm(weight, None, 1e-5, False), 0, 0)
+    StepProgram(torch.float32).add("norm", norm_parts(StepNorm(weight, None, 1e-5, False)), 0, 0)
 
 
 def add_product(panels):
-    StepProgram(torch.float32).add_product([StepLayer(PackedWeight(panels, (OUT, D)), None, 1)], 0)
+    StepProgram(torch.float32).add("product", [layer_parts(PackedWeight(panels, (OUT, D)), None, 1)], 0, 0, 0, -1, -1)
 
 
 # A program's instructions are no ops of their own: each is added to a program.

@@ -96,9 +96,8 @@ def test_a_step_of_adapters_of_every_kind(device: Crossings, adapters: Any, monk
     assert isinstance(runner, ProgramRunner)
     assert runner.general is None
     held = list[Tensor]()
-    mapped((runner.interpreter.effects, runner.interpreter.bottlenecks), lambda x: _noted(x, held))
-    for block in runner.interpreter.blocks.values():
-        mapped(list(block), lambda x: _noted(x, held))
+    for version in runner.interpreter.versions.values():
+        mapped((version.effects, version.bottlenecks, list(version.linears)), lambda x: _noted(x, held))
     assert len(held) > 50
     assert {x.device for x in held} == {DEVICE}
     pages, cache = llm.engine.scheduler.pages, runner.cache

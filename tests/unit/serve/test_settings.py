@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from veneer import LLM, SamplingParams, StructuredOutputsParams
 from veneer.errors import ConfigError, NonFiniteError
+from veneer.model.program import logits
 from veneer.ops.sample import draw
-from veneer.serve.program import bound
 from veneer.serve.requests import structured
 from veneer.serve.runners import sampler
 
@@ -69,7 +69,7 @@ def test_answers_are_the_specifications_and_those_alone(llm, asked):
         assert generated(llm, [prompt], [each]) == [found]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sampler, "draw", partial(draw, backend="reference"))
-        patch.setattr(bound, "LOGIT_BYTES", 2 * VOCAB * 4)  # two rows at a time
+        patch.setattr(logits, "LOGIT_BYTES", 2 * VOCAB * 4)  # two rows at a time
         for found, expected in zip(together, generated(llm, prompts, seeded), strict=True):
             assert found[:2] == expected[:2]
             assert [list(each) for each in found[2] or ()] == [list(each) for each in expected[2] or ()]
@@ -83,7 +83,7 @@ def with_seed(asked: SamplingParams, seed: int) -> SamplingParams:
 def test_logits_are_made_some_rows_at_a_time(llm, monkeypatch):
     """Of 3 answers and the 29 tokens of their prompts."""
     made = []
-    monkeypatch.setattr(bound, "LOGIT_BYTES", 5 * VOCAB * 4)
+    monkeypatch.setattr(logits, "LOGIT_BYTES", 5 * VOCAB * 4)
     monkeypatch.setattr(sampler, "draw", lambda logits, rules: made.append(len(logits)) or draw(logits, rules))
     asked = SamplingParams(max_tokens=1, prompt_logprobs=1, seed=3)
     several = generated(llm, PROMPTS, [asked] * 3)

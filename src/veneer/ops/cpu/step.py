@@ -8,24 +8,24 @@ from __future__ import annotations
 
 import weakref
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from veneer.ops.activation import KINDS
-from veneer.ops.attention import AttentionOptions
 from veneer.ops.cpu.module import DTYPES, kernels
-from veneer.ops.glu import ACTIVATIONS
 from veneer.ops.memory import address
-from veneer.ops.packed import BLOCK, PackedWeight
+from veneer.ops.packed import PackedWeight
 from veneer.ops.packed_codes import PackedCodes
 from veneer.ops.paged_attention import PagedRows, PagedStore
 from veneer.ops.pairs import PackedPairs
 from veneer.ops.terms import TERM_KINDS, LayerTerms, PackedTerm
 
+Part = Tensor | float | Sequence["Part"] | None
+"""Part of an instruction."""
 _ADD = 2  # role of a term that is added, behind those of the input and the output
 
 
@@ -37,48 +37,6 @@ class StepNorm:
     bias: Tensor | None
     eps: float
     subtracts_mean: bool
-
-
-class StepLayer(NamedTuple):
-    """Layer of a product: its weight, its bias in the rows' dtype, and the register that it writes."""
-
-    weight: PackedWeight | PackedCodes
-    bias: Tensor | None
-    target: int
-
-
-class StepHeads(NamedTuple):
-    """Queries, keys or values: their register, the index of the first value in it, and the stride between heads."""
-
-    source: int
-    first: int
-    apart: int
-
-
-class StepTurns(NamedTuple):
-    """Rotation of heads: the index of its tables, the number of rotated pairs, and whether pairs are
-    adjacent features.
-    """
-
-    table: int
-    half: int
-    interleaved: bool
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StepAttention:
-    """Attention of one layer over the pages.
-
-    ``layer``: its index in the pages. ``heads``: query heads, key heads and head size. ``places``: those of q, k and v.
-    """
-
-    layer: int
-    heads: tuple[int, int, int]
-    places: tuple[StepHeads, StepHeads, StepHeads]
-    norms: tuple[StepNorm | None, StepNorm | None]
-    turns: StepTurns | None
-    options: AttentionOptions
-    target: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -120,105 +78,51 @@ class StepRows(NamedTuple):
 class StepProgram:
     """Instructions in order; numbered adapter versions are added to its products and dropped again.
 
-    ``turns`` are cosines and sines (n_positions, half) of each rotation, in float32. The program is freed when the
-    interpreter exits, even if a thread that is still running refers to it.
+    ``turns`` are cosines and sines (n_positions, half) of each rotation, in float32. Registers hold tensors of rows;
+    each tensor has a number. The program is freed when the interpreter exits, even if a thread that is still running
+    refers to it.
     """
 
-    def __init__(self, dtype: torch.dtype, turns: Sequence[tuple[Tensor, Tensor]] = ()) -> None:
-        self.dtype, self.n_instructions = dtype, 0
-        numbers = [number for cos, sin in turns for number in (address(cos), address(sin), *cos.shape[::-1])]
+    def __init__(self, dtype: torch.dtype, turns: Mapping[Any, tuple[Tensor, Tensor]] = MappingProxyType({})) -> None:
+        self.dtype, self.n_instructions, self.n_tensors = dtype, 0, 0
+        self._rotations = tuple(turns)
+        numbers = [number for cos, sin in turns.values() for number in (address(cos), address(sin), *cos.shape[::-1])]
         self._held: list[Any] = [kernels().StepProgram(DTYPES[dtype], numbers)]
         weakref.finalize(self, self._held.clear)
-        self._kept: list[Any] = [list(turns)]
+        self._kept: list[Any] = [list(turns.values())]
+        self._first: dict[tuple[str, tuple[int, ...]], int] = {}
         self._of_versions: defaultdict[int, list[Any]] = defaultdict(list)
 
     @property
     def _program(self) -> Any:
         return self._held[0]
 
-    def add_embedding(self, table: Tensor, multipliers: Sequence[float], target: int) -> None:
-        """Add ``target``: the ids' rows of a table (vocabulary, width), times each multiplier in turn,
-        rounded each time.
+    def first_of(self, register: tuple[str, tuple[int, ...]]) -> int:
+        """Return the number of the first tensor of a register, which is its name and the widths of its tensors."""
+        if register not in self._first:
+            self._first[register] = self.n_tensors
+            self.n_tensors += len(register[1])
+        return self._first[register]
+
+    def table_of(self, rotation: object) -> int:
+        """Return the number of a rotation's tables; -1 for None."""
+        return -1 if rotation is None else self._rotations.index(rotation)
+
+    def add(self, kind: str, *parts: Part) -> None:
+        """Add an instruction by the function ``add_<kind>`` of csrc/step, which says its parts.
+
+        Tensors among the parts are sent by their addresses, 0 for None, and kept.
         """
-        self._program.add_embedding(address(table), *table.shape, list(multipliers), target)
-        self._kept.append(table)
+        getattr(self._program, f"add_{kind}")(*map(self._sent, parts))
         self.n_instructions += 1
 
-    def add_norm(self, norm: StepNorm, source: int, target: int) -> None:
-        """Add ``target = norm(source)``, row by row; source and target may be one register."""
-        self._program.add_norm(_norm(norm), source, target)
-        self.n_instructions += 1
-
-    def add_product(
-        self,
-        layers: Sequence[StepLayer],
-        source: int,
-        *,
-        joined: tuple[PackedWeight | PackedCodes, Tensor | None] | None = None,
-        stream: int = -1,
-        beside: int = -1,
-    ) -> None:
-        """Add the outputs of layers that read ``source``.
-
-        If ``stream`` is given, the output of the single layer is added to it. Bottlenecks change that output first.
-        They read the output itself, or the register ``beside``. ``joined``: weight and bias of all layers, for
-        contiguous outputs.
-        """
-        wide = [None if layer.bias is None else layer.bias.float() for layer in layers]
-        numbers = [_layer(layer, floats) for layer, floats in zip(layers, wide, strict=True)]
-        whole, bias = joined or (None, None)
-        self._program.add_product(
-            numbers, 0 if whole is None else address(whole.panels), _at(bias), source, stream, beside
-        )
-        self._kept.append((list(layers), joined))
-        self.n_instructions += 1
-
-    def add_head(self, norm: StepNorm | None, head: StepLayer, source: int, scale: float) -> None:
-        """Add the likeliest token after each picked row, by ``scale`` times the head's product with ``norm(source)``.
-
-        ``scale`` is positive.
-        """
-        outputs = head.weight.shape[0] + -head.weight.shape[0] % BLOCK
-        numbers = _layer(head, None)  # of its bias the step reads the rows' dtype alone
-        self._program.add_head(_norm(norm), numbers, head.weight.nbytes // outputs, source, scale)
-        self._kept.append(head)
-        self.n_instructions += 1
-
-    def add_attention(self, part: StepAttention) -> None:
-        """Add attention: heads are normed, rotated and appended to the pages, and queries attend to the pages."""
-        options, turns = part.options, part.turns or StepTurns(-1, 0, False)
-        self._program.add_attention(
-            [part.layer, *part.heads, turns.half],
-            [list(place) for place in part.places],
-            *(_norm(norm) for norm in part.norms),
-            turns.table,
-            turns.interleaved,
-            part.heads[2] ** -0.5 if options.scale is None else options.scale,
-            options.window or 0,
-            options.softcap or 0.0,
-            part.target,
-        )
-        self.n_instructions += 1
-
-    def add_glu(self, activation: str, d: int, gate: int, up: tuple[int, int], target: int) -> None:
-        """Add ``target = act(gate) * up``; ``up`` is a register and the index of the first value in it."""
-        self._program.add_glu(ACTIVATIONS.index(activation), d, gate, *up, target)
-        self.n_instructions += 1
-
-    def add_activation(self, activation: str, d: int, source: int, target: int) -> None:
-        """Add ``target = act(source)``."""
-        self._program.add_activation(KINDS.index(activation), d, source, target)
-        self.n_instructions += 1
-
-    def add_change(self, d: int, source: int, target: int) -> None:
-        """Add the bottlenecks of versions on the output ``target`` of a half block with input ``source``."""
-        self._program.add_change(d, source, target)
-        self.n_instructions += 1
-
-    def add_sum(self, d: int, multiplier: float, source: int, stream: int) -> None:
-        """Add ``stream += multiplier * source``."""
-        self._program.add_sum(d, multiplier, source, stream)
-        self.n_instructions += 1
+    def _sent(self, part: Part) -> Any:
+        if isinstance(part, Tensor):
+            self._kept.append(part)
+            return address(part)
+        if isinstance(part, list | tuple):
+            return type(part)(map(self._sent, part))
+        return 0 if part is None else part
 
     def add_layout(self, layout: int, changes: Sequence[ProductChange], block: Tensor) -> None:
         """Add a numbered layout: what all versions change whose tensors lie in their blocks as those of ``changes`` do.
@@ -246,7 +150,7 @@ class StepProgram:
 
     def take_norm(self, version: int, instruction: int, norm: StepNorm) -> None:
         """Add a version's own norm to a norm or the head."""
-        self._program.take_norm(instruction, version, _norm(norm))
+        self._program.take_norm(instruction, version, norm_parts(norm))
 
     def seconds(self) -> list[float]:
         """Return the seconds that each instruction has taken since the last call."""
@@ -303,15 +207,18 @@ def _coding(weight: PackedWeight | PackedCodes) -> tuple[int, int]:
     return (weight.coding_number, weight.unit) if isinstance(weight, PackedCodes) else (0, 0)
 
 
-def _layer(layer: StepLayer, wide_bias: Tensor | None) -> list[int]:
-    weight, bias, target = layer
-    return [
-        *weight.shape, weight.depth, address(weight.panels), _at(bias), _at(wide_bias), target, *_coding(weight)
-    ]  # fmt: skip
+def layer_parts(
+    weight: PackedWeight | PackedCodes, bias: Tensor | None, target: int, wide_bias: Tensor | None = None
+) -> list[Part]:
+    """Return the parts of a layer: its weight, its bias in the rows' dtype, and the tensor that it writes.
+
+    ``wide_bias`` is the bias in float32, of which the step takes a copy.
+    """
+    return [*weight.shape, weight.depth, weight.panels, bias, _at(wide_bias), target, *_coding(weight)]
 
 
-def _norm(norm: StepNorm | None) -> tuple[bool, float, int, int, int]:
-    """Its numbers; the values are copied."""
+def norm_parts(norm: StepNorm | None) -> tuple[bool, float, int, int, int]:
+    """Return the parts of a norm, of whose values the step takes a copy; without a weight it is none."""
     if norm is None:
         return False, 0.0, 0, 0, 0
     return norm.subtracts_mean, norm.eps, norm.weight.numel(), address(norm.weight), _at(norm.bias)

@@ -22,11 +22,11 @@ from torch import Tensor
 
 from veneer.contract.file import CONFIG_FILE, WEIGHTS_FILE
 from veneer.disk.safetensors_header import MAX_HEADER_BYTES, PREFIX_BYTES
+from veneer.model.program.version import OwnChanges
 from veneer.ops.pairs import Factor, pack_factors
 from veneer.plain.lru import LruCache
 from veneer.serve.program.block import VersionBlock
 from veneer.serve.program.block_layout import BlockLayout
-from veneer.serve.program.products import OwnChanges
 from veneer.store.checkpoint import is_finite
 
 _KEPT = 512  # layouts

@@ -7,10 +7,11 @@ from pathlib import Path
 
 from veneer.errors import CompositionError
 from veneer.model.adapted.copies import own_parameters
+from veneer.model.program.program import Program
+from veneer.model.program.version import Effects
 from veneer.plain.tensor_tree import moved
 from veneer.records.linear import compose_linear
-from veneer.serve.program.effects import Effects, Lookup, read_effects
-from veneer.serve.program.program import Program
+from veneer.serve.program.effects import Lookup, read_effects
 
 Parts = Sequence[tuple[Path, float]]
 """The folders of a mix's adapters, each with its weight."""

@@ -12,10 +12,11 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from veneer.model.program.bottleneck import Bottleneck
+from veneer.model.program.version import Effects, OwnChanges
 from veneer.ops.pairs import Factor
 from veneer.plain.lru import LruCache
 from veneer.serve.program.block_layout import BlockLayout, GroupChange, Laying, part
-from veneer.serve.program.products import OwnChanges
 
 
 @dataclass(slots=True, eq=False)
@@ -45,6 +46,20 @@ class VersionBlock:
     def change(self, group: int) -> GroupChange | None:
         """Return the changes at a group with those that the step takes; None if there are none."""
         return None if self.layout.changes[group] is None else self.layout.change(group, self.memory)
+
+
+@dataclass(frozen=True, slots=True)
+class PackedEffects:
+    """Effects of a version, with their packed parts: the block of the linear layers, and each bottleneck."""
+
+    effects: Effects
+    linears: VersionBlock
+    bottlenecks: dict[str, Bottleneck]
+
+    @property
+    def is_block(self) -> bool:
+        """True if it is nothing but its block."""
+        return not self.bottlenecks and self.effects == Effects()
 
 
 class Blocks:

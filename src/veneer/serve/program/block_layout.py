@@ -16,6 +16,7 @@ from typing import Any, cast, get_type_hints
 import torch
 from torch import Tensor
 
+from veneer.model.program.version import OwnChanges
 from veneer.ops.cpu.step import LayerChange
 from veneer.ops.linear.layer import NOTHING
 from veneer.ops.packed import PackedWeight
@@ -26,7 +27,6 @@ from veneer.plain.tensor_tree import bytes_of, mapped
 from veneer.records.deltas import LinearDelta
 from veneer.records.terms.scale import Scale
 from veneer.serve.program.form import form_of, name_of, of_form
-from veneer.serve.program.products import OwnChanges
 
 _ALIGNMENT = 64  # bytes, a line of a core's cache; the first one is left free, so that no tensor's offset is 0
 _BESIDE = -1

@@ -1,4 +1,4 @@
-"""Effects of an adapter at the instructions of a program, read from its folder; no model is modified.
+"""Effects of an adapter at the operations of a program, read from its folder; no model is modified.
 
 The general runner is the one that refuses invalid folders. If a part of an adapter has no place in the program,
 `UnsaidError` reports it, and the general runner serves the adapter.
@@ -7,7 +7,7 @@ The general runner is the one that refuses invalid folders. If a part of an adap
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast
 
@@ -23,39 +23,23 @@ from veneer.errors import CompositionError, VeneerError
 from veneer.model.adapted.copies import own_parameters
 from veneer.model.coded.packed_linear import PackedLinear
 from veneer.model.placed.places import places_of, plan_of
+from veneer.model.program.program import Program
+from veneer.model.program.version import Effects
 from veneer.model.snapshot.plan import AttachPlan
 from veneer.model.snapshot.snapshot import look_at
 from veneer.plain.lru import LruCache
 from veneer.plain.tensor_tree import in_own_memory
-from veneer.records.deltas import LinearDelta, PrefixDelta, PromptDelta, ResidualDelta
-from veneer.serve.program.program import Program
+from veneer.records.deltas import LinearDelta, PromptDelta, ResidualDelta
 from veneer.store.adapter.config import read_config
 from veneer.store.adapter.files import read_tensors
 from veneer.store.adapter.records import StoredAdapter, read_records
 from veneer.store.adapter.tensors import once_each
 
-TokenRows = tuple[Tensor, Tensor]
 _KEPT = 512  # configs whose places are kept
 
 
 class UnsaidError(VeneerError):
     """Error for a part of an adapter that the program cannot express."""
-
-
-@dataclass(slots=True)
-class Effects:
-    """Records of an adapter by path, the ``table`` record of the embeddings, and its replacements of base parameters.
-
-    ``whole`` are parameters by path and name, W (o, i) if they are a layer's weight. ``rows`` are the index (n,) and
-    values (n, width) of single rows of the embeddings and the head. ``front``: a prefix's records, or a prompt's.
-    """
-
-    linear: dict[str, LinearDelta] = field(default_factory=dict)
-    table: LinearDelta | None = None
-    residual: dict[str, ResidualDelta] = field(default_factory=dict)
-    whole: dict[tuple[str, str], Tensor] = field(default_factory=dict)
-    rows: dict[str, TokenRows] = field(default_factory=dict)
-    front: tuple[PrefixDelta, ...] | PromptDelta | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,70 +1,38 @@
-"""Interpreter of a program: its instructions bound to a model's weights, in C++ if the native step supports them."""
+"""Interpreter of a program: its operations on a model's weights, in C++ if the native step supports them."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from veneer.model.blueprint.parts import Linear
+from veneer.model.program.binding import Binding
+from veneer.model.program.bottleneck import Bottleneck
+from veneer.model.program.linears import Linears, Packed, VersionPacking
+from veneer.model.program.logits import LogitRows
+from veneer.model.program.operation import Bound, Frame
+from veneer.model.program.product import changes_of
+from veneer.model.program.program import Program
+from veneer.model.program.rows import PassRows
+from veneer.model.program.version import Effects, OwnChanges
 from veneer.ops.cpu.step import LayerChange
 from veneer.ops.dispatch import kernel_isa
 from veneer.ops.grouped_low_rank import AdapterRuns
 from veneer.ops.packed import ROWS
 from veneer.ops.pairs import Factor, Segments
 from veneer.ops.terms import LayerTerms
-from veneer.serve.program.block import Blocks, VersionBlock
+from veneer.serve.program.block import Blocks, PackedEffects, VersionBlock
 from veneer.serve.program.block_layout import GroupChange
-from veneer.serve.program.bottleneck import Bottleneck
-from veneer.serve.program.bound import (
-    Activated,
-    Added,
-    Attended,
-    Bound,
-    BoundEmbedding,
-    ByModule,
-    Changed,
-    Frame,
-    HeadsOf,
-    IntoStream,
-    IntoStreamOf,
-    Joined,
-    LogitRows,
-    LogitsOf,
-    Normed,
-    Picked,
-    Products,
-    Seeing,
-    SelfAttention,
-    joined,
-)
-from veneer.serve.program.effects import Effects
-from veneer.serve.program.native import NativeStep
-from veneer.serve.program.native_parts import changes_of
-from veneer.serve.program.norms import BoundNorm
-from veneer.serve.program.products import Linears, OwnChanges, Packed, VersionPacking
-from veneer.serve.program.program import Activate, Add, Embed, Logits, Normalize, Product, Program, StreamChange
-from veneer.serve.program.program import ByOwnModule as OwnModule
-from veneer.serve.program.step import PassRows
+from veneer.serve.program.native import Call, NativeStep
 
 MOST_PLANS = 64
 _KEPT = 512  # layouts of blocks
 
 
-@dataclass(frozen=True, slots=True)
-class PackedEffects:
-    """Effects of an adapter, with their packed parts: the block of the linear layers, and each bottleneck."""
-
-    effects: Effects
-    linears: VersionBlock
-    bottlenecks: dict[str, Bottleneck]
-
-
 class Interpreter:
-    """Program on a model's weights, or on ``packed`` ones, with the ``effects`` and ``blocks`` of adapters by version.
+    """Program on a model's weights, or on ``packed`` ones, with adapters by version.
 
     ``native`` is the step in C++, which gives the same bits. It is None without kernels, or for rows in a dtype or on a
     device that they do not support.
@@ -72,20 +40,19 @@ class Interpreter:
 
     def __init__(self, model: PreTrainedModel, program: Program, packed: Packed) -> None:
         self.program, self.dtype, self.device = program, model.dtype, model.device
-        self.effects: dict[str, Effects] = {}
-        self.blocks: dict[str, VersionBlock] = {}
-        self.bottlenecks: dict[str, dict[str, Bottleneck]] = {}
+        self.versions: dict[str, PackedEffects] = {}
         self._packed, self._linears = packed, list[Linears]()
         self._ready = dict[tuple[int, AdapterRuns], Segments]()
         self.maker = Blocks(_KEPT)
-        self._turns = {r: r.tables(torch.arange(program.n_positions).to(model.device)) for r in program.rotaries}
-        self._bound = [bound for each in joined(program.instructions) for bound in self._bind(model, each)]
-        self._plans: dict[Any, list[Bound]] = {}
+        turns = {r: r.tables(torch.arange(program.n_positions).to(model.device)) for r in program.rotaries}
+        binding = Binding(model, packed, self.versions, turns, self._ready, self._linears)
+        self._bound = [Bound(operation, operation.bind(binding)) for operation in program.operations]
+        self._plans: dict[Any, list[Call]] = {}
         self.native: NativeStep | None = None
         if kernel_isa() and model.device.type == "cpu" and model.dtype in ROWS:
-            self.native = NativeStep(program.head.linear.in_features, model.dtype, self._turns)
-            for bound in self._bound:
-                self.native.add(bound)
+            self.native = NativeStep(model.dtype, turns)
+            for each in self._bound:
+                self.native.add(each)
 
     def packed(self, effects: Effects) -> PackedEffects:
         """Return the packed effects of an adapter for `take`; on any thread, also during a pass."""
@@ -116,17 +83,13 @@ class Interpreter:
 
     def take(self, version: str, packed: PackedEffects) -> None:
         """Add an adapter version."""
-        self.blocks[version] = packed.linears
-        self.bottlenecks[version] = packed.bottlenecks
         if self.native is not None:
-            self.native.take(version, packed.linears, packed.effects, packed.bottlenecks)
-        self.effects[version] = packed.effects
+            self.native.take(version, packed)
+        self.versions[version] = packed
 
     def drop(self, version: str) -> None:
         """Drop an adapter version, also after an interrupted `take`; an unknown version is ignored."""
-        self.effects.pop(version, None)
-        self.blocks.pop(version, None)
-        self.bottlenecks.pop(version, None)
+        self.versions.pop(version, None)
         if self.native is None:
             return
         if version in self.native.partly:
@@ -146,8 +109,8 @@ class Interpreter:
         self._ready.clear()
         self._ready.update(step.segments)
         frame: Frame = {"given": given}
-        for instruction in self._instructions(step, by_ids=not given.is_floating_point()):
-            instruction(step, frame)
+        for operation in self._operations(step, by_ids=not given.is_floating_point()):
+            operation(step, frame)
         return cast(LogitRows, frame["logits"])
 
     def segments(self, step: PassRows) -> dict[tuple[int, AdapterRuns], Segments]:
@@ -159,10 +122,10 @@ class Interpreter:
         each = (((of.number, runs), of.segments(step.versions, runs)) for of, runs in asked)
         return {key: segments for key, segments in each if segments is not None}
 
-    def _instructions(self, step: PassRows, *, by_ids: bool = True) -> list[Bound]:
+    def _operations(self, step: PassRows, *, by_ids: bool = True) -> list[Call]:
         """Those of a pass, in stretches where the step in C++ knows them."""
         if self.native is None:
-            return self._bound
+            return list(self._bound)
         partly = self.native.partly and self.native.partly.intersection(step.versions)
         key = (frozenset(partly), type(step.cache), step.written is None, by_ids)
         if key not in self._plans:
@@ -170,40 +133,6 @@ class Interpreter:
                 self._plans.clear()
             self._plans[key] = list(self.native.stretches(self._bound, step, by_ids=by_ids))
         return self._plans[key]
-
-    def _linears_of(self, model: PreTrainedModel, linears: tuple[Linear, ...]) -> Linears:
-        found = Linears(model, linears, self._packed, self.blocks, len(self._linears), self._ready)
-        self._linears.append(found)
-        return found
-
-    def _bind(self, model: PreTrainedModel, instruction: Joined) -> list[Bound]:
-        if isinstance(instruction, Logits):
-            head = self._linears_of(model, (instruction.head.linear,))
-            logits = LogitsOf(model, instruction, head, self.effects)
-            return [Picked(logits), logits]
-        return [self._bind_one(model, instruction)]
-
-    def _bind_one(self, model: PreTrainedModel, instruction: Joined) -> Bound:
-        match instruction:
-            case IntoStream():
-                return IntoStreamOf(self._linears_of(model, instruction.product.linears), instruction, self.bottlenecks)
-            case Seeing(heads, attend):
-                return SelfAttention(HeadsOf(model, heads, self._turns), Attended(attend))
-            case Embed():
-                return BoundEmbedding(model, instruction, self.effects)
-            case Normalize():
-                return Normed(BoundNorm(model, instruction.norm, self.effects), instruction.source, instruction.target)
-            case Product():
-                return Products(self._linears_of(model, instruction.linears), instruction)
-            case Activate():
-                return Activated(instruction)
-            case StreamChange():
-                return Changed(instruction, self.bottlenecks)
-            case OwnModule():
-                return ByModule(model, instruction)
-            case Add():
-                return Added(instruction)
-        raise TypeError(f"no such instruction: {instruction}")
 
 
 def _fits(linears: Linears, bare: GroupChange, block: VersionBlock) -> bool:

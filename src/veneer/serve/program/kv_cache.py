@@ -15,28 +15,20 @@ from torch import Tensor
 
 from veneer.model.batch.paged import KeysValues, PagedStep, SeenKeys, SlotStore, Stretch, attend
 from veneer.model.blueprint.parts import Attention
+from veneer.model.program.program import Program
+from veneer.model.program.rows import Pages
 from veneer.ops import paged_attention as kernel
 from veneer.ops.attention import AttentionOptions
 from veneer.ops.dispatch import backends
-from veneer.serve.program.program import Program
 
 
-class KVCache(Protocol):
+class KVCache(Pages, Protocol):
     """Pages of all layers."""
 
     def rows(self, stretches: Sequence[Stretch]) -> Any:
         """Return the pages' positions of new tokens, and the keys that they attend to, for all layers of a step.
 
         Their numbers are in host memory.
-        """
-
-    def append(self, layer: int, keys: Tensor, values: Tensor, rows: Any) -> None:
-        """Write the keys and values (n, kv_heads, width) of a step's rows into their positions in the pages."""
-
-    def attend(self, layer: int, queries: Tensor, rows: Any, part: Attention) -> Tensor:
-        """Return attention of queries (n, heads, width) to their sequences, as (n, heads · width).
-
-        The rows' own keys have been appended before.
         """
 
     def slots(self) -> SlotStore:
@@ -54,7 +46,7 @@ def make_cache(program: Program, n_pages: int, block: int, dtype: torch.dtype, d
     heads = _heads_in_pages(program, block, dtype, device)
     if heads is None:
         return SlotCache(SlotStore(n_pages, block))
-    shape = (len(program.attentions), *heads)
+    shape = (len(program.states), *heads)
     return PageCache(kernel.PagedStore.zeros(n_pages, block, shape, dtype=dtype, device=device))
 
 
@@ -63,12 +55,12 @@ def numbers_per_position(program: Program, block: int, dtype: torch.dtype, devic
     heads = _heads_in_pages(program, block, dtype, device)
     if heads is None:
         return program.numbers_per_position
-    return 2 * len(program.attentions) * heads[0] * kernel.padded(heads[1])
+    return 2 * len(program.states) * heads[0] * kernel.padded(heads[1])
 
 
 def _heads_in_pages(program: Program, block: int, dtype: torch.dtype, device: torch.device) -> tuple[int, int] | None:
     """Key heads of a layer and values of a head, where the kernels' pages take the program's."""
-    heads = {(part.heads.n_kv_heads, part.heads.head_dim) for part in program.attentions}
+    heads = set(program.states)
     computed = device.type == "cpu" or "triton" in backends("paged_attention.attend")
     fits = len(heads) == 1 and block % kernel.UNIT == 0 and dtype in kernel.DTYPES and computed
     return heads.pop() if fits else None

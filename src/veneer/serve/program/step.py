@@ -1,20 +1,19 @@
-"""Rows of one pass of a program: tokens of many sequences, each with its adapter version."""
+"""Pieces of sequences, and the rows of a pass that they make."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from itertools import groupby
 from operator import itemgetter
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
 from veneer.model.batch.paged import Stretch
+from veneer.model.program.rows import PassRows
 from veneer.ops.grouped_low_rank import AdapterRuns, Run
 from veneer.ops.memory import whole_numbers
-from veneer.ops.pairs import Segments
 from veneer.plain.tensor_tree import Held, in_one_copy
 from veneer.serve.program.kv_cache import KVCache
 
@@ -32,41 +31,6 @@ class Piece(NamedTuple):
     kept: Sequence[int] = ()
     n_picked: int = 0
     read: Sequence[int] = ()
-
-
-@dataclass(slots=True)
-class PassRows:
-    """Rows of one pass: ``positions`` (n,) for embeddings and rotations, and ``rows``, the ``cache``'s data for them.
-
-    ``versions`` are the adapters that occur, ``runs`` the rows of each. ``kept`` and ``kept_runs`` are the same for the
-    rows whose logits are wanted. ``picked`` and ``picked_runs`` are those for the likeliest token, which ``tokens``
-    receives; it is -1 if a logit is not finite. ``read`` and ``read_runs`` are those whose hidden states are wanted.
-    ``written``, if it is a list, receives the keys and values of every layer. ``segments`` are the low-rank pairs of
-    the rows that have been laid out before the pass, see `Interpreter.segments`.
-    """
-
-    cache: KVCache
-    rows: Any
-    positions: Tensor
-    versions: tuple[str, ...]
-    runs: AdapterRuns
-    kept: Tensor
-    kept_runs: AdapterRuns
-    picked: Tensor
-    picked_runs: AdapterRuns
-    tokens: Tensor
-    read: Tensor
-    read_runs: AdapterRuns
-    written: list[tuple[Tensor, Tensor]] | None = None
-    segments: Mapping[tuple[int, AdapterRuns], Segments] = field(default_factory=dict)
-    _turns: dict[Any, tuple[Tensor, Tensor]] = field(default_factory=dict)
-
-    def turns(self, tables: tuple[Tensor, Tensor], rotation: Any) -> tuple[Tensor, Tensor]:
-        """Return the cos and sin of the rows (1, n, half), by the tables of a rotation."""
-        if rotation not in self._turns:
-            cos, sin = (table[self.positions][None] for table in tables)
-            self._turns[rotation] = (cos, sin)
-        return self._turns[rotation]
 
 
 def step_of(pieces: Sequence[Piece], cache: KVCache, device: torch.device, first_position: int = 0) -> PassRows:

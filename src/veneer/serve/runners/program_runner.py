@@ -28,6 +28,8 @@ from veneer.model.coded.packed_linear import PackedGroup, is_packed, pack_group,
 from veneer.model.memory.give_back import give_back
 from veneer.model.placed.places import plan_of
 from veneer.model.placed.structure import evaluation
+from veneer.model.program.program import Program, compile_program
+from veneer.model.program.version import Effects
 from veneer.model.snapshot.snapshot import look_at
 from veneer.ops.memory import whole_numbers
 from veneer.ops.paged_attention import UNIT
@@ -39,11 +41,10 @@ from veneer.serve.adapters.block_store import BlockStore
 from veneer.serve.adapters.layouts import Layouts
 from veneer.serve.adapters.mix import Parts, read_mix
 from veneer.serve.adapters.versions import stored_bytes
-from veneer.serve.program.block import VersionBlock
-from veneer.serve.program.effects import Effects, Lookup, UnsaidError, read_effects
-from veneer.serve.program.interpreter import Interpreter, PackedEffects
+from veneer.serve.program.block import PackedEffects, VersionBlock
+from veneer.serve.program.effects import Lookup, UnsaidError, read_effects
+from veneer.serve.program.interpreter import Interpreter
 from veneer.serve.program.kv_cache import make_cache
-from veneer.serve.program.program import Product, Program, compile_program
 from veneer.serve.program.step import Piece, sent, step_of, step_on_host
 from veneer.serve.runners.general_runner import GeneralRunner, StoredFolder, StoredMix, stored_mix
 from veneer.serve.runners.runner import Computed, DrawingRunner, by_request, read, wanted
@@ -67,7 +68,7 @@ class ProgramAdapter:
     @property
     def is_block(self) -> bool:
         """True if it is nothing but its block."""
-        return self.packed.effects == Effects() and not self.packed.bottlenecks and not self.prefix
+        return self.packed.is_block and not self.prefix
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +115,7 @@ class ProgramRunner(DrawingRunner):
     @property
     def loaded(self) -> frozenset[str]:
         others = frozenset[str]() if self.general is None else self.general.loaded
-        return frozenset(self.interpreter.effects) | others
+        return frozenset(self.interpreter.versions) | others
 
     def read(self, folder: Path) -> ProgramAdapter | GeneralAdapter:
         known = self._layouts.read(folder)
@@ -191,7 +192,7 @@ class ProgramRunner(DrawingRunner):
         )
 
     def unload(self, version: str) -> None:
-        by_program = version in self.interpreter.effects
+        by_program = version in self.interpreter.versions
         self.interpreter.drop(version)  # in any case: it may have been interrupted while it was taken in
         if self.general is not None and not by_program:
             with self._modules:
@@ -311,7 +312,7 @@ def proved(model: PreTrainedModel, n_positions: int, *, give_up: bool = False) -
     They are at the start and the end of the context; each runs whole and in two chunks. ``give_up``: the model's own
     weights are freed for the packed ones.
 
-    Raises DescriptionError with the part that has no instruction, or with the difference of the logits from the model's
+    Raises DescriptionError with the part that has no operation, or with the difference of the logits from the model's
     own. The model then has its weights.
     """
     decoder = describe(model)
@@ -361,10 +362,9 @@ _LONGEST_WINDOW = 512  # that the proof looks beyond: for longer ones it would t
 
 def _packed(model: PreTrainedModel, program: Program, *, give_up: bool) -> dict[tuple[str, ...], PackedGroup]:
     """The weights of every product that can be packed. One group after the other: no second model is in memory."""
-    products = [each.linears for each in program.instructions if isinstance(each, Product)]
-    found, groups = {}, [*products, (program.head.linear,)]
-    for number, linears in enumerate(groups, start=1):
-        waiting_for(f"packing the base: {number} of {len(groups)} products")
+    found = {}
+    for number, linears in enumerate(program.groups, start=1):
+        waiting_for(f"packing the base: {number} of {len(program.groups)} products")
         paths = tuple(linear.path for linear in linears)
         group = pack_group(model, paths, give_up=give_up)
         if group is not None:

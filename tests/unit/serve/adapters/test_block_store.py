@@ -226,7 +226,7 @@ def tensor(*shape: int, dtype: str = "torch.float32") -> list[Any]:
 
 
 def own(records: Any = None, whole: Any = None, pairs: Any = None) -> list[Any]:
-    module = "veneer.serve.program.products.OwnChanges"
+    module = "veneer.model.program.version.OwnChanges"
     return [module, records or ["builtins.tuple"], whole or ["mapping"], pairs, ["builtins.tuple"], ["builtins.tuple"]]
 
 

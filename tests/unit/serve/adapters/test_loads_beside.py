@@ -208,7 +208,7 @@ def test_a_file_that_is_written_into_leaves_what_is_loaded(llm, tmp_path):
     )
     llm.llm_engine.add_lora(LoRARequest("a", 50, str(folder)))
     before = bytes_of(llm.engine.runner.interpreter)
-    blocks = llm.engine.runner.interpreter.blocks.values()
+    blocks = [each.linears for each in llm.engine.runner.interpreter.versions.values()]
     ys = [own.records for block in blocks for own in block if own is not None]
     scales = [x.clone() for records in ys for r in records for x in (r.input_scale, r.output_scale) if x is not None]
     with (folder / "adapter_model.safetensors").open("r+b") as file:
@@ -385,7 +385,7 @@ def test_many_adapters_and_room_for_a_few(tokenizer, tmp_path):
         nonlocal n_loads
         load(version, adapter)
         n_loads += 1
-        held = sum(block.nbytes for block in runner.interpreter.blocks.values())
+        held = sum(each.linears.nbytes for each in runner.interpreter.versions.values())
         assert held <= pages.n_lent <= pages.n_bytes - pages.n_held * pages.page_bytes
 
     runner.load = counted
@@ -476,6 +476,6 @@ def test_an_interrupt_while_an_adapter_is_taken_in_leaves_nothing(llm, adapters,
         with pytest.raises(KeyboardInterrupt):
             one(llm, adapters["lora"])
     one(llm)
-    assert (interpreter.blocks, interpreter.bottlenecks, interpreter.effects) == ({}, {}, {})
+    assert interpreter.versions == {}
     assert one(llm, adapters["lora"]) == expected
     assert bytes_of(interpreter) == before

@@ -12,13 +12,15 @@ import torch
 from tests.unit.serve.conftest import METHODS, make_model, save_adapter
 
 from veneer import IA3Config, LoraConfig
+from veneer.model.program.linears import VersionPacking
+from veneer.model.program.version import Effects
+from veneer.ops.linear.layer import NOTHING
 from veneer.ops.pairs import Middle
 from veneer.plain.tensor_tree import _tensors, bytes_of, mapped
 from veneer.serve.program.block import VersionBlock
-from veneer.serve.program.effects import Effects, Lookup, read_effects
+from veneer.serve.program.effects import Lookup, read_effects
 from veneer.serve.program.form import form_of
 from veneer.serve.program.interpreter import Interpreter
-from veneer.serve.program.products import NOTHING, VersionPacking
 from veneer.serve.runners.program_runner import proved
 
 from .test_native_step import Run
@@ -84,11 +86,11 @@ def test_objects_are_made_only_where_torch_needs_them(interpreter, adapters, tmp
         interpreter.take(name, interpreter.packed(effects_of(interpreter, Path(adapters[name].lora_path))))
     fast = Run(interpreter, native=True)
     logits = fast.step(*((s, 0, 2 + s, name) for s, name in enumerate(names)))
-    assert not any(interpreter.blocks[name]._made for name in names)
+    assert not any(interpreter.versions[name].linears._made for name in names)
     slow = Run(interpreter, native=False)
     assert torch.equal(logits, slow.step(*((s, 0, 2 + s, name) for s, name in enumerate(names))))
     for name in names:
-        block = interpreter.blocks[name]
+        block = interpreter.versions[name].linears
         assert sorted(block._made) == [i for i, change in enumerate(block.layout.changes) if change is not None]
     for name in names:
         interpreter.drop(name)

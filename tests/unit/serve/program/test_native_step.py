@@ -17,20 +17,22 @@ from tests.unit.serve.conftest import make_model, save_adapter
 from veneer import BottleneckConfig, LoraConfig, VeraConfig
 from veneer.errors import ShapeError
 from veneer.model.batch.paged import Stretch
+from veneer.model.program.operation import STREAM
+from veneer.model.program.rows import PassRows
+from veneer.model.program.version import Effects
 from veneer.ops.cpu.module import kernels
-from veneer.ops.cpu.step import StepLayer, StepNorm, StepProgram, StepRows, places
+from veneer.ops.cpu.step import StepNorm, StepProgram, StepRows, layer_parts, norm_parts, places
 from veneer.ops.int8 import quantize_int8
 from veneer.ops.norm import rms_norm_forward
+from veneer.ops.packed import BLOCK as OUTPUTS
 from veneer.ops.packed import PackedWeight, over_rows
 from veneer.ops.packed_codes import PackedCodes
-from veneer.serve.program.block import Blocks
-from veneer.serve.program.bound import LogitsOf
-from veneer.serve.program.effects import Effects, Lookup, read_effects
+from veneer.serve.program.block import Blocks, PackedEffects
+from veneer.serve.program.effects import Lookup, read_effects
 from veneer.serve.program.interpreter import Interpreter
 from veneer.serve.program.kv_cache import make_cache
 from veneer.serve.program.native import NativeStep, NativeStretch
-from veneer.serve.program.program import STREAM
-from veneer.serve.program.step import PassRows, Piece, step_of
+from veneer.serve.program.step import Piece, step_of
 from veneer.serve.runners.program_runner import proved
 
 from .test_program import LEFT
@@ -79,7 +81,12 @@ def pair_of(interpreter: Interpreter) -> tuple[Run, Run]:
 
 
 def stretches(interpreter: Interpreter, step: PassRows) -> list[Any]:
-    return [each for each in interpreter._instructions(step) if isinstance(each, NativeStretch)]
+    return [each for each in interpreter._operations(step) if isinstance(each, NativeStretch)]
+
+
+def kinds(interpreter: Interpreter, step: PassRows) -> list[str]:
+    """The kinds of what a pass calls."""
+    return [type(getattr(each, "operation", each)).__name__ for each in interpreter._operations(step)]
 
 
 def step_with(interpreter: Interpreter, *versions: str | None) -> PassRows:
@@ -121,8 +128,7 @@ def test_many_sequences_are_shared_out_among_threads(family, threads, dtype):
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gemma3"])
 def test_a_decoder_is_one_call(family):
     interpreter = proved(make_model(family), 100)
-    whole = interpreter._instructions(step_with(interpreter, None))
-    assert [type(each).__name__ for each in whole] == ["NativeStretch", "LogitsOf"]
+    assert kinds(interpreter, step_with(interpreter, None)) == ["NativeStretch", "Logits"]
 
 
 def loaded(dtype: torch.dtype, folders: dict[str, Path], family: str = "llama") -> Interpreter:
@@ -163,13 +169,12 @@ def test_what_is_done_by_instruction(tmp_path):
     """An update of the embeddings; and nothing any more when it has gone."""
     config = LoraConfig(r=2, target_modules=["v_proj", "embed_tokens"])
     interpreter = loaded(torch.float32, {"table": save_adapter(tmp_path / "table", config)})
-    kinds = [type(each).__name__ for each in interpreter._instructions(step_with(interpreter, None, "table"))]
-    assert kinds == ["BoundEmbedding", "NativeStretch", "LogitsOf"]
+    assert kinds(interpreter, step_with(interpreter, None, "table")) == ["Embed", "NativeStretch", "Logits"]
     fast, slow = pair_of(interpreter)
     chunks = ((0, 0, 5, None), (1, 0, 3, "table"))
     assert torch.equal(fast.step(*chunks), slow.step(*chunks))
     interpreter.drop("table")
-    assert len(interpreter._instructions(step_with(interpreter, None))) == 2
+    assert len(interpreter._operations(step_with(interpreter, None))) == 2
 
 
 NORMS = {
@@ -303,8 +308,8 @@ def test_threads_that_wait_for_each_other_again_and_again():
 def test_rows_that_do_not_fit_are_told(spoilt):
     """Registers that an instruction between two stretches leaves are looked at before C++ reads them."""
     interpreter = proved(make_model(), 100)
-    instructions = interpreter._instructions(step_with(interpreter, None), by_ids=False)
-    [stretch] = [each for each in instructions if isinstance(each, NativeStretch)]
+    operations = interpreter._operations(step_with(interpreter, None), by_ids=False)
+    [stretch] = [each for each in operations if isinstance(each, NativeStretch)]
     rows = torch.ones(5, 24)
     assert stretch._registers({STREAM: rows}, 5)[0] == rows.data_ptr()
     with pytest.raises(ShapeError, match=r"register 'h' .*\(5, 24\) in float32"):
@@ -313,7 +318,7 @@ def test_rows_that_do_not_fit_are_told(spoilt):
 
 def test_the_logits_come_last():
     interpreter = proved(make_model(), 100)
-    assert isinstance(interpreter._instructions(step_with(interpreter, None))[-1], LogitsOf)
+    assert kinds(interpreter, step_with(interpreter, None))[-1] == "Logits"
 
 
 def picked_of(interpreter: Interpreter, *chunks: tuple[int, int, int, str | None]) -> PassRows:
@@ -352,8 +357,8 @@ def test_likeliest_tokens_beside_versions(adapters):
         assert torch.equal(tokens, picked_of(fast, *chunks).tokens)
         fast.native = native
     known = step_with(fast, None, "lora")
-    assert [type(each).__name__ for each in fast._instructions(known)] == ["NativeStretch", "LogitsOf"]
-    assert "Picked" in [type(each).__name__ for each in fast._instructions(step_with(fast, "head"))]
+    assert kinds(fast, known) == ["NativeStretch", "Logits"]
+    assert "Pick" in kinds(fast, step_with(fast, "head"))
 
 
 @pytest.mark.parametrize("odd", [torch.nan, torch.inf])
@@ -387,7 +392,8 @@ def test_stretches_of_a_vocabulary(kind, dtype, isa):
     norm_weight = (1 + torch.rand(d, generator=generator)).to(dtype)
     program = StepProgram(dtype)
     norm = StepNorm(norm_weight.float(), None, 1e-5, subtracts_mean=False)
-    program.add_head(norm, StepLayer(packed, bias, -1), 0, 0.7)
+    output_bytes = packed.nbytes // (words + -words % OUTPUTS)
+    program.add("head", norm_parts(norm), layer_parts(packed, bias, -1), output_bytes, 0, 0.7)
     picked, tokens = torch.arange(1, n + 1), torch.full((n,), -1)
     program.run(range(1), places([x]), None, StepRows(torch.zeros(n + 2).long(), None, picked, tokens), [])
     normed, _ = rms_norm_forward(x[1 : n + 1], norm_weight, 1e-5)
@@ -410,12 +416,12 @@ def test_ids_and_positions_that_are_not_there(wrong):
 
 
 def test_a_version_gets_the_least_number_that_is_free():
-    native = NativeStep(16, torch.float32, {})
-    block, _ = Blocks(1).block([], [])
+    native = NativeStep(torch.float32, {})
+    packed = PackedEffects(Effects(), Blocks(1).block([], [])[0], {})
     for version in "abcd":
-        native.take(version, block, Effects(), {})
+        native.take(version, packed)
     for version in "ca":
         native.drop(version)
     for version in "ef":
-        native.take(version, block, Effects(), {})
+        native.take(version, packed)
     assert native.numbers == {"b": 1, "d": 3, "e": 0, "f": 2}

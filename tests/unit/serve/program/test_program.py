@@ -17,7 +17,7 @@ from veneer import LLM, BottleneckConfig, LoraConfig, LoRARequest, PeftModel, Sa
 from veneer.errors import DescriptionError, FormatError
 from veneer.model.blueprint.describe import describe
 from veneer.model.coded.packed_linear import PackedLinear
-from veneer.serve.program.program import Product, StreamChange, compile_program
+from veneer.model.program.program import compile_program
 from veneer.serve.runners.general_runner import GeneralRunner
 from veneer.serve.runners.program_runner import ProgramRunner, proved
 
@@ -51,8 +51,8 @@ def test_more_positions_than_the_table_has():
 def test_a_program_is_data():
     program = compile_program(describe(make_model()), 100)
     assert program == compile_program(describe(make_model(seed=8)), 100)
-    assert sum(isinstance(each, Product) for each in program.instructions) == 8
-    assert {each.site for each in program.instructions if isinstance(each, StreamChange)} == program.sites
+    assert len(program.groups) == 9  # four of each layer, and the head
+    assert len(program.sites) == 4
     assert program.numbers_per_position == 2 * 2 * 8
 
 

@@ -20,7 +20,7 @@ from veneer.serve.program.interpreter import Interpreter
 from veneer.serve.runners.program_runner import proved
 from veneer.store.source import load_model
 
-from .test_native_step import Run, pair_of, step_with
+from .test_native_step import Run, kinds, pair_of, step_with
 
 FORMATS = {
     "nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True},
@@ -65,8 +65,7 @@ def loaded(folder: Path, kind: str, dtype: torch.dtype, adapters: dict[str, LoRA
 @pytest.mark.parametrize("kind", FORMATS)
 def test_one_call_in_codes(folder, kind, dtype):
     interpreter = proved(quantized(folder, kind, dtype), 100)
-    instructions = interpreter._instructions(step_with(interpreter, None))
-    assert [type(each).__name__ for each in instructions] == ["NativeStretch", "LogitsOf"]
+    assert kinds(interpreter, step_with(interpreter, None)) == ["NativeStretch", "Logits"]
     groups = [linears.group for linears in interpreter._linears]
     weights = [part for group in groups[:-1] if group is not None for part in group.parts]
     assert len(weights) == 14

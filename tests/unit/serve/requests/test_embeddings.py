@@ -19,7 +19,7 @@ from torch import Tensor
 
 from veneer import LLM, LoraConfig, LoRARequest, PeftModel, PoolingParams, SamplingParams
 from veneer.errors import ConfigError, NonFiniteError
-from veneer.serve.program.bound import LogitRows
+from veneer.model.program.logits import LogitRows
 
 LAST, MEAN = PoolingParams(normalize=False), PoolingParams(pooling="mean", normalize=False)
 IN_TORCH = ("oft", "lokr")  # which compute a part of their rows

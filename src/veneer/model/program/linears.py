@@ -9,7 +9,7 @@ import functools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
-from typing import NamedTuple, Protocol, cast
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -19,18 +19,18 @@ from transformers import PreTrainedModel
 from veneer.model.blueprint.parts import Linear
 from veneer.model.coded.frozen_weight import frozen_weight
 from veneer.model.coded.packed_linear import PackedGroup
+from veneer.model.program.version import Effects, OwnChanges, Versions
 from veneer.ops.grouped_low_rank import AdapterRuns, Run
 from veneer.ops.linear.around import finished, mapped_input
 from veneer.ops.linear.change import add_changes
 from veneer.ops.linear.layer import NOTHING, LinearLayer, Weight
 from veneer.ops.linear.op import forward
-from veneer.ops.packed import PackedWeight, over_rows
+from veneer.ops.packed import ROWS, PackedWeight, over_rows
 from veneer.ops.pairs import FactorPair, PackedPairs, PairsPacker, Segment, Segments, add_pairs
 from veneer.ops.terms import LayerTerms, PackedTerm, apply_term, times_weight
 from veneer.quant.dense import DenseWeight
 from veneer.records.deltas import LinearDelta
 from veneer.records.frozen import FrozenWeight
-from veneer.serve.program.effects import Effects
 
 Packed = Mapping[tuple[str, ...], PackedGroup]
 """Packed weights by the paths of the layers that read the same x."""
@@ -47,34 +47,6 @@ class VersionPacking:
     shared: dict[tuple[object, ...], PackedPairs] = field(default_factory=dict)
 
 
-@dataclass(frozen=True, slots=True)
-class OwnChanges:
-    """Changes of one version at a group of layers: its records, and the ``whole`` weights that replace the layers'.
-
-    ``pairs`` are the low-rank parts of all layers packed together. If a layer maps its input, ``apart`` has those of
-    each layer instead. ``terms`` are others of each layer; empty if there are none. Packed parts are removed from the
-    records.
-    """
-
-    records: tuple[LinearDelta, ...]
-    whole: Mapping[int, Tensor | PackedWeight]
-    pairs: PackedPairs | None = None
-    apart: tuple[PackedPairs | None, ...] = ()
-    terms: tuple[LayerTerms | None, ...] = ()
-
-    @property
-    def only_adds(self) -> bool:
-        """True if it does nothing but add low-rank parts to the layers' outputs."""
-        return not (self.whole or self.apart or self.terms) and all(record is NOTHING for record in self.records)
-
-
-class Owns(Protocol):
-    """Changes of one version at all groups of layers."""
-
-    def own(self, group: int) -> OwnChanges | None:
-        """Return the changes at a group, given by its number; None if there are none."""
-
-
 Ready = Mapping[tuple[int, AdapterRuns], Segments]
 """Segments of the rows of a step by the number of a group and its runs, if their numbers are not to be sent again."""
 
@@ -87,7 +59,7 @@ class Linears:
         model: PreTrainedModel,
         linears: Sequence[Linear],
         packed: Packed,
-        versions: Mapping[str, Owns],
+        versions: Versions,
         number: int = 0,
         ready: Ready = MappingProxyType({}),
     ) -> None:
@@ -125,8 +97,8 @@ class Linears:
 
     def own(self, version: str) -> OwnChanges | None:
         """Return the changes of a version here; None if there are none."""
-        changes = self.versions.get(version)
-        return None if changes is None else changes.own(self.number)
+        known = self.versions.get(version)
+        return None if known is None else known.linears.own(self.number)
 
     def __call__(self, x: Tensor, versions: tuple[str, ...], runs: AdapterRuns) -> list[Tensor]:
         """The output of each layer."""
@@ -308,6 +280,13 @@ def divided(runs: AdapterRuns, apart: tuple[bool, ...]) -> tuple[RowPart, RowPar
         for r, f in zip(rows, found, strict=True)
     )
     return plain, others
+
+
+def each_alone(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Return rows (n, i) times a weight (o, i). torch's product of a row may depend on how many rows there are."""
+    if not x.is_cpu or x.dtype not in ROWS:
+        return functional.linear(x, weight, bias)
+    return PackedWeight.pack(weight).matmul(x, onto=over_rows(bias, len(x)))
 
 
 def _pair(record: LinearDelta) -> FactorPair | None:

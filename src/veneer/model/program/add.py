@@ -1,0 +1,64 @@
+"""Addition of a half block's output to the stream, with the bottlenecks of adapter versions that change it before."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from veneer.model.program.binding import Binding
+from veneer.model.program.operation import Frame, Operation, Register, StepPlace
+from veneer.model.program.rows import PassRows
+from veneer.model.program.version import Version, Versions
+from veneer.ops.cpu.step import StepProgram
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Add(Operation):
+    """Addition to the stream: ``stream += multiplier · source``.
+
+    Bottlenecks at ``site`` change ``source`` before. They read ``source``, or the half block's input ``beside``.
+    """
+
+    read = ("source", "beside", "stream")
+    written = ("source", "stream")
+
+    site: str
+    source: Register
+    beside: Register
+    stream: Register
+    multiplier: float = 1.0
+
+    def bind(self, to: Binding) -> Versions:
+        return to.versions
+
+    def forward(self, weights: Versions, rows: PassRows, frame: Frame) -> None:
+        half = changed(self.site, weights, rows, frame[self.source.name], frame[self.beside.name])
+        frame[self.stream.name] = frame[self.stream.name] + (half if self.multiplier == 1 else half * self.multiplier)
+
+    def emit(self, weights: Versions, step: StepProgram) -> bool:
+        [width], half = self.stream.widths, step.first_of(self.source)
+        step.add("change", width, step.first_of(self.beside), half)
+        step.add("sum", width, self.multiplier, half, step.first_of(self.stream))
+        return True
+
+    def take(self, weights: Versions, version: Version, place: StepPlace) -> bool:
+        return take_bottleneck(self.site, version, place)
+
+
+def changed(site: str, versions: Versions, rows: PassRows, half: Tensor, beside: Tensor) -> Tensor:
+    """Return the output (n, d) of a half block, changed in place by bottlenecks; ``beside`` (n, d) is its input."""
+    for number, start, stop in rows.runs.runs:
+        bottleneck = versions[rows.versions[number]].bottlenecks.get(site)
+        if bottleneck is not None:
+            own = slice(start, stop)
+            bottleneck.change((half if bottleneck.reads_output else beside)[own], half[own])
+    return half
+
+
+def take_bottleneck(site: str, version: Version, place: StepPlace) -> bool:
+    """Add the bottleneck of a version at a site to the C++ step. Returns False if that does not support it."""
+    bottleneck = version.bottlenecks.get(site)
+    if bottleneck is not None and bottleneck.pairs is not None:
+        place.step.take_bottleneck(place.version, place.at, bottleneck.pairs, reads_output=bottleneck.reads_output)
+    return bottleneck is None or bottleneck.pairs is not None

@@ -1,0 +1,39 @@
+"""Binding of operations to a model: its weights, packed ones, and the adapter versions that change them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from veneer.model.blueprint.parts import Linear
+from veneer.model.blueprint.rotary import Rotary
+from veneer.model.program.linears import Linears, Packed, Ready
+from veneer.model.program.version import Versions
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Binding:
+    """Model, its ``packed`` weights, and the cosines and sines of each rotation by position.
+
+    ``versions`` may change after operations are bound. ``groups`` are the groups of linear layers that have been asked
+    for, in order; ``ready`` see `Linears`.
+    """
+
+    model: PreTrainedModel
+    packed: Packed = field(default_factory=dict)
+    versions: Versions = field(default_factory=dict)
+    turns: Mapping[Rotary, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    ready: Ready = field(default_factory=dict)
+    groups: list[Linears] = field(default_factory=list)
+
+    def linears(self, linears: tuple[Linear, ...]) -> Linears:
+        """Return linear layers that read the same input; equal ones are one group."""
+        paths = tuple(linear.path for linear in linears)
+        known = next((group for group in self.groups if group.paths == paths), None)
+        if known is None:
+            known = Linears(self.model, linears, self.packed, self.versions, len(self.groups), self.ready)
+            self.groups.append(known)
+        return known

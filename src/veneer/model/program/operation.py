@@ -1,0 +1,140 @@
+"""Operation of a program: one class in one file, which says all that anyone asks of it.
+
+An operation is plain data. The registers that it reads and writes have widths. `Operation.bind` finds its weights in a
+model, and the other methods are given them.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
+
+from torch import Tensor
+
+from veneer.model.blueprint.parts import Linear, Norm
+from veneer.model.program.binding import Binding
+from veneer.model.program.linears import Linears
+from veneer.model.program.rows import PassRows
+from veneer.model.program.version import Version
+from veneer.ops.cpu.step import StepProgram
+
+STREAM = "h"
+Frame = dict[str, Any]
+"""The tensors of a pass by the names of registers, with what is ``given`` to it and its ``logits``."""
+
+
+class Register(NamedTuple):
+    """Name of a register, and the widths of the tensors (n, width) in it: the only one, or a list of several."""
+
+    name: str
+    widths: tuple[int, ...]
+
+    def read(self, frame: Frame) -> list[Tensor]:
+        """Return its tensors."""
+        held = frame[self.name]
+        return [held] if isinstance(held, Tensor) else list(held)
+
+    def write(self, frame: Frame, ys: Sequence[Tensor]) -> None:
+        """Put tensors into it."""
+        frame[self.name] = ys[0] if len(self.widths) == 1 else ys
+
+
+class Keys(NamedTuple):
+    """State that a token leaves: keys and values of ``n_heads`` heads of a width."""
+
+    n_heads: int
+    width: int
+
+    @property
+    def n_numbers(self) -> int:
+        """Number of values of a token."""
+        return 2 * self.n_heads * self.width
+
+
+class PassKind(NamedTuple):
+    """Kind of a pass: its keys lie in the kernels' pages and nobody else asks for them; it begins with token ids."""
+
+    in_pages: bool
+    by_ids: bool
+
+
+class StepPlace(NamedTuple):
+    """Place of a version in the C++ step: its number there, and the first instruction of an operation."""
+
+    step: StepProgram
+    version: int
+    at: int
+
+
+class Operation(ABC):
+    """Operation of a program. Operations with equal fields are equal."""
+
+    read: ClassVar[tuple[str, ...]] = ("source",)
+    """Names of the fields with the registers that it reads; those that it writes are in ``written``."""
+    written: ClassVar[tuple[str, ...]] = ("target",)
+    site: str = ""
+    """Place of the bottlenecks that act here; empty if there are none."""
+    takes_blocks: ClassVar[bool] = True
+    """True if the C++ step supports what the blocks of versions change at its layers."""
+
+    @property
+    def reads(self) -> tuple[Register, ...]:
+        """Registers that it reads."""
+        return tuple(getattr(self, name) for name in self.read)
+
+    @property
+    def writes(self) -> tuple[Register, ...]:
+        """Registers that it writes."""
+        return tuple(getattr(self, name) for name in self.written)
+
+    @property
+    def layers(self) -> tuple[Linear, ...]:
+        """Linear layers that it computes, which share their input, by role."""
+        return ()
+
+    @property
+    def norms(self) -> tuple[Norm, ...]:
+        """Norms that a version may replace."""
+        return ()
+
+    @property
+    def state(self) -> Keys | None:
+        """State that it keeps for each token; None if it keeps none."""
+        return None
+
+    def bind(self, to: Binding) -> Any:
+        """Return its weights."""
+        return None
+
+    @abstractmethod
+    def forward(self, weights: Any, rows: PassRows, frame: Frame) -> None:
+        """Compute the registers that it writes, by ops."""
+
+    def emit(self, weights: Any, step: StepProgram) -> bool:
+        """Add itself to the C++ step. Returns False if that does not support it: `forward` then runs it."""
+        return False
+
+    def fits(self, kind: PassKind) -> bool:
+        """Return True if its C++ instructions can run in a pass of a kind."""
+        return True
+
+    def group(self, weights: Any) -> Linears | None:
+        """Return its layers with their weights; None if it has none."""
+        return None
+
+    def take(self, weights: Any, version: Version, place: StepPlace) -> bool:
+        """Add what a version changes here beside its block. Returns False if the C++ step does not support it."""
+        return True
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Bound:
+    """Operation with its weights."""
+
+    operation: Operation
+    weights: Any
+
+    def __call__(self, rows: PassRows, frame: Frame) -> None:
+        self.operation.forward(self.weights, rows, frame)

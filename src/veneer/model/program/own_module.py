@@ -1,0 +1,36 @@
+"""Part without an operation of its own (experts), computed by the model's own code."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+from veneer.model.program.binding import Binding
+from veneer.model.program.operation import Frame, Operation, Register
+from veneer.model.program.rows import PassRows
+
+
+@dataclass(frozen=True, slots=True)
+class OwnModuleWeights:
+    model: Any
+    module: Any
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OwnModule(Operation):
+    """The model's own module, without the adapters that the model itself has: ``target = module(source)``."""
+
+    path: str
+    source: Register
+    target: Register
+
+    def bind(self, to: Binding) -> OwnModuleWeights:
+        return OwnModuleWeights(to.model, to.model.get_submodule(self.path))
+
+    def forward(self, weights: OwnModuleWeights, rows: PassRows, frame: Frame) -> None:
+        # The model gets a state when the first adapter takes the general runner, or comes with one.
+        state = getattr(weights.model, "adapter_state", None)
+        with nullcontext() if state is None else state.base_alone():
+            y = weights.module(frame[self.source.name][None])
+        frame[self.target.name] = (y[0] if isinstance(y, tuple) else y)[0]

@@ -1,0 +1,106 @@
+"""Products: linear layers that read the same input, with what adapter versions change at them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from veneer.model.blueprint.parts import Linear
+from veneer.model.program.binding import Binding
+from veneer.model.program.linears import Linears
+from veneer.model.program.operation import Frame, Operation, Register
+from veneer.model.program.rows import PassRows
+from veneer.model.program.version import OwnChanges
+from veneer.ops.cpu.step import LayerChange, StepProgram, layer_parts
+from veneer.ops.packed import PackedWeight
+from veneer.records.deltas import LinearDelta
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Product(Operation):
+    """Linear layers: ``target = [W x + c, …]``, the output of each layer for the same ``source``."""
+
+    linears: tuple[Linear, ...]
+    source: Register
+    target: Register
+
+    @property
+    def layers(self) -> tuple[Linear, ...]:
+        return self.linears
+
+    def bind(self, to: Binding) -> Linears:
+        return to.linears(self.linears)
+
+    def forward(self, weights: Linears, rows: PassRows, frame: Frame) -> None:
+        self.target.write(frame, weights(frame[self.source.name], rows.versions, rows.runs))
+
+    def emit(self, weights: Linears, step: StepProgram) -> bool:
+        return add_product(weights, step, self.source, self.target)
+
+    def group(self, weights: Linears) -> Linears:
+        return weights
+
+
+def add_product(
+    linears: Linears, step: StepProgram, source: Register, target: Register, beside: Register | None = None
+) -> bool:
+    """Add the outputs of layers that read ``source`` to the C++ step. Returns False if that does not support it.
+
+    If ``beside`` is given, the output of the single layer is added to ``target``. Bottlenecks change the output before.
+    They read the output itself, or the register ``beside``.
+    """
+    group, dtypes = linears.group, {bias.dtype for bias in linears.biases if bias is not None}
+    if group is None or {part.dtype for part in group.parts} | dtypes != {step.dtype}:
+        return False
+    wide = [None if bias is None else bias.float() for bias in linears.biases]
+    each = enumerate(zip(group.parts, linears.biases, wide, strict=True), start=step.first_of(target))
+    layers = [layer_parts(weight, bias, number, floats) for number, (weight, bias, floats) in each]
+    joined = (0, 0) if group.whole is None else (group.whole.panels, linears.bias)
+    stream = (-1, -1) if beside is None else (step.first_of(target), step.first_of(beside))
+    step.add("product", layers, *joined, step.first_of(source), *stream)
+    return True
+
+
+def changes_of(own: OwnChanges, dtype: torch.dtype) -> tuple[LayerChange, ...] | None:
+    """Return the changes of a version at layers, other than adding its pairs; empty if it makes none.
+
+    Returns None if the C++ step does not support one of them.
+    """
+    if own.only_adds:
+        return ()
+    found = tuple(_changes(own, dtype))
+    return None if any(each is None for each in found) else cast(tuple[LayerChange, ...], found)
+
+
+def _changes(own: OwnChanges, dtype: torch.dtype) -> Iterator[LayerChange | None]:
+    for i, record in enumerate(own.records):
+        whole = own.whole.get(i)
+        if not _is_known(record) or not (whole is None or (isinstance(whole, PackedWeight) and whole.dtype == dtype)):
+            yield None
+            continue
+        bias = None if record.bias is None else record.bias.detach().contiguous()
+        if whole is not None and bias is not None and bias.dtype != dtype:
+            yield None
+            continue
+        yield LayerChange(
+            in_scale=_vector(record.input_scale),
+            out_scale=_vector(record.output_scale),
+            bias=_vector(bias),
+            own_bias=bias if whole is not None else None,
+            whole=whole,
+            pair=own.apart[i] if own.apart else None,
+            terms=own.terms[i] if own.terms else None,
+        )
+
+
+def _is_known(record: LinearDelta) -> bool:
+    """Return True if a record, whose pair has been packed, is at most scales and a bias that float32 holds."""
+    return record.is_elementary and all(tensor.dtype.itemsize <= 4 for tensor in record.tensors)
+
+
+def _vector(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.detach().float().contiguous()

@@ -1,0 +1,61 @@
+"""Rows of one pass of a program: tokens of many sequences, each with its adapter version."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from veneer.model.blueprint.parts import Attention
+from veneer.ops.grouped_low_rank import AdapterRuns
+from veneer.ops.pairs import Segments
+
+
+class Pages(Protocol):
+    """Keys and values of all layers."""
+
+    def append(self, layer: int, keys: Tensor, values: Tensor, rows: Any) -> None:
+        """Write the keys and values (n, kv_heads, width) of a pass's rows into their positions in the pages."""
+
+    def attend(self, layer: int, queries: Tensor, rows: Any, part: Attention) -> Tensor:
+        """Return attention of queries (n, heads, width) to their sequences, as (n, heads · width).
+
+        The rows' own keys have been appended before.
+        """
+
+
+@dataclass(slots=True)
+class PassRows:
+    """Rows of one pass: ``positions`` (n,) for embeddings and rotations, and ``rows``, the ``cache``'s data for them.
+
+    ``versions`` are the adapters that occur, ``runs`` the rows of each. ``kept`` and ``kept_runs`` are the same for the
+    rows whose logits are wanted. ``picked`` and ``picked_runs`` are those for the likeliest token, which ``tokens``
+    receives; it is -1 if a logit is not finite. ``read`` and ``read_runs`` are those whose hidden states are wanted.
+    ``written``, if it is a list, receives the keys and values of every layer. ``segments`` are the low-rank pairs of
+    the rows that have been laid out before the pass, see `Interpreter.segments`.
+    """
+
+    cache: Pages
+    rows: Any
+    positions: Tensor
+    versions: tuple[str, ...]
+    runs: AdapterRuns
+    kept: Tensor
+    kept_runs: AdapterRuns
+    picked: Tensor
+    picked_runs: AdapterRuns
+    tokens: Tensor
+    read: Tensor
+    read_runs: AdapterRuns
+    written: list[tuple[Tensor, Tensor]] | None = None
+    segments: Mapping[tuple[int, AdapterRuns], Segments] = field(default_factory=dict)
+    _turns: dict[Any, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+    def turns(self, tables: tuple[Tensor, Tensor], rotation: Any) -> tuple[Tensor, Tensor]:
+        """Return the cos and sin of the rows (1, n, half), by the tables of a rotation."""
+        if rotation not in self._turns:
+            cos, sin = (table[self.positions][None] for table in tables)
+            self._turns[rotation] = (cos, sin)
+        return self._turns[rotation]

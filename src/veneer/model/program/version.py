@@ -1,0 +1,82 @@
+"""Version of an adapter, as the operations of a program see it: what it changes at each of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from torch import Tensor
+
+from veneer.model.program.bottleneck import Bottleneck
+from veneer.ops.linear.layer import NOTHING
+from veneer.ops.packed import PackedWeight
+from veneer.ops.pairs import PackedPairs
+from veneer.ops.terms import LayerTerms
+from veneer.records.deltas import LinearDelta, PrefixDelta, PromptDelta, ResidualDelta
+
+TokenRows = tuple[Tensor, Tensor]
+
+
+@dataclass(slots=True)
+class Effects:
+    """Records of an adapter by path, the ``table`` record of the embeddings, and its replacements of base parameters.
+
+    ``whole`` are parameters by path and name, W (o, i) if they are a layer's weight. ``rows`` are the index (n,) and
+    values (n, width) of single rows of the embeddings and the head. ``front``: a prefix's records, or a prompt's.
+    """
+
+    linear: dict[str, LinearDelta] = field(default_factory=dict)
+    table: LinearDelta | None = None
+    residual: dict[str, ResidualDelta] = field(default_factory=dict)
+    whole: dict[tuple[str, str], Tensor] = field(default_factory=dict)
+    rows: dict[str, TokenRows] = field(default_factory=dict)
+    front: tuple[PrefixDelta, ...] | PromptDelta | None = None
+
+    def replaces(self, path: str) -> bool:
+        """Return True if a parameter of the module at a path is replaced, or some of its rows."""
+        return path in self.rows or any(path == place for place, _ in self.whole)
+
+
+@dataclass(frozen=True, slots=True)
+class OwnChanges:
+    """Changes of one version at a group of layers: its records, and the ``whole`` weights that replace the layers'.
+
+    ``pairs`` are the low-rank parts of all layers packed together. If a layer maps its input, ``apart`` has those of
+    each layer instead. ``terms`` are others of each layer; empty if there are none. Packed parts are removed from the
+    records.
+    """
+
+    records: tuple[LinearDelta, ...]
+    whole: Mapping[int, Tensor | PackedWeight]
+    pairs: PackedPairs | None = None
+    apart: tuple[PackedPairs | None, ...] = ()
+    terms: tuple[LayerTerms | None, ...] = ()
+
+    @property
+    def only_adds(self) -> bool:
+        """True if it does nothing but add low-rank parts to the layers' outputs."""
+        return not (self.whole or self.apart or self.terms) and all(record is NOTHING for record in self.records)
+
+
+class Owns(Protocol):
+    """Changes of one version at all groups of layers."""
+
+    def own(self, group: int) -> OwnChanges | None:
+        """Return the changes at a group, given by its number; None if there are none."""
+
+
+class Version(Protocol):
+    """Effects of a version, and their packed parts: those at linear layers, and the bottleneck of each place."""
+
+    @property
+    def effects(self) -> Effects: ...
+
+    @property
+    def linears(self) -> Owns: ...
+
+    @property
+    def bottlenecks(self) -> Mapping[str, Bottleneck]: ...
+
+
+Versions = Mapping[str, Version]

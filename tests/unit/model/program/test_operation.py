@@ -1,0 +1,83 @@
+"""Operations of a program: one that is added in a file of its own, and what each says about itself."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from tests.unit.model.blueprint.families import model_of
+
+from veneer.model.batch.paged import Stretch
+from veneer.model.blueprint.describe import describe
+from veneer.model.program.into_stream import IntoStream
+from veneer.model.program.operation import Frame, Operation, Register
+from veneer.model.program.program import Program, compile_program
+from veneer.model.program.rows import PassRows
+from veneer.serve.program.interpreter import Interpreter
+from veneer.serve.program.kv_cache import make_cache
+from veneer.serve.program.step import Piece, step_of
+from veneer.serve.runners.program_runner import proved
+
+CPU, N = torch.device("cpu"), 11
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Clip(Operation):
+    """Bound of the stream: ``stream`` within ± ``limit``."""
+
+    read = written = ("stream",)
+
+    stream: Register
+    limit: float
+
+    def forward(self, weights: None, rows: PassRows, frame: Frame) -> None:
+        frame[self.stream.name] = frame[self.stream.name].clamp(-self.limit, self.limit)
+
+
+def clipped(program: Program, limit: float) -> Program:
+    """The program with a bound behind each block, whose second half goes into the stream last."""
+    found, n_halves = list[Operation](), 0
+    for each in program.operations:
+        found.append(each)
+        if isinstance(each, IntoStream):
+            n_halves += 1
+            found += [Clip(stream=each.stream, limit=limit)] if n_halves % 2 == 0 else []
+    return replace(program, operations=tuple(found))
+
+
+def clip_block(limit: float) -> Any:
+    return lambda module, given, h: h.clamp(-limit, limit)
+
+
+def test_an_operation_of_a_file_of_its_own_runs_between_those_of_the_step():
+    """A stream that is clipped behind each block, as hooks clip the model's own."""
+    model, limit = model_of("mistral", torch.float32), 1.7
+    whole, ids = proved(model, N), torch.arange(N) * 7 % 97
+    interpreter = Interpreter(model, clipped(whole.program, limit), whole._packed)
+    cache = make_cache(whole.program, 1, 16, torch.float32, CPU)
+    step = step_of([Piece(Stretch((0,), 0, N), None, range(N))], cache, CPU)
+    names = [type(getattr(each, "operation", each)).__name__ for each in interpreter._operations(step)]
+    assert names == ["NativeStretch", "Clip"] * len(model.model.layers) + ["NativeStretch", "Logits"]
+    with torch.no_grad():
+        plain = model(ids[None]).logits[0]
+        for layer in model.model.layers:
+            layer.register_forward_hook(clip_block(limit))
+        expected = model(ids[None]).logits[0]
+    found = interpreter.run(step, ids)
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
+    assert (plain - expected).abs().max() > 0.1
+
+
+def test_operations_say_what_they_read_write_and_keep():
+    """Each register is written before it is read; layers are those of the description, keys those of its heads."""
+    for family in ("llama", "gpt2", "gemma3", "neox", "qwen2 experts"):
+        decoder = describe(model_of(family, torch.float32))
+        program, written = compile_program(decoder, N), set[Register]()
+        for each in program.operations:
+            assert written >= set(each.reads)
+            written |= set(each.writes)
+        assert set(program.linears) <= {linear.path for linear in decoder.linears}
+        assert [(keys.n_heads, keys.width) for keys in program.states] == [
+            (part.heads.n_kv_heads, part.heads.head_dim) for part in decoder.attentions
+        ]
