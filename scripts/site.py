@@ -17,7 +17,7 @@ import veneer
 ROOT = Path(__file__).parents[1]
 FROM_ROOT = {"CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}
 API = {
-    "adapters": ("Adapters", ("adapters", "core", "inits", "model")),
+    "adapters": ("Adapters", ("adapters", "plain", "records", "inits", "model")),
     "methods": ("Methods", ("methods",)),
     "training": ("Training", ("train",)),
     "storage": ("Storage", ("store",)),

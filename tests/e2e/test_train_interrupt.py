@@ -29,7 +29,7 @@ def test_a_signal_stops_a_run_that_goes_on_bit_for_bit(tiny_project: TinyProject
         assert (found["status"], found["reason"]) == ("interrupted", name)
         written = f"after step {step}: its checkpoint is written, and --resume goes on from it. The adapter in"
         assert written in stopped.told
-        assert f"--adapter {tiny_project.folder / name / f'checkpoint-{step}'}`" in stopped.told
+        assert f"--adapter {tiny_project.folder / name / f'checkpoint-{step}'} " in stopped.told
         assert [path.name for path in (tiny_project.folder / name).glob("checkpoint-*")] == [f"checkpoint-{step}"]
         tiny_project.run(*output, "--resume")
         assert tiny_project.weights(name).read_bytes() == tiny_project.weights("whole").read_bytes()

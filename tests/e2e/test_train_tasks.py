@@ -92,7 +92,7 @@ def test_an_adapter_of_the_hub_is_trained_on(project: Path, monkeypatch: pytest.
     record = json.loads((project / "dpo" / "run.json").read_text())
     assert record["parent"]["from"] == "someone/tuned"
     assert "someone/tuned" in (project / "dpo" / "adapter" / "README.md").read_text()
-    result = CliRunner().invoke(app, ["train", str(write(project, "dpo", pairs, adapter={"from": "someone/other"}))])
+    result = CliRunner().invoke(app, ["train", str(write(project, "kto", pairs, adapter={"from": "someone/other"}))])
     assert result.exit_code == 2
     assert "no adapter 'someone/other': no such folder, and not on the hub" in result.output + result.stderr
 

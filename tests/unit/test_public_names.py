@@ -34,6 +34,9 @@ def test_an_import_hides_what_another_library_tells_of_its_own_kernels_alone(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     log = logging.getLogger("bitsandbytes.backends.cpu.ops")
+    caplog.set_level(logging.WARNING, logger=log.name)
+    monkeypatch.setattr(log, "disabled", False)  # a configuration of logging turns off all that there is
+    monkeypatch.setattr(log, "propagate", True)
 
     def imported(home: str) -> types.SimpleNamespace:
         log.warning("Failed to load CPU gemm_4bit_forward from kernels-community: %s. Please …", "no kernels")

@@ -18,13 +18,13 @@ triton_forms.main()
 
 STEPS = """
 import triton_forms, torch, triton
-from veneer.ops.pairs import PackedPairs, Pair, Segment, Segments
+from veneer.ops.pairs import FactorPair, PackedPairs, Segment, Segments
 from veneer.ops.paged_attention import PagedRows, PagedStore
 from veneer.ops.triton import paged_attention, pairs
 
 triton.runtime.driver.set_active(triton_forms.NoDevice(90))
 store, found = PagedStore.zeros(40, 16, (2, 3, 64), dtype=torch.bfloat16), {}
-packed = PackedPairs.pack([Pair(torch.zeros(16, 64), torch.zeros(192, 16), 1.0)], (192,), dtype=torch.bfloat16)
+packed = PackedPairs.pack([FactorPair(torch.zeros(16, 64), torch.zeros(192, 16), 1.0)], (192,), dtype=torch.bfloat16)
 for n in (1, 2, 3, 16):
     x, y = (torch.empty(n, wide, dtype=torch.bfloat16) for wide in (64, 192))
     kv = torch.empty(n, 3, 64, dtype=torch.bfloat16)

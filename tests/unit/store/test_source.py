@@ -16,6 +16,7 @@ import pytest
 import torch
 from huggingface_hub.utils import are_progress_bars_disabled
 from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers.utils import logging
 
 from veneer.disk.safetensors import header_bytes
 from veneer.errors import ConfigError, FormatError, OutOfMemoryError
@@ -241,6 +242,7 @@ def test_a_download_is_told_where_transformers_bars_are_off(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     hub(monkeypatch, None)
+    logging.enable_progress_bar()  # of the hub too, whatever ran before
     shown: list[bool] = []
 
     def download(place: str, **options: Any) -> Any:
