@@ -21,6 +21,27 @@ def bytes_of(held: object) -> int:
     return sum({each.data_ptr(): each.nbytes() for each in memory}.values())
 
 
+def told_bytes(held: object) -> int:
+    """Return the bytes of the tensors in an object and all objects that it holds, each tensor once, as its shape says.
+
+    Those on the meta device count too.
+    """
+    found: dict[int, Tensor] = {}
+    seen: dict[int, object] = {}
+    left = [held]
+    while left:
+        each = left.pop()
+        if id(each) in seen or isinstance(each, type):
+            continue
+        seen[id(each)] = each
+        if isinstance(each, Tensor):
+            found[id(each)] = each
+        else:
+            left += each.values() if isinstance(each, Mapping) else each if isinstance(each, (list, tuple)) else ()
+            left += list(getattr(each, "__dict__", {}).values())
+    return sum(x.nbytes for x in found.values())
+
+
 def in_own_memory(held: Held) -> Held:
     """Return a tensor, or a tuple or dataclass of tensors, none of which keeps more memory alive than its own.
 

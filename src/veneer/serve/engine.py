@@ -391,9 +391,12 @@ class Engine:
         while self.pool.going:
             self.runner.unload(self.pool.going[0])
             self.pool.going.popleft()
-        shed, self.scheduler.pages.shed = self.scheduler.pages.shed, []
+        pages = self.scheduler.pages
+        (shed, left), pages.shed, pages.left = (pages.shed, pages.left), [], []
         if shed:
             self.runner.discard(shed)
+        if left:
+            self.runner.release(left)
 
     def _unload(self) -> None:
         self.pool.tidy()

@@ -14,20 +14,23 @@ import psutil
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from veneer.errors import ConfigError, DescriptionError, listed
+from veneer.errors import ConfigError, DescriptionError, TargetError, listed
 from veneer.evaluate.scoring import context_length
+from veneer.model.batch.own_cache import KeptBytes, Way, kept_bytes, proved_way
 from veneer.model.batch.paged import SlotStore, require_pageable
 from veneer.model.coded.quantized_head import quantize_head
 from veneer.model.memory.default_device import default_device
 from veneer.ops.dispatch import kernel_isa
 from veneer.ops.paged_attention import UNIT
 from veneer.plain.field_types import check
+from veneer.plain.units import size
 from veneer.serve.adapters.block_store import BlockStore
 from veneer.serve.engine import Engine
 from veneer.serve.program.interpreter import Interpreter
 from veneer.serve.program.kv_cache import numbers_per_position
 from veneer.serve.requests.checked import EngineSettings
 from veneer.serve.runners.general_runner import GeneralRunner
+from veneer.serve.runners.own_cache_runner import OwnCacheRunner
 from veneer.serve.runners.program_runner import ProgramRunner, proved
 from veneer.serve.runners.runner import Runner
 from veneer.serve.schedule.adapter_pool import AdapterPool
@@ -206,17 +209,23 @@ def start_engine(
         if program_alone
         else _program(loaded, longest, give_up=own, switched_off=options.general_runner)
     )
-    position_bytes = _position_bytes(loaded, interpreter, options.block_size)
-    pages = _pages(loaded, options, position_bytes, longest, contexts_cached)
+    if interpreter is None:
+        way, kept = way_of(loaded)
+    else:
+        way, kept = None, KeptBytes(_position_bytes(loaded, interpreter, options.block_size))
+    pages = _pages(loaded, options, kept, longest, contexts_cached, at_once=way is None)
     if options.max_model_len is None:
-        longest = min(longest, pages.n_pages * pages.block)
+        longest = min(longest, pages.capacity(0))
     limits = Limits(
         max_seqs=options.max_num_seqs, max_batched_tokens=_step_tokens(options, loaded), max_model_len=longest,
         max_waiting=options.max_waiting_requests, max_waiting_tokens=options.max_waiting_tokens,
     )  # fmt: skip
     pool = AdapterPool(options.max_cpu_loras or options.max_loras, options.max_loras, pages)
     scheduler = Scheduler(pages, pool, limits)
-    runner = _runner(loaded, interpreter, pages, _store(model, loaded, options, interpreter), alone=program_alone)
+    store = _store(model, loaded, options, interpreter)
+    runner = (
+        _runner(loaded, interpreter, pages, store, alone=program_alone) if way is None else OwnCacheRunner(loaded, way)
+    )
     settings = EngineSettings(
         vocabulary=vocabulary_of(loaded),
         ending=frozenset(ending_ids(loaded, tokenizer)),
@@ -229,8 +238,9 @@ def start_engine(
         base_names=tuple(dict.fromkeys(filter(None, _names(model, loaded, options)))) if compares_bases else (),
         chat_template=options.chat_template,
         keeps_stats=not options.disable_log_stats,
-        prefix_caching=options.enable_prefix_caching is not False,
+        prefix_caching=options.enable_prefix_caching is not False and way is None,
         speculative=options.speculative(),
+        drafts=way is None,
     )
     return Engine(runner, scheduler, tokenizer, settings)
 
@@ -370,10 +380,27 @@ def _nf4() -> BitsAndBytesConfig:
     return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
 
 
-def _position_bytes(model: PreTrainedModel, interpreter: Interpreter | None, block: int) -> int:
+def way_of(model: PreTrainedModel) -> tuple[Way | None, KeptBytes]:
+    """Return how a model without a program goes on with its sequences, and the bytes that each of them keeps.
+
+    None: its attention runs over pages. Raises TargetError for a model that predicts no next token from token ids.
+    """
+    try:
+        return None, KeptBytes(require_pageable(model))
+    except TargetError as error:
+        way = proved_way(model)
+        kept = kept_bytes(model, way)
+        _LOG.warning(
+            "%s keeps its sequences in transformers' own caches, one each and one pass each, for %s. A sequence takes "
+            "%s and %s a token; after its first pass it computes %s. Requests share no beginnings, and nothing is "
+            "guessed",
+            type(model).__name__, error, size(kept.sequence), size(kept.position), way.value,
+        )  # fmt: skip
+        return way, kept
+
+
+def _position_bytes(model: PreTrainedModel, interpreter: Interpreter, block: int) -> int:
     """Bytes that a position takes in pages; says where these are not the kernels'."""
-    if interpreter is None:
-        return require_pageable(model)
     if block % UNIT and model.device.type == "cpu":
         _LOG.warning(
             "block_size=%d is no multiple of %d: torch computes attention, more slowly than the kernels, and the last "
@@ -384,29 +411,37 @@ def _position_bytes(model: PreTrainedModel, interpreter: Interpreter | None, blo
 
 
 def _pages(
-    model: PreTrainedModel, options: EngineOptions, position_bytes: int, longest: int, contexts_cached: int | None
+    model: PreTrainedModel,
+    options: EngineOptions,
+    kept: KeptBytes,
+    longest: int,
+    contexts_cached: int | None,
+    *,
+    at_once: bool,
 ) -> Pages:
     """As many pages as the requests can need, where memory has room for them, and adapters what is left. On a CPU
-    pages take memory when they are used.
+    pages take memory when they are used; ``at_once``: they take it at the start elsewhere.
     """
-    page_bytes = position_bytes * options.block_size
-    each = -(-longest // options.block_size)
+    block = options.block_size if kept.position else longest
+    page_bytes = kept.position * block or kept.sequence
+    n_fixed = -(-kept.sequence // page_bytes) if kept.position else 0
+    each = -(-longest // block) + n_fixed
     wanted = options.max_num_seqs * each
     room = options.kv_cache_memory_bytes or int(options.gpu_memory_utilization * free_memory(model.device))
-    taken_at_once = model.device.type != "cpu"  # pages that nobody holds have memory there too
+    taken_at_once = at_once and model.device.type != "cpu"  # pages that nobody holds have memory there too
     n_pages = min(wanted, (room - room // _ADAPTERS_SHARE if taken_at_once else room) // page_bytes)
-    if n_pages < 1:
+    if n_pages < 1 + n_fixed:
         raise ConfigError(
-            f"{room} bytes for keys, values and adapters hold no page of {options.block_size} positions, "
-            f"{page_bytes} bytes: give more kv_cache_memory_bytes"
+            f"{room} bytes for keys, values and adapters hold no page of {block} positions, "
+            f"{page_bytes * (1 + n_fixed)} bytes: give more kv_cache_memory_bytes"
         )
     cached = None if contexts_cached is None else contexts_cached * each
     if cached is None and options.kv_cache_memory_bytes is None:  # nobody chose the budget: others need memory too
         cached = max(each, room // _CACHED_SHARE // page_bytes)
     if taken_at_once:  # so adapters get what is beside them, and no page that goes makes room for one
         n_bytes = n_pages + room - n_pages * page_bytes
-        return Pages(n_pages, options.block_size, page_bytes=1, n_bytes=n_bytes, most_cached=cached)
-    return Pages(n_pages, options.block_size, page_bytes=page_bytes, n_bytes=room, most_cached=cached)
+        return Pages(n_pages, block, page_bytes=1, n_bytes=n_bytes, most_cached=cached)
+    return Pages(n_pages, block, page_bytes=page_bytes, n_bytes=room, most_cached=cached, n_fixed=n_fixed)
 
 
 def free_memory(device: torch.device) -> int:

@@ -222,35 +222,61 @@ class PagedModel:
             _STEP.reset(token)
 
 
+# Kinds of layers, by transformers' names, that keep keys and values alone, or nothing.
+PAGED_LAYERS = frozenset({"full_attention", "sliding_attention", "chunked_attention", "moe", "mlp", "dense", "sparse"})
+# What code that has not been written for pages raises on them.
+_UNFIT = (AssertionError, AttributeError, LookupError, NotImplementedError, RuntimeError, TypeError, ValueError)
+
+
+def position_bytes(model: PreTrainedModel, ids: Tensor) -> tuple[int, Tensor]:
+    """Return the bytes of a position in pages, and the logits (n, vocabulary) of n ids that run in two stretches.
+
+    Raises TargetError for a model that does not compute its attention over pages.
+    """
+    n = len(ids)
+    store, chunks, rows = SlotStore(1, n), [], PagedModel(model)
+    try:
+        for start, stop in ((0, n - 4), (n - 4, n)):
+            step = PagedStep.of(store, [Stretch((0,), start, stop - start)], model.device)
+            chunks.append(rows.run(step, ids[start:stop]).logits[:, 0])
+    except _UNFIT as error:
+        raise TargetError(f"its code does not run over pages ({type(error).__name__}: {error})") from error
+    if not store.layers:
+        raise TargetError("its layers put no keys and values into pages")
+    return store.bytes_per_position, torch.cat(chunks)
+
+
+def require_paged_layers(model: PreTrainedModel) -> None:
+    """Raise TargetError if a model's code or its config says that not all it keeps are keys and values in pages."""
+    takes = inspect.signature(model.forward).parameters
+    if model.config.is_encoder_decoder:
+        raise TargetError("it has an encoder")
+    if "position_ids" not in takes or not model._can_set_attn_implementation():
+        raise TargetError("it does not take position_ids, or does not ask transformers' AttentionInterface")
+    kinds = set(getattr(model.config.get_text_config(), "layer_types", None) or ()) - PAGED_LAYERS
+    if kinds:
+        raise TargetError(f"its layers of the kinds {sorted(kinds)} keep more than keys and values")
+    if getattr(model, "_is_stateful", False):
+        raise TargetError("its layers keep more than keys and values")
+
+
 @torch.no_grad()
 def require_pageable(model: PreTrainedModel, n: int = 13) -> int:
     """Return the bytes of a position in pages, after a check on one short sequence that the model supports pages.
 
-    Its logits, in two chunks of rows, are compared with those of the model's own pass. Raises TargetError if they
-    differ, or if the model's attention cannot be routed here.
+    Its logits, in two chunks of rows, are compared with those of the model's own pass. Raises TargetError with the
+    reason if they differ, or if the model keeps more than keys and values.
     """
-    kind = type(model).__name__
-    takes = inspect.signature(model.forward).parameters
-    if model.config.is_encoder_decoder or "position_ids" not in takes or not model._can_set_attn_implementation():
-        raise TargetError(
-            f"{kind} cannot be served: it must be a decoder that takes position_ids and asks transformers' "
-            "AttentionInterface for its attention. Use model.generate()"
-        )
+    require_paged_layers(model)
     ids = torch.arange(n, device=model.device) * 7 % model.config.get_text_config().vocab_size
     with evaluation(model):
         own = model(input_ids=ids[None], use_cache=False).logits[0].float()
-        store, chunks, rows = SlotStore(1, n), [], PagedModel(model)
-        for start, stop in ((0, n - 4), (n - 4, n)):
-            step = PagedStep.of(store, [Stretch((0,), start, stop - start)], model.device)
-            chunks.append(rows.run(step, ids[start:stop]).logits[:, 0].float())
-    error = float((torch.cat(chunks) - own).norm() / own.norm().clamp_min(1e-30))
+        n_bytes, logits = position_bytes(model, ids)
+    error = float((logits.float() - own).norm() / own.norm().clamp_min(1e-30))
     allowed = TOLERANCE.get(model.dtype, TOLERANCE[torch.float32])
-    if not store.layers or not error <= allowed:
-        raise TargetError(
-            f"{kind} cannot be served: one token a row over pages changes its logits by {error:.1e} (allowed "
-            f"{allowed:.0e}). Its layers keep more than keys and values. Use model.generate()."
-        )
-    return store.bytes_per_position
+    if not error <= allowed:
+        raise TargetError(f"one token a row over pages changes its logits by {error:.1e} (allowed {allowed:.0e})")
+    return n_bytes
 
 
 TOLERANCE: Mapping[torch.dtype, float] = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}

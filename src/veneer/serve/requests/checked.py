@@ -33,7 +33,7 @@ class EngineSettings:
     without names none has.
     ``chat_template`` is used for all adapters, in place of their own. If ``keeps_stats``, times and counts are kept.
     If ``prefix_caching``, requests share pages. ``speculative`` is the way in which next tokens are guessed (None: only
-    those are that a form forces).
+    those are that a form forces). ``drafts``: the runner can take tokens back, so that guesses are tried at all.
     """
 
     vocabulary: int
@@ -49,6 +49,7 @@ class EngineSettings:
     keeps_stats: bool = False
     prefix_caching: bool = True
     speculative: SpeculativeConfig | None = None
+    drafts: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,6 +171,8 @@ class Rules:
 
     def draft(self, rule: DrawRule) -> Draft | None:
         """Return the guesses for an answer that is drawn by a rule; None if there can be none."""
+        if not self.settings.drafts:
+            return None
         forced = None if rule.form is None else rule.form.forced
         return Draft(self.settings.speculative, forced) if self.settings.speculative or forced else None
 

@@ -66,14 +66,16 @@ def stored_mix(parts: Parts) -> StoredMix:
     return StoredMix(parts, sum(stored_bytes(folder) for folder, _ in parts))
 
 
-class GeneralRunner(DrawingRunner):
-    """`Runner` on the model itself, which becomes a `PeftModel`; between plans its attention is its own."""
+class OwnCodeRunner(DrawingRunner):
+    """Part of a `Runner` by a model's own code: the model becomes a `PeftModel` and loads the adapters itself."""
 
-    def __init__(self, model: PreTrainedModel, store: SlotStore) -> None:
+    def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
         self.model = become_peft_model(model.eval())
-        self.paged, self.store = PagedModel(model), store
-        self.fronts: dict[str, Front] = {}
+
+    def taken(self, version: str) -> None:
+        """Look at an adapter that the model has loaded. Raises VeneerError if requests cannot take it."""
+        raise NotImplementedError
 
     def read(self, folder: Path) -> StoredFolder:
         """Return the size of an adapter from its files alone: the model itself loads it between plans."""
@@ -97,13 +99,10 @@ class GeneralRunner(DrawingRunner):
         else:
             self.model.load_adapter(adapter.folder, version)
         try:
-            checked(self.model, self.model.adapter_state, (version,), ((), {}))
-            front = self._front(version)
+            self.taken(version)
         except VeneerError:
             self.model.delete_adapter(version)
             raise
-        if front:
-            self.fronts[version] = front
 
     def _load_mix(self, version: str, mix: StoredMix) -> None:
         """Load the parts of a mix, add up, and let them go."""
@@ -127,10 +126,37 @@ class GeneralRunner(DrawingRunner):
     def unload(self, version: str) -> None:
         if version in self.loaded:
             self.model.delete_adapter(version)
-        self.fronts.pop(version, None)
 
     def discard(self, pages: Sequence[int]) -> None:
         """Do nothing: memory of plain tensors cannot be freed page by page."""
+
+    @property
+    def loaded(self) -> frozenset[str]:
+        return frozenset(self.model.peft_config)
+
+    @property
+    def base(self) -> PreTrainedModel:
+        """Model without the adapters' wrapper, as transformers' own class."""
+        return cast(PreTrainedModel, self.model)
+
+
+class GeneralRunner(OwnCodeRunner):
+    """`Runner` on the model itself; between plans its attention is its own."""
+
+    def __init__(self, model: PreTrainedModel, store: SlotStore) -> None:
+        super().__init__(model)
+        self.paged, self.store = PagedModel(model), store
+        self.fronts: dict[str, Front] = {}
+
+    def taken(self, version: str) -> None:
+        checked(self.model, self.model.adapter_state, (version,), ((), {}))
+        front = self._front(version)
+        if front:
+            self.fronts[version] = front
+
+    def unload(self, version: str) -> None:
+        super().unload(version)
+        self.fronts.pop(version, None)
 
     def compute(self, plan: StepPlan, greedy: Collection[str]) -> Computed:
         n_wanted = sum(len(wanted(s)) for s in plan.sequences)
@@ -154,15 +180,6 @@ class GeneralRunner(DrawingRunner):
         with self._routed(names), self._head_for(kept, names) as states:
             logits = cast(Tensor, self.paged.run(step, ids).logits[:, 0])
         return logits, states[0][:, 0]
-
-    @property
-    def loaded(self) -> frozenset[str]:
-        return frozenset(self.model.peft_config)
-
-    @property
-    def base(self) -> PreTrainedModel:
-        """Model without the adapters' wrapper, as transformers' own class."""
-        return cast(PreTrainedModel, self.model)
 
     def _route(self, version: str | None) -> str:
         """The name that a version's rows take: virtual tokens come from pages, their rows are the base's."""

@@ -179,7 +179,7 @@ class ProgramRunner(DrawingRunner):
         folders = adapter.stored.folders
         with self._modules:
             if self.general is None:
-                require_pageable(self.model)
+                _require_pages(self.model)
                 self.general = GeneralRunner(self.model, self.cache.slots())
             for folder in folders:
                 _require_weights(self.model, folder)
@@ -293,6 +293,17 @@ def _piece(sequence: PlannedSequence, greedy: Collection[str]) -> Piece:
 def _page_of(n: int) -> int:
     """A size of page that holds n tokens."""
     return -(-n // UNIT) * UNIT
+
+
+def _require_pages(model: PreTrainedModel) -> None:
+    """Raise TargetError if the general runner cannot share the program's pages."""
+    try:
+        require_pageable(model)
+    except TargetError as error:
+        raise TargetError(
+            f"{type(model).__name__} cannot run this adapter beside its program, in the same pages: {error}. Start "
+            "with general_runner=True"
+        ) from error
 
 
 def _require_weights(model: PreTrainedModel, folder: Path) -> None:

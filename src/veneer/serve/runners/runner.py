@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Hashable, Iterable, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -51,6 +51,9 @@ class Runner(Protocol):
     def discard(self, pages: Sequence[int]) -> None:
         """Free the memory of pages that are not held."""
 
+    def release(self, request_ids: Sequence[Hashable]) -> None:
+        """Free what is kept besides pages for sequences that have let go of theirs; they begin again, or have ended."""
+
     @property
     def loaded(self) -> frozenset[str]:
         """Versions that are loaded."""
@@ -91,6 +94,9 @@ class DrawingRunner(ABC):
 
         The logits are those after the tokens, in the plan's order. They may be computed when a block is asked for.
         """
+
+    def release(self, request_ids: Sequence[Hashable]) -> None:  # noqa: B027
+        """Do nothing: all is in pages."""
 
     def begin(self, request_id: str, rule: DrawRule) -> None:
         self.sampler.begin(request_id, rule)

@@ -18,9 +18,9 @@ class Pages:
     A page takes memory when it is first held, and keeps it for the next holder until others need the bytes. Bytes of
     ``n_bytes`` (None: the size of all pages) that pages do not take can be `lend` to others. A full page that was
     published under a key may be in several tables, and is cached when it is in none; ``most_cached`` pages at most are
-    (None: all). Invariants:
+    (None: all). A holder has ``n_fixed`` pages besides those of its positions. Invariants:
     - A page is free, cached, or in tables; in more than one only if it is published.
-    - A table holds exactly as many pages as its positions need, those of a draft while it is tried.
+    - A table holds exactly as many pages as its positions need, the fixed ones, and those of a draft while it is tried.
     - Who holds a published block holds those before it, under their keys.
     - `grow` and `lend` fail only if pages or bytes are too few, and then change nothing.
     - Pages with memory and lent bytes take at most ``n_bytes``.
@@ -36,14 +36,17 @@ class Pages:
         n_bytes: int | None = None,
         worth: Eviction | None = None,
         most_cached: int | None = None,
+        n_fixed: int = 0,
     ) -> None:
         if n_pages < 1 or block < 1:
             raise ConfigError(f"{n_pages} pages of {block} positions: there must be at least one of each")
-        self.n_pages, self.block, self.page_bytes = n_pages, block, page_bytes
+        self.n_pages, self.block, self.page_bytes, self.n_fixed = n_pages, block, page_bytes, n_fixed
         self.n_bytes = n_pages * page_bytes if n_bytes is None else n_bytes
         self.n_lent = 0
         self.shed: list[int] = []
         """Free pages whose memory others got: the runner is to give it back to the system."""
+        self.left: list[Hashable] = []
+        """Holders that have let go of their pages: the runner is to free what else it keeps for them."""
         self._fresh = list(range(n_pages - 1, -1, -1))  # free, without memory
         self._kept: list[int] = []  # free, with the memory that it had
         self._tables: dict[Hashable, list[int]] = {}
@@ -89,15 +92,16 @@ class Pages:
 
     def needed(self, n_positions: int) -> int:
         """Return the number of pages that ``n_positions`` need."""
-        return -(-n_positions // self.block)
+        return -(-n_positions // self.block) + self.n_fixed if n_positions else 0
 
     def capacity(self, n_lent: int) -> int:
         """Return the number of positions that one holder can have while so many bytes are lent."""
-        return min(self.n_pages, max(0, self.n_bytes - n_lent) // self.page_bytes) * self.block
+        n_pages = min(self.n_pages, max(0, self.n_bytes - n_lent) // self.page_bytes)
+        return max(0, n_pages - self.n_fixed) * self.block
 
     def covers(self, holder: Hashable, n_positions: int) -> bool:
         """Return True if a holder's table covers so many positions."""
-        return len(self._tables.get(holder, ())) * self.block >= n_positions
+        return len(self._tables.get(holder, ())) >= self.needed(n_positions)
 
     def lacking(self, holder: Hashable, n_positions: int, keys: Sequence[bytes] = ()) -> int | None:
         """Return the bytes that others must give back before `grow` succeeds; None if no bytes would help.
@@ -212,6 +216,7 @@ class Pages:
         A tail behind a page that is not published, as after `reset`, is not kept.
         """
         self._change(holder)
+        self.left.append(holder)
         table = self._tables.pop(holder, [])
         if tail is not None and (not tail.n_full or self._cache.page(tail.parent) == table[tail.n_full - 1]):
             page = table.pop(tail.n_full)

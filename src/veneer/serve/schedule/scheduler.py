@@ -64,9 +64,9 @@ class Scheduler:
     """Waiting requests, in the order in which they are admitted, and those in the batch, in that of their admission."""
 
     def __init__(self, pages: Pages, pool: AdapterPool, limits: Limits) -> None:
-        if pages.n_pages * pages.block < limits.max_model_len:
+        if pages.capacity(0) < limits.max_model_len:
             raise ConfigError(
-                f"memory for keys and values holds {pages.n_pages * pages.block} positions, fewer than "
+                f"memory for keys and values holds {pages.capacity(0)} positions, fewer than "
                 f"max_model_len={limits.max_model_len}: lower max_model_len, or raise kv_cache_memory_bytes"
             )
         self.pages, self.pool, self.limits = pages, pool, limits

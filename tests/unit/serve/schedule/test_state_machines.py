@@ -104,13 +104,15 @@ class Serving(RuleBasedStateMachine):
         n_pages=st.integers(6, 14), block=st.integers(2, 5), n_resident=st.sampled_from([None, 1, 2, 3]),
         n_acting=st.sampled_from([None, 1, 2]), max_seqs=st.integers(1, 6), budget=st.integers(1, 9),
         page_bytes=st.integers(3, 17), more_bytes=st.integers(0, 130),
+        n_fixed=st.sampled_from([0, 0, 1, 2]),
     )  # fmt: skip
-    def begin(self, n_pages, block, n_resident, n_acting, max_seqs, budget, page_bytes, more_bytes):
-        self.pages = Pages(n_pages, block, page_bytes=page_bytes, n_bytes=n_pages * page_bytes + more_bytes)
+    def begin(self, n_pages, block, n_resident, n_acting, max_seqs, budget, page_bytes, more_bytes, n_fixed):
+        n_bytes = n_pages * page_bytes + more_bytes
+        self.pages = Pages(n_pages, block, page_bytes=page_bytes, n_bytes=n_bytes, n_fixed=n_fixed)
         self.pool = AdapterPool(n_resident, n_acting, self.pages)
         self.budget, self.with_memory = budget, set[int]()
         self.loaded: dict[str, int] = {}  # what the runner has, with its bytes
-        limits = Limits(max_seqs=max_seqs, max_batched_tokens=budget, max_model_len=n_pages * block)
+        limits = Limits(max_seqs=max_seqs, max_batched_tokens=budget, max_model_len=self.pages.capacity(0))
         self.scheduler, self.arena = Scheduler(self.pages, self.pool, limits), TokenArena(block)
         self.requests: list[Request] = []
         self.salts: dict[str, str | None] = {}

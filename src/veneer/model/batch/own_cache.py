@@ -1,0 +1,176 @@
+"""Sequences by transformers' own caches, one for each, whatever a model's layers keep: keys, states, windows."""
+
+from __future__ import annotations
+
+import copy
+import enum
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from veneer.errors import TargetError
+from veneer.model.batch.paged import TOLERANCE
+from veneer.model.placed.structure import evaluation
+from veneer.model.placed.virtual_tokens import CACHE_NAMES, inner_model
+from veneer.plain.tensor_tree import told_bytes
+
+_CACHES = (*CACHE_NAMES, "cache_params", "state")
+_FEW_PARAMETERS = (
+    100_000_000  # so small a model is proved in float32: what a state adds may be below the rounding of 16 bits
+)
+_CUTS = (9, 4)  # tokens of the proof, in two stretches
+
+
+class Way(enum.Enum):
+    """Way in which a sequence goes on from its cache."""
+
+    AT_ONCE = "its next tokens in one pass"
+    ONE_BY_ONE = "its next tokens one by one"
+    ANEW = "all of its tokens again, as its code keeps no cache that is right"
+
+
+@dataclass(frozen=True, slots=True)
+class KeptBytes:
+    """Bytes that a sequence keeps: for each ``position``, and for the ``sequence`` whatever its length."""
+
+    position: int
+    sequence: int = 0
+
+
+@dataclass(slots=True)
+class Held:
+    """Sequence in progress: its computed ``tokens`` and transformers' ``cache`` of them.
+
+    ``is_whole`` is False after a pass that was interrupted: the cache may hold a part of its tokens.
+    """
+
+    tokens: list[int] = field(default_factory=list)
+    cache: Any = None
+    is_whole: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Extended:
+    """Logits (n, vocabulary) and last hidden states (n, width) of n new tokens; states are empty unless asked for."""
+
+    logits: Tensor
+    states: Tensor
+
+
+class CachingModel:
+    """Model that extends sequences one at a time, each from its own cache."""
+
+    def __init__(self, model: PreTrainedModel, way: Way) -> None:
+        self.model, self.way = model, way
+        taken = inspect.signature(model.forward).parameters
+        self._cache = next((name for name in _CACHES if name in taken), None)
+
+    @torch.no_grad()
+    def extend(self, held: Held, tokens: Sequence[int], *, with_states: bool = False) -> Extended:
+        """Compute the next tokens of a sequence, which then holds them."""
+        states: list[Tensor] = []
+        handle = inner_model(self.model).register_forward_hook(_keep(states)) if with_states else None
+        try:
+            logits = torch.cat([self._pass(held, part) for part in self._parts(held, tokens)])
+        finally:
+            if handle is not None:
+                handle.remove()
+        n = len(tokens)
+        return Extended(logits[-n:], torch.cat(states)[-n:] if states else logits.new_empty(0, 0))
+
+    def _parts(self, held: Held, tokens: Sequence[int]) -> list[Sequence[int]]:
+        alone = self.way is Way.ONE_BY_ONE and bool(held.tokens)
+        return [[token] for token in tokens] if alone else [tokens]
+
+    def _pass(self, held: Held, tokens: Sequence[int]) -> Tensor:
+        """Logits of the next tokens, at the end of those of all that the pass computes."""
+        anew = self.way is Way.ANEW
+        ids = torch.tensor([[*held.tokens, *tokens] if anew else tokens], device=self.model.device)
+        given = {} if held.cache is None or self._cache is None else {self._cache: held.cache}
+        held.is_whole = False
+        output = self.model(input_ids=ids, use_cache=not anew, **given)
+        held.cache = None if anew else output.get(self._cache)
+        held.tokens += tokens
+        held.is_whole = True
+        return cast(Tensor, output.logits)[0]
+
+
+def _keep(states: list[Tensor]) -> Any:
+    def keep(module: nn.Module, args: Any, output: Any) -> None:
+        states.append(output.last_hidden_state[0])
+
+    return keep
+
+
+def proved_way(model: PreTrainedModel) -> Way:
+    """Return the fastest way in which a model extends a sequence rightly: as its pass over the whole sequence does.
+
+    Raises TargetError for a model that computes no logits from token ids alone.
+    """
+    kind = type(model).__name__
+    try:
+        with evaluation(model), torch.no_grad():
+            tried = _in_float32(model)
+            ids = [at * 7 % tried.config.get_text_config().vocab_size for at in range(sum(_CUTS))]
+            own = tried(input_ids=torch.tensor([ids], device=tried.device), use_cache=False).logits[0].float()
+    except (AttributeError, TypeError, ValueError, IndexError) as error:
+        raise TargetError(
+            f"{kind} cannot be served: it computes no logits from token ids alone ({error}). Give a model that "
+            "predicts the next token"
+        ) from error
+    allowed = TOLERANCE.get(tried.dtype, TOLERANCE[torch.float32])
+    return next((way for way in (Way.AT_ONCE, Way.ONE_BY_ONE) if _error(tried, way, ids, own) <= allowed), Way.ANEW)
+
+
+def _in_float32(model: PreTrainedModel) -> PreTrainedModel:
+    """The model, or its copy in float32 where it is small and plain."""
+    parameters = list(model.parameters())
+    plain = all(parameter.is_floating_point() for parameter in parameters)
+    if not plain or model.dtype == torch.float32 or sum(p.numel() for p in parameters) > _FEW_PARAMETERS:
+        return model
+    return copy.deepcopy(model).float()
+
+
+# What code that has not been written for a cache of one of its kinds raises.
+_UNFIT = (AssertionError, AttributeError, LookupError, NotImplementedError, RuntimeError, TypeError, ValueError)
+
+
+def _error(model: PreTrainedModel, way: Way, ids: list[int], own: Tensor) -> float:
+    """The distance of logits that a model computes in stretches from its ``own``, as a share of these."""
+    held, caching = Held(), CachingModel(model, way)
+    first = _CUTS[0]
+    try:
+        with evaluation(model):
+            found = [caching.extend(held, part).logits.float() for part in (ids[:first], ids[first:])]
+    except _UNFIT:
+        return float("inf")
+    if held.cache is None:
+        return float("inf")
+    return float((torch.cat(found) - own).norm() / own.norm().clamp_min(1e-30))
+
+
+def kept_bytes(model: PreTrainedModel, way: Way) -> KeptBytes:
+    """Return the bytes that a sequence keeps, from two short ones.
+
+    Windows count as if they grew with the sequence. A model without values, on the meta device, will do.
+    """
+    if way is Way.ANEW:
+        return KeptBytes(8)
+    short, long = (_bytes_after(model, n) for n in (_SHORT, 2 * _SHORT))
+    position = max(0, -(-(long - short) // _SHORT))
+    return KeptBytes(position, max(0, short - position * _SHORT))
+
+
+_SHORT = 16
+
+
+def _bytes_after(model: PreTrainedModel, n: int) -> int:
+    held = Held()
+    with evaluation(model):
+        CachingModel(model, Way.AT_ONCE).extend(held, [1] * n)
+    return told_bytes(held.cache)

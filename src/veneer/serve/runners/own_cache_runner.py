@@ -1,0 +1,101 @@
+"""Runner of plans by transformers' own caches: for every model whose layers keep more than keys and values.
+
+Each sequence has a cache of its own and takes one pass a step, on which its adapter acts alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Hashable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from veneer.errors import CompositionError
+from veneer.model.adapted.routing import Routing
+from veneer.model.batch.mixed import routed
+from veneer.model.batch.own_cache import CachingModel, Extended, Held, Way
+from veneer.serve.runners.general_runner import OwnCodeRunner
+from veneer.serve.runners.runner import Computed, read, wanted
+from veneer.serve.schedule.step_plan import PlannedSequence, StepPlan
+
+
+@dataclass(slots=True)
+class _Progress:
+    """Sequence in progress, and the version that acted on each of its stretches of tokens."""
+
+    held: Held = field(default_factory=Held)
+    stretches: list[tuple[str | None, tuple[int, ...]]] = field(default_factory=list)
+
+
+class OwnCacheRunner(OwnCodeRunner):
+    """`Runner` on the model itself; pages are counted, and the caches have the memory."""
+
+    def __init__(self, model: PreTrainedModel, way: Way) -> None:
+        super().__init__(model)
+        self.caching = CachingModel(model, way)
+        self._sequences: dict[Hashable, _Progress] = {}
+
+    def taken(self, version: str) -> None:
+        if self.caching.way is Way.ANEW and self.model.peft_config[version].invocation_tokens:
+            raise CompositionError(
+                f"{type(self.model).__name__} computes each sequence anew, and an adapter with invocation tokens acts "
+                "on a part of it: serve another adapter, or generate with the model itself"
+            )
+
+    def release(self, request_ids: Sequence[Hashable]) -> None:
+        for id in request_ids:
+            self._sequences.pop(id, None)
+
+    @property
+    def n_held(self) -> int:
+        """Number of sequences that have a cache."""
+        return len(self._sequences)
+
+    def compute(self, plan: StepPlan, greedy: Collection[str]) -> Computed:
+        logits: list[Tensor] = []
+        hidden: dict[str, Tensor] = {}
+        for sequence in plan.sequences:
+            found = self._extended(sequence)
+            logits.append(found.logits[wanted(sequence)])
+            if read(sequence):
+                hidden[sequence.request_id] = found.states[read(sequence)].cpu()
+        return Computed([torch.cat(logits)], {}, hidden)
+
+    def _extended(self, sequence: PlannedSequence) -> Extended:
+        n_before = sequence.start - sequence.n_front
+        progress = self._sequences.setdefault(sequence.request_id, _Progress()) if n_before else _Progress()
+        if not progress.held.is_whole or len(progress.held.tokens) != n_before:  # a step was interrupted
+            progress = self._again(progress, n_before)
+        self._sequences[sequence.request_id] = progress
+        progress.stretches.append((sequence.version, sequence.tokens))
+        return self._extend(progress.held, sequence.version, sequence.tokens, with_states=sequence.reads_only)
+
+    def _again(self, before: _Progress, n_tokens: int) -> _Progress:
+        """The first tokens of a sequence, computed again."""
+        made = _Progress()
+        for version, tokens in before.stretches:
+            kept = tokens[: n_tokens - len(made.held.tokens)]
+            if kept:
+                made.stretches.append((version, kept))
+                self._extend(made.held, version, kept)
+        return made
+
+    def _extend(self, held: Held, version: str | None, tokens: Sequence[int], *, with_states: bool = False) -> Extended:
+        with self._acting(version):
+            return self.caching.extend(held, tokens, with_states=with_states)
+
+    @contextmanager
+    def _acting(self, version: str | None) -> Iterator[None]:
+        state = self.model.adapter_state
+        if version is None:
+            with state.base_alone():
+                yield
+        elif self.model.peft_config[version].invocation_tokens:  # the scheduler knows where it begins to act
+            with routed(self.model, state, Routing((version,), is_by_token=True)):
+                yield
+        else:
+            with state.only((version,)):
+                yield
