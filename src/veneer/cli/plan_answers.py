@@ -25,7 +25,7 @@ from veneer.plan.plan import as_json as as_plain
 from veneer.plan.plan import count_trained, plan_recipe
 from veneer.plan.processes import copy_sizes
 from veneer.plan.report import MEASURING, Machine, as_yaml, changes_line, draw, fit_table, shown
-from veneer.plan.serving import serving_of
+from veneer.plan.serving import Serving, serving_of
 from veneer.recipe.recipe import Recipe, changed, parse_recipe
 
 
@@ -111,11 +111,25 @@ def answer_serve(recipe: Recipe, config: PreTrainedConfig, memory: int, as_json:
     if as_json:
         typer.echo(json.dumps(facts, indent=2))
         return
-    half = found.adapters(0) // 2
     typer.echo(
         f"base {size(found.base)} of {size(memory)}; {size(found.reserve)} left free, as the engine leaves them;\n"
-        f"{size(found.room)} for keys, values and adapters\n"
-        f"{found.tokens(0):,} tokens, or {found.adapters(0):,} adapters ({size(found.adapter)} each),\n"
+        f"{size(found.room)} for keys, values and adapters\n" + _told_room(found)
+    )
+
+
+def _told_room(found: Serving) -> str:
+    """What fits into the room: tokens or sequences, and adapters beside them."""
+    n_adapters = found.adapters(0)
+    adapters = f"{n_adapters:,} adapters ({size(found.adapter)} each)"
+    if found.sequence:
+        a_token = found.page // found.block
+        return (
+            f"a sequence takes {size(found.sequence)} and {size(a_token)} a token: {found.sequences(2048):,} sequences "
+            f"of 2,048 tokens,\nor {adapters}"
+        )
+    half = n_adapters // 2
+    return (
+        f"{found.tokens(0):,} tokens, or {adapters},\n"
         f"or on the line between: {half:,} adapters and {found.tokens(half):,} tokens"
     )
 

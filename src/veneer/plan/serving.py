@@ -5,15 +5,20 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from veneer.contract import MethodConfig
-from veneer.errors import ConfigError
+from veneer.errors import ConfigError, DescriptionError, TargetError
+from veneer.evaluate.scoring import context_length
+from veneer.model.batch.own_cache import KeptBytes, Way, kept_bytes
+from veneer.model.batch.paged import UNFIT, position_bytes, require_paged_layers
 from veneer.model.blueprint.describe import describe
-from veneer.model.blueprint.parts import Attention
+from veneer.ops.traced import tracing
 from veneer.plain.units import size
-from veneer.plan.model import meta_base
+from veneer.plan.model import CPU, make_traced, meta_base
 from veneer.recipe.parts import ModelPart
+from veneer.serve.program.kv_cache import numbers_per_position
+from veneer.serve.program.program import compile_program
 from veneer.serve.start import EngineOptions
 
 
@@ -22,7 +27,8 @@ class Serving:
     """Bytes of the parts of a server.
 
     ``base``: the model; ``reserve``: left free by the engine; ``room``: for keys, values and adapters; ``page``: a page
-    of ``block`` tokens; ``adapter``: one adapter.
+    of ``block`` tokens, 0 if a token takes nothing; ``sequence``: what each sequence takes beside its tokens;
+    ``adapter``: one adapter.
     """
 
     base: int
@@ -30,11 +36,21 @@ class Serving:
     room: int
     page: int
     block: int
+    sequence: int
     adapter: int
 
-    def tokens(self, n_adapters: int) -> int:
-        """Return the number of tokens that fit with this many adapters, in whole pages."""
-        return max(0, self.room - n_adapters * self.adapter) // self.page * self.block
+    def tokens(self, n_adapters: int) -> int | None:
+        """Return the number of tokens of one sequence that fit with this many adapters, in whole pages; None if any
+        number does.
+        """
+        left = self.room - n_adapters * self.adapter - self.sequence
+        if not self.page:
+            return None if left >= 0 else 0
+        return max(0, left) // self.page * self.block
+
+    def sequences(self, n_tokens: int) -> int:
+        """Return the number of sequences of so many tokens that fit without adapters."""
+        return self.room // max(1, self.sequence + -(-n_tokens // self.block) * self.page)
 
     def adapters(self, n_tokens: int) -> int:
         """Return the number of adapters that fit with this many tokens."""
@@ -61,13 +77,48 @@ def serving_of(
             + ("" if part.quantization != "none" else ": --quantization nf4 keeps its matrices in a quarter")
         )
     value = (torch.bfloat16 if model.dtype not in (torch.float32, torch.float16) else model.dtype).itemsize
-    heads = [block.attention.heads for block in describe(model).blocks if isinstance(block.attention, Attention)]
-    position = sum(2 * h.n_kv_heads * h.head_dim for h in heads) * value
+    kept = kept_in_serving(model, options.block_size)
     return Serving(
         base=base,
         reserve=memory - base - room,
         room=room,
-        page=position * options.block_size,
+        page=kept.position * options.block_size,
         block=options.block_size,
+        sequence=kept.sequence,
         adapter=n_adapter * value,
     )
+
+
+def kept_in_serving(model: PreTrainedModel, block: int) -> KeptBytes:
+    """Return the bytes that a served sequence of a model on the meta device keeps, in pages of ``block`` tokens.
+
+    They are those of its program, of its layers in pages, or of transformers' own cache, as the engine chooses: each is
+    asked for what it keeps on tensors without values. The model has traced tensors from then on.
+
+    Raises ConfigError for a model that computes nothing from token ids alone.
+    """
+    try:
+        program = compile_program(describe(model), context_length(model) or 2048)
+        return KeptBytes(numbers_per_position(program, block, model.dtype, CPU) * model.dtype.itemsize)
+    except DescriptionError:
+        with tracing(), torch.no_grad():
+            make_traced(model)
+            return _of_own_code(model)
+
+
+def _of_own_code(model: PreTrainedModel) -> KeptBytes:
+    try:
+        require_paged_layers(model)
+        return KeptBytes(position_bytes(model, torch.arange(_SHORT))[0])
+    except TargetError:
+        pass
+    try:
+        return kept_bytes(model, Way.AT_ONCE)
+    except UNFIT as error:
+        raise ConfigError(
+            f"{type(model).__name__} keeps something that cannot be counted without its weights ({error}). Start the "
+            "server: it tells the bytes of a sequence and of a token"
+        ) from error
+
+
+_SHORT = 13  # tokens

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from veneer.errors import TargetError
-from veneer.model.batch.paged import TOLERANCE
+from veneer.model.batch.paged import TOLERANCE, UNFIT
 from veneer.model.placed.structure import evaluation
 from veneer.model.placed.virtual_tokens import CACHE_NAMES, inner_model
 from veneer.plain.tensor_tree import told_bytes
@@ -118,7 +118,7 @@ def proved_way(model: PreTrainedModel) -> Way:
             tried = _in_float32(model)
             ids = [at * 7 % tried.config.get_text_config().vocab_size for at in range(sum(_CUTS))]
             own = tried(input_ids=torch.tensor([ids], device=tried.device), use_cache=False).logits[0].float()
-    except (AttributeError, TypeError, ValueError, IndexError) as error:
+    except UNFIT as error:
         raise TargetError(
             f"{kind} cannot be served: it computes no logits from token ids alone ({error}). Give a model that "
             "predicts the next token"
@@ -136,10 +136,6 @@ def _in_float32(model: PreTrainedModel) -> PreTrainedModel:
     return copy.deepcopy(model).float()
 
 
-# What code that has not been written for a cache of one of its kinds raises.
-_UNFIT = (AssertionError, AttributeError, LookupError, NotImplementedError, RuntimeError, TypeError, ValueError)
-
-
 def _error(model: PreTrainedModel, way: Way, ids: list[int], own: Tensor) -> float:
     """The distance of logits that a model computes in stretches from its ``own``, as a share of these."""
     held, caching = Held(), CachingModel(model, way)
@@ -147,7 +143,7 @@ def _error(model: PreTrainedModel, way: Way, ids: list[int], own: Tensor) -> flo
     try:
         with evaluation(model):
             found = [caching.extend(held, part).logits.float() for part in (ids[:first], ids[first:])]
-    except _UNFIT:
+    except UNFIT:
         return float("inf")
     if held.cache is None:
         return float("inf")

@@ -224,8 +224,8 @@ class PagedModel:
 
 # Kinds of layers, by transformers' names, that keep keys and values alone, or nothing.
 PAGED_LAYERS = frozenset({"full_attention", "sliding_attention", "chunked_attention", "moe", "mlp", "dense", "sparse"})
-# What code that has not been written for pages raises on them.
-_UNFIT = (AssertionError, AttributeError, LookupError, NotImplementedError, RuntimeError, TypeError, ValueError)
+# What code that has not been written for pages, or for a cache of one of its kinds, raises on them.
+UNFIT = (AssertionError, AttributeError, LookupError, NotImplementedError, RuntimeError, TypeError, ValueError)
 
 
 def position_bytes(model: PreTrainedModel, ids: Tensor) -> tuple[int, Tensor]:
@@ -239,7 +239,7 @@ def position_bytes(model: PreTrainedModel, ids: Tensor) -> tuple[int, Tensor]:
         for start, stop in ((0, n - 4), (n - 4, n)):
             step = PagedStep.of(store, [Stretch((0,), start, stop - start)], model.device)
             chunks.append(rows.run(step, ids[start:stop]).logits[:, 0])
-    except _UNFIT as error:
+    except UNFIT as error:
         raise TargetError(f"its code does not run over pages ({type(error).__name__}: {error})") from error
     if not store.layers:
         raise TargetError("its layers put no keys and values into pages")
