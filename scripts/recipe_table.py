@@ -112,7 +112,7 @@ def told(kind: Any) -> str:
 
 
 def _adapter(said: Mapping[str, str]) -> list[str]:
-    methods = named_methods()
+    methods = dict(sorted(named_methods().items()))  # whatever was imported first
     names = ", ".join(f"`{name}`" for name in method_names())
     found = [
         f"`method` is one of {names}; the other keys are the fields of that method's config, and `{FULL}` has none. "

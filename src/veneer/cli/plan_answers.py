@@ -22,7 +22,7 @@ from veneer.plan.architecture import config_of
 from veneer.plan.fit import fits, loadable
 from veneer.plan.layout import Ranks, rank_facts, told_ranks
 from veneer.plan.plan import as_json as as_plain
-from veneer.plan.plan import count_trained, plan_recipe
+from veneer.plan.plan import count_trained, left_out_experts, plan_recipe
 from veneer.plan.processes import copy_sizes
 from veneer.plan.report import MEASURING, Machine, as_yaml, changes_line, draw, fit_table, shown
 from veneer.plan.serving import Serving, serving_of
@@ -136,7 +136,8 @@ def _told_room(found: Serving) -> str:
 
 def answer_advice(recipe: Recipe, config: PreTrainedConfig, given: tuple[str, int, int], as_json: bool) -> None:
     """Print the advised settings. ``given``: task, rows, and trained tokens of a row."""
-    found = advise(*given, count_trained(changed(recipe, {"adapter": ADVISED}), config))
+    advised = changed(recipe, {"adapter": ADVISED})
+    found = advise(*given, count_trained(advised, config), left_out_experts(advised, config))
     waiting_over()
     if as_json:
         typer.echo(json.dumps([asdict(each) for each in found], indent=2))

@@ -54,7 +54,7 @@ class LoraConfig(LoraSettings):
     replace the base's. A head tied to the embeddings uses them too. Only these rows are on disk.
     ``target_parameters``: parameters that no linear layer holds, by the ends of their paths, such as
     "experts.gate_up_proj". They are matrices (o, i), or experts' stacked (E, o, i), each expert with factors of its
-    own.
+    own. "all-experts" stands for all stacks of experts.
     ``ensure_weight_tying`` applies if modules share the input embeddings' weight (a tied head) and one of them is
     adapted or trained whole. Then all of them share one adapter or one copy: ΔW at the embeddings, ΔWᵀ at the head.
     ``use_bdlora``: A or B of the layers that a `BdLoraConfig` names are block-diagonal.

@@ -74,6 +74,11 @@ def base_of(cls: type) -> type[nn.Module]:
     return cast("type[nn.Module]", _generated(cls).__bases__[1])
 
 
+def plain_class(cls: type) -> type[nn.Module]:
+    """Return the class that a module of this class had before any mixin, or other library's class, was in front."""
+    return _without_generated(cls) if any(_MADE_HERE in vars(each) for each in cls.__mro__) else cls
+
+
 def mixin_of(cls: type) -> type[InPlace]:
     """Return the mixin that a generated class was made with."""
     return cast("type[InPlace]", _generated(cls).__bases__[0])

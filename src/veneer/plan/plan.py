@@ -8,13 +8,16 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
+from veneer.contract import LinearMethod
 from veneer.errors import ConfigError
+from veneer.model.snapshot.experts import told_experts
+from veneer.model.snapshot.snapshot import look_at
 from veneer.ops.traced import tracing
 from veneer.plan.architecture import config_of
 from veneer.plan.depth import Pattern, between, line, pattern_of, peaks_by_place
 from veneer.plan.live import Peak
 from veneer.plan.losses import ROWS, require_planned
-from veneer.plan.model import adapter_of, shortened, traced_model
+from veneer.plan.model import adapter_of, meta_base, shortened, traced_model
 from veneer.plan.step import Batch
 from veneer.plan.trace import SCRATCH, Shallow, trace
 from veneer.plan.work import Work
@@ -123,6 +126,14 @@ def count_trained(recipe: Recipe, config: PreTrainedConfig) -> int:
     with tracing():
         model = traced_model(config, recipe.model, adapter_of(recipe))
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def left_out_experts(recipe: Recipe, config: PreTrainedConfig) -> str | None:
+    """Return a line about the stacks of experts that a recipe's adapter leaves out; None if it leaves out none."""
+    adapter = adapter_of(recipe)
+    if not isinstance(adapter, LinearMethod):
+        return None
+    return told_experts(look_at(meta_base(config, recipe.model, prepared=False, frozen=False)), adapter)
 
 
 def _deepened(traces: list[Shallow], pattern: Pattern, recipe: Recipe, batch: Batch, config: PreTrainedConfig) -> Plan:

@@ -11,6 +11,8 @@ from veneer.recipe.known import KnownMethod
 
 FULL = "full"
 FROM = "from"  # the place of a saved adapter that is trained on
+EXPERTS = "experts"  # true: the stacks of experts are adapted too
+_ALL_EXPERTS = "all-experts"
 
 
 def method_of(adapter: Mapping[str, Any]) -> str:
@@ -34,7 +36,7 @@ def adapter_problems(adapter: Mapping[str, Any], methods: Mapping[str, KnownMeth
     rest = fields_of(adapter)
     if method == FULL:
         return [f"adapter.{key}: method full trains the whole model and has no settings" for key in rest]
-    named, found = methods[method], list[str]()
+    named, found = methods[method], _problems_of_experts(adapter)
     given = typed(named.keys, rest, found, "adapter.", lambda key: _advice(key, method, methods), ("method", FROM))
     found += missing(named.keys, rest, "adapter.")
     return found + [
@@ -76,6 +78,16 @@ def _of_others(key: str, method: str, methods: Mapping[str, KnownMethod]) -> str
     return f"; method {method} has no such setting, it is one of {', '.join(owners)}: leave it out" if owners else ""
 
 
+def _problems_of_experts(adapter: Mapping[str, Any]) -> list[str]:
+    given = adapter.get(EXPERTS)
+    if given is None or isinstance(given, bool):
+        return []
+    return [f"adapter.experts: {given!r} must be true (stacks of experts are adapted too) or false"]
+
+
 def fields_of(adapter: Mapping[str, Any]) -> dict[str, Any]:
     """Return the fields of a config that an ``adapter`` part gives."""
-    return {key: value for key, value in adapter.items() if key != "method"}
+    fields = {key: value for key, value in adapter.items() if key not in ("method", EXPERTS)}
+    if adapter.get(EXPERTS) is True:
+        fields["target_parameters"] = [*(fields.get("target_parameters") or ()), _ALL_EXPERTS]
+    return fields

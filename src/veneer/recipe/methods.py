@@ -114,7 +114,7 @@ def saved_config(adapter: Mapping[str, Any]) -> MethodConfig:
     for key, value in given.items():
         saved = getattr(config, key)
         if "dropout" not in key and _plain(value) != _plain(saved):
-            problems.append(f"adapter.{key}: {adapter[key]!r} here, {_plain(saved)!r} in {place}")
+            problems.append(f"adapter.{key}: {adapter.get(key, value)!r} here, {_plain(saved)!r} in {place}")
     if problems:
         raise ConfigError(not_that_adapter(problems))
     return replace(config, **{key: value for key, value in given.items() if "dropout" in key})

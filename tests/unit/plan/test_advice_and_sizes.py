@@ -43,6 +43,12 @@ def test_the_reasons_name_the_numbers_that_they_lead_to(task: str, n_rows: int) 
     assert ("read once" if task == "pretraining" else "3 epochs up to 5,000, 2 up to 50,000, 1 above") in epochs.reason
 
 
+def test_experts_that_are_left_out_take_the_confidence_from_the_targets() -> None:
+    whole, cut = ({a.key: a for a in advise("math", 7, 11, 13, left)} for left in (None, "the experts are not adapted"))
+    assert [each["adapter.target_modules"].confidence for each in (whole, cut)] == ["high", "low"]
+    assert "here the experts are not adapted" in cut["adapter.target_modules"].reason
+
+
 def test_unknown_tasks_and_counts_are_told_at_once() -> None:
     with pytest.raises(ConfigError, match=r"(?s)--task 'chat'.*--rows=0 must be at least 1"):
         advise("chat", 0, 1, 1)

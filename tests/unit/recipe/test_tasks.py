@@ -181,3 +181,16 @@ def test_another_method_goes_on_under_its_own_name(tmp_path):
     recipe = parse_recipe(values("sft", adapter={"from": str(tmp_path)}))
     assert recipe.method == "ia3"
     assert recipe.training_config().learning_rate == IA3Config.usual_learning_rate
+
+
+def test_experts_are_named_by_one_key() -> None:
+    def adapter(**given: object) -> object:
+        recipe = {"model": {"source": "m"}, "data": {"train": "t.jsonl"}, "adapter": given, "output": "o"}
+        return parse_recipe(recipe).adapter_config()
+
+    assert adapter(experts=True) == LoraConfig(target_modules="all-linear", target_parameters=["all-experts"])
+    both = adapter(experts=True, target_modules=["q_proj"], target_parameters=["gate.weight"])
+    assert both == LoraConfig(target_modules=["q_proj"], target_parameters=["gate.weight", "all-experts"])
+    assert adapter(experts=False) == adapter()
+    with pytest.raises(ConfigError, match=r"adapter.experts: 'all' must be true \(stacks of experts"):
+        adapter(experts="all")

@@ -20,6 +20,7 @@ from veneer.model.adapted.site import Adapted, TiedFactors, factors_of
 from veneer.model.coded.frozen_weight import frozen_weight
 from veneer.model.coded.module import CodedModule
 from veneer.model.cut_weight import read_whole, whole
+from veneer.model.inplace import plain_class
 from veneer.ops.dropout import Mask, dropout
 from veneer.ops.grouped_low_rank import AdapterRuns
 from veneer.ops.linear.layer import LinearLayer
@@ -461,5 +462,13 @@ def row_squares(matrix: Tensor) -> Tensor:
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Return True if a method for linear layers can adapt this module."""
-    return isinstance(module, (nn.Linear, Conv1D)) or hasattr(module, "frozen_format")
+    """Return True if a method for linear layers can adapt this module.
+
+    A subclass with a forward of its own is another function of its weight: some routers return several tensors.
+    """
+    if hasattr(module, "frozen_format"):
+        return True
+    return isinstance(module, (nn.Linear, Conv1D)) and plain_class(type(module)).forward in _FORWARDS
+
+
+_FORWARDS = (nn.Linear.forward, Conv1D.forward)

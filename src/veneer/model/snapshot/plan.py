@@ -20,6 +20,7 @@ from veneer.model.adapted.token_rows import RowPlace, row_places
 from veneer.model.adapted.tying import followers_of, unused_tie
 from veneer.model.blueprint.names import TASK_HEADS
 from veneer.model.blueprint.roles import names_for
+from veneer.model.snapshot.experts import told_experts, with_experts
 from veneer.model.snapshot.snapshot import Snapshot, shortest_names
 from veneer.plain.module_names import matches_any
 from veneer.records.sites import LinearSite
@@ -70,7 +71,8 @@ def plan_layers(snapshot: Snapshot, config: LinearMethod, fresh: bool) -> Attach
 
     ``fresh``: the adapter is new, and every setting must have an effect; a saved one is accepted unchanged.
     """
-    config = named(snapshot, on_base(snapshot, config))
+    takes_all = _takes_all_linear(config)
+    config = named(snapshot, with_experts(snapshot, on_base(snapshot, config)))
     modules, tied = snapshot.modules, snapshot.tied
     targets, followers = followers_of(tied, config, targets_of(snapshot, config))
     outward = tuple(f"{path}.{OUT_PROJECTION}" for path in targets if snapshot.kinds[path].name == "attention")
@@ -87,6 +89,9 @@ def plan_layers(snapshot: Snapshot, config: LinearMethod, fresh: bool) -> Attach
     )
     sites = snapshot.sites(plan.targets)
     _require_accepted(snapshot, config, plan, sites, fresh)
+    left = told_experts(snapshot, config) if fresh and takes_all else None
+    if left is not None:
+        log.warning("%s", left)
     whole = (path for path, keys in copied.items() if "weight" in keys)
     rows = row_places(modules, tied, config.extras, {*plan.layers, *followers, *whole})
     return replace(plan, config=config.for_sites(sites, Known(names=left_out(snapshot, config))), rows=rows)
@@ -128,9 +133,13 @@ def named(snapshot: Snapshot, config: LinearMethod) -> LinearMethod:
     """Return the config with default targets filled in: its own defaults, or ``"all-linear"`` as names."""
     if config.target_modules is None and not config.extras.parameters:
         return replace(config, target_modules=_default_targets(snapshot, config))
-    if isinstance(config.target_modules, str) and config.target_modules.lower() == ALL_LINEAR:
+    if _takes_all_linear(config):
         return replace(config, target_modules=shortest_names(snapshot.index(), targets_of(snapshot, config)))
     return config
+
+
+def _takes_all_linear(config: LinearMethod) -> bool:
+    return isinstance(config.target_modules, str) and config.target_modules.lower() == ALL_LINEAR
 
 
 def left_out(snapshot: Snapshot, config: LinearMethod) -> dict[str, Names]:
