@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig, Phi3Config
+from transformers import Ernie4_5_MoeConfig, FlexOlmoConfig, LlamaConfig, Phi3Config
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from veneer.model.blueprint.describe import describe_config
@@ -57,3 +57,9 @@ def test_a_share_of_a_head_that_is_no_whole_number_of_pairs_is_not_described() -
     config = LlamaConfig(**SIZES, **rope({"partial_rotary_factor": 0.5}))
     (first, *_) = describe_config(config).strange
     assert first.reason == "its partial_rotary_factor=0.5 turns 7 of 14 numbers"
+
+
+def test_neighbouring_pairs_are_seen_in_the_code_of_types_that_are_not_listed():
+    mixture = Ernie4_5_MoeConfig(**WIDE, moe_num_experts=3, moe_k=2, moe_intermediate_size=20)
+    assert rotary_of(mixture).interleaved
+    assert not rotary_of(FlexOlmoConfig(**WIDE, num_experts=3, num_experts_per_tok=2)).interleaved
