@@ -8,7 +8,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from veneer.adapters.lifecycle import attached_as
 from veneer.adapters.peft_model import get_peft_model
@@ -23,6 +23,7 @@ from veneer.recipe.recipe import Recipe
 from veneer.store.gguf.blocks import parameters_of
 from veneer.store.gguf.in_place import why_not_in_blocks
 from veneer.store.in_blocks import put_in_blocks
+from veneer.store.kinds import auto_class
 from veneer.store.named import file_of
 from veneer.store.quantization_config import QuantizationConfig
 from veneer.store.quantizer import VeneerQuantizer
@@ -56,12 +57,13 @@ def meta_base(
 
     A base that is not ``frozen`` is dense.
 
-    Raises ConfigError if transformers makes no causal language model of the config.
+    Raises ConfigError if transformers makes no model of the config that predicts the next token.
     """
+    kind = auto_class(part.source, config.to_dict())
     dtype = getattr(torch, part.dtype) if part.dtype != "auto" else config.dtype or torch.float32
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+            model = kind.from_config(config, dtype=dtype)
     except (ImportError, KeyError, ValueError) as error:
         reason = str(error).strip().partition("\n")[0][:150]
         raise ConfigError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from contextlib import nullcontext
 from pathlib import Path
@@ -30,6 +31,7 @@ from veneer.store.gguf.blocks import described_file
 from veneer.store.gguf.model import converted_folder, folder_of_file
 from veneer.store.hub import on_hub
 from veneer.store.in_blocks import load_in_blocks
+from veneer.store.kinds import auto_class
 from veneer.store.named import folder_of
 from veneer.store.quantizer import watch_loading
 from veneer.store.stored_quantization import stored_quantization
@@ -85,8 +87,8 @@ def load_model(
     ``each_block`` takes the blocks while the model is loaded, each once its weights are there. With a CUDA ``device``
     each weight goes there as it is read (blocks of a GGUF file: at the end), so that host memory never holds the model.
 
-    Raises the errors of `resolve`, FormatError if weights are damaged or missing, and ConfigError for an unknown dtype.
-    Raises OutOfMemoryError if the process may not allocate the memory.
+    Raises the errors of `resolve` and `auto_class`, FormatError if weights are damaged or missing, and ConfigError for
+    an unknown dtype. Raises OutOfMemoryError if the process may not allocate the memory.
     """
     place, file = resolve(source), None
     if isinstance(place, Path) and (file := described_file(place)) is not None and (quantization or gguf == "dense"):
@@ -96,7 +98,7 @@ def load_model(
     if quantization is None and isinstance(place, Path):
         quantization = stored_quantization(place)
     options: dict[str, Any] = {} if quantization is None else {"quantization_config": quantization}
-    kind = AutoModelForSequenceClassification if scores else AutoModelForCausalLM
+    kind = AutoModelForSequenceClassification if scores else _auto_class(source, place)
     options |= {"num_labels": 1} if scores else {}
     options |= _straight_to(device)
     if each_block is not None:
@@ -126,6 +128,13 @@ def load_model(
     if quantization is None:
         model.__dict__.pop("hf_device_map", None)  # a mark of models that no trainer may move
     return cast(PreTrainedModel, model if device is None else model.to(device)).eval()
+
+
+def _auto_class(source: str | os.PathLike[str], place: Path | str) -> Any:
+    """The class that loads a model; that of a hub id is not known before its files are here."""
+    if isinstance(place, str):
+        return AutoModelForCausalLM
+    return auto_class(source, json.loads((place / "config.json").read_text(encoding="utf-8")))
 
 
 def _straight_to(device: str | torch.device | None) -> dict[str, Any]:
