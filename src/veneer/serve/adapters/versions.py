@@ -14,6 +14,7 @@ from veneer.contract.file import CONFIG_FILE, WEIGHTS_FILE
 from veneer.contract.source import adapter_folder
 from veneer.disk.stamp import stamp_of
 from veneer.errors import CompositionError, ConfigError, FormatError
+from veneer.model.blueprint.names import TASK_HEADS
 from veneer.plain.lru import LruCache
 from veneer.serve.schedule.adapter_version import AdapterVersion
 from veneer.serve.schedule.lora_request import LoRARequest
@@ -123,6 +124,11 @@ class Versions:
             raise CompositionError(
                 f"the adapter in {folder} ({config.peft_type}) depends on the whole of a sequence, which the engine "
                 "computes in parts: generate with the model itself"
+            )
+        if config.task_type in TASK_HEADS:
+            raise CompositionError(
+                f"the adapter in {folder} has a head of its own (task_type {config.task_type}), and requests are "
+                "answered with tokens: load it on the model of its task (AutoPeftModel) and run that"
             )
         if config.n_tasks > 1:
             raise CompositionError(

@@ -11,6 +11,7 @@ import pytest
 from tests.unit.serve.conftest import byte_tokenizer, make_model
 
 from veneer import LoraConfig, LoRARequest
+from veneer.errors import CompositionError
 from veneer.serve.adapters import versions
 from veneer.serve.adapters.versions import Versions
 from veneer.serve.program import effects
@@ -76,3 +77,10 @@ def test_the_tokenizers_of_few_folders_are_remembered(folders, monkeypatch):
         byte_tokenizer().save_pretrained(folder)
         found.of(LoRARequest("x", 1, str(folder)))
     assert list(found._keys) == folders[1:]
+
+
+def test_an_adapter_with_a_head_is_refused_with_what_runs_it(folders):
+    config = folders[0] / "adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"task_type": "SEQ_CLS"}))
+    with pytest.raises(CompositionError, match=r"has a head of its own \(task_type SEQ_CLS\).*AutoPeftModel"):
+        Versions().of(LoRARequest("a", 1, str(folders[0])))
