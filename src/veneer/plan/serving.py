@@ -13,12 +13,12 @@ from veneer.evaluate.scoring import context_length
 from veneer.model.batch.own_cache import KeptBytes, Way, kept_bytes
 from veneer.model.batch.paged import UNFIT, position_bytes, require_paged_layers
 from veneer.model.blueprint.describe import describe
+from veneer.model.program.program import compile_program
 from veneer.ops.traced import tracing
 from veneer.plain.units import size
 from veneer.plan.model import CPU, make_traced, meta_base
 from veneer.recipe.parts import ModelPart
 from veneer.serve.program.kv_cache import numbers_per_position
-from veneer.serve.program.program import compile_program
 from veneer.serve.start import EngineOptions
 
 
