@@ -10,6 +10,7 @@ found in ``.hypothesis`` and prints it; with ``CI`` set it draws the same exampl
 """
 
 import gc
+import multiprocessing
 import os
 import re
 import signal
@@ -21,6 +22,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+import looping
 from known_machine import know_the_machine
 from sampling import mark_full, without_repeats
 from shapes import check_shapes
@@ -43,6 +45,8 @@ CHECKED = [
 
 check_shapes([f"veneer.{name}" for name in CHECKED])
 
+LONG = tuple(f"tests/{folder}/" for folder in ("e2e", "unit/train", "unit/plan", "unit/bench"))
+"""Folders of tests that take seconds each: they come first, so that no process waits for one at the end."""
 SHARED = 100_000  # objects: imported modules and collected tests alone are several times as many
 
 
@@ -74,9 +78,20 @@ def pytest_fixture_setup(fixturedef):
         torch.set_rng_state(state)
 
 
+def pytest_generate_tests(metafunc):
+    if not hasattr(metafunc.module, "OP"):  # tests of an op have back ends too: tests/unit/ops/conftest.py
+        looping.parametrize(metafunc)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_pyfunc_call(pyfuncitem):
+    return looping.run(pyfuncitem) or None
+
+
 @pytest.hookimpl(tryfirst=True)  # before -m looks at the marks
 def pytest_collection_modifyitems(config, items):
     items[:], left = without_repeats(items)
+    items.sort(key=lambda item: not item.nodeid.startswith(LONG))
     config.hook.pytest_deselected(items=left)
     mark_full(items)
 
@@ -90,6 +105,8 @@ def shared_is_frozen():
 
 
 def pytest_unconfigure():
+    for process in multiprocessing.active_children():
+        process.kill()  # what a failed test left running: Python would wait for its end
     gc.unfreeze()  # what is frozen when Python ends counts as leaked
 
 

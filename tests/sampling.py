@@ -11,6 +11,8 @@ from collections import defaultdict
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
+import looping
+
 
 def without_repeats(items: Sequence[Any]) -> tuple[list[Any], list[Any]]:
     """Return the cases to run, and those in Triton's interpreter of which every two values meet in others."""
@@ -52,8 +54,8 @@ def _given(item: Any) -> dict[str, int]:
 def _given_together(item: Any) -> dict[tuple[str, ...], tuple[int, ...]]:
     """As `_given`; parameters that one decorator gives are one."""
     given, found = _given(item), {}
-    for mark in item.iter_markers("parametrize"):
-        names = mark.args[0].replace(",", " ").split() if isinstance(mark.args[0], str) else mark.args[0]
+    for mark in (mark for name in ("parametrize", "looped") for mark in item.iter_markers(name)):
+        names = looping.names_of(mark)
         found[tuple(names)] = tuple(given.pop(name) for name in names)
     return found | {(name,): (value,) for name, value in given.items()}
 

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 import jaxtyping
 import pytest
 
+import looping
 from interpreter import mended_interpreter
 from veneer.ops.cpu.module import kernels
 from veneer.ops.dispatch import backends
@@ -13,8 +14,9 @@ from veneer.ops.dispatch import backends
 
 def pytest_generate_tests(metafunc):
     op = getattr(metafunc.module, "OP", None)
-    if op is not None and "backend" in metafunc.fixturenames:
-        metafunc.parametrize("backend", backends_of(op, metafunc.definition), indirect=True)
+    if op is not None:
+        run_on = backends_of(op, metafunc.definition) if "backend" in metafunc.fixturenames else []
+        looping.parametrize(metafunc, run_on)
 
 
 def backends_of(op, test):

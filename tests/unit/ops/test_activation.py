@@ -19,9 +19,9 @@ TORCH = {
 }
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("shape", [(1, 1), (3, 17), (2, 3, 131)])
+@pytest.mark.looped("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.looped("kind", KINDS)
+@pytest.mark.looped("shape", [(1, 1), (3, 17), (2, 3, 131)])
 def test_value_and_gradient(shape, kind, dtype, backend):
     generator = torch.Generator().manual_seed(shape[-1])
     x, dy = (torch.randn(2, *shape, generator=generator, dtype=torch.float64) * 4).to(dtype)

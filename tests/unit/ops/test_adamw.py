@@ -26,9 +26,9 @@ def copied(moments: tuple[Moment8bit, Moment8bit]) -> tuple[Moment8bit, Moment8b
     return tuple(Moment8bit(m.codes.clone(), m.absmax.clone()) for m in moments)
 
 
-@pytest.mark.parametrize("param_dtype", DTYPES)
-@pytest.mark.parametrize("grad_dtype", DTYPES)
-@pytest.mark.parametrize(("shape", "step"), [((5,), 1), ((3, 257), 7), ((67, 71), 3)])
+@pytest.mark.looped("param_dtype", DTYPES)
+@pytest.mark.looped("grad_dtype", DTYPES)
+@pytest.mark.looped(("shape", "step"), [((5,), 1), ((3, 257), 7), ((67, 71), 3)])
 def test_equals_the_reference(shape, step, param_dtype, grad_dtype, backend):
     torch.manual_seed(step)
     param, grad = torch.randn(shape).to(param_dtype), (torch.randn(shape) ** 5 * 1e-2).to(grad_dtype)

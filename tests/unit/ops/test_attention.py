@@ -75,8 +75,8 @@ CASES = [
 SHORTER = {201: [0, 5, 5, 6, 71], 131: [0, 77, 79], 150: [0, 35, 78], 100: [0, 49, 58], 333: [0, 133]}
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("case", CASES, ids=lambda c: str(c[1:4]))
+@pytest.mark.looped("dtype", DTYPES)
+@pytest.mark.looped("case", CASES)
 def test_output_and_gradients(case, dtype, backend):
     bounds, q_heads, kv_heads, head_dim, options = case
     if backend == "triton" and dtype == torch.float32:

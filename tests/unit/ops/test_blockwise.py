@@ -19,9 +19,9 @@ def test_the_dynamic_map_is_that_of_bitsandbytes(signed):
     assert torch.equal(dynamic_map(signed), bnb.create_dynamic_map(signed))
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("signed", [True, False])
-@pytest.mark.parametrize(("n", "block_size"), [(1, 256), (255, 256), (1000, 256), (1031, 61)])
+@pytest.mark.looped("dtype", DTYPES)
+@pytest.mark.looped("signed", [True, False])
+@pytest.mark.looped(("n", "block_size"), [(1, 256), (255, 256), (1000, 256), (1031, 61)])
 def test_each_value_takes_the_nearest_code(n, block_size, signed, dtype, backend):
     torch.manual_seed(n)
     x = torch.randn(n) ** 3

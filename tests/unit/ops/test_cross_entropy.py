@@ -45,10 +45,10 @@ def results(function, hidden, weight, bias, dtype):
     return [loss.detach(), *torch.autograd.grad(loss, leaves, torch.tensor(1.7, dtype=loss.dtype))]
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("softcap", "scale"), [(None, 1.0), (3.0, 1.0), (3.0, 0.37), (None, 1.9)])
-@pytest.mark.parametrize("num_items", [None, 37])
-@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.looped("dtype", DTYPES)
+@pytest.mark.looped(("softcap", "scale"), [(None, 1.0), (3.0, 1.0), (3.0, 0.37), (None, 1.9)])
+@pytest.mark.looped("num_items", [None, 37])
+@pytest.mark.looped("with_bias", [False, True])
 def test_loss_and_gradients_over_chunks(with_bias, num_items, softcap, scale, dtype, backend):
     hidden, weight, bias, labels = draw()
     hidden, weight, bias = hidden.to(dtype), weight.to(dtype), bias.to(dtype) if with_bias else None
@@ -66,8 +66,8 @@ def test_loss_and_gradients_over_chunks(with_bias, num_items, softcap, scale, dt
         assert (got.double() - truth).abs().max() <= allowed, name
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", [(1, 1), (3, 2), (5, 1031), (2, 17)])
+@pytest.mark.looped("dtype", DTYPES)
+@pytest.mark.looped("shape", [(1, 1), (3, 2), (5, 1031), (2, 17)])
 def test_rows_of_logits(shape, dtype, backend):
     generator = torch.Generator().manual_seed(7)
     logits = (torch.randn(shape, generator=generator) * 5).to(dtype)

@@ -48,11 +48,11 @@ FORMS = {
 }
 
 
-@pytest.mark.parametrize("n", N_ROWS)
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("transposed", [False, True])
-@pytest.mark.parametrize("add", [True, False])
-@pytest.mark.parametrize("name", FORMS)
+@pytest.mark.looped("n", N_ROWS)
+@pytest.mark.looped("dtype", DTYPES)
+@pytest.mark.looped("transposed", [False, True])
+@pytest.mark.looped("add", [True, False])
+@pytest.mark.looped("name", FORMS)
 def test_rows_are_mapped_by_the_matrix(name, add, transposed, dtype, n, backend):
     form = FORMS[name]
     matrix = matrix_of(form).double()
@@ -64,9 +64,9 @@ def test_rows_are_mapped_by_the_matrix(name, add, transposed, dtype, n, backend)
     assert ((y.double() - expected).abs() <= 2e-6 * size + torch.finfo(dtype).eps * expected.abs()).all()
 
 
-@pytest.mark.parametrize("n", N_ROWS)
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", FORMS)
+@pytest.mark.looped("n", N_ROWS)
+@pytest.mark.looped("dtype", DTYPES)
+@pytest.mark.looped("name", FORMS)
 def test_gradients_are_those_of_the_matrix(name, dtype, n, backend):
     form = FORMS[name]
     o, i = shape_of(form)
@@ -127,8 +127,8 @@ def hadamard(o, i, r, dtype):
 SIZES = [(1, 1, 1), (77, 53, 5), (129, 96, 16), (17, 31, 3), (1100, 21, 3)]  # beyond a piece, and 16 pieces
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("o", "i", "r"), SIZES)
+@pytest.mark.looped("dtype", DTYPES)
+@pytest.mark.looped(("o", "i", "r"), SIZES)
 def test_entries_are_those_of_the_weight_times_the_factors(o, i, r, dtype, backend):
     form, weight = hadamard(o, i, r, dtype)
     exact = weight.double() * (form.second.double() @ form.values.double())
@@ -139,8 +139,8 @@ def test_entries_are_those_of_the_weight_times_the_factors(o, i, r, dtype, backe
     assert ((made.double() - exact).abs() <= 1e-6 * size + kind.eps * exact.abs().clamp_min(kind.smallest_normal)).all()
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("o", "i", "r"), SIZES)
+@pytest.mark.looped("dtype", DTYPES)
+@pytest.mark.looped(("o", "i", "r"), SIZES)
 def test_gradients_of_entries_are_those_of_autograd(o, i, r, dtype, backend):
     form, weight = hadamard(o, i, r, dtype)
     gradient = drawn(o, i, seed=8).to(dtype)

@@ -20,9 +20,9 @@ def weight(shape, dtype, seed=0):
     return w.to(dtype)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.looped("dtype", DTYPES)
+@pytest.mark.looped("quant_type", ["nf4", "fp4"])
+@pytest.mark.looped("shape", SHAPES)
 def test_codes_and_absmax_are_those_of_bitsandbytes(shape, quant_type, dtype, backend):
     w = weight(shape, dtype)
     for block_size in (32, 64, 4096):
@@ -32,9 +32,9 @@ def test_codes_and_absmax_are_those_of_bitsandbytes(shape, quant_type, dtype, ba
         assert torch.equal(absmax, state.absmax)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.looped("dtype", DTYPES)
+@pytest.mark.looped("quant_type", ["nf4", "fp4"])
+@pytest.mark.looped("shape", SHAPES)
 def test_values_are_table_times_absmax(shape, quant_type, dtype, backend):
     w = weight(shape, dtype)
     packed, absmax = quantize_4bit(w, quant_type, 64, backend="reference")
@@ -45,8 +45,8 @@ def test_values_are_table_times_absmax(shape, quant_type, dtype, backend):
     assert torch.equal(dequantize_4bit(packed, absmax, layout, backend=backend), expected)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+@pytest.mark.looped("dtype", DTYPES)
+@pytest.mark.looped("quant_type", ["nf4", "fp4"])
 def test_values_at_the_ends_of_what_floats_hold(quant_type, dtype, backend):
     """Subnormal numbers and infinities are rounded as torch rounds them."""
     packed = torch.arange(256, dtype=torch.uint8).repeat(2)[: 64 * 13 // 2]
@@ -57,8 +57,8 @@ def test_values_at_the_ends_of_what_floats_hold(quant_type, dtype, backend):
     torch.testing.assert_close(ours, expected, rtol=0, atol=0, equal_nan=True)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+@pytest.mark.looped("dtype", DTYPES)
+@pytest.mark.looped("quant_type", ["nf4", "fp4"])
 def test_values_are_those_of_bitsandbytes_where_its_own_code_is_right(quant_type, dtype, backend):
     w = weight((37, 192), dtype)
     theirs, state = bnb.quantize_4bit(w, quant_type=quant_type)
@@ -91,11 +91,9 @@ def test_codes_of_an_empty_weight(backend):
     assert dequantize_4bit(packed, absmax, FourBitLayout((0, 7)), backend=backend).shape == (0, 7)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("rows", [1, 3, 8, 13, 41])
-@pytest.mark.parametrize(
-    ("o", "i", "block_size"), [(1, 1, 64), (33, 97, 64), (37, 96, 64), (67, 128, 32), (131, 192, 128)]
-)
+@pytest.mark.looped("dtype", DTYPES)
+@pytest.mark.looped("rows", [1, 3, 8, 13, 41])
+@pytest.mark.looped(("o", "i", "block_size"), [(1, 1, 64), (33, 97, 64), (37, 96, 64), (67, 128, 32), (131, 192, 128)])
 def test_products_are_as_exact_as_torch(o, i, block_size, rows, dtype, backend):
     packed, absmax = quantize_4bit(torch.randn(o, i), "nf4", block_size)
     layout = FourBitLayout((o, i), "nf4", block_size)
@@ -130,8 +128,8 @@ def test_the_gradient_is_the_transposed_product(backend):
     torch.testing.assert_close(grad, dy @ w)
 
 
-@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.looped("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.looped("dtype", DTYPES)
 def test_a_weight_that_is_not_finite_is_refused_and_the_place_named(bad, dtype, backend):
     w = torch.ones(3, 67, dtype=dtype)
     w[1, 5] = bad

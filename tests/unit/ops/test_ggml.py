@@ -37,14 +37,14 @@ def hashes(kind, importance, backend):
     return {name: digest(parts) for name, parts in zip(rows, cut, strict=True)}
 
 
-@pytest.mark.parametrize("named", importances())
-@pytest.mark.parametrize("kind", BLOCKED)
+@pytest.mark.looped("named", importances())
+@pytest.mark.looped("kind", BLOCKED)
 def test_bytes_are_those_of_ggml(kind, named, golden, backend):
     assert hashes(kind, importances()[named], backend) == golden[kind][named]
 
 
-@pytest.mark.parametrize("weighted", [False, True])
-@pytest.mark.parametrize("kind", BLOCKED)
+@pytest.mark.looped("weighted", [False, True])
+@pytest.mark.looped("kind", BLOCKED)
 def test_bytes_are_those_of_ggml_as_it_is_installed(kind, weighted, backend):
     libgguf = pytest.importorskip("libgguf", reason="libgguf, which carries ggml's quantizers, is not installed")
     n = 3 if backend == "reference" else 29
@@ -56,7 +56,7 @@ def test_bytes_are_those_of_ggml_as_it_is_installed(kind, weighted, backend):
         assert np.array_equal(quantize_ggml(rows, kind, importance, backend=backend).numpy(), theirs)
 
 
-@pytest.mark.parametrize("kind", BLOCKED)
+@pytest.mark.looped("kind", BLOCKED)
 def test_values_are_those_that_gguf_reads(kind, backend):
     packed = quantize_ggml(torch.cat([*awkward_rows().values()]), kind)
     theirs = gguf.quants.dequantize(packed.numpy(), gguf.GGMLQuantizationType(GGML_TYPES[kind].number))
@@ -65,8 +65,8 @@ def test_values_are_those_that_gguf_reads(kind, backend):
     assert np.array_equal(dequantize_ggml(packed, kind, order, backend=backend).numpy(), theirs[order])
 
 
-@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
-@pytest.mark.parametrize("kind", ["F16", *BLOCKED])
+@pytest.mark.looped("dtype", [*DTYPES, torch.float64])
+@pytest.mark.looped("kind", ["F16", *BLOCKED])
 def test_products_are_those_with_the_decoded_rows(kind, dtype, backend):
     """Rows of more than one tile, and of a short one, in an order of their own."""
     packed, order = quantize_ggml(bell(14, 23, 1280) * 0.1, kind), torch.randperm(23).int()
@@ -111,7 +111,7 @@ def test_numbers_and_sizes_are_those_of_gguf():
         assert row_bytes(kind.name, 768) == 768 // kind.block * kind.n_bytes
 
 
-@pytest.mark.parametrize("kind", ERRORS)
+@pytest.mark.looped("kind", ERRORS)
 def test_the_error_on_normal_values(kind, backend):
     rows = torch.randn(8, 1024, generator=torch.Generator().manual_seed(3)) * 0.02
     off = dequantize_ggml(quantize_ggml(rows, kind, backend=backend), kind) - rows
@@ -136,7 +136,7 @@ def test_a_view_is_read_as_it_stands(kind, backend):
     )
 
 
-@pytest.mark.parametrize("kind", BLOCKED)
+@pytest.mark.looped("kind", BLOCKED)
 def test_the_number_of_threads_changes_no_byte(kind, backend):
     n, counts = (49, (1, 3)) if backend == "reference" else (97, (1, 2, 3))  # more than a thread's least share
     rows, importance = bell(12, n, 768) * 0.1, bell(13, 768).abs()
@@ -155,8 +155,8 @@ def test_no_rows_are_no_bytes(backend):
         assert dequantize_ggml(torch.empty(0, row_bytes(kind, 512), dtype=torch.uint8), kind).shape == (0, 512)
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
-@pytest.mark.parametrize("kind", GGML_TYPES)
+@pytest.mark.looped("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.looped("kind", GGML_TYPES)
 def test_values_that_are_not_finite_are_refused(kind, value, backend):
     rows = bell(10, 41, 512)
     rows[17, 300], rows[23, 0] = value, value
@@ -164,8 +164,8 @@ def test_values_that_are_not_finite_are_refused(kind, value, backend):
         quantize_ggml(rows, kind, backend=backend)
 
 
-@pytest.mark.parametrize("weighted", [False, True])
-@pytest.mark.parametrize("kind", ["F16", "Q4_0", "Q4_1", "Q8_0", "Q2_K", "Q4_K", "Q6_K", "IQ4_NL"])
+@pytest.mark.looped("weighted", [False, True])
+@pytest.mark.looped("kind", ["F16", "Q4_0", "Q4_1", "Q8_0", "Q2_K", "Q4_K", "Q6_K", "IQ4_NL"])
 def test_values_beyond_a_half_are_refused(kind, weighted, backend):
     rows = bell(10, 41, 512)
     rows[19] *= 1e9

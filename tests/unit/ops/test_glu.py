@@ -27,9 +27,9 @@ def results(function, gate, up, dh, dtype):
     return [h.detach(), *torch.autograd.grad(h, leaves, dh.to(dtype))]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("activation", ACTIVATIONS)
-@pytest.mark.parametrize("shape", [(1, 1), (3, 17), (2, 3, 131), (5, 1536)])
+@pytest.mark.looped("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.looped("activation", ACTIVATIONS)
+@pytest.mark.looped("shape", [(1, 1), (3, 17), (2, 3, 131), (5, 1536)])
 def test_value_and_gradients(shape, activation, dtype, backend):
     gate, up, dh = draw(shape, dtype)
     plain_function = lambda g, u: TORCH[activation](g) * u  # noqa: E731
@@ -42,9 +42,9 @@ def test_value_and_gradients(shape, activation, dtype, backend):
         assert (got.double() - truth).abs().max() <= allowed, name
 
 
-@pytest.mark.parametrize("owns_dh", [False, True])
-@pytest.mark.parametrize("owns_inputs", [False, True])
-@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.looped("owns_dh", [False, True])
+@pytest.mark.looped("owns_inputs", [False, True])
+@pytest.mark.looped("activation", ACTIVATIONS)
 def test_halves_of_one_buffer_overwritten(activation, owns_inputs, owns_dh, backend):
     gate, up, dh = draw((7, 37), torch.float32)
     expected = glu_backward(dh.double(), gate.double(), up.double(), activation, backend="reference")

@@ -76,8 +76,8 @@ def require_close(size, dtypes, backend):
         assert (got.double() - truth).abs().max() <= allowed, index
 
 
-@pytest.mark.parametrize("dtypes", DTYPES)
-@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.looped("dtypes", DTYPES)
+@pytest.mark.looped("size", SIZES)
 def test_rows_with_their_own_adapters(size, dtypes, backend):
     require_close(size, dtypes, backend)
 
@@ -174,9 +174,9 @@ def layer_gradients(x, groups, ys, dys, runs):
     return [*(y.detach() for y in outs), *grads]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("odd", [False, True])
-@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.looped("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.looped("odd", [False, True])
+@pytest.mark.looped("masked", [False, True])
 def test_layers_that_share_their_input(dtype, odd, masked, backend):
     runs, i = RUNS, 77 if odd else 96
     if backend == "triton":  # its interpreter is slow: two tiles of rows, and of columns a whole one and a part

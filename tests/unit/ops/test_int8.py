@@ -11,8 +11,8 @@ OP = "int8.quantize_int8"
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", [(1, 1), (3, 5), (37, 96), (61, 257)])
+@pytest.mark.looped("dtype", DTYPES)
+@pytest.mark.looped("shape", [(1, 1), (3, 5), (37, 96), (61, 257)])
 def test_codes_and_values_are_those_of_bitsandbytes(shape, dtype, backend):
     torch.manual_seed(1)
     w = torch.randn(shape).to(dtype)
@@ -31,8 +31,8 @@ def test_a_row_of_zeros_and_halves_to_even(backend):
     assert absmax.tolist() == [127.0, 0.0]
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("rows", [1, 9])
+@pytest.mark.looped("dtype", DTYPES)
+@pytest.mark.looped("rows", [1, 9])
 def test_products_are_as_exact_as_torch(rows, dtype, backend):
     codes, absmax = quantize_int8(torch.randn(37, 67))
     exact = codes.double() * absmax.double()[:, None] / 127

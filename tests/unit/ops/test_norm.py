@@ -47,9 +47,9 @@ def require_close(ours, plain, exact):
         assert (got.double() - truth).abs().max() <= allowed, name
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("offset", [0.0, 1.0])
+@pytest.mark.looped("dtype", DTYPES)
+@pytest.mark.looped("shape", SHAPES)
+@pytest.mark.looped("offset", [0.0, 1.0])
 def test_rms_norm_and_its_gradients(shape, dtype, offset, backend):
     x, weight, _, dy = draw(shape, dtype)
     ours = results(lambda *t: norm.rms_norm(*t, EPS, offset, backend=backend), (x, weight), dtype, dy)
@@ -57,8 +57,8 @@ def test_rms_norm_and_its_gradients(shape, dtype, offset, backend):
     require_close(ours, plain, results(torch_rms(offset), (x, weight), torch.float64, dy))
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.looped("dtype", DTYPES)
+@pytest.mark.looped("shape", SHAPES)
 def test_layer_norm_and_its_gradients(shape, dtype, backend):
     *tensors, dy = draw(shape, dtype)
     ours = results(lambda *t: norm.layer_norm(*t, EPS, backend=backend), tensors, dtype, dy)

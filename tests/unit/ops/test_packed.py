@@ -29,8 +29,8 @@ def require_exact(got, x, dense, onto=None):
     assert ((got.double() - exact).abs() <= allowed).all()
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", [*SHAPES, (0, 5), (5, 0), (129, 32)])
+@pytest.mark.looped("dtype", DTYPES)
+@pytest.mark.looped("shape", [*SHAPES, (0, 5), (5, 0), (129, 32)])
 def test_a_weight_comes_back_to_the_bit(shape, dtype, backend):
     weight = draw(*shape, dtype=dtype)
     packed = PackedWeight.pack(weight, backend=backend)
@@ -46,9 +46,9 @@ def test_a_view_is_packed_as_what_it_shows(backend):
         assert torch.equal(PackedWeight.pack(view, backend=backend).dense(backend=backend), view)
 
 
-@pytest.mark.parametrize("x_dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.looped("x_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.looped("dtype", DTYPES)
+@pytest.mark.looped("shape", SHAPES)
 def test_products_are_exact_to_their_rounding(shape, dtype, x_dtype, backend):
     weight = draw(*shape, dtype=dtype)
     packed = PackedWeight.pack(weight, backend=backend)

@@ -68,9 +68,9 @@ class Cache:
 
 
 @pytest.mark.not_interpreted
-@pytest.mark.parametrize("options", OPTIONS, ids=range(len(OPTIONS)))
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("heads", "block"), [((6, 2, 40), 16), ((3, 3, 64), 32), ((8, 1, 17), 16)])
+@pytest.mark.looped("options", OPTIONS)
+@pytest.mark.looped("dtype", DTYPES)
+@pytest.mark.looped(("heads", "block"), [((6, 2, 40), 16), ((3, 3, 64), 32), ((8, 1, 17), 16)])
 def test_prompts_in_chunks_and_decoding(heads, block, dtype, options, backend):
     lengths = (1, 5, 64, 131, 33)
     cache = Cache(lengths, heads, dtype, block, backend)

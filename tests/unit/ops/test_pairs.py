@@ -53,8 +53,8 @@ def test_factors_are_kept_to_their_rounding(i, dtype, backend):
                 assert torch.equal(b, (pair.scale * pair.b).to(dtype).float())
 
 
-@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.looped("stored", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.looped("dtype", DTYPES)
 def test_many_groups_are_packed_at_once_from_any_dtype(dtype, stored, backend):
     """Factors that lie crosswise in memory too, ranks that share a block of panels, and one that spans two."""
     packer, found, exact = PairsPacker(backend), [], []
@@ -90,11 +90,11 @@ def test_a_version_takes_the_bytes_of_its_own_ranks():
 
 
 @pytest.mark.not_interpreted
-@pytest.mark.parametrize("y_dtype", DTYPES)
-@pytest.mark.parametrize("x_dtype", DTYPES)
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("sizes", [(1,), (1, 2, 1, 3, 2), (7, 33, 1, 8, 16), (130, 64)])
-@pytest.mark.parametrize("i", [64, 67])
+@pytest.mark.looped("y_dtype", DTYPES)
+@pytest.mark.looped("x_dtype", DTYPES)
+@pytest.mark.looped("dtype", DTYPES)
+@pytest.mark.looped("sizes", [(1,), (1, 2, 1, 3, 2), (7, 33, 1, 8, 16), (130, 64)])
+@pytest.mark.looped("i", [64, 67])
 def test_what_is_added_is_exact_to_its_roundings(i, sizes, dtype, x_dtype, y_dtype, backend):
     _, packed = versions(i, dtype)
     segments, n = segments_of(packed, sizes)
@@ -164,9 +164,9 @@ def full(i, outs, dtype, activation, *, shared):
 
 
 @pytest.mark.not_interpreted
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shared", [False, True])
-@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.looped("dtype", DTYPES)
+@pytest.mark.looped("shared", [False, True])
+@pytest.mark.looped("activation", ACTIVATIONS)
 def test_what_is_between_the_products_and_behind_them(activation, shared, dtype, backend):
     pairs, packed = full(67, OUTS, dtype, activation, shared=shared)
     assert packed.shares_a == shared
@@ -188,7 +188,7 @@ def test_what_is_between_the_products_and_behind_them(activation, shared, dtype,
     assert all(same(y[5:6], one) for y, one in zip(got, alone, strict=True))
 
 
-@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.looped("activation", ACTIVATIONS)
 def test_each_activation_on_few_numbers(activation, backend):
     [pair], packed = full(32, (9,), torch.float32, activation, shared=False)
     x, y = draw(3, 32), draw(3, 9)

@@ -27,9 +27,9 @@ def turned(x, cos, sin, interleaved):
     return torch.cat([flat, x[..., 2 * half :].double()], dim=-1)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-@pytest.mark.parametrize("interleaved", [False, True])
-@pytest.mark.parametrize(
+@pytest.mark.looped("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.looped("interleaved", [False, True])
+@pytest.mark.looped(
     "sizes", [{}, {"d": 64, "half": 32}, {"d": 2, "half": 1, "t": 1}, {"d": 80, "half": 16, "heads": 1}]
 )
 def test_rotation(sizes, interleaved, dtype, backend):

@@ -12,8 +12,8 @@ DTYPES = [torch.float32, torch.bfloat16]
 ODD = [torch.nan, torch.inf, -torch.inf]
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("n", "d"), [(1, 1), (3, 17), (7, 131), (33, 4099), (5, 30011)])
+@pytest.mark.looped("dtype", DTYPES)
+@pytest.mark.looped(("n", "d"), [(1, 1), (3, 17), (7, 131), (33, 4099), (5, 30011)])
 def test_equals_torch_with_many_ties(n, d, dtype, backend):
     """Few distinct values: of equal ones the first counts, in whatever lanes they lie."""
     generator = torch.Generator().manual_seed(n * d)
@@ -22,8 +22,8 @@ def test_equals_torch_with_many_ties(n, d, dtype, backend):
     assert torch.equal(found, (logits == logits.max(dim=1, keepdim=True).values).int().argmax(dim=1))
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("odd", ODD)
+@pytest.mark.looped("dtype", DTYPES)
+@pytest.mark.looped("odd", ODD)
 def test_values_that_are_not_finite(odd, dtype, backend):
     """One that is no number, or infinite, is told wherever it stands; minus infinity is a logit like others."""
     generator = torch.Generator().manual_seed(5)

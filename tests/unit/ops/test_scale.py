@@ -24,9 +24,9 @@ def draw(n, d, dtype):
     return z, dy, scale, bias
 
 
-@pytest.mark.parametrize(("scaled", "shifted"), PARTS)
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("n", "d"), SHAPES)
+@pytest.mark.looped(("scaled", "shifted"), PARTS)
+@pytest.mark.looped("dtype", DTYPES)
+@pytest.mark.looped(("n", "d"), SHAPES)
 def test_forward(n, d, dtype, scaled, shifted, backend):
     z, _, scale, bias = draw(rows_for(backend, n), d, dtype)
     scale, bias = scale if scaled else None, bias if shifted else None
@@ -36,9 +36,9 @@ def test_forward(n, d, dtype, scaled, shifted, backend):
     torch.testing.assert_close(got, wide.to(dtype), rtol=1e-6 if backend == "triton" else 0, atol=0)
 
 
-@pytest.mark.parametrize(("scaled", "with_z", "with_bias"), [(1, 1, 1), (1, 1, 0), (1, 0, 1), (1, 0, 0), (0, 0, 1)])
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("n", "d"), SHAPES)
+@pytest.mark.looped(("scaled", "with_z", "with_bias"), [(1, 1, 1), (1, 1, 0), (1, 0, 1), (1, 0, 0), (0, 0, 1)])
+@pytest.mark.looped("dtype", DTYPES)
+@pytest.mark.looped(("n", "d"), SHAPES)
 def test_backward(n, d, dtype, scaled, with_z, with_bias, backend):
     z, dy, scale, _ = draw(rows_for(backend, n), d, dtype)
     dz = torch.full_like(dy, torch.nan) if scaled else None

@@ -42,7 +42,7 @@ CASES = {
     "e5m2": Case("e5m2", 8, F16, group=1067, scales=F16),
     "powers": Case("e5m2", 8, group=40, height=2, scales=torch.float8_e8m0fnu),
 }
-cases = pytest.mark.parametrize("case", CASES.values(), ids=list(CASES))
+cases = pytest.mark.looped("case", CASES.values())
 
 
 def stored(case: Case, n_rows: int = 13) -> tuple[ScaledCodes, torch.Tensor]:
@@ -95,8 +95,8 @@ def test_values_are_those_of_the_formula(case, backend):
     assert decode_scaled(w, slice(5, 5), backend=backend).shape == (0, case.columns)
 
 
-@pytest.mark.parametrize("name", ["gptq", "hqq, bfloat16", "nvfp4", "deepseek"])
-@pytest.mark.parametrize("dtype", [F32, BF16, torch.float64], ids=str)
+@pytest.mark.looped("name", ["gptq", "hqq, bfloat16", "nvfp4", "deepseek"])
+@pytest.mark.looped("dtype", [F32, BF16, torch.float64])
 def test_products_are_those_with_the_values_in_any_batch(name, dtype, backend):
     """Of more rows than the kernel takes at a time, of W and of x; rows of a batch are those of each alone."""
     w, values = stored(CASES[name])

@@ -55,9 +55,9 @@ def test_a_packed_term_is_the_matrix(name):
     torch.testing.assert_close(dense(PackedTerm.pack(term.form())), matrix(term), rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("add", [True, False])
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", TERMS)
+@pytest.mark.looped("add", [True, False])
+@pytest.mark.looped("dtype", DTYPES)
+@pytest.mark.looped("name", TERMS)
 def test_rows_are_mapped(name, dtype, add, backend):
     exact, packed = matrix(TERMS[name]).double(), PackedTerm.pack(TERMS[name].form())
     x, y = drawn(6, exact.shape[1]).to(dtype), drawn(6, exact.shape[0], seed=2).to(dtype)
@@ -67,8 +67,8 @@ def test_rows_are_mapped(name, dtype, add, backend):
     assert ((y.double() - expected).abs() <= 2e-6 * size + torch.finfo(dtype).eps * expected.abs()).all()
 
 
-@pytest.mark.parametrize("n", [2, 3, 70])
-@pytest.mark.parametrize("name", TERMS)
+@pytest.mark.looped("n", [2, 3, 70])
+@pytest.mark.looped("name", TERMS)
 def test_a_row_does_not_depend_on_the_others(name, n):
     packed = PackedTerm.pack(TERMS[name].form())
     o, i = packed.shape
@@ -134,8 +134,8 @@ def test_what_would_leave_its_memory_is_not_sound(term):
     assert not term.is_sound
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("o", "i", "r"), [(1, 1, 1), (77, 53, 5), (129, 96, 16), (64, 31, 3)])
+@pytest.mark.looped("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.looped(("o", "i", "r"), [(1, 1, 1), (77, 53, 5), (129, 96, 16), (64, 31, 3)])
 def test_a_weight_is_multiplied_entry_by_entry(o, i, r, dtype, backend):
     weight, a, b = drawn(o, i).to(dtype), drawn(r, i, seed=1), drawn(o, r, seed=2)
     term = PackedTerm.pack(Hadamard(a=a, b=b, base=Base(DenseWeight(weight))).form())

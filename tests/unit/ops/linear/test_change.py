@@ -96,16 +96,16 @@ def by_formula(term: Change, x: Tensor, dy: Tensor) -> list[Tensor]:
     return [y.detach(), *torch.autograd.grad(y, leaves, dy)]
 
 
-@pytest.mark.parametrize("n_rows", [FEW, ROWS])
-@pytest.mark.parametrize("name", CHANGES)
+@pytest.mark.looped("n_rows", [FEW, ROWS])
+@pytest.mark.looped("name", CHANGES)
 def test_the_products_and_gradients_are_those_of_the_matrix(name: str, n_rows: int) -> None:
     term, x, dy = change(name), drawn(n_rows, IN, seed=5), drawn(n_rows, OUT, seed=6)
     for got, wanted in zip(by_op(term, x, dy), by_formula(term, x, dy), strict=True):
         torch.testing.assert_close(got, wanted, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("n_rows", [FEW, ROWS])
-@pytest.mark.parametrize("name", CHANGES)
+@pytest.mark.looped("n_rows", [FEW, ROWS])
+@pytest.mark.looped("name", CHANGES)
 def test_16_bits_round_a_change_and_not_its_difference_from_large_numbers(name: str, n_rows: int) -> None:
     """Triplets differ by 0.1% from their start, which 16 bits do not tell."""
     term, x, dy = change(name, torch.float32), drawn(n_rows, IN, seed=5), drawn(n_rows, OUT, seed=6)
@@ -145,8 +145,8 @@ def test_nothing_is_asked_of_a_change_that_is_not_trained() -> None:
     assert gradients == (None, None)
 
 
-@pytest.mark.parametrize("n_rows", [FEW, ROWS])
-@pytest.mark.parametrize("name", CHANGES)
+@pytest.mark.looped("n_rows", [FEW, ROWS])
+@pytest.mark.looped("name", CHANGES)
 def test_the_gradient_in_x_is_added_with_that_of_the_weight(name: str, n_rows: int) -> None:
     term, x, dy, weight = change(name), drawn(n_rows, IN, seed=5), drawn(n_rows, OUT, seed=6), drawn(OUT, IN, seed=2)
     layer = LinearLayer(weight=weight, records=(LinearDelta(adds=(term,)),))

@@ -155,9 +155,9 @@ def layers_of(names: tuple[str, ...], *, has_bias: bool, masked: bool, by_rows: 
     return [*found, LinearLayer(weight=drawn(OUT, IN, seed=9), bias=drawn(OUT, seed=10) if has_bias else None)]
 
 
-@pytest.mark.parametrize("masked", [False, True], ids=["", "dropout"])
-@pytest.mark.parametrize("has_bias", [True, False], ids=["bias", "no-bias"])
-@pytest.mark.parametrize("names", [*itertools.pairwise([*KINDS, "pair"])], ids=str)
+@pytest.mark.looped("masked", [False, True])
+@pytest.mark.looped("has_bias", [True, False])
+@pytest.mark.looped("names", [*itertools.pairwise([*KINDS, "pair"])])
 def test_each_kind_on_all_rows(names: tuple[str, str], has_bias: bool, masked: bool) -> None:
     layers = layers_of(names, has_bias=has_bias, masked=masked, by_rows=False)
     x, dys = drawn(5, LENGTH, IN), [drawn(5, LENGTH, OUT, seed=20 + i) for i in range(3)]
