@@ -8,7 +8,7 @@ import struct
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
 
@@ -27,6 +27,7 @@ _NUMBERS = {
     GGUFValueType.INT64: "q",
     GGUFValueType.FLOAT64: "d",
 }
+Kind = TypeVar("Kind", GGUFValueType, GGMLQuantizationType)
 _KEPT = 512  # values of an array: one a layer, but no vocabulary
 _DEEPEST = 4  # arrays within arrays
 
@@ -72,7 +73,7 @@ def read_header(path: Path, *, whole: bool = False) -> GgufHeader:
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as view:
             try:
                 return _header(_Cursor(view, math.inf if whole else _KEPT), path)
-            except (struct.error, ValueError, OverflowError, RecursionError) as error:
+            except (ValueError, OverflowError) as error:
                 raise FormatError(
                     f"{path} is a damaged GGUF file, perhaps cut short ({len(view):,} bytes): {error}. Download it "
                     "again."
@@ -84,7 +85,7 @@ def _header(cursor: _Cursor, path: Path) -> GgufHeader:
     if version not in (2, 3):
         raise FormatError(f"{path} is a GGUF file of version {version}; 2 and 3 are read here. Convert the model again")
     n_tensors, n_values = cursor.number("Q"), cursor.number("Q")
-    values = {cursor.text(): cursor.value(GGUFValueType(cursor.number("I"))) for _ in range(cursor.fitting(n_values))}
+    values = {cursor.text(): cursor.value(cursor.kind(GGUFValueType)) for _ in range(cursor.fitting(n_values))}
     found = [cursor.tensor() for _ in range(cursor.fitting(n_tensors))]
     data = -(-cursor.at // _alignment(values)) * _alignment(values)
     tensors = tuple(replace(tensor, start=data + tensor.start) for tensor in found)
@@ -102,15 +103,25 @@ def _alignment(values: Mapping[str, Any]) -> int:
 
 
 class _Cursor:
-    """Reads one value after the other. Raises struct.error and ValueError beyond the end of the file."""
+    """Reads one value after the other. Raises ValueError beyond the end of the file."""
 
     def __init__(self, view: mmap.mmap, most: float) -> None:
         self.view, self.at, self.most = view, 4, most  # values of an array that is kept
 
     def number(self, kind: str) -> Any:
+        width = struct.calcsize(f"<{kind}")
+        if self.at + width > len(self.view):
+            raise ValueError("it ends within its header")
         (value,) = struct.unpack_from(f"<{kind}", self.view, self.at)
-        self.at += struct.calcsize(f"<{kind}")
+        self.at += width
         return value
+
+    def kind(self, kinds: type[Kind]) -> Kind:
+        number = self.number("I")
+        try:
+            return kinds(number)
+        except ValueError as error:
+            raise ValueError(f"it tells of the unknown type {number} at byte {self.at - 4:,}") from error
 
     def fitting(self, n: int, n_bytes: int = 1) -> int:
         """``n`` again, where the file has room for so many things of ``n_bytes`` or more."""
@@ -132,7 +143,7 @@ class _Cursor:
         """Describe a tensor; its bytes start so far behind the header."""
         name = self.text()
         shape = tuple(self.number("Q") for _ in range(self.fitting(self.number("I"), 8)))
-        kind = GGMLQuantizationType(self.number("I"))
+        kind = self.kind(GGMLQuantizationType)
         block, block_bytes = GGML_QUANT_SIZES[kind]
         n_bytes = math.prod(shape) // block * block_bytes
         return GgufTensor(name, shape[::-1], kind.name, n_bytes, self.number("Q"))
@@ -140,7 +151,7 @@ class _Cursor:
     def _array(self, depth: int) -> Any:
         if depth == _DEEPEST:
             raise ValueError(f"arrays nest deeper than {_DEEPEST}")
-        kind, n = GGUFValueType(self.number("I")), self.number("Q")
+        kind, n = self.kind(GGUFValueType), self.number("Q")
         if kind in _NUMBERS:
             return self._numbers(_NUMBERS[kind], n)
         if kind == GGUFValueType.STRING:
@@ -157,14 +168,23 @@ class _Cursor:
         at, view, kept = self.at, self.view, n <= self.most
         found = []
         for _ in range(n):
+            if at + 8 > len(view):
+                raise ValueError("it ends within its header")
             end = at + 8 + length(view, at)[0]
             if end > len(view):
                 raise ValueError(f"it tells of a text up to byte {end:,}")
             if kept:
-                found.append(view[at + 8 : end].decode())  # strictly: two damaged tokens would be one otherwise
+                found.append(_text(view, at + 8, end))  # strictly: two damaged tokens would be one otherwise
             at = end
         self.at = at
         return found if kept else Long(n)
+
+
+def _text(view: mmap.mmap, start: int, end: int) -> str:
+    try:
+        return view[start:end].decode()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"the text at byte {start:,} is not in UTF-8") from error
 
 
 def own_pairs(values: Mapping[str, Any], architecture: str) -> dict[str, Any]:

@@ -66,7 +66,7 @@ def test_a_file_that_was_cut_off_is_told_at_every_length(tmp_path: Path) -> None
     end = max(t.data_offset + t.n_bytes for t in gguf.GGUFReader(tmp_path / "x.gguf").tensors)
     for length in (5, 17, 29, 61, 333, end // 2, end - 1):
         (tmp_path / "cut.gguf").write_bytes(whole[:length])
-        with pytest.raises(FormatError, match="damaged GGUF file, perhaps cut short"):
+        with pytest.raises(FormatError, match=r"perhaps cut short .* bytes\): (it ends|it tells of|its tensors end)"):
             read_header(tmp_path / "cut.gguf")
 
 
@@ -78,13 +78,16 @@ def test_a_file_that_was_cut_off_is_told_at_every_length(tmp_path: Path) -> None
         (b"GGUF" + struct.pack("<I", 1), "of version 1"),
         (b"GGUF" + struct.pack("<IQQ", 3, 0, 2**60), "values at byte"),
         (b"GGUF" + struct.pack("<IQQ", 3, 2**60, 0), "values at byte"),
-        (b"GGUF" + struct.pack("<IQQQ", 3, 0, 1, 1) + b"k" + struct.pack("<I", 77), "77"),
+        (b"GGUF" + struct.pack("<IQQQ", 3, 0, 1, 1) + b"k" + struct.pack("<I", 77), "unknown type 77 at byte 33"),
         (b"GGUF" + struct.pack("<IQQQ", 3, 0, 1, 1) + b"k" + struct.pack("<IIQ", 9, 8, 2**50), "values at byte"),
         (
             b"GGUF" + struct.pack("<IQQQ", 3, 0, 1, 1) + b"k" + struct.pack("<IIQQ", 9, 8, 1, 5) + b"abcd",
             "a text up to",
         ),
-        (b"GGUF" + struct.pack("<IQQQ", 3, 0, 1, 1) + b"k" + struct.pack("<IIQQ", 9, 8, 1, 2) + b"a\xff", "0xff"),
+        (
+            b"GGUF" + struct.pack("<IQQQ", 3, 0, 1, 1) + b"k" + struct.pack("<IIQQ", 9, 8, 1, 2) + b"a\xff",
+            "the text at byte 57 is not in UTF-8",
+        ),
         (
             b"GGUF" + struct.pack("<IQQQ", 3, 0, 1, 1) + b"k" + struct.pack("<I", 9) + struct.pack("<IQ", 9, 1) * 9,
             "nest",
