@@ -20,16 +20,20 @@ from veneer.train.processes import is_main, largest, n_processes
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 PASSED_ON_SECONDS = 5.0  # within these a launcher of processes passes on what they have heard themselves
 _SHOW_CURSOR = b"\x1b[?25h"
+_AFTER_STEP, _AFTER_EVALUATION = "after this step, with a checkpoint", "after this evaluation, with a checkpoint"
+_BEFORE_STEPS = "before the first step: nothing is trained yet, and no checkpoint is written"
 
 
 class Stop:
     """Stop requests by signal: the first stops the run at a point from which it can be resumed, the second at once.
 
-    ``signal``: the first that came, if any. Outside of `deferred` blocks it raises Interrupted right away.
+    ``signal``: the first that came, if any. Outside of `deferred` blocks it raises Interrupted right away. ``when``
+    says at which point it stops inside of them.
     """
 
     def __init__(self) -> None:
         self.signal: int | None = None
+        self.when = _AFTER_STEP
         self._waits = 0
         self._heard_at = 0.0
         self._process = os.getpid()
@@ -57,7 +61,7 @@ class Stop:
             raise Interrupted(number)
         if is_main():  # not through a stream, which the signal may have come in the middle of
             name = signal.Signals(number).name
-            os.write(2, f"\n{name}: the run stops after this step, with a checkpoint; once more ends it now\n".encode())
+            os.write(2, f"\n{name}: the run stops {self.when}; once more ends it now\n".encode())
 
     def check(self) -> None:
         """Raise Interrupted if a signal has come."""
@@ -93,13 +97,34 @@ class StopAfterStep(TrainerCallback):  # type: ignore[misc]
     def __init__(self, stop: Stop) -> None:
         self._stop, self._number = stop, 0
 
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Say that a run which begins with an evaluation stops in it."""
+        self._stop.when = _BEFORE_STEPS if args.eval_on_start and not state.global_step else _AFTER_STEP
+
+    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Say that a signal ends the step."""
+        self._stop.when = _AFTER_STEP
+
+    def on_prediction_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Say that a signal ends the evaluation; one process stops at once where nothing is trained yet."""
+        self._stop.when = _AFTER_EVALUATION if state.global_step else _BEFORE_STEPS
+        if self._stop.signal and not state.global_step and n_processes() == 1:
+            raise _before_steps(self._stop.signal)
+
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Ask all processes for a signal."""
         self._ask(args.device, control)
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Ask again: an evaluation is long, and the checkpoint of its step comes after it."""
+        """Ask again: an evaluation is long, and the checkpoint of its step comes after it.
+
+        Raises Interrupted if there is no step yet.
+        """
         self._ask(args.device, control)
+        if self._number and not state.global_step:
+            raise _before_steps(self._number)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Raise Interrupted once the checkpoint is written, before the logging and evaluation at the end of
@@ -111,6 +136,10 @@ class StopAfterStep(TrainerCallback):  # type: ignore[misc]
     def _ask(self, device: torch.device, control: TrainerControl) -> None:
         self._number = self._number or largest(self._stop.signal or 0, device)
         control.should_save = control.should_save or bool(self._number)
+
+
+def _before_steps(number: int) -> Interrupted:
+    return Interrupted(number, f"{signal.Signals(number).name} {_BEFORE_STEPS}")
 
 
 def _leave_terminal() -> None:

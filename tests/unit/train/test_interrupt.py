@@ -4,13 +4,15 @@ import os
 import signal
 import threading
 import time
+import types
 
 import pytest
+import torch
 
 from launch import started
 from patience import PATIENCE
 from veneer.errors import Interrupted
-from veneer.train.interrupt import listening
+from veneer.train.interrupt import Stop, StopAfterStep, listening
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
@@ -32,7 +34,7 @@ def test_the_first_signal_ends_what_can_be_ended_and_waits_for_what_cannot(numbe
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_the_second_signal_ends_the_process_at_once(tmp_path, number, code):
     script = (
-        "import time\nfrom veneer.train.interrupt import listening\n"
+        "import time\nfrom veneer.train.interrupt import Stop, StopAfterStep, listening\n"
         "with listening() as stop, stop.deferred():\n"
         "    print('ready', flush=True)\n"
         "    while True: time.sleep(0.01)\n"
@@ -72,3 +74,22 @@ def test_in_another_thread_nothing_is_heard():
     thread.start()
     thread.join()
     assert found == [(None, before)]
+
+
+def test_a_signal_in_the_evaluation_before_the_first_step_stops_there():
+    args = types.SimpleNamespace(eval_on_start=True, device=torch.device("cpu"))
+    for call in ("on_prediction_step", "on_evaluate"):
+        stop, state, control = Stop(), types.SimpleNamespace(global_step=0), types.SimpleNamespace(should_save=False)
+        callback = StopAfterStep(stop)
+        callback.on_train_begin(args, state, control)
+        assert "before the first step" in stop.when
+        stop.signal = signal.SIGINT
+        with pytest.raises(Interrupted, match="SIGINT before the first step: nothing is trained yet") as caught:
+            getattr(callback, call)(args, state, control)
+        assert caught.value.exit_code == 130
+    stop.signal, state.global_step = None, 3
+    callback = StopAfterStep(stop)
+    callback.on_prediction_step(args, state, control)
+    assert stop.when == "after this evaluation, with a checkpoint"
+    callback.on_step_begin(args, state, control)
+    assert stop.when == "after this step, with a checkpoint"

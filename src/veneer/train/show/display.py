@@ -13,7 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from veneer.plain.progress import draws_bars, waits_told
+from veneer.plain.progress import draws_bars, waiting_for, waits_told
 from veneer.plain.units import duration
 
 # Of the many values of preferences and rewards those to go by; all are in the log.
@@ -25,6 +25,8 @@ _OF_REWARDS = {
 }
 PAUSE_SECONDS = 5.0  # between two plain lines, where steps are logged less often
 _PAUSE_SHARE = 0.01  # of the run's whole time, where that is longer: a log of days stays short
+_COUNTED_STEPS = 3  # before the time left is told: the first ones are slower
+_FIRST_STEP = "computing the first step"
 _NOT_SHOWN = ("_runtime", "_per_second", "_preparation_time")
 
 
@@ -37,6 +39,7 @@ class RunDisplay(TrainerCallback):  # type: ignore[misc]
 
     ``loss`` returns the mean loss since the last log step, given the step. With it a plain line comes at least every
     `PAUSE_SECONDS`, or every hundredth of the run if that is longer, and one while the first step is computed.
+    A loss of several steps is their mean, and its line says of how many.
     """
 
     def __init__(
@@ -57,17 +60,19 @@ class RunDisplay(TrainerCallback):  # type: ignore[misc]
         self._step_began = self._busy = self._said = 0.0
         self._waits = ExitStack()
         self._counted: int | None = None
-        self._predicted = 0
+        self._predicted = self._logged = 0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Open the bar of the steps."""
         self._trains, self._busy, self._counted = True, 0.0, None
         self._began, self._first_step = time.perf_counter(), int(state.global_step)
-        self._said = self._began
+        self._said, self._logged = self._began, self._first_step
         if state.is_world_process_zero:
             self._open("training", state.max_steps, state.global_step)
         if self._says_between(state):
-            self._waits.enter_context(waits_told("computing the first step"))
+            measures = bool(getattr(args, "eval_on_start", False)) and not state.global_step
+            what = "measuring the held-out rows before the first step" if measures else _FIRST_STEP
+            self._waits.enter_context(waits_told(what))
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Start the step's clock."""
@@ -83,8 +88,8 @@ class RunDisplay(TrainerCallback):  # type: ignore[misc]
         if self._bar is not None:
             self._bar.update(self._task, completed=state.global_step)
         elif self._says_between(state) and not control.should_log and now - self._said >= self._pause(state, now):
-            loss = f"loss {self._loss(state.global_step):.4f}" if self._loss is not None else ""
-            self._say(f"step {state.global_step}/{state.max_steps}  {loss}  {self._left(state, now)} left")
+            loss = self._mean(self._loss(state.global_step), state) if self._loss is not None else ""
+            self._say("  ".join([f"step {state.global_step}/{state.max_steps}", loss, *self._left(state, now)]))
             self._said = now
 
     def on_prediction_step(self, args: Any, state: Any, control: Any, eval_dataloader: Any = None, **_: Any) -> None:
@@ -105,6 +110,7 @@ class RunDisplay(TrainerCallback):  # type: ignore[misc]
     def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Remove the bar of the held-out batches."""
         self._evaluated()
+        waiting_for(_FIRST_STEP)  # where a wait is told, no step has been made
 
     def on_predict(self, args: Any, state: Any, control: Any, metrics: Any = None, **_: Any) -> None:
         """Remove the bar of the held-out batches."""
@@ -115,13 +121,16 @@ class RunDisplay(TrainerCallback):  # type: ignore[misc]
         if logs is None or not state.is_world_process_zero:
             return
         if "loss" in logs:
-            learned = [f"loss {logs['loss']:.4f}", *_rewards(logs), f"lr {logs.get('learning_rate', 0):.2e}"]
+            loss = f"loss {logs['loss']:.4f}" if self._bar is not None else self._mean(logs["loss"], state)
+            self._logged = int(state.global_step)
+            learned = [loss, *_rewards(logs), f"lr {logs.get('learning_rate', 0):.2e}"]
             values = "  ".join([*learned, f"{self._rate():,.0f} tokens/s"])
             if self._bar is not None:
                 self._bar.update(self._task, values=values)
             else:
                 self._said = time.perf_counter()
-                self._say(f"step {state.global_step}/{state.max_steps}  {values}  {self._left(state, self._said)} left")
+                left = self._left(state, self._said)
+                self._say("  ".join([f"step {state.global_step}/{state.max_steps}", values, *left]))
         held_out = _held_out(logs)
         if held_out:
             at = f"step {state.global_step}/{state.max_steps}" if self._trains else "after training"
@@ -180,8 +189,16 @@ class RunDisplay(TrainerCallback):  # type: ignore[misc]
         busy, self._busy = self._busy, 0.0
         return (self._counted - counted) / busy if busy else 0.0
 
-    def _left(self, state: Any, now: float) -> str:
-        return duration(self._step_seconds(state, now) * (state.max_steps - state.global_step))
+    def _mean(self, loss: float, state: Any) -> str:
+        """The loss since the last log step, and of how many steps it is the mean."""
+        n_steps = int(state.global_step) - self._logged
+        return f"loss {loss:.4f}" + (f" (mean of {n_steps} steps)" if n_steps > 1 else "")
+
+    def _left(self, state: Any, now: float) -> list[str]:
+        """The time left, once some steps tell it."""
+        if state.global_step - self._first_step < min(_COUNTED_STEPS, state.max_steps - self._first_step):
+            return []
+        return [f"{duration(self._step_seconds(state, now) * (state.max_steps - state.global_step))} left"]
 
     def _step_seconds(self, state: Any, now: float) -> float:
         return (now - self._began) / max(int(state.global_step) - self._first_step, 1)

@@ -76,9 +76,9 @@ def test_a_file_gets_plain_lines() -> None:
     run_on(Console(file=file, width=20)).whole()
     lines = file.getvalue().splitlines()
     assert lines == [
-        "step 3/7  loss 2.3457  lr 3.00e-04  22 tokens/s  5 s left",  # 33 tokens in 3 steps of half a second
+        "step 3/7  loss 2.3457 (mean of 3 steps)  lr 3.00e-04  22 tokens/s  5 s left",
         "step 3/7  held out: loss 1.9877  mean token accuracy 45.7%  bleu 0.2500",
-        "step 7/7  loss 1.2500  lr 1.00e-05  22 tokens/s  0 s left",
+        "step 7/7  loss 1.2500 (mean of 4 steps)  lr 1.00e-05  22 tokens/s  0 s left",
         "after training  held out: loss 0.5000",
     ]
 
@@ -89,15 +89,26 @@ def test_a_resumed_run_counts_from_where_it_goes_on() -> None:
     run = run_on(Console(file=file, width=200), step=100)
     run.n_tokens = 1000
     run.whole()
-    assert file.getvalue().startswith("step 103/107  loss 2.3457  lr 3.00e-04  22 tokens/s  5 s left\n")
+    assert file.getvalue().startswith(
+        "step 103/107  loss 2.3457 (mean of 3 steps)  lr 3.00e-04  22 tokens/s  5 s left\n"
+    )
 
 
 @pytest.mark.usefixtures("clock")
 @pytest.mark.parametrize(
     ("max_steps", "told"),
     [
-        (13, ["step 5/13  loss 0.5000  8 s left", "step 10/13  loss 1.0000  3 s left"]),  # a step takes a second here
-        (700, ["step 7/700  loss 0.7000  11 min 33 s left"]),  # lines are a hundredth of the run apart
+        (
+            13,
+            [
+                "step 5/13  loss 0.5000 (mean of 5 steps)  8 s left",
+                "step 10/13  loss 1.0000 (mean of 10 steps)  3 s left",
+            ],
+        ),  # a step takes a second here
+        (
+            700,
+            ["step 7/700  loss 0.7000 (mean of 7 steps)  11 min 33 s left"],
+        ),  # lines are a hundredth of the run apart
     ],
 )
 def test_a_file_gets_lines_between_log_steps_far_apart(max_steps: int, told: list[str]) -> None:
@@ -152,6 +163,40 @@ def test_a_long_first_step_is_told(monkeypatch: pytest.MonkeyPatch, capsys: pyte
     display.on_step_begin(ARGS, state, ARGS)
     display.on_step_end(ARGS, state, types.SimpleNamespace(should_log=True))
     assert "computing the first step (0 s so far)" in told
+
+
+def test_an_evaluation_before_the_first_step_is_called_so(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("veneer.plain.progress.QUIET_SECONDS", 0.01)
+    monkeypatch.setattr("veneer.plain.progress.LINE_SECONDS", 0.01)
+    display = RunDisplay(lambda: 0, loss=lambda step: 0.25)
+    state: Any = types.SimpleNamespace(global_step=0, max_steps=7, is_world_process_zero=True)
+    told = ""
+
+    def until(said: str) -> None:
+        nonlocal told
+        while said not in told:
+            told += capsys.readouterr().err
+            time.sleep(0.01)
+
+    display.on_train_begin(types.SimpleNamespace(eval_on_start=True), state, ARGS)
+    until("measuring the held-out rows before the first step (0 s so far)")
+    assert "computing" not in told
+    display.on_evaluate(ARGS, state, ARGS)
+    until("computing the first step (0 s so far)")
+    display.close()
+
+
+@pytest.mark.usefixtures("clock")
+def test_the_time_left_is_told_from_the_third_step_on() -> None:
+    file = io.StringIO()
+    run = run_on(Console(file=file, width=20))
+    run.display.on_train_begin(ARGS, run.state, ARGS)
+    for _ in range(3):
+        run.steps(1, 11)
+        run.log(loss=2.0, learning_rate=1e-4)
+    assert [line.endswith(" left") for line in file.getvalue().splitlines()] == [False, False, True]
 
 
 def test_a_terminal_gets_one_bar_of_its_width() -> None:
