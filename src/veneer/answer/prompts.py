@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from veneer.data.chat import render
-from veneer.data.rows import RowReader
+from veneer.data.reader import RowReader
 from veneer.data.templates import fill_template
 from veneer.errors import ConfigError, DataError
 

@@ -11,7 +11,7 @@ from typing import Any
 from veneer.adapters.chosen import ModelParts, split
 from veneer.cli import loading
 from veneer.cli.pages.eval import EvalArguments
-from veneer.data.rows import RowReader
+from veneer.data.reader import RowReader
 from veneer.errors import ConfigError
 from veneer.evaluate.questions import as_trained, read_rows
 from veneer.train.outcome import held_out_rows, saved_by, trained_parts, trained_recipe, trained_tokenizer

@@ -13,13 +13,14 @@ import typer
 from veneer.cli.pages.options import unset
 from veneer.errors import ConfigError
 from veneer.plain.group import group_size, join_slurm, starts_processes
-from veneer.plain.progress import waits_told
+from veneer.plain.progress import LIBRARIES, waits_told
 from veneer.plan.presets import require_weights
 from veneer.ray.place import RayCluster, place_of, require_ray
 from veneer.recipe.adapter import names_of
 from veneer.recipe.commented import commented_recipe
 from veneer.recipe.early import refuse_early
 from veneer.recipe.known import declared_methods
+from veneer.recipe.readers import refuse_rows
 from veneer.recipe.sweep_part import PART
 from veneer.recipe.values import read_values, section
 from veneer.store.found import require_found
@@ -102,13 +103,15 @@ def train(
     refuse_early(values, str(recipe), begins=resume != "last", n_processes=processes if starts else on_ray)
     if PART not in values and not show_sample:
         refuse_place(values, resume if resume == "auto" else resume == "last")
+    if resume != "last":
+        refuse_rows(values, recipe)
     source = section(values, "model").get("source")
     if isinstance(source, str):
         require_weights(source, "model.source")
         require_found(source)
     if starts:
         raise typer.Exit(_in_processes(context.find_root().obj, processes or 1, values))
-    with waits_told("loading torch and transformers"):
+    with waits_told(LIBRARIES):
         # Here, as it imports torch: a wrong option or recipe is refused before.
         from veneer.cli.train_run import OnRay, TrainOptions, carried_out, parsed
 
@@ -143,7 +146,7 @@ def _in_processes(args: Sequence[str], n: int, values: Mapping[str, Any]) -> int
     """Run the same command in ``n`` processes, and return its exit status. Raises ConfigError if they cannot start."""
     if PART in values:
         raise ConfigError(f"--processes {n}: the members of a sweep share one process. Leave --processes out.")
-    with waits_told("loading torch"):
+    with waits_told(LIBRARIES):
         # Here, as it imports torch: a sweep is refused before.
         from veneer.train.launcher import launched, require_devices
 

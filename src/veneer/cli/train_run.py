@@ -21,6 +21,7 @@ from veneer.plain.units import count, duration, size
 from veneer.plan.before import planned_facts, remember_run, require_room, with_shard
 from veneer.ray.place import RayCluster
 from veneer.recipe.adapter import FROM
+from veneer.recipe.readers import require_first_rows
 from veneer.recipe.recipe import Recipe, parse_recipe
 from veneer.recipe.sweep_part import PART
 from veneer.store.bars import without_bars
@@ -34,11 +35,12 @@ from veneer.train.output import (
 )
 from veneer.train.processes import by_main, is_main, meet, n_processes, part, together
 from veneer.train.recipe_trainer import require_not_in_base
+from veneer.train.record.going_on import changes_since
 from veneer.train.record.place import Resume, continues
+from veneer.train.record.record import record_of
 from veneer.train.run import run_recipe
 from veneer.train.samples import samples_of
 from veneer.train.show.sample import shown_sample
-from veneer.train.sources import require_readable
 from veneer.train.sweep.recipe import Sweep, parse_sweep
 from veneer.train.sweep.report import PAGE, SWEEP_FILE, outcomes, table, write_report
 from veneer.train.sweep.sweep import run_sweep
@@ -117,19 +119,23 @@ def _show_sample(recipe: Recipe, console: Console) -> None:
         console.print(shown_sample(sample, tokenizer, marks=not console.is_terminal))
 
 
-def _require_startable(recipe: Recipe, resume: Resume) -> None:
-    """Before a plan: raise TrainingError where there is no checkpoint to go on from, ConfigError where a new run would
-    be mixed up with one that is there, DataError where files of rows are not there or begin with a row that cannot be
-    read, FormatError where the adapter that is trained on is damaged, and CompositionError where it is in the base.
+def _require_startable(recipe: Recipe, asked: TrainOptions) -> None:
+    """Before a plan: raise the errors by which a run cannot start.
+
+    TrainingError: there is no checkpoint to go on from. ConfigError: a new run would be mixed up with one that is
+    there, or a run would go on with other settings. DataError: files of rows are not there, or begin with a row that
+    cannot be read. FormatError: the adapter that is trained on is damaged. CompositionError: it is in the base.
     """
+    resume, before = asked.resume, record_of(Path(recipe.output)) if asked.resume else None
     if continues(Path(recipe.output), resume):
         require_begun(recipe)
+        if before is not None:
+            changes_since(before, recipe, asked.allow_changes)
         return
     if Path(recipe.output).exists():
         require_free(recipe, resume)
     require_data_files(recipe.data)
-    if recipe.task == "sft":
-        require_readable(recipe.data)
+    require_first_rows(recipe.data, recipe.task)
     if FROM in recipe.adapter:
         compare_bases(adapter_folder(recipe.adapter[FROM]), recipe.model.source)
     require_not_in_base(recipe)
@@ -154,7 +160,7 @@ def _prepared(recipe: Recipe, asked: TrainOptions, console: Console) -> _Planned
         recipe.distributed.require_layout(n, here)
 
         def prepare() -> _Planned | None:
-            _require_startable(recipe, asked.resume)
+            _require_startable(recipe, asked)
             if asked.resume and is_over(recipe):
                 return None
             sizes = recipe.distributed.copy_sizes(n, here) if n > 1 else []
@@ -222,7 +228,7 @@ def _train_one(recipe: Recipe, asked: TrainOptions, planned: _Planned | None, co
 
 def _train_on_ray(recipe: Recipe, asked: TrainOptions, on: OnRay, console: Console) -> None:
     """Train in the workers of a cluster, which plan nothing: their memory is not seen from here."""
-    _require_startable(recipe, asked.resume)
+    _require_startable(recipe, asked)
     with waits_told("loading Ray"):
         from veneer.ray.training import Loop, train_on
     loop = Loop(recipe=str(on.recipe), set=tuple(on.overrides), folder=os.getcwd(), allow_changes=asked.allow_changes)

@@ -9,7 +9,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from veneer.data.encoding import IGNORED, TASK
+from veneer.data.encoding import IGNORED
+from veneer.data.task_column import TASK
 from veneer.errors import ConfigError, DataError
 
 Layout = Literal["positions", "flat", "padded"]

@@ -11,8 +11,9 @@ from typing import Any, TypeVar, cast
 from datasets import Dataset, IterableDataset, concatenate_datasets
 
 from veneer.data.encoded_cache import encoded_once
-from veneer.data.encoding import IGNORED, TASK, Encoder, Kind
+from veneer.data.encoding import IGNORED, Encoder, Kind
 from veneer.data.packing import pack
+from veneer.data.task_column import TASK
 from veneer.data.unused import tell_unused
 from veneer.errors import ConfigError, DataError
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -11,10 +10,10 @@ from typing import Any, Literal
 from transformers import PreTrainedTokenizerBase
 
 from veneer.data.chat import assistant_mask, common_prefix, render
+from veneer.data.task_column import TASK, task_of
 from veneer.errors import DataError
 
 IGNORED = -100
-TASK = "task_ids"  # the column of the task of each row, a number
 Kind = Literal["tokens", "prompt-completion", "messages", "text"]
 Encoded = dict[str, Any]
 
@@ -126,24 +125,6 @@ class Encoder:
     def _with_end(self, ids: list[int]) -> list[int]:
         end = self.tokenizer.eos_token_id
         return ids if end is None or (ids and ids[-1] == end) else [*ids, end]
-
-
-def task_of(row: Mapping[str, Any]) -> dict[str, int]:
-    """Return the task of a row under its name; nothing if there is no such column.
-
-    Raises DataError if it is no whole number, nor its digits, which are all that a CSV file holds.
-    """
-    if TASK not in row:
-        return {}
-    task = row[TASK]
-    if isinstance(task, str) and re.fullmatch("[0-9]{1,9}", task):
-        task = int(task)
-    if not isinstance(task, int) or isinstance(task, bool) or task < 0:
-        raise DataError(
-            f"column {TASK!r} must hold the number of a task, from 0 on, not {task!r:.60}: give each row the number of "
-            "its task, or leave the column out"
-        )
-    return {TASK: task}
 
 
 def _targets(row: Mapping[str, Any]) -> list[int]:

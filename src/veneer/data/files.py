@@ -8,9 +8,6 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-import pyarrow.lib
-import pyarrow.parquet
-
 from veneer.data.named_files import SUFFIXES, missing_told
 from veneer.errors import DataError, listed
 
@@ -139,6 +136,10 @@ def _json_list(path: Path, problems: list[str]) -> Iterator[tuple[int, Any]]:
 
 
 def _parquet(path: Path, problems: list[str]) -> Iterator[tuple[int, Any]]:
+    # Here, as its import takes long.
+    import pyarrow.lib
+    import pyarrow.parquet
+
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
             rows = (row for batch in file.iter_batches() for row in batch.to_pylist())

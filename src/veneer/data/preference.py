@@ -6,8 +6,6 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from datasets import Dataset, IterableDataset
-
 from veneer.data.files import raise_all
 from veneer.data.templates import fields_of, fill_template
 from veneer.errors import DataError
@@ -44,6 +42,9 @@ def checked_rows(rows: Any, name: str, task: Task) -> Any:
         return None
     if isinstance(rows, Mapping):
         return {key: checked_rows(part, str(key), task) for key, part in rows.items()}
+    # Here, as it imports pandas: rows are looked at without it.
+    from datasets import Dataset, IterableDataset
+
     if not isinstance(rows, Dataset | IterableDataset):
         raise DataError(f"the {name} data must be a datasets.Dataset, not {type(rows).__name__}")
     if isinstance(rows, Dataset):

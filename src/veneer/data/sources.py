@@ -9,7 +9,8 @@ from dataclasses import dataclass
 
 from datasets import Dataset
 
-from veneer.data.rows import RowReader, form_of, load_rows
+from veneer.data.reader import RowReader, form_of
+from veneer.data.rows import load_rows
 from veneer.errors import ConfigError, DataError
 
 

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from veneer.data.chat import common_prefix, render
 from veneer.data.files import numbered_rows, raise_all, require_one_form
-from veneer.data.rows import RowReader, form_of
+from veneer.data.reader import RowReader, form_of
 from veneer.data.templates import fill_template
 from veneer.errors import ConfigError, DataError
 

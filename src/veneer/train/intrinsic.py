@@ -18,7 +18,8 @@ from torch.func import functional_call
 from veneer.analyze.subspace import Subspace
 from veneer.data.collating import Collator
 from veneer.data.encoding import Encoder, kind_of
-from veneer.data.rows import RowReader, load_rows, split_off
+from veneer.data.reader import RowReader
+from veneer.data.rows import load_rows, split_off
 from veneer.errors import ConfigError, TrainingError
 from veneer.evaluate.metric import LabelChoice
 from veneer.evaluate.questions import QuestionReader

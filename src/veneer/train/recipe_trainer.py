@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import logging
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any, NamedTuple, cast
 
-from datasets import Dataset, IterableDataset
+from datasets import Dataset, IterableDataset, are_progress_bars_disabled
 from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -26,10 +27,12 @@ from veneer.model.fused.decoder import fuse
 from veneer.model.memory.heap import blocks_mapped
 from veneer.model.sharded.sharding import BaseCutter, is_cut, leave_apart, shard_base
 from veneer.plain.group import n_on_this_machine
+from veneer.plain.progress import waits_told
 from veneer.plain.tasks import TaskType
 from veneer.recipe.adapter import FROM, differs_in_writing
 from veneer.recipe.advice import odd_rate
 from veneer.recipe.methods import not_that_adapter, usual_learning_rate
+from veneer.recipe.readers import preference_reader
 from veneer.recipe.recipe import Recipe
 from veneer.recipe.tasks import trainer_of
 from veneer.store.merge_record import require_not_merged
@@ -38,7 +41,7 @@ from veneer.train.base_model import device_of, load_base
 from veneer.train.library_errors import refusals_told
 from veneer.train.preference.reward import for_scores
 from veneer.train.processes import n_processes
-from veneer.train.rows import answers_only, preference_reader, read_data
+from veneer.train.rows import Rows, answers_only, read_data
 from veneer.train.run_trainer import RunTrainer
 from veneer.train.task_metric import TaskMetric
 from veneer.train.trained_model import adapted
@@ -68,7 +71,7 @@ def make_trainer(
     device = device_of(args)
     base = load_base(recipe.model, frozen=frozen, cutter=cutter, device=device) if model is None else model
     given = _with_adapter(recipe, base)
-    with refusals_told():
+    with refusals_told(), _encoding_told(rows):
         trainer = kind(
             given.model,
             args,
@@ -84,7 +87,7 @@ def make_trainer(
 
 def _make_task_trainer(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> RunTrainer:
     """The trainer of a recipe whose task is not supervised fine-tuning."""
-    rows = read_data(recipe.data, recipe.seed, preference_reader(recipe))
+    rows = read_data(recipe.data, recipe.seed, preference_reader(recipe.data, recipe.task))
     args = recipe.training_config()
     rewards = {"reward_funcs": recipe.reward_functions()[0]} if recipe.rewards else {}
     set_seed(recipe.seed)  # a new head is drawn
@@ -92,7 +95,7 @@ def _make_task_trainer(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Ru
     scores, device = recipe.task == "reward", device_of(args)
     base = load_base(recipe.model, scores=scores, frozen=frozen, cutter=cutter, device=device)
     given = _with_adapter(recipe, base)
-    with refusals_told():
+    with refusals_told(), _encoding_told(rows):
         trainer: RunTrainer = trainer_of(recipe.task)(
             given.model,
             args=args,
@@ -103,6 +106,15 @@ def _make_task_trainer(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Ru
             **rewards,
         )
     return trainer
+
+
+def _encoding_told(rows: Rows) -> AbstractContextManager[None]:
+    """Say in lines that the rows are made tokens; in a terminal the bars of datasets do."""
+    if not are_progress_bars_disabled():
+        return nullcontext()
+    known = [part for part in (rows.train, rows.eval) if isinstance(part, Dataset)]
+    n_rows = f"{sum(map(len, known)):,} rows" if known else "the rows"
+    return waits_told(f"tokenizing {n_rows}")
 
 
 def _with_adapter(recipe: Recipe, base: PreTrainedModel) -> _Given:

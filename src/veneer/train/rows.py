@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
-from typing import Any, NamedTuple, cast
+from typing import NamedTuple
 
 from datasets import Dataset, IterableDataset
 
 from veneer.data.encoding import Kind
 from veneer.data.preference import PreferenceReader
-from veneer.data.rows import RowReader, load_rows, split_off, stream_rows
+from veneer.data.reader import RowReader
+from veneer.data.rows import load_rows, split_off, stream_rows
 from veneer.data.sources import load_sources
 from veneer.errors import ConfigError
 from veneer.recipe.parts import DataPart
-from veneer.recipe.recipe import Recipe
+from veneer.recipe.readers import readers_of
 from veneer.train.sources import sources_of
 
 log = logging.getLogger(__name__)
@@ -35,7 +36,7 @@ def read_data(part: DataPart, seed: int, reader: RowReader | PreferenceReader | 
     if reader is not None:
         train = load_rows(part.train, reader, part.limit)
     else:
-        reader = RowReader(prompt=part.prompt, completion=part.completion, chat=part.chat, system=part.system)
+        reader = readers_of(part)[0]
         if part.streaming:
             streamed = stream_rows(part.train, reader).shuffle(seed=seed, buffer_size=_SHUFFLED)
             return Rows(streamed, None if part.eval is None else load_rows(part.eval, reader, part.eval_limit))
@@ -65,9 +66,3 @@ def answers_only(part: DataPart, kind: Kind) -> _Only:
         log.warning("the rows are plain text, so every token is trained; data.train_on: everything says so")
     answers = part.train_on == "answers"
     return _Only(answers and kind == "prompt-completion", answers and kind == "messages")
-
-
-def preference_reader(recipe: Recipe) -> PreferenceReader:
-    """Return the reader of the rows of a task that is not supervised fine-tuning."""
-    data = recipe.data
-    return PreferenceReader(task=cast(Any, recipe.task), prompt=data.prompt, chat=data.chat, system=data.system)

@@ -14,10 +14,11 @@ from veneer.data.chat import with_template
 from veneer.data.dataset import columns_of, encode_all
 from veneer.data.encoding import IGNORED, Encoder, kind_of
 from veneer.errors import DataError
+from veneer.recipe.readers import preference_reader
 from veneer.recipe.recipe import Recipe
 from veneer.recipe.tasks import KEYS, Task
 from veneer.store.source import load_tokenizer
-from veneer.train.rows import answers_only, preference_reader, read_data
+from veneer.train.rows import answers_only, read_data
 
 Sample = Mapping[str, Sequence[int]]  # input_ids, and labels where tokens of the row itself are trained
 _READING = {"prompt", "completion", "chat", "system"}
@@ -56,7 +57,7 @@ def _first_row(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Sample:
 
 
 def _by_part(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> dict[str, Sample]:
-    rows = read_data(recipe.data, recipe.seed, preference_reader(recipe))
+    rows = read_data(recipe.data, recipe.seed, preference_reader(recipe.data, recipe.task))
     first = Dataset.from_list([rows.train[0]])
     if recipe.task in ("grpo", "rloo"):
         return {"the prompt, to which the model's own answers are rewarded": _prompt(first[0]["prompt"], tokenizer)}

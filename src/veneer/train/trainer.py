@@ -22,8 +22,9 @@ from veneer.adapters.peft_model import PeftModel
 from veneer.contract import MethodConfig
 from veneer.data.collating import Collator
 from veneer.data.dataset import columns_of, digest, encode_all, filled, pack_all, require_answers
-from veneer.data.encoding import IGNORED, TASK, Encoder, kind_of
+from veneer.data.encoding import IGNORED, Encoder, kind_of
 from veneer.data.sampler import FilledSampler
+from veneer.data.task_column import TASK
 from veneer.errors import ConfigError, TrainingError
 from veneer.model.memory.heap import freed_memory_returned
 from veneer.train.config import SFTConfig, as_settings

@@ -8,7 +8,8 @@ from datasets import Dataset
 from veneer.data.chat import render
 from veneer.data.encoding import Encoder
 from veneer.data.preference import PreferenceReader
-from veneer.data.rows import RowReader, load_rows, split_off, stream_rows
+from veneer.data.reader import RowReader
+from veneer.data.rows import load_rows, split_off, stream_rows
 from veneer.data.templates import fields_of
 from veneer.errors import ConfigError, DataError
 

@@ -17,7 +17,8 @@ from veneer.data import encoded_cache
 from veneer.data.chat import render, with_template
 from veneer.data.dataset import encode_all
 from veneer.data.encoding import Encoder
-from veneer.data.rows import RowReader, load_rows
+from veneer.data.reader import RowReader
+from veneer.data.rows import load_rows
 from veneer.data.sources import Source, load_sources
 from veneer.errors import ConfigError, DataError
 

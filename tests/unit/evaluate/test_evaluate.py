@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from models import ROLES, byte_tokenizer, gpt2_config, llama_config
-from veneer.data.rows import RowReader
+from veneer.data.reader import RowReader
 from veneer.errors import ConfigError, DataError
 from veneer.evaluate.accuracy import Accuracy, answer_accuracy, exact_match, label_accuracy, regex_match
 from veneer.evaluate.perplexity import Texts, Windows, perplexity

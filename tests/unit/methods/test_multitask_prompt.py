@@ -19,7 +19,8 @@ from methods_in_peft import TOKENS, base, near
 from veneer.data.collating import Collator
 from veneer.data.dataset import digest, encode_all, pack_all
 from veneer.data.encoding import Encoder
-from veneer.data.rows import RowReader, load_rows, stream_rows
+from veneer.data.reader import RowReader
+from veneer.data.rows import load_rows, stream_rows
 from veneer.errors import CompositionError, ConfigError, DataError, ShapeError
 from veneer.model.attach.attach import live_parameters
 from veneer.records.sites import InputSite

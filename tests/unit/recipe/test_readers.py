@@ -10,7 +10,7 @@ import pytest
 
 from veneer.errors import DataError
 from veneer.recipe.parts import DataPart
-from veneer.train.sources import require_readable
+from veneer.recipe.readers import require_first_rows
 
 ROWS = [{"ticket": "a", "queue": "b"}, {"ticket": "c", "queue": "d"}]
 
@@ -22,24 +22,24 @@ def part(folder: Path, **settings: Any) -> DataPart:
 
 
 def test_a_template_that_asks_for_another_field_names_all_rows(tmp_path: Path) -> None:
-    require_readable(part(tmp_path, prompt="{ticket}"))
+    require_first_rows(part(tmp_path, prompt="{ticket}"))
     with pytest.raises(DataError, match=r"rows 1, 2.*asks for the field 'tickt'"):
-        require_readable(part(tmp_path, prompt="{tickt}"))
+        require_first_rows(part(tmp_path, prompt="{tickt}"))
 
 
 def test_held_out_rows_are_looked_at_and_data_sets_of_the_hub_are_not(tmp_path: Path) -> None:
     other = tmp_path / "other.jsonl"
     other.write_text('{"text": "no ticket"}\n')
     with pytest.raises(DataError, match=r"other\.jsonl"):
-        require_readable(part(tmp_path, prompt="{ticket}", eval=str(other)))
+        require_first_rows(part(tmp_path, prompt="{ticket}", eval=str(other)))
     other.write_text('{"ticket": "a", "queue": "b"}\n')
     more = DataPart(
         train=str(other), prompt="{ticket}", completion="{queue}", more=[{"source": str(tmp_path / "x.jsonl")}]
     )
     (tmp_path / "x.jsonl").write_text('{"subject": "no ticket"}\n')
     with pytest.raises(DataError, match=r"x\.jsonl.*'ticket'"):
-        require_readable(more)
-    require_readable(DataPart(train="somebody/rows", prompt="{tickt}", completion="{queue}"))
+        require_first_rows(more)
+    require_first_rows(DataPart(train="somebody/rows", prompt="{tickt}", completion="{queue}"))
 
 
 @pytest.mark.parametrize(
@@ -54,10 +54,10 @@ def test_a_file_that_begins_with_no_row_is_refused(tmp_path: Path, text: str, to
     wanted = part(tmp_path, prompt="{ticket}")
     (tmp_path / "rows.jsonl").write_text(text)
     with pytest.raises(DataError, match=told):
-        require_readable(wanted)
+        require_first_rows(wanted)
 
 
 def test_columns_of_no_form_name_their_file(tmp_path: Path) -> None:
     (tmp_path / "odd.jsonl").write_text('{"ticket": "a"}\n')
     with pytest.raises(DataError, match=r"odd\.jsonl: rows have the columns \['ticket'\]"):
-        require_readable(DataPart(train=str(tmp_path / "odd.jsonl")))
+        require_first_rows(DataPart(train=str(tmp_path / "odd.jsonl")))
