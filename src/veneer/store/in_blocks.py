@@ -25,6 +25,7 @@ from veneer.model.coded.embedding import CodedEmbedding
 from veneer.model.coded.module import CodedModule
 from veneer.model.coded.quant_linear import QuantLinear
 from veneer.model.coded.stack import CodedStack
+from veneer.plain.progress import waiting_for
 from veneer.quant.ggml import GgmlSpec
 from veneer.quant.stack import StackSpec
 from veneer.store.gguf.blocks import BlockFile
@@ -65,6 +66,7 @@ class GgufQuantizer(VeneerQuantizer):
         self.coded: dict[str, GgufParameter] = {}  # by the name of the weight that stays in blocks
         self.tied: frozenset[str] = frozenset()  # names that get another's dense weight
         self.mapped: dict[str, Tensor] = {}  # head and table of one tensor share it
+        self.n_filled = 0
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, dtype: Any = None, **kwargs: Any) -> None:
         own = model.named_parameters(remove_duplicate=False)
@@ -80,6 +82,8 @@ class GgufQuantizer(VeneerQuantizer):
     @torch.no_grad()
     def fill(self, layer: CodedModule, name: str, value: Tensor, sources: list[str]) -> None:
         """Map a layer's blocks. Errors are collected for `finish`."""
+        self.n_filled += 1
+        waiting_for(f"reading the blocks of {self.file.path.name}, matrix {self.n_filled} of {len(self.coded)}")
         parameter = self.coded[name]
         try:
             rows = [self._rows(parameter, tensor) for tensor in parameter.tensors]

@@ -93,8 +93,13 @@ def test_values_are_those_of_the_dense_copy(tmp_path: Path, family: str) -> None
     torch.testing.assert_close(model.dequantize()(ids).logits, logits, rtol=1e-5, atol=1e-5)
 
 
-def test_a_head_shares_the_blocks_of_its_table_and_nothing_is_copied(mixed: Path) -> None:
+def test_a_head_shares_the_blocks_of_its_table_and_nothing_is_copied(
+    mixed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = list[str]()
+    monkeypatch.setattr("veneer.store.in_blocks.waiting_for", told.append)
     model = load_model(mixed)
+    assert told[-1].startswith(f"reading the blocks of {mixed.name}, matrix {len(told)} of {len(told)}")
     table, head = model.get_input_embeddings(), model.get_output_embeddings()
     assert isinstance(table, CodedEmbedding)
     assert head.weight is table.weight
