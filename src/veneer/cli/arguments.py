@@ -6,10 +6,13 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from veneer.contract.file import WEIGHTS_FILE
 from veneer.data.named_files import missing_told
+from veneer.disk.safetensors_header import read_entries
 from veneer.errors import CompositionError, ConfigError, DataError
 from veneer.plan.presets import require_weights
-from veneer.store.adapter.folder import NEEDS_BASE, needs_base
+from veneer.recipe.declared_config import declared_config, modules_named
+from veneer.store.adapter.folder import NEEDS_BASE, entries_in, is_alone, needs_base, require_whole
 from veneer.store.found import require_found
 
 
@@ -59,11 +62,15 @@ def require_rows(file: Path | None) -> None:
 
 
 def require_model(*models: str | None) -> None:
-    """Raise ConfigError for a preset, which has no weights, and for a model that is nowhere. None is allowed."""
+    """Raise ConfigError for a preset, which has no weights, and for a model that is nowhere, FormatError for an adapter
+    in its place that is damaged. None is allowed.
+    """
     for model in models:
         if model is not None:
             require_weights(model)
             require_found(model)
+            if is_alone(Path(model).expanduser()):
+                require_whole(Path(model).expanduser())
 
 
 def require_bases(adapters: Sequence[Path], base: str | None) -> None:
@@ -75,6 +82,31 @@ def require_bases(adapters: Sequence[Path], base: str | None) -> None:
         lacking = ", ".join(filter(None, named))
         more = f". The base that is named, {lacking}, is not found" if lacking else ". No config names it"
         raise CompositionError(needs_base(needy[0]) + more)
+
+
+def require_one_kind(adapters: Sequence[Path]) -> None:
+    """Raise CompositionError if adapters that only rescale (IA3) act alone on some layers, and others elsewhere.
+
+    Adapters whose modules the names of their tensors alone do not tell are not compared.
+    """
+    modules = {adapter: _modules(adapter) for adapter in dict.fromkeys(adapters)}
+    scales = [adapter for adapter in modules if _fields(adapter).get("peft_type") == "IA3"]
+    others = [adapter for adapter in modules if adapter not in scales]
+    elsewhere = {path for adapter in others for path in modules[adapter]}
+    for adapter in scales:
+        alone = sorted(set(modules[adapter]) - elsewhere)
+        if alone and all(modules[other] for other in others) and others:
+            raise CompositionError(
+                f"{adapter} rescales {alone[0]} (IA3), which {others[0]} does not change: no one method is both on "
+                "different layers. Combine adapters of one method"
+            )
+
+
+def _modules(adapter: Path) -> tuple[str, ...]:
+    """The modules that an adapter changes; none if the names of its tensors alone do not tell."""
+    config = declared_config(adapter)
+    keys = entries_in(adapter, WEIGHTS_FILE, read_entries)
+    return () if config is None else modules_named(config, keys) or ()
 
 
 def _fields(adapter: Path) -> dict[str, str | bool]:

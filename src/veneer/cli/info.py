@@ -11,17 +11,18 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from veneer.cli.facts import print_facts
-from veneer.contract.file import CONFIG_FILE, WEIGHTS_FILE
+from veneer.cli.pages.info import InfoArguments
+from veneer.contract.file import WEIGHTS_FILE
 from veneer.disk.safetensors_header import read_entries
 from veneer.errors import ConfigError
-from veneer.plain.progress import waits_told
+from veneer.plain.progress import LIBRARIES, waits_told
 from veneer.plain.units import size
 from veneer.recipe.declared_config import declared_config, modules_named
+from veneer.store.adapter.folder import entries_in, is_alone
 from veneer.store.counted import ModelFacts, dtypes_of, n_values_of, plain_facts
 from veneer.store.found import folder_here
 
 if TYPE_CHECKING:
-    from veneer.cli.pages.info import InfoArguments
     from veneer.store.gguf.header import GgufHeader
 
 Section = dict[str, str]
@@ -67,13 +68,13 @@ def _facts(what: str, *, as_json: bool) -> tuple[dict[str, Any], Section]:
     folder = Path(what).expanduser()
     if folder.suffix == ".gguf" and folder.is_file():
         return _gguf(folder)
-    if (folder / CONFIG_FILE).is_file() and not (folder / "config.json").is_file():
+    if is_alone(folder):
         return _adapter(folder)
     here = folder_here(what)
     plain = None if here is None or as_json else plain_facts(here)
     if here is not None and plain is not None:
         return asdict(plain), _model(here, plain)
-    with waits_told("loading torch and transformers"):
+    with waits_told(LIBRARIES):
         # Here, as it imports both.
         from veneer.store.bars import quiet
         from veneer.store.facts import model_facts
@@ -113,8 +114,8 @@ def _adapter(folder: Path) -> tuple[dict[str, Any], Section]:
     Raises FormatError if it is not an adapter or is damaged.
     """
     declared = declared_config(folder)
-    tensors, problems = read_entries(folder / WEIGHTS_FILE) if (folder / WEIGHTS_FILE).is_file() else ({}, [""])
-    modules = None if declared is None or problems else modules_named(declared, tensors)
+    tensors = entries_in(folder, WEIGHTS_FILE, read_entries)
+    modules = None if declared is None else modules_named(declared, tensors)
     if declared is None or modules is None:
         return _checked_adapter(folder)
     facts = AdapterFacts(
@@ -129,7 +130,7 @@ def _adapter(folder: Path) -> tuple[dict[str, Any], Section]:
 
 
 def _checked_adapter(folder: Path) -> tuple[dict[str, Any], Section]:
-    with waits_told("loading torch and transformers"):
+    with waits_told(LIBRARIES):
         # Here, as they import torch.
         from veneer.contract.places import modules_in
         from veneer.recipe.methods import name_of

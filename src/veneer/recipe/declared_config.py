@@ -109,7 +109,7 @@ def _is_plain(key: str, value: Any) -> bool:
     if key == "task_type":
         return value in {task.value for task in TaskType}
     if isinstance(value, list):
-        return bool(value) and all(isinstance(each, str) for each in value)
+        return (bool(value) or key != "target_modules") and all(isinstance(each, str) for each in value)
     if isinstance(value, float):
         return 0 < value < 1
     return value is None or isinstance(value, bool) or (isinstance(value, int) and value > 0)

@@ -56,7 +56,11 @@ def require_hub() -> None:
 
 def _no_model(name: str, of_hub: str = "") -> str:
     """The message for a model that is nowhere: the nearest names, or those that `veneer fetch` knows."""
-    near = [*difflib.get_close_matches(name.lower(), KNOWN, n=1, cutoff=_CLOSE), *near_paths(Path(name).expanduser())]
+    path = Path(name).expanduser()
+    paths = near_paths(path)
+    near = [*difflib.get_close_matches(name.lower(), KNOWN, n=1, cutoff=_CLOSE), *paths]
+    if paths or ("/" in name and path.parent.is_dir()):
+        of_hub = ""  # a path is meant
     hint = (
         f"did you mean {' or '.join(map(repr, near))}?" if near else f"`veneer fetch` knows {', '.join(sorted(KNOWN))}"
     )

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,11 @@ import numpy as np
 import yaml
 
 from .conftest import told_early
+
+
+def asked(prompt: str) -> dict[str, str]:
+    """A part ``data`` with a template for prompts."""
+    return {"train": "rows.jsonl", "prompt": prompt, "completion": "{text}"}
 
 
 def recipe(folder: Path, name: str, output: Path, **changes: Any) -> str:
@@ -32,6 +39,8 @@ def test_a_run_is_shown_and_a_wrong_output_is_told_before_torch_is_imported(tmp_
     run = {"status": "finished", "recipe": {}, "results": {"steps": 7, "train_loss": 1.25}}
     (done / "run.json").write_text(json.dumps(run))
     (trains / "run.json").write_text("[]")
+    (tmp_path / "empty.jsonl").write_text("")
+    (tmp_path / "odd.jsonl").write_text('{"ticket": "a"}\n')
     cases = [
         (("info", str(done)), 0, "status finished steps 7 training loss 1.2500"),
         (("info", str(done), "--json"), 0, '"life": "over"'),
@@ -41,6 +50,13 @@ def test_a_run_is_shown_and_a_wrong_output_is_told_before_torch_is_imported(tmp_
         (("train", recipe(tmp_path, "c.yaml", begun)), 2, "holds the checkpoints of a run"),
         (("train", recipe(tmp_path, "d.yaml", trains)), 2, "is not the record of a run"),
         (("train", recipe(tmp_path, "e.yaml", done, data={"train": "none.jsonl"})), 2, "there is no file none.jsonl"),
+        (
+            ("train", recipe(tmp_path, "g.yaml", tmp_path / "new", data=asked("{ticket}"))),
+            2,
+            "asks for the field 'ticket'",
+        ),
+        (("train", recipe(tmp_path, "h.yaml", tmp_path / "new", data={"train": "empty.jsonl"})), 2, "holds no rows"),
+        (("train", recipe(tmp_path, "i.yaml", tmp_path / "new", data={"train": "odd.jsonl"})), 2, "none of the forms"),
         (("train", recipe(tmp_path, "f.yaml", tmp_path / "new"), "--resume", "auto"), 2, "no model 'nowhere'"),
     ]
     for (command, status, said), (code, told) in zip(cases, told_early([each[0] for each in cases]), strict=True):
@@ -67,6 +83,40 @@ def test_facts_of_folders_and_files_are_read_before_torch_is_imported(
         assert (code, said in told) == (0, True), (command, told)
 
 
+def test_a_damaged_adapter_is_told_before_torch_is_imported(
+    model_folder: Path, adapter_folder: Path, tmp_path: Path
+) -> None:
+    base, weights = str(model_folder), (adapter_folder / "adapter_model.safetensors").read_bytes()
+    for name, config, content in (("cut", "{}", weights[:-9]), ("torn", "{", weights), ("bare", "{}", None)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "adapter_config.json").write_text(config)
+        if content is not None:
+            (tmp_path / name / "adapter_model.safetensors").write_bytes(content)
+    ia3 = tmp_path / "ia3"
+    ia3.mkdir()
+    values = {"peft_type": "IA3", "target_modules": ["k_proj"], "feedforward_modules": []}
+    (ia3 / "adapter_config.json").write_text(json.dumps(values))
+    key = "base_model.model.model.layers.0.self_attn.k_proj.ia3_l"
+    header = json.dumps({key: {"dtype": "F32", "shape": [1, 1], "data_offsets": [0, 4]}}).encode()
+    (ia3 / "adapter_model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
+    wrong = {"cut": "is damaged or was cut off (", "torn": "is not valid JSON", "bare": "holds no adapter_model.safete"}
+    cases = [
+        (command, said)
+        for name, said in wrong.items()
+        for command in (
+            ["generate", base, "-a", str(tmp_path / name), "-p", "x"],
+            ["chat", base, "-a", str(tmp_path / name)],
+            ["generate", str(tmp_path / name), "-p", "x"],
+            ["eval", base, "-a", str(tmp_path / name), "-d", __file__, "-m", "labels"],
+            ["combine", str(adapter_folder), str(tmp_path / name), "-o", str(tmp_path / "new")],
+        )
+    ]
+    both = ["combine", str(adapter_folder), str(ia3), "--base", base, "-o", str(tmp_path / "new")]
+    cases += [(both, "no one method is both on different layers")]
+    for (command, said), (code, told) in zip(cases, told_early([each[0] for each in cases]), strict=True):
+        assert (code, said in told) == (2, True), (command, told)
+
+
 def test_a_folder_that_may_not_be_written_to_holds_no_run(tmp_path: Path) -> None:
     closed = tmp_path / "closed"
     closed.mkdir(mode=0o555)
@@ -74,3 +124,14 @@ def test_a_folder_that_may_not_be_written_to_holds_no_run(tmp_path: Path) -> Non
         return  # everything may be written by root
     ((code, told),) = told_early([["train", recipe(tmp_path, "a.yaml", closed / "run")]])
     assert (code, "cannot be made (Permission denied)" in told) == (2, True)
+
+
+def test_the_program_finds_no_package_that_it_does_not_use_and_code_of_users_does() -> None:
+    code = (
+        "import sys\nfrom importlib.util import find_spec\nfrom unittest import mock\nfrom veneer.cli import app\n"
+        "from veneer.plain.unused_packages import show_unused\n"
+        "with mock.patch.object(app, 'app', lambda: print(find_spec('peft'), find_spec('bitsandbytes'))): app.main()\n"
+        "show_unused()\nprint(find_spec('peft') is not None)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stdout.splitlines() == ["None None", "True"], done.stderr

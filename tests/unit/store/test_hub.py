@@ -69,6 +69,17 @@ def test_letters_that_no_id_has_are_not_asked_for(make_hub: Callable[..., Hub]) 
     assert not hub.asked
 
 
+def test_a_mistyped_path_is_not_told_of_the_hub(
+    make_hub: Callable[..., Hub], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_hub(404, X_Error_Code="RepoNotFound")
+    (tmp_path / "models" / "base").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    for name, meant in (("models/bsae", "did you mean 'models/base'?"), ("models/other", "`veneer fetch` knows")):
+        with pytest.raises(ConfigError, match=f"no model '{name}': there is no such folder or file; {meant}"):
+            on_hub(name)
+
+
 def test_an_id_like_a_known_name_is_asked_for(make_hub: Callable[..., Hub]) -> None:
     for name in ("HuggingFaceTB/SmolLM2-135M-Instruct", "unsloth/SmolLM2-135M-Instruct"):
         hub = make_hub()

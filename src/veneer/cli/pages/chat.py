@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from veneer.cli.arguments import require_model
 from veneer.cli.pages import options
 from veneer.cli.work import verb
-from veneer.store.adapter.folder import require_adapter
+from veneer.store.adapter.folder import require_adapter, require_whole
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +32,7 @@ class ChatArguments:
     def __post_init__(self) -> None:
         require_adapter(self.adapter)
         require_model(self.model)
+        require_whole(self.adapter)
 
 
-chat = verb(ChatArguments, "veneer.cli.chat", "chat")
+chat = verb(ChatArguments, "veneer.cli.chat", "chat", hears=False)

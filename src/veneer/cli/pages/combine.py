@@ -8,11 +8,11 @@ from typing import Annotated
 
 import typer
 
-from veneer.cli.arguments import require_bases, require_model, weights_of
+from veneer.cli.arguments import require_bases, require_model, require_one_kind, weights_of
 from veneer.cli.pages.options import unset
 from veneer.cli.work import verb
 from veneer.errors import ConfigError
-from veneer.store.adapter.folder import require_adapter
+from veneer.store.adapter.folder import require_adapter, require_whole
 
 _Weights = Annotated[str | None, unset("X...", "One weight for each adapter, such as 0.7 -0.3. Default: 1 each.")]
 _How = Annotated[
@@ -53,6 +53,8 @@ class CombineArguments:
         weights_of(self.weights, len(self.adapters))
         require_model(self.base)
         require_bases(self.adapters, self.base)
+        require_whole(*self.adapters)
+        require_one_kind(self.adapters)
 
 
 combine = verb(CombineArguments, "veneer.cli.combine", "combine")

@@ -15,7 +15,7 @@ from veneer.cli.pages import options
 from veneer.cli.pages.options import unset
 from veneer.cli.work import verb
 from veneer.recipe.values import read_values
-from veneer.store.adapter.folder import require_adapter
+from veneer.store.adapter.folder import require_adapter, require_whole
 
 
 def _unescaped(text: str) -> str:
@@ -119,6 +119,7 @@ class EvalArguments:
         for adapter in self.adapters:
             require_adapter(adapter)
         require_model(self.model)
+        require_whole(*self.adapters)
 
 
 eval_ = verb(EvalArguments, "veneer.cli.eval", "eval_")

@@ -13,7 +13,7 @@ from veneer.cli.pages import options
 from veneer.cli.pages.options import unset
 from veneer.cli.work import verb
 from veneer.errors import ConfigError
-from veneer.store.adapter.folder import require_adapter
+from veneer.store.adapter.folder import require_adapter, require_whole
 
 _Prompt = Annotated[
     str | None,
@@ -80,6 +80,7 @@ class GenerateArguments:
         require_adapter(self.adapter)
         require_rows(self.input_)
         require_model(self.model)
+        require_whole(self.adapter)
 
 
 def _require_places(source: Path, output: Path, force: bool) -> None:

@@ -142,7 +142,7 @@ class ServeArguments:
         )  # fmt: skip
 
 
-serve = verb(ServeArguments, "veneer.cli.serve", "serve")
+serve = verb(ServeArguments, "veneer.cli.serve", "serve", hears=False)
 
 
 def speculative_of(text: str | None) -> dict[str, object] | None:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from veneer.contract.file import CONFIG_FILE, WEIGHTS_FILE
 from veneer.serve.http.watcher import Watcher
-from veneer.store.adapter.files import PICKLE_FILE
+from veneer.store.adapter.folder import PICKLE_FILE
 
 
 class AdapterFolder:

@@ -10,11 +10,10 @@ from torch import Tensor
 
 from veneer.contract.file import WEIGHTS_FILE
 from veneer.disk.safetensors import StoredTensor, read_all, read_header
-from veneer.errors import FormatError
+from veneer.store.adapter.folder import entries_in
 from veneer.store.checkpoint import is_finite
 
 NETWORK_FILE = "prompt_encoder.safetensors"  # in a checkpoint: the network that makes what WEIGHTS_FILE holds
-PICKLE_FILE = "adapter_model.bin"
 VALUE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # those that adapters are trained in
 WHOLE_DTYPES = (torch.int32, torch.int64, torch.float32)  # of indices; PEFT on Windows writes float32
 
@@ -30,23 +29,9 @@ def read_tensors(folder: Path, file: str = WEIGHTS_FILE) -> dict[str, Tensor]:
 def read_headers(folder: Path, file: str = WEIGHTS_FILE) -> dict[str, StoredTensor]:
     """Return the tensors listed in the same file's header, by name; no value is read.
 
-    Raises FormatError if the file is missing, a pickle, truncated or damaged, or if its header is wrong.
+    Raises FormatError as `entries_in` does.
     """
-    path = folder / file
-    if not path.is_file():
-        if (folder / PICKLE_FILE).is_file():
-            raise FormatError(
-                f"{folder} holds {PICKLE_FILE}, a pickle, which can run any code when it is opened. Only "
-                f"{WEIGHTS_FILE} is read. If you trust the pickle, load it with PEFT and save it again."
-            )
-        raise FormatError(
-            f"{folder} holds no {file}: it is not an adapter, or it was not saved to the end. Save it again, or give "
-            "the folder of an adapter"
-        )
-    tensors, problems = read_header(path)
-    if problems:
-        raise _damaged(path, "; ".join(problems))
-    return tensors
+    return entries_in(folder, file, read_header)
 
 
 def unusable(tensors: Mapping[str, Tensor], whole: Collection[str] = ()) -> dict[str, str]:
@@ -74,10 +59,6 @@ def _is_finite_together(tensors: Mapping[str, Tensor]) -> bool:
     if any(x.untyped_storage().data_ptr() != memory.data_ptr() for x in tensors.values()):
         return False
     return memory.nbytes() % first.dtype.itemsize == 0 and is_finite(torch.empty(0, dtype=first.dtype).set_(memory))
-
-
-def _damaged(path: Path, reason: str) -> FormatError:
-    return FormatError(f"{path} is damaged or was cut off ({reason}); save or download it again")
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -1,11 +1,18 @@
-"""Folders of adapters as a user names them, looked for before torch is imported."""
+"""Folders of adapters as a user names them, looked for, and their files looked at, before torch is imported."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
+from veneer.contract.file import CONFIG_FILE, WEIGHTS_FILE, read_fields
 from veneer.disk.near import near_paths
-from veneer.errors import ConfigError
+from veneer.disk.safetensors_header import read_entries
+from veneer.errors import ConfigError, FormatError
+
+T = TypeVar("T")
+PICKLE_FILE = "adapter_model.bin"
 
 NEEDS_BASE = frozenset(
     {"ADAMSS", "BOFT", "DEFT", "FROD", "HIRA", "HRA", "IA3", "OFT", "OSF", "PEANUT", "PSOFT", "ROAD"}
@@ -26,3 +33,42 @@ def require_adapter(adapter: Path | None) -> None:
 def needs_base(adapter: Path) -> str:
     """Return the message that an adapter has no update without its base."""
     return f"the adapter {adapter} scales or reads the weights of its base: give the base too (--base MODEL)"
+
+
+def require_whole(*adapters: Path | None) -> None:
+    """Raise ConfigError for an adapter whose folder does not exist, FormatError if its files are missing or damaged.
+
+    None is no adapter, and allowed.
+    """
+    for adapter in adapters:
+        require_adapter(adapter)
+        if adapter is not None:
+            read_fields(adapter)
+            entries_in(adapter, WEIGHTS_FILE, read_entries)
+
+
+def is_alone(folder: Path) -> bool:
+    """Return True for the folder of an adapter, without a model in it."""
+    return (folder / CONFIG_FILE).is_file() and not (folder / "config.json").is_file()
+
+
+def entries_in(folder: Path, file: str, read: Callable[[Path], tuple[dict[str, T], list[str]]]) -> dict[str, T]:
+    """Return the tensors that ``read`` finds in the header of an adapter's file, by name.
+
+    Raises FormatError if the file is missing, a pickle, truncated or damaged, or if its header is wrong.
+    """
+    path = folder / file
+    if not path.is_file():
+        if (folder / PICKLE_FILE).is_file():
+            raise FormatError(
+                f"{folder} holds {PICKLE_FILE}, a pickle, which can run any code when it is opened. Only "
+                f"{WEIGHTS_FILE} is read. If you trust the pickle, load it with PEFT and save it again."
+            )
+        raise FormatError(
+            f"{folder} holds no {file}: it is not an adapter, or it was not saved to the end. Save it again, or give "
+            "the folder of an adapter"
+        )
+    tensors, problems = read(path)
+    if problems:
+        raise FormatError(f"{path} is damaged or was cut off ({'; '.join(problems)}); save or download it again")
+    return tensors
