@@ -43,7 +43,3 @@ def main() -> None:
     plan_recipe(recipe)
     run_recipe(recipe)
     print(high_water())
-
-
-if __name__ == "__main__":
-    main()

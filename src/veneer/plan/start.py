@@ -23,7 +23,8 @@ from veneer.disk.cache import cache_dir
 from veneer.errors import ConfigError, DiskError
 from veneer.plain.progress import waiting_for
 
-_COMMAND = (sys.executable, "-P", "-m", "veneer.plan.small_run")
+_PROGRAM = "from veneer.plain.unused_packages import hide_unused; hide_unused()\n"  # as `veneer train` begins
+_COMMAND = (sys.executable, "-P", "-c", f"{_PROGRAM}from veneer.plan.small_run import main; main()")
 """Modules in the folder that a user works in are none of the process's (-P)."""
 _OF_A_GROUP = (
     "RANK", "LOCAL_", "GROUP_", "WORLD_SIZE", "MASTER_", "TORCHELASTIC_", "ACCELERATE_", "FSDP_",
@@ -81,7 +82,7 @@ def _file() -> Path:
 
 def _installation() -> str:
     versions = [f"{name} {version(name)}" for name in ("veneer", "torch", "transformers", "trl")]
-    return f"{sys.prefix} on {platform.node()}, Python {platform.python_version()}, {', '.join(versions)}"
+    return f"{_PROGRAM}{sys.prefix} on {platform.node()}, Python {platform.python_version()}, {', '.join(versions)}"
 
 
 class _Beginning:

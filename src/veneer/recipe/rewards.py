@@ -15,6 +15,7 @@ from typing import Any
 
 from veneer.errors import ConfigError, DataError, listed
 from veneer.evaluate import accuracy
+from veneer.plain.unused_packages import show_unused
 from veneer.recipe.keys import perhaps
 
 Reward = Callable[..., Any]
@@ -90,6 +91,7 @@ def _imported(name: str, folder: Path) -> Reward:
 
 
 def _module(place: str, folder: Path, name: str) -> Any:
+    show_unused()  # a user's code may use them
     try:
         if not place.endswith(".py"):
             return importlib.import_module(place)

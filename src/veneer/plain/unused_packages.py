@@ -1,0 +1,23 @@
+"""Packages that transformers and TRL import where they are installed, and that this program does not use."""
+
+from __future__ import annotations
+
+import sys
+
+_UNUSED = (
+    "peft",
+    "bitsandbytes",
+)  # with parts of torch that they alone import, half of all seconds before a first step
+
+
+def hide_unused() -> None:
+    """Let this process find none of them, as if they were not installed."""
+    for name in _UNUSED:
+        sys.modules.setdefault(name, None)  # type: ignore[arg-type]  # as the import system has it
+
+
+def show_unused() -> None:
+    """Let code of a user, which may use them, find them again."""
+    for name in _UNUSED:
+        if name in sys.modules and sys.modules[name] is None:
+            del sys.modules[name]
