@@ -223,8 +223,9 @@ class Body(Drawn, Hinted):
         try:
             return SamplingParams(**{**defaults, **given} | own)
         except ConfigError as error:
-            names = _FIELD.findall(str(error))
-            raise RefusedError(str(error), next((n for n in names if n in self.model_fields_set), None)) from error
+            said = str(error).removeprefix("SamplingParams: ").replace(", or None", ", or null")  # in words of JSON
+            names = _FIELD.findall(said)
+            raise RefusedError(said, next((n for n in names if n in self.model_fields_set), None)) from error
 
     def _form(self) -> StructuredOutputsParams | None:
         asked = self.response_format or {}
