@@ -40,7 +40,9 @@ from veneer.cli.pages import (
     serve,
 )
 from veneer.errors import Interrupted, VeneerError
+from veneer.plain.unused_packages import hide_unused
 
+UsageError: type[Exception] = typer.BadParameter.__mro__[1]  # typer's own copy of click's has no public name
 USER_ERROR = 2
 INTERRUPTED = 130
 _ENVIRONMENT = {errno.EACCES, errno.EPERM, errno.ENOSPC, errno.EROFS, errno.EDQUOT}
@@ -81,9 +83,8 @@ def _messages() -> Iterator[None]:
     """Turn errors that the user can mend into a message and an exit code."""
     try:
         yield
-    except typer.BadParameter as error:  # typer reads values with pydantic, whose messages begin with their kind
-        error.message = error.message.removeprefix("Value error, ")
-        raise
+    except UsageError as error:
+        raise _told(_in_one_line(error)) from error
     except VeneerError as error:
         raise _told(str(error)) from error
     except OSError as error:
@@ -94,6 +95,16 @@ def _messages() -> Iterator[None]:
         told = f"interrupted: {error}" if error.args else "interrupted"
         _main_stderr().print(told, style="red", highlight=False, soft_wrap=True)
         raise typer.Exit(error.exit_code if isinstance(error, Interrupted) else INTERRUPTED) from error
+
+
+def _in_one_line(error: Any) -> str:
+    """Return the message of a wrong command line, and the help that lists what is right."""
+    if isinstance(error, typer.BadParameter):  # read with pydantic, whose messages begin with their kind
+        error.message = error.message.removeprefix("Value error, ")
+    told = str(error.format_message()).removeprefix("Invalid value for ").strip().rstrip(".")
+    command = f" {error.ctx.info_name}" if error.ctx is not None and error.ctx.parent is not None else ""
+    end = "" if told.endswith("?") else "."
+    return f"{told[:1].lower()}{told[1:]}{end} See `veneer{command} --help`"
 
 
 def with_weights_joined(args: list[str]) -> list[str]:
@@ -184,4 +195,5 @@ def main() -> None:
     # The bars of other libraries come where something takes long, and go when it is done; read when tqdm is imported.
     os.environ.setdefault("TQDM_DELAY", "2")
     os.environ.setdefault("TQDM_LEAVE", "")
+    hide_unused()
     app()

@@ -94,7 +94,7 @@ def _measured(metric: Metric, args: EvalArguments) -> Measured:
         loading.tell_of_device(parts)
         bars = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         started = time.perf_counter()
-        with quiet(), progress_bar(metric.name, *bars) as on_progress:
+        with quiet(), progress_bar(f"{metric.name} of {len(subject.rows):,} rows", *bars) as on_progress:
             results = _results(questions, subject, parts, args.batch_size, on_progress)
         seconds += time.perf_counter() - started
         del parts  # before the next is loaded

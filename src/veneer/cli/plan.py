@@ -13,7 +13,7 @@ from veneer.cli.facts import AsJson
 from veneer.cli.pages.options import unset
 from veneer.cli.plan_options import ADVICE, FIT, OF_SEVERAL, SERVE, bytes_from, unread, wrong
 from veneer.errors import ConfigError, listed
-from veneer.plain.progress import waits_told
+from veneer.plain.progress import LIBRARIES, waits_told
 from veneer.plan.presets import hub_id_of, require_named
 from veneer.plan.start import start_measured
 from veneer.recipe.distributed_part import with_accumulation
@@ -105,7 +105,7 @@ def plan(
         require_found(source)
     elsewhere = card is not None or advice or serve
     begun = nullcontext() if elsewhere else start_measured()  # before torch is imported, which takes as long
-    with waits_told("loading torch and transformers"), begun:
+    with waits_told(LIBRARIES), begun:
         # Here, as they import torch: a wrong option is refused before.
         from veneer.cli.plan_answers import answer_advice, answer_fit, answer_plan, answer_serve, opened
         from veneer.plan.layout import Ranks

@@ -4,25 +4,34 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import signal
+import threading
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from types import FrameType
 from typing import Any
 
-from veneer.plain.progress import waits_told
+from veneer.errors import Interrupted
+from veneer.plain.progress import LIBRARIES, waits_told
+
+_LEFT = "an unfinished output is removed, and what stood in its place is unchanged"
 
 
-def verb(arguments: type, place: str | Callable[[Any], str], name: str) -> Callable[..., None]:
+def verb(arguments: type, place: str | Callable[[Any], str], name: str, *, hears: bool = True) -> Callable[..., None]:
     """Return the verb with the fields of a dataclass as its arguments, and the help that is its docstring.
 
     The dataclass checks them as it is made. Then the function of this ``name`` in the module ``place`` is imported and
-    takes it. The module may depend on the arguments.
+    takes it. The module may depend on the arguments. If it ``hears``, SIGTERM and Ctrl-C end it with a message on its
+    output.
     """
 
     def run(**given: Any) -> None:
         args = arguments(**given)
-        with waits_told("loading torch and transformers"):
-            work = importlib.import_module(place if isinstance(place, str) else place(args))
-        getattr(work, name)(args)
+        with _ends_told() if hears else nullcontext():
+            with waits_told(LIBRARIES):
+                work = importlib.import_module(place if isinstance(place, str) else place(args))
+            getattr(work, name)(args)
 
     hints = typing.get_type_hints(arguments, include_extras=True)
     parameters = inspect.signature(arguments).parameters.values()
@@ -31,3 +40,26 @@ def verb(arguments: type, place: str | Callable[[Any], str], name: str) -> Calla
     signature = inspect.Signature([each.replace(annotation=hints[each.name]) for each in parameters])
     vars(run)["__signature__"] = signature
     return run
+
+
+@contextmanager
+def _ends_told() -> Iterator[None]:
+    """Raise Interrupted for SIGTERM, and put into it, as into that of Ctrl-C, what is left on disk.
+
+    An ignored signal stays ignored. In a thread other than the main one Python handles no signals.
+    """
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGTERM) is signal.SIG_IGN:
+        yield
+        return
+
+    def end(number: int, frame: FrameType | None) -> None:
+        raise Interrupted(number, f"{signal.Signals(number).name}: {_LEFT}")
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        error.args = error.args or (_LEFT,)
+        raise
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -18,6 +18,8 @@ from veneer.plain.units import duration
 
 LINE_SECONDS = 5.0  # between two plain lines
 QUIET_SECONDS = 1.0  # of a wait before its first plain line
+LIBRARIES = "loading torch, transformers"
+"""Wait for the libraries that models need; a plain line tells how far the imports are."""
 Tell = Callable[[int, int], None]
 _WAIT: ContextVar[_Spinner | _Lines | None] = ContextVar("_WAIT", default=None)
 
@@ -205,7 +207,8 @@ class _Lines:
         began, pause = time.monotonic(), QUIET_SECONDS
         while not self._over.wait(pause):
             if not self.paused:
-                _say(self._console, f"{self.what} ({time.monotonic() - began:.0f} s so far)")
+                modules = f": {len(sys.modules):,} modules" if self.what == LIBRARIES else ""
+                _say(self._console, f"{self.what}{modules} ({time.monotonic() - began:.0f} s so far)")
             pause = LINE_SECONDS
 
 

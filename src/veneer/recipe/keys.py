@@ -109,8 +109,15 @@ def means_another(key: str, known: Iterable[str]) -> bool:
     return _OTHER_WORDS.get(key) in set(known)
 
 
+_MOST_NAMED = 40  # keys in a message
+
+
 def perhaps(key: str, known: Iterable[str]) -> str:
-    """Return the end of a message with the key that was probably meant."""
+    """Return the end of a message with the key that was probably meant; without one, all keys, or where they are."""
     names, meant = list(known), _OTHER_WORDS.get(str(key))
     found = [meant] if meant in names else nearest(str(key), names, n=1)
-    return f"; the nearest is {found[0]!r}" if found else ""
+    if found:
+        return f"; the nearest is {found[0]!r}"
+    if len(names) <= _MOST_NAMED:
+        return f"; there are {', '.join(names)}"
+    return f"; `veneer train --print-recipe` shows the usual ones of {len(names)}"

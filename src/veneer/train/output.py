@@ -99,7 +99,7 @@ def usable(recipe: Recipe, checkpoint: Path) -> str:
     base, kind = recipe.model.source, MODEL if recipe.method == FULL else ADAPTER
     if recipe.task == "reward":
         return f"The {kind} in {checkpoint} loads as that of a finished run does"
-    plain = _is_plain(recipe.data)
+    plain, metric = _is_plain(recipe.data), "perplexity" if recipe.metric is None else recipe.metric.name
     verb, raw = ("generate", " --raw -p TEXT") if plain else ("chat", "")
     commands = {
         MODEL: (f"veneer {verb} {checkpoint}{raw}", f"veneer serve {checkpoint}"),
@@ -107,7 +107,7 @@ def usable(recipe: Recipe, checkpoint: Path) -> str:
             f"veneer {verb} {base} --adapter {checkpoint}{raw}", f"veneer serve {base} --adapters {checkpoint.parent}",
         ),
     }  # fmt: skip
-    told = ", ".join(f"`{command}`" for command in (*commands[kind], f"veneer eval {checkpoint} -d FILE"))
+    told = ", ".join(f"`{command}`" for command in (*commands[kind], f"veneer eval {checkpoint} -d FILE -m {metric}"))
     return f"The {kind} in {checkpoint} can be used now: {told}"
 
 

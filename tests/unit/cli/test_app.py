@@ -75,7 +75,7 @@ def test_an_interrupt_may_say_what_is_left(tmp_path: Path, monkeypatch: pytest.M
     assert result.stderr == (
         "interrupted: checkpoints are kept, and the same command with --resume goes on from the last one. "
         f"The adapter in {kept} can be used now: `veneer generate {base} --adapter {kept} --raw -p TEXT`, "
-        f"`veneer serve {base} --adapters {tmp_path / 'run'}`, `veneer eval {kept} -d FILE`\n"
+        f"`veneer serve {base} --adapters {tmp_path / 'run'}`, `veneer eval {kept} -d FILE -m perplexity`\n"
     )
     assert result.exit_code == 130
     rows.write_text('{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n')

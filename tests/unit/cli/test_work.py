@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import os
+import signal
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, fields
@@ -63,6 +65,29 @@ def test_the_checks_of_a_page_come_first(monkeypatch: pytest.MonkeyPatch) -> Non
     with pytest.raises(ValueError, match="negative"):
         count(number=-7)
     assert len(told) == 1
+
+
+def test_an_end_by_a_signal_says_what_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    work, before = ModuleType("of_a_test"), signal.getsignal(signal.SIGTERM)
+    monkeypatch.setitem(sys.modules, "of_a_test", work)
+    for number, code in ((signal.SIGTERM, 143), (signal.SIGINT, 130)):
+        work.count = lambda args, number=number: os.kill(os.getpid(), number)  # type: ignore[attr-defined]
+        with pytest.raises(KeyboardInterrupt, match="an unfinished output is removed") as caught:
+            verb(Numbered, "of_a_test", "count")(number=7)
+        assert getattr(caught.value, "exit_code", 130) == code
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_wrong_command_line_is_told_as_any_error(tmp_path: Path) -> None:
+    cases = [
+        (["eval", "x", "-m", "lables"], "error: '--metric' / '-m': 'lables' is not one of 'perplexity', 'exact-match'"),
+        (["eval", "x", "-m", "lables"], "'labels'. See `veneer eval --help`"),
+        (["merge", "--bsae", "x"], "error: no such option: --bsae"),
+        (["eval"], "error: missing option '--metric' / '-m'. Choose from"),
+        (["traim"], "error: no such command 'traim'. Did you mean 'train'? See `veneer --help`"),
+    ]
+    for (_, told), (code, said) in zip(cases, told_early([command for command, _ in cases]), strict=True):
+        assert (code, told in said) == (2, True), said
 
 
 def test_what_needs_no_model_is_told_before_torch_is_imported() -> None:
