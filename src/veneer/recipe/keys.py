@@ -119,5 +119,5 @@ def perhaps(key: str, known: Iterable[str]) -> str:
     if found:
         return f"; the nearest is {found[0]!r}"
     if len(names) <= _MOST_NAMED:
-        return f"; there are {', '.join(names)}"
+        return f"; known: {', '.join(names)}"
     return f"; `veneer train --print-recipe` shows the usual ones of {len(names)}"

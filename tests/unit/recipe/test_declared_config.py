@@ -48,7 +48,7 @@ def test_the_source_tells_what_the_class_tells(tmp_path: Path) -> None:
         plain = json.loads(json.dumps([own.told(), dataclasses.asdict(own)]))
         assert json.loads(json.dumps([declared.told, declared.values])) == plain, declared.method
     assert len(read) > len(all_methods()) / 2
-    assert {"lora", "dora", "dora + rslora", "ia3", "vera", "prefix_tuning"} <= set(read), read
+    assert {"lora", "dora", "dora + rslora", "ia3", "vera", "prefix_tuning", "prompt_tuning"} <= set(read), read
 
 
 def test_modules_are_named_as_the_class_names_them_or_not_at_all(tmp_path: Path) -> None:

@@ -309,6 +309,11 @@ def test_a_recipe_that_is_not_there(tmp_path):
         ({"training": {"optim": "adamw_8bit", "optim_target_modules": ["q"]}}, r"optim_target_modules=\['q'\] means"),
         ({"training": {True: 3}}, "training.True: unknown key"),
         (
+            {"training": {"qqxx": 3}},
+            "training.qqxx: unknown key; `veneer train --print-recipe` shows the usual ones of",
+        ),
+        ({"data": {"train": "x", "qqxx": 3}}, "data.qqxx: unknown key; known: train, more, chat_template, eval"),
+        (
             {"model": {"source": "x", "quantization": "int8", "double_quantization": False}},
             "model.double_quantization: read for nf4 and fp4 alone, and model.quantization is int8",
         ),

@@ -57,7 +57,10 @@ def test_every_task_has_a_trainer_and_settings_of_its_own(task):
             r"pattern: '\(' is no regular expression",
         ),
         ({"task": "grpo", "rewards": [{"function": "length", "target": 0}]}, "target: 0 must be a number of tokens"),
-        ({"task": "grpo", "rewards": [{"function": "length", "goal": 3}]}, r"goal: unknown key\n\s+target: is missing"),
+        (
+            {"task": "grpo", "rewards": [{"function": "length", "goal": 3}]},
+            r"goal: unknown key; known: target\n\s+target: is missing",
+        ),
         ({"task": "grpo", "rewards": [{"pattern": "a"}]}, "rewards, entry 1: its function is missing"),
         ({"task": "grpo", "rewards": ["no_such_module:f"]}, "no_such_module cannot be imported.*ModuleNotFoundError"),
         ({"task": "grpo", "rewards": ["no.py:f"]}, "there is no file no.py"),
