@@ -77,8 +77,7 @@ def blocks_of(model: PreTrainedModel) -> tuple[nn.Module, nn.ModuleList]:
     """Return the module that holds a decoder's blocks, and the list of them. Raises DescriptionError if
     there is not one.
     """
-    base = model.base_model
-    holders = [base, *(part for name, part in base.named_children() if name == "decoder")]
+    holders = dict.fromkeys((model.base_model, model.get_decoder()))  # the text half, in a model with images
     lists = [(h, part) for h in holders for part in h.children() if isinstance(part, nn.ModuleList) and len(part)]
     if len(lists) != 1 or model.config.is_encoder_decoder:
         raise DescriptionError(f"it has {len(lists)} lists of layers: exactly one is supported")
@@ -137,7 +136,7 @@ def _no_table(source: BlockSource, positions: nn.Module | None) -> Iterator[Stra
 def _strange(
     source: BlockSource, holder: nn.Module, known: list[nn.Module | None], norm: Any, norm_module: nn.Module | None
 ) -> Iterator[Strange]:
-    """The modules outside the blocks that are not described."""
+    """The modules outside the blocks that are not described; those of images are no part of the text half."""
     reason = source.family.strange(source.config)
     if reason is not None:
         yield Strange(path=source.path(holder), reason=reason)
@@ -146,4 +145,5 @@ def _strange(
     head = source.model.get_output_embeddings()
     if head is not None and not is_linear(head):
         yield Strange(path=source.path(head), reason="the head is no plain linear layer")
-    yield from undescribed(source, source.model, known)
+    has_images = source.config is not source.model.config
+    yield from undescribed(source, holder if has_images else source.model, known)

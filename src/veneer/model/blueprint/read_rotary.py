@@ -31,7 +31,10 @@ KNOWN = {
     ),
     "longrope": ("short_factor", "long_factor", "original_max_position_embeddings", "attention_factor", "factor"),
 }  # fmt: skip
-EVERYWHERE = ("rope_theta", "rope_type", "type", "partial_rotary_factor", "max_position_embeddings")
+EVERYWHERE = (
+    "rope_theta", "rope_type", "type", "partial_rotary_factor", "max_position_embeddings",
+    "mrope_section", "mrope_interleaved",  # axes of images: on text all have the same position
+)  # fmt: skip
 TEMPERATURE = "llama_4_scaling_beta"
 
 

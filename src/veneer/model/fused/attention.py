@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from veneer.model.blueprint.heads import HeadLayout
-from veneer.model.fused.parts import Norm, add_onto, as_shape, parted
+from veneer.model.fused.parts import NoNorm, Norm, add_onto, as_shape, parted, scaled, times
 from veneer.ops.attention import AttentionOptions, attention_backward, attention_forward
 from veneer.ops.linear import op
 from veneer.ops.linear.layer import LinearLayer, tensors_of
@@ -24,7 +24,8 @@ from veneer.ops.rotary import rotate
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AttentionHalf:
-    """Parts of one half as they act now. ``q_norm`` and ``k_norm`` act on each head, before it is rotated.
+    """Parts of one half as they act now. ``q_norm`` and ``k_norm`` act on each head or on all at once, before the
+    rotation, of neighbouring numbers if ``interleaved``. A half that sums first takes its output times ``multiplier``.
 
     ``dtype`` is that of all values between the norm and the sum: the stream's, or bfloat16 with a float32 stream
     (autocast). ``sums`` is False if the half returns only its addition to the stream, for bottlenecks that act on that
@@ -40,6 +41,8 @@ class AttentionHalf:
     q_norm: Norm | None = None
     k_norm: Norm | None = None
     post_norm: Norm | None = None
+    interleaved: bool = False
+    multiplier: float = 1.0
     recomputes: bool = False
     sums: bool = True
 
@@ -81,7 +84,7 @@ class _AttentionHalf(torch.autograd.Function):
             if half.post_norm is not None:
                 normed_out, statistics_out = half.post_norm.forward(out)
                 kept_out, out = (out, statistics_out), normed_out
-            out = add_onto(flat, out) if half.sums else out
+            out = add_onto(flat, times(out, half.multiplier)) if half.sums else out
         ctx.half, ctx.positions = half, positions
         kept_qkv = kept_qkv.without_products() if half.recomputes else kept_qkv
         kept_heads = () if half.recomputes else (heads.qkv, heads.q_kept, heads.k_kept)
@@ -100,7 +103,7 @@ class _AttentionHalf(torch.autograd.Function):
         wanted = ctx.needs_input_grad[0] or any(ctx.needs_input_grad[3 : 3 + n_inner_tensors])
         with torch.autocast(x.device.type, enabled=False):
             flat, dy = x.reshape(-1, x.shape[-1]), grads[0].reshape(-1, x.shape[-1])
-            dout = dy.to(half.dtype)
+            dout = scaled(dy.to(half.dtype), half.multiplier if half.sums else 1.0)
             dout = dout if half.post_norm is None else half.post_norm.backward(dout, *kept_out)
             out_grads = op.backward([dout], attended.view(len(flat), -1), kept_attended, [half.out], input_grad=wanted)
             if not wanted or out_grads.x is None:
@@ -112,8 +115,8 @@ class _AttentionHalf(torch.autograd.Function):
             else:
                 heads = _Heads(*kept_heads)
             dqkv = attention_backward(dattended, heads.qkv, (attended, lse), positions.cu_seqlens, half.options)
-            dq = _turned_back(dqkv[0], half.q_norm, heads.q_kept, x.shape, positions)
-            dk = _turned_back(dqkv[1], half.k_norm, heads.k_kept, x.shape, positions)
+            dq = _turned_back(dqkv[0], half, half.q_norm, heads.q_kept, x.shape, positions)
+            dk = _turned_back(dqkv[1], half, half.k_norm, heads.k_kept, x.shape, positions)
             del heads
             normed = half.norm.forward(flat)[0].to(half.dtype)
             joined = half.heads.join((dq, dk, dqkv[2]))
@@ -138,32 +141,46 @@ def _heads(
     """Projected, normed and rotated; and what the way back through the projections needs."""
     raw, kept = op.forward(normed, half.qkv)
     q, k, v = half.heads.split(raw)
-    q, q_kept = _turned(q, half.q_norm, size, positions)
-    k, k_kept = _turned(k, half.k_norm, size, positions)
+    q, q_kept = _turned(q, half, half.q_norm, size, positions)
+    k, k_kept = _turned(k, half, half.k_norm, size, positions)
     return _Heads((q, k, v), q_kept, k_kept), kept
 
 
 def _turned(
-    heads: Tensor, norm: Norm | None, size: torch.Size, positions: RotationTables
+    heads: Tensor, half: AttentionHalf, norm: Norm | None, size: torch.Size, positions: RotationTables
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """Heads (n, heads, d) normed and rotated, and what the way back needs. Without a norm they are overwritten."""
     kept: tuple[Tensor, ...] = ()
     if norm is not None:
-        normed, statistics = norm.forward(heads)
-        kept, heads = (heads, statistics), normed
-    _rotate(heads, size, positions)
+        rows = _rows(heads, norm)
+        normed, statistics = norm.forward(rows)
+        kept, heads = (rows, statistics), normed.view(heads.shape)
+    _rotate(heads, half, size, positions)
     return heads, kept
 
 
 def _turned_back(
-    grad: Tensor, norm: Norm | None, kept: tuple[Tensor, ...], size: torch.Size, positions: RotationTables
+    grad: Tensor,
+    half: AttentionHalf,
+    norm: Norm | None,
+    kept: tuple[Tensor, ...],
+    size: torch.Size,
+    positions: RotationTables,
 ) -> Tensor:
-    _rotate(grad, size, positions, inverse=True)
-    return grad if norm is None else norm.backward(grad, *kept)
+    _rotate(grad, half, size, positions, inverse=True)
+    return grad if norm is None else norm.backward(_rows(grad, norm), *kept).view(grad.shape)
 
 
-def _rotate(heads: Tensor, size: torch.Size, positions: RotationTables, *, inverse: bool = False) -> None:
+def _rows(heads: Tensor, norm: Norm) -> Tensor:
+    """Heads (n, heads, d) as the rows that a norm acts on: each head, or all heads of a token at once."""
+    over_all = not isinstance(norm, NoNorm) and len(norm.weight) != heads.shape[-1]
+    return heads.reshape(len(heads), -1) if over_all else heads
+
+
+def _rotate(
+    heads: Tensor, half: AttentionHalf, size: torch.Size, positions: RotationTables, *, inverse: bool = False
+) -> None:
     """In place."""
     if positions.cos is not None and positions.sin is not None:
         view = heads.view(size[0], size[1], *heads.shape[1:]).transpose(1, 2)
-        rotate(view, positions.cos, positions.sin, inverse=inverse, in_place=True)
+        rotate(view, positions.cos, positions.sin, interleaved=half.interleaved, inverse=inverse, in_place=True)

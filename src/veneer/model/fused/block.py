@@ -11,10 +11,11 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from veneer.model.blueprint import parts as blueprint
 from veneer.model.fused.attention import AttentionHalf, RotationTables, attention_half
 from veneer.model.fused.layout import LayoutMask
 from veneer.model.fused.mlp import MlpHalf, mlp_half
-from veneer.model.fused.parts import Norm, bottlenecks, computed_in, is_plain, layer_of, norm_of, with_masks
+from veneer.model.fused.parts import NoNorm, Norm, bottlenecks, computed_in, is_plain, layer_of, norm_of, with_masks
 from veneer.model.fused.shape import AttentionParts, BlockShape, MlpParts, window_of
 from veneer.model.inplace import InPlace, base_of
 from veneer.model.memory.checkpointing import is_selective
@@ -59,7 +60,7 @@ def _run(block: FusedBlock, x: Tensor, mask: LayoutMask, kwargs: dict[str, Any])
             return _again(block, functools.partial(super(FusedBlock, block).forward, **kwargs), x)
         h = _again(block, functools.partial(own_attention, block, kwargs), x)
     else:
-        positions = _positions(kwargs.get("position_embeddings"), mask)
+        positions = _positions(kwargs.get("position_embeddings"), mask, cast(AttentionParts, shape.attention))
         h = attention_half(x, masked_attention(block, attention, x), positions)
         h = h if attention.sums else x + _changed(block, "attention", h, x)
     if mlp is not None:
@@ -72,22 +73,24 @@ def _run(block: FusedBlock, x: Tensor, mask: LayoutMask, kwargs: dict[str, Any])
 
 def _changed(block: FusedBlock, kind: SublayerKind, change: Tensor, x: Tensor) -> Tensor:
     """The change of the stream x by one half, behind the bottlenecks that act there."""
-    names, acting = block.fused_shape.norms, cast(ResidualAdapters, bottlenecks(block, kind))
-    norm = getattr(block, names.attention if kind == "attention" else names.mlp)
-    return acting.changed(change, norm(x) if acting.reads_input else None)
+    shape, acting = block.fused_shape, cast(ResidualAdapters, bottlenecks(block, kind))
+    norm = shape.norms.attention if kind == "attention" else shape.norms.feed_forward
+    return _weighed(block, acting.changed(change, _through(block, norm, x) if acting.reads_input else None))
 
 
 def own_attention(block: FusedBlock, kwargs: dict[str, Any], x: Tensor) -> Tensor:
     """Return the stream after the attention half, computed by the model's own code."""
-    names, module = block.fused_shape.norms, getattr(block, block.fused_shape.attention_name)
-    change = module(hidden_states=getattr(block, names.attention)(x), **kwargs)[0]
-    return x + _through(block, names.attention_post, change)
+    shape, module = block.fused_shape, getattr(block, block.fused_shape.attention_name)
+    change = module(hidden_states=_through(block, shape.norms.attention, x), **kwargs)[0]
+    return x + _weighed(block, _through(block, shape.norms.attention_post, change))
 
 
 def _own_mlp(block: FusedBlock, x: Tensor, stream: Tensor) -> Tensor:
     """The stream after the feed-forward half as the model wrote it."""
-    names, module = block.fused_shape.norms, getattr(block, block.fused_shape.mlp_name)
-    return stream + _through(block, names.mlp_post, module(getattr(block, names.mlp)(x)))
+    shape, module = block.fused_shape, getattr(block, block.fused_shape.mlp_name)
+    change = module(_through(block, shape.norms.feed_forward, x))
+    change = change[0] if isinstance(change, tuple) else change  # with a router's scores
+    return stream + _weighed(block, _through(block, shape.norms.feed_forward_post, change))
 
 
 def _again(block: FusedBlock, function: Callable[..., Any], *args: Tensor) -> Any:
@@ -116,7 +119,10 @@ def halves_of(
 
     None replaces a half that is not fused.
     """
-    return (None, None) if _drops(block) else (_attention_of(block, stream, dtype), _mlp_of(block, stream, dtype))
+    if _drops(block):
+        return None, None
+    attention, mlp = _attention_of(block, stream, dtype), _mlp_of(block, stream, dtype)
+    return (None, None) if block.fused_shape.whole and (attention is None or mlp is None) else (attention, mlp)
 
 
 def _attention_of(block: FusedBlock, stream: torch.dtype, dtype: torch.dtype) -> AttentionHalf | None:
@@ -125,20 +131,22 @@ def _attention_of(block: FusedBlock, stream: torch.dtype, dtype: torch.dtype) ->
     if parts is None or not is_plain(module) or _drops_within(module):
         return None
     layers = _layers(module, (*parts.qkv, parts.out), dtype)
-    norms = _norms(block, [shape.norms.attention, shape.norms.attention_post], shape, stream)
-    head_norms = _norms(module, parts.head_norms or (None, None), shape, stream)
-    if norms is None or norms[0] is None or head_norms is None or layers is None:
+    norm, post = norm_of(block, shape.norms.attention, stream), norm_of(block, shape.norms.attention_post, stream)
+    q_norm, k_norm = (norm_of(module, each, stream) for each in parts.head_norms or (None, None))
+    if layers is None or norm is None or post is None or q_norm is None or k_norm is None:
         return None
     return AttentionHalf(
         dtype=dtype,
-        norm=norms[0],
+        norm=norm,
         qkv=layers[:-1],
         out=layers[-1],
         heads=parts.heads,
         options=replace(parts.options, window=window_of(module)),
-        q_norm=head_norms[0],
-        k_norm=head_norms[1],
-        post_norm=norms[1],
+        q_norm=_or_none(q_norm),
+        k_norm=_or_none(k_norm),
+        post_norm=_or_none(post),
+        interleaved=parts.rotary is not None and parts.rotary.interleaved,
+        multiplier=shape.multiplier,
         recomputes=is_selective(block),
         sums=bottlenecks(block, "attention") is None,
     )
@@ -146,21 +154,23 @@ def _attention_of(block: FusedBlock, stream: torch.dtype, dtype: torch.dtype) ->
 
 def _mlp_of(block: FusedBlock, stream: torch.dtype, dtype: torch.dtype) -> MlpHalf | None:
     shape, parts = block.fused_shape, block.fused_shape.mlp
-    module = getattr(block, shape.mlp_name)
-    if parts is None or not is_plain(module) or not is_plain(getattr(module, parts.act)) or _drops_within(module):
+    module = _mlp_module(block)
+    plain = module is block or is_plain(module)  # a block's own hooks run around it
+    if parts is None or not plain or not is_plain(getattr(module, parts.act)) or _drops_within(module):
         return None
     layers = _layers(module, (*parts.gate_up, parts.down), dtype)
-    norms = _norms(block, [shape.norms.mlp, shape.norms.mlp_post], shape, stream)
-    if norms is None or norms[0] is None or layers is None:
+    norm, post = norm_of(block, shape.norms.feed_forward, stream), norm_of(block, shape.norms.feed_forward_post, stream)
+    if layers is None or norm is None or post is None:
         return None
     return MlpHalf(
         dtype=dtype,
-        norm=norms[0],
+        norm=norm,
         gate_up=layers[:-1],
         down=layers[-1],
         activation=parts.activation,
         gated=parts.gated,
-        post_norm=norms[1],
+        post_norm=_or_none(post),
+        multiplier=shape.multiplier,
         recomputes=is_selective(block),
         sums=bottlenecks(block, "mlp") is None,
     )
@@ -175,7 +185,7 @@ def masked_attention(block: FusedBlock, half: AttentionHalf, x: Tensor) -> Atten
 
 def masked_mlp(block: FusedBlock, half: MlpHalf, x: Tensor) -> MlpHalf:
     """Return the feed-forward half with its dropout masks drawn, in the order of the model's own code."""
-    module, parts = getattr(block, block.fused_shape.mlp_name), cast(MlpParts, block.fused_shape.mlp)
+    module, parts = _mlp_module(block), cast(MlpParts, block.fused_shape.mlp)
     *gate_up, down = _with_masks(module, (*parts.gate_up, parts.down), (*half.gate_up, half.down), x)
     return replace(half, gate_up=tuple(gate_up), down=down)
 
@@ -188,12 +198,6 @@ def _layers(module: nn.Module, names: tuple[str, ...], dtype: torch.dtype) -> tu
     """None where one of them cannot run fused."""
     found = [layer_of(getattr(module, name), dtype) for name in names]
     return None if any(layer is None for layer in found) else cast("tuple[LinearLayer, ...]", tuple(found))
-
-
-def _norms(owner: nn.Module, names: Any, shape: BlockShape, dtype: torch.dtype) -> list[Norm | None] | None:
-    """The norms of these names, None for no name; None where one of them cannot run fused."""
-    found = [None if name is None else norm_of(getattr(owner, name), shape.kind, dtype) for name in names]
-    return None if any(n is None for n, name in zip(found, names, strict=True) if name is not None) else found
 
 
 def _drops(block: nn.Module) -> bool:
@@ -215,15 +219,33 @@ def _has_rate(module: nn.Module) -> bool:
     return any("drop" in name and isinstance(rate, float) and rate > 0 for name, rate in vars(module).items())
 
 
-def _through(block: nn.Module, norm: str | None, change: Tensor) -> Tensor:
-    return change if norm is None else cast(Tensor, getattr(block, norm)(change))
+def _through(block: nn.Module, norm: blueprint.Norm | None, x: Tensor) -> Tensor:
+    return x if norm is None else cast(Tensor, getattr(block, norm.path)(x))
 
 
-def _positions(tables: tuple[Tensor, Tensor] | None, mask: LayoutMask) -> RotationTables:
-    """transformers' tables hold every angle twice; a model whose embeddings hold the positions has none."""
-    if tables is None:
+def _weighed(block: FusedBlock, change: Tensor) -> Tensor:
+    multiplier = block.fused_shape.multiplier
+    return change if multiplier == 1 else change * multiplier
+
+
+def _mlp_module(block: FusedBlock) -> nn.Module:
+    """The module that holds the feed-forward layers: the block itself, in OPT."""
+    name = block.fused_shape.mlp_name
+    return cast(nn.Module, getattr(block, name)) if name else block
+
+
+def _or_none(norm: Norm) -> Norm | None:
+    return None if isinstance(norm, NoNorm) else norm
+
+
+def _positions(tables: tuple[Tensor, Tensor] | None, mask: LayoutMask, parts: AttentionParts) -> RotationTables:
+    """transformers' tables hold every angle twice, GPT-J's once; a layer that does not rotate reads none."""
+    if tables is None or parts.rotary is None:
         return RotationTables(None, None, mask.cu_seqlens)
-    cos, sin = (t[..., : t.shape[-1] // 2] for t in tables)
+    width = tables[0].shape[-1]
+    once = slice(None) if 2 * width == parts.rotary.dim else slice(width // 2)
+    first, second = (t[..., slice(None, None, 2) if parts.tables.pairs else once] for t in tables)
+    cos, sin = (second, first) if parts.tables.sin_first else (first, second)
     return RotationTables(cos, sin, mask.cu_seqlens)
 
 

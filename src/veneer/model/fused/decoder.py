@@ -6,7 +6,7 @@ import functools
 import inspect
 import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any, cast
@@ -22,7 +22,7 @@ from veneer.model.blueprint.describe import blocks_of, describe
 from veneer.model.coded.quant_linear import computing_dtypes
 from veneer.model.fused.block import CACHES, SPECIAL, FusedBlock, halves_of, own_attention
 from veneer.model.fused.layout import LayoutMask, layout_mask
-from veneer.model.fused.shape import BlockShape, block_shape
+from veneer.model.fused.shape import BlockShape, Tables, block_shape, reasons
 from veneer.model.inplace import InPlace, change_class, restore_class
 from veneer.model.placed.structure import evaluation
 from veneer.model.sharded.sharding import gathered
@@ -67,18 +67,59 @@ class FusedDecoder(InPlace, nn.Module):
         if tokens is None or len(args) > 1 or caches or weights or any(kwargs.get(name) is not None for name in EXTRAS):
             return None
         mask, positions = kwargs.get("attention_mask"), kwargs.get("position_ids")
+        if isinstance(mask, dict):
+            mask = vars(self).get("given_mask", mask)
         if not all(given is None or isinstance(given, Tensor) for given in (mask, positions)):
             return None
-        return layout_mask((tokens.shape[0], tokens.shape[1]), mask, positions)
+        if positions is not None and positions.ndim == 3:  # of text, time, height and width, or without those of text
+            positions = positions[0] if len(positions) == 4 else None
+        return layout_mask((tokens.shape[0], tokens.shape[1]), mask, None if _counts_positions(self) else positions)
 
 
 def _with_layout(plain: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(plain)  # those who ask for the arguments (virtual tokens, generate) find the model's own
     def forward(self: FusedDecoder, *args: Any, **kwargs: Any) -> Any:
-        mask = self.layout(args, kwargs)
+        mask, given = self.layout(args, kwargs), kwargs.get("attention_mask")
         if mask is not None:
-            kwargs = {**kwargs, "attention_mask": mask, "use_cache": False}
+            masks = dict.fromkeys(given, mask) if isinstance(given, dict) else mask  # one for each type of layer
+            kwargs = {**kwargs, "attention_mask": masks, "use_cache": False}
+            if _counts_positions(self) and kwargs.get("position_ids") is None:
+                real = mask.given["attention_mask"]
+                real = torch.ones(mask.size_of_batch, dtype=torch.long, device=mask.device) if real is None else real
+                kwargs["position_ids"] = (real.cumsum(dim=1) * real - 1).long()
         return plain(self, *args, **kwargs)
+
+    return forward
+
+
+def _counts_positions(decoder: nn.Module) -> bool:
+    """Return True if positions are counted by the mask, and restarting ones part no sequences (OPT)."""
+    return hasattr(getattr(decoder, "embed_positions", None), "offset")
+
+
+class WithImages(InPlace, nn.Module):
+    """Mixin in front of the class of a model with images. On rows of text it tells its text half the mask as given."""
+
+    text_half: list[FusedDecoder]  # in a list, which is no submodule
+
+    @classmethod
+    def own_body(cls, base: type[nn.Module]) -> dict[str, Any]:
+        return {"forward": _with_given_mask(base.forward)}
+
+
+def _with_given_mask(plain: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(plain)
+    def forward(self: WithImages, *args: Any, **kwargs: Any) -> Any:
+        images, kinds = kwargs.get("pixel_values"), kwargs.get("token_type_ids")
+        given = kwargs.get("attention_mask")
+        if len(args) > 1 or images is not None or isinstance(given, dict) or (kinds is not None and kinds.any()):
+            return plain(self, *args, **kwargs)
+        half = vars(self.text_half[0])
+        half["given_mask"] = given
+        try:
+            return plain(self, *args, **kwargs)
+        finally:
+            del half["given_mask"]
 
     return forward
 
@@ -118,19 +159,27 @@ def fuse_as_described(model: PreTrainedModel) -> str | None:
     blocks = [module for module in model.modules() if isinstance(module, FusedBlock)]
     with evaluation(model), _base_alone(model):
         for block in blocks:
-            _leave_out_unfit(block, getattr(block, block.fused_shape.norms.attention).weight.dtype)
-    if _leave_all_out(blocks):
+            _leave_out_unfit(block, _stream_dtype(model, block))
+    if all(block.fused_shape.is_own for block in blocks):
         unfuse(model)
         return NOTHING_FITS
     return None
 
 
+def _stream_dtype(model: PreTrainedModel, block: FusedBlock) -> torch.dtype:
+    """The dtype of the stream: that of a norm's weight in it, or the embeddings'."""
+    norms = (cast(nn.Module, getattr(block, norm.path)) for norm in block.fused_shape.norms.all if norm.weight)
+    owner = next(norms, None) or model.get_input_embeddings()
+    return cast(Tensor, owner.weight).dtype
+
+
 def unfuse(model: nn.Module) -> None:
     """Undo `fuse`."""
     for module in model.modules():
-        if isinstance(module, (FusedBlock, FusedDecoder)):
+        if isinstance(module, (FusedBlock, FusedDecoder, WithImages)):
             restore_class(module)
-            module.__dict__.pop("fused_shape", None)
+            for name in ("fused_shape", "text_half"):
+                module.__dict__.pop(name, None)
 
 
 def is_fused(model: nn.Module) -> bool:
@@ -162,7 +211,7 @@ def _fuse(model: PreTrainedModel) -> str | None:
     exact = torch.autocast(model.device.type, enabled=False)
     with evaluation(model), _base_alone(model), _short_windows(model), torch.no_grad(), exact, _few_threads(model):
         problem = _differing(model, blocks)
-    return NOTHING_FITS if _leave_all_out(blocks) else problem
+    return NOTHING_FITS if all(block.fused_shape.is_own for block in blocks) else problem
 
 
 @contextmanager
@@ -179,10 +228,6 @@ def _few_threads(model: nn.Module) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _leave_all_out(blocks: Sequence[FusedBlock]) -> bool:
-    return all(block.fused_shape.attention is None and block.fused_shape.mlp is None for block in blocks)
-
-
 def _no_kernels(device: str) -> str | None:
     """The reason why blocks have no kernels on a kind of device; None if they have."""
     if device not in KERNELS:
@@ -193,21 +238,26 @@ def _no_kernels(device: str) -> str | None:
 
 def _change_blocks(model: PreTrainedModel, described: blueprint.Decoder) -> str | None:
     """Change the classes of the blocks and of the module that holds them; or say why they do not fit."""
-    decoder = model.base_model
     holder, layers = blocks_of(model)
-    if holder is not decoder:
-        return f"it has 0 lists of layers in its {type(decoder).__name__} itself, where one is expected"
     reason = _no_kernels(model.device.type)
     if reason is not None:
         return reason
     shapes = [block_shape(block) for block in described.blocks]
     problem = next((shape for shape in shapes if isinstance(shape, str)), None)
+    borders = "; ".join(dict.fromkeys(reason for block in described.blocks for reason in reasons(block)))
+    if problem is None and all(cast(BlockShape, shape).is_own for shape in shapes):
+        problem = borders
     if problem is not None:
         return f"a block does not fit: {problem}"
+    if borders:
+        log.info("parts of the blocks of %s run its own code: %s", type(model).__name__, borders)
     for block, shape in zip(layers, shapes, strict=True):
         change_class(block, FusedBlock)
         cast(FusedBlock, block).fused_shape = cast(BlockShape, shape)
-    change_class(decoder, FusedDecoder)
+    change_class(holder, FusedDecoder)
+    if holder is not model.base_model and model.config is not model.config.get_text_config():
+        change_class(model.base_model, WithImages)
+        vars(model.base_model)["text_half"] = [holder]
     return None
 
 
@@ -259,12 +309,27 @@ def _differing(model: PreTrainedModel, blocks: list[FusedBlock]) -> str | None:
     calls = _calls(model, blocks, ids)
     if len(calls) != len(blocks):
         return f"its {len(blocks)} blocks are called {len(calls)} times in one pass"
+    for block, call in zip(blocks, calls, strict=True):
+        block.fused_shape = _with_tables(block.fused_shape, call[1].get("position_embeddings"))
     errors = [_error(block, call) for block, call in zip(blocks, calls, strict=True)]
     error = float(torch.tensor(errors).max())  # NaN, where one of them is
     if not error <= max(TOLERANCES.get(dtype, 1e-3) for dtype in computing_dtypes(model)):
         return f"a block differs by {error:.1e} from the model's own code"
     minds = any(_minds_positions(block, call) for block, call in zip(blocks, calls, strict=True))
     return "its attention does more with positions than to rotate by them" if minds else None
+
+
+def _with_tables(shape: BlockShape, tables: tuple[Tensor, Tensor] | None) -> BlockShape:
+    """The shape, with the layout of the tables that its model gives: the first row begins at position 0, whose sin is
+    0. Where neighbours turn and each angle is there twice, it is twice in a row, or the row is there twice.
+    """
+    parts = shape.attention
+    if parts is None or parts.rotary is None or tables is None:
+        return shape
+    first = tables[0][0, 0]
+    twice = 2 * len(first) > parts.rotary.dim and len(first) % 2 == 0
+    pairs = parts.rotary.interleaved and twice and all(torch.equal(t[..., ::2], t[..., 1::2]) for t in tables)
+    return replace(shape, attention=replace(parts, tables=Tables(pairs=pairs, sin_first=not first.any())))
 
 
 def _minds_positions(block: FusedBlock, call: tuple[Tensor, dict[str, Any], Tensor]) -> bool:
@@ -298,13 +363,8 @@ def _error(block: FusedBlock, call: tuple[Tensor, dict[str, Any], Tensor]) -> fl
 
 def _leave_out_unfit(block: FusedBlock, dtype: torch.dtype) -> None:
     """Halves that do not run fused on a stream of this dtype are not fused from now on."""
-    shape = block.fused_shape
     attention, mlp = halves_of(block, dtype, dtype)
-    block.fused_shape = replace(
-        shape,
-        attention=None if attention is None else shape.attention,
-        mlp=None if mlp is None else shape.mlp,
-    )
+    block.fused_shape = block.fused_shape.leaving(attention=attention is not None, mlp=mlp is not None)
 
 
 def _calls(
@@ -318,21 +378,21 @@ def _calls(
 
     handles = [block.register_forward_hook(keep, with_kwargs=True) for block in blocks]
     try:
-        model.base_model(input_ids=ids, use_cache=True, **_positions(model))
+        holder = blocks_of(model)[0]
+        holder(input_ids=ids, use_cache=True, **_positions(holder, ids))
     finally:
         for handle in handles:
             handle.remove()
     return calls
 
 
-def _positions(model: PreTrainedModel) -> dict[str, Tensor]:
+def _positions(holder: nn.Module, ids: Tensor) -> dict[str, Tensor]:
     """Positions at both ends of the context, where the model takes positions and has such an end."""
-    decoder, (_, n_tokens) = model.base_model, SIZE
-    end = getattr(decoder.config, "max_position_embeddings", None)
-    if end is None or "position_ids" not in inspect.signature(decoder.forward).parameters:
+    end = getattr(holder.config, "max_position_embeddings", None)
+    if end is None or "position_ids" not in inspect.signature(holder.forward).parameters:
         return {}
-    starts = torch.tensor([0, max(end - n_tokens, 0)], device=model.device)
-    return {"position_ids": starts[:, None] + torch.arange(n_tokens, device=model.device)}
+    starts = torch.tensor([0, max(end - ids.shape[1], 0)], device=ids.device)
+    return {"position_ids": starts[:, None] + torch.arange(ids.shape[1], device=ids.device)}
 
 
 def _first(output: Any) -> Tensor:

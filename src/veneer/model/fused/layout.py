@@ -20,6 +20,7 @@ class LayoutMask(Tensor):
     """Substitute for an attention mask. ``cu_seqlens`` bounds the sequences in the flattened batch (b * t tokens)."""
 
     cu_seqlens: Int[Tensor, " n_sequences_plus_1"]
+    size_of_batch: tuple[int, int]
     given: Mapping[str, Any]
     dense: dict[int | None, Tensor | None]
 
@@ -57,6 +58,7 @@ def layout_mask(size: tuple[int, int], attention_mask: Tensor | None, position_i
     end = flat.new_full((1,), size[0] * size[1])
     mask = torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=starts.device).as_subclass(LayoutMask)
     mask.cu_seqlens = torch.cat([flat, end])
+    mask.size_of_batch = size
     mask.given, mask.dense = {"attention_mask": attention_mask, "position_ids": position_ids}, {}
     return mask
 

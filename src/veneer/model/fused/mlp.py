@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from veneer.model.fused.parts import Norm, add_onto, as_shape, parted
+from veneer.model.fused.parts import Norm, add_onto, as_shape, parted, scaled, times
 from veneer.ops.activation import activation_backward, activation_forward
 from veneer.ops.glu import glu_backward, glu_forward
 from veneer.ops.linear import op
@@ -28,8 +28,9 @@ class MlpHalf:
 
     ``gate_up``: gate and up, or one layer that computes gate, then up, or up alone if not ``gated``. ``activation`` is
     one of `veneer.ops.glu.ACTIVATIONS`; without a gate, of `veneer.ops.activation.KINDS`. If it does not ``sum``, only
-    its addition to the stream is returned, for bottlenecks to change. ``dtype`` is that of all values between the norm
-    and the sum: the stream's, or bfloat16 with a float32 stream (autocast).
+    its addition to the stream is returned, for bottlenecks to change; otherwise it is added times ``multiplier``.
+    ``dtype`` is that of all values between the norm and the sum: the stream's, or bfloat16 with a float32 stream
+    (autocast).
     """
 
     dtype: torch.dtype
@@ -39,6 +40,7 @@ class MlpHalf:
     activation: str
     gated: bool = True
     post_norm: Norm | None = None
+    multiplier: float = 1.0
     recomputes: bool = False
     sums: bool = True
 
@@ -110,7 +112,8 @@ class _MlpHalf(torch.autograd.Function):
                 normed_out, statistics_out = half.post_norm.forward(out)
                 kept_out, out = (out, statistics_out), normed_out
             if half.sums:
-                out = add_onto(flat if stream is None else stream.reshape(flat.shape), out)
+                summand = flat if stream is None else stream.reshape(flat.shape)
+                out = add_onto(summand, times(out, half.multiplier))
         if half.recomputes:
             kept_inner = kept_inner.without_products()
         made_again = [half.recomputes or z is not None for z in kept_inner.products]
@@ -139,7 +142,7 @@ class _MlpHalf(torch.autograd.Function):
                 kept_inner = replace(kept_inner, products=again.products)
             else:
                 inner = op.outputs(inner, kept_inner, half.gate_up)
-            dout = dy.to(half.dtype)
+            dout = scaled(dy.to(half.dtype), half.multiplier if half.sums else 1.0)
             dout = dout if half.post_norm is None else half.post_norm.backward(dout, *kept_out)
             dinner, of_down = half.down_backward(dout, inner, kept_down, wanted)
             if dinner is None:

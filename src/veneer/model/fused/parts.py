@@ -8,15 +8,15 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from veneer.contract.keys import SUBLAYER
 from veneer.model.adapted.linear import AdaptedLinear
+from veneer.model.blueprint import parts as blueprint
 from veneer.model.blueprint.linears import is_linear
-from veneer.model.blueprint.norms import epsilon_of
 from veneer.model.coded.frozen_weight import frozen_weight
 from veneer.model.inplace import InPlace
 from veneer.model.placed.residual import ResidualAdapters
@@ -27,7 +27,6 @@ from veneer.quant.dense import DenseWeight
 from veneer.quant.product import CodedWeight
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-NormKind = Literal["rms", "rms plus one", "layer"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +64,20 @@ class LayerNorm:
         return layer_norm_backward(dy, x, self.weight, statistics[0], statistics[1])[0]
 
 
-Norm = RmsNorm | LayerNorm
+@dataclass(frozen=True, slots=True)
+class NoNorm:
+    """Absence of a norm in front of a half."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return x itself, and no statistics."""
+        return x, x.new_empty(0)
+
+    def backward(self, dy: Tensor, x: Tensor, statistics: Tensor) -> Tensor:
+        """Return the gradient in x: dy."""
+        return dy
+
+
+Norm = RmsNorm | LayerNorm | NoNorm
 
 
 def computed_in(x: Tensor) -> torch.dtype | None:
@@ -82,6 +94,16 @@ def computed_in(x: Tensor) -> torch.dtype | None:
 def add_onto(stream: Tensor, change: Tensor) -> Tensor:
     """Return the sum of stream and change in the stream's dtype. If ``change`` has that dtype, it is overwritten."""
     return change.add_(stream) if change.dtype == stream.dtype else stream + change
+
+
+def times(change: Tensor, multiplier: float) -> Tensor:
+    """Return ``change`` times a number, in its own memory."""
+    return change if multiplier == 1 else change.mul_(multiplier)
+
+
+def scaled(gradient: Tensor, multiplier: float) -> Tensor:
+    """Return a gradient times a number; it is not written over."""
+    return gradient if multiplier == 1 else gradient * multiplier
 
 
 def as_shape(x: Tensor, shape: torch.Size) -> Tensor:
@@ -119,17 +141,25 @@ def _owner(method: object) -> object:
     return getattr(method, "__self__", None)
 
 
-def norm_of(module: nn.Module, kind: NormKind, dtype: torch.dtype) -> Norm | None:
-    """Return the norm as the kernels' arguments; None if it is trained, hooked, or kept in another dtype than x."""
+def norm_of(owner: nn.Module, norm: blueprint.Norm | None, dtype: torch.dtype) -> Norm | None:
+    """Return a norm of ``owner`` as the kernels' arguments; `NoNorm` if there is none.
+
+    None if it is trained, hooked, kept in another dtype than x, or has a weight for each head.
+    """
+    if norm is None:
+        return NoNorm()
+    module = cast(nn.Module, getattr(owner, norm.path))
     if not is_plain(module) or isinstance(module, InPlace):  # reading a weight that rows have copies of raises
         return None
-    weight, bias = cast(Tensor, module.weight), cast("Tensor | None", getattr(module, "bias", None))
-    if any(t is not None and (t.requires_grad or t.dtype != dtype) for t in (weight, bias)):
+    weight, bias = (module._parameters.get(name) for name in ("weight", "bias"))
+    if len(norm.shape) != 1 or any(t is not None and (t.requires_grad or t.dtype != dtype) for t in (weight, bias)):
         return None
-    eps = cast(float, epsilon_of(module))
-    if kind == "layer":
-        return LayerNorm(weight, torch.zeros_like(weight) if bias is None else bias, eps)
-    return RmsNorm(weight, eps, 1.0 if kind == "rms plus one" else 0.0)
+    if weight is None:
+        weight = torch.ones(norm.shape, dtype=dtype, device=next(owner.parameters()).device)
+    if norm.kind == "rms":
+        return RmsNorm(weight, norm.eps, norm.offset)
+    weight = weight + norm.offset if norm.offset else weight
+    return LayerNorm(weight, torch.zeros_like(weight) if bias is None else bias, norm.eps)
 
 
 def layer_of(module: nn.Module, dtype: torch.dtype) -> LinearLayer | None:

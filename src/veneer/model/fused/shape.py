@@ -2,28 +2,38 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from veneer.model.blueprint.decoder import Block
+from veneer.model.blueprint.decoder import Block, BlockNorms
 from veneer.model.blueprint.heads import HeadLayout
 from veneer.model.blueprint.parts import Attention, Experts, FeedForward, Norm, Strange
 from veneer.model.blueprint.read_attention import window_of as window_of  # as the modules have it now
-from veneer.model.fused.parts import NormKind
+from veneer.model.blueprint.rotary import Rotary
 from veneer.ops.attention import AttentionOptions
 from veneer.ops.glu import ACTIVATIONS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Tables:
+    """Layout of a model's own cos and sin: each angle twice in a row (``pairs``), or sin in front (``sin_first``)."""
+
+    pairs: bool = False
+    sin_first: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class AttentionParts:
     """Names within the attention module, and the settings of its kernels. ``options`` lack the window: see
-    `window_of`.
+    `window_of`. ``tables``: how the model lays out the angles of ``rotary``.
     """
 
     qkv: tuple[str, ...]
     out: str
     heads: HeadLayout
     options: AttentionOptions
-    head_norms: tuple[str, str] | None
+    head_norms: tuple[Norm, Norm] | None
+    rotary: Rotary | None
+    tables: Tables = Tables()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,83 +48,89 @@ class MlpParts:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class HalfNorms:
-    """Norms before the halves, and those after them. ``mlp`` may be ``attention``: one norm for both."""
-
-    attention: str
-    mlp: str
-    attention_post: str | None = None
-    mlp_post: str | None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class BlockShape:
-    """Fused parts of a block, and the modules of its halves.
+    """Fused parts of a block, and the modules of its halves. Paths start at the block, those of parts at their half.
 
     ``parallel``: the feed-forward half reads the attention half's input. ``attention`` and ``mlp`` are None if that
-    half is of another kind and runs the model's own code.
+    half runs the model's own code; both do if one does in a block that is ``whole``. ``multiplier`` is that of the
+    halves' outputs before they are added. ``mlp_name`` is empty if the layers lie in the block itself.
     """
 
     attention_name: str
     mlp_name: str
-    norms: HalfNorms
-    kind: NormKind
+    norms: BlockNorms
     parallel: bool
+    multiplier: float
+    whole: bool
     attention: AttentionParts | None
     mlp: MlpParts | None
 
+    @property
+    def is_own(self) -> bool:
+        """True if no half is fused."""
+        return self.attention is None and self.mlp is None
+
+    def leaving(self, *, attention: bool, mlp: bool) -> BlockShape:
+        """Return the shape with only these halves fused."""
+        both = attention and mlp
+        return replace(
+            self,
+            attention=self.attention if attention and (both or not self.whole) else None,
+            mlp=self.mlp if mlp and (both or not self.whole) else None,
+        )
+
 
 def block_shape(block: Block) -> BlockShape | str:
-    """Return the parts of a block that the kernels can run, or, in words, the reason if they can run none."""
-    norms, before = block.norms, len(block.path) + 1
-    kinds = {_kind(norm) for norm in norms.all}
-    attention, mlp = _attention_parts(block.attention, kinds), _mlp_parts(block.feed_forward)
-    reason = _unfit(block)
-    if reason is not None:
-        return reason
-    if norms.attention is None or norms.feed_forward is None:
-        return "its halves have no norms in front of them"
-    kind = kinds.pop()
-    if kinds or kind is None:
-        return "its norms are not RMSNorms or LayerNorms of one kind"
-    if attention is None and mlp is None:
-        return _reasons(block) or "its halves are of kinds that the kernels do not know"
-    return BlockShape(
-        attention_name=block.attention.path[before:],
-        mlp_name=block.feed_forward.path[before:],
-        norms=HalfNorms(
-            attention=norms.attention.path[before:],
-            mlp=norms.feed_forward.path[before:],
-            attention_post=norms.attention_post.path[before:] if norms.attention_post else None,
-            mlp_post=norms.feed_forward_post.path[before:] if norms.feed_forward_post else None,
-        ),
-        kind=kind,
+    """Return the parts of a block that the kernels can run; in words, the reason if its attention is unknown."""
+    attention, part, before = block.attention, block.feed_forward, len(block.path) + 1
+    if attention.path == block.path:
+        return "; ".join(reasons(block))
+    inside = block.attention_sublayer is not None and block.attention_sublayer.input_path != attention.path
+    found = BlockShape(
+        attention_name=attention.path[before:],
+        mlp_name=part.path[before:],
+        norms=_within(block.norms, before),
         parallel=block.parallel,
-        attention=attention,
-        mlp=mlp,
+        multiplier=block.residual_multiplier,
+        whole=inside or part.path == block.path,
+        attention=_attention_parts(attention),
+        mlp=_mlp_parts(part),
+    )
+    known = not block.other  # what is strange is the block itself
+    return found.leaving(attention=known and found.attention is not None, mlp=known and found.mlp is not None)
+
+
+def _within(norms: BlockNorms, before: int) -> BlockNorms:
+    def of(norm: Norm | None) -> Norm | None:
+        return None if norm is None else replace(norm, path=norm.path[before:])
+
+    return BlockNorms(
+        attention=of(norms.attention),
+        feed_forward=of(norms.feed_forward),
+        attention_post=of(norms.attention_post),
+        feed_forward_post=of(norms.feed_forward_post),
     )
 
 
-def _unfit(block: Block) -> str | None:
-    """Features that no fused half of a block may have."""
-    attention = block.attention
-    if block.other or attention.path == block.path:  # what is strange is the block itself
-        return _reasons(block)
-    if block.feed_forward.path == block.path:
-        return _reasons(block) or "the layers of its feed-forward half lie in the block itself"
-    if block.residual_multiplier != 1:
-        return (
-            f"what its halves give is multiplied before it is added (residual_multiplier={block.residual_multiplier})"
-        )
-    if isinstance(attention, Strange):
-        return None
+def reasons(block: Block) -> list[str]:
+    """Return in words why halves of a block have no kernels; empty if both have."""
+    parts = [part.reason for part in block.strange]
+    attention = None if isinstance(block.attention, Strange) else unfit(block.attention)
+    parts += [] if attention is None else [f"its attention {attention}"]
+    if not parts and not isinstance(block.feed_forward, FeedForward):
+        parts.append("its feed-forward half is of a kind that the kernels do not know")
+    return list(dict.fromkeys(parts))
+
+
+def unfit(attention: Attention) -> str | None:
+    """Return in words what no kernel of training has; None if nothing."""
     special = {
         "has a bias that falls with distance (ALiBi)": attention.alibi is not None,
-        "rotates neighbouring numbers": attention.rotary is not None and attention.rotary.interleaved,
         "clips queries, keys and values": attention.clip is not None,
         "does more with positions than to rotate by them": _grows(attention),
+        "has norms with weights of their own for each head": any(len(norm.shape) != 1 for norm in attention.norms),
     }
-    return next((f"its attention {what}" for what, is_so in special.items() if is_so), None)
+    return next((what for what, is_so in special.items() if is_so), None)
 
 
 def _grows(attention: Attention) -> bool:
@@ -123,39 +139,28 @@ def _grows(attention: Attention) -> bool:
     return temperature is not None and (rotary is None or rotary.max_positions > temperature.original_max_positions)
 
 
-def _reasons(block: Block) -> str:
-    return "; ".join(dict.fromkeys(part.reason for part in block.strange))
-
-
-def _kind(norm: Norm) -> NormKind | None:
-    """The name of a norm in the kernels; None where they have none like it."""
-    if not norm.weight or len(norm.shape) != 1 or (norm.kind, norm.offset) == ("layer", 1.0):
-        return None
-    return "layer" if norm.kind == "layer" else "rms plus one" if norm.offset else "rms"
-
-
-def _attention_parts(attention: Attention | Strange, kinds: set[NormKind | None]) -> AttentionParts | None:
+def _attention_parts(attention: Attention | Strange) -> AttentionParts | None:
     """None where the half runs as the model wrote it."""
-    if isinstance(attention, Strange):
+    if isinstance(attention, Strange) or unfit(attention) is not None:
         return None
-    if any(norm.shape != (attention.heads.head_dim,) or {_kind(norm)} != kinds for norm in attention.norms):
-        return None  # over all heads at once (OLMo 2), or of another kind than the block's
     before = len(attention.path) + 1
-    q_norm, k_norm = attention.q_norm, attention.k_norm
+    q_norm, k_norm = (
+        None if norm is None else replace(norm, path=norm.path[before:])
+        for norm in (attention.q_norm, attention.k_norm)
+    )
     return AttentionParts(
         qkv=tuple(linear.path[before:] for linear in attention.qkv),
         out=attention.out.path[before:],
         heads=attention.heads,
         options=AttentionOptions(scale=attention.scale, softcap=attention.softcap),
-        head_norms=(q_norm.path[before:], k_norm.path[before:]) if q_norm and k_norm else None,
+        head_norms=(q_norm, k_norm) if q_norm and k_norm else None,
+        rotary=attention.rotary,
     )
 
 
 def _mlp_parts(part: FeedForward | Experts | Strange) -> MlpParts | None:
     """None where the half runs as the model wrote it."""
-    if not isinstance(part, FeedForward):
-        return None
-    if part.gated and part.activation not in ACTIVATIONS:
+    if not isinstance(part, FeedForward) or (part.gated and part.activation not in ACTIVATIONS):
         return None
     before = len(part.path) + 1
     return MlpParts(

@@ -1,0 +1,102 @@
+"""Blocks of every described family beside the model's own code, and the types that fuse whole."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from typing import Any
+
+import pytest
+import torch
+from tests.unit.model.blueprint.families import FAMILIES, SIZES, WIDE
+from tests.unit.model.conftest import base
+from tests.unit.model.steps import BATCHES, adapted, error, step
+from transformers import Glm4MoeLiteConfig, Ministral3Config, OlmoConfig, PreTrainedConfig
+
+from veneer import LoraConfig
+from veneer.model.blueprint.describe import blocks_of, describe_config
+from veneer.model.fused.decoder import fused
+from veneer.model.fused.shape import BlockShape, block_shape
+
+DROPOUTS = ("dropout", "residual_dropout")
+TYPES: dict[str, PreTrainedConfig] = {
+    **FAMILIES,
+    "olmo": OlmoConfig(**WIDE),
+    "olmo, clipped": FAMILIES["olmo"],
+    "ministral3, in its context": Ministral3Config(
+        rope_parameters={"llama_4_scaling_beta": 0.3, "original_max_position_embeddings": 64, "rope_theta": 1e4},
+        **SIZES,
+    ),
+}
+NEW = [
+    "cohere", "cohere, normed heads", "cohere2", "ernie4_5", "exaone4", "glm", "glm4", "gptj", "gptj, whole heads",
+    "granite", "helium", "nemotron", "olmo", "olmo, clipped", "olmo2", "olmo3", "opt", "qwen2 experts", "smollm3",
+]  # fmt: skip
+BORDERS = {"cohere, normed heads": "attention", "olmo, clipped": "attention", "qwen2 experts": "mlp"}
+
+
+def config_of(family: str) -> PreTrainedConfig:
+    config = copy.deepcopy(TYPES[family])
+    for name in DROPOUTS:
+        if hasattr(config, name):
+            setattr(config, name, 0.0)
+    return config
+
+
+@pytest.mark.parametrize("family", NEW)
+def test_a_family_fuses_up_to_its_borders_and_equals_its_own_code(family: str, halves: list[str]) -> None:
+    """Interleaved rotation or none, norms behind halves alone or without weights, multipliers, experts."""
+    model = adapted(base(config_of(family)))
+    batch = BATCHES["padded" if family == "opt" else "packed"]
+    expected = step(model, batch)
+    with fused(model) as takes:
+        halves.clear()
+        found = step(model, batch)
+    assert takes
+    n_blocks = len(blocks_of(model)[1])
+    assert halves.count("mlp") == {"mlp": 1}.get(BORDERS.get(family, ""), n_blocks)
+    assert halves.count("attention") == (0 if BORDERS.get(family) == "attention" else n_blocks)
+    assert (found[0] - expected[0]).norm() <= 1e-5 * expected[0].norm()
+    assert error(found[2], expected[2]) <= 5e-5
+
+
+def test_halves_of_kinds_that_no_kernel_has_leave_the_others_fused(
+    halves: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Latent attention, and experts of a router that is not described: the dense half of the first block is fused."""
+    ranks = {"q_lora_rank": 21, "kv_lora_rank": 12, "qk_rope_head_dim": 6, "qk_nope_head_dim": 8, "v_head_dim": 14}
+    sizes = {**WIDE, "num_hidden_layers": 2, "num_key_value_heads": 6, "head_dim": 6}
+    model = adapted(base(Glm4MoeLiteConfig(**sizes, **ranks)), LoraConfig(r=5, target_modules="all-linear"))
+    expected = step(model, BATCHES["padded"])
+    with caplog.at_level(logging.INFO, logger="veneer"), fused(model) as takes:
+        halves.clear()
+        found = step(model, BATCHES["padded"])
+    assert takes
+    assert halves == ["mlp"]
+    assert "run its own code: no q, k, v and o projections" in caplog.text
+    assert (found[0] - expected[0]).norm() <= 1e-5 * expected[0].norm()
+    assert error(found[2], expected[2]) <= 5e-5
+
+
+@pytest.mark.parametrize("family", ["cohere2", "granite", "olmo2"])
+def test_in_bfloat16_they_err_no_more_than_twice_their_own_code(family: str) -> None:
+    model = adapted(base(config_of(family), torch.bfloat16))
+    exact = step(copy.deepcopy(model).double(), BATCHES["packed"])
+    general = step(model, BATCHES["packed"])
+    with fused(model):
+        found = step(model, BATCHES["packed"])
+    assert (found[0] - exact[0]).norm() <= 2 * (general[0] - exact[0]).norm()
+    assert error(found[2], exact[2]) <= 2 * error(general[2], exact[2])
+
+
+def test_of_forty_types_thirty_five_fuse_whole() -> None:
+    """Not ALiBi, and no mixture of experts."""
+    whole: dict[str, bool] = {}
+    for family in TYPES:
+        shapes: list[Any] = [block_shape(block) for block in describe_config(config_of(family)).blocks]
+        fits = all(isinstance(shape, BlockShape) and shape.attention and shape.mlp for shape in shapes)
+        whole[TYPES[family].model_type] = whole.get(TYPES[family].model_type, False) or fits
+    assert len(whole) == 40
+    assert {name for name, fits in whole.items() if not fits} == {
+        "bloom", "mixtral", "olmoe", "qwen2_moe", "qwen3_moe",
+    }  # fmt: skip
