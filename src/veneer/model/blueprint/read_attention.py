@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, cast
 
 from torch import nn
@@ -11,7 +12,7 @@ from veneer.model.blueprint.heads import HeadLayout, HeadOrder
 from veneer.model.blueprint.linears import is_linear, read_linear
 from veneer.model.blueprint.norms import read_norm
 from veneer.model.blueprint.parts import Attention, Linear, Norm, Role, Strange
-from veneer.model.blueprint.read_rotary import read_rotary, read_temperature, rotates
+from veneer.model.blueprint.read_rotary import read_rotary, read_temperature, rotates, turns_neighbours
 from veneer.model.blueprint.source import BlockSource, first, has_all, undescribed
 
 FULL, SLIDING = "full_attention", "sliding_attention"  # transformers' names in `config.layer_types`
@@ -58,6 +59,8 @@ def read_attention(source: BlockSource, module: nn.Module, layer: int) -> Attent
     rotary = read_rotary(source, layer_type_of(module), heads.head_dim) if turning and not source.family.alibi else None
     if isinstance(rotary, str):
         return strange(rotary)
+    if rotary is not None and turns_neighbours(module):
+        rotary = replace(rotary, interleaved=True)
     parts = [getattr(module, n) for n in (*_names_of(source, module, qkv), *_norm_names(source, module))]
     rest = next(undescribed(source, module, [*parts, _out(source, module)]), None)
     cap, clip = getattr(module, "attn_logit_softcapping", None), getattr(source.config, "clip_qkv", None)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import nn
 
 from veneer.model.blueprint.parts import Temperature
@@ -150,6 +152,14 @@ def read_temperature(source: BlockSource) -> Temperature | None:
     return Temperature(
         beta=float(given[TEMPERATURE]), original_max_positions=int(given["original_max_position_embeddings"])
     )
+
+
+def turns_neighbours(attention: nn.Module) -> bool:
+    """Return True if the ``rotate_half`` beside an attention's class pairs neighbouring numbers, as its values show."""
+    rotate_half = getattr(sys.modules.get(type(attention).__module__), "rotate_half", None)
+    if rotate_half is None:
+        return False
+    return bool(torch.equal(rotate_half(torch.arange(4.0)), torch.tensor([-1.0, 0.0, -3.0, 2.0])))
 
 
 def rotates(source: BlockSource, attention: nn.Module, layer: int) -> bool:

@@ -151,9 +151,10 @@ def norm_of(owner: nn.Module, norm: blueprint.Norm | None, dtype: torch.dtype) -
     module = cast(nn.Module, getattr(owner, norm.path))
     if not is_plain(module) or isinstance(module, InPlace):  # reading a weight that rows have copies of raises
         return None
-    weight, bias = (module._parameters.get(name) for name in ("weight", "bias"))
-    if len(norm.shape) != 1 or any(t is not None and (t.requires_grad or t.dtype != dtype) for t in (weight, bias)):
+    own, bias = (module._parameters.get(name) for name in ("weight", "bias"))
+    if len(norm.shape) != 1 or any(t is not None and (t.requires_grad or t.dtype != dtype) for t in (own, bias)):
         return None
+    weight: Tensor | None = own
     if weight is None:
         weight = torch.ones(norm.shape, dtype=dtype, device=next(owner.parameters()).device)
     if norm.kind == "rms":

@@ -11,10 +11,17 @@ import torch
 from tests.unit.model.blueprint.families import FAMILIES, SIZES, WIDE
 from tests.unit.model.conftest import base
 from tests.unit.model.steps import BATCHES, adapted, error, step
-from transformers import Glm4MoeLiteConfig, Ministral3Config, OlmoConfig, PreTrainedConfig
+from transformers import (
+    AutoModelForCausalLM,
+    Ernie4_5_MoeConfig,
+    Glm4MoeLiteConfig,
+    Ministral3Config,
+    OlmoConfig,
+    PreTrainedConfig,
+)
 
 from veneer import LoraConfig
-from veneer.model.blueprint.describe import blocks_of, describe_config
+from veneer.model.blueprint.describe import blocks_of, describe, describe_config
 from veneer.model.fused.decoder import fused
 from veneer.model.fused.shape import BlockShape, block_shape
 
@@ -76,6 +83,25 @@ def test_halves_of_kinds_that_no_kernel_has_leave_the_others_fused(
     assert "run its own code: no q, k, v and o projections" in caplog.text
     assert (found[0] - expected[0]).norm() <= 1e-5 * expected[0].norm()
     assert error(found[2], expected[2]) <= 5e-5
+
+
+def test_a_type_that_nobody_listed_shows_that_it_turns_neighbours(halves: list[str]) -> None:
+    """A plan, which sees no values, and the run fuse the same halves."""
+    config = Ernie4_5_MoeConfig(
+        moe_num_experts=4, moe_k=2, moe_intermediate_size=28, moe_num_shared_experts=1, moe_layer_start_index=1, **WIDE
+    )
+    model = adapted(base(config))
+    with fused(model) as takes:
+        assert takes
+        run = [block.fused_shape for block in blocks_of(model)[1]]
+    with torch.device("meta"):
+        planned = AutoModelForCausalLM.from_config(config)
+    planned.requires_grad_(False).tie_weights()
+    shapes = [block_shape(block) for block in describe(planned).blocks]
+    assert all(isinstance(shape, BlockShape) for shape in shapes)
+    for shape, own in zip(shapes, run, strict=True):
+        assert (own.attention is None, own.mlp is None) == (shape.attention is None, shape.mlp is None)
+    assert all(shape.attention is not None and shape.attention.rotary.interleaved for shape in run)
 
 
 @pytest.mark.parametrize("family", ["cohere2", "granite", "olmo2"])
