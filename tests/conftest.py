@@ -47,6 +47,7 @@ check_shapes([f"veneer.{name}" for name in CHECKED])
 
 LONG = tuple(f"tests/{folder}/" for folder in ("e2e", "unit/train", "unit/plan", "unit/bench"))
 """Folders of tests that take seconds each: they come first, so that no process waits for one at the end."""
+CPU = pytest.StashKey[float]()
 SHARED = 100_000  # objects: imported modules and collected tests alone are several times as many
 
 
@@ -62,7 +63,17 @@ settings.load_profile("veneer")
 
 @pytest.hookimpl(tryfirst=True)  # before fixtures
 def pytest_runtest_setup(item):
+    item.stash[CPU] = sum(os.times()[:4])
     torch.default_generator.manual_seed(crc32(item.nodeid.encode()))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_teardown(item):
+    """Keep the seconds of CPU, of children that were waited for too, beside the time in a report for ``--junitxml``."""
+    try:
+        return (yield)
+    finally:
+        item.user_properties.append(("cpu", round(sum(os.times()[:4]) - item.stash[CPU], 2)))
 
 
 @pytest.hookimpl(wrapper=True)
