@@ -2,7 +2,7 @@
 
 #include "paged_attention/paged_attention.h"
 #include "rotary/rotary.h"
-#include "step/step.h"
+#include "step/instructions.h"
 
 namespace veneer {
 namespace {

@@ -9,7 +9,7 @@
 #include <utility>
 
 #include "core/parallel.h"
-#include "step/step.h"
+#include "step/instructions.h"
 
 namespace nb = nanobind;
 
@@ -59,6 +59,12 @@ class StepProgram {
   StepProgram(const StepProgram&) = delete;
   StepProgram& operator=(const StepProgram&) = delete;
 
+  // An instruction of plain parts, in the order of its constructor, is bound by a line that names their types.
+  template <class Kind, class... Parts>
+  void add(Parts... parts) {
+    instructions_.push_back(std::make_unique<Kind>(std::move(parts)...));
+  }
+
   void add_embedding(int64_t table, int64_t n, int64_t d, const std::vector<float>& multipliers, int target) {
     add<EmbeddingInstruction>(pointer<void>(table), n, d, multipliers, target);
   }
@@ -93,10 +99,6 @@ class StepProgram {
   void add_glu(int activation, int64_t d, int gate, int up, int64_t up_first, int target) {
     add<GluInstruction>(Activation(activation), d, gate, up, up_first, target);
   }
-
-  void add_sum(int64_t d, float multiplier, int source, int stream) { add<AddInstruction>(d, multiplier, source, stream); }
-
-  void add_change(int64_t d, int source, int target) { add<ChangeInstruction>(d, source, target); }
 
   void add_activation(int activation, int64_t d, int source, int target) { add<ActivationInstruction>(Activation(activation), d, source, target); }
 
@@ -200,11 +202,6 @@ class StepProgram {
             floats_at(l[5], l[0]), static_cast<int>(l[6])};
   }
 
-  template <class Kind, class... Parts>
-  void add(Parts&&... parts) {
-    instructions_.push_back(std::make_unique<Kind>(std::forward<Parts>(parts)...));
-  }
-
   Dtype dtype_;
   std::vector<std::unique_ptr<Instruction>> instructions_;
   std::vector<std::unique_ptr<const BlockLayout>> layouts_;  // by number, as the blocks of versions are
@@ -228,8 +225,8 @@ void bind_step(nb::module_& m) {
       .def("add_head", &StepProgram::add_head)
       .def("add_glu", &StepProgram::add_glu)
       .def("add_activation", &StepProgram::add_activation)
-      .def("add_change", &StepProgram::add_change)
-      .def("add_sum", &StepProgram::add_sum)
+      .def("add_change", &StepProgram::add<ChangeInstruction, int64_t, int, int>)
+      .def("add_sum", &StepProgram::add<AddInstruction, int64_t, float, int, int>)
       .def("add_layout", &StepProgram::add_layout)
       .def("drop_layout", &StepProgram::drop_layout)
       .def("take", &StepProgram::take)

@@ -1,5 +1,5 @@
 #include "pairs/pairs.h"
-#include "step/step.h"
+#include "step/instructions.h"
 
 namespace veneer {
 

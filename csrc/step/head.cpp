@@ -3,7 +3,7 @@
 #include <limits>
 
 #include "sample/sample.h"
-#include "step/step.h"
+#include "step/instructions.h"
 
 namespace veneer {
 namespace {

@@ -6,7 +6,7 @@
 #include "activation/activation.h"
 #include "norm/norm.h"
 #include "scale/scale.h"
-#include "step/step.h"
+#include "step/instructions.h"
 #include "stream/stream.h"
 
 namespace veneer {

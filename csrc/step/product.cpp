@@ -2,7 +2,7 @@
 
 #include "packed/packed.h"
 #include "scale/scale.h"
-#include "step/step.h"
+#include "step/instructions.h"
 #include "stream/stream.h"
 
 namespace veneer {
