@@ -98,13 +98,18 @@ def _messages() -> Iterator[None]:
 
 
 def _in_one_line(error: Any) -> str:
-    """Return the message of a wrong command line, and the help that lists what is right."""
+    """Return the message of a wrong command line, the usage, and the help that tells more."""
     if isinstance(error, typer.BadParameter):  # read with pydantic, whose messages begin with their kind
         error.message = error.message.removeprefix("Value error, ")
-    told = str(error.format_message()).removeprefix("Invalid value for ").strip().rstrip(".")
-    command = f" {error.ctx.info_name}" if error.ctx is not None and error.ctx.parent is not None else ""
-    end = "" if told.endswith("?") else "."
-    return f"{told[:1].lower()}{told[1:]}{end} See `veneer{command} --help`"
+    told = " ".join(str(error.format_message()).removeprefix("Invalid value for ").split()).rstrip(".")
+    told = f"{told[:1].lower()}{told[1:]}{'' if told.endswith('?') else '.'}"
+    if error.ctx is None:
+        return told
+    names, at = list[str](), error.ctx
+    while at.parent is not None:
+        names, at = [at.info_name, *names], at.parent
+    command, pieces = " ".join(["veneer", *names]), error.ctx.command.collect_usage_pieces(error.ctx)
+    return f"{told} Usage: {' '.join([command, *pieces])}; see `{command} --help`"
 
 
 def with_weights_joined(args: list[str]) -> list[str]:

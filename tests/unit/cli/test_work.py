@@ -81,10 +81,16 @@ def test_an_end_by_a_signal_says_what_is_left(monkeypatch: pytest.MonkeyPatch) -
 def test_a_wrong_command_line_is_told_as_any_error(tmp_path: Path) -> None:
     cases = [
         (["eval", "x", "-m", "lables"], "error: '--metric' / '-m': 'lables' is not one of 'perplexity', 'exact-match'"),
-        (["eval", "x", "-m", "lables"], "'labels'. See `veneer eval --help`"),
+        (
+            ["eval", "x", "-m", "lables"],
+            "'labels'. Usage: veneer eval [MODEL] --metric NAME [OPTIONS]; see `veneer eval --help`",
+        ),
         (["merge", "--bsae", "x"], "error: no such option: --bsae"),
         (["eval"], "error: missing option '--metric' / '-m'. Choose from"),
-        (["traim"], "error: no such command 'traim'. Did you mean 'train'? See `veneer --help`"),
+        (
+            ["traim"],
+            "error: no such command 'traim'. Did you mean 'train'? Usage: veneer COMMAND [ARGUMENTS] [OPTIONS]",
+        ),
     ]
     for (_, told), (code, said) in zip(cases, told_early([command for command, _ in cases]), strict=True):
         assert (code, told in said) == (2, True), said
