@@ -17,8 +17,8 @@ from typing import Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from veneer.recipe.adapter import FULL
-from veneer.recipe.methods import NamedMethod, method_names, named_methods
+from veneer.recipe.adapter import FULL, names_of
+from veneer.recipe.methods import NamedMethod, imported, named_methods
 from veneer.recipe.problems import ELSEWHERE, NOWHERE
 from veneer.recipe.recipe import Recipe, _defaults
 from veneer.train.config import SFTConfig
@@ -113,7 +113,7 @@ def told(kind: Any) -> str:
 
 def _adapter(said: Mapping[str, str]) -> list[str]:
     methods = dict(sorted(named_methods().items()))  # whatever was imported first
-    names = ", ".join(f"`{name}`" for name in method_names())
+    names = ", ".join(f"`{name}`" for name in names_of(imported().methods))
     found = [
         f"`method` is one of {names}; the other keys are the fields of that method's config, and `{FULL}` has none. "
         "[methods.md](methods.md) says what each method is.\n"

@@ -12,7 +12,7 @@ from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
 from bare_runs import draw_nothing, plan_nothing
 from known_machine import know_the_machine
-from veneer.model.blueprint.registry import listed
+from veneer.model.blueprint.registry import families_by_type
 from veneer.recipe.known import declared
 from veneer.recipe.tasks import TASKS
 
@@ -22,7 +22,7 @@ if own_path:
 know_the_machine()
 plan_nothing()
 draw_nothing()
-listed()
+families_by_type()
 for task in TASKS:
     declared().settings(task)
 get_checkpoint_conversion_mapping("llama")

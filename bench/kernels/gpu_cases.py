@@ -11,18 +11,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from veneer.ops.attention import AttentionOptions, attention
+from bench.kernels.differentiable import attention, glu, grouped_low_rank, layer_norm, rms_norm, rotary
+from veneer.ops.attention import AttentionOptions
 from veneer.ops.blockwise import dequantize_blockwise, dynamic_map, quantize_blockwise
 from veneer.ops.cross_entropy import HeadOptions, linear_cross_entropy
 from veneer.ops.dropout import drop
 from veneer.ops.four_bit import FourBitLayout, dequantize_4bit, matmul_4bit, quantize_4bit
-from veneer.ops.glu import glu
-from veneer.ops.grouped_low_rank import grouped_low_rank
 from veneer.ops.int8 import dequantize_int8, matmul_int8, quantize_int8
-from veneer.ops.norm import layer_norm, rms_norm
 from veneer.ops.paged_attention import DTYPES, PagedRows, PagedStore, append, paged_attention
 from veneer.ops.pairs import FactorPair, PackedPairs, Segment, Segments, add_pairs
-from veneer.ops.rotary import rotary
 from veneer.ops.sample import RowRule, draw
 
 try:

@@ -18,7 +18,7 @@ from bench.kernels.op_tables import OpTables, parser_of
 from bench.kernels.training_ops import require_equal
 from bench.paired import Pair
 from veneer.ops.packed import PackedWeight
-from veneer.ops.paged_attention import PagedRows, PagedStore, SequenceRows, append, paged_attention
+from veneer.ops.paged_attention import PagedRows, PagedStore, append, paged_attention
 from veneer.ops.pairs import FactorPair as Factors
 from veneer.ops.pairs import PackedPairs, Segment, Segments, add_pairs
 
@@ -138,10 +138,10 @@ def _filled_store(k: Tensor, v: Tensor, rows: int) -> tuple[PagedStore, PagedRow
     per = -(-context // BLOCK)
     store = PagedStore.zeros(n * per, BLOCK, (LAYERS, heads, d), dtype=k.dtype)
     tables = torch.randperm(n * per).view(n, per).tolist()
-    everything = PagedRows.of([SequenceRows(pages, 0, context) for pages in tables], store)
+    everything = PagedRows.of([(pages, 0, context) for pages in tables], store)
     for layer in range(LAYERS):
         append(store, layer, *(x.transpose(1, 2).reshape(n * context, heads, d) for x in (k, v)), everything)
-    return store, PagedRows.of([SequenceRows(pages, context - rows, rows) for pages in tables], store)
+    return store, PagedRows.of([(pages, context - rows, rows) for pages in tables], store)
 
 
 if __name__ == "__main__":

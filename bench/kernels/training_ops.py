@@ -8,15 +8,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from bench.kernels.differentiable import attention, glu, rms_norm, rotary
 from bench.paired import Pair
-from veneer.ops.attention import AttentionOptions, attention
+from veneer.ops.attention import AttentionOptions
 from veneer.ops.cross_entropy import linear_cross_entropy
 from veneer.ops.dropout import drop, keep_scale
-from veneer.ops.glu import glu
 from veneer.ops.linear.layer import LinearLayer
 from veneer.ops.linear.op import linears
-from veneer.ops.norm import rms_norm
-from veneer.ops.rotary import rotary
 from veneer.records.deltas import LinearDelta
 
 BATCH, T, D, INNER, VOCAB, HEADS, KV_HEADS, HEAD_DIM, RANK = 4, 512, 576, 1536, 49152, 9, 3, 64, 16
@@ -100,7 +98,12 @@ def _ops() -> Iterator[tuple[str, Callable[..., Tensor | Outputs], Callable[...,
     yield "attention", lambda q, k, v: attention(q, k, v, cu, AttentionOptions()), _sdpa, qkv
     head, labels = (torch.randn(VOCAB, D) * 0.05).bfloat16(), torch.randint(0, VOCAB, (BATCH * T,))
     plain_loss = lambda h: functional.cross_entropy((h @ head.T).float(), labels)  # noqa: E731
-    yield "head and loss", lambda h: linear_cross_entropy(h, head, labels), plain_loss, leaves((BATCH * T, D))
+    yield (
+        "head and loss",
+        lambda h: linear_cross_entropy(h, head, labels),
+        plain_loss,
+        leaves((BATCH * T, D)),
+    )
     yield "lora gate, up", *_lora_pair()
 
 

@@ -163,8 +163,8 @@ def planned(recipe: Any) -> dict[str, float]:
 
 def counted(recipe: Any) -> dict[str, float]:
     """Live bytes of the step itself."""
+    from bench.training.measured import measured_model
     from veneer.plan.live import LiveBytes, peaks
-    from veneer.plan.measure import measured_model
     from veneer.plan.plan import batch_of, held_out_batch
     from veneer.plan.trace import FIRST, kind_under, kinds_of, make_optimizer, prepare, run_steps
 
@@ -190,10 +190,10 @@ def carried_out(
 
     import torch
 
+    from bench.training.measured import measured_model
     from veneer.model.memory.available import high_water
     from veneer.model.memory.heap import freed_memory_kept
     from veneer.model.memory.offload import ActivationOffload
-    from veneer.plan.measure import measured_model
     from veneer.plan.plan import batch_of
     from veneer.plan.step import Step, as_accelerate
     from veneer.plan.trace import make_optimizer, prepare

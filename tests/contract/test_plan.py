@@ -10,12 +10,13 @@ import torch
 from tests.models import llama_config
 from transformers import LlamaForCausalLM
 
+from bench.training.measured import measured_model
 from veneer.ops.traced import tracing
 from veneer.plan.architecture import config_of
-from veneer.plan.measure import measured_model
 from veneer.plan.model import traced_model
 from veneer.plan.trace import kinds_of
-from veneer.recipe.methods import method_names
+from veneer.recipe.adapter import names_of
+from veneer.recipe.methods import imported
 from veneer.recipe.recipe import parse_recipe
 
 NEEDED: dict[str, dict[str, Any]] = {
@@ -33,7 +34,7 @@ NEEDED: dict[str, dict[str, Any]] = {
 FORMATS = ("nf4", "fp4", "int8")
 CASES = [
     (method, kind)
-    for place, method in enumerate(method_names())
+    for place, method in enumerate(names_of(imported().methods))
     for kind in ("none", FORMATS[place % len(FORMATS)])
     if method != "full" or kind == "none"  # codes are not trained
 ]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -29,15 +28,6 @@ def subspace_overlap(first: Spectrum, second: Spectrum, i: int, j: int) -> float
         )
     product = first.vt[:i] @ second.vt[:j].to(first.vt.dtype).T
     return float(product.square().sum()) / min(i, j)
-
-
-def overlap_table(first: Spectrum, second: Spectrum) -> Float[Tensor, "r1 r2"]:
-    """Return `subspace_overlap` for every i and j, as in the paper's figure 3."""
-    squares = (first.vt @ second.vt.to(first.vt.dtype).T).square()
-    smaller = torch.minimum(
-        torch.arange(1, squares.shape[0] + 1)[:, None], torch.arange(1, squares.shape[1] + 1)[None, :]
-    )
-    return squares.cumsum(dim=0).cumsum(dim=1) / smaller.to(squares)
 
 
 def sign_conflict(first: Float[Tensor, "o i"], second: Float[Tensor, "o i"]) -> float:

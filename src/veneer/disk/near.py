@@ -11,8 +11,8 @@ _ALIKE = 0.6
 _MOST = 1000  # entries of a folder that are compared
 
 
-def near_paths(path: Path, n: int = 2, *, folders: bool = False) -> list[str]:
-    """Return up to ``n`` existing paths (with ``folders``: of folders) that look most like a missing one, as written.
+def near_paths(path: Path, *, folders: bool = False) -> list[str]:
+    """Return up to two existing paths (with ``folders``: of folders) that look most like a missing one, as written.
 
     Only its first missing part is replaced, by a name beside it. What follows is kept as far as it exists there.
     """
@@ -23,7 +23,7 @@ def near_paths(path: Path, n: int = 2, *, folders: bool = False) -> list[str]:
         if exists(parent / part):
             continue
         names = [name for name in _names(parent) if exists(parent / name)]
-        near = difflib.get_close_matches(part, names, n=n, cutoff=_ALIKE)
+        near = difflib.get_close_matches(part, names, n=2, cutoff=_ALIKE)
         return [str(_followed(parent / name, parts[at + 1 :], exists)) for name in near]
     return []
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from veneer.errors import ConfigError, DataError
 from veneer.evaluate.confusion import Confusion
 from veneer.evaluate.questions import Question, continuation
-from veneer.evaluate.scoring import Batching, OnProgress, Scored, ignore_progress, log_probabilities
+from veneer.evaluate.scoring import Scored
 from veneer.evaluate.statistics import Interval, wilson_interval
 
 MOST_LABELS = 200  # of answers that nobody named: each row is scored with every one of them
@@ -92,23 +92,6 @@ class ScoredChoice:
         # Where several answers are right and one of them was given, the row is of its class.
         classes = [given if given in own else own[0] for given, own in zip(predictions, answers, strict=True)]
         return Accuracy.of(predictions, right, Confusion.of(self.labels, classes, predictions))
-
-
-def label_accuracy(
-    model: Any,
-    tokenizer: Any,
-    questions: Sequence[Question],
-    labels: Sequence[str] = (),
-    *,
-    batching: Batching | None = None,
-    on_progress: OnProgress = ignore_progress,
-) -> Accuracy:
-    """Return the share of questions whose right label has the greatest log-probability, summed over its tokens.
-
-    Raises as `Choice.of` does.
-    """
-    choice = ScoredChoice.of(tokenizer, questions, labels)
-    return choice.judged(log_probabilities(model, choice.items, batching, on_progress))
 
 
 def exact_match(*, fold: bool = False) -> Judge:

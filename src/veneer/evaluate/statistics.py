@@ -67,27 +67,25 @@ def paired_shares(first: Sequence[bool], second: Sequence[bool]) -> Difference:
     )
 
 
-def paired_means(
-    first: Sequence[float], second: Sequence[float], weights: Sequence[float], n_draws: int = _DRAWS
-) -> Difference:
+def paired_means(first: Sequence[float], second: Sequence[float], weights: Sequence[float]) -> Difference:
     """Return the difference of two means over the same rows, weighted by ``weights``. ``first`` and ``second`` are
     sums.
 
     Paired bootstrap over rows (Efron 1979; Koehn 2004): the interval holds the middle 95% of the differences over
-    ``n_draws`` resamples. The p-value is twice the smaller share on one side of 0. The resamples are always the same.
+    2,000 resamples. The p-value is twice the smaller share on one side of 0. The resamples are always the same.
     Raises ShapeError if the numbers of rows differ or are zero.
     """
     _require_pairs(len(first), len(second))
     change, mass = np.subtract(second, first), np.asarray(weights, dtype=float)
-    rows = np.random.default_rng(_SEED).integers(len(change), size=(n_draws, len(change)))
+    rows = np.random.default_rng(_SEED).integers(len(change), size=(_DRAWS, len(change)))
     drawn = change[rows].sum(axis=1) / mass[rows].sum(axis=1)
     low, high = np.quantile(drawn, (0.025, 0.975))
     smaller = min((drawn <= 0).mean(), (drawn >= 0).mean())
     return Difference(
         value=float(change.sum() / mass.sum()),
         interval=(float(low), float(high)),
-        p_value=float(min(1.0, 2 * max(smaller, 1 / n_draws))),
-        test=f"paired bootstrap over rows, {n_draws:,} draws",
+        p_value=float(min(1.0, 2 * max(smaller, 1 / _DRAWS))),
+        test=f"paired bootstrap over rows, {_DRAWS:,} draws",
     )
 
 

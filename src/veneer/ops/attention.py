@@ -4,12 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
 
-import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from veneer.errors import ConfigError, ShapeError
 from veneer.ops.dispatch import implementation
@@ -35,25 +32,6 @@ class AttentionOptions:
             raise ConfigError(f"softcap={self.softcap} must be positive, or None for no cap")
 
 
-def attention(
-    q: Float[Tensor, "n q_heads head_dim"],
-    k: Float[Tensor, "n kv_heads head_dim"],
-    v: Float[Tensor, "n kv_heads head_dim"],
-    cu_seqlens: Int[Tensor, " n_sequences_plus_1"],
-    options: AttentionOptions = AttentionOptions(),
-) -> Float[Tensor, "n q_heads head_dim"]:
-    """Return causal softmax attention within each packed sequence: tokens ``cu_seqlens[i]`` to ``cu_seqlens[i + 1]``.
-
-    Query head h reads key head ``h // (q_heads // kv_heads)``. Softmax is in float32. The backward keeps q, k, v, the
-    output and one float per query and head (Dao 2023, arXiv 2307.08691). Only the last axis must be contiguous.
-    A batch (b, t) of whole rows is ``cu_seqlens = arange(0, b * t + 1, t)``.
-
-    Raises ShapeError if shapes or cu_seqlens do not fit.
-    """
-    out: Tensor = _Attention.apply(q, k, v, cu_seqlens, options)  # type: ignore[no-untyped-call]
-    return out
-
-
 def attention_forward(
     q: Float[Tensor, "n q_heads head_dim"],
     k: Float[Tensor, "n kv_heads head_dim"],
@@ -61,7 +39,14 @@ def attention_forward(
     cu_seqlens: Int[Tensor, " n_sequences_plus_1"],
     options: AttentionOptions,
 ) -> tuple[Float[Tensor, "n q_heads head_dim"], Float[Tensor, "q_heads n"]]:
-    """Return the output of `attention`, contiguous, and the log of each query's softmax sum (float32)."""
+    """Return causal softmax attention within each packed sequence, and the log of each query's softmax sum (float32).
+
+    Sequence i holds the tokens ``cu_seqlens[i]`` to ``cu_seqlens[i + 1]``; a batch (b, t) of whole rows is
+    ``arange(0, b * t + 1, t)``. Query head h reads key head ``h // (q_heads // kv_heads)``. Softmax is in float32. The
+    backward needs q, k, v and these two outputs (Dao 2023, arXiv 2307.08691). Only the last axis must be contiguous.
+
+    Raises ShapeError if shapes or cu_seqlens do not fit.
+    """
     _check(q, k, v, cu_seqlens)
     kernel = implementation("attention.attention_forward", q.device, options.backend)
     out, lse = kernel(q, k, v, cu_seqlens, *_numbers(q, options))
@@ -81,22 +66,6 @@ def attention_backward(
     kernel = implementation("attention.attention_backward", dout.device, options.backend)
     dq, dk, dv = kernel(dout, *qkv, *forward, cu_seqlens, *_numbers(qkv[0], options))
     return dq, dk, dv
-
-
-class _Attention(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, options: AttentionOptions) -> Tensor:
-        out, lse = attention_forward(q, k, v, cu_seqlens, options)
-        ctx.save_for_backward(q, k, v, out, lse, cu_seqlens)
-        ctx.options = options
-        return out
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, out, lse, cu_seqlens = ctx.saved_tensors
-        dq, dk, dv = attention_backward(dout, (q, k, v), (out, lse), cu_seqlens, ctx.options)
-        return dq, dk, dv, None, None
 
 
 def _numbers(q: Tensor, options: AttentionOptions) -> tuple[float, int, float]:

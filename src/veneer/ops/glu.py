@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from veneer.errors import ConfigError, ShapeError
 from veneer.ops.dispatch import implementation
@@ -15,24 +11,13 @@ from veneer.ops.dispatch import implementation
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
 
 
-def glu(
+def glu_forward(
     gate: Float[Tensor, "*batch d"], up: Float[Tensor, "*batch d"], activation: str, *, backend: str | None = None
 ) -> Float[Tensor, "*batch d"]:
     """Return ``act(gate) * up`` with act one of `ACTIVATIONS`; computed in float32, rounded once.
 
-    Only gate and up are kept for the backward pass. Raises ShapeError if the two differ in shape or dtype, ConfigError
-    on an unknown activation.
-    """
-    out: Tensor = _Glu.apply(gate, up, activation, backend)  # type: ignore[no-untyped-call]
-    return out
-
-
-def glu_forward(
-    gate: Float[Tensor, "*batch d"], up: Float[Tensor, "*batch d"], activation: str, *, backend: str | None = None
-) -> Float[Tensor, "*batch d"]:
-    """Return the output of `glu`.
-
-    gate and up may be the two halves of one product: only the last axis must be contiguous.
+    gate and up may be the two halves of one product: only the last axis must be contiguous. Raises ShapeError if the
+    two differ in shape or dtype, ConfigError for an unknown activation.
     """
     _check(gate, up, activation)
     out: Tensor = implementation("glu.glu_forward", gate.device, backend)(gate, up, activation)
@@ -59,21 +44,6 @@ def glu_backward(
     kernel = implementation("glu.glu_backward", gate.device, backend)
     dgate, dup, h = kernel(dh, gate, up, activation, (owns_inputs, owns_dh))
     return dgate, dup, h
-
-
-class _Glu(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, gate: Tensor, up: Tensor, activation: str, backend: str | None) -> Tensor:
-        ctx.save_for_backward(gate, up)
-        ctx.activation, ctx.backend = activation, backend
-        return glu_forward(gate, up, activation, backend=backend)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dh: Tensor) -> tuple[Tensor | None, ...]:
-        gate, up = ctx.saved_tensors
-        dgate, dup, _ = glu_backward(dh, gate, up, ctx.activation, backend=ctx.backend)
-        return dgate, dup, None, None
 
 
 def _check(gate: Tensor, up: Tensor, activation: str) -> None:

@@ -11,7 +11,6 @@ import mmap
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -90,10 +89,6 @@ class PagedStore:
             if start < stop:
                 self.memory.madvise(mmap.MADV_DONTNEED, start, stop - start)
 
-    def copy_page(self, source: int, target: int) -> None:
-        """Copy the contents of page ``source`` to page ``target``."""
-        self.data[target].copy_(self.data[source])
-
 
 def _runs(numbers: Iterable[int]) -> Iterator[range]:
     """Numbers as ranges of neighbours."""
@@ -109,17 +104,6 @@ def _runs(numbers: Iterable[int]) -> Iterator[range]:
 def padded(head_dim: int) -> int:
     """Return the number of values of a head in a page: ``head_dim``, padded."""
     return -(-head_dim // UNIT) * UNIT
-
-
-class SequenceRows(NamedTuple):
-    """Rows of one sequence in a step: ``n_rows`` from ``position`` on; its pages must cover them all.
-
-    Pages that a window has passed may have any number: they are not read.
-    """
-
-    pages: Sequence[int]
-    position: int
-    n_rows: int
 
 
 class PageTables:
@@ -157,7 +141,7 @@ class PagedRows:
     def of(
         cls, sequences: Iterable[tuple[Sequence[int], int, int]], store: PagedStore, tables: PageTables | None = None
     ) -> PagedRows:
-        """Return the rows of a step from its sequences, each a `SequenceRows` or an equal tuple.
+        """Return the rows of a step from its sequences: pages, position of the first row, number of rows.
 
         ``tables`` are those of the last step. Raises ShapeError if a sequence has no row or too few pages, or writes a
         page that is not in the store.

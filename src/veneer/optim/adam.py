@@ -47,11 +47,6 @@ class LeanAdamW(Optimizer):
         for index, saved in state_dict["state"].items():
             self.state[order[index]] = {k: self._adopt(order[index], v) for k, v in saved.items()}
 
-    def state_bytes(self) -> int:
-        """Return the bytes of the state kept between steps."""
-        tensors = (v for state in self.state.values() for v in state.values() if torch.is_tensor(v))
-        return sum(t.numel() * t.element_size() for t in tensors)
-
     @abstractmethod
     def _update(self, param: Tensor, group: dict[str, Any]) -> None:
         """Move one parameter along its gradient."""

@@ -16,16 +16,6 @@ BLOCKS = 3.6
 """Blocks that FSDP2 holds at once, measured (3.3 to 3.6): what is gathered, a copy of it, and the next block."""
 
 
-def rank_peak(plan: Plan, n_processes: int, shard: int) -> Peak:
-    """Return the peak of one rank, each with a micro-batch of its own. Sharding may move the peak to another phase.
-
-    All keep the gradients a second time, while they are averaged. With ``shard`` above 1 the frozen weights of blocks
-    are cut, and one block at a time is gathered; whatever trains, embeddings and head stay whole
-    (`model.sharded.sharding`).
-    """
-    return cut_over(plan, n_processes, shard).peak
-
-
 def copy_sizes(part: DistributedPart, n_processes: int) -> list[int]:
     """Return how many of ``n_processes`` on one machine may share a copy of the base, first what is tried first.
 
@@ -51,7 +41,9 @@ def first_that_fits(bytes_of: Mapping[int, int], free: int, n_sharing: int) -> i
 def cut_over(plan: Plan, n_processes: int, shard: int) -> Plan:
     """Return the plan of one of several processes, of which ``shard`` share one copy of the base.
 
-    A base is cut while it is loaded, a block at a time.
+    All keep the gradients a second time, while they are averaged. With ``shard`` above 1 the frozen weights of blocks
+    are cut, and one block at a time is gathered; whatever trains, embeddings and head stay whole
+    (`model.sharded.sharding`). A base is cut while it is loaded, a block at a time. The peak may move to another phase.
     """
     phases = {phase: _cut(plan, peak, n_processes, shard) for phase, peak in plan.phases.items()}
     return replace(plan, phases=phases, held=_cut(plan, plan.held, n_processes, shard))

@@ -14,7 +14,7 @@ from veneer.contract import MethodConfig
 from veneer.contract.source import HubOptions, adapter_folder
 from veneer.errors import ConfigError, FormatError
 from veneer.methods import all_methods
-from veneer.recipe.adapter import FROM, FULL, differs_in_writing, fields_of, method_of, names_of
+from veneer.recipe.adapter import FROM, FULL, differs_in_writing, fields_of, method_of
 from veneer.recipe.keys import keys_of, typed
 from veneer.recipe.known import KnownKeys, KnownMethod
 from veneer.recipe.tasks import settings_of
@@ -48,11 +48,6 @@ def imported() -> KnownKeys:
         for name, each in named_methods().items()
     }
     return KnownKeys(methods, lambda task: keys_of(settings_of(task)))
-
-
-def method_names() -> list[str]:
-    """Return all values of ``adapter.method``."""
-    return names_of(imported().methods)
 
 
 def name_of(config: MethodConfig) -> str:

@@ -246,6 +246,3 @@ class PromptDelta:
     """Virtual token embeddings, n of them, in front of the input."""
 
     embeddings: Float[Tensor, "n d"]
-
-
-Record = LinearDelta | ResidualDelta | PrefixDelta | AttendedDelta | PromptDelta

@@ -20,7 +20,7 @@ from transformers import (
 from models import ROLES, byte_tokenizer, gpt2_config, llama_config
 from veneer.data.reader import RowReader
 from veneer.errors import ConfigError, DataError
-from veneer.evaluate.accuracy import Accuracy, answer_accuracy, exact_match, label_accuracy, regex_match
+from veneer.evaluate.accuracy import Accuracy, ScoredChoice, answer_accuracy, exact_match, regex_match
 from veneer.evaluate.perplexity import Texts, Windows, perplexity
 from veneer.evaluate.questions import Question, QuestionReader, as_trained, read_rows
 from veneer.evaluate.scoring import Answering, Batching, Scored, context_length, greedy_answers, log_probabilities
@@ -147,10 +147,15 @@ def test_perplexity_of_answers_leaves_the_prompts_out_unless_asked(model: Any, t
         assert whole.nats_per_token == pytest.approx(-float(scores.mean()), rel=1e-5)
 
 
+def of_labels(model: Any, tokenizer: Any, questions: Any, labels: Any = ()) -> Accuracy:
+    choice = ScoredChoice.of(tokenizer, questions, labels)
+    return choice.judged(log_probabilities(model, choice.items))
+
+
 def test_labels_are_compared_by_their_summed_log_probabilities(model: Any, tokenizer: Any) -> None:
     rows = [{"prompt": f"text {i}:", "completion": f" {'positive' if i % 2 else 'bad'}"} for i in range(6)]
     questions = QuestionReader(tokenizer=tokenizer).read(rows)
-    found = label_accuracy(model, tokenizer, questions)
+    found = of_labels(model, tokenizer, questions)
     for row, prediction in zip(rows, found.predictions, strict=True):
         sums = {}
         for label in ("bad", "positive"):
@@ -163,18 +168,18 @@ def test_labels_are_compared_by_their_summed_log_probabilities(model: Any, token
 
 def test_a_third_label_takes_part_and_an_unknown_answer_is_refused(model: Any, tokenizer: Any) -> None:
     questions = QuestionReader(tokenizer=tokenizer, prompt="{t}:", answer_field="l").read([{"t": "x", "l": "a"}])
-    few = label_accuracy(model, tokenizer, questions, ["a", "zz"])
+    few = of_labels(model, tokenizer, questions, ["a", "zz"])
     assert few.predictions[0] in ("a", "zz")
     with pytest.raises(DataError, match=r"none of the labels \['b', 'c'\]: \['a'\]"):
-        label_accuracy(model, tokenizer, questions, ["b", "c"])
+        of_labels(model, tokenizer, questions, ["b", "c"])
     with pytest.raises(ConfigError, match="two or more different words"):
-        label_accuracy(model, tokenizer, questions)
+        of_labels(model, tokenizer, questions)
 
 
 def test_a_label_that_nothing_precedes_is_refused(model: Any, tokenizer: Any) -> None:
     questions = QuestionReader(tokenizer=tokenizer).read([{"prompt": "", "completion": c} for c in ("a", "bc")])
     with pytest.raises(ConfigError, match=r"prompt is empty.*nothing to continue"):
-        label_accuracy(model, tokenizer, questions)
+        of_labels(model, tokenizer, questions)
 
 
 def test_answers_are_judged_row_by_row(model: Any, tokenizer: Any) -> None:
@@ -298,7 +303,7 @@ def test_long_texts_are_read_in_windows_that_the_model_holds(tokenizer: Any) -> 
     with pytest.raises(ConfigError, match="a text has 20 tokens and the model's context holds 19"):
         perplexity(model, tokenizer, rows, windows=Windows(context=20, stride=9))
     with pytest.raises(ConfigError, match="a text has 23 tokens"):
-        label_accuracy(model, tokenizer, [Question(tuple(range(3, 25)), ("a",))], ("a", "b"))
+        of_labels(model, tokenizer, [Question(tuple(range(3, 25)), ("a",))], ("a", "b"))
 
 
 def test_data_files(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from transformers import LlamaForCausalLM
 
 from models import byte_tokenizer, llama_config
 from veneer import LoraConfig, get_peft_model
-from veneer.evaluate.accuracy import ScoredChoice, label_accuracy
+from veneer.evaluate.accuracy import ScoredChoice
 from veneer.evaluate.questions import QuestionReader
 from veneer.evaluate.scoring import log_probabilities
 
@@ -53,11 +53,11 @@ def test_it_runs_on_an_adapted_model_unchanged(tmp_path: Path, monkeypatch: pyte
     tasks = TaskManager(include_path=str(tmp_path), include_defaults=False)
     found = simple_evaluate(model=harness, tasks=["tiny_choice"], task_manager=tasks, bootstrap_iters=0)
     completed = [{"prompt": row["prompt"], "completion": (" bad", " good")[row["label"]]} for row in rows]
-    own = label_accuracy(model, tokenizer, QuestionReader(tokenizer=tokenizer).read(completed))
-    assert found["results"]["tiny_choice"]["acc,none"] == pytest.approx(own.value)
-    asked = ScoredChoice.of(tokenizer, QuestionReader(tokenizer=tokenizer).read(completed), ("bad", "good")).items
+    asked = ScoredChoice.of(tokenizer, QuestionReader(tokenizer=tokenizer).read(completed), ("bad", "good"))
     told = [resp[0][0] for sample in found["samples"]["tiny_choice"] for resp in sample["resps"]]
-    sums = [float(values.sum()) for values in log_probabilities(model, asked)]
+    scores = log_probabilities(model, asked.items)
+    assert found["results"]["tiny_choice"]["acc,none"] == pytest.approx(asked.judged(scores).value)
+    sums = [float(values.sum()) for values in scores]
     assert told == pytest.approx(sums, rel=1e-3)
     with model.disable_adapter():
-        assert told != pytest.approx([float(v.sum()) for v in log_probabilities(model, asked)], rel=1e-3)
+        assert told != pytest.approx([float(v.sum()) for v in log_probabilities(model, asked.items)], rel=1e-3)

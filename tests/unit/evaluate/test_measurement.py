@@ -20,11 +20,11 @@ from veneer.evaluate import (
     measure,
     measure_each,
 )
-from veneer.evaluate.accuracy import Accuracy, label_accuracy
+from veneer.evaluate.accuracy import Accuracy, ScoredChoice
 from veneer.evaluate.measurement import predictions_of
 from veneer.evaluate.perplexity import Windows, perplexity
 from veneer.evaluate.questions import QuestionReader
-from veneer.evaluate.scoring import greedy_answers
+from veneer.evaluate.scoring import greedy_answers, log_probabilities
 from veneer.evaluate.statistics import paired_means, paired_shares
 
 ROWS = [{"prompt": f"text {i}:", "completion": (" good", " bad", " ugly")[i % 3]} for i in range(7)]
@@ -55,11 +55,14 @@ def answers(model: Any, n: int) -> list[str]:
     return greedy_answers(model, TOKENIZER, [question.prompt for question in asked.questions], asked.answering)
 
 
+def by_label(model: Any, labels: tuple[str, ...] = ()) -> Accuracy:
+    choice = ScoredChoice.of(TOKENIZER, READER.read(ROWS), labels)
+    return choice.judged(log_probabilities(model, choice.items))
+
+
 def test_a_name_is_the_metric_with_its_defaults(adapted: Any) -> None:
     assert measure(adapted, ROWS, tokenizer=TOKENIZER) == perplexity(adapted, TOKENIZER, ROWS)
-    assert measure(adapted, ROWS, "labels", tokenizer=TOKENIZER) == label_accuracy(
-        adapted, TOKENIZER, READER.read(ROWS)
-    )
+    assert measure(adapted, ROWS, "labels", tokenizer=TOKENIZER) == by_label(adapted)
 
 
 def test_settings_are_those_of_the_metric(adapted: Any) -> None:
@@ -68,7 +71,7 @@ def test_settings_are_those_of_the_metric(adapted: Any) -> None:
     assert found == wanted != measure(adapted, ROWS, tokenizer=TOKENIZER)
     labels = ("ugly", "fair", "good", "bad")
     chosen = measure(adapted, ROWS, LabelChoice(labels=labels), tokenizer=TOKENIZER)
-    assert chosen == label_accuracy(adapted, TOKENIZER, READER.read(ROWS), labels)
+    assert chosen == by_label(adapted, labels)
 
 
 def test_answers_are_judged_by_the_metric(adapted: Any) -> None:

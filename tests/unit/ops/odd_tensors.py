@@ -30,7 +30,7 @@ from veneer.ops.grouped_low_rank import AdapterRuns, LowRankGroup, Run
 from veneer.ops.int8 import quantize_int8
 from veneer.ops.packed import PackedWeight
 from veneer.ops.packed_codes import PackedCodes
-from veneer.ops.paged_attention import PagedRows, PagedStore, SequenceRows
+from veneer.ops.paged_attention import PagedRows, PagedStore
 from veneer.ops.pairs import FactorPair, PackedPairs, Segment, Segments
 from veneer.ops.scaled import ScaledCodes
 from veneer.ops.terms import PackedTerm
@@ -124,7 +124,7 @@ def serving_cases(x, w, wide):
     yield "packed_codes.dense", (coded,)
     yield "packed_codes.matmul", (coded, x, wide, wide.clone())
     store = PagedStore.zeros(2, 16, (1, HEADS, 8), dtype=torch.float32)
-    step = PagedRows.of([SequenceRows([1], 3, N)], store)
+    step = PagedRows.of([([1], 3, N)], store)
     yield "paged_attention.append", (store, 0, heads, heads.clone(), Plain(step))
     yield "paged_attention.attend", (store, 0, heads, Plain(step), *numbers)
     pairs = PackedPairs.pack([FactorPair(torch.randn(R, D), torch.randn(OUT, R), 0.5)], [OUT], dtype=torch.float32)

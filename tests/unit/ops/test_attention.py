@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch.nn import functional
 
+from bench.kernels.differentiable import attention
 from gradients import has_exact_gradients
 from veneer.errors import ConfigError, ShapeError
-from veneer.ops.attention import AttentionOptions, attention
+from veneer.ops.attention import AttentionOptions
 
 OP = "attention.attention_forward"
 DTYPES = [torch.float32, torch.bfloat16]

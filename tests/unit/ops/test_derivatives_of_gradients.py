@@ -9,18 +9,15 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from bench.kernels.differentiable import attention, glu, grouped_low_rank, layer_norm, rms_norm, rotary
 from flat_records import flat_record
 from veneer import IA3Config, LoraConfig, get_peft_model
 from veneer.contract import MethodConfig
 from veneer.model.fused.decoder import fuse
-from veneer.ops.attention import AttentionOptions, attention
+from veneer.ops.attention import AttentionOptions
 from veneer.ops.cross_entropy import linear_cross_entropy
-from veneer.ops.glu import glu
-from veneer.ops.grouped_low_rank import grouped_low_rank
 from veneer.ops.linear.layer import LinearLayer
 from veneer.ops.linear.op import linear
-from veneer.ops.norm import layer_norm, rms_norm
-from veneer.ops.rotary import rotary
 
 
 def drawn(*shape: int) -> Tensor:

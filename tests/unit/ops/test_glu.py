@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch.nn import functional
 
+from bench.kernels.differentiable import glu
 from veneer.errors import ConfigError, ShapeError
-from veneer.ops.glu import ACTIVATIONS, glu, glu_backward
+from veneer.ops.glu import ACTIVATIONS, glu_backward
 
 OP = "glu.glu_forward"
 TORCH = {"silu": functional.silu, "gelu": functional.gelu, "gelu_tanh": partial(functional.gelu, approximate="tanh")}

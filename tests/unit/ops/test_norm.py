@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.nn import functional
 
+from bench.kernels.differentiable import layer_norm, rms_norm
 from veneer.errors import ShapeError
 from veneer.ops import norm
 
@@ -52,7 +53,7 @@ def require_close(ours, plain, exact):
 @pytest.mark.looped("offset", [0.0, 1.0])
 def test_rms_norm_and_its_gradients(shape, dtype, offset, backend):
     x, weight, _, dy = draw(shape, dtype)
-    ours = results(lambda *t: norm.rms_norm(*t, EPS, offset, backend=backend), (x, weight), dtype, dy)
+    ours = results(lambda *t: rms_norm(*t, EPS, offset, backend=backend), (x, weight), dtype, dy)
     plain = results(torch_rms(offset), (x, weight), dtype, dy)
     require_close(ours, plain, results(torch_rms(offset), (x, weight), torch.float64, dy))
 
@@ -61,7 +62,7 @@ def test_rms_norm_and_its_gradients(shape, dtype, offset, backend):
 @pytest.mark.looped("shape", SHAPES)
 def test_layer_norm_and_its_gradients(shape, dtype, backend):
     *tensors, dy = draw(shape, dtype)
-    ours = results(lambda *t: norm.layer_norm(*t, EPS, backend=backend), tensors, dtype, dy)
+    ours = results(lambda *t: layer_norm(*t, EPS, backend=backend), tensors, dtype, dy)
     require_close(ours, results(torch_layer, tensors, dtype, dy), results(torch_layer, tensors, torch.float64, dy))
 
 
@@ -69,15 +70,13 @@ def test_rows_apart_in_memory(backend):
     wide = torch.randn(11, 97, generator=torch.Generator().manual_seed(1))
     weight = torch.randn(53, generator=torch.Generator().manual_seed(2))
     view, copy = wide[:, 13:66], wide[:, 13:66].contiguous()
-    assert torch.equal(
-        norm.rms_norm(view, weight, EPS, backend=backend), norm.rms_norm(copy, weight, EPS, backend=backend)
-    )
+    assert torch.equal(rms_norm(view, weight, EPS, backend=backend), rms_norm(copy, weight, EPS, backend=backend))
 
 
 def test_no_rows_give_gradients_of_zero(backend):
     x, weight, bias = torch.zeros(0, 7, requires_grad=True), torch.ones(7, requires_grad=True), torch.ones(7)
-    norm.rms_norm(x, weight, EPS, backend=backend).sum().backward()
-    norm.layer_norm(x, weight, bias, EPS, backend=backend).sum().backward()
+    rms_norm(x, weight, EPS, backend=backend).sum().backward()
+    layer_norm(x, weight, bias, EPS, backend=backend).sum().backward()
     assert x.grad.shape == (0, 7)
     assert torch.equal(weight.grad, torch.zeros(7))
 
@@ -87,8 +86,8 @@ def test_float64_gradcheck(backend):
     x, weight, bias = (
         torch.randn(s, dtype=torch.float64, generator=generator).requires_grad_() for s in ((3, 7), 7, 7)
     )
-    assert torch.autograd.gradcheck(lambda *t: norm.rms_norm(*t, EPS, 1.0, backend=backend), (x, weight))
-    assert torch.autograd.gradcheck(lambda *t: norm.layer_norm(*t, EPS, backend=backend), (x, weight, bias))
+    assert torch.autograd.gradcheck(lambda *t: rms_norm(*t, EPS, 1.0, backend=backend), (x, weight))
+    assert torch.autograd.gradcheck(lambda *t: layer_norm(*t, EPS, backend=backend), (x, weight, bias))
 
 
 def test_frozen_weight_has_no_gradient():
@@ -100,6 +99,6 @@ def test_frozen_weight_has_no_gradient():
 @pytest.mark.usefixtures("own_checks")
 def test_weight_that_does_not_fit():
     with pytest.raises(ShapeError, match=r"weight.*\(7,\)"):
-        norm.rms_norm(torch.zeros(3, 7), torch.zeros(5), EPS)
+        rms_norm(torch.zeros(3, 7), torch.zeros(5), EPS)
     with pytest.raises(ShapeError, match=r"bias.*\(7,\)"):
-        norm.layer_norm(torch.zeros(3, 7), torch.zeros(7), torch.zeros(5), EPS)
+        layer_norm(torch.zeros(3, 7), torch.zeros(7), torch.zeros(5), EPS)

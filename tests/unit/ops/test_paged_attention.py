@@ -8,7 +8,7 @@ import torch
 
 from veneer.errors import ConfigError, ShapeError
 from veneer.ops.attention import AttentionOptions
-from veneer.ops.paged_attention import UNIT, PagedRows, PagedStore, PageTables, SequenceRows, append, paged_attention
+from veneer.ops.paged_attention import UNIT, PagedRows, PagedStore, PageTables, append, paged_attention
 
 OP = "paged_attention.attend"
 LAYER, LAYERS = 1, 3
@@ -44,7 +44,7 @@ class Cache:
     def step(self, parts, options=None):
         """Rows [start, stop) of sequences, in one batch: written, and their answers."""
         options = options or AttentionOptions()
-        rows = PagedRows.of([SequenceRows(self.pages[s], a, b - a) for s, a, b in parts], self.store)
+        rows = PagedRows.of([(self.pages[s], a, b - a) for s, a, b in parts], self.store)
         q, k, v = (torch.cat([x[s][a:b] for s, a, b in parts]) for x in (self.q, self.k, self.v))
         append(self.store, LAYER, k, v, rows, backend=self.backend)
         with_backend = AttentionOptions(
@@ -161,7 +161,7 @@ def test_a_page_is_copied(backend):
     cache = Cache((16,), (2, 2, 16), torch.float32, 16, backend)
     first = cache.step([(0, 0, 16)])[0]
     source, target = cache.pages[0][0], cache.pages[0][0] - 1
-    cache.store.copy_page(source, target)
+    cache.store.data[target].copy_(cache.store.data[source])
     cache.store.data[source] = 0
     cache.pages[0][0] = target % cache.store.n_pages
     assert equality(backend)(cache.step([(0, 15, 16)])[0][0], first[15])
@@ -176,13 +176,13 @@ def test_what_does_not_fit_is_refused():
     with pytest.raises(ConfigError, match="float16"):
         PagedStore.zeros(4, 16, (1, 1, 8), dtype=torch.float16)
     store = PagedStore.zeros(4, 16, (2, 2, 8), dtype=torch.float32)
-    for sequence in (SequenceRows([0], 10, 7), SequenceRows([0], 3, 0), SequenceRows([0], -1, 1)):
+    for sequence in (([0], 10, 7), ([0], 3, 0), ([0], -1, 1)):
         with pytest.raises(ShapeError, match=r"sequence 0.*at least one row and pages up to their end"):
             PagedRows.of([sequence], store)
     for pages in ([4], [-1]):
         with pytest.raises(ShapeError, match="among the 4"):
-            PagedRows.of([SequenceRows(pages, 3, 2)], store)
-    rows = PagedRows.of([SequenceRows([2], 3, 2)], store)
+            PagedRows.of([(pages, 3, 2)], store)
+    rows = PagedRows.of([([2], 3, 2)], store)
     k, q = torch.zeros(2, 2, 8), torch.zeros(2, 4, 8)
     with pytest.raises(ShapeError, match="layer 2 is not among the 2"):
         append(store, 2, k, k, rows)
@@ -197,15 +197,15 @@ def test_what_does_not_fit_is_refused():
 def test_a_table_that_is_the_same_tuple_is_read_once_and_a_list_each_time():
     store = PagedStore.zeros(9, UNIT, (1, 1, 16), dtype=torch.float32)
     tables, kept, listed = PageTables(), (3, 5, 7), [2, 4]
-    first = PagedRows.of([SequenceRows(kept, 3, 2), SequenceRows(listed, 1, 1)], store, tables)
+    first = PagedRows.of([(kept, 3, 2), (listed, 1, 1)], store, tables)
     read, _ = tables.of(kept)
     listed[1] = 8
-    second = PagedRows.of([SequenceRows(listed, 2, 1), SequenceRows(kept, 5, 1)], store, tables)
+    second = PagedRows.of([(listed, 2, 1), (kept, 5, 1)], store, tables)
     assert tables.of(kept)[0] is read
     assert list(first.sequences()) == [([3, 5, 7], 3, 0, 2), ([2, 4], 1, 2, 3)]
     assert list(second.sequences()) == [([2, 8], 2, 0, 1), ([3, 5, 7], 5, 1, 2)]
-    PagedRows.of([SequenceRows(listed, 2, 1)], store, tables)
-    PagedRows.of([SequenceRows(listed, 2, 1)], store, tables)
+    PagedRows.of([(listed, 2, 1)], store, tables)
+    PagedRows.of([(listed, 2, 1)], store, tables)
     assert tables.of(kept)[0] is not read  # of the last step alone
 
 
@@ -214,4 +214,4 @@ def test_a_page_that_is_not_there_is_told_in_every_step(pages):
     store, tables = PagedStore.zeros(9, UNIT, (1, 1, 16), dtype=torch.float32), PageTables()
     for _ in range(2):
         with pytest.raises(ShapeError, match=r"pages \[3, 9\] are not all among the 9"):
-            PagedRows.of([SequenceRows(pages, 3, 2)], store, tables)
+            PagedRows.of([(pages, 3, 2)], store, tables)

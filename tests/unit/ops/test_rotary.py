@@ -3,8 +3,9 @@
 import pytest
 import torch
 
+from bench.kernels.differentiable import rotary
 from veneer.errors import ShapeError
-from veneer.ops.rotary import rotary, rotate
+from veneer.ops.rotary import rotate
 
 OP = "rotary.rotate"
 

@@ -70,7 +70,7 @@ def test_state_takes_at_most_2_1_bytes_a_parameter():
     optimizer = AdamW8bit([param])
     param.grad = torch.ones_like(param)
     optimizer.step()
-    assert optimizer.state_bytes() / param.numel() <= 2.1
+    assert sum(v.nbytes for v in optimizer.state[param].values() if torch.is_tensor(v)) / param.numel() <= 2.1
 
 
 @pytest.mark.parametrize("make", [AdamW8bit, lambda p, **k: PagedAdamW8bit(p, paged_from=4500, **k)])

@@ -74,7 +74,7 @@ def test_state_is_a_fraction_of_adamw(eight_bit, most):
     optimizer = GaLoreAdamW([param], projection=GaLoreProjection(rank=32), eight_bit=eight_bit)
     param.grad = torch.randn_like(param)
     optimizer.step()
-    assert optimizer.state_bytes() / (8 * param.numel()) < most
+    assert sum(v.nbytes for v in optimizer.state[param].values() if torch.is_tensor(v)) / (8 * param.numel()) < most
 
 
 @pytest.mark.parametrize("eight_bit", [False, True])

@@ -15,7 +15,7 @@ from veneer.plan.advice import TASKS, advise
 from veneer.plan.cards import CARDS, card_of
 from veneer.plan.live import Peak
 from veneer.plan.plan import plan_recipe
-from veneer.plan.processes import copy_sizes, rank_peak
+from veneer.plan.processes import copy_sizes, cut_over
 from veneer.plan.trace import ACTIVATIONS, BASE
 from veneer.recipe.distributed_part import DistributedPart
 
@@ -67,9 +67,9 @@ def test_nonsense_units_are_refused(text: str) -> None:
 
 def test_ranks_hold_copies_or_shards(recipe: Make) -> None:
     plan = plan_recipe(recipe())
-    assert rank_peak(plan, 1, 1).n_bytes == plan.peak.n_bytes
-    assert rank_peak(plan, 4, 1).n_bytes == plan.peak.n_bytes + 4 * plan.n_trained
-    shard = rank_peak(plan, 4, 4)
+    assert cut_over(plan, 1, 1).peak.n_bytes == plan.peak.n_bytes
+    assert cut_over(plan, 4, 1).peak.n_bytes == plan.peak.n_bytes + 4 * plan.n_trained
+    shard = cut_over(plan, 4, 4).peak
     assert shard.kinds["base"] == -(-plan.peak.kinds["base"] // 4)
     for kind in ("activations", "embeddings", "head", "adapters", "gradients", "optimizer state"):
         assert shard.kinds.get(kind) == plan.peak.kinds.get(kind), kind  # whatever trains stays whole
@@ -131,4 +131,4 @@ def test_a_rank_peaks_in_the_phase_that_is_largest_once_weights_are_shards(recip
     phases = {"load": Peak({BASE: 70_001}), "backward": Peak({BASE: 11_003, ACTIVATIONS: 50_021})}
     plan = replace(plan_recipe(recipe(None, {"source": str(deep)})), phases=phases)
     assert plan.peak_phase == "load"
-    assert rank_peak(plan, 1000, 1000).kinds[ACTIVATIONS] == 50_021
+    assert cut_over(plan, 1000, 1000).peak.kinds[ACTIVATIONS] == 50_021

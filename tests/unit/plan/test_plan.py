@@ -21,6 +21,7 @@ from transformers import (
     T5Config,
 )
 
+from bench.training.measured import measured_model
 from quantized_folders import make_gpt_oss
 from veneer import DPOTrainer, LoraConfig, PeftModel, get_peft_model
 from veneer.errors import ConfigError, FormatError
@@ -28,7 +29,6 @@ from veneer.ops.traced import Traced
 from veneer.plan.architecture import config_of
 from veneer.plan.live import LiveBytes, peaks
 from veneer.plan.losses import require_planned
-from veneer.plan.measure import measured_model
 from veneer.plan.plan import as_json, batch_of, count_trained, held_out_batch, plan_recipe
 from veneer.plan.serving import serving_of
 from veneer.plan.step import Step

@@ -13,11 +13,11 @@ import torch
 from tests.models import llama_config
 from tests.unit.plan.conftest import Make
 
+from bench.training.measured import measured_model
 from veneer.model.memory.offload import ActivationOffload, PageFile
 from veneer.ops.cpu.module import DTYPES
 from veneer.plan.live import LiveBytes
 from veneer.plan.machine import Rates
-from veneer.plan.measure import measured_model
 from veneer.plan.plan import batch_of, plan_recipe
 from veneer.plan.products import MatrixProduct
 from veneer.plan.trace import make_optimizer, prepare, run_steps, trace

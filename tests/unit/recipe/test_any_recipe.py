@@ -16,7 +16,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from veneer.errors import VeneerError
-from veneer.recipe.methods import method_names, named_methods
+from veneer.recipe.adapter import names_of
+from veneer.recipe.methods import imported, named_methods
 from veneer.recipe.metric_part import MetricPart
 from veneer.recipe.parts import DataPart, ModelPart
 from veneer.recipe.recipe import parse_recipe
@@ -43,7 +44,7 @@ ABSURD = st.one_of(
     st.dictionaries(st.sampled_from(["a", "min_lr", "use_reentrant"]), st.integers(-1, 2), max_size=2),
 )  # fmt: skip
 PARTS = ["learning_rate", "adapter", "training", "data", "metric", "rewards"]
-METHODS = st.sampled_from([*method_names(), "qlora", "nope"])
+METHODS = st.sampled_from([*names_of(imported().methods), "qlora", "nope"])
 
 
 def keys_of(task: Task) -> list[str]:

@@ -12,9 +12,10 @@ from veneer.methods import all_methods
 from veneer.methods.bottleneck import BottleneckConfig
 from veneer.methods.ia3 import IA3Config
 from veneer.methods.lora import LoraConfig
+from veneer.recipe.adapter import names_of
 from veneer.recipe.commented import commented_recipe
 from veneer.recipe.early import refuse_early
-from veneer.recipe.methods import method_names
+from veneer.recipe.methods import imported
 from veneer.recipe.problems import NOWHERE
 from veneer.recipe.recipe import load_recipe, parse_recipe
 from veneer.train.sweep.recipe import parse_sweep
@@ -40,7 +41,7 @@ def written(tmp_path):
 
 
 def test_the_commented_recipe_is_valid_and_names_only_keys_that_do_something(written):
-    text = commented_recipe(method_names())
+    text = commented_recipe(names_of(imported().methods))
     recipe = load_recipe(written(text))
     assert recipe.adapter_config() == LoraConfig(r=16, lora_alpha=32, lora_dropout=0.05, target_modules="all-linear")
     assert recipe.training_config().learning_rate == 2e-4
@@ -51,7 +52,7 @@ def test_the_commented_recipe_is_valid_and_names_only_keys_that_do_something(wri
     uncommented = recipe_with(training={"lora_plus": yaml.safe_load(found["lora_plus"])})
     assert uncommented.training_config().lora_plus == 16
     assert "METHODS" not in text
-    assert all(f" {name} |" in text or f"| {name}" in text for name in method_names())
+    assert all(f" {name} |" in text or f"| {name}" in text for name in names_of(imported().methods))
 
 
 def test_what_yaml_makes_of_a_word_is_that_word():
@@ -159,7 +160,7 @@ def test_a_method_dropped_into_the_folder_is_known(dropped_method):
     assert recipe_with(adapter={"method": "loud", "loudness": "1e-2"}).adapter_config().loudness == 0.01
     with pytest.raises(ConfigError, match=r"(?s)loudnes: unknown key; the nearest is 'loudness'.*loudness: is missing"):
         recipe_with(adapter={"method": "loud", "loudnes": 3})
-    assert "| loud |" in commented_recipe(method_names())
+    assert "| loud |" in commented_recipe(names_of(imported().methods))
 
 
 def test_float32_is_float32_unless_autocast_is_asked_for(written):

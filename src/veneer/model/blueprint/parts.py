@@ -8,7 +8,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from veneer.model.blueprint.alibi import Alibi
 from veneer.model.blueprint.heads import HeadLayout
 from veneer.model.blueprint.rotary import Rotary
 
@@ -87,7 +86,7 @@ class Attention:
     window: int | None = None
     softcap: float | None = None
     rotary: Rotary | None = None
-    alibi: Alibi | None = None
+    alibi: bool = False
     q_norm: Norm | None = None
     k_norm: Norm | None = None
     clip: float | None = None

@@ -7,7 +7,6 @@ from typing import Any, cast
 
 from torch import nn
 
-from veneer.model.blueprint.alibi import Alibi
 from veneer.model.blueprint.heads import HeadLayout, HeadOrder
 from veneer.model.blueprint.linears import is_linear, read_linear
 from veneer.model.blueprint.norms import read_norm
@@ -73,7 +72,7 @@ def read_attention(source: BlockSource, module: nn.Module, layer: int) -> Attent
         window=window_of(module),
         softcap=None if cap is None else float(cap),
         rotary=rotary,
-        alibi=Alibi(heads.n_heads) if source.family.alibi else None,
+        alibi=source.family.alibi,
         q_norm=norms[0],
         k_norm=norms[1],
         clip=None if clip is None else float(clip),

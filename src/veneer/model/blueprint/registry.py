@@ -13,16 +13,12 @@ from veneer.model.blueprint.family import CONVENTION, Family
 
 def family_of(model_type: str) -> Family:
     """Return the family of a model type; `CONVENTION` if no file lists it."""
-    return _families().get(model_type, CONVENTION)
-
-
-def listed() -> tuple[str, ...]:
-    """Return every model type whose description is tested by values, sorted."""
-    return tuple(sorted(_families()))
+    return families_by_type().get(model_type, CONVENTION)
 
 
 @functools.cache
-def _families() -> Mapping[str, Family]:
+def families_by_type() -> Mapping[str, Family]:
+    """Return the family of every model type that has one; tests check their descriptions by values."""
     names = (module.name for module in pkgutil.iter_modules(families.__path__))
     found = (importlib.import_module(f"{families.__name__}.{name}").FAMILY for name in names)
     return {model_type: family for family in found for model_type in family.model_types}

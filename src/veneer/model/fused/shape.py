@@ -125,7 +125,7 @@ def reasons(block: Block) -> list[str]:
 def unfit(attention: Attention) -> str | None:
     """Return in words what no kernel of training has; None if nothing."""
     special = {
-        "has a bias that falls with distance (ALiBi)": attention.alibi is not None,
+        "has a bias that falls with distance (ALiBi)": attention.alibi,
         "clips queries, keys and values": attention.clip is not None,
         "does more with positions than to rotate by them": _grows(attention),
         "has norms with weights of their own for each head": any(len(norm.shape) != 1 for norm in attention.norms),

@@ -129,11 +129,6 @@ def put_bottlenecks_on(
         holder.hold(name, held, placed(config, site, site.name).keys)
 
 
-def residual_adapters(model: nn.Module) -> dict[str, ResidualAdapters]:
-    """Return the holders of bottlenecks by path."""
-    return {path: module for path, module in model.named_modules() if isinstance(module, ResidualAdapters)}
-
-
 def places_of(model: PreTrainedModel, config: ResidualMethod) -> tuple[ResidualSublayer, ...]:
     """Return the sub-layers that a config selects in this model.
 

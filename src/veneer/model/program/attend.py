@@ -70,7 +70,7 @@ class Attend(Operation):
 
     def emit(self, weights: AttendWeights, step: StepProgram) -> bool:
         part, heads, rotary = self.attention, self.attention.heads, self.attention.rotary
-        plain = part.clip is None and part.temperature is None and part.alibi is None
+        plain = part.clip is None and part.temperature is None and not part.alibi
         if not plain or any(len(norm.shape) > 1 for norm in part.norms):
             return False
         norms = [None if norm is None else norm.for_step() for norm in (weights.q_norm, weights.k_norm)]

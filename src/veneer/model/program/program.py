@@ -98,7 +98,7 @@ def _unsaid(decoder: Decoder, n_positions: int) -> Iterator[str]:
     if positions is not None and n_positions + positions.offset > positions.rows:
         yield f"{positions.path} has {positions.rows} positions, and sequences may have {n_positions}"
     for part in decoder.attentions:
-        if part.alibi is not None:
+        if part.alibi:
             yield f"{part.path} has a bias that falls with distance (ALiBi)"
         scaling = None if part.rotary is None else part.rotary.scaling
         depends = isinstance(scaling, DynamicScaling | LongRopeScaling)

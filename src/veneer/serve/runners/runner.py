@@ -16,14 +16,6 @@ from veneer.serve.runners.sampler import DrawRule, Row, Sampler, not_finite
 from veneer.serve.schedule.step_plan import DrawnToken, PlannedSequence, Sampled, StepPlan
 
 
-class ReadAdapter(Protocol):
-    """Adapter read by a runner, which takes ``n_bytes`` when it is loaded."""
-
-    @property
-    def n_bytes(self) -> int:
-        """Bytes of memory."""
-
-
 class Runner(Protocol):
     """Computation of plans.
 
@@ -31,7 +23,7 @@ class Runner(Protocol):
     """
 
     def read(self, folder: Path) -> Any:
-        """Read an adapter as a `ReadAdapter` for `load`; on any thread. Raises VeneerError if it does not fit."""
+        """Read an adapter for `load`, with its ``n_bytes`` of memory; on any thread. Raises VeneerError if it does not fit."""
 
     def read_mix(self, parts: Parts) -> Any:
         """Read adapters as `read` does, as their weighted sum. Raises CompositionError if they have none."""

@@ -242,10 +242,6 @@ class AdapterPool:
         """True if no version may enter the batch besides those that are in it."""
         return self.n_acting is not None and len(self._acting) >= self.n_acting
 
-    def may_act(self, id: str) -> bool:
-        """Return True if a request of this version may enter the batch with the versions that are in it."""
-        return self._entries[id].running > 0 or not self.is_full
-
     def begin_load(self, wanted: Iterable[str], *, spares_awaited: bool = False) -> str | None:
         """Begin to load the first of the wanted versions (first request first) that is neither loaded nor loading.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -68,11 +69,19 @@ def attend(part: Attention, weights: Weights, x: Tensor) -> Tensor:
     if part.softcap is not None:
         scores = part.softcap * torch.tanh(scores / part.softcap)
     distance = positions[:, None] - positions
-    if part.alibi is not None:
-        scores = scores - part.alibi.slopes()[:, None, None] * distance
+    if part.alibi:
+        scores = scores - alibi_slopes(part.heads.n_heads)[:, None, None] * distance
     hidden = (distance < 0) | (distance >= (part.window or n_tokens))
     mixed = torch.einsum("bhqk,bkhd->bqhd", scores.masked_fill(hidden, -torch.inf).softmax(-1), v)
     return project(part.out, weights, mixed.flatten(2))
+
+
+def alibi_slopes(n_heads: int) -> Tensor:
+    """One slope a head: 2^(-8 i / n) for n a power of two, and between them for further heads (arXiv 2108.12409)."""
+    n = 2 ** math.floor(math.log2(n_heads))
+    first = [2.0 ** (-8 * i / n) for i in range(1, n + 1)]
+    between = [2.0 ** (-4 * i / n) for i in range(1, 2 * (n_heads - n), 2)]
+    return torch.tensor(first + between)
 
 
 def rotated(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:

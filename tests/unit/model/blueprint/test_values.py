@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from veneer.model.blueprint.describe import describe, describe_config
-from veneer.model.blueprint.registry import listed
+from veneer.model.blueprint.registry import families_by_type
 
 from .families import FAMILIES, model_of
 from .interpreter import logits
@@ -26,4 +26,4 @@ def test_logits_from_the_description_alone(family: str) -> None:
 
 
 def test_every_listed_model_type_is_tested() -> None:
-    assert {config.model_type for config in FAMILIES.values()} == set(listed())
+    assert {config.model_type for config in FAMILIES.values()} == set(families_by_type())

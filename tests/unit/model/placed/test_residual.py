@@ -27,7 +27,7 @@ from transformers import (
 from veneer.adapters.peft_model import PeftModel, get_peft_model
 from veneer.errors import ConfigError, TargetError
 from veneer.methods.bottleneck import BottleneckConfig
-from veneer.model.placed.residual import residual_adapters
+from veneer.model.placed.residual import ResidualAdapters
 
 D, R, VOCAB, N_LAYERS = 24, 5, 67, 2
 SMALL = {
@@ -107,6 +107,10 @@ def randomized(model: nn.Module, name: str = "default", seed: int = 3) -> None:
             parameter.data = 0.3 * torch.randn(parameter.shape, generator=generator)
 
 
+def residual_adapters(model: nn.Module) -> list[ResidualAdapters]:
+    return [module for module in model.modules() if isinstance(module, ResidualAdapters)]
+
+
 def by_hand(
     family: str,
     adapted: nn.Module,
@@ -117,7 +121,7 @@ def by_hand(
 ) -> nn.Module:
     """The bottlenecks of adapter ``name`` written out around the modules of ``plain``, or of a new base."""
     plain = plain or base(family)
-    for holder in residual_adapters(adapted).values():
+    for holder in residual_adapters(adapted):
         output, read = (path.format(holder.site.layer) for path in FAMILIES[family][1][holder.site.sublayer])
         params = {key: value.detach() for key, value in holder.adapters[name].named_parameters()}
         wrapped = ByHand(plain.get_submodule(output), params, act, config.scaling)
@@ -153,7 +157,7 @@ def test_t5_has_bottlenecks_in_encoder_and_decoder_and_after_cross_attention():
     torch.manual_seed(0)
     config = T5Config(vocab_size=VOCAB, d_model=D, d_kv=8, d_ff=37, num_layers=2, num_decoder_layers=3, num_heads=3)
     model = get_peft_model(AutoModel.from_config(config), BottleneckConfig.houlsby(size=R, after_cross_attention=True))
-    kinds = [holder.site.sublayer for holder in residual_adapters(model).values()]
+    kinds = [holder.site.sublayer for holder in residual_adapters(model)]
     assert (kinds.count("attention"), kinds.count("cross_attention"), kinds.count("mlp")) == (5, 3, 5)
 
 
