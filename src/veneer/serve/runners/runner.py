@@ -23,7 +23,7 @@ class Runner(Protocol):
     """
 
     def read(self, folder: Path) -> Any:
-        """Read an adapter for `load`, with its ``n_bytes`` of memory; on any thread. Raises VeneerError if it does not fit."""
+        """Read an adapter for `load`, of ``n_bytes``; on any thread. Raises VeneerError if it does not fit."""
 
     def read_mix(self, parts: Parts) -> Any:
         """Read adapters as `read` does, as their weighted sum. Raises CompositionError if they have none."""
