@@ -15,7 +15,7 @@ def measured_model(recipe: Recipe) -> PreTrainedModel:
     """Return the loaded base with its adapter, or with float32 weights if the whole model is trained, ready
     to train.
     """
-    adapter = adapter_of(recipe)
+    adapter = adapter_of(recipe.adapter)
     base = load_base(recipe.model, frozen=adapter is not None)
     model = base.float().requires_grad_(True) if adapter is None else with_adapter(base, adapter)
     return cast(PreTrainedModel, model.train())

@@ -174,7 +174,7 @@ def counted(recipe: Any) -> dict[str, float]:
     with live:
         for tensor, kind in kinds_of(model):
             live.hold(tensor, kind)
-        run_steps(model, optimizer, batch, args, live, held_out=held_out_batch(recipe, batch))
+        run_steps(model, optimizer, batch, args, live, held_out=held_out_batch(recipe.data, recipe.task, args, batch))
     found = peaks(live.events, live.kinds, kind_under)
     return {"live": max(peak.n_bytes for mark, peak in found.items() if FIRST not in mark)}
 

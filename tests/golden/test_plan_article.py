@@ -45,7 +45,8 @@ def lora(rank: int, targets: tuple[str, ...] | str = ATTENTION, source: str = "l
 
 
 def trained(source: str, adapter: dict[str, Any]) -> int:
-    return count_trained(recipe_of(source, adapter), config_of(source))
+    recipe = recipe_of(source, adapter)
+    return count_trained(recipe.model, recipe.adapter, config_of(source))
 
 
 @cache

@@ -105,7 +105,7 @@ def answer_serve(recipe: Recipe, config: PreTrainedConfig, memory: int, as_json:
     adapter = recipe.adapter_config()
     if adapter is None:
         raise ConfigError("--serve counts adapters beside a base, and method full has none: choose another method")
-    found = serving_of(config, recipe.model, adapter, memory, count_trained(recipe, config))
+    found = serving_of(config, recipe.model, adapter, memory, count_trained(recipe.model, recipe.adapter, config))
     facts = {**asdict(found), "memory": memory, "adapters": found.adapters(0), "tokens": found.tokens(0)}
     waiting_over()
     if as_json:
@@ -137,7 +137,8 @@ def _told_room(found: Serving) -> str:
 def answer_advice(recipe: Recipe, config: PreTrainedConfig, given: tuple[str, int, int], as_json: bool) -> None:
     """Print the advised settings. ``given``: task, rows, and trained tokens of a row."""
     advised = changed(recipe, {"adapter": ADVISED})
-    found = advise(*given, count_trained(advised, config), left_out_experts(advised, config))
+    trained = count_trained(advised.model, advised.adapter, config)
+    found = advise(*given, trained, left_out_experts(advised, config))
     waiting_over()
     if as_json:
         typer.echo(json.dumps([asdict(each) for each in found], indent=2))

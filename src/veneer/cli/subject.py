@@ -115,15 +115,15 @@ def _of_model(args: EvalArguments) -> Subject:
 
 def _of_recipe(path: Path, args: EvalArguments) -> Subject:
     recipe = trained_recipe(path)
-    saved = saved_by(recipe)
-    tokenizer = trained_tokenizer(recipe)
-    rows, others = held_out_rows(recipe, args.data)
+    saved = saved_by(Path(recipe.output), recipe.method)
+    tokenizer = trained_tokenizer(recipe.model.source, saved)
+    rows, others = held_out_rows(recipe.data, recipe.seed, args.data)
     where = args.data or recipe.data.eval or f"{recipe.data.eval_fraction:.3g} of {recipe.data.train}, held out"
     return Subject(
         rows=rows[: args.limit],
         whole=[*rows, *others],
         tokenizer=tokenizer,
-        load=lambda: trained_parts(recipe, tokenizer),
+        load=lambda: trained_parts(recipe.model, recipe.method, saved, tokenizer),
         adapters=() if recipe.method == "full" else (saved,),
         with_base=False,
         facts={"model": recipe.model.source, "adapter": str(saved), "data": str(where)},

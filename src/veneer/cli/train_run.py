@@ -128,17 +128,17 @@ def _require_startable(recipe: Recipe, asked: TrainOptions) -> None:
     """
     resume, before = asked.resume, record_of(Path(recipe.output)) if asked.resume else None
     if continues(Path(recipe.output), resume):
-        require_begun(recipe)
+        require_begun(Path(recipe.output), recipe.data)
         if before is not None:
             changes_since(before, recipe, asked.allow_changes)
         return
     if Path(recipe.output).exists():
-        require_free(recipe, resume)
+        require_free(Path(recipe.output), recipe.data, resume)
     require_data_files(recipe.data)
     require_first_rows(recipe.data, recipe.task)
     if FROM in recipe.adapter:
         compare_bases(adapter_folder(recipe.adapter[FROM]), recipe.model.source)
-    require_not_in_base(recipe)
+    require_not_in_base(recipe.adapter, recipe.model.source)
 
 
 class _Planned(NamedTuple):
@@ -223,7 +223,7 @@ def _train_one(recipe: Recipe, asked: TrainOptions, planned: _Planned | None, co
         raise
     if planned is not None and planned.facts is not None and is_main() and n_processes() == 1:
         remember_run(planned.facts, record)
-    _tell_results(recipe, record, console)
+    _tell_results(Path(recipe.output), record, console)
 
 
 def _train_on_ray(recipe: Recipe, asked: TrainOptions, on: OnRay, console: Console) -> None:
@@ -233,10 +233,10 @@ def _train_on_ray(recipe: Recipe, asked: TrainOptions, on: OnRay, console: Conso
         from veneer.ray.training import Loop, train_on
     loop = Loop(recipe=str(on.recipe), set=tuple(on.overrides), folder=os.getcwd(), allow_changes=asked.allow_changes)
     console.print("not planned: the workers of Ray have memory of their own", highlight=False)
-    _tell_results(recipe, train_on(on.place, loop, recipe), console)
+    _tell_results(Path(recipe.output), train_on(on.place, loop, recipe), console)
 
 
-def _tell_results(recipe: Recipe, record: Mapping[str, Any], console: Console) -> None:
+def _tell_results(output: Path, record: Mapping[str, Any], console: Console) -> None:
     results = record["results"]
     told = [f"training loss {results['train_loss']:.4f}"]
     told += [f"held-out loss {results['eval_loss']:.4f}"] if "eval_loss" in results else []
@@ -245,9 +245,7 @@ def _tell_results(recipe: Recipe, record: Mapping[str, Any], console: Console) -
     console.print(
         f"{', '.join(told)} after {count(results['steps'], 'step')} in {duration(results['seconds'])}", highlight=False
     )
-    console.print(
-        f"saved in {record['saved']}; the run is written down in {Path(recipe.output) / 'run.json'}", highlight=False
-    )
+    console.print(f"saved in {record['saved']}; the run is written down in {output / 'run.json'}", highlight=False)
 
 
 def _train_sweep(sweep: Sweep, asked: TrainOptions, console: Console) -> None:

@@ -96,7 +96,7 @@ def _signs(shape: _Shape) -> list[object] | None:
     text: Any = shape.config.get_text_config()
     if getattr(text, "num_kv_shared_layers", None):
         return None  # the last blocks use keys of earlier ones
-    adapter = adapter_of(shape.recipe)
+    adapter = adapter_of(shape.recipe.adapter)
     if adapter is not None and adapter.counts_layers:
         return None  # a shallow model would have others of them
     with tracing():

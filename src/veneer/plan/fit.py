@@ -16,6 +16,7 @@ from veneer.plan.plan import Plan, plan_recipe
 from veneer.plan.presets import hub_id_of
 from veneer.plan.trace import ACTIVATIONS, LOGITS, SCRATCH
 from veneer.recipe.optimizers import steps_in_backward
+from veneer.recipe.parts import ModelPart
 from veneer.recipe.recipe import Recipe, changed
 
 CHECKPOINTS = "gradient_checkpointing"
@@ -47,10 +48,11 @@ def fits(recipe: Recipe, config: PreTrainedConfig, budget: int, bytes_of: Bytes,
     that would.
     """
     given, budget = budget, int(budget / (1 + SPARE))
-    found, least, ways = [], None, list(_ways(recipe))
+    counts = _row_counts(recipe.training_config())
+    found, least, ways = [], None, list(_ways(recipe.method, recipe.model, recipe.training))
     for number, changes in enumerate(ways, 1):
         waiting_for(f"planning: storage and checkpointing {number} of {len(ways)}")
-        one = _planned(recipe, config, changes | _rows(recipe, _row_counts(recipe)[0]))
+        one = plan_recipe(changed(recipe, changes | _rows(recipe, counts[0])), config=config)
         needed = bytes_of(one)
         if least is None or needed < least[0]:
             least = needed, changes, one
@@ -75,7 +77,7 @@ def _missing(recipe: Recipe, needed: int, changes: Mapping[str, Any], plan: Plan
         *(["a shorter training.max_length"] if weights <= budget else []),
         "a smaller base",
     ]
-    count = _row_counts(recipe)[0]
+    count = _row_counts(args)[0]
     rows = "one row" if count == 1 else f"{count} rows"
     alone = ", more than the budget by themselves" if weights > budget else ""
     beside = needed - plan.peak.n_bytes  # a process has it whatever its model
@@ -95,54 +97,49 @@ def loadable(recipe: Recipe) -> Recipe:
     return recipe if hub_id is None else changed(recipe, {"model.source": hub_id})
 
 
-def _ways(recipe: Recipe) -> Iterator[dict[str, Any]]:
-    """Storage and checkpointing, as far as the method allows; what the recipe has is not said."""
-    formats = FORMATS if recipe.method != "full" else ("none",)
-    formats = formats if recipe.model.quantization == "none" else (recipe.model.quantization,)
+def _ways(method: str, model: ModelPart, training: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """Storage and checkpointing, as far as the method allows; settings that a recipe has already are left out."""
+    formats = FORMATS if method != "full" else ("none",)
+    formats = formats if model.quantization == "none" else (model.quantization,)
     for kind, way in itertools.product(formats, CHECKPOINTING):
         yield {
-            **({"model.quantization": kind} if kind != recipe.model.quantization else {}),
-            **({f"training.{CHECKPOINTS}": way} if way != recipe.training.get(CHECKPOINTS, False) else {}),
+            **({"model.quantization": kind} if kind != model.quantization else {}),
+            **({f"training.{CHECKPOINTS}": way} if way != training.get(CHECKPOINTS, False) else {}),
         }
-
-
-def _planned(recipe: Recipe, config: PreTrainedConfig, changes: Mapping[str, Any]) -> Plan:
-    return plan_recipe(changed(recipe, changes), config=config)
 
 
 def _largest(
     recipe: Recipe, config: PreTrainedConfig, changes: Mapping[str, Any], one: Plan, *, budget: int, bytes_of: Bytes
 ) -> tuple[dict[str, Any], Plan]:
     """The most rows a micro-batch that divide the rows of a step: memory is convex in them, so they are tried."""
-    least, *more = _row_counts(recipe)
+    least, *more = _row_counts(recipe.training_config())
     for rows in reversed(more):
         settings = {**changes, **_rows(recipe, rows)}
         growing = sum(one.peak.kinds.get(kind, 0) for kind in (ACTIVATIONS, LOGITS, SCRATCH))
         if bytes_of(one) + (0.5 * rows - 1) * growing > budget and rows > 4:
             continue  # far too many: not worth a trace
-        plan = _planned(recipe, config, settings)
+        plan = plan_recipe(changed(recipe, settings), config=config)
         if bytes_of(plan) <= budget:
             return settings, plan
     return {**changes, **_rows(recipe, least)}, one
 
 
-def _row_counts(recipe: Recipe) -> list[int]:
+def _row_counts(args: Any) -> list[int]:
     """Rows that a micro-batch may have; an optimizer that steps in the backward pass takes all of a step at once."""
-    total = _rows_a_step(recipe)
-    if steps_in_backward(recipe.training_config().optim):
+    total = _rows_a_step(args)
+    if steps_in_backward(args.optim):
         return [total]
     return [n for n in range(1, total + 1) if total % n == 0]
 
 
 def _rows(recipe: Recipe, rows: int) -> dict[str, Any]:
     """Rows of a micro-batch, as many micro-batches as keep the rows of a step, and no more rows in an evaluation's."""
-    changes = {"training.per_device_train_batch_size": rows}
+    args, changes = recipe.training_config(), {"training.per_device_train_batch_size": rows}
     if recipe.distributed.global_batch is None:  # else it follows
-        changes["training.gradient_accumulation_steps"] = _rows_a_step(recipe) // rows
-    fewer = recipe.data.holds_out and rows < recipe.training_config().per_device_eval_batch_size
+        changes["training.gradient_accumulation_steps"] = _rows_a_step(args) // rows
+    fewer = recipe.data.holds_out and rows < args.per_device_eval_batch_size
     return changes | ({"training.per_device_eval_batch_size": rows} if fewer else {})
 
 
-def _rows_a_step(recipe: Recipe) -> int:
-    args = recipe.training_config()
+def _rows_a_step(args: Any) -> int:
     return int(args.per_device_train_batch_size * args.gradient_accumulation_steps)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -11,7 +11,6 @@ from transformers import PreTrainedModel
 
 from veneer.errors import ConfigError
 from veneer.recipe.adapter import FROM
-from veneer.recipe.recipe import Recipe
 from veneer.train.loss import token_loss
 from veneer.train.preference.reference import Reference
 from veneer.train.preference.scores import PreferenceScoring, ScoredModel
@@ -41,14 +40,14 @@ def require_planned(task: str, method: str) -> None:
         )
 
 
-def reference_of(recipe: Recipe, model: PreTrainedModel) -> Reference | None:
-    """Return the reference model that the trainer of a recipe holds.
+def reference_of(task: str, adapter: Mapping[str, Any], model: PreTrainedModel) -> Reference | None:
+    """Return the reference model that the trainer of a task holds; ``adapter`` is that part of the recipe.
 
     The trainer also holds it if the reference log-probabilities are computed once before the run.
     """
-    if recipe.task == "sft":
+    if task == "sft":
         return None
-    return Reference(model, PreferenceScoring(details=False), fresh=FROM not in recipe.adapter)
+    return Reference(model, PreferenceScoring(details=False), fresh=FROM not in adapter)
 
 
 def loss_of(task: str, reference: Reference | None, args: Any) -> Loss:

@@ -18,8 +18,8 @@ from veneer.errors import ConfigError
 from veneer.model.coded.module import CodedModule
 from veneer.ops.traced import Traced
 from veneer.recipe.adapter import FROM
+from veneer.recipe.methods import adapter_config
 from veneer.recipe.parts import ModelPart
-from veneer.recipe.recipe import Recipe
 from veneer.store.gguf.blocks import parameters_of
 from veneer.store.gguf.in_place import why_not_in_blocks
 from veneer.store.in_blocks import put_in_blocks
@@ -98,12 +98,12 @@ def traced_model(config: PreTrainedConfig, part: ModelPart, adapter: MethodConfi
     return cast(PreTrainedModel, model.train())
 
 
-def adapter_of(recipe: Recipe) -> MethodConfig | None:
+def adapter_of(part: Mapping[str, Any]) -> MethodConfig | None:
     """Return the config of a recipe's adapter, new or saved; None if the whole model is trained."""
-    config = recipe.adapter_config()
-    if config is None or FROM not in recipe.adapter:
+    config = adapter_config(part)
+    if config is None or FROM not in part:
         return config
-    return attached_as(config, adapter_folder(recipe.adapter[FROM]), is_trainable=True)
+    return attached_as(config, adapter_folder(part[FROM]), is_trainable=True)
 
 
 def with_adapter(model: PreTrainedModel, adapter: MethodConfig) -> PreTrainedModel:

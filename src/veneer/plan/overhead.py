@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -96,7 +96,8 @@ def _one_thread() -> Iterator[None]:
 
 def _timed(config: LlamaConfig, recipe: Recipe, batch: Batch, clock: Clock = time.perf_counter) -> Timed:
     with torch.random.fork_rng(devices=[]):  # a run that plans first draws as one that does not
-        return Timed(trace(config, recipe, batch).work, _step_seconds(config, recipe, batch, clock))
+        args, adapter = recipe.training_config(), cast(MethodConfig, recipe.adapter_config())
+        return Timed(trace(config, recipe, batch).work, _step_seconds(config, args, adapter, batch, clock))
 
 
 def _recipe(general: bool, batch: Batch, checkpointing: bool | str = False) -> Recipe:
@@ -110,9 +111,8 @@ def _recipe(general: bool, batch: Batch, checkpointing: bool | str = False) -> R
     })  # fmt: skip
 
 
-def _step_seconds(config: LlamaConfig, recipe: Recipe, batch: Batch, clock: Clock) -> float:
+def _step_seconds(config: LlamaConfig, args: Any, adapter: MethodConfig, batch: Batch, clock: Clock) -> float:
     """The least of some steps behind the first ones, by a clock."""
-    args, adapter = recipe.training_config(), cast(MethodConfig, recipe.adapter_config())
     model = get_peft_model(LlamaForCausalLM(config).to(torch.bfloat16), adapter).train()
     prepare(model, args, with_values=True)
     inputs = batch.inputs(config.vocab_size)

@@ -21,6 +21,7 @@ from veneer.plan.model import adapter_of, meta_base, shortened, traced_model
 from veneer.plan.step import Batch
 from veneer.plan.trace import SCRATCH, Shallow, trace
 from veneer.plan.work import Work
+from veneer.recipe.parts import DataPart, ModelPart
 from veneer.recipe.recipe import Recipe
 
 PHASES = ("load", "forward", "loss", "backward", "optimizer", "evaluation")
@@ -84,7 +85,7 @@ def plan_recipe(
             "model whose config has it, with at least one layer"
         )
     pattern = Pattern(n_blocks, 0, n_blocks) if whole else pattern_of(recipe, config, n_blocks)
-    held_out = held_out_batch(recipe, batch) if evaluated else None
+    held_out = held_out_batch(recipe.data, recipe.task, recipe.training_config(), batch) if evaluated else None
     traces = list[Shallow]()
     for depth in pattern.depths:
         warm = bool(traces) and traces[0].reaches_all
@@ -106,14 +107,13 @@ def batch_of(recipe: Recipe, config: PreTrainedConfig) -> Batch:
     return _full_batch(ROWS[recipe.task] * args.per_device_train_batch_size, length, packed)
 
 
-def held_out_batch(recipe: Recipe, batch: Batch) -> Batch | None:
+def held_out_batch(data: DataPart, task: str, args: Any, batch: Batch) -> Batch | None:
     """Return a batch of an evaluation, its rows as long as those of a micro-batch; None if nothing is held out."""
-    if not recipe.data.holds_out:
+    if not data.holds_out:
         return None
-    args = recipe.training_config()
     own = getattr(args, "eval_packing", None)
     packed = batch.packed if own is None else bool(own)
-    return _full_batch(ROWS[recipe.task] * args.per_device_eval_batch_size, batch.length, packed)
+    return _full_batch(ROWS[task] * args.per_device_eval_batch_size, batch.length, packed)
 
 
 def _full_batch(n_rows: int, length: int, packed: bool) -> Batch:
@@ -121,10 +121,10 @@ def _full_batch(n_rows: int, length: int, packed: bool) -> Batch:
     return Batch(n_rows=n_rows, length=length, n_sequences=n_sequences, packed=packed)
 
 
-def count_trained(recipe: Recipe, config: PreTrainedConfig) -> int:
+def count_trained(part: ModelPart, adapter: Mapping[str, Any], config: PreTrainedConfig) -> int:
     """Count the parameters that a recipe trains, from the shapes of the model; no step is traced."""
     with tracing():
-        model = traced_model(config, recipe.model, adapter_of(recipe))
+        model = traced_model(config, part, adapter_of(adapter))
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 

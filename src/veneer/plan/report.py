@@ -199,7 +199,7 @@ def shown(plan: Plan, facts: dict[str, Any]) -> Group:
     """Return the plan as a page for a terminal."""
     batch, share = plan.batch, plan.n_trained / plan.n_parameters
     head = Text(
-        f"{plan.recipe.model.source}, {_method(plan.recipe)}, base {_stored(plan)}: "
+        f"{plan.recipe.model.source}, {_method(plan)}, base {_stored(plan)}: "
         f"{plan.n_trained:,} of {plan.n_parameters:,} parameters trained ({share:.2%}); "
         f"{batch.n_rows} row{'s' if batch.n_rows > 1 else ''} of {batch.length:,} tokens"
         f"{', packed' if batch.packed else ''}"
@@ -231,10 +231,10 @@ def shown(plan: Plan, facts: dict[str, Any]) -> Group:
     return Group(*lines)
 
 
-def _method(recipe: Recipe) -> str:
+def _method(plan: Plan) -> str:
     """The method, with its rank where it has one: a recipe may leave it to the method."""
-    rank = getattr(recipe.adapter_config(), "r", None)
-    return recipe.method if rank is None else f"{recipe.method} of rank {rank}"
+    name, rank = plan.recipe.method, getattr(plan.recipe.adapter_config(), "r", None)
+    return name if rank is None else f"{name} of rank {rank}"
 
 
 def _bars(amounts: dict[str, int], noun: str) -> Table:
@@ -330,6 +330,6 @@ def draw(plan: Plan, path: Path) -> None:
         below = [a + b for a, b in zip(below, amounts, strict=True)]
     axes.set_ylim(top=1.05 * max(below))
     axes.set_ylabel("GB")
-    axes.set_title(f"{plan.recipe.model.source}: {_method(plan.recipe)}, {size(plan.peak.n_bytes)} at the peak")
+    axes.set_title(f"{plan.recipe.model.source}: {_method(plan)}, {size(plan.peak.n_bytes)} at the peak")
     figure.legend(fontsize="small", loc="outside right upper", reverse=True)  # as the bars are stacked, beside them
     figure.savefig(path, dpi=144)

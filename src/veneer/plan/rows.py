@@ -16,6 +16,7 @@ from veneer.data.named_files import names_a_file
 from veneer.errors import VeneerError
 from veneer.plan.presets import hub_id_of
 from veneer.plan.step import Batch
+from veneer.recipe.parts import DataPart
 from veneer.recipe.recipe import Recipe
 from veneer.store.source import load_tokenizer
 from veneer.train.sources import sources_of
@@ -47,7 +48,7 @@ def own_rows(recipe: Recipe, full: Batch) -> OwnRows | None:
     if recipe.task != "sft" or full.packed or args.padding_free or recipe.data.more or not is_here:
         return None
     try:
-        lengths = _lengths(recipe, full.length)
+        lengths = _lengths(recipe.data, source, full.length)
     except (VeneerError, OSError):
         return None
     if not lengths:
@@ -61,22 +62,21 @@ def own_rows(recipe: Recipe, full: Batch) -> OwnRows | None:
     return OwnRows(replace(full, length=round(sum(widths) / len(widths))), len(lengths), tokens)
 
 
-def _lengths(recipe: Recipe, longest: int) -> list[int]:
-    """Tokens of the rows that are encoded, cut as a run cuts them."""
-    part = recipe.data
+def _lengths(part: DataPart, source: str, longest: int) -> list[int]:
+    """Tokens of the rows that are encoded with the tokenizer of ``source``, cut as a run cuts them."""
     if not names_a_file(part.train) or not Path(part.train).is_file():
         return []
-    rows = _read(recipe, min(part.limit or MOST_READ, MOST_READ))
+    rows = _read(part, min(part.limit or MOST_READ, MOST_READ))
     if not rows:
         return []
-    tokenizer = with_template(load_tokenizer(recipe.model.source), part.chat_template)
+    tokenizer = with_template(load_tokenizer(source), part.chat_template)
     encoder = Encoder(tokenizer=tokenizer, kind=kind_of(list(rows[0]), "text"), max_length=longest)
     step = -(-len(rows) // MOST_ENCODED)
     return [len(encoder(row, number)["input_ids"]) for number, row in enumerate(rows[::step])]
 
 
-def _read(recipe: Recipe, most: int) -> Sequence[dict[str, Any]]:
-    (source,) = sources_of(recipe.data)
+def _read(part: DataPart, most: int) -> Sequence[dict[str, Any]]:
+    (source,) = sources_of(part)
     rows = [row for _, row in itertools.islice(numbered_rows(Path(source.name), []), most)]
     form = source.reader.form(rows[0]) if rows else ""
     return [source.reader.read(row, form) for row in rows]

@@ -72,10 +72,10 @@ def trace(
     """
     live, counted = LiveBytes(), CountWork()
     with tracing(counted.kernel, isa) as mode:
-        model = traced_model(config, recipe.model, adapter_of(recipe))
+        model = traced_model(config, recipe.model, adapter_of(recipe.adapter))
         args = recipe.training_config()
         not_fused = prepare(model, args)
-        optimizer, reference = make_optimizer(model, args), reference_of(recipe, model)
+        optimizer, reference = make_optimizer(model, args), reference_of(recipe.task, recipe.adapter, model)
         mode.seen = live.see, counted.see
         for tensor, kind in (*kinds_of(model), *kinds_of_copies(reference)):
             live.hold(tensor, kind)

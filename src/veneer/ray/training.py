@@ -7,8 +7,9 @@ import math
 import os
 import signal
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, cast
@@ -43,6 +44,7 @@ from veneer.train.record.record import record_of
 from veneer.train.run import run_recipe
 
 MOST_FAILURES = 3  # deaths of workers after which the run is given up
+Uneven = Callable[[int, int], list[str]]  # problems of a run whose workers number from the first to the second
 _REFUSAL = "refusal.json"
 
 
@@ -99,7 +101,8 @@ def train_on(place: RayCluster, loop: Loop, recipe: Recipe) -> dict[str, Any]:
     """
     args, output = recipe.training_config(), Path(recipe.output)
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")  # dill, which hashes for datasets, reads what is printed
-    _require_elastic(place, recipe)
+    uneven = partial(_problems, recipe)
+    _require_elastic(place, uneven)
     with connected(place):
         found = devices(bool(args.use_cpu))
         n = n_workers(place, found)
@@ -111,7 +114,7 @@ def train_on(place: RayCluster, loop: Loop, recipe: Recipe) -> dict[str, Any]:
             trainer = TorchTrainer(
                 _in_worker,
                 train_loop_config={**loop.model_dump(), _REFUSAL: str(folder / _REFUSAL)},
-                scaling_config=ScalingConfig(num_workers=_workers(place, recipe, n), use_gpu=found.kind == "GPU"),
+                scaling_config=ScalingConfig(num_workers=_workers(place, uneven, n), use_gpu=found.kind == "GPU"),
                 torch_config=TorchConfig(timeout_s=args.ddp_timeout),
                 run_config=RunConfig(
                     storage_path=str(folder), failure_config=FailureConfig(max_failures=MOST_FAILURES)
@@ -191,11 +194,11 @@ def _scratch(output: Path) -> Iterator[Path]:
                 output.rmdir()
 
 
-def _require_elastic(place: RayCluster, recipe: Recipe) -> None:
+def _require_elastic(place: RayCluster, uneven: Uneven) -> None:
     """Raise ConfigError if a run whose number of workers may change would have other rows with another one."""
     if place.least is None or place.n_workers is None:
         return
-    problems = _problems(recipe, place.least, place.n_workers)
+    problems = uneven(place.least, place.n_workers)
     if problems:
         raise ConfigError(
             listed(
@@ -207,11 +210,11 @@ def _require_elastic(place: RayCluster, recipe: Recipe) -> None:
         )
 
 
-def _workers(place: RayCluster, recipe: Recipe, n: int) -> int | tuple[int, int]:
+def _workers(place: RayCluster, uneven: Uneven, n: int) -> int | tuple[int, int]:
     """The number of workers, or the least and the most."""
     if place.least is not None:
         return place.least, place.n_workers or n
-    return (1, n) if n > 1 and not _problems(recipe, 1, n) else n
+    return (1, n) if n > 1 and not uneven(1, n) else n
 
 
 def _problems(recipe: Recipe, least: int, most: int) -> list[str]:

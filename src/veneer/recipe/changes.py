@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
 from typing import Any
 
+from veneer.contract import MethodConfig
 from veneer.errors import ConfigError
 from veneer.recipe.recipe import Recipe
 from veneer.recipe.values import PLACES
@@ -74,11 +75,12 @@ def changes(before: Recipe, now: Recipe, places: Mapping[str, str] | None = None
     """
     old, new = settings(before), settings(now)
     if places is not None:
-        old, new = {**old, **places}, {**new, **places_of(now)}
+        old, new = {**old, **places}, {**new, **places_of(now.model_dump())}
     chooses = _chooses(old) or _chooses(new)
     metric = frozenset() if chooses else frozenset(key for key in {*old, *new} if key.startswith("metric."))
     harmless = HARMLESS | metric | (frozenset() if chooses else WITHOUT_CHOICE)
-    harmless |= LENGTH if _any_length(before, old) and _any_length(now, new) else frozenset()
+    grows = _any_length(before.adapter_config(), old) and _any_length(now.adapter_config(), new)
+    harmless |= LENGTH if grows else frozenset()
     return [
         ChangedSetting(key, old.get(key), new.get(key))
         for key in sorted({*old, *new} - harmless)
@@ -115,9 +117,8 @@ def settings(recipe: Recipe) -> dict[str, Any]:
     return {**flat, **own}
 
 
-def places_of(recipe: Recipe) -> dict[str, str]:
-    """Return the place of each source, whatever the working directory; a name of the hub stays as it is."""
-    values = recipe.model_dump()
+def places_of(values: Mapping[str, Any]) -> dict[str, str]:
+    """Return the place of each source of a recipe, whatever the working directory; a name of the hub stays as it is."""
     named = {f"{part}.{key}": values[part].get(key) for part, key in PLACES}
     return {key: str(Path(name).resolve()) if Path(name).exists() else name for key, name in named.items() if name}
 
@@ -143,8 +144,7 @@ def _chooses(values: Mapping[str, Any]) -> bool:
     )
 
 
-def _any_length(recipe: Recipe, values: Mapping[str, Any]) -> bool:
+def _any_length(config: MethodConfig | None, values: Mapping[str, Any]) -> bool:
     """Return True where a longer run begins with the very steps of a shorter one."""
-    config = recipe.adapter_config()
     minds_length = config is not None and config.training is not None and bool(config.training.fields_for(1))
     return not minds_length and values["training.lr_scheduler_type"] == "constant"

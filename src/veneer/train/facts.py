@@ -17,16 +17,16 @@ from veneer.train.show.report import environment
 
 def describe_run(recipe: Recipe, trainer: RunTrainer) -> dict[str, Any]:
     """Return the facts of a run before it begins."""
-    config = recipe.adapter_config()
+    config, values = recipe.adapter_config(), recipe.model_dump()
     return {
         "format": 1,
-        "recipe": recipe.model_dump(),
-        "places": places_of(recipe),
+        "recipe": values,
+        "places": places_of(values),
         "files": files_of(recipe.data),
         "process": this_process(),
         "n_processes": n_processes(),
         "shard": recipe.distributed.copy_size(n_processes(), n_on_this_machine()),
-        "parent": parent_of(recipe),
+        "parent": parent_of(recipe.adapter),
         "adapter_config": asdict(config) if is_dataclass(config) else None,
         "training": trainer.args.to_dict(),
         "trained": trainer.describe(),

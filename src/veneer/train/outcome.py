@@ -9,6 +9,7 @@ from typing import Any
 from veneer.adapters.chosen import ModelParts, tokenizer_with
 from veneer.errors import ConfigError
 from veneer.model.memory.default_device import default_device
+from veneer.recipe.parts import DataPart, ModelPart
 from veneer.recipe.recipe import Recipe, parse_recipe
 from veneer.recipe.sweep_part import PART
 from veneer.recipe.values import read_values
@@ -29,9 +30,9 @@ def trained_recipe(path: Path) -> Recipe:
     return parse_recipe(values, str(path))
 
 
-def saved_by(recipe: Recipe) -> Path:
-    """Return the adapter, or the whole model, that the recipe's run saved. Raises ConfigError if there is none yet."""
-    saved = Path(recipe.output) / ("model" if recipe.method == "full" else "adapter")
+def saved_by(output: Path, method: str) -> Path:
+    """Return the adapter, or the whole model, that a run saved in its output. Raises ConfigError if there is none."""
+    saved = output / ("model" if method == "full" else "adapter")
     if not saved.is_dir():
         raise ConfigError(
             f"the recipe's run has saved nothing yet: there is no folder {saved}; `veneer train` makes it"
@@ -39,33 +40,36 @@ def saved_by(recipe: Recipe) -> Path:
     return saved
 
 
-def held_out_rows(recipe: Recipe, data: Path | None) -> tuple[Sequence[Mapping[str, Any]], Sequence[Mapping[str, Any]]]:
+def held_out_rows(
+    part: DataPart, seed: int, data: Path | None
+) -> tuple[Sequence[Mapping[str, Any]], Sequence[Mapping[str, Any]]]:
     """Return held-out rows, or those of another file, in the form that the recipe trains, and its training rows.
 
     Raises ConfigError if the recipe holds none out and no file is given.
     """
-    part = recipe.data
     if data is not None:
         part = part.model_copy(update={"eval": str(data), "eval_fraction": 0.0, "eval_limit": None})
-    rows = read_data(part, recipe.seed)
+    rows = read_data(part, seed)
     if rows.eval is None:
         raise ConfigError("the recipe names no held-out rows (data.eval or data.eval_fraction): give --data FILE")
-    return [dict(row) for row in rows.eval], [dict(row) for row in ([] if recipe.data.streaming else rows.train)]
+    return [dict(row) for row in rows.eval], [dict(row) for row in ([] if part.streaming else rows.train)]
 
 
-def trained_tokenizer(recipe: Recipe) -> Any:
-    """Return the tokenizer that the run wrote prompts with. Raises the errors of `load_tokenizer`."""
+def trained_tokenizer(source: str, saved: Path) -> Any:
+    """Return the tokenizer that a run wrote prompts with, from its base and what it saved.
+
+    Raises the errors of `load_tokenizer`.
+    """
     with quiet():
-        return tokenizer_with(load_tokenizer(recipe.model.source), [saved_by(recipe)])
+        return tokenizer_with(load_tokenizer(source), [saved])
 
 
-def trained_parts(recipe: Recipe, tokenizer: Any) -> ModelParts:
+def trained_parts(part: ModelPart, method: str, saved: Path, tokenizer: Any) -> ModelParts:
     """Return the base in the recipe's storage with the trained adapter, or the model that was trained whole."""
-    saved, source = saved_by(recipe), recipe.model.source
     device = default_device()
     with quiet():
-        if recipe.method == "full":
-            base = load_model(str(saved), dtype=recipe.model.dtype, device=device)
+        if method == "full":
+            base = load_model(str(saved), dtype=part.dtype, device=device)
             return ModelParts(base=base, tokenizer=tokenizer, source=str(saved))
-        base = load_base(recipe.model, device=device)
-        return ModelParts(base=base, tokenizer=tokenizer, source=source, adapters=(saved,))
+        base = load_base(part, device=device)
+        return ModelParts(base=base, tokenizer=tokenizer, source=part.source, adapters=(saved,))

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from veneer.adapters.card import tell_parent
 from veneer.data.files import numbered_rows
@@ -50,12 +51,12 @@ def other_files(output: Path) -> str | None:
     return f"{output} holds other files, which stay as they are: {shown}"
 
 
-def require_free(recipe: Recipe, resume: Resume) -> None:
-    """Check a recipe's output by `require_fresh`; missing data files are reported in the same error."""
+def require_free(output: Path, data: DataPart, resume: Resume) -> None:
+    """Check an output by `require_fresh`; missing data files are reported in the same error."""
     try:
-        require_fresh(Path(recipe.output), resume)
+        require_fresh(output, resume)
     except ConfigError as error:
-        raise ConfigError(listed([str(error), *recipe.data.missing_files])) from error
+        raise ConfigError(listed([str(error), *data.missing_files])) from error
 
 
 def require_data_files(part: DataPart) -> None:
@@ -64,27 +65,27 @@ def require_data_files(part: DataPart) -> None:
         raise DataError(listed(part.missing_files))
 
 
-def require_begun(recipe: Recipe) -> None:
-    """Raise TrainingError if no run can be resumed: none is finished in the recipe's output, and there is no
-    checkpoint.
+def require_begun(output: Path, data: DataPart) -> None:
+    """Raise TrainingError if no run can be resumed: none is finished in the output, and there is no checkpoint.
 
     Raises DataError if files of the rows of the resumed run do not exist.
     """
-    record = record_of(Path(recipe.output))
+    record = record_of(output)
     if record is None or record["status"] != "finished":
-        latest_checkpoint(Path(recipe.output))
-        require_data_files(recipe.data)
+        latest_checkpoint(output)
+        require_data_files(data)
 
 
-def save_trained(recipe: Recipe, trainer: RunTrainer, folder: Path) -> None:
+def save_trained(trainer: RunTrainer, folder: Path, adapter: Mapping[str, Any]) -> None:
     """Write the trained adapter or model, whole or not at all, and upload the run's folder if settings ask for it.
 
+    ``adapter``: that part of the recipe, which may name the adapter that was trained further.
     All processes wait for the main one. After a signal the others would end, and their launcher would end it with them.
     """
     if is_main():
         with new_folder(folder) as scratch:
             trainer.save_model(str(scratch), _internal_call=True)
-            parent = parent_of(recipe)
+            parent = parent_of(adapter)
             if parent is not None:
                 tell_parent(scratch, parent)
     else:

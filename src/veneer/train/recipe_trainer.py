@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any, NamedTuple, cast
@@ -31,7 +32,8 @@ from veneer.plain.progress import waits_told
 from veneer.plain.tasks import TaskType
 from veneer.recipe.adapter import FROM, differs_in_writing
 from veneer.recipe.advice import odd_rate
-from veneer.recipe.methods import not_that_adapter, usual_learning_rate
+from veneer.recipe.distributed_part import DistributedPart
+from veneer.recipe.methods import adapter_config, not_that_adapter, usual_learning_rate
 from veneer.recipe.readers import preference_reader
 from veneer.recipe.recipe import Recipe
 from veneer.recipe.tasks import trainer_of
@@ -57,7 +59,7 @@ def make_trainer(
 
     Raises the errors of its parts, and CompositionError if the adapter that is trained on is already in the base.
     """
-    require_not_in_base(recipe)
+    require_not_in_base(recipe.adapter, recipe.model.source)
     tokenizer = with_template(load_tokenizer(recipe.model.source), recipe.data.chat_template)
     if recipe.task != "sft":
         return _make_task_trainer(recipe, tokenizer)
@@ -67,7 +69,7 @@ def make_trainer(
     metric = None
     if recipe.metric is not None:
         metric = TaskMetric.of(recipe.metric, tokenizer, list(rows.eval or ()), _known(rows.train))
-    cutter, frozen = _cutter(recipe) if model is None else None, recipe.method != "full"
+    cutter, frozen = _cutter(recipe.distributed, args) if model is None else None, recipe.method != "full"
     device = device_of(args)
     base = load_base(recipe.model, frozen=frozen, cutter=cutter, device=device) if model is None else model
     given = _with_adapter(recipe, base)
@@ -81,7 +83,7 @@ def make_trainer(
             peft_config=given.config,
         )
     trainer.task_metric = metric
-    _tell_of_odd_settings(recipe, trainer)
+    _tell_of_odd_settings(recipe.adapter, recipe.method, trainer)
     return trainer
 
 
@@ -91,7 +93,7 @@ def _make_task_trainer(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Ru
     args = recipe.training_config()
     rewards = {"reward_funcs": recipe.reward_functions()[0]} if recipe.rewards else {}
     set_seed(recipe.seed)  # a new head is drawn
-    frozen, cutter = recipe.method != "full", _cutter(recipe)
+    frozen, cutter = recipe.method != "full", _cutter(recipe.distributed, args)
     scores, device = recipe.task == "reward", device_of(args)
     base = load_base(recipe.model, scores=scores, frozen=frozen, cutter=cutter, device=device)
     given = _with_adapter(recipe, base)
@@ -120,7 +122,7 @@ def _encoding_told(rows: Rows) -> AbstractContextManager[None]:
 def _with_adapter(recipe: Recipe, base: PreTrainedModel) -> _Given:
     """The model with a saved adapter, or with a fresh one if it is cut; else the config of the fresh one too."""
     saved = FROM in recipe.adapter
-    model = with_saved_adapter(recipe, base) if saved else base
+    model = with_saved_adapter(recipe.adapter, recipe.task, base) if saved else base
     config = None if saved else recipe.adapter_config()
     shard = recipe.distributed.copy_size(n_processes(), n_on_this_machine())
     if shard == 1:
@@ -138,10 +140,10 @@ def _with_adapter(recipe: Recipe, base: PreTrainedModel) -> _Given:
     return _Given(model, None)
 
 
-def _cutter(recipe: Recipe) -> BaseCutter | None:
+def _cutter(part: DistributedPart, args: Any) -> BaseCutter | None:
     """Return the cutter of a base while it is loaded; None if the base stays whole."""
-    shard = recipe.distributed.copy_size(n_processes(), n_on_this_machine())
-    return None if shard == 1 else BaseCutter(shard, recipe.training_config().device.type)
+    shard = part.copy_size(n_processes(), n_on_this_machine())
+    return None if shard == 1 else BaseCutter(shard, args.device.type)
 
 
 class _Given(NamedTuple):
@@ -151,44 +153,42 @@ class _Given(NamedTuple):
     config: MethodConfig | None
 
 
-def with_saved_adapter(recipe: Recipe, model: PreTrainedModel) -> PreTrainedModel:
+def with_saved_adapter(part: Mapping[str, Any], task: str, model: PreTrainedModel) -> PreTrainedModel:
     """Return the model with the adapter of ``adapter.from``, to be trained further.
 
     Raises ConfigError for an adapter of another kind of model than the task trains.
     """
-    config = cast(MethodConfig, recipe.adapter_config())
+    config = cast(MethodConfig, adapter_config(part))
     scores = config.task_type == TaskType.SEQ_CLS.value
-    if scores != (recipe.task == "reward"):
+    if scores != (task == "reward"):
         kind = "a reward model's" if scores else "a language model's"
         fits = "task: reward" if scores else "another task, or leave adapter.from out"
-        raise ConfigError(f"adapter.from: the adapter in {recipe.adapter[FROM]} is {kind}: use {fits}")
-    if differs_in_writing(recipe.adapter, getattr(config, "target_modules", None)):
-        _require_same_modules(recipe, cast(Any, config), model)
-    return cast(
-        PreTrainedModel, PeftModel.from_pretrained(model, recipe.adapter[FROM], is_trainable=True, config=config)
-    )
+        raise ConfigError(f"adapter.from: the adapter in {part[FROM]} is {kind}: use {fits}")
+    if differs_in_writing(part, getattr(config, "target_modules", None)):
+        _require_same_modules(part, cast(Any, config), model)
+    return cast(PreTrainedModel, PeftModel.from_pretrained(model, part[FROM], is_trainable=True, config=config))
 
 
-def require_not_in_base(recipe: Recipe) -> None:
-    """Raise CompositionError if the adapter that a recipe trains further was merged into its base."""
-    if FROM in recipe.adapter:
-        require_not_merged(resolve(recipe.model.source), adapter_folder(recipe.adapter[FROM]))
+def require_not_in_base(part: Mapping[str, Any], base: str) -> None:
+    """Raise CompositionError if the adapter that is trained further was merged into its base."""
+    if FROM in part:
+        require_not_merged(resolve(base), adapter_folder(part[FROM]))
 
 
-def _require_same_modules(recipe: Recipe, config: Any, model: PreTrainedModel) -> None:
+def _require_same_modules(part: Mapping[str, Any], config: Any, model: PreTrainedModel) -> None:
     """Raise ConfigError if a saved adapter acts on other modules than the recipe's target modules mean."""
-    given, index = recipe.adapter["target_modules"], module_index(model, config)
+    given, index = part["target_modules"], module_index(model, config)
     named = given if isinstance(given, str) else tuple(given)
     meant, own = (set(select_targets(each, index)) for each in (replace(config, target_modules=named), config))
     if meant != own:
         other = sorted(meant ^ own)
-        differs = f"{recipe.adapter[FROM]} differs from that in {len(other)} modules, such as {other[0]}"
+        differs = f"{part[FROM]} differs from that in {len(other)} modules, such as {other[0]}"
         raise ConfigError(not_that_adapter([f"adapter.target_modules: {given} here, and {differs}"]))
 
 
-def _tell_of_odd_settings(recipe: Recipe, trainer: SFTTrainer) -> None:
+def _tell_of_odd_settings(part: Mapping[str, Any], method: str, trainer: SFTTrainer) -> None:
     """Warn of a rate far from the usual, and of an adapter on an output head that is tied to the embeddings."""
-    odd = odd_rate(trainer.args.learning_rate, usual_learning_rate(recipe.adapter), recipe.method)
+    odd = odd_rate(trainer.args.learning_rate, usual_learning_rate(part), method)
     if odd is not None:
         log.warning("%s", odd)
     head, inner = trainer.model.get_output_embeddings(), trainer.model.get_input_embeddings()

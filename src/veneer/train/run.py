@@ -66,7 +66,7 @@ def run_recipe(
     recipe.distributed.require_layout(n_processes(), n_on_this_machine())
     with listening() as stop, together():
         made = by_main(lambda: not output.exists())
-        by_main(lambda: require_free(recipe, resume))
+        by_main(lambda: require_free(output, recipe.data, resume))
         goes_on = by_main(lambda: continues(output, resume))
         before = by_main(lambda: record_of(output)) if resume else None
         if before is not None and not goes_on:
@@ -118,9 +118,10 @@ def carry_out(
         written.begin(0)
     else:
         trainer.add_callback(BeginReport(written.begin))
+    saved = Path(recipe.output) / (MODEL if recipe.method == FULL else ADAPTER)
     try:
         with together():
-            results = _trained(recipe, trainer, going_on is not None, stop or Stop())
+            results = _trained(trainer, saved, recipe.adapter, going_on is not None, stop or Stop())
     except BaseException as error:
         _explain(error, recipe, trainer.state.global_step)
         written.end(
@@ -136,10 +137,8 @@ def carry_out(
     return written.record
 
 
-def _trained(recipe: Recipe, trainer: RunTrainer, resume: bool, stop: Stop) -> dict[str, Any]:
-    """Train, save and evaluate; what ``run.json`` holds of that."""
-    output = Path(recipe.output)
-    saved = output / (MODEL if recipe.method == FULL else ADAPTER)
+def _trained(trainer: RunTrainer, saved: Path, adapter: Mapping[str, Any], resume: bool, stop: Stop) -> dict[str, Any]:
+    """Train, save into ``saved`` and evaluate; the part of ``run.json`` that says how it went."""
     trainer.add_callback(StopAfterStep(stop))
     last = LastEvaluation()
     trainer.add_callback(last)
@@ -148,7 +147,7 @@ def _trained(recipe: Recipe, trainer: RunTrainer, resume: bool, stop: Stop) -> d
     with stop.deferred():
         trained = trainer.train(resume_from_checkpoint=resume or None)
         seconds = trainer.seconds_trained()
-        save_trained(recipe, trainer, saved)
+        save_trained(trainer, saved, adapter)
     results = {
         "train_loss": trained.training_loss,
         "steps": trained.global_step,
@@ -163,7 +162,7 @@ def _trained(recipe: Recipe, trainer: RunTrainer, resume: bool, stop: Stop) -> d
     results["peak_bytes"] = high_water()
     history = trainer.state.log_history
     if is_main():
-        draw_loss(history, output / "loss.png")
+        draw_loss(history, saved.parent / "loss.png")
     return {"status": "finished", "results": results, "saved": str(saved), "log": history}
 
 

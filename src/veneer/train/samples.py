@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,6 +14,7 @@ from veneer.data.chat import with_template
 from veneer.data.dataset import columns_of, encode_all
 from veneer.data.encoding import IGNORED, Encoder, kind_of
 from veneer.errors import DataError
+from veneer.recipe.parts import DataPart
 from veneer.recipe.readers import preference_reader
 from veneer.recipe.recipe import Recipe
 from veneer.recipe.tasks import KEYS, Task
@@ -27,31 +28,31 @@ _READING = {"prompt", "completion", "chat", "system"}
 def samples_of(recipe: Recipe) -> tuple[dict[str, Sample], PreTrainedTokenizerBase]:
     """Return the first training row of every source, or its parts, by name, and the tokenizer that reads them."""
     tokenizer = with_template(load_tokenizer(recipe.model.source), recipe.data.chat_template)
-    return (_by_source(recipe, tokenizer) if recipe.task == "sft" else _by_part(recipe, tokenizer)), tokenizer
+    if recipe.task != "sft":
+        return _by_part(recipe, tokenizer), tokenizer
+    longest = recipe.training_config().max_length
+    parts = _alone(recipe.data)
+    return {part.train: _first_row(part, recipe.seed, tokenizer, longest) for part in parts}, tokenizer
 
 
-def _by_source(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> dict[str, Sample]:
-    part = recipe.data
-    found = {
-        part.train: _first_row(recipe.model_copy(update={"data": part.model_copy(update={"more": []})}), tokenizer)
-    }
+def _alone(part: DataPart) -> Iterator[DataPart]:
+    """The data of each source by itself."""
+    yield part.model_copy(update={"more": []})
     for each in part.more:
         own = {key: value for key, value in each.model_dump(include=_READING).items() if value is not None}
-        alone = part.model_copy(update={**own, "train": each.source, "more": [], "eval": None, "eval_fraction": 0.0})
-        found[each.source] = _first_row(recipe.model_copy(update={"data": alone}), tokenizer)
-    return found
+        yield part.model_copy(update={**own, "train": each.source, "more": [], "eval": None, "eval_fraction": 0.0})
 
 
-def _first_row(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Sample:
-    rows = read_data(recipe.data, recipe.seed)
+def _first_row(part: DataPart, seed: int, tokenizer: PreTrainedTokenizerBase, longest: int | None) -> Sample:
+    rows = read_data(part, seed)
     kind = kind_of(columns_of(rows.train), "text")
-    only = answers_only(recipe.data, kind)
+    only = answers_only(part, kind)
     encoder = Encoder(
         tokenizer=tokenizer,
         kind=kind,
         completion_only=only.completion,
         assistant_only=only.assistant,
-        max_length=recipe.training_config().max_length,
+        max_length=longest,
     )
     return dict(next(iter(encode_all(rows.train.take(1), encoder, "train"))))
 

@@ -95,9 +95,9 @@ def test_training(model_folder: Path, rows: Path, tmp_path: Path, asked: list[st
 def test_what_a_recipe_trained(
     model_folder: Path, rows: Path, tmp_path: Path, asked: list[str], method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(outcome, "saved_by", lambda recipe: tmp_path)
+    recipe = recipe_of(model_folder, rows, tmp_path / "run", adapter={"method": method})
     with pytest.raises(ServingError, match="nothing is loaded"):
-        outcome.trained_parts(recipe_of(model_folder, rows, tmp_path / "run", adapter={"method": method}), None)
+        outcome.trained_parts(recipe.model, recipe.method, tmp_path, None)
     assert asked == ["cuda"]
 
 

@@ -72,7 +72,7 @@ def real_peak(recipe: Recipe) -> int:
     with live:
         for tensor, kind in kinds_of(model):
             live.hold(tensor, kind)
-        run_steps(model, optimizer, batch, args, live, held_out=held_out_batch(recipe, batch))
+        run_steps(model, optimizer, batch, args, live, held_out=held_out_batch(recipe.data, recipe.task, args, batch))
     found = peaks(live.events, live.kinds, kind_under)
     return max(peak.n_bytes for mark, peak in found.items() if FIRST not in mark)
 
@@ -144,7 +144,7 @@ def test_an_evaluation_is_a_phase_of_its_own(recipe: Make) -> None:
 def test_an_evaluation_of_preferences_has_the_rows_of_its_task(task: str, n_rows: int, recipe: Make) -> None:
     values = recipe(**{HELD_OUT: 5}, per_device_train_batch_size=5).model_dump(exclude_unset=True) | {"task": task}
     plan = plan_recipe(parse_recipe(values))
-    found = held_out_batch(plan.recipe, plan.batch)
+    found = held_out_batch(plan.recipe.data, plan.recipe.task, plan.recipe.training_config(), plan.batch)
     assert found is not None
     assert found.n_rows == plan.batch.n_rows == n_rows
     assert 0.2 < plan.phases["evaluation"].n_bytes / plan.phases["forward"].n_bytes < 1
@@ -153,7 +153,8 @@ def test_an_evaluation_of_preferences_has_the_rows_of_its_task(task: str, n_rows
 def test_an_evaluation_packs_as_it_is_told(recipe: Make) -> None:
     for given, packed in (({}, False), ({"packing": True}, True), ({"packing": True, "eval_packing": False}, False)):
         wanted = recipe(**{HELD_OUT: 5, "max_length": 61, **given})
-        found = held_out_batch(wanted, batch_of(wanted, config_of(wanted.model.source)))
+        full = batch_of(wanted, config_of(wanted.model.source))
+        found = held_out_batch(wanted.data, wanted.task, wanted.training_config(), full)
         assert found is not None
         assert (found.n_rows, found.length, found.packed) == (5, 61, packed)
 
@@ -165,7 +166,7 @@ def test_bytes_by_kind_add_up_and_trained_parameters_are_counted_without_a_step(
     assert sum(facts["weights"]["kinds"].values()) == facts["weights"]["bytes"]
     assert facts["peak"]["bytes"] == max(phase["bytes"] for phase in facts["phases"].values())
     assert plan.peak.kinds["optimizer state"] == pytest.approx(8 * plan.n_trained, rel=0.02)
-    assert count_trained(wanted, plan.config) == plan.n_trained
+    assert count_trained(wanted.model, wanted.adapter, plan.config) == plan.n_trained
 
 
 def test_unknown_names_and_long_rows_are_told(recipe: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -328,7 +329,7 @@ def test_the_reference_costs_a_pass_and_a_score_computed_before_does_not(recipe:
 def test_adapters_of_some_blocks_are_counted_where_they_are(recipe: Make, deep: Path) -> None:
     wanted = recipe({"method": "lora", "r": 5, "layers_to_transform": [4]}, {"source": str(deep)})
     short, whole = plan_recipe(wanted), plan_recipe(wanted, whole=True)
-    assert short.n_trained == whole.n_trained == count_trained(wanted, short.config) > 0
+    assert short.n_trained == whole.n_trained == count_trained(wanted.model, wanted.adapter, short.config) > 0
 
 
 def test_models_that_are_no_causal_language_models_are_told(recipe: Make) -> None:
@@ -337,7 +338,7 @@ def test_models_that_are_no_causal_language_models_are_told(recipe: Make) -> Non
     assert adapter is not None
     for ask in (
         lambda: plan_recipe(wanted, config=config),
-        lambda: count_trained(wanted, config),
+        lambda: count_trained(wanted.model, wanted.adapter, config),
         lambda: serving_of(config, wanted.model, adapter, 10**9, 7),
     ):
         with pytest.raises(ConfigError, match=r"no causal language model .*model_type t5\)\. Give a model that Auto"):

@@ -107,7 +107,7 @@ def test_the_same_place_by_another_name_is_no_change(tmp_path, monkeypatch):
     (tmp_path / "base").mkdir()
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path)
-    before, places = recipe(), places_of(recipe())
+    before, places = recipe(), places_of(recipe().model_dump())
     assert places["model.source"] == str(tmp_path / "base")
     assert places["data.train"] == "rows.jsonl"
     monkeypatch.chdir(tmp_path / "elsewhere")

@@ -139,15 +139,12 @@ def test_what_a_saved_adapter_is_may_not_differ(saved, adapter, message):
 def test_all_linear_is_compared_with_the_modules_of_a_saved_adapter(saved, tmp_path):
     """Its file lists names, which are those of all linear layers or not as the base has it."""
     with pytest.raises(ConfigError, match=r"target_modules: all-linear here, and .*saved differs .* in \d+ modules"):
-        with_saved_adapter(
-            parse_recipe(values(adapter={"from": saved, "target_modules": "all-linear"})),
-            LlamaForCausalLM(llama_config()),
-        )
+        with_saved_adapter({"from": saved, "target_modules": "all-linear"}, "sft", LlamaForCausalLM(llama_config()))
     whole, base = str(tmp_path / "whole"), LlamaForCausalLM(llama_config())
     get_peft_model(base, LoraConfig(r=3, target_modules="all-linear")).save_pretrained(whole)
     recipe = parse_recipe(values(adapter={"from": whole, "target_modules": "all-linear"}))
     assert "gate_proj" in recipe.adapter_config().target_modules
-    with_saved_adapter(recipe, LlamaForCausalLM(llama_config()))
+    with_saved_adapter(recipe.adapter, recipe.task, LlamaForCausalLM(llama_config()))
     front = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
     get_peft_model(LlamaForCausalLM(llama_config()), front).save_pretrained(whole)
     with pytest.raises(ConfigError, match=r"adapter\.target_modules: unknown key"):
@@ -162,13 +159,13 @@ def test_target_modules_that_mean_the_same_modules_are_those_of_a_saved_adapter(
     )
     for place, given in ((saved, r".*self_attn\.q_proj"), (by_pattern, ["v_proj", "q_proj"]), (by_pattern, pattern)):
         recipe = parse_recipe(values(adapter={"from": place, "target_modules": given}))
-        with_saved_adapter(recipe, LlamaForCausalLM(llama_config()))
+        with_saved_adapter(recipe.adapter, recipe.task, LlamaForCausalLM(llama_config()))
     for place, given in ((saved, pattern), (by_pattern, ["q_proj"])):
         recipe = parse_recipe(values(adapter={"from": place, "target_modules": given}))
         with pytest.raises(
             ConfigError, match=r"target_modules: .* here, and .* differs from that in 2 modules, such as"
         ):
-            with_saved_adapter(recipe, LlamaForCausalLM(llama_config()))
+            with_saved_adapter(recipe.adapter, recipe.task, LlamaForCausalLM(llama_config()))
 
 
 def test_a_place_without_an_adapter_is_told(tmp_path):

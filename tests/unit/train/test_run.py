@@ -157,5 +157,5 @@ def test_all_processes_wait_until_the_main_one_has_saved_and_pushed(tmp_path, mo
         push_to_hub=lambda **_: told.append("pushes"),
         args=SimpleNamespace(push_to_hub=True, hub_revision=None),
     )
-    output.save_trained(None, trainer, tmp_path / "adapter")
+    output.save_trained(trainer, tmp_path / "adapter", {})
     assert told == ["takes part", "pushes", "waits"]

@@ -13,6 +13,7 @@ from veneer.contract.source import adapter_folder
 from veneer.errors import ConfigError
 from veneer.recipe.adapter import FROM
 from veneer.recipe.changes import ChangedSetting, changes, is_longer, refuse
+from veneer.recipe.distributed_part import DistributedPart
 from veneer.recipe.parts import DataPart
 from veneer.recipe.recipe import Recipe
 from veneer.train.processes import n_processes
@@ -47,23 +48,23 @@ def changes_since(before: Mapping[str, Any], recipe: Recipe, allow: bool) -> lis
             f"the recipe in {path} cannot be read by this version, so changes since then are unknown ({error}). Start "
             "a new run in another output (--set output=…)."
         ) from error
-    count, batches = before.get("n_processes", 1), _global_batches(before, recipe)
+    count, batches = before.get("n_processes", 1), _global_batches(before, recipe.distributed)
     if count != n_processes():
         found.append(ChangedSetting(PROCESSES, count, n_processes()))
         if batches[0] not in (None, batches[1]):  # divided by another number, they may give the same accumulation
             found.append(ChangedSetting("distributed.global_batch", *batches))
-    old, new = before.get("parent"), parent_of(recipe)
+    old, new = before.get("parent"), parent_of(recipe.adapter)
     if old is not None and new is not None and old["blake2b"] != new["blake2b"]:
         found.append(ChangedSetting("adapter.from", f"an adapter with the hash {old['blake2b']}", new["blake2b"]))
     refused = [each for each in found if each.key != PROCESSES or not _same_rows(before, recipe)]
     if not allow and refused:
-        refuse([*refused, *_other_files(before, recipe)], Path(recipe.output))
+        refuse([*refused, *_other_files(before, recipe.data)], Path(recipe.output))
     return found
 
 
 def _same_rows(before: Mapping[str, Any], recipe: Recipe) -> bool:
     """True if the steps of a run have the same rows with any number of processes."""
-    old, new = _global_batches(before, recipe)
+    old, new = _global_batches(before, recipe.distributed)
     return old == new and not tied_to_its_processes(recipe)
 
 
@@ -81,16 +82,16 @@ def tied_to_its_processes(recipe: Recipe) -> list[str]:
     return [setting for setting, is_set in found.items() if is_set]
 
 
-def _global_batches(before: Mapping[str, Any], recipe: Recipe) -> tuple[int | None, int | None]:
-    return Recipe.model_validate(before["recipe"]).distributed.global_batch, recipe.distributed.global_batch
+def _global_batches(before: Mapping[str, Any], now: DistributedPart) -> tuple[int | None, int | None]:
+    return Recipe.model_validate(before["recipe"]).distributed.global_batch, now.global_batch
 
 
-def parent_of(recipe: Recipe) -> dict[str, str] | None:
+def parent_of(adapter: Mapping[str, Any]) -> dict[str, str] | None:
     """Return the saved adapter that a run continues to train: its name in the recipe, and a hash of its values."""
-    if FROM not in recipe.adapter:
+    if FROM not in adapter:
         return None
-    folder = adapter_folder(recipe.adapter[FROM])
-    return {"from": str(recipe.adapter[FROM]), "blake2b": _hash_of(folder / WEIGHTS_FILE)}
+    folder = adapter_folder(adapter[FROM])
+    return {"from": str(adapter[FROM]), "blake2b": _hash_of(folder / WEIGHTS_FILE)}
 
 
 def is_complete(before: Mapping[str, Any], recipe: Recipe) -> bool:
@@ -119,9 +120,9 @@ def _told_rows(rows: Mapping[str, Any] | None) -> str:
     return "no rows" if rows is None else f"{rows['rows']:,} rows with the hash {rows['blake2b']}"
 
 
-def _other_files(before: Mapping[str, Any], recipe: Recipe) -> list[ChangedSetting]:
+def _other_files(before: Mapping[str, Any], data: DataPart) -> list[ChangedSetting]:
     """Files of rows that hold something else than they did."""
-    old, new = before.get("files", {}), files_of(recipe.data)
+    old, new = before.get("files", {}), files_of(data)
     return [ChangedSetting(key, old[key], new[key]) for key in sorted(old.keys() & new.keys()) if old[key] != new[key]]
 
 
