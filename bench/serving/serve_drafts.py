@@ -32,7 +32,7 @@ from veneer.serve.schedule.sampling_params import StructuredOutputsParams
 from veneer.serve.schedule.speculation import Draft
 from veneer.store.source import resolve
 
-TEXT = Path(__file__).parents[2] / "docs" / "design.md"
+TEXT = Path(__file__).parents[2] / "docs" / "design" / "methods.md"
 LETTER = (
     "The harbour lies at the end of a narow road. In the mornings the boats go out together, and in the evenings they "
     "come back one by one. Old men sit on the wall and count them. When one is missing, they say nothing, and look at "

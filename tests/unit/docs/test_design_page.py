@@ -19,3 +19,11 @@ def test_layers_are_those_that_the_linter_holds():
 def test_every_room_has_a_line_in_the_layout():
     layout = PAGE.split("## 2. Layout")[1].split("```")[1]
     assert set(re.findall(r"^  (\w+)/", layout, flags=re.MULTILINE)) == ROOMS
+
+
+def test_every_file_that_a_page_names_exists():
+    pages = [ROOT / "docs" / "design.md", *(ROOT / "docs" / "design").glob("*.md")]
+    named = {name for page in pages for name in re.findall(r"[\w./]*\w\.(?:py|h)\b", page.read_text())}
+    there = "".join(f"/{path}\n" for room in ("src", "csrc", "tests", "scripts") for path in (ROOT / room).rglob("*.*"))
+    advice = {"methods/x.py", "utils.py", "helpers.py", "_ops.py"}
+    assert {name for name in named if f"/{name}\n" not in there} <= advice
