@@ -12,7 +12,10 @@ from veneer.plain.field_types import check
 
 @dataclass(frozen=True)
 class Settings:
-    """Base class of such groups: fields are checked when one is made. Raises ConfigError with all problems."""
+    """Base class of groups of settings, whose fields are checked when one is made.
+
+    Raises ConfigError with all problems.
+    """
 
     def __post_init__(self) -> None:
         check(self, self.problems)

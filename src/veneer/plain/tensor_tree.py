@@ -15,7 +15,7 @@ Held = TypeVar("Held")
 def bytes_of(held: object) -> int:
     """Return the bytes of the tensors in an object, or in its mappings, sequences and dataclasses.
 
-    The memory of several tensors counts once, and whole if they share it. Those on the meta device have none.
+    Memory that several tensors share counts once, and whole. Tensors on the meta device have none.
     """
     memory = (x.untyped_storage() for x in _tensors(held) if not x.is_meta)
     return sum({each.data_ptr(): each.nbytes() for each in memory}.values())

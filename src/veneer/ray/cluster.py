@@ -87,5 +87,5 @@ def n_workers(place: RayCluster, found: Devices) -> int:
 
 
 def last_line(error: BaseException) -> str:
-    """Return the last line of Ray's error, before which it may tell a traceback; of an empty one its kind."""
+    """Return the last line of Ray's error, without the traceback before it; of an error without text, its class."""
     return str(error).strip().rpartition("\n")[2] or type(error).__name__

@@ -28,7 +28,7 @@ def apply_linear(
 ) -> Float[Tensor, "*batch o"]:
     """Return the adapted layer's output, in the dtype of the base product.
 
-    ``added_input`` replaces `entered` x as the input of what is added to the weight: dropout acts there. The record's
+    ``added_input`` replaces `entered` x as the input of the added terms: dropout acts there. The record's
     terms are computed in the record's dtype (float32 on a 16-bit base, unless autocast says otherwise). They are
     rounded once, at the end: a scale of 1.005, itself rounded to 16 bits, would act as 1.0078.
     """

@@ -25,8 +25,8 @@ class LinearSite:
     of ``a`` and ``b``, and ``weight`` is None.
     ``repeats``: how often a low-rank update is added (twice by PEFT at the output projection of torch's attention).
     ``row_sq`` returns the squared norms of the rows of the weight. The holder of the site computes them once.
-    ``found`` is a cache of what methods find in the weight, each by a key of its own. A method drops its entry when it
-    derives its factors. The holder of the site keeps the cache, and empties it if the weight changes.
+    ``found`` caches values that methods derive from the weight, each by a key of its own. A method drops its entry when
+    it derives its factors. The holder of the site keeps the cache, and empties it if the weight changes.
     """
 
     name: str

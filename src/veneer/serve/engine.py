@@ -331,7 +331,7 @@ class Engine:
         return id is not None
 
     def _end_load(self, finished: Finished[Any]) -> None:
-        """Take in what was read; where that failed, the requests that wait for it end, with the reason."""
+        """Take in the adapter that was read. If reading failed, the requests that wait for it end with the reason."""
         id, result = finished.id, finished.result
         if not self.pool.is_needed(id):
             self.pool.abandoned(id)
@@ -387,7 +387,7 @@ class Engine:
             self.pool.forget(name)
 
     def _make_way(self) -> None:
-        """Let go of what the pool and the pages have let go."""
+        """Free the memory of the versions and pages that were evicted."""
         while self.pool.going:
             self.runner.unload(self.pool.going[0])
             self.pool.going.popleft()

@@ -234,7 +234,7 @@ class LLM:
     def _run(
         self, ids: Sequence[str], use_tqdm: bool, left_over: deque[CheckedRequest] | None = None
     ) -> list[RequestOutput]:
-        """The answers to requests. Those in ``left_over`` are submitted here, as soon as there is room for them."""
+        """The answers to requests. Requests in ``left_over`` are submitted as soon as there is room."""
         left = set(ids) - set(self._done)
         try:
             # None: no bar where stderr is no terminal, since a file would keep every state of it

@@ -93,9 +93,9 @@ class EngineOptions(metaclass=Keywords):
 
     Six are not vLLM's. ``adapter_cache_dir`` is a folder of packed adapters, of at most ``adapter_cache_bytes``. An
     adapter that was loaded once is read from there, by later processes too. ``max_waiting_requests`` and
-    ``max_waiting_tokens`` (of their prompts) limit what waits: one request more is a QueueFullError, which says when to
-    ask again. ``quantize_head="int8"`` keeps the head in 8 bits, with one scale a row. That is half the bytes of a
-    bfloat16 head, and gives other logits; embeddings tied to it are unchanged. ``general_runner``: transformers' own
+    ``max_waiting_tokens`` (of their prompts) limit the queue: one request more is a QueueFullError, which says when to
+    ask again. ``quantize_head="int8"`` keeps the head in 8 bits, with one scale a row. It takes half the bytes of a
+    bfloat16 head and gives other logits; embeddings tied to it are unchanged. ``general_runner``: transformers' own
     forward pass computes everything, token by token. It is slow; a model without a program always uses it.
     """
 

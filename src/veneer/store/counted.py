@@ -70,7 +70,7 @@ def plain_facts(folder: Path) -> ModelFacts | None:
 
 
 def _config(folder: Path) -> dict[str, Any] | None:
-    """The fields of a model's config; None if it cannot be read: transformers tells why."""
+    """The fields of a model's config; None if it cannot be read, which transformers reports later."""
     try:
         found = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):

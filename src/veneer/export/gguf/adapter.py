@@ -137,7 +137,7 @@ def _reasons(name: str | None, record: LinearDelta, config: Any) -> Iterator[str
 
 
 def _factors(name: str, record: LinearDelta, family: GgufFamily, config: Any) -> Iterator[tuple[str, Tensor]]:
-    """A, and B with everything that scales folded in; for embeddings, A turned."""
+    """A, and B with all scales folded in. A of an embedding is transposed."""
     a, b = record.factors(torch.float32)
     yield f"{name}.lora_a", (a.T if name == _EMBEDDINGS else a).contiguous()
     yield f"{name}.lora_b", laid_out_rows(family, config, name, b).contiguous()

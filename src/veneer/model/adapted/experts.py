@@ -73,7 +73,7 @@ def runs_by_convention(module: nn.Module) -> bool:
 
 
 def stacks_by_convention(module: nn.Module) -> tuple[str, str]:
-    """Return the names of the stacks of such experts: in front of the activation, and behind it."""
+    """Return the names of the stacks before the activation, and of the stack after it."""
     return STACKS if cast(Any, module).has_gate else UNGATED_STACKS
 
 

@@ -291,7 +291,7 @@ class AdaptedLinear(AdaptedSite):
     def _together(
         self, names: Sequence[str], shape: Sequence[int] | None, task: int | None = None
     ) -> LinearDelta | None:
-        """The record of these adapters, a bias that they train in it; None where they change nothing."""
+        """The record of these adapters, with a bias that they train; None if they change nothing."""
         held = [name for name in names if name in self.adapters]
         bias = self.effective("bias", names)
         trained = bias if bias is not self._parameters.get("bias") else None

@@ -112,7 +112,7 @@ def map_shape(module: nn.Module, name: str) -> tuple[int, ...]:
 
 
 def place_of(module: nn.Module, name: str) -> tuple[torch.device, torch.dtype]:
-    """Return device and dtype of one of the module's parameters; for codes the dtype of what they stand for."""
+    """Return device and dtype of one of the module's parameters; for codes, the dtype of the decoded values."""
     child = module._modules.get(name)
     if isinstance(child, CodedStack):
         return child.weight.device, child.stack_spec.dtype

@@ -30,8 +30,8 @@ def freed_memory_kept() -> Iterator[None]:
     """Context in which freed memory stays with the process for later allocations; at the end it goes to the system.
 
     By default glibc returns blocks above 32 MB at once, and free memory at the top of its heap too. A training step
-    allocates the memory that the step before has freed, and the system clears each new page first. That took a tenth of
-    a step on the general path (logits), up to a quarter if a whole model is trained (gradients). It acts on blocks of
+    allocates the memory that the step before has freed, and the system clears each new page first: a tenth of a step on
+    the general path (logits), up to a quarter if a whole model is trained (gradients). It acts on blocks of
     the main thread, until an allocation of it fails: glibc keeps those of others in maps. The context is reentrant, and
     several threads may enter it. Other systems and allocators are left unchanged.
     """
@@ -46,8 +46,8 @@ def freed_memory_kept() -> Iterator[None]:
 def freed_memory_returned() -> Iterator[None]:
     """Context in which a process that keeps freed memory returns all of it to the system, as by default.
 
-    It is for occasional work with blocks of other sizes, such as an evaluation. Those do not fit into the memory that
-    the steps have freed, and would be kept in addition.
+    It is for occasional work with blocks of other sizes, such as an evaluation. Those blocks do not fit into the
+    memory that the steps have freed, and would be kept in addition.
     """
     _change(without=1)
     try:

@@ -1,4 +1,4 @@
-"""Frozen weights of a decoder's blocks, cut over processes by torch's FSDP2. Whatever trains stays whole.
+"""Frozen weights of a decoder's blocks, cut over processes by torch's FSDP2. Trained weights stay whole.
 
 A block's weights are gathered when it runs, forward and backward, and cut again after it. They have no gradients, so
 nothing is reduced. Trained weights are plain tensors, averaged by those who average them without sharding

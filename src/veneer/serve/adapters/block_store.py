@@ -1,7 +1,7 @@
 """Folder of blocks: a version that was loaded once is read from there, and not packed again.
 
 A file holds one block with its layout. It is written under another name and renamed into place. It is read into memory
-of its own, so that no descriptor stays open, and checked there. Whatever fails costs speed alone.
+of its own, so that no descriptor stays open, and checked there. A failure costs speed alone.
 """
 
 from __future__ import annotations

@@ -105,7 +105,7 @@ class _Layout:
     dtype: torch.dtype
 
     def read(self, file: FileIO) -> VersionBlock | None:
-        """The values that follow, packed; None where there are fewer or more of them, or not all are finite."""
+        """The next values, packed; None if their number is wrong or one is not finite."""
         block = VersionBlock(self.block, self.block.room())
         room = block.memory.view(self.dtype)
         for stretch in self.stretches:
@@ -117,8 +117,9 @@ class _Layout:
 
 
 def _layout_of(block: VersionBlock, factors: Sequence[Factor], memory: dict[torch.dtype, Tensor]) -> _Layout | None:
-    """The layout of the file that these factors are parts of; None where they are not all that is in it, or some of the
-    changes are more than their pairs. Values are read into ``memory``, which is made larger if it is too small.
+    """The layout of the file that holds these factors; None if it holds more, or if a change has more than its pairs.
+
+    Values are read into ``memory``, which grows if it is too small.
     """
     ordered = sorted(factors, key=lambda factor: factor.rows.storage_offset())
     changes = [change.own for change in block.layout.changes if change is not None]

@@ -148,7 +148,7 @@ class Versions:
 
 
 def _mix(parts: Sequence[tuple[AdapterVersion, float]]) -> AdapterVersion:
-    """The version of a weighted sum: named by what is in it, whatever the order, equal files counted together."""
+    """The version of a weighted sum. Its name depends on files and weights, not on their order; equal files are one."""
     versions, weights = dict[str, AdapterVersion](), dict[str, float]()
     for version, weight in parts:
         if version.invocation:

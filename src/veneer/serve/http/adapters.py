@@ -62,9 +62,9 @@ class UnloadBody(Strict):
 
 
 class AdapterCard(BaseModel):
-    """Adapter: the place that it comes from, its method, its largest rank (null without low-rank parts), size and use.
+    """Adapter: its source, method, largest rank (null without low-rank parts), size and use.
 
-    ``requests`` and the ``hits`` among them, which found it loaded, are those since its content got the name.
+    ``requests`` counts those since its content got the name, ``hits`` those among them that found it loaded.
     ``error``: its files cannot be read. ``warning``: it may be of another base than this.
     """
 

@@ -44,7 +44,7 @@ def shape(body: CompletionBody) -> Shape:
 
 
 def _choice(answer: CompletionOutput, index: int, text: str, offset: int) -> tuple[dict[str, Any], int]:
-    """The choice, and the offset of what follows it."""
+    """The choice, and the offset of the text after it."""
     logprobs, offset = _logprobs(answer, offset)
     return {
         "index": index, "text": text, "logprobs": logprobs, "finish_reason": answer.finish_reason,

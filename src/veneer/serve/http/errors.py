@@ -66,7 +66,7 @@ class UnauthorizedError(RefusedError):
 
 
 class ForbiddenError(RefusedError):
-    """Request for what its key may not do."""
+    """Request that its key does not permit."""
 
     status = 403
 

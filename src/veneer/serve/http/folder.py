@@ -84,7 +84,7 @@ class AdapterFolder:
             self._sorted = None
 
     def look(self, everything: bool = True) -> None:
-        """Find the adapters that came and went. Those in the table are looked at only if ``everything`` is."""
+        """Find the adapters that came and went. With ``everything``, known ones are read again too."""
         with self._looking:
             known, entries = self._there.copy(), _entries(self.folder) - self._taken
             there = {

@@ -1,4 +1,4 @@
-"""File of keys: digests with what each may do, read again when it changes."""
+"""File of keys: digests with the rights of each, read again when it changes."""
 
 from __future__ import annotations
 
@@ -137,7 +137,7 @@ def read_entries(path: Path) -> list[KeyEntry]:
 
 
 def entries_of(path: Path, content: bytes) -> list[KeyEntry]:
-    """Return the entries in the content of a file. Raises ConfigError with what is wrong with each."""
+    """Return the entries in the content of a file. Raises ConfigError with the problems of each."""
     try:
         given = yaml.safe_load(content)  # JSON is YAML too
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # no UTF-8, a date that is none, a thousand brackets

@@ -24,7 +24,7 @@ class MessageTokens(BaseModel):
 
 
 class Messages:
-    """Both routes."""
+    """Routes ``/v1/messages`` and ``/v1/messages/count_tokens``."""
 
     def __init__(self, service: Service) -> None:
         self._service = service

@@ -127,7 +127,7 @@ def _named(labels: Mapping[str, str], key: Key) -> dict[str, str]:
 
 
 class _Collected(Collector):
-    """Collector of what is there already."""
+    """Collector of metrics that are counted elsewhere."""
 
     def __init__(self, families: Iterable[Family]) -> None:
         self._families = families

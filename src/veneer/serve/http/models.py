@@ -79,7 +79,7 @@ class Catalogue:
             self._folder.stop()
 
     def adapters(self) -> dict[str, Path]:
-        """Look at all adapters in the folder; return their folders by name. Those that are gone are forgotten."""
+        """Read all adapters in the folder, and return their folders by name. Forget adapters that are gone."""
         if self._folder is None:
             return {}
         self._folder.look()
@@ -228,7 +228,7 @@ class Catalogue:
         return self._card(name, self._root, None) if self.find(name) is None else self._adapter_card(name)
 
     def _adapter_card(self, name: str) -> dict[str, Any]:
-        """The card of an adapter, with the warning of what was found in its folder last."""
+        """The card of an adapter, with the newest warning about its folder."""
         card, loaded = self._card(name, self.place(name), self.base), self._loaded.get(name)
         seen = None if loaded is not None and loaded.weights else self._engine.versions.seen(self.folder(name))
         return card if seen is None or not seen.warning else card | {"warning": seen.warning}

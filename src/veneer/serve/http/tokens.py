@@ -76,7 +76,7 @@ class DetokenizeAnswer(BaseModel):
 
 
 class Tokens:
-    """Both routes, with the tokenizer and the chat template of the model that a body names."""
+    """Routes ``/tokenize`` and ``/detokenize``, by the tokenizer and chat template of the model that a body names."""
 
     def __init__(self, service: Service) -> None:
         self._service = service

@@ -24,7 +24,7 @@ Event = dict[str, Any]
 
 
 class Writer(Protocol):
-    """One answer while it is written. Its methods yield the events of what they add, each with its ``type``."""
+    """One answer while it is written. Each method adds a part and yields its events, each with a ``type``."""
 
     def begin(self) -> Iterator[Event]:
         """Yield the first events."""

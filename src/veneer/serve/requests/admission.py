@@ -1,4 +1,4 @@
-"""Limits of what waits: more is refused, with the time after which to ask again. No torch."""
+"""Limits of the waiting requests: one more is refused, with the time after which to ask again. No torch."""
 
 from __future__ import annotations
 

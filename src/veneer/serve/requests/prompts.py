@@ -133,9 +133,7 @@ class PromptReader:
         return self._encoded(text, **how)  # `Engine.asked` refuses what is too long
 
     def _encoded(self, text: str, **how: Any) -> list[int]:
-        """The ids of a text. Those of a long one come without its offsets, which take milliseconds to free, in which no
-        other thread runs.
-        """
+        """The ids of a text. A long text is encoded without offsets: freeing them stops all threads for long."""
         if len(text) < _LONG or not isinstance(self.tokenizer, PreTrainedTokenizerFast):
             return list(self.tokenizer(text, verbose=False, **how)["input_ids"])
         self.tokenizer("", **how)  # sets the tokenizer behind it to neither pad nor truncate

@@ -355,7 +355,7 @@ def proved(model: PreTrainedModel, n_positions: int, *, give_up: bool = False) -
 
 
 def _problem(interpreter: Interpreter, ids: Tensor, first: int, own: Tensor, allowed: float) -> str | None:
-    """By how much a sequence's logits differ from the model's ``own``; None where they do not."""
+    """The difference of a sequence's logits from the model's ``own``, in words; None if they agree."""
     n = len(ids)
     for cuts in ((n,), (n - 4, 4)):
         error = _difference(_in_chunks(interpreter, ids, cuts, first), own)

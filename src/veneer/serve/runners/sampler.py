@@ -192,7 +192,7 @@ class Sampler:
 
 
 class _State:
-    """Answer so far, with what its rule asks of it: the ids that were seen, and how often each was drawn."""
+    """Answer so far, as its penalties read it: the ids that were seen, and how often each was drawn."""
 
     def __init__(self, rule: DrawRule) -> None:
         self.rule, self.output = rule, list[int]()

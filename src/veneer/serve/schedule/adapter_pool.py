@@ -245,8 +245,8 @@ class AdapterPool:
     def begin_load(self, wanted: Iterable[str], *, spares_awaited: bool = False) -> str | None:
         """Begin to load the first of the wanted versions (first request first) that is neither loaded nor loading.
 
-        Idle versions and cached pages are evicted for it, those of the least worth first, except versions before it in
-        ``wanted``. Those that requests wait for are the last to go, or stay (``spares_awaited``). Returns None if all
+        Idle versions and cached pages are evicted for it, the least worth first, except versions before it in
+        ``wanted``. Versions that requests wait for go last, or stay (``spares_awaited``). Returns None if all
         are loaded or loading, if nothing can be evicted, or if enough versions are loading.
         """
         kept = set[str]()
@@ -402,8 +402,8 @@ class AdapterPool:
     def _evict(
         self, n: int, is_enough: Callable[[], bool], bytes_help: Callable[[], bool], kept: Collection[str]
     ) -> None:
-        """Evict at least ``n`` idle versions, and until it is enough whatever is worth least: idle versions as long as
-        their bytes help, or cached pages. Those that requests wait for come last. There must be enough.
+        """Evict at least ``n`` idle versions, then the least worth until it is enough: idle versions, if bytes help, or
+        cached pages. Versions that requests wait for come last. There must be enough.
         """
         spared = list[PoolEntry]()
         while n > 0 or not is_enough():

@@ -1,8 +1,8 @@
-"""Worth of what memory holds, by which the next to go out is chosen: cached pages and idle adapters alike. No torch.
+"""Eviction: the worth of cached pages and idle adapters, of which the least goes first. No torch.
 
-It is Greedy-Dual-Size with Frequency (Cherkasova 1998, HPL-98-69R1): uses times the seconds to make it again, over its
-bytes, plus the age at its last use. The age is the worth of what went out last. So an entry that was used often once,
-and no more, goes out at last.
+Worth is Greedy-Dual-Size with Frequency (Cherkasova 1998, HPL-98-69R1): uses times the seconds to make the entry again,
+over its bytes, plus the age at its last use. The age is the worth of the entry evicted last. An entry that was used
+often long ago is therefore evicted in the end.
 """
 
 from __future__ import annotations

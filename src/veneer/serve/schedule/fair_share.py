@@ -30,9 +30,10 @@ class FairShare:
     """Virtual token counters, of which the least decides who is admitted (Algorithm 2 of the paper).
 
     A client without waiting requests cannot save up: when one arrives, its counter is lifted to the least of those that
-    wait, or to that of the last that waited. Clients that wait all the time differ in what they receive, divided by
-    their weights, by at most twice the larger of the longest prompt and ``DRAWN`` times the tokens in a batch, divided
-    by the least weight. A client that has nothing here, and would be lifted anyway, is forgotten.
+    wait, or to that of the last that waited. Let service be the tokens that a client
+    received, divided by its weight. The services of two clients that wait all the time differ by at most 2 m / w. Here
+    m is the larger of the longest prompt and ``DRAWN`` times the tokens in a batch, and w the least weight. A client
+    that has nothing here, and would be lifted anyway, is forgotten.
     """
 
     def __init__(self) -> None:

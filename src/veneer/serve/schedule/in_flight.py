@@ -44,9 +44,9 @@ class InFlight:
             self._lasted.append(monotonic() - began)
 
     def refused(self, n: int, most: int) -> int:
-        """Return the seconds after which a client returns whose ``n`` would be more than ``most``, 1 to 600.
+        """Return the seconds, 1 to 600, after which a client may ask again if its ``n`` would be more than ``most``.
 
-        Those of clients that were refused before come first.
+        Clients that were refused before come first.
         """
         over = self.n + n - most
         return math.ceil(self._places.seconds(n, self.n, lambda ahead: self.seconds(over + ahead)))

@@ -37,8 +37,8 @@ class PoolEntry:
 
     @property
     def rank(self) -> tuple[bool, float, int] | None:
-        """Place in the order in which idle versions go out; None if it is not idle.
+        """Place in the order of eviction; None if the version is not idle.
 
-        Those that requests wait for come last, others by their worth, and equal ones by their last use.
+        Versions that requests wait for come last, others by their worth, and equal ones by their last use.
         """
         return (self.waiting > 0, self.worth, self.used) if self.is_idle else None

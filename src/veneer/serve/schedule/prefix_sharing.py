@@ -1,8 +1,9 @@
-"""Pages that requests share: what one has computed, the next does not compute, and what one is computing it waits for.
+"""Pages that requests share: a request takes computed prefixes, and waits for one that another request computes.
 
 No torch. Invariants:
 - The last token of a request is always computed, and so is every prompt token whose successor is to be scored.
-- A page is written by its only holder, before it is published. Who continues a sequence takes its last page over.
+- A page is written by its only holder, before it is published. A request that continues a sequence takes its last page
+  over.
 - A request waits only for one that is in the batch.
 """
 

@@ -69,7 +69,7 @@ class _Queue:
 class Queues:
     """Waiting requests. ``pool`` says which versions are in the batch, loaded, or absent; its changes are followed.
 
-    Whatever is asked for is found in O(log n), however many requests, clients and versions there are.
+    Every look-up takes O(log n) in the numbers of requests, clients and versions.
     """
 
     def __init__(self, pool: AdapterPool, clients: FairShare) -> None:
@@ -163,7 +163,7 @@ class Queues:
         return min(found, key=self.key, default=None)
 
     def _follow(self) -> None:
-        """Put queues whose version has moved into their heaps; a heap lets go by itself of what is not its own."""
+        """Put queues whose version has moved into their new heaps; a heap drops foreign entries by itself."""
         moved = self._pool.moved
         while moved:
             version, _ = moved.popitem()

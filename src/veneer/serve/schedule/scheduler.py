@@ -2,11 +2,11 @@
 
 A request waits until there is a place in the batch, pages, and its adapter. It then computes its tokens, at most a
 step's budget at a time, draws one token a step, and ends. It begins behind the blocks that others have computed, and
-waits while one in the batch computes the next (`PrefixSharing`). Who waits so is not among ``waiting``, and has a place
-in the batch reserved. The next to be admitted is the one of the client that has received least (`FairShare`), among
-those of the most urgent priority. If pages are too few, cached pages and idle adapters are evicted first. Then the
-newest request of the client that has received most is preempted: it frees its pages and continues later. If an adapter
-finds no place, the version in the batch that ends first admits no more requests. Requests of all others continue.
+waits while one in the batch computes the next (`PrefixSharing`). Such a request is not among ``waiting``, and has a
+place in the batch reserved. Among requests of the most urgent priority, the next comes from the client that has
+received least (`FairShare`). If pages are too few, cached pages and idle adapters are evicted first. Then the newest
+request of the client that has received most is preempted: it frees its pages and continues later. If an adapter finds
+no place, the version in the batch that ends first admits no more requests. Requests of all others continue.
 
 A step that reads no prompt and has few rows tries drafts (`Draft`) as further rows, on pages that nobody else needs.
 
@@ -327,10 +327,10 @@ class Scheduler:
         return self._grow(request, n, kept, spares_awaited=spares)
 
     def _closed_for(self, version: str) -> str | None:
-        """The version in the batch that takes no more requests, so that another gets its place; None where that has one
-        already, or where no version that may go is in the batch.
+        """The version in the batch that admits no more requests, so that another version gets its place.
 
-        It is the one that ends first. Nobody enters it, and the others are no shorter. The wait is at most as long as
+        None if that version has a place already, or if no version in the batch may go. It is the one that ends first.
+        Nobody enters it, and the others are no shorter. The wait is at most as long as
         its longest request, unless bytes lack or a request gives up its pages. In either case no later request enters.
         """
         resident = self.pool.is_resident(version)

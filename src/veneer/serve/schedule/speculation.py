@@ -102,9 +102,9 @@ class Ngrams:
         return [] if first is None else list(islice(cycle(text.tokens(first, min(first + most, n))), most))
 
     def _behind_longest(self, least: int, most: int) -> int | None:
-        """The place behind the last n-gram that is equal to the end, of the longest that are; None if there is none.
+        """The place behind the last copy of the longest n-gram that ends the sequence; None if there is none.
 
-        Where a long one is equal a shorter one is too, so that few lengths are tried.
+        If a long n-gram has a copy, a shorter one has too, so that few lengths are tried.
         """
         found, n = None, len(self._letters)
         most = min(most, n - 1)

@@ -156,7 +156,7 @@ class _Grammar:
         return {**kept, **(each if isinstance(each, Mapping) else {})}
 
     def _value(self, rule: str, fields: Fields, schema: dict[str, Any], where: str) -> str:
-        """The rule of a value, and of what follows a value."""
+        """The rules of a value, and of the text after it."""
         end = self.line(fields.last)
         if kinds_of(schema) != {"string"}:
             self.rules.append(f"{rule}: %json {json.dumps(schema | self._style())}")

@@ -165,7 +165,7 @@ class GeneratingTrainer(PreferenceTrainer):
 
 
 def _rewards(given: Any) -> list[Any]:
-    """The reward functions, checked in what they return. Raises ConfigError where there is none."""
+    """The reward functions, with checked return values. Raises ConfigError if there is none."""
     functions = list(given) if isinstance(given, list | tuple) else [] if given is None else [given]
     if not functions:
         raise ConfigError("reward_funcs is empty: give at least one function that rewards completions")

@@ -159,7 +159,7 @@ class PreferenceTrainer(RunTrainer):
         return (loss, found[1]) if return_outputs else loss
 
     def _copies(self) -> int:
-        """How often all processes together hold each row of the micro-batch in progress."""
+        """Number of copies of each row of the micro-batch in progress, over all processes."""
         state, size, n = self.accelerator.gradient_state, self.args.train_batch_size, n_processes()
         is_last = state.end_of_dataloader and state.sync_gradients  # it is fetched, and none of the step comes after it
         if n == 1 or not is_last or self.args.dataloader_drop_last or not isinstance(self.train_dataset, Dataset):
