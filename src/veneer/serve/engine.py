@@ -17,8 +17,7 @@ from veneer.plain.lru import LruCache
 from veneer.serve.adapters.loader import Finished, Loader
 from veneer.serve.adapters.versions import Versions
 from veneer.serve.gc_freeze import GcFreeze
-from veneer.serve.inbox import Inbox
-from veneer.serve.messages import Abort, Act, Forget
+from veneer.serve.inbox import Abort, Act, Forget, Inbox
 from veneer.serve.metrics import MetricSeries
 from veneer.serve.requests.admission import Admission
 from veneer.serve.requests.answer import Answer, decoded

@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from typing import Generic, TypeVar
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+from veneer.errors import VeneerError
 
 Message = TypeVar("Message")
 
@@ -34,3 +39,34 @@ class Inbox(Generic[Message]):
     def wait(self, seconds: float | None = None) -> bool:
         """Block until there is a message, for at most ``seconds``; return False if none came."""
         return self._filled.wait(seconds)
+
+
+@dataclass(frozen=True, slots=True)
+class Abort:
+    """End a request."""
+
+    id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Forget:
+    """Drop an adapter's name; requests for it that are numbered up to ``up_to`` do not bring it back."""
+
+    name: str
+    up_to: int
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Act:
+    """Call a function between steps. ``told`` gets its result, or its VeneerError."""
+
+    act: Callable[[], Any]
+    told: Future[Any]
+
+    def run(self) -> None:
+        """Call it, unless nobody waits for it any more."""
+        if self.told.set_running_or_notify_cancel():
+            try:
+                self.told.set_result(self.act())
+            except VeneerError as error:
+                self.told.set_exception(error)

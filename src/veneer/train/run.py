@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,11 @@ from veneer.model.memory.available import high_water
 from veneer.model.memory.default_device import told_device
 from veneer.plain.group import n_on_this_machine
 from veneer.recipe.adapter import FULL
+from veneer.recipe.changes import places_of
 from veneer.recipe.recipe import Recipe
 from veneer.store.hub import require_hub
 from veneer.train.callbacks import BeginReport, LastEvaluation, StepClock
 from veneer.train.checkpoint import checkpoint_folder, latest_checkpoint
-from veneer.train.facts import describe_run
 from veneer.train.interrupt import Stop, StopAfterStep, listening
 from veneer.train.output import (
     other_files,
@@ -26,12 +27,12 @@ from veneer.train.output import (
 )
 from veneer.train.processes import by_main, is_main, n_processes, require_alike, together
 from veneer.train.recipe_trainer import make_trainer
-from veneer.train.record.going_on import PROCESSES, GoingOn, changes_since, is_complete, with_data
+from veneer.train.record.going_on import PROCESSES, GoingOn, changes_since, files_of, is_complete, parent_of, with_data
 from veneer.train.record.place import ADAPTER, MODEL, Resume, continues
-from veneer.train.record.record import ending_of, life_of, reason_of, record_of, told_life
+from veneer.train.record.record import ending_of, life_of, reason_of, record_of, this_process, told_life
 from veneer.train.record.written import WrittenRecord
 from veneer.train.run_trainer import RunTrainer
-from veneer.train.show.report import draw_loss
+from veneer.train.show.report import draw_loss, environment
 
 Tell = Callable[[str], None]
 
@@ -172,3 +173,27 @@ def _explain(error: BaseException, recipe: Recipe, step: int) -> None:
     if isinstance(error, Interrupted) and not error.args and folder.exists():
         left = f"{reason_of(error)} after step {step}: its checkpoint is written, and --resume goes on from it"
         error.args = (f"{left}. {usable(recipe, folder)}",)
+
+
+def describe_run(recipe: Recipe, trainer: RunTrainer) -> dict[str, Any]:
+    """Return the facts of a run before it begins."""
+    config, values = recipe.adapter_config(), recipe.model_dump()
+    return {
+        "format": 1,
+        "recipe": values,
+        "places": places_of(values),
+        "files": files_of(recipe.data),
+        "process": this_process(),
+        "n_processes": n_processes(),
+        "shard": recipe.distributed.copy_size(n_processes(), n_on_this_machine()),
+        "parent": parent_of(recipe.adapter),
+        "adapter_config": asdict(config) if is_dataclass(config) else None,
+        "training": trainer.args.to_dict(),
+        "trained": trainer.describe(),
+        "n_trained": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
+        "data": {
+            "train": trainer.describe_rows(trainer.train_dataset),
+            "eval": None if trainer.eval_dataset is None else trainer.describe_rows(trainer.eval_dataset),
+        },
+        "environment": environment(),
+    }

@@ -15,7 +15,6 @@ from veneer.train.record.going_on import GoingOn, changes_since, is_complete
 from veneer.train.record.place import Resume, require_fresh
 from veneer.train.record.record import RUN_FILE, record_of
 from veneer.train.sweep.asha import Standing, divisor, n_rungs, promotions
-from veneer.train.sweep.packs import next_pack
 from veneer.train.sweep.recipe import Member, Sweep
 from veneer.train.sweep.together import Job, JobEnd
 
@@ -169,3 +168,13 @@ def _as_it_was(member: Member, resume: Resume, allow_changes: bool) -> tuple[dic
     if before is not None and (is_complete(before, recipe) or (before["status"] == "diverged" and not found)):
         return before, None
     return None, GoingOn(before, found, allow_changes) if resume and checkpoints(output) else None
+
+
+def next_pack(waiting: Mapping[str, int], n_idle: int, n_places: int) -> list[str]:
+    """Return the members of the next pack, those with the most stretches behind them first, otherwise in their order.
+
+    ``waiting``: the stretches behind each member that waits. The pack has at most ``n_places`` members, and leaves
+    enough of them for the other idle workers.
+    """
+    size = min(n_places, -(-len(waiting) // n_idle))
+    return sorted(waiting, key=lambda name: -waiting[name])[:size]

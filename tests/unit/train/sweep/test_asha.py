@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from veneer.train.sweep.asha import Standing, divisor, n_rungs, promotions
-from veneer.train.sweep.packs import next_pack
+from veneer.train.sweep.course import next_pack
 
 
 def test_there_are_as_many_rungs_as_leave_few_members() -> None:
