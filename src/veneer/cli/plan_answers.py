@@ -137,8 +137,8 @@ def _told_room(found: Serving) -> str:
 def answer_advice(recipe: Recipe, config: PreTrainedConfig, given: tuple[str, int, int], as_json: bool) -> None:
     """Print the advised settings. ``given``: task, rows, and trained tokens of a row."""
     advised = changed(recipe, {"adapter": ADVISED})
-    trained = count_trained(advised.model, advised.adapter, config)
-    found = advise(*given, trained, left_out_experts(advised, config))
+    whose = advised.model, advised.adapter, config
+    found = advise(*given, count_trained(*whose), left_out_experts(*whose))
     waiting_over()
     if as_json:
         typer.echo(json.dumps([asdict(each) for each in found], indent=2))

@@ -128,12 +128,12 @@ def count_trained(part: ModelPart, adapter: Mapping[str, Any], config: PreTraine
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
-def left_out_experts(recipe: Recipe, config: PreTrainedConfig) -> str | None:
+def left_out_experts(part: ModelPart, adapter: Mapping[str, Any], config: PreTrainedConfig) -> str | None:
     """Return a line about the stacks of experts that a recipe's adapter leaves out; None if it leaves out none."""
-    adapter = adapter_of(recipe)
-    if not isinstance(adapter, LinearMethod):
+    method = adapter_of(adapter)
+    if not isinstance(method, LinearMethod):
         return None
-    return told_experts(look_at(meta_base(config, recipe.model, prepared=False, frozen=False)), adapter)
+    return told_experts(look_at(meta_base(config, part, prepared=False, frozen=False)), method)
 
 
 def _deepened(traces: list[Shallow], pattern: Pattern, recipe: Recipe, batch: Batch, config: PreTrainedConfig) -> Plan:
