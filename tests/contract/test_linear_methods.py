@@ -12,12 +12,12 @@ import torch
 from torch import nn
 
 import veneer
+from bench.kernels.differentiable import runs_of
 from gradients import has_exact_gradients
 from veneer.contract import LinearMethod
 from veneer.errors import CompositionError
 from veneer.methods.variants import dora
 from veneer.model.attach.attach import adapted_layers
-from veneer.ops.grouped_low_rank import AdapterRuns
 from veneer.ops.linear.layer import LinearLayer
 from veneer.ops.linear.op import linear
 from veneer.quant.dense import DenseWeight
@@ -80,7 +80,7 @@ def weight_of(site: LinearSite) -> FrozenWeight:
 
 def by_rows(records: list[LinearDelta], row_index: torch.Tensor, x: torch.Tensor, site: LinearSite) -> torch.Tensor:
     """One pass of the op, each row with the record that it names."""
-    runs = AdapterRuns.of(row_index)
+    runs = runs_of(row_index)
     return linear(x, LinearLayer(weight=weight_of(site), bias=site.bias, records=tuple(records), runs=runs))
 
 
