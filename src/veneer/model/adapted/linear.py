@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from types import MappingProxyType
 from typing import Any, ClassVar, cast
@@ -464,11 +464,27 @@ def row_squares(matrix: Tensor) -> Tensor:
 def is_linear(module: nn.Module) -> bool:
     """Return True if a method for linear layers can adapt this module.
 
-    A subclass with a forward of its own is another function of its weight: some routers return several tensors.
+    A subclass with a forward of its own may be another function of its weight: some routers return several tensors.
     """
     if hasattr(module, "frozen_format"):
         return True
-    return isinstance(module, (nn.Linear, Conv1D)) and plain_class(type(module)).forward in _FORWARDS
+    return isinstance(module, (nn.Linear, Conv1D)) and _computes_linear(cast(Hashable, plain_class(type(module))))
 
 
-_FORWARDS = (nn.Linear.forward, Conv1D.forward)
+@functools.cache
+def _computes_linear(kind: Hashable) -> bool:
+    """True if a class computes x Wᵀ + b: by torch's own forward, or by one that equals it on made-up values."""
+    cls: Any = kind
+    if cls.forward in (nn.Linear.forward, Conv1D.forward):
+        return True
+    made = cls.__new__(cls)
+    nn.Module.__init__(made)
+    made.in_features, made.out_features = 3, 2
+    made.weight = nn.Parameter(torch.arange(6.0, device="cpu").view(2, 3), requires_grad=False)
+    made.bias = nn.Parameter(torch.arange(2.0, device="cpu"), requires_grad=False)
+    x = torch.arange(1.0, 13.0, device="cpu").view(4, 3)
+    try:
+        y = cls.forward(made, x)
+    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError):
+        return False
+    return isinstance(y, Tensor) and y.shape == (4, 2) and torch.equal(y, x @ made.weight.T + made.bias)

@@ -69,3 +69,13 @@ def test_other_methods_are_told_without_a_cost_and_models_without_experts_refuse
         caplog.clear()
         get_peft_model(dense, LoraConfig(target_modules="all-linear"))
     assert "not adapted" not in caplog.text
+
+
+def test_a_linear_class_with_another_forward_counts_if_it_computes_the_same():
+    falcon = transformers.FalconConfig(hidden_size=24, num_hidden_layers=1, num_attention_heads=3, vocab_size=67)
+    model = get_peft_model(
+        AutoModelForCausalLM.from_config(falcon, dtype=torch.float32), LoraConfig(target_modules="all-linear")
+    )
+    assert {path.rpartition(".")[2] for path, m in model.named_modules() if hasattr(m, "site_name")} == {
+        "query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h",
+    }  # fmt: skip
