@@ -141,15 +141,25 @@ class OwnCodeRunner(DrawingRunner):
 
 
 class GeneralRunner(OwnCodeRunner):
-    """`Runner` on the model itself; between plans its attention is its own."""
+    """`Runner` on the model itself; between plans its attention is its own.
+
+    Adapters whose rows cannot stand beside others, as those of experts, have a pass of their own in a step.
+    """
 
     def __init__(self, model: PreTrainedModel, store: SlotStore) -> None:
         super().__init__(model)
         self.paged, self.store = PagedModel(model), store
         self.fronts: dict[str, Front] = {}
+        self.alone: set[str] = set()
 
     def taken(self, version: str) -> None:
-        checked(self.model, self.model.adapter_state, (version,), ((), {}))
+        try:
+            checked(self.model, self.model.adapter_state, (version,), ((), {}))
+        except CompositionError:
+            config = self.model.peft_config[version]
+            if config.virtual_tokens or config.invocation_tokens:
+                raise
+            self.alone.add(version)
         front = self._front(version)
         if front:
             self.fronts[version] = front
@@ -157,18 +167,32 @@ class GeneralRunner(OwnCodeRunner):
     def unload(self, version: str) -> None:
         super().unload(version)
         self.fronts.pop(version, None)
+        self.alone.discard(version)
 
     def compute(self, plan: StepPlan, greedy: Collection[str]) -> Computed:
-        n_wanted = sum(len(wanted(s)) for s in plan.sequences)
-        logits, states = self._outputs(plan)
-        n_read = sum(len(read(s)) for s in plan.sequences)
-        return Computed([logits[:n_wanted]], {}, by_request(plan.sequences, states[n_wanted : n_wanted + n_read]))
+        logits: dict[str, Tensor] = {}
+        hidden: dict[str, Tensor] = {}
+        for sequences in self._passes(plan.sequences):
+            found, states = self._outputs(sequences)
+            counts = [len(wanted(s)) for s in sequences]
+            n_wanted, n_read = sum(counts), sum(len(read(s)) for s in sequences)
+            parts = torch.split(found[:n_wanted], counts)
+            logits |= {s.request_id: part for s, part in zip(sequences, parts, strict=True)}
+            hidden |= by_request(sequences, states[n_wanted : n_wanted + n_read])
+        return Computed([torch.cat([logits[s.request_id] for s in plan.sequences])], {}, hidden)
 
-    def _outputs(self, plan: StepPlan) -> tuple[Tensor, Tensor]:
-        """Return logits and hidden states: of the wanted tokens in the plan's order, and then of those that are read.
-        There is one row if there are none.
+    def _passes(self, sequences: Sequence[PlannedSequence]) -> list[list[PlannedSequence]]:
+        """The sequences of each pass; those of one version are side by side."""
+        passes: dict[str | None, list[PlannedSequence]] = {}
+        for sequence in sequences:
+            passes.setdefault(sequence.version if sequence.version in self.alone else None, []).append(sequence)
+        return list(passes.values())
+
+    def _outputs(self, sequences: Sequence[PlannedSequence]) -> tuple[Tensor, Tensor]:
+        """Return logits and hidden states: of the wanted tokens in the order of the sequences, and then of those that
+        are read. There is one row if there are none.
         """
-        device, sequences = self.base.device, plan.sequences
+        device = self.base.device
         for sequence in sequences:
             if sequence.n_front_there < sequence.n_front:
                 self._put_front(sequence)
@@ -187,8 +211,13 @@ class GeneralRunner(OwnCodeRunner):
 
     @contextmanager
     def _routed(self, names: Sequence[str]) -> Iterator[None]:
-        with routed(self.model, self.model.adapter_state, Routing(tuple(names), is_by_token=True)):
-            yield
+        state = self.model.adapter_state
+        if self.alone.intersection(names):  # then all are of that version
+            with state.only((names[0],)):
+                yield
+        else:
+            with routed(self.model, state, Routing(tuple(names), is_by_token=True)):
+                yield
 
     @contextmanager
     def _head_for(self, rows: Tensor, names: Sequence[str]) -> Iterator[list[Tensor]]:
@@ -201,7 +230,8 @@ class GeneralRunner(OwnCodeRunner):
         def narrow(module: Any, args: Any, output: Any) -> Any:
             output.last_hidden_state = output.last_hidden_state[rows]
             states.append(output.last_hidden_state)
-            state.routing = Routing(tuple(names[row] for row in rows.tolist()), is_by_token=True)
+            if state.routing is not None:
+                state.routing = Routing(tuple(names[row] for row in rows.tolist()), is_by_token=True)
             return output
 
         handle = inner.register_forward_hook(narrow)

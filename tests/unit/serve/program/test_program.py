@@ -280,6 +280,20 @@ def test_an_adapter_of_a_shared_expert_changes_its_own_rows_alone(tokenizer, tmp
     assert len({str(each) for each in (base, *alone)}) == 3
 
 
+def test_adapters_of_experts_are_served_beside_others(tokenizer, tmp_path):
+    """Each has a pass of its own in a step: an expert sees tokens of any row."""
+    llm = LLM(experts_model(), tokenizer=tokenizer, max_num_batched_tokens=11)
+    own, requests = [answers(llm, PROMPTS[:1])[0]], [None]
+    for number, targets in enumerate((["q_proj"], None, "all-linear"), start=1):
+        experts = None if number == 1 else ["all-experts"]
+        config = LoraConfig(r=3, target_modules=targets, target_parameters=experts)
+        folder = _saved(tmp_path / str(number), experts_model(), config, number)
+        own.append(generated(PeftModel.from_pretrained(experts_model(), str(folder)), PROMPTS[0]))
+        requests.append(LoRARequest(str(number), number, str(folder)))
+    assert answers(llm, PROMPTS[:1] * 4, requests) == own
+    assert len({str(each) for each in own}) == 4
+
+
 def test_an_adapter_of_a_shared_expert_where_weights_were_given_up(tokenizer, tmp_path):
     """The general runner adapts layers that are packed alone."""
     experts_model().save_pretrained(tmp_path / "base")
