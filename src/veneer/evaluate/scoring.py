@@ -214,6 +214,7 @@ def context_length(model: Any, adapters: Sequence[str] = ()) -> int | None:
     ``adapters``: subtract the most virtual tokens of any of these instead.
     """
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    limit = None if limit is not None and limit < 0 else limit  # XLNet's -1 is no limit
     if limit is not None and adapters:
         configs = [model.adapter_state.configs[name] for name in set(adapters) - {BASE}]
         return int(limit) - max((config.virtual_tokens for config in configs), default=0)

@@ -91,6 +91,19 @@ def test_the_way_of_a_small_model_is_found_in_float32():
     assert proved_way(model) is Way.ONE_BY_ONE
 
 
+def test_models_that_predict_no_next_token_from_ids_alone_are_refused():
+    xlnet = transformers.XLNetConfig(vocab_size=VOCAB, d_model=24, n_layer=1, n_head=3, d_inner=20)
+    model = AutoModelForCausalLM.from_config(xlnet, dtype=torch.float32).eval()
+    with pytest.raises(TargetError, match=r"masks of permutations\. Use model\.generate"):
+        proved_way(model)
+    llama = AutoModelForCausalLM.from_config(
+        transformers.LlamaConfig(**WIDE, **HEADS, pad_token_id=0), dtype=torch.float32
+    ).eval()
+    llama.model.embed_tokens = torch.nn.Identity()
+    with pytest.raises(TargetError, match="computes no logits from token ids alone"):
+        proved_way(llama)
+
+
 def test_bytes_of_a_sequence_are_those_of_its_cache():
     values = 2 * 8  # keys and values of the one layer with attention, one head of 8
     with torch.device("meta"):

@@ -23,6 +23,7 @@ _CACHES = (*CACHE_NAMES, "cache_params", "state")
 _FEW_PARAMETERS = (
     100_000_000  # so small a model is proved in float32: what a state adds may be below the rounding of 16 bits
 )
+_ROUNDINGS = 10  # that two ways of computing the same may be apart
 _CUTS = (9, 4)  # tokens of the proof, in two stretches
 
 
@@ -113,6 +114,11 @@ def proved_way(model: PreTrainedModel) -> Way:
     Raises TargetError for a model that computes no logits from token ids alone.
     """
     kind = type(model).__name__
+    if "perm_mask" in inspect.signature(model.forward).parameters:
+        raise TargetError(
+            f"{kind} cannot be served: it predicts a token by masks of permutations. Use model.generate(), which makes "
+            "them"
+        )
     try:
         with evaluation(model), torch.no_grad():
             tried = _in_float32(model)
@@ -124,7 +130,11 @@ def proved_way(model: PreTrainedModel) -> Way:
             "predicts the next token"
         ) from error
     allowed = TOLERANCE.get(tried.dtype, TOLERANCE[torch.float32])
-    return next((way for way in (Way.AT_ONCE, Way.ONE_BY_ONE) if _error(tried, way, ids, own) <= allowed), Way.ANEW)
+    at_once, one_by_one = (_error(tried, way, ids, own) for way in (Way.AT_ONCE, Way.ONE_BY_ONE))
+    rounding = _ROUNDINGS * max(torch.finfo(tried.dtype).eps, min(one_by_one, allowed))
+    if at_once <= min(allowed, rounding):  # a state that is left out may change little
+        return Way.AT_ONCE
+    return Way.ONE_BY_ONE if one_by_one <= allowed else Way.ANEW
 
 
 def _in_float32(model: PreTrainedModel) -> PreTrainedModel:
@@ -153,16 +163,18 @@ def _error(model: PreTrainedModel, way: Way, ids: list[int], own: Tensor) -> flo
 def kept_bytes(model: PreTrainedModel, way: Way) -> KeptBytes:
     """Return the bytes that a sequence keeps, from two short ones.
 
-    Windows count as if they grew with the sequence. A model without values, on the meta device, will do.
+    Windows count as if they grew with the sequence; without a cache its tokens are kept. A model without values,
+    on the meta device, will do.
     """
-    if way is Way.ANEW:
-        return KeptBytes(8)
-    short, long = (_bytes_after(model, n) for n in (_SHORT, 2 * _SHORT))
+    short, long = (0, 0) if way is Way.ANEW else (_bytes_after(model, n) for n in (_SHORT, 2 * _SHORT))
+    if not long:
+        return KeptBytes(_AN_ID)
     position = max(0, -(-(long - short) // _SHORT))
     return KeptBytes(position, max(0, short - position * _SHORT))
 
 
 _SHORT = 16
+_AN_ID = 8  # bytes: of a sequence without a cache its tokens are kept
 
 
 def _bytes_after(model: PreTrainedModel, n: int) -> int:

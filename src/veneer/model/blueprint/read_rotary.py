@@ -67,7 +67,7 @@ def read_rotary(source: BlockSource, layer_type: str | None, head_dim: int) -> R
         dim=_dim(source, layer_type) or turning,
         theta=float(given["rope_theta"]),
         max_positions=int(config.max_position_embeddings),
-        interleaved=source.interleaved,
+        interleaved=source.family.interleaved,
         scaling=_scaling(kind, given, int(config.max_position_embeddings)),
     )
 
@@ -83,7 +83,7 @@ def _from_rotary_dim(source: BlockSource, head_dim: int) -> Rotary | None:
         dim=source.config.rotary_dim or head_dim,
         theta=10000.0,
         max_positions=int(source.config.max_position_embeddings),
-        interleaved=source.interleaved,
+        interleaved=source.family.interleaved,
     )
 
 

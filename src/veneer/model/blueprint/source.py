@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import functools
-import sys
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -20,7 +17,7 @@ from veneer.model.blueprint.registry import family_of
 OURS = (".adapters.", ".copies.")  # what adapters bring is no part of the model
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class BlockSource:
     """Transformers model on any device; values are never read, so that meta tensors suffice."""
 
@@ -41,14 +38,6 @@ class BlockSource:
     def names(self) -> Names:
         """Names of its parts in this family."""
         return self.family.names
-
-    @functools.cached_property
-    def interleaved(self) -> bool:
-        """True if q and k are rotated in neighbouring pairs, by the family or as the model's own code does it."""
-        turn = getattr(sys.modules.get(type(self.model).__module__), "rotate_half", None)
-        if self.listed or turn is None:
-            return self.family.interleaved
-        return bool(turn(torch.arange(4.0, device="cpu")).tolist() == [-1.0, 0.0, -3.0, 2.0])
 
     @property
     def listed(self) -> bool:

@@ -32,7 +32,8 @@ def cache_name(forward: Callable[..., object]) -> str | None:
 
 def inner_model(model: PreTrainedModel) -> PreTrainedModel:
     """Return the part of a model that runs its blocks, without the head."""
-    return cast(PreTrainedModel, model.base_model if model.config.is_encoder_decoder else model.get_decoder())
+    found = model.base_model if model.config.is_encoder_decoder else model.get_decoder()
+    return cast(PreTrainedModel, getattr(model, "model", model) if found is model else found)  # as Llama 4 names it
 
 
 class VirtualTokens(Holder):
