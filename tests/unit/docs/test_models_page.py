@@ -1,0 +1,19 @@
+"""The table of models is what becomes of each type now."""
+
+from pathlib import Path
+
+import pytest
+from tests.tiny_types import row_of, rows_in
+
+ROWS = rows_in((Path(__file__).parents[3] / "docs" / "models.md").read_text(encoding="utf-8"))
+SAMPLE = ("llama", "lfm3", "mamba2")
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n in SAMPLE else [pytest.mark.full]) for n in ROWS])
+def test_a_row_is_what_becomes_of_its_type(name):
+    row = row_of(name)
+    assert row == ROWS[name], f"write it anew: python scripts/models_table.py {name}"
+
+
+def test_no_type_that_is_served_differs_from_generate():
+    assert not [name for name, row in ROWS.items() if row[4] == "differs"]
