@@ -15,7 +15,6 @@ from veneer.data.templates import fields_of, fill_template
 from veneer.errors import ConfigError, DataError
 
 _OF_TEMPLATES = ("tools", "chat_template_kwargs")
-FORMS = ("messages", "prompt-completion", "text", "alpaca", "template")
 _SHAREGPT_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 
 

@@ -8,8 +8,6 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-NAMES = ("exact-match", "labels", "regex")
-
 
 class MetricPart(BaseModel):
     """Metric by its name in `veneer eval`, over the first ``limit`` held-out rows."""

@@ -341,7 +341,7 @@ def test_models_that_are_no_causal_language_models_are_told(recipe: Make) -> Non
         lambda: count_trained(wanted.model, wanted.adapter, config),
         lambda: serving_of(config, wanted.model, adapter, 10**9, 7),
     ):
-        with pytest.raises(ConfigError, match=r"no causal language model .*model_type t5\)\. Give a model that Auto"):
+        with pytest.raises(ConfigError, match=r"is an encoder with a decoder \(t5\): .* Give one of them"):
             ask()
 
 
