@@ -33,6 +33,8 @@ def cache_name(forward: Callable[..., object]) -> str | None:
 def inner_model(model: PreTrainedModel) -> PreTrainedModel:
     """Return the part of a model that runs its blocks, without the head."""
     found = model.base_model if model.config.is_encoder_decoder else model.get_decoder()
+    if not isinstance(found, PreTrainedModel):  # ModernBERT calls its head so
+        return cast(PreTrainedModel, model.base_model)
     return cast(PreTrainedModel, getattr(model, "model", model) if found is model else found)  # as Llama 4 names it
 
 
