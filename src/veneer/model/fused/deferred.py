@@ -15,8 +15,9 @@ from typing import Any, cast
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
+from veneer.errors import CompositionError
 from veneer.ops.cross_entropy import HeadOptions, linear_cross_entropy, linear_cross_entropy_rows
 from veneer.records.frozen import FrozenWeight
 
@@ -102,9 +103,11 @@ class DeferredLogits(Tensor):
         return hidden.reshape(-1, hidden.shape[-1]).to(pending.computed), weight, bias, pending.options(**settings)
 
     def made(self) -> Tensor:
-        """Return the logits. They are kept, so that they are made once and can be written."""
-        if self.kept is None or (_learns(self) and torch.is_grad_enabled() and not self.kept.requires_grad):
-            self.kept = self.pending.made(self.hidden)
+        """Return the logits. They are kept with their gradient, so that they are made once and can be written."""
+        learns = _learns(self) and not torch.is_inference_mode_enabled()
+        if self.kept is None or (learns and not self.kept.requires_grad):
+            with torch.set_grad_enabled(learns):
+                self.kept = self.pending.made(self.hidden)
         return self.kept
 
     @classmethod
@@ -114,7 +117,8 @@ class DeferredLogits(Tensor):
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
         noted = _NOTED.get(func)
-        if noted is not None and isinstance(args[0], cls) and args[0].kept is None:
+        by_place = not kwargs or func in _NAMED
+        if noted is not None and by_place and args and isinstance(args[0], cls) and args[0].kept is None:
             found = noted(func, *args, **kwargs)
             if found is not NotImplemented:
                 return found
@@ -125,6 +129,11 @@ class DeferredLogits(Tensor):
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
+        if torch.is_grad_enabled() and any(_learns(each) for each in tree_leaves((args, kwargs)) if type(each) is cls):
+            raise CompositionError(
+                f"{func} reads logits that are not made yet, and its gradient would be of another shape: a function "
+                "under torch.func takes plain tensors. Give it `logits + 0`"
+            )
         args, kwargs = tree_map_only(cls, cls.made, (args, kwargs or {}))
         return func(*args, **kwargs)
 
@@ -176,43 +185,43 @@ def _then(logits: DeferredLogits, step: Made, **changes: Any) -> DeferredLogits:
     return DeferredLogits.of(logits.hidden, replace(pending, after=(*pending.after, step), **changes))
 
 
-def _scaled(func: Any, logits: DeferredLogits, factor: Any, **kwargs: Any) -> Any:
-    if type(factor) not in (int, float) or kwargs or factor == 0:
+def _scaled(func: Any, logits: DeferredLogits, factor: Any) -> Any:
+    if type(factor) not in (int, float) or factor == 0:
         return NotImplemented
     by = 1 / factor if func in _DIVIDES else factor
     which = "outer" if logits.pending.capped else "inner"
     return _then(logits, lambda x: func(x, factor), **{which: getattr(logits.pending, which) * by})
 
 
-def _capped(func: Any, logits: DeferredLogits, **kwargs: Any) -> Any:
-    return NotImplemented if logits.pending.capped or kwargs else _then(logits, func, capped=True)
+def _capped(func: Any, logits: DeferredLogits) -> Any:
+    return NotImplemented if logits.pending.capped else _then(logits, func, capped=True)
 
 
 def _float(func: Any, logits: DeferredLogits) -> DeferredLogits:
     return _then(logits, func, dtype=torch.float32)
 
 
-def _to(func: Any, logits: DeferredLogits, *args: Any, **kwargs: Any) -> Any:
+def _to(func: Any, logits: DeferredLogits, *args: Any) -> Any:
     dtypes = [each for each in args if isinstance(each, torch.dtype)]
     places = [each for each in args if isinstance(each, torch.device | str | int) and not isinstance(each, bool)]
-    known = len(dtypes) + len(places) == len(args) and not kwargs
+    known = len(dtypes) + len(places) == len(args)
     if not known or any(torch.device(place) != logits.held.device for place in places):
         return NotImplemented
     return _then(logits, lambda x: func(x, *dtypes), dtype=dtypes[0]) if dtypes else logits
 
 
-def _same(func: Any, logits: DeferredLogits, **kwargs: Any) -> Any:
-    return NotImplemented if kwargs else DeferredLogits.of(func(logits.hidden), logits.pending)
+def _same(func: Any, logits: DeferredLogits) -> DeferredLogits:
+    return DeferredLogits.of(func(logits.hidden), logits.pending)
 
 
 def _at(func: Any, logits: DeferredLogits, key: Any) -> Any:
     """Positions are cut out of the hidden states, if the key leaves all classes."""
     keys = key if isinstance(key, tuple) else (key,)
-    behind = keys[keys.index(...) + 1 :] if any(each is ... for each in keys) else None
-    own = [each for each in (keys if behind is None else behind) if each is not None]
+    own = [each for each in keys if each is not None and each is not ...]
     n_axes = sum(each.ndim if isinstance(each, Tensor) and each.dtype == torch.bool else 1 for each in own)
-    reaches = n_axes > 0 if behind is not None else n_axes >= logits.held.ndim
-    last_is_whole = bool(own) and isinstance(own[-1], slice) and own[-1] == slice(None)
+    is_open = any(each is ... for each in keys)  # then the last keys are those of the last axes
+    reaches = n_axes >= logits.held.ndim or (is_open and keys[-1] is not ...)
+    last_is_whole = isinstance(keys[-1], slice) and keys[-1] == slice(None) if keys else False
     if reaches and not (last_is_whole and n_axes <= logits.held.ndim):
         return NotImplemented
     return DeferredLogits.of(logits.hidden[key], logits.pending)
@@ -244,9 +253,10 @@ def _cross_entropy(
     reduction: str = "mean",
     label_smoothing: float = 0.0,
 ) -> Any:
-    of_classes = target.ndim == 1 and not target.is_floating_point() and logits.held.ndim == 2
+    of_classes = target.ndim == 1 and target.dtype == torch.long and logits.held.ndim == 2
     capless = logits.pending.capped and logits.pending.outer <= 0
-    if not of_classes or capless or label_smoothing or any(each is not None for each in (weight, size_average, reduce)):
+    known = reduction in ("none", "sum", "mean") and not label_smoothing
+    if not of_classes or capless or not known or any(each is not None for each in (weight, size_average, reduce)):
         return NotImplemented
     hidden, matrix, bias, options = logits.operands(ignore_index=ignore_index)
     matrix = matrix.detach() if isinstance(matrix, Tensor) else matrix
@@ -255,7 +265,8 @@ def _cross_entropy(
     else:
         options = replace(options, num_items=1.0 if reduction == "sum" else None)
         loss = linear_cross_entropy(hidden, matrix, target, bias, options)
-    return loss.to(logits.pending.dtype)
+    in_float32 = torch.is_autocast_enabled(logits.held.device.type)  # as autocast computes losses
+    return loss.float() if in_float32 else loss.to(logits.pending.dtype)
 
 
 def _getter(name: str) -> Any:
@@ -285,3 +296,5 @@ _NOTED: dict[Any, Any] = {
     torch.nn.functional.cross_entropy: _cross_entropy,
 }
 """What happens to logits without their being made."""
+_NAMED = {Tensor.size, Tensor.flatten, torch.flatten, torch.nn.functional.cross_entropy}
+"""Of these, the functions whose arguments may be given by name."""

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import CohereConfig, Gemma2Config, GPTJConfig, GraniteConfig, PreTrainedModel
 
 from veneer import LoraConfig, get_peft_model
+from veneer.errors import CompositionError
 from veneer.model.fused.deferred import DeferredLogits
 from veneer.model.fused.head import deferred_logits
 from veneer.plan.live import LiveBytes
@@ -110,7 +111,44 @@ USES: list[Callable[[Tensor], Tensor]] = [
     lambda y: pickle.loads(pickle.dumps(y.detach())),
     lambda y: y.masked_fill_(y > 1, 3.0),
     lambda y: torch.tensor(y.argmax(-1).numpy()),
+    lambda y: y[..., None],
+    lambda y: y[:, :, :, None],
+    lambda y: y[0, 0, 5, ...],
+    lambda y: y[1, ...],
+    lambda y: torch.mul(input=y, other=2.0),
+    lambda y: y.reshape(shape=(-1, 97)).mul(other=3.0).float(memory_format=torch.preserve_format),
 ]
+
+
+def test_a_reduction_that_is_not_known_stays_an_error() -> None:
+    logits = adapted(base("llama"))(input_ids=IDS, labels=LABELS).logits
+    with pytest.raises(ValueError, match="avg is not a valid value for reduction"):
+        nn.functional.cross_entropy(logits.view(-1, 97), LABELS.flatten(), reduction="avg")
+
+
+def test_under_autocast_a_loss_is_in_float32(made: list[DeferredLogits]) -> None:
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = adapted(base("llama"))(input_ids=IDS, labels=LABELS).logits
+        assert nn.functional.cross_entropy(logits.view(-1, 97), LABELS.flatten()).dtype == torch.float32
+    assert logits.dtype == torch.bfloat16
+    assert not made
+
+
+def test_logits_written_without_a_gradient_stay_written() -> None:
+    logits = adapted(base("llama"))(input_ids=IDS, labels=LABELS).logits
+    with torch.no_grad():
+        logits[:, :3] = 7.0
+    assert logits.requires_grad
+    assert (logits[:, :3] == 7).all()
+
+
+def test_a_function_below_autograd_is_refused_where_its_gradient_would_be_wrong() -> None:
+    logits = adapted(base("llama"))(input_ids=IDS, labels=LABELS).logits
+    with pytest.raises(CompositionError, match=r"not made yet.*Give it `logits \+ 0`"):
+        torch.func.vmap(lambda row: row.sum(-1))(logits)
+    expected = (logits + 0).sum(-1)
+    with torch.no_grad():
+        assert torch.equal(torch.func.vmap(lambda row: row.sum(-1))(logits), expected)
 
 
 def test_any_other_use_makes_them() -> None:
