@@ -166,10 +166,10 @@ def _model(folder: Path, facts: ModelFacts) -> Section:
     config = facts.config
     total = sum(facts.parameters.values())
     shape = {title: _text(config[name]) for name, title in _MODEL_FIELDS.items() if config.get(name) is not None}
-    kinds = {f"  {kind}": f"{count:,} ({count / total:.1%})" for kind, count in facts.parameters.items()}
+    kinds = {f"  {kind}": f"{count:,} ({count / max(total, 1):.1%})" for kind, count in facts.parameters.items()}
     section = {
         "model": str(folder),
-        "architecture": ", ".join(config.get("architectures") or [str(config.get("model_type"))]),
+        "architecture": ", ".join(map(str, config.get("architectures") or [config.get("model_type")])),
         **shape,
         **facts.described,
         "parameters": f"{total:,}",

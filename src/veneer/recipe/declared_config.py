@@ -63,7 +63,7 @@ def _config(module: str, name: str, peft_type: str, given: Mapping[str, Any]) ->
     chosen = {key: value for key, value in own.items() if value != defaults[key]}
     if any(default is MISSING and key not in own for key, default in defaults.items()):
         return None
-    if any(defaults[key] is UNCLEAR or not _is_plain(key, value) for key, value in chosen.items()):
+    if any(not _is_plain(key, value, defaults[key]) for key, value in chosen.items()):
         return None
     values = {key: own.get(key, None if default is UNCLEAR else default) for key, default in defaults.items()}
     headline = _headline(module, name)
@@ -101,12 +101,15 @@ def _paths(parts: list[str]) -> Iterable[str]:
     return (".".join(parts[:n]) for n in range(len(parts) - 1, 0, -1))
 
 
-def _is_plain(key: str, value: Any) -> bool:
-    """Return True for a value that no method refuses."""
+def _is_plain(key: str, value: Any, default: Any) -> bool:
+    """Return True for a value that no method refuses in place of this default."""
+    other = isinstance(value, bool) != isinstance(default, bool) or isinstance(default, str) > isinstance(value, str)
+    if default is UNCLEAR or other:
+        return False
     if key in ("base_model_name_or_path", "revision"):
         return isinstance(value, str)
     if key == "task_type":
-        return value in {task.value for task in TaskType}
+        return value in [task.value for task in TaskType]
     if isinstance(value, list):
         return (bool(value) or key != "target_modules") and all(isinstance(each, str) for each in value)
     if isinstance(value, float):

@@ -19,6 +19,7 @@ _SHAPE = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_va
 _TOLD = {*_SHAPE, "vocab_size", "max_position_embeddings"}
 _PLAIN = frozenset({"llama", "mistral", "qwen2", "qwen3"})
 """Types of model whose description follows from these fields, if no other changes their attention."""
+_MOST_THETA = 1e30  # a whole number of JSON may be too large for a float
 _CHANGES = ("quantization_config", "partial_rotary_factor", "auto_map", "layer_types", "rope_scaling")
 
 
@@ -81,7 +82,7 @@ def _config(folder: Path) -> dict[str, Any] | None:
 def _described(config: Mapping[str, Any]) -> dict[str, str] | None:
     """The description of a plain config; None for any other."""
     numbers = [config.get(name) for name in _TOLD]
-    if config.get("model_type") not in _PLAIN or any(config.get(name) is not None for name in _CHANGES):
+    if config.get("model_type") not in list(_PLAIN) or any(config.get(name) is not None for name in _CHANGES):
         return None
     if not all(type(number) is int and number > 0 for number in numbers) or _has_windows(config):
         return None
@@ -113,7 +114,7 @@ def _theta(config: Mapping[str, Any]) -> float | None:
         return None
     theta = rope.get("rope_theta")
     is_plain = rope.get("rope_type", "default") == "default" and type(theta) in (int, float)
-    return float(theta) if is_plain and theta is not None else None
+    return float(theta) if is_plain and 0 < theta < _MOST_THETA else None
 
 
 def _head_width(config: Mapping[str, Any]) -> int | None:

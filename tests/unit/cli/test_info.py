@@ -11,12 +11,15 @@ from pathlib import Path
 
 import peft
 import pytest
+import torch
+from safetensors.torch import save_file
 from transformers import LlamaForCausalLM, RobertaConfig, RobertaForSequenceClassification
 from typer.testing import Result
 
 from veneer import BOFTConfig, IA3Config, LoraConfig, OFTConfig, PromptTuningConfig, VeraConfig, get_peft_model
 from veneer.contract import MethodConfig
 from veneer.model.blueprint.tensor_parts import part_of
+from veneer.store.counted import plain_facts
 
 Veneer = Callable[..., Result]
 
@@ -28,6 +31,18 @@ def section(result: Result) -> dict[str, str]:
     assert result.exit_code == 0, result.output
     pairs = (line.strip().split("  ", 1) for line in result.stdout.splitlines() if line.strip())
     return {pair[0]: pair[-1].strip() for pair in pairs}
+
+
+def test_a_damaged_config_and_a_model_without_values(veneer: Veneer, model_folder: Path, tmp_path: Path) -> None:
+    config = json.loads((model_folder / "config.json").read_text())
+    save_file({"model.norm.weight": torch.empty(0)}, tmp_path / "model.safetensors")
+    for change in ({"model_type": ["llama"]}, {"rope_parameters": {"rope_theta": 10**400}}):
+        (tmp_path / "config.json").write_text(json.dumps(config | change))
+        assert plain_facts(tmp_path) is None
+    (tmp_path / "config.json").write_text(json.dumps(config | {"architectures": [1]}))
+    assert plain_facts(tmp_path) is not None
+    facts = section(veneer("info", tmp_path))
+    assert (facts["architecture"], facts["parameters"]) == ("1", "0")
 
 
 def test_an_adapter(veneer: Veneer, adapter_folder: Path, model_folder: Path) -> None:

@@ -70,7 +70,7 @@ def test_values_that_a_method_may_refuse_are_left_to_its_class(tmp_path: Path) -
     for change in (
         {"r": 0}, {"r": -1}, {"r": "8"}, {"lora_alhpa": 3}, {"megatron_config": {}, "arrow_config": {"a": 1}},
         {"lora_dropout": 1.5}, {"bias": "most"}, {"peft_type": "LOAR"}, {"target_modules": ".*(q_proj"},
-        {"rank_pattern": {"q": 2}},
+        {"rank_pattern": {"q": 2}}, {"task_type": ["x"]}, {"r": True}, {"use_dora": 1}, {"bias": 3},
     ):  # fmt: skip
         file.write_text(json.dumps(sound | change))
         assert declared_config(tmp_path) is None, change
