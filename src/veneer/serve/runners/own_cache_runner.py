@@ -70,8 +70,9 @@ class OwnCacheRunner(OwnCodeRunner):
         if not progress.held.is_whole or len(progress.held.tokens) != n_before:  # a step was interrupted
             progress = self._again(progress, n_before)
         self._sequences[sequence.request_id] = progress
-        progress.stretches.append((sequence.version, sequence.tokens))
-        return self._extend(progress.held, sequence.version, sequence.tokens, with_states=sequence.reads_only)
+        found = self._extend(progress.held, sequence.version, sequence.tokens, with_states=sequence.reads_only)
+        progress.stretches.append((sequence.version, sequence.tokens))  # after the pass: it may not have begun
+        return found
 
     def _again(self, before: _Progress, n_tokens: int) -> _Progress:
         """The first tokens of a sequence, computed again."""
@@ -79,8 +80,8 @@ class OwnCacheRunner(OwnCodeRunner):
         for version, tokens in before.stretches:
             kept = tokens[: n_tokens - len(made.held.tokens)]
             if kept:
-                made.stretches.append((version, kept))
                 self._extend(made.held, version, kept)
+                made.stretches.append((version, kept))
         return made
 
     def _extend(self, held: Held, version: str | None, tokens: Sequence[int], *, with_states: bool = False) -> Extended:
