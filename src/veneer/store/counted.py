@@ -113,8 +113,9 @@ def _theta(config: Mapping[str, Any]) -> float | None:
     if not isinstance(rope, dict) or rope.keys() - {"rope_theta", "rope_type"}:
         return None
     theta = rope.get("rope_theta")
-    is_plain = rope.get("rope_type", "default") == "default" and type(theta) in (int, float)
-    return float(theta) if is_plain and 0 < theta < _MOST_THETA else None
+    if rope.get("rope_type", "default") != "default" or not isinstance(theta, int | float) or isinstance(theta, bool):
+        return None
+    return float(theta) if 0 < theta < _MOST_THETA else None
 
 
 def _head_width(config: Mapping[str, Any]) -> int | None:
