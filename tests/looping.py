@@ -40,7 +40,7 @@ def _values_on(backend: str, test: Any, names: list[str]) -> list[list[object]]:
 def run(item: Any) -> bool:
     """Run a case with each combination of its looped values. False, and no run, if it is no such case."""
     arguments = {name: item.funcargs[name] for name in item._fixtureinfo.argnames}
-    if EACH not in arguments.values():
+    if all(value is not EACH for value in arguments.values()):  # values may be arrays
         return False
     for values in combinations(item):
         try:

@@ -8,7 +8,6 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-from veneer.contract import LinearMethod
 from veneer.errors import ConfigError
 from veneer.model.snapshot.experts import told_experts
 from veneer.model.snapshot.snapshot import look_at
@@ -129,9 +128,9 @@ def count_trained(part: ModelPart, adapter: Mapping[str, Any], config: PreTraine
 
 
 def left_out_experts(part: ModelPart, adapter: Mapping[str, Any], config: PreTrainedConfig) -> str | None:
-    """Return a line about the stacks of experts that a recipe's adapter leaves out; None if it leaves out none."""
+    """Return a line about the experts that an adapter of linear layers leaves out; None if there are none."""
     method = adapter_of(adapter)
-    if not isinstance(method, LinearMethod):
+    if method is None:
         return None
     return told_experts(look_at(meta_base(config, part, prepared=False, frozen=False)), method)
 

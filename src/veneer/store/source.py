@@ -131,10 +131,17 @@ def load_model(
 
 
 def _auto_class(source: str | os.PathLike[str], place: Path | str) -> Any:
-    """The class that loads a model; that of a hub id is not known before its files are here."""
+    """The class that loads a model; that of a hub id is not known before its files are here.
+
+    A config that cannot be read is told by transformers.
+    """
     if isinstance(place, str):
         return AutoModelForCausalLM
-    return auto_class(source, json.loads((place / "config.json").read_text(encoding="utf-8")))
+    try:
+        facts = json.loads((place / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return AutoModelForCausalLM
+    return auto_class(source, facts) if isinstance(facts, dict) else AutoModelForCausalLM
 
 
 def _straight_to(device: str | torch.device | None) -> dict[str, Any]:

@@ -205,7 +205,7 @@ def again(found: ModelAnswerer, model: Any) -> list[str]:
     return [found.tokenizer.decode(each, skip_special_tokens=True) for each in ids]
 
 
-def refuse(*given: object) -> Any:
+def refuse(*given: object, **more: object) -> Any:
     from veneer.errors import ConfigError
 
     raise ConfigError("no memory for a page")

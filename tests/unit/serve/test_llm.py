@@ -321,7 +321,7 @@ def test_logits_that_are_not_finite(tokenizer):
     with torch.no_grad():
         model.lm_head.weight[5] = float("nan")
     llm = LLM.__new__(LLM)
-    with pytest.raises(TargetError, match="changes its logits by nan"):
+    with pytest.raises(TargetError, match="its logits are not finite"):
         llm.__init__(model, tokenizer=tokenizer)
     fine = LLM(make_model(), tokenizer=tokenizer)
     with torch.no_grad():

@@ -8,10 +8,9 @@ from typing import Any
 
 import psutil
 import pytest
-from transformers import BloomConfig, BloomForCausalLM
 
 from veneer import LLM, PeftModel, SamplingParams
-from veneer.errors import ConfigError, FormatError, TargetError
+from veneer.errors import ConfigError, FormatError
 from veneer.model.memory.give_back import SMAPS
 
 from .conftest import METHODS, VOCAB, make_model
@@ -55,9 +54,6 @@ def test_cached_pages_leave_memory_that_nobody_gave_to_others(base_folder, monke
 
 
 def test_models_that_cannot_be_served(tokenizer, base_folder):
-    bloom = BloomForCausalLM(BloomConfig(n_layer=2, n_head=3, hidden_size=24, vocab_size=VOCAB))
-    with pytest.raises(TargetError, match="AttentionInterface"):
-        LLM(bloom, tokenizer=tokenizer)
     with pytest.raises(ConfigError, match="needs its tokenizer"):
         LLM(make_model())
     for option in ({"dtype": "bfloat16"}, {"quantization": "bitsandbytes"}):

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from veneer.contract import LinearMethod
+from veneer.contract import LinearMethod, MethodConfig
 from veneer.errors import TargetError
 from veneer.model.adapted.convolution import is_convolution
 from veneer.model.adapted.embedding import is_embedding
@@ -54,7 +54,7 @@ def with_experts(snapshot: Snapshot, config: LinearMethod) -> LinearMethod:
     return replace(config, **named)
 
 
-def told_experts(snapshot: Snapshot, config: LinearMethod) -> str | None:
+def told_experts(snapshot: Snapshot, config: MethodConfig) -> str | None:
     """Return a line about the stacks of experts that a config leaves out, with the cost of one layer; None if there are
     none.
     """

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.unit.serve.conftest import make_model, save_adapter
+from tests.unit.serve.conftest import save_adapter
 
 from veneer import LLM, LoraConfig, LoRARequest, SamplingParams
 from veneer.errors import AdapterNameError, CompositionError, ConfigError, FormatError, TargetError
@@ -135,16 +135,6 @@ def test_all_names_of_an_adapter_that_does_not_fit_are_gone(base_folder, tmp_pat
         llm.llm_engine.add_lora(LoRARequest("second", 9, str(tmp_path / "copy")))
     assert (llm.engine.pool.names, llm.llm_engine.list_loras()) == ({}, set())
     assert [output.outputs[0].finish_reason for output in llm.wait_for_completion(use_tqdm=False)] == ["error"]
-
-
-def test_adapters_on_experts_are_refused(tokenizer, tmp_path):
-    """Experts see tokens of any row."""
-    config = LoraConfig(r=3, target_parameters=["mlp.experts.down_proj"], target_modules=[])
-    folder = save_adapter(tmp_path / "x", config, family="mixtral")
-    llm = LLM(make_model("mixtral"), tokenizer=tokenizer)
-    with pytest.raises(CompositionError, match="experts"):
-        one(llm, lora_request=LoRARequest("x", 9, str(folder)))
-    assert not llm.engine.runner.loaded
 
 
 def test_an_adapter_that_was_merged_into_the_base_is_not_served_on_it(base_folder, adapters, tmp_path, monkeypatch):
