@@ -260,6 +260,8 @@ def told(plan: Plan, facts: dict[str, Any]) -> str:
 def _seconds(time: Mapping[str, Any]) -> str:
     """The seconds of a micro-batch, or their range."""
     low, high = time.get("between", (None, time["seconds_a_step"]))
+    if high >= 60:
+        return duration(high) if low is None else f"{duration(low)} to {duration(high)}"
     return f"{high:.2g} s" if low is None else f"{low:.2g} to {high:.2g} s"
 
 

@@ -86,6 +86,11 @@ def test_without_time_no_row_is_read(recipe: Make, monkeypatch: pytest.MonkeyPat
     assert not {"time", "no_time"} & facts.keys()
 
 
+def test_seconds_beyond_a_minute_are_told_in_minutes_and_hours() -> None:
+    told = [{"seconds_a_step": 3.0}, {"seconds_a_step": 75.0}, {"seconds_a_step": 9.0, "between": (22.3, 7002.0)}]
+    assert [report._seconds(each) for each in told] == ["3 s", "1 min 15 s", "22 s to 1 h 56 min"]
+
+
 def test_a_run_tells_the_seconds_of_the_next_one(recipe: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine.Rates, "_once", unmeasured)
     facts, _ = before.planned_facts(recipe(), print)
