@@ -61,7 +61,7 @@ def test_a_case_of_one_combination_is_left_to_pytest() -> None:
 
 
 class Function:
-    """What pytest gives for a function, and how it was parametrized."""
+    """Pytest's object of a function; keeps how it was parametrized."""
 
     def __init__(self, *marks: Any) -> None:
         self.definition = SimpleNamespace(iter_markers=lambda name: marks)

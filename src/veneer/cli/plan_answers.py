@@ -118,7 +118,7 @@ def answer_serve(recipe: Recipe, config: PreTrainedConfig, memory: int, as_json:
 
 
 def _told_room(found: Serving) -> str:
-    """What fits into the room: tokens or sequences, and adapters beside them."""
+    """Tell what the room holds: tokens or sequences, and adapters beside them."""
     n_adapters = found.adapters(0)
     adapters = f"{n_adapters:,} adapters ({size(found.adapter)} each)"
     if found.sequence:

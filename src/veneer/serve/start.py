@@ -209,19 +209,12 @@ def start_engine(
         if program_alone
         else _program(loaded, longest, give_up=own, switched_off=options.general_runner)
     )
-    if interpreter is None:
-        way, kept = way_of(loaded)
-    else:
-        way, kept = None, KeptBytes(_position_bytes(loaded, interpreter, options.block_size))
+    way, kept = _kept(loaded, interpreter, options.block_size)
     pages = _pages(loaded, options, kept, longest, contexts_cached, at_once=way is None)
     if options.max_model_len is None:
         longest = min(longest, pages.capacity(0))
-    limits = Limits(
-        max_seqs=options.max_num_seqs, max_batched_tokens=_step_tokens(options, loaded), max_model_len=longest,
-        max_waiting=options.max_waiting_requests, max_waiting_tokens=options.max_waiting_tokens,
-    )  # fmt: skip
     pool = AdapterPool(options.max_cpu_loras or options.max_loras, options.max_loras, pages)
-    scheduler = Scheduler(pages, pool, limits)
+    scheduler = Scheduler(pages, pool, _limits(loaded, options, longest))
     store = _store(model, loaded, options, interpreter)
     runner = (
         _runner(loaded, interpreter, pages, store, alone=program_alone) if way is None else OwnCacheRunner(loaded, way)
@@ -243,6 +236,13 @@ def start_engine(
         drafts=way is None,
     )
     return Engine(runner, scheduler, tokenizer, settings)
+
+
+def _limits(model: PreTrainedModel, options: EngineOptions, longest: int) -> Limits:
+    return Limits(
+        max_seqs=options.max_num_seqs, max_batched_tokens=_step_tokens(options, model), max_model_len=longest,
+        max_waiting=options.max_waiting_requests, max_waiting_tokens=options.max_waiting_tokens,
+    )  # fmt: skip
 
 
 def _program(
@@ -380,6 +380,11 @@ def _nf4() -> BitsAndBytesConfig:
     return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
 
 
+def _kept(model: PreTrainedModel, interpreter: Interpreter | None, block: int) -> tuple[Way | None, KeptBytes]:
+    """The way of `way_of` and the bytes that a sequence keeps, with a program or without one."""
+    return way_of(model) if interpreter is None else (None, KeptBytes(_position_bytes(model, interpreter, block)))
+
+
 def way_of(model: PreTrainedModel) -> tuple[Way | None, KeptBytes]:
     """Return how a model without a program goes on with its sequences, and the bytes that each of them keeps.
 
@@ -392,8 +397,7 @@ def way_of(model: PreTrainedModel) -> tuple[Way | None, KeptBytes]:
         kept = kept_bytes(model, way)
         _LOG.warning(
             "%s keeps its sequences in transformers' own caches, one each and one pass each, for %s. A sequence takes "
-            "%s and %s a token; after its first pass it computes %s. Requests share no beginnings, and nothing is "
-            "guessed",
+            "%s and %s a token; after its first pass it computes %s. There is no prefix caching and no speculation",
             type(model).__name__, error, size(kept.sequence), size(kept.position), way.value,
         )  # fmt: skip
         return way, kept

@@ -278,7 +278,7 @@ _ITS_OWN = {
     Tensor.register_hook, Tensor.dim, Tensor.ndimension, Tensor.is_floating_point, Tensor.is_complex, Tensor.get_device,
     Tensor.__len__, torch.is_floating_point, torch.is_complex,
 }  # fmt: skip
-"""What is asked of logits and answered by the hidden states alike."""
+"""Questions about logits that the hidden states answer alike."""
 _DIVIDES = {Tensor.div, Tensor.__truediv__, torch.div, Tensor.true_divide, torch.true_divide}
 _NOTED: dict[Any, Any] = {
     _getter("shape"): _shape,
@@ -295,6 +295,6 @@ _NOTED: dict[Any, Any] = {
     **dict.fromkeys((Tensor.flatten, torch.flatten), _flattened),
     torch.nn.functional.cross_entropy: _cross_entropy,
 }
-"""What happens to logits without their being made."""
+"""Operations that logits take without being made."""
 _NAMED = {Tensor.size, Tensor.flatten, torch.flatten, torch.nn.functional.cross_entropy}
 """Of these, the functions whose arguments may be given by name."""
