@@ -12,10 +12,13 @@ from typing import Any, ClassVar
 
 import psutil
 import torch
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from veneer.adapters.peft_model import PeftModel
 from veneer.errors import ConfigError, DescriptionError, TargetError, listed
 from veneer.evaluate.scoring import context_length
+from veneer.model.adapted.state import base_alone
 from veneer.model.batch.own_cache import KeptBytes, Way, kept_bytes, proved_way
 from veneer.model.batch.paged import SlotStore, require_pageable
 from veneer.model.coded.quantized_head import quantize_head
@@ -185,7 +188,7 @@ def start_engine(
     compares_bases: bool = True,
 ) -> Engine:
     """Return an engine that answers. ``model`` is an input of `load_model`, or a loaded model if its tokenizer is
-    given.
+    given. Requests without an adapter are the base's, also if the model given has adapters.
 
     ``program_alone``: nothing is computed by transformers' own code, and a loaded model's weights are freed. If it has
     no program, DescriptionError says why, and the model has its weights again. An adapter with a part that has no place
@@ -204,12 +207,13 @@ def start_engine(
     if limit is not None and longest > limit:
         raise ConfigError(f"max_model_len={longest} is more than the model's context of {limit} tokens: lower it")
     own = program_alone or not isinstance(model, PreTrainedModel)
-    interpreter, why_not = (
-        (proved(loaded, longest, give_up=own), "")
-        if program_alone
-        else _program(loaded, longest, give_up=own, switched_off=options.general_runner)
-    )
-    way, kept = _kept(loaded, interpreter, options.block_size)
+    with base_alone(loaded):
+        interpreter, why_not = (
+            (proved(loaded, longest, give_up=own), "")
+            if program_alone
+            else _program(loaded, longest, give_up=own, switched_off=options.general_runner)
+        )
+        way, kept = _kept(loaded, interpreter, options.block_size)
     pages = _pages(loaded, options, kept, longest, contexts_cached, at_once=way is None)
     if options.max_model_len is None:
         longest = min(longest, pages.capacity(0))
@@ -342,7 +346,12 @@ def _load(model: Any, options: EngineOptions) -> tuple[PreTrainedModel, Any]:
     named = options.tokenizer
     if isinstance(model, PreTrainedModel):
         _require_nothing_to_load(options)
+        _require_base(model)
         return model, _with_template(named, options.chat_template)
+    if isinstance(model, nn.Module):
+        raise ConfigError(
+            f"model, a {type(model).__name__}, is no model of transformers: give a folder, or a PreTrainedModel"
+        )
     quantization = _nf4() if options.quantization == "bitsandbytes" else None
     loaded = load_model(model, dtype=options.dtype, quantization=quantization, device=default_device())
     if options.quantize_head is not None:
@@ -365,6 +374,25 @@ def _require_nothing_to_load(options: EngineOptions) -> None:
             )
     if said:
         raise ConfigError(listed(said))
+
+
+def _require_base(model: PreTrainedModel) -> None:
+    """Raise ConfigError for a model whose base cannot be told from its adapters."""
+    if isinstance(model, PeftModel) and model.adapter_state.merged:
+        raise ConfigError(
+            f"the adapters {list(model.adapter_state.merged)} are merged into the model's weights: call "
+            "unmerge_adapter() for an engine on the base, or merge_and_unload() for one on their sum"
+        )
+    foreign = next((path for path, module in model.named_modules() if _is_of_peft(module)), None)
+    if foreign is not None:
+        raise ConfigError(
+            f"{foreign} has an adapter of the library peft, which would act on every request: save the adapter, give "
+            "the base alone, and name the adapter's folder in a LoRARequest"
+        )
+
+
+def _is_of_peft(module: nn.Module) -> bool:
+    return type(module).__module__.startswith("peft.")
 
 
 def _with_template(tokenizer: Any, template: str | None) -> Any:

@@ -6,15 +6,20 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import peft
 import psutil
 import pytest
+import torch
 
-from veneer import LLM, PeftModel, SamplingParams
+from veneer import LLM, LoraConfig, PeftModel, SamplingParams, get_peft_model
 from veneer.errors import ConfigError, FormatError
 from veneer.model.memory.give_back import SMAPS
+from veneer.serve.runners.general_runner import GeneralRunner
+from veneer.serve.runners.program_runner import ProgramRunner
 
 from .conftest import METHODS, VOCAB, make_model
 from .test_llm_exact import PROMPTS, answers, generated
+from .test_own_cache import made
 
 
 @pytest.mark.parametrize(
@@ -115,3 +120,46 @@ def test_each_part_of_a_start_is_named_while_it_is_waited_for(base_folder, monke
     n = len(named) - 2
     assert named[1:-1] == [f"packing the base: {i} of {n} products" for i in range(1, n + 1)]
     assert named[-1].startswith("comparing the program")
+
+
+def trained(model):
+    """The model, its adapter away from where it was."""
+    torch.manual_seed(11)
+    with torch.no_grad():
+        for parameter in (p for p in model.parameters() if p.requires_grad):
+            parameter += 0.3 * torch.randn_like(parameter)
+    return model.train()
+
+
+@pytest.mark.parametrize(("kind", "general"), [("llama", False), ("llama", True), ("lfm2", False)])
+def test_an_engine_on_an_adapted_model_answers_as_its_base(kind, general, adapters, tokenizer):
+    """Neither an adapter that acts, nor one that is trained later, nor one that is switched off changes answers."""
+    names, prompts, other = ("saved", "prompt"), PROMPTS[:3], adapters["dora"]
+    make = make_model if kind == "llama" else lambda: made(kind)
+    own = [generated(make(), prompt) for prompt in prompts]
+    served = PeftModel.from_pretrained(make_model(), other.path)
+    everywhere = LoraConfig(r=3, target_modules="all-linear")
+    for number, config in enumerate([METHODS[name]() for name in names] if kind == "llama" else [everywhere]):
+        model = trained(get_peft_model(make(), config)) if number % 2 == 0 else get_peft_model(make(), config)
+        llm = LLM(model, tokenizer=tokenizer, general_runner=general)
+        assert kind != "llama" or isinstance(llm.engine.runner, GeneralRunner if general else ProgramRunner)
+        assert answers(llm, prompts) == own
+        trained(model)
+        assert answers(llm, prompts[::-1]) == own[::-1]
+        model.disable_adapter_layers()
+        if kind == "llama":  # the adapter is made for it
+            assert answers(llm, prompts[:1], [other]) == [generated(served, prompts[0])] != own[:1]
+
+
+def test_models_whose_base_cannot_be_told_are_refused(tokenizer):
+    merged = get_peft_model(make_model(), METHODS["lora"]())
+    merged.merge_adapter()
+    with pytest.raises(ConfigError, match=r"adapters \['default'\] are merged into the model's weights: call unmerge"):
+        LLM(merged, tokenizer=tokenizer)
+    foreign = make_model()
+    peft.inject_adapter_in_model(peft.LoraConfig(r=3, target_modules=["q_proj"]), foreign)
+    with pytest.raises(ConfigError, match=r"layers.0.self_attn.q_proj has an adapter of the library peft"):
+        LLM(foreign, tokenizer=tokenizer)
+    for model in (peft.get_peft_model(make_model(), peft.LoraConfig(r=3, target_modules=["q_proj"])), torch.nn.ReLU()):
+        with pytest.raises(ConfigError, match=r"is no model of transformers: give a folder, or a PreTrainedModel"):
+            LLM(model, tokenizer=tokenizer)

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from veneer.contract import MethodConfig
@@ -103,3 +103,14 @@ class AdapterState:
                 yield
             finally:
                 self.active, self.disabled, self.tasks = before
+
+
+@contextmanager
+def base_alone(model: nn.Module) -> Iterator[None]:
+    """Context in which none of a model's adapters acts, if it has any."""
+    state = getattr(model, "adapter_state", None)
+    if state is None:
+        yield
+        return
+    with state.base_alone():
+        yield

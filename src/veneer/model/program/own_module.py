@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
+from veneer.model.adapted.state import base_alone
 from veneer.model.program.binding import Binding
 from veneer.model.program.operation import Frame, Operation, Register
 from veneer.model.program.rows import PassRows
@@ -29,8 +29,6 @@ class OwnModule(Operation):
         return OwnModuleWeights(to.model, to.model.get_submodule(self.path))
 
     def forward(self, weights: OwnModuleWeights, rows: PassRows, frame: Frame) -> None:
-        # The model gets a state when the first adapter takes the general runner, or comes with one.
-        state = getattr(weights.model, "adapter_state", None)
-        with nullcontext() if state is None else state.base_alone():
+        with base_alone(weights.model):  # it may get adapters later
             y = weights.module(frame[self.source.name][None])
         frame[self.target.name] = (y[0] if isinstance(y, tuple) else y)[0]

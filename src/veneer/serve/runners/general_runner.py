@@ -216,7 +216,8 @@ class GeneralRunner(OwnCodeRunner):
             with state.only((names[0],)):
                 yield
         else:
-            with routed(self.model, state, Routing(tuple(names), is_by_token=True)):
+            # only(()): rows take their adapters also where the caller has switched the model's own off
+            with state.only(()), routed(self.model, state, Routing(tuple(names), is_by_token=True)):
                 yield
 
     @contextmanager

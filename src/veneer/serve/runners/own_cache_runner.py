@@ -95,7 +95,7 @@ class OwnCacheRunner(OwnCodeRunner):
             with state.base_alone():
                 yield
         elif self.model.peft_config[version].invocation_tokens:  # the scheduler knows where it begins to act
-            with routed(self.model, state, Routing((version,), is_by_token=True)):
+            with state.only(()), routed(self.model, state, Routing((version,), is_by_token=True)):
                 yield
         else:
             with state.only((version,)):

@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 
 from veneer.adapters.peft_model import PeftModel
 from veneer.errors import DescriptionError, TargetError
+from veneer.model.adapted.state import base_alone
 from veneer.model.batch.paged import TOLERANCE, KeysValues, Stretch, require_pageable
 from veneer.model.blueprint.describe import describe
 from veneer.model.coded.packed_linear import PackedGroup, is_packed, pack_group, unpack
@@ -179,7 +180,8 @@ class ProgramRunner(DrawingRunner):
         folders = adapter.stored.folders
         with self._modules:
             if self.general is None:
-                _require_pages(self.model)
+                with base_alone(self.model):
+                    _require_pages(self.model)
                 self.general = GeneralRunner(self.model, self.cache.slots())
             for folder in folders:
                 _require_weights(self.model, folder)
