@@ -94,7 +94,7 @@ def initialize_lora_eva_weights(
         raise ConfigError(
             f"eva_state_dict leaves none of the layers of {adapter_name!r} a rank: give a factor with at least one row"
         )
-    changed = start.with_ranks(sites, ranks, keep_scale=eva.adjust_scaling_factors)
+    changed = start.with_ranks(sites, ranks, eva.adjust_scaling_factors)
     started = replace(model.peft_config[adapter_name], **changed)  # type: ignore[arg-type]
     for path, a in factors.items():
         if a.shape[0]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -34,3 +34,13 @@ class Extras:
     draws_rows: bool = False
     keeps_tie: bool = False
     turned: Callable[[Params], dict[str, Tensor]] = dict
+
+
+def not_rows(field: str, rows: Sequence[int]) -> list[str]:
+    """Return the problems of a field that names rows of a table."""
+    found = [] if rows else [f"{field} is empty: name the rows to train, at least one"]
+    repeated = sorted({row for row in rows if list(rows).count(row) > 1})
+    if repeated or any(row < 0 for row in rows):
+        told = f", and has {repeated} more than once" if repeated else ""
+        found.append(f"{field}={list(rows)!r} must be different numbers of at least 0{told}")
+    return found

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from veneer.records.sites import LinearSite
 
 
 @dataclass(frozen=True, kw_only=True)
-class LateStart(ABC):
+class LateStart:
     """Low-rank factors that may be initialized again once their adapter is on a model.
 
     ``a`` and ``b`` name A (r, i) and B (o, r) among the method's parameters. ``taken_off`` names A and B of the initial
     product, if that is subtracted. ``settings`` are those of the initialization from data that the config asks for,
     such as `inits.eva.EvaConfig`; None if it asks for none.
-    ``is_product``: the update is exactly `scale` B A for any factors, so that they may start as any product.
+    ``is_product``: the update is exactly ``scale`` B A for any factors, so that they may start as any product. ``rank``
+    and ``scale`` return r and the factor of B A at a site.
+
+    ``with_ranks`` returns the config's fields for sites and their new ranks, both by path. A site of rank 0 is dropped.
+    If its last argument, ``keep_scale``, is true, ``scale`` stays. Otherwise it follows from the new rank.
     """
 
     a: str
@@ -24,20 +27,6 @@ class LateStart(ABC):
     taken_off: tuple[str, ...] = ()
     settings: object | None
     is_product: bool
-
-    @abstractmethod
-    def rank(self, site: LinearSite) -> int:
-        """Return the rank r at this site."""
-
-    @abstractmethod
-    def scale(self, site: LinearSite) -> float:
-        """Return the factor of B A at this site."""
-
-    @abstractmethod
-    def with_ranks(
-        self, sites: Mapping[str, LinearSite], ranks: Mapping[str, int], keep_scale: bool
-    ) -> Mapping[str, object]:
-        """Return the config's fields for these ranks at these sites, both by path; one of rank 0 is no longer adapted.
-
-        ``keep_scale``: `scale` stays the same; otherwise it follows from the new rank.
-        """
+    rank: Callable[[LinearSite], int]
+    scale: Callable[[LinearSite], float]
+    with_ranks: Callable[[Mapping[str, LinearSite], Mapping[str, int], bool], Mapping[str, object]]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from veneer.contract.parameters import Params
@@ -40,3 +41,10 @@ class Training:
         None if there is none.
         """
         return None
+
+
+def skewness(params: Params) -> tuple[Tensor, Tensor]:
+    """Return ``|A Aᵀ - I|`` and ``|Bᵀ B - I|`` (Frobenius): the distances of low-rank factors from orthonormal ones."""
+    a, b = params["lora_A"], params["lora_B"]
+    one = torch.eye(len(a), dtype=a.dtype, device=a.device)
+    return torch.linalg.matrix_norm(a @ a.T - one), torch.linalg.matrix_norm(b.T @ b - one)

@@ -21,7 +21,7 @@ from veneer.contract.family_targets import LOW_RANK
 from veneer.contract.patterns import below_one
 from veneer.contract.peft_fields import OF_LORA, PeftFields
 from veneer.contract.targets import FamilyTargets
-from veneer.contract.training import Training
+from veneer.contract.training import Training, skewness
 from veneer.errors import ConfigError
 from veneer.records.deltas import LinearDelta
 from veneer.records.sites import LinearSite
@@ -170,12 +170,7 @@ def orthogonality(layers: Sequence[Params]) -> Tensor:
     """Return the mean of ``|A Aᵀ - I|`` and ``|Bᵀ B - I|`` (Frobenius) over all factors, to be weighed and added to a
     loss.
     """
-    grams = [gram for p in layers for gram in (p["lora_A"] @ p["lora_A"].T, p["lora_B"].T @ p["lora_B"])]
-    parts = [
-        torch.linalg.matrix_norm(gram - torch.eye(gram.shape[0], device=gram.device, dtype=gram.dtype))
-        for gram in grams
-    ]
-    return torch.stack(parts).mean()
+    return torch.stack([part for params in layers for part in skewness(params)]).mean()
 
 
 class Budget:

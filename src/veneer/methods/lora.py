@@ -25,16 +25,14 @@ from veneer.contract.raised import Raised
 from veneer.contract.settings import Settings
 from veneer.contract.targets import FamilyTargets
 from veneer.contract.training import Training
-from veneer.methods.lora_parts.checks import LoraChecks
-from veneer.methods.lora_parts.late_start import LoraLateStart
-from veneer.methods.lora_parts.raised import fields_of, parameters_of
-from veneer.methods.lora_parts.settings import LoraSettings
-from veneer.methods.lora_parts.taken_off import joined, packing_of, turned
+from veneer.methods.lora_parts.settings import LoraChecks, LoraSettings
 from veneer.methods.variants import VARIANTS, variants_of
 from veneer.records.channel_groups import block_diagonal, diagonal_blocks
 from veneer.records.deltas import LinearDelta
 from veneer.records.sites import LinearSite
 from veneer.records.stacks import stack, unstack
+
+_STARTS = ("lora_A_start", "lora_B_start")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,16 +73,6 @@ class LoraConfig(LoraSettings):
     peft_fields: ClassVar[PeftFields] = OF_LORA
     usual_fields: ClassVar[Mapping[str, object]] = {"target_modules": "all-linear"}
 
-    def scale(self, site: LinearSite) -> float:
-        """Return the factor of B A at this site: alpha / r or a variant's form of it, times the repeats of
-        the update.
-        """
-        r = self.rank(site)
-        scale = self.alpha(site) / r
-        for variant in variants_of(self):
-            scale = variant.scaled(scale, r)
-        return scale * site.repeats
-
     def shapes(self, site: LinearSite) -> Shapes:
         shapes = self._factors(site)
         if self.start.taken_off:
@@ -109,9 +97,7 @@ class LoraConfig(LoraSettings):
         return {name: value for v in variants_of(self) for name, value in v.drawn(self, site, generator).items()}
 
     def lower(self, site: LinearSite, params: Params) -> LinearDelta:
-        for variant in variants_of(self):
-            params = variant.of_pass(params)
-        a, b = (factor.flatten(1) for factor in joined(params))
+        a, b = (factor.flatten(1) for factor in _joined(params))
         if site.experts > 1:
             a, b = unstack(a, b, site.experts)
         b = block_diagonal(b, site.groups)
@@ -135,8 +121,21 @@ class LoraConfig(LoraSettings):
 
     @property
     def packing(self) -> Packing:
-        plain = packing_of(self)
-        return replace(plain, fixed=(*plain.fixed, *(name for v in variants_of(self) for name in v.fixed)))
+        """Plain LoRA, which fits the plain base in any library. A start that is subtracted doubles the rank."""
+        fixed = (*self.start.fixed, *(name for variant in variants_of(self) for name in variant.fixed))
+        if self.data_start is None and not self.start.taken_off:
+            return Packing(fixed=fixed)
+        plain = {"init_lora_weights": True, "eva_config": None, "corda_config": None, "lora_ga_config": None}
+        if not self.start.taken_off:
+            return Packing(plain, fixed)
+        grow = math.sqrt(2) if self.use_rslora else 2  # so that the scale stays
+        sizes = {
+            "r": 2 * self.r,
+            "lora_alpha": grow * self.lora_alpha,
+            "rank_pattern": {key: 2 * r for key, r in self.rank_pattern.items()},
+            "alpha_pattern": {key: grow * alpha for key, alpha in self.alpha_pattern.items()},
+        }
+        return TakenOff(fields=plain | sizes, fixed=(*_STARTS, *fixed))
 
     @property
     def checks(self) -> Checks:
@@ -144,18 +143,12 @@ class LoraConfig(LoraSettings):
 
     @property
     def extras(self) -> Extras:
-        given = self.trainable_token_indices
-        rows: dict[str | None, tuple[int, ...]] = {}
-        if isinstance(given, Mapping):
-            rows |= {name: tuple(indices) for name, indices in given.items()}
-        elif given:
-            rows[None] = tuple(given)
         return replace(
             super().extras,
             parameters=tuple(self.target_parameters or ()),
-            rows=rows,
+            rows=self.token_rows,
             keeps_tie=self.ensure_weight_tying,
-            turned=turned,
+            turned=_turned,
         )
 
     @property
@@ -168,7 +161,7 @@ class LoraConfig(LoraSettings):
 
     @property
     def training(self) -> Training | None:
-        return next(filter(None, (v.training() for v in variants_of(self))), None)
+        return next((v for v in variants_of(self) if v.has_penalty), None)
 
     def site_of(self, site: LinearSite, shapes: Mapping[str, tuple[int, ...]]) -> LinearSite:
         a, b = shapes["lora_A"], shapes["lora_B"]
@@ -183,11 +176,21 @@ class LoraConfig(LoraSettings):
 
     @classmethod
     def raised(cls, records: Mapping[str, LinearDelta], targets: Sequence[str]) -> Raised | None:
-        fields = fields_of(records)
-        if fields is None:
+        """Return plain factors with a scale of 1, and a bias on B. They are zero if only biases change."""
+        if not all(record.only_adds and not record.changes for record in records.values()):
             return None
-        config = cls(target_modules=tuple(targets), **fields)
-        return Raised(config, functools.partial(parameters_of, with_bias=config.lora_bias))
+        ranks = {path: max(record.rank, 1) for path, record in records.items()}
+        commonest = max(set(ranks.values()), key=list(ranks.values()).count)
+        special = {path.replace(".", r"\."): rank for path, rank in ranks.items() if rank != commonest}
+        config = cls(
+            target_modules=tuple(targets),
+            r=commonest,
+            lora_alpha=commonest,
+            rank_pattern=special,
+            alpha_pattern=dict(special),
+            lora_bias=any(record.bias is not None for record in records.values()),
+        )
+        return Raised(config, functools.partial(_raised_at, with_bias=config.lora_bias))
 
     @property
     def dropout(self) -> float:
@@ -195,14 +198,32 @@ class LoraConfig(LoraSettings):
 
     @property
     def late_start(self) -> LateStart:
-        return LoraLateStart(
-            config=self,
+        return LateStart(
             a="lora_A",
             b="lora_B",
-            taken_off=("lora_A_start", "lora_B_start") if self.start.taken_off else (),
+            taken_off=_STARTS if self.start.taken_off else (),
             settings=self.data_start,
             is_product=not (self.reads_weight or self.start.taken_off) and all(v.is_product for v in variants_of(self)),
+            rank=self.rank,
+            scale=self.scale,
+            with_ranks=self._with_ranks,
         )
+
+    def _with_ranks(
+        self, sites: Mapping[str, LinearSite], ranks: Mapping[str, int], keep_scale: bool
+    ) -> Mapping[str, object]:
+        """See `LateStart`. Layers are named by their whole paths if some are dropped."""
+        left = [path for path in sites if ranks[path]]
+        patterned = replace(self, rank_pattern={path: ranks[path] for path in left if ranks[path] != self.r})
+        alphas = {path: self.alpha(sites[path]) for path in left}
+        for path in left:
+            if keep_scale and ranks[path] != self.rank(sites[path]):  # whichever power of the rank a variant divides by
+                alphas[path] *= self.scale(sites[path]) / patterned.scale(sites[path])
+        return {
+            "rank_pattern": patterned.rank_pattern,
+            "alpha_pattern": {path: alpha for path, alpha in alphas.items() if alpha != self.lora_alpha},
+            "target_modules": self.target_modules if len(left) == len(sites) else left,
+        }
 
     def _read(self, site: LinearSite) -> LinearSite:
         """The site as A reads it."""
@@ -218,3 +239,42 @@ class LoraConfig(LoraSettings):
             "lora_A": (rows, channels, *site.window),
             "lora_B": (site.out_features, rows // site.groups, *point),
         }
+
+
+@dataclass(frozen=True)
+class TakenOff(Packing):
+    """Packing of a subtracted start, ``- B₀ A₀``, as more rows of A and columns of B."""
+
+    def pack(self, params: Params) -> dict[str, Tensor]:
+        a, b = _joined(params)
+        rest = {name: value for name, value in params.items() if name not in _STARTS}
+        return {**rest, "lora_A": a, "lora_B": b}
+
+    def unpack(self, packed: Params) -> dict[str, Tensor]:
+        (a, a_start), (b, b_start) = packed["lora_A"].chunk(2), packed["lora_B"].chunk(2, dim=1)
+        return {**packed, "lora_A": a, "lora_B": b, "lora_A_start": a_start, "lora_B_start": -b_start}
+
+
+def _joined(params: Params) -> tuple[Tensor, Tensor]:
+    """A and B. If the start is subtracted they are ``[A; A₀]`` and ``[B, -B₀]``, with product ``B A - B₀ A₀``."""
+    a, b = params["lora_A"], params["lora_B"]
+    if "lora_A_start" not in params:
+        return a, b
+    return torch.cat([a, params["lora_A_start"]]), torch.cat([b, -params["lora_B_start"]], dim=1)
+
+
+def _turned(params: Params) -> dict[str, Tensor]:
+    """The parameters of the transposed update: (B A)ᵀ is Aᵀ Bᵀ."""
+    return {"lora_A": params["lora_B"].T, "lora_B": params["lora_A"].T}
+
+
+def _raised_at(site: LinearSite, record: LinearDelta, with_bias: bool) -> dict[str, Tensor]:
+    """The parameters that lower to a record."""
+    like = record.tensors[0]
+    zeros = like.new_zeros(1, site.in_features), like.new_zeros(site.out_features, 1)
+    a, b = record.factors() if record.adds else zeros
+    params = {"lora_A": a, "lora_B": b / site.repeats}
+    if with_bias:
+        zero = torch.zeros_like(b[:, 0])
+        params["lora_B_bias"] = zero if record.bias is None else record.bias / site.repeats
+    return params

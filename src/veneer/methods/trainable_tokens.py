@@ -6,6 +6,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import ClassVar
 
+from veneer.contract.extras import not_rows
 from veneer.contract.keys import tokens_key
 from veneer.contract.peft_fields import PeftFields
 from veneer.contract.whole import WholeMethod
@@ -31,12 +32,7 @@ class TrainableTokensConfig(WholeMethod):
     init_weights: bool = True
 
     def problems(self) -> list[str]:
-        found, indices = super().problems(), list(self.token_indices)
-        if not indices:
-            found.append("token_indices is empty: name the rows to train")
-        if any(index < 0 for index in indices) or len(set(indices)) < len(indices):
-            found.append(f"token_indices={indices!r} must be different numbers of at least 0")
-        return found
+        return super().problems() + not_rows("token_indices", self.rows)
 
     @property
     def rows(self) -> tuple[int, ...]:

@@ -1,1 +1,1 @@
-"""Parts of LoRA: its settings, refusals, form on disk, late starts, and conversion from records."""
+"""Parts of LoRA: its settings with their checks, and its plain form."""

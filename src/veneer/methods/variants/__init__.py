@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import importlib
-import inspect
 import pkgutil
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from typing import Any, ClassVar
 
 import torch
@@ -17,14 +17,14 @@ from veneer.records.deltas import LinearDelta
 from veneer.records.sites import LinearSite
 
 
-class Variant:
+class Variant(Training):
     """Variant that the field ``switch`` of a `LoraConfig` turns on: by True, or by settings, which are the variant.
 
-    ``excludes`` are fields that do not go with it, ``whole`` those that need A and B of plain LoRA. With ``own_start``
-    no named ``init_lora_weights`` does. ``fixed`` parameters are never trained, ``outward`` ones lie on the side of the
-    output (see `LinearMethod.outward`). The update has ``ranks`` times the rank, and is no product B A of any factors
-    unless ``is_product``. ``reads_weight``: `lower` needs the frozen weight. ``inert``: adapters that differ in the
-    switch mean the same update.
+    ``excludes`` are fields that do not go with it, ``whole`` those that need A and B of plain LoRA. ``linear_only``: it
+    acts at linear layers alone. ``fixed`` parameters are never trained, ``outward`` ones lie on the side of the output
+    (see `LinearMethod.outward`). The update has ``ranks`` times the rank, and is no product B A of any factors unless
+    ``is_product``. ``reads_weight``: `lower` needs the frozen weight. ``inert``: adapters that differ in the switch
+    mean the same update. ``has_penalty``: it adds to the loss of a run, as `Training` says.
     """
 
     switch: ClassVar[str]
@@ -32,7 +32,7 @@ class Variant:
         "use_dora", "lora_bias", "target_parameters", "ensure_weight_tying", "alora_invocation_tokens",
     )  # fmt: skip
     excludes: ClassVar[tuple[str, ...]] = ()
-    own_start: ClassVar[bool] = False
+    linear_only: ClassVar[bool] = False
     disk_names: ClassVar[Mapping[str, str]] = {}
     fixed: ClassVar[tuple[str, ...]] = ()
     outward: ClassVar[tuple[str, ...]] = ()
@@ -40,6 +40,7 @@ class Variant:
     is_product: ClassVar[bool] = True
     reads_weight: ClassVar[bool] = False
     inert: ClassVar[bool] = False
+    has_penalty: ClassVar[bool] = False
 
     def refusals(self, config: Any) -> list[str]:
         """Return the problems of a `LoraConfig` with this variant, other than ``excludes``."""
@@ -47,7 +48,10 @@ class Variant:
 
     def refusals_at(self, config: Any, sites: Sequence[LinearSite]) -> list[str]:
         """Return the problems of layers that the config adapts."""
-        return []
+        wrong = [site for site in sites if self.linear_only and site.kind != "linear"]
+        return [
+            f"{self.switch} at {site.name}, which is no linear layer: leave it out of target_modules" for site in wrong
+        ]
 
     def scaled(self, scale: float, r: int) -> float:
         """Return the scale for this rank, given alpha / r."""
@@ -65,9 +69,7 @@ class Variant:
         """Return the shapes of parameters that it adds or changes, given those so far."""
         return {}
 
-    def init(
-        self, config: Any, site: LinearSite, params: Params, generator: torch.Generator | None
-    ) -> dict[str, Tensor]:
+    def init(self, config: Any, site: LinearSite, params: Params, generator: torch.Generator | None) -> Params:
         """Return initial values of the parameters that it adds or changes, given those so far."""
         return {}
 
@@ -79,10 +81,6 @@ class Variant:
         """Return tensors that follow from the weight."""
         return {}
 
-    def of_pass(self, params: Params) -> Params:
-        """Return the parameters as a pass uses them."""
-        return params
-
     def factors(self, config: Any, site: LinearSite, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
         """Return A (r, i) and B (o, r) as plain LoRA has them, from its own."""
         return a, b
@@ -91,30 +89,17 @@ class Variant:
         """Return the record after the variant."""
         return record
 
-    def training(self) -> Training | None:
-        """Return its part in a run, if it has one."""
-        return None
 
-
-def excluded(config: object, names: Sequence[str], why: str) -> list[str]:
-    """Return a sentence for each of these fields that is set."""
+def excluded(config: Any, names: Sequence[str], why: str) -> list[str]:
+    """Return a sentence for each of these fields that is set: neither empty nor its default."""
     given = {name: getattr(config, name) for name in names}
-    return [f"{name}={value!r} does not go with {why}" for name, value in given.items() if value]
+    defaults = {spec.name: spec.default for spec in fields(config)}
+    return [f"{name}={x!r} does not go with {why}" for name, x in given.items() if x and x != defaults[name]]
 
 
-def not_linear(switch: str, sites: Sequence[LinearSite]) -> list[str]:
-    """Return a problem for each layer that is not linear."""
-    return [f"{switch} at {site.name}, which is no linear layer" for site in sites if site.kind != "linear"]
-
-
-def all_variants() -> tuple[type[Variant], ...]:
-    """Return the variants of this folder, one a file."""
-    files = [importlib.import_module(info.name) for info in pkgutil.iter_modules(__path__, f"{__name__}.")]
-    kinds = [kind for file in files for _, kind in inspect.getmembers(file, inspect.isclass)]
-    return tuple(k for k in kinds if issubclass(k, Variant) and k is not Variant and k.__module__.startswith(__name__))
-
-
-VARIANTS = all_variants()  # once, here: torch.compile cannot follow an import in the forward pass
+for _file in pkgutil.iter_modules(__path__, f"{__name__}."):  # once, here: torch.compile cannot follow imports
+    importlib.import_module(_file.name)
+VARIANTS = tuple(Variant.__subclasses__())  # those of this folder, one a file
 
 
 def variants_of(config: object) -> list[Variant]:
@@ -125,9 +110,6 @@ def variants_of(config: object) -> list[Variant]:
 
 def refusals(config: Any) -> list[str]:
     """Return a sentence for each field that does not go with a variant, and the other problems of variants."""
-    on, found = variants_of(config), list[str]()
-    for each in on:
-        found += excluded(config, each.excludes, f"{each.switch}: leave it out")
-        if each.own_start and config.init_lora_weights not in (True, False):
-            found += excluded(config, ["init_lora_weights"], f"{each.switch}: leave it out")
+    on = variants_of(config)
+    found = [said for each in on for said in excluded(config, each.excludes, f"{each.switch}: leave it out")]
     return found + [said for each in on for said in each.refusals(config)]

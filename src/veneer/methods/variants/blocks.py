@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from veneer.contract.parameters import Params, Shapes
+from veneer.contract.patterns import below_one
 from veneer.contract.settings import Settings
 from veneer.methods.variants import Variant
 from veneer.records.channel_groups import block_diagonal, diagonal_blocks
@@ -28,9 +29,9 @@ class BdLoraConfig(Settings, Variant):
     """
 
     switch = "use_bdlora"
-    excludes = (*Variant.whole, "use_qalora", "kasa_config")
-    own_start = True
+    excludes = (*Variant.whole, "use_qalora", "kasa_config", "init_lora_weights")
     is_product = False
+    linear_only = True
 
     target_modules_bd_a: Collection[str] | None = None
     target_modules_bd_b: Collection[str] | None = None
@@ -38,42 +39,36 @@ class BdLoraConfig(Settings, Variant):
     match_strict: bool = True
 
     def problems(self) -> list[str]:
-        found = [f"nblocks={self.nblocks!r} must be a whole number of at least 1"] if self.nblocks < 1 else []
+        found = below_one({"nblocks": self.nblocks})
         both = sorted({*(self.target_modules_bd_a or ())} & {*(self.target_modules_bd_b or ())})
         return found + ([f"target_modules_bd_a and target_modules_bd_b share {both}: leave one out"] if both else [])
 
     def blocks(self, site: LinearSite) -> tuple[int, int]:
         """Return the counts of blocks of A and of B at a site; 1 is a whole matrix."""
-        a, b = (self._names(site, patterns) for patterns in (self.target_modules_bd_a, self.target_modules_bd_b))
-        return self.nblocks if a else 1, self.nblocks if b else 1
-
-    def problems_at(self, site: LinearSite, r: int) -> list[str]:
-        """Return the problems of blocks at a layer, of this rank."""
-        named = [
-            (factor, width)
-            for factor, patterns, width in (
-                ("A", self.target_modules_bd_a, site.in_features),
-                ("B", self.target_modules_bd_b, site.out_features),
-            )
-            if self._names(site, patterns)
-        ]
-        where = f"use_bdlora at {site.name}"
-        if len(named) == 2:
-            return [f"{where}: its name is in target_modules_bd_a and target_modules_bd_b: leave one out"]
-        if not named and self.match_strict:
-            return [f"{where}: neither target_modules_bd_a nor target_modules_bd_b names it. Set match_strict=False"]
-        return [
-            f"{where}: nblocks={self.nblocks} does not divide r={r} and the {width} {'inputs' if factor == 'A' else ''}"
-            f"{'outputs' if factor == 'B' else ''} of {factor}: give a divisor of {math.gcd(r, width)}"
-            for factor, width in named
-            if r % self.nblocks or width % self.nblocks
-        ] + ([f"{where}: it is no linear layer. Leave it out of target_modules"] if site.kind != "linear" else [])
-
-    def _names(self, site: LinearSite, patterns: Collection[str] | None) -> bool:
-        return any(pattern in site.name.rpartition(".")[2] for pattern in patterns or ())
+        of_a, of_b = self._named(site)
+        return self.nblocks if of_a else 1, self.nblocks if of_b else 1
 
     def refusals_at(self, config: Any, sites: Sequence[LinearSite]) -> list[str]:
-        return [said for site in sites for said in self.problems_at(site, config.rank(site))]
+        found = [(site.name, self._problem(site, config.rank(site))) for site in sites]
+        return super().refusals_at(config, sites) + [f"use_bdlora at {name}: {said}" for name, said in found if said]
+
+    def _problem(self, site: LinearSite, r: int) -> str | None:
+        """The problem of blocks at a layer, of this rank."""
+        of_a, of_b = self._named(site)
+        if of_a and of_b:
+            return "its name is in target_modules_bd_a and target_modules_bd_b: leave one out"
+        if not (of_a or of_b):
+            told = "neither target_modules_bd_a nor target_modules_bd_b names it. Set match_strict=False"
+            return told if self.match_strict else None
+        width, what = (site.in_features, "inputs of A") if of_a else (site.out_features, "outputs of B")
+        told = f"nblocks={self.nblocks} does not divide r={r} and the {width} {what}: give a divisor of "
+        return f"{told}{math.gcd(r, width)}" if r % self.nblocks or width % self.nblocks else None
+
+    def _named(self, site: LinearSite) -> tuple[bool, bool]:
+        """Whether the config names a layer's A, and its B."""
+        last, both = site.name.rpartition(".")[2], (self.target_modules_bd_a, self.target_modules_bd_b)
+        of_a, of_b = (any(pattern in last for pattern in patterns or ()) for patterns in both)
+        return of_a, of_b
 
     def width(self, config: Any, site: LinearSite) -> int:
         return self.blocks(site)[0]
@@ -83,9 +78,7 @@ class BdLoraConfig(Settings, Variant):
         n_a, n_b = self.blocks(site)
         return {"lora_A": (rows, inputs // n_a, *window), "lora_B": (outputs, columns // n_b, *point)}
 
-    def init(
-        self, config: Any, site: LinearSite, params: Params, generator: torch.Generator | None
-    ) -> dict[str, Tensor]:
+    def init(self, config: Any, site: LinearSite, params: Params, generator: torch.Generator | None) -> Params:
         """Return A in blocks, uniform in ±√(6 / columns) as PEFT draws them, and the blocks of B."""
         n_a, n_b = self.blocks(site)
         a, columns = params["lora_A"], params["lora_A"].shape[1] // n_a

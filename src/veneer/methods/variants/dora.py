@@ -40,18 +40,14 @@ class Dora(Variant):
 
     def refusals(self, config: Any) -> list[str]:
         start = config.init_lora_weights
-        fixed = config.start is not None and config.start.fixed
-        return (
-            [f"init_lora_weights={start!r} and use_dora exclude each other, as in PEFT: leave one out"] if fixed else []
-        )
+        told = f"init_lora_weights={start!r} and use_dora exclude each other, as in PEFT: leave one out"
+        return [told] if config.start is not None and config.start.fixed else []
 
     def shapes(self, config: Any, site: LinearSite, shapes: Shapes) -> Shapes:
         of_convolution = (1, site.out_features, *[1] * len(site.window))
         return {"lora_magnitude_vector": of_convolution if site.window else (site.out_features,)}
 
-    def init(
-        self, config: Any, site: LinearSite, params: Params, generator: torch.Generator | None
-    ) -> dict[str, Tensor]:
+    def init(self, config: Any, site: LinearSite, params: Params, generator: torch.Generator | None) -> Params:
         """Return the row norms of the weight with the initial factors, so that the start changes nothing."""
         start = config.lower(site, {**params, "lora_magnitude_vector": torch.ones(site.out_features)})
         shapes = self.shapes(config, site, {})

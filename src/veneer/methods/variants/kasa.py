@@ -16,8 +16,8 @@ from torch import Tensor
 from veneer.contract.needed import needed_weight
 from veneer.contract.parameters import Params, Shapes
 from veneer.contract.settings import Settings
-from veneer.contract.training import Training
-from veneer.methods.variants import Variant, excluded, not_linear
+from veneer.contract.training import skewness
+from veneer.methods.variants import Variant, excluded
 from veneer.ops.traced import is_tracing
 from veneer.records.deltas import LinearDelta
 from veneer.records.sites import LinearSite
@@ -34,8 +34,8 @@ class KasaConfig(Settings, Variant):
     """
 
     switch = "kasa_config"
-    excludes = Variant.whole
-    own_start = reads_weight = inert = True
+    excludes = (*Variant.whole, "init_lora_weights")
+    linear_only = reads_weight = inert = has_penalty = True
     ranks = 2
 
     beta: float = 1e-4
@@ -49,7 +49,7 @@ class KasaConfig(Settings, Variant):
         return [] if config.inference_mode else excluded(config, ["lora_dropout"], f"{self.switch}: leave it out")
 
     def refusals_at(self, config: Any, sites: Sequence[LinearSite]) -> list[str]:
-        return not_linear(self.switch, sites) + [
+        return super().refusals_at(config, sites) + [
             f"r={config.rank(site)} at {site.name} takes off every singular triplet of a weight of {site.out_features} "
             f"x {site.in_features}, with kasa_config: give at most {least - 1}"
             for site in sites
@@ -59,9 +59,7 @@ class KasaConfig(Settings, Variant):
     def shapes(self, config: Any, site: LinearSite, shapes: Shapes) -> Shapes:
         return {DIAGONAL: (config.rank(site),)}
 
-    def init(
-        self, config: Any, site: LinearSite, params: Params, generator: torch.Generator | None
-    ) -> dict[str, Tensor]:
+    def init(self, config: Any, site: LinearSite, params: Params, generator: torch.Generator | None) -> Params:
         return {DIAGONAL: torch.randn(config.rank(site), generator=generator)}
 
     def derived(self, config: Any, site: LinearSite) -> dict[str, Tensor]:
@@ -78,25 +76,6 @@ class KasaConfig(Settings, Variant):
         a, b = (held[f"least_{factor}"].to(d.device, d.dtype) for factor in "AB")
         return LinearDelta(adds=(replace(cast(Pair, record.low_rank), core=d), Pair(a=a, b=-b)))
 
-    def training(self) -> Training:
-        return KasaTraining(self)
-
-
-@dataclass(frozen=True)
-class KasaTraining(Training):
-    """KaSA's part in a run: what it adds to the loss."""
-
-    config: KasaConfig
-
     def penalty(self, layers: Sequence[Params]) -> Tensor | None:
-        beta, gamma = self.config.beta, self.config.gamma
-        parts = [beta * params[DIAGONAL].square().sum() + gamma * _distance(params) for params in layers]
-        return torch.stack(parts).sum() if parts and (beta or gamma) else None
-
-
-def _distance(params: Params) -> Tensor:
-    """The distance of the rows of A, and of the columns of B, from orthonormal ones (eq. 11)."""
-    a, b = params["lora_A"], params["lora_B"]
-    one = torch.eye(len(a), dtype=a.dtype, device=a.device)
-    total: Tensor = torch.linalg.matrix_norm(a @ a.T - one) + torch.linalg.matrix_norm(b.T @ b - one)
-    return total
+        parts = [self.beta * params[DIAGONAL].square().sum() + self.gamma * sum(skewness(params)) for params in layers]
+        return torch.stack(parts).sum() if parts and (self.beta or self.gamma) else None

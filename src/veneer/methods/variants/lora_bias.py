@@ -10,7 +10,6 @@ from dataclasses import replace
 from typing import Any, ClassVar, cast
 
 import torch
-from torch import Tensor
 
 from veneer.contract.parameters import Params, Shapes
 from veneer.methods.variants import Variant
@@ -30,9 +29,7 @@ class LoraBias(Variant):
     def shapes(self, config: Any, site: LinearSite, shapes: Shapes) -> Shapes:
         return {"lora_B_bias": (site.out_features,)}
 
-    def init(
-        self, config: Any, site: LinearSite, params: Params, generator: torch.Generator | None
-    ) -> dict[str, Tensor]:
+    def init(self, config: Any, site: LinearSite, params: Params, generator: torch.Generator | None) -> Params:
         return {"lora_B_bias": torch.zeros(site.out_features)}
 
     def lower(self, config: Any, site: LinearSite, params: Params, record: LinearDelta) -> LinearDelta:

@@ -13,17 +13,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from veneer.contract.parameters import Params, Shapes
+from veneer.contract.patterns import below_one
 from veneer.contract.settings import Settings
-from veneer.contract.training import Training
-from veneer.methods.variants import Variant, not_linear
+from veneer.methods.variants import Variant
+from veneer.records.deltas import LinearDelta
 from veneer.records.sites import LinearSite
+from veneer.records.terms.pair import Pair
 
 STD, WEIGHTS = "monteclora_std", "monteclora_weights"
 _HELD = ("monteclora_variance", "monteclora_drawn_weights")  # of a last pass: kept for PEFT, and never read
@@ -49,7 +51,7 @@ class MontecloraConfig(Settings, Variant):
     switch = "monteclora_config"
     excludes = (*Variant.whole, "use_qalora", "use_bdlora", "kasa_config")
     disk_names, fixed = _DISK_NAMES, _HELD
-    inert = True
+    linear_only = inert = has_penalty = True
 
     num_samples: int = 8
     use_entropy: bool = False
@@ -59,22 +61,16 @@ class MontecloraConfig(Settings, Variant):
     buffer_size: int = 150
 
     def problems(self) -> list[str]:
-        counts = {"num_samples": self.num_samples, "buffer_size": self.buffer_size}
-        found = [f"{name}={n!r} must be a whole number of at least 1" for name, n in counts.items() if n < 1]
+        found = below_one({"num_samples": self.num_samples, "buffer_size": self.buffer_size})
         if self.dirichlet_prior <= 0:
             found.append(f"dirichlet_prior={self.dirichlet_prior!r} must be above 0")
         return found
-
-    def refusals_at(self, config: Any, sites: Sequence[LinearSite]) -> list[str]:
-        return not_linear(self.switch, sites)
 
     def shapes(self, config: Any, site: LinearSite, shapes: Shapes) -> Shapes:
         r, n = config.rank(site), self.num_samples
         return {STD: (r,), WEIGHTS: (n,), _HELD[0]: (r, r), _HELD[1]: (n,)}
 
-    def init(
-        self, config: Any, site: LinearSite, params: Params, generator: torch.Generator | None
-    ) -> dict[str, Tensor]:
+    def init(self, config: Any, site: LinearSite, params: Params, generator: torch.Generator | None) -> Params:
         """Return v and p uniform in [0, 1)."""
         r, n = config.rank(site), self.num_samples
         start = {STD: torch.rand(r, generator=generator), WEIGHTS: torch.rand(n, generator=generator)}
@@ -85,16 +81,19 @@ class MontecloraConfig(Settings, Variant):
         z = torch.randn(self.num_samples, site.in_features, r, generator=generator)
         return {_Z: z, **self._drawn_around(r, generator)}
 
-    def of_pass(self, params: Params) -> Params:
-        """Return the parameters with noise on A, if random numbers are among them."""
+    def lower(self, config: Any, site: LinearSite, params: Params, record: LinearDelta) -> LinearDelta:
+        """Return the record with noise on A, if random numbers are among the parameters."""
         if _Z not in params:
-            return params
+            return record
         z = torch.einsum("k,kij->ij", self._weights(params), params[_Z].to(params[WEIGHTS].dtype))
-        noise = self.sample_scaler * z * self._variances(params).sqrt()
-        return {**params, "lora_A": params["lora_A"] + noise.T}
+        noise, pair = self.sample_scaler * z * self._variances(params).sqrt(), cast(Pair, record.low_rank)
+        return LinearDelta.pair(pair.a + noise.T, pair.b, pair.scale)
 
-    def penalty(self, params: Params) -> Tensor:
-        """Return what a site adds to the loss, a number: divergences and squares of w."""
+    def penalty(self, layers: Sequence[Params]) -> Tensor | None:
+        return torch.stack([self._penalty(params) for params in layers]).mean() if layers else None
+
+    def _penalty(self, params: Params) -> Tensor:
+        """The term of one site: divergences and squares of w."""
         params = {**params, **self._drawn_around(len(params[STD]), None)}
         found: Tensor = self.kl_loss_weight * self._divergence(params)
         return found + self._weights(params).square().sum() if self.use_entropy else found
@@ -129,16 +128,3 @@ class MontecloraConfig(Settings, Variant):
         of_variances = 0.5 * (r * ((2 * v).exp() - 2 * v).sum() - r**2)
         of_noise = 0.5 * self.num_samples * ((variance - variance.log()).sum() - r)
         return of_weights + of_variances + of_noise
-
-    def training(self) -> Training:
-        return MontecloraTraining(self)
-
-
-@dataclass(frozen=True)
-class MontecloraTraining(Training):
-    """MonteCLoRA's part in a run: what it adds to the loss, the mean over layers."""
-
-    config: MontecloraConfig
-
-    def penalty(self, layers: Sequence[Params]) -> Tensor | None:
-        return torch.stack([self.config.penalty(params) for params in layers]).mean() if layers else None

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from veneer.methods.variants import Variant, not_linear
+from veneer.methods.variants import Variant
 from veneer.records.sites import LinearSite
 
 
@@ -18,13 +18,13 @@ class QaLora(Variant):
     """QA-LoRA."""
 
     switch = "use_qalora"
-    excludes = (*Variant.whole, "kasa_config")
-    own_start = True
+    excludes = (*Variant.whole, "kasa_config", "init_lora_weights")
+    linear_only = True
     is_product = False
 
     def refusals_at(self, config: Any, sites: Sequence[LinearSite]) -> list[str]:
         size = config.qalora_group_size
-        return not_linear(self.switch, sites) + [
+        return super().refusals_at(config, sites) + [
             f"qalora_group_size={size} at {site.name}: give a divisor of its {site.in_features} inputs"
             for site in sites
             if site.in_features % size

@@ -10,7 +10,6 @@ writes the one of its last pass. Layers keep one x for all that read it, also wh
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
@@ -18,8 +17,9 @@ import torch
 from torch import Tensor
 
 from veneer.contract.parameters import Params, Shapes
+from veneer.contract.patterns import below_one
 from veneer.contract.settings import Settings
-from veneer.methods.variants import Variant, not_linear
+from veneer.methods.variants import Variant
 from veneer.records.deltas import LinearDelta
 from veneer.records.sites import LinearSite
 from veneer.records.terms.compressed import Compressed, unit
@@ -41,14 +41,14 @@ class VeloraConfig(Settings, Variant):
     switch = "velora_config"
     excludes = (*Variant.whole, "use_qalora", "use_bdlora", "kasa_config", "monteclora_config")
     fixed = (EMBED,)
-    inert = True
+    linear_only = inert = True
 
     num_groups: int = 64
     scale: float = 1.0
     init_type: Literal["batch_average", "batch_average_once", "random"] = "batch_average"
 
     def problems(self) -> list[str]:
-        found = [] if self.num_groups > 0 else [f"num_groups={self.num_groups!r} must be a whole number of at least 1"]
+        found = below_one({"num_groups": self.num_groups})
         return found + ([] if self.scale > 0 else [f"scale={self.scale!r} must be above 0"])
 
     def width_of_group(self, site: LinearSite) -> int:
@@ -63,15 +63,10 @@ class VeloraConfig(Settings, Variant):
             "training: give 'batch_average' or 'random'"
         ]
 
-    def refusals_at(self, config: Any, sites: Sequence[LinearSite]) -> list[str]:
-        return not_linear(self.switch, sites)
-
     def shapes(self, config: Any, site: LinearSite, shapes: Shapes) -> Shapes:
         return {EMBED: (self.width_of_group(site),)}
 
-    def init(
-        self, config: Any, site: LinearSite, params: Params, generator: torch.Generator | None
-    ) -> dict[str, Tensor]:
+    def init(self, config: Any, site: LinearSite, params: Params, generator: torch.Generator | None) -> Params:
         """Return e: random, or zeros where it is a mean."""
         width = self.width_of_group(site)
         is_random = self.init_type == "random"
