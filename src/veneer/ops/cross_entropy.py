@@ -292,7 +292,6 @@ def _chunked(
     """The losses, which rows have their label on top (none where not asked for), and the gradients of the sum, the
     weight's in float32."""
     hidden, labels = counted
-    _check_classes(labels, weight.shape[0])
     n, out_features = hidden.shape[0], weight.shape[0]
     wide = torch.promote_types(hidden.dtype, torch.float32)
     dhidden = torch.empty_like(hidden) if wanted[0] else None
@@ -300,7 +299,6 @@ def _chunked(
     chunk = max(1, min(n, chunk_rows(out_features * hidden.element_size(), hidden.device, options)))
     buffer = hidden.new_empty(chunk, out_features)
     losses, hits = hidden.new_empty(n, dtype=wide), torch.zeros_like(labels, dtype=torch.bool)
-    kernel = implementation(_OP, hidden.device, options.backend)
     for start in range(0, n, chunk):
         rows = slice(start, min(n, start + chunk))
         logits = _logits(hidden[rows], weight, bias, buffer)
@@ -309,7 +307,9 @@ def _chunked(
             hits[rows] = logits.argmax(dim=-1) == labels[rows]
         if options.observe is not None:
             options.observe(rows, logits if options.softcap is None else _capped(logits, options.softcap))
-        losses[rows] = kernel(logits, labels[rows], options.softcap, any(wanted))
+        losses[rows] = softmax_cross_entropy(
+            logits, labels[rows], options.softcap, write_grad=any(wanted), backend=options.backend
+        )
         if any(wanted) and options.scale != 1:
             logits.mul_(options.scale)
         if dhidden is not None:

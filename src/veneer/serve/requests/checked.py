@@ -16,9 +16,10 @@ from veneer.serve.schedule.adapter_version import AdapterVersion
 from veneer.serve.schedule.lora_request import LoRARequest
 from veneer.serve.schedule.pooling_params import PoolingParams
 from veneer.serve.schedule.prefix_cache import require_salt, root_of
-from veneer.serve.schedule.request import Request, StopRule
+from veneer.serve.schedule.request import Request
 from veneer.serve.schedule.sampling_params import RequestOutputKind, SamplingParams
 from veneer.serve.schedule.speculation import Draft, SpeculativeConfig
+from veneer.serve.schedule.stop_tokens import StopRule
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -10,6 +10,7 @@ from itertools import takewhile
 from veneer.serve.schedule.outputs import FinishReason
 from veneer.serve.schedule.prefix_cache import key_of
 from veneer.serve.schedule.speculation import Draft
+from veneer.serve.schedule.stop_tokens import StopRule
 
 
 class Status(enum.Enum):
@@ -18,22 +19,6 @@ class Status(enum.Enum):
     WAITING = "waiting"
     RUNNING = "running"
     DONE = "done"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StopRule:
-    """End of an answer: at one of ``eos_ids`` or ``stop_ids``, once it has ``min_tokens``, or at ``max_tokens``."""
-
-    max_tokens: int
-    min_tokens: int = 0
-    eos_ids: frozenset[int] = frozenset()
-    stop_ids: frozenset[int] = frozenset()
-
-    def ends(self, n_tokens: int, token: int) -> FinishReason | None:
-        """Return the reason why an answer of ``n_tokens`` ends with ``token``; None if it continues."""
-        if n_tokens >= self.min_tokens and (token in self.eos_ids or token in self.stop_ids):
-            return "stop"
-        return "length" if n_tokens >= self.max_tokens else None
 
 
 @dataclass(eq=False, slots=True, kw_only=True)
@@ -144,8 +129,7 @@ class Request:
         most = min(most, self.rule.max_tokens - len(self.output) - 1)
         if self.draft is None or most < 1:
             return ()
-        ends = self.rule.eos_ids | self.rule.stop_ids
-        return tuple(takewhile(lambda token: token not in ends, self.draft.tokens(self, most, share)))
+        return tuple(takewhile(lambda token: not self.rule.stops(token), self.draft.tokens(self, most, share)))
 
     def unscored(self, n: int) -> tuple[int, tuple[int, ...]]:
         """Return the index of the first of the next ``n`` tokens whose successor is unscored, and all such successors.
@@ -161,8 +145,7 @@ class Request:
         """Append a drawn token, and end the request if the token ends the answer."""
         self.output.append(token)
         reason = self.rule.ends(len(self.output), token)
-        if reason == "stop" and token not in self.rule.eos_ids:
-            self.stop_token = token
+        self.stop_token = self.rule.reported(reason, token)
         if reason is not None:
             self.end(reason)
 

@@ -17,8 +17,9 @@ from veneer.serve.schedule.fair_share import DRAWN, READ
 from veneer.serve.schedule.lazy_heap import LazyHeap
 from veneer.serve.schedule.pages import Pages
 from veneer.serve.schedule.prefill_budget import PrefillBudget
-from veneer.serve.schedule.request import Request, Status, StopRule
+from veneer.serve.schedule.request import Request, Status
 from veneer.serve.schedule.scheduler import Limits, Scheduler
+from veneer.serve.schedule.stop_tokens import StopRule
 
 from .test_state_machines import QUICK, TokenArena
 

@@ -10,9 +10,10 @@ from veneer.serve.schedule.adapter_pool import AdapterPool
 from veneer.serve.schedule.adapter_version import AdapterVersion
 from veneer.serve.schedule.pages import Pages
 from veneer.serve.schedule.prefix_cache import root_of
-from veneer.serve.schedule.request import Request, StopRule
+from veneer.serve.schedule.request import Request
 from veneer.serve.schedule.scheduler import Limits, Scheduler
 from veneer.serve.schedule.step_plan import Sampled
+from veneer.serve.schedule.stop_tokens import StopRule
 
 from .test_state_machines import Guesses, TokenArena, answer_alone
 

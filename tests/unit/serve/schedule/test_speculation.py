@@ -19,10 +19,11 @@ from veneer import LLM, LoRARequest, SamplingParams
 from veneer.errors import ConfigError
 from veneer.serve.metrics import Counter
 from veneer.serve.runners.general_runner import GeneralRunner
-from veneer.serve.schedule.request import Request, StopRule
+from veneer.serve.schedule.request import Request
 from veneer.serve.schedule.sampling_params import RequestOutputKind, StructuredOutputsParams
 from veneer.serve.schedule.speculation import Draft, SpeculativeConfig
 from veneer.serve.schedule.step_plan import Sampled, StepPlan
+from veneer.serve.schedule.stop_tokens import StopRule
 
 PROMPTS = [[7 * i * i % 251 + 1 for i in range(1, n + 1)] for n in (1, 5, 13, 2, 23, 9)]
 N = 19
@@ -257,7 +258,8 @@ def test_tokens_behind_a_stop_string_are_not_counted(tokenizer):
 
 
 @pytest.mark.parametrize("how", [{"temperature": 0}, {"temperature": 1.4, "seed": 2, "n": 2, "logprobs": 1}])
-def test_tokens_that_a_form_forces_are_tried_without_being_asked(how, tokenizer):
+def test_tokens_that_a_form_forces_are_tried_without_being_asked(how, tokenizer, monkeypatch):
+    monkeypatch.setattr("veneer.serve.requests.structured._SLOW", 60.0)  # on a busy machine any grammar is slow
     form = StructuredOutputsParams(regex=r"(name: [a-f]{2}; ){3}(year: [0-9]; ){2}")
     params = SamplingParams(max_tokens=60, structured_outputs=form, **how)
     expected, _ = generated(LLM(make_model(), tokenizer=tokenizer), params, PROMPTS[:2])

@@ -22,9 +22,10 @@ from veneer.serve.schedule.adapter_version import AdapterVersion, Residency
 from veneer.serve.schedule.outputs import Logprob
 from veneer.serve.schedule.pages import Pages
 from veneer.serve.schedule.prefix_cache import root_of
-from veneer.serve.schedule.request import Request, Status, StopRule
+from veneer.serve.schedule.request import Request, Status
 from veneer.serve.schedule.scheduler import Limits, Scheduler
 from veneer.serve.schedule.step_plan import DrawnToken, Sampled, StepPlan
+from veneer.serve.schedule.stop_tokens import StopRule
 
 EOS, STOP = 5, 7
 FRONTS = {"a": 0, "b": 3, "c": 5, "d": 0}
