@@ -70,7 +70,7 @@ inline lanes from_half(half_lanes bits) {
 #elif defined(__F16C__)
   return (lanes)_mm256_cvtph_ps((__m128i)bits);
 #else
-  lanes out;
+  lanes out{};
   for (int64_t i = 0; i < width; ++i) out[i] = to_float(fp16{bits[i]});
   return out;
 #endif

@@ -14,7 +14,7 @@ constexpr int64_t grain_values = 1 << 14;
 int64_t grain_rows(int64_t d) { return d > 0 ? (grain_values + d - 1) / d : grain_values; }
 
 template <class T, class F>
-inline float row_sum(const T* x, int64_t d, const F& f) {
+inline float row_sum(const T*, int64_t d, const F& f) {
   lanes total{};
   each_register(d, [&](int64_t c, int64_t n) { total += f(c, n); });
   return sum(total);
