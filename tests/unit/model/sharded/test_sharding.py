@@ -44,7 +44,7 @@ REST = [case for case in PRODUCT if case not in CASES]
         (4, 2, CASES[1:3]),
         pytest.param(3, None, REST[::2], marks=pytest.mark.full),
         pytest.param(3, None, EXPERTS, marks=pytest.mark.full),
-        pytest.param(4, None, REST[1::2], marks=pytest.mark.full),
+        pytest.param(2, None, REST[1::2], marks=pytest.mark.full),
     ],
 )
 def test_a_cut_base_trains_to_the_bits_of_a_whole_one(
