@@ -103,7 +103,7 @@ def require_one_kind(adapters: Sequence[Path]) -> None:
 
 
 def _modules(adapter: Path) -> tuple[str, ...]:
-    """The modules that an adapter changes; none if the names of its tensors alone do not tell."""
+    """The modules that an adapter changes; none if the names of its tensors do not show them."""
     config = declared_config(adapter)
     keys = entries_in(adapter, WEIGHTS_FILE, read_entries)
     return () if config is None else modules_named(config, keys) or ()
@@ -112,7 +112,7 @@ def _modules(adapter: Path) -> tuple[str, ...]:
 def _fields(adapter: Path) -> dict[str, str | bool]:
     """Texts and truth values of an adapter's config; none if it cannot be read.
 
-    Other values are not looked at here: whoever parses the config refuses those that are wrong.
+    Other values are not checked here: the config's parser refuses wrong ones.
     """
     try:
         fields = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))

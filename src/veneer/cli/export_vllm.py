@@ -92,7 +92,7 @@ def _next(written: Mapping[str, VllmReport], output: Path) -> str:
 
 
 def _for_vllm(base: str | None) -> str:
-    """The base as vLLM takes it: an id on the hub, or a folder if its name is veneer's own."""
+    """The base in a form that vLLM accepts: an id on the hub, or a folder if the name is one of veneer's."""
     try:
         return "BASE" if base is None else str(folder_of(base) or base)
     except ConfigError:  # not on this machine

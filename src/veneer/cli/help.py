@@ -104,7 +104,7 @@ def _value(param: Any) -> str:
 
 
 def _told(param: Any) -> str:
-    """The help of a parameter, and what it is where it is not given."""
+    """The help of a parameter, with its default."""
     text = str(param.help or "")
     if param.required and param.param_type_name == "option":
         return f"{text} [dim](required)[/dim]"

@@ -61,7 +61,7 @@ def info(args: InfoArguments) -> None:
 
 
 def _facts(what: str, *, as_json: bool) -> tuple[dict[str, Any], Section]:
-    """All that is known of what is meant, and the rows of the table.
+    """All known facts, and the rows of the table.
 
     JSON holds every field of transformers' config, so that its class is loaded.
     """
@@ -109,7 +109,7 @@ def _as_base(path: Path, header: GgufHeader) -> Section:
 
 
 def _adapter(folder: Path) -> tuple[dict[str, Any], Section]:
-    """The facts of an adapter folder, by the source of its method if that tells them, and by its class otherwise.
+    """The facts of an adapter folder, read from the source of its method if possible, else from its class.
 
     Raises FormatError if it is not an adapter or is damaged.
     """

@@ -55,8 +55,8 @@ def inspect(args: InspectArguments) -> None:
 def _updates(folders: Sequence[Path], base: str | None) -> dict[Path, dict[str, LinearDelta | Update]]:
     """The updates of each adapter by layer: from its file alone, or on a base, which is loaded once.
 
-    Without ``base``, it is the one that the adapters name, if one of them depends on it. Raises CompositionError for
-    any of them that has no update, before the base is loaded.
+    Without ``base``, the base that the adapters name is loaded if one of them depends on it. Raises CompositionError
+    for any of them that has no update, before the base is loaded.
     """
     if base is None:
         try:
@@ -101,13 +101,13 @@ def _spectra(updates: Mapping[Path, Mapping[str, LinearDelta | Update]]) -> dict
 def _facts(
     told: Mapping[Path, list[LayerReport]], args: InspectArguments, pairs: list[PairReport]
 ) -> dict[str, list[dict[str, Any]]]:
-    """The figures of each layer, of the first adapter, of the other, and of both."""
+    """The figures of each layer: of the first adapter, of the second, and of both together."""
     of = {"layers": told[args.adapter], "other_layers": [] if args.other is None else told[args.other]}
     return {**{name: [asdict(x) for x in lines] for name, lines in of.items()}, "pairs": [asdict(x) for x in pairs]}
 
 
 def _layers(adapter: Path, lines: list[LayerReport], top: int) -> Table:
-    """One row a kind of module, over its layers: a table that fits a terminal however deep the model is."""
+    """One row for each kind of module, summed over layers, so that the table fits a terminal."""
     title = f"{adapter}: updates by module, mean over layers (least-most)"
     table = Table(box=box.SIMPLE, padding=(0, 1, 0, 0), title=title)
     whole = ("module", "norm", "effective rank")  # the headings of the others may break

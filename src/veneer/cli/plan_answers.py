@@ -118,7 +118,7 @@ def answer_serve(recipe: Recipe, config: PreTrainedConfig, memory: int, as_json:
 
 
 def _told_room(found: Serving) -> str:
-    """Tell what the room holds: tokens or sequences, and adapters beside them."""
+    """Print how many tokens or sequences fit into memory, and how many adapters."""
     n_adapters = found.adapters(0)
     adapters = f"{n_adapters:,} adapters ({size(found.adapter)} each)"
     if found.sequence:

@@ -142,7 +142,7 @@ def _require_startable(recipe: Recipe, asked: TrainOptions) -> None:
 
 
 class _Planned(NamedTuple):
-    """The plan of a run, None where it cannot be planned, and the line that says so."""
+    """The plan of a run, and the line that reports it. The plan is None if the run cannot be planned."""
 
     facts: dict[str, Any] | None
     line: str
@@ -171,7 +171,7 @@ def _prepared(recipe: Recipe, asked: TrainOptions, console: Console) -> _Planned
 
 
 class _Sharing(NamedTuple):
-    """The processes of a run, those that share this memory, and how many may share one copy of the base."""
+    """The processes of a run, those on this machine's memory, and the number that may share one copy of the base."""
 
     n_processes: int
     n_here: int

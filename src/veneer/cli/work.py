@@ -44,7 +44,7 @@ def verb(arguments: type, place: str | Callable[[Any], str], name: str, *, hears
 
 @contextmanager
 def _ends_told() -> Iterator[None]:
-    """Raise Interrupted for SIGTERM, and put into it, as into that of Ctrl-C, what is left on disk.
+    """Raise Interrupted for SIGTERM, and add to it, as for Ctrl-C, the files left on disk.
 
     An ignored signal stays ignored. In a thread other than the main one Python handles no signals.
     """

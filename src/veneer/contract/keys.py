@@ -48,7 +48,9 @@ def shared_key(name: str) -> str:
 
 
 def is_shared(key: str, names: Collection[str]) -> bool:
-    """Return True if a key belongs to a tensor of these names that all layers share, also if it is repeated at one."""
+    """Return True if a key is that of a tensor shared by all layers, given the names of such tensors. The key may
+    repeat it at one layer.
+    """
     rest = divided(key)[1]
     return key.startswith(_MODEL) and (rest.partition(".")[0] in names or rest.rpartition(".")[2] in names)
 

@@ -78,7 +78,7 @@ class EvenBatches(BatchSampler):
 
 
 def last_size(left: int, n: int) -> int:
-    """Return the smallest size of ``n`` equal batches that together hold each of ``left`` rows equally often."""
+    """Return the smallest batch size with which ``n`` equal batches hold each of ``left`` rows equally often."""
     return left // math.gcd(left, n)
 
 

@@ -85,7 +85,7 @@ def mixin_of(cls: type) -> type[InPlace]:
 
 
 def _generated(cls: type) -> type:
-    """The generated class itself: FSDP2 puts one of its own in front."""
+    """The generated class, without the class that FSDP2 derives from it."""
     return next(each for each in cls.__mro__ if _MADE_HERE in vars(each))
 
 
@@ -109,7 +109,7 @@ def _class(mixin: Hashable, base: Hashable, swapped: tuple[str, ...]) -> type[nn
 def _reading(name: str) -> property:
     """Reading the attribute asks ``effective``; setting it still reaches the module's own parameter.
 
-    A part of a cut parameter is read as it is: FSDP2 looks for what it has put there, and nobody computes with it.
+    Return a part of a cut parameter unchanged: FSDP2 looks for its own object there, and no computation reads it.
     """
 
     def read(module: Any) -> Any:

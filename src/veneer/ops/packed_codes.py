@@ -125,7 +125,7 @@ class PackedCodes:
 
     @property
     def head_bytes(self) -> int:
-        """Bytes of a unit of an output beside its codes: a scale, and what the formula has beside it."""
+        """Bytes of one output's unit besides its codes: a scale, and a second number if the formula has one."""
         return self.scales.itemsize * (1 if self.formula == "scaled" else 2)
 
     @property

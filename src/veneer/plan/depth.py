@@ -86,13 +86,15 @@ def _pattern(shape: _Shape) -> Pattern:
 
 
 def _lead(signs: Sequence[object], period: int) -> int:
-    """The first block from which on every one is as that a period later."""
+    """The first block from which on each block equals the one a period later."""
     apart = [k for k in range(len(signs) - period) if signs[k] != signs[k + period]]
     return apart[-1] + 1 if apart else 0
 
 
 def _signs(shape: _Shape) -> list[object] | None:
-    """Of each block the kinds and shapes of its parts, its entries in the config's lists, and if it is recomputed."""
+    """A signature of each block: the kinds and shapes of its parts, its entries in the config's lists, and if it is
+    recomputed.
+    """
     text: Any = shape.config.get_text_config()
     if getattr(text, "num_kv_shared_layers", None):
         return None  # the last blocks use keys of earlier ones

@@ -25,7 +25,8 @@ class Ranks:
 def rank_facts(plan: Plan, machine: Machine, ranks: Ranks, seconds_a_batch: float | None) -> dict[str, Any]:
     """Return memory and traffic of one process, and those of each layout, as plain numbers.
 
-    The layout is the recipe's; ``auto`` is told as it chooses on one machine. ``seconds_a_batch``: of a micro-batch.
+    The layout is the recipe's; ``auto`` is reported as its choice on one machine. ``seconds_a_batch``: of a
+    micro-batch.
 
     Raises ConfigError for a layout that depends on the machines, or does not fit the number of processes.
     """

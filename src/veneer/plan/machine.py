@@ -158,7 +158,7 @@ class Rates:
         return self._once(f"attention of torch, {near} tokens", lambda: _torch_attention_seconds(near))
 
     def decoded(self) -> float:
-        """Return the seconds to decode one value of 4 bits."""
+        """Return the seconds to decode one 4-bit value."""
         return self._once("decoded", _decoded_seconds)
 
     def decoded_tiles(self, codec: Codec) -> float:
@@ -232,8 +232,8 @@ def _path(general: bool) -> str:
 
 
 def _timed(run: Callable[[], Any]) -> float:
-    """Seconds of a run, the lower quartile of many short stretches: where others use the cores a thread may wait
-    milliseconds for its turn, and most short runs are between two such waits.
+    """Seconds of a run: the lower quartile of many short stretches. On busy cores a thread may wait milliseconds for
+    its turn, and most short stretches lie between two waits.
     """
     run()
     found: list[float] = []
@@ -248,7 +248,7 @@ def _timed(run: Callable[[], Any]) -> float:
 
 
 def _product_seconds(m: int, k: int, n: int, dtype: str) -> float:
-    """As it is in a step: weights come from memory, the input was written elsewhere, the output goes elsewhere."""
+    """Conditions are those of a step: weights come from memory, and input and output lie elsewhere."""
     kind = getattr(torch, dtype)
     weights = _in_turns(torch.ones(n, k, dtype=kind), COLD_BYTES)
     inputs, outputs = (_in_turns(torch.ones(*shape, dtype=kind), COOL_BYTES) for shape in ((m, k), (m, n)))
@@ -256,7 +256,7 @@ def _product_seconds(m: int, k: int, n: int, dtype: str) -> float:
 
 
 def _in_turns(x: Tensor, n_bytes: int) -> Iterator[Tensor]:
-    """More than so many bytes of copies, though at most `MOST_COPIES`, one after the other without an end."""
+    """An endless cycle of copies. They take more than so many bytes together, but are at most `MOST_COPIES`."""
     return itertools.cycle([x.clone() for _ in range(1 + min(MOST_COPIES, n_bytes // x.nbytes))])
 
 
@@ -320,7 +320,7 @@ def _scaled_tile(
     group: int,
     rounding: int,
 ) -> Callable[[], Tensor]:
-    """Scales in E4M3 are NVFP4's, and one number multiplies or divides all of them."""
+    """E4M3 scales are NVFP4's: one number multiplies or divides all of them."""
     stored, rounded = ({number: dtype for dtype, number in kinds.items()} for kinds in (STORED, DTYPES))
     codes = torch.arange(o * n_bytes(i, bits), dtype=torch.int32).to(torch.uint8).view(o, -1)
     shape = (-(-o // height), -(-i // group))

@@ -133,7 +133,7 @@ def _quantize(model: PreTrainedModel, config: QuantizationConfig) -> None:
 
 
 def _put_in_blocks(model: PreTrainedModel, source: str) -> None:
-    """As the loader does for a GGUF file whose blocks stay in it; a head shares those of its table."""
+    """As the loader does for a GGUF file whose blocks stay in it; a tied head shares the table's tensors."""
     path = file_of(source)
     if path is not None and why_not_in_blocks(path) is None:
         coded = put_in_blocks(model, parameters_of(model, path, model.dtype), None)

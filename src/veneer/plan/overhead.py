@@ -83,8 +83,8 @@ def byte_seconds(known: Callable[[Work], float], least: float) -> float:
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """Such small steps are the work of one thread; others would wait for it, and it for them where a core is in use.
-    Seconds of the thread itself are then those of an idle machine.
+    """Such small steps are the work of one thread; otherwise threads wait for one another on a busy core. The thread's
+    own CPU seconds are then those of an idle machine.
     """
     before = torch.get_num_threads()
     torch.set_num_threads(1)

@@ -107,7 +107,7 @@ def batch_of(recipe: Recipe, config: PreTrainedConfig) -> Batch:
 
 
 def held_out_batch(data: DataPart, task: str, args: Any, batch: Batch) -> Batch | None:
-    """Return a batch of an evaluation, its rows as long as those of a micro-batch; None if nothing is held out."""
+    """Return an evaluation batch with rows as long as a micro-batch's; None if nothing is held out."""
     if not data.holds_out:
         return None
     own = getattr(args, "eval_packing", None)

@@ -79,8 +79,8 @@ def _file_bytes(source: str | None) -> int:
 
 
 def _share_between(plan: Plan) -> float:
-    """The share that is lost between gradients and state: next to nothing where blocks keep nothing but their inputs
-    to lie among them, half where gradients are made in the first of several micro-batches alone.
+    """The share of memory lost to gaps between gradients and optimizer state. It is zero if blocks keep only their
+    inputs, and half if gradients are allocated only in the first of several micro-batches.
     """
     args = plan.recipe.training_config()
     if args.gradient_checkpointing and not (args.gradient_checkpointing_kwargs or {}).get("selective"):

@@ -48,7 +48,7 @@ def kernel_products(name: str, arguments: tuple[Any, ...]) -> list[MatrixProduct
 def _of_form(form: Sequence[int], n: int) -> Iterator[MatrixProduct]:
     """Of n rows in float32, by the numbers of ``form_at`` in csrc/terms/bindings.cpp.
 
-    Those of a sparse matrix count as a product of as many multiplications, at whose rate they are taken to run.
+    A sparse matrix counts as a dense product of as many multiplications, at the same rate.
     """
     kind, sizes, n_places = TERM_KINDS[form[0]], form[1:5], form[-1]
     if kind == "blocks":
@@ -65,7 +65,7 @@ def _of_form(form: Sequence[int], n: int) -> Iterator[MatrixProduct]:
 def _of_pairs(arguments: tuple[Any, ...], *, backward: bool) -> Iterator[MatrixProduct]:
     """By the struct ``Given`` of csrc/grouped_low_rank/bindings.cpp, run by run.
 
-    The backward pass has the gradient in x too. A traced call does not tell if that is asked for.
+    The backward pass has the gradient in x too. A traced call does not show if that gradient is needed.
     """
     dtypes, i, outs, pairs, _, _, runs = arguments[:7]
     dtype = next(str(kind).removeprefix("torch.") for kind, number in DTYPES.items() if number == dtypes[0])

@@ -232,7 +232,7 @@ def shown(plan: Plan, facts: dict[str, Any]) -> Group:
 
 
 def _method(plan: Plan) -> str:
-    """The method, with its rank where it has one: a recipe may leave it to the method."""
+    """The method, with its rank if it has one. The rank may be the method's default."""
     name, rank = plan.recipe.method, getattr(plan.recipe.adapter_config(), "r", None)
     return name if rank is None else f"{name} of rank {rank}"
 
@@ -275,9 +275,9 @@ def _rows(time: Mapping[str, Any], batch: Batch, aside: Sequence[str] = ()) -> s
 
 
 def fit_table(recipe: Recipe, found: Sequence[Fit], budget: int, machine: Machine) -> Table:
-    """Return a table of settings that fit, best first, with tokens a second if the machine knows seconds.
+    """Return a table of settings that fit, best first, with tokens a second if the machine's rates are known.
 
-    Each key that one of them changes has a column, with the recipe's own value if another leaves it.
+    Each changed key has a column. It shows the recipe's value for settings that do not change the key.
     """
     keys = list(dict.fromkeys(key for fit in found for key in fit.changes))
     own = {key: _given(recipe, key) for key in keys}
@@ -301,7 +301,7 @@ def changes_line(recipe: Recipe, fit: Fit) -> str:
 
 
 def _given(recipe: Recipe, key: str) -> object:
-    """The value of a key in a recipe, or its default there."""
+    """The value of a recipe's key, or the key's default."""
     part, _, name = key.partition(".")
     if part != "training":
         return getattr(getattr(recipe, part), name)

@@ -92,8 +92,8 @@ def serving_of(
 def kept_in_serving(model: PreTrainedModel, block: int) -> KeptBytes:
     """Return the bytes that a served sequence of a model on the meta device keeps, in pages of ``block`` tokens.
 
-    They are those of its program, of its layers in pages, or of transformers' own cache, as the engine chooses: each is
-    asked for what it keeps on tensors without values. The model has traced tensors from then on.
+    The bytes are those of the program, of layers in pages, or of transformers' own cache, whichever the engine chooses.
+    Each is measured on tensors without values. The model has traced tensors from then on.
 
     Raises ConfigError for a model that computes nothing from token ids alone.
     """

@@ -76,7 +76,7 @@ def known_start() -> int | None:
 
 
 def _file() -> Path:
-    """Of this installation alone: how much of a library counts depends on how the system holds its file."""
+    """It belongs to this installation: the counted share of a library depends on how the system holds its file."""
     return cache_dir() / "plan" / f"start-{hashlib.sha256(_installation().encode()).hexdigest()[:12]}.json"
 
 
@@ -86,7 +86,7 @@ def _installation() -> str:
 
 
 class _Beginning:
-    """A process that trains a tiny model in a folder, which goes with it."""
+    """A process that trains a tiny model in a temporary folder."""
 
     def __init__(self) -> None:
         self._folder = tempfile.TemporaryDirectory()

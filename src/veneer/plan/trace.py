@@ -145,8 +145,8 @@ def run_steps(
     """Run two steps and an evaluation, and report the kinds of tensors to ``live``. Return `Step.reaches_all`.
 
     The second step has the optimizer's state. If gradients of several micro-batches are summed, it has two of them, and
-    gradients exist from the start of the second. ``warm``: what is made once in a process is there, so that of the
-    first step only the update is run, unless the optimizer updates within the backward pass.
+    gradients exist from the start of the second. If ``warm``, the process has made all that it makes once. Only the
+    update of the first step is then run, unless the optimizer updates within the backward pass.
     """
     offload = ActivationOffload(model, "disk") if args.activation_offloading else None
     dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None

@@ -48,7 +48,7 @@ def problems_of(values: Mapping[str, Any], known: KnownKeys) -> list[str]:
 
 
 def _shape_problems(values: Mapping[str, Any]) -> list[str]:
-    """All that is wrong but in ``adapter`` and ``training``."""
+    """The problems of all parts except ``adapter`` and ``training``."""
     found = []
     try:
         Written.model_validate(values)

@@ -56,7 +56,7 @@ def _apply(
     weight: FrozenWeight,
     bias: Tensor | None,
 ) -> Tensor:
-    """The base product with the terms of ``parts`` added and everything else taken from ``whole``, rounded once."""
+    """The base product plus the terms of ``parts``, with the maps and the bias of ``whole``; rounded once."""
     base_input = entered(whole, x)
     y = base = weight.matmul(base_input)
     for part, own_input in parts:

@@ -112,9 +112,9 @@ class Engine:
     ) -> CheckedRequest:
         """Return a checked request; any error that is visible before it runs is raised here.
 
-        Its ``client`` is its adapter if None is given, and receives in proportion to its ``weight``. It shares pages
-        with requests of the same ``cache_salt`` alone.
-        Raises ConfigError, and FormatError for a folder that holds no adapter.
+        Without a ``client`` the adapter is the client. Clients receive tokens in proportion to ``weight``. It shares
+        pages with requests of the same ``cache_salt`` alone. Raises ConfigError, and FormatError for a folder that
+        holds no adapter.
         """
         params = replace(params)  # checks it again, and keeps later changes out
         _require_client(client, priority)
@@ -309,12 +309,12 @@ class Engine:
         self.backlog.arrive(asked)
 
     def _begin_loads(self) -> None:
-        """Let what waiting requests lack be read, the first one's first."""
+        """Begin to load the adapters that waiting requests lack, in the order of the requests."""
         while self._load(self.scheduler.begin_load()) or self._load(self._preloads.begin_load()):
             pass
 
     def _end_barred(self) -> None:
-        """End what waits for places that pinned adapters hold: no request that ends would free one."""
+        """End the requests that wait for slots of pinned adapters: the end of no other request frees one."""
         self._preloads.give_up(barred=True)
         while (first := self.scheduler.waiting.absent()) is not None and first.version is not None:
             if not self.pool.is_barred(first.version):
@@ -330,7 +330,9 @@ class Engine:
         return id is not None
 
     def _end_load(self, finished: Finished[Any]) -> None:
-        """Take in the adapter that was read. If reading failed, the requests that wait for it end with the reason."""
+        """Take in the adapter that was read. If reading failed, the requests that wait for the adapter end with the
+        error.
+        """
         id, result = finished.id, finished.result
         if not self.pool.is_needed(id):
             self.pool.abandoned(id)
@@ -460,7 +462,7 @@ class Engine:
 
 
 def _require_client(client: str | None, priority: int) -> None:
-    """Raise ConfigError for what is no client's name, or no priority."""
+    """Raise ConfigError if a client's name or a priority is not valid."""
     if client is not None and not (isinstance(client, str) and 0 < len(client) <= _LONGEST_NAME):
         told = repr(client)[:_LONGEST_NAME]
         raise ConfigError(f"client={told} is no name: give a text of 1 to {_LONGEST_NAME} characters, or None")
@@ -471,8 +473,8 @@ def _require_client(client: str | None, priority: int) -> None:
 def _read(
     runner: Runner, versions: Versions, version: AdapterVersion, later: Callable[[Callable[[], None]], None]
 ) -> Any:
-    """An adapter for a runner to load, which is kept on disk later. Raises FormatError where its files are not those of
-    the version.
+    """An adapter for a runner to load, which is kept on disk later. Raises FormatError if the files have changed since
+    the version was known.
     """
     try:
         versions.require_unchanged(version)

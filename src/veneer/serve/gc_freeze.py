@@ -35,7 +35,7 @@ class GcFreeze:
             gc.unfreeze()
 
     def settle(self) -> None:
-        """Count a loaded adapter, and freeze its objects with those of the others since the last time."""
+        """Count a loaded adapter. Freeze the objects of all adapters loaded since the last freeze."""
         self._n_loads += self._is_on
         if self._n_loads >= _LOADS:
             self._freeze()

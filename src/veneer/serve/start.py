@@ -316,7 +316,7 @@ def _folder_of(model: PreTrainedModel) -> Path | None:
 
 
 def _names(given: object, model: PreTrainedModel, options: EngineOptions) -> list[str]:
-    """Names of a model, the one first by which it was asked for."""
+    """Names of a model, beginning with the one in the request."""
     own = str(model.name_or_path or "")
     asked = own if isinstance(given, PreTrainedModel) else str(given)
     named = options.served_model_name or ()
@@ -414,7 +414,7 @@ def _kept(model: PreTrainedModel, interpreter: Interpreter | None, block: int) -
 
 
 def way_of(model: PreTrainedModel) -> tuple[Way | None, KeptBytes]:
-    """Return how a model without a program goes on with its sequences, and the bytes that each of them keeps.
+    """Return how a model without a program continues its sequences, and the bytes that each sequence holds.
 
     None: its attention runs over pages. Raises TargetError for a model that predicts no next token from token ids.
     """
@@ -451,8 +451,8 @@ def _pages(
     *,
     at_once: bool,
 ) -> Pages:
-    """As many pages as the requests can need, where memory has room for them, and adapters what is left. On a CPU
-    pages take memory when they are used; ``at_once``: they take it at the start elsewhere.
+    """The number of pages: as many as the requests can need, if memory allows. Adapters get the rest. On a CPU pages
+    take memory when they are used; ``at_once``: they take it at the start elsewhere.
     """
     block = options.block_size if kept.position else longest
     page_bytes = kept.position * block or kept.sequence

@@ -100,7 +100,7 @@ class CheckpointWriter:
             self._write_index()
 
     def _allocate(self, shard: str) -> None:
-        """Make the file with its header and all its room, so that a full disk shows before any work is done."""
+        """Create the file at full size with its header, so that a full disk is found before any work."""
         specs = {name: self._specs[name] for name in self._shards[shard]}
         header, offsets = header_bytes(specs, {"format": "pt"})
         file = (self.staging / shard).open("wb", buffering=0)
@@ -146,7 +146,7 @@ def _nbytes(spec: tuple[torch.dtype, tuple[int, ...]]) -> int:
 
 
 def _pieces(tensor: Tensor) -> Sequence[Tensor]:
-    """The tensor in parts of its first dimension that are small enough to be converted or laid out anew."""
+    """The tensor in parts along its first dimension, each small enough to be converted in memory."""
     if tensor.ndim == 0 or tensor.numel() <= PIECE_VALUES:
         return (tensor,)
     return torch.split(tensor, max(1, PIECE_VALUES * len(tensor) // tensor.numel()))

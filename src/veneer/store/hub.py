@@ -55,7 +55,7 @@ def require_hub() -> None:
 
 
 def _no_model(name: str, of_hub: str = "") -> str:
-    """The message for a model that is nowhere: the nearest names, or those that `veneer fetch` knows."""
+    """The message for a model that was not found, with the nearest names, or those that `veneer fetch` knows."""
     path = Path(name).expanduser()
     paths = near_paths(path)
     near = [*difflib.get_close_matches(name.lower(), KNOWN, n=1, cutoff=_CLOSE), *paths]

@@ -75,7 +75,7 @@ class GgufQuantizer(VeneerQuantizer):
         self.tied = frozenset(model.all_tied_weights_keys)
 
     def open(self, files: Any) -> dict[str, Any]:
-        """Return the parameters, unread; empty tensors stand for those that stay in blocks until `fill` maps them."""
+        """Return the parameters, unread; tensors that stay in blocks are empty until `fill` maps them."""
         dense = {n: p for n, p in self.parameters.items() if n not in self.coded and n not in self.tied}
         return {n: Deferred(p, self.problems) for n, p in dense.items()} | {n: torch.empty(0) for n in self.coded}
 
@@ -170,7 +170,7 @@ def _stays(module: nn.Module, parameter: GgufParameter | None) -> bool:
 
 
 def _coded(module: nn.Module, parameter: GgufParameter, source: MappedFile | None) -> CodedModule:
-    """The module in place of a layer or a table, its weight not yet mapped."""
+    """The module that replaces a layer or a table. Its weight is not mapped yet."""
     assert parameter.kind is not None
     o, i = parameter.tensors[0].shape
     dtype = cast(Tensor, module.weight).dtype

@@ -21,7 +21,7 @@ _LONGEST = 256  # characters of a name that is compared
 
 
 class GivenBase:
-    """Base that is given: the model ``root`` as it was asked for, other ``names`` that it has, and its ``folder``.
+    """Base given by the caller: ``root`` is its name in the request, ``names`` its other names, ``folder`` its folder.
 
     Names differ clearly only if both are names of models. Of a folder nobody knows which model it holds, unless the
     adapter names another folder of this machine, or a fetched model.

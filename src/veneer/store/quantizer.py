@@ -329,8 +329,8 @@ def _put_stack(model: PreTrainedModel, name: str, stack: CodedStack) -> None:
 
 
 def _empty(model: PreTrainedModel) -> Iterator[str]:
-    """The weights that no tensor of the files has set: those in codes, and all others of experts in codes, which
-    transformers would leave as they are.
+    """The weights that no tensor of the files has set: coded weights, and all others of coded experts. transformers
+    would leave them uninitialised.
     """
     for path, module in model.named_modules():
         if isinstance(module, CodedModule) and not module.is_filled:

@@ -34,7 +34,7 @@ def write_at(file: FileIO, start: int, data: memoryview) -> None:
 def disk_errors_told(target: Path, n_bytes: int, left: Callable[[], str]) -> Iterator[None]:
     """Context that raises DiskError for an error of the disk while ``n_bytes`` are written to ``target``.
 
-    ``left`` says what is left in place, and what to do.
+    ``left`` names the files left in place, and the next step.
     """
     try:
         yield

@@ -131,7 +131,7 @@ def load_model(
 
 
 def _auto_class(source: str | os.PathLike[str], place: Path | str) -> Any:
-    """The class that loads a model; that of a hub id is not known before its files are here.
+    """The class that loads a model; that of a hub id is unknown until its files are here.
 
     A config that cannot be read is told by transformers.
     """
@@ -153,7 +153,7 @@ def _straight_to(device: str | torch.device | None) -> dict[str, Any]:
 
 
 def _told_memory(source: str | os.PathLike[str], place: Path | str) -> str:
-    """Say how large the weights are that found no memory, and what limits it."""
+    """Name the size of the weights that did not fit into memory, and the limit."""
     weights = f" ({size(Checkpoint.open(place).nbytes)} on disk)" if isinstance(place, Path) else ""
     limit = address_limit()
     if limit is None:

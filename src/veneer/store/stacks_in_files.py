@@ -127,7 +127,7 @@ def _listed(
 def _listed_specs(
     places: Mapping[str, Place], listed: Mapping[str, ListedExperts], config: QuantizationConfig, skip: Sequence[str]
 ) -> dict[str, StackSpec]:
-    """The formats of stacks whose experts all have the same."""
+    """The formats of stacks whose experts share one format."""
     found = {}
     for name, experts in listed.items():
         if not _quantizes(name, skip):

@@ -73,7 +73,7 @@ def device_of(args: TrainingArguments) -> torch.device | None:
 
 
 def made_ready(model: PreTrainedModel, part: ModelPart) -> PreTrainedModel:
-    """Return a quantized model frozen for its adapter, its other weights in float32 if the recipe asks for it.
+    """Return a quantized model, frozen. Its other weights are in float32 if the recipe says so.
 
     Otherwise they stay in bfloat16, as in a dense base. In float32, embeddings and head of a large vocabulary are half
     of a 4-bit model. The head would also be copied to 16 bits in each forward pass. Values in float16 are always

@@ -1,4 +1,4 @@
-"""Callbacks of a run: those that its settings ask for, and those that record its course."""
+"""Callbacks of a run: those of its settings, and those that write its record."""
 
 from __future__ import annotations
 

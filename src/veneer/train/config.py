@@ -98,7 +98,7 @@ class SFTConfig(RunSettings, trl.SFTConfig):  # type: ignore[misc]
 
 
 def _range_problems(args: TrainingArguments) -> list[str]:
-    """Numbers with which nothing, or something else, would be trained."""
+    """Numbers out of range, which would train nothing, or something else."""
     outside = out_of_range({name: getattr(args, name) for name in RANGES})
     return [f"{name}={getattr(args, name)!r} must be {allowed}" for name, allowed in outside.items()]
 

@@ -90,7 +90,7 @@ def _n_cores() -> int:
 
 
 def _codes(context: Any) -> dict[int, int]:
-    """Wait for the processes. Exit statuses by rank, of those that ended in time after the first failure."""
+    """Wait for the processes. Exit statuses by rank, of the processes that ended soon after the first failure."""
     running = {rank: handler.proc for rank, handler in context.subprocess_handlers.items()}
     codes: dict[int, int] = {}
     failed_at, heard = None, False

@@ -43,7 +43,7 @@ def saved_by(output: Path, method: str) -> Path:
 def held_out_rows(
     part: DataPart, seed: int, data: Path | None
 ) -> tuple[Sequence[Mapping[str, Any]], Sequence[Mapping[str, Any]]]:
-    """Return held-out rows, or those of another file, in the form that the recipe trains, and its training rows.
+    """Return two sets of rows in the recipe's form: the held-out rows, or those of another file, and the training rows.
 
     Raises ConfigError if the recipe holds none out and no file is given.
     """

@@ -86,7 +86,7 @@ def _loss(error: BaseException) -> BaseException:
 
 
 def _heard(told: str) -> str:
-    """The first line of the back end's words, less gloo's place in its source and its advice to gloo's developers."""
+    """The first line of the back end's message, without gloo's source position and its advice to gloo's developers."""
     line = told.strip().partition("\n")[0].partition(" This is typically caused by")[0]
     return re.sub(r"^\[[^\]]*/gloo/[^\]]*\]\s*", "", line)
 
@@ -98,7 +98,8 @@ def _store() -> Any:
 def by_main(act: Callable[[], T]) -> T:
     """Return to all processes the result of ``act`` in the main one, for which the others wait.
 
-    Its errors are raised in all: a VeneerError as it is, any other as a TrainingError in the others.
+    Its errors are raised in all processes: a VeneerError unchanged, any other as a TrainingError in the other
+    processes.
     """
     if n_processes() == 1:
         return act()

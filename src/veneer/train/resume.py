@@ -108,15 +108,15 @@ class ResumableTrainer(Trainer):  # type: ignore[misc]
         return found if has_length(self.train_dataset) else self._place_in_stream()
 
     def _place_in_stream(self) -> tuple[int, int]:
-        """Epoch and micro-batches within it that lie behind. Trainer counts them by the number of rows, which it takes
-        for endless where they are streamed.
+        """Epoch and micro-batches within it that lie behind. Trainer counts batches by the number of rows, which it
+        takes to be infinite for a stream.
         """
         number, before = self.epoch
         within = (self.state.global_step - before) * self.args.gradient_accumulation_steps
         return number, 0 if self.args.ignore_data_skip else within
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """Their state; rates and the like are this run's own where they have changed, not the checkpoint's."""
+        """Their state; changed settings, such as learning rates, are this run's and not the checkpoint's."""
         own = [{key: value for key, value in g.items() if key != "params"} for g in self.optimizer.param_groups]
         base = list(getattr(self.lr_scheduler, "base_lrs", ()))
         super()._load_optimizer_and_scheduler(checkpoint)
@@ -149,7 +149,7 @@ class ResumableTrainer(Trainer):  # type: ignore[misc]
             super()._run_epoch(**options)
 
     def _misses_evaluation(self, options: Mapping[str, Any]) -> bool:
-        """True where the checkpoint is of an epoch's last step, and was written before the evaluation at its end."""
+        """True if the checkpoint is of an epoch's last step and was written before the evaluation at its end."""
         step, begins = self.state.global_step, options["epoch"] == options["epochs_trained"]
         at_end = options["steps_trained_in_current_epoch"] == 0 and not self.args.ignore_data_skip
         at_end = at_end or step >= self.state.max_steps
@@ -216,7 +216,7 @@ class ResumableTrainer(Trainer):  # type: ignore[misc]
             return file.name, file.read_bytes()
 
     def _save_trained(self, folder: Path) -> None:
-        """Write what the next step of an adapter depends on and its files do not hold."""
+        """Write the state that an adapter's next step needs and its files do not hold."""
         model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
         if self.args.should_save and isinstance(model, PeftModel):
             save_trained(model, folder)

@@ -102,8 +102,8 @@ def carry_out(
 ) -> dict[str, Any]:
     """Run a recipe as `run_recipe` does, with a given trainer.
 
-    A run that breaks off leaves its status, its step, its ``reason`` and its log in ``run.json``. One that is refused
-    before it trains leaves that file unchanged.
+    If a run breaks off, ``run.json`` has its status, its step, the ``reason`` and its log. One that is refused before
+    it trains leaves that file unchanged.
     """
     if trainer.args.device.type != "cpu":
         tell(f"device: {told_device(trainer.args.device)}")
@@ -168,7 +168,7 @@ def _trained(trainer: RunTrainer, saved: Path, adapter: Mapping[str, Any], resum
 
 
 def _explain(error: BaseException, recipe: Recipe, step: int) -> None:
-    """Put into an interrupt what is left of the run."""
+    """Add to an interrupt's message the files that the run leaves."""
     folder = checkpoint_folder(Path(recipe.output), step)
     if isinstance(error, Interrupted) and not error.args and folder.exists():
         left = f"{reason_of(error)} after step {step}: its checkpoint is written, and --resume goes on from it"

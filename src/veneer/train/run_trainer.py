@@ -255,7 +255,7 @@ class RunTrainer(ResumableTrainer):
         return fused(self.model) if self.args.fused == "auto" else nullcontext()
 
     def _unwrap_forward(self) -> None:
-        """Take accelerate's autocast off the model's forward: after training the model is what it was before."""
+        """Remove accelerate's autocast from the model's forward, so that training leaves the model as it was."""
         if self.accelerator.num_processes == 1 and not self.is_deepspeed_enabled and not self.is_fsdp_enabled:
             unwrap_forward(self.model)
             self.accelerator.free_memory()

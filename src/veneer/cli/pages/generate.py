@@ -84,7 +84,7 @@ class GenerateArguments:
 
 
 def _require_places(source: Path, output: Path, force: bool) -> None:
-    """Raise ConfigError if the output cannot be written, or holds what nobody asked to replace."""
+    """Raise ConfigError if the output cannot be written, or exists and may not be replaced."""
     if output.exists() and source.exists() and output.samefile(source):
         raise ConfigError(f"--output {output} is the input: choose another file")
     require_file("--output", output, ".jsonl", replaces=force)

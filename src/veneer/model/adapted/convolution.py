@@ -103,8 +103,8 @@ class AdaptedConvolution(AdaptedSite):
         return 1 - len(self._kernel_shape)
 
     def _product(self, x: Tensor, matrix: Tensor, entry: Around | None) -> Tensor:
-        """A matrix (n, channels · window), or the kernel's blocks (n, channels / groups · window), times every patch of
-        x that the layer's own kernel sees, the patches mapped by ``entry``: (…, n).
+        """Product (…, n) of a matrix with every patch of x that the layer's kernel sees. The matrix is (n, channels ·
+        window), or the kernel's blocks (n, channels / groups · window). ``entry`` maps the patches.
         """
         window, groups = self._kernel_shape[2:], cast(Any, self).groups
         channels = matrix.shape[1] // math.prod(window)

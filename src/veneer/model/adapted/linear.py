@@ -73,7 +73,7 @@ class AdaptedSite(Adapted):
             return method.lower(site, {**params, **given} if given else params)
 
     def of_pass(self, name: str, site: LinearSite, shape: Sequence[int] | None) -> Params:
-        """Return what a record depends on in a forward pass now, beside its parameters.
+        """Return the tensors besides the parameters that a record depends on in the current forward pass.
 
         These are random numbers in training, new ones each time, and the sequences of an input of this shape (…, n).
         None is the shape of the model's input.
@@ -88,7 +88,7 @@ class AdaptedSite(Adapted):
         return {key: value.to(device_of(self)) for key, value in found.items()}
 
     def _members(self, known: Sequences | None, shape: Sequence[int] | None) -> Tensor:
-        """Members of an input of this shape. If the model knows no sequences, its rows are taken."""
+        """Sequence members of an input of this shape. If the model knows no sequences, each row is one."""
         if known is not None and shape is None:
             return known.members
         rows = tuple(shape or ())
@@ -208,7 +208,7 @@ class AdaptedSite(Adapted):
         return False
 
     def folded_dtype(self, names: Sequence[str]) -> torch.dtype:
-        """Return the dtype of a folded weight: the layer's own, or that of its dequantized codes."""
+        """Return the dtype of a folded weight: that of the layer, or of its dequantized codes."""
         own = self.own_weight()
         if own is not None and own.is_floating_point():
             return own.dtype

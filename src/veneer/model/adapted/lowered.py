@@ -16,7 +16,7 @@ _PLACE = "_lowered"
 
 @dataclass(frozen=True, slots=True)
 class _Lowered:
-    """A record, and the names of the holder's parameters that its tensors are."""
+    """Record, with the name of the holder's parameter that each of its tensors is."""
 
     config: LinearMethod
     record: LinearDelta

@@ -105,7 +105,7 @@ class Routing:
 
 @dataclass(frozen=True)
 class TokenRouting(Routing):
-    """Adapter of each token of a batch: that of its row from the row's start on, and none before.
+    """Adapter of each token of a batch: none before its row's start, the row's adapter from there on.
 
     ``starts`` holds the first token of each row that its adapter acts on, out of ``width`` tokens.
     """

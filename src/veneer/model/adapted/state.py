@@ -90,8 +90,8 @@ class AdapterState:
     def only(self, names: tuple[str, ...], *, task: int | None = None, rows: Tensor | None = None) -> Iterator[None]:
         """Context in which only these adapters act, on all rows alike, also where they are switched off.
 
-        ``task``: that of the adapters that have several, in place of the one chosen for them. ``rows``: those of the
-        pass that its input holds.
+        ``task``: that of the adapters that have several, in place of the one chosen for them. ``rows`` are the pass's
+        rows that its input holds.
         """
         before = self.active, self.disabled, self.tasks
         known = self.sequences if self.sequences is None or rows is None else self.sequences.of_rows(rows)

@@ -70,7 +70,7 @@ class Stretch(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class _Group:
-    """Sequences with equally many new tokens, g of them with c each, and L positions at most.
+    """Group of g sequences with c new tokens each, and at most L positions.
 
     ``rows`` (g, c) of the batch, their ``positions`` (g, c), ``slots`` (g, L) of all that they may see.
     """
@@ -154,7 +154,7 @@ def _attention(
     s_aux: Tensor | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """Attention of rows (n, heads, 1, width) to what their sequences have in the store, and to themselves."""
+    """Attention of rows (n, heads, 1, width) to the stored keys of their sequences, and to themselves."""
     step, layer = _STEP.get(), int(module.layer_idx)  # type: ignore[arg-type]
     step.store.write(layer, step.slots, key[:, :, 0], value[:, :, 0])
     seen = attention_mask or SeenKeys(_causal)

@@ -1,1 +1,1 @@
-"""One description of a decoder: its parts by role, made from a config and the names and shapes of its modules."""
+"""Description of a decoder: its parts by role, read from a config and from the names and shapes of modules."""

@@ -136,7 +136,7 @@ def _no_table(source: BlockSource, positions: nn.Module | None) -> Iterator[Stra
 def _strange(
     source: BlockSource, holder: nn.Module, known: list[nn.Module | None], norm: Any, norm_module: nn.Module | None
 ) -> Iterator[Strange]:
-    """The modules outside the blocks that are not described; those of images are no part of the text half."""
+    """The modules outside the blocks that are not described; vision modules are not part of the text half."""
     reason = source.family.strange(source.config)
     if reason is not None:
         yield Strange(path=source.path(holder), reason=reason)

@@ -45,8 +45,8 @@ class InnerNames:
 class Names:
     """Alternatives for every part, as children of the module that holds them; the first that a model has counts.
 
-    ``joined`` maps the names of layers with all of q, k and v to the order of their heads, for k and v
-    with as many heads as q. With fewer, the order is always q, then k, then v.
+    ``joined`` maps the names of joined q, k and v layers to the order of their heads, if k and v have as many heads as
+    q. With fewer, the order is always q, then k, then v.
     """
 
     positions: tuple[str, ...] = ("wpe", "embed_positions")

@@ -111,7 +111,7 @@ def _feed_forward_sublayer(
 
 
 def _dropout(source: BlockSource, block: nn.Module, names: tuple[str, ...]) -> str | None:
-    """The path of the dropout behind a half, where it is a module of that half's own."""
+    """The path of the dropout after a half, if the half has a module for it."""
     found = (getattr(block, name) for name in names if has_all(block, (name,)))
     return next((source.path(module) for module in found), None)
 

@@ -76,7 +76,7 @@ _ANY = {key for keys in KNOWN.values() for key in keys}  # what the type default
 
 
 def _from_rotary_dim(source: BlockSource, head_dim: int) -> Rotary | None:
-    """GPT-J's way: no parameters but the number of rotated dimensions, of all where it is None."""
+    """GPT-J's rotation: its only parameter is the number of rotated dimensions; None rotates all."""
     if not hasattr(source.config, "rotary_dim"):
         return None
     return Rotary(

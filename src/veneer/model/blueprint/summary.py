@@ -51,7 +51,7 @@ def _counted(values: Iterable[int]) -> str:
 
 
 def _in_layers(values: Iterable[Hashable | None], unit: str = "") -> str:
-    """Each value that is not None, and in how many layers it holds where that is not all of them."""
+    """Each value except None, with the number of its layers if it does not hold in all."""
     counts = Counter(values)
     total = sum(counts.values())
     held = {f"{value} {unit}".strip(): n for value, n in counts.items() if value is not None}

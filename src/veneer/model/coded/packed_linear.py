@@ -185,8 +185,8 @@ def pack_group(model: PreTrainedModel, paths: Sequence[str], *, give_up: bool) -
 def _packed(weight: FrozenWeight, dtype: torch.dtype) -> Packed | None:
     """A weight for rows of ``dtype``; None if it is not packed.
 
-    Codes have no packed form if their width is no multiple of 16: the values that they stand for are packed instead.
-    A narrow `BlockWeight` then stays as it is, since it is decoded in tiles.
+    Codes whose width is not a multiple of 16 have no packed form. Their decoded values are packed instead. A narrow
+    `BlockWeight` then stays as it is, since it is decoded in tiles.
     """
     if isinstance(weight, DenseWeight):
         dense = weight.dense()

@@ -45,7 +45,7 @@ def listed_experts(
 ) -> dict[str, ListedExperts]:
     """Return the experts that files list one by one, by the parameter (experts, …) that stacks them.
 
-    ``stored`` are names in the files by those that transformers gives them. Halves lie below each other.
+    ``stored`` are names in the files by those that transformers gives them. The halves are stacked by rows.
     """
     found = {}
     for each in get_model_conversion_mapping(model):
@@ -62,7 +62,7 @@ def listed_experts(
 
 
 def _is_stacking(converter: WeightConverter) -> bool:
-    """Return True if a conversion puts experts behind each other, and halves below each other."""
+    """Return True if a conversion stacks experts, and joins halves by rows."""
     steps = [(type(step), step.dim) for step in converter.operations if isinstance(step, MergeModulelist | Concatenate)]
     whole = len(steps) == len(converter.operations) and len(converter.target_patterns) == 1
     return whole and steps in ([(MergeModulelist, 0)], [(MergeModulelist, 0), (Concatenate, 1)])

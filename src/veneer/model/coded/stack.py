@@ -64,7 +64,7 @@ class CodedStack(CodedModule):
         return ", ".join(map(str, self.stack_spec.shape))
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        """The keys of the format lie below the path of the experts."""
+        """Save the format's tensors under keys below the experts' path."""
         own = prefix.removesuffix(".")
         front = own[: own.rfind(".") + 1]
         if not self.is_filled:
@@ -77,7 +77,7 @@ class CodedStack(CodedModule):
         destination |= {front + key: tensor for key, tensor in disk.items()}
 
     def _load_from_state_dict(self, *args: Any) -> None:
-        """Nothing: the experts, below whose path the keys lie, hand them to `take`."""
+        """Load nothing: the keys lie below the experts' path, and the experts pass them to `take`."""
 
 
 def parameter_names(module: nn.Module) -> tuple[str, ...]:

@@ -121,7 +121,7 @@ class BlockActivations:
         return self.plan.way == "selective" and self.index > 0 and not self._again
 
     def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """The block's output, its activations kept or not as the plan says."""
+        """The block's output. The plan decides which activations are kept."""
         if torch.compiler.is_compiling():  # a graph holds one way
             return checkpoint(function, *args, use_reentrant=False, **kwargs)
         hidden: Tensor = args[0] if args else kwargs["hidden_states"]
@@ -140,7 +140,7 @@ class BlockActivations:
             return checkpoint(self._recomputed(function), *args, use_reentrant=False, **kwargs)
 
     def _recomputed(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """The function, which finds the block as it is now when it runs again, whatever a later pass has chosen."""
+        """The function for recomputation, under the block's present choice even if a later pass has changed it."""
 
         @functools.wraps(function)
         def run(*args: Any, **kwargs: Any) -> Any:

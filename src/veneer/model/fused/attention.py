@@ -128,7 +128,7 @@ class _AttentionHalf(torch.autograd.Function):
 
 @dataclass(frozen=True, slots=True)
 class _Heads:
-    """q, k and v as attention reads them, and what the way back through their norms needs."""
+    """q, k and v in attention's layout, with the tensors for the backward pass through their norms."""
 
     qkv: tuple[Tensor, Tensor, Tensor]
     q_kept: tuple[Tensor, ...]
@@ -149,7 +149,9 @@ def _heads(
 def _turned(
     heads: Tensor, half: AttentionHalf, norm: Norm | None, size: torch.Size, positions: RotationTables
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """Heads (n, heads, d) normed and rotated, and what the way back needs. Without a norm they are overwritten."""
+    """Normed and rotated heads (n, heads, d), with the tensors for the backward pass. Without a norm they are
+    overwritten.
+    """
     kept: tuple[Tensor, ...] = ()
     if norm is not None:
         rows = _rows(heads, norm)

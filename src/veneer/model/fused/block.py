@@ -195,18 +195,18 @@ def _with_masks(module: nn.Module, names: Sequence[str], layers: Sequence[Linear
 
 
 def _layers(module: nn.Module, names: tuple[str, ...], dtype: torch.dtype) -> tuple[LinearLayer, ...] | None:
-    """None where one of them cannot run fused."""
+    """None if one of them cannot run fused."""
     found = [layer_of(getattr(module, name), dtype) for name in names]
     return None if any(layer is None for layer in found) else cast("tuple[LinearLayer, ...]", tuple(found))
 
 
 def _drops(block: nn.Module) -> bool:
-    """Return True if the block itself drops some of what its halves give out."""
+    """Return True if the block has dropout on the outputs of its halves."""
     return block.training and (_has_rate(block) or any(_is_dropout(part) for part in block.children()))
 
 
 def _drops_within(module: nn.Module) -> bool:
-    """Return True if a half drops something on its way."""
+    """Return True if a half has dropout within."""
     return module.training and (_has_rate(module) or any(_is_dropout(part) for part in module.modules()))
 
 
@@ -239,7 +239,9 @@ def _or_none(norm: Norm) -> Norm | None:
 
 
 def _positions(tables: tuple[Tensor, Tensor] | None, mask: LayoutMask, parts: AttentionParts) -> RotationTables:
-    """transformers' tables hold every angle twice, GPT-J's once; a layer that does not rotate reads none."""
+    """Tables of cosines and sines as kernels read them, each angle once. transformers' hold it twice, GPT-J's once. A
+    layer without rotation reads none.
+    """
     if tables is None or parts.rotary is None:
         return RotationTables(None, None, mask.cu_seqlens)
     width = tables[0].shape[-1]

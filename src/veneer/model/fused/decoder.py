@@ -167,7 +167,7 @@ def fuse_as_described(model: PreTrainedModel) -> str | None:
 
 
 def _stream_dtype(model: PreTrainedModel, block: FusedBlock) -> torch.dtype:
-    """The dtype of the stream: that of a norm's weight in it, or the embeddings'."""
+    """The dtype of the residual stream: that of a norm's weight, or the embeddings'."""
     norms = (cast(nn.Module, getattr(block, norm.path)) for norm in block.fused_shape.norms.all if norm.weight)
     owner = next(norms, None) or model.get_input_embeddings()
     return cast(Tensor, owner.weight).dtype
@@ -216,8 +216,8 @@ def _fuse(model: PreTrainedModel) -> str | None:
 
 @contextmanager
 def _few_threads(model: nn.Module) -> Iterator[None]:
-    """For a while one thread computes, if the model is small: its products over so few tokens take microseconds, and
-    several threads wait for each other. Where others use the cores that took 50 s of one whole check in place of 8.
+    """Compute with one thread within the context, if the model is small: products of so few tokens take microseconds,
+    less than threads need to meet. Where others use the cores that took 50 s of one whole check in place of 8.
     """
     before = torch.get_num_threads()
     if sum(parameter.numel() for parameter in model.parameters()) <= FEW_PARAMETERS:
@@ -280,7 +280,7 @@ def _base_alone(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _short_windows(model: nn.Module) -> Iterator[None]:
-    """For a while sliding windows are short, in the configs that the model makes its masks from and in its modules."""
+    """Shorten sliding windows within the context, in the model's modules and in the configs of its masks."""
     owners = {
         id(owner): owner
         for module in model.modules()
@@ -299,10 +299,10 @@ def _short_windows(model: nn.Module) -> Iterator[None]:
 
 
 def _differing(model: PreTrainedModel, blocks: list[FusedBlock]) -> str | None:
-    """In words what the blocks compute otherwise than the model's own code; None where they compute the same.
+    """The difference between the blocks and the model's own code, in words; None if there is none.
 
-    Compared is what a block adds to the stream, fused and not, over two short sequences: one at the start of the
-    model's context and one at its end.
+    The outputs of each block, fused and not, are compared on two short sequences: one at the start of the model's
+    context and one at its end.
     """
     embeddings = cast(Tensor, cast(Any, model).get_input_embeddings().weight)
     ids = ((torch.arange(math.prod(SIZE)).view(SIZE) * 7 + 3) % embeddings.shape[0]).to(model.device)
@@ -370,7 +370,7 @@ def _leave_out_unfit(block: FusedBlock, dtype: torch.dtype) -> None:
 def _calls(
     model: PreTrainedModel, blocks: list[FusedBlock], ids: Tensor
 ) -> list[tuple[Tensor, dict[str, Any], Tensor]]:
-    """The input, arguments and output of each block running the model's own code, which is what a cache makes it do."""
+    """The input, arguments and output of each block under the model's own code, which a cache makes it run."""
     calls: list[tuple[Tensor, dict[str, Any], Tensor]] = []
 
     def keep(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
@@ -387,7 +387,7 @@ def _calls(
 
 
 def _positions(holder: nn.Module, ids: Tensor) -> dict[str, Tensor]:
-    """Positions at both ends of the context, where the model takes positions and has such an end."""
+    """Positions at the start and the end of the context; empty if the model takes none or its context has no end."""
     end = getattr(holder.config, "max_position_embeddings", None)
     if end is None or "position_ids" not in inspect.signature(holder.forward).parameters:
         return {}

@@ -21,7 +21,7 @@ from veneer.quant.dense import DenseWeight
 
 
 class _Deferring(InPlace, nn.Module):
-    """Mixin in front of the head's class for one forward pass: its logits are deferred."""
+    """Mixin that defers a head's logits, put before the head's class for one forward pass."""
 
     frozen_head: FrozenHead
 

@@ -140,7 +140,7 @@ def _grows(attention: Attention) -> bool:
 
 
 def _attention_parts(attention: Attention | Strange) -> AttentionParts | None:
-    """None where the half runs as the model wrote it."""
+    """None if the half runs the model's own code."""
     if isinstance(attention, Strange) or unfit(attention) is not None:
         return None
     before = len(attention.path) + 1

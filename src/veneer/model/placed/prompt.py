@@ -284,7 +284,7 @@ def _site_to_start_from(model: PreTrainedModel, config: PromptMethod) -> InputSi
 
 
 def _in_front(front: Front, values: Sequence[Sequence[float]], otherwise: float, like: Tensor) -> Tensor:
-    """The values of each choice in the places of its rows, (rows, width), of the dtype of another tensor."""
+    """The values of each choice at the places of its rows, (rows, width), in the dtype of a given tensor."""
     return front.rows([like.new_tensor(own) - otherwise for own in values], like.shape[0]) + otherwise
 
 

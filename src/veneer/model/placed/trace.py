@@ -38,7 +38,9 @@ class _Call:
 
 @dataclass(frozen=True, slots=True)
 class _Origin:
-    """The origin of a tensor: ``makers`` gave it out (innermost first), ``sources`` read the stream for it."""
+    """Origin of a tensor: the modules that returned it, ``makers`` (innermost first), and those that read the stream
+    for it, ``sources``.
+    """
 
     stream: bool = False
     makers: tuple[_Call, ...] = ()
@@ -170,7 +172,7 @@ class _Watch(TorchFunctionMode):
         return list(dict.fromkeys(addition for addition in found if addition is not None))
 
     def _addition(self, event: _Event, own: set[str]) -> Addition | None:
-        """The outermost module that gave the operand out, and the first in the block that read the stream for it."""
+        """The outermost module that returned the operand, and the first in the block that read the stream for it."""
         inside = set(event.stack)
         block_order = next((call.order for call in event.stack if call.module in self.elements), 0)
         within = [call for call in event.stack if call.order > block_order]

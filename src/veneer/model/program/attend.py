@@ -94,7 +94,7 @@ class Attend(Operation):
 
 
 def _normed(norm: NormWeights | None, heads: Tensor) -> Tensor:
-    """(n, heads, d) over each head, or over all of them at once."""
+    """Normed heads (n, heads, d): each head by itself, or all at once."""
     if norm is None:
         return heads
     over_all = len(norm.norm.shape) == 1 and norm.norm.shape[0] != heads.shape[-1]

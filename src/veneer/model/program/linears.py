@@ -230,7 +230,7 @@ class Linears:
         return replace(left, pairs=self._pack(pairs, sizes, packing))
 
     def _with_terms(self, own: OwnChanges) -> OwnChanges:
-        """With packed terms in the place of those of its records that kernels know; they are kernels of the CPU."""
+        """Replace the terms of records that the CPU's kernels know by packed ones."""
         if self.device.type != "cpu":
             return own
         parts = cast(PackedGroup, self.group).parts
@@ -267,7 +267,7 @@ class RowPart(NamedTuple):
 
 @functools.lru_cache(maxsize=64)
 def divided(runs: AdapterRuns, apart: tuple[bool, ...]) -> tuple[RowPart, RowPart]:
-    """Return the rows of a pass in two parts: those of the base and of versions not ``apart``, and the others."""
+    """Return the rows of a pass in two parts: rows whose version is ``apart`` are the second."""
     rows: tuple[list[int], list[int]] = ([], [])
     found: tuple[list[Run], list[Run]] = ([], [])
     for place, start, stop in runs.with_gaps():

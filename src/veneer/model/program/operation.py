@@ -125,7 +125,7 @@ class Operation(ABC):
         return None
 
     def take(self, weights: Any, version: Version, place: StepPlace) -> bool:
-        """Add what a version changes here beside its block. Returns False if the C++ step does not support it."""
+        """Add a version's changes that its block does not hold. Returns False if the C++ step does not support it."""
         return True
 
 

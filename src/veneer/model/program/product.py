@@ -1,4 +1,4 @@
-"""Products: linear layers that read the same input, with what adapter versions change at them."""
+"""Products: linear layers that read one input, with the changes of adapter versions."""
 
 from __future__ import annotations
 

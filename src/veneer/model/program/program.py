@@ -92,7 +92,7 @@ def compile_program(decoder: Decoder, n_positions: int) -> Program:
 
 
 def _unsaid(decoder: Decoder, n_positions: int) -> Iterator[str]:
-    """The parts that a program has no operation for, told."""
+    """The names of the parts that a program has no operation for."""
     yield from (f"{part.path}: {part.reason}" for part in decoder.strange)
     positions = decoder.embedding.positions
     if positions is not None and n_positions + positions.offset > positions.rows:

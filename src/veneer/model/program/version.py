@@ -1,4 +1,4 @@
-"""Version of an adapter, as the operations of a program see it: what it changes at each of them."""
+"""Version of an adapter as a program sees it: its change at each operation."""
 
 from __future__ import annotations
 

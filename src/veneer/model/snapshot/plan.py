@@ -34,8 +34,8 @@ class AttachPlan:
     """Config of an adapter for this model, and the modules that it acts on.
 
     ``targets``: the target layers, by path; ``outward``: the output projections of the attentions among them;
-    ``followers``: the modules that share the factors of the ``embeddings``. ``parameters``: those that are adapted by
-    name, and ``copied``: those that are trained whole, by module path. ``rows``: the tables of which rows are trained.
+    ``followers``: the modules that share the factors of the ``embeddings``. ``parameters`` are adapted by name.
+    ``copied`` are trained whole, by module path. ``rows``: the tables of which rows are trained.
     """
 
     config: MethodConfig
@@ -188,7 +188,7 @@ def _require_accepted(
 
 
 def _problems_of_invocation(snapshot: Snapshot, config: LinearMethod, plan: AttachPlan) -> list[str]:
-    """The places where an adapter that acts from its invocation tokens on cannot know which tokens it sees."""
+    """The layers whose input does not tell its tokens, which an adapter with invocation tokens needs."""
     if not config.invocation_tokens:
         return []
     whole = [path for path in plan.targets if snapshot.kinds[path].name != "linear"]

@@ -122,7 +122,7 @@ class BlockStore:
         return block
 
     def _says_all(self, layout: BlockLayout) -> bool:
-        """Return True if a layout can be read again from its text, and has a block."""
+        """Return True if a layout has a block and its text gives the same layout again."""
         if not layout.text or not layout.n_bytes:
             return False
         parses = self._parses.get(layout.key)
@@ -167,7 +167,7 @@ class BlockStore:
 
 
 def _files(folder: Path) -> Iterator[tuple[float, int, Path]]:
-    """Yield when each file of a store was used last, its bytes, and its path."""
+    """Yield the time of last use, the bytes and the path of each file of a store."""
     with os.scandir(folder) as entries:
         for entry in entries:
             if _OWN_NAME.fullmatch(entry.name):

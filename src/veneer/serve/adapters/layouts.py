@@ -90,7 +90,7 @@ def _config_of(read: Any) -> str:
 
 @dataclass(frozen=True, slots=True)
 class _Stretch:
-    """Neighbours in a file: the memory that their values are read into, and each with the bytes of its panels."""
+    """Tensors that follow one another in a file: the memory for their values, and the bytes of each one's panels."""
 
     values: Tensor
     factors: list[tuple[Factor, slice]]

@@ -110,7 +110,7 @@ class Loader(Generic[Read]):
 
 
 def _finish(work: Callable[[], None]) -> None:
-    """Do what was put off. The thread goes on if that fails, since loads wait for it."""
+    """Do what was put off. The thread survives a failure, because loads wait for it."""
     failed = _result(work)
     if failed is not None:
         _LOG.error("work behind a load failed", exc_info=failed)

@@ -49,7 +49,7 @@ def _summand(folder: Path, effects: Effects) -> Effects:
 
 
 def _reason(effects: Effects) -> str:
-    """The part of an adapter that has no sum with others, told; empty where there is none."""
+    """The name of the part of an adapter that cannot be added to others; empty where there is none."""
     if effects.front is not None:
         return "has virtual tokens (a prefix or a prompt)"
     if effects.residual:

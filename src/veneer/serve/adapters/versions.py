@@ -115,7 +115,7 @@ class Versions:
         return replace(self.unread(folder), id=f"v{digest.hexdigest()[:32]}")
 
     def unread(self, folder: Path) -> AdapterVersion:
-        """Return what the config and the header of an adapter say, without an ``id``, which needs all of its content.
+        """Return an adapter's version from its config and header. It has no ``id``, which needs the whole content.
 
         Raises FormatError, and CompositionError for an adapter that a request cannot ask for.
         """

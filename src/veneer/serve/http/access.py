@@ -82,7 +82,7 @@ class Access:
         return found
 
     def _key_of_place(self, scope: Scope) -> Key:
-        """The key of a client without one: where it is decides."""
+        """The key of a client that sends none: its address decides."""
         reason = _why_far(scope)
         if not reason:
             return ANYBODY

@@ -148,7 +148,7 @@ class AdapterRoutes:
         return _json((await self._told([name]))[0])
 
     async def pin(self, name: str) -> Response:
-        """Load an adapter, and keep it loaded, also when its files are replaced and asked for."""
+        """Load an adapter and keep it loaded. If its files are replaced, the next request pins the new version."""
         adapter = await asyncio.to_thread(self._adapter, name)
         await self._running.settled(await asyncio.to_thread(partial(self._engine.preload, adapter, pins=True)))
         return _json((await self._told([name]))[0])
@@ -185,7 +185,7 @@ class AdapterRoutes:
         return found
 
     def _require_free(self, body: LoadBody) -> None:
-        """Raise RefusedError for what is no name of an adapter, or is taken."""
+        """Raise RefusedError if a name is not valid for an adapter, or is taken."""
         name, catalogue = body.lora_name, self._catalogue
         if not name.isprintable() or not 0 < len(name) <= _LONGEST_NAME or name.startswith(MIX):
             raise RefusedError(
@@ -278,7 +278,7 @@ def _json(answer: BaseModel) -> Response:
 
 
 def _beside(work: Callable[[], Result]) -> Future[Result]:
-    """Begin work on a thread of its own, which nobody waits for when the server ends."""
+    """Begin work on a separate thread, which the end of the server does not wait for."""
     told: Future[Result] = Future()
 
     def run() -> None:

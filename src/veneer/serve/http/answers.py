@@ -35,8 +35,8 @@ class Shape:
     """Shape of a route's answers: the prefix of ids, the objects' names, and functions that make choices.
 
     ``choice`` and ``delta`` make a choice from an answer and its index, whole or in a stream. ``opening`` makes the
-    first event of a stream for each choice. Unless ``tells_answers``, answers are empty. If ``lists_prompt``, the
-    log-probabilities of a prompt stand beside its first choice.
+    first event of a stream for each choice. Unless ``tells_answers``, answers are empty. If ``lists_prompt``, the first
+    choice of a prompt also has the prompt's log-probabilities.
     """
 
     id: str
@@ -155,7 +155,7 @@ async def _choices(engine: AsyncEngine, answering: AnswerCall) -> str:
 
 
 async def _events(engine: AsyncEngine, answering: AnswerCall, options: StreamOptions) -> AsyncGenerator[bytes, None]:
-    """The events of a stream: those that come together are one write."""
+    """The events of a stream. Events that arrive together are one write."""
     head, shape = answering.head(answering.shape.chunk), answering.shape
     front = f"data: {_ENCODE(head)[:-1]}, "  # which all events have in common
     by_id, n_answered, n_cached = {asked.id: asked for asked in answering.asked}, 0, dict[str, int]()

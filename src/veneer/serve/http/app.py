@@ -1,4 +1,4 @@
-"""Application: its routes, and an engine that runs as long as it does."""
+"""Application with its routes, and an engine with the same lifetime."""
 
 from __future__ import annotations
 

@@ -94,7 +94,7 @@ def _append(found: _Lists, offset: int, text: str, token: int, scores: TokenLogp
 
 
 def _likeliest(scores: TokenLogprobs) -> dict[str, float]:
-    """Log-probabilities by text: of tokens with the same text that of the likeliest."""
+    """Log-probabilities by text. Of tokens with equal text, the likeliest one counts."""
     found = dict[str, float]()
     for each in scores.values():
         text = each.decoded_token or ""

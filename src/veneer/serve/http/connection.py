@@ -292,7 +292,7 @@ class Connection(HttpToolsProtocol):
         self.transport.abort()
 
     def _leave(self) -> None:
-        """Let the application know that nobody reads its answers any more."""
+        """Tell the application that the client has gone."""
         for cycle in self._cycles:
             cycle.disconnected = True
             cycle.message_event.set()
@@ -356,7 +356,7 @@ class Connection(HttpToolsProtocol):
             self.transport.close()
 
     async def _answer_without_chunks(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer a client of HTTP/1.0: the end of a body without a length is that of the connection."""
+        """Answer a client of HTTP/1.0: the connection's end marks the end of a body without a length."""
         cycle: Any = getattr(send, "__self__")  # noqa: B009 - a method of the cycle, as uvicorn gives it
         is_open = False
 

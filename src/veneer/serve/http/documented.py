@@ -57,7 +57,7 @@ def documented(
     body: bool = True,
     error: type[BaseModel] = ErrorBody,
 ) -> dict[str, Any]:
-    """Return the options of a route: its answer, whether it ``streams`` too, and its errors, as they are told.
+    """Return a route's options for the API description: its answer, its errors, and whether it ``streams`` too.
 
     The answer of a route of ``text`` is plain text. A route without a ``body`` has no errors of one.
     """

@@ -143,7 +143,7 @@ def _sendable(text: str) -> str:
 
 
 def status_of(error: VeneerError) -> int:
-    """Return the status of an error: its own if the request is refused, 500 for the server's own, else 400."""
+    """Return the HTTP status of an error: that of a refusal, 500 for a fault of the server, else 400."""
     if isinstance(error, RefusedError):
         return error.status
     if isinstance(error, QueueFullError):

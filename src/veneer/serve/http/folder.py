@@ -17,9 +17,9 @@ from veneer.store.adapter.folder import PICKLE_FILE
 class AdapterFolder:
     """Table of the adapters in a folder, except those named in ``taken``. Any thread may call it.
 
-    One adapter is looked at by its two files whenever it is asked for, so that it is there, and gone, at once. A
-    watcher finds the others that came and went. ``on_gone`` is called with the names of those that are gone, on the
-    thread that found it out. Without `start`, the table has what was there when it was made, asked for, or looked at.
+    Each request for an adapter looks at its two files, so that additions and removals count at once. A watcher finds
+    the others that came and went. ``on_gone`` is called with the names of those that are gone, on the thread that found
+    it out. Without `start`, the table is as new as its creation, or the last request or look.
     """
 
     def __init__(self, folder: Path, taken: Collection[str], on_gone: Callable[[AbstractSet[str]], None]) -> None:

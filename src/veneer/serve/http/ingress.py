@@ -195,7 +195,7 @@ def _is_stream(message: Message) -> bool:
 
 
 def _last_event(path: str, error: VeneerError) -> bytes:
-    """The end of a stream that is cut off, in the words of its route."""
+    """The last event of a stream that is cut off, in the format of its route."""
     if path.startswith("/v1/messages"):
         return f"event: error\ndata: {json.dumps(message_error(error))}\n\n".encode()
     if path.startswith("/v1/responses"):

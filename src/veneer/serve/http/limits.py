@@ -60,8 +60,8 @@ def _told(scope: Scope) -> int:
 async def _read(receive: Receive, read: deque[Message], most: int) -> int:
     """Return the size of a body after reading it into ``read``, which is empty if there are more than ``most`` bytes.
 
-    A client gets to read the refusal once it has sent its body, so a larger one is read on, up to `_DRAINED` times
-    ``most``.
+    A client reads the refusal only after it has sent its body. A larger body is therefore read to its end, up to
+    `_DRAINED` times ``most``.
     """
     n_bytes, more = 0, True
     while more and n_bytes <= _DRAINED * most:
@@ -80,7 +80,7 @@ def _n_brackets(read: deque[Message]) -> int:
 
 
 def _again(read: deque[Message], receive: Receive) -> Receive:
-    """The messages that were read, and then those that come."""
+    """The messages already read, followed by new ones."""
 
     async def next_message() -> Message:
         return read.popleft() if read else await receive()

@@ -1,4 +1,4 @@
-"""Message while it is written: its object, and the events of its stream."""
+"""Message during generation: its object, and the events of its stream."""
 
 from __future__ import annotations
 

@@ -116,7 +116,7 @@ def text_of(metrics: Sequence[Iterable[Family]], key: Key) -> bytes:
 
 
 def _visible(samples: Iterable[Sample], key: Key) -> list[Sample]:
-    """The samples without those of hidden adapters, and without their names."""
+    """The samples of visible adapters. The names of hidden ones are left out."""
     seen = [each for each in samples if each.labels.get("adapter", OTHER) == OTHER or key.sees(each.labels["adapter"])]
     return [each._replace(labels=_named(each.labels, key)) for each in seen]
 
@@ -137,7 +137,7 @@ class _Collected(Collector):
 
 
 def _encodable(name: str) -> str:
-    """A name as UTF-8 can have it: that of a folder may be other bytes."""
+    """A name that UTF-8 can encode: a folder's name may hold other bytes."""
     return name.encode(errors="replace").decode()
 
 

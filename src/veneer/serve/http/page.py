@@ -24,7 +24,7 @@ def add_page(app: FastAPI) -> None:
 
 
 def headers_of(page: str) -> dict[str, str]:
-    """Return the headers of a page: its own script and style run, it asks its own server, and all else is refused."""
+    """Return the headers of a page, which allow its own script and style and requests to its own server alone."""
     policy = {
         "default-src": "'none'", "script-src": _digests(page, "script"), "style-src": _digests(page, "style"),
         "connect-src": "'self'", "img-src": "data:", "base-uri": "'none'", "form-action": "'none'",

@@ -40,7 +40,7 @@ T = TypeVar("T")
 
 
 class _First(FailFast):
-    """Ends at the first wrong entry of a list, so that a body of a million of them has one error."""
+    """Stops at the first wrong entry of a list, so that a million wrong entries are one error."""
 
     __hash__ = object.__hash__  # which a union asks for
 
@@ -258,7 +258,7 @@ class CompletionBody(Body):
 
     @property
     def scores_prompt(self) -> bool:
-        """True if log-probabilities of the prompt's tokens stand in front of those of the answer, which comes whole."""
+        """True if the log-probabilities of the prompt precede those of the answer. Such an answer is not streamed."""
         return self.echo and self.logprobs is not None
 
     @property

@@ -39,8 +39,8 @@ _LONGEST_PATH = 128  # characters of a path that is no route's
 class RequestRecord:
     """Facts of one request. Times are by `time.perf_counter`; 0 for what has not happened.
 
-    ``model`` is None until a known model is asked for, and ``client`` if no key says who asks. ``status`` is that of
-    the response, `GONE` if the client left before its end. ``is_anthropics``: errors have Anthropic's form.
+    ``model`` is None until a known model is asked for, and ``client`` if no key says who asks. ``status`` is the
+    response's HTTP status; `GONE` if the client left before its end. ``is_anthropics``: errors have Anthropic's form.
     """
 
     id: str = field(default_factory=lambda: uuid.uuid4().hex)

@@ -1,4 +1,4 @@
-"""Response while it is written: its object, and the events of its stream."""
+"""Response during generation: its object, and the events of its stream."""
 
 from __future__ import annotations
 

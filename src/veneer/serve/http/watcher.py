@@ -18,8 +18,8 @@ _GROUPED_MS, _STEP_MS = 300, 100  # changes in so short a time are one
 class Watcher:
     """Thread that calls ``look`` after an entry of a folder has come or gone, and ``look(everything=True)`` regularly.
 
-    The system tells of entries (by inotify, for example). Changes within them, and all changes if the system tells
-    none, are found by looking at everything: once a second, or for a hundredth of the time if that takes long. Looks
+    The system tells of entries (by inotify, for example). Changes within them are found by polling: once a second, or
+    rarely enough to take a hundredth of the time. If the system reports no changes, polling finds all of them. Looks
     are made one after the other.
     """
 

@@ -69,7 +69,7 @@ async def written(
 
 
 def parts_of(answer: CompletionOutput, parser: Parser | None) -> list[Part]:
-    """Return the text of an answer, and its calls if there is a parser of them."""
+    """Return the text of an answer, and its tool calls if there is a parser for them."""
     if parser is None:
         return [Text(answer.text)] if answer.text else []
     return parser.feed(answer.text) + (parser.finish() if answer.finished() else [])
@@ -105,7 +105,7 @@ async def _outputs(service: Service, asked: CheckedRequest) -> AsyncGenerator[Re
 
 
 def _sent(events: Iterator[Event]) -> bytes:
-    """Events as a stream sends them, each as it is when it comes."""
+    """Events in the form of a stream, each written when it arrives."""
     return "".join(
         f"event: {event['type']}\ndata: {json.dumps(event, ensure_ascii=False)}\n\n" for event in events
     ).encode(errors="backslashreplace")  # a client's lone surrogates: this is how JSON writes them

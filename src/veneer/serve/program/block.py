@@ -1,7 +1,7 @@
 """Block of memory with all that a version changes at linear layers, in a layout that equal versions share.
 
-The step in C++ takes a block in by its address and its layout. Objects of single groups of layers are made only when
-torch needs them.
+The C++ step receives a block's address and layout. Objects of single groups of layers are made only when torch needs
+them.
 """
 
 from __future__ import annotations

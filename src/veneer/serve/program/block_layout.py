@@ -1,4 +1,4 @@
-"""Layout of a block: all that a version changes at linear layers but for the values, and where each tensor lies.
+"""Layout of a block: the changes of a version at linear layers without their values, and the offset of each tensor.
 
 Adapters that differ in values alone have equal layouts. A text says all of a layout, so that it may lie beside a block
 in a file.
@@ -36,7 +36,7 @@ _ODD = (ValueError, TypeError, LookupError, AttributeError, StopIteration, Runti
 
 @dataclass(frozen=True, slots=True)
 class GroupChange:
-    """Changes of one version at a group of layers, and those of each layer besides its pairs as the step takes them.
+    """Changes of one version at a group of layers: the pairs, and each layer's other changes in the step's form.
 
     ``step`` is empty if there are only pairs. It is None if the step does not support one of them.
     """
@@ -160,7 +160,9 @@ def _place(x: Tensor) -> tuple[object, ...]:
 
 
 def _maker(kind: Any) -> Callable[..., object]:
-    """A maker of objects of a kind from the values of its fields. It raises ValueError for values of other types."""
+    """A function that creates objects of a class from the values of its fields. It raises ValueError for values of
+    other types.
+    """
     hints = get_type_hints(kind)
     names = [each.name for each in fields(kind)] if is_dataclass(kind) else list(kind._fields)
 

@@ -120,7 +120,9 @@ def _put(found: Effects, program: Program, path: str, record: object) -> None:
 
 
 def _with_own_vectors(record: LinearDelta) -> LinearDelta:
-    """A record of which all stays but the pair, when that has been packed and the file it was read from is let go."""
+    """Copy the terms of a record other than its pair into memory of their own. The pair is packed elsewhere, and the
+    file is closed.
+    """
     left = record.without_pair()
     if left.changes_nothing:
         return record

@@ -40,7 +40,7 @@ class NativePart:
         return None if group is None else block.change(group.number)
 
     def take(self, name: str, version: PackedEffects, program: StepProgram, number: int) -> None:
-        """Add what a version changes beside its block."""
+        """Add a version's changes that its block does not hold."""
         place = StepPlace(program, number, self.place.start)
         if not self.bound.operation.take(self.bound.weights, version, place):
             self.unknown.add(name)
@@ -221,7 +221,7 @@ class NativeStretch:
         self._numbers[first : first + 2 * len(rows)] = places(rows)
 
     def _lay(self, n: int) -> None:
-        """Find the places of what is written and was not read before: they are the same in every pass of n rows."""
+        """Find the memory of registers that are written and not read first: it is the same in all passes of n rows."""
         self._numbers, self._written = [0] * (2 * self.native.program.n_tensors), {}
         for register in self.writes:
             if register not in self.reads:

@@ -75,7 +75,7 @@ class Admission:
         self._n, self._n_tokens = self._n + sign * n, self._n_tokens + sign * n_tokens
 
     def _return_seconds(self, asked: Sequence[CheckedRequest], n_waiting: int) -> float:
-        """The seconds after which refused requests have room, behind those that were refused before."""
+        """The seconds until there is room for refused requests, after those refused earlier."""
         over = self._n_over(asked)
         with self._lock:
             return self._places.seconds(_size(asked)[0], n_waiting, lambda ahead: self.rate.seconds(over + ahead))
@@ -90,5 +90,5 @@ class Admission:
 
 
 def _size(asked: Sequence[CheckedRequest]) -> tuple[int, int]:
-    """The number of answers, and that of the tokens of their prompts."""
+    """The number of answers, and the number of tokens in their prompts."""
     return sum(each.params.n for each in asked), sum(each.params.n * len(each.prompt_ids) for each in asked)

@@ -55,7 +55,7 @@ class EngineSettings:
 
 @dataclass(frozen=True, slots=True)
 class Constraints:
-    """Form that an answer must have, in its start state, ids of words that it may not have, and those of the prompt.
+    """Constraints of an answer: its form in the start state, the ids of banned words, and the prompt's ids.
 
     The prompt's are needed for a repetition penalty alone.
     """

@@ -39,7 +39,7 @@ _SLOW = 0.002  # seconds; a grammar whose forced tokens took longer is asked no 
 
 @dataclass(eq=False, slots=True)
 class _Grammar:
-    """Compiled grammar in its start state, and what all of its texts have found out."""
+    """Compiled grammar in its start state, with facts found while answers were generated."""
 
     matcher: LLMatcher
     forces: bool  # tokens that it forces are asked for
@@ -56,7 +56,7 @@ class _Grammar:
 class Forms:
     """Forms of requests for one tokenizer; its tables are built when the first form is asked for.
 
-    Compiled grammars are kept by their text, those that were asked for last. Any thread may ask.
+    The most recently used compiled grammars are cached by their text. Any thread may ask.
     """
 
     def __init__(self, tokenizer: Any, vocabulary: int, ending: Sequence[int]) -> None:

@@ -143,7 +143,7 @@ class OwnCodeRunner(DrawingRunner):
 class GeneralRunner(OwnCodeRunner):
     """`Runner` on the model itself; between plans its attention is its own.
 
-    Adapters whose rows cannot stand beside others, as those of experts, have a pass of their own in a step.
+    Adapters whose rows cannot be mixed with others, such as those of experts, have a separate pass in a step.
     """
 
     def __init__(self, model: PreTrainedModel, store: SlotStore) -> None:
@@ -189,8 +189,8 @@ class GeneralRunner(OwnCodeRunner):
         return list(passes.values())
 
     def _outputs(self, sequences: Sequence[PlannedSequence]) -> tuple[Tensor, Tensor]:
-        """Return logits and hidden states: of the wanted tokens in the order of the sequences, and then of those that
-        are read. There is one row if there are none.
+        """Return logits and hidden states of the wanted tokens in the order of the sequences, then those of pooled
+        tokens. There is one row if there are none.
         """
         device = self.base.device
         for sequence in sequences:

@@ -59,7 +59,7 @@ _LOG = logging.getLogger(__name__)
 class ProgramAdapter:
     """Adapter packed for the program; ``prefix`` are the keys and values of a prefix, by layer.
 
-    ``n_bytes`` is the size of all its tensors, counted on the thread that reads, so that the step does not wait for it.
+    ``n_bytes`` is the size of all its tensors. The loading thread counts it, so that no step waits.
     """
 
     packed: PackedEffects
@@ -256,7 +256,7 @@ class ProgramRunner(DrawingRunner):
         return Computed(logits.blocks(), likeliest, hidden)
 
     def _front_rows(self, sequence: PlannedSequence) -> tuple[str | None, int, Any]:
-        """The version of a sequence, its first virtual token that is not there, and the places from that on."""
+        """The version of a sequence, its first missing virtual token, and the page slots from there on."""
         first = sequence.n_front_there
         stretch = Stretch(sequence.pages, first, sequence.n_front - first)
         return sequence.version, first, self.cache.rows([stretch])

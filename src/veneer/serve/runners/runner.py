@@ -32,7 +32,7 @@ class Runner(Protocol):
         """Return a version as `read` does, if it was kept on disk; None otherwise. On the thread that reads."""
 
     def keep(self, version: str, adapter: Any) -> None:
-        """Keep what was read for a version on disk, if that is possible and asked for. On the thread that reads."""
+        """Cache a version's packed tensors on disk, if that is possible and requested. On the thread that reads."""
 
     def load(self, version: str, adapter: Any) -> None:
         """Load an adapter that was read. Raises VeneerError if it does not fit, and is then unchanged."""
@@ -57,7 +57,7 @@ class Runner(Protocol):
         """End a request."""
 
     def run(self, plan: StepPlan) -> Sampled:
-        """Compute a plan, and draw. The same plan run again gives the same results."""
+        """Compute a plan, and draw. Running a plan twice gives equal results."""
 
     def take(self, request_id: str, token: int) -> None:
         """Append a drawn token to the request's answer."""

@@ -275,7 +275,7 @@ def _count(asked: int, vocabulary: int) -> int:
 
 
 def _logprobs(found: Draws, rules: Sequence[RowRule]) -> list[TokenLogprobs | None]:
-    """Log-probabilities by id, of rows that ask for them: the token's first, then those of the likeliest."""
+    """Log-probabilities by id, of the rows that request them: the drawn token's, then those of the likeliest."""
     if all(rule.n_likeliest is None for rule in rules):
         return [None] * len(rules)
     ids, values = (each.tolist() for each in found.likeliest)

@@ -22,8 +22,8 @@ _FILTERS = frozenset(
 
 
 def is_plain(template: str) -> bool:
-    """Return True if a template does nothing but what is known to be quick: neither powers, products and formats, nor
-    ranges and functions that nobody has looked at.
+    """Return True if all operations of a template are known to be quick. Powers, products, formats, ranges and unknown
+    functions are not.
     """
     try:
         tree = Environment(extensions=["jinja2.ext.loopcontrols"]).parse(template)

@@ -11,7 +11,7 @@ T = TypeVar("T")
 
 
 class _OutOfTime(BaseException):
-    """Raised inside the code that took too long; nothing in it may take it for an error of its own."""
+    """Raised inside the code that took too long; no handler in the program may catch it as an ordinary error."""
 
 
 class _Alarm:

@@ -30,7 +30,7 @@ class AdapterPool:
     - Every load that begins is `loaded`, `failed` or `abandoned`.
     - Two names of equal content are one version.
 
-    No call looks through the versions: each version stands in the groups that its state says.
+    No call searches all versions: each version is in the groups of its state.
     """
 
     def __init__(self, n_resident: int | None = None, n_acting: int | None = None, memory: Pages | None = None) -> None:
@@ -360,7 +360,7 @@ class AdapterPool:
         self._sort(entry, moved=acted != (entry.running > 0))
 
     def _sort(self, entry: PoolEntry, *, moved: bool = False) -> None:
-        """Put a version into the groups that its state says."""
+        """Put a version into the groups of its state."""
         id, needed, idle = entry.version.id, entry.is_needed, entry.is_idle
         self._resident.set(id, entry, entry.residency is Residency.RESIDENT)
         self._loading.set(id, entry, entry.residency is Residency.LOADING)
@@ -391,7 +391,7 @@ class AdapterPool:
         return True
 
     def _suffice(self, n: int, n_bytes: int, kept: Collection[str], spares_awaited: bool) -> bool:
-        """True if the idle versions are so many, and have so many bytes, without those that are kept."""
+        """True if evicting idle versions, except the ``kept`` ones, frees so many slots and bytes."""
         groups = (self._free,) if spares_awaited else (self._free, self._awaited)
         spared = [entry for group in groups for id in kept if (entry := group.entries.get(id)) is not None]
         n_spared, spared_bytes = len(spared), sum(entry.n_bytes for entry in spared)

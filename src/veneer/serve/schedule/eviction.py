@@ -1,8 +1,8 @@
 """Eviction: the worth of cached pages and idle adapters, of which the least goes first. No torch.
 
-Worth is Greedy-Dual-Size with Frequency (Cherkasova 1998, HPL-98-69R1): uses times the seconds to make the entry again,
-over its bytes, plus the age at its last use. The age is the worth of the entry evicted last. An entry that was used
-often long ago is therefore evicted in the end.
+The value of an entry is Greedy-Dual-Size with Frequency (Cherkasova 1998, HPL-98-69R1): uses times seconds to recreate
+it, divided by its bytes, plus the age at its last use. The age is the worth of the entry evicted last. An entry that
+was used often long ago is therefore evicted in the end.
 """
 
 from __future__ import annotations

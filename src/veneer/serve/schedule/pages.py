@@ -197,7 +197,7 @@ class Pages:
         self._kept.append(self._cache.evict())
 
     def take_tail(self, holder: Hashable, wanted: Tail) -> int:
-        """Give a holder the page behind its full ones in which its sequence was continued, to write on in it.
+        """Give a holder the partly filled page that continued its sequence, to write into.
 
         Returns the number of positions that are as wanted, in part at least; 0 if there is no such page.
         """

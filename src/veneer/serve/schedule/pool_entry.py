@@ -9,7 +9,7 @@ from veneer.serve.schedule.adapter_version import AdapterVersion, Residency
 
 @dataclass(eq=False, slots=True)
 class PoolEntry:
-    """A version that is known: its names, the requests that need it, whether it is loaded, and what that is worth."""
+    """Known version: its names, the requests that need it, whether it is loaded, and its value for eviction."""
 
     version: AdapterVersion
     n_bytes: int

@@ -56,7 +56,7 @@ class PrefixSharing:
         return True
 
     def take(self, request: Request) -> None:
-        """Give a waiting request the pages that are there for it, and the one in which its sequence ended before."""
+        """Give a waiting request the cached pages of its prefix, and the partly filled page where it ended before."""
         block, last = self.pages.block, self._limit(request)
         first = self.pages.share(request.id, self.usable(request)) * block
         if request.root is not None and first < last:
@@ -66,7 +66,7 @@ class PrefixSharing:
             self._put(request, first)
 
     def give_up(self, request: Request) -> None:
-        """Take all pages from a request, and keep what others, or itself, can find of them."""
+        """Take all pages from a request. Those that a later request can reuse stay in the cache."""
         last = request.n_front_there + request.n_computed
         first = last // self.pages.block * self.pages.block
         keeps = request.root is not None and first < last and request.finish_reason != "error"
@@ -97,7 +97,7 @@ class PrefixSharing:
         return self._freed(request, keys[first:])
 
     def leave(self, request: Request) -> list[Request]:
-        """Take the pages of a request that leaves the batch; return those that waited for it, and wait no longer."""
+        """Take the pages of a request that leaves the batch; return the requests that no longer wait for it."""
         freed = self._freed(request, request.known_keys[request.n_published :])
         self.give_up(request)
         return freed

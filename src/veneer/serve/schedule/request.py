@@ -32,9 +32,9 @@ class Request:
     ``n_computed`` counts the tokens whose keys and values are in pages. If ``scores_prompt``, log-probabilities of the
     prompt are asked for, and ``n_scored`` of them are computed. ``root`` is the key in front of its first block (None:
     it shares no pages). ``n_front_there`` counts the virtual tokens in pages. ``n_published`` counts the blocks that
-    others can find. ``n_cached`` counts the prompt tokens that were in pages when it began. ``known_keys`` are the keys
-    of its first blocks, as far as they were asked for. ``draft`` guesses its next tokens. If ``reads_only``, it draws
-    nothing and ends behind its prompt. With ``scores_prompt`` too, the states of all tokens are asked for.
+    others can find. ``n_cached`` counts the prompt tokens that were in pages when it began. ``known_keys`` caches the
+    keys of its first blocks. ``draft`` guesses its next tokens. If ``reads_only``, it draws nothing and ends behind its
+    prompt. With ``scores_prompt`` too, the states of all tokens are asked for.
     """
 
     id: str
@@ -124,7 +124,7 @@ class Request:
     def drafted(self, most: int, share: float) -> tuple[int, ...]:
         """Return at most ``most`` guessed tokens to try next, if a ``share`` of such guesses was right.
 
-        The answer goes on behind each of them.
+        None of them ends the answer.
         """
         most = min(most, self.rule.max_tokens - len(self.output) - 1)
         if self.draft is None or most < 1:

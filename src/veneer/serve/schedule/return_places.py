@@ -9,7 +9,7 @@ _TURNS = 4  # times as much as there is in flight: more is promised to nobody
 
 
 class ReturnPlaces:
-    """Queue of the clients that were told when to ask again. Each has its place behind those told before.
+    """Queue of the clients that were told when to ask again. Each gets a place after the earlier ones.
 
     If there are too many places, the next client has the first one again: clients that never return, or ask all the
     time, keep others away for a bounded time. When the last one is due, the queue is empty. Call it from one thread.

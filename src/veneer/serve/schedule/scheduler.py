@@ -134,7 +134,7 @@ class Scheduler:
     def begin_load(self) -> str | None:
         """Begin to load the version of the first request that lacks it; None if it must wait, or if none lacks any.
 
-        No version goes out for it that a request before it waits for.
+        No version that an earlier request waits for is evicted for it.
         """
         request, idle = self.waiting.absent(), self.waiting.idle()
         if request is None or request.version is None:
@@ -180,8 +180,8 @@ class Scheduler:
         return self.pace.rows(len(decoding), n_requests, most)
 
     def _share(self, to_read: int) -> int:
-        """Rows that one prompt may take of those that a step reads. If the pace makes them few, prompts share them with
-        the next one: a long prompt does not keep a short one waiting.
+        """Rows of a step that one prompt may take. If there are few, the prompts being read and the next one share
+        them, so that a long prompt does not delay a short one.
         """
         if to_read == self.limits.max_batched_tokens:
             return to_read
@@ -189,10 +189,10 @@ class Scheduler:
         return -(-to_read // (reading + (bool(self.waiting) and self._has_seats) or 1))
 
     def _drafts(self, planned: dict[Request, int]) -> dict[Request, tuple[int, ...]]:
-        """Tokens to try beside what is planned. Nobody is preempted, and neither an adapter nor a cached page goes out,
-        for their pages.
+        """Tokens to try beside what is planned. Their pages come from free ones: no request is preempted, no adapter or
+        cached page evicted.
 
-        A right one saves one of n sequences a step, a wrong one costs a row.
+        A correct token saves one of n sequences a step; a wrong one costs a row.
         """
         room = min(_CHEAP_ROWS, self.limits.max_batched_tokens) - sum(planned.values())
         if room < 1 or any(request.n_left > 1 for request in planned):
@@ -240,7 +240,7 @@ class Scheduler:
     def _reserve(self, request: Request, n: int, planned: dict[Request, int]) -> bool:
         """Pages for the next n tokens, others preempted for them; False where there are none, or it had to go itself.
 
-        The oldest does not go: where it finds no pages, adapters on their way have the bytes.
+        The oldest request is never preempted: if it finds no pages, loading adapters hold the bytes.
         """
         n_positions = request.n_front + request.n_computed + n
         while not self._grow(request, n_positions):
@@ -254,8 +254,8 @@ class Scheduler:
         return True
 
     def _victim(self) -> Request:
-        """The newest request of the client that has received most, those of the least urgent priority before others;
-        never the oldest in the batch.
+        """The request to preempt: among those of least urgent priority, the newest of the client that has received
+        most; never the oldest in the batch.
         """
         places = range(1, len(self.running))
         newest = max(places, key=lambda i: (self.waiting.key(self.running[i])[:2], i))
@@ -264,7 +264,7 @@ class Scheduler:
     def _grow(
         self, request: Request, n_positions: int, kept: Collection[str] = (), *, spares_awaited: bool = False
     ) -> bool:
-        """Pages for so many positions, adapters going out for them that nobody uses, but for those ``kept``."""
+        """Get pages for so many positions. Idle adapters are evicted for them, except those ``kept``."""
         if self.pages.covers(request.id, n_positions):
             return True
         if not self.pool.make_room(request.id, n_positions, kept, spares_awaited=spares_awaited):
@@ -317,7 +317,7 @@ class Scheduler:
         return len(self.running) + self.sharing.n_parked < self.limits.max_seqs
 
     def _admits(self, request: Request) -> bool:
-        """Pages for all tokens of a request; its own version stays, and those that requests before it wait for."""
+        """Pages for all tokens of a request; its version and those that earlier requests wait for are not evicted."""
         kept, idle = () if request.version is None else (request.version,), self.waiting.idle()
         spares = idle is not None and self.waiting.key(idle) < self.waiting.key(request)
         n, keys = request.n_positions, self.sharing.usable(request)
@@ -327,7 +327,7 @@ class Scheduler:
         return self._grow(request, n, kept, spares_awaited=spares)
 
     def _closed_for(self, version: str) -> str | None:
-        """The version in the batch that admits no more requests, so that another version gets its place.
+        """The version in the batch that admits no more requests, so that another version gets its slot.
 
         None if that version has a place already, or if no version in the batch may go. It is the one that ends first.
         Nobody enters it, and the others are no shorter. The wait is at most as long as

@@ -160,7 +160,7 @@ def _listed(given: Any) -> list[Any]:
 
 
 def _json_of(text: str, kinds: set[str]) -> str:
-    """The JSON of a value: itself, if its schema has such, and else a string."""
+    """The JSON of a value: the value if its schema allows it, else a string."""
     written = text.strip()
     if kinds == {"string"}:
         return _quoted(text)

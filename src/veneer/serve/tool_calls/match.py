@@ -67,7 +67,7 @@ def match(parts: Parts, text: str, at: int, names: Collection[str], *, final: bo
 
 
 class Beginnings:
-    """Search for the places where ``ways`` may match, or one of the ``others``; it skips a long text fast."""
+    """Fast search of a text for the next position at which one of ``ways`` or ``others`` may begin."""
 
     def __init__(self, ways: Collection[Parts], names: Collection[str], others: Collection[str]) -> None:
         firsts = [parts[0] for parts in ways]

@@ -64,7 +64,7 @@ Event = Text | Begun | Arguments | Ended
 
 
 class _Place(enum.Enum):
-    """Place in a text: outside of calls, in arguments, or behind those of a call."""
+    """Position in a text: outside of calls, in the arguments of a call, or after them."""
 
     TEXT = "text"
     ARGUMENTS = "arguments"
@@ -141,7 +141,7 @@ class Parser:
         return False
 
     def _show(self, events: list[Event], end: int) -> None:
-        """Tell the text before a place, without white space at its end."""
+        """Emit the text before a position, without trailing white space."""
         text, self._rest = self._rest[:end], self._rest[end:]
         if self._is_behind_call:
             behind = text.lstrip()

@@ -87,7 +87,9 @@ def _rendered(
 
 
 def _turn(plain: str | None, called: str | None) -> str | None:
-    """The text of an answer with calls, without what also is around the text of an answer without them."""
+    """The text that a template writes for calls: an answer's text without the parts that answers without calls have
+    too.
+    """
     if plain is None or called is None or _SAID not in plain:
         return None
     front, _, ending = plain.rpartition(_SAID)
@@ -98,7 +100,7 @@ def _turn(plain: str | None, called: str | None) -> str | None:
 
 
 def _is_written_otherwise(turn: str) -> bool:
-    """True if a template writes a mapping, and not as JSON: as text it would write what the model does not."""
+    """True if a template writes a mapping, but not as JSON. As text the call would differ from the model's."""
     key, value = next(iter(_ARGUMENTS[0].items()))
     return key in turn and value in turn and str(_ARGUMENTS[0]) not in turn
 

@@ -89,7 +89,9 @@ def _expected(config: MethodConfig, places: Mapping[str, Placed], given: Mapping
 
 
 def _homeless(model: nn.Module, config: MethodConfig, keys: Sequence[str]) -> list[str]:
-    """The keys of modules that the model does not have; what an adapter adds to a block is looked for as the block."""
+    """The keys of modules that the model does not have; parts that an adapter adds to a block are sought under the
+    block.
+    """
     modules = {path for path, _ in model.named_modules()}
     shared = () if config.shared is None else config.shared.names
     paths = {key: place_of(key, ()).path for key in keys if not is_shared(key, shared)}
@@ -97,7 +99,7 @@ def _homeless(model: nn.Module, config: MethodConfig, keys: Sequence[str]) -> li
 
 
 def _whole_parameters(model: nn.Module, given: Mapping[str, Shaped]) -> dict[str, Shaped]:
-    """The model's own parameters, of those that keys of whole modules mean, and the shapes of rows."""
+    """The model's parameters that the keys of whole modules name, and the shapes of trained rows."""
     found: dict[str, Shaped] = {}
     own = dict(model.named_parameters(remove_duplicate=False))
     for key, tensor in given.items():

@@ -29,7 +29,7 @@ from veneer.store.adapter.tensors import once_each
 
 
 class NeedsBaseError(CompositionError):
-    """Adapter whose updates cannot be told without its base."""
+    """Adapter whose updates cannot be computed without its base."""
 
 
 @dataclass(frozen=True)

@@ -284,12 +284,12 @@ def _misshapen(expected: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> l
 
 
 def _differing(shared: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> list[str]:
-    """The keys of what follows from the config, where the file holds something else."""
+    """The keys of tensors that follow from the config, if the file's values differ."""
     return [key for key, value in shared.items() if key in tensors and not _is_drawn(tensors[key], value)]
 
 
 def _torn(model: nn.Module, name: str, tensors: Mapping[str, Tensor]) -> list[str]:
-    """The keys of what the adapter shares between tied modules, where the file holds other values than at the first."""
+    """The keys of tensors shared by tied modules, if the file's values differ from those at the first module."""
     expected = repeated_tensors(model, name, tensors)
     first: dict[int, str] = {}
     for key, (_, value) in named_live_parameters(model, name).items():
@@ -299,7 +299,7 @@ def _torn(model: nn.Module, name: str, tensors: Mapping[str, Tensor]) -> list[st
 
 
 def _is_drawn(value: Tensor, drawn: Tensor) -> bool:
-    """True also of what PEFT has rounded to the dtype of a base in 16 bits."""
+    """True also for values that PEFT has rounded to a 16-bit base's dtype."""
     return any(_is_near(value, drawn.to(dtype).float()) for dtype in (drawn.dtype, torch.bfloat16, torch.float16))
 
 
@@ -336,7 +336,9 @@ def _repeated(model: nn.Module, name: str) -> set[str]:
 
 
 def _saves_embedding(model: nn.Module, config: MethodConfig, key: str, wanted: SaveEmbeddings) -> bool:
-    """PEFT's rule: "auto" saves what is targeted under a known name, and all where the vocabulary was resized."""
+    """PEFT's rule: "auto" saves embeddings that are targeted under a known name, and all of them if the vocabulary was
+    resized.
+    """
     if wanted != "auto":
         return wanted
     targeted = is_of_wrapped(key) and any(f".{end}." in key for end in MODEL_ENDS)

@@ -1,4 +1,4 @@
-"""GGUF files used as they lie: a folder in the cache describes the model, and its weights stay in the file."""
+"""GGUF files used in place: a folder in the cache describes the model, and its weights stay in the file."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def described_file(folder: Path) -> BlockFile | None:
 
 
 def is_at_hand(folder: Path) -> bool:
-    """Return True if a folder has weights, or the file that it describes is where it was, and as it was."""
+    """Return True if a folder has weights, or the file that it describes is unchanged and still there."""
     try:
         described_file(folder)
     except FormatError:

@@ -84,7 +84,7 @@ def _raise(contents: GgufContents, problems: list[str]) -> None:
 
 
 def _unknown_scaling(contents: GgufContents) -> Iterator[str]:
-    """For an architecture without a table: what is known to change the computation and to be left out."""
+    """Settings of an architecture without a table that change the computation and that its model would ignore."""
     kind = contents.pairs.get(SCALING + "type", "none")
     if kind != "none" or contents.pairs.get(SCALING + "factor", 1.0) != 1.0:
         yield f"{SCALING}type {kind!r}, factor {contents.pairs.get(SCALING + 'factor')}"
@@ -106,7 +106,7 @@ def _problems(family: GgufFamily, contents: GgufContents) -> Iterator[str]:
 
 
 def _is_told(key: str, family: GgufFamily) -> bool:
-    """Return True if the config tells what the key does, or nothing depends on it."""
+    """Return True if the config covers the key, or nothing depends on it."""
     told = SILENT | family.silent | {entry.key for entry in family.fields}
     if family.rotary is not None:
         told |= gguf_rope.KEYS
@@ -130,7 +130,9 @@ def _head_dim(pairs: Mapping[str, Any], family: GgufFamily) -> int:
 
 
 def _fill_left_out(values: dict[str, Any], family: GgufFamily, pairs: Mapping[str, Any]) -> None:
-    """Numbers that llama.cpp takes where a file leaves them out. A class has made its own of its default sizes."""
+    """Set the numbers that llama.cpp assumes if a file omits them: the config's class has derived others from its
+    default sizes.
+    """
     taken = {"num_key_value_heads": pairs["attention.head_count"], "head_dim": _head_dim(pairs, family)}
     own = {entry.path for entry in family.fields}
     values |= {name: number for name, number in taken.items() if name in own & values.keys()}

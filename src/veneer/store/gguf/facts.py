@@ -108,7 +108,7 @@ def _parts(values: Mapping[str, Any]) -> Section:
 
 
 def _sizes(header: GgufHeader) -> Section:
-    """Parameters, and the types that they are kept in, each with its tensors and bytes."""
+    """The number of parameters, and their storage types, each with its tensors and bytes."""
     n_parameters, n_bytes = _count(header.tensors), _bytes(header.tensors)
     rows = {
         f"  {name}": f"{len(of)} tensors, {_count(of):,} parameters, {size(_bytes(of))}"

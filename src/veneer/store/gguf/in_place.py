@@ -1,4 +1,4 @@
-"""GGUF files whose blocks can stay as they lie, told from the header; torch is not imported."""
+"""GGUF files whose blocks can be used in place, judged by the header; torch is not imported."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from veneer.store.gguf.registry import laid_out_family
 
 
 def why_not_in_blocks(path: Path) -> str | None:
-    """Return the reason for which a file is decoded into a dense copy; None if its blocks can stay as they lie.
+    """Return the reason for which a file is decoded into a dense copy; None if its blocks can be used in place.
 
     A file without quantized matrices has no reason: "".
     """

@@ -122,7 +122,7 @@ def folder_of_file(path: Path) -> Path:
     """Return the cached folder of a GGUF file, made if needed. A changed file has another folder.
 
     The folder describes the file, whose weights stay where they are. It holds a dense copy of them if nothing is
-    quantized, or if the file's blocks cannot be used as they lie. Its ``veneer.json`` holds the file's portable name.
+    quantized, or if the file's blocks cannot be used in place. Its ``veneer.json`` holds the file's portable name.
     """
     reason = why_not_in_blocks(path)
     if reason:
@@ -208,7 +208,7 @@ def _load(path: Path, facts: GgufFacts, on_progress: OnProgress) -> Any:
 
 @contextmanager
 def _refusals_told(path: Path, facts: GgufFacts) -> Iterator[None]:
-    """Around what reads a file's model: raise FormatError, naming the file, for what it refuses."""
+    """Raise FormatError that names the file for errors of transformers' reader within the context."""
     try:
         yield
     except FormatError as error:
@@ -221,7 +221,7 @@ def _refusals_told(path: Path, facts: GgufFacts) -> Iterator[None]:
 
 
 def _forget_file(config: Any) -> None:
-    """Drop what a config says of the file that it was read from."""
+    """Remove a config's references to the file that it was read from."""
     for leftover in ("quantization_config", "_model_name_or_path"):
         vars(config).pop(leftover, None)
 
@@ -293,7 +293,9 @@ def _dtype(stored: set[str]) -> torch.dtype:
 
 @contextmanager
 def _counted_progress(on_progress: OnProgress) -> Iterator[None]:
-    """With the progress of transformers' reader, which counts tensors in a bar that obeys no setting, told instead."""
+    """Report the progress of transformers' reader within the context. Its own bar, which no setting turns off, is not
+    shown.
+    """
     with without_bars(), redirect_stderr(_Counted(on_progress)):
         yield
 

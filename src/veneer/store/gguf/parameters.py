@@ -47,14 +47,14 @@ class GgufParameter:
 
     @property
     def kind(self) -> str | None:
-        """ggml's type of a matrix that can be used as it lies in blocks; None for all others."""
+        """ggml's type of a matrix whose blocks can be used in place; None for all others."""
         [*others, tensor] = self.tensors
         is_matrix = not others and len(self.shape) == len(tensor.shape) == 2
         return tensor.type if is_matrix and GGML_TYPES[tensor.type].block > 1 else None
 
     @property
     def is_coded_stack(self) -> bool:
-        """True if these are experts (n, out, in) that can be used as they lie, some of them in blocks."""
+        """True if these are experts (n, out, in) that can be used in place, some of them in blocks."""
         stacked = len(self.shape) == 3 and all(len(tensor.shape) == 3 for tensor in self.tensors)
         in_blocks = any(GGML_TYPES[tensor.type].block > 1 for tensor in self.tensors)
         return stacked and in_blocks and not self.is_turned and self.order is None
@@ -90,7 +90,7 @@ class GgufParameter:
             yield from torch.split(self.read(), max(1, n_values * self.shape[0] // math.prod(self.shape)))
 
     def _rows(self, tensor: GgufTensor, n_values: float) -> Iterator[Tensor]:
-        """The values of a tensor, some of its first axis at a time, in the file's order."""
+        """The values of a tensor in the file's order, a few rows of its first axis at a time."""
         stored, less = stored_rows(tensor, self.path), self._less(tensor)
         n_bytes = min(stored.nbytes, n_values * stored.shape[1] // tensor.shape[-1])
         if len(tensor.shape) > 2:

@@ -90,7 +90,7 @@ def _longrope(pairs: Mapping[str, Any], factors: Mapping[str, Tensor], max_posit
 
 
 def _by_frequency(factors: Tensor, frequencies: Tensor, max_positions: int) -> dict[str, Any]:
-    """Llama 3's scaling where it explains the factors, otherwise the factors themselves as LongRoPE's of any length."""
+    """Llama 3's scaling if it explains the factors; otherwise the factors as LongRoPE's for all lengths."""
     if len(factors) != len(frequencies):
         raise FormatError(
             f"{FREQUENCY_FACTORS} holds {len(factors)} factors for {len(frequencies)} frequencies of a head"

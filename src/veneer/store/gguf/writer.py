@@ -138,7 +138,7 @@ class GgufFileWriter:
                         path.unlink()
 
     def _allocate(self, number: int, specs: Sequence[TensorSpec]) -> None:
-        """Write the part's header and take all its room, so that a full disk shows before any work is done."""
+        """Create the part at full size with its header, so that a full disk is found before any work."""
         header = GGUFWriter(None, "", use_temp_file=False)
         header.kv_data[0].clear()
         for pair in self._pairs if number == 0 else ():
@@ -174,7 +174,7 @@ class GgufFileWriter:
         return disk_errors_told(self.target, sum(spec.nbytes for spec in self._specs.values()), self._left)
 
     def _left(self) -> str:
-        """The end of a message: what an error of the disk left in place, and what to do."""
+        """The end of a message: the files that a disk error left, and the next step."""
         if not self._new:
             return UNCHANGED
         if len(self._new) == len(self.paths):

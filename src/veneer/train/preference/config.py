@@ -46,7 +46,7 @@ class RewardConfig(RunSettings, trl.RewardConfig):  # type: ignore[misc]
 
 
 class _Generating(RunSettings):
-    """The checks of trainers that generate what they learn from."""
+    """Checks of trainers that generate their own completions."""
 
     def __post_init__(self) -> None:
         _require_whole_groups(self)

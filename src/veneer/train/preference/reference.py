@@ -1,4 +1,4 @@
-"""Reference model of a preference: the model in training as it was, which shares its weights."""
+"""Reference model of preference training: the model as it was at the start, sharing its weights."""
 
 from __future__ import annotations
 

@@ -108,7 +108,7 @@ def _scored(logits: Tensor, labels: Tensor, details: bool) -> HeadScores:
 
 
 def _spread(found: HeadScores, labels: Tensor, kept: Tensor, aux: Tensor | None) -> TokenScores:
-    """Scores at the ``kept`` positions (b, k) brought to all of them (b, t - 1)."""
+    """Scores at the ``kept`` positions (b, k), spread over all positions (b, t - 1)."""
 
     def spread(values: Tensor | None) -> Tensor | None:
         if values is None:

@@ -91,7 +91,7 @@ class PreferenceTrainer(RunTrainer):
                 )  # fmt: skip
 
     def _is_dealt(self, left: int, size: int) -> bool:
-        """True where the last batch of every process holds none or each of the ``left`` rows as often as the others."""
+        """True if the last batch of every process holds each of the ``left`` rows equally often, or none."""
         cut = self.args.accelerator_config
         if self.args.dataloader_drop_last or not left:
             return True

@@ -1,1 +1,1 @@
-"""Record of a run in its folder: what it was, how it goes on, and who may write there."""
+"""Record of a run in its folder: its settings, its progress, and the lock on writing."""

@@ -63,7 +63,7 @@ def changes_since(before: Mapping[str, Any], recipe: Recipe, allow: bool) -> lis
 
 
 def _same_rows(before: Mapping[str, Any], recipe: Recipe) -> bool:
-    """True if the steps of a run have the same rows with any number of processes."""
+    """True if the rows of each step do not depend on the number of processes."""
     old, new = _global_batches(before, recipe.distributed)
     return old == new and not tied_to_its_processes(recipe)
 
@@ -100,7 +100,9 @@ def is_complete(before: Mapping[str, Any], recipe: Recipe) -> bool:
 
 
 def with_data(going_on: GoingOn, record: Mapping[str, Any]) -> GoingOn:
-    """Return the same with changed rows among the changes. Raises ConfigError with them if they may not change."""
+    """Return ``going_on`` with changed data sets added to its changes. Raises ConfigError that names them if changes
+    are not allowed.
+    """
     old, new = (going_on.before or {}).get("data"), record["data"]
     if old is None:
         return going_on
@@ -121,7 +123,7 @@ def _told_rows(rows: Mapping[str, Any] | None) -> str:
 
 
 def _other_files(before: Mapping[str, Any], data: DataPart) -> list[ChangedSetting]:
-    """Files of rows that hold something else than they did."""
+    """Files of rows whose content has changed."""
     old, new = before.get("files", {}), files_of(data)
     return [ChangedSetting(key, old[key], new[key]) for key in sorted(old.keys() & new.keys()) if old[key] != new[key]]
 

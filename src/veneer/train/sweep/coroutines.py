@@ -42,7 +42,7 @@ class ProcessState:
         return generator
 
     def after(self, generator: torch.Generator) -> ProcessState:
-        """Return the same state, with the CPU's random numbers advanced to those of a `generator` of it."""
+        """Return the state with the CPU's random numbers advanced to the position of a `generator` made from it."""
         return replace(self, cpu=generator.get_state())
 
     def restore(self) -> None:

@@ -19,7 +19,7 @@ _UNSHARED = ("torch_compile", "deepspeed", "fsdp", "neftune_noise_alpha", "activ
 
 @dataclass(frozen=True)
 class Member:
-    """One run of a sweep: its name, its changes, and the recipe that it would be on its own."""
+    """One run of a sweep: its name, its changes, and its recipe as a single run."""
 
     name: str
     changes: Mapping[str, Any]

@@ -54,7 +54,9 @@ def outcomes(sweep: Sweep, records: Sequence[Mapping[str, Any]]) -> list[Outcome
 
 
 def pareto_front(points: Sequence[tuple[int, float | None]]) -> list[bool]:
-    """Return True for each point that no other dominates: none has at most its size and its loss, and less of one."""
+    """Return True for each point on the Pareto front. Another point dominates it with at most its size and loss, and
+    less of one.
+    """
     known = [(size, loss) for size, loss in points if loss is not None]
     return [
         loss is not None and not any(s <= size and other <= loss and (s < size or other < loss) for s, other in known)
@@ -159,7 +161,7 @@ def _cut(name: str) -> str:
 
 
 def _page(figure: Figure, found: Sequence[Outcome]) -> str:
-    """One page that needs nothing else: the picture as SVG, and the table."""
+    """One self-contained page: the picture as SVG, and the table."""
     picture = io.StringIO()
     figure.savefig(picture, format="svg")
     svg = picture.getvalue()

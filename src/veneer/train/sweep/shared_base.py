@@ -34,7 +34,7 @@ class Part:
 def twin(model: PreTrainedModel) -> PreTrainedModel:
     """Return a copy of the modules of ``model`` that shares its parameters and buffers, which are not copied.
 
-    So each member's model can carry an adapter of its own over the same weights.
+    Each member's model can thus have its own adapter over the same weights.
     """
     shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     return copy.deepcopy(model, dict(shared))

@@ -44,7 +44,7 @@ class LossRequest:
 
 @dataclass(frozen=True, slots=True)
 class Backward:
-    """Request of a member for the gradients of its parameters, given that of its loss."""
+    """Request of a member for the gradients of its parameters, given the gradient of its loss."""
 
     grad: Tensor
 
@@ -127,7 +127,7 @@ class Together:
             run.close()
 
     def _in_step(self, shared: SharedBase) -> None:
-        """One micro-batch of every member after the other, until the last has left."""
+        """Run one micro-batch of every member in turn, until the last member has ended."""
         asked = self._resume(shared, dict.fromkeys(self.runs))
         while asked:
             totals, answers = self._losses(shared, asked)
