@@ -264,7 +264,7 @@ def require_rank(folders: Sequence[Path], plan: Combination) -> None:
 
 
 def _told_updates(folder: Path) -> tuple[LinearDelta, ...]:
-    """The updates that an adapter's file tells; none of one that depends on its base."""
+    """The updates that an adapter's file tells; an adapter that depends on its base has none."""
     if read_config(folder).reads_weight:
         return ()
     try:

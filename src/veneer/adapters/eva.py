@@ -195,7 +195,7 @@ class _Passes:
 
 
 def _adding(groups: Mapping[str, _Group]) -> See:
-    """A function that adds the rows of a layer to its group, where they are enough."""
+    """A function that adds a layer's rows to its group, if there are enough."""
 
     def add(path: str, x: Tensor, mask: Tensor | None) -> None:
         group, rows = groups[path], _rows(x, mask, path)
@@ -277,7 +277,7 @@ def _require_fitting(factors: Mapping[str, Tensor], layers: Mapping[str, Adapted
 
 
 def _put(held: nn.Module, start: LateStart, a: Tensor) -> None:
-    """A, and a B of zeros of the same rank, into one layer's parameters."""
+    """Put A, and a B of zeros of the same rank, into one layer's parameters."""
     parameters = cast(nn.ParameterDict, held)
     b = torch.zeros(parameters[start.b].shape[0], a.shape[0])
     for key, value in ((start.a, a), (start.b, b)):

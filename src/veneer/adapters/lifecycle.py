@@ -192,7 +192,7 @@ def remove_all(model: nn.Module, state: AdapterState) -> None:
 
 
 def _require_same_settings(model: nn.Module, own: MethodConfig, stored: MethodConfig, name: str) -> None:
-    """Raise ConfigError where the values of ``stored`` would mean something else under ``own``, or train elsewhere."""
+    """Raise ConfigError if the values of ``stored`` would have another meaning under ``own``, or train other parts."""
     if type(own) is not type(stored):
         raise ConfigError(
             f"adapter {name!r} is a {own.peft_type}, the files hold a {stored.peft_type}: load them by another name"

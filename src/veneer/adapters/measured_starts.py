@@ -127,7 +127,7 @@ class _Sum:
 
 
 def _require_fit(problems: Sequence[str]) -> None:
-    """Raises one ConfigError for what keeps layers from their ranks."""
+    """Raise ConfigError with every reason why layers cannot have their ranks."""
     if problems:
         raise ConfigError(_told(problems, "; "))
 
@@ -175,12 +175,12 @@ def _gradients_of(layers: Mapping[str, AdaptedSite], sums: Mapping[str, _Sum]) -
 
 
 def _product(gradient: Tensor, x: Tensor) -> Tensor:
-    """The gradient of a weight (o, i), of one use of it: that of the outputs, and the inputs."""
+    """The gradient of a weight (o, i) in one use, from the gradient of its outputs and its inputs."""
     return gradient.flatten(0, -2).float().T @ x.flatten(0, -2).float()
 
 
 def _asked_for(model: PeftModel, name: str, kind: type[Settings]) -> tuple[LateStart, Settings, dict[str, AdaptedSite]]:
-    """The start that an adapter asks for, its settings of this kind, and the linear layers that have it."""
+    """The data start of an adapter, its settings of class ``kind``, and the adapted linear layers."""
     require_known(model.adapter_state, (name,))
     if model.adapter_state.merged:
         raise AdapterNameError(f"{list(model.adapter_state.merged)} are merged: call unmerge_adapter() before a start")
@@ -201,7 +201,7 @@ def _asked_for(model: PeftModel, name: str, kind: type[Settings]) -> tuple[LateS
 
 
 def _put(held: Mapping[str, nn.Module], start: LateStart, factors: Mapping[str, Factors]) -> None:
-    """The factors into the parameters of each layer, and into the product that is subtracted."""
+    """Put the factors into the parameters of each layer, and into the subtracted product."""
     both = (start.a, *start.taken_off[:1]), (start.b, *start.taken_off[1:])
     for path, own in factors.items():
         parameters = tensors_of(held[path])

@@ -186,7 +186,7 @@ def settle(model: nn.Module) -> None:
 
 
 def _narrow(model: nn.Module, dtype: torch.dtype) -> None:
-    """Put float32 parameters into a 16-bit model's dtype, but for those that transformers keeps wide."""
+    """Cast float32 parameters to a 16-bit model's dtype, except those that transformers keeps wide."""
     kept = {*getattr(model, "_keep_in_fp32_modules_strict", ()), *getattr(model, "_keep_in_fp32_modules", ())}
     for path, parameter in model.named_parameters():
         if parameter.dtype == torch.float32 and not kept & set(path.split(".")):

@@ -116,7 +116,9 @@ def describe(report: Sequence[Survival], advice: str = IN_16_BITS) -> str:
 
 
 def _new_codes(model: nn.Module, names: tuple[str, ...]) -> dict[str, tuple[dict[str, Tensor], Survival]]:
-    """For each quantized layer or stack that the adapters change, its new tensors, and what they keep of the update."""
+    """The new tensors of each quantized layer or stack that the adapters change, and the share of the update that they
+    keep.
+    """
     layers = {
         path: layer
         for path, layer in adapted_layers(model).items()
@@ -135,7 +137,7 @@ def _new_codes(model: nn.Module, names: tuple[str, ...]) -> dict[str, tuple[dict
 
 
 def _merged_codes(path: str, layer: AdaptedSite, names: tuple[str, ...]) -> tuple[dict[str, Tensor], Survival]:
-    """Quantized from the sum as it is before any rounding to 16 bits."""
+    """The sum is quantized without rounding it to 16 bits first."""
     coded = cast(QuantLinear, layer)
     wanted, _ = layer.folded_weight(names, torch.float32)
     parts = coded.spec.quantize(wanted)
@@ -154,5 +156,5 @@ def _merged_stack(
 
 
 def _name(path: str, key: str) -> str:
-    """The path of the module in codes that stands for a parameter of the module at ``path``."""
+    """The path of the coded module that replaces a parameter of the module at ``path``."""
     return path if key == "weight" else f"{path}.{key}"

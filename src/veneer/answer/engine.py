@@ -186,7 +186,7 @@ def _unsaid(base: Any) -> str:
 def _params(base: Any, drawing: Drawing) -> SamplingParams:
     """The drawing as the engine takes it. Answers end where `generate` ends them: at the ids that the checkpoint names.
 
-    Raises ConfigError for what the engine does not draw.
+    Raises ConfigError for settings that the engine does not support.
     """
     stored = base.generation_config
     ends = stored.eos_token_id if isinstance(stored.eos_token_id, list) else [stored.eos_token_id]

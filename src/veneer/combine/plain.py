@@ -1,4 +1,4 @@
-"""Update of a layer as plain factors: exact where it has some, else the nearest of a rank, with what is lost."""
+"""Update of a layer as plain factors: its own factors, or the nearest ones of a rank, with their error."""
 
 from __future__ import annotations
 

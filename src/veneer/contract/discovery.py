@@ -13,7 +13,7 @@ C = TypeVar("C")
 def concrete(base: Callable[..., C]) -> dict[str, type[C]]:
     """Return the subclasses of a contract that are methods, by ``peft_type``.
 
-    A method has a format of its own and nothing abstract, and its module still holds it.
+    A method has its own format and no abstract parts, and its module still defines it.
     """
     return {vars(cls)["peft_type"]: cls for cls in _subclasses(cast("type[C]", base)) if _is_method(cls)}
 

@@ -149,7 +149,7 @@ def place_of(key: str, ends: Collection[str]) -> Place:
 
 
 def copies_of(key: str) -> tuple[str, ...]:
-    """Return the keys of the same tensor of a module trained whole, if this key has the names of PEFT's wrapper.
+    """Return the other keys of a wholly trained module's tensor, if this key has the names of PEFT's wrapper.
 
     There are two: for a part of the module, the name of the adapter stays in the key.
     """

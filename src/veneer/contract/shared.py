@@ -17,8 +17,8 @@ class Shared:
     ``is_repeated``: whether PEFT's files hold them again at each layer.
 
     If ``is_held``, they are parameters instead, trained or fixed: each layer has them in its ``shapes``, ``init`` and
-    ``lower``. Layers that give one the same name on disk hold the one of the first of them. It has one gradient,
-    one optimizer state and one place in the file.
+    ``lower``. Layers that give a shared tensor one name on disk hold the first layer's tensor. It has one gradient, one
+    optimizer state and one place in the file.
 
     ``group`` is for a parameter that only the layers of a group share. It returns the group of a layer, given the
     layer's path and the parameter's name. Each layer then has the parameter in the file under its own key.

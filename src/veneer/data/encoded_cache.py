@@ -49,7 +49,7 @@ def encoded_once(rows: Dataset, encoder: Encoder, encode: Callable[[], Dataset])
 
 
 def _key(rows: Dataset, encoder: Encoder) -> str | None:
-    """A hash of the rows, the tokenizer and the settings; None where the tokenizer has no full description."""
+    """A hash of the rows, the tokenizer and the settings; None if the tokenizer has no full description."""
     backend = getattr(encoder.tokenizer, "backend_tokenizer", None)
     if backend is None:
         return None

@@ -152,8 +152,8 @@ def _conversation(row: Mapping[str, Any], column: str) -> list[Mapping[str, Any]
 def _own_keys(value: Any) -> Any:
     """Drop the keys that hold None, at any depth.
 
-    A table gives every message, and the arguments of every call, the keys of all of them; a template must not see
-    those that are empty.
+    A table pads every message, and the arguments of every call, with the keys of all rows; a template must not see the
+    empty ones.
     """
     if isinstance(value, Mapping):
         return {key: _own_keys(held) for key, held in value.items() if held is not None}
@@ -168,7 +168,7 @@ def _options(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _held(row: Mapping[str, Any], column: str) -> Any:
-    """The value of a column, which may be written as JSON, so that rows need not have the same keys."""
+    """The value of a column. It may be JSON text, so that rows can have different keys."""
     value = row.get(column)
     try:
         return _own_keys(json.loads(value) if isinstance(value, str) else value)

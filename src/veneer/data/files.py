@@ -114,7 +114,7 @@ def _csv(path: Path, problems: list[str]) -> Iterator[tuple[int, Any]]:
 
 
 def _header(path: Path, names: list[str]) -> list[str]:
-    """The names of a CSV file's columns. Raises DataError where they are none, empty, or there twice."""
+    """The names of a CSV file's columns. Raises DataError if there are no names, or if one is empty or repeated."""
     if not names:
         raise DataError(f"{path} is empty: its first line must name the columns, such as prompt,completion")
     twice = sorted({name for name in names if names.count(name) > 1})

@@ -81,7 +81,7 @@ class RowReader:
         return self._checked(readers[form](row)) | task_of(row)
 
     def _checked(self, row: Row) -> Row:
-        """The row. Raises ConfigError where it is no chat and a setting was given that only chats have."""
+        """The row. Raises ConfigError if it is no chat and a setting for chats was given."""
         given = [name for name, value in (("chat", self.chat), ("system", self.system)) if value]
         if given and "messages" not in row:
             found = "plain text, which has no turns" if "text" in row else "prompt and completion"
@@ -212,7 +212,7 @@ def _turn(turn: Any) -> Row:
 
 
 def _template_options(row: Mapping[str, Any]) -> Row:
-    """The options of a row for its chat template, as JSON: a table would give every row the keys of all of them."""
+    """A row's options for its chat template, as JSON: a table would give every row the keys of all rows."""
     return {
         key: given if isinstance(given, str) else json.dumps(given) for key in _OF_TEMPLATES if (given := row.get(key))
     }

@@ -55,7 +55,7 @@ def new_folder(target: Path) -> Iterator[Path]:
 
 
 def _make_parent(target: Path) -> None:
-    """The folder that is to hold ``target``. Raises DiskError where files, or links to nowhere, stand in the way."""
+    """The folder that is to hold ``target``. Raises DiskError if a file or a broken link is in the way."""
     in_the_way = [p for p in (target, *target.parents) if (p.exists() or p.is_symlink()) and not p.is_dir()]
     if in_the_way:
         what = "a file" if in_the_way[-1].exists() else "a link to nowhere"
@@ -117,7 +117,7 @@ def drop_folder(target: Path) -> None:
 
 
 def _recover(target: Path) -> None:
-    """Undo what processes that were killed left half done; those that still write hold the lock of their folder."""
+    """Undo the unfinished work of killed processes; live writers hold the lock of their folder."""
     leftovers = sorted(target.parent.glob(f".{glob.escape(target.name)}{_PARTIAL}*"))
     for old in (path for path in leftovers if path.suffix == _OLD):
         owner = old.with_suffix("")
@@ -213,7 +213,7 @@ def _put_in_place(scratch: Path, target: Path) -> None:
 
 
 def _flush(folder: Path) -> None:
-    """Everything on disk, and as readable as the folder is (safetensors makes its files private)."""
+    """Flush all files, and give them the folder's permissions: safetensors makes its files private."""
     mode = folder.stat().st_mode & 0o666
     for path in [*folder.rglob("*"), folder]:
         if path.is_file():

@@ -15,7 +15,7 @@ from veneer.errors import FormatError
 
 
 class MappedFile:
-    """File mapped copy-on-write: its pages are those of the system's cache, and nothing that is written reaches it.
+    """File mapped copy-on-write: its pages are in the system's cache, and writes never reach the file.
 
     A file that is replaced by a rename stays mapped as it was. Copies of the object are the object itself.
     """

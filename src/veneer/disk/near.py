@@ -14,7 +14,8 @@ _MOST = 1000  # entries of a folder that are compared
 def near_paths(path: Path, *, folders: bool = False) -> list[str]:
     """Return up to two existing paths (with ``folders``: of folders) that look most like a missing one, as written.
 
-    Only its first missing part is replaced, by a name beside it. What follows is kept as far as it exists there.
+    Only its first missing part is replaced, by a name beside it. The rest of the path is kept as far as it exists
+    there.
     """
     exists = Path.is_dir if folders else Path.exists
     parts = path.parts

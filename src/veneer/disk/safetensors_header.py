@@ -107,7 +107,7 @@ def read_table(path: Path) -> tuple[dict[str, Any], int, int]:
 
 
 def _entry(path: Path, name: str, entry: object, data_start: int) -> TensorEntry | str:
-    """One tensor of a header, or what is wrong with it."""
+    """One tensor of a header, or its problem."""
     if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= entry.keys():
         return f"tensor {name!r} lacks one of dtype, shape, data_offsets"
     known, shape, offsets = DTYPES_OF_HEADERS.get(str(entry["dtype"])), entry["shape"], entry["data_offsets"]

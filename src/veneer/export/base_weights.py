@@ -260,7 +260,7 @@ def _tied(model: PreTrainedModel) -> list[list[str]]:
 
 
 def _half_of(folder: Path) -> torch.dtype:
-    """The 16-bit dtype that a quantized base is made dense in: its own where it has one."""
+    """The 16-bit dtype of a dequantized base: its own if it has one."""
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     dtype = getattr(torch, str(config.get("dtype") or config.get("torch_dtype")), None)
     return cast(torch.dtype, dtype) if dtype in (torch.bfloat16, torch.float16) else torch.bfloat16

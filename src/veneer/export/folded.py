@@ -227,7 +227,7 @@ def _ends(skeleton: PreTrainedModel) -> list[tuple[str, nn.Module]]:
 
 
 def _plan(weights: BaseWeights, changed: Mapping[str, Adapted], dtype: torch.dtype | None) -> _Plan:
-    """A tied tensor of which one name changes, or its names change in different ways, is written under each of them."""
+    """A tied tensor is written under each of its names if an adapter changes them differently, or only one."""
     owners = {f"{path}.{key}": (path, key) for path, m in changed.items() for key in weights.own(m)}
     specs: dict[str, Spec] = {}
     placed: dict[str, tuple[str, str]] = {}

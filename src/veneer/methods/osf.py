@@ -216,7 +216,9 @@ def projected(
 
 
 class _Projected(torch.autograd.Function):
-    """Identity whose gradient has no part in the span of ``high``, or, without ``high``, only its part in ``low``'s."""
+    """Identity with a projected gradient: without its part in the span of ``high``, or, without ``high``, its part in
+    the span of ``low`` alone.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, low: Tensor, high: Tensor | None) -> Tensor:

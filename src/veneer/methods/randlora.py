@@ -62,7 +62,8 @@ class Draw:
 class Bases:
     """A and B of a draw, on each device that has asked for them. Do not write.
 
-    Adapters of one draw share the object. It goes, with its tensors, when the last of them and of their records goes.
+    Adapters of one draw share the object. It is freed with its tensors when the last adapter and the last record that
+    use it are gone.
     """
 
     def __init__(self, draw: Draw) -> None:

@@ -139,7 +139,7 @@ class SupertuningConfig(LinearMethod):
 
 @dataclass(frozen=True)
 class _Places(Packing):
-    """Places in the file, which must lie in the weight, each once."""
+    """Packing whose places in the file must lie in the weight, each once."""
 
     def problems(self, site: LinearSite, params: Params) -> list[str]:
         size = site.out_features, site.in_features

@@ -193,7 +193,7 @@ class UniLoraConfig(LinearMethod):
 
 @dataclass(frozen=True)
 class _Indices(Packing):
-    """Indices in the file, which must lie in θ."""
+    """Packing whose indices in the file must lie in θ."""
 
     def problems(self, site: LinearSite, params: Params) -> list[str]:
         length = len(params[_THETA])

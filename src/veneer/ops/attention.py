@@ -69,7 +69,7 @@ def attention_backward(
 
 
 def _numbers(q: Tensor, options: AttentionOptions) -> tuple[float, int, float]:
-    """Scale, window and cap as the kernels take them: 0 stands for no window and no cap."""
+    """Scale, window and cap in the kernels' form: 0 means no window or no cap."""
     scale = q.shape[-1] ** -0.5 if options.scale is None else options.scale
     return scale, options.window or 0, options.softcap or 0.0
 

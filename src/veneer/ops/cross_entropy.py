@@ -157,7 +157,7 @@ def linear_token_scores(
 
 
 class _Details:
-    """Takes down what each chunk of logits tells beside its losses; ``labels`` say which rows count."""
+    """Records further details of each chunk of logits besides its losses; ``labels`` say which rows count."""
 
     def __init__(self, labels: Tensor, device: torch.device, collision: bool) -> None:
         self._rows = (labels != HeadOptions().ignore_index).nonzero()[:, 0]
@@ -289,8 +289,9 @@ def _chunked(
     options: HeadOptions,
     wanted: tuple[bool, bool],
 ) -> tuple[tuple[Tensor, Tensor], Tensor | None, Tensor | None]:
-    """The losses, which rows have their label on top (none where not asked for), and the gradients of the sum, the
-    weight's in float32."""
+    """The losses, a mark for each row whose label has the top logit (no marks unless counted), and the gradients of the
+    sum. The weight's gradient is in float32.
+    """
     hidden, labels = counted
     n, out_features = hidden.shape[0], weight.shape[0]
     wide = torch.promote_types(hidden.dtype, torch.float32)

@@ -60,7 +60,7 @@ def add_matmul(y: Float[Tensor, "n m"], a: Float[Tensor, "n k"], b: Float[Tensor
 
 
 def _alike(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """Both in the dtype to compute in: that of `operand`, or what b was widened to before."""
+    """Both factors in the dtype to compute in: that of `operand`, or b's if it was widened before."""
     a = operand(a)
     dtype = torch.promote_types(a.dtype, b.dtype)
     return a.to(dtype), b.to(dtype)

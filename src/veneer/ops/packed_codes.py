@@ -87,7 +87,8 @@ class PackedCodes:
 
     @classmethod
     def pack_groups(cls, parts: Iterable[CodeGroups], dtype: torch.dtype) -> PackedCodes:
-        """Return the packed form of a matrix from its rows in parts, all but the last of a multiple of 64 rows.
+        """Return the packed form of a matrix given in parts of its rows. All parts except the last have a multiple of
+        64 rows.
 
         Raises ShapeError for a part that `fits_groups` does not hold of.
         """

@@ -256,7 +256,7 @@ def add_pairs(
 
 
 def _room(shapes: Sequence[Sequence[int]], dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Sequence[Tensor]]:
-    """Memory for matrices in panels one behind the other, and each one's part; zeros where values will not fill it."""
+    """Contiguous memory for matrices in panels, and each one's part; zeros where values will not fill it."""
     sizes = [(o + -o % BLOCK) * filled(i, dtype) for o, i in shapes]
     is_filled = sum(sizes) == sum(o * i for o, i in shapes)
     room = (torch.empty if is_filled else torch.zeros)(sum(sizes), dtype=dtype, device=device)
@@ -291,7 +291,7 @@ def _middle(pairs: Sequence[FactorPair | None], out_features: Sequence[int], dty
 
 
 def _joined(vectors: Sequence[Tensor | None], places: Sequence[int], neutral: float) -> Tensor | None:
-    """The vectors one behind the other, each in its places; None where none is there."""
+    """The vectors in one tensor, each at its offset; None where none is there."""
     there = next((v for v in vectors if v is not None), None)
     if there is None:
         return None

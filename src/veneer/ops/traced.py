@@ -214,7 +214,7 @@ def silent_kernels(module: Any) -> Any | None:
 
 
 class _Silent:
-    """Functions that compute nothing, but for those that tell sizes."""
+    """Functions that compute nothing, except those that return sizes."""
 
     def __init__(self, module: Any, tell: Called) -> None:
         self._module, self._tell = module, tell

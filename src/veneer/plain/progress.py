@@ -182,7 +182,7 @@ class _Spinner:
 
 
 class _Lines:
-    """A thread that prints what is waited for, and for how long so far."""
+    """A thread that prints the current stage and its seconds so far."""
 
     def __init__(self, what: str, console: Console) -> None:
         self.what, self._console, self._over = what, console, threading.Event()
@@ -213,5 +213,5 @@ class _Lines:
 
 
 def _stderr() -> Console:
-    """The console of stderr; quiet in all but the first of several processes."""
+    """The console of stderr; silent except in the first of several processes."""
     return Console(file=sys.stderr, highlight=False, quiet=os.environ.get("RANK", "0") != "0")

@@ -200,7 +200,7 @@ def quantize(
 
 
 def _alone(part: Tensor) -> Tensor:
-    """The part in memory of its own size: codes were cut from rows of whole blocks, which would be kept with them."""
+    """A copy of the part: as a view it would keep the memory of the whole blocks that it was cut from."""
     return part if part.untyped_storage().nbytes() == part.nbytes else part.clone()
 
 
@@ -230,7 +230,9 @@ def _read_state(tensors: Parts) -> dict[str, Any]:
 
 
 def _layout_of(state: dict[str, Any], shape: tuple[int, int]) -> tuple[FourBitLayout, bool, list[str]]:
-    """The layout that a quant_state describes, whether absmax is quantized too, and what cannot be read here."""
+    """The layout that a quant_state describes, whether absmax is quantized too, and the problems that prevent reading
+    it.
+    """
     problems = []
     dtype = getattr(torch, state["dtype"], None)
     if not isinstance(dtype, torch.dtype):

@@ -1,7 +1,7 @@
 """HQQ's layout on disk: ``W_q``, ``scale``, ``zero``, and the settings of a layer as tensors.
 
 Source: Badri, Shaji 2023, Half-Quadratic Quantization (mobiusml.github.io/hqq_blog). A row of the matrix that is packed
-is a group. Groups are stacked in a byte: the first part of them in its highest bits.
+is a group. A byte holds values of several groups: the first groups are in its highest bits.
 """
 
 from __future__ import annotations

@@ -105,7 +105,9 @@ def _form(w: ScaledCodes) -> tuple[str, str]:
 
 
 def _raised(w: ScaledCodes) -> int:
-    """Number added to a code: without zeros ``2 ** (bits - 1)`` stands for 0, which is the middle or, in a byte, 0."""
+    """The number added to a code. Without zeros the code ``2 ** (bits - 1)`` means 0: it is the middle, or 0 in a
+    signed byte.
+    """
     if w.coding != "whole" or w.zeros is not None:
         return 0
     width = _width(w)
@@ -124,7 +126,7 @@ def _by_row(x: Tensor, w: ScaledCodes) -> Tensor:
 
 
 def _by_unit(x: Tensor, w: ScaledCodes) -> Tensor | None:
-    """The same for groups of a multiple of 16 inputs, as the kernels read them."""
+    """The same values for groups of a multiple of 16 inputs, in the kernels' order."""
     if x.dtype == torch.float8_e8m0fnu:
         x = x.view(torch.uint8)
     if x.dtype == torch.float8_e4m3fn or w.overall is not None:

@@ -10,7 +10,7 @@ def train_loop(config: Mapping[str, Any]) -> None:
     """Train a recipe in the workers of a ``ray.train.torch.TorchTrainer``, as its ``train_loop_per_worker``.
 
     ``config`` is its ``train_loop_config``: ``recipe``, a file on every node, and the fields of `training.Loop` that
-    have a default. A run that was broken off goes on from its last checkpoint. The results are reported to Ray.
+    have a default. An interrupted run continues from its last checkpoint. The results are reported to Ray.
 
     Raises ConfigError for other keys, and the errors of `veneer.train.run.run_recipe`.
     """

@@ -54,7 +54,7 @@ def connected(place: RayCluster) -> Iterator[None]:
 
 @contextmanager
 def _handlers_kept() -> Iterator[None]:
-    """Restore the handlers of signals after the block: Ray replaces that of SIGTERM by one that aborts the process."""
+    """Restore signal handlers after the context: Ray's handler of SIGTERM aborts the process."""
     before = {number: signal.getsignal(number) for number in SIGNALS}
     try:
         yield

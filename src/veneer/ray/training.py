@@ -91,9 +91,9 @@ def run_here(loop: Loop) -> dict[str, Any]:
 def train_on(place: RayCluster, loop: Loop, recipe: Recipe) -> dict[str, Any]:
     """Train a recipe in the workers of a Ray cluster, and return the content of ``run.json``.
 
-    The run goes on from its last checkpoint whenever a worker dies. If any number of workers can deal its global batch,
-    it goes on with those that are left; of a range of workers (``place.least``) all numbers must. It takes more when
-    they come.
+    If a worker dies, the run continues from its last checkpoint. If any number of workers can deal its global batch, it
+    goes on with those that are left; of a range of workers (``place.least``) all numbers must. It takes more when they
+    come.
 
     Raises ConfigError for more workers than devices, for a range that the rows of the run cannot be dealt to, and for a
     layout that only a plan can choose. Raises the errors of `run_recipe`, and TrainingError if workers die again and
@@ -179,7 +179,9 @@ def _interruptible() -> Iterator[None]:
 
 @contextmanager
 def _scratch(output: Path) -> Iterator[Path]:
-    """A folder for Ray's own state, where all nodes see it; an output that is made for it and stays empty goes too."""
+    """A folder for Ray's own state, where all nodes see it; an output folder that was made for it and stays empty is
+    removed too.
+    """
     made = not output.exists()
     try:
         output.mkdir(parents=True, exist_ok=True)
@@ -218,7 +220,7 @@ def _workers(place: RayCluster, uneven: Uneven, n: int) -> int | tuple[int, int]
 
 
 def _problems(recipe: Recipe, least: int, most: int) -> list[str]:
-    """The settings with which a run cannot have the same rows with each number of workers from least to most."""
+    """The settings that would change a run's rows with the number of workers, from the least to the most."""
     found, part = tied_to_its_processes(recipe), recipe.distributed
     if part.shard not in (None, 1):
         found.append(f"distributed.shard {part.shard} does not divide each number")

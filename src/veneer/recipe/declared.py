@@ -165,8 +165,8 @@ def _names(module: str) -> Mapping[str, tuple[str, str]]:
 
 
 def _statements(body: Iterable[ast.stmt]) -> Iterator[ast.stmt]:
-    """The statements that run when a module is imported: those of conditions too, not those of functions and classes,
-    nor any expression, of which a module has ten times as many.
+    """The statements that run when a module is imported, with those in conditions. Bodies of functions and classes are
+    left out, and so are expressions, which are ten times as many.
     """
     for node in body:
         yield node
@@ -245,7 +245,7 @@ class _Types(dict[str, Any]):
 
 
 def _named_type(module: str, name: str) -> Any:
-    """Return the words of an enumeration, the type that an alias stands for, or Any for another class."""
+    """Return an enumeration's values, an alias's type, or Any for another class."""
     for node in _tree(module).body:
         if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == name:
             return _type(module, node.value)

@@ -54,7 +54,7 @@ def declared_config(folder: Path) -> DeclaredConfig | None:
 
 
 def _config(module: str, name: str, peft_type: str, given: Mapping[str, Any]) -> DeclaredConfig | None:
-    """The config of a class. Raises UnreadableError where the class tells its settings in a way of its own."""
+    """The config of a class. Raises UnreadableError if the class defines its own way to show settings."""
     class_value(module, name, "told")
     defaults = declared_defaults(module, name)
     if problems_of(given, defaults, _peft_fields(module, name)):

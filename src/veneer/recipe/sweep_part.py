@@ -30,7 +30,7 @@ _WHY_SHARED = "cannot vary: all members share one pass over one base. Set it for
 
 @dataclass(frozen=True)
 class MemberValues:
-    """One run of a sweep: its name, its changes, and the values of the recipe that it would be on its own."""
+    """One run of a sweep: its name, its changes, and the values of its recipe as a single run."""
 
     name: str
     changes: Mapping[str, Any]

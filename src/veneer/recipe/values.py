@@ -61,7 +61,7 @@ def read_values(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
 
 
 def _reward_beside(path: Path, reward: Any) -> Any:
-    """The reward function of a file that lies beside the recipe, found from here; anything else as it is."""
+    """The reward function of a file beside the recipe, with its path resolved; anything else as it is."""
     if isinstance(reward, dict) and "function" in reward:
         return {**reward, "function": _reward_beside(path, reward["function"])}
     if not isinstance(reward, str) or ".py:" not in reward:
@@ -142,7 +142,7 @@ def apply_override(values: dict[str, Any], override: str) -> None:
 
 
 def _is_text(key: str, text: str) -> bool:
-    """Return True if a value is taken as it stands: a key whose type is text, and neither quotes nor null around it."""
+    """Return True if a value is taken literally: the key's type is text, and the value is neither quoted nor null."""
     part, _, name = key.rpartition(".")
     parts: dict[str, type[BaseModel]] = {"": Written, "model": ModelPart, "data": DataPart}
     field = parts[part].model_fields.get(name) if part in parts else None

@@ -103,7 +103,7 @@ def _windows(tokenizer: Any, text: Path, options: CollectOptions) -> list[Tensor
 
 @contextmanager
 def _watched(model: Any, family: GgufFamily, sums: _Sums) -> Iterator[None]:
-    """Inside the block every linear layer, and every expert, adds its inputs to the sums."""
+    """Within the context every linear layer and every expert adds its inputs to the sums."""
     head, config = model.get_output_embeddings(), model.config.get_text_config()
     handles = []
     for path, module in model.named_modules():

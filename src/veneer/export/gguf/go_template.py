@@ -110,7 +110,7 @@ def _checks(with_system: bool) -> list[list[Mapping[str, str]]]:
 
 
 def _split(render: Render, messages: Messages, marks: Sequence[str]) -> list[str] | None:
-    """The text of a rendered conversation between its marked messages; None where each is not there once, in order."""
+    """The text of a rendered conversation between its marked messages; None unless each occurs once, in order."""
     text = _rendered(render, messages)
     if text is None or any(text.count(mark) != 1 for mark in marks):
         return None

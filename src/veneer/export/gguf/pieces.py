@@ -68,7 +68,7 @@ def _steps(content: Mapping[str, Any], name: str) -> Iterator[Mapping[str, Any]]
 
 
 def _is_for_spaces(step: Mapping[str, Any]) -> bool:
-    """Return True for a space in front, and for spaces that become what pieces have for them."""
+    """Return True for a normalizer that adds a leading space, or replaces spaces by the mark that pieces use."""
     if step["type"] == "Prepend":
         return bool(step["prepend"] == SPACE)
     return step["type"] == "Replace" and bool(step["pattern"] == {"String": " "} and step["content"] == SPACE)
@@ -91,7 +91,7 @@ def _told(step: Mapping[str, Any]) -> str:
 
 
 def _merge_problems(source: SourceTokenizer, ranks: Mapping[str, int], merges: set[tuple[str, str]]) -> Iterator[str]:
-    """A piece that merges other than the tokenizer's would make of its own letters. Vocabularies that were made of
+    """The pieces that the runtime would build by other merges than the tokenizer's. Vocabularies that were made of
     SentencePiece's have every merge, so that nothing is tried.
     """
     vocabulary = source.content["model"]["vocab"]

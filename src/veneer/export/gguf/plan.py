@@ -166,7 +166,7 @@ def laid_out(family: GgufFamily, config: Any, name: str, tensor: Tensor) -> Tens
 
 
 def _valued(family: GgufFamily, leaf: str, tensor: Tensor) -> Tensor:
-    """A tensor whose rows lie as in the file, with the values that stand there."""
+    """A tensor with rows in the file's order, with the file's values."""
     if family.plus_one and leaf.endswith("norm.weight"):
         return (tensor if tensor.dtype == torch.float16 else tensor.float()) + 1
     return tensor
@@ -244,7 +244,7 @@ def assembled_blocks(
 
 
 def _gathered(blocks: Iterator[Tensor], shape: tuple[int, ...], places: Tensor | None) -> Tensor:
-    """A matrix made of the rows of another, block by block: each at its place, or (None) as a column."""
+    """A matrix gathered from another's rows, block by block: each at its place, or (None) as a column."""
     start = next(blocks)
     out = torch.empty(shape, dtype=start.dtype)
     first = 0

@@ -1,4 +1,4 @@
-"""Adapter to be exported: its config, its records, and what is known of its base."""
+"""Adapter to export: its config, its records, and known facts about its base."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ class AdapterSource:
 
 
 def _base_of(method: MethodConfig, given: str | None) -> Path | None:
-    """The folder of the base's config; None if it is not on this machine, and nobody asked for it by name."""
+    """The folder of the base's config; None if it is not on this machine and was not named by the caller."""
     config = config_of_base(given or method.base_model_name_or_path, None if given else method.revision)
     return config.parent if config is not None else None if given is None else local_folder(given)
 
@@ -114,7 +114,7 @@ def _on_base(adapter: Path, fields: Mapping[str, Any], method: MethodConfig, bas
 
 
 def _started(method: MethodConfig, places: Mapping[str, Placed]) -> dict[str, Tensor]:
-    """The first factors of a start that PEFT takes off the base as it loads the adapter, and so does not save."""
+    """The initial factors of a start that PEFT subtracts from the base on loading, and therefore does not save."""
     found: dict[str, Tensor] = {}
     for placed in places.values():
         first = method.init(placed.site, torch.Generator().manual_seed(0))

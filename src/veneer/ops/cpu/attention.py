@@ -61,7 +61,7 @@ def _with_features_together(*tensors: Tensor) -> list[Tensor]:
 
 
 def _place(x: Tensor) -> tuple[Tensor, tuple[int, int, int]]:
-    """The tensor, so that it lives as long as the address, and where its heads lie."""
+    """The tensor, which keeps its address valid, with the strides of its heads."""
     return x, (address(x), x.stride(0), x.stride(1))
 
 

@@ -100,7 +100,7 @@ def _given(
 
 
 def _mask(mask: Mask | None) -> tuple[int, int, int]:
-    """Key, as a number of 64 bits with a sign, threshold (0: nothing is dropped), and where the ids lie."""
+    """The key as a signed 64-bit number, the threshold (0: nothing is dropped), and the address of the ids."""
     if mask is None:
         return 0, 0, 0
     return mask.key - (mask.key >> 63 << 64), mask.threshold, address(mask.ids)

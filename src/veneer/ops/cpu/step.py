@@ -125,7 +125,7 @@ class StepProgram:
         return 0 if part is None else part
 
     def add_layout(self, layout: int, changes: Sequence[ProductChange], block: Tensor) -> None:
-        """Add a numbered layout: what all versions change whose tensors lie in their blocks as those of ``changes`` do.
+        """Add a numbered layout: the changes of all versions whose blocks hold tensors at the offsets in ``changes``.
 
         ``block`` is the memory that these are parts of.
         """
@@ -210,7 +210,7 @@ def _coding(weight: PackedWeight | PackedCodes) -> tuple[int, int]:
 def layer_parts(
     weight: PackedWeight | PackedCodes, bias: Tensor | None, target: int, wide_bias: Tensor | None = None
 ) -> list[Part]:
-    """Return the parts of a layer: its weight, its bias in the rows' dtype, and the tensor that it writes.
+    """Return the parts of a layer: its weight, its bias in the rows' dtype, and its output tensor.
 
     ``wide_bias`` is the bias in float32, of which the step takes a copy.
     """

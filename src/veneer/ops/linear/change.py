@@ -94,7 +94,7 @@ def changes_backward(
 
 
 def _spans(layer: LinearLayer, n_rows: int) -> Iterator[tuple[int, slice, int]]:
-    """The runs of `LinearLayer.spans`, and how many rows before each one take its record."""
+    """The runs of `LinearLayer.spans`, each with the number of earlier rows that use its record."""
     n_before = [0] * len(layer.records)
     for k, rows in layer.spans(n_rows):
         yield k, rows, n_before[k]
@@ -112,7 +112,7 @@ def _dropped(x: Tensor, mask: Mask | None, rows: slice) -> Tensor:
 
 
 def _kept(change: Change, mask: Mask | None) -> Change:
-    """The change with the scale of what its mask keeps, which x in 16 bits would round."""
+    """The change times the scale of kept inputs, which would be rounded if x in 16 bits were scaled."""
     return change if mask is None else Weighed(of=change, weight=mask.scale)
 
 
@@ -199,7 +199,7 @@ def _product_backward(change: Change, dz: Tensor, x: Tensor, dx: Tensor | None, 
 
 
 def _is_made(change: Change, x: Tensor, layer: LinearLayer) -> bool:
-    """True if the change is one matrix for rows such as x, which no kernel maps by its form."""
+    """True if the change is used as one matrix for rows such as x, since no kernel maps them by its form."""
     dtype = torch.float32 if x.device.type != "cuda" and float32_is_faster() else x.dtype  # of the matrix product
     by_matrix = layer.is_batch(len(x)) and change.is_made_for(len(x), dtype)
     return by_matrix and form_of(change, x, layer) is None
@@ -216,7 +216,7 @@ def form_of(term: Term, x: Tensor, layer: LinearLayer) -> Form | None:
 
 
 def with_leaves(term: Term) -> tuple[list[Tensor], Form]:
-    """Return the tensors of a term as leaves, and its form as a graph of them."""
+    """Return a term's tensors as leaves, and its form computed from them under autograd."""
     leaves = leaves_of(term)
     with torch.enable_grad():
         return leaves, cast(Form, term.with_tensors(leaves).form())

@@ -174,6 +174,6 @@ def _scaled_b(layer: LinearLayer, dtype: torch.dtype) -> Tensor:
 
 
 def _scale_of(layer: LinearLayer, k: int) -> float:
-    """The scale of a record's pair, with that of what its mask keeps."""
+    """The scale of a record's pair, times the scale of the inputs that its mask keeps."""
     mask, pair = layer.mask_of(k), layer.records[k].low_rank
     return (1.0 if pair is None else pair.scale) * (1.0 if mask is None else mask.scale)

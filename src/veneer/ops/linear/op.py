@@ -60,7 +60,7 @@ class SavedForBackward:
         return (*self.us, *self.products)
 
     def without_products(self) -> SavedForBackward:
-        """Return the same without the products, which are then recomputed."""
+        """Return a copy without the products, which are then recomputed."""
         return SavedForBackward(self.us, (None,) * len(self.products))
 
     @classmethod
@@ -290,11 +290,11 @@ def _together(layers: Sequence[LinearLayer]) -> list[list[int]]:
 
 
 def _summed(total: Tensor | None, part: Tensor) -> Tensor:
-    """The sum of two gradients that nobody else reads, in the memory of the first."""
+    """The sum of two gradients, in the memory of the first; nothing else may read them."""
     return part if total is None else total.add_(part)
 
 
 def _operands(inputs: Sequence[Tensor]) -> dict[int, Tensor]:
-    """Each as `matmul` reads it, by its identity: it is widened once, however many layers read it."""
+    """The `operand` of each distinct input, by its id: each is widened once for all layers."""
     distinct = {id(x): x for x in inputs}
     return {key: operand(x) for key, x in distinct.items()}

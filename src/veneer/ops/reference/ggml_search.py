@@ -209,5 +209,5 @@ def _byte(levels: Tensor) -> Tensor:
 
 
 def _float32(v: float) -> float:
-    """A number rounded to float32, so that arithmetic with Python's numbers is that of C's floats."""
+    """A number rounded to float32, so that Python's arithmetic equals C's in floats."""
     return torch.tensor(v, dtype=torch.float32).item()

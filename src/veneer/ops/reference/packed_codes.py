@@ -73,7 +73,7 @@ def _panels(made: PackedCodes, codes: Tensor, heads: list[Tensor]) -> Tensor:
 
 
 def _stored(units: Tensor, bits: int) -> Tensor:
-    """Codes (outputs, units, unit) of a panel as they lie there, unit by unit."""
+    """Codes (outputs, units, unit) of a panel in memory order, unit by unit."""
     if bits < 4:
         return _planes(units, bits)
     words = _bytes_in_pairs(units) if bits == 8 else _nibbles_in_words(units)
@@ -122,7 +122,7 @@ def _filled(rows: Tensor) -> Tensor:
 
 
 def _joined(heads: list[Tensor], codes: Tensor) -> Tensor:
-    """Scales and codes of each unit, one behind the other."""
+    """Scales and codes of each unit, concatenated."""
     return torch.cat([*map(_bytes, heads), codes], dim=1).flatten()
 
 

@@ -76,7 +76,7 @@ def _fits(q: Tensor) -> bool:
 
 
 def _forward_tile(q: Tensor) -> tuple[int, int, int]:
-    """Queries, keys and warps of a program: what fits into the shared memory of every card since Ampere."""
+    """Queries, keys and warps of a program that fit into the shared memory of every card since Ampere."""
     features = block(q.shape[2], least=16)
     if q.dtype == torch.float32:
         return (32, 32, 4) if features <= 128 else (16, 16, 4)
@@ -92,7 +92,7 @@ def _backward_tile(q: Tensor) -> tuple[int, int]:
 
 @lru_cache(maxsize=64)
 def _tiles(bounds: tuple[int, ...], size: int, device: torch.device) -> Tensor:
-    """Of each tile: where its sequence starts, the sequence's length, and the tile's first token within it.
+    """For each tile: the start of its sequence, the sequence's length, and the tile's first token within it.
 
     The tiles that see most keys come first, so that the last programs to start are short. Every layer of a step has
     the same bounds, hence the cache.
@@ -155,7 +155,7 @@ def scored(product, ahead, scale, window, softcap, WINDOW: tl.constexpr, SOFTCAP
 
 @triton.jit
 def _first_key(first, window, KEYS: tl.constexpr, WINDOW: tl.constexpr):
-    """The first key of the tile of keys in which the first of the queries sees something."""
+    """The first key of the first tile that the first query sees."""
     low = 0
     if WINDOW:
         low = tl.maximum(first - window + 1, 0) // KEYS * KEYS

@@ -78,7 +78,7 @@ def _dropped(x: Tensor, group: LowRankGroup, rows: AdapterRuns) -> Tensor:
 
 
 def _add_dropped(dx: Tensor, part: Tensor, group: LowRankGroup, rows: AdapterRuns) -> None:
-    """Add the gradient in what the a's of a layer read to that in x, where they are not the same tensor."""
+    """Add the gradient in the input of a layer's a to that in x, if the two are different tensors."""
     if part is dx:
         return
     for k, start, stop in rows.runs:
@@ -141,7 +141,7 @@ def _expand(u: Tensor, factors: Tensor, owner: Tensor, out: Tensor) -> None:
 
 
 def _outer(u: Tensor, x: Tensor, owner: Tensor, adapters: int) -> Tensor:
-    """Of each adapter the sum over its rows of u's row times x's, (adapters, rank, width) in float32."""
+    """For each adapter the sum of u's rows times x's over its rows, (adapters, rank, width) in float32."""
     rank, width = u.shape[1], x.shape[1]
     out = torch.empty(adapters, rank, width, dtype=torch.float32, device=x.device)
     _, sizes = _tiles(len(u), rank)

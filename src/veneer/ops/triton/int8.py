@@ -113,7 +113,7 @@ def _product_kernel(
     WIDE: tl.constexpr,
     DEEP: tl.constexpr,
 ):
-    """``x Wᵀ``, or ``x W`` where TRANSPOSED: a program takes some results and sums over the other axis."""
+    """``x Wᵀ``, or ``x W`` if TRANSPOSED: a program computes a tile of results."""
     rows = tl.arange(0, ROWS)[:, None]
     results = (tl.program_id(0) * WIDE + tl.arange(0, WIDE))[None, :]
     total = tl.zeros([ROWS, WIDE], tl.float32)

@@ -48,7 +48,7 @@ def attend(
 
 
 def _place(store: PagedStore, layer: int) -> tuple[int, int, int]:
-    """Values of a page, those in front of a layer, and those of a head's keys."""
+    """Offsets in values: of a page, of a layer within it, and of a head's keys."""
     values = store.block * padded(store.head_dim)
     return store.data.stride(0), layer * store.kv_heads * 2 * values, values
 

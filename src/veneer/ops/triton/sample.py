@@ -72,7 +72,7 @@ def _block(rows: Tensor) -> int:
 
 
 class _Numbers:
-    """The lists of all rules, one behind the other: ids and counts, words of masks, and biases as floats."""
+    """The concatenated lists of all rules: ids and counts, words of masks, and biases as floats."""
 
     def __init__(self, vocabulary: int) -> None:
         self.vocabulary, self.longest = vocabulary, [0, 0, 0, 0]
@@ -256,7 +256,9 @@ def _nucleus(row, d, top, inverse, least, key, limit, BLOCK: tl.constexpr):
 
 @triton.jit
 def _first_beyond(row, d, top, inverse, least, key, n_equal, share, bits, BLOCK: tl.constexpr):
-    """The first id at which the sum of shares exceeds its random part: of those above a key, and ``n_equal`` at it."""
+    """The first id at which the running sum of shares exceeds its random part. Ids above a key count, and ``n_equal``
+    at the key.
+    """
     count, mass = _from(row, d, top, inverse, least, key, BLOCK)
     fewer, above = _from(row, d, top, inverse, least, key + 1, BLOCK)
     total = tl.where(n_equal < count - fewer, above + n_equal * share, mass).to(tl.uint64)
@@ -280,7 +282,7 @@ def _first_beyond(row, d, top, inverse, least, key, n_equal, share, bits, BLOCK:
 
 @triton.jit
 def _drawn(numbers, row, d, top, BLOCK: tl.constexpr):
-    """A token by its random number, of those that min_p, top_k and top_p leave."""
+    """A token drawn by its random number from those that min_p, top_k and top_p leave."""
     inverse, least = _real(numbers, _INVERSE).to(tl.float32), _real(numbers, _LEAST).to(tl.int64)
     k, top_p = tl.load(numbers + _TOP_K), _real(numbers, _TOP_P)
     key, n_equal = tl.cast(_LOWEST, tl.int64), tl.cast(d, tl.int64)
@@ -372,7 +374,7 @@ def _draw_kernel(table, work, found, d, BLOCK: tl.constexpr):
 
 @triton.jit
 def _score_kernel(logits, stride, table, found, n, d, BLOCK: tl.constexpr):
-    """Rank, sum of shares, own and largest logit of each row that asks for them; a row that is not finite is told."""
+    """Rank, sum of shares, own and largest logit of each row that asks for them; a row that is not finite is marked."""
     row = tl.program_id(0).to(tl.int64)
     own = logits + row * stride
     top, _, is_odd = _largest(own, d, float("inf"), BLOCK)
