@@ -38,7 +38,7 @@ class Holder(nn.Module):
         return name in self.adapters
 
     def trains_whole(self, name: str) -> bool:
-        """Return True if an adapter has whole parameters or rows of the module here."""
+        """Return True if an adapter trains this module whole, or rows of it."""
         return False
 
     def is_update(self, name: str) -> bool:

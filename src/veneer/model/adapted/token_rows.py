@@ -92,7 +92,7 @@ def add_rows(model: nn.Module, name: str, places: Sequence[RowPlace], values: bo
 
 
 def require_rows_agree(path: str, module: Adapted, names: Sequence[str]) -> None:
-    """Raise CompositionError if adapters cannot act together on a table of which one of them trains rows."""
+    """Raise CompositionError if one of several adapters trains rows of a table and they cannot act together."""
     rows = module.token_rows(names)
     indices = [index for each in rows for index in each.indices]
     twice = sorted({index for index in indices if indices.count(index) > 1})

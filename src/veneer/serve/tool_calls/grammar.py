@@ -132,7 +132,9 @@ class _Grammar:
         return {"x-guidance": {"whitespace_flexible": False, "item_separator": item, "key_separator": key}}
 
     def _add_fields(self, rule: str, fields: Fields, schema: Mapping[str, Any], name: str) -> None:
-        """Rules of fields in the order of the schema: those that follow none, and those that follow another."""
+        """Add the rules of fields in the order of the schema. A field has one rule for the first place, and one for
+        later places.
+        """
         properties, required = schema.get("properties", {}), set(schema.get("required", ()))
         _require_held(name, [key for key in _NOT_IN_FIELDS if key in schema])
         _require_held(name, [f"the required {key!r} without a schema" for key in required - set(properties)])

@@ -71,7 +71,8 @@ def _same_rows(before: Mapping[str, Any], recipe: Recipe) -> bool:
 def tied_to_its_processes(recipe: Recipe) -> list[str]:
     """Return the settings for which the rows of a run's steps depend on the number of its processes.
 
-    Rows that are streamed, dropped at the end of an epoch, or left over there in another task do.
+    They are: no global batch, streamed rows, rows dropped at the end of an epoch, and tasks other than supervised
+    fine-tuning, whose last batches differ.
     """
     found = {
         "no distributed.global_batch": recipe.distributed.global_batch is None,
