@@ -168,7 +168,8 @@ class AdapterRoutes:
         others = name in self._changing
         if others and self._catalogue.caller.sees(name):  # what it does not see is refused in other words
             raise ConflictError(
-                f"the LoRA adapter {name!r} is being loaded or unloaded: ask again when that has ended", "lora_name"
+                f"the LoRA adapter {name[:_LONGEST_NAME]!r} is being loaded or unloaded: ask again when that has ended",
+                "lora_name",
             )
         self._changing.add(name)
         try:

@@ -17,6 +17,7 @@ from starlette.types import Message, Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from veneer.serve.http.errors import (
+    BodyTooLargeError,
     BusyError,
     HeadTooLargeError,
     RefusedError,
@@ -37,14 +38,17 @@ class ConnectionLimits:
     """Limits of one connection, and the number of all.
 
     ``head_bytes`` and ``headers``: the request line with its headers, and their number. ``head_seconds``: the time for
-    them. ``body_seconds``: the time for a body, and a second more for each ``body_rate`` bytes that have arrived.
-    ``unread_seconds``: the time to read what is sent, and a second more for each ``body_rate`` bytes that were read.
-    ``linger_seconds``: the time in which a refused client may read why. ``idle_seconds``: between two requests.
-    ``connections``: at most so many at once; None: as many as the process may open files, less a reserve.
+    them. ``chunks``: those of a body, and one more for each ``chunk_bytes`` that have arrived. ``body_seconds``: the
+    time for a body, and a second more for each ``body_rate`` bytes that have arrived. ``unread_seconds``: the time to
+    read what is sent, and a second more for each ``body_rate`` bytes that were read. ``linger_seconds``: the time in
+    which a refused client may read why. ``idle_seconds``: between two requests. ``connections``: at most so many at
+    once; None: as many as the process may open files, less a reserve.
     """
 
     head_bytes: int = 1 << 16
     headers: int = 128
+    chunks: int = 1 << 12
+    chunk_bytes: int = 64
     head_seconds: float = 30.0
     body_seconds: float = 30.0
     body_rate: int = 1 << 14
@@ -143,7 +147,7 @@ class Connection(HttpToolsProtocol):
         self._app = self.app
         self._reads, self._since = _Reads.HEAD, self.loop.time()
         self._n_silent = 0  # bytes since the last that were a head or a part of a body
-        self._n_headers = self._n_body = 0
+        self._n_headers = self._n_body = self._n_chunks = 0
         self._is_heard = self._has_begun = self._is_early = False
         self._unread: tuple[float, int] | None = None  # since when, and how many bytes then
         self._why: RefusedError | None = None
@@ -207,14 +211,23 @@ class Connection(HttpToolsProtocol):
             self._is_heard, self._plain_head = True, self._head_without_upgrade()
             return
         self._begin(_Reads.BODY)
-        self._n_body, self._is_heard, self._is_early = 0, True, False
+        self._n_body = self._n_chunks = 0
+        self._is_heard, self._is_early = True, False
         self.app = self._app if self.parser.get_http_version() == "1.1" else self._answer_without_chunks
         super().on_headers_complete()
         self._cycles.append(self.cycle)
 
     def on_chunk_header(self) -> None:
-        """Note that a part of a body begins."""
+        """Note that a part of a body begins: each takes time, however short it is."""
         self._is_heard = True
+        self._n_chunks += 1
+        limits = self._limits
+        if self._n_chunks > limits.chunks + self._n_body // limits.chunk_bytes:
+            self._why = BodyTooLargeError(
+                f"the body came in {self._n_chunks} chunks, most of them below {limits.chunk_bytes} bytes: send longer "
+                "ones, or its Content-Length"
+            )
+            raise self._why  # ends the parser
 
     def on_body(self, body: bytes) -> None:
         """Take a part of the body."""

@@ -120,7 +120,7 @@ class CountTokensBody(Named):
         messages = messages_of(self.system, self.messages)
         goes_on = messages[-1]["role"] == "assistant" and "tool_calls" not in messages[-1]
         choice = self.tool_choice
-        return ChatBody(
+        return ChatBody.in_other_words(
             messages=messages,
             add_generation_prompt=not goes_on,
             continue_final_message=goes_on,

@@ -308,6 +308,19 @@ class ChatBody(Body):
     prediction: dict[str, Any] | None = None
     modalities: list[Literal["text"]] | None = None
 
+    @classmethod
+    def in_other_words(cls, **fields: Any) -> ChatBody:
+        """Return the chat completion that a body of another route asks for.
+
+        Raises RefusedError for a field beyond its limit here: those of several fields together may be.
+        """
+        try:
+            return cls(**fields)
+        except ValidationError as error:
+            problem = error.errors()[0]
+            name = ".".join(map(str, problem["loc"]))
+            raise RefusedError(f"{name}: {problem['msg']}", name) from error
+
     @property
     def ignored(self) -> list[str]:
         """Fields of the body that change nothing: a model is asked as it is, and needs no prediction to be quick."""

@@ -127,7 +127,7 @@ class ResponsesBody(Drawn, Hinted):
 
     def chat(self) -> ChatBody:
         """Return the chat completion that is asked for. Raises RefusedError for items that are not read."""
-        return ChatBody(
+        return ChatBody.in_other_words(
             messages=messages_of(self.instructions, self.input),
             max_completion_tokens=self.max_output_tokens,
             response_format=_response_format(self.format),

@@ -235,8 +235,9 @@ def _lark(grammar: str) -> str:
 
 
 def _shown(reason: str) -> str:
-    """A reason of llguidance, which may quote a whole grammar: the ends of each long line, and of it all."""
-    return _ends("\n".join(_ends(line, _SHOWN // 4) for line in reason.splitlines()), _SHOWN)
+    """A reason of llguidance, less its state. It may quote a grammar: the ends of each long line, and of it all."""
+    said = reason.partition("\n<state>")[0]
+    return _ends("\n".join(_ends(line, _SHOWN // 4) for line in said.splitlines()), _SHOWN)
 
 
 def _ends(text: str, most: int) -> str:

@@ -300,8 +300,8 @@ def _error(request_id: str, token: int) -> VeneerError:
     named = request_id.partition("#")[0]
     if token == NONE_ALLOWED:
         return ConfigError(
-            f"no token is allowed here: the constraints of request {named} exclude every token. Give it "
-            "allowed_token_ids, bad_words or structured_outputs that leave one"
+            f"no token is allowed here: the constraints of request {named} exclude every token, or its grammar took "
+            "too much time or memory. Give it allowed_token_ids, bad_words or structured_outputs that leave one"
         )
     return not_finite("logits", request_id)
 

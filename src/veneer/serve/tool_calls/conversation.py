@@ -20,8 +20,8 @@ _LONGEST_ROLE = 64  # characters that are told
 _MOST_TEXT = 1 << 24  # characters of a text that a process sends back
 Conversation = Sequence[Mapping[str, Any]]
 
-TEMPLATE_ARGUMENTS = frozenset(inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters)
-"""Arguments of `apply_chat_template` itself; all others go to the template."""
+TEMPLATE_ARGUMENTS = frozenset(inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters) | {"messages"}
+"""Arguments of `apply_chat_template` itself, and its name for the conversation; all others go to the template."""
 
 
 class Rendering:

@@ -14,6 +14,7 @@ from pydantic import BaseModel, ValidationError
 
 from veneer.serve.http import adapters, embeddings, message_blocks, message_body, protocol, response_body, tokens
 from veneer.serve.http.app import make_app
+from veneer.serve.http.errors import RefusedError
 from veneer.serve.http.field_limits import FIELD_LIMITS, FieldLimit, limit_of
 from veneer.serve.http.models import Catalogue
 from veneer.serve.http.protocol import ChatBody, CompletionBody, Strict
@@ -104,6 +105,21 @@ def test_the_models_of_all_routes_are_among_them(base_folder, tmp_path):
         if isinstance(kind, type) and issubclass(kind, BaseModel)
     }
     assert parts <= set(models())
+
+
+def test_fields_of_other_routes_may_be_too_many_for_a_chat_together():
+    turns = [TURN, {"role": "assistant", "content": "y"}] * 2048
+    stops = {"stop_sequences": ["a"] * 40, "stop": ["b"] * 40}
+    for body, said in (
+        (
+            message_body.MessagesBody(messages=[TURN], max_tokens=1, **stops),
+            "stop: 80 entries are too many, at most 64",
+        ),
+        (message_body.MessagesBody(messages=turns, max_tokens=1, system="x"), "messages: 4097 entries"),
+        (response_body.ResponsesBody(input=[TURN] * 5000), "messages: 5000 entries are too many"),
+    ):
+        with pytest.raises(RefusedError, match=said):
+            body.chat()
 
 
 def test_what_is_within_all_limits_is_taken():

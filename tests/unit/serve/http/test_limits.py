@@ -58,6 +58,7 @@ def trusting(base_folder, tmp_path_factory) -> Iterator[Server]:
     [
         ("chat/completions", {"messages": [TURN], "chat_template": SHOUTS}, "--trust-request-temp", "chat_template"),
         ("chat/completions", {"messages": [TURN], "chat_template_kwargs": {"chat_template": "x"}}, "holds chat", None),
+        ("chat/completions", {"messages": [TURN], "chat_template_kwargs": {"messages": []}}, "holds messages", None),
         ("chat/completions", {"messages": [TURN], "chat_template_kwargs": {"tokenize": True}}, "holds tokenize", None),
         ("chat/completions", {"messages": [TURN], "n": 6, "temperature": 1}, "6 choices", "n"),
         ("completions", {"prompt": "x", "n": 6, "temperature": 1}, "takes 5 in a request", "n"),

@@ -11,6 +11,7 @@ from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
 from veneer.errors import ConfigError
+from veneer.serve.requests import structured
 from veneer.serve.requests.structured import Forms, TextForm, grammar_of
 from veneer.serve.schedule.forced_text import longest_forced
 from veneer.serve.schedule.sampling_params import StructuredOutputsParams
@@ -139,6 +140,12 @@ def test_a_form_that_cannot_be_compiled_is_told_with_llguidances_words(forms, as
     with pytest.raises(ConfigError, match=re.escape(said)) as raised:
         form_of(forms, **asked)
     assert len(str(raised.value)) < 1000
+
+
+def test_the_state_of_llguidance_is_no_reason():
+    assert "compiled: Stopped. Correct" in str(
+        structured._not_compiled("format", "Stopped\n<state>\nTokens: 0\n</state>")
+    )
 
 
 def test_random_forms_are_compiled_or_refused(forms):
