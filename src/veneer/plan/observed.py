@@ -1,7 +1,7 @@
 """Seconds of the micro-batches of runs on this machine, kept for the plans of later runs.
 
-A run of the same settings is planned with them. A run of other settings is planned with the range of their FLOPs a
-second.
+A run of the same settings is planned with them. A run of other settings is planned with the range of FLOPs a second of
+runs of its size.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ MOST_RUNS = 200
 """That are kept, the newest."""
 MARGIN = 1.5
 """Of the seconds of other settings: so far beyond the range of the runs that are known."""
+LIKE = 10
+"""Runs are of one size if the FLOPs of their micro-batches differ by no more than this factor."""
 _SETTINGS = ("model", "task", "method", "quantization", "batch", "path", "trained", "parameters")
 _KIND = ("path", "quantization")
 
@@ -64,14 +66,24 @@ def observed(plan: Mapping[str, Any]) -> Observed | None:
     return None if found is None else _read(found)
 
 
-def flops_a_second(plan: Mapping[str, Any]) -> tuple[float, float] | None:
+def knows_run(plan: Mapping[str, Any]) -> bool:
+    """Return True if a run on the same path with the same kind of base is known, of whatever size."""
+    return bool(_of_kind(plan))
+
+
+def flops_a_second(plan: Mapping[str, Any], flops: float) -> tuple[float, float] | None:
     """Return the least and the most FLOPs a second of runs on the same path with the same kind of base.
 
-    None if none is known.
+    ``flops``: those of a micro-batch. Runs of another size do not count: a tiny model is far slower by its FLOPs.
+    None if no run counts.
     """
-    runs = [_read(each) for each in _stored().values() if each.get("kind") == _kind(plan)]
+    runs = [run for run in _of_kind(plan) if flops / LIKE <= run.flops <= flops * LIKE]
     rates = [run.flops / run.seconds[1] for run in runs if run.seconds[1] > 0]
     return (min(rates) / MARGIN, max(rates) * MARGIN) if rates else None
+
+
+def _of_kind(plan: Mapping[str, Any]) -> list[Observed]:
+    return [_read(each) for each in _stored().values() if each.get("kind") == _kind(plan)]
 
 
 def _read(stored: Mapping[str, Any]) -> Observed:

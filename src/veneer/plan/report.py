@@ -23,7 +23,7 @@ from veneer.plan.cards import Card, card_of
 from veneer.plan.fit import CHECKPOINTS, Fit
 from veneer.plan.machine import Rates, free_here
 from veneer.plan.model import base_quantization
-from veneer.plan.observed import Observed, flops_a_second, observed
+from veneer.plan.observed import flops_a_second, knows_run, observed
 from veneer.plan.plan import PHASES, Plan, as_json, plan_recipe
 from veneer.plan.process import process_of
 from veneer.plan.rows import OwnRows, own_rows
@@ -147,12 +147,11 @@ class Machine:
     def _time(self, plan: Plan, n_rows: int | None) -> dict[str, Any]:
         """The seconds of a micro-batch as plain numbers."""
         told = as_json(plan)
-        run, rates = (observed(told), flops_a_second(told)) if self.card is None else (None, None)
-        if run is None and rates is None and self.card is None and Rates.here(self.budget).is_new:
+        if self.card is None and not knows_run(told) and Rates.here(self.budget).is_new:
             self.budget.begin()  # refused before rows are read, where nothing may be measured
         own = own_rows(plan.recipe, plan.batch)
         batch = plan.batch if own is None else own.batch
-        seconds = self._seconds_of(plan, own, run, rates)
+        seconds = self._seconds_of(plan, own, told)
         found = {
             **({} if own is None else {"rows": {"encoded": own.n_rows, "length": batch.length}}),
             "seconds_a_step": seconds.step,
@@ -167,20 +166,20 @@ class Machine:
             found["hours"] = seconds.step * n_steps / 3600
         return found
 
-    def _seconds_of(
-        self, plan: Plan, own: OwnRows | None, run: Observed | None, rates: tuple[float, float] | None
-    ) -> Seconds:
+    def _seconds_of(self, plan: Plan, own: OwnRows | None, told: Mapping[str, Any]) -> Seconds:
         """Seconds of a run of these settings, else by measured rates, else by runs of other settings."""
+        run = observed(told) if self.card is None else None
         if run is not None:
             return seconds_by(run, None if own is None else own.tokens)
         timed = plan if own is None or own.batch == plan.batch else self._replanned(plan, own.batch)
         try:
             return self.seconds(timed)
         except UnmeasuredError:
+            flops = plan.work.flops * (1.0 if own is None else own.tokens / plan.n_tokens)
+            rates = flops_a_second(told, flops)
             if rates is None:
                 raise
-            share = 1.0 if own is None else own.tokens / plan.n_tokens
-            return seconds_like(plan.work.flops * share, rates)
+            return seconds_like(flops, rates)
 
 
 def start_of_this() -> int:

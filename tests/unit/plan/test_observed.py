@@ -38,15 +38,17 @@ def test_rows_of_another_length_take_their_share() -> None:
 
 
 def test_other_settings_are_told_as_a_range() -> None:
-    assert flops_a_second(plan()) is None
+    assert flops_a_second(plan(), 1e9) is None
     remember(plan(), {"seconds": [2.0, 2.0, 2.0], "tokens": 20.0})  # a fifth of the planned tokens: 1e8 FLOPs a second
     remember(plan(method="dora"), {"seconds": [4.0, 4.0, 4.0], "tokens": 0.0})  # not counted: 2.5e8 FLOPs a second
     remember(plan(path="general"), {"seconds": [1.0, 1.0, 1.0], "tokens": 0.0})
     assert observed.observed(plan(method="vera")) is None
-    rates = flops_a_second(plan(method="vera"))
+    remember(plan(flops=1e5), {"seconds": [1.0, 1.0, 1.0], "tokens": 0.0})  # a tiny model's says nothing of this one
+    rates = flops_a_second(plan(method="vera"), 1e9)
     assert rates == pytest.approx((1e8 / 1.5, 2.5e8 * 1.5))
     assert rates is not None
     assert seconds_like(1e9, rates).between == pytest.approx((1 / 0.375, 15.0))
+    assert flops_a_second(plan(method="vera"), 1e7) is None
 
 
 def test_the_newest_runs_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
