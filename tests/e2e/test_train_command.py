@@ -166,7 +166,7 @@ def test_one_command_begins_goes_on_and_says_that_it_is_done(project: Path) -> N
     assert code == 0, output
     assert "the run begins again" in output
     weights, record = saved.read_bytes(), json.loads((run / "run.json").read_text())
-    assert record["log"][0]["step"] == 0
+    assert record["log"][0]["step"] == 1
     (run / "run.json").write_text(json.dumps({**record, "status": "running"}))
     shutil.rmtree(run / "checkpoint-2")
     saved.unlink()

@@ -49,6 +49,11 @@ def begin(model: nn.Module, state: AdapterState, n_steps: int | None = None) -> 
                 state.configs[name], state.schedules[name] = config, schedule
 
 
+def has_schedule(state: AdapterState) -> bool:
+    """Return True if a method of the active adapters may act on its parameters between steps."""
+    return any(type(training).schedule is not Training.schedule for training in _acting(state).values())
+
+
 def advance(state: AdapterState, step: int) -> bool:
     """Advance the active adapters' schedules after optimizer step ``step``. Return False if they have none."""
     present = [schedule for name, schedule in state.schedules.items() if name in state.acting()]

@@ -15,6 +15,7 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from veneer.errors import Interrupted
+from veneer.train.first_step import evaluates_first
 from veneer.train.processes import is_main, largest, n_processes
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -97,9 +98,11 @@ class StopAfterStep(TrainerCallback):  # type: ignore[misc]
     def __init__(self, stop: Stop) -> None:
         self._stop, self._number = stop, 0
 
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **context: Any
+    ) -> None:
         """Say that a run which begins with an evaluation stops in it."""
-        self._stop.when = _BEFORE_STEPS if args.eval_on_start and not state.global_step else _AFTER_STEP
+        self._stop.when = _BEFORE_STEPS if evaluates_first(args, state, **context) else _AFTER_STEP
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Say that a signal ends the step."""

@@ -31,6 +31,7 @@ from veneer.train.checkpoint import (
     read_progress,
     write_json,
 )
+from veneer.train.first_step import changes_nothing
 from veneer.train.processes import by_main, gathered
 from veneer.train.progress import Progress
 from veneer.train.pushing import failures_to_push_told
@@ -66,6 +67,7 @@ class ResumableTrainer(Trainer):  # type: ignore[misc]
     began: float = 0.0  # of this process's training, by the clock of `time.perf_counter`
     other_data: bool = False  # whether a checkpoint may have been trained on other data
     other_settings: bool = False  # whether it was trained with other settings, which count from here on
+    _owes_evaluation: bool = False  # that of the beginning, put off until the first step is made
 
     def resolve_resume(self, resume: str | bool | None) -> str | None:
         """Return the checkpoint to resume from: the latest for True. Raises TrainingError if none fits this run."""
@@ -129,10 +131,22 @@ class ResumableTrainer(Trainer):  # type: ignore[misc]
             group.update({**kept, "lr": rate})
 
     def _evaluate(self, trial: Any, ignore_keys_for_eval: Any, skip_scheduler: bool = False) -> dict[str, float]:
-        """Trainer's; before the first step (``skip_scheduler``) only of a run that begins there."""
-        if skip_scheduler and self.state.global_step > 0:
+        """Trainer's; at the beginning (``skip_scheduler``) only of a run that begins there.
+
+        If the first step changes nothing, it comes after that step, which does not wait for it.
+        """
+        begins = skip_scheduler and self.state.global_step == 0
+        self._owes_evaluation = begins and changes_nothing(self.optimizer, self.model)
+        if self._owes_evaluation or (skip_scheduler and not begins):
             return {}
         return cast("dict[str, float]", super()._evaluate(trial, ignore_keys_for_eval, skip_scheduler))
+
+    def _maybe_log_save_evaluate(self, *args: Any, **options: Any) -> None:
+        """Trainer's; before it the evaluation that was put off, unless one comes anyway."""
+        if self._owes_evaluation and not self.control.should_evaluate:
+            super()._evaluate(None, None, skip_scheduler=True)
+        self._owes_evaluation = False
+        super()._maybe_log_save_evaluate(*args, **options)
 
     def _run_epoch(self, **options: Any) -> None:
         """Nothing where a checkpoint from within an epoch holds the run's last step: Trainer would take one more."""

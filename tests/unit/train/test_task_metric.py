@@ -1,4 +1,4 @@
-"""Runs of recipes: the loss before the first step, a metric of the task, several sources, streamed rows, warnings."""
+"""Runs of recipes: the first held-out loss, a metric of the task, several sources, streamed rows, warnings."""
 
 from __future__ import annotations
 
@@ -41,14 +41,28 @@ def evaluations(record: dict[str, Any], key: str = "eval_loss") -> list[tuple[in
     return [(line["step"], line[key]) for line in record["log"] if key in line]
 
 
-def test_the_held_out_loss_is_there_before_the_first_step_and_once(values):
-    record = run_recipe(parse_recipe(values))
-    assert [step for step, _ in evaluations(record)] == [0, 1, 2]
-    values["training"]["max_steps"] = 3
+def test_the_held_out_loss_is_there_before_anything_is_learned_and_once(values):
+    output, found = values["output"], {}
+    for warmup in (0, 1):  # without a warm-up, and with one, whose first step changes nothing
+        values["training"] |= {"warmup_steps": warmup, "eval_steps": 2}
+        values["output"] = f"{output}{warmup}"
+        found[warmup] = evaluations(run_recipe(parse_recipe(values)))
+    assert [step for step, _ in found[0]] == [0, 2]
+    assert [step for step, _ in found[1]] == [1, 2]
+    assert found[0][0][1] == found[1][0][1]
+    values["training"]["max_steps"], values["output"] = 3, f"{output}0"
+    values["training"]["warmup_steps"] = 0
     longer = run_recipe(parse_recipe(values), resume=True, allow_changes=True)
-    assert [step for step, _ in evaluations(longer)] == [0, 1, 2, 3]
-    values["training"]["eval_on_start"], values["output"] = False, values["output"] + "2"
+    assert [step for step, _ in evaluations(longer)] == [0, 2, 3]
+    values["training"] |= {"eval_on_start": False, "eval_steps": 1}
+    values["output"] = f"{output}3"
     assert evaluations(run_recipe(parse_recipe(values)))[0][0] == 1
+
+
+def test_a_method_that_acts_between_steps_is_measured_before_the_first_one(values):
+    values["adapter"] = {"method": "adalora", "init_r": 3, "target_r": 2, "tinit": 0, "tfinal": 0, "deltaT": 1}
+    values["training"] |= {"warmup_steps": 1, "eval_steps": 2, "max_steps": 2}
+    assert [step for step, _ in evaluations(run_recipe(parse_recipe(values)))] == [0, 2]
 
 
 @pytest.mark.parametrize(
@@ -65,7 +79,7 @@ def test_a_metric_is_measured_with_the_loss_and_the_best_model_is_chosen_by_it(v
     values["training"] |= {"load_best_model_at_end": True, "metric_for_best_model": key}
     record = run_recipe(parse_recipe(values))
     found = evaluations(record, f"eval_{key}")
-    assert [step for step, _ in found][:3] == [0, 1, 2]
+    assert [step for step, _ in found][:2] == [1, 2]
     assert all(0 <= value <= 1 for _, value in found)
     assert record["results"][f"eval_{key}"] == max(value for step, value in found if step)
 

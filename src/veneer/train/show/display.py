@@ -15,6 +15,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from veneer.plain.progress import draws_bars, waiting_for, waits_told
 from veneer.plain.units import duration
+from veneer.train.first_step import evaluates_first
 
 # Of the many values of preferences and rewards those to go by; all are in the log.
 _OF_REWARDS = {
@@ -62,7 +63,7 @@ class RunDisplay(TrainerCallback):  # type: ignore[misc]
         self._counted: int | None = None
         self._predicted = self._logged = 0
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    def on_train_begin(self, args: Any, state: Any, control: Any, **context: Any) -> None:
         """Open the bar of the steps."""
         self._trains, self._busy, self._counted = True, 0.0, None
         self._began, self._first_step = time.perf_counter(), int(state.global_step)
@@ -70,7 +71,7 @@ class RunDisplay(TrainerCallback):  # type: ignore[misc]
         if state.is_world_process_zero:
             self._open("training", state.max_steps, state.global_step)
         if self._says_between(state):
-            measures = bool(getattr(args, "eval_on_start", False)) and not state.global_step
+            measures = evaluates_first(args, state, **context)
             what = "measuring the held-out rows before the first step" if measures else _FIRST_STEP
             self._waits.enter_context(waits_told(what))
 

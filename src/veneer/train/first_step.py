@@ -1,0 +1,23 @@
+"""First step of a run. Under a warm-up its rate is 0, so that the model after it is the model before it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from veneer.adapters.peft_model import PeftModel
+from veneer.adapters.schedules import has_schedule
+
+
+def changes_nothing(optimizer: Any, model: nn.Module) -> bool:
+    """Return True if the next step of the optimizer has rate 0, and no active adapter acts between steps."""
+    groups = getattr(optimizer, "param_groups", ())
+    acts = isinstance(model, PeftModel) and has_schedule(model.adapter_state)
+    return bool(groups) and all(group["lr"] == 0 for group in groups) and not acts
+
+
+def evaluates_first(args: Any, state: Any, optimizer: Any = None, model: Any = None, **_: Any) -> bool:
+    """Return True if the run, in Trainer's event of its beginning, measures the held-out rows before its first step."""
+    begins = bool(getattr(args, "eval_on_start", False)) and not state.global_step
+    return begins and not changes_nothing(optimizer, model)
