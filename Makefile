@@ -35,7 +35,7 @@ $(VENV)/.ready: pyproject.toml CMakeLists.txt $(wildcard csrc/* csrc/*/*)
 		$(BIN)/python -m pip install --quiet --no-compile --no-deps --editable . & kernels=$$!; \
 		$(BIN)/python -m pip install $$quiet --no-compile --requirement $(VENV)/needed.txt; packages=$$?; \
 		wait $$kernels && exit $$packages
-	@$(BIN)/python -W ignore -c 'import logging; logging.disable(logging.ERROR); import veneer.train.run, veneer.serve.llm, veneer.cli.train_run, peft'  # leaves their bytecode
+	@PYTHONDONTWRITEBYTECODE= $(BIN)/python -W ignore -c 'import logging; logging.disable(logging.ERROR); import veneer.train.run, veneer.serve.llm, veneer.cli.train_run, peft'  # leaves their bytecode
 	@touch $@
 	@echo "ready: $(BIN)/veneer (source $(BIN)/activate puts it on the path)"
 

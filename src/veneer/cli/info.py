@@ -15,7 +15,7 @@ from veneer.cli.pages.info import InfoArguments
 from veneer.contract.file import WEIGHTS_FILE
 from veneer.disk.safetensors_header import read_entries
 from veneer.errors import ConfigError
-from veneer.plain.progress import LIBRARIES, waits_told
+from veneer.plain.libraries import libraries_loading
 from veneer.plain.units import size
 from veneer.recipe.declared_config import declared_config, modules_named
 from veneer.store.adapter.folder import entries_in, is_alone
@@ -74,7 +74,7 @@ def _facts(what: str, *, as_json: bool) -> tuple[dict[str, Any], Section]:
     plain = None if here is None or as_json else plain_facts(here)
     if here is not None and plain is not None:
         return asdict(plain), _model(here, plain)
-    with waits_told(LIBRARIES):
+    with libraries_loading():
         # Here, as it imports both.
         from veneer.store.bars import quiet
         from veneer.store.facts import model_facts
@@ -130,7 +130,7 @@ def _adapter(folder: Path) -> tuple[dict[str, Any], Section]:
 
 
 def _checked_adapter(folder: Path) -> tuple[dict[str, Any], Section]:
-    with waits_told(LIBRARIES):
+    with libraries_loading():
         # Here, as they import torch.
         from veneer.contract.places import modules_in
         from veneer.recipe.methods import name_of
@@ -167,9 +167,10 @@ def _model(folder: Path, facts: ModelFacts) -> Section:
     total = sum(facts.parameters.values())
     shape = {title: _text(config[name]) for name, title in _MODEL_FIELDS.items() if config.get(name) is not None}
     kinds = {f"  {kind}": f"{count:,} ({count / max(total, 1):.1%})" for kind, count in facts.parameters.items()}
+    made = config.get("architectures")
     section = {
         "model": str(folder),
-        "architecture": ", ".join(map(str, config.get("architectures") or [config.get("model_type")])),
+        "architecture": ", ".join(map(str, made if made and isinstance(made, list) else [config.get("model_type")])),
         **shape,
         **facts.described,
         "parameters": f"{total:,}",

@@ -13,7 +13,7 @@ import typer
 from veneer.cli.pages.options import unset
 from veneer.errors import ConfigError
 from veneer.plain.group import group_size, join_slurm, starts_processes
-from veneer.plain.progress import LIBRARIES, waits_told
+from veneer.plain.libraries import libraries_loading
 from veneer.plan.presets import require_weights
 from veneer.ray.place import RayCluster, place_of, require_ray
 from veneer.recipe.adapter import names_of
@@ -111,7 +111,7 @@ def train(
         require_found(source)
     if starts:
         raise typer.Exit(_in_processes(context.find_root().obj, processes or 1, values))
-    with waits_told(LIBRARIES):
+    with libraries_loading():
         # Here, as it imports torch: a wrong option or recipe is refused before.
         from veneer.cli.train_run import OnRay, TrainOptions, carried_out, parsed
 
@@ -146,7 +146,7 @@ def _in_processes(args: Sequence[str], n: int, values: Mapping[str, Any]) -> int
     """Run the same command in ``n`` processes, and return its exit status. Raises ConfigError if they cannot start."""
     if PART in values:
         raise ConfigError(f"--processes {n}: the members of a sweep share one process. Leave --processes out.")
-    with waits_told(LIBRARIES):
+    with libraries_loading():
         # Here, as it imports torch: a sweep is refused before.
         from veneer.train.launcher import launched, require_devices
 

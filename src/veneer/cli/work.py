@@ -13,7 +13,7 @@ from types import FrameType
 from typing import Any
 
 from veneer.errors import Interrupted
-from veneer.plain.progress import LIBRARIES, waits_told
+from veneer.plain.libraries import libraries_loading
 
 _LEFT = "an unfinished output is removed, and what stood in its place is unchanged"
 
@@ -29,7 +29,7 @@ def verb(arguments: type, place: str | Callable[[Any], str], name: str, *, hears
     def run(**given: Any) -> None:
         args = arguments(**given)
         with _ends_told() if hears else nullcontext():
-            with waits_told(LIBRARIES):
+            with libraries_loading():
                 work = importlib.import_module(place if isinstance(place, str) else place(args))
             getattr(work, name)(args)
 

@@ -7,6 +7,7 @@ import sys
 _UNUSED = (
     "peft",
     "bitsandbytes",
+    "scipy",
 )  # with parts of torch that they alone import, half of all seconds before a first step
 
 

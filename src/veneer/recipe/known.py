@@ -16,14 +16,19 @@ _VARIANTS = f"{_METHODS}.variants"
 
 @dataclass(frozen=True)
 class KnownMethod:
-    """Keys of a method's config. ``switches`` are those that the name itself sets.
+    """Keys of a method's config, which ``read`` returns. ``switches`` are those that the name itself sets.
 
     ``is_own``: the name is that of the config, and not of a variant or preset.
     """
 
-    keys: AllowedKeys
+    read: Callable[[], AllowedKeys]
     switches: Mapping[str, bool] = field(default_factory=dict)
     is_own: bool = True
+
+    @property
+    def keys(self) -> AllowedKeys:
+        """Keys of the config: of some sixty methods, a recipe asks for those of one."""
+        return self.read()
 
 
 @dataclass(frozen=True)
@@ -48,7 +53,7 @@ def declared_methods() -> Mapping[str, KnownMethod]:
     found, presets = dict[str, KnownMethod](), dict[str, KnownMethod]()
     for module in method_modules():
         for name, peft_type in classes_with(module, "peft_type"):
-            method = KnownMethod(declared_keys(module, name))
+            method = KnownMethod(functools.partial(declared_keys, module, name))
             found[peft_type.lower()] = method
             presets |= dict.fromkeys(literal(module, "PRESETS", {}), replace(method, is_own=False))
     variants = {}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 from veneer.contract import MethodConfig
@@ -44,7 +45,7 @@ def named_methods() -> dict[str, NamedMethod]:
 def imported() -> KnownKeys:
     """Return the keys of all methods and trainers, as their imported classes have them."""
     methods = {
-        name: KnownMethod(keys_of(each.config), each.switches, is_own=name == each.config.peft_type.lower())
+        name: KnownMethod(partial(keys_of, each.config), each.switches, is_own=name == each.config.peft_type.lower())
         for name, each in named_methods().items()
     }
     return KnownKeys(methods, lambda task: keys_of(settings_of(task)))
