@@ -10,9 +10,9 @@ from typing import Any
 
 from veneer.adapters.chosen import Chosen, choose, split_one
 from veneer.answer.prompts import PromptRows, Row
+from veneer.data.asked_rows import read_prompts
 from veneer.disk.atomic import write_atomically
 from veneer.errors import ConfigError, DataError
-from veneer.evaluate.questions import read_prompts
 from veneer.store.adapter.folder import require_adapter
 
 ADAPTER, ANSWER = "adapter", "answer"  # the fields that a row may have, and gets

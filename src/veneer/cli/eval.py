@@ -5,32 +5,22 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import fields
-from pathlib import Path
 
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 
 from veneer.adapters.chosen import ModelParts
 from veneer.cli import loading
-from veneer.cli.arguments import require_file
 from veneer.cli.measured import Column, Measured
-from veneer.cli.pages.eval import EvalArguments
+from veneer.cli.pages.eval import EvalArguments, own_options
 from veneer.cli.subject import Subject, subjects_of
-from veneer.errors import ConfigError, listed
 from veneer.evaluate.measurement import Result, measure_each
-from veneer.evaluate.metric import METRICS, Answers, Asked, Metric, RegexMatch, TokenPerplexity
+from veneer.evaluate.metric import METRICS, Answers, Asked, Metric
 from veneer.evaluate.questions import QuestionReader
 from veneer.evaluate.scoring import Batching, OnProgress
 from veneer.model.adapted.routing import BASE
 from veneer.plain.progress import progress_bar, waits_told
 from veneer.store.bars import quiet
-
-_OF_ROWS = ("prompt", "answer_field")  # read with every metric
-_OPTIONS = (
-    *_OF_ROWS,
-    *("pattern", "labels", "stop", "ignore_case", "max_new_tokens", "context", "stride", "whole_rows"),
-)
 
 
 def eval_(args: EvalArguments) -> None:
@@ -42,46 +32,9 @@ def eval_(args: EvalArguments) -> None:
 
 
 def metric_of(args: EvalArguments) -> Metric:
-    """Return the metric with its options.
-
-    Raises ConfigError for unused or missing options, and for ``predictions`` that cannot be written.
-    """
-    kind, predictions = METRICS[args.metric], args.predictions
-    given = {name: getattr(args, name) for name in _OPTIONS}
-    chosen = {key: value for key, value in given.items() if value not in (None, False, [])}
-    reads = {field.name for field in fields(kind)}
-    foreign = sorted(chosen.keys() - reads - {*_OF_ROWS})
-    problems = [f"--{key.replace('_', '-')} is not read by --metric {args.metric}" for key in foreign]
-    if kind is RegexMatch and "pattern" not in chosen:
-        problems.append("--metric regex needs --pattern")
-    if kind is TokenPerplexity and predictions is not None:
-        problems.append("--predictions is not read by --metric perplexity")
-    if kind is TokenPerplexity and "answer_field" in chosen and "prompt" not in chosen:
-        problems.append("--metric perplexity reads --answer-field together with --prompt")
-    if problems:
-        raise ConfigError(listed(problems))
-    if predictions is not None:
-        require_file("--predictions", predictions)
-    own = {key: value for key, value in chosen.items() if key in reads}
-    own |= {"labels": _words(chosen["labels"])} if "labels" in own else {}
-    own |= {"stop": tuple(chosen["stop"])} if "stop" in own else {}
-    metric: Metric = kind(**own)
+    """Return the metric with its options. Raises ConfigError for labels that cannot be read."""
+    metric: Metric = METRICS[args.metric](**own_options(args))
     return metric
-
-
-def _words(labels: str) -> tuple[str, ...]:
-    """The words of ``--labels``: with commas between them, or the lines of a file."""
-    file = Path(labels)
-    if not file.is_file() and (file.suffix != ".txt" or "," in labels):
-        return tuple(labels.split(","))
-    try:
-        return tuple(line for line in file.read_text(encoding="utf-8").splitlines() if line.strip())
-    except OSError as error:
-        raise ConfigError(
-            f"--labels {file}: the file cannot be read ({error.strerror}). Give a text file with one label a line"
-        ) from error
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"--labels {file} is not text in UTF-8: {error}. Save it as UTF-8") from error
 
 
 def _measured(metric: Metric, args: EvalArguments) -> Measured:

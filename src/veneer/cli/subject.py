@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,10 +9,9 @@ from typing import Any
 
 from veneer.adapters.chosen import ModelParts, split
 from veneer.cli import loading
-from veneer.cli.pages.eval import EvalArguments
-from veneer.data.reader import RowReader
+from veneer.cli.pages.eval import EvalArguments, reader_of
+from veneer.data.asked_rows import as_trained, read_rows
 from veneer.errors import ConfigError
-from veneer.evaluate.questions import as_trained, read_rows
 from veneer.train.outcome import held_out_rows, saved_by, trained_parts, trained_recipe, trained_tokenizer
 
 Rows = Sequence[Mapping[str, Any]]
@@ -54,17 +52,8 @@ def subjects_of(args: EvalArguments) -> list[Subject]:
     """
     if args.with_base and not args.adapters and not args.recipes and not _is_adapter(args.model):
         raise ConfigError("--with-base sets the base beside adapters, and none is given: add --adapter FOLDER")
-    for option, given in (("--adapter", args.adapters), ("--recipe", args.recipes)):
-        twice = [each for each, n in Counter(given).items() if n > 1]
-        if twice:
-            raise ConfigError(
-                f"{option} {twice[0]} is given twice, and a run does not differ from itself: leave one out"
-            )
-    if not args.recipes:
-        return [_of_model(args)]
-    beside = _said_by_recipes(args)
-    if beside:
-        raise ConfigError(f"--recipe says it already, so leave out {', '.join(beside)}")
+    if args.model is not None and args.data is not None:
+        return [_of_model(args, args.model, args.data)]
     subjects = [_of_recipe(path, args) for path in args.recipes]
     _require_comparable(subjects, args)
     if args.with_base and not subjects[0].adapters:
@@ -96,11 +85,9 @@ def _is_adapter(model: str | None) -> bool:
     return model is not None and bool(split(model, ())[1])
 
 
-def _of_model(args: EvalArguments) -> Subject:
-    if args.model is None or args.data is None:
-        raise ConfigError("say what to measure: MODEL and --data FILE, or --recipe FILE for what a recipe trained")
-    whole = _as_trained(read_rows(args.data), args)
-    chosen = loading.choose(args.model, args.adapters, four_bit=args.load_in_4bit, dtype=args.dtype)
+def _of_model(args: EvalArguments, model: str, data: Path) -> Subject:
+    whole = _as_trained(read_rows(data), args)
+    chosen = loading.choose(model, args.adapters, four_bit=args.load_in_4bit, dtype=args.dtype)
     adapters = None if not args.adapters else ", ".join(map(str, args.adapters))
     return Subject(
         rows=whole[: args.limit],
@@ -109,7 +96,7 @@ def _of_model(args: EvalArguments) -> Subject:
         load=chosen.load,
         adapters=chosen.adapters,
         with_base=args.with_base,
-        facts={"model": args.model, "adapter": adapters, "data": str(args.data)},
+        facts={"model": model, "adapter": adapters, "data": str(data)},
     )
 
 
@@ -130,21 +117,6 @@ def _of_recipe(path: Path, args: EvalArguments) -> Subject:
     )
 
 
-def _said_by_recipes(args: EvalArguments) -> list[str]:
-    """The options given that a recipe settles already."""
-    given: dict[str, object] = {"MODEL": args.model, "--adapter": args.adapters, "--system": args.system}
-    given |= {"--prompt": args.prompt, "--answer-field": args.answer_field}
-    given |= {"--chat": args.chat, "--load-in-4bit": args.load_in_4bit, "--dtype": args.dtype != "auto"}
-    return [name for name, value in given.items() if value]
-
-
 def _as_trained(rows: Rows, args: EvalArguments) -> Rows:
     """The rows in the forms of training; as they are if a template makes the prompts."""
-    if args.prompt is None:
-        beside = [option for option, value in (("--chat", args.chat), ("--system", args.system)) if value]
-        advice = "--prompt 'Question: {question}' and --answer-field answer"
-        advice += f", in place of {' and '.join(beside)}" if beside else ""
-        return as_trained(rows, RowReader(chat=args.chat, system=args.system, advice=advice))
-    if args.system is not None and not args.chat:
-        raise ConfigError("--system belongs to a chat, and --prompt makes plain text of each row: add --chat")
-    return rows
+    return as_trained(rows, reader_of(args)) if args.prompt is None else rows

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from veneer.data.asked_rows import pattern_of_answers
 from veneer.errors import ConfigError, DataError
 from veneer.evaluate.confusion import Confusion
 from veneer.evaluate.questions import Question, continuation
@@ -108,10 +109,7 @@ def regex_match(pattern: str, *, fold: bool = False) -> Judge:
 
     A right answer without a match is compared whole. Raises ConfigError for a bad pattern.
     """
-    try:
-        compiled = re.compile(pattern)
-    except re.error as error:
-        raise ConfigError(f"pattern {pattern!r} is not a regular expression ({error}): correct it") from error
+    compiled = pattern_of_answers(pattern)
     same = exact_match(fold=fold)
 
     def judge(given: str, answers: Sequence[str]) -> bool:

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, ClassVar, Protocol
 
+from veneer.data.asked_rows import as_templated
+from veneer.data.windows import Windows
 from veneer.errors import ConfigError
 from veneer.evaluate.accuracy import (
     Accuracy,
@@ -17,8 +19,8 @@ from veneer.evaluate.accuracy import (
     regex_match,
     require_few,
 )
-from veneer.evaluate.perplexity import Texts, Windows
-from veneer.evaluate.questions import Question, QuestionReader, as_templated
+from veneer.evaluate.perplexity import Texts
+from veneer.evaluate.questions import Question, QuestionReader
 from veneer.evaluate.scoring import Answering
 
 Rows = Sequence[Mapping[str, Any]]

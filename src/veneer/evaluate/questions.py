@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from veneer.data.asked_rows import answers_in
 from veneer.data.chat import common_prefix, render
-from veneer.data.files import numbered_rows, raise_all, require_one_form
-from veneer.data.reader import RowReader, form_of
 from veneer.data.templates import fill_template
 from veneer.errors import ConfigError, DataError
 
@@ -108,7 +106,7 @@ class QuestionReader:
             if own is None:
                 raise ConfigError("a prompt template needs the field of the right answer (--answer-field)")
             return (own,)
-        return _answers_in(row, self.answer_field)
+        return answers_in(row, self.answer_field)
 
     def _plain(self, text: str) -> list[int]:
         return list(self.tokenizer(text)["input_ids"])
@@ -129,83 +127,6 @@ def continuation(tokenizer: PreTrainedTokenizerBase, question: Question, answer:
         return ids, len(question.prompt)
     ids = list(tokenizer(question.text + answer)["input_ids"])
     return ids, common_prefix(list(question.prompt), ids)
-
-
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Return the rows of a .jsonl, .json or .parquet file, or a .txt file as one row ``{"text": …}``.
-
-    Raises DataError if there is no such file, or if a row, named by its number, is not an object.
-    """
-    if path.suffix == ".txt" and path.is_file():
-        try:
-            return [{"text": path.read_text(encoding="utf-8")}]
-        except UnicodeDecodeError as error:
-            raise DataError(f"{path} is not text in UTF-8 ({error}): save it as UTF-8") from error
-    problems: list[str] = []
-    rows = [row for _, row in numbered_rows(path, problems)]
-    raise_all(path, problems)
-    return rows
-
-
-def read_prompts(path: Path) -> list[dict[str, Any]]:
-    """Return the rows of a file of prompts, as `read_rows` does. In a .txt file each non-empty line is a prompt.
-
-    Raises DataError, also for a file without rows.
-    """
-    rows = read_rows(path)
-    if path.suffix == ".txt":
-        rows = [{"prompt": line} for line in rows[0]["text"].splitlines() if line.strip()]
-    if not rows:
-        raise DataError(f"{path} holds no rows: give at least one")
-    return rows
-
-
-def as_trained(rows: Sequence[Row], reader: RowReader) -> list[dict[str, Any]]:
-    """Return the rows in their training form, so that evaluation matches training. Other fields are kept.
-
-    Raises DataError that names the row. Raises ConfigError if the reader has ``chat`` or ``system`` and the rows are
-    not conversations.
-    """
-    replaced = {"prompt", "completion", "instruction", "input", "output", "response", "conversations"}
-    read: list[dict[str, Any]] = []
-    form = None
-    for number, row in enumerate(rows, 1):
-        try:
-            form = form or reader.form(row)
-            final = reader.read(row, form)
-        except DataError as error:
-            raise DataError(f"row {number}: {error}") from error
-        read.append({**{key: value for key, value in row.items() if key not in replaced}, **final})
-    require_one_form((number, form_of(row)) for number, row in enumerate(read, 1))
-    return read
-
-
-def as_templated(rows: Sequence[Row], prompt: str, answer_field: str | None) -> list[dict[str, str]]:
-    """Return rows with any fields as prompt and completion, or as plain text if no field holds an answer.
-
-    If there is a list of answers, the first is the completion. Raises DataError that names the row, ConfigError for an
-    invalid template.
-    """
-    read = []
-    for number, row in enumerate(rows, 1):
-        try:
-            text = fill_template(prompt, row)
-            answer = None if answer_field is None else _answers_in(row, answer_field)[0]
-        except DataError as error:
-            raise DataError(f"row {number}: {error}") from error
-        read.append({"text": text} if answer is None else {"prompt": text, "completion": answer})
-    return read
-
-
-def _answers_in(row: Row, field: str) -> tuple[str, ...]:
-    """The answers in a field. Raises DataError where there is no such field, or nothing in it."""
-    if field not in row:
-        raise DataError(f"no field {field!r}; it has {sorted(row)}. Name one of these")
-    value = row[field]
-    values = value if isinstance(value, list) else [value]
-    if not values or any(one is None for one in values):
-        raise DataError(f"the field {field!r} holds no answer, but {value!r:.60}: give a text, or a list of texts")
-    return tuple(str(one) for one in values)
 
 
 def _content(turns: object) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,8 @@ from typer.testing import Result
 
 from veneer import PeftModel
 from veneer.answer.engine import EngineAnswerer
+from veneer.cli.pages.eval import READ
+from veneer.evaluate.metric import METRICS
 from veneer.evaluate.scoring import Answering
 
 Veneer = Callable[..., Result]
@@ -58,6 +61,12 @@ def test_answers_as_a_table(veneer: Veneer, model_folder: Path, data: Path) -> N
         found = veneer("eval", model_folder, "-d", data, "-m", *arguments)
         assert found.exit_code == 0, found.output
         assert shown in [line.strip() for line in found.stdout.splitlines()]
+
+
+def test_every_option_of_a_metric_is_one_of_its_settings() -> None:
+    assert {name: set(read) for name, read in READ.items()} == {
+        name: {field.name for field in fields(metric)} for name, metric in METRICS.items()
+    }
 
 
 def test_a_text_that_ends_answers_may_be_a_line_break(

@@ -11,8 +11,8 @@ import pytest
 import yaml
 from typer.testing import Result
 
+from veneer.data.asked_rows import as_templated
 from veneer.errors import DataError
-from veneer.evaluate.questions import as_templated
 from veneer.recipe.recipe import parse_recipe
 from veneer.train.rows import read_data
 

@@ -117,6 +117,38 @@ def test_a_damaged_adapter_is_told_before_torch_is_imported(
         assert (code, said in told) == (2, True), (command, told)
 
 
+def test_wrong_options_and_rows_of_eval_are_told_before_torch_is_imported(model_folder: Path, tmp_path: Path) -> None:
+    base, rows, odd, empty = (
+        str(model_folder),
+        tmp_path / "rows.jsonl",
+        tmp_path / "odd.jsonl",
+        tmp_path / "empty.jsonl",
+    )
+    rows.write_text('{"prompt": "a", "completion": "b"}\n')
+    odd.write_text('{"asked": "a", "right": "b"}\n')
+    empty.write_text("")
+    prompt = ("--prompt", "{asked}")
+    cases = [
+        ((rows, "labels", "--pattern", "x"), "--pattern is not read by --metric labels"),
+        ((rows, "regex"), "--metric regex needs --pattern"),
+        ((rows, "regex", "--pattern", "("), "not a regular expression"),
+        ((rows, "perplexity", "--context", "8", "--stride", "8"), "less than the context"),
+        ((rows, "labels", "--predictions", str(tmp_path)), "is a folder: give the file"),
+        ((rows, "labels", "--labels", "none.txt"), "--labels none.txt: the file cannot be read"),
+        ((rows, "labels", "--system", "be brief"), "system is for conversations"),
+        ((odd, "exact-match"), "say how to read them: --prompt"),
+        ((odd, "exact-match", *prompt, "--answer-field", "answer"), "no field 'answer'; it has ['asked', 'right']"),
+        ((odd, "exact-match", "--prompt", "{question}", "--answer-field", "right"), "'question'"),
+        ((odd, "exact-match", *prompt, "--system", "be brief"), "--system belongs to a chat, and --prompt"),
+        ((empty, "exact-match"), "holds no rows"),
+    ]
+    commands = [["eval", base, "-d", str(file), "-m", *options] for (file, *options), _ in cases]
+    commands += [["eval", "-m", "labels"], ["eval", base, "-m", "labels", "--recipe", str(rows)]]
+    said = [*(told for _, told in cases), "say what to measure: MODEL and --data FILE", "--recipe says it already"]
+    for command, wanted, (code, told) in zip(commands, said, told_early(commands), strict=True):
+        assert (code, wanted in told) == (2, True), (command, told)
+
+
 def test_a_folder_that_may_not_be_written_to_holds_no_run(tmp_path: Path) -> None:
     closed = tmp_path / "closed"
     closed.mkdir(mode=0o555)

@@ -18,11 +18,13 @@ from transformers import (
 )
 
 from models import ROLES, byte_tokenizer, gpt2_config, llama_config
+from veneer.data.asked_rows import as_trained, read_rows
 from veneer.data.reader import RowReader
+from veneer.data.windows import Windows
 from veneer.errors import ConfigError, DataError
 from veneer.evaluate.accuracy import Accuracy, ScoredChoice, answer_accuracy, exact_match, regex_match
-from veneer.evaluate.perplexity import Texts, Windows, perplexity
-from veneer.evaluate.questions import Question, QuestionReader, as_trained, read_rows
+from veneer.evaluate.perplexity import Texts, perplexity
+from veneer.evaluate.questions import Question, QuestionReader
 from veneer.evaluate.scoring import Answering, Batching, Scored, context_length, greedy_answers, log_probabilities
 from veneer.evaluate.statistics import wilson_interval
 

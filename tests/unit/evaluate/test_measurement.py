@@ -10,6 +10,7 @@ from transformers import LlamaForCausalLM
 
 from models import ROLES, byte_tokenizer, llama_config
 from veneer import IA3Config, LoraConfig, get_peft_model
+from veneer.data.windows import Windows
 from veneer.errors import ConfigError, DataError, ShapeError
 from veneer.evaluate import (
     ExactMatch,
@@ -22,7 +23,7 @@ from veneer.evaluate import (
 )
 from veneer.evaluate.accuracy import Accuracy, ScoredChoice
 from veneer.evaluate.measurement import predictions_of
-from veneer.evaluate.perplexity import Windows, perplexity
+from veneer.evaluate.perplexity import perplexity
 from veneer.evaluate.questions import QuestionReader
 from veneer.evaluate.scoring import greedy_answers, log_probabilities
 from veneer.evaluate.statistics import paired_means, paired_shares
