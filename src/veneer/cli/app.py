@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import typer
+from pydantic import ValidationError
 from rich.console import Console
 from rich.text import Text
 from typer.core import TyperGroup
@@ -40,6 +41,7 @@ from veneer.cli.pages import (
     serve,
 )
 from veneer.errors import Interrupted, VeneerError
+from veneer.plain.refusals import allowed
 from veneer.plain.unused_packages import hide_unused
 
 UsageError: type[Exception] = typer.BadParameter.__mro__[1]  # typer's own copy of click's has no public name
@@ -99,8 +101,8 @@ def _messages() -> Iterator[None]:
 
 def _in_one_line(error: Any) -> str:
     """Return the message of a wrong command line, the usage, and the help that tells more."""
-    if isinstance(error, typer.BadParameter):  # read with pydantic, whose messages begin with their kind
-        error.message = error.message.removeprefix("Value error, ")
+    if isinstance(error, typer.BadParameter):
+        error.message = _reason_of(error)
     told = " ".join(str(error.format_message()).removeprefix("Invalid value for ").split()).rstrip(".")
     told = f"{told[:1].lower()}{told[1:]}{'' if told.endswith('?') else '.'}"
     if error.ctx is None:
@@ -110,6 +112,15 @@ def _in_one_line(error: Any) -> str:
         names, at = [at.info_name, *names], at.parent
     command, pieces = " ".join(["veneer", *names]), error.ctx.command.collect_usage_pieces(error.ctx)
     return f"{told} Usage: {' '.join([command, *pieces])}; see `{command} --help`"
+
+
+def _reason_of(error: Any) -> str:
+    """Return why a value is wrong; the values are read with pydantic, which has words of its own."""
+    problems = error.__cause__.errors() if isinstance(error.__cause__, ValidationError) else []
+    reason = allowed(problems) if problems else ""
+    if reason.startswith("must "):
+        return f"{problems[0]['input']!s:.40} {reason}"
+    return str(error.message).removeprefix("Value error, ")
 
 
 def with_weights_joined(args: list[str]) -> list[str]:

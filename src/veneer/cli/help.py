@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Sequence
 from typing import Any
 
+import typer
 from rich.console import Console
 from rich.padding import Padding
 from rich.table import Table
@@ -13,6 +15,8 @@ from rich.text import Text
 from typer.core import TyperCommand
 
 WIDEST = 100
+_MOST = 2**63 - 1
+"""The largest number that a size, a count or a seed can be."""
 _EXAMPLE = "Example:"
 
 
@@ -22,6 +26,17 @@ class VerbCommand(TyperCommand):
     def format_help(self, ctx: Any, formatter: Any) -> None:
         """Print the page."""
         print_page(self, ctx)
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Parse the options. Raises BadParameter for a number that no option can mean."""
+        rest: list[str] = super().parse_args(ctx, args)
+        for param in self.get_params(ctx):
+            value = ctx.params.get(param.name)
+            if isinstance(value, float) and not math.isfinite(value):
+                raise typer.BadParameter(f"{value} must be a finite number", ctx=ctx, param=param)
+            if isinstance(value, int) and not -_MOST <= value <= _MOST:
+                raise typer.BadParameter(f"{value!s:.40} must be at most {_MOST}", ctx=ctx, param=param)
+        return rest
 
     def collect_usage_pieces(self, ctx: Any) -> list[str]:
         """Return the pieces of the usage line, ``MODEL --prompt TEXT [OPTIONS]``: required ones first, then

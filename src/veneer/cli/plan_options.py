@@ -19,6 +19,7 @@ from veneer.recipe.known import declared_methods
 from veneer.recipe.parts import ModelPart
 
 _UNITS = {"B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+_MOST_UNITS = 1e9  # of a size, whatever its unit
 PLAN, FIT, SERVE, ADVICE = "the plan itself", "--fit", "--serve", "--advice"
 READ_BY = {
     "--method": (PLAN, FIT, SERVE),
@@ -51,8 +52,10 @@ def bytes_from(text: str, option: str) -> int:
     """Return ``24GB``, ``80GiB``, ``500 MB`` as bytes. Raises ConfigError for anything else."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
     unit = None if match is None else _UNITS.get(match[2].upper())
-    if match is None or unit is None or float(match[1]) <= 0:
-        raise ConfigError(f"{option} {text!r} is no size: write a number above 0 with MB, GB, MiB or GiB, such as 24GB")
+    if match is None or unit is None or not 0 < float(match[1]) < _MOST_UNITS:
+        raise ConfigError(
+            f"{option} {text!r:.40} is no size: write a number above 0 with MB, GB, MiB or GiB, such as 24GB"
+        )
     return int(float(match[1]) * unit)
 
 

@@ -6,7 +6,8 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 _MUST_BE = {
-    "a whole number": ("int_type", "int_parsing", "int_from_float", "int_parsing_size"),
+    "a whole number": ("int_type", "int_parsing", "int_from_float"),
+    "a whole number of fewer digits": ("int_parsing_size",),
     "a number": ("float_type", "float_parsing"),
     "a finite number": ("finite_number",),
     "true or false": ("bool_type", "bool_parsing"),
