@@ -103,7 +103,7 @@ def test_the_error_names_both_sizes_and_the_base_to_give(tmp_path: Path) -> None
     assert "it was trained on x/y: give x/y as the model" in told
     assert "it was trained for 2 layers of width 28, this model has 2 of 56" in told
     (tmp_path / "other" / "config.json").write_text('{"model_type": "nothing"}')
-    with pytest.raises(FormatError, match="is no config of a model that can be loaded"):
+    with pytest.raises(FormatError, match="describes no model that transformers knows"):
         require_fit(tmp_path / "adapter", tmp_path / "other")
 
 

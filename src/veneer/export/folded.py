@@ -26,7 +26,6 @@ from veneer.contract.keys import is_of_wrapped, weight_keys
 from veneer.disk.safetensors import StoredTensor
 from veneer.errors import CompositionError
 from veneer.export.base_weights import BaseWeights, Spec, in_blocks, is_copy
-from veneer.export.model_folder import model_config
 from veneer.model.adapted.allocation import Allocation
 from veneer.model.adapted.embedding import input_embeddings
 from veneer.model.adapted.site import Adapted, forget_weight
@@ -38,6 +37,7 @@ from veneer.store.adapter.fit import fitting
 from veneer.store.adapter.skeleton import without_storage
 from veneer.store.adapter.tensors import assign
 from veneer.store.merge_record import require_not_merged
+from veneer.store.model_config import model_config
 
 NAME = "merged"
 

@@ -6,13 +6,10 @@ import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig
 
-from veneer.errors import ConfigError, FormatError
+from veneer.errors import ConfigError
 from veneer.store.bars import downloads_shown
 from veneer.store.source import resolve
 
@@ -32,18 +29,6 @@ def local_folder(model: str | os.PathLike[str]) -> Path:
     except OSError as error:
         raise ConfigError(
             f"the base {place!r} cannot be downloaded ({error}): check its name and the network, or give a folder"
-        ) from error
-
-
-def model_config(folder: Path) -> Any:
-    """Return transformers' config of a folder. Raises FormatError if it is damaged or of an unknown model."""
-    try:
-        return AutoConfig.from_pretrained(folder)
-    except (ValueError, KeyError, OSError, StrictDataclassError) as error:
-        reason = " ".join(str(error).split("\n")[:2])
-        raise FormatError(
-            f"{folder / 'config.json'} describes no model that transformers knows: {reason.rstrip('.')}. Give the "
-            "folder of another model, or install a later transformers"
         ) from error
 
 

@@ -7,8 +7,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig
-
 from veneer.errors import DescriptionError
 from veneer.model.blueprint.decoder import Decoder
 from veneer.model.blueprint.describe import describe_config
@@ -16,6 +14,7 @@ from veneer.model.blueprint.summary import summary
 from veneer.model.blueprint.tensor_parts import part_of
 from veneer.store.checkpoint import Checkpoint, Stored
 from veneer.store.counted import ModelFacts, bytes_4bit, dtypes_of, n_values_of, sums
+from veneer.store.model_config import model_config
 from veneer.store.quantization_config import QuantizationConfig
 from veneer.store.stored_quantization import StoredQuantization, quantization_in
 
@@ -24,7 +23,7 @@ def model_facts(folder: Path) -> ModelFacts:
     """Return the facts of a model folder. Raises FormatError if weights are missing or damaged."""
     checkpoint = Checkpoint.open(folder)
     tensors = checkpoint.tensors
-    made_from = AutoConfig.from_pretrained(folder)
+    made_from = model_config(folder)
     decoder = _described(made_from)
     config = made_from.to_dict()
     quantization = quantization_in(config)

@@ -45,6 +45,39 @@ def test_a_damaged_config_and_a_model_without_values(veneer: Veneer, model_folde
     assert (facts["architecture"], facts["parameters"]) == ("1", "0")
 
 
+def test_every_damaged_config_is_one_message(veneer: Veneer, model_folder: Path, tmp_path: Path) -> None:
+    config = json.loads((model_folder / "config.json").read_text())
+    save_file({"model.norm.weight": torch.ones(3)}, tmp_path / "model.safetensors")
+    changed: list[dict[str, object]] = [
+        *({name: value} for name in ("hidden_size", "head_dim", "num_hidden_layers") for value in ("8", -1, 10**30)),
+        {"num_attention_heads": 0}, {"vocab_size": 1.5}, {"model_type": "none"}, {"model_type": ["llama"]},
+        {"torch_dtype": "float7"}, {"rope_parameters": 3}, {"text_config": {"hidden_size": -3}}, {"architectures": 5},
+        {"layer_types": "full"}, {"quantization_config": 3}, {"num_key_value_heads": "2"}, {"pad_token_id": [1]},
+        {"auto_map": {"AutoConfig": "code.Config"}, "model_type": "none"}, {"id2label": [1]}, {"num_labels": "x"},
+    ]  # fmt: skip
+    texts = [
+        "[]",
+        "3",
+        "null",
+        "{",
+        "",
+        "[" * 100_000,
+        '{"a":' * 100_000,
+        *(json.dumps(config | each) for each in changed),
+    ]
+    for text in texts:
+        (tmp_path / "config.json").write_text(text)
+        for options in ((), ("--json",)):
+            result = veneer("info", tmp_path, *options)
+            assert result.exception is None or isinstance(result.exception, SystemExit), (text[:200], result.exception)
+            assert result.exit_code == 0 or result.stderr.startswith("error: "), (text[:200], result.output)
+            assert len(result.stderr) < 2000, text[:200]
+    for text, said in (("[]", "must hold a JSON object"), (json.dumps(config | {"head_dim": "8"}), "head_dim is '8'")):
+        (tmp_path / "config.json").write_text(text)
+        result = veneer("info", tmp_path)
+        assert (result.exit_code, said in result.stderr) == (2, True), result.output
+
+
 def test_an_adapter(veneer: Veneer, adapter_folder: Path, model_folder: Path) -> None:
     facts = section(veneer("info", adapter_folder))
     n_parameters = 2 * (3 * (48 + 48) + 3 * (48 + 61))

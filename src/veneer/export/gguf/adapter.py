@@ -19,7 +19,7 @@ from veneer.export.gguf.mix import quantize_order
 from veneer.export.gguf.mixes import adapter_mix_of
 from veneer.export.gguf.model import encoded
 from veneer.export.gguf.plan import family_of, laid_out_rows
-from veneer.export.model_folder import local_folder, model_config
+from veneer.export.model_folder import local_folder
 from veneer.model.placed.places import placed_on
 from veneer.records.deltas import LinearDelta
 from veneer.store.adapter.config import read_config
@@ -30,6 +30,7 @@ from veneer.store.gguf.family import GgufFamily
 from veneer.store.gguf.keys import KeyValue
 from veneer.store.gguf.names import gguf_name, text_name
 from veneer.store.gguf.writer import GgufFileWriter, TensorSpec
+from veneer.store.model_config import model_config
 
 _EMBEDDINGS, _HEAD = "token_embd.weight", "output.weight"
 

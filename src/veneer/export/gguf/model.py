@@ -20,11 +20,12 @@ from veneer.export.gguf.plan import FilePlan, assembled_blocks, describe_checkpo
 from veneer.export.gguf.survival import FileSurvival
 from veneer.export.gguf.tokenizer import read_tokenizer
 from veneer.export.merged import floating_dtype
-from veneer.export.model_folder import local_folder, model_config
+from veneer.export.model_folder import local_folder
 from veneer.ops.ggml import FLOATS, quantize_ggml
 from veneer.store.gguf.blocks import described_file
 from veneer.store.gguf.importance import read_importance
 from veneer.store.gguf.writer import GgufFileWriter, TensorSpec
+from veneer.store.model_config import model_config
 
 PIECE_VALUES = 1 << 18
 

@@ -16,7 +16,7 @@ from veneer.contract.file import read_fields
 from veneer.contract.places import Placed
 from veneer.errors import CompositionError
 from veneer.export.adapter_on_base import changed_tensors, with_weights
-from veneer.export.model_folder import local_folder, model_config
+from veneer.export.model_folder import local_folder
 from veneer.export.vllm.limits import is_plain
 from veneer.inits import find_start
 from veneer.model.placed.places import placed_on
@@ -27,6 +27,7 @@ from veneer.store.adapter.files import read_headers
 from veneer.store.adapter.fit import fitting
 from veneer.store.adapter.records import StoredAdapter, read_records
 from veneer.store.adapter.skeleton import config_of_base, without_storage
+from veneer.store.model_config import model_config
 
 _BLOCK = re.compile(r"\.\d+\.")
 

@@ -20,6 +20,18 @@ from veneer.model.blueprint.tables import own_multiplier
 from veneer.model.coded.embedding import CodedEmbedding, table_shape
 from veneer.model.coded.module import CodedModule
 
+# What transformers and torch raise for a config of which no model can be made.
+_REFUSALS = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    ImportError,
+    LookupError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
+
 
 def describe_config(config: PreTrainedConfig) -> Decoder:
     """Return the decoder of a config, built on the meta device.
@@ -29,7 +41,7 @@ def describe_config(config: PreTrainedConfig) -> Decoder:
     try:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
-    except (ImportError, ValueError) as error:
+    except _REFUSALS as error:
         raise DescriptionError(f"transformers makes no decoder of a {type(config).__name__}: {error}") from error
     return describe(model)
 

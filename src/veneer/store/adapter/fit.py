@@ -9,7 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from torch import nn
-from transformers import AutoConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from veneer.contract import MethodConfig
 from veneer.contract.file import WEIGHTS_FILE
@@ -24,6 +24,7 @@ from veneer.store.adapter.files import read_headers
 from veneer.store.adapter.folder import require_adapter
 from veneer.store.adapter.misfit import Shaped, misfit
 from veneer.store.adapter.skeleton import without_storage
+from veneer.store.model_config import model_config
 from veneer.store.named_base import GivenBase, is_one_model
 
 
@@ -39,7 +40,7 @@ def require_fit(adapter: Path, base: Path, n_tokens: int = 0, called: str | None
 
     ``n_tokens``: the minimum size of the vocabulary. ``called``: the base's name in the error.
     """
-    config = _config_of(base)
+    config = model_config(base)
     text = config.get_text_config()
     text.vocab_size = max(text.vocab_size, n_tokens)
     with fitting(adapter, called or str(base)):
@@ -183,11 +184,3 @@ def fitting(adapter: Path, base: str) -> Iterator[None]:
         other = known is not None and Path(known).expanduser() != Path(base).expanduser()
         advice = f"it was trained on {known}: give {known} as the model. " if other else ""
         raise FormatError(f"the adapter {adapter} does not fit the model {base}: {advice}{error}") from error
-
-
-def _config_of(base: Path) -> Any:
-    try:
-        return AutoConfig.from_pretrained(base)
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise FormatError(f"{base / 'config.json'} is no config of a model that can be loaded: {reason}") from error

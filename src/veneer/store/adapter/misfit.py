@@ -7,13 +7,12 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Any, NamedTuple, Protocol
 
-from transformers import AutoConfig
-
 from veneer.contract import MethodConfig
 from veneer.errors import FormatError
 from veneer.model.blueprint.names import ELSEWHERE
 from veneer.records.sites import LinearSite
 from veneer.store.adapter.skeleton import config_of_base
+from veneer.store.model_config import model_config
 
 _READERS = {name for role in ("q", "k", "v", "qkv", "gate", "up") for name in ELSEWHERE[role]}  # of the hidden state
 _SHOWN = 5  # of the tensors of one kind that do not fit; one if the two sizes are the reason
@@ -76,9 +75,9 @@ def _other_size(config: MethodConfig, given: Mapping[str, Shaped], model: Any) -
 
 def _size_of_base(config: MethodConfig) -> _Size | None:
     """The size of the base that the adapter names, if its config is on this machine and can be loaded."""
-    with suppress(OSError, ValueError, KeyError):
+    with suppress(OSError, FormatError):
         path = config_of_base(config.base_model_name_or_path, config.revision)
-        return None if path is None else _size(AutoConfig.from_pretrained(path.parent))
+        return None if path is None else _size(model_config(path.parent))
     return None
 
 

@@ -10,7 +10,7 @@ import torch
 import transformers
 from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, PreTrainedModel
 
 from veneer.contract.file import WEIGHTS_FILE
 from veneer.contract.keys import divided
@@ -19,6 +19,7 @@ from veneer.disk.safetensors import read_header
 from veneer.errors import ConfigError, FormatError
 from veneer.model.placed.places import placed_on
 from veneer.store.adapter.config import read_config
+from veneer.store.model_config import model_config
 from veneer.store.named import folder_of
 
 
@@ -77,4 +78,4 @@ def places_in_base(folder: Path) -> dict[str, Placed] | None:
         return None
     if config.places_in({key: stored.shape for key, stored in tensors.items()}, str(file)) is not None:
         return None
-    return placed_on(without_storage(AutoConfig.from_pretrained(base.parent), tensors), config)
+    return placed_on(without_storage(model_config(base.parent), tensors), config)

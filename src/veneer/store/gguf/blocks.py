@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
 from veneer.disk.atomic import write_atomically
 from veneer.errors import FormatError
@@ -20,6 +20,7 @@ from veneer.store.gguf.fields import FACTOR_TENSORS
 from veneer.store.gguf.header import GgufHeader, own_pairs, read_header
 from veneer.store.gguf.parameters import GgufParameter, Places, placed_parameters, places_in
 from veneer.store.gguf.registry import laid_out_family
+from veneer.store.model_config import model_config
 
 DESCRIPTION = "blocks.json"
 """In the folder of a file: its path and stamp, the dtype of a dense copy, and the tensors of each parameter."""
@@ -40,7 +41,7 @@ class BlockFile:
     @cached_property
     def config(self) -> Any:
         """The model's config."""
-        return AutoConfig.from_pretrained(self.folder)
+        return model_config(self.folder)
 
     def parameters(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, GgufParameter]:
         """Return the parameters of these shapes by the model's names. Raises FormatError if the file does not fit."""

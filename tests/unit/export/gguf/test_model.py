@@ -228,7 +228,7 @@ def test_an_unknown_architecture_is_refused_with_the_known_ones(tmp_path: Path) 
             '{"model_type": "later-invention"}',
             r"config\.json describes no model that transformers knows.*later-invention",
         ),
-        ("{", r"config\.json describes no model"),
+        ("{", r"config\.json is not valid JSON"),
         ('{"model_type": "llama", "hidden_size": "wide"}', r"config\.json describes no model.*hidden_size"),
     ],
 )
