@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import typer
 from rich.console import Console
@@ -33,9 +33,9 @@ class VerbCommand(TyperCommand):
         for param in self.get_params(ctx):
             value = ctx.params.get(param.name)
             if isinstance(value, float) and not math.isfinite(value):
-                raise typer.BadParameter(f"{value} must be a finite number", ctx=ctx, param=param)
+                raise typer.BadParameter(f"{value} must be a finite number", ctx=ctx, param=cast(Any, param))
             if isinstance(value, int) and not -_MOST <= value <= _MOST:
-                raise typer.BadParameter(f"{value!s:.40} must be at most {_MOST}", ctx=ctx, param=param)
+                raise typer.BadParameter(f"{value!s:.40} must be at most {_MOST}", ctx=ctx, param=cast(Any, param))
         return rest
 
     def collect_usage_pieces(self, ctx: Any) -> list[str]:

@@ -41,7 +41,7 @@ def libraries_loading() -> Iterator[None]:
     for questions that it asks of few.
     """
     collects = gc.isenabled()
-    importlib.metadata.packages_distributions = _WhenAsked  # type: ignore[assignment]  # a Mapping too
+    importlib.metadata.packages_distributions = _WhenAsked
     gc.disable()
     try:
         with waits_told(LIBRARIES):

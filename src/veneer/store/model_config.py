@@ -46,5 +46,8 @@ def _wrong_sizes(values: Mapping[str, Any], place: str = "") -> Iterator[str]:
         numbers = size if isinstance(size, list) else [] if size is None else [size]
         if not all(type(number) is int and least <= number <= most for number in numbers):
             yield f"{place}{name} is {size!r:.60}: {least} to {most:,} is allowed. Save or download the model again"
+    share = values.get("partial_rotary_factor", 1)
+    if share is not None and (type(share) not in (int, float) or not 0 <= share <= 1):
+        yield f"{place}partial_rotary_factor is {share!r:.60}: 0 to 1 is allowed. Save or download the model again"
     if not place and isinstance(values.get("text_config"), dict):
         yield from _wrong_sizes(values["text_config"], "text_config.")

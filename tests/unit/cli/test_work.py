@@ -88,7 +88,7 @@ def test_a_wrong_command_line_is_told_as_any_error(tmp_path: Path) -> None:
         (["merge", "--bsae", "x"], "error: no such option: --bsae"),
         (["train", "x", "--processes", "0"], "error: '--processes': 0 must be at least 1. Usage: veneer train"),
         (["train", "x", "--processes", "two"], "error: '--processes': two must be a whole number. Usage:"),
-        (["generate", "x", "--top-p", "1.5"], "error: '--top-p': 1.5 must be at most 1. Usage:"),
+        (["generate", "x", "--top-p", "1.5"], "error: '--top-p': 1.5 must be at most 1.0. Usage:"),
         (["serve", "x", "--kv-gib", "inf"], "error: '--kv-gib': inf must be a finite number. Usage:"),
         (["generate", "x", "--seed", "1" + "0" * 30], "must be at most 9223372036854775807. Usage:"),
         (["plan", "llama-3-8b", "--fit", "9" * 400 + "GB"], "is no size: write a number above 0 with MB, GB"),
