@@ -51,7 +51,8 @@ def test_every_damaged_config_is_one_message(veneer: Veneer, model_folder: Path,
     changed: list[dict[str, object]] = [
         *({name: value} for name in ("hidden_size", "head_dim", "num_hidden_layers") for value in ("8", -1, 10**30)),
         {"num_attention_heads": 0}, {"vocab_size": 1.5}, {"model_type": "none"}, {"model_type": ["llama"]},
-        {"torch_dtype": "float7"}, {"rope_parameters": 3}, {"text_config": {"hidden_size": -3}}, {"architectures": 5}, {"partial_rotary_factor": float("inf")}, {"sliding_window": [[]]},
+        {"torch_dtype": "float7"}, {"rope_parameters": 3}, {"text_config": {"hidden_size": -3}}, {"architectures": 5},
+        {"partial_rotary_factor": float("inf")}, {"sliding_window": [[]]},
         {"layer_types": "full"}, {"quantization_config": 3}, {"num_key_value_heads": "2"}, {"pad_token_id": [1]},
         {"auto_map": {"AutoConfig": "code.Config"}, "model_type": "none"}, {"id2label": [1]}, {"num_labels": "x"},
     ]  # fmt: skip
