@@ -170,22 +170,24 @@ def read_rows(
     return ReadRows(rows, form or "", list(columns))
 
 
-def require_readable(file: Path, reader: RowReader | PreferenceReader, limit: int | None = None) -> None:
-    """Raise DataError with the unusable rows of a file that holds none or begins with one, ConfigError for a template.
+def require_readable(file: Path, reader: RowReader | PreferenceReader, limit: int | None = None) -> str:
+    """Return the form of a file's rows.
 
-    A file whose first row can be read is not read on.
+    Raises DataError with the unusable rows of a file that holds none or begins with one, ConfigError for a template. A
+    file whose first row can be read is not read on.
     """
     problems: list[str] = []
     for _, row in numbered_rows(file, problems):
         try:
-            reader.read(row, reader.form(row))
+            form = reader.form(row)
+            reader.read(row, form)
         except (ConfigError, DataError):
             break
         if not problems:
-            return
+            return form
         break
     problems = []
-    read_rows(file, numbered_rows(file, problems), problems, reader, limit)
+    return read_rows(file, numbered_rows(file, problems), problems, reader, limit).form
 
 
 def form_in(source: str | Path, reader: RowReader | PreferenceReader, row: Mapping[str, Any]) -> str:

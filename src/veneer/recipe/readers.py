@@ -9,6 +9,7 @@ from typing import Any, cast
 from veneer.data.named_files import names_a_file
 from veneer.data.preference import PreferenceReader
 from veneer.data.reader import RowReader, require_readable
+from veneer.errors import ConfigError
 from veneer.recipe.parts import DataPart
 from veneer.recipe.sweep_part import PART, members_of
 from veneer.recipe.tasks import Task, task_of
@@ -58,5 +59,16 @@ def require_first_rows(part: DataPart, task: Task = "sft") -> None:
     files = [(name, reader, part.limit) for name, reader in zip(named, readers, strict=False)]
     files += [] if part.eval is None else [(part.eval, readers[0], part.eval_limit)]
     for name, reader, limit in files:
-        if names_a_file(name):
-            require_readable(Path(name), reader, limit)
+        form = require_readable(Path(name), reader, limit) if names_a_file(name) else ""
+        if form == "text" and task == "sft" and not part.more:
+            require_no_answers(part)
+
+
+def require_no_answers(part: DataPart) -> None:
+    """Raise ConfigError if ``train_on: answers`` is given for rows of plain text."""
+    if part.train_on == "answers" and "train_on" in part.model_fields_set:
+        raise ConfigError(
+            "data.train_on: answers, and the rows are plain text, in which nothing tells answers apart: set it to "
+            "everything, or give rows with messages, or with prompt and completion (data.prompt and data.completion "
+            "make them of other columns)"
+        )

@@ -13,9 +13,8 @@ from veneer.data.preference import PreferenceReader
 from veneer.data.reader import RowReader
 from veneer.data.rows import load_rows, split_off, stream_rows
 from veneer.data.sources import load_sources
-from veneer.errors import ConfigError
 from veneer.recipe.parts import DataPart
-from veneer.recipe.readers import readers_of
+from veneer.recipe.readers import readers_of, require_no_answers
 from veneer.train.sources import sources_of
 
 log = logging.getLogger(__name__)
@@ -58,11 +57,7 @@ def answers_only(part: DataPart, kind: Kind) -> _Only:
     finds no answers.
     """
     if part.train_on == "answers" and kind == "text":
-        if "train_on" in part.model_fields_set:
-            raise ConfigError(
-                "data.train_on: answers, and the rows are plain text, in which nothing tells answers apart: set it to "
-                "everything, or give rows with messages, or with prompt and completion"
-            )
+        require_no_answers(part)
         log.warning("the rows are plain text, so every token is trained; data.train_on: everything says so")
     answers = part.train_on == "answers"
     return _Only(answers and kind == "prompt-completion", answers and kind == "messages")

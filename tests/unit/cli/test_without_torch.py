@@ -57,6 +57,14 @@ def test_a_run_is_shown_and_a_wrong_output_is_told_before_torch_is_imported(tmp_
         ),
         (("train", recipe(tmp_path, "h.yaml", tmp_path / "new", data={"train": "empty.jsonl"})), 2, "holds no rows"),
         (("train", recipe(tmp_path, "i.yaml", tmp_path / "new", data={"train": "odd.jsonl"})), 2, "none of the forms"),
+        (
+            (
+                "train",
+                recipe(tmp_path, "j.yaml", tmp_path / "new", data={"train": "rows.jsonl", "train_on": "answers"}),
+            ),
+            2,
+            "data.train_on: answers, and the rows are plain text",
+        ),
         (("train", recipe(tmp_path, "f.yaml", tmp_path / "new"), "--resume", "auto"), 2, "no model 'nowhere'"),
     ]
     for (command, status, said), (code, told) in zip(cases, told_early([each[0] for each in cases]), strict=True):
