@@ -144,7 +144,9 @@ class ResumableTrainer(Trainer):  # type: ignore[misc]
     def _maybe_log_save_evaluate(self, *args: Any, **options: Any) -> None:
         """Trainer's; before it the evaluation that was put off, unless one comes anyway."""
         if self._owes_evaluation and not self.control.should_evaluate:
+            logs = self.control.should_log
             super()._evaluate(None, None, skip_scheduler=True)
+            self.control.should_log = logs  # its own line is no line of the step
         self._owes_evaluation = False
         super()._maybe_log_save_evaluate(*args, **options)
 

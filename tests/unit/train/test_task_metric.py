@@ -46,7 +46,9 @@ def test_the_held_out_loss_is_there_before_anything_is_learned_and_once(values):
     for warmup in (0, 1):  # without a warm-up, and with one, whose first step changes nothing
         values["training"] |= {"warmup_steps": warmup, "eval_steps": 2}
         values["output"] = f"{output}{warmup}"
-        found[warmup] = evaluations(run_recipe(parse_recipe(values)))
+        record = run_recipe(parse_recipe(values))
+        found[warmup] = evaluations(record)
+        assert [step for step, _ in evaluations(record, "loss")] == [1, 2]
     assert [step for step, _ in found[0]] == [0, 2]
     assert [step for step, _ in found[1]] == [1, 2]
     assert found[0][0][1] == found[1][0][1]
