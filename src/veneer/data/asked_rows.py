@@ -83,10 +83,20 @@ def as_templated(rows: Sequence[Row], prompt: str, answer_field: str | None) -> 
     return read
 
 
-def require_askable(path: Path, reader: RowReader, prompt: str | None, answer_field: str | None) -> None:
+def no_answer(row: Row) -> DataError:
+    """Return the error about a row that holds no right answer."""
+    return DataError(
+        f"it has the fields {sorted(row)}; needed are messages, or prompt and completion, or a prompt template "
+        "(--prompt) with an answer field (--answer-field)"
+    )
+
+
+def require_askable(
+    path: Path, reader: RowReader, prompt: str | None, answer_field: str | None, *, judged: bool = False
+) -> None:
     """Look at the first rows of a file. Raises the errors of `as_trained`, or with a ``prompt`` of `as_templated`.
 
-    Raises DataError for a file without rows.
+    Raises DataError for a file without rows, and for rows without a right answer if answers are ``judged``.
     """
     rows = read_rows(path) if path.suffix == ".txt" else [row for _, row in _first_of(path)]
     if not rows:
@@ -97,7 +107,10 @@ def require_askable(path: Path, reader: RowReader, prompt: str | None, answer_fi
         as_templated(rows, prompt, answer_field)
     for number, row in enumerate(rows, 1):
         try:
-            answer_field is None or answers_in(row, answer_field)
+            if answer_field is not None:
+                answers_in(row, answer_field)
+            elif judged and "text" in row and prompt is None:
+                raise no_answer(row)
         except DataError as error:
             raise DataError(f"row {number}: {error}") from error
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from veneer.data.asked_rows import answers_in
+from veneer.data.asked_rows import answers_in, no_answer
 from veneer.data.chat import common_prefix, render
 from veneer.data.templates import fill_template
 from veneer.errors import ConfigError, DataError
@@ -92,10 +92,7 @@ class QuestionReader:
         if "messages" in row:
             answer = _content(row["messages"])
             return self._chat(row["messages"][:-1]), answer, None
-        raise DataError(
-            f"it has the fields {sorted(row)}; needed are messages, or prompt and completion, or a prompt template "
-            "(--prompt) with an answer field (--answer-field)"
-        )
+        raise no_answer(row)
 
     def _turns(self, text: str) -> list[Row]:
         before = [] if self.system is None else [{"role": "system", "content": self.system}]

@@ -20,7 +20,15 @@ from veneer.contract.keys import divided
 from veneer.disk.known_name import known_name
 from veneer.plain.module_names import matches_any
 from veneer.plain.tasks import TaskType
-from veneer.recipe.declared import UNCLEAR, UnreadableError, class_value, classes_with, declared_defaults, file_of
+from veneer.recipe.declared import (
+    UNCLEAR,
+    UnreadableError,
+    class_value,
+    classes_with,
+    declared_defaults,
+    declared_keys,
+    file_of,
+)
 from veneer.recipe.known import method_modules, variant_switches
 
 _ASIDE = frozenset({"base_model_name_or_path", "revision", "inference_mode"})
@@ -63,7 +71,8 @@ def _config(module: str, name: str, peft_type: str, given: Mapping[str, Any]) ->
     chosen = {key: value for key, value in own.items() if value != defaults[key]}
     if any(default is MISSING and key not in own for key, default in defaults.items()):
         return None
-    if any(not _is_plain(key, value, defaults[key]) for key, value in chosen.items()):
+    types = declared_keys(module, name).types
+    if any(not _is_plain(key, value, defaults[key], types[key]) for key, value in chosen.items()):
         return None
     values = {key: own.get(key, None if default is UNCLEAR else default) for key, default in defaults.items()}
     headline = _headline(module, name)
@@ -101,8 +110,8 @@ def _paths(parts: list[str]) -> Iterable[str]:
     return (".".join(parts[:n]) for n in range(len(parts) - 1, 0, -1))
 
 
-def _is_plain(key: str, value: Any, default: Any) -> bool:
-    """Return True for a value that no method refuses in place of this default."""
+def _is_plain(key: str, value: Any, default: Any, kind: Any) -> bool:
+    """Return True for a value that no method refuses in place of this default of a field of this ``kind``."""
     other = isinstance(value, bool) != isinstance(default, bool) or isinstance(default, str) > isinstance(value, str)
     if default is UNCLEAR or other:
         return False
@@ -113,7 +122,7 @@ def _is_plain(key: str, value: Any, default: Any) -> bool:
     if isinstance(value, list):
         return (bool(value) or key != "target_modules") and all(isinstance(each, str) for each in value)
     if isinstance(value, float):
-        return 0 < value < 1
+        return 0 < value < 1 or (kind is float and value > 0 and value.is_integer())
     return value is None or isinstance(value, bool) or (isinstance(value, int) and value > 0)
 
 

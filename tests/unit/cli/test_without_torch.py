@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -81,7 +82,12 @@ def test_facts_of_folders_and_files_are_read_before_torch_is_imported(
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+    of_a_recipe = tmp_path / "of_a_recipe"  # in which lora_alpha is 7.0
+    shutil.copytree(adapter_folder, of_a_recipe)
+    config = json.loads((adapter_folder / "adapter_config.json").read_text())
+    (of_a_recipe / "adapter_config.json").write_text(json.dumps(config | {"lora_alpha": 7.0}))
     cases = [
+        (("info", str(of_a_recipe)), "method lora r 3 lora_alpha 7.0 target_modules q_proj, up_proj modules 4"),
         (("info", str(adapter_folder)), "method lora r 3 lora_alpha 7 target_modules q_proj, up_proj modules 4"),
         (("info", str(adapter_folder), "--json"), '"modules": [ "model.layers.0.mlp.up_proj"'),
         (("info", str(model_folder)), "head width 16 rotary theta 10,000"),
@@ -135,6 +141,8 @@ def test_wrong_options_and_rows_of_eval_are_told_before_torch_is_imported(model_
     rows.write_text('{"prompt": "a", "completion": "b"}\n')
     odd.write_text('{"asked": "a", "right": "b"}\n')
     empty.write_text("")
+    plain = tmp_path / "plain.jsonl"
+    plain.write_text('{"text": "a", "label": "b"}\n')
     prompt = ("--prompt", "{asked}")
     cases = [
         ((rows, "labels", "--pattern", "x"), "--pattern is not read by --metric labels"),
@@ -148,6 +156,7 @@ def test_wrong_options_and_rows_of_eval_are_told_before_torch_is_imported(model_
         ((odd, "exact-match", *prompt, "--answer-field", "answer"), "no field 'answer'; it has ['asked', 'right']"),
         ((odd, "exact-match", "--prompt", "{question}", "--answer-field", "right"), "'question'"),
         ((odd, "exact-match", *prompt, "--system", "be brief"), "--system belongs to a chat, and --prompt"),
+        ((plain, "labels"), "row 1: it has the fields ['label', 'text']; needed are messages, or prompt"),
         ((empty, "exact-match"), "holds no rows"),
     ]
     commands = [["eval", base, "-d", str(file), "-m", *options] for (file, *options), _ in cases]

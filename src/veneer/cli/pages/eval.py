@@ -175,7 +175,8 @@ def require_options(args: EvalArguments) -> None:
 def require_own_rows(args: EvalArguments) -> None:
     """Look at the first rows of ``--data``, unless a recipe says how they are read. Raises the errors of reading."""
     if args.data is not None and not args.recipes:
-        require_askable(args.data, reader_of(args), args.prompt, args.answer_field)
+        judged = args.metric != MetricName.PERPLEXITY
+        require_askable(args.data, reader_of(args), args.prompt, args.answer_field, judged=judged)
 
 
 def reader_of(args: EvalArguments) -> RowReader:
