@@ -37,6 +37,10 @@ class Holder(nn.Module):
         """Return True if the method has parameters here that no other module shares."""
         return name in self.adapters
 
+    def acting_on_rows(self) -> list[str]:
+        """Return the names of the adapters that act here now, on all rows or on some."""
+        return [name for name in self.adapter_state.acting_on_rows() if name in self.adapters]
+
     def trains_whole(self, name: str) -> bool:
         """Return True if an adapter trains this module whole, or rows of it."""
         return False

@@ -310,15 +310,11 @@ class AdaptedLinear(AdaptedSite):
         """
         if self.adapter_state.sequences is not None:
             return False
-        routing = self.adapter_state.routed()
-        names = self.adapter_state.acting() if routing is None else routing.adapters
-        return any(self.method(name).by_sequence for name in names if name in self.adapters)
+        return any(self.method(name).by_sequence for name in self.acting_on_rows())
 
     def replaces_weight(self) -> bool:
         """Return True if a weight other than the layer's own acts, on all rows or on some."""
-        routing = self.adapter_state.routed()
-        names = self.adapter_state.acting() if routing is None else routing.adapters
-        return self.kept.merged_weight is not None or self._differs(names)
+        return self.kept.merged_weight is not None or self._differs(self.adapter_state.acting_on_rows())
 
     def masks(self, x: Tensor) -> tuple[Mask | None, ...]:
         """Return new dropout masks of x (rows, …, features), one for each of `acting_records`; each call

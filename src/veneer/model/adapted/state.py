@@ -50,6 +50,11 @@ class AdapterState:
         """Return the adapter of each row now; None if all rows use the acting ones."""
         return None if self.disabled else self.routing
 
+    def acting_on_rows(self) -> tuple[str, ...]:
+        """Return the names of the adapters that act now, on all rows or on some."""
+        routing = self.routed()
+        return self.acting() if routing is None else tuple(routing.adapters)
+
     @contextmanager
     def base_alone(self) -> Iterator[None]:
         """Context in which no adapter acts."""

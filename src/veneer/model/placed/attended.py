@@ -84,35 +84,28 @@ class AttendedPrompts(Holder):
         method = cast(AttentionMethod, self.adapter_state.configs[name])
         return method.lower(self.site, dict(self.adapters[name].named_parameters()))
 
-    @property
-    def acting(self) -> list[str]:
-        """Adapters that act now, on all rows or on some."""
-        routing = self.adapter_state.routed()
-        names = self.adapter_state.acting() if routing is None else routing.adapters
-        return [name for name in names if name in self.adapters]
-
     def _keep_angles(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        if self.acting:
+        if self.acting_on_rows():
             self._angles = kwargs.get("position_embeddings")
 
     def _keep_queries(self, module: nn.Module, args: Any, output: Tensor) -> None:
-        if self.acting:
+        if self.acting_on_rows():
             self._queries = output
 
     def _change_input(self, module: nn.Module, args: Any) -> Any:
-        return (args[0] + self.change(), *args[1:]) if self.acting else None
+        return (args[0] + self.change(), *args[1:]) if self.acting_on_rows() else None
 
     def _change_output(self, module: nn.Module, args: Any, output: Any) -> Any:
-        return (output[0] + self.change(), *output[1:]) if self.acting else None
+        return (output[0] + self.change(), *output[1:]) if self.acting_on_rows() else None
 
     def change(self) -> Tensor:
         """Return what the acting prompts add to attention in this pass, (b, t, heads * k)."""
         queries, routing = self._turned_queries(), self.adapter_state.routed()
         if routing is None:
-            changes = [self._change(name, queries) for name in self.acting]
+            changes = [self._change(name, queries) for name in self.acting_on_rows()]
             return sum(changes[1:], changes[0])
         change = queries.new_zeros(*queries.shape[:2], queries.shape[2] * queries.shape[3])
-        for name, rows in routing.groups(queries.shape[0], self.acting, self.site.name, queries.device):
+        for name, rows in routing.groups(queries.shape[0], self.acting_on_rows(), self.site.name, queries.device):
             if name != BASE:
                 change = change.index_copy(0, rows, self._change(name, queries[rows]))
         return change

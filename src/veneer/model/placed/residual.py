@@ -54,23 +54,16 @@ class ResidualAdapters(Holder):
         return cast(ResidualMethod, self.adapter_state.configs[name])
 
     @property
-    def acting(self) -> list[str]:
-        """Adapters that act now, on all rows or on some."""
-        routing = self.adapter_state.routed()
-        names = self.adapter_state.acting() if routing is None else routing.adapters
-        return [name for name in names if name in self.adapters]
-
-    @property
     def reads_input(self) -> bool:
         """True if an adapter that acts reads the sub-layer's input."""
-        return any(self.record(name).where != "serial" for name in self.acting)
+        return any(self.record(name).where != "serial" for name in self.acting_on_rows())
 
     def _keep_input(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        if self.acting:
+        if self.acting_on_rows():
             self._input = next(v for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and v.is_floating_point())
 
     def _change_output(self, module: nn.Module, args: Any, output: Any) -> Any:
-        if not self.acting:
+        if not self.acting_on_rows():
             return None
         x, self._input = self._input, None
         if not isinstance(output, tuple):
@@ -82,7 +75,7 @@ class ResidualAdapters(Holder):
 
         They act in turn: a serial one reads the output of those before it.
         """
-        names, routing = self.acting, self.adapter_state.routed()
+        names, routing = self.acting_on_rows(), self.adapter_state.routed()
         if routing is None:
             for name in names:
                 hidden = hidden + self._change(name, hidden, x, None)

@@ -95,9 +95,7 @@ class VirtualTokens(Holder):
         """Return the virtual tokens in front of the rows. Raises CompositionError if several adapters act
         on one row.
         """
-        routing = self.adapter_state.routed()
-        acting = self.adapter_state.acting() if routing is None else routing.adapters
-        names = [name for name in acting if name in self.adapters]
+        routing, names = self.adapter_state.routed(), self.acting_on_rows()
         counts = {name: self.method(name).num_virtual_tokens for name in names}
         if routing is not None:
             return Front(counts, routing) if names else None
