@@ -128,7 +128,7 @@ class _Passes:
         self.device = device_of(self.model)
 
     def groups(self, layers: Mapping[str, AdaptedSite]) -> list[_Group]:
-        """The layers, joined where the first batch reaches them as the same rows."""
+        """The layers in groups: those that the first batch reaches with equal rows are one group."""
         first = next(iter(self.loader), None)
         if first is None:
             raise DataError(

@@ -69,7 +69,7 @@ class ModelAnswerer(Answerer):
         return [found[at] for at in range(len(asked))]
 
     def _acting(self, folder: Path | None) -> AbstractContextManager[None]:
-        """A block in which the adapter of this folder acts, or none."""
+        """Context in which the adapter of this folder acts; None: the base alone."""
         if not self._names:
             return nullcontext()
         return acting_alone(self.model, BASE if folder is None else self._names[folder])

@@ -154,7 +154,7 @@ def _main_stderr() -> Console:
 
 
 def _told(message: str) -> typer.Exit:
-    """Print the message and give the exit to raise. Of several processes, which torchrun numbers, the first prints."""
+    """Print the message and give the exit to raise. Under torchrun only the first process prints."""
     _main_stderr().print(Text.assemble(("error: ", "bold red"), message), soft_wrap=True)
     return typer.Exit(USER_ERROR)
 

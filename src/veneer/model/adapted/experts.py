@@ -1,4 +1,4 @@
-"""Experts of a mixture: run one by one where adapters or codes are, and where torch groups no products."""
+"""Experts of a mixture: run one by one if they have adapters or are coded, or if torch has no grouped products."""
 
 from __future__ import annotations
 

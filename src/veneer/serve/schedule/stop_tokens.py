@@ -30,5 +30,5 @@ class StopRule:
         return "length" if n_tokens >= self.max_tokens else None
 
     def reported(self, reason: FinishReason | None, token: int) -> int | None:
-        """Return the token as an answer's ``stop_reason``: only if it ended it and is no end of sequence."""
+        """Return the token if it ended the answer and is one of ``stop_ids`` alone; None otherwise."""
         return token if reason == "stop" and token not in self.eos_ids else None
