@@ -104,7 +104,7 @@ def _range_problems(args: TrainingArguments) -> list[str]:
 
 
 def _reporting_problems(args: TrainingArguments) -> list[str]:
-    """Places to report to that transformers does not know, or whose package is missing."""
+    """Reporting targets that transformers does not know, or whose package is missing."""
     wanted = args.report_to if isinstance(args.report_to, list) else [args.report_to]
     found = []
     for name in wanted:

@@ -175,7 +175,7 @@ def _train_steps(loss_of: _Loss, space: Subspace | _Whole, batches: Sequence[Bat
 
 @contextmanager
 def _weights_in(model: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[None]:
-    """Give the model these weights inside the block."""
+    """Context in which the model has these weights."""
     own = {name: (p, p.data) for name, p in model.named_parameters()}
     for name, (parameter, _) in own.items():
         parameter.data = weights[name].detach()

@@ -85,7 +85,7 @@ def _environments(n: int) -> dict[int, dict[str, str]]:
 
 
 def _n_cores() -> int:
-    """Cores that this process may run on, fewer than the machine's under Slurm or taskset."""
+    """The number of cores of this process: under Slurm or taskset fewer than the machine's."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -121,7 +121,7 @@ def _children() -> set[psutil.Process]:
 
 
 def _ignore_again(before: Mapping[signal.Signals, Any]) -> None:
-    """Ignore the signals that were ignored, as under nohup; torchrun's launcher handles them all."""
+    """Ignore again the signals ignored before, as under nohup: torchrun's launcher handles all."""
     for number in (each for each, handler in before.items() if handler is signal.SIG_IGN):
         signal.signal(number, signal.SIG_IGN)
 

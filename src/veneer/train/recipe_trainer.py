@@ -111,7 +111,7 @@ def _make_task_trainer(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Ru
 
 
 def _encoding_told(rows: Rows) -> AbstractContextManager[None]:
-    """Say in lines that the rows are made tokens; in a terminal the bars of datasets do."""
+    """Print lines while rows are tokenized; in a terminal datasets shows bars instead."""
     if not are_progress_bars_disabled():
         return nullcontext()
     known = [part for part in (rows.train, rows.eval) if isinstance(part, Dataset)]
@@ -147,7 +147,7 @@ def _cutter(part: DistributedPart, args: Any) -> BaseCutter | None:
 
 
 class _Given(NamedTuple):
-    """Model and method that a trainer is made with; no method where the model has its adapter already."""
+    """Model and method for a trainer; no method if the model has its adapter already."""
 
     model: PreTrainedModel
     config: MethodConfig | None
@@ -203,5 +203,5 @@ def _tell_of_odd_settings(part: Mapping[str, Any], method: str, trainer: SFTTrai
 
 
 def _known(rows: Dataset | IterableDataset) -> list[dict[str, Any]]:
-    """The rows, where they are in memory."""
+    """The rows if they are in memory."""
     return [] if isinstance(rows, IterableDataset) else list(rows)

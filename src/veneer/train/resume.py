@@ -104,14 +104,14 @@ class ResumableTrainer(Trainer):  # type: ignore[misc]
         """Restore the `counters` of the checkpoint in ``folder``."""
 
     def _init_training_state(self, max_steps: int, *args: Any, **options: Any) -> Any:
-        """The checkpoint's counters; how often to log, evaluate and save is for this run to say."""
+        """Restore the checkpoint's counters. The intervals of logs, evaluations and saves are this run's."""
         found = super()._init_training_state(max_steps, *args, **options)
         self.state.compute_steps(self.args, max_steps)
         return found if has_length(self.train_dataset) else self._place_in_stream()
 
     def _place_in_stream(self) -> tuple[int, int]:
-        """Epoch and micro-batches within it that lie behind. Trainer counts batches by the number of rows, which it
-        takes to be infinite for a stream.
+        """The number of finished epochs, and of micro-batches done in the present one. Trainer counts batches by the
+        number of rows, which it takes to be infinite for a stream.
         """
         number, before = self.epoch
         within = (self.state.global_step - before) * self.args.gradient_accumulation_steps
@@ -151,7 +151,7 @@ class ResumableTrainer(Trainer):  # type: ignore[misc]
         super()._maybe_log_save_evaluate(*args, **options)
 
     def _run_epoch(self, **options: Any) -> None:
-        """Nothing where a checkpoint from within an epoch holds the run's last step: Trainer would take one more."""
+        """Run no step if a checkpoint from within an epoch holds the run's last step: Trainer would take one more."""
         if self.order is not None:  # accelerate does not reach it within an epoch that several processes go on with
             self.order.set_epoch(options["epoch"])
         if options["epoch"] != self.epoch[0]:
@@ -210,7 +210,7 @@ class ResumableTrainer(Trainer):  # type: ignore[misc]
         self._tell_failed_uploads()
 
     def _tell_failed_uploads(self) -> None:
-        """Warn of uploads of checkpoints, which go on beside training, that have failed; each is told once."""
+        """Warn of failed uploads of checkpoints, each once. Uploads run in the background of training."""
         current = getattr(self, "push_in_progress", None)
         if current is None or not current.is_done():
             return

@@ -46,7 +46,7 @@ def read_data(part: DataPart, seed: int, reader: RowReader | PreferenceReader | 
 
 
 class _Only(NamedTuple):
-    """The parts that alone are trained: the completions, or the assistant's turns."""
+    """The only trained parts of rows: the completions, or the assistant's turns."""
 
     completion: bool
     assistant: bool

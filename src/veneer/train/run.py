@@ -139,7 +139,7 @@ def carry_out(
 
 
 def _trained(trainer: RunTrainer, saved: Path, adapter: Mapping[str, Any], resume: bool, stop: Stop) -> dict[str, Any]:
-    """Train, save into ``saved`` and evaluate; the part of ``run.json`` that says how it went."""
+    """Train, save into ``saved`` and evaluate. Return the results for ``run.json``."""
     trainer.add_callback(StopAfterStep(stop))
     last = LastEvaluation()
     trainer.add_callback(last)

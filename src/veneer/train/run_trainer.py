@@ -124,7 +124,7 @@ class RunTrainer(ResumableTrainer):
         return self.progress.n_tokens
 
     def _offloading(self) -> ActivationOffload | None:
-        """The context that TRL enters around each forward pass, where activations are to wait elsewhere."""
+        """The context for offloading activations, which TRL enters around each forward pass."""
         if not self.args.activation_offloading:
             return None
         offload = ActivationOffload(self.model, self.args.activation_offloading, Path(self.args.output_dir))
@@ -164,7 +164,7 @@ class RunTrainer(ResumableTrainer):
         return TrainOutput(output.global_step, output.metrics["train_loss"], output.metrics)
 
     def _wrap_model(self, model: nn.Module, training: bool = True, dataloader: Any = None) -> nn.Module:
-        """Trainer's. For a cut base DDP is put around here: accelerate refuses it, though only on GPUs."""
+        """Wrap the model as Trainer does. A cut base is wrapped in DDP here, which accelerate refuses on GPUs."""
         if not (training and model is self.model and is_cut(model)):
             return cast(nn.Module, super()._wrap_model(model, training, dataloader))
         prepared = self.accelerator.prepare_model(model, evaluation_mode=True)

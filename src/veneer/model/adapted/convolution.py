@@ -99,7 +99,7 @@ class AdaptedConvolution(AdaptedSite):
 
     @property
     def _channels(self) -> int:
-        """The dimension of the channels, counted from the end: there may be no batch in front."""
+        """The dimension of the channels, counted from the end, since the batch dimension may be missing."""
         return 1 - len(self._kernel_shape)
 
     def _product(self, x: Tensor, matrix: Tensor, entry: Around | None) -> Tensor:

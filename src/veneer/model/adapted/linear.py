@@ -229,7 +229,7 @@ class AdaptedSite(Adapted):
         return weight.T.contiguous() if self.is_turned else weight
 
     def _row_sq(self) -> Tensor:
-        """Squared row norms of the weight, computed once. `forget` drops them where the weight changes."""
+        """Squared row norms of the weight, computed once. `forget` drops them when the weight changes."""
         if self.kept.row_sq is None or "weight" in type(self).swapped:
             weight = cast(FrozenWeight, self.site(self.adapter_state.acting()).weight)
             self.kept.row_sq = row_squares(unrounded(weight))
@@ -362,7 +362,7 @@ class AdaptedLinear(AdaptedSite):
         )
 
     def _read_whole(self, weight: FrozenWeight) -> FrozenWeight:
-        """The weight, which is gathered when it is read if it is cut over processes."""
+        """The weight. If it is cut over processes, reading it gathers it."""
         if not isinstance(weight, DenseWeight):
             return read_whole(weight, self.own_weight(), lambda: cast(CodedModule, self).gathered())
         own = weight.tensor
@@ -425,7 +425,7 @@ def _trains(weight: FrozenWeight) -> bool:
 
 
 def _computed(x: Tensor, layer: LinearLayer) -> Tensor:
-    """The op in the dtype that the plain layer would answer in, which is autocast's where that is on."""
+    """The op's output in the plain layer's output dtype: autocast's, if that is on."""
     weight, device = layer.weight, x.device.type
     if not torch.is_autocast_enabled(device):
         return linear(x.to(weight.tensor.dtype) if isinstance(weight, DenseWeight) else x, layer)

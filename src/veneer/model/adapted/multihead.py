@@ -28,7 +28,7 @@ from veneer.records.sites import LinearSite
 
 
 class _Folding(AdaptedSite):
-    """A map whose parameters ``weight_name`` and ``bias_name`` are read with the adapters folded in."""
+    """Map whose parameters ``weight_name`` and ``bias_name`` are read with the adapters folded in."""
 
     weight_name: str
     bias_name: str

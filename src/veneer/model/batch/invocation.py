@@ -80,7 +80,7 @@ def acting_tokens(model: nn.Module) -> tuple[int, ...]:
 
 @contextmanager
 def _head_sees(model: nn.Module, state: AdapterState, routing: TokenRouting, inputs: Inputs) -> Iterator[None]:
-    """Context in which an adapted head, given the tokens of ``logits_to_keep`` alone, knows which they are."""
+    """Context in which an adapted head knows the positions of its tokens: those of ``logits_to_keep`` alone."""
     kept, head_of = inputs[1].get("logits_to_keep"), getattr(model, "get_output_embeddings", None)
     head = None if head_of is None else head_of()
     if kept is None or not isinstance(head, Adapted):

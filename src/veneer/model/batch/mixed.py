@@ -145,7 +145,7 @@ def _checkpointing(model: nn.Module) -> list[Any]:
 
 
 def _routed(checkpoint: Callable[..., Any], state: AdapterState, routing: Routing) -> Callable[..., Any]:
-    """``checkpoint`` for functions that, whenever they run, run with these rows."""
+    """``checkpoint`` whose functions have these rows' adapters also when they run again."""
 
     @functools.wraps(checkpoint)
     def run(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -162,7 +162,7 @@ def _routed(checkpoint: Callable[..., Any], state: AdapterState, routing: Routin
 
 @contextmanager
 def _same_draws(routing: Routing, kept: list[dict[str, Tensor]]) -> Iterator[None]:
-    """The first time, note in ``kept`` where the adapters' streams of random numbers are; later, draw from there."""
+    """Note the positions of the adapters' random numbers in ``kept`` on the first run; draw from there again later."""
     now = {name: generator.get_state() for name, generator in routing.generators.items()}
     again = bool(kept)
     if again:

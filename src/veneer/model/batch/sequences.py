@@ -88,7 +88,7 @@ def _checkpointing(model: nn.Module) -> list[Any]:
 
 
 def _again_with(checkpoint: Callable[..., Any], state: AdapterState, known: Sequences | None) -> Callable[..., Any]:
-    """``checkpoint`` for functions that, whenever they run, know these sequences."""
+    """``checkpoint`` whose functions know these sequences also when they run again."""
 
     @wraps(checkpoint)
     def run(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

@@ -130,7 +130,7 @@ def _norm_names(source: BlockSource, module: nn.Module) -> tuple[str, ...]:
 
 
 def _head_norms(source: BlockSource, module: nn.Module, heads: HeadLayout) -> tuple[Norm | None, Norm | None] | str:
-    """The norms of q and k; in words where they are none, or over something else than one head or all of them."""
+    """The norms of q and k; a reason in words if they are not norms, or not over one head or all heads."""
     names = _norm_names(source, module)
     if not names:
         return None, None

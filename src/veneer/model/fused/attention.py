@@ -138,7 +138,7 @@ class _Heads:
 def _heads(
     normed: Tensor, half: AttentionHalf, size: torch.Size, positions: RotationTables
 ) -> tuple[_Heads, op.SavedForBackward]:
-    """Projected, normed and rotated; and what the way back through the projections needs."""
+    """Projected, normed and rotated heads, with the tensors for the backward pass through the projections."""
     raw, kept = op.forward(normed, half.qkv)
     q, k, v = half.heads.split(raw)
     q, q_kept = _turned(q, half, half.q_norm, size, positions)
@@ -174,7 +174,7 @@ def _turned_back(
 
 
 def _rows(heads: Tensor, norm: Norm) -> Tensor:
-    """Heads (n, heads, d) as the rows that a norm acts on: each head, or all heads of a token at once."""
+    """Heads (n, heads, d) as the rows of a norm: each head, or all heads of a token."""
     over_all = not isinstance(norm, NoNorm) and len(norm.weight) != heads.shape[-1]
     return heads.reshape(len(heads), -1) if over_all else heads
 
@@ -182,7 +182,7 @@ def _rows(heads: Tensor, norm: Norm) -> Tensor:
 def _rotate(
     heads: Tensor, half: AttentionHalf, size: torch.Size, positions: RotationTables, *, inverse: bool = False
 ) -> None:
-    """In place."""
+    """Rotate heads in place."""
     if positions.cos is not None and positions.sin is not None:
         view = heads.view(size[0], size[1], *heads.shape[1:]).transpose(1, 2)
         rotate(view, positions.cos, positions.sin, interleaved=half.interleaved, inverse=inverse, in_place=True)

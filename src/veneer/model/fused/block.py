@@ -72,7 +72,7 @@ def _run(block: FusedBlock, x: Tensor, mask: LayoutMask, kwargs: dict[str, Any])
 
 
 def _changed(block: FusedBlock, kind: SublayerKind, change: Tensor, x: Tensor) -> Tensor:
-    """The change of the stream x by one half, behind the bottlenecks that act there."""
+    """The change of the stream x by one half, after its bottlenecks."""
     shape, acting = block.fused_shape, cast(ResidualAdapters, bottlenecks(block, kind))
     norm = shape.norms.attention if kind == "attention" else shape.norms.feed_forward
     return _weighed(block, acting.changed(change, _through(block, norm, x) if acting.reads_input else None))
@@ -86,7 +86,7 @@ def own_attention(block: FusedBlock, kwargs: dict[str, Any], x: Tensor) -> Tenso
 
 
 def _own_mlp(block: FusedBlock, x: Tensor, stream: Tensor) -> Tensor:
-    """The stream after the feed-forward half as the model wrote it."""
+    """The stream after the feed-forward half, by the model's own code."""
     shape, module = block.fused_shape, getattr(block, block.fused_shape.mlp_name)
     change = module(_through(block, shape.norms.feed_forward, x))
     change = change[0] if isinstance(change, tuple) else change  # with a router's scores

@@ -199,7 +199,7 @@ def fused(model: PreTrainedModel) -> Iterator[bool]:
 
 
 def _fuse(model: PreTrainedModel) -> str | None:
-    """Fuse, or say why not."""
+    """Fuse the blocks; return the reason if they do not fit."""
     try:
         described = describe(model)
     except DescriptionError as error:
@@ -237,7 +237,7 @@ def _no_kernels(device: str) -> str | None:
 
 
 def _change_blocks(model: PreTrainedModel, described: blueprint.Decoder) -> str | None:
-    """Change the classes of the blocks and of the module that holds them; or say why they do not fit."""
+    """Change the classes of the blocks and of the module that holds them. Return the reason if they do not fit."""
     holder, layers = blocks_of(model)
     reason = _no_kernels(model.device.type)
     if reason is not None:
@@ -263,7 +263,7 @@ def _change_blocks(model: PreTrainedModel, described: blueprint.Decoder) -> str 
 
 @contextmanager
 def _base_alone(model: nn.Module) -> Iterator[None]:
-    """For a while no adapter acts and every weight counts as frozen."""
+    """Context in which no adapter acts and every weight counts as frozen."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     states = {id(m.adapter_state): m.adapter_state for m in model.modules() if isinstance(m, Holder)}
     with ExitStack() as stack:
@@ -350,7 +350,7 @@ def _fresh(kwargs: dict[str, Any]) -> dict[str, Any]:
 
 def _error(block: FusedBlock, call: tuple[Tensor, dict[str, Any], Tensor]) -> float:
     """The relative error of a block's change of the stream against the model's own code. Halves that cannot be compared
-    are not fused from now on.
+    are no longer fused.
     """
     x, kwargs, y = call
     with gathered(block):
@@ -362,7 +362,7 @@ def _error(block: FusedBlock, call: tuple[Tensor, dict[str, Any], Tensor]) -> fl
 
 
 def _leave_out_unfit(block: FusedBlock, dtype: torch.dtype) -> None:
-    """Halves that do not run fused on a stream of this dtype are not fused from now on."""
+    """Stop fusing halves that have no fused form on a stream of this dtype."""
     attention, mlp = halves_of(block, dtype, dtype)
     block.fused_shape = block.fused_shape.leaving(attention=attention is not None, mlp=mlp is not None)
 

@@ -64,7 +64,7 @@ def layout_mask(size: tuple[int, int], attention_mask: Tensor | None, position_i
 
 
 def _starts(size: tuple[int, int], attention_mask: Tensor | None, position_ids: Tensor | None) -> Tensor | None:
-    """The first positions of sequences, (b, t) booleans; None where the arguments do not tell them."""
+    """Marks (b, t) of the first positions of sequences; None if the arguments do not show them."""
     if attention_mask is not None:
         if attention_mask.ndim != 2 or tuple(attention_mask.shape) != size:
             return None

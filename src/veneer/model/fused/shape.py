@@ -159,7 +159,7 @@ def _attention_parts(attention: Attention | Strange) -> AttentionParts | None:
 
 
 def _mlp_parts(part: FeedForward | Experts | Strange) -> MlpParts | None:
-    """None where the half runs as the model wrote it."""
+    """None if the half runs the model's own code."""
     if not isinstance(part, FeedForward) or (part.gated and part.activation not in ACTIVATIONS):
         return None
     before = len(part.path) + 1

@@ -54,7 +54,7 @@ class PreferenceTrainer(RunTrainer):
         return as_settings(args, kind, "trainer_output")
 
     def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, name: str) -> Any:
-        """TRL's encoded rows. Raises DataError where none is left; how many are left out is logged."""
+        """TRL's encoded rows. The number of dropped rows is logged. Raises DataError if none is left."""
         found = super()._prepare_dataset(dataset, processing_class, args, name)
         if not isinstance(found, Dataset) or "completion" in dataset.column_names or "label" in found.column_names:
             return found
@@ -197,7 +197,7 @@ class PreferenceTrainer(RunTrainer):
 
 @contextmanager
 def _without_old_names() -> Iterator[None]:
-    """TRL asks for gradient checkpointing by a name that transformers calls old, at each step."""
+    """Context without a warning of each step: TRL enables gradient checkpointing by a name that is old."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="`(is_)?gradient_checkpointing", category=FutureWarning)
         yield

@@ -191,12 +191,12 @@ class RunDisplay(TrainerCallback):  # type: ignore[misc]
         return (self._counted - counted) / busy if busy else 0.0
 
     def _mean(self, loss: float, state: Any) -> str:
-        """The loss since the last log step, and of how many steps it is the mean."""
+        """The mean loss since the last log step, and its number of steps."""
         n_steps = int(state.global_step) - self._logged
         return f"loss {loss:.4f}" + (f" (mean of {n_steps} steps)" if n_steps > 1 else "")
 
     def _left(self, state: Any, now: float) -> list[str]:
-        """The time left, once some steps tell it."""
+        """The time left, if enough steps were timed."""
         if state.global_step - self._first_step < min(_COUNTED_STEPS, state.max_steps - self._first_step):
             return []
         return [f"{duration(self._step_seconds(state, now) * (state.max_steps - state.global_step))} left"]

@@ -67,5 +67,5 @@ def loss_figure(history: Sequence[Mapping[str, Any]], title: str) -> Figure:
 
 
 def _end_of(title: str) -> str:
-    """A title that fits: of a long path the end tells most."""
+    """A title that fits: a long path keeps its end."""
     return title if len(title) <= _WIDEST else f"…{title[-_WIDEST + 1 :]}"

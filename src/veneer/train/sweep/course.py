@@ -131,7 +131,7 @@ class Course:
         return {"format": 1, "reduction": self._reduction, "members": members}
 
     def _read(self) -> dict[str, Standing]:
-        """The standings that a resumed sweep goes on from. Raises ConfigError if it was begun with other members."""
+        """The standings from which a resumed sweep continues. Raises ConfigError if it was begun with other members."""
         path = self._output / RUNGS_FILE
         if not path.exists():
             return dict.fromkeys(self._members, Standing())
@@ -155,12 +155,12 @@ class Course:
 
 
 def _told(loss: float) -> float | None:
-    """A loss as JSON has it: null for one that is not finite."""
+    """A loss in JSON: null if it is not finite."""
     return loss if math.isfinite(loss) else None
 
 
 def _as_it_was(member: Member, resume: Resume, allow_changes: bool) -> tuple[dict[str, Any] | None, GoingOn | None]:
-    """The record of a member that is over; else None, and what it goes on from, if anything."""
+    """The record of a finished member, or None; and the state that an unfinished one continues, if it has checkpoints."""
     recipe, output = member.recipe, Path(member.recipe.output)
     require_fresh(output, resume)
     before = record_of(output) if resume else None

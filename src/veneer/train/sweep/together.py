@@ -141,7 +141,7 @@ class Together:
     def _losses(
         self, shared: SharedBase, asked: Mapping[str, LossRequest]
     ) -> tuple[dict[str, Tensor], dict[str, TokenLoss]]:
-        """The members' losses, and each as a leaf for the member to go on from."""
+        """The members' losses, and a leaf for each, whose gradient the member's backward pass gives."""
         parts = {}
         for name, question in asked.items():
             generator = self.runs[name].state.generator()
@@ -154,7 +154,7 @@ class Together:
         return {name: loss.total for name, loss in found.items()}, leaves
 
     def _resume(self, shared: SharedBase, answers: Mapping[str, Any]) -> dict[str, Any]:
-        """Give each member its answer, and take what it asks next; one that has ended leaves."""
+        """Give each member its answer and take its next request. A member that has ended is removed."""
         asked = {}
         for name, answer in answers.items():
             question = self.runs[name].resume(answer)
