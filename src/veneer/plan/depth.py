@@ -65,7 +65,7 @@ def pattern_of(recipe: Recipe, config: PreTrainedConfig, n_blocks: int) -> Patte
 
 @dataclass(frozen=True, slots=True)
 class _Shape:
-    """A model with its adapter, told from others by ``text``; ``again``: of so many blocks one is recomputed."""
+    """A model with its adapter, identified by ``text``; ``again``: of so many blocks one is recomputed."""
 
     text: str
     again: int

@@ -67,7 +67,7 @@ def fits(recipe: Recipe, config: PreTrainedConfig, budget: int, bytes_of: Bytes,
 
 
 def _missing(recipe: Recipe, needed: int, changes: Mapping[str, Any], plan: Plan, budget: int) -> str:
-    """The bytes of the least setting, the budget that would do, and the knobs that are left."""
+    """The bytes of the smallest setting, the budget that would suffice, and the remaining knobs."""
     args, weights = recipe.training_config(), plan.held.n_bytes
     told = ", ".join(f"{key}={value}" for key, value in changes.items()) or "the recipe as it is"
     kind = recipe.model.quantization
@@ -111,7 +111,9 @@ def _ways(method: str, model: ModelPart, training: Mapping[str, Any]) -> Iterato
 def _largest(
     recipe: Recipe, config: PreTrainedConfig, changes: Mapping[str, Any], one: Plan, *, budget: int, bytes_of: Bytes
 ) -> tuple[dict[str, Any], Plan]:
-    """The most rows a micro-batch that divide the rows of a step: memory is convex in them, so they are tried."""
+    """The largest number of rows a micro-batch that fits and divides the rows of a step. Memory is convex in it, so
+    each is tried.
+    """
     least, *more = _row_counts(recipe.training_config())
     for rows in reversed(more):
         settings = {**changes, **_rows(recipe, rows)}

@@ -261,7 +261,7 @@ def _in_turns(x: Tensor, n_bytes: int) -> Iterator[Tensor]:
 
 
 def _large_op_seconds() -> float:
-    """In place on more than caches hold, as an optimizer goes through weights and moments."""
+    """Seconds of an operation in place on more bytes than caches hold, like an optimizer's over weights and moments."""
     x = torch.ones(COLD_BYTES // 4)
     return _timed(lambda: x.mul_(1.0)) / (2 * x.nbytes)
 

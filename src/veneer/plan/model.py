@@ -125,7 +125,7 @@ def base_quantization(config: PreTrainedConfig, part: ModelPart) -> Quantization
 
 
 def _quantize(model: PreTrainedModel, config: QuantizationConfig) -> None:
-    """As the loader does, without a checkpoint."""
+    """Quantize as the loader does, without a checkpoint."""
     quantizer = VeneerQuantizer(config, pre_quantized=config.is_stored)
     quantizer._process_model_before_weight_loading(model)
     quantizer.plan_stacks(model)

@@ -55,7 +55,7 @@ def process_of(plan: Plan, start: int | None = None) -> Process:
 
 
 def _lost(plan: Plan, peak: Peak) -> int:
-    """Bytes between the tensors of a phase into which no other fits."""
+    """Bytes of gaps between the tensors of a phase, too small for any other."""
     moving = peak.n_bytes - plan.held.n_bytes
     trained = sum(peak.kinds.get(kind, 0) for kind in (GRADIENTS, STATE))
     return round(MOVING_SHARE * moving + _share_between(plan) * trained)

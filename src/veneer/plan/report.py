@@ -265,7 +265,7 @@ def _seconds(time: Mapping[str, Any]) -> str:
 
 
 def _rows(time: Mapping[str, Any], batch: Batch, aside: Sequence[str] = ()) -> str:
-    """The rows that seconds are of, in words, with ``aside`` in one bracket."""
+    """The rows that the seconds refer to, in words, with ``aside`` in one bracket."""
     if "rows" not in time:
         return "where its rows are full" + "".join(f" ({each})" for each in aside)
     length, n = time["rows"]["length"], time["rows"]["encoded"]
@@ -308,7 +308,7 @@ def _given(recipe: Recipe, key: str) -> object:
 
 
 def _rate(a_second: float) -> str:
-    """With as many digits as tell two slow ones apart."""
+    """A rate with enough digits to distinguish two slow ones."""
     return f"{a_second:,.0f}" if a_second >= 100 else f"{a_second:.3g}"
 
 

@@ -85,7 +85,7 @@ def load_in_turn(load: Callable[..., Any], model: PreTrainedModel, tensors: Any,
 
 
 class _Waiting:
-    """Blocks of a model that is being loaded, in their order, until they are handed on."""
+    """Blocks of a model during loading, in order, until they are passed on."""
 
     def __init__(self, model: PreTrainedModel, take: EachBlock) -> None:
         self._model, self._take = model, take
@@ -101,7 +101,7 @@ class _Waiting:
 
 
 class _InTurn:
-    """Tensor of the checkpoint, before whose reading the blocks that are loaded leave.
+    """Tensor of the checkpoint. Before it is read, the loaded blocks are passed on.
 
     The loader hides errors of later steps.
     """

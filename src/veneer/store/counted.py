@@ -119,7 +119,7 @@ def _theta(config: Mapping[str, Any]) -> float | None:
 
 
 def _head_width(config: Mapping[str, Any]) -> int | None:
-    """The width of a head: as given, or the share of the hidden size where the type of model takes that."""
+    """The width of a head: as given, or the hidden size divided by the heads if the model type does so."""
     given, heads = config.get("head_dim"), config["num_attention_heads"]
     if given is not None:
         return given if type(given) is int and given > 0 else None

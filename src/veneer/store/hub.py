@@ -76,7 +76,7 @@ class _RedirectsAreAnswers(urllib.request.HTTPRedirectHandler):
 
 
 def _asked(address: str) -> Message | None:
-    """The headers of the hub's answer, whatever it is; None if there is none, or nobody may ask."""
+    """The headers of the hub's answer with any status; None if there is none, or if requests are off."""
     if is_offline_mode():
         return None
     request = urllib.request.Request(address, method="HEAD", headers=_authorization())

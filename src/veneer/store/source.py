@@ -133,7 +133,7 @@ def load_model(
 def _auto_class(source: str | os.PathLike[str], place: Path | str) -> Any:
     """The class that loads a model; that of a hub id is unknown until its files are here.
 
-    A config that cannot be read is told by transformers.
+    transformers reports a config that cannot be read.
     """
     if isinstance(place, str):
         return AutoModelForCausalLM

@@ -90,7 +90,7 @@ def new_stacks(model: PreTrainedModel, config: QuantizationConfig, skip: Sequenc
 
 
 class _Every(dict[str, str]):
-    """Every name is in the files, as transformers gives it."""
+    """Mapping that holds every name: each is the same in the files as in transformers."""
 
     def __contains__(self, name: object) -> bool:
         return True

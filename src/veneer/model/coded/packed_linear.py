@@ -31,7 +31,7 @@ PANEL = BLOCK * BLOCKS
 
 
 class _Packed(nn.Module):
-    """Linear layer ``y = W x + bias`` whose weight is only packed, in the place of another."""
+    """Linear layer ``y = W x + bias`` with a packed weight alone, which replaces another layer."""
 
     bias: nn.Parameter | None
     packed_weight: PackedDense | PackedCoded

@@ -89,7 +89,7 @@ def group_rooms(membership: Path, root: Path) -> Iterator[int]:
 
 
 def _room(folder: Path, names: _Names) -> Iterator[int]:
-    """Of one group; a container does not see the groups above its own, and the root group has no limit."""
+    """The memory left in a group. A container does not see the groups above its own; the root group has no limit."""
     try:
         limit, used = ((folder / name).read_text(encoding="utf-8").strip() for name in names[:2])
         pages = dict(line.split() for line in (folder / "memory.stat").read_text(encoding="utf-8").splitlines())

@@ -138,7 +138,7 @@ def _unused() -> int:
 
 
 def _call(name: str, *arguments: Any) -> None:
-    """A function of glibc, where that is the C library."""
+    """Call a function of glibc; do nothing with another C library."""
     function = getattr(ctypes.CDLL(None), name, None) if sys.platform == "linux" else None
     if function is not None:
         function(*arguments)

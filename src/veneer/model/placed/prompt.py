@@ -289,7 +289,7 @@ def _in_front(front: Front, values: Sequence[Sequence[float]], otherwise: float,
 
 
 def _filler(model: PreTrainedModel) -> int:
-    """An id that is not the padding's, since some models look for padding in the ids."""
+    """An id other than padding, which some models look for in the ids."""
     return 1 if getattr(model.config, "pad_token_id", None) == 0 else 0
 
 

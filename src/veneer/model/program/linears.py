@@ -145,13 +145,13 @@ class Linears:
     def _sums(
         self, x: Tensor, owns: Sequence[OwnChanges | None], runs: AdapterRuns, group: PackedGroup
     ) -> list[Tensor]:
-        """The layers, and low-rank parts added."""
+        """The outputs of the layers, with low-rank parts added."""
         ys = self._products(x, group)
         add_pairs(x, self._segments(owns, runs), ys)
         return ys
 
     def _products(self, x: Tensor, group: PackedGroup) -> list[Tensor]:
-        """The layers alone."""
+        """The outputs of the layers alone."""
         if group.whole is None:
             each = zip(group.parts, self.biases, strict=True)
             return [part.matmul(x, onto=over_rows(bias, len(x))) for part, bias in each]
@@ -193,7 +193,7 @@ class Linears:
                 add_pairs(x[rows], [Segment(pairs, 0, rows.stop - rows.start)], [y[rows]])
 
     def _by_op(self, x: Tensor, owns: Sequence[OwnChanges | None], runs: AdapterRuns) -> list[Tensor]:
-        """By the op of training: weights in any format."""
+        """The outputs by training's op, which supports weights in any format."""
         ys = list(forward(x, [self._layer(i, owns, runs) for i in range(len(self.paths))])[0])
         self._put_whole(ys, x, owns, runs)
         return ys
@@ -216,7 +216,7 @@ class Linears:
                     ys[i][start:stop] = functional.linear(own_x, weight, bias)
 
     def _packed(self, own: OwnChanges, packing: VersionPacking) -> OwnChanges:
-        """With its low-rank parts packed."""
+        """The changes with their low-rank parts packed."""
         pairs = [_pair(record) for record in own.records]
         whole = {i: self._packed_weight(cast(Tensor, w)) for i, w in own.whole.items()}
         left = self._with_terms(replace(own, records=tuple(map(_without_pair, own.records)), whole=whole))
@@ -339,5 +339,5 @@ def _joined(biases: Sequence[Tensor | None], sizes: Sequence[int]) -> Tensor | N
 
 
 def _weight(weight: FrozenWeight) -> Weight:
-    """A dense weight as the tensor that it is, the model's own."""
+    """The model's tensor of a dense weight."""
     return weight.dense() if isinstance(weight, DenseWeight) else weight

@@ -156,7 +156,7 @@ def _outputs(name: str, linears: tuple[Linear, ...]) -> Register:
 
 
 def _normed(norm: Norm | None, source: Register, name: str) -> Generator[Operation, None, Register]:
-    """The norm, if there is one; gives the register of what the half reads."""
+    """Add the norm of a half, if there is one. Return the register that the half reads."""
     if norm is None:
         return source
     target = Register(name, source.widths)

@@ -106,7 +106,7 @@ def _read_effects(lookup: Lookup, program: Program, folder: Path, config: Method
 
 
 def _put(found: Effects, program: Program, path: str, record: object) -> None:
-    """A record in its place."""
+    """Put a record at its place."""
     if isinstance(record, LinearDelta) and path in program.linears:
         found.linear[path] = _with_own_vectors(record)
     elif isinstance(record, LinearDelta) and path == program.embedding.path:
@@ -141,7 +141,7 @@ class _Others:
 def _put_others(
     found: Effects, model: PreTrainedModel, program: Program, stored: StoredAdapter, others: _Others
 ) -> None:
-    """Whole parameters and single rows in their places; all of the file must have one."""
+    """Put whole parameters and single rows at their places: every tensor of the file must have one."""
     plan, tensors, left = others.plan, others.tensors, set(stored.others)
     if others.config.extras.keeps_tie:
         raise UnsaidError("parameters that stay tied")
@@ -167,7 +167,7 @@ def _put_others(
 def _put_whole(
     found: Effects, model: PreTrainedModel, program: Program, place: tuple[str, str], value: Tensor | None
 ) -> None:
-    """A parameter of the adapter's own. A layer's bias is a record's."""
+    """Put a parameter that the adapter trains whole. A layer's bias belongs to its record."""
     path, name = place
     module = model.get_submodule(path)
     own = dict(own_parameters(module)).get(name)

@@ -56,7 +56,7 @@ class _Layout:
 
 
 class _Numbers:
-    """Numbers, the least that is free first."""
+    """Numbers to give out: the least free one first."""
 
     def __init__(self) -> None:
         self._n, self._unused = 0, list[int]()  # a heap
@@ -128,7 +128,7 @@ class NativeStep:
             part.unknown.discard(name)
 
     def _layout_of(self, block: VersionBlock) -> _Layout:
-        """The layout of a block in C++, found when the first version comes that has it."""
+        """The layout of a block in C++, created with the first version that has it."""
         if block.layout not in self._layouts:
             found, changes = _Layout(self._free_layouts.take()), list[ProductChange]()
             for part, change in ((part, part.change(block)) for part in self.known):
@@ -230,7 +230,7 @@ class NativeStretch:
         self._laid = (n, self.native.n_moves)
 
     def _given(self, frame: Frame, register: Register, n: int) -> list[Tensor]:
-        """Tensors of rows whose last axis is contiguous, looked at before C++ reads their memory."""
+        """Tensors of rows with a contiguous last axis, checked before C++ reads their memory."""
         rows, dtype = register.read(frame), self.native.program.dtype
         for x, width in zip(rows, register.widths, strict=True):
             if x.shape != (n, width) or x.dtype != dtype:

@@ -105,7 +105,7 @@ class OwnCodeRunner(DrawingRunner):
             raise
 
     def _load_mix(self, version: str, mix: StoredMix) -> None:
-        """Load the parts of a mix, add up, and let them go."""
+        """Load the parts of a mix, add them up, and free them."""
         names = [f"{version}_{number}" for number in range(len(mix.parts))]
         try:
             for name, (folder, _) in zip(names, mix.parts, strict=True):
@@ -222,7 +222,7 @@ class GeneralRunner(OwnCodeRunner):
 
     @contextmanager
     def _head_for(self, rows: Tensor, names: Sequence[str]) -> Iterator[list[Tensor]]:
-        """Inside the block the head sees these rows alone; where there are none, the first. Their hidden states are
+        """Context in which the head sees these rows alone, or the first row if there are none. Their hidden states are
         then in the list.
         """
         rows, states = rows if len(rows) else rows.new_zeros(1), list[Tensor]()

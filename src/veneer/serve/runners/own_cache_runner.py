@@ -24,7 +24,7 @@ from veneer.serve.schedule.step_plan import PlannedSequence, StepPlan
 
 @dataclass(slots=True)
 class _Progress:
-    """Sequence in progress, and the version that acted on each of its stretches of tokens."""
+    """Sequence in progress, with the version that acted on each stretch of its tokens."""
 
     held: Held = field(default_factory=Held)
     stretches: list[tuple[str | None, tuple[int, ...]]] = field(default_factory=list)

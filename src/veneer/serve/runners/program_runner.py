@@ -217,7 +217,7 @@ class ProgramRunner(DrawingRunner):
             return self._by_both(self.general, plan, others)
 
     def _by_both(self, runner: GeneralRunner, plan: StepPlan, others: tuple[PlannedSequence, ...]) -> Computed:
-        """Logits and hidden states, those of ``others`` by the general runner."""
+        """Logits and hidden states of a step. Those of ``others`` are the general runner's."""
         general = runner.loaded
         own = tuple(s for s in plan.sequences if s.version not in general)
         by_program = self._by_program(own, ()) if own else Computed((), {}, {})
@@ -293,7 +293,7 @@ def _piece(sequence: PlannedSequence, greedy: Collection[str]) -> Piece:
 
 
 def _page_of(n: int) -> int:
-    """A size of page that holds n tokens."""
+    """The smallest page size that holds n tokens."""
     return -(-n // UNIT) * UNIT
 
 

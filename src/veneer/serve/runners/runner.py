@@ -149,6 +149,6 @@ def _rows(sequence: PlannedSequence) -> list[Row]:
 
 
 def _as_drafted(drafted: Sequence[int], tokens: Sequence[int]) -> Sequence[int]:
-    """The tokens that are as drafted, and the one after them."""
+    """The drawn tokens that equal the draft, and the next one."""
     wrong = (n for n, (guess, token) in enumerate(zip(drafted, tokens, strict=False), start=1) if guess != token)
     return tokens[: next(wrong, len(tokens))]

@@ -380,7 +380,7 @@ class AdapterPool:
         return n_over, 0 if self.memory is None else entry.n_bytes - self.memory.lendable
 
     def _finds_place(self, entry: PoolEntry, kept: Collection[str] = (), spares_awaited: bool = False) -> bool:
-        """Evict what has to go for a version, and lend its bytes; False where those that may go are too few."""
+        """Evict enough for a version, and lend its bytes; False where those that may go are too few."""
         lacking = self._lacking(entry)
         if not self._suffice(*lacking, kept, spares_awaited):
             return False

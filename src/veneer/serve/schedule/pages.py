@@ -249,7 +249,7 @@ class Pages:
 
     @property
     def _unused(self) -> int:
-        """Bytes that neither pages nor others have."""
+        """Bytes that are neither pages' nor lent."""
         return self.n_bytes - self.n_lent - (self.n_held + self.n_cached + len(self._kept)) * self.page_bytes
 
     def _free_page(self) -> int:
@@ -261,13 +261,13 @@ class Pages:
         self._told.pop(holder, None)
 
     def _enter(self, page: int) -> None:
-        """One table more has a published page."""
+        """Count one more table for a published page."""
         self._n_tables[page] = self._n_tables.get(page, 0) + 1
         if self._n_tables[page] == 1:
             self._cache.hold(page)
 
     def _leave(self, page: int) -> None:
-        """One table fewer has a page."""
+        """Count one table less for a page."""
         self._n_tables[page] -= 1
         if self._n_tables[page]:
             return

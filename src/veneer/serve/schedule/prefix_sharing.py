@@ -103,7 +103,7 @@ class PrefixSharing:
         return freed
 
     def _limit(self, request: Request) -> int:
-        """The number of positions that need not be computed, if they are there."""
+        """The largest number of positions that may come from the cache."""
         if request.scores_prompt and request.n_scored < len(request.prompt) - 1:
             return request.n_front + request.n_scored
         return request.n_positions - 1

@@ -120,7 +120,7 @@ class Ngrams:
 
 @dataclass(eq=False, slots=True)
 class _Source:
-    """Guesses of one kind, and how many of their tokens are worth trying.
+    """Guesses of one kind, and the number of their tokens to try.
 
     The length doubles if a whole draft was right. Otherwise it is one more than was right. After a draft that was all
     wrong there is none for a while, which doubles each time, up to `_LONGEST_PAUSE` tokens. After so many one is tried

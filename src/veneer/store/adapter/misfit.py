@@ -45,7 +45,7 @@ def misfit(
 
 
 def _shortened(problems: Sequence[str], shown: int) -> list[str]:
-    """The first few of each kind, and how many more."""
+    """The first few of each kind, and the number of the others."""
     kinds: dict[str, list[str]] = {}
     for problem in problems:
         kinds.setdefault(problem.split(maxsplit=1)[0], []).append(problem)

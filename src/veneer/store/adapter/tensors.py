@@ -249,7 +249,7 @@ def _expected(model: nn.Module, state: AdapterState, name: str, given: Mapping[s
 def _problems(
     model: nn.Module, state: AdapterState, name: str, tensors: Mapping[str, Tensor], expected: _Expected
 ) -> list[str]:
-    """Everything that keeps these tensors from being the adapter's."""
+    """The reasons why these tensors cannot be the adapter's."""
     config = state.configs[name]
     shapes = {key: tuple(value.shape) for key, value in expected.values.items()}
     misshapen = _misshapen(expected.values, tensors)
@@ -316,7 +316,7 @@ def _carry(model: nn.Module, state: AdapterState, name: str, place: _Place, *, k
 
 
 def _embeddings(model: nn.Module, config: MethodConfig, name: str) -> dict[str, _Place]:
-    """The keys that whole weights of the input embeddings and the head have, and where those weights are."""
+    """The keys of whole weights of the input embeddings and the head, with the weights' places."""
     if not isinstance(model, PreTrainedModel):
         return {}
     ends = [m for m in (input_embeddings(model), model.get_output_embeddings()) if m is not None]

@@ -179,13 +179,15 @@ def _share(width: int, head: int) -> float:
 
 
 def _layer_types(pattern: int | list[bool], n_layers: int) -> list[str]:
-    """The last of every ``pattern`` layers sees everything, or the layers that are False in a list."""
+    """The type of each layer. Full attention has the last of every ``pattern`` layers, or those that are False in a
+    list.
+    """
     slides = pattern if isinstance(pattern, list) else [(layer + 1) % pattern != 0 for layer in range(n_layers)]
     return ["sliding_attention" if slide else "full_attention" for slide in slides]
 
 
 def _at(values: dict[str, Any], path: str) -> dict[str, Any]:
-    """The dict at a path, made where there is none."""
+    """The dict at a path, created if it is missing."""
     for part in path.split("."):
         values[part] = dict(values.get(part) or {})
         values = values[part]

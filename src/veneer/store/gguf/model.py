@@ -301,7 +301,7 @@ def _counted_progress(on_progress: OnProgress) -> Iterator[None]:
 
 
 class _Counted(StringIO):
-    """Takes what a bar of tqdm writes (``…: 9%|▉ | 24/272 [00:01<…``), and tells the two numbers."""
+    """Reads the output of a tqdm bar (``…: 9%|▉ | 24/272 [00:01<…``), and reports its two numbers."""
 
     def __init__(self, on_progress: OnProgress) -> None:
         super().__init__()

@@ -71,7 +71,7 @@ def _yarn(pairs: Mapping[str, Any], factor: float) -> dict[str, Any]:
 
 
 def _longrope(pairs: Mapping[str, Any], factors: Mapping[str, Tensor], max_positions: int) -> dict[str, Any]:
-    """LongRoPE (Ding et al. 2024, arXiv 2402.13753), the factor of attention left out where it follows from lengths."""
+    """LongRoPE (Ding et al. 2024, arXiv 2402.13753), without the attention factor if it follows from lengths."""
     if missing := [name for name in (SHORT_FACTORS, LONG_FACTORS) if name not in factors]:
         raise FormatError(f"the tensors {' and '.join(missing)} are missing, which LongRoPE divides frequencies by")
     if ORIGINAL_LENGTH not in pairs:

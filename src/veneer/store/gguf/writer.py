@@ -195,7 +195,7 @@ def part_paths(target: Path, n_parts: int) -> list[Path]:
 
 
 def _sets(target: Path) -> list[Path]:
-    """The files that are there of a target, alone or in any number of parts."""
+    """The existing files of a target, as one file or in any number of parts."""
     name = re.compile(rf"{re.escape(target.name.removesuffix('.gguf'))}-\d{{5}}-of-\d{{5}}\.gguf")
     found = [path for path in target.parent.iterdir() if path == target or name.fullmatch(path.name)]
     return [path for path in found if path.is_file()]
