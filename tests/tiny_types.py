@@ -2,68 +2,36 @@
 
 from __future__ import annotations
 
+import inspect
 import signal
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
-from transformers.models.auto.modeling_auto import (
-    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
-)
+from tests.tiny_configs import END, VOCABULARY, tiny_config
+from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
+from transformers.pytorch_utils import Conv1D
 
 from models import byte_tokenizer
-from veneer import LLM, LoraConfig, SamplingParams, get_peft_model
+from veneer import LLM, LoraConfig, LoRARequest, SamplingParams, get_peft_model
 from veneer.errors import VeneerError
+from veneer.model.batch.encoded import first_ids
+from veneer.model.fused.block import FusedBlock
+from veneer.model.fused.decoder import fuse, fuse_as_described
+from veneer.ops.traced import tracing
+from veneer.plan.model import make_traced
 from veneer.plan.serving import kept_in_serving
 from veneer.serve.runners.general_runner import GeneralRunner
 from veneer.serve.runners.own_cache_runner import OwnCacheRunner
 from veneer.store.gguf.registry import by_model_type
 from veneer.store.kinds import auto_class
 
-VOCABULARY, END = 263, 262
 MOST = 4_000_000  # parameters: of the few types that hold more whatever their config says, nothing is made
-CAUSAL = sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
-IMAGES = sorted(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.keys() - MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.keys())
-COLUMNS = ("type", "attach", "train", "serve", "greedy", "plan", "GGUF")
-SIZES: dict[str, Any] = {
-    **dict.fromkeys(("hidden_size", "d_model", "n_embd", "dim", "embedding_size", "word_embed_proj_dim"), 32),
-    **dict.fromkeys(("intermediate_size", "d_ff", "ffn_dim", "n_inner", "hidden_dim", "ffn_hidden_size"), 48),
-    **dict.fromkeys(("encoder_ffn_dim", "decoder_ffn_dim"), 48),
-    **dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size"), 16),
-    **dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers", "num_layers", "encoder_layers", "decoder_layers"), 2),
-    **dict.fromkeys(("num_attention_heads", "n_head", "n_heads", "num_heads"), 4),
-    **dict.fromkeys(("encoder_attention_heads", "decoder_attention_heads"), 4),
-    **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), 4),
-    **dict.fromkeys(("num_experts_per_tok", "moe_k", "num_key_value_heads"), 2),
-    **dict.fromkeys(("n_group", "topk_group", "n_groups", "mamba_n_groups"), 1),
-    **dict.fromkeys(("head_dim", "d_kv", "kv_channels", "rotary_dim"), 8),
-    **dict.fromkeys(("max_position_embeddings", "n_positions", "max_seq_len", "n_ctx"), 128),
-    **dict.fromkeys(("q_lora_rank", "kv_lora_rank"), 16),
-    "vocab_size": VOCABULARY, "vocab_size_per_layer_input": VOCABULARY, "hidden_size_per_layer_input": 8,
-    "sliding_window": 16, "attention_window_size": 16, "attention_chunk_size": 16, "first_k_dense_replace": 1,
-    "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8, "qk_head_dim": 16, "index_head_dim": 8,
-    "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 8,
-    "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8, "mamba_d_ssm": 64, "mamba_chunk_size": 8,
-    "mamba_num_heads": 4, "mamba_head_dim": 16, "ssm_state_size": 8, "chunk_size": 8, "state_size": 8,
-    "time_step_rank": 4, "mamba_dt_rank": 4, "lru_width": 32,
-}  # fmt: skip
-_ENDS = {"bos_token_id": 1, "eos_token_id": END, "pad_token_id": 0, "decoder_start_token_id": 1}
-_OWN: dict[str, dict[str, Any]] = {  # sizes that go by other rules in one type
-    "mamba2": {"num_heads": 8, "head_dim": 8, "n_groups": 1, "expand": 2},
-    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1},
-    "rwkv": {"attention_hidden_size": 32, "context_length": 128},
-    "lfm2": {"layer_types": ["conv", "full_attention"]},
-    "bamba": {"attn_layer_indices": [1]},
-    "granitemoehybrid": {"layer_types": ["mamba", "attention"]},
-}
-_GIVEN = {  # their configs derive sizes from others
-    "axk1", "axk2", "deepseek_v2", "deepseek_v3", "deepseek_v32", "glm4_moe_lite", "glm_moe_dsa", "kimi_linear",
-    "longcat_flash", "minicpm3", "youtu", "hunyuan_v1_dense", "hunyuan_v1_moe", "ministral", "nemotron", "lfm2_moe",
-}  # fmt: skip
+COLUMNS = ("type", "attach", "train", "fused", "serve", "greedy", "plan", "GGUF")
 # What making or running a tiny model of a type that goes by other rules raises.
 _UNFIT = (
     ArithmeticError,
@@ -77,49 +45,25 @@ _UNFIT = (
 )
 
 
+_IDS = torch.arange(2, 13)[None] * 7 % VOCABULARY
+
+
 class TooSlowError(RuntimeError):
     """Type whose tiny model takes too long."""
 
 
-def tiny_config(model_type: str) -> PreTrainedConfig:
-    """Return transformers' config of a type with tiny sizes: set on the usual one, or given to it."""
-    kind = CONFIG_MAPPING[model_type]
-    config = _shrunk(kind())
-    if model_type in _GIVEN:
-        usual = kind().to_dict()
-        given = {name: size for name, size in {**SIZES, **_ENDS}.items() if type(usual.get(name)) is int}
-        if "qk_rope_head_dim" in usual:
-            given = {k: v for k, v in given.items() if k not in ("head_dim", "qk_head_dim")} | {"qk_rope_head_dim": 4}
-        config = kind(**given, **{k: 8 for k in ("head_dim",) if k in usual and usual[k] is None})
-    for name, value in _OWN.get(model_type, {}).items():
-        setattr(config, name, value)
-    return config
-
-
-def _shrunk(config: PreTrainedConfig) -> PreTrainedConfig:
-    held, names = config.to_dict(), config.attribute_map
-    for name, size in SIZES.items():
-        own = names.get(name, name)
-        if type(held.get(own)) is int:
-            setattr(config, own, size)
-    for part in list(vars(config).values()):
-        if isinstance(part, PreTrainedConfig):
-            _shrunk(part)
-    for name, values in list(vars(config).items()):
-        if isinstance(values, list | tuple) and len(values) > 2 and all(isinstance(v, str) for v in values):
-            kinds = list(dict.fromkeys(values))
-            if name != "architectures":
-                setattr(config, name, [kinds[0], kinds[-1]])
-    for name, id in _ENDS.items():
-        if getattr(config, name, None) is not None:
-            setattr(config, name, id)
-    return config
+def tiny_class(model_type: str) -> Any:
+    """Return transformers' auto class of a type."""
+    kind, _, name = model_type.rpartition("/")
+    if kind == "classes":
+        is_of_rows = name in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
+        return AutoModelForSequenceClassification if is_of_rows else AutoModelForTokenClassification
+    return auto_class(model_type, tiny_config(model_type).to_dict(), encodes=True)
 
 
 def tiny_model(model_type: str) -> PreTrainedModel:
     """Return a tiny random model in float32. Raises ValueError for one that is not tiny."""
-    config = tiny_config(model_type)
-    kind = auto_class(model_type, config.to_dict())
+    config, kind = tiny_config(model_type), tiny_class(model_type)
     with torch.device("meta"):
         n = sum(p.numel() for p in kind.from_config(config, dtype=torch.float32).parameters())
     if n > MOST:
@@ -129,7 +73,8 @@ def tiny_model(model_type: str) -> PreTrainedModel:
     for parameter in model.parameters():
         if parameter.dim() > 1:
             torch.nn.init.normal_(parameter, std=0.1)
-    model.generation_config.eos_token_id = END
+    if model.can_generate():
+        model.generation_config.eos_token_id, model.generation_config.forced_eos_token_id = END, None
     return model.eval()
 
 
@@ -155,43 +100,113 @@ def row_of(model_type: str) -> tuple[str, ...]:
     gguf = "written" if model_type in by_model_type() else "–"
     try:
         with at_most(60):
-            model = tiny_model(model_type)
-            ids = torch.arange(2, 13)[None] * 7 % VOCABULARY
+            model, merged = tiny_model(model_type), tiny_model(model_type)
             with torch.no_grad():
-                model(input_ids=ids, use_cache=False)
+                plain = model(**_inputs(model)).logits
     except (*_UNFIT, VeneerError) as error:
-        return (model_type, *([f"not made here: {_short(error)}"] + ["–"] * 4), gguf)
-    return (model_type, *_trained(model_type, ids), *_served(model_type, model), gguf)
+        return (model_type, *([f"not made here: {_short(error)}"] + ["–"] * 5), gguf)
+    with TemporaryDirectory() as folder, at_most(60):
+        trained = _trained(merged, model_type, plain, folder)
+        return (model_type, *trained, *_served(model_type, model, merged, folder), gguf)
 
 
-def _trained(model_type: str, ids: torch.Tensor) -> tuple[str, str]:
+def _trained(merged: PreTrainedModel, model_type: str, plain: torch.Tensor, folder: str) -> tuple[str, str, str]:
+    """What becomes of attaching and training; the adapter is saved, and ``merged`` gets it in its weights."""
     try:
-        model = tiny_model(model_type)
-        plain = model(input_ids=ids, use_cache=False).logits.detach()
-        adapted = get_peft_model(model, LoraConfig(r=3, target_modules="all-linear"))
+        adapted = get_peft_model(tiny_model(model_type), LoraConfig(r=3, lora_alpha=3, target_modules="all-linear"))
+        with torch.no_grad():
+            same = torch.allclose(adapted(**_inputs(adapted)).logits, plain, atol=1e-4)
     except (*_UNFIT, VeneerError) as error:
-        return f"no: {_short(error)}", "–"
-    same = torch.allclose(adapted(input_ids=ids, use_cache=False).logits, plain, atol=1e-4)
+        return f"no: {_short(error)}", "–", "–"
+    attached = "yes" if same else "other logits"
+    factors = _factors(adapted)
+    with torch.no_grad():
+        for _, b in factors.values():
+            torch.nn.init.normal_(b, std=0.1)
+        for path, (a, b) in factors.items():
+            layer = merged.get_submodule(path)
+            layer.weight += (b @ a).T if isinstance(layer, Conv1D) else b @ a
+    adapted.save_pretrained(folder)
+    fused = fused_halves(adapted) if fuse(adapted) else "no"
     try:
-        adapted.train()
-        adapted(input_ids=ids, labels=ids).loss.backward()
+        merged.train()(**_to_train(merged, model_type)).loss.backward()
+    except _UNFIT as error:
+        return attached, f"transformers: {_short(error)}", fused
+    try:
+        adapted.train()(**_to_train(adapted, model_type)).loss.backward()
     except (*_UNFIT, VeneerError) as error:
-        return "yes" if same else "other logits", f"no: {_short(error)}"
-    trained = [p for p in adapted.parameters() if p.requires_grad]
-    n = sum(p.grad is not None for p in trained)
-    return "yes" if same else "other logits", "yes" if n == len(trained) else f"{n} of {len(trained)} tensors"
+        return attached, f"no: {_short(error)}", fused
+    return attached, _as_transformers(merged, factors), _with_plan(fused, model_type)
 
 
-def _served(model_type: str, model: PreTrainedModel) -> tuple[str, str, str]:
-    tokenizer = byte_tokenizer()
+def _inputs(model: torch.nn.Module) -> dict[str, Any]:
+    taken = inspect.signature(model.forward).parameters
+    given = {"input_ids": _IDS, "decoder_input_ids": _IDS, "use_cache": False}
+    return {name: value for name, value in given.items() if name == "input_ids" or name in taken}
+
+
+def _to_train(model: torch.nn.Module, model_type: str) -> dict[str, Any]:
+    labels = _IDS
+    if model_type.startswith("classes/"):
+        labels = torch.tensor([1]) if tiny_class(model_type) is AutoModelForSequenceClassification else _IDS % 3
+    return {name: value for name, value in _inputs(model).items() if name != "decoder_input_ids"} | {"labels": labels}
+
+
+def _factors(adapted: torch.nn.Module) -> dict[str, tuple[torch.nn.Parameter, torch.nn.Parameter]]:
+    held, a, b = dict(adapted.named_parameters()), ".adapters.default.lora_A", ".adapters.default.lora_B"
+    paths = [name.removesuffix(a) for name in held if name.endswith(a)]
+    return {path: (held[path + a], held[path + b]) for path in paths}
+
+
+def _as_transformers(merged: PreTrainedModel, factors: Mapping[str, tuple[torch.Tensor, torch.Tensor]]) -> str:
+    """Whether the factors' gradients follow from those of the merged weights, and how many weights have none."""
+    n_reached = 0
+    for path, (a, b) in factors.items():
+        layer = merged.get_submodule(path)
+        if layer.weight.grad is None or not layer.weight.grad.any():
+            if any(factor.grad is not None and factor.grad.any() for factor in (a, b)):
+                return f"differs in {path}"
+            continue
+        whole = layer.weight.grad.T if isinstance(layer, Conv1D) else layer.weight.grad
+        for factor, own in ((a, b.detach().T @ whole), (b, whole @ a.detach().T)):
+            if factor.grad is None or (factor.grad - own).norm() > 2e-3 * own.norm() + 1e-6:
+                return f"differs in {path}" if factor.grad is not None else f"does not reach {path}"
+        n_reached += 1
+    return "equal" if n_reached == len(factors) else f"equal, {n_reached} of {len(factors)} layers"
+
+
+def fused_halves(model: torch.nn.Module) -> str:
+    """Return whether all halves of all blocks run fused, or some, or none."""
+    shapes = [module.fused_shape for module in model.modules() if isinstance(module, FusedBlock)]
+    halves = [half is not None for shape in shapes for half in (shape.attention, shape.mlp)]
+    return "whole" if halves and all(halves) else "parts" if any(halves) else "no"
+
+
+def _with_plan(fused: str, model_type: str) -> str:
+    """What is fused in a run, and in its plan where that is another."""
+    with torch.device("meta"):
+        empty = tiny_class(model_type).from_config(tiny_config(model_type), dtype=torch.float32)
+    with tracing():
+        make_traced(empty)
+        adapted = get_peft_model(empty, LoraConfig(r=3, target_modules="all-linear"))
+        planned = fused_halves(adapted) if fuse_as_described(adapted) is None else "no"
+    return fused if planned == fused else f"{fused}, planned {planned}"
+
+
+def _served(model_type: str, model: PreTrainedModel, merged: PreTrainedModel, folder: str) -> tuple[str, str, str]:
     prompts = [[5, 9, 33, 71, 200, 41], [7, 8, 250], [99, 100, 101, 102, 103, 104, 105, 106, 17]]
+    if model.can_generate():
+        try:
+            own = [_greedy(each, ids) for each, ids in zip((merged.eval(), model, merged), prompts, strict=True)]
+        except _UNFIT as error:
+            return f"transformers: {_short(error)}", "–", "–"
     try:
-        with at_most(60):
-            own = [_greedy(model, ids) for ids in prompts]
-            llm = LLM(model, tokenizer=tokenizer, max_model_len=64, max_num_batched_tokens=13)
-            params = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)
-            alone = llm.generate([{"prompt_token_ids": prompts[0]}], params, use_tqdm=False)
-            crowd = llm.generate([{"prompt_token_ids": ids} for ids in prompts], params, use_tqdm=False)
+        llm = LLM(model, tokenizer=byte_tokenizer(), max_model_len=64, max_num_batched_tokens=13)
+        params = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)
+        adapter = LoRARequest("a", 1, folder)
+        alone = llm.generate([{"prompt_token_ids": prompts[0]}], params, use_tqdm=False, lora_request=adapter)
+        given = [{"prompt_token_ids": ids} for ids in prompts]
+        crowd = llm.generate(given, params, use_tqdm=False, lora_request=[adapter, None, adapter])
     except (*_UNFIT, VeneerError) as error:
         return f"no: {_short(error)}", "–", "–"
     runner = llm.engine.runner
@@ -207,17 +222,19 @@ def _served(model_type: str, model: PreTrainedModel) -> tuple[str, str, str]:
 def _greedy(model: PreTrainedModel, ids: list[int]) -> list[int]:
     with torch.no_grad():
         given = torch.tensor([ids])
+        n = 4 + (len(first_ids(model)) - 1 if model.config.is_encoder_decoder else 0)
         out = model.generate(
-            given, max_new_tokens=4, min_new_tokens=4, do_sample=False, pad_token_id=0, eos_token_id=None
+            given, max_new_tokens=n, min_new_tokens=n, do_sample=False, pad_token_id=0, eos_token_id=None
         )
-    return [int(id) for id in out[0, len(ids) :]]
+    front = first_ids(model) if model.config.is_encoder_decoder else ids
+    return [int(id) for id in out[0, len(front) :]]
 
 
 def _planned(model_type: str, llm: LLM) -> str:
     config, pages = tiny_config(model_type), llm.engine.scheduler.pages
     try:
         with torch.device("meta"):
-            empty = auto_class(model_type, config.to_dict()).from_config(config, dtype=torch.float32).eval()
+            empty = tiny_class(model_type).from_config(config, dtype=torch.float32).eval()
         kept = kept_in_serving(empty, pages.block)
     except (*_UNFIT, VeneerError) as error:
         return f"no: {_short(error)}"

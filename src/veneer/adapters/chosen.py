@@ -79,11 +79,14 @@ class Chosen:
     warnings: tuple[str, ...] = ()
     device: str | None = None
 
-    def load(self) -> ModelParts:
-        """Load the parts, on the default device if none was chosen. Raises the errors of `load_model`."""
+    def load(self, *, encodes: bool = False) -> ModelParts:
+        """Load the parts, on the default device if none was chosen. Raises the errors of `load_model`.
+
+        ``encodes``: an encoder with a decoder will do too.
+        """
         device, quantization = self.device or default_device(), _nf4() if self.four_bit else None
         with quiet():
-            base = load_model(self.source, dtype=self.dtype, quantization=quantization, device=device)
+            base = load_model(self.source, dtype=self.dtype, quantization=quantization, device=device, encodes=encodes)
             if self.adapters:
                 make_room_for(self.tokenizer, base)
         any_dtype = self.dtype == "auto" and not self.four_bit

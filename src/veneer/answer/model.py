@@ -48,7 +48,8 @@ class ModelAnswerer(Answerer):
                 max_new_tokens=n_most,
                 **self._options(),
             )
-        return str(self.tokenizer.decode(output[0, len(prompt) :], skip_special_tokens=True))
+        n_before = 0 if self.model.config.is_encoder_decoder else len(prompt)
+        return str(self.tokenizer.decode(output[0, n_before:], skip_special_tokens=True))
 
     def answers_to(self, asked: Sequence[Asked], answering: Answering, on_progress: OnProgress) -> list[str]:
         how: dict[str, Any] = {"batching": Batching(n_rows=self._n_rows), "options": self._options()}

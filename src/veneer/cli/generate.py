@@ -36,7 +36,7 @@ def generate(args: GenerateArguments) -> None:
     ids = encode_prompt(chosen.tokenizer, text, system=args.system, raw=args.raw)
     if not ids:
         raise ConfigError("the prompt is empty: give at least one token")
-    answerer = loading.answerer_of(loading.loaded(chosen), drawing)
+    answerer = loading.answerer_of(loading.loaded(chosen, encodes=True), drawing)
     answer = answerer.stream(ids, args.max_new_tokens)
     if not answer.strip() and not args.raw and answerer.tokenizer.chat_template is not None:
         typer.echo(
@@ -48,7 +48,7 @@ def generate(args: GenerateArguments) -> None:
 def _answer_all(
     chosen: Chosen, asked: list[PromptRow], output: Path, drawing: Drawing, batch_size: int, max_new_tokens: int
 ) -> None:
-    answerer = loading.answerer_of(loading.loaded(chosen), drawing, batch_size)
+    answerer = loading.answerer_of(loading.loaded(chosen, encodes=True), drawing, batch_size)
     folders = [each.adapter for each in asked] if chosen.adapters else []
     with quiet(), progress_bar("answering") as on_progress:
         prompts, answering = [each.ids for each in asked], Answering(max_new_tokens=max_new_tokens)

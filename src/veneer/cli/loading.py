@@ -41,10 +41,10 @@ def told(chosen: Chosen) -> Chosen:
     return chosen
 
 
-def loaded(chosen: Chosen) -> ModelParts:
-    """Return the parts of a choice, loaded."""
+def loaded(chosen: Chosen, *, encodes: bool = False) -> ModelParts:
+    """Return the parts of a choice, loaded. ``encodes``: an encoder with a decoder will do too."""
     with waits_told(f"loading {chosen.source}"):
-        parts = chosen.load()
+        parts = chosen.load(encodes=encodes)
     tell_of_device(parts)
     return parts
 

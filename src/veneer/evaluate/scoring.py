@@ -262,7 +262,8 @@ def _continued(
         **options,
         **stop,
     )
-    return [str(tokenizer.decode(row[width:], skip_special_tokens=True)) for row in output]
+    n_before = 0 if model.config.is_encoder_decoder else width
+    return [str(tokenizer.decode(row[n_before:], skip_special_tokens=True)) for row in output]
 
 
 def greedy() -> dict[str, Any]:

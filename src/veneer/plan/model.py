@@ -51,15 +51,15 @@ def blockwise(text: PreTrainedConfig) -> list[tuple[str, Sequence[Any]]]:
 
 
 def meta_base(
-    config: PreTrainedConfig, part: ModelPart, *, prepared: bool = True, frozen: bool = True
+    config: PreTrainedConfig, part: ModelPart, *, prepared: bool = True, frozen: bool = True, encodes: bool = False
 ) -> PreTrainedModel:
     """Return the base of a recipe on the meta device, in its storage format; ``prepared`` for training.
 
-    A base that is not ``frozen`` is dense.
+    A base that is not ``frozen`` is dense. ``encodes``: an encoder with a decoder will do too.
 
     Raises ConfigError if transformers makes no model of the config that predicts the next token.
     """
-    kind = auto_class(part.source, config.to_dict())
+    kind = auto_class(part.source, config.to_dict(), encodes=encodes)
     dtype = getattr(torch, part.dtype) if part.dtype != "auto" else config.dtype or torch.float32
     try:
         with torch.device("meta"):
@@ -84,12 +84,14 @@ def meta_base(
     return model
 
 
-def traced_model(config: PreTrainedConfig, part: ModelPart, adapter: MethodConfig | None) -> PreTrainedModel:
+def traced_model(
+    config: PreTrainedConfig, part: ModelPart, adapter: MethodConfig | None, *, encodes: bool = False
+) -> PreTrainedModel:
     """Return the base with its adapter, or with float32 weights if the whole model is trained, ready to train.
 
-    Call it while tracing.
+    Call it while tracing. ``encodes``: an encoder with a decoder will do too.
     """
-    model = meta_base(config, part, frozen=adapter is not None)
+    model = meta_base(config, part, frozen=adapter is not None, encodes=encodes)
     if adapter is None:
         model = model.float().requires_grad_(True)
     make_traced(model)  # casts go before it: a traced tensor cannot be given other data

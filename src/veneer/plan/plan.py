@@ -123,7 +123,7 @@ def _full_batch(n_rows: int, length: int, packed: bool) -> Batch:
 def count_trained(part: ModelPart, adapter: Mapping[str, Any], config: PreTrainedConfig) -> int:
     """Count the parameters that a recipe trains, from the shapes of the model; no step is traced."""
     with tracing():
-        model = traced_model(config, part, adapter_of(adapter))
+        model = traced_model(config, part, adapter_of(adapter), encodes=True)
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 

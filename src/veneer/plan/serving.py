@@ -5,11 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch.fx.experimental._config import patch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from veneer.contract import MethodConfig
 from veneer.errors import ConfigError, DescriptionError, TargetError
 from veneer.evaluate.scoring import context_length
+from veneer.model.batch.encoded import encoded_bytes
 from veneer.model.batch.own_cache import KeptBytes, Way, kept_bytes
 from veneer.model.batch.paged import UNFIT, position_bytes, require_paged_layers
 from veneer.model.blueprint.describe import describe
@@ -67,7 +69,9 @@ def serving_of(
 
     Raises ConfigError if the base alone does not fit.
     """
-    model = meta_base(config, part, prepared=False, frozen=False)  # the engine decodes a GGUF file's blocks
+    model = meta_base(
+        config, part, prepared=False, frozen=False, encodes=True
+    )  # the engine decodes a GGUF file's blocks
     base = sum({id(t): t.nbytes for t in (*model.parameters(), *model.buffers())}.values())
     options = EngineOptions()
     room = int(options.gpu_memory_utilization * (memory - base))
@@ -101,19 +105,21 @@ def kept_in_serving(model: PreTrainedModel, block: int) -> KeptBytes:
         program = compile_program(describe(model), context_length(model) or 2048)
         return KeptBytes(numbers_per_position(program, block, model.dtype, CPU) * model.dtype.itemsize)
     except DescriptionError:
-        with tracing(), torch.no_grad():
+        with tracing(), torch.no_grad(), patch(meta_nonzero_assume_all_nonzero=True):  # experts look for their tokens
             make_traced(model)
             return _of_own_code(model)
 
 
 def _of_own_code(model: PreTrainedModel) -> KeptBytes:
     try:
-        require_paged_layers(model)
-        return KeptBytes(position_bytes(model, torch.arange(_SHORT))[0])
+        if not model.config.is_encoder_decoder:
+            require_paged_layers(model)
+            return KeptBytes(position_bytes(model, torch.arange(_SHORT))[0])
     except TargetError:
         pass
     try:
-        return kept_bytes(model, Way.AT_ONCE)
+        encodes = model.config.is_encoder_decoder
+        return encoded_bytes(model, Way.AT_ONCE) if encodes else kept_bytes(model, Way.AT_ONCE)
     except UNFIT as error:
         raise ConfigError(
             f"{type(model).__name__} keeps something that cannot be counted without its weights ({error}). Start the "

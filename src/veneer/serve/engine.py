@@ -133,7 +133,15 @@ class Engine:
         )  # fmt: skip
 
     def submit(self, asked: CheckedRequest) -> None:
-        """Accept a request at the next step. From any thread. Raises QueueFullError if too many wait."""
+        """Accept a request at the next step. From any thread. Raises QueueFullError if too many wait.
+
+        Raises ConfigError for an embedding by a model with an encoder and a decoder.
+        """
+        if asked.pooling is not None and self.settings.encodes:
+            raise ConfigError(
+                "an embedding is asked for, and the model is an encoder with a decoder: ask it for completions, or "
+                "serve a model that reads its prompts itself"
+            )
         self.backlog.submit(asked)
         self._inbox.put(asked)
 

@@ -19,6 +19,7 @@ from veneer.adapters.peft_model import PeftModel
 from veneer.errors import ConfigError, DescriptionError, TargetError, listed
 from veneer.evaluate.scoring import context_length
 from veneer.model.adapted.state import base_alone
+from veneer.model.batch.encoded import encoded_bytes, proved_encoding
 from veneer.model.batch.own_cache import KeptBytes, Way, kept_bytes, proved_way
 from veneer.model.batch.paged import SlotStore, require_pageable
 from veneer.model.coded.quantized_head import quantize_head
@@ -202,6 +203,7 @@ def start_engine(
     Raises ConfigError, FormatError, and TargetError for a model that cannot be served.
     """
     loaded, tokenizer = _load(model, options)
+    _require_generates(loaded)
     limit = context_length(loaded)
     longest = options.max_model_len or limit or 2048
     if limit is not None and longest > limit:
@@ -238,8 +240,18 @@ def start_engine(
         prefix_caching=options.enable_prefix_caching is not False and way is None,
         speculative=options.speculative(),
         drafts=way is None,
+        encodes=bool(loaded.config.is_encoder_decoder),
     )
     return Engine(runner, scheduler, tokenizer, settings)
+
+
+def _require_generates(model: PreTrainedModel) -> None:
+    """Raise TargetError for a model that writes no text: an encoder, or one with a head of classes."""
+    if not model.can_generate():
+        raise TargetError(
+            f"{type(model).__name__} cannot be served: it predicts no next token. Call the model itself, with its "
+            "adapters (get_peft_model), or give one that writes text"
+        )
 
 
 def _limits(model: PreTrainedModel, options: EngineOptions, longest: int) -> Limits:
@@ -253,8 +265,8 @@ def _program(
     model: PreTrainedModel, longest: int, *, give_up: bool, switched_off: bool
 ) -> tuple[Interpreter | None, str]:
     """The model's program, or why there is none."""
-    if switched_off:
-        return None, "general_runner=True"
+    if switched_off or model.config.is_encoder_decoder:
+        return None, "general_runner=True" if switched_off else "it is an encoder with a decoder"
     try:
         return proved(model, longest, give_up=give_up), ""
     except DescriptionError as error:
@@ -353,7 +365,7 @@ def _load(model: Any, options: EngineOptions) -> tuple[PreTrainedModel, Any]:
             f"model, a {type(model).__name__}, is no model of transformers: give a folder, or a PreTrainedModel"
         )
     quantization = _nf4() if options.quantization == "bitsandbytes" else None
-    loaded = load_model(model, dtype=options.dtype, quantization=quantization, device=default_device())
+    loaded = load_model(model, dtype=options.dtype, quantization=quantization, device=default_device(), encodes=True)
     if options.quantize_head is not None:
         quantize_head(loaded)
     tokenizer = named if isinstance(named, PreTrainedTokenizerBase) else load_tokenizer(named or model)
@@ -418,17 +430,26 @@ def way_of(model: PreTrainedModel) -> tuple[Way | None, KeptBytes]:
 
     None: its attention runs over pages. Raises TargetError for a model that predicts no next token from token ids.
     """
+    if model.config.is_encoder_decoder:
+        way = proved_encoding(model)
+        kept = encoded_bytes(model, way)
+        _tell_own_caches(model, "an encoder reads its prompts, each in one pass", way, kept)
+        return way, kept
     try:
         return None, KeptBytes(require_pageable(model))
     except TargetError as error:
         way = proved_way(model)
         kept = kept_bytes(model, way)
-        _LOG.warning(
-            "%s keeps its sequences in transformers' own caches, one each and one pass each, for %s. A sequence takes "
-            "%s and %s a token; after its first pass it computes %s. There is no prefix caching and no speculation",
-            type(model).__name__, error, size(kept.sequence), size(kept.position), way.value,
-        )  # fmt: skip
+        _tell_own_caches(model, str(error), way, kept)
         return way, kept
+
+
+def _tell_own_caches(model: PreTrainedModel, reason: str, way: Way, kept: KeptBytes) -> None:
+    _LOG.warning(
+        "%s keeps its sequences in transformers' own caches, one each and one pass each, for %s. A sequence takes "
+        "%s and %s a token; after its first pass it computes %s. There is no prefix caching and no speculation",
+        type(model).__name__, reason, size(kept.sequence), size(kept.position), way.value,
+    )  # fmt: skip
 
 
 def _position_bytes(model: PreTrainedModel, interpreter: Interpreter, block: int) -> int:

@@ -76,16 +76,18 @@ def load_model(
     quantization: Any = None,
     device: str | torch.device | None = None,
     scores: bool = False,
+    encodes: bool = False,
     gguf: str = "blocks",
     each_block: EachBlock | None = None,
 ) -> PreTrainedModel:
     """Return the causal language model at ``source``, for evaluation. With ``scores`` its head scores each sequence.
 
-    A score is one number; the head is new if the files hold none. ``dtype`` ``"auto"`` keeps the checkpoint's.
-    ``quantization`` is a `BitsAndBytesConfig`, not needed for a model that was saved quantized. The matrices of a GGUF
-    file stay in their blocks, mapped; ``gguf="dense"`` or a ``quantization`` makes a dense copy in the cache first.
-    ``each_block`` takes the blocks while the model is loaded, each once its weights are there. With a CUDA ``device``
-    each weight goes there as it is read (blocks of a GGUF file: at the end), so that host memory never holds the model.
+    A score is one number; the head is new if the files hold none. ``encodes``: an encoder with a decoder will do too.
+    ``dtype`` ``"auto"`` keeps the checkpoint's. ``quantization`` is a `BitsAndBytesConfig`, not needed for a model that
+    was saved quantized. The matrices of a GGUF file stay in their blocks, mapped; ``gguf="dense"`` or a
+    ``quantization`` makes a dense copy in the cache first. ``each_block`` takes the blocks while the model is loaded,
+    each once its weights are there. With a CUDA ``device`` each weight goes there as it is read (blocks of a GGUF file:
+    at the end), so that host memory never holds the model.
 
     Raises the errors of `resolve` and `auto_class`, FormatError if weights are damaged or missing, and ConfigError for
     an unknown dtype. Raises OutOfMemoryError if the process may not allocate the memory.
@@ -98,7 +100,7 @@ def load_model(
     if quantization is None and isinstance(place, Path):
         quantization = stored_quantization(place)
     options: dict[str, Any] = {} if quantization is None else {"quantization_config": quantization}
-    kind = AutoModelForSequenceClassification if scores else _auto_class(source, place)
+    kind = AutoModelForSequenceClassification if scores else _auto_class(source, place, encodes=encodes)
     options |= {"num_labels": 1} if scores else {}
     options |= _straight_to(device)
     if each_block is not None:
@@ -130,7 +132,7 @@ def load_model(
     return cast(PreTrainedModel, model if device is None else model.to(device)).eval()
 
 
-def _auto_class(source: str | os.PathLike[str], place: Path | str) -> Any:
+def _auto_class(source: str | os.PathLike[str], place: Path | str, *, encodes: bool) -> Any:
     """The class that loads a model; that of a hub id is unknown until its files are here.
 
     transformers reports a config that cannot be read.
@@ -141,7 +143,7 @@ def _auto_class(source: str | os.PathLike[str], place: Path | str) -> Any:
         facts = json.loads((place / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return AutoModelForCausalLM
-    return auto_class(source, facts) if isinstance(facts, dict) else AutoModelForCausalLM
+    return auto_class(source, facts, encodes=encodes) if isinstance(facts, dict) else AutoModelForCausalLM
 
 
 def _straight_to(device: str | torch.device | None) -> dict[str, Any]:

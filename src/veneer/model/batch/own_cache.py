@@ -47,12 +47,17 @@ class KeptBytes:
 class Held:
     """Sequence in progress: its computed ``tokens`` and transformers' ``cache`` of them.
 
-    ``is_whole`` is False after a pass that was interrupted: the cache may hold a part of its tokens.
+    ``is_whole`` is False after a pass that was interrupted: the cache may hold a part of its tokens. Of a model with an
+    encoder: the first ``n_prompt`` tokens are the encoder's, ``encoded`` is its output, and ``answer`` is what the
+    decoder has read.
     """
 
     tokens: list[int] = field(default_factory=list)
     cache: Any = None
     is_whole: bool = True
+    n_prompt: int = 0
+    encoded: Any = None
+    answer: list[int] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)

@@ -34,6 +34,13 @@ def layer_type_of(attention: nn.Module) -> str | None:
     return None if types is None or index is None else cast(str, types[index])
 
 
+# Fields of attention modules by their usual values, and what another value means.
+_ODD: dict[str, tuple[float, str]] = {
+    "mp_num": (1, "it joins q, v and k in groups"),
+    "v_scale": (1.0, "it scales its values"),
+}
+
+
 def read_attention(source: BlockSource, module: nn.Module, layer: int) -> Attention | Strange:
     """Return the attention of block number ``layer``."""
     path = source.path(module)
@@ -54,6 +61,9 @@ def read_attention(source: BlockSource, module: nn.Module, layer: int) -> Attent
     scale = _scale(module)
     if scale is None:
         return strange("it does not say by what it scales")
+    odd = next((told for name, (usual, told) in _ODD.items() if getattr(module, name, usual) != usual), None)
+    if odd is not None:
+        return strange(odd)
     turning = rotates(source, module, layer)
     rotary = read_rotary(source, layer_type_of(module), heads.head_dim) if turning and not source.family.alibi else None
     if isinstance(rotary, str):

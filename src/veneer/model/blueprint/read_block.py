@@ -27,7 +27,7 @@ def read_block(source: BlockSource, block: nn.Module, layer: int) -> Block:
         tried = f"no {', '.join(names.feed_forward)} and one of {', '.join(names.attention)} in it"
         return _unknown(path, tried)
     attention_module = cast(nn.Module, getattr(block, attention_name))
-    layer_type = layer_type_of(attention_module)
+    layer_type = layer_type_of(attention_module) or _listed_type(source.config, layer)
     if layer_type not in (None, FULL, SLIDING):
         return _unknown(path, f"it is of type {layer_type}, where {FULL} and {SLIDING} are known")
     norm_names = next((each for each in names.norms if _fits(block, each)), None)
@@ -47,11 +47,30 @@ def read_block(source: BlockSource, block: nn.Module, layer: int) -> Block:
         feed_forward=feed_forward,
         norms=norms,
         parallel=_parallel(source, norms),
-        residual_multiplier=float(getattr(source.config, "residual_multiplier", 1.0)),
+        residual_multiplier=_multiplier(source, block),
         attention_sublayer=_attention_sublayer(source, block, attention, norms),
         feed_forward_sublayer=_feed_forward_sublayer(source, block, feed_forward, norms, in_block),
-        other=tuple(undescribed(source, block, known)),
+        other=(*undescribed(source, block, known), *_kept_values(source, block)),
     )
+
+
+def _listed_type(config: Any, layer: int) -> str | None:
+    """The type of a layer in the config, for attention that does not know its place."""
+    types = getattr(config, "layer_types", None) or ()
+    return types[layer] if layer < len(types) else None
+
+
+def _multiplier(source: BlockSource, block: nn.Module) -> float:
+    """The multiplier of the halves' outputs: the config's, or one that the block has computed (MiniCPM 3)."""
+    own = getattr(block, "residual_scale", None)
+    return float(own if isinstance(own, float) else getattr(source.config, "residual_multiplier", 1.0))
+
+
+def _kept_values(source: BlockSource, block: nn.Module) -> list[Strange]:
+    """What a block holds beside parameters: Gemma 4's multiplies the stream by a value."""
+    names = [name for name, _ in block.named_buffers(recurse=False)]
+    told = f"it holds {', '.join(names)}, which the description has no words for"
+    return [Strange(path=source.path(block), reason=told)] if names else []
 
 
 def _fits(block: nn.Module, names: NormNames) -> bool:

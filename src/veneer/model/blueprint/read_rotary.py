@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import ast
+import functools
+import inspect
 import math
 import sys
+import textwrap
 from collections.abc import Mapping
+from types import CodeType
 from typing import Any
 
 import torch
@@ -21,6 +26,7 @@ from veneer.model.blueprint.rotary import (
     YarnScaling,
 )
 from veneer.model.blueprint.source import BlockSource
+from veneer.model.inplace import plain_class
 
 KNOWN = {
     "default": (),
@@ -164,4 +170,24 @@ def turns_neighbours(attention: nn.Module) -> bool:
 
 def rotates(source: BlockSource, attention: nn.Module, layer: int) -> bool:
     """Return True if a layer rotates; some models leave the rotation out in every fourth layer (SmolLM3)."""
-    return bool(getattr(attention, "use_rope", True)) and source.family.rotates(source.config, layer)
+    named = bool(getattr(attention, "use_rope", True)) and source.family.rotates(source.config, layer)
+    condition = _condition(plain_class(type(attention)))
+    return named and (condition is None or bool(eval(condition, {"self": attention})))  # of its own fields alone
+
+
+@functools.cache
+def _condition(kind: type[nn.Module]) -> CodeType | None:
+    """The condition of a class's fields under which its forward rotates; None if it names none."""
+    try:
+        code = ast.parse(textwrap.dedent(inspect.getsource(kind.forward)))
+    except (OSError, TypeError, SyntaxError):
+        return None
+    for node in ast.walk(code):
+        if isinstance(node, ast.If) and any(_names(part) & {"apply_rotary_pos_emb"} for part in node.body):
+            plain = _names(node.test) == {"self"} and not any(isinstance(n, ast.Call) for n in ast.walk(node.test))
+            return compile(ast.Expression(node.test), "<rotation>", "eval") if plain else None
+    return None
+
+
+def _names(code: ast.AST) -> set[str]:
+    return {node.id for node in ast.walk(code) if isinstance(node, ast.Name)}

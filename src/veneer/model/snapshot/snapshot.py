@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +18,7 @@ from veneer.model.adapted.embedding import input_embeddings
 from veneer.model.adapted.kinds import Kind, kind_of
 from veneer.model.adapted.site import own_parameter
 from veneer.model.blueprint.names import CLASSIFIERS
+from veneer.model.inplace import plain_class
 from veneer.plain.module_names import matches_any
 from veneer.records.sites import LinearSite
 
@@ -51,12 +55,29 @@ class Snapshot:
     def index(self, method: LinearMethod | None = None) -> ModuleIndex:
         """Return the module paths, and those that a method (None: any) can adapt."""
         known = {path for path, kind in self.kinds.items() if method is None or kind.name in method.kinds}
-        linear = (path for path, kind in self.kinds.items() if kind.name == "linear")
+        linear = (path for path, kind in self.kinds.items() if kind.name == "linear" and not self._is_uncalled(path))
         return ModuleIndex(
             all_names=tuple(self.modules),
             adaptable=tuple(path for path in self.modules if path in known),
             all_linear=tuple(path for path in linear if path not in self.heads),
         )
+
+    def _is_uncalled(self, path: str) -> bool:
+        """Return True if the code around a layer multiplies by its weight itself, as Mamba's does (``dt_proj``)."""
+        parent, _, name = path.rpartition(".")
+        return parent in self.modules and name in _read_weights(plain_class(type(self.modules[parent])))
+
+
+@functools.cache
+def _read_weights(kind: type[nn.Module]) -> frozenset[str]:
+    """The layers by whose weights the methods of a class multiply, past their forward."""
+    try:
+        return frozenset(_PRODUCT.findall(inspect.getsource(kind)))
+    except (OSError, TypeError):
+        return frozenset()
+
+
+_PRODUCT = re.compile(r"self\.(\w+)\.weight @ ")
 
 
 def look_at(model: nn.Module) -> Snapshot:

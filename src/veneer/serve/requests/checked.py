@@ -35,6 +35,7 @@ class EngineSettings:
     ``chat_template`` is used for all adapters, in place of their own. If ``keeps_stats``, times and counts are kept.
     If ``prefix_caching``, requests share pages. ``speculative`` is the way in which next tokens are guessed (None: only
     those are that a form forces). ``drafts``: the runner can take tokens back, so that guesses are tried at all.
+    ``encodes``: prompts are read by an encoder, so that their tokens have no logits.
     """
 
     vocabulary: int
@@ -51,6 +52,7 @@ class EngineSettings:
     prefix_caching: bool = True
     speculative: SpeculativeConfig | None = None
     drafts: bool = True
+    encodes: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +116,11 @@ class Rules:
         Raises ConfigError for invalid ids or an invalid salt, and for a form that cannot be compiled.
         """
         require_salt(cache_salt)
+        if self.settings.encodes and params.prompt_logprobs is not None:
+            raise ConfigError(
+                "prompt_logprobs are asked for, and an encoder reads the prompt, which predicts no tokens: leave them "
+                "out"
+            )
         self._require_ids("the prompt", prompt_ids)
         for name in ("stop_token_ids", "allowed_token_ids", "logit_bias"):
             self._require_ids(name, getattr(params, name) or ())
@@ -167,7 +174,7 @@ class Rules:
         return DrawRule(
             params=params, key=key, ending=self.settings.ending | asked.reader.ends | request.rule.stop_ids,
             bad_words=asked.constraints.bad_words, form=None if form is None else form.begun(),
-            seen=None if seen is None else seen.begun(),
+            seen=None if seen is None else seen.begun(), n_prompt=len(asked.prompt_ids),
         )  # fmt: skip
 
     def draft(self, rule: DrawRule) -> Draft | None:

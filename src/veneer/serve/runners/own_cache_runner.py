@@ -15,10 +15,12 @@ from transformers import PreTrainedModel
 
 from veneer.errors import CompositionError
 from veneer.model.adapted.routing import Routing
+from veneer.model.batch.encoded import EncodingModel
 from veneer.model.batch.mixed import routed
 from veneer.model.batch.own_cache import CachingModel, Extended, Held, Way
 from veneer.serve.runners.general_runner import OwnCodeRunner
 from veneer.serve.runners.runner import Computed, read, wanted
+from veneer.serve.runners.sampler import DrawRule
 from veneer.serve.schedule.step_plan import PlannedSequence, StepPlan
 
 
@@ -35,10 +37,26 @@ class OwnCacheRunner(OwnCodeRunner):
 
     def __init__(self, model: PreTrainedModel, way: Way) -> None:
         super().__init__(model)
-        self.caching = CachingModel(model, way)
+        self.encodes = bool(model.config.is_encoder_decoder)
+        self.caching = EncodingModel(model, way) if self.encodes else CachingModel(model, way)
         self._sequences: dict[Hashable, _Progress] = {}
+        self._n_prompts: dict[str, int] = {}
+
+    def begin(self, request_id: str, rule: DrawRule) -> None:
+        super().begin(request_id, rule)
+        self._n_prompts[request_id] = rule.n_prompt
+
+    def end(self, request_id: str) -> None:
+        super().end(request_id)
+        self._n_prompts.pop(request_id, None)
 
     def taken(self, version: str) -> None:
+        config = self.model.peft_config[version]
+        if self.encodes and (config.virtual_tokens or config.invocation_tokens):
+            raise CompositionError(
+                f"{type(self.model).__name__} has an encoder and a decoder, and the adapter acts on a part of one: "
+                "serve another adapter, or generate with the model itself"
+            )
         if self.caching.way is Way.ANEW and self.model.peft_config[version].invocation_tokens:
             raise CompositionError(
                 f"{type(self.model).__name__} computes each sequence anew, and an adapter with invocation tokens acts "
@@ -66,17 +84,21 @@ class OwnCacheRunner(OwnCodeRunner):
 
     def _extended(self, sequence: PlannedSequence) -> Extended:
         n_before = sequence.start - sequence.n_front
-        progress = self._sequences.setdefault(sequence.request_id, _Progress()) if n_before else _Progress()
+        id = sequence.request_id
+        progress = self._sequences.setdefault(id, self._new(id)) if n_before else self._new(id)
         if not progress.held.is_whole or len(progress.held.tokens) != n_before:  # a step was interrupted
             progress = self._again(progress, n_before)
-        self._sequences[sequence.request_id] = progress
+        self._sequences[id] = progress
         found = self._extend(progress.held, sequence.version, sequence.tokens, with_states=sequence.reads_only)
         progress.stretches.append((sequence.version, sequence.tokens))  # after the pass: it may not have begun
         return found
 
+    def _new(self, request_id: str) -> _Progress:
+        return _Progress(Held(n_prompt=self._n_prompts.get(request_id, 0)))
+
     def _again(self, before: _Progress, n_tokens: int) -> _Progress:
         """The first tokens of a sequence, computed again."""
-        made = _Progress()
+        made = _Progress(Held(n_prompt=before.held.n_prompt))
         for version, tokens in before.stretches:
             kept = tokens[: n_tokens - len(made.held.tokens)]
             if kept:

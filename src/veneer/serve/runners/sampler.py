@@ -91,7 +91,7 @@ class DrawRule:
 
     ``key`` (two whole numbers) and a token's index in the answer determine its random number. ``ending`` ids are banned
     before ``min_tokens``; ``bad_words`` are sequences of ids that may not be completed. ``seen`` are the ids for a
-    repetition penalty.
+    repetition penalty. ``n_prompt`` is the number of the prompt's tokens.
     """
 
     params: SamplingParams
@@ -100,6 +100,7 @@ class DrawRule:
     seen: Seen | None = None
     bad_words: tuple[tuple[int, ...], ...] = ()
     form: TextConstraint | None = None
+    n_prompt: int = 0
 
     @cached_property
     def is_plain(self) -> bool:
