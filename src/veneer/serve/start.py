@@ -19,15 +19,13 @@ from veneer.adapters.peft_model import PeftModel
 from veneer.errors import ConfigError, DescriptionError, TargetError, listed
 from veneer.evaluate.scoring import context_length
 from veneer.model.adapted.state import base_alone
-from veneer.model.batch.encoded import encoded_bytes, proved_encoding
-from veneer.model.batch.own_cache import KeptBytes, Way, kept_bytes, proved_way
-from veneer.model.batch.paged import SlotStore, require_pageable
+from veneer.model.batch.own_cache import KeptBytes, Way
+from veneer.model.batch.paged import SlotStore
 from veneer.model.coded.quantized_head import quantize_head
 from veneer.model.memory.default_device import default_device
 from veneer.ops.dispatch import kernel_isa
 from veneer.ops.paged_attention import UNIT
 from veneer.plain.field_types import check
-from veneer.plain.units import size
 from veneer.serve.adapters.block_store import BlockStore
 from veneer.serve.engine import Engine
 from veneer.serve.program.interpreter import Interpreter
@@ -37,6 +35,7 @@ from veneer.serve.runners.general_runner import GeneralRunner
 from veneer.serve.runners.own_cache_runner import OwnCacheRunner
 from veneer.serve.runners.program_runner import ProgramRunner, proved
 from veneer.serve.runners.runner import Runner
+from veneer.serve.runners.way import way_of
 from veneer.serve.schedule.adapter_pool import AdapterPool
 from veneer.serve.schedule.keywords import Keywords
 from veneer.serve.schedule.pages import Pages
@@ -423,33 +422,6 @@ def _nf4() -> BitsAndBytesConfig:
 def _kept(model: PreTrainedModel, interpreter: Interpreter | None, block: int) -> tuple[Way | None, KeptBytes]:
     """The way of `way_of` and the bytes that a sequence keeps, with a program or without one."""
     return way_of(model) if interpreter is None else (None, KeptBytes(_position_bytes(model, interpreter, block)))
-
-
-def way_of(model: PreTrainedModel) -> tuple[Way | None, KeptBytes]:
-    """Return how a model without a program continues its sequences, and the bytes that each sequence holds.
-
-    None: its attention runs over pages. Raises TargetError for a model that predicts no next token from token ids.
-    """
-    if model.config.is_encoder_decoder:
-        way = proved_encoding(model)
-        kept = encoded_bytes(model, way)
-        _tell_own_caches(model, "an encoder reads its prompts, each in one pass", way, kept)
-        return way, kept
-    try:
-        return None, KeptBytes(require_pageable(model))
-    except TargetError as error:
-        way = proved_way(model)
-        kept = kept_bytes(model, way)
-        _tell_own_caches(model, str(error), way, kept)
-        return way, kept
-
-
-def _tell_own_caches(model: PreTrainedModel, reason: str, way: Way, kept: KeptBytes) -> None:
-    _LOG.warning(
-        "%s keeps its sequences in transformers' own caches, one each and one pass each, for %s. A sequence takes "
-        "%s and %s a token; after its first pass it computes %s. There is no prefix caching and no speculation",
-        type(model).__name__, reason, size(kept.sequence), size(kept.position), way.value,
-    )  # fmt: skip
 
 
 def _position_bytes(model: PreTrainedModel, interpreter: Interpreter, block: int) -> int:

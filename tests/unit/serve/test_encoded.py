@@ -89,7 +89,7 @@ def test_a_sequence_that_begins_again_keeps_its_prompt(tokenizer, monkeypatch):
 
 
 def test_a_model_without_a_right_cache_computes_its_answer_anew(tokenizer, monkeypatch):
-    monkeypatch.setattr("veneer.serve.start.proved_encoding", lambda model: Way.ANEW)
+    monkeypatch.setattr("veneer.serve.runners.way.proved_encoding", lambda model: Way.ANEW)
     model = made("bart")
     llm = LLM(model, tokenizer=tokenizer, max_model_len=64)
     assert answers(llm, PROMPTS) == [greedy(model, tokenizer, prompt) for prompt in PROMPTS]
