@@ -38,6 +38,8 @@ def read_block(source: BlockSource, block: nn.Module, layer: int) -> Block:
         return _unknown(path, "its norms are not RMSNorms or LayerNorms")
     holder = block if holder_name is None else cast(nn.Module, getattr(block, holder_name))
     attention = read_attention(source, attention_module, layer)
+    if isinstance(attention, Strange) and not hasattr(attention_module, "config"):
+        return _unknown(path, f"its attention holds no config to make masks from, and {attention.reason}")
     feed_forward = read_feed_forward(source, holder, in_block=in_block)
     known = [attention_module, *(getattr(block, name) for name in norm_names.all)]
     known += [holder] if holder_name else [m for inner in names.inner for m in _children(block, inner.all)]

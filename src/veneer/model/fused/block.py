@@ -31,7 +31,6 @@ class FusedBlock(InPlace, nn.Module):
     """Mixin in front of the class of a block. Each half runs fused if everything in it supports that at the time."""
 
     fused_shape: BlockShape
-    own_config: Any
 
     @property
     def gradient_checkpointing(self) -> bool:
@@ -56,7 +55,7 @@ def _run(block: FusedBlock, x: Tensor, mask: LayoutMask, kwargs: dict[str, Any])
     attention, mlp = halves_now(block, x, kwargs)
     if attention is None:
         attention_module = getattr(block, shape.attention_name)
-        kwargs = {**kwargs, "attention_mask": mask.dense_for(block.own_config, x, window_of(attention_module))}
+        kwargs = {**kwargs, "attention_mask": mask.dense_for(attention_module, x, window_of(attention_module))}
         if mlp is None:
             return _again(block, functools.partial(super(FusedBlock, block).forward, **kwargs), x)
         h = _again(block, functools.partial(own_attention, block, kwargs), x)

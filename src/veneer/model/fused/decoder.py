@@ -178,7 +178,7 @@ def unfuse(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, (FusedBlock, FusedDecoder, WithImages)):
             restore_class(module)
-            for name in ("fused_shape", "own_config", "text_half"):
+            for name in ("fused_shape", "text_half"):
                 module.__dict__.pop(name, None)
 
 
@@ -254,7 +254,6 @@ def _change_blocks(model: PreTrainedModel, described: blueprint.Decoder) -> str 
     for block, shape in zip(layers, shapes, strict=True):
         change_class(block, FusedBlock)
         cast(FusedBlock, block).fused_shape = cast(BlockShape, shape)
-        cast(FusedBlock, block).own_config = holder.config
     change_class(holder, FusedDecoder)
     if holder is not model.base_model and model.config is not model.config.get_text_config():
         change_class(model.base_model, WithImages)

@@ -28,15 +28,15 @@ class LayoutMask(Tensor):
         """Return the layout itself, which has no gradient: a copy would lack its bounds."""
         return self
 
-    def dense_for(self, config: Any, hidden: Tensor, window: int | None) -> Tensor | None:
-        """Return the mask that transformers makes from the same arguments, for a half that runs its own attention."""
+    def dense_for(self, module: Any, hidden: Tensor, window: int | None) -> Tensor | None:
+        """Return the mask that transformers makes from the same arguments, for a module that runs its own attention."""
         if window not in self.dense:
             make = create_causal_mask if window is None else create_sliding_window_causal_mask
             positions = self.given["position_ids"]
             if positions is None:
                 positions = torch.arange(hidden.shape[1], device=hidden.device)[None]
             self.dense[window] = make(
-                config=config,
+                config=module.config,
                 inputs_embeds=hidden,
                 attention_mask=self.given["attention_mask"],
                 cache=None,
