@@ -14,23 +14,27 @@ ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "models.md"
 sys.path[:0] = [str(ROOT / "tests"), str(ROOT)]
 
-from tests.tiny_types import CAUSAL, IMAGES, row_of, rows_in, table_of  # noqa: E402
+from tests.tiny_configs import CAUSAL, CLASSES, IMAGES, SEQ2SEQ  # noqa: E402
+from tests.tiny_types import row_of, rows_in, table_of  # noqa: E402
 
 TOP = """# Models
 
 What becomes of transformers' own types, each tried on a tiny random model in float32. `scripts/models_table.py` writes
 the rows; a test tries a sample of them in each run, and all in CI.
 
-- **attach**: LoRA on `all-linear`, and the same logits as before. **train**: a backward pass reaches every tensor of
-  the adapter.
+- **attach**: LoRA on `all-linear`, and the same logits as before.
+- **train**: the adapter's gradients against those that follow from transformers' own, of the weights with the adapter
+  merged. Rows of text reach some layers alone: vision towers and cross-attention without an encoder have no gradient.
+- **fused**: all halves of all blocks, parts of them, or none. Another word for the plan says where it is wrong.
 - **serve**: by the [program](serving.md#which-models), by transformers' code over pages, or by transformers' own
   caches, with the way in which a sequence goes on.
-- **greedy**: tokens of one prompt alone and of three together against `generate`. **plan**: the bytes of a sequence in
-  `veneer plan --serve` against the engine's.
+- **greedy**: tokens of one prompt alone and of three together, two with an adapter, against `generate` of the base and
+  of the merged model. **plan**: the bytes of a sequence in `veneer plan --serve` against the engine's.
 - **GGUF**: a merged model can be written as a GGUF file ([gguf.md](gguf.md)).
 
-A type that was "not made here" has rules for its sizes that the test's tiny config does not keep, or needs a package:
-nothing is known of it.
+`seq2seq/…` is an encoder with a decoder, whose name alone stands for its decoder. `classes/…` is an encoder with a
+head of classes. A type that was "not made here" has rules for its sizes that the test's tiny config does not keep, or
+needs a package or pictures: nothing is known of it. "transformers: …" is what its own code raises.
 
 """
 
@@ -39,7 +43,8 @@ def main(names: list[str]) -> None:
     """Try the types and write the page after each."""
     transformers.logging.set_verbosity_error()
     rows = rows_in(PAGE.read_text(encoding="utf-8")) if PAGE.is_file() else {}
-    for name in names or [*CAUSAL, *IMAGES]:
+    kinds = (*(f"seq2seq/{name}" for name in SEQ2SEQ), *(f"classes/{name}" for name in CLASSES))
+    for name in names or [*CAUSAL, *IMAGES, *kinds]:
         rows[name] = row_of(name)
         print(rows[name], file=sys.stderr, flush=True)
         PAGE.write_text(TOP + table_of(rows) + "\n", encoding="utf-8")

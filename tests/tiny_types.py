@@ -11,6 +11,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from tests.tiny_configs import END, VOCABULARY, tiny_config
 from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
@@ -40,6 +41,7 @@ _UNFIT = (
     ImportError,
     LookupError,
     RuntimeError,
+    StrictDataclassError,
     TypeError,
     ValueError,
 )
@@ -99,13 +101,13 @@ def row_of(model_type: str) -> tuple[str, ...]:
     warnings.simplefilter("ignore")
     gguf = "written" if model_type in by_model_type() else "–"
     try:
-        with at_most(60):
+        with at_most(120):
             model, merged = tiny_model(model_type), tiny_model(model_type)
             with torch.no_grad():
                 plain = model(**_inputs(model)).logits
     except (*_UNFIT, VeneerError) as error:
         return (model_type, *([f"not made here: {_short(error)}"] + ["–"] * 5), gguf)
-    with TemporaryDirectory() as folder, at_most(60):
+    with TemporaryDirectory() as folder, at_most(300):
         trained = _trained(merged, model_type, plain, folder)
         return (model_type, *trained, *_served(model_type, model, merged, folder), gguf)
 
@@ -169,7 +171,7 @@ def _as_transformers(merged: PreTrainedModel, factors: Mapping[str, tuple[torch.
             continue
         whole = layer.weight.grad.T if isinstance(layer, Conv1D) else layer.weight.grad
         for factor, own in ((a, b.detach().T @ whole), (b, whole @ a.detach().T)):
-            if factor.grad is None or (factor.grad - own).norm() > 2e-3 * own.norm() + 1e-6:
+            if factor.grad is None or (factor.grad - own).norm() > 1e-2 * own.norm() + 1e-6:
                 return f"differs in {path}" if factor.grad is not None else f"does not reach {path}"
         n_reached += 1
     return "equal" if n_reached == len(factors) else f"equal, {n_reached} of {len(factors)} layers"

@@ -6,7 +6,7 @@ import pytest
 from tests.tiny_types import row_of, rows_in
 
 ROWS = rows_in((Path(__file__).parents[3] / "docs" / "models.md").read_text(encoding="utf-8"))
-SAMPLE = ("llama", "lfm3", "mamba2")
+SAMPLE = ("llama", "lfm3", "mamba2", "seq2seq/t5", "classes/bert")
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n in SAMPLE else [pytest.mark.full]) for n in ROWS])
@@ -16,4 +16,4 @@ def test_a_row_is_what_becomes_of_its_type(name):
 
 
 def test_no_type_that_is_served_differs_from_generate():
-    assert not [name for name, row in ROWS.items() if row[4] == "differs"]
+    assert not [name for name, row in ROWS.items() if "differs" in row[5]]
