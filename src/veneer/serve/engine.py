@@ -22,7 +22,7 @@ from veneer.serve.metrics import MetricSeries
 from veneer.serve.requests.admission import Admission
 from veneer.serve.requests.answer import Answer, decoded
 from veneer.serve.requests.answer_group import AnswerGroup
-from veneer.serve.requests.checked import CheckedRequest, EngineSettings, Rules
+from veneer.serve.requests.checked import CheckedRequest, EngineSettings, Rules, require_answerable
 from veneer.serve.requests.pooling import Pooling
 from veneer.serve.requests.prompts import PromptReader
 from veneer.serve.requests.readers import Readers
@@ -135,13 +135,9 @@ class Engine:
     def submit(self, asked: CheckedRequest) -> None:
         """Accept a request at the next step. From any thread. Raises QueueFullError if too many wait.
 
-        Raises ConfigError for an embedding by a model with an encoder and a decoder.
+        Raises as `require_answerable`.
         """
-        if asked.pooling is not None and self.settings.encodes:
-            raise ConfigError(
-                "an embedding is asked for, and the model is an encoder with a decoder: ask it for completions, or "
-                "serve a model that reads its prompts itself"
-            )
+        require_answerable(asked, self.settings)
         self.backlog.submit(asked)
         self._inbox.put(asked)
 

@@ -6,19 +6,27 @@ import os
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from veneer.errors import ConfigError, VeneerError
+from veneer.errors import CompositionError, ConfigError, VeneerError
 from veneer.plain.progress import waits_told
 from veneer.serve.engine import Engine
 from veneer.serve.metrics import MetricSeries
+from veneer.serve.program.heads import SERVED, Head, read_head
 from veneer.serve.requests.checked import READS, CheckedRequest
 from veneer.serve.requests.prompts import Prompt, PromptReader
 from veneer.serve.schedule.lora_request import LoRARequest
-from veneer.serve.schedule.outputs import EmbeddingOutput, EmbeddingRequestOutput, RequestOutput
+from veneer.serve.schedule.outputs import (
+    ClassificationOutput,
+    ClassificationRequestOutput,
+    EmbeddingOutput,
+    EmbeddingRequestOutput,
+    RequestOutput,
+)
 from veneer.serve.schedule.pooling_params import PoolingParams
 from veneer.serve.schedule.sampling_params import RequestOutputKind, SamplingParams
 from veneer.serve.start import EngineOptions, start_engine
@@ -50,6 +58,7 @@ class LLM:
         self.llm_engine = LoadedAdapters(self.engine)
         self._waiting: list[str] = []
         self._done: dict[str, RequestOutput] = {}
+        self._heads: dict[str, Head] = {}  # by version, a few rows each
 
     def generate(
         self,
@@ -140,6 +149,39 @@ class LLM:
             )
             for each in outputs
         ]
+
+    def classify(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        *,
+        use_tqdm: bool = True,
+        lora_request: LoRARequest | Sequence[LoRARequest | None] | None = None,
+        priority: int | Sequence[int] | None = 0,
+        client: str | Sequence[str | None] | None = None,
+    ) -> list[ClassificationRequestOutput]:
+        """Return the classes of prompts, in order, by the heads of their adapters (``task_type`` ``"SEQ_CLS"``).
+
+        A head reads the last token's state, as transformers' classes of decoders do; a reward model has one class.
+        The arguments are `generate`'s; raises as it does, and CompositionError for an adapter without a head.
+        """
+        asked = _listed(prompts)
+        heads = [self._head(adapter) for adapter in _for_each(lora_request, len(asked), "lora_request")]
+        state = PoolingParams(pooling="last", normalize=False)
+        states = self.embed(
+            asked, use_tqdm=use_tqdm, pooling_params=state, lora_request=lora_request, priority=priority, client=client
+        )
+        return [_classified(each, head) for each, head in zip(states, heads, strict=True)]
+
+    def _head(self, adapter: LoRARequest | None) -> Head:
+        version = None if adapter is None else self.engine.versions.of(adapter)
+        if version is None or not version.has_head:
+            told = "the base" if version is None else f"the adapter in {version.told}"
+            raise CompositionError(
+                f"{told} has no head of classes: give lora_request=…, an adapter with task_type {SERVED}"
+            )
+        if version.id not in self._heads:
+            self._heads[version.id] = read_head(Path(version.folder))
+        return self._heads[version.id]
 
     def enqueue(
         self,
@@ -253,6 +295,18 @@ class LLM:
             self.engine.drop(ids)
             raise
         return [self._done.pop(id) for id in ids]
+
+
+def _classified(state: EmbeddingRequestOutput, head: Head) -> ClassificationRequestOutput:
+    scores = head.scores(state.outputs.embedding)
+    found = scores.sigmoid() if len(scores) == 1 else scores.softmax(dim=0)
+    return ClassificationRequestOutput(
+        state.request_id,
+        ClassificationOutput(scores.tolist(), found.tolist()),
+        state.prompt_token_ids,
+        num_cached_tokens=state.num_cached_tokens,
+        lora_request=state.lora_request,
+    )
 
 
 class LoadedAdapters:

@@ -16,6 +16,7 @@ from veneer.disk.stamp import stamp_of
 from veneer.errors import CompositionError, ConfigError, FormatError
 from veneer.model.blueprint.names import TASK_HEADS
 from veneer.plain.lru import LruCache
+from veneer.serve.program.heads import SERVED
 from veneer.serve.schedule.adapter_version import AdapterVersion
 from veneer.serve.schedule.lora_request import LoRARequest
 from veneer.store.adapter.config import read_config
@@ -125,7 +126,7 @@ class Versions:
                 f"the adapter in {folder} ({config.peft_type}) depends on the whole of a sequence, which the engine "
                 "computes in parts: generate with the model itself"
             )
-        if config.task_type in TASK_HEADS:
+        if config.task_type in TASK_HEADS and config.task_type != SERVED:
             raise CompositionError(
                 f"the adapter in {folder} has a head of its own (task_type {config.task_type}), and requests are "
                 "answered with tokens: load it on the model of its task (AutoPeftModel) and run that"
@@ -142,6 +143,7 @@ class Versions:
             rank=config.largest_rank,
             n_front=config.virtual_tokens,
             invocation=config.invocation_tokens,
+            has_head=config.task_type == SERVED,
             n_bytes=stored_bytes(folder, self._value_bytes),
             warning=self._served.warning(config.base_model_name_or_path),
         )
@@ -155,6 +157,11 @@ def _mix(parts: Sequence[tuple[AdapterVersion, float]]) -> AdapterVersion:
             raise CompositionError(
                 f"the adapter in {version.folder} acts from its invocation tokens on, so it has no sum with others: "
                 "ask for this adapter by itself"
+            )
+        if version.has_head:
+            raise CompositionError(
+                f"the adapter in {version.folder} has a head of classes, so it has no sum with others: ask for this "
+                "adapter by itself"
             )
         versions[version.id] = version
         weights[version.id] = weights.get(version.id, 0.0) + weight

@@ -30,6 +30,7 @@ from veneer.model.snapshot.snapshot import look_at
 from veneer.plain.lru import LruCache
 from veneer.plain.tensor_tree import in_own_memory
 from veneer.records.deltas import LinearDelta, PromptDelta, ResidualDelta
+from veneer.serve.program.heads import is_of_head, without_head
 from veneer.store.adapter.config import read_config
 from veneer.store.adapter.files import read_tensors
 from veneer.store.adapter.records import StoredAdapter, read_records
@@ -77,7 +78,7 @@ def read_effects(lookup: Lookup, program: Program, folder: Path) -> Effects:
     Raises FormatError and TargetError as loading does, and `UnsaidError`. For an adapter that acts from its invocation
     tokens on, the latter is a CompositionError: its tokens before are in pages of the program's layout.
     """
-    config = read_config(folder)
+    config = without_head(read_config(folder))
     try:
         return _read_effects(lookup, program, folder, config)
     except UnsaidError as reason:
@@ -92,6 +93,7 @@ def read_effects(lookup: Lookup, program: Program, folder: Path) -> Effects:
 def _read_effects(lookup: Lookup, program: Program, folder: Path, config: MethodConfig) -> Effects:
     places = lookup.of(config)
     stored = read_records(folder, places.placed, device=lookup.model.device)
+    stored = replace(stored, others=tuple(key for key in stored.others if not is_of_head(key)))
     found = Effects()
     for path, record in stored.records.items():
         _put(found, program, path, record)

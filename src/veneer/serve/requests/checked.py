@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from veneer.errors import ConfigError
+from veneer.errors import CompositionError, ConfigError
 from veneer.plain.invocation import acts_from
 from veneer.serve.requests.prompts import PromptReader
 from veneer.serve.requests.structured import Forms, TextForm
@@ -95,6 +95,23 @@ class CheckedRequest:
         """Number of tokens of the prompt and of the answers, each as long as it may be."""
         longest = 0 if self.pooling is not None else min(self.params.max_tokens or self.room, self.room)
         return self.params.n * (len(self.prompt_ids) + longest)
+
+
+def require_answerable(asked: CheckedRequest, settings: EngineSettings) -> None:
+    """Raise ConfigError for an embedding by a model with an encoder and a decoder.
+
+    Raises CompositionError for tokens by an adapter with a head of classes.
+    """
+    if asked.pooling is not None and settings.encodes:
+        raise ConfigError(
+            "an embedding is asked for, and the model is an encoder with a decoder: ask it for completions, or "
+            "serve a model that reads its prompts itself"
+        )
+    if asked.version is not None and asked.version.has_head and asked.pooling is None:
+        raise CompositionError(
+            f"the adapter in {asked.version.folder} has a head of classes, and tokens are asked for: ask it for "
+            "classes (LLM.classify)"
+        )
 
 
 READS = SamplingParams(temperature=0, max_tokens=1, detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY)

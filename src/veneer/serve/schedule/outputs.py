@@ -120,6 +120,31 @@ class EmbeddingOutput:
 
 
 @dataclass(slots=True)
+class ClassificationOutput:
+    """Classes of a prompt: the head's scores, and their probabilities (of one class: the score's sigmoid)."""
+
+    logits: list[float]
+    probs: list[float]
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes."""
+        return len(self.probs)
+
+
+@dataclass(slots=True)
+class ClassificationRequestOutput:
+    """Prompt with its classes."""
+
+    request_id: str
+    outputs: ClassificationOutput
+    prompt_token_ids: list[int]
+    finished: bool = True
+    num_cached_tokens: int = 0
+    lora_request: LoRARequest | None = None
+
+
+@dataclass(slots=True)
 class EmbeddingRequestOutput:
     """Prompt with its embedding. ``num_cached_tokens`` counts the tokens that were in the prefix cache."""
 

@@ -92,7 +92,10 @@ def ministral(original: int, dtype: torch.dtype, scale: float) -> Any:
 @pytest.mark.parametrize(
     ("config", "reason"),
     [
-        (GPTNeoXJapaneseConfig(intermediate_multiple_size=1, **NEOX), "its attention holds no config to make masks from"),
+        (
+            GPTNeoXJapaneseConfig(intermediate_multiple_size=1, **NEOX),
+            "its attention holds no config to make masks from",
+        ),
         (
             GptOssConfig(
                 num_local_experts=3, num_experts_per_tok=2, pad_token_id=0, **{**WIDE, "intermediate_size": 60}
