@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
-from torch.fx.experimental._config import patch
+from torch.fx.experimental import _config as fx_config
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from veneer.contract import MethodConfig
@@ -105,9 +107,15 @@ def kept_in_serving(model: PreTrainedModel, block: int) -> KeptBytes:
         program = compile_program(describe(model), context_length(model) or 2048)
         return KeptBytes(numbers_per_position(program, block, model.dtype, CPU) * model.dtype.itemsize)
     except DescriptionError:
-        with tracing(), torch.no_grad(), patch(meta_nonzero_assume_all_nonzero=True):  # experts look for their tokens
+        with tracing(), torch.no_grad(), _each_expert_taken():
             make_traced(model)
             return _of_own_code(model)
+
+
+def _each_expert_taken() -> AbstractContextManager[None]:
+    """Context in which experts that look for their tokens find all of them: there are no values to look at."""
+    patch = cast(Any, fx_config).patch
+    return cast("AbstractContextManager[None]", patch(meta_nonzero_assume_all_nonzero=True))
 
 
 def _of_own_code(model: PreTrainedModel) -> KeptBytes:

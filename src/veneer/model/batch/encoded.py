@@ -107,8 +107,8 @@ def proved_encoding(model: PreTrainedModel) -> Way:
         raise TargetError(
             f"{type(model).__name__} cannot be served: its logits are not finite. Load a model whose weights are"
         )
-    error = float((found[_PARTS[0] - 1 :].float() - own).norm() / own.norm().clamp_min(1e-30))
-    return Way.AT_ONCE if held.cache is not None and error <= TOLERANCE.get(model.dtype, 1e-4) else Way.ANEW
+    apart = float((found[_PARTS[0] - 1 :].float() - own).norm() / own.norm().clamp_min(1e-30))
+    return Way.AT_ONCE if held.cache is not None and apart <= TOLERANCE.get(model.dtype, 1e-4) else Way.ANEW
 
 
 _PARTS = (9, 6)  # tokens of the proof: of a prompt, and of an answer

@@ -8,9 +8,9 @@ import inspect
 import math
 import sys
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from types import CodeType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -171,15 +171,15 @@ def turns_neighbours(attention: nn.Module) -> bool:
 def rotates(source: BlockSource, attention: nn.Module, layer: int) -> bool:
     """Return True if a layer rotates; some models leave the rotation out in every fourth layer (SmolLM3)."""
     named = bool(getattr(attention, "use_rope", True)) and source.family.rotates(source.config, layer)
-    condition = _condition(plain_class(type(attention)))
+    condition = _condition(cast(Hashable, plain_class(type(attention))))
     return named and (condition is None or bool(eval(condition, {"self": attention})))  # of its own fields alone
 
 
 @functools.cache
-def _condition(kind: type[nn.Module]) -> CodeType | None:
+def _condition(kind: Hashable) -> CodeType | None:
     """The condition of a class's fields under which its forward rotates; None if it names none."""
     try:
-        code = ast.parse(textwrap.dedent(inspect.getsource(kind.forward)))
+        code = ast.parse(textwrap.dedent(inspect.getsource(cast(Any, kind).forward)))
     except (OSError, TypeError, SyntaxError):
         return None
     for node in ast.walk(code):

@@ -5,9 +5,9 @@ from __future__ import annotations
 import functools
 import inspect
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -65,14 +65,14 @@ class Snapshot:
     def _is_uncalled(self, path: str) -> bool:
         """Return True if the code around a layer multiplies by its weight itself, as Mamba's does (``dt_proj``)."""
         parent, _, name = path.rpartition(".")
-        return parent in self.modules and name in _read_weights(plain_class(type(self.modules[parent])))
+        return parent in self.modules and name in _read_weights(cast(Hashable, plain_class(type(self.modules[parent]))))
 
 
 @functools.cache
-def _read_weights(kind: type[nn.Module]) -> frozenset[str]:
+def _read_weights(kind: Hashable) -> frozenset[str]:
     """The layers by whose weights the methods of a class multiply, past their forward."""
     try:
-        return frozenset(_PRODUCT.findall(inspect.getsource(kind)))
+        return frozenset(_PRODUCT.findall(inspect.getsource(cast(Any, kind))))
     except (OSError, TypeError):
         return frozenset()
 
