@@ -50,7 +50,7 @@ SIZES: dict[str, Any] = {
     **dict.fromkeys(("swa_head_dim", "linear_head_dim"), 8),
     **dict.fromkeys(("max_position_embeddings", "n_positions", "max_seq_len", "n_ctx", "model_max_length"), 128),
     **dict.fromkeys(("q_lora_rank", "kv_lora_rank", "num_position_embeddings", "sliding_window_size"), 16),
-    **dict.fromkeys(("vocab_size", "decoder_vocab_size", "vocab_size_per_layer_input"), VOCABULARY),
+    **dict.fromkeys(("vocab_size", "decoder_vocab_size", "vocab_size_per_layer_input", "src_vocab_size", "tgt_vocab_size"), VOCABULARY),
     "unpadded_vocab_size": VOCABULARY,
     "hidden_size_per_layer_input": 8, "sliding_window": 16, "attention_window_size": 16, "attention_chunk_size": 16,
     "first_k_dense_replace": 1, "num_kv_shared_layers": 0, "rel_extent": 32, "encoder_hash_byte_group_vocab": 64,

@@ -21,6 +21,7 @@ from models import byte_tokenizer
 from veneer import LLM, LoraConfig, LoRARequest, SamplingParams, get_peft_model
 from veneer.errors import VeneerError
 from veneer.model.batch.encoded import first_ids
+from veneer.model.batch.own_cache import Way
 from veneer.model.fused.block import FusedBlock
 from veneer.model.fused.decoder import fuse, fuse_as_described
 from veneer.ops.traced import tracing
@@ -199,7 +200,9 @@ def _served(model_type: str, model: PreTrainedModel, merged: PreTrainedModel, fo
     prompts = [[5, 9, 33, 71, 200, 41], [7, 8, 250], [99, 100, 101, 102, 103, 104, 105, 106, 17]]
     if model.can_generate():
         try:
-            own = [_greedy(each, ids) for each, ids in zip((merged.eval(), model, merged), prompts, strict=True)]
+            models = (merged.eval(), model, merged)
+            own = [_greedy(each, ids) for each, ids in zip(models, prompts, strict=True)]
+            without_cache = [_greedy(each, ids, use_cache=False) for each, ids in zip(models, prompts, strict=True)]
         except _UNFIT as error:
             return f"transformers: {_short(error)}", "–", "–"
     try:
@@ -215,18 +218,25 @@ def _served(model_type: str, model: PreTrainedModel, merged: PreTrainedModel, fo
     how = "program"
     if isinstance(runner, OwnCacheRunner):
         how = f"own caches, {runner.caching.way.name.lower().replace('_', ' ')}"
+        own = without_cache if runner.caching.way is Way.ANEW else own  # as its cache is wrong
     elif isinstance(runner, GeneralRunner):
         how = "pages"
     found = [list(each.outputs[0].token_ids) for each in (*alone, *crowd)]
     return how, "equal" if found == [own[0], *own] else "differs", _planned(model_type, llm)
 
 
-def _greedy(model: PreTrainedModel, ids: list[int]) -> list[int]:
+def _greedy(model: PreTrainedModel, ids: list[int], *, use_cache: bool = True) -> list[int]:
     with torch.no_grad():
         given = torch.tensor([ids])
         n = 4 + (len(first_ids(model)) - 1 if model.config.is_encoder_decoder else 0)
         out = model.generate(
-            given, max_new_tokens=n, min_new_tokens=n, do_sample=False, pad_token_id=0, eos_token_id=None
+            given,
+            max_new_tokens=n,
+            min_new_tokens=n,
+            do_sample=False,
+            pad_token_id=0,
+            eos_token_id=None,
+            use_cache=use_cache,
         )
     front = first_ids(model) if model.config.is_encoder_decoder else ids
     return [int(id) for id in out[0, len(front) :]]

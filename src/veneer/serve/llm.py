@@ -16,7 +16,7 @@ from veneer.errors import CompositionError, ConfigError, VeneerError
 from veneer.plain.progress import waits_told
 from veneer.serve.engine import Engine
 from veneer.serve.metrics import MetricSeries
-from veneer.serve.program.heads import SERVED, Head, read_head
+from veneer.serve.program.heads import SERVED, ScoreHead, read_head
 from veneer.serve.requests.checked import READS, CheckedRequest
 from veneer.serve.requests.prompts import Prompt, PromptReader
 from veneer.serve.schedule.lora_request import LoRARequest
@@ -58,7 +58,7 @@ class LLM:
         self.llm_engine = LoadedAdapters(self.engine)
         self._waiting: list[str] = []
         self._done: dict[str, RequestOutput] = {}
-        self._heads: dict[str, Head] = {}  # by version, a few rows each
+        self._heads: dict[str, ScoreHead] = {}  # by version, a few rows each
 
     def generate(
         self,
@@ -172,7 +172,7 @@ class LLM:
         )
         return [_classified(each, head) for each, head in zip(states, heads, strict=True)]
 
-    def _head(self, adapter: LoRARequest | None) -> Head:
+    def _head(self, adapter: LoRARequest | None) -> ScoreHead:
         version = None if adapter is None else self.engine.versions.of(adapter)
         if version is None or not version.has_head:
             told = "the base" if version is None else f"the adapter in {version.told}"
@@ -297,7 +297,7 @@ class LLM:
         return [self._done.pop(id) for id in ids]
 
 
-def _classified(state: EmbeddingRequestOutput, head: Head) -> ClassificationRequestOutput:
+def _classified(state: EmbeddingRequestOutput, head: ScoreHead) -> ClassificationRequestOutput:
     scores = head.scores(state.outputs.embedding)
     found = scores.sigmoid() if len(scores) == 1 else scores.softmax(dim=0)
     return ClassificationRequestOutput(

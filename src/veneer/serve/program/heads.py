@@ -20,7 +20,7 @@ SERVED = "SEQ_CLS"
 
 
 @dataclass(frozen=True, slots=True)
-class Head:
+class ScoreHead:
     """Linear layer from a hidden state to the scores of classes: weight (classes, width) and bias (classes) or None."""
 
     weight: Tensor
@@ -31,7 +31,7 @@ class Head:
         return torch.nn.functional.linear(torch.tensor(state), self.weight, self.bias)
 
 
-def read_head(folder: Path) -> Head:
+def read_head(folder: Path) -> ScoreHead:
     """Return the head in an adapter's folder. Raises FormatError if it holds none, or one that is no linear layer."""
     tensors = read_tensors(folder)
     found = {place_of(key, ()).end: key for key in once(tensors) if is_of_head(key)}
@@ -41,7 +41,7 @@ def read_head(folder: Path) -> Head:
             "with its head (modules_to_save)"
         )
     parts = {name: tensors[key].float() for name, key in found.items()}
-    return Head(parts["weight"], parts.get("bias"))
+    return ScoreHead(parts["weight"], parts.get("bias"))
 
 
 def once(keys: Collection[str]) -> list[str]:
