@@ -43,7 +43,7 @@ class Training:
         return None
 
 
-def skewness(params: Params) -> tuple[Tensor, Tensor]:
+def distances_from_orthonormal(params: Params) -> tuple[Tensor, Tensor]:
     """Return ``|A Aᵀ - I|`` and ``|Bᵀ B - I|`` (Frobenius): the distances of low-rank factors from orthonormal ones."""
     a, b = params["lora_A"], params["lora_B"]
     one = torch.eye(len(a), dtype=a.dtype, device=a.device)

@@ -21,7 +21,7 @@ from veneer.contract.family_targets import LOW_RANK
 from veneer.contract.patterns import below_one
 from veneer.contract.peft_fields import OF_LORA, PeftFields
 from veneer.contract.targets import FamilyTargets
-from veneer.contract.training import Training, skewness
+from veneer.contract.training import Training, distances_from_orthonormal
 from veneer.errors import ConfigError
 from veneer.records.deltas import LinearDelta
 from veneer.records.sites import LinearSite
@@ -170,7 +170,7 @@ def orthogonality(layers: Sequence[Params]) -> Tensor:
     """Return the mean of ``|A Aᵀ - I|`` and ``|Bᵀ B - I|`` (Frobenius) over all factors, to be weighed and added to a
     loss.
     """
-    return torch.stack([part for params in layers for part in skewness(params)]).mean()
+    return torch.stack([part for params in layers for part in distances_from_orthonormal(params)]).mean()
 
 
 class Budget:

@@ -243,7 +243,7 @@ def row_norms(delta: LinearDelta, weight: FrozenWeight, weight_row_sq: Float[Ten
 
 
 def _mapped_bias(deltas: Sequence[LinearDelta], bias: Tensor | None) -> Tensor | None:
-    """The layer's bias under the maps of outputs of those records that have one of their own; None if none has."""
+    """The layer's bias, mapped by the output maps of the records that have a bias too; None if there is none."""
     maps = [d.output for d in deltas if d.bias is not None and d.output is not None]
     if bias is None or not maps:
         return None

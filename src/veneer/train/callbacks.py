@@ -62,8 +62,8 @@ class LastEvaluation(TrainerCallback):  # type: ignore[misc]
         self._step, self._metrics = state.global_step, metrics
 
     def of_trained(self, args: TrainingArguments, state: TrainerState) -> Mapping[str, Any] | None:
-        """Return its metrics if it saw the weights that training ended with; None if it saw others, or if there is
-        none.
+        """Return the metrics of the last evaluation; None if there is none, or if it saw other weights than the final
+        ones.
         """
         others = args.load_best_model_at_end and state.best_global_step not in (None, state.global_step)
         return None if others or self._step != state.global_step else self._metrics

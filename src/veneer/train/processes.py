@@ -43,10 +43,10 @@ def part() -> None:
 
 @contextmanager
 def together() -> Iterator[None]:
-    """Raise LostProcessError in the block if another of the processes has ended.
+    """Raise LostProcessError within the context if another process has ended.
 
-    The main process, which alone prints, gives the reason if the other could leave one. A signal that ended the other
-    is raised as Interrupted.
+    In the main process the error has the reason, if the other process could leave one. If a signal ended the other,
+    Interrupted is raised.
     """
     try:
         yield

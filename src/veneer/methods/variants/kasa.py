@@ -16,7 +16,7 @@ from torch import Tensor
 from veneer.contract.needed import needed_weight
 from veneer.contract.parameters import Params, Shapes
 from veneer.contract.settings import Settings
-from veneer.contract.training import skewness
+from veneer.contract.training import distances_from_orthonormal
 from veneer.methods.variants import Variant, excluded
 from veneer.ops.traced import is_tracing
 from veneer.records.deltas import LinearDelta
@@ -77,5 +77,8 @@ class KasaConfig(Settings, Variant):
         return LinearDelta(adds=(replace(cast(Pair, record.low_rank), core=d), Pair(a=a, b=-b)))
 
     def penalty(self, layers: Sequence[Params]) -> Tensor | None:
-        parts = [self.beta * params[DIAGONAL].square().sum() + self.gamma * sum(skewness(params)) for params in layers]
+        parts = [
+            self.beta * params[DIAGONAL].square().sum() + self.gamma * sum(distances_from_orthonormal(params))
+            for params in layers
+        ]
         return torch.stack(parts).sum() if parts and (self.beta or self.gamma) else None

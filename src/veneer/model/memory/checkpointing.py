@@ -53,7 +53,7 @@ def checkpoint_fully(model: nn.Module) -> None:
 
 
 def _switch(model: nn.Module) -> Callable[..., None]:
-    """transformers' own, which is renamed in version 6."""
+    """The model's method that enables checkpointing; transformers renames it in version 6."""
     own: Any = model
     found: Callable[..., None] = (
         getattr(own, "activation_checkpointing_enable", None) or own.gradient_checkpointing_enable
