@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -32,11 +33,20 @@ def model_config(folder: Path) -> Any:
     problems = list(_wrong_sizes(read_values(path)))
     if problems:
         raise FormatError(listed(problems, f"{path} describes no model"))
+    log = logging.getLogger("transformers.configuration_utils")
+    log.addFilter(_is_no_refusal)
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except (*_REFUSALS, StrictDataclassError) as error:
         reason = " ".join(str(error).split("\n")[:2]).strip().rstrip(".") or type(error).__name__
         raise FormatError(f"{path} describes no model that transformers knows: {reason}. {_ADVICE}") from error
+    finally:
+        log.removeFilter(_is_no_refusal)
+
+
+def _is_no_refusal(record: logging.LogRecord) -> bool:
+    """False for the whole config that transformers logs before it refuses one of its values."""
+    return not str(record.msg).startswith("Can't set ")
 
 
 def _wrong_sizes(values: Mapping[str, Any], place: str = "") -> Iterator[str]:

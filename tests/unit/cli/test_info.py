@@ -55,6 +55,7 @@ def test_every_damaged_config_is_one_message(veneer: Veneer, model_folder: Path,
         {"partial_rotary_factor": float("inf")}, {"sliding_window": [[]]},
         {"layer_types": "full"}, {"quantization_config": 3}, {"num_key_value_heads": "2"}, {"pad_token_id": [1]},
         {"auto_map": {"AutoConfig": "code.Config"}, "model_type": "none"}, {"id2label": [1]}, {"num_labels": "x"},
+        {"model_type": "falcon", "head_dim": 8},
     ]  # fmt: skip
     texts = [
         "[]",
@@ -72,7 +73,7 @@ def test_every_damaged_config_is_one_message(veneer: Veneer, model_folder: Path,
             result = veneer("info", tmp_path, *options)
             assert result.exception is None or isinstance(result.exception, SystemExit), (text[:200], result.exception)
             assert result.exit_code == 0 or result.stderr.startswith("error: "), (text[:200], result.output)
-            assert len(result.stderr) < 2000, text[:200]
+            assert result.stderr.count("\n") <= 1, text[:200]
     for text, said in (("[]", "must hold a JSON object"), (json.dumps(config | {"head_dim": "8"}), "head_dim is '8'")):
         (tmp_path / "config.json").write_text(text)
         result = veneer("info", tmp_path)
