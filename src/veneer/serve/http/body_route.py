@@ -52,11 +52,11 @@ def parsed(body: bytes) -> Any:
     """Return a JSON text as `json.loads` does, and let other threads run meanwhile.
 
     The parser is one call, which keeps the interpreter to itself until it calls a function of Python: here for each
-    object and each whole number. Raises JSONDecodeError, also for what JSON has not (NaN, other encodings), and for
+    object and each number. Raises JSONDecodeError, also for what JSON has not (NaN, other encodings), and for
     what readers understand in several ways (a key twice, numbers of many digits).
     """
     try:
-        return json.loads(body, object_pairs_hook=_object, parse_int=_int, parse_constant=_constant)
+        return json.loads(body, object_pairs_hook=_object, parse_int=_int, parse_float=_float, parse_constant=_constant)
     except RecursionError as error:
         raise _wrong("its lists and objects are nested too deeply") from error
     except UnicodeDecodeError as error:
@@ -75,6 +75,10 @@ def _int(text: str) -> int:
     if len(text) > _MOST_DIGITS:
         raise _wrong(f"a number has {len(text)} digits, and at most {_MOST_DIGITS} are read")
     return int(text)
+
+
+def _float(text: str) -> float:
+    return float(text)
 
 
 def _constant(text: str) -> Any:

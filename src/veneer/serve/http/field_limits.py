@@ -8,6 +8,8 @@ from typing import Any
 
 _LISTS = (list, tuple, dict)
 _MANY = 32
+MOST_LISTS = 1 << 14
+"""Lists and objects of one level: those of more take the loop a tenth of a second to check."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,7 +18,7 @@ class FieldLimit:
 
     ``entries``: of a list or an object itself. ``values``: of all lists and objects in it, together. ``characters``: of
     all texts in it, names too; None if the limit of the body holds, and that of the model's context. ``levels``: lists
-    and objects in one another.
+    and objects in one another. Of one level there are at most `MOST_LISTS`.
     """
 
     entries: int = 1024
@@ -45,6 +47,8 @@ class FieldLimit:
                 n_characters += _n_characters(each, inner)
             if (said := self._too_long(n_characters)) is not None:
                 return said
+            if len(inner) > MOST_LISTS:
+                return f"more than {MOST_LISTS} lists and objects in it are too many: send fewer"
             if not inner:
                 return None
             layer = inner

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import replace
+from itertools import islice
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, FailFast, Field, Tag, model_validator
@@ -59,11 +60,11 @@ class Strict(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _known(cls, given: Any) -> Any:
-        unknown = [name for name in given if name not in cls.model_fields] if isinstance(given, Mapping) else []
-        if unknown:
-            raise ValidationError.from_exception_data(
-                cls.__name__, [_extra(name, list(cls.model_fields)) for name in unknown[:_MOST_UNKNOWN]]
-            )
+        known = cls.model_fields
+        unknown = (name for name in given if name not in known) if isinstance(given, Mapping) else iter(())
+        first = list(islice(unknown, _MOST_UNKNOWN))  # of a hundred thousand no more are looked at
+        if first:
+            raise ValidationError.from_exception_data(cls.__name__, [_extra(name, list(known)) for name in first])
         large = _too_large(given) if isinstance(given, Mapping) else []
         if large:
             raise ValidationError.from_exception_data(cls.__name__, large)

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ValidationError
 from veneer.serve.http import adapters, embeddings, message_blocks, message_body, protocol, response_body, tokens
 from veneer.serve.http.app import make_app
 from veneer.serve.http.errors import RefusedError
-from veneer.serve.http.field_limits import FIELD_LIMITS, FieldLimit, limit_of
+from veneer.serve.http.field_limits import FIELD_LIMITS, MOST_LISTS, FieldLimit, limit_of
 from veneer.serve.http.models import Catalogue
 from veneer.serve.http.protocol import ChatBody, CompletionBody, Strict
 from veneer.serve.start import EngineOptions, start_engine
@@ -137,6 +137,9 @@ def test_names_and_texts_of_all_levels_are_counted():
     assert "more than 7 values" in str(limit.problem([[1, 2, 3], [4, 5, 6]]))
     assert "more than 3 lists" in str(limit.problem([[[[]]]]))
     assert limit.problem(10**99) is None
+    wide = FieldLimit(entries=1 << 20, values=1 << 20)
+    assert wide.problem([[1]] * MOST_LISTS) is None
+    assert f"more than {MOST_LISTS} lists and objects in it" in str(wide.problem([[1]] * (MOST_LISTS + 1)))
 
 
 def test_texts_in_a_long_list_of_numbers_are_counted():

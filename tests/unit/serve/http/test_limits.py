@@ -255,6 +255,9 @@ def test_a_large_body_is_parsed_beside_the_loop(server, monkeypatch):
     status, told = server.post("/detokenize", {"tokens": [97] * 20_000})
     assert (status, "holds 20000 ids, and at most 127" in told["error"]["message"]) == (400, True)
     assert len(threads) == 20_000
+    monkeypatch.setattr(body_route, "_float", lambda text: threads.append(threading.get_ident()) or float(text))
+    assert server.post("/detokenize", {"tokens": [9.5] * 20_000})[0] == 400
+    assert len(threads) == 40_000
     assert server.thread.ident not in threads
     status, told = server.post("/detokenize", b'{"tokens": [' + b"97, " * 20_000 + b"]}")
     assert (status, "not JSON: Expecting value, at character 80012" in told["error"]["message"]) == (400, True)
