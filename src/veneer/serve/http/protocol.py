@@ -61,7 +61,8 @@ class Strict(BaseModel):
     @classmethod
     def _known(cls, given: Any) -> Any:
         known = cls.model_fields
-        unknown = (name for name in given if name not in known) if isinstance(given, Mapping) else iter(())
+        names: Mapping[str, Any] = given if isinstance(given, Mapping) else {}
+        unknown = (name for name in names if name not in known)
         first = list(islice(unknown, _MOST_UNKNOWN))  # of a hundred thousand no more are looked at
         if first:
             raise ValidationError.from_exception_data(cls.__name__, [_extra(name, list(known)) for name in first])
