@@ -97,6 +97,8 @@ class LoraConfig(LoraSettings):
         return {name: value for v in variants_of(self) for name, value in v.drawn(self, site, generator).items()}
 
     def lower(self, site: LinearSite, params: Params) -> LinearDelta:
+        for variant in variants_of(self):
+            params = variant.of_pass(params)
         a, b = (factor.flatten(1) for factor in _joined(params))
         if site.experts > 1:
             a, b = unstack(a, b, site.experts)

@@ -141,6 +141,18 @@ def test_noise_is_that_of_the_samples():
     assert torch.equal(config.lower(place, params).low_rank.a, params["lora_A"])
 
 
+def test_noise_is_on_the_trained_factor_of_a_subtracted_start():
+    noisy = MontecloraConfig(num_samples=N_SAMPLES, sample_scaler=0.3)
+    config = LoraConfig(r=3, lora_alpha=6, init_lora_weights="olora", monteclora_config=noisy)
+    place = replace(site("q_proj", 5, 7), weight=DenseWeight(torch.randn(5, 7)))
+    params = config.init(place, torch.Generator().manual_seed(3))
+    plain = config.lower(place, params).low_rank
+    found = config.lower(place, {**params, **config.drawn(place)}).low_rank
+    assert torch.equal(found.b, plain.b)
+    assert torch.equal(found.a[3:], plain.a[3:])
+    assert not torch.isclose(found.a[:3], plain.a[:3]).any()
+
+
 def test_a_training_step_adds_pefts_terms_to_the_loss(tmp_path, monkeypatch):
     theirs, ours = both("terms", tmp_path)
     theirs(input_ids=TOKENS)

@@ -81,6 +81,10 @@ class Variant(Training):
         """Return tensors that follow from the weight."""
         return {}
 
+    def of_pass(self, params: Params) -> Params:
+        """Return the parameters as a pass uses them."""
+        return params
+
     def factors(self, config: Any, site: LinearSite, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
         """Return A (r, i) and B (o, r) as plain LoRA has them, from its own."""
         return a, b

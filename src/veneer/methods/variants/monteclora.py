@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -23,9 +23,7 @@ from veneer.contract.parameters import Params, Shapes
 from veneer.contract.patterns import below_one
 from veneer.contract.settings import Settings
 from veneer.methods.variants import Variant
-from veneer.records.deltas import LinearDelta
 from veneer.records.sites import LinearSite
-from veneer.records.terms.pair import Pair
 
 STD, WEIGHTS = "monteclora_std", "monteclora_weights"
 _HELD = ("monteclora_variance", "monteclora_drawn_weights")  # of a last pass: kept for PEFT, and never read
@@ -81,13 +79,13 @@ class MontecloraConfig(Settings, Variant):
         z = torch.randn(self.num_samples, site.in_features, r, generator=generator)
         return {_Z: z, **self._drawn_around(r, generator)}
 
-    def lower(self, config: Any, site: LinearSite, params: Params, record: LinearDelta) -> LinearDelta:
-        """Return the record with noise on A, if random numbers are among the parameters."""
+    def of_pass(self, params: Params) -> Params:
+        """Return the parameters with noise on A, if random numbers are among them."""
         if _Z not in params:
-            return record
+            return params
         z = torch.einsum("k,kij->ij", self._weights(params), params[_Z].to(params[WEIGHTS].dtype))
-        noise, pair = self.sample_scaler * z * self._variances(params).sqrt(), cast(Pair, record.low_rank)
-        return LinearDelta.pair(pair.a + noise.T, pair.b, pair.scale)
+        noise = self.sample_scaler * z * self._variances(params).sqrt()
+        return {**params, "lora_A": params["lora_A"] + noise.T}
 
     def penalty(self, layers: Sequence[Params]) -> Tensor | None:
         return torch.stack([self._penalty(params) for params in layers]).mean() if layers else None
