@@ -26,7 +26,7 @@ class AdapterPool:
     lends their bytes, from the moment that a load begins. Invariants:
     - A version with requests in the batch, or pinned, is not evicted.
     - At most ``n_resident`` versions are loaded or loading, and the lent bytes are theirs.
-    - A version without a name and without requests is removed.
+    - A version without a name and without requests is removed, with its cached pages.
     - Every load that begins is `loaded`, `failed` or `abandoned`.
     - Two names of equal content are one version.
 
@@ -460,6 +460,8 @@ class AdapterPool:
             self._unneeded.set(entry.version.id, entry, False)
             self._idle.discard(entry)
             self.moved.pop(entry.version.id, None)
+            if self.memory is not None:
+                self.memory.forget(entry.version.id)
 
     def _set_pinned(self, name: str) -> None:
         entry = self._entries[self._names[name]]

@@ -6,10 +6,25 @@ No torch: pages are numbers, and the runner has their memory.
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
+from typing import NamedTuple
 
 from veneer.errors import ConfigError
 from veneer.serve.schedule.eviction import Eviction
 from veneer.serve.schedule.prefix_cache import PrefixCache, Tail
+
+
+class Owner(NamedTuple):
+    """Adapter's version that acted on the pages of a sequence from number ``first`` on; those before are the base's."""
+
+    version: str | None = None
+    first: int = 0
+
+    def of(self, page: int) -> str | None:
+        """Return the version that acted on a page, given by its number in the sequence; None for the base."""
+        return self.version if page >= self.first else None
+
+
+BASE = Owner()
 
 
 class Pages:
@@ -169,11 +184,11 @@ class Pages:
         """Count that a holder uses the pages that it shares."""
         self._cache.use([page for page in self._tables.get(holder, ()) if page in self._cache])
 
-    def publish(self, holder: Hashable, keys: Sequence[bytes], first: int) -> None:
+    def publish(self, holder: Hashable, keys: Sequence[bytes], first: int, owner: Owner = BASE) -> None:
         """Let others find a holder's full pages from number ``first`` on, by the ``keys`` of all its full pages.
 
-        A page whose key another one has is freed, and that one is held in its place. Pages behind one that is not
-        published, as after `reset`, are not either.
+        ``owner`` says which of them go with an adapter's version. A page whose key another one has is freed, and that
+        one is held in its place. Pages behind one that is not published, as after `reset`, are not either.
         """
         table = self._tables.get(holder, [])
         for i in range(first, len(keys)):
@@ -181,7 +196,7 @@ class Pages:
                 return
             page = self._cache.page(keys[i])
             if page is None:
-                self._cache.add(keys[i], table[i], keys[i - 1] if i else None)
+                self._cache.add(keys[i], table[i], keys[i - 1] if i else None, owner.of(i))
             elif page != table[i]:
                 self._leave(table[i])
                 self._enter(page)
@@ -191,6 +206,10 @@ class Pages:
     def reset(self) -> None:
         """Forget all keys: nothing that was computed so far is found again."""
         self._kept.extend(self._cache.clear())
+
+    def forget(self, version: str) -> None:
+        """Free the cached pages of an adapter's version that is gone."""
+        self._kept.extend(self._cache.forget(version))
 
     def evict(self) -> None:
         """Let the cached page of the least worth go out; it is free then."""
@@ -210,7 +229,7 @@ class Pages:
         self._change(holder)
         return n
 
-    def release(self, holder: Hashable, tail: Tail | None = None) -> None:
+    def release(self, holder: Hashable, tail: Tail | None = None, owner: Owner = BASE) -> None:
         """Let go of a holder's pages: published ones stay cached, and so does the ``tail``; the others are free.
 
         A tail behind a page that is not published, as after `reset`, is not kept.
@@ -221,7 +240,7 @@ class Pages:
         if tail is not None and (not tail.n_full or self._cache.page(tail.parent) == table[tail.n_full - 1]):
             page = table.pop(tail.n_full)
             del self._n_tables[page]
-            replaced = self._cache.keep_tail(tail, page)
+            replaced = self._cache.keep_tail(tail, page, owner.of(tail.n_full))
             self._kept += [] if replaced is None else [replaced]
         for page in reversed(table):
             self._leave(page)

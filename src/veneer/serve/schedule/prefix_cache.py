@@ -77,6 +77,7 @@ class _Block:
     key: bytes
     page: int
     parent: _Block | None
+    version: str | None = None
     tail: Tail | None = None
     n_children: int = 0
     n_uses: int = 1
@@ -106,6 +107,7 @@ class PrefixCache:
         """Number of blocks that nobody holds."""
         self._blocks: dict[bytes, _Block] = {}
         self._of_page: dict[int, _Block] = {}
+        self._of_version: dict[str, dict[_Block, None]] = {}  # parents before their children, as they came
         self._leaves = self._no_leaves()
         self._numbers = itertools.count()
 
@@ -122,12 +124,17 @@ class PrefixCache:
         known = itertools.takewhile(lambda block: block is not None, map(self._blocks.get, keys))
         return [block.page for block in known if block is not None]
 
-    def add(self, key: bytes, page: int, parent: bytes | None) -> None:
-        """Add a held page under a new key, behind a block that is in the cache, or as a first block."""
+    def add(self, key: bytes, page: int, parent: bytes | None, version: str | None = None) -> None:
+        """Add a held page under a new key, behind a block that is in the cache, or as a first block.
+
+        ``version`` is the adapter's that acted on it, None for the base's.
+        """
         behind = None if parent is None else self._blocks[parent]
         if behind is not None:
             behind.n_children += 1
-        self._blocks[key] = self._of_page[page] = _Block(key, page, behind)
+        block = self._blocks[key] = self._of_page[page] = _Block(key, page, behind, version)
+        if version is not None:
+            self._of_version.setdefault(version, {})[block] = None
 
     def hold(self, page: int) -> None:
         """Keep a page that nobody held."""
@@ -158,11 +165,16 @@ class PrefixCache:
         self._worth.went(block.worth)
         return self._drop(block)
 
-    def keep_tail(self, tail: Tail, page: int) -> int | None:
+    def forget(self, version: str) -> list[int]:
+        """Drop the blocks of a version that nobody holds; return their pages."""
+        found = reversed(list(self._of_version.get(version, ())))
+        return [self._drop(block) for block in found if block.rank is not None]
+
+    def keep_tail(self, tail: Tail, page: int, version: str | None = None) -> int | None:
         """Keep a page that is filled in part behind a block that is in the cache; return the page that it replaces."""
         before = self._blocks.get(tail.key)
         replaced = None if before is None else self._drop(before)
-        self.add(tail.key, page, tail.parent if tail.n_full else None)
+        self.add(tail.key, page, tail.parent if tail.n_full else None, version)
         self._of_page[page].tail = tail
         self.idle(page)
         return replaced
@@ -176,13 +188,19 @@ class PrefixCache:
     def clear(self) -> list[int]:
         """Drop all keys; return the pages that nobody holds."""
         pages = [block.page for block in self._blocks.values() if block.is_idle]
-        self._blocks, self._of_page, self._leaves, self.n_idle = {}, {}, self._no_leaves(), 0
+        self._blocks, self._of_page, self._of_version = {}, {}, {}
+        self._leaves, self.n_idle = self._no_leaves(), 0
         return pages
 
     def _drop(self, block: _Block) -> int:
         """Remove a block that nobody holds; return its page."""
         self._leaves.discard(block)
         del self._blocks[block.key], self._of_page[block.page]
+        if block.version is not None:
+            own = self._of_version[block.version]
+            del own[block]
+            if not own:
+                del self._of_version[block.version]
         self.n_idle -= 1
         if block.parent is not None:
             block.parent.n_children -= 1

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from itertools import takewhile
 
-from veneer.serve.schedule.pages import Pages
+from veneer.serve.schedule.pages import Owner, Pages
 from veneer.serve.schedule.prefix_cache import Tail
 from veneer.serve.schedule.request import Request
 
@@ -70,7 +70,7 @@ class PrefixSharing:
         last = request.n_front_there + request.n_computed
         first = last // self.pages.block * self.pages.block
         keeps = request.root is not None and first < last and request.finish_reason != "error"
-        self.pages.release(request.id, self._tail(request, first, last) if keeps else None)
+        self.pages.release(request.id, self._tail(request, first, last) if keeps else None, self._owner(request))
         self._put(request, 0)
 
     def begin(self, request: Request) -> None:
@@ -92,7 +92,7 @@ class PrefixSharing:
         if request.root is None or n <= request.n_published:
             return []
         keys, first = request.keys(n, self.pages.block), request.n_published
-        self.pages.publish(request.id, keys, first)
+        self.pages.publish(request.id, keys, first, self._owner(request))
         request.n_published = n
         return self._freed(request, keys[first:])
 
@@ -112,6 +112,10 @@ class PrefixSharing:
         """Return the keys of the blocks that a request need not compute, if they are there."""
         block = self.pages.block
         return [] if request.root is None else request.keys(self._limit(request) // block, block)
+
+    def _owner(self, request: Request) -> Owner:
+        first = (request.n_front + request.acts_from) // self.pages.block if request.acts_from else 0
+        return Owner(request.version, first)
 
     def _tail(self, request: Request, first: int, last: int) -> Tail:
         """The positions of a request from ``first``, where a page begins, to ``last``."""

@@ -10,7 +10,7 @@ import pytest
 import torch
 from tests.unit.serve.conftest import FAMILIES, METHODS, make_model, save_adapter
 
-from veneer import LLM, LoRARequest, SamplingParams
+from veneer import LLM, LoraConfig, LoRARequest, SamplingParams
 from veneer.errors import ConfigError
 from veneer.serve.schedule.adapter_pool import AdapterPool
 from veneer.serve.schedule.adapter_version import AdapterVersion
@@ -213,6 +213,7 @@ def test_another_adapter_finds_nothing(adapters, tmp_path, tokenizer):
     llm, request = engine(tokenizer), LoRARequest("again", 1, str(folder))
     first = asked(llm, [HEADER], adapters=request)
     assert cached(asked(llm, [HEADER])) == [0]  # the base
+    assert cached(asked(llm, [HEADER], adapters=adapters["lora"])) == [52]  # the same content, under its own name
     other = save_adapter(tmp_path / "other", METHODS["lora"](), seed=77)
     for file in other.iterdir():
         shutil.copy(file, folder / file.name)
@@ -220,7 +221,7 @@ def test_another_adapter_finds_nothing(adapters, tmp_path, tokenizer):
     assert cached(second) == [0]
     fresh = engine(tokenizer, enable_prefix_caching=False)
     assert told(second) == told(asked(fresh, [HEADER], adapters=request)) != told(first)
-    assert cached(asked(llm, [HEADER], adapters=adapters["lora"])) == [52]  # the first content, under its own name
+    assert cached(asked(llm, [HEADER], adapters=adapters["lora"])) == [52]  # the first content, which kept that name
 
 
 def test_a_version_that_was_unloaded_finds_its_pages(adapters, tokenizer):
@@ -366,3 +367,18 @@ def test_pages_of_a_sequence_that_began_before_a_reset_are_not_found():
     assert pages.n_found(keys) == 0
     pages.release("a")
     assert (pages.n_cached, pages.n_free) == (0, 7)
+
+
+def test_pages_of_a_version_that_is_gone_are_given_back(adapters, tmp_path, tokenizer):
+    llm = engine(tokenizer)
+    asked(llm, [HEADER])
+    pages = llm.engine.scheduler.pages
+    of_base = pages.n_cached
+    invoked = LoraConfig(r=3, target_modules=["q_proj"], alora_invocation_tokens=HEADER[33:35])
+    alora = LoRARequest("alora", 99, str(save_adapter(tmp_path / "alora", invoked)))
+    for request in (adapters["lora"], adapters["prefix"], alora):
+        asked(llm, [HEADER, HEADER + TAILS[0]], adapters=request)
+        assert pages.n_cached > of_base
+        llm.llm_engine.remove_lora(request.adapter_id)
+        assert (pages.n_cached, pages.n_held) == (of_base, 0)
+    assert cached(asked(llm, [HEADER])) == [52]
