@@ -19,7 +19,7 @@ FROM_ROOT = {"CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md
 API = {
     "adapters": ("Adapters", ("adapters", "plain", "records", "inits", "model")),
     "methods": ("Methods", ("methods",)),
-    "training": ("Training", ("train",)),
+    "training": ("Training", ("train", "learn")),
     "storage": ("Storage", ("store",)),
     "serving": ("Serving", ("serve",)),
 }

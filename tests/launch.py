@@ -22,7 +22,7 @@ from patience import PATIENCE
 
 PRELOADED = [
     "veneer.cli.app", "veneer.cli.train_run", "veneer.cli.serve", "veneer.recipe.adapter", "veneer.train.trainer",
-    "veneer.train.preference.dpo", "veneer.train.preference.grpo", "veneer.train.preference.reward",
+    "veneer.train.preference.dpo", "veneer.learn.grpo", "veneer.train.preference.reward",
     "transformers.models.llama.modeling_llama", "datasets", "psutil", "prepared",
 ]  # fmt: skip
 

@@ -66,6 +66,16 @@ class DataPart(_Part):
         return [f"{key}: {missing_told(path)}" for key, path in missing.items()]
 
 
+class RolloutsPart(_Part):
+    """Who draws the answers that are learned from: veneer's engine, transformers' generate, or the engine if it can."""
+
+    engine: Literal["auto", "engine", "generate"] = Field(
+        default="auto",
+        description="who draws the answers: veneer's engine, transformers' generate, or the engine if it can "
+        "([answers.md](answers.md))",
+    )
+
+
 class Written(_Part):
     """Recipe as written. `recipe.Recipe` adds the configs of its parts."""
 
@@ -75,6 +85,7 @@ class Written(_Part):
     adapter: dict[str, Any] = {"method": "lora"}
     training: dict[str, Any] = {}
     rewards: list[str | dict[str, Any]] = []
+    rollouts: RolloutsPart = RolloutsPart()
     metric: MetricPart | None = None
     distributed: DistributedPart = DistributedPart()
     output: str

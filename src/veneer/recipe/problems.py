@@ -27,6 +27,7 @@ ELSEWHERE = {
     "assistant_only_loss": "as data.train_on (answers or everything)",
     "completion_only_loss": "as data.train_on (answers or everything)",
     "reward_weights": "in rewards, as weight of each function",
+    "rollout_engine": "in rollouts, as engine",
 }
 
 NOWHERE = {

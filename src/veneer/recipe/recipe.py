@@ -135,4 +135,5 @@ def _defaults(recipe: Recipe) -> dict[str, Any]:
         "gradient_checkpointing": False,
         "report_to": ["tensorboard"],
         **({"reward_weights": recipe.reward_functions()[1]} if recipe.rewards else {}),
+        **({"rollout_engine": recipe.rollouts.engine} if KEYS[recipe.task].rewards else {}),
     }

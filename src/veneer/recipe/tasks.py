@@ -77,6 +77,8 @@ def task_problems(values: Mapping[str, Any]) -> Iterator[str]:
     rewards = values.get("rewards")
     if rewards and not KEYS[task].rewards:
         yield f"rewards: {_belongs([t for t in TASKS if KEYS[t].rewards], task)}"
+    if values.get("rollouts") and not KEYS[task].rewards:
+        yield f"rollouts: {_belongs([t for t in TASKS if KEYS[t].rewards], task)}"
     if KEYS[task].rewards and not rewards:
         yield f"rewards: is missing; {task} learns from rewards, such as [{{function: exact-match, column: answer}}]"
     if task != "sft" and "sweep" in values:

@@ -9,10 +9,9 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any, TypeVar
 
-from veneer.errors import AdapterNameError, ConfigError, FormatError, VeneerError
+from veneer.errors import AdapterNameError, ConfigError, VeneerError
 from veneer.plain.lru import LruCache
 from veneer.serve.adapters.loader import Finished, Loader
 from veneer.serve.adapters.versions import Versions
@@ -22,11 +21,17 @@ from veneer.serve.metrics import MetricSeries
 from veneer.serve.requests.admission import Admission
 from veneer.serve.requests.answer import Answer, decoded
 from veneer.serve.requests.answer_group import AnswerGroup
-from veneer.serve.requests.checked import CheckedRequest, EngineSettings, Rules, require_answerable
+from veneer.serve.requests.checked import (
+    CheckedRequest,
+    EngineSettings,
+    Rules,
+    require_answerable,
+    require_client,
+)
 from veneer.serve.requests.pooling import Pooling
 from veneer.serve.requests.prompts import PromptReader
 from veneer.serve.requests.readers import Readers
-from veneer.serve.runners.runner import Runner
+from veneer.serve.runners.runner import Runner, read_version
 from veneer.serve.sandbox.sandbox import Sandbox
 from veneer.serve.schedule.adapter_version import AdapterVersion
 from veneer.serve.schedule.lora_request import LoRARequest
@@ -40,7 +45,6 @@ from veneer.serve.stats import Stats
 from veneer.store.named_base import GivenBase
 
 _LOG = logging.getLogger(__name__)
-_LONGEST_NAME = 256  # of a client
 _DROPPED = 1 << 16  # names that were dropped and are remembered, for requests on their way
 _Message = CheckedRequest | Abort | Forget | Act | Preload | Finished[Any]
 Result = TypeVar("Result")
@@ -117,7 +121,7 @@ class Engine:
         holds no adapter.
         """
         params = replace(params)  # checks it again, and keeps later changes out
-        _require_client(client, priority)
+        require_client(client, priority)
         self.backlog.require_possible(params.n, len(prompt_ids))
         version = None if lora_request is None else self.versions.of(lora_request)
         n_front, n_bytes = (version.n_front, version.n_bytes) if version else (0, 0)
@@ -229,6 +233,24 @@ class Engine:
                     version.id, AdapterNameError(f"adapter {request.name!r} was dropped while it was loaded")
                 )
 
+    def take(self, request: LoRARequest, adapter: Any) -> None:
+        """Load an adapter that the runner has packed, and keep it as long as its name refers to it. Between steps.
+
+        ``request`` gives its version. Raises ConfigError if there is no room.
+        """
+        version = self.versions.of(request)
+        self._bind(request, version)
+        self.pool.pin(request.name)
+        if not self.pool.is_absent(version.id):
+            return
+        if self.pool.begin_load([version.id]) is None:
+            self._forget_names(version.id)
+            raise ConfigError(f"cannot load adapter {request.name!r}: {self.pool.told_places()}")
+        self._end_load(Finished(version.id, adapter, 0.0))
+        if version.id in self._failures:
+            raise self._failures.pop(version.id)
+        self._unload()
+
     def remove_adapter(self, number: int) -> None:
         """Drop an adapter's name; its weights are freed when no request needs them. Raises AdapterNameError."""
         name = self._name_of(number)
@@ -329,7 +351,7 @@ class Engine:
     def _load(self, id: str | None) -> bool:
         """Let a version be read whose load has begun, if there is one."""
         if id is not None:
-            read = partial(_read, self.runner, self.versions, self.pool.version(id), self._loader.later)
+            read = partial(read_version, self.runner, self.versions, self.pool.version(id), self._loader.later)
             self._loader.submit(id, read)
         return id is not None
 
@@ -463,34 +485,3 @@ class Engine:
             self.runner.end(answer.request.id)
             if self._stats is not None:
                 self._stats.end(answer.request)
-
-
-def _require_client(client: str | None, priority: int) -> None:
-    """Raise ConfigError if a client's name or a priority is not valid."""
-    if client is not None and not (isinstance(client, str) and 0 < len(client) <= _LONGEST_NAME):
-        told = repr(client)[:_LONGEST_NAME]
-        raise ConfigError(f"client={told} is no name: give a text of 1 to {_LONGEST_NAME} characters, or None")
-    if not isinstance(priority, int) or isinstance(priority, bool):
-        raise ConfigError(f"priority={priority!r} is no whole number: a lower one is more urgent, 0 is usual")
-
-
-def _read(
-    runner: Runner, versions: Versions, version: AdapterVersion, later: Callable[[Callable[[], None]], None]
-) -> Any:
-    """An adapter for a runner to load, which is kept on disk later. Raises FormatError if the files have changed since
-    the version was known.
-    """
-    try:
-        versions.require_unchanged(version)
-        kept = runner.kept(version.id)
-        if kept is not None:
-            return kept
-        if version.parts:
-            found = runner.read_mix([(Path(part.folder), weight) for part, weight in version.parts])
-        else:
-            found = runner.read(Path(version.folder))
-        versions.require_unchanged(version)  # it may have been replaced meanwhile
-        later(partial(runner.keep, version.id, found))  # holds it, also if it goes out of memory meanwhile
-    except OSError as error:
-        raise FormatError(f"the adapter in {version.told} cannot be read: {error}. Put its files back") from error
-    return found

@@ -184,6 +184,7 @@ def start_engine(
     options: EngineOptions,
     *,
     program_alone: bool = False,
+    keeps_weights: bool = False,
     contexts_cached: int | None = None,
     compares_bases: bool = True,
 ) -> Engine:
@@ -192,7 +193,8 @@ def start_engine(
 
     ``program_alone``: nothing is computed by transformers' own code, and a loaded model's weights are freed. If it has
     no program, DescriptionError says why, and the model has its weights again. An adapter with a part that has no place
-    in the program is then refused by `UnsaidError` when it is loaded.
+    in the program is then refused by `UnsaidError` when it is loaded. ``keeps_weights``: the model keeps its own beside
+    the packed ones, to train on.
 
     ``contexts_cached``: pages that no request holds are kept for so many times the longest sequence. None: they take up
     to the whole budget if ``kv_cache_memory_bytes`` is given, otherwise a quarter of the free memory.
@@ -207,7 +209,7 @@ def start_engine(
     longest = options.max_model_len or limit or 2048
     if limit is not None and longest > limit:
         raise ConfigError(f"max_model_len={longest} is more than the model's context of {limit} tokens: lower it")
-    own = program_alone or not isinstance(model, PreTrainedModel)
+    own = (program_alone or not isinstance(model, PreTrainedModel)) and not keeps_weights
     with base_alone(loaded):
         interpreter, why_not = (
             (proved(loaded, longest, give_up=own), "")

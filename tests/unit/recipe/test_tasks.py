@@ -49,6 +49,9 @@ def test_every_task_has_a_trainer_and_settings_of_its_own(task):
         ({"data": {"train": "r", "completion": "{a}"}}, "data.completion: belongs to task sft"),
         ({"rewards": ["regex"]}, "rewards: belongs to task grpo, rloo, and the task here is dpo"),
         ({"task": "grpo"}, "rewards: is missing; grpo learns from rewards"),
+        ({"rollouts": {"engine": "engine"}}, "rollouts: belongs to task grpo, rloo, and the task here is dpo"),
+        ({**GRPO, "rollouts": {"engine": "vllm"}}, "rollouts.engine: .*'auto', 'engine' or 'generate'"),
+        ({**GRPO, "training": {"rollout_engine": "auto"}}, "rollout_engine: .*in rollouts, as engine"),
         ({"task": "kto", "training": {"per_device_train_batch_size": 1}}, "leaves KTO nothing to estimate its KL term"),
         ({"task": "grpo", "rewards": ["exact-mach"]}, "'exact-mach' is no reward.*the nearest is 'exact-match'"),
         ({"task": "grpo", "rewards": ["regex"]}, "the reward function regex: pattern: is missing"),
@@ -89,6 +92,9 @@ def test_rewards_are_functions_with_weights(tmp_path):
     functions, weights = recipe.reward_functions()
     assert weights == [0.7, 1.0] == recipe.training_config().reward_weights
     assert isinstance(recipe.training_config(), GRPOConfig)
+    assert recipe.training_config().rollout_engine == "auto"
+    chosen = parse_recipe(values("grpo", rewards=["exact-match"], rollouts={"engine": "generate"}))
+    assert chosen.training_config().rollout_engine == "generate"
     assert functions[0](completions=[" 7 ", "8"], answer=["7", "9"]) == [1.0, 0.0]
     assert functions[1](completions=["a"]) == [1.0]
 

@@ -124,7 +124,7 @@ def _layout_of(block: VersionBlock, factors: Sequence[Factor], memory: dict[torc
     ordered = sorted(factors, key=lambda factor: factor.rows.storage_offset())
     changes = [change.own for change in block.layout.changes if change is not None]
     one_dtype = len({factor.panels.dtype for factor in factors}) == 1
-    if not one_dtype or not _fill_one_memory([factor.rows for factor in ordered]) or not all(map(_is_plain, changes)):
+    if not one_dtype or not _fill_one_memory([factor.rows for factor in ordered]) or not all(map(is_plain, changes)):
         return None
     parts = list(_parts(ordered))
     rows, longest = ordered[0].rows, max(sum(factor.rows.numel() for factor in part) for part in parts)
@@ -134,7 +134,8 @@ def _layout_of(block: VersionBlock, factors: Sequence[Factor], memory: dict[torc
     return _Layout(stretches, block.layout, ordered[0].panels.dtype)
 
 
-def _is_plain(own: OwnChanges) -> bool:
+def is_plain(own: OwnChanges) -> bool:
+    """Return True for changes that are products of two factors, and nothing else."""
     return own.only_adds and own.pairs is not None and own.pairs.middle is None
 
 

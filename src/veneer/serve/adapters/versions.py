@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from veneer.contract import MethodConfig
 from veneer.contract.file import CONFIG_FILE, WEIGHTS_FILE
 from veneer.contract.source import adapter_folder
 from veneer.disk.stamp import stamp_of
@@ -59,6 +60,8 @@ class Versions:
         already. A mix raises the errors of each part, and CompositionError for one that acts from its invocation tokens
         on.
         """
+        if request.version is not None:
+            return request.version
         if request.parts:
             return _mix([(self.of(part), weight) for part, weight in request.parts])
         folder = adapter_folder(request.lora_path)
@@ -121,32 +124,43 @@ class Versions:
         Raises FormatError, and CompositionError for an adapter that a request cannot ask for.
         """
         config = read_config(folder)
-        if config.by_sequence:
-            raise CompositionError(
-                f"the adapter in {folder} ({config.peft_type}) depends on the whole of a sequence, which the engine "
-                "computes in parts: generate with the model itself"
-            )
-        if config.task_type in TASK_HEADS and config.task_type != SERVED:
-            raise CompositionError(
-                f"the adapter in {folder} has a head of its own (task_type {config.task_type}), and requests are "
-                "answered with tokens: load it on the model of its task (AutoPeftModel) and run that"
-            )
-        if config.n_tasks > 1:
-            raise CompositionError(
-                f"the adapter in {folder} has {config.n_tasks} tasks, and a request names none: write the task that is "
-                "served as plain LoRA (veneer export as-lora --task N) if it changes weights"
-            )
-        return AdapterVersion(
-            id="",
+        return replace(
+            version_of(config, f"the adapter in {folder}", stored_bytes(folder, self._value_bytes)),
             folder=str(folder),
-            kind=config.peft_type,
-            rank=config.largest_rank,
-            n_front=config.virtual_tokens,
-            invocation=config.invocation_tokens,
-            has_head=config.task_type == SERVED,
-            n_bytes=stored_bytes(folder, self._value_bytes),
             warning=self._served.warning(config.base_model_name_or_path),
         )
+
+
+def version_of(config: MethodConfig, told: str, n_bytes: int, id: str = "") -> AdapterVersion:
+    """Return the version of an adapter of so many bytes; ``told`` names it in errors.
+
+    Raises CompositionError for an adapter that a request cannot ask for.
+    """
+    if config.by_sequence:
+        raise CompositionError(
+            f"{told} ({config.peft_type}) depends on the whole of a sequence, which the engine computes in parts: "
+            "generate with the model itself"
+        )
+    if config.task_type in TASK_HEADS and config.task_type != SERVED:
+        raise CompositionError(
+            f"{told} has a head of its own (task_type {config.task_type}), and requests are answered with tokens: load "
+            "it on the model of its task (AutoPeftModel) and run that"
+        )
+    if config.n_tasks > 1:
+        raise CompositionError(
+            f"{told} has {config.n_tasks} tasks, and a request names none: write the task that is served as plain LoRA "
+            "(veneer export as-lora --task N) if it changes weights"
+        )
+    return AdapterVersion(
+        id=id,
+        folder=told,
+        kind=config.peft_type,
+        rank=config.largest_rank,
+        n_front=config.virtual_tokens,
+        invocation=config.invocation_tokens,
+        has_head=config.task_type == SERVED,
+        n_bytes=n_bytes,
+    )
 
 
 def _mix(parts: Sequence[tuple[AdapterVersion, float]]) -> AdapterVersion:

@@ -33,7 +33,7 @@ from veneer.records.deltas import LinearDelta, PromptDelta, ResidualDelta
 from veneer.serve.program.heads import is_of_head, without_head
 from veneer.store.adapter.config import read_config
 from veneer.store.adapter.files import read_tensors
-from veneer.store.adapter.records import StoredAdapter, read_records
+from veneer.store.adapter.records import StoredAdapter, records_of
 from veneer.store.adapter.tensors import once_each
 
 _KEPT = 512  # configs whose places are kept
@@ -78,9 +78,16 @@ def read_effects(lookup: Lookup, program: Program, folder: Path) -> Effects:
     Raises FormatError and TargetError as loading does, and `UnsaidError`. For an adapter that acts from its invocation
     tokens on, the latter is a CompositionError: its tokens before are in pages of the program's layout.
     """
-    config = without_head(read_config(folder))
+    return effects_of(lookup, program, folder, read_config(folder), once_each(read_tensors(folder)))
+
+
+def effects_of(
+    lookup: Lookup, program: Program, folder: Path, config: MethodConfig, tensors: Mapping[str, Tensor]
+) -> Effects:
+    """Return `read_effects` of a config and of tensors by their keys on disk. ``folder`` is named in errors alone."""
+    config = without_head(config)
     try:
-        return _read_effects(lookup, program, folder, config)
+        return _effects_of(lookup, program, folder, config, tensors)
     except UnsaidError as reason:
         if not config.invocation_tokens:
             raise
@@ -90,9 +97,11 @@ def read_effects(lookup: Lookup, program: Program, folder: Path) -> Effects:
         ) from reason
 
 
-def _read_effects(lookup: Lookup, program: Program, folder: Path, config: MethodConfig) -> Effects:
+def _effects_of(
+    lookup: Lookup, program: Program, folder: Path, config: MethodConfig, tensors: Mapping[str, Tensor]
+) -> Effects:
     places = lookup.of(config)
-    stored = read_records(folder, places.placed, device=lookup.model.device)
+    stored = records_of(folder, config, tensors, places.placed, device=lookup.model.device)
     stored = replace(stored, others=tuple(key for key in stored.others if not is_of_head(key)))
     found = Effects()
     for path, record in stored.records.items():
@@ -103,7 +112,7 @@ def _read_effects(lookup: Lookup, program: Program, folder: Path, config: Method
             raise UnsaidError(f"virtual tokens with {', '.join(stored.others[:3]) or config.modules_to_save}")
         return found
     if stored.others or plan.copied or plan.rows:
-        _put_others(found, lookup.model, program, stored, _Others(config, plan, once_each(read_tensors(folder))))
+        _put_others(found, lookup.model, program, stored, _Others(config, plan, tensors))
     return found
 
 

@@ -20,6 +20,7 @@ class Answer:
         self.text = ""
         self.stop_string: str | None = None
         self.logprobs: list[TokenLogprobs] = []
+        self.policy: list[tuple[float, float]] = []
         self.cumulative_logprob = 0.0
         self._tokenizer = tokenizer
         self._reader = Detokenizer(tokenizer, request.prompt, params.skip_special_tokens) if params.detokenize else None
@@ -33,6 +34,8 @@ class Answer:
         if drawn.logprobs is not None:
             self.logprobs.append(decoded(drawn.logprobs, self._tokenizer))
             self.cumulative_logprob += drawn.logprobs[drawn.token].logprob
+        if drawn.policy is not None:
+            self.policy.append(drawn.policy)
         if self._reader is None or self._waits:
             return False
         start = len(self.text)
@@ -64,6 +67,7 @@ class Answer:
             finish_reason=self.request.finish_reason,
             stop_reason=self.stop_string if self.stop_string is not None else self.request.stop_token,
             lora_request=lora_request,
+            policy=self.policy[first_token:] if self.params.policy_logprobs else None,
         )
 
     def _whole(self, reader: Detokenizer) -> str:

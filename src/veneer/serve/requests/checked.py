@@ -21,6 +21,8 @@ from veneer.serve.schedule.sampling_params import RequestOutputKind, SamplingPar
 from veneer.serve.schedule.speculation import Draft, SpeculativeConfig
 from veneer.serve.schedule.stop_tokens import StopRule
 
+_LONGEST_NAME = 256  # of a client
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineSettings:
@@ -200,6 +202,15 @@ class Rules:
             return None
         forced = None if rule.form is None else rule.form.forced
         return Draft(self.settings.speculative, forced) if self.settings.speculative or forced else None
+
+
+def require_client(client: str | None, priority: int) -> None:
+    """Raise ConfigError if a client's name or a priority is not valid."""
+    if client is not None and not (isinstance(client, str) and 0 < len(client) <= _LONGEST_NAME):
+        told = repr(client)[:_LONGEST_NAME]
+        raise ConfigError(f"client={told} is no name: give a text of 1 to {_LONGEST_NAME} characters, or None")
+    if not isinstance(priority, int) or isinstance(priority, bool):
+        raise ConfigError(f"priority={priority!r} is no whole number: a lower one is more urgent, 0 is usual")
 
 
 def _word_ids(tokenizer: Any, word: str) -> list[tuple[int, ...]]:

@@ -41,7 +41,7 @@ class Readers:
 
     def of(self, request: LoRARequest | None) -> PromptReader:
         """Return the reader of an adapter, or of a mix. Raises ConfigError for a mix of different tokens."""
-        if request is None:
+        if request is None or request.version is not None:
             return self.base
         if request.parts:
             return _joined(request, [self.of(part) for part, _ in request.parts])

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -21,6 +21,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from veneer.adapters.peft_model import PeftModel
+from veneer.contract import MethodConfig
 from veneer.errors import DescriptionError, TargetError
 from veneer.model.adapted.state import base_alone
 from veneer.model.batch.paged import TOLERANCE, KeysValues, Stretch, require_pageable
@@ -43,7 +44,7 @@ from veneer.serve.adapters.layouts import Layouts
 from veneer.serve.adapters.mix import Parts, read_mix
 from veneer.serve.adapters.versions import stored_bytes
 from veneer.serve.program.block import PackedEffects, VersionBlock
-from veneer.serve.program.effects import Lookup, UnsaidError, read_effects
+from veneer.serve.program.effects import Lookup, UnsaidError, effects_of, read_effects
 from veneer.serve.program.interpreter import Interpreter
 from veneer.serve.program.kv_cache import make_cache
 from veneer.serve.program.step import Piece, sent, step_of, step_on_host
@@ -121,14 +122,14 @@ class ProgramRunner(DrawingRunner):
     def read(self, folder: Path) -> ProgramAdapter | GeneralAdapter:
         known = self._layouts.read(folder)
         if known is not None:
-            return self._of_block(known)
+            return self.of_block(known)
         effects = partial(read_effects, folder=folder)
         learn = partial(self._layouts.learn, folder)
         return self._read(effects, lambda: StoredFolder(folder, stored_bytes(folder)), learn)
 
     def kept(self, version: str) -> ProgramAdapter | None:
         block = None if self.store is None else self.store.find(version)
-        return None if block is None or not self.interpreter.fits(block) else self._of_block(block)
+        return None if block is None or not self.interpreter.fits(block) else self.of_block(block)
 
     def keep(self, version: str, adapter: ProgramAdapter | GeneralAdapter) -> None:
         if self.store is not None and isinstance(adapter, ProgramAdapter) and adapter.is_block:
@@ -137,6 +138,23 @@ class ProgramRunner(DrawingRunner):
 
     def read_mix(self, parts: Parts) -> ProgramAdapter | GeneralAdapter:
         return self._read(partial(read_mix, parts=parts), lambda: stored_mix(parts))
+
+    def pack(
+        self, config: MethodConfig, tensors: Mapping[str, Tensor], told: str
+    ) -> tuple[ProgramAdapter, list[Factor]]:
+        """Return an adapter for `load` from its config and its tensors by their keys on disk, and its packed factors.
+
+        ``told`` names it in errors. Raises FormatError, TargetError, and `UnsaidError` for a part without a place in
+        the program.
+        """
+        with self._modules:
+            effects = effects_of(self._lookup, self.interpreter.program, Path(told), config, tensors)
+        packed, factors = self.interpreter.packed_of(effects)
+        return self._placed(packed, self._prefix(effects)), factors
+
+    def of_block(self, block: VersionBlock) -> ProgramAdapter:
+        """Return an adapter for `load` that is nothing but its block."""
+        return self._placed(PackedEffects(Effects(), block, {}), [])
 
     def _read(
         self,
@@ -157,9 +175,6 @@ class ProgramRunner(DrawingRunner):
         packed, factors = self.interpreter.packed_of(effects)
         learn(packed.linears, factors)
         return self._placed(packed, self._prefix(effects))
-
-    def _of_block(self, block: VersionBlock) -> ProgramAdapter:
-        return self._placed(PackedEffects(Effects(), block, {}), [])
 
     def _placed(self, packed: PackedEffects, prefix: list[KeysValues]) -> ProgramAdapter:
         """An adapter on the model's device."""

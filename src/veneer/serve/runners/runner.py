@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Hashable, Iterable, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Sequence
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -11,8 +12,11 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from veneer.errors import FormatError
 from veneer.serve.adapters.mix import Parts
+from veneer.serve.adapters.versions import Versions
 from veneer.serve.runners.sampler import DrawRule, Row, Sampler, not_finite
+from veneer.serve.schedule.adapter_version import AdapterVersion
 from veneer.serve.schedule.step_plan import DrawnToken, PlannedSequence, Sampled, StepPlan
 
 
@@ -61,6 +65,29 @@ class Runner(Protocol):
 
     def take(self, request_id: str, token: int) -> None:
         """Append a drawn token to the request's answer."""
+
+
+def read_version(
+    runner: Runner, versions: Versions, version: AdapterVersion, later: Callable[[Callable[[], None]], None]
+) -> Any:
+    """Return an adapter for a runner to load, which is kept on disk later.
+
+    Raises FormatError if the files have changed since the version was known.
+    """
+    try:
+        versions.require_unchanged(version)
+        kept = runner.kept(version.id)
+        if kept is not None:
+            return kept
+        if version.parts:
+            found = runner.read_mix([(Path(part.folder), weight) for part, weight in version.parts])
+        else:
+            found = runner.read(Path(version.folder))
+        versions.require_unchanged(version)  # it may have been replaced meanwhile
+        later(partial(runner.keep, version.id, found))  # holds it, also if it goes out of memory meanwhile
+    except OSError as error:
+        raise FormatError(f"the adapter in {version.told} cannot be read: {error}. Put its files back") from error
+    return found
 
 
 class Computed(NamedTuple):

@@ -15,6 +15,7 @@ from typing import NamedTuple, Protocol
 from torch import Tensor
 
 from veneer.errors import ConfigError, NonFiniteError, VeneerError
+from veneer.ops.policy import policy_logprobs
 from veneer.ops.sample import NONE_ALLOWED, Draws, Ints, RowRule, bit_mask, draw
 from veneer.serve.schedule.outputs import Logprob, TokenLogprobs
 from veneer.serve.schedule.sampling_params import SamplingParams
@@ -162,19 +163,32 @@ class Sampler:
     def _fill(self, sampled: Sampled, rows: Sequence[Row], logits: Tensor) -> None:
         rules = [self._rule(row, logits.shape[1]) for row in rows]
         found = draw(logits, rules)
-        logprobs = _logprobs(found, rules)
-        for row, token, scored in zip(rows, found.tokens.tolist(), logprobs, strict=True):
+        logprobs, policy = _logprobs(found, rules), self._policy(rows, logits, rules, found.tokens)
+        for i, (row, token, scored) in enumerate(zip(rows, found.tokens.tolist(), logprobs, strict=True)):
             id = row.request_id
             if token < 0:
                 if not row.after:  # otherwise it fails in the next step, and the tokens before it are told first
                     sampled.failed[id] = _error(id, token)
             elif row.target is None:
-                sampled.drawn.setdefault(id, []).append(DrawnToken(token, scored))
+                sampled.drawn.setdefault(id, []).append(DrawnToken(token, scored, policy.get(i)))
             elif scored is not None:
                 sampled.prompt_logprobs.setdefault(id, []).append(scored)
         for id in sampled.failed:
             sampled.drawn.pop(id, None)
             sampled.prompt_logprobs.pop(id, None)
+
+    def _policy(
+        self, rows: Sequence[Row], logits: Tensor, rules: Sequence[RowRule], tokens: Tensor
+    ) -> dict[int, tuple[float, float]]:
+        """The numbers of ``policy_logprobs`` of the rows that draw and ask for them, by their index."""
+        places = [
+            i for i, row in enumerate(rows)
+            if row.target is None and self._states[row.request_id].rule.params.policy_logprobs and tokens[i] >= 0
+        ]  # fmt: skip
+        if not places:
+            return {}
+        own, kept = policy_logprobs(logits[places], [rules[i] for i in places], tokens[places])
+        return dict(zip(places, zip(own.tolist(), kept.tolist(), strict=True), strict=True))
 
     def take(self, request_id: str, token: int) -> None:
         """Append a drawn token to the request's answer; until then, the same token would be drawn again."""

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from veneer.errors import ConfigError
+from veneer.serve.schedule.adapter_version import AdapterVersion
 
 
 @dataclass(frozen=True)
@@ -16,7 +17,8 @@ class LoRARequest:
 
     The contents of the folder at the time of a request are served. New files under an old name are thus another
     adapter, without ``load_inplace``; requests in flight keep the earlier one. A mix (`LoRARequest.mix`) has ``parts``,
-    adapters with their weights, and no folder. Raises ConfigError.
+    adapters with their weights, and no folder. Neither has one of a given ``version``, which was taken in as it is
+    (`Engine.take`). Raises ConfigError.
     """
 
     lora_name: str
@@ -25,6 +27,7 @@ class LoRARequest:
     base_model_name: str | None = field(default=None, compare=False)
     load_inplace: bool = field(default=False, compare=False)
     parts: tuple[tuple[LoRARequest, float], ...] = field(default=(), compare=False, kw_only=True)
+    version: AdapterVersion | None = field(default=None, compare=False, kw_only=True)
 
     def __post_init__(self) -> None:
         if not isinstance(self.lora_name, str) or not self.lora_name:
@@ -33,6 +36,7 @@ class LoRARequest:
             raise ConfigError(f"LoRARequest {self.lora_name!r}: lora_int_id={self.lora_int_id!r} must be 1 or more")
         if self.parts:
             _require_parts(self)
+        if self.parts or self.version is not None:
             return
         if not isinstance(self.lora_path, (str, os.PathLike)) or not str(self.lora_path):
             raise ConfigError(

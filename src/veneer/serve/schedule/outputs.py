@@ -27,7 +27,7 @@ class CompletionOutput:
     """Answer to a prompt. ``stop_reason`` is the string or id that ended it.
 
     It is None if the end token or the length ended it. ``logprobs`` holds, for each token, the log-probabilities of the
-    chosen token and of the likeliest, by id.
+    chosen token and of the likeliest, by id. ``policy`` holds the two numbers of ``policy_logprobs`` for each token.
     """
 
     index: int
@@ -38,6 +38,7 @@ class CompletionOutput:
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
     lora_request: LoRARequest | None = None
+    policy: list[tuple[float, float]] | None = None
 
     def finished(self) -> bool:
         """Return True if the answer is complete."""
@@ -50,6 +51,8 @@ class CompletionOutput:
         self.cumulative_logprob = delta.cumulative_logprob
         if self.logprobs is not None:
             self.logprobs += delta.logprobs or []
+        if self.policy is not None:
+            self.policy += delta.policy or []
         self.finish_reason, self.stop_reason = delta.finish_reason, delta.stop_reason
 
 

@@ -68,6 +68,8 @@ class ResponseFormat(StructuredOutputsParams):
 class SamplingParams(metaclass=Keywords):
     """Sampling of an answer's tokens and its end; fields, defaults and order of effects are vLLM's.
 
+    One is not: ``policy_logprobs`` asks for the log-probability of each token at the temperature, over all ids, and for
+    the logarithm of the mass that masks, ``min_p``, ``top_k`` and ``top_p`` left.
     Parameters are checked when made, and again when a request is made of them, since fields may be set in between.
     Raises ConfigError that lists all problems.
     """
@@ -102,6 +104,7 @@ class SamplingParams(metaclass=Keywords):
     logit_bias: Mapping[int, float] | None = None
     allowed_token_ids: Collection[int] | None = None
     bad_words: Collection[str] | None = None
+    policy_logprobs: bool = False
 
     def __post_init__(self) -> None:
         check(self, self._problems)
@@ -128,6 +131,8 @@ class SamplingParams(metaclass=Keywords):
             said.append(f"stop={self.stop!r} holds an empty string, which would end every answer")
         if self.stop_strings and not self.detokenize:
             said.append("stop strings are looked for in the text: leave detokenize=True, or use stop_token_ids")
+        if self.greedy and self.policy_logprobs:
+            said.append("policy_logprobs=True: the likeliest tokens are not drawn; use a temperature above 0")
         if not self.spaces_between_special_tokens:
             said.append("spaces_between_special_tokens=False is not offered by this engine")
         return said

@@ -58,10 +58,11 @@ class StepPlan:
 
 
 class DrawnToken(NamedTuple):
-    """Drawn token, with the requested log-probabilities, its own first."""
+    """Drawn token, with the requested log-probabilities, its own first, and the two of ``policy_logprobs``."""
 
     token: int
     logprobs: TokenLogprobs | None = None
+    policy: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -68,8 +68,20 @@ def read_records(
     Raises CompositionError if a weight is needed, and NeedsBaseError if neither the caller nor the file gives the
     places. Raises FormatError for a damaged folder.
     """
+    tensors = {**(lacking or {}), **once_each(read_tensors(folder))}
+    return records_of(folder, read_config(folder), tensors, places, device=device)
+
+
+def records_of(
+    folder: Path,
+    config: MethodConfig,
+    tensors: Mapping[str, Tensor],
+    places: Mapping[str, Placed] | None = None,
+    *,
+    device: torch.device | None = None,
+) -> StoredAdapter:
+    """Return `read_records` of a config and of tensors by their keys on disk. ``folder`` is named in errors alone."""
     in_base = places is not None
-    config, tensors = read_config(folder), {**(lacking or {}), **once_each(read_tensors(folder))}
     if places is None:
         places = _told_places(folder, config, tensors)
     whole = {placed.keys[name] for placed in places.values() for name in config.packing.whole}

@@ -1,1 +1,1 @@
-"""Training on preferences and rewards: TRL's DPO, KTO, GRPO, RLOO and reward trainers with veneer's models."""
+"""Training on preferences: TRL's DPO, KTO and reward trainers with veneer's models."""

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import Any, cast
 
+import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
@@ -66,9 +67,30 @@ def token_scores(model: nn.Module, inputs: dict[str, Any], scoring: PreferenceSc
     """Score the tokens of ``inputs["labels"]`` (b, t), shifted by one; labels of -100 do not count.
 
     Hidden states go through a frozen head chunk by chunk. Otherwise logits are computed at the positions at which any
-    label counts.
+    label counts. Rows begin with their first token: padding before it would move learned positions, and part virtual
+    tokens from their prompt.
     """
     inputs = {key: value for key, value in inputs.items() if key != "use_cache"}
+    n_before = _padding_before(inputs)
+    if n_before is None:
+        return _scores_of(model, inputs, scoring)
+    columns = torch.arange(inputs["labels"].shape[1], device=n_before.device)
+    there = (columns + n_before) % len(columns)
+    back = (columns[:-1] - n_before) % (len(columns) - 1)
+    found = _scores_of(model, {key: value.gather(1, there) for key, value in inputs.items()}, scoring)
+    return _moved(found, lambda x: x.gather(1, back.to(x.device)))
+
+
+def _padding_before(inputs: dict[str, Any]) -> Tensor | None:
+    """The number of padding tokens in front of each row, (b, 1); None if none has any, or more is given."""
+    mask = inputs.get("attention_mask")
+    if mask is None or inputs.keys() != {"input_ids", "attention_mask", "labels"} or bool(mask[:, 0].all()):
+        return None
+    n_before: Tensor = mask.int().argmax(dim=1, keepdim=True)
+    return n_before
+
+
+def _scores_of(model: nn.Module, inputs: dict[str, Any], scoring: PreferenceScoring) -> TokenScores:
     found = None if scoring.entropy_learns else next_tokens(model, inputs)
     if found is not None:
         return _scored_in_chunks(found, inputs["labels"][:, 1:].shape, scoring)
@@ -120,6 +142,18 @@ def _spread(found: HeadScores, labels: Tensor, kept: Tensor, aux: Tensor | None)
 
 def _told(found: HeadScores, shape: Sequence[int], aux: Tensor | None) -> TokenScores:
     return _made(found, lambda values: None if values is None else values.view(*shape), aux)
+
+
+def _moved(found: TokenScores, moved: Callable[[Tensor], Tensor]) -> TokenScores:
+    """Scores whose rows are moved."""
+    return replace(
+        found,
+        **{
+            each.name: moved(value)
+            for each in fields(found)
+            if (value := getattr(found, each.name)) is not None and each.name != "aux_loss"
+        },
+    )
 
 
 def _made(found: HeadScores, shaped: Callable[[Tensor | None], Tensor | None], aux: Tensor | None) -> TokenScores:

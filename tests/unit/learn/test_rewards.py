@@ -11,8 +11,8 @@ from datasets import Dataset
 
 from veneer import AdaLoraConfig, GRPOConfig, GRPOTrainer, LoraConfig, RLOOConfig, RLOOTrainer
 from veneer.errors import ConfigError, DataError, TrainingError
+from veneer.learn.rewards import checked_reward
 from veneer.recipe.rewards import exact_match, length, regex, reward_function
-from veneer.train.preference.rewards import checked_reward
 
 from .conftest import LORA
 

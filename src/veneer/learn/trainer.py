@@ -1,28 +1,35 @@
-"""Trainers that learn from rewards of the model's own completions."""
+"""Trainers that learn from rewards of answers that the model in training draws."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
+import torch
 from datasets import Dataset
 from safetensors.torch import load_file, save
 from torch import Tensor
 from torch.utils.data import Sampler
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers.trainer_utils import EvalLoopOutput
 from trl.trainer.utils import RepeatSampler
 
 from veneer.adapters.peft_model import PeftModel
 from veneer.contract import MethodConfig
 from veneer.data.preference import Task, checked_rows
 from veneer.errors import ConfigError, DataError
+from veneer.learn.policy import Policy, policy_of
+from veneer.learn.proof import require_same_policy
+from veneer.learn.rewards import checked_reward
+from veneer.learn.rollouts import DrawnAnswer
+from veneer.model.placed.structure import evaluation
 from veneer.train.config import RunSettings
 from veneer.train.preference.reference import Reference
-from veneer.train.preference.rewards import checked_reward
 from veneer.train.preference.scores import PreferenceScoring, ScoredModel
 from veneer.train.preference.trainer import PreferenceTrainer
+from veneer.train.resume import random_state_kept
 from veneer.train.run_trainer import Ready
 
 GENERATED_FILE = "generated_{rank}_of_{n_processes}.safetensors"
@@ -43,17 +50,21 @@ class EpochRepeatSampler(RepeatSampler):  # type: ignore[misc]
         yield from super().__iter__()
 
 
-class GeneratingTrainer(PreferenceTrainer):
+class DrawingTrainer(PreferenceTrainer):
     """Mixin for TRL's GRPO and RLOO trainers, with their arguments.
 
-    The reference, if ``beta`` asks for one, is that of `veneer.DPOTrainer`. Completions that are trained on over
-    several steps are part of each checkpoint.
+    Answers are drawn by an engine on the model's weights (`Rollouts`), or by transformers where it cannot. What they
+    are learned from is TRL's. The reference, if ``beta`` asks for one, is that of `veneer.DPOTrainer`. Answers that are
+    trained on over several steps are part of each checkpoint.
     """
 
     task: ClassVar[Task]
     settings: ClassVar[type[Any]]
     _step: int
     _buffered_inputs: list[dict[str, Any]] | None
+    policy: Policy | None = None
+    _n_evaluated = 0  # answers, in this evaluation
+    _scored: Tensor | None = None  # log-probabilities of the last training pass
 
     def __init__(
         self,
@@ -95,21 +106,89 @@ class GeneratingTrainer(PreferenceTrainer):
         if self.beta:
             scoring = PreferenceScoring(self.temperature, details=False)
             self.ref_model = Reference(self.model, scoring, fresh=peft_config is not None)
+        self.policy = policy_of(self)
+        # TRL's correction of draws by another policy is for 16 bits: in float32 they are the same, which is proved.
+        self.use_vllm = self.policy is not None and not self.policy.is_exact
         self.surround()
 
     @contextmanager
     def building(self, ready: Ready) -> Iterator[None]:
-        """Hide ``beta`` from TRL while its trainer is made, so that it loads no reference."""
-        beta, ready.args.beta = ready.args.beta, 0.0
+        """Hide ``beta`` and ``use_vllm`` while TRL makes its trainer, so that it loads no reference and no vLLM."""
+        given = {name: getattr(ready.args, name) for name in ("beta", "use_vllm")}
+        ready.args.beta, ready.args.use_vllm = 0.0, False
         try:
             with super().building(ready):
                 yield
         finally:
-            ready.args.beta = beta
+            for name, value in given.items():
+                setattr(ready.args, name, value)
+
+    def drawn(self, prompts: Sequence[Sequence[int]]) -> list[DrawnAnswer] | None:
+        """Return an answer to each prompt by the engine; None if transformers draws."""
+        if self.policy is None:
+            return None
+        first = self.args.process_index * len(prompts)
+        rows = range(first, first + len(prompts))
+        if self.model.training:
+            return self.policy.draw(prompts, (0, self.args.seed, self._step // self._steps_of_a_draw()), rows)
+        rows = range(self._n_evaluated + first, self._n_evaluated + first + len(prompts))
+        self._n_evaluated += len(prompts) * self.args.world_size
+        return self.policy.draw(prompts, (1, self.args.seed, 0), rows)
+
+    def evaluation_loop(self, *args: Any, **options: Any) -> EvalLoopOutput:
+        """Evaluate as `PreferenceTrainer.evaluation_loop` does, on answers drawn by the same keys each time."""
+        self._n_evaluated = 0
+        return super().evaluation_loop(*args, **options)
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        found: dict[str, Any] = super()._generate_and_score_completions(inputs)
+        if self.policy is None:
+            return found
+        found["sampling_per_token_logps"] = self.policy.logprobs(found["completion_ids"])
+        if (mass := self.policy.kept_mass) < 1:
+            self._metrics["train" if self.model.training else "eval"]["rollouts/kept_mass"].append(mass)
+        if self.policy.is_exact and not self.policy.is_proved and self.model.training:
+            with random_state_kept(), evaluation(self.model), torch.no_grad():
+                self._prove(self.policy, found)
+        self.policy.end()
+        return found
+
+    def _prove(self, policy: Policy, batch: dict[str, Any]) -> None:
+        """Raise PolicyMismatchError unless the training pass gives the first answers the engine's log-probabilities."""
+        ids, mask = (torch.cat([batch[f"prompt_{n}"], batch[f"completion_{n}"]], dim=1) for n in ("ids", "mask"))
+        n = batch["completion_ids"].shape[1]
+        own, *_ = self._scored_by(self.model, ids, mask, n, batch_size=self.args.per_device_train_batch_size)
+        counted = batch["completion_mask"].bool()
+        require_same_policy(batch["sampling_per_token_logps"], own, counted, batch["completion_ids"].tolist())
+        policy.is_proved = True
+
+    def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Any:
+        loss = super()._compute_loss(model, inputs)
+        scored, self._scored = self._scored, None
+        is_first = self._step % self._steps_of_a_draw() < self.args.gradient_accumulation_steps
+        counted = inputs["completion_mask"].bool()
+        if scored is not None and "sampling_per_token_logps" in inputs and is_first and counted.any():
+            differences = (scored - inputs["sampling_per_token_logps"])[counted].abs()
+            told = self._metrics["train" if self.model.training else "eval"]
+            told["rollouts/logprob_difference/mean"].append(differences.mean().item())
+            told["rollouts/logprob_difference/max"].append(differences.max().item())
+        return loss
+
+    def _steps_of_a_draw(self) -> int:
+        """Micro-batches that are trained on what is drawn at once."""
+        return int(self.args.steps_per_generation * self.num_iterations)
 
     def _get_per_token_logps_and_entropies(
-        self, model: Any, *args: Any, compute_entropy: bool = False, **options: Any
+        self, model: Any, input_ids: Any, attention_mask: Any, logits_to_keep: int, *args: Any, **options: Any
     ) -> Any:
+        policy = None if torch.is_grad_enabled() or model is not self.model else self.policy
+        if policy is not None and policy.knows:  # it is the policy that drew them, and the engine has told
+            return policy.logprobs(input_ids[:, -logits_to_keep:]), None, None
+        found = self._scored_by(model, input_ids, attention_mask, logits_to_keep, *args, **options)
+        self._scored = found[0].detach()
+        return found
+
+    def _scored_by(self, model: Any, *args: Any, compute_entropy: bool = False, **options: Any) -> Any:
         if not isinstance(model, Reference):
             learns = compute_entropy and bool(getattr(self, "_entropy_bonus_enabled", False))
             model = ScoredModel(
@@ -154,8 +233,7 @@ class GeneratingTrainer(PreferenceTrainer):
     def own_files(self) -> list[tuple[str, bytes]]:
         """Return this process's files, with the completions that the next steps are trained on, if any are left."""
         files = super().own_files()
-        every = self.args.steps_per_generation * self.num_iterations
-        if self._buffered_inputs is not None and self._step % every:
+        if self._buffered_inputs is not None and self._step % self._steps_of_a_draw():
             files.append((self._generated_file(), _packed(self._buffered_inputs)))
         return files
 

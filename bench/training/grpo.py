@@ -1,0 +1,173 @@
+"""A GRPO step of SmolLM2-135M-Instruct: the engine draws, transformers draws, and TRL with PEFT.
+
+    python -m bench.training.grpo step        CPU seconds and memory of a step, the three sides in turns
+    python -m bench.training.grpo handover    milliseconds to give the engine the adapter in training
+
+Four prompts of 32 tokens with four answers of 32 tokens each, in float32; LoRA of rank 8 on all linear layers. Each
+measurement of a step is a process of its own, whose first step is left out. The seconds that drawing takes are apart.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from typing import Any
+
+from bench.report import Rows, add_keep, done, ends_as_interrupted, keep, quiet_libraries, working
+
+SIDES = {"TRL + PEFT, generate": "peer", "veneer, generate": "generate", "veneer, engine": "engine"}
+N_TOKENS, N_PROMPTS, N_ANSWERS = 32, 4, 4
+
+
+def main() -> None:
+    ends_as_interrupted()
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("what", choices=["step", "handover", "side"])
+    parser.add_argument("--model", default="smollm2-135m-instruct")
+    parser.add_argument("--side", default="engine", choices=list(SIDES.values()))
+    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=1)
+    add_keep(parser)
+    options = parser.parse_args()
+    {"step": compare, "handover": hand_over, "side": one_side}[options.what](options)
+
+
+def reward(completions: list[str], **row: Any) -> list[float]:
+    """The share of different characters, so that answers of a prompt differ in reward."""
+    return [len(set(text)) / max(len(text), 1) for text in completions]
+
+
+def trainer_of(options: argparse.Namespace) -> Any:
+    """The trainer of a side; no answer ends before its length, so that all sides compute equally much."""
+    from datasets import Dataset
+
+    from veneer.store.source import load_model, load_tokenizer
+
+    quiet_libraries()
+    peer = options.side == "peer"
+    adapters, trainers = (importlib.import_module(name) for name in (("peft", "trl") if peer else ("veneer",) * 2))
+    tokenizer = load_tokenizer(options.model)
+    words = [f"{i} {'word ' * N_TOKENS}" for i in range(64)]
+    rows = [{"prompt": tokenizer.decode(tokenizer(text)["input_ids"][:N_TOKENS])} for text in words]
+    own = {} if peer else {"rollout_engine": options.side}
+    args = trainers.GRPOConfig(
+        output_dir=tempfile.mkdtemp(), max_steps=options.steps + 1, logging_steps=1, save_strategy="no", use_cpu=True,
+        report_to="none", per_device_train_batch_size=N_PROMPTS * N_ANSWERS, num_generations=N_ANSWERS, bf16=False,
+        max_completion_length=N_TOKENS, gradient_checkpointing=False, disable_tqdm=True, disable_dropout=True, **own,
+    )  # fmt: skip
+    trainer = trainers.GRPOTrainer(
+        load_model(options.model, dtype="float32"),
+        reward,
+        args,
+        Dataset.from_list(rows),
+        processing_class=tokenizer,
+        peft_config=adapters.LoraConfig(r=8, lora_alpha=16, target_modules="all-linear"),
+    )
+    _without_end(trainer)
+    return trainer
+
+
+def _without_end(trainer: Any) -> None:
+    if getattr(trainer, "policy", None) is not None:
+        trainer.policy.params.stop_token_ids = None
+    else:
+        trainer.generation_config.eos_token_id = None
+
+
+def one_side(options: argparse.Namespace) -> None:
+    """Train some steps and print their CPU seconds, those of drawing, and the peak of memory, as JSON."""
+    import torch
+    from transformers import TrainerCallback
+
+    from bench.resident import forget_high_water, high_water_mb
+
+    torch.set_num_threads(options.threads)
+    drawing, steps, began = [0.0], list[tuple[float, float]](), [0.0]
+
+    class Clock(TrainerCallback):  # type: ignore[misc]
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            now = time.process_time()
+            steps.append((now - began[0], drawing[0]))
+            began[0], drawing[0] = now, 0.0
+
+    trainer = trainer_of(options)
+    turn = trainer._generate_single_turn
+
+    def timed(*args: Any, **how: Any) -> Any:
+        start = time.process_time()
+        found = turn(*args, **how)
+        drawing[0] += time.process_time() - start
+        return found
+
+    trainer._generate_single_turn = timed
+    trainer.add_callback(Clock())
+    forget_high_water()
+    began[0] = time.process_time()
+    trainer.train()
+    lengths = {line["completions/mean_length"] for line in trainer.state.log_history if "loss" in line}
+    if lengths != {float(N_TOKENS)}:
+        raise SystemExit(f"answers have {lengths} tokens, and {N_TOKENS} were asked for")
+    print(json.dumps({"steps": steps[1:], "mb": high_water_mb()}))
+
+
+def measured(options: argparse.Namespace, side: str) -> dict[str, Any]:
+    """What `one_side` prints in a process of its own."""
+    command = [
+        sys.executable, "-m", "bench.training.grpo", "side", "--side", side, "--steps", str(options.steps),
+        "--model", options.model, "--threads", str(options.threads),
+    ]  # fmt: skip
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    if run.returncode:
+        raise SystemExit(run.stderr)
+    found: dict[str, Any] = json.loads(run.stdout.splitlines()[-1])
+    return found
+
+
+def compare(options: argparse.Namespace) -> None:
+    """Print medians of the three sides, taken in turns."""
+    found: dict[str, list[dict[str, Any]]] = {name: [] for name in SIDES}
+    for turn in range(options.repeats):
+        for name, side in SIDES.items():
+            working(f"turn {turn + 1} of {options.repeats}, {name}")
+            found[name].append(measured(options, side))
+    done()
+    rows = Rows(SIDES, ("CPU s a step", "draw", "share", "peak MB"))
+    middle = {}
+    for name, runs in found.items():
+        step, draw = (statistics.median(s[i] for run in runs for s in run["steps"]) for i in (0, 1))
+        mb = statistics.median(run["mb"] for run in runs)
+        middle[name] = step, mb
+        rows.add(name, f"{step:.2f}", f"{draw:.2f}", f"{draw / step:.0%}", f"{mb:.0f}")
+    peer, before, own = (middle[name] for name in SIDES)
+    print(f"engine: {own[0] / peer[0]:.2f}x of TRL + PEFT (goal 0.50x), {own[0] / before[0]:.2f}x of generate (0.60x)")
+    keep(options.keep, {"cpu": own[0] / peer[0], "cpu of generate": own[0] / before[0], "memory": own[1] / peer[1]})
+
+
+def hand_over(options: argparse.Namespace) -> None:
+    """Print the milliseconds of the first handover and of later ones."""
+    import torch
+
+    torch.set_num_threads(options.threads)
+    trainer = trainer_of(argparse.Namespace(**vars(options) | {"side": "engine"}))
+    policy = trainer.policy
+    times = []
+    for _ in range(9):
+        with torch.no_grad():
+            next(p for p in trainer.model.parameters() if p.requires_grad).add_(1e-3)
+        start = time.process_time()
+        policy.rollouts.hand_over(policy.adapter)
+        times.append(1e3 * (time.process_time() - start))
+    n = sum(1 for name, _ in trainer.model.named_parameters() if name.endswith("lora_A"))
+    print(f"handover of {n} layers: {statistics.median(times):.1f} ms of CPU time (goal 10), {min(times):.1f} at best")
+    keep(options.keep, {"ms": statistics.median(times)})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Trainers that learn from answers which the model in training draws."""

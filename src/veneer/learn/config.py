@@ -1,0 +1,102 @@
+"""Settings of the trainers that learn from drawn answers: TRL's, with those that every trainer of veneer has."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import trl
+
+from veneer.errors import ConfigError
+from veneer.train.config import RunSettings
+from veneer.train.preference.config import beta_problems, shared_reference_problems
+from veneer.train.processes import n_processes
+
+
+@dataclass
+class _Drawing(RunSettings):
+    """Settings and checks of trainers that draw what they learn from.
+
+    ``rollout_engine``: "engine" draws by veneer's engine, "generate" by transformers; "auto" takes the engine where it
+    can draw, and says why it cannot. ``disable_dropout`` is True: answers come from the policy that is scored.
+    """
+
+    disable_dropout: bool = True
+    rollout_engine: Literal["auto", "engine", "generate"] = "auto"
+
+    def __post_init__(self) -> None:
+        _require_whole_groups(self)
+        super().__post_init__()
+
+    def problems(self) -> list[str]:
+        """Return all problems of the reference and the answers."""
+        found = [*beta_problems(self), *shared_reference_problems(self), *_engine_problems(self)]
+        if self.max_completion_length is None or self.max_completion_length < 1:
+            found.append(f"max_completion_length={self.max_completion_length!r} must be at least 1")
+        if getattr(self, "cast_lm_head_to_fp32", False):
+            found.append("cast_lm_head_to_fp32=True replaces the head of the model: load it with dtype float32 instead")
+        return found
+
+
+@dataclass
+class GRPOConfig(_Drawing, trl.GRPOConfig):  # type: ignore[misc]
+    """TRL's ``GRPOConfig`` with the fields of `RunSettings`. Raises ConfigError with all problems at once.
+
+    ``rollout_engine`` chooses who draws: "auto", "engine" or "generate". ``use_vllm`` asks for the engine.
+    """
+
+
+@dataclass
+class RLOOConfig(_Drawing, trl.RLOOConfig):  # type: ignore[misc]
+    """TRL's ``RLOOConfig`` with the fields of `RunSettings`. Raises ConfigError with all problems at once.
+
+    ``rollout_engine`` chooses who draws: "auto", "engine" or "generate". ``use_vllm`` asks for the engine.
+    """
+
+
+def _engine_problems(args: Any) -> list[str]:
+    if args.rollout_engine not in ("auto", "engine", "generate"):
+        return [f"rollout_engine={args.rollout_engine!r} must be 'auto', 'engine' or 'generate'"]
+    if not args.use_vllm:
+        return []
+    found = []
+    if args.vllm_mode != "colocate":
+        found.append(
+            f"vllm_mode={args.vllm_mode!r} draws in another process: answers are drawn here, by the adapter in "
+            "training. Set vllm_mode='colocate', which asks for veneer's engine"
+        )
+    if args.vllm_tensor_parallel_size != 1:
+        found.append(f"vllm_tensor_parallel_size={args.vllm_tensor_parallel_size} must be 1: the base is not cut")
+    if args.rollout_engine == "generate":
+        found.append("use_vllm=True asks for the engine, and rollout_engine='generate' for transformers: drop one")
+    return found
+
+
+def _require_whole_groups(args: Any) -> None:
+    """Raise ConfigError where the completions of a prompt would not all be in one batch."""
+    n, batch = args.num_generations, args.per_device_train_batch_size
+    if not isinstance(n, int) or n < 2:
+        raise ConfigError(
+            f"num_generations={n!r} must be at least 2: the completions of a prompt are compared with one another"
+        )
+    if args.steps_per_generation is not None and args.generation_batch_size is not None:
+        raise ConfigError("steps_per_generation and generation_batch_size say the same: give one of them")
+    steps = args.steps_per_generation or args.gradient_accumulation_steps
+    found = args.generation_batch_size or batch * steps * n_processes()
+    if found % n:
+        how = (
+            f"generation_batch_size={found}"
+            if args.generation_batch_size
+            else f"per_device_train_batch_size={batch} × {steps} steps × {n_processes()} processes = {found}"
+        )
+        raise ConfigError(
+            f"{how} completions are not a multiple of num_generations={n}, the completions of each prompt: use "
+            f"per_device_train_batch_size={-(-batch // n) * n}, or a num_generations that divides {found}"
+        )
+    evals, held_out = args.num_generations_eval or n, args.per_device_eval_batch_size * n_processes()
+    if args.eval_strategy != "no" and held_out % evals:
+        raise ConfigError(
+            f"per_device_eval_batch_size={args.per_device_eval_batch_size} × {n_processes()} processes are not a "
+            f"multiple of the {evals} completions of each held-out prompt (num_generations_eval, or num_generations): "
+            f"use per_device_eval_batch_size={-(-args.per_device_eval_batch_size // evals) * evals}"
+        )

@@ -1,0 +1,142 @@
+"""Adapter in training as a version for an engine: packed from where it lies, and named by its content. No file."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from veneer.adapters.peft_model import PeftModel
+from veneer.contract import MethodConfig
+from veneer.contract.config import for_use, from_values
+from veneer.errors import AdapterNameError, NonFiniteError
+from veneer.model.attach.attach import live_parameters
+from veneer.ops.pairs import Factor, pack_factors
+from veneer.serve.adapters.layouts import is_plain
+from veneer.serve.adapters.versions import version_of
+from veneer.serve.program.block import VersionBlock
+from veneer.serve.program.block_layout import BlockLayout, part
+from veneer.serve.runners.program_runner import ProgramAdapter, ProgramRunner
+from veneer.serve.schedule.adapter_version import AdapterVersion
+from veneer.store.adapter.tensors import adapter_tensors, once_each
+from veneer.store.checkpoint import is_finite
+
+
+class LiveAdapter:
+    """Adapter ``name`` of a model, packed for a runner of that model as often as it is asked for.
+
+    It goes the way of a saved adapter, from its config and its tensors by their keys on disk, so that it acts to the
+    bit as the same one saved and loaded. If it is low-rank factors alone, as LoRA's, the next times take a few calls:
+    its parameters are packed by the places that the first time found.
+
+    Raises AdapterNameError for an unknown name.
+    """
+
+    def __init__(self, model: PeftModel, name: str, runner: ProgramRunner) -> None:
+        if name not in model.adapter_state.configs:
+            raise AdapterNameError(f"no adapter {name!r} on this model: it has {sorted(model.adapter_state.configs)}")
+        self.model, self.name, self.runner = model, name, runner
+        self.told = f"the adapter {name!r} in training"
+        self._table: _Table | None = None
+
+    @torch.no_grad()
+    def now(self) -> tuple[AdapterVersion, ProgramAdapter]:
+        """Return the adapter as it is now, with its version, whose id is a hash of what was packed.
+
+        Raises NonFiniteError for values that are not finite, and the errors of `ProgramRunner.pack`.
+        """
+        config, table = self.model.adapter_state.configs[self.name], self._table
+        if table is None or not table.is_of(config):
+            return self._read()
+        block = table.packed(self.runner.loaded)
+        self._require_finite([block.memory.view(table.dtype)])
+        id = _digest([block.layout.key], [block.memory])
+        table.blocks.setdefault(id, block)
+        return self._version(self.runner.of_block(block), id)
+
+    def _read(self) -> tuple[AdapterVersion, ProgramAdapter]:
+        config = from_values(json.loads(for_use(self.model.adapter_state.configs[self.name]).to_json({})), self.told)
+        own = once_each(adapter_tensors(self.model, self.model.adapter_state, self.name))
+        tensors = {key: value.detach() for key, value in own.items()}
+        self._require_finite(list(tensors.values()))
+        adapter, factors = self.runner.pack(config, tensors, self.told)
+        self._table = self._table_of(adapter, factors)
+        if self._table is not None:
+            block = adapter.packed.linears
+            return self._version(adapter, _digest([block.layout.key], [block.memory]))
+        # Some of it is not packed, and must not change with the parameters.
+        adapter, _ = self.runner.pack(config, {key: value.clone() for key, value in tensors.items()}, self.told)
+        names = [repr(config).encode(), *(key.encode() for key in tensors)]
+        return self._version(adapter, _digest(names, list(tensors.values())))
+
+    def _table_of(self, adapter: ProgramAdapter, factors: Sequence[Factor]) -> _Table | None:
+        """The table of an adapter; None if it holds more than factors, or if they are not its parameters."""
+        block, state = adapter.packed.linears, self.model.adapter_state
+        parameters = list(live_parameters(self.model, state, self.name).values())
+        memory = {x.untyped_storage().data_ptr() for x in parameters}
+        changes = [change.own for change in block.layout.changes if change is not None]
+        if not (factors and adapter.is_block and block.layout.text and block.memory.is_cpu):
+            return None
+        mine = all(each.rows.untyped_storage().data_ptr() in memory for each in factors)
+        if not mine or not all(map(is_plain, changes)) or len({each.panels.dtype for each in factors}) > 1:
+            return None
+        start = block.memory.data_ptr()
+        places = [(each, each.panels.data_ptr() - start) for each in factors]
+        return _Table(places, block.layout, state.configs[self.name], [(x, x.data_ptr()) for x in parameters])
+
+    def _version(self, adapter: ProgramAdapter, id: str) -> tuple[AdapterVersion, ProgramAdapter]:
+        config = self.model.adapter_state.configs[self.name]
+        return version_of(config, self.told, adapter.n_bytes, id), adapter
+
+    def _require_finite(self, tensors: Sequence[Tensor]) -> None:
+        if not all(map(is_finite, tensors)):
+            raise NonFiniteError(
+                f"{self.told} has values that are not finite: the last step diverged. Lower the learning rate, or go "
+                "on from an earlier checkpoint"
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class _Table:
+    """Factors of an adapter, which are its parameters, each with the place of its panels in a block of a layout.
+
+    It holds as long as the ``config`` and the addresses of the parameters stay: an optimizer changes them where they
+    lie. ``blocks`` are those that were made, by version: one that is loaded no more is written again, since new memory
+    costs more than what is written.
+    """
+
+    factors: list[tuple[Factor, int]]
+    layout: BlockLayout
+    config: MethodConfig
+    parameters: list[tuple[Tensor, int]]
+    blocks: dict[str, VersionBlock] = field(default_factory=dict)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the panels."""
+        return self.factors[0][0].panels.dtype
+
+    def is_of(self, config: MethodConfig) -> bool:
+        """Return True if the table holds."""
+        return config is self.config and all(x.data_ptr() == address for x, address in self.parameters)
+
+    def packed(self, loaded: Collection[str]) -> VersionBlock:
+        """Return a block of the values that the factors have now, in the memory of one that is not ``loaded``."""
+        gone = next((id for id in self.blocks if id not in loaded), None)
+        block = VersionBlock(self.layout, self.layout.room()) if gone is None else self.blocks.pop(gone)
+        pack_factors([each._replace(panels=part(block.memory, at, each.panels)) for each, at in self.factors])
+        return block
+
+
+def _digest(told: Sequence[bytes], tensors: Sequence[Tensor]) -> str:
+    digest = hashlib.sha256()
+    for each in told:
+        digest.update(each + b"\0")
+    for x in tensors:
+        digest.update(cast(Any, x.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()))
+    return f"live-{digest.hexdigest()[:32]}"

@@ -1,0 +1,127 @@
+"""The policy that a trainer draws from: its engine, the settings of TRL that say how, and the answers of one draw."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from veneer.adapters.peft_model import PeftModel
+from veneer.errors import CompositionError, ConfigError, DescriptionError
+from veneer.learn.rollouts import DrawnAnswer, Rollouts, require_drawn_by
+from veneer.model.sharded.sharding import is_cut
+from veneer.serve.program.effects import UnsaidError
+from veneer.serve.schedule.sampling_params import SamplingParams, StructuredOutputsParams
+
+log = logging.getLogger(__name__)
+_HOLDERS = {"adapters", "copies"}  # of an adapter's parameters
+
+
+class Policy:
+    """Model with its adapter in training, as an engine draws from it.
+
+    ``is_exact``: engine and training pass compute in float32, so that their log-probabilities are equal but for
+    rounding. ``is_proved``: that was seen on a batch.
+    """
+
+    def __init__(self, rollouts: Rollouts, adapter: str, params: SamplingParams, *, is_exact: bool) -> None:
+        self.rollouts, self.adapter, self.params = rollouts, adapter, params
+        self.is_exact, self.is_proved = is_exact, False
+        self._answers: list[DrawnAnswer] | None = None
+
+    def draw(self, prompts: Sequence[Sequence[int]], key: Sequence[int], rows: Sequence[int]) -> list[DrawnAnswer]:
+        """Return an answer to each prompt. Raises StaleAnswerError, and as `Rollouts.draw`."""
+        now = self.rollouts.hand_over(self.adapter)
+        drawn = self.rollouts.draw(prompts, self.params, adapter=now, key=key, rows=rows)
+        self._answers = [answer for each in drawn for answer in each.answers]
+        require_drawn_by(self._answers, self.rollouts.engine.versions.of(now).id)
+        return self._answers
+
+    @property
+    def knows(self) -> bool:
+        """True if a draw is in progress whose log-probabilities are those that a training pass would compute."""
+        return self.is_exact and self._answers is not None
+
+    def logprobs(self, completion_ids: Int64[Tensor, "b t"]) -> Float[Tensor, "b t"]:
+        """Return the log-probabilities of the draw in progress, one row an answer, with zeros behind its end."""
+        found = torch.zeros(completion_ids.shape, dtype=torch.float32)
+        for row, answer in zip(found, self._answers or (), strict=True):
+            row[: len(answer.logprobs)] = torch.tensor(answer.logprobs)
+        return found.to(completion_ids.device)
+
+    @property
+    def kept_mass(self) -> float:
+        """Share of the distribution that ``min_p``, ``top_k``, ``top_p`` and masks left, in the mean of the tokens."""
+        shares = [math.exp(each) for answer in self._answers or () for each in answer.kept]
+        return sum(shares) / len(shares) if shares else 1.0
+
+    def end(self) -> None:
+        """End a draw: its answers are scored."""
+        self._answers = None
+
+
+def policy_of(trainer: Any) -> Policy | None:
+    """Return the policy of a trainer whose model and settings are complete; None if transformers draws.
+
+    Raises ConfigError if ``rollout_engine`` is "engine" and the engine cannot draw. For "auto", the reason is logged.
+    """
+    args = trainer.args
+    if args.rollout_engine == "generate":
+        return None
+    try:
+        adapter = _adapter(trainer)
+        params = _params(trainer)
+        given = {"max_model_len": args.vllm_max_model_length} if args.use_vllm else {}
+        rollouts = Rollouts(trainer.model, trainer.processing_class, **given)
+        rollouts.hand_over(adapter)
+    except (ConfigError, DescriptionError, UnsaidError, CompositionError) as reason:
+        if args.rollout_engine == "engine":
+            raise ConfigError(
+                f"rollout_engine='engine' cannot draw: {reason}. Set it to 'auto' (rollouts.engine in a recipe), and "
+                "transformers draws"
+            ) from reason
+        log.warning("transformers' generate draws the answers, slowly, and not veneer's engine: %s", reason)
+        return None
+    is_exact = trainer.model.dtype == torch.float32 and not (args.bf16 or args.fp16)
+    return Policy(rollouts, adapter, params, is_exact=is_exact)
+
+
+def _adapter(trainer: Any) -> str:
+    """The adapter in training. Raises ConfigError, with the reason, if the engine cannot draw with what is trained."""
+    model, args = trainer.model, trainer.args
+    if not isinstance(model, PeftModel):
+        raise ConfigError("the base itself is trained, and would have to be packed for each draw")
+    if is_cut(model):
+        raise ConfigError("the base is cut over processes")
+    if not isinstance(trainer.processing_class, PreTrainedTokenizerBase):
+        raise ConfigError("the engine reads text alone")
+    if getattr(args, "use_transformers_continuous_batching", False):
+        raise ConfigError("use_transformers_continuous_batching=True asks for transformers")
+    active = model.adapter_state.active
+    if len(active) != 1:
+        raise ConfigError(f"{len(active)} adapters are active, and answers are drawn by one")
+    trained = (name for name, parameter in model.named_parameters() if parameter.requires_grad)
+    strange = next((name for name in trained if not _HOLDERS & {*name.split(".")}), None)
+    if strange is not None:
+        raise ConfigError(f"{strange} is trained besides the adapter")
+    return str(active[0])
+
+
+def _params(trainer: Any) -> SamplingParams:
+    """The settings of TRL's generation under the names of vLLM, which TRL uses too."""
+    args, more = trainer.args, dict(trainer.args.generation_kwargs or {})
+    if args.use_vllm and args.vllm_structured_outputs_regex:
+        more["structured_outputs"] = StructuredOutputsParams(regex=args.vllm_structured_outputs_regex)
+    given = {
+        "temperature": trainer.temperature, "top_p": trainer.top_p, "top_k": trainer.top_k or 0,
+        "min_p": trainer.min_p or 0.0, "repetition_penalty": trainer.repetition_penalty,
+        "max_tokens": trainer.max_completion_length, "ignore_eos": True,
+        "stop_token_ids": list(trainer.eos_token_ids), "policy_logprobs": True,
+    }  # fmt: skip
+    return SamplingParams(**{**given, **more})

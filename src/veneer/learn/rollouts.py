@@ -1,0 +1,188 @@
+"""Answers drawn by an engine on the weights of a model in training, with the adapter of the moment.
+
+A rollout is a function of the base, the adapter's content, the prompt and its key: not of the rows beside it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any, cast
+
+import torch
+from transformers import PreTrainedModel
+
+from veneer.adapters.peft_model import PeftModel
+from veneer.errors import AdapterNameError, TrainingError
+from veneer.learn.live import LiveAdapter
+from veneer.model.adapted.state import base_alone
+from veneer.model.placed.structure import evaluation
+from veneer.serve.engine import Engine
+from veneer.serve.requests.checked import READS, CheckedRequest
+from veneer.serve.runners.program_runner import ProgramRunner
+from veneer.serve.schedule.adapter_version import AdapterVersion
+from veneer.serve.schedule.lora_request import LoRARequest
+from veneer.serve.schedule.outputs import CompletionOutput, FinishReason, RequestOutput
+from veneer.serve.schedule.sampling_params import RequestOutputKind, SamplingParams
+from veneer.serve.start import EngineOptions, start_engine
+
+
+class StaleAnswerError(TrainingError):
+    """Error for an answer that another adapter than the one in training has drawn."""
+
+
+@dataclass(frozen=True, slots=True)
+class DrawnAnswer:
+    """Answer to a prompt. ``adapter`` is the content id of the adapter that drew it, None for the base.
+
+    ``logprobs`` are those of its tokens in nats, at the temperature and over all ids. ``kept`` are the logarithms of
+    the mass that ``min_p``, ``top_k``, ``top_p`` and masks left: 0 without them.
+    """
+
+    token_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    kept: tuple[float, ...]
+    adapter: str | None
+    finish_reason: FinishReason | None
+
+
+@dataclass(frozen=True, slots=True)
+class DrawnPrompt:
+    """Prompt with its answers."""
+
+    prompt_ids: tuple[int, ...]
+    answers: tuple[DrawnAnswer, ...]
+
+
+class Rollouts:
+    """Engine on a model's weights, which stay the model's own. ``options`` are those of `veneer.LLM`.
+
+    Adapters of the model act in answers by their names, as they are at that moment. Weights of the base must not
+    change. Everything runs in the caller's thread: between two passes of a training.
+
+    Raises ConfigError, TargetError, and DescriptionError for a model that has no program.
+    """
+
+    def __init__(self, model: PreTrainedModel, tokenizer: Any, **options: Any) -> None:
+        self.model = model
+        given = EngineOptions(tokenizer=tokenizer, **options)
+        with _bare(model):
+            self.engine: Engine = start_engine(
+                model, given, program_alone=True, keeps_weights=True, compares_bases=False
+            )
+        self._live: dict[str, LiveAdapter] = {}
+
+    def hand_over(self, adapter: str) -> LoRARequest:
+        """Give the engine an adapter of the model as it is now; return the request for it, which has its version.
+
+        An earlier version of the name goes, with its pages, unless it is equal. Raises AdapterNameError for an unknown
+        name, NonFiniteError, and UnsaidError for an adapter with a part that the engine's program does not support.
+        """
+        if adapter not in self._live:
+            if not isinstance(self.model, PeftModel):
+                raise AdapterNameError(f"no adapter {adapter!r}: the model has none. Give adapter=None for the base")
+            runner = cast(ProgramRunner, self.engine.runner)
+            self._live[adapter] = LiveAdapter(self.model, adapter, runner)
+        version, packed = self._live[adapter].now()
+        request = LoRARequest(adapter, 1 + list(self._live).index(adapter), version=version)
+        self.engine.take(request, packed)
+        return request
+
+    def draw(
+        self,
+        prompts: Sequence[Sequence[int]],
+        params: SamplingParams,
+        *,
+        adapter: str | LoRARequest | None = "default",
+        key: Sequence[int] = (),
+        rows: Sequence[int] | None = None,
+    ) -> list[DrawnPrompt]:
+        """Return ``params.n`` answers to each prompt, given as token ids, by an adapter of the model (None: the base).
+
+        The adapter acts as it is now, or as it was when it was handed over. ``key`` and the prompt's number determine
+        what is drawn: by default its place among the prompts, else that in ``rows``. Raises ConfigError for what cannot
+        be asked, and the errors of `hand_over`.
+        """
+        numbers = range(len(prompts)) if rows is None else rows
+        kind = RequestOutputKind.FINAL_ONLY
+        drawn = replace(params, policy_logprobs=True, detokenize=False, output_kind=kind)
+        request = self.hand_over(adapter) if isinstance(adapter, str) else adapter
+        asked = [
+            self.engine.asked(None, ids, replace(drawn, seed=seed_of(*key, row)), request)
+            for ids, row in zip(prompts, numbers, strict=True)
+        ]
+        outputs = self._run(asked)
+        return [
+            DrawnPrompt(each.prompt_ids, tuple(_answer(own, each.version) for own in outputs[each.id].outputs))
+            for each in asked
+        ]
+
+    def score(
+        self, sequences: Sequence[Sequence[int]], *, adapter: str | LoRARequest | None = "default"
+    ) -> list[list[float]]:
+        """Return the log-probabilities, in nats, of the tokens of sequences but for the first, by an adapter or the
+        base (None).
+
+        Raises as `draw` does.
+        """
+        request = self.hand_over(adapter) if isinstance(adapter, str) else adapter
+        asked = [self.engine.asked(None, ids, replace(READS, prompt_logprobs=0), request) for ids in sequences]
+        outputs = self._run(asked)
+        scores = [(outputs[each.id].prompt_logprobs or [])[1:] for each in asked]
+        return [
+            [each[token].logprob for token, each in zip(ids[1:], own, strict=True) if each is not None]
+            for ids, own in zip(sequences, scores, strict=True)
+        ]
+
+    def _run(self, asked: Sequence[CheckedRequest]) -> dict[str, RequestOutput]:
+        """The outputs of requests by their ids. Raises the error of the first that failed."""
+        done: dict[str, RequestOutput] = {}
+        left = list(reversed(asked))
+        try:
+            with _bare(self.model):
+                while len(done) < len(asked):
+                    while left and self.engine.backlog.has_room([left[-1]]):
+                        self.engine.submit(left.pop())
+                    done |= {output.request_id: output for output in self.engine.step()}
+        except BaseException:
+            self.engine.drop([each.id for each in asked])
+            raise
+        for output in done.values():
+            if output.error is not None:
+                raise output.error
+        return done
+
+
+def seed_of(*key: int) -> int:
+    """Return 64 bits of a hash of whole numbers (BLAKE2), to draw by."""
+    return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest(), "little")
+
+
+def require_drawn_by(answers: Sequence[DrawnAnswer], adapter: str) -> None:
+    """Raise StaleAnswerError unless all answers were drawn by the adapter with this content id."""
+    other = next((each.adapter for each in answers if each.adapter != adapter), adapter)
+    if other != adapter:
+        raise StaleAnswerError(
+            f"an answer was drawn by {other or 'the base'}, and the adapter in training is {adapter}: it would be "
+            "learned from as if it were its own. Draw with the adapter of this step"
+        )
+
+
+def _answer(output: CompletionOutput, version: AdapterVersion | None) -> DrawnAnswer:
+    numbers = output.policy or []
+    return DrawnAnswer(
+        token_ids=tuple(output.token_ids),
+        logprobs=tuple(own for own, _ in numbers),
+        kept=tuple(kept for _, kept in numbers),
+        adapter=None if version is None else version.id,
+        finish_reason=output.finish_reason,
+    )
+
+
+@contextmanager
+def _bare(model: PreTrainedModel) -> Iterator[None]:
+    """Context in which the model's own modules are those of the base, in evaluation: the engine brings the adapters."""
+    with evaluation(model), base_alone(model), torch.no_grad():
+        yield

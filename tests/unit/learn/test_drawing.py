@@ -1,0 +1,137 @@
+"""Trainers that draw by the engine: the policy drawn from, what is learned from it, and who draws."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+
+from veneer import GRPOConfig, GRPOTrainer, IA3Config, LoraConfig, PromptTuningConfig, RLOOConfig, RLOOTrainer
+from veneer.errors import ConfigError
+from veneer.learn.proof import PolicyMismatchError
+from veneer.learn.rollouts import StaleAnswerError
+
+from .conftest import LORA
+
+ROWS = Dataset.from_list([{"prompt": f"say {i} " + "x" * (5 * i % 17)} for i in range(11)])
+KINDS = {"grpo": (GRPOTrainer, GRPOConfig), "rloo": (RLOOTrainer, RLOOConfig)}
+SMALL = {"num_generations": 2, "max_completion_length": 5, "max_steps": 2}
+
+
+def reward(completions: list[str], **row: Any) -> list[float]:
+    return [len(set(text)) / 7 for text in completions]
+
+
+@pytest.fixture
+def trainer_of(make_model, tokenizer, settings):
+    def make(kind: str = "grpo", model: Any = None, peft_config: Any = None, **changes: Any) -> Any:
+        trainer, config = KINDS[kind]
+        args = config(**{**settings, **SMALL, **changes})
+        peft_config = peft_config or LoraConfig(**LORA)
+        made = {"train_dataset": ROWS, "processing_class": tokenizer, "peft_config": peft_config}
+        return trainer(model or make_model(), reward, args, **made)
+
+    return make
+
+
+def lines(trainer: Any) -> list[dict[str, float]]:
+    names = ("loss", "grad_norm", "reward", "entropy", "kl", "rollouts/logprob_difference/max")
+    return [{n: line[n] for n in names if n in line} for line in trainer.state.log_history if "loss" in line]
+
+
+@pytest.mark.parametrize("kind", ["grpo", "rloo"])
+def test_no_dropout_acts_while_answers_are_drawn(trainer_of, kind, monkeypatch):
+    trainer = trainer_of(kind, peft_config=LoraConfig(**{**LORA, "lora_dropout": 0.5}), rollout_engine="generate")
+    assert trainer.args.disable_dropout
+    kept, modes = trainer.model.generate, []
+
+    def generate(*args, **options):
+        modes.append((trainer.model.training, any(m.training for m in trainer.model.modules())))
+        return kept(*args, **options)
+
+    monkeypatch.setattr(trainer.model, "generate", generate)
+    trainer.train()
+    assert modes == [(False, False)] * 2
+    assert trainer.model.training
+
+
+def test_log_probabilities_of_engine_and_training_are_equal(trainer_of, caplog):
+    for kind, config, changes in (
+        ("grpo", LoraConfig(**LORA), {"temperature": 0.7, "gradient_accumulation_steps": 2}),
+        ("grpo", IA3Config(target_modules=["v_proj", "down_proj"], feedforward_modules=["down_proj"]), {"beta": 0.1}),
+        ("rloo", LoraConfig(**LORA, use_dora=True), {"temperature": 1.3}),
+        ("rloo", PromptTuningConfig(num_virtual_tokens=3), {"top_p": 0.8}),
+    ):
+        trainer = trainer_of(kind, peft_config=config, rollout_engine="engine", **changes)
+        trainer.train()
+        assert trainer.policy.is_proved
+        told = lines(trainer)
+        assert len(told) == 2
+        assert all(0 < line["rollouts/logprob_difference/max"] < 1e-4 for line in told)
+    assert "generate" not in caplog.text
+
+
+def test_a_run_that_goes_on_is_the_run_that_never_ended(trainer_of, tmp_path):
+    changes = {"max_steps": 5, "save_strategy": "steps", "save_steps": 3, "beta": 0.1, "num_iterations": 2}
+    for kind in KINDS:
+
+        def run(resume: str | None, kind: str = kind) -> Any:
+            trainer = trainer_of(kind, **changes, output_dir=str(tmp_path / kind))
+            trainer.train(resume_from_checkpoint=resume)
+            return lines(trainer), {n: p.clone() for n, p in trainer.model.named_parameters() if p.requires_grad}
+
+        (whole, weights), (again, others) = run(None), run(str(tmp_path / kind / "checkpoint-3"))
+        assert again == whole
+        assert all(torch.equal(weights[name], others[name]) for name in weights)
+
+
+def test_a_wrong_engine_ends_the_run(trainer_of, monkeypatch):
+    trainer = trainer_of(rollout_engine="engine")
+    with torch.no_grad():
+        trainer.model.model.layers[1].mlp.down_proj.weight.mul_(1.01)  # of the base, which the engine has packed
+    with pytest.raises(PolicyMismatchError, match=r"token \d+, number \d of answer \d, has log-probability -"):
+        trainer.train()
+    trainer = trainer_of(rollout_engine="engine")
+    draw = trainer.policy.rollouts.draw
+    monkeypatch.setattr(
+        trainer.policy.rollouts,
+        "draw",
+        lambda prompts, params, adapter, **how: draw(prompts, params, adapter=None, **how),
+    )
+    with pytest.raises(StaleAnswerError, match="was drawn by the base, and the adapter in training is live-"):
+        trainer.train()
+
+
+def test_who_draws(trainer_of, make_model, settings, tokenizer, caplog):
+    assert trainer_of(use_vllm=True).policy is not None
+    assert trainer_of(rollout_engine="generate").policy is None
+    with pytest.raises(ConfigError, match=r"vllm_mode='server' draws in another process.*Set vllm_mode='colocate'"):
+        trainer_of(use_vllm=True, vllm_mode="server")
+    assert "generate" not in caplog.text
+    for changes, reason in (
+        ({"temperature": 2.5}, "temperature=2.5 must be between 0 and 2"),
+        ({"generation_kwargs": {"num_beams": 2}}, "num_beams"),
+    ):
+        caplog.clear()
+        assert trainer_of(**changes).policy is None
+        assert reason in caplog.text
+        with pytest.raises(ConfigError, match="rollout_engine='engine' cannot draw"):
+            trainer_of(rollout_engine="engine", **changes)
+    whole = GRPOTrainer(make_model(), reward, GRPOConfig(**{**settings, **SMALL}), ROWS, processing_class=tokenizer)
+    assert whole.policy is None
+    assert "the base itself is trained" in caplog.text
+
+
+def test_sixteen_bits_are_corrected_by_trl_and_evaluations_draw_alike(trainer_of):
+    for kind in KINDS:
+        trainer = trainer_of(kind, bf16=True, per_device_eval_batch_size=4)
+        trainer.train()
+        assert not trainer.policy.is_proved
+        told = [line for line in trainer.state.log_history if "loss" in line]
+        assert all(1e-4 < line["rollouts/logprob_difference/max"] < 1 for line in told)
+        assert all(("sampling/importance_sampling_ratio/mean" in line) == (kind == "grpo") for line in told)
+        first, second = (trainer.evaluate(ROWS.select(range(4))) for _ in range(2))
+        assert first["eval_reward"] == second["eval_reward"]
+        assert first["eval_loss"] == second["eval_loss"]
