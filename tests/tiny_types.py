@@ -234,6 +234,7 @@ def _greedy(model: PreTrainedModel, ids: list[int], *, use_cache: bool = True) -
             max_new_tokens=n,
             min_new_tokens=n,
             do_sample=False,
+            num_beams=1,
             pad_token_id=0,
             eos_token_id=None,
             use_cache=use_cache,
