@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from typing import Any, cast
 
@@ -19,6 +20,7 @@ from veneer.model.blueprint.source import BlockSource, first, undescribed
 from veneer.model.blueprint.tables import own_multiplier
 from veneer.model.coded.embedding import CodedEmbedding, table_shape
 from veneer.model.coded.module import CodedModule
+from veneer.model.inplace import plain_class
 
 # What transformers and torch raise for a config of which no model can be made.
 _REFUSALS = (
@@ -134,10 +136,16 @@ def _head(source: BlockSource, head: nn.Module | None, table: nn.Module) -> Head
     return Head(
         linear=read_linear(source, head, "head"),
         tied=own is embedded,
-        scale=float(getattr(config, "logit_scale", None) or 1.0)
-        / float(getattr(config, "logits_scaling", None) or 1.0),
+        scale=_named(source, "logit_scale") / _named(source, "logits_scaling"),
         softcap=None if cap is None else float(cap),
     )
+
+
+def _named(source: BlockSource, name: str) -> float:
+    """A scale of logits in the config, 1 if there is none; models with images may leave out that of their text half."""
+    forward: Any = inspect.unwrap(plain_class(type(source.model)).forward)
+    is_read = source.config is source.model.config or name in forward.__code__.co_names
+    return float(getattr(source.config, name, None) or 1.0) if is_read else 1.0
 
 
 def _no_table(source: BlockSource, positions: nn.Module | None) -> Iterator[Strange]:

@@ -309,6 +309,8 @@ def _differing(model: PreTrainedModel, blocks: list[FusedBlock]) -> str | None:
     calls = _calls(model, blocks, ids)
     if len(calls) != len(blocks):
         return f"its {len(blocks)} blocks are called {len(calls)} times in one pass"
+    if any(isinstance(output, tuple) for *_, output in calls):
+        return "its blocks return more than the stream"
     for block, call in zip(blocks, calls, strict=True):
         block.fused_shape = _with_tables(block.fused_shape, call[1].get("position_embeddings"))
     errors = [_error(block, call) for block, call in zip(blocks, calls, strict=True)]
@@ -374,7 +376,7 @@ def _calls(
     calls: list[tuple[Tensor, dict[str, Any], Tensor]] = []
 
     def keep(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        calls.append((args[0] if args else kwargs.pop("hidden_states"), kwargs, _first(output)))
+        calls.append((args[0] if args else kwargs.pop("hidden_states"), kwargs, output))
 
     handles = [block.register_forward_hook(keep, with_kwargs=True) for block in blocks]
     try:
