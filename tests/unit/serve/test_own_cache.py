@@ -96,6 +96,9 @@ def test_models_that_predict_no_next_token_from_ids_alone_are_refused():
     model = AutoModelForCausalLM.from_config(xlnet, dtype=torch.float32).eval()
     with pytest.raises(TargetError, match=r"masks of permutations\. Use model\.generate"):
         proved_way(model)
+    xlm = AutoModelForCausalLM.from_config(transformers.XLMConfig(vocab_size=VOCAB, emb_dim=24, n_layers=1, n_heads=3))
+    with pytest.raises(TargetError, match=r"in the place of a mask\. Use model\.generate"):
+        proved_way(xlm)
     llama = AutoModelForCausalLM.from_config(
         transformers.LlamaConfig(**WIDE, **HEADS, pad_token_id=0), dtype=torch.float32
     ).eval()

@@ -124,6 +124,11 @@ def proved_way(model: PreTrainedModel) -> Way:
             f"{kind} cannot be served: it predicts a token by masks of permutations. Use model.generate(), which makes "
             "them"
         )
+    if "mask_token_id" in inspect.unwrap(type(model).prepare_inputs_for_generation).__code__.co_names:
+        raise TargetError(
+            f"{kind} cannot be served: it predicts a token in the place of a mask. Use model.generate(), which adds the "
+            "mask"
+        )
     try:
         with evaluation(model), torch.no_grad():
             tried = _in_float32(model)
