@@ -257,7 +257,7 @@ def _planned(model_type: str, llm: LLM) -> str:
 
 
 def _short(error: BaseException) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:60]}".replace("|", "/").replace("<", "‹")
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:60].strip()}".replace("|", "/").replace("<", "‹")
 
 
 def rows_in(page: str) -> dict[str, tuple[str, ...]]:

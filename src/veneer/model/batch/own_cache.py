@@ -126,8 +126,8 @@ def proved_way(model: PreTrainedModel) -> Way:
         )
     if "mask_token_id" in inspect.unwrap(type(model).prepare_inputs_for_generation).__code__.co_names:
         raise TargetError(
-            f"{kind} cannot be served: it predicts a token in the place of a mask. Use model.generate(), which adds the "
-            "mask"
+            f"{kind} cannot be served: it predicts a token in the place of a mask. Use model.generate(), which adds "
+            "the mask"
         )
     try:
         with evaluation(model), torch.no_grad():
