@@ -27,8 +27,8 @@ from transformers import (
     Starcoder2Config,
 )
 
-from veneer.model.fused.attention import attention_half
-from veneer.model.fused.mlp import mlp_half
+from veneer.model.fused.block import FusedBlock, run_half
+from veneer.model.placed.structure import SublayerKind
 
 SIZES: dict[str, Any] = {
     "hidden_size": 42, "intermediate_size": 58, "num_hidden_layers": 2, "num_attention_heads": 6,
@@ -78,12 +78,10 @@ def base(family: str | PreTrainedConfig, dtype: torch.dtype = torch.float32) -> 
 def halves(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The halves that ran fused."""
     ran: list[str] = []
-    for name, half in (("attention", attention_half), ("mlp", mlp_half)):
 
-        def spied(*args: Any, name: str = name, half: Any = half) -> Tensor:
-            ran.append(name)
-            result: Tensor = half(*args)
-            return result
+    def spied(block: FusedBlock, kind: SublayerKind, *args: Any) -> Tensor:
+        ran.append(kind)
+        return run_half(block, kind, *args)
 
-        monkeypatch.setattr(f"veneer.model.fused.block.{name}_half", spied)
+    monkeypatch.setattr("veneer.model.fused.block.run_half", spied)
     return ran

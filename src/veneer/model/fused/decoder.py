@@ -22,9 +22,9 @@ from veneer.model.blueprint.describe import blocks_of, describe
 from veneer.model.coded.quant_linear import computing_dtypes
 from veneer.model.fused.block import CACHES, SPECIAL, FusedBlock, halves_of, own_attention
 from veneer.model.fused.layout import LayoutMask, layout_mask
-from veneer.model.fused.shape import BlockShape, Tables, block_shape, reasons
 from veneer.model.inplace import InPlace, change_class, restore_class
 from veneer.model.placed.structure import evaluation
+from veneer.model.program.halves import BlockProgram, Tables, block_program, reasons
 from veneer.model.sharded.sharding import gathered
 from veneer.ops.dispatch import lacks
 
@@ -160,7 +160,7 @@ def fuse_as_described(model: PreTrainedModel) -> str | None:
     with evaluation(model), _base_alone(model):
         for block in blocks:
             _leave_out_unfit(block, _stream_dtype(model, block))
-    if all(block.fused_shape.is_own for block in blocks):
+    if all(block.fused_program.is_own for block in blocks):
         unfuse(model)
         return NOTHING_FITS
     return None
@@ -168,7 +168,7 @@ def fuse_as_described(model: PreTrainedModel) -> str | None:
 
 def _stream_dtype(model: PreTrainedModel, block: FusedBlock) -> torch.dtype:
     """The dtype of the residual stream: that of a norm's weight, or the embeddings'."""
-    norms = (cast(nn.Module, getattr(block, norm.path)) for norm in block.fused_shape.norms.all if norm.weight)
+    norms = (cast(nn.Module, getattr(block, norm.path)) for norm in block.fused_program.block.norms.all if norm.weight)
     owner = next(norms, None) or model.get_input_embeddings()
     return cast(Tensor, owner.weight).dtype
 
@@ -178,7 +178,7 @@ def unfuse(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, (FusedBlock, FusedDecoder, WithImages)):
             restore_class(module)
-            for name in ("fused_shape", "text_half"):
+            for name in ("fused_program", "text_half"):
                 module.__dict__.pop(name, None)
 
 
@@ -211,7 +211,7 @@ def _fuse(model: PreTrainedModel) -> str | None:
     exact = torch.autocast(model.device.type, enabled=False)
     with evaluation(model), _base_alone(model), _short_windows(model), torch.no_grad(), exact, _few_threads(model):
         problem = _differing(model, blocks)
-    return NOTHING_FITS if all(block.fused_shape.is_own for block in blocks) else problem
+    return NOTHING_FITS if all(block.fused_program.is_own for block in blocks) else problem
 
 
 @contextmanager
@@ -242,18 +242,19 @@ def _change_blocks(model: PreTrainedModel, described: blueprint.Decoder) -> str 
     reason = _no_kernels(model.device.type)
     if reason is not None:
         return reason
-    shapes = [block_shape(block) for block in described.blocks]
-    problem = next((shape for shape in shapes if isinstance(shape, str)), None)
-    borders = "; ".join(dict.fromkeys(reason for block in described.blocks for reason in reasons(block)))
-    if problem is None and all(cast(BlockShape, shape).is_own for shape in shapes):
+    width = described.embedding.width
+    programs = [block_program(block, width) for block in described.blocks]
+    problem = next((program for program in programs if isinstance(program, str)), None)
+    borders = "; ".join(dict.fromkeys(reason for block in described.blocks for reason in reasons(block, width)))
+    if problem is None and all(cast(BlockProgram, program).is_own for program in programs):
         problem = borders
     if problem is not None:
         return f"a block does not fit: {problem}"
     if borders:
         log.info("parts of the blocks of %s run its own code: %s", type(model).__name__, borders)
-    for block, shape in zip(layers, shapes, strict=True):
+    for block, program in zip(layers, programs, strict=True):
         change_class(block, FusedBlock)
-        cast(FusedBlock, block).fused_shape = cast(BlockShape, shape)
+        cast(FusedBlock, block).fused_program = cast(BlockProgram, program)
     change_class(holder, FusedDecoder)
     if holder is not model.base_model and model.config is not model.config.get_text_config():
         change_class(model.base_model, WithImages)
@@ -312,7 +313,7 @@ def _differing(model: PreTrainedModel, blocks: list[FusedBlock]) -> str | None:
     if any(isinstance(output, tuple) for *_, output in calls):
         return "its blocks return more than the stream"
     for block, call in zip(blocks, calls, strict=True):
-        block.fused_shape = _with_tables(block.fused_shape, call[1].get("position_embeddings"))
+        block.fused_program = _with_tables(block.fused_program, call[1].get("position_embeddings"))
     errors = [_error(block, call) for block, call in zip(blocks, calls, strict=True)]
     error = float(torch.tensor(errors).max())  # NaN, where one of them is
     if not error <= max(TOLERANCES.get(dtype, 1e-3) for dtype in computing_dtypes(model)):
@@ -321,24 +322,24 @@ def _differing(model: PreTrainedModel, blocks: list[FusedBlock]) -> str | None:
     return "its attention does more with positions than to rotate by them" if minds else None
 
 
-def _with_tables(shape: BlockShape, tables: tuple[Tensor, Tensor] | None) -> BlockShape:
-    """The shape, with the layout of the tables that its model gives: the first row begins at position 0, whose sin is
+def _with_tables(program: BlockProgram, tables: tuple[Tensor, Tensor] | None) -> BlockProgram:
+    """The program, with the layout of the tables that its model gives: the first row begins at position 0, whose sin is
     0. Where neighbours turn and each angle is there twice, it is twice in a row, or the row is there twice.
     """
-    parts = shape.attention
-    if parts is None or parts.rotary is None or tables is None:
-        return shape
+    rotary = program.rotary
+    if rotary is None or tables is None:
+        return program
     first = tables[0][0, 0]
-    twice = 2 * len(first) > parts.rotary.dim and len(first) % 2 == 0
-    pairs = parts.rotary.interleaved and twice and all(torch.equal(t[..., ::2], t[..., 1::2]) for t in tables)
-    return replace(shape, attention=replace(parts, tables=Tables(pairs=pairs, sin_first=not first.any())))
+    twice = 2 * len(first) > rotary.dim and len(first) % 2 == 0
+    pairs = rotary.interleaved and twice and all(torch.equal(t[..., ::2], t[..., 1::2]) for t in tables)
+    return replace(program, tables=Tables(pairs=pairs, sin_first=not first.any()))
 
 
 def _minds_positions(block: FusedBlock, call: tuple[Tensor, dict[str, Any], Tensor]) -> bool:
     """Return True if attention scales by position (Llama 4's temperatures), however little that does to the stream."""
     x, kwargs, _ = call
     given = kwargs.get("position_ids")
-    if given is None or block.fused_shape.attention is None:
+    if given is None or block.fused_program.attention is None:
         return False
     with gathered(block):
         own, moved = (own_attention(block, {**_fresh(kwargs), "position_ids": i}, x) for i in (given, given.flip(0)))
@@ -366,7 +367,7 @@ def _error(block: FusedBlock, call: tuple[Tensor, dict[str, Any], Tensor]) -> fl
 def _leave_out_unfit(block: FusedBlock, dtype: torch.dtype) -> None:
     """Stop fusing halves that have no fused form on a stream of this dtype."""
     attention, mlp = halves_of(block, dtype, dtype)
-    block.fused_shape = block.fused_shape.leaving(attention=attention is not None, mlp=mlp is not None)
+    block.fused_program = block.fused_program.leaving(attention=attention is not None, mlp=mlp is not None)
 
 
 def _calls(

@@ -15,8 +15,8 @@ from veneer.model.coded.frozen_weight import frozen_weight
 from veneer.model.coded.quant_linear import QuantLinear
 from veneer.model.cut_weight import is_part
 from veneer.model.fused.deferred import DeferredLogits, FrozenHead, Pending
-from veneer.model.fused.parts import is_plain
 from veneer.model.inplace import InPlace, base_of, change_class, restore_class
+from veneer.model.program.acting import is_plain
 from veneer.quant.dense import DenseWeight
 
 

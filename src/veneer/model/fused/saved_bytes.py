@@ -9,13 +9,12 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from veneer.model.fused.attention import AttentionHalf, RotationTables, attention_half
-from veneer.model.fused.block import FusedBlock, halves_of, masked_attention, masked_mlp
-from veneer.model.fused.mlp import MlpHalf, mlp_half
-from veneer.model.fused.parts import computed_in, is_plain
+from veneer.model.fused.block import FusedBlock, halves_of, run_half
+from veneer.model.program.acting import computed_in, is_plain
+from veneer.model.program.stretch import Positions, Run
 from veneer.ops.traced import Traced, tracing
 
-Halves = tuple[AttentionHalf, MlpHalf]
+Halves = tuple[Run, Run]
 
 
 class SavedBytes(saved_tensors_hooks):
@@ -63,18 +62,15 @@ def traced_bytes(model: nn.Module, hidden: Tensor) -> float | None:
     return sum(n_bytes[kind] for kind in kinds) / len(kinds) * hidden.shape[-1] / hidden.numel()
 
 
-def _is_traceable(half: AttentionHalf | MlpHalf | None) -> bool:
-    if half is None or not half.sums:
-        return False
-    layers = (*half.qkv, half.out) if isinstance(half, AttentionHalf) else (*half.gate_up, half.down)
-    return all(layer.runs is None for layer in layers)
+def _is_traceable(half: Run | None) -> bool:
+    return half is not None and half.adds and all(layer.runs is None for own in half.layers for layer in own)
 
 
 def _kind(block: FusedBlock) -> Hashable:
     """Blocks of one kind save equally much: their shapes and parameters are equal, and hooks sit in the same places."""
     parameters = ((name, weight.shape, weight.requires_grad) for name, weight in block.named_parameters())
     plain = (is_plain(module) for module in block.modules() if module is not block)
-    return block.fused_shape, tuple(parameters), tuple(plain)
+    return block.fused_program, tuple(parameters), tuple(plain)
 
 
 def _saved_by(block: FusedBlock, halves: Halves, hidden: Tensor) -> int:
@@ -85,9 +81,9 @@ def _saved_by(block: FusedBlock, halves: Halves, hidden: Tensor) -> int:
     bounds = torch.tensor([0, hidden.numel() // hidden.shape[-1]])
     saved = SavedBytes()
     with saved:
-        h = attention_half(x, masked_attention(block, halves[0], x), RotationTables(None, None, bounds))
-        parallel = block.fused_shape.parallel
-        y = mlp_half(x if parallel else h, masked_mlp(block, halves[1], x), h if parallel else None)
+        positions = Positions(None, None, bounds)
+        h = run_half(block, "attention", halves[0], x, x, positions)
+        y = run_half(block, "mlp", halves[1], x if block.fused_program.block.parallel else h, h, positions)
     n_bytes = saved.without(weights_of(block))
     del y  # until here its graph holds what was counted
     return n_bytes

@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import cast
 
 from torch import Tensor
 
+from veneer.model.program.acting import Acting
 from veneer.model.program.binding import Binding
-from veneer.model.program.operation import Frame, Operation, Register, StepPlace
+from veneer.model.program.operation import Frame, Register, StepPlace
 from veneer.model.program.rows import PassRows
+from veneer.model.program.stretch import Keep, Kept, Run, Tape, Trained
 from veneer.model.program.version import Version, Versions
 from veneer.ops.cpu.step import StepProgram
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Add(Operation):
+class Add(Trained):
     """Addition to the stream: ``stream += multiplier · source``.
 
-    Bottlenecks at ``site`` change ``source`` before. They read ``source``, or the half block's input ``beside``.
+    Bottlenecks at ``site`` change ``source`` before. They read ``source``, or the half block's input ``beside``. A half
+    with bottlenecks is added by its block in training.
     """
 
+    trains_on, needed = ("source", "stream"), ()
     read = ("source", "beside", "stream")
     written = ("source", "stream")
 
@@ -44,6 +49,26 @@ class Add(Operation):
 
     def take(self, weights: Versions, version: Version, place: StepPlace) -> bool:
         return take_bottleneck(self.site, version, place)
+
+    def acting(self, at: Acting) -> tuple[()]:
+        return ()
+
+    def train(self, weights: tuple[()], run: Run, frame: Frame, keep: Keep) -> Kept:
+        """In the memory of the source if that has the stream's dtype."""
+        [half], [h] = self.source.read(frame), self.stream.read(frame)
+        half = half if self.multiplier == 1 else half.mul_(self.multiplier)
+        y = half.add_(h) if half.dtype == h.dtype else h + half
+        self.stream.write(frame, [y])
+        return (y,) if keep.output else ()
+
+    def kept_output(self, weights: tuple[()], kept: Kept) -> list[Tensor] | None:
+        return [cast(Tensor, y) for y in kept] or None
+
+    def back(self, weights: tuple[()], tape: Tape) -> None:
+        [dy] = tape.take(self.stream)
+        half = dy.to(tape.run.dtype)
+        tape.give(self.stream, [dy])
+        tape.give(self.source, [half if self.multiplier == 1 else half * self.multiplier])
 
 
 def changed(site: str, versions: Versions, rows: PassRows, half: Tensor, beside: Tensor) -> Tensor:

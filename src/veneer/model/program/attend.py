@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from veneer.model.blueprint.heads import HeadLayout
 from veneer.model.blueprint.parts import Attention
+from veneer.model.blueprint.read_attention import window_of
+from veneer.model.program.acting import Acting, ActingNorm
 from veneer.model.program.binding import Binding
 from veneer.model.program.norm import NormWeights
-from veneer.model.program.operation import Frame, Keys, Operation, PassKind, Register
+from veneer.model.program.operation import Frame, Keys, PassKind, Register
 from veneer.model.program.rows import PassRows
+from veneer.model.program.stretch import Keep, Kept, Run, Tape, Trained
+from veneer.ops.attention import AttentionOptions, attention_backward, attention_forward
 from veneer.ops.cpu.step import StepProgram, norm_parts
 from veneer.ops.rotary import rotate
+
+Heads = tuple[Tensor, Tensor, Tensor]
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,12 +33,24 @@ class AttendWeights:
     turns: tuple[Tensor, Tensor] | None
 
 
+@dataclass(frozen=True, slots=True)
+class AttendTraining:
+    """Norms of queries and keys, and the kernels' settings with the window that the module has now."""
+
+    q_norm: ActingNorm | None
+    k_norm: ActingNorm | None
+    options: AttentionOptions
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Attend(Operation):
+class Attend(Trained):
     """Attention of the heads in ``source`` to the pages of their sequences, as ``target`` (n, heads · width).
 
-    ``layer`` is the index of their keys and values in a page.
+    ``layer`` is the index of their keys and values in a page. In training the heads attend to those of their own
+    sequence. It keeps its output, and queries, keys and values unless their source is made again.
     """
+
+    needed = ()
 
     layer: int
     attention: Attention
@@ -91,6 +110,85 @@ class Attend(Operation):
 
     def fits(self, kind: PassKind) -> bool:
         return kind.in_pages
+
+    @property
+    def untrained(self) -> str | None:
+        part = self.attention
+        special = {
+            "has a bias that falls with distance (ALiBi)": part.alibi,
+            "clips queries, keys and values": part.clip is not None,
+            "does more with positions than to rotate by them": _grows(part),
+            "has norms with weights of their own for each head": any(len(norm.shape) != 1 for norm in part.norms),
+        }
+        return next((f"its attention {what}" for what, is_so in special.items() if is_so), None)
+
+    def acting(self, at: Acting) -> AttendTraining | None:
+        part = self.attention
+        q_norm, k_norm = (None if norm is None else at.norm(norm) for norm in (part.q_norm, part.k_norm))
+        if len(part.norms) != (q_norm is not None) + (k_norm is not None):
+            return None
+        window = window_of(at.module(part.path))
+        return AttendTraining(q_norm, k_norm, AttentionOptions(scale=part.scale, window=window, softcap=part.softcap))
+
+    def train(self, weights: AttendTraining, run: Run, frame: Frame, keep: Keep) -> Kept:
+        qkv, kept = self._turned(weights, run, self.source.read(frame))
+        attended, lse = attention_forward(*qkv, run.positions.cu_seqlens, weights.options)
+        self.target.write(frame, [attended.view(len(attended), -1)])
+        return (attended, lse) if keep.source else (attended, lse, *qkv, *kept)
+
+    def kept_output(self, weights: AttendTraining, kept: Kept) -> list[Tensor]:
+        attended = cast(Tensor, kept[0])
+        return [attended.view(len(attended), -1)]
+
+    def back(self, weights: AttendTraining, tape: Tape) -> None:
+        [dy], (attended, lse, *heads) = tape.take(self.target), cast("tuple[Tensor, ...]", tape.kept)
+        if heads:
+            qkv, kept = (heads[0], heads[1], heads[2]), tuple(heads[3:])
+        else:
+            qkv, kept = self._turned(weights, tape.run, tape.value(self.source))
+        bounds = tape.run.positions.cu_seqlens
+        dq, dk, dv = attention_backward(dy.view(attended.shape), qkv, (attended, lse), bounds, weights.options)
+        del qkv, heads
+        n_of_q = 0 if weights.q_norm is None else 2
+        dq = self._turned_back(weights.q_norm, tape.run, dq, kept[:n_of_q])
+        dk = self._turned_back(weights.k_norm, tape.run, dk, kept[n_of_q:])
+        tape.give(self.source, self.attention.heads.join((dq, dk, dv)))
+
+    def _turned(self, weights: AttendTraining, run: Run, ys: list[Tensor]) -> tuple[Heads, tuple[Tensor, ...]]:
+        """Queries, keys and values, and what the way back through norms needs. Without norms they overwrite ``ys``."""
+        q, k, v = self.attention.heads.split(ys)
+        turned, kept = [], []
+        for heads, norm in ((q, weights.q_norm), (k, weights.k_norm)):
+            if norm is not None:
+                rows = _rows(heads, norm)
+                normed, statistics = norm.forward(rows)
+                kept += [rows, statistics]
+                heads = normed.view(heads.shape)
+            self._rotate(heads, run)
+            turned.append(heads)
+        return (turned[0], turned[1], v), tuple(kept)
+
+    def _turned_back(self, norm: ActingNorm | None, run: Run, grad: Tensor, kept: tuple[Tensor, ...]) -> Tensor:
+        self._rotate(grad, run, inverse=True)
+        return grad if norm is None else norm.backward(_rows(grad, norm), *kept).view(grad.shape)
+
+    def _rotate(self, heads: Tensor, run: Run, *, inverse: bool = False) -> None:
+        """Heads (n, heads, d), in place."""
+        (cos, sin, _), part = run.positions, self.attention.rotary
+        if cos is not None and sin is not None and part is not None:
+            view = heads.view(*run.size[:2], *heads.shape[1:]).transpose(1, 2)
+            rotate(view, cos, sin, interleaved=part.interleaved, inverse=inverse, in_place=True)
+
+
+def _rows(heads: Tensor, norm: ActingNorm) -> Tensor:
+    """Heads (n, heads, d) as the rows that a norm acts on: each head, or all heads of a token at once."""
+    return heads if len(norm.weight) == heads.shape[-1] else heads.reshape(len(heads), -1)
+
+
+def _grows(attention: Attention) -> bool:
+    """Return True if queries grow with position within the context."""
+    rotary, temperature = attention.rotary, attention.temperature
+    return temperature is not None and (rotary is None or rotary.max_positions > temperature.original_max_positions)
 
 
 def _normed(norm: NormWeights | None, heads: Tensor) -> Tensor:

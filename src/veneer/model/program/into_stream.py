@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from veneer.model.blueprint.parts import Linear
-from veneer.model.program.add import changed, take_bottleneck
+from veneer.model.program.add import Add, changed, take_bottleneck
 from veneer.model.program.binding import Binding
 from veneer.model.program.linears import Linears, divided
 from veneer.model.program.operation import Frame, Operation, Register, StepPlace
-from veneer.model.program.product import add_product
+from veneer.model.program.product import Product, add_product
 from veneer.model.program.rows import PassRows
 from veneer.model.program.version import Version
 from veneer.ops.cpu.step import StepProgram
@@ -37,6 +37,14 @@ class IntoStream(Operation):
     @property
     def layers(self) -> tuple[Linear, ...]:
         return (self.linear,)
+
+    @property
+    def alone(self) -> tuple[Operation, ...]:
+        half = Register("half", self.stream.widths)
+        return (
+            Product(linears=self.layers, source=self.source, target=half),
+            Add(site=self.site, source=half, beside=self.beside, stream=self.stream),
+        )
 
     def bind(self, to: Binding) -> Linears:
         return to.linears(self.layers)

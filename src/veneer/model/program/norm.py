@@ -10,9 +10,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from veneer.model.blueprint.parts import Norm
+from veneer.model.program.acting import Acting, ActingNorm
 from veneer.model.program.binding import Binding
-from veneer.model.program.operation import Frame, Operation, Register, StepPlace
+from veneer.model.program.operation import Frame, Register, StepPlace
 from veneer.model.program.rows import PassRows
+from veneer.model.program.stretch import Keep, Kept, Run, Tape, Trained
 from veneer.model.program.version import Effects, Version, Versions
 from veneer.ops.cpu.step import StepNorm, StepProgram, norm_parts
 from veneer.ops.grouped_low_rank import AdapterRuns
@@ -92,8 +94,10 @@ def _float(x: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Normalize(Operation):
-    """Norm: ``target = norm(source)``."""
+class Normalize(Trained):
+    """Norm: ``target = norm(source)``. Training keeps its statistics."""
+
+    cheap = True
 
     norm: Norm
     source: Register
@@ -117,3 +121,16 @@ class Normalize(Operation):
 
     def take(self, weights: NormWeights, version: Version, place: StepPlace) -> bool:
         return weights.take(version, place)
+
+    def acting(self, at: Acting) -> ActingNorm | None:
+        return at.norm(self.norm)
+
+    def train(self, weights: ActingNorm, run: Run, frame: Frame, keep: Keep) -> Kept:
+        [x] = self.source.read(frame)
+        y, statistics = weights.forward(x)
+        self.target.write(frame, [y.to(run.dtype)])
+        return (statistics,)
+
+    def back(self, weights: ActingNorm, tape: Tape) -> None:
+        [dy], [x], [statistics] = tape.take(self.target), tape.value(self.source), tape.kept
+        tape.give(self.source, [weights.backward(dy, x, cast(Tensor, statistics))])

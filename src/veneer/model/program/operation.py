@@ -100,6 +100,16 @@ class Operation(ABC):
         return ()
 
     @property
+    def untrained(self) -> str | None:
+        """Reason why it has no backward pass, in words; None if it has one (`Trained`)."""
+        return "a part of it has no backward pass"
+
+    @property
+    def alone(self) -> tuple[Operation, ...]:
+        """Operations that it replaces; itself if it replaces none."""
+        return (self,)
+
+    @property
     def state(self) -> Keys | None:
         """State that it keeps for each token; None if it keeps none."""
         return None

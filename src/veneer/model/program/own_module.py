@@ -25,6 +25,10 @@ class OwnModule(Operation):
     source: Register
     target: Register
 
+    @property
+    def untrained(self) -> str:
+        return "its feed-forward half is of a kind that the kernels do not know"
+
     def bind(self, to: Binding) -> OwnModuleWeights:
         return OwnModuleWeights(to.model, to.model.get_submodule(self.path))
 

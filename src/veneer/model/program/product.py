@@ -10,19 +10,26 @@ import torch
 from torch import Tensor
 
 from veneer.model.blueprint.parts import Linear
+from veneer.model.program.acting import Acting
 from veneer.model.program.binding import Binding
 from veneer.model.program.linears import Linears
-from veneer.model.program.operation import Frame, Operation, Register
+from veneer.model.program.operation import Frame, Register
 from veneer.model.program.rows import PassRows
+from veneer.model.program.stretch import Keep, Kept, Run, Tape, Trained
 from veneer.model.program.version import OwnChanges
 from veneer.ops.cpu.step import LayerChange, StepProgram, layer_parts
+from veneer.ops.linear import op
+from veneer.ops.linear.layer import LinearLayer
 from veneer.ops.packed import PackedWeight
 from veneer.records.deltas import LinearDelta
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Product(Operation):
-    """Linear layers: ``target = [W x + c, …]``, the output of each layer for the same ``source``."""
+class Product(Trained):
+    """Linear layers: ``target = [W x + c, …]``, the output of each layer for the same ``source``.
+
+    Training keeps A-products, products in front of trained maps, and such outputs as later operations read.
+    """
 
     linears: tuple[Linear, ...]
     source: Register
@@ -43,6 +50,53 @@ class Product(Operation):
 
     def group(self, weights: Linears) -> Linears:
         return weights
+
+    def acting(self, at: Acting) -> tuple[LinearLayer, ...] | None:
+        found = [at.layer(linear.path) for linear in self.linears]
+        return None if any(layer is None for layer in found) else cast("tuple[LinearLayer, ...]", tuple(found))
+
+    def layers_of(self, weights: tuple[LinearLayer, ...]) -> tuple[LinearLayer, ...]:
+        return weights
+
+    def masked(self, weights: tuple[LinearLayer, ...], at: Acting, x: Tensor) -> tuple[LinearLayer, ...]:
+        return tuple(at.masked(each.path, layer, x) for each, layer in zip(self.linears, weights, strict=True))
+
+    def train(self, weights: tuple[LinearLayer, ...], run: Run, frame: Frame, keep: Keep) -> Kept:
+        ys, kept = op.forward(_in(run.dtype, self.source.read(frame)), weights, owns_x=keep.owns)
+        self.target.write(frame, ys)
+        kept = kept.without_products() if keep.again else kept
+        pairs = zip(ys, kept.products, strict=True)
+        return (*kept.tensors, *(y if keep.output and z is None else None for y, z in pairs))
+
+    def kept_output(self, weights: tuple[LinearLayer, ...], kept: Kept) -> list[Tensor] | None:
+        of_layers, ys = self._kept(weights, kept)
+        if any(y is None and z is None for y, z in zip(ys, of_layers.products, strict=True)):
+            return None
+        return list(op.outputs(ys, of_layers, weights))
+
+    def back(self, weights: tuple[LinearLayer, ...], tape: Tape) -> tuple[Tensor | None, ...]:
+        """If the source's maker gives that on its way back, it goes first: the factors' gradients read the source."""
+        dys, (kept, _), maker = tape.take(self.target), self._kept(weights, tape.kept), tape.maker(self.source)
+        late = maker is not None and maker.gives_output and len(weights) == 1 and op.takes_input_late(weights[0])
+        if late and tape.wants:
+            tape.prepare(self.source)
+            return op.backward_before_input(dys[0], kept, weights[0], lambda dx: tape.through(self.source, dx))
+        x = _in(tape.run.dtype, tape.value(self.source))
+        owns, overwrite = maker is not None and maker.cheap, tape.owns(dys[0])
+        found = op.backward(dys, x, kept, weights, input_grad=tape.wants, overwrite=overwrite, owns_x=owns)
+        if found.x is not None:
+            tape.give(self.source, [found.x])
+        return found.records
+
+    def _kept(self, weights: tuple[LinearLayer, ...], kept: Kept) -> tuple[op.SavedForBackward, Kept]:
+        """The tensors of the layers, and their outputs as far as they are kept."""
+        n = len(weights)
+        return op.SavedForBackward.of(kept[:-n], weights), kept[-n:]
+
+
+def _in(dtype: torch.dtype, xs: list[Tensor]) -> Tensor:
+    """The single tensor, in a dtype. To ask first takes less time than to convert one that has it."""
+    return xs[0] if xs[0].dtype == dtype else xs[0].to(dtype)
 
 
 def add_product(

@@ -6,25 +6,18 @@ hand on.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
-from veneer.contract.keys import SUBLAYER
 from veneer.errors import DescriptionError
-from veneer.model.blueprint.decoder import Block, Decoder, Embedding, Head
-from veneer.model.blueprint.parts import Attention, Experts, Linear, Norm, Strange
+from veneer.model.blueprint.decoder import Decoder, Embedding, Head
+from veneer.model.blueprint.parts import Attention, Linear, Norm
 from veneer.model.blueprint.rotary import DynamicScaling, LongRopeScaling, Rotary
-from veneer.model.program.activate import Activate
-from veneer.model.program.add import Add
-from veneer.model.program.attend import Attend
 from veneer.model.program.embed import Embed
-from veneer.model.program.into_stream import IntoStream
+from veneer.model.program.halves import block_operations
 from veneer.model.program.logits import Logits, Pick
-from veneer.model.program.norm import Normalize
 from veneer.model.program.operation import STREAM, Keys, Operation, Register
-from veneer.model.program.own_module import OwnModule
-from veneer.model.program.product import Product
 
 
 @dataclass(frozen=True)
@@ -84,7 +77,7 @@ def compile_program(decoder: Decoder, n_positions: int) -> Program:
     stream, head = Register(STREAM, (decoder.embedding.width,)), decoder.head
     operations = (
         Embed(embedding=decoder.embedding, target=stream),
-        *(each for layer, block in enumerate(decoder.blocks) for each in _of_block(layer, block, stream)),
+        *(each for layer, block in enumerate(decoder.blocks) for each in block_operations(layer, block, stream)),
         Pick(norm=decoder.norm, head=head, stream=stream),
         Logits(norm=decoder.norm, head=head, stream=stream),
     )
@@ -113,83 +106,3 @@ def _original(rotary: Rotary) -> int:
     """The context within which frequencies do not depend on the length."""
     scaling = rotary.scaling
     return scaling.original_max_positions if isinstance(scaling, LongRopeScaling) else rotary.max_positions
-
-
-def _of_block(layer: int, block: Block, stream: Register) -> Iterator[Operation]:
-    norms = block.norms
-    seen = yield from _normed(norms.attention, stream, "x")
-    fed = seen
-    if block.parallel and norms.feed_forward != norms.attention:
-        fed = yield from _normed(norms.feed_forward, stream, "fed")
-    yield from _attention(layer, block, seen, stream)
-    if not block.parallel:
-        fed = yield from _normed(norms.feed_forward, stream, "x")
-    yield from _feed_forward(block, fed, stream)
-
-
-def _attention(layer: int, block: Block, seen: Register, stream: Register) -> Iterator[Operation]:
-    part = block.attention
-    assert isinstance(part, Attention)
-    qkv, mixed = _outputs("qkv", part.qkv), Register("mixed", (part.heads.n_heads * part.heads.head_dim,))
-    yield Product(linears=part.qkv, source=seen, target=qkv)
-    yield Attend(layer=layer, attention=part, source=qkv, target=mixed)
-    half = _Half(f"{block.path}.{SUBLAYER}attention", seen, stream, block.residual_multiplier)
-    yield from half.joined(part.out, mixed, block.norms.attention_post)
-
-
-def _feed_forward(block: Block, fed: Register, stream: Register) -> Iterator[Operation]:
-    part, post = block.feed_forward, block.norms.feed_forward_post
-    assert not isinstance(part, Strange)
-    half = _Half(f"{block.path}.{SUBLAYER}mlp", fed, stream, block.residual_multiplier)
-    if isinstance(part, Experts):
-        yield OwnModule(path=part.path, source=fed, target=half.register)
-        yield from half.added(post)
-        return
-    inner, acted = _outputs("inner", part.inner), Register("acted", (part.width,))
-    yield Product(linears=part.inner, source=fed, target=inner)
-    yield Activate(activation=part.activation, gated=part.gated, source=inner, target=acted)
-    yield from half.joined(part.down, acted, post)
-
-
-def _outputs(name: str, linears: tuple[Linear, ...]) -> Register:
-    return Register(name, tuple(linear.out_features for linear in linears))
-
-
-def _normed(norm: Norm | None, source: Register, name: str) -> Generator[Operation, None, Register]:
-    """Add the norm of a half, if there is one. Return the register that the half reads."""
-    if norm is None:
-        return source
-    target = Register(name, source.widths)
-    yield Normalize(norm=norm, source=source, target=target)
-    return target
-
-
-@dataclass(frozen=True, slots=True)
-class _Half:
-    """Half of a block that reads ``beside``: the way of its output into the stream."""
-
-    site: str
-    beside: Register
-    stream: Register
-    multiplier: float
-
-    @property
-    def register(self) -> Register:
-        """Its output."""
-        return Register("half", self.stream.widths)
-
-    def joined(self, linear: Linear, source: Register, post: Norm | None) -> Iterator[Operation]:
-        """The last layer of the half, into the stream."""
-        if post is None and self.multiplier == 1 and not linear.bias:
-            yield IntoStream(linear=linear, site=self.site, source=source, beside=self.beside, stream=self.stream)
-            return
-        yield Product(linears=(linear,), source=source, target=self.register)
-        yield from self.added(post)
-
-    def added(self, post: Norm | None) -> Iterator[Operation]:
-        """The half's output, into the stream."""
-        if post is not None:
-            yield Normalize(norm=post, source=self.register, target=self.register)
-        yield Add(
-            site=self.site, source=self.register, beside=self.beside, stream=self.stream, multiplier=self.multiplier
-        )

@@ -23,7 +23,7 @@ from transformers import (
 from veneer import LoraConfig
 from veneer.model.blueprint.describe import blocks_of, describe, describe_config
 from veneer.model.fused.decoder import fused
-from veneer.model.fused.shape import BlockShape, block_shape
+from veneer.model.program.halves import BlockProgram, block_program
 
 DROPOUTS = ("dropout", "residual_dropout")
 TYPES: dict[str, PreTrainedConfig] = {
@@ -93,15 +93,15 @@ def test_a_type_that_nobody_listed_shows_that_it_turns_neighbours(halves: list[s
     model = adapted(base(config))
     with fused(model) as takes:
         assert takes
-        run = [block.fused_shape for block in blocks_of(model)[1]]
+        run = [block.fused_program for block in blocks_of(model)[1]]
     with torch.device("meta"):
         planned = AutoModelForCausalLM.from_config(config)
     planned.requires_grad_(False).tie_weights()
-    shapes = [block_shape(block) for block in describe(planned).blocks]
-    assert all(isinstance(shape, BlockShape) for shape in shapes)
+    shapes = [block_program(block, WIDE["hidden_size"]) for block in describe(planned).blocks]
+    assert all(isinstance(shape, BlockProgram) for shape in shapes)
     for shape, own in zip(shapes, run, strict=True):
         assert (own.attention is None, own.mlp is None) == (shape.attention is None, shape.mlp is None)
-    assert all(shape.attention is not None and shape.attention.rotary.interleaved for shape in run)
+    assert all(program.attention is not None and program.rotary.interleaved for program in run)
 
 
 @pytest.mark.parametrize("family", ["cohere2", "granite", "olmo2"])
@@ -119,8 +119,8 @@ def test_of_forty_types_thirty_five_fuse_whole() -> None:
     """Not ALiBi, and no mixture of experts."""
     whole: dict[str, bool] = {}
     for family in TYPES:
-        shapes: list[Any] = [block_shape(block) for block in describe_config(config_of(family)).blocks]
-        fits = all(isinstance(shape, BlockShape) and shape.attention and shape.mlp for shape in shapes)
+        shapes: list[Any] = [block_program(block, 1) for block in describe_config(config_of(family)).blocks]
+        fits = all(isinstance(shape, BlockProgram) and shape.attention and shape.mlp for shape in shapes)
         whole[TYPES[family].model_type] = whole.get(TYPES[family].model_type, False) or fits
     assert len(whole) == 40
     assert {name for name, fits in whole.items() if not fits} == {

@@ -73,7 +73,7 @@ def test_queries_scaled_by_position_run_the_general_path(
     with caplog.at_level(logging.INFO, logger="veneer"):
         assert fuse(model) is described
     assert ("more with positions than to rotate" if described else reason) in caplog.text
-    assert all(block.fused_shape.attention is None for block in model.model.layers if is_fused(model))
+    assert all(block.fused_program.attention is None for block in model.model.layers if is_fused(model))
 
 
 def test_queries_that_grow_beyond_the_context_alone_are_fused() -> None:
@@ -155,6 +155,6 @@ def test_the_feed_forward_half_is_found_by_the_name_that_the_description_has(mon
     family = Family(model_types=("llama",), names=Names(feed_forward=("feed",)))
     monkeypatch.setattr("veneer.model.blueprint.source.family_of", lambda model_type: family)
     assert fuse(model)
-    assert all(block.fused_shape.mlp is not None for block in model.model.layers)
-    assert {block.fused_shape.mlp_name for block in model.model.layers} == {"feed"}
+    assert all(block.fused_program.mlp is not None for block in model.model.layers)
+    assert {block.fused_program.block.feed_forward.path for block in model.model.layers} == {"feed"}
     assert torch.allclose(model(input_ids=ids, use_cache=False).logits, expected, atol=1e-4)

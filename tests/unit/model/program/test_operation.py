@@ -7,13 +7,21 @@ from typing import Any
 
 import torch
 from tests.unit.model.blueprint.families import model_of
+from tests.unit.model.steps import BATCHES, adapted, error, step
 
+from veneer import BottleneckConfig, LoraConfig
 from veneer.model.batch.paged import Stretch
-from veneer.model.blueprint.describe import describe
+from veneer.model.blueprint.describe import blocks_of, describe
+from veneer.model.fused.block import FusedBlock, halves_of
+from veneer.model.fused.decoder import fuse
+from veneer.model.memory.checkpointing import checkpoint_selectively
+from veneer.model.program import stretch
+from veneer.model.program.acting import Acting
 from veneer.model.program.into_stream import IntoStream
 from veneer.model.program.operation import Frame, Operation, Register
 from veneer.model.program.program import Program, compile_program
 from veneer.model.program.rows import PassRows
+from veneer.model.program.stretch import Keep, Kept, Run, Tape, Trained
 from veneer.serve.program.interpreter import Interpreter
 from veneer.serve.program.kv_cache import make_cache
 from veneer.serve.program.step import Piece, step_of
@@ -23,16 +31,28 @@ CPU, N = torch.device("cpu"), 11
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Clip(Operation):
+class Clip(Trained):
     """Bound of the stream: ``stream`` within ± ``limit``."""
 
-    read = written = ("stream",)
+    read = written = trains_on = needed = ("stream",)
 
     stream: Register
     limit: float
 
     def forward(self, weights: None, rows: PassRows, frame: Frame) -> None:
         frame[self.stream.name] = frame[self.stream.name].clamp(-self.limit, self.limit)
+
+    def acting(self, at: Acting) -> tuple[()]:
+        return ()
+
+    def train(self, weights: tuple[()], run: Run, frame: Frame, keep: Keep) -> Kept:
+        [x] = self.stream.read(frame)
+        self.stream.write(frame, [x.clamp(-self.limit, self.limit)])
+        return ()
+
+    def back(self, weights: tuple[()], tape: Tape) -> None:
+        [dy], [x] = tape.take(self.stream), tape.value(self.stream)
+        tape.give(self.stream, [dy * (x.abs() <= self.limit)])
 
 
 def clipped(program: Program, limit: float) -> Program:
@@ -67,6 +87,43 @@ def test_an_operation_of_a_file_of_its_own_runs_between_those_of_the_step():
     found = interpreter.run(step, ids)
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
     assert (plain - expected).abs().max() > 0.1
+
+
+def test_an_operation_of_a_file_of_its_own_is_trained_with_those_around_it():
+    """In one node with the half in front; with bottlenecks, which act before the sum, that half runs its own code."""
+    limit = 1.7
+    for family, config, selective in (
+        ("llama", LoraConfig(r=3, target_modules="all-linear"), False),
+        ("gemma3", LoraConfig(r=3, target_modules="all-linear"), True),
+        ("neox", LoraConfig(r=3, target_modules="all-linear"), True),
+        ("llama", BottleneckConfig(reduction_factor=7), False),
+    ):
+        model = adapted(model_of(family, torch.float32), config)
+        model.enable_input_require_grads()
+        assert fuse(model)
+        if selective:
+            checkpoint_selectively(model)
+        blocks = blocks_of(model)[1]
+        handles = [block.register_forward_hook(clip_block(limit)) for block in blocks]
+        expected = step(model, BATCHES["packed"])
+        for handle in handles:
+            handle.remove()
+        for block in blocks:
+            clip_trained(block, limit)
+        found = step(model, BATCHES["packed"])
+        if isinstance(config, BottleneckConfig):
+            assert {half for block in blocks for half in halves_of(block, torch.float32, torch.float32)[1:]} == {None}
+            continue
+        assert torch.equal(found[0], expected[0]), family
+        assert error(found[2], expected[2]) == 0, family
+
+
+def clip_trained(block: FusedBlock, limit: float) -> None:
+    """Bound the stream behind the second half of a fused block, in its node."""
+    program = block.fused_program
+    assert program.mlp is not None
+    clip = Clip(stream=program.mlp.target, limit=limit)
+    block.fused_program = replace(program, mlp=stretch.Stretch((*program.mlp.operations, clip)))
 
 
 def test_operations_say_what_they_read_write_and_keep():

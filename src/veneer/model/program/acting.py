@@ -1,0 +1,150 @@
+"""Modules of a block as they act now: whether fused kernels can run them, and the kernels' arguments.
+
+A module that is hooked or trained, or computes in another dtype than the stream, runs its own code.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from operator import attrgetter
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from veneer.contract.keys import SUBLAYER
+from veneer.model.adapted.linear import AdaptedLinear
+from veneer.model.blueprint.linears import is_linear
+from veneer.model.blueprint.parts import Norm
+from veneer.model.coded.frozen_weight import frozen_weight
+from veneer.model.inplace import InPlace
+from veneer.model.placed.residual import ResidualAdapters
+from veneer.model.placed.structure import SublayerKind
+from veneer.ops.linear.layer import LinearLayer
+from veneer.ops.norm import layer_norm_backward, layer_norm_forward, rms_norm_backward, rms_norm_forward
+from veneer.quant.dense import DenseWeight
+from veneer.quant.product import CodedWeight
+
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+@dataclass(frozen=True, slots=True)
+class ActingNorm:
+    """Norm of the model: LayerNorm if it has a bias, otherwise RMSNorm, whose weight has a summand (Gemma: 1)."""
+
+    weight: Tensor
+    bias: Tensor | None
+    eps: float
+    offset: float
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the output, and the statistics that `backward` reads: one or two numbers of each row."""
+        if self.bias is None:
+            return rms_norm_forward(x, self.weight, self.eps, self.offset)
+        y, mean, rstd = layer_norm_forward(x, self.weight, self.bias, self.eps)
+        return y, torch.stack([mean, rstd])
+
+    def backward(self, dy: Tensor, x: Tensor, statistics: Tensor) -> Tensor:
+        """Return the gradient in x."""
+        if self.bias is None:
+            return rms_norm_backward(dy, x, self.weight, statistics, self.offset)[0]
+        return layer_norm_backward(dy, x, self.weight, statistics[0], statistics[1])[0]
+
+
+@dataclass(frozen=True, slots=True)
+class Acting:
+    """Block whose stream has the dtype ``stream``, and whose other values have ``dtype``: the same, or autocast's.
+
+    Paths start at the block.
+    """
+
+    block: nn.Module
+    stream: torch.dtype
+    dtype: torch.dtype
+
+    def module(self, path: str) -> nn.Module:
+        """Return a module of the block; an empty path is the block's own."""
+        return cast(nn.Module, attrgetter(path)(self.block)) if path else self.block
+
+    def norm(self, norm: Norm) -> ActingNorm | None:
+        """Return a norm as the kernels' arguments.
+
+        None if it is trained, hooked, kept in another dtype than the stream, or has a weight for each head.
+        """
+        module = self.module(norm.path)
+        if not is_plain(module) or isinstance(module, InPlace):  # reading a weight that rows have copies of raises
+            return None
+        own, bias = (module._parameters.get(name) for name in ("weight", "bias"))
+        held = [t for t in (own, bias) if t is not None]
+        if len(norm.shape) != 1 or any(t.requires_grad or t.dtype != self.stream for t in held):
+            return None
+        weight: Tensor | None = own
+        if weight is None:
+            weight = torch.ones(norm.shape, dtype=self.stream, device=next(self.block.parameters()).device)
+        if norm.kind == "rms":
+            return ActingNorm(weight, None, norm.eps, norm.offset)
+        weight = weight + norm.offset if norm.offset else weight
+        return ActingNorm(weight, torch.zeros_like(weight) if bias is None else bias, norm.eps, 0.0)
+
+    def layer(self, path: str) -> LinearLayer | None:
+        """Return a frozen layer, with the records of its rows and without masks; None if it does more.
+
+        More means adapters in a sum with dropout, trained or copied weights, hooks.
+        """
+        module = self.module(path)
+        if not is_linear(module) or not is_plain(module):
+            return None
+        bias = cast("Tensor | None", module._parameters.get("bias"))
+        weight = frozen_weight(module)
+        if bias is not None and bias.requires_grad:
+            return None
+        matrix: Any = weight
+        if isinstance(weight, DenseWeight):
+            matrix = weight.tensor
+            if matrix.requires_grad or matrix.dtype != self.dtype:
+                return None
+        elif isinstance(weight, CodedWeight) and torch.is_autocast_enabled(cast(Tensor, module.weight).device.type):
+            matrix = replace(cast(Any, weight), compute_dtype=None)  # autocast overrules it
+        plain = LinearLayer(weight=matrix, bias=None if bias is None else bias.to(self.dtype))
+        if not isinstance(module, AdaptedLinear):
+            return plain
+        if module.replaces_weight() or module.drops_apart() or module.needs_shape():
+            return None
+        records, runs = module.acting_records()
+        return replace(plain, records=records, runs=runs)
+
+    def masked(self, path: str, layer: LinearLayer, x: Tensor) -> LinearLayer:
+        """Return the layer with dropout masks on the inputs of its records, for the rows and positions of x."""
+        module = self.module(path)
+        masks = module.masks(x) if isinstance(module, AdaptedLinear) else ()
+        return replace(layer, masks=masks) if masks else layer
+
+
+def computed_in(x: Tensor) -> torch.dtype | None:
+    """Return the dtype in which linear layers compute: x's, or that of autocast for a float32 x.
+
+    None if autocast asks for another.
+    """
+    if not torch.is_autocast_enabled(x.device.type):
+        return x.dtype
+    asked = torch.get_autocast_dtype(x.device.type)
+    return asked if x.dtype in (asked, torch.float32) else None
+
+
+def is_plain(module: nn.Module) -> bool:
+    """Return True if calling the module does nothing but run its class's forward, and a bottleneck's hooks.
+
+    Those hooks are allowed, since a half calls its `bottlenecks` itself.
+    """
+    hooks = (hook for kind in HOOKS for hook in getattr(module, kind).values())
+    return "forward" not in vars(module) and all(isinstance(_owner(hook), ResidualAdapters) for hook in hooks)
+
+
+def bottlenecks(block: nn.Module, kind: SublayerKind) -> ResidualAdapters | None:
+    """Return the holder of the bottlenecks that act after a sub-layer of a block now; None if there are none."""
+    holder = getattr(block, f"{SUBLAYER}{kind}", None)
+    return holder if isinstance(holder, ResidualAdapters) and holder.acting_on_rows() else None
+
+
+def _owner(method: object) -> object:
+    return getattr(method, "__self__", None)

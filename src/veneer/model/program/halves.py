@@ -1,0 +1,209 @@
+"""Halves of a block as operations: for a pass over the whole decoder, and for training, block by block."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterator
+from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import Any
+
+from veneer.contract.keys import SUBLAYER
+from veneer.model.blueprint.decoder import Block
+from veneer.model.blueprint.parts import Attention, Experts, Linear, Norm, Strange
+from veneer.model.blueprint.rotary import Rotary
+from veneer.model.program.activate import Activate
+from veneer.model.program.add import Add
+from veneer.model.program.attend import Attend
+from veneer.model.program.into_stream import IntoStream
+from veneer.model.program.norm import Normalize
+from veneer.model.program.operation import STREAM, Operation, Register
+from veneer.model.program.own_module import OwnModule
+from veneer.model.program.product import Product
+from veneer.model.program.stretch import Stretch, Trained
+
+_PATHS = ("path", "act", "input_path", "output_path")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tables:
+    """Layout of a model's own cos and sin: each angle twice in a row (``pairs``), or sin in front (``sin_first``)."""
+
+    pairs: bool = False
+    sin_first: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BlockProgram:
+    """Halves of a ``block`` in training, whose paths start at the block.
+
+    ``attention`` and ``mlp`` are the stretches of the halves. One is None if that half runs the model's own code.
+    ``tables``: how the model lays out the angles of its rotation.
+    """
+
+    block: Block
+    attention: Stretch | None
+    mlp: Stretch | None
+    tables: Tables = Tables()
+
+    @property
+    def rotary(self) -> Rotary | None:
+        """Rotation of queries and keys."""
+        return self.block.attention.rotary if isinstance(self.block.attention, Attention) else None
+
+    @property
+    def is_own(self) -> bool:
+        """True if no half is fused."""
+        return self.attention is None and self.mlp is None
+
+    @property
+    def is_whole(self) -> bool:
+        """True if both halves run the model's own code if one does."""
+        sublayer, path = self.block.attention_sublayer, self.block.attention.path
+        return not self.block.feed_forward.path or (sublayer is not None and sublayer.input_path != path)
+
+    def leaving(self, *, attention: bool, mlp: bool) -> BlockProgram:
+        """Return the program with only these halves fused."""
+        alone = not self.is_whole or (attention and mlp)
+        return replace(
+            self,
+            attention=self.attention if attention and alone else None,
+            mlp=self.mlp if mlp and alone else None,
+        )
+
+
+def block_program(block: Block, width: int) -> BlockProgram | str:
+    """Return the program of a block in training, with a stream of a ``width``.
+
+    If its attention is unknown, return the reason in words.
+    """
+    if block.attention.path == block.path:
+        return "; ".join(reasons(block, width))
+    block = _within(block, len(block.path) + 1)
+    attention, mlp = (_stretch(half) for half in _training(block, width))
+    known = not block.other  # what is strange is the block itself
+    found = BlockProgram(block=block, attention=attention, mlp=mlp)
+    return found.leaving(attention=known and attention is not None, mlp=known and mlp is not None)
+
+
+def reasons(block: Block, width: int) -> list[str]:
+    """Return in words why halves of a block are not trained as stretches; empty if both are."""
+    parts = [part.reason for part in block.strange]
+    parts += [op.untrained for half in _training(block, width) for op in half if op.untrained is not None]
+    return list(dict.fromkeys(parts))
+
+
+def block_operations(layer: int, block: Block, stream: Register) -> Iterator[Operation]:
+    """Iterate over the operations of a block without strange parts, whose keys are those of a ``layer``."""
+    norms = block.norms
+    seen = yield from _normed(norms.attention, stream, "x")
+    fed = seen
+    if block.parallel and norms.feed_forward != norms.attention:
+        fed = yield from _normed(norms.feed_forward, stream, "fed")
+    yield from _attention(layer, block, seen, stream)
+    if not block.parallel:
+        fed = yield from _normed(norms.feed_forward, stream, "x")
+    yield from _feed_forward(block, fed, stream)
+
+
+def _within(part: Any, before: int) -> Any:
+    """A description whose paths start at the block: without so many letters."""
+    if isinstance(part, tuple):
+        return tuple(_within(each, before) for each in part)
+    if not is_dataclass(part) or isinstance(part, type):
+        return part
+    held = {field.name: getattr(part, field.name) for field in fields(part)}
+    paths = {name: value[before:] for name, value in held.items() if name in _PATHS}
+    return replace(part, **{name: _within(value, before) for name, value in held.items()} | paths)
+
+
+def _training(block: Block, width: int) -> tuple[tuple[Operation, ...], tuple[Operation, ...]]:
+    """Both halves, each with a norm of its own, so that each is one node; one that is strange is empty."""
+    stream, norms = Register(STREAM, (width,)), block.norms
+    before = Register("before", stream.widths) if block.parallel else stream
+    attention = feed_forward = tuple[Operation, ...]()
+    if not isinstance(block.attention, Strange):
+        attention = _together(norms.attention, stream, lambda seen: _attention(0, block, seen, stream))
+    if not isinstance(block.feed_forward, Strange):
+        feed_forward = _together(norms.feed_forward, before, lambda fed: _feed_forward(block, fed, stream))
+    return attention, feed_forward
+
+
+def _together(
+    norm: Norm | None, source: Register, half: Callable[[Register], Iterator[Operation]]
+) -> tuple[Operation, ...]:
+    """A half and the norm in front, without shortcuts."""
+    before = () if norm is None else (Normalize(norm=norm, source=source, target=Register("x", source.widths)),)
+    found = half(before[0].target if before else source)
+    return (*before, *(alone for each in found for alone in each.alone))
+
+
+def _stretch(half: tuple[Operation, ...]) -> Stretch | None:
+    trained = tuple(op for op in half if isinstance(op, Trained) and op.untrained is None)
+    return Stretch(trained) if trained and len(trained) == len(half) else None
+
+
+def _attention(layer: int, block: Block, seen: Register, stream: Register) -> Iterator[Operation]:
+    part = block.attention
+    assert isinstance(part, Attention)
+    qkv, mixed = _outputs("qkv", part.qkv), Register("mixed", (part.heads.n_heads * part.heads.head_dim,))
+    yield Product(linears=part.qkv, source=seen, target=qkv)
+    yield Attend(layer=layer, attention=part, source=qkv, target=mixed)
+    half = _Half(f"{block.path}.{SUBLAYER}attention", seen, stream, block.residual_multiplier)
+    yield from half.joined(part.out, mixed, block.norms.attention_post)
+
+
+def _feed_forward(block: Block, fed: Register, stream: Register) -> Iterator[Operation]:
+    part, post = block.feed_forward, block.norms.feed_forward_post
+    assert not isinstance(part, Strange)
+    half = _Half(f"{block.path}.{SUBLAYER}mlp", fed, stream, block.residual_multiplier)
+    if isinstance(part, Experts):
+        yield OwnModule(path=part.path, source=fed, target=half.register)
+        yield from half.added(post)
+        return
+    inner, acted = _outputs("inner", part.inner), Register("acted", (part.width,))
+    yield Product(linears=part.inner, source=fed, target=inner)
+    yield Activate(path=part.act, activation=part.activation, gated=part.gated, source=inner, target=acted)
+    yield from half.joined(part.down, acted, post)
+
+
+def _outputs(name: str, linears: tuple[Linear, ...]) -> Register:
+    return Register(name, tuple(linear.out_features for linear in linears))
+
+
+def _normed(norm: Norm | None, source: Register, name: str) -> Generator[Operation, None, Register]:
+    """Add the norm of a half, if there is one. Return the register that the half reads."""
+    if norm is None:
+        return source
+    target = Register(name, source.widths)
+    yield Normalize(norm=norm, source=source, target=target)
+    return target
+
+
+@dataclass(frozen=True, slots=True)
+class _Half:
+    """Half of a block that reads ``beside``: the way of its output into the stream."""
+
+    site: str
+    beside: Register
+    stream: Register
+    multiplier: float
+
+    @property
+    def register(self) -> Register:
+        """Its output."""
+        return Register("half", self.stream.widths)
+
+    def joined(self, linear: Linear, source: Register, post: Norm | None) -> Iterator[Operation]:
+        """The last layer of the half, into the stream."""
+        if post is None and self.multiplier == 1 and not linear.bias:
+            yield IntoStream(linear=linear, site=self.site, source=source, beside=self.beside, stream=self.stream)
+            return
+        yield Product(linears=(linear,), source=source, target=self.register)
+        yield from self.added(post)
+
+    def added(self, post: Norm | None) -> Iterator[Operation]:
+        """The half's output, into the stream."""
+        if post is not None:
+            yield Normalize(norm=post, source=self.register, target=self.register)
+        yield Add(
+            site=self.site, source=self.register, beside=self.beside, stream=self.stream, multiplier=self.multiplier
+        )

@@ -1,0 +1,383 @@
+"""Stretch of a program as one autograd node: operations with backward passes of their own, up to a sum into the stream.
+
+A node ends with the stream, so that its tensors are free before the backward pass of the next begins. The forward pass
+asks each operation what it keeps. The backward pass walks the operations from the last to the first. Values that
+operations need there were kept, or are computed again.
+"""
+
+from __future__ import annotations
+
+import itertools
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from veneer.model.program.acting import Acting
+from veneer.model.program.operation import STREAM, Frame, Operation, Register
+from veneer.ops.linear.layer import LinearLayer, tensors_of
+
+Kept = tuple[Tensor | None, ...]
+"""Tensors that an operation keeps for its backward pass."""
+
+
+class Keep(NamedTuple):
+    """Needs of the backward pass at an operation. ``output``: a later operation reads its output there.
+
+    ``again``: it runs again there, so that nothing is kept that this gives. ``source``: its source is there. ``owns``:
+    nobody else reads its source, now or there.
+    """
+
+    output: bool = False
+    again: bool = False
+    source: bool = False
+    owns: bool = False
+
+
+class Positions(NamedTuple):
+    """Half tables of the rotation, (b or 1, t, half), None if nothing is rotated, and the bounds of the sequences.
+
+    The bounds are positions in the flattened batch.
+    """
+
+    cos: Float[Tensor, "#b t half"] | None
+    sin: Float[Tensor, "#b t half"] | None
+    cu_seqlens: Int[Tensor, " n_sequences_plus_1"]
+
+
+NOWHERE = Positions(None, None, torch.empty(0, dtype=torch.long))
+
+
+class Trained(Operation):
+    """Operation with a backward pass."""
+
+    trains_on: ClassVar[tuple[str, ...]] = ("source",)
+    """Names of the fields with the registers that `train` reads, the first one's maker first."""
+    needed: ClassVar[tuple[str, ...]] = ("source",)
+    """Those of them whose values `back` reads."""
+    cheap: ClassVar[bool] = False
+    """True if its output is computed again in the backward pass rather than kept."""
+
+    @property
+    def untrained(self) -> str | None:
+        return None
+
+    @property
+    def sources(self) -> tuple[Register, ...]:
+        """Registers that `train` reads."""
+        return tuple(getattr(self, name) for name in self.trains_on)
+
+    @property
+    def output(self) -> Register:
+        """Register that `train` writes."""
+        return self.writes[-1]
+
+    @property
+    def gives_output(self) -> bool:
+        """True if `back` computes its output on the way."""
+        return False
+
+    @abstractmethod
+    def acting(self, at: Acting) -> Any:
+        """Return its weights as they act now; None if the block's own code has to run."""
+
+    def layers_of(self, weights: Any) -> tuple[LinearLayer, ...]:
+        """Return its linear layers, whose records receive gradients."""
+        return ()
+
+    def masked(self, weights: Any, at: Acting, x: Tensor) -> Any:
+        """Return its weights with dropout masks for the rows of x (b, t, width)."""
+        return weights
+
+    @abstractmethod
+    def train(self, weights: Any, run: Run, frame: Frame, keep: Keep) -> Kept:
+        """Write its output, and return the tensors that `back` reads."""
+
+    def kept_output(self, weights: Any, kept: Kept) -> list[Tensor] | None:
+        """Return its output if that was kept; otherwise None."""
+        return None
+
+    @abstractmethod
+    def back(self, weights: Any, tape: Tape) -> Any:
+        """Take the gradients of its output, and give those of its sources.
+
+        Return those of its layers' records. If it has no layers and `gives_output`, return its output instead.
+        """
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """Operations that run as one node. They read one register that they have not written, beside the stream."""
+
+    operations: tuple[Trained, ...]
+
+    @cached_property
+    def source(self) -> Register:
+        """Register that the first one reads."""
+        return self.operations[0].sources[0]
+
+    @cached_property
+    def target(self) -> Register:
+        """Register that the last one writes."""
+        return self.operations[-1].output
+
+    @cached_property
+    def makers(self) -> tuple[dict[str, int], ...]:
+        """For each operation, the operation that made what it finds in a register, by the register's name."""
+        written = [{op.output.name: place} for place, op in enumerate(self.operations[:-1])]
+        return tuple(itertools.accumulate(written, lambda known, new: known | new, initial={}))
+
+    @cached_property
+    def done(self) -> tuple[tuple[str, ...], ...]:
+        """Registers that nobody reads after each operation."""
+        later, found = {self.target.name}, []
+        for op in reversed(self.operations):
+            names = [register.name for register in op.sources]
+            found.append(tuple(name for name in names if name not in later))
+            later.update(names)
+        return tuple(reversed(found))
+
+    @cached_property
+    def keeps(self) -> tuple[tuple[Keep, ...], tuple[Keep, ...]]:
+        """What each operation keeps, and what it does if the products of the source are computed again."""
+        return self._keeps(frozenset()), self._keeps(self._first_products())
+
+    def _keeps(self, again: frozenset[int | None]) -> tuple[Keep, ...]:
+        each = tuple(zip(self.makers, self.operations, strict=True))
+        needed = {made.get(getattr(op, name).name) for made, op in each for name in op.needed} - again
+        return tuple(
+            Keep(place in needed, place in again, made.get(op.sources[0].name) in again, self._owns(place))
+            for place, (made, op) in enumerate(each)
+        )
+
+    def _owns(self, place: int) -> bool:
+        name = self.operations[place].sources[0].name
+        made = self.makers[place].get(name)
+        return made is not None and self.operations[made].cheap and name in self.done[place]
+
+    def _first_products(self) -> frozenset[int | None]:
+        """Operations that are not cheap, on what cheap ones make of the source."""
+        cheap: set[int | None] = {None}
+        found = set[int | None]()
+        for place, (made, op) in enumerate(zip(self.makers, self.operations, strict=True)):
+            if {made.get(register.name) for register in op.sources} <= cheap:
+                (cheap if op.cheap else found).add(place)
+        return frozenset(found)
+
+    @cached_property
+    def without_sum(self) -> Stretch | None:
+        """Operations before the one that adds to the stream; None if that is not the last."""
+        last = [op for op in self.operations if op.output.name == STREAM]
+        return Stretch(self.operations[:-1]) if last == [self.operations[-1]] else None
+
+    def acting(self, at: Acting, *, again: bool) -> Run | None:
+        """Return the stretch as it acts in a block now; None if the block's own code has to run.
+
+        If ``again``, the products of its source are computed again in the backward pass.
+        """
+        weights = []
+        for op in self.operations:
+            own = op.acting(at)
+            if own is None:
+                return None
+            weights.append(own)
+        return Run(self, tuple(weights), at, again)
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """Stretch with the weights of its operations as they act now, for x of a size (b, t, width) in a pass.
+
+    ``again``: the outputs of its first products are nobody's after the backward passes of their readers.
+    """
+
+    stretch: Stretch
+    weights: tuple[Any, ...]
+    at: Acting
+    again: bool
+    size: torch.Size = field(default_factory=torch.Size)
+    positions: Positions = NOWHERE
+
+    @property
+    def adds(self) -> bool:
+        """True if it adds to the stream; otherwise only returns its addition, for bottlenecks that act on that."""
+        return self.stretch.target.name == STREAM
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the values between the stream and the sum."""
+        return self.at.dtype
+
+    @property
+    def layers(self) -> tuple[tuple[LinearLayer, ...], ...]:
+        """Linear layers of each operation."""
+        return tuple(op.layers_of(own) for op, own in zip(self.stretch.operations, self.weights, strict=True))
+
+    def __call__(
+        self, x: Float[Tensor, "b t d"], positions: Positions, stream: Tensor | None = None
+    ) -> Float[Tensor, "b t d"]:
+        """Return what it writes. Dropout masks are drawn in the order of the model's own code.
+
+        ``stream`` is the stream that it adds to, if that is not x.
+        """
+        each = zip(self.stretch.operations, self.weights, strict=True)
+        weights = tuple(op.masked(own, self.at, x) for op, own in each)
+        run = replace(self, weights=weights, size=x.shape, positions=positions)
+        found = [tensors_of(own) for own in run.layers]
+        counts = [len(tensors) for tensors in found]
+        y: Tensor = _Node.apply(x, stream, run, counts, *itertools.chain(*found))  # type: ignore[no-untyped-call]
+        return y
+
+    def forward(self, frame: Frame) -> list[Kept]:
+        """Run the operations on registers, and return what each keeps."""
+        stretch, kept = self.stretch, []
+        each = zip(stretch.operations, self.weights, stretch.keeps[self.again], stretch.done, strict=True)
+        for op, own, keep, done in each:
+            kept.append(op.train(own, self, frame, keep))
+            for name in done:
+                del frame[name]
+        return kept
+
+
+class Tape:
+    """Backward pass of a run: gradients by register, and the values of registers where operations read them.
+
+    ``kept`` are the tensors of the operation whose turn it is. ``wants`` tells for each operation whether a gradient of
+    what it reads is asked for.
+    """
+
+    def __init__(
+        self, run: Run, x: Tensor, dy: Tensor, kept: list[Kept], counts: Sequence[int], wants: Sequence[bool]
+    ) -> None:
+        self.run, self._kept, self._counts, self._wants = run, kept, counts, wants
+        self._given = {run.stretch.source.name: [x]}
+        self._steps = tuple(zip(run.stretch.operations, run.weights, strict=True))
+        self._makers, self._place = run.stretch.makers, len(kept)
+        self._outer, self._gradients = dy, {run.stretch.target.name: [dy]}
+        self._made: dict[int, list[Tensor]] = {}
+        self._records: dict[int, tuple[Tensor | None, ...]] = {}
+
+    @property
+    def kept(self) -> Kept:
+        return self._kept[self._place]
+
+    @property
+    def wants(self) -> bool:
+        return self._wants[self._place]
+
+    def walk(self) -> tuple[Tensor | None, ...]:
+        """Go back through all operations that somebody wants gradients from; return those of all records."""
+        for place in reversed(range(len(self._steps))):
+            if not self._wants[place + 1] and self._steps[place][0].output != self.run.stretch.target:
+                break
+            if place not in self._records:
+                found = self._back(place)
+                self._records[place] = found if self._counts[place] else ()
+        none = ((None,) * n for n in self._counts)
+        return tuple(t for place, own in enumerate(none) for t in self._records.get(place, own))
+
+    def value(self, register: Register) -> list[Tensor]:
+        """Return the tensors that the operation found in a register."""
+        return self._value(self._place, register)
+
+    def take(self, register: Register) -> list[Tensor]:
+        """Return the gradients of a register, which nobody reads after."""
+        return self._gradients.pop(register.name)
+
+    def give(self, register: Register, gradients: Sequence[Tensor]) -> None:
+        """Add to the gradients of a register."""
+        known = self._gradients.pop(register.name, None)
+        if known is not None:
+            pairs = zip(gradients, known, strict=True)
+            gradients = [new.add_(old) if self.owns(new) else new + old for new, old in pairs]
+        self._gradients[register.name] = list(gradients)
+
+    def owns(self, gradient: Tensor) -> bool:
+        """Return True if a gradient may be written over: it is not the one that autograd gave."""
+        return gradient is not self._outer
+
+    def maker(self, register: Register) -> Trained | None:
+        """Return the operation that made what a register holds; None if it was given."""
+        made = self._makers[self._place].get(register.name)
+        return None if made is None else self._steps[made][0]
+
+    def prepare(self, register: Register) -> None:
+        """Compute again what a register's maker reads on its way back, before gradients take memory."""
+        made = self._makers[self._place][register.name]
+        for source in self._steps[made][0].sources:
+            self._value(made, source)
+
+    def through(self, register: Register, gradient: Tensor) -> Tensor:
+        """Go back through a register's maker, whose output nobody else reads, and return that output."""
+        before, made = self._place, self._makers[self._place][register.name]
+        self.give(register, [gradient])
+        self._records[made] = ()
+        output: Tensor = self._back(made)
+        self._place = before
+        return output
+
+    def _back(self, place: int) -> Any:
+        self._place = place
+        op, own = self._steps[place]
+        found = op.back(own, self)
+        for register in op.sources if self._made else ():
+            self._made.pop(self._makers[place].get(register.name, -1), None)
+        return found
+
+    def _value(self, place: int, register: Register) -> list[Tensor]:
+        made = self._makers[place].get(register.name)
+        return self._given[register.name] if made is None else self._output(made)
+
+    def _output(self, place: int) -> list[Tensor]:
+        """Kept, or computed again: of operations that are not cheap only once."""
+        op, own = self._steps[place]
+        found = self._made.get(place) or op.kept_output(own, self._kept[place])
+        if found is None:
+            frame: Frame = {register.name: self._value(place, register) for register in op.sources}
+            kept = op.train(own, self.run, frame, Keep())
+            found = op.output.read(frame)
+            if not op.cheap:
+                self._kept[place], self._made[place] = kept, found
+        return found
+
+
+class _Node(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, stream: Tensor | None, run: Run, counts: list[int], *tensors: Tensor | None
+    ) -> Tensor:
+        stretch = run.stretch
+        frame: Frame = {stretch.source.name: x.reshape(-1, x.shape[-1])}
+        if stream is not None:
+            frame[stretch.target.name] = stream.reshape(-1, x.shape[-1])
+        with torch.autocast(x.device.type, enabled=False):
+            kept = run.forward(frame)
+        ctx.run, ctx.counts, ctx.streams, ctx.sizes = run, counts, stream is not None, [len(own) for own in kept]
+        ctx.save_for_backward(x, *itertools.chain(*kept))
+        # No view: FSDP2 puts hooks on a block's output, which views may lose.
+        y: Tensor = torch.ops.aten._unsafe_view.default(frame[stretch.target.name], x.shape)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        run, stretch, (x, *tensors) = ctx.run, ctx.run.stretch, ctx.saved_tensors
+        rest = iter(tensors)
+        kept = [tuple(itertools.islice(rest, size)) for size in ctx.sizes]
+        counts, asked = ctx.counts, iter(ctx.needs_input_grad[4:])
+        own = [any([*itertools.islice(asked, count)]) for count in counts]
+        wants = tuple(itertools.accumulate(own, lambda a, b: a or b, initial=ctx.needs_input_grad[0]))
+        flat, dy = (t.reshape(-1, x.shape[-1]) for t in (x, grads[0]))
+        tape = Tape(run, flat, dy, kept, counts, wants)
+        del tensors, rest, kept
+        with torch.autocast(x.device.type, enabled=False):
+            records = tape.walk()
+            dx = tape.take(stretch.source)[0].view(x.shape) if ctx.needs_input_grad[0] else None
+            dstream = tape.take(stretch.target)[0].view(x.shape) if ctx.streams else None
+        return dx, dstream, None, None, *records
