@@ -180,7 +180,7 @@ def _as_transformers(merged: PreTrainedModel, factors: Mapping[str, tuple[torch.
 
 def fused_halves(model: torch.nn.Module) -> str:
     """Return whether all halves of all blocks run fused, or some, or none."""
-    shapes = [module.fused_shape for module in model.modules() if isinstance(module, FusedBlock)]
+    shapes = [module.fused_program for module in model.modules() if isinstance(module, FusedBlock)]
     halves = [half is not None for shape in shapes for half in (shape.attention, shape.mlp)]
     return "whole" if halves and all(halves) else "parts" if any(halves) else "no"
 
