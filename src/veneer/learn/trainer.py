@@ -21,7 +21,7 @@ from veneer.contract import MethodConfig
 from veneer.data.preference import Task, checked_rows
 from veneer.errors import ConfigError, DataError
 from veneer.learn.policy import Policy, policy_of
-from veneer.learn.proof import require_same_policy
+from veneer.learn.proof import beyond, require_same_policy, rounded_otherwise
 from veneer.learn.rewards import checked_reward
 from veneer.learn.rollouts import DrawnAnswer
 from veneer.model.placed.structure import evaluation
@@ -156,10 +156,17 @@ class DrawingTrainer(PreferenceTrainer):
     def _prove(self, policy: Policy, batch: dict[str, Any]) -> None:
         """Raise PolicyMismatchError unless the training pass gives the first answers the engine's log-probabilities."""
         ids, mask = (torch.cat([batch[f"prompt_{n}"], batch[f"completion_{n}"]], dim=1) for n in ("ids", "mask"))
-        n = batch["completion_ids"].shape[1]
-        own, *_ = self._scored_by(self.model, ids, mask, n, batch_size=self.args.per_device_train_batch_size)
-        counted = batch["completion_mask"].bool()
-        require_same_policy(batch["sampling_per_token_logps"], own, counted, batch["completion_ids"].tolist())
+        drawn, counted = batch["sampling_per_token_logps"], batch["completion_mask"].bool()
+
+        def scored() -> Tensor:
+            n, at_once = drawn.shape[1], self.args.per_device_train_batch_size
+            return cast(Tensor, self._scored_by(self.model, ids, mask, n, batch_size=at_once)[0])
+
+        own, rounding = scored(), None
+        if beyond(drawn, own, counted):
+            with rounded_otherwise(self.model.get_input_embeddings()):
+                rounding = scored() - own
+        require_same_policy(drawn, own, counted, batch["completion_ids"].tolist(), rounding)
         policy.is_proved = True
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Any:
