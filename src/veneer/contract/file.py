@@ -46,7 +46,8 @@ def read_values(path: Path) -> dict[str, Any]:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise FormatError(f"{path} cannot be read ({error.strerror}): give a readable {path.name}") from error
+        advice = f"give the path of a readable {path.name}"
+        raise FormatError(f"{path} cannot be read ({error.strerror}): {advice}") from error
     except UnicodeDecodeError as error:
         raise FormatError(f"{path} is not text in UTF-8 ({error}): {_AGAIN}") from error
     except ValueError as error:  # no JSON, or a number of more digits than Python reads

@@ -177,11 +177,18 @@ def test_the_size_of_packed_adapters_is_that_of_a_folder() -> None:
         cache_bytes_of(None, "")
 
 
-@pytest.mark.parametrize("options", [["--adapter-cache-gib", "nan"], ["--adapter-cache", ""]])
-def test_a_folder_of_packed_adapters_is_checked_before_a_model_is_looked_at(options: list[str]) -> None:
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (["--adapter-cache-gib", "nan"], "'--adapter-cache-gib': nan must be a finite number."),
+        (["--adapter-cache-gib", "1.5"], "--adapter-cache-gib 1.5 is the size of no folder"),
+        (["--adapter-cache", ""], "--adapter-cache '' names no folder"),
+    ],
+)
+def test_a_folder_of_packed_adapters_is_checked_before_a_model_is_looked_at(options: list[str], told: str) -> None:
     result = CliRunner().invoke(app, ["serve", "no-such-model", "--port", str(free_port()), *options])
     assert result.exit_code == 2
-    assert result.stderr.startswith(f"error: {options[0]}")
+    assert result.stderr.startswith(f"error: {told}")
 
 
 def free_port() -> int:

@@ -211,7 +211,8 @@ def test_a_file_of_a_config_is_read_as_its_fields(tmp_path: Path) -> None:
     assert LoraConfig.from_json_file(file) == config.to_dict()
     file.write_text(json.dumps(json.loads(file.read_text()) | {"runtime_config": {"ephemeral_gpu_offload": True}}))
     assert LoraConfig.from_json_file(str(file)) == config.to_dict()
-    with pytest.raises(FormatError, match=r"nowhere.json cannot be read \(No such file or directory\): give the path"):
+    told = r"nowhere\.json cannot be read \(No such file or directory\): give the path of a readable nowhere\.json"
+    with pytest.raises(FormatError, match=told):
         LoraConfig.from_json_file(tmp_path / "nowhere.json")
 
 

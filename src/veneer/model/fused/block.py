@@ -19,9 +19,9 @@ from veneer.model.placed.residual import ResidualAdapters
 from veneer.model.placed.structure import SublayerKind
 from veneer.model.program.acting import Acting, bottlenecks, computed_in, is_plain
 from veneer.model.program.halves import BlockProgram
-from veneer.model.program.stretch import Positions, Run, Stretch
+from veneer.model.program.stretch import ActingStretch, PackedPositions, TrainedStretch
 
-Halves = tuple[Run | None, Run | None]
+Halves = tuple[ActingStretch | None, ActingStretch | None]
 CACHES = ("cache", "past_key_values", "past_key_value", "layer_past")
 SPECIAL = (*CACHES, "encoder_hidden_states")
 
@@ -67,7 +67,7 @@ def _run(block: FusedBlock, x: Tensor, mask: LayoutMask, kwargs: dict[str, Any])
 
 
 def run_half(
-    block: FusedBlock, kind: SublayerKind, half: Run, x: Tensor, stream: Tensor, positions: Positions
+    block: FusedBlock, kind: SublayerKind, half: ActingStretch, x: Tensor, stream: Tensor, positions: PackedPositions
 ) -> Tensor:
     """Return the stream after a half that reads x."""
     if half.adds:
@@ -129,7 +129,7 @@ def halves_of(block: FusedBlock, stream: torch.dtype, dtype: torch.dtype) -> Hal
     return (None, None) if program.is_whole and (attention is None or mlp is None) else (attention, mlp)
 
 
-def _half_of(half: Stretch | None, name: str, kind: SublayerKind, at: Acting) -> Run | None:
+def _half_of(half: TrainedStretch | None, name: str, kind: SublayerKind, at: Acting) -> ActingStretch | None:
     if half is not None and bottlenecks(at.block, kind) is not None:
         half = half.without_sum
     if half is None:
@@ -167,17 +167,17 @@ def _weighed(block: FusedBlock, change: Tensor) -> Tensor:
     return change if multiplier == 1 else change * multiplier
 
 
-def _positions(tables: tuple[Tensor, Tensor] | None, mask: LayoutMask, program: BlockProgram) -> Positions:
+def _positions(tables: tuple[Tensor, Tensor] | None, mask: LayoutMask, program: BlockProgram) -> PackedPositions:
     """Tables of cosines and sines as kernels read them, each angle once. transformers' hold it twice, GPT-J's once. A
     layer without rotation reads none.
     """
     if tables is None or program.rotary is None:
-        return Positions(None, None, mask.cu_seqlens)
+        return PackedPositions(None, None, mask.cu_seqlens)
     width = tables[0].shape[-1]
     once = slice(None) if 2 * width == program.rotary.dim else slice(width // 2)
     first, second = (t[..., slice(None, None, 2) if program.tables.pairs else once] for t in tables)
     cos, sin = (second, first) if program.tables.sin_first else (first, second)
-    return Positions(cos, sin, mask.cu_seqlens)
+    return PackedPositions(cos, sin, mask.cu_seqlens)
 
 
 @functools.cache

@@ -11,10 +11,10 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from veneer.model.fused.block import FusedBlock, halves_of, run_half
 from veneer.model.program.acting import computed_in, is_plain
-from veneer.model.program.stretch import Positions, Run
+from veneer.model.program.stretch import ActingStretch, PackedPositions
 from veneer.ops.traced import Traced, tracing
 
-Halves = tuple[Run, Run]
+Halves = tuple[ActingStretch, ActingStretch]
 
 
 class SavedBytes(saved_tensors_hooks):
@@ -62,7 +62,7 @@ def traced_bytes(model: nn.Module, hidden: Tensor) -> float | None:
     return sum(n_bytes[kind] for kind in kinds) / len(kinds) * hidden.shape[-1] / hidden.numel()
 
 
-def _is_traceable(half: Run | None) -> bool:
+def _is_traceable(half: ActingStretch | None) -> bool:
     return half is not None and half.adds and all(layer.runs is None for own in half.layers for layer in own)
 
 
@@ -81,7 +81,7 @@ def _saved_by(block: FusedBlock, halves: Halves, hidden: Tensor) -> int:
     bounds = torch.tensor([0, hidden.numel() // hidden.shape[-1]])
     saved = SavedBytes()
     with saved:
-        positions = Positions(None, None, bounds)
+        positions = PackedPositions(None, None, bounds)
         h = run_half(block, "attention", halves[0], x, x, positions)
         y = run_half(block, "mlp", halves[1], x if block.fused_program.block.parallel else h, h, positions)
     n_bytes = saved.without(weights_of(block))

@@ -10,7 +10,7 @@ from torch import Tensor
 from veneer.model.program.acting import Acting, is_plain
 from veneer.model.program.operation import Frame, Register
 from veneer.model.program.rows import PassRows
-from veneer.model.program.stretch import Keep, Kept, Run, Tape, Trained
+from veneer.model.program.stretch import ActingStretch, Keep, Kept, Tape, Trained
 from veneer.ops.activation import KINDS, activation_backward, activation_forward
 from veneer.ops.cpu.step import StepProgram
 from veneer.ops.glu import ACTIVATIONS as GATED
@@ -65,7 +65,7 @@ class Activate(Trained):
     def acting(self, at: Acting) -> tuple[()] | None:
         return () if is_plain(at.module(self.path)) else None
 
-    def train(self, weights: tuple[()], run: Run, frame: Frame, keep: Keep) -> Kept:
+    def train(self, weights: tuple[()], run: ActingStretch, frame: Frame, keep: Keep) -> Kept:
         ys = self.source.read(frame)
         ungated = () if self.gated else (activation_forward(ys[0], self.activation),)
         self.target.write(frame, ungated or [glu_forward(*_gate_and_up(ys), self.activation)])

@@ -11,7 +11,7 @@ from veneer.model.program.acting import Acting
 from veneer.model.program.binding import Binding
 from veneer.model.program.operation import Frame, Register, StepPlace
 from veneer.model.program.rows import PassRows
-from veneer.model.program.stretch import Keep, Kept, Run, Tape, Trained
+from veneer.model.program.stretch import ActingStretch, Keep, Kept, Tape, Trained
 from veneer.model.program.version import Version, Versions
 from veneer.ops.cpu.step import StepProgram
 
@@ -53,7 +53,7 @@ class Add(Trained):
     def acting(self, at: Acting) -> tuple[()]:
         return ()
 
-    def train(self, weights: tuple[()], run: Run, frame: Frame, keep: Keep) -> Kept:
+    def train(self, weights: tuple[()], run: ActingStretch, frame: Frame, keep: Keep) -> Kept:
         """In the memory of the source if that has the stream's dtype."""
         [half], [h] = self.source.read(frame), self.stream.read(frame)
         half = half if self.multiplier == 1 else half.mul_(self.multiplier)

@@ -16,7 +16,7 @@ from veneer.model.program.binding import Binding
 from veneer.model.program.norm import NormWeights
 from veneer.model.program.operation import Frame, Keys, PassKind, Register
 from veneer.model.program.rows import PassRows
-from veneer.model.program.stretch import Keep, Kept, Run, Tape, Trained
+from veneer.model.program.stretch import ActingStretch, Keep, Kept, Tape, Trained
 from veneer.ops.attention import AttentionOptions, attention_backward, attention_forward
 from veneer.ops.cpu.step import StepProgram, norm_parts
 from veneer.ops.rotary import rotate
@@ -130,7 +130,7 @@ class Attend(Trained):
         window = window_of(at.module(part.path))
         return AttendTraining(q_norm, k_norm, AttentionOptions(scale=part.scale, window=window, softcap=part.softcap))
 
-    def train(self, weights: AttendTraining, run: Run, frame: Frame, keep: Keep) -> Kept:
+    def train(self, weights: AttendTraining, run: ActingStretch, frame: Frame, keep: Keep) -> Kept:
         qkv, kept = self._turned(weights, run, self.source.read(frame))
         attended, lse = attention_forward(*qkv, run.positions.cu_seqlens, weights.options)
         self.target.write(frame, [attended.view(len(attended), -1)])
@@ -154,7 +154,9 @@ class Attend(Trained):
         dk = self._turned_back(weights.k_norm, tape.run, dk, kept[n_of_q:])
         tape.give(self.source, self.attention.heads.join((dq, dk, dv)))
 
-    def _turned(self, weights: AttendTraining, run: Run, ys: list[Tensor]) -> tuple[Heads, tuple[Tensor, ...]]:
+    def _turned(
+        self, weights: AttendTraining, run: ActingStretch, ys: list[Tensor]
+    ) -> tuple[Heads, tuple[Tensor, ...]]:
         """Queries, keys and values, and what the way back through norms needs. Without norms they overwrite ``ys``."""
         q, k, v = self.attention.heads.split(ys)
         turned, kept = [], []
@@ -168,11 +170,13 @@ class Attend(Trained):
             turned.append(heads)
         return (turned[0], turned[1], v), tuple(kept)
 
-    def _turned_back(self, norm: ActingNorm | None, run: Run, grad: Tensor, kept: tuple[Tensor, ...]) -> Tensor:
+    def _turned_back(
+        self, norm: ActingNorm | None, run: ActingStretch, grad: Tensor, kept: tuple[Tensor, ...]
+    ) -> Tensor:
         self._rotate(grad, run, inverse=True)
         return grad if norm is None else norm.backward(_rows(grad, norm), *kept).view(grad.shape)
 
-    def _rotate(self, heads: Tensor, run: Run, *, inverse: bool = False) -> None:
+    def _rotate(self, heads: Tensor, run: ActingStretch, *, inverse: bool = False) -> None:
         """Heads (n, heads, d), in place."""
         (cos, sin, _), part = run.positions, self.attention.rotary
         if cos is not None and sin is not None and part is not None:

@@ -18,7 +18,7 @@ from veneer.model.program.norm import Normalize
 from veneer.model.program.operation import STREAM, Operation, Register
 from veneer.model.program.own_module import OwnModule
 from veneer.model.program.product import Product
-from veneer.model.program.stretch import Stretch, Trained
+from veneer.model.program.stretch import Trained, TrainedStretch
 
 _PATHS = ("path", "act", "input_path", "output_path")
 
@@ -40,8 +40,8 @@ class BlockProgram:
     """
 
     block: Block
-    attention: Stretch | None
-    mlp: Stretch | None
+    attention: TrainedStretch | None
+    mlp: TrainedStretch | None
     tables: Tables = Tables()
 
     @property
@@ -136,9 +136,9 @@ def _together(
     return (*before, *(alone for each in found for alone in each.alone))
 
 
-def _stretch(half: tuple[Operation, ...]) -> Stretch | None:
+def _stretch(half: tuple[Operation, ...]) -> TrainedStretch | None:
     trained = tuple(op for op in half if isinstance(op, Trained) and op.untrained is None)
-    return Stretch(trained) if trained and len(trained) == len(half) else None
+    return TrainedStretch(trained) if trained and len(trained) == len(half) else None
 
 
 def _attention(layer: int, block: Block, seen: Register, stream: Register) -> Iterator[Operation]:

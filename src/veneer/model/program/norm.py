@@ -14,7 +14,7 @@ from veneer.model.program.acting import Acting, ActingNorm
 from veneer.model.program.binding import Binding
 from veneer.model.program.operation import Frame, Register, StepPlace
 from veneer.model.program.rows import PassRows
-from veneer.model.program.stretch import Keep, Kept, Run, Tape, Trained
+from veneer.model.program.stretch import ActingStretch, Keep, Kept, Tape, Trained
 from veneer.model.program.version import Effects, Version, Versions
 from veneer.ops.cpu.step import StepNorm, StepProgram, norm_parts
 from veneer.ops.grouped_low_rank import AdapterRuns
@@ -125,7 +125,7 @@ class Normalize(Trained):
     def acting(self, at: Acting) -> ActingNorm | None:
         return at.norm(self.norm)
 
-    def train(self, weights: ActingNorm, run: Run, frame: Frame, keep: Keep) -> Kept:
+    def train(self, weights: ActingNorm, run: ActingStretch, frame: Frame, keep: Keep) -> Kept:
         [x] = self.source.read(frame)
         y, statistics = weights.forward(x)
         self.target.write(frame, [y.to(run.dtype)])

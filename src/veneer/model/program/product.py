@@ -15,7 +15,7 @@ from veneer.model.program.binding import Binding
 from veneer.model.program.linears import Linears
 from veneer.model.program.operation import Frame, Register
 from veneer.model.program.rows import PassRows
-from veneer.model.program.stretch import Keep, Kept, Run, Tape, Trained
+from veneer.model.program.stretch import ActingStretch, Keep, Kept, Tape, Trained
 from veneer.model.program.version import OwnChanges
 from veneer.ops.cpu.step import LayerChange, StepProgram, layer_parts
 from veneer.ops.linear import op
@@ -61,7 +61,7 @@ class Product(Trained):
     def masked(self, weights: tuple[LinearLayer, ...], at: Acting, x: Tensor) -> tuple[LinearLayer, ...]:
         return tuple(at.masked(each.path, layer, x) for each, layer in zip(self.linears, weights, strict=True))
 
-    def train(self, weights: tuple[LinearLayer, ...], run: Run, frame: Frame, keep: Keep) -> Kept:
+    def train(self, weights: tuple[LinearLayer, ...], run: ActingStretch, frame: Frame, keep: Keep) -> Kept:
         ys, kept = op.forward(_in(run.dtype, self.source.read(frame)), weights, owns_x=keep.owns)
         self.target.write(frame, ys)
         kept = kept.without_products() if keep.again else kept

@@ -40,7 +40,7 @@ class Keep(NamedTuple):
     owns: bool = False
 
 
-class Positions(NamedTuple):
+class PackedPositions(NamedTuple):
     """Half tables of the rotation, (b or 1, t, half), None if nothing is rotated, and the bounds of the sequences.
 
     The bounds are positions in the flattened batch.
@@ -51,7 +51,7 @@ class Positions(NamedTuple):
     cu_seqlens: Int[Tensor, " n_sequences_plus_1"]
 
 
-NOWHERE = Positions(None, None, torch.empty(0, dtype=torch.long))
+NOWHERE = PackedPositions(None, None, torch.empty(0, dtype=torch.long))
 
 
 class Trained(Operation):
@@ -96,7 +96,7 @@ class Trained(Operation):
         return weights
 
     @abstractmethod
-    def train(self, weights: Any, run: Run, frame: Frame, keep: Keep) -> Kept:
+    def train(self, weights: Any, run: ActingStretch, frame: Frame, keep: Keep) -> Kept:
         """Write its output, and return the tensors that `back` reads."""
 
     def kept_output(self, weights: Any, kept: Kept) -> list[Tensor] | None:
@@ -112,7 +112,7 @@ class Trained(Operation):
 
 
 @dataclass(frozen=True)
-class Stretch:
+class TrainedStretch:
     """Operations that run as one node. They read one register that they have not written, beside the stream."""
 
     operations: tuple[Trained, ...]
@@ -171,12 +171,12 @@ class Stretch:
         return frozenset(found)
 
     @cached_property
-    def without_sum(self) -> Stretch | None:
+    def without_sum(self) -> TrainedStretch | None:
         """Operations before the one that adds to the stream; None if that is not the last."""
         last = [op for op in self.operations if op.output.name == STREAM]
-        return Stretch(self.operations[:-1]) if last == [self.operations[-1]] else None
+        return TrainedStretch(self.operations[:-1]) if last == [self.operations[-1]] else None
 
-    def acting(self, at: Acting, *, again: bool) -> Run | None:
+    def acting(self, at: Acting, *, again: bool) -> ActingStretch | None:
         """Return the stretch as it acts in a block now; None if the block's own code has to run.
 
         If ``again``, the products of its source are computed again in the backward pass.
@@ -187,22 +187,22 @@ class Stretch:
             if own is None:
                 return None
             weights.append(own)
-        return Run(self, tuple(weights), at, again)
+        return ActingStretch(self, tuple(weights), at, again)
 
 
 @dataclass(frozen=True, slots=True)
-class Run:
+class ActingStretch:
     """Stretch with the weights of its operations as they act now, for x of a size (b, t, width) in a pass.
 
     ``again``: the outputs of its first products are nobody's after the backward passes of their readers.
     """
 
-    stretch: Stretch
+    stretch: TrainedStretch
     weights: tuple[Any, ...]
     at: Acting
     again: bool
     size: torch.Size = field(default_factory=torch.Size)
-    positions: Positions = NOWHERE
+    positions: PackedPositions = NOWHERE
 
     @property
     def adds(self) -> bool:
@@ -220,7 +220,7 @@ class Run:
         return tuple(op.layers_of(own) for op, own in zip(self.stretch.operations, self.weights, strict=True))
 
     def __call__(
-        self, x: Float[Tensor, "b t d"], positions: Positions, stream: Tensor | None = None
+        self, x: Float[Tensor, "b t d"], positions: PackedPositions, stream: Tensor | None = None
     ) -> Float[Tensor, "b t d"]:
         """Return what it writes. Dropout masks are drawn in the order of the model's own code.
 
@@ -246,14 +246,14 @@ class Run:
 
 
 class Tape:
-    """Backward pass of a run: gradients by register, and the values of registers where operations read them.
+    """Backward pass of an acting stretch: gradients and values by register, the values where operations read them.
 
     ``kept`` are the tensors of the operation whose turn it is. ``wants`` tells for each operation whether a gradient of
     what it reads is asked for.
     """
 
     def __init__(
-        self, run: Run, x: Tensor, dy: Tensor, kept: list[Kept], counts: Sequence[int], wants: Sequence[bool]
+        self, run: ActingStretch, x: Tensor, dy: Tensor, kept: list[Kept], counts: Sequence[int], wants: Sequence[bool]
     ) -> None:
         self.run, self._kept, self._counts, self._wants = run, kept, counts, wants
         self._given = {run.stretch.source.name: [x]}
@@ -350,7 +350,7 @@ class Tape:
 class _Node(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, stream: Tensor | None, run: Run, counts: list[int], *tensors: Tensor | None
+        ctx: Any, x: Tensor, stream: Tensor | None, run: ActingStretch, counts: list[int], *tensors: Tensor | None
     ) -> Tensor:
         stretch = run.stretch
         frame: Frame = {stretch.source.name: x.reshape(-1, x.shape[-1])}

@@ -21,7 +21,7 @@ from veneer.model.program.into_stream import IntoStream
 from veneer.model.program.operation import Frame, Operation, Register
 from veneer.model.program.program import Program, compile_program
 from veneer.model.program.rows import PassRows
-from veneer.model.program.stretch import Keep, Kept, Run, Tape, Trained
+from veneer.model.program.stretch import ActingStretch, Keep, Kept, Tape, Trained
 from veneer.serve.program.interpreter import Interpreter
 from veneer.serve.program.kv_cache import make_cache
 from veneer.serve.program.step import Piece, step_of
@@ -45,7 +45,7 @@ class Clip(Trained):
     def acting(self, at: Acting) -> tuple[()]:
         return ()
 
-    def train(self, weights: tuple[()], run: Run, frame: Frame, keep: Keep) -> Kept:
+    def train(self, weights: tuple[()], run: ActingStretch, frame: Frame, keep: Keep) -> Kept:
         [x] = self.stream.read(frame)
         self.stream.write(frame, [x.clamp(-self.limit, self.limit)])
         return ()
@@ -123,7 +123,7 @@ def clip_trained(block: FusedBlock, limit: float) -> None:
     program = block.fused_program
     assert program.mlp is not None
     clip = Clip(stream=program.mlp.target, limit=limit)
-    block.fused_program = replace(program, mlp=stretch.Stretch((*program.mlp.operations, clip)))
+    block.fused_program = replace(program, mlp=stretch.TrainedStretch((*program.mlp.operations, clip)))
 
 
 def test_operations_say_what_they_read_write_and_keep():
