@@ -24,8 +24,8 @@ the rows; a test tries a sample of them in each run, and all in CI.
 
 - **attach**: LoRA on `all-linear`, and the same logits as before.
 - **train**: the adapter's gradients against those that follow from transformers' own, of the weights with the adapter
-  merged. Rows of text reach some layers alone: vision towers and cross-attention without an encoder have no gradient.
-- **fused**: all halves of all blocks, parts of them, or none. Another word for the plan says where it is wrong.
+  merged. Rows of text reach only some layers: vision towers and cross-attention without an encoder have no gradient.
+- **fused**: all halves of all blocks, parts of them, or none. "planned …" follows where `veneer plan` says otherwise.
 - **serve**: by the [program](serving.md#which-models), by transformers' code over pages, or by transformers' own
   caches, with the way in which a sequence goes on.
 - **greedy**: tokens of one prompt alone and of three together, two with an adapter, against `generate` of the base and

@@ -71,7 +71,7 @@ class RolloutsPart(_Part):
 
     engine: Literal["auto", "engine", "generate"] = Field(
         default="auto",
-        description="who draws the answers: veneer's engine, transformers' generate, or the engine if it can "
+        description="who draws the answers: the engine, or transformers' generate; `auto` is the engine if it can "
         "([answers.md](answers.md))",
     )
 
