@@ -39,8 +39,8 @@ def auto_class(source: str | os.PathLike[str], facts: Mapping[str, Any], *, enco
         told = named or model_type or "it names no model_type"
         raise ConfigError(
             f"{os.fspath(source)} is {other} ({told}): models that predict the next token are trained, planned and "
-            "served here, those with images too, and encoders with a decoder are served. Give one of them; adapters "
-            "attach to every other in Python (get_peft_model)"
+            "served here, those with images too; encoders with a decoder are served, and planned with --serve. "
+            "Give one of them; adapters attach to every other in Python (get_peft_model)"
         )
     causal = model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
     return AutoModelForCausalLM if causal else AutoModelForImageTextToText

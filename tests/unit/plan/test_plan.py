@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ from tests.models import byte_tokenizer
 from tests.unit.plan.conftest import HELD_OUT, Make
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    BertConfig,
     GPT2Config,
     GPT2LMHeadModel,
     MixtralConfig,
@@ -333,16 +336,35 @@ def test_adapters_of_some_blocks_are_counted_where_they_are(recipe: Make, deep: 
 
 
 def test_models_that_are_no_causal_language_models_are_told(recipe: Make) -> None:
-    config, wanted = T5Config(vocab_size=131, d_model=32, d_ff=48, num_layers=5, num_heads=2, d_kv=16), recipe()
+    wanted = recipe()
     adapter = wanted.adapter_config()
     assert adapter is not None
-    for ask in (
-        lambda: plan_recipe(wanted, config=config),
-        lambda: count_trained(wanted.model, wanted.adapter, config),
-        lambda: serving_of(config, wanted.model, adapter, 10**9, 7),
+    encodes = T5Config(vocab_size=131, d_model=32, d_ff=48, num_layers=5, num_heads=2, d_kv=16)
+    config = BertConfig(vocab_size=131, hidden_size=32, intermediate_size=48, num_attention_heads=2)
+    for ask, told in (
+        (lambda: plan_recipe(wanted, config=encodes), "an encoder with a decoder (t5)"),
+        (lambda: plan_recipe(wanted, config=config), "an encoder (bert)"),
+        (lambda: count_trained(wanted.model, wanted.adapter, config), "an encoder (bert)"),
+        (lambda: serving_of(config, wanted.model, adapter, 10**9, 7), "an encoder (bert)"),
     ):
-        with pytest.raises(ConfigError, match=r"is an encoder with a decoder \(t5\): .* Give one of them"):
+        with pytest.raises(ConfigError, match=f"is {re.escape(told)}: .* Give one of them"):
             ask()
+
+
+def test_an_encoder_with_a_decoder_is_planned_for_serving(recipe: Make) -> None:
+    wanted = recipe({"method": "lora", "r": 5, "target_modules": ["q", "wo"]})
+    sizes = {"vocab_size": 131, "d_model": 32, "d_ff": 48, "num_layers": 2, "num_heads": 2, "d_kv": 16}
+    config = T5Config(**sizes, decoder_start_token_id=0)
+    adapter, model = wanted.adapter_config(), AutoModelForSeq2SeqLM.from_config(config)
+    assert adapter is not None
+    base = sum(weight.nbytes for weight in model.parameters())
+    n_trained = count_trained(wanted.model, wanted.adapter, config)
+    attached = get_peft_model(model, LoraConfig(r=5, target_modules=["q", "wo"]))
+    assert n_trained == sum(weight.numel() for weight in attached.parameters() if weight.requires_grad) > 0
+    found = serving_of(config, wanted.model, adapter, 10**9, n_trained)
+    assert (found.base, found.adapter) == (base, 4 * n_trained)
+    values_of_a_token = 2 * 2 * 2 * 16 + 32  # keys and values of 2 layers, and the encoder's state
+    assert found.page == found.block * values_of_a_token * 4
 
 
 def test_products_with_codes_count_where_checkpointing_watches_them(recipe: Make) -> None:

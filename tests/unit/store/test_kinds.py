@@ -28,7 +28,7 @@ def test_models_that_predict_no_next_token_are_named(tmp_path):
         config.architectures = [kind.__name__]
         config.save_pretrained(tmp_path / kind.__name__)
         (tmp_path / kind.__name__ / "model.safetensors").write_bytes(b"\x02\0\0\0\0\0\0\0{}")
-        allowed = "with images too, and encoders with a decoder are served. Give one of them"
+        allowed = "with images too; encoders with a decoder are served, and planned with --serve. Give one of them"
         with pytest.raises(ConfigError, match=f"{kind.__name__} is {told} .*{allowed}"):
             load_model(tmp_path / kind.__name__)
         with pytest.raises(ConfigError, match=f"is {told}"):
