@@ -95,7 +95,7 @@ _OWN: dict[str, dict[str, Any]] = {
         "layers_block_type": ["linear_attention", "hybrid", "hybrid"], "num_hidden_layers": 3,
         "attention_hidden_size": 64, "attention_head_dim": 16,
     },
-    "dbrx": {"attn_config": {"rope_theta": 10000.0, "clip_qkv": 8.0}},
+    "dbrx": {"attn_config": {"rope_theta": 10000.0, "clip_qkv": 8.0}, "ffn_config": {"moe_top_k": 2}},
     "deepseek_v2": {"num_experts_per_tok": 2},
     "blt": {
         "encoder_config": {"hidden_size_global": 64}, "decoder_config": {"hidden_size_global": 64},
