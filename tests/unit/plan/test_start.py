@@ -139,7 +139,8 @@ def test_what_starts_has_planned_and_trained_alone(monkeypatch: pytest.MonkeyPat
     for name, value in {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "29999"}.items():
         monkeypatch.setenv(name, value)
     code = "import veneer.train.run; from veneer.model.memory.available import high_water as most; print(most())"
-    bare = int(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
+    as_it_begins = [sys.executable, "-c", start._PROGRAM + code]
+    bare = int(subprocess.run(as_it_begins, capture_output=True, text=True, check=True).stdout)
     assert bare + 10_000_000 < start_bytes() < bare + 200_000_000
 
 

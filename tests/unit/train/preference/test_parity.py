@@ -23,12 +23,17 @@ def lines(trainer):
     return [line for line in trainer.state.log_history if "loss" in line]
 
 
-def alike(ours, theirs, keys):
+# An RLOO loss is a sum of advantages (below 2) that cancel to 0 but for the rounding of each answer's log-probability:
+# for about 32 nats in float32, two steps of 3.8e-6 between the passes of old and new policy.
+CANCELLED = 1e-5
+
+
+def alike(ours, theirs, keys, loss=2e-6):
     assert len(ours) == len(theirs) > 1
     assert set(keys) <= theirs[0].keys()
     for own, other in zip(ours, theirs, strict=True):
         for key in other.keys() & keys:
-            assert own[key] == pytest.approx(other[key], rel=2e-4, abs=2e-6), key
+            assert own[key] == pytest.approx(other[key], rel=2e-4, abs=loss if key == "loss" else 2e-6), key
 
 
 def both(kind, settings, make_model, tokenizer, options, own=None, prepare=lambda trainer: None, **changes):
@@ -130,4 +135,5 @@ def test_grpo_and_rloo(settings, make_model, tokenizer, kind, changes, engine):
     own, how = ({"rollout_engine": "engine"}, prepare) if engine else ({"rollout_engine": "generate"}, lambda _: None)
     ours, theirs = both(kind, settings, make_model, tokenizer, data, own, how, **changes)
     kl = ("kl",) if changes.get("beta") else ()
-    alike(ours, theirs, ("loss", "grad_norm", "reward", "completions/mean_length", *kl))
+    loss = CANCELLED if kind == "RLOO" else 2e-6
+    alike(ours, theirs, ("loss", "grad_norm", "reward", "completions/mean_length", *kl), loss)
