@@ -14,13 +14,12 @@ from transformers import PreTrainedTokenizerBase
 
 from veneer.adapters.peft_model import PeftModel
 from veneer.errors import CompositionError, ConfigError, DescriptionError
-from veneer.learn.rollouts import DrawnAnswer, Rollouts, require_drawn_by
+from veneer.learn.rollouts import DrawnAnswer, Rollouts, is_of_adapter, require_drawn_by
 from veneer.model.sharded.sharding import is_cut
 from veneer.serve.program.effects import UnsaidError
 from veneer.serve.schedule.sampling_params import SamplingParams, StructuredOutputsParams
 
 log = logging.getLogger(__name__)
-_HOLDERS = {"adapters", "copies"}  # of an adapter's parameters
 
 
 class Policy:
@@ -107,7 +106,7 @@ def _adapter(trainer: Any) -> str:
     if len(active) != 1:
         raise ConfigError(f"{len(active)} adapters are active, and answers are drawn by one")
     trained = (name for name, parameter in model.named_parameters() if parameter.requires_grad)
-    strange = next((name for name in trained if not _HOLDERS & {*name.split(".")}), None)
+    strange = next((name for name in trained if not is_of_adapter(name)), None)
     if strange is not None:
         raise ConfigError(f"{strange} is trained besides the adapter")
     return str(active[0])

@@ -66,13 +66,23 @@ class Rollouts:
     """
 
     def __init__(self, model: PreTrainedModel, tokenizer: Any, **options: Any) -> None:
-        self.model = model
-        given = EngineOptions(tokenizer=tokenizer, **options)
-        with _bare(model):
+        self.model, self._options = model, EngineOptions(tokenizer=tokenizer, **options)
+        self._start()
+
+    def _start(self) -> None:
+        with _bare(self.model):
             self.engine: Engine = start_engine(
-                model, given, program_alone=True, keeps_weights=True, compares_bases=False
+                self.model, self._options, program_alone=True, keeps_weights=True, compares_bases=False
             )
         self._live: dict[str, LiveAdapter] = {}
+        self._places = _places(self.model)
+
+    def _settle(self) -> None:
+        """Start the engine anew if the base's tensors lie elsewhere than it reads them: a trainer's preparation for
+        several processes moves them.
+        """
+        if self._places != _places(self.model):
+            self._start()
 
     def hand_over(self, adapter: str) -> LoRARequest:
         """Give the engine an adapter of the model as it is now; return the request for it, which has its version.
@@ -80,6 +90,7 @@ class Rollouts:
         An earlier version of the name goes, with its pages, unless it is equal. Raises AdapterNameError for an unknown
         name, NonFiniteError, and UnsaidError for an adapter with a part that the engine's program does not support.
         """
+        self._settle()
         if adapter not in self._live:
             if not isinstance(self.model, PeftModel):
                 raise AdapterNameError(f"no adapter {adapter!r}: the model has none. Give adapter=None for the base")
@@ -105,6 +116,7 @@ class Rollouts:
         what is drawn: by default its place among the prompts, else that in ``rows``. Raises ConfigError for what cannot
         be asked, and the errors of `hand_over`.
         """
+        self._settle()
         numbers = range(len(prompts)) if rows is None else rows
         kind = RequestOutputKind.FINAL_ONLY
         drawn = replace(params, policy_logprobs=True, detokenize=False, output_kind=kind)
@@ -127,6 +139,7 @@ class Rollouts:
 
         Raises as `draw` does.
         """
+        self._settle()
         request = self.hand_over(adapter) if isinstance(adapter, str) else adapter
         asked = [self.engine.asked(None, ids, replace(READS, prompt_logprobs=0), request) for ids in sequences]
         outputs = self._run(asked)
@@ -179,6 +192,17 @@ def _answer(output: CompletionOutput, version: AdapterVersion | None) -> DrawnAn
         adapter=None if version is None else version.id,
         finish_reason=output.finish_reason,
     )
+
+
+def is_of_adapter(name: str) -> bool:
+    """Return True for the name of a tensor that an adapter holds in a model."""
+    return not {"adapters", "copies"}.isdisjoint(name.split("."))
+
+
+def _places(model: PreTrainedModel) -> list[int]:
+    """The addresses of the base's tensors."""
+    named = (*model.named_parameters(), *model.named_buffers())
+    return [tensor.data_ptr() for name, tensor in named if not is_of_adapter(name)]
 
 
 @contextmanager

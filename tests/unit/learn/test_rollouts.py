@@ -122,6 +122,20 @@ def test_earlier_versions_leave_nothing_behind_and_the_base_stays(model):
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters() if name in before)
 
 
+def test_a_base_that_was_moved_is_read_where_it_lies(model):
+    """As by a trainer's preparation for several processes."""
+    own = Rollouts(model, byte_tokenizer())
+    before, engine = told(own.draw(PROMPTS, DRAWS, adapter="lora", key=(3,))), own.engine
+    assert told(own.draw(PROMPTS, DRAWS, adapter="lora", key=(3,))) == before
+    assert own.engine is engine
+    for tensor in (*model.parameters(), *model.buffers()):
+        given = tensor.data
+        tensor.data = given.clone()
+        given.fill_(7)
+    assert told(own.draw(PROMPTS, DRAWS, adapter="lora", key=(3,))) == before
+    assert own.engine is not engine
+
+
 def test_what_is_refused(model):
     own = Rollouts(model, byte_tokenizer())
     with pytest.raises(AdapterNameError, match="no adapter 'other' on this model: it has"):
