@@ -20,7 +20,7 @@ from veneer.plain.units import size
 from veneer.recipe.declared_config import declared_config, modules_named
 from veneer.store.adapter.folder import entries_in, is_alone
 from veneer.store.counted import ModelFacts, dtypes_of, n_values_of, plain_facts
-from veneer.store.found import folder_here
+from veneer.store.found import folder_here, require_model
 
 if TYPE_CHECKING:
     from veneer.store.gguf.header import GgufHeader
@@ -70,6 +70,7 @@ def _facts(what: str, *, as_json: bool) -> tuple[dict[str, Any], Section]:
         return _gguf(folder)
     if is_alone(folder):
         return _adapter(folder)
+    require_model(folder)
     here = folder_here(what)
     plain = None if here is None or as_json else plain_facts(here)
     if here is not None and plain is not None:

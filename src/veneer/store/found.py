@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from veneer.contract.file import CONFIG_FILE as ADAPTER_CONFIG
 from veneer.disk.known_name import known_name
-from veneer.errors import ConfigError
+from veneer.errors import ConfigError, FormatError
 from veneer.store.known import KNOWN, is_fetched, model_folder
 
 
@@ -29,3 +30,29 @@ def folder_here(source: str) -> Path | None:
     if path.is_dir():
         return path
     return model_folder(source) if source in KNOWN and is_fetched(source) else None
+
+
+def require_model(path: Path) -> None:
+    """Raise FormatError for a folder or a file that holds no model, with what lies there."""
+    if path.is_file() and path.suffix != ".gguf":
+        raise FormatError(f"{path} is a file; a model is a folder with config.json, or a .gguf file")
+    if not path.is_dir() or (path / "config.json").is_file():
+        return
+    if (path / ADAPTER_CONFIG).is_file():
+        raise FormatError(f"{path} is an adapter, not a model: give the base model, and this folder as the adapter")
+    raise FormatError(f"{path} holds no config.json, so it is not a model: {_meant(path)}")
+
+
+def _meant(path: Path) -> str:
+    """The advice for a folder that is no model, by what lies in it: a file, or what a run has saved."""
+    files = sorted(path.glob("*.gguf"))
+    if files:
+        return f"give the file itself: {files[0]}"
+    names = [f"{below}/{name}" for name in ("config.json", ADAPTER_CONFIG) for below in ("*", "*/*")]
+    saved = {file.parent for name in names for file in path.glob(name)}
+    if not saved:
+        return "give the folder that save_pretrained wrote"
+    best = min(saved, key=lambda folder: (folder.name.startswith("checkpoint-"), folder))
+    if (best / "config.json").is_file():
+        return f"give {best}, which is one"
+    return f"{best} is an adapter; give it in place of a model, or, where a base is asked for, beside its base"

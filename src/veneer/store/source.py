@@ -17,7 +17,6 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from veneer.contract.file import CONFIG_FILE as ADAPTER_CONFIG
 from veneer.disk.known_name import known_name
 from veneer.errors import ConfigError, FormatError, OutOfMemoryError
 from veneer.model.adapted.experts import fit_experts
@@ -27,6 +26,7 @@ from veneer.plain.units import size
 from veneer.store.bars import bars_in_terminals_alone, downloads_shown
 from veneer.store.block_by_block import EachBlock, blocks_handed_on
 from veneer.store.checkpoint import Checkpoint
+from veneer.store.found import require_model
 from veneer.store.gguf.blocks import described_file
 from veneer.store.gguf.model import converted_folder, folder_of_file
 from veneer.store.hub import on_hub
@@ -57,11 +57,10 @@ def resolve(source: str | os.PathLike[str]) -> Path | str:
     nearest known one.
     """
     name, path = os.fspath(source), Path(source).expanduser()
+    require_model(path)
     if path.is_dir():
-        return _model_folder(path)
+        return path
     if path.is_file():
-        if path.suffix != ".gguf":
-            raise FormatError(f"{path} is a file; a model is a folder with config.json, or a .gguf file")
         return folder_of_file(path)
     folder = folder_of(name)
     if folder is not None:
@@ -198,28 +197,6 @@ def float32_note(dtype: torch.dtype | None, device: str, setting: str) -> str | 
     if dtype not in matmul.NARROW or device != "cpu" or not matmul.float32_is_faster():
         return None
     return f"note: this CPU is faster with {setting}, which takes twice the memory"
-
-
-def _model_folder(path: Path) -> Path:
-    if (path / "config.json").is_file():
-        return path
-    if (path / ADAPTER_CONFIG).is_file():
-        raise FormatError(f"{path} is an adapter, not a model: give the base model, and this folder as the adapter")
-    raise FormatError(f"{path} holds no config.json, so it is not a model: {_meant(path)}")
-
-
-def _meant(path: Path) -> str:
-    """The advice for a folder that is no model, by what lies in it: a file, or what a run has saved."""
-    files = sorted(path.glob("*.gguf"))
-    if files:
-        return f"give the file itself: {files[0]}"
-    saved = {file.parent for name in ("config.json", ADAPTER_CONFIG) for file in path.glob(f"*/{name}")}
-    if not saved:
-        return "give the folder that save_pretrained wrote"
-    best = min(saved, key=lambda folder: (folder.name.startswith("checkpoint-"), folder))
-    if (best / "config.json").is_file():
-        return f"give {best}, which is one"
-    return f"{best} is an adapter; give it in place of a model, or, where a base is asked for, beside its base"
 
 
 def _not_loaded(source: str | os.PathLike[str], place: Path | str, error: OSError) -> ConfigError | FormatError:

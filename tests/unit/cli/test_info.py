@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import re
 import socket
+import subprocess
+import sys
 from collections.abc import Callable
 from email.message import Message
 from pathlib import Path
@@ -250,3 +252,19 @@ def test_a_run(veneer: Veneer, tmp_path: Path) -> None:
     assert "broken off without a word" in section(veneer("info", tmp_path))["status"]
     told = json.loads(veneer("info", tmp_path, "--json").stdout)
     assert (told["life"], told["changes"]) == ("gone", [change])
+
+
+def test_what_is_no_model_is_told_without_torch(tmp_path: Path) -> None:
+    adapter = tmp_path / "runs" / "first" / "adapter"
+    adapter.mkdir(parents=True)
+    (adapter / "adapter_config.json").write_text("{}")
+    (tmp_path / "rows.jsonl").write_text("{}")
+    code = (
+        "import sys; from veneer.cli.app import app\n"
+        "try: app(['info', sys.argv[1]])\n"
+        "finally: print('torch' in sys.modules)"
+    )
+    for what, said in (("runs", f"it is not a model: {adapter} is an adapter"), ("rows.jsonl", "rows.jsonl is a file")):
+        run = subprocess.run([sys.executable, "-c", code, tmp_path / what], capture_output=True, text=True, check=False)
+        assert said in run.stderr.replace("\n", " ")
+        assert run.stdout == "False\n"
