@@ -189,7 +189,8 @@ def learn(options: argparse.Namespace) -> None:
     def accuracies() -> tuple[float, float]:
         import torch
 
-        from veneer.train.preference.scores import PreferenceScoring, ScoredModel
+        from veneer.adapters.token_scores import PreferenceScoring
+        from veneer.train.preference.scores import ScoredModel
 
         with torch.no_grad():
             found, total = 0, 0

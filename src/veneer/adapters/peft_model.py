@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from veneer.adapters import combining, lifecycle, merging, requantizing, saving, schedules
 from veneer.adapters.card import write_card
+from veneer.adapters.fused_head import scored_tokens
 from veneer.adapters.overview import AdapterOverview
 from veneer.adapters.placement import DeviceMap, require_same_place
 from veneer.contract import MethodConfig
@@ -82,6 +83,11 @@ class PeftModel(AdapterOverview):
         names, ShapeError where there is not one per row, CompositionError where rows of this model cannot differ so.
         """
         state, inputs = self.adapter_state, (args, kwargs)
+        if "fused_lm_head" in kwargs and not args:
+            named = {"adapter_names": adapter_names, "task_ids": task_ids}
+            scored = scored_tokens(self, {**kwargs, **{key: each for key, each in named.items() if each is not None}})
+            if scored is not None:
+                return schedules.with_penalty(self, state, scored)
         if adapter_names is None and task_ids is None:
             if not by_sequence(state):  # torch.compile takes one context here, and not two
                 with from_invocation(self, state, inputs):

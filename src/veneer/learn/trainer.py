@@ -17,6 +17,7 @@ from transformers.trainer_utils import EvalLoopOutput
 from trl.trainer.utils import RepeatSampler
 
 from veneer.adapters.peft_model import PeftModel
+from veneer.adapters.token_scores import PreferenceScoring
 from veneer.contract import MethodConfig
 from veneer.data.preference import Task, checked_rows
 from veneer.errors import ConfigError, DataError
@@ -27,7 +28,7 @@ from veneer.learn.rollouts import DrawnAnswer
 from veneer.model.placed.structure import evaluation
 from veneer.train.config import RunSettings
 from veneer.train.preference.reference import Reference
-from veneer.train.preference.scores import PreferenceScoring, ScoredModel
+from veneer.train.preference.scores import ScoredModel
 from veneer.train.preference.trainer import PreferenceTrainer
 from veneer.train.resume import random_state_kept
 from veneer.train.run_trainer import Ready

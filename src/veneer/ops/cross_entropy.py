@@ -140,12 +140,14 @@ def linear_token_scores(
     *,
     details: bool = True,
     collision: bool = False,
+    entropy_learns: bool = False,
 ) -> LabelScores:
     """Return the log-probability of each row's label under a frozen head.
 
     Its gradient in hidden is computed as in `linear_cross_entropy`, by the ``scale`` and ``softcap`` of ``options``.
     ``details`` asks for the rest of `LabelScores`, constants under autograd. ``collision`` asks for the squared
-    probabilities among them. Raises ShapeError as `linear_cross_entropy` does.
+    probabilities among them. With ``entropy_learns`` the entropy has a gradient too, for which the backward pass
+    computes each chunk of logits again. Raises ShapeError as `linear_cross_entropy` does.
     """
     weight = weight.detach() if isinstance(weight, Tensor) else weight
     options = replace(options, count_hits=details)
@@ -153,7 +155,10 @@ def linear_token_scores(
         return LabelScores(-_RowCrossEntropy.apply(hidden, weight, labels, bias, options)[0])  # type: ignore[no-untyped-call]
     seen = _Details(labels, hidden.device, collision)
     losses, hits = _RowCrossEntropy.apply(hidden, weight, labels, bias, replace(options, observe=seen))  # type: ignore[no-untyped-call]
-    return LabelScores(-losses, seen.entropy, seen.log_sum_sq_probs, seen.mean_logits, hits)
+    entropy = seen.entropy
+    if entropy_learns:
+        entropy = _Entropy.apply(hidden, entropy, weight, labels, bias, options)  # type: ignore[no-untyped-call]
+    return LabelScores(-losses, entropy, seen.log_sum_sq_probs, seen.mean_logits, hits)
 
 
 class _Details:
@@ -274,6 +279,50 @@ class _RowCrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dlosses: Tensor, dhits: Tensor) -> tuple[Tensor | None, ...]:
         return _times(ctx.dhidden, dlosses[:, None], ctx.dhidden.dtype), None, None, None, None
+
+
+class _Entropy(torch.autograd.Function):
+    """Entropies that are computed already. Their gradient is seldom asked for: it makes logits again, in chunks."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        entropy: Tensor,
+        weight: Tensor | FrozenWeight,
+        labels: Tensor,
+        bias: Tensor | None,
+        options: HeadOptions,
+    ) -> Tensor:
+        ctx.save_for_backward(hidden, entropy, labels)
+        ctx.head = weight, bias, options
+        return entropy.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dentropy: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, entropy, labels = ctx.saved_tensors
+        weight, bias, options = ctx.head
+        rows = (labels != options.ignore_index).nonzero()[:, 0]
+        dhidden, out = hidden.new_empty(len(rows), hidden.shape[1]), torch.zeros_like(hidden)
+        size = max(1, chunk_rows(weight.shape[0] * hidden.element_size(), hidden.device, options))
+        buffer = hidden.new_empty(min(size, len(rows)), weight.shape[0])
+        for start in range(0, len(rows), size):
+            own = rows[start : start + size]
+            logits = _logits(hidden[own], weight, bias, buffer)
+            dlogits = _entropy_gradient(logits, entropy[own, None], options) * dentropy[own, None]
+            _project_back(logits.copy_(dlogits), weight, dhidden[start : start + size])
+        return out.index_copy_(0, rows, dhidden), None, None, None, None, None
+
+
+def _entropy_gradient(raw: Tensor, entropy: Tensor, options: HeadOptions) -> Tensor:
+    """The gradient of each row's entropy in the head's outputs: -p (log p + H), then through cap and scale."""
+    logits = raw.to(torch.promote_types(raw.dtype, torch.float32)) * options.scale
+    cap = options.softcap
+    logits = logits if cap is None else _capped(logits, cap)
+    log_p = logits.log_softmax(dim=-1)
+    gradient = log_p.exp().mul_(log_p.add_(entropy)).mul_(-options.scale)
+    return gradient if cap is None else gradient.mul_(1 - (logits / cap).square_())
 
 
 def _times(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from veneer.adapters.token_scores import PreferenceScoring
 from veneer.errors import ConfigError
 from veneer.recipe.adapter import FROM
 from veneer.train.loss import token_loss
 from veneer.train.preference.reference import Reference
-from veneer.train.preference.scores import PreferenceScoring, ScoredModel
+from veneer.train.preference.scores import ScoredModel
 
 Loss = Callable[[PreTrainedModel, dict[str, Tensor]], Tensor]
 

@@ -9,10 +9,10 @@ from typing import Any
 from torch import nn
 from transformers import EarlyStoppingCallback, TrainerCallback, TrainerState, TrainingArguments
 
+from veneer.adapters.token_scores import model_of
 from veneer.model.memory.checkpointing import checkpoint_selectively
 from veneer.train.config import RunSettings
 from veneer.train.guards import FiniteGradients
-from veneer.train.loss import model_of
 
 
 def callbacks_of(args: RunSettings) -> Iterator[TrainerCallback | type[TrainerCallback]]:

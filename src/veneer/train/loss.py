@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import functools
-import inspect
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
+from veneer.adapters.token_scores import NextTokens, kept_logits, next_tokens
 from veneer.data.encoding import IGNORED
 from veneer.model.fused.deferred import DeferredLogits
-from veneer.model.fused.head import deferred_logits
 from veneer.ops.cross_entropy import linear_cross_entropy_and_hits, linear_cross_entropy_rows
 
 
@@ -46,12 +43,6 @@ def token_loss(
     kept = (labels != IGNORED).any(dim=0).nonzero().flatten()
     logits, aux = kept_logits(model, inputs, kept)
     return _scored(logits, labels[:, kept], scoring, aux)
-
-
-def has_own_loss(model: nn.Module) -> bool:
-    """Return True if an adapter that acts has a loss of its own, see `MethodConfig.has_own_loss`."""
-    state = getattr(model, "adapter_state", None)
-    return state is not None and any(state.configs[name].has_own_loss for name in state.acting())
 
 
 def model_loss(model: nn.Module, inputs: dict[str, Any]) -> TokenLoss:
@@ -97,16 +88,6 @@ def token_losses(model: nn.Module, inputs: dict[str, Any], shares: Sequence[Shar
     return losses
 
 
-def kept_logits(model: nn.Module, inputs: dict[str, Any], kept: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Return the logits (b, kept, v) of these positions, and the router's loss, if any."""
-    inputs = {key: value for key, value in inputs.items() if key != "labels"}
-    if _keeps_logits(cast(Hashable, type(model_of(model)))):
-        out = model(**inputs, logits_to_keep=kept, use_cache=False)
-        return out.logits, getattr(out, "aux_loss", None)
-    out = model(**inputs, use_cache=False)
-    return out.logits[:, kept], getattr(out, "aux_loss", None)
-
-
 def _scored(logits: Tensor, labels: Tensor, scoring: Scoring, aux: Tensor | None) -> TokenLoss:
     scores, targets = logits.flatten(0, 1), labels.to(logits.device).flatten()
     trained = targets != IGNORED
@@ -118,33 +99,6 @@ def _scored(logits: Tensor, labels: Tensor, scoring: Scoring, aux: Tensor | None
         each = each * torch.exp(-plain)
     n_right = (scores.detach().argmax(dim=-1) == targets).logical_and(trained).sum()
     return TokenLoss(each.sum(), trained.sum(), n_right, aux)
-
-
-@dataclass(frozen=True, slots=True)
-class NextTokens:
-    """Logits that predict the next tokens of a batch (b, t), their labels, and the router's loss, if any.
-
-    The logits are not made unless the model's own code reads them.
-    """
-
-    logits: Float[Tensor, "n v"]
-    labels: Int[Tensor, " n"]
-    aux: Float[Tensor, ""] | None
-
-
-def next_tokens(model: nn.Module, inputs: dict[str, Any]) -> NextTokens | None:
-    """Return the logits of a pass over a batch, (b * (t - 1), v); None if its head is trained or adapted.
-
-    No wrapper but that which joins the gradients of processes runs the same modules that it holds.
-    """
-    inner = model.module if isinstance(model, DistributedDataParallel) else model
-    rest = {key: value for key, value in inputs.items() if key != "labels"}
-    with deferred_logits(inner) as defers:
-        if not defers:
-            return None
-        out = model(**rest, use_cache=False)
-    logits = out.logits[:, :-1].flatten(0, 1)
-    return NextTokens(logits, inputs["labels"][:, 1:].flatten().to(logits.device), getattr(out, "aux_loss", None))
 
 
 def _loss_in_chunks(found: NextTokens) -> TokenLoss:
@@ -164,17 +118,3 @@ def _row_losses_in_chunks(found: NextTokens, shape: Sequence[int], shares: Seque
     losses, hits = linear_cross_entropy_rows(hidden, weight, found.labels, bias, options)
     losses, hits, trained = losses.view(*shape), hits.view(*shape), labels != IGNORED
     return [TokenLoss(losses[s.rows].sum(), trained[s.rows].sum(), hits[s.rows].sum(), None) for s in shares]
-
-
-def model_of(model: nn.Module) -> nn.Module:
-    """Return the model inside data-parallel and compile wrappers."""
-    while True:
-        inner = getattr(model, "module", None) or getattr(model, "_orig_mod", None)
-        if not isinstance(inner, nn.Module):
-            return model
-        model = inner
-
-
-@functools.cache
-def _keeps_logits(cls: Hashable) -> bool:
-    return "logits_to_keep" in inspect.signature(cast("type[nn.Module]", cls).forward).parameters

@@ -19,6 +19,7 @@ from transformers import (
 from transformers.trainer_utils import EvalLoopOutput
 
 from veneer.adapters.peft_model import PeftModel
+from veneer.adapters.token_scores import has_own_loss
 from veneer.contract import MethodConfig
 from veneer.data.collating import Collator
 from veneer.data.dataset import columns_of, digest, encode_all, filled, pack_all, require_answers
@@ -28,7 +29,7 @@ from veneer.data.task_column import TASK
 from veneer.errors import ConfigError, TrainingError
 from veneer.model.memory.heap import freed_memory_returned
 from veneer.train.config import SFTConfig, as_settings
-from veneer.train.loss import TokenLoss, has_own_loss, model_loss, token_loss
+from veneer.train.loss import TokenLoss, model_loss, token_loss
 from veneer.train.packing_layout import packing_layout
 from veneer.train.processes import n_processes, summed
 from veneer.train.resume import random_state_kept

@@ -13,6 +13,7 @@ from veneer.ops.cross_entropy import (
     linear_cross_entropy,
     linear_cross_entropy_and_hits,
     linear_cross_entropy_rows,
+    linear_token_scores,
     softmax_cross_entropy,
 )
 from veneer.plan.live import LiveBytes, peaks
@@ -222,3 +223,24 @@ def test_details_on_a_gpu_take_many_rows_at_a_time():
         found(slice(0, 301), OnDevice(logits.clone()))
     for name in ("entropy", "mean_logits", "log_sum_sq_probs"):
         torch.testing.assert_close(getattr(found, name).host, getattr(expected, name))
+
+
+def test_the_entropy_has_a_gradient_if_it_is_asked_for() -> None:
+    for softcap, scale, bias in ((None, 1.0, True), (2.0, 1.7, False)):
+        hidden, weight, own, labels = draw()
+        own = own if bias else None
+        options = HeadOptions(softcap=softcap, scale=scale, chunk_bytes=211 * 4 * 5)
+        x = hidden.clone().requires_grad_()
+        scores = linear_token_scores(x, weight, labels, own, options, entropy_learns=True)
+        logits = (y := hidden.clone().requires_grad_()) @ weight.T
+        logits = (logits if own is None else logits + own) * scale
+        logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
+        log_p = logits.log_softmax(dim=-1)
+        counted = labels != -100
+        expected = -(log_p.exp() * log_p).sum(dim=-1) * counted
+        factors = torch.arange(len(labels)) % 5 - 1.5
+        own_log_p = log_p.gather(1, labels.clamp(min=0)[:, None])[:, 0] * counted
+        ((scores.entropy * factors).sum() + scores.log_probs.sum()).backward()
+        ((expected * factors).sum() + own_log_p.sum()).backward()
+        torch.testing.assert_close(scores.entropy, expected, atol=2e-5, rtol=1e-5)
+        torch.testing.assert_close(x.grad, y.grad, atol=5e-5, rtol=1e-4)

@@ -13,8 +13,9 @@ from transformers import PreTrainedModel
 
 from veneer.adapters.lifecycle import holders
 from veneer.adapters.peft_model import PeftModel
+from veneer.adapters.token_scores import PreferenceScoring
 from veneer.errors import ConfigError
-from veneer.train.preference.scores import PreferenceScoring, ScoredModel
+from veneer.train.preference.scores import ScoredModel
 
 _START = "start of training"  # no name that an adapter may have
 

@@ -12,12 +12,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 from trl.trainer.utils import hash_module
 
 from veneer.adapters.peft_model import PeftModel
+from veneer.adapters.token_scores import PreferenceScoring
 from veneer.contract import MethodConfig
 from veneer.data.preference import Task, checked_rows
 from veneer.errors import ConfigError
 from veneer.train.config import RunSettings
 from veneer.train.preference.reference import Placeholder, Reference
-from veneer.train.preference.scores import PreferenceScoring, ScoredModel
+from veneer.train.preference.scores import ScoredModel
 from veneer.train.preference.trainer import PreferenceTrainer
 from veneer.train.run_trainer import Ready
 

@@ -1,51 +1,12 @@
-"""Log-probabilities of the tokens of a batch, and the values that the logs show, without the logits of all tokens."""
+"""Models as TRL's trainers call them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
-from typing import Any, cast
+from typing import Any
 
-import torch
-from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from veneer.data.encoding import IGNORED
-from veneer.model.fused.deferred import DeferredLogits
-from veneer.ops.cross_entropy import LabelScores as HeadScores
-from veneer.ops.cross_entropy import linear_token_scores
-from veneer.train.loss import NextTokens, kept_logits, next_tokens
-
-
-@dataclass(frozen=True, slots=True)
-class TokenScores:
-    """Outputs of a forward pass that TRL's trainers read, by its names. Each is (b, t - 1), and 0 if no label counts.
-
-    ``log_probs`` of the labels, in nats; ``entropy`` of the predicted distributions. ``log_sum_sq_probs`` is the
-    logarithm of their collision probability; ``mean_logits`` is over the vocabulary. ``is_top1`` is True if the label
-    was the most probable token. ``aux_loss`` is that of a router.
-    """
-
-    log_probs: Float[Tensor, "b t"]
-    entropy: Float[Tensor, "b t"] | None
-    log_sum_sq_probs: Float[Tensor, "b t"] | None
-    mean_logits: Float[Tensor, "b t"] | None
-    is_top1: Bool[Tensor, "b t"] | None
-    aux_loss: Float[Tensor, ""] | None
-
-
-@dataclass(frozen=True, slots=True)
-class PreferenceScoring:
-    """Scoring of tokens: logits are divided by ``temperature``; ``details`` adds more than the log-probabilities.
-
-    ``collision`` adds the sum of squared probabilities. With ``entropy_learns`` a gradient flows through the entropy,
-    for which logits of the labels that count are made.
-    """
-
-    temperature: float = 1.0
-    details: bool = True
-    collision: bool = False
-    entropy_learns: bool = False
+from veneer.adapters.token_scores import PreferenceScoring, token_scores
 
 
 class ScoredModel:
@@ -61,107 +22,3 @@ class ScoredModel:
         if not fused_lm_head or labels is None:
             return self.model(**inputs, **({} if labels is None else {"labels": labels}))
         return token_scores(self.model, {**inputs, "labels": labels}, self.scoring)
-
-
-def token_scores(model: nn.Module, inputs: dict[str, Any], scoring: PreferenceScoring) -> TokenScores:
-    """Score the tokens of ``inputs["labels"]`` (b, t), shifted by one; labels of -100 do not count.
-
-    Hidden states go through a frozen head chunk by chunk. Otherwise logits are computed at the positions at which any
-    label counts. Rows begin with their first token: padding before it would move learned positions, and part virtual
-    tokens from their prompt.
-    """
-    inputs = {key: value for key, value in inputs.items() if key != "use_cache"}
-    n_before = _padding_before(inputs)
-    if n_before is None:
-        return _scores_of(model, inputs, scoring)
-    columns = torch.arange(inputs["labels"].shape[1], device=n_before.device)
-    there = (columns + n_before) % len(columns)
-    back = (columns[:-1] - n_before) % (len(columns) - 1)
-    found = _scores_of(model, {key: value.gather(1, there) for key, value in inputs.items()}, scoring)
-    return _moved(found, lambda x: x.gather(1, back.to(x.device)))
-
-
-def _padding_before(inputs: dict[str, Any]) -> Tensor | None:
-    """The number of padding tokens in front of each row, (b, 1); None if none has any, or more is given."""
-    mask = inputs.get("attention_mask")
-    if mask is None or inputs.keys() != {"input_ids", "attention_mask", "labels"} or bool(mask[:, 0].all()):
-        return None
-    n_before: Tensor = mask.int().argmax(dim=1, keepdim=True)
-    return n_before
-
-
-def _scores_of(model: nn.Module, inputs: dict[str, Any], scoring: PreferenceScoring) -> TokenScores:
-    found = None if scoring.entropy_learns else next_tokens(model, inputs)
-    if found is not None:
-        return _scored_in_chunks(found, inputs["labels"][:, 1:].shape, scoring)
-    labels: Int[Tensor, "b t"] = inputs["labels"][:, 1:]
-    kept = (labels != IGNORED).any(dim=0).nonzero().flatten()
-    logits, aux = kept_logits(model, inputs, kept)
-    wide = logits.float() / scoring.temperature
-    return _spread(_scored(wide, labels[:, kept].to(wide.device), scoring.details), labels, kept, aux)
-
-
-def _scored_in_chunks(found: NextTokens, shape: Sequence[int], scoring: PreferenceScoring) -> TokenScores:
-    logits = found.logits if scoring.temperature == 1 else found.logits / scoring.temperature
-    if not isinstance(logits, DeferredLogits):
-        return _told(_scored(logits.float(), found.labels, scoring.details), shape, found.aux)
-    hidden, weight, bias, options = logits.operands()
-    scores = linear_token_scores(
-        hidden, weight, found.labels, bias, options, details=scoring.details, collision=scoring.collision
-    )
-    return _told(scores, shape, found.aux)
-
-
-def _scored(logits: Tensor, labels: Tensor, details: bool) -> HeadScores:
-    """The scores of logits (…, v), by the definitions."""
-    counted = labels != IGNORED
-    log_p = logits.log_softmax(dim=-1)
-    own = log_p.gather(-1, labels.clamp(min=0)[..., None])[..., 0]
-    if not details:
-        return HeadScores(own * counted, None, None, None, None)
-    p = log_p.exp()
-    return HeadScores(
-        own.masked_fill(~counted, 0.0),
-        -(p * log_p).sum(dim=-1).masked_fill(~counted, 0.0),
-        (2 * log_p.detach()).logsumexp(dim=-1).masked_fill(~counted, 0.0),
-        logits.detach().mean(dim=-1).masked_fill(~counted, 0.0),
-        (logits.detach().argmax(dim=-1) == labels) & counted,
-    )
-
-
-def _spread(found: HeadScores, labels: Tensor, kept: Tensor, aux: Tensor | None) -> TokenScores:
-    """Scores at the ``kept`` positions (b, k), spread over all positions (b, t - 1)."""
-
-    def spread(values: Tensor | None) -> Tensor | None:
-        if values is None:
-            return None
-        return values.new_zeros(labels.shape).index_copy(1, kept.to(values.device), values)
-
-    return _made(found, spread, aux)
-
-
-def _told(found: HeadScores, shape: Sequence[int], aux: Tensor | None) -> TokenScores:
-    return _made(found, lambda values: None if values is None else values.view(*shape), aux)
-
-
-def _moved(found: TokenScores, moved: Callable[[Tensor], Tensor]) -> TokenScores:
-    """Scores whose rows are moved."""
-    return replace(
-        found,
-        **{
-            each.name: moved(value)
-            for each in fields(found)
-            if (value := getattr(found, each.name)) is not None and each.name != "aux_loss"
-        },
-    )
-
-
-def _made(found: HeadScores, shaped: Callable[[Tensor | None], Tensor | None], aux: Tensor | None) -> TokenScores:
-    return TokenScores(
-        log_probs=cast(Tensor, shaped(found.log_probs)),
-        entropy=shaped(found.entropy),
-        log_sum_sq_probs=shaped(found.log_sum_sq_probs),
-        mean_logits=shaped(found.mean_logits),
-        is_top1=shaped(found.is_top1),
-        aux_loss=aux,
-    )

@@ -15,12 +15,13 @@ from torch import Tensor, nn
 from transformers import CohereConfig, Gemma2Config, GPTJConfig, GraniteConfig, PreTrainedModel
 
 from veneer import LoraConfig, get_peft_model
+from veneer.adapters.token_scores import PreferenceScoring, token_scores
 from veneer.errors import CompositionError
+from veneer.model.coded.quantized_head import quantize_head
 from veneer.model.fused.deferred import DeferredLogits
 from veneer.model.fused.head import deferred_logits
 from veneer.plan.live import LiveBytes
 from veneer.train.loss import token_loss
-from veneer.train.preference.scores import PreferenceScoring, token_scores
 
 HEADS = {
     "llama": FAMILIES["llama"],
@@ -214,12 +215,16 @@ def test_a_large_vocabulary_costs_a_step_a_few_megabytes() -> None:
     """One row of 64 tokens: all logits in float32 would be 16 MB, and as many again for each of their copies."""
     config = copy.deepcopy(FAMILIES["llama"])
     config.vocab_size = 65_536
-    model = adapted(base(config))
-    ids, live = torch.arange(64)[None], LiveBytes()
-    with live:
-        model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
-    alive = most = 0
-    for event in live.events:
-        alive += event.n_bytes
-        most = max(most, alive)
-    assert most < 40 << 20
+    ids = torch.arange(64)[None]
+    for coded in (False, True):
+        plain = base(config)
+        if coded:
+            quantize_head(plain)
+        model, live = adapted(plain), LiveBytes()
+        with live:
+            model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+        alive = most = 0
+        for event in live.events:
+            alive += event.n_bytes
+            most = max(most, alive)
+        assert most < 40 << 20

@@ -26,9 +26,10 @@ from veneer import (
     get_peft_model,
     prepare_model_for_kbit_training,
 )
+from veneer.adapters.token_scores import PreferenceScoring
 from veneer.errors import ConfigError, DataError
 from veneer.train.preference.reference import Reference
-from veneer.train.preference.scores import PreferenceScoring, ScoredModel
+from veneer.train.preference.scores import ScoredModel
 
 from .conftest import LORA
 
