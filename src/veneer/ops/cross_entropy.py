@@ -306,7 +306,7 @@ class _Entropy(torch.autograd.Function):
         rows = (labels != options.ignore_index).nonzero()[:, 0]
         dhidden, out = hidden.new_empty(len(rows), hidden.shape[1]), torch.zeros_like(hidden)
         size = max(1, chunk_rows(weight.shape[0] * hidden.element_size(), hidden.device, options))
-        buffer = hidden.new_empty(min(size, len(rows)), weight.shape[0])
+        buffer = _buffer(hidden, weight, min(size, len(rows)))
         for start in range(0, len(rows), size):
             own = rows[start : start + size]
             logits = _logits(hidden[own], weight, bias, buffer)
@@ -347,7 +347,7 @@ def _chunked(
     dhidden = torch.empty_like(hidden) if wanted[0] else None
     dweight = hidden.new_zeros(tuple(weight.shape), dtype=wide) if wanted[1] else None
     chunk = max(1, min(n, chunk_rows(out_features * hidden.element_size(), hidden.device, options)))
-    buffer = hidden.new_empty(chunk, out_features)
+    buffer = _buffer(hidden, weight, chunk)
     losses, hits = hidden.new_empty(n, dtype=wide), torch.zeros_like(labels, dtype=torch.bool)
     for start in range(0, n, chunk):
         rows = slice(start, min(n, start + chunk))
@@ -366,6 +366,7 @@ def _chunked(
             _project_back(logits, weight, dhidden[rows])
         if dweight is not None:
             dweight += matmul(logits.T, hidden[rows], wide)
+        del logits  # before the next chunk is made
     return (losses, hits), dhidden, dweight
 
 
@@ -378,6 +379,11 @@ def chunk_rows(row_bytes: int, device: torch.device, options: HeadOptions = Head
     rows = (CHUNK_BYTES if options.chunk_bytes is None else options.chunk_bytes) // row_bytes
     by_tiles = device.type == "cuda" and options.chunk_bytes is None
     return max(_GPU_ROWS, rows - rows % _GPU_TILE) if by_tiles else rows
+
+
+def _buffer(hidden: Tensor, weight: Tensor | FrozenWeight, rows: int) -> Tensor:
+    """Memory of a chunk of logits. The product of a coded weight has its own."""
+    return hidden.new_empty(rows if isinstance(weight, Tensor) else 0, weight.shape[0])
 
 
 def _logits(hidden: Tensor, weight: Tensor | FrozenWeight, bias: Tensor | None, buffer: Tensor) -> Tensor:
