@@ -105,7 +105,7 @@ def _by_position(
                 "the conversation opens with an assistant turn: its text has no known start. Begin with a user turn."
             )
         before = render(tokenizer, messages[:i], {**(options or {}), "add_generation_prompt": True})
-        after = render(tokenizer, messages[: i + 1], options)
+        after = render(tokenizer, messages[: i + 1], options) if i + 1 < len(messages) else whole
         start, end = common_prefix(before, whole), common_prefix(after, whole)
         if start < len(before) or end < len(after):
             return None

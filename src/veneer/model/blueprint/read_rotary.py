@@ -94,6 +94,13 @@ def _from_rotary_dim(source: BlockSource, head_dim: int) -> Rotary | None:
 
 
 def _dim(source: BlockSource, layer_type: str | None) -> int | None:
+    """The number of dimensions that turn, looked up once for the layers of a type."""
+    if layer_type not in source.rotary_dims:
+        source.rotary_dims[layer_type] = _dim_of_table(source, layer_type)
+    return source.rotary_dims[layer_type]
+
+
+def _dim_of_table(source: BlockSource, layer_type: str | None) -> int | None:
     """The number of dimensions that turn, by the shape of the model's own table of frequencies."""
     for module in source.model.base_model.modules():
         if "rotary" in type(module).__name__.lower():

@@ -26,6 +26,7 @@ class BlockSource:
     family: Family
     paths: dict[int, str]
     norm_forms: dict[Any, Any] = field(default_factory=dict)
+    rotary_dims: dict[str | None, int | None] = field(default_factory=dict)
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> BlockSource:
