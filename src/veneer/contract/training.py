@@ -43,8 +43,10 @@ class Training:
         return None
 
 
-def distances_from_orthonormal(params: Params) -> tuple[Tensor, Tensor]:
-    """Return ``|A Aᵀ - I|`` and ``|Bᵀ B - I|`` (Frobenius): the distances of low-rank factors from orthonormal ones."""
-    a, b = params["lora_A"], params["lora_B"]
+def distances_from_orthonormal(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """Return ``|A Aᵀ - I|`` and ``|Bᵀ B - I|`` (Frobenius): the distances of low-rank factors from orthonormal ones.
+
+    A has shape (r, i), B (o, r).
+    """
     one = torch.eye(len(a), dtype=a.dtype, device=a.device)
     return torch.linalg.matrix_norm(a @ a.T - one), torch.linalg.matrix_norm(b.T @ b - one)

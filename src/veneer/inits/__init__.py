@@ -34,12 +34,12 @@ Factors = tuple[Float[Tensor, "r i"], Float[Tensor, "o r"]]
 class Start:
     """Initialisation. ``factors(site, r, scale, generator)`` gives A (r, i) and B (o, r) in float32 on the CPU.
 
-    ``taken_off``: the record subtracts their product. ``fixed``: the parameters that stay at their initial values.
+    ``taken_off``: the record subtracts their product. ``keeps_b``: B stays at its initial values.
     """
 
     factors: Callable[[LinearSite, int, float, torch.Generator | None], Factors]
     taken_off: bool = False
-    fixed: tuple[str, ...] = ()
+    keeps_b: bool = False
 
 
 def find_start(name: bool | str) -> Start | None:

@@ -16,7 +16,7 @@ NAMES = ("'mica'",)
 
 def find(name: bool | str) -> Start | None:
     """Return the initialisation "mica"."""
-    return Start(minor_components, fixed=("lora_B",)) if name == "mica" else None
+    return Start(minor_components, keeps_b=True) if name == "mica" else None
 
 
 def minor_components(site: LinearSite, r: int, scale: float, generator: torch.Generator | None = None) -> Factors:

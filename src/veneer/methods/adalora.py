@@ -170,7 +170,8 @@ def orthogonality(layers: Sequence[Params]) -> Tensor:
     """Return the mean of ``|A Aᵀ - I|`` and ``|Bᵀ B - I|`` (Frobenius) over all factors, to be weighed and added to a
     loss.
     """
-    return torch.stack([part for params in layers for part in distances_from_orthonormal(params)]).mean()
+    factors = [(params["lora_A"], params["lora_B"]) for params in layers]
+    return torch.stack([part for a, b in factors for part in distances_from_orthonormal(a, b)]).mean()
 
 
 class Budget:

@@ -146,8 +146,9 @@ def _tensors(
 
 
 def _named(path: str, site: LinearSite, a: Tensor, b: Tensor) -> dict[str, Tensor]:
-    keys = placed(LoraConfig(r=len(a)), site, path).keys
-    return {keys["lora_A"]: a, keys["lora_B"]: b}
+    config = LoraConfig(r=len(a))
+    keys, named = placed(config, site, path).keys, config.late_start
+    return {keys[named.a]: a, keys[named.b]: b}
 
 
 def _require_free(adapter: Path, output: Path, overwrite: bool) -> None:

@@ -41,7 +41,7 @@ class Dora(Variant):
     def refusals(self, config: Any) -> list[str]:
         start = config.init_lora_weights
         told = f"init_lora_weights={start!r} and use_dora exclude each other, as in PEFT: leave one out"
-        return [told] if config.start is not None and config.start.fixed else []
+        return [told] if config.start is not None and config.start.keeps_b else []
 
     def shapes(self, config: Any, site: LinearSite, shapes: Shapes) -> Shapes:
         of_convolution = (1, site.out_features, *[1] * len(site.window))

@@ -77,8 +77,9 @@ class KasaConfig(Settings, Variant):
         return LinearDelta(adds=(replace(cast(Pair, record.low_rank), core=d), Pair(a=a, b=-b)))
 
     def penalty(self, layers: Sequence[Params]) -> Tensor | None:
-        parts = [
-            self.beta * params[DIAGONAL].square().sum() + self.gamma * sum(distances_from_orthonormal(params))
-            for params in layers
-        ]
+        parts = [self._penalty(params) for params in layers]
         return torch.stack(parts).sum() if parts and (self.beta or self.gamma) else None
+
+    def _penalty(self, params: Params) -> Tensor:
+        distances = distances_from_orthonormal(params["lora_A"], params["lora_B"])
+        return self.beta * params[DIAGONAL].square().sum() + self.gamma * sum(distances)

@@ -1,1 +1,0 @@
-"""Parts of LoRA: its settings with their checks, and its plain form."""
