@@ -18,6 +18,7 @@ import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench" / "results"
@@ -57,6 +58,14 @@ def done() -> None:
     """Clear the line of `working` from a terminal."""
     if sys.stderr.isatty():
         print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+
+
+def last_printed(command: Sequence[str], name: str = "a side") -> dict[str, Any]:
+    """Return the JSON object on a command's last line. SystemExit with the end of its errors if it fails."""
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    if run.returncode:
+        raise SystemExit(f"{name}: {run.stderr.strip()[-500:]}")
+    return dict(json.loads(run.stdout.splitlines()[-1]))
 
 
 def ends_as_interrupted() -> None:

@@ -22,6 +22,7 @@ from veneer import LLM, LoraConfig, LoRARequest, SamplingParams, get_peft_model
 from veneer.errors import VeneerError
 from veneer.model.batch.encoded import first_ids
 from veneer.model.batch.own_cache import Way
+from veneer.model.blueprint.describe import UNMADE
 from veneer.model.fused.block import FusedBlock
 from veneer.model.fused.decoder import fuse, fuse_as_described
 from veneer.ops.traced import tracing
@@ -34,18 +35,7 @@ from veneer.store.kinds import auto_class
 
 MOST = 4_000_000  # parameters: of the few types that hold more whatever their config says, nothing is made
 COLUMNS = ("type", "attach", "train", "fused", "serve", "greedy", "plan", "GGUF")
-# What making or running a tiny model of a type that goes by other rules raises.
-_UNFIT = (
-    ArithmeticError,
-    AssertionError,
-    AttributeError,
-    ImportError,
-    LookupError,
-    RuntimeError,
-    StrictDataclassError,
-    TypeError,
-    ValueError,
-)
+_UNFIT = (*UNMADE, StrictDataclassError)  # of a tiny model of a type that goes by other rules
 
 
 _IDS = torch.arange(2, 13)[None] * 7 % VOCABULARY

@@ -13,13 +13,12 @@ import argparse
 import importlib
 import json
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from typing import Any
 
-from bench.report import Rows, add_keep, done, ends_as_interrupted, keep, quiet_libraries, working
+from bench.report import Rows, add_keep, done, ends_as_interrupted, keep, last_printed, quiet_libraries, working
 
 SIDES = {"TRL + PEFT, generate": "peer", "veneer, generate": "generate", "veneer, engine": "engine"}
 N_TOKENS, N_PROMPTS, N_ANSWERS = 32, 4, 4
@@ -118,16 +117,12 @@ def one_side(options: argparse.Namespace) -> None:
 
 
 def measured(options: argparse.Namespace, side: str) -> dict[str, Any]:
-    """What `one_side` prints in a process of its own."""
+    """Return the figures that `one_side` prints in a process of its own."""
     command = [
         sys.executable, "-m", "bench.training.grpo", "side", "--side", side, "--steps", str(options.steps),
         "--model", options.model, "--threads", str(options.threads),
     ]  # fmt: skip
-    run = subprocess.run(command, capture_output=True, text=True, check=False)
-    if run.returncode:
-        raise SystemExit(run.stderr)
-    found: dict[str, Any] = json.loads(run.stdout.splitlines()[-1])
-    return found
+    return last_printed(command, side)
 
 
 def compare(options: argparse.Namespace) -> None:

@@ -10,23 +10,19 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import subprocess
 import sys
 from contextlib import nullcontext
 
-from bench.report import ends_as_interrupted
+from bench.report import ends_as_interrupted, last_printed
 from bench.training.plan import carried_out, name_of, recipe_of, settings
 
 HEAPS = ("usual", "kept")
 
 
 def apart(number: int, heap: str, model: str) -> dict[str, float]:
-    """Seven steps of a setting in a process of its own."""
+    """Run seven steps of a setting in a process of its own."""
     command = [sys.executable, "-m", "bench.training.heap", "--part", heap, "--only", str(number), "--model", model]
-    out = subprocess.run(command, capture_output=True, text=True, check=False)
-    if out.returncode:
-        raise SystemExit(f"setting {number}, {heap}: {out.stderr.strip()[-500:]}")
-    return dict(json.loads(out.stdout.splitlines()[-1]))
+    return last_printed(command, f"setting {number}, {heap}")
 
 
 def main() -> None:

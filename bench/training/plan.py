@@ -28,7 +28,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
-from bench.report import add_keep, ends_as_interrupted, keep
+from bench.report import add_keep, ends_as_interrupted, keep, last_printed
 
 PATHS = ("auto", "off")
 CHECKPOINTING: tuple[bool | str, ...] = (False, "selective", True)
@@ -222,13 +222,10 @@ PARTS = {"planned": planned, "counted": counted, "carried out": carried_out}
 
 
 def apart(part: str, number: int, options: argparse.Namespace) -> dict[str, float]:
-    """A part of one setting in a process of its own."""
+    """Run a part of one setting in a process of its own."""
     command = [sys.executable, "-m", "bench.training.plan", "--part", part, "--only", str(number)]
     command += ["--model", options.model, "--rows", str(options.rows), "--length", str(options.length)]
-    out = subprocess.run(command, capture_output=True, text=True, check=False)
-    if out.returncode:
-        raise SystemExit(f"setting {number}, {part}: {out.stderr.strip()[-500:]}")
-    return dict(json.loads(out.stdout.splitlines()[-1]))
+    return last_printed(command, f"setting {number}, {part}")
 
 
 def row(number: int, options: argparse.Namespace) -> tuple[str, bool, float]:

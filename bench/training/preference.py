@@ -15,14 +15,13 @@ import argparse
 import importlib
 import json
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
-from bench.report import add_keep, done, ends_as_interrupted, keep, working
+from bench.report import add_keep, done, ends_as_interrupted, keep, last_printed, working
 
 
 def main() -> None:
@@ -146,17 +145,13 @@ def one_side(options: argparse.Namespace) -> None:
 
 
 def measured(options: argparse.Namespace, side: str, dropout: float) -> dict[str, Any]:
-    """What `one_side` prints in a process of its own."""
+    """Return the figures that `one_side` prints in a process of its own."""
     command = [
         sys.executable, "-m", "bench.training.preference", "side", str(options.files[0]), "--side", side,
         "--dropout", str(dropout), "--steps", str(options.steps), "--model", options.model,
         "--pairs", str(options.pairs), "--max-length", str(options.max_length),
     ]  # fmt: skip
-    run = subprocess.run(command, capture_output=True, text=True, check=False)
-    if run.returncode:
-        raise SystemExit(run.stderr)
-    found: dict[str, Any] = json.loads(run.stdout.splitlines()[-1])
-    return found
+    return last_printed(command, side)
 
 
 def compare(options: argparse.Namespace) -> None:

@@ -83,22 +83,14 @@ class DrawingTrainer(PreferenceTrainer):
     ) -> None:
         checked_rows(train_dataset, "train", self.task)
         checked_rows(eval_dataset, "eval", self.task)
-        ready = self.made_ready(
-            model,
-            self.own_settings(args, self.settings),
-            processing_class,
-            quantization_config=quantization_config,
-            peft_config=peft_config,
-            optimizers=optimizers,
-        )
-        with self.building(ready):
+        args = self.own_settings(args, self.settings)
+        ready = self.made_ready(model, args, processing_class, quantization_config, peft_config, optimizers)
+        with self.building(ready) as made:
             super().__init__(
-                model=ready.model,
+                **made,
                 reward_funcs=_rewards(reward_funcs),
-                args=ready.args,
                 train_dataset=train_dataset,
                 eval_dataset=eval_dataset,
-                processing_class=ready.processing_class,
                 reward_processing_classes=reward_processing_classes,
                 callbacks=callbacks,
                 optimizers=optimizers,
@@ -113,13 +105,13 @@ class DrawingTrainer(PreferenceTrainer):
         self.surround()
 
     @contextmanager
-    def building(self, ready: Ready) -> Iterator[None]:
+    def building(self, ready: Ready) -> Iterator[dict[str, Any]]:
         """Hide ``beta`` and ``use_vllm`` while TRL makes its trainer, so that it loads no reference and no vLLM."""
         given = {name: getattr(ready.args, name) for name in ("beta", "use_vllm")}
         ready.args.beta, ready.args.use_vllm = 0.0, False
         try:
-            with super().building(ready):
-                yield
+            with super().building(ready) as made:
+                yield made
         finally:
             for name, value in given.items():
                 setattr(ready.args, name, value)

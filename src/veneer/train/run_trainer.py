@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from datasets import Dataset
@@ -64,6 +64,7 @@ class RunTrainer(ResumableTrainer):
     ``__init__`` with `surround`.
     """
 
+    kind: ClassVar[Kind] = "causal"
     args: Any
     tokens_of_step: tuple[int, int, int] = (0, 0, 0)  # of the last micro-batch: not padding, trained, predicted right
 
@@ -72,11 +73,9 @@ class RunTrainer(ResumableTrainer):
         model: str | PreTrainedModel | PeftModel,
         args: RunSettings,
         processing_class: Any,
-        *,
-        quantization_config: Any = None,
-        peft_config: MethodConfig | None = None,
-        optimizers: tuple[Any, Any] = (None, None),
-        kind: Kind = "causal",
+        quantization_config: Any,
+        peft_config: MethodConfig | None,
+        optimizers: tuple[Any, Any],
     ) -> Ready:
         """Return the settings (a copy), the model with a fresh adapter if a config is given, and the tokenizer.
 
@@ -93,16 +92,16 @@ class RunTrainer(ResumableTrainer):
         self.progress, self.data_digest = Progress(), None
         set_seed(args.seed)
         name = model if isinstance(model, str) else getattr(model.config, "_name_or_path", None)
-        model = adapted(loaded(model, args, quantization_config, kind), peft_config)
+        model = adapted(loaded(model, args, quantization_config, self.kind), peft_config)
         processing_class = processing_class or AutoTokenizer.from_pretrained(name)
         require_special_tokens(getattr(processing_class, "tokenizer", processing_class), args)
         return Ready(args, model, processing_class)
 
     @contextmanager
-    def building(self, ready: Ready) -> Iterator[None]:
-        """Keep the model and the settings unchanged while TRL's trainer is made in the block."""
+    def building(self, ready: Ready) -> Iterator[dict[str, Any]]:
+        """Keep the model and the settings unchanged while TRL's trainer is made in the block, with these arguments."""
         with model_kept(ready.model), settings_kept(ready.args):
-            yield
+            yield {"model": ready.model, "args": ready.args, "processing_class": ready.processing_class}
 
     def surround(self) -> None:
         """Set up the offload of activations, the display, adapters' schedules and callbacks.

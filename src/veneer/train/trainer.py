@@ -71,22 +71,13 @@ class SFTTrainer(RunTrainer, trl.SFTTrainer):  # type: ignore[misc]
         self._evaluated: list[torch.Tensor] = []
         args = as_settings(args, SFTConfig, "trainer_output")
         self._assistant_only = args.assistant_only_loss
-        ready = self.made_ready(
-            model,
-            args,
-            processing_class,
-            quantization_config=quantization_config,
-            peft_config=peft_config,
-            optimizers=optimizers,
-        )
-        with self.building(ready):
+        ready = self.made_ready(model, args, processing_class, quantization_config, peft_config, optimizers)
+        with self.building(ready) as made:
             super().__init__(
-                model=ready.model,
-                args=ready.args,
+                **made,
                 data_collator=data_collator,
                 train_dataset=train_dataset,
                 eval_dataset=eval_dataset,
-                processing_class=ready.processing_class,
                 compute_loss_func=compute_loss_func,
                 compute_metrics=compute_metrics,
                 callbacks=callbacks,

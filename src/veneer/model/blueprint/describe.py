@@ -22,8 +22,7 @@ from veneer.model.coded.embedding import CodedEmbedding, table_shape
 from veneer.model.coded.module import CodedModule
 from veneer.model.inplace import plain_class
 
-# What transformers and torch raise for a config of which no model can be made.
-_REFUSALS = (
+UNMADE = (  # errors of transformers and torch for a config of which no model can be made
     ArithmeticError,
     AssertionError,
     AttributeError,
@@ -43,7 +42,7 @@ def describe_config(config: PreTrainedConfig) -> Decoder:
     try:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
-    except _REFUSALS as error:
+    except UNMADE as error:
         raise DescriptionError(f"transformers makes no decoder of a {type(config).__name__}: {error}") from error
     return describe(model)
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Generic, Literal, TypeVar
 
 from veneer.serve.schedule.lora_request import LoRARequest
 
+Pooled = TypeVar("Pooled")
 FinishReason = Literal["stop", "length", "abort", "error"]
 
 
@@ -136,11 +137,11 @@ class ClassificationOutput:
 
 
 @dataclass(slots=True)
-class ClassificationRequestOutput:
-    """Prompt with its classes."""
+class _PooledOutput(Generic[Pooled]):
+    """Prompt with one result. ``num_cached_tokens`` counts the tokens that were in the prefix cache."""
 
     request_id: str
-    outputs: ClassificationOutput
+    outputs: Pooled
     prompt_token_ids: list[int]
     finished: bool = True
     num_cached_tokens: int = 0
@@ -148,12 +149,10 @@ class ClassificationRequestOutput:
 
 
 @dataclass(slots=True)
-class EmbeddingRequestOutput:
-    """Prompt with its embedding. ``num_cached_tokens`` counts the tokens that were in the prefix cache."""
+class ClassificationRequestOutput(_PooledOutput[ClassificationOutput]):
+    """Prompt with its classes."""
 
-    request_id: str
-    outputs: EmbeddingOutput
-    prompt_token_ids: list[int]
-    finished: bool = True
-    num_cached_tokens: int = 0
-    lora_request: LoRARequest | None = None
+
+@dataclass(slots=True)
+class EmbeddingRequestOutput(_PooledOutput[EmbeddingOutput]):
+    """Prompt with its embedding."""

@@ -54,23 +54,15 @@ class ReferredTrainer(PreferenceTrainer):
     ) -> None:
         checked_rows(train_dataset, "train", self.task)
         checked_rows(eval_dataset, "eval", self.task)
-        ready = self.made_ready(
-            model,
-            self.own_settings(args, self.settings),
-            processing_class,
-            quantization_config=quantization_config,
-            peft_config=peft_config,
-            optimizers=optimizers,
-        )
-        with self.building(ready):
+        args = self.own_settings(args, self.settings)
+        ready = self.made_ready(model, args, processing_class, quantization_config, peft_config, optimizers)
+        with self.building(ready) as made:
             super().__init__(
-                model=ready.model,
+                **made,
                 ref_model=self.placeholder(ready, ref_model),
-                args=ready.args,
                 data_collator=data_collator,
                 train_dataset=train_dataset,
                 eval_dataset=eval_dataset,
-                processing_class=ready.processing_class,
                 compute_metrics=compute_metrics,
                 callbacks=callbacks,
                 optimizers=optimizers,
@@ -83,12 +75,12 @@ class ReferredTrainer(PreferenceTrainer):
         return PreferenceScoring(collision=bool(getattr(self.args, "use_weighting", False)))
 
     @contextmanager
-    def building(self, ready: Ready) -> Iterator[None]:
+    def building(self, ready: Ready) -> Iterator[dict[str, Any]]:
         """Switch off the scores of the reference while TRL's trainer is made: the reference is not there yet."""
         precompute, ready.args.precompute_ref_log_probs = ready.args.precompute_ref_log_probs, False
         try:
-            with super().building(ready):
-                yield
+            with super().building(ready) as made:
+                yield made
         finally:
             ready.args.precompute_ref_log_probs = precompute
 

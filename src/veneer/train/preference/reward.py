@@ -31,6 +31,8 @@ class RewardTrainer(PreferenceTrainer, trl.RewardTrainer):  # type: ignore[misc]
     run could not do as asked.
     """
 
+    kind = "reward"
+
     def __init__(
         self,
         model: str | PreTrainedModel | PeftModel,
@@ -50,23 +52,15 @@ class RewardTrainer(PreferenceTrainer, trl.RewardTrainer):  # type: ignore[misc]
         checked_rows(train_dataset, "train", "reward")
         checked_rows(eval_dataset, "eval", "reward")
         _require_one_output(model)
-        ready = self.made_ready(
-            model,
-            self.own_settings(args, RewardConfig),
-            processing_class,
-            quantization_config=quantization_config,
-            peft_config=for_scores(peft_config),
-            optimizers=optimizers,
-            kind="reward",
-        )
-        with self.building(ready):
+        args = self.own_settings(args, RewardConfig)
+        peft_config = for_scores(peft_config)
+        ready = self.made_ready(model, args, processing_class, quantization_config, peft_config, optimizers)
+        with self.building(ready) as made:
             super().__init__(
-                model=ready.model,
-                args=ready.args,
+                **made,
                 data_collator=data_collator,
                 train_dataset=train_dataset,
                 eval_dataset=eval_dataset,
-                processing_class=ready.processing_class,
                 compute_metrics=compute_metrics,
                 callbacks=callbacks,
                 optimizers=optimizers,
