@@ -1,4 +1,4 @@
-"""What goes out of the memory of serving: worth against least recently used, on simulated requests.
+"""Eviction from the memory of serving: by worth against least recently used, on simulated requests.
 
     python -m bench.serving.eviction [--requests 6000] [--gib 1.0] [--token-ms 2.0]
 
@@ -76,7 +76,7 @@ def load_seconds(adapter: int) -> float:
 
 @dataclass
 class Cost:
-    """What requests had to make again."""
+    """Work that requests had to do again."""
 
     n_requests: int = 0
     n_tokens: int = 0

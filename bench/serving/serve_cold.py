@@ -47,7 +47,7 @@ class Run:
 
 @dataclass(frozen=True, slots=True)
 class Runs:
-    """A load, several times."""
+    """Repeated runs of one load."""
 
     runs: list[Run]
 

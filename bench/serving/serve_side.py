@@ -58,7 +58,7 @@ def vllm(job: dict[str, Any]) -> Answer:
 
 
 def vllm_options(job: dict[str, Any]) -> dict[str, Any]:
-    """Its options, and its environment's; before it is imported.
+    """Return vLLM's options, and set its environment before it is imported.
 
     Adapter rows are slow in chunks as long as vLLM makes them by itself: 256 tokens are the best of those tried. By
     itself it leaves one core to its scheduler, which on few cores is a large share of them.

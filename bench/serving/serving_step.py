@@ -143,7 +143,7 @@ class Load:
         return median(found[0]), median(found[1])
 
     def bound_ms(self, n_adapters: int, rates: Rates) -> float:
-        """Of a whole step."""
+        """Return the bound of a whole step in ms."""
         weights = sum(layer.in_features * layer.out_features for layer in self.program.linears.values())
         keys = self.program.numbers_per_position * self.context * self.rows
         heads = sum(4 * part.heads.n_heads * part.heads.head_dim for part in self.program.attentions) * self.context
@@ -151,14 +151,14 @@ class Load:
         return _bound_ms(moved, self.rows * (2 * weights + heads) + self._own_flops(n_adapters), rates)
 
     def own_bound_ms(self, n_adapters: int, rates: Rates) -> float:
-        """Of what adapters add to a step."""
+        """Return the bound in ms of the work that adapters add to a step."""
         return _bound_ms(self.adapter_bytes * n_adapters, self._own_flops(n_adapters), rates)
 
     def _own_flops(self, n_adapters: int) -> int:
         return 2 * self.rows * self.adapter_bytes // self.interpreter.dtype.itemsize if n_adapters else 0
 
     def parts_ms(self, n_adapters: int, repeats: int = 20) -> dict[str, float]:
-        """Of the kinds of parts in the call, a step."""
+        """Return the ms a step of each kind of part in the call."""
         assert self.native is not None
         self.run(n_adapters, native=True)
         self.native.program.seconds()

@@ -196,25 +196,9 @@ def texts() -> tuple[Dataset, Dataset]:
     return Dataset.from_list(rows[:44]), Dataset.from_list(rows[44:])
 
 
-def test_7_the_qlora_pipeline(base: Path, texts: tuple[Dataset, Dataset], tmp_path: Path) -> None:
-    train_dataset, eval_dataset = texts
-    model = load(base, quantization_config=nf4(), device_map="auto", attn_implementation="sdpa")
-    tokenizer = AutoTokenizer.from_pretrained(base)
-    tokenizer.pad_token = tokenizer.eos_token
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", FutureWarning)
-        model = prepare_model_for_kbit_training(model)
-    lora_config = LoraConfig(
-        r=16,
-        lora_alpha=32,
-        target_modules="all-linear",
-        lora_dropout=0.05,
-        bias="none",
-        task_type="CAUSAL_LM",
-    )
-    model = get_peft_model(model, lora_config)
-    training_args = SFTConfig(
-        output_dir=str(tmp_path / "qlora-output"),
+def qlora_settings(output: Path) -> SFTConfig:
+    return SFTConfig(
+        output_dir=str(output),
         num_train_epochs=3,
         per_device_train_batch_size=4,
         gradient_accumulation_steps=2,
@@ -239,6 +223,26 @@ def test_7_the_qlora_pipeline(base: Path, texts: tuple[Dataset, Dataset], tmp_pa
         report_to="none",
         disable_tqdm=True,
     )
+
+
+def test_7_the_qlora_pipeline(base: Path, texts: tuple[Dataset, Dataset], tmp_path: Path) -> None:
+    train_dataset, eval_dataset = texts
+    model = load(base, quantization_config=nf4(), device_map="auto", attn_implementation="sdpa")
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer.pad_token = tokenizer.eos_token
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FutureWarning)
+        model = prepare_model_for_kbit_training(model)
+    lora_config = LoraConfig(
+        r=16,
+        lora_alpha=32,
+        target_modules="all-linear",
+        lora_dropout=0.05,
+        bias="none",
+        task_type="CAUSAL_LM",
+    )
+    model = get_peft_model(model, lora_config)
+    training_args = qlora_settings(tmp_path / "qlora-output")
     trainer = SFTTrainer(
         model=model,
         args=training_args,

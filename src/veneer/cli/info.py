@@ -99,8 +99,8 @@ def _gguf(path: Path) -> tuple[dict[str, Any], Section]:
 
 
 def _as_base(path: Path, header: GgufHeader) -> Section:
-    """How the weights of a model's file are used."""
-    from veneer.store.gguf.in_place import why_not_in_blocks
+    """Return how the weights of a model's file are used."""
+    from veneer.store.gguf.in_place import why_not_in_blocks  # which imports numpy, as folders do not need
 
     if header.values.get("general.type", "model") != "model":
         return {}

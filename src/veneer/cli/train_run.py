@@ -230,7 +230,7 @@ def _train_on_ray(recipe: Recipe, asked: TrainOptions, on: OnRay, console: Conso
     """Train in the workers of a cluster, which plan nothing: their memory is not seen from here."""
     _require_startable(recipe, asked)
     with waits_told("loading Ray"):
-        from veneer.ray.training import Loop, train_on
+        from veneer.ray.training import Loop, train_on  # Ray is no dependency of other runs
     loop = Loop(recipe=str(on.recipe), set=tuple(on.overrides), folder=os.getcwd(), allow_changes=asked.allow_changes)
     console.print("not planned: the workers of Ray have memory of their own", highlight=False)
     _tell_results(Path(recipe.output), train_on(on.place, loop, recipe), console)
@@ -252,7 +252,7 @@ def _train_sweep(sweep: Sweep, asked: TrainOptions, console: Console) -> None:
     engine = None
     if asked.on is not None:
         with waits_told("loading Ray"):
-            from veneer.ray.packs import on_ray
+            from veneer.ray.packs import on_ray  # as above
         engine = on_ray(asked.on.place)
     records = run_sweep(
         sweep,

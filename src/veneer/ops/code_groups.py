@@ -70,7 +70,7 @@ class CodeGroups:
 
     @property
     def halves_fit(self) -> bool:
-        """True if the kernels round to halves as the format does.
+        """Return True if the kernels round to halves as the format does.
 
         They do so for whole numbers that have halves as scales and never become infinite. Halves below the normal ones
         are exact then, as whole numbers times halves are. Tables of values (e2m1, iq4), other scales and the formula
@@ -88,7 +88,7 @@ class CodeGroups:
         return bool((reach <= _LARGEST_HALF).all() and (self.formula == "apart" or (sizes <= _LARGEST_HALF).all()))
 
     def heads(self) -> list[Float32[Tensor, "o groups"]]:
-        """Return the scales, and what is beside them, in float32."""
+        """Return the scales, and the values beside them if there are any, in float32."""
         return [powers(self.scales)] if self.beside is None else [powers(self.scales), self.beside.float()]
 
 

@@ -326,7 +326,7 @@ def _entropy_gradient(raw: Tensor, entropy: Tensor, options: HeadOptions) -> Ten
 
 
 def _times(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
-    """The product, rounded once: 1/n rounded to bfloat16 would be off by up to 0.4%, in every gradient alike."""
+    """Return the product, rounded once. If 1/n were rounded to bfloat16 first, every gradient would be off by 0.4%."""
     wide = torch.promote_types(gradient.dtype, torch.float32)
     return (gradient.to(wide) * factor).to(dtype)
 

@@ -44,7 +44,7 @@ class FactorPair(NamedTuple):
 
     @property
     def is_plain(self) -> bool:
-        """True if the pair is two products and nothing else."""
+        """Return True if the pair is two products and nothing else."""
         vectors = (self.core, self.b_scale, self.a_bias, self.b_bias)
         return self.activation == "identity" and all(vector is None for vector in vectors)
 

@@ -56,7 +56,7 @@ class PackedTerm:
 
     @property
     def is_sound(self) -> bool:
-        """True if kernels stay within the memory of the values and places: of a file that may be damaged too."""
+        """Return True if kernels stay within the memory of the values and places: of a file that may be damaged too."""
         if self.kind not in _N_SIZES or len(self.sizes) != _N_SIZES[self.kind] or min(self.sizes) < 1:
             return False
         if self.values.dtype != torch.float32 or not self.values.is_contiguous():

@@ -174,7 +174,7 @@ class EngineOptions(metaclass=Keywords):
         return said
 
     def speculative(self) -> SpeculativeConfig | None:
-        """Return ``speculative_config``, checked. Raises ConfigError for what is not offered."""
+        """Return ``speculative_config``, checked. Raises ConfigError for settings that are not offered."""
         given: dict[str, Any] | None = None if self.speculative_config is None else dict(self.speculative_config)
         return None if given is None else SpeculativeConfig(**given)
 
@@ -227,23 +227,30 @@ def start_engine(
         _runner(loaded, interpreter, pages, store, alone=program_alone) if way is None else OwnCacheRunner(loaded, way)
     )
     settings = EngineSettings(
-        vocabulary=vocabulary_of(loaded),
         ending=frozenset(ending_ids(loaded, tokenizer)),
-        generation_defaults=generation_defaults(loaded),
-        seed=options.seed,
-        max_lora_rank=options.max_lora_rank,
         value_bytes=None if interpreter is None else loaded.dtype.itemsize,
         why_general=why_not,
-        base=_folder_of(loaded),
         base_names=tuple(dict.fromkeys(filter(None, _names(model, loaded, options)))) if compares_bases else (),
-        chat_template=options.chat_template,
-        keeps_stats=not options.disable_log_stats,
         prefix_caching=options.enable_prefix_caching is not False and way is None,
-        speculative=options.speculative(),
         drafts=way is None,
-        encodes=bool(loaded.config.is_encoder_decoder),
+        **_settings_of(loaded, options),
     )
     return Engine(runner, scheduler, tokenizer, settings)
+
+
+def _settings_of(loaded: PreTrainedModel, options: EngineOptions) -> dict[str, Any]:
+    """Return the settings of an engine that follow from its model and options alone."""
+    return {
+        "vocabulary": vocabulary_of(loaded),
+        "generation_defaults": generation_defaults(loaded),
+        "seed": options.seed,
+        "max_lora_rank": options.max_lora_rank,
+        "base": _folder_of(loaded),
+        "chat_template": options.chat_template,
+        "keeps_stats": not options.disable_log_stats,
+        "speculative": options.speculative(),
+        "encodes": bool(loaded.config.is_encoder_decoder),
+    }
 
 
 def _require_generates(model: PreTrainedModel) -> None:

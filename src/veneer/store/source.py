@@ -119,16 +119,21 @@ def load_model(
         if isinstance(error, OSError):
             raise _not_loaded(source, place, error) from error
         raise
-    missing = sorted(set(report["missing_keys"]) - ({"score.weight"} if scores else set()))
-    if missing:
-        raise FormatError(
-            f"{source} lacks {len(missing)} tensors that {type(model).__name__} needs, such as {missing[0]!r}: it is "
-            f"not a whole {'model' if scores else 'causal language model'}. Fetch or save it again"
-        )
+    _require_whole(source, model, set(report["missing_keys"]), scores)
     fit_experts(model)
     if quantization is None:
         model.__dict__.pop("hf_device_map", None)  # a mark of models that no trainer may move
     return cast(PreTrainedModel, model if device is None else model.to(device)).eval()
+
+
+def _require_whole(source: str | os.PathLike[str], model: PreTrainedModel, missing: set[str], scores: bool) -> None:
+    """Raise FormatError if the files lack tensors, other than those of a new head of scores."""
+    lacking = sorted(missing - ({"score.weight"} if scores else set()))
+    if lacking:
+        raise FormatError(
+            f"{source} lacks {len(lacking)} tensors that {type(model).__name__} needs, such as {lacking[0]!r}: it is "
+            f"not a whole {'model' if scores else 'causal language model'}. Fetch or save it again"
+        )
 
 
 def _auto_class(source: str | os.PathLike[str], place: Path | str, *, encodes: bool) -> Any:

@@ -51,11 +51,37 @@ def cases():
     yield "attention.attention_forward", (heads, heads.clone(), heads.clone(), Plain(bounds), *numbers)
     given = [heads.clone() for _ in range(4)]
     yield "attention.attention_backward", (heads, *given, lse, Plain(bounds), *numbers)
+    yield "cross_entropy.softmax_cross_entropy", (x, rows, None, True)
+    yield "dropout.drop", (x, 30000, 7, rows)
+    yield "glu.glu_forward", (x, y, "silu")
+    yield "glu.glu_backward", (x, y, x.clone(), "silu", (True, True))
+    group = LowRankGroup((torch.randn(R, D),), (torch.randn(OUT, R),), (0.5,))
+    runs = AdapterRuns((Run(0, 0, N),), N)
+    yield "grouped_low_rank.forward", (x, [group], runs, [wide])
+    u = implementation("grouped_low_rank.forward", x.device, "cpu")(x, [group], runs, [wide])
+    yield "grouped_low_rank.backward", ([wide], x, u, [group], runs, True)
+    yield "int8.quantize_int8", (torch.randn(OUT, D),)
+    yield "int8.dequantize_int8", (*quantize_int8(torch.randn(OUT, D)), torch.float32)
+    yield "norm.rms_norm_forward", (x, w, 1e-5, 0.5)
+    yield "norm.layer_norm_forward", (x, w, w.clone(), 1e-5)
+    rstd = torch.ones(N)
+    yield "norm.rms_norm_backward", (x, y, w, rstd, 0.5, True)
+    yield "norm.layer_norm_backward", (x, y, w, rstd, rstd.clone(), True)
+    angles = torch.randn(1, N, 4)
+    yield "sample.likeliest", (x,)
+    yield "scale.forward", (x, w, w.clone(), y)
+    yield "scale.backward", (x, y, w, x.clone(), True)
+    yield "rotary.rotate", (torch.randn(2, HEADS, N, 8), angles, angles.clone(), False, True)
+    yield from coded_cases(x, wide)
+    yield from term_cases(x, y, w)
+    yield from serving_cases(x, w, wide)
+
+
+def coded_cases(x, wide):
+    """As `cases`, of values in codes."""
     flat, codes, absmax = torch.randn(N * D), torch.zeros(N * D, dtype=torch.uint8), torch.ones(6)
     yield "blockwise.quantize_blockwise", (flat, dynamic_map().clone(), 64)
     yield "blockwise.dequantize_blockwise", (codes, absmax, dynamic_map().clone(), 64, torch.float32)
-    yield "cross_entropy.softmax_cross_entropy", (x, rows, None, True)
-    yield "dropout.drop", (x, 30000, 7, rows)
     layout = FourBitLayout((OUT, D), "nf4", 64, torch.float32)
     packed = quantize_4bit(torch.randn(OUT, D), "nf4")
     yield "four_bit.quantize_4bit", (torch.randn(OUT * D), layout)
@@ -74,23 +100,10 @@ def cases():
     )
     yield "scaled.decode", (small, slice(0, OUT))
     yield "scaled.matmul", (x, small)
-    yield "glu.glu_forward", (x, y, "silu")
-    yield "glu.glu_backward", (x, y, x.clone(), "silu", (True, True))
-    group = LowRankGroup((torch.randn(R, D),), (torch.randn(OUT, R),), (0.5,))
-    runs = AdapterRuns((Run(0, 0, N),), N)
-    yield "grouped_low_rank.forward", (x, [group], runs, [wide])
-    u = implementation("grouped_low_rank.forward", x.device, "cpu")(x, [group], runs, [wide])
-    yield "grouped_low_rank.backward", ([wide], x, u, [group], runs, True)
-    yield "int8.quantize_int8", (torch.randn(OUT, D),)
-    yield "int8.dequantize_int8", (*quantize_int8(torch.randn(OUT, D)), torch.float32)
-    yield "norm.rms_norm_forward", (x, w, 1e-5, 0.5)
-    yield "norm.layer_norm_forward", (x, w, w.clone(), 1e-5)
-    rstd = torch.ones(N)
-    yield "norm.rms_norm_backward", (x, y, w, rstd, 0.5, True)
-    yield "norm.layer_norm_backward", (x, y, w, rstd, rstd.clone(), True)
-    angles = torch.randn(1, N, 4)
-    yield "sample.likeliest", (x,)
-    yield "scale.forward", (x, w, w.clone(), y)
+
+
+def term_cases(x, y, w):
+    """As `cases`, of the terms of records."""
     yield "terms.apply", (PackedTerm("blocks", (D // 16, 16), torch.randn(D // 16, 16, 16)), x, y, True)
     places = torch.cat([torch.arange(D + 1), torch.arange(D)]).int()
     yield "terms.apply", (PackedTerm("sparse", (D, D), w.clone(), places), x, y, False)
@@ -103,9 +116,6 @@ def cases():
     yield "terms.entry_gradients", (multiplies, x, y)
     factors = torch.randn(R * (D + OUT))
     yield "terms.make", (PackedTerm("hadamard", (OUT, D, R), factors), PackedWeight.pack(torch.randn(OUT, D)))
-    yield "scale.backward", (x, y, w, x.clone(), True)
-    yield "rotary.rotate", (torch.randn(2, HEADS, N, 8), angles, angles.clone(), False, True)
-    yield from serving_cases(x, w, wide)
 
 
 def serving_cases(x, w, wide):

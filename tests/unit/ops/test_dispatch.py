@@ -64,7 +64,7 @@ def turing(monkeypatch):
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs the package triton")
 def test_products_without_tensor_cores_are_torchs(turing):
-    """What multiplies no tiles stays with Triton: norms, codecs, optimizers."""
+    """Kernels that multiply no tiles stay with Triton: norms, codecs, optimizers."""
     cuda = torch.device("cuda")
     assert "8.0 on, and a GPU here has 7.5" in dispatch.lacks("attention.attention_forward", "triton")
     assert dispatch.implementation("pairs.add", cuda).__module__ == "veneer.ops.reference.pairs"

@@ -7,8 +7,8 @@ from collections import Counter
 import pytest
 import torch
 
-from veneer.ops.forms import entries, entry_gradients, form_gradients, map_rows, shape_of
 from veneer.ops.grouped_low_rank import AdapterRuns, LowRankGroup, Run, add_grouped_low_rank, grouped_low_rank_backward
+from veneer.ops.linear.forms import entries, entry_gradients, form_gradients, map_rows, shape_of
 from veneer.ops.traced import tracing
 from veneer.plan.products import MatrixProduct
 from veneer.plan.work import CountWork

@@ -1,4 +1,4 @@
-"""How processes share the rows of a step and the base."""
+"""Shares of processes: the rows of a step, and the base."""
 
 from __future__ import annotations
 

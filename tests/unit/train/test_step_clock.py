@@ -14,7 +14,7 @@ ARGS = SimpleNamespace(gradient_accumulation_steps=2, device=torch.device("cpu")
 
 
 def ticked(steps: list[tuple[float, int]], monkeypatch: pytest.MonkeyPatch) -> dict[str, object]:
-    """What the clock tells of steps of so many seconds and tokens."""
+    """Return the clock's entry of the log after steps of so many seconds and tokens."""
     now, tokens = 100.0, 1000
     monkeypatch.setattr(callbacks, "time", SimpleNamespace(perf_counter=lambda: now))
     clock = StepClock(lambda: tokens)

@@ -53,7 +53,7 @@ def address_limit() -> int | None:
     """Return the limit of the process's address space in bytes (``ulimit -v``); None if there is none."""
     if sys.platform == "win32":
         return None
-    import resource
+    import resource  # as above
 
     limit = resource.getrlimit(resource.RLIMIT_AS)[0]
     return None if limit == resource.RLIM_INFINITY else limit

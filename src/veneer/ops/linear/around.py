@@ -1,7 +1,7 @@
 """Terms before and after the products: a map of the input, a map of the output, and a bias.
 
 Scales and biases are never rounded to the dtype of the tensor that they act on (`ops.scale`), and neither is a rotation
-in blocks that kernels map rows by (`ops.forms`). Of another one in blocks the difference from the identity is
+in blocks that kernels map rows by (`ops.linear.forms`). Of another one in blocks the difference from the identity is
 (`ops.linear.blocks`).
 """
 
@@ -13,7 +13,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from veneer.ops.forms import form_gradients, map_rows
 from veneer.ops.linear.blocks import blocks_gradient, less_identity, turn
 from veneer.ops.linear.change import (
     Gradients,
@@ -25,6 +24,7 @@ from veneer.ops.linear.change import (
     leaves_of,
     with_leaves,
 )
+from veneer.ops.linear.forms import form_gradients, map_rows
 from veneer.ops.linear.layer import LinearLayer
 from veneer.ops.scale import scale_columns, scale_columns_backward
 from veneer.records.deltas import Around
@@ -133,7 +133,7 @@ def _map(z: Tensor, term: Around | None, bias: Tensor | None, out: Tensor, layer
 def _map_backward(
     dy: Tensor, z: Tensor | None, term: Around, dz: Tensor, layer: LinearLayer, *, with_bias: bool = False
 ) -> tuple[Gradients, Tensor | None]:
-    """Gradients of `_map` in the term's tensors, if z is given, and in the bias. That in z goes into ``dz``."""
+    """Return the gradients of `_map` in the term's tensors (if z is given) and the bias. That in z goes into ``dz``."""
     if not isinstance(term, Rotation):
         dscale, dbias = scale_columns_backward(dy, z, term.vector, dz, with_bias=with_bias)
         return (dscale,), dbias

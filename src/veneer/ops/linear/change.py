@@ -1,8 +1,8 @@
 """Changes of the weight other than a low-rank pair: their products added to outputs, and the backward pass.
 
-In a batch (`LinearLayer.is_batch`) a change with a form that kernels know maps rows in float32 (`ops.forms`). The
-tensors of others are rounded to x's dtype for the products, as those of a pair are. A change that `Change.is_made_for`
-the rows is one matrix for one product, made again in the backward pass: by a kernel if it multiplies the frozen weight.
+In a batch (`LinearLayer.is_batch`) a change with a form that kernels know maps rows in float32 (`forms`). The tensors
+of others are rounded to x's dtype for the products, as those of a pair are. A change that `Change.is_made_for` the rows
+is one matrix for one product, made again in the backward pass: by a kernel if it multiplies the frozen weight.
 Of a `LowRankMixture` the backward pass computes again what lies between A and B, and of other changes the product under
 autograd. So neither a matrix nor intermediate results are kept.
 """
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from veneer.ops.dispatch import kernel_isa
 from veneer.ops.dropout import Mask
-from veneer.ops.forms import entries, entry_gradients, form_gradients, has_entries, has_kernel, map_rows
+from veneer.ops.linear.forms import entries, entry_gradients, form_gradients, has_entries, has_kernel, map_rows
 from veneer.ops.linear.layer import LinearLayer
 from veneer.ops.linear.weight import add_transposed
 from veneer.ops.matmul import add_matmul, float32_is_faster, matmul
@@ -117,7 +117,7 @@ def _kept(change: Change, mask: Mask | None) -> Change:
 
 
 def _only_change(layer: LinearLayer) -> Change | None:
-    """The one change of all rows, if there is one and no other."""
+    """Return the change of all rows if there is no other."""
     changes = layer.record.changes if layer.runs is None else ()
     return changes[0] if len(changes) == 1 else None
 
@@ -137,7 +137,7 @@ class _Made:
             return cls(leaves, *_matrix(change.with_tensors(leaves), dtype))
 
     def gradients(self, dz: Tensor, x: Tensor) -> Gradients:
-        """Of the product with x, by the gradient ``dzᵀ x`` in the matrix."""
+        """Return the gradients of the product with x, by the gradient ``dzᵀ x`` in the matrix."""
         if not any(leaf.requires_grad for leaf in self.leaves):
             return (None,) * len(self.leaves)
         gradient = matmul(dz.T, x, x.dtype)
@@ -171,7 +171,7 @@ def _form_backward(change: Change, dz: Tensor, x: Tensor, dx: Tensor | None) -> 
 
 
 def _mixture_backward(change: LowRankMixture, dz: Tensor, x: Tensor, dx: Tensor | None) -> Gradients:
-    """Gradients in the tensors of a mixture; that in x is added to ``dx``. Only what follows A is made again."""
+    """Return the gradients in a mixture's tensors; add that in x to ``dx``. Only values behind A are made again."""
     a, leaves = change.a.detach().to(x.dtype), leaves_of(change)
     inner = matmul(x, a.T, x.dtype).requires_grad_()
     with torch.enable_grad():
@@ -199,7 +199,7 @@ def _product_backward(change: Change, dz: Tensor, x: Tensor, dx: Tensor | None, 
 
 
 def _is_made(change: Change, x: Tensor, layer: LinearLayer) -> bool:
-    """True if the change is used as one matrix for rows such as x, since no kernel maps them by its form."""
+    """Return True if the change is used as one matrix for rows such as x, since no kernel maps them by its form."""
     dtype = torch.float32 if x.device.type != "cuda" and float32_is_faster() else x.dtype  # of the matrix product
     by_matrix = layer.is_batch(len(x)) and change.is_made_for(len(x), dtype)
     return by_matrix and form_of(change, x, layer) is None

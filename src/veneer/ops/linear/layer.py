@@ -31,7 +31,7 @@ class LinearLayer:
     many there are: serving promises that.
 
     A record's tensors may be wider than x (float32 with bf16). Pairs are rounded for the products, which accumulate in
-    float32. Kernels map many rows by a form in float32 (`ops.forms`). If there is no such kernel, changes of many rows
+    float32. Kernels map many rows by a form in float32 (`forms`). If there is no such kernel, changes of many rows
     are rounded unless they would lose by it, and of a rotation in blocks the difference from the identity is. Of other
     terms nothing is rounded. Gradients are in the tensors' own dtype.
     """
@@ -50,27 +50,27 @@ class LinearLayer:
 
     @property
     def maps_input(self) -> bool:
-        """True if a record scales or rotates the input, so that the layer does not read x itself."""
+        """Return True if a record scales or rotates the input, so that the layer does not read x itself."""
         return any(record.input is not None for record in self.records)
 
     @property
     def adds_to_mapped(self) -> bool:
-        """True if a record adds to the weight that reads an input which it maps. Others read x itself."""
+        """Return True if a record adds to the weight that reads an input which it maps. Others read x itself."""
         return any(record.input is not None and record.adds for record in self.records)
 
     @property
     def goes_by_rows(self) -> bool:
-        """True if rows have their own records or masks: their low-rank part is `ops.grouped_low_rank`."""
+        """Return True if rows have their own records or masks: their low-rank part is `ops.grouped_low_rank`."""
         return self.runs is not None or bool(self.masks)
 
     @property
     def is_lowrank(self) -> bool:
-        """True if there is a low-rank part."""
+        """Return True if there is a low-rank part."""
         return any(record.rank for record in self.records)
 
     @property
     def has_changes(self) -> bool:
-        """True if a record changes the weight by more than a pair."""
+        """Return True if a record changes the weight by more than a pair."""
         return any(record.changes for record in self.records)
 
     def mask_of(self, record: int) -> Mask | None:

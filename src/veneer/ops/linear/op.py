@@ -243,7 +243,7 @@ class _Found:
         self.values = [[_OfRecord(record) for record in layer.records] for layer in layers]
 
     def add(self, place: int, **terms: Sequence[Any]) -> None:
-        """Of one layer, each term's in every record."""
+        """Take in the gradients of one layer: those of a term in every record."""
         for term, gradients in terms.items():
             for values, gradient in zip(self.values[place], gradients, strict=True):
                 setattr(values, term, gradient)
@@ -255,7 +255,7 @@ class _Found:
         return dz
 
     def add_factors(self, places: Sequence[int], factors: Sequence[Sequence[FactorGradients]]) -> None:
-        """Of some layers those in the pair of every record."""
+        """Take in the gradients of the pairs of some layers, in every record."""
         for place, gradients in zip(places, factors, strict=True):
             self.add(place, pair=gradients)
 

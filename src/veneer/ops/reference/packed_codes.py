@@ -81,7 +81,7 @@ def _stored(units: Tensor, bits: int) -> Tensor:
 
 
 def _nibbles_in_words(units: Tensor) -> Tensor:
-    """Of each sixteen codes the even and the odd ones, the first in the lowest bits, as one number of eight bytes."""
+    """Pack the even and the odd codes of each sixteen, the first in the lowest bits, into one number of eight bytes."""
     o, n, _ = units.shape
     quads = units.reshape(o, n, -1, 4, 4)
     words = torch.stack([quads[..., 0] | quads[..., 2] << 4, quads[..., 1] | quads[..., 3] << 4], dim=3)
@@ -94,7 +94,7 @@ def _bytes_in_pairs(units: Tensor) -> Tensor:
 
 
 def _planes(units: Tensor, bits: int) -> Tensor:
-    """Of each sixteen codes the lower two bits in a word of each output; then the third bits of all outputs."""
+    """Pack the lower two bits of sixteen codes into a word of each output, and then the third bits of all outputs."""
     o, n, width = units.shape
     pairs = units.to(torch.int64).view(o, n, width // UNIT, 8, 2)  # (.., inputs 2 m and 2 m + 1)
     low = ((pairs & 3) << _places(2, 16)).sum(dim=(3, 4)).permute(1, 2, 0)  # (n, groups, o)

@@ -196,7 +196,7 @@ def _share(x, top, inverse):
 
 @triton.jit
 def _from(row, d, top, inverse, least, key, BLOCK: tl.constexpr):
-    """How many logits are not below a key, and their shares together; shares below ``least`` are none."""
+    """Count the logits that are not below a key, and add up their shares; shares below ``least`` are none."""
     count, mass = tl.zeros([BLOCK], tl.int64), tl.zeros([BLOCK], tl.int64)
     for first in range(0, d, BLOCK):
         ids = first + tl.arange(0, BLOCK)

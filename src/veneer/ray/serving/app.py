@@ -18,7 +18,7 @@ def app(args: dict[str, Any]) -> Application:
     """
     given = arguments_of(args)
     try:
-        from veneer.ray.serving.deployments import ROUTER, application
+        from veneer.ray.serving.deployments import ROUTER, application  # which import Ray
     except ModuleNotFoundError as error:
         raise ConfigError("Ray Serve is not installed: pip install 'veneer[ray]'") from error
     return application(given, ROUTER)

@@ -50,7 +50,7 @@ class Sandbox:
         self._is_closed = False
 
     def ask(self, program: str, about: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the answer of a process to a program and what it is about, both as JSON has them.
+        """Return the answer of a process to a program and its input, both as JSON has them.
 
         Raises SandboxError, and QueueFullError if no process is free in time.
         """
@@ -147,7 +147,7 @@ class _Process:
 
     @property
     def is_over(self) -> bool:
-        """True if the process has ended."""
+        """Return True if the process has ended."""
         return self._process.poll() is not None
 
     def end(self) -> None:

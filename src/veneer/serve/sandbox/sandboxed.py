@@ -54,6 +54,7 @@ def _limit(most_bytes: int, stack: int) -> None:
 
 
 def _templates() -> Answer:
+    # Here, as a process of the sandbox makes templates or grammars, and imports what these need alone.
     from jinja2.exceptions import TemplateError
     from transformers.utils.chat_template_utils import render_jinja_template
 
@@ -73,7 +74,7 @@ def _templates() -> Answer:
 
 
 def _grammars() -> Answer:
-    from llguidance import LLMatcher, LLTokenizer
+    from llguidance import LLMatcher, LLTokenizer  # see `_templates`
 
     tables = LLTokenizer("byte")
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from veneer.errors import ShapeError
-from veneer.ops.forms import (
+from veneer.ops.linear.forms import (
     LEAST_SAVED,
     MATRIX_ROWS,
     MOST_OF_SECOND,

@@ -1,4 +1,4 @@
-"""Calls of openai's and anthropic's clients, as users make them. All but the refused behave as with the originals.
+"""Calls of openai's client, as users make them. All but the refused behave as with the original.
 
 The model's text is noise, so that a call shows the form of answers, and grammars their content.
 """
@@ -9,97 +9,26 @@ import asyncio
 import json
 import math
 import socket
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
-import anthropic
 import openai
 import pytest
-from pydantic import BaseModel
 
-from .test_server import Server
+from .calls import (
+    BLANKS,
+    CHAT,
+    FORM,
+    FUNCTION,
+    NAMED,
+    PICTURE,
+    TOOL,
+    TURN,
+    Calls,
+    Paint,
+)
 
-N_CALLS, N_ALIKE = 74, 66
-TURN: Any = {"role": "user", "content": "x"}
-CHAT: Any = {"model": "tiny", "messages": [TURN], "max_tokens": 5}
-TEXT: Any = {"model": "tiny", "prompt": "abc", "max_tokens": 5}
-RESPONSE: Any = {"model": "tiny", "input": "x", "max_output_tokens": 16}
-MESSAGE: Any = {"model": "tiny", "messages": [TURN], "max_tokens": 5}
-PICTURE = "data:image/png;base64,iVBORw0KGgo="
-
-
-class Paint(BaseModel):
-    """Paint a wall."""
-
-    colour: Literal["red", "blue"]
-
-
-SCHEMA: Any = {
-    "type": "object", "properties": {"colour": {"type": "string", "enum": ["red", "blue"]}}, "required": ["colour"],
-    "additionalProperties": False,
-}  # fmt: skip
-TOOL: Any = {"type": "function", "function": {"name": "Paint", "description": "Paints.", "parameters": SCHEMA}}
-NAMED: Any = {"type": "function", "function": {"name": "Paint"}}
-FORM: Any = {"type": "json_schema", "json_schema": {"name": "paint", "schema": SCHEMA, "strict": True}}
-BLANKS: Any = {str(ord(c)): -100 for c in " \t\n\r"}
-USED: Any = {"name": "Paint", "description": "Paints.", "input_schema": SCHEMA}
-FUNCTION: Any = {"type": "function", "name": "Paint", "parameters": SCHEMA, "strict": True}
-
-
-@dataclass(frozen=True)
-class Clients:
-    """The clients of one server, as their users make them."""
-
-    server: Server
-
-    @property
-    def openai(self) -> openai.OpenAI:
-        return self.server.client
-
-    @property
-    def openai_async(self) -> openai.AsyncOpenAI:
-        return openai.AsyncOpenAI(base_url=f"{self.server.url}/v1", api_key="none", max_retries=0)
-
-    @property
-    def anthropic(self) -> anthropic.Anthropic:
-        return anthropic.Anthropic(base_url=self.server.url, api_key="none", max_retries=0)
-
-    @property
-    def anthropic_async(self) -> anthropic.AsyncAnthropic:
-        return anthropic.AsyncAnthropic(base_url=self.server.url, api_key="none", max_retries=0)
-
-    def chat(self, **given: Any) -> Any:
-        return self.openai.chat.completions.create(**CHAT | given)
-
-    def text(self, **given: Any) -> Any:
-        return self.openai.completions.create(**TEXT | given)
-
-    def respond(self, **given: Any) -> Any:
-        return self.openai.responses.create(**RESPONSE | given)
-
-    def message(self, **given: Any) -> Any:
-        return self.anthropic.messages.create(**MESSAGE | given)
-
-
-Call = Callable[[Clients], None]
-ALIKE: dict[str, Call] = {}
-REFUSED: dict[str, tuple[Call, str]] = {}
-
-
-def alike(name: str) -> Callable[[Call], Call]:
-    return lambda call: ALIKE.setdefault(name, call)
-
-
-def refused(name: str, said: str, call: Call) -> None:
-    REFUSED[name] = (call, said)
-
-
-@pytest.fixture(scope="module")
-def clients(long_folder) -> Iterator[Clients]:
-    running = Server(long_folder, long_folder / "none")
-    yield Clients(running)
-    running.stop()
+CALLS = Calls()
+alike, refused = CALLS.alike, CALLS.refused
 
 
 @alike("chat")
@@ -490,90 +419,7 @@ def _(c):
     assert c.respond(**hints, include=["reasoning.encrypted_content"], metadata={"a": "b"}).metadata == {"a": "b"}
 
 
-@alike("messages")
-def _(c):
-    message = c.message()
-    assert (message.type, message.role, message.stop_reason) == ("message", "assistant", "max_tokens")
-    assert (message.content[0].type, message.usage.output_tokens) == ("text", 5)
-
-
-@alike("messages: system as blocks, cache_control")
-def _(c):
-    cached = {"cache_control": {"type": "ephemeral"}}
-    blocks = [{"type": "text", "text": "y"}, {"type": "text", "text": "z"} | cached]
-    content = [{"type": "text", "text": "x"} | cached]
-    assert c.message(system=blocks, messages=[{"role": "user", "content": content}], metadata={"user_id": "u"})
-
-
-@alike("messages: stop_sequences, temperature, top_k")
-def _(c):
-    extra = {"temperature": 0, "top_k": 3, "logit_bias": {"97": 100}}
-    message = c.message(stop_sequences=["aa"], extra_body=extra)
-    assert (message.stop_reason, message.stop_sequence) == ("stop_sequence", "aa")
-
-
-@alike("messages: the client's own stream")
-def _(c):
-    with c.anthropic.messages.stream(**MESSAGE) as stream:
-        text = "".join(stream.text_stream)
-    assert stream.get_final_message().content[0].text == text
-
-
-@alike("messages: stream")
-def _(c):
-    kinds = [event.type for event in c.message(stream=True)]
-    assert (kinds[0], kinds[-1]) == ("message_start", "message_stop")
-
-
-@alike("messages: a last turn that is continued")
-def _(c):
-    assert c.message(messages=[TURN, {"role": "assistant", "content": "so"}]).content[0].type == "text"
-
-
-@alike("messages: an agent's loop")
-def _(c):
-    choice = {"type": "any", "disable_parallel_tool_use": True}
-    message = c.message(tools=[USED], tool_choice=choice, max_tokens=90)
-    [block] = message.content
-    assert (block.name, block.input["colour"] in ("red", "blue"), message.stop_reason) == ("Paint", True, "tool_use")
-    result = {"type": "tool_result", "tool_use_id": block.id, "content": [{"type": "text", "text": "done"}]}
-    turns = [TURN, {"role": "assistant", "content": message.content}, {"role": "user", "content": [result]}]
-    assert c.message(tools=[USED], messages=turns).content[0].type == "text"
-
-
-@alike("messages: parse")
-def _(c):
-    answer = c.anthropic.messages.parse(
-        **MESSAGE | {"max_tokens": 60}, output_format=Paint, extra_body={"logit_bias": BLANKS}
-    )
-    assert answer.parsed_output.colour in ("red", "blue")
-
-
-@alike("messages: count_tokens")
-def _(c):
-    assert c.anthropic.messages.count_tokens(model="tiny", messages=[TURN], system="y", tools=[USED]).input_tokens > 99
-
-
-@alike("messages: an unknown model")
-def _(c):
-    with pytest.raises(anthropic.NotFoundError) as told:
-        c.message(model="nobody")
-    assert told.value.body["error"]["type"] == "not_found_error"
-
-
-@alike("messages: raw responses, beta headers, timeouts, async, and thinking that is off")
-def _(c):
-    raw = c.anthropic.messages.with_raw_response.create(**MESSAGE, thinking={"type": "disabled"})
-    assert raw.parse().type == "message"
-    assert c.anthropic.beta.messages.create(**MESSAGE, betas=["token-efficient-tools-2025-02-19"]).type == "message"
-    with pytest.raises(anthropic.APITimeoutError):
-        c.anthropic.with_options(timeout=1e-4).messages.create(**MESSAGE)
-    assert asyncio.run(c.anthropic_async.messages.create(**MESSAGE)).role == "assistant"
-
-
 _PICTURED = {"role": "user", "content": [{"type": "image_url", "image_url": {"url": PICTURE}}]}
-_SOURCE = {"type": "base64", "media_type": "image/png", "data": "iVBORw0KGgo="}
-_SEEN = {"role": "user", "content": [{"type": "image", "source": _SOURCE}]}
 refused("chat: an image", "only parts of the type text", lambda c: c.chat(messages=[_PICTURED]))
 refused("chat: sound", "modalities", lambda c: c.chat(modalities=["text", "audio"]))
 refused("completions: suffix", "'suffix'", lambda c: c.text(suffix="z"))
@@ -582,25 +428,17 @@ refused(
 )
 refused("responses: a stored response", "previous_response_id", lambda c: c.respond(previous_response_id="resp_1"))
 refused("responses: a tool of the server", "tools.0.type", lambda c: c.respond(tools=[{"type": "web_search"}]))
-refused("messages: an image", "messages.0.content.0.type='image'", lambda c: c.message(messages=[_SEEN]))
-refused(
-    "messages: thinking", "thinking: type='enabled'",
-    lambda c: c.message(thinking={"type": "enabled", "budget_tokens": 1024}, max_tokens=1025),
-)  # fmt: skip
 
 
-@pytest.mark.parametrize("name", ALIKE)
+@pytest.mark.parametrize("name", CALLS.alike_by_name)
 def test_a_call_behaves_as_with_the_original(clients, name):
-    ALIKE[name](clients)
+    CALLS.alike_by_name[name](clients)
 
 
-@pytest.mark.parametrize("name", REFUSED)
+@pytest.mark.parametrize("name", CALLS.refused_by_name)
 def test_a_call_that_is_not_offered_is_refused_by_name(clients, name):
-    call, said = REFUSED[name]
-    with pytest.raises((openai.BadRequestError, anthropic.BadRequestError)) as told:
-        call(clients)
-    assert said in str(told.value)
+    CALLS.require_refused(name, clients)
 
 
 def test_so_many_calls_are_made():
-    assert (len(ALIKE) + len(REFUSED), len(ALIKE)) == (N_CALLS, N_ALIKE)
+    assert (len(CALLS.alike_by_name), len(CALLS.refused_by_name)) == (55, 6)

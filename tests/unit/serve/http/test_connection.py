@@ -89,7 +89,7 @@ class Running:
         return made
 
     def ask(self, sent: bytes) -> bytes:
-        """All that comes until the server closes."""
+        """Return all bytes until the server closes."""
         with self.open(sent) as client:
             return rest(client)
 

@@ -1,4 +1,4 @@
-"""What a server refuses before it costs anybody anything: sizes, numbers, and programs of clients."""
+"""Requests that a server refuses before they cost anybody anything: sizes, numbers, and programs of clients."""
 
 from __future__ import annotations
 

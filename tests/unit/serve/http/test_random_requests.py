@@ -34,7 +34,7 @@ def posted(server: Server, route: str, body: bytes) -> tuple[int, str]:
 
 
 def is_error(route: str, status: int, told: Any) -> bool:
-    """True for an error in the form that the route's clients read."""
+    """Return True for an error in the form that the route's clients read."""
     error = told["error"]
     if route.startswith("/v1/messages"):
         return told["type"] == "error" and isinstance(error["message"], str) and error["type"].endswith("_error")

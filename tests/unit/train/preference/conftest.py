@@ -42,7 +42,7 @@ def make_model(tokenizer: PreTrainedTokenizerFast) -> Callable[..., PreTrainedMo
 
 @pytest.fixture
 def settings(tmp_path: Any) -> dict[str, Any]:
-    """Of four steps in float32, each logged, without dropout."""
+    """Return settings of four steps in float32, each logged, without dropout."""
     return {
         "output_dir": str(tmp_path), "bf16": False, "max_steps": 4, "logging_steps": 1, "learning_rate": 0.01,
         "save_strategy": "no", "report_to": "none", "gradient_checkpointing": False, "disable_tqdm": True,

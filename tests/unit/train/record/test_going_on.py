@@ -1,4 +1,4 @@
-"""What a resumed run may change: the number of processes, where its steps keep their rows."""
+"""Changes that a resumed run may make: the number of processes, if its steps keep their rows."""
 
 from __future__ import annotations
 

@@ -98,7 +98,7 @@ def assert_same_run(own: Mapping[str, Any], shared: Mapping[str, Any], tolerance
 
 
 def test_every_member_is_the_run_that_it_would_be_on_its_own(values: dict[str, Any]) -> None:
-    """Whether blocks run fused or as the model wrote them."""
+    """Blocks run fused, and as the model wrote them."""
     together_by_path = []
     for fused in ("off", "auto"):
         values["training"]["fused"] = fused
