@@ -92,7 +92,7 @@ def _committed(claim: str) -> str:
 
 
 def _git(*words: str) -> str:
-    """What git says of this repository. SystemExit outside of one: a kept result names its commit."""
+    """Return the output of git in this repository. SystemExit outside of one: a kept result names its commit."""
     done = subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(f"--keep needs the repository with its history: {done.stderr.strip()}")
@@ -121,7 +121,7 @@ def keep(claim: str | None, figures: Mapping[str, float], folder: Path = RESULTS
 
 
 def command(words: Sequence[str]) -> str:
-    """The command of a run, from its script and arguments. Of a file elsewhere only its folder and name are told."""
+    """Return the command of a run, from its script and arguments. Paths elsewhere are cut to folder and name."""
     module = ".".join(Path(words[0]).relative_to(ROOT).with_suffix("").parts)
     told = ["/".join(Path(word).parts[-2:]) if word.startswith("/") else word for word in words[1:]]
     return f"python -m {shlex.join([module, *told])}"

@@ -4,7 +4,7 @@ from pathlib import Path
 
 
 def high_water_mb() -> float:
-    """Of this process, since it began or since `forget_high_water`. A parent's account is not inherited."""
+    """Return the high water of this process since `forget_high_water` or its begin; a parent's is not inherited."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("VmHWM"):
             return int(line.split()[1]) / 1024
@@ -12,5 +12,5 @@ def high_water_mb() -> float:
 
 
 def forget_high_water() -> None:
-    """Let the account begin again at what is resident now."""
+    """Let the account begin again at the memory that is resident now."""
     Path("/proc/self/clear_refs").write_text("5")

@@ -62,7 +62,7 @@ def stir(model: Any, ids: Tensor | None = None) -> Any:
 
 
 def course(side: str, model: Any, ids: Tensor) -> Course:
-    """What a side computes for ``ids`` (rows, length); its parameters are those of before afterwards."""
+    """Return logits, losses and gradients of a side for ``ids`` (rows, length), whose parameters are restored."""
     trained = [p for p in model.parameters() if p.requires_grad]
     starts = [p.detach().clone() for p in trained]
     with torch.no_grad():
@@ -84,7 +84,7 @@ def course(side: str, model: Any, ids: Tensor) -> Course:
 
 
 def share_of(model: Any) -> float:
-    """How far another side may be from this one."""
+    """Return the relative distance that another side may have from this one."""
     return EXACT_SHARE if model.dtype == torch.float32 else SHARE
 
 

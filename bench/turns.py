@@ -81,7 +81,7 @@ def show(title: str, timings: Mapping[str, Timing], beside: str, goals: Mapping[
 
 
 def product_time(size: int, dtype: torch.dtype) -> Timing:
-    """Of one floating-point operation in a product of square matrices by torch."""
+    """Return the seconds of one floating-point operation in a product of square matrices by torch."""
     a, b = torch.randn(2, size, size).to(dtype)
     a @ b
     times, n_operations = 3, 2 * size**3

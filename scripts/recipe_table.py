@@ -134,7 +134,7 @@ def _adapter(said: Mapping[str, str]) -> list[str]:
 
 
 def _named(methods: Mapping[str, NamedMethod]) -> list[str]:
-    """What a name sets of itself."""
+    """Return the settings that a name makes by itself."""
     found = []
     for name, method in methods.items():
         given = {**method.preset, **method.switches}

@@ -1,4 +1,4 @@
-"""How long a test waits for what must come: longer than it takes on any machine, whatever else runs there.
+"""Time that a test waits for something that must come: longer than it takes on any machine, whatever else runs there.
 
 No test fails since the machine is busy. A wait ends as soon as it may; the limit only tells a wait for something that
 never comes, and is below the time that a test may take (``timeout`` in pyproject.toml, ``PYTEST_TIMEOUT`` in .ci/run).

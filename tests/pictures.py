@@ -1,4 +1,4 @@
-"""What every picture has to keep: texts stand in the frame, and the names of ticks apart."""
+"""Rules of every picture: texts stand in the frame, and the names of ticks apart."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Of the largest products of parameters `make test` runs a sample, and `make test-all`, as CI does, more.
+"""Samples of the largest products of parameters: `make test` runs a sample, and `make test-all`, as CI does, more.
 
 In Triton's interpreter, which takes a thousand times as long as a kernel, every two values of two parameters meet in a
 case: kernels have no branch that three of them decide. On the CPU's kernels every case runs.

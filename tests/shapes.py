@@ -82,7 +82,7 @@ def _checked_function(function: FunctionType) -> Callable[..., Any]:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class _Arrays:
-    """Which arguments of a function are declared as arrays, by place and name, and whether its result is.
+    """Arguments of a function that are declared as arrays, by place and name, and its result if it is one.
 
     From place ``rest`` on all are, if any.
     """
@@ -140,7 +140,7 @@ def _returning(function: FunctionType) -> FunctionType:
 
 
 class _Named:
-    """What stands behind it was given by name."""
+    """Mark: the arguments behind it were given by name."""
 
 
 _LONGEST = 32

@@ -104,7 +104,7 @@ def row_of(model_type: str) -> tuple[str, ...]:
 
 
 def _trained(merged: PreTrainedModel, model_type: str, plain: torch.Tensor, folder: str) -> tuple[str, str, str]:
-    """What becomes of attaching and training; the adapter is saved, and ``merged`` gets it in its weights."""
+    """Return the result of attaching and training. The adapter is saved, and ``merged`` gets it in its weights."""
     try:
         adapted = get_peft_model(tiny_model(model_type), LoraConfig(r=3, lora_alpha=3, target_modules="all-linear"))
         with torch.no_grad():
@@ -152,7 +152,7 @@ def _factors(adapted: torch.nn.Module) -> dict[str, tuple[torch.nn.Parameter, to
 
 
 def _as_transformers(merged: PreTrainedModel, factors: Mapping[str, tuple[torch.Tensor, torch.Tensor]]) -> str:
-    """Whether the factors' gradients follow from those of the merged weights, and how many weights have none."""
+    """Return "equal" if the factors' gradients follow from those of the merged weights; some weights may have none."""
     n_reached = 0
     for path, (a, b) in factors.items():
         layer = merged.get_submodule(path)
@@ -176,7 +176,7 @@ def fused_halves(model: torch.nn.Module) -> str:
 
 
 def _with_plan(fused: str, model_type: str) -> str:
-    """What is fused in a run, and in its plan where that is another."""
+    """Return the fused halves of a run, and those of its plan if they differ."""
     with torch.device("meta"):
         empty = tiny_class(model_type).from_config(tiny_config(model_type), dtype=torch.float32)
     with tracing():

@@ -106,13 +106,13 @@ def completions(path: Path, tokenizer: transformers.PreTrainedTokenizerBase, num
 
 @torch.no_grad()
 def log_probs(model: nn.Module, passage: Passage) -> Tensor:
-    """Of every scored token's place (scored, vocabulary)."""
+    """Return log-probabilities at every scored token's place (scored, vocabulary)."""
     logits = model(input_ids=passage.ids[None]).logits[0, passage.first - 1 : -1]
     return logits.float().log_softmax(-1)
 
 
 def cost(found: Iterable[Tensor], references: Sequence[Tensor], passages: Sequence[Passage]) -> Cost:
-    """Of distributions (scored, vocabulary), one tensor a passage, beside the reference's."""
+    """Return the cost of distributions (scored, vocabulary), one tensor a passage, beside the reference's."""
     surprise = divergence = n_tokens = 0.0
     for ours, reference, passage in zip(found, references, passages, strict=True):
         targets = passage.ids[passage.first : passage.first + len(ours)]

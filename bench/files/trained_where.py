@@ -1,4 +1,4 @@
-"""Where to train an adapter for a quantized base.
+"""Losses of adapters for a quantized base, trained on it or on the model in float32.
 
     python -m bench.files.trained_where MODEL_FOLDER --task TRAIN EVAL
 

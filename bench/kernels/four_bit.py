@@ -64,7 +64,7 @@ def check_equal(w: Tensor) -> None:
 
 
 def bnb_layer(w: Tensor, training: bool) -> bnb.nn.Linear4bit:
-    """Their layer. In eval() without gradients it repacks its weight for a fused product; in train() it does not."""
+    """Return their layer. In eval() without gradients it repacks its weight for a fused product."""
     layer = bnb.nn.Linear4bit(
         w.shape[1], w.shape[0], bias=False, compute_dtype=w.dtype, compress_statistics=False, quant_type="nf4"
     )

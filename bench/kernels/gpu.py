@@ -112,7 +112,7 @@ def _errors(found: Sequence[Tensor], truth: Sequence[Tensor]) -> list[float]:
 
 
 def run(function: Callable[..., Any], inputs: list[Tensor]) -> tuple[Tensor, ...]:
-    """Outputs and, of inputs that train, gradients; of the same drawn output gradients for every dtype."""
+    """Return outputs, and gradients in inputs that train. The output gradients are drawn alike for every dtype."""
     result = function(*inputs)
     outs = result if isinstance(result, tuple) else (result,)
     leaves = [x for x in inputs if x.requires_grad]

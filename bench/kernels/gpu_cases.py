@@ -32,7 +32,7 @@ Function = Callable[..., Tensor | tuple[Tensor, ...]]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sizes:
-    """Of the cases: tokens in rows of `length`, a model's widths, and the sequences of a step of serving."""
+    """Sizes of the cases: tokens in rows of `length`, a model's widths, and the sequences of a step of serving."""
 
     length: int = 1024
     rows: int = 4

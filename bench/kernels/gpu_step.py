@@ -26,7 +26,7 @@ TOLERANCE = 0.02  # between the losses of both sides, in any step
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """Of one side: its losses, the median seconds of a step, and the most memory that a step held, in bytes."""
+    """Result of one side: its losses, the median seconds of a step, and the most memory that a step held, in bytes."""
 
     losses: list[float]
     seconds: float
@@ -108,7 +108,7 @@ def peak_bytes(device: torch.device) -> Iterator[Callable[[], int]]:
 
 
 def optimizers(device: torch.device, tiny: bool) -> Iterator[tuple[str, Callable[[], Any], int]]:
-    """Of each AdamW: its name, a step over a matrix and many factors, and its parameters' count."""
+    """Yield each AdamW: its name, a step over a matrix and many factors, and its parameters' count."""
     shapes = [(67, 71)] * 2 if tiny else [(4096, 4096)] + [(16, 2048)] * 200
     kinds: dict[str, Callable[[list[Tensor]], torch.optim.Optimizer]] = {
         "torch AdamW, fused": lambda parameters: torch.optim.AdamW(parameters, lr=1e-3, fused=True),

@@ -1,9 +1,8 @@
 """The settings that fit a budget, against a limit of memory that the system enforces.
 
-`veneer plan --fit` chooses for the budget. `veneer train` then makes three updates with its best setting in a process
-that may hold no more (RLIMIT_DATA: its data are limited to the budget less what is resident otherwise), and so it does
-with one notch more, the next larger number of rows a micro-batch. The first must end, the second must be refused
-memory; the exit code is 1 otherwise.
+`veneer plan --fit` chooses for the budget. `veneer train` then makes three updates with its best setting, in a process
+that may hold no more (RLIMIT_DATA: the budget less other resident memory). A second process takes the next larger
+number of rows a micro-batch. The first must end, the second must be refused memory; otherwise the exit code is 1.
 
     python -m bench.training.fit --budget 1700MB [--model NAME|FOLDER] [--rows 24] [--length 256]
 """

@@ -169,7 +169,7 @@ def same_variation(peer: Any, ours: Any, ids: Tensor, n_passes: int = 24) -> Non
 
 
 def methods(args: argparse.Namespace) -> dict[str, float]:
-    """DoRA's and IA3's steps beside LoRA's, ours and PEFT's."""
+    """Time steps of LoRA, DoRA and IA3, of veneer and of PEFT."""
     figures: dict[str, float] = {}
     for base in args.bases:
         ways: dict[str, Callable[[], Timing]] = {}

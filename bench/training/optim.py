@@ -82,7 +82,7 @@ def contestants(args: argparse.Namespace, dtype: torch.dtype) -> dict[str, Optim
 
 
 def bitsandbytes(args: argparse.Namespace, dtype: torch.dtype) -> tuple[Optimizer, float]:
-    """Their optimizer after one step on one small matrix, and what a second took: on the CPU it is slow."""
+    """Return their optimizer after a step on a small matrix, and the seconds of a second one: it is slow on the CPU."""
     optimizer = bnb.optim.AdamW8bit(parameters(args, dtype)[1:2], **SETTINGS)
     optimizer.step()
     return optimizer, once(optimizer)

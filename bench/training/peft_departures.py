@@ -1,4 +1,4 @@
-"""Where veneer departs from PEFT on purpose, as PEFT's tests show it: a reason each, and how a failure is told."""
+"""Departures from PEFT on purpose, as PEFT's tests show them: each with its reason and the text of its failure."""
 
 from __future__ import annotations
 

@@ -138,7 +138,7 @@ class Auxiliary(type):
         return isinstance(value, Adapted) and any(cls.counts(copy) for copy in value.copies.values())
 
     def counts(cls, copy: Any) -> bool:
-        """True where one adapter's part of a module is meant."""
+        """Return True where one adapter's part of a module is meant."""
         return cls is WithCopies or hasattr(copy, "token_adapter")
 
 
@@ -166,7 +166,7 @@ class WithLora(metaclass=Lora):
 
 
 class OnePrefix(dict[str, str]):
-    """What the names of every method's parameters have in common."""
+    """Common part of the names of every method's parameters."""
 
     def __missing__(self, method: str) -> str:
         return "adapters."
@@ -233,7 +233,7 @@ def activate(module: Any, names: str | list[str], **_: Any) -> None:
 
 
 def change_of_weight(module: Any, name: str) -> Any:
-    """What an adapter adds to the weight of a layer."""
+    """Return the change of a layer's weight by an adapter."""
     from veneer.combine.update import Update
 
     site = module.site((name,))
@@ -241,7 +241,7 @@ def change_of_weight(module: Any, name: str) -> Any:
 
 
 def has_lora(model: Any, adapter_name: str = "default") -> bool:
-    """True if `convert_to_lora` takes an adapter."""
+    """Return True if `convert_to_lora` takes an adapter."""
     import veneer
     from veneer.errors import VeneerError
 
@@ -289,7 +289,7 @@ class Counting:
         items[:] = [item for item in drawn if item.nodeid not in self.ended]
 
     def draws(self, name: str) -> bool:
-        """True for a fraction of all names, by a seed."""
+        """Return True for a fraction of all names, by a seed."""
         return random.Random(f"{self.seed} {name}").random() < self.fraction
 
     def pytest_runtest_makereport(self, item: Any, call: Any) -> None:
@@ -373,7 +373,7 @@ def run_apart(given: argparse.Namespace, under: str, folder: Path) -> Ends:
 
 
 def counted(ours: Ends, theirs: Ends) -> Ends:
-    """How each test that passes on PEFT ended on veneer; one that veneer's names kept from being made has failed."""
+    """Return veneer's result of each test that passes on PEFT. One that its names kept from being made has failed."""
     passing = sorted(name for name, end in theirs.items() if end[0] == "passed")
     return {name: ours.get(name, ("absent", "the test is not made", "")) for name in passing}
 

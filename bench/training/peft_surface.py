@@ -200,7 +200,7 @@ def default(field: dataclasses.Field[Any]) -> Any:
 
 
 def names() -> Iterator[Row]:
-    """Everything that PEFT exports besides the above."""
+    """Return the other names that PEFT exports."""
     for name in sorted(peft.__all__):
         if name not in CALLS:
             yield name, "present" if name in veneer.__all__ else "absent", ""

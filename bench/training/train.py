@@ -146,7 +146,7 @@ def compare_losses(peer: Side, ours: Side, rows: Dataset) -> None:
 
 
 def peak_of(name: str, side: str) -> Peak:
-    """Of a fresh process that runs this script for one side."""
+    """Return the peak of a fresh process that runs this script for one side."""
     command = [sys.executable, "-m", "bench.training.train", *sys.argv[1:], "--peak", name, side]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     return Peak(*json.loads(done.stdout.splitlines()[-1]))

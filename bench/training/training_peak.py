@@ -2,8 +2,8 @@
 
     python -m bench.training.training_peak SIDE [--layers 6] [--hidden 576] [--rank 144]
 
-trains a small Llama for some steps in this process and prints the peak in bytes. A process a side, because an allocator
-keeps what it once had.
+trains a small Llama for some steps in this process and prints the peak in bytes. Each side has a process of its own,
+because an allocator keeps its memory.
 """
 
 from __future__ import annotations

@@ -39,8 +39,8 @@ def variant_switches() -> list[str]:
 
 
 def of_own_tests(cls: type[MethodConfig], name: str, default: Any) -> Any:
-    """What the method's own tests name for the laws: ``SETTINGS``, fields to run them with, ``PEFT_ERROR``,
-    ``PEFT_INPUTS``, ``WITHOUT_GRADIENT``, ``SHAPES_FROM_WEIGHT``, or ``PROJECTS``.
+    """Return a constant that the method's own tests have for the laws: ``SETTINGS``, fields to run them with,
+    ``PEFT_ERROR``, ``PEFT_INPUTS``, ``WITHOUT_GRADIENT``, ``SHAPES_FROM_WEIGHT``, or ``PROJECTS``.
     """
     path = UNIT_TESTS / f"test_{cls.__module__.rpartition('.')[2]}.py"
     if not path.exists():
@@ -113,7 +113,7 @@ def own_settings(method: str) -> dict[str, Any]:
 
 @pytest.fixture
 def shapes_from_weight(request: pytest.FixtureRequest) -> bool:
-    """Whether the method, by its config or its name in recipes, has parameters of shapes that only a weight tells:
+    """Return True if the method, by its config or its name in recipes, has parameters whose shapes only a weight tells:
     a plan then counts as many numbers.
     """
     named = {cls.peft_type.lower(): cls for cls in all_methods().values()}
@@ -130,7 +130,7 @@ def peft_error(config: LinearMethod) -> float:
 
 @pytest.fixture
 def peft_inputs(config: LinearMethod) -> dict[str, torch.Tensor]:
-    """What PEFT's model must be given beside the tokens of two rows."""
+    """Return the inputs of PEFT's model beside the tokens of two rows."""
     return {key: torch.tensor(value) for key, value in of_own_tests(type(config), "PEFT_INPUTS", {}).items()}
 
 

@@ -61,7 +61,7 @@ def test_of_every_linear_method(base: str, config: MethodConfig, tmp_path: Path)
 @every_base
 @pytest.mark.parametrize("other", OTHERS.values(), ids=OTHERS)
 def test_of_every_other_method(base: str, other: MethodConfig, tmp_path: Path) -> None:
-    """What stands in front of the input is the same for any depth."""
+    """Virtual tokens in front of the input are the same for any depth."""
     saved(make_base(base), other, tmp_path)
     has_depth = other.virtual_tokens == 0 or other.peft_type in ("PREFIX_TUNING", "CARTRIDGE")
     has_depth = has_depth and other.peft_type != "TRAINABLE_TOKENS"

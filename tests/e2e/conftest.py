@@ -30,7 +30,7 @@ class Run:
 
     @property
     def told(self) -> str:
-        """All that has been printed so far on stdout and stderr."""
+        """Return the text printed so far on stdout and stderr."""
         return self._log.read_text() if self._log.exists() else ""
 
     def wait_for(self, text: str) -> None:

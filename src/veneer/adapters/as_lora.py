@@ -42,7 +42,7 @@ Rank = int | float | None
 
 @dataclass(frozen=True, kw_only=True)
 class AsLora:
-    """Plain LoRA, and what it loses.
+    """Plain LoRA, and its error.
 
     ``tensors`` are those of the file, by key; ``layers`` the factors by module path. ``of_logits`` is the relative
     error of the change of the logits, if that was measured.
@@ -117,7 +117,7 @@ def save_as_lora(
 
 @torch.no_grad()
 def as_lora(model: nn.Module, rank: Rank, name: str, *, progressbar: bool = False) -> AsLora:
-    """Return an adapter of a model as plain LoRA, with what each layer loses. See `convert_to_lora`."""
+    """Return an adapter of a model as plain LoRA, with the error of each layer. See `convert_to_lora`."""
     _require_rank(rank)
     state = _state(model, name)
     lifecycle.require_unmerged(state, f"convert {name!r} to LoRA")  # methods read the base's own weight

@@ -122,7 +122,7 @@ class _Sum:
 
     @property
     def mean(self) -> Tensor:
-        """Of one matrix or more."""
+        """Return the mean of one matrix or more."""
         return cast(Tensor, self.total) / self.count
 
 

@@ -21,7 +21,7 @@ class AdapterOverview(InPlace, nn.Module):
 
     @property
     def has_active_enabled_adapter(self) -> bool:
-        """True if an adapter is active and adapters are not disabled."""
+        """Return True if an adapter is active and adapters are not disabled."""
         return bool(self.adapter_state.active) and not self.adapter_state.disabled
 
     @property

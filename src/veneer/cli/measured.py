@@ -49,7 +49,7 @@ class Column:
 
 @dataclass(frozen=True)
 class Measured:
-    """Results of a metric, and the facts of what was measured."""
+    """Results of a metric, and facts of the measured model and data."""
 
     metric: str
     columns: Sequence[Column]
@@ -63,7 +63,7 @@ class Measured:
 
     @property
     def is_share(self) -> bool:
-        """True for accuracies."""
+        """Return True for accuracies."""
         return isinstance(self.results[0], Accuracy)
 
     @property
@@ -230,7 +230,7 @@ def _broken(path: str, width: int) -> str:
 
 
 def _confused(confusion: Confusion) -> list[tuple[int, str, str]]:
-    """How many rows of a class were taken for another one, for every two of which there are any."""
+    """Return how many rows of one class were taken for another, for each pair of classes that has some."""
     return [
         (n, own, given)
         for own, row in zip(confusion.labels, confusion.counts, strict=True)

@@ -127,6 +127,6 @@ def _bring_to_rank(update: Tensor, updates: Sequence[Update], plan: Combination)
 
 
 def _default_rank(updates: Sequence[Update]) -> int:
-    """The largest rank that goes in, as far as the layer has it: a narrow head may have fewer outputs than ranks."""
+    """Return the largest rank of the updates, or the layer's width if that is smaller, as a narrow head's is."""
     pairs = [u.record.low_rank for u in updates]
     return max((min(pair.rank, pair.a.shape[1], len(pair.b)) for pair in pairs if pair is not None), default=0)

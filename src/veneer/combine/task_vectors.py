@@ -58,7 +58,7 @@ class TaskVectors:
 
     @property
     def divides(self) -> bool:
-        """True if the result is divided by the weights that took part."""
+        """Return True if the result is divided by the weights that took part."""
         return self.how == "ties" if self.normalize is None else self.normalize
 
 

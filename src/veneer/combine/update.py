@@ -24,7 +24,7 @@ class Update:
 
     @property
     def is_lowrank(self) -> bool:
-        """True if the update is no more than ``scale B A``, so that it can be added exactly as factors."""
+        """Return True if the update is no more than ``scale B A``, so that it can be added exactly as factors."""
         return self.record.only_adds and not self.record.changes
 
     def dense(self) -> Float[Tensor, "o i"]:

@@ -107,7 +107,7 @@ class MethodConfig(FrozenConfig):
 
     @property
     def dropout(self) -> float:
-        """Probability in training of zeroing an input of what is added to a weight, or an output of a bottleneck."""
+        """Probability in training of zeroing an input of the update of a weight, or an output of a bottleneck."""
         return 0.0
 
     def written_key(self, key: str) -> str:
@@ -152,7 +152,7 @@ class MethodConfig(FrozenConfig):
 
     @property
     def reads_weight(self) -> bool:
-        """True if ``lower`` needs the frozen weight of the site, and not its shape alone."""
+        """Return True if ``lower`` needs the frozen weight of the site, and not its shape alone."""
         return False
 
     @property
@@ -181,27 +181,27 @@ class MethodConfig(FrozenConfig):
 
     @property
     def input_dependent(self) -> bool:
-        """True if the update of a layer depends on its input, so that no weight has its effect."""
+        """Return True if the update of a layer depends on its input, so that no weight has its effect."""
         return self.by_sequence
 
     @property
     def counts_layers(self) -> bool:
-        """True if the layers of the method are counted from the top of the model."""
+        """Return True if the layers of the method are counted from the top of the model."""
         return False
 
     @property
     def by_sequence(self) -> bool:
-        """True if a record depends on a whole sequence: ``lower`` then finds its tokens in ``params``, as `MEMBERS`."""
+        """Return True if records depend on whole sequences. `MEMBERS` in ``params`` of ``lower`` are their tokens."""
         return False
 
     @property
     def has_own_loss(self) -> bool:
-        """True if the model's loss, with labels, is another than that of the labels."""
+        """Return True if the model's loss, with labels, is another than that of the labels."""
         return False
 
     @property
     def has_network(self) -> bool:
-        """True if a network computes the tensors of a plain save, so that training needs a file of its own
+        """Return True if a network computes the tensors of a plain save, so that training needs a file of its own
         to resume.
         """
         return False
@@ -228,7 +228,7 @@ class MethodConfig(FrozenConfig):
 
     @property
     def is_prompt_learning(self) -> bool:
-        """True if the method puts virtual tokens in front of the sequence."""
+        """Return True if the method puts virtual tokens in front of the sequence."""
         return self.virtual_tokens > 0
 
     def packed(self) -> Self:

@@ -81,7 +81,7 @@ class LycorisMethod(LinearMethod):
 
     @property
     def scales_kept_rows(self) -> bool:
-        """True if ``rank_dropout`` divides the kept rows by their share."""
+        """Return True if ``rank_dropout`` divides the kept rows by their share."""
         return True
 
     def drawn(self, site: LinearSite, generator: torch.Generator | None = None) -> dict[str, Tensor]:

@@ -28,7 +28,7 @@ class WholeMethod(TargetedConfig):
 
     @property
     def draws_rows(self) -> bool:
-        """True if the rows start from random values, False if from those of their table."""
+        """Return True if the rows start from random values, False if from those of their table."""
         return False
 
     def shapes(self, site: Any) -> Shapes:

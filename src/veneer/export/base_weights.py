@@ -146,7 +146,7 @@ class BaseWeights:
         return {self._quantization.weight_name(layer): parts for layer, parts in groups.items()}
 
     def _is_stack(self, stored: str) -> bool:
-        """True if the files hold experts stacked in codes under this name."""
+        """Return True if the files hold experts stacked in codes under this name."""
         return stored in self._coded and self._quantization is not None and self._quantization.is_stack(stored)
 
     def _read(self, stored: str, shape: tuple[int, ...]) -> Tensor:

@@ -188,9 +188,7 @@ def _vocabulary(model: PreTrainedModel, tensors: Mapping[str, StoredTensor]) -> 
 
 
 def _came_along(stored: Mapping[str, StoredTensor], skeleton: PreTrainedModel, weights: BaseWeights) -> set[str]:
-    """The base's own embeddings, which PEFT saves with factors for them: as large as a model's largest tensor, and with
-    nothing to say.
-    """
+    """Return the keys of unchanged embeddings: PEFT saves copies of the base's own beside the factors for them."""
     ends = {key: f"{path}.weight" for path, _ in _ends(skeleton) for key in weight_keys(path) if is_of_wrapped(key)}
     return {
         key

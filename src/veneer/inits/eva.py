@@ -74,12 +74,12 @@ class Directions:
         return self.values.square() / self.total.to(self.values.dtype).clamp_min(torch.finfo(self.values.dtype).tiny)
 
     def varies(self) -> Bool[Tensor, " k"]:
-        """True for each direction along which the rows vary by more than rounding."""
+        """Return True for each direction along which the rows vary by more than rounding."""
         rounding = torch.finfo(self.values.dtype).eps * max(self.vectors.shape)
         return self.values > rounding * self.values[:1]
 
     def settled(self, tau: float) -> Bool[Tensor, " k"]:
-        """True for each direction that the last batch has barely rotated."""
+        """Return True for each direction that the last batch has barely rotated."""
         if self.cosines is None:
             return torch.zeros_like(self.values, dtype=torch.bool)
         return (self.cosines >= tau) | ~self.varies()

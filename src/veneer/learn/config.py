@@ -15,7 +15,7 @@ from veneer.train.processes import n_processes
 
 @dataclass
 class _Drawing(RunSettings):
-    """Settings and checks of trainers that draw what they learn from.
+    """Settings and checks of trainers that draw the answers they learn from.
 
     ``rollout_engine``: "engine" draws by veneer's engine, "generate" by transformers; "auto" takes the engine where it
     can draw, and says why it cannot. ``disable_dropout`` is True: answers come from the policy that is scored.

@@ -46,7 +46,7 @@ class LiveAdapter:
 
     @torch.no_grad()
     def now(self) -> tuple[AdapterVersion, ProgramAdapter]:
-        """Return the adapter as it is now, with its version, whose id is a hash of what was packed.
+        """Return the adapter as it is now, with its version, whose id is a hash of the packed bytes.
 
         Raises NonFiniteError for values that are not finite, and the errors of `ProgramRunner.pack`.
         """

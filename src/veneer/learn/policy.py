@@ -44,7 +44,7 @@ class Policy:
 
     @property
     def knows(self) -> bool:
-        """True if a draw is in progress whose log-probabilities are those that a training pass would compute."""
+        """Return True if a draw is in progress whose log-probabilities are those that a training pass would compute."""
         return self.is_exact and self._answers is not None
 
     def logprobs(self, completion_ids: Int64[Tensor, "b t"]) -> Float[Tensor, "b t"]:
@@ -92,7 +92,7 @@ def policy_of(trainer: Any) -> Policy | None:
 
 
 def _adapter(trainer: Any) -> str:
-    """The adapter in training. Raises ConfigError, with the reason, if the engine cannot draw with what is trained."""
+    """The adapter in training. Raises ConfigError, with the reason, if the engine cannot draw with it."""
     model, args = trainer.model, trainer.args
     if not isinstance(model, PeftModel):
         raise ConfigError("the base itself is trained, and would have to be packed for each draw")

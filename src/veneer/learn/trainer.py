@@ -175,7 +175,7 @@ class DrawingTrainer(PreferenceTrainer):
         return loss
 
     def _steps_of_a_draw(self) -> int:
-        """Micro-batches that are trained on what is drawn at once."""
+        """Micro-batches that are trained on the answers of one draw."""
         return int(self.args.steps_per_generation * self.num_iterations)
 
     def _get_per_token_logps_and_entropies(

@@ -200,7 +200,7 @@ class AdamssConfig(LinearMethod):
 
     @property
     def _key(self) -> Hashable:
-        """What the parts of a weight depend on."""
+        """Key of the parts of a weight: all that they depend on."""
         ranks = self.subspace_rank, self.use_dynamic_rank, self.svd_threshold
         return type(self), self.r, self.num_subspaces, self.random_seed, ranks
 
@@ -264,7 +264,7 @@ def clustered(u: Float[Tensor, "o r"], n: int, name: str) -> list[Int[Tensor, " 
 
 
 def _start(u: Float[Tensor, "n r"], rank: int) -> Float[Tensor, "rank r"]:
-    """A of a cluster: an orthonormal basis of what its rows have most in common."""
+    """Return A of a cluster: an orthonormal basis of the directions that its rows share most."""
     left, _, _ = torch.svd_lowrank(u @ u.T, q=rank, niter=2)
     basis: Tensor = torch.linalg.qr(u.T @ left).Q
     return basis.T.contiguous()
@@ -286,7 +286,7 @@ def _has_values(site: LinearSite) -> bool:
 
 
 def _fit(stored: Mapping[str, tuple[int, ...]], site: LinearSite) -> bool:
-    """True if shapes of a file are those of clusters of this layer's rows."""
+    """Return True if shapes of a file are those of clusters of this layer's rows."""
     if _V not in stored or any(len(shape) != 2 for shape in stored.values()):
         return False
     (r, width), n = stored[_V], (len(stored) - 1) // 2

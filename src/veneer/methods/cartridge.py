@@ -82,7 +82,7 @@ class CartridgeConfig(PrefixMethod):
 
     @property
     def _is_split(self) -> bool:
-        """True if frozen and trained tokens are parameters of their own: not once an adapter is there to be used."""
+        """Return True if frozen and trained tokens are parameters of their own: not in an adapter that is only used."""
         return not self.inference_mode
 
     def _joined(self, params: Params) -> Tensor:

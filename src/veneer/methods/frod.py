@@ -243,14 +243,14 @@ def kind_of(path: str) -> str:
 
 
 def block_of(path: str, order: int) -> int:
-    """Return the index of a layer's block: behind ``layers``, else the first on its path, else ``order``."""
+    """Return the index of a layer's block: the number after ``layers``, else the first in its path, else ``order``."""
     parts = path.split(".")
     after = parts[parts.index("layers") + 1 :][:1] if "layers" in parts else []
     return next((int(part) for part in (*after, *parts) if part.isdigit()), order)
 
 
 def joint_basis(weights: list[Float[Tensor, "_ i"]], ridge: float) -> Float[Tensor, "i i"]:
-    """Return V of matrices of one width: eigenvectors of what their parts of a QR decomposition have in common.
+    """Return V of matrices of one width: the common eigenvectors of their parts of a QR decomposition.
 
     If they have fewer rows than columns together, V holds their right singular vectors.
     """

@@ -75,7 +75,7 @@ class GloraConfig(LinearMethod):
 
     @property
     def packing(self) -> Packing:
-        """PEFT's files hold zeros in the place of what is left out."""
+        """PEFT's files hold zeros in place of the terms that are left out."""
         return Packing(fixed=tuple(f"glora_{path}_zeros" for path in "ABCDE"))
 
     def shapes(self, site: LinearSite) -> Shapes:

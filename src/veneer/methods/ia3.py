@@ -127,7 +127,7 @@ class IA3Config(LinearMethod):
 
 
 def _means(name: str, paths: Sequence[str]) -> set[str]:
-    """Those of the paths that a name or suffix matches."""
+    """Return the paths that a name or suffix matches."""
     return {path for path in paths if matches_any(path, (name,))}
 
 

@@ -153,9 +153,7 @@ class LoKrConfig(LycorisMethod):
 
     @property
     def samples(self) -> tuple[LinearSite, ...]:
-        """Sites of each form in a file: whole factors, W₂ in two, with ``decompose_both`` both in two, and W₂ with a
-        core.
-        """
+        """Sites for each form of a file: whole factors, W₂ in two, both in two (``decompose_both``), W₂ with a core."""
         plain = tuple(LinearSite(name="", in_features=n, out_features=n) for n in (1, 2 * 524287, 2**20))
         if not self.use_effective_conv2d:
             return plain

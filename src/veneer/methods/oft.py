@@ -69,7 +69,7 @@ class OFTConfig(LinearMethod):
     num_cayley_neumann_terms: int = 5
 
     def told(self) -> dict[str, object]:
-        """Return the settings that are shown to people, without the one that is 0: it follows from the other."""
+        """Return the settings that are shown to people. Of rank and block size, the one that is 0 is left out."""
         return {name: value for name, value in super().told().items() if value != 0 or name not in _SIZES}
 
     def problems(self) -> list[str]:

@@ -216,9 +216,7 @@ def projected(
 
 
 class _Projected(torch.autograd.Function):
-    """Identity with a projected gradient: without its part in the span of ``high``, or, without ``high``, its part in
-    the span of ``low`` alone.
-    """
+    """Identity with a projected gradient: outside the span of ``high``, or in that of ``low`` if ``high`` is None."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, low: Tensor, high: Tensor | None) -> Tensor:

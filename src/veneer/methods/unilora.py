@@ -133,7 +133,7 @@ class UniLoraConfig(LinearMethod):
         return replace(self, first=first, count=count)
 
     def places_in(self, shapes: ShapesByKey, source: str) -> dict[str, Placed] | None:
-        """Return None: what an entry is follows from the order of layers in the model."""
+        """Return None: the meaning of an entry follows from the order of layers in the model."""
         return None
 
     def shapes(self, site: LinearSite) -> Shapes:

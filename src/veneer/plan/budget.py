@@ -20,7 +20,7 @@ class MeasuringTime:
 
     @property
     def is_open(self) -> bool:
-        """True if a measurement may begin."""
+        """Return True if a measurement may begin."""
         return self.seconds > 0 and (self._ends is None or time.monotonic() < self._ends)
 
     def begin(self) -> None:

@@ -127,7 +127,7 @@ def _largest(
 
 
 def _row_counts(args: Any) -> list[int]:
-    """Rows that a micro-batch may have; an optimizer that steps in the backward pass takes all of a step at once."""
+    """Return the allowed rows of a micro-batch: all of a step if the optimizer steps in the backward pass."""
     total = _rows_a_step(args)
     if steps_in_backward(args.optim):
         return [total]

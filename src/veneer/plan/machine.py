@@ -98,7 +98,7 @@ class Rates:
 
     @property
     def is_new(self) -> bool:
-        """True if nothing is known of this machine."""
+        """Return True if nothing is known of this machine."""
         return not self.known
 
     def at_best(self) -> Rates:

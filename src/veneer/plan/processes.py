@@ -17,7 +17,7 @@ BLOCKS = 3.6
 
 
 def copy_sizes(part: DistributedPart, n_processes: int) -> list[int]:
-    """Return how many of ``n_processes`` on one machine may share a copy of the base, first what is tried first.
+    """Return how many of ``n_processes`` on one machine may share a copy of the base, in the order of trial.
 
     Raises ConfigError if their machines decide.
     """

@@ -46,7 +46,7 @@ def kernel_products(name: str, arguments: tuple[Any, ...]) -> list[MatrixProduct
 
 
 def _of_form(form: Sequence[int], n: int) -> Iterator[MatrixProduct]:
-    """Of n rows in float32, by the numbers of ``form_at`` in csrc/terms/bindings.cpp.
+    """Yield the products of a form for n rows in float32, by the numbers of ``form_at`` in csrc/terms/bindings.cpp.
 
     A sparse matrix counts as a dense product of as many multiplications, at the same rate.
     """

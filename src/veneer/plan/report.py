@@ -78,7 +78,7 @@ class Machine:
 
     @property
     def measures(self) -> bool:
-        """True if a plan will measure this machine's rates, which is slow and happens once."""
+        """Return True if a plan will measure this machine's rates, which is slow and happens once."""
         return self.card is None and self.timed and self.budget.is_open and Rates.here().is_new
 
     def note(self, part: ModelPart, config: PreTrainedConfig) -> str | None:
@@ -121,7 +121,7 @@ class Machine:
 
     @property
     def knows_seconds(self) -> bool:
-        """True if time is asked for, and for a card, whose seconds are arithmetic."""
+        """Return True if time is asked for, and for a card, whose seconds are arithmetic."""
         return self.timed or self.card is not None
 
     def cost(self, plan: Plan) -> float:

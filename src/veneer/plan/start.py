@@ -76,7 +76,7 @@ def known_start() -> int | None:
 
 
 def _file() -> Path:
-    """It belongs to this installation: the counted share of a library depends on how the system holds its file."""
+    """Return this installation's file. The counted share of a library depends on how the system holds its file."""
     return cache_dir() / "plan" / f"start-{hashlib.sha256(_installation().encode()).hexdigest()[:12]}.json"
 
 
@@ -96,7 +96,7 @@ class _Beginning:
         )
 
     def told(self) -> tuple[str, str]:
-        """Its stdout and stderr, once it has ended."""
+        """Return stdout and stderr of the process, once it has ended."""
         try:
             return self.process.communicate(timeout=LONGEST)
         except subprocess.TimeoutExpired:

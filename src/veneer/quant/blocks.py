@@ -38,7 +38,7 @@ class BlockWeight(CodedWeight):
 
     @property
     def is_narrow(self) -> bool:
-        """True if values take fewer than 16 bits."""
+        """Return True if values take fewer than 16 bits."""
         return True
 
     @abstractmethod

@@ -55,7 +55,7 @@ class Fp4BlockWeight(ScaledWeight):
 
 
 def encoded(values: Float[Tensor, "*shape"]) -> UInt8[Tensor, "*shape"]:
-    """Return the codes of the nearest values, ties to even; what is larger becomes the largest."""
+    """Return the codes of the nearest values, ties to even. Larger values become the largest."""
     size = values.abs()
     codes = torch.zeros(values.shape, dtype=torch.uint8, device=values.device)
     for bound, up in _BOUNDS:

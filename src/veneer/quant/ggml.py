@@ -57,7 +57,7 @@ class GgmlWeight(BlockWeight):
 
     @property
     def is_narrow(self) -> bool:
-        """True if values have levels and scales: of all types but F32, F16 and BF16."""
+        """Return True if values have levels and scales: of all types but F32, F16 and BF16."""
         return GGML_TYPES[self.kind].block > 1
 
     def groups(self, rows: slice) -> CodeGroups:

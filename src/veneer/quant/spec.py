@@ -101,7 +101,7 @@ def not_finite(shape: tuple[int, int]) -> NonFiniteError:
 def unreadable(
     name: str, shape: tuple[int, int], problems: Collection[str], correct: str = "quantization_config in config.json"
 ) -> FormatError:
-    """Return the error for a weight that cannot be read. ``correct`` names what may be wrong beside the file."""
+    """Return the error for a weight that cannot be read. ``correct`` names other possible causes than the file."""
     return FormatError(
         f"a weight of shape {shape} in {name} cannot be read: {'; '.join(problems)}. Fetch the file again, or correct "
         f"{correct}"

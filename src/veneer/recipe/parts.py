@@ -49,7 +49,7 @@ class DataPart(_Part):
 
     @property
     def holds_out(self) -> bool:
-        """True if rows are held out, in a file of their own or from the training rows."""
+        """Return True if rows are held out, in a file of their own or from the training rows."""
         return self.eval is not None or self.eval_fraction > 0
 
     @property
@@ -67,7 +67,7 @@ class DataPart(_Part):
 
 
 class RolloutsPart(_Part):
-    """Who draws the answers that are learned from: veneer's engine, transformers' generate, or the engine if it can."""
+    """Source of the answers that are learned from: veneer's engine, transformers' generate, or the engine if it can."""
 
     engine: Literal["auto", "engine", "generate"] = Field(
         default="auto",

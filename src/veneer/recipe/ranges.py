@@ -1,4 +1,4 @@
-"""Ranges of training settings, outside of which training would have no effect or another one."""
+"""Ranges of training settings. Outside of them a setting would have no effect, or an unintended one."""
 
 from __future__ import annotations
 

@@ -123,7 +123,7 @@ def _located(changes: Mapping[str, Any], source: Path) -> dict[str, Any]:
 
 
 def _name_of(changes: Mapping[str, Any]) -> str:
-    """``r-8_learning_rate-0.001`` for what is changed."""
+    """Return a name such as ``r-8_learning_rate-0.001`` for changed keys."""
     words = (f"{str(key).rpartition('.')[2]}-{_short(value)}" for key, value in changes.items())
     return "_".join(words)
 

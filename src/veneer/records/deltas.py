@@ -68,27 +68,27 @@ class LinearDelta:
 
     @property
     def only_adds(self) -> bool:
-        """True if terms are added to the weight, and inputs and outputs stay: such records have a sum."""
+        """Return True if terms are added to the weight, and inputs and outputs stay: such records have a sum."""
         return self.input is None and self.output is None
 
     @property
     def only_scales(self) -> bool:
-        """True if nothing is added to the weight, and inputs and outputs are at most scaled."""
+        """Return True if nothing is added to the weight, and inputs and outputs are at most scaled."""
         return not self.adds and not any(isinstance(term, Rotation) for term in (self.input, self.output))
 
     @property
     def is_low_rank(self) -> bool:
-        """True if only a pair changes the weight."""
+        """Return True if only a pair changes the weight."""
         return self.only_adds and len(self.adds) == 1 and self.low_rank is not None
 
     @property
     def is_elementary(self) -> bool:
-        """True if there are no other terms than pairs, scales and a bias: kernels know those."""
+        """Return True if there are no other terms than pairs, scales and a bias: kernels know those."""
         return not self.changes and not any(isinstance(term, Rotation) for term in (self.input, self.output))
 
     @property
     def changes_nothing(self) -> bool:
-        """True if there is no term."""
+        """Return True if there is no term."""
         return not self.adds and self.only_adds and self.bias is None
 
     @property

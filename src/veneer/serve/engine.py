@@ -82,7 +82,7 @@ class Engine:
 
     @property
     def has_work(self) -> bool:
-        """True if a step has work now; False also if all requests wait for an adapter that is being read."""
+        """Return True if a step has work now; False also if all requests wait for an adapter that is being read."""
         stepping = self.scheduler.has_work and not self._waits_for_load
         return stepping or bool(self._touched) or self._inbox.wait(0)
 
@@ -99,7 +99,7 @@ class Engine:
         self.readers.base.rendering.sandbox, self._rules.forms.sandbox = templates, grammars
 
     def close(self) -> None:
-        """Begin no more reads, and wait for the current one and for what is kept on disk. No step may follow."""
+        """Begin no more reads, and wait for the current one and for writes to disk. No step may follow."""
         self._loader.stop()
 
     def asked(
@@ -280,7 +280,7 @@ class Engine:
         )
 
     def _take_all(self) -> None:
-        """Do what all messages say; a step that is interrupted leaves the rest to the next."""
+        """Act on all messages; a step that is interrupted leaves the rest to the next."""
         self._failures.clear()
         while (message := self._inbox.take()) is not None:
             self._take_in(message)

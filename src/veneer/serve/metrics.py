@@ -1,4 +1,4 @@
-"""Metrics in vLLM's names: what `LLM.get_metrics` returns. No torch."""
+"""Metrics in vLLM's names, as `LLM.get_metrics` returns them. No torch."""
 
 from __future__ import annotations
 

@@ -49,7 +49,7 @@ class GgufBlocks(QuantizationConfig):
         _register()
 
     def to_dict(self) -> dict[str, Any]:
-        """Return what the config of a model shows of it."""
+        """Return the entry in the config of a model."""
         return {"quant_method": METHOD, "file": str(self.file.path)}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> GgufBlocks:

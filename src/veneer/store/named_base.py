@@ -64,7 +64,7 @@ def _folder_of(named: str) -> Path | None:
 
 
 def _is_name(name: str) -> bool:
-    """True for a name of a model, not for a place on some machine."""
+    """Return True for a name of a model, not for a place on some machine."""
     return bool(_HASHED.fullmatch(name)) or (_ID.fullmatch(name) is not None and not os.path.exists(name))
 
 
@@ -76,7 +76,7 @@ def _model(name: str) -> str:
 
 
 def _is_copy(one: Path, other: Path) -> bool:
-    """True for one folder under two paths, for models of equal configs and sizes, and if their files cannot be read."""
+    """Return True for one folder under two paths, models of equal configs and sizes, and files that cannot be read."""
     try:
         return one.resolve() == other.resolve() or _stamp(one) == _stamp(other)
     except OSError:

@@ -1,4 +1,4 @@
-"""Experts that stay in codes: what the files hold for each stack of the model, and its storage format."""
+"""Experts that stay in codes: the tensors in files of each stack of the model, and its storage format."""
 
 from __future__ import annotations
 

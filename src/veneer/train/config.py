@@ -124,7 +124,7 @@ def _device_problems(args: TrainingArguments) -> list[str]:
 
 
 def _checkpointing_problems(args: TrainingArguments) -> list[str]:
-    """Normalize the checkpointing and offload settings; return what is inconsistent."""
+    """Normalize the checkpointing and offload settings; return their inconsistencies."""
     problems = []
     if args.gradient_checkpointing not in (True, False, "selective"):
         problems.append(f"gradient_checkpointing={args.gradient_checkpointing!r} must be True, False or 'selective'")

@@ -113,7 +113,7 @@ def usable(recipe: Recipe, checkpoint: Path) -> str:
 
 
 def _is_plain(data: DataPart) -> bool:
-    """True if a run trains on plain prompts or texts: neither ``data.chat`` nor the first row makes a conversation."""
+    """Return True if a run trains on plain text: neither ``data.chat`` nor the first row makes a conversation."""
     if data.chat or not Path(data.train).is_file():
         return False
     _, row = next(numbered_rows(Path(data.train), []), (0, {}))

@@ -61,7 +61,7 @@ def together() -> Iterator[None]:
 
 
 def _is_loss_of_another(error: BaseException) -> bool:
-    """True for the error of a message to a process that is gone; gloo gives it no class of its own."""
+    """Return True for the error of a message to a process that is gone; gloo gives it no class of its own."""
     lost = isinstance(error, distributed.DistError) or "/gloo/" in str(error)
     return isinstance(error, RuntimeError) and lost and not isinstance(error, VeneerError)
 

@@ -118,7 +118,7 @@ class ResumableTrainer(Trainer):  # type: ignore[misc]
         return number, 0 if self.args.ignore_data_skip else within
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """Their state; changed settings, such as learning rates, are this run's and not the checkpoint's."""
+        """Load their state. Changed settings, such as learning rates, are this run's and not the checkpoint's."""
         own = [{key: value for key, value in g.items() if key != "params"} for g in self.optimizer.param_groups]
         base = list(getattr(self.lr_scheduler, "base_lrs", ()))
         super()._load_optimizer_and_scheduler(checkpoint)
@@ -165,7 +165,7 @@ class ResumableTrainer(Trainer):  # type: ignore[misc]
             super()._run_epoch(**options)
 
     def _misses_evaluation(self, options: Mapping[str, Any]) -> bool:
-        """True if the checkpoint is of an epoch's last step and was written before the evaluation at its end."""
+        """Return True if the checkpoint is of an epoch's last step and was written before the evaluation at its end."""
         step, begins = self.state.global_step, options["epoch"] == options["epochs_trained"]
         at_end = options["steps_trained_in_current_epoch"] == 0 and not self.args.ignore_data_skip
         at_end = at_end or step >= self.state.max_steps

@@ -60,7 +60,7 @@ def theirs(base: PreTrainedModel, targets: list[str], eva: dict[str, Any], **set
 
 
 def cosines(a: Tensor, b: Tensor) -> Tensor:
-    """Of the principal angles between two row spaces."""
+    """Return the cosines of the principal angles between two row spaces."""
     qa, qb = (torch.linalg.qr(m.double().T).Q for m in (a, b))
     return torch.linalg.svdvals(qa.T @ qb)
 

@@ -1,4 +1,4 @@
-"""Who answers a command: the engine of serving, or transformers' generate with the reason in one line."""
+"""The answer of a command: by the engine of serving, or by transformers' generate with the reason in one line."""
 
 from __future__ import annotations
 

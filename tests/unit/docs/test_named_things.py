@@ -38,7 +38,7 @@ def test_files(page: Path) -> None:
 
 
 def folders(place: Path) -> set[str]:
-    """Those of the source alone: a reader who has tried a page has folders of results too."""
+    """Return the folders of the source alone: a reader who has tried a page has folders of results too."""
     return {path.name for path in place.iterdir() if path.is_dir() and path.name.isidentifier()} - RESULTS
 
 

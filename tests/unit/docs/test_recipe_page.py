@@ -24,7 +24,7 @@ def without_versions(page: str) -> str:
 
 
 def test_the_page_is_made_from_the_code() -> None:
-    """Where other versions of transformers or TRL are installed, all but their settings."""
+    """If other versions of transformers or TRL are installed, their settings are left out."""
     written, made = (ROOT / "docs" / "recipe.md").read_text(encoding="utf-8"), script().page()
     if script()._made_with().strip() not in written:
         written, made = (without_versions(page).partition(TRAINING)[0] for page in (written, made))

@@ -31,7 +31,7 @@ def theirs(folder: Path, n_frozen: int = FIRST) -> nn.Module:
 
 
 def losses(model: nn.Module) -> torch.Tensor:
-    """Of five steps, whose optimizer also decays what it trains."""
+    """Return the losses of five steps, whose optimizer also decays what it trains."""
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1, weight_decay=0.3)
     found = []
     for _ in range(5):

@@ -30,7 +30,7 @@ METHODS = sorted(all_methods().values(), key=lambda method: method.__name__)
 
 
 class Alien:
-    """Of no type that a field has."""
+    """Value of no type that a field has."""
 
     def __repr__(self) -> str:
         return "alien"

@@ -28,7 +28,7 @@ def gemma(n_blocks: int, period: int) -> Gemma3TextConfig:
 
 
 def depths(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many blocks are traced, each time."""
+    """Numbers of blocks that are traced, each time."""
     found: list[int] = []
 
     def counted(config: PreTrainedConfig, *args: Any, **kwargs: Any) -> Any:

@@ -53,7 +53,7 @@ def _of_card(n_bytes: float) -> Machine:
 
 
 def _bytes(shard: int) -> int:
-    """Of one process, by hand."""
+    """Return the bytes of one process, by hand."""
     gathered = 0 if shard == 1 else 3.6 * BLOCKS / 80
     tensors = BLOCKS / shard + HEAD + GRADS + 4 * N_TRAINED + gathered
     return round(FRAGMENTS * tensors + CONTEXT_BYTES)

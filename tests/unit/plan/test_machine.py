@@ -1,4 +1,4 @@
-"""What is measured of a machine: products as in a step, what others disturb, what is kept."""
+"""Measurements of a machine: products as in a step, disturbance by others, and kept results."""
 
 from __future__ import annotations
 

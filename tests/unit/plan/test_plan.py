@@ -301,7 +301,7 @@ def test_an_adapter_that_is_trained_on_is_held_twice_also_where_its_scores_are_k
 
 
 def copied(trainer: DPOTrainer) -> Iterator[torch.Tensor]:
-    """Whatever tensors the reference of a trainer holds beside the model."""
+    """Return the tensors that the reference of a trainer holds beside the model."""
     own = {id(t) for t in trainer.model.parameters()}
     for _, module in trainer.ref_model._start:
         yield from (t for t in module.parameters() if id(t) not in own)

@@ -17,7 +17,7 @@ from veneer.store.adapter.folder import require_adapter
 
 @dataclass(frozen=True, kw_only=True)
 class AsLoraArguments:
-    """Write an adapter of another method as plain LoRA, and print what is lost: of the update, and of the logits.
+    """Write an adapter of another method as plain LoRA, and print the error in the update and in the logits.
 
     An update that is a low-rank pair stays exact. Any other change of weights is reduced to --rank.
 

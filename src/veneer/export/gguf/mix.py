@@ -50,7 +50,7 @@ class MixFacts:
 
     @property
     def is_70b(self) -> bool:
-        """True for 80 layers: Llama's with grouped heads, and Qwen2's."""
+        """Return True for 80 layers: Llama's with grouped heads, and Qwen2's."""
         grouped = self.architecture == "llama" and self.n_heads != self.n_kv_heads
         return self.n_layers == 80 and (grouped or self.architecture == "qwen2")
 

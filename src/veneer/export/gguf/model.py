@@ -119,7 +119,7 @@ class GgufExport:
 
     @property
     def adds_bos(self) -> bool:
-        """True if the runtime starts every text with a BOS."""
+        """Return True if the runtime starts every text with a BOS."""
         return any(pair.key == "tokenizer.ggml.add_bos_token" and pair.value for pair in self.plan.pairs)
 
     def _is_changed(self, name: str) -> bool:

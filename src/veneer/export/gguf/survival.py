@@ -17,7 +17,7 @@ from veneer.store.gguf.writer import TensorSpec
 
 
 class FileSurvival:
-    """Comparison of what is written with the blocks of the base in the file ``base``. Both have the same layout."""
+    """Comparison of written blocks with those of the base in the file ``base``. Both have the same layout."""
 
     def __init__(self, base: Path) -> None:
         self._source = MappedFile(base)
@@ -43,5 +43,5 @@ class FileSurvival:
         self._sums[spec.name] = sums
 
     def found(self) -> tuple[Survival, ...]:
-        """Return what survives, tensor by tensor."""
+        """Return the surviving shares, tensor by tensor."""
         return tuple(sums.survival(name) for name, sums in self._sums.items())

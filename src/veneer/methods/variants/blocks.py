@@ -65,7 +65,7 @@ class BdLoraConfig(Settings, Variant):
         return f"{told}{math.gcd(r, width)}" if r % self.nblocks or width % self.nblocks else None
 
     def _named(self, site: LinearSite) -> tuple[bool, bool]:
-        """Whether the config names a layer's A, and its B."""
+        """Return two booleans: the config names the layer's A, and its B."""
         last, both = site.name.rpartition(".")[2], (self.target_modules_bd_a, self.target_modules_bd_b)
         of_a, of_b = (any(pattern in last for pattern in patterns or ()) for patterns in both)
         return of_a, of_b

@@ -204,7 +204,7 @@ class AdaptedSite(Adapted):
 
     @property
     def is_turned(self) -> bool:
-        """True if the module's own parameter is the transpose of the map's W (o, i)."""
+        """Return True if the module's own parameter is the transpose of the map's W (o, i)."""
         return False
 
     def folded_dtype(self, names: Sequence[str]) -> torch.dtype:
@@ -415,7 +415,7 @@ class AdaptedLinear(AdaptedSite):
 
 
 def _derive_again(layer: nn.Module, keys: object) -> None:
-    """Derive what follows from the weight and the parameters, which have all been loaded by now."""
+    """Derive tensors from the weight and the parameters, which have all been loaded by now."""
     for name in cast(AdaptedSite, layer).adapters:
         cast(AdaptedSite, layer).derive(name)
 
@@ -469,7 +469,7 @@ def is_linear(module: nn.Module) -> bool:
 
 @functools.cache
 def _computes_linear(kind: Hashable) -> bool:
-    """True if a class computes x Wᵀ + b: by torch's own forward, or by one that equals it on made-up values."""
+    """Return True if a class computes x Wᵀ + b: by torch's own forward, or by one that equals it on made-up values."""
     cls: Any = kind
     if cls.forward in (nn.Linear.forward, Conv1D.forward):
         return True

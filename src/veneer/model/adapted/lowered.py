@@ -47,7 +47,7 @@ def lowered(holder: nn.Module, config: LinearMethod, lower: Callable[[], LinearD
 
 
 def _names(holder: nn.Module, record: LinearDelta) -> tuple[str, ...] | None:
-    """The name of the parameter that each tensor is; None if one is computed."""
+    """Return the parameter's name for each tensor of a record; None if a tensor is computed."""
     own = {id(parameter): name for name, parameter in holder._parameters.items()}
     names = [own.get(id(tensor)) for tensor in record.tensors]
     return None if None in names else cast("tuple[str, ...]", tuple(names))

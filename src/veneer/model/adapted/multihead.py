@@ -47,7 +47,7 @@ class _Folding(AdaptedSite):
         return read[parameter]
 
     def own(self, parameter: str, names: Sequence[str] | None) -> Tensor | None:
-        """A parameter without what is folded in."""
+        """Return a parameter without the updates that are folded in."""
         return Adapted.effective(self, parameter, self.adapter_state.acting() if names is None else names)
 
     def require_one_for_all_rows(self) -> None:

@@ -233,7 +233,7 @@ class Adapted(InPlace, Holder):
 
     @property
     def disable_adapters(self) -> bool:
-        """True if the adapters of the model are switched off."""
+        """Return True if the adapters of the model are switched off."""
         return self.adapter_state.disabled
 
     @property
@@ -250,7 +250,7 @@ class Adapted(InPlace, Holder):
 
     @property
     def has_codes(self) -> bool:
-        """True if the module's weight is kept in a quantized format."""
+        """Return True if the module's weight is kept in a quantized format."""
         return False
 
     def trains_whole(self, name: str) -> bool:

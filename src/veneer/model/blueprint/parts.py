@@ -120,7 +120,7 @@ class FeedForward:
 
     @property
     def gated(self) -> bool:
-        """True if one half of the output of ``inner`` is a gate."""
+        """Return True if one half of the output of ``inner`` is a gate."""
         return self.inner[0].role != "up"
 
     @property

@@ -69,7 +69,7 @@ def _multiplier(source: BlockSource, block: nn.Module) -> float:
 
 
 def _kept_values(source: BlockSource, block: nn.Module) -> list[Strange]:
-    """What a block holds beside parameters: Gemma 4's multiplies the stream by a value."""
+    """Return the buffers of a block, which no description has: Gemma 4 multiplies the stream by one."""
     names = [name for name, _ in block.named_buffers(recurse=False)]
     told = f"it holds {', '.join(names)}, which the description has no words for"
     return [Strange(path=source.path(block), reason=told)] if names else []

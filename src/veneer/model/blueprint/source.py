@@ -42,7 +42,7 @@ class BlockSource:
 
     @property
     def listed(self) -> bool:
-        """True if descriptions of this model type are tested by values."""
+        """Return True if descriptions of this model type are tested by values."""
         return self.family is not CONVENTION
 
     def path(self, module: nn.Module) -> str:

@@ -35,7 +35,7 @@ class CodedModule(nn.Module):
 
     @property
     def is_filled(self) -> bool:
-        """True if the weight has been set."""
+        """Return True if the weight has been set."""
         return not self.weight.is_meta
 
     def bound(self) -> FrozenWeight:

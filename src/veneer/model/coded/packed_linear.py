@@ -68,7 +68,7 @@ class PackedLinear(_Packed):
 
     @property
     def is_transposed(self) -> bool:
-        """True if the replaced layer stores Wᵀ (GPT-2's)."""
+        """Return True if the replaced layer stores Wᵀ (GPT-2's)."""
         return issubclass(self.source, Conv1D)
 
     @property

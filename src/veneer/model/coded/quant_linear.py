@@ -41,7 +41,7 @@ class QuantLinear(CodedModule):
 
     @property
     def is_transposed(self) -> bool:
-        """True if the replaced layer stores Wᵀ."""
+        """Return True if the replaced layer stores Wᵀ."""
         return issubclass(self.source, Conv1D)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -117,7 +117,7 @@ class BlockActivations:
 
     @property
     def is_selective(self) -> bool:
-        """True if the block checkpoints itself selectively now. The first block does not: a pass begins there."""
+        """Return True if the block checkpoints itself selectively now. The first never does: a pass begins there."""
         return self.plan.way == "selective" and self.index > 0 and not self._again
 
     def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

@@ -99,7 +99,7 @@ class AttendedPrompts(Holder):
         return (output[0] + self.change(), *output[1:]) if self.acting_on_rows() else None
 
     def change(self) -> Tensor:
-        """Return what the acting prompts add to attention in this pass, (b, t, heads * k)."""
+        """Return the outputs that the acting prompts add to attention in this pass, (b, t, heads * k)."""
         queries, routing = self._turned_queries(), self.adapter_state.routed()
         if routing is None:
             changes = [self._change(name, queries) for name in self.acting_on_rows()]

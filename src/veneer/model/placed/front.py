@@ -49,7 +49,7 @@ class Front:
 
     @property
     def is_even(self) -> bool:
-        """True if every row uses all places."""
+        """Return True if every row uses all places."""
         return self.routing is None or all(self.counts.get(n, 0) == self.width for n in self.routing.names)
 
     def used(self, n_rows: int, device: torch.device) -> Tensor:

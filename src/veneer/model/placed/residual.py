@@ -55,7 +55,7 @@ class ResidualAdapters(Holder):
 
     @property
     def reads_input(self) -> bool:
-        """True if an adapter that acts reads the sub-layer's input."""
+        """Return True if an adapter that acts reads the sub-layer's input."""
         return any(self.record(name).where != "serial" for name in self.acting_on_rows())
 
     def _keep_input(self, module: nn.Module, args: Any, kwargs: Any) -> None:

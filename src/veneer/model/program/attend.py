@@ -157,7 +157,7 @@ class Attend(Trained):
     def _turned(
         self, weights: AttendTraining, run: ActingStretch, ys: list[Tensor]
     ) -> tuple[Heads, tuple[Tensor, ...]]:
-        """Queries, keys and values, and what the way back through norms needs. Without norms they overwrite ``ys``."""
+        """Return queries, keys, values, and tensors for norms' backward passes. Without norms ``ys`` is overwritten."""
         q, k, v = self.attention.heads.split(ys)
         turned, kept = [], []
         for heads, norm in ((q, weights.q_norm), (k, weights.k_norm)):
@@ -209,7 +209,7 @@ def _rotated(heads: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tens
 
 
 def _places(layout: HeadLayout, first: int) -> list[list[int]]:
-    """Of queries, keys and values the tensor, the index of the first value in it, and the stride between heads.
+    """Return queries, keys and values: the tensor, the index of the first value in it, and the stride between heads.
 
     The tensors are those from ``first`` on; the heads lie as `HeadLayout.split` splits them.
     """

@@ -51,12 +51,12 @@ class BlockProgram:
 
     @property
     def is_own(self) -> bool:
-        """True if no half is fused."""
+        """Return True if no half is fused."""
         return self.attention is None and self.mlp is None
 
     @property
     def is_whole(self) -> bool:
-        """True if both halves run the model's own code if one does."""
+        """Return True if both halves run the model's own code if one does."""
         sublayer, path = self.block.attention_sublayer, self.block.attention.path
         return not self.block.feed_forward.path or (sublayer is not None and sublayer.input_path != path)
 
@@ -189,7 +189,7 @@ class _Half:
 
     @property
     def register(self) -> Register:
-        """Its output."""
+        """Return its output."""
         return Register("half", self.stream.widths)
 
     def joined(self, linear: Linear, source: Register, post: Norm | None) -> Iterator[Operation]:

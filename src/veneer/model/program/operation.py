@@ -77,7 +77,7 @@ class Operation(ABC):
     site: str = ""
     """Place of the bottlenecks that act here; empty if there are none."""
     takes_blocks: ClassVar[bool] = True
-    """True if the C++ step supports what the blocks of versions change at its layers."""
+    """Return True if the C++ step supports what the blocks of versions change at its layers."""
 
     @property
     def reads(self) -> tuple[Register, ...]:

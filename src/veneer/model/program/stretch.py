@@ -62,7 +62,7 @@ class Trained(Operation):
     needed: ClassVar[tuple[str, ...]] = ("source",)
     """Those of them whose values `back` reads."""
     cheap: ClassVar[bool] = False
-    """True if its output is computed again in the backward pass rather than kept."""
+    """Return True if its output is computed again in the backward pass rather than kept."""
 
     @property
     def untrained(self) -> str | None:
@@ -80,7 +80,7 @@ class Trained(Operation):
 
     @property
     def gives_output(self) -> bool:
-        """True if `back` computes its output on the way."""
+        """Return True if `back` computes its output on the way."""
         return False
 
     @abstractmethod
@@ -129,7 +129,7 @@ class TrainedStretch:
 
     @cached_property
     def makers(self) -> tuple[dict[str, int], ...]:
-        """For each operation, the operation that made what it finds in a register, by the register's name."""
+        """For each operation, the numbers of the operations that wrote the registers before it, by register."""
         written = [{op.output.name: place} for place, op in enumerate(self.operations[:-1])]
         return tuple(itertools.accumulate(written, lambda known, new: known | new, initial={}))
 
@@ -145,7 +145,7 @@ class TrainedStretch:
 
     @cached_property
     def keeps(self) -> tuple[tuple[Keep, ...], tuple[Keep, ...]]:
-        """What each operation keeps, and what it does if the products of the source are computed again."""
+        """Return what each operation keeps, and what if the products of the source are computed again."""
         return self._keeps(frozenset()), self._keeps(self._first_products())
 
     def _keeps(self, again: frozenset[int | None]) -> tuple[Keep, ...]:
@@ -162,7 +162,7 @@ class TrainedStretch:
         return made is not None and self.operations[made].cheap and name in self.done[place]
 
     def _first_products(self) -> frozenset[int | None]:
-        """Operations that are not cheap, on what cheap ones make of the source."""
+        """Return the operations that are not cheap, and read the source or outputs of cheap ones."""
         cheap: set[int | None] = {None}
         found = set[int | None]()
         for place, (made, op) in enumerate(zip(self.makers, self.operations, strict=True)):
@@ -206,7 +206,7 @@ class ActingStretch:
 
     @property
     def adds(self) -> bool:
-        """True if it adds to the stream; otherwise only returns its addition, for bottlenecks that act on that."""
+        """Return True if it adds to the stream. Otherwise it returns the addition, on which bottlenecks act."""
         return self.stretch.target.name == STREAM
 
     @property
@@ -222,7 +222,7 @@ class ActingStretch:
     def __call__(
         self, x: Float[Tensor, "b t d"], positions: PackedPositions, stream: Tensor | None = None
     ) -> Float[Tensor, "b t d"]:
-        """Return what it writes. Dropout masks are drawn in the order of the model's own code.
+        """Return the written register. Dropout masks are drawn in the order of the model's own code.
 
         ``stream`` is the stream that it adds to, if that is not x.
         """

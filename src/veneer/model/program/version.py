@@ -55,7 +55,7 @@ class OwnChanges:
 
     @property
     def only_adds(self) -> bool:
-        """True if it does nothing but add low-rank parts to the layers' outputs."""
+        """Return True if it does nothing but add low-rank parts to the layers' outputs."""
         return not (self.whole or self.apart or self.terms) and all(record is NOTHING for record in self.records)
 
 

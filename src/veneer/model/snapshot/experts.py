@@ -1,4 +1,4 @@
-"""Stacks of experts in a model: parameters (experts, o, i) that no linear layer holds, and what adapting them costs."""
+"""Stacks of experts in a model: parameters (experts, o, i) outside of linear layers, and the cost of adapting them."""
 
 from __future__ import annotations
 

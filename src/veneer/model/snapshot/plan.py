@@ -171,7 +171,7 @@ def _default_targets(snapshot: Snapshot, config: LinearMethod) -> Names:
 def _require_accepted(
     snapshot: Snapshot, config: LinearMethod, plan: AttachPlan, sites: list[LinearSite], fresh: bool
 ) -> None:
-    """Raise TargetError with all that the method, or the model, refuses of this plan. Log what is probably a slip."""
+    """Raise TargetError with every refusal of this plan by the method or the model. Log probable slips."""
     tied = snapshot.sites(snapshot.tied) if plan.followers else []
     wrong = [*config.checks.layers(sites), *config.checks.tied(tied), *_problems_of_invocation(snapshot, config, plan)]
     if fresh:

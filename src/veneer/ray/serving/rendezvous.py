@@ -62,7 +62,7 @@ class Traffic:
         return self._counts.get(name, 0.0) / max(self._total, _WINDOW)
 
     def n_homes(self, name: str, n_replicas: int) -> int:
-        """Return the number of replicas that a name needs to be at most a quarter of the mean load of each."""
+        """Return the number of replicas for a name, so that each gets at most a quarter of its mean load from it."""
         return min(n_replicas, max(1, math.ceil(4 * n_replicas * self.share(name))))
 
 

@@ -42,7 +42,7 @@ class InOrder(Rotation):
 
 
 def in_order(maps: Sequence[Scale | Rotation]) -> Scale | Rotation | None:
-    """Return one map that acts as all of them, the first of them first; None if there is none.
+    """Return one map that applies all of them in order; None if there is none.
 
     Scales alone are multiplied to one.
     """

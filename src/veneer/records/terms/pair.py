@@ -33,12 +33,12 @@ class Pair(Term):
 
     @property
     def is_stacked(self) -> bool:
-        """True for stacked pairs of experts."""
+        """Return True for stacked pairs of experts."""
         return self.a.ndim > 2
 
     @property
     def is_plain(self) -> bool:
-        """True if there is neither a core nor a scale of B."""
+        """Return True if there is neither a core nor a scale of B."""
         return self.core is None and self.b_scale is None
 
     @property

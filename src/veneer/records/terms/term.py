@@ -40,7 +40,7 @@ class Term:
 
     @property
     def takes_dropout(self) -> bool:
-        """True if a dropout of the method acts on the input of the term."""
+        """Return True if a dropout of the method acts on the input of the term."""
         return True
 
     @property
@@ -50,7 +50,7 @@ class Term:
 
     @property
     def is_trained(self) -> bool:
-        """True if any of the tensors requires a gradient."""
+        """Return True if any of the tensors requires a gradient."""
         return any(tensor.requires_grad for tensor in self.tensors)
 
 

@@ -77,10 +77,10 @@ def _opened(folder: Path) -> Iterator[tuple[Head, FileIO]]:
 
 
 def _config_of(read: Any) -> str:
-    """A config without what changes no layout, as text; PEFT writes the modules of a set in any order. Patterns keep
-    theirs: the first that is found counts.
+    """Return the fields of a config that decide its layout, as text. Sets are sorted, since PEFT writes them in any
+    order. Patterns keep their order: the first that matches counts.
 
-    Raises ValueError for what is no config.
+    Raises ValueError if it is no config.
     """
     if not isinstance(read, dict):
         raise ValueError("no mapping")

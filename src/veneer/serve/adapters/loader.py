@@ -68,7 +68,7 @@ class Loader(Generic[Read]):
             self._later.append(work)
 
     def stop(self) -> None:
-        """Begin no more loads, and wait for the current one and for what is put off. Loads that never began have no
+        """Begin no more loads, and wait for the current one and work that is put off. Loads that never began have no
         result.
         """
         with self._lock:
@@ -110,7 +110,7 @@ class Loader(Generic[Read]):
 
 
 def _finish(work: Callable[[], None]) -> None:
-    """Do what was put off. The thread survives a failure, because loads wait for it."""
+    """Do work that was put off. The thread survives a failure, because loads wait for it."""
     failed = _result(work)
     if failed is not None:
         _LOG.error("work behind a load failed", exc_info=failed)

@@ -27,7 +27,7 @@ _VISITOR = replace(ANYBODY, scopes=frozenset({INFER}))
 
 
 class Access:
-    """Middleware that finds the key of each request, which is then `CALLER`, and refuses what the key may not do.
+    """Middleware that finds the key of each request, which is then `CALLER`, and refuses all that it may not ask.
 
     Without ``keys``, this machine may do everything. If ``is_open``, others may infer, otherwise they are refused.
     Others are also clients of a proxy on this machine, and web pages of other sites in this machine's browser, which
@@ -134,7 +134,7 @@ def _why_far(scope: Scope) -> str:
 
 
 def _is_near(client: tuple[str, int] | None) -> bool:
-    """True for the address of a client on this machine; one through a socket file has none."""
+    """Return True for the address of a client on this machine; one through a socket file has none."""
     try:
         return client is None or ipaddress.ip_address(client[0]).is_loopback
     except ValueError:
@@ -146,7 +146,7 @@ def _is_of_proxy(header: str) -> bool:
 
 
 def _is_local(host: str) -> bool:
-    """True for a host of this machine; another name may be one that a page of another site points here."""
+    """Return True for a host of this machine; another name may be one that a page of another site points here."""
     try:
         name = urlsplit(f"//{host}").hostname or "localhost"
         if name == "localhost":

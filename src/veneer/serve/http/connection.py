@@ -274,7 +274,7 @@ class Connection(HttpToolsProtocol):
                 self._connections.owes(self)
 
     def send_400_response(self, msg: str) -> None:
-        """Refuse what the parser does not take."""
+        """Refuse a request that the parser does not take."""
         self._refuse(self._why or RefusedError("this is no valid HTTP request: send another"))
 
     def pause_writing(self) -> None:
@@ -311,7 +311,7 @@ class Connection(HttpToolsProtocol):
             cycle.message_event.set()
 
     def _is_unread(self, now: float) -> bool:
-        """True if the client takes too long to read."""
+        """Return True if the client takes too long to read."""
         if self._unread is None:
             return False
         since, n = self._unread
@@ -320,7 +320,7 @@ class Connection(HttpToolsProtocol):
 
     @property
     def _seconds(self) -> float:
-        """Time for what is read."""
+        """Return the seconds that a client has for the part that is being read."""
         match self._reads:
             case _Reads.REFUSED:
                 return self._limits.linger_seconds
@@ -332,7 +332,7 @@ class Connection(HttpToolsProtocol):
 
     @property
     def _is_free(self) -> bool:
-        """True if no answer is awaited."""
+        """Return True if no answer is awaited."""
         return not self._cycles
 
     def _begin(self, reads: _Reads) -> None:

@@ -27,7 +27,7 @@ class FieldLimit:
     levels: int = 16
 
     def problem(self, value: Any) -> str | None:
-        """Return the reason why a JSON value is too large, and what is allowed; None if it is not."""
+        """Return the reason why a JSON value is too large, with its limit; None if it is not."""
         if isinstance(value, str):
             return self._too_long(len(value))
         if not isinstance(value, _LISTS):

@@ -1,4 +1,4 @@
-"""Key of a client: what it may do and see. The key of the current request."""
+"""Key of a client, with its rights and its limits. The key of the current request."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Key:
 
     @property
     def sees_all(self) -> bool:
-        """True if no adapter is hidden from the client."""
+        """Return True if no adapter is hidden from the client."""
         return "*" in self.adapters
 
     @cached_property

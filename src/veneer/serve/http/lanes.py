@@ -40,7 +40,7 @@ class Lane:
 
     @property
     def is_blocked(self) -> bool:
-        """True if all threads are stuck."""
+        """Return True if all threads are stuck."""
         return self.n_stuck >= self.n_threads
 
     async def run(self, work: Callable[[], Result]) -> Result:

@@ -1,4 +1,4 @@
-"""Served models: the base, each folder that the adapters' folder contains now, and what was loaded over HTTP."""
+"""Served models: the base, each folder that the adapters' folder contains now, and adapters loaded over HTTP."""
 
 from __future__ import annotations
 
@@ -206,7 +206,7 @@ class Catalogue:
         return LoRARequest(name, next(self._count), str(loaded.folder))
 
     def loaded(self, name: str) -> Loaded | None:
-        """Return what was loaded under a name; None for adapters of the folder, and for the base."""
+        """Return the adapter that was loaded under a name; None for adapters of the folder, and for the base."""
         return self._loaded.get(name)
 
     def place(self, name: str) -> str:
@@ -246,7 +246,7 @@ class Catalogue:
         return self._all[2]
 
     def _sees(self, name: str) -> bool:
-        """True for an adapter that the caller may know of; of a mix all parts, which its card names."""
+        """Return True if the caller may know of an adapter, and of all parts of a mix, since its card names them."""
         loaded = self._loaded.get(name)
         return all(map(self.caller.sees, (name, *((loaded and loaded.weights) or ()))))
 

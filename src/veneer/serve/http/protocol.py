@@ -260,7 +260,7 @@ class CompletionBody(Body):
 
     @property
     def scores_prompt(self) -> bool:
-        """True if the log-probabilities of the prompt precede those of the answer. Such an answer is not streamed."""
+        """Return True if the prompt's log-probabilities precede those of the answer, which is then not streamed."""
         return self.echo and self.logprobs is not None
 
     @property

@@ -37,7 +37,7 @@ _LONGEST_PATH = 128  # characters of a path that is no route's
 
 @dataclass(slots=True)
 class RequestRecord:
-    """Facts of one request. Times are by `time.perf_counter`; 0 for what has not happened.
+    """Facts of one request. Times are by `time.perf_counter`, 0 for events that have not happened.
 
     ``model`` is None until a known model is asked for, and ``client`` if no key says who asks. ``status`` is the
     response's HTTP status; `GONE` if the client left before its end. ``is_anthropics``: errors have Anthropic's form.
@@ -66,7 +66,7 @@ class RequestRecord:
         self.n_prompt += sum(len(each.prompt_ids) for each in asked)
 
     def take(self, output: RequestOutput) -> None:
-        """Count what an output adds."""
+        """Count the tokens that an output adds."""
         n = sum(len(answer.token_ids) for answer in output.outputs)
         self.drawn[output.request_id] = self.drawn.get(output.request_id, 0) + n
         self.cached[output.request_id] = output.num_cached_tokens
@@ -143,7 +143,7 @@ class RequestRecords:
 
 
 class RecordedEngine(AsyncEngine):
-    """Engine that counts what it answers in the record of the request, so that no route can forget it."""
+    """Engine that counts its answers in the record of the request, so that no route can forget it."""
 
     async def batches(self, asked: Sequence[CheckedRequest]) -> AsyncGenerator[list[RequestOutput], None]:
         """Yield the outputs of requests as `AsyncEngine.batches` does."""

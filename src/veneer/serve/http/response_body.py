@@ -117,7 +117,7 @@ class ResponsesBody(Drawn, Hinted):
 
     @property
     def scores(self) -> bool:
-        """True if the tokens' log-probabilities are asked for."""
+        """Return True if the tokens' log-probabilities are asked for."""
         return self.top_logprobs is not None or _LOGPROBS in (self.include or ())
 
     @property

@@ -83,7 +83,7 @@ class Service:
     def ask(self, body: CompletionBody | ChatBody) -> tuple[list[CheckedRequest], Calls | None]:
         """Return the checked requests of a body, and the calls that answers may have; None if they may have none.
 
-        Not on the loop: templates, tokens and grammars take their time. Raises VeneerError for any error that is
+        Call it off the event loop: templates, tokens and grammars take time. Raises VeneerError for any error that is
         visible before a request runs.
         """
         params = body.to_params(self.engine.settings.generation_defaults)

@@ -58,7 +58,7 @@ class PackedEffects:
 
     @property
     def is_block(self) -> bool:
-        """True if it is nothing but its block."""
+        """Return True if it is nothing but its block."""
         return not self.bottlenecks and self.effects == Effects()
 
 

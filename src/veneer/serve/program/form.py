@@ -14,7 +14,7 @@ Form = str | int | float | bool | None | list["Form"]
 
 
 def form_of(held: object) -> Form:
-    """Return what two objects have in common if they differ in the values of tensors alone."""
+    """Return the form of an object: two objects have one form if they differ in the values of tensors alone."""
     if isinstance(held, Tensor):
         return ["tensor", str(held.dtype), *held.shape]
     if isinstance(held, Mapping):

@@ -203,7 +203,7 @@ class NativeStretch:
         native.program.run(self.place, registers, pages, StepRows(rows.positions, ids, rows.picked, rows.tokens), runs)
 
     def _registers(self, frame: Frame, n: int) -> list[int]:
-        """The places of all registers, n rows each; the frame then has what will be written.
+        """Return the places of all registers, n rows each. The frame then has memory for those that will be written.
 
         Raises ShapeError where an operation before has left other rows.
         """

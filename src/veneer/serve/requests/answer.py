@@ -13,7 +13,7 @@ from veneer.serve.schedule.step_plan import DrawnToken
 
 
 class Answer:
-    """Answer to a prompt, of which there may be several; ``request`` computes it."""
+    """One of the answers to a prompt, computed by ``request``."""
 
     def __init__(self, request: Request, index: int, params: SamplingParams, tokenizer: Any) -> None:
         self.request, self.index, self.params = request, index, params

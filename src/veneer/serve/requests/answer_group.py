@@ -24,7 +24,7 @@ class AnswerGroup:
 
     @property
     def is_done(self) -> bool:
-        """True if all answers have ended."""
+        """Return True if all answers have ended."""
         return all(answer.request.status is Status.DONE for answer in self.answers)
 
     def output(self, metrics: RequestStats | None) -> RequestOutput | None:

@@ -74,7 +74,7 @@ class Detokenizer:
 
 
 def _streams(tokenizer: Any) -> bool:
-    """True if a tokenizer decodes as its backend does."""
+    """Return True if a tokenizer decodes as its backend does."""
     kind = type(tokenizer)
     return (
         isinstance(tokenizer, PreTrainedTokenizerFast)

@@ -69,7 +69,7 @@ class ProgramAdapter:
 
     @property
     def is_block(self) -> bool:
-        """True if it is nothing but its block."""
+        """Return True if it is nothing but its block."""
         return self.packed.is_block and not self.prefix
 
 

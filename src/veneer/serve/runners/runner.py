@@ -48,7 +48,7 @@ class Runner(Protocol):
         """Free the memory of pages that are not held."""
 
     def release(self, request_ids: Sequence[Hashable]) -> None:
-        """Free what is kept besides pages for sequences that have let go of theirs; they begin again, or have ended."""
+        """Free memory besides pages of sequences that have released theirs: they begin again, or have ended."""
 
     @property
     def loaded(self) -> frozenset[str]:

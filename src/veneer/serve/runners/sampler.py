@@ -105,7 +105,7 @@ class DrawRule:
 
     @cached_property
     def is_plain(self) -> bool:
-        """True if the rule needs nothing but the likeliest token, once there are ``min_tokens``."""
+        """Return True if the rule needs nothing but the likeliest token, once there are ``min_tokens``."""
         params = self.params
         changed = (
             self.form, self.bad_words, params.logit_bias, params.frequency_penalty, params.presence_penalty,
@@ -220,7 +220,7 @@ class _State:
 
     @property
     def takes_likeliest(self) -> bool:
-        """True where the next token is the model's likeliest, and nothing else is asked for."""
+        """Return True where the next token is the model's likeliest, and nothing else is asked for."""
         return self.rule.is_plain and len(self.output) >= self.rule.params.min_tokens
 
     def copy(self) -> _State:

@@ -239,7 +239,7 @@ class AdapterPool:
 
     @property
     def is_full(self) -> bool:
-        """True if no version may enter the batch besides those that are in it."""
+        """Return True if no version may enter the batch besides those that are in it."""
         return self.n_acting is not None and len(self._acting) >= self.n_acting
 
     def begin_load(self, wanted: Iterable[str], *, spares_awaited: bool = False) -> str | None:
@@ -391,7 +391,7 @@ class AdapterPool:
         return True
 
     def _suffice(self, n: int, n_bytes: int, kept: Collection[str], spares_awaited: bool) -> bool:
-        """True if evicting idle versions, except the ``kept`` ones, frees so many slots and bytes."""
+        """Return True if evicting idle versions, except the ``kept`` ones, frees so many slots and bytes."""
         groups = (self._free,) if spares_awaited else (self._free, self._awaited)
         spared = [entry for group in groups for id in kept if (entry := group.entries.get(id)) is not None]
         n_spared, spared_bytes = len(spared), sum(entry.n_bytes for entry in spared)

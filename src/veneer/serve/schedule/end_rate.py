@@ -1,4 +1,4 @@
-"""Rate at which what is in flight ends, and the time to ask again that follows from it. No torch."""
+"""Rate at which requests in flight end, and the time after which a refused client may ask again. No torch."""
 
 from __future__ import annotations
 

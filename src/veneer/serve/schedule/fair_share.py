@@ -1,4 +1,4 @@
-"""Clients, and what each has received: virtual token counters (Sheng et al. 2024, arXiv 2401.00588). No torch."""
+"""Clients and the service they received: virtual token counters (Sheng et al. 2024, arXiv 2401.00588). No torch."""
 
 from __future__ import annotations
 

@@ -44,7 +44,7 @@ def _in_schema(schema: Any, root: Any) -> int:
 
 
 def _is_free(schema: Any, root: Any, left: int = _REFERENCES) -> bool:
-    """True if texts of a schema hold a string, number or truth that nothing sets."""
+    """Return True if texts of a schema hold a string, number or truth that nothing sets."""
     if not isinstance(schema, dict) or left == 0:
         return False
     if isinstance(target := schema.get("$ref"), str):

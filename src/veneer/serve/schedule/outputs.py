@@ -59,7 +59,7 @@ class CompletionOutput:
 
 @dataclass(slots=True)
 class RequestStats:
-    """Times of a request in seconds, by `time.perf_counter`; 0 for what has not happened.
+    """Times of a request in seconds, by `time.perf_counter`, 0 for events that have not happened.
 
     ``arrival_time`` is the wall clock's. A request of several answers has the first time of any of them, and their last
     token's. The names are those of vLLM's ``RequestStateStats``, besides ``num_preemptions``, and the tokens that were

@@ -102,7 +102,7 @@ class Pages:
 
     @property
     def lacks_bytes(self) -> bool:
-        """True if there would be more free pages if bytes were given back."""
+        """Return True if there would be more free pages if bytes were given back."""
         return len(self._fresh) * self.page_bytes > self._unused
 
     def needed(self, n_positions: int) -> int:

@@ -27,12 +27,12 @@ class PoolEntry:
 
     @property
     def is_needed(self) -> bool:
-        """True if a name refers to it, or a request needs it."""
+        """Return True if a name refers to it, or a request needs it."""
         return bool(self.names or self.waiting or self.running)
 
     @property
     def is_idle(self) -> bool:
-        """True if it is loaded and may be evicted."""
+        """Return True if it is loaded and may be evicted."""
         return self.residency is Residency.RESIDENT and not self.running and not self.pinned
 
     @property

@@ -74,7 +74,7 @@ class PrefixSharing:
         self._put(request, 0)
 
     def begin(self, request: Request) -> None:
-        """Begin to compute what a request lacks, now that it is in the batch."""
+        """Begin to compute the missing pages of a request, now that it is in the batch."""
         if request.n_cached is None:
             request.n_cached = request.n_computed
         if request.root is not None:

@@ -68,8 +68,9 @@ class ResponseFormat(StructuredOutputsParams):
 class SamplingParams(metaclass=Keywords):
     """Sampling of an answer's tokens and its end; fields, defaults and order of effects are vLLM's.
 
-    One is not: ``policy_logprobs`` asks for the log-probability of each token at the temperature, over all ids, and for
-    the logarithm of the mass that masks, ``min_p``, ``top_k`` and ``top_p`` left.
+    ``policy_logprobs`` is veneer's own. It asks for the log-probability of each token at the temperature, over all ids,
+    and for the logarithm of the mass that masks, ``min_p``, ``top_k`` and ``top_p`` left.
+
     Parameters are checked when made, and again when a request is made of them, since fields may be set in between.
     Raises ConfigError that lists all problems.
     """
@@ -113,7 +114,7 @@ class SamplingParams(metaclass=Keywords):
 
     @property
     def greedy(self) -> bool:
-        """True if the likeliest token is taken every time."""
+        """Return True if the likeliest token is taken every time."""
         return self.temperature < GREEDY_BELOW
 
     @property
@@ -160,5 +161,5 @@ class SamplingParams(metaclass=Keywords):
 
 
 def _is_word(text: str) -> bool:
-    """True for a text that is not empty and that a tokenizer reads."""
+    """Return True for a text that is not empty and that a tokenizer reads."""
     return bool(text) and not any("\ud800" <= letter <= "\udfff" for letter in text)

@@ -81,7 +81,7 @@ class Scheduler:
 
     @property
     def has_work(self) -> bool:
-        """True if a request waits or is in the batch."""
+        """Return True if a request waits or is in the batch."""
         return bool(self.waiting or self.running)
 
     def add(self, request: Request) -> None:

@@ -41,7 +41,7 @@ class PlannedSequence(NamedTuple):
 
     @property
     def decodes(self) -> bool:
-        """True if it reads nothing of a prompt."""
+        """Return True if it reads nothing of a prompt."""
         return self.samples and len(self.tokens) == 1 + self.n_drafted
 
 

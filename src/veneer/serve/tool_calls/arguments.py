@@ -36,7 +36,7 @@ class ObjectArguments:
 
     @property
     def is_in_string(self) -> bool:
-        """True if what was read ends within a string."""
+        """Return True if the text read so far ends within a string."""
         return self._in_string
 
     def read(self, text: str, *, final: bool) -> Read:
@@ -109,7 +109,7 @@ class FieldArguments:
         self._json += f"{front}{_quoted(key)}: "
 
     def _goes_on_in_string(self, more: str) -> bool:
-        """True if a value that is JSON does not end behind ``more``, because a string in it does not."""
+        """Return True if a value that is JSON does not end behind ``more``, because a string in it does not."""
         if self._kinds == {"string"}:
             return False
         new = self._value[self._n_scanned :] + more  # each character once: values are long

@@ -53,7 +53,7 @@ class CallFormat:
 
     @property
     def skips(self) -> bool:
-        """True if special tokens are part of calls."""
+        """Return True if special tokens are part of calls."""
         return bool(self.special)
 
     @property

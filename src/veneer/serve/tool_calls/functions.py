@@ -95,12 +95,12 @@ class Tools:
 
     @property
     def forced(self) -> bool:
-        """True if the answer must be a call."""
+        """Return True if the answer must be a call."""
         return self.mode == "required" or self.named is not None
 
     @property
     def strict(self) -> bool:
-        """True if the arguments of all calls fit their schemas, though an answer need not call."""
+        """Return True if the arguments of all calls fit their schemas, though an answer need not call."""
         return not self.forced and any(function.strict for function in self.functions)
 
     @property
@@ -110,7 +110,7 @@ class Tools:
 
 
 def _is_deeper(value: Any, levels: int) -> bool:
-    """True if lists and mappings are nested more deeply than that."""
+    """Return True if lists and mappings are nested more deeply than that."""
     layer = [value]
     for _ in range(levels + 1):
         inner = (list(each.values()) if isinstance(each, Mapping) else each for each in layer)

@@ -10,7 +10,7 @@ from functools import lru_cache
 
 
 class Slot(enum.Enum):
-    """Place in a format for what differs from call to call."""
+    """Place in a format whose text differs from call to call."""
 
     NAME = "name"
     ID = "id"

@@ -99,7 +99,7 @@ class Parser:
 
     @property
     def is_called(self) -> bool:
-        """True if there are calls, and the last one has ended."""
+        """Return True if there are calls, and the last one has ended."""
         return self._n_calls > 0 and self._place is not _Place.ARGUMENTS
 
     def feed(self, text: str) -> list[Event]:
@@ -108,7 +108,7 @@ class Parser:
         return self._read(final=False)
 
     def finish(self) -> list[Event]:
-        """Return what was held back: no more text comes."""
+        """Return the text that was held back: no more comes."""
         events = self._read(final=True)
         if self._blank and not self._is_behind_call:
             events.append(Text(self._blank))

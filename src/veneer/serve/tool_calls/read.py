@@ -1,4 +1,4 @@
-"""Format of calls, read off a chat template: known calls are rendered, and what is around them is the format."""
+"""Format of calls, read off a chat template: known calls are rendered, and the text around them is the format."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def _turn(plain: str | None, called: str | None) -> str | None:
 
 
 def _is_written_otherwise(turn: str) -> bool:
-    """True if a template writes a mapping, but not as JSON. As text the call would differ from the model's."""
+    """Return True if a template writes a mapping, but not as JSON. As text the call would differ from the model's."""
     key, value = next(iter(_ARGUMENTS[0].items()))
     return key in turn and value in turn and str(_ARGUMENTS[0]) not in turn
 
@@ -152,7 +152,7 @@ def _split(turn: str, marks: Sequence[_Mark]) -> CallFormat | None:
 
 
 def _is_unclear(parts: Parts) -> bool:
-    """True if a slot's end would not be seen."""
+    """Return True if a slot's end would not be seen."""
     behind = pairwise(parts)
     return any(not isinstance(a, str) and (not isinstance(b, str) or _IN_WORD.match(b)) for a, b in behind)
 

@@ -54,7 +54,7 @@ class GgufParameter:
 
     @property
     def is_coded_stack(self) -> bool:
-        """True if these are experts (n, out, in) that can be used in place, some of them in blocks."""
+        """Return True if these are experts (n, out, in) that can be used in place, some of them in blocks."""
         stacked = len(self.shape) == 3 and all(len(tensor.shape) == 3 for tensor in self.tensors)
         in_blocks = any(GGML_TYPES[tensor.type].block > 1 for tensor in self.tensors)
         return stacked and in_blocks and not self.is_turned and self.order is None
@@ -68,7 +68,7 @@ class GgufParameter:
 
     @property
     def is_turned(self) -> bool:
-        """True if the model has the transpose of the file's matrix."""
+        """Return True if the model has the transpose of the file's matrix."""
         return leaf_of(self.tensors[0].name) in self.family.turned
 
     def read(self) -> Tensor:

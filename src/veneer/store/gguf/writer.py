@@ -225,7 +225,7 @@ def _padded(n_bytes: int) -> int:
 
 
 def _drop_leftovers(paths: Sequence[Path]) -> None:
-    """Remove what killed processes left half-written for these names."""
+    """Remove half-written files of these names, which killed processes left."""
     for path in paths:
         for leftover in path.parent.glob(f".{glob.escape(path.name)}{_PARTIAL}*"):
             owner = leftover.name.partition(_PARTIAL)[2].partition("-")[0]

@@ -41,7 +41,7 @@ class StoredLayers(ABC):
 
     @property
     def quantizes_activations(self) -> bool:
-        """True if the checkpoint is meant for quantized activations, which are left as they are."""
+        """Return True if the checkpoint is meant for quantized activations, which are left as they are."""
         return False
 
     @abstractmethod

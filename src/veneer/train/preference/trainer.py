@@ -91,7 +91,7 @@ class PreferenceTrainer(RunTrainer):
                 )  # fmt: skip
 
     def _is_dealt(self, left: int, size: int) -> bool:
-        """True if the last batch of every process holds each of the ``left`` rows equally often, or none."""
+        """Return True if the last batch of every process holds each of the ``left`` rows equally often, or none."""
         cut = self.args.accelerator_config
         if self.args.dataloader_drop_last or not left:
             return True
@@ -197,7 +197,7 @@ class PreferenceTrainer(RunTrainer):
 
 @contextmanager
 def _without_old_names() -> Iterator[None]:
-    """Context without a warning of each step: TRL enables gradient checkpointing by a name that is old."""
+    """Silence a warning in the block: TRL enables gradient checkpointing by a deprecated name, at each step."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="`(is_)?gradient_checkpointing", category=FutureWarning)
         yield

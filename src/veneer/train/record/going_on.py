@@ -63,7 +63,7 @@ def changes_since(before: Mapping[str, Any], recipe: Recipe, allow: bool) -> lis
 
 
 def _same_rows(before: Mapping[str, Any], recipe: Recipe) -> bool:
-    """True if the rows of each step do not depend on the number of processes."""
+    """Return True if the rows of each step do not depend on the number of processes."""
     old, new = _global_batches(before, recipe.distributed)
     return old == new and not tied_to_its_processes(recipe)
 

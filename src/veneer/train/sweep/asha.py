@@ -23,7 +23,7 @@ class Standing:
 
     @property
     def trains(self) -> bool:
-        """True if a stretch is left to train."""
+        """Return True if a stretch is left to train."""
         return not self.over and self.granted > len(self.losses)
 
 

@@ -41,7 +41,7 @@ class LlamaCpp:
         return llama.LlamaContext(model=self.model, params=params, verbose=False)
 
     def logits(self, ids: Sequence[int]) -> torch.Tensor:
-        """Of every position (n, vocabulary)."""
+        """Return the logits of every position (n, vocabulary)."""
         context = self._context()
         batch = llama.LlamaBatch(n_tokens=len(ids), embd=0, n_seq_max=1, verbose=False)
         for position, token in enumerate(ids):

@@ -1,4 +1,4 @@
-"""What is read block by block is what is read whole, whatever an adapter does to it."""
+"""Weights that are read block by block equal those that are read whole, whatever an adapter does to them."""
 
 from __future__ import annotations
 

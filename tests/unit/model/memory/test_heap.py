@@ -1,4 +1,4 @@
-"""What is freed within training stays with the process, is taken again without a page fault, and goes at the end.
+"""Memory that training frees stays with the process, is taken again without a page fault, and goes at the end.
 
 Each case is a process of its own: glibc moves a main thread to another heap once an allocation of it has failed.
 """

@@ -36,7 +36,7 @@ def stored(case: str) -> dict[str, Tensor]:
 
 
 def theirs(key: str, family: str) -> str:
-    """Their name for a key of our file, ``base_model.model.layers.0.adapter_mlp.down.weight``."""
+    """Return their name for a key of our file, ``base_model.model.layers.0.adapter_mlp.down.weight``."""
     layer = key.split("layer")[1].split(".")[1]
     where, end = key.split(".adapter_")[1].split(".", 1)
     places = {

@@ -438,7 +438,7 @@ def test_a_slow_disk_delays_no_answer(base_folder, adapters, tmp_path, monkeypat
 
 
 def test_files_of_others_stay(adapters, tmp_path):
-    """What was not written by a store is neither counted nor removed; what was left half written is."""
+    """Files that no store wrote are neither counted nor removed; those left half written are."""
     runner = runner_of(tmp_path)
     read = runner.read(Path(adapters["lora"].lora_path))
     runner.keep("v0", read)

@@ -187,7 +187,7 @@ def test_aborted_by_the_last_that_waits_it_is_loaded_for_the_next(llm, adapters,
 
 
 def test_replaced_while_it_is_read(llm, reader, tmp_path):
-    """Who asked before gets an error, who asks after the new one."""
+    """Earlier requests get an error, later ones the new adapter."""
     folder = save_adapter(tmp_path / "a", LoraConfig(r=3, target_modules=["q_proj"]), seed=1)
     request = LoRARequest("a", 50, str(folder))
     [old] = ask(llm, request)

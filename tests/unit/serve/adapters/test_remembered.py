@@ -1,4 +1,4 @@
-"""What is remembered of files and places: within bounds, those that were used last."""
+"""Memory of files and places: within bounds, those that were used last."""
 
 from __future__ import annotations
 

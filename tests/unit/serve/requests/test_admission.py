@@ -1,4 +1,4 @@
-"""What may wait, who asks, and what is told of a request: limits, clients and priorities, times and counts."""
+"""Admission of requests: limits of waiting ones, clients and priorities, times and counts."""
 
 from __future__ import annotations
 

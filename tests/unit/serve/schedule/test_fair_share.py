@@ -1,4 +1,4 @@
-"""Who is admitted and who gives way: virtual token counters, priorities, and a step whose cost is the batch's alone."""
+"""Admission and eviction of requests: virtual token counters, priorities, a step whose cost is the batch's alone."""
 
 from __future__ import annotations
 
@@ -375,7 +375,7 @@ class Crowd:
         self.load.add(name, 2 + i % 5, 2 + i % 3, name)
 
     def step(self):
-        """What an engine does in a step; what ends is replaced, so that as many wait as before."""
+        """Do a step of an engine. Requests that end are replaced, so that as many wait as before."""
         n = len(self.made.waiting)
         for version in self.made.pool.loading:
             self.made.pool.loaded(version)

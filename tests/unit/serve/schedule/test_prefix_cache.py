@@ -333,7 +333,7 @@ def test_cached_pages_and_idle_adapters_go_out_by_one_measure():
 
 
 def test_no_more_pages_are_cached_than_allowed():
-    """What is used often stays, and other pages take no new memory."""
+    """Pages that are used often stay, and other pages take no new memory."""
     pages = Pages(50, 2, most_cached=3)
     for i in range(5, 15):
         often = published(pages, "often", [1, 2, 3, 4], n_uses=2)

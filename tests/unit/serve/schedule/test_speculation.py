@@ -79,7 +79,7 @@ class Told:
 
 
 def generated(llm: LLM, params: Any, prompts: Any = PROMPTS, adapters: Any = None, told: Told | None = None) -> Any:
-    """All that answers hold, and by request their tokens."""
+    """Return the outputs of all answers, and their tokens by request."""
     known: dict[tuple[Any, ...], list[int]] = {}
     rules = llm.engine._rules
     rules.draft = lambda rule: told  # type: ignore[method-assign]

@@ -260,7 +260,7 @@ class Serving(RuleBasedStateMachine):
         self.make_way()
 
     def check_read(self, plan):
-        """What a sequence reads are its own tokens, whoever wrote them."""
+        """Check that a sequence reads its own tokens, whoever wrote them."""
         requests = {request.id: request for request in self.scheduler.running}
         for s in plan.sequences:
             at = [page * self.pages.block + i for page in s.pages for i in range(self.pages.block)]
@@ -307,7 +307,7 @@ class Serving(RuleBasedStateMachine):
         return (request.id, self.scheduler.waiting.key(request)), min(left, default=None)
 
     def check_wait(self, before, after, preempted):
-        """Who has no place is overtaken, and does not wait longer for that.
+        """Check that a request without a place is overtaken, and does not wait longer for that.
 
         In a step that takes pages from a request nobody enters.
         """
