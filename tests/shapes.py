@@ -3,7 +3,7 @@
 jaxtyping's own import hook checks the same, but it wraps a function within another anew in every call, binds arguments
 to names and checks them twice, which took half of the time of the tests. What has the form (`_form`) of arguments and
 results that were right before is not checked again: a call with two arrays waits 7 µs in place of 20. Functions that
-declare no array are not checked: their types are mypy's.
+declare no array are not checked, and are themselves again when their module is there: their types are mypy's.
 """
 
 from __future__ import annotations
@@ -12,9 +12,11 @@ import ast
 import dataclasses
 import functools
 import inspect
+import operator
 import sys
 import threading
 import typing
+import weakref
 from collections.abc import Callable, Collection, Mapping, Sequence
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
@@ -52,7 +54,7 @@ def _checked_function(function: FunctionType) -> Callable[..., Any]:
         nonlocal arrays
         if arrays is None:  # in the first call, when all names of the module are there
             arrays = _Arrays.of(function)
-        if arrays.absent or jaxtyping.config.jaxtyping_disable or _is_tracing():
+        if not arrays.declared or jaxtyping.config.jaxtyping_disable or _is_tracing():
             return function(*args, **kwargs)
         given = arrays.form(args, kwargs)
         expected = forms.get(given)  # an argument's form is made of many values: it is hashed once
@@ -77,7 +79,33 @@ def _checked_function(function: FunctionType) -> Callable[..., Any]:
     def returned() -> Callable[..., Any]:
         return CHECK(_with_hints(_returning(function), function))
 
+    _BARE[call] = function
     return call
+
+
+_BARE = weakref.WeakKeyDictionary[Callable[..., Any], FunctionType]()
+"""Functions by what checks them."""
+
+
+def leave_unchecked(module: str, owner: Any) -> None:
+    """Give a module, or a class of it, back its own functions that declare no array: most calls are theirs."""
+    for name, value in [*vars(owner).items()]:
+        if isinstance(value, type) and value.__module__ == module and value.__qualname__.endswith(name):
+            leave_unchecked(module, value)
+        elif (bare := _unchecked(value)) is not value:
+            setattr(owner, name, bare)
+
+
+def _unchecked(value: Any) -> Any:
+    if isinstance(value, staticmethod | classmethod):
+        bare = _unchecked(value.__func__)
+        return value if bare is value.__func__ else type(value)(bare)
+    if isinstance(value, property):
+        parts = value.fget, value.fset, value.fdel
+        bares = [_unchecked(part) for part in parts]
+        return value if all(map(operator.is_, parts, bares)) else property(*bares, value.__doc__)
+    function = _BARE.get(value) if isinstance(value, FunctionType) else None
+    return value if function is None or _Arrays.of(function).declared else function
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -91,7 +119,7 @@ class _Arrays:
     rest: int | None
     names: frozenset[str]
     returned: bool
-    absent: bool
+    declared: bool
 
     @classmethod
     def of(cls, function: FunctionType) -> _Arrays:
@@ -103,7 +131,7 @@ class _Arrays:
         declared = [(place, each.kind) for place, each in enumerate(parameters) if each.name in names]
         assert all(kind != inspect.Parameter.VAR_KEYWORD for _, kind in declared), "a name has one form"
         rest = next((place for place, kind in declared if kind == inspect.Parameter.VAR_POSITIONAL), None)
-        return cls(tuple(place for place, _ in declared if place != rest), rest, names, returned, not shaped)
+        return cls(tuple(place for place, _ in declared if place != rest), rest, names, returned, bool(shaped))
 
     def form(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         n = len(args)
@@ -246,6 +274,7 @@ class _Loader(SourceFileLoader):
     def exec_module(self, module: ModuleType) -> None:
         module.__dict__["__checked__"] = checked
         super().exec_module(module)
+        leave_unchecked(module.__name__, module)
 
 
 def _decorate(body: Sequence[ast.AST]) -> None:

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from shapes import checked
+from shapes import checked, leave_unchecked
 
 Pairs = tuple[Float[Tensor, " n"], ...] | None
 
@@ -62,3 +62,26 @@ def test_an_array_within_another_type_is_checked() -> None:
     last((torch.ones(3),), place=0)
     with pytest.raises(jaxtyping.TypeCheckError):
         last((torch.ones(3, 5),), place=0)
+
+
+def plain(n: int) -> int:
+    return n
+
+
+def shaped(x: Float[Tensor, " n"]) -> Tensor:
+    return x
+
+
+@pytest.mark.parametrize("kind", [lambda f: f, staticmethod, classmethod, property])
+def test_functions_that_declare_no_array_are_themselves_when_their_module_is_there(kind) -> None:
+    class Owner:
+        own, array = kind(checked(plain)), kind(checked(shaped))
+
+    def inner(value: object) -> object:
+        return getattr(value, "__func__", None) or getattr(value, "fget", value)
+
+    array = vars(Owner)["array"]
+    leave_unchecked(__name__, Owner)
+    assert type(vars(Owner)["own"]) is type(kind(plain))
+    assert inner(vars(Owner)["own"]) is plain
+    assert vars(Owner)["array"] is array
