@@ -5,8 +5,9 @@ from __future__ import annotations
 import inspect
 import signal
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -54,21 +55,22 @@ def tiny_class(model_type: str) -> Any:
     return auto_class(model_type, tiny_config(model_type).to_dict(), encodes=True)
 
 
-def tiny_model(model_type: str) -> PreTrainedModel:
-    """Return a tiny random model in float32. Raises ValueError for one that is not tiny."""
+def tiny_model(model_type: str) -> tuple[PreTrainedModel, PreTrainedModel]:
+    """Return a tiny random model in float32, and one on the meta device. Raises ValueError for one that is not tiny."""
     config, kind = tiny_config(model_type), tiny_class(model_type)
     with torch.device("meta"):
-        n = sum(p.numel() for p in kind.from_config(config, dtype=torch.float32).parameters())
+        empty: PreTrainedModel = kind.from_config(config, dtype=torch.float32)
+    n = sum(p.numel() for p in empty.parameters())
     if n > MOST:
         raise ValueError(f"{n:,} parameters at the least")
     torch.manual_seed(3)
-    model: PreTrainedModel = kind.from_config(config, dtype=torch.float32)
+    model: PreTrainedModel = kind.from_config(tiny_config(model_type), dtype=torch.float32)
     for parameter in model.parameters():
         if parameter.dim() > 1:
             torch.nn.init.normal_(parameter, std=0.1)
     if model.can_generate():
         model.generation_config.eos_token_id, model.generation_config.forced_eos_token_id = END, None
-    return model.eval()
+    return model.eval(), empty
 
 
 @contextmanager
@@ -93,20 +95,28 @@ def row_of(model_type: str) -> tuple[str, ...]:
     gguf = "written" if model_type in by_model_type() else "–"
     try:
         with at_most(120):
-            model, merged = tiny_model(model_type), tiny_model(model_type)
+            model, empty = tiny_model(model_type)
+            merged, adapted, served = (deepcopy(model) for _ in range(3))  # before a forward pass adds to the model
             with torch.no_grad():
                 plain = model(**_inputs(model)).logits
     except (*_UNFIT, VeneerError) as error:
         return (model_type, *([f"not made here: {_short(error)}"] + ["–"] * 5), gguf)
     with TemporaryDirectory() as folder, at_most(300):
-        trained = _trained(merged, model_type, plain, folder)
-        return (model_type, *trained, *_served(model_type, model, merged, folder), gguf)
+        trained = _trained(model_type, adapted, merged, deepcopy(empty), plain, folder)
+        return (model_type, *trained, *_served(served, (merged, model, merged), empty, folder), gguf)
 
 
-def _trained(merged: PreTrainedModel, model_type: str, plain: torch.Tensor, folder: str) -> tuple[str, str, str]:
+def _trained(
+    model_type: str,
+    base: PreTrainedModel,
+    merged: PreTrainedModel,
+    empty: PreTrainedModel,
+    plain: torch.Tensor,
+    folder: str,
+) -> tuple[str, str, str]:
     """Return the result of attaching and training. The adapter is saved, and ``merged`` gets it in its weights."""
     try:
-        adapted = get_peft_model(tiny_model(model_type), LoraConfig(r=3, lora_alpha=3, target_modules="all-linear"))
+        adapted = get_peft_model(base, LoraConfig(r=3, lora_alpha=3, target_modules="all-linear"))
         with torch.no_grad():
             same = torch.allclose(adapted(**_inputs(adapted)).logits, plain, atol=1e-4)
     except (*_UNFIT, VeneerError) as error:
@@ -129,7 +139,7 @@ def _trained(merged: PreTrainedModel, model_type: str, plain: torch.Tensor, fold
         adapted.train()(**_to_train(adapted, model_type)).loss.backward()
     except (*_UNFIT, VeneerError) as error:
         return attached, f"no: {_short(error)}", fused
-    return attached, _as_transformers(merged, factors), _with_plan(fused, model_type)
+    return attached, _as_transformers(merged, factors), _with_plan(fused, empty)
 
 
 def _inputs(model: torch.nn.Module) -> dict[str, Any]:
@@ -175,10 +185,8 @@ def fused_halves(model: torch.nn.Module) -> str:
     return "whole" if halves and all(halves) else "parts" if any(halves) else "no"
 
 
-def _with_plan(fused: str, model_type: str) -> str:
+def _with_plan(fused: str, empty: PreTrainedModel) -> str:
     """Return the fused halves of a run, and those of its plan if they differ."""
-    with torch.device("meta"):
-        empty = tiny_class(model_type).from_config(tiny_config(model_type), dtype=torch.float32)
     with tracing():
         make_traced(empty)
         adapted = get_peft_model(empty, LoraConfig(r=3, target_modules="all-linear"))
@@ -186,13 +194,14 @@ def _with_plan(fused: str, model_type: str) -> str:
     return fused if planned == fused else f"{fused}, planned {planned}"
 
 
-def _served(model_type: str, model: PreTrainedModel, merged: PreTrainedModel, folder: str) -> tuple[str, str, str]:
+def _served(
+    model: PreTrainedModel, alike: Sequence[PreTrainedModel], empty: PreTrainedModel, folder: str
+) -> tuple[str, str, str]:
+    """Return the result of serving a model, whose answers must be those of ``alike``, a model for each prompt."""
     prompts = [[5, 9, 33, 71, 200, 41], [7, 8, 250], [99, 100, 101, 102, 103, 104, 105, 106, 17]]
     if model.can_generate():
         try:
-            models = (merged.eval(), model, merged)
-            own = [_greedy(each, ids) for each, ids in zip(models, prompts, strict=True)]
-            without_cache = [_greedy(each, ids, use_cache=False) for each, ids in zip(models, prompts, strict=True)]
+            own = [_greedy(each.eval(), ids) for each, ids in zip(alike, prompts, strict=True)]
         except _UNFIT as error:
             return f"transformers: {_short(error)}", "–", "–"
     try:
@@ -208,11 +217,12 @@ def _served(model_type: str, model: PreTrainedModel, merged: PreTrainedModel, fo
     how = "program"
     if isinstance(runner, OwnCacheRunner):
         how = f"own caches, {runner.caching.way.name.lower().replace('_', ' ')}"
-        own = without_cache if runner.caching.way is Way.ANEW else own  # as its cache is wrong
+        if runner.caching.way is Way.ANEW:  # as its cache is wrong
+            own = [_greedy(each, ids, use_cache=False) for each, ids in zip(alike, prompts, strict=True)]
     elif isinstance(runner, GeneralRunner):
         how = "pages"
     found = [list(each.outputs[0].token_ids) for each in (*alone, *crowd)]
-    return how, "equal" if found == [own[0], *own] else "differs", _planned(model_type, llm)
+    return how, "equal" if found == [own[0], *own] else "differs", _planned(empty.eval(), llm)
 
 
 def _greedy(model: PreTrainedModel, ids: list[int], *, use_cache: bool = True) -> list[int]:
@@ -233,11 +243,9 @@ def _greedy(model: PreTrainedModel, ids: list[int], *, use_cache: bool = True) -
     return [int(id) for id in out[0, len(front) :]]
 
 
-def _planned(model_type: str, llm: LLM) -> str:
-    config, pages = tiny_config(model_type), llm.engine.scheduler.pages
+def _planned(empty: PreTrainedModel, llm: LLM) -> str:
+    pages = llm.engine.scheduler.pages
     try:
-        with torch.device("meta"):
-            empty = tiny_class(model_type).from_config(config, dtype=torch.float32).eval()
         kept = kept_in_serving(empty, pages.block)
     except (*_UNFIT, VeneerError) as error:
         return f"no: {_short(error)}"
