@@ -8,7 +8,7 @@ unexport PYTHONDONTWRITEBYTECODE
 
 CUDA_TRITONS = 3.4.0 3.5.1 3.6.0 3.7.0 3.7.1 3.8.0 3.9.0
 
-.PHONY: setup demo test test-all gpu-compile check docs format clean
+.PHONY: setup demo test test-all test-ray gpu-compile check docs format clean
 .DEFAULT_GOAL := help
 
 help:
@@ -16,6 +16,7 @@ help:
 	@echo "make demo    set up, fetch a small model, fine-tune it, show what changed (two cores: two to seven minutes, and five to ten for the set-up)"
 	@echo "make test    set up, then the test suite; of the largest products of parameters a sample"
 	@echo "make test-all  set up, then every case of the test suite, as CI does"
+	@echo "make test-ray  the tests of training on a Ray cluster, whose packages go beside the others: build/ray"
 	@echo "make gpu-compile  compile every form of every Triton kernel by each Triton that torch pins, for six capabilities: an hour on two cores"
 	@echo "make check   lint, types, layers"
 	@echo "make docs    the site: build/site/index.html"
@@ -48,6 +49,15 @@ test: SELECTED = -m "not full"
 test test-all: setup
 	$(BIN)/veneer fetch smollm2-135m-instruct
 	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 2 --dist worksteal $(SELECTED)  # threads that wait do not spin beside the other process
+
+# Ray and what it needs are in an environment that sees the other one, and is not seen by it: other tests are without Ray.
+RAY_TESTS = tests/unit/ray tests/e2e/test_train_ray.py::test_asha_over_two_packs_trains_each_pack_as_one_process_does
+test-ray: setup
+	@$(PYTHON) -m venv --clear --without-pip build/ray
+	@echo "import site; site.addsitedir('$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')')" > $$(echo build/ray/lib/python3*/site-packages)/beside.pth
+	@$(BIN)/python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["ray"], sep="\n")' > build/ray/needed.txt
+	@$(BIN)/python -m pip --python build/ray/bin/python install --quiet --no-compile --requirement build/ray/needed.txt
+	OMP_NUM_THREADS=1 build/ray/bin/python -m pytest --durations=5 $(RAY_TESTS)
 
 gpu-compile: setup
 	$(BIN)/python scripts/compile_triton.py --triton $(CUDA_TRITONS) --capability 8.0 8.6 8.9 9.0 10.0 12.0

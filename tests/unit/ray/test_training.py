@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -9,7 +11,7 @@ import pytest
 from veneer.errors import ConfigError, DataError, LostProcessError
 from veneer.ray import train_loop
 from veneer.ray.place import RayCluster
-from veneer.recipe.recipe import Recipe, load_recipe
+from veneer.recipe.recipe import load_recipe
 
 pytest.importorskip("ray", reason="Ray is not installed: pip install 'veneer[ray]'")
 
@@ -55,13 +57,18 @@ def test_an_error_that_stays_is_told_and_one_of_another_process_begins_the_worke
     training._in_worker(config)  # the other workers, and those that are begun again
 
 
-def made(folder: Path, distributed: str, training: str = "", data: str = "", task: str = "sft") -> Recipe:
+def made(
+    folder: Path, distributed: str, training: str = "", data: str = "", task: str = "sft"
+) -> Callable[[int, int], list[str]]:
+    """The problems that a recipe's run has with numbers of workers."""
+    from veneer.ray.training import _problems
+
     (folder / "recipe.yaml").write_text(
         f"model: {{source: base}}\noutput: {folder}/run\ntask: {task}\ndata: {{train: rows.jsonl{data}}}\n"
         f"training: {{per_device_train_batch_size: 2, use_cpu: true, bf16: false{training}}}\n"
         f"distributed: {{{distributed}}}\n"
     )
-    return load_recipe(folder / "recipe.yaml")
+    return partial(_problems, load_recipe(folder / "recipe.yaml"))
 
 
 def test_any_number_of_workers_only_if_the_rows_can_be_dealt(tmp_path: Path) -> None:
