@@ -6,7 +6,8 @@ SmolLM2-135M in bfloat16. One engine answers each load with and without drafts, 
 turns. ``quotes`` goes on with a text that stands in its prompt, ``edits`` gives back a text with a few changes,
 ``prose`` is drawn at temperature 0.8, and ``JSON`` has a schema, whose forced tokens are tried. ``quotes`` is asked of
 an adapter of each of eight methods too, near its start, so that it still quotes. Before a load is timed, its answers
-with drafts must equal those without. The tokens that were tried and right are told too.
+with drafts must equal those without, and an adapter must score the tokens of the prompt otherwise than the base. The
+tokens that were tried and right are told too.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import argparse
 import os
 import statistics
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from transformers import AutoModelForCausalLM
 
 from bench.lora_step import adapted_by
 from bench.report import Rows, add_keep, ends_as_interrupted, keep, working
+from bench.same import require_heard
 from bench.training.methods import MEMBERS, METHODS
 from veneer import LLM, LoRARequest, SamplingParams
 from veneer.ops.cpu.module import description
@@ -160,13 +162,25 @@ def ask(llm: LLM, load: Load, *, drafts: bool) -> list[RequestOutput]:
 
 
 def require_equal(llm: LLM, title: str, load: Load) -> None:
-    """SystemExit if an answer with drafts is another than without."""
+    """SystemExit if an answer with drafts is another than without, or if an adapter is not heard."""
     working(f"{title}: answers with drafts and without")
     both = (ask(llm, load, drafts=drafts) for drafts in (True, False))
     for row, (own, plain) in enumerate(zip(*both, strict=True)):
         found = [list(output.outputs[0].token_ids) for output in (own, plain)]
         if found[0] != found[1]:
             raise SystemExit(f"{title}: answer {row} is {found[0]} with drafts and {found[1]} without")
+    if load.adapter is not None:
+        require_heard(title, scores(llm, load), scores(llm, replace(load, adapter=None)))
+
+
+def scores(llm: LLM, load: Load) -> list[list[float]]:
+    """The log probabilities of the tokens of each prompt behind its first."""
+    params = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0)
+    outputs = ask(llm, replace(load, params=params), drafts=False)
+    return [
+        [told[token].logprob for token, told in zip(ids, output.prompt_logprobs or (), strict=True) if told]
+        for ids, output in zip(load.prompts, outputs, strict=True)
+    ]
 
 
 def measured(llm: LLM, title: str, load: Load, repeats: int) -> tuple[float, float, float, list[int]]:

@@ -7,8 +7,8 @@ SmolLM2-135M in bfloat16, prompts of random tokens, end tokens ignored. With ``-
 random weights and as many ids takes its place. Every case decodes as many tokens as the greedy one, which stands in the
 first row; the ratio is the median over turns. Prompts stay in each engine's prefix cache, so that decoding is timed.
 Before anything is timed, answers in the crowd are compared with those to the same requests alone: a draw belongs to its
-seed and place. With vLLM's Python, vLLM answers the same cases; with the Python of an environment that has another
-version of veneer, so does that.
+seed and place. The base answers: no adapter is asked for. With vLLM's Python, vLLM answers the same cases; with the
+Python of an environment that has another version of veneer, so does that.
 """
 
 from __future__ import annotations

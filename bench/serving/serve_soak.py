@@ -6,7 +6,7 @@
 ``veneer serve`` has room for a third of the adapters. Clients ask for them by Zipf's law: chats and completions,
 streamed and whole, greedy and drawn, with and without a schema; one in ten leaves in the middle, one in twenty sends
 a bad body. An operator loads, replaces, unloads and deletes adapters in use. A judge asks the same greedy questions
-all the time: each answer must be that of the beginning.
+all the time: each answer must be that of the beginning, when adapters must have answered otherwise than the base.
 
 Then ``--disconnects`` clients leave, and ten times as many choices as may be in flight are asked for during
 ``--overload-minutes``. For each 429 it is counted whether the time that it tells was right within a factor of two.
@@ -43,7 +43,7 @@ from transformers import AutoModelForCausalLM
 
 from bench.lora_step import adapted_by
 from bench.report import Rows, add_keep, ends_as_interrupted, keep, working
-from bench.same import stir
+from bench.same import require_heard, stir
 from bench.serving.serve_http_side import answers_at, free_port
 from bench.tiny_model import write_tiny
 from bench.training.methods import MEMBERS, METHODS
@@ -162,7 +162,7 @@ async def soak(args: argparse.Namespace, folder: Path, url: str) -> dict[str, fl
     names = sorted(each.name for each in folder.iterdir())
     async with httpx.AsyncClient(base_url=url, timeout=600, limits=limits) as client:
         run = Soak(client, folder, "base", names, names[: len(names) // 2])
-        at_first = {name: await judged(run, name) for name in ["base", *run.stable[:6]]}
+        at_first = await heard_at_first(run)
         memory = await mixed(args, run, at_first)
         await disconnects(run, args.disconnects)
         right = await overload(args, run)
@@ -245,8 +245,17 @@ async def leave(run: Soak, body: Body, share: float) -> None:
                 pass
 
 
-async def judged(run: Soak, name: str) -> str:
-    body = {"model": name, "prompt": f"{name} says that", "max_tokens": 12, "temperature": 0, "logprobs": 1}
+async def heard_at_first(run: Soak) -> dict[str, str]:
+    """The judge's answers by name. PartedError if adapters answer as the base does: it would not miss them."""
+    names = run.stable[:6]
+    found = {name: await judged(run, name, name) for name in names}
+    require_heard("the judge's questions", found.values(), [await judged(run, "base", name) for name in names])
+    return {"base": await judged(run, "base", "base"), **found}
+
+
+async def judged(run: Soak, name: str, asked: str) -> str:
+    """What ``name`` answers to the question to ``asked``."""
+    body = {"model": name, "prompt": f"{asked} says that", "max_tokens": 12, "temperature": 0, "logprobs": 1}
     while True:
         answer = await run.send("/v1/completions", body)
         if answer is None or answer.status_code != 429:
@@ -257,7 +266,7 @@ async def judged(run: Soak, name: str) -> str:
 async def judge(run: Soak, at_first: dict[str, str]) -> None:
     while run.going:
         for name, expected in at_first.items():
-            if (answer := await judged(run, name)) != expected:
+            if (answer := await judged(run, name, name)) != expected:
                 run.wrong.append(f"{name} answers otherwise: {answer[:300]} and not {expected[:300]}")
             run.seen["judged"] += 1
         await asyncio.sleep(2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 from collections.abc import Callable
@@ -246,3 +247,41 @@ def test_a_model_deaf_to_its_adapter_is_told(script: Script, tmp_path: Path) -> 
     model.parameters = lambda: parameters
     with pytest.raises(same.PartedError, match="no move of the adapter"):
         same.stir(model)
+
+
+@pytest.mark.parametrize("hears", [True, False])
+def test_answers_near_an_adapters_start_are_scored(
+    hears: bool, script: Script, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The tokens are the base's, with drafts and without: what the prompt's tokens score tells the adapter."""
+    module = script("serve_drafts")
+
+    def answered(llm: Any, load: Any, *, drafts: bool) -> list[Any]:
+        score = -3.0 - 0.001 * (hears and load.adapter is not None)
+        token = {load.prompts[0][1]: SimpleNamespace(logprob=score)}
+        return [SimpleNamespace(outputs=[SimpleNamespace(token_ids=[7])], prompt_logprobs=[None, token])]
+
+    monkeypatch.setattr(module, "ask", answered)
+    load = module.Load([[5, 9]], module.SamplingParams(temperature=0), module.LoRARequest("a", 1, "folder"))
+    if hears:
+        module.require_equal(None, "quotes", load)
+        return
+    with pytest.raises(script("same").PartedError, match=r"quotes: 1 of 1 answers under adapters are the base's"):
+        module.require_equal(None, "quotes", load)
+
+
+@pytest.mark.parametrize("hears", [True, False])
+def test_answers_of_a_judge(hears: bool, script: Script) -> None:
+    module = script("serve_soak")
+
+    class Client:
+        async def post(self, route: str, json: Any) -> Any:
+            told = json["prompt"] + (json["model"] if hears else "")
+            return SimpleNamespace(status_code=200, text=told, json=lambda: {"choices": [told]})
+
+    run = module.Soak(Client(), Path("folder"), "base", ["a", "b"], ["a", "b"])
+    if hears:
+        assert asyncio.run(module.heard_at_first(run)).keys() == {"base", "a", "b"}
+        return
+    with pytest.raises(script("same").PartedError, match="2 of 2 answers under adapters are the base's"):
+        asyncio.run(module.heard_at_first(run))
