@@ -70,6 +70,8 @@ def serve(args: ServeArguments) -> None:
     more = f" and {len(names) - _TOLD:,} more" if len(names) > _TOLD else ""
     told = f"{', '.join(names[:_TOLD]) or 'none yet'}{more}"
     scheme = "http" if args.ssl_certfile is None else "https"
+    if keys is None:
+        typer.echo(_told_of_access(args.open_), err=True)
     typer.echo(f"base {catalogue.base}; adapters: {told}; {scheme}://{args.host}:{args.port}/v1", err=True)
     if args.log_requests:
         log_requests()
@@ -77,6 +79,15 @@ def serve(args: ServeArguments) -> None:
         engine, catalogue, args.limits, keys=keys, is_open=args.open_, roots=roots, metrics_prefix=args.metrics_prefix
     )
     run(app, args.host, args.port, args.drain_seconds, ssl_certfile=args.ssl_certfile, ssl_keyfile=args.ssl_keyfile)
+
+
+def _told_of_access(is_open: bool) -> str:
+    """Who may do what at a server without keys."""
+    others = "others may ask" if is_open else "others are refused"
+    return (
+        f"no keys: this machine may do everything, {others}. Clients of a proxy that adds no header count as this "
+        "machine: give --keys before you start one"
+    )
 
 
 def _tell(faults: Sequence[str], kind: str) -> None:

@@ -213,6 +213,22 @@ def test_limits_that_do_not_go_together_are_told_before_a_model_is_looked_at() -
     assert "in_flight=5 is below choices=7" in result.stderr
 
 
+@pytest.mark.parametrize(
+    ("options", "others"), [([], "others are refused"), (["--open"], "others may ask"), (None, "")]
+)
+def test_a_server_without_keys_says_who_may_do_what(
+    options: list[str] | None, others: str, model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("veneer.cli.serve.run", lambda *_, **__: None)
+    (tmp_path / "keys.yaml").write_text(f"[{{name: alice, sha256: {'a' * 64}}}]")
+    given = ["--keys", str(tmp_path / "keys.yaml")] if options is None else options
+    told = " ".join(CliRunner().invoke(app, ["serve", str(model_folder), "--port", "0", *given]).stderr.split())
+    assert "base " in told
+    assert ("no keys: " in told) == (options is not None)
+    assert others in told
+    assert ("a proxy that adds no header" in told) == (options is not None)
+
+
 def test_an_address_that_is_not_this_machines_is_told() -> None:
     with pytest.raises(ConfigError, match=r"--host 192\.0\.2\.1 --port 0: nothing can listen there"):
         listening.require_free("192.0.2.1", 0)

@@ -231,7 +231,9 @@ def _said_of_header(request: Request) -> str:
     kind = given.partition(";")[0].strip().lower()
     if kind == "application/json" or (kind.startswith("application/") and kind.endswith("+json")):
         return ""
-    return f"the body is JSON, which the header Content-Type: application/json has to say; given {given or 'none'}"
+    # Other kinds are those that web pages of other sites can send without being asked first.
+    remedy = "curl needs -H 'Content-Type: application/json'"
+    return f"the body is JSON, which the header Content-Type has to say: {remedy}; given {given or 'none'}"
 
 
 def _said(place: str, problems: Sequence[dict[str, Any]]) -> str:

@@ -413,7 +413,7 @@ def test_a_body_under_another_content_type_is_told(server):
         urllib.request.urlopen(asked)
     assert refused.value.code == 400
     told = json.load(refused.value)["error"]["message"]
-    assert "Content-Type: application/json" in told
+    assert "curl needs -H 'Content-Type: application/json'" in told
     assert "given application/x-www-form-urlencoded" in told
 
 
