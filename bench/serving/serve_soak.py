@@ -254,7 +254,7 @@ async def heard_at_first(run: Soak) -> dict[str, str]:
 
 
 async def judged(run: Soak, name: str, asked: str) -> str:
-    """What ``name`` answers to the question to ``asked``."""
+    """Return the answer of ``name`` to the question to ``asked``."""
     body = {"model": name, "prompt": f"{asked} says that", "max_tokens": 12, "temperature": 0, "logprobs": 1}
     while True:
         answer = await run.send("/v1/completions", body)
