@@ -124,7 +124,9 @@ def require_same(what: str, theirs: Course, own: Course) -> None:
     """Print how far two sides are apart. PartedError where that is more than rounding, or where nothing can be told."""
     change = (theirs.logits - theirs.base).norm()
     if not change >= TELLS / 2 * theirs.base.norm():
-        raise PartedError(f"{what}: the adapter changes the logits by {change / theirs.base.norm():.1%}: move it more")
+        raise PartedError(
+            f"{what}: the adapter changes the logits by {change / theirs.base.norm():.1%}: give it larger values"
+        )
     apart, share = float((own.logits - theirs.logits).norm() / change), max(theirs.share, own.share)
     require_small(f"{what}: logits, of what the adapter adds", apart, share)
     require_same_gradients(what, theirs.gradients, own.gradients, share)

@@ -157,7 +157,7 @@ def _plain(path: str, update: Update, rank: Rank) -> Plain:
     if record.bias is not None:
         raise CompositionError(f"the adapter changes the bias of {path}, which plain LoRA does not: merge it instead")
     if record.low_rank is not None and record.low_rank.is_stacked:
-        raise CompositionError(f"the adapter holds the experts of {path} in one parameter: merge it instead")
+        raise CompositionError(f"the adapter changes the experts of {path}, stacked in one parameter: merge it instead")
     if rank is None and not update.is_lowrank:
         raise CompositionError(
             f"the update of {path} ({record.told}) has full rank: give a rank (--rank N), which shows what is lost"

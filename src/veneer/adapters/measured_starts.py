@@ -183,7 +183,8 @@ def _asked_for(model: PeftModel, name: str, kind: type[Settings]) -> tuple[LateS
     """The data start of an adapter, its settings of class ``kind``, and the adapted linear layers."""
     require_known(model.adapter_state, (name,))
     if model.adapter_state.merged:
-        raise AdapterNameError(f"{list(model.adapter_state.merged)} are merged: call unmerge_adapter() before a start")
+        merged = list(model.adapter_state.merged)
+        raise AdapterNameError(f"the adapters {merged} are merged: call unmerge_adapter() before a start from data")
     start = model.peft_config[name].late_start
     if start is None or not isinstance(start.settings, kind):
         raise ConfigError(

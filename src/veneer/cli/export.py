@@ -67,8 +67,8 @@ def ollama(args: OllamaArguments) -> None:
     tell_notes(report.gguf.plan)
     typer.echo(f"{args.output}: {summary(report.gguf.plan.specs)}, {size(report.gguf.n_bytes)}")
     if not report.has_template:
-        reason = "the chat template is none of texts around messages, so that TEMPLATE was left out"
-        typer.echo(f"note: {reason}; Ollama then uses the one in the file where it knows it", err=True)
+        reason = "the chat template is more than texts around messages, so that the Modelfile has no TEMPLATE"
+        typer.echo(f"note: {reason}. Ollama uses the template of the GGUF file if it knows it", err=True)
     typer.echo(f"next: ollama create {args.output.name} -f {args.output / MODELFILE}", err=True)
 
 

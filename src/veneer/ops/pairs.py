@@ -218,7 +218,7 @@ class Segments:
         kinds = {(s.pairs.in_features, s.pairs.out_features, s.pairs.dtype) for s in parts}
         if len(kinds) != 1 or not all(0 <= s.start <= s.stop for s in parts):
             raise ShapeError(
-                "segments are one or more, of pairs of the same layers in one dtype, none ending before it starts; "
+                "segments must be at least one, of pairs of one shape and dtype, and none may end before it starts; "
                 f"given inputs, outputs and dtypes {sorted(kinds, key=str)}, rows {[(s.start, s.stop) for s in parts]}"
             )
         numbers = [

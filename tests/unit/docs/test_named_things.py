@@ -20,7 +20,7 @@ PACKAGE = ROOT / "src" / "veneer"
 PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "csrc/README.md")] + sorted(ROOT.glob("docs/**/*.md"))
 VERBS: Any = typer.main.get_command(app).commands  # type: ignore[attr-defined]
 EXAMPLES = {"x", "test_x", "yours"}  # the file that a reader is about to write
-OTHERS_WORDS = {"core/CPU"}  # of TRL, in docs/recipe.md
+OTHERS_WORDS = {"core/CPU", "requests/s"}  # of TRL in docs/recipe.md, and a unit
 RESULTS = {line.strip("/") for line in (ROOT / ".gitignore").read_text().splitlines()}
 OPTION = re.compile(r"(?<![\w-])--[a-z][\w-]*")
 pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -29,7 +29,7 @@ pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 @pages
 def test_files(page: Path) -> None:
     places = {ROOT: folders(ROOT), PACKAGE: folders(PACKAGE), PACKAGE / "model": {"blueprint", "fused"}}
-    places[ROOT / "csrc"] = folders(ROOT / "csrc")
+    places |= {ROOT / "csrc": folders(ROOT / "csrc"), PACKAGE / "serve": folders(PACKAGE / "serve")}
     named = set(re.findall(r"(?<![\w./-])\w+/[\w/.-]*\w|(?<![\w./-])\w+/(?!\w)", page.read_text())) - OTHERS_WORDS
     for path in named:
         homes = [place for place, first in places.items() if path.split("/")[0] in first]

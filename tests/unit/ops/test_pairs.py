@@ -282,5 +282,5 @@ def test_what_does_not_fit_is_refused():
         add_pairs(x[:, 1:], [Segment(packed, 0, 1)], [y])
     other = PackedPairs.pack([FactorPair(a, b, 1.0)], [5], dtype=torch.float32)
     for wrong in ([Segment(packed, 0, 1), Segment(other, 1, 2)], [Segment(packed, 2, 1)], []):
-        with pytest.raises(ShapeError, match="segments are one or more"):
+        with pytest.raises(ShapeError, match="segments must be at least one"):
             Segments.of(wrong)

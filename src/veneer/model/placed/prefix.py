@@ -225,8 +225,8 @@ def _require_room(cache: Cache) -> None:
     """Raise ConfigError for a cache in which text behind a prefix would be cut off, or masked wrongly."""
     if isinstance(cache, EncoderDecoderCache) and cache.self_attention_cache.is_compileable:
         raise ConfigError(
-            "a static cache is laid out before the decoder of an encoder-decoder finds its prefix in it: leave "
-            "cache_implementation out, or use another cache"
+            "a static cache has no room for the prefix of an encoder-decoder's decoder, since it is laid out before: "
+            "leave cache_implementation out, or use another cache"
         )
     if any(type(layer).__name__ == "Fp8QuantizedLayer" for layer in getattr(cache, "layers", ())):
         raise ConfigError(

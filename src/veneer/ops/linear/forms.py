@@ -130,7 +130,9 @@ def entry_gradients(
     """
     weight = _weight_of(form, gradient.dtype)
     if gradient.shape != weight.shape:
-        raise ShapeError(f"the gradient in a matrix {tuple(weight.shape)} has its shape; given {tuple(gradient.shape)}")
+        raise ShapeError(
+            f"the gradient has shape {tuple(gradient.shape)}: it must be that of the matrix {tuple(weight.shape)}"
+        )
     a, b = implementation("terms.entry_gradients", weight.device, backend)(form, weight, gradient)
     return a, b
 

@@ -161,7 +161,7 @@ def test_only_such_a_folder_is_overwritten_and_a_missing_template_is_told(tmp_pa
     order = ["export", "ollama", str(tmp_path / "model"), "-o", str(tmp_path / "out"), "-t", "Q8_0"]
     done = CliRunner().invoke(app, order)
     assert done.exit_code == 0
-    assert "TEMPLATE was left out" in done.stderr
+    assert "the Modelfile has no TEMPLATE" in done.stderr
     assert "TEMPLATE" not in (tmp_path / "out" / "Modelfile").read_text()
     assert "not empty" in CliRunner().invoke(app, order).stderr
     assert CliRunner().invoke(app, [*order, "--force"]).exit_code == 0

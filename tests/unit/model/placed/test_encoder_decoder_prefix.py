@@ -117,7 +117,7 @@ def test_generation_goes_on_from_the_prefix(name: str, how: dict[str, Any]) -> N
 
 def test_a_static_cache_is_refused() -> None:
     model, inputs = prefixed("t5-odd"), batch(False)
-    with pytest.raises(ConfigError, match="a static cache is laid out before"):
+    with pytest.raises(ConfigError, match="a static cache has no room for the prefix"):
         model.generate(inputs["input_ids"], max_new_tokens=3, cache_implementation="static")
 
 

@@ -178,7 +178,7 @@ def test_entries_of_another_shape_are_refused():
         entries(replace(form, sizes=(7, 4, 2)), torch.float32)
     with pytest.raises(ShapeError, match="given none"):
         entries(replace(form, base=None), torch.float32)
-    with pytest.raises(ShapeError, match=r"matrix \(7, 5\) has its shape; given \(5, 7\)"):
+    with pytest.raises(ShapeError, match=r"shape \(5, 7\): it must be that of the matrix \(7, 5\)"):
         entry_gradients(form, torch.ones(5, 7))
 
 
