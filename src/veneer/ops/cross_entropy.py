@@ -14,6 +14,7 @@ from torch.autograd.function import once_differentiable
 from veneer.errors import ConfigError, ShapeError
 from veneer.ops.dispatch import implementation
 from veneer.ops.matmul import add_matmul, matmul, operand, widens
+from veneer.ops.traced import row_slices
 from veneer.records.frozen import FrozenWeight
 
 _OP = "cross_entropy.softmax_cross_entropy"
@@ -307,11 +308,11 @@ class _Entropy(torch.autograd.Function):
         dhidden, out = hidden.new_empty(len(rows), hidden.shape[1]), torch.zeros_like(hidden)
         size = max(1, chunk_rows(weight.shape[0] * hidden.element_size(), hidden.device, options))
         buffer = _buffer(hidden, weight, min(size, len(rows)))
-        for start in range(0, len(rows), size):
-            own = rows[start : start + size]
+        for part in row_slices(len(rows), size):
+            own = rows[part]
             logits = _logits(hidden[own], weight, bias, buffer)
             dlogits = _entropy_gradient(logits, entropy[own, None], options) * dentropy[own, None]
-            _project_back(logits.copy_(dlogits), weight, dhidden[start : start + size])
+            _project_back(logits.copy_(dlogits), weight, dhidden[part])
         return out.index_copy_(0, rows, dhidden), None, None, None, None, None
 
 
@@ -349,8 +350,7 @@ def _chunked(
     chunk = max(1, min(n, chunk_rows(out_features * hidden.element_size(), hidden.device, options)))
     buffer = _buffer(hidden, weight, chunk)
     losses, hits = hidden.new_empty(n, dtype=wide), torch.zeros_like(labels, dtype=torch.bool)
-    for start in range(0, n, chunk):
-        rows = slice(start, min(n, start + chunk))
+    for rows in row_slices(n, chunk):
         logits = _logits(hidden[rows], weight, bias, buffer)
         logits = logits if options.scale == 1 else logits.mul_(options.scale)
         if options.count_hits:

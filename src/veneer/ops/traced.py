@@ -38,6 +38,9 @@ _FACTORIES = {
 _SIZES = ("attention_scratch_bytes", "grouped_low_rank_u_bytes", "four_bit_has_product", "isa", "max_threads")
 """Functions of the kernels' module that tell sizes, and read no memory."""
 
+REPEATED = "repeated"
+"""Told before a part of a step, with 0, and after it, with the times that it counts."""
+
 _TELL: ContextVar[Called | None] = ContextVar("_TELL", default=None)
 _ISA: ContextVar[str | None] = ContextVar("_ISA", default=None)
 
@@ -205,6 +208,23 @@ def not_done(name: str, *arguments: Any) -> None:
     tell = _TELL.get()
     if tell is not None:
         tell(name, arguments)
+
+
+def row_slices(n: int, size: int) -> Iterator[slice]:
+    """Yield slices of ``n`` rows, ``size`` at a time.
+
+    While a step is traced, the slices between the second and the last are left out, and the second is told to count for
+    them: the time of a trace does not grow with the rows.
+    """
+    starts = range(0, n, size)
+    left_out = starts[2:-1] if is_tracing() else starts[:0]
+    for start in starts[: len(starts) - len(left_out) - 1] if left_out else starts:
+        if left_out and start:
+            not_done(REPEATED, 0)
+        yield slice(start, min(n, start + size))
+    if left_out:
+        not_done(REPEATED, 1 + len(left_out))
+        yield slice(starts[-1], n)
 
 
 def silent_kernels(module: Any) -> Any | None:

@@ -7,14 +7,14 @@ import itertools
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from veneer.ops.cpu.module import DTYPES
-from veneer.ops.traced import SilentMode, tensors_in
+from veneer.ops.traced import REPEATED, SilentMode, tensors_in
 from veneer.plan.products import MatrixProduct, kernel_products
 
 _aten = torch.ops.aten
@@ -134,6 +134,7 @@ class CountWork(SilentMode):  # type: ignore[no-untyped-call]
         self.passes, self.update, self.on = [Work()], Work(), False
         self._now = self.passes[0]
         self._tile = 0
+        self._before_repeated = list[Work]()
         self.watched, self.updating, self.general = False, False, False
         self.general_outside, self.general_blocks = False, dict[str, bool]()
 
@@ -167,6 +168,9 @@ class CountWork(SilentMode):  # type: ignore[no-untyped-call]
         """Count a kernel that a traced step would have run, or a page that it would have written: an op too."""
         if not self.on:
             return
+        if name == REPEATED:
+            self._repeat(*arguments)
+            return
         self._calls()
         if name == "page_file_write":
             self._now.on_disk += arguments[0]
@@ -195,6 +199,16 @@ class CountWork(SilentMode):  # type: ignore[no-untyped-call]
             self._now.attention += (4 if name.endswith("forward") else 10) * seen * heads * head_dim
         else:
             self._now.products.update(kernel_products(name, arguments))
+
+    def _repeat(self, times: int) -> None:
+        """Begin a part that repeats (0), or count it so many times in place of once."""
+        if not times:
+            self._before_repeated.append(self._now.plus(Work(), 0))
+            return
+        part = self._now.plus(self._before_repeated.pop(), -1)
+        repeated = self._now.plus(part, times - 1)
+        for each in fields(Work):
+            setattr(self._now, each.name, getattr(repeated, each.name))
 
     def see(self, func: Any, args: tuple[Any, ...], out: Any) -> None:
         """Count an op."""

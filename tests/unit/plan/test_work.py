@@ -16,6 +16,7 @@ from tests.unit.plan.conftest import Make
 from bench.training.measured import measured_model
 from veneer.model.memory.offload import ActivationOffload, PageFile
 from veneer.ops.cpu.module import DTYPES
+from veneer.ops.traced import row_slices
 from veneer.plan.live import LiveBytes
 from veneer.plan.machine import Rates
 from veneer.plan.plan import batch_of, plan_recipe
@@ -235,3 +236,29 @@ def test_ops_are_of_the_path_that_they_take(
 ) -> None:
     work = plan_recipe(recipe(adapter, {"source": str(deep)}, **training)).work
     assert least <= work.n_general / work.n_ops <= most
+
+
+def test_chunks_of_logits_that_are_alike_are_traced_once_and_count_each(
+    recipe: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("veneer.ops.cross_entropy.CHUNK_BYTES", 3 * 96 * 4)  # and fewer in the last one
+    slices = list[int]()
+
+    def counted(n: int, size: int) -> Any:
+        slices.append(0)
+        for rows in row_slices(n, size):
+            slices[-1] += 1
+            yield rows
+
+    def planned() -> Any:
+        return plan_recipe(recipe(per_device_train_batch_size=4, max_length=62))
+
+    monkeypatch.setattr("veneer.ops.cross_entropy.row_slices", counted)
+    few = planned()
+    assert set(slices) == {3}
+    monkeypatch.setattr("veneer.ops.traced.is_tracing", lambda: False)
+    slices.clear()
+    each = planned()
+    assert max(slices) > 20
+    assert few.work == each.work
+    assert few.phases == each.phases
