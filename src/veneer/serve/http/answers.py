@@ -6,10 +6,10 @@ import asyncio
 import json
 import time
 import uuid
-from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator, Sequence
 from contextlib import AbstractContextManager, aclosing
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 from fastapi import Request
@@ -19,6 +19,7 @@ from starlette.types import Receive, Scope, Send
 from veneer.errors import VeneerError
 from veneer.serve.async_engine import AsyncEngine
 from veneer.serve.http.errors import error_body
+from veneer.serve.http.lanes import Lane
 from veneer.serve.http.protocol import StreamOptions
 from veneer.serve.http.request_record import GONE
 from veneer.serve.requests.checked import CheckedRequest
@@ -26,6 +27,7 @@ from veneer.serve.schedule.outputs import CompletionOutput, RequestOutput, Token
 
 _UNBUFFERED = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # a proxy passes each event on as it comes
 _ENCODE = json.JSONEncoder(ensure_ascii=False).encode
+_LEVELS = 5  # of an answer, choices, a choice, its log-probabilities, and a list of them
 PromptScores = Sequence[TokenLogprobs | None] | None
 """Log-probabilities of a prompt, if they are asked for."""
 
@@ -89,7 +91,7 @@ async def whole_answer(engine: AsyncEngine, request: Request, answering: AnswerC
 
     Raises the error of a request that fails.
     """
-    return await unless_left(request, _choices(engine, answering))
+    return await unless_left(request, _choices(engine, answering, request.app.state.lanes.bodies))
 
 
 async def unless_left(request: Request, found: Coroutine[Any, Any, str]) -> Response:
@@ -109,13 +111,17 @@ async def unless_left(request: Request, found: Coroutine[Any, Any, str]) -> Resp
 
 
 def stream_of(
-    engine: AsyncEngine, answering: AnswerCall, options: StreamOptions, taken: AbstractContextManager[object]
+    engine: AsyncEngine,
+    answering: AnswerCall,
+    options: StreamOptions,
+    taken: AbstractContextManager[object],
+    lane: Lane,
 ) -> StreamingResponse:
     """Return the choices as server-sent events; if the client disconnects, its requests end.
 
-    ``taken`` is left when the stream has ended.
+    ``taken`` is left when the stream has ended. Log-probabilities of prompts are written on the ``lane``.
     """
-    return EventStream(_events(engine, answering, options), taken)
+    return EventStream(_events(engine, answering, options, lane), taken)
 
 
 class EventStream(StreamingResponse):
@@ -134,35 +140,72 @@ class EventStream(StreamingResponse):
                 await super().__call__(scope, receive, send)
 
 
-async def _choices(engine: AsyncEngine, answering: AnswerCall) -> str:
-    choices, n_answered, n_cached = {}, 0, 0
-    by_id = {asked.id: asked for asked in answering.asked}
+async def _choices(engine: AsyncEngine, answering: AnswerCall, lane: Lane) -> str:
+    """The JSON of all choices. With log-probabilities it is long, and written on the lane."""
+    found = list[RequestOutput]()
     async with aclosing(engine.outputs(answering.asked)) as outputs:
         async for output in outputs:
             if output.error is not None:
                 raise output.error
-            scores = output.prompt_logprobs
-            for answer in answering.answers(output):
-                index = answering.index(output, answer)
-                choices[index] = answering.shape.choice(answer, index, by_id[output.request_id], scores)
-                n_answered += len(answer.token_ids)
-            n_cached += output.num_cached_tokens
-            if scores is not None and answering.shape.lists_prompt:
-                choices[answering.index(output, output.outputs[0])]["prompt_logprobs"] = _plain(scores)
+            found.append(output)
+    asked = (output.prompt_logprobs or any(answer.logprobs for answer in output.outputs) for output in found)
+    return await lane.run(partial(_whole, answering, found)) if any(asked) else _whole(answering, found)
+
+
+def _whole(answering: AnswerCall, outputs: Sequence[RequestOutput]) -> str:
+    choices, n_answered, n_cached = {}, 0, 0
+    by_id = {asked.id: asked for asked in answering.asked}
+    for output in outputs:
+        scores = output.prompt_logprobs
+        for answer in answering.answers(output):
+            index = answering.index(output, answer)
+            choices[index] = answering.shape.choice(answer, index, by_id[output.request_id], scores)
+            n_answered += len(answer.token_ids)
+        n_cached += output.num_cached_tokens
+        if scores is not None and answering.shape.lists_prompt:
+            choices[answering.index(output, output.outputs[0])]["prompt_logprobs"] = _plain(scores)
     found = [choices[index] for index in sorted(choices)]
     whole = {"choices": found, "usage": answering.usage(n_answered, n_cached)}
-    return json.dumps(answering.head(answering.shape.whole) | whole, ensure_ascii=False)
+    return "".join(_json(answering.head(answering.shape.whole) | whole))
 
 
-async def _events(engine: AsyncEngine, answering: AnswerCall, options: StreamOptions) -> AsyncGenerator[bytes, None]:
+def _json(value: Any, levels: int = _LEVELS) -> Iterator[str]:
+    """JSON in pieces: the encoder is one call, which keeps the interpreter to itself."""
+    if levels and isinstance(value, list):
+        yield "["
+        for place, each in enumerate(value):
+            yield ", " if place else ""
+            yield from _json(each, levels - 1)
+        yield "]"
+    elif levels > 1 and isinstance(value, dict):
+        yield "{"
+        for place, (name, each) in enumerate(value.items()):
+            yield f"{', ' if place else ''}{_ENCODE(name)}: "
+            yield from _json(each, levels - 1)
+        yield "}"
+    else:
+        yield _ENCODE(value)
+
+
+async def _events(
+    engine: AsyncEngine, answering: AnswerCall, options: StreamOptions, lane: Lane
+) -> AsyncGenerator[bytes, None]:
     """The events of a stream. Events that arrive together are one write."""
     head, shape = answering.head(answering.shape.chunk), answering.shape
     front = f"data: {_ENCODE(head)[:-1]}, "  # which all events have in common
     by_id, n_answered, n_cached = {asked.id: asked for asked in answering.asked}, 0, dict[str, int]()
 
-    def event(choices: list[dict[str, Any]], usage: bool = False) -> str:
+    def event(choices: list[dict[str, Any]], usage: bool = False, levels: int = 0) -> str:
         told = f', "usage": {_ENCODE(answering.usage(n_answered, sum(n_cached.values())))}' if usage else ""
-        return f'{front}"choices": {_ENCODE(choices)}{told}}}\n\n'
+        return f'{front}"choices": {"".join(_json(choices, levels))}{told}}}\n\n'
+
+    def events_of(output: RequestOutput) -> list[str]:
+        asked, found = by_id[output.request_id], list[str]()
+        for answer in answering.answers(output):
+            choice = shape.delta(answer, answering.index(output, answer), asked, output.prompt_logprobs)
+            levels = 0 if output.prompt_logprobs is None else _LEVELS - 1
+            found.append(event([choice], options.continuous_usage_stats, levels))
+        return found
 
     openings = [
         shape.opening(index, asked)
@@ -179,12 +222,10 @@ async def _events(engine: AsyncEngine, answering: AnswerCall, options: StreamOpt
                     failed = output.error
                     if failed is not None:
                         break
-                    answers, asked = answering.answers(output), by_id[output.request_id]
-                    n_answered += sum(len(answer.token_ids) for answer in answers)
+                    n_answered += sum(len(answer.token_ids) for answer in answering.answers(output))
                     n_cached[output.request_id] = output.num_cached_tokens
-                    for answer in answers:
-                        choice = shape.delta(answer, answering.index(output, answer), asked, output.prompt_logprobs)
-                        events.append(event([choice], options.continuous_usage_stats))
+                    told = partial(events_of, output)
+                    events += told() if output.prompt_logprobs is None else await lane.run(told)
                 yield "".join(events).encode()
                 if failed is not None:
                     raise failed

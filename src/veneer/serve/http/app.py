@@ -133,5 +133,6 @@ class Api(Service):
             taken.enter_context(self.tokens(asked))
             answering = AnswerCall(asked, body.model or self.catalogue.base, shape(calls))
             if body.stream:
-                return stream_of(self.running, answering, body.stream_options or StreamOptions(), taken.pop_all())
+                options = body.stream_options or StreamOptions()
+                return stream_of(self.running, answering, options, taken.pop_all(), self.lanes.bodies)
             return await whole_answer(self.running, request, answering)

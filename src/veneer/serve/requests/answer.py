@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from veneer.serve.requests.detokenizer import Detokenizer
 from veneer.serve.schedule.lora_request import LoRARequest
@@ -10,6 +11,8 @@ from veneer.serve.schedule.outputs import CompletionOutput, Logprob, TokenLogpro
 from veneer.serve.schedule.request import Request, Status
 from veneer.serve.schedule.sampling_params import RequestOutputKind, SamplingParams
 from veneer.serve.schedule.step_plan import DrawnToken
+
+_TEXTS = WeakKeyDictionary[Any, dict[int, str]]()  # of single tokens, by tokenizer
 
 
 class Answer:
@@ -92,5 +95,9 @@ class Answer:
 
 
 def decoded(logprobs: TokenLogprobs, tokenizer: Any) -> TokenLogprobs:
-    """Return log-probabilities with the texts of their tokens."""
-    return {i: Logprob(p.logprob, p.rank, str(tokenizer.decode([i]))) for i, p in logprobs.items()}
+    """Return log-probabilities with the texts of their tokens, each of which is decoded once."""
+    texts = _TEXTS.setdefault(tokenizer, {})
+    for token in logprobs:
+        if token not in texts:
+            texts[token] = str(tokenizer.decode([token]))
+    return {i: Logprob(p.logprob, p.rank, texts[i]) for i, p in logprobs.items()}

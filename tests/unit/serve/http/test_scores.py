@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Iterator
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from tests.unit.serve.conftest import byte_tokenizer
 from transformers import AutoModelForCausalLM
 
+from veneer.serve.http import answers
+from veneer.serve.requests.answer import decoded
+from veneer.serve.schedule.outputs import Logprob
 from veneer.serve.start import EngineOptions
 
 from .test_server import Server
@@ -136,3 +142,44 @@ def test_the_harness_finds_the_likelihoods_of_the_model(server, model, tmp_path)
         own = right[n - 1 : -1].gather(1, torch.tensor(ids[n:])[:, None]).sum()
         assert told == pytest.approx(float(own), abs=1e-3)
     assert json.dumps(found)
+
+
+ANYTHING = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner, max_size=4),
+)
+
+
+@given(ANYTHING, st.integers(0, 6))
+def test_pieces_of_json_are_the_json_of_the_whole(value, levels):
+    assert "".join(answers._json(value, levels)) == json.dumps(value, ensure_ascii=False)
+
+
+@pytest.mark.parametrize("streams", [False, True])
+def test_scores_of_prompts_are_written_piece_by_piece_beside_the_loop(streams, server, monkeypatch):
+    """One call of the encoder, or the loop's thread, would keep all others waiting."""
+    sizes, threads = list[int](), set[str]()
+
+    def encode(value):
+        sizes.append(str(value).count("logprob"))
+        threads.update({threading.current_thread().name} if sizes[-1] else ())
+        return json.dumps(value, ensure_ascii=False)
+
+    monkeypatch.setattr(answers, "_ENCODE", encode)
+    prompts = [[7 + i * k % 90 for i in range(41)] for k in (1, 5)]
+    found = scored(server, prompts, extra_body={"prompt_logprobs": 3}, stream=streams)
+    assert len(list(found) if streams else found.choices) >= 2
+    assert sizes
+    assert max(sizes) <= 4  # of one token
+    assert all(name.startswith("veneer bodies") for name in threads)
+
+
+def test_the_text_of_a_token_is_decoded_once():
+    tokenizer, calls = byte_tokenizer(), list[int]()
+    decode = tokenizer.decode
+    tokenizer.decode = lambda ids: calls.extend(ids) or decode(ids)
+    scores = {id: Logprob(-1.0, 1, None) for id in (70, 71)}
+    first, again = (decoded(scores, tokenizer) for _ in range(2))
+    assert first == again
+    assert [each.decoded_token for each in first.values()] == [decode([70]), decode([71])]
+    assert calls == [70, 71]
