@@ -66,7 +66,7 @@ def fits(value: object, hint: Any) -> bool:
     if origin is Mapping:
         return isinstance(value, Mapping) and all(fits(k, inner[0]) and fits(v, inner[1]) for k, v in value.items())
     if origin in (Collection, tuple):
-        return _is_list(value) and all(fits(each, inner[0]) for each in value)  # type: ignore[attr-defined]
+        return _is_list(value) and (_are(value, inner[0]) or all(fits(each, inner[0]) for each in value))  # type: ignore[attr-defined]
     if origin is int:
         return isinstance(value, Integral) and not isinstance(value, bool)
     if origin is float:
@@ -87,11 +87,17 @@ def kept(value: Any, hint: Any) -> Any:
     if origin is Mapping:
         return {key: kept(each, inner[1]) for key, each in value.items()}
     if origin in (Collection, tuple):
-        return tuple(kept(each, inner[0]) for each in (sorted(value) if isinstance(value, (set, frozenset)) else value))
+        values = sorted(value) if isinstance(value, (set, frozenset)) else value
+        return tuple(values) if _are(values, inner[0]) else tuple(kept(each, inner[0]) for each in values)
     if origin in (int, float):
         whole = isinstance(value, Integral) and (origin is int or abs(int(value)) <= _EXACT)
         return int(value) if whole else float(value)
     return os.fspath(value) if origin is str and isinstance(value, os.PathLike) else value
+
+
+def _are(values: Any, kind: Any) -> bool:
+    """True for values that are Python's own whole numbers, or strings: a quarter of a million are seen at once."""
+    return kind in (int, str) and set(map(type, values)) == {kind}
 
 
 def misfits(name: str, value: object, hint: Any) -> list[str]:
