@@ -48,7 +48,7 @@ def _data(config: MethodConfig, data: Any, more_tags: Sequence[str]) -> ModelCar
 
 
 def _id_of(base: str | None) -> str | None:
-    """The base by its id on the hub: not a folder of this machine, which the hub's check of a card refuses."""
+    """Return the base's id on the hub; None for a folder or a file here, which the hub's check of a card refuses."""
     return None if base is None or Path(base).is_absolute() or Path(base).is_dir() or is_portable(base) else base
 
 

@@ -80,7 +80,7 @@ def replace_lora_weights_loftq(
 
 
 def _factors(start: LateStart, site: LinearSite, weight: Tensor, path: str) -> dict[str, Tensor]:
-    """The factors by name; none if the weight is exactly the quantized one. Raises ConfigError if it is codes."""
+    """Return the factors by name; none if the weight equals the quantized one. Raises ConfigError for one in codes."""
     if weight.itemsize == 1:
         raise ConfigError(f"{path}: {_NO_ERROR}")
     quantized = cast(FrozenWeight, site.weight).dense(torch.float32)

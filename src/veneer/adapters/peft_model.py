@@ -413,7 +413,7 @@ def get_peft_model(
 
 @contextmanager
 def _becoming(model: nn.Module) -> Iterator[PeftModel]:
-    """The model as a `PeftModel`; where the block raises, one that was plain is plain again."""
+    """Yield the model as a `PeftModel`. If the block raises, a model that was plain before becomes plain again."""
     fresh = not isinstance(model, PeftModel)
     adapted = become_peft_model(model)
     try:

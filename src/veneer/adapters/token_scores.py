@@ -69,7 +69,7 @@ def token_scores(model: nn.Module, inputs: dict[str, Any], scoring: PreferenceSc
 
 
 def _padding_before(inputs: dict[str, Any]) -> Tensor | None:
-    """The number of padding tokens in front of each row, (b, 1); None if none has any, or more is given."""
+    """Return the number of padding tokens in front of each row, (b, 1); None without any, or with further inputs."""
     mask = inputs.get("attention_mask")
     if mask is None or inputs.keys() != {"input_ids", "attention_mask", "labels"} or bool(mask[:, 0].all()):
         return None

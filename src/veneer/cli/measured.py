@@ -156,7 +156,7 @@ class Measured:
 
 
 def _show_classes(confusion: Confusion, name: str) -> None:
-    """A row for each class: the number of its rows, and the number predicted as it; below, for which they were taken.
+    """Show counts, recall and precision of each class, and below how often classes were taken for one another.
 
     Of many classes those with the most wrong rows, and of one of several columns (with a ``name``) the commonest
     confusions alone.

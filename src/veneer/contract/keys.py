@@ -151,7 +151,7 @@ def place_of(key: str, ends: Collection[str]) -> Place:
 def copies_of(key: str) -> tuple[str, ...]:
     """Return the other keys of a wholly trained module's tensor, if this key has the names of PEFT's wrapper.
 
-    There are two: for a part of the module, the name of the adapter stays in the key.
+    There are two, with and without the first name behind the wrapper: the adapter's, or that of a part of the module.
     """
     for wrapper in _WHOLE:
         path, found, end = key.partition(f".{wrapper}.")

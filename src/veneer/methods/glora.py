@@ -130,7 +130,7 @@ class GloraConfig(LinearMethod):
     def _factors(
         self, path: str, site: LinearSite, params: Params
     ) -> tuple[Float[Tensor, "o r"], Float[Tensor, "r i"]]:
-        """A matrix in factors; one with the same number along a row is of rank 1."""
+        """Return factors of a matrix. A matrix whose rows each repeat one number has rank 1."""
         if self.config_A_B == "lora":
             b, a = params[f"glora_{path}_Xd"], params[f"glora_{path}_Xu"]
             return b.view_as(b), a.view_as(a)  # no parameters, whose record would be kept with this weight

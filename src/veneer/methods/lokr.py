@@ -59,7 +59,7 @@ class Kronecker(Change):
 
 
 class _Made(torch.autograd.Function):
-    """``W₁ ⊗ W₂``, from both at the width of its rows. Gradients are products with vectors; torch.kron's take sums."""
+    """``W₁ ⊗ W₂``, from both repeated to its rows' width. Gradients are products with vectors, unlike torch.kron's."""
 
     @staticmethod
     def forward(ctx: Any, w1: Tensor, w2: Tensor) -> Tensor:

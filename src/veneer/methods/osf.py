@@ -143,8 +143,8 @@ class OSFConfig(LinearMethod):
         return {name: found[name].cpu() for name in shapes}
 
     def derived(self, site: LinearSite, params: Params) -> dict[str, Tensor]:
-        """Return the triplets that are trained as they are in the weight, and the vectors of others that gradients are
-        made orthogonal to.
+        """Return the initial values of the trained triplets, and the vectors of the others, to which gradients are made
+        orthogonal.
 
         If U or V is square with these, the trained ones span the complement and suffice.
         """
@@ -176,7 +176,7 @@ class _Checks(Checks):
     config: OSFConfig
 
     def layers(self, sites: Sequence[LinearSite]) -> list[str]:
-        """Some triplets stay, and some are trained."""
+        """Return a problem for each layer in which not both kinds of triplets, kept and trained, are left."""
         least = {site.name: min(site.out_features, site.in_features) for site in sites}
         kept = {site.name: self.config.kept(site) for site in sites}
         return [

@@ -174,7 +174,7 @@ class UniLoraConfig(LinearMethod):
         return entries[:of_a].view(self.r, -1), entries[of_a:].view(-1, self.r)
 
     def _choice(self, site: LinearSite, device: torch.device) -> tuple[Int[Tensor, " n"], Float[Tensor, " length"]]:
-        """The numbers of θ that a layer's entries are, and the scale of each number."""
+        """Return the index in θ of each of a layer's entries, and the scale of each number of θ."""
         n = self._entries(site)
         if is_tracing():  # of a plan, before there are values
             return torch.zeros(n, dtype=torch.long, device=device), torch.zeros(self.theta_d_length, device=device)

@@ -107,9 +107,9 @@ def _class(mixin: Hashable, base: Hashable, swapped: tuple[str, ...]) -> type[nn
 
 
 def _reading(name: str) -> property:
-    """Reading the attribute asks ``effective``; setting it still reaches the module's own parameter.
+    """Return a property whose reader asks ``effective``, and whose setter sets the module's own parameter.
 
-    Return a part of a cut parameter unchanged: FSDP2 looks for its own object there, and no computation reads it.
+    It gives a part of a cut parameter unchanged: FSDP2 looks for its own object there, and no computation reads it.
     """
 
     def read(module: Any) -> Any:

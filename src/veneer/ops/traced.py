@@ -56,7 +56,7 @@ class Traced(Tensor):
 
     @staticmethod
     def __new__(cls, bare: Tensor, place: torch.device) -> Traced:
-        """Return a wrapper, which knows its device: of another subclass each reader asks the dispatcher."""
+        """Return a wrapper that knows its device. Other subclasses ask the dispatcher each time the device is read."""
         own: Any = Tensor._make_wrapper_subclass(
             cls, bare.shape, strides=bare.stride(), storage_offset=bare.storage_offset(), dtype=bare.dtype, device=place
         )

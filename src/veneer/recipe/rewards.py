@@ -109,7 +109,7 @@ def _module(place: str, folder: Path, name: str) -> Any:
 
 
 def _run_file(path: Path, name: str) -> Any:
-    """The module of a file, under a name that no file of another folder has; one that fails leaves nothing behind."""
+    """Import a file under a name that no file of another folder has. If that fails, no module is left."""
     own = hashlib.blake2b(str(path).encode(), digest_size=8).hexdigest()
     spec = importlib.util.spec_from_file_location(f"veneer_rewards_{path.stem}_{own}", path)
     if spec is None or spec.loader is None:

@@ -129,7 +129,7 @@ def _starts(state: AdapterState, rows: Sequence[str], ids: Int[Tensor, "rows n"]
 def _require_found(
     model: nn.Module, state: AdapterState, rows: Sequence[str], starts: Sequence[int], inputs: Inputs
 ) -> None:
-    """Raise ConfigError if a row lacks the tokens that would train nothing, or whose tokens may be in the cache."""
+    """Raise ConfigError for a row without invocation tokens if a cache may hold them, or in training."""
     lacking = [row for row, start in enumerate(starts) if start == NEVER]
     if lacking and _past(inputs):
         raise ConfigError(

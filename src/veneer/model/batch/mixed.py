@@ -145,7 +145,7 @@ def _checkpointing(model: nn.Module) -> list[Any]:
 
 
 def _routed(checkpoint: Callable[..., Any], state: AdapterState, routing: Routing) -> Callable[..., Any]:
-    """``checkpoint`` whose functions have these rows' adapters also when they run again."""
+    """Return a ``checkpoint`` that runs its functions with these rows' adapters, also in the second pass."""
 
     @functools.wraps(checkpoint)
     def run(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

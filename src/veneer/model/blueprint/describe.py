@@ -141,7 +141,7 @@ def _head(source: BlockSource, head: nn.Module | None, table: nn.Module) -> Head
 
 
 def _named(source: BlockSource, name: str) -> float:
-    """A scale of logits in the config, 1 if there is none; models with images may leave out that of their text half."""
+    """Return a scale of logits in the config; 1 without one, and if a text half's forward pass does not read it."""
     forward: Any = inspect.unwrap(plain_class(type(source.model)).forward)
     is_read = source.config is source.model.config or name in forward.__code__.co_names
     return float(getattr(source.config, name, None) or 1.0) if is_read else 1.0

@@ -27,7 +27,7 @@ SPECIAL = (*CACHES, "encoder_hidden_states")
 
 
 class FusedBlock(InPlace, nn.Module):
-    """Mixin in front of the class of a block. Each half runs fused if everything in it supports that at the time."""
+    """Mixin in front of the class of a block. Each half runs fused if all its parts support that at the time."""
 
     fused_program: BlockProgram
 

@@ -172,7 +172,7 @@ class _Watch(TorchFunctionMode):
         return list(dict.fromkeys(addition for addition in found if addition is not None))
 
     def _addition(self, event: _Event, own: set[str]) -> Addition | None:
-        """The outermost module that returned the operand, and the first in the block that read the stream for it."""
+        """Return the outermost module that returned the operand, and the block's first reader of the stream for it."""
         inside = set(event.stack)
         block_order = next((call.order for call in event.stack if call.module in self.elements), 0)
         within = [call for call in event.stack if call.order > block_order]

@@ -95,7 +95,7 @@ class Product(Trained):
 
 
 def _in(dtype: torch.dtype, xs: list[Tensor]) -> Tensor:
-    """The single tensor, in a dtype. To ask first takes less time than to convert one that has it."""
+    """Return the single tensor in a dtype. The comparison takes less time than a conversion that changes nothing."""
     return xs[0] if xs[0].dtype == dtype else xs[0].to(dtype)
 
 

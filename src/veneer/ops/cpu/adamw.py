@@ -109,7 +109,7 @@ def code_lines(signed: bool) -> Float32[Tensor, "112"]:
 
 
 def _decades(code: Tensor, zero: int, narrow: int) -> list[tuple[int, int, float]]:
-    """(first code, last code, codes a unit of magnitude) of zero, of each decade, and of one."""
+    """Return (first code, last code, codes a unit of magnitude) for zero, for each decade, and for one."""
     lines, first = [(zero, zero, 0.0)], zero + 1
     while first < len(code) - 1:
         last = first + 2 ** len(lines) // narrow - 1

@@ -154,7 +154,7 @@ def positive(x: Values, w: Values, n_max: int) -> tuple[PerGroup, Levels]:
 
 
 def _descend(x: Values, w: Values, levels: Levels, bounds: tuple[int | None, int]) -> tuple[PerGroup, Levels]:
-    """Least squares' scale of levels moved one at a time in up to five passes; without a lower bound they are bytes."""
+    """Move levels one at a time in up to five passes; return the least squares' scale and them, unbounded ones as bytes."""
     wx = w * x
     sum_lx, sum_l2 = _sums(wx, w, levels)
     kept = list((levels if bounds[0] is not None else _byte(levels)).unbind(1))

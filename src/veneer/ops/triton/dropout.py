@@ -42,7 +42,7 @@ def _run(tensors: tuple[Tensor, Tensor], mask: tuple[int, int, Rows], add: bool)
 
 
 def _signed(word: int) -> int:
-    """The low word as a number of 32 bits with a sign: Triton picks an argument's type by its value."""
+    """Return a word as a signed number of 32 bits, since Triton chooses an argument's type by its value."""
     half, whole = _LIMITS
     return (word + half) % whole - half
 

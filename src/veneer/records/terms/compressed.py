@@ -77,7 +77,7 @@ def grouped(x: Float[Tensor, "*batch i"], groups: int) -> Float[Tensor, "n group
 
 
 def unit(vector: Float[Tensor, " g"]) -> Float[Tensor, " g"]:
-    """Return the direction of a vector; that of ones for a vector of zeros."""
+    """Return the direction of a vector. A vector of zeros gets the direction of ones."""
     vector = vector.float()
     vector = torch.where((vector == 0).all(), torch.ones_like(vector), vector)
     length: Tensor = torch.linalg.vector_norm(vector)

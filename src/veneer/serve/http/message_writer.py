@@ -105,7 +105,7 @@ class MessageWriter:
 
 
 def _object(text: str) -> dict[str, Any]:
-    """The arguments of a call; those that are there, if it was cut, and none if it is no object."""
+    """Return the arguments of a call: those so far if it was cut, and none if the text is no object."""
     try:
         found = from_json(text, allow_partial="trailing-strings")
     except ValueError:

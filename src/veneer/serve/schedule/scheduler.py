@@ -238,7 +238,7 @@ class Scheduler:
         return touched
 
     def _reserve(self, request: Request, n: int, planned: dict[Request, int]) -> bool:
-        """Pages for the next n tokens, others preempted for them; False where there are none, or it had to go itself.
+        """Reserve pages for n tokens, and preempt requests for them. Return False if this one went, or runs alone.
 
         The oldest request is never preempted: if it finds no pages, loading adapters hold the bytes.
         """

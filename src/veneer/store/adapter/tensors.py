@@ -235,8 +235,8 @@ def assign(
 
 
 def _expected(model: nn.Module, state: AdapterState, name: str, given: Mapping[str, Tensor] | None) -> _Expected:
-    """The tensors of the adapter. What its layers share is left out where those ``given`` are not shaped as its own
-    parameters: a damaged config may ask for a rank for which nothing could be drawn.
+    """Return the tensors of the adapter. Shared ones are left out if the ``given`` tensors have other shapes than its
+    parameters: a damaged config may ask for a rank that is too large to draw them.
     """
     config, held = state.configs[name], live_parameters if has_network(state, name) else packed_tensors
     parameters, ends = held(model, state, name), _embeddings(model, config, name)

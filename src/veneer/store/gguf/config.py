@@ -179,9 +179,7 @@ def _share(width: int, head: int) -> float:
 
 
 def _layer_types(pattern: int | list[bool], n_layers: int) -> list[str]:
-    """The type of each layer. Full attention has the last of every ``pattern`` layers, or those that are False in a
-    list.
-    """
+    """Return each layer's type: the last of every ``pattern`` layers, or those False in a list, have full attention."""
     slides = pattern if isinstance(pattern, list) else [(layer + 1) % pattern != 0 for layer in range(n_layers)]
     return ["sliding_attention" if slide else "full_attention" for slide in slides]
 
