@@ -170,7 +170,7 @@ def _chat(reader: GGUFReader) -> tuple[dict[str, str], list[str]]:
 
 
 def _bos(in_template: bool, by_flag: bool) -> str:
-    """The source of a chat's BOS; llama.cpp drops the template's if its flag adds one."""
+    """Return the source of a chat's BOS. If its flag adds one, llama.cpp drops the template's."""
     if in_template:
         return "in the template" + (", and by the flag: llama.cpp takes one" if by_flag else "")
     return "by the flag" if by_flag else "none"

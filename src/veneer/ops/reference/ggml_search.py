@@ -154,7 +154,10 @@ def positive(x: Values, w: Values, n_max: int) -> tuple[PerGroup, Levels]:
 
 
 def _descend(x: Values, w: Values, levels: Levels, bounds: tuple[int | None, int]) -> tuple[PerGroup, Levels]:
-    """Move levels one at a time in up to five passes; return the least squares' scale and them, unbounded ones as bytes."""
+    """Move levels one at a time, in up to five passes. Return the scale by least squares, and the levels.
+
+    Without a lower bound, levels are bytes.
+    """
     wx = w * x
     sum_lx, sum_l2 = _sums(wx, w, levels)
     kept = list((levels if bounds[0] is not None else _byte(levels)).unbind(1))

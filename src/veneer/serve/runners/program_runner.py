@@ -162,8 +162,8 @@ class ProgramRunner(DrawingRunner):
         stored: Callable[[], StoredFolder | StoredMix],
         learn: Callable[[VersionBlock, list[Factor]], None] = lambda block, factors: None,
     ) -> ProgramAdapter | GeneralAdapter:
-        """Effects packed, whose block and factors `learn` is given; where the program has no place for them, what the
-        general runner is to load.
+        """Return packed effects, and give `learn` their block and factors. If the program has no place for them, return
+        the adapter as the general runner loads it.
         """
         with self._modules:
             try:

@@ -109,7 +109,7 @@ class Sandbox:
         return answer
 
     def _taken(self) -> _Process:
-        """A free process, or a new one; those that were ended from outside are none."""
+        """Return a free process that still runs, or a new one."""
         with self._lock:
             over = [process for process in self._free if process.is_over]
             self._free = [process for process in self._free if process not in over]
