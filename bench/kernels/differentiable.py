@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from veneer.ops.attention import AttentionOptions, attention_backward, attention_forward
+from veneer.ops.forks import Fork
 from veneer.ops.glu import glu_backward, glu_forward
 from veneer.ops.grouped_low_rank import AdapterRuns, LowRankGroup, Run, add_grouped_low_rank, grouped_low_rank_backward
 from veneer.ops.norm import layer_norm_backward, layer_norm_forward, rms_norm_backward, rms_norm_forward
@@ -41,9 +42,16 @@ def rotary(
     return _Rotary.apply(q, cos, sin, interleaved, backend), _Rotary.apply(k, cos, sin, interleaved, backend)
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, options: AttentionOptions = PLAIN) -> Tensor:
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    options: AttentionOptions = PLAIN,
+    forks: Sequence[Fork] = (),
+) -> Tensor:
     """Causal attention within each packed sequence, with gradients in q, k and v (n, heads, head_dim)."""
-    return _Attention.apply(q, k, v, cu_seqlens, options)
+    return _Attention.apply(q, k, v, cu_seqlens, (options, forks))
 
 
 def grouped_low_rank(
@@ -137,17 +145,19 @@ class _Rotary(torch.autograd.Function):
 
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, options: AttentionOptions) -> Tensor:
-        out, lse = attention_forward(q, k, v, cu_seqlens, options)
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, how: tuple[AttentionOptions, Sequence[Fork]]
+    ) -> Tensor:
+        out, lse = attention_forward(q, k, v, cu_seqlens, *how)
         ctx.save_for_backward(q, k, v, out, lse, cu_seqlens)
-        ctx.options = options
+        ctx.how = how
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse, cu_seqlens = ctx.saved_tensors
-        dq, dk, dv = attention_backward(dout, (q, k, v), (out, lse), cu_seqlens, ctx.options)
+        dq, dk, dv = attention_backward(dout, (q, k, v), (out, lse), cu_seqlens, *ctx.how)
         return dq, dk, dv, None, None
 
 

@@ -3,8 +3,10 @@
     python -m bench.training.grpo step        CPU seconds and memory of a step, the three sides in turns
     python -m bench.training.grpo handover    milliseconds to give the engine the adapter in training
 
-Four prompts of 32 tokens with four answers of 32 tokens each, in float32; LoRA of rank 8 on all linear layers. Each
-measurement of a step is a process of its own, whose first step is left out. The seconds that drawing takes are apart.
+Four prompts of 32 tokens with four answers of 32 tokens each, in float32; LoRA of rank 8 on all linear layers, with
+dropout in the training passes. Each measurement of a step is a process of its own, whose first step is left out. Before
+it, each side computes the loss and gradient of the same answers with the same adapter, which must be equal. The seconds
+that drawing takes are apart.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import math
 import statistics
 import sys
 import tempfile
@@ -22,6 +25,7 @@ from bench.report import Rows, add_keep, done, ends_as_interrupted, keep, last_p
 
 SIDES = {"TRL + PEFT, generate": "peer", "veneer, generate": "generate", "veneer, engine": "engine"}
 N_TOKENS, N_PROMPTS, N_ANSWERS = 32, 4, 4
+CLOSE = 1e-4  # relative, between losses and between norms of gradients of two sides
 
 
 def main() -> None:
@@ -59,7 +63,7 @@ def trainer_of(options: argparse.Namespace) -> Any:
     args = trainers.GRPOConfig(
         output_dir=tempfile.mkdtemp(), max_steps=options.steps + 1, logging_steps=1, save_strategy="no", use_cpu=True,
         report_to="none", per_device_train_batch_size=N_PROMPTS * N_ANSWERS, num_generations=N_ANSWERS, bf16=False,
-        max_completion_length=N_TOKENS, gradient_checkpointing=False, disable_tqdm=True, disable_dropout=True, **own,
+        max_completion_length=N_TOKENS, gradient_checkpointing=False, disable_tqdm=True, disable_dropout=False, **own,
     )  # fmt: skip
     trainer = trainers.GRPOTrainer(
         load_model(options.model, dtype="float32"),
@@ -67,7 +71,7 @@ def trainer_of(options: argparse.Namespace) -> Any:
         args,
         Dataset.from_list(rows),
         processing_class=tokenizer,
-        peft_config=adapters.LoraConfig(r=8, lora_alpha=16, target_modules="all-linear"),
+        peft_config=adapters.LoraConfig(r=8, lora_alpha=16, lora_dropout=0.05, target_modules="all-linear"),
     )
     _without_end(trainer)
     return trainer
@@ -78,6 +82,48 @@ def _without_end(trainer: Any) -> None:
         trainer.policy.params.stop_token_ids = None
     else:
         trainer.generation_config.eos_token_id = None
+        trainer.eos_token_ids = [-1]  # TRL cuts what transformers drew by these
+
+
+def loss_of(trainer: Any) -> tuple[float, float]:
+    """Return the loss of given answers under an adapter of given values, and the norm of its gradient.
+
+    The adapter is as it was afterwards. Sides agree on this pair if they learn the same from the same answers.
+    """
+    import torch
+
+    own = [(name, x) for name, x in trainer.model.named_parameters() if x.requires_grad]
+    before = [x.detach().clone() for _, x in own]
+    n, t = N_PROMPTS * N_ANSWERS, N_TOKENS
+    ids = (torch.arange(n * t).view(n, t) * 37 + 11) % 40_000
+    ones = torch.ones(n, t, dtype=torch.long)
+    inputs = {
+        "prompt_ids": (ids * 3 % 40_000)[::N_ANSWERS].repeat_interleave(N_ANSWERS, dim=0), "prompt_mask": ones,
+        "completion_ids": ids, "completion_mask": ones, "advantages": torch.linspace(-1, 1.5, n),
+        "old_per_token_logps": torch.full((n, t), -14.0), "num_items_in_batch": torch.tensor(n * t),
+    }  # fmt: skip
+    with torch.no_grad():
+        for name, x in own:
+            places = torch.arange(x.numel(), dtype=torch.float32).view(x.shape)
+            x.copy_(torch.sin(places * (0.37 if "lora_A" in name else 0.73)) * 0.02)
+    trainer.model.eval()
+    loss = trainer._compute_loss(trainer.model, inputs)
+    loss.backward()
+    norm = math.sqrt(sum(float(x.grad.double().square().sum()) for _, x in own))
+    trainer._metrics["eval"].clear()
+    with torch.no_grad():
+        for (_, x), old in zip(own, before, strict=True):
+            x.copy_(old)
+            x.grad = None
+    return float(loss), norm
+
+
+def require_same_loss(found: dict[str, tuple[float, float]]) -> None:
+    """Raise SystemExit unless all sides compute the same loss with the same norm of its gradient."""
+    (first, told), *others = found.items()
+    for name, own in others:
+        if not all(math.isclose(a, b, rel_tol=CLOSE) for a, b in zip(told, own, strict=True)):
+            raise SystemExit(f"loss and norm of the gradient are {told} in {first} and {own} in {name}")
 
 
 def one_side(options: argparse.Namespace) -> None:
@@ -97,6 +143,7 @@ def one_side(options: argparse.Namespace) -> None:
             began[0], drawing[0] = now, 0.0
 
     trainer = trainer_of(options)
+    loss = loss_of(trainer)
     turn = trainer._generate_single_turn
 
     def timed(*args: Any, **how: Any) -> Any:
@@ -113,7 +160,7 @@ def one_side(options: argparse.Namespace) -> None:
     lengths = {line["completions/mean_length"] for line in trainer.state.log_history if "loss" in line}
     if lengths != {float(N_TOKENS)}:
         raise SystemExit(f"answers have {lengths} tokens, and {N_TOKENS} were asked for")
-    print(json.dumps({"steps": steps[1:], "mb": high_water_mb()}))
+    print(json.dumps({"steps": steps[1:], "mb": high_water_mb(), "loss": loss}))
 
 
 def measured(options: argparse.Namespace, side: str) -> dict[str, Any]:
@@ -132,6 +179,7 @@ def compare(options: argparse.Namespace) -> None:
         for name, side in SIDES.items():
             working(f"turn {turn + 1} of {options.repeats}, {name}")
             found[name].append(measured(options, side))
+        require_same_loss({name: runs[-1]["loss"] for name, runs in found.items()})
     done()
     rows = Rows(SIDES, ("CPU s a step", "draw", "share", "peak MB"))
     middle = {}

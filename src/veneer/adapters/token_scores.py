@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import inspect
+import logging
+import weakref
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, cast
@@ -12,12 +14,19 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from transformers import PreTrainedModel
 
+from veneer.adapters.shared_rows import SharedRows, shared_rows
 from veneer.data.encoding import IGNORED
 from veneer.model.fused.deferred import DeferredLogits
+from veneer.model.fused.forked import cannot_fork, forked
 from veneer.model.fused.head import deferred_logits
 from veneer.ops.cross_entropy import LabelScores as HeadScores
 from veneer.ops.cross_entropy import linear_token_scores
+
+log = logging.getLogger(__name__)
+_KEYS = {"input_ids", "attention_mask", "labels"}
+_TOLD = weakref.WeakSet[nn.Module]()  # models whose rows are computed apart
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,9 +64,12 @@ def token_scores(model: nn.Module, inputs: dict[str, Any], scoring: PreferenceSc
 
     Hidden states go through a frozen head chunk by chunk. Otherwise logits are computed at the positions at which any
     label counts. Rows begin with their first token: padding before it would move learned positions, and part virtual
-    tokens from their prompt.
+    tokens from their prompt. Rows of one prompt compute it once, if the model can.
     """
     inputs = {key: value for key, value in inputs.items() if key != "use_cache"}
+    rows = _shared(model, inputs)
+    if rows is not None:
+        return _scores_of_shared(model, rows, inputs["labels"][:, 1:].shape, scoring)
     n_before = _padding_before(inputs)
     if n_before is None:
         return _scores_of(model, inputs, scoring)
@@ -71,10 +83,41 @@ def token_scores(model: nn.Module, inputs: dict[str, Any], scoring: PreferenceSc
 def _padding_before(inputs: dict[str, Any]) -> Tensor | None:
     """Return the number of padding tokens in front of each row, (b, 1); None without any, or with further inputs."""
     mask = inputs.get("attention_mask")
-    if mask is None or inputs.keys() != {"input_ids", "attention_mask", "labels"} or bool(mask[:, 0].all()):
+    if mask is None or inputs.keys() != _KEYS or bool(mask[:, 0].all()):
         return None
     n_before: Tensor = mask.int().argmax(dim=1, keepdim=True)
     return n_before
+
+
+def _shared(model: nn.Module, inputs: dict[str, Any]) -> SharedRows | None:
+    """The batch as one row; None if that spares little, or if the model computes each row apart, which is told once."""
+    if inputs.keys() != _KEYS or inputs["attention_mask"] is None or inputs["attention_mask"].ndim != 2:
+        return None
+    found = shared_rows(inputs["input_ids"], inputs["attention_mask"], inputs["labels"])
+    reason = None if found is None else cannot_fork(model_of(model))
+    if reason is not None and model not in _TOLD:
+        _TOLD.add(model)
+        log.info("answers to one prompt compute it each, and not once for all: %s", reason)
+    return found if reason is None else None
+
+
+def _scores_of_shared(model: nn.Module, rows: SharedRows, shape: torch.Size, scoring: PreferenceScoring) -> TokenScores:
+    inputs = {"input_ids": rows.input_ids, "position_ids": rows.position_ids}
+    with forked(cast(PreTrainedModel, model_of(model)), rows.layout):
+        found = unmade_logits(model, inputs)
+        if found is None:
+            kept, at = torch.unique(rows.predicting, return_inverse=True)
+            found = kept_logits(model, inputs, kept)
+        else:
+            at = rows.predicting
+    scores = _label_scores(found[0].flatten(0, 1), rows.labels, scoring, at)
+    return _made(scores, lambda values: _at_places(values, rows.places, shape), found[1])
+
+
+def _at_places(values: Tensor | None, places: Tensor, shape: torch.Size) -> Tensor | None:
+    if values is None:
+        return None
+    return values.new_zeros(shape.numel()).index_copy(0, places.to(values.device), values).view(shape)
 
 
 def _scores_of(model: nn.Module, inputs: dict[str, Any], scoring: PreferenceScoring) -> TokenScores:
@@ -89,21 +132,26 @@ def _scores_of(model: nn.Module, inputs: dict[str, Any], scoring: PreferenceScor
 
 
 def _scored_in_chunks(found: NextTokens, shape: Sequence[int], scoring: PreferenceScoring) -> TokenScores:
-    logits = found.logits if scoring.temperature == 1 else found.logits / scoring.temperature
+    return _told(_label_scores(found.logits, found.labels, scoring), shape, found.aux)
+
+
+def _label_scores(logits: Tensor, labels: Tensor, scoring: PreferenceScoring, at: Tensor | None = None) -> HeadScores:
+    """The scores of labels by logits (n, v), or by the rows ``at`` of them; they need not be made."""
+    logits = logits if scoring.temperature == 1 else logits / scoring.temperature
     if not isinstance(logits, DeferredLogits):
-        return _told(_scored(logits.float(), found.labels, scoring.details), shape, found.aux)
+        own = logits if at is None else logits[at.to(logits.device)]
+        return _scored(own.float(), labels.to(logits.device), scoring.details)
     hidden, weight, bias, options = logits.operands()
-    scores = linear_token_scores(
-        hidden,
+    return linear_token_scores(
+        hidden if at is None else hidden[at.to(hidden.device)],
         weight,
-        found.labels,
+        labels.to(hidden.device),
         bias,
         options,
         details=scoring.details,
         collision=scoring.collision,
         entropy_learns=scoring.entropy_learns,
     )
-    return _told(scores, shape, found.aux)
 
 
 def _scored(logits: Tensor, labels: Tensor, details: bool) -> HeadScores:
@@ -174,18 +222,25 @@ class NextTokens:
 
 
 def next_tokens(model: nn.Module, inputs: dict[str, Any]) -> NextTokens | None:
-    """Return the logits of a pass over a batch, (b * (t - 1), v); None if its head is trained or adapted.
+    """Return the logits of a pass over a batch, (b * (t - 1), v); None if its head is trained or adapted."""
+    found = unmade_logits(model, {key: value for key, value in inputs.items() if key != "labels"})
+    if found is None:
+        return None
+    logits = found[0][:, :-1].flatten(0, 1)
+    return NextTokens(logits, inputs["labels"][:, 1:].flatten().to(logits.device), found[1])
+
+
+def unmade_logits(model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, Tensor | None] | None:
+    """Return the logits (b, t, v) of a pass, and the router's loss, if any; None if the head is trained or adapted.
 
     No wrapper but that which joins the gradients of processes runs the same modules that it holds.
     """
     inner = model.module if isinstance(model, DistributedDataParallel) else model
-    rest = {key: value for key, value in inputs.items() if key != "labels"}
     with deferred_logits(inner) as defers:
         if not defers:
             return None
-        out = model(**rest, use_cache=False)
-    logits = out.logits[:, :-1].flatten(0, 1)
-    return NextTokens(logits, inputs["labels"][:, 1:].flatten().to(logits.device), getattr(out, "aux_loss", None))
+        out = model(**inputs, use_cache=False)
+    return out.logits, getattr(out, "aux_loss", None)
 
 
 def kept_logits(model: nn.Module, inputs: dict[str, Any], kept: Tensor) -> tuple[Tensor, Tensor | None]:

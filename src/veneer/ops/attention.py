@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from veneer.errors import ConfigError, ShapeError
 from veneer.ops.dispatch import implementation
+from veneer.ops.forks import Fork, Scoring, add_stem_gradients, join_stems
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,18 +40,23 @@ def attention_forward(
     v: Float[Tensor, "n kv_heads head_dim"],
     cu_seqlens: Int[Tensor, " n_sequences_plus_1"],
     options: AttentionOptions,
+    forks: Sequence[Fork] = (),
 ) -> tuple[Float[Tensor, "n q_heads head_dim"], Float[Tensor, "q_heads n"]]:
     """Return causal softmax attention within each packed sequence, and the log of each query's softmax sum (float32).
 
     Sequence i holds the tokens ``cu_seqlens[i]`` to ``cu_seqlens[i + 1]``; a batch (b, t) of whole rows is
     ``arange(0, b * t + 1, t)``. Query head h reads key head ``h // (q_heads // kv_heads)``. Softmax is in float32. The
     backward needs q, k, v and these two outputs (Dao 2023, arXiv 2307.08691). Only the last axis must be contiguous.
+    Sequences among the branches of ``forks`` see the stems that they continue.
 
     Raises ShapeError if shapes or cu_seqlens do not fit.
     """
     _check(q, k, v, cu_seqlens)
     kernel = implementation("attention.attention_forward", q.device, options.backend)
-    out, lse = kernel(q, k, v, cu_seqlens, *_numbers(q, options))
+    numbers = _numbers(q, options)
+    out, lse = kernel(q, k, v, cu_seqlens, *numbers)
+    if forks:
+        join_stems((q, k, v), out, lse, forks, cu_seqlens.tolist(), Scoring(*numbers))
     return out, lse
 
 
@@ -59,12 +66,16 @@ def attention_backward(
     forward: tuple[Float[Tensor, "n q_heads head_dim"], Float[Tensor, "q_heads n"]],
     cu_seqlens: Int[Tensor, " n_sequences_plus_1"],
     options: AttentionOptions,
+    forks: Sequence[Fork] = (),
 ) -> tuple[
     Float[Tensor, "n q_heads head_dim"], Float[Tensor, "n kv_heads head_dim"], Float[Tensor, "n kv_heads head_dim"]
 ]:
     """Return (dq, dk, dv) from the inputs and outputs of `attention_forward`."""
     kernel = implementation("attention.attention_backward", dout.device, options.backend)
-    dq, dk, dv = kernel(dout, *qkv, *forward, cu_seqlens, *_numbers(qkv[0], options))
+    numbers = _numbers(qkv[0], options)
+    dq, dk, dv = kernel(dout, *qkv, *forward, cu_seqlens, *numbers)
+    if forks:
+        add_stem_gradients(dout, qkv, forward, (dq, dk, dv), forks, cu_seqlens.tolist(), Scoring(*numbers))
     return dq, dk, dv
 
 

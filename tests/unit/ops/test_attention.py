@@ -9,6 +9,7 @@ from torch.nn import functional
 from bench.kernels.differentiable import attention
 from gradients import has_exact_gradients
 from veneer.errors import ConfigError, ShapeError
+from veneer.ops import forks
 from veneer.ops.attention import AttentionOptions
 
 OP = "attention.attention_forward"
@@ -144,3 +145,40 @@ def test_errors():
     for wrong in ([0, 4], [1, 5], [0, 3, 2, 5], [5]):
         with pytest.raises(ShapeError, match="cu_seqlens"):
             attention(q, q, q, torch.tensor(wrong))
+
+
+FORKS = [
+    # bounds, forks, heads, options: two prompts; the first branch goes on in its prompt's sequence
+    ([0, 9, 13, 14, 20, 31], [(slice(0, 5), slice(9, 14)), (slice(14, 18), slice(20, 31))], (4, 2, 16), {}),
+    ([0, 11, 30, 49], [(slice(0, 7), slice(11, 49))], (3, 3, 8), {"window": 9, "softcap": 1.5}),
+    ([0, 40, 41, 60], [(slice(0, 40), slice(40, 60))], (2, 1, 32), {"window": 3, "scale": 0.2}),
+    ([0, 6, 12], [(slice(0, 1), slice(6, 12))], (2, 2, 5), {"softcap": 2.5}),
+]
+
+
+@pytest.mark.looped("dtype", [*DTYPES, torch.float64])
+@pytest.mark.looped("case", FORKS)
+def test_branches_see_their_stem(case, dtype, backend, monkeypatch):
+    """The same tokens as rows of their own, stem and branch, give the same outputs and gradients."""
+    bounds, given, (q_heads, kv_heads, head_dim), options = case
+    monkeypatch.setattr(forks, "SCORES", 300)  # a few queries at once
+    tensors = [t.to(dtype) for t in draw(bounds, q_heads, kv_heads, head_dim)]
+    cu, how = torch.tensor(bounds), AttentionOptions(**options, backend=backend)
+    parted = [forks.Fork(*each) for each in given]
+    ours = results(lambda q, k, v: attention(q, k, v, cu, how, parted), tensors, dtype)
+    exact, plain = (
+        results(lambda q, k, v: by_paths(q, k, v, bounds, parted, how), tensors, t) for t in (torch.float64, dtype)
+    )
+    for name, got, truth, theirs in zip(("out", "dq", "dk", "dv"), ours, exact, plain, strict=True):
+        allowed = 4 * (theirs.double() - truth).abs().max() + 16 * torch.finfo(dtype).eps * truth.abs().max()
+        assert (got.double() - truth).abs().max() <= allowed, name
+
+
+def by_paths(q, k, v, bounds, parted, options):
+    """Each sequence behind its stem, as one of its own."""
+    outs = []
+    for start, stop in pairwise(bounds):
+        stem = next((f.stem for f in parted if f.branches.start <= start < f.branches.stop), slice(0, 0))
+        qs, ks, vs = (torch.cat([x[stem], x[start:stop]]) for x in (q, k, v))
+        outs.append(dense(qs, ks, vs, [0, len(qs)], options)[stem.stop - stem.start :])
+    return torch.cat(outs)

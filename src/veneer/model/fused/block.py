@@ -172,12 +172,12 @@ def _positions(tables: tuple[Tensor, Tensor] | None, mask: LayoutMask, program: 
     layer without rotation reads none.
     """
     if tables is None or program.rotary is None:
-        return PackedPositions(None, None, mask.cu_seqlens)
+        return PackedPositions(None, None, mask.cu_seqlens, mask.forks)
     width = tables[0].shape[-1]
     once = slice(None) if 2 * width == program.rotary.dim else slice(width // 2)
     first, second = (t[..., slice(None, None, 2) if program.tables.pairs else once] for t in tables)
     cos, sin = (second, first) if program.tables.sin_first else (first, second)
-    return PackedPositions(cos, sin, mask.cu_seqlens)
+    return PackedPositions(cos, sin, mask.cu_seqlens, mask.forks)
 
 
 @functools.cache

@@ -53,8 +53,10 @@ class FusedDecoder(InPlace, nn.Module):
         """Return the layout of a batch's sequences.
 
         None if a cache, a custom mask, or a request for attention weights is given. A training step that sets no cache
-        gets none.
+        gets none. Within `forked` it is that context's.
         """
+        if "forked" in vars(self):
+            return cast(LayoutMask, vars(self)["forked"])
         tokens = kwargs.get("input_ids", args[0] if args else None)
         tokens = kwargs.get("inputs_embeds") if tokens is None else tokens
         config = cast(Any, self).config
@@ -73,7 +75,7 @@ class FusedDecoder(InPlace, nn.Module):
             return None
         if positions is not None and positions.ndim == 3:  # of text, time, height and width, or without those of text
             positions = positions[0] if len(positions) == 4 else None
-        return layout_mask((tokens.shape[0], tokens.shape[1]), mask, None if _counts_positions(self) else positions)
+        return layout_mask((tokens.shape[0], tokens.shape[1]), mask, None if counts_positions(self) else positions)
 
 
 def _with_layout(plain: Callable[..., Any]) -> Callable[..., Any]:
@@ -83,7 +85,7 @@ def _with_layout(plain: Callable[..., Any]) -> Callable[..., Any]:
         if mask is not None:
             masks = dict.fromkeys(given, mask) if isinstance(given, dict) else mask  # one for each type of layer
             kwargs = {**kwargs, "attention_mask": masks, "use_cache": False}
-            if _counts_positions(self) and kwargs.get("position_ids") is None:
+            if counts_positions(self) and kwargs.get("position_ids") is None:
                 real = mask.given["attention_mask"]
                 real = torch.ones(mask.size_of_batch, dtype=torch.long, device=mask.device) if real is None else real
                 kwargs["position_ids"] = (real.cumsum(dim=1) * real - 1).long()
@@ -92,7 +94,7 @@ def _with_layout(plain: Callable[..., Any]) -> Callable[..., Any]:
     return forward
 
 
-def _counts_positions(decoder: nn.Module) -> bool:
+def counts_positions(decoder: nn.Module) -> bool:
     """Return True if positions are counted by the mask, and restarting ones part no sequences (OPT)."""
     return hasattr(getattr(decoder, "embed_positions", None), "offset")
 
@@ -159,14 +161,14 @@ def fuse_as_described(model: PreTrainedModel) -> str | None:
     blocks = [module for module in model.modules() if isinstance(module, FusedBlock)]
     with evaluation(model), _base_alone(model):
         for block in blocks:
-            _leave_out_unfit(block, _stream_dtype(model, block))
+            _leave_out_unfit(block, stream_dtype(model, block))
     if all(block.fused_program.is_own for block in blocks):
         unfuse(model)
         return NOTHING_FITS
     return None
 
 
-def _stream_dtype(model: PreTrainedModel, block: FusedBlock) -> torch.dtype:
+def stream_dtype(model: PreTrainedModel, block: FusedBlock) -> torch.dtype:
     """The dtype of the residual stream: that of a norm's weight, or the embeddings'."""
     norms = (cast(nn.Module, getattr(block, norm.path)) for norm in block.fused_program.block.norms.all if norm.weight)
     owner = next(norms, None) or model.get_input_embeddings()

@@ -7,7 +7,7 @@ positional arguments. A block that needs the real mask asks for it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,10 +15,17 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 
+from veneer.errors import CompositionError
+from veneer.ops.forks import Fork
+
 
 class LayoutMask(Tensor):
-    """Substitute for an attention mask. ``cu_seqlens`` bounds the sequences in the flattened batch (b * t tokens)."""
+    """Substitute for an attention mask. ``cu_seqlens`` bounds the sequences in the flattened batch (b * t tokens).
 
+    ``forks`` are those of its sequences that continue others.
+    """
+
+    forks: tuple[Fork, ...] = ()
     cu_seqlens: Int[Tensor, " n_sequences_plus_1"]
     size_of_batch: tuple[int, int]
     given: Mapping[str, Any]
@@ -29,7 +36,12 @@ class LayoutMask(Tensor):
         return self
 
     def dense_for(self, module: Any, hidden: Tensor, window: int | None) -> Tensor | None:
-        """Return the mask that transformers makes from the same arguments, for a module that runs its own attention."""
+        """Return the mask that transformers makes from the same arguments, for a module that runs its own attention.
+
+        Raises CompositionError if sequences continue others, for which transformers makes none.
+        """
+        if self.forks:
+            raise CompositionError("rows share their prompts, and a block attends by its own code: fuse it")
         if window not in self.dense:
             make = create_causal_mask if window is None else create_sliding_window_causal_mask
             positions = self.given["position_ids"]
@@ -56,10 +68,21 @@ def layout_mask(size: tuple[int, int], attention_mask: Tensor | None, position_i
         return None
     flat = starts.flatten().nonzero()[:, 0]
     end = flat.new_full((1,), size[0] * size[1])
-    mask = torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=starts.device).as_subclass(LayoutMask)
-    mask.cu_seqlens = torch.cat([flat, end])
-    mask.size_of_batch = size
-    mask.given, mask.dense = {"attention_mask": attention_mask, "position_ids": position_ids}, {}
+    given = {"attention_mask": attention_mask, "position_ids": position_ids}
+    return _layout(torch.cat([flat, end]), size, given)
+
+
+def forked_layout(position_ids: Int[Tensor, "1 n"], bounds: Sequence[int], forks: Sequence[Fork]) -> LayoutMask:
+    """Return the layout of one row of sequences between these bounds, which continue others as ``forks`` tell."""
+    given = {"attention_mask": None, "position_ids": position_ids}
+    mask = _layout(torch.tensor(bounds, device=position_ids.device), (1, position_ids.shape[1]), given)
+    mask.forks = tuple(forks)
+    return mask
+
+
+def _layout(cu_seqlens: Tensor, size: tuple[int, int], given: Mapping[str, Any]) -> LayoutMask:
+    mask = torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=cu_seqlens.device).as_subclass(LayoutMask)
+    mask.cu_seqlens, mask.size_of_batch, mask.given, mask.dense = cu_seqlens, size, given, {}
     return mask
 
 

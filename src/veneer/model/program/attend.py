@@ -132,7 +132,7 @@ class Attend(Trained):
 
     def train(self, weights: AttendTraining, run: ActingStretch, frame: Frame, keep: Keep) -> Kept:
         qkv, kept = self._turned(weights, run, self.source.read(frame))
-        attended, lse = attention_forward(*qkv, run.positions.cu_seqlens, weights.options)
+        attended, lse = attention_forward(*qkv, run.positions.cu_seqlens, weights.options, run.positions.forks)
         self.target.write(frame, [attended.view(len(attended), -1)])
         return (attended, lse) if keep.source else (attended, lse, *qkv, *kept)
 
@@ -146,8 +146,8 @@ class Attend(Trained):
             qkv, kept = (heads[0], heads[1], heads[2]), tuple(heads[3:])
         else:
             qkv, kept = self._turned(weights, tape.run, tape.value(self.source))
-        bounds = tape.run.positions.cu_seqlens
-        dq, dk, dv = attention_backward(dy.view(attended.shape), qkv, (attended, lse), bounds, weights.options)
+        at, dout = tape.run.positions, dy.view(attended.shape)
+        dq, dk, dv = attention_backward(dout, qkv, (attended, lse), at.cu_seqlens, weights.options, at.forks)
         del qkv, heads
         n_of_q = 0 if weights.q_norm is None else 2
         dq = self._turned_back(weights.q_norm, tape.run, dq, kept[:n_of_q])
@@ -178,7 +178,7 @@ class Attend(Trained):
 
     def _rotate(self, heads: Tensor, run: ActingStretch, *, inverse: bool = False) -> None:
         """Heads (n, heads, d), in place."""
-        (cos, sin, _), part = run.positions, self.attention.rotary
+        cos, sin, part = run.positions.cos, run.positions.sin, self.attention.rotary
         if cos is not None and sin is not None and part is not None:
             view = heads.view(*run.size[:2], *heads.shape[1:]).transpose(1, 2)
             rotate(view, cos, sin, interleaved=part.interleaved, inverse=inverse, in_place=True)

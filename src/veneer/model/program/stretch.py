@@ -21,6 +21,7 @@ from torch.autograd.function import once_differentiable
 
 from veneer.model.program.acting import Acting
 from veneer.model.program.operation import STREAM, Frame, Operation, Register
+from veneer.ops.forks import Fork
 from veneer.ops.linear.layer import LinearLayer, tensors_of
 
 Kept = tuple[Tensor | None, ...]
@@ -43,12 +44,13 @@ class Keep(NamedTuple):
 class PackedPositions(NamedTuple):
     """Half tables of the rotation, (b or 1, t, half), None if nothing is rotated, and the bounds of the sequences.
 
-    The bounds are positions in the flattened batch.
+    The bounds are positions in the flattened batch, as those of ``forks``, where sequences continue others.
     """
 
     cos: Float[Tensor, "#b t half"] | None
     sin: Float[Tensor, "#b t half"] | None
     cu_seqlens: Int[Tensor, " n_sequences_plus_1"]
+    forks: tuple[Fork, ...] = ()
 
 
 NOWHERE = PackedPositions(None, None, torch.empty(0, dtype=torch.long))

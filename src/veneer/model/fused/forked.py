@@ -1,0 +1,80 @@
+"""Forward pass of one row whose sequences continue others: rows that begin alike share those tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from veneer.model.adapted.state import AdapterState
+from veneer.model.blueprint.describe import blocks_of
+from veneer.model.fused.block import FusedBlock, halves_of
+from veneer.model.fused.decoder import FusedDecoder, counts_positions, stream_dtype
+from veneer.model.fused.layout import LayoutMask
+from veneer.model.program.acting import computed_in
+from veneer.model.sharded.sharding import is_cut
+
+
+@contextmanager
+def forked(model: PreTrainedModel, layout: LayoutMask) -> Iterator[None]:
+    """Context of a pass over one row of this layout, by a model that `cannot_fork` has no reason against."""
+    decoder = vars(blocks_of(model)[0])
+    decoder["forked"] = layout
+    try:
+        yield
+    finally:
+        del decoder["forked"]
+
+
+def cannot_fork(model: nn.Module) -> str | None:
+    """Return the reason why rows of a model cannot share the tokens that they begin with, as it acts now; else None.
+
+    Such a pass must give each token what a row of its own gives. So its attention has to run fused, and nothing may
+    depend on a row as a whole, or be drawn at random. Adapters that are switched off count too: a reference computes as
+    the model in training does.
+    """
+    if not isinstance(model, PreTrainedModel) or not any(isinstance(m, FusedDecoder) for m in model.modules()):
+        return "its blocks do not run fused"
+    decoder = blocks_of(model)[0]
+    if is_cut(model):
+        return "it is cut over processes"
+    if counts_positions(decoder) or decoder is not model.base_model:
+        return "it counts positions itself"
+    if getattr(model.config, "output_router_logits", False):
+        return "its router is balanced over all tokens of the rows"
+    return _drawn_at_random(model) or _of_rows(getattr(model, "adapter_state", None)) or _unfused(model)
+
+
+def _drawn_at_random(model: PreTrainedModel) -> str | None:
+    if not model.training:
+        return None
+    state: AdapterState | None = getattr(model, "adapter_state", None)
+    if state is not None and state.drops and any(state.configs[name].dropout for name in state.active):
+        return "its adapter has dropout, which disable_dropout switches off"
+    if any(isinstance(part, nn.Dropout) and part.p > 0 and part.training for part in model.modules()):
+        return "it has dropout"
+    noise = getattr(model.get_input_embeddings(), "neftune_noise_alpha", None)
+    return "its embeddings have noise (neftune_noise_alpha)" if noise else None
+
+
+def _of_rows(state: AdapterState | None) -> str | None:
+    if state is None:
+        return None
+    if state.routed() is not None:
+        return "rows have adapters of their own"
+    of_rows = any(
+        config.virtual_tokens or config.invocation_tokens or config.by_sequence
+        for config in (state.configs[name] for name in state.active)
+    )
+    return "its adapter depends on whole rows" if of_rows else None
+
+
+def _unfused(model: PreTrainedModel) -> str | None:
+    blocks = [module for module in model.modules() if isinstance(module, FusedBlock)]
+    stream = stream_dtype(model, blocks[0])
+    dtype = computed_in(torch.empty(0, dtype=stream, device=model.device))
+    fits = dtype is not None and all(halves_of(block, stream, dtype)[0] is not None for block in blocks)
+    return None if fits else "some of its blocks attend by their own code"

@@ -1,0 +1,152 @@
+"""Attention of branches to the stem that they continue: a prompt is computed once for all of its answers.
+
+Attention within sequences knows nothing of it. Here the keys of the stem are added to the softmax of each query, by the
+log of its sum so far. The backward pass within sequences then reads the joined outputs and sums, and is exact as it is
+(Dao 2023, arXiv 2307.08691: probabilities are exp(score - log sum)).
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+SCORES = 1 << 22  # of all heads, that are made at once
+
+
+@dataclass(frozen=True, slots=True)
+class Fork:
+    """Place where sequences part: those among the tokens ``branches`` continue the tokens ``stem``, and see them."""
+
+    stem: slice
+    branches: slice
+
+
+@dataclass(frozen=True, slots=True)
+class Scoring:
+    """Scale, window and cap of scores, as kernels take them: 0 means no window or no cap."""
+
+    scale: float
+    window: int
+    softcap: float
+
+
+Heads = tuple[Tensor, Tensor, Tensor]
+
+
+def join_stems(
+    qkv: Heads, out: Tensor, lse: Tensor, forks: Sequence[Fork], bounds: Sequence[int], scoring: Scoring
+) -> None:
+    """Change the outputs (n, q_heads, d) and log sums (q_heads, n) of attention within sequences, in place.
+
+    Queries of branches then see the keys of their stems too. ``bounds`` are those of the sequences.
+    """
+    n_kv_heads = qkv[1].shape[1]
+    for fork in forks:
+        stem = _Stem(qkv, fork, bounds, scoring)
+        for rows in stem.chunks():
+            scores, _ = stem.scores(rows)
+            most = scores.amax(dim=-1, keepdim=True).clamp_min(torch.finfo(scores.dtype).min)  # if none is seen
+            p = scores.sub_(most).exp_()
+            total = p.sum(dim=-1, keepdim=True)
+            there, own = most + total.log(), _by_query(lse[:, rows], n_kv_heads)
+            joined = torch.logaddexp(own, there)
+            found = p @ stem.v * torch.exp(most - joined)
+            found += _by_head(out[rows], n_kv_heads) * torch.exp(own - joined)
+            out[rows] = _by_token(found, out[rows])
+            lse[:, rows] = joined.view(n_kv_heads, -1, lse.shape[0] // n_kv_heads).transpose(1, 2).reshape(len(lse), -1)
+
+
+def add_stem_gradients(
+    dout: Tensor,
+    qkv: Heads,
+    forward: tuple[Tensor, Tensor],
+    gradients: Heads,
+    forks: Sequence[Fork],
+    bounds: Sequence[int],
+    scoring: Scoring,
+) -> None:
+    """Add to (dq, dk, dv) of attention within sequences, in place, those that flow between branches and their stems.
+
+    ``forward`` are the outputs and log sums of `join_stems`.
+    """
+    (out, lse), (dq, dk, dv), n_kv_heads = forward, gradients, qkv[1].shape[1]
+    for fork in forks:
+        stem = _Stem(qkv, fork, bounds, scoring)
+        for rows in stem.chunks():
+            scores, slope = stem.scores(rows)
+            do = _by_head(dout[rows], n_kv_heads)
+            p = scores.sub_(_by_query(lse[:, rows], n_kv_heads)).exp_()
+            dv[stem.seen] += (p.mT @ do).transpose(0, 1)
+            delta = (do * _by_head(out[rows], n_kv_heads)).sum(dim=-1, keepdim=True)
+            ds = (do @ stem.v.mT).sub_(delta).mul_(p).mul_(slope * scoring.scale)
+            dq[rows] += _by_token(ds @ stem.k, dq[rows])
+            dk[stem.seen] += (ds.mT @ stem.queries(rows)).transpose(0, 1)
+
+
+class _Stem:
+    """Keys and values of a fork's stem as wide matrices (kv_heads, n_seen, d), and the scores of its branches.
+
+    ``seen`` are the tokens that a query may see in a window.
+    """
+
+    def __init__(self, qkv: Heads, fork: Fork, bounds: Sequence[int], scoring: Scoring) -> None:
+        self.fork, self.bounds, self.scoring = fork, bounds, scoring
+        self._q, k, v = qkv
+        end = fork.stem.stop
+        self.seen = slice(max(fork.stem.start, end - scoring.window + 1) if scoring.window else fork.stem.start, end)
+        self.k, self.v = (_wide(x[self.seen].transpose(0, 1)).contiguous() for x in (k, v))
+
+    def chunks(self) -> Iterator[slice]:
+        """Rows of the branches, so many at once that their scores stay small."""
+        start, stop = self.fork.branches.start, self.fork.branches.stop
+        step = max(1, SCORES // max(1, self._q.shape[1] * self.k.shape[1]))
+        for first in range(start, stop, step):
+            yield slice(first, min(first + step, stop))
+
+    def queries(self, rows: slice) -> Tensor:
+        return _by_head(self._q[rows], len(self.k))
+
+    def scores(self, rows: slice) -> tuple[Tensor, Tensor | float]:
+        """Scores (kv_heads, rows · group, n_seen), minus infinity where a window hides, and the slope of the cap."""
+        scores, slope = (self.queries(rows) @ self.k.mT).mul_(self.scoring.scale), 1.0
+        if self.scoring.softcap:
+            tanh = torch.tanh(scores / self.scoring.softcap)
+            return self._hidden(self.scoring.softcap * tanh, rows), 1 - tanh**2
+        return self._hidden(scores, rows), slope
+
+    def _hidden(self, scores: Tensor, rows: slice) -> Tensor:
+        if not self.scoring.window:
+            return scores
+        each = range(rows.start, rows.stop)
+        places = [i - self.bounds[bisect_right(self.bounds, i) - 1] for i in each]  # within their branches
+        group = scores.shape[1] // len(each)
+        place = torch.tensor(places, device=scores.device).repeat_interleave(group)
+        behind = self.seen.stop - torch.arange(self.seen.start, self.seen.stop, device=scores.device)
+        return scores.masked_fill_(place[:, None] + behind >= self.scoring.window, float("-inf"))
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _by_head(x: Tensor, n_kv_heads: int) -> Tensor:
+    """(n, q_heads, d) to (kv_heads, n · group, d), wide."""
+    n, heads, d = x.shape
+    own = _wide(x).reshape(n, n_kv_heads, heads // n_kv_heads, d)
+    return own.transpose(0, 1).reshape(n_kv_heads, -1, d)
+
+
+def _by_token(x: Tensor, like: Tensor) -> Tensor:
+    """(kv_heads, n · group, d) to (n, q_heads, d), in the dtype of ``like``."""
+    n, heads, d = like.shape
+    return x.view(len(x), n, heads // len(x), d).transpose(0, 1).reshape(n, heads, d).to(like.dtype)
+
+
+def _by_query(lse: Tensor, n_kv_heads: int) -> Tensor:
+    """(q_heads, n) to (kv_heads, n · group, 1)."""
+    heads, n = lse.shape
+    return lse.reshape(n_kv_heads, heads // n_kv_heads, n).transpose(1, 2).reshape(n_kv_heads, -1, 1)
