@@ -1,6 +1,7 @@
 """A GRPO step of SmolLM2-135M-Instruct: the engine draws, transformers draws, and TRL with PEFT.
 
     python -m bench.training.grpo step        CPU seconds and memory of a step, the three sides in turns
+    python -m bench.training.grpo pass        the training pass with the prompt once, and with a copy for each answer
     python -m bench.training.grpo handover    milliseconds to give the engine the adapter in training
 
 Four prompts of 32 tokens with four answers of 32 tokens each, in float32; LoRA of rank 8 on all linear layers, with
@@ -31,7 +32,7 @@ CLOSE = 1e-4  # relative, between losses and between norms of gradients of two s
 def main() -> None:
     ends_as_interrupted()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=["step", "handover", "side"])
+    parser.add_argument("what", choices=["step", "pass", "handover", "side"])
     parser.add_argument("--model", default="smollm2-135m-instruct")
     parser.add_argument("--side", default="engine", choices=list(SIDES.values()))
     parser.add_argument("--steps", type=int, default=3)
@@ -39,7 +40,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     add_keep(parser)
     options = parser.parse_args()
-    {"step": compare, "handover": hand_over, "side": one_side}[options.what](options)
+    {"step": compare, "pass": pass_of_answers, "handover": hand_over, "side": one_side}[options.what](options)
 
 
 def reward(completions: list[str], **row: Any) -> list[float]:
@@ -191,6 +192,40 @@ def compare(options: argparse.Namespace) -> None:
     peer, before, own = (middle[name] for name in SIDES)
     print(f"engine: {own[0] / peer[0]:.2f}x of TRL + PEFT (goal 0.50x), {own[0] / before[0]:.2f}x of generate (0.60x)")
     keep(options.keep, {"cpu": own[0] / peer[0], "cpu of generate": own[0] / before[0], "memory": own[1] / peer[1]})
+
+
+def pass_of_answers(options: argparse.Namespace) -> None:
+    """Print the CPU seconds of forward and backward pass over the answers to one prompt: 256 and 8 times 64 tokens."""
+    import torch
+
+    from veneer.adapters import token_scores
+    from veneer.model.fused.decoder import fused
+
+    torch.set_num_threads(options.threads)
+    model = trainer_of(argparse.Namespace(**vars(options) | {"side": "engine"})).model
+    model.config.use_cache = False
+    ids = (torch.arange(8 * 320).view(8, 320) * 37 + 11) % 40_000
+    ids[:, :256] = ids[0, :256]
+    labels = ids.clone()
+    labels[:, :256] = -100
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+    ways = {"prompt once": token_scores.shared_rows, "a copy for each answer": lambda *_: None}
+    found: dict[str, list[float]] = {name: [] for name in ways}
+    losses = {}
+    with model.adapter_state.without_dropout(), fused(model):
+        for _ in range(options.repeats + 1):
+            for name, way in ways.items():
+                token_scores.shared_rows = way
+                start = time.process_time()
+                losses[name] = token_scores.token_scores(
+                    model, inputs, token_scores.PreferenceScoring()
+                ).log_probs.sum()
+                losses[name].backward()
+                found[name].append(time.process_time() - start)
+    one, apart = (statistics.median(seconds[1:]) for seconds in found.values())
+    print(f"log-probabilities: {', '.join(f'{float(x):.6f}' for x in losses.values())}")
+    print(f"prompt once: {one:.2f} s, a copy for each answer: {apart:.2f} s, {one / apart:.3f}x (goal 0.35x)")
+    keep(options.keep, {"pass": one / apart})
 
 
 def hand_over(options: argparse.Namespace) -> None:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-SCORES = 1 << 22  # of all heads, that are made at once
+SCORES = 1 << 18  # of all heads, that are made at once: they stay in a cache
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,8 +82,9 @@ def add_stem_gradients(
             p = scores.sub_(_by_query(lse[:, rows], n_kv_heads)).exp_()
             dv[stem.seen] += (p.mT @ do).transpose(0, 1)
             delta = (do * _by_head(out[rows], n_kv_heads)).sum(dim=-1, keepdim=True)
-            ds = (do @ stem.v.mT).sub_(delta).mul_(p).mul_(slope * scoring.scale)
-            dq[rows] += _by_token(ds @ stem.k, dq[rows])
+            ds = (do @ stem.v.mT).sub_(delta).mul_(p)
+            ds = ds if slope is None else ds.mul_(slope)
+            dq[rows] += _by_token((ds @ stem.k).mul_(scoring.scale), dq[rows])
             dk[stem.seen] += (ds.mT @ stem.queries(rows)).transpose(0, 1)
 
 
@@ -108,15 +109,16 @@ class _Stem:
             yield slice(first, min(first + step, stop))
 
     def queries(self, rows: slice) -> Tensor:
-        return _by_head(self._q[rows], len(self.k))
+        """Queries (kv_heads, rows · group, d), times the scale."""
+        return _by_head(self._q[rows], len(self.k)) * self.scoring.scale
 
-    def scores(self, rows: slice) -> tuple[Tensor, Tensor | float]:
-        """Scores (kv_heads, rows · group, n_seen), minus infinity where a window hides, and the slope of the cap."""
-        scores, slope = (self.queries(rows) @ self.k.mT).mul_(self.scoring.scale), 1.0
-        if self.scoring.softcap:
-            tanh = torch.tanh(scores / self.scoring.softcap)
-            return self._hidden(self.scoring.softcap * tanh, rows), 1 - tanh**2
-        return self._hidden(scores, rows), slope
+    def scores(self, rows: slice) -> tuple[Tensor, Tensor | None]:
+        """Scores (kv_heads, rows · group, n_seen), minus infinity where a window hides, and the slope of a cap."""
+        scores = self.queries(rows) @ self.k.mT
+        if not self.scoring.softcap:
+            return self._hidden(scores, rows), None
+        tanh = torch.tanh(scores / self.scoring.softcap)
+        return self._hidden(self.scoring.softcap * tanh, rows), 1 - tanh**2
 
     def _hidden(self, scores: Tensor, rows: slice) -> Tensor:
         if not self.scoring.window:
