@@ -150,7 +150,7 @@ def test_grpo_with_rewards_by_name(project: Path) -> None:
 
 
 def test_dpo_killed_and_resumed_is_the_run_that_was_not(project: Path) -> None:
-    training = {**TRAINING, "max_steps": 12, "save_steps": 1, "logging_steps": 5}
+    training = {**TRAINING, "max_steps": 12, "save_steps": 1, "logging_steps": 4}
     path = write(project, "dpo", {"train": "pairs.jsonl"}, training=training)
     command, environment = ["train", str(path)], {"HF_HUB_OFFLINE": "1"}
     process = forked(command, project / "log", environment, slow=True)

@@ -17,7 +17,7 @@ from veneer.cli.bases import compare_bases
 from veneer.contract.source import adapter_folder
 from veneer.plain.group import n_on_this_machine
 from veneer.plain.progress import draws_bars, waits_told
-from veneer.plain.units import count, duration, size
+from veneer.plain.units import size
 from veneer.plan.before import planned_facts, remember_run, require_room, with_shard
 from veneer.ray.place import RayCluster
 from veneer.recipe.adapter import FROM
@@ -40,12 +40,11 @@ from veneer.train.record.place import Resume, continues
 from veneer.train.record.record import record_of
 from veneer.train.run import run_recipe
 from veneer.train.samples import samples_of
+from veneer.train.show.results import result_lines
 from veneer.train.show.sample import shown_sample
 from veneer.train.sweep.recipe import Sweep, parse_sweep
 from veneer.train.sweep.report import PAGE, SWEEP_FILE, outcomes, table, write_report
 from veneer.train.sweep.sweep import run_sweep
-
-_ACCURACIES = ("eval_rewards/accuracies", "eval_accuracy")  # of DPO, of reward models
 
 
 class OnRay(NamedTuple):
@@ -223,7 +222,7 @@ def _train_one(recipe: Recipe, asked: TrainOptions, planned: _Planned | None, co
         raise
     if planned is not None and planned.facts is not None and is_main() and n_processes() == 1:
         remember_run(planned.facts, record)
-    _tell_results(Path(recipe.output), record, console)
+    _tell_results(recipe, record, console)
 
 
 def _train_on_ray(recipe: Recipe, asked: TrainOptions, on: OnRay, console: Console) -> None:
@@ -233,19 +232,12 @@ def _train_on_ray(recipe: Recipe, asked: TrainOptions, on: OnRay, console: Conso
         from veneer.ray.training import Loop, train_on  # Ray is no dependency of other runs
     loop = Loop(recipe=str(on.recipe), set=tuple(on.overrides), folder=os.getcwd(), allow_changes=asked.allow_changes)
     console.print("not planned: the workers of Ray have memory of their own", highlight=False)
-    _tell_results(Path(recipe.output), train_on(on.place, loop, recipe), console)
+    _tell_results(recipe, train_on(on.place, loop, recipe), console)
 
 
-def _tell_results(output: Path, record: Mapping[str, Any], console: Console) -> None:
-    results = record["results"]
-    told = [f"training loss {results['train_loss']:.4f}"]
-    told += [f"held-out loss {results['eval_loss']:.4f}"] if "eval_loss" in results else []
-    told += [f"held-out accuracy {results[key]:.1%}" for key in _ACCURACIES if key in results]
-    told += [f"held-out reward {results['eval_reward']:.4f}"] if "eval_reward" in results else []
-    console.print(
-        f"{', '.join(told)} after {count(results['steps'], 'step')} in {duration(results['seconds'])}", highlight=False
-    )
-    console.print(f"saved in {record['saved']}; the run is written down in {output / 'run.json'}", highlight=False)
+def _tell_results(recipe: Recipe, record: Mapping[str, Any], console: Console) -> None:
+    for line in result_lines(recipe, record):
+        console.print(line, highlight=False, markup=False)
 
 
 def _train_sweep(sweep: Sweep, asked: TrainOptions, console: Console) -> None:

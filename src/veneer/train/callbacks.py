@@ -14,6 +14,9 @@ from veneer.model.memory.checkpointing import checkpoint_selectively
 from veneer.train.config import RunSettings
 from veneer.train.guards import FiniteGradients
 
+LEAST_POINTS = 3
+"""Of the curve of a run: `ShortRunLog` logs more often if its settings give fewer."""
+
 
 def callbacks_of(args: RunSettings) -> Iterator[TrainerCallback | type[TrainerCallback]]:
     """Return the callbacks that the settings ask for."""
@@ -33,6 +36,15 @@ class SelectiveCheckpointing(TrainerCallback):  # type: ignore[misc]
     def on_train_begin(self, args: RunSettings, state: Any, control: Any, model: nn.Module, **_: Any) -> None:
         """Switch to selective recomputation."""
         checkpoint_selectively(model_of(model), (args.gradient_checkpointing_kwargs or {}).get("every_n_layers", 1))
+
+
+class ShortRunLog(TrainerCallback):  # type: ignore[misc]
+    """Callback that logs the steps of a short run more often than its settings: a curve needs points."""
+
+    def on_train_begin(self, args: RunSettings, state: Any, control: Any, **_: Any) -> None:
+        """Log 20 times or more if there were fewer than `LEAST_POINTS`: every step of a run of up to 39."""
+        if state.max_steps < LEAST_POINTS * state.logging_steps:
+            state.logging_steps = max(1, state.max_steps // 20)
 
 
 class BeginReport(TrainerCallback):  # type: ignore[misc]

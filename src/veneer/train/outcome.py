@@ -6,8 +6,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from veneer.adapters.chosen import ModelParts, tokenizer_with
-from veneer.errors import ConfigError
+from veneer.errors import ConfigError, FormatError
 from veneer.model.memory.default_device import default_device
 from veneer.recipe.parts import DataPart, ModelPart
 from veneer.recipe.recipe import Recipe, parse_recipe
@@ -16,11 +18,17 @@ from veneer.recipe.values import read_values
 from veneer.store.bars import quiet
 from veneer.store.source import load_model, load_tokenizer
 from veneer.train.base_model import load_base
+from veneer.train.record.record import RUN_FILE, record_of, require_recipe
 from veneer.train.rows import read_data
 
 
 def trained_recipe(path: Path) -> Recipe:
-    """Return the recipe of a file. Raises ConfigError if it is wrong, or describes several runs."""
+    """Return the recipe of a file, or that of the run in a folder, with whatever ``--set`` changed.
+
+    Raises ConfigError if it is wrong, or describes several runs, and FormatError for a damaged record.
+    """
+    if path.is_dir():
+        return _recipe_of_run(path)
     values = read_values(path)
     if PART in values:
         raise ConfigError(
@@ -30,12 +38,23 @@ def trained_recipe(path: Path) -> Recipe:
     return parse_recipe(values, str(path))
 
 
+def _recipe_of_run(folder: Path) -> Recipe:
+    """The recipe of a run that lies in this folder, wherever it was made."""
+    require_recipe(folder)
+    record = record_of(folder) or {}
+    try:
+        return Recipe.model_validate({**record["recipe"], "output": str(folder)})
+    except (ValidationError, TypeError) as error:
+        raise FormatError(f"{folder / RUN_FILE} holds no recipe that can be read: give the recipe's file") from error
+
+
 def saved_by(output: Path, method: str) -> Path:
     """Return the adapter, or the whole model, that a run saved in its output. Raises ConfigError if there is none."""
     saved = output / ("model" if method == "full" else "adapter")
     if not saved.is_dir():
         raise ConfigError(
-            f"the recipe's run has saved nothing yet: there is no folder {saved}; `veneer train` makes it"
+            f"the recipe's run has saved nothing yet: there is no folder {saved}; `veneer train` makes it. "
+            "Of a run with --set output=FOLDER, give that folder"
         )
     return saved
 

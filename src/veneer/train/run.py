@@ -15,7 +15,7 @@ from veneer.recipe.adapter import FULL
 from veneer.recipe.changes import places_of
 from veneer.recipe.recipe import Recipe
 from veneer.store.hub import require_hub
-from veneer.train.callbacks import BeginReport, LastEvaluation, StepClock
+from veneer.train.callbacks import BeginReport, LastEvaluation, ShortRunLog, StepClock
 from veneer.train.checkpoint import checkpoint_folder, latest_checkpoint
 from veneer.train.interrupt import Stop, StopAfterStep, listening
 from veneer.train.output import (
@@ -141,6 +141,7 @@ def carry_out(
 def _trained(trainer: RunTrainer, saved: Path, adapter: Mapping[str, Any], resume: bool, stop: Stop) -> dict[str, Any]:
     """Train, save into ``saved`` and evaluate. Return the results for ``run.json``."""
     trainer.add_callback(StopAfterStep(stop))
+    trainer.add_callback(ShortRunLog)
     last = LastEvaluation()
     trainer.add_callback(last)
     clock = StepClock(lambda: trainer.n_tokens_read)

@@ -253,3 +253,23 @@ def test_an_adapter_beside_itself_is_refused(
     data = lines(tmp_path / "rows.jsonl", [{"text": "the cat sat"}])
     refused = veneer("eval", model_folder, "-a", adapter_folder, "-a", adapter_folder, "-d", data, *PERPLEXITY)
     assert (refused.exit_code, f"--adapter {adapter_folder} is given twice" in refused.stderr) == (2, True)
+
+
+def test_a_run_is_named_by_its_folder(veneer: Veneer, adapter_folder: Path, recipe: Path, tmp_path: Path) -> None:
+    with_adapter(recipe, adapter_folder)
+    wanted = measured(veneer("eval", "--recipe", recipe, *PERPLEXITY))
+    values = parse_recipe(yaml.safe_load(recipe.read_text())).model_dump()
+    record = {"status": "finished", "recipe": {**values, "output": "elsewhere"}}
+    (tmp_path / "run" / "run.json").write_text(json.dumps(record))
+    found = measured(veneer("eval", "--recipe", tmp_path / "run", *PERPLEXITY))
+    assert {**found, "seconds": 0} == {**wanted, "seconds": 0}
+    change(recipe, output=str(tmp_path / "other"))
+    for given, message in (
+        (recipe, "Of a run with --set output=FOLDER, give that folder"),
+        (tmp_path, f"{tmp_path} is no run: it holds no run.json"),
+    ):
+        refused = veneer("eval", "--recipe", given, *PERPLEXITY)
+        assert (refused.exit_code, message in refused.stderr) == (2, True), refused.output
+    (tmp_path / "run" / "run.json").write_text(json.dumps({**record, "recipe": {"model": 3}}))
+    refused = veneer("eval", "--recipe", tmp_path / "run", *PERPLEXITY)
+    assert (refused.exit_code, "holds no recipe that can be read" in refused.stderr) == (2, True), refused.output

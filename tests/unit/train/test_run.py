@@ -9,6 +9,7 @@ import pytest
 from veneer.errors import ConfigError, DataError, DivergedError
 from veneer.recipe.recipe import parse_recipe
 from veneer.train import output
+from veneer.train.callbacks import ShortRunLog
 from veneer.train.recipe_trainer import make_trainer
 from veneer.train.record.place import require_fresh
 from veneer.train.run import carry_out
@@ -30,6 +31,13 @@ def values(tmp_path, make_model, tokenizer):
         },
         "output": str(tmp_path / "run"),
     }  # fmt: skip
+
+
+def test_a_short_run_logs_often_enough_for_a_curve():
+    for max_steps, logging_steps, wanted in ((7, 10, 1), (29, 10, 1), (30, 10, 10), (250, 100, 12), (2, 1, 1)):
+        state = SimpleNamespace(max_steps=max_steps, logging_steps=logging_steps)
+        ShortRunLog().on_train_begin(None, state, None)
+        assert state.logging_steps == wanted
 
 
 @pytest.mark.parametrize("saved", ["adapter", "model"])

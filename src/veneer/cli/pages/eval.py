@@ -21,8 +21,8 @@ from veneer.data.asked_rows import pattern_of_answers, require_askable
 from veneer.data.reader import RowReader
 from veneer.data.windows import Windows
 from veneer.errors import ConfigError, listed
-from veneer.recipe.values import read_values
 from veneer.store.adapter.folder import require_adapter, require_whole
+from veneer.train.record.record import require_recipe
 
 
 def _unescaped(text: str) -> str:
@@ -54,9 +54,9 @@ READ: Mapping[str, tuple[str, ...]] = MappingProxyType(
 _Recipe = Annotated[
     list[Path] | None,
     unset(
-        "FILE",
-        "In place of MODEL: what this recipe trained, on its held-out rows (or on --data, read as it reads). "
-        "Again: another run beside it.",
+        "RUN",
+        "In place of MODEL: what a recipe's file or a run's folder trained, on its held-out rows (or on --data, read "
+        "as it reads). Again: another run beside it.",
         "--recipe",
     ),
 ]
@@ -133,7 +133,7 @@ class EvalArguments:
         require_options(self)
         require_rows(self.data)
         for recipe in self.recipes:
-            read_values(recipe)
+            require_recipe(recipe)
         if self.recipes:
             return  # model and adapters do not go with them
         for adapter in self.adapters:

@@ -16,6 +16,7 @@ from typing import Any, Literal
 import psutil
 
 from veneer.errors import ConfigError, DivergedError, FormatError, Interrupted, Paused, VeneerError
+from veneer.recipe.values import read_values
 
 RUN_FILE = "run.json"
 _CLOCK_SECONDS = 2.0  # how far two readings of one start time may lie apart
@@ -37,6 +38,14 @@ def record_of(output: Path) -> dict[str, Any] | None:
     if not isinstance(record, dict) or not {"status", "recipe"} <= record.keys():
         raise FormatError(f"{path} is not the record of a run: it holds no status and recipe. Move it away.")
     return record
+
+
+def require_recipe(path: Path) -> None:
+    """Raise ConfigError for a recipe's file that cannot be read, or for a folder without the record of a run."""
+    if not path.is_dir():
+        read_values(path)
+    elif record_of(path) is None:
+        raise ConfigError(f"{path} is no run: it holds no {RUN_FILE}. Give the output of a run, or a recipe's file.")
 
 
 def this_process() -> dict[str, Any]:

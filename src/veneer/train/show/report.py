@@ -34,9 +34,10 @@ def environment() -> dict[str, Any]:
 
 def draw_loss(history: Sequence[Mapping[str, Any]], path: Path) -> None:
     """Draw the training loss and, if there is one, the held-out loss over the steps, as a PNG in the folder
-    of a run.
+    of a run. Rewards, if there are any, are drawn above them.
     """
-    loss_figure(history, f"Loss of {path.parent}").savefig(path)
+    drawn = "Reward and loss" if any("reward" in line for line in history) else "Loss"
+    loss_figure(history, f"{drawn} of {path.parent}").savefig(path)
 
 
 def loss_figure(history: Sequence[Mapping[str, Any]], title: str) -> Figure:
@@ -44,26 +45,35 @@ def loss_figure(history: Sequence[Mapping[str, Any]], title: str) -> Figure:
     # Here, as it takes a second to import: no run waits for its picture before the first step.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+
+    rewarded = any("reward" in line for line in history)
+    figure = Figure(figsize=(7, 6 if rewarded else 4), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    drawn = [("reward", "reward of an answer")] if rewarded else []
+    drawn.append(("loss", "loss (nats for each trained token)"))
+    for at, (key, label) in enumerate(drawn, 1):
+        axes = figure.add_subplot(len(drawn), 1, at)
+        _draw(axes, history, key, label)
+        if at == 1:
+            axes.set_title(_end_of(title), fontsize="medium")
+    axes.set_xlabel("optimizer step")
+    return figure
+
+
+def _draw(axes: Any, history: Sequence[Mapping[str, Any]], key: str, label: str) -> None:
+    """Draw a value of training and of the held-out rows over the steps."""
     from matplotlib.ticker import MaxNLocator
 
-    figure = Figure(figsize=(7, 4), dpi=120, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    for key, label, style in (("loss", "training", "-"), ("eval_loss", "held out", "o-")):
-        points = [(line["step"], line[key]) for line in history if key in line]
+    for name, told, style in ((key, "training", "-"), (f"eval_{key}", "held out", "o-")):
+        points = [(line["step"], line[name]) for line in history if name in line]
         if points:
             # a line of one point is no line
-            axes.plot(
-                *zip(*points, strict=True), style if points[1:] else "o", label=label, markersize=4, linewidth=1.5
-            )
-    axes.set_title(_end_of(title), fontsize="medium")
-    axes.set_xlabel("optimizer step")
-    axes.set_ylabel("loss (nats for each trained token)")
+            axes.plot(*zip(*points, strict=True), style if points[1:] else "o", label=told, markersize=4, linewidth=1.5)
+    axes.set_ylabel(label)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     axes.grid(alpha=0.3)
     if axes.lines:
         axes.legend(frameon=False)
-    return figure
 
 
 def _end_of(title: str) -> str:

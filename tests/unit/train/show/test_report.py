@@ -31,6 +31,15 @@ def test_the_picture_of_a_run_keeps_its_frame(steps):
     assert figure.axes[0].lines[0].get_marker() == ("o" if len(steps) == 1 else "None")
 
 
+def test_rewards_are_drawn_above_the_loss():
+    history = [{"step": i, "loss": 0.1 / i, "reward": 0.1 * i} for i in range(1, 5)] + [{"step": 4, "eval_reward": 0.3}]
+    figure = loss_figure(history, "Reward and loss of runs/first")
+    check_picture(figure)
+    above, below = figure.axes
+    assert [line.get_ydata()[-1] for line in above.lines] == [0.4, 0.3]
+    assert (above.get_ylabel(), below.get_ylabel()) == ("reward of an answer", "loss (nats for each trained token)")
+
+
 def test_the_environment_names_versions():
     assert environment()["versions"]["torch"] == torch.__version__.partition("+")[0] or "+" in torch.__version__
 

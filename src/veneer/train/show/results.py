@@ -1,0 +1,58 @@
+"""Last lines of a run: what it reached, where that lies, and the command that asks it."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from veneer.data.files import numbered_rows
+from veneer.data.named_files import names_a_file
+from veneer.errors import DataError
+from veneer.plain.units import count, duration
+from veneer.recipe.recipe import Recipe
+
+_ACCURACIES = ("eval_rewards/accuracies", "eval_accuracy")  # of DPO, of reward models
+
+
+def result_lines(recipe: Recipe, record: Mapping[str, Any]) -> list[str]:
+    """Return the last lines of a finished run, from its recipe and its record."""
+    results, output = record["results"], Path(recipe.output)
+    rewards = [line["reward"] for line in record.get("log", ()) if "reward" in line]
+    told = [f"reward {rewards[-1]:.4f}, at first {rewards[0]:.4f}"] if rewards else []
+    told += [f"held-out reward {results['eval_reward']:.4f}"] if "eval_reward" in results else []
+    told += [f"training loss {results['train_loss']:.4f}"]
+    told += [f"held-out loss {results['eval_loss']:.4f}"] if "eval_loss" in results else []
+    told += [f"held-out accuracy {results[key]:.1%}" for key in _ACCURACIES if key in results]
+    return [
+        f"{', '.join(told)} after {count(results['steps'], 'step')} in {duration(results['seconds'])}",
+        f"saved in {record['saved']}; the run is written down in {output / 'run.json'}",
+        f"next: {next_command(recipe, str(record['saved']))}",
+    ]
+
+
+def next_command(recipe: Recipe, saved: str) -> str:
+    """Return the command that asks what was trained, as its rows asked; of a reward model, the one that shows it."""
+    if recipe.task == "reward":
+        return f"veneer info {shlex.quote(recipe.output)}"
+    name = shlex.quote(saved)
+    ask = f"veneer chat {name}" if _chats(recipe) else f"veneer generate {name} --raw -p 'TEXT'"
+    others = [f"veneer eval --recipe {shlex.quote(recipe.output)} -m perplexity"] if recipe.data.holds_out else []
+    if recipe.method != "full":
+        merged = shlex.quote(str(Path(recipe.output) / "merged"))
+        others.append(f"veneer merge --base {shlex.quote(recipe.model.source)} --adapter {name} -o {merged}")
+    return f"{ask}{' (or: ' if others else ''}{'; '.join(others)}{')' if others else ''}"
+
+
+def _chats(recipe: Recipe) -> bool:
+    """Return True if rows are conversations: by the setting, or by the first row of their file."""
+    train = recipe.data.train
+    if recipe.data.chat or not names_a_file(train):
+        return bool(recipe.data.chat)
+    with suppress(DataError):
+        _, row = next(numbered_rows(Path(train), []), (0, {}))
+        prompt = recipe.data.prompt is None and isinstance(row.get("prompt"), list)
+        return prompt or bool({"messages", "conversations"} & row.keys())
+    return False
