@@ -61,6 +61,8 @@ def read_attention(source: BlockSource, module: nn.Module, layer: int) -> Attent
     scale = _scale(module)
     if scale is None:
         return strange("it does not say by what it scales")
+    if not getattr(module, "is_causal", True):
+        return strange("it attends to later tokens too")
     odd = next((told for name, (usual, told) in _ODD.items() if getattr(module, name, usual) != usual), None)
     if odd is not None:
         return strange(odd)

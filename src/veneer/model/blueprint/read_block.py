@@ -12,6 +12,7 @@ from veneer.model.blueprint.norms import read_norm
 from veneer.model.blueprint.parts import Attention, Experts, FeedForward, Norm, Strange
 from veneer.model.blueprint.read_attention import FULL, SLIDING, layer_type_of, read_attention
 from veneer.model.blueprint.read_feed_forward import read_feed_forward
+from veneer.model.blueprint.read_forward import odd_in_forward
 from veneer.model.blueprint.source import BlockSource, first, has_all, undescribed
 
 PARALLEL = ("use_parallel_residual", "parallel_attn")  # config keys
@@ -52,7 +53,7 @@ def read_block(source: BlockSource, block: nn.Module, layer: int) -> Block:
         residual_multiplier=_multiplier(source, block),
         attention_sublayer=_attention_sublayer(source, block, attention, norms),
         feed_forward_sublayer=_feed_forward_sublayer(source, block, feed_forward, norms, in_block),
-        other=(*undescribed(source, block, known), *_kept_values(source, block)),
+        other=(*undescribed(source, block, known), *_beside_parts(source, block)),
     )
 
 
@@ -68,11 +69,12 @@ def _multiplier(source: BlockSource, block: nn.Module) -> float:
     return float(own if isinstance(own, float) else getattr(source.config, "residual_multiplier", 1.0))
 
 
-def _kept_values(source: BlockSource, block: nn.Module) -> list[Strange]:
-    """Return the buffers of a block, which no description has: Gemma 4 multiplies the stream by one."""
+def _beside_parts(source: BlockSource, block: nn.Module) -> list[Strange]:
+    """Return what no description has: buffers of a block (Gemma 4 multiplies by one), or more in its own code."""
     names = [name for name, _ in block.named_buffers(recurse=False)]
-    told = f"it holds {', '.join(names)}, which the description has no words for"
-    return [Strange(path=source.path(block), reason=told)] if names else []
+    told = f"it holds {', '.join(names)}, which the description has no words for" if names else None
+    odd = told or (None if source.listed else odd_in_forward(block))
+    return [] if odd is None else [Strange(path=source.path(block), reason=odd)]
 
 
 def _fits(block: nn.Module, names: NormNames) -> bool:

@@ -102,7 +102,7 @@ def _dim(source: BlockSource, layer_type: str | None) -> int | None:
 
 def _dim_of_table(source: BlockSource, layer_type: str | None) -> int | None:
     """The number of dimensions that turn, by the shape of the model's own table of frequencies."""
-    for module in source.model.base_model.modules():
+    for module in source.model.get_decoder().modules():  # a tower of images has frequencies of its own
         if "rotary" in type(module).__name__.lower():
             names = ("inv_freq", f"{layer_type}_inv_freq")
             found = next((getattr(module, name) for name in names if hasattr(module, name)), None)
@@ -168,8 +168,12 @@ def read_temperature(source: BlockSource) -> Temperature | None:
 
 
 def turns_neighbours(attention: nn.Module) -> bool:
-    """Return True if the ``rotate_half`` beside an attention's class pairs neighbouring numbers, as its values show."""
-    rotate_half = getattr(sys.modules.get(type(attention).__module__), "rotate_half", None)
+    """Return True if the ``rotate_half`` of an attention's rotation pairs neighbouring numbers, as its values show."""
+    beside = vars(sys.modules.get(type(attention).__module__, object))
+    code = getattr(beside.get("apply_rotary_pos_emb"), "__code__", None)
+    called = () if code is None else code.co_names
+    name = next((name for name in called if name.startswith("rotate_half")), "rotate_half")
+    rotate_half = beside.get(name)
     if rotate_half is None:
         return False
     return bool(torch.equal(rotate_half(torch.arange(4.0)), torch.tensor([-1.0, 0.0, -3.0, 2.0])))

@@ -13,7 +13,12 @@ from typing import Any
 import torch
 from jaxtyping import Int
 from torch import Tensor
-from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
+from transformers.masking_utils import (
+    create_bidirectional_mask,
+    create_bidirectional_sliding_window_mask,
+    create_causal_mask,
+    create_sliding_window_causal_mask,
+)
 
 from veneer.errors import CompositionError
 from veneer.ops.forks import Fork
@@ -43,17 +48,16 @@ class LayoutMask(Tensor):
         if self.forks:
             raise CompositionError("rows share their prompts, and a block attends by its own code: fuse it")
         if window not in self.dense:
-            make = create_causal_mask if window is None else create_sliding_window_causal_mask
+            given = {"config": module.config, "inputs_embeds": hidden, "attention_mask": self.given["attention_mask"]}
             positions = self.given["position_ids"]
             if positions is None:
                 positions = torch.arange(hidden.shape[1], device=hidden.device)[None]
-            self.dense[window] = make(
-                config=module.config,
-                inputs_embeds=hidden,
-                attention_mask=self.given["attention_mask"],
-                cache=None,
-                position_ids=positions,
-            )
+            if getattr(module, "is_causal", True):
+                make = create_causal_mask if window is None else create_sliding_window_causal_mask
+                given |= {"cache": None, "position_ids": positions}
+            else:
+                make = create_bidirectional_mask if window is None else create_bidirectional_sliding_window_mask
+            self.dense[window] = make(**given)
         return self.dense[window]
 
 
