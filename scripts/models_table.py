@@ -29,7 +29,8 @@ the rows; a test tries a sample of them in each run, and all in CI.
 - **serve**: by the [program](serving.md#which-models), by transformers' code over pages, or by transformers' own
   caches, with the way in which a sequence goes on.
 - **greedy**: tokens of one prompt alone and of three together, two with an adapter, against `generate` of the base and
-  of the merged model. **plan**: the bytes of a sequence in `veneer plan --serve` against the engine's.
+  of the merged model. **plan**: the bytes of a sequence in `veneer plan --serve` against the engine's; "more" if the
+  engine finds, by values, that the cache of transformers' code is wrong, and keeps tokens alone.
 - **GGUF**: a merged model can be written as a GGUF file ([gguf.md](gguf.md)).
 
 `seq2seq/…` is an encoder with a decoder, whose name alone stands for its decoder. `classes/…` is an encoder with a

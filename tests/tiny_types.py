@@ -127,19 +127,32 @@ def _trained(
         for _, b in factors.values():
             torch.nn.init.normal_(b, std=0.1)
         for path, (a, b) in factors.items():
-            layer = merged.get_submodule(path)
-            layer.weight += (b @ a).T if isinstance(layer, Conv1D) else b @ a
+            layer = merged.get_submodule(path)  # two layers of one weight (Zamba) have an adapter each
+            layer.weight = torch.nn.Parameter(layer.weight + ((b @ a).T if isinstance(layer, Conv1D) else b @ a))
     adapted.save_pretrained(folder)
     fused = fused_halves(adapted) if fuse(adapted) else "no"
     try:
         merged.train()(**_to_train(merged, model_type)).loss.backward()
     except _UNFIT as error:
         return attached, f"transformers: {_short(error)}", fused
+    told = ""
     try:
-        adapted.train()(**_to_train(adapted, model_type)).loss.backward()
+        loss = adapted.train()(**_to_train(adapted, model_type)).loss
+        if not _reaches(loss, factors):
+            adapted.enable_input_require_grads()
+            loss, told = adapted(**_to_train(adapted, model_type)).loss, ", by enable_input_require_grads()"
+        loss.backward()
     except (*_UNFIT, VeneerError) as error:
         return attached, f"no: {_short(error)}", fused
-    return attached, _as_transformers(merged, factors), _with_plan(fused, empty)
+    return attached, _as_transformers(merged, factors) + told, _with_plan(fused, empty)
+
+
+def _reaches(loss: torch.Tensor, factors: Mapping[str, tuple[torch.Tensor, torch.Tensor]]) -> bool:
+    """Return True if a loss has a gradient in any factor; Reformer's reversible layers need one in their input."""
+    leaves = [b for _, b in factors.values()]
+    return loss.requires_grad and any(
+        each is not None for each in torch.autograd.grad(loss, leaves, retain_graph=True, allow_unused=True)
+    )
 
 
 def _inputs(model: torch.nn.Module) -> dict[str, Any]:
@@ -251,7 +264,9 @@ def _planned(empty: PreTrainedModel, llm: LLM) -> str:
         return f"no: {_short(error)}"
     page = kept.position * 16 or kept.sequence
     n_fixed = -(-kept.sequence // page) if kept.position else 0
-    return "equal" if (page, n_fixed) == (pages.page_bytes, pages.n_fixed) else "differs"
+    if (page, n_fixed) == (pages.page_bytes, pages.n_fixed):
+        return "equal"
+    return "more" if page * (1 + n_fixed) > pages.page_bytes * (1 + pages.n_fixed) else "differs"
 
 
 def _short(error: BaseException) -> str:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from torch.fx.experimental import _config as fx_config
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from veneer.contract import MethodConfig
@@ -18,7 +20,7 @@ from veneer.model.batch.own_cache import KeptBytes, Way, kept_bytes
 from veneer.model.batch.paged import UNFIT, position_bytes, require_paged_layers
 from veneer.model.blueprint.describe import describe
 from veneer.model.program.program import compile_program
-from veneer.ops.traced import tracing
+from veneer.ops.traced import Traced, tracing
 from veneer.plain.units import size
 from veneer.plan.model import CPU, make_traced, meta_base
 from veneer.recipe.parts import ModelPart
@@ -112,10 +114,19 @@ def kept_in_serving(model: PreTrainedModel, block: int) -> KeptBytes:
             return _of_own_code(model)
 
 
-def _each_expert_taken() -> AbstractContextManager[None]:
-    """Context in which experts that look for their tokens find all of them: there are no values to look at."""
-    patch = cast(Any, fx_config).patch
-    return cast("AbstractContextManager[None]", patch(meta_nonzero_assume_all_nonzero=True))
+@contextmanager
+def _each_expert_taken() -> Iterator[None]:
+    """Context in which experts that look for their tokens find all of them, and indices that code reads are 0: there
+    are no values to look at.
+    """
+    with cast(Any, fx_config).patch(meta_nonzero_assume_all_nonzero=True), _FirstIndex():  # type: ignore[no-untyped-call]
+        yield
+
+
+class _FirstIndex(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        is_index = func is torch.ops.aten._local_scalar_dense.default and args[0].dtype == torch.long
+        return 0 if is_index and isinstance(args[0], Traced) else func(*args, **(kwargs or {}))
 
 
 def _of_own_code(model: PreTrainedModel) -> KeptBytes:
@@ -129,10 +140,21 @@ def _of_own_code(model: PreTrainedModel) -> KeptBytes:
         encodes = model.config.is_encoder_decoder
         return encoded_bytes(model, Way.AT_ONCE) if encodes else kept_bytes(model, Way.AT_ONCE)
     except UNFIT as error:
+        if not model.config.is_encoder_decoder and _computes_whole(model):
+            return kept_bytes(model, Way.ANEW)
         raise ConfigError(
             f"{type(model).__name__} keeps something that cannot be counted without its weights ({error}). Start the "
             "server: it tells the bytes of a sequence and of a token"
         ) from error
+
+
+def _computes_whole(model: PreTrainedModel) -> bool:
+    """Return True if a model's code computes a whole sequence, though none with a cache."""
+    try:
+        model(input_ids=torch.arange(_SHORT)[None], use_cache=False)
+    except UNFIT:
+        return False
+    return True
 
 
 _SHORT = 13  # tokens

@@ -117,7 +117,9 @@ def test_what_an_encoder_with_a_decoder_has_not_is_refused(tokenizer, tmp_path):
     without_start = made("bart")
     for settings in (without_start.config, without_start.generation_config):
         settings.decoder_start_token_id = settings.bos_token_id = None
-    with pytest.raises(TargetError, match="names no decoder_start_token_id"):
+    with pytest.raises(
+        TargetError, match=r"^BartForConditionalGeneration cannot be served: its config names no decoder_start_token_id"
+    ):
         LLM(without_start, tokenizer=tokenizer)
     infinite = made("bart")
     infinite.get_encoder().layers[0].fc1.weight.data.fill_(float("nan"))

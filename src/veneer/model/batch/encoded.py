@@ -93,10 +93,10 @@ def proved_encoding(model: PreTrainedModel) -> Way:
     Raises TargetError for one that computes no logits from token ids alone.
     """
     ids = [at * 7 % model.config.get_text_config(decoder=True).vocab_size for at in range(sum(_PARTS))]
+    anew, caching, held = EncodingModel(model, Way.ANEW), EncodingModel(model, Way.AT_ONCE), Held(n_prompt=_PARTS[0])
     try:
         with evaluation(model):
-            own = EncodingModel(model, Way.ANEW).extend(Held(n_prompt=_PARTS[0]), ids).logits[_PARTS[0] - 1 :].float()
-            held, caching = Held(n_prompt=_PARTS[0]), EncodingModel(model, Way.AT_ONCE)
+            own = anew.extend(Held(n_prompt=_PARTS[0]), ids).logits[_PARTS[0] - 1 :].float()
             found = torch.cat([caching.extend(held, ids[:-3]).logits, caching.extend(held, ids[-3:]).logits])
     except UNFIT as error:
         raise TargetError(

@@ -82,12 +82,13 @@ class _Group:
 
 @dataclass(frozen=True, slots=True)
 class PagedStep:
-    """Rows of one pass: stretches one after the other, each row one token."""
+    """Rows of one pass: stretches one after the other, each row one token. ``written``: the layers that it has run."""
 
     store: SlotStore
     slots: Tensor
     positions: Tensor
     groups: list[_Group]
+    written: set[int] = field(default_factory=set)
 
     @classmethod
     def of(cls, store: SlotStore, stretches: Sequence[Stretch], device: torch.device) -> PagedStep:
@@ -156,6 +157,9 @@ def _attention(
 ) -> tuple[Tensor, None]:
     """Attention of rows (n, heads, 1, width) to the stored keys of their sequences, and to themselves."""
     step, layer = _STEP.get(), int(module.layer_idx)  # type: ignore[arg-type]
+    if layer in step.written:
+        raise RuntimeError(f"layer {layer} runs more than once a pass")
+    step.written.add(layer)
     step.store.write(layer, step.slots, key[:, :, 0], value[:, :, 0])
     seen = attention_mask or SeenKeys(_causal)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling

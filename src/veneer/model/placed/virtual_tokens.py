@@ -35,7 +35,8 @@ def inner_model(model: PreTrainedModel) -> PreTrainedModel:
     found = model.base_model if model.config.is_encoder_decoder else model.get_decoder()
     if not isinstance(found, PreTrainedModel):  # ModernBERT calls its head so
         return cast(PreTrainedModel, model.base_model)
-    return cast(PreTrainedModel, getattr(model, "model", model) if found is model else found)  # as Llama 4 names it
+    has_head = found is model or found.get_output_embeddings() is not None  # Llama 4, Kosmos 2.5
+    return cast(PreTrainedModel, getattr(found, "model", found) if has_head else found)
 
 
 class VirtualTokens(Holder):

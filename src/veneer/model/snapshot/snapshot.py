@@ -75,7 +75,7 @@ def _read_weights(kind: Hashable) -> frozenset[str]:
     Methods are read one by one: for a class, inspect would parse the whole file, which takes half a second.
     """
     methods = [each for each in vars(cast(Any, kind)).values() if inspect.isfunction(each)]
-    return frozenset(name for each in methods for name in _PRODUCT.findall(_source(each)))
+    return frozenset(name for each in methods for names in _PRODUCT.findall(_source(each)) for name in names if name)
 
 
 def _source(method: Callable[..., Any]) -> str:
@@ -85,7 +85,10 @@ def _source(method: Callable[..., Any]) -> str:
         return ""
 
 
-_PRODUCT = re.compile(r"self\.(\w+)\.weight @ ")
+# A product with a layer's weight: `self.name.weight @ x`, `linear(x, self.name.weight)`, or after it was clamped.
+_PRODUCT = re.compile(
+    r"self\.(\w+)\.weight @ |\blinear\([^\n]*?self\.(\w+)\.weight|\bweight = self\.(\w+)\.weight\.clamp\("
+)
 
 
 def look_at(model: nn.Module) -> Snapshot:
