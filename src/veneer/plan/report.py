@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -43,6 +44,8 @@ RUN_BYTES = 30_000_000
 FRAGMENTS = 1.05
 """Reserved over allocated with rows of one length (5 to 15% is reported)."""
 WIDTH = 32
+USEFUL = 6
+"""Times that the high end of a range of seconds is the low one, at most, if the range is told before a run."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,8 +163,13 @@ class Machine:
             "kinds": dict(seconds.kinds),
             "source": seconds.source,
         }
+        args = plan.recipe.training_config()
+        n_trained = None if own is None else own.n_trained
+        if args.max_steps > 0:
+            found["micro_batches"] = args.max_steps * args.gradient_accumulation_steps
+        elif n_trained is not None:
+            found["micro_batches"] = math.ceil(n_trained / args.per_device_train_batch_size * args.num_train_epochs)
         if n_rows is not None:
-            args = plan.recipe.training_config()
             n_steps = n_rows / args.per_device_train_batch_size * args.num_train_epochs
             found["hours"] = seconds.step * n_steps / 3600
         return found
@@ -245,15 +253,29 @@ def _bars(amounts: dict[str, int], noun: str) -> Table:
 
 
 def told(plan: Plan, facts: dict[str, Any]) -> str:
-    """Return the plan in one line, for `veneer train`."""
+    """Return the plan in one line, for `veneer train`. A range that tells nothing is not given."""
     time = facts.get("time")
     beside = "" if plan.recipe.metric is None else "; answers for its metric are not planned"
-    return f"planned: {size(facts['process']['bytes'])} at most (in {plan.peak_phase}{beside})" + (
-        f", and about {_seconds(time)} a micro-batch "
-        + _rows(time, plan.batch, [time["source"]] if "between" in time or time["source"] == ROUGH else ())
-        if time
-        else ""
-    )
+    memory = f"planned: {size(facts['process']['bytes'])} at most (in {plan.peak_phase}{beside})"
+    low, high = _range(time) if time else (0.0, 0.0)
+    if high > USEFUL * low or "no_time" in facts:
+        return f"{memory}; its time is known after the first steps"
+    if not time:
+        return memory
+    aside = [time["source"]] if "between" in time or time["source"] == ROUGH else ()
+    n = time.get("micro_batches")
+    whole = f"; {_duration_told(low * n, high * n)} for all {n:,}, without evaluations" if n else ""
+    return f"{memory}, and about {_seconds(time)} a micro-batch {_rows(time, plan.batch, aside)}{whole}"
+
+
+def _range(time: Mapping[str, Any]) -> tuple[float, float]:
+    low, high = time.get("between", (time["seconds_a_step"],) * 2)
+    return low, high
+
+
+def _duration_told(low: float, high: float) -> str:
+    first, last = duration(low), duration(high)
+    return first if first == last else f"{first} to {last}"
 
 
 def _seconds(time: Mapping[str, Any]) -> str:

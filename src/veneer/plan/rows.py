@@ -29,12 +29,14 @@ MOST_READ, MOST_ENCODED = 4000, 200
 class OwnRows:
     """Average micro-batch of the recipe's rows, padding included, and the number of rows that were encoded.
 
-    ``tokens``: those of the micro-batch without padding.
+    ``tokens``: those of the micro-batch without padding. ``n_trained``: the rows of an epoch, None for a file of more
+    than `MOST_READ` rows.
     """
 
     batch: Batch
     n_rows: int
     tokens: float
+    n_trained: int | None = None
 
 
 def own_rows(recipe: Recipe, full: Batch) -> OwnRows | None:
@@ -48,7 +50,7 @@ def own_rows(recipe: Recipe, full: Batch) -> OwnRows | None:
     if recipe.task != "sft" or full.packed or args.padding_free or recipe.data.more or not is_here:
         return None
     try:
-        lengths = _lengths(recipe.data, source, full.length)
+        lengths, n_all = _lengths(recipe.data, source, full.length)
     except (VeneerError, OSError):
         return None
     if not lengths:
@@ -59,20 +61,25 @@ def own_rows(recipe: Recipe, full: Batch) -> OwnRows | None:
     batches = [order[start : start + full.n_rows] for start in range(0, len(order), full.n_rows)]
     widths = [-(-max(rows) // multiple) * multiple for rows in batches]
     tokens = sum(lengths) / len(lengths) * full.n_rows
-    return OwnRows(replace(full, length=round(sum(widths) / len(widths))), len(lengths), tokens)
+    held_out = 0.0 if recipe.data.eval else recipe.data.eval_fraction or 0.0
+    n_trained = None if n_all is None else n_all - round(n_all * held_out)
+    return OwnRows(replace(full, length=round(sum(widths) / len(widths))), len(lengths), tokens, n_trained)
 
 
-def _lengths(part: DataPart, source: str, longest: int) -> list[int]:
-    """Tokens of the rows that are encoded with the tokenizer of ``source``, cut as a run cuts them."""
+def _lengths(part: DataPart, source: str, longest: int) -> tuple[list[int], int | None]:
+    """Tokens of the rows that are encoded with the tokenizer of ``source``, cut as a run cuts them, and the number of
+    all rows, if all were read.
+    """
     if not names_a_file(part.train) or not Path(part.train).is_file():
-        return []
+        return [], None
     rows = _read(part, min(part.limit or MOST_READ, MOST_READ))
     if not rows:
-        return []
+        return [], None
     tokenizer = with_template(load_tokenizer(source), part.chat_template)
     encoder = Encoder(tokenizer=tokenizer, kind=kind_of(list(rows[0]), "text"), max_length=longest)
     step = -(-len(rows) // MOST_ENCODED)
-    return [len(encoder(row, number)["input_ids"]) for number, row in enumerate(rows[::step])]
+    lengths = [len(encoder(row, number)["input_ids"]) for number, row in enumerate(rows[::step])]
+    return lengths, len(rows) if len(rows) < MOST_READ or len(rows) == part.limit else None
 
 
 def _read(part: DataPart, most: int) -> Sequence[dict[str, Any]]:

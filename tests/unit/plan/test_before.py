@@ -250,3 +250,27 @@ def test_a_cut_base_is_planned_with_its_share(recipe: Make) -> None:
     whole, cut = facts["process"]["shards"].values()
     assert whole > facts["process"]["bytes"]  # the gradients are there twice
     assert cut != whole
+
+
+def test_a_range_of_seconds_is_told_if_it_is_of_use_with_that_of_the_run(recipe: Make) -> None:
+    values = recipe().model_dump(exclude_unset=True)
+    facts, line = before.planned_facts(recipe(max_steps=30, gradient_accumulation_steps=2), print)
+    assert facts is not None
+    assert facts["time"]["micro_batches"] == 60
+    assert line.endswith(" for all 60, without evaluations")
+    plan = report.plan_recipe(parse_recipe(values))
+    for between, wanted in (
+        ([2.0, 5.0], "2 to 5 s a micro-batch where its rows are full (x); 1 min 0 s to 2 min 30 s for all 30, "),
+        ([2.0, 500.0], "; its time is known after the first steps"),
+    ):
+        time = {"seconds_a_step": 3.0, "between": between, "source": "x", "micro_batches": 30}
+        assert wanted in report.told(plan, facts | {"time": time})
+    assert report.told(plan, {"process": {"bytes": 3}}).endswith(")")
+
+
+def test_the_micro_batches_of_a_file_are_counted(recipe: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    own = report.OwnRows(report.Batch(n_rows=3, length=23), 7, 69.0, 20)
+    monkeypatch.setattr(report, "own_rows", lambda *_: own)
+    facts, _ = before.planned_facts(recipe(num_train_epochs=2), print)
+    assert facts is not None
+    assert facts["time"]["micro_batches"] == 14  # of 3 rows each
