@@ -16,7 +16,7 @@ from transformers import PreTrainedConfig
 
 from veneer.errors import ConfigError, UnmeasuredError
 from veneer.plain.progress import waiting_for, waiting_over
-from veneer.plain.units import size
+from veneer.plain.units import count, size
 from veneer.plan.advice import ADVISED, advise
 from veneer.plan.architecture import config_of
 from veneer.plan.fit import fits, loadable
@@ -135,7 +135,7 @@ def _told_room(found: Serving) -> str:
 
 
 def answer_advice(recipe: Recipe, config: PreTrainedConfig, given: tuple[str, int, int], as_json: bool) -> None:
-    """Print the advised settings. ``given``: task, rows, and trained tokens of a row."""
+    """Print the advised settings and their memory. ``given``: task, rows, and trained tokens of a row."""
     advised = changed(recipe, {"adapter": ADVISED})
     whose = advised.model, advised.adapter, config
     found = advise(*given, count_trained(*whose), left_out_experts(*whose))
@@ -147,6 +147,12 @@ def answer_advice(recipe: Recipe, config: PreTrainedConfig, given: tuple[str, in
     for each in found:
         console.print(f"{each.key}: {each.value}  ({each.confidence})", markup=False)
         console.print(Padding(Text(f"{each.reason} [{each.source}]"), (0, 0, 0, 4)))
+    planned = plan_recipe(changed(advised, {each.key: each.value for each in found}), config=config)
+    console.print(
+        f"memory: {size(planned.peak.n_bytes)} at the peak, with {count(planned.batch.n_rows, 'row')} of "
+        f"{planned.batch.length:,} tokens; --fit SIZE in place of --advice finds settings that take less",
+        markup=False,
+    )
 
 
 def _tell_measuring(machine: Machine) -> None:

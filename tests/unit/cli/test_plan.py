@@ -155,6 +155,8 @@ def test_advice_counts_the_adapter_that_it_advises_and_cuts_no_key(veneer: Any) 
     assert "adapter.r: 8  (medium)" in done.stdout
     assert "2,442,240 parameters" in " ".join(done.stdout.split())  # rank 8 on all linear layers
     assert "training.per_device_train_batch_size: 32" in done.stdout
+    memory = r"memory: [\d.]+ GB at the peak, with 32 rows of 1,024 tokens; --fit SIZE in place of --advice"
+    assert re.search(memory, " ".join(done.stdout.split()))
     told = json.loads(veneer("plan", "smollm2-135m", "--advice", "--json").stdout)
     assert {each["key"]: each["value"] for each in told}["adapter.method"] == "lora"
 
@@ -175,6 +177,8 @@ def test_a_written_recipe_names_the_model_on_the_hub(
 def test_every_preset_knows_its_id_on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert all(str(each["hub_id"]).count("/") == 1 for each in presets().values())
     assert not hasattr(config_of("qwen2.5-7b"), "hub_id")
+    shape = config_of("llama-3.1-8b")
+    assert (shape.hidden_size, shape.num_hidden_layers, shape.max_position_embeddings) == (4096, 32, 131072)
     assert hub_id_of("someone/qwen2.5-7b") is None
     with pytest.raises(ConfigError, match=r"MODEL: Llama-3-8B is a preset .*id on the hub, meta-llama/Meta-Llama-3-8B"):
         require_weights("Llama-3-8B")
