@@ -87,9 +87,10 @@ def _adapted(storage: str, checkpointing: str) -> Any:
     if storage in MIXTURES:
         model, further = _mixture(storage), {"target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}
     else:
-        model, further = _llama(storage), {"lora_dropout": 0.05}
+        model, further = _with_images() if storage == "text half" else _llama(storage), {"lora_dropout": 0.05}
     model.requires_grad_(False)
-    config = LoraConfig(r=3, lora_alpha=5, target_modules="all-linear", **further)
+    targets = r".*language_model.*_proj" if storage == "text half" else "all-linear"
+    config = LoraConfig(r=3, lora_alpha=5, target_modules=targets, **further)
     adapted: Any = get_peft_model(model, config).train()
     if checkpointing != "none":
         (checkpoint_fully if checkpointing == "full" else checkpoint_selectively)(adapted)
@@ -106,6 +107,18 @@ def _llama(storage: str) -> Any:
         if isinstance(module, nn.Linear):
             model.model.set_submodule(path, _packed(path, module) if storage == "gptq" else _coded(storage, module))
     return model
+
+
+def _with_images() -> Any:
+    """A model with a tower of images in front of the blocks."""
+    from transformers import CLIPVisionConfig, LlavaConfig, LlavaForConditionalGeneration
+
+    from models import llama_config
+
+    small = {"hidden_size": 24, "intermediate_size": 40, "num_attention_heads": 2, "num_hidden_layers": 2}
+    text = llama_config(num_hidden_layers=N_BLOCKS, intermediate_size=96, hidden_size=72)
+    tower = CLIPVisionConfig(**small, image_size=8, patch_size=4)
+    return LlavaForConditionalGeneration(LlavaConfig(vision_config=tower, text_config=text))
 
 
 def _mixture(storage: str) -> Any:
@@ -225,7 +238,7 @@ def _steps(joined: nn.Module) -> list[float]:
 
 def _block_bytes(model: Any) -> int:
     """Bytes of frozen weights of the blocks that this process holds."""
-    blocks = model.model.layers
+    blocks = model.get_decoder().layers
     frozen = [p for p in blocks.parameters() if not p.requires_grad]
     return sum(map(_held, [*frozen, *(b for b in blocks.buffers() if b.numel() > 1)]))
 
@@ -234,7 +247,7 @@ def _padding_bytes(model: Any, shard: int) -> int:
     """Bytes by which gathered weights of the blocks are longer, as each process sends as many rows of each."""
     from torch.distributed.tensor import DTensor
 
-    cut = [p for p in model.model.layers.parameters() if isinstance(p, DTensor)]
+    cut = [p for p in model.get_decoder().layers.parameters() if isinstance(p, DTensor)]
     return sum(-len(p) % shard * (p.numel() // len(p)) * p.itemsize for p in cut)
 
 

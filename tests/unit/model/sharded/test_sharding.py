@@ -30,6 +30,7 @@ CASES = [
     ("int8", True, "full"),
     ("fp4", False, "full"),
     ("gptq", True, "selective"),
+    ("text half", True, "none"),
 ]
 EXPERTS = [("nf4 experts", True, "full"), ("fp8 experts", True, "none"), ("mxfp4 experts", False, "selective")]
 PRODUCT = list(itertools.product(("dense", "nf4", "fp4", "int8", "gptq"), (True, False), ("none", "full", "selective")))
