@@ -128,6 +128,7 @@ def test_a_reward_model_is_saved_with_its_head(project: Path) -> None:
     output = train(write(project, "reward", {"train": "pairs.jsonl", "eval_fraction": 0.3}))
     assert "score ×1" in output
     assert output.count("not planned: task reward is not planned") == 1
+    assert output.index("not planned: ") < output.index("score ×1")
     assert "held-out accuracy" in output
     loaded = AutoPeftModelForSequenceClassification.from_pretrained(project / "reward" / "adapter", num_labels=1)
     saved = load_file(project / "reward" / "adapter" / "adapter_model.safetensors")

@@ -15,10 +15,12 @@ from rich.console import Console
 
 from veneer.cli.bases import compare_bases
 from veneer.contract.source import adapter_folder
+from veneer.errors import ConfigError
 from veneer.plain.group import n_on_this_machine
 from veneer.plain.progress import draws_bars, waits_told
 from veneer.plain.units import size
 from veneer.plan.before import planned_facts, remember_run, require_room, with_shard
+from veneer.plan.losses import require_planned
 from veneer.ray.place import RayCluster
 from veneer.recipe.adapter import FROM
 from veneer.recipe.readers import require_first_rows
@@ -38,9 +40,9 @@ from veneer.train.recipe_trainer import require_not_in_base
 from veneer.train.record.going_on import changes_since
 from veneer.train.record.place import Resume, continues
 from veneer.train.record.record import record_of
+from veneer.train.results import result_lines
 from veneer.train.run import run_recipe
 from veneer.train.samples import samples_of
-from veneer.train.show.results import result_lines
 from veneer.train.show.sample import shown_sample
 from veneer.train.sweep.recipe import Sweep, parse_sweep
 from veneer.train.sweep.report import PAGE, SWEEP_FILE, outcomes, table, write_report
@@ -141,7 +143,7 @@ def _require_startable(recipe: Recipe, asked: TrainOptions) -> None:
 
 
 class _Planned(NamedTuple):
-    """The plan of a run, and the line that reports it. The plan is None if the run cannot be planned."""
+    """The plan of a run, and the line that reports it, empty if it is told. The plan is None if there cannot be one."""
 
     facts: dict[str, Any] | None
     line: str
@@ -178,12 +180,17 @@ class _Sharing(NamedTuple):
 
 
 def _planned(recipe: Recipe, sharing: _Sharing, asked: TrainOptions, console: Console) -> _Planned:
-    """The plan of a run, told in one line. Raises ConfigError where memory will not do."""
+    """The plan of a run, told in one line, or that its task has none. Raises ConfigError where memory will not do."""
     notes = Console(stderr=True, soft_wrap=True, quiet=console.quiet)
 
     def tell(line: str) -> None:
         notes.print(line, style="dim", highlight=False)
 
+    try:
+        require_planned(recipe.task, recipe.method)
+    except ConfigError as error:
+        console.print(f"not planned: {error}", highlight=False)
+        return _Planned(None, "")
     with waits_told("planning"):
         facts, line = planned_facts(recipe, tell, sharing.n_processes, sharing.copy_sizes, timed=asked.timed)
     if facts is not None:
@@ -199,7 +206,7 @@ def _planned(recipe: Recipe, sharing: _Sharing, asked: TrainOptions, console: Co
 
 def _train_one(recipe: Recipe, asked: TrainOptions, planned: _Planned | None, console: Console) -> None:
     # A run that cannot be planned is mostly refused for the same reason: only one that begins says so.
-    untold = [planned.line] if planned is not None and planned.facts is None else []
+    untold = [planned.line] if planned is not None and planned.facts is None and planned.line else []
 
     def tell(line: str) -> None:
         while untold:

@@ -100,7 +100,7 @@ def usable(recipe: Recipe, checkpoint: Path) -> str:
     base, kind = recipe.model.source, MODEL if recipe.method == FULL else ADAPTER
     if recipe.task == "reward":
         return f"The {kind} in {checkpoint} loads as that of a finished run does"
-    plain, metric = _is_plain(recipe.data), "perplexity" if recipe.metric is None else recipe.metric.name
+    plain, metric = is_plain(recipe.data), "perplexity" if recipe.metric is None else recipe.metric.name
     verb, raw = ("generate", " --raw -p TEXT") if plain else ("chat", "")
     commands = {
         MODEL: (f"veneer {verb} {checkpoint}{raw}", f"veneer serve {checkpoint}"),
@@ -112,7 +112,7 @@ def usable(recipe: Recipe, checkpoint: Path) -> str:
     return f"The {kind} in {checkpoint} can be used now: {told}"
 
 
-def _is_plain(data: DataPart) -> bool:
+def is_plain(data: DataPart) -> bool:
     """Return True if a run trains on plain text: neither ``data.chat`` nor the first row makes a conversation."""
     if data.chat or not Path(data.train).is_file():
         return False

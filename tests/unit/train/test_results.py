@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from veneer.recipe.recipe import Recipe, parse_recipe
-from veneer.train.show.results import next_command, result_lines
+from veneer.train.results import next_command, result_lines
 
 
 def made(tmp_path: Path, row: dict[str, Any], method: str = "lora", **more: Any) -> Recipe:
@@ -27,10 +27,10 @@ CHAT = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "co
     ("row", "more", "command"),
     [
         (CHAT, {}, "veneer chat 'my runs/a/adapter' (or: veneer merge --base base --adapter 'my runs/a/adapter' -o "),
-        ({"prompt": "q", "completion": "a"}, {}, "veneer generate 'my runs/a/adapter' --raw -p 'TEXT' (or: "),
+        ({"prompt": "q", "completion": "a"}, {}, "veneer generate 'my runs/a/adapter' --raw -p TEXT (or: "),
         ({"prompt": "q", "completion": "a"}, {"data": {"chat": True}}, "veneer chat 'my runs/a/adapter'"),
         ({"text": "q"}, {"data": {"eval_fraction": 0.1}}, "veneer eval --recipe 'my runs/a' -m perplexity; veneer m"),
-        ({"text": "q"}, {"method": "full"}, "veneer generate 'my runs/a/adapter' --raw -p 'TEXT'"),
+        ({"text": "q"}, {"method": "full"}, "veneer generate 'my runs/a/adapter' --raw -p TEXT"),
         ({"prompt": "q", "chosen": "a", "rejected": "b"}, {"task": "reward"}, "veneer info 'my runs/a'"),
     ],
 )
@@ -38,13 +38,6 @@ def test_a_run_names_the_command_that_asks_it_as_its_rows_did(
     tmp_path: Path, row: dict[str, Any], more: dict[str, Any], command: str
 ) -> None:
     assert command in next_command(made(tmp_path, row, **more), "my runs/a/adapter")
-
-
-def test_rows_that_are_gone_or_on_the_hub_are_asked_as_plain_text(tmp_path: Path) -> None:
-    recipe = made(tmp_path, CHAT)
-    (tmp_path / "rows.jsonl").unlink()
-    assert next_command(recipe, "a").startswith("veneer generate a --raw")
-    assert next_command(made(tmp_path, CHAT, data={"train": "me/rows"}), "a").startswith("veneer generate a --raw")
 
 
 def test_rewards_come_before_the_loss(tmp_path: Path) -> None:

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from veneer.data.files import numbered_rows
-from veneer.data.named_files import names_a_file
-from veneer.errors import DataError
 from veneer.plain.units import count, duration
 from veneer.recipe.recipe import Recipe
+from veneer.train.output import is_plain
 
 _ACCURACIES = ("eval_rewards/accuracies", "eval_accuracy")  # of DPO, of reward models
 
@@ -38,21 +35,10 @@ def next_command(recipe: Recipe, saved: str) -> str:
     if recipe.task == "reward":
         return f"veneer info {shlex.quote(recipe.output)}"
     name = shlex.quote(saved)
-    ask = f"veneer chat {name}" if _chats(recipe) else f"veneer generate {name} --raw -p 'TEXT'"
-    others = [f"veneer eval --recipe {shlex.quote(recipe.output)} -m perplexity"] if recipe.data.holds_out else []
+    ask = f"veneer generate {name} --raw -p TEXT" if is_plain(recipe.data) else f"veneer chat {name}"
+    metric = "perplexity" if recipe.metric is None else recipe.metric.name
+    others = [f"veneer eval --recipe {shlex.quote(recipe.output)} -m {metric}"] if recipe.data.holds_out else []
     if recipe.method != "full":
         merged = shlex.quote(str(Path(recipe.output) / "merged"))
         others.append(f"veneer merge --base {shlex.quote(recipe.model.source)} --adapter {name} -o {merged}")
     return f"{ask}{' (or: ' if others else ''}{'; '.join(others)}{')' if others else ''}"
-
-
-def _chats(recipe: Recipe) -> bool:
-    """Return True if rows are conversations: by the setting, or by the first row of their file."""
-    train = recipe.data.train
-    if recipe.data.chat or not names_a_file(train):
-        return bool(recipe.data.chat)
-    with suppress(DataError):
-        _, row = next(numbered_rows(Path(train), []), (0, {}))
-        prompt = recipe.data.prompt is None and isinstance(row.get("prompt"), list)
-        return prompt or bool({"messages", "conversations"} & row.keys())
-    return False
