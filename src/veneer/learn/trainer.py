@@ -21,6 +21,7 @@ from veneer.adapters.token_scores import PreferenceScoring
 from veneer.contract import MethodConfig
 from veneer.data.preference import Task, checked_rows
 from veneer.errors import ConfigError, DataError
+from veneer.learn.learning_rows import by_prompt, equal_groups, learning_rows, of_all_rows
 from veneer.learn.policy import Policy, policy_of
 from veneer.learn.proof import beyond, require_same_policy, rounded_otherwise
 from veneer.learn.rewards import checked_reward
@@ -66,6 +67,8 @@ class DrawingTrainer(PreferenceTrainer):
     policy: Policy | None = None
     _n_evaluated = 0  # answers, in this evaluation
     _scored: Tensor | None = None  # log-probabilities of the last training pass
+    _loss_of: dict[str, Any] | None = None  # micro-batch whose loss is computed
+    _rewards: Tensor | None = None  # of the last answers, by function
 
     def __init__(
         self,
@@ -138,6 +141,7 @@ class DrawingTrainer(PreferenceTrainer):
         if self.policy is None:
             return found
         found["sampling_per_token_logps"] = self.policy.logprobs(found["completion_ids"])
+        self._without_rounding(found["advantages"])
         if (mass := self.policy.kept_mass) < 1:
             self._metrics["train" if self.model.training else "eval"]["rollouts/kept_mass"].append(mass)
         if self.policy.is_exact and not self.policy.is_proved and self.model.training:
@@ -145,6 +149,28 @@ class DrawingTrainer(PreferenceTrainer):
                 self._prove(self.policy, found)
         self.policy.end()
         return found
+
+    def _calculate_rewards(self, *args: Any, **options: Any) -> Tensor:
+        self._rewards = super()._calculate_rewards(*args, **options)
+        return self._rewards
+
+    def _without_rounding(self, advantages: Tensor) -> None:
+        """Set advantages of groups with equal rewards to 0, in place: TRL leaves the rounding of their mean."""
+        if self._rewards is None or (self.beta and self.task == "rloo"):  # its rewards have the distance to a reference
+            return
+        n = self.num_generations if self.model.training else self.num_generations_eval
+        first = self.args.process_index * len(advantages)
+        advantages[equal_groups(self._rewards, n)[first : first + len(advantages)].to(advantages.device)] = 0
+
+    def _prepare_inputs(self, generation_batch: Any) -> Any:
+        before = self._buffered_inputs
+        inputs = super()._prepare_inputs(generation_batch)
+        steps, buffered = self.args.steps_per_generation, self._buffered_inputs
+        is_new = self.model.training and buffered is not None and buffered is not before
+        if not is_new or steps == 1 or self.args.gradient_accumulation_steps % steps:
+            return inputs
+        self._buffered_inputs = by_prompt(buffered or [])  # they are one step, whichever rows share a micro-batch
+        return self._buffered_inputs[self._step % steps]
 
     def _prove(self, policy: Policy, batch: dict[str, Any]) -> None:
         """Raise PolicyMismatchError unless the training pass gives the first answers the engine's log-probabilities."""
@@ -163,10 +189,17 @@ class DrawingTrainer(PreferenceTrainer):
         policy.is_proved = True
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Any:
-        loss = super()._compute_loss(model, inputs)
+        self._loss_of = inputs
+        try:
+            loss = super()._compute_loss(model, inputs)
+        finally:
+            self._loss_of = None
         scored, self._scored = self._scored, None
         is_first = self._step % self._steps_of_a_draw() < self.args.gradient_accumulation_steps
         counted = inputs["completion_mask"].bool()
+        rows = self._learning(inputs)
+        if rows is not None:
+            counted = counted & torch.zeros_like(counted).index_fill(0, rows, True)
         if scored is not None and "sampling_per_token_logps" in inputs and is_first and counted.any():
             differences = (scored - inputs["sampling_per_token_logps"])[counted].abs()
             told = self._metrics["train" if self.model.training else "eval"]
@@ -184,9 +217,31 @@ class DrawingTrainer(PreferenceTrainer):
         policy = None if torch.is_grad_enabled() or model is not self.model else self.policy
         if policy is not None and policy.knows:  # it is the policy that drew them, and the engine has told
             return policy.logprobs(input_ids[:, -logits_to_keep:]), None, None
-        found = self._scored_by(model, input_ids, attention_mask, logits_to_keep, *args, **options)
+        rows = None if self._loss_of is None else self._learning(self._loss_of)
+        if self._loss_of is None or rows is None:
+            found = self._scored_by(model, input_ids, attention_mask, logits_to_keep, *args, **options)
+        else:
+            drawn = self._loss_of["sampling_per_token_logps"]
+            own = self._scored_by(model, input_ids[rows], attention_mask[rows], logits_to_keep, *args, **options)
+            old = self._loss_of.get("old_per_token_logps")
+            logps = of_all_rows(drawn if old is None else old, rows, own[0])
+            found = logps, of_all_rows(-drawn, rows, own[1]), own[2]
         self._scored = found[0].detach()
         return found
+
+    def _learning(self, inputs: dict[str, Any]) -> Tensor | None:
+        """The rows of a micro-batch whose pass has a gradient or is not known from the draw; None if that are all.
+
+        An answer of advantage 0 changes no loss of TRL, but by a distance to the reference, a bonus for entropy, and a
+        choice of tokens by entropy.
+        """
+        more = (
+            (self.beta and self.task == "grpo") or self.aux_loss_enabled or getattr(self, "top_entropy_quantile", 1) < 1
+        )
+        is_known = self.model.training and "sampling_per_token_logps" in inputs
+        if more or not is_known or getattr(self, "_entropy_bonus_enabled", False):
+            return None
+        return learning_rows(inputs["advantages"])
 
     def _scored_by(self, model: Any, *args: Any, compute_entropy: bool = False, **options: Any) -> Any:
         if not isinstance(model, Reference):
