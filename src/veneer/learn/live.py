@@ -115,6 +115,7 @@ class _Table:
     config: MethodConfig
     parameters: list[tuple[Tensor, int]]
     blocks: dict[str, VersionBlock] = field(default_factory=dict)
+    _into: dict[int, list[Factor]] = field(default_factory=dict)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -129,8 +130,16 @@ class _Table:
         """Return a block of the values that the factors have now, in the memory of one that is not ``loaded``."""
         gone = next((id for id in self.blocks if id not in loaded), None)
         block = VersionBlock(self.layout, self.layout.room()) if gone is None else self.blocks.pop(gone)
-        pack_factors([each._replace(panels=part(block.memory, at, each.panels)) for each, at in self.factors])
+        pack_factors(self._panels_in(block))
         return block
+
+    def _panels_in(self, block: VersionBlock) -> list[Factor]:
+        """The factors with their panels in a block, which are found once for its memory."""
+        start = block.memory.data_ptr()
+        if start not in self._into:
+            found = [each._replace(panels=part(block.memory, at, each.panels)) for each, at in self.factors]
+            self._into[start] = found
+        return self._into[start]
 
 
 def _digest(told: Sequence[bytes], tensors: Sequence[Tensor]) -> str:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from veneer.adapters.peft_model import PeftModel
@@ -75,13 +76,14 @@ class Rollouts:
                 self.model, self._options, program_alone=True, keeps_weights=True, compares_bases=False
             )
         self._live: dict[str, LiveAdapter] = {}
-        self._places = _places(self.model)
+        self._base = [*_base_modules(self.model)]
+        self._places = _places(self._base)
 
     def _settle(self) -> None:
         """Start the engine anew if the base's tensors lie elsewhere than it reads them: a trainer's preparation for
         several processes moves them.
         """
-        if self._places != _places(self.model):
+        if self._places != _places(self._base):
             self._start()
 
     def hand_over(self, adapter: str) -> LoRARequest:
@@ -196,13 +198,29 @@ def _answer(output: CompletionOutput, version: AdapterVersion | None) -> DrawnAn
 
 def is_of_adapter(name: str) -> bool:
     """Return True for the name of a tensor that an adapter holds in a model."""
-    return not {"adapters", "copies"}.isdisjoint(name.split("."))
+    return not all(map(is_of_base, name.split(".")))
 
 
-def _places(model: PreTrainedModel) -> list[int]:
-    """The addresses of the base's tensors."""
-    named = (*model.named_parameters(), *model.named_buffers())
-    return [tensor.data_ptr() for name, tensor in named if not is_of_adapter(name)]
+def is_of_base(part: str) -> bool:
+    """Return True for a part of a module's path that is no holder of an adapter's tensors."""
+    return part not in ("adapters", "copies")
+
+
+def _base_modules(module: nn.Module) -> Iterator[nn.Module]:
+    yield module
+    for name, child in module._modules.items():
+        if child is not None and is_of_base(name):
+            yield from _base_modules(child)
+
+
+def _places(modules: Sequence[nn.Module]) -> list[int]:
+    """The addresses of the base's tensors, and what stands for each of its modules."""
+    found = []
+    for module in modules:
+        for held in (module._parameters, module._buffers):
+            found += [tensor.data_ptr() for tensor in held.values() if tensor is not None]
+        found += [id(child) for name, child in module._modules.items() if is_of_base(name)]
+    return found
 
 
 @contextmanager
