@@ -38,6 +38,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--dropout", type=float, default=0.05)
     add_keep(parser)
     options = parser.parse_args()
     {"step": compare, "pass": pass_of_answers, "handover": hand_over, "side": one_side}[options.what](options)
@@ -72,7 +73,7 @@ def trainer_of(options: argparse.Namespace) -> Any:
         args,
         Dataset.from_list(rows),
         processing_class=tokenizer,
-        peft_config=adapters.LoraConfig(r=8, lora_alpha=16, lora_dropout=0.05, target_modules="all-linear"),
+        peft_config=adapters.LoraConfig(r=8, lora_alpha=16, lora_dropout=options.dropout, target_modules="all-linear"),
     )
     _without_end(trainer)
     return trainer
@@ -168,7 +169,7 @@ def measured(options: argparse.Namespace, side: str) -> dict[str, Any]:
     """Return the figures that `one_side` prints in a process of its own."""
     command = [
         sys.executable, "-m", "bench.training.grpo", "side", "--side", side, "--steps", str(options.steps),
-        "--model", options.model, "--threads", str(options.threads),
+        "--model", options.model, "--threads", str(options.threads), "--dropout", str(options.dropout),
     ]  # fmt: skip
     return last_printed(command, side)
 
