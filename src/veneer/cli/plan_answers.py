@@ -24,7 +24,7 @@ from veneer.plan.layout import Ranks, rank_facts, told_ranks
 from veneer.plan.plan import as_json as as_plain
 from veneer.plan.plan import count_trained, left_out_experts, plan_recipe
 from veneer.plan.processes import copy_sizes
-from veneer.plan.report import MEASURING, Machine, as_yaml, changes_line, draw, fit_table, shown
+from veneer.plan.report import MEASURING, Machine, as_yaml, changes_line, draw, fit_table, own_values, shown
 from veneer.plan.serving import Serving, serving_of
 from veneer.recipe.recipe import Recipe, changed, parse_recipe
 
@@ -93,8 +93,9 @@ def answer_fit(
             json.dumps({"budget": budget, "source": machine.told, "settings": settings, "recipe": best}, indent=2)
         )
         return
-    _console().print(fit_table(recipe, found, budget, machine))
-    typer.echo(changes_line(recipe, found[0]))
+    own = own_values(recipe, found)
+    _console().print(fit_table(own, found, budget, machine))
+    typer.echo(changes_line(own, found[0]))
     typer.echo(best if write is None else f"written: {write}")
 
 

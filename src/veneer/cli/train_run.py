@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -229,7 +229,7 @@ def _train_one(recipe: Recipe, asked: TrainOptions, planned: _Planned | None, co
         raise
     if planned is not None and planned.facts is not None and is_main() and n_processes() == 1:
         remember_run(planned.facts, record)
-    _tell_results(recipe, record, console)
+    _tell(result_lines(recipe, record), console)
 
 
 def _train_on_ray(recipe: Recipe, asked: TrainOptions, on: OnRay, console: Console) -> None:
@@ -239,11 +239,11 @@ def _train_on_ray(recipe: Recipe, asked: TrainOptions, on: OnRay, console: Conso
         from veneer.ray.training import Loop, train_on  # Ray is no dependency of other runs
     loop = Loop(recipe=str(on.recipe), set=tuple(on.overrides), folder=os.getcwd(), allow_changes=asked.allow_changes)
     console.print("not planned: the workers of Ray have memory of their own", highlight=False)
-    _tell_results(recipe, train_on(on.place, loop, recipe), console)
+    _tell(result_lines(recipe, train_on(on.place, loop, recipe)), console)
 
 
-def _tell_results(recipe: Recipe, record: Mapping[str, Any], console: Console) -> None:
-    for line in result_lines(recipe, record):
+def _tell(lines: Iterable[str], console: Console) -> None:
+    for line in lines:
         console.print(line, highlight=False, markup=False)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from veneer.errors import ConfigError, ShapeError
 from veneer.ops.dispatch import implementation
-from veneer.ops.forks import Fork, Scoring, add_stem_gradients, join_stems
+from veneer.ops.forks import Fork, ScoreForm, add_stem_gradients, join_stems
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,7 +56,7 @@ def attention_forward(
     numbers = _numbers(q, options)
     out, lse = kernel(q, k, v, cu_seqlens, *numbers)
     if forks:
-        join_stems((q, k, v), out, lse, forks, cu_seqlens.tolist(), Scoring(*numbers))
+        join_stems((q, k, v), out, lse, forks, cu_seqlens.tolist(), ScoreForm(*numbers))
     return out, lse
 
 
@@ -75,7 +75,7 @@ def attention_backward(
     numbers = _numbers(qkv[0], options)
     dq, dk, dv = kernel(dout, *qkv, *forward, cu_seqlens, *numbers)
     if forks:
-        add_stem_gradients(dout, qkv, forward, (dq, dk, dv), forks, cu_seqlens.tolist(), Scoring(*numbers))
+        add_stem_gradients(dout, qkv, forward, (dq, dk, dv), forks, cu_seqlens.tolist(), ScoreForm(*numbers))
     return dq, dk, dv
 
 

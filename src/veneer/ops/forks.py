@@ -26,7 +26,7 @@ class Fork:
 
 
 @dataclass(frozen=True, slots=True)
-class Scoring:
+class ScoreForm:
     """Scale, window and cap of scores, as kernels take them: 0 means no window or no cap."""
 
     scale: float
@@ -38,7 +38,7 @@ Heads = tuple[Tensor, Tensor, Tensor]
 
 
 def join_stems(
-    qkv: Heads, out: Tensor, lse: Tensor, forks: Sequence[Fork], bounds: Sequence[int], scoring: Scoring
+    qkv: Heads, out: Tensor, lse: Tensor, forks: Sequence[Fork], bounds: Sequence[int], scoring: ScoreForm
 ) -> None:
     """Change the outputs (n, q_heads, d) and log sums (q_heads, n) of attention within sequences, in place.
 
@@ -67,7 +67,7 @@ def add_stem_gradients(
     gradients: Heads,
     forks: Sequence[Fork],
     bounds: Sequence[int],
-    scoring: Scoring,
+    scoring: ScoreForm,
 ) -> None:
     """Add to (dq, dk, dv) of attention within sequences, in place, those that flow between branches and their stems.
 
@@ -94,7 +94,7 @@ class _Stem:
     ``seen`` are the tokens that a query may see in a window.
     """
 
-    def __init__(self, qkv: Heads, fork: Fork, bounds: Sequence[int], scoring: Scoring) -> None:
+    def __init__(self, qkv: Heads, fork: Fork, bounds: Sequence[int], scoring: ScoreForm) -> None:
         self.fork, self.bounds, self.scoring = fork, bounds, scoring
         self._q, k, v = qkv
         end = fork.stem.stop

@@ -295,13 +295,12 @@ def _rows(time: Mapping[str, Any], batch: Batch, aside: Sequence[str] = ()) -> s
     return f"of its own rows ({'; '.join([told, *aside])})"
 
 
-def fit_table(recipe: Recipe, found: Sequence[Fit], budget: int, machine: Machine) -> Table:
+def fit_table(own: Mapping[str, object], found: Sequence[Fit], budget: int, machine: Machine) -> Table:
     """Return a table of settings that fit, best first, with tokens a second if the machine's rates are known.
 
-    Each changed key has a column. It shows the recipe's value for settings that do not change the key.
+    Each changed key has a column. It shows the recipe's ``own`` value for settings that do not change the key.
     """
     keys = list(dict.fromkeys(key for fit in found for key in fit.changes))
-    own = {key: _given(recipe, key) for key in keys}
     table = Table("", box=None, padding=(0, 1, 0, 0), title=f"within {size(budget)}", caption=machine.told)
     heads = [key.partition(".")[2].replace("_", "_\n") for key in keys]  # narrow enough for 80 columns
     for name in (*heads, "memory", "cost a\ntoken", *(["tokens/s"] if machine.knows_seconds else [])):
@@ -314,19 +313,25 @@ def fit_table(recipe: Recipe, found: Sequence[Fit], budget: int, machine: Machin
     return table
 
 
-def changes_line(recipe: Recipe, fit: Fit) -> str:
-    """Return a line with the keys of a recipe that a fit changes, their values there and here."""
-    changes = [(key, _given(recipe, key), value) for key, value in fit.changes.items()]
+def changes_line(own: Mapping[str, object], fit: Fit) -> str:
+    """Return a line with the keys of a recipe that a fit changes, their ``own`` values and the new ones."""
+    changes = [(key, own[key], value) for key, value in fit.changes.items()]
     told = [f"{key} from {before} to {value}" for key, before, value in changes if before != value]
     return f"the first changes {', '.join(told)}" if told else "the first is the recipe as it is"
 
 
-def _given(recipe: Recipe, key: str) -> object:
-    """The value of a recipe's key, or the key's default."""
-    part, _, name = key.partition(".")
-    if part != "training":
-        return getattr(getattr(recipe, part), name)
-    return recipe.training.get(name, False if name == CHECKPOINTS else getattr(recipe.training_config(), name))
+def own_values(recipe: Recipe, found: Sequence[Fit]) -> dict[str, object]:
+    """Return a recipe's own values of all keys that settings change; defaults where it has none."""
+    own = dict[str, object]()
+    for key in dict.fromkeys(key for fit in found for key in fit.changes):
+        part, _, name = key.partition(".")
+        if part != "training":
+            own[key] = getattr(getattr(recipe, part), name)
+        elif name in recipe.training or name == CHECKPOINTS:
+            own[key] = recipe.training.get(name, False)
+        else:
+            own[key] = getattr(recipe.training_config(), name)
+    return own
 
 
 def _rate(a_second: float) -> str:

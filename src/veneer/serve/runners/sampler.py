@@ -15,8 +15,8 @@ from typing import NamedTuple, Protocol
 from torch import Tensor
 
 from veneer.errors import ConfigError, NonFiniteError, VeneerError
-from veneer.ops.policy import policy_logprobs
 from veneer.ops.sample import NONE_ALLOWED, Draws, Ints, RowRule, bit_mask, draw
+from veneer.serve.runners.policy import policy_logprobs
 from veneer.serve.schedule.outputs import Logprob, TokenLogprobs
 from veneer.serve.schedule.sampling_params import SamplingParams
 from veneer.serve.schedule.step_plan import DrawnToken, Sampled, StepPlan

@@ -62,7 +62,7 @@ def loss_figure(history: Sequence[Mapping[str, Any]], title: str) -> Figure:
 
 def _draw(axes: Any, history: Sequence[Mapping[str, Any]], key: str, label: str) -> None:
     """Draw a value of training and of the held-out rows over the steps."""
-    from matplotlib.ticker import MaxNLocator
+    from matplotlib.ticker import MaxNLocator  # as above
 
     for name, told, style in ((key, "training", "-"), (f"eval_{key}", "held out", "o-")):
         points = [(line["step"], line[name]) for line in history if name in line]

@@ -7,8 +7,8 @@ from array import array
 import pytest
 import torch
 
-from veneer.ops.policy import policy_logprobs
 from veneer.ops.sample import RowRule, bit_mask
+from veneer.serve.runners.policy import policy_logprobs
 
 
 def test_log_probabilities_are_those_of_the_whole_distribution_and_the_rest_is_the_kept_mass():
