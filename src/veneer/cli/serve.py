@@ -82,7 +82,7 @@ def serve(args: ServeArguments) -> None:
 
 
 def _told_of_access(is_open: bool) -> str:
-    """Who may do what at a server without keys."""
+    """Return a line with the rights of clients at a server without keys."""
     others = "others may ask" if is_open else "others are refused"
     return (
         f"no keys: this machine may do everything, {others}. Clients of a proxy that adds no header count as this "
