@@ -15,7 +15,7 @@ from veneer.store.bars import quiet
 def merge(args: MergeArguments) -> None:
     """Write the merged model, and print its contents."""
     compare_bases(args.adapter, args.base)
-    with quiet(), progress_bar("merging") as on_progress:
+    with quiet(), progress_bar(f"merging into {args.output}") as on_progress:
         report = merge_checkpoint(
             args.base, args.adapter, args.output, MergeOptions(dtype=args.dtype, overwrite=args.force), on_progress
         )

@@ -130,6 +130,14 @@ def test_missing_data_and_models(veneer: Veneer, model_folder: Path, data: Path,
         assert (result.exit_code, message in result.stderr) == (2, True), result.output
 
 
+def test_a_long_merge_names_the_folder_that_it_writes(
+    veneer: Veneer, model_folder: Path, adapter_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("veneer.plain.progress.LINE_SECONDS", 0.0)
+    done = veneer("merge", "--base", model_folder, "--adapter", adapter_folder, "-o", tmp_path / "out")
+    assert f"merging into {tmp_path / 'out'} 1/" in done.stderr
+
+
 def test_merge_writes_a_model_that_answers_like_base_and_adapter(
     veneer: Veneer, model_folder: Path, adapter_folder: Path, tmp_path: Path
 ) -> None:
