@@ -14,7 +14,7 @@ from veneer.model.memory.checkpointing import checkpoint_selectively
 from veneer.train.config import RunSettings
 from veneer.train.guards import FiniteGradients
 
-LEAST_POINTS = 3
+LEAST_POINTS = 2
 """Of the curve of a run: `ShortRunLog` logs more often if its settings give fewer."""
 
 
