@@ -69,7 +69,7 @@ def train(folder: Path, steps: int) -> None:
     )
     trainer.train(resume_from_checkpoint=bool(checkpoints(folder)))
     lines = [{k: v for k, v in line.items() if not k.endswith(CLOCKS)} for line in trainer.state.log_history]
-    (folder / "log.json").write_text(json.dumps([line for line in lines if "loss" in line]))
+    (folder / "log.json").write_text(json.dumps([line for line in lines if "loss" in line], sort_keys=True))
     trainer.save_model(str(folder / "adapter"))
 
 
@@ -101,11 +101,21 @@ def compare(kills: int, steps: int, chance: random.Random) -> None:
         done()
         names = ("log.json", "adapter/adapter_model.safetensors")
         equal = {name: (whole / name).read_bytes() == (broken / name).read_bytes() for name in names}
+        differing = first_difference(*(json.loads((folder / names[0]).read_text()) for folder in (whole, broken)))
     print(
         f"{kills} kills in {steps} steps: " + ", ".join(f"{n} {'equal' if e else 'DIFFERS'}" for n, e in equal.items())
     )
     if not all(equal.values()):
-        raise SystemExit(1)
+        raise SystemExit(differing)
+
+
+def first_difference(whole: list[dict[str, Any]], broken: list[dict[str, Any]]) -> str:
+    """Return the first line of two logs that differs, with its differing values."""
+    for number, (one, other) in enumerate(zip(whole, broken, strict=False), start=1):
+        values = {key: (one.get(key), other.get(key)) for key in one.keys() | other.keys()}
+        if one != other:
+            return f"line {number}: { ({key: pair for key, pair in values.items() if pair[0] != pair[1]}) }"
+    return f"{len(whole)} and {len(broken)} lines"
 
 
 def killed(process: subprocess.Popen[str], folder: Path, chance: random.Random) -> bool:
