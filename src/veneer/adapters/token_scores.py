@@ -222,7 +222,7 @@ class NextTokens:
 
 
 def next_tokens(model: nn.Module, inputs: dict[str, Any]) -> NextTokens | None:
-    """Return the logits of a pass over a batch, (b * (t - 1), v); None if its head is trained or adapted."""
+    """Return the logits of a pass over a batch, (b * (t - 1), v); None if its head is not plainly frozen."""
     found = unmade_logits(model, {key: value for key, value in inputs.items() if key != "labels"})
     if found is None:
         return None
@@ -231,7 +231,7 @@ def next_tokens(model: nn.Module, inputs: dict[str, Any]) -> NextTokens | None:
 
 
 def unmade_logits(model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, Tensor | None] | None:
-    """Return the logits (b, t, v) of a pass, and the router's loss, if any; None if the head is trained or adapted.
+    """Return the logits (b, t, v) of a pass, and the router's loss, if any; None if its head is not plainly frozen.
 
     No wrapper but that which joins the gradients of processes runs the same modules that it holds.
     """
