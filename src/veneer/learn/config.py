@@ -43,7 +43,26 @@ class GRPOConfig(_Drawing, trl.GRPOConfig):  # type: ignore[misc]
     """TRL's ``GRPOConfig`` with the fields of `RunSettings`. Raises ConfigError with all problems at once.
 
     ``rollout_engine`` chooses who draws: "auto", "engine" or "generate". ``use_vllm`` asks for the engine.
+
+    Limits of conversations that the engine draws, beside TRL's ``max_tool_calling_iterations`` and
+    ``max_completion_length``: ``tool_timeout`` are the seconds of one call of a tool, after which the run ends.
+    ``rollout_timeout`` are those of a whole conversation, which is then cut (None: no limit).
+    ``max_tool_response_length`` are the characters of a tool's response, which is cut.
     """
+
+    tool_timeout: float = 30.0
+    rollout_timeout: float | None = None
+    max_tool_response_length: int = 20_000
+
+    def problems(self) -> list[str]:
+        """Return all problems of the reference, the answers and the limits."""
+        found = super().problems()
+        for name in ("tool_timeout", "rollout_timeout", "max_tool_response_length"):
+            value = getattr(self, name)
+            is_number = isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < float("inf")
+            if not is_number and not (value is None and name == "rollout_timeout"):
+                found.append(f"{name}={value!r} must be a finite number above 0")
+        return found
 
 
 @dataclass

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,9 +15,12 @@ from transformers import PreTrainedTokenizerBase
 
 from veneer.adapters.peft_model import PeftModel
 from veneer.errors import CompositionError, ConfigError, DescriptionError
-from veneer.learn.rollouts import DrawnAnswer, Rollouts, is_of_adapter, require_drawn_by
+from veneer.learn.conversation import Conversation, Turn, converse
+from veneer.learn.rollouts import DrawnAnswer, Rollouts, answer_of, is_of_adapter, require_drawn_by, seed_of
 from veneer.model.sharded.sharding import is_cut
 from veneer.serve.program.effects import UnsaidError
+from veneer.serve.schedule.adapter_version import AdapterVersion
+from veneer.serve.schedule.lora_request import LoRARequest
 from veneer.serve.schedule.sampling_params import SamplingParams, StructuredOutputsParams
 
 log = logging.getLogger(__name__)
@@ -33,19 +37,67 @@ class Policy:
         self.rollouts, self.adapter, self.params = rollouts, adapter, params
         self.is_exact, self.is_proved = is_exact, False
         self._answers: list[DrawnAnswer] | None = None
+        self._drawn_by: tuple[tuple[int, ...], Sequence[int]] = (), ()  # key and rows of the draw in progress
 
     def draw(self, prompts: Sequence[Sequence[int]], key: Sequence[int], rows: Sequence[int]) -> list[DrawnAnswer]:
         """Return an answer to each prompt. Raises StaleAnswerError, and as `Rollouts.draw`."""
-        now = self.rollouts.hand_over(self.adapter)
+        now, self._drawn_by = self.rollouts.hand_over(self.adapter), (tuple(key), rows)
         drawn = self.rollouts.draw(prompts, self.params, adapter=now, key=key, rows=rows)
-        self._answers = [answer for each in drawn for answer in each.answers]
-        require_drawn_by(self._answers, self.rollouts.engine.versions.of(now).id)
-        return self._answers
+        return self._taken([answer for each in drawn for answer in each.answers], now)
+
+    def converse(self, conversations: Sequence[Conversation]) -> None:
+        """Carry conversations on from the answers of the draw in progress, each to its end.
+
+        Raises as `draw` and `Conversation.run` do.
+        """
+        now, number_of, (key, rows) = self.rollouts.hand_over(self.adapter), dict[str, int](), self._drawn_by
+        with self.rollouts.requests() as requests:
+
+            def ask(number: int, turn: Turn) -> None:
+                seed = seed_of(*key, rows[number], turn.number)
+                asked = self.rollouts.turn(turn.ids, replace(self.params, max_tokens=turn.n_tokens), now, seed)
+                number_of[asked.id] = number
+                requests.add(asked)
+
+            def step() -> list[tuple[int, DrawnAnswer]]:
+                version = self.rollouts.engine.versions.of(now)
+                return [(number_of[each.request_id], answer_of(each.outputs[0], version)) for each in requests.step()]
+
+            converse(conversations, ask, step)
+        self._taken([each.rollout.answer for each in conversations], now)
+
+    def _taken(self, answers: list[DrawnAnswer], now: LoRARequest) -> list[DrawnAnswer]:
+        require_drawn_by(answers, self.rollouts.engine.versions.of(now).id)
+        self._answers = answers
+        return answers
+
+    def version(self) -> AdapterVersion:
+        """Return the adapter as it is now, whose id is its content id."""
+        return self.rollouts.engine.versions.of(self.rollouts.hand_over(self.adapter))
+
+    def context(self) -> int:
+        """Return the most tokens that a prompt and its answer may have."""
+        return self.rollouts.engine.scheduler.limits.max_model_len - self.version().n_front
+
+    def recall(self, answers: list[DrawnAnswer]) -> None:
+        """Take answers as those of the draw in progress, that this adapter drew before. Raises StaleAnswerError."""
+        require_drawn_by(answers, self.version().id)
+        self._answers = answers
+
+    @property
+    def answers(self) -> list[DrawnAnswer]:
+        """Answers of the draw in progress."""
+        return self._answers or []
+
+    @property
+    def has_drawn(self) -> bool:
+        """Return True if a draw is in progress."""
+        return self._answers is not None
 
     @property
     def knows(self) -> bool:
         """Return True if a draw is in progress whose log-probabilities are those that a training pass would compute."""
-        return self.is_exact and self._answers is not None
+        return self.is_exact and self.has_drawn
 
     def logprobs(self, completion_ids: Int64[Tensor, "b t"]) -> Float[Tensor, "b t"]:
         """Return the log-probabilities of the draw in progress, one row an answer, with zeros behind its end."""

@@ -10,21 +10,37 @@ from typing import Any
 
 import torch
 
-from veneer.errors import TrainingError
+from veneer.errors import ConfigError, TrainingError
 
 
-def checked_reward(function: Any, *, alone: bool) -> Any:
+def reward_functions(given: Any, *, needed: bool) -> list[Any]:
+    """Return the reward functions as a list, with checked return values.
+
+    Raises ConfigError if one is no function, and if one is ``needed`` and there is none.
+    """
+    functions = list(given) if isinstance(given, list | tuple) else [] if given is None else [given]
+    if not functions and needed:
+        raise ConfigError("reward_funcs is empty: give at least one function that rewards completions")
+    wrong = [each for each in functions if not (callable(each) or isinstance(each, str))]
+    if wrong:
+        raise ConfigError(f"reward_funcs holds {wrong[0]!r:.60}: a reward function is a function, a model or its name")
+    return [checked_reward(each, alone=len(functions) == 1) for each in functions]
+
+
+def checked_reward(function: Any, *, alone: bool, name: str | None = None) -> Any:
     """Return the function with a check of its return value: a finite number for each completion.
 
     None is no opinion on a completion. It is allowed only if there are several functions (``alone`` is False). TRL
-    calls models and asynchronous functions itself. The wrapper raises TrainingError.
+    calls models and asynchronous functions itself. The wrapper raises TrainingError, with the ``name`` of the function.
     """
     if not callable(function) or isinstance(function, type) or not _is_plain(function):
         return function
 
     @functools.wraps(function)
     def rewarded(*args: Any, completions: Sequence[Any], **row: Any) -> list[float | None]:
-        return _checked(_name(function), function(*args, completions=completions, **row), len(completions), alone)
+        return _checked(
+            name or _name(function), function(*args, completions=completions, **row), len(completions), alone
+        )
 
     return rewarded
 

@@ -6,6 +6,7 @@ A rollout is a function of the base, the adapter's content, the prompt and its k
 from __future__ import annotations
 
 import hashlib
+from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -120,16 +121,11 @@ class Rollouts:
         """
         self._settle()
         numbers = range(len(prompts)) if rows is None else rows
-        kind = RequestOutputKind.FINAL_ONLY
-        drawn = replace(params, policy_logprobs=True, detokenize=False, output_kind=kind)
         request = self.hand_over(adapter) if isinstance(adapter, str) else adapter
-        asked = [
-            self.engine.asked(None, ids, replace(drawn, seed=seed_of(*key, row)), request)
-            for ids, row in zip(prompts, numbers, strict=True)
-        ]
+        asked = [self.turn(ids, params, request, seed_of(*key, row)) for ids, row in zip(prompts, numbers, strict=True)]
         outputs = self._run(asked)
         return [
-            DrawnPrompt(each.prompt_ids, tuple(_answer(own, each.version) for own in outputs[each.id].outputs))
+            DrawnPrompt(each.prompt_ids, tuple(answer_of(own, each.version) for own in outputs[each.id].outputs))
             for each in asked
         ]
 
@@ -151,23 +147,71 @@ class Rollouts:
             for ids, own in zip(sequences, scores, strict=True)
         ]
 
+    def turn(
+        self, ids: Sequence[int], params: SamplingParams, adapter: LoRARequest | None, seed: int
+    ) -> CheckedRequest:
+        """Return a request for an answer to token ids, by an adapter that was handed over. Raises ConfigError."""
+        kind = RequestOutputKind.FINAL_ONLY
+        params = replace(params, policy_logprobs=True, detokenize=False, output_kind=kind, seed=seed)
+        return self.engine.asked(None, ids, params, adapter)
+
+    @contextmanager
+    def requests(self) -> Iterator[Requests]:
+        """Context with the engine's requests, in which the model's own modules are those of the base.
+
+        Those that are not answered at its end are dropped.
+        """
+        requests = Requests(self.engine)
+        with _bare(self.model):
+            try:
+                yield requests
+            finally:
+                requests.drop()
+
     def _run(self, asked: Sequence[CheckedRequest]) -> dict[str, RequestOutput]:
         """The outputs of requests by their ids. Raises the error of the first that failed."""
         done: dict[str, RequestOutput] = {}
-        left = list(reversed(asked))
-        try:
-            with _bare(self.model):
-                while len(done) < len(asked):
-                    while left and self.engine.backlog.has_room([left[-1]]):
-                        self.engine.submit(left.pop())
-                    done |= {output.request_id: output for output in self.engine.step()}
-        except BaseException:
-            self.engine.drop([each.id for each in asked])
-            raise
-        for output in done.values():
+        with self.requests() as requests:
+            for each in asked:
+                requests.add(each)
+            while len(requests):
+                done |= {output.request_id: output for output in requests.step()}
+        return done
+
+
+class Requests:
+    """Requests to an engine that are not answered yet."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._waiting: deque[CheckedRequest] = deque()
+        self._submitted: set[str] = set()
+
+    def __len__(self) -> int:
+        return len(self._waiting) + len(self._submitted)
+
+    def add(self, asked: CheckedRequest) -> None:
+        """Add a request, which begins as soon as the engine has room for it."""
+        self._waiting.append(asked)
+
+    def step(self) -> list[RequestOutput]:
+        """Compute one batch; return the outputs of requests that ended. Raises the error of one that failed."""
+        while self._waiting and self._engine.backlog.has_room([self._waiting[0]]):
+            asked = self._waiting.popleft()
+            self._submitted.add(asked.id)
+            self._engine.submit(asked)
+        ended = self._engine.step()
+        for output in ended:
+            self._submitted.discard(output.request_id)
             if output.error is not None:
                 raise output.error
-        return done
+        return ended
+
+    def drop(self) -> None:
+        """End all requests without an answer."""
+        self._engine.drop([*self._submitted])
+        self._waiting.clear()
+        self._submitted.clear()
 
 
 def seed_of(*key: int) -> int:
@@ -185,7 +229,8 @@ def require_drawn_by(answers: Sequence[DrawnAnswer], adapter: str) -> None:
         )
 
 
-def _answer(output: CompletionOutput, version: AdapterVersion | None) -> DrawnAnswer:
+def answer_of(output: CompletionOutput, version: AdapterVersion | None) -> DrawnAnswer:
+    """Return an answer of the engine with the content id of its adapter."""
     numbers = output.policy or []
     return DrawnAnswer(
         token_ids=tuple(output.token_ids),

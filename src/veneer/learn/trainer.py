@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, ClassVar, cast
 
 import torch
@@ -20,11 +21,11 @@ from veneer.adapters.peft_model import PeftModel
 from veneer.adapters.token_scores import PreferenceScoring
 from veneer.contract import MethodConfig
 from veneer.data.preference import Task, checked_rows
-from veneer.errors import ConfigError, DataError
+from veneer.errors import DataError
 from veneer.learn.learning_rows import by_prompt, equal_groups, learning_rows, of_all_rows
 from veneer.learn.policy import Policy, policy_of
 from veneer.learn.proof import beyond, require_same_policy, rounded_otherwise
-from veneer.learn.rewards import checked_reward
+from veneer.learn.rewards import reward_functions
 from veneer.learn.rollouts import DrawnAnswer
 from veneer.model.placed.structure import evaluation
 from veneer.train.config import RunSettings
@@ -66,6 +67,7 @@ class DrawingTrainer(PreferenceTrainer):
     _buffered_inputs: list[dict[str, Any]] | None
     policy: Policy | None = None
     _n_evaluated = 0  # answers, in this evaluation
+    _n_calls = 0  # of the engine, for the answers of this step: a rollout function makes several
     _scored: Tensor | None = None  # log-probabilities of the last training pass
     _loss_of: dict[str, Any] | None = None  # micro-batch whose loss is computed
     _rewards: Tensor | None = None  # of the last answers, by function
@@ -83,20 +85,24 @@ class DrawingTrainer(PreferenceTrainer):
         optimizers: tuple[Any, Any] = (None, None),
         quantization_config: Any = None,
         peft_config: MethodConfig | None = None,
+        conversing: Mapping[str, Any] = MappingProxyType({}),
     ) -> None:
-        checked_rows(train_dataset, "train", self.task)
-        checked_rows(eval_dataset, "eval", self.task)
+        if conversing.get("environment_factory") is None:
+            checked_rows(train_dataset, "train", self.task)
+            checked_rows(eval_dataset, "eval", self.task)
+        rewards = reward_functions(reward_funcs, needed=conversing.get("environment_factory") is None)
         args = self.own_settings(args, self.settings)
         ready = self.made_ready(model, args, processing_class, quantization_config, peft_config, optimizers)
         with self.building(ready) as made:
             super().__init__(
                 **made,
-                reward_funcs=_rewards(reward_funcs),
+                reward_funcs=rewards,
                 train_dataset=train_dataset,
                 eval_dataset=eval_dataset,
                 reward_processing_classes=reward_processing_classes,
                 callbacks=callbacks,
                 optimizers=optimizers,
+                **conversing,
             )
         self.beta = self.args.beta
         if self.beta:
@@ -124,12 +130,15 @@ class DrawingTrainer(PreferenceTrainer):
         if self.policy is None:
             return None
         first = self.args.process_index * len(prompts)
-        rows = range(first, first + len(prompts))
+        key: tuple[int, ...] = (1, self.args.seed, 0)
         if self.model.training:
-            return self.policy.draw(prompts, (0, self.args.seed, self._step // self._steps_of_a_draw()), rows)
-        rows = range(self._n_evaluated + first, self._n_evaluated + first + len(prompts))
-        self._n_evaluated += len(prompts) * self.args.world_size
-        return self.policy.draw(prompts, (1, self.args.seed, 0), rows)
+            key = (0, self.args.seed, self._step // self._steps_of_a_draw())
+            key = (2, *key[1:], self._n_calls) if self._n_calls else key
+            self._n_calls += 1
+        else:
+            first += self._n_evaluated
+            self._n_evaluated += len(prompts) * self.args.world_size
+        return self.policy.draw(prompts, key, range(first, first + len(prompts)))
 
     def evaluation_loop(self, *args: Any, **options: Any) -> EvalLoopOutput:
         """Evaluate as `PreferenceTrainer.evaluation_loop` does, on answers drawn by the same keys each time."""
@@ -137,8 +146,9 @@ class DrawingTrainer(PreferenceTrainer):
         return super().evaluation_loop(*args, **options)
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        self._n_calls = 0
         found: dict[str, Any] = super()._generate_and_score_completions(inputs)
-        if self.policy is None:
+        if self.policy is None or not self.policy.has_drawn:
             return found
         found["sampling_per_token_logps"] = self.policy.logprobs(found["completion_ids"])
         self._without_rounding(found["advantages"])
@@ -175,7 +185,7 @@ class DrawingTrainer(PreferenceTrainer):
     def _prove(self, policy: Policy, batch: dict[str, Any]) -> None:
         """Raise PolicyMismatchError unless the training pass gives the first answers the engine's log-probabilities."""
         ids, mask = (torch.cat([batch[f"prompt_{n}"], batch[f"completion_{n}"]], dim=1) for n in ("ids", "mask"))
-        drawn, counted = batch["sampling_per_token_logps"], batch["completion_mask"].bool()
+        drawn, counted = batch["sampling_per_token_logps"], _drawn(batch)
 
         def scored() -> Tensor:
             n, at_once = drawn.shape[1], self.args.per_device_train_batch_size
@@ -196,7 +206,7 @@ class DrawingTrainer(PreferenceTrainer):
             self._loss_of = None
         scored, self._scored = self._scored, None
         is_first = self._step % self._steps_of_a_draw() < self.args.gradient_accumulation_steps
-        counted = inputs["completion_mask"].bool()
+        counted = _drawn(inputs)
         rows = self._learning(inputs)
         if rows is not None:
             counted = counted & torch.zeros_like(counted).index_fill(0, rows, True)
@@ -297,15 +307,10 @@ class DrawingTrainer(PreferenceTrainer):
         return GENERATED_FILE.format(rank=self.args.process_index, n_processes=self.args.world_size)
 
 
-def _rewards(given: Any) -> list[Any]:
-    """The reward functions, with checked return values. Raises ConfigError if there is none."""
-    functions = list(given) if isinstance(given, list | tuple) else [] if given is None else [given]
-    if not functions:
-        raise ConfigError("reward_funcs is empty: give at least one function that rewards completions")
-    wrong = [each for each in functions if not (callable(each) or isinstance(each, str))]
-    if wrong:
-        raise ConfigError(f"reward_funcs holds {wrong[0]!r:.60}: a reward function is a function, a model or its name")
-    return [checked_reward(each, alone=len(functions) == 1) for each in functions]
+def _drawn(batch: dict[str, Any]) -> Tensor:
+    """True for the tokens (b, t) that the model drew."""
+    mask: Tensor = batch["completion_mask"]
+    return (mask * batch["tool_mask"] if "tool_mask" in batch else mask).bool()
 
 
 def _packed(batches: list[dict[str, Any]]) -> bytes:

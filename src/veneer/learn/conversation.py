@@ -1,0 +1,266 @@
+"""A rollout as a conversation: the model calls tools, reads their answers and goes on, each at its own pace.
+
+Messages, masks, counts and the ends are those of TRL's loop of tool calls, which asks all conversations of a batch turn
+by turn. Here each is a coroutine: it waits for its own tools alone.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Generator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from dataclasses import dataclass
+from typing import Any
+
+from veneer.errors import TrainingError
+from veneer.learn.limited import EndedError, awaited, begun, hangs, left
+from veneer.learn.rollouts import DrawnAnswer
+
+Message = dict[str, Any]
+Tool = Callable[..., Any]
+
+
+@dataclass(frozen=True, slots=True)
+class RolloutLimits:
+    """RolloutLimits of a conversation.
+
+    ``turns``: answers of the model after its first. ``tokens``: all behind the prompt. ``context``: prompt and all
+    else. ``seconds``: of the whole, None for no limit. ``tool_seconds``: of one call. ``response``: characters of what
+    one call returns.
+    """
+
+    turns: int
+    tokens: int
+    context: int
+    seconds: float | None
+    tool_seconds: float
+    response: int
+
+
+@dataclass(slots=True)
+class Rollout:
+    """Conversation behind a prompt. Each list has an entry a token.
+
+    ``mask`` is 1 for tokens that the model drew. ``logprobs`` are 0 for the others. ``kept`` has entries for the drawn
+    ones alone (see `DrawnAnswer`). ``observation`` is what an environment said first.
+    """
+
+    prompt_ids: list[int]
+    ids: list[int]
+    logprobs: list[float]
+    mask: list[int]
+    kept: list[float]
+    messages: list[Message]
+    adapter: str | None
+    finish: str | None
+    n_calls: int = 0
+    n_failures: int = 0
+    timed_out: bool = False
+    observation: Any = None
+
+    @classmethod
+    def of(cls, prompt_ids: Sequence[int], answer: DrawnAnswer, message: Message) -> Rollout:
+        """Return the rollout of one answer."""
+        n = len(answer.token_ids)
+        return cls(
+            [*prompt_ids], [*answer.token_ids], [*answer.logprobs], [1] * n, [*answer.kept], [message],
+            answer.adapter, answer.finish_reason,
+        )  # fmt: skip
+
+    def extend(self, suffix: Sequence[int], answer: DrawnAnswer | None) -> None:
+        """Add tokens of tools, and the answer to them, if there was room for one."""
+        self.ids += suffix
+        self.mask += [0] * len(suffix)
+        self.logprobs += [0.0] * len(suffix)
+        if answer is None:
+            self.finish = "length"
+            return
+        self.ids += answer.token_ids
+        self.mask += [1] * len(answer.token_ids)
+        self.logprobs += answer.logprobs
+        self.kept += answer.kept
+        self.finish = answer.finish_reason
+
+    @property
+    def answer(self) -> DrawnAnswer:
+        """All tokens as one answer, whose log-probabilities are 0 where no token was drawn."""
+        return DrawnAnswer(tuple(self.ids), tuple(self.logprobs), tuple(self.kept), self.adapter, None)
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """Wish for an answer to ids, of at most ``n_tokens``; ``number`` counts the answers of its conversation from 0."""
+
+    ids: list[int]
+    n_tokens: int
+    number: int
+
+
+@dataclass(frozen=True, slots=True)
+class Wait:
+    """Wish for the result of a call, up to a moment of `time.monotonic`."""
+
+    told: Future[Any]
+    until: float
+
+
+@dataclass(frozen=True, slots=True)
+class Speech:
+    """Text of a chat as tokens, and back.
+
+    ``suffix_of`` gives the tokens of tools' messages, with the head of the next answer. ``message_of`` reads an answer,
+    given the tokens before it.
+    """
+
+    suffix_of: Callable[[list[Message]], list[int]]
+    message_of: Callable[[list[int], list[int]], Message]
+
+
+@dataclass(frozen=True, slots=True)
+class RolloutTools:
+    """RolloutTools of one conversation by name; ``run`` begins a coroutine of an asynchronous one."""
+
+    plain: Mapping[str, Tool]
+    asynchronous: Mapping[str, Tool]
+    run: Callable[[Any], Future[Any]] | None
+
+
+class OutOfTimeError(Exception):
+    """End of a conversation's time, within a call."""
+
+
+@dataclass(slots=True)
+class Conversation:
+    """Conversation that carries a rollout on, in place. ``name`` is the rollout's, for messages."""
+
+    rollout: Rollout
+    tools: RolloutTools
+    speech: Speech
+    limits: RolloutLimits
+    name: str
+    _end: float | None = None
+
+    def run(self) -> Generator[Turn | Wait, Any, None]:
+        """Go on from the first answer until one calls no tool, or a limit is reached. Yields what it waits for.
+
+        A response of tools that leaves no room is dropped, and the call stays the last message. Raises TrainingError
+        for a tool that hangs, or raises what is no Exception.
+        """
+        rollout, limits = self.rollout, self.limits
+        self._end = None if limits.seconds is None else time.monotonic() + limits.seconds
+        calls, number = rollout.messages[-1].get("tool_calls"), 0
+        while calls and number < limits.turns:
+            try:
+                responses = yield from self._responses(calls)
+            except OutOfTimeError:
+                rollout.timed_out = True
+                return
+            suffix = self.speech.suffix_of(responses)
+            room = limits.tokens - len(rollout.ids) - len(suffix)
+            prefix = [*rollout.prompt_ids, *rollout.ids, *suffix]
+            if room < 0 or len(prefix) >= limits.context:
+                return
+            number += 1
+            answer = (yield Turn(prefix, room, number)) if room else None
+            rollout.messages += responses
+            rollout.extend(suffix, answer)
+            if answer is None or not answer.token_ids:
+                return
+            message = self.speech.message_of([*answer.token_ids], prefix)
+            rollout.messages.append(message)
+            calls = message.get("tool_calls")
+
+    def _responses(self, calls: Sequence[Any]) -> Generator[Wait, Any, list[Message]]:
+        """The messages of tools in TRL's order: those of asynchronous tools, which run together, are last."""
+        found: list[tuple[str, Any]] = []
+        together: list[tuple[str, Future[Any]]] = []
+        for call in calls:
+            self.rollout.n_calls += 1
+            if call["type"] != "function":
+                name, error = call.get("name", "unknown"), f"Unsupported tool call type: {call['type']}"
+                found.append((name, self._failed(error)))
+                continue
+            name, given = call["function"]["name"], call["function"]["arguments"]
+            if name in self.tools.plain:
+                found.append((name, (yield from self._result(name, begun(self.tools.plain[name], given)))))
+            elif name in self.tools.asynchronous and self.tools.run is not None:
+                together.append((name, self.tools.run(awaited(self.tools.asynchronous[name], given))))
+            else:
+                found.append((name, self._failed(f"Tool {name} not found.")))
+        for name, told in together:
+            found.append((name, (yield from self._result(name, told))))
+        return [{"role": "tool", "name": n, "content": _content(told, self.limits.response)} for n, told in found]
+
+    def _result(self, name: str, told: Future[Any]) -> Generator[Wait, Any, Any]:
+        """The result of a call, or what the model is told of its error."""
+        until = time.monotonic() + self.limits.tool_seconds
+        yield Wait(told, until if self._end is None else min(until, self._end))
+        if not told.done():
+            told.cancel()
+            if self._end is not None and self._end <= until:
+                raise OutOfTimeError
+            raise TrainingError(hangs(f"the tool {name}, called in {self.name},", self.limits.tool_seconds))
+        error = told.exception()
+        if error is None:
+            return told.result()
+        if isinstance(error, Exception):
+            return self._failed(str(error))
+        kind = type(error.__cause__ if isinstance(error, EndedError) else error).__name__
+        raise TrainingError(
+            f"the tool {name}, called in {self.name}, raised {kind}, which ends a program: raise an "
+            "Exception to tell the model of an error"
+        ) from error
+
+    def _failed(self, error: str) -> dict[str, str]:
+        self.rollout.n_failures += 1
+        return {"error": error}
+
+
+def _content(result: Any, most: int) -> Any:
+    if isinstance(result, list):
+        return result
+    text = str(result)
+    return text if len(text) <= most else f"{text[:most]}… ({len(text):,} characters, cut to {most:,})"
+
+
+def converse(
+    conversations: Sequence[Conversation],
+    ask: Callable[[int, Turn], None],
+    step: Callable[[], Sequence[tuple[int, DrawnAnswer]]],
+) -> None:
+    """Run conversations to their ends, in this thread: answers are drawn while tools work.
+
+    ``ask`` begins a turn of a conversation, given by number. ``step`` goes on with all turns and returns the answers
+    that are ready. Raises what a conversation raises.
+    """
+    running = [each.run() for each in conversations]
+    waits: dict[int, Wait] = {}
+    n_turns = 0
+
+    def go_on(number: int, value: Any) -> None:
+        nonlocal n_turns
+        try:
+            asked = running[number].send(value)
+        except StopIteration:
+            return
+        if isinstance(asked, Turn):
+            n_turns += 1
+            ask(number, asked)
+        else:
+            waits[number] = asked
+
+    for number in range(len(running)):
+        go_on(number, None)
+    while n_turns or waits:
+        if n_turns:
+            for number, answer in step():
+                n_turns -= 1
+                go_on(number, answer)
+        else:
+            soonest = min(each.until for each in waits.values())
+            wait([each.told for each in waits.values()], timeout=left(soonest), return_when=FIRST_COMPLETED)
+        now = time.monotonic()
+        for number, each in [*waits.items()]:
+            if each.told.done() or now >= each.until:
+                del waits[number]
+                go_on(number, None)

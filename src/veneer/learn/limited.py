@@ -1,0 +1,76 @@
+"""Calls of functions that a user gave, each on a thread of its own, so that one that hangs does not hold the run."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Coroutine, Mapping
+from concurrent.futures import Future
+from typing import Any
+
+from veneer.errors import TrainingError
+
+
+def begun(function: Callable[..., Any], given: Mapping[str, Any]) -> Future[Any]:
+    """Call a function with arguments by name on a new thread, which does not keep the process alive; return its result
+    to come.
+    """
+    told: Future[Any] = Future()
+    told.set_running_or_notify_cancel()  # a thread cannot be cancelled
+
+    def call() -> None:
+        try:
+            told.set_result(function(**given))
+        except BaseException as error:  # noqa: BLE001 - SystemExit of a user's function too, which is told as any
+            told.set_exception(error)
+
+    threading.Thread(target=call, name=f"veneer-{getattr(function, '__name__', 'call')}", daemon=True).start()
+    return told
+
+
+class EndedError(BaseException):
+    """Error for an asynchronous function that raised its cause, SystemExit or KeyboardInterrupt: it ended its loop."""
+
+
+async def awaited(function: Callable[..., Coroutine[Any, Any, Any]], given: Mapping[str, Any]) -> Any:
+    """Return the result of an asynchronous function, called with arguments by name. Raises EndedError."""
+    try:
+        return await function(**given)
+    except (SystemExit, KeyboardInterrupt) as error:
+        raise EndedError from error
+
+
+def result_within(told: Future[Any], seconds: float, name: str) -> Any:
+    """Return a result that comes within ``seconds``.
+
+    Raises TrainingError, with the function's ``name``, if it does not come, or if the function raised.
+    """
+    try:
+        return told.result(timeout=seconds)
+    except TimeoutError as error:
+        if told.done():
+            raise TrainingError(f"{name} raised {_told(error)}") from error
+        raise TrainingError(hangs(name, seconds)) from error
+    except KeyboardInterrupt:
+        if not told.done():  # a user's own, in this thread
+            raise
+        raise TrainingError(f"{name} raised KeyboardInterrupt") from None
+    except BaseException as error:
+        raise TrainingError(f"{name} raised {_told(error)}") from error
+
+
+def hangs(name: str, seconds: float) -> str:
+    """Return the message of a function that does not return."""
+    return (
+        f"{name} did not return within {seconds:g} seconds, and its thread is left. Give it a limit of its own, or "
+        "set tool_timeout higher"
+    )
+
+
+def left(until: float | None) -> float | None:
+    """Return the seconds until a moment of `time.monotonic`, at least 0; None without one."""
+    return None if until is None else max(0.0, until - time.monotonic())
+
+
+def _told(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__

@@ -1,0 +1,70 @@
+"""TRL's ``rollout_func``: its output checked, and the engine under the name by which such functions reach for one."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from veneer.errors import TrainingError
+
+_LISTS = ("prompt_ids", "completion_ids", "logprobs")
+
+
+def checked_rollouts(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a rollout function with a check of its output: lists of one length, an entry a token.
+
+    The wrapper raises TrainingError.
+    """
+
+    @functools.wraps(function)
+    def checked(prompts: Sequence[Any], trainer: Any) -> Any:
+        found = function(prompts, trainer)
+        problem = _problem(found, len(prompts))
+        if problem is not None:
+            raise TrainingError(f"rollout_func {getattr(function, '__name__', function)!s}: {problem}")
+        return found
+
+    return checked
+
+
+def _problem(found: Any, n: int) -> str | None:
+    if not isinstance(found, Mapping):
+        return f"it returned {found!r:.60}; return a dict with {', '.join(_LISTS)}"
+    missing = [name for name in _LISTS if name not in found]
+    if missing:
+        return f"its output lacks {', '.join(missing)}; return a dict with {', '.join(_LISTS)}"
+    for name, values in found.items():
+        if values is None and name == "logprobs":
+            continue
+        if not hasattr(values, "__len__") or len(values) != n:
+            return f"{name} must be a list with an entry for each of the {n} prompts"
+    for row, ids in enumerate(found["completion_ids"]):
+        if not len(ids):
+            return f"completion_ids, row {row}, is empty; give at least one token, such as the end of the answer"
+        for name in ("logprobs", "env_mask"):
+            if (values := found.get(name)) is not None and len(values[row]) != len(ids):
+                return f"{name}, row {row}, has {len(values[row])} entries for {len(ids)} tokens"
+    return None
+
+
+class Generation:
+    """The engine of a trainer with the calls of TRL's ``trainer.vllm_generation`` that rollout functions make."""
+
+    def __init__(self, trainer: Any) -> None:
+        self._trainer = trainer
+
+    def sync_weights(self) -> None:
+        """Do nothing: the engine draws with the adapter as it is."""
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], images: None = None, num_generations: int = 1, profiler: Any = None
+    ) -> tuple[list[list[int]], list[list[int]], list[list[list[float]]], list[list[list[int]]]]:
+        """Return the prompts, an answer to each, and for each token its log-probability and its id, in lists of one."""
+        drawn = self._trainer.drawn(prompts)
+        return (
+            [[*ids] for ids in prompts],
+            [[*each.token_ids] for each in drawn],
+            [[[value] for value in each.logprobs] for each in drawn],
+            [[[token] for token in each.token_ids] for each in drawn],
+        )
