@@ -116,7 +116,11 @@ def _elementwise_cases(dtype: torch.dtype, quick: bool) -> Iterator[Case]:
     yield "scale backward", lambda: scale.backward(x, x, vector, x, True)
     heads, tables = torch.empty(2, 9, 32, 80, dtype=dtype), torch.empty(1, 32, 16)
     for interleaved in (False,) if quick else (False, True):
-        yield f"rotary {interleaved=}", lambda i=interleaved: rotary.rotate(heads, tables, tables, i, False)
+        for inverse in (False, True):
+            yield (
+                f"rotary {interleaved=} {inverse=}",
+                lambda i=interleaved, back=inverse: rotary.rotate(heads, tables, tables, i, False, back),
+            )
     logits, labels = torch.empty(8, 49152, dtype=dtype), torch.empty(8, dtype=torch.int64)
     for softcap in (30.0,) if quick else (None, 30.0):
         yield (

@@ -7,6 +7,7 @@ then widened, multiplied in float32 and rounded once, as a bfloat16 product with
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 
 import torch
 from jaxtyping import Float
@@ -57,6 +58,17 @@ def add_matmul(y: Float[Tensor, "n m"], a: Float[Tensor, "n k"], b: Float[Tensor
     """Return ``y + a b``, written into y."""
     a, b = _alike(a, b)
     return y.addmm_(a, b) if a.dtype == y.dtype else y.add_(matmul(a, b, a.dtype))
+
+
+def converted(tensors: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> list[Tensor]:
+    """Return tensors in these dtypes, those that have theirs as they are; a GPU converts the others by one launch."""
+    found = [
+        x if x.dtype == dtype else torch.empty_like(x, dtype=dtype) for x, dtype in zip(tensors, dtypes, strict=True)
+    ]
+    pairs = [(to, x) for to, x in zip(found, tensors, strict=True) if to is not x]
+    if pairs:
+        torch._foreach_copy_([to for to, _ in pairs], [x for _, x in pairs])
+    return found
 
 
 def _alike(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:

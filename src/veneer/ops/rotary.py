@@ -30,7 +30,7 @@ def rotate(
     """
     _check(x, cos, sin)
     kernel = implementation("rotary.rotate", x.device, backend)
-    out: Tensor = kernel(x, cos, -sin if inverse else sin, interleaved, in_place)
+    out: Tensor = kernel(x, cos, sin, interleaved, in_place, inverse)
     return out
 
 

@@ -71,7 +71,7 @@ def cases():
     yield "sample.likeliest", (x,)
     yield "scale.forward", (x, w, w.clone(), y)
     yield "scale.backward", (x, y, w, x.clone(), True)
-    yield "rotary.rotate", (torch.randn(2, HEADS, N, 8), angles, angles.clone(), False, True)
+    yield "rotary.rotate", (torch.randn(2, HEADS, N, 8), angles, angles.clone(), False, True, False)
     yield from coded_cases(x, wide)
     yield from term_cases(x, y, w)
     yield from serving_cases(x, w, wide)

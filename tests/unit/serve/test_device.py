@@ -63,7 +63,7 @@ def counted(llm: LLM, crossings: Crossings, monkeypatch: Any) -> list[tuple[int,
     found, run = list[tuple[int, int]](), llm.engine.runner.run
 
     def watched(plan: Any) -> Any:
-        crossings.sent = crossings.read = 0
+        crossings.clear()
         sampled = run(plan)
         found.append((crossings.sent, crossings.read))
         return sampled

@@ -87,7 +87,9 @@ def _with_layout(plain: Callable[..., Any]) -> Callable[..., Any]:
             kwargs = {**kwargs, "attention_mask": masks, "use_cache": False}
             if counts_positions(self) and kwargs.get("position_ids") is None:
                 real = mask.given["attention_mask"]
-                real = torch.ones(mask.size_of_batch, dtype=torch.long, device=mask.device) if real is None else real
+                if real is None:
+                    place = cast(Any, self).embed_positions.weight.device
+                    real = torch.ones(mask.size_of_batch, dtype=torch.long, device=place)
                 kwargs["position_ids"] = (real.cumsum(dim=1) * real - 1).long()
         return plain(self, *args, **kwargs)
 

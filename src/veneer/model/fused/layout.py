@@ -27,7 +27,8 @@ from veneer.ops.forks import Fork
 class LayoutMask(Tensor):
     """Substitute for an attention mask. ``cu_seqlens`` bounds the sequences in the flattened batch (b * t tokens).
 
-    ``forks`` are those of its sequences that continue others.
+    ``forks`` are those of its sequences that continue others. It and its bounds are in host memory on every device:
+    kernels read the bounds there.
     """
 
     forks: tuple[Fork, ...] = ()
@@ -65,7 +66,8 @@ def layout_mask(size: tuple[int, int], attention_mask: Tensor | None, position_i
     """Return the layout of a batch (b, t); None if it does not consist of runs of tokens.
 
     As in transformers, positions that restart mark packed sequences if there is no mask, and a mask marks padding.
-    Padding is a sequence of its own: no token attends to it, and its results have no meaning.
+    Padding is a sequence of its own: no token attends to it, and its results have no meaning. A batch on a GPU is read
+    once, for all blocks.
     """
     starts = _starts(size, attention_mask, position_ids)
     if starts is None:
@@ -79,24 +81,24 @@ def layout_mask(size: tuple[int, int], attention_mask: Tensor | None, position_i
 def forked_layout(position_ids: Int[Tensor, "1 n"], bounds: Sequence[int], forks: Sequence[Fork]) -> LayoutMask:
     """Return the layout of one row of sequences between these bounds, which continue others as ``forks`` tell."""
     given = {"attention_mask": None, "position_ids": position_ids}
-    mask = _layout(torch.tensor(bounds, device=position_ids.device), (1, position_ids.shape[1]), given)
+    mask = _layout(torch.tensor(bounds), (1, position_ids.shape[1]), given)
     mask.forks = tuple(forks)
     return mask
 
 
 def _layout(cu_seqlens: Tensor, size: tuple[int, int], given: Mapping[str, Any]) -> LayoutMask:
-    mask = torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=cu_seqlens.device).as_subclass(LayoutMask)
+    mask = torch.zeros(1, 1, 1, 1, dtype=torch.bool).as_subclass(LayoutMask)
     mask.cu_seqlens, mask.size_of_batch, mask.given, mask.dense = cu_seqlens, size, given, {}
     return mask
 
 
 def _starts(size: tuple[int, int], attention_mask: Tensor | None, position_ids: Tensor | None) -> Tensor | None:
-    """Marks (b, t) of the first positions of sequences; None if the arguments do not show them."""
+    """Marks (b, t) of the first positions of sequences, in host memory; None if the arguments do not show them."""
     if attention_mask is not None:
         if attention_mask.ndim != 2 or tuple(attention_mask.shape) != size:
             return None
-        changed = attention_mask.bool().diff(dim=1)
-        first_real = attention_mask[:, :1].bool()
+        real = attention_mask.cpu().bool()
+        changed, first_real = real.diff(dim=1), real[:, :1]
         if bool((changed.sum(dim=1) > 2 - first_real[:, 0].long()).any()):  # real tokens on both sides of padding
             return None
         return torch.cat([torch.ones_like(first_real), changed], dim=1)
@@ -104,6 +106,6 @@ def _starts(size: tuple[int, int], attention_mask: Tensor | None, position_ids: 
         position_ids = torch.arange(size[1])[None]
     if position_ids.ndim != 2 or position_ids.shape[1] != size[1] or position_ids.shape[0] not in (1, size[0]):
         return None
-    starts = torch.ones(position_ids.shape, dtype=torch.bool, device=position_ids.device)
-    starts[:, 1:] = position_ids.diff(dim=1) != 1
+    starts = torch.ones(position_ids.shape, dtype=torch.bool)
+    starts[:, 1:] = position_ids.cpu().diff(dim=1) != 1
     return starts.expand(size)

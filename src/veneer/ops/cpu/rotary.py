@@ -11,9 +11,10 @@ from veneer.ops.memory import address
 from veneer.ops.reference import rotary as reference
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, in_place: bool) -> Tensor:
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, in_place: bool, inverse: bool) -> Tensor:
     if not is_served(x) or x.stride(-1) != 1 or not x.numel():
-        return reference.rotate(x, cos, sin, interleaved, in_place)
+        return reference.rotate(x, cos, sin, interleaved, in_place, inverse)
+    sin = -sin if inverse else sin
     out = x if in_place else torch.empty_like(x)
     cos, sin = cos.float().contiguous(), sin.float().contiguous()
     if out.stride(-1) != 1:  # empty_like does not keep the strides of an overlapping view

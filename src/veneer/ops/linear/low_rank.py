@@ -17,7 +17,7 @@ from torch import Tensor
 
 from veneer.ops.grouped_low_rank import LowRankGroup, add_grouped_low_rank, grouped_low_rank_backward
 from veneer.ops.linear.layer import LinearLayer
-from veneer.ops.matmul import add_matmul, matmul
+from veneer.ops.matmul import add_matmul, converted, matmul
 from veneer.records.terms.pair import Pair
 
 FactorGradients = dict[str, Tensor | None]
@@ -46,8 +46,8 @@ def add_low_rank(
     if layers[0].goes_by_rows:
         return add_grouped_low_rank(x, [_group(layer) for layer in layers], layers[0].runs_of(len(x)), zs)
     u = matmul(read, _joined_a(layers, x.dtype).T, x.dtype)
-    for z, layer, span in zip(zs, layers, _spans(layers), strict=True):
-        add_matmul(z, u[:, span], _scaled_b(layer, x.dtype).T)
+    for z, b, span in zip(zs, _scaled_bs(layers, x.dtype), _spans(layers), strict=True):
+        add_matmul(z, u[:, span], b.T)
     return u
 
 
@@ -74,8 +74,8 @@ def u_gradient(dzs: Sequence[tuple[Tensor, Tensor]], u: Tensor, layers: Sequence
     `low_rank_backward`.
     """
     du = torch.empty_like(u)
-    for layer, span, (_, read) in zip(layers, _spans(layers), dzs, strict=True):
-        matmul(read, _scaled_b(layer, u.dtype), u.dtype, out=du[:, span])
+    for b, span, (_, read) in zip(_scaled_bs(layers, u.dtype), _spans(layers), dzs, strict=True):
+        matmul(read, b, u.dtype, out=du[:, span])
     return du
 
 
@@ -88,24 +88,27 @@ def factor_gradients(
     dzs: Sequence[tuple[Tensor, Tensor]], du: Tensor, x: Float[Tensor, "n i"], u: Tensor, layers: Sequence[LinearLayer]
 ) -> list[list[FactorGradients]]:
     """Return the gradients in the factors of each layer's record, from `u_gradient`."""
-    trains_a = any(_pair_of(layer).a.requires_grad for layer in layers)
-    das = _a_gradients(du, x, layers) if trains_a else [None] * len(layers)
-    factors = []
-    for layer, span, da, (_, read) in zip(layers, _spans(layers), das, dzs, strict=True):
-        found: FactorGradients = {"a": da}
-        pair = _pair_of(layer)
-        if _trains_b(pair):
-            db = matmul(u[:, span].T, read, x.dtype).T.to(pair.b.dtype).mul_(_scale_of(layer, 0))
-            found |= _parted(db, pair)
-        factors.append([found])
-    return factors
+    pairs, spans = [_pair_of(layer) for layer in layers], _spans(layers)
+    da = matmul(du.T, x, x.dtype) if any(pair.a.requires_grad for pair in pairs) else None
+    wanted = [(k, "a", pair.a, cast(Tensor, da)[spans[k]]) for k, pair in enumerate(pairs) if pair.a.requires_grad]
+    wanted += [
+        (k, "b", pair.b, _b_gradient(u[:, spans[k]], dzs[k][1], x.dtype))
+        for k, pair in enumerate(pairs)
+        if _trains_b(pair)
+    ]
+    found = converted([gradient for *_, gradient in wanted], [like.dtype for _, _, like, _ in wanted])
+    dbs = {k: gradient for (k, name, _, _), gradient in zip(wanted, found, strict=True) if name == "b"}
+    if dbs:
+        torch._foreach_mul_(list(dbs.values()), [_scale_of(layers[k], 0) for k in dbs])
+    factors: list[FactorGradients] = [{"a": None} for _ in layers]
+    for (k, name, _, _), gradient in zip(wanted, found, strict=True):
+        factors[k] |= {"a": gradient} if name == "a" else _parted(gradient, pairs[k])
+    return [[each] for each in factors]
 
 
-def _a_gradients(du: Tensor, x: Tensor, layers: Sequence[LinearLayer]) -> list[Tensor | None]:
-    da = matmul(du.T, x, x.dtype)
-    factors = [_pair_of(layer).a for layer in layers]
-    spans = _spans(layers)
-    return [da[span].to(a.dtype) if a.requires_grad else None for a, span in zip(factors, spans, strict=True)]
+def _b_gradient(u: Float[Tensor, "n r"], read: Float[Tensor, "n o"], dtype: torch.dtype) -> Float[Tensor, "o r"]:
+    """The gradient in B without its scale; on a GPU in B's own strides, so that autograd makes no copy."""
+    return matmul(read.T, u, dtype) if read.is_cuda else matmul(u.T, read, dtype).T
 
 
 def _of_rows(
@@ -160,7 +163,10 @@ def _group(layer: LinearLayer) -> LowRankGroup:
 
 
 def _joined_a(layers: Sequence[LinearLayer], dtype: torch.dtype) -> Tensor:
-    return torch.cat([_pair_of(layer).a.to(dtype) for layer in layers])
+    factors = [_pair_of(layer).a for layer in layers]
+    joined = factors[0].new_empty(sum(map(len, factors)), factors[0].shape[1], dtype=dtype)
+    torch._foreach_copy_(list(torch.split(joined, [len(a) for a in factors])), factors)
+    return joined
 
 
 def _spans(layers: Sequence[LinearLayer]) -> list[slice]:
@@ -169,8 +175,11 @@ def _spans(layers: Sequence[LinearLayer]) -> list[slice]:
     return [slice(end - rank, end) for rank, end in zip(ranks, accumulate(ranks), strict=True)]
 
 
-def _scaled_b(layer: LinearLayer, dtype: torch.dtype) -> Tensor:
-    return (_pair_of(layer).plain_b * _scale_of(layer, 0)).to(dtype)
+def _scaled_bs(layers: Sequence[LinearLayer], dtype: torch.dtype) -> list[Tensor]:
+    scaled = torch._foreach_mul(
+        [_pair_of(layer).plain_b for layer in layers], [_scale_of(layer, 0) for layer in layers]
+    )
+    return converted(scaled, [dtype] * len(layers))
 
 
 def _scale_of(layer: LinearLayer, k: int) -> float:

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, in_place: bool) -> Tensor:
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, in_place: bool, inverse: bool) -> Tensor:
+    sin = -sin if inverse else sin
     wide = torch.promote_types(x.dtype, torch.float32)
     half = cos.shape[-1]
     c, s = cos.to(wide).unsqueeze(1), sin.to(wide).unsqueeze(1)

@@ -7,13 +7,16 @@ adapter are mostly contiguous, so a tile mostly has one. Factors are stacked and
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
+from typing import cast
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from veneer.ops.grouped_low_rank import AdapterRuns, Gradients, LowRankGroup
+from veneer.ops.grouped_low_rank import AdapterRuns, Gradients, LowRankGroup, Run
+from veneer.ops.matmul import add_matmul, converted
 from veneer.ops.reference import grouped_low_rank as reference
 from veneer.ops.rows import same_dtype, with_rows
 from veneer.ops.triton import dropout
@@ -25,7 +28,10 @@ _WIDTH = 64
 def forward(x: Tensor, groups: Sequence[LowRankGroup], rows: AdapterRuns, ys: Sequence[Tensor]) -> Tensor:
     if not _serves(x, groups) or not is_served(*ys) or any(y.stride(1) != 1 for y in ys):
         return reference.forward(x, groups, rows, ys)
-    x, owner = with_rows(x), rows.row_to_adapter(x.device)
+    if _is_alone(groups, rows):
+        _add_alone(with_rows(x), groups, ys)
+        return x.new_empty(0)
+    x, owner = with_rows(x), _owner(rows, x.device)
     for group, y in zip(groups, ys, strict=True):
         if not _is_empty(group):
             own = _dropped(x, group, rows)
@@ -38,7 +44,9 @@ def backward(
 ) -> tuple[Tensor | None, list[Gradients], list[Gradients]]:
     if not _serves(x, groups):
         return reference.backward(dys, x, u, groups, rows, input_grad)
-    x, owner = with_rows(x), rows.row_to_adapter(x.device)
+    if _is_alone(groups, rows):
+        return _alone_backward(dys, with_rows(x), groups, input_grad)
+    x, owner = with_rows(x), _owner(rows, x.device)
     dx = torch.zeros(x.shape, dtype=torch.float32, device=x.device) if input_grad else None
     das, dbs = [], []
     for group, given in zip(groups, dys, strict=True):
@@ -63,6 +71,58 @@ def backward(
             )
         )
     return None if dx is None else dx.to(x.dtype), das, dbs
+
+
+def _is_alone(groups: Sequence[LowRankGroup], rows: AdapterRuns) -> bool:
+    """Return True if one adapter acts on all rows of all layers: products of whole matrices then compute it."""
+    all_rows = rows.runs == (Run(0, 0, rows.n_rows),)
+    return all_rows and all(len(group.a) == 1 and group.a[0] is not None for group in groups)
+
+
+def _add_alone(x: Tensor, groups: Sequence[LowRankGroup], ys: Sequence[Tensor]) -> None:
+    for group, y, a, b in zip(groups, ys, *_of_alone(groups, x.dtype), strict=True):
+        add_matmul(y, _read_alone(x, group) @ a.T, b.T)
+
+
+def _alone_backward(
+    dys: Sequence[Tensor], x: Tensor, groups: Sequence[LowRankGroup], input_grad: bool
+) -> tuple[Tensor | None, list[Gradients], list[Gradients]]:
+    dx = torch.zeros(x.shape, dtype=torch.float32, device=x.device) if input_grad else None
+    das, dbs = [], []
+    for group, given, a, b in zip(groups, dys, *_of_alone(groups, x.dtype), strict=True):
+        dy, read = same_dtype(given, x), _read_alone(x, group)
+        du = dy @ b
+        das.append(du.T @ read)
+        dbs.append(dy.T @ (read @ a.T))
+        mask = group.mask_of(0)
+        if dx is None:
+            continue
+        if mask is None:
+            dx += du @ a
+        else:
+            dropout.add_dropped(dx, du @ a, mask.threshold, mask.key, mask.ids)
+    wide = converted([*das, *dbs], [torch.promote_types(x.dtype, torch.float32)] * 2 * len(groups))
+    wide_dbs = wide[len(groups) :]
+    torch._foreach_mul_(wide_dbs, [group.scales[0] for group in groups])
+    return None if dx is None else dx.to(x.dtype), [(da,) for da in wide[: len(groups)]], [(db,) for db in wide_dbs]
+
+
+def _of_alone(groups: Sequence[LowRankGroup], dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:
+    """Each layer's a, and its b times its scale."""
+    scaled = torch._foreach_mul([cast(Tensor, group.b[0]) for group in groups], [group.scales[0] for group in groups])
+    found = converted([*(cast(Tensor, group.a[0]) for group in groups), *scaled], [dtype] * 2 * len(groups))
+    return found[: len(groups)], found[len(groups) :]
+
+
+def _read_alone(x: Tensor, group: LowRankGroup) -> Tensor:
+    mask = group.mask_of(0)
+    return x if mask is None else mask.drop(x, backend="triton")
+
+
+@lru_cache(maxsize=64)
+def _owner(rows: AdapterRuns, device: torch.device) -> Tensor:
+    """The adapter of each row, sent once for all layers of a step."""
+    return rows.row_to_adapter(device)
 
 
 def _dropped(x: Tensor, group: LowRankGroup, rows: AdapterRuns) -> Tensor:

@@ -13,16 +13,15 @@ from veneer.ops.triton.launch import block, is_served, launch
 _MOST_HEADS = 16
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, in_place: bool) -> Tensor:
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, in_place: bool, inverse: bool) -> Tensor:
     if not is_served(x):
-        return reference.rotate(x, cos, sin, interleaved, in_place)
+        return reference.rotate(x, cos, sin, interleaved, in_place, inverse)
     batch, n_heads, t, d = x.shape
     out = x if in_place else torch.empty_like(x)
-    cos, sin = cos.float().contiguous(), sin.float().contiguous()
     half, heads = cos.shape[2], block(n_heads, most=_MOST_HEADS)
     rest = 0 if in_place or d == 2 * half else block(d - 2 * half)
-    table = cos, sin, 0 if cos.shape[0] == 1 else cos.stride(0)
-    forms = {"INTERLEAVED": interleaved, "HEADS": heads, "HALF": block(half), "REST": rest}
+    table = [part for t in (cos, sin) for part in (t, 0 if t.shape[0] == 1 else t.stride(0), *t.stride()[1:])]
+    forms = {"INTERLEAVED": interleaved, "INVERSE": inverse, "HEADS": heads, "HALF": block(half), "REST": rest}
     grid = batch * t, triton.cdiv(n_heads, heads)
     launch(_kernel, grid, x, *x.stride(), out, *out.stride(), *table, n_heads, t, d, half, **forms)
     return out
@@ -41,13 +40,19 @@ def _kernel(
     out_token,
     out_feature,
     cos,
+    cos_batch,
+    cos_token,
+    cos_pair,
     sin,
-    table_batch,
+    sin_batch,
+    sin_token,
+    sin_pair,
     n_heads,
     t,
     d,
     half,
     INTERLEAVED: tl.constexpr,
+    INVERSE: tl.constexpr,
     HEADS: tl.constexpr,
     HALF: tl.constexpr,
     REST: tl.constexpr,
@@ -56,9 +61,12 @@ def _kernel(
     batch, token = row // t, row % t
     heads = (tl.program_id(1) * HEADS + tl.arange(0, HEADS))[:, None]
     pairs = tl.arange(0, HALF)
-    angle = table_batch * batch + token * half + pairs
-    c = tl.load(cos + angle, mask=pairs < half, other=0.0)[None, :]
-    s = tl.load(sin + angle, mask=pairs < half, other=0.0)[None, :]
+    cos_at = cos_batch * batch + cos_token * token + cos_pair * pairs
+    sin_at = sin_batch * batch + sin_token * token + sin_pair * pairs
+    c = tl.load(cos + cos_at, mask=pairs < half, other=0.0).to(tl.float32)[None, :]
+    s = tl.load(sin + sin_at, mask=pairs < half, other=0.0).to(tl.float32)[None, :]
+    if INVERSE:
+        s = -s
     if INTERLEAVED:
         first = 2 * pairs[None, :]
         second = first + 1
