@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from veneer.adapters.shared_rows import SharedRows, shared_rows
 from veneer.data.encoding import IGNORED
 from veneer.model.fused.deferred import DeferredLogits
-from veneer.model.fused.forked import cannot_fork, forked
+from veneer.model.fused.forked import UnforkedError, cannot_fork, forked
 from veneer.model.fused.head import deferred_logits
 from veneer.ops.cross_entropy import LabelScores as HeadScores
 from veneer.ops.cross_entropy import linear_token_scores
@@ -69,7 +69,10 @@ def token_scores(model: nn.Module, inputs: dict[str, Any], scoring: PreferenceSc
     inputs = {key: value for key, value in inputs.items() if key != "use_cache"}
     rows = _shared(model, inputs)
     if rows is not None:
-        return _scores_of_shared(model, rows, inputs["labels"][:, 1:].shape, scoring)
+        try:
+            return _scores_of_shared(model, rows, inputs["labels"][:, 1:].shape, scoring)
+        except UnforkedError as error:
+            _tell_apart(model, str(error))
     n_before = _padding_before(inputs)
     if n_before is None:
         return _scores_of(model, inputs, scoring)
@@ -95,10 +98,16 @@ def _shared(model: nn.Module, inputs: dict[str, Any]) -> SharedRows | None:
         return None
     found = shared_rows(inputs["input_ids"], inputs["attention_mask"], inputs["labels"])
     reason = None if found is None else cannot_fork(model_of(model))
-    if reason is not None and model not in _TOLD:
+    if reason is None:
+        return found
+    _tell_apart(model, reason)
+    return None
+
+
+def _tell_apart(model: nn.Module, reason: str) -> None:
+    if model not in _TOLD:
         _TOLD.add(model)
         log.info("answers to one prompt compute it each, and not once for all: %s", reason)
-    return found if reason is None else None
 
 
 def _scores_of_shared(model: nn.Module, rows: SharedRows, shape: torch.Size, scoring: PreferenceScoring) -> TokenScores:

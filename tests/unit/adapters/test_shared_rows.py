@@ -132,12 +132,10 @@ def test_who_computes_rows_apart(monkeypatch, caplog):
         "dropout": made(r=3, lora_dropout=0.1),
         "noise": made(r=3),
         "whole rows": made(r=3, alora_invocation_tokens=[5]),
-        "attend by their own code": made(r=3),
         "router": made(r=3),
     }
     unfuse(apart["not run fused"])
     apart["noise"].get_input_embeddings().neftune_noise_alpha = 5.0
-    apart["attend by their own code"].model.layers[1].self_attn.register_forward_hook(lambda *_: None)
     apart["router"].config.output_router_logits = True
     for reason, model in apart.items():
         assert reason in (cannot_fork(model) or ""), reason
@@ -146,6 +144,29 @@ def test_who_computes_rows_apart(monkeypatch, caplog):
         for _ in range(2):
             token_scores(apart["not run fused"], batch(), PreferenceScoring())
     assert caplog.text.count("compute it each") == 1
+
+
+def hooked(model):
+    model.model.layers[1].self_attn.register_forward_hook(lambda *_: None)
+
+
+def prepared(model):
+    """As accelerate does it: autocast begins within the model's forward pass, and its caller sees none."""
+    model.forward = torch.autocast("cpu", torch.bfloat16)(model.forward)
+
+
+@pytest.mark.parametrize("change", [hooked, prepared])
+def test_a_pass_that_does_not_run_fused_computes_rows_apart(change, monkeypatch, caplog):
+    model = made(r=3)
+    change(model)
+    (plain, theirs), (ours, own) = (found(model, batch(), PreferenceScoring(), monkeypatch, s) for s in (False, True))
+    torch.testing.assert_close(ours.log_probs, plain.log_probs, rtol=0, atol=0)
+    assert all(torch.equal(a, b) for a, b in zip(own, theirs, strict=True))
+    with caplog.at_level(logging.INFO), torch.no_grad():
+        scores._TOLD.clear()
+        for _ in range(2):
+            token_scores(model, batch(), PreferenceScoring())
+    assert caplog.text.count("some of its blocks attend by their own code") == 1
 
 
 def test_a_block_that_attends_by_its_own_code_is_told():

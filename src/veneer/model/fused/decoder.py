@@ -56,7 +56,7 @@ class FusedDecoder(InPlace, nn.Module):
         gets none. Within `forked` it is that context's.
         """
         if "forked" in vars(self):
-            return cast(LayoutMask, vars(self)["forked"])
+            return cast(LayoutMask, vars(self)["forked"]())
         tokens = kwargs.get("input_ids", args[0] if args else None)
         tokens = kwargs.get("inputs_embeds") if tokens is None else tokens
         config = cast(Any, self).config

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from veneer.errors import CompositionError
 from veneer.model.adapted.state import AdapterState
 from veneer.model.blueprint.describe import blocks_of
 from veneer.model.fused.block import FusedBlock, halves_of
@@ -18,11 +19,24 @@ from veneer.model.program.acting import computed_in
 from veneer.model.sharded.sharding import is_cut
 
 
+class UnforkedError(CompositionError):
+    """Rows cannot share tokens in this pass; raised before a block has run."""
+
+
 @contextmanager
 def forked(model: PreTrainedModel, layout: LayoutMask) -> Iterator[None]:
-    """Context of a pass over one row of this layout, by a model that `cannot_fork` has no reason against."""
+    """Context of a pass over one row of this layout, by a model that `cannot_fork` has no reason against.
+
+    The pass raises UnforkedError before its first block if a block would attend by its own code. The caller cannot know
+    that: the autocast of a prepared model begins within its forward pass.
+    """
+
+    def layout_now() -> LayoutMask:
+        _refuse_unfused(model)
+        return layout
+
     decoder = vars(blocks_of(model)[0])
-    decoder["forked"] = layout
+    decoder["forked"] = layout_now
     try:
         yield
     finally:
@@ -32,9 +46,9 @@ def forked(model: PreTrainedModel, layout: LayoutMask) -> Iterator[None]:
 def cannot_fork(model: nn.Module) -> str | None:
     """Return the reason why rows of a model cannot share the tokens that they begin with, as it acts now; else None.
 
-    Such a pass must give each token what a row of its own gives. So its attention has to run fused, and nothing may
-    depend on a row as a whole, or be drawn at random. Adapters that are switched off count too: a reference computes as
-    the model in training does.
+    Such a pass must give each token what a row of its own gives. So nothing may depend on a row as a whole, or be drawn
+    at random. Adapters that are switched off count too: a reference computes as the model in training does. `forked`
+    looks whether attention runs fused, which a forward pass alone knows.
     """
     if not isinstance(model, PreTrainedModel) or not any(isinstance(m, FusedDecoder) for m in model.modules()):
         return "its blocks do not run fused"
@@ -45,7 +59,7 @@ def cannot_fork(model: nn.Module) -> str | None:
         return "it counts positions itself"
     if getattr(model.config, "output_router_logits", False):
         return "its router is balanced over all tokens of the rows"
-    return _drawn_at_random(model) or _of_rows(getattr(model, "adapter_state", None)) or _unfused(model)
+    return _drawn_at_random(model) or _of_rows(getattr(model, "adapter_state", None))
 
 
 def _drawn_at_random(model: PreTrainedModel) -> str | None:
@@ -72,9 +86,9 @@ def _of_rows(state: AdapterState | None) -> str | None:
     return "its adapter depends on whole rows" if of_rows else None
 
 
-def _unfused(model: PreTrainedModel) -> str | None:
+def _refuse_unfused(model: PreTrainedModel) -> None:
     blocks = [module for module in model.modules() if isinstance(module, FusedBlock)]
     stream = stream_dtype(model, blocks[0])
     dtype = computed_in(torch.empty(0, dtype=stream, device=model.device))
-    fits = dtype is not None and all(halves_of(block, stream, dtype)[0] is not None for block in blocks)
-    return None if fits else "some of its blocks attend by their own code"
+    if dtype is None or any(halves_of(block, stream, dtype)[0] is None for block in blocks):
+        raise UnforkedError("some of its blocks attend by their own code")
