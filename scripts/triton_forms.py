@@ -164,7 +164,7 @@ def _optimizer_cases(dtype: torch.dtype, quick: bool) -> Iterator[Case]:
         yield f"blockwise quantize {block_size}", lambda b=block_size: blockwise.quantize_blockwise(x, table, b)
         yield (
             f"blockwise dequantize {block_size}",
-            lambda b=block_size, m=absmax: blockwise.dequantize_blockwise(codes, m, table, b, dtype),
+            lambda b=block_size, m=absmax: blockwise.dequantize_blockwise(codes, m, table, b, dtype, m),
         )
     moments = Moment8bit(codes, torch.zeros(16)), Moment8bit(codes, torch.zeros(16))
     yield "8-bit AdamW", lambda: adamw.adamw_8bit_(x, x, moments, AdamWStep(1e-3, (0.9, 0.99), 1e-8, 0.01, 3))

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from jaxtyping import Float, UInt8
+import torch
+from jaxtyping import Float, Int32, UInt8
 from torch import Tensor
 
-from veneer.errors import ShapeError
+from veneer.errors import NonFiniteError, ShapeError
 from veneer.ops.dispatch import implementation
 
 BLOCK_SIZE = 256
@@ -41,13 +43,14 @@ def adamw_8bit_(
     hyper: AdamWStep,
     *,
     backend: str | None = None,
-) -> None:
+) -> Int32[Tensor, "1"] | None:
     """Update a parameter and its two moments in place (Dettmers et al. 2022, arXiv:2110.02861, section 2).
 
     Moments are dequantized to float32, updated, used unrounded, and quantized to 8 bits again. The first takes the
     signed dynamic map, the second the unsigned one. Decay comes before the update.
 
-    Raises ShapeError if tensors do not fit each other.
+    Raises ShapeError if tensors do not fit each other, and NonFiniteError if a moment becomes NaN or infinite. On a GPU
+    the host would wait for that: a flag is returned, which `require_finite` reads.
     """
     n_blocks = -(param.numel() // -BLOCK_SIZE)
     for moment in moments:
@@ -61,4 +64,25 @@ def adamw_8bit_(
         raise ShapeError(
             f"the gradient {tuple(grad.shape)} does not fit the parameter {tuple(param.shape)}: give one of its shape"
         )
-    implementation("adamw.adamw_8bit_", param.device, backend)(param, grad, moments, hyper)
+    flag: Tensor | None = implementation("adamw.adamw_8bit_", param.device, backend)(param, grad, moments, hyper)
+    return flag
+
+
+def require_finite(flags: Sequence[tuple[Int32[Tensor, "1"], Tensor]]) -> None:
+    """Raise NonFiniteError if a flag of `adamw_8bit_` is set, for the first such parameter; flags come with theirs.
+
+    The host waits once for all flags of a device.
+    """
+    for device in dict.fromkeys(flag.device for flag, _ in flags):
+        here = [(flag, param) for flag, param in flags if flag.device == device]
+        broken = torch.cat([flag for flag, _ in here]).tolist()
+        if any(broken):
+            raise not_finite(here[broken.index(1)][1])
+
+
+def not_finite(param: Tensor) -> NonFiniteError:
+    """Return the error of a parameter whose moment became NaN or infinite."""
+    return NonFiniteError(
+        f"a moment of a parameter of shape {tuple(param.shape)} became NaN or infinite. Lower the learning rate, "
+        "or leave out the batch of this step"
+    )

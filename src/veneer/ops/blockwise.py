@@ -64,9 +64,13 @@ def dequantize_blockwise(
     block_size: int = 256,
     *,
     dtype: torch.dtype = torch.float32,
+    offset: Float32[Tensor, ""] | None = None,
     backend: str | None = None,
 ) -> Float[Tensor, "..."]:
-    """Return ``code[codes] * absmax`` of the block, in float32 and then rounded to dtype, in the shape of codes."""
+    """Return ``code[codes] * absmax`` of the block, in float32 and then rounded to dtype, in the shape of codes.
+
+    ``offset`` is added to the rounded values.
+    """
     _check(code, block_size, [codes, absmax])
     n_blocks = -(-codes.numel() // block_size)
     if codes.dtype != torch.uint8 or absmax.dtype != torch.float32 or tuple(absmax.shape) != (n_blocks,):
@@ -77,7 +81,7 @@ def dequantize_blockwise(
     if dtype not in FLOATS:
         raise ShapeError(f"dequantize_blockwise gives {[str(d) for d in FLOATS]}, got {dtype}")
     run = implementation("blockwise.dequantize_blockwise", codes.device, backend)
-    out: Tensor = run(codes.reshape(-1), absmax, code, block_size, dtype)
+    out: Tensor = run(codes.reshape(-1), absmax, code, block_size, dtype, offset)
     return out.view(codes.shape)
 
 

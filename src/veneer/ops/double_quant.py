@@ -55,8 +55,9 @@ def compress_absmax(absmax: Float32[Tensor, " n"]) -> CompressedAbsmax:
 def expand_absmax(compressed: CompressedAbsmax, *, backend: str | None = None) -> Float32[Tensor, " n"]:
     """Return absmax in float32, up to its 8-bit rounding error. Raises ShapeError if sizes do not fit."""
     code = _table(compressed.codes.device)
-    values = dequantize_blockwise(compressed.codes, compressed.scale, code, BLOCK_SIZE, backend=backend)
-    return values + compressed.offset
+    return dequantize_blockwise(
+        compressed.codes, compressed.scale, code, BLOCK_SIZE, offset=compressed.offset, backend=backend
+    )
 
 
 def _table(device: torch.device) -> Float32[Tensor, "256"]:

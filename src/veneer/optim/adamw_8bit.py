@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from veneer.ops.adamw import BLOCK_SIZE, AdamWStep, Moment8bit, adamw_8bit_
+from veneer.ops.adamw import BLOCK_SIZE, AdamWStep, Moment8bit, adamw_8bit_, require_finite
 from veneer.ops.blockwise import dynamic_map
 from veneer.ops.reference.adamw import adam_moments_, adamw_update
 from veneer.optim.adam import LeanAdamW, Params, next_step
@@ -36,7 +37,20 @@ class AdamW8bit(LeanAdamW):
         min_8bit_size: int = MIN_8BIT_SIZE,
     ) -> None:
         self.min_8bit_size = min_8bit_size
+        self._unread: list[tuple[Tensor, Tensor]] = []
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """Update every parameter that has a gradient.
+
+        Raises NonFiniteError if a moment becomes NaN or infinite; on a GPU after all updates, by one read.
+        """
+        self._unread = []
+        loss = super().step(closure)
+        unread, self._unread = self._unread, []
+        require_finite(unread)
+        return loss
 
     def _update(self, param: Tensor, group: dict[str, Any]) -> None:
         state = self._state_of(param)
@@ -44,7 +58,9 @@ class AdamW8bit(LeanAdamW):
         grad = cast(Tensor, param.grad)
         if "state1" in state:
             moments = Moment8bit(state["state1"], state["absmax1"]), Moment8bit(state["state2"], state["absmax2"])
-            adamw_8bit_(param, grad, moments, hyper)
+            flag = adamw_8bit_(param, grad, moments, hyper)
+            if flag is not None:
+                self._unread.append((flag, param))
         else:
             _step_float32(param, grad, state, hyper)
 

@@ -81,7 +81,7 @@ def coded_cases(x, wide):
     """As `cases`, of values in codes."""
     flat, codes, absmax = torch.randn(N * D), torch.zeros(N * D, dtype=torch.uint8), torch.ones(6)
     yield "blockwise.quantize_blockwise", (flat, dynamic_map().clone(), 64)
-    yield "blockwise.dequantize_blockwise", (codes, absmax, dynamic_map().clone(), 64, torch.float32)
+    yield "blockwise.dequantize_blockwise", (codes, absmax, dynamic_map().clone(), 64, torch.float32, None)
     layout = FourBitLayout((OUT, D), "nf4", 64, torch.float32)
     packed = quantize_4bit(torch.randn(OUT, D), "nf4")
     yield "four_bit.quantize_4bit", (torch.randn(OUT * D), layout)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from veneer.errors import NonFiniteError
-from veneer.ops.adamw import BLOCK_SIZE, AdamWStep, Moment8bit, adamw_8bit_
+from veneer.ops.adamw import BLOCK_SIZE, AdamWStep, Moment8bit, adamw_8bit_, require_finite
 from veneer.ops.blockwise import dynamic_map, quantize_blockwise
 
 OP = "adamw.adamw_8bit_"
@@ -84,5 +84,11 @@ def test_layouts_and_dtypes_without_a_kernel_take_the_reference():
 def test_a_moment_that_is_not_finite_is_an_error(value, backend):
     grad = torch.ones(300)
     grad[271] = value
-    with pytest.raises(NonFiniteError):
-        adamw_8bit_(torch.zeros(300), grad, state(300, 1), AdamWStep(1e-3, (0.9, 0.999), 1e-8, 0.0, 1), backend=backend)
+    hyper, good = AdamWStep(1e-3, (0.9, 0.999), 1e-8, 0.0, 1), torch.zeros(1, dtype=torch.int32)
+
+    def step():
+        flag = adamw_8bit_(torch.zeros(300), grad, state(300, 1), hyper, backend=backend)
+        require_finite([(good, torch.zeros(7)), (flag, grad)])
+
+    with pytest.raises(NonFiniteError, match=r"shape \(300,\)"):
+        step()

@@ -6,7 +6,8 @@ import bitsandbytes as bnb
 import pytest
 import torch
 
-from veneer.errors import ConfigError, ShapeError
+from stand_in import OnDevice, stand_in
+from veneer.errors import ConfigError, NonFiniteError, ShapeError
 from veneer.ops.adamw import AdamWStep, Moment8bit, adamw_8bit_
 from veneer.optim import AdamW8bit, PagedAdamW8bit
 
@@ -115,3 +116,19 @@ def test_tensors_that_do_not_fit_are_refused():
         adamw_8bit_(param, grad, (good, Moment8bit(good.codes, torch.zeros(3))), hyper)
     with pytest.raises(ShapeError, match="gradient"):
         adamw_8bit_(param, torch.zeros(299), (good, good), hyper)
+
+
+def test_a_step_on_a_device_reads_once_and_finds_what_is_not_finite():
+    pytest.importorskip("triton", reason="needs the package triton")
+    with stand_in({"adamw"}) as crossings:
+        params = [OnDevice(torch.randn(n)) for n in (521, 769, 257)]
+        optimizer = AdamW8bit(params, lr=0.03, min_8bit_size=2)
+        for param in params:
+            param.grad = OnDevice(torch.randn(len(param)))
+        optimizer.step()
+        crossings.clear()
+        optimizer.step()
+        assert (crossings.read, crossings.sent) == (1, 0)
+        params[1].grad = OnDevice(torch.full((769,), float("nan")))
+        with pytest.raises(NonFiniteError, match=r"shape \(769,\)"):
+            optimizer.step()

@@ -12,7 +12,7 @@ import pytest
 import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from veneer import (
@@ -102,11 +102,11 @@ METHODS: dict[str, Callable[[], Any]] = {
 }
 
 
-def make_model(family: str = "llama", seed: int = 3) -> PreTrainedModel:
+def make_model(family: str | PreTrainedConfig = "llama", seed: int = 3) -> PreTrainedModel:
     """A float32 model with weights large enough that a leak shows."""
     torch.manual_seed(seed)
     eager = {"attn_implementation": "eager"} if family == "gemma2" else {}
-    model = AutoModelForCausalLM.from_config(FAMILIES[family](), **eager)
+    model = AutoModelForCausalLM.from_config(FAMILIES[family]() if isinstance(family, str) else family, **eager)
     for parameter in model.parameters():
         if parameter.dim() > 1:
             torch.nn.init.normal_(parameter, std=0.3)
@@ -127,7 +127,7 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     return made
 
 
-def save_adapter(folder: Path, config: Any, family: str = "llama", seed: int = 5) -> Path:
+def save_adapter(folder: Path, config: Any, family: str | PreTrainedConfig = "llama", seed: int = 5) -> Path:
     """An adapter away from its start, saved."""
     model = get_peft_model(make_model(family), config)
     torch.manual_seed(seed)

@@ -9,8 +9,7 @@ import torch
 from jaxtyping import Float32, Int32
 from torch import Tensor
 
-from veneer.errors import NonFiniteError
-from veneer.ops.adamw import AdamWStep, Moment8bit
+from veneer.ops.adamw import AdamWStep, Moment8bit, not_finite
 from veneer.ops.blockwise import dynamic_map
 from veneer.ops.cpu.module import DTYPES, kernels
 from veneer.ops.memory import address
@@ -42,10 +41,7 @@ def adamw_8bit_(param: Tensor, grad: Tensor, moments: tuple[Moment8bit, Moment8b
         hyper.step,
     )
     if not finite:
-        raise NonFiniteError(
-            f"a moment of a parameter of shape {tuple(param.shape)} became NaN or infinite. Lower the learning rate, "
-            "or leave out the batch of this step"
-        )
+        raise not_finite(param)
     return None
 
 

@@ -28,9 +28,10 @@ def dequantize_blockwise(
     code: Float32[Tensor, "256"],
     block_size: int,
     dtype: torch.dtype,
+    offset: Float32[Tensor, ""] | None,
 ) -> Float[Tensor, " n"]:
     out = torch.empty(len(codes), dtype=dtype)
     kernels().blockwise_dequantize(
         address(codes), address(absmax), len(codes), block_size, address(code), DTYPES[dtype], address(out)
     )
-    return out
+    return out if offset is None else out.add_(offset)

@@ -24,8 +24,10 @@ def dequantize_blockwise(
     code: Float32[Tensor, "256"],
     block_size: int,
     dtype: torch.dtype,
+    offset: Float32[Tensor, ""] | None,
 ) -> Float[Tensor, " n"]:
-    return (code[codes.int()] * absmax.repeat_interleave(block_size)[: len(codes)]).to(dtype)
+    values = (code[codes.int()] * absmax.repeat_interleave(block_size)[: len(codes)]).to(dtype)
+    return values if offset is None else values.add_(offset)
 
 
 def _blocks(flat: Float[Tensor, " n"], block_size: int) -> Float[Tensor, "blocks block_size"]:

@@ -32,10 +32,11 @@ def dequantize_blockwise(
     code: Float32[Tensor, "256"],
     block_size: int,
     dtype: torch.dtype,
+    offset: Float32[Tensor, ""] | None,
 ) -> Float[Tensor, " n"]:
     out = torch.empty(len(codes), dtype=dtype, device=codes.device)
     grid = (triton.cdiv(len(codes), _TILE),)
-    launch_exact(_dequantize_kernel, grid, codes, absmax, code, out, len(codes), block_size, BLOCK=_TILE)
+    launch_exact(_dequantize_kernel, grid, codes, absmax, code, out, offset, len(codes), block_size, BLOCK=_TILE)
     return out
 
 
@@ -86,9 +87,12 @@ def _quantize_kernel(x, midpoints, codes, absmax, n, block_size, ROWS: tl.conste
 
 
 @triton.jit
-def _dequantize_kernel(codes, absmax, table, out, n, block_size, BLOCK: tl.constexpr):
+def _dequantize_kernel(codes, absmax, table, out, offset, n, block_size, BLOCK: tl.constexpr):
     place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = place < n
     code = tl.load(codes + place, mask=inside, other=0).to(tl.int32)
     values = tl.load(table + code) * tl.load(absmax + place // block_size, mask=inside, other=0.0)
-    tl.store(out + place, values.to(out.dtype.element_ty), mask=inside)
+    values = values.to(out.dtype.element_ty)
+    if offset is not None:
+        values = (values.to(tl.float32) + tl.load(offset)).to(out.dtype.element_ty)
+    tl.store(out + place, values, mask=inside)
