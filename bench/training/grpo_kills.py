@@ -3,7 +3,7 @@
     python -m bench.training.grpo_kills --kills 30
 
 A tiny Llama over bytes, whose rewards are a tool's that answers by chance of its own seed. Each kill is SIGKILL, at a
-moment drawn after the run's start: while it draws, rewards, trains or writes. Adapter and log must be equal.
+moment drawn after the run's start: while it draws, rewards, trains or writes. Adapter, log and journal must be equal.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ def compare(kills: int, steps: int, chance: random.Random) -> None:
                 raise SystemExit(f"the run ended after {n_killed} kills: give more --steps")
         finish(started(broken, steps))
         done()
-        names = ("log.json", "adapter/adapter_model.safetensors")
+        names = ("log.json", "adapter/adapter_model.safetensors", "rollouts/0_of_1.jsonl")
         equal = {name: (whole / name).read_bytes() == (broken / name).read_bytes() for name in names}
         differing = first_difference(*(json.loads((folder / names[0]).read_text()) for folder in (whole, broken)))
     print(

@@ -18,11 +18,13 @@ class _Drawing(RunSettings):
     """Settings and checks of trainers that draw the answers they learn from.
 
     ``rollout_engine``: "engine" draws by veneer's engine, "generate" by transformers; "auto" takes the engine where it
-    can draw, and says why it cannot. ``disable_dropout`` is True: answers come from the policy that is scored.
+    can draw, and says why it cannot. ``disable_dropout`` is True: answers come from the policy that is scored. If
+    ``rollout_journal``, the engine's rollouts are kept in ``rollouts/`` of the output, and a resumed run reads them.
     """
 
     disable_dropout: bool = True
     rollout_engine: Literal["auto", "engine", "generate"] = "auto"
+    rollout_journal: bool = True
 
     def __post_init__(self) -> None:
         _require_whole_groups(self)

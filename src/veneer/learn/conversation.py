@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from veneer.errors import TrainingError
+from veneer.learn.journal import Line, hash_of, mask_of, packed, runs_of, unpacked
 from veneer.learn.limited import EndedError, awaited, begun, hangs, left
 from veneer.learn.rollouts import DrawnAnswer
 
@@ -52,7 +53,7 @@ class Rollout:
     kept: list[float]
     messages: list[Message]
     adapter: str | None
-    finish: str | None
+    finish: Any
     n_calls: int = 0
     n_failures: int = 0
     timed_out: bool = False
@@ -81,10 +82,38 @@ class Rollout:
         self.kept += answer.kept
         self.finish = answer.finish_reason
 
+    @classmethod
+    def recalled(cls, line: Line, prompt_ids: Sequence[int]) -> Rollout:
+        """Return the rollout of a journal's line."""
+        kept = unpacked(line["kept"]) if "kept" in line else [0.0] * sum(mask_of(line["mask"]))
+        completion = line["completion"] if isinstance(line["completion"], list) else []
+        return cls(
+            [*prompt_ids], line["ids"], unpacked(line["logprobs"]), mask_of(line["mask"]), kept, completion,
+            line["adapter"], line["finish"], line["calls"], line["failures"], line.get("timed_out", False),
+            line.get("observation"),
+        )  # fmt: skip
+
+    def line(self) -> Line:
+        """Return what a journal keeps of the rollout's tokens."""
+        found = {
+            "adapter": self.adapter, "prompt_hash": hash_of(self.prompt_ids), "ids": self.ids,
+            "logprobs": packed(self.logprobs), "mask": runs_of(self.mask), "finish": self.finish,
+            "calls": self.n_calls, "failures": self.n_failures, "timed_out": self.timed_out,
+        }  # fmt: skip
+        return found | ({"kept": packed(self.kept)} if any(self.kept) else {})
+
+    @property
+    def first_answer(self) -> DrawnAnswer:
+        """The tokens before a tool was called."""
+        n = next((place for place, own in enumerate(self.mask) if not own), len(self.ids))
+        return DrawnAnswer(
+            tuple(self.ids[:n]), tuple(self.logprobs[:n]), tuple(self.kept[:n]), self.adapter, self.finish
+        )
+
     @property
     def answer(self) -> DrawnAnswer:
         """All tokens as one answer, whose log-probabilities are 0 where no token was drawn."""
-        return DrawnAnswer(tuple(self.ids), tuple(self.logprobs), tuple(self.kept), self.adapter, None)
+        return DrawnAnswer(tuple(self.ids), tuple(self.logprobs), tuple(self.kept), self.adapter, self.finish)
 
 
 @dataclass(frozen=True, slots=True)

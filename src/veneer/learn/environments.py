@@ -8,19 +8,21 @@ from typing import Any
 from veneer.learn.limited import begun, result_within
 
 Factory = Callable[[], Any]
+Observed = Callable[[Callable[[], Any]], Any]
 
 
-def limited_environments(given: Factory | dict[str, Factory], seconds: Callable[[], float]) -> Any:
+def limited_environments(given: Factory | dict[str, Factory], seconds: Callable[[], float], observed: Observed) -> Any:
     """Return the factory of environments, or those by name, with a limit on ``reset``.
 
-    An environment whose ``reset`` raises, or takes more than ``seconds()``, raises TrainingError.
+    ``observed`` is called with each call of ``reset``, in TRL's order, and returns its result or a known one. An
+    environment whose ``reset`` raises, or takes more than ``seconds()``, raises TrainingError.
     """
     if isinstance(given, dict):
-        return {name: _limited(factory, seconds) for name, factory in given.items()}
-    return _limited(given, seconds)
+        return {name: _limited(factory, seconds, observed) for name, factory in given.items()}
+    return _limited(given, seconds, observed)
 
 
-def _limited(factory: Factory, seconds: Callable[[], float]) -> Factory:
+def _limited(factory: Factory, seconds: Callable[[], float], observed: Observed) -> Factory:
     def make() -> Any:
         environment = factory()
         reset = getattr(environment, "reset", None)
@@ -28,7 +30,7 @@ def _limited(factory: Factory, seconds: Callable[[], float]) -> Factory:
             name = f"{type(environment).__name__}.reset"
 
             def limited(**row: Any) -> Any:
-                return result_within(begun(reset, row), seconds(), name)
+                return observed(lambda: result_within(begun(reset, row), seconds(), name))
 
             environment.reset = limited
         return environment

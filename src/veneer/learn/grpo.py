@@ -67,7 +67,7 @@ class GRPOTrainer(DrawingTrainer, trl.GRPOTrainer):  # type: ignore[misc]
             conversing["rollout_func"] = checked_rollouts(rollout_func)
         if environment_factory is not None:
             conversing["environment_factory"] = limited_environments(
-                environment_factory, lambda: self.args.tool_timeout
+                environment_factory, lambda: self.args.tool_timeout, self._observed
             )
         with refusals_told(), warnings.catch_warnings():
             warnings.filterwarnings(
@@ -82,7 +82,15 @@ class GRPOTrainer(DrawingTrainer, trl.GRPOTrainer):  # type: ignore[misc]
             for each, name in zip(self.reward_funcs, self.reward_func_names, strict=True)
         ]
         if self.policy is not None:
+            self.draws_by_function = rollout_func is not None
             self.vllm_generation, self._last_loaded_step = Generation(self), -1
+
+    def _observed(self, reset: Callable[[], Any]) -> Any:
+        """What an environment says first, or said before, if the draw in progress is in the journal."""
+        place = len(self.observations)
+        found = reset() if self._recalled is None else self._recalled[place]["observation"]
+        self.observations = [*self.observations, found]
+        return found
 
     def _environments(self) -> set[str]:
         """Names of the classes of environments, by which TRL calls their rewards."""
@@ -93,6 +101,7 @@ class GRPOTrainer(DrawingTrainer, trl.GRPOTrainer):  # type: ignore[misc]
         found = super()._generate(prompts)
         if self.rollout_func is not None and self.policy is not None:
             self.policy.end()  # the function has chosen among what was drawn
+            self.rollouts = []
         return found
 
     def _generate_single_turn(self, prompt_ids: Any, *args: Any, **options: Any) -> Any:
@@ -107,13 +116,13 @@ class GRPOTrainer(DrawingTrainer, trl.GRPOTrainer):  # type: ignore[misc]
     ) -> Any:
         if self.policy is None:
             return super()._tool_call_loop(prompts, prompt_ids, completion_ids, completions, *args, **options)
-        answers = self.policy.answers
-        rollouts = [
-            Rollout.of(ids, answer, messages[0])
-            for ids, answer, messages in zip(prompt_ids, answers, completions, strict=True)
-        ]
-        limits = self.rollout_limits()
-        self.policy.converse([self._conversation(number, each, limits) for number, each in enumerate(rollouts)])
+        rollouts, limits = self.rollouts, self.rollout_limits()
+        if self._recalled is not None:
+            self.policy.recall([each.answer for each in rollouts])
+        else:
+            for rollout, messages in zip(rollouts, completions, strict=True):
+                rollout.messages = messages
+            self.policy.converse([self._conversation(number, each, limits) for number, each in enumerate(rollouts)])
         if limits.seconds is not None:
             mode = "train" if self.model.training else "eval"
             self._metrics[mode]["rollouts/timed_out"].append(sum(each.timed_out for each in rollouts) / len(rollouts))

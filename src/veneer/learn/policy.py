@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -79,10 +78,14 @@ class Policy:
         """Return the most tokens that a prompt and its answer may have."""
         return self.rollouts.engine.scheduler.limits.max_model_len - self.version().n_front
 
-    def recall(self, answers: list[DrawnAnswer]) -> None:
-        """Take answers as those of the draw in progress, that this adapter drew before. Raises StaleAnswerError."""
+    def recall(self, answers: list[DrawnAnswer]) -> list[DrawnAnswer]:
+        """Take answers as those of the draw in progress, that this adapter drew before, and return them.
+
+        Raises StaleAnswerError.
+        """
         require_drawn_by(answers, self.version().id)
         self._answers = answers
+        return answers
 
     @property
     def answers(self) -> list[DrawnAnswer]:
@@ -109,8 +112,8 @@ class Policy:
     @property
     def kept_mass(self) -> float:
         """Share of the distribution that ``min_p``, ``top_k``, ``top_p`` and masks left, in the mean of the tokens."""
-        shares = [math.exp(each) for answer in self._answers or () for each in answer.kept]
-        return sum(shares) / len(shares) if shares else 1.0
+        kept = torch.tensor([each for answer in self.answers for each in answer.kept])  # float32, as in a journal
+        return float(kept.double().exp().mean()) if len(kept) else 1.0
 
     def end(self) -> None:
         """End a draw: its answers are scored."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,6 +10,7 @@ from types import MappingProxyType
 from typing import Any, ClassVar, cast
 
 import torch
+from accelerate.utils import gather
 from datasets import Dataset
 from safetensors.torch import load_file, save
 from torch import Tensor
@@ -21,7 +23,9 @@ from veneer.adapters.peft_model import PeftModel
 from veneer.adapters.token_scores import PreferenceScoring
 from veneer.contract import MethodConfig
 from veneer.data.preference import Task, checked_rows
-from veneer.errors import DataError
+from veneer.errors import DataError, TrainingError
+from veneer.learn.conversation import Rollout
+from veneer.learn.journal import FOLDER, Journal, Line, hash_of, journal_path
 from veneer.learn.learning_rows import by_prompt, equal_groups, learning_rows, of_all_rows
 from veneer.learn.policy import Policy, policy_of
 from veneer.learn.proof import beyond, require_same_policy, rounded_otherwise
@@ -65,8 +69,16 @@ class DrawingTrainer(PreferenceTrainer):
     settings: ClassVar[type[Any]]
     _step: int
     _buffered_inputs: list[dict[str, Any]] | None
+    _pending_metrics: dict[str, list[float]]
     policy: Policy | None = None
     _n_evaluated = 0  # answers, in this evaluation
+    journal: Journal | None = None
+    rollouts: Sequence[Rollout] = ()  # of the last draw
+    observations: Sequence[Any] = ()  # of environments, at the beginning of each
+    draws_by_function = False  # a user's
+    _recalled: list[Line] | None = None  # the draw in progress, if it is in the journal
+    _told: tuple[Any, Any] = (), ()  # prompts and completions of the last draw
+    _told_metrics: Mapping[str, list[float]] = MappingProxyType({})  # by its reward functions
     _n_calls = 0  # of the engine, for the answers of this step: a rollout function makes several
     _scored: Tensor | None = None  # log-probabilities of the last training pass
     _loss_of: dict[str, Any] | None = None  # micro-batch whose loss is computed
@@ -129,16 +141,29 @@ class DrawingTrainer(PreferenceTrainer):
         """Return an answer to each prompt by the engine; None if transformers draws."""
         if self.policy is None:
             return None
+        if self._recalled is not None:
+            self.rollouts = self._recalled_rollouts(self._recalled, prompts)
+            return self.policy.recall([each.first_answer for each in self.rollouts])
         first = self.args.process_index * len(prompts)
         key: tuple[int, ...] = (1, self.args.seed, 0)
         if self.model.training:
-            key = (0, self.args.seed, self._step // self._steps_of_a_draw())
+            key = (0, self.args.seed, self._draw_number())
             key = (2, *key[1:], self._n_calls) if self._n_calls else key
             self._n_calls += 1
         else:
             first += self._n_evaluated
             self._n_evaluated += len(prompts) * self.args.world_size
-        return self.policy.draw(prompts, key, range(first, first + len(prompts)))
+        drawn = self.policy.draw(prompts, key, range(first, first + len(prompts)))
+        self.rollouts = [Rollout.of(ids, each, {}) for ids, each in zip(prompts, drawn, strict=True)]
+        return drawn
+
+    def _recalled_rollouts(self, lines: Sequence[Line], prompts: Sequence[Sequence[int]]) -> list[Rollout]:
+        if [line["prompt_hash"] for line in lines] != [hash_of(ids) for ids in prompts]:
+            raise TrainingError(
+                f"the journal of rollouts, draw {lines[0]['draw']}, has other prompts than this run: give the same "
+                f"data and chat template, or remove the {FOLDER} folder of the run"
+            )
+        return [Rollout.recalled(line, ids) for line, ids in zip(lines, prompts, strict=True)]
 
     def evaluation_loop(self, *args: Any, **options: Any) -> EvalLoopOutput:
         """Evaluate as `PreferenceTrainer.evaluation_loop` does, on answers drawn by the same keys each time."""
@@ -146,8 +171,11 @@ class DrawingTrainer(PreferenceTrainer):
         return super().evaluation_loop(*args, **options)
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
-        self._n_calls = 0
+        self._n_calls, self.observations, self.rollouts = 0, [], []
+        self._recalled = self._in_journal(len(inputs))
         found: dict[str, Any] = super()._generate_and_score_completions(inputs)
+        if self.journal is not None and self.model.training and self._recalled is None and self.rollouts:
+            self._write(self.journal, found["advantages"])
         if self.policy is None or not self.policy.has_drawn:
             return found
         found["sampling_per_token_logps"] = self.policy.logprobs(found["completion_ids"])
@@ -160,9 +188,52 @@ class DrawingTrainer(PreferenceTrainer):
         self.policy.end()
         return found
 
-    def _calculate_rewards(self, *args: Any, **options: Any) -> Tensor:
-        self._rewards = super()._calculate_rewards(*args, **options)
+    def resolve_resume(self, resume: str | bool | None) -> str | None:
+        """Return the checkpoint as `ResumableTrainer.resolve_resume` does, and open the journal of the run."""
+        found = super().resolve_resume(resume)
+        if self.policy is not None and self.args.rollout_journal:
+            place = journal_path(Path(self.args.output_dir), self.args.process_index, self.args.world_size)
+            self.journal = Journal(place, keeps=found is not None)
+        return found
+
+    def _calculate_rewards(self, inputs: Any, prompts: Any, completions: Any, *args: Any) -> Tensor:
+        if self._recalled is None:
+            self._rewards = super()._calculate_rewards(inputs, prompts, completions, *args)
+            self._told = prompts, completions
+            self._told_metrics = {name: [*values] for name, values in self._pending_metrics.items()}
+            return self._rewards
+        for name, values in self._recalled[0].get("metrics", {}).items():
+            self._pending_metrics[name].extend(values)
+        own = [[math.nan if value is None else value for value in line["rewards"]] for line in self._recalled]
+        self._rewards = gather(torch.tensor(own, device=self.accelerator.device))
         return self._rewards
+
+    def _draw_number(self) -> int:
+        return int(self._step // self._steps_of_a_draw())
+
+    def _in_journal(self, n: int) -> list[Line] | None:
+        """The lines of the draw in progress; None if it is not in the journal, or if a user's function draws."""
+        if self.journal is None or self.policy is None or not self.model.training or self.draws_by_function:
+            return None
+        return self.journal.draw(self._draw_number(), self.policy.version().id, n)
+
+    def _write(self, journal: Journal, advantages: Tensor) -> None:
+        first = self.args.process_index * len(self.rollouts)
+        rewards = (self._rewards if self._rewards is not None else torch.empty(0)).tolist()
+        weights, lines = self.reward_weights.tolist(), []
+        for row, (rollout, prompt, completion) in enumerate(zip(self.rollouts, *self._told, strict=True)):
+            line = {
+                "step": self.state.global_step, "row": first + row, "prompt": prompt, "completion": completion,
+                "functions": self.reward_func_names, "advantage": advantages[row].item(),
+                "reward": sum(
+                    w * own for w, own in zip(weights, rewards[first + row], strict=True) if not math.isnan(own)
+                ),
+                "rewards": [None if math.isnan(value) else value for value in rewards[first + row]],
+            }  # fmt: skip
+            observed = {"observation": self.observations[row]} if self.observations else {}
+            lines.append(line | observed | rollout.line())
+        lines[0]["metrics"] = self._told_metrics
+        journal.write(self._draw_number(), lines)
 
     def _without_rounding(self, advantages: Tensor) -> None:
         """Set advantages of groups with equal rewards to 0, in place: TRL leaves the rounding of their mean."""

@@ -74,6 +74,10 @@ class RolloutsPart(_Part):
         description="who draws the answers: the engine, or transformers' generate; `auto` is the engine if it can "
         "([answers.md](answers.md))",
     )
+    journal: bool = Field(
+        default=True,
+        description="keep the engine's rollouts in `rollouts/` of the output, which `veneer samples` and a resume read",
+    )
 
 
 class Written(_Part):

@@ -28,6 +28,7 @@ ELSEWHERE = {
     "completion_only_loss": "as data.train_on (answers or everything)",
     "reward_weights": "in rewards, as weight of each function",
     "rollout_engine": "in rollouts, as engine",
+    "rollout_journal": "in rollouts, as journal",
 }
 
 NOWHERE = {

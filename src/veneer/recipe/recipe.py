@@ -17,7 +17,7 @@ from veneer.recipe.distributed_part import ROWS_OF_A_PROCESS, dealing_problems
 from veneer.recipe.keys import keys_of, typed
 from veneer.recipe.methods import adapter_config, imported, name_of, usual_learning_rate
 from veneer.recipe.optimizers import steps_in_backward
-from veneer.recipe.parts import Written
+from veneer.recipe.parts import RolloutsPart, Written
 from veneer.recipe.problems import problems_of
 from veneer.recipe.rewards import reward_function
 from veneer.recipe.tasks import KEYS, settings_of
@@ -116,6 +116,10 @@ def _n_processes() -> int:
     return distributed.get_world_size() if met else group_size()
 
 
+def _of_rollouts(part: RolloutsPart) -> dict[str, Any]:
+    return {"rollout_engine": part.engine, "rollout_journal": part.journal}
+
+
 def _defaults(recipe: Recipe) -> dict[str, Any]:
     evaluates = recipe.data.holds_out
     return {
@@ -135,5 +139,5 @@ def _defaults(recipe: Recipe) -> dict[str, Any]:
         "gradient_checkpointing": False,
         "report_to": ["tensorboard"],
         **({"reward_weights": recipe.reward_functions()[1]} if recipe.rewards else {}),
-        **({"rollout_engine": recipe.rollouts.engine} if KEYS[recipe.task].rewards else {}),
+        **(_of_rollouts(recipe.rollouts) if KEYS[recipe.task].rewards else {}),
     }
