@@ -88,7 +88,7 @@ def _with_layout(plain: Callable[..., Any]) -> Callable[..., Any]:
             if counts_positions(self) and kwargs.get("position_ids") is None:
                 real = mask.given["attention_mask"]
                 if real is None:
-                    place = cast(Any, self).embed_positions.weight.device
+                    place = next(self.parameters()).device  # XGLM computes its table of positions: it holds no weight
                     real = torch.ones(mask.size_of_batch, dtype=torch.long, device=place)
                 kwargs["position_ids"] = (real.cumsum(dim=1) * real - 1).long()
         return plain(self, *args, **kwargs)
