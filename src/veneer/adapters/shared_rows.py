@@ -58,9 +58,10 @@ def shared_rows(
 
 @dataclass(frozen=True, slots=True)
 class _Row:
-    """Real tokens of a row, the number of padding tokens before them, and the places of those that count as labels."""
+    """Real tokens of a row, their labels, the padding before them, and the places of the labels that count."""
 
     ids: list[int]
+    labels: list[int]
     before: int
     counted: list[int]
 
@@ -71,8 +72,9 @@ class _Row:
         before = real[0] if real else 0
         if real and real[-1] - before + 1 != len(real):
             return None
+        own = slice(before, before + len(real))
         counted = [place for place in range(1, len(real)) if labels[before + place] != IGNORED]
-        return cls(ids[before : before + len(real)], before, counted)
+        return cls(ids[own], labels[own], before, counted)
 
     @property
     def first(self) -> int:
@@ -106,7 +108,7 @@ class _Building:
             forked = len(self.ids) if place == 0 else forked
             for each in row.counted:
                 self.predicting.append(start + each - 1 if each <= n else own + each - 1 - n)
-                self.labels.append(row.ids[each])
+                self.labels.append(row.labels[each])
                 self.places.append(number * (self.width - 1) + row.before + each - 1)
         if len(self.ids) > forked:
             self.forks.append(Fork(slice(start, start + n), slice(forked, len(self.ids))))

@@ -32,8 +32,11 @@ def equal_groups(rewards: Float[Tensor, "b functions"], n: int) -> Tensor:
 def by_prompt(batches: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return micro-batches of the same rows and sizes in which rows of one prompt are neighbours.
 
-    Prompts are in the order in which they first appear.
+    Prompts are in the order in which they first appear. Batches with images, whose tensors hold patches and not rows,
+    stay as they are.
     """
+    if any(isinstance(value, list) for value in batches[0].values()):
+        return list(batches)
     whole = {key: _joined([batch[key] for batch in batches]) for key in batches[0]}
     prompts = [tuple(row) for row in torch.cat([whole["prompt_ids"], whole["prompt_mask"]], dim=1).tolist()]
     first = {prompt: place for place, prompt in reversed(list(enumerate(prompts)))}

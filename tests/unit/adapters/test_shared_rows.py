@@ -111,6 +111,16 @@ def test_methods_and_a_trained_head(monkeypatch):
         assert all((a - b).norm() <= 2e-5 * b.norm() for a, b in zip(own, theirs, strict=True))
 
 
+def test_labels_may_be_other_tokens_than_the_rows_hold(monkeypatch):
+    inputs = batch()
+    counted = inputs["labels"] != -100
+    inputs["labels"][counted] = (inputs["labels"][counted] * 7 + 3) % 99
+    model = made(r=3)
+    (plain, theirs), (ours, own) = (found(model, inputs, PreferenceScoring(), monkeypatch, s) for s in (False, True))
+    torch.testing.assert_close(ours.log_probs, plain.log_probs, rtol=1e-5, atol=2e-5)
+    assert all((a - b).norm() <= 2e-5 * b.norm() for a, b in zip(own, theirs, strict=True))
+
+
 def test_a_prompt_is_there_once():
     inputs = batch()
     rows = shared_rows(*inputs.values())

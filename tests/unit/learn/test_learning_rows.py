@@ -91,3 +91,13 @@ def test_rows_and_groups():
         for a, b in ((1, 2), (2, 1))
     ]
     assert [batch["prompt_ids"].flatten().tolist() for batch in by_prompt(parts)] == [[1, 1], [2, 2]]
+
+
+def test_batches_with_images_stay_as_they_are():
+    """The first has two rows of one image and of two, the second of three and of none: 6 patches in all, not 4."""
+    parts = [
+        {"prompt_ids": torch.tensor([[a], [b]]), "prompt_mask": torch.ones(2, 1), "num_images": images,
+         "pixel_values": torch.arange(float(sum(images)))}
+        for a, b, images in ((1, 2, [1, 2]), (2, 1, [3, 0]))
+    ]  # fmt: skip
+    assert by_prompt(parts) == parts
