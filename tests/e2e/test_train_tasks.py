@@ -169,3 +169,34 @@ def test_dpo_killed_and_resumed_is_the_run_that_was_not(project: Path) -> None:
     logs = [json.loads((project / name / "run.json").read_text())["log"] for name in ("whole", "dpo")]
     kept = [[{k: v for k, v in line.items() if not k.startswith(("train_", "total_"))} for line in log] for log in logs]
     assert kept[0] == kept[1]
+
+
+@pytest.mark.parametrize("task", ["grpo", "rloo"])
+def test_rollouts_are_shown_before_a_run_and_after_it(project: Path, task: str) -> None:
+    def told(*command: Any, status: int = 0) -> str:
+        found = CliRunner().invoke(app, [*map(str, command)])
+        assert found.exit_code == status, found.output
+        return found.output
+
+    data = {"train": "prompts.jsonl", "prompt": "{question}"}
+    settings = {**TRAINING, "num_generations": 2, "max_completion_length": 7}
+    reward = [{"function": "length", "target": 3}]
+    for engine in ("auto", "generate"):
+        path = write(project, task, data, training=settings, rewards=reward, rollouts={"engine": engine})
+        found = told("train", path, "--show-rollouts", 3)
+        assert found.count("step 0, row ") == 4
+        assert "prompt: 1+1\n" in found
+        assert "4 answers to 2 prompts: reward " in found
+        assert not (project / task).exists()
+    path = write(project, task, data, training=settings, rewards=[{"function": "regex", "pattern": "never here"}])
+    assert "0 of 2 groups have different rewards\nAnswers of equal rewards teach nothing" in told(
+        "train", path, "--show-rollouts", 4
+    )
+    assert "must be at least 1" in told("train", path, "--show-rollouts", 0, status=2)
+    sft = write(project, "sft", {"train": "pairs.jsonl"})
+    assert "task sft draws no answers to learn from" in " ".join(
+        told("train", sft, "--show-rollouts", 4, status=2).split()
+    )
+    path = write(project, task, data, training=settings, rewards=reward)
+    train(path)
+    assert told("samples", project / task, "--step", 3, "--limit", 1).startswith("step 3, row 0 · reward ")

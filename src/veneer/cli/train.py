@@ -18,6 +18,7 @@ from veneer.plan.presets import require_weights
 from veneer.ray.place import RayCluster, place_of, require_ray
 from veneer.recipe.adapter import names_of
 from veneer.recipe.commented import commented_recipe
+from veneer.recipe.distributed_part import GENERATING
 from veneer.recipe.early import refuse_early
 from veneer.recipe.known import declared_methods
 from veneer.recipe.readers import refuse_rows
@@ -38,6 +39,10 @@ Overrides = Annotated[
 _PrintRecipe = Annotated[bool, typer.Option("--print-recipe", help="Print a recipe with comments and leave.")]
 _ShowSample = Annotated[
     bool, typer.Option("--show-sample", help="Print one row with its trained tokens coloured and leave.")
+]
+_ShowRollouts = Annotated[
+    int | None,
+    unset("N", "Draw and reward N answers (of grpo and rloo), print them and leave.", "--show-rollouts"),
 ]
 _BeyondMemory = Annotated[
     bool, typer.Option("--beyond-memory", help="Train although the plan says that memory will not do.")
@@ -76,6 +81,7 @@ def train(
     overrides: Overrides = None,
     print_recipe: _PrintRecipe = False,
     show_sample: _ShowSample = False,
+    show_rollouts: _ShowRollouts = None,
     resume: MaybeResume = None,
     allow_changes: AllowChanges = False,
     beyond_memory: _BeyondMemory = False,
@@ -96,12 +102,15 @@ def train(
         raise ConfigError("--allow-changes says how a run goes on, so it needs --resume beside it")
     join_slurm(os.environ)
     values = read_values(recipe, overrides or [])
-    place = None if show_sample else _place(on, values, processes)
-    starts = starts_processes(processes) and not show_sample
+    shows = show_sample or show_rollouts is not None
+    if show_rollouts is not None:
+        _require_rollouts(show_rollouts, values)
+    place = None if shows else _place(on, values, processes)
+    starts = starts_processes(processes) and not shows
     # A member of a sweep trains in one process, wherever it is.
     on_ray = None if place is None or PART in values else place.n_workers
     refuse_early(values, str(recipe), begins=resume != "last", n_processes=processes if starts else on_ray)
-    if PART not in values and not show_sample:
+    if PART not in values and not shows:
         refuse_place(values, resume if resume == "auto" else resume == "last")
     if resume != "last":
         refuse_rows(values, recipe)
@@ -118,6 +127,7 @@ def train(
         wanted = parsed(values, recipe)
     asked = TrainOptions(
         show_sample=show_sample,
+        show_rollouts=show_rollouts,
         resume=resume if resume == "auto" else resume == "last",
         allow_changes=allow_changes,
         beyond_memory=beyond_memory,
@@ -125,6 +135,19 @@ def train(
         on=None if place is None else OnRay(place, recipe, overrides or []),
     )
     carried_out(wanted, asked)
+
+
+def _require_rollouts(n: int, values: Mapping[str, Any]) -> None:
+    """Raise ConfigError if there are no rollouts to show."""
+    if n < 1:
+        raise ConfigError(f"--show-rollouts {n} must be at least 1")
+    task = values.get("task", "sft")
+    if task not in GENERATING or PART in values:
+        which = "a sweep" if PART in values else f"task {task}"
+        raise ConfigError(
+            f"--show-rollouts: {which} draws no answers to learn from; {' and '.join(GENERATING)} do. --show-sample "
+            "shows a row"
+        )
 
 
 def _place(on: str | None, values: Mapping[str, Any], processes: int | None) -> RayCluster | None:

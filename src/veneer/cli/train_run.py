@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ import datasets
 from rich.console import Console
 
 from veneer.cli.bases import compare_bases
+from veneer.cli.pages.samples import shown
 from veneer.contract.source import adapter_folder
 from veneer.errors import ConfigError
 from veneer.plain.group import n_on_this_machine
@@ -36,7 +38,7 @@ from veneer.train.output import (
     usable,
 )
 from veneer.train.processes import by_main, is_main, meet, n_processes, part, together
-from veneer.train.recipe_trainer import require_not_in_base
+from veneer.train.recipe_trainer import make_trainer, require_not_in_base
 from veneer.train.record.going_on import changes_since
 from veneer.train.record.place import Resume, continues
 from veneer.train.record.record import record_of
@@ -62,6 +64,7 @@ class TrainOptions:
     """Options of the command."""
 
     show_sample: bool
+    show_rollouts: int | None
     resume: Resume
     allow_changes: bool
     beyond_memory: bool
@@ -82,6 +85,8 @@ def carried_out(wanted: Recipe | Sweep, asked: TrainOptions) -> None:
     with without_bars(), _rows_counted_in_terminals():
         if asked.show_sample:
             _show_sample(wanted if isinstance(wanted, Recipe) else wanted.members[0].recipe, console)
+        elif isinstance(wanted, Recipe) and asked.show_rollouts is not None:
+            _show_rollouts(wanted, asked.show_rollouts, console)
         elif isinstance(wanted, Recipe) and asked.on is not None:
             _train_on_ray(wanted, asked, asked.on, console)
         elif isinstance(wanted, Recipe):
@@ -118,6 +123,31 @@ def _show_sample(recipe: Recipe, console: Console) -> None:
         if len(samples) > 1 or recipe.task != "sft":
             console.print(f"{name}:", style="bold", highlight=False)
         console.print(shown_sample(sample, tokenizer, marks=not console.is_terminal))
+
+
+def _show_rollouts(recipe: Recipe, n: int, console: Console) -> None:
+    """Draw, reward and print answers; nothing is trained, and no file is left."""
+    require_data_files(recipe.data)
+    with tempfile.TemporaryDirectory() as place:
+        trainer: Any = make_trainer(recipe.model_copy(update={"output": place}))
+        lines = trainer.show_rollouts(n)
+    for line in lines:
+        console.print(shown(line), highlight=False)
+    rewards = [line["reward"] for line in lines]
+    size = trainer.num_generations
+    groups = [rewards[start : start + size] for start in range(0, len(rewards), size)]
+    learning = sum(min(group) != max(group) for group in groups)
+    console.print(
+        f"{len(lines)} answers to {len(groups)} prompts: reward {sum(rewards) / len(rewards):.3g} in the mean, from "
+        f"{min(rewards):.3g} to {max(rewards):.3g}. {learning} of {len(groups)} groups have different rewards",
+        style="bold", highlight=False,
+    )  # fmt: skip
+    if not learning:
+        console.print(
+            "Answers of equal rewards teach nothing: raise training.temperature or training.num_generations, choose "
+            "easier prompts, or let a reward tell better answers from worse ones",
+            highlight=False,
+        )
 
 
 def _require_startable(recipe: Recipe, asked: TrainOptions) -> None:

@@ -73,7 +73,7 @@ class DrawingTrainer(PreferenceTrainer):
     policy: Policy | None = None
     _n_evaluated = 0  # answers, in this evaluation
     journal: Journal | None = None
-    rollouts: Sequence[Rollout] = ()  # of the last draw
+    rollouts: list[Rollout]  # of the last draw
     observations: Sequence[Any] = ()  # of environments, at the beginning of each
     draws_by_function = False  # a user's
     _recalled: list[Line] | None = None  # the draw in progress, if it is in the journal
@@ -174,12 +174,12 @@ class DrawingTrainer(PreferenceTrainer):
         self._n_calls, self.observations, self.rollouts = 0, [], []
         self._recalled = self._in_journal(len(inputs))
         found: dict[str, Any] = super()._generate_and_score_completions(inputs)
-        if self.journal is not None and self.model.training and self._recalled is None and self.rollouts:
-            self._write(self.journal, found["advantages"])
         if self.policy is None or not self.policy.has_drawn:
             return found
         found["sampling_per_token_logps"] = self.policy.logprobs(found["completion_ids"])
         self._without_rounding(found["advantages"])
+        if self.journal is not None and self.model.training and self._recalled is None:
+            self.journal.write(self._draw_number(), self._lines(found["advantages"]))
         if (mass := self.policy.kept_mass) < 1:
             self._metrics["train" if self.model.training else "eval"]["rollouts/kept_mass"].append(mass)
         if self.policy.is_exact and not self.policy.is_proved and self.model.training:
@@ -187,6 +187,23 @@ class DrawingTrainer(PreferenceTrainer):
                 self._prove(self.policy, found)
         self.policy.end()
         return found
+
+    def show_rollouts(self, n: int) -> list[Line]:
+        """Draw and reward ``n`` answers, rounded up to whole groups, to the first prompts; return them as lines of a
+        journal. Nothing is trained or written. Raises as a step does.
+        """
+        size, rows = self.num_generations, self.train_dataset
+        groups = min(-(-n // size), len(rows))
+        self.model.train()
+        with random_state_kept(), self.dropout_as_set():
+            found = self._generate_and_score_completions([dict(rows[i // size]) for i in range(groups * size)])
+        if not self.rollouts:  # transformers drew, or a rollout function
+            ids = [
+                own[mask.bool()].tolist()
+                for own, mask in zip(found["completion_ids"], found["completion_mask"], strict=True)
+            ]
+            self.rollouts = [Rollout([], own, [], [1] * len(own), [], [], None, None) for own in ids]
+        return self._lines(found["advantages"])
 
     def resolve_resume(self, resume: str | bool | None) -> str | None:
         """Return the checkpoint as `ResumableTrainer.resolve_resume` does, and open the journal of the run."""
@@ -217,7 +234,8 @@ class DrawingTrainer(PreferenceTrainer):
             return None
         return self.journal.draw(self._draw_number(), self.policy.version().id, n)
 
-    def _write(self, journal: Journal, advantages: Tensor) -> None:
+    def _lines(self, advantages: Tensor) -> list[Line]:
+        """The answers of the last draw as lines of a journal."""
         first = self.args.process_index * len(self.rollouts)
         rewards = (self._rewards if self._rewards is not None else torch.empty(0)).tolist()
         weights, lines = self.reward_weights.tolist(), []
@@ -233,7 +251,7 @@ class DrawingTrainer(PreferenceTrainer):
             observed = {"observation": self.observations[row]} if self.observations else {}
             lines.append(line | observed | rollout.line())
         lines[0]["metrics"] = self._told_metrics
-        journal.write(self._draw_number(), lines)
+        return lines
 
     def _without_rounding(self, advantages: Tensor) -> None:
         """Set advantages of groups with equal rewards to 0, in place: TRL leaves the rounding of their mean."""

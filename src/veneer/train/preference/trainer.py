@@ -8,7 +8,7 @@ import logging
 import warnings
 from collections import defaultdict
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -134,11 +134,17 @@ class PreferenceTrainer(RunTrainer):
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **options: Any) -> TrainOutput:
         """Train as `RunTrainer.train` does; with ``disable_dropout`` no adapter applies dropout."""
-        with ExitStack() as stack:
-            stack.enter_context(_without_old_names())
-            if self.args.disable_dropout and isinstance(self.model, PeftModel):
-                stack.enter_context(self.model.adapter_state.without_dropout())
+        with _without_old_names(), self.dropout_as_set():
             return super().train(resume_from_checkpoint, **options)
+
+    @contextmanager
+    def dropout_as_set(self) -> Iterator[None]:
+        """Context in which no adapter applies dropout, if ``disable_dropout`` says so."""
+        if self.args.disable_dropout and isinstance(self.model, PeftModel):
+            with self.model.adapter_state.without_dropout():
+                yield
+        else:
+            yield
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
