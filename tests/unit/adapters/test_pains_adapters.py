@@ -88,7 +88,7 @@ def test_pain_02_tied_embeddings_stay_tied_and_off_the_disk(
     assert torch.allclose(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "merged"), ids), wanted, atol=1e-5)
 
 
-def test_pain_03_keys_that_do_not_load_are_all_named(tiny: Make, tmp_path: Path) -> None:
+def test_pain_03_keys_that_do_not_load_are_counted_and_named(tiny: Make, tmp_path: Path) -> None:
     get_peft_model(tiny(), CONFIG).save_pretrained(tmp_path)
     tensors = load_file(tmp_path / "adapter_model.safetensors")
     moved = [key for key in tensors if "layers.1.self_attn" in key]

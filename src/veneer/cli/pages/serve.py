@@ -89,7 +89,7 @@ class ServeArguments:
     served_model_name: Annotated[str | None, unset("NAME", "The base's name; by default MODEL.")] = None
     max_model_len: Annotated[int | None, unset("N", "Longest prompt with its answer, in tokens.", min=1)] = None
     max_loras: Annotated[int | None, unset("N", "Adapters kept loaded at most.", min=1)] = None
-    kv_gib: Annotated[float | None, unset("X", "Memory for keys and values, in GiB.")] = None
+    kv_gib: Annotated[float | None, unset("X", "Memory for keys, values and adapters, in GiB.")] = None
     adapter_cache: Annotated[str | None, unset("FOLDER", "Keep packed adapters here, and load them from here.")] = None
     adapter_cache_gib: Annotated[float | None, unset("X", "Largest size of that folder, in GiB; by default 8.")] = None
     general_runner: _GeneralRunner = False
