@@ -87,7 +87,10 @@ def _engine_problems(args: Any) -> list[str]:
             "training. Set vllm_mode='colocate', which asks for veneer's engine"
         )
     if args.vllm_tensor_parallel_size != 1:
-        found.append(f"vllm_tensor_parallel_size={args.vllm_tensor_parallel_size} must be 1: the base is not cut")
+        found.append(
+            f"vllm_tensor_parallel_size={args.vllm_tensor_parallel_size} must be 1: the drawing "
+            "engine does not split the base over devices. Leave it out"
+        )
     if args.rollout_engine == "generate":
         found.append("use_vllm=True asks for the engine, and rollout_engine='generate' for transformers: drop one")
     return found

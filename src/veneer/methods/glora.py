@@ -105,12 +105,12 @@ class GloraConfig(LinearMethod):
         return LinearDelta(adds=self._adds(site, params), bias=self._bias(site, params))
 
     def _kinds(self, site: LinearSite) -> dict[str, str]:
-        """The kind of each of the five: those that act on a bias are left out where there is none."""
+        """Return the kind of each part A to E. C, D and E act on the bias: "none" in a layer without one."""
         of_bias = (self.config_C, self.config_D_E, self.config_D_E) if site.has_bias else ("none",) * 3
         return dict(zip("ABCDE", (self.config_A_B, self.config_A_B, *of_bias), strict=True))
 
     def _parts(self, path: str, kind: str, site: LinearSite) -> Shapes:
-        """The tensors of one of the five. D and E have a number for each output, in one dimension."""
+        """Return the shapes of one part, A to E. D and E have one dimension: a number for each output."""
         o, i = site.out_features, site.in_features
         rows, *columns = {"A": (o, i), "B": (o, i), "C": (i, 1)}.get(path, (o,))
         of_kind: dict[str, Shapes] = {

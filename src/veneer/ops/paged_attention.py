@@ -107,7 +107,7 @@ def padded(head_dim: int) -> int:
 
 
 class PageTables:
-    """Page tables of the last step as arrays: a tuple that was in it is not read again."""
+    """Page tables as arrays. A tuple that the last step already used is not converted again."""
 
     def __init__(self) -> None:
         self._now: dict[int, tuple[Sequence[int], Sequence[int], int]] = {}

@@ -47,10 +47,10 @@ KERNEL_TOUCHES = 3
 
 @dataclass(frozen=True, slots=True)
 class Codec:
-    """Kernel that decodes a tile of a weight in blocks, and numbers that it is given of the codes.
+    """Kernel that decodes a tile of a weight in blocks, and the numbers that choose its variant.
 
-    Of ``ggml_decode`` the type's number; of ``scaled_decode`` the bits, the coding, how scales and zeros are stored (-1
-    without zeros), whether a number divides all scales, the outputs and inputs of a group, and the rounding.
+    For ``ggml_decode``: the type's number. For ``scaled_decode``, in order: bits, coding, storage of scales, storage of
+    zeros (-1 without zeros), whether a number divides all scales, outputs of a group, inputs of a group, rounding.
     """
 
     kernel: str

@@ -72,7 +72,7 @@ def _parts(groups_of: Callable[[slice], CodeGroups], o: int, i: int) -> Iterator
 
 
 def _groups_of(weight: BlockWeight) -> Callable[[slice], CodeGroups] | None:
-    """Function from rows to their codes and scales; None where they have no common form."""
+    """Return a function that gives codes and scales of a slice of rows; None if `CodeGroups` cannot express them."""
     if isinstance(weight, GgmlWeight):
         return weight.groups if weight.is_narrow else None
     if not isinstance(weight, ScaledWeight) or (isinstance(weight, GroupedWeight) and weight.order is not None):

@@ -40,7 +40,7 @@ class _News:
             self._there.set()
 
     async def take(self) -> list[RequestOutput]:
-        """All of them, once there are any; none if `wake` was called."""
+        """Wait for outputs and return all of them; return an empty list if `wake` was called."""
         await self._there.wait()
         self._there.clear()
         self._last.clear()

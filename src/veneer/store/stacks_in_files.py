@@ -25,9 +25,10 @@ Place = tuple[tuple[int, int, int], torch.dtype]
 
 @dataclass(frozen=True)
 class StackInFiles:
-    """Stack of the model in the files: its storage format, and its tensors by their names below the experts' path.
+    """Stack of experts as the checkpoint stores it.
 
-    ``layers`` are the quantized layers of the files that it is made of.
+    ``spec`` is the storage format. ``parts`` are the tensors, by their names below the experts' path. ``layers`` are
+    the quantized layers of the files that make up the stack.
     """
 
     spec: StackSpec

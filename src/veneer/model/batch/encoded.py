@@ -43,7 +43,7 @@ class EncodingModel(CachingModel):
         return Extended(torch.cat([unread, logits[-len(tokens) :]]), logits.new_empty(0, 0))
 
     def _read(self, held: Held, prompt: Sequence[int], answer: list[int]) -> Tensor:
-        """Logits of an answer, the first token's too, or none while tokens of the prompt are to come."""
+        """Return logits for every token of the answer. They are empty until the whole prompt has arrived."""
         whole = [*held.tokens, *prompt]
         if len(whole) < held.n_prompt:
             return torch.zeros(0, self.model.config.get_text_config(decoder=True).vocab_size)

@@ -168,8 +168,9 @@ def _weighed(block: FusedBlock, change: Tensor) -> Tensor:
 
 
 def _positions(tables: tuple[Tensor, Tensor] | None, mask: LayoutMask, program: BlockProgram) -> PackedPositions:
-    """Tables of cosines and sines as kernels read them, each angle once. transformers' hold it twice, GPT-J's once. A
-    layer without rotation reads none.
+    """Return cosine and sine tables for the kernels, with each angle once; None for a layer without rotary embedding.
+
+    transformers' tables repeat each angle, GPT-J's do not.
     """
     if tables is None or program.rotary is None:
         return PackedPositions(None, None, mask.cu_seqlens, mask.forks)

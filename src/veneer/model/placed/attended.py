@@ -111,7 +111,7 @@ class AttendedPrompts(Holder):
         return change
 
     def _turned_queries(self) -> Tensor:
-        """The queries of this pass, (b, t, heads, k), which are not kept any longer."""
+        """Return this pass's queries, (b, t, heads, k), after rotary embedding, and release the stored copy."""
         joined, angles = cast(Tensor, self._queries), self._angles
         self._queries, self._angles = None, None
         width = joined.shape[-1] // 3 if self.family.joined else joined.shape[-1]

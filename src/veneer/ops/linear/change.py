@@ -199,7 +199,7 @@ def _product_backward(change: Change, dz: Tensor, x: Tensor, dx: Tensor | None, 
 
 
 def _is_made(change: Change, x: Tensor, layer: LinearLayer) -> bool:
-    """Return True if the change is used as one matrix for rows such as x, since no kernel maps them by its form."""
+    """Return True if the change must be a dense matrix for rows like x: no kernel applies it in factored form."""
     dtype = torch.float32 if x.device.type != "cuda" and float32_is_faster() else x.dtype  # of the matrix product
     by_matrix = layer.is_batch(len(x)) and change.is_made_for(len(x), dtype)
     return by_matrix and form_of(change, x, layer) is None

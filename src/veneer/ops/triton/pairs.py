@@ -157,7 +157,7 @@ def _acted(u, kind):
 
 @triton.jit
 def _between(u, segment, places, inside):
-    """A layer's values between the products, from the sums of the first: with core, bias and activation, if any."""
+    """Turn the first product's sums into the second's input: apply core, bias and activation, if there are any."""
     if tl.load(segment + _FORM) != 0:
         core, bias = tl.load(segment + _CORE), tl.load(segment + _BIAS)
         if core != 0:

@@ -1,7 +1,7 @@
-"""Choice of tokens in Triton, equal to the reference to the token.
+"""Choice of tokens in Triton: draws exactly the tokens that the reference draws.
 
-The numbers of all rules reach the device by one copy, and the results come back by one. A program has a row. It finds
-thresholds by bisection on the order of floats, so the vocabulary is never sorted but for the likeliest ids.
+The numbers of all rules reach the device by one copy, and the results come back by one. Each Triton program handles one
+row. It finds thresholds by bisection over the ordering of floats, so only the likeliest ids are ever sorted.
 """
 
 from __future__ import annotations

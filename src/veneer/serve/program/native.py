@@ -205,7 +205,7 @@ class NativeStretch:
     def _registers(self, frame: Frame, n: int) -> list[int]:
         """Return the places of all registers, n rows each. The frame then has memory for those that will be written.
 
-        Raises ShapeError where an operation before has left other rows.
+        Raises ShapeError if an earlier operation left a different number of rows.
         """
         if self._laid != (n, self.native.n_moves):
             self._lay(n)

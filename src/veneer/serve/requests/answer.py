@@ -32,7 +32,7 @@ class Answer:
         self._waits = params.output_kind is RequestOutputKind.FINAL_ONLY and not params.stop_strings
 
     def take(self, drawn: DrawnToken, n: int) -> bool:
-        """Add a token that the request already has, its ``n``-th; return True if it completes a stop string."""
+        """Add the request's ``n``-th token to the answer. Return True if it completes a stop string."""
         reason = self.request.finish_reason if n == len(self.request.output) else None
         if drawn.logprobs is not None:
             self.logprobs.append(decoded(drawn.logprobs, self._tokenizer))

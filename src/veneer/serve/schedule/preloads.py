@@ -28,8 +28,8 @@ class Preload:
 class Preloads:
     """Preloads by version. Each counts in the pool as a request that waits, so that its version stays known.
 
-    ``adapters`` are those that have a name, by their names. ``dropped`` are the numbers up to which requests do not
-    bring a name back.
+    ``adapters`` are the named adapters. ``dropped`` gives, for each removed name, the highest request number that may
+    no longer register it.
     """
 
     def __init__(self, pool: AdapterPool, adapters: dict[str, LoRARequest], dropped: LruCache[str, int]) -> None:

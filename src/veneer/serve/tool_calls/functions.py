@@ -38,7 +38,7 @@ class Function:
         kind = None if self.parameters is None else self.parameters.get("type", "object")
         if kind not in (None, "object"):
             raise ConfigError(
-                f"function {self.name!r}: parameters is a schema of type {kind!r}: arguments are an object. Set "
+                f"function {self.name!r}: parameters has type {kind!r}, but arguments are always an object. Set "
                 '"type": "object" and name each argument in "properties"'
             )
         given = {} if self.parameters is None else self.parameters
