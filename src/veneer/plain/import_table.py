@@ -90,13 +90,20 @@ def _text(models: Path, read: Read) -> str:
 
 
 def _file(models: Path) -> Path | None:
-    """The file of an installed package, named by its stamps; None for a package in development, which changes."""
+    """The file of an installed package, named by its stamps.
+
+    None for a package in development, which changes, and for a user without a home.
+    """
     records = list(models.parents[1].glob("transformers-*.dist-info/RECORD"))
     if len(records) != 1:
         return None
+    try:
+        folder = cache_dir() / "imports"
+    except RuntimeError:  # of pathlib: a container's user may have no name, and no HOME
+        return None
     stamps = [(str(path), path.stat().st_mtime_ns) for path in (records[0], models)]
     name = hashlib.blake2b(repr(stamps).encode(), digest_size=8).hexdigest()
-    return cache_dir() / "imports" / f"transformers-{name}.json"
+    return folder / f"transformers-{name}.json"
 
 
 def _encoded(table: Any) -> Any:

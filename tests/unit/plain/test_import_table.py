@@ -10,6 +10,7 @@ from types import ModuleType
 import pytest
 import transformers.utils.import_utils as own
 
+from veneer.plain import import_table
 from veneer.plain.import_table import TableFinder, table_kept
 
 READS = """
@@ -62,6 +63,8 @@ def test_files_are_read_once_for_an_installation(tmp_path: Path, monkeypatch: py
     loaded(utils).create_import_structure_from_path(models)
     assert len(list(kept.parent.iterdir())) == 2
     monkeypatch.setenv("VENEER_CACHE", str(kept / "no folder"))
+    assert "llama" in loaded(utils).create_import_structure_from_path(models)
+    monkeypatch.setattr(import_table, "cache_dir", Path("~no one").expanduser)  # a user without a home
     assert "llama" in loaded(utils).create_import_structure_from_path(models)
     record.unlink()  # a package in development
     assert "llama" in loaded(utils).create_import_structure_from_path(models)
