@@ -8,7 +8,7 @@ unexport PYTHONDONTWRITEBYTECODE
 
 CUDA_TRITONS = 3.4.0 3.5.1 3.6.0 3.7.0 3.7.1 3.8.0 3.9.0
 
-.PHONY: setup demo test test-all test-ray gpu-compile check docs format clean
+.PHONY: setup demo test test-all test-ray gpu-compile gpu-proof check docs format clean
 .DEFAULT_GOAL := help
 
 help:
@@ -18,6 +18,7 @@ help:
 	@echo "make test-all  set up, then every case of the test suite, as CI does"
 	@echo "make test-ray  the tests of training on a Ray cluster, whose packages go beside the others: build/ray"
 	@echo "make gpu-compile  compile every form of every Triton kernel by each Triton that torch pins, for six capabilities: an hour on two cores"
+	@echo "make gpu-proof  what can be proven of the GPU kernels without one: order, bounds and memory in Triton's interpreter, few forms compiled"
 	@echo "make check   lint, types, layers"
 	@echo "make docs    the site: build/site/index.html"
 	@echo "make format  rewrite the code in the house's format"
@@ -61,6 +62,13 @@ test-ray: setup
 
 gpu-compile: setup
 	$(BIN)/python scripts/compile_triton.py --triton $(CUDA_TRITONS) --capability 8.0 8.6 8.9 9.0 10.0 12.0
+
+# The values of the kernels with the grid run backwards in poisoned memory, then with every tensor fenced on either side;
+# then that all forms compile.
+gpu-proof: setup
+	for way in order behind before; do PYTHONPATH=tests $(BIN)/python -m pytest -n 2 -p hostile --hostile $$way $(PROVEN) || exit 1; done
+	$(BIN)/python scripts/compile_triton.py --triton 3.6.0 3.7.1 3.9.0 --quick
+PROVEN = -k "triton or device" tests/unit/ops tests/unit/model/fused/test_device_laws.py tests/unit/serve/test_device.py tests/unit/optim
 
 check: setup
 	VENV=$(VENV) scripts/check

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from tests.unit.model.steps import quantized, stir
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
+from hostile import WAYS, hostile
 from interpreter import mended_interpreter
 from stand_in import EVERY, OnDevice, put_on_device, stand_in
 from veneer import LoraConfig, get_peft_model
@@ -104,13 +106,13 @@ def test_a_read_put_into_a_block_is_found(monkeypatch: pytest.MonkeyPatch) -> No
     assert all("model/program/stretch.py:" in place for place in reads)  # the line of the package that asked
 
 
-@pytest.mark.parametrize("case", HELD)
-def test_the_device_computes_what_the_cpu_does(case: str) -> None:
-    """The loss to a few roundings of bfloat16, and the gradients."""
+@pytest.mark.parametrize(("case", "way"), [*((case, None) for case in HELD), *(("nf4", way) for way in WAYS)])
+def test_the_device_computes_what_the_cpu_does(case: str, way: str | None) -> None:
+    """The loss to a few roundings of bfloat16, and the gradients, in a hostile interpreter too."""
     model = fused_model(case, 1)
     loss = step(model, IDS, MASK).item()
     expected = {name: p.grad.double() for name, p in model.named_parameters() if p.grad is not None}
-    with stand_in(EVERY):
+    with stand_in(EVERY), nullcontext() if way is None else hostile(way):
         put_on_device(model)
         found = step(model, OnDevice(IDS), OnDevice(MASK)).host
         grads = {name: p.grad.host.double() for name, p in model.named_parameters() if p.grad is not None}
