@@ -14,7 +14,7 @@ determines the kind of site:
 `model.placed.places` has one row for each of the six: how a model's places are found, and how parameters get there. No
 other file asks of which kind a method is. Callers ask for facts, each with an answer for every method:
 ``changes_weights``, ``reads_weight``, ``virtual_tokens``, ``invocation_tokens``, ``input_dependent``, ``by_sequence``,
-``counts_layers``, ``largest_rank``, ``has_network``, ``has_own_loss``.
+``draws_by_token``, ``counts_layers``, ``largest_rank``, ``has_network``, ``has_own_loss``.
 
 Everything else is a capability that a config may return:
 

@@ -195,6 +195,11 @@ class MethodConfig(FrozenConfig):
         return False
 
     @property
+    def draws_by_token(self) -> bool:
+        """Return True if a training pass draws numbers for each token, beside those of a dropout."""
+        return False
+
+    @property
     def has_own_loss(self) -> bool:
         """Return True if the model's loss, with labels, is another than that of the labels."""
         return False

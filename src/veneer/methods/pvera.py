@@ -118,6 +118,10 @@ class PveraConfig(ProjectedMethod):
             )
         return found
 
+    @property
+    def draws_by_token(self) -> bool:
+        return True
+
     def shapes(self, site: LinearSite) -> Shapes:
         return {_B: (site.out_features,), _D: (2 * self.r,)}
 

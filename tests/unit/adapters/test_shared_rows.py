@@ -141,6 +141,7 @@ def test_who_computes_rows_apart(monkeypatch, caplog):
         "not run fused": made(r=3),
         "dropout": made(r=3, lora_dropout=0.1),
         "noise": made(r=3),
+        "for each token": made(method=veneer.PveraConfig, r=3),
         "whole rows": made(r=3, alora_invocation_tokens=[5]),
         "router": made(r=3),
     }
@@ -150,6 +151,7 @@ def test_who_computes_rows_apart(monkeypatch, caplog):
     for reason, model in apart.items():
         assert reason in (cannot_fork(model) or ""), reason
     assert cannot_fork(apart["dropout"].eval()) is None
+    assert cannot_fork(apart["for each token"].eval()) is None
     with caplog.at_level(logging.INFO), torch.no_grad():
         for _ in range(2):
             token_scores(apart["not run fused"], batch(), PreferenceScoring())

@@ -68,6 +68,8 @@ def _drawn_at_random(model: PreTrainedModel) -> str | None:
     state: AdapterState | None = getattr(model, "adapter_state", None)
     if state is not None and state.drops and any(state.configs[name].dropout for name in state.active):
         return "its adapter has dropout, which disable_dropout switches off"
+    if state is not None and any(state.configs[name].draws_by_token for name in state.active):
+        return "its adapter draws numbers for each token"
     if any(isinstance(part, nn.Dropout) and part.p > 0 and part.training for part in model.modules()):
         return "it has dropout"
     noise = getattr(model.get_input_embeddings(), "neftune_noise_alpha", None)
