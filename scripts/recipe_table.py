@@ -21,10 +21,15 @@ from veneer.recipe.adapter import FULL, names_of
 from veneer.recipe.methods import NamedMethod, imported, named_methods
 from veneer.recipe.problems import ELSEWHERE, NOWHERE
 from veneer.recipe.recipe import Recipe, _defaults
+from veneer.recipe.rewards import BUILT_IN
+from veneer.recipe.source_part import SourcePart
+from veneer.recipe.sweep_part import KEYS as SWEEP
 from veneer.train.config import SFTConfig
 
 PACKAGES = ("transformers", "trl")
 _HEAD = "| key | type | default | what it is |\n| --- | --- | --- | --- |"
+_SHORT_HEAD = "| key | what it is |\n| --- | --- |"
+_SWEEP = "Several runs over one base, if the part is there. [sweep.md](sweep.md) says what a member is.\n"
 _INTRO = """# Recipe keys
 
 Made from the code by `scripts/recipe_table.py`, and held equal by a test. `veneer train --print-recipe` prints the
@@ -41,11 +46,38 @@ def page() -> str:
     said = comments()
     top = {name: field for name, field in Recipe.model_fields.items() if not _is_part(field)}
     parts = {name: field for name, field in Recipe.model_fields.items() if _is_part(field)}
-    found = [_INTRO, "## The recipe itself\n", _table(rows_of_fields(top, said, "")), _made_with()]
+    found = [_INTRO, "## The recipe itself\n", _table(rows_of_fields(top, said, "")), *_rewards(), _made_with()]
     for name, field in parts.items():
         title, table = f"## {name}\n", rows_of_part(name, field, said)
         found += [title, *table]
+        if name == "data":
+            found += ["### An entry of `more`\n", _table(rows_of_fields(SourcePart.model_fields, {}, ""))]
+    sweep = (f"| `{key}` | {meaning} |" for key, meaning in SWEEP.items())
+    found += ["## sweep\n", _SWEEP, "\n".join([_SHORT_HEAD, *sweep, ""])]
     return "\n".join(found).rstrip() + "\n"
+
+
+def _rewards() -> list[str]:
+    """The table of an entry of ``rewards``, with the settings of the functions that are built in."""
+    named = ", ".join(f"`{name}`" for name in BUILT_IN)
+    rows = [
+        _row("function", "text", "must be given", f"{named}, or your own as `file.py:function` or `module:function`"),
+        _row("weight", "number", "`1.0`", "factor of the function's rewards in their sum"),
+    ]
+    for name, function in BUILT_IN.items():
+        hints = typing.get_type_hints(function)
+        for key, parameter in inspect.signature(function).parameters.items():
+            if parameter.kind is parameter.KEYWORD_ONLY and key != "completion_ids":
+                given = parameter.default
+                default = "must be given" if given is parameter.empty else _value(given)
+                rows.append(_row(key, told(hints[key]), default, f"of `{name}`, see below"))
+    meanings = [f"- `{name}`: {_first_paragraph(function)}" for name, function in BUILT_IN.items()]
+    own = "Further keys are keyword arguments of your own function."
+    return ["### An entry of `rewards`\n", _table(rows), *meanings, f"\n{own}"]
+
+
+def _first_paragraph(function: Any) -> str:
+    return " ".join((inspect.getdoc(function) or "").replace("``", "`").partition("Raises")[0].split())
 
 
 def rows_of_part(name: str, field: FieldInfo, said: Mapping[str, str]) -> list[str]:
@@ -103,6 +135,8 @@ def told(kind: Any) -> str:
         return told(args[0])
     if kind in names:
         return names[kind]
+    if _is_model(kind):
+        return "keys and values"
     if origin is not None and issubclass(origin, Mapping):
         return "keys and values"
     if origin is not None or kind in (list, tuple, set):
@@ -178,6 +212,7 @@ def documented_fields(config: type) -> dict[str, str]:
 
 
 def _training(said: Mapping[str, str]) -> list[str]:
+    documented = documented_fields(SFTConfig)
     own, held_out = (
         _defaults(Recipe.model_validate({"model": {"source": "x"}, "data": {"train": "x", **more}, "output": "x"}))
         for more in ({}, {"eval_fraction": 0.1})
@@ -189,7 +224,11 @@ def _training(said: Mapping[str, str]) -> list[str]:
     ):
         if spec.name in ELSEWHERE | NOWHERE or not spec.init:
             continue
-        meaning = said.get(f"training.{spec.name}") or _first_sentence(spec.metadata.get("help", ""))
+        meaning = (
+            said.get(f"training.{spec.name}")
+            or documented.get(spec.name)
+            or _first_sentence(spec.metadata.get("help", ""))
+        )
         default = _value(own.get(spec.name, _default(spec)))
         if held_out.get(spec.name) != own.get(spec.name):
             default += f", {_value(held_out[spec.name])} if rows are held out"

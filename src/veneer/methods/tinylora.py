@@ -34,9 +34,10 @@ from veneer.records.sites import LinearSite
 class TinyLoraConfig(LinearMethod):
     """TinyLoRA in PEFT's fields.
 
-    ``r`` is the rank of A and B, and ``u`` the count of numbers in v. ``weight_tying`` is the share of layers that have
-    no v of their own: 0 gives each its own, 1 one to all. P is drawn from ``projection_seed`` plus the layer's index;
-    ``save_projection`` writes it. ``init_weights``: True starts v at zero, "uniform" (False is the same) draws it in
+    ``r`` is the rank of the fixed factors A and B, and ``u`` the count of the trained numbers v of a layer.
+    ``weight_tying`` is the share of layers that reuse another layer's v: with 0 every layer has its own, with 1 all
+    layers share one. The random matrices P are drawn from ``projection_seed`` plus the layer's index;
+    ``save_projection`` writes them. ``init_weights``: True starts v at zero, "uniform" (False is the same) draws it in
     ±``init_v_bound``, so that the start changes the model.
     ``order`` (the index of each adapted layer) is filled in when the adapter is attached.
     """

@@ -13,13 +13,13 @@ class SourcePart(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    source: str
-    weight: float = Field(default=1.0, gt=0, allow_inf_nan=False)
-    count: int | None = Field(default=None, ge=1)
-    prompt: str | None = None
-    completion: str | None = None
-    chat: bool | None = None
-    system: str | None = None
+    source: str = Field(description="as `data.train`")
+    weight: float = Field(default=1.0, gt=0, allow_inf_nan=False, description="how often each row is taken")
+    count: int | None = Field(default=None, ge=1, description="so many rows, in place of a weight")
+    prompt: str | None = Field(default=None, description="as `data.prompt`; together with completion")
+    completion: str | None = Field(default=None, description="as `data.completion`")
+    chat: bool | None = Field(default=None, description="as `data.chat`, whose value it has if left out")
+    system: str | None = Field(default=None, description="as `data.system`, whose value it has if left out")
 
 
 _OF_SFT = ("more", "streaming")

@@ -17,6 +17,13 @@ from veneer.recipe.values import PLACES, beside, put
 
 PART = "sweep"
 _RUNS = ("members", "grid")
+KEYS = {
+    "members": "list of changes, such as {name: small, adapter.r: 4}",
+    "grid": "list of values for each key; every combination is a member",
+    "engine": "process or ray: the members share one pass in this process, or train on the workers of a Ray cluster",
+    "scheduler": "none, or asha, which stops members early",
+    "reduction": "of asha: one in so many members trains on from a rung, by default 3",
+}
 HOW = ("engine", "scheduler", "reduction")  # fields of `train.sweep.recipe.Sweep`
 ENGINES, SCHEDULERS = ("process", "ray"), ("none", "asha")
 REDUCTION = 3  # the usual one
@@ -73,7 +80,7 @@ def _part_problems(part: Any) -> list[str]:
     no_runs = ["sweep: must hold members (a list of changes), grid (a list of values for each key), or both"]
     if not isinstance(part, Mapping) or not part:
         return no_runs
-    known = (*_RUNS, *HOW)
+    known = tuple(KEYS)
     found = [] if any(key in part for key in _RUNS) else no_runs
     found += [f"sweep.{key}: unknown key{perhaps(str(key), known)}" for key in part if key not in known]
     found += _how_problems(part)

@@ -78,7 +78,11 @@ class RunSettings(_Arguments):  # type: ignore[misc]
 
 @dataclass
 class SFTConfig(RunSettings, trl.SFTConfig):  # type: ignore[misc]
-    """TRL's ``SFTConfig`` with the fields of `RunSettings`. Raises ConfigError with all problems at once."""
+    """TRL's ``SFTConfig`` with the fields of `RunSettings`. Raises ConfigError with all problems at once.
+
+    ``loss_type``: "nll" (cross-entropy) or "dft".
+    ``packing_strategy``: "bfd", or "bfd_split", which keeps the ends of sequences longer than ``max_length``.
+    """
 
     def problems(self) -> list[str]:
         """Return all problems of packing, lengths and the kind of loss."""
