@@ -86,7 +86,7 @@ def _pattern(shape: _Shape) -> Pattern:
 
 
 def _lead(signs: Sequence[object], period: int) -> int:
-    """The first block from which on each block equals the one a period later."""
+    """Return the first block from which on each block equals the one a period later."""
     apart = [k for k in range(len(signs) - period) if signs[k] != signs[k + period]]
     return apart[-1] + 1 if apart else 0
 

@@ -67,7 +67,7 @@ def fits(recipe: Recipe, config: PreTrainedConfig, budget: int, bytes_of: Bytes,
 
 
 def _missing(recipe: Recipe, needed: int, changes: Mapping[str, Any], plan: Plan, budget: int) -> str:
-    """The bytes of the smallest setting, the budget that would suffice, and the remaining knobs."""
+    """Return the bytes of the smallest setting, the budget that would suffice, and the remaining knobs."""
     args, weights = recipe.training_config(), plan.held.n_bytes
     told = ", ".join(f"{key}={value}" for key, value in changes.items()) or "the recipe as it is"
     kind = recipe.model.quantization

@@ -220,7 +220,7 @@ def free_here() -> int:
 
 
 def _side(n: int, most: int) -> int:
-    """The side of the product that is measured for one of ``n``."""
+    """Return the side of the product that is measured for one of ``n``."""
     if n <= EXACT_SIDE:
         return n
     power = 1 << (min(n, most).bit_length() - 1)

@@ -112,7 +112,7 @@ def _recipe(general: bool, batch: Batch, checkpointing: bool | str = False) -> R
 
 
 def _step_seconds(config: LlamaConfig, args: Any, adapter: MethodConfig, batch: Batch, clock: Clock) -> float:
-    """The least seconds of several steps after the first ones, by a clock."""
+    """Return the least seconds of several steps after the first ones, by a clock."""
     model = get_peft_model(LlamaForCausalLM(config).to(torch.bfloat16), adapter).train()
     prepare(model, args, with_values=True)
     inputs = batch.inputs(config.vocab_size)

@@ -148,7 +148,7 @@ class Machine:
         return found
 
     def _time(self, plan: Plan, n_rows: int | None) -> dict[str, Any]:
-        """The seconds of a micro-batch as plain numbers."""
+        """Return the seconds of a micro-batch as plain numbers."""
         told = as_json(plan)
         if self.card is None and not knows_run(told) and Rates.here(self.budget).is_new:
             self.budget.begin()  # refused before rows are read, where nothing may be measured
@@ -239,7 +239,7 @@ def shown(plan: Plan, facts: dict[str, Any]) -> Group:
 
 
 def _method(plan: Plan) -> str:
-    """The method, with its rank if it has one. The rank may be the method's default."""
+    """Return the method, with its rank if it has one. The rank may be the method's default."""
     name, rank = plan.recipe.method, getattr(plan.recipe.adapter_config(), "r", None)
     return name if rank is None else f"{name} of rank {rank}"
 
@@ -279,7 +279,7 @@ def _duration_told(low: float, high: float) -> str:
 
 
 def _seconds(time: Mapping[str, Any]) -> str:
-    """The seconds of a micro-batch, or their range."""
+    """Return the seconds of a micro-batch, or their range."""
     low, high = time.get("between", (None, time["seconds_a_step"]))
     if high >= 60:
         return duration(high) if low is None else f"{duration(low)} to {duration(high)}"
@@ -287,7 +287,7 @@ def _seconds(time: Mapping[str, Any]) -> str:
 
 
 def _rows(time: Mapping[str, Any], batch: Batch, aside: Sequence[str] = ()) -> str:
-    """The rows that the seconds refer to, in words, with ``aside`` in one bracket."""
+    """Return the rows that the seconds refer to, in words, with ``aside`` in one bracket."""
     if "rows" not in time:
         return "where its rows are full" + "".join(f" ({each})" for each in aside)
     length, n = time["rows"]["length"], time["rows"]["encoded"]

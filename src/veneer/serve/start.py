@@ -272,7 +272,7 @@ def _limits(model: PreTrainedModel, options: EngineOptions, longest: int) -> Lim
 def _program(
     model: PreTrainedModel, longest: int, *, give_up: bool, switched_off: bool
 ) -> tuple[Interpreter | None, str]:
-    """The model's program, or why there is none."""
+    """Return the model's program, or None and the reason."""
     if switched_off or model.config.is_encoder_decoder:
         return None, "general_runner=True" if switched_off else "it is an encoder with a decoder"
     try:
@@ -434,7 +434,7 @@ def _kept(model: PreTrainedModel, interpreter: Interpreter | None, block: int) -
 
 
 def _position_bytes(model: PreTrainedModel, interpreter: Interpreter, block: int) -> int:
-    """Bytes that a position takes in pages; says where these are not the kernels'."""
+    """Return the bytes of a position in pages; warn if the kernels cannot read such pages."""
     if block % UNIT and model.device.type == "cpu":
         _LOG.warning(
             "block_size=%d is no multiple of %d: torch computes attention, more slowly than the kernels, and the last "

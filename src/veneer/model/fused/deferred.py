@@ -131,8 +131,8 @@ class DeferredLogits(Tensor):
     ) -> Any:
         if torch.is_grad_enabled() and any(_learns(each) for each in tree_leaves((args, kwargs)) if type(each) is cls):
             raise CompositionError(
-                f"{func} reads logits that are not made yet, and its gradient would be of another shape: a function "
-                "under torch.func takes plain tensors. Give it `logits + 0`"
+                f"{func} reads logits that need a gradient and have not been computed yet, which torch.func does not "
+                "allow. Pass a plain tensor: `logits + 0`"
             )
         args, kwargs = tree_map_only(cls, cls.made, (args, kwargs or {}))
         return func(*args, **kwargs)

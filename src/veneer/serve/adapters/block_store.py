@@ -100,7 +100,7 @@ class BlockStore:
         return self._folder / f"{self._key(version).hex()}{_SUFFIX}"
 
     def _read(self, file: FileIO, key: bytes) -> VersionBlock:
-        """The block of an opened file. Raises ValueError for a file that is not of this key, or not whole."""
+        """Return the block of an opened file. Raises ValueError if the file has another key or is cut."""
         n_bytes = os.fstat(file.fileno()).st_size
         head = file.read(_HEAD.size)
         if len(head) < _HEAD.size:
@@ -184,7 +184,7 @@ def _opened(path: Path) -> Iterator[FileIO]:
 
 
 def _open(path: str, flags: int) -> int:
-    """The descriptor of a file, which is no link; a pipe is not waited for."""
+    """Open a file and return its descriptor. Links are refused, and a pipe does not block."""
     return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0))
 
 

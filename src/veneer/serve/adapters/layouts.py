@@ -68,7 +68,7 @@ class Layouts:
 
 @contextmanager
 def _opened(folder: Path) -> Iterator[tuple[Head, FileIO]]:
-    """An adapter's head, and its file at the first value. Raises ValueError for a config that is no JSON."""
+    """Yield an adapter's head, and its file at the first value. Raises ValueError if the config is not JSON."""
     config = _config_of(json.loads((folder / CONFIG_FILE).read_bytes()))
     with (folder / WEIGHTS_FILE).open("rb", buffering=0) as file:
         prefix = file.read(PREFIX_BYTES)

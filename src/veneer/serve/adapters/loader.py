@@ -78,7 +78,7 @@ class Loader(Generic[Read]):
             thread.join()
 
     def _refuse(self, reason: Exception) -> None:
-        """End all loads that wait, for there is no thread to read them."""
+        """End all waiting loads: there is no thread to read them."""
         with self._lock:
             refused, self._thread = [id for id, _ in self._queue], None
             self._queue.clear()

@@ -164,7 +164,7 @@ def version_of(config: MethodConfig, told: str, n_bytes: int, id: str = "") -> A
 
 
 def _mix(parts: Sequence[tuple[AdapterVersion, float]]) -> AdapterVersion:
-    """The version of a weighted sum. Its name depends on files and weights, not on their order; equal files are one."""
+    """Return the version of a weighted sum. Its name is that of files and weights in any order; equal files are one."""
     versions, weights = dict[str, AdapterVersion](), dict[str, float]()
     for version, weight in parts:
         if version.invocation:

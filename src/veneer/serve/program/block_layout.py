@@ -78,7 +78,7 @@ class BlockLayout:
 
     @classmethod
     def _parsed(cls, text: bytes) -> BlockLayout:
-        """The layout of a text whose parts are of the kinds that a layout has."""
+        """Return the layout of a text whose parts are of the kinds that a layout has."""
         form, offsets, n_bytes = json.loads(text)
         changes = [of_form(each, _KINDS) for each in form]
         layout = cls(cast(Any, tuple(changes)), tuple(map(tuple, offsets)), n_bytes, 0, text)

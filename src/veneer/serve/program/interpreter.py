@@ -123,7 +123,7 @@ class Interpreter:
         return {key: segments for key, segments in each if segments is not None}
 
     def _operations(self, step: PassRows, *, by_ids: bool = True) -> list[Call]:
-        """The operations of a pass. Those that the C++ step supports are joined to stretches."""
+        """Return the operations of a pass. Those that the C++ step supports are joined to stretches."""
         if self.native is None:
             return list(self._bound)
         partly = self.native.partly and self.native.partly.intersection(step.versions)

@@ -128,7 +128,7 @@ class NativeStep:
             part.unknown.discard(name)
 
     def _layout_of(self, block: VersionBlock) -> _Layout:
-        """The layout of a block in C++, created with the first version that has it."""
+        """Return the layout of a block in C++, created with the first version that has it."""
         if block.layout not in self._layouts:
             found, changes = _Layout(self._free_layouts.take()), list[ProductChange]()
             for part, change in ((part, part.change(block)) for part in self.known):

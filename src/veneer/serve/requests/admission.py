@@ -75,13 +75,13 @@ class Admission:
         self._n, self._n_tokens = self._n + sign * n, self._n_tokens + sign * n_tokens
 
     def _return_seconds(self, asked: Sequence[CheckedRequest], n_waiting: int) -> float:
-        """The seconds until there is room for refused requests, after those refused earlier."""
+        """Return the seconds until there is room for refused requests, after those refused earlier."""
         over = self._n_over(asked)
         with self._lock:
             return self._places.seconds(_size(asked)[0], n_waiting, lambda ahead: self.rate.seconds(over + ahead))
 
     def _n_over(self, asked: Sequence[CheckedRequest]) -> int:
-        """The number of answers that must leave before these have room, if each has as many tokens as the mean."""
+        """Return how many answers must leave before these have room, if each has the mean number of tokens."""
         n, n_tokens = _size(asked)
         n_there, n_tokens_there = self._n + len(self._waiting), self._n_tokens + self._waiting.n_tokens
         over = n_there + n - self._limits.max_waiting
@@ -90,5 +90,5 @@ class Admission:
 
 
 def _size(asked: Sequence[CheckedRequest]) -> tuple[int, int]:
-    """The number of answers, and the number of tokens in their prompts."""
+    """Return the number of answers, and the number of tokens in their prompts."""
     return sum(each.params.n for each in asked), sum(each.params.n * len(each.prompt_ids) for each in asked)

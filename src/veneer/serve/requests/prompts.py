@@ -101,7 +101,7 @@ class PromptReader:
         return found[0]
 
     def _template(self, given: str | None) -> str | None:
-        """The chat template of a request; None for the tokenizer's."""
+        """Return the chat template of a request; None for the tokenizer's."""
         if given is None and self.no_chat:
             raise FormatError(self.no_chat)
         if given is not None or not self.templates:
@@ -133,7 +133,7 @@ class PromptReader:
         return self._encoded(text, **how)  # `Engine.asked` refuses what is too long
 
     def _encoded(self, text: str, **how: Any) -> list[int]:
-        """The ids of a text. A long text is encoded without offsets: freeing them stops all threads for long."""
+        """Return the ids of a text. A long text is encoded without offsets: freeing them stops all threads for long."""
         if len(text) < _LONG or not isinstance(self.tokenizer, PreTrainedTokenizerFast):
             return list(self.tokenizer(text, verbose=False, **how)["input_ids"])
         self.tokenizer("", **how)  # sets the tokenizer behind it to neither pad nor truncate

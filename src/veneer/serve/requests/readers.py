@@ -92,7 +92,7 @@ class Readers:
 
 
 def _joined(mix: LoRARequest, readers: Sequence[PromptReader]) -> PromptReader:
-    """The reader of a mix."""
+    """Return the reader of a mix."""
     tokenizer = max((reader.tokenizer for reader in readers), key=len)
     others = [reader for reader in readers if reader.tokenizer.get_added_vocab() != tokenizer.get_added_vocab()]
     if others:
@@ -107,7 +107,7 @@ def _joined(mix: LoRARequest, readers: Sequence[PromptReader]) -> PromptReader:
 
 
 def _template_of(tokenizer: Any) -> str | None:
-    """The chat template of a tokenizer; of several the default."""
+    """Return the chat template of a tokenizer; of several the default."""
     own = tokenizer.chat_template
     return own.get("default") if isinstance(own, dict) else own
 

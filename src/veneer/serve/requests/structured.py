@@ -218,7 +218,7 @@ def _of_schema(asked: StructuredOutputsParams) -> str:
 
 
 def _of_text(asked: StructuredOutputsParams) -> str:
-    """The grammar of choices, a regular expression or a grammar. Raises ValueError and RecursionError."""
+    """Return the grammar of choices, a regular expression or a grammar. Raises ValueError and RecursionError."""
     if asked.choice is not None:
         return str(LLMatcher.grammar_from_lark("start: " + " | ".join(json.dumps(each) for each in asked.choice)))
     if asked.regex is not None:

@@ -182,7 +182,7 @@ class GeneralRunner(OwnCodeRunner):
         return Computed([torch.cat([logits[s.request_id] for s in plan.sequences])], {}, hidden)
 
     def _passes(self, sequences: Sequence[PlannedSequence]) -> list[list[PlannedSequence]]:
-        """The sequences of each pass; those of one version are side by side."""
+        """Return the sequences of each pass; those of one version are side by side."""
         passes: dict[str | None, list[PlannedSequence]] = {}
         for sequence in sequences:
             passes.setdefault(sequence.version if sequence.version in self.alone else None, []).append(sequence)
@@ -206,7 +206,7 @@ class GeneralRunner(OwnCodeRunner):
         return logits, states[0][:, 0]
 
     def _route(self, version: str | None) -> str:
-        """The name that a version's rows take: virtual tokens come from pages, their rows are the base's."""
+        """Return the adapter name for a version's rows: the base's if it has virtual tokens, which come from pages."""
         return BASE if version is None or version in self.fronts else version
 
     @contextmanager
@@ -262,7 +262,7 @@ class GeneralRunner(OwnCodeRunner):
         return holder.keys_and_values(version, self._in_base)
 
     def _in_base(self, embeddings: Tensor) -> Front:
-        """The keys and values that tokens leave in the base."""
+        """Return the keys and values that tokens leave in the base."""
         n = len(embeddings)
         store = SlotStore(1, n)
         step = PagedStep.of(store, [Stretch((0,), 0, n)], self.base.device)
@@ -272,7 +272,7 @@ class GeneralRunner(OwnCodeRunner):
 
 
 def _rows_of(sequences: Sequence[PlannedSequence], tokens: Callable[[PlannedSequence], list[int]]) -> list[int]:
-    """The rows of those tokens of each sequence."""
+    """Return the rows of those tokens of each sequence."""
     found: list[int] = []
     first = 0
     for sequence in sequences:

@@ -97,7 +97,7 @@ class OwnCacheRunner(OwnCodeRunner):
         return _Progress(Held(n_prompt=self._n_prompts.get(request_id, 0)))
 
     def _again(self, before: _Progress, n_tokens: int) -> _Progress:
-        """The first tokens of a sequence, computed again."""
+        """Return the first tokens of a sequence, computed again."""
         made = _Progress(Held(n_prompt=before.held.n_prompt))
         for version, tokens in before.stretches:
             kept = tokens[: n_tokens - len(made.held.tokens)]

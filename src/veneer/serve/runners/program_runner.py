@@ -271,7 +271,7 @@ class ProgramRunner(DrawingRunner):
         return Computed(logits.blocks(), likeliest, hidden)
 
     def _front_rows(self, sequence: PlannedSequence) -> tuple[str | None, int, Any]:
-        """The version of a sequence, its first missing virtual token, and the page slots from there on."""
+        """Return the version of a sequence, its first missing virtual token, and the page slots from there on."""
         first = sequence.n_front_there
         stretch = Stretch(sequence.pages, first, sequence.n_front - first)
         return sequence.version, first, self.cache.rows([stretch])
@@ -289,7 +289,7 @@ class ProgramRunner(DrawingRunner):
         return [(k.to(self.device, self.model.dtype), v.to(self.device, self.model.dtype)) for k, v in own]
 
     def _front_of_prompt(self, effects: Effects) -> list[KeysValues]:
-        """The keys and values that a prompt leaves, by layer."""
+        """Return the keys and values that a prompt leaves, by layer."""
         front, dtype, device = effects.front, self.model.dtype, self.device
         if not isinstance(front, PromptDelta):
             return []
@@ -308,7 +308,7 @@ def _piece(sequence: PlannedSequence, greedy: Collection[str]) -> Piece:
 
 
 def _page_of(n: int) -> int:
-    """The smallest page size that holds n tokens."""
+    """Return the smallest page size that holds n tokens."""
     return -(-n // UNIT) * UNIT
 
 
@@ -372,7 +372,7 @@ def proved(model: PreTrainedModel, n_positions: int, *, give_up: bool = False) -
 
 
 def _problem(interpreter: Interpreter, ids: Tensor, first: int, own: Tensor, allowed: float) -> str | None:
-    """The difference of a sequence's logits from the model's ``own``, in words; None if they agree."""
+    """Return the difference of a sequence's logits from the model's ``own``, in words; None if they agree."""
     n = len(ids)
     for cuts in ((n,), (n - 4, 4)):
         error = _difference(_in_chunks(interpreter, ids, cuts, first), own)
@@ -389,7 +389,7 @@ _LONGEST_WINDOW = 512  # that the proof looks beyond: for longer ones it would t
 
 
 def _packed(model: PreTrainedModel, program: Program, *, give_up: bool) -> dict[tuple[str, ...], PackedGroup]:
-    """The weights of every product that can be packed. One group after the other: no second model is in memory."""
+    """Pack the weights of every product that can be packed, one group after the other: memory holds no second model."""
     found = {}
     for number, linears in enumerate(program.groups, start=1):
         waiting_for(f"packing the base: {number} of {len(program.groups)} products")

@@ -180,7 +180,7 @@ class Sampler:
     def _policy(
         self, rows: Sequence[Row], logits: Tensor, rules: Sequence[RowRule], tokens: Tensor
     ) -> dict[int, tuple[float, float]]:
-        """The numbers of ``policy_logprobs`` of the rows that draw and ask for them, by their index."""
+        """Return the numbers of ``policy_logprobs`` of the rows that draw and ask for them, by their index."""
         places = [
             i for i, row in enumerate(rows)
             if row.target is None and self._states[row.request_id].rule.params.policy_logprobs and tokens[i] >= 0
@@ -271,7 +271,7 @@ class _State:
         return self._allowed
 
     def _banned(self, vocabulary: int) -> Ints | None:
-        """The ids that bad words exclude here, and those of ends before ``min_tokens``, as far as there are logits."""
+        """Return the ids that bad words exclude here, and end ids before ``min_tokens``, as far as there are logits."""
         words, output = self.rule.bad_words, self.output
         banned = [word[-1] for word in words if len(word) == 1 or output[1 - len(word) :] == list(word[:-1])]
         if len(output) < self.rule.params.min_tokens:
@@ -311,7 +311,7 @@ def _logprobs(found: Draws, rules: Sequence[RowRule]) -> list[TokenLogprobs | No
 
 
 def _error(request_id: str, token: int) -> VeneerError:
-    """The reason why a row has no token."""
+    """Return the reason why a row has no token."""
     named = request_id.partition("#")[0]
     if token == NONE_ALLOWED:
         return ConfigError(

@@ -374,13 +374,13 @@ class AdapterPool:
             self.moved[id] = None
 
     def _lacking(self, entry: PoolEntry) -> tuple[int, int]:
-        """The number of versions, and the bytes, that have to go before one has a place."""
+        """Return how many versions, and how many bytes, must be evicted before one has a place."""
         n_there = len(self._resident) + len(self._loading)
         n_over = 0 if self.n_resident is None else n_there + 1 - self.n_resident
         return n_over, 0 if self.memory is None else entry.n_bytes - self.memory.lendable
 
     def _finds_place(self, entry: PoolEntry, kept: Collection[str] = (), spares_awaited: bool = False) -> bool:
-        """Evict enough for a version, and lend its bytes; False where those that may go are too few."""
+        """Evict enough for a version, and lend its bytes. Return False if too few may be evicted."""
         lacking = self._lacking(entry)
         if not self._suffice(*lacking, kept, spares_awaited):
             return False

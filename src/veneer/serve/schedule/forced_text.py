@@ -57,7 +57,7 @@ def _is_free(schema: Any, root: Any, left: int = _REFERENCES) -> bool:
 
 
 def _found(target: str, root: Any) -> Any:
-    """The part of a schema that a local reference names; None for any other."""
+    """Return the part of a schema that a local reference names; None for any other."""
     head, *names = target.split("/")
     found = root if head == "#" else None
     for name in names:

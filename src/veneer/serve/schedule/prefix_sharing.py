@@ -103,7 +103,7 @@ class PrefixSharing:
         return freed
 
     def _limit(self, request: Request) -> int:
-        """The largest number of positions that may come from the cache."""
+        """Return the largest number of positions that may come from the cache."""
         if request.scores_prompt and request.n_scored < len(request.prompt) - 1:
             return request.n_front + request.n_scored
         return request.n_positions - 1
@@ -118,7 +118,7 @@ class PrefixSharing:
         return Owner(request.version, first)
 
     def _tail(self, request: Request, first: int, last: int) -> Tail:
-        """The positions of a request from ``first``, where a page begins, to ``last``."""
+        """Return the positions of a request from ``first``, where a page begins, to ``last``."""
         n_front, n_full = request.n_front, first // self.pages.block
         parent = request.keys(n_full, self.pages.block)[-1] if n_full else request.root or b""
         n_virtual, end = max(0, min(n_front, last) - first), max(0, last - n_front)

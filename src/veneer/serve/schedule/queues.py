@@ -90,7 +90,7 @@ class Queues:
         return line is not None and request in line.requests
 
     def __iter__(self) -> Iterator[Request]:
-        """All requests in order, for inspection: this sorts them."""
+        """Yield all requests in order, for inspection: this sorts them."""
         return iter(sorted((r for queue in self._queues.values() for r in _all_of(queue)), key=self.key))
 
     @property

@@ -160,7 +160,7 @@ def _listed(given: Any) -> list[Any]:
 
 
 def _json_of(text: str, kinds: set[str]) -> str:
-    """The JSON of a value: the value if its schema allows it, else a string."""
+    """Return the JSON of a value: the value if its schema allows it, else a string."""
     written = text.strip()
     if kinds == {"string"}:
         return _quoted(text)
@@ -191,5 +191,5 @@ def _blank_begin(text: str) -> str:
 
 
 def _overlap(text: str, end: str) -> int:
-    """The number of characters at the end of a text that may be the beginning of another."""
+    """Return how many characters at the end of a text may begin another."""
     return next((n for n in range(min(len(end) - 1, len(text)), 0, -1) if text.endswith(end[:n])), 0)

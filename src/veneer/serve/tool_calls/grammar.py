@@ -158,7 +158,7 @@ class _Grammar:
         return {**kept, **(each if isinstance(each, Mapping) else {})}
 
     def _value(self, rule: str, fields: Fields, schema: dict[str, Any], where: str) -> str:
-        """The rules of a value, and of the text after it."""
+        """Return the rules of a value, and of the text after it."""
         end = self.line(fields.last)
         if kinds_of(schema) != {"string"}:
             self.rules.append(f"{rule}: %json {json.dumps(schema | self._style())}")

@@ -152,5 +152,5 @@ def _slot(slot: Slot, behind: str, text: str, at: int, names: Collection[str], f
 
 
 def _bare(parts: Sequence[Part]) -> str:
-    """The next literal without white space around it."""
+    """Return the next literal without white space around it."""
     return next((part.strip() for part in parts if isinstance(part, str) and part.strip()), "\n")

@@ -106,7 +106,7 @@ def _is_written_otherwise(turn: str) -> bool:
 
 
 def _parts(turn: str, n: int) -> CallFormat | None:
-    """The format of a turn with ``n`` known calls."""
+    """Return the format of a turn with ``n`` known calls."""
     if any(turn.count(name) != 1 for name in _NAMES[:n]):
         return None
     slots: list[_Mark] = [(m.start(), m.end(), Slot.NAME) for name in _NAMES[:n] for m in re.finditer(name, turn)]
@@ -133,7 +133,7 @@ def _object(turn: str, arguments: Mapping[str, Any]) -> _Mark | None:
 
 
 def _split(turn: str, marks: Sequence[_Mark]) -> CallFormat | None:
-    """The format of a turn whose slots and arguments are known."""
+    """Return the format of a turn whose slots and arguments are known."""
     pieces: list[list[Part]] = [[]]
     at = 0
     for start, end, slot in marks:
@@ -158,7 +158,7 @@ def _is_unclear(parts: Parts) -> bool:
 
 
 def _with_fields(turn: str, slots: Sequence[_Mark], n: int) -> CallFormat | None:
-    """The format of a turn whose arguments are written one by one."""
+    """Return the format of a turn whose arguments are written one by one."""
     places = [[_places(turn, key, value) for key, value in a.items()] for a in _ARGUMENTS[:n]]
     if any(place is None for each in places for place in each):
         return None
@@ -188,7 +188,7 @@ def _with_fields(turn: str, slots: Sequence[_Mark], n: int) -> CallFormat | None
 
 
 def _places(turn: str, key: str, value: Any) -> tuple[int, int, int, int] | None:
-    """The bounds of a key and of its value; None unless each occurs once."""
+    """Return the bounds of a key and of its value; None unless each occurs once."""
     at, value_at = turn.find(key), turn.find(str(value))
     if turn.count(key) != 1 or turn.count(str(value)) != 1 or value_at < at:
         return None

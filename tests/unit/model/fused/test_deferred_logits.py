@@ -145,7 +145,7 @@ def test_logits_written_without_a_gradient_stay_written() -> None:
 
 def test_a_function_below_autograd_is_refused_where_its_gradient_would_be_wrong() -> None:
     logits = adapted(base("llama"))(input_ids=IDS, labels=LABELS).logits
-    with pytest.raises(CompositionError, match=r"not made yet.*Give it `logits \+ 0`"):
+    with pytest.raises(CompositionError, match=r"not been computed yet.*plain tensor: `logits \+ 0`"):
         torch.func.vmap(lambda row: row.sum(-1))(logits)
     expected = (logits + 0).sum(-1)
     with torch.no_grad():
