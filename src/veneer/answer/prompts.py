@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from veneer.data.chat import render
+from veneer.data.column_templates import fill_template
 from veneer.data.reader import RowReader
-from veneer.data.templates import fill_template
 from veneer.errors import ConfigError, DataError
 
 Message = dict[str, str]

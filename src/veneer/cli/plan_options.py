@@ -14,7 +14,7 @@ from veneer.plan.advice import TASKS
 from veneer.plan.cards import card_problem
 from veneer.recipe.adapter import names_of
 from veneer.recipe.distributed_part import PLANNED
-from veneer.recipe.keys import perhaps
+from veneer.recipe.key_checks import perhaps
 from veneer.recipe.known import declared_methods
 from veneer.recipe.parts import ModelPart
 

@@ -8,9 +8,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from veneer.data.column_templates import fill_template
 from veneer.data.files import numbered_rows, raise_all, require_one_form
 from veneer.data.reader import RowReader, form_of
-from veneer.data.templates import fill_template
 from veneer.errors import ConfigError, DataError
 
 Row = Mapping[str, Any]

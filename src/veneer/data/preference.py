@@ -6,8 +6,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from veneer.data.column_templates import fields_of, fill_template
 from veneer.data.files import raise_all
-from veneer.data.templates import fields_of, fill_template
 from veneer.errors import DataError
 
 Task = Literal["dpo", "kto", "reward", "grpo", "rloo"]

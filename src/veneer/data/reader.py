@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from veneer.data.column_templates import fields_of, fill_template
 from veneer.data.files import Row, numbered_rows, raise_all, require_one_form
 from veneer.data.preference import PreferenceReader
 from veneer.data.task_column import TASK, task_of
-from veneer.data.templates import fields_of, fill_template
 from veneer.errors import ConfigError, DataError
 
 _OF_TEMPLATES = ("tools", "chat_template_kwargs")

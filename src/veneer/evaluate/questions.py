@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from veneer.data.asked_rows import answers_in, no_answer
 from veneer.data.chat import common_prefix, render
-from veneer.data.templates import fill_template
+from veneer.data.column_templates import fill_template
 from veneer.errors import ConfigError, DataError
 
 Row = Mapping[str, Any]

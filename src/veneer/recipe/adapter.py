@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from veneer.recipe.advice import belongs, goes_on, meant_method
-from veneer.recipe.keys import means_another, missing, perhaps, typed
+from veneer.recipe.key_checks import means_another, missing, perhaps, typed
 from veneer.recipe.known import KnownMethod
 
 FULL = "full"

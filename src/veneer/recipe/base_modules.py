@@ -12,7 +12,7 @@ from veneer.disk.safetensors_header import read_table
 from veneer.errors import FormatError
 from veneer.plain.module_names import matches_any, nearest_modules
 from veneer.recipe.adapter import FULL, method_of
-from veneer.recipe.declared import file_of
+from veneer.recipe.declared_in_source import file_of
 from veneer.recipe.known import declared_methods
 from veneer.recipe.values import section
 from veneer.store.found import folder_here

@@ -20,7 +20,7 @@ from veneer.contract.keys import divided
 from veneer.disk.known_name import known_name
 from veneer.plain.module_names import matches_any
 from veneer.plain.tasks import TaskType
-from veneer.recipe.declared import (
+from veneer.recipe.declared_in_source import (
     UNCLEAR,
     UnreadableError,
     class_value,

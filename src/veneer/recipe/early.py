@@ -11,7 +11,7 @@ from veneer.errors import ConfigError, listed
 from veneer.plain.group import group_size
 from veneer.recipe.advice import value_problems
 from veneer.recipe.base_modules import target_problems
-from veneer.recipe.declared import UnreadableError
+from veneer.recipe.declared_in_source import UnreadableError
 from veneer.recipe.distributed_part import dealing_problems
 from veneer.recipe.known import declared
 from veneer.recipe.parts import DataPart

@@ -6,8 +6,8 @@ import functools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
-from veneer.recipe.declared import classes_with, declared_keys, file_of, literal
-from veneer.recipe.keys import AllowedKeys
+from veneer.recipe.declared_in_source import classes_with, declared_keys, file_of, literal
+from veneer.recipe.key_checks import AllowedKeys
 from veneer.recipe.tasks import Task, home_of_settings
 
 _METHODS = "veneer.methods"

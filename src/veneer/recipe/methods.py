@@ -16,7 +16,7 @@ from veneer.contract.source import HubOptions, adapter_folder
 from veneer.errors import ConfigError, FormatError
 from veneer.methods import all_methods
 from veneer.recipe.adapter import FROM, FULL, differs_in_writing, fields_of, method_of
-from veneer.recipe.keys import keys_of, typed
+from veneer.recipe.key_checks import keys_of, typed
 from veneer.recipe.known import KnownKeys, KnownMethod
 from veneer.recipe.tasks import settings_of
 from veneer.store.adapter.config import read_config

@@ -11,7 +11,7 @@ from veneer.plain.refusals import allowed, unfit
 from veneer.recipe.adapter import FULL, adapter_problems, method_of
 from veneer.recipe.advice import belongs, meant_quantization
 from veneer.recipe.distributed_part import DistributedPart, layout_problems
-from veneer.recipe.keys import perhaps, typed
+from veneer.recipe.key_checks import perhaps, typed
 from veneer.recipe.known import KnownKeys
 from veneer.recipe.metric_part import MetricPart, metric_problems
 from veneer.recipe.parts import DataPart, ModelPart, Written

@@ -14,7 +14,7 @@ from veneer.plain.group import group_size
 from veneer.recipe.adapter import FROM, method_of
 from veneer.recipe.advice import in_recipe_words, value_problems
 from veneer.recipe.distributed_part import ROWS_OF_A_PROCESS, dealing_problems
-from veneer.recipe.keys import keys_of, typed
+from veneer.recipe.key_checks import keys_of, typed
 from veneer.recipe.methods import adapter_config, imported, name_of, usual_learning_rate
 from veneer.recipe.optimizers import steps_in_backward
 from veneer.recipe.parts import RolloutsPart, Written

@@ -16,7 +16,7 @@ from typing import Any
 from veneer.errors import ConfigError, DataError, listed
 from veneer.evaluate import accuracy
 from veneer.plain.unused_packages import show_unused
-from veneer.recipe.keys import perhaps
+from veneer.recipe.key_checks import perhaps
 
 Reward = Callable[..., Any]
 

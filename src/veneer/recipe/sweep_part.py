@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from veneer.errors import ConfigError, listed
-from veneer.recipe.keys import perhaps
+from veneer.recipe.key_checks import perhaps
 from veneer.recipe.tasks import task_problems
 from veneer.recipe.values import PLACES, beside, put
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import veneer
-from veneer.recipe.keys import AllowedKeys
+from veneer.recipe.key_checks import AllowedKeys
 
 Task = Literal["sft", "dpo", "kto", "reward", "grpo", "rloo"]
 TASKS: tuple[Task, ...] = get_args(Task)

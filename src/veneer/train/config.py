@@ -13,7 +13,7 @@ from transformers.integrations import get_available_reporting_integrations
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from veneer.errors import ConfigError, listed
-from veneer.recipe.keys import perhaps
+from veneer.recipe.key_checks import perhaps
 from veneer.recipe.ranges import RANGES, out_of_range
 from veneer.train.optimizer import optimizer_problems, require_known
 

@@ -16,7 +16,7 @@ from veneer.errors import ConfigError
 from veneer.model.attach.attach import embedding_parameters, module_index, outward_parameters
 from veneer.optim import AdamW8bit, GaLoreAdamW, LayerwiseGaLoreAdamW, PagedAdamW8bit, lora_plus_groups
 from veneer.optim.galore import GaLoreProjection
-from veneer.recipe.keys import perhaps
+from veneer.recipe.key_checks import perhaps
 from veneer.recipe.optimizers import optim_name, steps_in_backward
 
 Choice = tuple[type[torch.optim.Optimizer], dict[str, Any]]

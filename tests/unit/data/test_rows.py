@@ -6,11 +6,11 @@ import pytest
 from datasets import Dataset
 
 from veneer.data.chat import render
+from veneer.data.column_templates import fields_of
 from veneer.data.encoding import Encoder
 from veneer.data.preference import PreferenceReader
 from veneer.data.reader import RowReader
 from veneer.data.rows import load_rows, split_off, stream_rows
-from veneer.data.templates import fields_of
 from veneer.errors import ConfigError, DataError
 
 PAIR = {"messages": [{"role": "user", "content": "what"}, {"role": "assistant", "content": "yes"}]}

@@ -11,8 +11,8 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 import pytest
 
-from veneer.recipe.declared import UnreadableError, classes_with, declared_keys, file_of, literal
-from veneer.recipe.keys import AllowedKeys
+from veneer.recipe.declared_in_source import UnreadableError, classes_with, declared_keys, file_of, literal
+from veneer.recipe.key_checks import AllowedKeys
 from veneer.recipe.known import declared
 from veneer.recipe.methods import imported
 from veneer.recipe.tasks import TASKS, Task

@@ -13,7 +13,7 @@ from dataclasses import MISSING
 from pathlib import Path
 from typing import Any, Literal
 
-from veneer.recipe.keys import AllowedKeys
+from veneer.recipe.key_checks import AllowedKeys
 
 _KNOWN = {**vars(builtins), **{name: getattr(typing, name) for name in typing.__all__}}
 _KNOWN |= {name: getattr(collections.abc, name) for name in collections.abc.__all__}
