@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import gc
 
+_NEW = 10_000  # objects between two looks at the new ones: a large body then causes no look through everything
 _LOADS = 8  # adapters, some ten thousand objects, that are frozen together: a pause of a few milliseconds
 
 
@@ -19,10 +20,13 @@ class GcFreeze:
     def __init__(self) -> None:
         self._is_on = False
         self._n_loads, self._n_freezes = 0, 0
+        self._thresholds = gc.get_threshold()
 
     def start(self) -> None:
-        """Freeze all objects that there are now."""
+        """Freeze all objects that there are now, and look at new ones less often."""
         self._is_on = True
+        self._thresholds = gc.get_threshold()
+        gc.set_threshold(max(_NEW, self._thresholds[0]), *self._thresholds[1:])
         self._freeze()
         self._n_freezes = 0
         atexit.register(gc.unfreeze)  # what is still frozen when the program ends counts as leaked elsewhere
@@ -33,6 +37,7 @@ class GcFreeze:
             self._is_on = False
             atexit.unregister(gc.unfreeze)
             gc.unfreeze()
+            gc.set_threshold(*self._thresholds)
 
     def settle(self) -> None:
         """Count a loaded adapter. Freeze the objects of all adapters loaded since the last freeze."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 import weakref
 
 import pytest
@@ -51,3 +52,14 @@ def test_circles_that_were_frozen_are_found_at_rest(collector):
     assert seen() is not None
     collector.rest()
     assert seen() is None
+
+
+def test_many_new_lists_cause_no_look_through_everything(collector):
+    before = gc.get_threshold()
+    kept = [[] for _ in range(20_000)]
+    collector.start()
+    looks = gc.get_stats()[2]["collections"]
+    kept += json.loads(b"[" + b"[]," * 200_000 + b"[]]")
+    assert gc.get_stats()[2]["collections"] == looks
+    collector.stop()
+    assert gc.get_threshold() == before

@@ -31,6 +31,7 @@ from veneer.serve.schedule.lora_request import LoRARequest
 
 _LONGEST_NAME = 256
 _DOWNLOADS = 2  # at once
+_LOOKS = 2  # at files of adapters at once: others wait for the same threads
 _MOST_LISTED = 1000
 _MOST_INCOMPLETE = 100
 Result = TypeVar("Result")
@@ -101,7 +102,7 @@ class AdapterRoutes:
     def __init__(self, running: AsyncEngine, catalogue: Catalogue, roots: Roots) -> None:
         self._running, self._engine, self._catalogue, self._roots = running, running.engine, catalogue, roots
         self._changing: set[str] = set()  # names
-        self._downloads = asyncio.Semaphore(_DOWNLOADS)
+        self._downloads, self._looks = asyncio.Semaphore(_DOWNLOADS), asyncio.Semaphore(_LOOKS)
 
     def add_to(self, app: FastAPI) -> None:
         """Add the routes to an application."""
@@ -224,6 +225,10 @@ class AdapterRoutes:
             return Loaded(folder=await self._running.settled(_beside(partial(hub_folder, id))), hub=id)
 
     async def _told(self, names: Sequence[str]) -> list[AdapterCard]:
+        async with self._looks:
+            return await self._looked_up(names)
+
+    async def _looked_up(self, names: Sequence[str]) -> list[AdapterCard]:
         """Facts of adapters, of the pool and of their files."""
         pool, ids = self._engine.pool, await asyncio.to_thread(lambda: [self._id(name) for name in names])
         states = await self._running.settled(

@@ -20,7 +20,7 @@ from veneer.serve.http.adapters import AdapterRoutes
 from veneer.serve.http.answer_models import ChatCompletions, Completions, ModelCard, ModelList
 from veneer.serve.http.answers import AnswerCall, Shape, stream_of, whole_answer
 from veneer.serve.http.body_route import BodyRoute
-from veneer.serve.http.documented import documented
+from veneer.serve.http.documented import add_description, documented
 from veneer.serve.http.embeddings import Embeddings
 from veneer.serve.http.errors import on_defect, on_invalid_body, on_unknown_route, on_veneer_error
 from veneer.serve.http.key_file import Keys
@@ -57,7 +57,7 @@ def make_app(
     """
     limits = limits or ServerLimits()
     api = Api(engine, catalogue, limits, keys)
-    app = FastAPI(title="veneer", lifespan=api.lifespan, docs_url=None, redoc_url=None)  # those run others' scripts
+    app = FastAPI(title="veneer", lifespan=api.lifespan, openapi_url=None)  # its pages run others' scripts
     app.router.route_class = BodyRoute
     lifecycle = Lifecycle(api.running, api.lanes)
     app.add_middleware(BodyLimit, most=limits.body_bytes)
@@ -83,6 +83,7 @@ def make_app(
     add_lifecycle(app, lifecycle, api.running)
     add_metrics(app, engine, catalogue.base, metrics_prefix, api.lanes)
     add_page(app)
+    add_description(app)
     return app
 
 

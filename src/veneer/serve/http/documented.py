@@ -1,10 +1,12 @@
-"""Statuses of routes, for the application's own documentation."""
+"""Description of the routes: their statuses, and ``/openapi.json``."""
 
 from __future__ import annotations
 
+import json
+from functools import cache
 from typing import Any, Literal
 
-from fastapi import Response
+from fastapi import FastAPI, Response
 from pydantic import BaseModel
 
 _ERRORS = {
@@ -83,3 +85,16 @@ def documented(
 def empty(status: int) -> dict[str, Any]:
     """Return the options of a route whose answer has no body, and that has one status of errors."""
     return {"responses": {status: {"model": ErrorBody, "description": _ERRORS[status]}}, "response_class": Response}
+
+
+def add_description(app: FastAPI) -> None:
+    """Add the route ``/openapi.json``. The description is written once, as that takes milliseconds."""
+
+    @cache
+    def told() -> bytes:
+        return json.dumps(app.openapi()).encode()
+
+    def description() -> Response:  # no coroutine: the first one runs on a thread beside the loop
+        return Response(told(), media_type="application/json")
+
+    app.get("/openapi.json", include_in_schema=False)(description)

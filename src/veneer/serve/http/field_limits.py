@@ -67,10 +67,10 @@ def _n_characters(given: Any, inner: list[Any]) -> int:
         n, values = sum(len(name) for name in given if isinstance(name, str)), given.values()
     if len(given) > _MANY and {str, *_LISTS}.isdisjoint(map(type, values)):  # token ids
         return n
-    for each in values:
-        if isinstance(each, str):
+    for each, kind in zip(values, map(type, values), strict=True):  # their exact types: a million are quick
+        if kind is str:
             n += len(each)
-        elif isinstance(each, _LISTS):
+        elif kind is not int and kind in _LISTS:
             inner.append(each)
     return n
 

@@ -78,17 +78,21 @@ class Readers:
         try:
             if not all((folder / name).is_file() for name in TOKENIZER_FILES[:2]):
                 template = self._template or template_in(folder)
-                return PromptReader(base, self.base.most, () if template is None else (template,))
+                return self._reader(base, template)
             own = read_tokenizer(folder)
         except FormatError as error:
             _LOG.warning("%s. Until then the base's reads its plain prompts", error)
             if self._template is not None:
-                return PromptReader(base, self.base.most, (self._template,), rendering=self.base.rendering)
-            return PromptReader(base, self.base.most, no_chat=str(error), rendering=self.base.rendering)
+                return self._reader(base, self._template)
+            return self._reader(base, None, no_chat=str(error))
         template = self._template or _template_of(own)
         ends = set() if own.eos_token_id is None else {int(own.eos_token_id)}
+        return self._reader(larger(base, own), template, ends=ends)
+
+    def _reader(self, tokenizer: Any, template: str | None, **how: Any) -> PromptReader:
+        """A reader that renders as the base's does, so within the limits of a stranger's template."""
         templates = () if template is None else (template,)
-        return PromptReader(larger(base, own), self.base.most, templates, ends, rendering=self.base.rendering)
+        return PromptReader(tokenizer, self.base.most, templates, rendering=self.base.rendering, **how)
 
 
 def _joined(mix: LoRARequest, readers: Sequence[PromptReader]) -> PromptReader:

@@ -10,6 +10,7 @@ import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from patience import PATIENCE
 from veneer import LLM, LoraConfig, LoRARequest, SamplingParams
 from veneer.contract import source
 from veneer.errors import ConfigError
+from veneer.serve.http.adapters import _LOOKS, AdapterRoutes
 from veneer.serve.http.roots import Roots
 
 from .test_server import PROMPT, Server
@@ -258,6 +260,24 @@ def test_adapters_are_listed_in_parts(server, served):
     assert ([each["id"] for each in first["data"]], first["has_more"]) == (["vera"], True)
     assert ([each["id"] for each in rest["data"]], rest["has_more"]) == (["wrong"], False)
     shutil.rmtree(served / "wrong")
+
+
+def test_lists_of_adapters_leave_threads_for_others(server, monkeypatch):
+    inside, most = list[int](), list[int]()
+    own = AdapterRoutes._card
+
+    def slow(self: AdapterRoutes, name: str, state: Any) -> Any:
+        inside.append(1)
+        most.append(len(inside))
+        time.sleep(0.01)
+        inside.pop()
+        return own(self, name, state)
+
+    monkeypatch.setattr(AdapterRoutes, "_card", slow)
+    with ThreadPoolExecutor(8) as clients:
+        told = list(clients.map(listed, [server] * 8))
+    assert told == [told[0]] * 8
+    assert max(most) <= _LOOKS
 
 
 def test_a_folder_that_lacks_a_file_is_told_where_it_is_missed(server, served):

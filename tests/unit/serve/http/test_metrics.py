@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import shutil
+import time
 import urllib.request
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -13,6 +15,7 @@ from prometheus_client.metrics_core import GaugeMetricFamily
 from prometheus_client.parser import text_string_to_metric_families as parsed
 
 from veneer import LLM, SamplingParams
+from veneer.serve.http import metrics
 from veneer.serve.http.key import Key
 from veneer.serve.http.metrics import EngineCollector, text_of
 from veneer.serve.metrics import Counter, Gauge
@@ -143,3 +146,19 @@ def test_lists_of_names_are_those_that_a_key_sees():
         text = text_of([[gauge], [gauge]], Key(adapters=(pattern,))).decode()
         [family] = parsed(text)
         assert [tuple(sample.labels.values()) for sample in family.samples] == [("3", *lists)] * 2
+
+
+def test_metrics_are_told_to_one_client_at_a_time(server, monkeypatch):
+    inside, most = [], []
+
+    def slow(*given: Any) -> bytes:
+        inside.append(given)
+        most.append(len(inside))
+        time.sleep(0.02)
+        inside.pop()
+        return b""
+
+    monkeypatch.setattr(metrics, "text_of", slow)
+    with ThreadPoolExecutor(8) as clients:
+        assert [told for _, told in clients.map(scraped, [server] * 8)] == [{}] * 8
+    assert most == [1] * 8

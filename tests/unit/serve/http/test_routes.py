@@ -159,6 +159,12 @@ def test_the_openapi_tells_routes_answers_and_errors(server):
     assert "content" not in told["paths"]["/health"]["get"]["responses"]["200"]
 
 
+def test_the_openapi_is_written_once(server, monkeypatch):
+    first = get(server, "/openapi.json")
+    monkeypatch.setattr(server.app, "openapi", None)
+    assert get(server, "/openapi.json") == first
+
+
 def test_conversations_share_pages_by_their_salt(base_folder):
     llm = LLM(base_folder)
     talk = [{"role": "user", "content": LONG}]

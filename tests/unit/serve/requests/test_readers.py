@@ -167,6 +167,19 @@ def test_a_template_in_a_file_alone_is_the_adapters(adapters, tmp_path):
     assert readers.of(request) is readers.base
 
 
+def test_every_template_of_an_adapter_is_rendered_within_the_limits_of_a_strangers(adapters, tmp_path):
+    folders = {name: with_tokenizer(adapters["ia3"], tmp_path / name) for name in ("whole", "damaged")}
+    (folders["damaged"] / "tokenizer_config.json").write_text("{")
+    folders["alone"] = shutil.copytree(adapters["ia3"].path, tmp_path / "alone")
+    (folders["alone"] / "chat_template.jinja").write_text(OTHER)
+    requests = [LoRARequest(name, 1 + i, str(folder)) for i, (name, folder) in enumerate(folders.items())]
+    requests.append(LoRARequest.mix("both", 9, [(requests[0], 0.5), (requests[0], 0.5)]))
+    for template in (None, OWN):
+        readers = Readers(PromptReader(byte_tokenizer(), MOST), template)
+        for request in requests:
+            assert readers.of(request).rendering is readers.base.rendering, (template, request.lora_name)
+
+
 def test_adapters_of_equal_files_share_a_reader_and_the_last_ones_are_kept(adapters, tmp_path, monkeypatch):
     monkeypatch.setattr("veneer.serve.requests.readers._KEPT", 2)
     readers = Readers(PromptReader(byte_tokenizer(), MOST))
