@@ -79,7 +79,7 @@ def _require_paths(config: ArrowConfig, paths: Sequence[AdapterPath], general: S
 
 
 def _pairs(folder: Path) -> dict[str, Pair]:
-    """The low-rank pair of each layer that an adapter changes, by path."""
+    """Return the low-rank pair of each layer that an adapter changes, by path."""
     updates = read_updates(folder, places_in_base(folder)).updates
     wrong = next((path for path, record in updates.items() if not record.is_low_rank or record.bias is not None), None)
     if wrong is not None:
@@ -91,7 +91,7 @@ def _pairs(folder: Path) -> dict[str, Pair]:
 
 
 def _require_alike(pairs: Mapping[Path, Mapping[str, Pair]]) -> Mapping[str, Pair]:
-    """The pairs of the first adapter. Raises CompositionError if another has other layers or ranks."""
+    """Return the pairs of the first adapter. Raises CompositionError if another has other layers or ranks."""
     first, *others = pairs
     ranks = {folder: {pair.rank for pair in own.values()} for folder, own in pairs.items()}
     for folder in others:

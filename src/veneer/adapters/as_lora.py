@@ -152,7 +152,7 @@ def _say_nothing(done: int, total: int) -> None:
 
 
 def _plain(path: str, update: Update, rank: Rank) -> Plain:
-    """The factors of an update: its own, or the nearest ones of the given rank."""
+    """Return the factors of an update: its own, or the nearest ones of the given rank."""
     record = update.record
     if record.bias is not None:
         raise CompositionError(f"the adapter changes the bias of {path}, which plain LoRA does not: merge it instead")
@@ -168,7 +168,7 @@ def _plain(path: str, update: Update, rank: Rank) -> Plain:
 
 
 def _error_of_logits(model: nn.Module, found: AsLora, name: str, input_ids: Int[Tensor, "batch tokens"]) -> float:
-    """The error of the logits under plain LoRA, relative to the adapter's change of the logits."""
+    """Return the error of the logits under plain LoRA, relative to the adapter's change of the logits."""
     state, other = _state(model, name), f"{name}_as_lora"
     lifecycle.add(model, state, other, replace(found.config, inference_mode=True), Allocation(values=False))
     try:

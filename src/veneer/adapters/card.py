@@ -73,7 +73,7 @@ def _text(config: MethodConfig) -> str:
 
 
 def _loading(name: str | None, base: str | None) -> list[str]:
-    """The lines of code that load the adapter. They find the base by themselves if veneer knows its name."""
+    """Return the lines of code that load the adapter. They find the base by themselves if veneer knows its name."""
     if name is not None and is_portable(name):
         return [
             "from veneer import AutoPeftModelForCausalLM\n",

@@ -191,7 +191,7 @@ def _with_template(tokenizer: Any, template: Any) -> Any:
 
 
 def _with_adapters(model: Any, names: Mapping[Path, str], base: str) -> Any:
-    """The model with adapters on it, the first active."""
+    """Return the model with adapters on it, the first active."""
     if not names:
         return model
     first, *others = names

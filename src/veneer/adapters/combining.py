@@ -264,7 +264,7 @@ def require_rank(folders: Sequence[Path], plan: Combination) -> None:
 
 
 def _told_updates(folder: Path) -> tuple[LinearDelta, ...]:
-    """The updates that an adapter's file tells; an adapter that depends on its base has none."""
+    """Return the updates that an adapter's file tells; an adapter that depends on its base has none."""
     if read_config(folder).reads_weight:
         return ()
     try:
@@ -274,7 +274,7 @@ def _told_updates(folder: Path) -> tuple[LinearDelta, ...]:
 
 
 def _common_base(stored: Sequence[StoredAdapter]) -> str | None:
-    """The name of the base, the first of several that mean one model; None if they may mean two."""
+    """Return the name of the base, the first of several that mean one model; None if they may mean two."""
     first, *others = (adapter.config.base_model_name_or_path or "" for adapter in stored)
     return first if first and all(other and is_one_model(first, other) for other in others) else None
 

@@ -213,7 +213,7 @@ def _ranks(groups: list[_Group], budget: int) -> dict[str, int]:
 
 
 def _rows(x: Tensor, mask: Tensor | None, path: str) -> Tensor:
-    """The rows (n, i) of a layer's input that count."""
+    """Return the rows (n, i) of a layer's input that count."""
     rows = x[mask.to(x.device)] if mask is not None and x.shape[:-1] == mask.shape else x.flatten(0, -2)
     if not torch.isfinite(rows).all():
         raise NonFiniteError(
@@ -224,7 +224,7 @@ def _rows(x: Tensor, mask: Tensor | None, path: str) -> Tensor:
 
 
 def _mask(batch: Batch, eva: EvaConfig) -> Tensor | None:
-    """The positions (n, t) that count; None where the batch does not say."""
+    """Return the positions (n, t) that count; None if the batch does not say."""
     found = [batch["attention_mask"].bool()] if isinstance(batch.get("attention_mask"), Tensor) else []
     ids, labels = batch.get("input_ids"), batch.get("labels")
     if eva.use_label_mask and isinstance(labels, Tensor) and isinstance(ids, Tensor) and labels.shape == ids.shape:

@@ -216,7 +216,7 @@ def require_unmerged(state: AdapterState, what: str) -> None:
 
 
 def _require_composable(model: nn.Module, names: tuple[str, ...]) -> None:
-    """Raise CompositionError now, rather than in the forward pass, where adapters cannot act together."""
+    """Raise CompositionError now, not in the forward pass, if adapters cannot act together."""
     for path, module in adapted_modules(model).items():
         require_rows_agree(path, module, names)
         owned = [key for name in names if name in module.copies for key, _ in own_tensors(module.copies[name])]

@@ -149,7 +149,7 @@ def _require_measured(sums: Mapping[str, _Sum], what: str, given: str) -> None:
 
 
 def _told(each: Sequence[str], between: str = ", ") -> str:
-    """The first few, and how many more."""
+    """Return the first few, and how many more."""
     more = len(each) - NAMES_TOLD
     return between.join(each[:NAMES_TOLD]) + (f" and {more} more" if more > 0 else "")
 
@@ -175,12 +175,12 @@ def _gradients_of(layers: Mapping[str, AdaptedSite], sums: Mapping[str, _Sum]) -
 
 
 def _product(gradient: Tensor, x: Tensor) -> Tensor:
-    """The gradient of a weight (o, i) in one use, from the gradient of its outputs and its inputs."""
+    """Return the gradient of a weight (o, i) in one use, from the gradient of its outputs and its inputs."""
     return gradient.flatten(0, -2).float().T @ x.flatten(0, -2).float()
 
 
 def _asked_for(model: PeftModel, name: str, kind: type[Settings]) -> tuple[LateStart, Settings, dict[str, AdaptedSite]]:
-    """The data start of an adapter, its settings of class ``kind``, and the adapted linear layers."""
+    """Return the data start of an adapter, its settings of class ``kind``, and the adapted linear layers."""
     require_known(model.adapter_state, (name,))
     if model.adapter_state.merged:
         merged = list(model.adapter_state.merged)

@@ -68,7 +68,7 @@ def create_lorafa_optimizer(
 
 
 def _methods(model: nn.Module) -> list[MethodConfig]:
-    """The configs of LoRA on a model."""
+    """Return the configs of LoRA on a model."""
     held = (layer.method(name) for layer in adapted_layers(model).values() for name in layer.adapters)
     return [method for method in held if hasattr(method, "lora_alpha") and hasattr(method, "r")]
 

@@ -137,7 +137,7 @@ def _new_codes(model: nn.Module, names: tuple[str, ...]) -> dict[str, tuple[dict
 
 
 def _merged_codes(path: str, layer: AdaptedSite, names: tuple[str, ...]) -> tuple[dict[str, Tensor], Survival]:
-    """The sum is quantized without rounding it to 16 bits first."""
+    """Quantize the sum without rounding it to 16 bits first."""
     coded = cast(QuantLinear, layer)
     wanted, _ = layer.folded_weight(names, torch.float32)
     parts = coded.spec.quantize(wanted)
@@ -147,7 +147,7 @@ def _merged_codes(path: str, layer: AdaptedSite, names: tuple[str, ...]) -> tupl
 def _merged_stack(
     path: str, module: AdaptedParameters, key: str, names: tuple[str, ...]
 ) -> tuple[dict[str, Tensor], Survival]:
-    """The same for a stack of experts."""
+    """Return the same for a stack of experts."""
     stack = coded_stacks(module)[key]
     wanted = module.folded_stack(key, names, torch.float32)
     parts = stack.stack_spec.quantize(wanted)
@@ -156,5 +156,5 @@ def _merged_stack(
 
 
 def _name(path: str, key: str) -> str:
-    """The path of the coded module that replaces a parameter of the module at ``path``."""
+    """Return the path of the coded module that replaces a parameter of the module at ``path``."""
     return path if key == "weight" else f"{path}.{key}"

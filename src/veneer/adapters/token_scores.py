@@ -145,7 +145,7 @@ def _scored_in_chunks(found: NextTokens, shape: Sequence[int], scoring: Preferen
 
 
 def _label_scores(logits: Tensor, labels: Tensor, scoring: PreferenceScoring, at: Tensor | None = None) -> HeadScores:
-    """The scores of labels by logits (n, v), or by the rows ``at`` of them; they need not be made."""
+    """Return the scores of labels by logits (n, v), or by the rows ``at`` of them; they need not be made."""
     logits = logits if scoring.temperature == 1 else logits / scoring.temperature
     if not isinstance(logits, DeferredLogits):
         own = logits if at is None else logits[at.to(logits.device)]
@@ -164,7 +164,7 @@ def _label_scores(logits: Tensor, labels: Tensor, scoring: PreferenceScoring, at
 
 
 def _scored(logits: Tensor, labels: Tensor, details: bool) -> HeadScores:
-    """The scores of logits (…, v), by the definitions."""
+    """Return the scores of logits (…, v), by the definitions."""
     counted = labels != IGNORED
     log_p = logits.log_softmax(dim=-1)
     own = log_p.gather(-1, labels.clamp(min=0)[..., None])[..., 0]

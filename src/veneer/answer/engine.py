@@ -65,7 +65,7 @@ class EngineAnswerer(Answerer):
         self._limit = engine.scheduler.limits.max_model_len - max((self._n_front(each) for each in adapters), default=0)
 
     def _n_front(self, folder: Path | None) -> int:
-        """The virtual tokens in front of a prompt."""
+        """Return the virtual tokens in front of a prompt."""
         return 0 if folder is None else int(self._engine.versions.of(self._adapters[folder]).n_front)
 
     def _request(self, prompt: Sequence[int], params: SamplingParams, folder: Path | None) -> Request:
@@ -166,7 +166,7 @@ def engine_answerer(parts: ModelParts, drawing: Drawing, n_rows: int) -> EngineA
 
 
 def _slow(base: Any) -> str:
-    """The reason why the engine would not be faster; empty where it is."""
+    """Return the reason why the engine would not be faster; empty where it is."""
     if base.device.type != "cpu":
         return f"the engine is fast on a CPU, and the model is on {base.device.type}"
     if base.dtype not in ROWS:
@@ -175,7 +175,7 @@ def _slow(base: Any) -> str:
 
 
 def _unsaid(base: Any) -> str:
-    """The reason why the engine would answer otherwise, by the model's settings; empty where it would not."""
+    """Return the reason why the engine would answer otherwise, by the model's settings; empty where it would not."""
     if context_length(base) is None:
         return "the model's config tells no length of its context"
     stored = base.generation_config.to_diff_dict()

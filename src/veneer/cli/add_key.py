@@ -64,7 +64,7 @@ def _alone_in(folder: Path) -> Iterator[None]:
 
 
 def _with(file: Path, entry: dict[str, Any]) -> bytes:
-    """The content of the file with an entry more; comments of a YAML file stay."""
+    """Return the content of the file with an entry more; comments of a YAML file stay."""
     before = file.read_text(encoding="utf-8") if file.exists() else ""
     if before.lstrip().startswith("["):
         return (json.dumps([*yaml.safe_load(before), entry], indent=2, ensure_ascii=False) + "\n").encode()

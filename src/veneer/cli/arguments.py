@@ -103,7 +103,7 @@ def require_one_kind(adapters: Sequence[Path]) -> None:
 
 
 def _modules(adapter: Path) -> tuple[str, ...]:
-    """The modules that an adapter changes; none if the names of its tensors do not show them."""
+    """Return the modules that an adapter changes; none if the names of its tensors do not show them."""
     config = declared_config(adapter)
     keys = entries_in(adapter, WEIGHTS_FILE, read_entries)
     return () if config is None else modules_named(config, keys) or ()

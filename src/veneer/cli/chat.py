@@ -55,7 +55,7 @@ def _open(parts: ModelParts, system: str | None) -> None:
 
 
 def _say(line: str) -> None:
-    """A line that is no answer: it goes to stderr, so that stdout holds the answers alone."""
+    """Print a line other than an answer to stderr, so that stdout holds the answers alone."""
     Console(stderr=True, highlight=False).print(line, style="dim", soft_wrap=True, markup=False)
 
 

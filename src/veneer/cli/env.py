@@ -52,7 +52,7 @@ def _version(package: str) -> str:
 
 
 def _cpuinfo() -> dict[str, str]:
-    """The first processor's entry of /proc/cpuinfo; empty where the system has none."""
+    """Return the first processor's entry of /proc/cpuinfo; empty if the system has none."""
     path = Path("/proc/cpuinfo")
     if not path.exists():
         return {}

@@ -68,7 +68,7 @@ def _asked(metric: Metric, subject: Subject, args: EvalArguments) -> Asked:
 
 
 def _facts(subjects: Sequence[Subject]) -> dict[str, str | None]:
-    """The facts of all subjects, each value once."""
+    """Return the facts of all subjects, each value once."""
     found = {}
     for name in subjects[0].facts:
         values = dict.fromkeys(subject.facts[name] for subject in subjects)

@@ -111,7 +111,7 @@ def check(args: CheckArguments) -> None:
 
 
 def _by_name(given: list[str]) -> list[tuple[str, str]]:
-    """The pairs of ``--tensor-type``. Raises ConfigError for one without its equals sign."""
+    """Return the pairs of ``--tensor-type``. Raises ConfigError for one without its equals sign."""
     wrong = [each for each in given if not all(each.rpartition("=")[::2])]
     if wrong:
         raise ConfigError(f"--tensor-type {wrong[0]!r} must be REGEX=TYPE, such as 'ffn_down=Q6_K'")
@@ -119,7 +119,7 @@ def _by_name(given: list[str]) -> list[tuple[str, str]]:
 
 
 def _bytes(given: str | None) -> int | None:
-    """The bytes of ``4G`` or ``500M``. Raises ConfigError for anything else."""
+    """Return the bytes of ``4G`` or ``500M``. Raises ConfigError for anything else."""
     if given is None:
         return None
     number, unit = given[:-1], given[-1:].upper()

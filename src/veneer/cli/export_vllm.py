@@ -48,7 +48,7 @@ def vllm(args: VllmArguments) -> None:
 
 
 def _folders(adapters: list[Path], output: Path) -> dict[str, Path]:
-    """The adapters by the names of their new folders. Raises ConfigError if two have one name."""
+    """Return the adapters by the names of their new folders. Raises ConfigError if two have one name."""
     found: dict[str, Path] = {}
     for adapter in adapters:
         name = name_of(adapter)
@@ -83,7 +83,7 @@ def _show(written: Mapping[str, VllmReport]) -> None:
 
 
 def _next(written: Mapping[str, VllmReport], output: Path) -> str:
-    """The line that starts vLLM with the written adapters."""
+    """Return the line that starts vLLM with the written adapters."""
     most = holding(max(report.rank for report in written.values()))
     base = next((report.base for report in written.values() if report.base), None)
     modules = " ".join(shlex.quote(f"{name}={output / name}") for name in written)
@@ -92,7 +92,7 @@ def _next(written: Mapping[str, VllmReport], output: Path) -> str:
 
 
 def _for_vllm(base: str | None) -> str:
-    """The base in a form that vLLM accepts: an id on the hub, or a folder if the name is one of veneer's."""
+    """Return the base in a form that vLLM accepts: an id on the hub, or a folder if the name is one of veneer's."""
     try:
         return "BASE" if base is None else str(folder_of(base) or base)
     except ConfigError:  # not on this machine

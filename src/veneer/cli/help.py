@@ -97,7 +97,7 @@ def _columns(rows: Sequence[tuple[str, str]]) -> Table:
 
 
 def _argument(param: Any) -> str:
-    """``MODEL``, or ``ADAPTER...`` where several may be given."""
+    """Return ``MODEL``, or ``ADAPTER...`` if several may be given."""
     name = str(param.metavar or param.name.upper())
     return name if param.nargs == 1 or name.endswith("...") else f"{name}..."
 
@@ -119,7 +119,7 @@ def _value(param: Any) -> str:
 
 
 def _told(param: Any) -> str:
-    """The help of a parameter, with its default."""
+    """Return the help of a parameter, with its default."""
     text = str(param.help or "")
     if param.required and param.param_type_name == "option":
         return f"{text} [dim](required)[/dim]"

@@ -182,7 +182,7 @@ def _show_classes(confusion: Confusion, name: str) -> None:
 
 
 def _show_taken_for(confusion: Confusion, console: Console) -> bool:
-    """Print the confusion table, its columns by number where names are too wide; False where these are too wide too."""
+    """Print the confusion table, with numbered columns if names are too wide; return False if those are, too."""
     labels, digits = confusion.labels, len(str(max(map(max, confusion.counts))))
     numbers = [str(number) for number in range(1, len(labels) + 1)]
     room = console.width - min(max(map(len, labels)), _SHORT) - 2 * _GAP
@@ -200,7 +200,7 @@ def _show_taken_for(confusion: Confusion, console: Console) -> bool:
 
 
 def _table(title: str, first: str) -> Table:
-    """A table whose first column, of names, gives way where a row is too long."""
+    """Return a table whose first column, of names, is shortened if a row is too long."""
     table = Table(box=box.SIMPLE, padding=(0, _GAP - 1, 0, 0), title=Text(title))
     table.add_column(first, overflow="fold")
     return table

@@ -172,7 +172,7 @@ def _is_recipe(what: str) -> bool:
 def _values(
     what: str, overrides: list[str], method: str | None, changes: dict[str, Any], n_processes: int
 ) -> dict[str, Any]:
-    """The values of a recipe's file, or of a recipe made for a model's name, as ``n_processes`` train it."""
+    """Return the values of a recipe's file, or of a recipe made for a model's name, as ``n_processes`` train it."""
     if _is_recipe(what):
         values = read_values(Path(what), overrides)
     else:

@@ -77,7 +77,7 @@ def _require_comparable(subjects: Sequence[Subject], args: EvalArguments) -> Non
 
 
 def _answer(row: Mapping[str, Any]) -> object:
-    """The right answer of a row in a form of training."""
+    """Return the right answer of a row in a form of training."""
     return row["messages"][-1] if "messages" in row else row.get("completion", row.get("text"))
 
 
@@ -118,5 +118,5 @@ def _of_recipe(path: Path, args: EvalArguments) -> Subject:
 
 
 def _as_trained(rows: Rows, args: EvalArguments) -> Rows:
-    """The rows in the forms of training; as they are if a template makes the prompts."""
+    """Return the rows in the forms of training; as they are if a template makes the prompts."""
     return as_trained(rows, reader_of(args)) if args.prompt is None else rows

@@ -151,7 +151,7 @@ def _require_rollouts(n: int, values: Mapping[str, Any]) -> None:
 
 
 def _place(on: str | None, values: Mapping[str, Any], processes: int | None) -> RayCluster | None:
-    """The Ray cluster to train on, if any. Raises ConfigError if it cannot be used."""
+    """Return the Ray cluster to train on, if any. Raises ConfigError if it cannot be used."""
     by_recipe = section(values, PART).get("engine") == "ray"
     if on is None and not by_recipe:
         return None

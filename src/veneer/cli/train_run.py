@@ -210,7 +210,7 @@ class _Sharing(NamedTuple):
 
 
 def _planned(recipe: Recipe, sharing: _Sharing, asked: TrainOptions, console: Console) -> _Planned:
-    """The plan of a run, told in one line, or that its task has none. Raises ConfigError where memory will not do."""
+    """Print the plan of a run, or that its task has none, and return it. Raises ConfigError if memory is too small."""
     notes = Console(stderr=True, soft_wrap=True, quiet=console.quiet)
 
     def tell(line: str) -> None:

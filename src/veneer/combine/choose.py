@@ -106,7 +106,7 @@ def _exact_sum(updates: Sequence[Update], weights: Sequence[float], plan: Combin
 
 
 def _merged(updates: Sequence[Update], weights: Sequence[float], plan: Combination, name: str) -> Tensor:
-    """The combined update as a matrix."""
+    """Return the combined update as a matrix."""
     dense = [u.dense() for u in updates]
     density = plan.density or 1.0
     if plan.how in ("ties", "magnitude_prune"):

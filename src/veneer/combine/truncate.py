@@ -62,7 +62,7 @@ def rank_of_energy(energy: Float[Tensor, " n"], error: float) -> int:
 
 
 def _tall(update: Tensor) -> Tensor:
-    """The update in float64, transposed if it has more columns than rows."""
+    """Return the update in float64, transposed if it has more columns than rows."""
     return (update.T if update.shape[1] > update.shape[0] else update).double()
 
 

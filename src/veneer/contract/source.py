@@ -112,7 +112,7 @@ def _download(repo: str, subfolder: PurePosixPath, options: HubOptions) -> str:
 
 
 def _reason(error: Exception) -> str:
-    """The hub's reason in one line, without the addresses and advice that its client's messages append."""
+    """Return the hub's reason in one line, without the addresses and advice that its client's messages append."""
     if isinstance(error, RepositoryNotFoundError):
         return "there is no repository of that name, or it is private"
     first = next(iter(str(error).strip().splitlines()), type(error).__name__)

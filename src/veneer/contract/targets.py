@@ -179,14 +179,14 @@ def _in_layers(name: str, config: TargetedConfig, patterns: Collection[str] | st
 
 
 def _layer(name: str, config: TargetedConfig) -> int | None:
-    """The layer of a module: the first index on its path. Later indices count experts and the like."""
+    """Return the layer of a module: the first index on its path. Later indices count experts and the like."""
     given = config.layers_pattern or (r"[^.]*",)
     found = (re.match(rf"(?:^|.*?\.){p}\.(\d+)\.", name) for p in ((given,) if isinstance(given, str) else given))
     return next((int(match.group(1)) for match in found if match), None)
 
 
 def _layers(names: Iterable[str]) -> str:
-    """The blocks of modules, in words such as ``they lie in layers.0 to layers.11``."""
+    """Return the blocks of modules, in words such as ``they lie in layers.0 to layers.11``."""
     found: dict[str, set[int]] = {}
     for match in filter(None, (re.match(r"(?:^|.*?\.)([^.]*)\.(\d+)\.", name) for name in names)):
         found.setdefault(match.group(1), set()).add(int(match.group(2)))

@@ -116,7 +116,7 @@ def _by_position(
 def _why_not_by_position(
     tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], options: Mapping[str, Any] | None
 ) -> str:
-    """The reason why turns of an answer are not found by position: the text, or how the tokenizer cuts it."""
+    """Return the reason why turns of an answer are not found by position: the text, or how the tokenizer cuts it."""
 
     def text(n: int, **more: Any) -> str:
         return str(tokenizer.apply_chat_template(list(messages[:n]), tokenize=False, **{**(options or {}), **more}))

@@ -53,7 +53,7 @@ class Encoder:
     keep_end: bool = False
 
     def __call__(self, row: Mapping[str, Any], index: int) -> Encoded:
-        """``input_ids`` and ``labels`` of one row. Raises DataError, naming the row, where it does not fit the kind."""
+        """Return ``input_ids`` and ``labels`` of a row. Raises DataError, naming the row, if it is of another kind."""
         try:
             ids, trained = self._read(row)
             task = task_of(row)
@@ -128,7 +128,7 @@ class Encoder:
 
 
 def _targets(row: Mapping[str, Any]) -> list[int]:
-    """The labels of a row of tokens before masks: its own, or the tokens themselves."""
+    """Return the labels of a row of tokens before masks: its own, or the tokens themselves."""
     return list(row["input_ids"] if row.get("labels") is None else row["labels"])
 
 
@@ -168,7 +168,7 @@ def _options(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _held(row: Mapping[str, Any], column: str) -> Any:
-    """The value of a column. It may be JSON text, so that rows can have different keys."""
+    """Return the value of a column. It may be JSON text, so that rows can have different keys."""
     value = row.get(column)
     try:
         return _own_keys(json.loads(value) if isinstance(value, str) else value)

@@ -97,7 +97,7 @@ def _lines(path: Path, problems: list[str]) -> Iterator[tuple[int, Any]]:
 
 
 def _csv(path: Path, problems: list[str]) -> Iterator[tuple[int, Any]]:
-    """Each row as strings by the names of the first line; the number is that of the line where it begins."""
+    """Yield each row with the number of its first line: strings by the names of the header."""
     with path.open(encoding="utf-8-sig", newline="") as file:
         lines = csv.reader(file, delimiter="\t" if path.suffix == ".tsv" else ",", strict=True)
         try:

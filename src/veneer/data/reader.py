@@ -81,7 +81,7 @@ class RowReader:
         return self._checked(readers[form](row)) | task_of(row)
 
     def _checked(self, row: Row) -> Row:
-        """The row. Raises ConfigError if it is no chat and a setting for chats was given."""
+        """Return the row. Raises ConfigError if it is not a chat and a setting for chats was given."""
         given = [name for name, value in (("chat", self.chat), ("system", self.system)) if value]
         if given and "messages" not in row:
             found = "plain text, which has no turns" if "text" in row else "prompt and completion"

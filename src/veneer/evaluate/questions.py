@@ -127,7 +127,7 @@ def continuation(tokenizer: PreTrainedTokenizerBase, question: Question, answer:
 
 
 def _content(turns: object) -> str:
-    """The text of the last turn, which must be the assistant's."""
+    """Return the text of the last turn, which must be the assistant's."""
     last = turns[-1] if isinstance(turns, list) and turns else None
     if not isinstance(last, Mapping) or last.get("role") != "assistant" or not isinstance(last.get("content"), str):
         raise DataError("its last turn is not a text of the assistant: end it with the right answer")

@@ -139,7 +139,7 @@ class BaseWeights:
             yield from self._tensors.blocks(held, BLOCK_VALUES)
 
     def _coded_weights(self) -> dict[str, dict[str, str]]:
-        """The tensors by part of each weight that is stored quantized."""
+        """Return the tensors by part of each weight that is stored quantized."""
         if self._quantization is None:
             return {}
         groups = self._quantization.grouped(self._tensors.tensors)
@@ -166,7 +166,7 @@ class BaseWeights:
         return self._half if stored in self._coded else self._tensors.tensors[stored].dtype
 
     def _stacked(self, name: str) -> Tensor:
-        """Experts stacked (n, out, in), made of a tensor for each: gate above up where one parameter holds both."""
+        """Stack one tensor for each expert, (n, out, in): gate above up if one parameter holds both."""
         first = name if self._is_stack(name) else self._stacks[name][0][0]
         out = torch.empty(self._shapes[self._model_names.get(name, name)], dtype=self._dtype_of(first))
         for number, expert in enumerate(self._experts(name)):
@@ -174,7 +174,7 @@ class BaseWeights:
         return out
 
     def _experts(self, name: str) -> Iterator[Tensor]:
-        """The same, an expert (1, out, in) at a time."""
+        """Yield the same, an expert (1, out, in) at a time."""
         if self._is_stack(name):
             yield from self._coded_experts(name)
             return
@@ -260,7 +260,7 @@ def _tied(model: PreTrainedModel) -> list[list[str]]:
 
 
 def _half_of(folder: Path) -> torch.dtype:
-    """The 16-bit dtype of a dequantized base: its own if it has one."""
+    """Return the 16-bit dtype of a dequantized base: its own if it has one."""
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     dtype = getattr(torch, str(config.get("dtype") or config.get("torch_dtype")), None)
     return cast(torch.dtype, dtype) if dtype in (torch.bfloat16, torch.float16) else torch.bfloat16

@@ -180,7 +180,7 @@ def _skeleton(folder: Path, tensors: Mapping[str, StoredTensor]) -> tuple[PreTra
 
 
 def _vocabulary(model: PreTrainedModel, tensors: Mapping[str, StoredTensor]) -> int | None:
-    """The rows of the embeddings and of the head, where an adapter brings both whole."""
+    """Return the rows of embeddings and head if an adapter brings both whole, else None."""
     found = set()
     for path, _ in _ends(model):
         found.add(next((tensors[key].shape[0] for key in weight_keys(path) if key in tensors), None))

@@ -191,7 +191,7 @@ class AdamssConfig(LinearMethod):
         return kept if isinstance(kept, WeightParts) else self._decomposed(site)[1]
 
     def _decomposed(self, site: LinearSite) -> tuple[Float[Tensor, "o r"], WeightParts]:
-        """The left singular vectors of a site's weight, and its parts, which the site keeps."""
+        """Return the left singular vectors of a site's weight, and its parts, which the site keeps."""
         u, s, v = self.decomposed(site)
         rows = clustered(u, self.n_clusters(site), site.name)
         parts = WeightParts(s, v, rows, [self._rank(u[each]) for each in rows])
@@ -205,7 +205,7 @@ class AdamssConfig(LinearMethod):
         return type(self), self.r, self.num_subspaces, self.random_seed, ranks
 
     def _rank(self, u: Float[Tensor, "n r"]) -> int:
-        """The rank of a cluster with these rows."""
+        """Return the rank of a cluster with these rows."""
         most = min(len(u), u.shape[1], self.subspace_rank)
         if not self.use_dynamic_rank:
             return most

@@ -172,12 +172,12 @@ class FrodConfig(LinearMethod):
         return LinearDelta(adds=(change,))
 
     def _places(self, n: int) -> int:
-        """The number of trained entries of S (n, n), none of which are on its diagonal."""
+        """Return the number of trained entries of S (n, n), none of which are on its diagonal."""
         most = n * n - n
         return max(min(int(n * n * self.sparse_rate), most), 1 if self.sparse_rate > 0 and most else 0)
 
     def _drawn(self, n: int, generator: torch.Generator) -> Int[Tensor, "2 n_places"]:
-        """The places of S, drawn as PEFT draws them: of its entries off the diagonal, row by row."""
+        """Return the places of S, drawn as PEFT draws them: of its entries off the diagonal, row by row."""
         count = self._places(n)
         if count == 0:
             return torch.empty(2, 0, dtype=torch.long)

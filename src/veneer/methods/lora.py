@@ -341,7 +341,7 @@ class LoraConfig(LinearMethod):
         }
 
     def _read(self, site: LinearSite) -> LinearSite:
-        """The site as A reads it."""
+        """Return the site as A reads it."""
         for variant in variants_of(self):
             site = variant.read_site(self, site)
         return site
@@ -440,12 +440,12 @@ def _joined(params: Params) -> tuple[Tensor, Tensor]:
 
 
 def _turned(params: Params) -> dict[str, Tensor]:
-    """The parameters of the transposed update: (B A)ᵀ is Aᵀ Bᵀ."""
+    """Return the parameters of the transposed update: (B A)ᵀ is Aᵀ Bᵀ."""
     return {"lora_A": params["lora_B"].T, "lora_B": params["lora_A"].T}
 
 
 def _raised_at(site: LinearSite, record: LinearDelta, with_bias: bool) -> dict[str, Tensor]:
-    """The parameters that lower to a record."""
+    """Return the parameters that lower to a record."""
     like = record.tensors[0]
     zeros = like.new_zeros(1, site.in_features), like.new_zeros(site.out_features, 1)
     a, b = record.factors() if record.adds else zeros

@@ -223,7 +223,7 @@ class RandLoraConfig(LinearMethod):
         return {"randlora_A": a, "randlora_B": b}
 
     def _held(self, draw: Draw) -> Bases:
-        """The bases of a draw, which this config holds from now on."""
+        """Return the bases of a draw, which this config holds from now on."""
         kept: dict[Draw, Bases] = vars(self).setdefault("_kept", {})
         return kept.setdefault(draw, bases(draw))
 

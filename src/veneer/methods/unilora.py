@@ -183,7 +183,7 @@ class UniLoraConfig(LinearMethod):
         return index[start : start + n], scale
 
     def _held(self, count: int) -> EntryChoice:
-        """The choice for so many entries, which this config holds from now on."""
+        """Return the choice for so many entries, which this config holds from now on."""
         kept: dict[int, EntryChoice] = vars(self).setdefault("_kept", {})
         if count not in kept:
             key = self.proj_seed, self.theta_d_length, count

@@ -387,7 +387,7 @@ def _buffer(hidden: Tensor, weight: Tensor | FrozenWeight, rows: int) -> Tensor:
 
 
 def _logits(hidden: Tensor, weight: Tensor | FrozenWeight, bias: Tensor | None, buffer: Tensor) -> Tensor:
-    """One chunk of logits, in the buffer where the weight is a tensor: fresh pages for each chunk would cost more."""
+    """Return one chunk of logits, in the buffer if the weight is a tensor: fresh pages for each chunk cost more."""
     if isinstance(weight, Tensor):
         logits, read = buffer[: hidden.shape[0]], operand(hidden)
         for part in _parts(weight):
@@ -410,7 +410,7 @@ def _project_back(dlogits: Tensor, weight: Tensor | FrozenWeight, out: Tensor) -
 
 
 def _parts(weight: Float[Tensor, "v d"]) -> list[slice]:
-    """The classes of a head that are multiplied together: all, but where the CPU widens them a part at a time."""
+    """Return the classes of a head that are multiplied together: all, or parts if the CPU widens them."""
     n_classes, width = weight.shape
     size = max(1, _WIDENED_BYTES // (4 * width)) if widens(weight, weight.dtype) else n_classes
     return [slice(start, min(n_classes, start + size)) for start in range(0, n_classes, size)]

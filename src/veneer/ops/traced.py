@@ -74,7 +74,7 @@ class Traced(Tensor):
 
 
 def _on_meta(func: Any, args: Any, kwargs: Any) -> Any:
-    """The op on the meta device. What is written into a real tensor leaves it as it was."""
+    """Run the op on the meta device. Writes into a real tensor leave it as it was."""
     if func is _aten._local_scalar_dense.default and args[0].dtype == torch.bool:
         return True  # checks, such as that all values are finite, pass
     place = next((x.device for x in tensors_in(args) if isinstance(x, Traced)), _CPU)

@@ -38,7 +38,7 @@ class LayerwiseGaLoreAdamW(GaLoreAdamW):
             self._watched().pop().remove()
 
     def _watched(self) -> list[RemovableHandle]:
-        """The hooks. Groups are added before a subclass's ``__init__`` could make the list."""
+        """Return the hooks. Groups are added before a subclass's ``__init__`` could make the list."""
         return cast("list[RemovableHandle]", self.__dict__.setdefault("_hooks", []))
 
     @torch.no_grad()

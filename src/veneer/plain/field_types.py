@@ -110,7 +110,7 @@ def misfits(name: str, value: object, hint: Any) -> list[str]:
 
 
 def _words(hint: Any, many: bool = False) -> str:
-    """The values allowed, in the words of a message."""
+    """Return the values allowed, in the words of a message."""
     *most, last = _alternatives(hint, many)
     return f"{', '.join(most)} or {last}" if most else last
 

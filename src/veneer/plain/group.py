@@ -56,7 +56,7 @@ def starts_processes(asked: int | None, environment: Mapping[str, str] = os.envi
 
 
 def _first_host(hosts: str) -> str:
-    """The first name of Slurm's list of hosts, such as ``gpu[003-007,9],login1``."""
+    """Return the first name of Slurm's list of hosts, such as ``gpu[003-007,9],login1``."""
     name, bracket, numbers = hosts.partition("[")
     if not bracket or "," in name:
         return name.partition(",")[0]

@@ -75,7 +75,7 @@ def _ask_first(module: ModuleType) -> None:
 
 
 def _text(models: Path, read: Read) -> str:
-    """The table as JSON: of the cache, or read from the files and left there."""
+    """Return the table as JSON: of the cache, or read from the files and left there."""
     file = _file(models)
     if file is not None:
         with suppress(OSError, ValueError, LookupError, TypeError):

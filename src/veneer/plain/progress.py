@@ -213,5 +213,5 @@ class _Lines:
 
 
 def _stderr() -> Console:
-    """The console of stderr; silent except in the first of several processes."""
+    """Return the console of stderr; silent except in the first of several processes."""
     return Console(file=sys.stderr, highlight=False, quiet=os.environ.get("RANK", "0") != "0")

@@ -249,12 +249,12 @@ def _layout_of(state: dict[str, Any], shape: tuple[int, int]) -> tuple[FourBitLa
 
 
 def _as_bytes(packed: Tensor | None) -> Tensor | None:
-    """The packed codes as uint8, whatever dtype the container was given (``bnb_4bit_quant_storage``)."""
+    """Return the packed codes as uint8, whatever dtype the container was given (``bnb_4bit_quant_storage``)."""
     return None if packed is None else packed.reshape(-1).contiguous().view(torch.uint8).view(-1, 1)
 
 
 def _map_problems(key: str, tensors: Parts, expected: Tensor) -> list[str]:
-    """The problems of a table of codes on disk, which must be the one of this format."""
+    """Return the problems of a table of codes on disk, which must be the one of this format."""
     found = tensors.get(key)
     if found is None:
         return [f"{key} is missing"]

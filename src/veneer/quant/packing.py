@@ -94,7 +94,7 @@ def _groups_of(weight: BlockWeight) -> Callable[[slice], CodeGroups] | None:
 
 
 def _form(w: ScaledCodes) -> tuple[str, str]:
-    """Numbers and formula of `CodeGroups`: whole numbers, with a sign where there are no zeros."""
+    """Return numbers and formula of `CodeGroups`: whole numbers, signed if there are no zeros."""
     if w.coding != "whole":
         return w.coding, "scaled"
     width = _width(w)
@@ -126,7 +126,7 @@ def _by_row(x: Tensor, w: ScaledCodes) -> Tensor:
 
 
 def _by_unit(x: Tensor, w: ScaledCodes) -> Tensor | None:
-    """The same values for groups of a multiple of 16 inputs, in the kernels' order."""
+    """Return the same values for groups of a multiple of 16 inputs, in the kernels' order."""
     if x.dtype == torch.float8_e8m0fnu:
         x = x.view(torch.uint8)
     if x.dtype == torch.float8_e4m3fn or w.overall is not None:

@@ -62,7 +62,7 @@ def declared_config(folder: Path) -> DeclaredConfig | None:
 
 
 def _config(module: str, name: str, peft_type: str, given: Mapping[str, Any]) -> DeclaredConfig | None:
-    """The config of a class. Raises UnreadableError if the class defines its own way to show settings."""
+    """Return the config of a class. Raises UnreadableError if the class defines its own way to show settings."""
     class_value(module, name, "told")
     defaults = declared_defaults(module, name)
     if problems_of(given, defaults, _peft_fields(module, name)):
@@ -106,7 +106,7 @@ def modules_named(config: DeclaredConfig, keys: Iterable[str]) -> tuple[str, ...
 
 
 def _paths(parts: list[str]) -> Iterable[str]:
-    """The paths that a key may be below, the longest first."""
+    """Return the paths that a key may be below, the longest first."""
     return (".".join(parts[:n]) for n in range(len(parts) - 1, 0, -1))
 
 
@@ -132,7 +132,7 @@ def _headline(module: str, name: str) -> tuple[str, ...]:
 
 
 def _peft_fields(module: str, name: str) -> peft_fields.PeftFields:
-    """The fields of PEFT that a class tells apart. Raises UnreadableError if its source computes them."""
+    """Return the fields of PEFT that a class tells apart. Raises UnreadableError if its source computes them."""
     value = class_value(module, name, "peft_fields")
     try:
         code = compile(ast.Expression(value or ast.Name("COMMON", ast.Load(), lineno=0, col_offset=0)), module, "eval")

@@ -96,7 +96,7 @@ def _fields(node: ast.ClassDef) -> Iterator[_Field]:
 
 
 def _literal_default(written: ast.expr | None) -> Any:
-    """The value that a field of a class is given there, by itself or by ``field(default…)``."""
+    """Return the value that a field of a class is given there, by itself or by ``field(default…)``."""
     if isinstance(written, ast.Call):
         options = {keyword.arg: keyword.value for keyword in written.keywords}
         factory = options.get("default_factory")

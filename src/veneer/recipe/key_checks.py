@@ -80,7 +80,7 @@ def _converted(value: Any, hint: Any) -> Any:
 
 
 def _choices(hint: Any) -> list[Any]:
-    """The words of a type that lists them, or of the parts of a union that do."""
+    """Return the words of a type that lists them, or of the parts of a union that do."""
     if typing.get_origin(hint) is Literal:
         return list(typing.get_args(hint))
     if isinstance(hint, type) and issubclass(hint, Enum):

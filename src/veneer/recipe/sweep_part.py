@@ -112,7 +112,7 @@ def _how_problems(part: Mapping[str, Any]) -> list[str]:
 
 
 def _changes(part: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The changes of each member: the list, times the grid."""
+    """Return the changes of each member: the list, times the grid."""
     grid: Mapping[str, Sequence[Any]] = part.get("grid", {})
     points = [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
     found = []

@@ -61,7 +61,7 @@ def read_values(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
 
 
 def _reward_beside(path: Path, reward: Any) -> Any:
-    """The reward function of a file beside the recipe, with its path resolved; anything else as it is."""
+    """Return the reward function of a file beside the recipe, with its path resolved; anything else as it is."""
     if isinstance(reward, dict) and "function" in reward:
         return {**reward, "function": _reward_beside(path, reward["function"])}
     if not isinstance(reward, str) or ".py:" not in reward:

@@ -146,7 +146,7 @@ def _nbytes(spec: tuple[torch.dtype, tuple[int, ...]]) -> int:
 
 
 def _pieces(tensor: Tensor) -> Sequence[Tensor]:
-    """The tensor in parts along its first dimension, each small enough to be converted in memory."""
+    """Return the tensor in parts along its first dimension, each small enough to be converted in memory."""
     if tensor.ndim == 0 or tensor.numel() <= PIECE_VALUES:
         return (tensor,)
     return torch.split(tensor, max(1, PIECE_VALUES * len(tensor) // tensor.numel()))

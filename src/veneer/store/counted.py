@@ -71,7 +71,7 @@ def plain_facts(folder: Path) -> ModelFacts | None:
 
 
 def _config(folder: Path) -> dict[str, Any] | None:
-    """The fields of a model's config; None if it cannot be read, which transformers reports later."""
+    """Return the fields of a model's config; None if it cannot be read, which transformers reports later."""
     try:
         found = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
@@ -80,7 +80,7 @@ def _config(folder: Path) -> dict[str, Any] | None:
 
 
 def _described(config: Mapping[str, Any]) -> dict[str, str] | None:
-    """The description of a plain config; None for any other."""
+    """Return the description of a plain config; None for any other."""
     numbers = [config.get(name) for name in _TOLD]
     if config.get("model_type") not in list(_PLAIN) or any(config.get(name) is not None for name in _CHANGES):
         return None
@@ -108,7 +108,7 @@ def _has_windows(config: Mapping[str, Any]) -> bool:
 
 
 def _theta(config: Mapping[str, Any]) -> float | None:
-    """The base of the rotary embedding, if nothing scales it."""
+    """Return the base of the rotary embedding, if nothing scales it."""
     rope = config.get("rope_parameters", {"rope_theta": config.get("rope_theta")})
     if not isinstance(rope, dict) or rope.keys() - {"rope_theta", "rope_type"}:
         return None
@@ -119,7 +119,7 @@ def _theta(config: Mapping[str, Any]) -> float | None:
 
 
 def _head_width(config: Mapping[str, Any]) -> int | None:
-    """The width of a head: as given, or the hidden size divided by the heads if the model type does so."""
+    """Return the width of a head: as given, or the hidden size divided by the heads if the model type does so."""
     given, heads = config.get("head_dim"), config["num_attention_heads"]
     if given is not None:
         return given if type(given) is int and given > 0 else None

@@ -42,7 +42,7 @@ def model_facts(folder: Path) -> ModelFacts:
 
 
 def _values(tensors: Mapping[str, Stored], quantization: QuantizationConfig | None) -> dict[str, int]:
-    """The number of values of each tensor; a quantized weight counts its decoded values."""
+    """Return the number of values of each tensor; a quantized weight counts its decoded values."""
     found = {name: n_values_of([tensor]) for name, tensor in tensors.items()}
     for layer, parts in quantization.grouped(tensors).items() if quantization else ():
         assert quantization is not None
@@ -61,7 +61,7 @@ def _label(stored: Mapping[str, Any], quantization: QuantizationConfig | None) -
 
 
 def _described(config: Any) -> Decoder | None:
-    """The decoder that a config makes, without its weights; None if it makes another kind of model."""
+    """Return the decoder that a config makes, without its weights; None if it makes another kind of model."""
     try:
         return describe_config(config)
     except DescriptionError:

@@ -44,7 +44,7 @@ def require_model(path: Path) -> None:
 
 
 def _meant(path: Path) -> str:
-    """Return the advice for a folder that is no model, by its content: a file, or the output of a run."""
+    """Return the advice for a folder that is not a model, by its content: a file, or the output of a run."""
     files = sorted(path.glob("*.gguf"))
     if files:
         return f"give the file itself: {files[0]}"

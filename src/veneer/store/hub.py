@@ -55,7 +55,7 @@ def require_hub() -> None:
 
 
 def _no_model(name: str, of_hub: str = "") -> str:
-    """The message for a model that was not found, with the nearest names, or those that `veneer fetch` knows."""
+    """Return the message for a model that was not found, with the nearest names, or those that `veneer fetch` knows."""
     path = Path(name).expanduser()
     paths = near_paths(path)
     near = [*difflib.get_close_matches(name.lower(), KNOWN, n=1, cutoff=_CLOSE), *paths]
@@ -76,7 +76,7 @@ class _RedirectsAreAnswers(urllib.request.HTTPRedirectHandler):
 
 
 def _asked(address: str) -> Message | None:
-    """The headers of the hub's answer with any status; None if there is none, or if requests are off."""
+    """Return the headers of the hub's answer with any status; None if there is none, or if requests are off."""
     if is_offline_mode():
         return None
     request = urllib.request.Request(address, method="HEAD", headers=_authorization())
@@ -92,7 +92,7 @@ def _asked(address: str) -> Message | None:
 
 
 def _silence() -> str:
-    """The reason why the hub answers nothing."""
+    """Return the reason why the hub answers nothing."""
     return f"HF_HUB_OFFLINE keeps {ENDPOINT} from being asked" if is_offline_mode() else f"{ENDPOINT} cannot be reached"
 
 

@@ -100,7 +100,7 @@ class GgufQuantizer(VeneerQuantizer):
         layer.fill(layer.spec, {part: each.to(value.device) for part, each in parts.items()})
 
     def _rows(self, parameter: GgufParameter, tensor: GgufTensor) -> Tensor:
-        """The blocks of a tensor, row by row, where they lie in the file."""
+        """Return the blocks of a tensor, row by row, mapped in the file."""
         if tensor.name not in self.mapped:
             stored = stored_rows(tensor, parameter.path)
             self.mapped[tensor.name] = self.source.tensor(stored.start, stored.nbytes).view(stored.shape)
@@ -170,7 +170,7 @@ def _stays(module: nn.Module, parameter: GgufParameter | None) -> bool:
 
 
 def _coded(module: nn.Module, parameter: GgufParameter, source: MappedFile | None) -> CodedModule:
-    """The module that replaces a layer or a table. Its weight is not mapped yet."""
+    """Return the module that replaces a layer or a table. Its weight is not mapped yet."""
     assert parameter.kind is not None
     o, i = parameter.tensors[0].shape
     dtype = cast(Tensor, module.weight).dtype

@@ -50,7 +50,7 @@ def _is_no_refusal(record: logging.LogRecord) -> bool:
 
 
 def _wrong_sizes(values: Mapping[str, Any], place: str = "") -> Iterator[str]:
-    """The sizes that no decoder has, of a model or of its text half. A list has a size for each layer."""
+    """Yield the sizes that no decoder has, of a model or of its text half. A list has a size for each layer."""
     for name, (least, most) in _SIZES.items():
         size = values.get(name)
         numbers = size if isinstance(size, list) else [] if size is None else [size]

@@ -58,7 +58,7 @@ def is_one_model(one: str, other: str) -> bool:
 
 
 def _folder_of(named: str) -> Path | None:
-    """The folder of a model that is on this machine by its path or by its name in `KNOWN`."""
+    """Return the folder of a model that is on this machine by its path or by its name in `KNOWN`."""
     folder = model_folder(named) if named in KNOWN and is_fetched(named) else Path(os.path.expanduser(named))
     return folder if os.path.isdir(folder) else None
 
@@ -69,7 +69,7 @@ def _is_name(name: str) -> bool:
 
 
 def _model(name: str) -> str:
-    """The model that a name means, without its owner and the form of its weights."""
+    """Return the model that a name means, without its owner and the form of its weights."""
     hashed = _HASHED.fullmatch(name)
     last = re.split(r"[/\\]", (hashed[1] if hashed else name).rstrip("/\\"))[-1].lower()
     return _FORM.sub("", last) or last

@@ -210,7 +210,7 @@ class VeneerQuantizer(HfQuantizer):  # type: ignore[misc]
             _put_stack(model, name, CodedStack(stack.spec))
 
     def _decoded_layers(self, in_stacks: Collection[str]) -> dict[str, Decoded]:
-        """The weights of the checkpoint that the model does not keep in codes."""
+        """Return the weights of the checkpoint that the model does not keep in codes."""
         model = self._model
         assert model is not None  # it was made before its files are opened
         to_own, is_stacked, prefix = renamer(model), converter(model), f"{model.base_model_prefix}."

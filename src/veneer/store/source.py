@@ -151,7 +151,7 @@ def _auto_class(source: str | os.PathLike[str], place: Path | str, *, encodes: b
 
 
 def _straight_to(device: str | torch.device | None) -> dict[str, Any]:
-    """The option of transformers by which weights are read straight to a GPU; none for other devices."""
+    """Return the option of transformers by which weights are read straight to a GPU; none for other devices."""
     wanted = torch.device("cpu" if device is None else device)
     if wanted.type != "cuda":
         return {}

@@ -128,7 +128,7 @@ def _listed(
 def _listed_specs(
     places: Mapping[str, Place], listed: Mapping[str, ListedExperts], config: QuantizationConfig, skip: Sequence[str]
 ) -> dict[str, StackSpec]:
-    """The formats of stacks whose experts share one format."""
+    """Return the formats of stacks whose experts share one format."""
     found = {}
     for name, experts in listed.items():
         if not _quantizes(name, skip):
@@ -168,6 +168,6 @@ def _below(name: str, own: str) -> str:
 
 
 def _spellings(model: PreTrainedModel, name: str) -> tuple[str, ...]:
-    """The names under which files may hold a parameter: with and without the inner model's prefix."""
+    """Return the names under which files may hold a parameter: with and without the inner model's prefix."""
     prefix = f"{model.base_model_prefix}."
     return name, name.removeprefix(prefix), prefix + name

@@ -49,7 +49,7 @@ def _flat_gradient(parameter: nn.Parameter) -> Tensor:
 
 
 def _parts(parameters: Sequence[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
-    """The parameters in their order, cut where dtype or device changes, or where a part is large enough."""
+    """Yield the parameters in their order, in parts of one dtype and device and of limited size."""
     part: list[nn.Parameter] = []
     n_bytes = 0
     for parameter in parameters:

@@ -85,7 +85,7 @@ def _environments(n: int) -> dict[int, dict[str, str]]:
 
 
 def _n_cores() -> int:
-    """The number of cores of this process: under Slurm or taskset fewer than the machine's."""
+    """Return the number of cores of this process: under Slurm or taskset fewer than the machine's."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 

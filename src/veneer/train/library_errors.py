@@ -32,7 +32,7 @@ def refusals_told() -> Iterator[None]:
 
 
 def _last_place(traceback: TracebackType | None) -> Path:
-    """The file of the innermost frame."""
+    """Return the file of the innermost frame."""
     place = Path()
     while traceback is not None:
         place, traceback = Path(traceback.tb_frame.f_code.co_filename), traceback.tb_next
@@ -40,6 +40,6 @@ def _last_place(traceback: TracebackType | None) -> Path:
 
 
 def _package(place: Path) -> str:
-    """The name of the package that a file belongs to."""
+    """Return the name of the package that a file belongs to."""
     _, found, inside = place.as_posix().rpartition("site-packages/")
     return inside.partition("/")[0] if found else "Python"

@@ -39,7 +39,7 @@ def trained_recipe(path: Path) -> Recipe:
 
 
 def _recipe_of_run(folder: Path) -> Recipe:
-    """The recipe of a run that lies in this folder, wherever it was made."""
+    """Return the recipe of the run in this folder, wherever it was made."""
     require_recipe(folder)
     record = record_of(folder) or {}
     try:

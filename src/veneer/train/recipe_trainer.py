@@ -88,7 +88,7 @@ def make_trainer(
 
 
 def _make_task_trainer(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> RunTrainer:
-    """The trainer of a recipe whose task is not supervised fine-tuning."""
+    """Return the trainer of a recipe whose task is not supervised fine-tuning."""
     rows = read_data(recipe.data, recipe.seed, preference_reader(recipe.data, recipe.task))
     args = recipe.training_config()
     rewards = {"reward_funcs": recipe.reward_functions()[0]} if recipe.rewards else {}
@@ -120,7 +120,7 @@ def _encoding_told(rows: Rows) -> AbstractContextManager[None]:
 
 
 def _with_adapter(recipe: Recipe, base: PreTrainedModel) -> _Given:
-    """The model with a saved adapter, or with a fresh one if it is cut; else the config of the fresh one too."""
+    """Return the model with a saved adapter, or with a fresh one if it is cut; else the config of the fresh one too."""
     saved = FROM in recipe.adapter
     model = with_saved_adapter(recipe.adapter, recipe.task, base) if saved else base
     config = None if saved else recipe.adapter_config()
@@ -203,5 +203,5 @@ def _tell_of_odd_settings(part: Mapping[str, Any], method: str, trainer: SFTTrai
 
 
 def _known(rows: Dataset | IterableDataset) -> list[dict[str, Any]]:
-    """The rows if they are in memory."""
+    """Return the rows if they are in memory."""
     return [] if isinstance(rows, IterableDataset) else list(rows)

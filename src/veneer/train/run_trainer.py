@@ -123,7 +123,7 @@ class RunTrainer(ResumableTrainer):
         return self.progress.n_tokens
 
     def _offloading(self) -> ActivationOffload | None:
-        """The context for offloading activations, which TRL enters around each forward pass."""
+        """Return the context for offloading activations, which TRL enters around each forward pass."""
         if not self.args.activation_offloading:
             return None
         offload = ActivationOffload(self.model, self.args.activation_offloading, Path(self.args.output_dir))

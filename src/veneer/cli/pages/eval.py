@@ -205,7 +205,7 @@ def _require_subject(args: EvalArguments) -> None:
 
 
 def _said_by_recipes(args: EvalArguments) -> list[str]:
-    """The options given that a recipe settles already."""
+    """Return the options given that a recipe settles already."""
     given: dict[str, object] = {"MODEL": args.model, "--adapter": args.adapters, "--system": args.system}
     given |= {"--prompt": args.prompt, "--answer-field": args.answer_field}
     given |= {"--chat": args.chat, "--load-in-4bit": args.load_in_4bit, "--dtype": args.dtype != "auto"}
@@ -213,7 +213,7 @@ def _said_by_recipes(args: EvalArguments) -> list[str]:
 
 
 def _words(labels: str) -> tuple[str, ...]:
-    """The words of ``--labels``: with commas between them, or the lines of a file."""
+    """Return the words of ``--labels``: with commas between them, or the lines of a file."""
     file = Path(labels)
     if not file.is_file() and (file.suffix != ".txt" or "," in labels):
         return tuple(labels.split(","))

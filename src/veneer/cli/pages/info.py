@@ -49,7 +49,7 @@ def _no_folder(what: str) -> ConfigError | None:
 
 
 def _place(args: InfoArguments) -> str:
-    """The module that describes the given path. The one for runs imports no torch."""
+    """Return the module that describes the given path. The one for runs imports no torch."""
     is_run = (Path(args.what).expanduser() / "run.json").is_file()
     return "veneer.cli.info_run" if is_run else "veneer.cli.info"
 

@@ -145,7 +145,7 @@ def _factors(name: str, record: LinearDelta, family: GgufFamily, config: Any) ->
 
 
 def _invocation(method: MethodConfig) -> list[KeyValue]:
-    """The tokens from which on llama.cpp applies the adapter."""
+    """Return the tokens from which on llama.cpp applies the adapter."""
     tokens, number = list(method.invocation_tokens), GGUFValueType.UINT32
     return [KeyValue("adapter.alora.invocation_tokens", tokens, GGUFValueType.ARRAY, number)] if tokens else []
 

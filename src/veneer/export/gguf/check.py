@@ -177,7 +177,7 @@ def _bos(in_template: bool, by_flag: bool) -> str:
 
 
 def _compiled(template: str) -> Any:
-    """The template as transformers and llama.cpp run it."""
+    """Return the template as transformers and llama.cpp run it."""
 
     def fail(text: str) -> None:
         raise jinja2.TemplateError(text)

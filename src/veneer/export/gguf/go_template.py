@@ -92,7 +92,7 @@ def chat_shape(render: Render) -> ChatShape | None:
 
 
 def _system(render: Render, turns: Messages, start: str, user: str) -> tuple[tuple[str, str] | None, bool]:
-    """The text around a system message, and True where it is part of the first question."""
+    """Return the text around a system message, and True if it is part of the first question."""
     found = _split(render, [_message("system", _SYSTEM), *turns], (_SYSTEM, _USER, _ANSWER, _NEXT))
     if found is None:
         return None, False
@@ -136,7 +136,7 @@ def _message(role: str, content: str) -> Mapping[str, str]:
 
 
 def _common(one: str, other: str) -> str:
-    """The longest text that both begin with."""
+    """Return the longest text that both begin with."""
     same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False))
     return "".join(character for character, _ in same)
 

@@ -57,7 +57,7 @@ def _pair(merge: str | list[str]) -> tuple[str, str]:
 
 
 def _steps(content: Mapping[str, Any], name: str) -> Iterator[Mapping[str, Any]]:
-    """The steps of a part of ``tokenizer.json``, out of their sequences."""
+    """Yield the steps of a part of ``tokenizer.json``, out of their sequences."""
     step = content.get(name)
     if step is None:
         return

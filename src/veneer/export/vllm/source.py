@@ -78,7 +78,7 @@ class AdapterSource:
 
 
 def _base_of(method: MethodConfig, given: str | None) -> Path | None:
-    """The folder of the base's config; None if it is not on this machine and was not named by the caller."""
+    """Return the folder of the base's config; None if it is not on this machine and was not named by the caller."""
     config = config_of_base(given or method.base_model_name_or_path, None if given else method.revision)
     return config.parent if config is not None else None if given is None else local_folder(given)
 

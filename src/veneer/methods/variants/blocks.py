@@ -53,7 +53,7 @@ class BdLoraConfig(Settings, Variant):
         return super().refusals_at(config, sites) + [f"use_bdlora at {name}: {said}" for name, said in found if said]
 
     def _problem(self, site: LinearSite, r: int) -> str | None:
-        """The problem of blocks at a layer, of this rank."""
+        """Return the problem of blocks at a layer, of this rank."""
         of_a, of_b = self._named(site)
         if of_a and of_b:
             return "its name is in target_modules_bd_a and target_modules_bd_b: leave one out"

@@ -91,13 +91,13 @@ class MontecloraConfig(Settings, Variant):
         return torch.stack([self._penalty(params) for params in layers]).mean() if layers else None
 
     def _penalty(self, params: Params) -> Tensor:
-        """The term of one site: divergences and squares of w."""
+        """Return the term of one site: divergences and squares of w."""
         params = {**params, **self._drawn_around(len(params[STD]), None)}
         found: Tensor = self.kl_loss_weight * self._divergence(params)
         return found + self._weights(params).square().sum() if self.use_entropy else found
 
     def _drawn_around(self, r: int, generator: torch.Generator | None) -> dict[str, Tensor]:
-        """The diagonal of a Wishart matrix of r degrees of freedom, and the numbers behind w."""
+        """Return the diagonal of a Wishart matrix of r degrees of freedom, and the numbers behind w."""
         return {
             _U: torch.randn(r, r, generator=generator).square().sum(1),
             _Y: torch.randn(self.num_samples, generator=generator),

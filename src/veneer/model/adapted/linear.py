@@ -340,7 +340,7 @@ class AdaptedLinear(AdaptedSite):
         return any(self.has_own(name, "weight") for name in names)
 
     def _by_formula(self, x: Tensor) -> Tensor:
-        """The record applied under autograd: for a compiler to follow, or where the weight is trained as well."""
+        """Apply the record under autograd: for a compiler to follow, or if the weight is trained as well."""
         names, site = self.acting_here(), self.site()
         weight = cast(FrozenWeight, site.weight)
         records = [self.record_now(name, x.shape[:-1], site) for name in names]

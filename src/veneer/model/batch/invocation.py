@@ -121,7 +121,7 @@ def _names_of_rows(state: AdapterState, n_rows: int) -> tuple[str, ...]:
 
 
 def _starts(state: AdapterState, rows: Sequence[str], ids: Int[Tensor, "rows n"]) -> tuple[int, ...]:
-    """The position from which each row's adapter acts: 0 for one that acts everywhere."""
+    """Return the position from which each row's adapter acts: 0 if it acts everywhere."""
     tokens = [_tokens(state, name) for name in rows]
     return tuple(acts_from(row, wanted) for row, wanted in zip(ids.tolist(), tokens, strict=True))
 

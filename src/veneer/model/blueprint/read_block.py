@@ -83,7 +83,7 @@ def _fits(block: nn.Module, names: NormNames) -> bool:
 
 
 def _norms(source: BlockSource, block: Any, names: NormNames) -> BlockNorms | None:
-    """The norms under these names; None if one of the modules is no norm."""
+    """Return the norms under these names; None if one of the modules is not a norm."""
     found = {name: read_norm(source, getattr(block, name)) for name in names.all}
     if any(norm is None for norm in found.values()):
         return None

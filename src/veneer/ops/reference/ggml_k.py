@@ -144,7 +144,7 @@ def _by_signed_largest(scales: PerGroup, n_max: int) -> tuple[PerBlock, Int32[Te
 def _affine_anew(
     groups: Grouped, levels: Tensor, scale: tuple[Tensor, Tensor], minimum: tuple[Tensor, Tensor], n_max: int
 ) -> Int32[Tensor, "blocks 256"]:
-    """The levels by the scales that the block really holds; what the search found where such a scale is 0."""
+    """Return the levels by the scales that the block really holds; those of the search if such a scale is 0."""
     step, low = (rounded_half(d)[:, None] * kept for d, kept in (scale, minimum))
     new = nint((groups + low[:, :, None]) / step[:, :, None]).clamp(0, n_max)
     return torch.where((step != 0)[:, :, None], new, levels).view(len(groups), -1)

@@ -57,6 +57,6 @@ def _reciprocal(scale: Float32[Tensor, " blocks"]) -> Float32[Tensor, " blocks"]
 
 
 def _rounded_up(x: Blocks, inverse: Float32[Tensor, " blocks"], half: float, most: int) -> Int32[Tensor, "blocks 32"]:
-    """``x * inverse + half`` cut to whole numbers; 0 where the product is infinite."""
+    """Return ``x * inverse + half`` cut to whole numbers; 0 if the product is infinite."""
     scaled = x * inverse[:, None] + half
     return torch.where(scaled.isfinite(), scaled, torch.zeros_like(scaled)).int().clamp(max=most)

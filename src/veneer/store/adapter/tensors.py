@@ -249,7 +249,7 @@ def _expected(model: nn.Module, state: AdapterState, name: str, given: Mapping[s
 def _problems(
     model: nn.Module, state: AdapterState, name: str, tensors: Mapping[str, Tensor], expected: _Expected
 ) -> list[str]:
-    """The reasons why these tensors cannot be the adapter's."""
+    """Return the reasons why these tensors cannot be the adapter's."""
     config = state.configs[name]
     shapes = {key: tuple(value.shape) for key, value in expected.values.items()}
     misshapen = _misshapen(expected.values, tensors)
@@ -284,12 +284,12 @@ def _misshapen(expected: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> l
 
 
 def _differing(shared: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> list[str]:
-    """The keys of tensors that follow from the config, if the file's values differ."""
+    """Return the keys of tensors that follow from the config, if the file's values differ."""
     return [key for key, value in shared.items() if key in tensors and not _is_drawn(tensors[key], value)]
 
 
 def _torn(model: nn.Module, name: str, tensors: Mapping[str, Tensor]) -> list[str]:
-    """The keys of tensors shared by tied modules, if the file's values differ from those at the first module."""
+    """Return the keys of tensors shared by tied modules, if the file's values differ from those at the first module."""
     expected = repeated_tensors(model, name, tensors)
     first: dict[int, str] = {}
     for key, (_, value) in named_live_parameters(model, name).items():
@@ -316,7 +316,7 @@ def _carry(model: nn.Module, state: AdapterState, name: str, place: _Place, *, k
 
 
 def _embeddings(model: nn.Module, config: MethodConfig, name: str) -> dict[str, _Place]:
-    """The keys of whole weights of the input embeddings and the head, with the weights' places."""
+    """Return the keys of whole weights of the input embeddings and the head, with the weights' places."""
     if not isinstance(model, PreTrainedModel):
         return {}
     ends = [m for m in (input_embeddings(model), model.get_output_embeddings()) if m is not None]

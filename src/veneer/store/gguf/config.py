@@ -69,7 +69,7 @@ def unplaced_tensors(model: Any, contents: GgufContents) -> list[str]:
 
 
 def _renamed(family: GgufFamily, names: Mapping[str, str]) -> GgufFamily:
-    """The family with the names that the config's file has for its paths (``n_embd`` for ``hidden_size``)."""
+    """Return the family with the names that the config's file has for its paths (``n_embd`` for ``hidden_size``)."""
     return replace(
         family, fields=tuple(replace(entry, path=names.get(entry.path, entry.path)) for entry in family.fields)
     )
@@ -173,7 +173,7 @@ def _fill_rotary(values: dict[str, Any], family: GgufFamily, contents: GgufConte
 
 
 def _share(width: int, head: int) -> float:
-    """The fraction of a head that transformers rounds down to this width."""
+    """Return the fraction of a head that transformers rounds down to this width."""
     share = width / head
     return share if int(head * share) == width else math.nextafter(share, 2)
 
@@ -185,7 +185,7 @@ def _layer_types(pattern: int | list[bool], n_layers: int) -> list[str]:
 
 
 def _at(values: dict[str, Any], path: str) -> dict[str, Any]:
-    """The dict at a path, created if it is missing."""
+    """Return the dict at a path, created if it is missing."""
     for part in path.split("."):
         values[part] = dict(values.get(part) or {})
         values = values[part]

@@ -108,7 +108,7 @@ def _parts(values: Mapping[str, Any]) -> Section:
 
 
 def _sizes(header: GgufHeader) -> Section:
-    """The number of parameters, and their storage types, each with its tensors and bytes."""
+    """Return the number of parameters, and their storage types, each with its tensors and bytes."""
     n_parameters, n_bytes = _count(header.tensors), _bytes(header.tensors)
     rows = {
         f"  {name}": f"{len(of)} tensors, {_count(of):,} parameters, {size(_bytes(of))}"

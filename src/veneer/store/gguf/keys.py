@@ -93,7 +93,7 @@ def _rotary_pairs(family: GgufFamily, config: Any, scaling: Scaling) -> Iterator
 
 
 def _window_pairs(family: GgufFamily, config: Any) -> Iterator[KeyValue]:
-    """The layers with windows, if the runtime would assume others."""
+    """Yield the layers with windows, if the runtime would assume others."""
     if family.window_step is None:
         return
     slides = [kind == "sliding_attention" for kind in config.layer_types]
@@ -103,7 +103,7 @@ def _window_pairs(family: GgufFamily, config: Any) -> Iterator[KeyValue]:
 
 
 def _window_of_all(family: GgufFamily, config: Any) -> int | None:
-    """The window of every layer, if the runtime has none and texts can be longer."""
+    """Return the window of every layer, if the runtime has none and texts can be longer."""
     window: int | None = getattr(config, "sliding_window", None) if family.cut_to_window else None
     return window if window and window < config.max_position_embeddings else None
 

@@ -254,7 +254,7 @@ def _rebuilt(path: Path, facts: GgufFacts, on_progress: OnProgress) -> Any:
 
 
 def _own_config(path: Path, facts: GgufFacts) -> Any:
-    """The config of the file's model: by its family's table, or as transformers reads the file."""
+    """Return the config of the file's model: by its family's table, or as transformers reads the file."""
     if laid_out_family(facts.contents.architecture, facts.contents.pairs) is not None:
         return rebuilt_config(facts.contents, facts.token_ids)[1]
     config = AutoConfig.from_pretrained(path.parent, gguf_file=str(path.resolve()))

@@ -91,5 +91,5 @@ def _values(tensor: Any) -> Tensor:
 
 
 def _in_order(family: GgufFamily, config: Any, name: str, tensor: Tensor) -> Tensor:
-    """The rows in transformers' order."""
+    """Return the rows in transformers' order."""
     return tensor[places_of_rows(family, leaf_of(name), len(tensor), config)]

@@ -174,7 +174,7 @@ class GgufFileWriter:
         return disk_errors_told(self.target, sum(spec.nbytes for spec in self._specs.values()), self._left)
 
     def _left(self) -> str:
-        """The end of a message: the files that a disk error left, and the next step."""
+        """Return the end of a message: the files that a disk error left, and the next step."""
         if not self._new:
             return UNCHANGED
         if len(self._new) == len(self.paths):
@@ -195,7 +195,7 @@ def part_paths(target: Path, n_parts: int) -> list[Path]:
 
 
 def _sets(target: Path) -> list[Path]:
-    """The existing files of a target, as one file or in any number of parts."""
+    """Return the existing files of a target, as one file or in any number of parts."""
     name = re.compile(rf"{re.escape(target.name.removesuffix('.gguf'))}-\d{{5}}-of-\d{{5}}\.gguf")
     found = [path for path in target.parent.iterdir() if path == target or name.fullmatch(path.name)]
     return [path for path in found if path.is_file()]
@@ -234,7 +234,7 @@ def _drop_leftovers(paths: Sequence[Path]) -> None:
 
 
 def _pairs_nbytes(pairs: Iterable[KeyValue]) -> int:
-    """The bytes of pairs in a file."""
+    """Return the bytes of pairs in a file."""
     header = GGUFWriter(None, "")
     return sum(
         8 + len(pair.key.encode()) + len(header._pack_val(pair.value, pair.kind, add_vtype=True, sub_type=pair.item))

@@ -191,12 +191,12 @@ class RunDisplay(TrainerCallback):  # type: ignore[misc]
         return (self._counted - counted) / busy if busy else 0.0
 
     def _mean(self, loss: float, state: Any) -> str:
-        """The mean loss since the last log step, and its number of steps."""
+        """Return the mean loss since the last log step, and its number of steps."""
         n_steps = int(state.global_step) - self._logged
         return f"loss {loss:.4f}" + (f" (mean of {n_steps} steps)" if n_steps > 1 else "")
 
     def _left(self, state: Any, now: float) -> list[str]:
-        """The time left, if enough steps were timed."""
+        """Return the time left, if enough steps were timed."""
         if state.global_step - self._first_step < min(_COUNTED_STEPS, state.max_steps - self._first_step):
             return []
         return [f"{duration(self._step_seconds(state, now) * (state.max_steps - state.global_step))} left"]
@@ -227,7 +227,7 @@ def show_run(
 
 
 def _held_out(logs: Mapping[str, Any]) -> str:
-    """``loss 1.2345  mean token accuracy 72.7%`` for the values of an evaluation; empty where there are none."""
+    """Return ``loss 1.2345  mean token accuracy 72.7%`` for an evaluation's values; empty if there are none."""
     if any(key.startswith(("eval_reward/", "eval_rewards/")) for key in logs):
         loss = [f"loss {logs['eval_loss']:.4f}"] if "eval_loss" in logs else []
         return "  ".join([*loss, *_rewards(logs, "eval_")])

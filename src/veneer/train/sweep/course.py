@@ -160,7 +160,7 @@ def _told(loss: float) -> float | None:
 
 
 def _as_it_was(member: Member, resume: Resume, allow_changes: bool) -> tuple[dict[str, Any] | None, GoingOn | None]:
-    """The record of a finished member, or None; and the state that an unfinished one continues, if any."""
+    """Return the record of a finished member, or None; and the state that an unfinished one continues, if any."""
     recipe, output = member.recipe, Path(member.recipe.output)
     require_fresh(output, resume)
     before = record_of(output) if resume else None

@@ -124,7 +124,7 @@ def _positioned(batch: Batch) -> Batch:
 
 
 def _widened(batch: Batch, width: int) -> Batch:
-    """The rows with padding at their ends."""
+    """Return the rows with padding at their ends."""
     more = width - batch["input_ids"].shape[1]
     if not more:
         return batch
