@@ -53,6 +53,7 @@ class Names:
     embedding_norm: tuple[str, ...] = ("word_embeddings_layernorm",)
     final_norm: tuple[str, ...] = ("norm", "ln_f", "final_layernorm", "final_layer_norm")
     attention: tuple[str, ...] = ("self_attn", "attention", "attn", "self_attention")
+    mixers: tuple[str, ...] = ("mamba", "linear_attn", "conv")
     q_k_v: tuple[tuple[str, str, str], ...] = (("q_proj", "k_proj", "v_proj"),)
     joined: tuple[tuple[str, HeadOrder], ...] = (
         ("qkv_proj", "joined"),
@@ -84,10 +85,12 @@ class Names:
         NormNames(attention="input_layernorm", feed_forward="post_attention_layernorm"),
         NormNames(attention="ln_1", feed_forward="ln_2"),
         NormNames(attention="self_attn_layer_norm", feed_forward="final_layer_norm"),
+        NormNames(attention="input_layernorm", feed_forward="pre_ff_layernorm"),
+        NormNames(attention="operator_norm", feed_forward="ffn_norm"),
         NormNames(attention="input_layernorm", feed_forward="input_layernorm"),
         NormNames(attention="ln_1", feed_forward="ln_1"),
     )
-    feed_forward: tuple[str, ...] = ("mlp",)
+    feed_forward: tuple[str, ...] = ("mlp", "feed_forward", "shared_mlp")
     inner: tuple[InnerNames, ...] = (
         InnerNames(inner=(("gate", "gate_proj"), ("up", "up_proj")), down="down_proj"),
         InnerNames(inner=(("gate_up", "gate_up_proj"),), down="down_proj"),
@@ -96,8 +99,10 @@ class Names:
         InnerNames(inner=(("up", "dense_h_to_4h"),), down="dense_4h_to_h"),
         InnerNames(inner=(("up", "c_fc"),), down="c_proj"),
         InnerNames(inner=(("up", "fc_in"),), down="fc_out"),
+        InnerNames(inner=(("gate", "w1"), ("up", "w3")), down="w2"),
+        InnerNames(inner=(("gate_up", "input_linear"),), down="output_linear"),
     )
-    activation: tuple[str, ...] = ("act_fn", "activation_fn", "act", "gelu_impl")
+    activation: tuple[str, ...] = ("act_fn", "activation_fn", "act", "gelu_impl", "activation")
     attention_dropout: tuple[str, ...] = ("post_attention_dropout", "resid_attn_dropout")
     feed_forward_dropout: tuple[str, ...] = ("post_mlp_dropout", "resid_mlp_dropout", "dropout")
 

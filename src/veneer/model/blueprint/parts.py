@@ -24,6 +24,14 @@ class Strange:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class State(Strange):
+    """Part in attention's place that keeps a state or the last tokens (Mamba, linear attention, short convolution).
+
+    Its mask is that of padding alone, (b, t).
+    """
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Linear:
     """Linear layer. ``transposed``: its weight is stored (in, out), as GPT-2's are; otherwise (out, in)."""
 

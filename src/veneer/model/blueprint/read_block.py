@@ -9,11 +9,12 @@ from torch import nn
 from veneer.model.blueprint.decoder import Block, BlockNorms, Sublayer
 from veneer.model.blueprint.names import NormNames
 from veneer.model.blueprint.norms import read_norm
-from veneer.model.blueprint.parts import Attention, Experts, FeedForward, Norm, Strange
+from veneer.model.blueprint.parts import Attention, Experts, FeedForward, Norm, State, Strange
 from veneer.model.blueprint.read_attention import FULL, SLIDING, layer_type_of, read_attention
 from veneer.model.blueprint.read_feed_forward import read_feed_forward
 from veneer.model.blueprint.read_forward import odd_in_forward
 from veneer.model.blueprint.source import BlockSource, first, has_all, undescribed
+from veneer.model.inplace import plain_class
 
 PARALLEL = ("use_parallel_residual", "parallel_attn")  # config keys
 UNKNOWN = BlockNorms(attention=None, feed_forward=None)
@@ -22,14 +23,15 @@ UNKNOWN = BlockNorms(attention=None, feed_forward=None)
 def read_block(source: BlockSource, block: nn.Module, layer: int) -> Block:
     """Return the description of block number ``layer``. Its ``strange`` names the parts that do not fit."""
     path, names = source.path(block), source.names
-    attention_name, holder_name = first(block, names.attention), first(block, names.feed_forward)
+    attention_name, holder_name = first(block, (*names.attention, *names.mixers)), first(block, names.feed_forward)
     in_block = holder_name is None and any(has_all(block, inner.all) for inner in names.inner)
     if attention_name is None or not (holder_name or in_block):
-        tried = f"no {', '.join(names.feed_forward)} and one of {', '.join(names.attention)} in it"
+        tried = f"no {', '.join(names.feed_forward)} and one of {', '.join((*names.attention, *names.mixers))} in it"
         return _unknown(path, tried)
     attention_module = cast(nn.Module, getattr(block, attention_name))
     layer_type = layer_type_of(attention_module) or _listed_type(source.config, layer)
-    if layer_type not in (None, FULL, SLIDING):
+    keeps_state = attention_name in names.mixers
+    if not keeps_state and layer_type not in (None, FULL, SLIDING):
         return _unknown(path, f"it is of type {layer_type}, where {FULL} and {SLIDING} are known")
     norm_names = next((each for each in names.norms if _fits(block, each)), None)
     if norm_names is None:
@@ -38,8 +40,8 @@ def read_block(source: BlockSource, block: nn.Module, layer: int) -> Block:
     if norms is None:
         return _unknown(path, "its norms are not RMSNorms or LayerNorms")
     holder = block if holder_name is None else cast(nn.Module, getattr(block, holder_name))
-    attention = read_attention(source, attention_module, layer)
-    if isinstance(attention, Strange) and not hasattr(attention_module, "config"):
+    attention = _state(source, attention_module) if keeps_state else read_attention(source, attention_module, layer)
+    if isinstance(attention, Strange) and not (keeps_state or hasattr(attention_module, "config")):
         return _unknown(path, f"its attention holds no config to make masks from, and {attention.reason}")
     feed_forward = read_feed_forward(source, holder, in_block=in_block)
     known = [attention_module, *(getattr(block, name) for name in norm_names.all)]
@@ -55,6 +57,11 @@ def read_block(source: BlockSource, block: nn.Module, layer: int) -> Block:
         feed_forward_sublayer=_feed_forward_sublayer(source, block, feed_forward, norms, in_block),
         other=(*undescribed(source, block, known), *_beside_parts(source, block)),
     )
+
+
+def _state(source: BlockSource, module: nn.Module) -> State:
+    kind = plain_class(type(module)).__name__
+    return State(path=source.path(module), reason=f"it keeps a state, which {kind} computes by its own code")
 
 
 def _listed_type(config: Any, layer: int) -> str | None:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from veneer.model.blueprint.linears import is_linear, read_linear
 from veneer.model.blueprint.names import EXPERTS, SHARED, STACKS, InnerNames
 from veneer.model.blueprint.parts import Experts, FeedForward, Linear, Role, Stack, Strange
+from veneer.model.blueprint.read_forward import named_activation
 from veneer.model.blueprint.source import BlockSource, first, has_all, undescribed
 from veneer.model.coded.stack import map_shape, parameter_names
 from veneer.ops.activation import KINDS, activation_forward
@@ -45,11 +46,11 @@ def _plain(source: BlockSource, module: nn.Module, names: InnerNames) -> FeedFor
     widths = 1 if inner[0].role == "up" else 2
     if sum(linear.out_features for linear in inner) != widths * down.in_features:
         return "no feed-forward part of known form in it: its widths do not fit together"  # fc1 may hold a gate (Moshi)
-    activation = None if act is None else activation_of(getattr(module, act))
+    activation = named_activation(module) if act is None else activation_of(getattr(module, act))
     if activation is None:
         return f"its activation is none of {', '.join(KINDS)}"
     path = source.path(module)
-    return FeedForward(path=path, inner=inner, down=down, activation=activation, act=f"{path}.{act}")
+    return FeedForward(path=path, inner=inner, down=down, activation=activation, act=f"{path}.{act}" if act else path)
 
 
 def activation_of(act: Any) -> str | None:

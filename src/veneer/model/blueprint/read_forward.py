@@ -14,6 +14,8 @@ from torch import nn
 
 from veneer.model.inplace import plain_class
 
+NAMED = ("silu", "relu")  # functions of torch that have one form
+
 
 def odd_in_forward(block: nn.Module) -> str | None:
     """Return in words what the forward of a block does that a description of its parts does not tell; None if nothing.
@@ -21,6 +23,13 @@ def odd_in_forward(block: nn.Module) -> str | None:
     It may call a function of its module (which weighs the halves), or return a tuple.
     """
     return _odd(cast(Hashable, plain_class(type(block))))
+
+
+def named_activation(module: nn.Module) -> str | None:
+    """Return the activation that the forward of a module calls by name, as in ``F.silu(x)``; None without one."""
+    forward: Any = inspect.unwrap(plain_class(type(module)).forward)
+    found = [kind for kind in NAMED if kind in forward.__code__.co_names]
+    return found[0] if len(found) == 1 else None
 
 
 @functools.cache

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping
 from typing import Any, cast
 
 import torch
@@ -54,8 +54,7 @@ def _run(block: FusedBlock, x: Tensor, mask: LayoutMask, kwargs: dict[str, Any])
     attention, mlp = halves_now(block, x, kwargs)
     positions = _positions(kwargs.get("position_embeddings"), mask, program)
     if attention is None:
-        attention_module = getattr(block, program.block.attention.path)
-        kwargs = {**kwargs, "attention_mask": mask.dense_for(attention_module, x, window_of(attention_module))}
+        kwargs = {**kwargs, "attention_mask": _own_mask(block, mask, x)}
         if mlp is None:
             return _again(block, functools.partial(super(FusedBlock, block).forward, **kwargs), x)
         h = _again(block, functools.partial(own_attention, block, kwargs), x)
@@ -85,8 +84,30 @@ def _changed(block: FusedBlock, kind: SublayerKind, change: Tensor, x: Tensor) -
 def own_attention(block: FusedBlock, kwargs: dict[str, Any], x: Tensor) -> Tensor:
     """Return the stream after the attention half, computed by the model's own code."""
     part = block.fused_program.block
-    change = getattr(block, part.attention.path)(hidden_states=_through(block, part.norms.attention, x), **kwargs)[0]
+    module = getattr(block, part.attention.path)
+    if isinstance(part.attention, blueprint.State):
+        kwargs = _passed_on(block, module, kwargs)
+    change = module(hidden_states=_through(block, part.norms.attention, x), **kwargs)
+    change = change[0] if isinstance(change, tuple) else change
     return x + _weighed(block, _through(block, part.norms.attention_post, change))
+
+
+def _own_mask(block: FusedBlock, mask: LayoutMask, x: Tensor) -> Tensor | None:
+    """The mask that transformers gives to a block whose attention half runs its own code."""
+    attention = block.fused_program.block.attention
+    if isinstance(attention, blueprint.State):
+        return mask.padding_for(x)
+    module = getattr(block, attention.path)
+    return mask.dense_for(module, x, window_of(module))
+
+
+def _passed_on(block: FusedBlock, module: nn.Module, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a block that it passes on to a part: those that the part names, and those that neither names if
+    the part takes any.
+    """
+    taken, own = (_parameters(cast(Hashable, cls)) for cls in (type(module), base_of(type(block))))
+    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in taken.values())
+    return {name: value for name, value in kwargs.items() if name in taken or (takes_any and name not in own)}
 
 
 def _own_mlp(block: FusedBlock, x: Tensor, stream: Tensor) -> Tensor:
@@ -184,4 +205,9 @@ def _positions(tables: tuple[Tensor, Tensor] | None, mask: LayoutMask, program: 
 @functools.cache
 def _names(cls: Hashable) -> list[str]:
     """The names of a block's positional arguments after the stream."""
-    return list(inspect.signature(cast("type[nn.Module]", cls).forward).parameters)[2:]
+    return list(_parameters(cls))[2:]
+
+
+@functools.cache
+def _parameters(cls: Hashable) -> Mapping[str, inspect.Parameter]:
+    return inspect.signature(cast("type[nn.Module]", cls).forward).parameters

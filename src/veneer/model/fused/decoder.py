@@ -14,15 +14,17 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.masking_utils import LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING as LAYER_TYPES
 
 from veneer.errors import DescriptionError
 from veneer.model.adapted.holder import Holder
 from veneer.model.blueprint import decoder as blueprint
 from veneer.model.blueprint.describe import blocks_of, describe
+from veneer.model.blueprint.parts import State
 from veneer.model.coded.quant_linear import computing_dtypes
 from veneer.model.fused.block import CACHES, SPECIAL, FusedBlock, halves_of, own_attention
 from veneer.model.fused.layout import LayoutMask, layout_mask
-from veneer.model.inplace import InPlace, change_class, restore_class
+from veneer.model.inplace import InPlace, change_class, plain_class, restore_class
 from veneer.model.placed.structure import evaluation
 from veneer.model.program.halves import BlockProgram, Tables, block_program, reasons
 from veneer.model.sharded.sharding import gathered
@@ -44,6 +46,8 @@ STRANGE = (AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 
 class FusedDecoder(InPlace, nn.Module):
     """Mixin in front of the class of the module that holds the blocks. It passes them the layout of the sequences."""
+
+    keeps_state: bool  # a block of it does: each type of layer then gets a mask of its own
 
     @classmethod
     def own_body(cls, base: type[nn.Module]) -> dict[str, Any]:
@@ -83,7 +87,8 @@ def _with_layout(plain: Callable[..., Any]) -> Callable[..., Any]:
     def forward(self: FusedDecoder, *args: Any, **kwargs: Any) -> Any:
         mask, given = self.layout(args, kwargs), kwargs.get("attention_mask")
         if mask is not None:
-            masks = dict.fromkeys(given, mask) if isinstance(given, dict) else mask  # one for each type of layer
+            types = given if isinstance(given, dict) else LAYER_TYPES if self.keeps_state else ()
+            masks = dict.fromkeys(types, mask) if types else mask  # one for each type of layer
             kwargs = {**kwargs, "attention_mask": masks, "use_cache": False}
             if counts_positions(self) and kwargs.get("position_ids") is None:
                 real = mask.given["attention_mask"]
@@ -182,7 +187,7 @@ def unfuse(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, (FusedBlock, FusedDecoder, WithImages)):
             restore_class(module)
-            for name in ("fused_program", "text_half"):
+            for name in ("fused_program", "text_half", "keeps_state"):
                 module.__dict__.pop(name, None)
 
 
@@ -252,6 +257,9 @@ def _change_blocks(model: PreTrainedModel, described: blueprint.Decoder) -> str 
     borders = "; ".join(dict.fromkeys(reason for block in described.blocks for reason in reasons(block, width)))
     if problem is None and all(cast(BlockProgram, program).is_own for program in programs):
         problem = borders
+    keeps_state = any(isinstance(block.attention, State) for block in described.blocks)
+    if keeps_state and not _takes_masks_by_type(holder):
+        problem = "parts of it keep a state, and its forward takes no mask for each type of layer"
     if problem is not None:
         return f"a block does not fit: {problem}"
     if borders:
@@ -260,10 +268,17 @@ def _change_blocks(model: PreTrainedModel, described: blueprint.Decoder) -> str 
         change_class(block, FusedBlock)
         cast(FusedBlock, block).fused_program = cast(BlockProgram, program)
     change_class(holder, FusedDecoder)
+    vars(holder)["keeps_state"] = keeps_state
     if holder is not model.base_model and model.config is not model.config.get_text_config():
         change_class(model.base_model, WithImages)
         vars(model.base_model)["text_half"] = [holder]
     return None
+
+
+def _takes_masks_by_type(holder: nn.Module) -> bool:
+    """Return True if the forward of a decoder makes masks of padding only where it is not given one for each type."""
+    names = inspect.unwrap(cast(Any, plain_class(type(holder))).forward).__code__.co_names
+    return {"create_recurrent_attention_mask", "isinstance", "dict"} <= set(names)
 
 
 @contextmanager

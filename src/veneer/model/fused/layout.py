@@ -8,7 +8,7 @@ positional arguments. A block that needs the real mask asks for it.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from jaxtyping import Int
@@ -17,6 +17,7 @@ from transformers.masking_utils import (
     create_bidirectional_mask,
     create_bidirectional_sliding_window_mask,
     create_causal_mask,
+    create_recurrent_attention_mask,
     create_sliding_window_causal_mask,
 )
 
@@ -46,8 +47,7 @@ class LayoutMask(Tensor):
 
         Raises CompositionError if sequences continue others, for which transformers makes none.
         """
-        if self.forks:
-            raise CompositionError("rows share their prompts, and a block attends by its own code: fuse it")
+        self._require_rows()
         if window not in self.dense:
             given = {"config": module.config, "inputs_embeds": hidden, "attention_mask": self.given["attention_mask"]}
             positions = self.given["position_ids"]
@@ -60,6 +60,19 @@ class LayoutMask(Tensor):
                 make = create_bidirectional_mask if window is None else create_bidirectional_sliding_window_mask
             self.dense[window] = make(**given)
         return self.dense[window]
+
+    def padding_for(self, hidden: Tensor) -> Tensor | None:
+        """Return the mask of padding (b, t) that transformers gives to a part that keeps a state; None without padding.
+
+        Raises CompositionError if sequences continue others.
+        """
+        self._require_rows()
+        given = self.given["attention_mask"]
+        return cast("Tensor | None", create_recurrent_attention_mask(cast(Any, None), hidden, given))
+
+    def _require_rows(self) -> None:
+        if self.forks:
+            raise CompositionError("rows share their prompts, and a block attends by its own code: fuse it")
 
 
 def layout_mask(size: tuple[int, int], attention_mask: Tensor | None, position_ids: Tensor | None) -> LayoutMask | None:
