@@ -200,3 +200,62 @@ def test_rollouts_are_shown_before_a_run_and_after_it(project: Path, task: str) 
     path = write(project, task, data, training=settings, rewards=reward)
     train(path)
     assert told("samples", project / task, "--step", 3, "--limit", 1).startswith("step 3, row 0 · reward ")
+
+
+def calls_tools(project: Path) -> None:
+    """Give the base a template that writes calls of tools, and say how they are read."""
+    template = (
+        "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% for c in m.tool_calls or [] %}"
+        "<tool_call>{{ c.function | tojson }}</tool_call>{% endfor %}<|end|>{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    )
+    (project / "chat.jinja").write_text(template)
+    config = json.loads((project / "base" / "tokenizer_config.json").read_text())
+    call = {
+        "open": "<tool_call>", "close_pattern": r"</tool_call>\s*", "repeats": True, "content": "json",
+        "transform": {"type": "function", "function": "{content}"},
+    }  # fmt: skip
+    content = {"close_pattern": r"<\|end\|>\s*", "content": "text"}
+    config["response_template"] = {
+        "defaults": {"role": "assistant"}, "start_anchor": "<|assistant|>",
+        "fields": {"tool_calls": call, "content": content},
+    }  # fmt: skip
+    (project / "base" / "tokenizer_config.json").write_text(json.dumps(config))
+
+
+def test_conversations_of_a_recipe(project: Path) -> None:
+    calls_tools(project)
+    (project / "game.py").write_text(
+        "class Game:\n"
+        "    def reset(self, **row):\n        self.calls = 0\n        return ' go ' + row['answer']\n"
+        "    def add(self, a: int) -> int:\n"
+        "        '''Add.\n\n        Args:\n            a: A number.\n        '''\n"
+        "        self.calls += 1\n        return a + 7\n"
+        "    def get_reward(self):\n        return float(self.calls)\n"
+    )
+    data = {"train": "prompts.jsonl", "prompt": "{question}", "chat": True, "chat_template": "chat.jinja"}
+    forced = r'<tool_call>\{"name": "(add|lost)", "arguments": \{"a": [0-9]\}\}</tool_call>'
+    training = {
+        **TRAINING, "max_steps": 2, "num_generations": 2, "max_completion_length": 200, "use_vllm": True,
+        "vllm_structured_outputs_regex": forced, "max_tool_calling_iterations": 1,
+    }  # fmt: skip
+    train(write(project, "grpo", data, training=training, environment="game.py:Game"))
+    lines = [json.loads(line) for line in (project / "grpo" / "rollouts" / "0_of_1.jsonl").read_text().splitlines()]
+    assert len(lines) == 2 * 4
+    assert {line["calls"] for line in lines} == {1}
+    assert all(line["observation"].startswith(" go ") for line in lines)
+    assert all(line["reward"] == 1 - line["failures"] for line in lines)
+    assert any(message["role"] == "tool" for message in lines[0]["completion"])
+    for task, changes, told in (
+        ("rloo", {"rewards": ["exact-match"], "environment": "game.py:Game"}, "environment: belongs to task grpo"),
+        ("grpo", {"environment": "game.py:Chess"}, "has no function 'Chess'; it has"),
+        (
+            "grpo",
+            {"tools": ["add"], "rewards": ["exact-match"]},
+            "tools: 'add' names no function: write module:function",
+        ),
+    ):
+        path = write(project, task, data, output=str(project / "other"), **changes)
+        result = CliRunner().invoke(app, ["train", str(path)])
+        assert result.exit_code == 2
+        assert told in " ".join((result.output + result.stderr).split())

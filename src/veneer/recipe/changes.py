@@ -114,7 +114,7 @@ def settings(recipe: Recipe) -> dict[str, Any]:
     }
     flat = {f"{part}.{key}": value for part, values in parts.items() for key, value in values.items()}
     own = {"task": recipe.task, "rewards": recipe.rewards, "seed": recipe.seed, "output": recipe.output}
-    return {**flat, **own}
+    return {**flat, **own, "tools": recipe.tools, "environment": recipe.environment}
 
 
 def places_of(values: Mapping[str, Any]) -> dict[str, str]:

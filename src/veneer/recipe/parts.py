@@ -89,6 +89,16 @@ class Written(_Part):
     adapter: dict[str, Any] = {"method": "lora"}
     training: dict[str, Any] = {}
     rewards: list[str | dict[str, Any]] = []
+    tools: list[str] = Field(
+        default=[],
+        description="of grpo, functions that the model may call: file.py:function or module:function "
+        "([answers.md](answers.md#conversations))",
+    )
+    environment: str | None = Field(
+        default=None,
+        description="of grpo, the class of environments: file.py:Class or module:Class. If it has `get_reward`, "
+        "`rewards` may be missing",
+    )
     rollouts: RolloutsPart = RolloutsPart()
     metric: MetricPart | None = None
     distributed: DistributedPart = DistributedPart()

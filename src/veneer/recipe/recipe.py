@@ -19,7 +19,7 @@ from veneer.recipe.methods import adapter_config, imported, name_of, usual_learn
 from veneer.recipe.optimizers import steps_in_backward
 from veneer.recipe.parts import RolloutsPart, Written
 from veneer.recipe.problems import problems_of
-from veneer.recipe.rewards import reward_function
+from veneer.recipe.rewards import named_function, reward_function
 from veneer.recipe.tasks import KEYS, settings_of
 from veneer.recipe.values import put, read_values
 
@@ -67,6 +67,16 @@ class Recipe(Written):
         weights = [float(each.pop("weight", 1.0)) for each in named]
         return [reward_function(each.pop("function"), each) for each in named], weights
 
+    def conversing(self) -> dict[str, Any]:
+        """Return the arguments of the trainer that say how conversations go: tools and environments.
+
+        Raises ConfigError for those that cannot be found.
+        """
+        tools = {"tools": [named_function(each, "tools") for each in self.tools]} if self.tools else {}
+        if self.environment is None:
+            return tools
+        return {**tools, "environment_factory": named_function(self.environment, "environment")}
+
 
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     """Return a recipe from YAML, with ``key.key=value`` overrides on top.
@@ -92,7 +102,7 @@ def checked_recipe(values: Mapping[str, Any]) -> tuple[Recipe | None, list[str]]
     if problems:
         return None, [*problems, *odd]
     recipe, problems = Recipe.model_validate(values), odd
-    for build in (recipe.adapter_config, recipe.training_config, recipe.reward_functions):
+    for build in (recipe.adapter_config, recipe.training_config, recipe.reward_functions, recipe.conversing):
         try:
             build()
         except ConfigError as error:

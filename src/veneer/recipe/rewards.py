@@ -74,14 +74,31 @@ def reward_function(name: str, settings: Mapping[str, Any], folder: Path = Path(
     return bound
 
 
+def named_function(name: str, key: str, folder: Path = Path()) -> Any:
+    """Return what ``module:function`` or ``file.py:function`` (in ``folder``) names, as the recipe's ``key`` does.
+
+    Raises ConfigError if it cannot be found or called.
+    """
+    place, _, attribute = name.partition(":")
+    if not place or not attribute:
+        raise ConfigError(f"{key}: {name!r} names no function: write module:function or file.py:function")
+    return _attribute(name, folder)
+
+
 def _imported(name: str, folder: Path) -> Reward:
-    place, colon, attribute = name.partition(":")
-    if not colon or not place or not attribute:
+    place, _, attribute = name.partition(":")
+    if not place or not attribute:
         known = ", ".join(BUILT_IN)
         raise ConfigError(
             f"{name!r} is no reward function: use one that is built in ({known}), or one of your own as "
             f"module:function or file.py:function{perhaps(name, BUILT_IN)}"
         )
+    return _attribute(name, folder)
+
+
+def _attribute(name: str, folder: Path) -> Reward:
+    """The function of a module's or a file's name, and its own."""
+    place, _, attribute = name.partition(":")
     module = _module(place, folder, name)
     found = getattr(module, attribute, None)
     if not callable(found):

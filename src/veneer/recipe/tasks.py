@@ -79,7 +79,10 @@ def task_problems(values: Mapping[str, Any]) -> Iterator[str]:
         yield f"rewards: {_belongs([t for t in TASKS if KEYS[t].rewards], task)}"
     if values.get("rollouts") and not KEYS[task].rewards:
         yield f"rollouts: {_belongs([t for t in TASKS if KEYS[t].rewards], task)}"
-    if KEYS[task].rewards and not rewards:
+    for key in ("tools", "environment"):
+        if values.get(key) and task != "grpo":
+            yield f"{key}: {_belongs(['grpo'], task)}"
+    if KEYS[task].rewards and not rewards and not (task == "grpo" and values.get("environment")):
         yield f"rewards: is missing; {task} learns from rewards, such as [{{function: exact-match, column: answer}}]"
     if task != "sft" and "sweep" in values:
         yield f"sweep: {_belongs(['sft'], task)}; run the recipe once for each value (--set key=value --set output=…)"

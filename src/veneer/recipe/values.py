@@ -53,17 +53,21 @@ def read_values(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
         if isinstance(section, dict) and key in section:
             section[key] = beside(path, section[key])
     if isinstance(values.get("rewards"), list):
-        values["rewards"] = [_reward_beside(path, each) for each in values["rewards"]]
+        values["rewards"] = [_function_beside(path, each) for each in values["rewards"]]
+    if isinstance(values.get("tools"), list):
+        values["tools"] = [_function_beside(path, each) for each in values["tools"]]
+    if "environment" in values:
+        values["environment"] = _function_beside(path, values["environment"])
     _more_beside(path, values)
     for override in overrides:
         apply_override(values, override)
     return values
 
 
-def _reward_beside(path: Path, reward: Any) -> Any:
-    """Return the reward function of a file beside the recipe, with its path resolved; anything else as it is."""
+def _function_beside(path: Path, reward: Any) -> Any:
+    """Return the function of a file beside the recipe, with its path resolved; anything else as it is."""
     if isinstance(reward, dict) and "function" in reward:
-        return {**reward, "function": _reward_beside(path, reward["function"])}
+        return {**reward, "function": _function_beside(path, reward["function"])}
     if not isinstance(reward, str) or ".py:" not in reward:
         return reward
     file, _, name = reward.rpartition(":")

@@ -106,6 +106,7 @@ def _make_task_trainer(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Ru
             processing_class=tokenizer,
             peft_config=given.config,
             **rewards,
+            **recipe.conversing(),
         )
     return trainer
 
