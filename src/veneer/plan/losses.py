@@ -28,17 +28,18 @@ _NOT_PLANNED = {
 
 
 def require_planned(task: str, method: str) -> None:
-    """Raise ConfigError for a task whose step is not planned, with the reason and the nearest alternative."""
+    """Raise ConfigError for a task whose step is not planned, with the reason and how to measure it instead."""
     if task in _NOT_PLANNED:
-        raise ConfigError(
-            f"task {task} is not planned, for its step has {_NOT_PLANNED[task]}: planned are {', '.join(ROWS)}. "
-            "--set task=sft plans a step of as many rows, without that"
-        )
-    if task != "sft" and method == "full":
-        raise ConfigError(
-            f"task {task} of a whole model is not planned, for it keeps a copy of the model as reference: --set "
-            "task=sft plans the step without that"
-        )
+        found = f"for its step has {_NOT_PLANNED[task]}: planned are {', '.join(ROWS)}"
+    elif task != "sft" and method == "full":
+        task += " of a whole model"
+        found = "for it keeps a copy of the model as reference: planned are adapters"
+    else:
+        return
+    raise ConfigError(
+        f"task {task} is not planned, {found}. A short run writes its memory and seconds to run.json: veneer train "
+        "RECIPE --set training.max_steps=2 --set output=trial"
+    )
 
 
 def reference_of(task: str, adapter: Mapping[str, Any], model: PreTrainedModel) -> Reference | None:

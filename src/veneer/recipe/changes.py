@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from veneer.contract import MethodConfig
-from veneer.errors import ConfigError
+from veneer.errors import ConfigError, listed
 from veneer.recipe.recipe import Recipe
 from veneer.recipe.values import PLACES
 
@@ -125,12 +125,21 @@ def places_of(values: Mapping[str, Any]) -> dict[str, str]:
 
 def refuse(found: Iterable[ChangedSetting], output: Path) -> None:
     """Raise ConfigError with all changes, if there are any."""
-    told = "; ".join(map(str, found))
-    if told:
+    found = list(found)
+    another = next((each for each in found if each.key == "task"), None)
+    if another is not None:  # most of the others are then defaults of the tasks
         raise ConfigError(
-            f"the run in {output} was begun with other settings than it would go on with: {told}. Take the old ones, "
-            "start a new run in another output (--set output=…), or go on with the new ones with --allow-changes, "
-            "which writes down what changed at which step"
+            f"{output} holds a run of task {another.before}, and this recipe is of task {another.now}: start a new run "
+            "in another output (--set output=…), or take the recipe of that run"
+        )
+    if found:
+        raise ConfigError(
+            listed(
+                map(str, found),
+                f"the run in {output} was begun with other settings than it would go on with",
+                remedy="Take the old ones, start a new run in another output (--set output=…), or go on with the new "
+                "ones with --allow-changes, which writes down what changed at which step",
+            )
         )
 
 

@@ -310,7 +310,7 @@ def copied(trainer: DPOTrainer) -> Iterator[torch.Tensor]:
 @pytest.mark.parametrize(
     ("task", "method", "told"),
     [
-        ("reward", "lora", "task reward is not planned.*a head of its own.*--set task=sft"),
+        ("reward", "lora", "task reward is not planned.*a head of its own.*--set training.max_steps=2"),
         ("grpo", "lora", "task grpo is not planned.*answers that are drawn"),
         ("dpo", "full", "task dpo of a whole model is not planned.*a copy of the model"),
     ],

@@ -125,5 +125,13 @@ def test_every_key_that_is_called_harmless_exists():
 
 def test_all_changes_are_refused_together():
     refuse([], Path("run"))
-    with pytest.raises(ConfigError, match=r"a: 1 before, 2 now; b: x before, y now\. .*--allow-changes"):
+    both = r"go on with: 2 problems\n +a: 1 before, 2 now\n +b: x before, y now\n.*--allow-changes"
+    with pytest.raises(ConfigError, match=both):
         refuse([ChangedSetting("a", 1, 2), ChangedSetting("b", "x", "y")], Path("run"))
+
+
+def test_another_task_is_refused_alone():
+    found = changes(recipe(), recipe(task="dpo"))
+    with pytest.raises(ConfigError, match=r"^run holds a run of task sft, and this recipe is of task dpo: ") as told:
+        refuse(found, Path("run"))
+    assert "before" not in str(told.value)

@@ -23,7 +23,7 @@ def recipe(global_batch: int, **training: Any) -> Recipe:
         (
             (96, 64),
             {},
-            r"processes: 4 before, 8 now; distributed\.global_batch: 96 before, 64 now",
+            r"processes: 4 before, 8 now\n +distributed\.global_batch: 96 before, 64 now",
         ),  # 96 // 64 is 1 too
         ((192, 192), {"dataloader_drop_last": True}, "processes: 4 before, 8 now"),
     ],
