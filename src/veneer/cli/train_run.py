@@ -15,7 +15,7 @@ import datasets
 from rich.console import Console
 
 from veneer.cli.bases import compare_bases
-from veneer.cli.pages.samples import shown
+from veneer.cli.samples import shown
 from veneer.contract.source import adapter_folder
 from veneer.errors import ConfigError
 from veneer.plain.group import n_on_this_machine

@@ -15,8 +15,9 @@ from veneer.plain.units import size
 from veneer.plan.plan import Plan, plan_recipe
 from veneer.plan.presets import hub_id_of
 from veneer.plan.trace import ACTIVATIONS, LOGITS, SCRATCH
+from veneer.recipe.distributed_part import DistributedPart
 from veneer.recipe.optimizers import steps_in_backward
-from veneer.recipe.parts import ModelPart
+from veneer.recipe.parts import DataPart, ModelPart
 from veneer.recipe.recipe import Recipe, changed
 
 CHECKPOINTS = "gradient_checkpointing"
@@ -48,11 +49,13 @@ def fits(recipe: Recipe, config: PreTrainedConfig, budget: int, bytes_of: Bytes,
     that would.
     """
     given, budget = budget, int(budget / (1 + SPARE))
-    counts = _row_counts(recipe.training_config())
+    args = recipe.training_config()
+    counts = _row_counts(args)
     found, least, ways = [], None, list(_ways(recipe.method, recipe.model, recipe.training))
     for number, changes in enumerate(ways, 1):
         waiting_for(f"planning: storage and checkpointing {number} of {len(ways)}")
-        one = plan_recipe(changed(recipe, changes | _rows(recipe, counts[0])), config=config)
+        with_rows = changes | _rows(counts[0], args, recipe.distributed, recipe.data)
+        one = plan_recipe(changed(recipe, with_rows), config=config)
         needed = bytes_of(one)
         if least is None or needed < least[0]:
             least = needed, changes, one
@@ -114,16 +117,17 @@ def _largest(
     """The largest number of rows a micro-batch that fits and divides the rows of a step. Memory is convex in it, so
     each is tried.
     """
-    least, *more = _row_counts(recipe.training_config())
+    args = recipe.training_config()
+    least, *more = _row_counts(args)
     for rows in reversed(more):
-        settings = {**changes, **_rows(recipe, rows)}
+        settings = {**changes, **_rows(rows, args, recipe.distributed, recipe.data)}
         growing = sum(one.peak.kinds.get(kind, 0) for kind in (ACTIVATIONS, LOGITS, SCRATCH))
         if bytes_of(one) + (0.5 * rows - 1) * growing > budget and rows > 4:
             continue  # far too many: not worth a trace
         plan = plan_recipe(changed(recipe, settings), config=config)
         if bytes_of(plan) <= budget:
             return settings, plan
-    return {**changes, **_rows(recipe, least)}, one
+    return {**changes, **_rows(least, args, recipe.distributed, recipe.data)}, one
 
 
 def _row_counts(args: Any) -> list[int]:
@@ -134,12 +138,12 @@ def _row_counts(args: Any) -> list[int]:
     return [n for n in range(1, total + 1) if total % n == 0]
 
 
-def _rows(recipe: Recipe, rows: int) -> dict[str, Any]:
+def _rows(rows: int, args: Any, distributed: DistributedPart, data: DataPart) -> dict[str, Any]:
     """Rows of a micro-batch, as many micro-batches as keep the rows of a step, and no more rows in an evaluation's."""
-    args, changes = recipe.training_config(), {"training.per_device_train_batch_size": rows}
-    if recipe.distributed.global_batch is None:  # else it follows
+    changes = {"training.per_device_train_batch_size": rows}
+    if distributed.global_batch is None:  # else it follows
         changes["training.gradient_accumulation_steps"] = _rows_a_step(args) // rows
-    fewer = recipe.data.holds_out and rows < args.per_device_eval_batch_size
+    fewer = data.holds_out and rows < args.per_device_eval_batch_size
     return changes | ({"training.per_device_eval_batch_size": rows} if fewer else {})
 
 
