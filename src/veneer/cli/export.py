@@ -5,12 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import typer
+from rich import box
+from rich.console import Console
+from rich.table import Table
 
 from veneer.adapters.chosen import split_one
 from veneer.adapters.requantizing import describe
 from veneer.cli.bases import compare_bases
 from veneer.cli.facts import print_facts
-from veneer.cli.gguf_plan import print_plan, tell_notes
 from veneer.cli.loading import load
 from veneer.cli.pages.export import CheckArguments, GgufArguments, ImportanceArguments, LoraArguments, OllamaArguments
 from veneer.errors import ConfigError, FormatError, listed
@@ -20,12 +22,14 @@ from veneer.export.gguf.collect import CollectOptions, collect_importance
 from veneer.export.gguf.mix import MixOptions
 from veneer.export.gguf.model import GgufExport, GgufOptions
 from veneer.export.gguf.modelfile import MODELFILE, export_ollama
-from veneer.export.gguf.summary import summary
+from veneer.export.gguf.plan import FilePlan
+from veneer.export.gguf.summary import layers_of, ranges, rows, summary
 from veneer.plain.progress import progress_bar
 from veneer.plain.units import size
 from veneer.store.bars import quiet
 from veneer.store.gguf.writer import parts_of
 
+_SHOWN_LEFT_OUT = 3  # names of tensors
 BESIDE = "To keep all of it, leave the adapter beside its base: `veneer export lora` writes it for llama.cpp's --lora"
 
 
@@ -126,3 +130,27 @@ def _bytes(given: str | None) -> int | None:
     if not number.isdigit() or unit not in ("M", "G") or int(number) == 0:
         raise ConfigError(f"--split-size {given!r} must be a whole number of M or G, such as 4G")
     return int(number) * (10**6 if unit == "M" else 10**9)
+
+
+def print_plan(plan: FilePlan, n_parts: int) -> None:
+    """Print the planned file on stdout: first its totals, then its tensors."""
+    parts = f" in {n_parts} parts" if n_parts > 1 else ""
+    typer.echo(f"{summary(plan.specs)}, {size(plan.nbytes)}{parts}; nothing was written")
+    table = Table(box=box.SIMPLE, padding=(0, 1, 0, 0))
+    for column in ("tensor", "shape", "type", "size"):
+        table.add_column(column, justify="right" if column in ("shape", "size") else "left", no_wrap=True)
+    table.add_column("layers", overflow="fold")
+    for (leaf, kind, shape), alike in rows(plan.specs).items():
+        nbytes, layers = sum(spec.nbytes for spec in alike), ranges(layers_of(alike))
+        table.add_row(leaf, " x ".join(map(str, shape)), kind, size(nbytes), layers)
+    Console().print(table)
+    tell_notes(plan)
+
+
+def tell_notes(plan: FilePlan) -> None:
+    """Print notes for the file's user, and the omitted parts of the checkpoint, on stderr."""
+    for note in plan.notes:
+        typer.echo(f"note: {note}", err=True)
+    if names := plan.left_out:
+        more = f" and {len(names) - _SHOWN_LEFT_OUT} more" if len(names) > _SHOWN_LEFT_OUT else ""
+        typer.echo(f"note: left out, no part of the model: {', '.join(names[:_SHOWN_LEFT_OUT])}{more}", err=True)

@@ -63,7 +63,8 @@ def test_an_evaluation_fits_too(recipe: Make) -> None:
     found = fits(wanted, config_of(wanted.model.source), exact.peak.n_bytes - 1, bytes_of, lambda plan: plan.work.flops)
     args = changed(wanted, found[0].changes).training_config()
     assert args.per_device_eval_batch_size == args.per_device_train_batch_size <= 6
-    few = fit._rows(recipe(per_device_train_batch_size=6, **{HELD_OUT: 2}), 3)
+    little = recipe(per_device_train_batch_size=6, **{HELD_OUT: 2})
+    few = fit._rows(3, little.training_config(), little.distributed, little.data)
     assert not any(key.endswith(HELD_OUT) for key in few)
 
 

@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 
 from veneer.adapters.peft_model import get_peft_model
 from veneer.cli.app import app
-from veneer.cli.gguf_plan import print_plan
+from veneer.cli.export import print_plan
 from veneer.errors import ConfigError, FormatError, NonFiniteError
 from veneer.export.gguf.metadata import name_of, sampling_settings
 from veneer.export.gguf.mix import MixOptions
