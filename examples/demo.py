@@ -18,13 +18,13 @@ import torch
 from datasets import Dataset, disable_progress_bars, load_dataset
 from rich import box
 from rich.console import Console
-from rich.progress import track
 from rich.table import Table
 from rich.text import Text
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 import veneer
+from veneer.plain.progress import progress_bar
 from veneer.plain.units import duration
 
 DATA = Path(__file__).parent / "calendar"
@@ -134,13 +134,15 @@ def score(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Data
     """Greedy answers to every request, read as JSON and compared field by field."""
     model.eval()
     answers = []
-    for start in track(range(0, len(rows), 40), description=title, console=console):
-        chats = [m[:-1] for m in rows[start : start + 40]["messages"]]
-        batch = tokenizer.apply_chat_template(
-            chats, add_generation_prompt=True, padding=True, return_tensors="pt", return_dict=True
-        )
-        output = model.generate(**batch, max_new_tokens=72, do_sample=False, pad_token_id=tokenizer.pad_token_id)
-        answers += tokenizer.batch_decode(output[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+    with progress_bar(title) as tell:
+        for start in range(0, len(rows), 40):
+            chats = [m[:-1] for m in rows[start : start + 40]["messages"]]
+            batch = tokenizer.apply_chat_template(
+                chats, add_generation_prompt=True, padding=True, return_tensors="pt", return_dict=True
+            )
+            output = model.generate(**batch, max_new_tokens=72, do_sample=False, pad_token_id=tokenizer.pad_token_id)
+            answers += tokenizer.batch_decode(output[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+            tell(len(answers), len(rows))
     wanted = [json.loads(m[-1]["content"]) for m in rows["messages"]]
     got = [read(answer) for answer in answers]
     right = {f: [g is not None and g.get(f, ...) == w[f] for g, w in zip(got, wanted, strict=True)] for f in FIELDS}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -16,6 +17,8 @@ from veneer.data.reader import RowReader, form_in, form_of, read_rows
 from veneer.data.unused import tell_unused
 from veneer.errors import DataError
 
+log = logging.getLogger(__name__)
+
 
 def load_rows(source: str | Path, reader: RowReader | PreferenceReader, limit: int | None = None) -> Dataset:
     """Load all rows of a source (or the first ``limit``).
@@ -26,6 +29,10 @@ def load_rows(source: str | Path, reader: RowReader | PreferenceReader, limit: i
     problems: list[str] = []
     read = read_rows(source, _numbered(source, problems), problems, reader, limit)
     tell_unused(str(source), reader.unread(read.columns, read.form), _advice(read.form))
+    if isinstance(reader, RowReader) and reader.system is not None:
+        first = [row["messages"][0]["content"] for row in read.rows if "messages" in row]
+        if others := sum(content != reader.system for content in first):
+            log.warning("%s: system messages of their own stay in %d of %d rows", source, others, len(first))
     keys = dict.fromkeys(key for row in read.rows for key in row)  # Dataset reads those of the first row alone
     return Dataset.from_list([{key: row.get(key) for key in keys} for row in read.rows])
 

@@ -97,7 +97,7 @@ def _make_task_trainer(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Ru
     scores, device = recipe.task == "reward", device_of(args)
     base = load_base(recipe.model, scores=scores, frozen=frozen, cutter=cutter, device=device)
     given = _with_adapter(recipe, base)
-    with refusals_told(), _encoding_told(rows):
+    with refusals_told(), _encoding_told(rows, draws=bool(recipe.rewards)):
         trainer: RunTrainer = trainer_of(recipe.task)(
             given.model,
             args=args,
@@ -111,8 +111,10 @@ def _make_task_trainer(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Ru
     return trainer
 
 
-def _encoding_told(rows: Rows) -> AbstractContextManager[None]:
-    """Print lines while rows are tokenized; in a terminal datasets shows bars instead."""
+def _encoding_told(rows: Rows, *, draws: bool = False) -> AbstractContextManager[None]:
+    """Print lines while rows are tokenized; in a terminal datasets shows bars instead. ``draws``: by an engine."""
+    if draws:
+        return waits_told("building the trainer, its rewards and its engine")  # no row is tokenized before a step
     if not are_progress_bars_disabled():
         return nullcontext()
     known = [part for part in (rows.train, rows.eval) if isinstance(part, Dataset)]

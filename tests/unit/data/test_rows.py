@@ -250,6 +250,17 @@ def test_columns_that_nothing_reads_are_told(jsonl, caplog, row, reader, unused)
     assert all(line.startswith(f"{path}: {unused}") for line in told)
 
 
+def test_rows_that_keep_their_own_system_message_are_told(jsonl, caplog):
+    asked = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    own = [{"role": "system", "content": "own"}, *asked]
+    path = jsonl({"messages": own}, {"messages": asked})
+    load_rows(path, RowReader(system="given"))
+    assert f"{path}: system messages of their own stay in 1 of 2 rows" in caplog.text
+    caplog.clear()
+    load_rows(path, RowReader())
+    assert not caplog.text
+
+
 def test_streamed_rows_tell_of_unused_columns_too(jsonl, caplog):
     rows = stream_rows(jsonl({"text": "yes", "label": 1}, {"text": "no", "label": 0}), RowReader())
     assert [row["text"] for row in rows] == ["yes", "no"]
