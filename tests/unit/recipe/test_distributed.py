@@ -57,7 +57,8 @@ def test_a_plan_counts_the_micro_batches_of_one_of_several_processes() -> None:
 
 def test_a_plan_that_fits_changes_no_rows_of_a_step() -> None:
     recipe = parse_recipe(values({"global_batch": 24}))
-    assert _rows(recipe, 4) == {"training.per_device_train_batch_size": 4}
+    given = recipe.training_config(), recipe.distributed, recipe.data
+    assert _rows(4, *given) == {"training.per_device_train_batch_size": 4}
     changed = Recipe.model_validate({**recipe.model_dump(), "training": {"per_device_train_batch_size": 4}})
     assert changed.training_config().gradient_accumulation_steps == 6
 
