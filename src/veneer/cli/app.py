@@ -87,7 +87,8 @@ def _messages() -> Iterator[None]:
     try:
         yield
     except UsageError as error:
-        raise _told(_in_one_line(error)) from error
+        told = _in_one_line(error)
+        raise (_told(told) if told else typer.Exit(USER_ERROR)) from error
     except VeneerError as error:
         raise _told(str(error)) from error
     except OSError as error:
@@ -101,7 +102,12 @@ def _messages() -> Iterator[None]:
 
 
 def _in_one_line(error: Any) -> str:
-    """Return the message of a wrong command line, the usage, and the help that tells more."""
+    """Return the message of a wrong command line, the usage, and the help that tells more.
+
+    It is empty for a group alone, which has printed its help.
+    """
+    if not error.format_message():
+        return ""
     if isinstance(error, typer.BadParameter):
         error.message = _reason_of(error)
     told = " ".join(str(error.format_message()).removeprefix("Invalid value for ").split()).rstrip(".")

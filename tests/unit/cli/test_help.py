@@ -83,3 +83,11 @@ def test_a_usage_error_shows_the_same_usage() -> None:
     result = CliRunner().invoke(app, ["eval", "model"], env={"COLUMNS": "80"})
     assert result.exit_code == 2
     assert "veneer eval [MODEL] --metric NAME [OPTIONS]" in result.stderr
+
+
+@pytest.mark.parametrize("group", [[], ["export"]])
+def test_a_group_alone_prints_its_help_and_no_error(group: list[str]) -> None:
+    result = CliRunner().invoke(app, group)
+    assert result.exit_code == 2
+    assert "--help" in result.output
+    assert "error:" not in result.output
