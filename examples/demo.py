@@ -9,6 +9,7 @@ import argparse
 import json
 import logging
 import re
+import sys
 import time
 from dataclasses import dataclass
 from itertools import compress
@@ -212,4 +213,7 @@ def say_what_next(output: Path, seconds: float) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit("interrupted: the demo begins anew when it is run again; `veneer train` goes on from checkpoints")

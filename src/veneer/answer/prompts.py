@@ -6,7 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from veneer.data.chat import render
+from jinja2 import TemplateError
+
+from veneer.data.chat import render, template_error
 from veneer.data.column_templates import fill_template
 from veneer.data.reader import RowReader
 from veneer.errors import ConfigError, DataError
@@ -18,13 +20,16 @@ Row = Mapping[str, Any]
 def encode_chat(tokenizer: Any, messages: Sequence[Message]) -> list[int]:
     """Return the conversation under the chat template, ready for the assistant's turn.
 
-    Raises ConfigError if the tokenizer has no chat template.
+    Raises ConfigError if the tokenizer has no chat template, and DataError if it is damaged or refuses the roles.
     """
     if tokenizer.chat_template is None:
         raise ConfigError(
             "this model has no chat template, so it cannot chat: use `veneer generate`, which sends plain text"
         )
-    encoded = tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, return_dict=True)
+    try:
+        encoded = tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, return_dict=True)
+    except TemplateError as error:
+        raise template_error(tokenizer, messages, error) from error
     return list(encoded["input_ids"])
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jinja2.exceptions import TemplateError
+from jinja2.exceptions import TemplateError, TemplateSyntaxError
 from jinja2.ext import Extension
 from jinja2.nodes import Node
 from jinja2.parser import Parser
@@ -87,6 +87,17 @@ class _Generation(Extension):
         return list(parser.parse_statements(("name:endgeneration",), drop_needle=True))
 
 
+def template_error(tokenizer: Any, messages: Sequence[Mapping[str, Any]], error: TemplateError) -> DataError:
+    """Return the error of a template that is damaged, or that refuses a conversation."""
+    if isinstance(error, TemplateSyntaxError):
+        return DataError(
+            f"the tokenizer in {tokenizer.name_or_path} has a damaged chat template: {error}, line {error.lineno}. "
+            "Mend its chat_template.jinja, or save the tokenizer again"
+        )
+    roles = ", ".join(str(message.get("role")) for message in messages)
+    return DataError(f"the chat template refuses a conversation with the roles {roles}: {error}")
+
+
 def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
     """Return the length of the common prefix of two sequences."""
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
@@ -162,6 +173,5 @@ def _render(
     try:
         encoded = tokenizer.apply_chat_template(list(messages), tokenize=True, return_dict=True, **(options or {}))
     except TemplateError as error:
-        roles = ", ".join(str(message.get("role")) for message in messages)
-        raise DataError(f"the chat template refuses a conversation with the roles {roles}: {error}") from error
+        raise template_error(tokenizer, messages, error) from error
     return {key: list(values) for key, values in encoded.items()}

@@ -86,7 +86,7 @@ class GRPOTrainer(DrawingTrainer, trl.GRPOTrainer):  # type: ignore[misc]
             self.vllm_generation, self._last_loaded_step = Generation(self), -1
 
     def _observed(self, reset: Callable[[], Any]) -> Any:
-        """What an environment says first, or said before, if the draw in progress is in the journal."""
+        """Return the first observation of an environment: the one in the journal, if the draw in progress is there."""
         place = len(self.observations)
         found = reset() if self._recalled is None else self._recalled[place]["observation"]
         self.observations = [*self.observations, found]

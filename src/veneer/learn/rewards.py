@@ -5,12 +5,13 @@ from __future__ import annotations
 import functools
 import inspect
 import math
+import traceback
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 
-from veneer.errors import ConfigError, TrainingError
+from veneer.errors import ConfigError, TrainingError, VeneerError
 
 
 def reward_functions(given: Any, *, needed: bool) -> list[Any]:
@@ -31,18 +32,30 @@ def checked_reward(function: Any, *, alone: bool, name: str | None = None) -> An
     """Return the function with a check of its return value: a finite number for each completion.
 
     None is no opinion on a completion. It is allowed only if there are several functions (``alone`` is False). TRL
-    calls models and asynchronous functions itself. The wrapper raises TrainingError, with the ``name`` of the function.
+    calls models and asynchronous functions itself. The wrapper raises TrainingError, with the ``name`` of the function,
+    also if the function raises.
     """
     if not callable(function) or isinstance(function, type) or not _is_plain(function):
         return function
 
     @functools.wraps(function)
     def rewarded(*args: Any, completions: Sequence[Any], **row: Any) -> list[float | None]:
-        return _checked(
-            name or _name(function), function(*args, completions=completions, **row), len(completions), alone
-        )
+        told = name or _name(function)
+        try:
+            found = function(*args, completions=completions, **row)
+        except VeneerError:
+            raise
+        except Exception as error:  # whatever the user's own code raises
+            raise TrainingError(f"the reward function {told} raised {_raised(error)}") from error
+        return _checked(told, found, len(completions), alone)
 
     return rewarded
+
+
+def _raised(error: Exception) -> str:
+    """Return an error with the place that raised it."""
+    *_, last = traceback.extract_tb(error.__traceback__)
+    return f"{type(error).__name__}: {error} ({last.filename}, line {last.lineno})"
 
 
 def _checked(name: str, found: Any, n: int, alone: bool) -> list[float | None]:

@@ -64,6 +64,20 @@ def test_a_tokenizer_without_a_template_takes_plain_text_alone() -> None:
         encode_prompt(plain, "hi", system="be")
 
 
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("{% for m in messages %}{{ m.content ", "damaged chat template: .*, line 1. Mend its chat_template.jinja"),
+        ("{{ raise_exception('no users') }}", "refuses a conversation with the roles user: no users"),
+    ],
+)
+def test_a_damaged_template_and_one_that_refuses_are_told(template: str, message: str) -> None:
+    wrong = byte_tokenizer()
+    wrong.chat_template = template
+    with pytest.raises(DataError, match=message):
+        encode_chat(wrong, [{"role": "user", "content": "hi"}])
+
+
 def test_answers_are_written_beside_the_rows_fields(tmp_path: Path) -> None:
     rows = [{"prompt": "ä", "id": 3}, {"prompt": "b"}]
     asked = asked_of(rows, [None, None], TOKENIZER, PromptRows(raw=True), Path("ask.jsonl"))

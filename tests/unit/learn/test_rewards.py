@@ -50,6 +50,17 @@ def test_what_a_reward_function_may_not_return(returned, alone, message):
         checked_reward(wrong, alone=alone)(prompts=["a", "b"], completions=["c", "d"])
 
 
+def test_a_reward_function_that_raises_is_told_by_its_line():
+    def wrong(completions, **row):
+        return [answer["nope"] for answer in completions]
+
+    line = wrong.__code__.co_firstlineno + 1
+    with pytest.raises(
+        TrainingError, match=rf"the reward function wrong raised TypeError: .*test_rewards.py, line {line}"
+    ):
+        checked_reward(wrong, alone=True)(prompts=["a"], completions=["c"])
+
+
 def test_one_of_several_may_have_no_opinion():
     assert checked_reward(lambda completions, **row: [None, True], alone=False)(completions=["a", "b"]) == [None, True]
 
