@@ -42,6 +42,7 @@ from veneer.cli.pages import (
     serve,
 )
 from veneer.errors import Interrupted, VeneerError
+from veneer.plain.leave import left_at_once
 from veneer.plain.refusals import allowed
 from veneer.plain.unused_packages import hide_unused
 
@@ -220,4 +221,5 @@ def main() -> None:
     os.environ.setdefault("TQDM_DELAY", "2")
     os.environ.setdefault("TQDM_LEAVE", "")
     hide_unused()
-    app()
+    with left_at_once():
+        app()
