@@ -148,7 +148,7 @@ def as_lora(model: nn.Module, rank: Rank, name: str, *, progressbar: bool = Fals
 
 
 def _say_nothing(done: int, total: int) -> None:
-    """Ignore progress that was not requested."""
+    """Ignore progress: the caller asked for none."""
 
 
 def _plain(path: str, update: Update, rank: Rank) -> Plain:

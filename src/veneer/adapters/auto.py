@@ -97,7 +97,7 @@ class AutoPeftModel:
 
 
 def _loaded(kind: Any, name: str, revision: str | None, options: dict[str, Any], *, in_blocks: bool) -> Any:
-    """The base; one in the blocks of a GGUF file is a causal language model, others are a dense copy of the file."""
+    """Load the base. A GGUF file is read in its blocks as a causal language model, or else as a dense copy."""
     place = folder_of(name)
     file = None if place is None else described_file(place)
     in_blocks = in_blocks and kind is transformers.AutoModelForCausalLM and options.keys() <= {"dtype"}

@@ -57,7 +57,7 @@ def compose_cartridge_adapters(
 
 
 def _problems_of_files(cartridges: Mapping[Path, CartridgeConfig]) -> list[str]:
-    """Return the files whose tokens differ from their config in number, or from others in width."""
+    """Return a problem for each file whose number of tokens differs from its config, and one if widths differ."""
     found, widths = [], set()
     for folder, config in cartridges.items():
         stored, n = read_headers(folder).get(STORED), config.num_virtual_tokens

@@ -127,7 +127,7 @@ def add_weighted(
 
 
 def _add_of_records(model: nn.Module, state: AdapterState, name: str, records: Mapping[str, LinearDelta]) -> None:
-    """Add a frozen adapter that has these records, by module path."""
+    """Add a frozen adapter made of these records, which are given by module path."""
     sum_of = raised(records, shortest_names(module_index(model), tuple(records)))
     lifecycle.add(model, state, name, sum_of.config, Allocation(values=False))
     lifecycle.make_trainable(model, state, (name,), False)
@@ -161,7 +161,7 @@ def _require_little_lost(
 
 
 def _bias_offset(layer: AdaptedSite, updates: Sequence[Update], weights: Sequence[float]) -> Tensor | None:
-    """``Σ w_i (bias_i - own)`` over the parts that change the bias."""
+    """Return ``Σ w_i (bias_i - own)`` over the updates that change the bias."""
     own = layer.site(()).bias
     changes = [
         w * (u.record.bias - (0 if own is None else own))
@@ -264,7 +264,7 @@ def require_rank(folders: Sequence[Path], plan: Combination) -> None:
 
 
 def _told_updates(folder: Path) -> tuple[LinearDelta, ...]:
-    """Return the updates that an adapter's file tells; an adapter that depends on its base has none."""
+    """Return the updates stored in an adapter's file; none if they depend on the base."""
     if read_config(folder).reads_weight:
         return ()
     try:
@@ -274,7 +274,7 @@ def _told_updates(folder: Path) -> tuple[LinearDelta, ...]:
 
 
 def _common_base(stored: Sequence[StoredAdapter]) -> str | None:
-    """Return the name of the base, the first of several that mean one model; None if they may mean two."""
+    """Return the name of the base, the first if several names mean one model; None if they may mean two."""
     first, *others = (adapter.config.base_model_name_or_path or "" for adapter in stored)
     return first if first and all(other and is_one_model(first, other) for other in others) else None
 

@@ -106,7 +106,7 @@ def initialize_lora_eva_weights(
 
 @dataclass
 class _Group:
-    """Layers that read the same input, of which the first is watched; ``found`` grows batch by batch."""
+    """Layers that read the same input. Only the first is watched; ``found`` grows with each batch."""
 
     paths: list[str]
     layer: AdaptedSite
@@ -128,7 +128,7 @@ class _Passes:
         self.device = device_of(self.model)
 
     def groups(self, layers: Mapping[str, AdaptedSite]) -> list[_Group]:
-        """The layers in groups: those that the first batch reaches with equal rows are one group."""
+        """Group the layers: those to which the first batch brings equal rows form one group."""
         first = next(iter(self.loader), None)
         if first is None:
             raise DataError(
@@ -145,7 +145,7 @@ class _Passes:
         return [_Group(paths, layers[paths[0]]) for paths in same.values()]
 
     def settle(self, groups: list[_Group], budget: int) -> dict[str, int]:
-        """Go on until the directions that get a rank have settled; the ranks by path."""
+        """Read batches until the directions that get a rank have settled. Return the rank of each layer by path."""
         ranks = {path: group.n_directions for group in groups for path in group.paths}
         for batch in self._batches(groups):
             waiting = {group.paths[0]: group for group in groups if not self._has_settled(group, ranks)}
@@ -179,7 +179,7 @@ class _Passes:
         return group.found is not None and bool(group.found.settled(self.eva.tau)[:needed].all())
 
     def _watch(self, batch: Batch, layers: Mapping[str, AdaptedSite], see: See) -> None:
-        """One forward pass; ``see`` gets each layer's path and input, and the mask of the positions that count."""
+        """Run one forward pass. ``see`` gets each layer's path, its input, and the mask of the positions that count."""
         moved = {key: value.to(self.device) if isinstance(value, Tensor) else value for key, value in batch.items()}
         mask = _mask(moved, self.eva)
 
@@ -195,7 +195,7 @@ class _Passes:
 
 
 def _adding(groups: Mapping[str, _Group]) -> See:
-    """A function that adds a layer's rows to its group, if there are enough."""
+    """Return a function that adds a layer's rows to its group if there are enough of them."""
 
     def add(path: str, x: Tensor, mask: Tensor | None) -> None:
         group, rows = groups[path], _rows(x, mask, path)
@@ -206,7 +206,7 @@ def _adding(groups: Mapping[str, _Group]) -> See:
 
 
 def _ranks(groups: list[_Group], budget: int) -> dict[str, int]:
-    """The ranks of all layers: those that share an input with an earlier one come after all the others, as in PEFT."""
+    """Return the ranks of all layers. As in PEFT, layers that repeat an earlier layer's input come last."""
     first = {group.paths[0]: group for group in groups}
     rest = {path: group for group in groups for path in group.paths[1:]}
     return shared_ranks({p: cast(Directions, g.found).explained() for p, g in (first | rest).items()}, budget)
@@ -224,7 +224,7 @@ def _rows(x: Tensor, mask: Tensor | None, path: str) -> Tensor:
 
 
 def _mask(batch: Batch, eva: EvaConfig) -> Tensor | None:
-    """Return the positions (n, t) that count; None if the batch does not say."""
+    """Return the mask (n, t) of the positions that count; None if the batch has none."""
     found = [batch["attention_mask"].bool()] if isinstance(batch.get("attention_mask"), Tensor) else []
     ids, labels = batch.get("input_ids"), batch.get("labels")
     if eva.use_label_mask and isinstance(labels, Tensor) and isinstance(ids, Tensor) and labels.shape == ids.shape:
@@ -233,7 +233,7 @@ def _mask(batch: Batch, eva: EvaConfig) -> Tensor | None:
 
 
 def _digest(x: Tensor) -> tuple[torch.Size, str]:
-    """A fingerprint that tells the inputs of layers apart without keeping them."""
+    """Return a fingerprint by which inputs of layers are compared without being kept."""
     return x.shape, hashlib.sha256(x.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
 
 
@@ -277,7 +277,7 @@ def _require_fitting(factors: Mapping[str, Tensor], layers: Mapping[str, Adapted
 
 
 def _put(held: nn.Module, start: LateStart, a: Tensor) -> None:
-    """Put A, and a B of zeros of the same rank, into one layer's parameters."""
+    """Write A, and a B of zeros of the same rank, into one layer's parameters."""
     parameters = cast(nn.ParameterDict, held)
     b = torch.zeros(parameters[start.b].shape[0], a.shape[0])
     for key, value in ((start.a, a), (start.b, b)):

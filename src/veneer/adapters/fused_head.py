@@ -81,7 +81,9 @@ def _refuse_unreadable(model: nn.Module) -> None:
 
 
 def _asked(model: nn.Module) -> Mapping[str, Any] | None:
-    """Return the settings of TRL's `add_fused_lm_head`, which only the forward that it put on the model knows."""
+    """Return the settings of TRL's `add_fused_lm_head`, which are kept only in the forward function that it
+    installed.
+    """
     forward: Callable[..., Any] | None = vars(model).get("forward")
     while forward is not None:
         function = getattr(forward, "__func__", forward)

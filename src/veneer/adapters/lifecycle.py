@@ -192,7 +192,7 @@ def remove_all(model: nn.Module, state: AdapterState) -> None:
 
 
 def _require_same_settings(model: nn.Module, own: MethodConfig, stored: MethodConfig, name: str) -> None:
-    """Raise ConfigError if the values of ``stored`` would have another meaning under ``own``, or train other parts."""
+    """Raise ConfigError if ``own`` would give the stored values another meaning, or train other parts."""
     if type(own) is not type(stored):
         raise ConfigError(
             f"adapter {name!r} is a {own.peft_type}, the files hold a {stored.peft_type}: load them by another name"
@@ -216,7 +216,7 @@ def require_unmerged(state: AdapterState, what: str) -> None:
 
 
 def _require_composable(model: nn.Module, names: tuple[str, ...]) -> None:
-    """Raise CompositionError now, not in the forward pass, if adapters cannot act together."""
+    """Raise CompositionError if adapters cannot act together, before a forward pass would."""
     for path, module in adapted_modules(model).items():
         require_rows_agree(path, module, names)
         owned = [key for name in names if name in module.copies for key, _ in own_tensors(module.copies[name])]

@@ -80,7 +80,9 @@ def replace_lora_weights_loftq(
 
 
 def _factors(start: LateStart, site: LinearSite, weight: Tensor, path: str) -> dict[str, Tensor]:
-    """Return the factors by name; none if the weight equals the quantized one. Raises ConfigError for one in codes."""
+    """Return the factors by name; none if the weight equals the quantized one. Raises ConfigError for a quantized
+    weight.
+    """
     if weight.itemsize == 1:
         raise ConfigError(f"{path}: {_NO_ERROR}")
     quantized = cast(FrozenWeight, site.weight).dense(torch.float32)
@@ -91,7 +93,7 @@ def _factors(start: LateStart, site: LinearSite, weight: Tensor, path: str) -> d
 
 
 def _dense(weights: Checkpoint, model: PeftModel, path: str, layer: AdaptedSite) -> Tensor:
-    """The weight (o, i) before quantization, under the model's name or without the prefix that some files leave out."""
+    """Return the weight (o, i) before quantization. Files may name it without the prefix that the model gives it."""
     name = f"{path}.weight"
     short = name.removeprefix(f"{model.get_base_model().base_model_prefix}.")
     weight = weights.read(short if short in weights.tensors else name)

@@ -108,7 +108,7 @@ def initialize_lora_corda_weights(
 
 @dataclass
 class _Sum:
-    """Sum of matrices, and their count."""
+    """A sum of matrices with the number of summands."""
 
     total: Tensor | None = None
     count: int = 0
@@ -122,7 +122,7 @@ class _Sum:
 
     @property
     def mean(self) -> Tensor:
-        """Return the mean of one matrix or more."""
+        """Return the mean; there is at least one matrix."""
         return cast(Tensor, self.total) / self.count
 
 
@@ -133,7 +133,7 @@ def _require_fit(problems: Sequence[str]) -> None:
 
 
 def _require_measured(sums: Mapping[str, _Sum], what: str, given: str) -> None:
-    """Raises DataError for layers that got nothing, and NonFiniteError for sums that are not finite."""
+    """Raise DataError for layers that no data reached, and NonFiniteError for sums that are not finite."""
     missing = [path for path, own in sums.items() if not own.count]
     if missing:
         raise DataError(
@@ -149,14 +149,14 @@ def _require_measured(sums: Mapping[str, _Sum], what: str, given: str) -> None:
 
 
 def _told(each: Sequence[str], between: str = ", ") -> str:
-    """Return the first few, and how many more."""
+    """Return the first few in words, and the number of the others."""
     more = len(each) - NAMES_TOLD
     return between.join(each[:NAMES_TOLD]) + (f" and {more} more" if more > 0 else "")
 
 
 @contextmanager
 def _gradients_of(layers: Mapping[str, AdaptedSite], sums: Mapping[str, _Sum]) -> Iterator[None]:
-    """Context in which each backward pass adds the gradients of the layers' weights, which stay frozen."""
+    """Enter a context in which each backward pass adds the gradients of the layers' weights, which stay frozen."""
 
     def watch(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
         if not torch.is_grad_enabled():  # of a checkpointed block, which runs again
@@ -175,7 +175,7 @@ def _gradients_of(layers: Mapping[str, AdaptedSite], sums: Mapping[str, _Sum]) -
 
 
 def _product(gradient: Tensor, x: Tensor) -> Tensor:
-    """Return the gradient of a weight (o, i) in one use, from the gradient of its outputs and its inputs."""
+    """Return the gradient of a weight (o, i) from one use: from the gradient of its outputs and from its inputs."""
     return gradient.flatten(0, -2).float().T @ x.flatten(0, -2).float()
 
 
@@ -202,7 +202,7 @@ def _asked_for(model: PeftModel, name: str, kind: type[Settings]) -> tuple[LateS
 
 
 def _put(held: Mapping[str, nn.Module], start: LateStart, factors: Mapping[str, Factors]) -> None:
-    """Put the factors into the parameters of each layer, and into the subtracted product."""
+    """Write the factors into each layer's parameters, and into the pair that is subtracted from the base."""
     both = (start.a, *start.taken_off[:1]), (start.b, *start.taken_off[1:])
     for path, own in factors.items():
         parameters = tensors_of(held[path])

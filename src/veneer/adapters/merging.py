@@ -114,7 +114,9 @@ def require_foldable(model: nn.Module, state: AdapterState, names: tuple[str, ..
 
 
 def _folded_already(model: nn.Module, module: Adapted, names: tuple[str, ...]) -> dict[str, Tensor]:
-    """The weight that a module has got by now that shared this one's and is changed alike, if any: a tie stays."""
+    """Return the merged weight of a tied module that is changed alike, if one was merged already, so that the tie
+    stays.
+    """
     own = module._parameters.get("weight")
     done = (m for m in adapted_modules(model).values() if own is not None and m.originals.get("weight") is own)
     return next(({"weight": cast(Tensor, m._parameters["weight"])} for m in done if m.changes_as(module, names)), {})

@@ -68,15 +68,15 @@ def create_lorafa_optimizer(
 
 
 def _methods(model: nn.Module) -> list[MethodConfig]:
-    """Return the configs of LoRA on a model."""
+    """Return the configs of the model's LoRA adapters."""
     held = (layer.method(name) for layer in adapted_layers(model).values() for name in layer.adapters)
     return [method for method in held if hasattr(method, "lora_alpha") and hasattr(method, "r")]
 
 
 def _layers(model: nn.Module) -> list[Factors]:
-    """The factors of LoRA at linear layers, with the scales of their products.
+    """Return LoRA's factors at linear layers, with the scales of their products.
 
-    Raises ConfigError if an update is made of A and B otherwise than as their product.
+    Raises ConfigError if an update is not the plain product of A and B.
     """
     found = []
     for path, layer in adapted_layers(model).items():

@@ -453,7 +453,7 @@ def _with_names(plain: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _plainly(plain: Callable[..., Any], model: PeftModel, args: Any, kwargs: dict[str, Any]) -> Any:
-    """The model's own forward pass. Under a frozen head its loss is computed without the logits of all tokens."""
+    """Run the model's own forward pass. Under a frozen head its loss is computed without the logits of all tokens."""
     if kwargs.get("labels") is None or torch.compiler.is_compiling():
         return plain(model, *args, **kwargs)
     with deferred_logits(model):

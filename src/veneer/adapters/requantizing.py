@@ -116,8 +116,8 @@ def describe(report: Sequence[Survival], advice: str = IN_16_BITS) -> str:
 
 
 def _new_codes(model: nn.Module, names: tuple[str, ...]) -> dict[str, tuple[dict[str, Tensor], Survival]]:
-    """The new tensors of each quantized layer or stack that the adapters change, and the share of the update that they
-    keep.
+    """Return the new tensors of each quantized layer or stack that adapters change, with the share of the
+    update kept.
     """
     layers = {
         path: layer
@@ -137,7 +137,7 @@ def _new_codes(model: nn.Module, names: tuple[str, ...]) -> dict[str, tuple[dict
 
 
 def _merged_codes(path: str, layer: AdaptedSite, names: tuple[str, ...]) -> tuple[dict[str, Tensor], Survival]:
-    """Quantize the sum without rounding it to 16 bits first."""
+    """Quantize the sum of weight and update directly, without rounding it to 16 bits first."""
     coded = cast(QuantLinear, layer)
     wanted, _ = layer.folded_weight(names, torch.float32)
     parts = coded.spec.quantize(wanted)
@@ -147,7 +147,7 @@ def _merged_codes(path: str, layer: AdaptedSite, names: tuple[str, ...]) -> tupl
 def _merged_stack(
     path: str, module: AdaptedParameters, key: str, names: tuple[str, ...]
 ) -> tuple[dict[str, Tensor], Survival]:
-    """Return the same for a stack of experts."""
+    """Do the same as `_merged_codes` for a stack of experts."""
     stack = coded_stacks(module)[key]
     wanted = module.folded_stack(key, names, torch.float32)
     parts = stack.stack_spec.quantize(wanted)

@@ -116,7 +116,7 @@ def push(model: nn.Module, state: AdapterState, repo_id: str, what: Selection, h
 
 
 def _keep_for_training(model: nn.Module, state: AdapterState, folder: Path, names: tuple[str, ...]) -> None:
-    """The further files that a Trainer needs to go on from its checkpoint."""
+    """Write the further files that a Trainer needs to resume from its checkpoint."""
     for name in names:
         if has_network(state, name):
             save_network(model, state, name, subfolder(folder, name))
@@ -147,7 +147,7 @@ def divided(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
 
 
 def _let_trainer_find(folder: Path, source: Path) -> None:
-    """Give a Trainer checkpoint the adapter's file under the name of a model's as well.
+    """Link the adapter's file in a Trainer checkpoint under the name of a model's file.
 
     transformers' Trainer resumes, and takes the best checkpoint back, from ``model.safetensors`` through
     ``model.load_state_dict``, which here knows an adapter's keys. The second name is a hard link and takes no space.

@@ -58,7 +58,7 @@ def shared_rows(
 
 @dataclass(frozen=True, slots=True)
 class _Row:
-    """Real tokens of a row, their labels, the padding before them, and the places of the labels that count."""
+    """Real tokens of a row, their labels, the padding in front, and the places of the labels that count."""
 
     ids: list[int]
     labels: list[int]
@@ -67,7 +67,7 @@ class _Row:
 
     @classmethod
     def of(cls, ids: list[int], mask: list[int], labels: list[int]) -> _Row | None:
-        """None if padding lies between real tokens."""
+        """Return the row without its padding; None if padding lies between real tokens."""
         real = [place for place, own in enumerate(mask) if own]
         before = real[0] if real else 0
         if real and real[-1] - before + 1 != len(real):
@@ -78,13 +78,13 @@ class _Row:
 
     @property
     def first(self) -> int:
-        """Tokens of the prompt."""
+        """Return the number of the prompt's tokens."""
         return self.counted[0]
 
 
 @dataclass(slots=True)
 class _Building:
-    """One row that grows by the rows of a prompt; ``width`` is that of the batch."""
+    """A single sequence that collects the rows of a batch by prompt; ``width`` is the batch's width."""
 
     width: int
     ids: list[int] = field(default_factory=list)
@@ -96,7 +96,7 @@ class _Building:
     places: list[int] = field(default_factory=list)
 
     def add(self, members: Sequence[tuple[int, _Row]]) -> None:
-        """Add the rows of a prompt: the first goes on in its sequence, the others are branches of it."""
+        """Add the rows of a prompt: the first row follows the prompt, the others branch off it."""
         start, n = len(self.ids), members[0][1].first
         self._extend(members[0][1].ids[:n], 0)
         forked = start
@@ -118,7 +118,7 @@ class _Building:
         self.positions += range(position, position + len(ids))
 
     def done(self, device: torch.device) -> SharedRows:
-        """Return the row."""
+        """Return the finished row as tensors."""
         numbers = (self.predicting, self.labels, self.places)
         predicting, labels, places = (torch.tensor(each, device=device) for each in numbers)
         ids, positions = (torch.tensor([each], device=device) for each in (self.ids, self.positions))

@@ -84,7 +84,9 @@ def token_scores(model: nn.Module, inputs: dict[str, Any], scoring: PreferenceSc
 
 
 def _padding_before(inputs: dict[str, Any]) -> Tensor | None:
-    """Return the number of padding tokens in front of each row, (b, 1); None without any, or with further inputs."""
+    """Return the number of padding tokens in front of each row, (b, 1); None without padding, or with further
+    inputs.
+    """
     mask = inputs.get("attention_mask")
     if mask is None or inputs.keys() != _KEYS or bool(mask[:, 0].all()):
         return None
@@ -93,7 +95,7 @@ def _padding_before(inputs: dict[str, Any]) -> Tensor | None:
 
 
 def _shared(model: nn.Module, inputs: dict[str, Any]) -> SharedRows | None:
-    """The batch as one row; None if that spares little, or if the model computes each row apart, which is told once."""
+    """Return the batch as one row; None if that saves little or the model cannot run it, which is logged once."""
     if inputs.keys() != _KEYS or inputs["attention_mask"] is None or inputs["attention_mask"].ndim != 2:
         return None
     found = shared_rows(inputs["input_ids"], inputs["attention_mask"], inputs["labels"])
@@ -145,7 +147,7 @@ def _scored_in_chunks(found: NextTokens, shape: Sequence[int], scoring: Preferen
 
 
 def _label_scores(logits: Tensor, labels: Tensor, scoring: PreferenceScoring, at: Tensor | None = None) -> HeadScores:
-    """Return the scores of labels by logits (n, v), or by the rows ``at`` of them; they need not be made."""
+    """Return the scores of labels by logits (n, v), or by their rows ``at``. Deferred logits are not computed."""
     logits = logits if scoring.temperature == 1 else logits / scoring.temperature
     if not isinstance(logits, DeferredLogits):
         own = logits if at is None else logits[at.to(logits.device)]
@@ -164,7 +166,7 @@ def _label_scores(logits: Tensor, labels: Tensor, scoring: PreferenceScoring, at
 
 
 def _scored(logits: Tensor, labels: Tensor, details: bool) -> HeadScores:
-    """Return the scores of logits (…, v), by the definitions."""
+    """Compute the scores from logits (…, v) by their definitions."""
     counted = labels != IGNORED
     log_p = logits.log_softmax(dim=-1)
     own = log_p.gather(-1, labels.clamp(min=0)[..., None])[..., 0]
@@ -181,7 +183,7 @@ def _scored(logits: Tensor, labels: Tensor, details: bool) -> HeadScores:
 
 
 def _spread(found: HeadScores, labels: Tensor, kept: Tensor, aux: Tensor | None) -> TokenScores:
-    """Scores at the ``kept`` positions (b, k), spread over all positions (b, t - 1)."""
+    """Spread the scores of the ``kept`` positions (b, k) over all positions (b, t - 1)."""
 
     def spread(values: Tensor | None) -> Tensor | None:
         if values is None:
@@ -196,7 +198,7 @@ def _told(found: HeadScores, shape: Sequence[int], aux: Tensor | None) -> TokenS
 
 
 def _moved(found: TokenScores, moved: Callable[[Tensor], Tensor]) -> TokenScores:
-    """Scores whose rows are moved."""
+    """Apply ``moved`` to each score that has rows."""
     return replace(
         found,
         **{

@@ -69,7 +69,7 @@ def split_path(path: str) -> tuple[int | None, str]:
 
 
 def _place(path: str) -> tuple[bool, bool, bool, str, int, int, str]:
-    """Key of the model's order, which a file of sorted keys has not: embeddings, blocks, heads.
+    """Return a key that sorts modules in the model's order, which sorted names of a file lack.
 
     Blocks are sorted by stack (decoders last), then by number. Layers of a block are sorted by role, then by name.
     """

@@ -65,7 +65,7 @@ class EngineAnswerer(Answerer):
         self._limit = engine.scheduler.limits.max_model_len - max((self._n_front(each) for each in adapters), default=0)
 
     def _n_front(self, folder: Path | None) -> int:
-        """Return the virtual tokens in front of a prompt."""
+        """Return the number of virtual tokens that the adapter puts in front of a prompt."""
         return 0 if folder is None else int(self._engine.versions.of(self._adapters[folder]).n_front)
 
     def _request(self, prompt: Sequence[int], params: SamplingParams, folder: Path | None) -> Request:
@@ -107,7 +107,7 @@ class EngineAnswerer(Answerer):
         return [texts[each.id] for each in requests]
 
     def _run(self, requests: Sequence[Request], take: Callable[[RequestOutput], None]) -> None:
-        """Answer requests, and give each of their outputs to ``take``. One that fails raises its error."""
+        """Answer requests, and pass each output to ``take``. Raises the error of the first request that fails."""
         left, left_over = {each.id for each in requests}, deque(requests)
         try:
             while left:
@@ -166,7 +166,7 @@ def engine_answerer(parts: ModelParts, drawing: Drawing, n_rows: int) -> EngineA
 
 
 def _slow(base: Any) -> str:
-    """Return the reason why the engine would not be faster; empty where it is."""
+    """Return the reason why the engine would be no faster; empty if it is faster."""
     if base.device.type != "cpu":
         return f"the engine is fast on a CPU, and the model is on {base.device.type}"
     if base.dtype not in ROWS:
@@ -175,7 +175,7 @@ def _slow(base: Any) -> str:
 
 
 def _unsaid(base: Any) -> str:
-    """Return the reason why the engine would answer otherwise, by the model's settings; empty where it would not."""
+    """Return the reason, from the model's settings, why the engine's answers would differ; empty if they would not."""
     if context_length(base) is None:
         return "the model's config tells no length of its context"
     stored = base.generation_config.to_diff_dict()
@@ -184,7 +184,7 @@ def _unsaid(base: Any) -> str:
 
 
 def _params(base: Any, drawing: Drawing) -> SamplingParams:
-    """The drawing as the engine takes it. Answers end where `generate` ends them: at the ids that the checkpoint names.
+    """Return the drawing as the engine's parameters. Answers end at the ids at which `generate` ends them.
 
     Raises ConfigError for settings that the engine does not support.
     """

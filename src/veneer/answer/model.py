@@ -70,13 +70,15 @@ class ModelAnswerer(Answerer):
         return [found[at] for at in range(len(asked))]
 
     def _acting(self, folder: Path | None) -> AbstractContextManager[None]:
-        """Context in which the adapter of this folder acts; None: the base alone."""
+        """Enter a context in which this folder's adapter acts; for None, the base alone."""
         if not self._names:
             return nullcontext()
         return acting_alone(self.model, BASE if folder is None else self._names[folder])
 
     def _options(self) -> dict[str, Any]:
-        """The drawing as `generate` takes it. A checkpoint's own beams are left out: answers appear word by word."""
+        """Return the drawing as `generate`'s options. The checkpoint's own beams are left out, so that words can be
+        streamed.
+        """
         drawing = self._drawing
         if drawing.temperature == 0:
             return greedy()

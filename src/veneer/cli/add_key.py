@@ -54,7 +54,7 @@ def _add(file: Path, entry: dict[str, Any]) -> None:
 
 @contextmanager
 def _alone_in(folder: Path) -> Iterator[None]:
-    """Wait until no other process adds a key in a folder, and keep others out."""
+    """Lock a folder, so that no two processes add keys to it at once."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
@@ -64,7 +64,7 @@ def _alone_in(folder: Path) -> Iterator[None]:
 
 
 def _with(file: Path, entry: dict[str, Any]) -> bytes:
-    """Return the content of the file with an entry more; comments of a YAML file stay."""
+    """Return the file's content with one more entry; comments of a YAML file stay."""
     before = file.read_text(encoding="utf-8") if file.exists() else ""
     if before.lstrip().startswith("["):
         return (json.dumps([*yaml.safe_load(before), entry], indent=2, ensure_ascii=False) + "\n").encode()

@@ -123,7 +123,7 @@ def _in_one_line(error: Any) -> str:
 
 
 def _reason_of(error: Any) -> str:
-    """Return why a value is wrong; the values are read with pydantic, which has words of its own."""
+    """Return the reason why a value is wrong, reworded from pydantic's message."""
     problems = error.__cause__.errors() if isinstance(error.__cause__, ValidationError) else []
     reason = allowed(problems) if problems else ""
     if reason.startswith("must "):
@@ -162,7 +162,7 @@ def _main_stderr() -> Console:
 
 
 def _told(message: str) -> typer.Exit:
-    """Print the message and give the exit to raise. Under torchrun only the first process prints."""
+    """Print the message and return the exit to raise. Under torchrun only the first process prints."""
     _main_stderr().print(Text.assemble(("error: ", "bold red"), message), soft_wrap=True)
     return typer.Exit(USER_ERROR)
 

@@ -110,7 +110,7 @@ def _modules(adapter: Path) -> tuple[str, ...]:
 
 
 def _fields(adapter: Path) -> dict[str, str | bool]:
-    """Texts and truth values of an adapter's config; none if it cannot be read.
+    """Return the texts and truth values of an adapter's config; none if it cannot be read.
 
     Other values are not checked here: the config's parser refuses wrong ones.
     """

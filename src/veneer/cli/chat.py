@@ -48,7 +48,7 @@ def chat(args: ChatArguments) -> None:
 
 
 def _open(parts: ModelParts, system: str | None) -> None:
-    """The first lines, on stderr: who answers, and how to command."""
+    """Print the first lines to stderr: the model that answers, and the commands."""
     adapter = "" if parts.adapter is None else f" with {parts.adapter}"
     _say(f"{parts.source}{adapter}{'' if system is None else f', told: {system}'}")
     _say(_COMMANDS)
@@ -60,12 +60,12 @@ def _say(line: str) -> None:
 
 
 def _is_command(line: str) -> bool:
-    """``/word``, with or without more words; a path such as ``/etc/hosts`` is none."""
+    """Return True for ``/word``, with or without more words, but not for a path such as ``/etc/hosts``."""
     return re.fullmatch(r"/\w*", line.partition(" ")[0]) is not None
 
 
 def _ask(console: Console) -> str | None:
-    """The next line that is not empty; None at the end. A space in front of ``/`` stays: it makes a message of it."""
+    """Read the next line that is not empty; None at the end. A line that starts with a space is never a command."""
     while True:
         try:
             line = console.input("[bold cyan]>[/] ").rstrip()

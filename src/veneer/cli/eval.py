@@ -68,7 +68,7 @@ def _asked(metric: Metric, subject: Subject, args: EvalArguments) -> Asked:
 
 
 def _facts(subjects: Sequence[Subject]) -> dict[str, str | None]:
-    """Return the facts of all subjects, each value once."""
+    """Return the facts of all subjects, each distinct value once."""
     found = {}
     for name in subjects[0].facts:
         values = dict.fromkeys(subject.facts[name] for subject in subjects)
@@ -79,7 +79,7 @@ def _facts(subjects: Sequence[Subject]) -> dict[str, str | None]:
 def _results(
     asked: Asked, subject: Subject, parts: ModelParts, batch_size: int, on_progress: OnProgress
 ) -> Sequence[Result]:
-    """A result for each column of the subject: an adapter, or the base without one."""
+    """Return a result for each column of the subject: for each adapter, or for the base if there is none."""
     columns = subject.columns
     if not isinstance(asked, Answers):
         loaded, batching = loading.joined(parts), Batching(n_rows=batch_size)

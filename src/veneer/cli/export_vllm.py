@@ -48,7 +48,7 @@ def vllm(args: VllmArguments) -> None:
 
 
 def _folders(adapters: list[Path], output: Path) -> dict[str, Path]:
-    """Return the adapters by the names of their new folders. Raises ConfigError if two have one name."""
+    """Map the name of each new folder to its adapter. Raises ConfigError if two adapters would have one name."""
     found: dict[str, Path] = {}
     for adapter in adapters:
         name = name_of(adapter)
@@ -92,7 +92,7 @@ def _next(written: Mapping[str, VllmReport], output: Path) -> str:
 
 
 def _for_vllm(base: str | None) -> str:
-    """Return the base in a form that vLLM accepts: an id on the hub, or a folder if the name is one of veneer's."""
+    """Return a name of the base that vLLM accepts: its id on the hub, or its folder."""
     try:
         return "BASE" if base is None else str(folder_of(base) or base)
     except ConfigError:  # not on this machine

@@ -103,7 +103,7 @@ def _argument(param: Any) -> str:
 
 
 def _option(param: Any) -> str:
-    """``-d, --data FILE``; the long names stand below each other."""
+    """Return an option in the form ``-d, --data FILE``, with its long names one below the other."""
     short = next((name for name in param.opts if not name.startswith("--")), None)
     names = " / ".join([_long(param), *param.secondary_opts])
     value = "" if param.is_flag else f" {_value(param)}"
@@ -119,7 +119,7 @@ def _value(param: Any) -> str:
 
 
 def _told(param: Any) -> str:
-    """Return the help of a parameter, with its default."""
+    """Return a parameter's help text, with its default."""
     text = str(param.help or "")
     if param.required and param.param_type_name == "option":
         return f"{text} [dim](required)[/dim]"

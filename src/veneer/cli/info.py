@@ -61,9 +61,9 @@ def info(args: InfoArguments) -> None:
 
 
 def _facts(what: str, *, as_json: bool) -> tuple[dict[str, Any], Section]:
-    """All known facts, and the rows of the table.
+    """Return all known facts, and the rows of the table.
 
-    JSON holds every field of transformers' config, so that its class is loaded.
+    JSON also holds every field of transformers' config, whose class is loaded for it.
     """
     folder = Path(what).expanduser()
     if folder.suffix == ".gguf" and folder.is_file():
@@ -99,7 +99,7 @@ def _gguf(path: Path) -> tuple[dict[str, Any], Section]:
 
 
 def _as_base(path: Path, header: GgufHeader) -> Section:
-    """Return how the weights of a model's file are used."""
+    """Return the row that says how the file's weights are used as a base."""
     from veneer.store.gguf.in_place import why_not_in_blocks  # which imports numpy, as folders do not need
 
     if header.values.get("general.type", "model") != "model":
@@ -110,9 +110,9 @@ def _as_base(path: Path, header: GgufHeader) -> Section:
 
 
 def _adapter(folder: Path) -> tuple[dict[str, Any], Section]:
-    """The facts of an adapter folder, read from the source of its method if possible, else from its class.
+    """Return the facts of an adapter folder, read from its method's source if possible, else from the method's class.
 
-    Raises FormatError if it is not an adapter or is damaged.
+    Raises FormatError if the folder is not an adapter or is damaged.
     """
     declared = declared_config(folder)
     tensors = entries_in(folder, WEIGHTS_FILE, read_entries)

@@ -53,10 +53,10 @@ def inspect(args: InspectArguments) -> None:
 
 
 def _updates(folders: Sequence[Path], base: str | None) -> dict[Path, dict[str, LinearDelta | Update]]:
-    """The updates of each adapter by layer: from its file alone, or on a base, which is loaded once.
+    """Return each adapter's updates by layer: from its file alone, or computed on a base that is loaded once.
 
     Without ``base``, the base that the adapters name is loaded if one of them depends on it. Raises CompositionError
-    for any of them that has no update, before the base is loaded.
+    before that if any adapter has no update.
     """
     if base is None:
         try:
@@ -107,7 +107,7 @@ def _facts(
 
 
 def _layers(adapter: Path, lines: list[LayerReport], top: int) -> Table:
-    """One row for each kind of module, summed over layers, so that the table fits a terminal."""
+    """Build one row for each kind of module, summed over layers, so that the table fits a terminal."""
     title = f"{adapter}: updates by module, mean over layers (least-most)"
     table = Table(box=box.SIMPLE, padding=(0, 1, 0, 0), title=title)
     whole = ("module", "norm", "effective rank")  # the headings of the others may break

@@ -156,10 +156,10 @@ class Measured:
 
 
 def _show_classes(confusion: Confusion, name: str) -> None:
-    """Show counts, recall and precision of each class, and below how often classes were taken for one another.
+    """Print counts, recall and precision of each class, then how often classes were taken for one another.
 
-    Of many classes those with the most wrong rows, and of one of several columns (with a ``name``) the commonest
-    confusions alone.
+    If there are many classes, only those with the most wrong rows are shown. If there are several columns (with a
+    ``name``), only the most frequent confusions are.
     """
     console = Console()
     if name:
@@ -182,7 +182,9 @@ def _show_classes(confusion: Confusion, name: str) -> None:
 
 
 def _show_taken_for(confusion: Confusion, console: Console) -> bool:
-    """Print the confusion table, with numbered columns if names are too wide; return False if those are, too."""
+    """Print the confusion table, with numbered columns if names are too wide. Return False if numbers are too wide as
+    well.
+    """
     labels, digits = confusion.labels, len(str(max(map(max, confusion.counts))))
     numbers = [str(number) for number in range(1, len(labels) + 1)]
     room = console.width - min(max(map(len, labels)), _SHORT) - 2 * _GAP
@@ -200,14 +202,14 @@ def _show_taken_for(confusion: Confusion, console: Console) -> bool:
 
 
 def _table(title: str, first: str) -> Table:
-    """Return a table whose first column, of names, is shortened if a row is too long."""
+    """Create a table whose first column holds names, which are shortened if a row is too long."""
     table = Table(box=box.SIMPLE, padding=(0, _GAP - 1, 0, 0), title=Text(title))
     table.add_column(first, overflow="fold")
     return table
 
 
 def _show_named(title: str, heads: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """A table of numbers by name. Where a name's line is too long, it is broken after a slash if it has one."""
+    """Print a table of numbers by name. A name that is too long is broken after a slash if it has one."""
     console, table = Console(), _table(title, heads[0])
     for head in heads[1:]:
         table.add_column(head, justify="right", no_wrap=True)
@@ -230,7 +232,7 @@ def _broken(path: str, width: int) -> str:
 
 
 def _confused(confusion: Confusion) -> list[tuple[int, str, str]]:
-    """Return how many rows of one class were taken for another, for each pair of classes that has some."""
+    """Return (count, class, class it was taken for) for each pair of classes that was confused."""
     return [
         (n, own, given)
         for own, row in zip(confusion.labels, confusion.counts, strict=True)

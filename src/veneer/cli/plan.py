@@ -125,7 +125,7 @@ def plan(
 
 
 def _tell_beside(missing: Iterable[str], note: str | None) -> None:
-    """Print files whose rows are not counted, and a note on the machine, beside the answer."""
+    """Print the files whose rows are not counted, and a note on the machine, to stderr."""
     for problem in missing:
         typer.echo(f"rows that are not counted: {problem}", err=True)
     if note is not None:
@@ -133,7 +133,7 @@ def _tell_beside(missing: Iterable[str], note: str | None) -> None:
 
 
 def _require_read(what: str, modes: dict[str, bool], given: dict[str, Any]) -> None:
-    """Raise ConfigError for options that nothing would read, and for values that they cannot have."""
+    """Raise ConfigError for options that would have no effect, and for values that are not allowed."""
     found = unread(modes, given)
     several = (given["--processes"] or 1) > 1 or any(modes.values())
     for option in OF_SEVERAL if not several else ():
@@ -151,7 +151,7 @@ def _require_read(what: str, modes: dict[str, bool], given: dict[str, Any]) -> N
 
 
 def _changes(given: dict[str, Any]) -> dict[str, Any]:
-    """Keys of a recipe and their values, from the options that are given for them."""
+    """Return the recipe keys that the options set, with their values."""
     targets = given["--targets"]
     changes = {
         "adapter.r": given["--rank"],
@@ -172,7 +172,7 @@ def _is_recipe(what: str) -> bool:
 def _values(
     what: str, overrides: list[str], method: str | None, changes: dict[str, Any], n_processes: int
 ) -> dict[str, Any]:
-    """Return the values of a recipe's file, or of a recipe made for a model's name, as ``n_processes`` train it."""
+    """Return the values of a recipe file, or of a recipe made for a model's name, for training in ``n_processes``."""
     if _is_recipe(what):
         values = read_values(Path(what), overrides)
     else:

@@ -119,7 +119,7 @@ def answer_serve(recipe: Recipe, config: PreTrainedConfig, memory: int, as_json:
 
 
 def _told_room(found: Serving) -> str:
-    """Print how many tokens or sequences fit into memory, and how many adapters."""
+    """Print how many tokens or sequences, and how many adapters, fit into memory."""
     n_adapters = found.adapters(0)
     adapters = f"{n_adapters:,} adapters ({size(found.adapter)} each)"
     if found.sequence:

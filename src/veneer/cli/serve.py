@@ -82,7 +82,7 @@ def serve(args: ServeArguments) -> None:
 
 
 def _told_of_access(is_open: bool) -> str:
-    """Return a line with the rights of clients at a server without keys."""
+    """Return a line that says what clients may do at a server without keys."""
     others = "others may ask" if is_open else "others are refused"
     return (
         f"no keys: this machine may do everything, {others}. Clients of a proxy that adds no header count as this "
@@ -91,7 +91,7 @@ def _told_of_access(is_open: bool) -> str:
 
 
 def _tell(faults: Sequence[str], kind: str) -> None:
-    """Print the first faults of a kind, and how many more there are."""
+    """Print the first faults of a kind, and the number of the others."""
     for fault in faults[:_TOLD]:
         typer.echo(f"{kind}: {fault}", err=True)
     if len(faults) > _TOLD:
@@ -99,10 +99,11 @@ def _tell(faults: Sequence[str], kind: str) -> None:
 
 
 def _faults(args: ServeArguments) -> tuple[dict[str, str], list[str], int]:
-    """Reasons for which adapters cannot be served, by name; warnings about other bases; number of adapters not read.
+    """Return reasons why adapters cannot be served, by name; warnings about other bases; the number of adapters not
+    read.
 
-    Config and header are read, as ``/v1/adapters`` does, for at most `_SECONDS`. All folders are looked at for a
-    missing file, and for an adapter that was merged into the base.
+    Configs and headers are read, as ``/v1/adapters`` does, for at most `_SECONDS`. Every folder is checked for missing
+    files, and for an adapter that was merged into the base.
     """
     place = resolve(args.model)
     names = [str(place), *filter(None, [args.served_model_name])]

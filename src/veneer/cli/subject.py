@@ -77,7 +77,7 @@ def _require_comparable(subjects: Sequence[Subject], args: EvalArguments) -> Non
 
 
 def _answer(row: Mapping[str, Any]) -> object:
-    """Return the right answer of a row in a form of training."""
+    """Return the right answer of a row that has one of training's forms."""
     return row["messages"][-1] if "messages" in row else row.get("completion", row.get("text"))
 
 
@@ -118,5 +118,5 @@ def _of_recipe(path: Path, args: EvalArguments) -> Subject:
 
 
 def _as_trained(rows: Rows, args: EvalArguments) -> Rows:
-    """Return the rows in the forms of training; as they are if a template makes the prompts."""
+    """Convert the rows to training's forms; leave them as they are if a template makes the prompts."""
     return as_trained(rows, reader_of(args)) if args.prompt is None else rows

@@ -138,7 +138,7 @@ def train(
 
 
 def _require_rollouts(n: int, values: Mapping[str, Any]) -> None:
-    """Raise ConfigError if there are no rollouts to show."""
+    """Raise ConfigError if the recipe's task draws no rollouts to show."""
     if n < 1:
         raise ConfigError(f"--show-rollouts {n} must be at least 1")
     task = values.get("task", "sft")

@@ -106,7 +106,7 @@ def carried_out(wanted: Recipe | Sweep, asked: TrainOptions) -> None:
 
 @contextmanager
 def _rows_counted_in_terminals() -> Iterator[None]:
-    """Encoding many rows takes minutes, so a terminal shows the bars of datasets; a file or a pipe does not."""
+    """Enter a context that shows the progress of encoding in a terminal, and hides it in a file or a pipe."""
     if datasets.are_progress_bars_disabled() or (is_main() and draws_bars(Console(stderr=True))):
         yield
         return
@@ -126,7 +126,7 @@ def _show_sample(recipe: Recipe, console: Console) -> None:
 
 
 def _show_rollouts(recipe: Recipe, n: int, console: Console) -> None:
-    """Draw, reward and print answers; nothing is trained, and no file is left."""
+    """Draw, reward and print answers. Nothing is trained, and no file is left."""
     require_data_files(recipe.data)
     with tempfile.TemporaryDirectory() as place:
         trainer: Any = make_trainer(recipe.model_copy(update={"output": place}))
@@ -151,11 +151,11 @@ def _show_rollouts(recipe: Recipe, n: int, console: Console) -> None:
 
 
 def _require_startable(recipe: Recipe, asked: TrainOptions) -> None:
-    """Before a plan: raise the errors by which a run cannot start.
+    """Raise, before a plan is made, the errors by which a run cannot start.
 
-    TrainingError: there is no checkpoint to go on from. ConfigError: a new run would be mixed up with one that is
-    there, or a run would go on with other settings. DataError: files of rows are not there, or begin with a row that
-    cannot be read. FormatError: the adapter that is trained on is damaged. CompositionError: it is in the base.
+    TrainingError: there is no checkpoint to resume from. ConfigError: the output holds another run, or a resumed run
+    would have other settings. DataError: files of rows are missing, or their first row cannot be read. FormatError: the
+    adapter to train on is damaged. CompositionError: that adapter is already merged into the base.
     """
     resume, before = asked.resume, record_of(Path(recipe.output)) if asked.resume else None
     if continues(Path(recipe.output), resume):
@@ -173,16 +173,16 @@ def _require_startable(recipe: Recipe, asked: TrainOptions) -> None:
 
 
 class _Planned(NamedTuple):
-    """The plan of a run, and the line that reports it, empty if it is told. The plan is None if there cannot be one."""
+    """Plan of a run, and the line that reports it (empty once printed). The plan is None if none is possible."""
 
     facts: dict[str, Any] | None
     line: str
 
 
 def _prepared(recipe: Recipe, asked: TrainOptions, console: Console) -> _Planned | None:
-    """Check that a run can start, and plan it, in the first of its processes; no plan of one that is over.
+    """Check that a run can start, and plan it, in its first process. None for a run that has ended.
 
-    The others wait, and raise the errors of the first.
+    The other processes wait, and raise the first one's errors.
     """
     args = recipe.training_config()
     meet(args)
@@ -202,7 +202,9 @@ def _prepared(recipe: Recipe, asked: TrainOptions, console: Console) -> _Planned
 
 
 class _Sharing(NamedTuple):
-    """The processes of a run, those on this machine's memory, and the number that may share one copy of the base."""
+    """Numbers of a run's processes: of all, of those on this machine, and of those that may share one copy of
+    the base.
+    """
 
     n_processes: int
     n_here: int
@@ -263,7 +265,7 @@ def _train_one(recipe: Recipe, asked: TrainOptions, planned: _Planned | None, co
 
 
 def _train_on_ray(recipe: Recipe, asked: TrainOptions, on: OnRay, console: Console) -> None:
-    """Train in the workers of a cluster, which plan nothing: their memory is not seen from here."""
+    """Train in a cluster's workers. No plan is made, since their memory is not visible from here."""
     _require_startable(recipe, asked)
     with waits_told("loading Ray"):
         from veneer.ray.training import Loop, train_on  # Ray is no dependency of other runs

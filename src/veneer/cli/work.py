@@ -44,9 +44,9 @@ def verb(arguments: type, place: str | Callable[[Any], str], name: str, *, hears
 
 @contextmanager
 def _ends_told() -> Iterator[None]:
-    """Raise Interrupted for SIGTERM, and add to it, as for Ctrl-C, the files left on disk.
+    """Raise Interrupted on SIGTERM, and add to it and to Ctrl-C the files left on disk.
 
-    An ignored signal stays ignored. In a thread other than the main one Python handles no signals.
+    A signal that is ignored stays ignored. In a thread other than the main one Python handles no signals.
     """
     if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGTERM) is signal.SIG_IGN:
         yield

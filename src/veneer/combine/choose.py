@@ -106,7 +106,7 @@ def _exact_sum(updates: Sequence[Update], weights: Sequence[float], plan: Combin
 
 
 def _merged(updates: Sequence[Update], weights: Sequence[float], plan: Combination, name: str) -> Tensor:
-    """Return the combined update as a matrix."""
+    """Return the combined update as a dense matrix."""
     dense = [u.dense() for u in updates]
     density = plan.density or 1.0
     if plan.how in ("ties", "magnitude_prune"):
@@ -127,6 +127,6 @@ def _bring_to_rank(update: Tensor, updates: Sequence[Update], plan: Combination)
 
 
 def _default_rank(updates: Sequence[Update]) -> int:
-    """Return the largest rank of the updates, or the layer's width if that is smaller, as a narrow head's is."""
+    """Return the largest rank of the updates, capped at the layer's smaller width, as for a narrow head."""
     pairs = [u.record.low_rank for u in updates]
     return max((min(pair.rank, pair.a.shape[1], len(pair.b)) for pair in pairs if pair is not None), default=0)

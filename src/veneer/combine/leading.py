@@ -43,7 +43,7 @@ def leading(matrix: Float[Tensor, "m n"], rank: int) -> tuple[Float[Tensor, " r"
 
 
 def _orthogonal(block: Tensor, basis: Tensor) -> Tensor:
-    """Return an orthonormal block for the part of the new block outside the basis. A second pass removes rounding."""
+    """Return an orthonormal basis of the block's part outside ``basis``. A second pass removes rounding."""
     for _ in range(2):
         block = torch.linalg.qr(block - basis @ (basis.T @ block))[0]
     return block

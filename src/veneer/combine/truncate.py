@@ -67,13 +67,13 @@ def _tall(update: Tensor) -> Tensor:
 
 
 def _decomposed(tall: Tensor) -> tuple[Tensor, Tensor]:
-    """All squared singular values in falling order, and their right singular vectors."""
+    """Return all squared singular values in falling order, and their right singular vectors."""
     energy, v = torch.linalg.eigh(tall.T @ tall)  # in ascending order
     return energy.flip(0).clamp(min=0.0), v.flip(1)
 
 
 def _factors(update: Tensor, tall: Tensor, v: Tensor, energy: Tensor, error: float) -> tuple[LinearDelta, float]:
-    """Factors from the singular vectors ``v`` of the shorter side and their squared values, with the error."""
+    """Build factors from the singular vectors ``v`` of the shorter side and their squared values; add the error."""
     s = energy.sqrt()
     is_wide = update.shape[1] > update.shape[0]
     b, a = (v * s, (tall @ v / s.clamp(min=_LEAST)).T) if is_wide else (tall @ v, v.T)
@@ -81,7 +81,7 @@ def _factors(update: Tensor, tall: Tensor, v: Tensor, energy: Tensor, error: flo
 
 
 def _relative(lost: Tensor, total: Tensor) -> float:
-    """Relative Frobenius error from the squares lost and all squares."""
+    """Return the relative Frobenius error, given the squares lost and all squares."""
     return float((lost.clamp(min=0.0) / total).sqrt()) if float(total) > 0 else 0.0
 
 

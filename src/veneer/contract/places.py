@@ -119,7 +119,7 @@ def damaged(source: str, problem: str) -> FormatError:
 
 
 def _by_path(ends: Collection[str], shapes: ShapesByKey) -> dict[str, dict[Place, str]]:
-    """Return the keys of a method's own parameters, by the path of their module."""
+    """Return the keys of a method's own parameters for each module path."""
     found: dict[str, dict[Place, str]] = {}
     for key in shapes:
         place = place_of(key, ends)

@@ -144,7 +144,7 @@ def _patterns(config: TargetedConfig, index: ModuleIndex) -> Collection[str] | s
 
 
 def _unmatched(role: str, patterns: Collection[str] | str, allowed: Sequence[str], index: ModuleIndex) -> list[str]:
-    """A sentence for each pattern that matches none of the allowed names."""
+    """Return a sentence for each pattern that matches none of the allowed names."""
     tests = [(patterns, patterns)] if isinstance(patterns, str) and patterns else [(p, (p,)) for p in patterns]
     return [
         _no_match(role, shown, test, allowed, index)
@@ -179,14 +179,14 @@ def _in_layers(name: str, config: TargetedConfig, patterns: Collection[str] | st
 
 
 def _layer(name: str, config: TargetedConfig) -> int | None:
-    """Return the layer of a module: the first index on its path. Later indices count experts and the like."""
+    """Return the number of a module's layer: the first index on its path. Later indices count experts and the like."""
     given = config.layers_pattern or (r"[^.]*",)
     found = (re.match(rf"(?:^|.*?\.){p}\.(\d+)\.", name) for p in ((given,) if isinstance(given, str) else given))
     return next((int(match.group(1)) for match in found if match), None)
 
 
 def _layers(names: Iterable[str]) -> str:
-    """Return the blocks of modules, in words such as ``they lie in layers.0 to layers.11``."""
+    """Return the blocks that hold the modules, in words such as ``they lie in layers.0 to layers.11``."""
     found: dict[str, set[int]] = {}
     for match in filter(None, (re.match(r"(?:^|.*?\.)([^.]*)\.(\d+)\.", name) for name in names)):
         found.setdefault(match.group(1), set()).add(int(match.group(2)))

@@ -77,12 +77,14 @@ def with_template(tokenizer: PreTrainedTokenizerBase, file: str | None) -> PreTr
 
 
 class _Generation(Extension):
-    """Reads ``{% generation %} … {% endgeneration %}``, transformers' marks around the assistant's turns."""
+    """Extension that reads ``{% generation %} … {% endgeneration %}``, transformers' marks around the assistant's
+    turns.
+    """
 
     tags = {"generation"}  # noqa: RUF012 - as jinja2 declares it
 
     def parse(self, parser: Parser) -> list[Node]:
-        """The nodes between the marks."""
+        """Return the nodes between the marks."""
         next(parser.stream)
         return list(parser.parse_statements(("name:endgeneration",), drop_needle=True))
 
@@ -127,7 +129,7 @@ def _by_position(
 def _why_not_by_position(
     tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], options: Mapping[str, Any] | None
 ) -> str:
-    """Return the reason why turns of an answer are not found by position: the text, or how the tokenizer cuts it."""
+    """Return the reason why an answer's turns cannot be found by position: the text, or how the tokenizer cuts it."""
 
     def text(n: int, **more: Any) -> str:
         return str(tokenizer.apply_chat_template(list(messages[:n]), tokenize=False, **{**(options or {}), **more}))
@@ -151,7 +153,7 @@ def _marked(
 
 
 def _require_known_roles(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> None:
-    """Raise DataError for roles that nobody uses and the template does not speak of: many drop such turns."""
+    """Raise DataError for an uncommon role that the template does not contain: many templates drop such turns."""
     unknown = sorted({str(m.get("role")) for m in messages} - _ROLES)
     strange = [role for role in unknown if role not in str(tokenizer.chat_template)]
     if strange:

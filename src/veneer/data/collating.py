@@ -104,7 +104,7 @@ class _Row:
         ]
 
     def first_ignored(self) -> list[int]:
-        """The labels, with the first of each sequence ignored: nothing in its own sequence precedes it."""
+        """Return the labels, ignoring the first of each sequence: no token of the sequence precedes it."""
         labels = list(self.labels)
         start = 0
         for length in self.lengths:

@@ -49,7 +49,7 @@ def encoded_once(rows: Dataset, encoder: Encoder, encode: Callable[[], Dataset])
 
 
 def _key(rows: Dataset, encoder: Encoder) -> str | None:
-    """A hash of the rows, the tokenizer and the settings; None if the tokenizer has no full description."""
+    """Return a hash of the rows, the tokenizer and the settings; None if the tokenizer has no full description."""
     backend = getattr(encoder.tokenizer, "backend_tokenizer", None)
     if backend is None:
         return None
@@ -63,7 +63,7 @@ def _key(rows: Dataset, encoder: Encoder) -> str | None:
 
 
 def _drop_oldest(newest: Path) -> None:
-    """Keep the sets used last. One that another process has mapped stays readable to it."""
+    """Delete all but the most recently used sets. A set that another process has mapped stays readable there."""
     with suppress(OSError):
         newest.touch()
         others = [each for each in newest.parent.iterdir() if each.is_dir() and not each.name.startswith(".")]

@@ -128,7 +128,7 @@ class Encoder:
 
 
 def _targets(row: Mapping[str, Any]) -> list[int]:
-    """Return the labels of a row of tokens before masks: its own, or the tokens themselves."""
+    """Return a tokenized row's labels before masking: its own, or else its tokens."""
     return list(row["input_ids"] if row.get("labels") is None else row["labels"])
 
 
@@ -150,10 +150,9 @@ def _conversation(row: Mapping[str, Any], column: str) -> list[Mapping[str, Any]
 
 
 def _own_keys(value: Any) -> Any:
-    """Drop the keys that hold None, at any depth.
+    """Drop keys whose value is None, at any depth.
 
-    A table pads every message, and the arguments of every call, with the keys of all rows; a template must not see the
-    empty ones.
+    A table gives every message and every call's arguments the keys of all rows; templates must not see the empty ones.
     """
     if isinstance(value, Mapping):
         return {key: _own_keys(held) for key, held in value.items() if held is not None}
@@ -168,7 +167,7 @@ def _options(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _held(row: Mapping[str, Any], column: str) -> Any:
-    """Return the value of a column. It may be JSON text, so that rows can have different keys."""
+    """Return a column's value. Columns whose keys differ between rows are stored as JSON text, which is parsed here."""
     value = row.get(column)
     try:
         return _own_keys(json.loads(value) if isinstance(value, str) else value)

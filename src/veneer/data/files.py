@@ -89,7 +89,7 @@ def _json_lines(path: Path, problems: list[str]) -> Iterator[tuple[int, Any]]:
 
 
 def _lines(path: Path, problems: list[str]) -> Iterator[tuple[int, Any]]:
-    """Each line that is not empty as plain text."""
+    """Yield each line of plain text that is not empty, with its number."""
     with path.open(encoding="utf-8") as lines:
         for number, line in enumerate(lines, start=1):
             if line.strip():
@@ -97,7 +97,7 @@ def _lines(path: Path, problems: list[str]) -> Iterator[tuple[int, Any]]:
 
 
 def _csv(path: Path, problems: list[str]) -> Iterator[tuple[int, Any]]:
-    """Yield each row with the number of its first line: strings by the names of the header."""
+    """Yield each row as strings by the header's names, with the number of its first line."""
     with path.open(encoding="utf-8-sig", newline="") as file:
         lines = csv.reader(file, delimiter="\t" if path.suffix == ".tsv" else ",", strict=True)
         try:
@@ -114,7 +114,7 @@ def _csv(path: Path, problems: list[str]) -> Iterator[tuple[int, Any]]:
 
 
 def _header(path: Path, names: list[str]) -> list[str]:
-    """The names of a CSV file's columns. Raises DataError if there are no names, or if one is empty or repeated."""
+    """Return the column names of a CSV file. Raises DataError if there are none, or if one is empty or repeated."""
     if not names:
         raise DataError(f"{path} is empty: its first line must name the columns, such as prompt,completion")
     twice = sorted({name for name in names if names.count(name) > 1})

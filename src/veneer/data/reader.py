@@ -81,7 +81,7 @@ class RowReader:
         return self._checked(readers[form](row)) | task_of(row)
 
     def _checked(self, row: Row) -> Row:
-        """Return the row. Raises ConfigError if it is not a chat and a setting for chats was given."""
+        """Return the row. Raises ConfigError if a setting for chats was given and the row is not a chat."""
         given = [name for name, value in (("chat", self.chat), ("system", self.system)) if value]
         if given and "messages" not in row:
             found = "plain text, which has no turns" if "text" in row else "prompt and completion"
@@ -214,7 +214,7 @@ def _turn(turn: Any) -> Row:
 
 
 def _template_options(row: Mapping[str, Any]) -> Row:
-    """A row's options for its chat template, as JSON: a table would give every row the keys of all rows."""
+    """Return a row's chat-template options as JSON: in a table every row would get the keys of all rows."""
     return {
         key: given if isinstance(given, str) else json.dumps(given) for key in _OF_TEMPLATES if (given := row.get(key))
     }

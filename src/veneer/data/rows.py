@@ -38,7 +38,7 @@ def load_rows(source: str | Path, reader: RowReader | PreferenceReader, limit: i
 
 
 def _advice(form: str) -> str:
-    """Return the end of the warning of unused columns."""
+    """Return the advice that ends the warning about unused columns."""
     if form != "text":
         return ""
     return ". The rows are plain text (the column text); data.prompt and data.completion name other columns"

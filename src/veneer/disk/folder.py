@@ -55,7 +55,7 @@ def new_folder(target: Path) -> Iterator[Path]:
 
 
 def _make_parent(target: Path) -> None:
-    """The folder that is to hold ``target``. Raises DiskError if a file or a broken link is in the way."""
+    """Create the folder that is to hold ``target``. Raises DiskError if a file or a broken link is in the way."""
     in_the_way = [p for p in (target, *target.parents) if (p.exists() or p.is_symlink()) and not p.is_dir()]
     if in_the_way:
         what = "a file" if in_the_way[-1].exists() else "a link to nowhere"
@@ -83,9 +83,7 @@ def disk_errors_told(target: Path) -> Iterator[None]:
 
 
 def _refusal(error: BaseException) -> str | None:
-    """The reason for which the disk refused, or None. Libraries in Rust and C++ tell it in an error of their own, in
-    their text alone.
-    """
+    """Return the reason why the disk refused; None for any other error. Rust and C++ libraries give it only as text."""
     text = str(error)
     for code in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
         words = os.strerror(code)
@@ -117,7 +115,7 @@ def drop_folder(target: Path) -> None:
 
 
 def _recover(target: Path) -> None:
-    """Undo the unfinished work of killed processes; live writers hold the lock of their folder."""
+    """Undo the unfinished work of killed processes; live writers hold a lock on their folder."""
     leftovers = sorted(target.parent.glob(f".{glob.escape(target.name)}{_PARTIAL}*"))
     for old in (path for path in leftovers if path.suffix == _OLD):
         owner = old.with_suffix("")
@@ -141,7 +139,10 @@ def _is_abandoned(scratch: Path) -> bool:
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[bool]:
-    """Holds a lock that dies with the process; false where another holds it, or the file system has no such locks."""
+    """Hold a lock that ends with the process.
+
+    Yield False if another process holds it or the file system has no locks.
+    """
     if fcntl is None:
         yield False
         return
@@ -213,7 +214,7 @@ def _put_in_place(scratch: Path, target: Path) -> None:
 
 
 def _flush(folder: Path) -> None:
-    """Flush all files, and give them the folder's permissions: safetensors makes its files private."""
+    """Sync all files, and give them the folder's permissions: safetensors makes its files private."""
     mode = folder.stat().st_mode & 0o666
     for path in [*folder.rglob("*"), folder]:
         if path.is_file():

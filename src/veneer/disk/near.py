@@ -30,7 +30,7 @@ def near_paths(path: Path, *, folders: bool = False) -> list[str]:
 
 
 def _names(folder: Path) -> list[str]:
-    """The names in a folder without hidden ones; none if it cannot be read."""
+    """Return the names in a folder except hidden ones; none if it cannot be read."""
     try:
         entries = (entry.name for entry in folder.iterdir() if not entry.name.startswith("."))
         return sorted(islice(entries, _MOST))

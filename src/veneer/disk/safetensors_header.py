@@ -107,7 +107,7 @@ def read_table(path: Path) -> tuple[dict[str, Any], int, int]:
 
 
 def _entry(path: Path, name: str, entry: object, data_start: int) -> TensorEntry | str:
-    """One tensor of a header, or its problem."""
+    """Return one tensor of a header, or the problem with it."""
     if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= entry.keys():
         return f"tensor {name!r} lacks one of dtype, shape, data_offsets"
     known, shape, offsets = DTYPES_OF_HEADERS.get(str(entry["dtype"])), entry["shape"], entry["data_offsets"]
@@ -133,7 +133,7 @@ def _whole_numbers(values: object) -> bool:
 
 
 def _layout_problems(tensors: Sequence[TensorEntry], data_start: int, data_bytes: int) -> list[str]:
-    """Overlaps, gaps, and data that the file does not hold."""
+    """Return overlaps, gaps, and a file size that contradicts the header."""
     problems = []
     end = data_start
     for tensor in tensors:
@@ -152,7 +152,7 @@ def _layout_problems(tensors: Sequence[TensorEntry], data_start: int, data_bytes
 
 
 class _DuplicateKeyError(Exception):
-    """A JSON object names one key twice; the key is the argument."""
+    """Error for a JSON object that has one key twice; the argument is the key."""
 
 
 def _no_duplicates(items: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -43,7 +43,7 @@ def _why_no_download(requirement: str, stderr: str) -> str:
 
 @contextmanager
 def _watched(folder: Path, total: int, on_progress: Progress) -> Iterator[None]:
-    """Report the growth of a folder while the body runs."""
+    """Report how a folder grows while the body runs."""
     stop = threading.Event()
 
     def watch() -> None:

@@ -141,7 +141,7 @@ def _folded(text: str) -> str:
 
 
 def _label_words(questions: Sequence[Question], labels: Sequence[str]) -> list[str]:
-    """Return the labels as completions: with the white space in front that the data's own answers have."""
+    """Return the labels as completions, with the same leading white space as the data's own answers."""
     answers = {answer for question in questions for answer in question.answers}
     lead = min(answer[: len(answer) - len(answer.lstrip())] for answer in answers)
     plain = any(question.text is not None for question in questions) and not any(a != a.lstrip() for a in answers)

@@ -74,7 +74,7 @@ def measure_each(
 def _answers_of_each(
     model: Any, asked: Answers, adapters: Sequence[str], tokenizer: Any, batching: Batching | None, tell: OnProgress
 ) -> Iterator[list[str]]:
-    """Yield the answers by one adapter after another."""
+    """Yield each adapter's answers, one adapter after another."""
     prompts = [question.prompt for question in asked.questions]
     n, n_all = len(prompts), len(prompts) * max(len(adapters), 1)
     for number, name in enumerate(adapters or [""]):

@@ -98,7 +98,7 @@ def perplexity(
 
 
 def _tokens(tokenizer: Any, rows: Sequence[Mapping[str, Any]], whole_rows: bool) -> list[tuple[list[int], list[bool]]]:
-    """Token ids of each row, and which of them are scored."""
+    """Return each row's token ids, and a mask of those that are scored."""
     if not rows:
         raise DataError("the data has no rows: give at least one")
     require_one_form((number, kind_of(list(row), "text")) for number, row in enumerate(rows, 1))
@@ -115,6 +115,6 @@ def _tokens(tokenizer: Any, rows: Sequence[Mapping[str, Any]], whole_rows: bool)
 
 
 def _runs(scored: Sequence[bool], offset: int) -> list[tuple[int, int]]:
-    """Return the spans of True, as positions counted from ``offset`` on."""
+    """Return the spans of True as positions, counted from ``offset``."""
     edges = [i for i in range(len(scored) + 1) if (i > 0 and scored[i - 1]) != (i < len(scored) and scored[i])]
     return [(a + offset, b + offset) for a, b in zip(edges[::2], edges[1::2], strict=True)]

@@ -80,7 +80,7 @@ class QuestionReader:
         return Question(tuple(prompt), self._answers(row, own), text)
 
     def _prompt(self, row: Row) -> tuple[list[int], str | None, str | None]:
-        """Return token ids, the answer in the row (or None), and the text of a plain prompt (or None)."""
+        """Return the token ids, the row's answer (or None), and the text of a plain prompt (or None)."""
         if self.prompt is not None:
             text = fill_template(self.prompt, row)
             return (self._chat(self._turns(text)), None, None) if self.chat else (self._plain(text), None, text)

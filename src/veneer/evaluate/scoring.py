@@ -223,7 +223,9 @@ def context_length(model: Any, adapters: Sequence[str] = ()) -> int | None:
 
 
 def _batches(lengths: Sequence[int], batching: Batching, limit: int | None) -> Iterator[list[int]]:
-    """Batches of answers. One that may reach the end of the context comes alone: others would be cut off with it."""
+    """Group answers into batches. One that may reach the end of the context is alone, so that no other is cut off with
+    it.
+    """
     for batch in batching.split(lengths):
         cut = [i for i in batch if limit is not None and lengths[i] > limit]
         yield from ([i] for i in cut)

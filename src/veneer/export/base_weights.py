@@ -139,7 +139,7 @@ class BaseWeights:
             yield from self._tensors.blocks(held, BLOCK_VALUES)
 
     def _coded_weights(self) -> dict[str, dict[str, str]]:
-        """Return the tensors by part of each weight that is stored quantized."""
+        """Return the tensor names of each weight that is stored quantized, by part."""
         if self._quantization is None:
             return {}
         groups = self._quantization.grouped(self._tensors.tensors)
@@ -155,7 +155,7 @@ class BaseWeights:
         return self._decoded(stored, shape) if stored in self._coded else self._tensors.read(stored)
 
     def _decoded(self, stored: str, shape: tuple[int, ...] | None = None) -> Tensor:
-        """A quantized weight in float32; ``shape`` None: as its tensors tell."""
+        """Decode a quantized weight to float32. If ``shape`` is None, the shape is inferred from its tensors."""
         parts = {part: self._tensors.tensors[name] for part, name in self._coded[stored].items()}
         assert self._quantization is not None
         layer = stored.removesuffix(".weight")
@@ -166,7 +166,7 @@ class BaseWeights:
         return self._half if stored in self._coded else self._tensors.tensors[stored].dtype
 
     def _stacked(self, name: str) -> Tensor:
-        """Stack one tensor for each expert, (n, out, in): gate above up if one parameter holds both."""
+        """Stack one tensor for each expert, (n, out, in). If one parameter holds both gate and up, gate comes first."""
         first = name if self._is_stack(name) else self._stacks[name][0][0]
         out = torch.empty(self._shapes[self._model_names.get(name, name)], dtype=self._dtype_of(first))
         for number, expert in enumerate(self._experts(name)):
@@ -174,7 +174,7 @@ class BaseWeights:
         return out
 
     def _experts(self, name: str) -> Iterator[Tensor]:
-        """Yield the same, an expert (1, out, in) at a time."""
+        """Yield the tensors of `_stacked` one expert, (1, out, in), at a time."""
         if self._is_stack(name):
             yield from self._coded_experts(name)
             return
@@ -182,7 +182,7 @@ class BaseWeights:
             yield torch.cat([self._expert(stored) for stored in halves])[None]
 
     def _coded_experts(self, stored: str) -> Iterator[Tensor]:
-        """Experts whose codes are stacked, each as the model keeps it."""
+        """Yield each expert of a stack of codes, decoded and in the model's layout."""
         assert self._quantization is not None
         name = self._model_names[stored]
         path, _, key = name.rpartition(".")
@@ -197,7 +197,9 @@ class BaseWeights:
         return self._decoded(stored).to(self._half) if stored in self._coded else self._tensors.read(stored)
 
     def _find(self, names: list[str]) -> str:
-        """The name in the files: the model's, without the inner model's prefix, or one that transformers renames."""
+        """Return the name in the files: the model's own, without the inner model's prefix, or one that transformers
+        renames.
+        """
         for name in names:
             for candidate in (name, name.removeprefix(self._prefix), f"{self._prefix}{name}"):
                 if candidate in self._names:
@@ -260,7 +262,7 @@ def _tied(model: PreTrainedModel) -> list[list[str]]:
 
 
 def _half_of(folder: Path) -> torch.dtype:
-    """Return the 16-bit dtype of a dequantized base: its own if it has one."""
+    """Return the 16-bit dtype of a dequantized base: its config's if it has one."""
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     dtype = getattr(torch, str(config.get("dtype") or config.get("torch_dtype")), None)
     return cast(torch.dtype, dtype) if dtype in (torch.bfloat16, torch.float16) else torch.bfloat16

@@ -148,7 +148,9 @@ class FoldedCheckpoint:
 
 @dataclass(frozen=True, slots=True)
 class _Plan:
-    """``specs`` of the result by name; ``owners`` tells for a name of the result the module and parameter it is."""
+    """Tensors to write: ``specs`` by name, and in ``owners`` the module and the parameter of each tensor that
+    changes.
+    """
 
     specs: dict[str, Spec]
     owners: dict[str, tuple[str, str]]
@@ -167,8 +169,9 @@ def _foldable(adapter: Path) -> MethodConfig:
 
 
 def _skeleton(folder: Path, tensors: Mapping[str, StoredTensor]) -> tuple[PreTrainedModel, int | None]:
-    """The model of a folder without storage, as if it were not quantized, and the size of the adapter's vocabulary,
-    which it gets, where that is another.
+    """Build a folder's model without storage, as if it were not quantized; resize its vocabulary to the adapter's.
+
+    Return the model, and the size of the vocabulary if the adapter's is another.
     """
     config = model_config(folder)
     model = without_storage(config, tensors)
@@ -180,7 +183,7 @@ def _skeleton(folder: Path, tensors: Mapping[str, StoredTensor]) -> tuple[PreTra
 
 
 def _vocabulary(model: PreTrainedModel, tensors: Mapping[str, StoredTensor]) -> int | None:
-    """Return the rows of embeddings and head if an adapter brings both whole, else None."""
+    """Return the vocabulary's size if an adapter stores embeddings and head whole, else None."""
     found = set()
     for path, _ in _ends(model):
         found.add(next((tensors[key].shape[0] for key in weight_keys(path) if key in tensors), None))
@@ -188,7 +191,9 @@ def _vocabulary(model: PreTrainedModel, tensors: Mapping[str, StoredTensor]) -> 
 
 
 def _came_along(stored: Mapping[str, StoredTensor], skeleton: PreTrainedModel, weights: BaseWeights) -> set[str]:
-    """Return the keys of unchanged embeddings: PEFT saves copies of the base's own beside the factors for them."""
+    """Return the keys of unchanged embeddings: PEFT saves a copy of the base's embeddings beside the factors
+    for them.
+    """
     ends = {key: f"{path}.weight" for path, _ in _ends(skeleton) for key in weight_keys(path) if is_of_wrapped(key)}
     return {
         key
@@ -208,7 +213,7 @@ def _attach(
     source: str,
     weights: BaseWeights,
 ) -> None:
-    """The adapter on the skeleton: its own tensors are real."""
+    """Attach the adapter to the skeleton. Only the adapter's tensors have storage."""
     attach(skeleton, config, NAME, state, allocation=Allocation(values=False))
     for module in adapted_modules(skeleton).values():
         for held in (module.adapters, module.copies):
@@ -225,7 +230,7 @@ def _ends(skeleton: PreTrainedModel) -> list[tuple[str, nn.Module]]:
 
 
 def _plan(weights: BaseWeights, changed: Mapping[str, Adapted], dtype: torch.dtype | None) -> _Plan:
-    """A tied tensor is written under each of its names if an adapter changes them differently, or only one."""
+    """Plan the file. A tied tensor is written once for each name if its modules are not all changed alike."""
     owners = {f"{path}.{key}": (path, key) for path, m in changed.items() for key in weights.own(m)}
     specs: dict[str, Spec] = {}
     placed: dict[str, tuple[str, str]] = {}
@@ -243,7 +248,7 @@ def _plan(weights: BaseWeights, changed: Mapping[str, Adapted], dtype: torch.dty
 
 
 def _stay_one(changed: list[Adapted], n_names: int) -> bool:
-    """Return True if a tensor under several names stays one, given the modules among them that the adapter changes."""
+    """Return True if a tied tensor stays tied; ``changed`` are those of its modules that the adapter changes."""
     alike = (len(changed) == n_names) and all(module.changes_as(changed[0], (NAME,)) for module in changed)
     return not changed or alike
 

@@ -79,7 +79,7 @@ def of_covariance(
 
 
 def _inverted(inputs: Float[Tensor, "i i"]) -> tuple[Float[Tensor, "i i"], Float[Tensor, "i i"]]:
-    """The damped covariance and its inverse. The damping is doubled until the inverse is exact enough."""
+    """Return the damped covariance and its inverse. The damping is doubled until the inverse is exact enough."""
     eye, damping = torch.eye(len(inputs), device=inputs.device), _DAMPING
     while True:
         damped = inputs + damping * inputs.diagonal().mean() * eye

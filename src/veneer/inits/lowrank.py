@@ -44,5 +44,7 @@ def random(site: LinearSite, r: int, scale: float, generator: torch.Generator | 
 
 
 def _embedding(site: LinearSite, r: int, generator: torch.Generator | None) -> Factors:
-    """Columns of A are looked up, so A is the zero factor and B the random one (loralib and PEFT)."""
+    """Start an embedding's factors. Columns of A are looked up, so A is the zero factor and B the random one (as in
+    loralib and PEFT).
+    """
     return torch.zeros(r, site.in_features), torch.randn(site.out_features, r, generator=generator)

@@ -17,9 +17,11 @@ from veneer.train.processes import n_processes
 class _Drawing(RunSettings):
     """Settings and checks of trainers that draw the answers they learn from.
 
-    ``rollout_engine``: "engine" draws by veneer's engine, "generate" by transformers; "auto" takes the engine where it
-    can draw, and says why it cannot. ``disable_dropout`` is True: answers come from the policy that is scored. If
-    ``rollout_journal``, the engine's rollouts are kept in ``rollouts/`` of the output, and a resumed run reads them.
+    ``rollout_engine``: "engine" draws by veneer's engine, "generate" by transformers; "auto" chooses the engine if it
+    supports the run, and else says why it does not. ``disable_dropout`` is True: answers come from the policy that is
+    scored. If ``rollout_journal``, the engine's rollouts are kept in ``rollouts/`` of the output, and a resumed run
+    reads
+    them.
     """
 
     disable_dropout: bool = True
@@ -31,7 +33,7 @@ class _Drawing(RunSettings):
         super().__post_init__()
 
     def problems(self) -> list[str]:
-        """Return all problems of the reference and the answers."""
+        """Return all problems of the settings for the reference model and for answers."""
         found = [*beta_problems(self), *shared_reference_problems(self), *_engine_problems(self)]
         if self.max_completion_length is None or self.max_completion_length < 1:
             found.append(f"max_completion_length={self.max_completion_length!r} must be at least 1")
@@ -97,7 +99,7 @@ def _engine_problems(args: Any) -> list[str]:
 
 
 def _require_whole_groups(args: Any) -> None:
-    """Raise ConfigError where the completions of a prompt would not all be in one batch."""
+    """Raise ConfigError if the completions of a prompt could fall into different batches."""
     n, batch = args.num_generations, args.per_device_train_batch_size
     if not isinstance(n, int) or n < 2:
         raise ConfigError(

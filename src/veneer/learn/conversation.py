@@ -200,7 +200,7 @@ class Conversation:
             calls = message.get("tool_calls")
 
     def _responses(self, calls: Sequence[Any]) -> Generator[Wait, Any, list[Message]]:
-        """The messages of tools in TRL's order: those of asynchronous tools, which run together, are last."""
+        """Return the tools' messages in TRL's order: asynchronous tools run together, and their messages come last."""
         found: list[tuple[str, Any]] = []
         together: list[tuple[str, Future[Any]]] = []
         for call in calls:
@@ -221,7 +221,7 @@ class Conversation:
         return [{"role": "tool", "name": n, "content": _content(told, self.limits.response)} for n, told in found]
 
     def _result(self, name: str, told: Future[Any]) -> Generator[Wait, Any, Any]:
-        """The result of a call, or what the model is told of its error."""
+        """Return the result of a call, or the message about its error for the model."""
         until = time.monotonic() + self.limits.tool_seconds
         yield Wait(told, until if self._end is None else min(until, self._end))
         if not told.done():

@@ -86,14 +86,16 @@ class GRPOTrainer(DrawingTrainer, trl.GRPOTrainer):  # type: ignore[misc]
             self.vllm_generation, self._last_loaded_step = Generation(self), -1
 
     def _observed(self, reset: Callable[[], Any]) -> Any:
-        """Return the first observation of an environment: the one in the journal, if the draw in progress is there."""
+        """Return an environment's first observation: from the journal if it holds the draw in progress, else from
+        ``reset``.
+        """
         place = len(self.observations)
         found = reset() if self._recalled is None else self._recalled[place]["observation"]
         self.observations = [*self.observations, found]
         return found
 
     def _environments(self) -> set[str]:
-        """Names of the classes of environments, by which TRL calls their rewards."""
+        """Return the names of the environments' classes, by which TRL selects their rewards."""
         pools = getattr(self, "_environment_pool", {})
         return {type(each).__name__ for pool in pools.values() for each in pool}
 
@@ -157,7 +159,7 @@ class GRPOTrainer(DrawingTrainer, trl.GRPOTrainer):  # type: ignore[misc]
 
 
 def _require_messages(rows: Any) -> None:
-    """Raise DataError if the first prompt is no list of messages."""
+    """Raise DataError if the first prompt is not a list of messages."""
     first = rows[0].get("prompt") if isinstance(rows, Dataset) and len(rows) else None
     if isinstance(first, str):
         raise DataError(

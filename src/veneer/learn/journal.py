@@ -77,7 +77,7 @@ class Journal:
         self._places[number] = start, len(lines)
 
     def _index(self) -> None:
-        """Find the draws; a line that a crash cut, and what is behind it, is dropped."""
+        """Find where each draw begins. If a crash cut a line, that line and all behind it are dropped."""
         place = 0
         with self.path.open("rb") as file:
             for line in file:
@@ -152,7 +152,7 @@ def _little(values: array[float]) -> array[float]:
 
 
 def _number(line: bytes) -> int | None:
-    """The draw of a line; None if it is damaged."""
+    """Return a line's number of the draw; None if the line is damaged."""
     try:
         found = json.loads(line)
     except ValueError:

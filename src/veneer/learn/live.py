@@ -75,7 +75,9 @@ class LiveAdapter:
         return self._version(adapter, _digest(names, list(tensors.values())))
 
     def _table_of(self, adapter: ProgramAdapter, factors: Sequence[Factor]) -> _Table | None:
-        """The table of an adapter; None if it holds more than factors, or if they are not its parameters."""
+        """Return the table of an adapter; None if it holds more than factors, or if the factors are not its
+        parameters.
+        """
         block, state = adapter.packed.linears, self.model.adapter_state
         parameters = list(live_parameters(self.model, state, self.name).values())
         memory = {x.untyped_storage().data_ptr() for x in parameters}
@@ -103,11 +105,11 @@ class LiveAdapter:
 
 @dataclass(frozen=True, slots=True)
 class _Table:
-    """Factors of an adapter, which are its parameters, each with the place of its panels in a block of a layout.
+    """The factors of an adapter, which are its parameters, each with the place of its panels in a layout's block.
 
-    It holds as long as the ``config`` and the addresses of the parameters stay: an optimizer changes them where they
-    lie. ``blocks`` are those that were made, by version: one that is loaded no more is written again, since new memory
-    costs more than what is written.
+    The table is valid as long as ``config`` and the parameters' addresses stay: an optimizer changes them in place.
+    ``blocks`` are the blocks packed so far, by version. A block that is no longer loaded is written again, since new
+    memory costs more than the writing.
     """
 
     factors: list[tuple[Factor, int]]
@@ -119,22 +121,22 @@ class _Table:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Dtype of the panels."""
+        """Return the dtype of the panels."""
         return self.factors[0][0].panels.dtype
 
     def is_of(self, config: MethodConfig) -> bool:
-        """Return True if the table holds."""
+        """Return True if the table is still valid for this config."""
         return config is self.config and all(x.data_ptr() == address for x, address in self.parameters)
 
     def packed(self, loaded: Collection[str]) -> VersionBlock:
-        """Return a block of the values that the factors have now, in the memory of one that is not ``loaded``."""
+        """Pack the current values of the factors into a block, reusing the memory of one that is no longer loaded."""
         gone = next((id for id in self.blocks if id not in loaded), None)
         block = VersionBlock(self.layout, self.layout.room()) if gone is None else self.blocks.pop(gone)
         pack_factors(self._panels_in(block))
         return block
 
     def _panels_in(self, block: VersionBlock) -> list[Factor]:
-        """The factors with their panels in a block, which are found once for its memory."""
+        """Pair the factors with their panels in a block; the panels are looked up once for each block's memory."""
         start = block.memory.data_ptr()
         if start not in self._into:
             found = [each._replace(panels=part(block.memory, at, each.panels)) for each, at in self.factors]

@@ -147,7 +147,9 @@ def policy_of(trainer: Any) -> Policy | None:
 
 
 def _adapter(trainer: Any) -> str:
-    """The adapter in training. Raises ConfigError, with the reason, if the engine cannot draw with it."""
+    """Return the name of the adapter in training. Raises ConfigError, with the reason, if the engine cannot draw with
+    it.
+    """
     model, args = trainer.model, trainer.args
     if not isinstance(model, PeftModel):
         raise ConfigError("the base itself is trained, and would have to be packed for each draw")
@@ -168,7 +170,7 @@ def _adapter(trainer: Any) -> str:
 
 
 def _params(trainer: Any) -> SamplingParams:
-    """The settings of TRL's generation under the names of vLLM, which TRL uses too."""
+    """Return TRL's generation settings as the engine's parameters; TRL uses vLLM's names for them too."""
     args, more = trainer.args, dict(trainer.args.generation_kwargs or {})
     if args.use_vllm and args.vllm_structured_outputs_regex:
         more["structured_outputs"] = StructuredOutputsParams(regex=args.vllm_structured_outputs_regex)

@@ -53,7 +53,7 @@ def checked_reward(function: Any, *, alone: bool, name: str | None = None) -> An
 
 
 def _raised(error: Exception) -> str:
-    """Return an error with the place that raised it."""
+    """Return an error's message with the place that raised it."""
     *_, last = traceback.extract_tb(error.__traceback__)
     return f"{type(error).__name__}: {error} ({last.filename}, line {last.lineno})"
 

@@ -81,8 +81,8 @@ class Rollouts:
         self._places = _places(self._base)
 
     def _settle(self) -> None:
-        """Start the engine anew if the base's tensors lie elsewhere than it reads them: a trainer's preparation for
-        several processes moves them.
+        """Restart the engine if the base's tensors have moved: a trainer's preparation for several processes moves
+        them.
         """
         if self._places != _places(self._base):
             self._start()
@@ -169,7 +169,7 @@ class Rollouts:
                 requests.drop()
 
     def _run(self, asked: Sequence[CheckedRequest]) -> dict[str, RequestOutput]:
-        """The outputs of requests by their ids. Raises the error of the first that failed."""
+        """Return the outputs of requests by id. Raises the error of the first request that failed."""
         done: dict[str, RequestOutput] = {}
         with self.requests() as requests:
             for each in asked:
@@ -259,7 +259,7 @@ def _base_modules(module: nn.Module) -> Iterator[nn.Module]:
 
 
 def _places(modules: Sequence[nn.Module]) -> list[int]:
-    """The addresses of the base's tensors, and what stands for each of its modules."""
+    """Return the addresses of the base's tensors, and the ids of its modules."""
     found = []
     for module in modules:
         for held in (module._parameters, module._buffers):
@@ -270,6 +270,8 @@ def _places(modules: Sequence[nn.Module]) -> list[int]:
 
 @contextmanager
 def _bare(model: PreTrainedModel) -> Iterator[None]:
-    """Context in which the model's own modules are those of the base, in evaluation: the engine brings the adapters."""
+    """Enter a context that leaves the model the base's modules, in evaluation: the engine applies the adapters
+    itself.
+    """
     with evaluation(model), base_alone(model), torch.no_grad():
         yield

@@ -229,13 +229,13 @@ class DrawingTrainer(PreferenceTrainer):
         return int(self._step // self._steps_of_a_draw())
 
     def _in_journal(self, n: int) -> list[Line] | None:
-        """The lines of the draw in progress; None if it is not in the journal, or if a user's function draws."""
+        """Return the journal's lines of the draw in progress; None if it has none, or if a user's function draws."""
         if self.journal is None or self.policy is None or not self.model.training or self.draws_by_function:
             return None
         return self.journal.draw(self._draw_number(), self.policy.version().id, n)
 
     def _lines(self, advantages: Tensor) -> list[Line]:
-        """The answers of the last draw as lines of a journal."""
+        """Return the answers of the last draw as lines of a journal."""
         first = self.args.process_index * len(self.rollouts)
         rewards = (self._rewards if self._rewards is not None else torch.empty(0)).tolist()
         weights, lines = self.reward_weights.tolist(), []
@@ -254,7 +254,9 @@ class DrawingTrainer(PreferenceTrainer):
         return lines
 
     def _without_rounding(self, advantages: Tensor) -> None:
-        """Set advantages of groups with equal rewards to 0, in place: TRL leaves the rounding of their mean."""
+        """Set advantages of groups with equal rewards to exactly 0, in place: TRL leaves the rounding error of the
+        mean.
+        """
         if self._rewards is None or (self.beta and self.task == "rloo"):  # its rewards have the distance to a reference
             return
         n = self.num_generations if self.model.training else self.num_generations_eval
@@ -307,7 +309,7 @@ class DrawingTrainer(PreferenceTrainer):
         return loss
 
     def _steps_of_a_draw(self) -> int:
-        """Micro-batches that are trained on the answers of one draw."""
+        """Return the number of micro-batches that are trained on the answers of one draw."""
         return int(self.args.steps_per_generation * self.num_iterations)
 
     def _get_per_token_logps_and_entropies(
@@ -329,10 +331,10 @@ class DrawingTrainer(PreferenceTrainer):
         return found
 
     def _learning(self, inputs: dict[str, Any]) -> Tensor | None:
-        """The rows of a micro-batch whose pass has a gradient or is not known from the draw; None if that are all.
+        """Return the rows of a micro-batch that need a training pass; None if all do.
 
-        An answer of advantage 0 changes no loss of TRL, but by a distance to the reference, a bonus for entropy, and a
-        choice of tokens by entropy.
+        An answer of advantage 0 changes TRL's loss only through a distance to the reference, a bonus for entropy, or a
+        selection of tokens by entropy.
         """
         more = (
             (self.beta and self.task == "grpo") or self.aux_loss_enabled or getattr(self, "top_entropy_quantile", 1) < 1
@@ -397,7 +399,7 @@ class DrawingTrainer(PreferenceTrainer):
 
 
 def _drawn(batch: dict[str, Any]) -> Tensor:
-    """True for the tokens (b, t) that the model drew."""
+    """Return a mask (b, t) of the tokens that the model drew."""
     mask: Tensor = batch["completion_mask"]
     return (mask * batch["tool_mask"] if "tool_mask" in batch else mask).bool()
 

@@ -186,7 +186,9 @@ class AdamssConfig(LinearMethod):
         return u, s, v.T.contiguous()
 
     def _parts(self, site: LinearSite) -> WeightParts:
-        """The parts of a site's weight. The site keeps them until `derived` is asked, as decomposing takes long."""
+        """Return the parts of a site's weight. Decomposing takes long, so the site keeps them until `derived` is
+        called.
+        """
         kept = site.found.get(self._key)
         return kept if isinstance(kept, WeightParts) else self._decomposed(site)[1]
 
@@ -200,12 +202,12 @@ class AdamssConfig(LinearMethod):
 
     @property
     def _key(self) -> Hashable:
-        """Key of the parts of a weight: all that they depend on."""
+        """Return the settings that the parts of a weight depend on, as a key."""
         ranks = self.subspace_rank, self.use_dynamic_rank, self.svd_threshold
         return type(self), self.r, self.num_subspaces, self.random_seed, ranks
 
     def _rank(self, u: Float[Tensor, "n r"]) -> int:
-        """Return the rank of a cluster with these rows."""
+        """Return the rank of a cluster that has these rows of U."""
         most = min(len(u), u.shape[1], self.subspace_rank)
         if not self.use_dynamic_rank:
             return most
@@ -215,7 +217,9 @@ class AdamssConfig(LinearMethod):
 
 @dataclass(frozen=True, kw_only=True)
 class _Vectors(Packing):
-    """V in the file, which must be that of the base: clusters of another weight are others, if as large by chance."""
+    """Packing that compares V in the file with the base's. Another weight's clusters may have the same shapes by
+    chance.
+    """
 
     config: AdamssConfig
 
@@ -264,7 +268,7 @@ def clustered(u: Float[Tensor, "o r"], n: int, name: str) -> list[Int[Tensor, " 
 
 
 def _start(u: Float[Tensor, "n r"], rank: int) -> Float[Tensor, "rank r"]:
-    """Return A of a cluster: an orthonormal basis of the directions that its rows share most."""
+    """Return A of a cluster: an orthonormal basis of the directions that its rows have most in common."""
     left, _, _ = torch.svd_lowrank(u @ u.T, q=rank, niter=2)
     basis: Tensor = torch.linalg.qr(u.T @ left).Q
     return basis.T.contiguous()
@@ -272,7 +276,7 @@ def _start(u: Float[Tensor, "n r"], rank: int) -> Float[Tensor, "rank r"]:
 
 @contextmanager
 def _drawing(generator: torch.Generator | None) -> Iterator[None]:
-    """Context in which torch's own generator starts from this one: a randomized decomposition takes no other."""
+    """Seed torch's global generator from this one: the randomized decomposition uses no other."""
     if generator is None:
         yield
         return
@@ -286,7 +290,7 @@ def _has_values(site: LinearSite) -> bool:
 
 
 def _fit(stored: Mapping[str, tuple[int, ...]], site: LinearSite) -> bool:
-    """Return True if shapes of a file are those of clusters of this layer's rows."""
+    """Return True if a file's shapes can be those of clusters of this layer's rows."""
     if _V not in stored or any(len(shape) != 2 for shape in stored.values()):
         return False
     (r, width), n = stored[_V], (len(stored) - 1) // 2
@@ -377,7 +381,7 @@ class SubspaceSchedule:
         self.importance[key] = b1 * mean + (1 - b1) * now
 
     def _freeze(self, n: int) -> None:
-        """Freeze all clusters that are scored but the best; a tie with the last of them is frozen too, as in PEFT."""
+        """Freeze all scored clusters except the best n. As in PEFT, a cluster that ties with the n-th is frozen too."""
         pairs = [(path, name, name.replace("_A_", "_B_")) for path, name in self.importance if "_A_" in name]
         pairs = [(path, a, b) for path, a, b in pairs if (path, b) in self.importance]
         if not pairs or n >= len(pairs):

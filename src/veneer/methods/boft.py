@@ -163,7 +163,7 @@ class _Checks(Checks):
     config: BOFTConfig
 
     def layers(self, sites: Sequence[LinearSite]) -> list[str]:
-        """Blocks fill the inputs; with several factors, groups of 2ᵐ⁻¹ blocks of an even size do."""
+        """Return a problem for each layer whose inputs the blocks do not divide, or not evenly for several factors."""
         given, m = self.config, self.config.boft_n_butterfly_factor
         name = "boft_block_size" if given.boft_block_size else "boft_block_num"
         value, found = given.boft_block_size or given.boft_block_num, grouped(sites)

@@ -70,7 +70,7 @@ class Circulant(Change):
 
 
 class _Blocks(torch.autograd.Function):
-    """Kernels (m, n, b) to the rows of their blocks, (m, b, n, b)."""
+    """Function from kernels (m, n, b) to the rows of their circulant blocks, (m, b, n, b)."""
 
     @staticmethod
     def forward(ctx: Any, kernel: Tensor) -> Tensor:
@@ -79,7 +79,7 @@ class _Blocks(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
-        """Sums along diagonals, which begin every 2 b + 1 numbers when rows are written twice."""
+        """Sum along diagonals. If each row is written twice, a diagonal's entries lie 2 b + 1 numbers apart."""
         blocks = grads[0].transpose(1, 2)
         b = blocks.shape[3]
         return torch.cat([blocks, blocks], dim=3).flatten(2).unfold(2, b, 2 * b + 1).sum(dim=2)

@@ -82,7 +82,7 @@ class CartridgeConfig(PrefixMethod):
 
     @property
     def _is_split(self) -> bool:
-        """Return True if frozen and trained tokens are parameters of their own: not in an adapter that is only used."""
+        """Return True if frozen and trained tokens are separate parameters, as in an adapter that is trained."""
         return not self.inference_mode
 
     def _joined(self, params: Params) -> Tensor:
@@ -92,7 +92,7 @@ class CartridgeConfig(PrefixMethod):
 
 @dataclass(frozen=True)
 class _Joined(Packing):
-    """Frozen and trained tokens in one matrix."""
+    """Packing of frozen and trained tokens in one matrix."""
 
     config: CartridgeConfig | None = None
 

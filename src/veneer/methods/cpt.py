@@ -178,7 +178,7 @@ def within(delta: Tensor, radii: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class _CPTTraining(Training):
-    """Projection after each step."""
+    """Training with a projection after each step."""
 
     config: CPTConfig
 
@@ -188,7 +188,7 @@ class _CPTTraining(Training):
 
 
 class _Projection(Schedule):
-    """Puts tokens that have left their balls back onto them."""
+    """Schedule that moves tokens that have left their balls back onto them."""
 
     def __init__(self, delta: Tensor, radii: Tensor) -> None:
         self.delta, self.radii = delta, radii

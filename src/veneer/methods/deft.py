@@ -105,7 +105,7 @@ class DeftConfig(LinearMethod):
         return 1.0 if self.alpha is None else self.alpha / r
 
     def _sides(self, p: Float[Tensor, "o r"]) -> tuple[Float[Tensor, "o r"], Float[Tensor, "o r"]]:
-        """Q, and the other side of the projector."""
+        """Return Q, and the other side of the projector."""
         if self.decomposition_method == "relu":
             return p, p.relu()
         q: Tensor = torch.linalg.qr(p).Q

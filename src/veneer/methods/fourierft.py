@@ -121,7 +121,7 @@ class _Checks(PatternChecks):
     config: FourierFTConfig
 
     def layers(self, sites: Sequence[LinearSite]) -> list[str]:
-        """A spectrum has as many places as the weight."""
+        """Return a problem for each layer with fewer weights than ``n_frequency``."""
         return [
             f"n_frequency={n} at {site.name}, which has {site.out_features} x {site.in_features} weights: give at most "
             f"{site.out_features * site.in_features} (n_frequency_pattern sets it for single modules)"

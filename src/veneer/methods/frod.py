@@ -172,12 +172,12 @@ class FrodConfig(LinearMethod):
         return LinearDelta(adds=(change,))
 
     def _places(self, n: int) -> int:
-        """Return the number of trained entries of S (n, n), none of which are on its diagonal."""
+        """Return the number of trained entries of S (n, n), all off the diagonal."""
         most = n * n - n
         return max(min(int(n * n * self.sparse_rate), most), 1 if self.sparse_rate > 0 and most else 0)
 
     def _drawn(self, n: int, generator: torch.Generator) -> Int[Tensor, "2 n_places"]:
-        """Return the places of S, drawn as PEFT draws them: of its entries off the diagonal, row by row."""
+        """Draw the places of S's trained entries as PEFT does: from all off the diagonal, row by row."""
         count = self._places(n)
         if count == 0:
             return torch.empty(2, 0, dtype=torch.long)
@@ -186,7 +186,7 @@ class FrodConfig(LinearMethod):
         return torch.stack([rows, left + (left >= rows)])
 
     def _basis(self, sites: list[LinearSite]) -> Float[Tensor, "i i"]:
-        """V of the weights of these layers; the identity in planning, before they have values."""
+        """Return V of these layers' weights; the identity in planning, before the weights have values."""
         if is_tracing() or any(site.weight is None for site in sites):
             return torch.eye(sites[0].in_features)
         weights = [site.weight.dense(torch.float32).detach().cpu() for site in sites if site.weight is not None]
@@ -209,7 +209,9 @@ class FrodConfig(LinearMethod):
 
 class _Checks(Checks):
     def layers(self, sites: Sequence[LinearSite]) -> list[str]:
-        """Layers of a kind share V, which is as wide as their inputs."""
+        """Return a problem for each layer whose inputs differ in number from others of its kind: layers of a kind share
+        V.
+        """
         first: dict[str, LinearSite] = {}
         for site in sites:
             first.setdefault(kind_of(site.name), site)
@@ -223,7 +225,7 @@ class _Checks(Checks):
 
 @dataclass(frozen=True)
 class _Places(Packing):
-    """Places in the file, which must lie in S."""
+    """Packing whose places in the file must lie in S."""
 
     def problems(self, site: LinearSite, params: Params) -> list[str]:
         n, places, size = site.in_features, params["frod_s_indices"], params["frod_s_size"]
@@ -267,7 +269,7 @@ def joint_basis(weights: list[Float[Tensor, "_ i"]], ridge: float) -> Float[Tens
 
 
 def _in_basis(w: Float[Tensor, "o i"], v: Float[Tensor, "i i"]) -> tuple[Float[Tensor, "o i"], Float[Tensor, " i"]]:
-    """U and l with ``W = U diag(l) Vᵀ`` and columns of U of norm 1, computed in float64 on the CPU as PEFT does."""
+    """Return U and l with ``W = U diag(l) Vᵀ``, where U's columns have norm 1; in float64 on the CPU, as PEFT does."""
     wide, basis = w.detach().double().cpu(), v.detach().double().cpu()
     try:
         turned = torch.linalg.solve(basis, wide.T).T

@@ -105,12 +105,12 @@ class GloraConfig(LinearMethod):
         return LinearDelta(adds=self._adds(site, params), bias=self._bias(site, params))
 
     def _kinds(self, site: LinearSite) -> dict[str, str]:
-        """Return the kind of each part A to E. C, D and E act on the bias: "none" in a layer without one."""
+        """Return the kind of each part, A to E. C, D and E act on the bias: they are "none" in a layer without one."""
         of_bias = (self.config_C, self.config_D_E, self.config_D_E) if site.has_bias else ("none",) * 3
         return dict(zip("ABCDE", (self.config_A_B, self.config_A_B, *of_bias), strict=True))
 
     def _parts(self, path: str, kind: str, site: LinearSite) -> Shapes:
-        """Return the shapes of one part, A to E. D and E have one dimension: a number for each output."""
+        """Return the shapes of one part, A to E. D and E are vectors: a number for each output."""
         o, i = site.out_features, site.in_features
         rows, *columns = {"A": (o, i), "B": (o, i), "C": (i, 1)}.get(path, (o,))
         of_kind: dict[str, Shapes] = {
@@ -130,7 +130,7 @@ class GloraConfig(LinearMethod):
     def _factors(
         self, path: str, site: LinearSite, params: Params
     ) -> tuple[Float[Tensor, "o r"], Float[Tensor, "r i"]]:
-        """Return factors of a matrix. A matrix whose rows each repeat one number has rank 1."""
+        """Return the factors of a part. One column, repeated over all inputs, is a matrix of rank 1."""
         if self.config_A_B == "lora":
             b, a = params[f"glora_{path}_Xd"], params[f"glora_{path}_Xu"]
             return b.view_as(b), a.view_as(a)  # no parameters, whose record would be kept with this weight

@@ -141,7 +141,7 @@ def _parameters(site: LinearSite, record: LinearDelta) -> dict[str, Tensor]:
 
 @dataclass(frozen=True)
 class _Checks(Checks):
-    """``feedforward_modules`` that are none of the modules adapted."""
+    """Checks that each name in ``feedforward_modules`` matches an adapted module."""
 
     feedforward: Collection[str] | str
 

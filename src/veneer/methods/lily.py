@@ -135,7 +135,7 @@ class LilyConfig(LinearMethod):
         return of_a if parameter == _A else of_b
 
     def _name(self, site: LinearSite) -> str:
-        """The name in ``target_modules`` that matches a layer, the longest of several; an expression is one name."""
+        """Return the entry of ``target_modules`` that matches a layer, the longest of several. A regex is one entry."""
         targets = self.target_modules or ()
         if isinstance(targets, str):
             return targets

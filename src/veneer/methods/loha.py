@@ -66,6 +66,6 @@ class LoHaConfig(LycorisMethod):
 
 
 def _factors(params: Params, n: str) -> tuple[Tensor, Tensor]:
-    """B (o, r) and A (r, i) of one of the two products."""
+    """Return B (o, r) and A (r, i) of one of the two products."""
     outer, inner = params[f"hada_w{n}_a"], params[f"hada_w{n}_b"]
     return (outer.T, behind_core(params[f"hada_t{n}"], inner)) if f"hada_t{n}" in params else (outer, inner)

@@ -59,7 +59,9 @@ class Kronecker(Change):
 
 
 class _Made(torch.autograd.Function):
-    """``W₁ ⊗ W₂``, from both repeated to its rows' width. Gradients are products with vectors, unlike torch.kron's."""
+    """Function ``W₁ ⊗ W₂``, given both repeated to its rows' width. Gradients are matrix-vector products, unlike
+    torch.kron's.
+    """
 
     @staticmethod
     def forward(ctx: Any, w1: Tensor, w2: Tensor) -> Tensor:

@@ -327,7 +327,9 @@ class LoraConfig(LinearMethod):
     def _with_ranks(
         self, sites: Mapping[str, LinearSite], ranks: Mapping[str, int], keep_scale: bool
     ) -> Mapping[str, object]:
-        """See `LateStart`. Layers are named by their whole paths if some are dropped."""
+        """Return the settings with these ranks (`LateStart`). Layers are named by their whole paths if some are
+        dropped.
+        """
         left = [path for path in sites if ranks[path]]
         patterned = replace(self, rank_pattern={path: ranks[path] for path in left if ranks[path] != self.r})
         alphas = {path: self.alpha(sites[path]) for path in left}
@@ -341,13 +343,13 @@ class LoraConfig(LinearMethod):
         }
 
     def _read(self, site: LinearSite) -> LinearSite:
-        """Return the site as A reads it."""
+        """Return the site with the inputs that A reads."""
         for variant in variants_of(self):
             site = variant.read_site(self, site)
         return site
 
     def _factors(self, site: LinearSite) -> Shapes:
-        """Shapes of A and B, before variants change them."""
+        """Return the shapes of A and B before variants change them."""
         rows, read, point = self.rank(site) * site.experts, self._read(site), (1,) * len(site.window)
         channels = read.in_features // math.prod(site.window)
         return {
@@ -432,7 +434,7 @@ class TakenOff(Packing):
 
 
 def _joined(params: Params) -> tuple[Tensor, Tensor]:
-    """A and B. If the start is subtracted they are ``[A; A₀]`` and ``[B, -B₀]``, with product ``B A - B₀ A₀``."""
+    """Return A and B; ``[A; A₀]`` and ``[B, -B₀]`` if the start is subtracted, whose product is ``B A - B₀ A₀``."""
     a, b = params["lora_A"], params["lora_B"]
     if "lora_A_start" not in params:
         return a, b
@@ -445,7 +447,7 @@ def _turned(params: Params) -> dict[str, Tensor]:
 
 
 def _raised_at(site: LinearSite, record: LinearDelta, with_bias: bool) -> dict[str, Tensor]:
-    """Return the parameters that lower to a record."""
+    """Return the parameters whose update is this record."""
     like = record.tensors[0]
     zeros = like.new_zeros(1, site.in_features), like.new_zeros(site.out_features, 1)
     a, b = record.factors() if record.adds else zeros

@@ -118,7 +118,7 @@ class _Checks(Checks):
     config: MissConfig
 
     def layers(self, sites: Sequence[LinearSite]) -> list[str]:
-        """Blocks are within the inputs, and fill them with "bat". ``mini_r`` columns are repeated to all outputs."""
+        """Return a problem for each layer whose widths contradict ``r`` or ``mini_r``."""
         r, start = self.config.r, self.config.init_weights
         if start == "bat":
             return [

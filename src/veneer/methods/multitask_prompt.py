@@ -106,7 +106,7 @@ class MultitaskPromptTuningConfig(EmbeddedPrompt):
         return {SHARED: given[SHARED], **own, **given}
 
     def _of_source(self, shapes: Shapes) -> dict[str, Tensor]:
-        """Return the parameters that come from the source tasks. Raises ConfigError if the file does not hold them."""
+        """Return the parameters of the source tasks. Raises ConfigError if their file does not hold them."""
         path = Path(str(self.prompt_tuning_init_state_dict_path))
         wanted = (SHARED,) if self.prompt_tuning_init == "ONLY_SOURCE_SHARED" else (SHARED, COLUMNS, ROWS)
         given = _read(path, wanted)

@@ -151,7 +151,7 @@ class ConstrainedTraining(Training):
 
 
 class _Projection(Schedule):
-    """Puts blocks that have left the ball around the identity back onto it."""
+    """Schedule that moves blocks that have left the ball around the identity back onto it."""
 
     def __init__(self, layers: Sequence[Tensor], eps: float) -> None:
         self.layers, self.eps = layers, eps
@@ -165,7 +165,7 @@ class _Projection(Schedule):
         return {}
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
-        """Nothing: the next step depends on the parameters alone."""
+        """Restore nothing: the next step depends on the parameters alone."""
 
 
 @functools.cache

@@ -60,7 +60,10 @@ class Triplets(Change):
         return (dy @ b) @ a
 
     def _factors(self, dtype: torch.dtype) -> tuple[Float[Tensor, "m i"], Float[Tensor, "o m"]]:
-        """In 16 bits of ``(U - U₀) diag(s) V + U₀ (diag(s) V - diag(s₀) V₀)``: rounding keeps small differences."""
+        """Return factors of the change. In 16 bits they keep small differences from rounding.
+
+        The 16-bit form is ``(U - U₀) diag(s) V + U₀ (diag(s) V - diag(s₀) V₀)``.
+        """
         if dtype.itemsize > 2:
             b = torch.cat([self.u * self.s, -self.u_start * self.s_start], dim=1)
             return torch.cat([self.v, self.v_start]).to(dtype), b.to(dtype)
@@ -176,7 +179,7 @@ class _Checks(Checks):
     config: OSFConfig
 
     def layers(self, sites: Sequence[LinearSite]) -> list[str]:
-        """Return a problem for each layer in which not both kinds of triplets, kept and trained, are left."""
+        """Return a problem for each layer in which no triplet is kept, or none is trained."""
         least = {site.name: min(site.out_features, site.in_features) for site in sites}
         kept = {site.name: self.config.kept(site) for site in sites}
         return [
@@ -216,7 +219,9 @@ def projected(
 
 
 class _Projected(torch.autograd.Function):
-    """Identity with a projected gradient: outside the span of ``high``, or in that of ``low`` if ``high`` is None."""
+    """Identity whose gradient is projected: off the span of ``high``, or onto the span of ``low`` if ``high``
+    is None.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, low: Tensor, high: Tensor | None) -> Tensor:

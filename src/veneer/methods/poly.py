@@ -122,7 +122,7 @@ class PolyConfig(LinearMethod):
 
 
 def _open_interval(dtype: torch.dtype) -> tuple[float, float]:
-    """Bounds of the uniform numbers that have a finite logit."""
+    """Return the least and the largest uniform number with a finite logit."""
     least = torch.finfo(dtype).eps
     return least, 1 - least
 

@@ -103,9 +103,9 @@ class PrefixTuningConfig(PrefixMethod):
 
 
 def _stored_layer(sites: Sequence[AttentionSite], index: int) -> int:
-    """The stored layer that a layer reads: its own; beside cross-attention layer i of L reads 2 i mod L, as in PEFT.
+    """Return the stored layer that a layer reads: its own, or 2 i mod L for layer i of L beside cross-attention (PEFT).
 
-    PEFT repeats what is stored, takes four matrices of it for each layer, and drops the two for cross-attention: where
-    L is even, every other stored layer is read by nobody. Its files mean that.
+    PEFT repeats the stored matrices, takes four of them for each layer, and drops the two for cross-attention. If L is
+    even, every other stored layer is therefore unused, and PEFT's files rely on it.
     """
     return 2 * index % len(sites) if sites[index].cross else index

@@ -123,7 +123,7 @@ class PsoftConfig(LinearMethod):
         return LinearDelta.pair(a, b @ less, scale=self.psoft_alpha / self.r)
 
     def _largest_parts(self, w: Float[Tensor, "o i"]) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the r largest singular values of the weight, with the vectors on the left and on the right."""
+        """Return the r largest singular values of the weight, with the left and the right singular vectors."""
         if self.psoft_svd == "full":
             u, s, v = torch.linalg.svd(w, full_matrices=False)
             return u[:, : self.r], s[: self.r], v[: self.r]
@@ -133,7 +133,7 @@ class PsoftConfig(LinearMethod):
         return u, s, v.T
 
     def _map(self, params: Params) -> Float[Tensor, "r r"]:
-        """Return the matrix R, with its rows and columns scaled."""
+        """Return the matrix R with scaled rows and columns."""
         r = self._rotation(params["psoft_R"]) if self.psoft_orth else params["psoft_R"]
         r = params["vector_b"][:, None] * r if self.psoft_mag_b else r
         return r * params["vector_a"] if self.psoft_mag_a else r
@@ -153,7 +153,7 @@ class _Checks(Checks):
     r: int
 
     def layers(self, sites: Sequence[LinearSite]) -> list[str]:
-        """A weight has as many singular values as its smaller width."""
+        """Return a problem for each layer whose smaller width is below the rank."""
         return [
             f"r={self.r} at {site.name}, a weight of {site.out_features} x {site.in_features}: give at most {least}"
             for site in sites

@@ -129,7 +129,7 @@ class RandomBases(Change):
         return replace(self, is_turned=not self.is_turned).matmul(dy)
 
     def _factors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """A' and B of this layer."""
+        """Return A' and B of this layer."""
         n, small = self.columns.shape
         all_a, all_b = self.bases.on(self.scales.device)
         a = self.scales.to(dtype)[:, :, None] * all_a[:, :, :small].to(dtype) * self.columns.to(dtype)
@@ -223,7 +223,7 @@ class RandLoraConfig(LinearMethod):
         return {"randlora_A": a, "randlora_B": b}
 
     def _held(self, draw: Draw) -> Bases:
-        """Return the bases of a draw, which this config holds from now on."""
+        """Return the bases of a draw, which this config keeps from now on."""
         kept: dict[Draw, Bases] = vars(self).setdefault("_kept", {})
         return kept.setdefault(draw, bases(draw))
 

@@ -80,7 +80,7 @@ class ShiraConfig(LinearMethod):
 
 @dataclass(frozen=True)
 class _Places(Packing):
-    """Packing whose places in the file must lie in the weight, each once."""
+    """Packing whose places in the file must lie in the weight, none of them twice."""
 
     def problems(self, site: LinearSite, params: Params) -> list[str]:
         o, i = size = site.out_features, site.in_features
@@ -94,7 +94,7 @@ class _Checks(Checks):
     r: int
 
     def layers(self, sites: Sequence[LinearSite]) -> list[str]:
-        """S has as many places as the weight."""
+        """Return a problem for each layer with fewer weights than numbers to train."""
         return [
             f"r={self.r} at {site.name} trains {n} numbers, and the layer has {o * i} weights: give at most "
             f"r={o * i // (o + i)}"

@@ -129,7 +129,7 @@ class SupertuningConfig(LinearMethod):
         return replace(site, in_features=shapes[_A][1], out_features=shapes[_B][0])
 
     def _places(self, site: LinearSite) -> Int[Tensor, " n"]:
-        """Places of the weights that are trained, in the order in which torch finds them, as in PEFT."""
+        """Return the places of the trained weights in torch's order, as in PEFT."""
         n = self.count(site)
         if is_tracing():  # of a plan, before weights have values
             return torch.arange(n, dtype=torch.int32)
@@ -139,7 +139,7 @@ class SupertuningConfig(LinearMethod):
 
 @dataclass(frozen=True)
 class _Places(Packing):
-    """Packing whose places in the file must lie in the weight, each once."""
+    """Packing whose places in the file must lie in the weight, none of them twice."""
 
     def problems(self, site: LinearSite, params: Params) -> list[str]:
         size = site.out_features, site.in_features
@@ -151,7 +151,7 @@ class _Checks(Checks):
     config: SupertuningConfig
 
     def layers(self, sites: Sequence[LinearSite]) -> list[str]:
-        """Some weights are trained at each layer, and int32 numbers all of them."""
+        """Return a problem for each layer that trains no weight, or that has more weights than int32 can number."""
         counts = {site.name: site.out_features * site.in_features for site in sites}
         found = [
             f"the places of the {n} weights of {name} are numbered in int32: leave out layers of more than {_MOST}"

@@ -169,12 +169,12 @@ class UniLoraConfig(LinearMethod):
         return self.r * (site.in_features + site.out_features)
 
     def _apart(self, entries: Tensor, site: LinearSite) -> tuple[Tensor, Tensor]:
-        """Entries of A (r, i), and of B (o, r)."""
+        """Split the entries into A (r, i) and B (o, r)."""
         of_a = self.r * site.in_features
         return entries[:of_a].view(self.r, -1), entries[of_a:].view(-1, self.r)
 
     def _choice(self, site: LinearSite, device: torch.device) -> tuple[Int[Tensor, " n"], Float[Tensor, " length"]]:
-        """Return the index in θ of each of a layer's entries, and the scale of each number of θ."""
+        """Return the index in θ of each of a layer's entries, and a scale for each number of θ."""
         n = self._entries(site)
         if is_tracing():  # of a plan, before there are values
             return torch.zeros(n, dtype=torch.long, device=device), torch.zeros(self.theta_d_length, device=device)
@@ -183,7 +183,7 @@ class UniLoraConfig(LinearMethod):
         return index[start : start + n], scale
 
     def _held(self, count: int) -> EntryChoice:
-        """Return the choice for so many entries, which this config holds from now on."""
+        """Return the choice for ``count`` entries, which this config keeps from now on."""
         kept: dict[int, EntryChoice] = vars(self).setdefault("_kept", {})
         if count not in kept:
             key = self.proj_seed, self.theta_d_length, count

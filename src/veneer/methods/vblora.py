@@ -118,7 +118,7 @@ class VBLoRAConfig(LinearMethod):
         return replace(site, in_features=size * columns, out_features=size * rows)
 
     def _mixed(self, logits: Float[Tensor, "m n h"], bank: Float[Tensor, "h v"]) -> Float[Tensor, "m n v"]:
-        """Vectors of the bank, the largest k by their logits, weighed by a softmax of these."""
+        """Mix vectors of the bank: those with the k largest logits, weighted by the softmax of these logits."""
         largest, index = logits.topk(self.topk, dim=-1)
         return (largest.softmax(dim=-1).unsqueeze(-1) * bank[index]).sum(dim=-2)
 
@@ -128,7 +128,7 @@ class _Checks(Checks):
     size: int
 
     def layers(self, sites: Sequence[LinearSite]) -> list[str]:
-        """Pieces of one length make up both widths."""
+        """Return a problem for each layer whose widths the length of the bank's vectors does not divide."""
         return [
             f"vector_length={self.size} does not divide the {site.in_features} inputs and {site.out_features} outputs "
             f"of {site.name}: give a divisor of {math.gcd(site.in_features, site.out_features)}"

@@ -81,7 +81,7 @@ def padded(n: int, wavelet: str | None) -> int:
 
 
 def _back(x: Float[Tensor, "*batch p"], n: int, wavelet: str) -> Float[Tensor, "*batch n"]:
-    """Return the first n numbers with these coefficients, past the overlap of the filters."""
+    """Return the first n numbers of the inverse transform, behind the overlap of the filters."""
     bands = x.reshape(-1, 2, x.shape[-1] // 2)
     bank = _bank(wavelet, x)
     made = functional.conv_transpose1d(bands, bank, stride=2, padding=bank.shape[-1] - 2)
@@ -89,7 +89,7 @@ def _back(x: Float[Tensor, "*batch p"], n: int, wavelet: str) -> Float[Tensor, "
 
 
 def _forth(x: Float[Tensor, "*batch n"], wavelet: str) -> Float[Tensor, "*batch p"]:
-    """Return the transpose of `_back`."""
+    """Apply the transpose of `_back`."""
     bank, n = _bank(wavelet, x), x.shape[-1]
     p, overlap = padded(n, wavelet), bank.shape[-1] - 2
     wide = functional.pad(x.reshape(-1, 1, n), (overlap, p - n))
@@ -179,7 +179,7 @@ class _Checks(PatternChecks):
     config: WaveFTConfig
 
     def layers(self, sites: Sequence[LinearSite]) -> list[str]:
-        """C has a place for each weight."""
+        """Return a problem for each layer with fewer weights than ``n_frequency``."""
         config = self.config.for_sites(sites, Known())
         how = "" if config.proportional_parameters else " (n_frequency_pattern sets it for single modules)"
         return [

@@ -85,7 +85,7 @@ def mixin_of(cls: type) -> type[InPlace]:
 
 
 def _generated(cls: type) -> type:
-    """The generated class, without the class that FSDP2 derives from it."""
+    """Return the class generated here, below the one that FSDP2 derives from it."""
     return next(each for each in cls.__mro__ if _MADE_HERE in vars(each))
 
 
@@ -107,9 +107,9 @@ def _class(mixin: Hashable, base: Hashable, swapped: tuple[str, ...]) -> type[nn
 
 
 def _reading(name: str) -> property:
-    """Return a property whose reader asks ``effective``, and whose setter sets the module's own parameter.
+    """Return a property that reads a parameter through ``effective``. Its setter sets the module's own parameter.
 
-    It gives a part of a cut parameter unchanged: FSDP2 looks for its own object there, and no computation reads it.
+    A shard of a parameter is returned unchanged: FSDP2 expects its own object there, and no computation reads it.
     """
 
     def read(module: Any) -> Any:
@@ -125,6 +125,6 @@ def _blank(mixin: type[InPlace], base: type[nn.Module], swapped: tuple[str, ...]
 
 
 def _rebind_hooked_forward(module: nn.Module) -> None:
-    """accelerate's hooks keep the bound forward that they wrap in ``_old_forward``: it must be the new class's."""
+    """Bind accelerate's hooks to the new class's forward: they keep the one that they wrap in ``_old_forward``."""
     if "_old_forward" in vars(module):
         module._old_forward = type(module).forward.__get__(module)

@@ -80,7 +80,7 @@ def attention_backward(
 
 
 def _numbers(q: Tensor, options: AttentionOptions) -> tuple[float, int, float]:
-    """Scale, window and cap in the kernels' form: 0 means no window or no cap."""
+    """Return scale, window and cap in the kernels' form, where 0 means no window or no cap."""
     scale = q.shape[-1] ** -0.5 if options.scale is None else options.scale
     return scale, options.window or 0, options.softcap or 0.0
 

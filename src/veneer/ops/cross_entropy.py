@@ -163,7 +163,7 @@ def linear_token_scores(
 
 
 class _Details:
-    """Records further details of each chunk of logits besides its losses; ``labels`` say which rows count."""
+    """Collector of further details of each chunk of logits, beside its losses. ``labels`` say which rows count."""
 
     def __init__(self, labels: Tensor, device: torch.device, collision: bool) -> None:
         self._rows = (labels != HeadOptions().ignore_index).nonzero()[:, 0]
@@ -171,7 +171,7 @@ class _Details:
         self.log_sum_sq_probs = torch.zeros(len(labels), device=device) if collision else None
 
     def __call__(self, rows: slice, logits: Tensor) -> None:
-        """``logits`` (k, v) are those of the counted rows in ``rows``."""
+        """Add the logits (k, v) of the counted rows in ``rows``."""
         step = _GPU_DETAIL_ROWS if logits.is_cuda else _DETAIL_ROWS  # float32 copies of few rows stay in cache
         for start in range(0, len(logits), step):
             wide = logits[start : start + step].float()
@@ -283,7 +283,9 @@ class _RowCrossEntropy(torch.autograd.Function):
 
 
 class _Entropy(torch.autograd.Function):
-    """Entropies that are computed already. Their gradient is seldom asked for: it makes logits again, in chunks."""
+    """Function that returns entropies computed before. Its backward pass, seldom needed, computes the logits again in
+    chunks.
+    """
 
     @staticmethod
     def forward(
@@ -317,7 +319,7 @@ class _Entropy(torch.autograd.Function):
 
 
 def _entropy_gradient(raw: Tensor, entropy: Tensor, options: HeadOptions) -> Tensor:
-    """The gradient of each row's entropy in the head's outputs: -p (log p + H), then through cap and scale."""
+    """Return the gradient of each row's entropy in the head's outputs: -p (log p + H), then through cap and scale."""
     logits = raw.to(torch.promote_types(raw.dtype, torch.float32)) * options.scale
     cap = options.softcap
     logits = logits if cap is None else _capped(logits, cap)
@@ -339,8 +341,9 @@ def _chunked(
     options: HeadOptions,
     wanted: tuple[bool, bool],
 ) -> tuple[tuple[Tensor, Tensor], Tensor | None, Tensor | None]:
-    """The losses, a mark for each row whose label has the top logit (no marks unless counted), and the gradients of the
-    sum. The weight's gradient is in float32.
+    """Return the losses and the gradients of their sum; the weight's gradient is in float32.
+
+    If ``counted``, also mark each row whose label has the top logit.
     """
     hidden, labels = counted
     n, out_features = hidden.shape[0], weight.shape[0]
@@ -382,7 +385,7 @@ def chunk_rows(row_bytes: int, device: torch.device, options: HeadOptions = Head
 
 
 def _buffer(hidden: Tensor, weight: Tensor | FrozenWeight, rows: int) -> Tensor:
-    """Memory of a chunk of logits. The product of a coded weight has its own."""
+    """Allocate memory for a chunk of logits; none for a coded weight, whose product has its own."""
     return hidden.new_empty(rows if isinstance(weight, Tensor) else 0, weight.shape[0])
 
 
@@ -410,7 +413,7 @@ def _project_back(dlogits: Tensor, weight: Tensor | FrozenWeight, out: Tensor) -
 
 
 def _parts(weight: Float[Tensor, "v d"]) -> list[slice]:
-    """Return the classes of a head that are multiplied together: all, or parts if the CPU widens them."""
+    """Return the classes of a head that are multiplied together: all, or parts if the CPU widens the weight."""
     n_classes, width = weight.shape
     size = max(1, _WIDENED_BYTES // (4 * width)) if widens(weight, weight.dtype) else n_classes
     return [slice(start, min(n_classes, start + size)) for start in range(0, n_classes, size)]

@@ -66,13 +66,13 @@ def _table(device: torch.device) -> Float32[Tensor, "256"]:
 
 @cache
 def _table_on_gpu(device: torch.device) -> Float32[Tensor, "256"]:
-    """The table on a GPU, sent once: every product with a double-quantized weight reads it."""
+    """Return the table on a GPU. It is sent once: every product with a double-quantized weight reads it."""
     return dynamic_map().to(device)
 
 
 @cache
 def _codes_of_grid() -> UInt8[Tensor, "65536"]:
-    """The nearest table index of each grid point ``-1 + 2 k / 65535``."""
+    """Return the nearest table index of each grid point ``-1 + 2 k / 65535``."""
     grid = -1.0 + torch.arange(_GRID_STEPS + 1, dtype=torch.float32) * (2.0 / _GRID_STEPS)
     code = dynamic_map().double()
     return torch.bucketize(grid.double(), (code[:-1] + code[1:]) / 2).to(torch.uint8)

@@ -95,7 +95,7 @@ class _Dropout(torch.autograd.Function):
 
 
 def _threshold(p: float) -> int:
-    """Draws below it, of 65536, drop."""
+    """Return the threshold, of 65536, below which a draw drops its value."""
     if not 0 <= p <= 1:
         raise ConfigError(f"the probability of dropout is between 0 and 1; given {p}")
     return round(p * _DRAWS)

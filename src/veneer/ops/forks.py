@@ -89,9 +89,9 @@ def add_stem_gradients(
 
 
 class _Stem:
-    """Keys and values of a fork's stem as wide matrices (kv_heads, n_seen, d), and the scores of its branches.
+    """Keys and values of a fork's stem as wide matrices (kv_heads, n_seen, d), and its branches' scores on them.
 
-    ``seen`` are the tokens that a query may see in a window.
+    ``seen`` are the stem's tokens that a query's window may reach.
     """
 
     def __init__(self, qkv: Heads, fork: Fork, bounds: Sequence[int], scoring: ScoreForm) -> None:
@@ -102,18 +102,20 @@ class _Stem:
         self.k, self.v = (_wide(x[self.seen].transpose(0, 1)).contiguous() for x in (k, v))
 
     def chunks(self) -> Iterator[slice]:
-        """Rows of the branches, so many at once that their scores stay small."""
+        """Yield the branches' rows in chunks whose scores stay small."""
         start, stop = self.fork.branches.start, self.fork.branches.stop
         step = max(1, SCORES // max(1, self._q.shape[1] * self.k.shape[1]))
         for first in range(start, stop, step):
             yield slice(first, min(first + step, stop))
 
     def queries(self, rows: slice) -> Tensor:
-        """Queries (kv_heads, rows · group, d), times the scale."""
+        """Return the queries (kv_heads, rows · group, d), times the scale."""
         return _by_head(self._q[rows], len(self.k)) * self.scoring.scale
 
     def scores(self, rows: slice) -> tuple[Tensor, Tensor | None]:
-        """Scores (kv_heads, rows · group, n_seen), minus infinity where a window hides, and the slope of a cap."""
+        """Return the scores (kv_heads, rows · group, n_seen), minus infinity outside a window, and the slope of
+        a cap.
+        """
         scores = self.queries(rows) @ self.k.mT
         if not self.scoring.softcap:
             return self._hidden(scores, rows), None
@@ -136,19 +138,19 @@ def _wide(x: Tensor) -> Tensor:
 
 
 def _by_head(x: Tensor, n_kv_heads: int) -> Tensor:
-    """(n, q_heads, d) to (kv_heads, n · group, d), wide."""
+    """Rearrange (n, q_heads, d) to (kv_heads, n · group, d), widened."""
     n, heads, d = x.shape
     own = _wide(x).reshape(n, n_kv_heads, heads // n_kv_heads, d)
     return own.transpose(0, 1).reshape(n_kv_heads, -1, d)
 
 
 def _by_token(x: Tensor, like: Tensor) -> Tensor:
-    """(kv_heads, n · group, d) to (n, q_heads, d), in the dtype of ``like``."""
+    """Rearrange (kv_heads, n · group, d) to (n, q_heads, d), in the dtype of ``like``."""
     n, heads, d = like.shape
     return x.view(len(x), n, heads // len(x), d).transpose(0, 1).reshape(n, heads, d).to(like.dtype)
 
 
 def _by_query(lse: Tensor, n_kv_heads: int) -> Tensor:
-    """(q_heads, n) to (kv_heads, n · group, 1)."""
+    """Rearrange (q_heads, n) to (kv_heads, n · group, 1)."""
     heads, n = lse.shape
     return lse.reshape(n_kv_heads, heads // n_kv_heads, n).transpose(1, 2).reshape(n_kv_heads, -1, 1)

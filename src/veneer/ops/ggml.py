@@ -132,7 +132,7 @@ def has_product(x: Tensor, kind: str) -> bool:
 
 
 def _columns(packed: Tensor, kind: str) -> int:
-    """The values of a row of this many bytes."""
+    """Return the number of values in a packed row."""
     ggml_type = _type(kind)
     if packed.ndim != 2 or packed.dtype != torch.uint8 or packed.shape[1] % ggml_type.n_bytes:
         raise ShapeError(

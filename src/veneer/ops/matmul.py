@@ -72,7 +72,7 @@ def converted(tensors: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> list[
 
 
 def _alike(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """Both factors in the dtype to compute in: that of `operand`, or b's if it was widened before."""
+    """Convert both factors to one dtype: that of `operand`, or b's if b was widened before."""
     a = operand(a)
     dtype = torch.promote_types(a.dtype, b.dtype)
     return a.to(dtype), b.to(dtype)

@@ -39,7 +39,7 @@ def whole_numbers(values: Sequence[int]) -> Tensor:
 
 
 def _told(x: Tensor, device: str) -> str:
-    """Describe a tensor without an address, and the way to one that has it."""
+    """Describe a tensor that has no address, and how to get one that has it."""
     if x.layout != torch.strided:
         return f"a tensor laid out as {x.layout}; call to_dense() on it"
     if x.device.type != device:

@@ -197,7 +197,7 @@ def fits_groups(groups: CodeGroups, dtype: torch.dtype) -> bool:
 
 
 def _of_groups(groups: CodeGroups, dtype: torch.dtype) -> PackedCodes:
-    """A matrix in groups without its panels."""
+    """Return a matrix in groups, without its panels."""
     o, i = groups.codes.shape
     nothing = groups.codes.new_empty(0)
     return PackedCodes(

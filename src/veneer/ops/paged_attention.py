@@ -91,7 +91,7 @@ class PagedStore:
 
 
 def _runs(numbers: Iterable[int]) -> Iterator[range]:
-    """Numbers as ranges of neighbours."""
+    """Yield the numbers as ranges of consecutive ones."""
     start = stop = 0
     for number in sorted(numbers):
         if number != stop:

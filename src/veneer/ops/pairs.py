@@ -256,7 +256,7 @@ def add_pairs(
 
 
 def _room(shapes: Sequence[Sequence[int]], dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Sequence[Tensor]]:
-    """Return contiguous memory for matrices in panels, and each one's part; zeros fill the rest."""
+    """Allocate contiguous memory for matrices in panels. Return it with each matrix's part; zeros fill the rest."""
     sizes = [(o + -o % BLOCK) * filled(i, dtype) for o, i in shapes]
     is_filled = sum(sizes) == sum(o * i for o, i in shapes)
     room = (torch.empty if is_filled else torch.zeros)(sum(sizes), dtype=dtype, device=device)
@@ -265,17 +265,17 @@ def _room(shapes: Sequence[Sequence[int]], dtype: torch.dtype, device: torch.dev
 
 
 def _one_of(dtypes: Sequence[torch.dtype], x: Tensor, other: torch.dtype) -> Tensor:
-    """Return x without its gradient, converted to ``other`` if its dtype is not among ``dtypes``."""
+    """Return x detached, converted to ``other`` unless its dtype is among ``dtypes``."""
     return x.detach() if x.dtype in dtypes else x.detach().to(other)
 
 
 def _place(x: Tensor) -> tuple[object, ...]:
-    """The memory of a tensor."""
+    """Return a key of a tensor's memory."""
     return x.data_ptr(), x.shape, x.stride(), x.dtype
 
 
 def _middle(pairs: Sequence[FactorPair | None], out_features: Sequence[int], dtype: torch.dtype) -> Middle | None:
-    """Return the vectors between and behind the products of all layers; None if there are none."""
+    """Return the vectors that act between and after the products of all layers; None if there are none."""
     present = [pair for pair in pairs if pair is not None]
     if all(pair.is_plain for pair in present):
         return None
@@ -291,7 +291,7 @@ def _middle(pairs: Sequence[FactorPair | None], out_features: Sequence[int], dty
 
 
 def _joined(vectors: Sequence[Tensor | None], places: Sequence[int], neutral: float) -> Tensor | None:
-    """Return the vectors in one tensor, each at its offset; None if there are none."""
+    """Join the vectors in one tensor, each at its offset; None if there are none."""
     there = next((v for v in vectors if v is not None), None)
     if there is None:
         return None

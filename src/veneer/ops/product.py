@@ -48,7 +48,7 @@ def recorded_product(x: Tensor, multiply: Multiply, transposed: bool) -> Tensor:
 
 
 class _Product(torch.autograd.Function):
-    """``W x`` or ``Wᵀ x``; each is the other's derivative."""
+    """Function ``W x`` or ``Wᵀ x``. Each is the other's derivative."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, multiply: Multiply, transposed: bool) -> Tensor:

@@ -142,7 +142,7 @@ def _map_of(term: object) -> PackedTerm | None:
 
 
 def _padded(x: Tensor) -> Tensor:
-    """Float32 values with zeros behind the last axis."""
+    """Return float32 values with zeros appended on the last axis."""
     x = x.detach().to(torch.float32)
     return functional.pad(x, (0, -x.shape[-1] % PADDING))
 
@@ -190,7 +190,7 @@ _PACKED: dict[str, Callable[[Form], tuple[Tensor, Tensor | None]]] = {
 
 
 def _is_within(index: Tensor, n_values: int, o: int, i: int) -> bool:
-    """Return True if starts of o rows rise from 0 to the number of values, and columns are within i."""
+    """Return True if the o row starts rise from 0 to the number of values, and all columns are below i."""
     if len(index) != o + 1 + n_values:
         return False
     starts, columns = index[: o + 1], index[o + 1 :]

@@ -74,7 +74,7 @@ class Traced(Tensor):
 
 
 def _on_meta(func: Any, args: Any, kwargs: Any) -> Any:
-    """Run the op on the meta device. Writes into a real tensor leave it as it was."""
+    """Run the op on the meta device. A real tensor that it would write to keeps its values."""
     if func is _aten._local_scalar_dense.default and args[0].dtype == torch.bool:
         return True  # checks, such as that all values are finite, pass
     place = next((x.device for x in tensors_in(args) if isinstance(x, Traced)), _CPU)
@@ -163,7 +163,7 @@ class Tracing(SilentMode):  # type: ignore[no-untyped-call]
 
 
 def _is_traced(settings: Mapping[str, Any]) -> bool:
-    """Return True if a tensor that is made with these settings has no values."""
+    """Return True if a tensor created with these settings has no values."""
     dtype, device = settings.get("dtype") or torch.get_default_dtype(), settings.get("device")
     on_meta = device is not None and torch.device(device).type == "meta"
     return not on_meta and (dtype.is_floating_point or dtype in (torch.uint8, torch.int8))
@@ -234,7 +234,7 @@ def silent_kernels(module: Any) -> Any | None:
 
 
 class _Silent:
-    """Functions that compute nothing, except those that return sizes."""
+    """Module whose functions compute nothing, except those that return sizes."""
 
     def __init__(self, module: Any, tell: Called) -> None:
         self._module, self._tell = module, tell

@@ -52,11 +52,11 @@ class LeanAdamW(Optimizer):
         """Move one parameter along its gradient."""
 
     def _allocate(self, param: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """Zeros for a state tensor of a parameter, in the place where this optimizer keeps state."""
+        """Allocate zeros for a parameter's state tensor, in the memory where this optimizer keeps state."""
         return torch.zeros(shape, dtype=dtype, device=param.device)
 
     def _adopt(self, param: Tensor, value: Any) -> Any:
-        """A loaded piece of state, copied into that place."""
+        """Copy a loaded state tensor to the memory where this optimizer keeps state."""
         return self._allocate(param, tuple(value.shape), value.dtype).copy_(value) if torch.is_tensor(value) else value
 
 

@@ -65,7 +65,7 @@ class AdamW8bit(LeanAdamW):
             _step_float32(param, grad, state, hyper)
 
     def _state_of(self, param: Tensor) -> dict[str, Any]:
-        """Return the parameter's state, made before its first step."""
+        """Return the parameter's state, creating it before the first step."""
         if not self.state[param]:
             self.state[param] = self._new_state(param)
         return cast(dict[str, Any], self.state[param])

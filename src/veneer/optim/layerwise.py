@@ -38,7 +38,7 @@ class LayerwiseGaLoreAdamW(GaLoreAdamW):
             self._watched().pop().remove()
 
     def _watched(self) -> list[RemovableHandle]:
-        """Return the hooks. Groups are added before a subclass's ``__init__`` could make the list."""
+        """Return the list of hooks, which exists before ``__init__`` ends: groups are added earlier."""
         return cast("list[RemovableHandle]", self.__dict__.setdefault("_hooks", []))
 
     @torch.no_grad()

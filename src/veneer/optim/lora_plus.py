@@ -60,6 +60,6 @@ def _outward_of_methods() -> frozenset[str]:
 
 
 def _in_embedding(name: str) -> bool:
-    """Return True if a parameter is an adapter's at an embedding: ``<path>.adapters.<adapter>.<parameter>``."""
+    """Return True if a parameter belongs to an adapter of an embedding: ``<path>.adapters.<adapter>.<parameter>``."""
     path, held, _ = name.partition(".adapters.")
     return bool(held) and any("embed" in part or part == "wte" for part in path.split("."))

@@ -84,7 +84,7 @@ class PagedAdamW8bit(AdamW8bit):
         return tensor
 
     def _to_device(self, param: Tensor) -> dict[str, Tensor]:
-        """For a CUDA parameter, swap its pinned state for copies on the device; the pinned tensors are returned."""
+        """Replace a CUDA parameter's pinned state by copies on the device, and return the pinned tensors."""
         state = self._state_of(param)
         if param.device.type != "cuda" or "state1" not in state or state["state1"].device.type == "cuda":
             return {}

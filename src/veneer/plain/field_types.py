@@ -96,7 +96,7 @@ def kept(value: Any, hint: Any) -> Any:
 
 
 def _are(values: Any, kind: Any) -> bool:
-    """True for values that are Python's own whole numbers, or strings: a quarter of a million are seen at once."""
+    """Return True if all values are exactly ints, or exactly strings. A quarter of a million are checked at once."""
     return kind in (int, str) and set(map(type, values)) == {kind}
 
 
@@ -110,7 +110,7 @@ def misfits(name: str, value: object, hint: Any) -> list[str]:
 
 
 def _words(hint: Any, many: bool = False) -> str:
-    """Return the values allowed, in the words of a message."""
+    """Return the allowed values in the words of a message."""
     *most, last = _alternatives(hint, many)
     return f"{', '.join(most)} or {last}" if most else last
 

@@ -75,7 +75,7 @@ def _ask_first(module: ModuleType) -> None:
 
 
 def _text(models: Path, read: Read) -> str:
-    """Return the table as JSON: of the cache, or read from the files and left there."""
+    """Return the table as JSON: from the cache, else read from the source files and cached."""
     file = _file(models)
     if file is not None:
         with suppress(OSError, ValueError, LookupError, TypeError):
@@ -90,7 +90,7 @@ def _text(models: Path, read: Read) -> str:
 
 
 def _file(models: Path) -> Path | None:
-    """The file of an installed package, named by its stamps.
+    """Return the cache file of an installed package, named by a stamp of its files.
 
     None for a package in development, which changes, and for a user without a home.
     """
@@ -107,7 +107,7 @@ def _file(models: Path) -> Path | None:
 
 
 def _encoded(table: Any) -> Any:
-    """Dicts, whose keys are names or sets of names, and sets of names, as JSON has them."""
+    """Convert the table to types that JSON has: sets of names, and dicts keyed by names or by sets of names."""
     if isinstance(table, dict):
         return {_ENTRIES: [[_encoded(key), _encoded(value)] for key, value in table.items()]}
     return {_SETS: sorted(table)} if isinstance(table, (set, frozenset)) else table

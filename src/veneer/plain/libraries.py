@@ -16,7 +16,9 @@ _read = importlib.metadata.packages_distributions
 
 
 class _WhenAsked(Mapping[str, list[str]]):
-    """The distributions of each package. All metadata is read for a package that is in none of its own name."""
+    """Mapping of packages to their distributions. All metadata is read only for a package unlike its distribution's
+    name.
+    """
 
     def __init__(self) -> None:
         self._found: Mapping[str, list[str]] | None = None
@@ -38,7 +40,7 @@ class _WhenAsked(Mapping[str, list[str]]):
 
 
 def _has_own_name(package: str) -> bool:
-    """Return True if a distribution of the package's name holds it, which TRL prefers to all others."""
+    """Return True if a distribution of the package's own name provides it; TRL prefers that one."""
     try:
         files = importlib.metadata.distribution(package).read_text("RECORD") or ""
     except importlib.metadata.PackageNotFoundError:

@@ -19,7 +19,7 @@ def nearest(name: str, known: Iterable[str], n: int = 3) -> list[str]:
 
 
 def _is_swapped(name: str, other: str) -> bool:
-    """Return True if two neighbouring letters changed places, which is one slip of the fingers."""
+    """Return True if the names differ by one swap of neighbouring letters, which is one slip of the fingers."""
     wrong = [at for at, (a, b) in enumerate(zip(name, other, strict=False)) if a != b]
     if len(name) != len(other) or len(wrong) != 2 or wrong[1] != wrong[0] + 1:
         return False

@@ -133,7 +133,7 @@ def _pause() -> None:
 
 @contextmanager
 def _paused_by_steps() -> Iterator[None]:
-    """Let a wait around the block go on behind it, if the block has paused it."""
+    """Let an outer wait go on after the block, if the block has paused it."""
     outer = _WAIT.get()
     goes_on = outer is not None and not outer.paused
     try:
@@ -144,7 +144,7 @@ def _paused_by_steps() -> Iterator[None]:
 
 
 class _Spinner:
-    """A line that turns while it is waited, and that vanishes. Other lines on stderr go above it."""
+    """A spinner on stderr that vanishes at the end of a wait. Other lines are printed above it."""
 
     def __init__(self, what: str, console: Console) -> None:
         columns = SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()
@@ -156,7 +156,7 @@ class _Spinner:
 
     @property
     def what(self) -> str:
-        """Work that is waited for."""
+        """The work that is waited for."""
         return self._what
 
     @what.setter
@@ -199,7 +199,7 @@ class _Lines:
         self.paused = False
 
     def end(self) -> None:
-        """Nothing is printed behind this."""
+        """Stop printing."""
         self._over.set()
         self._thread.join()
 

@@ -75,7 +75,7 @@ def in_one_copy(held: Held, device: torch.device) -> Held:
 
 
 def _noted(x: Tensor, found: list[Tensor]) -> Tensor:
-    """Return the tensor, which is added to those found if it is in host memory."""
+    """Return the tensor; append it to ``found`` if it is in host memory."""
     found += [x] if x.is_cpu else []
     return x
 

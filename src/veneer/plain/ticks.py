@@ -31,7 +31,7 @@ def short(value: float) -> str:
 
 
 def _names(places: list[float], low: float, high: float) -> Iterator[str]:
-    """Yield the name of each place; empty for one that has no room. The last one always has its name."""
+    """Yield the name of each place, empty if there is no room for it. The last place always has its name."""
     at = {place: (math.log(place) - low) / (high - low) for place in places}
     half = {place: _DIGIT * len(short(place)) / 2 for place in places}
     free_from, last = -math.inf, places[-1]

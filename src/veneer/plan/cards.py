@@ -71,6 +71,6 @@ def card_of(name: str) -> Card:
 
 
 def _written(words: list[str]) -> set[str]:
-    """Return each run of neighbouring words as one word. No run begins with a size, which names no card by itself."""
+    """Join each run of neighbouring words to one word. No run begins with a size, since a size alone names no card."""
     starts = [i for i, word in enumerate(words) if not word.endswith("gb")]
     return {"".join(words[i:j]) for i in starts for j in range(i + 1, len(words) + 1)}

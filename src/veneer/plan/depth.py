@@ -65,7 +65,7 @@ def pattern_of(recipe: Recipe, config: PreTrainedConfig, n_blocks: int) -> Patte
 
 @dataclass(frozen=True, slots=True)
 class _Shape:
-    """A model with its adapter, identified by ``text``; ``again``: of so many blocks one is recomputed."""
+    """A model with its adapter, identified by ``text``. One block in every ``again`` blocks is recomputed."""
 
     text: str
     again: int
@@ -86,13 +86,15 @@ def _pattern(shape: _Shape) -> Pattern:
 
 
 def _lead(signs: Sequence[object], period: int) -> int:
-    """Return the first block from which on each block equals the one a period later."""
+    """Return the first block after which every block equals the one a period later."""
     apart = [k for k in range(len(signs) - period) if signs[k] != signs[k + period]]
     return apart[-1] + 1 if apart else 0
 
 
 def _signs(shape: _Shape) -> list[object] | None:
-    """A signature of each block: the kinds and shapes of its parts, its entries in the config's lists, and if it is
+    """Return a signature of each block; None if the model cannot be traced with fewer blocks.
+
+    A signature has the kinds and shapes of the block's parts, its entries in the config's lists, and if it is
     recomputed.
     """
     text: Any = shape.config.get_text_config()

@@ -101,7 +101,9 @@ def loadable(recipe: Recipe) -> Recipe:
 
 
 def _ways(method: str, model: ModelPart, training: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """Storage and checkpointing, as far as the method allows; settings that a recipe has already are left out."""
+    """Yield choices of storage and checkpointing that the method allows, except those that the recipe has
+    already made.
+    """
     formats = FORMATS if method != "full" else ("none",)
     formats = formats if model.quantization == "none" else (model.quantization,)
     for kind, way in itertools.product(formats, CHECKPOINTING):
@@ -114,8 +116,9 @@ def _ways(method: str, model: ModelPart, training: Mapping[str, Any]) -> Iterato
 def _largest(
     recipe: Recipe, config: PreTrainedConfig, changes: Mapping[str, Any], one: Plan, *, budget: int, bytes_of: Bytes
 ) -> tuple[dict[str, Any], Plan]:
-    """The largest number of rows a micro-batch that fits and divides the rows of a step. Memory is convex in it, so
-    each is tried.
+    """Find the largest micro-batch that fits and divides the rows of a step.
+
+    Memory is convex in it, so each is tried.
     """
     args = recipe.training_config()
     least, *more = _row_counts(args)
@@ -131,7 +134,7 @@ def _largest(
 
 
 def _row_counts(args: Any) -> list[int]:
-    """Return the allowed rows of a micro-batch: all of a step if the optimizer steps in the backward pass."""
+    """Return the allowed rows of a micro-batch: only all of a step's if the optimizer steps in the backward pass."""
     total = _rows_a_step(args)
     if steps_in_backward(args.optim):
         return [total]
@@ -139,7 +142,9 @@ def _row_counts(args: Any) -> list[int]:
 
 
 def _rows(rows: int, args: Any, distributed: DistributedPart, data: DataPart) -> dict[str, Any]:
-    """Rows of a micro-batch, as many micro-batches as keep the rows of a step, and no more rows in an evaluation's."""
+    """Return settings with ``rows`` rows a micro-batch and as many rows a step as before; an evaluation gets no
+    more.
+    """
     changes = {"training.per_device_train_batch_size": rows}
     if distributed.global_batch is None:  # else it follows
         changes["training.gradient_accumulation_steps"] = _rows_a_step(args) // rows

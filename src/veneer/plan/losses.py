@@ -94,5 +94,5 @@ def labelled(model: PreTrainedModel, reference: Reference | None, inputs: dict[s
 
 
 def _referred(reference: Reference | None, inputs: dict[str, Tensor]) -> Tensor | float:
-    """Return the log-probabilities of the reference; 0 if they were computed once before the run."""
+    """Return the reference's log-probabilities; 0 if they were computed once before the run."""
     return 0.0 if reference is None else reference(**inputs, fused_lm_head=True).log_probs.sum(dim=1)

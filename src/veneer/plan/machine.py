@@ -220,7 +220,7 @@ def free_here() -> int:
 
 
 def _side(n: int, most: int) -> int:
-    """Return the side of the product that is measured for one of ``n``."""
+    """Return the side that is measured in place of ``n``."""
     if n <= EXACT_SIDE:
         return n
     power = 1 << (min(n, most).bit_length() - 1)
@@ -232,8 +232,9 @@ def _path(general: bool) -> str:
 
 
 def _timed(run: Callable[[], Any]) -> float:
-    """Seconds of a run: the lower quartile of many short stretches. On busy cores a thread may wait milliseconds for
-    its turn, and most short stretches lie between two waits.
+    """Return the seconds of a run: the lower quartile of many short stretches.
+
+    On busy cores a thread may wait milliseconds for its turn, and most short stretches lie between two waits.
     """
     run()
     found: list[float] = []
@@ -248,7 +249,7 @@ def _timed(run: Callable[[], Any]) -> float:
 
 
 def _product_seconds(m: int, k: int, n: int, dtype: str) -> float:
-    """Conditions are those of a step: weights come from memory, and input and output lie elsewhere."""
+    """Time a product as in a step: weights come from memory, and input and output change each time."""
     kind = getattr(torch, dtype)
     weights = _in_turns(torch.ones(n, k, dtype=kind), COLD_BYTES)
     inputs, outputs = (_in_turns(torch.ones(*shape, dtype=kind), COOL_BYTES) for shape in ((m, k), (m, n)))
@@ -256,12 +257,12 @@ def _product_seconds(m: int, k: int, n: int, dtype: str) -> float:
 
 
 def _in_turns(x: Tensor, n_bytes: int) -> Iterator[Tensor]:
-    """An endless cycle of copies. They take more than so many bytes together, but are at most `MOST_COPIES`."""
+    """Cycle through copies for ever. They take more than ``n_bytes`` together, unless `MOST_COPIES` are fewer."""
     return itertools.cycle([x.clone() for _ in range(1 + min(MOST_COPIES, n_bytes // x.nbytes))])
 
 
 def _large_op_seconds() -> float:
-    """Seconds of an operation in place on more bytes than caches hold, like an optimizer's over weights and moments."""
+    """Time an operation in place on more bytes than the caches hold, like an optimizer's on weights and moments."""
     x = torch.ones(COLD_BYTES // 4)
     return _timed(lambda: x.mul_(1.0)) / (2 * x.nbytes)
 
@@ -320,7 +321,9 @@ def _scaled_tile(
     group: int,
     rounding: int,
 ) -> Callable[[], Tensor]:
-    """E4M3 scales are NVFP4's: one number multiplies or divides all of them."""
+    """Return a run that decodes a tile of scaled codes. E4M3 scales are NVFP4's, which have one number for the whole
+    weight.
+    """
     stored, rounded = ({number: dtype for dtype, number in kinds.items()} for kinds in (STORED, DTYPES))
     codes = torch.arange(o * n_bytes(i, bits), dtype=torch.int32).to(torch.uint8).view(o, -1)
     shape = (-(-o // height), -(-i // group))

@@ -127,7 +127,7 @@ def base_quantization(config: PreTrainedConfig, part: ModelPart) -> Quantization
 
 
 def _quantize(model: PreTrainedModel, config: QuantizationConfig) -> None:
-    """Quantize as the loader does, without a checkpoint."""
+    """Quantize the model as the loader does, without a checkpoint."""
     quantizer = VeneerQuantizer(config, pre_quantized=config.is_stored)
     quantizer._process_model_before_weight_loading(model)
     quantizer.plan_stacks(model)
@@ -135,7 +135,7 @@ def _quantize(model: PreTrainedModel, config: QuantizationConfig) -> None:
 
 
 def _put_in_blocks(model: PreTrainedModel, source: str) -> None:
-    """As the loader does for a GGUF file whose blocks stay in it; a tied head shares the table's tensors."""
+    """Keep the weights in a GGUF file's blocks as the loader does. A tied head shares the table's tensors."""
     path = file_of(source)
     if path is not None and why_not_in_blocks(path) is None:
         coded = put_in_blocks(model, parameters_of(model, path, model.dtype), None)
@@ -143,7 +143,7 @@ def _put_in_blocks(model: PreTrainedModel, source: str) -> None:
 
 
 def _fill(model: PreTrainedModel, shared: Mapping[str, str]) -> None:
-    """Give every coded module its tensors on the meta device; names that are ``shared`` alike have one weight."""
+    """Give every coded module tensors on the meta device. Names with the same entry in ``shared`` share one weight."""
     made: dict[str, Tensor] = {}
     for path, layer in model.named_modules():
         if isinstance(layer, CodedModule):

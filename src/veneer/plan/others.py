@@ -12,7 +12,7 @@ LEAST_SHARE = 0.05
 
 
 class _Looked(NamedTuple):
-    """Seconds so far: by the clock, and of CPU time used by all processes and by this one."""
+    """Seconds so far: by the clock, of all processes' CPU time, and of this process's CPU time."""
 
     clock: float
     all: float

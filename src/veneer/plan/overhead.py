@@ -83,8 +83,9 @@ def byte_seconds(known: Callable[[Work], float], least: float) -> float:
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """Such small steps are the work of one thread; otherwise threads wait for one another on a busy core. The thread's
-    own CPU seconds are then those of an idle machine.
+    """Compute on one thread: on a busy core several would wait for one another in such small steps.
+
+    The thread's own CPU seconds are then those of an idle machine.
     """
     before = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -112,7 +113,7 @@ def _recipe(general: bool, batch: Batch, checkpointing: bool | str = False) -> R
 
 
 def _step_seconds(config: LlamaConfig, args: Any, adapter: MethodConfig, batch: Batch, clock: Clock) -> float:
-    """Return the least seconds of several steps after the first ones, by a clock."""
+    """Return the least seconds of a step by the clock, after the first few."""
     model = get_peft_model(LlamaForCausalLM(config).to(torch.bfloat16), adapter).train()
     prepare(model, args, with_values=True)
     inputs = batch.inputs(config.vocab_size)

@@ -46,7 +46,7 @@ def _tell_path(counted: CountWork, k: int) -> Callable[..., None]:
 
 
 def _within(owner: Any, name: str, counted: CountWork, flag: str) -> None:
-    """Set a flag of ``counted`` while a function of the owner runs."""
+    """Set a flag of ``counted`` while the owner's function ``name`` runs."""
     function = getattr(owner, name)
 
     @functools.wraps(function)

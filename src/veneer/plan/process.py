@@ -55,15 +55,16 @@ def process_of(plan: Plan, start: int | None = None) -> Process:
 
 
 def _lost(plan: Plan, peak: Peak) -> int:
-    """Bytes of gaps between the tensors of a phase, too small for any other."""
+    """Return the bytes of gaps between a phase's tensors, which are too small for any other tensor."""
     moving = peak.n_bytes - plan.held.n_bytes
     trained = sum(peak.kinds.get(kind, 0) for kind in (GRADIENTS, STATE))
     return round(MOVING_SHARE * moving + _share_between(plan) * trained)
 
 
 def _bytes_of_rows(part: DataPart) -> Iterator[float]:
-    """Bytes of the files that are read whole and are there, as often as their rows are taken; a set of which so many
-    rows are taken (``limit``, ``count``), and one of the hub, is left out.
+    """Yield the bytes of each local file that is read whole, times how often its rows are taken.
+
+    Files of which a fixed number of rows is taken (``limit``, ``count``) are left out, and so are sets of the hub.
     """
     if part.eval_limit is None:
         yield _file_bytes(part.eval)
@@ -79,8 +80,10 @@ def _file_bytes(source: str | None) -> int:
 
 
 def _share_between(plan: Plan) -> float:
-    """The share of memory lost to gaps between gradients and optimizer state. It is zero if blocks keep only their
-    inputs, and half if gradients are allocated only in the first of several micro-batches.
+    """Return the share of memory lost to gaps between gradients and optimizer state.
+
+    It is zero if blocks keep only their inputs, and half if gradients are allocated only in the first of several
+    micro-batches.
     """
     args = plan.recipe.training_config()
     if args.gradient_checkpointing and not (args.gradient_checkpointing_kwargs or {}).get("selective"):

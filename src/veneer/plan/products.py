@@ -63,9 +63,9 @@ def _of_form(form: Sequence[int], n: int) -> Iterator[MatrixProduct]:
 
 
 def _of_pairs(arguments: tuple[Any, ...], *, backward: bool) -> Iterator[MatrixProduct]:
-    """By the struct ``Given`` of csrc/grouped_low_rank/bindings.cpp, run by run.
+    """Yield the products of low-rank pairs, given the arguments of ``Given`` in csrc/grouped_low_rank/bindings.cpp.
 
-    The backward pass has the gradient in x too. A traced call does not show if that gradient is needed.
+    The backward pass counts the gradient in x. A traced call does not show if that gradient is needed.
     """
     dtypes, i, outs, pairs, _, _, runs = arguments[:7]
     dtype = next(str(kind).removeprefix("torch.") for kind, number in DTYPES.items() if number == dtypes[0])

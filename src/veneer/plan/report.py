@@ -132,7 +132,7 @@ class Machine:
         return self.seconds(plan).step if self.knows_seconds else plan.work.flops / 1e12
 
     def _replanned(self, plan: Plan, batch: Batch) -> Plan:
-        """Return the plan of another micro-batch of the same recipe, without its evaluation."""
+        """Plan another micro-batch of the same recipe, without its evaluation."""
         return plan_recipe(plan.recipe, config=plan.config, batch=batch, isa=self.isa, evaluated=False)
 
     def facts(self, plan: Plan, n_rows: int | None) -> dict[str, Any]:
@@ -175,7 +175,9 @@ class Machine:
         return found
 
     def _seconds_of(self, plan: Plan, own: OwnRows | None, told: Mapping[str, Any]) -> Seconds:
-        """Seconds of a run of these settings, else by measured rates, else by runs of other settings."""
+        """Return the seconds of earlier runs with these settings; else by measured rates; else by runs of other
+        settings.
+        """
         run = observed(told) if self.card is None else None
         if run is not None:
             return seconds_by(run, None if own is None else own.tokens)
@@ -279,7 +281,7 @@ def _duration_told(low: float, high: float) -> str:
 
 
 def _seconds(time: Mapping[str, Any]) -> str:
-    """Return the seconds of a micro-batch, or their range."""
+    """Return the seconds of a micro-batch in words, as a number or a range."""
     low, high = time.get("between", (None, time["seconds_a_step"]))
     if high >= 60:
         return duration(high) if low is None else f"{duration(low)} to {duration(high)}"
@@ -287,7 +289,7 @@ def _seconds(time: Mapping[str, Any]) -> str:
 
 
 def _rows(time: Mapping[str, Any], batch: Batch, aside: Sequence[str] = ()) -> str:
-    """Return the rows that the seconds refer to, in words, with ``aside`` in one bracket."""
+    """Return in words the rows that the seconds refer to, with ``aside`` in brackets."""
     if "rows" not in time:
         return "where its rows are full" + "".join(f" ({each})" for each in aside)
     length, n = time["rows"]["length"], time["rows"]["encoded"]
@@ -335,7 +337,7 @@ def own_values(recipe: Recipe, found: Sequence[Fit]) -> dict[str, object]:
 
 
 def _rate(a_second: float) -> str:
-    """A rate with enough digits to distinguish two slow ones."""
+    """Return a rate with enough digits to distinguish two slow ones."""
     return f"{a_second:,.0f}" if a_second >= 100 else f"{a_second:.3g}"
 
 

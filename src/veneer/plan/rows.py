@@ -67,8 +67,9 @@ def own_rows(recipe: Recipe, full: Batch) -> OwnRows | None:
 
 
 def _lengths(part: DataPart, source: str, longest: int) -> tuple[list[int], int | None]:
-    """Tokens of the rows that are encoded with the tokenizer of ``source``, cut as a run cuts them, and the number of
-    all rows, if all were read.
+    """Return the lengths of encoded rows, cut as a run cuts them, and the number of all rows if all were read.
+
+    ``source`` names the tokenizer.
     """
     if not names_a_file(part.train) or not Path(part.train).is_file():
         return [], None

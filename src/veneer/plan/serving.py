@@ -116,9 +116,7 @@ def kept_in_serving(model: PreTrainedModel, block: int) -> KeptBytes:
 
 @contextmanager
 def _each_expert_taken() -> Iterator[None]:
-    """Context in which experts that look for their tokens find all of them, and indices that code reads are 0: there
-    are no values to look at.
-    """
+    """Enter a context for tracing without values: every expert finds tokens, and indices that code reads are 0."""
     with cast(Any, fx_config).patch(meta_nonzero_assume_all_nonzero=True), _FirstIndex():  # type: ignore[no-untyped-call]
         yield
 
@@ -149,7 +147,7 @@ def _of_own_code(model: PreTrainedModel) -> KeptBytes:
 
 
 def _computes_whole(model: PreTrainedModel) -> bool:
-    """Return True if a model's code computes a whole sequence, though none with a cache."""
+    """Return True if the model can compute a whole sequence without a cache."""
     try:
         model(input_ids=torch.arange(_SHORT)[None], use_cache=False)
     except UNFIT:

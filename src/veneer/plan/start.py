@@ -76,7 +76,7 @@ def known_start() -> int | None:
 
 
 def _file() -> Path:
-    """Return this installation's file. The counted share of a library depends on how the system holds its file."""
+    """Return this installation's file, since a library's counted share depends on how the system maps it."""
     return cache_dir() / "plan" / f"start-{hashlib.sha256(_installation().encode()).hexdigest()[:12]}.json"
 
 
@@ -96,7 +96,7 @@ class _Beginning:
         )
 
     def told(self) -> tuple[str, str]:
-        """Return stdout and stderr of the process, once it has ended."""
+        """Wait for the process to end, and return its stdout and stderr."""
         try:
             return self.process.communicate(timeout=LONGEST)
         except subprocess.TimeoutExpired:
@@ -105,7 +105,7 @@ class _Beginning:
             self.end()
 
     def end(self) -> None:
-        """Nothing of it is left."""
+        """End the process and remove its folder."""
         self.process.kill()
         self.process.wait()
         for pipe in (self.process.stdout, self.process.stderr):

@@ -251,6 +251,6 @@ def n_parameters(model: nn.Module) -> int:
 
 
 def _coded(model: nn.Module) -> Iterator[int]:
-    """Yield the number of values of each coded matrix. A head and a table that share their codes count once."""
+    """Yield the number of values of each coded matrix. A head and a table with the same codes count once."""
     coded = {id(m.weight): m.spec.shape for m in model.modules() if isinstance(m, CodedModule)}
     return map(math.prod, coded.values())

@@ -201,7 +201,7 @@ class CountWork(SilentMode):  # type: ignore[no-untyped-call]
             self._now.products.update(kernel_products(name, arguments))
 
     def _repeat(self, times: int) -> None:
-        """Begin a part that repeats (0), or count it so many times in place of once."""
+        """Begin a repeated part (``times`` 0), or end it and count it ``times`` times."""
         if not times:
             self._before_repeated.append(self._now.plus(Work(), 0))
             return

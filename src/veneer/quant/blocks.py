@@ -78,7 +78,7 @@ class BlockWeight(CodedWeight):
         return y
 
     def _transposed(self, dy: Float[Tensor, "n o"]) -> Float[Tensor, "n i"]:
-        """Return the sum over the tiles, in at least float32; the product of a tile is rounded as a dense one is."""
+        """Sum the tiles' products in at least float32. Each product is rounded as a dense weight's is."""
         wide, exact = operand(dy), torch.promote_types(dy.dtype, torch.float32)
         dx = dy.new_zeros(len(dy), self.shape[1], dtype=exact)
         for rows, tile in self.tiles(tile_values(dy.device)):

@@ -200,7 +200,7 @@ def quantize(
 
 
 def _alone(part: Tensor) -> Tensor:
-    """A copy of the part: as a view it would keep the memory of the whole blocks that it was cut from."""
+    """Copy the part: a view would keep the memory of the whole blocks that it was cut from."""
     return part if part.untyped_storage().nbytes() == part.nbytes else part.clone()
 
 
@@ -230,8 +230,8 @@ def _read_state(tensors: Parts) -> dict[str, Any]:
 
 
 def _layout_of(state: dict[str, Any], shape: tuple[int, int]) -> tuple[FourBitLayout, bool, list[str]]:
-    """The layout that a quant_state describes, whether absmax is quantized too, and the problems that prevent reading
-    it.
+    """Return the layout that a quant_state describes, whether absmax is quantized too, and the problems of
+    reading it.
     """
     problems = []
     dtype = getattr(torch, state["dtype"], None)
@@ -249,12 +249,12 @@ def _layout_of(state: dict[str, Any], shape: tuple[int, int]) -> tuple[FourBitLa
 
 
 def _as_bytes(packed: Tensor | None) -> Tensor | None:
-    """Return the packed codes as uint8, whatever dtype the container was given (``bnb_4bit_quant_storage``)."""
+    """Return the packed codes as uint8, in whatever dtype they are stored (``bnb_4bit_quant_storage``)."""
     return None if packed is None else packed.reshape(-1).contiguous().view(torch.uint8).view(-1, 1)
 
 
 def _map_problems(key: str, tensors: Parts, expected: Tensor) -> list[str]:
-    """Return the problems of a table of codes on disk, which must be the one of this format."""
+    """Return the problems of a stored code table, which must equal this format's."""
     found = tensors.get(key)
     if found is None:
         return [f"{key} is missing"]

@@ -135,7 +135,7 @@ class Fp8Spec:
         return self._grid() if self.scale_shape is None else self.scale_shape
 
     def _grid(self) -> tuple[int, int]:
-        """Return the shape of the scales if no file gives another: blocks, or rows."""
+        """Return the shape that scales have unless a file gives another: one for each block, or for each row."""
         height, width = self.block or (1, self.shape[1])
         return -(-self.shape[0] // height), -(-self.shape[1] // width)
 
@@ -150,7 +150,10 @@ class Fp8Spec:
         return (o, i) if torch.Size(scale_shape).numel() == 1 else (1, i)
 
     def _stored(self, scale: Tensor) -> Tensor:
-        """Return the scale in its dtype on disk, never zero; powers of two are rounded up: no value is out of range."""
+        """Convert a scale to its dtype on disk, never zero.
+
+        Powers of two are rounded up, so that no value overflows.
+        """
         if self.scale_dtype in FLOATS:
             return scale.clamp(min=torch.finfo(self.scale_dtype).smallest_normal).to(self.scale_dtype)
         tiny = torch.finfo(torch.float32).tiny

@@ -79,8 +79,11 @@ class GptqSpec(GroupedSpec):
         return problems + scales_problems(tensors, (groups, o))
 
     def _zeros(self, stored: Tensor) -> tuple[Tensor, list[str]]:
-        """The zeros (o, groups), and their problems. A single zero above the largest code is 0, as in AutoGPTQ's
-        kernels; most of them, or a symmetric weight beside its middle, tell a wrong convention.
+        """Return the zeros (o, groups), and the problems with them.
+
+        A single zero above the largest code counts as 0, as in AutoGPTQ's kernels. If most are, or if a symmetric
+        weight's
+        zeros lie beside the middle, the file follows another convention.
         """
         zeros = unpack(stored.contiguous().view(torch.uint8), self.bits, self.shape[0])
         middle, named = 1 << self.bits - 1, "gptq" if self.less_one else "gptq_v2"

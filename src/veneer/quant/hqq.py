@@ -107,7 +107,10 @@ class HqqSpec(GroupedSpec):
 
 
 def _stacked(codes: UInt8[Tensor, "rows group"], bits: int, per_word: int) -> Tensor:
-    """Pack ``per_word`` parts of the rows into each word, the first in the highest bits; zeros fill the last part."""
+    """Pack ``per_word`` parts of the rows into each word, the first part in the highest bits.
+
+    Zeros pad the last part.
+    """
     dtype = torch.int32 if bits == 3 else torch.uint8
     filled = torch.nn.functional.pad(codes, (0, 0, 0, -len(codes) % per_word)).to(dtype)
     step = 8 if per_word == 1 else bits

@@ -85,7 +85,7 @@ class Nvfp4Spec:
         return replace(self, overall=float(overall)), parts
 
     def _number(self, peak: Float[Tensor, ""]) -> Float[Tensor, ""]:
-        """Return the stored overall number of a matrix with this largest value."""
+        """Return the overall number to store for a matrix whose largest magnitude is ``peak``."""
         largest = torch.finfo(SCALE).max
         if self.overall is not None:
             divisor = self.overall if self.divides else 1.0 / self.overall

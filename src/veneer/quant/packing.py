@@ -72,7 +72,9 @@ def _parts(groups_of: Callable[[slice], CodeGroups], o: int, i: int) -> Iterator
 
 
 def _groups_of(weight: BlockWeight) -> Callable[[slice], CodeGroups] | None:
-    """Return a function that gives codes and scales of a slice of rows; None if `CodeGroups` cannot express them."""
+    """Return a function from a slice of rows to codes and scales; None if the format cannot be expressed as
+    `CodeGroups`.
+    """
     if isinstance(weight, GgmlWeight):
         return weight.groups if weight.is_narrow else None
     if not isinstance(weight, ScaledWeight) or (isinstance(weight, GroupedWeight) and weight.order is not None):
@@ -94,7 +96,7 @@ def _groups_of(weight: BlockWeight) -> Callable[[slice], CodeGroups] | None:
 
 
 def _form(w: ScaledCodes) -> tuple[str, str]:
-    """Return numbers and formula of `CodeGroups`: whole numbers, signed if there are no zeros."""
+    """Return the numbers and the formula of `CodeGroups`: whole numbers, signed if there are no zeros."""
     if w.coding != "whole":
         return w.coding, "scaled"
     width = _width(w)
@@ -105,8 +107,9 @@ def _form(w: ScaledCodes) -> tuple[str, str]:
 
 
 def _raised(w: ScaledCodes) -> int:
-    """The number added to a code. Without zeros the code ``2 ** (bits - 1)`` means 0: it is the middle, or 0 in a
-    signed byte.
+    """Return the number to add to a code.
+
+    Without zeros, the code ``2 ** (bits - 1)`` means 0. It is moved to the middle, or to 0 in a signed byte.
     """
     if w.coding != "whole" or w.zeros is not None:
         return 0
@@ -115,18 +118,18 @@ def _raised(w: ScaledCodes) -> int:
 
 
 def _width(w: ScaledCodes) -> int:
-    """Bits in which whole numbers are packed."""
+    """Return the width, in bits, in which whole numbers are packed."""
     return next(width for width in (2, 3, 4, 8) if w.bits <= width)
 
 
 def _by_row(x: Tensor, w: ScaledCodes) -> Tensor:
-    """Scales or zeros (o, groups)."""
+    """Return scales or zeros as (o, groups)."""
     x = x.reshape(-1, w.groups)
     return x if w.height == 1 else x.repeat_interleave(w.height, dim=0)[: len(w.codes)]
 
 
 def _by_unit(x: Tensor, w: ScaledCodes) -> Tensor | None:
-    """Return the same values for groups of a multiple of 16 inputs, in the kernels' order."""
+    """Return scales or zeros for groups of a multiple of 16 inputs, in the kernels' order."""
     if x.dtype == torch.float8_e8m0fnu:
         x = x.view(torch.uint8)
     if x.dtype == torch.float8_e4m3fn or w.overall is not None:

@@ -52,7 +52,7 @@ def on_ray(place: RayCluster) -> Callable[[Sweep, Tell, Stop], AbstractContextMa
 
 
 class _RayWorkers:
-    """Packs under way on Ray, by the reference to the result of each."""
+    """Packs that train on Ray, by the reference to each one's result."""
 
     def __init__(self, n: int, places: int, found: Devices, tell: Tell, stop: Stop) -> None:
         self.n_workers, self.n_places, self._tell, self._stop = n, places, tell, stop
@@ -78,7 +78,7 @@ class _RayWorkers:
             return jobs, (str(error).strip() or type(error).__name__).partition("\n")[0]
 
     def close(self) -> None:
-        """End the packs that are left, each after its step, with checkpoints."""
+        """End the remaining packs, each after its current step, with checkpoints."""
         left = list(self._under_way)
         for pack in left:
             ray.cancel(pack)
@@ -104,7 +104,7 @@ def _room(members: Sequence[Member], n: int, folder: str) -> tuple[int, str]:
 
 
 def _train_pack(jobs: Sequence[Job], folder: str) -> list[JobEnd]:
-    """Train a pack in a worker, where a signal that ends it leaves checkpoints."""
+    """Train a pack in a worker. A signal that ends the worker leaves checkpoints."""
     os.chdir(folder)
     datasets.disable_progress_bars()
     signal.signal(signal.SIGINT, signal.default_int_handler)  # by which Ray cancels; ignored if the driver ignores it

@@ -133,7 +133,7 @@ def train_on(place: RayCluster, loop: Loop, recipe: Recipe) -> dict[str, Any]:
 
 
 def _in_worker(config: Mapping[str, Any]) -> None:
-    """Train. An error that beginning again would not mend goes into a file, and the worker ends as if all was well."""
+    """Train. An error that a restart would not mend is written to a file, and the worker then ends normally."""
     loop = loop_of({key: value for key, value in config.items() if key != _REFUSAL})
     if Path(config[_REFUSAL]).exists():
         return
@@ -146,7 +146,7 @@ def _in_worker(config: Mapping[str, Any]) -> None:
 
 
 def _raise_refusal(folder: Path) -> None:
-    """Raise the error of a worker that has refused the run."""
+    """Raise the error with which a worker has refused the run."""
     if (folder / _REFUSAL).exists():
         found = json.loads((folder / _REFUSAL).read_text(encoding="utf-8"))
         kind: type[VeneerError] = getattr(errors, found["kind"])
@@ -155,7 +155,7 @@ def _raise_refusal(folder: Path) -> None:
 
 @contextmanager
 def _interruptible() -> Iterator[None]:
-    """Raise Interrupted for Ctrl-C, for which Ray ends the workers and exits with the status 0, and for SIGTERM."""
+    """Raise Interrupted on SIGTERM and on Ctrl-C: on Ctrl-C, Ray would end the workers and exit with the status 0."""
     came = signal.SIGINT
 
     def end_as_by_ctrl_c(number: int, _: object) -> None:
@@ -179,8 +179,9 @@ def _interruptible() -> Iterator[None]:
 
 @contextmanager
 def _scratch(output: Path) -> Iterator[Path]:
-    """A folder for Ray's own state, where all nodes see it; an output folder that was made for it and stays empty is
-    removed too.
+    """Yield a folder for Ray's own state, on a disk that all nodes see.
+
+    If the output folder was created for it and stays empty, it is removed too.
     """
     made = not output.exists()
     try:
@@ -197,7 +198,7 @@ def _scratch(output: Path) -> Iterator[Path]:
 
 
 def _require_elastic(place: RayCluster, uneven: Uneven) -> None:
-    """Raise ConfigError if a run whose number of workers may change would have other rows with another one."""
+    """Raise ConfigError if a run's rows depend on the number of workers, and that number may change."""
     if place.least is None or place.n_workers is None:
         return
     problems = uneven(place.least, place.n_workers)
@@ -213,14 +214,16 @@ def _require_elastic(place: RayCluster, uneven: Uneven) -> None:
 
 
 def _workers(place: RayCluster, uneven: Uneven, n: int) -> int | tuple[int, int]:
-    """The number of workers, or the least and the most."""
+    """Return the number of workers, or the least and the most."""
     if place.least is not None:
         return place.least, place.n_workers or n
     return (1, n) if n > 1 and not uneven(1, n) else n
 
 
 def _problems(recipe: Recipe, least: int, most: int) -> list[str]:
-    """The settings that would change a run's rows with the number of workers, from the least to the most."""
+    """Return the settings by which a run's rows would depend on the number of workers, between the least and
+    the most.
+    """
     found, part = tied_to_its_processes(recipe), recipe.distributed
     if part.shard not in (None, 1):
         found.append(f"distributed.shard {part.shard} does not divide each number")

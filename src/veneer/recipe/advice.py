@@ -55,7 +55,7 @@ def belongs(key: str, part: str) -> str:
 
 @cache
 def _usual_keys() -> Mapping[str, frozenset[str]]:
-    """Return the keys of the commented recipe by part, including those that are commented out."""
+    """Return the keys of each part in the commented recipe, including those that are commented out."""
     text = (resources.files("veneer.recipe") / "recipe.yaml").read_text(encoding="utf-8")
     usual = yaml.safe_load(re.sub(r"^( +)# (\w+: )", r"\1\2", text, flags=re.M))
     parts = {name: frozenset(value) for name, value in usual.items() if isinstance(value, dict)}

@@ -64,7 +64,7 @@ def _found(target: str, names: tuple[str, ...]) -> bool:
 
 
 def _reads_targets(values: Mapping[str, Any]) -> bool:
-    """Return False for a method without ``target_modules``, whose key is a problem by itself."""
+    """Return False for a method without ``target_modules``; giving that key is a problem of its own."""
     method = method_of(section(values, "adapter"))
     known = declared_methods()
     return method != FULL and (method not in known or "target_modules" in known[method].keys.types)

@@ -144,7 +144,7 @@ def refuse(found: Iterable[ChangedSetting], output: Path) -> None:
 
 
 def _chooses(values: Mapping[str, Any]) -> bool:
-    """Return True where an evaluation decides when training stops or which weights it keeps."""
+    """Return True if an evaluation decides when training stops or which weights are kept."""
     return bool(
         values["training.load_best_model_at_end"]
         or values["training.early_stopping_patience"]
@@ -154,6 +154,6 @@ def _chooses(values: Mapping[str, Any]) -> bool:
 
 
 def _any_length(config: MethodConfig | None, values: Mapping[str, Any]) -> bool:
-    """Return True where a longer run begins with the very steps of a shorter one."""
+    """Return True if a longer run begins with exactly the steps of a shorter one."""
     minds_length = config is not None and config.training is not None and bool(config.training.fields_for(1))
     return not minds_length and values["training.lr_scheduler_type"] == "constant"

@@ -62,7 +62,10 @@ def declared_config(folder: Path) -> DeclaredConfig | None:
 
 
 def _config(module: str, name: str, peft_type: str, given: Mapping[str, Any]) -> DeclaredConfig | None:
-    """Return the config of a class. Raises UnreadableError if the class defines its own way to show settings."""
+    """Return the config of a class without importing it; None if a value needs the class's own checks.
+
+    Raises UnreadableError if the class defines its own way to show settings.
+    """
     class_value(module, name, "told")
     defaults = declared_defaults(module, name)
     if problems_of(given, defaults, _peft_fields(module, name)):
@@ -106,12 +109,12 @@ def modules_named(config: DeclaredConfig, keys: Iterable[str]) -> tuple[str, ...
 
 
 def _paths(parts: list[str]) -> Iterable[str]:
-    """Return the paths that a key may be below, the longest first."""
+    """Return the paths below which a key may lie, the longest first."""
     return (".".join(parts[:n]) for n in range(len(parts) - 1, 0, -1))
 
 
 def _is_plain(key: str, value: Any, default: Any, kind: Any) -> bool:
-    """Return True for a value that no method refuses in place of this default of a field of this ``kind``."""
+    """Return True if every method accepts this value in place of the field's default; ``kind`` is the field's type."""
     other = isinstance(value, bool) != isinstance(default, bool) or isinstance(default, str) > isinstance(value, str)
     if default is UNCLEAR or other:
         return False
@@ -132,7 +135,7 @@ def _headline(module: str, name: str) -> tuple[str, ...]:
 
 
 def _peft_fields(module: str, name: str) -> peft_fields.PeftFields:
-    """Return the fields of PEFT that a class tells apart. Raises UnreadableError if its source computes them."""
+    """Return the class's table of PEFT's fields. Raises UnreadableError if its source computes the table."""
     value = class_value(module, name, "peft_fields")
     try:
         code = compile(ast.Expression(value or ast.Name("COMMON", ast.Load(), lineno=0, col_offset=0)), module, "eval")

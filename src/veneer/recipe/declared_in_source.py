@@ -96,7 +96,7 @@ def _fields(node: ast.ClassDef) -> Iterator[_Field]:
 
 
 def _literal_default(written: ast.expr | None) -> Any:
-    """Return the value that a field of a class is given there, by itself or by ``field(default…)``."""
+    """Return a field's default as written in its class: a value, or ``field(default…)``."""
     if isinstance(written, ast.Call):
         options = {keyword.arg: keyword.value for keyword in written.keywords}
         factory = options.get("default_factory")
@@ -116,7 +116,7 @@ def _bases(module: str, node: ast.ClassDef) -> list[AllowedKeys]:
 
 
 def _homes_of_bases(module: str, node: ast.ClassDef) -> list[tuple[str, str]]:
-    """Return module and name of each base class that is declared in source."""
+    """Return the module and name of each base class that is declared in source."""
     found = []
     for base in node.bases:
         try:
@@ -128,7 +128,7 @@ def _homes_of_bases(module: str, node: ast.ClassDef) -> list[tuple[str, str]]:
 
 
 def _home(module: str, name: ast.expr) -> tuple[str, str]:
-    """Return the module and the name in it that an expression refers to."""
+    """Return the module that an expression refers to, and the name in it."""
     if isinstance(name, ast.Attribute) and isinstance(name.value, ast.Name):
         return _names(module).get(name.value.id, (module, ""))[0], name.attr
     if isinstance(name, ast.Name):
@@ -137,7 +137,7 @@ def _home(module: str, name: ast.expr) -> tuple[str, str]:
 
 
 def _class_of(module: str, name: str) -> tuple[str, ast.ClassDef]:
-    """Return a class with the module that defines it, following imports."""
+    """Return a class's definition and its module, following imports."""
     for node in _tree(module).body:
         if isinstance(node, ast.ClassDef) and node.name == name:
             return module, node
@@ -148,7 +148,7 @@ def _class_of(module: str, name: str) -> tuple[str, ast.ClassDef]:
 
 @functools.cache
 def _names(module: str) -> Mapping[str, tuple[str, str]]:
-    """Return the module and the name there for each imported name, also of imports for type checkers."""
+    """Map each imported name to its module and the name there, including imports for type checkers only."""
     found: dict[str, tuple[str, str]] = {}
     statements = list(_statements(_tree(module).body))
     for node in statements:
@@ -165,8 +165,9 @@ def _names(module: str) -> Mapping[str, tuple[str, str]]:
 
 
 def _statements(body: Iterable[ast.stmt]) -> Iterator[ast.stmt]:
-    """The statements that run when a module is imported, with those in conditions. Bodies of functions and classes are
-    left out, and so are expressions, which are ten times as many.
+    """Yield the statements that run when a module is imported, including those under conditions.
+
+    Bodies of functions and classes are left out, and so are expressions, which are ten times as many.
     """
     for node in body:
         yield node
@@ -229,7 +230,7 @@ def classes_with(module: str, name: str) -> Iterator[tuple[str, Any]]:
 
 
 class _Types(dict[str, Any]):
-    """The names of a module as annotations use them."""
+    """Namespace of a module in which its annotations are evaluated."""
 
     def __init__(self, module: str) -> None:
         super().__init__()
@@ -245,7 +246,7 @@ class _Types(dict[str, Any]):
 
 
 def _named_type(module: str, name: str) -> Any:
-    """Return an enumeration's values, an alias's type, or Any for another class."""
+    """Return an enumeration's values, an alias's type, or Any for any other class."""
     for node in _tree(module).body:
         if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == name:
             return _type(module, node.value)

@@ -61,7 +61,7 @@ def typed(
 
 
 def _misfits(key: str, value: Any, error: ValidationError) -> list[str]:
-    """A problem for each place within a value that is refused. If there is none, the value itself is."""
+    """Return a problem for each wrong place inside a value; if there is none, one for the value itself."""
     return [
         f"{'.'.join(map(str, (key, *place)))}: {unfit(of[0]['input'], of)}"
         for place, of in by_place(value, error.errors()).items()
@@ -73,14 +73,14 @@ _WORDS_OF_YAML = {False: ("no", "off"), True: ("yes", "on")}
 
 
 def _converted(value: Any, hint: Any) -> Any:
-    """A value as its type has it. Raises pydantic's ValidationError."""
+    """Convert a value to its type. Raises pydantic's ValidationError."""
     words = _WORDS_OF_YAML[value] if isinstance(value, bool) else ()
     meant = [word for word in words if word in _choices(hint)]
     return TypeAdapter(hint).validate_python(meant[0] if meant else value)
 
 
 def _choices(hint: Any) -> list[Any]:
-    """Return the words of a type that lists them, or of the parts of a union that do."""
+    """Return the words that a type allows, or that the parts of a union allow."""
     if typing.get_origin(hint) is Literal:
         return list(typing.get_args(hint))
     if isinstance(hint, type) and issubclass(hint, Enum):

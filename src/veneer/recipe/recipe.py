@@ -121,7 +121,7 @@ def changed(recipe: Recipe, changes: Mapping[str, Any]) -> Recipe:
 
 
 def _n_processes() -> int:
-    """Processes that have met, or that a launcher has started to meet."""
+    """Return the number of processes that have met, or that a launcher has started."""
     met = distributed.is_available() and distributed.is_initialized()
     return distributed.get_world_size() if met else group_size()
 

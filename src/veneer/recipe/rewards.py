@@ -97,7 +97,7 @@ def _imported(name: str, folder: Path) -> Reward:
 
 
 def _attribute(name: str, folder: Path) -> Reward:
-    """The function of a module's or a file's name, and its own."""
+    """Return the function that ``module:name`` or ``file:name`` refers to."""
     place, _, attribute = name.partition(":")
     module = _module(place, folder, name)
     found = getattr(module, attribute, None)
@@ -126,7 +126,7 @@ def _module(place: str, folder: Path, name: str) -> Any:
 
 
 def _run_file(path: Path, name: str) -> Any:
-    """Import a file under a name that no file of another folder has. If that fails, no module is left."""
+    """Import a file under a name that no file of another folder has. If the import fails, no module is left."""
     own = hashlib.blake2b(str(path).encode(), digest_size=8).hexdigest()
     spec = importlib.util.spec_from_file_location(f"veneer_rewards_{path.stem}_{own}", path)
     if spec is None or spec.loader is None:

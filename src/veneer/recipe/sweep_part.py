@@ -67,7 +67,7 @@ def members_of(values: Mapping[str, Any], source: Path) -> tuple[list[MemberValu
 
 
 def _values(base: Mapping[str, Any], name: str, changes: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the values of a member. Raises ConfigError for a key in a part that is none."""
+    """Return a member's values. Raises ConfigError for a key inside something that is not a part."""
     values = copy.deepcopy(dict(base))
     for key, value in changes.items():
         put(values, str(key), value)
@@ -97,7 +97,7 @@ def _part_problems(part: Any) -> list[str]:
 
 
 def _how_problems(part: Mapping[str, Any]) -> list[str]:
-    """Problems of the keys that say how the members are trained."""
+    """Return the problems of the keys that choose how members are trained."""
     found = [
         f"sweep.{key}: {part[key]!r} is unknown: it is one of {', '.join(allowed)}. Take one of them."
         for key, allowed in (("engine", ENGINES), ("scheduler", SCHEDULERS))
@@ -112,7 +112,7 @@ def _how_problems(part: Mapping[str, Any]) -> list[str]:
 
 
 def _changes(part: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Return the changes of each member: the list, times the grid."""
+    """Return the changes of each member: every entry of the list combined with every point of the grid."""
     grid: Mapping[str, Sequence[Any]] = part.get("grid", {})
     points = [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
     found = []
@@ -130,7 +130,7 @@ def _located(changes: Mapping[str, Any], source: Path) -> dict[str, Any]:
 
 
 def _name_of(changes: Mapping[str, Any]) -> str:
-    """Return a name such as ``r-8_learning_rate-0.001`` for changed keys."""
+    """Return a name for changed keys, such as ``r-8_learning_rate-0.001``."""
     words = (f"{str(key).rpartition('.')[2]}-{_short(value)}" for key, value in changes.items())
     return "_".join(words)
 

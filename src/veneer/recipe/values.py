@@ -65,7 +65,7 @@ def read_values(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
 
 
 def _function_beside(path: Path, reward: Any) -> Any:
-    """Return the function of a file beside the recipe, with its path resolved; anything else as it is."""
+    """Resolve the path of a reward's file relative to the recipe; return anything else as it is."""
     if isinstance(reward, dict) and "function" in reward:
         return {**reward, "function": _function_beside(path, reward["function"])}
     if not isinstance(reward, str) or ".py:" not in reward:
@@ -75,7 +75,7 @@ def _function_beside(path: Path, reward: Any) -> Any:
 
 
 def _more_beside(path: Path, values: Mapping[str, Any]) -> None:
-    """Find the files of ``data.more`` beside the recipe."""
+    """Resolve the files of ``data.more`` relative to the recipe."""
     more = section(values, "data").get("more")
     for each in more if isinstance(more, list) else []:
         if isinstance(each, dict) and "source" in each:
@@ -83,7 +83,7 @@ def _more_beside(path: Path, values: Mapping[str, Any]) -> None:
 
 
 class _UniqueKeys(yaml.SafeLoader):
-    """Refuses a key that is there twice, of which YAML would silently keep the last."""
+    """YAML loader that refuses a repeated key, of which YAML would silently keep the last."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
@@ -111,7 +111,7 @@ def _load_yaml(text: str, name: str) -> Any:
 
 
 def _where_and_why(error: yaml.YAMLError, text: str) -> str:
-    """Line, column, reason and remedy of an error in one line."""
+    """Return an error's line, column, reason and remedy in one line."""
     if isinstance(error, yaml.reader.ReaderError):  # of a character, in a text that PyYAML has not begun to read
         before = text[: error.position].split("\n")
         reason = f"the character U+{error.character:04X} is not allowed. Take it out"
@@ -146,7 +146,7 @@ def apply_override(values: dict[str, Any], override: str) -> None:
 
 
 def _is_text(key: str, text: str) -> bool:
-    """Return True if a value is taken literally: the key's type is text, and the value is neither quoted nor null."""
+    """Return True if a value is taken literally: its key is a text, and the value is neither quoted nor null."""
     part, _, name = key.rpartition(".")
     parts: dict[str, type[BaseModel]] = {"": Written, "model": ModelPart, "data": DataPart}
     field = parts[part].model_fields.get(name) if part in parts else None

@@ -56,7 +56,7 @@ def _apply(
     weight: FrozenWeight,
     bias: Tensor | None,
 ) -> Tensor:
-    """Return the base product plus the terms of ``parts``, with the maps and the bias of ``whole``; rounded once."""
+    """Add the terms of ``parts`` to the base product, then apply the maps and the bias of ``whole``. Round once."""
     base_input = entered(whole, x)
     y = base = weight.matmul(base_input)
     for part, own_input in parts:
@@ -88,7 +88,7 @@ def entered(delta: LinearDelta, x: Float[Tensor, "*batch i"]) -> Float[Tensor, "
 
 
 def _finished(whole: LinearDelta, y: Tensor, bias: Tensor | None) -> Tensor:
-    """Return the map of the outputs and then the bias."""
+    """Apply the output map, then add the bias."""
     if whole.output is not None:
         with without_autocast(y.device):
             y = whole.output.apply(y)
@@ -175,7 +175,7 @@ def row_blocks(weight: Float[Tensor, "n *rest"]) -> list[slice]:
 
 
 def _fold(delta: LinearDelta, weight: Tensor, made: Sequence[Tensor] = ()) -> Tensor:
-    """``made`` are changes as matrices, beside those of the record."""
+    """Fold a record into a weight. ``made`` are further changes as matrices."""
     wide = torch.promote_types(weight.dtype, torch.float32)
     folded = weight.to(wide)
     for term in delta.adds:
@@ -188,7 +188,7 @@ def _fold(delta: LinearDelta, weight: Tensor, made: Sequence[Tensor] = ()) -> Te
 
 
 def _of_rows(delta: LinearDelta, rows: slice) -> LinearDelta:
-    """Return the pair and scales of a record for some rows of the weight, or for some of its experts."""
+    """Return a record's pair and scales for some rows of the weight, or for some of its experts."""
     pair, output = delta.low_rank, delta.output
     return LinearDelta(
         adds=() if pair is None else (pair.of_rows(rows),),
@@ -243,7 +243,10 @@ def row_norms(delta: LinearDelta, weight: FrozenWeight, weight_row_sq: Float[Ten
 
 
 def _mapped_bias(deltas: Sequence[LinearDelta], bias: Tensor | None) -> Tensor | None:
-    """Return the layer's bias, mapped by the output maps of the records that have a bias too; None if there is none."""
+    """Apply the output maps of records that have a bias to the layer's bias.
+
+    None if there is no bias or no such map.
+    """
     maps = [d.output for d in deltas if d.bias is not None and d.output is not None]
     if bias is None or not maps:
         return None
@@ -253,7 +256,7 @@ def _mapped_bias(deltas: Sequence[LinearDelta], bias: Tensor | None) -> Tensor |
 
 
 def _sum_of_biases(deltas: Sequence[LinearDelta], bias: Tensor | None) -> Tensor | None:
-    """Return the layer's bias with every record's change to it added."""
+    """Return the layer's bias plus every record's change to it."""
     if all(d.bias is None for d in deltas):
         return None
     own = torch.zeros(()) if bias is None else bias

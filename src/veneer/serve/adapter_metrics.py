@@ -48,7 +48,10 @@ def adapter_metrics(scheduler: Scheduler) -> list[MetricSeries]:
 
 
 def _of_names(scheduler: Scheduler) -> Gauge:
-    """vLLM's gauge, whose value is the present time. Without a limit, a batch has as many adapters as requests."""
+    """Return vLLM's gauge, whose value is the present time.
+
+    Without a limit, a batch has as many adapters as requests.
+    """
     pool, most = scheduler.pool, scheduler.limits.max_seqs
     labels = {
         "max_lora": str(min(pool.n_acting or most, most)),

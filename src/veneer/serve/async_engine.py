@@ -23,7 +23,10 @@ _BEHIND = 64  # outputs that wait for a reader, each on its own
 
 
 class _News:
-    """Outputs that a reader has not taken. If it falls behind, later ones are added to those that wait for it."""
+    """Outputs that a reader has not taken yet.
+
+    If the reader falls behind, later ones are merged into those that wait.
+    """
 
     def __init__(self, asked: Sequence[CheckedRequest]) -> None:
         self._are_deltas = all(each.params.output_kind is RequestOutputKind.DELTA for each in asked)
@@ -170,7 +173,7 @@ class AsyncEngine:
             raise
 
     def _tell(self, outputs: Sequence[RequestOutput]) -> None:
-        """One wake-up of the loop a step, however many requests have news."""
+        """Wake the event loop once a step, however many requests have outputs."""
         if outputs:
             self._call(functools.partial(self._deliver, outputs))
 
@@ -181,7 +184,7 @@ class AsyncEngine:
                 news.put(output)
 
     def _wake_all(self) -> None:
-        """Let everybody who waits see that the engine has failed, or ends."""
+        """Wake all waiting readers, so that they see that the engine has failed or ends."""
         if self._over is not None and not self._over.done():
             self._over.set_result(None)
         for news in self._news.values():

@@ -280,7 +280,7 @@ class Engine:
         )
 
     def _take_all(self) -> None:
-        """Act on all messages; a step that is interrupted leaves the rest to the next."""
+        """Handle all messages. If a step is interrupted, the next one handles the rest."""
         self._failures.clear()
         while (message := self._inbox.take()) is not None:
             self._take_in(message)
@@ -335,12 +335,12 @@ class Engine:
         self.backlog.arrive(asked)
 
     def _begin_loads(self) -> None:
-        """Begin to load the adapters that waiting requests lack, in the order of the requests."""
+        """Start loading the adapters that waiting requests need, in the order of the requests."""
         while self._load(self.scheduler.begin_load()) or self._load(self._preloads.begin_load()):
             pass
 
     def _end_barred(self) -> None:
-        """End the requests that wait for slots of pinned adapters: the end of no other request frees one."""
+        """End requests that wait for slots held by pinned adapters, which no finished request will free."""
         self._preloads.give_up(barred=True)
         while (first := self.scheduler.waiting.absent()) is not None and first.version is not None:
             if not self.pool.is_barred(first.version):
@@ -349,16 +349,14 @@ class Engine:
                 self._touch(request)
 
     def _load(self, id: str | None) -> bool:
-        """Let a version be read whose load has begun, if there is one."""
+        """Let the loader read a version. Return False if there is none."""
         if id is not None:
             read = partial(read_version, self.runner, self.versions, self.pool.version(id), self._loader.later)
             self._loader.submit(id, read)
         return id is not None
 
     def _end_load(self, finished: Finished[Any]) -> None:
-        """Take in the adapter that was read. If reading failed, the requests that wait for the adapter end with the
-        error.
-        """
+        """Take over the adapter that was read. If reading failed, the requests that wait for it end with the error."""
         id, result = finished.id, finished.result
         if not self.pool.is_needed(id):
             self.pool.abandoned(id)
@@ -414,7 +412,7 @@ class Engine:
             self.pool.forget(name)
 
     def _make_way(self) -> None:
-        """Free the memory of the versions and pages that were evicted."""
+        """Free the memory of evicted versions and pages."""
         while self.pool.going:
             self.runner.unload(self.pool.going[0])
             self.pool.going.popleft()

@@ -36,7 +36,7 @@ _Read = Callable[[PromptReader, Any], tuple[str | None, list[int]]]
 
 
 class _Order(NamedTuple):
-    """Priorities, clients and salts of requests: one for all, or one for each."""
+    """Priorities, clients and salts of requests: one for all requests, or one for each."""
 
     priority: Any
     client: Any
@@ -276,7 +276,7 @@ class LLM:
     def _run(
         self, ids: Sequence[str], use_tqdm: bool, left_over: deque[CheckedRequest] | None = None
     ) -> list[RequestOutput]:
-        """The answers to requests. Requests in ``left_over`` are submitted as soon as there is room."""
+        """Return the answers to requests. Those in ``left_over`` are submitted as soon as there is room."""
         left = set(ids) - set(self._done)
         try:
             # None: no bar where stderr is no terminal, since a file would keep every state of it
@@ -338,7 +338,7 @@ class LoadedAdapters:
 
 
 def _listed(prompts: Any) -> list[Prompt]:
-    """The prompts as a list; a list of numbers is one prompt."""
+    """Return the prompts as a list; a list of numbers is a single prompt."""
     if isinstance(prompts, (str, Mapping)) or (isinstance(prompts, Sequence) and _all_numbers(prompts)):
         return [prompts]
     if not isinstance(prompts, Sequence):

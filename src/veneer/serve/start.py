@@ -239,7 +239,7 @@ def start_engine(
 
 
 def _settings_of(loaded: PreTrainedModel, options: EngineOptions) -> dict[str, Any]:
-    """Return the settings of an engine that follow from its model and options alone."""
+    """Return the engine's settings that follow from the model and the options alone."""
     return {
         "vocabulary": vocabulary_of(loaded),
         "generation_defaults": generation_defaults(loaded),
@@ -254,7 +254,7 @@ def _settings_of(loaded: PreTrainedModel, options: EngineOptions) -> dict[str, A
 
 
 def _require_generates(model: PreTrainedModel) -> None:
-    """Raise TargetError for a model that writes no text: an encoder, or one with a head of classes."""
+    """Raise TargetError for a model that generates no text, such as an encoder or a classifier."""
     if not model.can_generate():
         raise TargetError(
             f"{type(model).__name__} cannot be served: it predicts no next token. Call the model itself, with its "
@@ -295,8 +295,9 @@ def _runner(
 def _store(
     given: object, model: PreTrainedModel, options: EngineOptions, interpreter: Interpreter | None
 ) -> BlockStore | None:
-    """The folder of packed adapters, if one is asked for, adapters are packed, and the files of the model's weights are
-    known.
+    """Return the folder of packed adapters, or None.
+
+    It needs an option, a program that packs adapters, and a model whose files are known.
     """
     if options.adapter_cache_dir is None:
         return None
@@ -317,7 +318,7 @@ def _store(
 
 
 def _stamp(path: Path) -> tuple[int, ...]:
-    """Identity of a file over years; the time of the last change is left out, since a new mode moves it."""
+    """Return the identity of a file, valid for years. The change time is left out, since a new mode alters it."""
     told = path.stat()
     return told.st_dev, told.st_ino, told.st_mtime_ns, told.st_size
 
@@ -336,7 +337,7 @@ def _folder_of(model: PreTrainedModel) -> Path | None:
 
 
 def _names(given: object, model: PreTrainedModel, options: EngineOptions) -> list[str]:
-    """Names of a model, beginning with the one in the request."""
+    """Return the names of a model, first the one that was asked for."""
     own = str(model.name_or_path or "")
     asked = own if isinstance(given, PreTrainedModel) else str(given)
     named = options.served_model_name or ()
@@ -344,7 +345,7 @@ def _names(given: object, model: PreTrainedModel, options: EngineOptions) -> lis
 
 
 def _step_tokens(options: EngineOptions, model: PreTrainedModel) -> int:
-    """Return how many tokens a step takes at most: by default 512, and 2,048 on a GPU."""
+    """Return the largest number of tokens of a step: by default 512, and 2,048 on a GPU."""
     if options.max_num_batched_tokens is not None:
         return options.max_num_batched_tokens
     return _GPU_STEP_TOKENS if model.device.type == "cuda" else _STEP_TOKENS
@@ -381,7 +382,7 @@ def _load(model: Any, options: EngineOptions) -> tuple[PreTrainedModel, Any]:
 
 
 def _require_nothing_to_load(options: EngineOptions) -> None:
-    """Raise ConfigError for options that say how a model is loaded, beside one that is."""
+    """Raise ConfigError for options that say how to load a model, given a model that is loaded."""
     said = []
     if not isinstance(options.tokenizer, PreTrainedTokenizerBase):
         said.append("a model that is loaded already needs its tokenizer: give tokenizer=…")
@@ -397,7 +398,7 @@ def _require_nothing_to_load(options: EngineOptions) -> None:
 
 
 def _require_base(model: PreTrainedModel) -> None:
-    """Raise ConfigError for a model whose base cannot be told from its adapters."""
+    """Raise ConfigError for a model whose base cannot be told apart from its adapters."""
     if isinstance(model, PeftModel) and model.adapter_state.merged:
         raise ConfigError(
             f"the adapters {list(model.adapter_state.merged)} are merged into the model's weights: call "
@@ -416,7 +417,7 @@ def _is_of_peft(module: nn.Module) -> bool:
 
 
 def _with_template(tokenizer: Any, template: str | None) -> Any:
-    """The tokenizer, or a copy of it with a chat template: the caller's own keeps the one that it has."""
+    """Return the tokenizer, or a copy with a chat template: the caller's own tokenizer keeps its template."""
     if template is None:
         return tokenizer
     own = copy.deepcopy(tokenizer)
@@ -429,12 +430,12 @@ def _nf4() -> BitsAndBytesConfig:
 
 
 def _kept(model: PreTrainedModel, interpreter: Interpreter | None, block: int) -> tuple[Way | None, KeptBytes]:
-    """The way of `way_of` and the bytes that a sequence keeps, with a program or without one."""
+    """Return the result of `way_of`, and the bytes kept for a sequence, with a program or without one."""
     return way_of(model) if interpreter is None else (None, KeptBytes(_position_bytes(model, interpreter, block)))
 
 
 def _position_bytes(model: PreTrainedModel, interpreter: Interpreter, block: int) -> int:
-    """Return the bytes of a position in pages; warn if the kernels cannot read such pages."""
+    """Return the bytes of a position in pages. Warn if the kernels cannot read such pages."""
     if block % UNIT and model.device.type == "cpu":
         _LOG.warning(
             "block_size=%d is no multiple of %d: torch computes attention, more slowly than the kernels, and the last "
@@ -453,8 +454,9 @@ def _pages(
     *,
     at_once: bool,
 ) -> Pages:
-    """The number of pages: as many as the requests can need, if memory allows. Adapters get the rest. On a CPU pages
-    take memory when they are used; ``at_once``: they take it at the start elsewhere.
+    """Create as many pages as the requests can need, if memory allows. Adapters get the rest.
+
+    On a CPU, a page takes memory when it is used. Elsewhere pages take it at the start if ``at_once``.
     """
     block = options.block_size if kept.position else longest
     page_bytes = kept.position * block or kept.sequence

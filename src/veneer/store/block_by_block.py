@@ -85,14 +85,14 @@ def load_in_turn(load: Callable[..., Any], model: PreTrainedModel, tensors: Any,
 
 
 class _Waiting:
-    """Blocks of a model during loading, in order, until they are passed on."""
+    """A model's blocks during loading, in order, until they are passed on."""
 
     def __init__(self, model: PreTrainedModel, take: EachBlock) -> None:
         self._model, self._take = model, take
         self._blocks = list(blocks_of(model)[1])
 
     def hand_on(self) -> None:
-        """Hand on the first blocks whose weights are all there: tensors come block by block."""
+        """Pass on the first blocks whose weights are complete: tensors arrive block by block."""
         while self._blocks and _is_loaded(self._blocks[0]):
             block = self._blocks.pop(0)
             self._take(self._model, block)
@@ -101,7 +101,7 @@ class _Waiting:
 
 
 class _InTurn:
-    """Tensor of the checkpoint. Before it is read, the loaded blocks are passed on.
+    """A checkpoint's tensor. Reading it first passes on the blocks that are loaded.
 
     The loader hides errors of later steps.
     """

@@ -96,7 +96,7 @@ def _read_index(index: Path) -> tuple[dict[str, str], list[str]]:
 
 
 def _is_inside(file: str) -> bool:
-    """Return True if a file name from an index stays in the folder. Links are followed: the hub's cache has them."""
+    """Return True if a file name in an index stays inside the folder. Links are allowed: the hub's cache uses them."""
     parts = PurePosixPath(file.replace("\\", "/"))
     return not parts.is_absolute() and ".." not in parts.parts and ":" not in file
 

@@ -71,7 +71,7 @@ def plain_facts(folder: Path) -> ModelFacts | None:
 
 
 def _config(folder: Path) -> dict[str, Any] | None:
-    """Return the fields of a model's config; None if it cannot be read, which transformers reports later."""
+    """Return a model config's fields; None if it cannot be read, which transformers reports later."""
     try:
         found = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
@@ -80,7 +80,7 @@ def _config(folder: Path) -> dict[str, Any] | None:
 
 
 def _described(config: Mapping[str, Any]) -> dict[str, str] | None:
-    """Return the description of a plain config; None for any other."""
+    """Return the description of a config without special features; None for any other."""
     numbers = [config.get(name) for name in _TOLD]
     if config.get("model_type") not in list(_PLAIN) or any(config.get(name) is not None for name in _CHANGES):
         return None
@@ -101,14 +101,14 @@ def _described(config: Mapping[str, Any]) -> dict[str, str] | None:
 
 
 def _has_windows(config: Mapping[str, Any]) -> bool:
-    """Return True unless a config says that every layer sees all tokens."""
+    """Return True unless the config says that every layer sees all tokens."""
     if config["model_type"].startswith("qwen"):
         return config.get("use_sliding_window", False) is not False
     return config.get("sliding_window", 0 if config["model_type"] == "mistral" else None) is not None
 
 
 def _theta(config: Mapping[str, Any]) -> float | None:
-    """Return the base of the rotary embedding, if nothing scales it."""
+    """Return the base of the rotary embedding; None if the embedding is scaled."""
     rope = config.get("rope_parameters", {"rope_theta": config.get("rope_theta")})
     if not isinstance(rope, dict) or rope.keys() - {"rope_theta", "rope_type"}:
         return None
@@ -119,7 +119,7 @@ def _theta(config: Mapping[str, Any]) -> float | None:
 
 
 def _head_width(config: Mapping[str, Any]) -> int | None:
-    """Return the width of a head: as given, or the hidden size divided by the heads if the model type does so."""
+    """Return the width of a head: as given, or hidden size / heads if the model type computes it so."""
     given, heads = config.get("head_dim"), config["num_attention_heads"]
     if given is not None:
         return given if type(given) is int and given > 0 else None

@@ -42,7 +42,7 @@ def model_facts(folder: Path) -> ModelFacts:
 
 
 def _values(tensors: Mapping[str, Stored], quantization: QuantizationConfig | None) -> dict[str, int]:
-    """Return the number of values of each tensor; a quantized weight counts its decoded values."""
+    """Return each tensor's number of values. A quantized weight counts its decoded values."""
     found = {name: n_values_of([tensor]) for name, tensor in tensors.items()}
     for layer, parts in quantization.grouped(tensors).items() if quantization else ():
         assert quantization is not None
@@ -61,7 +61,9 @@ def _label(stored: Mapping[str, Any], quantization: QuantizationConfig | None) -
 
 
 def _described(config: Any) -> Decoder | None:
-    """Return the decoder that a config makes, without its weights; None if it makes another kind of model."""
+    """Return the decoder that a config describes, without weights; None if the config describes another kind of
+    model.
+    """
     try:
         return describe_config(config)
     except DescriptionError:

@@ -44,7 +44,7 @@ def require_model(path: Path) -> None:
 
 
 def _meant(path: Path) -> str:
-    """Return the advice for a folder that is not a model, by its content: a file, or the output of a run."""
+    """Return advice for a folder that is not a model, from its content: a model's file, or a run's output."""
     files = sorted(path.glob("*.gguf"))
     if files:
         return f"give the file itself: {files[0]}"

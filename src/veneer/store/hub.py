@@ -55,7 +55,7 @@ def require_hub() -> None:
 
 
 def _no_model(name: str, of_hub: str = "") -> str:
-    """Return the message for a model that was not found, with the nearest names, or those that `veneer fetch` knows."""
+    """Return the message for a model that was not found, with similar names, or the names that `veneer fetch` knows."""
     path = Path(name).expanduser()
     paths = near_paths(path)
     near = [*difflib.get_close_matches(name.lower(), KNOWN, n=1, cutoff=_CLOSE), *paths]
@@ -69,14 +69,14 @@ def _no_model(name: str, of_hub: str = "") -> str:
 
 
 class _RedirectsAreAnswers(urllib.request.HTTPRedirectHandler):
-    """Follows no redirect: urllib would send the token to whatever host it names."""
+    """Handler that follows no redirect: urllib would send the token to whatever host it names."""
 
     def redirect_request(self, *args: Any) -> None:
         """Return no other request, so that the redirect is raised as an HTTPError."""
 
 
 def _asked(address: str) -> Message | None:
-    """Return the headers of the hub's answer with any status; None if there is none, or if requests are off."""
+    """Return the headers of the hub's answer, whatever its status; None if there is no answer, or requests are off."""
     if is_offline_mode():
         return None
     request = urllib.request.Request(address, method="HEAD", headers=_authorization())
@@ -92,7 +92,7 @@ def _asked(address: str) -> Message | None:
 
 
 def _silence() -> str:
-    """Return the reason why the hub answers nothing."""
+    """Return the reason why the hub does not answer."""
     return f"HF_HUB_OFFLINE keeps {ENDPOINT} from being asked" if is_offline_mode() else f"{ENDPOINT} cannot be reached"
 
 

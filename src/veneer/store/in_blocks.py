@@ -100,7 +100,7 @@ class GgufQuantizer(VeneerQuantizer):
         layer.fill(layer.spec, {part: each.to(value.device) for part, each in parts.items()})
 
     def _rows(self, parameter: GgufParameter, tensor: GgufTensor) -> Tensor:
-        """Return the blocks of a tensor, row by row, mapped in the file."""
+        """Return a tensor's blocks, row by row, mapped from the file."""
         if tensor.name not in self.mapped:
             stored = stored_rows(tensor, parameter.path)
             self.mapped[tensor.name] = self.source.tensor(stored.start, stored.nbytes).view(stored.shape)
@@ -164,7 +164,9 @@ def put_in_blocks(
 
 
 def _stays(module: nn.Module, parameter: GgufParameter | None) -> bool:
-    """Return True if a module's weight can stay in blocks: that of a layer, or of a table that only looks up."""
+    """Return True if a module's weight can stay in blocks: a linear layer's, or that of a table used for look-
+    ups only.
+    """
     layer = type(module) in (nn.Linear, Conv1D) or _is_table(module)
     return layer and parameter is not None and parameter.kind is not None
 
@@ -183,7 +185,9 @@ def _coded(module: nn.Module, parameter: GgufParameter, source: MappedFile | Non
 def _stack_spec(
     parameter: GgufParameter | None, shape: tuple[int, int, int], dtype: torch.dtype, source: MappedFile | None
 ) -> StackSpec | None:
-    """The format of experts whose blocks can stay in the file, gate and up each in a tensor; None if they cannot."""
+    """Return the format of experts whose blocks can stay in the file, with gate and up in separate tensors;
+    else None.
+    """
     if parameter is None or not parameter.is_coded_stack:
         return None
     pieces = tuple(
@@ -195,7 +199,7 @@ def _stack_spec(
 
 
 def _is_table(module: nn.Module) -> bool:
-    """Return True if a look-up can be done in blocks: tables that multiply, or renormalize, stay dense."""
+    """Return True if a table can be read in blocks. A table that also multiplies, or renormalizes, stays dense."""
     return type(module) is nn.Embedding and module.max_norm is None
 
 

@@ -45,12 +45,12 @@ def model_config(folder: Path) -> Any:
 
 
 def _is_no_refusal(record: logging.LogRecord) -> bool:
-    """False for the whole config that transformers logs before it refuses one of its values."""
+    """Return False for the dump of the config that transformers logs before it refuses a value."""
     return not str(record.msg).startswith("Can't set ")
 
 
 def _wrong_sizes(values: Mapping[str, Any], place: str = "") -> Iterator[str]:
-    """Yield the sizes that no decoder has, of a model or of its text half. A list has a size for each layer."""
+    """Yield the sizes of a model, or of its text half, that no decoder can have. A list has one size for each layer."""
     for name, (least, most) in _SIZES.items():
         size = values.get(name)
         numbers = size if isinstance(size, list) else [] if size is None else [size]

@@ -52,7 +52,7 @@ def folder_of(name: str) -> Path | None:
 
 
 def _holds(folder: Path, digest: str) -> bool:
-    """Return True if a folder of the cache was made of the file of this hash, as this version makes it."""
+    """Return True if a cached folder was made from the file with this hash, by this version."""
     manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     return bool(manifest["name"].endswith(digest) and manifest["conversion"] == CONVERSION)
 

@@ -58,25 +58,27 @@ def is_one_model(one: str, other: str) -> bool:
 
 
 def _folder_of(named: str) -> Path | None:
-    """Return the folder of a model that is on this machine by its path or by its name in `KNOWN`."""
+    """Return the folder of a model that is on this machine, by its path or by its name in `KNOWN`."""
     folder = model_folder(named) if named in KNOWN and is_fetched(named) else Path(os.path.expanduser(named))
     return folder if os.path.isdir(folder) else None
 
 
 def _is_name(name: str) -> bool:
-    """Return True for a name of a model, not for a place on some machine."""
+    """Return True for a model's name, as opposed to a path on some machine."""
     return bool(_HASHED.fullmatch(name)) or (_ID.fullmatch(name) is not None and not os.path.exists(name))
 
 
 def _model(name: str) -> str:
-    """Return the model that a name means, without its owner and the form of its weights."""
+    """Return the model that a name means, without its owner and the suffix for its weights' format."""
     hashed = _HASHED.fullmatch(name)
     last = re.split(r"[/\\]", (hashed[1] if hashed else name).rstrip("/\\"))[-1].lower()
     return _FORM.sub("", last) or last
 
 
 def _is_copy(one: Path, other: Path) -> bool:
-    """Return True for one folder under two paths, models of equal configs and sizes, and files that cannot be read."""
+    """Return True for one folder under two paths, or models of equal configs and sizes. Unreadable files count as
+    equal.
+    """
     try:
         return one.resolve() == other.resolve() or _stamp(one) == _stamp(other)
     except OSError:

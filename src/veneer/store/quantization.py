@@ -166,6 +166,6 @@ class BitsAndBytesConfig(QuantizationConfig):
 
 
 def _dtype(value: object) -> object:
-    """A dtype given by name, as config files do."""
+    """Return the dtype of a name, as config files have it."""
     found = getattr(torch, value.removeprefix("torch."), None) if isinstance(value, str) else None
     return found if isinstance(found, torch.dtype) else value

@@ -90,7 +90,7 @@ class QuantizationConfig(QuantizationConfigMixin):  # type: ignore[misc]
 
 
 def _read(name: str, spec: _Spec, parts: Mapping[str, Stored]) -> tuple[_Spec, dict[str, Tensor]]:
-    """The tensors of a weight in the files, and its specification as they tell it; errors name file and weight."""
+    """Return a weight's tensors in the files, and its specification according to them. Errors name file and weight."""
     try:
         found = cast(Any, spec).from_disk({part: tensor.read() for part, tensor in parts.items()})
         return cast("tuple[_Spec, dict[str, Tensor]]", found)

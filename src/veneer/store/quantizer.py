@@ -199,7 +199,7 @@ class VeneerQuantizer(HfQuantizer):  # type: ignore[misc]
             _put_stack(model, name, CodedStack(spec))
 
     def _code_stacks(self) -> None:
-        """Put empty stacks in place for experts that are quantized in the files, or will be. `fill` sets them."""
+        """Put empty stacks in place of experts that are quantized in the files, or will be. `fill` sets them later."""
         model = self._model
         assert model is not None  # it was made before its files are opened
         if not self.is_stored:
@@ -210,7 +210,7 @@ class VeneerQuantizer(HfQuantizer):  # type: ignore[misc]
             _put_stack(model, name, CodedStack(stack.spec))
 
     def _decoded_layers(self, in_stacks: Collection[str]) -> dict[str, Decoded]:
-        """Return the weights of the checkpoint that the model does not keep in codes."""
+        """Return the checkpoint's coded weights that the model stores decoded."""
         model = self._model
         assert model is not None  # it was made before its files are opened
         to_own, is_stacked, prefix = renamer(model), converter(model), f"{model.base_model_prefix}."
@@ -329,8 +329,9 @@ def _put_stack(model: PreTrainedModel, name: str, stack: CodedStack) -> None:
 
 
 def _empty(model: PreTrainedModel) -> Iterator[str]:
-    """The weights that no tensor of the files has set: coded weights, and all others of coded experts. transformers
-    would leave them uninitialised.
+    """Yield the weights that no tensor of the files has set: coded weights, and all others of coded experts.
+
+    transformers would leave them uninitialised.
     """
     for path, module in model.named_modules():
         if isinstance(module, CodedModule) and not module.is_filled:

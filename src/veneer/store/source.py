@@ -127,7 +127,7 @@ def load_model(
 
 
 def _require_whole(source: str | os.PathLike[str], model: PreTrainedModel, missing: set[str], scores: bool) -> None:
-    """Raise FormatError if the files lack tensors, other than those of a new head of scores."""
+    """Raise FormatError if the files lack tensors other than those of a new classification head."""
     lacking = sorted(missing - ({"score.weight"} if scores else set()))
     if lacking:
         raise FormatError(
@@ -137,7 +137,7 @@ def _require_whole(source: str | os.PathLike[str], model: PreTrainedModel, missi
 
 
 def _auto_class(source: str | os.PathLike[str], place: Path | str, *, encodes: bool) -> Any:
-    """The class that loads a model; that of a hub id is unknown until its files are here.
+    """Return the class that loads a model. That of a hub id is unknown until its files are on this machine.
 
     transformers reports a config that cannot be read.
     """
@@ -151,7 +151,7 @@ def _auto_class(source: str | os.PathLike[str], place: Path | str, *, encodes: b
 
 
 def _straight_to(device: str | torch.device | None) -> dict[str, Any]:
-    """Return the option of transformers by which weights are read straight to a GPU; none for other devices."""
+    """Return transformers' option to read weights straight to a GPU; none for other devices."""
     wanted = torch.device("cpu" if device is None else device)
     if wanted.type != "cuda":
         return {}
@@ -159,7 +159,7 @@ def _straight_to(device: str | torch.device | None) -> dict[str, Any]:
 
 
 def _told_memory(source: str | os.PathLike[str], place: Path | str) -> str:
-    """Name the size of the weights that did not fit into memory, and the limit."""
+    """Return in words the size of the weights that did not fit into memory, and the limit."""
     weights = f" ({size(Checkpoint.open(place).nbytes)} on disk)" if isinstance(place, Path) else ""
     limit = address_limit()
     if limit is None:

@@ -110,9 +110,9 @@ def _stacked_specs(
 def _listed(
     model: PreTrainedModel, places: Mapping[str, Place], weights: Mapping[str, str]
 ) -> dict[str, ListedExperts]:
-    """The stacks whose experts files list one by one: as their library has them, or as a stack is saved here.
+    """Return the stacks whose experts are stored one by one, under their library's names or as a stack is saved here.
 
-    An expert of the library is no transpose of the model's.
+    The library's experts are not transposed relative to the model's.
     """
     turned = {path for path, module in model.named_modules() if getattr(module, "is_transposed", False)}
     shapes = {name: shape for name, (shape, _) in places.items() if name.rpartition(".")[0] not in turned}
@@ -128,7 +128,7 @@ def _listed(
 def _listed_specs(
     places: Mapping[str, Place], listed: Mapping[str, ListedExperts], config: QuantizationConfig, skip: Sequence[str]
 ) -> dict[str, StackSpec]:
-    """Return the formats of stacks whose experts share one format."""
+    """Return the formats of stacks whose experts all have one format."""
     found = {}
     for name, experts in listed.items():
         if not _quantizes(name, skip):
@@ -151,7 +151,7 @@ def _quantizes(name: str, skip: Sequence[str]) -> bool:
 
 
 def _gathered(name: str, listed: ListedExperts, layers: Layers, spec: StackSpec) -> StackInFiles:
-    """A stack with the tensors of all its experts."""
+    """Return a stack with the tensors of all its experts."""
     parts: dict[str, Stored] = {}
     taken = []
     for own, stored in zip(listed.own, listed.stored, strict=True):

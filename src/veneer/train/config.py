@@ -102,13 +102,13 @@ class SFTConfig(RunSettings, trl.SFTConfig):  # type: ignore[misc]
 
 
 def _range_problems(args: TrainingArguments) -> list[str]:
-    """Numbers out of range, which would train nothing, or something else."""
+    """Return the problems of numbers out of range, which would train nothing, or something else."""
     outside = out_of_range({name: getattr(args, name) for name in RANGES})
     return [f"{name}={getattr(args, name)!r} must be {allowed}" for name, allowed in outside.items()]
 
 
 def _reporting_problems(args: TrainingArguments) -> list[str]:
-    """Reporting targets that transformers does not know, or whose package is missing."""
+    """Return the reporting targets that transformers does not know, or whose package is missing."""
     wanted = args.report_to if isinstance(args.report_to, list) else [args.report_to]
     found = []
     for name in wanted:
@@ -128,7 +128,7 @@ def _device_problems(args: TrainingArguments) -> list[str]:
 
 
 def _checkpointing_problems(args: TrainingArguments) -> list[str]:
-    """Normalize the checkpointing and offload settings; return their inconsistencies."""
+    """Normalize the checkpointing and offload settings; return their contradictions."""
     problems = []
     if args.gradient_checkpointing not in (True, False, "selective"):
         problems.append(f"gradient_checkpointing={args.gradient_checkpointing!r} must be True, False or 'selective'")

@@ -49,7 +49,7 @@ def _flat_gradient(parameter: nn.Parameter) -> Tensor:
 
 
 def _parts(parameters: Sequence[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
-    """Yield the parameters in their order, in parts of one dtype and device and of limited size."""
+    """Yield the parameters in order, in parts of limited size that have one dtype and one device."""
     part: list[nn.Parameter] = []
     n_bytes = 0
     for parameter in parameters:

@@ -78,7 +78,7 @@ class Curve:
 
 
 class _Whole(nn.Module):
-    """All weights, each trained itself."""
+    """All weights, each a trained parameter."""
 
     def __init__(self, weights: Mapping[str, Tensor]) -> None:
         super().__init__()
@@ -90,7 +90,7 @@ class _Whole(nn.Module):
 
 
 class _Loss(nn.Module):
-    """The mean loss of a batch as a module, so that its weights can be swapped."""
+    """Module that computes a batch's mean loss, so that its weights can be swapped."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -175,7 +175,7 @@ def _train_steps(loss_of: _Loss, space: Subspace | _Whole, batches: Sequence[Bat
 
 @contextmanager
 def _weights_in(model: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[None]:
-    """Context in which the model has these weights."""
+    """Enter a context in which the model has these weights."""
     own = {name: (p, p.data) for name, p in model.named_parameters()}
     for name, (parameter, _) in own.items():
         parameter.data = weights[name].detach()

@@ -69,7 +69,7 @@ def require_devices(n: int) -> None:
 
 
 def _environments(n: int) -> dict[int, dict[str, str]]:
-    """torchrun's variables for each process. Processes on CPUs share the cores."""
+    """Return torchrun's variables for each process. Processes on CPUs share the cores."""
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         port = found.getsockname()[1]
@@ -85,12 +85,12 @@ def _environments(n: int) -> dict[int, dict[str, str]]:
 
 
 def _n_cores() -> int:
-    """Return the number of cores of this process: under Slurm or taskset fewer than the machine's."""
+    """Return the number of cores that this process may use: under Slurm or taskset fewer than the machine's."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _codes(context: Any) -> dict[int, int]:
-    """Wait for the processes. Exit statuses by rank, of the processes that ended soon after the first failure."""
+    """Wait for the processes. Return the exit statuses, by rank, of those that ended soon after the first failure."""
     running = {rank: handler.proc for rank, handler in context.subprocess_handlers.items()}
     codes: dict[int, int] = {}
     failed_at, heard = None, False
@@ -121,14 +121,14 @@ def _children() -> set[psutil.Process]:
 
 
 def _ignore_again(before: Mapping[signal.Signals, Any]) -> None:
-    """Ignore again the signals ignored before, as under nohup: torchrun's launcher handles all."""
+    """Ignore again the signals that were ignored before, as under nohup: torchrun's launcher handles all."""
     for number in (each for each, handler in before.items() if handler is signal.SIG_IGN):
         signal.signal(number, signal.SIG_IGN)
 
 
 @contextmanager
 def _handlers_kept() -> Iterator[Mapping[signal.Signals, Any]]:
-    """Yield the handlers of signals that torchrun's launcher replaces, and restore them."""
+    """Yield the handlers of the signals that torchrun's launcher replaces, and restore them at the end."""
     numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
     before = {number: signal.getsignal(number) for number in numbers}
     try:

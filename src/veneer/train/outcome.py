@@ -39,7 +39,7 @@ def trained_recipe(path: Path) -> Recipe:
 
 
 def _recipe_of_run(folder: Path) -> Recipe:
-    """Return the recipe of the run in this folder, wherever it was made."""
+    """Return the recipe of a run's folder, even if the folder was moved."""
     require_recipe(folder)
     record = record_of(folder) or {}
     try:

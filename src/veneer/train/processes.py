@@ -61,7 +61,7 @@ def together() -> Iterator[None]:
 
 
 def _is_loss_of_another(error: BaseException) -> bool:
-    """Return True for the error of a message to a process that is gone; gloo gives it no class of its own."""
+    """Return True if an error says that another process is gone. gloo has no class of its own for it."""
     lost = isinstance(error, distributed.DistError) or "/gloo/" in str(error)
     return isinstance(error, RuntimeError) and lost and not isinstance(error, VeneerError)
 
@@ -86,7 +86,7 @@ def _loss(error: BaseException) -> BaseException:
 
 
 def _heard(told: str) -> str:
-    """The first line of the back end's message, without gloo's source position and its advice to gloo's developers."""
+    """Return the first line of the back end's message, without gloo's source position and advice to its developers."""
     line = told.strip().partition("\n")[0].partition(" This is typically caused by")[0]
     return re.sub(r"^\[[^\]]*/gloo/[^\]]*\]\s*", "", line)
 

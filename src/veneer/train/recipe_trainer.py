@@ -112,7 +112,9 @@ def _make_task_trainer(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Ru
 
 
 def _encoding_told(rows: Rows, *, draws: bool = False) -> AbstractContextManager[None]:
-    """Print lines while rows are tokenized; in a terminal datasets shows bars instead. ``draws``: by an engine."""
+    """Print lines while rows are tokenized; in a terminal datasets shows bars instead. ``draws``: an engine draws
+    answers.
+    """
     if draws:
         return waits_told("building the trainer, its rewards and its engine")  # no row is tokenized before a step
     if not are_progress_bars_disabled():
@@ -123,7 +125,10 @@ def _encoding_told(rows: Rows, *, draws: bool = False) -> AbstractContextManager
 
 
 def _with_adapter(recipe: Recipe, base: PreTrainedModel) -> _Given:
-    """Return the model with a saved adapter, or with a fresh one if it is cut; else the config of the fresh one too."""
+    """Attach the recipe's saved adapter, or a fresh one if the base is sharded.
+
+    In all other cases the trainer attaches the fresh one, whose config is returned with the base.
+    """
     saved = FROM in recipe.adapter
     model = with_saved_adapter(recipe.adapter, recipe.task, base) if saved else base
     config = None if saved else recipe.adapter_config()
@@ -144,13 +149,13 @@ def _with_adapter(recipe: Recipe, base: PreTrainedModel) -> _Given:
 
 
 def _cutter(part: DistributedPart, args: Any) -> BaseCutter | None:
-    """Return the cutter of a base while it is loaded; None if the base stays whole."""
+    """Return the object that shards a base while it is loaded; None if the base stays whole."""
     shard = part.copy_size(n_processes(), n_on_this_machine())
     return None if shard == 1 else BaseCutter(shard, args.device.type)
 
 
 class _Given(NamedTuple):
-    """Model and method for a trainer; no method if the model has its adapter already."""
+    """Model and method for a trainer. The method is None if the model has its adapter already."""
 
     model: PreTrainedModel
     config: MethodConfig | None
@@ -179,7 +184,7 @@ def require_not_in_base(part: Mapping[str, Any], base: str) -> None:
 
 
 def _require_same_modules(part: Mapping[str, Any], config: Any, model: PreTrainedModel) -> None:
-    """Raise ConfigError if a saved adapter acts on other modules than the recipe's target modules mean."""
+    """Raise ConfigError if a saved adapter acts on modules other than the recipe's target modules."""
     given, index = part["target_modules"], module_index(model, config)
     named = given if isinstance(given, str) else tuple(given)
     meant, own = (set(select_targets(each, index)) for each in (replace(config, target_modules=named), config))
@@ -190,7 +195,7 @@ def _require_same_modules(part: Mapping[str, Any], config: Any, model: PreTraine
 
 
 def _tell_of_odd_settings(part: Mapping[str, Any], method: str, trainer: SFTTrainer) -> None:
-    """Warn of a rate far from the usual, and of an adapter on an output head that is tied to the embeddings."""
+    """Warn about an unusual learning rate, and about an adapter on an output head that is tied to the embeddings."""
     odd = odd_rate(trainer.args.learning_rate, usual_learning_rate(part), method)
     if odd is not None:
         log.warning("%s", odd)
@@ -206,5 +211,5 @@ def _tell_of_odd_settings(part: Mapping[str, Any], method: str, trainer: SFTTrai
 
 
 def _known(rows: Dataset | IterableDataset) -> list[dict[str, Any]]:
-    """Return the rows if they are in memory."""
+    """Return the rows if they are in memory; none of a stream."""
     return [] if isinstance(rows, IterableDataset) else list(rows)

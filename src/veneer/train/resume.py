@@ -104,21 +104,22 @@ class ResumableTrainer(Trainer):  # type: ignore[misc]
         """Restore the `counters` of the checkpoint in ``folder``."""
 
     def _init_training_state(self, max_steps: int, *args: Any, **options: Any) -> Any:
-        """Restore the checkpoint's counters. The intervals of logs, evaluations and saves are this run's."""
+        """Restore the checkpoint's counters. Intervals of logs, evaluations and saves are this run's own."""
         found = super()._init_training_state(max_steps, *args, **options)
         self.state.compute_steps(self.args, max_steps)
         return found if has_length(self.train_dataset) else self._place_in_stream()
 
     def _place_in_stream(self) -> tuple[int, int]:
-        """The number of finished epochs, and of micro-batches done in the present one. Trainer counts batches by the
-        number of rows, which it takes to be infinite for a stream.
+        """Return the number of finished epochs, and of micro-batches done in the current one.
+
+        Trainer derives them from the number of rows, which it takes to be infinite for a stream.
         """
         number, before = self.epoch
         within = (self.state.global_step - before) * self.args.gradient_accumulation_steps
         return number, 0 if self.args.ignore_data_skip else within
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """Load their state. Changed settings, such as learning rates, are this run's and not the checkpoint's."""
+        """Load the state of optimizer and scheduler. Changed settings, such as learning rates, are this run's own."""
         own = [{key: value for key, value in g.items() if key != "params"} for g in self.optimizer.param_groups]
         base = list(getattr(self.lr_scheduler, "base_lrs", ()))
         super()._load_optimizer_and_scheduler(checkpoint)
@@ -131,9 +132,9 @@ class ResumableTrainer(Trainer):  # type: ignore[misc]
             group.update({**kept, "lr": rate})
 
     def _evaluate(self, trial: Any, ignore_keys_for_eval: Any, skip_scheduler: bool = False) -> dict[str, float]:
-        """Trainer's; at the beginning (``skip_scheduler``) only of a run that begins there.
+        """Evaluate as Trainer does. The evaluation at the beginning (``skip_scheduler``) is left out in a resumed run.
 
-        If the first step changes nothing, it comes after that step, which does not wait for it.
+        If the first step changes nothing, that evaluation comes after the step, which then does not wait for it.
         """
         begins = skip_scheduler and self.state.global_step == 0
         self._owes_evaluation = begins and changes_nothing(self.optimizer, self.model)
@@ -142,7 +143,7 @@ class ResumableTrainer(Trainer):  # type: ignore[misc]
         return cast("dict[str, float]", super()._evaluate(trial, ignore_keys_for_eval, skip_scheduler))
 
     def _maybe_log_save_evaluate(self, *args: Any, **options: Any) -> None:
-        """Trainer's; before it the evaluation that was put off, unless one comes anyway."""
+        """Log, save and evaluate as Trainer does, after the evaluation that was put off unless one is due anyway."""
         if self._owes_evaluation and not self.control.should_evaluate:
             logs = self.control.should_log
             super()._evaluate(None, None, skip_scheduler=True)
@@ -151,7 +152,9 @@ class ResumableTrainer(Trainer):  # type: ignore[misc]
         super()._maybe_log_save_evaluate(*args, **options)
 
     def _run_epoch(self, **options: Any) -> None:
-        """Run no step if a checkpoint from within an epoch holds the run's last step: Trainer would take one more."""
+        """Run the epoch. Run no step if a checkpoint from within an epoch has the last step: Trainer would run one
+        more.
+        """
         if self.order is not None:  # accelerate does not reach it within an epoch that several processes go on with
             self.order.set_epoch(options["epoch"])
         if options["epoch"] != self.epoch[0]:
@@ -165,7 +168,9 @@ class ResumableTrainer(Trainer):  # type: ignore[misc]
             super()._run_epoch(**options)
 
     def _misses_evaluation(self, options: Mapping[str, Any]) -> bool:
-        """Return True if the checkpoint is of an epoch's last step and was written before the evaluation at its end."""
+        """Return True if the checkpoint is from an epoch's last step, written before the evaluation at the
+        epoch's end.
+        """
         step, begins = self.state.global_step, options["epoch"] == options["epochs_trained"]
         at_end = options["steps_trained_in_current_epoch"] == 0 and not self.args.ignore_data_skip
         at_end = at_end or step >= self.state.max_steps
@@ -210,7 +215,7 @@ class ResumableTrainer(Trainer):  # type: ignore[misc]
         self._tell_failed_uploads()
 
     def _tell_failed_uploads(self) -> None:
-        """Warn of failed uploads of checkpoints, each once. Uploads run in the background of training."""
+        """Warn once of each failed upload of a checkpoint. Uploads run in the background."""
         current = getattr(self, "push_in_progress", None)
         if current is None or not current.is_done():
             return
@@ -225,21 +230,21 @@ class ResumableTrainer(Trainer):  # type: ignore[misc]
             return super().push_to_hub(*args, **options)
 
     def _random_state(self) -> tuple[str, bytes]:
-        """Name and content of the file that holds this process's random state in a checkpoint."""
+        """Return the name and content of the checkpoint's file with this process's random state."""
         with TemporaryDirectory() as folder:
             self._save_rng_state(folder)
             (file,) = Path(folder).iterdir()
             return file.name, file.read_bytes()
 
     def _save_trained(self, folder: Path) -> None:
-        """Write the state that an adapter's next step needs and its files do not hold."""
+        """Write the state that an adapter's next step needs and that its files do not hold."""
         model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
         if self.args.should_save and isinstance(model, PeftModel):
             save_trained(model, folder)
             save_schedules(model, folder)
 
     def _save_state(self, folder: Path) -> None:
-        """Everything but the weights."""
+        """Save everything except the weights."""
         if not self.args.save_only_model:
             self._save_optimizer_and_scheduler(str(folder))
             self._save_scaler(str(folder))
@@ -256,7 +261,9 @@ class ResumableTrainer(Trainer):  # type: ignore[misc]
         self.state.save_to_json(str(folder / STATE_FILE))
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        """The adapter (or, trained whole, the model) and the tokenizer. No pickle of the arguments."""
+        """Save the adapter (or the whole model if it is trained) and the tokenizer, without a pickle of the
+        arguments.
+        """
         if not self.args.should_save:
             return
         folder = Path(output_dir or self.args.output_dir)

@@ -46,7 +46,7 @@ def read_data(part: DataPart, seed: int, reader: RowReader | PreferenceReader | 
 
 
 class _Only(NamedTuple):
-    """The only trained parts of rows: the completions, or the assistant's turns."""
+    """Parts of rows that are trained: only completions, only the assistant's turns, or both flags off for all."""
 
     completion: bool
     assistant: bool

@@ -169,7 +169,7 @@ def _trained(trainer: RunTrainer, saved: Path, adapter: Mapping[str, Any], resum
 
 
 def _explain(error: BaseException, recipe: Recipe, step: int) -> None:
-    """Add to an interrupt's message the files that the run leaves."""
+    """Add the files that the run has left to an interrupt's message."""
     folder = checkpoint_folder(Path(recipe.output), step)
     if isinstance(error, Interrupted) and not error.args and folder.exists():
         left = f"{reason_of(error)} after step {step}: its checkpoint is written, and --resume goes on from it"

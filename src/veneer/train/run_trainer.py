@@ -163,7 +163,10 @@ class RunTrainer(ResumableTrainer):
         return TrainOutput(output.global_step, output.metrics["train_loss"], output.metrics)
 
     def _wrap_model(self, model: nn.Module, training: bool = True, dataloader: Any = None) -> nn.Module:
-        """Wrap the model as Trainer does. A cut base is wrapped in DDP here, which accelerate refuses on GPUs."""
+        """Wrap the model as Trainer does.
+
+        A sharded base is wrapped in DDP here, since accelerate refuses that on GPUs.
+        """
         if not (training and model is self.model and is_cut(model)):
             return cast(nn.Module, super()._wrap_model(model, training, dataloader))
         prepared = self.accelerator.prepare_model(model, evaluation_mode=True)
@@ -260,17 +263,17 @@ class RunTrainer(ResumableTrainer):
             self.accelerator.free_memory()
 
     def _stop_updates(self) -> None:
-        """After training no backward pass moves a weight."""
+        """Make sure that no backward pass moves a weight after training."""
         optimizer = getattr(self.optimizer, "optimizer", self.optimizer)  # accelerate's wrapper around it
         if isinstance(optimizer, LayerwiseGaLoreAdamW):
             optimizer.close()
 
     def _send_telemetry(self) -> None:
-        """Nothing is sent."""
+        """Send nothing."""
 
 
 def _reentrant(args: RunSettings) -> bool:
-    """Return True if blocks are recomputed the reentrant way, under the setting's old name or its new one."""
+    """Return True if blocks are recomputed with reentrant checkpointing, under the setting's old or new name."""
     settings = [args.gradient_checkpointing_kwargs, getattr(args, "activation_checkpointing_kwargs", None)]
     on = args.gradient_checkpointing or getattr(args, "activation_checkpointing", False)
     return bool(on) and any((given or {}).get("use_reentrant") for given in settings)

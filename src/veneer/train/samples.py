@@ -36,7 +36,7 @@ def samples_of(recipe: Recipe) -> tuple[dict[str, Sample], PreTrainedTokenizerBa
 
 
 def _alone(part: DataPart) -> Iterator[DataPart]:
-    """Yield the data part of each source alone."""
+    """Yield a data part for each source alone."""
     yield part.model_copy(update={"more": []})
     for each in part.more:
         own = {key: value for key, value in each.model_dump(include=_READING).items() if value is not None}
@@ -78,7 +78,7 @@ def _by_part(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> dict[str, Sa
 
 
 def _encoded(task: Task, rows: Dataset, tokenizer: PreTrainedTokenizerBase, args: Any) -> Dataset:
-    """Return the rows as TRL's trainer of the task encodes them. A stand-in has the few attributes that this needs."""
+    """Encode the rows as TRL's trainer of the task does, with a stand-in that has the few attributes needed."""
     reader: Any = SimpleNamespace(_tokenizer=tokenizer, calculate_KL=False)
     found: Dataset = getattr(trl, KEYS[task].trainer)._prepare_dataset(reader, rows, tokenizer, args, "sample")
     if not len(found):

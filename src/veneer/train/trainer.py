@@ -233,7 +233,7 @@ class SFTTrainer(RunTrainer, trl.SFTTrainer):  # type: ignore[misc]
     def _get_dataloader(
         self, dataset: Any, description: str, batch_size: int, sampler_fn: Any = None, *args: Any, **options: Any
     ) -> Any:
-        """Return Trainer's loader. Filled up rows give all processes equal numbers: accelerate would repeat rows."""
+        """Return Trainer's loader. Rows are padded to equal numbers for all processes: accelerate would repeat rows."""
         total = batch_size * n_processes()
         if n_processes() > 1 and isinstance(dataset, Dataset) and "labels" in dataset.column_names:
             own, sampler_of = dataset, sampler_fn

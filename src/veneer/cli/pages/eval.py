@@ -26,7 +26,7 @@ from veneer.train.record.record import require_recipe
 
 
 def _unescaped(text: str) -> str:
-    r"""A shell passes \n on as two characters; in a prompt or a stop text they mean the line break."""
+    r"""Turn ``\n`` in a prompt or a stop text into a line break: a shell passes it on as two characters."""
     return text.replace("\\n", "\n").replace("\\t", "\t")
 
 
@@ -190,7 +190,7 @@ def reader_of(args: EvalArguments) -> RowReader:
 
 
 def _require_subject(args: EvalArguments) -> None:
-    """Raise ConfigError unless the options name what is measured, each once and by one of the two ways."""
+    """Raise ConfigError unless the options name the models to measure, once and in one of the two ways."""
     for option, given in (("--adapter", args.adapters), ("--recipe", args.recipes)):
         twice = [each for each, n in Counter(given).items() if n > 1]
         if twice:
@@ -205,7 +205,7 @@ def _require_subject(args: EvalArguments) -> None:
 
 
 def _said_by_recipes(args: EvalArguments) -> list[str]:
-    """Return the options given that a recipe settles already."""
+    """Return the given options that a recipe already settles."""
     given: dict[str, object] = {"MODEL": args.model, "--adapter": args.adapters, "--system": args.system}
     given |= {"--prompt": args.prompt, "--answer-field": args.answer_field}
     given |= {"--chat": args.chat, "--load-in-4bit": args.load_in_4bit, "--dtype": args.dtype != "auto"}
@@ -213,7 +213,7 @@ def _said_by_recipes(args: EvalArguments) -> list[str]:
 
 
 def _words(labels: str) -> tuple[str, ...]:
-    """Return the words of ``--labels``: with commas between them, or the lines of a file."""
+    """Split ``--labels`` into words: at commas, or by the lines of a file."""
     file = Path(labels)
     if not file.is_file() and (file.suffix != ".txt" or "," in labels):
         return tuple(labels.split(","))

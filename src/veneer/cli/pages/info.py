@@ -39,7 +39,9 @@ class InfoArguments:
 
 
 def _no_folder(what: str) -> ConfigError | None:
-    """The error for a path in a folder that is there: a run or an adapter was meant, and not a model of the hub."""
+    """Return an error if a missing path lies in an existing folder: it means a run or an adapter, not a model of the
+    hub.
+    """
     path = Path(what).expanduser()
     if "/" not in what or not path.parent.is_dir() or path.exists():
         return None
@@ -49,7 +51,7 @@ def _no_folder(what: str) -> ConfigError | None:
 
 
 def _place(args: InfoArguments) -> str:
-    """Return the module that describes the given path. The one for runs imports no torch."""
+    """Return the name of the module that describes the given path. The module for runs imports no torch."""
     is_run = (Path(args.what).expanduser() / "run.json").is_file()
     return "veneer.cli.info_run" if is_run else "veneer.cli.info"
 

@@ -138,14 +138,14 @@ def _reasons(name: str | None, record: LinearDelta, config: Any) -> Iterator[str
 
 
 def _factors(name: str, record: LinearDelta, family: GgufFamily, config: Any) -> Iterator[tuple[str, Tensor]]:
-    """A, and B with all scales folded in. A of an embedding is transposed."""
+    """Yield A, and B with all scales folded in. A of an embedding is transposed."""
     a, b = record.factors(torch.float32)
     yield f"{name}.lora_a", (a.T if name == _EMBEDDINGS else a).contiguous()
     yield f"{name}.lora_b", laid_out_rows(family, config, name, b).contiguous()
 
 
 def _invocation(method: MethodConfig) -> list[KeyValue]:
-    """Return the tokens from which on llama.cpp applies the adapter."""
+    """Return the key that holds aLoRA's invocation tokens, from which on llama.cpp applies the adapter."""
     tokens, number = list(method.invocation_tokens), GGUFValueType.UINT32
     return [KeyValue("adapter.alora.invocation_tokens", tokens, GGUFValueType.ARRAY, number)] if tokens else []
 

@@ -138,7 +138,9 @@ def _vocabulary_problems(reader: GGUFReader, shapes: dict[str, tuple[int, ...]])
 
 
 def _chat(reader: GGUFReader) -> tuple[dict[str, str], list[str]]:
-    """Facts and problems of a rendered chat: one BOS, and turns that end with a token at which the runtime stops."""
+    """Return facts and problems of a rendered chat: one BOS, and turns that end with a token at which the runtime
+    stops.
+    """
     template = value_of(reader, "tokenizer.chat_template")
     if template is None:
         return {"chat template": "none"}, []
@@ -170,7 +172,7 @@ def _chat(reader: GGUFReader) -> tuple[dict[str, str], list[str]]:
 
 
 def _bos(in_template: bool, by_flag: bool) -> str:
-    """Return the source of a chat's BOS. If its flag adds one, llama.cpp drops the template's."""
+    """Say in words where a chat's BOS comes from. If the flag adds one, llama.cpp drops the template's."""
     if in_template:
         return "in the template" + (", and by the flag: llama.cpp takes one" if by_flag else "")
     return "by the flag" if by_flag else "none"

@@ -83,7 +83,7 @@ def collect_importance(
 
 
 def _windows(tokenizer: Any, text: Path, options: CollectOptions) -> list[Tensor]:
-    """Windows of tokens; each begins with the token that the tokenizer puts in front of a text."""
+    """Cut a text into windows of tokens. Each starts with the token that the tokenizer puts in front of a text."""
     try:
         content = text.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -103,7 +103,7 @@ def _windows(tokenizer: Any, text: Path, options: CollectOptions) -> list[Tensor
 
 @contextmanager
 def _watched(model: Any, family: GgufFamily, sums: _Sums) -> Iterator[None]:
-    """Within the context every linear layer and every expert adds its inputs to the sums."""
+    """Enter a context in which each linear layer and each expert adds its inputs to the sums."""
     head, config = model.get_output_embeddings(), model.config.get_text_config()
     handles = []
     for path, module in model.named_modules():
@@ -130,13 +130,13 @@ def _adder(name: str, sums: _Sums) -> Callable[[nn.Module, tuple[Tensor, ...]], 
 
 
 def _places(family: GgufFamily, config: Any, path: str, prefix: str) -> list[str]:
-    """Return the names of the matrices that a parameter of experts becomes."""
+    """Return the names of the matrices that a parameter of stacked experts is written as."""
     text = text_name(path)
     return [name for name, _ in places_of(family, config, text, prefix)] if text else []
 
 
 def _expert_adder(inner: list[str], down: list[str], sums: _Sums) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-    """A hook of experts, which are called with tokens (n, d), ids (n, k) and weights (n, k)."""
+    """Return a hook for experts, which are called with tokens (n, d), ids (n, k) and weights (n, k)."""
 
     def add(module: Any, inputs: tuple[Tensor, ...]) -> None:
         tokens, chosen = inputs[:2]

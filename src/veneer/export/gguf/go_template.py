@@ -92,7 +92,7 @@ def chat_shape(render: Render) -> ChatShape | None:
 
 
 def _system(render: Render, turns: Messages, start: str, user: str) -> tuple[tuple[str, str] | None, bool]:
-    """Return the text around a system message, and True if it is part of the first question."""
+    """Return the texts before and after a system message, and True if it is part of the first question."""
     found = _split(render, [_message("system", _SYSTEM), *turns], (_SYSTEM, _USER, _ANSWER, _NEXT))
     if found is None:
         return None, False
@@ -111,7 +111,7 @@ def _checks(with_system: bool) -> list[list[Mapping[str, str]]]:
 
 
 def _split(render: Render, messages: Messages, marks: Sequence[str]) -> list[str] | None:
-    """The text of a rendered conversation between its marked messages; None unless each occurs once, in order."""
+    """Split a rendered conversation at the marked messages; None unless each occurs once, in order."""
     text = _rendered(render, messages)
     if text is None or any(text.count(mark) != 1 for mark in marks):
         return None
@@ -136,7 +136,7 @@ def _message(role: str, content: str) -> Mapping[str, str]:
 
 
 def _common(one: str, other: str) -> str:
-    """Return the longest text that both begin with."""
+    """Return the longest common prefix."""
     same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False))
     return "".join(character for character, _ in same)
 

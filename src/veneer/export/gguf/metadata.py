@@ -74,7 +74,7 @@ def _sampling(folder: Path) -> Iterator[KeyValue]:
 
 
 def _size(shapes: Mapping[str, tuple[int, ...]]) -> str:
-    """``135M``, or ``8x7B`` for experts."""
+    """Return the model's size in words: ``135M``, or ``8x7B`` for experts."""
     total = shared = experts = n_experts = 0
     for name, shape in shapes.items():
         n = 1
@@ -90,7 +90,7 @@ def _size(shapes: Mapping[str, tuple[int, ...]]) -> str:
 
 
 def _card(folder: Path) -> Iterator[KeyValue]:
-    """Licence, tags and languages of the model card."""
+    """Yield the model card's licence, tags and languages."""
     found = _front_matter(folder / "README.md")
     if isinstance(found.get("license"), str):
         yield KeyValue("general.license", found["license"], GGUFValueType.STRING)

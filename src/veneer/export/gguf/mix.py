@@ -98,14 +98,14 @@ def _is_matrix(name: str, shape: tuple[int, ...]) -> bool:
 
 
 class _Rules:
-    """The mix's type of every matrix; the counts of tensors of one kind go up in the file's order."""
+    """The rules that give every matrix its type. Tensors of one kind are counted in the file's order."""
 
     def __init__(self, mix: Mix, facts: MixFacts, weighed: bool, shapes: Shapes) -> None:
         self._mix, self._facts, self._weighed, self._shapes = mix, facts, weighed, shapes
         self._n_values = sum(_role(name) in _VALUES for name in shapes if _is_matrix(name, shapes[name]))
 
     def walk(self, names: Sequence[str]) -> dict[str, str]:
-        """The types by name."""
+        """Return the type of each matrix by name."""
         found: dict[str, str] = {}
         n_values = n_down = 0
         for name in names:
@@ -178,7 +178,7 @@ class _Rules:
 
 
 def _more(i: int, n: int) -> bool:
-    """Return True for the first and the last eighth of n, and for every third between."""
+    """Return True for the first and the last eighth of n layers, and for every third one between."""
     return i < n // 8 or i >= 7 * n // 8 or (i - n // 8) % 3 == 2
 
 

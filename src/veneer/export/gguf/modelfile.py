@@ -66,7 +66,7 @@ def modelfile(export: GgufExport, shape: ChatShape | None) -> str:
 
 
 def _stops(source: SourceTokenizer) -> list[str]:
-    """Return the tokens that end an answer: the template's, and the end of a text."""
+    """Return the tokens that end an answer: those of the template, and the tokenizer's end of text."""
     found = [end_of_turn(source)] if source.template is not None else []
     ids = [*found, source.tokenizer.eos_token_id]
     return list(dict.fromkeys(source.vocabulary[number] for number in ids if number is not None))
@@ -80,7 +80,7 @@ def _settings(export: GgufExport) -> Iterator[tuple[str, Any]]:
 
 
 def _shape(source: SourceTokenizer, adds_bos: bool) -> ChatShape | None:
-    """Return the template's shape, without the BOS that the runtime puts in front itself."""
+    """Return the template's shape. Its BOS is left out, since the runtime adds one."""
     if source.template is None:
         return None
     bos = source.tokenizer.bos_token if adds_bos else None

@@ -57,7 +57,7 @@ def _pair(merge: str | list[str]) -> tuple[str, str]:
 
 
 def _steps(content: Mapping[str, Any], name: str) -> Iterator[Mapping[str, Any]]:
-    """Yield the steps of a part of ``tokenizer.json``, out of their sequences."""
+    """Yield the steps of a part of ``tokenizer.json``, with nested sequences flattened."""
     step = content.get(name)
     if step is None:
         return
@@ -75,8 +75,10 @@ def _is_for_spaces(step: Mapping[str, Any]) -> bool:
 
 
 def _cuts_nothing(step: Mapping[str, Any], tokens: list[str]) -> bool:
-    """Return True for Metaspace, and for Gemma's split on spaces, of which none is left. Where words are cut off, no
-    piece may reach over a cut.
+    """Return True if a pretokenizer never cuts a piece.
+
+    Metaspace is one, if it does not split words or if no piece spans a space. Gemma's split on spaces is another, since
+    its normalizer has replaced all spaces.
     """
     if step["type"] == "Split":
         return bool(step["pattern"] == {"String": " "})
@@ -91,8 +93,9 @@ def _told(step: Mapping[str, Any]) -> str:
 
 
 def _merge_problems(source: SourceTokenizer, ranks: Mapping[str, int], merges: set[tuple[str, str]]) -> Iterator[str]:
-    """The pieces that the runtime would build by other merges than the tokenizer's. Vocabularies that were made of
-    SentencePiece's have every merge, so that nothing is tried.
+    """Yield a problem if the runtime would merge pieces that the tokenizer does not.
+
+    A vocabulary converted from SentencePiece has every merge, so that no piece needs to be tried.
     """
     vocabulary = source.content["model"]["vocab"]
     cut = source.tokenizer.backend_tokenizer.model.tokenize
@@ -108,7 +111,9 @@ def _merge_problems(source: SourceTokenizer, ranks: Mapping[str, int], merges: s
 
 
 def _merged(text: str, vocabulary: Mapping[str, int], ranks: Mapping[str, int]) -> list[str]:
-    """The runtime's cut of a text: of all neighbours that make a piece, the best first, the leftmost of equals."""
+    """Return the runtime's cut of a text: it merges the best pair of neighbours first, the leftmost if two are
+    equal.
+    """
     parts = list(text)
     worst = len(ranks)
     while True:

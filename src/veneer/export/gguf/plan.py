@@ -166,7 +166,7 @@ def laid_out(family: GgufFamily, config: Any, name: str, tensor: Tensor) -> Tens
 
 
 def _valued(family: GgufFamily, leaf: str, tensor: Tensor) -> Tensor:
-    """A tensor with rows in the file's order, with the file's values."""
+    """Convert a tensor to the file's values. Some families store norm weights with 1 added."""
     if family.plus_one and leaf.endswith("norm.weight"):
         return (tensor if tensor.dtype == torch.float16 else tensor.float()) + 1
     return tensor
@@ -244,7 +244,9 @@ def assembled_blocks(
 
 
 def _gathered(blocks: Iterator[Tensor], shape: tuple[int, ...], places: Tensor | None) -> Tensor:
-    """A matrix gathered from another's rows, block by block: each at its place, or (None) as a column."""
+    """Gather a matrix from blocks of rows. Each row goes to its place in ``places``, or becomes a column if that is
+    None.
+    """
     start = next(blocks)
     out = torch.empty(shape, dtype=start.dtype)
     first = 0
@@ -261,7 +263,7 @@ def _gathered(blocks: Iterator[Tensor], shape: tuple[int, ...], places: Tensor |
 def _complete_head(
     family: GgufFamily, sources: dict[str, list[TensorSource]], shapes: dict[str, tuple[int, ...]]
 ) -> None:
-    """Tied tensors under the names that the runtime wants."""
+    """Give tied embeddings and head the names that the runtime wants."""
     if _EMBEDDINGS not in sources and _HEAD in sources:  # a file may hold the head's name alone
         sources[_EMBEDDINGS], shapes[_EMBEDDINGS] = sources.pop(_HEAD), shapes.pop(_HEAD)
     if _EMBEDDINGS not in sources:

@@ -44,5 +44,5 @@ def layers_of(specs: Iterable[TensorSpec]) -> list[int]:
 
 
 def _leaf(name: str) -> str:
-    """A tensor's name without its layer."""
+    """Return a tensor's name without its layer."""
     return name.split(".", 2)[-1] if name.startswith("blk.") else name

@@ -83,7 +83,10 @@ def _byte_level(source: SourceTokenizer, tokens: list[str]) -> list[KeyValue]:
 
 
 def _pieces(source: SourceTokenizer, tokens: list[str]) -> list[KeyValue]:
-    """Pieces with scores: the runtime merges the pair with the best score first, so a merge's rank is its score."""
+    """Return pieces with scores.
+
+    The runtime merges the pair with the best score first, so a merge's rank is its score.
+    """
     ranks = piece_ranks(source, tokens)
     kinds = [_kind(source, number) for number in range(len(tokens))]
     texts = [_text(token, kind) for token, kind in zip(tokens, kinds, strict=True)]
@@ -98,7 +101,9 @@ def _pieces(source: SourceTokenizer, tokens: list[str]) -> list[KeyValue]:
 
 
 def _filler(number: int) -> str:
-    """The token of a row of the embeddings that the tokenizer does not know, as llama.cpp's converter names it."""
+    """Return the token for a row of the embeddings beyond the tokenizer's vocabulary, as llama.cpp's converter names
+    it.
+    """
     return f"[PAD{number}]"
 
 

@@ -78,7 +78,7 @@ class AdapterSource:
 
 
 def _base_of(method: MethodConfig, given: str | None) -> Path | None:
-    """Return the folder of the base's config; None if it is not on this machine and was not named by the caller."""
+    """Return the folder of the base's config; None if the caller named none and the base is not on this machine."""
     config = config_of_base(given or method.base_model_name_or_path, None if given else method.revision)
     return config.parent if config is not None else None if given is None else local_folder(given)
 
@@ -115,7 +115,7 @@ def _on_base(adapter: Path, fields: Mapping[str, Any], method: MethodConfig, bas
 
 
 def _started(method: MethodConfig, places: Mapping[str, Placed]) -> dict[str, Tensor]:
-    """The initial factors of a start that PEFT subtracts from the base on loading, and therefore does not save."""
+    """Return the initial factors of a start. PEFT subtracts them from the base on loading, and does not save them."""
     found: dict[str, Tensor] = {}
     for placed in places.values():
         first = method.init(placed.site, torch.Generator().manual_seed(0))

@@ -53,7 +53,7 @@ class BdLoraConfig(Settings, Variant):
         return super().refusals_at(config, sites) + [f"use_bdlora at {name}: {said}" for name, said in found if said]
 
     def _problem(self, site: LinearSite, r: int) -> str | None:
-        """Return the problem of blocks at a layer, of this rank."""
+        """Return the reason why a layer cannot have blocks at this rank; None if it can."""
         of_a, of_b = self._named(site)
         if of_a and of_b:
             return "its name is in target_modules_bd_a and target_modules_bd_b: leave one out"
@@ -65,7 +65,7 @@ class BdLoraConfig(Settings, Variant):
         return f"{told}{math.gcd(r, width)}" if r % self.nblocks or width % self.nblocks else None
 
     def _named(self, site: LinearSite) -> tuple[bool, bool]:
-        """Return two booleans: the config names the layer's A, and its B."""
+        """Return two flags: True if the config names the layer for A, and True if it names it for B."""
         last, both = site.name.rpartition(".")[2], (self.target_modules_bd_a, self.target_modules_bd_b)
         of_a, of_b = (any(pattern in last for pattern in patterns or ()) for patterns in both)
         return of_a, of_b

@@ -62,7 +62,7 @@ class Dora(Variant):
 
 @torch.no_grad()
 def _norms(site: LinearSite, record: LinearDelta) -> Tensor:
-    """Row norms on the weight's device."""
+    """Return the row norms of the changed weight, on the weight's device."""
     weight = needed_weight(site, "DoRA")
     assert site.row_sq is not None  # a site with a weight has its norms
     assert record.low_rank is not None  # LoRA's record is a pair

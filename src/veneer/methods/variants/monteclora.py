@@ -91,13 +91,13 @@ class MontecloraConfig(Settings, Variant):
         return torch.stack([self._penalty(params) for params in layers]).mean() if layers else None
 
     def _penalty(self, params: Params) -> Tensor:
-        """Return the term of one site: divergences and squares of w."""
+        """Return the penalty of one site: the divergences plus the squares of w."""
         params = {**params, **self._drawn_around(len(params[STD]), None)}
         found: Tensor = self.kl_loss_weight * self._divergence(params)
         return found + self._weights(params).square().sum() if self.use_entropy else found
 
     def _drawn_around(self, r: int, generator: torch.Generator | None) -> dict[str, Tensor]:
-        """Return the diagonal of a Wishart matrix of r degrees of freedom, and the numbers behind w."""
+        """Draw the diagonal of a Wishart matrix with r degrees of freedom, and the numbers that w is made from."""
         return {
             _U: torch.randn(r, r, generator=generator).square().sum(1),
             _Y: torch.randn(self.num_samples, generator=generator),
@@ -108,7 +108,7 @@ class MontecloraConfig(Settings, Variant):
         return ((2 * v).exp() * params[_U].to(v.device, v.dtype)).clamp_min(_LEAST_VARIANCE)
 
     def _weights(self, params: Params) -> Float[Tensor, " n"]:
-        """Softmax of normal numbers that approximate a Dirichlet distribution in the logarithm."""
+        """Return a softmax of normal numbers, which approximates a Dirichlet distribution in the logarithm."""
         p, n = params[WEIGHTS], self.num_samples
         alpha = p.exp().clamp_min(_LEAST)
         variance = (1 - 2 / n) / alpha + (1 / alpha).sum() / n**2
@@ -117,7 +117,7 @@ class MontecloraConfig(Settings, Variant):
         return (mean + deviation * params[_Y].to(p.device, p.dtype)).softmax(-1)
 
     def _divergence(self, params: Params) -> Tensor:
-        """Divergences of the weights, of the variances, and of the noise from their priors, as PEFT has them."""
+        """Return the divergences of weights, variances and noise from their priors, as in PEFT."""
         alpha, v, variance = params[WEIGHTS].exp(), params[STD], self._variances(params)
         prior, r = torch.full_like(alpha, self.dirichlet_prior), len(v)
         of_weights = torch.lgamma(alpha.sum()) - torch.lgamma(prior.sum())

@@ -45,7 +45,7 @@ def _empties(shapes: Shapes) -> Params:
 
 
 def _empty(name: str, shape: tuple[int, ...]) -> Tensor:
-    """An empty tensor of this shape. Raises FormatError if memory does not suffice: a config may have any rank."""
+    """Allocate a tensor of this shape. Raises FormatError if memory does not suffice: a config may have any rank."""
     try:
         return torch.empty(shape)
     except (RuntimeError, TypeError) as error:  # too much for this machine, or a size beyond 64 bits

@@ -57,7 +57,7 @@ class AdaptedConvolution(AdaptedSite):
         return apply_projected(whole, products, base, site.bias).movedim(-1, self._channels)
 
     def _added(self, x: Tensor, term: Pair | Change, entry: Around | None) -> Tensor:
-        """The product of a change of the weight with every patch of x, the patches mapped by ``entry``."""
+        """Multiply a change of the weight by every patch of x, after ``entry`` has mapped the patches."""
         if isinstance(term, Pair):
             return term.behind_a(self._product(x.to(term.a.dtype), term.a, entry))
         matrix = term.blocks(term.dtype) if isinstance(term, InGroups) else term.dense(term.dtype)
@@ -99,12 +99,14 @@ class AdaptedConvolution(AdaptedSite):
 
     @property
     def _channels(self) -> int:
-        """The dimension of the channels, counted from the end, since the batch dimension may be missing."""
+        """Return the channels' dimension, counted from the end, since the batch dimension may be missing."""
         return 1 - len(self._kernel_shape)
 
     def _product(self, x: Tensor, matrix: Tensor, entry: Around | None) -> Tensor:
-        """Product (…, n) of a matrix with every patch of x that the layer's kernel sees. The matrix is (n, channels ·
-        window), or the kernel's blocks (n, channels / groups · window). ``entry`` maps the patches.
+        """Multiply a matrix by every patch of x that the layer's kernel sees: (…, n).
+
+        The matrix is (n, channels · window), or the kernel's blocks (n, channels / groups · window). ``entry`` maps the
+        patches.
         """
         window, groups = self._kernel_shape[2:], cast(Any, self).groups
         channels = matrix.shape[1] // math.prod(window)
@@ -117,7 +119,7 @@ class AdaptedConvolution(AdaptedSite):
         return cast(Tensor, y).movedim(self._channels, -1)
 
     def _behind(self, entry: Around, matrix: Tensor, groups: int) -> Tensor:
-        """The matrix of the product with patches that ``entry`` maps, in the matrix's dtype."""
+        """Fold the map of the patches into the matrix, and keep the matrix's dtype."""
         wide = matrix.to(torch.promote_types(matrix.dtype, torch.float32))
         if groups == 1:
             return entry.fold_input(wide).to(matrix.dtype)
@@ -191,7 +193,7 @@ def _as_matrix(weight: Tensor, groups: int) -> FrozenWeight:
 
 
 def _without_groups(module: nn.Module, x: Tensor, kernel: Tensor) -> Tensor:
-    """The output of the layer's convolution with a kernel that sees all channels."""
+    """Run the layer's convolution with a kernel that sees all channels."""
     conv = cast(Any, module)
     convolve = next(function for cls, function in _CONVOLUTIONS.items() if isinstance(module, cls))
     padding = conv.padding

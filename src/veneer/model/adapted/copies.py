@@ -98,7 +98,7 @@ def saved_paths(paths: Iterable[str], names: Collection[str]) -> list[str]:
 
 
 def _is(path: str, name: str) -> bool:
-    """PEFT's rule, which its files rely on: the end of the path, also within a name ("norm" takes "ln_norm")."""
+    """Return True if a path ends with the name, also within a word ("norm" matches "ln_norm"): PEFT's rule."""
     return path.endswith(name)
 
 

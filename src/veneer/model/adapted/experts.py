@@ -107,7 +107,7 @@ def project(
 
 
 def _sent(chosen: Tensor, n_experts: int) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """The chosen experts, each with its tokens and the index of each token's choice.
+    """Yield each chosen expert with its tokens and the index of each token's choice.
 
     Tensors without values choose all experts equally often.
     """

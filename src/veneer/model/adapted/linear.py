@@ -88,7 +88,7 @@ class AdaptedSite(Adapted):
         return {key: value.to(device_of(self)) for key, value in found.items()}
 
     def _members(self, known: Sequences | None, shape: Sequence[int] | None) -> Tensor:
-        """Sequence members of an input of this shape. If the model knows no sequences, each row is one."""
+        """Return the sequence that each row of an input belongs to. If no sequences are known, each row is one."""
         if known is not None and shape is None:
             return known.members
         rows = tuple(shape or ())
@@ -229,7 +229,7 @@ class AdaptedSite(Adapted):
         return weight.T.contiguous() if self.is_turned else weight
 
     def _row_sq(self) -> Tensor:
-        """Squared row norms of the weight, computed once. `forget` drops them when the weight changes."""
+        """Return the squared norms of the weight's rows, computed once. `forget` drops them when the weight changes."""
         if self.kept.row_sq is None or "weight" in type(self).swapped:
             weight = cast(FrozenWeight, self.site(self.adapter_state.acting()).weight)
             self.kept.row_sq = row_squares(unrounded(weight))
@@ -291,7 +291,7 @@ class AdaptedLinear(AdaptedSite):
     def _together(
         self, names: Sequence[str], shape: Sequence[int] | None, task: int | None = None
     ) -> LinearDelta | None:
-        """The record of these adapters, with a bias that they train; None if they change nothing."""
+        """Compose these adapters' records, with a bias that they train. None if they change nothing."""
         held = [name for name in names if name in self.adapters]
         bias = self.effective("bias", names)
         trained = bias if bias is not self._parameters.get("bias") else None
@@ -336,11 +336,13 @@ class AdaptedLinear(AdaptedSite):
         return len(names) > 1 and any(self.rate(name) for name in names)
 
     def _differs(self, names: Sequence[str]) -> bool:
-        """Return True if rows have whole weights of their own."""
+        """Return True if an adapter has a whole weight of its own for its rows."""
         return any(self.has_own(name, "weight") for name in names)
 
     def _by_formula(self, x: Tensor) -> Tensor:
-        """Apply the record under autograd: for a compiler to follow, or if the weight is trained as well."""
+        """Apply the record under autograd, so that a compiler can follow it, or because the weight is trained
+        as well.
+        """
         names, site = self.acting_here(), self.site()
         weight = cast(FrozenWeight, site.weight)
         records = [self.record_now(name, x.shape[:-1], site) for name in names]
@@ -362,7 +364,7 @@ class AdaptedLinear(AdaptedSite):
         )
 
     def _read_whole(self, weight: FrozenWeight) -> FrozenWeight:
-        """The weight. If it is cut over processes, reading it gathers it."""
+        """Return the weight. If it is sharded over processes, it is gathered."""
         if not isinstance(weight, DenseWeight):
             return read_whole(weight, self.own_weight(), lambda: cast(CodedModule, self).gathered())
         own = weight.tensor
@@ -400,7 +402,10 @@ class AdaptedLinear(AdaptedSite):
         return DenseWeight(weight.T if isinstance(self, Conv1D) else weight)
 
     def _own(self, x: Tensor) -> Tensor:
-        """The product of the layer alone: with the base's weight or, merged into a quantized base, with a dense one."""
+        """Compute the layer without its adapters.
+
+        If they are merged into a quantized base, its weight is a dense one.
+        """
         if self.kept.merged_weight is not None:
             return apply_linear(LinearDelta(), x, DenseWeight(self.kept.merged_weight), self.effective("bias"))
         acting = self.adapter_state.acting()
@@ -415,7 +420,7 @@ class AdaptedLinear(AdaptedSite):
 
 
 def _derive_again(layer: nn.Module, keys: object) -> None:
-    """Derive tensors from the weight and the parameters, which have all been loaded by now."""
+    """Derive tensors from the weight and the parameters, once all of these are loaded."""
     for name in cast(AdaptedSite, layer).adapters:
         cast(AdaptedSite, layer).derive(name)
 
@@ -425,7 +430,7 @@ def _trains(weight: FrozenWeight) -> bool:
 
 
 def _computed(x: Tensor, layer: LinearLayer) -> Tensor:
-    """The op's output in the plain layer's output dtype: autocast's, if that is on."""
+    """Run the op, with the output dtype of the plain layer: autocast's if that is on."""
     weight, device = layer.weight, x.device.type
     if not torch.is_autocast_enabled(device):
         return linear(x.to(weight.tensor.dtype) if isinstance(weight, DenseWeight) else x, layer)
@@ -469,7 +474,7 @@ def is_linear(module: nn.Module) -> bool:
 
 @functools.cache
 def _computes_linear(kind: Hashable) -> bool:
-    """Return True if a class computes x Wᵀ + b: by torch's own forward, or by one that equals it on made-up values."""
+    """Return True if a class computes x Wᵀ + b: by torch's own forward, or by one that agrees on made-up values."""
     cls: Any = kind
     if cls.forward in (nn.Linear.forward, Conv1D.forward):
         return True

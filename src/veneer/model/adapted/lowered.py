@@ -16,14 +16,14 @@ _PLACE = "_lowered"
 
 @dataclass(frozen=True, slots=True)
 class _Lowered:
-    """Record, with the name of the holder's parameter that each of its tensors is."""
+    """A record, and for each of its tensors the name of the holder's parameter that it is."""
 
     config: LinearMethod
     record: LinearDelta
     names: tuple[str, ...]
 
     def is_of(self, holder: nn.Module) -> bool:
-        """Return True if the holder's parameters are still those of the record."""
+        """Return True if the holder's parameters are still the record's tensors."""
         own = zip(self.names, self.record.tensors, strict=True)
         return all(holder._parameters.get(name) is tensor for name, tensor in own)
 
@@ -47,7 +47,7 @@ def lowered(holder: nn.Module, config: LinearMethod, lower: Callable[[], LinearD
 
 
 def _names(holder: nn.Module, record: LinearDelta) -> tuple[str, ...] | None:
-    """Return the parameter's name for each tensor of a record; None if a tensor is computed."""
+    """Return the parameter's name for each tensor of a record; None if one of them is not a parameter."""
     own = {id(parameter): name for name, parameter in holder._parameters.items()}
     names = [own.get(id(tensor)) for tensor in record.tensors]
     return None if None in names else cast("tuple[str, ...]", tuple(names))

@@ -43,7 +43,7 @@ def drawn_key(generator: torch.Generator | None) -> int:
 
 
 def _counted(n_rows: int, names: Sequence[str] | None) -> list[int]:
-    """Each row's place among the rows of its adapter."""
+    """Number each row among the rows of its adapter."""
     if names is None:
         return list(range(n_rows))
     seen: dict[str, int] = {}

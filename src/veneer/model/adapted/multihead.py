@@ -51,7 +51,7 @@ class _Folding(AdaptedSite):
         return Adapted.effective(self, parameter, self.adapter_state.acting() if names is None else names)
 
     def require_one_for_all_rows(self) -> None:
-        """Raise CompositionError where rows of a batch are to take different adapters here."""
+        """Raise CompositionError if rows of a batch would use different adapters here."""
         routing = self.adapter_state.routed()
         if routing is not None and any(name in self.adapters for name in routing.adapters):
             raise CompositionError(

@@ -180,7 +180,7 @@ def _unknown(name: str, known: Mapping[str, object]) -> str:
 
 
 def _refusal(name: str, module: nn.Module, key: str, taken: bool) -> str | None:
-    """The reason why a parameter cannot be adapted by name; None if it can."""
+    """Return the reason why a parameter cannot be adapted by name; None if it can."""
     value = module._parameters.get(key)
     if taken:
         return f"target_parameters names {name!r}, whose module target_modules or modules_to_save takes too: drop one"

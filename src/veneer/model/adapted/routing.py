@@ -40,7 +40,7 @@ class Routing:
 
     @cached_property
     def _each(self) -> tuple[Choice, ...]:
-        """The choice of each row."""
+        """Return the choice of each row."""
         return tuple(zip(self.names, self.tasks or (None,) * len(self.names), strict=True))
 
     @cached_property

@@ -193,7 +193,7 @@ class Adapted(InPlace, Holder):
         )
 
     def _is_own(self, name: str) -> bool:
-        """Return True if an adapter changes the weight by more than single rows."""
+        """Return True if an adapter changes more of the weight than single rows."""
         return name in self.adapters or (name in self.copies and "weight" in dict(own_tensors(self.copies[name])))
 
     def replace(self, values: dict[str, Tensor]) -> None:

@@ -80,7 +80,7 @@ def acting_tokens(model: nn.Module) -> tuple[int, ...]:
 
 @contextmanager
 def _head_sees(model: nn.Module, state: AdapterState, routing: TokenRouting, inputs: Inputs) -> Iterator[None]:
-    """Context in which an adapted head knows the positions of its tokens: those of ``logits_to_keep`` alone."""
+    """Enter a context in which an adapted head knows the positions of its tokens: only those of ``logits_to_keep``."""
     kept, head_of = inputs[1].get("logits_to_keep"), getattr(model, "get_output_embeddings", None)
     head = None if head_of is None else head_of()
     if kept is None or not isinstance(head, Adapted):
@@ -151,7 +151,7 @@ def _require_found(
 
 
 def _repeated(each: Sequence[T], n_rows: int) -> tuple[T, ...]:
-    """Starts or tasks of prompts, repeated for the rows that each became, as in a beam search."""
+    """Repeat the prompts' starts or tasks for the rows that each prompt became, as in a beam search."""
     return tuple(own for own in each for _ in range(n_rows // len(each)))
 
 
@@ -168,6 +168,6 @@ def _input_ids(inputs: Inputs) -> Int[Tensor, "rows n"]:
 
 
 def _past(inputs: Inputs) -> int:
-    """The number of tokens whose keys and values are in the cache."""
+    """Return the number of tokens whose keys and values are in the cache."""
     caches = (inputs[1].get(name) for name in CACHE_NAMES)
     return max((int(cache.get_seq_length()) for cache in caches if cache is not None), default=0)

@@ -53,7 +53,7 @@ def _whole_numbers(task_ids: TaskIds) -> list[int]:
 
 
 def _acting_names(state: AdapterState, inputs: Inputs, tasks: Sequence[int] | None) -> tuple[str, ...]:
-    """The active adapter, once for each row."""
+    """Return the name of the active adapter, once for each row."""
     if len(state.active) != 1:
         raise CompositionError(
             f"task_ids names tasks of one adapter, and {list(state.active)} are active: activate one, or give "
@@ -63,7 +63,7 @@ def _acting_names(state: AdapterState, inputs: Inputs, tasks: Sequence[int] | No
 
 
 def _tasks(state: AdapterState, names: Sequence[str], given: Sequence[int]) -> tuple[int | None, ...]:
-    """The task of each row, or None if its adapter has none. Raises ConfigError and ShapeError."""
+    """Return the task of each row, None if its adapter has none. Raises ConfigError and ShapeError."""
     if len(given) != len(names):
         raise ShapeError(f"task_ids holds {len(given)} tasks for a batch of {len(names)} rows: give one for each row")
     counts = {name: 0 if name == BASE else state.configs[name].n_tasks for name in names}
@@ -145,7 +145,7 @@ def _checkpointing(model: nn.Module) -> list[Any]:
 
 
 def _routed(checkpoint: Callable[..., Any], state: AdapterState, routing: Routing) -> Callable[..., Any]:
-    """Return a ``checkpoint`` that runs its functions with these rows' adapters, also in the second pass."""
+    """Wrap ``checkpoint`` so that its functions run with these rows' adapters, also when they are recomputed."""
 
     @functools.wraps(checkpoint)
     def run(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -162,7 +162,9 @@ def _routed(checkpoint: Callable[..., Any], state: AdapterState, routing: Routin
 
 @contextmanager
 def _same_draws(routing: Routing, kept: list[dict[str, Tensor]]) -> Iterator[None]:
-    """Note the positions of the adapters' random numbers in ``kept`` on the first run; draw from there again later."""
+    """On the first run, note in ``kept`` where the adapters' random numbers begin; on later runs, draw from there
+    again.
+    """
     now = {name: generator.get_state() for name, generator in routing.generators.items()}
     again = bool(kept)
     if again:

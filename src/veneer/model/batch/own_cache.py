@@ -94,7 +94,7 @@ class CachingModel:
         return [[token] for token in tokens] if alone else [tokens]
 
     def _pass(self, held: Held, tokens: Sequence[int]) -> Tensor:
-        """Logits of all tokens that the pass computes. The last ones are those of ``tokens``."""
+        """Return the logits of all tokens that the pass computes; the last ones are those of ``tokens``."""
         anew = self.way is Way.ANEW
         ids = torch.tensor([[*held.tokens, *tokens] if anew else tokens], device=self.model.device)
         given = {} if held.cache is None or self._cache is None else {self._cache: held.cache}
@@ -150,7 +150,7 @@ def proved_way(model: PreTrainedModel) -> Way:
 
 
 def _in_float32(model: PreTrainedModel) -> PreTrainedModel:
-    """The model, or a copy in float32 if it is small and not quantized."""
+    """Return the model, or a copy in float32 if it is small and not quantized."""
     parameters = list(model.parameters())
     plain = all(parameter.is_floating_point() for parameter in parameters)
     if not plain or model.dtype == torch.float32 or sum(p.numel() for p in parameters) > _FEW_PARAMETERS:
@@ -159,7 +159,7 @@ def _in_float32(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def _error(model: PreTrainedModel, way: Way, ids: list[int], own: Tensor) -> float:
-    """The relative distance between logits computed in stretches and the model's ``own`` logits."""
+    """Return the relative distance between logits computed in stretches and the model's ``own`` logits."""
     held, caching = Held(), CachingModel(model, way)
     first = _CUTS[0]
     try:

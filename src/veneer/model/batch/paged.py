@@ -72,7 +72,9 @@ class Stretch(NamedTuple):
 class _Group:
     """Group of g sequences with c new tokens each, and at most L positions.
 
-    ``rows`` (g, c) of the batch, their ``positions`` (g, c), ``slots`` (g, L) of all that they may see.
+    ``rows`` (g, c) are rows of the batch, ``positions`` (g, c) their positions. ``slots`` (g, L) are all slots that
+    they
+    may see.
     """
 
     rows: Tensor
@@ -155,7 +157,7 @@ def _attention(
     s_aux: Tensor | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """Attention of rows (n, heads, 1, width) to the stored keys of their sequences, and to themselves."""
+    """Attend from rows (n, heads, 1, width) to their sequences' stored keys, and to the rows themselves."""
     step, layer = _STEP.get(), int(module.layer_idx)  # type: ignore[arg-type]
     if layer in step.written:
         raise RuntimeError(f"layer {layer} runs more than once a pass")

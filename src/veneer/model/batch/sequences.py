@@ -56,8 +56,8 @@ def _acting(state: AdapterState) -> tuple[str, ...]:
 
 
 def _sequences(model: nn.Module, inputs: Inputs) -> Sequences | None:
-    """The sequences of the tokens that are given; None if there are none, or if an encoder and a decoder have tokens of
-    their own.
+    """Return the sequences of the input tokens; None if there are no tokens, or if encoder and decoder each
+    have some.
     """
     args, kwargs = inputs
     named = (kwargs.get("input_ids"), kwargs.get("inputs_embeds"), args[0] if args else None)
@@ -73,7 +73,9 @@ def _sequences(model: nn.Module, inputs: Inputs) -> Sequences | None:
 
 
 def _on_tokens(mask: object) -> Tensor:
-    """A mask (rows, n) of tokens. Raises CompositionError for another: it tells which tokens see which."""
+    """Return a mask (rows, n) of tokens. Raises CompositionError for a mask of other axes, such as one by pairs of
+    tokens.
+    """
     if isinstance(mask, Tensor) and mask.ndim == 2:
         return mask
     told = f"of shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else f"a {type(mask).__name__}"
@@ -88,7 +90,7 @@ def _checkpointing(model: nn.Module) -> list[Any]:
 
 
 def _again_with(checkpoint: Callable[..., Any], state: AdapterState, known: Sequences | None) -> Callable[..., Any]:
-    """``checkpoint`` whose functions know these sequences also when they run again."""
+    """Wrap ``checkpoint`` so that its functions know these sequences, also when they are recomputed."""
 
     @wraps(checkpoint)
     def run(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

@@ -98,7 +98,7 @@ def blocks_of(model: PreTrainedModel) -> tuple[nn.Module, nn.ModuleList]:
 
 
 def _beside_embeddings(source: BlockSource, holder: nn.Module) -> tuple[nn.Module | None, nn.Module | None]:
-    """The table of positions and the norm behind the embeddings."""
+    """Return the table of positions and the norm after the embeddings, each None if there is none."""
     found = (first(holder, names) for names in (source.names.positions, source.names.embedding_norm))
     positions, norm = (None if name is None else cast(nn.Module, getattr(holder, name)) for name in found)
     return positions, norm
@@ -141,7 +141,7 @@ def _head(source: BlockSource, head: nn.Module | None, table: nn.Module) -> Head
 
 
 def _named(source: BlockSource, name: str) -> float:
-    """Return a scale of logits in the config; 1 without one, and if a text half's forward pass does not read it."""
+    """Return the config's scale of logits; 1 if there is none, or if a text half's forward pass does not read it."""
     forward: Any = inspect.unwrap(plain_class(type(source.model)).forward)
     is_read = source.config is source.model.config or name in forward.__code__.co_names
     return float(getattr(source.config, name, None) or 1.0) if is_read else 1.0
@@ -155,7 +155,7 @@ def _no_table(source: BlockSource, positions: nn.Module | None) -> Iterator[Stra
 def _strange(
     source: BlockSource, holder: nn.Module, known: list[nn.Module | None], norm: Any, norm_module: nn.Module | None
 ) -> Iterator[Strange]:
-    """The modules outside the blocks that are not described; vision modules are not part of the text half."""
+    """Yield the modules outside the blocks that are not described. Vision modules are not part of the text half."""
     reason = source.family.strange(source.config)
     if reason is not None:
         yield Strange(path=source.path(holder), reason=reason)

@@ -92,7 +92,7 @@ def _own_class(module: nn.Module) -> type[nn.Module]:
 
 
 def _twin(module: nn.Module, values: dict[str, Tensor]) -> nn.Module:
-    """A new module of the class and settings with these weights and no hooks."""
+    """Create a module of the same class and settings, with these weights and no hooks."""
     cls: Any = _own_class(module)
     twin = cls.__new__(cls)
     nn.Module.__init__(twin)

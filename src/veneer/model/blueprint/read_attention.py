@@ -142,7 +142,9 @@ def _norm_names(source: BlockSource, module: nn.Module) -> tuple[str, ...]:
 
 
 def _head_norms(source: BlockSource, module: nn.Module, heads: HeadLayout) -> tuple[Norm | None, Norm | None] | str:
-    """The norms of q and k; a reason in words if they are not norms, or not over one head or all heads."""
+    """Return the norms of q and k, or the reason why they have no description: they span neither one head nor all
+    heads.
+    """
     names = _norm_names(source, module)
     if not names:
         return None, None
@@ -155,6 +157,6 @@ def _head_norms(source: BlockSource, module: nn.Module, heads: HeadLayout) -> tu
 
 
 def _scale(module: Any) -> float | None:
-    """The factor of the scores; families keep it, or its inverse."""
+    """Return the factor of the scores. Some families store its inverse."""
     scale = getattr(module, "scaling", getattr(module, "inv_norm_factor", None))
     return float(scale) if isinstance(scale, int | float) else None

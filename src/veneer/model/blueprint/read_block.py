@@ -65,19 +65,21 @@ def _state(source: BlockSource, module: nn.Module) -> State:
 
 
 def _listed_type(config: Any, layer: int) -> str | None:
-    """The type of a layer in the config, for attention that does not know its place."""
+    """Return a layer's type from the config, for attention modules that do not know it."""
     types = getattr(config, "layer_types", None) or ()
     return types[layer] if layer < len(types) else None
 
 
 def _multiplier(source: BlockSource, block: nn.Module) -> float:
-    """The multiplier of the halves' outputs: the config's, or one that the block has computed (MiniCPM 3)."""
+    """Return the multiplier of the halves' outputs: the config's, or one that the block has computed (MiniCPM 3)."""
     own = getattr(block, "residual_scale", None)
     return float(own if isinstance(own, float) else getattr(source.config, "residual_multiplier", 1.0))
 
 
 def _beside_parts(source: BlockSource, block: nn.Module) -> list[Strange]:
-    """Return what no description has: buffers of a block (Gemma 4 multiplies by one), or more in its own code."""
+    """Return what the description cannot express: a block's buffers (Gemma 4 multiplies by one), or more of its own
+    code.
+    """
     names = [name for name, _ in block.named_buffers(recurse=False)]
     told = f"it holds {', '.join(names)}, which the description has no words for" if names else None
     odd = told or (None if source.listed else odd_in_forward(block))
@@ -111,7 +113,7 @@ def _children(block: nn.Module, names: tuple[str, ...]) -> list[nn.Module]:
 
 
 def _parallel(source: BlockSource, norms: BlockNorms) -> bool:
-    """One norm in front of both halves, or the config says so."""
+    """Return True if one norm precedes both halves, or if the config says so."""
     one = norms.attention is not None and norms.attention == norms.feed_forward
     return one or any(bool(getattr(source.config, key, False)) for key in PARALLEL)
 
@@ -141,7 +143,7 @@ def _feed_forward_sublayer(
 
 
 def _dropout(source: BlockSource, block: nn.Module, names: tuple[str, ...]) -> str | None:
-    """The path of the dropout after a half, if the half has a module for it."""
+    """Return the path of the dropout after a half, if it is a module."""
     found = (getattr(block, name) for name in names if has_all(block, (name,)))
     return next((source.path(module) for module in found), None)
 

@@ -94,7 +94,7 @@ def _experts(source: BlockSource, module: nn.Module) -> Experts | Strange:
 
 
 def _stacks(source: BlockSource, experts: nn.Module) -> tuple[Stack, Stack] | None:
-    """Gate and up of all experts, and down; None if they are not stacked in one parameter each."""
+    """Return the stack of gate and up, and that of down; None if the experts are not stacked in one parameter each."""
     if not all(name in parameter_names(experts) for name in STACKS):
         return None
     shapes = [cast("tuple[int, int, int]", map_shape(experts, name)) for name in STACKS]

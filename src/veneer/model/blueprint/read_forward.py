@@ -42,7 +42,7 @@ def _odd(kind: Hashable) -> str | None:
 
 
 def _returns_tuple(forward: FunctionType) -> bool:
-    """Return True if the last value that a forward returns is a tuple, or a name that holds one."""
+    """Return True if the last value that ``forward`` returns is a tuple, or a name bound to one."""
     try:
         nodes = list(ast.walk(ast.parse(textwrap.dedent(inspect.getsource(forward)))))
     except (OSError, SyntaxError):

@@ -82,7 +82,7 @@ _ANY = {key for keys in KNOWN.values() for key in keys}  # what the type default
 
 
 def _from_rotary_dim(source: BlockSource, head_dim: int) -> Rotary | None:
-    """GPT-J's rotation: its only parameter is the number of rotated dimensions; None rotates all."""
+    """Return GPT-J's rotation. Its only setting is the number of rotated dimensions; None rotates all of them."""
     if not hasattr(source.config, "rotary_dim"):
         return None
     return Rotary(
@@ -94,14 +94,14 @@ def _from_rotary_dim(source: BlockSource, head_dim: int) -> Rotary | None:
 
 
 def _dim(source: BlockSource, layer_type: str | None) -> int | None:
-    """The number of dimensions that turn, looked up once for the layers of a type."""
+    """Return the number of rotated dimensions, looked up once for each layer type."""
     if layer_type not in source.rotary_dims:
         source.rotary_dims[layer_type] = _dim_of_table(source, layer_type)
     return source.rotary_dims[layer_type]
 
 
 def _dim_of_table(source: BlockSource, layer_type: str | None) -> int | None:
-    """The number of dimensions that turn, by the shape of the model's own table of frequencies."""
+    """Return the number of rotated dimensions, inferred from the shape of the model's own frequencies."""
     for module in source.model.get_decoder().modules():  # a tower of images has frequencies of its own
         if "rotary" in type(module).__name__.lower():
             names = ("inv_freq", f"{layer_type}_inv_freq")
@@ -146,7 +146,7 @@ def _scaling(kind: str, given: Mapping[str, Any], max_positions: int) -> Scaling
 
 
 def _yarn_factor(given: Mapping[str, Any], factor: float) -> float:
-    """The factor of cos and sin: given, or from the logarithm of the factor."""
+    """Return the factor of cos and sin: as given, or computed from the logarithm of the scaling factor."""
     if given.get("attention_factor") is not None:
         return float(given["attention_factor"])
     own, all_dim = given.get("mscale"), given.get("mscale_all_dim")
@@ -188,7 +188,7 @@ def rotates(source: BlockSource, attention: nn.Module, layer: int) -> bool:
 
 @functools.cache
 def _condition(kind: Hashable) -> CodeType | None:
-    """The condition of a class's fields under which its forward rotates; None if it names none."""
+    """Return the condition on a module's fields under which its forward rotates; None if it has no such condition."""
     try:
         code = ast.parse(textwrap.dedent(inspect.getsource(cast(Any, kind).forward)))
     except (OSError, TypeError, SyntaxError):

@@ -51,7 +51,7 @@ def _last(path: str) -> str:
 
 
 def _described(model: object) -> Decoder | None:
-    """The description of a decoder whose blocks are known as a whole."""
+    """Return the description of a decoder; None if one of its blocks is not fully described."""
     try:
         decoder = describe(model) if isinstance(model, PreTrainedModel) else None
     except DescriptionError:

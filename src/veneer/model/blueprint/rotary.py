@@ -148,6 +148,6 @@ def _yarn(rotary: Rotary, scaling: YarnScaling) -> Tensor:
 
 
 def _turning(rotary: Rotary, scaling: YarnScaling, turns: float) -> float:
-    """The dimension, possibly fractional, that makes this number of turns within the original context."""
+    """Return the dimension, possibly fractional, that turns so many times within the original context."""
     length = scaling.original_max_positions / (turns * 2 * math.pi)
     return rotary.dim * math.log(length) / (2 * math.log(rotary.theta))

@@ -22,7 +22,7 @@ def part_of(name: str, decoder: Decoder | None = None) -> TensorPart:
 
 
 def _places(decoder: Decoder) -> list[tuple[str, TensorPart]]:
-    """The paths whose prefix decides a tensor's part, each with that part."""
+    """Return paths, each with its part of the model. A tensor below a path belongs to that part."""
     table = decoder.embedding
     found: list[tuple[str, TensorPart]] = [(table.path, "embeddings")]
     found += [(table.positions.path, "embeddings")] if table.positions else []

@@ -54,7 +54,7 @@ class CodedModule(nn.Module):
         return self._shaped({name: t for name in self.spec.part_layout() if (t := held.get(name)) is not None})
 
     def _shaped(self, parts: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Tensors in the shapes of the format, for modules whose `freeze_parts` takes others."""
+        """Return the tensors in the format's shapes, for modules whose `freeze_parts` expects others."""
         return parts
 
     def freeze_parts(self) -> None:

@@ -31,7 +31,7 @@ PANEL = BLOCK * BLOCKS
 
 
 class _Packed(nn.Module):
-    """Linear layer ``y = W x + bias`` with a packed weight alone, which replaces another layer."""
+    """Linear layer ``y = W x + bias`` that holds only a packed weight and replaces the original layer."""
 
     bias: nn.Parameter | None
     packed_weight: PackedDense | PackedCoded
@@ -183,7 +183,7 @@ def pack_group(model: PreTrainedModel, paths: Sequence[str], *, give_up: bool) -
 
 
 def _packed(weight: FrozenWeight, dtype: torch.dtype) -> Packed | None:
-    """A weight for rows of ``dtype``; None if it is not packed.
+    """Pack a weight for rows of ``dtype``; None if it cannot be packed.
 
     Codes whose width is not a multiple of 16 have no packed form. Their decoded values are packed instead. A narrow
     `BlockWeight` then stays as it is, since it is decoded in tiles.

@@ -62,7 +62,7 @@ def listed_experts(
 
 
 def _is_stacking(converter: WeightConverter) -> bool:
-    """Return True if a conversion stacks experts, and joins halves by rows."""
+    """Return True if a conversion stacks experts and concatenates their halves by rows."""
     steps = [(type(step), step.dim) for step in converter.operations if isinstance(step, MergeModulelist | Concatenate)]
     whole = len(steps) == len(converter.operations) and len(converter.target_patterns) == 1
     return whole and steps in ([(MergeModulelist, 0)], [(MergeModulelist, 0), (Concatenate, 1)])

@@ -140,7 +140,9 @@ class BlockActivations:
             return checkpoint(self._recomputed(function), *args, use_reentrant=False, **kwargs)
 
     def _recomputed(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """The function for recomputation, under the block's present choice even if a later pass has changed it."""
+        """Wrap a function for recomputation under the block's present choice, even if a later pass changes the
+        choice.
+        """
 
         @functools.wraps(function)
         def run(*args: Any, **kwargs: Any) -> Any:

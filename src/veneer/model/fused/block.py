@@ -75,7 +75,7 @@ def run_half(
 
 
 def _changed(block: FusedBlock, kind: SublayerKind, change: Tensor, x: Tensor) -> Tensor:
-    """The change of the stream x by one half, after its bottlenecks."""
+    """Return a half's change of the stream x, after the half's bottleneck adapters."""
     norms, acting = block.fused_program.block.norms, cast(ResidualAdapters, bottlenecks(block, kind))
     norm = norms.attention if kind == "attention" else norms.feed_forward
     return _weighed(block, acting.changed(change, _through(block, norm, x) if acting.reads_input else None))
@@ -93,7 +93,7 @@ def own_attention(block: FusedBlock, kwargs: dict[str, Any], x: Tensor) -> Tenso
 
 
 def _own_mask(block: FusedBlock, mask: LayoutMask, x: Tensor) -> Tensor | None:
-    """The mask that transformers gives to a block whose attention half runs its own code."""
+    """Return the mask that transformers gives to a block whose attention half runs its own code."""
     attention = block.fused_program.block.attention
     if isinstance(attention, blueprint.State):
         return mask.padding_for(x)
@@ -102,8 +102,10 @@ def _own_mask(block: FusedBlock, mask: LayoutMask, x: Tensor) -> Tensor | None:
 
 
 def _passed_on(block: FusedBlock, module: nn.Module, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of a block that it passes on to a part: those that the part names, and those that neither names if
-    the part takes any.
+    """Return the block's arguments that it passes on to a part.
+
+    They are those that the part's signature names. If the part takes any keyword, they include those that the block's
+    signature does not name.
     """
     taken, own = (_parameters(cast(Hashable, cls)) for cls in (type(module), base_of(type(block))))
     takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in taken.values())
@@ -111,7 +113,7 @@ def _passed_on(block: FusedBlock, module: nn.Module, kwargs: dict[str, Any]) -> 
 
 
 def _own_mlp(block: FusedBlock, x: Tensor, stream: Tensor) -> Tensor:
-    """The stream after the feed-forward half, by the model's own code."""
+    """Return the stream after the feed-forward half, computed by the model's own code."""
     part = block.fused_program.block
     change = getattr(block, part.feed_forward.path)(_through(block, part.norms.feed_forward, x))
     change = change[0] if isinstance(change, tuple) else change  # with a router's scores
@@ -119,7 +121,7 @@ def _own_mlp(block: FusedBlock, x: Tensor, stream: Tensor) -> Tensor:
 
 
 def _again(block: FusedBlock, function: Callable[..., Any], *args: Tensor) -> Any:
-    """The model's own code, computed again in the backward pass where the block is checkpointed selectively."""
+    """Run the model's own code. Under selective checkpointing it is computed again in the backward pass."""
     return cast(Any, block)._gradient_checkpointing_func(function, *args) if is_selective(block) else function(*args)
 
 
@@ -166,7 +168,7 @@ def _drops(block: nn.Module) -> bool:
 
 
 def _drops_within(module: nn.Module) -> bool:
-    """Return True if a half has dropout within."""
+    """Return True if dropout acts inside a half."""
     return module.training and (_has_rate(module) or any(_is_dropout(part) for part in module.modules()))
 
 
@@ -175,7 +177,7 @@ def _is_dropout(part: nn.Module) -> bool:
 
 
 def _has_rate(module: nn.Module) -> bool:
-    """Return True if a module holds the rate of a dropout that it computes itself, such as ``attention_dropout``."""
+    """Return True if a module stores the rate of a dropout that its own code applies, such as ``attention_dropout``."""
     return any("drop" in name and isinstance(rate, float) and rate > 0 for name, rate in vars(module).items())
 
 
@@ -204,7 +206,7 @@ def _positions(tables: tuple[Tensor, Tensor] | None, mask: LayoutMask, program: 
 
 @functools.cache
 def _names(cls: Hashable) -> list[str]:
-    """The names of a block's positional arguments after the stream."""
+    """Return the names of a block's positional arguments after the stream."""
     return list(_parameters(cls))[2:]
 
 

@@ -225,8 +225,10 @@ def _fuse(model: PreTrainedModel) -> str | None:
 
 @contextmanager
 def _few_threads(model: nn.Module) -> Iterator[None]:
-    """Compute with one thread within the context, if the model is small: products of so few tokens take microseconds,
-    less than threads need to meet. Where others use the cores that took 50 s of one whole check in place of 8.
+    """Compute on one thread within the context if the model is small.
+
+    Products of so few tokens take microseconds, less than threads need to meet. On busy cores a whole check took 50 s
+    with several threads, and 8 s with one.
     """
     before = torch.get_num_threads()
     if sum(parameter.numel() for parameter in model.parameters()) <= FEW_PARAMETERS:
@@ -238,7 +240,7 @@ def _few_threads(model: nn.Module) -> Iterator[None]:
 
 
 def _no_kernels(device: str) -> str | None:
-    """The reason why blocks have no kernels on a kind of device; None if they have."""
+    """Return the reason why a kind of device has no kernels for blocks; None if it has."""
     if device not in KERNELS:
         return f"there are no kernels for {device}"
     missing = lacks("attention.attention_forward", KERNELS[device])
@@ -276,14 +278,14 @@ def _change_blocks(model: PreTrainedModel, described: blueprint.Decoder) -> str 
 
 
 def _takes_masks_by_type(holder: nn.Module) -> bool:
-    """Return True if the forward of a decoder makes masks of padding only where it is not given one for each type."""
+    """Return True if a decoder's forward makes masks of padding only for layer types that have been given none."""
     names = inspect.unwrap(cast(Any, plain_class(type(holder))).forward).__code__.co_names
     return {"create_recurrent_attention_mask", "isinstance", "dict"} <= set(names)
 
 
 @contextmanager
 def _base_alone(model: nn.Module) -> Iterator[None]:
-    """Context in which no adapter acts and every weight counts as frozen."""
+    """Enter a context in which no adapter acts and every weight counts as frozen."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     states = {id(m.adapter_state): m.adapter_state for m in model.modules() if isinstance(m, Holder)}
     with ExitStack() as stack:
@@ -319,7 +321,7 @@ def _short_windows(model: nn.Module) -> Iterator[None]:
 
 
 def _differing(model: PreTrainedModel, blocks: list[FusedBlock]) -> str | None:
-    """The difference between the blocks and the model's own code, in words; None if there is none.
+    """Return, in words, the difference between the fused blocks and the model's own code; None if there is none.
 
     The outputs of each block, fused and not, are compared on two short sequences: one at the start of the model's
     context and one at its end.
@@ -342,8 +344,11 @@ def _differing(model: PreTrainedModel, blocks: list[FusedBlock]) -> str | None:
 
 
 def _with_tables(program: BlockProgram, tables: tuple[Tensor, Tensor] | None) -> BlockProgram:
-    """The program, with the layout of the tables that its model gives: the first row begins at position 0, whose sin is
-    0. Where neighbours turn and each angle is there twice, it is twice in a row, or the row is there twice.
+    """Return the program with the layout of the model's cosine and sine tables.
+
+    The first row belongs to position 0, whose sine is 0. A table may hold each angle twice: twice in a row if
+    neighbours
+    rotate together, or else the row twice.
     """
     rotary = program.rotary
     if rotary is None or tables is None:
@@ -355,7 +360,7 @@ def _with_tables(program: BlockProgram, tables: tuple[Tensor, Tensor] | None) ->
 
 
 def _minds_positions(block: FusedBlock, call: tuple[Tensor, dict[str, Any], Tensor]) -> bool:
-    """Return True if attention scales by position (Llama 4's temperatures), however little that does to the stream."""
+    """Return True if attention depends on the position's size (Llama 4's temperatures), however small the effect."""
     x, kwargs, _ = call
     given = kwargs.get("position_ids")
     if given is None or block.fused_program.attention is None:
@@ -366,13 +371,14 @@ def _minds_positions(block: FusedBlock, call: tuple[Tensor, dict[str, Any], Tens
 
 
 def _fresh(kwargs: dict[str, Any]) -> dict[str, Any]:
-    """A block's arguments without the cache."""
+    """Return a block's arguments without the cache."""
     return {key: value for key, value in kwargs.items() if key not in (*CACHES, "use_cache")}
 
 
 def _error(block: FusedBlock, call: tuple[Tensor, dict[str, Any], Tensor]) -> float:
-    """The relative error of a block's change of the stream against the model's own code. Halves that cannot be compared
-    are no longer fused.
+    """Return the error of a fused block's change of the stream, relative to that of the model's own code.
+
+    Halves that cannot be compared are no longer fused.
     """
     x, kwargs, y = call
     with gathered(block):
@@ -392,7 +398,9 @@ def _leave_out_unfit(block: FusedBlock, dtype: torch.dtype) -> None:
 def _calls(
     model: PreTrainedModel, blocks: list[FusedBlock], ids: Tensor
 ) -> list[tuple[Tensor, dict[str, Any], Tensor]]:
-    """The input, arguments and output of each block under the model's own code, which a cache makes it run."""
+    """Record each block's input, arguments and output under the model's own code, which runs because a cache is
+    given.
+    """
     calls: list[tuple[Tensor, dict[str, Any], Tensor]] = []
 
     def keep(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
@@ -409,7 +417,9 @@ def _calls(
 
 
 def _positions(holder: nn.Module, ids: Tensor) -> dict[str, Tensor]:
-    """Positions at the start and the end of the context; empty if the model takes none or its context has no end."""
+    """Return positions at the start and the end of the context; empty if the model takes none or its context is
+    endless.
+    """
     end = getattr(holder.config, "max_position_embeddings", None)
     if end is None or "position_ids" not in inspect.signature(holder.forward).parameters:
         return {}

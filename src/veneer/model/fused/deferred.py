@@ -215,7 +215,7 @@ def _same(func: Any, logits: DeferredLogits) -> DeferredLogits:
 
 
 def _at(func: Any, logits: DeferredLogits, key: Any) -> Any:
-    """Logits at the positions of a key that keeps all classes: the hidden states are cut."""
+    """Select positions but keep all classes: the key is applied to the hidden states."""
     keys = key if isinstance(key, tuple) else (key,)
     own = [each for each in keys if each is not None and each is not ...]
     n_axes = sum(each.ndim if isinstance(each, Tensor) and each.dtype == torch.bool else 1 for each in own)

@@ -21,7 +21,7 @@ from veneer.quant.dense import DenseWeight
 
 
 class _Deferring(InPlace, nn.Module):
-    """Mixin that defers a head's logits, put before the head's class for one forward pass."""
+    """Mixin that defers a head's logits. It is put before the head's class for one forward pass."""
 
     frozen_head: FrozenHead
 
@@ -35,7 +35,7 @@ class _Deferring(InPlace, nn.Module):
 
 
 def _project(module: nn.Module, cls: Any, autocast: torch.autocast, hidden: Tensor) -> Tensor:
-    """The head's own product, under the autocast of the pass that deferred it."""
+    """Compute the head's own product, under the autocast of the pass that deferred it."""
     with autocast:
         return cast(Tensor, cls.forward(module, hidden))
 

@@ -106,7 +106,7 @@ def _layout(cu_seqlens: Tensor, size: tuple[int, int], given: Mapping[str, Any])
 
 
 def _starts(size: tuple[int, int], attention_mask: Tensor | None, position_ids: Tensor | None) -> Tensor | None:
-    """Marks (b, t) of the first positions of sequences, in host memory; None if the arguments do not show them."""
+    """Mark (b, t) the first positions of sequences, in host memory; None if the arguments do not show them."""
     if attention_mask is not None:
         if attention_mask.ndim != 2 or tuple(attention_mask.shape) != size:
             return None

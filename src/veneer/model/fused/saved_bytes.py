@@ -67,14 +67,16 @@ def _is_traceable(half: ActingStretch | None) -> bool:
 
 
 def _kind(block: FusedBlock) -> Hashable:
-    """Blocks of one kind save equally much: their shapes and parameters are equal, and hooks sit in the same places."""
+    """Return a key that is equal for blocks that save equally many bytes: equal shapes and parameters, and
+    hooks alike.
+    """
     parameters = ((name, weight.shape, weight.requires_grad) for name, weight in block.named_parameters())
     plain = (is_plain(module) for module in block.modules() if module is not block)
     return block.fused_program, tuple(parameters), tuple(plain)
 
 
 def _saved_by(block: FusedBlock, halves: Halves, hidden: Tensor) -> int:
-    """Return the bytes that one block saves in a pass over hidden states (…, width). To be called while tracing."""
+    """Return the bytes that a block saves in a pass over hidden states (…, width). It is called while tracing."""
     # Weights may be on a GPU: what is saved is the same, and the kernels that a trace silences are the CPU's.
     bare = torch.empty(hidden.shape, dtype=hidden.dtype, device="meta")
     x = cast(Tensor, Traced(bare, torch.device("cpu"))).requires_grad_(True)

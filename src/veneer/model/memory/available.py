@@ -60,7 +60,7 @@ def address_limit() -> int | None:
 
 
 class _Names(NamedTuple):
-    """The names of control groups' files in one of their versions, and the line of its reclaimable pages."""
+    """Names of control groups' files in one version, and the line that counts reclaimable pages."""
 
     limit: str
     used: str
@@ -89,7 +89,10 @@ def group_rooms(membership: Path, root: Path) -> Iterator[int]:
 
 
 def _room(folder: Path, names: _Names) -> Iterator[int]:
-    """The memory left in a group. A container does not see the groups above its own; the root group has no limit."""
+    """Yield the memory left in each control group.
+
+    A container does not see those above its own; the root has no limit.
+    """
     try:
         limit, used = ((folder / name).read_text(encoding="utf-8").strip() for name in names[:2])
         pages = dict(line.split() for line in (folder / "memory.stat").read_text(encoding="utf-8").splitlines())

@@ -53,7 +53,7 @@ def checkpoint_fully(model: nn.Module) -> None:
 
 
 def _switch(model: nn.Module) -> Callable[..., None]:
-    """The model's method that enables checkpointing; transformers renames it in version 6."""
+    """Return the model's method that enables checkpointing; transformers renames it in version 6."""
     own: Any = model
     found: Callable[..., None] = (
         getattr(own, "activation_checkpointing_enable", None) or own.gradient_checkpointing_enable
@@ -89,7 +89,7 @@ def _policy(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolic
 
 
 def _is_attention(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Attention without dropout: with it, keeping the output would leave out the random numbers that it drew."""
+    """Return True for attention without dropout. With dropout, its random numbers would have to be kept too."""
     if op.name().removeprefix("aten::") not in _ATTENTION:
         return False
     names = [argument.name for argument in op._schema.arguments]

@@ -43,8 +43,9 @@ def give_back(model: nn.Module) -> None:
 
 
 def _pages_of(name: str, listed: str) -> dict[str, int]:
-    """Return the kilobytes of a map in ``SMAPS`` by kind; nothing if it is gone. To read all maps takes ten times as
-    long.
+    """Return the kilobytes of a map in ``SMAPS`` by kind; nothing if the map is gone.
+
+    Only this map's lines are parsed: parsing all of them takes ten times as long.
     """
     start = listed.find(f"{name} ")
     part = listed[start : listed.find("VmFlags:", start)] if start >= 0 else ""
@@ -52,7 +53,7 @@ def _pages_of(name: str, listed: str) -> dict[str, int]:
 
 
 def _file_maps(addresses: Collection[int]) -> dict[str, tuple[int, int]]:
-    """Return the first address and the end of each map of a file that holds an address, by their names in ``SMAPS``.
+    """Return the start and end of each mapped file that holds one of the addresses, by the map's name in ``SMAPS``.
 
     Pages are not counted here, which takes a tenth of a second; most small models are mapped from no file.
     """

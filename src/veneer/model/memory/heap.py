@@ -114,7 +114,10 @@ def _set(parameters: Mapping[int, int]) -> None:
 
 
 class _MallocInfo(ctypes.Structure):
-    """``struct mallinfo2`` of malloc.h, of which ``uordblks`` and ``hblkhd`` are read: in use in the heap, in maps."""
+    """Struct ``mallinfo2`` of malloc.h.
+
+    Only ``uordblks`` (bytes in use in the heap) and ``hblkhd`` (in maps) are read.
+    """
 
     _fields_ = [
         (name, ctypes.c_size_t)
@@ -125,8 +128,9 @@ class _MallocInfo(ctypes.Structure):
 
 
 def _unused() -> int:
-    """Resident bytes of the process's own that no block in use takes. Not all that glibc calls free is resident: pages
-    that `trim` gave back are free blocks still.
+    """Return the process's resident bytes that are in no block in use.
+
+    glibc's own count of free bytes is larger: pages that `trim` has returned to the system still count as free blocks.
     """
     function = getattr(ctypes.CDLL(None), "mallinfo2", None) if sys.platform == "linux" else None
     if function is None:

@@ -28,10 +28,10 @@ CHILD = "attended_prompts"
 
 @dataclass(frozen=True, slots=True)
 class _Family:
-    """Names of the attention modules of a family and of their projections.
+    """Names of the attention modules of a family, and of their projections.
 
-    ``joined``: one projection makes queries, keys and values, in this order. ``out`` is the output projection in front
-    of which the update is added; None adds it to the output of attention, as PEFT does there.
+    ``joined``: one projection that computes queries, keys and values, in this order. ``out``: the output projection, to
+    whose input the update is added. None adds it to attention's output, as PEFT does for these models.
     """
 
     attention: str
@@ -128,7 +128,7 @@ class AttendedPrompts(Holder):
         return attended_change(queries, keys, values, record.gate)
 
     def _keys_and_values(self, prompt: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values that the base makes of a prompt (n, d), (n, kv_heads, k) each."""
+        """Return the keys and values that the base computes for a prompt (n, d), each (n, kv_heads, k)."""
         family, attention = self.family, self.attention
         if family.joined:
             _, keys, values = attention.get_submodule(family.keys)(prompt[None]).chunk(3, dim=-1)

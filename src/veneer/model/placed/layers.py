@@ -61,7 +61,7 @@ def put_on_layers(snapshot: Snapshot, name: str, state: AdapterState, plan: Atta
 def _share(
     layers: Mapping[str, AdaptedSite], name: str, keys: Mapping[str, Mapping[str, str]], config: MethodConfig
 ) -> None:
-    """Share parameters: layers of one group, or with one key on disk, hold those of the first layer."""
+    """Share parameters: layers of one group, or with one key on disk, use those of the first such layer."""
     shared = config.shared
     if shared is None or not shared.is_held:
         return

@@ -101,10 +101,11 @@ class PrefixAdapters(VirtualTokens):
 
 
 class _Recomputed:
-    """Gives one attention layer its prefix where gradient checkpointing has taken the cache away.
+    """Hook that gives an attention layer its prefix when gradient checkpointing has removed the cache.
 
-    A checkpointed layer runs without a cache, so that nothing is written twice. The prefix is made inside the layer, so
-    that it is made again, and its gradient found, when the layer runs again.
+    A checkpointed layer runs without a cache, so that nothing is written twice. The prefix is computed inside the
+    layer,
+    so that it is recomputed with the layer and gets its gradient.
     """
 
     def __init__(self, holder: PrefixAdapters, index: int, argument: str) -> None:
@@ -124,7 +125,7 @@ class _Recomputed:
         return args, {**kwargs, self.argument: cache}
 
     def record(self, name: str) -> PrefixDelta:
-        """The record of adapter ``name`` in this layer alone."""
+        """Return the record of adapter ``name`` for this layer alone."""
         method, place = cast(PrefixMethod, self.holder.method(name)), self.holder.layers.index(self.index)
         return method.lower_one(self.holder.site, self.holder.parameters_of(name), place)
 
@@ -190,7 +191,7 @@ def attention_sites(model: PreTrainedModel) -> tuple[AttentionSite, ...]:
 
 
 def _described_sites(model: PreTrainedModel) -> tuple[AttentionSite, ...] | None:
-    """Parts of a decoder whose description is tested by values; None for any other model."""
+    """Return the attention sites of a decoder whose description is verified by values; None for any other model."""
     decoder = listed(model)
     heads = [] if decoder is None else [attention.heads for attention in decoder.attentions]
     if decoder is None or len(heads) < len(decoder.blocks) or len({(h.n_kv_heads, h.head_dim) for h in heads}) > 1:
@@ -202,7 +203,9 @@ def _described_sites(model: PreTrainedModel) -> tuple[AttentionSite, ...] | None
 
 
 def _stack(model: PreTrainedModel) -> Any:
-    """The blocks whose attention takes a prefix: the decoder of an encoder-decoder, else the model without its head."""
+    """Return the blocks whose attention takes a prefix: an encoder-decoder's decoder, else the model without
+    its head.
+    """
     return model.get_decoder() if model.config.is_encoder_decoder else inner_model(model)
 
 
@@ -222,7 +225,7 @@ def put_prefix(cache: Cache, layer: int, rows: tuple[Tensor, Tensor], dtype: tor
 
 
 def _require_room(cache: Cache) -> None:
-    """Raise ConfigError for a cache in which text behind a prefix would be cut off, or masked wrongly."""
+    """Raise ConfigError for a cache in which text after a prefix would be cut off or masked wrongly."""
     if isinstance(cache, EncoderDecoderCache) and cache.self_attention_cache.is_compileable:
         raise ConfigError(
             "a static cache has no room for the prefix of an encoder-decoder's decoder, since it is laid out before: "
@@ -236,5 +239,5 @@ def _require_room(cache: Cache) -> None:
 
 
 def _compute_dtype(device: str, dtype: torch.dtype) -> torch.dtype:
-    """The dtype that attention computes in."""
+    """Return the dtype that attention computes in."""
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else dtype

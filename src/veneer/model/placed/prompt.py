@@ -122,7 +122,9 @@ class PromptAdapters(VirtualTokens):
         return changed
 
     def _put_targets(self, labels: Tensor, front: Front) -> None:
-        """Write the targets of the virtual tokens into labels (rows, n + length); keep these if some are weighed."""
+        """Write the virtual tokens' targets into labels (rows, n + length). Keep the labels if some targets have
+        weights.
+        """
         each = self._methods(front)
         if any(method.targets for method in each):
             targets = [method.targets or (UNTRAINED,) * method.num_virtual_tokens for method in each]
@@ -130,7 +132,7 @@ class PromptAdapters(VirtualTokens):
         self.labels = labels if any(weight != 1 for method in each for weight in method.target_weights) else None
 
     def _weighed_loss(self, logits: Tensor, labels: Tensor, front: Front) -> Tensor:
-        """The loss in which the targets of virtual tokens have weights."""
+        """Return the loss in which virtual tokens' targets have weights."""
         weights = torch.ones(labels.shape, device=logits.device)
         each = [method.target_weights or (1.0,) * method.num_virtual_tokens for method in self._methods(front)]
         weights[:, : front.width] = _in_front(front, each, 1.0, weights)
@@ -284,17 +286,20 @@ def _site_to_start_from(model: PreTrainedModel, config: PromptMethod) -> InputSi
 
 
 def _in_front(front: Front, values: Sequence[Sequence[float]], otherwise: float, like: Tensor) -> Tensor:
-    """The values of each choice at the places of its rows, (rows, width), in the dtype of a given tensor."""
+    """Spread each choice's values over the places of its rows, (rows, width), in the dtype of ``like``."""
     return front.rows([like.new_tensor(own) - otherwise for own in values], like.shape[0]) + otherwise
 
 
 def _filler(model: PreTrainedModel) -> int:
-    """An id other than padding, which some models look for in the ids."""
+    """Return an id other than padding, which some models search for in the ids."""
     return 1 if getattr(model.config, "pad_token_id", None) == 0 else 0
 
 
 def _without_leading(value: Any, n: int, length: int, n_axes: int | None = None) -> Any:
-    """Tensors of ``length`` positions (axis 1; of ``n_axes`` axes if given), also in a tuple, less the first n."""
+    """Drop the first n positions of tensors with ``length`` of them (on axis 1, with ``n_axes`` axes if given).
+
+    Tensors in a tuple are treated alike; any other value is returned as it is.
+    """
     if isinstance(value, (tuple, list)):
         return tuple(_without_leading(item, n, length, n_axes) for item in value)
     per_token = isinstance(value, Tensor) and value.ndim >= 2 and value.shape[1] == length

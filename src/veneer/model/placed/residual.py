@@ -89,7 +89,7 @@ class ResidualAdapters(Holder):
         return hidden
 
     def _change(self, name: str, hidden: Tensor, x: Tensor | None, routing: Routing | None) -> Tensor:
-        """The change that one bottleneck makes to a sub-layer's output ``hidden``, given the sub-layer's input."""
+        """Return the change that a bottleneck makes to a sub-layer's output ``hidden``, given the sub-layer's input."""
         record = self.record(name)
         change = residual_change(record, hidden if record.where == "serial" or x is None else x)
         p = self._method(name).dropout if self.training and self.adapter_state.drops else 0.0

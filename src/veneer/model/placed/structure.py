@@ -115,7 +115,7 @@ def example_inputs(model: PreTrainedModel) -> dict[str, torch.Tensor]:
 
 
 def _blocks(model: nn.Module, additions: list[Addition]) -> dict[str, list[Addition]]:
-    """The residual adds by block: the innermost element of a list that holds both attention and another part."""
+    """Group the residual additions by block: the innermost element of a list that holds attention and another part."""
     elements = {
         f"{name}.{key}"
         for name, module in model.named_modules()

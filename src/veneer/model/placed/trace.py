@@ -38,8 +38,9 @@ class _Call:
 
 @dataclass(frozen=True, slots=True)
 class _Origin:
-    """Origin of a tensor: the modules that returned it, ``makers`` (innermost first), and those that read the stream
-    for it, ``sources``.
+    """Origin of a tensor. ``makers`` are the modules that returned it, innermost first.
+
+    ``sources`` are the modules that read the residual stream to compute it.
     """
 
     stream: bool = False
@@ -75,7 +76,7 @@ def trace_additions(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> lis
 
 @dataclass(eq=False)
 class _Watch(TorchFunctionMode):
-    """Follows tensors by identity through modules and torch functions."""
+    """Tracer that follows tensors by identity through modules and torch functions."""
 
     model: nn.Module
     origins: dict[int, _Origin] = field(default_factory=dict)
@@ -161,7 +162,7 @@ class _Watch(TorchFunctionMode):
                 self._set(result, _Origin(makers=makers, sources=sources))
 
     def additions(self) -> list[Addition]:
-        """The events as module paths; a module that serves several sub-layers (a dropout, mostly) stands for none."""
+        """Return the events as module paths. A module that serves several sub-layers (mostly a dropout) is left out."""
         served: dict[str, set[str]] = {}
         uses = Counter(call.path for event in self.events for call in event.operand.makers)
         for event in self.events:
@@ -172,7 +173,9 @@ class _Watch(TorchFunctionMode):
         return list(dict.fromkeys(addition for addition in found if addition is not None))
 
     def _addition(self, event: _Event, own: set[str]) -> Addition | None:
-        """Return the outermost module that returned the operand, and the block's first reader of the stream for it."""
+        """Return the outermost module that returned the operand, and the first one in the block that read the stream
+        for it.
+        """
         inside = set(event.stack)
         block_order = next((call.order for call in event.stack if call.module in self.elements), 0)
         within = [call for call in event.stack if call.order > block_order]
@@ -201,7 +204,7 @@ def _is_attention(call: _Call) -> bool:
 
 
 def _tensors(value: object) -> list[Tensor]:
-    """The tensors in nested arguments, in order."""
+    """Return the tensors in nested arguments, in order."""
     if isinstance(value, Tensor):
         return [value]
     if isinstance(value, Mapping):

@@ -241,7 +241,10 @@ def refuse_packing(given: Arguments, method: VirtualTokenMethod) -> None:
 
 
 def _with_mask(mask: Tensor, front: Front) -> Tensor:
-    """A mask over (rows, keys) or (rows, heads, queries, keys) with the places in front, seen by all that may."""
+    """Extend a mask over (rows, keys) or (rows, heads, queries, keys) by the places in front.
+
+    Every query that may see a token sees them.
+    """
     seen = front.mask(mask.shape[0], mask.device)
     if mask.ndim == 2:
         return torch.cat([seen.to(mask.dtype), mask], dim=1)
@@ -285,7 +288,7 @@ def _config(model: nn.Module, name: str) -> object:
 
 
 def _is_causal(model: PreTrainedModel) -> bool:
-    """Return True if no position sees those after it, so that places in front of a row can be left out."""
+    """Return True if no position sees later ones, so that places in front of a row can be left out."""
     if model.config.is_encoder_decoder or model.can_generate():
         return True
     return any(getattr(module, "is_causal", False) for module in model.modules())

@@ -157,7 +157,9 @@ class Attend(Trained):
     def _turned(
         self, weights: AttendTraining, run: ActingStretch, ys: list[Tensor]
     ) -> tuple[Heads, tuple[Tensor, ...]]:
-        """Return queries, keys, values, and tensors for norms' backward passes. Without norms ``ys`` is overwritten."""
+        """Return rotated queries and keys, values, and tensors for norms' backward passes. Without norms, ``ys`` is
+        overwritten.
+        """
         q, k, v = self.attention.heads.split(ys)
         turned, kept = [], []
         for heads, norm in ((q, weights.q_norm), (k, weights.k_norm)):
@@ -177,7 +179,7 @@ class Attend(Trained):
         return grad if norm is None else norm.backward(_rows(grad, norm), *kept).view(grad.shape)
 
     def _rotate(self, heads: Tensor, run: ActingStretch, *, inverse: bool = False) -> None:
-        """Heads (n, heads, d), in place."""
+        """Rotate heads (n, heads, d) in place."""
         cos, sin, part = run.positions.cos, run.positions.sin, self.attention.rotary
         if cos is not None and sin is not None and part is not None:
             view = heads.view(*run.size[:2], *heads.shape[1:]).transpose(1, 2)
@@ -185,18 +187,18 @@ class Attend(Trained):
 
 
 def _rows(heads: Tensor, norm: ActingNorm) -> Tensor:
-    """Heads (n, heads, d) as the rows that a norm acts on: each head, or all heads of a token at once."""
+    """View heads (n, heads, d) as the rows that a norm acts on: each head, or all heads of a token at once."""
     return heads if len(norm.weight) == heads.shape[-1] else heads.reshape(len(heads), -1)
 
 
 def _grows(attention: Attention) -> bool:
-    """Return True if queries grow with position within the context."""
+    """Return True if queries are scaled up with the position within the context."""
     rotary, temperature = attention.rotary, attention.temperature
     return temperature is not None and (rotary is None or rotary.max_positions > temperature.original_max_positions)
 
 
 def _normed(norm: NormWeights | None, heads: Tensor) -> Tensor:
-    """Normed heads (n, heads, d): each head by itself, or all at once."""
+    """Normalize heads (n, heads, d): each head by itself, or all at once."""
     if norm is None:
         return heads
     over_all = len(norm.norm.shape) == 1 and norm.norm.shape[0] != heads.shape[-1]
@@ -209,9 +211,10 @@ def _rotated(heads: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tens
 
 
 def _places(layout: HeadLayout, first: int) -> list[list[int]]:
-    """Return queries, keys and values: the tensor, the index of the first value in it, and the stride between heads.
+    """Return for queries, keys and values: the tensor's index, the index of its first value, and the stride between
+    heads.
 
-    The tensors are those from ``first`` on; the heads lie as `HeadLayout.split` splits them.
+    The tensors are numbered from ``first`` on. The heads lie as `HeadLayout.split` splits them.
     """
     d = layout.head_dim
     if layout.order == "apart":

@@ -105,7 +105,7 @@ def block_operations(layer: int, block: Block, stream: Register) -> Iterator[Ope
 
 
 def _within(part: Any, before: int) -> Any:
-    """A description whose paths start at the block: without so many letters."""
+    """Return a description whose paths begin at the block, without its first ``before`` letters."""
     if isinstance(part, tuple):
         return tuple(_within(each, before) for each in part)
     if not is_dataclass(part) or isinstance(part, type):
@@ -116,7 +116,7 @@ def _within(part: Any, before: int) -> Any:
 
 
 def _training(block: Block, width: int) -> tuple[tuple[Operation, ...], tuple[Operation, ...]]:
-    """Both halves, each with a norm of its own, so that each is one node; one that is strange is empty."""
+    """Return both halves, each with its own norm, so that each is one autograd node. A strange half is empty."""
     stream, norms = Register(STREAM, (width,)), block.norms
     before = Register("before", stream.widths) if block.parallel else stream
     attention = feed_forward = tuple[Operation, ...]()
@@ -130,7 +130,7 @@ def _training(block: Block, width: int) -> tuple[tuple[Operation, ...], tuple[Op
 def _together(
     norm: Norm | None, source: Register, half: Callable[[Register], Iterator[Operation]]
 ) -> tuple[Operation, ...]:
-    """A half and the norm in front, without shortcuts."""
+    """Return the operations of a half and of the norm in front, without combined operations."""
     before = () if norm is None else (Normalize(norm=norm, source=source, target=Register("x", source.widths)),)
     found = half(before[0].target if before else source)
     return (*before, *(alone for each in found for alone in each.alone))
@@ -170,7 +170,7 @@ def _outputs(name: str, linears: tuple[Linear, ...]) -> Register:
 
 
 def _normed(norm: Norm | None, source: Register, name: str) -> Generator[Operation, None, Register]:
-    """Add the norm of a half, if there is one. Return the register that the half reads."""
+    """Add the norm of a half, if it has one. Return the register that the half reads."""
     if norm is None:
         return source
     target = Register(name, source.widths)
@@ -180,7 +180,7 @@ def _normed(norm: Norm | None, source: Register, name: str) -> Generator[Operati
 
 @dataclass(frozen=True, slots=True)
 class _Half:
-    """Half of a block that reads ``beside``: the way of its output into the stream."""
+    """The end of a block's half, which adds the half's output to ``beside`` and writes the stream."""
 
     site: str
     beside: Register
@@ -189,11 +189,11 @@ class _Half:
 
     @property
     def register(self) -> Register:
-        """Return its output."""
+        """Return the register of the half's output."""
         return Register("half", self.stream.widths)
 
     def joined(self, linear: Linear, source: Register, post: Norm | None) -> Iterator[Operation]:
-        """The last layer of the half, into the stream."""
+        """Yield the half's last layer and the addition to the stream."""
         if post is None and self.multiplier == 1 and not linear.bias:
             yield IntoStream(linear=linear, site=self.site, source=source, beside=self.beside, stream=self.stream)
             return
@@ -201,7 +201,7 @@ class _Half:
         yield from self.added(post)
 
     def added(self, post: Norm | None) -> Iterator[Operation]:
-        """The half's output, into the stream."""
+        """Yield the addition of the half's output to the stream, after its norm if it has one."""
         if post is not None:
             yield Normalize(norm=post, source=self.register, target=self.register)
         yield Add(

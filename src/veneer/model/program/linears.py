@@ -145,13 +145,13 @@ class Linears:
     def _sums(
         self, x: Tensor, owns: Sequence[OwnChanges | None], runs: AdapterRuns, group: PackedGroup
     ) -> list[Tensor]:
-        """The outputs of the layers, with low-rank parts added."""
+        """Return the outputs of the layers with low-rank parts added."""
         ys = self._products(x, group)
         add_pairs(x, self._segments(owns, runs), ys)
         return ys
 
     def _products(self, x: Tensor, group: PackedGroup) -> list[Tensor]:
-        """The outputs of the layers alone."""
+        """Return the outputs of the layers without adapters."""
         if group.whole is None:
             each = zip(group.parts, self.biases, strict=True)
             return [part.matmul(x, onto=over_rows(bias, len(x))) for part, bias in each]
@@ -161,8 +161,8 @@ class Linears:
     def _by_records(
         self, x: Tensor, owns: Sequence[OwnChanges | None], runs: AdapterRuns, group: PackedGroup
     ) -> list[Tensor]:
-        """The layers with records that scale, or have biases or terms, or share their factors, or weights in their
-        place.
+        """Compute layers whose records have more than low-rank parts: scales, biases, terms, or weights of
+        their own.
         """
         layers = [self._layer(i, owns, runs) for i in range(len(self.paths))]
         inputs = [mapped_input(x, layer) for layer in layers]
@@ -193,7 +193,7 @@ class Linears:
                 add_pairs(x[rows], [Segment(pairs, 0, rows.stop - rows.start)], [y[rows]])
 
     def _by_op(self, x: Tensor, owns: Sequence[OwnChanges | None], runs: AdapterRuns) -> list[Tensor]:
-        """The outputs by training's op, which supports weights in any format."""
+        """Compute the outputs with training's op, which supports weights in any format."""
         ys = list(forward(x, [self._layer(i, owns, runs) for i in range(len(self.paths))])[0])
         self._put_whole(ys, x, owns, runs)
         return ys
@@ -216,7 +216,7 @@ class Linears:
                     ys[i][start:stop] = functional.linear(own_x, weight, bias)
 
     def _packed(self, own: OwnChanges, packing: VersionPacking) -> OwnChanges:
-        """The changes with their low-rank parts packed."""
+        """Pack the low-rank parts of the changes."""
         pairs = [_pair(record) for record in own.records]
         whole = {i: self._packed_weight(cast(Tensor, w)) for i, w in own.whole.items()}
         left = self._with_terms(replace(own, records=tuple(map(_without_pair, own.records)), whole=whole))
@@ -230,7 +230,7 @@ class Linears:
         return replace(left, pairs=self._pack(pairs, sizes, packing))
 
     def _with_terms(self, own: OwnChanges) -> OwnChanges:
-        """Replace the terms of records that the CPU's kernels know by packed ones."""
+        """Pack the records' terms that the CPU's kernels support."""
         if self.device.type != "cpu":
             return own
         parts = cast(PackedGroup, self.group).parts
@@ -297,7 +297,7 @@ def _pair(record: LinearDelta) -> FactorPair | None:
 
 
 def _place(x: Tensor) -> tuple[object, ...]:
-    """The memory of a tensor."""
+    """Return a key of a tensor's memory."""
     return x.data_ptr(), x.shape, x.stride(), x.dtype
 
 
@@ -307,7 +307,7 @@ def _without_pair(record: LinearDelta) -> LinearDelta:
 
 
 def _terms(owns: Sequence[OwnChanges | None], runs: AdapterRuns) -> Iterator[tuple[int, slice, LayerTerms]]:
-    """Yield the number of each layer with packed terms, the rows that take them, and the terms."""
+    """Yield each layer's number, the rows that use its packed terms, and the terms."""
     for place, start, stop in runs.runs:
         own = owns[place]
         for i, terms in enumerate(() if own is None else own.terms):
@@ -339,5 +339,5 @@ def _joined(biases: Sequence[Tensor | None], sizes: Sequence[int]) -> Tensor | N
 
 
 def _weight(weight: FrozenWeight) -> Weight:
-    """The model's tensor of a dense weight."""
+    """Return the tensor of a dense weight; any other weight as it is."""
     return weight.dense() if isinstance(weight, DenseWeight) else weight

@@ -89,13 +89,13 @@ class Product(Trained):
         return found.records
 
     def _kept(self, weights: tuple[LinearLayer, ...], kept: Kept) -> tuple[op.SavedForBackward, Kept]:
-        """The tensors of the layers, and their outputs as far as they are kept."""
+        """Split the kept tensors into those that the layers' backward pass needs and the layers' outputs."""
         n = len(weights)
         return op.SavedForBackward.of(kept[:-n], weights), kept[-n:]
 
 
 def _in(dtype: torch.dtype, xs: list[Tensor]) -> Tensor:
-    """Return the single tensor in a dtype. The comparison takes less time than a conversion that changes nothing."""
+    """Return the only tensor, in a dtype. The comparison takes less time than a conversion that changes nothing."""
     return xs[0] if xs[0].dtype == dtype else xs[0].to(dtype)
 
 
@@ -152,7 +152,7 @@ def _changes(own: OwnChanges, dtype: torch.dtype) -> Iterator[LayerChange | None
 
 
 def _is_known(record: LinearDelta) -> bool:
-    """Return True if a record, whose pair has been packed, is at most scales and a bias that float32 holds."""
+    """Return True if a record, apart from its packed pair, has only scales and a bias that float32 can hold."""
     return record.is_elementary and all(tensor.dtype.itemsize <= 4 for tensor in record.tensors)
 
 

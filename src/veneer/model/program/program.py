@@ -85,7 +85,7 @@ def compile_program(decoder: Decoder, n_positions: int) -> Program:
 
 
 def _unsaid(decoder: Decoder, n_positions: int) -> Iterator[str]:
-    """The names of the parts that a program has no operation for."""
+    """Yield the names of the parts for which a program has no operation."""
     yield from (f"{part.path}: {part.reason}" for part in decoder.strange)
     positions = decoder.embedding.positions
     if positions is not None and n_positions + positions.offset > positions.rows:
@@ -103,6 +103,6 @@ def _unsaid(decoder: Decoder, n_positions: int) -> Iterator[str]:
 
 
 def _original(rotary: Rotary) -> int:
-    """The context within which frequencies do not depend on the length."""
+    """Return the context length up to which frequencies do not depend on the sequence's length."""
     scaling = rotary.scaling
     return scaling.original_max_positions if isinstance(scaling, LongRopeScaling) else rotary.max_positions

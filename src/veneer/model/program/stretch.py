@@ -164,7 +164,7 @@ class TrainedStretch:
         return made is not None and self.operations[made].cheap and name in self.done[place]
 
     def _first_products(self) -> frozenset[int | None]:
-        """Return the operations that are not cheap, and read the source or outputs of cheap ones."""
+        """Return the first operations that are not cheap: those that read only the source, or outputs of cheap ones."""
         cheap: set[int | None] = {None}
         found = set[int | None]()
         for place, (made, op) in enumerate(zip(self.makers, self.operations, strict=True)):
@@ -337,7 +337,7 @@ class Tape:
         return self._given[register.name] if made is None else self._output(made)
 
     def _output(self, place: int) -> list[Tensor]:
-        """Kept, or computed again: of operations that are not cheap only once."""
+        """Return an operation's output, kept or recomputed. Operations that are not cheap are recomputed only once."""
         op, own = self._steps[place]
         found = self._made.get(place) or op.kept_output(own, self._kept[place])
         if found is None:

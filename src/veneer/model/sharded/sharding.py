@@ -134,7 +134,10 @@ def _parts(model: PreTrainedModel) -> tuple[nn.Module, nn.ModuleList]:
 
 
 def _require_cuttable(model: nn.Module, blocks: nn.ModuleList, trained: set[nn.Parameter]) -> None:
-    """Raise ConfigError for a model that is cut already or trains all of a block, for shared weights, an old torch."""
+    """Raise ConfigError if the base cannot be sharded.
+
+    It cannot if it is sharded already, if all of a block is trained, if weights are shared, or if torch is too old.
+    """
     if is_cut(model):
         raise ConfigError("the base is cut over processes already: load it anew to cut it otherwise")
     if any(map(is_packed, blocks.modules())):
@@ -159,7 +162,7 @@ def _require_cuttable(model: nn.Module, blocks: nn.ModuleList, trained: set[nn.P
 
 
 def _frozen(module: nn.Module, trained: set[nn.Parameter]) -> Counter[object]:
-    """Frozen weights below a module, and how often each is named; a module in codes stands for its tensors."""
+    """Count how often each frozen weight below a module is named. A coded module stands for its tensors."""
     named = [each for _, each in module.named_modules(remove_duplicate=False)]
     plain = [weight for each in named for weight in each._parameters.values()]
     coded = [each for each in named if isinstance(each, CodedModule)]

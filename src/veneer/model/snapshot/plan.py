@@ -171,7 +171,7 @@ def _default_targets(snapshot: Snapshot, config: LinearMethod) -> Names:
 def _require_accepted(
     snapshot: Snapshot, config: LinearMethod, plan: AttachPlan, sites: list[LinearSite], fresh: bool
 ) -> None:
-    """Raise TargetError with every refusal of this plan by the method or the model. Log probable slips."""
+    """Raise TargetError with every reason why the method or the model refuses this plan. Log probable mistakes."""
     tied = snapshot.sites(snapshot.tied) if plan.followers else []
     wrong = [*config.checks.layers(sites), *config.checks.tied(tied), *_problems_of_invocation(snapshot, config, plan)]
     if fresh:
@@ -188,7 +188,7 @@ def _require_accepted(
 
 
 def _problems_of_invocation(snapshot: Snapshot, config: LinearMethod, plan: AttachPlan) -> list[str]:
-    """The layers whose input does not tell its tokens, which an adapter with invocation tokens needs."""
+    """Return the layers that cannot tell their input's tokens apart, which invocation tokens need."""
     if not config.invocation_tokens:
         return []
     whole = [path for path in plan.targets if snapshot.kinds[path].name != "linear"]

@@ -63,14 +63,16 @@ class Snapshot:
         )
 
     def _is_uncalled(self, path: str) -> bool:
-        """Return True if the code around a layer multiplies by its weight itself, as Mamba's does (``dt_proj``)."""
+        """Return True if the code around a layer multiplies by its weight without calling it, as Mamba does with
+        ``dt_proj``.
+        """
         parent, _, name = path.rpartition(".")
         return parent in self.modules and name in _read_weights(cast(Hashable, plain_class(type(self.modules[parent]))))
 
 
 @functools.cache
 def _read_weights(kind: Hashable) -> frozenset[str]:
-    """The layers by whose weights the methods of a class multiply, past their forward.
+    """Return the names of layers whose weights a class's methods use directly, without calling the layers.
 
     Methods are read one by one: for a class, inspect would parse the whole file, which takes half a second.
     """

@@ -116,7 +116,7 @@ def _decades(code: Tensor, zero: int, narrow: int) -> list[tuple[int, int, float
 
 
 def _offset(middles: Tensor, first: int, last: int, slope: float) -> float:
-    """The factors that put the midpoints between the codes of a decade onto whole numbers."""
+    """Return the offset by which the midpoints between a decade's codes map to whole numbers."""
     if first == last:
         return first + 0.5
     whole = torch.arange(first + 1, last + 1, dtype=torch.float64)

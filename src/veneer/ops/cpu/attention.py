@@ -61,7 +61,7 @@ def _with_features_together(*tensors: Tensor) -> list[Tensor]:
 
 
 def _place(x: Tensor) -> tuple[Tensor, tuple[int, int, int]]:
-    """The tensor, which keeps its address valid, with the strides of its heads."""
+    """Return the tensor, so that its address stays valid, with its address and strides."""
     return x, (address(x), x.stride(0), x.stride(1))
 
 

@@ -58,5 +58,5 @@ def matmul(
 
 
 def _matrix(packed: Tensor, order: Tensor | None, n_rows: int, columns: int) -> tuple[int, ...]:
-    """Return rows in blocks as a kernel takes them: their address, the bytes of each, the order, and the shape."""
+    """Return rows of blocks in the kernel's form: address, bytes of a row, order, and shape."""
     return address(packed), packed.shape[1], 0 if order is None else address(order), n_rows, columns

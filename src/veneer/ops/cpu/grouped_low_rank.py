@@ -54,19 +54,19 @@ def backward(
 
 
 def _factors(groups: Sequence[LowRankGroup]) -> list[Tensor | None]:
-    """a and b of every adapter on every layer, each contiguous."""
+    """Return a and b of every adapter on every layer, each contiguous."""
     pairs = (pair for group in groups for pair in zip(group.a, group.b, strict=True))
     return [None if f is None else f.contiguous() for pair in pairs for f in pair]
 
 
 def _reach_all(groups: Sequence[LowRankGroup], rows: AdapterRuns) -> bool:
-    """Return True if every row has an adapter with a pair on one of the layers."""
+    """Return True if every row has an adapter with a pair on at least one of the layers."""
     reached = [any(group.a[k] is not None for group in groups) for k in range(len(groups[0].a))]
     return sum(stop - start for k, start, stop in rows.runs if reached[k]) == rows.n_rows
 
 
 def _one_dtype(factors: Sequence[Tensor | None]) -> list[Tensor]:
-    """One factor of each dtype."""
+    """Return one factor of each dtype."""
     return list({f.dtype: f for f in factors if f is not None}.values())
 
 
@@ -83,7 +83,7 @@ def _ids_lie_together(groups: Sequence[LowRankGroup]) -> bool:
 def _given(
     x: Tensor, groups: Sequence[LowRankGroup], factors: Sequence[Tensor | None], rows: AdapterRuns, ys: Sequence[Tensor]
 ) -> tuple[Any, ...]:
-    """The struct ``Given`` of csrc/grouped_low_rank/bindings.cpp."""
+    """Return the fields of the struct ``Given`` in csrc/grouped_low_rank/bindings.cpp."""
     dtype = next((f.dtype for f in factors if f is not None), x.dtype)
     pairs: list[int] = []
     for a, b in zip(factors[0::2], factors[1::2], strict=True):
@@ -100,12 +100,12 @@ def _given(
 
 
 def _mask(mask: Mask | None) -> tuple[int, int, int]:
-    """The key as a signed 64-bit number, the threshold (0: nothing is dropped), and the address of the ids."""
+    """Return the key as a signed 64-bit number, the threshold (0 drops nothing), and the address of the ids."""
     if mask is None:
         return 0, 0, 0
     return mask.key - (mask.key >> 63 << 64), mask.threshold, address(mask.ids)
 
 
 def _places(ys: Sequence[Tensor]) -> list[int]:
-    """The address of each tensor, and the distance of its rows."""
+    """Return each tensor's address and the distance between its rows."""
     return [number for y in ys for number in (address(y), y.stride(0))]

@@ -29,7 +29,7 @@ def kernels() -> Any:
 
 @cache
 def _loaded() -> ModuleType:
-    """The module, whose kernels run on the OpenMP runtime that torch itself loaded: one pool of threads a process."""
+    """Import the module. Its kernels run on the OpenMP runtime that torch has loaded: one pool of threads a process."""
     module = importlib.import_module("veneer._kernels")
     vars(module)["__getattr__"] = _lacking
     if not thread_runtime():

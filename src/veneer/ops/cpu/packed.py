@@ -47,5 +47,5 @@ def multiply(weight: tuple[int, ...], x: Tensor, onto: Tensor | None, out: Tenso
 
 
 def _rows(x: Tensor) -> Tensor:
-    """x with its last axis contiguous."""
+    """Return x with its last axis contiguous."""
     return x if x.stride(1) == 1 else x.contiguous()

@@ -34,7 +34,7 @@ def matmul(x: Float[Tensor, "n i"], w: ScaledCodes) -> Float[Tensor, "n o"]:
 
 
 def _matrix(w: ScaledCodes) -> tuple[int | float | bool, ...]:
-    """Return a matrix as a kernel takes it: addresses, sizes, and how numbers are stored."""
+    """Return a matrix in the kernel's form: addresses, sizes, and how numbers are stored."""
     zero = float(1 << w.bits - 1) if w.coding == "whole" else 0.0
     power = w.scales.dtype == torch.uint8
     return (

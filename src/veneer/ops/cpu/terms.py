@@ -87,7 +87,7 @@ def entry_gradients(form: Form, weight: Tensor, gradient: Tensor) -> tuple[Tenso
 
 
 def _numbers(form: Form) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Values, second factor and places as kernels read them."""
+    """Return values, second factor and places as kernels read them."""
     second = None if form.second is None else _floats(form.second)
     return _floats(form.values), second, None if form.places is None else form.places.long().contiguous()
 
@@ -97,7 +97,7 @@ def _floats(x: Tensor) -> Tensor:
 
 
 def _form_at(form: Form, held: tuple[Tensor, Tensor | None, Tensor | None]) -> list[int]:
-    """The numbers of ``form_at`` in csrc/terms/bindings.cpp."""
+    """Return the numbers that ``form_at`` in csrc/terms/bindings.cpp reads."""
     sizes = (*form.sizes, 0, 0)[:4]
     n_places = 0 if held[2] is None else len(held[2])
     return [TERM_KINDS.index(form.kind), *sizes, *(0 if t is None else address(t) for t in held), n_places]

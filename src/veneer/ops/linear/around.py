@@ -112,7 +112,7 @@ def finished_backward(
 
 
 def _map(z: Tensor, term: Around | None, bias: Tensor | None, out: Tensor, layer: LinearLayer) -> None:
-    """``term(z) + bias`` into ``out``, which may be z."""
+    """Write ``term(z) + bias`` to ``out``, which may be z."""
     if not isinstance(term, Rotation):
         scale_columns(z, None if term is None else term.vector, bias, out)
         return
@@ -133,7 +133,10 @@ def _map(z: Tensor, term: Around | None, bias: Tensor | None, out: Tensor, layer
 def _map_backward(
     dy: Tensor, z: Tensor | None, term: Around, dz: Tensor, layer: LinearLayer, *, with_bias: bool = False
 ) -> tuple[Gradients, Tensor | None]:
-    """Return the gradients of `_map` in the term's tensors (if z is given) and the bias. That in z goes into ``dz``."""
+    """Return the gradients of `_map` in the term's tensors (if z is given) and in the bias.
+
+    Write that in z to ``dz``.
+    """
     if not isinstance(term, Rotation):
         dscale, dbias = scale_columns_backward(dy, z, term.vector, dz, with_bias=with_bias)
         return (dscale,), dbias

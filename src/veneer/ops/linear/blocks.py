@@ -27,7 +27,7 @@ def less_identity(term: Rotation, dtype: torch.dtype) -> Float[Tensor, "k b b"] 
 
 
 def _joined(blocks: Float[Tensor, "k b b"]) -> Float[Tensor, "_ _ _"]:
-    """The same matrix in blocks of at most `WIDTH`."""
+    """Return the same block-diagonal matrix in larger blocks, of at most `WIDTH`."""
     k, b, _ = blocks.shape
     n = max((n for n in range(1, WIDTH // b + 1) if k % n == 0), default=1)
     if n == 1:

@@ -94,7 +94,7 @@ def changes_backward(
 
 
 def _spans(layer: LinearLayer, n_rows: int) -> Iterator[tuple[int, slice, int]]:
-    """The runs of `LinearLayer.spans`, each with the number of earlier rows that use its record."""
+    """Yield the runs of `LinearLayer.spans`, each with the number of earlier rows that use its record."""
     n_before = [0] * len(layer.records)
     for k, rows in layer.spans(n_rows):
         yield k, rows, n_before[k]
@@ -102,29 +102,29 @@ def _spans(layer: LinearLayer, n_rows: int) -> Iterator[tuple[int, slice, int]]:
 
 
 def _mask_of(change: Change, layer: LinearLayer, k: int) -> Mask | None:
-    """The dropout mask of record k, if the change takes it."""
+    """Return the dropout mask of record k; None if the change takes no dropout."""
     return layer.mask_of(k) if change.takes_dropout else None
 
 
 def _dropped(x: Tensor, mask: Mask | None, rows: slice) -> Tensor:
-    """Rows of x under a dropout, not scaled."""
+    """Apply a dropout mask to rows of x, without scaling the kept values."""
     return x[rows] if mask is None else mask.drop(x[rows], rows)
 
 
 def _kept(change: Change, mask: Mask | None) -> Change:
-    """The change times the scale of kept inputs, which would be rounded if x in 16 bits were scaled."""
+    """Scale the change in place of the kept inputs: scaling x in 16 bits would round it."""
     return change if mask is None else Weighed(of=change, weight=mask.scale)
 
 
 def _only_change(layer: LinearLayer) -> Change | None:
-    """Return the change of all rows if there is no other."""
+    """Return the change of all rows; None if there are none or several."""
     changes = layer.record.changes if layer.runs is None else ()
     return changes[0] if len(changes) == 1 else None
 
 
 @dataclass(frozen=True, slots=True)
 class _Made:
-    """A change as a matrix, with the graph that made it, or its form, of ``leaves``."""
+    """A change as a matrix, computed from ``leaves``: with its autograd graph, or with its form."""
 
     leaves: list[Tensor]
     matrix: Tensor
@@ -137,7 +137,7 @@ class _Made:
             return cls(leaves, *_matrix(change.with_tensors(leaves), dtype))
 
     def gradients(self, dz: Tensor, x: Tensor) -> Gradients:
-        """Return the gradients of the product with x, by the gradient ``dzᵀ x`` in the matrix."""
+        """Return the gradients of the product with x. The gradient in the matrix is ``dzᵀ x``."""
         if not any(leaf.requires_grad for leaf in self.leaves):
             return (None,) * len(self.leaves)
         gradient = matmul(dz.T, x, x.dtype)
@@ -147,7 +147,7 @@ class _Made:
 
 
 def _matrix(change: Change, dtype: torch.dtype) -> tuple[Tensor, Form | None]:
-    """The matrix of a change: made by a kernel from the form, which is returned too, or in torch."""
+    """Compute a change's matrix: from its form by a kernel, or in torch. The form is returned too."""
     form = change.form()
     if form is not None and has_entries(form, dtype):
         return entries(form, dtype), form
@@ -155,7 +155,7 @@ def _matrix(change: Change, dtype: torch.dtype) -> tuple[Tensor, Form | None]:
 
 
 def _made_backward(change: Change, dz: Tensor, x: Tensor, dx: Tensor | None) -> Gradients:
-    """Gradients in the tensors of a change by its matrix; that in x is added to ``dx``."""
+    """Return the gradients in a change's tensors through its matrix; add the gradient in x to ``dx``."""
     made = _Made.of(change, x.dtype)
     if dx is not None:
         add_matmul(dx, dz, made.matrix.detach())
@@ -163,7 +163,7 @@ def _made_backward(change: Change, dz: Tensor, x: Tensor, dx: Tensor | None) -> 
 
 
 def _form_backward(change: Change, dz: Tensor, x: Tensor, dx: Tensor | None) -> Gradients:
-    """Gradients in the tensors of a change by its form; that in x is added to ``dx``."""
+    """Return the gradients in a change's tensors through its form; add the gradient in x to ``dx``."""
     leaves, form = with_leaves(change)
     if dx is not None:
         map_rows(form, dz, dx, add=True, transposed=True)
@@ -171,7 +171,7 @@ def _form_backward(change: Change, dz: Tensor, x: Tensor, dx: Tensor | None) -> 
 
 
 def _mixture_backward(change: LowRankMixture, dz: Tensor, x: Tensor, dx: Tensor | None) -> Gradients:
-    """Return the gradients in a mixture's tensors; add that in x to ``dx``. Only values behind A are made again."""
+    """Return the gradients in a mixture's tensors; add that in x to ``dx``. Only values behind A are recomputed."""
     a, leaves = change.a.detach().to(x.dtype), leaves_of(change)
     inner = matmul(x, a.T, x.dtype).requires_grad_()
     with torch.enable_grad():
@@ -188,7 +188,7 @@ def _mixture_backward(change: LowRankMixture, dz: Tensor, x: Tensor, dx: Tensor 
 
 
 def _product_backward(change: Change, dz: Tensor, x: Tensor, dx: Tensor | None, layer: LinearLayer) -> Gradients:
-    """Gradients in the tensors of a change by its product; that in x is added to ``dx``."""
+    """Return the gradients in a change's tensors through its own product; add the gradient in x to ``dx``."""
     leaves, x = leaves_of(change), x.detach().requires_grad_(dx is not None)
     with torch.enable_grad():
         y = _rounded(change.with_tensors(leaves), x, layer).apply(x)

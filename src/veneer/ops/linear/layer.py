@@ -121,7 +121,7 @@ def _problems(index: int, layer: LinearLayer, x: Tensor) -> list[str]:
 
 
 def _sizes(record: LinearDelta, o: int, i: int) -> Iterator[tuple[str, tuple[int, ...], tuple[int, ...]]]:
-    """Name, shape and fitting shape of everything in a record."""
+    """Yield the name of each part of a record, its shape, and the shape that fits the layer."""
     pair = record.low_rank
     if pair is not None:
         expected = {"a": (pair.rank, i), "b": (o, pair.rank), "core": (pair.rank,), "b_scale": (o,)}

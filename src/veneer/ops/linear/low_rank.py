@@ -107,7 +107,7 @@ def factor_gradients(
 
 
 def _b_gradient(u: Float[Tensor, "n r"], read: Float[Tensor, "n o"], dtype: torch.dtype) -> Float[Tensor, "o r"]:
-    """The gradient in B without its scale; on a GPU in B's own strides, so that autograd makes no copy."""
+    """Return the gradient in B without its scale. On a GPU it has B's own strides, so that autograd makes no copy."""
     return matmul(read.T, u, dtype) if read.is_cuda else matmul(u.T, read, dtype).T
 
 
@@ -131,12 +131,12 @@ def _of_pair(da: Tensor | None, db: Tensor | None, pair: Pair | None) -> FactorG
 
 
 def _trains_b(pair: Pair) -> bool:
-    """Return True if something behind A is trained."""
+    """Return True if a factor other than A is trained."""
     return any(t is not None and t.requires_grad for t in (pair.core, pair.b, pair.b_scale))
 
 
 def _parted(gradient: Float[Tensor, "o r"], pair: Pair) -> FactorGradients:
-    """Gradients in core, b and b_scale, given that in ``diag(b_scale) B diag(core)``."""
+    """Return the gradients in core, b and b_scale, from that in ``diag(b_scale) B diag(core)``."""
     if pair.is_plain:
         return {"b": gradient}
     found: FactorGradients = {}
@@ -151,7 +151,7 @@ def _parted(gradient: Float[Tensor, "o r"], pair: Pair) -> FactorGradients:
 
 
 def _pair_of(layer: LinearLayer) -> Pair:
-    """The pair of a layer that has one for all rows."""
+    """Return the pair of a layer that has one pair for all rows."""
     return cast(Pair, layer.record.low_rank)
 
 
@@ -170,7 +170,7 @@ def _joined_a(layers: Sequence[LinearLayer], dtype: torch.dtype) -> Tensor:
 
 
 def _spans(layers: Sequence[LinearLayer]) -> list[slice]:
-    """The columns of u that belong to each layer."""
+    """Return the columns of u that belong to each layer."""
     ranks = [layer.record.rank for layer in layers]
     return [slice(end - rank, end) for rank, end in zip(ranks, accumulate(ranks), strict=True)]
 
@@ -183,6 +183,6 @@ def _scaled_bs(layers: Sequence[LinearLayer], dtype: torch.dtype) -> list[Tensor
 
 
 def _scale_of(layer: LinearLayer, k: int) -> float:
-    """The scale of a record's pair, times the scale of the inputs that its mask keeps."""
+    """Return the scale of a record's pair, times the scale of the inputs that its dropout mask keeps."""
     mask, pair = layer.mask_of(k), layer.records[k].low_rank
     return (1.0 if pair is None else pair.scale) * (1.0 if mask is None else mask.scale)

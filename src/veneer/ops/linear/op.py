@@ -212,7 +212,7 @@ def backward_before_input(
 
 @dataclass(slots=True)
 class _OfRecord:
-    """The gradients in the tensors of one record, by its terms."""
+    """Gradients in the tensors of one record, by term."""
 
     record: LinearDelta
     pair: FactorGradients = field(default_factory=dict)
@@ -222,7 +222,7 @@ class _OfRecord:
     bias: Tensor | None = None
 
     def listed(self) -> Iterator[Tensor | None]:
-        """In the order of the record's tensors; None if there is none."""
+        """Yield the gradients in the order of the record's tensors; None where there is none."""
         pair, record = self.record.low_rank, self.record
         if pair is not None:
             yield from (self.pair.get(name) for name in field_names(Pair) if isinstance(getattr(pair, name), Tensor))
@@ -236,31 +236,31 @@ class _OfRecord:
 
 
 class _Found:
-    """The gradients in the tensors of records, as they are found."""
+    """Collector of the gradients in the records' tensors."""
 
     def __init__(self, layers: Sequence[LinearLayer]) -> None:
         self.layers = layers
         self.values = [[_OfRecord(record) for record in layer.records] for layer in layers]
 
     def add(self, place: int, **terms: Sequence[Any]) -> None:
-        """Take in the gradients of one layer: those of a term in every record."""
+        """Add one layer's gradients, given for each term as a sequence over the records."""
         for term, gradients in terms.items():
             for values, gradient in zip(self.values[place], gradients, strict=True):
                 setattr(values, term, gradient)
 
     def finish(self, place: int, dy: Tensor, z: Tensor | None, overwrite: bool) -> Tensor:
-        """The gradient in the product of a layer; those in the maps and biases behind it are taken down."""
+        """Return the gradient in a layer's product; add those in its output maps and biases."""
         dz, maps, biases = finished_backward(dy, z, self.layers[place], overwrite=overwrite)
         self.add(place, output=maps, bias=biases)
         return dz
 
     def add_factors(self, places: Sequence[int], factors: Sequence[Sequence[FactorGradients]]) -> None:
-        """Take in the gradients of the pairs of some layers, in every record."""
+        """Add the gradients in the pairs of some layers, for every record."""
         for place, gradients in zip(places, factors, strict=True):
             self.add(place, pair=gradients)
 
     def listed(self) -> tuple[Tensor | None, ...]:
-        """The gradients in the order in which `tensors_of` lists the tensors; None if there is none."""
+        """Return the gradients in the order in which `tensors_of` lists the tensors; None where there is none."""
         return tuple(gradient for layer in self.values for values in layer for gradient in values.listed())
 
 
@@ -282,7 +282,9 @@ class _Linears(torch.autograd.Function):
 
 
 def _together(layers: Sequence[LinearLayer]) -> list[list[int]]:
-    """The layers whose low-rank parts are one call: their pairs read x itself. One whose pairs do not is alone."""
+    """Group the layers whose low-rank parts are computed in one call. A layer whose pairs do not read x itself is
+    alone.
+    """
     adapted = [i for i, layer in enumerate(layers) if layer.is_lowrank]
     sharing = [i for i in adapted if not layers[i].adds_to_mapped]
     groups = [[i for i in sharing if layers[i].goes_by_rows == by_rows] for by_rows in (False, True)]
@@ -290,11 +292,11 @@ def _together(layers: Sequence[LinearLayer]) -> list[list[int]]:
 
 
 def _summed(total: Tensor | None, part: Tensor) -> Tensor:
-    """The sum of two gradients, in the memory of the first; nothing else may read them."""
+    """Add a gradient to another, in the memory of the first, which nothing else may read."""
     return part if total is None else total.add_(part)
 
 
 def _operands(inputs: Sequence[Tensor]) -> dict[int, Tensor]:
-    """The `operand` of each distinct input, by its id: each is widened once for all layers."""
+    """Return the `operand` of each distinct input, by the input's id: each is widened once for all layers."""
     distinct = {id(x): x for x in inputs}
     return {key: operand(x) for key, x in distinct.items()}

@@ -47,7 +47,7 @@ def attention_backward(
 
 
 def _scores(q: Tensor, k: Tensor, scale: float, window: int, softcap: float) -> tuple[Tensor, Tensor | float]:
-    """Masked scores (heads, t, t), and the slope of the cap that made them."""
+    """Return the masked scores (heads, t, t), and the slope of the cap at them."""
     scores = q @ k.mT * scale
     slope: Tensor | float = 1.0
     if softcap:
@@ -60,7 +60,7 @@ def _scores(q: Tensor, k: Tensor, scale: float, window: int, softcap: float) -> 
 
 
 def _heads(x: Tensor) -> Tensor:
-    """(t, heads, d) to (heads, t, d), wide."""
+    """Rearrange (t, heads, d) to (heads, t, d), widened."""
     return x.transpose(0, 1).to(_wide(x))
 
 
@@ -69,7 +69,7 @@ def _kv_heads(x: Tensor, q: Tensor, start: int, stop: int) -> Tensor:
 
 
 def _sum_groups(x: Tensor, kv_heads: int) -> Tensor:
-    """(q_heads, t, d) summed over the query heads of each key head, to (t, kv_heads, d)."""
+    """Sum (q_heads, t, d) over the query heads of each key head, to (t, kv_heads, d)."""
     return x.reshape(kv_heads, x.shape[0] // kv_heads, *x.shape[1:]).sum(1).transpose(0, 1)
 
 

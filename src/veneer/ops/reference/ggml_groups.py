@@ -24,7 +24,7 @@ def _q4_1(packed: Packed) -> CodeGroups:
 
 
 def _fifth(packed: Packed, head: int) -> Tensor:
-    """Levels of five bits."""
+    """Decode levels of five bits."""
     fifth = unpack_bits(packed[:, head : head + 4], 1, 1)
     return unpack_bits(packed[:, head + 4 :], 16, 4) | fifth << 4
 
@@ -74,7 +74,7 @@ def _iq4_xs(packed: Packed) -> CodeGroups:
 
 
 def _mxfp4(packed: Packed) -> CodeGroups:
-    """A block of zeros, whose exponent says nothing, gets the scale 1; zero has no sign."""
+    """Decode MXFP4. A block of zeros, whose exponent is meaningless, gets the scale 1; zero has no sign."""
     levels = unpack_bits(packed[:, 1:], 16, 4)
     levels = torch.where(levels == 8, 0, levels)
     zeros = (levels == 0).all(dim=1, keepdim=True)
@@ -82,7 +82,7 @@ def _mxfp4(packed: Packed) -> CodeGroups:
 
 
 def _steps_and_minima(packed: Packed) -> tuple[Tensor, Tensor]:
-    """Steps and minima of Q4_K and Q5_K, the minima negated, since they are added."""
+    """Return steps and minima of Q4_K and Q5_K. The minima are negated, since they are added."""
     d, (scales, minima) = read_halves(packed[:, :4]), unpack_six_bits(packed[:, 4:16])
     return d[:, :1] * scales, -(d[:, 1:] * minima)
 

@@ -87,7 +87,7 @@ def q6_k(x: Blocks, qw: Blocks | None) -> Packed:
 
 
 def _q4_or_q5(x: Blocks, qw: Blocks | None, grid: Grid) -> tuple[Packed, Int32[Tensor, "blocks 256"]]:
-    """The two halves and twelve bytes in front, and the levels."""
+    """Return the bytes in front of the levels (two halves and twelve bytes of scales), and the levels."""
     groups = x.view(len(x), 8, 32)
     if qw is None:
         mean = ordered_sum((groups * groups).view(-1, 32)).view(len(x), 8, 1) / 32
@@ -105,7 +105,7 @@ def _q4_or_q5(x: Blocks, qw: Blocks | None, grid: Grid) -> tuple[Packed, Int32[T
 
 
 def _weights(groups: Grouped, qw: Blocks, factor: int) -> Grouped:
-    """``importance * sqrt(σ² + x²)``, σ² the mean square of the block, ``factor`` times."""
+    """Return ``factor * importance * sqrt(σ² + x²)``, where σ² is the block's mean square."""
     flat = groups.reshape(len(groups), -1)
     variance = factor * ordered_sum(flat * flat) / 256
     return qw.view_as(groups) * root(variance[:, None, None] + groups * groups)
@@ -126,14 +126,14 @@ def _shaped(groups: Grouped, scales: Tensor, levels: Tensor) -> tuple[PerGroup, 
 
 
 def _by_largest(scales: PerGroup, n_max: int) -> tuple[PerBlock, Int32[Tensor, "blocks groups"]]:
-    """The step by which the largest scale is level n_max, and the scales' levels."""
+    """Return the step by which the largest scale gets level n_max, and the levels of all scales."""
     largest = at_least_zero(scales.amax(dim=1))
     levels = nint(quotient(n_max, largest)[:, None] * scales)
     return largest / torch.full_like(largest, n_max), levels * (largest > 0)[:, None]
 
 
 def _by_signed_largest(scales: PerGroup, n_max: int) -> tuple[PerBlock, Int32[Tensor, "blocks groups"]]:
-    """The step by which the scale of largest magnitude is level 0, and the scales' levels; 0 without a scale."""
+    """Return the step by which the scale of largest magnitude gets level 0, and all levels; 0 if all scales are 0."""
     largest = signed_largest(scales)
     inverse = quotient(-n_max, largest)
     signed = (nint(inverse[:, None] * scales) & 255).to(torch.uint8).view(torch.int8).int()
@@ -144,7 +144,7 @@ def _by_signed_largest(scales: PerGroup, n_max: int) -> tuple[PerBlock, Int32[Te
 def _affine_anew(
     groups: Grouped, levels: Tensor, scale: tuple[Tensor, Tensor], minimum: tuple[Tensor, Tensor], n_max: int
 ) -> Int32[Tensor, "blocks 256"]:
-    """Return the levels by the scales that the block really holds; those of the search if such a scale is 0."""
+    """Quantize again by the scales that the block stores. If such a scale is 0, keep the levels of the search."""
     step, low = (rounded_half(d)[:, None] * kept for d, kept in (scale, minimum))
     new = nint((groups + low[:, :, None]) / step[:, :, None]).clamp(0, n_max)
     return torch.where((step != 0)[:, :, None], new, levels).view(len(groups), -1)

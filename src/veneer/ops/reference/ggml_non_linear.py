@@ -36,7 +36,7 @@ def iq4_xs(x: Float32[Tensor, "blocks 256"], qw: Float32[Tensor, "blocks 256"] |
 
 
 def _weights(groups: Groups, qw: Groups | None, blocks: Tensor) -> Groups:
-    """x², or with importance ``importance * sqrt(σ² + x²)``, σ² twice the mean square of the block."""
+    """Return x², or ``importance * sqrt(σ² + x²)``, where σ² is twice the block's mean square."""
     if qw is None:
         return groups * groups
     variance = ordered_sum(blocks * blocks) * (2.0 / blocks.shape[1])
@@ -44,7 +44,7 @@ def _weights(groups: Groups, qw: Groups | None, blocks: Tensor) -> Groups:
 
 
 def _scales(x: Groups, w: Groups) -> Float32[Tensor, " groups"]:
-    """The scale of each group of ``x ≈ scale * VALUES[level]``, by tries around lowest value / largest magnitude."""
+    """Fit the scale of each group in ``x ≈ scale * VALUES[level]`` by trying several around the extreme value."""
     largest = signed_largest(x)
     table = torch.tensor(VALUES, dtype=torch.float32, device=x.device)
 
@@ -64,6 +64,6 @@ def _scales(x: Groups, w: Groups) -> Float32[Tensor, " groups"]:
 
 
 def _nearest(v: Groups) -> Int32[Tensor, "groups 32"]:
-    """The index of the nearest of `VALUES`, on a tie the upper one."""
+    """Return the index of the nearest of `VALUES`; on a tie, the upper one."""
     table = torch.tensor(VALUES, dtype=torch.float32, device=v.device)
     return torch.bucketize(v, (table[:-1] + table[1:]) / 2, right=True, out_int32=True)

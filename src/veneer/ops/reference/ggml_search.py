@@ -154,7 +154,7 @@ def positive(x: Values, w: Values, n_max: int) -> tuple[PerGroup, Levels]:
 
 
 def _descend(x: Values, w: Values, levels: Levels, bounds: tuple[int | None, int]) -> tuple[PerGroup, Levels]:
-    """Move levels one at a time, in up to five passes. Return the scale by least squares, and the levels.
+    """Move levels one at a time, in up to five passes. Return the least-squares scale and the levels.
 
     Without a lower bound, levels are bytes.
     """
@@ -187,7 +187,7 @@ def _error(x: Values, w: Values, levels: Levels, scale: PerGroup, low: PerGroup,
 
 
 def _fit(x: Values, w: Values, levels: Levels, sums: tuple[PerGroup, PerGroup]) -> tuple[PerGroup, PerGroup, PerGroup]:
-    """Scale and minimum by least squares, the minimum at most 0, and the determinant of their equations."""
+    """Fit scale and minimum (at most 0) by least squares. Return both, and the determinant of their equations."""
     sum_w, sum_x = sums
     wl = w * levels
     sum_l, sum_l2, sum_xl = ordered_sum(wl), ordered_sum(wl * levels), ordered_sum(wl * x)
@@ -212,5 +212,5 @@ def _byte(levels: Tensor) -> Tensor:
 
 
 def _float32(v: float) -> float:
-    """A number rounded to float32, so that Python's arithmetic equals C's in floats."""
+    """Round a number to float32, so that Python's arithmetic equals C's in floats."""
     return torch.tensor(v, dtype=torch.float32).item()

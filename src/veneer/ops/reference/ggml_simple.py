@@ -52,11 +52,11 @@ def _packed(scales: Packed, levels: Int32[Tensor, "blocks 32"], bits: int) -> Pa
 
 
 def _reciprocal(scale: Float32[Tensor, " blocks"]) -> Float32[Tensor, " blocks"]:
-    """``1 / scale``, and 0 for a scale of 0. Infinite for one under 3e-39."""
+    """Return ``1 / scale``: 0 for a scale of 0, infinite for one under 3e-39."""
     return torch.where(scale != 0, quotient(1, scale), torch.zeros_like(scale))
 
 
 def _rounded_up(x: Blocks, inverse: Float32[Tensor, " blocks"], half: float, most: int) -> Int32[Tensor, "blocks 32"]:
-    """Return ``x * inverse + half`` cut to whole numbers; 0 if the product is infinite."""
+    """Return ``x * inverse + half`` truncated to whole numbers; 0 if the product is infinite."""
     scaled = x * inverse[:, None] + half
     return torch.where(scaled.isfinite(), scaled, torch.zeros_like(scaled)).int().clamp(max=most)

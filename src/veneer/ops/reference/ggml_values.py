@@ -73,7 +73,7 @@ def _mxfp4(packed: Packed) -> Values:
 
 
 def _affine(levels: Tensor, d: Tensor, scales: Tensor, minima: Tensor) -> Values:
-    """``(d * scale) * level - d_min * minimum`` in groups."""
+    """Return ``(d * scale) * level - d_min * minimum`` for each group."""
     step, low = (
         part.repeat_interleave(256 // scales.shape[1], dim=1) for part in (d[:, :1] * scales, d[:, 1:] * minima)
     )

@@ -29,7 +29,7 @@ def glu_backward(
 
 
 def _value_and_slope(x: Tensor, activation: str) -> tuple[Tensor, Tensor]:
-    """The activation and its derivative."""
+    """Return the activation and its derivative."""
     if activation == "silu":
         sigmoid = torch.sigmoid(x)
         return x * sigmoid, sigmoid * (1 + x * (1 - sigmoid))

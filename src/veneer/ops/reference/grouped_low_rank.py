@@ -39,7 +39,7 @@ def backward(
 
 
 def _dropped(part: Tensor, own: slice, mask: Mask | None) -> Tensor:
-    """The rows ``own`` of a batch, with the values that a mask of all rows drops set to zero."""
+    """Return the rows ``own`` of a batch, with zeros where the mask (which covers all rows) drops values."""
     return part if mask is None else mask.drop(part, own, backend="reference")
 
 
@@ -56,7 +56,7 @@ def _wide(x: Tensor, factor: Tensor) -> torch.dtype:
 
 
 def _parts(x: Tensor, group: LowRankGroup, rows: AdapterRuns) -> Iterator[tuple[int, slice, Tensor, Tensor, float]]:
-    """The parts of each run: its adapter, its rows, a and scale * b in at least float32, and scale."""
+    """Yield for each run: its adapter, its rows, a and scale * b in at least float32, and the scale."""
     for adapter, start, stop in rows.runs:
         a, b, scale = group.a[adapter], group.b[adapter], group.scales[adapter]
         if a is not None and b is not None:

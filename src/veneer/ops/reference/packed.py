@@ -35,5 +35,5 @@ def matmul(weight: PackedWeight, x: Float[Tensor, "n i"], onto: Tensor | None, o
 
 
 def _pair(dtype: torch.dtype) -> int:
-    """Inputs whose values are neighbours."""
+    """Return the number of inputs whose values are stored side by side."""
     return 2 if dtype == torch.bfloat16 else 1

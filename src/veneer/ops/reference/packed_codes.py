@@ -64,7 +64,7 @@ def matmul(weight: PackedCodes, x: Float[Tensor, "n i"], onto: Tensor | None, ou
 
 
 def _panels(made: PackedCodes, codes: Tensor, heads: list[Tensor]) -> Tensor:
-    """Codes (o, i), one a byte, and scales (o, units), in panels."""
+    """Arrange codes (o, i), one a byte, and scales (o, units) in panels."""
     filled = _filled(functional.pad(codes, (0, made.depth - codes.shape[1])))
     units = filled.view(len(filled), made.depth // made.unit, made.unit)
     parts = [torch.split(_filled(head), PANEL) for head in heads]
@@ -73,7 +73,7 @@ def _panels(made: PackedCodes, codes: Tensor, heads: list[Tensor]) -> Tensor:
 
 
 def _stored(units: Tensor, bits: int) -> Tensor:
-    """Codes (outputs, units, unit) of a panel in memory order, unit by unit."""
+    """Arrange a panel's codes (outputs, units, unit) in memory order, unit by unit."""
     if bits < 4:
         return _planes(units, bits)
     words = _bytes_in_pairs(units) if bits == 8 else _nibbles_in_words(units)
@@ -89,12 +89,12 @@ def _nibbles_in_words(units: Tensor) -> Tensor:
 
 
 def _bytes_in_pairs(units: Tensor) -> Tensor:
-    """Two neighbours as one number."""
+    """Pack two neighbouring codes into one byte."""
     return units.contiguous().view(torch.int16)
 
 
 def _planes(units: Tensor, bits: int) -> Tensor:
-    """Pack the lower two bits of sixteen codes into a word of each output, and then the third bits of all outputs."""
+    """Pack the lower two bits of sixteen codes into a word of each output, then the third bits of all outputs."""
     o, n, width = units.shape
     pairs = units.to(torch.int64).view(o, n, width // UNIT, 8, 2)  # (.., inputs 2 m and 2 m + 1)
     low = ((pairs & 3) << _places(2, 16)).sum(dim=(3, 4)).permute(1, 2, 0)  # (n, groups, o)
@@ -107,22 +107,22 @@ def _planes(units: Tensor, bits: int) -> Tensor:
 
 
 def _places(apart: int, odd: int) -> Tensor:
-    """Bits at which the codes of inputs 2 m and 2 m + 1 begin in a word, (8, 2)."""
+    """Return the bits at which the codes of inputs 2 m and 2 m + 1 begin in a word, (8, 2)."""
     return apart * torch.arange(8)[:, None] + odd * torch.arange(2)
 
 
 def _words(x: Tensor) -> Tensor:
-    """Whole numbers below 2 ** 32 as the words that have their bits."""
+    """Return whole numbers below 2 ** 32 as words with the same bits."""
     return torch.where(x < 1 << 31, x, x - (1 << 32)).to(torch.int32)
 
 
 def _filled(rows: Tensor) -> Tensor:
-    """Outputs filled up with zeros to whole blocks."""
+    """Pad the outputs with zeros to whole blocks."""
     return torch.cat([rows, rows.new_zeros(-len(rows) % BLOCK, *rows.shape[1:])])
 
 
 def _joined(heads: list[Tensor], codes: Tensor) -> Tensor:
-    """Scales and codes of each unit, concatenated."""
+    """Concatenate each unit's scales and codes."""
     return torch.cat([*map(_bytes, heads), codes], dim=1).flatten()
 
 
@@ -131,7 +131,7 @@ def _bytes(x: Tensor) -> Tensor:
 
 
 def _rows(weight: PackedCodes) -> tuple[Tensor, list[Float32[Tensor, "o units"]]]:
-    """The codes (o, i), one a byte, and the numbers in front of each unit."""
+    """Return the codes (o, i), one a byte, and the numbers in front of each unit."""
     (o, i), units, size = weight.shape, weight.depth // weight.unit, weight.scales.itemsize
     found: list[list[Tensor]] = []
     for first in range(0, o, PANEL):
@@ -168,7 +168,7 @@ def _codes_of_planes(codes: Tensor, across: int, bits: int) -> Tensor:
 
 
 def _numbers(coding: str, codes: Tensor) -> Float32[Tensor, "o i"]:
-    """Numbers that codes stand for."""
+    """Decode codes to the numbers that they stand for."""
     if coding in FLOATS_8:
         return codes.view(FLOATS_8[coding]).float()
     if coding == "e2m1":

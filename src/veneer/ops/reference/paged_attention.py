@@ -43,7 +43,7 @@ def attend(
 
 
 def _held(store: PagedStore, layer: int, pages: list[int], n: int) -> tuple[Tensor, Tensor]:
-    """The first n K and V of some pages: (heads, n, head_dim) in float32."""
+    """Return the first n keys and values of some pages: (heads, n, head_dim) in float32."""
     keys, values = (x[pages] for x in _views(store, layer))
     heads_first = (keys.flatten(3, 4).transpose(0, 1), values.flatten(2, 3).transpose(0, 1))
     k, v = (x.flatten(1, 2)[:, :n, : store.head_dim].float() for x in heads_first)
@@ -51,8 +51,11 @@ def _held(store: PagedStore, layer: int, pages: list[int], n: int) -> tuple[Tens
 
 
 def _views(store: PagedStore, layer: int) -> tuple[Tensor, Tensor]:
-    """K of a layer as (pages, heads, tokens, pairs of values, 2), V as (pages, heads, pairs of tokens, 2, values); in
-    float32 instead of pairs single ones."""
+    """View a layer's K as (pages, heads, tokens, pairs of values, 2), and V as (pages, heads, pairs of tokens, 2,
+    values).
+
+    In float32 each pair is a single value or token.
+    """
     pair, d, block = 2 if store.data.dtype == torch.bfloat16 else 1, padded(store.head_dim), store.block
     heads = (store.n_pages, store.n_layers, store.kv_heads, 2)
     keys = store.data.view(*heads, d // pair, block, pair)[:, layer, :, 0].transpose(-3, -2)

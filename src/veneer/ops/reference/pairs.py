@@ -78,7 +78,7 @@ def unpacked(pairs: PackedPairs) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 def _first(panels: Tensor, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """The first of several concatenated matrices, and the rest."""
+    """Split off the first of several concatenated matrices; return it and the rest."""
     o, i = shape
     depth = filled(i, panels.dtype)
     size = (o + -o % BLOCK) * depth

@@ -41,7 +41,7 @@ def draw(logits: Tensor, rules: Sequence[RowRule]) -> Draws:
 
 
 def _row(logits: Tensor, rule: RowRule) -> tuple[int, float, int, Tensor, Tensor]:
-    """Token, log-probability and rank of one row, ids and log-probabilities of the likeliest."""
+    """Return token, log-probability and rank for one row, then ids and log-probabilities of its likeliest tokens."""
     n = rule.n_likeliest or 0
     ids, logprobs = torch.zeros(n, dtype=torch.int64), torch.zeros(n).double()
     if not math.isfinite(float(logits.max())):

@@ -41,7 +41,7 @@ def e2m1_values(codes: UInt8[Tensor, "*shape"]) -> Float32[Tensor, "*shape"]:
 
 
 def _numbers(w: ScaledCodes, codes: Tensor) -> Tensor:
-    """The exact numbers of codes, in new memory."""
+    """Decode codes to their exact numbers, in new memory."""
     if w.coding in FLOATS_8:
         return codes.view(FLOATS_8[w.coding]).to(torch.float32)
     found = unpack(codes.view(torch.uint8), w.bits, w.columns)

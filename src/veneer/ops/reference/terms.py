@@ -97,7 +97,7 @@ def entry_gradients(form: Form, weight: Tensor, gradient: Tensor) -> tuple[Tenso
 
 
 def _factors(form: Form, dtype: torch.dtype) -> Tensor:
-    """The product of the factors of a hadamard form."""
+    """Multiply the factors of a hadamard form."""
     if form.kind != "hadamard" or form.second is None:
         raise ShapeError(f"a {form.kind} form of {form.sizes} multiplies no weight")
     return form.second.to(dtype) @ form.values.to(dtype)

@@ -76,7 +76,7 @@ def _fits(q: Tensor) -> bool:
 
 
 def _forward_tile(q: Tensor) -> tuple[int, int, int]:
-    """Queries, keys and warps of a program that fit into the shared memory of every card since Ampere."""
+    """Return queries, keys and warps of a program that fits into the shared memory of every card since Ampere."""
     features = block(q.shape[2], least=16)
     if q.dtype == torch.float32:
         return (32, 32, 4) if features <= 128 else (16, 16, 4)
@@ -92,7 +92,7 @@ def _backward_tile(q: Tensor) -> tuple[int, int]:
 
 @lru_cache(maxsize=64)
 def _tiles(bounds: tuple[int, ...], size: int, device: torch.device) -> Tensor:
-    """For each tile: the start of its sequence, the sequence's length, and the tile's first token within it.
+    """Return for each tile: its sequence's start, the sequence's length, and the tile's first token within it.
 
     The tiles that see most keys come first, so that the last programs to start are short. Every layer of a step has
     the same bounds, hence the cache.
@@ -103,7 +103,10 @@ def _tiles(bounds: tuple[int, ...], size: int, device: torch.device) -> Tensor:
 
 
 def _places(*tensors: Tensor) -> list[Tensor | int]:
-    """Each tensor with the distances between its tokens and between its heads; features lie together."""
+    """Return each tensor with the distances between its tokens and between its heads.
+
+    A head's features are contiguous.
+    """
     places: list[Tensor | int] = []
     for x in tensors:
         near = x if x.stride(2) == 1 or x.shape[2] == 1 else x.contiguous()
@@ -112,7 +115,7 @@ def _places(*tensors: Tensor) -> list[Tensor | int]:
 
 
 def _sizes(q: Tensor, k: Tensor) -> tuple[int, int, int]:
-    """Tokens, query heads of a key head, features."""
+    """Return the numbers of tokens, of query heads for each key head, and of features."""
     return q.shape[0], q.shape[1] // max(k.shape[1], 1), q.shape[2]
 
 
@@ -122,7 +125,7 @@ def _forms(q: Tensor, window: int, softcap: float) -> dict[str, int | bool]:
 
 @triton.jit
 def _tile(x, tokens, token_stride, length, d, FEATURES: tl.constexpr):
-    """Rows of a head, zeros beyond the sequence's end."""
+    """Load rows of a head, with zeros beyond the sequence's end."""
     features = tl.arange(0, FEATURES)
     inside = (tokens < length)[:, None] & (features < d)[None, :]
     return tl.load(x + tokens[:, None] * token_stride + features[None, :], mask=inside, other=0.0)
@@ -155,7 +158,7 @@ def scored(product, ahead, scale, window, softcap, WINDOW: tl.constexpr, SOFTCAP
 
 @triton.jit
 def _first_key(first, window, KEYS: tl.constexpr, WINDOW: tl.constexpr):
-    """The first key of the first tile that the first query sees."""
+    """Return the first key of the first tile that the first query sees."""
     low = 0
     if WINDOW:
         low = tl.maximum(first - window + 1, 0) // KEYS * KEYS
@@ -236,7 +239,7 @@ def _delta_kernel(
     HEADS: tl.constexpr,
     FEATURES: tl.constexpr,
 ):
-    """The row sums of dout * out that the softmax's gradient takes off."""
+    """Store the row sums of dout * out, which the softmax's gradient subtracts."""
     token = tl.program_id(0).to(tl.int64)
     heads = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
     a = _tile(dout + token * dout_token, heads, dout_head, n_heads, d, FEATURES).to(tl.float32)

@@ -86,7 +86,9 @@ def matmul_t_4bit(
 
 
 def _is_few(x: Tensor, layout: FourBitLayout) -> bool:
-    """Return True if a kernel multiplies so many rows straight from the codes: the weight's rows start with a byte."""
+    """Return True if a kernel multiplies so many rows straight from the codes. The weight's rows must start with a
+    byte.
+    """
     return 0 < len(x) <= _FEW_ROWS and layout.shape[1] % 2 == 0 and not slow_products()
 
 
@@ -103,7 +105,7 @@ def _thresholds(quant_type: str, device: torch.device) -> tuple[Float32[Tensor, 
 
 @triton.jit
 def _code(values, midpoints, codes):
-    """The code of the table value nearest to each; on a midpoint the lower one."""
+    """Return the code of the nearest table value; on a midpoint, the lower one."""
     above = tl.zeros(values.shape, tl.int32)
     for index in tl.static_range(15):
         above += (values > tl.load(midpoints + index)).to(tl.int32)
@@ -112,7 +114,7 @@ def _code(values, midpoints, codes):
 
 @triton.jit
 def _decoded(packed, absmax, table, byte, inside, BLOCK_SIZE: tl.constexpr):
-    """The two values of each byte, in float32."""
+    """Decode the two values of each byte to float32."""
     codes = tl.load(packed + byte, mask=inside, other=0).to(tl.int32)
     scale = tl.load(absmax + byte // (BLOCK_SIZE // 2), mask=inside, other=0.0)
     return tl.load(table + (codes >> 4)) * scale, tl.load(table + (codes & 15)) * scale
@@ -166,7 +168,7 @@ def _product_kernel(
     OUTPUTS: tl.constexpr,
     BYTES: tl.constexpr,
 ):
-    """``x Wᵀ``: a program takes some outputs and walks along their rows of the weight."""
+    """Compute ``x Wᵀ``: a program takes some outputs and walks along their rows of the weight."""
     rows = tl.arange(0, ROWS)[:, None]
     outputs = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
     half = i // 2
@@ -201,7 +203,7 @@ def _transposed_kernel(
     OUTPUTS: tl.constexpr,
     BYTES: tl.constexpr,
 ):
-    """``dy W``: a program takes some columns and walks down the rows of the weight."""
+    """Compute ``dy W``: a program takes some columns and walks down the rows of the weight."""
     rows = tl.arange(0, ROWS)[:, None]
     half = i // 2
     column = tl.program_id(0) * BYTES + tl.arange(0, BYTES)

@@ -74,7 +74,7 @@ def backward(
 
 
 def _is_alone(groups: Sequence[LowRankGroup], rows: AdapterRuns) -> bool:
-    """Return True if one adapter acts on all rows of all layers: products of whole matrices then compute it."""
+    """Return True if one adapter acts on all rows of all layers, so that products of whole matrices suffice."""
     all_rows = rows.runs == (Run(0, 0, rows.n_rows),)
     return all_rows and all(len(group.a) == 1 and group.a[0] is not None for group in groups)
 
@@ -108,7 +108,7 @@ def _alone_backward(
 
 
 def _of_alone(groups: Sequence[LowRankGroup], dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:
-    """Each layer's a, and its b times its scale."""
+    """Return each layer's a, and its b times its scale."""
     scaled = torch._foreach_mul([cast(Tensor, group.b[0]) for group in groups], [group.scales[0] for group in groups])
     found = converted([*(cast(Tensor, group.a[0]) for group in groups), *scaled], [dtype] * 2 * len(groups))
     return found[: len(groups)], found[len(groups) :]
@@ -121,12 +121,12 @@ def _read_alone(x: Tensor, group: LowRankGroup) -> Tensor:
 
 @lru_cache(maxsize=64)
 def _owner(rows: AdapterRuns, device: torch.device) -> Tensor:
-    """The adapter of each row, sent once for all layers of a step."""
+    """Return the adapter of each row, sent once for all layers of a step."""
     return rows.row_to_adapter(device)
 
 
 def _dropped(x: Tensor, group: LowRankGroup, rows: AdapterRuns) -> Tensor:
-    """The part of x that the a's of a layer read."""
+    """Return the part of x that a layer's a reads, after dropout."""
     if not group.masks:
         return x
     own = x.clone()
@@ -138,7 +138,7 @@ def _dropped(x: Tensor, group: LowRankGroup, rows: AdapterRuns) -> Tensor:
 
 
 def _add_dropped(dx: Tensor, part: Tensor, group: LowRankGroup, rows: AdapterRuns) -> None:
-    """Add the gradient in the input of a layer's a to that in x, if the two are different tensors."""
+    """Add the gradient in the input of a layer's a to that in x, if these are different tensors."""
     if part is dx:
         return
     for k, start, stop in rows.runs:
@@ -161,7 +161,7 @@ def _is_empty(group: LowRankGroup) -> bool:
 
 
 def _stacked(factors: Sequence[Tensor | None], x: Tensor) -> Tensor:
-    """Factors (r, width) as one (adapters, rank, width) in x's dtype; zeros where one is None."""
+    """Stack factors (r, width) as (adapters, rank, width) in x's dtype, with zeros for None."""
     given = [f for f in factors if f is not None]
     rank = block(max(f.shape[0] for f in given), least=16)
     out = x.new_zeros(len(factors), rank, given[0].shape[1])
@@ -176,13 +176,13 @@ def _scaled_b(group: LowRankGroup, x: Tensor) -> Tensor:
 
 
 def _tiles(n: int, rank: int) -> tuple[int, dict[str, int]]:
-    """The number of tiles that the rows make, and their sizes."""
+    """Return the number of tiles that n rows make, and the tiles' sizes."""
     rows = block(n, least=16, most=64)
     return triton.cdiv(n, rows), {"ROWS": rows, "RANKS": min(rank, 64), "WIDTH": _WIDTH, "num_stages": 2}
 
 
 def _shrink(x: Tensor, factors: Tensor, owner: Tensor) -> Tensor:
-    """Each row times its adapter's factor, (n, rank); rows without an adapter are left as they come."""
+    """Multiply each row by its adapter's factor, (n, rank). Rows without an adapter are left undefined."""
     adapters, rank, width = factors.shape
     out = x.new_empty(len(x), rank)
     n_tiles, sizes = _tiles(len(x), rank)
@@ -192,7 +192,7 @@ def _shrink(x: Tensor, factors: Tensor, owner: Tensor) -> Tensor:
 
 
 def _expand(u: Tensor, factors: Tensor, owner: Tensor, out: Tensor) -> None:
-    """Each row of u times its adapter's factor transposed, added to out (n, width)."""
+    """Multiply each row of u by its adapter's transposed factor, and add it to out (n, width)."""
     adapters, rank, width = factors.shape
     n_tiles, sizes = _tiles(len(u), rank)
     grid = n_tiles, triton.cdiv(width, _WIDTH)
@@ -201,7 +201,7 @@ def _expand(u: Tensor, factors: Tensor, owner: Tensor, out: Tensor) -> None:
 
 
 def _outer(u: Tensor, x: Tensor, owner: Tensor, adapters: int) -> Tensor:
-    """For each adapter the sum of u's rows times x's over its rows, (adapters, rank, width) in float32."""
+    """For each adapter, sum the outer products of its rows of u and x: (adapters, rank, width) in float32."""
     rank, width = u.shape[1], x.shape[1]
     out = torch.empty(adapters, rank, width, dtype=torch.float32, device=x.device)
     _, sizes = _tiles(len(u), rank)

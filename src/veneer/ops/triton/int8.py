@@ -57,7 +57,7 @@ def matmul_t_int8(
 
 
 def _product(x: Tensor, weight: tuple[Tensor, Tensor], wide: int, deep: int, transposed: bool) -> Tensor:
-    """``x`` times the weight: ``wide`` results a row, each a sum of ``deep`` products."""
+    """Multiply ``x`` by the weight: ``wide`` results a row, each a sum of ``deep`` products."""
     out = x.new_empty(len(x), wide)
     forms = {"TRANSPOSED": transposed, "ROWS": _FEW_ROWS, "WIDE": 32, "DEEP": 128}
     launch(_product_kernel, (triton.cdiv(wide, 32),), x, *weight, out, len(x), wide, deep, **forms)
@@ -113,7 +113,7 @@ def _product_kernel(
     WIDE: tl.constexpr,
     DEEP: tl.constexpr,
 ):
-    """``x Wᵀ``, or ``x W`` if TRANSPOSED: a program computes a tile of results."""
+    """Compute ``x Wᵀ``, or ``x W`` if TRANSPOSED. A program computes a tile of results."""
     rows = tl.arange(0, ROWS)[:, None]
     results = (tl.program_id(0) * WIDE + tl.arange(0, WIDE))[None, :]
     total = tl.zeros([ROWS, WIDE], tl.float32)

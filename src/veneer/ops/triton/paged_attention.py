@@ -48,7 +48,7 @@ def attend(
 
 
 def _place(store: PagedStore, layer: int) -> tuple[int, int, int]:
-    """Offsets in values: of a page, of a layer within it, and of a head's keys."""
+    """Return offsets in values: of a page, of a layer within it, and of a head's keys."""
     values = store.block * padded(store.head_dim)
     return store.data.stride(0), layer * store.kv_heads * 2 * values, values
 
@@ -58,14 +58,16 @@ def _numbers(rows: PagedRows) -> tuple[Tensor | int, ...]:
 
 
 def _forms(store: PagedStore) -> dict[str, int]:
-    """Values of a head, with and without padding, values that lie together, and tokens of a page."""
+    """Return the values of a head with and without padding, the values that are contiguous, and the tokens of a
+    page.
+    """
     pair = 2 if store.data.dtype == torch.bfloat16 else 1
     d = store.head_dim
     return {"D": d, "PADDED": padded(d), "FEATURES": block(padded(d)), "PAIR": pair, "BLOCK": store.block}
 
 
 def _tile(q: Tensor, group: int, rows: PagedRows) -> tuple[int, int, int]:
-    """Queries, keys and warps of a program: what fits into the shared memory of every card since Ampere."""
+    """Return queries, keys and warps of a program that fits into the shared memory of every card since Ampere."""
     least, wide = block(group, least=16), q.shape[2] > 128
     decodes = rows.n_rows == len(rows.position)
     if q.dtype == torch.float32:
@@ -75,7 +77,7 @@ def _tile(q: Tensor, group: int, rows: PagedRows) -> tuple[int, int, int]:
 
 @triton.jit
 def _last_not_above(bounds, n, value, HEIGHT: tl.constexpr):
-    """The last sequence whose first tile is not above a number: bound s begins tile ``bound // HEIGHT + s``."""
+    """Find the last sequence whose first tile is not above ``value``. Bound s begins tile ``bound // HEIGHT + s``."""
     low, high = value * 0, value * 0 + n
     while high - low > 1:
         middle = (low + high) // 2
@@ -88,7 +90,7 @@ def _last_not_above(bounds, n, value, HEIGHT: tl.constexpr):
 
 @triton.jit
 def _sequence_of(bounds, n, row):
-    """The sequence that has a row."""
+    """Find the sequence of a row."""
     low, high = row * 0, row * 0 + n
     while high - low > 1:
         middle = (low + high) // 2
@@ -101,7 +103,7 @@ def _sequence_of(bounds, n, row):
 
 @triton.jit
 def _key_at(slots, features, BLOCK: tl.constexpr, PAIR: tl.constexpr):
-    """Place of a value of a key, behind the head's place in a page."""
+    """Return the offset of a key's value from its head's offset in a page."""
     return (features // PAIR) * (BLOCK * PAIR) + slots * PAIR + features % PAIR
 
 

@@ -66,7 +66,7 @@ def add(x: Tensor, segments: Segments, ys: Sequence[Tensor]) -> None:
 
 @triton.jit
 def _place(rows, columns, n_rows, depth, PAIR: tl.constexpr):
-    """Place of a value of a matrix (n_rows, depth) in panels."""
+    """Return the offset of a value of a matrix (n_rows, depth) in panels."""
     panel = rows // 64
     width = tl.minimum(64, tl.cdiv(n_rows, 16) * 16 - panel * 64)
     return panel * 64 * depth + (columns // PAIR) * width * PAIR + (rows % 64) * PAIR + columns % PAIR
@@ -79,7 +79,7 @@ def _filled(rank, PAIR: tl.constexpr):
 
 @triton.jit
 def _rows_in_a(segment, OUTS: tl.constexpr, PAIR: tl.constexpr):
-    """Rows of a's matrix: those of all layers, or of one that they share."""
+    """Return the number of rows of a's matrix: those of all layers, or of one that the layers share."""
     total = tl.load(segment) * 0
     for layer in tl.static_range(len(OUTS)):
         total += _filled(tl.load(segment + _RANKS + layer), PAIR)
@@ -105,7 +105,7 @@ def _shrink_kernel(
     DEPTH: tl.constexpr,
     PART: tl.constexpr,
 ):
-    """The product of a part of x with a part of a, of all layers, for some rows of a segment."""
+    """Multiply a part of x by a part of all layers' a, for some rows of a segment."""
     PAIR: tl.constexpr = 2 if tl.bfloat16 == FACTOR else 1
     segment = table + tl.program_id(0).to(tl.int64) * table_row
     stop = tl.load(segment + _STOP)
@@ -133,7 +133,7 @@ def _shrink_kernel(
 
 @triton.jit
 def _acted(u, kind):
-    """One of the activations, by its number."""
+    """Apply an activation, given by its number."""
     if kind == _IDENTITY:
         u = u
     elif kind == _RELU:
@@ -157,7 +157,7 @@ def _acted(u, kind):
 
 @triton.jit
 def _between(u, segment, places, inside):
-    """Turn the first product's sums into the second's input: apply core, bias and activation, if there are any."""
+    """Turn the first product's sums into the second's input: apply core, bias and activation if there are any."""
     if tl.load(segment + _FORM) != 0:
         core, bias = tl.load(segment + _CORE), tl.load(segment + _BIAS)
         if core != 0:
@@ -170,7 +170,7 @@ def _between(u, segment, places, inside):
 
 @triton.jit
 def _behind(y, segment, places, inside):
-    """Values that a layer's output gains, from the sums of the second product, with scale and bias if there are any."""
+    """Turn the second product's sums into a layer's added output: apply scale and bias if there are any."""
     if tl.load(segment + _FORM) != 0:
         scale, bias = tl.load(segment + _OUT_SCALE), tl.load(segment + _OUT_BIAS)
         if scale != 0:
@@ -201,7 +201,7 @@ def _expand_kernel(
     FACTOR: tl.constexpr,
     HALF: tl.constexpr,
 ):
-    """The second product of a layer for some rows of a segment, added to its output."""
+    """Compute a layer's second product for some rows of a segment, and add it to the output."""
     PAIR: tl.constexpr = 2 if tl.bfloat16 == FACTOR else 1
     segment = table + tl.program_id(0).to(tl.int64) * table_row
     stop, rank = tl.load(segment + _STOP), tl.load(segment + _RANKS + LAYER)

@@ -72,25 +72,25 @@ def _block(rows: Tensor) -> int:
 
 
 class _Numbers:
-    """The concatenated lists of all rules: ids and counts, words of masks, and biases as floats."""
+    """The lists of all rules, concatenated: ids and counts, words of masks, and biases as floats."""
 
     def __init__(self, vocabulary: int) -> None:
         self.vocabulary, self.longest = vocabulary, [0, 0, 0, 0]
         self._parts, self._n = list[np.ndarray](), 0
 
     def put(self, values: np.ndarray) -> int:
-        """Add 32-bit numbers; return their place."""
+        """Append 32-bit numbers; return their place."""
         self._parts.append(values.view(np.int32))
         self._n += len(values)
         return self._n - len(values)
 
     def require(self, least: int, most: int) -> None:
-        """Raise IndexError for ids beyond the vocabulary."""
+        """Raise IndexError if an id lies beyond the vocabulary."""
         if least < 0 or most >= self.vocabulary:
             raise IndexError(f"ids {least} to {most} are not all among the {self.vocabulary} of the logits")
 
     def list_of(self, kind: int, ids: Ints | None, values: array[int] | array[float] | None = None) -> tuple[int, ...]:
-        """Add a list of ids, with their values; return the numbers of the list."""
+        """Append a list of ids with their values. Return the numbers that describe the list."""
         if not ids:
             return 0, 0, 0
         given = np.frombuffer(ids, dtype=np.int32)
@@ -99,13 +99,13 @@ class _Numbers:
         return self.put(given), 0 if values is None else self.put(np.frombuffer(values, dtype=np.int32)), len(given)
 
     def tensor(self) -> Tensor:
-        """Return all numbers, two of which make one of 64 bits."""
+        """Return all numbers as a tensor, each two of them as one of 64 bits."""
         parts = [*self._parts, np.zeros(self._n % 2, dtype=np.int32)]
         return torch.from_numpy(np.concatenate(parts).view(np.int64))
 
 
 def _numbers(rule: RowRule, numbers: _Numbers) -> np.ndarray:
-    """Return the numbers of a rule; its lists are added to those of all rules."""
+    """Return a rule's numbers, and append its lists to those of all rules."""
     masks = [mask.numpy() for mask in rule.allowed]
     mask = numbers.put(np.bitwise_and.reduce([each[: min(map(len, masks))] for each in masks])) if masks else -1
     ids, biases = rule.biased or (None, None)
@@ -129,7 +129,7 @@ def _numbers(rule: RowRule, numbers: _Numbers) -> np.ndarray:
 
 
 def _signed(number: int) -> int:
-    """The last 64 bits of a number, as a signed one."""
+    """Return the last 64 bits of a number, signed."""
     return (number + (1 << 63)) % (1 << 64) - (1 << 63)
 
 
@@ -166,14 +166,14 @@ def _real(numbers, at: tl.constexpr):
 
 @triton.jit
 def _key(x):
-    """Whole numbers in the order of floats; both zeros are one."""
+    """Map floats to whole numbers in the same order. Both zeros become one."""
     bits = (x + 0.0).to(tl.int32, bitcast=True)
     return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
 
 @triton.jit
 def _share(x, top, inverse):
-    """The whole number nearest 2^40 e^z, ties to even, with z the distance from the top over the temperature."""
+    """Return the whole number nearest 2^40 e^z, ties to even, where z is (x - top) / temperature."""
     z = tl.maximum((x - top) * inverse, -88.0)
     n = (z * 1.44269504 + _ROUNDS) - _ROUNDS
     r = (z - n * 0.693359375) + n * 2.12194440e-4
@@ -196,7 +196,7 @@ def _share(x, top, inverse):
 
 @triton.jit
 def _from(row, d, top, inverse, least, key, BLOCK: tl.constexpr):
-    """Count the logits that are not below a key, and add up their shares; shares below ``least`` are none."""
+    """Count the logits at or above a key, and sum their shares. Those with shares below ``least`` are left out."""
     count, mass = tl.zeros([BLOCK], tl.int64), tl.zeros([BLOCK], tl.int64)
     for first in range(0, d, BLOCK):
         ids = first + tl.arange(0, BLOCK)
@@ -210,7 +210,7 @@ def _from(row, d, top, inverse, least, key, BLOCK: tl.constexpr):
 
 @triton.jit
 def _random_bits(key_0, key_1, place):
-    """53 bits of Philox 4x64 for a key and a place, as NumPy draws them."""
+    """Return 53 bits of Philox 4x64 for a key and a place, as NumPy draws them."""
     k0, k1 = key_0.to(tl.uint64), key_1.to(tl.uint64)
     c0 = (place + 1).to(tl.uint64)
     c1, c2, c3 = c0 * 0, c0 * 0, c0 * 0
@@ -225,7 +225,7 @@ def _random_bits(key_0, key_1, place):
 
 @triton.jit
 def _kth(row, d, top, inverse, least, k, BLOCK: tl.constexpr):
-    """The largest key that k logits are not below; the lowest where there are fewer."""
+    """Find the largest key that at least k logits reach; the lowest key if there are fewer logits."""
     low, high = tl.cast(_LOWEST, tl.int64), _key(top).to(tl.int64) + 1
     while high - low > 1:
         middle = (low + high) >> 1
@@ -239,7 +239,9 @@ def _kth(row, d, top, inverse, least, k, BLOCK: tl.constexpr):
 
 @triton.jit
 def _nucleus(row, d, top, inverse, least, key, limit, BLOCK: tl.constexpr):
-    """The lowest key above which there is less than a limit, and how many logits at the key are needed to reach it."""
+    """Find the lowest key above which the mass is below a limit, and how many logits at the key are needed to
+    reach it.
+    """
     low, high = key - 1, _key(top).to(tl.int64)
     while high - low > 1:
         middle = (low + high) >> 1
@@ -256,8 +258,9 @@ def _nucleus(row, d, top, inverse, least, key, limit, BLOCK: tl.constexpr):
 
 @triton.jit
 def _first_beyond(row, d, top, inverse, least, key, n_equal, share, bits, BLOCK: tl.constexpr):
-    """The first id at which the running sum of shares exceeds its random part. Ids above a key count, and ``n_equal``
-    at the key.
+    """Find the first id at which the running sum of shares exceeds the random part of the total.
+
+    Ids above a key are summed, and ``n_equal`` of those at the key.
     """
     count, mass = _from(row, d, top, inverse, least, key, BLOCK)
     fewer, above = _from(row, d, top, inverse, least, key + 1, BLOCK)
@@ -282,7 +285,7 @@ def _first_beyond(row, d, top, inverse, least, key, n_equal, share, bits, BLOCK:
 
 @triton.jit
 def _drawn(numbers, row, d, top, BLOCK: tl.constexpr):
-    """A token drawn by its random number from those that min_p, top_k and top_p leave."""
+    """Draw a token, by its random number, from those that min_p, top_k and top_p leave."""
     inverse, least = _real(numbers, _INVERSE).to(tl.float32), _real(numbers, _LEAST).to(tl.int64)
     k, top_p = tl.load(numbers + _TOP_K), _real(numbers, _TOP_P)
     key, n_equal = tl.cast(_LOWEST, tl.int64), tl.cast(d, tl.int64)
@@ -300,7 +303,7 @@ def _drawn(numbers, row, d, top, BLOCK: tl.constexpr):
 
 @triton.jit
 def _largest(row, d, most, BLOCK: tl.constexpr):
-    """The largest value of a row, at most ``most``, the first place that has it, and whether one is no number."""
+    """Return a row's largest value, capped at ``most``, the first place that has it, and True if a value is NaN."""
     best = tl.full([BLOCK], _NEVER, tl.float32)
     place, odd = tl.full([BLOCK], d, tl.int64), tl.zeros([BLOCK], tl.int32)
     for first in range(0, d, BLOCK):
@@ -324,7 +327,7 @@ def _likeliest_kernel(logits, stride, found, d, BLOCK: tl.constexpr):
 
 @triton.jit
 def _copy_kernel(logits, stride, table, lists, work, d, BLOCK: tl.constexpr):
-    """The logits in float32, without those that a mask excludes."""
+    """Copy the logits in float32, except those that a mask excludes."""
     row = tl.program_id(0).to(tl.int64)
     ids = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     x = tl.load(logits + row * stride + ids, mask=ids < d).to(tl.float32)
@@ -336,7 +339,7 @@ def _copy_kernel(logits, stride, table, lists, work, d, BLOCK: tl.constexpr):
 
 @triton.jit
 def _change_kernel(table, lists, work, d, KIND: tl.constexpr, BLOCK: tl.constexpr):
-    """Logits changed by a rule's lists of one kind; each id is in a list once."""
+    """Change logits by a rule's lists of one kind. Each id is in a list once."""
     row = tl.program_id(0).to(tl.int64)
     numbers = table + row * _N_NUMBERS
     own = numbers + _LISTS + KIND * _LIST
@@ -374,7 +377,10 @@ def _draw_kernel(table, work, found, d, BLOCK: tl.constexpr):
 
 @triton.jit
 def _score_kernel(logits, stride, table, found, n, d, BLOCK: tl.constexpr):
-    """Rank, sum of shares, own and largest logit of each row that asks for them; a row that is not finite is marked."""
+    """Store rank, sum of shares, own and largest logit of each row that asks for them.
+
+    Mark a row that is not finite.
+    """
     row = tl.program_id(0).to(tl.int64)
     own = logits + row * stride
     top, _, is_odd = _largest(own, d, float("inf"), BLOCK)

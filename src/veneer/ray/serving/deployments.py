@@ -93,7 +93,7 @@ class Ingress:
 
 
 class _WithoutId:
-    """Middleware that leaves the header ``X-Request-Id`` of responses to Ray, which gives every request its id."""
+    """Middleware that removes the response's ``X-Request-Id``, which Ray sets on every response itself."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app

@@ -35,6 +35,6 @@ class AdapterRouter(RequestRouter):  # type: ignore[misc]
 
 
 def _name_of(pending: PendingRequest | None) -> str | None:
-    """The name that a request is sent by; None for the base, and for requests of Ray itself."""
+    """Return the model name that a request asks for; None for the base, and for requests of Ray itself."""
     call = pending.args[0] if pending is not None and pending.args else None
     return call.name if isinstance(call, Call) else None

@@ -94,7 +94,7 @@ class Change(Term, ABC):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Derived(Change, ABC):
-    """A change made of another, whose tensors it has."""
+    """A change derived from another, whose tensors it uses."""
 
     of: Change
 

@@ -50,7 +50,7 @@ class Compressed(Change):
 
 
 class _ACompressed(torch.autograd.Function):
-    """A x, with the gradient in A of compressed inputs."""
+    """Function A x whose gradient in A is computed from compressed inputs."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, a: Tensor, embed: Tensor, groups: int, scale: float) -> Tensor:

@@ -100,7 +100,7 @@ class BlockStore:
         return self._folder / f"{self._key(version).hex()}{_SUFFIX}"
 
     def _read(self, file: FileIO, key: bytes) -> VersionBlock:
-        """Return the block of an opened file. Raises ValueError if the file has another key or is cut."""
+        """Return the block of an open file. Raises ValueError if the file has another key or is truncated."""
         n_bytes = os.fstat(file.fileno()).st_size
         head = file.read(_HEAD.size)
         if len(head) < _HEAD.size:
@@ -122,7 +122,7 @@ class BlockStore:
         return block
 
     def _says_all(self, layout: BlockLayout) -> bool:
-        """Return True if a layout has a block and its text gives the same layout again."""
+        """Return True if the layout has a block and can be restored from its text."""
         if not layout.text or not layout.n_bytes:
             return False
         parses = self._parses.get(layout.key)
@@ -147,7 +147,7 @@ class BlockStore:
             raise
 
     def _make_room(self, n_bytes: int) -> None:
-        """Remove the files that were used before all others, until there is room for so many bytes."""
+        """Remove the least recently used files until there is room for ``n_bytes``."""
         if self._n_written >= self._most // _SCANS or self._n_bytes + n_bytes > self._most:
             found = sorted(_files(self._folder))
             self._n_written, self._n_bytes = 0, sum(size for _, size, _ in found)
@@ -160,14 +160,14 @@ class BlockStore:
         self._n_bytes += n_bytes
 
     def _warn(self, path: Path, error: Exception, advice: str) -> None:
-        """Say once that something is wrong."""
+        """Warn once about a path."""
         if not self._has_warned:
             self._has_warned = True
             _LOG.warning("the packed adapter %s is not used: %s. %s", path, error, advice)
 
 
 def _files(folder: Path) -> Iterator[tuple[float, int, Path]]:
-    """Yield the time of last use, the bytes and the path of each file of a store."""
+    """Yield each file of a store: time of last use, bytes and path."""
     with os.scandir(folder) as entries:
         for entry in entries:
             if _OWN_NAME.fullmatch(entry.name):
@@ -189,7 +189,7 @@ def _open(path: str, flags: int) -> int:
 
 
 def _fill(memory: memoryview, file: FileIO) -> None:
-    """Read a memory full. One call of the system moves less than 2 GiB. Raises ValueError at the end of the file."""
+    """Fill a memory from a file; one system call moves less than 2 GiB. Raises ValueError if the file ends early."""
     while memory:
         if not (n := file.readinto(memory)):
             raise ValueError("it was cut off")
@@ -197,7 +197,7 @@ def _fill(memory: memoryview, file: FileIO) -> None:
 
 
 def _write_all(part: bytes | memoryview, file: FileIO) -> None:
-    """Write a memory whole. One call of the system moves less than 2 GiB. Raises OSError if there is no room."""
+    """Write a memory to a file; one system call moves less than 2 GiB. Raises OSError if the disk is full."""
     left = memoryview(part)
     while left:
         if not (n := file.write(left)):
@@ -206,7 +206,7 @@ def _write_all(part: bytes | memoryview, file: FileIO) -> None:
 
 
 def _require_own(told: os.stat_result, is_kind: Callable[[int], bool]) -> None:
-    """Raise ValueError for a file or folder that others can write to, or that is of another kind."""
+    """Raise ValueError for a file or folder that others can write to, or that is of the wrong kind."""
     others = told.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
     if not is_kind(told.st_mode) or (os.name == "posix" and (told.st_uid != os.geteuid() or others)):
         raise ValueError("it is not a file or folder to which this user alone can write")

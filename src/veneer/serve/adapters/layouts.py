@@ -77,10 +77,10 @@ def _opened(folder: Path) -> Iterator[tuple[Head, FileIO]]:
 
 
 def _config_of(read: Any) -> str:
-    """Return the fields of a config that decide its layout, as text. Sets are sorted, since PEFT writes them in any
-    order. Patterns keep their order: the first that matches counts.
+    """Return the fields of a config that decide its layout, as text.
 
-    Raises ValueError if it is no config.
+    Sets are sorted, since PEFT writes them in any order. Patterns keep their order: the first that matches counts.
+    Raises ValueError if the text is not a config.
     """
     if not isinstance(read, dict):
         raise ValueError("no mapping")
@@ -90,7 +90,7 @@ def _config_of(read: Any) -> str:
 
 @dataclass(frozen=True, slots=True)
 class _Stretch:
-    """Tensors that follow one another in a file: the memory for their values, and the bytes of each one's panels."""
+    """Consecutive tensors of a file: memory for their values, and the bytes that each one's panels take."""
 
     values: Tensor
     factors: list[tuple[Factor, slice]]
@@ -98,14 +98,14 @@ class _Stretch:
 
 @dataclass(frozen=True, slots=True)
 class _Layout:
-    """A file's stretches, and the layout of the block that is made of it, whose values are of one dtype."""
+    """Stretches of a file whose values have one dtype, and the layout of the block packed from them."""
 
     stretches: list[_Stretch]
     block: BlockLayout
     dtype: torch.dtype
 
     def read(self, file: FileIO) -> VersionBlock | None:
-        """The next values, packed; None if their number is wrong or one is not finite."""
+        """Read and pack the file's values; None if their number is wrong or one is not finite."""
         block = VersionBlock(self.block, self.block.room())
         room = block.memory.view(self.dtype)
         for stretch in self.stretches:
@@ -117,7 +117,7 @@ class _Layout:
 
 
 def _layout_of(block: VersionBlock, factors: Sequence[Factor], memory: dict[torch.dtype, Tensor]) -> _Layout | None:
-    """The layout of the file that holds these factors; None if it holds more, or if a change has more than its pairs.
+    """Return the layout of a file with these factors; None if it holds more, or if a change is more than its pairs.
 
     Values are read into ``memory``, which grows if it is too small.
     """
@@ -140,7 +140,7 @@ def is_plain(own: OwnChanges) -> bool:
 
 
 def _fill_one_memory(tensors: Sequence[Tensor]) -> bool:
-    """Return True for tensors of one dtype that lie one behind the other in a piece of memory, and leave none of it."""
+    """Return True if tensors of one dtype fill a piece of memory, one after another and without gaps."""
     if not tensors:
         return False
     first, memory = tensors[0], tensors[0].untyped_storage()
@@ -153,7 +153,7 @@ def _fill_one_memory(tensors: Sequence[Tensor]) -> bool:
 
 
 def _parts(ordered: Sequence[Factor]) -> Iterator[list[Factor]]:
-    """Neighbours that are read together."""
+    """Yield consecutive factors that are read together."""
     part, n_bytes = list[Factor](), 0
     for factor in ordered:
         if part and n_bytes + factor.rows.nbytes > _AT_ONCE:
@@ -165,7 +165,7 @@ def _parts(ordered: Sequence[Factor]) -> Iterator[list[Factor]]:
 
 
 def _stretch(factors: Sequence[Factor], memory: Tensor, block: int) -> _Stretch:
-    """``block``: the address of the block in which the factors are packed."""
+    """Return the stretch of consecutive factors, packed in the block at the address ``block``."""
     found, at = list[tuple[Factor, slice]](), 0
     for factor in factors:
         n, panels = factor.rows.numel(), factor.panels

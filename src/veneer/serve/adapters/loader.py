@@ -78,7 +78,7 @@ class Loader(Generic[Read]):
             thread.join()
 
     def _refuse(self, reason: Exception) -> None:
-        """End all waiting loads: there is no thread to read them."""
+        """End all waiting loads, since there is no thread to read them."""
         with self._lock:
             refused, self._thread = [id for id, _ in self._queue], None
             self._queue.clear()
@@ -110,7 +110,7 @@ class Loader(Generic[Read]):
 
 
 def _finish(work: Callable[[], None]) -> None:
-    """Do work that was put off. The thread survives a failure, because loads wait for it."""
+    """Do deferred work. The thread survives a failure, because loads wait for it."""
     failed = _result(work)
     if failed is not None:
         _LOG.error("work behind a load failed", exc_info=failed)
@@ -125,10 +125,10 @@ def _result(read: Callable[[], Read]) -> Read | BaseException:
 
 
 def _be_alone() -> None:
-    """Let torch use this thread alone, and give way to others.
+    """Make torch compute on this thread only, and lower its priority.
 
-    The number of threads is this one's own, but for threads that are yet to compute: those get the number that was set
-    last. So another thread sets the old one.
+    Each thread has its own number of threads, but one that has not computed yet gets the number set last. So another
+    thread sets the old number again.
     """
     n_threads = torch.get_num_threads()
     torch.set_num_threads(1)

@@ -164,7 +164,9 @@ def version_of(config: MethodConfig, told: str, n_bytes: int, id: str = "") -> A
 
 
 def _mix(parts: Sequence[tuple[AdapterVersion, float]]) -> AdapterVersion:
-    """Return the version of a weighted sum. Its name is that of files and weights in any order; equal files are one."""
+    """Return the version of a weighted sum. Its name depends on files and weights but not on order; equal files are
+    joined.
+    """
     versions, weights = dict[str, AdapterVersion](), dict[str, float]()
     for version, weight in parts:
         if version.invocation:

@@ -82,7 +82,7 @@ class Access:
         return found
 
     def _key_of_place(self, scope: Scope) -> Key:
-        """The key of a client that sends none: its address decides."""
+        """Return the key for a client that sends none, by its address."""
         reason = _why_far(scope)
         if not reason:
             return ANYBODY
@@ -95,7 +95,7 @@ class Access:
 
 
 def _token(headers: Headers) -> str:
-    """The key that a client sends, in OpenAI's header or in Anthropic's; "" if there is none, or two of one kind."""
+    """Return the key in OpenAI's or in Anthropic's header; "" if there is none, or if one header is sent twice."""
     given, plain = headers.getlist("authorization"), headers.getlist("x-api-key")
     if not given:
         return plain[0].strip() if len(plain) == 1 else ""
@@ -119,7 +119,7 @@ def _is_below(path: str, places: tuple[str, ...]) -> bool:
 
 
 def _why_far(scope: Scope) -> str:
-    """The sign by which a request is not one of this machine; empty if it has none."""
+    """Return the reason why a request does not come from this machine; empty if it does."""
     headers = Headers(scope=scope)
     host = headers.get("host", "")
     if not _is_near(scope.get("client")):
@@ -134,7 +134,7 @@ def _why_far(scope: Scope) -> str:
 
 
 def _is_near(client: tuple[str, int] | None) -> bool:
-    """Return True for the address of a client on this machine; one through a socket file has none."""
+    """Return True if a client's address is on this machine. One that uses a socket file has no address."""
     try:
         return client is None or ipaddress.ip_address(client[0]).is_loopback
     except ValueError:
@@ -146,7 +146,7 @@ def _is_of_proxy(header: str) -> bool:
 
 
 def _is_local(host: str) -> bool:
-    """Return True for a host of this machine; another name may be one that a page of another site points here."""
+    """Return True for a host name of this machine. Another site's page may let any other name point here."""
     try:
         name = urlsplit(f"//{host}").hostname or "localhost"
         if name == "localhost":

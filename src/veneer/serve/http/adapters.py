@@ -229,7 +229,7 @@ class AdapterRoutes:
             return await self._looked_up(names)
 
     async def _looked_up(self, names: Sequence[str]) -> list[AdapterCard]:
-        """Facts of adapters, of the pool and of their files."""
+        """Return the cards of adapters, from the pool and from their files."""
         pool, ids = self._engine.pool, await asyncio.to_thread(lambda: [self._id(name) for name in names])
         states = await self._running.settled(
             self._engine.between_steps(
@@ -239,7 +239,7 @@ class AdapterRoutes:
         return await asyncio.to_thread(lambda: [self._card(*each) for each in zip(names, states, strict=True)])
 
     def _id(self, name: str) -> str:
-        """The version of a name that nobody has asked for, if its files are known by another; "" if not."""
+        """Return the version of a name that was not used yet, if its files are known under another name; else ""."""
         loaded = self._catalogue.loaded(name)
         if loaded is not None and loaded.weights is not None:
             return ""
@@ -284,7 +284,7 @@ def _json(answer: BaseModel) -> Response:
 
 
 def _beside(work: Callable[[], Result]) -> Future[Result]:
-    """Begin work on a separate thread, which the end of the server does not wait for."""
+    """Start work on a separate thread, for which the server does not wait at its end."""
     told: Future[Result] = Future()
 
     def run() -> None:

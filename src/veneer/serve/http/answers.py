@@ -141,7 +141,7 @@ class EventStream(StreamingResponse):
 
 
 async def _choices(engine: AsyncEngine, answering: AnswerCall, lane: Lane) -> str:
-    """The JSON of all choices. With log-probabilities it is long, and written on the lane."""
+    """Return the JSON of all choices. With log-probabilities it is long, and is encoded on the lane."""
     found = list[RequestOutput]()
     async with aclosing(engine.outputs(answering.asked)) as outputs:
         async for output in outputs:
@@ -170,7 +170,7 @@ def _whole(answering: AnswerCall, outputs: Sequence[RequestOutput]) -> str:
 
 
 def _json(value: Any, levels: int = _LEVELS) -> Iterator[str]:
-    """JSON in pieces: the encoder is one call, which keeps the interpreter to itself."""
+    """Yield JSON in pieces: encoding it whole would be one call that holds the interpreter's lock."""
     if levels and isinstance(value, list):
         yield "["
         for place, each in enumerate(value):
@@ -190,7 +190,7 @@ def _json(value: Any, levels: int = _LEVELS) -> Iterator[str]:
 async def _events(
     engine: AsyncEngine, answering: AnswerCall, options: StreamOptions, lane: Lane
 ) -> AsyncGenerator[bytes, None]:
-    """The events of a stream. Events that arrive together are one write."""
+    """Yield the events of a stream. Events that arrive together are one write."""
     head, shape = answering.head(answering.shape.chunk), answering.shape
     front = f"data: {_ENCODE(head)[:-1]}, "  # which all events have in common
     by_id, n_answered, n_cached = {asked.id: asked for asked in answering.asked}, 0, dict[str, int]()
@@ -242,13 +242,13 @@ async def _left(request: Request) -> None:
 
 
 def _emptied(answer: CompletionOutput) -> CompletionOutput:
-    """An answer without its one token."""
+    """Return an answer without its only token."""
     logprobs: list[TokenLogprobs] | None = None if answer.logprobs is None else []
     return replace(answer, text="", token_ids=[], logprobs=logprobs, finish_reason="length", stop_reason=None)
 
 
 def _plain(scores: Sequence[Any]) -> list[Any]:
-    """Log-probabilities of a prompt as JSON has them, by id."""
+    """Return a prompt's log-probabilities by id, as JSON has them."""
     return [
         each
         and {

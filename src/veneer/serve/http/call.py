@@ -56,7 +56,7 @@ async def answered(app: ASGIApp, call: Call) -> AsyncGenerator[Message, None]:
 
 
 def _receive(body: bytes) -> Receive:
-    """The body at once, and then nothing as long as the client is there."""
+    """Return a function that gives the body at once, and then waits as long as the client is there."""
     left = [body]
 
     async def receive() -> Message:

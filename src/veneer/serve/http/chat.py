@@ -86,7 +86,7 @@ def _text(events: Sequence[Event]) -> str:
 
 
 def _calls(events: Sequence[Event]) -> list[dict[str, Any]]:
-    """Calls, or parts of them, each once."""
+    """Merge events to calls, or to parts of calls, one for each call."""
     found: dict[int, dict[str, Any]] = {}
     for event in events:
         if isinstance(event, Begun):

@@ -44,7 +44,7 @@ def shape(body: CompletionBody) -> Shape:
 
 
 def _choice(answer: CompletionOutput, index: int, text: str, offset: int) -> tuple[dict[str, Any], int]:
-    """The choice, and the offset of the text after it."""
+    """Return the choice, and the offset at which the next text begins."""
     logprobs, offset = _logprobs(answer, offset)
     return {
         "index": index, "text": text, "logprobs": logprobs, "finish_reason": answer.finish_reason,
@@ -64,7 +64,7 @@ def _logprobs(answer: CompletionOutput, offset: int) -> tuple[_Lists | None, int
 
 
 def _of_prompt(asked: CheckedRequest, text: str, scores: Sequence[TokenLogprobs | None]) -> _Lists:
-    """The lists of a prompt's tokens, the first of which has no log-probability."""
+    """Return the lists of a prompt's tokens. The first token has no log-probability."""
     found = _lists()
     offsets = _offsets(asked, text)
     for offset, token, each in zip(offsets, asked.prompt_ids, scores, strict=True):
@@ -74,7 +74,7 @@ def _of_prompt(asked: CheckedRequest, text: str, scores: Sequence[TokenLogprobs 
 
 
 def _offsets(asked: CheckedRequest, text: str) -> Iterator[int]:
-    """The place of each of a prompt's tokens in its text; one that is not in the text is where the next begins."""
+    """Yield the offset of each prompt token in the text. A token that is not in the text gets the next one's offset."""
     reader, at = Detokenizer(asked.reader.tokenizer, (), skip_special_tokens=False), 0
     for token in asked.prompt_ids:
         yield at
@@ -94,7 +94,7 @@ def _append(found: _Lists, offset: int, text: str, token: int, scores: TokenLogp
 
 
 def _likeliest(scores: TokenLogprobs) -> dict[str, float]:
-    """Log-probabilities by text. Of tokens with equal text, the likeliest one counts."""
+    """Return log-probabilities by text. If tokens have equal text, the likeliest counts."""
     found = dict[str, float]()
     for each in scores.values():
         text = each.decoded_token or ""

@@ -130,7 +130,7 @@ class Connections:
 
 
 class _Reads(enum.Enum):
-    """Part of a request that is read."""
+    """Part of a request that is being read."""
 
     NOTHING = 0
     HEAD = 1
@@ -253,9 +253,9 @@ class Connection(HttpToolsProtocol):
         return b"\r\n".join([line, *lines, b"", b""])
 
     def _unsupported_upgrade_warning(self) -> None:
-        """Keep the bytes behind a head that wishes for another protocol: the parser takes no body of it.
+        """Keep the bytes after a head that asks for another protocol, since the parser takes no body then.
 
-        Java's client wishes for HTTP/2 in each request, and none is spoken here.
+        Java's client asks for HTTP/2 in each request, which this server does not speak.
         """
         stopped = sys.exception()
         if isinstance(stopped, HttpParserUpgrade):
@@ -320,7 +320,7 @@ class Connection(HttpToolsProtocol):
 
     @property
     def _seconds(self) -> float:
-        """Return the seconds that a client has for the part that is being read."""
+        """Return the seconds that a client has to send the part that is being read."""
         match self._reads:
             case _Reads.REFUSED:
                 return self._limits.linger_seconds
@@ -339,7 +339,7 @@ class Connection(HttpToolsProtocol):
         self._reads, self._since = reads, self.loop.time()
 
     def _end(self) -> None:
-        """End a connection whose time is over: with an answer to a request that has begun."""
+        """End a connection that has timed out. A request that has begun gets an answer."""
         if self._reads is _Reads.REFUSED:
             self.abort()
         elif self._reads is _Reads.NOTHING or not self._has_begun:
@@ -350,7 +350,7 @@ class Connection(HttpToolsProtocol):
             self._refuse(TooSlowError(f"the request's {part} did not come within {seconds:.3g} s: send it again"))
 
     def _refuse(self, error: RefusedError) -> None:
-        """Answer, and close once the client has read it; if the request has an answer, close at once."""
+        """Answer with an error, and close once the client has read it. If an answer has begun, close at once."""
         if self._reads is _Reads.REFUSED:
             return
         waiting = self._cycles

@@ -102,7 +102,7 @@ class Embeddings:
         ]
 
     async def _found(self, body: EmbeddingsBody, asked: Sequence[CheckedRequest]) -> str:
-        """The answer as JSON, which is written on another thread. Raises the error of a request that fails."""
+        """Return the answer as JSON, encoded on another thread. Raises the error of a request that fails."""
         found: dict[str, list[float]] = {}
         async with aclosing(self._service.running.outputs(asked)) as outputs:
             async for output in outputs:

@@ -138,7 +138,7 @@ def _body(message: str, status: int, param: str | None = None) -> dict[str, Any]
 
 
 def _sendable(text: str) -> str:
-    """Text as UTF-8 can have it: a body may hold half of a surrogate pair."""
+    """Return text that UTF-8 can encode: a body may contain half of a surrogate pair."""
     return text.encode(errors="backslashreplace").decode()
 
 
@@ -215,8 +215,9 @@ async def on_invalid_body(request: Request, error: Exception) -> JSONResponse:
 
 
 def _by_field(problems: Sequence[dict[str, Any]], body: Any) -> dict[str, list[dict[str, Any]]]:
-    """The problems by their fields. Parts of a union name no fields, and are left out if another part fits but for
-    places within the value.
+    """Group the problems by field.
+
+    Parts of a union are not fields. They are left out if another part fits except for places inside the value.
     """
     found: dict[str, list[dict[str, Any]]] = {}
     for problem in problems:
@@ -226,7 +227,7 @@ def _by_field(problems: Sequence[dict[str, Any]], body: Any) -> dict[str, list[d
 
 
 def _said_of_header(request: Request) -> str:
-    """The fault of the header for which a body was not read as JSON; empty where it was read."""
+    """Return the fault of the header because of which a body was not read as JSON; empty if it was."""
     given = request.headers.get("content-type", "")
     kind = given.partition(";")[0].strip().lower()
     if kind == "application/json" or (kind.startswith("application/") and kind.endswith("+json")):
@@ -251,7 +252,7 @@ def _said(place: str, problems: Sequence[dict[str, Any]]) -> str:
 
 
 def _given(value: object) -> str:
-    """The value that was given, where it is short."""
+    """Return the given value if it is short."""
     if isinstance(value, dict | list):
         return "; given an object" if isinstance(value, dict) else "; given a list"
     shown = json.dumps(value, default=str) if not isinstance(value, str) or len(value) <= _SHOWN else ""
@@ -259,7 +260,9 @@ def _given(value: object) -> str:
 
 
 def _place(problem: dict[str, Any], body: Any = None) -> str:
-    """The field that a problem is about; empty for the body as a whole. With the body, parts of unions are left out."""
+    """Return the field of a problem; empty for the body as a whole. Given the body, names of a union's parts are left
+    out.
+    """
     parts = () if problem["type"] == _NO_JSON else problem["loc"][1:]
     if body is not None and problem["loc"][0] == "body" and problem["type"] not in _WHOLE:
         parts = place_in(body, parts)

@@ -61,7 +61,7 @@ class FieldLimit:
 
 
 def _n_characters(given: Any, inner: list[Any]) -> int:
-    """The characters of the texts in a list or an object; lists and objects in it are added to ``inner``."""
+    """Count the characters of the texts in a list or an object. Append nested lists and objects to ``inner``."""
     n, values = 0, given
     if isinstance(given, dict):
         n, values = sum(len(name) for name in given if isinstance(name, str)), given.values()

@@ -125,7 +125,7 @@ class Forward:
             await send({"type": "http.response.body", "body": _last_event(call.path, error), "more_body": False})
 
     async def _messages(self, call: Call) -> AsyncGenerator[Message, None]:
-        """The messages of a response, once a replica has the request."""
+        """Yield the messages of a response, once a replica has the request."""
         async with aclosing(self._replicas.answer(call)) as messages:
             try:
                 await asyncio.wait_for(anext(messages), _TAKEN_SECONDS)  # `TAKEN`
@@ -174,7 +174,7 @@ class Forward:
 
 
 def _require_of_all(method: str, path: str) -> None:
-    """Raise RefusedError for a route that changes the adapters of one process."""
+    """Raise RefusedError for a route that would change the adapters of one process only."""
     if path.startswith("/v1/") and ADMIN in scopes_of(method, path) and method not in ("GET", "HEAD"):
         raise RefusedError(
             f"{method} {path!r} changes the adapters of one process, and this server has several: copy the adapter "
@@ -195,7 +195,7 @@ def _is_stream(message: Message) -> bool:
 
 
 def _last_event(path: str, error: VeneerError) -> bytes:
-    """The last event of a stream that is cut off, in the format of its route."""
+    """Return the last event of a stream that is cut off, in its route's format."""
     if path.startswith("/v1/messages"):
         return f"event: error\ndata: {json.dumps(message_error(error))}\n\n".encode()
     if path.startswith("/v1/responses"):

@@ -109,7 +109,7 @@ def read_keys(path: Path) -> Sequence[tuple[bytes, Key]]:
 
 
 def _require_guarded(path: Path) -> None:
-    """Raise ConfigError if everybody may write the file, or replace it in its folder."""
+    """Raise ConfigError if every user may write the file, or replace it in its folder."""
     try:
         file, folder = (place.stat().st_mode for place in (path, path.resolve().parent))
     except OSError as error:

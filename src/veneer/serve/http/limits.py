@@ -52,13 +52,13 @@ class BodyLimit:
 
 
 def _told(scope: Scope) -> int:
-    """Return the size of a body that the header tells, 0 if it tells none."""
+    """Return the body's size according to the header, 0 if it gives none."""
     told = Headers(scope=scope).get("content-length", "")
     return int(told) if told.isdecimal() else 0
 
 
 async def _read(receive: Receive, read: deque[Message], most: int) -> int:
-    """Return the size of a body after reading it into ``read``, which is empty if there are more than ``most`` bytes.
+    """Read a body into ``read``, and return its size. If it has more than ``most`` bytes, ``read`` stays empty.
 
     A client reads the refusal only after it has sent its body. A larger body is therefore read to its end, up to
     `_DRAINED` times ``most``.
@@ -80,7 +80,7 @@ def _n_brackets(read: deque[Message]) -> int:
 
 
 def _again(read: deque[Message], receive: Receive) -> Receive:
-    """The messages already read, followed by new ones."""
+    """Return a function that gives the messages already read, and then new ones."""
 
     async def next_message() -> Message:
         return read.popleft() if read else await receive()

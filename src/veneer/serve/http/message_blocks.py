@@ -72,7 +72,7 @@ def _turns(place: str, message: Mapping[str, Any], names: dict[str, str]) -> Ite
 
 
 def _blocks(place: str, content: Any, read: Collection[str]) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """The blocks of a content, each with its place."""
+    """Yield each block of a content with its place."""
     if isinstance(content, str):
         yield place, {"type": "text", "text": content}
         return

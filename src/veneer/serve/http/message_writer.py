@@ -105,7 +105,7 @@ class MessageWriter:
 
 
 def _object(text: str) -> dict[str, Any]:
-    """Return the arguments of a call: those so far if it was cut, and none if the text is no object."""
+    """Return a call's arguments: those so far if the text was cut off, none if it is not an object."""
     try:
         found = from_json(text, allow_partial="trailing-strings")
     except ValueError:

@@ -120,7 +120,7 @@ def text_of(metrics: Sequence[Iterable[Family]], key: Key) -> bytes:
 
 
 def _visible(samples: Iterable[Sample], key: Key) -> list[Sample]:
-    """The samples of visible adapters. The names of hidden ones are left out."""
+    """Return the samples of visible adapters. Names of hidden ones are removed from the rest."""
     seen = [each for each in samples if each.labels.get("adapter", OTHER) == OTHER or key.sees(each.labels["adapter"])]
     return [each._replace(labels=_named(each.labels, key)) for each in seen]
 
@@ -131,7 +131,7 @@ def _named(labels: Mapping[str, str], key: Key) -> dict[str, str]:
 
 
 class _Collected(Collector):
-    """Collector of metrics that are counted elsewhere."""
+    """Collector of metrics that the engine counts."""
 
     def __init__(self, families: Iterable[Family]) -> None:
         self._families = families
@@ -141,7 +141,7 @@ class _Collected(Collector):
 
 
 def _encodable(name: str) -> str:
-    """A name that UTF-8 can encode: a folder's name may hold other bytes."""
+    """Return a name that UTF-8 can encode: a folder's name may hold other bytes."""
     return name.encode(errors="replace").decode()
 
 

@@ -228,7 +228,7 @@ class Catalogue:
         return self._card(name, self._root, None) if self.find(name) is None else self._adapter_card(name)
 
     def _adapter_card(self, name: str) -> dict[str, Any]:
-        """The card of an adapter, with the newest warning about its folder."""
+        """Return an adapter's card, with the newest warning about its folder."""
         card, loaded = self._card(name, self.place(name), self.base), self._loaded.get(name)
         seen = None if loaded is not None and loaded.weights else self._engine.versions.seen(self.folder(name))
         return card if seen is None or not seen.warning else card | {"warning": seen.warning}
@@ -239,19 +239,19 @@ class Catalogue:
         return card | {"root": root, "parent": parent, "max_model_len": longest, "permission": []}
 
     def _there(self) -> tuple[str, ...]:
-        """The names of all adapters: the same object until an adapter is added or removed."""
+        """Return the names of all adapters: the same object until one is added or removed."""
         names, n_changes = () if self._folder is None else self._folder.names, self._n_changes
         if self._all[:2] != (names, n_changes):
             self._all = names, n_changes, tuple(sorted({*names, *self._loaded})) if self._loaded else names
         return self._all[2]
 
     def _sees(self, name: str) -> bool:
-        """Return True if the caller may know of an adapter, and of all parts of a mix, since its card names them."""
+        """Return True if the caller may see an adapter, and all parts of a mix, since the mix's card names them."""
         loaded = self._loaded.get(name)
         return all(map(self.caller.sees, (name, *((loaded and loaded.weights) or ()))))
 
     def _found(self, name: str) -> LoRARequest | None:
-        """Look at one adapter; None also if the caller may not see it."""
+        """Return the request for an adapter, after a look at its files; None also if the caller may not see it."""
         if not self.caller.sees(name):
             return None
         loaded = self._loaded.get(name)
@@ -265,7 +265,7 @@ class Catalogue:
             return self._asked.setdefault(name, self.request(name, Loaded(self._folder.folder / name)))
 
     def _of_loaded(self, name: str, loaded: Loaded) -> LoRARequest | None:
-        """Look at the files of one that was loaded, or at the parts of a mix."""
+        """Return the request for a loaded adapter, after a look at its files, or at the parts of a mix."""
         if loaded.weights is not None:
             parts = [(self._found(part), weight) for part, weight in loaded.weights.items()]
             found = [(part, weight) for part, weight in parts if part is not None]
@@ -277,7 +277,7 @@ class Catalogue:
             return self._asked.setdefault(name, self.request(name, loaded))
 
     def _why_not(self, name: str) -> str:
-        """The part of a message that says why a folder of this name is no adapter."""
+        """Return the part of a message that says why the folder of this name is not an adapter."""
         reason = self._folder.why_not(name) if self._folder is not None and self._sees(name) else None
         return "" if reason is None else f": its folder is no adapter, {reason}"
 
@@ -317,12 +317,14 @@ class Catalogue:
         self._drop(name)
 
     def _drop(self, name: str) -> None:
-        """Let the engine forget a name, also for requests that are on their way to it."""
+        """Make the engine forget a name, also for requests that have not reached it yet."""
         self._engine.forget(name, next(self._count))
 
 
 def _those_there(name: str, names: Sequence[str]) -> str:
-    """The end of a message about an unknown name: the nearest where that is soon found, and the first of all."""
+    """Return the end of a message about an unknown name: the nearest names if they are found fast, or else the first
+    ones.
+    """
     close = nearest(name[:_LONGEST], names, n=1) if len(names) <= _COMPARED else []
     there = f"Did you mean {close[0]!r}? Known:" if close else "Known:"
     more = f" and {len(names) - _TOLD:,} more, see /v1/models" if len(names) > _TOLD else ""

@@ -40,7 +40,7 @@ def headers_of(page: str) -> dict[str, str]:
 
 
 def _digests(page: str, element: str) -> str:
-    """The sources that allow exactly the contents of these elements."""
+    """Return the policy's sources that allow exactly these elements' contents."""
     texts = re.findall(rf"<{element}>(.*?)</{element}>", page, flags=re.DOTALL)
     digests = (base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in texts)
     return " ".join(f"'sha256-{digest}'" for digest in digests)

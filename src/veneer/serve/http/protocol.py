@@ -41,7 +41,7 @@ T = TypeVar("T")
 
 
 class _First(FailFast):
-    """Stops at the first wrong entry of a list, so that a million wrong entries are one error."""
+    """Validator that stops at a list's first wrong entry, so that a million wrong entries are one error."""
 
     __hash__ = object.__hash__  # which a union asks for
 
@@ -142,7 +142,7 @@ def few(given: Any) -> Any:
 
 
 def _id(given: Any) -> Any:
-    """A token id of a mapping, whose keys are text in JSON."""
+    """Convert a mapping's token id: keys are text in JSON."""
     return int(given) if isinstance(given, str) and _ID.fullmatch(given) else given
 
 
@@ -375,7 +375,7 @@ class ChatBody(Body):
         return None if mode == "none" or not functions else tools
 
     def _template(self) -> dict[str, Any]:
-        """The arguments of the chat template."""
+        """Return the arguments of the chat template."""
         more = self.chat_template_kwargs or {}
         taken = sorted(TEMPLATE_ARGUMENTS & more.keys())
         if taken:

@@ -184,7 +184,7 @@ def log_requests() -> None:
 
 
 def _record_of(given: str | None) -> RequestRecord:
-    """A record with the client's own id, if that is short and plain."""
+    """Return a record with the client's own id if it is short and plain."""
     return RequestRecord(given) if given and _ID.fullmatch(given) else RequestRecord()
 
 

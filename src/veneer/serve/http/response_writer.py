@@ -88,7 +88,7 @@ class ResponseWriter:
                     yield from self._close("completed")
 
     def _say(self, text: str) -> Iterator[Event]:
-        """Add to the message, which is begun if none is open."""
+        """Add text to the message. If none is open, begin one."""
         if self._kind != "message":
             yield self._open({"type": "message", "id": f"msg_{uuid.uuid4().hex}", "role": "assistant", "content": []})
             begun = {"type": "output_text", "text": "", "annotations": [], "logprobs": []}
@@ -130,7 +130,7 @@ class ResponseWriter:
 
     @property
     def _kind(self) -> str:
-        """The type of the open item; empty if none is open."""
+        """Return the type of the open item; empty if none is open."""
         item = self._output[-1] if self._output else {"status": "none"}
         return str(item["type"]) if item["status"] == "in_progress" else ""
 

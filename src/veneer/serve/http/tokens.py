@@ -118,5 +118,5 @@ class Tokens:
 
 
 def _json(answer: BaseModel) -> Response:
-    """The response with an answer, which is written in this thread."""
+    """Return the response with an answer, encoded in this thread."""
     return Response(answer.model_dump_json(), media_type="application/json")

@@ -53,7 +53,7 @@ class Watcher:
             self._stopping.wait((end - start) / _SHARE_OF_ALL)
 
     def _changes(self) -> Iterator[bool]:
-        """Yield whether an entry came or went, at least once a second, until it is stopped."""
+        """Yield at least once a second, True if an entry was added or removed, until the watcher is stopped."""
         while not self._stopping.is_set():
             watched = _identity(self._folder)
             try:

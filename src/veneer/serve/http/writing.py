@@ -96,7 +96,7 @@ async def _encoded(service: Service, asked: CheckedRequest, writer: Writer) -> A
 
 
 async def _outputs(service: Service, asked: CheckedRequest) -> AsyncGenerator[RequestOutput, None]:
-    """The outputs of a request. Raises its error if it fails."""
+    """Yield the outputs of a request. Raises its error if it fails."""
     async with aclosing(service.running.outputs([asked])) as outputs:
         async for output in outputs:
             if output.error is not None:
@@ -105,7 +105,7 @@ async def _outputs(service: Service, asked: CheckedRequest) -> AsyncGenerator[Re
 
 
 def _sent(events: Iterator[Event]) -> bytes:
-    """Events in the form of a stream, each written when it arrives."""
+    """Return events in a stream's form, each written when it arrives."""
     return "".join(
         f"event: {event['type']}\ndata: {json.dumps(event, ensure_ascii=False)}\n\n" for event in events
     ).encode(errors="backslashreplace")  # a client's lone surrogates: this is how JSON writes them

@@ -78,7 +78,7 @@ class BlockLayout:
 
     @classmethod
     def _parsed(cls, text: bytes) -> BlockLayout:
-        """Return the layout of a text whose parts are of the kinds that a layout has."""
+        """Return the layout of a parsed text. Raises ValueError unless its parts have a layout's types."""
         form, offsets, n_bytes = json.loads(text)
         changes = [of_form(each, _KINDS) for each in form]
         layout = cls(cast(Any, tuple(changes)), tuple(map(tuple, offsets)), n_bytes, 0, text)
@@ -160,9 +160,7 @@ def _place(x: Tensor) -> tuple[object, ...]:
 
 
 def _maker(kind: Any) -> Callable[..., object]:
-    """A function that creates objects of a class from the values of its fields. It raises ValueError for values of
-    other types.
-    """
+    """Return a function that creates objects of a class from field values. It raises ValueError for wrong types."""
     hints = get_type_hints(kind)
     names = [each.name for each in fields(kind)] if is_dataclass(kind) else list(kind._fields)
 
@@ -177,7 +175,7 @@ def _maker(kind: Any) -> Callable[..., object]:
 
 
 def _record(*values: Any) -> LinearDelta:
-    """A record; the one that changes nothing is known by identity."""
+    """Return a record; the one that changes nothing is always the same object."""
     record = cast(LinearDelta, _maker(LinearDelta)(*values))
     return NOTHING if record.changes_nothing else record
 

@@ -131,8 +131,9 @@ def _put(found: Effects, program: Program, path: str, record: object) -> None:
 
 
 def _with_own_vectors(record: LinearDelta) -> LinearDelta:
-    """Copy the terms of a record other than its pair into memory of their own. The pair is packed elsewhere, and the
-    file is closed.
+    """Copy a record's terms, except its pair, into memory of their own.
+
+    The pair is packed elsewhere, and the file will be closed.
     """
     left = record.without_pair()
     if left.changes_nothing:
@@ -152,7 +153,7 @@ class _Others:
 def _put_others(
     found: Effects, model: PreTrainedModel, program: Program, stored: StoredAdapter, others: _Others
 ) -> None:
-    """Put whole parameters and single rows at their places: every tensor of the file must have one."""
+    """Put whole parameters and single rows at their places. Raises an error for a tensor of the file that has none."""
     plan, tensors, left = others.plan, others.tensors, set(stored.others)
     if others.config.extras.keeps_tie:
         raise UnsaidError("parameters that stay tied")
@@ -178,7 +179,7 @@ def _put_others(
 def _put_whole(
     found: Effects, model: PreTrainedModel, program: Program, place: tuple[str, str], value: Tensor | None
 ) -> None:
-    """Put a parameter that the adapter trains whole. A layer's bias belongs to its record."""
+    """Put a parameter that the adapter trains whole at its place. A layer's bias becomes part of its record."""
     path, name = place
     module = model.get_submodule(path)
     own = dict(own_parameters(module)).get(name)

@@ -123,7 +123,7 @@ class Interpreter:
         return {key: segments for key, segments in each if segments is not None}
 
     def _operations(self, step: PassRows, *, by_ids: bool = True) -> list[Call]:
-        """Return the operations of a pass. Those that the C++ step supports are joined to stretches."""
+        """Return the operations of a pass. Those that the C++ step supports are grouped in stretches."""
         if self.native is None:
             return list(self._bound)
         partly = self.native.partly and self.native.partly.intersection(step.versions)
@@ -136,7 +136,7 @@ class Interpreter:
 
 
 def _fits(linears: Linears, bare: GroupChange, block: VersionBlock) -> bool:
-    """Return True if changes fit layers. Places in sparse terms are values, which a damaged file may have wrong."""
+    """Return True if changes fit layers. The places of sparse terms are data, which a damaged file may have wrong."""
     if not bare.own.terms and not any(_step_terms(bare)):
         return linears.fits(bare.own)
     change = block.change(linears.number)

@@ -59,7 +59,9 @@ def numbers_per_position(program: Program, block: int, dtype: torch.dtype, devic
 
 
 def _heads_in_pages(program: Program, block: int, dtype: torch.dtype, device: torch.device) -> tuple[int, int] | None:
-    """Key heads of a layer and values of a head, if the kernels' pages support the program's."""
+    """Return the key heads of a layer and the values of a head, if the kernels' pages support the program's;
+    else None.
+    """
     heads = set(program.states)
     computed = device.type == "cpu" or "triton" in backends("paged_attention.attend")
     fits = len(heads) == 1 and block % kernel.UNIT == 0 and dtype in kernel.DTYPES and computed

@@ -48,7 +48,7 @@ class NativePart:
 
 @dataclass(eq=False, slots=True)
 class _Layout:
-    """Layout in C++: its number there, the parts that do not support its versions, and the versions that have it."""
+    """A layout in C++: its number, the parts that do not support its versions, and the versions that use it."""
 
     number: int
     unknown: list[NativePart] = field(default_factory=list)
@@ -56,7 +56,7 @@ class _Layout:
 
 
 class _Numbers:
-    """Numbers to give out: the least free one first."""
+    """Numbers to give out, the least free one first."""
 
     def __init__(self) -> None:
         self._n, self._unused = 0, list[int]()  # a heap
@@ -128,7 +128,7 @@ class NativeStep:
             part.unknown.discard(name)
 
     def _layout_of(self, block: VersionBlock) -> _Layout:
-        """Return the layout of a block in C++, created with the first version that has it."""
+        """Return the C++ layout of a block, created for the first version that uses it."""
         if block.layout not in self._layouts:
             found, changes = _Layout(self._free_layouts.take()), list[ProductChange]()
             for part, change in ((part, part.change(block)) for part in self.known):
@@ -141,7 +141,7 @@ class NativeStep:
         return self._layouts[block.layout]
 
     def _give_back(self, layout: BlockLayout, name: str) -> None:
-        """Forget a layout with the last version that has it."""
+        """Forget a layout when its last version is gone."""
         found = self._layouts.get(layout)
         if found is None:
             return
@@ -203,7 +203,7 @@ class NativeStretch:
         native.program.run(self.place, registers, pages, StepRows(rows.positions, ids, rows.picked, rows.tokens), runs)
 
     def _registers(self, frame: Frame, n: int) -> list[int]:
-        """Return the places of all registers, n rows each. The frame then has memory for those that will be written.
+        """Return the places of all registers, with n rows each. Allocate memory for those that will be written.
 
         Raises ShapeError if an earlier operation left a different number of rows.
         """
@@ -221,7 +221,10 @@ class NativeStretch:
         self._numbers[first : first + 2 * len(rows)] = places(rows)
 
     def _lay(self, n: int) -> None:
-        """Find the memory of registers that are written and not read first: it is the same in all passes of n rows."""
+        """Place the registers that are written before they are read.
+
+        Their memory is the same in all passes of n rows.
+        """
         self._numbers, self._written = [0] * (2 * self.native.program.n_tensors), {}
         for register in self.writes:
             if register not in self.reads:
@@ -230,7 +233,9 @@ class NativeStretch:
         self._laid = (n, self.native.n_moves)
 
     def _given(self, frame: Frame, register: Register, n: int) -> list[Tensor]:
-        """Tensors of rows with a contiguous last axis, checked before C++ reads their memory."""
+        """Return a register's tensors, with n rows and a contiguous last axis, checked before C++ reads their
+        memory.
+        """
         rows, dtype = register.read(frame), self.native.program.dtype
         for x, width in zip(rows, register.widths, strict=True):
             if x.shape != (n, width) or x.dtype != dtype:

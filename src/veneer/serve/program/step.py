@@ -81,7 +81,7 @@ def step_on_host(pieces: Sequence[Piece], cache: KVCache, first_position: int = 
 
 
 def _runs(named: Sequence[str | None], counts: Sequence[int], versions: tuple[str, ...]) -> AdapterRuns:
-    """Return the runs of these numbers of rows, each of a ``named`` version. Neighbours of one version are joined."""
+    """Return the runs of rows, given their numbers and versions. Neighbours of one version are joined."""
     n_rows = sum(counts)
     if not versions or not n_rows:
         return AdapterRuns((), n_rows)

@@ -75,13 +75,13 @@ class Admission:
         self._n, self._n_tokens = self._n + sign * n, self._n_tokens + sign * n_tokens
 
     def _return_seconds(self, asked: Sequence[CheckedRequest], n_waiting: int) -> float:
-        """Return the seconds until there is room for refused requests, after those refused earlier."""
+        """Return the seconds after which refused requests will have room, later than those refused before."""
         over = self._n_over(asked)
         with self._lock:
             return self._places.seconds(_size(asked)[0], n_waiting, lambda ahead: self.rate.seconds(over + ahead))
 
     def _n_over(self, asked: Sequence[CheckedRequest]) -> int:
-        """Return how many answers must leave before these have room, if each has the mean number of tokens."""
+        """Return how many answers must end before these have room, if each has the mean number of tokens."""
         n, n_tokens = _size(asked)
         n_there, n_tokens_there = self._n + len(self._waiting), self._n_tokens + self._waiting.n_tokens
         over = n_there + n - self._limits.max_waiting

@@ -80,11 +80,11 @@ class Answer:
 
     @property
     def _held_back(self) -> int:
-        """Characters that may be the beginning of a stop string."""
+        """Return the number of last characters that may be the start of a stop string."""
         return max((len(stop) - 1 for stop in self.params.stop_strings), default=0)
 
     def _stops(self, start: int) -> bool:
-        """Look for stop strings that end in the text from ``start`` on; cut the text at the first."""
+        """Look for stop strings that end at ``start`` or later. Cut the text at the first one."""
         places = [(self.text.find(s, max(0, start - len(s) + 1)), s) for s in self.params.stop_strings]
         found = min((place for place in places if place[0] >= 0), default=None)
         if found is None:

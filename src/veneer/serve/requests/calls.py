@@ -18,7 +18,7 @@ from veneer.serve.tool_calls.read import with_tokens
 
 
 class _ToolCalls(StructuredOutputsParams):
-    """Form of an answer that may or must call: made of ``tools``, and of a schema for an answer that is no call."""
+    """Form of an answer that may or must call one of ``tools``, with a schema for an answer without a call."""
 
     sent_as = "tools (or a schema beside them)"
 

@@ -214,6 +214,6 @@ def require_client(client: str | None, priority: int) -> None:
 
 
 def _word_ids(tokenizer: Any, word: str) -> list[tuple[int, ...]]:
-    """Return the ids of a word at the start of a text and behind a space."""
+    """Return the ids of a word at the start of a text, and after a space."""
     found = [tuple(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in (word, f" {word.lstrip()}")]
     return [ids for ids in dict.fromkeys(found) if ids]

@@ -65,7 +65,7 @@ class Detokenizer:
         return now[len(before) :]
 
     def _go_on(self) -> None:
-        """Keep the ids whose text has come last: the next are read behind them."""
+        """Keep only the ids read last: the next ones are decoded after them."""
         self._ids = self._ids[self._read :]
         self._read = len(self._ids)
 
@@ -74,7 +74,7 @@ class Detokenizer:
 
 
 def _streams(tokenizer: Any) -> bool:
-    """Return True if a tokenizer decodes as its backend does."""
+    """Return True if a tokenizer decodes exactly as its backend does."""
     kind = type(tokenizer)
     return (
         isinstance(tokenizer, PreTrainedTokenizerFast)

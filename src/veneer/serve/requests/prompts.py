@@ -101,7 +101,7 @@ class PromptReader:
         return found[0]
 
     def _template(self, given: str | None) -> str | None:
-        """Return the chat template of a request; None for the tokenizer's."""
+        """Return the request's chat template; None for the tokenizer's."""
         if given is None and self.no_chat:
             raise FormatError(self.no_chat)
         if given is not None or not self.templates:
@@ -133,7 +133,9 @@ class PromptReader:
         return self._encoded(text, **how)  # `Engine.asked` refuses what is too long
 
     def _encoded(self, text: str, **how: Any) -> list[int]:
-        """Return the ids of a text. A long text is encoded without offsets: freeing them stops all threads for long."""
+        """Return the ids of a text. A long one is encoded without offsets, since freeing them stops all threads for
+        long.
+        """
         if len(text) < _LONG or not isinstance(self.tokenizer, PreTrainedTokenizerFast):
             return list(self.tokenizer(text, verbose=False, **how)["input_ids"])
         self.tokenizer("", **how)  # sets the tokenizer behind it to neither pad nor truncate
@@ -142,7 +144,7 @@ class PromptReader:
 
     @cached_property
     def _longest(self) -> int:
-        """Characters of the longest token."""
+        """Return the number of characters of the longest token."""
         if not isinstance(self.tokenizer, PreTrainedTokenizerFast):
             return max(map(len, self.tokenizer.get_vocab()))
         one = self.tokenizer.backend_tokenizer.id_to_token  # the whole vocabulary at once holds everybody up
@@ -150,7 +152,7 @@ class PromptReader:
 
 
 def _is_text(text: str) -> bool:
-    """False for a text with lone surrogates, which JSON can write and UTF-8 cannot."""
+    """Return False for a text with lone surrogates, which JSON can express and UTF-8 cannot."""
     try:
         text.encode()
     except UnicodeEncodeError:

@@ -56,7 +56,10 @@ class Readers:
         return self._readers.get(known[1]) or self._added(folder, *known)
 
     def _added(self, folder: Path, stamps: _Stamps, key: str) -> PromptReader:
-        """Read an adapter's files while others ask for theirs. A failure is kept too, for this folder alone."""
+        """Read an adapter's files while other threads may ask for theirs.
+
+        A failure is kept too, for this folder alone.
+        """
         made = self._read(folder)
         if made.no_chat:
             key = f"{key.partition(' ')[0]} {folder}"
@@ -90,7 +93,7 @@ class Readers:
         return self._reader(larger(base, own), template, ends=ends)
 
     def _reader(self, tokenizer: Any, template: str | None, **how: Any) -> PromptReader:
-        """A reader that renders as the base's does, so within the limits of a stranger's template."""
+        """Return a reader that renders within the limits for untrusted templates, as the base's reader does."""
         templates = () if template is None else (template,)
         return PromptReader(tokenizer, self.base.most, templates, rendering=self.base.rendering, **how)
 
@@ -111,7 +114,7 @@ def _joined(mix: LoRARequest, readers: Sequence[PromptReader]) -> PromptReader:
 
 
 def _template_of(tokenizer: Any) -> str | None:
-    """Return the chat template of a tokenizer; of several the default."""
+    """Return the tokenizer's chat template; if it has several, the default one."""
     own = tokenizer.chat_template
     return own.get("default") if isinstance(own, dict) else own
 

@@ -39,14 +39,14 @@ _SLOW = 0.002  # seconds; a grammar whose forced tokens took longer is asked no 
 
 @dataclass(eq=False, slots=True)
 class _Grammar:
-    """Compiled grammar in its start state, with facts found while answers were generated."""
+    """A compiled grammar in its start state, with facts learned while answers were generated."""
 
     matcher: LLMatcher
     forces: bool  # tokens that it forces are asked for
     failed: bool = False  # in one of its texts; its tables are of no use for others then
 
     def found_forced(self, matcher: LLMatcher) -> list[int]:
-        """Return the first tokens that a text in this state must go on with, the last one first."""
+        """Return the tokens that the grammar forces next, the last one first."""
         began = time.perf_counter()
         found = matcher.compute_ff_tokens()
         self.forces = time.perf_counter() - began < _SLOW
@@ -167,7 +167,7 @@ class TextForm:
 
 
 def _mask_seconds(matcher: LLMatcher, words: Tensor) -> float:
-    """Write the bit mask of the next tokens, and return the seconds of computing that it took."""
+    """Write the bit mask of the allowed next tokens. Return the CPU seconds that it took."""
     began = time.thread_time()
     matcher.unsafe_compute_mask_ptr(address(words), words.nbytes)
     return time.thread_time() - began
@@ -218,7 +218,7 @@ def _of_schema(asked: StructuredOutputsParams) -> str:
 
 
 def _of_text(asked: StructuredOutputsParams) -> str:
-    """Return the grammar of choices, a regular expression or a grammar. Raises ValueError and RecursionError."""
+    """Return the grammar of choices, of a regular expression or of a grammar. Raises ValueError and RecursionError."""
     if asked.choice is not None:
         return str(LLMatcher.grammar_from_lark("start: " + " | ".join(json.dumps(each) for each in asked.choice)))
     if asked.regex is not None:
@@ -227,7 +227,7 @@ def _of_text(asked: StructuredOutputsParams) -> str:
 
 
 def _lark(grammar: str) -> str:
-    """A grammar in Lark's syntax. Raises ValueError for one that is none of Lark or GBNF."""
+    """Convert a grammar to Lark's syntax. Raises ValueError for one that is neither Lark nor GBNF."""
     try:
         return str(any_to_lark(grammar))
     except Exception as error:
@@ -235,7 +235,7 @@ def _lark(grammar: str) -> str:
 
 
 def _shown(reason: str) -> str:
-    """A reason of llguidance, less its state. It may quote a grammar: the ends of each long line, and of it all."""
+    """Return llguidance's reason without its state. A quoted grammar is shortened: each long line, and the whole."""
     said = reason.partition("\n<state>")[0]
     return _ends("\n".join(_ends(line, _SHOWN // 4) for line in said.splitlines()), _SHOWN)
 

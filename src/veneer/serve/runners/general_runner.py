@@ -105,7 +105,7 @@ class OwnCodeRunner(DrawingRunner):
             raise
 
     def _load_mix(self, version: str, mix: StoredMix) -> None:
-        """Load the parts of a mix, add them up, and free them."""
+        """Load the parts of a mix, add them up, and free the parts."""
         names = [f"{version}_{number}" for number in range(len(mix.parts))]
         try:
             for name, (folder, _) in zip(names, mix.parts, strict=True):
@@ -182,15 +182,16 @@ class GeneralRunner(OwnCodeRunner):
         return Computed([torch.cat([logits[s.request_id] for s in plan.sequences])], {}, hidden)
 
     def _passes(self, sequences: Sequence[PlannedSequence]) -> list[list[PlannedSequence]]:
-        """Return the sequences of each pass; those of one version are side by side."""
+        """Group the sequences into passes. Those of one version are adjacent."""
         passes: dict[str | None, list[PlannedSequence]] = {}
         for sequence in sequences:
             passes.setdefault(sequence.version if sequence.version in self.alone else None, []).append(sequence)
         return list(passes.values())
 
     def _outputs(self, sequences: Sequence[PlannedSequence]) -> tuple[Tensor, Tensor]:
-        """Return logits and hidden states of the wanted tokens in the order of the sequences, then those of pooled
-        tokens. There is one row if there are none.
+        """Return logits and hidden states of the wanted tokens, in the order of the sequences, then of pooled tokens.
+
+        If no token is wanted, there is one row.
         """
         device = self.base.device
         for sequence in sequences:
@@ -206,7 +207,9 @@ class GeneralRunner(OwnCodeRunner):
         return logits, states[0][:, 0]
 
     def _route(self, version: str | None) -> str:
-        """Return the adapter name for a version's rows: the base's if it has virtual tokens, which come from pages."""
+        """Return the adapter name for a version's rows. One with virtual tokens has the base's: its tokens come from
+        pages.
+        """
         return BASE if version is None or version in self.fronts else version
 
     @contextmanager
@@ -222,8 +225,9 @@ class GeneralRunner(OwnCodeRunner):
 
     @contextmanager
     def _head_for(self, rows: Tensor, names: Sequence[str]) -> Iterator[list[Tensor]]:
-        """Context in which the head sees these rows alone, or the first row if there are none. Their hidden states are
-        then in the list.
+        """Enter a context in which the head sees only these rows, or the first row if there are none.
+
+        The list that is yielded gets their hidden states.
         """
         rows, states = rows if len(rows) else rows.new_zeros(1), list[Tensor]()
         state, inner = self.model.adapter_state, inner_model(self.base)
@@ -249,7 +253,7 @@ class GeneralRunner(OwnCodeRunner):
 
     @torch.no_grad()
     def _front(self, version: str) -> Front:
-        """The keys and values of an adapter's virtual tokens: a prefix's own, or what a prompt leaves in the base."""
+        """Return the keys and values of an adapter's virtual tokens: a prefix's own, or the base's for a prompt."""
         config = self.model.peft_config[version]
         if not config.virtual_tokens:
             return {}
@@ -262,7 +266,7 @@ class GeneralRunner(OwnCodeRunner):
         return holder.keys_and_values(version, self._in_base)
 
     def _in_base(self, embeddings: Tensor) -> Front:
-        """Return the keys and values that tokens leave in the base."""
+        """Return the keys and values that the base computes for embeddings."""
         n = len(embeddings)
         store = SlotStore(1, n)
         step = PagedStep.of(store, [Stretch((0,), 0, n)], self.base.device)
@@ -272,7 +276,7 @@ class GeneralRunner(OwnCodeRunner):
 
 
 def _rows_of(sequences: Sequence[PlannedSequence], tokens: Callable[[PlannedSequence], list[int]]) -> list[int]:
-    """Return the rows of those tokens of each sequence."""
+    """Return the rows of each sequence's ``tokens``."""
     found: list[int] = []
     first = 0
     for sequence in sequences:

@@ -26,7 +26,7 @@ from veneer.serve.schedule.step_plan import PlannedSequence, StepPlan
 
 @dataclass(slots=True)
 class _Progress:
-    """Sequence in progress, with the version that acted on each stretch of its tokens."""
+    """A sequence in progress, with the version that acted on each stretch of its tokens."""
 
     held: Held = field(default_factory=Held)
     stretches: list[tuple[str | None, tuple[int, ...]]] = field(default_factory=list)
@@ -97,7 +97,7 @@ class OwnCacheRunner(OwnCodeRunner):
         return _Progress(Held(n_prompt=self._n_prompts.get(request_id, 0)))
 
     def _again(self, before: _Progress, n_tokens: int) -> _Progress:
-        """Return the first tokens of a sequence, computed again."""
+        """Recompute the first tokens of a sequence."""
         made = _Progress(Held(n_prompt=before.held.n_prompt))
         for version, tokens in before.stretches:
             kept = tokens[: n_tokens - len(made.held.tokens)]

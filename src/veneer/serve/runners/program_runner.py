@@ -162,8 +162,9 @@ class ProgramRunner(DrawingRunner):
         stored: Callable[[], StoredFolder | StoredMix],
         learn: Callable[[VersionBlock, list[Factor]], None] = lambda block, factors: None,
     ) -> ProgramAdapter | GeneralAdapter:
-        """Return packed effects, and give `learn` their block and factors. If the program has no place for them, return
-        the adapter as the general runner loads it.
+        """Return packed effects, and pass their block and factors to `learn`.
+
+        If the program has no place for them, return the adapter as the general runner loads it.
         """
         with self._modules:
             try:
@@ -177,7 +178,7 @@ class ProgramRunner(DrawingRunner):
         return self._placed(packed, self._prefix(effects))
 
     def _placed(self, packed: PackedEffects, prefix: list[KeysValues]) -> ProgramAdapter:
-        """An adapter on the model's device."""
+        """Move an adapter to the model's device, and count its bytes."""
         packed = packed if self.device.type == "cpu" else moved(packed, self.device)
         n_bytes = packed.linears.nbytes + bytes_of((packed.bottlenecks, packed.effects, prefix))
         return ProgramAdapter(packed, prefix, n_bytes)
@@ -232,7 +233,7 @@ class ProgramRunner(DrawingRunner):
             return self._by_both(self.general, plan, others)
 
     def _by_both(self, runner: GeneralRunner, plan: StepPlan, others: tuple[PlannedSequence, ...]) -> Computed:
-        """Logits and hidden states of a step. Those of ``others`` are the general runner's."""
+        """Compute the logits and hidden states of a step. Those of ``others`` come from the general runner."""
         general = runner.loaded
         own = tuple(s for s in plan.sequences if s.version not in general)
         by_program = self._by_program(own, ()) if own else Computed((), {}, {})
@@ -281,7 +282,7 @@ class ProgramRunner(DrawingRunner):
             self.cache.append(layer, keys[first:], values[first:], rows)
 
     def _prefix(self, effects: Effects) -> list[KeysValues]:
-        """A prefix's own keys and values, by layer."""
+        """Return a prefix's own keys and values, by layer."""
         if effects.front is None or isinstance(effects.front, PromptDelta):
             return []
         own = [(record.k, record.v) for record in effects.front]
@@ -289,7 +290,7 @@ class ProgramRunner(DrawingRunner):
         return [(k.to(self.device, self.model.dtype), v.to(self.device, self.model.dtype)) for k, v in own]
 
     def _front_of_prompt(self, effects: Effects) -> list[KeysValues]:
-        """Return the keys and values that a prompt leaves, by layer."""
+        """Return the keys and values that the base computes for a prompt's virtual tokens, by layer."""
         front, dtype, device = effects.front, self.model.dtype, self.device
         if not isinstance(front, PromptDelta):
             return []
@@ -324,7 +325,7 @@ def _require_pages(model: PreTrainedModel) -> None:
 
 
 def _require_weights(model: PreTrainedModel, folder: Path) -> None:
-    """Raise TargetError for an adapter that trains whole weights which the model has packed alone."""
+    """Raise TargetError for an adapter that trains whole weights of which the model keeps only packed copies."""
     copied = plan_of(look_at(model), read_config(folder), fresh=False).copied
     gone = [path for path, names in copied.items() if "weight" in names and is_packed(model.get_submodule(path))]
     if gone:
@@ -372,7 +373,7 @@ def proved(model: PreTrainedModel, n_positions: int, *, give_up: bool = False) -
 
 
 def _problem(interpreter: Interpreter, ids: Tensor, first: int, own: Tensor, allowed: float) -> str | None:
-    """Return the difference of a sequence's logits from the model's ``own``, in words; None if they agree."""
+    """Return, in words, how a sequence's logits differ from the model's ``own``; None if they agree."""
     n = len(ids)
     for cuts in ((n,), (n - 4, 4)):
         error = _difference(_in_chunks(interpreter, ids, cuts, first), own)
@@ -389,7 +390,9 @@ _LONGEST_WINDOW = 512  # that the proof looks beyond: for longer ones it would t
 
 
 def _packed(model: PreTrainedModel, program: Program, *, give_up: bool) -> dict[tuple[str, ...], PackedGroup]:
-    """Pack the weights of every product that can be packed, one group after the other: memory holds no second model."""
+    """Pack the weights of each product that can be packed, one group after another, so that memory holds no second
+    model.
+    """
     found = {}
     for number, linears in enumerate(program.groups, start=1):
         waiting_for(f"packing the base: {number} of {len(program.groups)} products")
@@ -401,10 +404,11 @@ def _packed(model: PreTrainedModel, program: Program, *, give_up: bool) -> dict[
 
 
 def _difference(found: Tensor, own: Tensor) -> float:
-    """The distance of rows of logits from others, as a share of these: the largest of the medians of five rows each.
+    """Return the relative distance between rows of logits: the largest of the medians of five rows each.
 
-    A single row tells little in 16 bits: that of the first token, which all attend to, is off by a fifth from float32
-    in the model's own pass.
+    A single row says little in 16 bits. The first token's, which all tokens attend to, is off by a fifth from float32
+    in
+    the model's own pass.
     """
     each = (found - own).norm(dim=1) / own.norm(dim=1).clamp_min(1e-30)
     return max(float(rows.median()) for rows in each.split(5))

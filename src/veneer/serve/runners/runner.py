@@ -167,7 +167,7 @@ def _asked_for(sequence: PlannedSequence) -> list[int]:
 
 
 def _rows(sequence: PlannedSequence) -> list[Row]:
-    """Return the rows of logits that `wanted` asks for."""
+    """Return the rows of logits that `wanted` requests."""
     id, drafted = sequence.request_id, sequence.drafted
     if sequence.reads_only:
         return []
@@ -176,6 +176,6 @@ def _rows(sequence: PlannedSequence) -> list[Row]:
 
 
 def _as_drafted(drafted: Sequence[int], tokens: Sequence[int]) -> Sequence[int]:
-    """Return the drawn tokens that equal the draft, and the next one."""
+    """Return the drawn tokens that agree with the draft, and the one after them."""
     wrong = (n for n, (guess, token) in enumerate(zip(drafted, tokens, strict=False), start=1) if guess != token)
     return tokens[: next(wrong, len(tokens))]

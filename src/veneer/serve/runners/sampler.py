@@ -66,7 +66,7 @@ class Seen:
 
 
 class _Counts:
-    """Counts of the tokens of an answer, as arrays of ids and counts."""
+    """Counts of an answer's tokens, as arrays of ids and counts."""
 
     def __init__(self) -> None:
         self.arrays = (array("i"), array("i"))
@@ -180,7 +180,7 @@ class Sampler:
     def _policy(
         self, rows: Sequence[Row], logits: Tensor, rules: Sequence[RowRule], tokens: Tensor
     ) -> dict[int, tuple[float, float]]:
-        """Return the numbers of ``policy_logprobs`` of the rows that draw and ask for them, by their index."""
+        """Return ``policy_logprobs`` by row, for the rows that draw and request them."""
         places = [
             i for i, row in enumerate(rows)
             if row.target is None and self._states[row.request_id].rule.params.policy_logprobs and tokens[i] >= 0
@@ -207,7 +207,7 @@ class Sampler:
 
 
 class _State:
-    """Answer so far, as its penalties read it: the ids that were seen, and how often each was drawn."""
+    """The answer so far as its penalties read it: ids that were seen, and how often each was drawn."""
 
     def __init__(self, rule: DrawRule) -> None:
         self.rule, self.output = rule, list[int]()
@@ -220,7 +220,7 @@ class _State:
 
     @property
     def takes_likeliest(self) -> bool:
-        """Return True where the next token is the model's likeliest, and nothing else is asked for."""
+        """Return True if the next token is simply the model's likeliest."""
         return self.rule.is_plain and len(self.output) >= self.rule.params.min_tokens
 
     def copy(self) -> _State:
@@ -271,7 +271,7 @@ class _State:
         return self._allowed
 
     def _banned(self, vocabulary: int) -> Ints | None:
-        """Return the ids that bad words exclude here, and end ids before ``min_tokens``, as far as there are logits."""
+        """Return the ids, among those with logits, that bad words exclude here, and end ids before ``min_tokens``."""
         words, output = self.rule.bad_words, self.output
         banned = [word[-1] for word in words if len(word) == 1 or output[1 - len(word) :] == list(word[:-1])]
         if len(output) < self.rule.params.min_tokens:
@@ -280,7 +280,7 @@ class _State:
 
 
 def _is_next(row: Row, sampled: Sampled) -> bool:
-    """True unless a token before the row was drawn otherwise than drafted."""
+    """Return True unless an earlier token was drawn differently from the draft."""
     drawn = sampled.drawn.get(row.request_id, [])
     return row.target is not None or row.after == tuple(each.token for each in drawn)
 
@@ -290,7 +290,7 @@ def _count(asked: int, vocabulary: int) -> int:
 
 
 def _logprobs(found: Draws, rules: Sequence[RowRule]) -> list[TokenLogprobs | None]:
-    """Log-probabilities by id, of the rows that request them: the drawn token's, then those of the likeliest."""
+    """Return log-probabilities by id, for the rows that request them: of the drawn token, then of the likeliest."""
     if all(rule.n_likeliest is None for rule in rules):
         return [None] * len(rules)
     ids, values = (each.tolist() for each in found.likeliest)

@@ -109,7 +109,7 @@ class Sandbox:
         return answer
 
     def _taken(self) -> _Process:
-        """Return a free process that still runs, or a new one."""
+        """Return a free process that still runs, or start one."""
         with self._lock:
             over = [process for process in self._free if process.is_over]
             self._free = [process for process in self._free if process not in over]
@@ -123,7 +123,7 @@ class Sandbox:
 
 
 class _Process:
-    """One process, which answers in turn."""
+    """A process that answers one request after another."""
 
     def __init__(self, kind: Kind, seconds: float, most_bytes: int) -> None:
         environment = {name: os.environ[name] for name in _KEPT_VARIABLES if name in os.environ}
@@ -175,6 +175,8 @@ def write(target: IO[bytes], message: Mapping[str, Any]) -> None:
 
 
 def _stack() -> int:
-    """Bytes of stack for programs: less than the threads here have, so that theirs overflows first."""
+    """Return the bytes of stack for sandboxed programs: less than this process's threads have, so that theirs overflows
+    first.
+    """
     soft, _ = resource.getrlimit(resource.RLIMIT_STACK)
     return (_THREAD_STACK if soft == resource.RLIM_INFINITY else soft) // 2

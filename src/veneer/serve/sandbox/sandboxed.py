@@ -37,13 +37,13 @@ def main() -> None:
 
 
 def _set_timers(seconds: float) -> None:
-    """Set timers whose signals end this process, also within a call of C: of computing, and of the clock."""
+    """Set timers, of CPU time and of the clock, whose signals end this process even within a call of C."""
     signal.setitimer(signal.ITIMER_PROF, seconds)
     signal.setitimer(signal.ITIMER_REAL, _BY_THE_CLOCK * seconds)
 
 
 def _limit(most_bytes: int, stack: int) -> None:
-    """Limit memory, stack and files from now on, as far as the system knows such limits."""
+    """Limit memory, stack and files from now on, as far as the system supports it."""
     pages = Path("/proc/self/statm")
     there = int(pages.read_text().split()[0]) * resource.getpagesize() if pages.exists() else 0
     for name, most in (("AS", there + most_bytes), ("STACK", stack), ("CORE", 0), ("FSIZE", 0), ("NPROC", 0)):

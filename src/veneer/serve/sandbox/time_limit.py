@@ -11,11 +11,11 @@ T = TypeVar("T")
 
 
 class _OutOfTime(BaseException):
-    """Raised inside the code that took too long; no handler in the program may catch it as an ordinary error."""
+    """Exception raised inside code that took too long. No handler in the program may catch it as an ordinary error."""
 
 
 class _Alarm:
-    """Raises _OutOfTime in the thread that made it, at most once and not after `off`."""
+    """Alarm that raises _OutOfTime in the thread that created it, at most once and not after `off`."""
 
     def __init__(self) -> None:
         self._thread, self._lock, self._is_off = threading.get_ident(), threading.Lock(), False
@@ -28,7 +28,7 @@ class _Alarm:
                 ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(self._thread), ctypes.py_object(_OutOfTime))
 
     def off(self) -> None:
-        """Stop it. An exception that is still on its way arrives here, and is dropped.
+        """Stop the alarm. An exception that is still on its way arrives here and is dropped.
 
         PyThreadState_SetAsyncExc(thread, NULL) would leave a flag set in CPython 3.11: each call of the process would
         look for an exception that never comes, and the first one under `sys.setprofile` would not end.

@@ -360,7 +360,7 @@ class AdapterPool:
         self._sort(entry, moved=acted != (entry.running > 0))
 
     def _sort(self, entry: PoolEntry, *, moved: bool = False) -> None:
-        """Put a version into the groups of its state."""
+        """Put a version into the groups that its state belongs to."""
         id, needed, idle = entry.version.id, entry.is_needed, entry.is_idle
         self._resident.set(id, entry, entry.residency is Residency.RESIDENT)
         self._loading.set(id, entry, entry.residency is Residency.LOADING)
@@ -374,13 +374,13 @@ class AdapterPool:
             self.moved[id] = None
 
     def _lacking(self, entry: PoolEntry) -> tuple[int, int]:
-        """Return how many versions, and how many bytes, must be evicted before one has a place."""
+        """Return how many versions, and how many bytes, must be evicted to make room for one."""
         n_there = len(self._resident) + len(self._loading)
         n_over = 0 if self.n_resident is None else n_there + 1 - self.n_resident
         return n_over, 0 if self.memory is None else entry.n_bytes - self.memory.lendable
 
     def _finds_place(self, entry: PoolEntry, kept: Collection[str] = (), spares_awaited: bool = False) -> bool:
-        """Evict enough for a version, and lend its bytes. Return False if too few may be evicted."""
+        """Evict enough for a version and reserve its bytes. Return False if too little may be evicted."""
         lacking = self._lacking(entry)
         if not self._suffice(*lacking, kept, spares_awaited):
             return False
@@ -391,7 +391,7 @@ class AdapterPool:
         return True
 
     def _suffice(self, n: int, n_bytes: int, kept: Collection[str], spares_awaited: bool) -> bool:
-        """Return True if evicting idle versions, except the ``kept`` ones, frees so many slots and bytes."""
+        """Return True if evicting idle versions, except the ``kept`` ones, frees ``n`` slots and ``n_bytes``."""
         groups = (self._free,) if spares_awaited else (self._free, self._awaited)
         spared = [entry for group in groups for id in kept if (entry := group.entries.get(id)) is not None]
         n_spared, spared_bytes = len(spared), sum(entry.n_bytes for entry in spared)
@@ -402,8 +402,11 @@ class AdapterPool:
     def _evict(
         self, n: int, is_enough: Callable[[], bool], bytes_help: Callable[[], bool], kept: Collection[str]
     ) -> None:
-        """Evict at least ``n`` idle versions, then the least worth until it is enough: idle versions, if bytes help, or
-        cached pages. Versions that requests wait for come last. There must be enough.
+        """Evict at least ``n`` idle versions, then the least valuable until ``is_enough``.
+
+        The latter are idle versions (if bytes help) or cached pages. Versions that requests wait for come last. The
+        caller
+        has checked that there are enough.
         """
         spared = list[PoolEntry]()
         while n > 0 or not is_enough():

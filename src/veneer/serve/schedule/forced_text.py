@@ -44,7 +44,7 @@ def _in_schema(schema: Any, root: Any) -> int:
 
 
 def _is_free(schema: Any, root: Any, left: int = _REFERENCES) -> bool:
-    """Return True if texts of a schema hold a string, number or truth that nothing sets."""
+    """Return True if a schema's texts contain a string, number or boolean that the schema does not fix."""
     if not isinstance(schema, dict) or left == 0:
         return False
     if isinstance(target := schema.get("$ref"), str):
@@ -57,7 +57,7 @@ def _is_free(schema: Any, root: Any, left: int = _REFERENCES) -> bool:
 
 
 def _found(target: str, root: Any) -> Any:
-    """Return the part of a schema that a local reference names; None for any other."""
+    """Return the part of a schema that a local reference points to; None for other references."""
     head, *names = target.split("/")
     found = root if head == "#" else None
     for name in names:

@@ -73,7 +73,7 @@ class LoRARequest:
 
 
 def _require_parts(mix: LoRARequest) -> None:
-    """Raise ConfigError if a mix has a folder too, or a part is not an adapter with a weight."""
+    """Raise ConfigError if a mix also has a folder, or if a part is not an adapter with a weight."""
     if mix.lora_path:
         raise ConfigError(f"LoRARequest {mix.lora_name!r}: lora_path={mix.lora_path!r} beside parts: give one of them")
     for part in mix.parts:

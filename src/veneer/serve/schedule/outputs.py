@@ -138,7 +138,7 @@ class ClassificationOutput:
 
 @dataclass(slots=True)
 class _PooledOutput(Generic[Pooled]):
-    """Prompt with one result. ``num_cached_tokens`` counts the tokens that were in the prefix cache."""
+    """Output of a prompt with one result. ``num_cached_tokens`` counts the tokens found in the prefix cache."""
 
     request_id: str
     outputs: Pooled

@@ -268,7 +268,7 @@ class Pages:
 
     @property
     def _unused(self) -> int:
-        """Bytes that are neither pages' nor lent."""
+        """Return the bytes that are neither in pages nor lent."""
         return self.n_bytes - self.n_lent - (self.n_held + self.n_cached + len(self._kept)) * self.page_bytes
 
     def _free_page(self) -> int:
@@ -280,13 +280,13 @@ class Pages:
         self._told.pop(holder, None)
 
     def _enter(self, page: int) -> None:
-        """Count one more table for a published page."""
+        """Count one more table that uses a published page."""
         self._n_tables[page] = self._n_tables.get(page, 0) + 1
         if self._n_tables[page] == 1:
             self._cache.hold(page)
 
     def _leave(self, page: int) -> None:
-        """Count one table less for a page."""
+        """Count one less table that uses a page."""
         self._n_tables[page] -= 1
         if self._n_tables[page]:
             return

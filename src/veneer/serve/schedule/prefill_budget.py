@@ -57,9 +57,9 @@ class PrefillBudget:
         return min(max(int(seconds / median(self._row)), least), most)
 
     def _seconds_alone(self, n: int) -> float:
-        """The least time that n rows may take to decode: fewer than were seen cost less, more cost no less.
+        """Return the least time that decoding n rows may take: fewer rows cost less, more cost no less.
 
-        Steps of far fewer rows do not count if there are others: the end of a batch says little of the next one.
+        Steps of far fewer rows do not count if there are others: the end of a batch says little about the next one.
         """
         like = [each for each in self._alone if n <= _GROWN * each[0]] or self._alone
         return median(seconds * min(1.0, n / n_seen) for n_seen, seconds in like)

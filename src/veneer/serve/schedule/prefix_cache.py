@@ -87,7 +87,7 @@ class _Block:
 
     @property
     def rank(self) -> tuple[float, int] | None:
-        """Place among those that may go out; None if it may not."""
+        """Return the block's rank among those that may be evicted; None if it may not."""
         return (self.worth, self.number) if self.is_idle and not self.n_children else None
 
 
@@ -193,7 +193,7 @@ class PrefixCache:
         return pages
 
     def _drop(self, block: _Block) -> int:
-        """Remove a block that nobody holds; return its page."""
+        """Remove a block that no request holds; return its page."""
         self._leaves.discard(block)
         del self._blocks[block.key], self._of_page[block.page]
         if block.version is not None:

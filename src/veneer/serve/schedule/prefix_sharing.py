@@ -118,7 +118,7 @@ class PrefixSharing:
         return Owner(request.version, first)
 
     def _tail(self, request: Request, first: int, last: int) -> Tail:
-        """Return the positions of a request from ``first``, where a page begins, to ``last``."""
+        """Return a request's positions from ``first``, where a page begins, to ``last``."""
         n_front, n_full = request.n_front, first // self.pages.block
         parent = request.keys(n_full, self.pages.block)[-1] if n_full else request.root or b""
         n_virtual, end = max(0, min(n_front, last) - first), max(0, last - n_front)
@@ -131,7 +131,7 @@ class PrefixSharing:
         request.n_published = n_positions // self.pages.block
 
     def _freed(self, request: Request, keys: list[bytes]) -> list[Request]:
-        """Return the requests that waited for blocks no longer being computed for this one."""
+        """Return the requests that waited for blocks which this request will no longer compute."""
         freed = list[Request]()
         for key in keys:
             if self._computing.get(key) is request:

@@ -14,7 +14,7 @@ Key = tuple[int, float, int]
 
 
 class _Line:
-    """The waiting requests of one client for one version."""
+    """Waiting requests of one client for one version."""
 
     def __init__(self, client: Client) -> None:
         self.client, self.requests = client, dict[Request, None]()
@@ -37,7 +37,7 @@ class _Line:
 
 
 class _Queue:
-    """The lines of a version; None is the base."""
+    """Waiting requests for one version, by client; version None is the base."""
 
     def __init__(self, version: str | None) -> None:
         self.version, self.lines = version, dict[Hashable, _Line]()
@@ -163,7 +163,10 @@ class Queues:
         return min(found, key=self.key, default=None)
 
     def _follow(self) -> None:
-        """Put queues whose version has moved into their new heaps; a heap drops foreign entries by itself."""
+        """Move queues whose version has changed its state into their new heaps.
+
+        A heap drops foreign entries by itself.
+        """
         moved = self._pool.moved
         while moved:
             version, _ = moved.popitem()

@@ -161,5 +161,5 @@ class SamplingParams(metaclass=Keywords):
 
 
 def _is_word(text: str) -> bool:
-    """Return True for a text that is not empty and that a tokenizer reads."""
+    """Return True for a text that is not empty and that a tokenizer can read."""
     return bool(text) and not any("\ud800" <= letter <= "\udfff" for letter in text)

@@ -171,7 +171,7 @@ class Scheduler:
         return StepPlan(tuple(self._laid_out(request, planned[request], drafts.get(request, ())) for request in order))
 
     def _to_read(self) -> int:
-        """Rows of prompts that a step may read: fewer while an answer is watched as it grows."""
+        """Return the number of prompt rows that a step may read: fewer while an answer is being streamed."""
         decoding = [request for request in self.running if request.n_left == 1]
         most = self.limits.max_batched_tokens
         if not any(request.streams for request in decoding):
@@ -180,8 +180,11 @@ class Scheduler:
         return self.pace.rows(len(decoding), n_requests, most)
 
     def _share(self, to_read: int) -> int:
-        """Rows of a step that one prompt may take. If there are few, the prompts being read and the next one share
-        them, so that a long prompt does not delay a short one.
+        """Return the rows of a step that one prompt may take.
+
+        If there are few, the prompts being read and the next one share them, so that a long prompt does not delay a
+        short
+        one.
         """
         if to_read == self.limits.max_batched_tokens:
             return to_read
@@ -189,8 +192,8 @@ class Scheduler:
         return -(-to_read // (reading + (bool(self.waiting) and self._has_seats) or 1))
 
     def _drafts(self, planned: dict[Request, int]) -> dict[Request, tuple[int, ...]]:
-        """Tokens to try beside what is planned. Their pages come from free ones: no request is preempted, no adapter or
-        cached page evicted.
+        """Return draft tokens for planned requests. Their pages come from free ones: nothing is preempted or evicted
+        for them.
 
         A correct token saves one of n sequences a step; a wrong one costs a row.
         """
@@ -238,9 +241,9 @@ class Scheduler:
         return touched
 
     def _reserve(self, request: Request, n: int, planned: dict[Request, int]) -> bool:
-        """Reserve pages for n tokens, and preempt requests for them. Return False if this one went, or runs alone.
+        """Reserve pages for n tokens, preempting other requests if needed. Return False if this one must stop or wait.
 
-        The oldest request is never preempted: if it finds no pages, loading adapters hold the bytes.
+        The oldest request is never preempted: if it finds no pages, adapters that are loading hold the bytes.
         """
         n_positions = request.n_front + request.n_computed + n
         while not self._grow(request, n_positions):
@@ -254,8 +257,9 @@ class Scheduler:
         return True
 
     def _victim(self) -> Request:
-        """The request to preempt: among those of least urgent priority, the newest of the client that has received
-        most; never the oldest in the batch.
+        """Return the request to preempt: the newest request of the client that has received most.
+
+        Only requests of the least urgent priority count, and never the oldest in the batch.
         """
         places = range(1, len(self.running))
         newest = max(places, key=lambda i: (self.waiting.key(self.running[i])[:2], i))
@@ -264,7 +268,7 @@ class Scheduler:
     def _grow(
         self, request: Request, n_positions: int, kept: Collection[str] = (), *, spares_awaited: bool = False
     ) -> bool:
-        """Get pages for so many positions. Idle adapters are evicted for them, except those ``kept``."""
+        """Get pages for ``n_positions``. Idle adapters are evicted for them, except the ``kept`` ones."""
         if self.pages.covers(request.id, n_positions):
             return True
         if not self.pool.make_room(request.id, n_positions, kept, spares_awaited=spares_awaited):
@@ -317,7 +321,9 @@ class Scheduler:
         return len(self.running) + self.sharing.n_parked < self.limits.max_seqs
 
     def _admits(self, request: Request) -> bool:
-        """Pages for all tokens of a request; its version and those that earlier requests wait for are not evicted."""
+        """Reserve pages for all tokens of a request. Its version, and those of earlier requests, are not evicted for
+        it.
+        """
         kept, idle = () if request.version is None else (request.version,), self.waiting.idle()
         spares = idle is not None and self.waiting.key(idle) < self.waiting.key(request)
         n, keys = request.n_positions, self.sharing.usable(request)
@@ -327,11 +333,13 @@ class Scheduler:
         return self._grow(request, n, kept, spares_awaited=spares)
 
     def _closed_for(self, version: str) -> str | None:
-        """The version in the batch that admits no more requests, so that another version gets its slot.
+        """Return the version in the batch that admits no more requests, so that another version gets its slot.
 
-        None if that version has a place already, or if no version in the batch may go. It is the one that ends first.
-        Nobody enters it, and the others are no shorter. The wait is at most as long as
-        its longest request, unless bytes lack or a request gives up its pages. In either case no later request enters.
+        It is the version that ends first. None if the other version has a slot already, or if no version may leave. The
+        wait
+        lasts at most as long as its longest request, unless memory is short or a request is preempted. Even then no
+        later
+        request enters.
         """
         resident = self.pool.is_resident(version)
         if not resident and self.pool.will_load(version):

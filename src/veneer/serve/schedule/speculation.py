@@ -102,9 +102,9 @@ class Ngrams:
         return [] if first is None else list(islice(cycle(text.tokens(first, min(first + most, n))), most))
 
     def _behind_longest(self, least: int, most: int) -> int | None:
-        """The place behind the last copy of the longest n-gram that ends the sequence; None if there is none.
+        """Return the place after the last copy of the longest n-gram that ends the sequence; None if there is none.
 
-        If a long n-gram has a copy, a shorter one has too, so that few lengths are tried.
+        If a long n-gram has a copy, so do its shorter endings, so that few lengths are tried.
         """
         found, n = None, len(self._letters)
         most = min(most, n - 1)
@@ -120,11 +120,13 @@ class Ngrams:
 
 @dataclass(eq=False, slots=True)
 class _Source:
-    """Guesses of one kind, and the number of their tokens to try.
+    """Guesses of one kind, and the number of tokens to draft.
 
-    The length doubles if a whole draft was right. Otherwise it is one more than was right. After a draft that was all
-    wrong there is none for a while, which doubles each time, up to `_LONGEST_PAUSE` tokens. After so many one is tried
-    again, however few tokens were right.
+    The length doubles if a whole draft was right. Otherwise it becomes one more than the number of right tokens. After
+    a
+    draft with none, drafts pause; each such pause is twice as long, up to `_LONGEST_PAUSE` tokens. After that many
+    tokens
+    one draft is tried again, however few tokens were right.
     """
 
     guess: Callable[[DraftedText, int], Sequence[int]]

@@ -109,7 +109,7 @@ class FieldArguments:
         self._json += f"{front}{_quoted(key)}: "
 
     def _goes_on_in_string(self, more: str) -> bool:
-        """Return True if a value that is JSON does not end behind ``more``, because a string in it does not."""
+        """Return True if a JSON value goes on after ``more``, because a string in it is still open."""
         if self._kinds == {"string"}:
             return False
         new = self._value[self._n_scanned :] + more  # each character once: values are long
@@ -119,7 +119,7 @@ class FieldArguments:
         return self._first in ("{", "[", '"') and not self._is_whole and self._scan.is_in_string
 
     def _tell_more(self) -> None:
-        """Tell the part of a string that is certain."""
+        """Emit the part of a string that is certain."""
         if self._kinds != {"string"}:
             return
         if not self._begun:
@@ -160,7 +160,7 @@ def _listed(given: Any) -> list[Any]:
 
 
 def _json_of(text: str, kinds: set[str]) -> str:
-    """Return the JSON of a value: the value if its schema allows it, else a string."""
+    """Return the JSON of a value: the value itself if its schema allows it, else a string."""
     written = text.strip()
     if kinds == {"string"}:
         return _quoted(text)
@@ -174,7 +174,7 @@ def _json_of(text: str, kinds: set[str]) -> str:
 
 
 def _refuse(constant: str) -> None:
-    """Refuse NaN and infinities, which are no JSON."""
+    """Refuse NaN and infinities, which JSON does not have."""
     raise ValueError(constant)
 
 
@@ -191,5 +191,5 @@ def _blank_begin(text: str) -> str:
 
 
 def _overlap(text: str, end: str) -> int:
-    """Return how many characters at the end of a text may begin another."""
+    """Return how many characters at the end of a text may begin ``end``."""
     return next((n for n in range(min(len(end) - 1, len(text)), 0, -1) if text.endswith(end[:n])), 0)

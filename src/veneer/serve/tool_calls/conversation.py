@@ -87,7 +87,7 @@ def chat_text(
 
 
 def _require_known_roles(turns: Sequence[Mapping[str, Any]], template: str) -> None:
-    """Raise ConfigError for a role that nobody uses and the template does not name: many drop such turns."""
+    """Raise ConfigError for a role that is neither a usual one nor in the template: many templates drop such turns."""
     numbers = {turn["role"]: number for number, turn in reversed(list(enumerate(turns)))}
     for role in sorted(numbers.keys() - set(_ROLES), key=lambda role: numbers[role]):
         if f"'{role}'" not in template and f'"{role}"' not in template:

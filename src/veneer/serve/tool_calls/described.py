@@ -44,7 +44,7 @@ def as_text(messages: Conversation, description: str, place: Place) -> list[Turn
 
 
 def _turn(number: int, message: Mapping[str, Any], names: dict[str, str]) -> tuple[Turn, bool]:
-    """Return the turn of a message, and whether it is a result."""
+    """Return the turn of a message, and True if it is a tool's result."""
     content = text_of(number, message) or ""
     if message.get("tool_calls"):
         calls = [call["function"] for call in message["tool_calls"]]

@@ -110,7 +110,7 @@ class Tools:
 
 
 def _is_deeper(value: Any, levels: int) -> bool:
-    """Return True if lists and mappings are nested more deeply than that."""
+    """Return True if lists and mappings are nested deeper than ``levels``."""
     layer = [value]
     for _ in range(levels + 1):
         inner = (list(each.values()) if isinstance(each, Mapping) else each for each in layer)

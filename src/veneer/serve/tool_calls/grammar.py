@@ -51,7 +51,7 @@ def grammar_in_text(tools: Tools, format: CallFormat) -> str:
 
 
 def _calls(grammar: _Grammar, tools: Tools, format: CallFormat, front: Callable[[Parts, str, str], str]) -> str:
-    """Calls from the front of the first on."""
+    """Return the grammar of one or more calls, beginning with the first one's front."""
     rules = [(f"a{i}", function) for i, function in enumerate(tools.callable)]
     for rule, function in rules:
         grammar.add_arguments(rule, function)
@@ -70,7 +70,7 @@ def _with_otherwise(grammar: _Grammar, start: str, otherwise: str | Mapping[str,
 
 
 class _Grammar:
-    """Rules of a grammar in the making."""
+    """Rules of a grammar under construction."""
 
     def __init__(self, format: CallFormat) -> None:
         self.rules: list[str] = []
@@ -79,13 +79,14 @@ class _Grammar:
         self._tokens = re.compile(f"({'|'.join(map(re.escape, tokens))})") if tokens else None
 
     def front(self, parts: Parts, name: str, rule: str) -> str:
-        """Return a call's front and its arguments."""
+        """Return the grammar of a call's front and its arguments."""
         return f"{self.line(*(name if part is Slot.NAME else part for part in parts))} {rule}"
 
     def front_in_text(self, parts: Parts, name: str, rule: str) -> str:
-        """Return text up to the end of a call's front, and the call's arguments.
+        """Return the grammar of text up to the end of a call's front, and of the call's arguments.
 
-        A special token in front is no text. Other fronts are found in the text, with any white space that may be there.
+        A special token in front is not text. Other fronts are found in the text, with any white space that may surround
+        them.
         """
         first = parts[0].lstrip() if isinstance(parts[0], str) else parts[0]
         if isinstance(first, str) and first.startswith(tuple(self._format.special)):
@@ -99,7 +100,7 @@ class _Grammar:
         return f"{rule}_front {f'(/{_BLANK}/)? ' if self._format.fields is None else ''}{rule}"
 
     def line(self, *parts: str | Slot) -> str:
-        """Return literals and slots one behind another."""
+        """Return the grammar of literals and slots in sequence."""
         text, made = "", list[str]()
         for part in parts:
             if isinstance(part, str):
@@ -110,7 +111,7 @@ class _Grammar:
         return " ".join([*made, *self._literal(text)])
 
     def _literal(self, text: str) -> list[str]:
-        """A text; tokens that the tokenizer keeps whole are themselves."""
+        """Return the grammar of a text; special tokens of the tokenizer stand for themselves."""
         pieces = [text] if self._tokens is None else self._tokens.split(text)
         added = self._format.added
         return [f"<[{added[each]}]>" if each in added else json.dumps(each) for each in pieces if each]
@@ -127,13 +128,13 @@ class _Grammar:
         self.rules.append(f"{rule}: %json {json.dumps(schema | self._style())}")
 
     def _style(self) -> dict[str, Any]:
-        """White space in JSON, as the template writes it."""
+        """Return the white space that the template writes in JSON."""
         item, key = self._format.separators or (", ", ": ")
         return {"x-guidance": {"whitespace_flexible": False, "item_separator": item, "key_separator": key}}
 
     def _add_fields(self, rule: str, fields: Fields, schema: Mapping[str, Any], name: str) -> None:
-        """Add the rules of fields in the order of the schema. A field has one rule for the first place, and one for
-        later places.
+        """Add the rules of fields in the schema's order. A field has one rule for the first place, and one for later
+        ones.
         """
         properties, required = schema.get("properties", {}), set(schema.get("required", ()))
         _require_held(name, [key for key in _NOT_IN_FIELDS if key in schema])
@@ -158,7 +159,7 @@ class _Grammar:
         return {**kept, **(each if isinstance(each, Mapping) else {})}
 
     def _value(self, rule: str, fields: Fields, schema: dict[str, Any], where: str) -> str:
-        """Return the rules of a value, and of the text after it."""
+        """Return the grammar of a value and of the text after it."""
         end = self.line(fields.last)
         if kinds_of(schema) != {"string"}:
             self.rules.append(f"{rule}: %json {json.dumps(schema | self._style())}")

@@ -19,7 +19,7 @@ _LLAMA = CallFormat(before=('{"name": "', Slot.NAME, '", "parameters": '), betwe
 
 
 def _list(front: str, back: str) -> CallFormat:
-    """A list of JSON objects between two marks."""
+    """Return the format of a list of JSON objects between two marks."""
     return CallFormat(
         before=(f'{front}[{{"name": "', Slot.NAME, '", "arguments": '),
         between=('}, {"name": "', Slot.NAME, '", "arguments": '),

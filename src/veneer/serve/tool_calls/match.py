@@ -101,7 +101,7 @@ def _skip(text: str, at: int) -> int:
 
 @lru_cache(maxsize=1024)
 def _steps(literal: str) -> tuple[tuple[str, bool], ...]:
-    """Characters of a literal that are no white space, each with whether white space may precede it."""
+    """Return a literal's characters except white space, each with True if white space may precede it."""
     steps, before, blank = list[tuple[str, bool]](), "", False
     for character in literal:
         if character.isspace():
@@ -152,5 +152,5 @@ def _slot(slot: Slot, behind: str, text: str, at: int, names: Collection[str], f
 
 
 def _bare(parts: Sequence[Part]) -> str:
-    """Return the next literal without white space around it."""
+    """Return the next literal without surrounding white space."""
     return next((part.strip() for part in parts if isinstance(part, str) and part.strip()), "\n")

@@ -64,7 +64,7 @@ Event = Text | Begun | Arguments | Ended
 
 
 class _Place(enum.Enum):
-    """Position in a text: outside of calls, in the arguments of a call, or after them."""
+    """Position in a text: outside calls, in the arguments of a call, or after them."""
 
     TEXT = "text"
     ARGUMENTS = "arguments"
@@ -161,7 +161,7 @@ class Parser:
         return GROWING if grows else Found(at + whole) if whole else None
 
     def _call(self, ways: Sequence[Parts], at: int, final: bool) -> Match:
-        """A call's front, up to its arguments, or up to the value of their first field."""
+        """Match a call's front, up to its arguments, or up to the value of their first field."""
         found = [match for parts in ways for match in self._calls(parts, at, final)]
         return next((each for each in found if each is not None), None)
 
@@ -180,7 +180,7 @@ class Parser:
         return match(parts, self._rest, at, self._functions, final=final)
 
     def _begin(self, events: list[Event], call: Found, at: int) -> None:
-        """Begin a call whose front ends in the rest, which was ``at`` characters longer when it was found."""
+        """Begin a call after its front. The front was found when the rest was ``at`` characters longer."""
         self._rest = self._rest[call.end - at :]
         self._gap = ""
         name, index = call.values[Slot.NAME], self._n_calls
@@ -231,7 +231,7 @@ def _less_one(found: Match) -> Match:
 
 
 def _with_and_without_id(parts: Parts) -> list[Parts]:
-    """Ways in which a model may write parts: some leave out the identity of a call, which means nothing here."""
+    """Return the ways in which a model may write parts: some models leave out a call's id, which means nothing here."""
     if Slot.ID not in parts:
         return [parts]
     place = parts.index(Slot.ID)

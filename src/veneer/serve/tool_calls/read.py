@@ -68,7 +68,7 @@ def _calls(n: int, as_text: bool) -> list[dict[str, Any]]:
 def _rendered(
     by: tuple[Any, Rendering], how: Mapping[str, Any], content: str | None, calls: Sequence[Mapping[str, Any]] | None
 ) -> str | None:
-    """A question, and its answer unless ``calls`` is None; None if the template refuses them."""
+    """Render a question, and its answer unless ``calls`` is None; None if the template refuses them."""
     answer: dict[str, Any] = {"role": "assistant", "content": content}
     if calls:
         answer["tool_calls"] = calls
@@ -87,9 +87,7 @@ def _rendered(
 
 
 def _turn(plain: str | None, called: str | None) -> str | None:
-    """The text that a template writes for calls: an answer's text without the parts that answers without calls have
-    too.
-    """
+    """Return the text that a template writes for calls, without the parts that every answer has."""
     if plain is None or called is None or _SAID not in plain:
         return None
     front, _, ending = plain.rpartition(_SAID)
@@ -100,7 +98,9 @@ def _turn(plain: str | None, called: str | None) -> str | None:
 
 
 def _is_written_otherwise(turn: str) -> bool:
-    """Return True if a template writes a mapping, but not as JSON. As text the call would differ from the model's."""
+    """Return True if a template writes a mapping in a form other than JSON: such a call would differ from the
+    model's.
+    """
     key, value = next(iter(_ARGUMENTS[0].items()))
     return key in turn and value in turn and str(_ARGUMENTS[0]) not in turn
 
@@ -152,13 +152,13 @@ def _split(turn: str, marks: Sequence[_Mark]) -> CallFormat | None:
 
 
 def _is_unclear(parts: Parts) -> bool:
-    """Return True if a slot's end would not be seen."""
+    """Return True if the end of a slot could not be recognized."""
     behind = pairwise(parts)
     return any(not isinstance(a, str) and (not isinstance(b, str) or _IN_WORD.match(b)) for a, b in behind)
 
 
 def _with_fields(turn: str, slots: Sequence[_Mark], n: int) -> CallFormat | None:
-    """Return the format of a turn whose arguments are written one by one."""
+    """Return the format of a turn whose arguments are written field by field."""
     places = [[_places(turn, key, value) for key, value in a.items()] for a in _ARGUMENTS[:n]]
     if any(place is None for each in places for place in each):
         return None

@@ -75,7 +75,7 @@ def require_fit_on(adapter: Path, model: PreTrainedModel) -> None:
 
 
 def _expected(config: MethodConfig, places: Mapping[str, Placed], given: Mapping[str, Shaped]) -> dict[str, Shaped]:
-    """Return the shapes of an adapter's own parameters at these places, by key."""
+    """Return the shapes, by key, of an adapter's own parameters at these places."""
     if places:
         stored = {
             path: {name: tuple(given[key].shape) for name, key in placed.keys.items()}
@@ -90,8 +90,8 @@ def _expected(config: MethodConfig, places: Mapping[str, Placed], given: Mapping
 
 
 def _homeless(model: nn.Module, config: MethodConfig, keys: Sequence[str]) -> list[str]:
-    """The keys of modules that the model does not have; parts that an adapter adds to a block are sought under the
-    block.
+    """Return the keys of modules that the model lacks. For a part that an adapter adds to a block, the block is looked
+    up.
     """
     modules = {path for path, _ in model.named_modules()}
     shared = () if config.shared is None else config.shared.names
@@ -100,7 +100,7 @@ def _homeless(model: nn.Module, config: MethodConfig, keys: Sequence[str]) -> li
 
 
 def _whole_parameters(model: nn.Module, given: Mapping[str, Shaped]) -> dict[str, Shaped]:
-    """Return the model's parameters that the keys of whole modules name, and the shapes of trained rows."""
+    """Return the model's parameters that are saved whole, and the shapes of trained rows."""
     found: dict[str, Shaped] = {}
     own = dict(model.named_parameters(remove_duplicate=False))
     for key, tensor in given.items():
@@ -138,7 +138,7 @@ def require_one_base(adapters: Sequence[Path]) -> list[str]:
 
 
 def _sizes(adapter: Path) -> dict[tuple[str, str], int]:
-    """Return the widths of the places that an adapter's file tells, by path and unit."""
+    """Return the widths, by path and unit, that an adapter's file shows."""
     file = adapter / WEIGHTS_FILE
     shapes = {key: tuple(tensor.shape) for key, tensor in read_headers(adapter).items()}
     places = read_config(adapter).places_in(shapes, str(file)) or {}

@@ -26,7 +26,7 @@ class Shaped(Protocol):
 
 
 class _Size(NamedTuple):
-    """Number of blocks, and their width; 0 if unknown."""
+    """Number of blocks and their width; 0 if unknown."""
 
     layers: int
     width: int
@@ -45,7 +45,7 @@ def misfit(
 
 
 def _shortened(problems: Sequence[str], shown: int) -> list[str]:
-    """Return the first few of each kind, and the number of the others."""
+    """Return the first few problems of each kind, and the number of the others."""
     kinds: dict[str, list[str]] = {}
     for problem in problems:
         kinds.setdefault(problem.split(maxsplit=1)[0], []).append(problem)
@@ -58,7 +58,7 @@ def _shortened(problems: Sequence[str], shown: int) -> list[str]:
 
 
 def _other_size(config: MethodConfig, given: Mapping[str, Shaped], model: Any) -> str:
-    """Return the two sizes, in words, if an adapter was trained for a model of another size; empty otherwise."""
+    """Return both sizes in words if the adapter was trained for a model of another size; else an empty text."""
     own, base = _size(getattr(model, "config", None)), _size_of_base(config)
     trained = _reached(config, given) if base is None else base
     other_width = trained.width and trained.width != own.width
@@ -74,7 +74,7 @@ def _other_size(config: MethodConfig, given: Mapping[str, Shaped], model: Any) -
 
 
 def _size_of_base(config: MethodConfig) -> _Size | None:
-    """Return the size of the base that the adapter names, if its config is on this machine and can be loaded."""
+    """Return the size of the adapter's base; None unless the base's config is on this machine and can be loaded."""
     with suppress(OSError, FormatError):
         path = config_of_base(config.base_model_name_or_path, config.revision)
         return None if path is None else _size(model_config(path.parent))
@@ -87,7 +87,9 @@ def _size(config: Any) -> _Size:
 
 
 def _reached(config: MethodConfig, given: Mapping[str, Shaped]) -> _Size:
-    """The number of blocks that tensors reach, and the commonest input of their layers that read the hidden state."""
+    """Infer a size from tensors: the number of blocks, and the most common width of layers that read the hidden
+    state.
+    """
     numbers = [int(found[1]) for key in given if (found := re.search(r"\.(\d+)\.", key))]
     places = None
     with suppress(FormatError):  # a damaged file: its problems are listed

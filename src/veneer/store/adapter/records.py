@@ -189,7 +189,7 @@ def _require_shapes(
     *,
     in_base: bool,
 ) -> None:
-    """Raise FormatError for other shapes than the config means, on the layers of the base or of the file itself."""
+    """Raise FormatError if shapes differ from those that the config implies on the base's layers, or the file's own."""
     says = "its config on this base needs" if in_base else "the config says"
     wrong = [
         f"{placed.keys[name]} is {tuple(params[path][name].shape)} where {says} {shape}"

@@ -180,14 +180,14 @@ def holds_network(folder: Path) -> bool:
 
 @dataclass(frozen=True)
 class _Expected:
-    """The tensors of an adapter in a file, by key: its ``parameters`` and, at will, the whole weights at ``places``."""
+    """Tensors of an adapter's file by key: its ``parameters`` and, optionally, whole weights at ``places``."""
 
     parameters: dict[str, Tensor]
     places: dict[str, _Place]
 
     @property
     def values(self) -> dict[str, Tensor]:
-        """The model's tensors under every key."""
+        """Return the model's tensor for every key."""
         whole = {key: cast(Tensor, module._parameters[parameter]) for key, (module, parameter) in self.places.items()}
         return self.parameters | whole
 
@@ -235,8 +235,11 @@ def assign(
 
 
 def _expected(model: nn.Module, state: AdapterState, name: str, given: Mapping[str, Tensor] | None) -> _Expected:
-    """Return the tensors of the adapter. Shared ones are left out if the ``given`` tensors have other shapes than its
-    parameters: a damaged config may ask for a rank that is too large to draw them.
+    """Return the adapter's expected tensors.
+
+    Shared ones are left out if the ``given`` tensors have other shapes than the parameters: a damaged config may ask
+    for
+    a rank that is too large to draw them.
     """
     config, held = state.configs[name], live_parameters if has_network(state, name) else packed_tensors
     parameters, ends = held(model, state, name), _embeddings(model, config, name)
@@ -284,12 +287,12 @@ def _misshapen(expected: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> l
 
 
 def _differing(shared: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> list[str]:
-    """Return the keys of tensors that follow from the config, if the file's values differ."""
+    """Return the keys of tensors that the config determines but whose values in the file differ."""
     return [key for key, value in shared.items() if key in tensors and not _is_drawn(tensors[key], value)]
 
 
 def _torn(model: nn.Module, name: str, tensors: Mapping[str, Tensor]) -> list[str]:
-    """Return the keys of tensors shared by tied modules, if the file's values differ from those at the first module."""
+    """Return the keys that tied modules share but whose values in the file differ from those of the first module."""
     expected = repeated_tensors(model, name, tensors)
     first: dict[int, str] = {}
     for key, (_, value) in named_live_parameters(model, name).items():
@@ -299,7 +302,7 @@ def _torn(model: nn.Module, name: str, tensors: Mapping[str, Tensor]) -> list[st
 
 
 def _is_drawn(value: Tensor, drawn: Tensor) -> bool:
-    """True also for values that PEFT has rounded to a 16-bit base's dtype."""
+    """Return True if values equal the drawn ones, also after PEFT has rounded them to a 16-bit base's dtype."""
     return any(_is_near(value, drawn.to(dtype).float()) for dtype in (drawn.dtype, torch.bfloat16, torch.float16))
 
 
@@ -316,7 +319,7 @@ def _carry(model: nn.Module, state: AdapterState, name: str, place: _Place, *, k
 
 
 def _embeddings(model: nn.Module, config: MethodConfig, name: str) -> dict[str, _Place]:
-    """Return the keys of whole weights of the input embeddings and the head, with the weights' places."""
+    """Map the keys of whole input embeddings and heads to the places of their weights."""
     if not isinstance(model, PreTrainedModel):
         return {}
     ends = [m for m in (input_embeddings(model), model.get_output_embeddings()) if m is not None]
@@ -331,13 +334,14 @@ def _embeddings(model: nn.Module, config: MethodConfig, name: str) -> dict[str, 
 
 
 def _repeated(model: nn.Module, name: str) -> set[str]:
-    """Keys under which PEFT writes rows of the embeddings once more, for the modules tied to them."""
+    """Return the keys under which PEFT repeats rows of the embeddings for modules tied to them."""
     return {rows_key(path) for path, module in adapted_modules(model).items() if module.token_rows((name,))}
 
 
 def _saves_embedding(model: nn.Module, config: MethodConfig, key: str, wanted: SaveEmbeddings) -> bool:
-    """PEFT's rule: "auto" saves embeddings that are targeted under a known name, and all of them if the vocabulary was
-    resized.
+    """Return True if embeddings are saved under PEFT's rule "auto".
+
+    It saves those that are targeted under a known name, and all of them if the vocabulary was resized.
     """
     if wanted != "auto":
         return wanted
@@ -346,9 +350,7 @@ def _saves_embedding(model: nn.Module, config: MethodConfig, key: str, wanted: S
 
 
 def _was_resized(model: nn.Module, config: MethodConfig) -> bool:
-    """Return True if the vocabulary differs from that of the base, where its config is on this machine (its folder, or
-    the hub's cache).
-    """
+    """Return True if the vocabulary differs from the base's, as far as the base's config is on this machine."""
     mine: Any = cast(PreTrainedModel, model).config
     path = config_of_base(config.base_model_name_or_path, getattr(mine, "_commit_hash", None) or config.revision)
     if path is None:

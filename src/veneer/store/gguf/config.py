@@ -69,7 +69,7 @@ def unplaced_tensors(model: Any, contents: GgufContents) -> list[str]:
 
 
 def _renamed(family: GgufFamily, names: Mapping[str, str]) -> GgufFamily:
-    """Return the family with the names that the config's file has for its paths (``n_embd`` for ``hidden_size``)."""
+    """Rename the family's paths to this config's names (``n_embd`` for ``hidden_size``)."""
     return replace(
         family, fields=tuple(replace(entry, path=names.get(entry.path, entry.path)) for entry in family.fields)
     )
@@ -84,7 +84,9 @@ def _raise(contents: GgufContents, problems: list[str]) -> None:
 
 
 def _unknown_scaling(contents: GgufContents) -> Iterator[str]:
-    """Settings of an architecture without a table that change the computation and that its model would ignore."""
+    """Yield settings that change the computation but that the model would ignore, for an architecture without a
+    table.
+    """
     kind = contents.pairs.get(SCALING + "type", "none")
     if kind != "none" or contents.pairs.get(SCALING + "factor", 1.0) != 1.0:
         yield f"{SCALING}type {kind!r}, factor {contents.pairs.get(SCALING + 'factor')}"
@@ -106,7 +108,7 @@ def _problems(family: GgufFamily, contents: GgufContents) -> Iterator[str]:
 
 
 def _is_told(key: str, family: GgufFamily) -> bool:
-    """Return True if the config covers the key, or nothing depends on it."""
+    """Return True if the config covers the key, or if nothing depends on the key."""
     told = SILENT | family.silent | {entry.key for entry in family.fields}
     if family.rotary is not None:
         told |= gguf_rope.KEYS
@@ -130,8 +132,9 @@ def _head_dim(pairs: Mapping[str, Any], family: GgufFamily) -> int:
 
 
 def _fill_left_out(values: dict[str, Any], family: GgufFamily, pairs: Mapping[str, Any]) -> None:
-    """Set the numbers that llama.cpp assumes if a file omits them: the config's class has derived others from its
-    default sizes.
+    """Set the numbers that llama.cpp assumes if a file omits them.
+
+    The config's class would derive other ones from its default sizes.
     """
     taken = {"num_key_value_heads": pairs["attention.head_count"], "head_dim": _head_dim(pairs, family)}
     own = {entry.path for entry in family.fields}
@@ -173,19 +176,22 @@ def _fill_rotary(values: dict[str, Any], family: GgufFamily, contents: GgufConte
 
 
 def _share(width: int, head: int) -> float:
-    """Return the fraction of a head that transformers rounds down to this width."""
+    """Return a fraction of the head's width that transformers rounds down to exactly ``width``."""
     share = width / head
     return share if int(head * share) == width else math.nextafter(share, 2)
 
 
 def _layer_types(pattern: int | list[bool], n_layers: int) -> list[str]:
-    """Return each layer's type: the last of every ``pattern`` layers, or those False in a list, have full attention."""
+    """Return each layer's type.
+
+    The last of every ``pattern`` layers, or the False ones of a list, have full attention.
+    """
     slides = pattern if isinstance(pattern, list) else [(layer + 1) % pattern != 0 for layer in range(n_layers)]
     return ["sliding_attention" if slide else "full_attention" for slide in slides]
 
 
 def _at(values: dict[str, Any], path: str) -> dict[str, Any]:
-    """Return the dict at a path, created if it is missing."""
+    """Return the dict at a path, created if missing."""
     for part in path.split("."):
         values[part] = dict(values.get(part) or {})
         values = values[part]
@@ -198,5 +204,5 @@ def _set(values: dict[str, Any], path: str, value: Any) -> None:
 
 
 def _leaf(name: str) -> str:
-    """A tensor's name behind its layer's."""
+    """Return the end of a tensor's name, after the layer's."""
     return name.split(".", 2)[-1]

@@ -72,7 +72,7 @@ def _model(header: GgufHeader) -> Section:
 
 
 def _tokenizer(values: Mapping[str, Any]) -> Section:
-    """Kind, size and special tokens of the vocabulary, and whether a chat template is there."""
+    """Return the vocabulary's kind, size and special tokens, and whether there is a chat template."""
     kind = values.get(f"{_TOKENIZER}model")
     if kind is None:
         return {"tokenizer": "none in the file"}
@@ -88,7 +88,7 @@ def _tokenizer(values: Mapping[str, Any]) -> Section:
 
 
 def _adapter(header: GgufHeader) -> Section:
-    """Base, rank, strength and modules: a factor A is (rank, in) and B (out, rank)."""
+    """Return base, rank, strength and modules. Factor A is (rank, in), B is (out, rank)."""
     shapes = {found.groups(): t.shape for t in header.tensors if (found := _FACTORS.fullmatch(t.name))}
     ranks = sorted({shape[1] for (_, factor), shape in shapes.items() if factor == "b" and len(shape) == 2})
     modules = sorted({name for name, _ in shapes})
@@ -108,7 +108,7 @@ def _parts(values: Mapping[str, Any]) -> Section:
 
 
 def _sizes(header: GgufHeader) -> Section:
-    """Return the number of parameters, and their storage types, each with its tensors and bytes."""
+    """Return the number of parameters, and for each storage type its tensors and bytes."""
     n_parameters, n_bytes = _count(header.tensors), _bytes(header.tensors)
     rows = {
         f"  {name}": f"{len(of)} tensors, {_count(of):,} parameters, {size(_bytes(of))}"
@@ -124,7 +124,7 @@ def _sizes(header: GgufHeader) -> Section:
 
 
 def _file_type(number: Any) -> str:
-    """llama.cpp's name for the mix of types, ``Q4_K_M``."""
+    """Return llama.cpp's name for the mix of types, such as ``Q4_K_M``."""
     try:
         return LlamaFileType(number).name.removeprefix("MOSTLY_").removeprefix("ALL_")
     except ValueError:

@@ -103,7 +103,7 @@ def _alignment(values: Mapping[str, Any]) -> int:
 
 
 class _Cursor:
-    """Reads one value after the other. Raises ValueError beyond the end of the file."""
+    """Cursor that reads one value after another. Raises ValueError beyond the end of the file."""
 
     def __init__(self, view: mmap.mmap, most: float) -> None:
         self.view, self.at, self.most = view, 4, most  # values of an array that is kept
@@ -124,7 +124,7 @@ class _Cursor:
             raise ValueError(f"it tells of the unknown type {number} at byte {self.at - 4:,}") from error
 
     def fitting(self, n: int, n_bytes: int = 1) -> int:
-        """``n`` again, where the file has room for so many things of ``n_bytes`` or more."""
+        """Return n if the file has room for n items of at least ``n_bytes`` each. Raises ValueError otherwise."""
         if n * n_bytes > len(self.view) - self.at:
             raise ValueError(f"it tells of {n:,} values at byte {self.at:,}")
         return n
@@ -140,7 +140,7 @@ class _Cursor:
         return self._array(depth) if kind == GGUFValueType.ARRAY else self.number(_NUMBERS[kind])
 
     def tensor(self) -> GgufTensor:
-        """Describe a tensor; its bytes start so far behind the header."""
+        """Read the description of a tensor. Its bytes begin at an offset behind the header."""
         name = self.text()
         shape = tuple(self.number("Q") for _ in range(self.fitting(self.number("I"), 8)))
         kind = self.kind(GGMLQuantizationType)

@@ -93,7 +93,7 @@ def _rotary_pairs(family: GgufFamily, config: Any, scaling: Scaling) -> Iterator
 
 
 def _window_pairs(family: GgufFamily, config: Any) -> Iterator[KeyValue]:
-    """Yield the layers with windows, if the runtime would assume others."""
+    """Yield the keys for layers with windows, if the runtime would assume others."""
     if family.window_step is None:
         return
     slides = [kind == "sliding_attention" for kind in config.layer_types]
@@ -103,7 +103,7 @@ def _window_pairs(family: GgufFamily, config: Any) -> Iterator[KeyValue]:
 
 
 def _window_of_all(family: GgufFamily, config: Any) -> int | None:
-    """Return the window of every layer, if the runtime has none and texts can be longer."""
+    """Return the window of all layers if the runtime would assume none and texts can be longer than the window."""
     window: int | None = getattr(config, "sliding_window", None) if family.cut_to_window else None
     return window if window and window < config.max_position_embeddings else None
 
@@ -133,7 +133,7 @@ def _unsaid(family: GgufFamily, config: Any) -> Iterator[str]:
 
 
 def _query_problems(family: GgufFamily, config: Any) -> Iterator[str]:
-    """Queries are scaled by the root of a number that no key holds."""
+    """Yield a problem if queries are scaled by a number that no key can hold."""
     if family.query_width_layers is None:
         return
     whole = config.num_hidden_layers == family.query_width_layers

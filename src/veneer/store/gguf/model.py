@@ -208,7 +208,7 @@ def _load(path: Path, facts: GgufFacts, on_progress: OnProgress) -> Any:
 
 @contextmanager
 def _refusals_told(path: Path, facts: GgufFacts) -> Iterator[None]:
-    """Raise FormatError that names the file for errors of transformers' reader within the context."""
+    """Turn errors of transformers' reader within the context into a FormatError that names the file."""
     try:
         yield
     except FormatError as error:
@@ -221,7 +221,7 @@ def _refusals_told(path: Path, facts: GgufFacts) -> Iterator[None]:
 
 
 def _forget_file(config: Any) -> None:
-    """Remove a config's references to the file that it was read from."""
+    """Remove a config's references to its source file."""
     for leftover in ("quantization_config", "_model_name_or_path"):
         vars(config).pop(leftover, None)
 
@@ -235,9 +235,9 @@ def _require_placed(model: Any, path: Path, facts: GgufFacts) -> None:
 
 
 def _is_rebuilt(facts: GgufFacts) -> bool:
-    """Return True for files that transformers does not read, or not right.
+    """Return True for files that transformers cannot read, or reads wrongly.
 
-    It leaves q and k of a Llama in ggml's order if the file names no number of kept heads.
+    It leaves q and k of a Llama in ggml's order if the file does not name the number of key heads.
     """
     architecture, pairs = facts.contents.architecture, facts.contents.pairs
     if rebuilt_family(architecture, pairs) is not None:
@@ -254,7 +254,7 @@ def _rebuilt(path: Path, facts: GgufFacts, on_progress: OnProgress) -> Any:
 
 
 def _own_config(path: Path, facts: GgufFacts) -> Any:
-    """Return the config of the file's model: by its family's table, or as transformers reads the file."""
+    """Return the config of the file's model: from its family's table, or as transformers reads the file."""
     if laid_out_family(facts.contents.architecture, facts.contents.pairs) is not None:
         return rebuilt_config(facts.contents, facts.token_ids)[1]
     config = AutoConfig.from_pretrained(path.parent, gguf_file=str(path.resolve()))
@@ -293,15 +293,15 @@ def _dtype(stored: set[str]) -> torch.dtype:
 
 @contextmanager
 def _counted_progress(on_progress: OnProgress) -> Iterator[None]:
-    """Report the progress of transformers' reader within the context. Its own bar, which no setting turns off, is not
-    shown.
+    """Report the progress of transformers' reader within the context, and hide its own bar, which no setting
+    turns off.
     """
     with without_bars(), redirect_stderr(_Counted(on_progress)):
         yield
 
 
 class _Counted(StringIO):
-    """Reads the output of a tqdm bar (``…: 9%|▉ | 24/272 [00:01<…``), and reports its two numbers."""
+    """Stream that reads a tqdm bar (``…: 9%|▉ | 24/272 [00:01<…``) and reports its two numbers."""
 
     def __init__(self, on_progress: OnProgress) -> None:
         super().__init__()

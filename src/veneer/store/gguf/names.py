@@ -29,7 +29,7 @@ def gguf_name(family: GgufFamily, config: Any, name: str, prefix: str = "model")
 
 @functools.lru_cache(maxsize=4)
 def _name_map(architecture: str, n_layers: int) -> gguf.TensorNameMap:
-    """gguf's name map, cached since making it takes tens of milliseconds."""
+    """Return gguf's name map, cached because building it takes tens of milliseconds."""
     key = next(arch for arch, text in gguf.MODEL_ARCH_NAMES.items() if text == architecture)
     return gguf.get_tensor_name_map(key, n_layers)
 

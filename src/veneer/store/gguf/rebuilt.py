@@ -64,7 +64,7 @@ def rebuilt_config(contents: GgufContents, ids: Mapping[str, int]) -> tuple[Gguf
 def _fill(
     model: Any, family: GgufFamily, config: Any, stored: Mapping[str, Any], on_progress: Callable[[int, int], None]
 ) -> set[str]:
-    """Give every parameter its values; returns the names of the tensors that were read."""
+    """Load values into every parameter. Return the names of the tensors that were read."""
     used: set[str] = set()
     missing = []
     with torch.no_grad():
@@ -91,5 +91,5 @@ def _values(tensor: Any) -> Tensor:
 
 
 def _in_order(family: GgufFamily, config: Any, name: str, tensor: Tensor) -> Tensor:
-    """Return the rows in transformers' order."""
+    """Return a tensor with its rows in transformers' order."""
     return tensor[places_of_rows(family, leaf_of(name), len(tensor), config)]

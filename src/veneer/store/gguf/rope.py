@@ -53,7 +53,9 @@ def rotary_scaling(
 
 
 def _yarn(pairs: Mapping[str, Any], factor: float) -> dict[str, Any]:
-    """YaRN (Peng et al. 2023, arXiv 2309.00071). Files hold the whole attention factor, as the configs do."""
+    """Return the parameters of YaRN (Peng et al. 2023, arXiv 2309.00071). Files and configs hold the whole attention
+    factor.
+    """
     if ORIGINAL_LENGTH not in pairs:
         raise FormatError(f"{ORIGINAL_LENGTH} is missing beside {SCALING}type 'yarn'")
     if pairs.get(SCALING + "yarn_ext_factor", 1.0) not in (1.0, -1.0):  # -1: the runtime's default, which is 1
@@ -71,7 +73,10 @@ def _yarn(pairs: Mapping[str, Any], factor: float) -> dict[str, Any]:
 
 
 def _longrope(pairs: Mapping[str, Any], factors: Mapping[str, Tensor], max_positions: int) -> dict[str, Any]:
-    """LongRoPE (Ding et al. 2024, arXiv 2402.13753), without the attention factor if it follows from lengths."""
+    """Return the parameters of LongRoPE (Ding et al. 2024, arXiv 2402.13753).
+
+    The attention factor is left out if it follows from the lengths.
+    """
     if missing := [name for name in (SHORT_FACTORS, LONG_FACTORS) if name not in factors]:
         raise FormatError(f"the tensors {' and '.join(missing)} are missing, which LongRoPE divides frequencies by")
     if ORIGINAL_LENGTH not in pairs:
@@ -90,7 +95,7 @@ def _longrope(pairs: Mapping[str, Any], factors: Mapping[str, Tensor], max_posit
 
 
 def _by_frequency(factors: Tensor, frequencies: Tensor, max_positions: int) -> dict[str, Any]:
-    """Llama 3's scaling if it explains the factors; otherwise the factors as LongRoPE's for all lengths."""
+    """Return Llama 3's scaling if it explains the factors, or else LongRoPE with these factors for all lengths."""
     if len(factors) != len(frequencies):
         raise FormatError(
             f"{FREQUENCY_FACTORS} holds {len(factors)} factors for {len(frequencies)} frequencies of a head"
@@ -117,11 +122,13 @@ def llama3_factors(frequencies: Tensor, factor: float, high: float, length: floa
 
 
 def _llama3(factors: Tensor, frequencies: Tensor) -> dict[str, Any] | None:
-    """The parameters that give these factors, or None.
+    """Return Llama 3's parameters if they give these factors, or None.
 
-    Between the slow frequencies, divided by ``factor``, and the fast ones, which stay, the share s of the frequency
-    that stays is a straight line in its turns: s = (f L / 2 pi - low) / (high - low). Only the ratios of L, low and
-    high matter, so low is 1, as it is in every Llama.
+    Slow frequencies are divided by ``factor``, and fast ones stay. Between them, the share s of the frequency that
+    stays
+    is linear in its turns: s = (f L / 2 pi - low) / (high - low). Only the ratios of L, low and high matter, so low is
+    1,
+    as it is in every Llama.
     """
     factor = factors.max().item()
     between = (factors > 1) & (factors < factor)
@@ -190,7 +197,7 @@ def _said_yarn(parameters: Mapping[str, Any], config: Any, mscale: bool) -> Scal
 
 
 def _said_factors(parameters: Mapping[str, Any], width: int) -> Tensor:
-    """The divisors of Llama 3.1's scaling (width / 2,), in float32 frequency by frequency, as llama.cpp's converter."""
+    """Return the divisors (width / 2,) of Llama 3.1's scaling, computed in float32 as llama.cpp's converter does."""
     frequencies = 1.0 / (parameters["rope_theta"] ** (torch.arange(0, width, 2, dtype=torch.float32) / width))
     factor, low, high = (parameters[name] for name in ("factor", "low_freq_factor", "high_freq_factor"))
     length = parameters["original_max_position_embeddings"]

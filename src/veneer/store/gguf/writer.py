@@ -138,7 +138,7 @@ class GgufFileWriter:
                         path.unlink()
 
     def _allocate(self, number: int, specs: Sequence[TensorSpec]) -> None:
-        """Create the part at full size with its header, so that a full disk is found before any work."""
+        """Create a part at full size with its header, so that a full disk is found before any work."""
         header = GGUFWriter(None, "", use_temp_file=False)
         header.kv_data[0].clear()
         for pair in self._pairs if number == 0 else ():
@@ -174,7 +174,7 @@ class GgufFileWriter:
         return disk_errors_told(self.target, sum(spec.nbytes for spec in self._specs.values()), self._left)
 
     def _left(self) -> str:
-        """Return the end of a message: the files that a disk error left, and the next step."""
+        """Return the end of a message after a disk error: the files that are left, and the next step."""
         if not self._new:
             return UNCHANGED
         if len(self._new) == len(self.paths):
@@ -195,7 +195,7 @@ def part_paths(target: Path, n_parts: int) -> list[Path]:
 
 
 def _sets(target: Path) -> list[Path]:
-    """Return the existing files of a target, as one file or in any number of parts."""
+    """Return a target's existing files: a single file, or any number of parts."""
     name = re.compile(rf"{re.escape(target.name.removesuffix('.gguf'))}-\d{{5}}-of-\d{{5}}\.gguf")
     found = [path for path in target.parent.iterdir() if path == target or name.fullmatch(path.name)]
     return [path for path in found if path.is_file()]
@@ -225,7 +225,7 @@ def _padded(n_bytes: int) -> int:
 
 
 def _drop_leftovers(paths: Sequence[Path]) -> None:
-    """Remove half-written files of these names, which killed processes left."""
+    """Remove half-written files of these names that killed processes have left."""
     for path in paths:
         for leftover in path.parent.glob(f".{glob.escape(path.name)}{_PARTIAL}*"):
             owner = leftover.name.partition(_PARTIAL)[2].partition("-")[0]
@@ -234,7 +234,7 @@ def _drop_leftovers(paths: Sequence[Path]) -> None:
 
 
 def _pairs_nbytes(pairs: Iterable[KeyValue]) -> int:
-    """Return the bytes of pairs in a file."""
+    """Return the bytes that key-value pairs take in a file."""
     header = GGUFWriter(None, "")
     return sum(
         8 + len(pair.key.encode()) + len(header._pack_val(pair.value, pair.kind, add_vtype=True, sub_type=pair.item))

@@ -216,7 +216,7 @@ def _names_problems(settings: Settings, key: str) -> list[str]:
 
 
 def _matches(target: str, path: str) -> bool:
-    """Return True for a name, a pattern after ``re:``, or the class of all layers."""
+    """Return True if a path matches a target: a name, a pattern after ``re:``, or the class of all layers."""
     if target.startswith(_PATTERN):
         return re.match(target.removeprefix(_PATTERN), path) is not None
     return target in ("Linear", path)

@@ -79,7 +79,7 @@ class GptqLayers(StoredLayers):
         return o, words * 32 // int((self._settings(path) or self.settings)["bits"])
 
     def _settings(self, path: str) -> Mapping[str, Any] | None:
-        """Return the settings of the layer at a path; None if ``dynamic`` leaves it out."""
+        """Return the settings of the layer at a path; None if ``dynamic`` excludes it."""
         for pattern, changes in self.dynamic.items():
             if re.match(pattern, path):
                 return None if changes is None else {**self.settings, **changes}

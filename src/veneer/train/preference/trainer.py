@@ -54,7 +54,7 @@ class PreferenceTrainer(RunTrainer):
         return as_settings(args, kind, "trainer_output")
 
     def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, name: str) -> Any:
-        """TRL's encoded rows. The number of dropped rows is logged. Raises DataError if none is left."""
+        """Return TRL's encoded rows, and log the number of dropped ones. Raises DataError if none is left."""
         found = super()._prepare_dataset(dataset, processing_class, args, name)
         if not isinstance(found, Dataset) or "completion" in dataset.column_names or "label" in found.column_names:
             return found
@@ -91,14 +91,16 @@ class PreferenceTrainer(RunTrainer):
                 )  # fmt: skip
 
     def _is_dealt(self, left: int, size: int) -> bool:
-        """Return True if the last batch of every process holds each of the ``left`` rows equally often, or none."""
+        """Return True if every process can count each of the ``left`` rows of the last batch equally often."""
         cut = self.args.accelerator_config
         if self.args.dataloader_drop_last or not left:
             return True
         return not (cut.split_batches or cut.dispatch_batches) and last_size(left, n_processes()) <= _LARGEST * size
 
     def _get_dataloader(self, dataset: Any, description: str, batch_size: int, *args: Any, **options: Any) -> Any:
-        """Trainer's; several processes count each row of the last batch equally often. Accelerate repeats some."""
+        """Return Trainer's loader. Each process counts every row of the last batch equally often; accelerate would
+        repeat some.
+        """
         loader: DataLoader[Any] = super()._get_dataloader(dataset, description, batch_size, *args, **options)
         shard = loader.batch_sampler
         if n_processes() == 1 or not isinstance(shard, BatchSamplerShard) or shard.split_batches or shard.drop_last:
@@ -165,7 +167,7 @@ class PreferenceTrainer(RunTrainer):
         return (loss, found[1]) if return_outputs else loss
 
     def _copies(self) -> int:
-        """Number of copies of each row of the micro-batch in progress, over all processes."""
+        """Return how often each row of the current micro-batch is counted, over all processes."""
         state, size, n = self.accelerator.gradient_state, self.args.train_batch_size, n_processes()
         is_last = state.end_of_dataloader and state.sync_gradients  # it is fetched, and none of the step comes after it
         if n == 1 or not is_last or self.args.dataloader_drop_last or not isinstance(self.train_dataset, Dataset):
@@ -203,7 +205,7 @@ class PreferenceTrainer(RunTrainer):
 
 @contextmanager
 def _without_old_names() -> Iterator[None]:
-    """Silence a warning in the block: TRL enables gradient checkpointing by a deprecated name, at each step."""
+    """Silence a warning in the block: at each step TRL enables gradient checkpointing by a deprecated name."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="`(is_)?gradient_checkpointing", category=FutureWarning)
         yield

@@ -124,7 +124,7 @@ def _told_rows(rows: Mapping[str, Any] | None) -> str:
 
 
 def _other_files(before: Mapping[str, Any], data: DataPart) -> list[ChangedSetting]:
-    """Files of rows whose content has changed."""
+    """Return the files of rows whose content has changed."""
     old, new = before.get("files", {}), files_of(data)
     return [ChangedSetting(key, old[key], new[key]) for key in sorted(old.keys() & new.keys()) if old[key] != new[key]]
 

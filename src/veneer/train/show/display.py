@@ -185,13 +185,13 @@ class RunDisplay(TrainerCallback):  # type: ignore[misc]
         self._console.print(self._prefix + line, soft_wrap=True, markup=False)
 
     def _rate(self) -> float:
-        """Tokens a second since the last line."""
+        """Return the tokens a second since the last line."""
         counted, self._counted = self._counted or 0, self._n_tokens()
         busy, self._busy = self._busy, 0.0
         return (self._counted - counted) / busy if busy else 0.0
 
     def _mean(self, loss: float, state: Any) -> str:
-        """Return the mean loss since the last log step, and its number of steps."""
+        """Return the mean loss since the last log step, with the number of steps."""
         n_steps = int(state.global_step) - self._logged
         return f"loss {loss:.4f}" + (f" (mean of {n_steps} steps)" if n_steps > 1 else "")
 
@@ -205,7 +205,7 @@ class RunDisplay(TrainerCallback):  # type: ignore[misc]
         return (now - self._began) / max(int(state.global_step) - self._first_step, 1)
 
     def _pause(self, state: Any, now: float) -> float:
-        """Seconds from one plain line to the next."""
+        """Return the seconds between plain lines."""
         return max(PAUSE_SECONDS, _PAUSE_SHARE * self._step_seconds(state, now) * int(state.max_steps))
 
     def _says_between(self, state: Any) -> bool:
@@ -227,7 +227,7 @@ def show_run(
 
 
 def _held_out(logs: Mapping[str, Any]) -> str:
-    """Return ``loss 1.2345  mean token accuracy 72.7%`` for an evaluation's values; empty if there are none."""
+    """Return an evaluation's values as ``loss 1.2345  mean token accuracy 72.7%``; empty if there are none."""
     if any(key.startswith(("eval_reward/", "eval_rewards/")) for key in logs):
         loss = [f"loss {logs['eval_loss']:.4f}"] if "eval_loss" in logs else []
         return "  ".join([*loss, *_rewards(logs, "eval_")])
@@ -241,6 +241,6 @@ def _held_out(logs: Mapping[str, Any]) -> str:
 
 
 def _rewards(logs: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """``accuracy 72.7%`` and the like, for the values of preferences and rewards."""
+    """Return the values of preferences and rewards in words, such as ``accuracy 72.7%``."""
     found = {name: logs[prefix + key] for key, name in _OF_REWARDS.items() if prefix + key in logs}
     return [f"{name} {value:.1%}" if name == "accuracy" else f"{name} {value:.4f}" for name, value in found.items()]

@@ -61,7 +61,7 @@ def loss_figure(history: Sequence[Mapping[str, Any]], title: str) -> Figure:
 
 
 def _draw(axes: Any, history: Sequence[Mapping[str, Any]], key: str, label: str) -> None:
-    """Draw a value of training and of the held-out rows over the steps."""
+    """Draw a value over the steps: of training, and of the held-out rows."""
     from matplotlib.ticker import MaxNLocator  # as above
 
     for name, told, style in ((key, "training", "-"), (f"eval_{key}", "held out", "o-")):
@@ -77,5 +77,5 @@ def _draw(axes: Any, history: Sequence[Mapping[str, Any]], key: str, label: str)
 
 
 def _end_of(title: str) -> str:
-    """A title that fits: a long path keeps its end."""
+    """Shorten a title; a long path keeps its end."""
     return title if len(title) <= _WIDEST else f"…{title[-_WIDEST + 1 :]}"

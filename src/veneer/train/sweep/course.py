@@ -110,7 +110,7 @@ class Course:
             write_json(self._output / RUNGS_FILE, self._as_json())
 
     def _stopped(self, name: str, standing: Standing) -> dict[str, Any]:
-        """Write into a member's ``run.json`` that it trains no further."""
+        """Write into a member's ``run.json`` that its training has been stopped."""
         output = Path(self._members[name].recipe.output)
         record = cast("dict[str, Any]", record_of(output))
         if record["status"] != STOPPED:
@@ -131,7 +131,7 @@ class Course:
         return {"format": 1, "reduction": self._reduction, "members": members}
 
     def _read(self) -> dict[str, Standing]:
-        """The standings from which a resumed sweep continues. Raises ConfigError if it was begun with other members."""
+        """Return the standings from which a resumed sweep continues. Raises ConfigError if its members have changed."""
         path = self._output / RUNGS_FILE
         if not path.exists():
             return dict.fromkeys(self._members, Standing())
@@ -155,12 +155,14 @@ class Course:
 
 
 def _told(loss: float) -> float | None:
-    """A loss in JSON: null if it is not finite."""
+    """Return a loss as JSON has it: null if it is not finite."""
     return loss if math.isfinite(loss) else None
 
 
 def _as_it_was(member: Member, resume: Resume, allow_changes: bool) -> tuple[dict[str, Any] | None, GoingOn | None]:
-    """Return the record of a finished member, or None; and the state that an unfinished one continues, if any."""
+    """Return the record of a finished member (or None), and the state from which an unfinished one continues
+    (or None).
+    """
     recipe, output = member.recipe, Path(member.recipe.output)
     require_fresh(output, resume)
     before = record_of(output) if resume else None

@@ -156,12 +156,12 @@ def pareto_figure(found: Sequence[Outcome]) -> Figure:
 
 
 def _cut(name: str) -> str:
-    """A name that fits into the picture."""
+    """Shorten a name to fit into the picture."""
     return name if len(name) <= _WIDEST else f"{name[: _WIDEST - 1]}…"
 
 
 def _page(figure: Figure, found: Sequence[Outcome]) -> str:
-    """One self-contained page: the picture as SVG, and the table."""
+    """Return a self-contained page: the picture as SVG, and the table."""
     picture = io.StringIO()
     figure.savefig(picture, format="svg")
     svg = picture.getvalue()

@@ -113,7 +113,9 @@ def joined(parts: Mapping[str, Part]) -> tuple[Batch, dict[str, Share]]:
 
 
 def _positioned(batch: Batch) -> Batch:
-    """A batch whose padding counts as a sequence of its own, as the collator writes packed rows."""
+    """Add positions to a batch, so that its padding counts as a sequence of its own, as in the collator's
+    packed rows.
+    """
     if "position_ids" in batch:
         return batch
     ids, mask = batch["input_ids"], batch.get("attention_mask")
@@ -124,7 +126,7 @@ def _positioned(batch: Batch) -> Batch:
 
 
 def _widened(batch: Batch, width: int) -> Batch:
-    """Return the rows with padding at their ends."""
+    """Pad the rows at their ends to ``width``."""
     more = width - batch["input_ids"].shape[1]
     if not more:
         return batch

@@ -99,7 +99,7 @@ def _this_process(sweep: Sweep, tell: Tell, stop: Stop) -> Iterator[Workers]:
 
 
 class _ThisProcess:
-    """The only worker of a sweep in this process. It has memory for all members."""
+    """The only worker of a sweep within this process. It has memory for all members."""
 
     n_workers = 1
 

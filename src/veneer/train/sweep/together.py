@@ -141,7 +141,10 @@ class Together:
     def _losses(
         self, shared: SharedBase, asked: Mapping[str, LossRequest]
     ) -> tuple[dict[str, Tensor], dict[str, TokenLoss]]:
-        """Return the members' losses, and a leaf for each, whose gradient the member's backward pass gives."""
+        """Return the members' losses, and detached copies of them.
+
+        A member's backward pass fills its copy's gradient.
+        """
         parts = {}
         for name, question in asked.items():
             generator = self.runs[name].state.generator()
@@ -202,7 +205,7 @@ def told(ended: JobEnd) -> str:
 
 
 def _run(job: Job, base: PreTrainedModel, stop: Stop) -> JobEnd:
-    """Return the run of one member, up to the end of its job."""
+    """Run one member up to the end of its job."""
     recipe, output = job.member.recipe, Path(job.member.recipe.output)
     trainer = cast(MemberTrainer, make_trainer(recipe, twin(base), MemberTrainer))
     if trainer.aux_loss_enabled:

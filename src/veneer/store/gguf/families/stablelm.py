@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def _head_norms(name: str) -> Iterator[tuple[str, Callable[[Tensor], Tensor]]]:
-    """Yield the norms of a layer's heads, which lie in one tensor."""
+    """Yield the norms of a layer's heads, which are stored in one tensor."""
     if found := re.search(r"self_attn\.([qk])_layernorm\.norms\.\d+\.weight$", name):
         yield f"attn_{found[1]}_norm.weight", lambda tensor: tensor
 
