@@ -22,9 +22,10 @@ from veneer.plan.architecture import config_of
 from veneer.plan.fit import fits, loadable
 from veneer.plan.layout import Ranks, rank_facts, told_ranks
 from veneer.plan.plan import as_json as as_plain
-from veneer.plan.plan import count_trained, left_out_experts, plan_recipe
+from veneer.plan.plan import batch_of, count_trained, left_out_experts, plan_recipe
 from veneer.plan.processes import copy_sizes
 from veneer.plan.report import MEASURING, Machine, as_yaml, changes_line, draw, fit_table, own_values, shown
+from veneer.plan.rows import filled
 from veneer.plan.serving import Serving, serving_of
 from veneer.recipe.recipe import Recipe, changed, parse_recipe
 
@@ -55,7 +56,8 @@ def answer_plan(
     if several:
         copy_sizes(recipe.distributed, ranks.n_processes)  # refused before anything is measured
     _tell_measuring(machine)
-    plan = plan_recipe(recipe, config=config, isa=machine.isa)
+    batch = filled(batch_of(recipe, config), recipe)
+    plan = plan_recipe(recipe, config=config, batch=batch, isa=machine.isa)
     facts = as_plain(plan) | machine.facts(plan, rows)
     if several:
         facts["rank"] = rank_facts(plan, machine, ranks, facts.get("time", {}).get("seconds_a_step"))

@@ -7,11 +7,14 @@ from typing import Any
 
 from veneer.errors import ConfigError, VeneerError
 from veneer.model.memory.heap import trim
-from veneer.plain.units import size
+from veneer.plain.units import count, size
+from veneer.plan.architecture import config_of
+from veneer.plan.losses import ROWS
 from veneer.plan.observed import remember
-from veneer.plan.plan import as_json, plan_recipe
+from veneer.plan.plan import as_json, batch_of, plan_recipe
 from veneer.plan.processes import cut_over, first_that_fits
 from veneer.plan.report import Machine, told
+from veneer.plan.rows import filled
 from veneer.recipe.recipe import Recipe
 
 TOLD = (VeneerError, OSError, NotImplementedError)
@@ -37,7 +40,8 @@ def planned_facts(
     """
     try:
         machine = Machine.of_run(recipe.training_config(), timed=timed)
-        plan = plan_recipe(recipe, isa=machine.isa)
+        config = config_of(recipe.model.source)
+        plan = plan_recipe(recipe, config=config, batch=filled(batch_of(recipe, config), recipe), isa=machine.isa)
         note = machine.note(recipe.model, plan.config)
         if note is not None:
             tell(note)
@@ -73,9 +77,20 @@ def require_room(facts: Mapping[str, Any], n_processes: int = 1) -> None:
     if n_processes * each > free:
         together = f"{size(n_processes * each)} in {n_processes} processes" if n_processes > 1 else size(each)
         raise ConfigError(
-            f"this run is planned to take {together}, and {size(free)} may be taken here: `veneer plan RECIPE --fit "
-            f"{free / n_processes / 1e9:.0f}GB` finds settings that fit, and --beyond-memory trains anyway"
+            f"this run is planned to take {together}, and {size(free)} may be taken here: {_lower(facts, free)}. "
+            f"`veneer plan RECIPE --fit {free / n_processes / 1e9:.0f}GB` finds settings that fit, and --beyond-memory "
+            "trains anyway"
         )
+
+
+def _lower(facts: Mapping[str, Any], free: int) -> str:
+    """Return the first key to change: what takes the most memory follows from it."""
+    rows, length = facts["batch"]["rows"], facts["batch"]["length"]
+    if facts["weights"]["bytes"] > free:
+        return "set model.quantization to nf4" if facts["quantization"] == "none" else "take a smaller base"
+    if rows > ROWS[facts["task"]]:
+        return f"lower training.per_device_train_batch_size (planned are {rows:,} rows of {length:,} tokens)"
+    return f"lower training.max_length (planned is {count(rows, 'row')} of {length:,} tokens)"
 
 
 def remember_run(facts: Mapping[str, Any], record: Mapping[str, Any]) -> None:

@@ -66,12 +66,31 @@ def own_rows(recipe: Recipe, full: Batch) -> OwnRows | None:
     return OwnRows(replace(full, length=round(sum(widths) / len(widths))), len(lengths), tokens, n_trained)
 
 
+def filled(full: Batch, recipe: Recipe) -> Batch:
+    """Return ``full`` with as many rows as the recipe's file of training rows can fill; packed rows are not counted.
+
+    It stays as it is if the rows lie in no file or in several, or if they cannot be read here.
+    """
+    data, most = recipe.data, recipe.training_config().per_device_train_batch_size
+    if full.packed or data.more or not _is_file(data):
+        return full
+    try:
+        n_rows = sum(1 for _ in itertools.islice(numbered_rows(Path(data.train), []), min(data.limit or most, most)))
+    except (VeneerError, OSError):
+        return full
+    return replace(full, n_rows=full.n_rows // most * max(1, n_rows))
+
+
+def _is_file(part: DataPart) -> bool:
+    return names_a_file(part.train) and Path(part.train).is_file()
+
+
 def _lengths(part: DataPart, source: str, longest: int) -> tuple[list[int], int | None]:
     """Return the lengths of encoded rows, cut as a run cuts them, and the number of all rows if all were read.
 
     ``source`` names the tokenizer.
     """
-    if not names_a_file(part.train) or not Path(part.train).is_file():
+    if not _is_file(part):
         return [], None
     rows = _read(part, min(part.limit or MOST_READ, MOST_READ))
     if not rows:

@@ -20,6 +20,13 @@ from veneer.plan import before, machine, report, start
 from veneer.plan.architecture import config_of
 from veneer.recipe.recipe import parse_recipe
 
+PLANNED: dict[str, Any] = {
+    "task": "sft",
+    "quantization": "none",
+    "batch": {"rows": 1, "length": 1024},
+    "weights": {"bytes": 2_000_000_000},
+}
+
 
 @pytest.fixture(autouse=True)
 def known_rates(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -150,6 +157,35 @@ def test_too_little_memory_is_refused_with_the_way_out(recipe: Make) -> None:
         before.require_room(small)
 
 
+@pytest.mark.parametrize(
+    ("other", "advice"),
+    [
+        ({}, r"lower training\.max_length \(planned is 1 row of 1,024 tokens\)"),
+        ({"batch": {"rows": 2, "length": 9}, "task": "dpo"}, r"lower training\.max_length \(planned is 2 rows of 9 "),
+        (
+            {"batch": {"rows": 400, "length": 1024}},
+            r"lower training\.per_device_train_batch_size \(planned are 400 rows of 1,024 tokens\)",
+        ),
+        ({"weights": {"bytes": 12_000_000_000}}, r"set model\.quantization to nf4"),
+        ({"weights": {"bytes": 12_000_000_000}, "quantization": "nf4"}, r"take a smaller base"),
+    ],
+)
+def test_the_refusal_names_the_key_to_change(other: dict[str, Any], advice: str) -> None:
+    facts = {**PLANNED, "process": {"bytes": 15_000_000_000, "free": 11_000_000_000}, **other}
+    with pytest.raises(ConfigError, match=rf"may be taken here: {advice}"):
+        before.require_room(facts)
+
+
+def test_a_batch_is_planned_with_no_more_rows_than_there_are(
+    recipe: Make, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("rows.jsonl").write_text('{"text": "a"}\n' * 5)
+    facts, _ = before.planned_facts(recipe(per_device_train_batch_size=200_000), print)
+    assert facts is not None
+    assert facts["batch"]["rows"] == 5
+
+
 def test_what_cannot_be_planned_is_told_and_trains_all_the_same(recipe: Make, tmp_path: Path) -> None:
     facts, line = before.planned_facts(recipe(model={"source": str(tmp_path / "nowhere")}), print)
     assert facts is None
@@ -225,7 +261,7 @@ def test_an_unexpected_error_is_told_with_its_kind_and_stops_no_run(
 
 
 def test_processes_that_share_the_memory_are_counted() -> None:
-    facts: dict[str, Any] = {"process": {"bytes": 5_000_000_000, "free": 14_000_000_000}}
+    facts: dict[str, Any] = {**PLANNED, "process": {"bytes": 5_000_000_000, "free": 14_000_000_000}}
     before.require_room(facts, 2)
     with pytest.raises(ConfigError, match=r"to take 15\.00 GB in 3 processes, and 14\.00 GB .* --fit 5GB"):
         before.require_room(facts, 3)
@@ -233,7 +269,8 @@ def test_processes_that_share_the_memory_are_counted() -> None:
 
 def test_the_smallest_shard_that_has_room_is_taken() -> None:
     shards = {"1": 9_000_000_000, "2": 5_000_000_000, "6": 3_000_000_000}
-    facts: dict[str, Any] = {"process": {"bytes": 8_000_000_000, "free": 20_000_000_000, "shards": shards}}
+    process = {"bytes": 8_000_000_000, "free": 20_000_000_000, "shards": shards}
+    facts: dict[str, Any] = {**PLANNED, "process": process}
     found = [before.with_shard(facts, sharing) for sharing in (1, 2, 3, 6, 9)]
     assert [each["shard"] for each in found] == [1, 1, 2, 6, 6]
     assert [each["process"]["bytes"] for each in found] == [shards[str(each["shard"])] for each in found]

@@ -15,7 +15,7 @@ from tests.unit.plan.conftest import Make
 from veneer.plan import machine, rows, start
 from veneer.plan.plan import plan_recipe
 from veneer.plan.report import Machine, shown, told
-from veneer.plan.rows import OwnRows, own_rows
+from veneer.plan.rows import OwnRows, filled, own_rows
 from veneer.plan.step import Batch
 from veneer.plan.time import ROUGH
 from veneer.recipe.recipe import Recipe, parse_recipe
@@ -43,6 +43,30 @@ def write(lengths: tuple[int, ...]) -> None:
 def of(recipe: Recipe) -> OwnRows | None:
     n_rows = recipe.training_config().per_device_train_batch_size
     return own_rows(recipe, Batch(n_rows=n_rows, length=23))
+
+
+@pytest.mark.parametrize(
+    ("data", "full", "n_rows"),
+    [
+        ({}, {"n_rows": 3}, 3),
+        ({}, {"n_rows": 7}, 4),  # of a file of four
+        ({"limit": 2}, {"n_rows": 7}, 2),
+        ({}, {"n_rows": 7, "packed": True}, 7),
+        ({"train": "none.jsonl"}, {"n_rows": 7}, 7),
+        ({"more": [{"source": "rows.jsonl"}]}, {"n_rows": 7}, 7),
+    ],
+)
+def test_a_batch_has_no_more_rows_than_its_file(
+    data: dict[str, Any], full: dict[str, Any], n_rows: int, recipe: Make
+) -> None:
+    given = recipe(per_device_train_batch_size=full["n_rows"]).model_dump(exclude_unset=True)
+    made = parse_recipe(given | {"data": {"train": "rows.jsonl", **data}})
+    assert filled(Batch(length=23, **full), made).n_rows == n_rows
+
+
+def test_both_answers_of_a_pair_are_rows_of_the_batch(recipe: Make) -> None:
+    pairs = parse_recipe(recipe(per_device_train_batch_size=7).model_dump(exclude_unset=True) | {"task": "dpo"})
+    assert filled(Batch(n_rows=14, length=23), pairs).n_rows == 8
 
 
 @pytest.mark.parametrize(
