@@ -7,6 +7,7 @@ import enum
 import json
 import math
 import resource
+import select
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -30,6 +31,7 @@ from veneer.serve.schedule.return_places import ReturnPlaces
 _FILES = 256  # descriptors that connections leave to adapters, libraries and logs
 _MOST = 1 << 13  # connections, however many files may be open
 _MOST_FILES = 1 << 16
+_HUNG_UP = getattr(select, "POLLRDHUP", 0)  # Linux; ends and errors are told everywhere
 _TURN = 15.0  # seconds in which all connections are thought to have their answers
 
 
@@ -163,8 +165,9 @@ class Connection(HttpToolsProtocol):
             transport.close()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Forget the connection."""
+        """Forget the connection, and end its answers."""
         self._connections.remove(self)
+        self._leave()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
@@ -288,7 +291,7 @@ class Connection(HttpToolsProtocol):
         super().resume_writing()
 
     def check(self) -> None:
-        """Close the connection if its client takes too long."""
+        """Close the connection if its client takes too long, or has hung up while nothing is read from it."""
         now = self.loop.time()
         if self.transport.is_closing() and self._unread is None:
             self._unread = now, self.transport.get_write_buffer_size()
@@ -296,6 +299,8 @@ class Connection(HttpToolsProtocol):
             self.abort()
         elif self.flow.read_paused:
             self._since = now  # it is not the client that makes this wait
+            if not self._is_free and not self.transport.is_closing() and self._has_hung_up:
+                self.abort()
         elif now > self._since + self._seconds:
             self._end()
 
@@ -317,6 +322,13 @@ class Connection(HttpToolsProtocol):
         since, n = self._unread
         n_read = n - self.transport.get_write_buffer_size()
         return now > since + self._limits.unread_seconds + n_read / self._limits.body_rate
+
+    @property
+    def _has_hung_up(self) -> bool:
+        """Return True if the client has closed the connection, also if bytes before its end are not read yet."""
+        looked = select.poll()
+        looked.register(self.transport.get_extra_info("socket").fileno(), _HUNG_UP)
+        return bool(looked.poll(0))
 
     @property
     def _seconds(self) -> float:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import logging
 import math
 import resource
 import socket
+import struct
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import Mock
@@ -44,6 +46,7 @@ def application() -> FastAPI:
     app.add_middleware(BodyLimit, most=1 << 20)
     engine: Any = SimpleNamespace(end_all=lambda: 0, failure=None, is_running=True)
     app.state.engine, app.state.lifecycle, app.state.may_end = engine, Lifecycle(engine), threading.Event()
+    app.state.begun, app.state.left = list[str](), list[str]()
 
     async def size(request: Request) -> dict[str, Any]:
         try:
@@ -52,9 +55,17 @@ def application() -> FastAPI:
             n = 0
         return {"n": n, "trailer": request.headers.get("x-trailer")}
 
-    def waits() -> PlainTextResponse:
+    def waits(name: str = "") -> PlainTextResponse:
+        app.state.begun.append(name)
         app.state.may_end.wait(PATIENCE)
         return PlainTextResponse("waited")
+
+    async def leaves(request: Request, name: str) -> PlainTextResponse:
+        app.state.begun.append(name)
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+        app.state.left.append(name)
+        return PlainTextResponse("left")
 
     async def stream(n: int) -> StreamingResponse:
         async def pieces() -> Any:
@@ -65,6 +76,7 @@ def application() -> FastAPI:
 
     app.get("/health")(lambda: PlainTextResponse("well"))
     app.get("/waits")(waits)
+    app.get("/leaves")(leaves)
     app.get("/stream")(stream)
     app.post("/size")(size)
     return app
@@ -376,6 +388,44 @@ def test_a_client_beyond_those_that_wait_for_answers_is_told_to_come_again(stric
     for client in waiting:
         assert rest(client).endswith(b"waited")
     assert strict.ask(closing(HEAD)).startswith(OK)
+
+
+def pipelined(path: str, names: Sequence[str]) -> bytes:
+    return b"".join(f"GET {path}?name={name} HTTP/1.1\r\nHost: x\r\n\r\n".encode() for name in names)
+
+
+def waiting(running: Running) -> int:
+    """Number of requests behind others of their connections."""
+    return sum(len(each.pipeline) for each in list(running.server.server_state.connections))
+
+
+@pytest.mark.parametrize("resets", [False, True])
+@pytest.mark.parametrize("at_once", [1, 7], ids=["later", "all"])
+def test_an_answer_ends_if_its_client_has_pipelined_and_leaves(patient, at_once, resets):
+    names = [f"{at_once}-{resets}-{i}" for i in range(7)]
+    with patient.open(pipelined("/leaves", names[:at_once])) as client:
+        patient.wait(lambda: names[0] in patient.app.state.begun)
+        client.sendall(pipelined("/leaves", names[at_once:]))
+        patient.wait(lambda: waiting(patient) == 6)
+        if resets:
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    patient.wait(lambda: names[0] in patient.app.state.left)
+    patient.wait(lambda: not patient.server.server_state.tasks)
+    assert [name for name in patient.app.state.begun if name in names] == names[:1]
+
+
+def test_an_answer_that_comes_when_its_client_has_pipelined_and_left_is_no_error(patient, caplog):
+    log = logging.getLogger("uvicorn.error")
+    log.addHandler(caplog.handler)
+    patient.app.state.may_end.clear()
+    with patient.open(pipelined("/waits", "abc")):
+        patient.wait(lambda: waiting(patient) == 2)
+    patient.wait(lambda: not len(patient.server.connections))
+    patient.app.state.may_end.set()
+    patient.wait(lambda: not patient.server.server_state.tasks)
+    log.removeHandler(caplog.handler)
+    assert caplog.messages == []
+    assert patient.app.state.begun[-1] == "a"
 
 
 def test_old_clients_get_bodies_without_chunks(patient):
