@@ -37,7 +37,8 @@ def show_samples(args: SamplesArguments) -> None:
 def _chosen(args: SamplesArguments) -> Iterator[Line]:
     for line in read_journal(args.run):
         is_asked = args.step is None or line["step"] == args.step
-        if is_asked and (args.below is None or line["reward"] < args.below):
+        reward = line["reward"]  # None: no reward function had an opinion
+        if is_asked and (args.below is None or (reward is not None and reward < args.below)):
             yield line
 
 

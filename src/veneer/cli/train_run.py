@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -133,10 +134,13 @@ def _show_rollouts(recipe: Recipe, n: int, console: Console) -> None:
         lines = trainer.show_rollouts(n)
     for line in lines:
         console.print(shown(line), highlight=False)
-    rewards = [line["reward"] for line in lines]
     size = trainer.num_generations
-    groups = [rewards[start : start + size] for start in range(0, len(rewards), size)]
-    learning = sum(min(group) != max(group) for group in groups)
+    groups = [
+        [line["reward"] for line in lines[start : start + size] if line["reward"] is not None]
+        for start in range(0, len(lines), size)
+    ]
+    rewards = [reward for group in groups for reward in group] or [math.nan]
+    learning = sum(len({*group}) > 1 for group in groups)
     console.print(
         f"{len(lines)} answers to {len(groups)} prompts: reward {sum(rewards) / len(rewards):.3g} in the mean, from "
         f"{min(rewards):.3g} to {max(rewards):.3g}. {learning} of {len(groups)} groups have different rewards",

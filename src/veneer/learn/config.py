@@ -20,13 +20,15 @@ class _Drawing(RunSettings):
     ``rollout_engine``: "engine" draws by veneer's engine, "generate" by transformers; "auto" chooses the engine if it
     supports the run, and else says why it does not. ``disable_dropout`` is True: answers come from the policy that is
     scored. If ``rollout_journal``, the engine's rollouts are kept in ``rollouts/`` of the output, and a resumed run
-    reads
-    them.
+    reads them. ``reward_…`` are the fields of `learn.rewards.RewardLimits`.
     """
 
     disable_dropout: bool = True
     rollout_engine: Literal["auto", "engine", "generate"] = "auto"
     rollout_journal: bool = True
+    reward_timeout: float | None = 60.0
+    reward_on_error: Literal["stop", "none"] = "stop"
+    reward_most_failed: float = 0.1
 
     def __post_init__(self) -> None:
         _require_whole_groups(self)
@@ -34,7 +36,12 @@ class _Drawing(RunSettings):
 
     def problems(self) -> list[str]:
         """Return all problems of the settings for the reference model and for answers."""
-        found = [*beta_problems(self), *shared_reference_problems(self), *_engine_problems(self)]
+        found = [
+            *beta_problems(self),
+            *shared_reference_problems(self),
+            *_engine_problems(self),
+            *_reward_problems(self),
+        ]
         if self.max_completion_length is None or self.max_completion_length < 1:
             found.append(f"max_completion_length={self.max_completion_length!r} must be at least 1")
         if getattr(self, "cast_lm_head_to_fp32", False):
@@ -62,10 +69,7 @@ class GRPOConfig(_Drawing, trl.GRPOConfig):  # type: ignore[misc]
         """Return all problems of the reference, the answers and the limits."""
         found = super().problems()
         for name in ("tool_timeout", "rollout_timeout", "max_tool_response_length"):
-            value = getattr(self, name)
-            is_number = isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < float("inf")
-            if not is_number and not (value is None and name == "rollout_timeout"):
-                found.append(f"{name}={value!r} must be a finite number above 0")
+            found += _limit_problems(self, name, is_optional=name == "rollout_timeout")
         return found
 
 
@@ -75,6 +79,22 @@ class RLOOConfig(_Drawing, trl.RLOOConfig):  # type: ignore[misc]
 
     ``rollout_engine`` chooses who draws: "auto", "engine" or "generate". ``use_vllm`` asks for the engine.
     """
+
+
+def _limit_problems(args: Any, name: str, *, is_optional: bool) -> list[str]:
+    value = getattr(args, name)
+    is_number = isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < float("inf")
+    return [] if is_number or (is_optional and value is None) else [f"{name}={value!r} must be a finite number above 0"]
+
+
+def _reward_problems(args: Any) -> list[str]:
+    found = _limit_problems(args, "reward_timeout", is_optional=True)
+    if args.reward_on_error not in ("stop", "none"):
+        found.append(f"reward_on_error={args.reward_on_error!r} must be 'stop' or 'none'")
+    share = args.reward_most_failed
+    if not isinstance(share, int | float) or isinstance(share, bool) or not 0 <= share <= 1:
+        found.append(f"reward_most_failed={share!r} must be a share between 0 and 1")
+    return found
 
 
 def _engine_problems(args: Any) -> list[str]:

@@ -14,7 +14,7 @@ from typing import Any
 
 from veneer.errors import TrainingError
 from veneer.learn.journal import Line, hash_of, mask_of, packed, runs_of, unpacked
-from veneer.learn.limited import EndedError, awaited, begun, hangs, left
+from veneer.learn.limited import EndedError, awaited, begun, left
 from veneer.learn.rollouts import DrawnAnswer
 
 Message = dict[str, Any]
@@ -172,8 +172,8 @@ class Conversation:
     def run(self) -> Generator[Turn | Wait, Any, None]:
         """Go on from the first answer until one calls no tool, or a limit is reached. Yields what it waits for.
 
-        A response of tools that leaves no room is dropped, and the call stays the last message. Raises TrainingError
-        for a tool that hangs, or raises what is no Exception.
+        A response of tools that leaves no room is dropped, and the call stays the last message. A call that hangs is
+        left, and the model is told. Raises TrainingError for a tool that raises what is no Exception.
         """
         rollout, limits = self.rollout, self.limits
         self._end = None if limits.seconds is None else time.monotonic() + limits.seconds
@@ -228,7 +228,7 @@ class Conversation:
             told.cancel()
             if self._end is not None and self._end <= until:
                 raise OutOfTimeError
-            raise TrainingError(hangs(f"the tool {name}, called in {self.name},", self.limits.tool_seconds))
+            return self._failed(f"timed out after {self.limits.tool_seconds:g} seconds")
         error = told.exception()
         if error is None:
             return told.result()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -14,16 +15,17 @@ from trl.chat_template_utils import parse_response
 
 from veneer.adapters.peft_model import PeftModel
 from veneer.contract import MethodConfig
-from veneer.errors import DataError
+from veneer.errors import DataError, TrainingError
 from veneer.learn.config import GRPOConfig
 from veneer.learn.conversation import Conversation, Rollout, RolloutLimits, RolloutTools, Speech
 from veneer.learn.environments import limited_environments
-from veneer.learn.rewards import checked_reward
 from veneer.learn.rollout_function import Generation, checked_rollouts
 from veneer.learn.trainer import DrawingTrainer
 from veneer.model.placed.structure import evaluation
 from veneer.train.config import RunSettings
 from veneer.train.library_errors import refusals_told
+
+log = logging.getLogger(__name__)
 
 
 class GRPOTrainer(DrawingTrainer, trl.GRPOTrainer):  # type: ignore[misc]
@@ -78,7 +80,7 @@ class GRPOTrainer(DrawingTrainer, trl.GRPOTrainer):  # type: ignore[misc]
                 callbacks, optimizers, quantization_config, peft_config, conversing,
             )  # fmt: skip
         self.reward_funcs = [
-            checked_reward(each, alone=len(self.reward_funcs) == 1, name=name) if name in self._environments() else each
+            self.limited(each, alone=len(self.reward_funcs) == 1, name=name) if name in self._environments() else each
             for each, name in zip(self.reward_funcs, self.reward_func_names, strict=True)
         ]
         if self.policy is not None:
@@ -88,11 +90,23 @@ class GRPOTrainer(DrawingTrainer, trl.GRPOTrainer):  # type: ignore[misc]
     def _observed(self, reset: Callable[[], Any]) -> Any:
         """Return an environment's first observation: from the journal if it holds the draw in progress, else from
         ``reset``.
+
+        If ``reset`` fails twice, the group is left out, and there is no observation.
         """
         place = len(self.observations)
-        found = reset() if self._recalled is None else self._recalled[place]["observation"]
+        found = self._begun(reset, place) if self._recalled is None else self._recalled[place]["observation"]
         self.observations = [*self.observations, found]
         return found
+
+    def _begun(self, reset: Callable[[], Any], place: int) -> Any:
+        """Return what ``reset`` returns in at most two attempts; None, with the place left out, if both fail."""
+        for _ in range(2):
+            try:
+                return reset()
+            except TrainingError as error:
+                log.warning("rollout %d: %s", place, error)
+        self.left_out.add(place)
+        return None
 
     def _environments(self) -> set[str]:
         """Return the names of the environments' classes, by which TRL selects their rewards."""

@@ -24,9 +24,16 @@ def of_all_rows(known: Float[Tensor, "b t"], rows: Int[Tensor, " k"], found: Flo
 
 
 def equal_groups(rewards: Float[Tensor, "b functions"], n: int) -> Tensor:
-    """Return True for each row (b,) of a group of n whose rewards are all equal, bit by bit, NaN (no opinion) too."""
-    groups = rewards.nan_to_num(nan=torch.inf).view(-1, n, rewards.shape[1])
-    return (groups == groups[:, :1]).all(dim=2).all(dim=1).repeat_interleave(n)
+    """Return True for each row (b,) of a group of n whose rewards are all equal, bit by bit, NaN (no opinion) too.
+
+    Rows without any opinion do not count.
+    """
+    groups = rewards.view(-1, n, rewards.shape[1])
+    told = ~groups.isnan().all(dim=2)
+    firsts = told.int().argmax(dim=1)  # the first row of each group with an opinion
+    groups = groups.nan_to_num(nan=torch.inf)
+    first = groups[torch.arange(len(groups), device=groups.device), firsts].unsqueeze(1)
+    return ((groups == first).all(dim=2) | ~told).all(dim=1).repeat_interleave(n)
 
 
 def by_prompt(batches: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

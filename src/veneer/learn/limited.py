@@ -50,7 +50,7 @@ def result_within(told: Future[Any], seconds: float, name: str) -> Any:
     except TimeoutError as error:
         if told.done():
             raise TrainingError(f"{name} raised {_told(error)}") from error
-        raise TrainingError(hangs(name, seconds)) from error
+        raise TrainingError(hangs(name, seconds, "tool_timeout")) from error
     except KeyboardInterrupt:
         if not told.done():  # a user's own, in this thread
             raise
@@ -59,11 +59,11 @@ def result_within(told: Future[Any], seconds: float, name: str) -> Any:
         raise TrainingError(f"{name} raised {_told(error)}") from error
 
 
-def hangs(name: str, seconds: float) -> str:
-    """Return the message of a function that does not return."""
+def hangs(name: str, seconds: float, key: str) -> str:
+    """Return the message of a function that does not return; ``key`` is the setting of its limit."""
     return (
         f"{name} did not return within {seconds:g} seconds, and its thread is left. Give it a limit of its own, or "
-        "set tool_timeout higher"
+        f"set {key} higher"
     )
 
 

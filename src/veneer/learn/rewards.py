@@ -1,21 +1,48 @@
-"""Reward functions of GRPO and RLOO as a trainer calls them, with their return values checked."""
+"""Reward functions of GRPO and RLOO as a trainer calls them, with limits and checked return values."""
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import inspect
 import math
+import time
 import traceback
-from collections.abc import Sequence
-from typing import Any
+from collections import deque
+from collections.abc import Callable, Collection, Mapping, Sequence
+from concurrent.futures import wait
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import torch
 
 from veneer.errors import ConfigError, TrainingError, VeneerError
+from veneer.learn.limited import begun, hangs, left
+
+Opinion = float | None
+_WINDOW = 10  # calls over which failures are counted
+
+
+class RewardError(TrainingError):
+    """Error of a reward function, or of what it returned."""
+
+
+@dataclass(frozen=True, slots=True)
+class RewardLimits:
+    """Limits of reward functions.
+
+    ``seconds``: of one call, None for no limit; the function is then called on the trainer's own thread. ``on_error``:
+    "stop" ends the run, "none" makes no opinion of what failed. ``most_failed``: the share of failed answers, in the
+    last ten calls of a function, above which the run ends all the same.
+    """
+
+    seconds: float | None = 60.0
+    on_error: Literal["stop", "none"] = "stop"
+    most_failed: float = 0.1
 
 
 def reward_functions(given: Any, *, needed: bool) -> list[Any]:
-    """Return the reward functions as a list, with checked return values.
+    """Return the reward functions as a list.
 
     Raises ConfigError if one is no function, and if one is ``needed`` and there is none.
     """
@@ -25,31 +52,171 @@ def reward_functions(given: Any, *, needed: bool) -> list[Any]:
     wrong = [each for each in functions if not (callable(each) or isinstance(each, str))]
     if wrong:
         raise ConfigError(f"reward_funcs holds {wrong[0]!r:.60}: a reward function is a function, a model or its name")
-    return [checked_reward(each, alone=len(functions) == 1) for each in functions]
+    return functions
 
 
-def checked_reward(function: Any, *, alone: bool, name: str | None = None) -> Any:
-    """Return the function with a check of its return value: a finite number for each completion.
+def checked_reward(
+    function: Any, limits: RewardLimits, *, alone: bool, name: str | None = None, left_out: Collection[int] = ()
+) -> Any:
+    """Return the function within limits, and with a check of its return value: a finite number for each completion.
 
-    None is no opinion on a completion. It is allowed only if there are several functions (``alone`` is False). TRL
-    calls models and asynchronous functions itself. The wrapper raises TrainingError, with the ``name`` of the function,
-    also if the function raises.
+    None is no opinion on a completion. It is allowed if there are several functions (``alone`` is False), or if an
+    error is no opinion. Rows that are ``left_out`` at the time of a call get None. TRL calls models itself. The wrapper
+    raises RewardError, with the ``name`` of the function, also if the function raises.
     """
-    if not callable(function) or isinstance(function, type) or not _is_plain(function):
+    if not callable(function) or isinstance(function, type) or _is_module(function):
         return function
+    judge = _Judge(function, name or _name(function), limits, alone, left_out)
 
     @functools.wraps(function)
-    def rewarded(*args: Any, completions: Sequence[Any], **row: Any) -> list[float | None]:
-        told = name or _name(function)
+    def now(**row: Any) -> list[Opinion]:
+        return judge.now(row)
+
+    @functools.wraps(function)
+    async def later(**row: Any) -> list[Opinion]:
+        return await judge.later(row)
+
+    wrapper = later if _is_asynchronous(function) else now
+    wrapper.__name__ = judge.name  # an object with __call__ has none
+    return wrapper
+
+
+@dataclass(slots=True)
+class _Judge:
+    """Reward function with the shares of answers on which its last calls failed."""
+
+    function: Callable[..., Any]
+    name: str
+    limits: RewardLimits
+    alone: bool
+    left_out: Collection[int]
+    shares: deque[float] = field(default_factory=lambda: deque(maxlen=_WINDOW))
+
+    def now(self, row: Mapping[str, Any]) -> list[Opinion]:
+        """Return the opinions of a plain function."""
+        places, seconds = self._places(row), self.limits.seconds
+        until = None if seconds is None else time.monotonic() + seconds
+        found: list[Opinion | RewardError] = []
         try:
-            found = function(*args, completions=completions, **row)
+            found = self._checked(self._called(_chosen(row, places), seconds), places) if places else []
+        except RewardError as error:
+            found = [error] * len(places)
+            if self.limits.on_error == "none" and len(places) > 1:
+                found = [self._alone(row, place, until, error) for place in places]
+        return self._opinions(row, places, found)
+
+    async def later(self, row: Mapping[str, Any]) -> list[Opinion]:
+        """Return the opinions of an asynchronous function, which must give its loop a turn to be within its limit."""
+        places = self._places(row)
+        found: list[Opinion | RewardError] = []
+        try:
+            found = self._checked(await self._awaited(_chosen(row, places)), places) if places else []
+        except RewardError as error:
+            found = [error] * len(places)
+        return self._opinions(row, places, found)
+
+    @property
+    def _told(self) -> str:
+        return f"the reward function {self.name}"
+
+    def _places(self, row: Mapping[str, Any]) -> list[int]:
+        return [place for place in range(len(row["completions"])) if place not in self.left_out]
+
+    def _alone(self, row: Mapping[str, Any], place: int, until: float | None, whole: RewardError) -> Any:
+        """The opinion on one answer, within the time that is left of a call that failed on all; else the error."""
+        seconds = left(until)
+        if seconds == 0:
+            return whole
+        try:
+            return self._checked(self._called(_chosen(row, [place]), seconds), [place])[0]
+        except RewardError as error:
+            return error
+
+    def _called(self, row: Mapping[str, Any], seconds: float | None) -> Any:
+        """What the function returns. Raises RewardError if it raises, or does not return in time."""
+        try:
+            if seconds is None:
+                return self.function(**row)
+            told = begun(self.function, row)
+            if not wait([told], timeout=seconds).done:
+                raise RewardError(hangs(self._told, seconds, "reward_timeout"))
+            error = told.exception()
+            if error is not None and not isinstance(error, Exception):
+                raise RewardError(f"{self._told} raised {type(error).__name__}, which ends a program") from error
+            return told.result()
         except VeneerError:
             raise
         except Exception as error:  # whatever the user's own code raises
-            raise TrainingError(f"the reward function {told} raised {_raised(error)}") from error
-        return _checked(told, found, len(completions), alone)
+            raise RewardError(f"{self._told} raised {_raised(error)}") from error
 
-    return rewarded
+    async def _awaited(self, row: Mapping[str, Any]) -> Any:
+        try:
+            return await asyncio.wait_for(self.function(**row), self.limits.seconds)
+        except VeneerError:
+            raise
+        except TimeoutError as error:
+            raise RewardError(hangs(self._told, self.limits.seconds or 0, "reward_timeout")) from error
+        except Exception as error:  # whatever the user's own code raises
+            raise RewardError(f"{self._told} raised {_raised(error)}") from error
+
+    def _checked(self, found: Any, places: Sequence[int]) -> list[Opinion | RewardError]:
+        """A value for each answer, or the error of it. Raises RewardError if they are no list of as many."""
+        if found is None or isinstance(found, str) or not hasattr(found, "__iter__"):
+            raise RewardError(
+                f"{self._told} returned {found!r:.60}: it must return a list with one number for each completion"
+            )
+        values = [value.item() if hasattr(value, "item") else value for value in found]
+        if len(values) != len(places):
+            raise RewardError(
+                f"{self._told} returned {len(values)} rewards for {len(places)} completions: "
+                "it must return one for each"
+            )
+        return [self._value(value, place) for value, place in zip(values, places, strict=True)]
+
+    def _value(self, value: Any, place: int) -> Opinion | RewardError:
+        if isinstance(value, bool | int | float) and math.isfinite(value):
+            return value
+        if value is None and not (self.alone and self.limits.on_error == "stop"):
+            return None
+        more = "" if value is not None else " (None, for no opinion, is for one of several reward functions)"
+        return RewardError(
+            f"{self._told} returned {value!r} for completion {place + 1}: a reward is a finite number{more}"
+        )
+
+    def _opinions(self, row: Mapping[str, Any], places: Sequence[int], found: Sequence[Any]) -> list[Opinion]:
+        """The opinions on all answers. Raises RewardError for one that failed, or for too many."""
+        errors = [each for each in found if isinstance(each, RewardError)]
+        if self.limits.on_error == "stop":
+            if errors:
+                raise errors[0]
+        elif places:
+            self._count(row, len(errors) / len(places), errors)
+        opinions: list[Opinion] = [None] * len(row["completions"])
+        for place, value in zip(places, found, strict=True):
+            opinions[place] = None if isinstance(value, RewardError) else value
+        return opinions
+
+    def _count(self, row: Mapping[str, Any], share: float, errors: Sequence[RewardError]) -> None:
+        self.shares.append(share)
+        if "log_metric" in row:
+            row["log_metric"](f"rewards/{self.name}/failed", share)
+        mean = sum(self.shares) / _WINDOW
+        if errors and mean > self.limits.most_failed:
+            raise RewardError(
+                f"{self._told} failed on {mean:.0%} of the answers of its last {_WINDOW} calls, and at most "
+                f"{self.limits.most_failed:.0%} may (reward_most_failed). The last failure: {errors[-1]}"
+            ) from errors[-1]
+
+
+def _chosen(row: Mapping[str, Any], places: Sequence[int]) -> dict[str, Any]:
+    """The arguments of a call for some of the answers."""
+    n = len(row["completions"])
+    if len(places) == n:
+        return dict(row)
+    return {
+        key: [value[place] for place in places] if isinstance(value, list) and len(value) == n else value
+        for key, value in row.items()
+    }
 
 
 def _raised(error: Exception) -> str:
@@ -58,28 +225,17 @@ def _raised(error: Exception) -> str:
     return f"{type(error).__name__}: {error} ({last.filename}, line {last.lineno})"
 
 
-def _checked(name: str, found: Any, n: int, alone: bool) -> list[float | None]:
-    head = f"the reward function {name}"
-    if found is None or isinstance(found, str) or not hasattr(found, "__iter__"):
-        raise TrainingError(f"{head} returned {found!r:.60}: it must return a list with one number for each completion")
-    values = [value.item() if hasattr(value, "item") else value for value in found]
-    if len(values) != n:
-        raise TrainingError(f"{head} returned {len(values)} rewards for {n} completions: it must return one for each")
-    for number, value in enumerate(values, start=1):
-        if value is None and not alone:
-            continue
-        if isinstance(value, bool | int | float) and math.isfinite(value):
-            continue
-        more = "" if value is not None else " (None, for no opinion, is for one of several reward functions)"
-        raise TrainingError(f"{head} returned {value!r} for completion {number}: a reward is a finite number{more}")
-    return values
+def _call_of(function: Any) -> Any:
+    return function.func if isinstance(function, functools.partial) else function
 
 
-def _is_plain(function: Any) -> bool:
-    call = function.func if isinstance(function, functools.partial) else function
-    if isinstance(call, torch.nn.Module):
-        return False
-    return not (inspect.iscoroutinefunction(call) or inspect.iscoroutinefunction(type(call).__call__))
+def _is_module(function: Any) -> bool:
+    return isinstance(_call_of(function), torch.nn.Module)
+
+
+def _is_asynchronous(function: Any) -> bool:
+    call = _call_of(function)
+    return inspect.iscoroutinefunction(call) or inspect.iscoroutinefunction(type(call).__call__)
 
 
 def _name(function: Any) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,20 +17,20 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 from torch.utils.data import Sampler
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
-from transformers.trainer_utils import EvalLoopOutput
+from transformers.trainer_utils import EvalLoopOutput, get_last_checkpoint
 from trl.trainer.utils import RepeatSampler
 
 from veneer.adapters.peft_model import PeftModel
 from veneer.adapters.token_scores import PreferenceScoring
 from veneer.contract import MethodConfig
 from veneer.data.preference import Task, checked_rows
-from veneer.errors import DataError, TrainingError
+from veneer.errors import DataError, DivergedError, NonFiniteError, TrainingError
 from veneer.learn.conversation import Rollout
 from veneer.learn.journal import FOLDER, Journal, Line, hash_of, journal_path
 from veneer.learn.learning_rows import by_prompt, equal_groups, learning_rows, of_all_rows
 from veneer.learn.policy import Policy, policy_of
 from veneer.learn.proof import beyond, require_same_policy, rounded_otherwise
-from veneer.learn.rewards import reward_functions
+from veneer.learn.rewards import RewardLimits, checked_reward, reward_functions
 from veneer.learn.rollouts import DrawnAnswer
 from veneer.model.placed.structure import evaluation
 from veneer.train.config import RunSettings
@@ -39,6 +40,8 @@ from veneer.train.preference.trainer import PreferenceTrainer
 from veneer.train.resume import random_state_kept
 from veneer.train.run_trainer import Ready
 
+log = logging.getLogger(__name__)
+_MOST_EQUAL = 10  # draws
 GENERATED_FILE = "generated_{rank}_of_{n_processes}.safetensors"
 
 
@@ -83,6 +86,8 @@ class DrawingTrainer(PreferenceTrainer):
     _scored: Tensor | None = None  # log-probabilities of the last training pass
     _loss_of: dict[str, Any] | None = None  # micro-batch whose loss is computed
     _rewards: Tensor | None = None  # of the last answers, by function
+    _n_equal = 0  # draws in a row in which all rewards of every group were equal
+    left_out: set[int]  # answers of the last draw whose environment could not begin
 
     def __init__(
         self,
@@ -102,8 +107,10 @@ class DrawingTrainer(PreferenceTrainer):
         if conversing.get("environment_factory") is None:
             checked_rows(train_dataset, "train", self.task)
             checked_rows(eval_dataset, "eval", self.task)
-        rewards = reward_functions(reward_funcs, needed=conversing.get("environment_factory") is None)
-        args = self.own_settings(args, self.settings)
+        functions = reward_functions(reward_funcs, needed=conversing.get("environment_factory") is None)
+        args, self.left_out = self.own_settings(args, self.settings), set()
+        self.reward_limits = RewardLimits(args.reward_timeout, args.reward_on_error, args.reward_most_failed)
+        rewards = [self.limited(each, alone=len(functions) == 1) for each in functions]
         ready = self.made_ready(model, args, processing_class, quantization_config, peft_config, optimizers)
         with self.building(ready) as made:
             super().__init__(
@@ -124,6 +131,10 @@ class DrawingTrainer(PreferenceTrainer):
         # TRL's correction of draws by another policy is for 16 bits: in float32 they are the same, which is proved.
         self.use_vllm = self.policy is not None and not self.policy.is_exact
         self.surround()
+
+    def limited(self, function: Any, *, alone: bool, name: str | None = None) -> Any:
+        """Return a reward function as `checked_reward` does, with the limits of the settings."""
+        return checked_reward(function, self.reward_limits, alone=alone, name=name, left_out=self.left_out)
 
     @contextmanager
     def building(self, ready: Ready) -> Iterator[dict[str, Any]]:
@@ -172,8 +183,10 @@ class DrawingTrainer(PreferenceTrainer):
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         self._n_calls, self.observations, self.rollouts = 0, [], []
-        self._recalled = self._in_journal(len(inputs))
-        found: dict[str, Any] = super()._generate_and_score_completions(inputs)
+        self.left_out.clear()
+        with self._divergence_told():
+            self._recalled = self._in_journal(len(inputs))
+            found: dict[str, Any] = super()._generate_and_score_completions(inputs)
         if self.policy is None or not self.policy.has_drawn:
             return found
         found["sampling_per_token_logps"] = self.policy.logprobs(found["completion_ids"])
@@ -187,6 +200,19 @@ class DrawingTrainer(PreferenceTrainer):
                 self._prove(self.policy, found)
         self.policy.end()
         return found
+
+    @contextmanager
+    def _divergence_told(self) -> Iterator[None]:
+        """Context in which an adapter that is not finite, and would draw, is a run that has diverged."""
+        try:
+            yield
+        except NonFiniteError as error:
+            last = get_last_checkpoint(self.args.output_dir) if Path(self.args.output_dir).is_dir() else None
+            kept = "no checkpoint is there" if last is None else f"the last checkpoint is {last}"
+            raise DivergedError(
+                f"the adapter has values that are not finite after step {self.state.global_step}, and {kept}: lower "
+                "the learning rate, or clip gradients (max_grad_norm)"
+            ) from error
 
     def show_rollouts(self, n: int) -> list[Line]:
         """Draw and reward ``n`` answers, rounded up to whole groups, to the first prompts; return them as lines of a
@@ -215,7 +241,7 @@ class DrawingTrainer(PreferenceTrainer):
 
     def _calculate_rewards(self, inputs: Any, prompts: Any, completions: Any, *args: Any) -> Tensor:
         if self._recalled is None:
-            self._rewards = super()._calculate_rewards(inputs, prompts, completions, *args)
+            self._rewards = self._without_lost_groups(super()._calculate_rewards(inputs, prompts, completions, *args))
             self._told = prompts, completions
             self._told_metrics = {name: [*values] for name, values in self._pending_metrics.items()}
             return self._rewards
@@ -224,6 +250,25 @@ class DrawingTrainer(PreferenceTrainer):
         own = [[math.nan if value is None else value for value in line["rewards"]] for line in self._recalled]
         self._rewards = gather(torch.tensor(own, device=self.accelerator.device))
         return self._rewards
+
+    def _without_lost_groups(self, rewards: Tensor) -> Tensor:
+        """Rewards (answers, functions) without an opinion on groups of which an environment could not begin.
+
+        Raises TrainingError if that are all.
+        """
+        if getattr(self, "environments", None) is None:
+            return rewards
+        own = len(rewards) // self.args.world_size
+        lost = torch.tensor([row in self.left_out for row in range(own)], device=self.accelerator.device)
+        n = self.num_generations if self.model.training else self.num_generations_eval
+        groups = gather(lost).view(-1, n).any(dim=1)
+        if groups.all():
+            raise TrainingError(
+                "the environments of all groups could not begin, at two attempts each (reset): "
+                "see the errors in the log"
+            )
+        self._pending_metrics["rollouts/reset_failed"].append(groups.float().mean().item())
+        return rewards.masked_fill(groups.repeat_interleave(n).unsqueeze(1), math.nan)
 
     def _draw_number(self) -> int:
         return int(self._step // self._steps_of_a_draw())
@@ -243,9 +288,7 @@ class DrawingTrainer(PreferenceTrainer):
             line = {
                 "step": self.state.global_step, "row": first + row, "prompt": prompt, "completion": completion,
                 "functions": self.reward_func_names, "advantage": advantages[row].item(),
-                "reward": sum(
-                    w * own for w, own in zip(weights, rewards[first + row], strict=True) if not math.isnan(own)
-                ),
+                "reward": _weighted(rewards[first + row], weights),
                 "rewards": [None if math.isnan(value) else value for value in rewards[first + row]],
             }  # fmt: skip
             observed = {"observation": self.observations[row]} if self.observations else {}
@@ -260,8 +303,17 @@ class DrawingTrainer(PreferenceTrainer):
         if self._rewards is None or (self.beta and self.task == "rloo"):  # its rewards have the distance to a reference
             return
         n = self.num_generations if self.model.training else self.num_generations_eval
-        first = self.args.process_index * len(advantages)
-        advantages[equal_groups(self._rewards, n)[first : first + len(advantages)].to(advantages.device)] = 0
+        first, equal = self.args.process_index * len(advantages), equal_groups(self._rewards, n)
+        advantages[equal[first : first + len(advantages)].to(advantages.device)] = 0
+        if self.model.training:
+            self._n_equal = self._n_equal + 1 if equal.all() else 0
+            if self._n_equal == _MOST_EQUAL:
+                log.warning(
+                    "%d draws in a row, all answers to a prompt had equal rewards, which teach nothing: raise "
+                    "temperature or num_generations, let rewards tell a better answer from a worse one, or give other "
+                    "prompts (veneer train --show-rollouts shows them before a run)",
+                    _MOST_EQUAL,
+                )
 
     def _prepare_inputs(self, generation_batch: Any) -> Any:
         before = self._buffered_inputs
@@ -402,6 +454,12 @@ def _drawn(batch: dict[str, Any]) -> Tensor:
     """Return a mask (b, t) of the tokens that the model drew."""
     mask: Tensor = batch["completion_mask"]
     return (mask * batch["tool_mask"] if "tool_mask" in batch else mask).bool()
+
+
+def _weighted(rewards: Sequence[float], weights: Sequence[float]) -> float | None:
+    """The sum of an answer's rewards by their weights, without those that are no opinion (NaN); None if all are."""
+    told = [weight * own for weight, own in zip(weights, rewards, strict=True) if not math.isnan(own)]
+    return sum(told) if told else None
 
 
 def _packed(batches: list[dict[str, Any]]) -> bytes:

@@ -14,7 +14,7 @@ from veneer.recipe.distributed_part import DistributedPart, layout_problems
 from veneer.recipe.key_checks import perhaps, typed
 from veneer.recipe.known import KnownKeys
 from veneer.recipe.metric_part import MetricPart, metric_problems
-from veneer.recipe.parts import DataPart, ModelPart, Written
+from veneer.recipe.parts import DataPart, ModelPart, RolloutsPart, Written
 from veneer.recipe.ranges import out_of_range
 from veneer.recipe.source_part import SourcePart, source_problems, streaming_problems
 from veneer.recipe.tasks import task_of, task_problems, training_problems
@@ -137,6 +137,7 @@ def _told(error: dict[str, Any]) -> str:
             "data": DataPart,
             "metric": MetricPart,
             "distributed": DistributedPart,
+            "rollouts": RolloutsPart,
         }
         known = Written.model_fields if len(error["loc"]) == 1 else parts[str(error["loc"][0])].model_fields
         known = SourcePart.model_fields if "more" in error["loc"] else known

@@ -179,7 +179,7 @@ def ends(trainer: Any, told: str, error: type[Exception] = TrainingError) -> Non
     assert time.monotonic() - began < 30
 
 
-def test_a_tool_that_hangs_or_ends_the_program_ends_the_run(trainer_of):
+def test_a_tool_that_hangs_is_left_and_one_that_ends_the_program_ends_the_run(trainer_of):
     stop = threading.Event()
 
     def hangs(a: int) -> str:
@@ -207,7 +207,13 @@ def test_a_tool_that_hangs_or_ends_the_program_ends_the_run(trainer_of):
         """
         raise KeyboardInterrupt
 
-    ends(trainer_of(tools=[named(hangs)], tool_timeout=0.1), r"the tool add, called in rollout \d, did not return with")
+    trainer = trainer_of(tools=[named(hangs)], tool_timeout=0.1, max_steps=1)  # the model is told, and the run goes on
+    began = time.monotonic()
+    trainer.train()
+    assert time.monotonic() - began < 30
+    assert trainer.state.log_history[0]["tools/failure_frequency"] == 1
+    said = [each["content"] for messages in conversations(trainer, [named(hangs)])[3] for each in messages[1:2]]
+    assert "{'error': 'timed out after 0.1 seconds'}" in said
     ends(
         trainer_of(tools=[named(leaves)]),
         r"the tool add, called in rollout \d, raised SystemExit, which ends a program",
@@ -256,7 +262,7 @@ class Game:
         return self.n / 3
 
 
-def test_environments(trainer_of):
+def test_environments(trainer_of, caplog):
     class Odd(Game):
         def get_reward(self) -> float:
             return float("nan")
@@ -278,8 +284,10 @@ def test_environments(trainer_of):
     trainer.train()
     assert all(0 < line["reward"] < 1 for line in lines(trainer))
     ends(trainer_of(None, environment_factory=Odd), "the reward function Odd returned nan for completion 1")
-    ends(trainer_of(None, environment_factory=Slow, tool_timeout=0.1), "Slow.reset did not return within 0.1 seconds")
-    ends(trainer_of(None, environment_factory=Broken), "Broken.reset raised OSError: no board")
+    for factory, told in ((Slow, "Slow.reset did not return within 0.1 seconds"), (Broken, "OSError: no board")):
+        trainer = trainer_of(None, environment_factory=factory, tool_timeout=0.1)
+        ends(trainer, "the environments of all groups could not begin, at two attempts each")
+        assert told in caplog.text
     with pytest.raises(ConfigError, match="must define a callable `reset`"):
         trainer_of(environment_factory=Unset)
 

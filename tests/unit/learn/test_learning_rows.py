@@ -86,6 +86,8 @@ def test_rows_and_groups():
     assert learning_rows(torch.tensor([1.0, -1.0])) is None
     rewards = torch.tensor([[0.1, 2.0], [0.1, 2.0], [0.1, 2.0], [0.1, 3.0], [0.3, torch.nan], [0.3, torch.nan]])
     assert equal_groups(rewards, 2).tolist() == [True, True, False, False, True, True]
+    none = torch.tensor([[torch.nan], [0.1], [0.1], [torch.nan], [torch.nan], [torch.nan], [0.1], [torch.nan], [0.2]])
+    assert equal_groups(none, 3).tolist() == [True] * 6 + [False] * 3  # an answer without opinions does not count
     parts = [
         {"prompt_ids": torch.tensor([[a], [b]]), "prompt_mask": torch.ones(2, 1), "n": torch.tensor(7)}
         for a, b in ((1, 2), (2, 1))

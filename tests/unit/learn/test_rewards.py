@@ -11,11 +11,12 @@ from datasets import Dataset
 
 from veneer import AdaLoraConfig, GRPOConfig, GRPOTrainer, LoraConfig, RLOOConfig, RLOOTrainer
 from veneer.errors import ConfigError, DataError, TrainingError
-from veneer.learn.rewards import checked_reward
+from veneer.learn.rewards import RewardLimits, checked_reward
 from veneer.recipe.rewards import exact_match, length, regex, reward_function
 
 from .conftest import LORA
 
+LIMITS = RewardLimits()
 CHAT = [[{"role": "assistant", "content": "so #### 12"}], [{"role": "assistant", "content": "#### 3 #### 4"}]]
 
 
@@ -47,7 +48,7 @@ def test_what_a_reward_function_may_not_return(returned, alone, message):
         return returned
 
     with pytest.raises(TrainingError, match=message):
-        checked_reward(wrong, alone=alone)(prompts=["a", "b"], completions=["c", "d"])
+        checked_reward(wrong, LIMITS, alone=alone)(prompts=["a", "b"], completions=["c", "d"])
 
 
 def test_a_reward_function_that_raises_is_told_by_its_line():
@@ -58,11 +59,14 @@ def test_a_reward_function_that_raises_is_told_by_its_line():
     with pytest.raises(
         TrainingError, match=rf"the reward function wrong raised TypeError: .*test_rewards.py, line {line}"
     ):
-        checked_reward(wrong, alone=True)(prompts=["a"], completions=["c"])
+        checked_reward(wrong, LIMITS, alone=True)(prompts=["a"], completions=["c"])
 
 
 def test_one_of_several_may_have_no_opinion():
-    assert checked_reward(lambda completions, **row: [None, True], alone=False)(completions=["a", "b"]) == [None, True]
+    def judge(completions, **row):
+        return [None, True]
+
+    assert checked_reward(judge, LIMITS, alone=False)(completions=["a", "b"]) == [None, True]
 
 
 def test_settings_are_bound_and_refused():

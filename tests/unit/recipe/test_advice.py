@@ -47,6 +47,7 @@ def recipe(**parts: Any) -> dict[str, Any]:
         ({"data__more": [{"source": "b", "weight": 2, "count": 3}]}, "entry 1: give weight or count, not both"),
         ({"data__more": [{"source": "b", "prompt": "{x}"}]}, "entry 1: prompt and completion belong together"),
         ({"data__more": [{"weight": 2}]}, "data.more.0.source: is missing"),
+        ({"rollouts": {"enginee": "auto"}}, "rollouts.enginee: unknown key; the nearest is 'engine'"),
         ({"metric": {"name": "labels"}}, "metric: is measured on held-out rows, and there are none"),
         ({"metric": {"name": "regex"}, "data__eval_fraction": 0.1}, "metric.pattern: is missing"),
         ({"metric": {"name": "labels", "pattern": "x"}, "data__eval_fraction": 0.1}, "is read by regex alone"),
