@@ -125,8 +125,7 @@ def test_an_adapter_is_loaded_listed_asked_for_and_unloaded(server, root, llm, a
 
 def test_requests_in_flight_keep_their_version(server, root, llm, adapters, monkeypatch):
     """While their adapter is replaced, and unloaded: each is answered before the stream ends."""
-    step = server.engine.step
-    monkeypatch.setattr(server.engine, "step", lambda: time.sleep(0.02) or step())
+    server.hold(monkeypatch)
     n_before = len(server.engine.runner.loaded)
     assert change(server, "load", lora_name="x", lora_path="deep/lora")[0] == 200
     long = {"max_tokens": 70, "ignore_eos": True}
@@ -144,6 +143,8 @@ def test_requests_in_flight_keep_their_version(server, root, llm, adapters, monk
     assert change(server, "unload", lora_name="x")[0] == 200
     assert len(server.engine.scheduler.running) == 2
     assert server.post("/v1/completions", {"model": "x", "prompt": "x"})[0] == 404
+    monkeypatch.undo()
+    assert server.post("/v1/completions", {"prompt": "x", "max_tokens": 1})[0] == 200  # the held step begins
     assert first_text + "".join(part.choices[0].text for part in first) == right["lora"]
     assert second_text + "".join(part.choices[0].text for part in second) == right["ia3"]
     server.wait(lambda: len(server.engine.runner.loaded) == n_before)

@@ -7,7 +7,6 @@ import http.client
 import json
 import socket
 import threading
-import time
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -164,8 +163,7 @@ def test_a_client_that_goes_away_within_its_body_is_no_error(server, capfd):
 
 
 def test_more_than_is_taken_in_flight_is_told_to_ask_again(server, monkeypatch):
-    step = server.engine.step
-    monkeypatch.setattr(server.engine, "step", lambda: time.sleep(0.05) or step())
+    server.hold(monkeypatch)
     body = {"prompt": "x", "n": 5, "temperature": 1, "max_tokens": 100, "ignore_eos": True, "stream": True}
     connection = http.client.HTTPConnection("127.0.0.1", server.port)
     connection.request("POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"})

@@ -29,7 +29,8 @@ from .test_server import PROMPT, Server
 
 STREAM = {"prompt": PROMPT, "max_tokens": 40, "ignore_eos": True, "temperature": 0, "stream": True}
 PROGRAM = """
-import sys, time
+import sys
+from pathlib import Path
 import torch
 from veneer.serve.http.app import make_app
 from veneer.serve.http.models import Catalogue
@@ -37,10 +38,16 @@ from veneer.serve.http.server import run
 from veneer.serve.start import EngineOptions, start_engine
 
 torch.set_num_threads(1)
-folder, port, drain_seconds = sys.argv[1:]
+folder, port, drain_seconds, may_end = sys.argv[1:]
 engine = start_engine(folder, EngineOptions())
 step = engine.step
-engine.step = lambda: time.sleep(0.04) or step()
+
+def held():
+    while not (Path(may_end).exists() or engine.wait(0.05)):
+        pass
+    return step()
+
+engine.step = held
 run(make_app(engine, Catalogue(engine, ["tiny"], folder, None)), "127.0.0.1", int(port), float(drain_seconds))
 """
 
@@ -232,10 +239,9 @@ def test_a_server_is_ready_while_it_takes_requests(monkeypatch):
     assert life.is_drained
 
 
-def test_what_has_not_ended_when_the_time_is_over_ends_with_an_error(base_folder, tmp_path, capfd):
+def test_what_has_not_ended_when_the_time_is_over_ends_with_an_error(base_folder, tmp_path, monkeypatch, capfd):
     server = Server(base_folder, tmp_path)
-    step = server.engine.step
-    server.engine.step = lambda: time.sleep(0.05) or step()
+    server.hold(monkeypatch)
     stream = Asking(server.port, "/v1/completions", STREAM)
     server.app.state.lifecycle.drain(0.4)
     assert "is being stopped" in stream.events()[-1]["error"]["message"]
@@ -245,10 +251,10 @@ def test_what_has_not_ended_when_the_time_is_over_ends_with_an_error(base_folder
     assert "stopping: 1 in flight ended with an error that says so" in said
 
 
-def test_a_second_signal_ends_all(base_folder, tmp_path):
+def test_a_second_signal_ends_all(base_folder, tmp_path, monkeypatch):
     server = Server(base_folder, tmp_path)
-    step, server.server._drain_seconds = server.engine.step, 100.0
-    server.engine.step = lambda: time.sleep(0.05) or step()
+    server.hold(monkeypatch)
+    server.server._drain_seconds = PATIENCE
     stream = Asking(server.port, "/v1/completions", STREAM)
     for _ in range(2):
         assert server.thread.is_alive()
@@ -259,11 +265,12 @@ def test_a_second_signal_ends_all(base_folder, tmp_path):
 
 
 def test_a_process_that_is_told_to_stop_ends_its_streams(base_folder, tmp_path):
-    """It refuses what is new meanwhile."""
+    """It refuses what is new meanwhile. A stream goes on when the test says so."""
+    drain_seconds, may_end = int(2 * PATIENCE), tmp_path / "may end"
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     log = tmp_path / "log"
-    process = started(PROGRAM, base_folder, port, 55, stdout=log)
+    process = started(PROGRAM, base_folder, port, drain_seconds, may_end, stdout=log)
     assert process.pid is not None
     try:
         _wait_for_status(port, 200, log)
@@ -275,9 +282,10 @@ def test_a_process_that_is_told_to_stop_ends_its_streams(base_folder, tmp_path):
         refused = Asking(port, "/v1/completions", STREAM)
         told = json.loads(refused.answer.read())["error"]
         assert (refused.answer.status, told["type"]) == (503, "ServiceUnavailableError")
-        assert 45 < int(refused.answer.headers["Retry-After"]) <= 55
+        assert PATIENCE < int(refused.answer.headers["Retry-After"]) <= drain_seconds
         assert refused.id
         assert Asking(port, "/metrics").answer.status == 400  # this engine keeps none
+        may_end.touch()
         *_, last = stream.events()
         process.join(PATIENCE)
     finally:

@@ -6,7 +6,6 @@ import json
 import shutil
 import socket
 import threading
-import time
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -50,10 +49,9 @@ def test_an_engine_that_breaks_down_says_so(base_folder, folder):
         server.stop()
 
 
-def test_a_server_that_is_stopped_tells_who_waits(base_folder, folder, capfd):
+def test_a_server_that_is_stopped_tells_who_waits(base_folder, folder, monkeypatch, capfd):
     server = Server(base_folder, folder)
-    step = server.engine.step
-    server.engine.step = lambda: time.sleep(0.1) or step()
+    server.hold(monkeypatch)
     body, found = {"prompt": "x", "max_tokens": 120, "ignore_eos": True}, []
     whole = threading.Thread(target=lambda: found.append(server.post("/v1/completions", body)))
     whole.start()
