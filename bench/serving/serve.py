@@ -6,30 +6,29 @@
 The load: 64 new tokens for each of 32 prompts of 32 tokens, SmolLM2-135M in bfloat16 (peers: in the dtype that is
 faster for them), adapters of rank 16 on all linear layers. veneer, transformers' `generate` and PEFT's mixed batch run
 in this environment; vLLM, OpenVINO GenAI and llama.cpp (cyllama) where a Python that has them is given. Before anything
-is timed, answers are compared: where two engines part, the two tokens must be nearly as likely by transformers in
-float32. They may be 0.35 apart in logits, or as far as transformers' own bfloat16 moves their difference at that place.
+is timed, every token of every answer must be the likeliest one by transformers and PEFT, or as good (`likeliest.py`);
+an int8 head is held to the float32 one. Peers in other 4 bits are not compared.
 Prints output tokens a second, ratios, and veneer's share of the bound measured in the run.
 """
 
 from __future__ import annotations
 
 import argparse
-import functools
 import json
+import operator
 import os
 import random
 import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from peft import PeftModel
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from bench.lora_step import adapted_by
@@ -37,6 +36,7 @@ from bench.paired import Rates, measure_rates
 from bench.report import add_keep, done, ends_as_interrupted, keep, working
 from bench.same import require_heard, stir
 from bench.serving.engine import go_on, halt, process_group
+from bench.serving.likeliest import Answered, require_likeliest
 from bench.serving.serve_side import ANSWER, Names, Prompts
 from bench.tiny_model import write_tiny
 from bench.training.methods import LORA, MEMBERS, METHODS
@@ -44,8 +44,6 @@ from veneer.ops.cpu.module import description
 from veneer.store.source import resolve
 
 SIDE = ["-m", "bench.serving.serve_side"]  # of any Python, in the root of the repository
-NEAR = 0.35  # between two logits: what bfloat16 can turn round, at values of 8 to 32
-Parted = tuple[list[int], list[int], list[int], str | None]  # a prompt, two answers to it, an adapter's folder
 
 
 @dataclass(frozen=True)
@@ -58,6 +56,7 @@ class Load:
     peers: tuple[str, ...]
     beside: str | None = None  # the load whose rate veneer's is compared with
     bound: bool = True  # whether bytes and products of the load are counted: bf16 weights, pairs of rank 16
+    base: str = "dense"  # as of `base_of`
 
 
 @dataclass
@@ -178,8 +177,11 @@ def loads_of(args: argparse.Namespace) -> list[Load]:
         ),
         Load("one request", [None], "veneer", ("transformers", "llama.cpp")),
         Load("one request, adapter", ["lora0"], "veneer with adapters", (), "one request"),
-        Load("one request, 4 bits", [None], "veneer, NF4", ("llama.cpp, Q4_0",), bound=False),
-        Load("one request, 4 bits, int8 head", [None], "veneer, NF4 and int8", ("llama.cpp, Q4_0",), bound=False),
+        Load("one request, 4 bits", [None], "veneer, NF4", ("llama.cpp, Q4_0",), bound=False, base="nf4"),
+        Load(
+            "one request, 4 bits, int8 head", [None], "veneer, NF4 and int8", ("llama.cpp, Q4_0",), bound=False,
+            base="nf4",
+        ),
     ]  # fmt: skip
 
 
@@ -249,55 +251,20 @@ def prompts_of(args: argparse.Namespace) -> Prompts:
 def require_equal(
     load: Load, engines: dict[str, Engine], prompts: Prompts, args: argparse.Namespace, adapters: dict[str, str]
 ) -> None:
-    """Print how many answers of each peer are veneer's. SystemExit where one parts at tokens that are no near tie."""
-    asked = prompts[: len(load.names)]
-    own = engines[load.veneer].ask(asked, load.names, args.new_tokens)["tokens"]
+    """Print how many answers of each peer are veneer's. PartedError where tokens are not the model's own."""
+    asked, folders = prompts[: len(load.names)], [adapters.get(name or "") for name in load.names]
+    answers = {
+        title: engines[title].ask(asked, load.names, args.new_tokens)["tokens"] for title in present(load, engines)
+    }
+    own = answers[load.veneer]
     if any(load.names):
         alone = engines[load.veneer].ask(asked, [None] * len(asked), args.new_tokens)["tokens"]
         require_heard(load.title, own, alone)
-    for peer in present(load, engines)[1:]:
-        theirs = engines[peer].ask(asked, load.names, args.new_tokens)["tokens"]
-        parted = [row for row in range(len(asked)) if own[row] != theirs[row]]
-        pairs = [(asked[row], own[row], theirs[row], adapters.get(load.names[row] or "")) for row in parted]
-        gaps = [preference(args.place, *pair, torch.float32) for pair in pairs]
-        apart = max(map(abs, gaps), default=0.0)
-        print(f"{load.title}: {len(asked) - len(parted)} of {len(asked)} answers of {peer} are veneer's", end="")
-        print(f"; the others part at logits {apart:.2f} apart at most" if gaps else "", flush=True)
-        if "4 bits" not in load.title:
-            require_rounding(args, pairs, gaps)
-
-
-def require_rounding(args: argparse.Namespace, pairs: Sequence[Parted], gaps: Sequence[float]) -> None:
-    """SystemExit if two tokens are further apart than `NEAR` and than transformers' bfloat16 moves them at that place.
-
-    The more requests there are, the rarer are the roundings among them. Engines round in other places than transformers
-    does, and no less: each may move a difference as far.
-    """
-    far = [(pair, abs(gap), gap) for pair, gap in zip(pairs, gaps, strict=True) if abs(gap) > NEAR]
-    for pair, apart, gap in far:
-        moved = abs(preference(args.place, *pair, torch.bfloat16) - gap)
-        print(f"  {apart:.2f} apart: transformers' own bfloat16 moves this difference by {moved:.2f}", flush=True)
-        if apart > moved:
-            raise SystemExit(f"that is more than rounding turns round ({NEAR}, {moved:.2f}): no times are given")
-
-
-def preference(
-    place: str, prompt: list[int], own: list[int], theirs: list[int], adapter: str | None, dtype: torch.dtype
-) -> float:
-    """By how much transformers (and PEFT) prefer the first token of ``own`` that differs, in logits."""
-    at = next(n for n, (a, b) in enumerate(zip(own, theirs, strict=True)) if a != b)
-    base = reference(place, dtype)
-    model = PeftModel.from_pretrained(base, adapter).eval() if adapter else base
-    with torch.no_grad():
-        logits = model(input_ids=torch.tensor([prompt + own[:at]])).logits[0, -1]
-    if adapter:
-        model.unload()
-    return (logits[own[at]] - logits[theirs[at]]).item()
-
-
-@functools.cache
-def reference(place: str, dtype: torch.dtype) -> Any:
-    return AutoModelForCausalLM.from_pretrained(place, dtype=dtype).eval()
+    for title, tokens in answers.items():
+        n_equal = sum(map(operator.eq, own, tokens))
+        print(f"{load.title}: {n_equal} of {len(asked)} answers of {title} are veneer's", flush=True)
+        if title == load.veneer or load.base == "dense":
+            require_likeliest(f"{load.title}, {title}", args.place, map(Answered, asked, tokens, folders), load.base)
 
 
 # Time.

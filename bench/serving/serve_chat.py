@@ -7,8 +7,8 @@ All conversations have one system prompt of random tokens. In each turn all of t
 are new, and 32 are answered, greedily, by SmolLM2-135M in bfloat16; by the base, and by the adapters in turn. A turn is
 timed to the first tokens of all. Beside it, in the same engine, stand as many prompts that are as long as what is new
 and share nothing. The answers of the engines with and without the cache must be equal; with ``--compared``, those of
-so many conversations. Prints for each load the ratio of the two times over all later turns, and the speed with the
-cache where nothing is shared, as a share of that without.
+so many conversations. Of the last turn some must be the likeliest ones (`likeliest.py`). Prints for each load the ratio
+of the two times over all later turns, and the speed with the cache where nothing is shared, as a share of that without.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from transformers import PretrainedConfig
 
 from bench.report import Rows, add_keep, ends_as_interrupted, keep, working
 from bench.same import require_heard
+from bench.serving.likeliest import Answered, require_likeliest
 from bench.serving.serve import SIDE, Engine, running
 from bench.serving.serve_cold import write_adapters
 from bench.serving.serve_side import Names, Prompts
@@ -38,6 +39,7 @@ from veneer.ops.cpu.module import description
 from veneer.store.source import resolve
 
 GOAL, SAME = 1.3, 0.98
+JUDGED = 4  # conversations whose last answers are held to the model's
 CACHED, PLAIN, PEER = "veneer", "veneer, no cache", "vLLM"
 
 
@@ -59,7 +61,7 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     with tempfile.TemporaryDirectory() as name, ExitStack() as stack:
         folder = Path(name)
-        place = write_tiny(folder / "model") if args.tiny else str(resolve(args.model))
+        place = args.place = write_tiny(folder / "model") if args.tiny else str(resolve(args.model))
         adapters = {each.name: each.path for each in write_adapters(place, folder, args.adapters)}
         print(f"kernels: {description()}; torch {torch.__version__}; load {os.getloadavg()[0]:.1f}", flush=True)
         engines = {
@@ -72,7 +74,7 @@ def main() -> None:
         loads[f"{len(rows)} adapters"] = [rows[i % len(rows)] for i in range(args.conversations)]
         figures: dict[str, float] = {}
         for title, names in loads.items():
-            figures |= show(title, converse(engines, names, draw, args))
+            figures |= show(title, converse(engines, names, draw, args, adapters))
         figures |= show_unshared(engines, draw, args)
         keep(args.keep, figures)
 
@@ -124,8 +126,10 @@ class Draw:
         return [self.tokens(n_tokens) for _ in range(n)]
 
 
-def converse(engines: dict[str, Engine], names: Names, draw: Draw, args: argparse.Namespace) -> dict[str, Seconds]:
-    """All turns of all conversations by each engine; SystemExit where the cache changes an answer."""
+def converse(
+    engines: dict[str, Engine], names: Names, draw: Draw, args: argparse.Namespace, adapters: dict[str, str]
+) -> dict[str, Seconds]:
+    """All turns of all conversations by each engine; SystemExit where the cache changes an answer, or it is wrong."""
     system, found = draw.tokens(args.system_tokens), {title: Seconds() for title in engines}
     histories = [list(system) for _ in names]
     for turn in range(args.turns):
@@ -151,6 +155,8 @@ def converse(engines: dict[str, Engine], names: Names, draw: Draw, args: argpars
         if answers[CACHED] != answers[PLAIN]:
             raise SystemExit(f"turn {turn + 1}: the cache changes answers, so that no times are given")
         histories = [prompt + own for prompt, own in zip(asked, answers[CACHED], strict=True)]
+    told = map(Answered, asked[:JUDGED], answers[CACHED], (adapters.get(name or "") for name in names))
+    require_likeliest(CACHED, args.place, told)
     return found
 
 

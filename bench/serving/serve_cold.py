@@ -1,9 +1,10 @@
 """More adapters than there is room for: 64 adapters at random, 16 of them loaded at a time, beside 16 that stay.
 
 Requests are greedy, a number of them at once, the next when one ends. Before anything is timed, answers are compared
-with those of each adapter alone, on both engines. Then three loads take turns, each as often as asked: requests for 16
-adapters that are loaded; for 64 with room for 16; and for the same 16 while every step or so one more adapter is read
-that none of them names. Told are tokens a second and, of requests that decode, the gaps between their tokens: medians.
+with those of each adapter alone, on both engines, and must be the likeliest ones (`likeliest.py`). Then three loads
+take turns, each as often as asked: requests for 16 adapters that are loaded; for 64 with room for 16; and for the same
+16 while every step or so one more adapter is read that none of them names. Told are tokens a second and, of requests
+that decode, the gaps between their tokens: medians.
 
     python -m bench.serving.serve_cold MODEL [--tiny] [--requests 96] [--repeats 3] [--threads 2]
 """
@@ -23,11 +24,12 @@ import torch
 
 from bench.report import add_keep, done, keep, working
 from bench.same import require_heard
+from bench.serving.likeliest import Answered, require_likeliest
 from bench.tiny_model import write_tiny
 from veneer import LLM, LoraConfig, LoRARequest, SamplingParams, get_peft_model
 from veneer.serve.schedule.outputs import RequestOutput
 from veneer.serve.schedule.sampling_params import RequestOutputKind
-from veneer.store.source import load_model
+from veneer.store.source import load_model, resolve
 
 ROOM, RANK, PROMPT, TOKENS, AT_ONCE = 16, 16, 32, 64, 32
 THROUGHPUT, GAP = 0.7, 2.0  # the goals: of 16 resident, and of the p99 of gaps without loads
@@ -75,7 +77,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     with tempfile.TemporaryDirectory() as scratch:
-        model = write_tiny(Path(scratch) / "base") if args.tiny else args.model
+        model = write_tiny(Path(scratch) / "base") if args.tiny else str(resolve(args.model))
         adapters = write_adapters(model, Path(scratch), args.adapters)
         keep(args.keep, compare(model, adapters, args.requests, args.repeats))
 
@@ -102,13 +104,13 @@ def compare(model: str, adapters: Sequence[LoRARequest], n_requests: int, repeat
     engines = [LLM(model, max_cpu_loras=n, max_loras=n, **options) for n in (ROOM, ROOM + 2)]
     draw = random.Random(0)
     few, many = ([draw.choice(each) for _ in range(n_requests)] for each in (adapters[:ROOM], adapters))
-    require_equal(engines[0], many[:8])
+    require_equal(engines[0], model, many[:8])
     for adapter in adapters[:ROOM]:
         for llm in engines:
             llm.llm_engine.add_lora(adapter)
     for adapter in adapters[:ROOM]:
         engines[1].llm_engine.pin_lora(adapter.adapter_id)
-    require_equal(engines[1], few[:8])
+    require_equal(engines[1], model, few[:8])
     turns = []
     for turn in range(repeats):
         working(f"turn {turn + 1} of {repeats}")
@@ -129,15 +131,19 @@ def compare(model: str, adapters: Sequence[LoRARequest], n_requests: int, repeat
     return {"throughput": rate, "gap": gap}
 
 
-def require_equal(llm: LLM, adapters: Sequence[LoRARequest]) -> None:
-    """Stop unless answers in one batch are those of each adapter alone, and not those of the base."""
+def require_equal(llm: LLM, model: str, adapters: Sequence[LoRARequest]) -> None:
+    """Stop unless answers in one batch are those of each adapter alone and of the model, and not those of the base."""
     params = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
-    together = llm.generate([prompt_of(i) for i in range(len(adapters))], params, lora_request=adapters, use_tqdm=False)
-    plain = llm.generate([prompt_of(i) for i in range(len(adapters))], params, use_tqdm=False)
-    require_heard("adapters", *([each.outputs[0].token_ids for each in outputs] for outputs in (together, plain)))
-    for i, adapter in enumerate(adapters):
-        [alone] = llm.generate([prompt_of(i)], params, lora_request=adapter, use_tqdm=False)
-        if alone.outputs[0].token_ids != together[i].outputs[0].token_ids:
+    prompts = [prompt_of(i) for i in range(len(adapters))]
+    together, plain = (
+        [each.outputs[0].token_ids for each in llm.generate(prompts, params, lora_request=asked, use_tqdm=False)]
+        for asked in (list(adapters), None)
+    )
+    require_heard("adapters", together, plain)
+    require_likeliest("adapters", model, map(Answered, prompts, together, (adapter.lora_path for adapter in adapters)))
+    for prompt, adapter, tokens in zip(prompts, adapters, together, strict=True):
+        [alone] = llm.generate([prompt], params, lora_request=adapter, use_tqdm=False)
+        if alone.outputs[0].token_ids != tokens:
             raise SystemExit(f"{adapter.name} answers otherwise in a batch")
 
 

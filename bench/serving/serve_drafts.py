@@ -6,8 +6,8 @@ SmolLM2-135M in bfloat16. One engine answers each load with and without drafts, 
 turns. ``quotes`` goes on with a text that stands in its prompt, ``edits`` gives back a text with a few changes,
 ``prose`` is drawn at temperature 0.8, and ``JSON`` has a schema, whose forced tokens are tried. ``quotes`` is asked of
 an adapter of each of eight methods too, near its start, so that it still quotes. Before a load is timed, its answers
-with drafts must equal those without, and an adapter must score the tokens of the prompt otherwise than the base. The
-tokens that were tried and right are told too.
+with drafts must equal those without, greedy tokens without a schema must be the likeliest ones (`likeliest.py`), and an
+adapter must score the tokens of the prompt otherwise than the base. The tokens that were tried and right are told too.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from transformers import AutoModelForCausalLM
 from bench.lora_step import adapted_by
 from bench.report import Rows, add_keep, ends_as_interrupted, keep, working
 from bench.same import require_heard
+from bench.serving.likeliest import Answered, require_likeliest
 from bench.training.methods import MEMBERS, METHODS
 from veneer import LLM, LoRARequest, SamplingParams
 from veneer.ops.cpu.module import description
@@ -78,7 +79,7 @@ def main() -> None:
         loads = loads_of(args, llm.engine.tokenizer, Path(name), place)
         rows, figures = Rows(loads, ["plain", "drafts", "ratio", "tried", "right"]), dict[str, float]()
         for title, load in loads.items():
-            require_equal(llm, title, load)
+            require_equal(llm, place, title, load)
             plain, drafted, ratio, counts = measured(llm, title, load, args.repeats)
             figures[title] = ratio
             rows.add(title, f"{plain:.1f}", f"{drafted:.1f}", f"{ratio:.2f}", *map(str, counts))
@@ -161,14 +162,18 @@ def ask(llm: LLM, load: Load, *, drafts: bool) -> list[RequestOutput]:
         rules.draft = by_settings
 
 
-def require_equal(llm: LLM, title: str, load: Load) -> None:
-    """SystemExit if an answer with drafts is another than without, or if an adapter is not heard."""
+def require_equal(llm: LLM, place: str, title: str, load: Load) -> None:
+    """SystemExit if an answer with drafts is another than without, not the model's, or if an adapter is not heard."""
     working(f"{title}: answers with drafts and without")
-    both = (ask(llm, load, drafts=drafts) for drafts in (True, False))
-    for row, (own, plain) in enumerate(zip(*both, strict=True)):
-        found = [list(output.outputs[0].token_ids) for output in (own, plain)]
-        if found[0] != found[1]:
-            raise SystemExit(f"{title}: answer {row} is {found[0]} with drafts and {found[1]} without")
+    drafted, plain = (
+        [list(output.outputs[0].token_ids) for output in ask(llm, load, drafts=drafts)] for drafts in (True, False)
+    )
+    for row, (own, other) in enumerate(zip(drafted, plain, strict=True)):
+        if own != other:
+            raise SystemExit(f"{title}: answer {row} is {own} with drafts and {other} without")
+    if load.params.temperature == 0 and load.params.structured_outputs is None:
+        folders = [None if load.adapter is None else load.adapter.lora_path] * len(plain)
+        require_likeliest(title, place, map(Answered, load.prompts, plain, folders))
     if load.adapter is not None:
         require_heard(title, scores(llm, load), scores(llm, replace(load, adapter=None)))
 

@@ -5,7 +5,8 @@
 
 B1: SmolLM2-135M in bfloat16, requests that arrive together, each a stream on a connection of its own. `LLM` and
 ``veneer serve`` take turns on prompts that neither has seen; the server's client runs on the same cores. The ratio is
-the median over turns. Texts are compared before anything is timed. With vLLM's Python, its `LLM` and its server take
+the median over turns. Before anything is timed, greedy tokens of `LLM` must be the likeliest ones (`likeliest.py`), and
+texts of veneer's server its own. With vLLM's Python, its `LLM` and its server take
 turns too.
 B3: a conversation of 100,000 tokens, a schema of 1 MB, a folder of 10,000 adapters listed, and ``/metrics``. A task on
 the server's loop asks to run each millisecond; the figure is the longest time by which it came too late. ``--models 0``
@@ -33,8 +34,9 @@ from transformers import AutoTokenizer, PretrainedConfig
 from bench.report import Rows, add_keep, ends_as_interrupted, keep, working
 from bench.same import require_heard
 from bench.serving.engine import go_on, process_group
+from bench.serving.likeliest import Answered, require_likeliest
 from bench.serving.serve import SIDE, Engine, make_adapters, running
-from bench.serving.serve_side import Prompts
+from bench.serving.serve_side import Names, Prompts
 from bench.tiny_model import write_tiny
 from veneer.contract.file import CONFIG_FILE, WEIGHTS_FILE
 from veneer.ops.cpu.module import description
@@ -69,7 +71,7 @@ def main() -> None:
         }
         for case in args.cases:
             for title, (llm, server) in pairs.items():
-                require_equal(args, case, title, llm, server)
+                require_equal(args, case, title, llm, server, adapters)
         if args.cases:
             figures |= show(args, measured(args, pairs), list(pairs))
         if args.models:
@@ -121,19 +123,30 @@ def prompts_of(args: argparse.Namespace, number: int) -> Prompts:
     return [[draw.randrange(3, size) for _ in range(args.prompt_tokens)] for _ in range(args.streams)]
 
 
+def names_of(args: argparse.Namespace, case: str) -> Names:
+    return [f"lora{row % args.adapters}" if CASES[case][1] else None for row in range(args.streams)]
+
+
 def ask(args: argparse.Namespace, engine: Engine, case: str, number: int, *, adapted: bool = True) -> dict[str, Any]:
-    settings, has_adapters = CASES[case]
-    names = [f"lora{row % args.adapters}" if adapted and has_adapters else None for row in range(args.streams)]
+    settings, names = CASES[case][0], names_of(args, case) if adapted else [None] * args.streams
     load = {"prompts": prompts_of(args, number), "adapters": names, "n_tokens": args.new_tokens, "settings": settings}
     return engine.send(load)
 
 
-def require_equal(args: argparse.Namespace, case: str, title: str, llm: Engine, server: Engine) -> None:
-    """SystemExit if veneer's server gives another text than its engine; of vLLM the number is printed."""
+def require_equal(
+    args: argparse.Namespace, case: str, title: str, llm: Engine, server: Engine, adapters: dict[str, str]
+) -> None:
+    """SystemExit if tokens are not the model's, or veneer's server gives another text than its engine; of vLLM the
+    number is printed.
+    """
     working(f"{case}: texts of {title}'s engine and server")
     tokens, found = (ask(args, side, case, 0) for side in (llm, server))
     if CASES[case][1]:
         require_heard(case, tokens["tokens"], ask(args, llm, case, 0, adapted=False)["tokens"])
+    if not CASES[case][0]:
+        folders = [adapters.get(name or "") for name in names_of(args, case)]
+        told = map(Answered, prompts_of(args, 0), tokens["tokens"], folders)
+        require_likeliest(f"{case}, {title}", args.place, told)
     tokenizer = AutoTokenizer.from_pretrained(args.place)
     wanted = [tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in tokens["tokens"]]
     texts = [text.strip() for text in found["texts"]]  # some tokenizers drop the space in front of a text

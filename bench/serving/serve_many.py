@@ -19,7 +19,8 @@ zipf    ``--zipf`` adapters of rank 8 on q and v, asked for by Zipf's law: all l
 cold    An idle engine's first token for an adapter that is not loaded, beyond that for a loaded one: from its folder,
         and from a folder of packed adapters in another engine; both also when its files are seen for the first time.
 
-The last three compare answers first: those of requests in one batch with those of each alone.
+The last three compare answers first: those of requests in one batch with those of each alone, and each token with the
+likeliest one (`likeliest.py`).
 """
 
 from __future__ import annotations
@@ -41,9 +42,11 @@ import torch
 
 from bench.report import Rows, add_keep, ends_as_interrupted, keep, working
 from bench.serving.asked import ask, engine_of, finish, prompt_of, write_adapters
+from bench.serving.likeliest import Answered, require_likeliest
 from bench.tiny_model import write_tiny
 from veneer import LLM, LoraConfig, LoRARequest, SamplingParams
 from veneer.serve.schedule.prefill_budget import PrefillBudget
+from veneer.store.source import resolve
 
 STEP, PAUSE, MEMORY, FIRST, GAPS, TOKENS = 1.1, 5e-3, 16e3, 2.0, 3.0, 0.95  # the goals
 BYTES, RESIDENT, ROOM, FROM_FOLDER, FROM_BLOCK = 1.5, 0.95, 0.8, 40e-3, 8e-3
@@ -77,7 +80,7 @@ def main() -> None:
         "many": many, "zipf": zipf, "cold": cold,
     }  # fmt: skip
     with tempfile.TemporaryDirectory() as scratch:
-        model = write_tiny(Path(scratch) / "base") if args.tiny else args.model
+        model = write_tiny(Path(scratch) / "base") if args.tiny else str(resolve(args.model))
         figures: dict[str, float] = {}
         for name in args.parts:
             figures |= parts[name](args, model, Path(scratch))
@@ -311,8 +314,10 @@ def streams(llm: LLM, n_prompts: int, n_long: int) -> Watched:
     return Watched(found, rate, n_tokens / (time.perf_counter() - start))
 
 
-def require_equal(llm: LLM, adapters: Sequence[LoRARequest]) -> None:
-    """Stop unless answers in one batch are those of each adapter alone, with equal log-probabilities, which differ."""
+def require_equal(llm: LLM, model: str, adapters: Sequence[LoRARequest]) -> None:
+    """Stop unless answers in one batch are those of each adapter alone, with equal log-probabilities, which differ, and
+    those of the model.
+    """
     params = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True, logprobs=0)
 
     def answers(asked: Sequence[LoRARequest]) -> list[tuple[tuple[int, float], ...]]:
@@ -325,13 +330,18 @@ def require_equal(llm: LLM, adapters: Sequence[LoRARequest]) -> None:
     together = answers(adapters)
     if together != [answers([adapter])[0] for adapter in adapters] or len(set(together)) < len(adapters):
         raise SystemExit("adapters answer otherwise in a batch")
+    told = [
+        Answered(prompt_of(1), [id for id, _ in answer], adapter.lora_path)
+        for adapter, answer in zip(adapters, together, strict=True)
+    ]
+    require_likeliest("adapters in a batch", model, told)
 
 
 def many(args: Any, model: str, scratch: Path) -> dict[str, float]:
     n = args.many
     adapters = write_adapters(model, scratch / "many", n, LoraConfig(r=16, target_modules="all-linear"))
     llm = engine_of(model, max_num_seqs=n, max_model_len=64)
-    require_equal(llm, adapters[:4])
+    require_equal(llm, model, adapters[:4])
     for adapter in adapters:
         llm.llm_engine.add_lora(adapter)
     times: dict[bool, list[float]] = {False: [], True: []}
@@ -383,7 +393,7 @@ def zipf(args: Any, model: str, scratch: Path) -> dict[str, float]:
     whole = engine_of(model, max_num_seqs=SEATS, max_model_len=128)
     room = engine_of(model, max_num_seqs=SEATS, max_model_len=128, max_cpu_loras=max(SEATS, n // 10))
     for llm in (whole, room):
-        require_equal(llm, adapters[-8:])
+        require_equal(llm, model, adapters[-8:])
     for number, adapter in enumerate(adapters):
         working(f"{number} are loaded") if number % 100 == 0 else None
         whole.llm_engine.add_lora(adapter)
@@ -427,7 +437,7 @@ def cold(args: Any, model: str, scratch: Path) -> dict[str, float]:
     filling.engine.close()
     engines = {"from its folder": (own, FROM_FOLDER), "from the block": (packed, FROM_BLOCK)}
     for llm, _ in engines.values():
-        require_equal(llm, adapters[:4])
+        require_equal(llm, model, adapters[:4])
     new, known = ({name: list[float]() for name in engines} for _ in range(2))
     for adapter in adapters[1:]:
         for name, (llm, _) in engines.items():

@@ -6,9 +6,10 @@
 SmolLM2-135M in bfloat16, prompts of random tokens, end tokens ignored. With ``--vocabulary`` a model of its shape with
 random weights and as many ids takes its place. Every case decodes as many tokens as the greedy one, which stands in the
 first row; the ratio is the median over turns. Prompts stay in each engine's prefix cache, so that decoding is timed.
-Before anything is timed, answers in the crowd are compared with those to the same requests alone: a draw belongs to its
-seed and place. The base answers: no adapter is asked for. With vLLM's Python, vLLM answers the same cases; with the
-Python of an environment that has another version of veneer, so does that.
+The base answers. Before anything is timed, answers in the crowd are compared with those to the same requests alone: a
+draw belongs to its seed and place. Every second request then asks for an adapter, and greedy tokens must be the
+likeliest ones (`likeliest.py`). With vLLM's Python, vLLM answers the same cases; with the Python of an environment that
+has another version of veneer, so does that.
 """
 
 from __future__ import annotations
@@ -28,8 +29,12 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from bench.report import Rows, add_keep, ends_as_interrupted, keep, working
+from bench.same import require_heard
+from bench.serving.likeliest import Answered, require_likeliest
 from bench.serving.serve import SIDE, Engine, running
-from bench.serving.serve_side import Prompts
+from bench.serving.serve_cold import write_adapters
+from bench.serving.serve_side import Names, Prompts
+from veneer import LoRARequest
 from veneer.ops.cpu.module import description
 from veneer.store.source import resolve
 
@@ -46,7 +51,7 @@ CASES: dict[str, dict[str, Any]] = {
     "5 logprobs": {"settings": {"logprobs": 5}},
     "JSON": {"structured": {"json": SCHEMA}},
 }
-ALONE = 2  # requests that are compared with themselves alone
+ALONE = 4  # requests that are compared with themselves alone
 
 
 def main() -> None:
@@ -56,9 +61,11 @@ def main() -> None:
         folder = Path(name)
         place = resolve(args.model) if args.vocabulary is None else random_model(args, folder / "model")
         print(f"kernels: {description()}; torch {torch.__version__}; load {os.getloadavg()[0]:.1f}", flush=True)
-        job = {"model": str(place), "dtype": "bfloat16", "adapters": {}, "max_loras": 1}
+        args.place = str(place)
+        [adapter] = write_adapters(args.place, folder, 1)
+        job: dict[str, Any] = {"model": args.place, "dtype": "bfloat16", "adapters": {}, "max_loras": 1}
         job["options"] = {"enable_prefix_caching": True}  # else each case reads all prompts twice
-        sides = {"veneer": ([sys.executable, *SIDE, "veneer"], job)}
+        sides = {"veneer": ([sys.executable, *SIDE, "veneer"], job | {"adapters": {adapter.name: adapter.lora_path}})}
         if args.vllm_python:
             sides["vLLM"] = ([args.vllm_python, *SIDE, "vllm"], job)
         if args.other_python:
@@ -67,7 +74,7 @@ def main() -> None:
         for title, side in sides.items():
             engines.append(stack.enter_context(running(title, *side, folder)))
             for case in args.cases if len(engines) == 1 else ():  # before a peer waits: vLLM ends if it waits long
-                require_equal(engines[0], case, prompts, args.new_tokens)
+                require_equal(engines[0], case, prompts, adapter, args)
         show(args, measured(args, engines, prompts), [engine.title for engine in engines])
 
 
@@ -105,18 +112,26 @@ def prompts_of(args: argparse.Namespace, size: int) -> Prompts:
     return [[draw.randrange(3, size) for _ in range(args.prompt_tokens)] for _ in range(args.rows)]
 
 
-def ask(engine: Engine, case: str, prompts: Prompts, n_tokens: int) -> dict[str, Any]:
-    return engine.send({"prompts": prompts, "adapters": [None] * len(prompts), "n_tokens": n_tokens, **CASES[case]})
+def ask(engine: Engine, case: str, prompts: Prompts, n_tokens: int, names: Names | None = None) -> dict[str, Any]:
+    load = {"prompts": prompts, "adapters": names or [None] * len(prompts), "n_tokens": n_tokens}
+    return engine.send(load | CASES[case])
 
 
-def require_equal(engine: Engine, case: str, prompts: Prompts, n_tokens: int) -> None:
-    """SystemExit if an answer alone is another than in the crowd."""
+def require_equal(engine: Engine, case: str, prompts: Prompts, adapter: LoRARequest, args: argparse.Namespace) -> None:
+    """SystemExit if an answer alone is another than in the crowd, or not the model's."""
     working(f"{case}: answers alone and in the crowd")
-    crowd = ask(engine, case, prompts, n_tokens)["tokens"]
+    names = [(None, adapter.name)[row % 2] for row in range(len(prompts))]
+    crowd = ask(engine, case, prompts, args.new_tokens, names)["tokens"]
     for row in range(ALONE):
-        [alone] = ask(engine, case, prompts[row : row + 1], n_tokens)["tokens"]
+        one = slice(row, row + 1)
+        [alone] = ask(engine, case, prompts[one], args.new_tokens, names[one])["tokens"]
         if alone != crowd[row]:
             raise SystemExit(f"{case}: request {row} has another answer alone: {alone} and {crowd[row]}")
+    if case == GREEDY:
+        plain = ask(engine, case, prompts, args.new_tokens)["tokens"]
+        require_heard(case, crowd[1::2], plain[1::2])
+        folders = [name and adapter.lora_path for name in names]
+        require_likeliest(case, args.place, map(Answered, prompts, crowd, folders))
 
 
 def measured(args: argparse.Namespace, engines: list[Engine], prompts: Prompts) -> dict[str, dict[str, list[float]]]:

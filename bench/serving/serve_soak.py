@@ -44,6 +44,8 @@ from transformers import AutoModelForCausalLM
 from bench.lora_step import adapted_by
 from bench.report import Rows, add_keep, ends_as_interrupted, keep, working
 from bench.same import require_heard, stir
+from bench.serving.asked import prompt_of
+from bench.serving.likeliest import require_scores, scores_in, scoring
 from bench.serving.serve_http_side import answers_at, free_port
 from bench.tiny_model import write_tiny
 from bench.training.methods import MEMBERS, METHODS
@@ -163,6 +165,7 @@ async def soak(args: argparse.Namespace, folder: Path, url: str) -> dict[str, fl
     async with httpx.AsyncClient(base_url=url, timeout=600, limits=limits) as client:
         run = Soak(client, folder, "base", names, names[: len(names) // 2])
         at_first = await heard_at_first(run)
+        await require_right(run, args.place)
         memory = await mixed(args, run, at_first)
         await disconnects(run, args.disconnects)
         right = await overload(args, run)
@@ -251,6 +254,14 @@ async def heard_at_first(run: Soak) -> dict[str, str]:
     found = {name: await judged(run, name, name) for name in names}
     require_heard("the judge's questions", found.values(), [await judged(run, "base", name) for name in names])
     return {"base": await judged(run, "base", "base"), **found}
+
+
+async def require_right(run: Soak, place: str) -> None:
+    """PartedError if the judge's adapters score a prompt otherwise than the model under them."""
+    for name in run.stable[:6]:
+        answer = await run.send("/v1/completions", scoring(name, prompt := prompt_of(1)))
+        scores = [] if answer is None else scores_in(answer.json(), prompt)
+        require_scores(name, place, prompt, scores, str(run.folder / name))
 
 
 async def judged(run: Soak, name: str, asked: str) -> str:

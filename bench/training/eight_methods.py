@@ -109,7 +109,7 @@ def serving(args: argparse.Namespace) -> float:
     ways: dict[str, Callable[[], Timing]] = {}
     for title, makes in kinds(args, SERVED).items():
         adapters = written(base, makes, args.folder / title)
-        require_equal(llm, adapters)
+        require_equal(llm, args.place, adapters)
         ask = lambda adapters=adapters: llm.generate(prompts, params, lora_request=adapters, use_tqdm=False)  # noqa: E731
         ways[title] = lambda ask=ask: timed(ask)
     return shown(f"serving, {N_ROWS} x {len(prompts[0])} tokens in and {N_SERVED} out", ways, args)
