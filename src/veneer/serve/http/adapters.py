@@ -195,7 +195,7 @@ class AdapterRoutes:
                 f"beginning with {MIX}",
                 "lora_name",
             )
-        if not catalogue.caller.sees(name):
+        if not catalogue.sees(name):
             raise ForbiddenError(f"this key may not load an adapter of the name {name!r}", "lora_name")
         current_record().model = name
         if not catalogue.has(name):

@@ -88,7 +88,7 @@ class Catalogue:
     def incomplete(self) -> dict[str, str]:
         """Return the folders that the caller sees which lack a file of an adapter, by name, with the reason."""
         there = {} if self._folder is None else self._folder.incomplete
-        return {name: reason for name, reason in there.items() if self._sees(name)}
+        return {name: reason for name, reason in there.items() if self.sees(name)}
 
     def find(self, name: str | None) -> LoRARequest | None:
         """Return the adapter of a name; None for the base. Raises ModelNotFoundError."""
@@ -128,6 +128,11 @@ class Catalogue:
         """Return True if a name is that of the base, or of an adapter that the caller sees."""
         return name in self._names or self._found(name) is not None
 
+    def sees(self, name: str) -> bool:
+        """Return True if the caller may see an adapter, and all parts of a mix, since the mix's card names them."""
+        loaded = self._loaded.get(name)
+        return all(map(self.caller.sees, (name, *((loaded and loaded.weights) or ()))))
+
     def names(self) -> tuple[str, ...]:
         """Return the names of the adapters that the caller sees, sorted; the same object until one comes or goes."""
         there, key = self._there(), self.caller
@@ -135,7 +140,7 @@ class Catalogue:
             return there
         known = self._views.get(key.adapters)
         if known is None or known[0] is not there:
-            known = there, tuple(filter(self._sees, there))
+            known = there, tuple(filter(self.sees, there))
             self._views.put(key.adapters, known)
         return known[1]
 
@@ -172,7 +177,7 @@ class Catalogue:
         """
         if name in self._names:
             raise ModelNotFoundError(f"{name!r} is the base, which stays: give the name of an adapter", "lora_name")
-        if name not in self._loaded or not self._sees(name):  # what was loaded may have no files any more
+        if name not in self._loaded or not self.sees(name):  # what was loaded may have no files any more
             self.find(name)
         with self._lock:
             self._loaded.pop(name, None)
@@ -245,11 +250,6 @@ class Catalogue:
             self._all = names, n_changes, tuple(sorted({*names, *self._loaded})) if self._loaded else names
         return self._all[2]
 
-    def _sees(self, name: str) -> bool:
-        """Return True if the caller may see an adapter, and all parts of a mix, since the mix's card names them."""
-        loaded = self._loaded.get(name)
-        return all(map(self.caller.sees, (name, *((loaded and loaded.weights) or ()))))
-
     def _found(self, name: str) -> LoRARequest | None:
         """Return the request for an adapter, after a look at its files; None also if the caller may not see it."""
         if not self.caller.sees(name):
@@ -278,7 +278,7 @@ class Catalogue:
 
     def _why_not(self, name: str) -> str:
         """Return the part of a message that says why the folder of this name is not an adapter."""
-        reason = self._folder.why_not(name) if self._folder is not None and self._sees(name) else None
+        reason = self._folder.why_not(name) if self._folder is not None and self.sees(name) else None
         return "" if reason is None else f": its folder is no adapter, {reason}"
 
     def _parts(self, weights: Mapping[str, float]) -> list[tuple[LoRARequest, float]]:

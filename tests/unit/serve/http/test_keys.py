@@ -212,10 +212,13 @@ def test_an_admin_of_some_adapters_changes_no_others(server):
     assert status("unload", lora_name="a-both") == 200
 
 
-def test_a_mix_with_a_hidden_part_is_hidden(server):
+def test_a_mix_with_a_hidden_part_is_hidden_and_not_replaced(server):
     load = {"lora_name": "a-mixed", "adapter": {"a-lora": 0.5, "b-lora": 0.5}}
     assert ask(server, "all", "POST", "/v1/load_lora_adapter", load).status == 200
     assert ask(server, "a", "POST", "/v1/completions", {**ASK, "model": "a-mixed"}).status == 404
+    for over in ({"lora_path": "a-lora"}, {"lora_path": "a-lora", "load_inplace": True}, {"adapter": {"a-lora": 1.0}}):
+        refused = ask(server, "admin-of-a", "POST", "/v1/load_lora_adapter", {"lora_name": "a-mixed", **over})
+        assert (refused.status, "b-" in refused.text) == (403, False)
     assert ask(server, "all", "POST", "/v1/completions", {**ASK, "model": "a-mixed"}).status == 200
     ask(server, "all", "POST", "/v1/unload_lora_adapter", {"lora_name": "a-mixed"})
 
