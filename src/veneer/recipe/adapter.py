@@ -56,6 +56,15 @@ def differs_in_writing(adapter: Mapping[str, Any], saved: Any) -> bool:
     return given != saved and (isinstance(given, str) or (names and isinstance(saved, str)))
 
 
+def not_that_adapter(problems: list[str]) -> str:
+    """Return the message about settings of an ``adapter`` part that differ from the saved adapter that it names."""
+    return (
+        "; ".join(problems)
+        + ". An adapter that is trained on stays the adapter that it is: leave these keys out, or leave adapter.from "
+        "out and begin a new one. Data, task, rates and dropout may differ"
+    )
+
+
 def _going_on_problems(adapter: Mapping[str, Any], names: list[str]) -> list[str]:
     place, method = adapter[FROM], adapter.get("method")
     if not isinstance(place, str) or not place:

@@ -16,6 +16,7 @@ from veneer.recipe.distributed_part import dealing_problems
 from veneer.recipe.known import declared
 from veneer.recipe.parts import DataPart
 from veneer.recipe.problems import problems_of
+from veneer.recipe.saved import saved_problems
 from veneer.recipe.source_part import SourcePart
 from veneer.recipe.sweep_part import PART, members_of
 from veneer.recipe.values import section
@@ -38,6 +39,7 @@ def refuse_early(
         found += dealing_problems(run, n_processes or group_size())
         with suppress(UnreadableError):
             found += [*problems_of(run, declared()), *value_problems(run)]
+            found += saved_problems(section(run, "adapter"), declared().methods)
         with suppress(UnreadableError):
             found += target_problems(run)
     rows = [told for run in runs for told in missing_rows(run)] if begins else []

@@ -18,9 +18,11 @@ _VARIANTS = f"{_METHODS}.variants"
 class KnownMethod:
     """Keys of a method's config, which ``read`` returns. ``switches`` are those that the name itself sets.
 
-    ``is_own``: the name is that of the config, and not of a variant or preset.
+    ``home``: the module and the name of the config. ``is_own``: the name is that of the config, and not of a variant
+    or preset.
     """
 
+    home: tuple[str, str]
     read: Callable[[], AllowedKeys]
     switches: Mapping[str, bool] = field(default_factory=dict)
     is_own: bool = True
@@ -53,7 +55,7 @@ def declared_methods() -> Mapping[str, KnownMethod]:
     found, presets = dict[str, KnownMethod](), dict[str, KnownMethod]()
     for module in method_modules():
         for name, peft_type in classes_with(module, "peft_type"):
-            method = KnownMethod(functools.partial(declared_keys, module, name))
+            method = KnownMethod((module, name), functools.partial(declared_keys, module, name))
             found[peft_type.lower()] = method
             presets |= dict.fromkeys(literal(module, "PRESETS", {}), replace(method, is_own=False))
     variants = {}

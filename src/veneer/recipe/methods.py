@@ -15,7 +15,7 @@ from veneer.contract import MethodConfig
 from veneer.contract.source import HubOptions, adapter_folder
 from veneer.errors import ConfigError, FormatError
 from veneer.methods import all_methods
-from veneer.recipe.adapter import FROM, FULL, differs_in_writing, fields_of, method_of
+from veneer.recipe.adapter import FROM, FULL, differs_in_writing, fields_of, method_of, not_that_adapter
 from veneer.recipe.key_checks import keys_of, typed
 from veneer.recipe.known import KnownKeys, KnownMethod
 from veneer.recipe.tasks import settings_of
@@ -45,7 +45,12 @@ def named_methods() -> dict[str, NamedMethod]:
 def imported() -> KnownKeys:
     """Return the keys of all methods and trainers, as their imported classes have them."""
     methods = {
-        name: KnownMethod(partial(keys_of, each.config), each.switches, is_own=name == each.config.peft_type.lower())
+        name: KnownMethod(
+            (each.config.__module__, each.config.__name__),
+            partial(keys_of, each.config),
+            each.switches,
+            is_own=name == each.config.peft_type.lower(),
+        )
         for name, each in named_methods().items()
     }
     return KnownKeys(methods, lambda task: keys_of(settings_of(task)))
@@ -122,15 +127,6 @@ def _is_method(config: MethodConfig, method: str) -> bool:
         named is not None
         and type(config) is named.config
         and (not config.variants() or method in (name_of(config), config.peft_type.lower()))
-    )
-
-
-def not_that_adapter(problems: list[str]) -> str:
-    """Return the message about settings of an ``adapter`` part that differ from the saved adapter that it names."""
-    return (
-        "; ".join(problems)
-        + ". An adapter that is trained on stays the adapter that it is: leave these keys out, or leave adapter.from "
-        "out and begin a new one. Data, task, rates and dropout may differ"
     )
 
 

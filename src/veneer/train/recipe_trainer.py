@@ -30,10 +30,10 @@ from veneer.model.sharded.sharding import BaseCutter, is_cut, leave_apart, shard
 from veneer.plain.group import n_on_this_machine
 from veneer.plain.progress import waits_told
 from veneer.plain.tasks import TaskType
-from veneer.recipe.adapter import FROM, differs_in_writing
+from veneer.recipe.adapter import FROM, differs_in_writing, not_that_adapter
 from veneer.recipe.advice import odd_rate
 from veneer.recipe.distributed_part import DistributedPart
-from veneer.recipe.methods import adapter_config, not_that_adapter, usual_learning_rate
+from veneer.recipe.methods import adapter_config, usual_learning_rate
 from veneer.recipe.readers import preference_reader
 from veneer.recipe.recipe import Recipe
 from veneer.recipe.tasks import trainer_of

@@ -131,6 +131,27 @@ def test_a_damaged_adapter_is_told_before_torch_is_imported(
         assert (code, said in told) == (2, True), (command, told)
 
 
+def test_a_wrong_adapter_to_train_on_is_told_before_torch_is_imported(adapter_folder: Path, tmp_path: Path) -> None:
+    for name in ("cut", "bare"):
+        (tmp_path / name).mkdir()
+    shutil.copy(adapter_folder / "adapter_config.json", tmp_path / "cut")
+    weights = (adapter_folder / "adapter_model.safetensors").read_bytes()
+    (tmp_path / "cut" / "adapter_model.safetensors").write_bytes(weights[:-9])
+    parts: list[tuple[dict[str, str], str]] = [
+        ({"from": str(tmp_path / "none")}, f"adapter.from: {tmp_path / 'none'} does not exist"),
+        ({"from": str(tmp_path / "bare")}, f"adapter.from: {tmp_path / 'bare'} holds no adapter_config.json"),
+        ({"from": str(tmp_path / "cut")}, "is damaged or was cut off ("),
+        ({"from": str(adapter_folder), "method": "ia3"}, f"adapter.method: ia3 here, lora in {adapter_folder}"),
+    ]
+    cases = [
+        ([verb, recipe(tmp_path, f"{number}.yaml", tmp_path / "new", adapter=part)], said)
+        for number, (part, said) in enumerate(parts)
+        for verb in ("train", "plan")
+    ]
+    for (command, said), (code, told) in zip(cases, told_early([each[0] for each in cases]), strict=True):
+        assert (code, said in told) == (2, True), (command, told)
+
+
 def test_wrong_options_and_rows_of_eval_are_told_before_torch_is_imported(model_folder: Path, tmp_path: Path) -> None:
     base, rows, odd, empty = (
         str(model_folder),
