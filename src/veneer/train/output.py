@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from veneer.adapters.card import tell_parent
-from veneer.data.files import numbered_rows
 from veneer.disk.folder import new_folder
 from veneer.errors import ConfigError, DataError, listed
 from veneer.recipe.adapter import FULL
 from veneer.recipe.parts import DataPart
 from veneer.recipe.recipe import Recipe
+from veneer.train.asking import ask_command
 from veneer.train.checkpoint import latest_checkpoint
 from veneer.train.processes import by_main, is_main
 from veneer.train.record.going_on import is_complete, parent_of
@@ -100,21 +100,11 @@ def usable(recipe: Recipe, checkpoint: Path) -> str:
     base, kind = recipe.model.source, MODEL if recipe.method == FULL else ADAPTER
     if recipe.task == "reward":
         return f"The {kind} in {checkpoint} loads as that of a finished run does"
-    plain, metric = is_plain(recipe.data), "perplexity" if recipe.metric is None else recipe.metric.name
-    verb, raw = ("generate", " --raw -p TEXT") if plain else ("chat", "")
-    commands = {
-        MODEL: (f"veneer {verb} {checkpoint}{raw}", f"veneer serve {checkpoint}"),
-        ADAPTER: (
-            f"veneer {verb} {base} --adapter {checkpoint}{raw}", f"veneer serve {base} --adapters {checkpoint.parent}",
-        ),
-    }  # fmt: skip
-    told = ", ".join(f"`{command}`" for command in (*commands[kind], f"veneer eval {checkpoint} -d FILE -m {metric}"))
+    metric = "perplexity" if recipe.metric is None else recipe.metric.name
+    what, served = {
+        MODEL: (f"{checkpoint}", f"veneer serve {checkpoint}"),
+        ADAPTER: (f"{base} --adapter {checkpoint}", f"veneer serve {base} --adapters {checkpoint.parent}"),
+    }[kind]
+    commands = ask_command(what, recipe), served, f"veneer eval {checkpoint} -d FILE -m {metric}"
+    told = ", ".join(f"`{command}`" for command in commands)
     return f"The {kind} in {checkpoint} can be used now: {told}"
-
-
-def is_plain(data: DataPart) -> bool:
-    """Return True if a run trains on plain text: neither ``data.chat`` nor the first row makes a conversation."""
-    if data.chat or not Path(data.train).is_file():
-        return False
-    _, row = next(numbered_rows(Path(data.train), []), (0, {}))
-    return "messages" not in row and all(isinstance(row.get(key, ""), str) for key in ("prompt", "chosen"))

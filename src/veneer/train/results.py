@@ -9,7 +9,7 @@ from typing import Any
 
 from veneer.plain.units import count, duration
 from veneer.recipe.recipe import Recipe
-from veneer.train.output import is_plain
+from veneer.train.asking import ask_command, long_system
 
 _ACCURACIES = ("eval_rewards/accuracies", "eval_accuracy")  # of DPO, of reward models
 
@@ -23,10 +23,12 @@ def result_lines(recipe: Recipe, record: Mapping[str, Any]) -> list[str]:
     told += [f"training loss {results['train_loss']:.4f}"]
     told += [f"held-out loss {results['eval_loss']:.4f}"] if "eval_loss" in results else []
     told += [f"held-out accuracy {results[key]:.1%}" for key in _ACCURACIES if key in results]
+    system = long_system(recipe)
     return [
         f"{', '.join(told)} after {count(results['steps'], 'step')} in {duration(results['seconds'])}",
         f"saved in {record['saved']}; the run is written down in {output / 'run.json'}",
         f"next: {next_command(recipe, str(record['saved']))}",
+        *([] if system is None else [system]),
     ]
 
 
@@ -35,7 +37,7 @@ def next_command(recipe: Recipe, saved: str) -> str:
     if recipe.task == "reward":
         return f"veneer info {shlex.quote(recipe.output)}"
     name = shlex.quote(saved)
-    ask = f"veneer generate {name} --raw -p TEXT" if is_plain(recipe.data) else f"veneer chat {name}"
+    ask = ask_command(name, recipe)
     metric = "perplexity" if recipe.metric is None else recipe.metric.name
     others = [f"veneer eval --recipe {shlex.quote(recipe.output)} -m {metric}"] if recipe.data.holds_out else []
     if recipe.method != "full":

@@ -40,6 +40,57 @@ def test_a_run_names_the_command_that_asks_it_as_its_rows_did(
     assert command in next_command(made(tmp_path, row, **more), "my runs/a/adapter")
 
 
+def asked(system: str | None, question: str = "q") -> dict[str, Any]:
+    first = [] if system is None else [{"role": "system", "content": system}]
+    return {"messages": [*first, *({**turn, "content": question} for turn in CHAT["messages"])]}
+
+
+def conversation(system: str) -> dict[str, Any]:
+    return {"conversations": [{"from": "system", "value": system}, {"from": "human", "value": "q"}]}
+
+
+PAIR = {
+    "prompt": asked("Be brief.")["messages"][:2],
+    "chosen": CHAT["messages"][1:],
+    "rejected": [{"role": "assistant", "content": "b"}],
+}
+
+
+@pytest.mark.parametrize(
+    ("rows", "more", "command"),
+    [
+        (
+            [asked('It\'s "one" word.'), asked('It\'s "one" word.', "other")],
+            {},
+            """ --system 'It'"'"'s "one" word.' """,
+        ),
+        ([asked(None)] * 2, {"data": {"system": "Be brief."}}, " --system 'Be brief.' "),
+        ([asked(None), asked("Be brief.")], {}, " "),
+        ([asked("Be long."), asked("Be brief.")], {}, " --system TEXT "),
+        ([asked("Be brief.\n\nAnd kind.")] * 2, {}, " --system TEXT "),
+        ([conversation("Be brief.")], {}, " --system 'Be brief.' "),
+        ([PAIR], {"task": "dpo"}, " --system 'Be brief.' "),
+        ([asked("Be brief."), {"messages": 3}, asked("Be long.")], {}, " --system 'Be brief.' "),  # the run ends well
+    ],
+)
+def test_the_command_asks_with_the_system_message_of_all_rows(
+    tmp_path: Path, rows: list[dict[str, Any]], more: dict[str, Any], command: str
+) -> None:
+    recipe = made(tmp_path, {}, **more)
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert next_command(recipe, "a").startswith(f"veneer chat a{command}(or: ")
+
+
+def test_a_long_system_message_is_told_with_its_place(tmp_path: Path) -> None:
+    record = {"results": {"train_loss": 0.01, "steps": 7, "seconds": 3.0}, "saved": "a"}
+    *_, last = result_lines(made(tmp_path, asked("Be brief. " * 40)), record)
+    assert last.startswith(f"its rows were asked with the system message of {tmp_path / 'rows.jsonl'}: give it with --")
+    *_, last = result_lines(made(tmp_path, asked(None), data={"system": "Be brief. " * 40}), record)
+    assert last.startswith("its rows were asked with the system message of data.system: give it with --system")
+    *_, last = result_lines(made(tmp_path, asked("Be brief.")), record)
+    assert last.startswith("next: ")
+
+
 def test_rewards_come_before_the_loss(tmp_path: Path) -> None:
     results = {"train_loss": 0.01, "steps": 7, "seconds": 3.0, "eval_reward": 0.5, "eval_rewards/accuracies": 0.25}
     log = [{"step": 1, "reward": 0.125}, {"step": 7, "reward": 0.75}, {"step": 7, "eval_reward": 0.5}]
