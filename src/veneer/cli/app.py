@@ -38,6 +38,7 @@ from veneer.cli.pages import (
     intrinsic,
     merge,
     merge_models,
+    report,
     samples,
     serve,
 )
@@ -211,6 +212,7 @@ app.command("merge", cls=VerbCommand)(merge.merge)
 app.command("merge-models", cls=VerbCommand)(merge_models.merge_models)
 app.add_typer(export.app, name="export")
 app.command("samples", cls=VerbCommand)(samples.samples)
+app.command("report", cls=VerbCommand)(report.report)
 app.command("intrinsic", cls=VerbCommand)(intrinsic.intrinsic)
 app.command("env", cls=VerbCommand)(env.env)
 

@@ -1,4 +1,4 @@
-"""Implementation of ``veneer samples``."""
+"""Implementation of ``veneer samples`` and ``veneer report``."""
 
 from __future__ import annotations
 
@@ -11,9 +11,11 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
+from veneer.cli.pages.report import ReportArguments
 from veneer.cli.pages.samples import SamplesArguments
 from veneer.errors import DataError
 from veneer.learn.journal import Line, read_journal
+from veneer.learn.report import write_run_page
 
 _SHOWN = 20
 
@@ -32,6 +34,11 @@ def show_samples(args: SamplesArguments) -> None:
             console.print(shown(line))
     if not is_any:
         raise DataError(f"no rollout in {args.run} is as asked: leave --step or --below out")
+
+
+def show_report(args: ReportArguments) -> None:
+    """Write the page of a run and print its path. Raises FormatError for a folder with neither a log nor a journal."""
+    typer.echo(f"written: {write_run_page(args.run, args.answers)}")
 
 
 def _chosen(args: SamplesArguments) -> Iterator[Line]:

@@ -19,6 +19,7 @@ from veneer.cli.bases import compare_bases
 from veneer.cli.samples import shown
 from veneer.contract.source import adapter_folder
 from veneer.errors import ConfigError
+from veneer.learn.report import write_run_page
 from veneer.plain.group import n_on_this_machine
 from veneer.plain.progress import draws_bars, waits_told
 from veneer.plain.units import size
@@ -29,6 +30,7 @@ from veneer.recipe.adapter import FROM
 from veneer.recipe.readers import require_first_rows
 from veneer.recipe.recipe import Recipe, parse_recipe
 from veneer.recipe.sweep_part import PART
+from veneer.recipe.tasks import KEYS
 from veneer.store.bars import without_bars
 from veneer.train.checkpoint import checkpoints
 from veneer.train.output import (
@@ -266,6 +268,8 @@ def _train_one(recipe: Recipe, asked: TrainOptions, planned: _Planned | None, co
     if planned is not None and planned.facts is not None and is_main() and n_processes() == 1:
         remember_run(planned.facts, record)
     _tell(result_lines(recipe, record), console)
+    if KEYS[recipe.task].rewards and is_main():
+        console.print(f"curves and answers: {write_run_page(Path(recipe.output))}", highlight=False)
 
 
 def _train_on_ray(recipe: Recipe, asked: TrainOptions, on: OnRay, console: Console) -> None:

@@ -51,6 +51,10 @@ def test_rollouts_are_shown_chosen_and_printed_as_rows(run: Path) -> None:
         (asked("--json", "--as-rows"), 2, "are two forms of the same"),
         (asked(place=run / "empty"), 2, "holds no journal of rollouts"),
         (asked(place=run / "none"), 2, "is no folder"),
+        (("report", str(run), "--answers", "2"), 0, "written: "),
+        (("report", str(run), "--answers", "0"), 2, "--answers 0 must be at least 1"),
+        (("report", str(run / "none")), 2, "is no folder"),
+        (("report", str(run / "empty")), 2, "holds no journal of rollouts"),
         (asked("--as-rows"), 0, '"completion": [{"role": "assistant", "content": "it is 0"}]}'),
     ]  # fmt: skip
     found = told_early([command for command, _, _ in cases])
