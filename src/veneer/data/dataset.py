@@ -8,6 +8,7 @@ import logging
 from array import array
 from typing import Any, TypeVar, cast
 
+import pyarrow.compute
 from datasets import Dataset, IterableDataset, concatenate_datasets
 
 from veneer.data.encoded_cache import encoded_once
@@ -18,6 +19,7 @@ from veneer.data.unused import tell_unused
 from veneer.errors import ConfigError, DataError
 
 log = logging.getLogger(__name__)
+_COUNTED_AT_ONCE = 10_000  # rows
 AnyDataset = TypeVar("AnyDataset", Dataset, IterableDataset)
 
 
@@ -48,7 +50,23 @@ def encode_all(dataset: AnyDataset, encoder: Encoder, name: str, n_processes: in
             "%s data: %d of %d rows hold no trained token (cut off by max_length=%s, or empty) and are left out",
             name, len(dataset) - len(kept), len(dataset), encoder.max_length,
         )  # fmt: skip
+    _tell_full(kept, encoder, name)
     return kept
+
+
+def _tell_full(rows: Dataset, encoder: Encoder, name: str) -> None:
+    """Log how many rows are as long as they may be: nearly all of them were longer."""
+    if encoder.max_length is None:
+        return
+    tables = rows.with_format("arrow").iter(_COUNTED_AT_ONCE)
+    lengths = (pyarrow.compute.list_value_length(table["input_ids"]) for table in tables)
+    full = sum(pyarrow.compute.sum(pyarrow.compute.equal(n, encoder.max_length)).as_py() for n in lengths)
+    if full:
+        log.warning(
+            "%s data: %d of %d rows reach max_length=%d tokens, and what is longer is cut off at the %s: raise "
+            "max_length (it takes memory), or split long rows",
+            name, full, len(rows), encoder.max_length, "start" if encoder.keep_end else "end",
+        )  # fmt: skip
 
 
 def pack_all(dataset: AnyDataset, capacity: int, *, split: bool) -> Dataset:

@@ -214,6 +214,19 @@ def test_rows_without_a_trained_token_are_left_out_and_counted(tokenizer, caplog
     assert "1 of 2 rows hold no trained token" in caplog.text
 
 
+@pytest.mark.parametrize(("keep_end", "side"), [(False, "end"), (True, "start")])
+def test_rows_that_are_cut_are_counted(tokenizer, caplog, keep_end, side):
+    rows = Dataset.from_dict({"text": ["the cat sat on the mat", "the cat", "the mat sat on the cat"]})
+    encode_all(rows, Encoder(tokenizer=tokenizer, kind="text", max_length=5, keep_end=keep_end), "train")
+    (record,) = caplog.records
+    told = f"train data: 2 of 3 rows reach max_length=5 tokens, and what is longer is cut off at the {side}: raise "
+    assert record.getMessage().startswith(told)
+    caplog.clear()
+    encode_all(rows, Encoder(tokenizer=tokenizer, kind="text", max_length=11), "train")
+    encode_all(rows, Encoder(tokenizer=tokenizer, kind="text"), "train")
+    assert not caplog.records
+
+
 def test_an_empty_set(tokenizer):
     empty = Dataset.from_dict({"text": []}, features=Features({"text": Value("string")}))
     with pytest.raises(DataError, match="the eval data has no rows"):
