@@ -16,9 +16,11 @@ import random
 import statistics
 import tempfile
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -27,6 +29,7 @@ from bench.same import require_heard
 from bench.serving.likeliest import Answered, require_likeliest
 from bench.tiny_model import write_tiny
 from veneer import LLM, LoraConfig, LoRARequest, SamplingParams, get_peft_model
+from veneer.serve.engine import Engine
 from veneer.serve.schedule.outputs import RequestOutput
 from veneer.serve.schedule.sampling_params import RequestOutputKind
 from veneer.store.source import load_model, resolve
@@ -151,50 +154,76 @@ def prompt_of(number: int) -> list[int]:
     return [(number * 31 + i * 7) % 200 + 1 for i in range(PROMPT)]
 
 
+@dataclass(slots=True)
+class Times:
+    """Number of tokens, and the seconds between neighbouring tokens of a request."""
+
+    n: int = 0
+    gaps: list[float] = field(default_factory=list)
+    _last: dict[str, float] = field(default_factory=dict)
+
+    def add(self, output: RequestOutput, now: float) -> None:
+        id, n = output.request_id, len(output.outputs[0].token_ids)
+        if n and id in self._last:
+            self.gaps.append(now - self._last[id])
+        self._last[id] = now
+        self.n += n
+
+
 def run(llm: LLM, asked: Sequence[LoRARequest], loaded_beside: Sequence[LoRARequest] = ()) -> Run:
-    """All requests, AT_ONCE at a time; beside them, requests of one token for adapters that are not there."""
+    """Run all requests, AT_ONCE at a time; beside them, requests of one token for adapters that are not loaded."""
     engine, left, others = llm.engine, list(enumerate(asked)), list(loaded_beside)
     params = SamplingParams(temperature=0, max_tokens=TOKENS, ignore_eos=True, output_kind=RequestOutputKind.DELTA)
     one = SamplingParams(temperature=0, max_tokens=1, ignore_eos=True)
-    last, gaps, n_tokens, n_loads = dict[str, float](), list[float](), 0, 0
-    flying, strangers, load = set[str](), set[str](), engine.runner.load
+    flying, strangers, times = set[str](), set[str](), Times()
+    with counted_loads(engine.runner) as loads:
+        start = time.perf_counter()
+        while left or flying:
+            while left and len(flying) < AT_ONCE - 1:
+                number, adapter = left.pop(0)
+                flying.add(submit(engine, prompt_of(number), params, adapter))
+            if others and not strangers:
+                strangers.add(submit(engine, prompt_of(0)[:1], one, others.pop(0)))
+            for output, now in next_outputs(engine):
+                if output.request_id in strangers:
+                    strangers.discard(output.request_id)
+                    continue
+                times.add(output, now)
+                if output.finished:
+                    flying.discard(output.request_id)
+        rate = times.n / (time.perf_counter() - start)
+    return Run(rate, times.gaps, len(loads))
+
+
+def submit(engine: Engine, prompt: list[int], params: SamplingParams, adapter: LoRARequest) -> str:
+    request = engine.asked(None, prompt, params, adapter)
+    engine.submit(request)
+    return request.id
+
+
+def next_outputs(engine: Engine) -> list[tuple[RequestOutput, float]]:
+    """Run a step. Return its outputs, each with the time."""
+    if not engine.has_work:
+        engine.wait()
+    outputs = engine.step()
+    now = time.perf_counter()
+    return [(output, now) for output in outputs]
+
+
+@contextmanager
+def counted_loads(runner: Any) -> Iterator[list[str]]:
+    """Yield a list to which each load of an adapter in the context adds its version."""
+    loads, load = list[str](), runner.load
 
     def counted(version: str, adapter: object) -> None:
-        nonlocal n_loads
-        n_loads += 1
+        loads.append(version)
         load(version, adapter)
 
-    def submit(prompt: list[int], params: SamplingParams, adapter: LoRARequest) -> str:
-        request = engine.asked(None, prompt, params, adapter)
-        engine.submit(request)
-        return request.id
-
-    engine.runner.load = counted  # type: ignore[method-assign]
-    start = time.perf_counter()
-    while left or flying:
-        while left and len(flying) < AT_ONCE - 1:
-            number, adapter = left.pop(0)
-            flying.add(submit(prompt_of(number), params, adapter))
-        if others and not strangers:
-            strangers.add(submit(prompt_of(0)[:1], one, others.pop(0)))
-        if not engine.has_work:
-            engine.wait()
-        outputs: list[RequestOutput] = engine.step()
-        now = time.perf_counter()
-        for output in outputs:
-            id, n = output.request_id, len(output.outputs[0].token_ids)
-            if id in strangers:
-                strangers.discard(id)
-                continue
-            if n and id in last:
-                gaps.append(now - last[id])
-            last[id] = now
-            n_tokens += n
-            if output.finished:
-                flying.discard(id)
-    rate = n_tokens / (time.perf_counter() - start)
-    engine.runner.load = load  # type: ignore[method-assign]
-    return Run(rate, gaps, n_loads)
+    runner.load = counted
+    try:
+        yield loads
+    finally:
+        runner.load = load
 
 
 if __name__ == "__main__":

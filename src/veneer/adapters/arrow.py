@@ -1,4 +1,4 @@
-"""Arrow model of saved adapters: each token takes those of them that amplify it most."""
+"""Arrow: a router over saved adapters, which gives each token the adapters that amplify it most."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ def create_arrow_model(
 ) -> PeftModel:
     """Attach one frozen adapter, ``"arrow_router"``, that mixes saved adapters for each token.
 
-    The paths are folders or hub ids of adapters that are low-rank pairs, of one rank and on the same layers. With
-    ``use_gks``, the mean of A and the mean of B of the general ones are taken off those of each of the others
-    (GenKnowSub, doi:10.18653/v1/2025.acl-short.54). ``hub`` takes the fields of `HubOptions`.
+    The paths are folders or hub ids of adapters made of low-rank pairs, of one rank and on the same layers. With
+    ``use_gks``, the general adapters' mean A and mean B are subtracted from those of every other adapter (GenKnowSub,
+    doi:10.18653/v1/2025.acl-short.54). ``hub`` takes the fields of `HubOptions`.
 
-    Departs: PEFT keeps the adapters on the model. Here their factors are the adapter's own, which one file holds.
+    Departs: PEFT keeps the adapters on the model. Here their factors are the adapter's own, in a single file.
 
-    Raises ConfigError for paths that the config does not fit, CompositionError for adapters that do not fit one
-    another, and the errors of loading.
+    Raises ConfigError for paths that do not fit the config, CompositionError for adapters that do not fit together, and
+    the errors of loading.
     """
     _require_paths(arrow_config, task_specific_adapter_paths, general_adapter_paths)
     folders = [adapter_folder(path, hub_options(hub)) for path in task_specific_adapter_paths]

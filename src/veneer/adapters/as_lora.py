@@ -44,8 +44,8 @@ Rank = int | float | None
 class AsLora:
     """Plain LoRA, and its error.
 
-    ``tensors`` are those of the file, by key; ``layers`` the factors by module path. ``of_logits`` is the relative
-    error of the change of the logits, if that was measured.
+    ``tensors``: the file's tensors, by key. ``layers``: the factors, by module path. ``of_logits``: the relative error
+    of the change of the logits, if it was measured.
     """
 
     config: LoraConfig
@@ -73,12 +73,12 @@ def convert_to_lora(
 ) -> tuple[LoraConfig, dict[str, Tensor]]:
     """Return an adapter of a model as plain LoRA: its config, and its tensors by their keys on disk.
 
-    An update that is a low-rank pair stays what it is, exactly, unless its rank is above ``rank``. Any other update is
-    the nearest one of that rank. A ``rank`` below 1, or 1.0, is the share of the squared singular values to keep: each
-    layer has the smallest rank for it, a low-rank pair too. None allows exact updates alone. The scale of each layer is
-    1. ``compile_kwargs`` has no effect.
+    An update that is a low-rank pair is kept exactly, unless its rank is above ``rank``. Any other update becomes the
+    nearest one of that rank. A ``rank`` below 1, or 1.0, is the share of the squared singular values to keep: each
+    layer, even with a low-rank pair, gets the smallest rank that does. None allows only exact updates. The scale of
+    each layer is 1. ``compile_kwargs`` has no effect.
 
-    Departs: PEFT's conversion is the nearest update of that rank in any case, found by a singular value decomposition.
+    Departs: PEFT always computes the nearest update of that rank, by a singular value decomposition.
 
     Raises CompositionError if the adapter does more than add to weights, and ConfigError for an impossible rank. Raises
     AdapterNameError for an unknown name, or while adapters are merged.

@@ -1,4 +1,4 @@
-"""Cartridges joined to one: the tokens of each stand behind those of the one before (Eyuboglu et al. 2025,
+"""Composition of cartridges: the tokens of several, one after another, as one (Eyuboglu et al. 2025,
 arXiv:2506.06266).
 """
 

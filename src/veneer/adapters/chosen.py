@@ -82,7 +82,7 @@ class Chosen:
     def load(self, *, encodes: bool = False) -> ModelParts:
         """Load the parts, on the default device if none was chosen. Raises the errors of `load_model`.
 
-        ``encodes``: an encoder with a decoder will do too.
+        ``encodes``: an encoder-decoder is accepted too.
         """
         device, quantization = self.device or default_device(), _nf4() if self.four_bit else None
         with quiet():

@@ -180,7 +180,7 @@ def _require_no_groups(site: LinearSite, updates: Sequence[Update]) -> None:
 
 
 def require_layers_alone(model: nn.Module, state: AdapterState, names: Sequence[str]) -> None:
-    """Raise CompositionError where a part holds something that is no update of a linear layer."""
+    """Raise CompositionError if an adapter holds anything other than updates of linear layers."""
     held = []
     for name in names:
         require_everywhere(name, state.configs[name])
@@ -245,10 +245,11 @@ def combine_folders(
 
 
 def require_rank(folders: Sequence[Path], plan: Combination) -> None:
-    """Raise CompositionError for a sum without a given rank that has full rank, by config and files.
+    """Raise CompositionError if the sum has full rank and the plan gives no rank.
 
-    This is so if one of the adapters rotates or scales inputs or outputs (OFT, BOFT, RoAd, IA3), unless all of them
-    only scale. No base is read. DoRA and others that read its weights are left to `add_weighted`.
+    The sum has full rank if one of the adapters rotates or scales inputs or outputs (OFT, BOFT, RoAd, IA3), unless all
+    of them only scale. Only configs and files are read: adapters that need the base, such as DoRA, are left to
+    `add_weighted`.
     """
     if plan.how != "linear" or plan.rank is not None:
         return

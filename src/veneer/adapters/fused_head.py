@@ -1,6 +1,6 @@
-"""Answer of an adapted model to TRL's trainers, which call it as `model(…, labels=…, fused_lm_head=True)`.
+"""Scores of an adapted model for TRL's trainers, which call it as `model(…, labels=…, fused_lm_head=True)`.
 
-TRL's own answer reads the weight of the head. It would leave out an adapter on the head, and take codes for weights.
+TRL's own code reads the head's weight. It would leave out an adapter on the head, and mistake codes for weights.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ class ScoredTokens(ModelOutput):  # type: ignore[misc]
 
 
 def scored_tokens(model: nn.Module, kwargs: Mapping[str, Any]) -> ScoredTokens | None:
-    """Return the scores of the labels of a call, from hidden states in chunks if the head is frozen.
+    """Return the scores of the labels of a call, computed from hidden states in chunks if the head is frozen.
 
-    None if the call asks for none, or for more than that and TRL's own answer is right. Raises CompositionError if its
-    own would be wrong, or if an adapter has a loss of its own.
+    None if the call asks for no scores, or for other outputs too and TRL's own code is right. Raises CompositionError
+    if TRL's own code would be wrong, or if an adapter has a loss of its own.
     """
     if not kwargs["fused_lm_head"]:
         return None

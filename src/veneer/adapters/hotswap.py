@@ -15,13 +15,14 @@ _NEW = "the exchanged one"
 def hotswap_adapter(
     model: PeftModel, model_name_or_path: str | os.PathLike[str], adapter_name: str, **hub: Any
 ) -> None:
-    """Put a saved adapter in the place of a loaded one, which keeps its name, and stays active and trained if it was.
+    """Replace a loaded adapter by a saved one. Its name stays, and so do the states *active* and *trained*.
 
     If settings and shapes are the same, values are written into the parameters, and a compiled model stays compiled.
     Otherwise the saved adapter is attached in the other's place. ``hub``: see `PeftModel.from_pretrained`.
 
-    Raises AdapterNameError if there is none of that name or it is merged, FormatError or TargetError if the saved one
-    cannot be attached, and CompositionError if it cannot act with the other active ones. The loaded adapter then stays.
+    Raises AdapterNameError if no adapter has that name or it is merged. Raises FormatError or TargetError if the saved
+    one cannot be attached, and CompositionError if it cannot act with the other active ones. On an error the loaded
+    adapter stays.
     """
     state = model.adapter_state
     require_known(state, (adapter_name,))

@@ -24,7 +24,8 @@ from veneer.store.adapter.tensors import Leniency, holds_network, load_weights
 class Loading:
     """Options for loading a saved adapter onto a model.
 
-    ``is_trainable``: it trains. ``widen``: it is float32 on a 16-bit base. ``leniency``: tolerated differences.
+    ``is_trainable``: the adapter trains. ``widen``: it is float32 on a 16-bit base. ``leniency``: tolerated
+    differences.
     """
 
     is_trainable: bool
@@ -81,8 +82,8 @@ def load(model: nn.Module, state: AdapterState, folder: Path, name: str, options
 def attached_as(config: MethodConfig, folder: Path, is_trainable: bool) -> MethodConfig:
     """Return the config with which a saved adapter is attached.
 
-    If a network made its tokens and is not on disk, the tokens are trained directly from here. The config then keeps
-    ``inference_mode``.
+    If a network computed its virtual tokens and is not on disk, the tokens themselves are trained from now on. The
+    config then keeps ``inference_mode``.
     """
     config = replace(config, inference_mode=not is_trainable)
     lost = config.has_network and not holds_network(folder)
@@ -153,7 +154,7 @@ def rename(model: nn.Module, state: AdapterState, old: str, new: str) -> None:
 
 
 def choose_task(state: AdapterState, name: str, task: int | None) -> None:
-    """Choose the task of an adapter that acts where rows name none; None leaves the choice to rows.
+    """Choose an adapter's task for rows that name none. None leaves the choice to the rows.
 
     Raises AdapterNameError for an unknown name, or while adapters are merged, and ConfigError for an unknown task.
     """
@@ -210,7 +211,7 @@ def _require_same_settings(model: nn.Module, own: MethodConfig, stored: MethodCo
 
 
 def require_unmerged(state: AdapterState, what: str) -> None:
-    """Raise AdapterNameError while adapters are merged. ``what`` cannot be done then."""
+    """Raise AdapterNameError while adapters are merged. ``what`` names the action that is refused."""
     if state.merged:
         raise AdapterNameError(f"cannot {what} while {list(state.merged)} are merged: call unmerge_adapter() first")
 

@@ -46,7 +46,8 @@ def merge(
 
 @contextmanager
 def merging_with(model: nn.Module, state: AdapterState, names: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
-    """Context that starts unmerged and replaces parameters; it gives the names to merge, those merged before included.
+    """Enter a context that starts unmerged and replaces parameters. It yields the names to merge, earlier ones
+    included.
 
     On an error the model is as before. Raises the errors of `require_foldable`.
     """
@@ -168,7 +169,7 @@ def _set_tie(model: nn.Module, tie: bool) -> None:
 
 @torch.no_grad()
 def settle(model: nn.Module) -> None:
-    """Turn a quantized model with merged layers into a plain one: every quantized weight dense, in the original dtype.
+    """Make a quantized model with merged layers a plain one: all its weights become dense, in the original dtype.
 
     Rounding a merged weight to 4 bits again would lose most of a small update. Parameters that were widened to float32
     for training (norms, embeddings, head) return to the model's dtype.

@@ -54,8 +54,9 @@ class AdapterOverview(InPlace, nn.Module):
         return self.peft_config[self.active_adapter]
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
-        """Return the number of trainable parameters and of all parameters. A quantized weight counts its
-        dense values.
+        """Return the number of trainable parameters, and of all parameters.
+
+        A quantized weight counts its dense values.
         """
         return status.count_parameters(self)
 

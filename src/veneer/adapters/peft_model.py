@@ -76,11 +76,12 @@ class PeftModel(AdapterOverview):
     def __call__(
         self, *args: Any, adapter_names: list[str] | None = None, task_ids: TaskIds | None = None, **kwargs: Any
     ) -> Any:
-        """The model's forward pass. ``adapter_names`` gives each row an adapter of its own, of any method.
+        """Run the model's forward pass. ``adapter_names`` gives each row an adapter of its own, of any method.
 
-        Rows named ``"__base__"`` take none. ``task_ids`` gives each row one of its adapter's tasks, if that has
-        several; without ``adapter_names`` they are those of the active adapter. Raises AdapterNameError for unknown
-        names, ShapeError where there is not one per row, CompositionError where rows of this model cannot differ so.
+        Rows named ``"__base__"`` use none. ``task_ids`` gives each row one of its adapter's tasks, if that has several;
+        without ``adapter_names`` they are those of the active adapter. Raises AdapterNameError for unknown names,
+        ShapeError unless there is one name for each row, and CompositionError if rows of this model cannot use
+        different adapters.
         """
         state, inputs = self.adapter_state, (args, kwargs)
         if "fused_lm_head" in kwargs and not args:
@@ -171,9 +172,9 @@ class PeftModel(AdapterOverview):
         lifecycle.make_trainable(self, self.adapter_state, _names(adapter_names), requires_grad)
 
     def set_task(self, task: int | None, adapter_name: str | None = None) -> None:
-        """Choose the task of an adapter of several (by default the active one) that acts where rows name none.
+        """Choose the task of an adapter, by default the active one, for rows that name none.
 
-        It is also the one that is merged, combined and converted. None leaves the choice to ``task_ids``. Raises
+        That task is also the one that is merged, combined and converted. None leaves the choice to ``task_ids``. Raises
         AdapterNameError for an unknown name, or while adapters are merged, and ConfigError for an unknown task.
         """
         lifecycle.choose_task(self.adapter_state, self.active_adapter if adapter_name is None else adapter_name, task)

@@ -51,8 +51,9 @@ def survival(
 
 @dataclass(slots=True)
 class SurvivalSums:
-    """Sums over the values of a weight that comes in parts: squares of the weight, of the update and of the change, and
-    the product of the last two.
+    """Sums over the values of a weight, added part by part.
+
+    They are the squares of the weight, of the update and of the change, and the product of the last two.
     """
 
     weight: float = 0.0

@@ -1,4 +1,4 @@
-"""Rows of a batch as one row in which tokens that several rows begin with are there once: a prompt for its answers."""
+"""Rows of a batch joined in one row, in which tokens that several rows begin with, such as a prompt, occur once."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ FEWEST = 4  # tokens of a prompt that is shared: a first token that all rows hav
 
 @dataclass(frozen=True, slots=True)
 class SharedRows:
-    """Batch (b, t) as one row of n tokens, without padding and without what no label needs.
+    """Batch (b, t) as one row of n tokens, without padding and without tokens that no label needs.
 
-    Token ``predicting[i]`` of the row predicts ``labels[i]``, whose place is ``places[i]`` in the flattened scores
-    (b, t - 1) of the batch.
+    Token ``predicting[i]`` of the row predicts ``labels[i]``. Its score has the place ``places[i]`` in the flattened
+    scores (b, t - 1) of the batch.
     """
 
     input_ids: Int[Tensor, "1 n"]
@@ -36,7 +36,7 @@ class SharedRows:
 def shared_rows(
     input_ids: Int[Tensor, "b t"], mask: Int[Tensor, "b t"], labels: Int[Tensor, "b t"]
 ) -> SharedRows | None:
-    """Return the rows of a batch as one row; None if that spares less than a tenth, or padding parts a row.
+    """Return the rows of a batch as one row; None if that saves less than a tenth, or if padding splits a row.
 
     Rows share their prompt: the tokens before the first label that counts, if all are equal.
     """

@@ -34,7 +34,7 @@ class ByTask(type):
 
 
 class TaskModel(PeftModel):
-    """Base of the classes below."""
+    """Base of the task classes."""
 
     task: ClassVar[TaskType]
 

@@ -63,8 +63,8 @@ def token_scores(model: nn.Module, inputs: dict[str, Any], scoring: PreferenceSc
     """Score the tokens of ``inputs["labels"]`` (b, t), shifted by one; labels of -100 do not count.
 
     Hidden states go through a frozen head chunk by chunk. Otherwise logits are computed at the positions at which any
-    label counts. Rows begin with their first token: padding before it would move learned positions, and part virtual
-    tokens from their prompt. Rows of one prompt compute it once, if the model can.
+    label counts. Left padding is removed first: it would shift learned positions, and separate virtual tokens from
+    their prompt. Rows with one prompt compute it once, if the model can.
     """
     inputs = {key: value for key, value in inputs.items() if key != "use_cache"}
     rows = _shared(model, inputs)
@@ -224,7 +224,7 @@ def _made(found: HeadScores, shaped: Callable[[Tensor | None], Tensor | None], a
 class NextTokens:
     """Logits that predict the next tokens of a batch (b, t), their labels, and the router's loss, if any.
 
-    The logits are not made unless the model's own code reads them.
+    The logits are computed only if the model's own code reads them.
     """
 
     logits: Float[Tensor, "n v"]
@@ -233,7 +233,7 @@ class NextTokens:
 
 
 def next_tokens(model: nn.Module, inputs: dict[str, Any]) -> NextTokens | None:
-    """Return the logits of a pass over a batch, (b * (t - 1), v); None if its head is not plainly frozen."""
+    """Return the logits of a pass over a batch, (b * (t - 1), v); None unless its head is frozen and unadapted."""
     found = unmade_logits(model, {key: value for key, value in inputs.items() if key != "labels"})
     if found is None:
         return None
@@ -242,9 +242,10 @@ def next_tokens(model: nn.Module, inputs: dict[str, Any]) -> NextTokens | None:
 
 
 def unmade_logits(model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, Tensor | None] | None:
-    """Return the logits (b, t, v) of a pass, and the router's loss, if any; None if its head is not plainly frozen.
+    """Return the logits (b, t, v) of a pass, and the router's loss, if any; None unless its head is frozen and
+    unadapted.
 
-    No wrapper but that which joins the gradients of processes runs the same modules that it holds.
+    Only the wrapper that joins the gradients of processes is looked through: any other may run modules of its own.
     """
     inner = model.module if isinstance(model, DistributedDataParallel) else model
     with deferred_logits(inner) as defers:

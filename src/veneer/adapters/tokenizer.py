@@ -43,6 +43,6 @@ def template_in(folder: Path) -> str | None:
 def larger(base: Any, own: Any) -> Any:
     """Return the adapter's ``own`` tokenizer if it has more tokens than the base's, and otherwise the base's.
 
-    Only its chat template and its end token are then used.
+    In the second case only the chat template and the end token of ``own`` are used.
     """
     return own if len(own) > len(base) else base

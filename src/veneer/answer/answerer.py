@@ -59,7 +59,7 @@ class Answerer(ABC):
 
 
 def tokens_behind(prompt: Sequence[int], limit: int | None, n_most: int) -> int:
-    """Return ``n_most``, or the number of tokens after ``prompt`` in a context of ``limit`` tokens, if that is smaller.
+    """Return the number of tokens that fit after ``prompt`` in a context of ``limit`` tokens, at most ``n_most``.
 
     Raises ConfigError if the prompt is empty or fills the context.
     """

@@ -1,4 +1,4 @@
-"""Answers by the engine, on a base that is loaded already and whose weights it packs, or by ``generate``.
+"""Answers by the engine, which packs the weights of a base that is already loaded, or by ``generate``.
 
 The engine answers if it is faster and gives the same answers; otherwise transformers' own ``generate`` does.
 """

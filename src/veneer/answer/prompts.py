@@ -34,7 +34,7 @@ def encode_chat(tokenizer: Any, messages: Sequence[Message]) -> list[int]:
 
 
 def encode_prompt(tokenizer: Any, prompt: str, *, system: str | None = None, raw: bool = False) -> list[int]:
-    """Return a prompt as one user turn, or as plain text if ``raw`` or if the model has no chat template.
+    """Return a prompt as one user turn; as plain text if ``raw`` is set or the model has no chat template.
 
     Raises ConfigError for a ``system`` message without a chat template.
     """

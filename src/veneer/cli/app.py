@@ -142,7 +142,9 @@ def with_weights_joined(args: list[str]) -> list[str]:
 
 
 def with_resume_valued(args: list[str]) -> list[str]:
-    """Return the arguments with the value of ``--resume`` joined: ``auto`` if that follows, otherwise ``last``."""
+    """Return the arguments with the value of ``--resume`` joined to it: ``auto`` if that follows, otherwise
+    ``last``.
+    """
     if "--resume" not in args:
         return args
     at = args.index("--resume")

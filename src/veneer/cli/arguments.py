@@ -17,9 +17,9 @@ from veneer.store.found import require_found
 
 
 def require_file(option: str, path: Path, ending: str = "", *, replaces: bool = True) -> None:
-    """Raise ConfigError if no file can be written at ``path``, or if it lacks the suffix.
+    """Raise ConfigError if no file can be written at ``path``, or if its suffix is wrong.
 
-    Unless the verb ``replaces`` it, a file that is there is refused too.
+    An existing file is refused too, unless the verb ``replaces`` it.
     """
     if path.suffix != ending and ending:
         raise ConfigError(f"{option} {path} must end in {ending}")
@@ -34,7 +34,7 @@ def require_file(option: str, path: Path, ending: str = "", *, replaces: bool = 
 def require_folder(option: str, path: Path, *, replaces: bool = True) -> None:
     """Raise ConfigError if ``path`` cannot become a folder because a file is in the way.
 
-    Unless the verb ``replaces`` it, a folder that holds anything is refused too.
+    A folder that holds anything is refused too, unless the verb ``replaces`` it.
     """
     for part in (path, *path.parents):
         if part.exists() and not part.is_dir():
@@ -62,8 +62,9 @@ def require_rows(file: Path | None) -> None:
 
 
 def require_model(*models: str | None) -> None:
-    """Raise ConfigError for a preset, which has no weights, and for a model that is nowhere, FormatError for an adapter
-    in its place that is damaged. None is allowed.
+    """Raise an error for a model that cannot be loaded; None is allowed.
+
+    ConfigError: it is a preset, which has no weights, or was not found. FormatError: it is a damaged adapter.
     """
     for model in models:
         if model is not None:
@@ -74,7 +75,9 @@ def require_model(*models: str | None) -> None:
 
 
 def require_bases(adapters: Sequence[Path], base: str | None) -> None:
-    """Raise CompositionError for an adapter that needs its base, if none is given and none that is named is found."""
+    """Raise CompositionError for an adapter that needs its base, if none is given and the base that it names is not
+    found.
+    """
     configs = {} if base is not None else {adapter: _fields(adapter) for adapter in adapters}
     needy = [folder for folder, of in configs.items() if of.get("peft_type") in NEEDS_BASE or of.get("use_dora")]
     named = dict.fromkeys(str(of.get("base_model_name_or_path") or "") for of in configs.values())
@@ -87,7 +90,7 @@ def require_bases(adapters: Sequence[Path], base: str | None) -> None:
 def require_one_kind(adapters: Sequence[Path]) -> None:
     """Raise CompositionError if adapters that only rescale (IA3) act alone on some layers, and others elsewhere.
 
-    Adapters whose modules the names of their tensors alone do not tell are not compared.
+    An adapter is not compared if the names of its tensors do not show its modules.
     """
     modules = {adapter: _modules(adapter) for adapter in dict.fromkeys(adapters)}
     scales = [adapter for adapter in modules if _fields(adapter).get("peft_type") == "IA3"]

@@ -1,4 +1,4 @@
-"""Warnings about adapters that name another base than the one that is given, the same for every verb."""
+"""Warnings about adapters that name another base than the given one, the same for every verb."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ def warn(warnings: Sequence[str]) -> None:
 
 
 def compare_bases(adapter: Path | None, base: str | None) -> None:
-    """Print a warning if an adapter names another base than this. None is none, and nothing is compared.
+    """Print a warning if an adapter names a base other than this one. If it names none, or ``base`` is None, print
+    nothing.
 
     Raises the errors of `require_undamaged` and `resolve`.
     """

@@ -28,7 +28,7 @@ class VerbCommand(TyperCommand):
         print_page(self, ctx)
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Parse the options. Raises BadParameter for a number that no option can mean."""
+        """Parse the options. Raises BadParameter for a number that belongs to no option."""
         rest: list[str] = super().parse_args(ctx, args)
         for param in self.get_params(ctx):
             value = ctx.params.get(param.name)

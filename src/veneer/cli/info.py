@@ -1,4 +1,6 @@
-"""Implementation of ``veneer info`` of an adapter or a model; torch stays out if headers and plain configs tell all."""
+"""Implementation of ``veneer info`` of an adapter or a model; torch is imported only if headers and configs do not
+suffice.
+"""
 
 from __future__ import annotations
 

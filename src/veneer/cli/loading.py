@@ -42,7 +42,7 @@ def told(chosen: Chosen) -> Chosen:
 
 
 def loaded(chosen: Chosen, *, encodes: bool = False) -> ModelParts:
-    """Return the parts of a choice, loaded. ``encodes``: an encoder with a decoder will do too."""
+    """Return the parts of a choice, loaded. ``encodes``: an encoder-decoder is accepted too."""
     with waits_told(f"loading {chosen.source}"):
         parts = chosen.load(encodes=encodes)
     tell_of_device(parts)
@@ -88,11 +88,10 @@ def adapter_list(adapter: Path | None) -> list[Path]:
 
 
 def require_of_one_base(adapters: Sequence[Path], base: str | None, use: str) -> None:
-    """Raise ConfigError or FormatError if one of these is not an adapter, or if their bases differ from each other or
-    ``base`` in size.
+    """Raise ConfigError or FormatError for one that is not an adapter, or if bases differ in size.
 
-    Bases of equal sizes whose names may mean two models give a warning on stderr. ``use`` names the subject of the
-    warning. No weight is loaded.
+    Their bases are compared with each other and with ``base``. Bases of equal sizes whose names may mean two models
+    give a warning on stderr. ``use`` names the subject of the warning. No weight is loaded.
     """
     named = require_one_base(adapters) if base is None else []
     if base is not None:
@@ -104,7 +103,7 @@ def require_of_one_base(adapters: Sequence[Path], base: str | None, use: str) ->
 def own_base(adapters: Sequence[Path], needed: NeedsBaseError) -> str:
     """Return the base that adapters name, and print it. Raises ``needed`` unless they name one model.
 
-    Of several names, the first that is found is taken.
+    If there are several names for it, the first one that is found is used.
     """
     first, *others = dict.fromkeys(filter(None, map(base_named_by, adapters))) or ("",)
     if not first or not all(is_one_model(first, other) for other in others):

@@ -146,7 +146,7 @@ class Measured:
         _show_named(f"difference from {self.names[0]} ({differences[0].test})", heads, compared)
 
     def write_predictions(self, path: Path) -> None:
-        """Write one JSON object for each row and column: prompt, right answers, prediction, and its correctness."""
+        """Write one JSON object for each row and column: prompt, right answers, prediction, and if it is right."""
         with path.open("w", encoding="utf-8") as file:
             for column in self.columns:
                 named = {"adapter": column.adapter} if len(self.columns) > 1 else {}

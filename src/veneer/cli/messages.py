@@ -1,4 +1,4 @@
-"""Warnings and errors on stderr, in the form of the commands' own: each text of a warning once."""
+"""Warnings and errors on stderr, in the form of the commands' own; a repeated warning is dropped."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ _MOST_TEXTS = 1000  # that are known at once: a server runs for months
 
 
 class Once(logging.Filter):
-    """Filter that drops a warning if one with its text has passed before. Errors all pass."""
+    """Filter that drops a warning whose text has passed before. Errors all pass."""
 
     def __init__(self) -> None:
         super().__init__()
         self._passed: LruCache[str, bool] = LruCache(_MOST_TEXTS)
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """Return True for an error, and for the first warning of a text."""
+        """Return True for an error, and for the first warning with a text."""
         if record.levelno >= logging.ERROR:
             return True
         text = record.getMessage()
@@ -36,9 +36,9 @@ class _Named(logging.Formatter):
 
 
 def log_on_stderr() -> None:
-    """Print logged warnings on stderr. A program that has handlers of its own keeps them.
+    """Print logged warnings on stderr, unless the program has handlers of its own.
 
-    Of several processes, which torchrun numbers, all but the first print errors alone.
+    Among several processes, which torchrun numbers, only the first prints warnings; the others print errors.
     """
     root = logging.getLogger()
     if root.handlers:

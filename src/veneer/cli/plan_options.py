@@ -1,6 +1,6 @@
 """Options of ``veneer plan``: sizes with units, the options of each question, and invalid values.
 
-All of them are checked without torch and transformers, before seconds of imports.
+All options are checked before torch and transformers are imported, which takes seconds.
 """
 
 from __future__ import annotations

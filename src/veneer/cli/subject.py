@@ -20,7 +20,7 @@ BASE = "(base)"
 
 @dataclass(frozen=True, kw_only=True)
 class Subject:
-    """Rows to ask about, and ``whole``, all rows of which they are the first. ``load`` loads the model.
+    """Rows to ask about: the first rows of ``whole``. ``load`` loads the model.
 
     ``adapters`` are measured side by side, preceded by the base alone if ``with_base``.
     """

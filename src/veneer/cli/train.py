@@ -25,7 +25,7 @@ from veneer.recipe.readers import refuse_rows
 from veneer.recipe.sweep_part import PART
 from veneer.recipe.values import read_values, section
 from veneer.store.found import require_found
-from veneer.train.record.place import refuse_place
+from veneer.train.record.place import Resume, refuse_place
 
 _Recipe = Annotated[
     Path | None, typer.Argument(metavar="RECIPE", show_default=False, help="A YAML file; see --print-recipe.")
@@ -109,15 +109,8 @@ def train(
     starts = starts_processes(processes) and not shows
     # A member of a sweep trains in one process, wherever it is.
     on_ray = None if place is None or PART in values else place.n_workers
-    refuse_early(values, str(recipe), begins=resume != "last", n_processes=processes if starts else on_ray)
-    if PART not in values and not shows:
-        refuse_place(values, resume if resume == "auto" else resume == "last")
-    if resume != "last":
-        refuse_rows(values, recipe)
-    source = section(values, "model").get("source")
-    if isinstance(source, str):
-        require_weights(source, "model.source")
-        require_found(source)
+    goes_on: Resume = "auto" if resume == "auto" else resume == "last"
+    _refuse(values, recipe, goes_on, n_processes=processes if starts else on_ray, shows=shows)
     if starts:
         raise typer.Exit(_in_processes(context.find_root().obj, processes or 1, values))
     with libraries_loading():
@@ -128,7 +121,7 @@ def train(
     asked = TrainOptions(
         show_sample=show_sample,
         show_rollouts=show_rollouts,
-        resume=resume if resume == "auto" else resume == "last",
+        resume=goes_on,
         allow_changes=allow_changes,
         beyond_memory=beyond_memory,
         timed=time,
@@ -148,6 +141,19 @@ def _require_rollouts(n: int, values: Mapping[str, Any]) -> None:
             f"--show-rollouts: {which} draws no answers to learn from; {' and '.join(GENERATING)} do. --show-sample "
             "shows a row"
         )
+
+
+def _refuse(values: Mapping[str, Any], recipe: Path, resume: Resume, *, n_processes: int | None, shows: bool) -> None:
+    """Raise the errors that need no torch: of keys, of the output, of rows, and of the base."""
+    refuse_early(values, str(recipe), begins=resume is not True, n_processes=n_processes)
+    if PART not in values and not shows:
+        refuse_place(values, resume)
+    if resume is not True:
+        refuse_rows(values, recipe)
+    source = section(values, "model").get("source")
+    if isinstance(source, str):
+        require_weights(source, "model.source")
+        require_found(source)
 
 
 def _place(on: str | None, values: Mapping[str, Any], processes: int | None) -> RayCluster | None:

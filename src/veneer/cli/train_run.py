@@ -55,7 +55,7 @@ from veneer.train.sweep.sweep import run_sweep
 
 
 class OnRay(NamedTuple):
-    """Ray cluster to train on, and the file and the changes of the recipe, which its workers read."""
+    """Ray cluster to train on, and the recipe's file and changes, which its workers read."""
 
     place: RayCluster
     recipe: Path

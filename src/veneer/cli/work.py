@@ -19,10 +19,10 @@ _LEFT = "an unfinished output is removed, and what stood in its place is unchang
 
 
 def verb(arguments: type, place: str | Callable[[Any], str], name: str, *, hears: bool = True) -> Callable[..., None]:
-    """Return the verb with the fields of a dataclass as its arguments, and the help that is its docstring.
+    """Return the verb whose arguments are a dataclass's fields, and whose help is the dataclass's docstring.
 
-    The dataclass checks them as it is made. Then the function of this ``name`` in the module ``place`` is imported and
-    takes it. The module may depend on the arguments. If it ``hears``, SIGTERM and Ctrl-C end it with a message on its
+    The dataclass checks them on creation. Then the function ``name`` of the module ``place`` is imported and called
+    with it. The module may depend on the arguments. If it ``hears``, SIGTERM and Ctrl-C end it with a message on its
     output.
     """
 

@@ -1,4 +1,4 @@
-"""Algebra of adapters: each file is one method to make one update of several. `combine` picks it by name."""
+"""Algebra of adapters: each file is one method to make one update from several. `combine` picks it by name."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ from veneer.records.svd import svd_of_factors
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plain:
-    """Factors in float32 with ``B A`` the update, or the nearest one of their rank.
+    """Factors in float32 whose product ``B A`` is the update, or the nearest one of their rank.
 
     ``norm`` is the Frobenius norm of the update, ``error`` that of the difference, relative to it.
     """
@@ -72,7 +72,7 @@ def plain_within(update: Update, error: float) -> Plain:
 
 
 def padded(layer: Plain, rank: int) -> tuple[Float[Tensor, "r i"], Float[Tensor, "o r"]]:
-    """Return the factors with zeros up to a rank, which leave the product as it is."""
+    """Pad the factors with zeros to a rank; their product stays the same."""
     n = rank - layer.rank
     a, b = torch.nn.functional.pad(layer.a, (0, 0, 0, n)), torch.nn.functional.pad(layer.b, (0, n))
     return a.contiguous(), b.contiguous()

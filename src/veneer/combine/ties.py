@@ -27,10 +27,9 @@ def elect_and_merge(
 
     ``vote``: the sign of the sum of values ("total", the paper's) or of the sum of signs ("frequency").
 
-    ``divisor``: "count" is the paper's mean over the updates that agree, each times its weight, with the vote on
-    unweighted values. "weights" votes on weighted values and divides by the weights of the updates that agree, so that
-    weights do not set the size. With all weights at one both are the same. "none" votes on weighted values and does not
-    divide.
+    ``divisor``: "count" is the paper's mean over the updates that agree, each times its weight; the vote is on
+    unweighted values. "weights" votes on weighted values and divides by the sum of the weights of the updates that
+    agree. If all weights are 1, both are the same. "none" votes on weighted values and does not divide.
     """
     merged = torch.empty_like(updates[0], memory_format=torch.contiguous_format)
     flat = [update.flatten() for update in updates]

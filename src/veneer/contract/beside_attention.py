@@ -27,7 +27,7 @@ class AttentionMethod(MethodConfig):
     @property
     @abstractmethod
     def attention_name(self) -> str | None:
-        """Last name of the attention modules; None for the one that the model's family gives them."""
+        """Last name of the attention modules; None for the name that the model's family uses."""
 
     @property
     @abstractmethod

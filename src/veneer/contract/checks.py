@@ -28,7 +28,7 @@ class Checks:
         return []
 
     def advice(self, sites: Sequence[LinearSite]) -> list[str]:
-        """Return a sentence for each setting of a new adapter that is accepted but is probably a slip."""
+        """Return a sentence for each setting of a new adapter that is accepted but is probably a mistake."""
         return []
 
 

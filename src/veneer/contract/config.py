@@ -87,17 +87,17 @@ class MethodConfig(FrozenConfig):
         """Return the record of these parameters at this site."""
 
     def init_together(self, sites: Mapping[str, Any], generator: torch.Generator | None = None) -> dict[str, Params]:
-        """Return the initial values at all sites, by path, if those of one depend on the weights of others.
+        """Return the initial values at all sites, by path, if those of one site depend on the weights of others.
 
-        Empty if they do not: those of ``init`` then count. A method that has some `reads_weight`.
+        Empty if they do not; then ``init`` gives them. A method with such values `reads_weight`.
         """
         return {}
 
     def derived(self, site: Any, params: Params) -> dict[str, Tensor]:
-        """Return tensors that follow from a site's weight and fixed parameters: kept beside these, never trained or
+        """Return tensors that follow from a site's weight and fixed parameters. They are kept, but never trained or
         written.
 
-        A method that has some `reads_weight`. Its ``lower`` finds them in ``params``, or computes them.
+        A method with such tensors `reads_weight`. Its ``lower`` finds them in ``params``, or computes them.
         """
         return {}
 
@@ -107,20 +107,20 @@ class MethodConfig(FrozenConfig):
 
     @property
     def dropout(self) -> float:
-        """Probability in training of zeroing an input of the update of a weight, or an output of a bottleneck."""
+        """Probability, in training, that an input of a weight's update (or an output of a bottleneck) is set to
+        zero.
+        """
         return 0.0
 
     def written_key(self, key: str) -> str:
-        """Return the key in the file of a tensor that has this one in the files of all other methods.
+        """Return the key that a tensor has in this method's file, given its key in the files of all other methods.
 
         PEFT names parts of the base in another way if a method trains nothing else. `keys.usual_key` is the inverse.
         """
         return key
 
     def for_sites(self, sites: Sequence[Any], known: Known) -> Self:
-        """Return the config with the fields filled in that depend on all of its sites, which are described
-        by their shapes.
-        """
+        """Fill in the fields of the config that depend on all of its sites, which are described by their shapes."""
         return self
 
     @property
@@ -129,9 +129,9 @@ class MethodConfig(FrozenConfig):
         return ()
 
     def site_of(self, site: Any, shapes: ShapesByKey) -> Any:
-        """Return a site of known name and kind with the sizes that follow from the shapes of its parameters.
+        """Return a site of known name and kind, with sizes inferred from the shapes of its parameters.
 
-        None if they do not determine all sizes.
+        None if the shapes do not determine all sizes.
         """
         return None
 
@@ -167,21 +167,24 @@ class MethodConfig(FrozenConfig):
 
     @property
     def invocation_tokens(self) -> tuple[int, ...]:
-        """Token ids from whose last occurrence in a sequence on the records act; empty if they act everywhere."""
+        """Token ids: the records act on a sequence from their last occurrence on.
+
+        Empty if the records act everywhere.
+        """
         return ()
 
     @property
     def n_tasks(self) -> int:
-        """Number of tasks that the adapter has a record for each; 0 if one record serves all rows."""
+        """Number of tasks, each with a record of its own; 0 if one record serves all rows."""
         return 0
 
     def of_task(self, params: Params, task: int) -> Params:
-        """Return the parameters of one site for one task, below ``n_tasks``: ``lower`` makes its record of them."""
+        """Return the parameters of one site for one task, below ``n_tasks``, from which ``lower`` makes its record."""
         return params
 
     @property
     def input_dependent(self) -> bool:
-        """Return True if the update of a layer depends on its input, so that no weight has its effect."""
+        """Return True if the update of a layer depends on its input, so that no weight can have the same effect."""
         return self.by_sequence
 
     @property
@@ -201,14 +204,12 @@ class MethodConfig(FrozenConfig):
 
     @property
     def has_own_loss(self) -> bool:
-        """Return True if the model's loss, with labels, is another than that of the labels."""
+        """Return True if the model's loss, given labels, is not the usual loss of the labels."""
         return False
 
     @property
     def has_network(self) -> bool:
-        """Return True if a network computes the tensors of a plain save, so that training needs a file of its own
-        to resume.
-        """
+        """Return True if a network computes the tensors of a plain save; training then needs another file to resume."""
         return False
 
     @property
@@ -239,13 +240,13 @@ class MethodConfig(FrozenConfig):
     def packed(self) -> Self:
         """Return the config in its written form.
 
-        A method unknown to other libraries may become one that they know, once trained.
+        A method that other libraries do not know may be written, once trained, as one that they know.
         """
         changed = self.packing.fields
         return replace(self, **changed) if changed else self  # type: ignore[arg-type]
 
     def differing(self, other: MethodConfig) -> list[str]:
-        """Return the fields that would change the update of the same tensors, in a config of the same class."""
+        """Return the fields in which two configs of a class differ and which change the update of the same tensors."""
         inert = frozenset().union(*(vars(cls).get("inert", ()) for cls in type(self).__mro__))
         names = (spec.name for spec in fields(self) if spec.name not in inert)
         return [name for name in names if getattr(self, name) != getattr(other, name)]
@@ -319,9 +320,7 @@ def _default(spec: Field[Any]) -> object:
 
 
 def for_use(config: MethodConfig) -> MethodConfig:
-    """Return the config that is written with trained values: in the form that other libraries know, and for
-    inference.
-    """
+    """Return the config that is written with trained values: for inference, and in a form that other libraries know."""
     return replace(config.packed(), inference_mode=True)
 
 

@@ -20,10 +20,9 @@ class Extras:
     ``biases`` selects the biases of the base that train too: "none", "all", or those of the layers that are "adapted".
     ``parameters`` are adapted by name if no linear layer holds them: experts stacked in one tensor, a router. ``rows``:
     single rows of tables, by the end of the module's path; None is the input embeddings. ``rows_field`` is the field of
-    the config that holds their indices, for messages. ``draws_rows``: they start from random values,
-    not the table's. ``keeps_tie``: modules that share the input embeddings' weight are changed alike, so that they go
-    on sharing it. A tied head is changed by the transpose of their update: ``turned`` gives the parameters that lower
-    to it.
+    the config that holds their indices, for messages. ``draws_rows``: they start from random values, not the table's.
+    ``keeps_tie``: modules that share the input embeddings' weight are changed alike, so that they still share it. A
+    tied head gets the transposed update: ``turned`` returns its parameters.
     """
 
     modules: tuple[str, ...] = ()

@@ -48,8 +48,9 @@ def shared_key(name: str) -> str:
 
 
 def is_shared(key: str, names: Collection[str]) -> bool:
-    """Return True if a key is that of a tensor shared by all layers, given the names of such tensors. The key may
-    repeat it at one layer.
+    """Return True if a key belongs to a tensor shared by all layers. ``names`` are the names of such tensors.
+
+    The key may repeat the tensor at one layer.
     """
     rest = divided(key)[1]
     return key.startswith(_MODEL) and (rest.partition(".")[0] in names or rest.rpartition(".")[2] in names)
@@ -61,7 +62,7 @@ def rows_key(path: str) -> str:
 
 
 def tokens_key(key: str) -> str:
-    """Return the key of rows of a table in the file of a method that trains nothing else; other keys stay."""
+    """Return the key of a table's rows in the file of a method that trains nothing else; other keys stay."""
     return key.replace(f".{_ROWS}.{_DELTA}", f".{_DELTA}")
 
 
@@ -71,7 +72,7 @@ def tuned_key(path: str, parameter: str) -> str:
 
 
 def usual_key(key: str) -> str:
-    """Return the key that rows of a table, or a parameter of a norm, have in the files of all other methods.
+    """Return the key that a table's rows, or a norm's parameter, have in the files of all other methods.
 
     This is the inverse of `tokens_key` and `tuned_key`; other keys stay.
     """
@@ -86,9 +87,9 @@ def is_rows(key: str) -> bool:
 
 
 def copy_key(path: str, parameter: str, *, adapted: bool, virtual: bool = False) -> str:
-    """Return the key of a ``parameter`` that an adapter trains whole in a module, or of rows of the module.
+    """Return the key of a ``parameter`` of a module that an adapter trains whole, or of rows of the module.
 
-    ``adapted``: the method adapts the module too. ``virtual``: the method has virtual tokens, which have one wrapper
+    ``adapted``: the method adapts the module too. ``virtual``: the method has virtual tokens; its keys have one wrapper
     less.
     """
     inner = f"{_BASE}." if adapted else ""
@@ -120,7 +121,7 @@ def divided(key: str) -> tuple[str, str]:
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Key, parsed: the module's ``path`` in the model, the ``end``, and the number of wrappers between.
+    """A parsed key: the module's ``path`` in the model, the ``end``, and the number of wrappers between.
 
     ``of_attention``: the module is an attention's output projection, adapted with the attention.
     """
@@ -151,7 +152,8 @@ def place_of(key: str, ends: Collection[str]) -> Place:
 def copies_of(key: str) -> tuple[str, ...]:
     """Return the other keys of a wholly trained module's tensor, if this key has the names of PEFT's wrapper.
 
-    There are two, with and without the first name behind the wrapper: the adapter's, or that of a part of the module.
+    There are two: with and without the first name behind the wrapper, which is the adapter's, or that of a part of the
+    module.
     """
     for wrapper in _WHOLE:
         path, found, end = key.partition(f".{wrapper}.")

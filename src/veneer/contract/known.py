@@ -10,10 +10,10 @@ Names = tuple[str, ...] | str  # of modules: names, suffixes and roles, or an ex
 
 @dataclass(frozen=True, kw_only=True)
 class Known:
-    """Facts that fill in a config.
+    """Facts that fill in a config; either is empty if unknown.
 
-    ``names`` holds, for the config's fields that name modules and are None, the names that the model has. ``shapes``
-    holds those of a file's parameters, by module path and name. Either is empty if unknown.
+    ``names``: the model's module names, for each field of the config that names modules and is None. ``shapes``: the
+    shapes of a file's parameters, by module path and name.
     """
 
     names: Mapping[str, Names] = field(default_factory=dict)

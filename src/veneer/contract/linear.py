@@ -67,7 +67,7 @@ class LinearMethod(TargetedConfig):
 
     @classmethod
     def raised(cls, records: Mapping[str, LinearDelta], targets: Sequence[str]) -> Raised | None:
-        """Return an adapter of the method that has these records, by module path; None if it cannot have them.
+        """Return an adapter of the method with these records, by module path; None if the method cannot have them.
 
         ``targets``: names that match exactly those paths. Sums of adapters are kept in this form.
         """

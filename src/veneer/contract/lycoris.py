@@ -85,8 +85,9 @@ class LycorisMethod(LinearMethod):
         return True
 
     def drawn(self, site: LinearSite, generator: torch.Generator | None = None) -> dict[str, Tensor]:
-        """Return the factors of the update's rows; nothing if none can be dropped. PEFT draws as many numbers, in the
-        same order.
+        """Return the dropout factors of the update's rows; nothing if no row can be dropped.
+
+        PEFT draws as many numbers in the same order.
         """
         if not (self.rank_dropout or self.module_dropout):
             return {}
@@ -117,10 +118,10 @@ class LycorisMethod(LinearMethod):
 
 
 def window_of(core: Sequence[int]) -> tuple[int, ...]:
-    """Return the window of a convolution whose core has this shape: of a line if the last axis is 1."""
+    """Return the window of a convolution from the shape of its core: one-dimensional if the last axis is 1."""
     return tuple(core[2:-1] if len(core) == 4 and core[3] == 1 else core[2:])
 
 
 def behind_core(core: Float[Tensor, "r r *window"], inner: Float[Tensor, "r channels"]) -> Float[Tensor, "r n"]:
-    """Return the rows over channels times positions of a core and the matrix ``inner`` behind it."""
+    """Multiply a core by the matrix ``inner`` behind it. The columns are channels times positions."""
     return torch.einsum("ij...,jc->ic...", core, inner).flatten(1)

@@ -8,7 +8,10 @@ from veneer.records.sites import LinearSite
 
 
 def needed_weight(site: LinearSite, who: str) -> FrozenWeight:
-    """Return the frozen weight of a site for a method of this name. Raises ConfigError if it is not loaded."""
+    """Return the frozen weight of a site.
+
+    ``who`` is the method that needs it. Raises ConfigError if it is not loaded.
+    """
     if site.weight is None:
         raise ConfigError(missing_weight(site, who))
     return site.weight

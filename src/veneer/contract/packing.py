@@ -18,9 +18,9 @@ from veneer.contract.parameters import Params
 class Packing:
     """Form on disk that equals the trained one except for ``fields``: config fields that are written with other values.
 
-    A subclass changes the parameters of a layer too, with the same effect. It names those that are ``fixed``, at layers
-    that have them: kept with the adapter at their initial values, never trained. ``whole`` are those of them that hold
-    whole numbers, such as indices, with their dtype in the file and in memory.
+    A subclass also changes the parameters of a layer, with the same effect. ``fixed`` names the parameters that are
+    saved at their initial values and never trained. ``whole`` names those of them that hold whole numbers, such as
+    indices, with their dtypes in the file and in memory.
     """
 
     fields: Mapping[str, object] = field(default_factory=dict)

@@ -52,14 +52,17 @@ class Method(Protocol):
 
 
 def placed(method: Method, site: Site, path: str = "", depth: int = 0) -> Placed:
-    """Return the place of a site. Its keys have this ``path`` and ``depth``, or neither if the path is empty."""
+    """Return the place of a site.
+
+    Its keys have this ``path`` and ``depth``, or neither of them if ``path`` is empty.
+    """
     ends, shared = method.disk_names(site), held_together(method)
     keys = {own: parameter_key(path, end, depth) if path else end for own, end in ends.items()}
     return Placed(site, keys | {own: shared_key(ends[own]) for own in shared}, path)
 
 
 def held_together(method: Method) -> tuple[str, ...]:
-    """Return the names of the parameters of a layer that other layers hold too, under one key in the file."""
+    """Return the names of a layer's parameters that other layers share under the same key in the file."""
     shared = method.shared
     return shared.names if shared is not None and shared.is_held and shared.group is None else ()
 

@@ -12,7 +12,7 @@ from veneer.plain.field_types import check
 
 @dataclass(frozen=True)
 class Settings:
-    """Base class of groups of settings, whose fields are checked when one is made.
+    """Base class of groups of settings, whose fields are checked on creation.
 
     Raises ConfigError with all problems.
     """

@@ -40,7 +40,7 @@ def hub_options(values: Mapping[str, Any]) -> HubOptions:
 
 
 def from_keywords(kind: Callable[..., Options], values: Mapping[str, Any], as_it_is: Sequence[str]) -> Options:
-    """Return a dataclass from keyword arguments, without those in ``as_it_is``, which have no effect here.
+    """Return a dataclass made from keyword arguments. Those in ``as_it_is`` have no effect here and are left out.
 
     Raises ConfigError for unknown ones.
     """
@@ -79,7 +79,7 @@ def adapter_folder(model_id: str | os.PathLike[str], options: HubOptions | None 
 
 
 def hub_folder(repo: str) -> Path:
-    """Return the local folder of an adapter on the hub, fetched if need be; no folder of the same name is looked for.
+    """Return the local folder of an adapter on the hub, fetched if needed; a local folder of that name is ignored.
 
     Raises FormatError if it is not there.
     """

@@ -22,9 +22,9 @@ class TargetedConfig(MethodConfig):
     """Config that selects modules by name.
 
     ``target_modules`` is a list of names or suffixes, such as [q_proj, v_proj], or a regular expression that must match
-    the whole module path. It may be ``"all-linear"``: every linear layer but the output head. None selects those of the
-    method's ``default_targets`` that the model has. ``family_targets`` are defaults by transformers' type of model. A
-    method overrides `fields_for` if other fields that name modules have defaults. ``layers_to_transform`` keeps only
+    the whole module path. It may be ``"all-linear"``: every linear layer except the output head. None selects those of
+    the method's ``default_targets`` that the model has. ``family_targets`` are defaults by transformers' type of model.
+    A method overrides `fields_for` if other fields that name modules have defaults. ``layers_to_transform`` keeps only
     those layer indices, found by ``layers_pattern`` (name of the list of layers).
     """
 

@@ -6,7 +6,7 @@ from veneer.errors import ConfigError
 
 
 def unnamed_task(peft_type: str, n_tasks: int, on_disk: str = "") -> ConfigError:
-    """Return the error for an adapter of several tasks whose record is asked for, when no task is named.
+    """Return the error for an adapter of several tasks whose record is needed while no task is named.
 
     ``on_disk``: what to do with a folder.
     """

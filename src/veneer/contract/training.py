@@ -32,7 +32,7 @@ class Training:
         return {}
 
     def penalty(self, layers: Sequence[Params]) -> Tensor | None:
-        """Return a weighted term of the loss, from the parameters of all layers; None if there is none."""
+        """Return a weighted term of the loss, computed from the parameters of all layers; None if there is none."""
         return None
 
     def schedule(self, layers: Mapping[str, Params]) -> Schedule | None:

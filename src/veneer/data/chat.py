@@ -90,7 +90,7 @@ class _Generation(Extension):
 
 
 def template_error(tokenizer: Any, messages: Sequence[Mapping[str, Any]], error: TemplateError) -> DataError:
-    """Return the error of a template that is damaged, or that refuses a conversation."""
+    """Return the error for a template that is damaged, or that refuses a conversation."""
     if isinstance(error, TemplateSyntaxError):
         return DataError(
             f"the tokenizer in {tokenizer.name_or_path} has a damaged chat template: {error}, line {error.lineno}. "

@@ -33,7 +33,9 @@ class Collator:
     pad_to_multiple_of: int | None = None
 
     def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
-        """``input_ids``, ``labels`` (-100 where nothing is trained), ``attention_mask`` or ``position_ids``, (b, n)."""
+        """Return ``input_ids``, ``labels`` (-100 for untrained tokens), ``attention_mask`` or ``position_ids``,
+        (b, n).
+        """
         packed = "seq_lengths" in examples[0] or self.padding_free
         tasks = [example[TASK] for example in examples if example.get(TASK) is not None]
         if tasks:

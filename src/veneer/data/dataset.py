@@ -70,8 +70,9 @@ def _tell_full(rows: Dataset, encoder: Encoder, name: str) -> None:
 
 
 def pack_all(dataset: AnyDataset, capacity: int, *, split: bool) -> Dataset:
-    """Pack the rows. Raises ConfigError for a streamed data set, whose rows are not known in advance, and for rows with
-    tasks, of which a packed row would hold several.
+    """Pack the rows. Raises ConfigError for a streamed data set, whose rows are not known in advance.
+
+    Also raises ConfigError for rows with tasks, since a packed row would hold several of them.
     """
     if isinstance(dataset, IterableDataset):
         raise ConfigError("packing=True needs a data set that is not streamed: load it whole, or set packing=False")

@@ -124,7 +124,7 @@ class PreferenceReader:
         return self.task
 
     def unread(self, columns: Iterable[str], form: str) -> list[str]:
-        """Return the columns that nothing reads: none of a task with reward functions, which take all of them."""
+        """Return the columns that nothing reads. A task with reward functions reads all columns."""
         if form in ("grpo", "rloo"):
             return []
         read = {*_READ, *_BESIDE, *fields_of(self.prompt or "")}

@@ -173,8 +173,8 @@ def read_rows(
 def require_readable(file: Path, reader: RowReader | PreferenceReader, limit: int | None = None) -> str:
     """Return the form of a file's rows.
 
-    Raises DataError with the unusable rows of a file that holds none or begins with one, ConfigError for a template. A
-    file whose first row can be read is not read on.
+    Raises DataError for an empty file, and for one whose first row is unusable; ConfigError for a template. If the
+    first row is usable, no further row is read.
     """
     problems: list[str] = []
     for _, row in numbered_rows(file, problems):

@@ -37,7 +37,7 @@ class EpochSampler(Sampler[int]):
 
 
 class FilledSampler(Sampler[int]):
-    """Sampler of another sampler's indices, then those from ``start`` to ``stop``, in every epoch."""
+    """Sampler of another sampler's indices, followed by those from ``start`` to ``stop``, in every epoch."""
 
     def __init__(self, sampler: Sampler[int], start: int, stop: int) -> None:
         self.sampler, self.rest = sampler, range(start, stop)

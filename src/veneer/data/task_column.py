@@ -14,7 +14,7 @@ TASK = "task_ids"
 def task_of(row: Mapping[str, Any]) -> dict[str, int]:
     """Return the task of a row under its name; nothing if there is no such column.
 
-    Raises DataError if it is no whole number, nor its digits, which are all that a CSV file holds.
+    Raises DataError unless it is a whole number, or its digits as text, as CSV files have them.
     """
     if TASK not in row:
         return {}

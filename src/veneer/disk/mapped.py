@@ -1,4 +1,4 @@
-"""File mapped into memory whose change is noticed: pages of a file that is cut meanwhile would end the process."""
+"""File mapped into memory whose change is noticed: reading pages of a file that was truncated would end the process."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class MappedFile:
         self._bytes: Any = np.memmap(self._file, dtype=np.uint8, mode="c") if self._stamp[0] else np.empty(0, np.uint8)
 
     def tensor(self, start: int, n_bytes: int) -> UInt8[Tensor, " n_bytes"]:
-        """Return bytes of the file, mapped. Raises FormatError if the file ends before."""
+        """Return bytes of the file, mapped. Raises FormatError if the file ends before them."""
         if start + n_bytes > self._stamp[0]:
             raise FormatError(
                 f"{self.path} ends at byte {self._stamp[0]:,}, within a tensor that reaches to byte "
@@ -36,7 +36,7 @@ class MappedFile:
         return torch.from_numpy(self._bytes[start : start + n_bytes])
 
     def require_unchanged(self) -> None:
-        """Raise FormatError if the file was cut or written to since it was mapped."""
+        """Raise FormatError if the file was truncated or written to since it was mapped."""
         now = self._now()
         if now != self._stamp:
             raise FormatError(

@@ -1,4 +1,4 @@
-"""Paths nearest to one that leads nowhere."""
+"""Existing paths that look most like one that does not exist."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ _MOST = 1000  # entries of a folder that are compared
 def near_paths(path: Path, *, folders: bool = False) -> list[str]:
     """Return up to two existing paths (with ``folders``: of folders) that look most like a missing one, as written.
 
-    Only its first missing part is replaced, by a name beside it. The rest of the path is kept as far as it exists
-    there.
+    Only its first missing part is replaced, by the name of a neighbour. The rest of the path is kept as far as it
+    exists there.
     """
     exists = Path.is_dir if folders else Path.exists
     parts = path.parts

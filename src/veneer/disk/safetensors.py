@@ -43,7 +43,7 @@ class StoredTensor:
             return self._part(file, 0, self.nbytes).view(self.dtype).view(self.shape)
 
     def blocks(self, n_values: int) -> Iterator[Tensor]:
-        """Yield the tensor's rows (k, …) in order, at most so many values at a time, but at least one row.
+        """Yield the tensor's rows (k, …) in order, at most ``n_values`` values at a time, but at least one row.
 
         A tensor without rows is one block. Raises FormatError as `read` does.
         """

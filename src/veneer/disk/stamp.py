@@ -6,7 +6,7 @@ import os
 
 
 def stamp_of(told: os.stat_result) -> tuple[int, ...]:
-    """Return the stamp of a file by its status.
+    """Return the stamp of a file, given its status.
 
     It includes the time of the last change: a new file may have the inode, size and date of an earlier one.
     """

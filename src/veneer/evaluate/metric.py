@@ -57,7 +57,7 @@ Asked = Answers | ScoredChoice | Passages
 
 
 class Metric(Protocol):
-    """Figure of a model over rows. Its fields are its settings."""
+    """Metric of a model over rows. Its fields are its settings."""
 
     name: ClassVar[str]
 

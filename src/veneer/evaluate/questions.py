@@ -33,7 +33,7 @@ class QuestionReader:
     r"""Reader of rows in the forms of training data: messages (the last turn is the answer), or prompt and completion.
 
     ``prompt`` makes a plain-text prompt from the fields of any row (``"Review: {text}\nSentiment:"``). With ``chat`` it
-    is a user's turn, behind the message ``system`` if there is one. ``answer_field`` names the field with the right
+    becomes a user's turn, after the message ``system`` if there is one. ``answer_field`` names the field with the right
     answer, or a list of them; by default the row's own answer.
     """
 

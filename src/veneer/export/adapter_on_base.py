@@ -1,4 +1,4 @@
-"""Adapter beside its base's files: places with the weights that a method reads, and the tensors that are no copies."""
+"""Adapter beside its base's files: places with the weights that a method reads, and tensors that are not copies."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from veneer.store.checkpoint import Checkpoint
 
 
 def with_weights(places: Mapping[str, Placed], skeleton: PreTrainedModel, base: Path) -> dict[str, Placed]:
-    """Return places of linear layers with the weights of a base's files, each read when it is used."""
+    """Return places of linear layers with the weights of a base's files, each read when it is needed."""
     weights, kinds, modules = BaseWeights(base, skeleton), look_at(skeleton).kinds, dict(skeleton.named_modules())
 
     def read(path: str) -> FrozenWeight:
@@ -40,7 +40,7 @@ def with_weights(places: Mapping[str, Placed], skeleton: PreTrainedModel, base: 
 
 
 def changed_tensors(stored: StoredAdapter, adapter: Path, base: Path) -> Iterator[str]:
-    """Yield the tensors of an adapter besides its records, without embeddings that only came along from the base."""
+    """Yield the adapter's tensors other than its records, without embeddings that are only copies of the base's."""
     copies = {f"{path}.base_layer.weight": f"{path}.weight" for path in stored.updates}
     weights, files = Checkpoint.open(base), read_headers(adapter)
     for key in stored.others:

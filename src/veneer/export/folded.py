@@ -45,9 +45,9 @@ NAME = "merged"
 class FoldedCheckpoint:
     """Dense base in ``folder`` with an adapter merged in; the base alone if ``adapter`` is None.
 
-    ``specs`` are dtype and shape of every tensor of the result, by its name in files. ``untied``: tied embeddings have
-    become two tensors. ``prefix`` is that of the names in the model without its head. ``n_modules`` counts the modules
-    that the adapter changes. ``dtype`` is that of the result's floating tensors; None keeps the base's. ``wide``:
+    ``specs``: dtype and shape of every tensor of the result, by its name in files. ``untied``: tied embeddings have
+    become two tensors. ``prefix``: the start of names in the model without its head. ``n_modules``: the number of
+    modules that the adapter changes. ``dtype``: that of the result's floating tensors; None keeps the base's. ``wide``:
     merged weights are float32 sums, never rounded to the base's dtype. ``called``: the base's name in errors.
 
     Raises FormatError if the files are damaged or do not fit each other. Raises CompositionError for adapters that
@@ -98,9 +98,9 @@ class FoldedCheckpoint:
         return self._pending.pop((path, key))
 
     def blocks(self, name: str) -> Iterator[Tensor]:
-        """Return the rows (k, …) of `read`, in order, few of them in memory at a time.
+        """Yield the rows (k, …) of `read` in order, a few of them in memory at a time.
 
-        Exceptions are fully trained modules, and adapters whose factors depend on the weight itself.
+        Fully trained modules, and adapters whose factors depend on the weight itself, are read whole.
         """
         if name not in self._plan.owners:
             yield from self._weights.blocks(name)
@@ -271,7 +271,9 @@ def _fold(path: str, module: Adapted, weights: BaseWeights, wide: bool) -> dict[
 def filled(
     modules: list[tuple[str, nn.Module]], weights: BaseWeights, wide: bool = False, *, vectors: bool = False
 ) -> Iterator[None]:
-    """Context in which modules have the base's parameters, in float32 if ``wide``; only vectors, if ``vectors``."""
+    """Enter a context in which modules have the base's parameters, in float32 if ``wide``; only vectors if
+    ``vectors``.
+    """
     before = [(module, dict(module._parameters)) for _, module in modules]
     filled: dict[int, nn.Parameter] = {}  # by the parameter without storage: a tied one is read once
     for path, module in modules:

@@ -38,8 +38,8 @@ def find(name: bool | str) -> Start | None:
 class CordaConfig(Settings):
     """Settings of CorDA, in PEFT's field.
 
-    ``corda_method``: "ipm" takes the r largest singular values, for the task that the data shows, "kpm" the r smallest,
-    so that the knowledge that it shows is kept.
+    ``corda_method``: "ipm" takes the r largest singular values, to adapt to the data's task. "kpm" takes the r
+    smallest, to keep the knowledge that the data shows.
     """
 
     corda_method: Literal["ipm", "kpm"] = "ipm"
@@ -54,9 +54,9 @@ class CordaConfig(Settings):
 
 
 def covariance(rows: Float[Tensor, "*batch i"]) -> Float[Tensor, "i i"]:
-    """Return ``Xᵀ X`` of the inputs X in one pass, each divided by the magnitude of the largest, in float32.
+    """Return ``Xᵀ X`` of the inputs X in one pass, in float32, after dividing X by the magnitude of its largest value.
 
-    The largest is that with its sign, as PEFT has it; it must not be 0.
+    As in PEFT, the largest value is that with its sign; it must not be 0.
     """
     x = rows.flatten(0, -2).float()
     x = x / x.max().abs()

@@ -36,10 +36,10 @@ def find(name: bool | str) -> Start | None:
 class LoraGAConfig(Settings):
     """Settings of LoRA-GA, in PEFT's fields.
 
-    ``direction``: those of the gradient's 2 r leading triplets that A and B take. "ArB2r" gives A the first r and B the
-    others, "A2rBr" the reverse, "ArBr" every second one each, "random" r at random, the same to both. ``scale``:
-    "stable" multiplies B by ``(o / stable_gamma²)^¼``, "weight_svd" gives its first column the norm of the weight,
-    "gd_scale" divides both by the scale of B A, "unit" leaves them.
+    ``direction``: how A and B share the gradient's 2 r leading triplets. "ArB2r" gives A the first r and B the others,
+    "A2rBr" the reverse, "ArBr" every second one each, "random" the same r random ones to both. ``scale``: "stable"
+    multiplies B by ``(o / stable_gamma²)^¼``, "weight_svd" gives its first column the norm of the weight, "gd_scale"
+    divides both by the scale of B A, "unit" leaves them unchanged.
     """
 
     direction: Literal["ArBr", "A2rBr", "ArB2r", "random"] = "ArB2r"

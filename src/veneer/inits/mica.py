@@ -1,4 +1,4 @@
-"""MiCA: B starts as the left singular vectors of the least singular values of W, and stays; A starts at zero
+"""MiCA: B starts as the left singular vectors of W's smallest singular values and is fixed; A starts at zero
 (arXiv:2604.01694, section 3).
 
 The update lies in the outputs that the weight uses least.

@@ -1,7 +1,6 @@
 """Orthogonal start: A and B are both random, and ``B A = 0`` (datta0.github.io/posts/rethink-lora-init).
 
-The rows of an orthogonal matrix are dealt out to both factors in turn, so that one's inner side is orthogonal to the
-other's.
+The rows of an orthogonal matrix are dealt to both factors in turn, so that their inner sides are orthogonal.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ def projections(
 ) -> tuple[Tensor, Tensor]:
     """Return A and B of these shapes: Kaiming uniform with gain √2, drawn on the CPU in float32 from ``key``.
 
-    All layers share one copy. Copies of the last eight configs and devices are kept. Do not write.
+    All layers share one copy, which must not be written to. Copies of the last eight configs and devices are kept.
     """
     draw = _kept.__wrapped__ if is_tracing() else _kept  # a traced step makes tensors without values
     return draw(key, a_shape, b_shape, device=device, dtype=dtype)

@@ -1,1 +1,1 @@
-"""Trainers that learn from answers which the model in training draws."""
+"""Trainers that learn from answers drawn by the model in training."""

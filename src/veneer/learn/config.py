@@ -53,9 +53,9 @@ class _Drawing(RunSettings):
 class GRPOConfig(_Drawing, trl.GRPOConfig):  # type: ignore[misc]
     """TRL's ``GRPOConfig`` with the fields of `RunSettings`. Raises ConfigError with all problems at once.
 
-    ``rollout_engine`` chooses who draws: "auto", "engine" or "generate". ``use_vllm`` asks for the engine.
+    ``rollout_engine`` chooses how answers are drawn: "auto", "engine" or "generate". ``use_vllm`` chooses the engine.
 
-    Limits of conversations that the engine draws, beside TRL's ``max_tool_calling_iterations`` and
+    Limits of conversations that the engine draws, besides TRL's ``max_tool_calling_iterations`` and
     ``max_completion_length``: ``tool_timeout`` are the seconds of one call of a tool, after which the run ends.
     ``rollout_timeout`` are those of a whole conversation, which is then cut (None: no limit).
     ``max_tool_response_length`` are the characters of a tool's response, which is cut.
@@ -77,7 +77,7 @@ class GRPOConfig(_Drawing, trl.GRPOConfig):  # type: ignore[misc]
 class RLOOConfig(_Drawing, trl.RLOOConfig):  # type: ignore[misc]
     """TRL's ``RLOOConfig`` with the fields of `RunSettings`. Raises ConfigError with all problems at once.
 
-    ``rollout_engine`` chooses who draws: "auto", "engine" or "generate". ``use_vllm`` asks for the engine.
+    ``rollout_engine`` chooses how answers are drawn: "auto", "engine" or "generate". ``use_vllm`` chooses the engine.
     """
 
 

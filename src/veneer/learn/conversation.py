@@ -1,7 +1,7 @@
 """A rollout as a conversation: the model calls tools, reads their answers and goes on, each at its own pace.
 
-Messages, masks, counts and the ends are those of TRL's loop of tool calls, which asks all conversations of a batch turn
-by turn. Here each is a coroutine: it waits for its own tools alone.
+Messages, masks, counts and ends are the same as in TRL's loop of tool calls, which asks all conversations of a batch
+turn by turn. Here each conversation is a coroutine that waits only for its own tools.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ Tool = Callable[..., Any]
 
 @dataclass(frozen=True, slots=True)
 class RolloutLimits:
-    """RolloutLimits of a conversation.
+    """Limits of a conversation.
 
-    ``turns``: answers of the model after its first. ``tokens``: all behind the prompt. ``context``: prompt and all
-    else. ``seconds``: of the whole, None for no limit. ``tool_seconds``: of one call. ``response``: characters of what
-    one call returns.
+    ``turns``: the model's answers after its first. ``tokens``: all tokens after the prompt. ``context``: all tokens,
+    the prompt included. ``seconds``: for the whole conversation (None: no limit). ``tool_seconds``: for one call.
+    ``response``: characters of one call's result.
     """
 
     turns: int
@@ -40,10 +40,10 @@ class RolloutLimits:
 
 @dataclass(slots=True)
 class Rollout:
-    """Conversation behind a prompt. Each list has an entry a token.
+    """A conversation after its prompt. Each list has an entry for each token.
 
-    ``mask`` is 1 for tokens that the model drew. ``logprobs`` are 0 for the others. ``kept`` has entries for the drawn
-    ones alone (see `DrawnAnswer`). ``observation`` is what an environment said first.
+    ``mask`` is 1 for tokens that the model drew. ``logprobs`` are 0 for the others. ``kept`` has entries only for drawn
+    tokens (see `DrawnAnswer`). ``observation`` is an environment's first message.
     """
 
     prompt_ids: list[int]
@@ -69,7 +69,7 @@ class Rollout:
         )  # fmt: skip
 
     def extend(self, suffix: Sequence[int], answer: DrawnAnswer | None) -> None:
-        """Add tokens of tools, and the answer to them, if there was room for one."""
+        """Add the tokens of tools' messages, and the model's answer to them if there was room for one."""
         self.ids += suffix
         self.mask += [0] * len(suffix)
         self.logprobs += [0.0] * len(suffix)
@@ -94,7 +94,7 @@ class Rollout:
         )  # fmt: skip
 
     def line(self) -> Line:
-        """Return what a journal keeps of the rollout's tokens."""
+        """Return the rollout's tokens as a line of a journal."""
         found = {
             "adapter": self.adapter, "prompt_hash": hash_of(self.prompt_ids), "ids": self.ids,
             "logprobs": packed(self.logprobs), "mask": runs_of(self.mask), "finish": self.finish,
@@ -104,7 +104,7 @@ class Rollout:
 
     @property
     def first_answer(self) -> DrawnAnswer:
-        """The tokens before a tool was called."""
+        """Tokens before the first call's response."""
         n = next((place for place, own in enumerate(self.mask) if not own), len(self.ids))
         return DrawnAnswer(
             tuple(self.ids[:n]), tuple(self.logprobs[:n]), tuple(self.kept[:n]), self.adapter, self.finish
@@ -112,13 +112,16 @@ class Rollout:
 
     @property
     def answer(self) -> DrawnAnswer:
-        """All tokens as one answer, whose log-probabilities are 0 where no token was drawn."""
+        """All tokens as one answer, with log-probabilities of 0 for tokens that were not drawn."""
         return DrawnAnswer(tuple(self.ids), tuple(self.logprobs), tuple(self.kept), self.adapter, self.finish)
 
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """Wish for an answer to ids, of at most ``n_tokens``; ``number`` counts the answers of its conversation from 0."""
+    """Request for an answer to ``ids``, of at most ``n_tokens``.
+
+    ``number`` counts the conversation's answers from 0.
+    """
 
     ids: list[int]
     n_tokens: int
@@ -127,7 +130,7 @@ class Turn:
 
 @dataclass(frozen=True, slots=True)
 class Wait:
-    """Wish for the result of a call, up to a moment of `time.monotonic`."""
+    """Request for the result of a call, until a moment of `time.monotonic`."""
 
     told: Future[Any]
     until: float
@@ -137,8 +140,8 @@ class Wait:
 class Speech:
     """Text of a chat as tokens, and back.
 
-    ``suffix_of`` gives the tokens of tools' messages, with the head of the next answer. ``message_of`` reads an answer,
-    given the tokens before it.
+    ``suffix_of`` returns the tokens of tools' messages and the head of the next answer. ``message_of`` parses an
+    answer, given the tokens before it.
     """
 
     suffix_of: Callable[[list[Message]], list[int]]
@@ -147,7 +150,7 @@ class Speech:
 
 @dataclass(frozen=True, slots=True)
 class RolloutTools:
-    """RolloutTools of one conversation by name; ``run`` begins a coroutine of an asynchronous one."""
+    """Tools of one conversation, by name. ``run`` begins the coroutine of an asynchronous tool."""
 
     plain: Mapping[str, Tool]
     asynchronous: Mapping[str, Tool]
@@ -155,12 +158,12 @@ class RolloutTools:
 
 
 class OutOfTimeError(Exception):
-    """End of a conversation's time, within a call."""
+    """Error for a conversation whose time ends during a call."""
 
 
 @dataclass(slots=True)
 class Conversation:
-    """Conversation that carries a rollout on, in place. ``name`` is the rollout's, for messages."""
+    """Conversation that extends a rollout in place. ``name`` is the rollout's, for messages."""
 
     rollout: Rollout
     tools: RolloutTools
@@ -170,10 +173,11 @@ class Conversation:
     _end: float | None = None
 
     def run(self) -> Generator[Turn | Wait, Any, None]:
-        """Go on from the first answer until one calls no tool, or a limit is reached. Yields what it waits for.
+        """Continue after the first answer until an answer calls no tool, or a limit is reached. Yields what is waited
+        for.
 
-        A response of tools that leaves no room is dropped, and the call stays the last message. A call that hangs is
-        left, and the model is told. Raises TrainingError for a tool that raises what is no Exception.
+        A tool's response that leaves no room is dropped; the call is then the last message. A call that hangs is left,
+        and the model is told. Raises TrainingError for a tool that raises something other than an Exception.
         """
         rollout, limits = self.rollout, self.limits
         self._end = None if limits.seconds is None else time.monotonic() + limits.seconds

@@ -1,4 +1,4 @@
-"""TRL's environments, whose ``reset`` has a limit of seconds and whose errors are named."""
+"""TRL's environments, whose ``reset`` has a limit in seconds and whose errors name them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Observed = Callable[[Callable[[], Any]], Any]
 def limited_environments(given: Factory | dict[str, Factory], seconds: Callable[[], float], observed: Observed) -> Any:
     """Return the factory of environments, or those by name, with a limit on ``reset``.
 
-    ``observed`` is called with each call of ``reset``, in TRL's order, and returns its result or a known one. An
+    ``observed`` is called instead of each ``reset``, in TRL's order, and returns its result or a known one. An
     environment whose ``reset`` raises, or takes more than ``seconds()``, raises TrainingError.
     """
     if isinstance(given, dict):

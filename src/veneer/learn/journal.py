@@ -1,7 +1,7 @@
-"""Journal of rollouts: a file of JSON lines, one a rollout, that is on disk before a step learns from it.
+"""Journal of rollouts: a file of JSON lines, one for each rollout, written to disk before a step learns from it.
 
-A resumed run takes from it what was drawn, said by tools and rewarded after its checkpoint, so that it goes on as it
-would have. Torch is not imported here, so that a command can read it quickly.
+A resumed run reads from it the answers, tool responses and rewards after its checkpoint, so that it continues exactly
+as before. Torch is not imported here, so that a command can read the journal quickly.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def journal_path(run: Path, rank: int = 0, n_processes: int = 1) -> Path:
 class Journal:
     """Journal of a process, by draws, which are numbered upwards.
 
-    With ``keeps`` the lines that are there stay until another draw takes their place; else it begins anew. Raises
+    With ``keeps``, existing lines stay until another draw replaces them; otherwise the journal begins anew. Raises
     DiskError if it cannot be written.
     """
 
@@ -57,7 +57,7 @@ class Journal:
         return lines if all(line["adapter"] == adapter for line in lines) else None
 
     def write(self, number: int, lines: Sequence[Line]) -> None:
-        """Write the lines of a draw, in place of it and of the later ones, and wait until they are on disk."""
+        """Write the lines of a draw, replacing it and all later ones, and wait until they are on disk."""
         later = [start for draw, (start, _) in self._places.items() if draw >= number]
         if later:
             self._cut(min(later))
@@ -123,20 +123,20 @@ def packed(values: Sequence[float]) -> str:
 
 
 def unpacked(told: str) -> list[float]:
-    """Return the numbers that `packed` made a text of."""
+    """Decode the text made by `packed`."""
     found = array("f")
     found.frombytes(base64.b64decode(told))
     return _little(found).tolist()
 
 
 def runs_of(mask: Sequence[int]) -> list[int]:
-    """Return the lengths of the runs of a mask of 1 and 0, of 1 first."""
+    """Return the lengths of a mask's runs of equal values, the first of which is of ones."""
     runs = [(value, len([*run])) for value, run in groupby(mask)]
     return ([0] if runs and not runs[0][0] else []) + [n for _, n in runs]
 
 
 def mask_of(runs: Sequence[int]) -> list[int]:
-    """Return the mask whose lengths of runs are given."""
+    """Return the mask with these run lengths."""
     return [1 - i % 2 for i, n in enumerate(runs) for _ in range(n)]
 
 

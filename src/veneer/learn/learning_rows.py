@@ -1,4 +1,4 @@
-"""Rows of a micro-batch that a gradient comes from, in groups by their prompts."""
+"""Rows of a micro-batch that give a gradient, grouped by prompt."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 def learning_rows(advantages: Tensor) -> Int[Tensor, " k"] | None:
-    """Return the places of the rows whose advantage is not 0, at least one; None if that are all."""
+    """Return the indices of the rows whose advantage is not 0, at least one; None if no row has advantage 0."""
     if advantages.ndim != 1 or bool((advantages != 0).all()):
         return None
     rows = advantages.nonzero().flatten()
@@ -19,7 +19,7 @@ def learning_rows(advantages: Tensor) -> Int[Tensor, " k"] | None:
 
 
 def of_all_rows(known: Float[Tensor, "b t"], rows: Int[Tensor, " k"], found: Float[Tensor, "k t"]) -> Tensor:
-    """Return values of all rows: those ``found`` for these rows, with their gradient, and the ``known`` ones."""
+    """Return values of all rows: ``found`` for these ``rows``, with their gradient, and ``known`` for the others."""
     return known.to(found.device, found.dtype).index_copy(0, rows.to(found.device), found)
 
 

@@ -1,4 +1,4 @@
-"""Calls of functions that a user gave, each on a thread of its own, so that one that hangs does not hold the run."""
+"""Calls of a user's functions, each on its own thread, so that one that hangs does not block the run."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from veneer.errors import TrainingError
 
 
 def begun(function: Callable[..., Any], given: Mapping[str, Any]) -> Future[Any]:
-    """Call a function with arguments by name on a new thread, which does not keep the process alive; return its result
-    to come.
+    """Call a function with keyword arguments on a new thread, and return the future result.
+
+    The thread does not keep the process alive.
     """
     told: Future[Any] = Future()
     told.set_running_or_notify_cancel()  # a thread cannot be cancelled
@@ -29,11 +30,11 @@ def begun(function: Callable[..., Any], given: Mapping[str, Any]) -> Future[Any]
 
 
 class EndedError(BaseException):
-    """Error for an asynchronous function that raised its cause, SystemExit or KeyboardInterrupt: it ended its loop."""
+    """Error for an asynchronous function that raised SystemExit or KeyboardInterrupt, which ended its event loop."""
 
 
 async def awaited(function: Callable[..., Coroutine[Any, Any, Any]], given: Mapping[str, Any]) -> Any:
-    """Return the result of an asynchronous function, called with arguments by name. Raises EndedError."""
+    """Run an asynchronous function with keyword arguments and return its result. Raises EndedError."""
     try:
         return await function(**given)
     except (SystemExit, KeyboardInterrupt) as error:
@@ -41,9 +42,9 @@ async def awaited(function: Callable[..., Coroutine[Any, Any, Any]], given: Mapp
 
 
 def result_within(told: Future[Any], seconds: float, name: str) -> Any:
-    """Return a result that comes within ``seconds``.
+    """Return a result that arrives within ``seconds``.
 
-    Raises TrainingError, with the function's ``name``, if it does not come, or if the function raised.
+    Raises TrainingError, with the function's ``name``, if it does not arrive or the function raised.
     """
     try:
         return told.result(timeout=seconds)
@@ -60,7 +61,7 @@ def result_within(told: Future[Any], seconds: float, name: str) -> Any:
 
 
 def hangs(name: str, seconds: float, key: str) -> str:
-    """Return the message of a function that does not return; ``key`` is the setting of its limit."""
+    """Return the message for a function that does not return; ``key`` is the setting of its limit."""
     return (
         f"{name} did not return within {seconds:g} seconds, and its thread is left. Give it a limit of its own, or "
         f"set {key} higher"

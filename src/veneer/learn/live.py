@@ -1,4 +1,4 @@
-"""Adapter in training as a version for an engine: packed from where it lies, and named by its content. No file."""
+"""Adapter in training as a version for an engine, packed from memory and named by its content. No file is written."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ from veneer.store.checkpoint import is_finite
 
 
 class LiveAdapter:
-    """Adapter ``name`` of a model, packed for a runner of that model as often as it is asked for.
+    """Adapter ``name`` of a model, packed for a runner of that model whenever it is needed.
 
-    It goes the way of a saved adapter, from its config and its tensors by their keys on disk, so that it acts to the
-    bit as the same one saved and loaded. If it is low-rank factors alone, as LoRA's, the next times take a few calls:
-    its parameters are packed by the places that the first time found.
+    Its config and its tensors by their keys on disk are treated like a saved adapter's, so that it acts exactly like
+    one saved and loaded. If it consists only of low-rank factors, as LoRA does, later packing takes a few calls: the
+    places found the first time are used again.
 
     Raises AdapterNameError for an unknown name.
     """
@@ -46,7 +46,7 @@ class LiveAdapter:
 
     @torch.no_grad()
     def now(self) -> tuple[AdapterVersion, ProgramAdapter]:
-        """Return the adapter as it is now, with its version, whose id is a hash of the packed bytes.
+        """Return the adapter's current state, with its version, whose id is a hash of the packed bytes.
 
         Raises NonFiniteError for values that are not finite, and the errors of `ProgramRunner.pack`.
         """

@@ -1,4 +1,4 @@
-"""The policy that a trainer draws from: its engine, the settings of TRL that say how, and the answers of one draw."""
+"""The policy that a trainer draws from: its engine, TRL's settings for it, and the answers of one draw."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ log = logging.getLogger(__name__)
 
 
 class Policy:
-    """Model with its adapter in training, as an engine draws from it.
+    """Model with its adapter in training, from which an engine draws.
 
-    ``is_exact``: engine and training pass compute in float32, so that their log-probabilities are equal but for
-    rounding. ``is_proved``: that was seen on a batch.
+    ``is_exact``: engine and training pass compute in float32, so that their log-probabilities are equal up to rounding.
+    ``is_proved``: this was checked on a batch.
     """
 
     def __init__(self, rollouts: Rollouts, adapter: str, params: SamplingParams, *, is_exact: bool) -> None:
@@ -45,9 +45,9 @@ class Policy:
         return self._taken([answer for each in drawn for answer in each.answers], now)
 
     def converse(self, conversations: Sequence[Conversation]) -> None:
-        """Carry conversations on from the answers of the draw in progress, each to its end.
+        """Continue conversations from the answers of the current draw, each to its end.
 
-        Raises as `draw` and `Conversation.run` do.
+        Raises the errors of `draw` and `Conversation.run`.
         """
         now, number_of, (key, rows) = self.rollouts.hand_over(self.adapter), dict[str, int](), self._drawn_by
         with self.rollouts.requests() as requests:
@@ -71,15 +71,15 @@ class Policy:
         return answers
 
     def version(self) -> AdapterVersion:
-        """Return the adapter as it is now, whose id is its content id."""
+        """Return the version of the adapter's current state, whose id is its content id."""
         return self.rollouts.engine.versions.of(self.rollouts.hand_over(self.adapter))
 
     def context(self) -> int:
-        """Return the most tokens that a prompt and its answer may have."""
+        """Return the largest number of tokens of a prompt with its answer."""
         return self.rollouts.engine.scheduler.limits.max_model_len - self.version().n_front
 
     def recall(self, answers: list[DrawnAnswer]) -> list[DrawnAnswer]:
-        """Take answers as those of the draw in progress, that this adapter drew before, and return them.
+        """Take answers that this adapter drew before as those of the current draw, and return them.
 
         Raises StaleAnswerError.
         """
@@ -89,7 +89,7 @@ class Policy:
 
     @property
     def answers(self) -> list[DrawnAnswer]:
-        """Answers of the draw in progress."""
+        """Answers of the current draw."""
         return self._answers or []
 
     @property
@@ -99,11 +99,11 @@ class Policy:
 
     @property
     def knows(self) -> bool:
-        """Return True if a draw is in progress whose log-probabilities are those that a training pass would compute."""
+        """Return True during a draw whose log-probabilities equal those that a training pass would compute."""
         return self.is_exact and self.has_drawn
 
     def logprobs(self, completion_ids: Int64[Tensor, "b t"]) -> Float[Tensor, "b t"]:
-        """Return the log-probabilities of the draw in progress, one row an answer, with zeros behind its end."""
+        """Return the log-probabilities of the current draw, one row for each answer, padded with zeros."""
         found = torch.zeros(completion_ids.shape, dtype=torch.float32)
         for row, answer in zip(found, self._answers or (), strict=True):
             row[: len(answer.logprobs)] = torch.tensor(answer.logprobs)
@@ -111,12 +111,12 @@ class Policy:
 
     @property
     def kept_mass(self) -> float:
-        """Share of the distribution that ``min_p``, ``top_k``, ``top_p`` and masks left, in the mean of the tokens."""
+        """Mean, over the tokens, of the probability mass that ``min_p``, ``top_k``, ``top_p`` and masks left."""
         kept = torch.tensor([each for answer in self.answers for each in answer.kept])  # float32, as in a journal
         return float(kept.double().exp().mean()) if len(kept) else 1.0
 
     def end(self) -> None:
-        """End a draw: its answers are scored."""
+        """End the current draw, whose answers have been scored."""
         self._answers = None
 
 

@@ -1,4 +1,4 @@
-"""Proof that the engine draws from the policy in training: its log-probabilities beside those of a training pass."""
+"""Proof that the engine draws from the policy in training: both give the same log-probabilities."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _PASSES = 100  # times as far as one rounding moves an answer: with 30 blocks tw
 
 
 class PolicyMismatchError(TrainingError):
-    """Error for log-probabilities of an engine that are not those of the model in training."""
+    """Error for an engine whose log-probabilities differ from those of the model in training."""
 
 
 def beyond(drawn: Float[Tensor, "b t"], own: Float[Tensor, "b t"], counted: Bool[Tensor, "b t"]) -> bool:
@@ -26,9 +26,9 @@ def beyond(drawn: Float[Tensor, "b t"], own: Float[Tensor, "b t"], counted: Bool
 
 @contextmanager
 def rounded_otherwise(embeddings: nn.Module) -> Iterator[None]:
-    """Let the embeddings of tokens be wrong by one rounding, at random: so a pass shows how a model raises such errors.
+    """Perturb the token embeddings randomly by one rounding error, to show how much a model amplifies such errors.
 
-    After some prompts, as of one word many times, a float32 pass is 1e-3 nats from one in float64.
+    After some prompts, such as one word repeated many times, a float32 pass is 1e-3 nats from one in float64.
     """
 
     def changed(module: nn.Module, given: object, found: Tensor) -> Tensor:
@@ -48,11 +48,11 @@ def require_same_policy(
     answers: Sequence[Sequence[int]],
     rounding: Float[Tensor, "b t"] | None = None,
 ) -> None:
-    """Raise PolicyMismatchError if two log-probabilities of a token differ by more than 1e-3 nats, or 1e-4 in the mean.
+    """Raise PolicyMismatchError if log-probabilities of a token differ by more than 1e-3 nats, or by 1e-4 in the mean.
 
-    ``drawn`` are the engine's, ``own`` those of the training pass; tokens that are not ``counted`` are padding.
-    ``rounding`` is how far `rounded_otherwise` moves those of the training pass: an answer may differ by a hundred
-    times as much as its largest.
+    ``drawn`` are the engine's, ``own`` the training pass's. Tokens that are not ``counted`` are padding. ``rounding``
+    is how far `rounded_otherwise` moves the training pass's values: an answer may differ by a hundred times its largest
+    one.
     """
     differences = (drawn - own).abs().double().masked_fill(~counted, 0.0)
     mean = float(differences.sum() / counted.sum().clamp_min(1))

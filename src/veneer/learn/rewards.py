@@ -44,7 +44,7 @@ class RewardLimits:
 def reward_functions(given: Any, *, needed: bool) -> list[Any]:
     """Return the reward functions as a list.
 
-    Raises ConfigError if one is no function, and if one is ``needed`` and there is none.
+    Raises ConfigError if one is not a function, and if one is ``needed`` and there is none.
     """
     functions = list(given) if isinstance(given, list | tuple) else [] if given is None else [given]
     if not functions and needed:
@@ -60,9 +60,9 @@ def checked_reward(
 ) -> Any:
     """Return the function within limits, and with a check of its return value: a finite number for each completion.
 
-    None is no opinion on a completion. It is allowed if there are several functions (``alone`` is False), or if an
-    error is no opinion. Rows that are ``left_out`` at the time of a call get None. TRL calls models itself. The wrapper
-    raises RewardError, with the ``name`` of the function, also if the function raises.
+    None means no opinion on a completion. It is allowed if there are several functions (``alone`` is False), or if an
+    error counts as no opinion. Rows that are ``left_out`` at the time of a call get None. TRL calls models itself. The
+    wrapper raises RewardError, with the ``name`` of the function, also if the function raises.
     """
     if not callable(function) or isinstance(function, type) or _is_module(function):
         return function

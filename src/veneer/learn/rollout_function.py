@@ -1,4 +1,4 @@
-"""TRL's ``rollout_func``: its output checked, and the engine under the name by which such functions reach for one."""
+"""TRL's ``rollout_func``: its output is checked, and it finds the engine where such functions expect vLLM."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _LISTS = ("prompt_ids", "completion_ids", "logprobs")
 
 
 def checked_rollouts(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a rollout function with a check of its output: lists of one length, an entry a token.
+    """Return a rollout function with a check of its output: lists of one length, with an entry for each token.
 
     The wrapper raises TrainingError.
     """
@@ -49,7 +49,7 @@ def _problem(found: Any, n: int) -> str | None:
 
 
 class Generation:
-    """The engine of a trainer with the calls of TRL's ``trainer.vllm_generation`` that rollout functions make."""
+    """Engine of a trainer, with the methods of TRL's ``trainer.vllm_generation`` that rollout functions call."""
 
     def __init__(self, trainer: Any) -> None:
         self._trainer = trainer
@@ -60,7 +60,9 @@ class Generation:
     def generate(
         self, prompts: Sequence[Sequence[int]], images: None = None, num_generations: int = 1, profiler: Any = None
     ) -> tuple[list[list[int]], list[list[int]], list[list[list[float]]], list[list[list[int]]]]:
-        """Return the prompts, an answer to each, and for each token its log-probability and its id, in lists of one."""
+        """Return the prompts, an answer to each, and for each token its log-probability and its id, each in a list of
+        one.
+        """
         drawn = self._trainer.drawn(prompts)
         return (
             [[*ids] for ids in prompts],

@@ -1,6 +1,6 @@
-"""Answers drawn by an engine on the weights of a model in training, with the adapter of the moment.
+"""Answers drawn by an engine on the weights of a model in training, with the adapter's current state.
 
-A rollout is a function of the base, the adapter's content, the prompt and its key: not of the rows beside it.
+A rollout depends only on the base, the adapter's content, the prompt and its key, and not on other rows.
 """
 
 from __future__ import annotations
@@ -32,15 +32,15 @@ from veneer.serve.start import EngineOptions, start_engine
 
 
 class StaleAnswerError(TrainingError):
-    """Error for an answer that another adapter than the one in training has drawn."""
+    """Error for an answer that was not drawn by the adapter in training."""
 
 
 @dataclass(frozen=True, slots=True)
 class DrawnAnswer:
     """Answer to a prompt. ``adapter`` is the content id of the adapter that drew it, None for the base.
 
-    ``logprobs`` are those of its tokens in nats, at the temperature and over all ids. ``kept`` are the logarithms of
-    the mass that ``min_p``, ``top_k``, ``top_p`` and masks left: 0 without them.
+    ``logprobs`` of its tokens are in nats, at the temperature and over all ids. ``kept`` are the logarithms of the mass
+    that ``min_p``, ``top_k``, ``top_p`` and masks left: 0 without them.
     """
 
     token_ids: tuple[int, ...]
@@ -61,8 +61,8 @@ class DrawnPrompt:
 class Rollouts:
     """Engine on a model's weights, which stay the model's own. ``options`` are those of `veneer.LLM`.
 
-    Adapters of the model act in answers by their names, as they are at that moment. Weights of the base must not
-    change. Everything runs in the caller's thread: between two passes of a training.
+    Adapters of the model act by name, in their current state. Weights of the base must not change. Everything runs in
+    the caller's thread, between two training passes.
 
     Raises ConfigError, TargetError, and DescriptionError for a model that has no program.
     """
@@ -88,10 +88,11 @@ class Rollouts:
             self._start()
 
     def hand_over(self, adapter: str) -> LoRARequest:
-        """Give the engine an adapter of the model as it is now; return the request for it, which has its version.
+        """Hand the current state of a model's adapter to the engine, and return the request for it, with its version.
 
-        An earlier version of the name goes, with its pages, unless it is equal. Raises AdapterNameError for an unknown
-        name, NonFiniteError, and UnsaidError for an adapter with a part that the engine's program does not support.
+        An earlier version of the name is removed with its pages, unless it is equal. Raises AdapterNameError for an
+        unknown name, NonFiniteError, and UnsaidError for an adapter with a part that the engine's program does not
+        support.
         """
         self._settle()
         if adapter not in self._live:
@@ -115,9 +116,9 @@ class Rollouts:
     ) -> list[DrawnPrompt]:
         """Return ``params.n`` answers to each prompt, given as token ids, by an adapter of the model (None: the base).
 
-        The adapter acts as it is now, or as it was when it was handed over. ``key`` and the prompt's number determine
-        what is drawn: by default its place among the prompts, else that in ``rows``. Raises ConfigError for what cannot
-        be asked, and the errors of `hand_over`.
+        The adapter acts in its current state, or in the one that was handed over. ``key`` and the prompt's number
+        determine the draw; the number is the prompt's place among the prompts, unless ``rows`` gives it. Raises
+        ConfigError for an invalid request, and the errors of `hand_over`.
         """
         self._settle()
         numbers = range(len(prompts)) if rows is None else rows
@@ -132,10 +133,10 @@ class Rollouts:
     def score(
         self, sequences: Sequence[Sequence[int]], *, adapter: str | LoRARequest | None = "default"
     ) -> list[list[float]]:
-        """Return the log-probabilities, in nats, of the tokens of sequences but for the first, by an adapter or the
-        base (None).
+        """Return the log-probabilities, in nats, of all tokens of sequences except the first, by an adapter (None: the
+        base).
 
-        Raises as `draw` does.
+        Raises the errors of `draw`.
         """
         self._settle()
         request = self.hand_over(adapter) if isinstance(adapter, str) else adapter
@@ -157,9 +158,9 @@ class Rollouts:
 
     @contextmanager
     def requests(self) -> Iterator[Requests]:
-        """Context with the engine's requests, in which the model's own modules are those of the base.
+        """Enter a context with the engine's requests, in which the model's own modules are those of the base.
 
-        Those that are not answered at its end are dropped.
+        Requests that are unanswered at its end are dropped.
         """
         requests = Requests(self.engine)
         with _bare(self.model):
@@ -180,7 +181,7 @@ class Rollouts:
 
 
 class Requests:
-    """Requests to an engine that are not answered yet."""
+    """Unanswered requests to an engine."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
@@ -191,7 +192,7 @@ class Requests:
         return len(self._waiting) + len(self._submitted)
 
     def add(self, asked: CheckedRequest) -> None:
-        """Add a request, which begins as soon as the engine has room for it."""
+        """Add a request, which starts as soon as the engine has room for it."""
         self._waiting.append(asked)
 
     def step(self) -> list[RequestOutput]:
@@ -215,7 +216,7 @@ class Requests:
 
 
 def seed_of(*key: int) -> int:
-    """Return 64 bits of a hash of whole numbers (BLAKE2), to draw by."""
+    """Return 64 bits of a hash of whole numbers (BLAKE2) as a seed."""
     return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest(), "little")
 
 
@@ -247,7 +248,7 @@ def is_of_adapter(name: str) -> bool:
 
 
 def is_of_base(part: str) -> bool:
-    """Return True for a part of a module's path that is no holder of an adapter's tensors."""
+    """Return True for a part of a module's path that does not hold an adapter's tensors."""
     return part not in ("adapters", "copies")
 
 

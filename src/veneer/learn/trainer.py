@@ -1,4 +1,4 @@
-"""Trainers that learn from rewards of answers that the model in training draws."""
+"""Trainers that learn from rewards of answers drawn by the model in training."""
 
 from __future__ import annotations
 
@@ -63,9 +63,9 @@ class EpochRepeatSampler(RepeatSampler):  # type: ignore[misc]
 class DrawingTrainer(PreferenceTrainer):
     """Mixin for TRL's GRPO and RLOO trainers, with their arguments.
 
-    Answers are drawn by an engine on the model's weights (`Rollouts`), or by transformers where it cannot. What they
-    are learned from is TRL's. The reference, if ``beta`` asks for one, is that of `veneer.DPOTrainer`. Answers that are
-    trained on over several steps are part of each checkpoint.
+    Answers are drawn by an engine on the model's weights (`Rollouts`), or by transformers if the engine cannot. Losses
+    are TRL's. The reference, if ``beta`` needs one, is that of `veneer.DPOTrainer`. Answers that are trained on over
+    several steps are part of each checkpoint.
     """
 
     task: ClassVar[Task]
@@ -424,7 +424,7 @@ class DrawingTrainer(PreferenceTrainer):
         return order
 
     def tell_of_repeats(self) -> None:
-        """Warn of nothing: TRL leaves out the prompts that do not fill a batch."""
+        """Warn of nothing: TRL leaves out prompts that do not fill a batch."""
 
     def counters(self) -> dict[str, Any]:
         """Return the counters of a checkpoint, with the number of micro-batches so far."""

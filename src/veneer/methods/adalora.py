@@ -33,12 +33,12 @@ RANK_OFFSET = 1e-5  # PEFT divides by the rank plus this
 class AdaLoraConfig(LinearMethod):
     """AdaLoRA in PEFT's fields.
 
-    ``init_r`` is the rank that every layer starts with, ``target_r`` the mean rank that is left. The budget stays whole
+    ``init_r`` is the rank that every layer starts with, ``target_r`` the mean rank at the end. The budget stays whole
     for ``tinit`` steps. Then it falls with the cube of the time left, every ``deltaT`` steps. For the last ``tfinal``
-    of ``total_step`` it stays at its target. ``total_step`` None is the length of the run. ``beta1`` and ``beta2``
-    smooth sensitivity and its uncertainty. ``orth_reg_weight`` weighs the pull towards orthogonality. ``rank_pattern``
-    marks the triplets of each layer that were kept, by ``<path>.lora_E``, as in PEFT's files. The others are not on
-    disk.
+    of ``total_step`` steps it stays at its target. ``total_step`` None is the length of the run. ``beta1`` and
+    ``beta2`` smooth the sensitivity and its uncertainty. ``orth_reg_weight`` is the weight of the pull towards
+    orthogonality. ``rank_pattern`` marks the triplets of each layer that were kept, by ``<path>.lora_E``, as in PEFT's
+    files. The others are not on disk.
     """
 
     peft_type: ClassVar[str] = "ADALORA"
@@ -113,7 +113,7 @@ class AdaLoraConfig(LinearMethod):
         return GroupChecks()
 
     def rank(self, site: LinearSite) -> int:
-        """Return the number of triplets at a site: of those kept, if the config marks them."""
+        """Return the number of triplets at a site: only the kept ones if the config marks them."""
         kept = (self.rank_pattern or {}).get(f"{site.name}.lora_E")
         return self.init_r if kept is None else sum(kept)
 

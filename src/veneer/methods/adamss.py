@@ -320,12 +320,12 @@ class SubspaceTraining(Training):
 
 
 class SubspaceSchedule:
-    """Adaptive subspace allocation: the clusters of all layers with the least importance are frozen.
+    """Adaptive subspace allocation: it freezes the least important clusters of all layers.
 
     ``layers`` are the parameters of each layer by its path. After each backward pass and optimizer step, before the
     gradients are set to zero, call `step`. Between ``init_warmup`` and ``final_warmup`` the importance ``|w g|`` of
-    each number and its uncertainty are averaged. Every ``mask_interval`` steps all clusters but the best are frozen,
-    whose number falls from all to ``asa_target_subspaces``, and the averages start again.
+    each number and its uncertainty are averaged. Every ``mask_interval`` steps only the best clusters stay trained.
+    Their number falls from all to ``asa_target_subspaces``, and the averages start again.
     """
 
     def __init__(self, config: AdamssConfig, layers: Mapping[str, Params]) -> None:
@@ -335,7 +335,7 @@ class SubspaceSchedule:
         self.uncertainty: dict[tuple[str, str], Tensor] = {}
 
     def target(self, step: int) -> int:
-        """Return the number of clusters that a step leaves."""
+        """Return the number of clusters that are still trained after a step."""
         first, last = self.config.init_warmup, self.config.final_warmup
         left, least = 1 - (step - first) / (last - first), self.config.asa_target_subspaces
         return int(least + (self.total - least) * left**self.config.asa_schedule_exponent)

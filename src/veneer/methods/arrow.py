@@ -55,10 +55,10 @@ class TokenMixture(Mixture):
 class ArrowConfig(LinearMethod):
     """Arrow in PEFT's fields.
 
-    ``top_k`` pairs act on a token, weighed by a softmax of temperature ``router_temperature``. `create_arrow_model`
-    fills in ``n_experts``, the count of pairs, and their rank ``r``; ``n_experts`` left out is ``top_k``. ``use_gks``
-    takes the mean of general adapters off each pair. ``rng_seed`` is that of the search for prototypes, as in PEFT.
-    An adapter without saved LoRAs has random A, and B zero.
+    ``top_k`` pairs act on a token, weighted by a softmax of temperature ``router_temperature``. `create_arrow_model`
+    fills in ``n_experts``, the number of pairs, and their rank ``r``; without it ``n_experts`` is ``top_k``.
+    ``use_gks`` subtracts the mean of general adapters from each pair. ``rng_seed`` is that of the search for
+    prototypes, as in PEFT. An adapter without saved LoRAs has random A, and B zero.
     """
 
     peft_type: ClassVar[str] = "ARROW"

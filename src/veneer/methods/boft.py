@@ -121,7 +121,7 @@ class BOFTConfig(LinearMethod):
         return {"boft_R": drawn[0], "boft_s": 1 + drawn[1]}
 
     def drawn(self, site: LinearSite, generator: torch.Generator | None = None) -> dict[str, Tensor]:
-        """Return which blocks are dropped, of all factors, drawn as PEFT draws it."""
+        """Return the marks of dropped blocks in all factors, drawn as PEFT draws them."""
         if not self.boft_dropout:
             return {}
         m, n, _, _ = self.shapes(site)["boft_R"]
@@ -145,10 +145,11 @@ class BOFTConfig(LinearMethod):
 
 @functools.lru_cache(maxsize=64)
 def orders(width: int, size: int, m: int, *, device: torch.device) -> Tensor:
-    """Return the features (m, width) that each factor's blocks rotate, in their order. Do not write.
+    """Return the features (m, width) that each factor's blocks rotate, in their order. The result is shared: do not
+    write it.
 
     Factor k takes the features in groups of 2ᵏ blocks. It interleaves the half blocks of a group's first half with
-    those of its second, so that it mixes what factor k - 1 keeps apart. A single factor keeps the order.
+    those of its second half, so that it mixes what factor k - 1 keeps apart. A single factor keeps the order.
     """
     with torch.inference_mode(False):
         features = torch.arange(width, device="cpu")

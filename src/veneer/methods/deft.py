@@ -26,8 +26,8 @@ from veneer.records.sites import LinearSite
 class DeftConfig(LinearMethod):
     """DEFT in PEFT's fields.
 
-    ``decomposition_method``: with "relu" Q is the trained matrix, and P its positive part; with "qr" both are its
-    orthogonal factor. ``para`` only takes the subspace off (PaRa), so that a new adapter changes outputs. ``alpha``:
+    ``decomposition_method``: with "relu", Q is the trained matrix and P its positive part; with "qr", both are its
+    orthogonal factor. ``para`` only subtracts the subspace (PaRa), so that a new adapter changes outputs. ``alpha``:
     the scale s is ``alpha / r``, or 1. ``init_weights`` starts R so that nothing changes; False draws it, times
     ``init_scale``. ``deft_dropout`` is read from files; training with it is refused.
     """

@@ -133,7 +133,8 @@ class _Checks(PatternChecks):
 @functools.lru_cache(maxsize=64)
 def places(seed: int, o: int, i: int, n: int, *, device: torch.device) -> tuple[Tensor, Tensor]:
     """Return rows and columns of n of the o·i entries of a spectrum, drawn on the CPU as PEFT draws them.
-    Do not write.
+
+    The result is shared: do not write to it.
     """
     with torch.inference_mode(False):
         drawn = torch.randperm(o * i, generator=torch.Generator().manual_seed(seed), device="cpu")[:n]

@@ -252,9 +252,9 @@ def block_of(path: str, order: int) -> int:
 
 
 def joint_basis(weights: list[Float[Tensor, "_ i"]], ridge: float) -> Float[Tensor, "i i"]:
-    """Return V of matrices of one width: the common eigenvectors of their parts of a QR decomposition.
+    """Return V of matrices with one width: the common eigenvectors of their parts in a joint QR decomposition.
 
-    If they have fewer rows than columns together, V holds their right singular vectors.
+    If together they have fewer rows than columns, V holds their right singular vectors.
     """
     stacked = torch.cat(weights)
     if stacked.shape[0] < stacked.shape[1]:

@@ -68,12 +68,11 @@ class IA3Config(LinearMethod):
         return _Checks(self.feedforward_modules or ())
 
     def for_sites(self, sites: Sequence[LinearSite], known: Known) -> Self:
-        """Return the config with the targets that scale their input in PEFT's form: among ``target_modules``, never
-        left out.
+        """Return the config with ``feedforward_modules`` in PEFT's form: among ``target_modules``, and never None.
 
-        They are whole paths if names do not determine them, and for chosen layers: PEFT's IA3 cannot choose layers. If
-        a file does not give them, targets whose vectors are rows, (1, i), count. Vectors of a convolution are (1,
-        channels, 1, …) either way: they scale outputs, as on a model.
+        They are whole paths if names do not determine them, or if layers are chosen: PEFT's IA3 cannot choose layers.
+        If a file does not give them, they are the targets whose vectors are rows, (1, i). Vectors of a convolution are
+        (1, channels, 1, …) in either case: they scale outputs, as on a model.
         """
         if known.shapes and self.feedforward_modules is None:
             scaled_by_rows = {p: own["ia3_l"] for p, own in known.shapes.items() if len(own["ia3_l"]) == 2}

@@ -33,9 +33,9 @@ _A, _B, _ROUTER = "lily_A", "lily_B", "lily_router"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SequenceMixture(LowRankMixture):
-    """Change ``scale · Σₑ πₑ Bₑ A``, π the mean over a sequence of ``softmax(router A x)``.
+    """Change ``scale · Σₑ πₑ Bₑ A``, where π is the mean of ``softmax(router A x)`` over a sequence.
 
-    ``b`` holds the experts (r, o) one below the other. ``members`` are those of `records.sequences.Sequences`. Without
+    ``b`` holds the experts (r, o), one below another. ``members`` are those of `records.sequences.Sequences`. Without
     them the last axis but one of the input is a sequence.
     """
 

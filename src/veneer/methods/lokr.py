@@ -41,7 +41,9 @@ class Kronecker(Change):
         return made
 
     def is_made_for(self, n_rows: int, dtype: torch.dtype) -> bool:
-        """In 16 bits, if its own products save less than a matrix unit gains: they are small, and of many numbers."""
+        """Return True if a dense matrix is faster: in 16 bits, if its own products save less than a matrix unit
+        gains.
+        """
         (o, i), o2, i1 = self.shape, len(self.w2), self.w1.shape[1]
         saved = o * i / (i * o2 + i1 * o)
         return dtype.itemsize == 2 and n_rows >= min(o, i) and saved < MATRIX_UNIT
@@ -80,7 +82,7 @@ class _Made(torch.autograd.Function):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ShiftedKronecker(Change):
-    """Change ``W₁ ⊗ W₂`` with W₂ (o₂, i₂, window) as PEFT makes it: W₁ gets a first axis of size 1.
+    """Change ``W₁ ⊗ W₂`` with W₂ (o₂, i₂, window) in PEFT's layout, in which W₁ gets a first axis of size 1.
 
     Its entries are those of the Kronecker product of (1, o₁, i₁) and (o₂, i₂, window), read row by row as (o, i).
     """

@@ -47,10 +47,8 @@ _STARTS = ("lora_A_start", "lora_B_start")
 class LoraConfig(LinearMethod):
     """LoRA and its variants, in PEFT's fields.
 
-    ``rank_pattern`` and ``alpha_pattern`` override r and alpha if the module path ends with a key (a regular
-    expression).
-    ``bias`` chooses the biases of the base that are also trained: "none", "all", or those of the adapted layers
-    ("lora_only").
+    ``rank_pattern`` and ``alpha_pattern`` override r and alpha if a key (a regex) matches the end of the module path.
+    ``bias``: the biases of the base that are trained too: "none", "all", or "lora_only" (those of adapted layers).
     ``init_lora_weights`` names a start in `veneer.inits`, such as True (Kaiming A, zero B), "gaussian" or "pissa".
     False makes both random, so that the start changes the model.
     ``eva_config``, ``corda_config``, ``lora_ga_config``: settings of the starts "eva", "corda" and "lora_ga", once
@@ -65,7 +63,7 @@ class LoraConfig(LinearMethod):
     adapted or trained whole. Then all of them share one adapter or one copy: ΔW at the embeddings, ΔWᵀ at the head.
     ``use_bdlora``: A or B of the layers that a `BdLoraConfig` names are block-diagonal.
     ``use_qalora``: A reads the means of ``qalora_group_size`` inputs (Xu et al. 2023, arXiv:2309.14717).
-    ``kasa_config``: the r least singular triplets of the weight are taken off, and a diagonal stands between A and B.
+    ``kasa_config``: the r smallest singular triplets of the weight are subtracted, and a diagonal lies between A and B.
     ``velora_config``: A has the gradient of compressed inputs. ``monteclora_config``: A has noise in training.
     ``alora_invocation_tokens``: the adapter acts on a sequence from the last occurrence of these token ids on
     (Greenewald et al. 2025, arXiv:2504.12397). Before them the keys and values are the base's.
@@ -177,14 +175,14 @@ class LoraConfig(LinearMethod):
 
     @property
     def token_rows(self) -> dict[str | None, tuple[int, ...]]:
-        """Rows of tables that are trained, by the end of the table's path; None is the input embeddings."""
+        """Rows of tables that are trained, by the end of the table's path; None is the path of the input embeddings."""
         given = self.trainable_token_indices
         tables = given if isinstance(given, Mapping) else {None: given}
         return {name: tuple(rows) for name, rows in tables.items() if rows is not None}
 
     @property
     def data_start(self) -> EvaConfig | CordaConfig | LoraGAConfig | None:
-        """Settings of the start that needs a pass over data; None if the factors start without."""
+        """Settings of the start that needs a pass over data; None if the start needs no data."""
         found = _FROM_DATA.get(str(self.init_lora_weights))
         return None if found is None else getattr(self, found[0]) or found[1]()
 
@@ -327,9 +325,7 @@ class LoraConfig(LinearMethod):
     def _with_ranks(
         self, sites: Mapping[str, LinearSite], ranks: Mapping[str, int], keep_scale: bool
     ) -> Mapping[str, object]:
-        """Return the settings with these ranks (`LateStart`). Layers are named by their whole paths if some are
-        dropped.
-        """
+        """Return the settings with these ranks (`LateStart`). If layers are dropped, the others are named by path."""
         left = [path for path in sites if ranks[path]]
         patterned = replace(self, rank_pattern={path: ranks[path] for path in left if ranks[path] != self.r})
         alphas = {path: self.alpha(sites[path]) for path in left}
@@ -384,7 +380,7 @@ class LoraChecks(PatternChecks):
     config: LoraConfig
 
     def layers(self, sites: Sequence[LinearSite]) -> list[str]:
-        """Return the problems of factors that do not fit. Starts from the weight give no blocks of B for groups."""
+        """Return the problems of factors that do not fit, and of starts from the weight at convolutions in groups."""
         grouped = [site for site in sites if site.groups > 1]
         found = [
             f"r={self.config.rank(site)} at {site.name}, a convolution in {site.groups} groups: a rank that "
@@ -401,7 +397,7 @@ class LoraChecks(PatternChecks):
         return found
 
     def advice(self, sites: Sequence[LinearSite]) -> list[str]:
-        """Return a sentence if the rank is above both widths of every layer; above one it may be a choice."""
+        """Return advice if the rank is above both widths of every layer; above one width it may be intended."""
         ranks = [self.config.rank(site) for site in sites]
         if not ranks or min(ranks) <= max(max(site.in_features, site.out_features) for site in sites):
             return []

@@ -1,8 +1,8 @@
-"""MiSS: ``W + Mᵀ S``, S adds up the blocks of the inputs (Kang and Yin 2024, arXiv:2409.15371, section 3; Bone's
-successor).
+"""MiSS: ``W + Mᵀ S``, where S adds up the blocks of the inputs (Kang and Yin 2024, arXiv:2409.15371, section 3;
+successor of Bone).
 
-Feature j of the inputs is added to entry ``j mod r``. So the update is a pair of rank r, whose A is the identity, tiled
-over the inputs, and whose B is Mᵀ. The variant "bat" multiplies blocks of the weight too: it is no small pair.
+Feature j of the inputs is added to entry ``j mod r``. The update is therefore a pair of rank r: A is the identity,
+tiled over the inputs, and B is Mᵀ. The variant "bat" also multiplies blocks of the weight, and is not a small pair.
 """
 
 from __future__ import annotations

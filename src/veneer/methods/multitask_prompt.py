@@ -35,11 +35,11 @@ _DEVIATION = 0.02  # of the start of C and R, as PEFT has it
 class MultitaskPromptTuningConfig(EmbeddedPrompt):
     """Multitask prompt tuning in PEFT's fields.
 
-    ``num_tasks`` tasks have prompts, told apart by matrices of rank ``num_ranks``. ``prompt_tuning_init``: the start of
-    the shared prompt, "RANDOM", "SAMPLE_VOCAB", or "TEXT" as in prompt tuning, or one from the file
-    ``prompt_tuning_init_state_dict_path``, an adapter of source tasks. Of that, "ONLY_SOURCE_SHARED" takes the shared
-    prompt. "AVERAGE_SOURCE_TASKS" takes the mean of its tasks too, "EXACT_SOURCE_TASK" its task
-    ``prompt_tuning_init_task``; the adapter then has one task.
+    ``num_tasks``: the number of tasks, each with a prompt of its own. ``num_ranks``: the rank of the matrices that
+    distinguish them. ``prompt_tuning_init``: the start of the shared prompt. "RANDOM", "SAMPLE_VOCAB" and "TEXT" are as
+    in prompt tuning. The others start from ``prompt_tuning_init_state_dict_path``, the file of an adapter of source
+    tasks. "ONLY_SOURCE_SHARED" takes the shared prompt. "AVERAGE_SOURCE_TASKS" also takes the mean of its tasks, and
+    "EXACT_SOURCE_TASK" its task ``prompt_tuning_init_task``; the adapter then has one task.
     """
 
     peft_type: ClassVar[str] = "MULTITASK_PROMPT_TUNING"

@@ -38,14 +38,15 @@ class OFTConfig(LinearMethod):
 
     ``r`` is the number of blocks, ``oft_block_size`` their size: one of them is 0 and follows from the other. One that
     does not divide a layer's inputs becomes the nearest that does. ``block_share``: all blocks of a layer are one.
-    ``coft`` keeps each block within ``eps`` of the identity: the update is that of the nearest block within, and each
-    step of a run moves the parameters there. An embedding's outputs are rotated, and a convolution's patches.
+    ``coft`` keeps each block within ``eps`` of the identity: the update uses the nearest block within, and each step of
+    a run moves the parameters there. At an embedding the outputs are rotated, at a convolution the patches.
 
     ``module_dropout``: share of a layer's blocks that are the identity in a training pass, rounded down to a whole
     number of them. One block, or shared ones, are never dropped.
 
-    Departs: PEFT sums the patches that overlap in its forward pass at a kernel wider than 1, so that its model changes
-    once it is merged. Here both are its merged model. ``module_dropout`` has no effect in PEFT.
+    Departs: at a kernel wider than 1, PEFT's forward pass sums overlapping patches, so that its model changes when
+    merged.
+    Here both passes equal PEFT's merged model. ``module_dropout`` has no effect in PEFT.
     """
 
     peft_type: ClassVar[str] = "OFT"
@@ -103,7 +104,7 @@ class OFTConfig(LinearMethod):
         return {"oft_R": "oft_embedding_R.weight" if site.kind == "embedding" else "oft_R.weight"}
 
     def drawn(self, site: LinearSite, generator: torch.Generator | None = None) -> dict[str, Tensor]:
-        """Return which blocks are dropped, drawn as PEFT draws it."""
+        """Return the marks of dropped blocks, drawn as PEFT draws them."""
         n = 1 if self.block_share else self.blocks(site)[0]
         return {DROPPED: dropped_blocks(n, self.module_dropout, generator)} if self.module_dropout and n > 1 else {}
 
@@ -129,9 +130,10 @@ class OFTConfig(LinearMethod):
 
 
 def near_identity(entries: Float[Tensor, "n m"], eps: float) -> Float[Tensor, "n m"]:
-    """Return the entries above the diagonal of n skew-symmetric blocks, each block of a norm of at most ``eps / √n``.
+    """Return the entries above the diagonal of n skew-symmetric blocks, each scaled down to a norm of at most ``eps /
+    √n``.
 
-    Longer blocks are scaled down to it. The norm is Frobenius's, which counts each entry twice.
+    The norm is Frobenius's, which counts each entry twice.
     """
     largest = eps / math.sqrt(len(entries))
     norm = math.sqrt(2) * entries.norm(dim=1, keepdim=True)

@@ -1,8 +1,8 @@
-"""OSF: the lesser singular triplets of W trained, ``W + U diag(s) V - U₀ diag(s₀) V₀`` (Nayak et al. 2025,
+"""OSF: the smallest singular triplets of W are trained, ``W + U diag(s) V - U₀ diag(s₀) V₀`` (Nayak et al. 2025,
 arXiv:2504.07097, section 3).
 
-The gradients of U and V are made orthogonal to the singular vectors that stay, so that training leaves alone what the
-weight does along these.
+The gradients of U and V are made orthogonal to the singular vectors that stay fixed, so that training does not change
+the weight along these.
 """
 
 from __future__ import annotations
@@ -146,10 +146,10 @@ class OSFConfig(LinearMethod):
         return {name: found[name].cpu() for name in shapes}
 
     def derived(self, site: LinearSite, params: Params) -> dict[str, Tensor]:
-        """Return the initial values of the trained triplets, and the vectors of the others, to which gradients are made
+        """Return the initial values of the trained triplets, and the fixed vectors to which gradients are made
         orthogonal.
 
-        If U or V is square with these, the trained ones span the complement and suffice.
+        If U or V is square together with these, the trained vectors span the complement and suffice.
         """
         o, i, kept = site.out_features, site.in_features, self.kept(site)
         if is_tracing():
@@ -200,7 +200,9 @@ class _Checks(Checks):
 
 
 def divided(weight: FrozenWeight, kept: int) -> dict[str, Tensor]:
-    """Return the singular triplets of a weight in float32, the first ones as those that stay, each in own memory."""
+    """Split the singular triplets of a weight, in float32: the first ones are fixed, the others trained. None share
+    memory.
+    """
     u, s, v = torch.linalg.svd(weight.dense(torch.float32).detach(), full_matrices=False)
     high = {"U_high": u[:, :kept], "V_high": v[:kept]}
     found = {**high, "U_low": u[:, kept:], "S_low": s[kept:], "V_low": v[kept:]}
@@ -210,9 +212,9 @@ def divided(weight: FrozenWeight, kept: int) -> dict[str, Tensor]:
 def projected(
     x: Float[Tensor, "n k"], low: Float[Tensor, "n k"], high: Float[Tensor, "n m"] | None
 ) -> Float[Tensor, "n k"]:
-    """Return x, whose gradient is made orthogonal to the columns of ``high``.
+    """Return x with its gradient made orthogonal to the columns of ``high``.
 
-    None: it is taken to the span of ``low``, their complement.
+    If ``high`` is None, the gradient is projected onto the span of ``low``, the complement.
     """
     made: Tensor = _Projected.apply(x, low, high)  # type: ignore[no-untyped-call]
     return made

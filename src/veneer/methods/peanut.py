@@ -38,7 +38,7 @@ class PeanutConfig(LinearMethod):
     """PEANuT in PEFT's fields.
 
     f has ``depth`` layers (r, r) that encode and as many that decode. Each is followed by ``act_fn``. The output of an
-    encoding layer is added behind the layer that decodes it. ``scaling`` is the scale s. ``init_weights`` starts B at
+    encoding layer is added after the matching decoding layer. ``scaling`` is the scale s. ``init_weights`` starts B at
     zero. False draws B, so that the start changes the model.
     """
 

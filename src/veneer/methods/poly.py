@@ -1,9 +1,10 @@
-"""Poly: ``W + B A / r``, both factors mixed of those of skills, by the task (Ponti et al. 2022, arXiv:2202.13914).
+"""Poly: ``W + B A / r``, where both factors are mixtures of skills, weighted by the task (Ponti et al. 2022,
+arXiv:2202.13914).
 
-In splits of the widths, each of which mixes the skills in its own way, it is multi-head routing (Caccia et al. 2022,
+If the widths are split, and each split mixes the skills in its own way, it is multi-head routing (Caccia et al. 2022,
 arXiv:2211.03831).
 
-Departs: in a training pass, the rows of one task have one draw of random weights at a layer. PEFT draws for each row.
+Departs: in a training pass, all rows of a task share one draw of random weights at a layer. PEFT draws for each row.
 """
 
 from __future__ import annotations
@@ -35,9 +36,9 @@ _LEAST = 1e-12  # PEFT adds it to the sum of a split's weights
 class PolyConfig(LinearMethod):
     """Poly in PEFT's fields.
 
-    Each of ``n_tasks`` tasks weighs ``n_skills`` pairs of rank ``r``, apart in each of ``n_splits`` parts of the inputs
-    and of the outputs, which ``n_splits`` divides. ``poly_type`` has one value. ``init_weights`` starts with B zero;
-    False makes all factors random.
+    Each of ``n_tasks`` tasks weights ``n_skills`` pairs of rank ``r``, separately in each of ``n_splits`` equal parts
+    of the inputs and of the outputs. ``poly_type`` has one value. ``init_weights`` starts with B zero; False makes all
+    factors random.
     """
 
     peft_type: ClassVar[str] = "POLY"
@@ -93,8 +94,10 @@ class PolyConfig(LinearMethod):
         return {**params, _LOGITS: params[_LOGITS][task : task + 1]}
 
     def drawn(self, site: LinearSite, generator: torch.Generator | None = None) -> dict[str, Tensor]:
-        """Return logistic noise on the logits of one task: their sigmoid is then a relaxed Bernoulli variable of
-        temperature 1 (Maddison et al. 2017, arXiv:1611.00712). All rows of the task have it.
+        """Return logistic noise on the logits of one task, shared by all its rows.
+
+        The sigmoid of the logits is then a relaxed Bernoulli variable of temperature 1 (Maddison et al. 2017,
+        arXiv:1611.00712).
         """
         uniform = torch.rand(self.n_splits * self.n_skills, generator=generator)
         return {_NOISE: uniform.clamp(*_open_interval(uniform.dtype)).logit()}

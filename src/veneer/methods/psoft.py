@@ -33,7 +33,7 @@ class PsoftConfig(LinearMethod):
     """PSOFT in PEFT's fields.
 
     A and B follow from the weight of the base and are in no file. Another device or library may give their pairs other
-    signs, which change the update: ``save_as_lora`` keeps them. ``ab_svd_init="pissa_init"`` shares the singular
+    signs, which changes the update: ``save_as_lora`` fixes them. ``ab_svd_init="pissa_init"`` shares the singular
     values among both. ``psoft_svd="lowrank"`` finds them by ``psoft_svd_lowrank_niter`` steps of a randomized method,
     drawn from ``random_seed``. ``psoft_orth=False`` makes R a free matrix. ``psoft_mag_a`` and ``psoft_mag_b`` train
     scales of its columns and rows.

@@ -1,11 +1,11 @@
 """PVeRA: VeRA whose inner activations are drawn in training, ``W x + b ⊙ B (μ + ε exp(ρ / 2))`` (arXiv:2512.07703).
 
-μ and ρ, of r numbers each, are the halves of ``d ⊙ A x``, and ε is standard normal noise. Outside of training the inner
-activations are their mean μ: a low-rank pair, as VeRA's is.
+μ and ρ, of r numbers each, are the halves of ``d ⊙ A x``, and ε is standard normal noise. Outside training the inner
+activations are their mean μ: a low-rank pair, as in VeRA.
 
-Departs: noise follows from a key that each layer draws in each pass from torch's generator, and from the place of a
-token among those of its adapter. The backward pass has it again, and the other adapters of a batch do not change it.
-PEFT draws the noise itself.
+Departs: PEFT draws the noise itself. Here a layer draws a key in each pass from torch's generator. The noise follows
+from the key and from a token's place among those of its adapter. The backward pass can repeat it, and other adapters of
+a batch do not change it.
 """
 
 from __future__ import annotations

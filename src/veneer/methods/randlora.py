@@ -60,7 +60,7 @@ class Draw:
 
 
 class Bases:
-    """A and B of a draw, on each device that has asked for them. Do not write.
+    """A and B of a draw, on each device that has needed them. They are shared: do not write to them.
 
     Adapters of one draw share the object. It is freed with its tensors when the last adapter and the last record that
     use it are gone.
@@ -87,7 +87,7 @@ _ALIVE: WeakValueDictionary[Draw, Bases] = WeakValueDictionary()
 
 
 def bases(draw: Draw) -> Bases:
-    """Return the bases of a draw, those that others hold if there are any."""
+    """Return the bases of a draw, shared with others if they exist already."""
     found = _ALIVE.get(draw)
     if found is None:
         found = _ALIVE[draw] = Bases(draw)
@@ -96,10 +96,10 @@ def bases(draw: Draw) -> Bases:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RandomBases(Change):
-    """Change ``scale · B A'``, A' (n r, small) the rows of A times those of λ and γ; or its transpose.
+    """Change ``scale · B A'``, where A' (n r, small) has the rows of A times those of λ and γ; or its transpose.
 
-    It is the transpose if the outputs are the smaller width. A and B belong to all layers: they are no tensors of the
-    record, which only holds their ``bases``. A traced step has the `Draw` instead, and its products draw them.
+    It is the transpose if the outputs are the smaller width. A and B belong to all layers: the record does not hold
+    them as tensors, but as ``bases``. A traced step has the `Draw` instead, and its products draw them.
     """
 
     scales: Float[Tensor, "r n"]

@@ -38,8 +38,8 @@ _VALUES, _PLACES, _A, _B = (f"supertuning_{name}" for name in ("values", "indice
 class SupertuningConfig(LinearMethod):
     """Super-Tuning in PEFT's fields.
 
-    ``sparsity`` is the share of the weights that stay as they are. ``select_top`` trains the largest of the others by
-    magnitude; False trains the smallest. ``r`` adds a low-rank pair, whose ``lora_alpha`` is 2 r if left out.
+    ``sparsity`` is the share of the weights that stay as they are. ``select_top`` trains the rest with the largest
+    magnitudes; False trains the smallest. ``r`` adds a low-rank pair, whose ``lora_alpha`` is 2 r if left out.
     ``lora_dropout`` acts on its input. ``init_weights`` starts at zero; False draws S and B too.
     ``save_precomputed_indices=False`` leaves the places out of the file: they are found again in the base's weights.
     """

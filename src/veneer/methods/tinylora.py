@@ -96,11 +96,11 @@ class TinyLoraConfig(LinearMethod):
         return replace(self, order={site.name: index for index, site in enumerate(sites)})
 
     def places_in(self, shapes: ShapesByKey, source: str) -> dict[str, Placed] | None:
-        """Return None: which layers share v, and how P is drawn, follows from the order of layers in the model."""
+        """Return None: the order of layers in the model decides which layers share v, and how P is drawn."""
         return None
 
     def group(self, site: LinearSite) -> int:
-        """Return the number of the v that a site has, by PEFT's count."""
+        """Return the number of the v that a site uses, counted as in PEFT."""
         n = len(self.order or ()) or 1
         n_groups = max(1, round(n * (1 - self.weight_tying)))
         return min(self._index(site) // max(1, n // n_groups), n_groups - 1)
@@ -145,7 +145,7 @@ class TinyLoraConfig(LinearMethod):
 def largest_parts(
     w: Float[Tensor, "o i"], r: int, *, is_table: bool
 ) -> tuple[Float[Tensor, "r i"], Float[Tensor, "o r"]]:
-    """Return A and B with ``B A`` the best approximation of a weight, or of the table that it is the transpose of."""
+    """Return A and B with ``B A`` the best approximation of a weight. A table is a transposed weight (``is_table``)."""
     u, s, v = torch.linalg.svd(w.T if is_table else w, full_matrices=False)
     root = s[:r].sqrt()
     return (root[:, None] * v[:r]).cpu().contiguous(), (u[:, :r] * root).cpu().contiguous()
@@ -153,7 +153,7 @@ def largest_parts(
 
 @functools.lru_cache(maxsize=1024)
 def projections(seed: int, u: int, r: int, *, device: torch.device) -> Float[Tensor, "u r r"]:
-    """Return P, drawn on the CPU as PEFT draws it. Do not write."""
+    """Return P, drawn on the CPU as PEFT draws it. The result is shared: do not write to it."""
     with torch.inference_mode(False):
         generator = torch.Generator().manual_seed(seed)
         return torch.normal(0.0, 1 / r**0.5, (u, r, r), generator=generator, device="cpu").to(device)

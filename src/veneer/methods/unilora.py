@@ -1,7 +1,7 @@
-"""Uni-LoRA: ``W + B A``, all entries of A and B of all layers taken from one vector θ (Li et al. 2025,
+"""Uni-LoRA: ``W + B A``, where all entries of A and B of all layers come from one vector θ (Li et al. 2025,
 arXiv:2506.00799, section 3).
 
-Each entry is one of θ's numbers, chosen at random, over the root of the count of entries that it is in.
+Each entry is one of θ's numbers, chosen at random, divided by the root of the number of entries that use it.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ _THETA = "unilora_theta_d"
 
 
 class EntryChoice:
-    """Number of θ that each entry of all layers' factors is, and its scale. Do not write.
+    """Index in θ of each entry of all layers' factors, and its scale. They are shared: do not write to them.
 
-    Adapters of one seed and one size share the object. It goes when the last of them goes.
+    Adapters of one seed and one size share the object. It is freed with the last of them.
     """
 
     def __init__(self, seed: int, length: int, count: int) -> None:
@@ -54,7 +54,7 @@ _ALIVE: WeakValueDictionary[tuple[int, int, int], EntryChoice] = WeakValueDictio
 
 
 def balanced(seed: int, length: int, count: int) -> Int[Tensor, " count"]:
-    """Return a number below ``length`` for each entry, drawn as PEFT draws it. All are as frequent as another."""
+    """Return a number below ``length`` for each entry, drawn as PEFT draws it. All numbers occur equally often."""
     drawing = np.random.default_rng(seed)
     each, left = divmod(count, length)
     numbers = np.repeat(np.arange(length), each)
@@ -68,9 +68,11 @@ def balanced(seed: int, length: int, count: int) -> Int[Tensor, " count"]:
 class UniLoraConfig(LinearMethod):
     """Uni-LoRA in PEFT's fields.
 
-    θ has ``theta_d_length`` numbers. The number that an entry is follows from ``proj_seed`` and the order of layers in
-    the model; ``save_indices`` writes it. ``init_weights`` draws θ in ±``init_theta_d_bound``, and False from a normal
-    distribution. Both change the model.
+    θ has ``theta_d_length`` numbers. ``proj_seed`` and the order of layers in the model decide which of them an entry
+    is;
+    ``save_indices`` writes it. ``init_weights`` draws θ in ±``init_theta_d_bound``, and False from a normal
+    distribution.
+    Both change the model.
     ``first`` (where each layer's entries begin) and ``count`` (of all) are filled in when the adapter is attached.
     """
 
@@ -133,7 +135,7 @@ class UniLoraConfig(LinearMethod):
         return replace(self, first=first, count=count)
 
     def places_in(self, shapes: ShapesByKey, source: str) -> dict[str, Placed] | None:
-        """Return None: the meaning of an entry follows from the order of layers in the model."""
+        """Return None: the order of layers in the model decides what an entry means."""
         return None
 
     def shapes(self, site: LinearSite) -> Shapes:

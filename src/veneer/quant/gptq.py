@@ -82,8 +82,7 @@ class GptqSpec(GroupedSpec):
         """Return the zeros (o, groups), and the problems with them.
 
         A single zero above the largest code counts as 0, as in AutoGPTQ's kernels. If most are, or if a symmetric
-        weight's
-        zeros lie beside the middle, the file follows another convention.
+        weight's zeros lie beside the middle, the file follows another convention.
         """
         zeros = unpack(stored.contiguous().view(torch.uint8), self.bits, self.shape[0])
         middle, named = 1 << self.bits - 1, "gptq" if self.less_one else "gptq_v2"

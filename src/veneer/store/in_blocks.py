@@ -164,8 +164,8 @@ def put_in_blocks(
 
 
 def _stays(module: nn.Module, parameter: GgufParameter | None) -> bool:
-    """Return True if a module's weight can stay in blocks: a linear layer's, or that of a table used for look-
-    ups only.
+    """Return True if a module's weight can stay in blocks: a linear layer's, or that of a table used for look- ups
+    only.
     """
     layer = type(module) in (nn.Linear, Conv1D) or _is_table(module)
     return layer and parameter is not None and parameter.kind is not None

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from veneer.errors import Interrupted
 from veneer.model.memory.available import high_water
@@ -13,6 +13,7 @@ from veneer.model.memory.default_device import told_device
 from veneer.plain.group import n_on_this_machine
 from veneer.recipe.adapter import FULL
 from veneer.recipe.changes import places_of
+from veneer.recipe.parts import DataPart
 from veneer.recipe.recipe import Recipe
 from veneer.store.hub import require_hub
 from veneer.train.callbacks import BeginReport, LastEvaluation, ShortRunLog, StepClock
@@ -66,29 +67,46 @@ def run_recipe(
     _ = args.device  # several processes meet here
     recipe.distributed.require_layout(n_processes(), n_on_this_machine())
     with listening() as stop, together():
-        made = by_main(lambda: not output.exists())
-        by_main(lambda: require_free(output, recipe.data, resume))
-        goes_on = by_main(lambda: continues(output, resume))
-        before = by_main(lambda: record_of(output)) if resume else None
-        if before is not None and not goes_on:
-            tell(f"{output}: {told_life(before)}; it wrote no checkpoint, so the run begins again")
-            before = None
-        others = by_main(lambda: None if goes_on or made else other_files(output))
-        if others is not None:
-            tell(others)
-        found = changes_since(before, recipe, allow_changes) if before is not None else []
+        found = by_main(lambda: _found_in(output, recipe.data, resume))
+        found.tell_of(output, tell)
+        before = found.record if found.goes_on else None
+        changes = [] if before is None else changes_since(before, recipe, allow_changes)
         if before is not None and is_complete(before, recipe):
             tell(f"{output} holds this run, already finished: nothing is changed")
             return before
         if before is not None and life_of(before) != "over":
             tell(f"{output}: {told_life(before)}; going on from its last checkpoint")
-        with taken_back(output, made):
-            if goes_on:
+        with taken_back(output, found.is_new):
+            if found.goes_on:
                 by_main(lambda: latest_checkpoint(output))  # told before a model is loaded
             recipe.distributed.copy_size(n_processes(), n_on_this_machine())  # as is auto without a plan
             trainer = make_trainer(recipe)
-        going_on = GoingOn(before, found, allow_changes) if goes_on else None
+        going_on = GoingOn(before, changes, allow_changes) if found.goes_on else None
         return carry_out(recipe, trainer, going_on=going_on, stop=stop, planned=planned, tell=tell)
+
+
+class _FoundOutput(NamedTuple):
+    """The output of a run before it begins: if it is new, if its run goes on, its record, and a note on other files."""
+
+    is_new: bool
+    goes_on: bool
+    record: dict[str, Any] | None
+    others: str | None
+
+    def tell_of(self, output: Path, tell: Tell) -> None:
+        if self.record is not None and not self.goes_on:
+            tell(f"{output}: {told_life(self.record)}; it wrote no checkpoint, so the run begins again")
+        if self.others is not None:
+            tell(self.others)
+
+
+def _found_in(output: Path, data: DataPart, resume: Resume) -> _FoundOutput:
+    """Make the output folder if it is missing, and return what it holds. Raises the errors of `require_free`."""
+    is_new = not output.exists()
+    require_free(output, data, resume)
+    goes_on = continues(output, resume)
+    record = record_of(output) if resume else None
+    return _FoundOutput(is_new, goes_on, record, None if goes_on or is_new else other_files(output))
 
 
 def carry_out(

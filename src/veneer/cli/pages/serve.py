@@ -146,8 +146,8 @@ serve = verb(ServeArguments, "veneer.cli.serve", "serve", hears=False)
 
 
 def speculative_of(text: str | None) -> dict[str, object] | None:
-    """Return the fields of ``--speculative-config``. Raises ConfigError for text that is no JSON object, and for values
-    that are not offered.
+    """Return the fields of ``--speculative-config``. Raises ConfigError for a text that is not a JSON object, and for
+    values that are not supported.
     """
     if text is None:
         return None
@@ -165,7 +165,9 @@ def speculative_of(text: str | None) -> dict[str, object] | None:
 
 
 def cache_bytes_of(gib: float | None, folder: str | None) -> int:
-    """Return the bytes of ``--adapter-cache-gib``. Raises ConfigError for no size, and for a size without a folder."""
+    """Return the bytes of ``--adapter-cache-gib``. Raises ConfigError for an invalid size, and for a size without a
+    folder.
+    """
     if folder == "":
         raise ConfigError("--adapter-cache '' names no folder: give one, or leave the option out")
     if folder is None and gib is not None:
@@ -174,7 +176,7 @@ def cache_bytes_of(gib: float | None, folder: str | None) -> int:
 
 
 def bytes_of(option: str, given: float, unit: int) -> int:
-    """Return the bytes of an option that counts `MIB` or `GIB`. Raises ConfigError for no size."""
+    """Return the bytes of an option given in `MIB` or `GIB`. Raises ConfigError for an invalid size."""
     size = given * unit
     if not 1 <= size < math.inf:
         raise ConfigError(
@@ -184,13 +186,13 @@ def bytes_of(option: str, given: float, unit: int) -> int:
 
 
 def require_one_of(option: str, given: str | None, allowed: Sequence[str | None]) -> None:
-    """Raise ConfigError for a value that an option does not have."""
+    """Raise ConfigError for a value that an option does not allow."""
     if given not in allowed:
         raise ConfigError(f"{option} {given} is unknown: give {', '.join(filter(None, allowed))}")
 
 
 def require_closed(host: str, open_: bool) -> None:
-    """Raise ConfigError for an address that other machines can reach, unless this is intended."""
+    """Raise ConfigError for an address that other machines can reach, unless ``open_`` is set."""
     try:
         near = host == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:
@@ -203,6 +205,6 @@ def require_closed(host: str, open_: bool) -> None:
 
 
 def require_pair(certificate: Path | None, key: Path | None) -> None:
-    """Raise ConfigError for one of the two files of HTTPS."""
+    """Raise ConfigError if only one of the two files for HTTPS is given."""
     if (certificate is None) != (key is None):
         raise ConfigError("--ssl-certfile and --ssl-keyfile belong together: give both, or neither for HTTP")

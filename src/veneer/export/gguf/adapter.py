@@ -46,7 +46,7 @@ class LoraReport:
 def export_lora(
     adapter: Path, output: Path, *, base: str | None = None, type: str = "F32", overwrite: bool = False
 ) -> LoraReport:
-    """Write an adapter as a GGUF file. ``base``: None takes the one that its config names.
+    """Write an adapter as a GGUF file. If ``base`` is None, it is the one that the config names.
 
     Each module's own scaling (rsLoRA, rank and alpha patterns) is multiplied into B, and no alpha is written. A
     runtime's scale of 1 is then the adapter as trained.

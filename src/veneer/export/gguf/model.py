@@ -52,7 +52,7 @@ class GgufOptions:
 class GgufReport:
     """Files written, their bytes, their plan, and the modules changed by the adapter.
 
-    ``survival`` tells what is left of its update in the tensors that lie in blocks in the base's file too.
+    ``survival``: what is left of the adapter's update in tensors that the base's file also stores in blocks.
     """
 
     paths: tuple[Path, ...]
@@ -65,7 +65,7 @@ class GgufReport:
 class GgufExport:
     """Planned export. Everything is checked at construction, and nothing is written before `write`.
 
-    ``folder`` is the base's, ``tokenizer`` the one for the file, ``plan`` the whole file without its data.
+    ``folder``: the base's folder. ``tokenizer``: the tokenizer to write. ``plan``: the whole file without its data.
 
     Raises FormatError, with every reason, if the format cannot hold the model, its tokenizer or the adapter. Raises
     CompositionError for adapters that cannot be merged.

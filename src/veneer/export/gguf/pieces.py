@@ -1,7 +1,7 @@
 """Checks of SentencePiece vocabularies for differences between runtime and tokenizer.
 
 The runtime knows only SentencePiece's algorithm. Spaces become "▁", and the whole text is merged at once. Any two
-neighbours that form a piece merge by its score. Text outside the pieces becomes bytes.
+neighbours that form a piece are merged, in the order of the piece's score. Text outside the pieces becomes bytes.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ SPACE = "▁"  # what pieces have for a space
 
 
 def piece_ranks(source: SourceTokenizer, tokens: list[str]) -> dict[str, int]:
-    """Return the rank of the first merge that makes each piece, by piece.
+    """Return each piece's rank: that of the first merge that makes it.
 
-    Raises FormatError, with everything at once, for normalizers and pre-tokenizers other than SentencePiece's, and
-    missing byte pieces. It also covers pieces made by the runtime's merging but not by the tokenizer's.
+    Raises FormatError, with all reasons, for normalizers and pre-tokenizers other than SentencePiece's, for missing
+    byte pieces, and for pieces that the runtime merges but the tokenizer does not.
     """
     merges = [_pair(merge) for merge in source.content["model"].get("merges") or ()]
     ranks: dict[str, int] = {}

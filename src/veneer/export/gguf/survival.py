@@ -31,7 +31,9 @@ class FileSurvival:
         return tensor is not None and tensor.shape == spec.shape and all(GGML_TYPES[kind].block > 1 for kind in kinds)
 
     def watched(self, spec: TensorSpec, pairs: Iterable[tuple[Tensor, Tensor]]) -> Iterator[Tensor]:
-        """Yield the bytes of a tensor, of pairs of merged rows (k, columns) and their bytes in order."""
+        """Yield the bytes of a tensor in order, and compare them with the base's. ``pairs``: merged rows (k, columns)
+        and bytes.
+        """
         tensor, sums, first = self._tensors[spec.name], SurvivalSums(), 0
         stored = stored_rows(tensor, self._source.path)
         blocks = self._source.tensor(stored.start, stored.nbytes).view(stored.shape)

@@ -24,7 +24,7 @@ ADDED_SCORE, PADDED_SCORE = -1000.0, -10000.0
 def vocabulary_pairs(source: SourceTokenizer, n_rows: int) -> list[KeyValue]:
     """Return the vocabulary as pairs, padded to the rows of the embeddings.
 
-    Raises FormatError for a vocabulary longer than the embeddings, tokenizers without merges, and anything that no key
+    Raises FormatError for a vocabulary longer than the embeddings, a tokenizer without merges, and anything that no key
     can hold.
     """
     model = source.content["model"]

@@ -32,8 +32,8 @@ from veneer.store.adapter.records import StoredAdapter
 class VllmOptions:
     """Options of an export.
 
-    ``base``: None takes the one that the adapter names. ``rank``: the most that is written, one of `RANKS`. It is
-    needed by adapters that are no low-rank factors, and cuts those that have more. ``ends`` permits updates of
+    ``base``: None is the base that the adapter names. ``rank``: the largest rank to write, one of `RANKS`. It is needed
+    for adapters that are not low-rank factors, and truncates those of a larger rank. ``ends`` permits updates of
     embeddings and head.
     """
 
@@ -48,10 +48,10 @@ class VllmOptions:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VllmReport:
-    """Written folder: its method before, the base that it names, rank, layers and bytes.
+    """Written folder: the adapter's method before, the base that it names, rank, layers and bytes.
 
-    ``copied``: the tensors are those of the input, bit for bit. ``error`` is the relative error of all updates
-    together, ``worst`` that of the layer ``worst_layer``. Both are 0 for an exact export.
+    ``copied``: the tensors are those of the input, bit for bit. ``error``: the relative error of all updates together.
+    ``worst``: that of the layer ``worst_layer``. Both errors are 0 for an exact export.
     """
 
     method: str
@@ -73,12 +73,11 @@ def export_vllm(
 ) -> VllmReport:
     """Write an adapter as a folder of plain LoRA: one rank, a scale of 1, float32, on every block of a kind of layer.
 
-    An update that is a low-rank pair is exact. Other changes of weights are the nearest of ``options.rank`` (Eckart and
-    Young 1936). Tokenizer and chat template in the folder come along.
+    An update that is a low-rank pair is exact. Any other change of weights becomes the nearest of ``options.rank``
+    (Eckart and Young 1936). A tokenizer and a chat template in the folder are copied.
 
-    Raises CompositionError, with what serves it, for an adapter that cannot be plain LoRA: scales alone, bottlenecks,
-    virtual tokens, biases, whole modules and rows. Raises ConfigError if ``output`` holds something. Nothing is written
-    then.
+    Raises CompositionError, with advice, for an adapter that cannot be plain LoRA: scales alone, bottlenecks, virtual
+    tokens, biases, whole modules and rows. Raises ConfigError if ``output`` holds something. Then nothing is written.
     """
     options = options or VllmOptions()
     _require_free(adapter, output, options.overwrite)

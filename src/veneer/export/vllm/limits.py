@@ -34,7 +34,7 @@ def is_plain(fields: Mapping[str, Any]) -> bool:
 def config_of(
     fields: Mapping[str, Any], base: str | None, targets: Sequence[str], r: int, alpha: float
 ) -> dict[str, Any]:
-    """Return the fields to write: those alone that every release of PEFT reads, since LoRAX brings an old one."""
+    """Return the fields to write: only those that every release of PEFT reads, since LoRAX ships an old one."""
     return {
         "peft_type": "LORA", "task_type": fields.get("task_type"), "base_model_name_or_path": base,
         "target_modules": list(targets), "r": r, "lora_alpha": alpha, "lora_dropout": 0.0, "bias": "none",
@@ -44,9 +44,9 @@ def config_of(
 
 
 def refusals(stored: StoredAdapter, snapshot: Snapshot | None, ends: bool) -> list[str]:
-    """Return a sentence for each reason for which an adapter cannot be plain LoRA on linear layers.
+    """Return a sentence for each reason why an adapter cannot be plain LoRA on linear layers.
 
-    ``snapshot`` is that of its base, if it is known. ``ends`` permits updates of embeddings and head.
+    ``snapshot``: its base's, if the base is known. ``ends`` permits updates of embeddings and head.
     """
     found: dict[str, list[str]] = {}
     for path, record in stored.updates.items():

@@ -1,4 +1,4 @@
-"""Ranks of vLLM: an adapter takes the room of the smallest that holds its own."""
+"""Ranks of vLLM: an adapter takes as much room as the smallest of these ranks that is not below its own."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # of vLLM's --max-lora-rank, but fo
 
 
 def holding(rank: int) -> int:
-    """Return the smallest of `RANKS` that holds a rank of at most 512."""
+    """Return the smallest of `RANKS` that is at least ``rank``, which is at most 512."""
     return next(each for each in RANKS if each >= rank)
 
 
 def require_rank(rank: int | None) -> None:
-    """Raise ConfigError for a rank that is none of `RANKS`."""
+    """Raise ConfigError for a rank that is not one of `RANKS`."""
     if rank is not None and rank not in RANKS:
         raise ConfigError(f"--rank {rank} is none that vLLM has: give one of {', '.join(map(str, RANKS))}")

@@ -34,7 +34,7 @@ _BLOCK = re.compile(r"\.\d+\.")
 
 @dataclass(frozen=True, slots=True)
 class AdapterSource:
-    """Adapter as it was read: the fields of its config, its records, and a snapshot of its base, if that is known."""
+    """Adapter as read: the fields of its config, its records, and a snapshot of its base, if the base is known."""
 
     fields: Mapping[str, Any]
     method: MethodConfig
@@ -43,7 +43,7 @@ class AdapterSource:
 
     @classmethod
     def read(cls, adapter: Path, given: str | None) -> AdapterSource:
-        """Read an adapter folder. ``given``: the base's name; None takes the one that the adapter names.
+        """Read an adapter folder. ``given``: the base's name; None is the one that the adapter names.
 
         Raises CompositionError if it changes no weights, or depends on a base that is not on this machine.
         """
@@ -60,9 +60,9 @@ class AdapterSource:
         return _on_base(adapter, fields, method, base, given or method.base_model_name_or_path or "")
 
     def siblings(self) -> dict[str, LinearSite]:
-        """Return the layers of adapted kinds that the adapter leaves out in some blocks.
+        """Return the layers that the adapter leaves out in some blocks but changes in others.
 
-        LoRAX drops a kind of layer, silently, if one block has none of it.
+        LoRAX silently drops a kind of layer if one block has none of it.
         """
         if self.snapshot is None:
             return {}

@@ -18,13 +18,14 @@ from veneer.records.sites import LinearSite
 
 
 class Variant(Training):
-    """Variant that the field ``switch`` of a `LoraConfig` turns on: by True, or by settings, which are the variant.
+    """Variant that the field ``switch`` of a `LoraConfig` turns on: by True, or by settings, which are then the
+    variant.
 
-    ``excludes`` are fields that do not go with it, ``whole`` those that need A and B of plain LoRA. ``linear_only``: it
-    acts at linear layers alone. ``fixed`` parameters are never trained, ``outward`` ones lie on the side of the output
-    (see `LinearMethod.outward`). The update has ``ranks`` times the rank, and is no product B A of any factors unless
-    ``is_product``. ``reads_weight``: `lower` needs the frozen weight. ``inert``: adapters that differ in the switch
-    mean the same update. ``has_penalty``: it adds to the loss of a run, as `Training` says.
+    ``excludes``: fields that it cannot be combined with. ``whole``: those that need A and B of plain LoRA.
+    ``linear_only``: it acts only at linear layers. ``fixed`` parameters are never trained, ``outward`` are those of
+    `LinearMethod.outward`. The update has ``ranks`` times the rank. ``is_product``: it is B A of its factors.
+    ``reads_weight``: `lower` needs the frozen weight. ``inert``: adapters that differ only in the switch mean the same
+    update. ``has_penalty``: it adds to the loss of a run, as `Training` says.
     """
 
     switch: ClassVar[str]
@@ -58,7 +59,7 @@ class Variant(Training):
         return scale
 
     def read_site(self, config: Any, site: LinearSite) -> LinearSite:
-        """Return the site as A reads it."""
+        """Return the site with the inputs that A reads."""
         return site
 
     def width(self, config: Any, site: LinearSite) -> int:
@@ -66,11 +67,11 @@ class Variant(Training):
         return 1
 
     def shapes(self, config: Any, site: LinearSite, shapes: Shapes) -> Shapes:
-        """Return the shapes of parameters that it adds or changes, given those so far."""
+        """Return the shapes of parameters that the variant adds or changes, given those so far."""
         return {}
 
     def init(self, config: Any, site: LinearSite, params: Params, generator: torch.Generator | None) -> Params:
-        """Return initial values of the parameters that it adds or changes, given those so far."""
+        """Return initial values of the parameters that the variant adds or changes, given those so far."""
         return {}
 
     def drawn(self, config: Any, site: LinearSite, generator: torch.Generator | None) -> dict[str, Tensor]:
@@ -86,16 +87,16 @@ class Variant(Training):
         return params
 
     def factors(self, config: Any, site: LinearSite, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-        """Return A (r, i) and B (o, r) as plain LoRA has them, from its own."""
+        """Convert the variant's factors to plain LoRA's A (r, i) and B (o, r)."""
         return a, b
 
     def lower(self, config: Any, site: LinearSite, params: Params, record: LinearDelta) -> LinearDelta:
-        """Return the record after the variant."""
+        """Return the record as the variant changes it."""
         return record
 
 
 def excluded(config: Any, names: Sequence[str], why: str) -> list[str]:
-    """Return a sentence for each of these fields that is set: neither empty nor its default."""
+    """Return a sentence for each of these fields that is set, that is, neither empty nor its default."""
     given = {name: getattr(config, name) for name in names}
     defaults = {spec.name: spec.default for spec in fields(config)}
     return [f"{name}={x!r} does not go with {why}" for name, x in given.items() if x and x != defaults[name]]
@@ -113,7 +114,7 @@ def variants_of(config: object) -> list[Variant]:
 
 
 def refusals(config: Any) -> list[str]:
-    """Return a sentence for each field that does not go with a variant, and the other problems of variants."""
+    """Return a sentence for each field that a variant excludes, and the other problems of the variants."""
     on = variants_of(config)
     found = [said for each in on for said in excluded(config, each.excludes, f"{each.switch}: leave it out")]
     return found + [said for each in on for said in each.refusals(config)]

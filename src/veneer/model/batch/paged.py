@@ -73,8 +73,7 @@ class _Group:
     """Group of g sequences with c new tokens each, and at most L positions.
 
     ``rows`` (g, c) are rows of the batch, ``positions`` (g, c) their positions. ``slots`` (g, L) are all slots that
-    they
-    may see.
+    they may see.
     """
 
     rows: Tensor

@@ -12,6 +12,7 @@ from veneer.model.blueprint.linears import is_linear, read_linear
 from veneer.model.blueprint.norms import read_norm
 from veneer.model.blueprint.parts import Attention, Linear, Norm, Role, Strange
 from veneer.model.blueprint.read_rotary import read_rotary, read_temperature, rotates, turns_neighbours
+from veneer.model.blueprint.rotary import Rotary
 from veneer.model.blueprint.source import BlockSource, first, has_all, undescribed
 
 FULL, SLIDING = "full_attention", "sliding_attention"  # transformers' names in `config.layer_types`
@@ -41,42 +42,29 @@ _ODD: dict[str, tuple[float, str]] = {
 }
 
 
+class _OddError(Exception):
+    """Error for attention that the description cannot express; the argument is the reason."""
+
+
 def read_attention(source: BlockSource, module: nn.Module, layer: int) -> Attention | Strange:
     """Return the attention of block number ``layer``."""
-    path = source.path(module)
+    try:
+        return _read(source, module, layer)
+    except _OddError as odd:
+        return Strange(path=source.path(module), reason=str(odd))
 
-    def strange(reason: str) -> Strange:
-        return Strange(path=path, reason=reason)
 
-    found = _projections(source, module)
-    if isinstance(found, str):
-        return strange(found)
-    qkv, out, order = found
+def _read(source: BlockSource, module: nn.Module, layer: int) -> Attention | Strange:
+    qkv, out, order = _projections(source, module)
     heads = _heads(source, module, qkv, out, order)
-    if heads is None:
-        return strange("the sizes of its projections are no whole numbers of heads, or k and v have more than q")
-    norms = _head_norms(source, module, heads)
-    if isinstance(norms, str):
-        return strange(norms)
+    q_norm, k_norm = _head_norms(source, module, heads)
     scale = _scale(module)
-    if scale is None:
-        return strange("it does not say by what it scales")
-    if not getattr(module, "is_causal", True):
-        return strange("it attends to later tokens too")
-    odd = next((told for name, (usual, told) in _ODD.items() if getattr(module, name, usual) != usual), None)
-    if odd is not None:
-        return strange(odd)
-    turning = rotates(source, module, layer)
-    rotary = read_rotary(source, layer_type_of(module), heads.head_dim) if turning and not source.family.alibi else None
-    if isinstance(rotary, str):
-        return strange(rotary)
-    if rotary is not None and turns_neighbours(module):
-        rotary = replace(rotary, interleaved=True)
-    parts = [getattr(module, n) for n in (*_names_of(source, module, qkv), *_norm_names(source, module))]
-    rest = next(undescribed(source, module, [*parts, _out(source, module)]), None)
+    _require_usual(module)
+    rotary = _rotary(source, module, layer, heads)
+    rest = _rest(source, module, qkv)
     cap, clip = getattr(module, "attn_logit_softcapping", None), getattr(source.config, "clip_qkv", None)
     return rest or Attention(
-        path=path,
+        path=source.path(module),
         qkv=qkv,
         out=out,
         heads=heads,
@@ -85,23 +73,23 @@ def read_attention(source: BlockSource, module: nn.Module, layer: int) -> Attent
         softcap=None if cap is None else float(cap),
         rotary=rotary,
         alibi=source.family.alibi,
-        q_norm=norms[0],
-        k_norm=norms[1],
+        q_norm=q_norm,
+        k_norm=k_norm,
         clip=None if clip is None else float(clip),
         temperature=read_temperature(source),
     )
 
 
-def _projections(source: BlockSource, module: nn.Module) -> tuple[tuple[Linear, ...], Linear, HeadOrder] | str:
+def _projections(source: BlockSource, module: nn.Module) -> tuple[tuple[Linear, ...], Linear, HeadOrder]:
     names, out = source.names, _out(source, module)
     apart = next((each for each in names.q_k_v if has_all(module, each)), None)
     joined = next((each for each in names.joined if has_all(module, each[:1])), None)
     if (apart is None and joined is None) or out is None:
-        return "no q, k, v and o projections of known names in it"
+        raise _OddError("no q, k, v and o projections of known names in it")
     inner = apart or (cast("tuple[str, HeadOrder]", joined)[0],)
     layers = [getattr(module, name) for name in inner]
     if not all(is_linear(layer) for layer in (*layers, out)):
-        return "its projections are no plain linear layers"
+        raise _OddError("its projections are no plain linear layers")
     roles = Q_K_V if apart else cast("tuple[Role, ...]", ("qkv",))
     qkv = tuple(read_linear(source, layer, role) for layer, role in zip(layers, roles, strict=True))
     order: HeadOrder = "apart" if apart else cast("tuple[str, HeadOrder]", joined)[1]
@@ -113,18 +101,17 @@ def _out(source: BlockSource, module: nn.Module) -> nn.Module | None:
     return None if name is None else cast(nn.Module, getattr(module, name))
 
 
-def _names_of(source: BlockSource, module: nn.Module, qkv: tuple[Linear, ...]) -> list[str]:
-    start = len(source.path(module)) + 1
-    return [linear.path[start:] for linear in qkv]
-
-
 def _heads(
     source: BlockSource, module: nn.Module, qkv: tuple[Linear, ...], out: Linear, order: HeadOrder
-) -> HeadLayout | None:
+) -> HeadLayout:
     name = first(module, source.names.head_dim)
-    if name is None:
-        return None
-    head_dim = int(cast(int, getattr(module, name)))
+    found = None if name is None else _layout(int(cast(int, getattr(module, name))), qkv, out, order)
+    if found is None:
+        raise _OddError("the sizes of its projections are no whole numbers of heads, or k and v have more than q")
+    return found
+
+
+def _layout(head_dim: int, qkv: tuple[Linear, ...], out: Linear, order: HeadOrder) -> HeadLayout | None:
     n_heads, rest = divmod(out.in_features, head_dim)
     n_all, rest_all = divmod(sum(linear.out_features for linear in qkv), head_dim)
     n_kv_heads = (n_all - n_heads) // 2
@@ -141,10 +128,8 @@ def _norm_names(source: BlockSource, module: nn.Module) -> tuple[str, ...]:
     return next((names for names in source.names.head_norms if first(module, names[:1]) is not None), ())
 
 
-def _head_norms(source: BlockSource, module: nn.Module, heads: HeadLayout) -> tuple[Norm | None, Norm | None] | str:
-    """Return the norms of q and k, or the reason why they have no description: they span neither one head nor all
-    heads.
-    """
+def _head_norms(source: BlockSource, module: nn.Module, heads: HeadLayout) -> tuple[Norm | None, Norm | None]:
+    """Return the norms of q and k, if there are any. Each spans one head or all heads."""
     names = _norm_names(source, module)
     if not names:
         return None, None
@@ -152,11 +137,38 @@ def _head_norms(source: BlockSource, module: nn.Module, heads: HeadLayout) -> tu
     for norm, n_heads in zip(found, (heads.n_heads, heads.n_kv_heads), strict=True):
         size = heads.head_dim
         if norm is None or norm.shape not in ((size,), (n_heads, size), (n_heads * size,)):
-            return f"the norms {names[0]} and {names[1]} are none that act on a head or on all of them"
+            raise _OddError(f"the norms {names[0]} and {names[1]} are none that act on a head or on all of them")
     return found[0], found[1]
 
 
-def _scale(module: Any) -> float | None:
+def _scale(module: Any) -> float:
     """Return the factor of the scores. Some families store its inverse."""
     scale = getattr(module, "scaling", getattr(module, "inv_norm_factor", None))
-    return float(scale) if isinstance(scale, int | float) else None
+    if not isinstance(scale, int | float):
+        raise _OddError("it does not say by what it scales")
+    return float(scale)
+
+
+def _require_usual(module: nn.Module) -> None:
+    if not getattr(module, "is_causal", True):
+        raise _OddError("it attends to later tokens too")
+    for name, (usual, told) in _ODD.items():
+        if getattr(module, name, usual) != usual:
+            raise _OddError(told)
+
+
+def _rotary(source: BlockSource, module: nn.Module, layer: int, heads: HeadLayout) -> Rotary | None:
+    if not rotates(source, module, layer) or source.family.alibi:
+        return None
+    rotary = read_rotary(source, layer_type_of(module), heads.head_dim)
+    if isinstance(rotary, str):
+        raise _OddError(rotary)
+    return replace(rotary, interleaved=True) if rotary is not None and turns_neighbours(module) else rotary
+
+
+def _rest(source: BlockSource, module: nn.Module, qkv: tuple[Linear, ...]) -> Strange | None:
+    """Return the part of the module that is neither a projection nor a norm, if there is one."""
+    start = len(source.path(module)) + 1
+    names = (*(linear.path[start:] for linear in qkv), *_norm_names(source, module))
+    known = [*(getattr(module, name) for name in names), _out(source, module)]
+    return next(undescribed(source, module, known), None)

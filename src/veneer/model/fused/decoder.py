@@ -347,8 +347,7 @@ def _with_tables(program: BlockProgram, tables: tuple[Tensor, Tensor] | None) ->
     """Return the program with the layout of the model's cosine and sine tables.
 
     The first row belongs to position 0, whose sine is 0. A table may hold each angle twice: twice in a row if
-    neighbours
-    rotate together, or else the row twice.
+    neighbours rotate together, or else the row twice.
     """
     rotary = program.rotary
     if rotary is None or tables is None:

@@ -104,8 +104,7 @@ class _Recomputed:
     """Hook that gives an attention layer its prefix when gradient checkpointing has removed the cache.
 
     A checkpointed layer runs without a cache, so that nothing is written twice. The prefix is computed inside the
-    layer,
-    so that it is recomputed with the layer and gets its gradient.
+    layer, so that it is recomputed with the layer and gets its gradient.
     """
 
     def __init__(self, holder: PrefixAdapters, index: int, argument: str) -> None:

@@ -407,8 +407,7 @@ def _difference(found: Tensor, own: Tensor) -> float:
     """Return the relative distance between rows of logits: the largest of the medians of five rows each.
 
     A single row says little in 16 bits. The first token's, which all tokens attend to, is off by a fifth from float32
-    in
-    the model's own pass.
+    in the model's own pass.
     """
     each = (found - own).norm(dim=1) / own.norm(dim=1).clamp_min(1e-30)
     return max(float(rows.median()) for rows in each.split(5))

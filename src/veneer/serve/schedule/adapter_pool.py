@@ -405,8 +405,7 @@ class AdapterPool:
         """Evict at least ``n`` idle versions, then the least valuable until ``is_enough``.
 
         The latter are idle versions (if bytes help) or cached pages. Versions that requests wait for come last. The
-        caller
-        has checked that there are enough.
+        caller has checked that there are enough.
         """
         spared = list[PoolEntry]()
         while n > 0 or not is_enough():

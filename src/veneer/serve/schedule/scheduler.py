@@ -183,8 +183,7 @@ class Scheduler:
         """Return the rows of a step that one prompt may take.
 
         If there are few, the prompts being read and the next one share them, so that a long prompt does not delay a
-        short
-        one.
+        short one.
         """
         if to_read == self.limits.max_batched_tokens:
             return to_read
@@ -336,10 +335,8 @@ class Scheduler:
         """Return the version in the batch that admits no more requests, so that another version gets its slot.
 
         It is the version that ends first. None if the other version has a slot already, or if no version may leave. The
-        wait
-        lasts at most as long as its longest request, unless memory is short or a request is preempted. Even then no
-        later
-        request enters.
+        wait lasts at most as long as its longest request, unless memory is short or a request is preempted. Even then
+        no later request enters.
         """
         resident = self.pool.is_resident(version)
         if not resident and self.pool.will_load(version):

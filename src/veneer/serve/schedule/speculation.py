@@ -123,10 +123,8 @@ class _Source:
     """Guesses of one kind, and the number of tokens to draft.
 
     The length doubles if a whole draft was right. Otherwise it becomes one more than the number of right tokens. After
-    a
-    draft with none, drafts pause; each such pause is twice as long, up to `_LONGEST_PAUSE` tokens. After that many
-    tokens
-    one draft is tried again, however few tokens were right.
+    a draft with none, drafts pause; each such pause is twice as long, up to `_LONGEST_PAUSE` tokens. After that many
+    tokens one draft is tried again, however few tokens were right.
     """
 
     guess: Callable[[DraftedText, int], Sequence[int]]

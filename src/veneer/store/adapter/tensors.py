@@ -238,8 +238,7 @@ def _expected(model: nn.Module, state: AdapterState, name: str, given: Mapping[s
     """Return the adapter's expected tensors.
 
     Shared ones are left out if the ``given`` tensors have other shapes than the parameters: a damaged config may ask
-    for
-    a rank that is too large to draw them.
+    for a rank that is too large to draw them.
     """
     config, held = state.configs[name], live_parameters if has_network(state, name) else packed_tensors
     parameters, ends = held(model, state, name), _embeddings(model, config, name)

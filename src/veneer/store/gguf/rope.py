@@ -125,10 +125,8 @@ def _llama3(factors: Tensor, frequencies: Tensor) -> dict[str, Any] | None:
     """Return Llama 3's parameters if they give these factors, or None.
 
     Slow frequencies are divided by ``factor``, and fast ones stay. Between them, the share s of the frequency that
-    stays
-    is linear in its turns: s = (f L / 2 pi - low) / (high - low). Only the ratios of L, low and high matter, so low is
-    1,
-    as it is in every Llama.
+    stays is linear in its turns: s = (f L / 2 pi - low) / (high - low). Only the ratios of L, low and high matter, so
+    low is 1, as it is in every Llama.
     """
     factor = factors.max().item()
     between = (factors > 1) & (factors < factor)
