@@ -12,11 +12,13 @@ import trl
 from datasets import Dataset
 
 from models import byte_tokenizer
+from patience import PATIENCE
 from veneer import GRPOConfig, GRPOTrainer, LoraConfig
 from veneer.errors import ConfigError, DataError, TrainingError
 
 from .conftest import LORA
 
+HANGING = 2 * PATIENCE  # seconds: a run that waits so long is ended by pytest
 CALL = r'<tool_call>\{"name": "(add|lost)", "arguments": \{"a": [0-9]\}\}</tool_call>'
 ROLES = ("<|user|>", "<|assistant|>", "<|tool|>")
 TEMPLATE = (
@@ -172,11 +174,9 @@ def test_tools_that_answer_in_any_order_change_no_token(trainer_of):
 
 
 def ends(trainer: Any, told: str, error: type[Exception] = TrainingError) -> None:
-    """The run ends with an error, within seconds."""
-    began = time.monotonic()
+    """The run ends with an error, and waits for nothing that hangs."""
     with pytest.raises(error, match=told):
         trainer.train()
-    assert time.monotonic() - began < 30
 
 
 def test_a_tool_that_hangs_is_left_and_one_that_ends_the_program_ends_the_run(trainer_of):
@@ -188,7 +188,7 @@ def test_a_tool_that_hangs_is_left_and_one_that_ends_the_program_ends_the_run(tr
         Args:
             a: A number.
         """
-        stop.wait(60)
+        stop.wait(HANGING)
         return ""
 
     def leaves(a: int) -> str:
@@ -208,9 +208,7 @@ def test_a_tool_that_hangs_is_left_and_one_that_ends_the_program_ends_the_run(tr
         raise KeyboardInterrupt
 
     trainer = trainer_of(tools=[named(hangs)], tool_timeout=0.1, max_steps=1)  # the model is told, and the run goes on
-    began = time.monotonic()
     trainer.train()
-    assert time.monotonic() - began < 30
     assert trainer.state.log_history[0]["tools/failure_frequency"] == 1
     said = [each["content"] for messages in conversations(trainer, [named(hangs)])[3] for each in messages[1:2]]
     assert "{'error': 'timed out after 0.1 seconds'}" in said
@@ -267,9 +265,11 @@ def test_environments(trainer_of, caplog):
         def get_reward(self) -> float:
             return float("nan")
 
+    stop = threading.Event()
+
     class Slow(Game):
         def reset(self, **row: Any) -> str:
-            time.sleep(2)
+            stop.wait(HANGING)
             return ""
 
     class Broken(Game):
@@ -284,10 +284,13 @@ def test_environments(trainer_of, caplog):
     trainer.train()
     assert all(0 < line["reward"] < 1 for line in lines(trainer))
     ends(trainer_of(None, environment_factory=Odd), "the reward function Odd returned nan for completion 1")
-    for factory, told in ((Slow, "Slow.reset did not return within 0.1 seconds"), (Broken, "OSError: no board")):
-        trainer = trainer_of(None, environment_factory=factory, tool_timeout=0.1)
+    for factory, seconds, told in (
+        (Slow, 0.1, "Slow.reset did not return within 0.1 seconds"), (Broken, PATIENCE, "OSError: no board"),
+    ):  # fmt: skip
+        trainer = trainer_of(None, environment_factory=factory, tool_timeout=seconds)
         ends(trainer, "the environments of all groups could not begin, at two attempts each")
         assert told in caplog.text
+    stop.set()
     with pytest.raises(ConfigError, match="must define a callable `reset`"):
         trainer_of(environment_factory=Unset)
 

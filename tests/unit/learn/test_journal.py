@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import random
-import time
 from typing import Any
 
 import pytest
@@ -128,8 +127,6 @@ def test_a_journal_of_other_prompts_is_refused(make_model, tokenizer, settings, 
 
     made(ROWS).train()
     changed = [{"prompt": [{"role": "user", "content": f"{row['prompt'][0]['content']}!"}]} for row in ROWS]
-    began = time.monotonic()
     with pytest.raises(TrainingError, match="the journal of rollouts, draw 1, has other prompts than this run"):
         made(Dataset.from_list(changed)).train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
-    assert time.monotonic() - began < 30
     assert json.loads(journal_path(tmp_path).read_text().splitlines()[0])["prompt"][0]["role"] == "user"
