@@ -59,8 +59,9 @@ class Serving:
         return self.room // max(1, self.sequence + -(-n_tokens // self.block) * self.page)
 
     def adapters(self, n_tokens: int) -> int:
-        """Return the number of adapters that fit with this many tokens."""
-        return max(0, self.room - -(-n_tokens // self.block) * self.page) // self.adapter
+        """Return the number of adapters that fit beside one sequence of so many tokens; 0: beside none."""
+        taken = self.sequence + -(-n_tokens // self.block) * self.page if n_tokens else 0
+        return max(0, self.room - taken) // self.adapter
 
 
 def serving_of(

@@ -3,6 +3,8 @@
 import pytest
 import torch
 import transformers
+from hypothesis import given
+from hypothesis import strategies as st
 from tests.models import byte_tokenizer
 from transformers import AutoModelForCausalLM
 
@@ -36,6 +38,16 @@ CONFIGS = {
 }  # fmt: skip
 
 
+@given(st.integers(0, 5000), st.integers(1, 90), st.integers(1, 19), st.integers(0, 400), st.integers(1, 700),
+       st.integers(1, 300))  # fmt: skip
+def test_adapters_that_fit_leave_the_tokens_their_room_and_one_more_does_not(room, page, block, sequence, adapter, n):
+    server = Serving(base=0, reserve=0, room=room, page=page, block=block, sequence=sequence, adapter=adapter)
+    fit = server.adapters(n)
+    assert fit == 0 or server.tokens(fit) >= n
+    assert server.tokens(fit + 1) < n
+    assert (server.tokens(0) >= n) == (server.sequences(n) >= 1)
+
+
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_a_plan_counts_what_the_engine_counts(kind):
     config = CONFIGS[kind]
@@ -54,4 +66,4 @@ def test_a_server_whose_tokens_take_nothing_holds_sequences():
     state = Serving(base=0, reserve=0, room=1000, page=0, block=16, sequence=300, adapter=100)
     assert (state.tokens(0), state.tokens(7), state.tokens(8), state.sequences(2048)) == (None, None, 0, 3)
     both = Serving(base=0, reserve=0, room=1000, page=20, block=16, sequence=300, adapter=100)
-    assert (both.tokens(0), both.tokens(6), both.sequences(17), both.adapters(17)) == (560, 80, 2, 9)
+    assert (both.tokens(0), both.tokens(6), both.sequences(17), both.adapters(17)) == (560, 80, 2, 6)

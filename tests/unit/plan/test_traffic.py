@@ -11,7 +11,7 @@ from tests.models import llama_config
 
 from veneer.plan.architecture import config_of
 from veneer.plan.plan import plan_recipe
-from veneer.plan.traffic import traffic_of
+from veneer.plan.traffic import GroupTraffic, traffic_of
 from veneer.recipe.recipe import parse_recipe
 from veneer.train.gradients import _PART_BYTES
 
@@ -65,3 +65,13 @@ def test_the_plan_counts_the_bytes_that_are_sent(
     assert traffic.summed == pytest.approx(sum(sums), rel=0.02)
     assert sums
     assert all(n_bytes >= _PART_BYTES for n_bytes in sums[:-1])  # one a bucket, each of which is full but the last
+
+
+def test_a_process_receives_what_others_hold() -> None:
+    """Of a gathered block the parts of the others. In a ring each part comes by once to be summed, and once summed."""
+    n, shard, block, part = 6, 3, 4_200, 700
+    gathered = sum(block // shard for process in range(shard) if process != 0)
+    ring = sum(part for _ in ("to be summed", "summed") for step in range(n - 1))
+    traffic = GroupTraffic(gathered=block, summed=n * part, n_processes=n, shard=shard)
+    assert (traffic.gathers, traffic.gradients, traffic.received) == (gathered, ring, gathered + ring)
+    assert GroupTraffic(gathered=0, summed=n * part, n_processes=1, shard=1).received == 0

@@ -278,6 +278,15 @@ def test_the_end_of_one_batch_sets_no_pace_for_the_next():
     assert pace.rows(17, 17, 512) == int(1.5 * 0.017 / 0.00015)
 
 
+def test_fewer_rows_leave_less_time_for_prompts():
+    """A step that decodes 20 rows takes 40 ms, and a row of a prompt 0.5 ms; 13 rows are never seen alone."""
+    pace = PrefillBudget()
+    pace.observe(0, 100, 0.05)
+    pace.observe(20, 0, 0.04)
+    allowed = [pace.rows(n, 1, 512) for n in (20, 13)]
+    assert allowed == [int(1.5 * 0.04 / 0.0005), int(1.5 * 0.04 * 13 / 20 / 0.0005)]
+
+
 def test_a_batch_stays_full_while_long_prompts_are_read():
     """16 answers of 48 tokens, whose places others take when they end, with prompts of 32; six prompts of 2,000 beside.
 

@@ -34,3 +34,15 @@ def test_places_are_free_once_all_clients_are_due(clock):
     assert places.seconds(1, 19, lambda ahead: 7 + ahead) == 10
     clock.now += 10
     assert places.seconds(1, 19, lambda ahead: 7 + ahead) == 7
+
+
+def test_places_are_kept_until_the_last_client_is_due(clock):
+    """Also if a later client was told a shorter time, since much had ended meanwhile."""
+    places = ReturnPlaces()
+    assert places.seconds(3, 19, lambda ahead: 90 + ahead) == 90
+    clock.now += 50
+    assert places.seconds(2, 19, lambda ahead: 7 + ahead) == 10
+    clock.now += 20
+    assert places.seconds(1, 19, lambda ahead: 7 + ahead) == 12
+    clock.now += 20
+    assert places.seconds(1, 19, lambda ahead: 7 + ahead) == 7
