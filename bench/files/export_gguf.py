@@ -2,9 +2,9 @@
 
 One command of veneer beside the three steps that people take: PEFT's merge saved as a folder, that folder converted to
 F16, and llama-quantize (llama.cpp's own, through cyllama). The middle step is veneer's export to F16, which stands for
-llama.cpp's converter: no package carries that. Each step is a process of its own; sides take turns, medians are told.
-The adapter is a random LoRA of rank 8 on q, k, v and down.
-"""
+llama.cpp's converter: no package carries that. Of both files the change of the base's weights must be the same, but for
+rounding. Each step is a process of its own; sides take turns, medians are told. The adapter is a random LoRA of rank 8
+on q, k, v and down."""
 
 from __future__ import annotations
 
@@ -22,6 +22,8 @@ import torch
 import transformers
 
 from bench.report import add_keep, done, ends_as_interrupted, keep, working
+from bench.same import SHARE, require_small
+from veneer.store.source import load_model
 
 MERGE = """
 import sys, peft, torch, transformers
@@ -68,6 +70,17 @@ def run(steps: list[list[str]], folder: Path) -> tuple[list[float], int]:
     return seconds, sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
+def require_same_change(base: Path, own: Path, theirs: Path) -> None:
+    """PartedError where the weights of two files are apart by more than a share of what the adapter changes."""
+    before = load_model(str(base), dtype=torch.float32).state_dict()
+    one, other = (load_model(str(file), dtype=torch.float32, gguf="dense").state_dict() for file in (own, theirs))
+    names = [name for name in before if name.endswith("_proj.weight")]
+    change, apart = (
+        torch.stack([(file[name] - other[name]).norm() for name in names]).norm() for file in (before, one)
+    )
+    require_small("weights of both files, of what the adapter changes", float(apart / change), SHARE)
+
+
 def make_adapter(base: Path, folder: Path) -> Path:
     model = transformers.AutoModelForCausalLM.from_pretrained(base)
     names = ["q_proj", "k_proj", "v_proj", "down_proj"]
@@ -88,6 +101,7 @@ def main() -> None:
         sides = {"one command": one_command, "merge, convert, quantize": three_steps}
         times: dict[str, list[list[float]]] = {name: [] for name in sides}
         sizes = {}
+        files = Path(scratch) / "own.gguf", Path(scratch) / "theirs.gguf"
         for turn in range(given.rounds):
             for name, steps in sides.items():
                 working(f"turn {turn + 1} of {given.rounds}, {name}")
@@ -95,7 +109,10 @@ def main() -> None:
                 folder.mkdir()
                 seconds, sizes[name] = run(steps(given.model, adapter, folder), folder)
                 times[name].append(seconds)
+                (folder / "x.gguf").rename(files[steps is three_steps])
                 shutil.rmtree(folder)
+            if not turn:
+                require_same_change(given.model, *files)
     done()
     wholes = {name: statistics.median(sum(steps) for steps in rounds) for name, rounds in times.items()}
     for name, rounds in times.items():

@@ -5,8 +5,9 @@ weights that the file decodes to, computed in float32; and, where cyllama is ins
 rounds what goes into the products too. Second table: LoRAs are trained on a task (prompt and completion) by a recipe,
 one a seed, and each goes two ways into Q4_K_M and Q8_0: merged and then quantized, or as an adapter beside the
 quantized base. Both are compared with the float32 model under the adapter on held-out completions; the difference is
-told with its 95% interval over the adapters. Where xllamacpp is installed, llama.cpp makes the second table again, with
-the file of `veneer export lora`, from its probabilities of the first token of every completion.
+told with its 95% interval over the adapters; both must be nearer to it than the base alone is. Where xllamacpp is
+installed, llama.cpp makes the second table again, with the file of `veneer export lora`, from its probabilities of the
+first token of every completion.
 
 Give it a model whose weights have never been in 4 bits: one that `bench/files/scratch_model.py` makes, or a real one.
 """
@@ -27,6 +28,7 @@ import transformers
 from torch import Tensor, nn
 
 from bench.files.llama_cpp_logits import all_logits, has_cyllama, has_xllamacpp, next_log_probs
+from bench.same import PartedError
 from veneer.adapters.peft_model import PeftModel
 from veneer.export.gguf.adapter import export_lora
 from veneer.export.gguf.model import GgufOptions, GgufReport, export_gguf
@@ -194,6 +196,14 @@ def two_ways_in_llama_cpp(
     return cost(merged, firsts, passages), cost(beside, firsts, passages)
 
 
+def require_heard(what: str, pairs: Sequence[tuple[Cost, Cost]], moved: float) -> None:
+    """PartedError where a way is as far from the adapted model as the base alone, whose divergence is ``moved``."""
+    for way, costs in zip(WAYS, zip(*pairs, strict=True), strict=True):
+        divergence = statistics.mean(each.divergence for each in costs)
+        if not divergence < moved / 2:
+            raise PartedError(f"{what}, {way}: KL {divergence:.3g}, and the base's is {moved:.3g}: no adapter is heard")
+
+
 def show(title: str, kind: str, pairs: Sequence[tuple[Cost, Cost]]) -> None:
     for way, costs in zip(WAYS, zip(*pairs, strict=True), strict=True):
         perplexity = statistics.mean(each.perplexity for each in costs)
@@ -226,6 +236,7 @@ def adapters(model: Path, trained: Sequence[Path], passages: Sequence[Passage], 
                 side(model, adapter, kind, passages, reference, scratch)
                 for adapter, reference in zip(trained, references, strict=True)
             ]
+            require_heard(f"{title}, {kind}", pairs, statistics.mean(moved))
             show(title, kind, pairs)
 
 

@@ -38,6 +38,7 @@ from torch import Tensor, nn
 from bench.files.gguf_quality import STUDENT, Passage, completions, cost, export, log_probs, train
 from bench.files.llama_cpp_logits import has_xllamacpp, next_log_probs
 from bench.report import Rows, add_keep, ends_as_interrupted, keep, working
+from bench.same import PartedError
 from veneer import BitsAndBytesConfig
 from veneer.adapters.peft_model import PeftModel
 from veneer.export.gguf.adapter import export_lora
@@ -239,11 +240,15 @@ def show(
     references: Sequence[float],
     found: dict[str, list[tuple[float, float, float]]],
 ) -> None:
-    """Print losses beyond the reference's, each seed beside its own."""
-    print(f"loss of the base {before:.4f}, in float32 with the adapters {statistics.mean(references):.4f}")
+    """Print losses beyond the reference's, each seed beside its own. PartedError where they are nearer the base's."""
+    reference = statistics.mean(references)
+    print(f"loss of the base {before:.4f}, in float32 with the adapters {reference:.4f}")
     rows, figures = Rows(found, [*WAYS, "b less a, in nats", "c less b, in nats"]), dict[str, float]()
     for kind, losses in found.items():
         by_way = list(zip(*losses, strict=True))
+        for name, way in zip(WAYS, by_way, strict=True):
+            if not statistics.mean(way) < (before + reference) / 2:
+                raise PartedError(f"{kind}, {name}: loss {statistics.mean(way):.4f}: no adapter is heard")
         beyond = [[value - at for value, at in zip(way, references, strict=True)] for way in by_way]
         a, b, c = by_way
         gains = [[y - x for x, y in zip(*pair, strict=True)] for pair in ((a, b), (b, c))]

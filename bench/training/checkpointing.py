@@ -1,10 +1,11 @@
 """Time and peak memory of a LoRA training step by how its activations are kept.
 
-The step is that of `train.py`: r = 16 on all linear layers, 4 x 512 tokens, bfloat16, AdamW. Each way has a
-process of its own; they take steps in turns, one at a time, after two steps that are not counted. Before anything is
-printed, their first losses must be equal. Memory is how far a process's high-water mark (VmHWM) lies above the loaded
-model; the page cache, which holds an offload file while memory is plenty, is not in it. Each row is held against a
-claim often read of gradient checkpointing: 30 to 50% less memory for 30% more time.
+The step is that of `train.py`: r = 16 on all linear layers, 4 x 512 tokens, bfloat16, AdamW. Each way has a process of
+its own; they take steps in turns, one at a time, after two steps that are not counted. Before anything is printed,
+their first losses must be equal, and logits, gradients and losses must be PEFT's. Memory is how far a process's
+high-water mark (VmHWM) lies above the loaded model; the page cache, which holds an offload file while memory is plenty,
+is not in it. Each row is held against a claim often read of gradient checkpointing: 30 to 50% less memory for 30% more
+time.
 
     python -m bench.training.checkpointing [--model smollm2-135m-instruct] [--path fused|general] [--rounds 5]
         [--folder DIR]
@@ -28,12 +29,24 @@ import torch
 
 from bench.lora_step import adapted, base_of, loss_of, optimizer_of, require_fused
 from bench.resident import forget_high_water, high_water_mb
+from bench.same import course, require_same, stir
+from bench.training.train_sides import same_start
 from veneer.model.fused.activation_memory import checkpoint_as_needed
 from veneer.model.memory.checkpointing import checkpoint_selectively
 from veneer.model.memory.offload import ActivationOffload
 from veneer.store.source import resolve
 
 WAYS = ("none", "full", "selective", "as needed", "offload to disk", "selective and disk")
+
+
+def require_right(place: str, path: str) -> None:
+    """PartedError where the path, with nothing recomputed, computes something else than PEFT."""
+    peer, ours = (adapted(side, base_of(side, "dense", place)) for side in ("peer", "veneer"))
+    if path == "fused":
+        require_fused(ours)
+    same_start(ours, stir(peer))
+    ids = torch.randint(0, ours.config.vocab_size, (1, 64), generator=torch.Generator().manual_seed(1))
+    require_same(f"PEFT and the {path} path", course("peer", peer, ids), course("veneer", ours, ids))
 
 
 def worker(pipe: Connection, way: str, place: str, path: str, folder: Path) -> None:
@@ -72,6 +85,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()))
     args = parser.parse_args()
     spawn, place = multiprocessing.get_context("spawn"), str(resolve(args.model))
+    require_right(place, args.path)
     pipes: dict[str, Any] = {}
     for way in WAYS:
         pipes[way], other = spawn.Pipe()

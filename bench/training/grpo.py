@@ -1,7 +1,8 @@
 """A GRPO step of SmolLM2-135M-Instruct: the engine draws, transformers draws, and TRL with PEFT.
 
     python -m bench.training.grpo step        CPU seconds and memory of a step, the three sides in turns
-    python -m bench.training.grpo pass        the training pass with the prompt once, and with a copy for each answer
+    python -m bench.training.grpo pass        the training pass with the prompt once, and with a copy for each answer,
+                                              which must have equal log-probabilities and gradients
     python -m bench.training.grpo handover    milliseconds to give the engine the adapter in training
 
 Four prompts of 32 tokens with four answers of 32 tokens each, in float32; LoRA of rank 8 on all linear layers, with
@@ -97,10 +98,11 @@ def loss_of(trainer: Any) -> tuple[float, float]:
     own = [(name, x) for name, x in trainer.model.named_parameters() if x.requires_grad]
     before = [x.detach().clone() for _, x in own]
     n, t = N_PROMPTS * N_ANSWERS, N_TOKENS
-    ids = (torch.arange(n * t).view(n, t) * 37 + 11) % 40_000
+    n_ids = min(40_000, trainer.model.config.vocab_size)
+    ids = (torch.arange(n * t).view(n, t) * 37 + 11) % n_ids
     ones = torch.ones(n, t, dtype=torch.long)
     inputs = {
-        "prompt_ids": (ids * 3 % 40_000)[::N_ANSWERS].repeat_interleave(N_ANSWERS, dim=0), "prompt_mask": ones,
+        "prompt_ids": (ids * 3 % n_ids)[::N_ANSWERS].repeat_interleave(N_ANSWERS, dim=0), "prompt_mask": ones,
         "completion_ids": ids, "completion_mask": ones, "advantages": torch.linspace(-1, 1.5, n),
         "old_per_token_logps": torch.full((n, t), -14.0), "num_items_in_batch": torch.tensor(n * t),
     }  # fmt: skip
@@ -111,13 +113,20 @@ def loss_of(trainer: Any) -> tuple[float, float]:
     trainer.model.eval()
     loss = trainer._compute_loss(trainer.model, inputs)
     loss.backward()
-    norm = math.sqrt(sum(float(x.grad.double().square().sum()) for _, x in own))
+    norm = norm_of_gradient(trainer.model)
     trainer._metrics["eval"].clear()
     with torch.no_grad():
         for (_, x), old in zip(own, before, strict=True):
             x.copy_(old)
-            x.grad = None
     return float(loss), norm
+
+
+def norm_of_gradient(model: Any) -> float:
+    """Return the norm of the gradient that a model holds, and take it away."""
+    trained = [x for x in model.parameters() if x.requires_grad]
+    norm = math.sqrt(sum(float(x.grad.double().square().sum()) for x in trained))
+    model.zero_grad()
+    return norm
 
 
 def require_same_loss(found: dict[str, tuple[float, float]]) -> None:
@@ -199,32 +208,34 @@ def pass_of_answers(options: argparse.Namespace) -> None:
     """Print the CPU seconds of forward and backward pass over the answers to one prompt: 256 and 8 times 64 tokens."""
     import torch
 
+    from bench.same import stir
     from veneer.adapters import token_scores
     from veneer.model.fused.decoder import fused
 
     torch.set_num_threads(options.threads)
     model = trainer_of(argparse.Namespace(**vars(options) | {"side": "engine"})).model
     model.config.use_cache = False
-    ids = (torch.arange(8 * 320).view(8, 320) * 37 + 11) % 40_000
+    ids = (torch.arange(8 * 320).view(8, 320) * 37 + 11) % min(40_000, model.config.vocab_size)
     ids[:, :256] = ids[0, :256]
     labels = ids.clone()
     labels[:, :256] = -100
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
     ways = {"prompt once": token_scores.shared_rows, "a copy for each answer": lambda *_: None}
     found: dict[str, list[float]] = {name: [] for name in ways}
-    losses = {}
+    stir(model)
+    losses = dict[str, tuple[float, float]]()
     with model.adapter_state.without_dropout(), fused(model):
         for _ in range(options.repeats + 1):
             for name, way in ways.items():
                 token_scores.shared_rows = way
                 start = time.process_time()
-                losses[name] = token_scores.token_scores(
-                    model, inputs, token_scores.PreferenceScoring()
-                ).log_probs.sum()
-                losses[name].backward()
+                loss = token_scores.token_scores(model, inputs, token_scores.PreferenceScoring()).log_probs.sum()
+                loss.backward()
                 found[name].append(time.process_time() - start)
+                losses[name] = float(loss), norm_of_gradient(model)
+            require_same_loss(losses)
     one, apart = (statistics.median(seconds[1:]) for seconds in found.values())
-    print(f"log-probabilities: {', '.join(f'{float(x):.6f}' for x in losses.values())}")
+    print(f"log-probabilities: {', '.join(f'{loss:.6f}' for loss, _ in losses.values())}")
     print(f"prompt once: {one:.2f} s, a copy for each answer: {apart:.2f} s, {one / apart:.3f}x (goal 0.35x)")
     keep(options.keep, {"pass": one / apart})
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import json
 import re
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -13,9 +15,12 @@ from typing import Any
 
 import pytest
 import torch
+from tests.unit.export.gguf.tiny import tiny_folder
 
 import veneer
+from veneer.adapters import token_scores
 from veneer.errors import VeneerError
+from veneer.export.gguf.model import GgufOptions, export_gguf
 from veneer.train.sweep import shared_base
 
 Fault = Callable[[Any], Any]
@@ -196,6 +201,79 @@ def test_formats(
     place = script("tiny_model").write_tiny(tmp_path / "model")
     with pytest.raises(script("same").PartedError, match=r"part by|changes the logits"):
         started(module, "--parts", "step", "--formats", "Q8_0", "--model", place, "--dtype", "float32", "--tokens", 12)
+
+
+def test_checkpointing(script: Script, fault: Fault, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    module, place = script("checkpointing"), script("tiny_model").write_tiny(tmp_path / "model")
+    module.require_right(place, "fused")
+    spoil(monkeypatch, module, "adapted", fault, "veneer")
+    with pytest.raises(script("same").PartedError, match=r"part by|gradients of"):
+        module.require_right(place, "general")
+
+
+def test_a_step_of_grpo(script: Script, fault: Fault, tmp_path: Path) -> None:
+    module, place = script("grpo"), script("tiny_model").write_tiny(tmp_path / "model")
+    given = {"model": place, "steps": 1, "dropout": 0.05}
+    peer, ours = (module.trainer_of(SimpleNamespace(**given, side=side)) for side in ("peer", "engine"))
+    module.require_same_loss({"peer": module.loss_of(peer), "engine": module.loss_of(ours)})
+    fault(ours.model)
+    with pytest.raises(STOPS, match=r"does not require grad|norm of the gradient are"):
+        module.require_same_loss({"peer": module.loss_of(peer), "engine": module.loss_of(ours)})
+
+
+def test_a_prompt_computed_once(script: Script, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Where the pass that computes it once forgets a gradient."""
+    module, place, right = script("grpo"), script("tiny_model").write_tiny(tmp_path / "model"), token_scores.shared_rows
+    options = argparse.Namespace(model=place, steps=1, dropout=0.05, threads=1, repeats=1, keep=None)
+    trainers, spoilt = module.trainer_of, [False]
+
+    def forgetful(options: Any) -> Any:
+        trainer = trainers(options)
+        trained = [p for p in trainer.model.parameters() if p.requires_grad]
+        trained[len(trained) // 2].register_hook(lambda gradient: gradient * (not spoilt.pop()))
+        return trainer
+
+    def shared(*given: Any) -> Any:
+        spoilt[:] = [False, True]
+        return right(*given)
+
+    monkeypatch.setattr(module, "trainer_of", forgetful)
+    for way, ends in ((right, nullcontext()), (shared, pytest.raises(SystemExit, match="norm of the gradient are"))):
+        monkeypatch.setattr(token_scores, "shared_rows", way)
+        spoilt[:] = [False] * 9
+        with ends:
+            module.pass_of_answers(options)
+
+
+def test_files_of_one_command_and_of_three(script: Script, tmp_path: Path) -> None:
+    module, place = script("export_gguf"), tmp_path / "model"
+    tiny_folder(place, "llama")
+    adapter = module.make_adapter(place, tmp_path / "adapter")
+    options = GgufOptions(type="Q8_0", dtype="float32", overwrite=True)
+
+    def written(name: str, given: Path | None) -> Path:
+        return export_gguf(place, tmp_path / f"{name}.gguf", options, adapter=given).paths[0]
+
+    theirs = written("theirs", adapter)
+    module.require_same_change(place, written("own", adapter), theirs)
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps(config | {"lora_alpha": 2 * config["lora_alpha"]}))
+    for wrong in (None, adapter):
+        with pytest.raises(script("same").PartedError, match="they part by 100%"):
+            module.require_same_change(place, written("wrong", wrong), theirs)
+
+
+def test_quality_of_a_model_whose_adapter_is_not_heard(script: Script) -> None:
+    quality, where = script("gguf_quality"), script("trained_where")
+    near, far = quality.Cost(7.0, 0.02), quality.Cost(9.0, 0.9)
+    quality.require_heard("x", [(near, near)] * 3, moved=0.9)
+    for pair in ((far, near), (near, far)):
+        with pytest.raises(script("same").PartedError, match=r"x, .*: KL 0.9, and the base's is 0.9: no adapter"):
+            quality.require_heard("x", [pair] * 3, moved=0.9)
+    nothing = argparse.Namespace(keep=None)
+    where.show(nothing, 3.0, [1.0, 1.1], {"Q8_0": [(1.01, 1.02, 1.05), (1.12, 1.11, 1.13)]})
+    with pytest.raises(script("same").PartedError, match=r"c: b, merged and quantized again: loss 2.9\d*: no adapter"):
+        where.show(nothing, 3.0, [1.0, 1.1], {"Q8_0": [(1.01, 1.02, 2.95), (1.12, 1.11, 2.96)]})
 
 
 def test_a_step_on_a_gpu(script: Script, fault: Fault, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

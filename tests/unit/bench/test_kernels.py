@@ -1,0 +1,93 @@
+"""Each script of bench/ that times ops stops where one is not the peer's: a wrong product, gradient or update."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+Script = Callable[[str], ModuleType]
+
+
+def stretched(found: Any) -> Any:
+    """Values a tenth too large, also in place."""
+    if isinstance(found, torch.Tensor):
+        return found * 1.1
+    return type(found)(stretched(each) for each in found) if isinstance(found, tuple | list) else found
+
+
+def stretch(monkeypatch: pytest.MonkeyPatch, place: Any, name: str) -> None:
+    right = getattr(place, name)
+    monkeypatch.setattr(place, name, lambda *given, **how: stretched(right(*given, **how)))
+
+
+@pytest.mark.parametrize("name", ["rms_norm", "glu", "rotary", "attention", "linear_cross_entropy", "linears", "drop"])
+@pytest.mark.parametrize("way", ["forward", "backward"])
+def test_ops_of_training(name: str, way: str, script: Script, monkeypatch: pytest.MonkeyPatch) -> None:
+    module, right = script("training_ops"), getattr(script("training_ops"), name)
+    for size, value in {"BATCH": 2, "T": 400, "VOCAB": 97}.items():  # so many that a share of them is dropped
+        monkeypatch.setattr(module, size, value)
+    [*module.training_pairs()]
+    if way == "backward" and name == "drop":
+        return  # it is its own backward pass
+
+    def wrong(*given: Any, **how: Any) -> Any:
+        if way == "forward":
+            return stretched(right(*given, **how))
+        found = right(*given, **how)
+        for each in found if isinstance(found, tuple) else (found,):
+            each.register_hook(stretched)
+        return found
+
+    monkeypatch.setattr(module, name, wrong)
+    with pytest.raises(SystemExit, match=r"differs from torch's by|other values than x's"):
+        [*module.training_pairs()]
+
+
+@pytest.mark.parametrize("part", ["product_pairs", "attention_pairs", "adapter_pairs"])
+def test_ops_of_serving(part: str, script: Script, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = script("serving_ops")
+    monkeypatch.setattr(module, "LAYERS", 1)
+    monkeypatch.setattr(module, "VOCAB", 97)
+    next(getattr(module, part)())
+    stretch(monkeypatch, module.PackedWeight, "matmul")
+    stretch(monkeypatch, module, "paged_attention")
+    monkeypatch.setattr(module, "add_pairs", lambda *given: None)  # an adapter that is ignored
+    with pytest.raises(SystemExit, match="differs from torch's by"):
+        next(getattr(module, part)())
+
+
+def test_four_bits(script: Script, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("bitsandbytes")
+    module, w = script("four_bit"), (torch.randn(96, 64) * 0.02).bfloat16()
+    [*module.four_bit_pairs(w)]
+    for name, told in (("matmul_4bit", "a product is off by"), ("dequantize_4bit", "differ from bitsandbytes")):
+        with monkeypatch.context() as within:
+            stretch(within, module, name)
+            with pytest.raises(SystemExit, match=told):
+                [*module.four_bit_pairs(w)]
+
+
+def test_bytes_of_ggml(script: Script, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("gguf")
+    module, w = script("ggml"), torch.randn(3, 256)
+    [*module.pairs(w, torch.rand(256), ["Q8_0", "Q4_K"], [])]
+    right = module.quantize_ggml
+    monkeypatch.setattr(module, "quantize_ggml", lambda *given: right(*given) ^ 1)
+    with pytest.raises(SystemExit, match="Q4_K: bytes differ from ggml's"):
+        [*module.pairs(w, torch.rand(256), ["Q4_K"], [])]
+
+
+@pytest.mark.parametrize("name", ["AdamW8bit", "PagedAdamW8bit"])
+def test_an_optimizer(name: str, script: Script, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("bitsandbytes")
+    module, args = script("optim"), Namespace(layers=1, hidden=96)
+    module.check_equal(args)
+    right = getattr(module, name)
+    monkeypatch.setattr(module, name, lambda params, **how: right(params, **how | {"lr": 1.1 * how["lr"]}))
+    with pytest.raises(SystemExit, match=f"{name} is off from torch's AdamW"):
+        module.check_equal(args)
